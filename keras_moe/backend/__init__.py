@@ -1,0 +1,33 @@
+"""The only place where framework code may stand.
+
+Everything else in the package is written with `keras.ops`. A backend module provides:
+
+- `compiles_static_shapes()`: whether the code being traced needs every shape fixed.
+- `differentiable(forward, backward, inputs, context)`: a function with its own gradient.
+- `vjp(function, inputs)`: value and pullback of a plain function, usable inside loops.
+- `gather_rows(tensor, indices)`: rows of a tensor by (possibly multi-dimensional) index.
+- `scan(step, carry, xs)`: a loop that can be differentiated, where shapes are static.
+- `unstack_sizes(sizes)`: the entries of a vector as bounds of slices, where shapes are dynamic.
+"""
+
+import importlib
+
+import keras
+
+_SUPPORTED = ("tensorflow", "jax", "torch")
+
+if keras.backend.backend() not in _SUPPORTED:
+    raise ImportError(
+        f"keras_moe runs on the Keras backends {', '.join(_SUPPORTED)}. "
+        f"Received: keras.backend.backend()={keras.backend.backend()!r}. "
+        "Set KERAS_BACKEND to one of them before keras is imported."
+    )
+
+_module = importlib.import_module(f"keras_moe.backend.{keras.backend.backend()}")
+
+compiles_static_shapes = _module.compiles_static_shapes
+differentiable = _module.differentiable
+gather_rows = _module.gather_rows
+scan = getattr(_module, "scan", None)
+unstack_sizes = getattr(_module, "unstack_sizes", None)
+vjp = _module.vjp

@@ -1,0 +1,46 @@
+"""JAX primitives."""
+
+import jax
+
+
+def compiles_static_shapes():
+    """JAX fixes every shape, traced or not."""
+    return True
+
+
+def differentiable(forward, backward, inputs, context):
+    """`forward(inputs, context)[0]`, whose gradient for `inputs` is computed by `backward`.
+
+    `forward` returns `(output, saved)`; `backward(inputs, context, saved, gradient)` returns one
+    gradient for each input. `context` holds integer tensors, which have no gradient.
+    """
+
+    @jax.custom_vjp
+    def function(inputs, context):
+        return forward(inputs, context)[0]
+
+    def function_forward(inputs, context):
+        output, saved = forward(inputs, context)
+        return output, (inputs, context, saved)
+
+    def function_backward(residuals, upstream):
+        return tuple(backward(*residuals, upstream)), None
+
+    function.defvjp(function_forward, function_backward)
+    return function(tuple(inputs), tuple(context))
+
+
+def vjp(function, inputs):
+    """`function(*inputs)` and its pullback, for functions of tensors only."""
+    return jax.vjp(function, *inputs)
+
+
+def gather_rows(tensor, indices):
+    """Rows of `tensor` (R, ...) at integer `indices` of any shape."""
+    # The callers promise valid indices: without the promise XLA clamps and masks every row.
+    return tensor.at[indices].get(mode="promise_in_bounds")
+
+
+def scan(step, carry, xs):
+    """`carry, y = step(carry, x)` along the first axis of `xs`: the last carry and all `y`."""
+    return jax.lax.scan(step, carry, xs)

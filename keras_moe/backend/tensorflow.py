@@ -1,0 +1,68 @@
+"""TensorFlow primitives."""
+
+import tensorflow as tf
+
+
+def compiles_static_shapes():
+    """Whether the current trace is compiled by XLA, which fixes every shape."""
+    return tf.__internal__.get_enclosing_xla_context() is not None
+
+
+def differentiable(forward, backward, inputs, context):
+    """`forward(inputs, context)[0]`, whose gradient for `inputs` is computed by `backward`.
+
+    `forward` returns `(output, saved)`; `backward(inputs, context, saved, gradient)` returns one
+    gradient for each input. `context` holds integer tensors, which have no gradient.
+    """
+
+    @tf.custom_gradient
+    def function(*inputs):
+        output, saved = forward(inputs, context)
+
+        def gradient(upstream):
+            return tuple(backward(inputs, context, saved, upstream))
+
+        return output, gradient
+
+    return function(*inputs)
+
+
+def vjp(function, inputs):
+    """`function(*inputs)` and its pullback, for functions of tensors only."""
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        output = function(*inputs)
+
+    def pullback(cotangent):
+        return tape.gradient(output, inputs, output_gradients=cotangent)
+
+    return output, pullback
+
+
+def gather_rows(tensor, indices):
+    """Rows of `tensor` (R, ...) at integer `indices` of any shape."""
+    return tf.gather(tensor, indices)
+
+
+def unstack_sizes(sizes):
+    """The entries of `sizes` (E,) one by one, usable as bounds of a slice."""
+    return tf.unstack(sizes)
+
+
+def scan(step, carry, xs):
+    """`carry, y = step(carry, x)` along the first axis of `xs`: the last carry and all `y`.
+
+    Every `y` has the dtype of the last of `xs`.
+    """
+    length = tf.shape(xs[0])[0]
+    outputs = tf.TensorArray(xs[-1].dtype, size=length)
+
+    def body(i, carry, outputs):
+        carry, output = step(carry, [tf.gather(x, i) for x in xs])
+        return i + 1, carry, outputs.write(i, output)
+
+    # Without a bound on the trips XLA cannot size the stack that the gradient needs.
+    _, carry, outputs = tf.while_loop(
+        lambda i, *_: i < length, body, (0, carry, outputs), maximum_iterations=length
+    )
+    return carry, outputs.stack()

@@ -1,0 +1,15 @@
+from keras_moe.layers.expert_bank import ExpertBank
+from keras_moe.layers.feed_forward_experts import FeedForwardExperts
+from keras_moe.layers.gated_experts import GatedExperts
+from keras_moe.layers.layer_experts import LayerExperts
+from keras_moe.layers.mixture_of_experts import MixtureOfExperts
+from keras_moe.layers.transformer_encoder_block import TransformerEncoderBlock
+
+__all__ = [
+    "ExpertBank",
+    "FeedForwardExperts",
+    "GatedExperts",
+    "LayerExperts",
+    "MixtureOfExperts",
+    "TransformerEncoderBlock",
+]

@@ -1,0 +1,122 @@
+"""What banks of feed-forward networks with stacked kernels have in common."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_moe.layers.expert_bank import ExpertBank
+from keras_moe.ops.feed_forward import grouped_feed_forward
+from keras_moe.validation import check_positive_integer
+
+
+class DenseExperts(ExpertBank):
+    """Abstract: feed-forward experts whose kernels are stacked with the expert axis first.
+
+    A subclass names its up projections in `up_names`.
+    """
+
+    up_names = ()
+
+    def __init__(
+        self,
+        num_experts,
+        hidden_dim,
+        activation,
+        use_bias,
+        kernel_initializer="glorot_uniform",
+        bias_initializer="zeros",
+        kernel_regularizer=None,
+        bias_regularizer=None,
+        **kwargs,
+    ):
+        check_positive_integer("num_experts", num_experts)
+        check_positive_integer("hidden_dim", hidden_dim)
+        super().__init__(num_experts, **kwargs)
+        self.hidden_dim = hidden_dim
+        self.activation = keras.activations.get(activation)
+        self.use_bias = use_bias
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+
+    def build(self, tokens_shape):
+        features = tokens_shape[-1]
+        widths = [(name, features, self.hidden_dim) for name in self.up_names]
+        widths.append(("down", self.hidden_dim, features))
+        for stream, (name, fan_in, fan_out) in enumerate(widths):
+            kernel = self.add_weight(
+                name=f"{name}_kernel",
+                shape=(self.num_experts, fan_in, fan_out),
+                initializer=_each_expert(self.kernel_initializer, stream),
+                regularizer=self.kernel_regularizer,
+            )
+            setattr(self, f"{name}_kernel", kernel)
+            bias = None
+            if self.use_bias:
+                bias = self.add_weight(
+                    name=f"{name}_bias",
+                    shape=(self.num_experts, fan_out),
+                    initializer=self.bias_initializer,
+                    regularizer=self.bias_regularizer,
+                )
+            setattr(self, f"{name}_bias", bias)
+
+    def call(self, tokens, plan):
+        ups = [self._compute(getattr(self, f"{name}_kernel")) for name in self.up_names]
+        up_biases, down_bias = [], None
+        if self.use_bias:
+            up_biases = [self._compute(getattr(self, f"{name}_bias")) for name in self.up_names]
+            down_bias = self._compute(self.down_bias)
+        return grouped_feed_forward(
+            self._compute(tokens),
+            plan.row_weights,
+            plan.groups,
+            self.activation,
+            ups,
+            self._compute(self.down_kernel),
+            up_biases,
+            down_bias,
+        )
+
+    def compute_output_shape(self, tokens_shape):
+        return tuple(tokens_shape)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "hidden_dim": self.hidden_dim,
+            "activation": keras.activations.serialize(self.activation),
+            "use_bias": self.use_bias,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "bias_initializer": keras.initializers.serialize(self.bias_initializer),
+            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
+            "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
+        }
+
+
+def _each_expert(initializer, stream):
+    """Initialise a stacked kernel expert by expert.
+
+    On a shape (E, D, H) Keras would count E as part of the fan and start 1/sqrt(E) too small. And
+    an initializer repeats its values at each call, so each expert and each kernel ("stream") gets
+    a seed of its own.
+    """
+
+    def initialize(shape, dtype=None):
+        experts = [
+            _reseeded(initializer, stream, expert)(shape[1:], dtype=dtype)
+            for expert in range(shape[0])
+        ]
+        return ops.stack(experts)
+
+    return initialize
+
+
+def _reseeded(initializer, stream, expert):
+    seed = getattr(initializer, "seed", None)
+    if not isinstance(seed, int):
+        return initializer
+    seed = int(np.random.SeedSequence([seed, stream, expert]).generate_state(1)[0] >> 1)
+    return type(initializer).from_config({**initializer.get_config(), "seed": seed})

@@ -1,0 +1,30 @@
+"""The interface every bank of experts has."""
+
+import keras
+from keras import ops
+
+
+class ExpertBank(keras.layers.Layer):
+    """Abstract: E experts that serve the rows a plan gives them.
+
+    A subclass implements `call(tokens, plan)`: tokens (T, D) in, each token's weighted and summed
+    expert outputs (T, D') out, with a row of zeros where no expert serves the token.
+
+    Args:
+        num_experts: number of experts, E.
+    """
+
+    def __init__(self, num_experts, **kwargs):
+        # Keras would cast the float32 combine weights inside the plan to the compute dtype. Banks
+        # cast what they want cast.
+        super().__init__(autocast=False, **kwargs)
+        self.num_experts = num_experts
+
+    def call(self, tokens, plan):
+        raise NotImplementedError(f"{type(self).__name__} must implement `call(tokens, plan)`.")
+
+    def compute_output_spec(self, tokens, plan):
+        return keras.KerasTensor(self.compute_output_shape(tokens.shape), self.compute_dtype)
+
+    def _compute(self, tensor):
+        return ops.cast(tensor, self.compute_dtype)

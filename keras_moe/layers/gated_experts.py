@@ -1,0 +1,48 @@
+"""A bank of gated feed-forward experts, as in today's language models."""
+
+from keras_moe.layers.dense_experts import DenseExperts
+from keras_moe.serialization import register
+
+
+@register
+class GatedExperts(DenseExperts):
+    """Experts of the form `(activation(x Wg) * (x Wu)) Wd`; "silu" makes it SwiGLU.
+
+    The kernels of all experts are stacked: `gate_kernel` and `up_kernel` (E, D, H) and
+    `down_kernel` (E, H, D); with biases `gate_bias` and `up_bias` (E, H) and `down_bias` (E, D).
+
+    Args:
+        num_experts: number of experts, E.
+        hidden_dim: hidden width of each expert, H.
+        activation: name or function of one tensor, without weights, applied to the gate.
+        use_bias: whether the three projections have a bias.
+        kernel_initializer: of each expert's kernels.
+        bias_initializer: of the biases.
+        kernel_regularizer: of the stacked kernels, or None.
+        bias_regularizer: of the stacked biases, or None.
+        **kwargs: arguments of a Keras layer, such as `name` and `dtype`.
+
+    Raises:
+        ValueError: If `num_experts` or `hidden_dim` is not a positive integer.
+
+    Call arguments:
+        tokens: (T, D) float tensor.
+        plan: an `ops.GroupedPlan`.
+
+    Returns:
+        (T, D): each token's expert outputs, weighted and summed.
+
+    Example:
+
+    >>> experts = keras_moe.layers.GatedExperts(num_experts=8, hidden_dim=256)
+    >>> layer = keras_moe.layers.MixtureOfExperts(experts)
+    >>> layer(keras.random.normal((2, 10, 64))).shape
+    (2, 10, 64)
+
+    References: Shazeer 2020 (arXiv:2002.05202), eq. 6; Jiang et al. 2024 (arXiv:2401.04088).
+    """
+
+    up_names = ("gate", "up")
+
+    def __init__(self, num_experts, hidden_dim, activation="silu", use_bias=False, **kwargs):
+        super().__init__(num_experts, hidden_dim, activation, use_bias, **kwargs)

@@ -1,0 +1,152 @@
+"""A bank of any Keras layers."""
+
+import keras
+from keras import ops
+
+from keras_moe import backend
+from keras_moe.layers.expert_bank import ExpertBank
+from keras_moe.ops.grouped_map import map_groups
+from keras_moe.serialization import register
+
+
+@register
+class LayerExperts(ExpertBank):
+    """Experts that are Keras layers or models, each different if wanted.
+
+    Only the layers that serve a token run on it. Each layer sees rows (n, D) and must return rows
+    (n, D') with the same D' for all experts. Under XLA the rows come in blocks that are filled up
+    with zeros, so a layer that looks across rows, as `BatchNormalization` does in training, sees
+    those zeros.
+
+    For experts of one shape `FeedForwardExperts` and `GatedExperts` are faster.
+
+    Args:
+        layers: list of Keras layers, `keras.Sequential` or functional models.
+        **kwargs: arguments of a Keras layer, such as `name` and `dtype`.
+
+    Raises:
+        TypeError: If `layers` is not a list of Keras layers.
+        ValueError: If it is empty, holds a layer twice, or the layers disagree on D'.
+
+    Call arguments:
+        tokens: (T, D) float tensor.
+        plan: an `ops.GroupedPlan`.
+
+    Returns:
+        (T, D'): each token's expert outputs, weighted and summed.
+
+    Example:
+
+    >>> experts = keras_moe.layers.LayerExperts([
+    ...     keras.layers.Dense(64),
+    ...     keras.Sequential([keras.layers.Dense(32, "relu"), keras.layers.Dense(64)]),
+    ... ])
+    >>> layer = keras_moe.layers.MixtureOfExperts(experts)
+    >>> layer(keras.random.normal((2, 10, 64))).shape
+    (2, 10, 64)
+
+    Reference: Jacobs et al. 1991, "Adaptive mixtures of local experts", where an expert may be any
+    network.
+    """
+
+    def __init__(self, layers, **kwargs):
+        layers = _as_layers(layers)
+        super().__init__(len(layers), **kwargs)
+        self.layers = layers
+
+    def build(self, tokens_shape):
+        rows_shape = (None, tokens_shape[-1])
+        for layer in self.layers:
+            if not layer.built:
+                layer.build(rows_shape)
+        widths = [layer.compute_output_shape(rows_shape)[-1] for layer in self.layers]
+        if len(set(widths)) > 1:
+            raise ValueError(
+                "All experts must return the same number of features. Received: "
+                f"{widths} features from {[layer.name for layer in self.layers]}. "
+                "End each expert with a layer of the same width."
+            )
+
+    def call(self, tokens, plan):
+        rows = plan.dispatch(self._compute(tokens))
+        width = self.compute_output_shape(tokens.shape)[-1]
+        run = self._run_stateless if backend.compiles_static_shapes() else self._run
+        rows = run(rows, plan.groups.sizes, width)
+        return plan.combine(rows * self._compute(ops.expand_dims(plan.row_weights, 1)))
+
+    def _run(self, rows, sizes, width):
+        functions = [
+            lambda rows, state, layer=layer: (self._compute(layer(rows)), state)
+            for layer in self.layers
+        ]
+        return map_groups(functions, rows, sizes, width, ())[0]
+
+    def _run_stateless(self, rows, sizes, width):
+        """Inside compiled loops layers may not write to variables or keep losses: both travel."""
+        variables = self.non_trainable_variables
+        state = {variable.path: ops.convert_to_tensor(variable) for variable in variables}
+        functions = [_as_function(layer, self._compute) for layer in self.layers]
+        state["loss"] = ops.zeros((), "float32")
+        rows, state = map_groups(functions, rows, sizes, width, state)
+        for variable in variables:
+            variable.assign(state[variable.path])
+        self.add_loss(state["loss"])
+        return rows
+
+    def compute_output_shape(self, tokens_shape):
+        width = self.layers[0].compute_output_shape((None, tokens_shape[-1]))[-1]
+        return (*tokens_shape[:-1], width)
+
+    def get_config(self):
+        layers = [keras.saving.serialize_keras_object(layer) for layer in self.layers]
+        return {**super().get_config(), "layers": layers}
+
+
+def _as_function(layer, compute):
+    """A layer as a function of rows and of a state that holds its variables and losses."""
+    trainable = [ops.convert_to_tensor(variable) for variable in layer.trainable_variables]
+
+    def function(rows, state):
+        values = [state[variable.path] for variable in layer.non_trainable_variables]
+        output, values, losses = layer.stateless_call(trainable, values, rows, return_losses=True)
+        # Losses of weights reach the model through the layer itself; those of activations do not.
+        of_weights = [
+            variable.regularizer(variable)
+            for variable in layer.trainable_variables
+            if variable.regularizer is not None
+        ]
+        loss = state["loss"] + sum(losses, 0.0) - sum(of_weights, 0.0)
+        paths = [variable.path for variable in layer.non_trainable_variables]
+        return compute(output), {**state, **dict(zip(paths, values)), "loss": loss}
+
+    return function
+
+
+def _as_layers(layers):
+    if not isinstance(layers, (list, tuple)):
+        raise TypeError(
+            "`layers` must be a list of Keras layers. "
+            f"Received: layers={layers!r} (of type {type(layers).__name__}). "
+            "Pass `LayerExperts([layer, layer, ...])`."
+        )
+    layers = [
+        keras.saving.deserialize_keras_object(layer) if isinstance(layer, dict) else layer
+        for layer in layers
+    ]
+    if not layers:
+        raise ValueError(
+            "`layers` must hold at least one expert. Received: layers=[]. Pass one layer an expert."
+        )
+    for layer in layers:
+        if not isinstance(layer, keras.Layer):
+            raise TypeError(
+                "`layers` must be a list of Keras layers. "
+                f"Received: {layer!r} (of type {type(layer).__name__}) in it. "
+                "Wrap a function in `keras.layers.Lambda`."
+            )
+    if len({id(layer) for layer in layers}) < len(layers):
+        raise ValueError(
+            "`layers` must be different objects: one that stands twice would be one expert with "
+            f"two places. Received: {[layer.name for layer in layers]}. Make a new layer for each."
+        )
+    return layers

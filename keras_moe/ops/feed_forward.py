@@ -1,0 +1,95 @@
+"""The feed-forward network of one expert, plain or gated, as a grouped operation."""
+
+from keras import ops
+
+from keras_moe import backend
+from keras_moe.ops.grouped import Step, run_grouped
+
+
+def grouped_feed_forward(
+    tokens, row_weights, groups, activation, up_kernels, down_kernel, up_biases=(), down_bias=None
+):
+    """Each token through the feed-forward networks of its experts, weighted and summed.
+
+    With one up kernel the network is `act(x W + b) V + c`; with two, gate and up, it is
+    `(act(x G) * (x U)) V`, Shazeer 2020 (arXiv:2002.05202). The combine weight is applied to the
+    hidden activation, before the down projection, so that its gradient needs no stored expert
+    output (`w * (h V + c) == (w * h) V + w * c`).
+
+    Args:
+        tokens: (T, D) float tensor.
+        row_weights: (R,) float32 combine weight of each row.
+        groups: `ops.Groups`, which rows belong to which expert and token.
+        activation: function of one tensor.
+        up_kernels: one or two tensors (E, D, H). With two, the first is the gate.
+        down_kernel: (E, H, D').
+        up_biases: as many tensors (E, H) as there are up kernels, or none.
+        down_bias: (E, D') or None.
+
+    Returns:
+        (T, D') in the dtype of `tokens`. A token with no row is zero.
+    """
+    num_ups = len(up_kernels)
+    kernels = [*up_kernels, down_kernel, *up_biases]
+    if down_bias is not None:
+        kernels.append(down_bias)
+
+    def unpack(kernels):
+        ups, down, biases = kernels[:num_ups], kernels[num_ups], kernels[num_ups + 1 :]
+        return ups, down, biases[: len(up_biases)], biases[len(up_biases) :]
+
+    def hidden_of(*pre_activations):
+        if num_ups == 1:
+            return activation(pre_activations[0])
+        gate, up = pre_activations
+        return activation(gate) * up
+
+    def forward(rows, weights, kernels):
+        ups, down, up_biases, down_biases = unpack(kernels)
+        pre_activations = [ops.matmul(rows, up) for up in ups]
+        if up_biases:
+            pre_activations = [pre + bias for pre, bias in zip(pre_activations, up_biases)]
+        weights = ops.cast(weights, rows.dtype)
+        output = ops.matmul(hidden_of(*pre_activations) * weights, down)
+        for bias in down_biases:
+            output = output + weights * bias
+        return output, pre_activations
+
+    def backward(rows, weights, kernels, pre_activations, gradient):
+        ups, down, up_biases, down_biases = unpack(kernels)
+        hidden, pullback = backend.vjp(hidden_of, pre_activations)
+        weights = ops.cast(weights, rows.dtype)
+        hidden_gradient = ops.matmul(gradient, ops.transpose(down))
+        pre_gradients = pullback(hidden_gradient * weights)
+        weight_gradient = _row_sums(hidden_gradient * hidden)
+        # The long axis first: as (H, B) x (B, D) this product runs at half the speed on CPUs.
+        down_gradient = ops.transpose(ops.matmul(ops.transpose(gradient), hidden * weights))
+        kernel_gradients = [
+            *(ops.matmul(ops.transpose(rows), pre) for pre in pre_gradients),
+            down_gradient,
+        ]
+        if up_biases:
+            kernel_gradients += [_column_sums(pre) for pre in pre_gradients]
+        for bias in down_biases:
+            weight_gradient = weight_gradient + _row_sums(gradient * bias)
+            kernel_gradients.append(_column_sums(gradient * weights))
+        row_gradient = sum(
+            ops.matmul(pre, ops.transpose(up)) for pre, up in zip(pre_gradients, ups)
+        )
+        return row_gradient, weight_gradient, kernel_gradients
+
+    step = Step(
+        forward,
+        backward,
+        saved_widths=tuple(kernel.shape[-1] for kernel in up_kernels),
+        output_width=down_kernel.shape[-1],
+    )
+    return run_grouped(step, tokens, row_weights, kernels, groups)
+
+
+def _row_sums(values):
+    return ops.sum(ops.cast(values, "float32"), axis=1, keepdims=True)
+
+
+def _column_sums(values):
+    return ops.sum(ops.cast(values, "float32"), axis=0)

@@ -1,0 +1,119 @@
+"""Plans: from a routing to the rows that move. Decided first; data moves afterwards.
+
+Axes: T tokens, D features, E experts, K experts per token, N = T * K assignments, one row each.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+from keras import ops
+
+from keras_moe import backend
+from keras_moe.ops.grouped import Groups, sum_rows
+
+
+class GroupedPlan(NamedTuple):
+    """Assignments sorted by expert, each a row: an immutable record with two verbs.
+
+    - `groups`: `ops.Groups`, the sizes of the groups and the maps between rows and tokens.
+    - `row_weights` (N,) float32: the combine weight of each row.
+
+    An expert bank returns rows that are already multiplied by their weights.
+    """
+
+    groups: Any
+    row_weights: Any
+
+    def dispatch(self, tokens):
+        """Rows grouped by expert, (N, D), from tokens (T, D)."""
+        return backend.gather_rows(tokens, self.groups.token_of_row)
+
+    def combine(self, rows):
+        """Tokens (T, D), each the float32 sum of its weighted rows; zero without any."""
+        return sum_rows(rows, self.groups.rows_of_token)
+
+
+def plan_groups(routing, capacity=None):
+    """Sort the assignments of a routing by expert.
+
+    Inside an expert all first choices stand before all second choices, each in the order of the
+    tokens; an expert with a capacity serves the first so many of them (GShard, Lepikhin et al.
+    2020, arXiv:2006.16668, algorithm 1). Padding and dropped assignments belong to no group.
+
+    Args:
+        routing: an `ops.Routing`.
+        capacity: most rows of one expert, an integer or integer tensor, or None for all.
+
+    Returns:
+        A `GroupedPlan`.
+    """
+    num_tokens = ops.shape(routing.indices)[0]
+    num_experts = routing.counts.shape[0]
+    nobody = num_experts
+    # Choice-major: assignment k * T + t is the k-th choice of token t.
+    served = ops.where(ops.expand_dims(routing.mask, 1), routing.indices, nobody)
+    expert_of_assignment = ops.reshape(ops.transpose(served), (-1,))
+    order, rank = _sort_by_expert(expert_of_assignment)
+    sizes = routing.counts
+    if capacity is not None:
+        starts = ops.cumsum(sizes) - sizes
+        start = ops.take(ops.append(starts, 0), expert_of_assignment)
+        has_room = rank - start < capacity
+        expert_of_assignment = ops.where(has_room, expert_of_assignment, nobody)
+        order, rank = _sort_by_expert(expert_of_assignment)
+        sizes = ops.minimum(sizes, capacity)
+    is_served = expert_of_assignment < nobody
+    rows = ops.where(is_served, rank, -1)
+    groups = Groups(
+        sizes=sizes,
+        token_of_row=order % num_tokens,
+        rows_of_token=ops.transpose(ops.reshape(rows, (-1, num_tokens))),
+    )
+    weights = ops.reshape(ops.transpose(routing.weights), (-1,))
+    return GroupedPlan(groups, _permute(weights, order, rank))
+
+
+def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
+    """Rows an expert has room for: `ceil(factor * T * K / E)`, at least 1.
+
+    Args:
+        num_tokens: T, an integer or an integer tensor. Padding counts, so that the capacity does
+            not depend on the data.
+        num_experts: E.
+        top_k: K.
+        capacity_factor: positive float; 1.0 has room for exactly balanced experts.
+
+    Returns:
+        An integer, or an int32 tensor where `num_tokens` is one.
+    """
+    exact = capacity_factor * top_k / num_experts
+    if isinstance(num_tokens, int):
+        return max(1, math.ceil(round(num_tokens * exact, 6)))
+    rows = ops.ceil(ops.round(ops.cast(num_tokens, "float32") * exact, 3))
+    return ops.maximum(1, ops.cast(rows, "int32"))
+
+
+def dropped_fraction(routing, plan):
+    """Share of the assignments that have no row, a float32 scalar; 0 without assignments."""
+    assigned = ops.cast(ops.sum(routing.counts), "float32")
+    served = ops.cast(ops.sum(plan.groups.sizes), "float32")
+    return (assigned - served) / ops.maximum(assigned, 1.0)
+
+
+def _sort_by_expert(expert_of_assignment):
+    """A stable order by expert, and for each assignment its place in it."""
+    order = ops.cast(ops.argsort(expert_of_assignment), "int32")
+    rank = ops.cast(ops.argsort(order), "int32")
+    return order, rank
+
+
+def _permute(values, order, rank):
+    """`values[order]`; `rank` is the inverse permutation, so the gradient is a gather as well."""
+
+    def forward(inputs, context):
+        return backend.gather_rows(inputs[0], context[0]), ()
+
+    def backward(inputs, context, saved, gradient):
+        return (backend.gather_rows(gradient, context[1]),)
+
+    return backend.differentiable(forward, backward, (values,), (order, rank))

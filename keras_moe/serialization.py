@@ -1,0 +1,34 @@
+"""How a pluggable argument becomes an object: by name, from a config, or as it is."""
+
+import keras
+
+PACKAGE = "keras_moe"
+
+register = keras.saving.register_keras_serializable(package=PACKAGE)
+
+
+def resolve(argument, identifier, base, by_name=None, **defaults):
+    """The object that `identifier` stands for.
+
+    Keras does not revive nested objects of a config by itself, so every pluggable argument goes
+    through here.
+
+    Args:
+        argument: name of the constructor argument, for errors.
+        identifier: an instance of `base`, a config made by `keras.saving`, or a name.
+        base: class the object must be an instance of.
+        by_name: dict of names to classes.
+        **defaults: arguments of a class that was given by name.
+    """
+    by_name = by_name or {}
+    if isinstance(identifier, dict):
+        identifier = keras.saving.deserialize_keras_object(identifier)
+    if isinstance(identifier, str) and identifier in by_name:
+        return by_name[identifier](**defaults)
+    if isinstance(identifier, base):
+        return identifier
+    names = "".join(f", or {name!r}" for name in sorted(by_name))
+    raise ValueError(
+        f"`{argument}` must be an instance of `{base.__name__}`{names}. "
+        f"Received: {argument}={identifier!r} (of type {type(identifier).__name__})."
+    )

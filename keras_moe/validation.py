@@ -1,0 +1,53 @@
+"""Checks of arguments: each error states the rule, what was received, and the fix."""
+
+import numbers
+
+
+def check_positive_integer(name, value):
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(
+            f"`{name}` must be a positive integer. Received: {name}={value!r}. "
+            "Pass an integer of at least 1."
+        )
+
+
+def check_fraction(name, value):
+    if not _is_real(value) or not 0 <= value < 1:
+        raise ValueError(
+            f"`{name}` must be a number from 0 to below 1. Received: {name}={value!r}. "
+            "Pass 0 to turn it off."
+        )
+
+
+def check_not_negative(name, value):
+    if not _is_real(value) or not 0 <= value < float("inf"):
+        raise ValueError(
+            f"`{name}` must be a finite number of at least 0. Received: {name}={value!r}. "
+            "Pass 0 to turn it off."
+        )
+
+
+def check_positive_number(name, value):
+    if not _is_real(value) or not 0 < value < float("inf"):
+        raise ValueError(
+            f"`{name}` must be a finite number above 0. Received: {name}={value!r}. "
+            "Pass, for example, 1.25."
+        )
+
+
+def check_mask(mask_shape, inputs_shape):
+    """A mask has the shape of the inputs without the feature axis; None fits any size."""
+    mask_shape, leading = tuple(mask_shape), tuple(inputs_shape)[:-1]
+    fits = len(mask_shape) == len(leading) and all(
+        a is None or b is None or a == b for a, b in zip(mask_shape, leading)
+    )
+    if not fits:
+        raise ValueError(
+            "`mask` must have the shape of the inputs without their last axis. Received: "
+            f"mask.shape={mask_shape}, inputs.shape={tuple(inputs_shape)}. "
+            f"Pass a bool mask of shape {leading}, False for padding."
+        )
+
+
+def _is_real(value):
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
