@@ -87,12 +87,12 @@ class ExpertMonitor(keras.callbacks.Callback):
         return logs
 
     def _layer_logs(self, name, layer):
-        counts = ops.convert_to_numpy(layer.expert_counts)
+        counts = ops.convert_to_numpy(layer.expert_counts.value)
         logs = {
             "load_imbalance": metrics.load_imbalance(counts),
             "load_entropy": metrics.load_entropy(counts),
             "dead_experts": metrics.dead_experts(counts),
-            "dropped_fraction": metrics.dropped_fraction(layer.dropped_count, counts),
+            "dropped_fraction": metrics.dropped_fraction(layer.dropped_count.value, counts),
         }
         if self.expert_shares:
             shares = ops.convert_to_numpy(metrics.expert_share(counts))
