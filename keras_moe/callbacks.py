@@ -100,7 +100,7 @@ class ExpertMonitor(keras.callbacks.Callback):
         return {f"{name}_{key}": float(value) for key, value in logs.items()}
 
     def _moe_layers(self):
-        """The MoE layers by name; by path, where two have the same name."""
+        """The MoE layers by name; by path or number, where two have the same name."""
         layers = [
             layer for layer in self.model._flatten_layers() if isinstance(layer, MixtureOfExperts)
         ]
@@ -112,4 +112,9 @@ class ExpertMonitor(keras.callbacks.Callback):
         names = [layer.name for layer in layers]
         if len(set(names)) < len(names):
             names = [layer.path.replace("/", "_") for layer in layers]
+        if len(set(names)) < len(names):
+            names = [f"{name}_{number}" for number, name in enumerate(names)]
         return dict(zip(names, layers))
+
+
+__all__ = ["ExpertMonitor"]

@@ -6,6 +6,7 @@ Everything else in the package is written with `keras.ops`. A backend module pro
 - `differentiable(forward, backward, inputs, context)`: a function with its own gradient.
 - `vjp(function, inputs)`: value and pullback of a plain function, usable inside loops.
 - `gather_rows(tensor, indices)`: rows of a tensor by (possibly multi-dimensional) index.
+- `slice_at(tensor, start, shape)`: a part of a tensor, where shapes are static.
 - `scan(step, carry, xs)`: a loop that can be differentiated, where shapes are static.
 - `unstack_sizes(sizes)`: the entries of a vector as bounds of slices, where shapes are dynamic.
 """
@@ -28,6 +29,7 @@ _module = importlib.import_module(f"keras_moe.backend.{keras.backend.backend()}"
 compiles_static_shapes = _module.compiles_static_shapes
 differentiable = _module.differentiable
 gather_rows = _module.gather_rows
+slice_at = getattr(_module, "slice_at", None)
 scan = getattr(_module, "scan", None)
 unstack_sizes = getattr(_module, "unstack_sizes", None)
 vjp = _module.vjp

@@ -1,6 +1,7 @@
 """JAX primitives."""
 
 import jax
+import jax.numpy as jnp
 
 
 def compiles_static_shapes():
@@ -37,8 +38,16 @@ def vjp(function, inputs):
 
 def gather_rows(tensor, indices):
     """Rows of `tensor` (R, ...) at integer `indices` of any shape."""
+    if tensor.shape[0] == 0:
+        # There is no valid index, but a loop that never runs is traced all the same.
+        return jnp.zeros((*indices.shape, *tensor.shape[1:]), tensor.dtype)
     # The callers promise valid indices: without the promise XLA clamps and masks every row.
     return tensor.at[indices].get(mode="promise_in_bounds")
+
+
+def slice_at(tensor, start, shape):
+    """The part of `tensor` of a static `shape` that begins at the indices `start`."""
+    return jax.lax.dynamic_slice(tensor, start, shape)
 
 
 def scan(step, carry, xs):

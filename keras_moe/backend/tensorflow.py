@@ -2,6 +2,9 @@
 
 import tensorflow as tf
 
+# No public name leads to these operations; Keras imports them from here as well.
+from tensorflow.compiler.tf2xla.python import xla
+
 
 def compiles_static_shapes():
     """Whether the current trace is compiled by XLA, which fixes every shape."""
@@ -47,6 +50,13 @@ def gather_rows(tensor, indices):
 def unstack_sizes(sizes):
     """The entries of `sizes` (E,) one by one, usable as bounds of a slice."""
     return tf.unstack(sizes)
+
+
+def slice_at(tensor, start, shape):
+    """The part of `tensor` of a static `shape` that begins at the indices `start`."""
+    # `tf.slice` wants a start that is known at compile time: where it depends on data, TensorFlow
+    # would silently turn the data into a constant and compile again for every batch.
+    return xla.dynamic_slice(tensor, tf.stack(start), tf.constant(shape))
 
 
 def scan(step, carry, xs):

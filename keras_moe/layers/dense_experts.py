@@ -70,7 +70,7 @@ class DenseExperts(ExpertBank):
             down_bias = self._compute(self.down_bias)
         return grouped_feed_forward(
             self._compute(tokens),
-            plan.row_weights,
+            plan.weights,
             plan.groups,
             self.activation,
             ups,

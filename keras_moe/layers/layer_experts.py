@@ -3,7 +3,6 @@
 import keras
 from keras import ops
 
-from keras_moe import backend
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.ops.grouped_map import map_groups
 from keras_moe.serialization import register
@@ -14,9 +13,9 @@ class LayerExperts(ExpertBank):
     """Experts that are Keras layers or models, each different if wanted.
 
     Only the layers that serve a token run on it. Each layer sees rows (n, D) and must return rows
-    (n, D') with the same D' for all experts. Under XLA the rows come in blocks that are filled up
-    with zeros, so a layer that looks across rows, as `BatchNormalization` does in training, sees
-    those zeros.
+    (n, D') with the same D' for all experts. Under XLA the rows come in blocks of 64 that are filled
+    up with zeros, so a layer that looks across rows, as `BatchNormalization` does in training, sees
+    those zeros, and an activity regularizer counts once a block.
 
     For experts of one shape `FeedForwardExperts` and `GatedExperts` are faster.
 
@@ -70,28 +69,17 @@ class LayerExperts(ExpertBank):
     def call(self, tokens, plan):
         rows = plan.dispatch(self._compute(tokens))
         width = self.compute_output_shape(tokens.shape)[-1]
-        run = self._run_stateless if backend.compiles_static_shapes() else self._run
-        rows = run(rows, plan.groups.sizes, width)
-        return plan.combine(rows * self._compute(ops.expand_dims(plan.row_weights, 1)))
-
-    def _run(self, rows, sizes, width):
-        functions = [
-            lambda rows, state, layer=layer: (self._compute(layer(rows)), state)
-            for layer in self.layers
-        ]
-        return map_groups(functions, rows, sizes, width, ())[0]
-
-    def _run_stateless(self, rows, sizes, width):
-        """Inside compiled loops layers may not write to variables or keep losses: both travel."""
         variables = self.non_trainable_variables
-        state = {variable.path: ops.convert_to_tensor(variable) for variable in variables}
-        functions = [_as_function(layer, self._compute) for layer in self.layers]
-        state["loss"] = ops.zeros((), "float32")
-        rows, state = map_groups(functions, rows, sizes, width, state)
-        for variable in variables:
-            variable.assign(state[variable.path])
-        self.add_loss(state["loss"])
-        return rows
+        functions = [_as_function(layer, variables, self._compute) for layer in self.layers]
+        # Layers may not write to variables or keep losses inside compiled loops: both travel.
+        state = [ops.convert_to_tensor(variable) for variable in variables]
+        state.append(ops.zeros((), "float32"))
+        rows, state = map_groups(functions, rows, plan.groups.sizes, width, state)
+        *values, loss = state
+        for variable, value in zip(variables, values):
+            variable.assign(value)
+        self.add_loss(loss)
+        return plan.combine(rows)
 
     def compute_output_shape(self, tokens_shape):
         width = self.layers[0].compute_output_shape((None, tokens_shape[-1]))[-1]
@@ -102,22 +90,26 @@ class LayerExperts(ExpertBank):
         return {**super().get_config(), "layers": layers}
 
 
-def _as_function(layer, compute):
-    """A layer as a function of rows and of a state that holds its variables and losses."""
-    trainable = [ops.convert_to_tensor(variable) for variable in layer.trainable_variables]
+def _as_function(layer, variables, compute):
+    """A layer as a function of rows and of a state: values of variables, and a loss behind them."""
+    place = {id(variable): index for index, variable in enumerate(variables)}
+    own = [(variable, place[id(variable)]) for variable in layer.non_trainable_variables]
+    trainable = [
+        (variable, ops.convert_to_tensor(variable)) for variable in layer.trainable_variables
+    ]
 
     def function(rows, state):
-        values = [state[variable.path] for variable in layer.non_trainable_variables]
-        output, values, losses = layer.stateless_call(trainable, values, rows, return_losses=True)
-        # Losses of weights reach the model through the layer itself; those of activations do not.
-        of_weights = [
-            variable.regularizer(variable)
-            for variable in layer.trainable_variables
-            if variable.regularizer is not None
-        ]
-        loss = state["loss"] + sum(losses, 0.0) - sum(of_weights, 0.0)
-        paths = [variable.path for variable in layer.non_trainable_variables]
-        return compute(output), {**state, **dict(zip(paths, values)), "loss": loss}
+        mapping = [*trainable, *((variable, state[index]) for variable, index in own)]
+        # Not `stateless_call`, which leaves out what `__call__` does: dtypes, the training flag,
+        # activity regularizers. Losses of weights reach the model through the layer itself.
+        with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
+            output = compute(layer(rows))
+        state = list(state)
+        for variable, index in own:
+            state[index] = scope.get_current_value(variable)
+        for loss in scope.losses:
+            state[-1] = state[-1] + ops.cast(loss, "float32")
+        return output, state
 
     return function
 

@@ -96,6 +96,8 @@ class TransformerEncoderBlock(keras.layers.Layer):
         if mask is not None:
             check_mask(mask.shape, inputs.shape)
             mask = ops.cast(mask, "bool")
+            # Padding may hold anything; a NaN there would pass through an attention weight of 0.
+            inputs = ops.where(ops.expand_dims(mask, -1), inputs, ops.zeros((), inputs.dtype))
             attention_mask = ops.expand_dims(mask, 1)
         normed = self._attention_norm(inputs)
         attended = self._attention(

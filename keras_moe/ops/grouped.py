@@ -17,7 +17,9 @@ that feeds it. Two drivers exist, because frameworks differ in one thing only:
 Neither computes a row that belongs to no group: padded and dropped assignments cost nothing.
 """
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from keras import ops
 
@@ -31,61 +33,109 @@ BLOCK_SIZES = (16, 64, 128, 192, 256, 384, 512)
 class Step(NamedTuple):
     """The arithmetic of one expert on rows that are all its own.
 
-    - `forward(rows, weights, kernels) -> (output_rows, saved)`
-    - `backward(rows, weights, kernels, saved, output_gradient)
-      -> (row_gradient, weight_gradient, kernel_gradients)`
+    - `forward(rows, kernels) -> (output_rows, saved)`
+    - `backward(rows, kernels, saved, output_gradient) -> (row_gradient, kernel_gradients)`
     - `saved_widths`: the width of each tensor of rows in `saved`.
     - `output_width`: the width of `output_rows`.
-
-    `weights` is the combine weight of each row, (rows, 1), or None where rows are not weighted.
+    - `transposed`: for each kernel whether its gradient comes with its two axes exchanged. Of the
+      two ways to write a product one may be much faster, and exchanging the axes of the sum over
+      all rows of an expert costs less than exchanging those of each part.
     """
 
-    forward: callable
-    backward: callable
+    forward: Callable
+    backward: Callable
     saved_widths: tuple
     output_width: int
+    transposed: tuple
 
 
 class Groups(NamedTuple):
-    """Where the rows of each expert are, and how rows and tokens belong together.
+    """Where the rows of each expert are, and how rows and assignments belong together.
 
     - `sizes` (E,) int32: the groups stand one behind another, in the order of the experts. Rows
       behind the last group belong to nobody and are not computed.
-    - `token_of_row` (R,): the token each row is a copy of.
-    - `rows_of_token` (T, K): the rows of each token, -1 where there is none.
+    - `assignment_of_row` (R,) int32: which assignment each row is; `k * T + t` is the k-th choice
+      of token t.
+    - `rows_of_token` (T, K) int32: the rows of each token, -1 where there is none.
     """
 
-    sizes: object
-    token_of_row: object
-    rows_of_token: object
+    sizes: Any
+    assignment_of_row: Any
+    rows_of_token: Any
+
+    def token_of_row(self):
+        """The token each row is a copy of, (R,) int32."""
+        return self.assignment_of_row % ops.shape(self.rows_of_token)[0]
+
+    def weight_of_row(self, weights):
+        """The weight of each row, (R,), from weights (T, K)."""
+        return ops.take(ops.reshape(ops.transpose(weights), (-1,)), self.assignment_of_row)
 
 
-def sum_rows(rows, rows_of_token):
-    """For each token the sum of its rows, in float32.
+def sum_rows(rows, groups, weights=None):
+    """For each token the weighted sum of its rows, in float32.
 
     A gather, not a scatter: tokens are written once, in order, and need no atomic adds.
 
     Args:
         rows: (R, D) rows grouped by expert.
-        rows_of_token: (T, K) int32, the rows of each token, -1 where there is none.
+        groups: a `Groups`.
+        weights: (T, K) weight of each row of a token, or None for 1.
 
     Returns:
         (T, D), in the dtype of `rows`.
     """
-    present = ops.expand_dims(rows_of_token >= 0, -1)
-    picked = backend.gather_rows(rows, ops.maximum(rows_of_token, 0))
-    # `where`, not a product: a row that was never computed may hold anything, NaN included.
-    picked = ops.where(present, picked, ops.zeros((), rows.dtype))
-    return ops.cast(ops.sum(ops.cast(picked, "float32"), axis=1), rows.dtype)
+    total = 0.0
+    for choice in range(groups.rows_of_token.shape[1]):
+        row = groups.rows_of_token[:, choice]
+        picked = ops.cast(backend.gather_rows(rows, ops.maximum(row, 0)), "float32")
+        if weights is not None:
+            picked = picked * ops.cast(weights[:, choice : choice + 1], "float32")
+        # `where`, not a product: a row that was never computed may hold anything, NaN included.
+        total = total + ops.where(ops.expand_dims(row >= 0, 1), picked, 0.0)
+    return ops.cast(total, rows.dtype)
 
 
-def run_grouped(step, tokens, row_weights, kernels, groups):
-    """Apply `step` to every group of rows and sum each token's rows.
+def dispatch_rows(tokens, groups):
+    """The rows of all groups, (R, D), from tokens (T, D); the gradient is a gather as well."""
+
+    def forward(inputs, context):
+        return backend.gather_rows(inputs[0], Groups(*context).token_of_row()), ()
+
+    def backward(inputs, context, saved, gradient):
+        return (sum_rows(gradient, Groups(*context)),)
+
+    return backend.differentiable(forward, backward, (tokens,), tuple(groups))
+
+
+def combine_rows(rows, weights, groups):
+    """`sum_rows` with gradients for rows and weights that are gathers as well."""
+
+    def forward(inputs, context):
+        rows, weights = inputs
+        return sum_rows(rows, Groups(*context), weights), ()
+
+    def backward(inputs, context, saved, gradient):
+        rows, weights = inputs
+        groups = Groups(*context)
+        row_gradient = backend.gather_rows(gradient, groups.token_of_row())
+        weight_gradient = _row_sums(row_gradient * rows)
+        row_weights = ops.cast(groups.weight_of_row(weights), rows.dtype)
+        return (
+            row_gradient * ops.expand_dims(row_weights, 1),
+            _at_assignments(weight_gradient[:, 0], groups, weights.dtype),
+        )
+
+    return backend.differentiable(forward, backward, (rows, weights), tuple(groups))
+
+
+def run_grouped(step, tokens, weights, kernels, groups):
+    """Apply `step` to every group of rows, and sum each token's rows by weight.
 
     Args:
         step: a `Step`.
         tokens: (T, D).
-        row_weights: (R,) combine weights, in the order of the rows.
+        weights: (T, K) combine weights.
         kernels: list of tensors with the expert axis first, (E, ...).
         groups: a `Groups`.
 
@@ -95,78 +145,87 @@ def run_grouped(step, tokens, row_weights, kernels, groups):
     driver = _Blocks if backend.compiles_static_shapes() else _Slices
 
     def forward(inputs, context):
-        tokens, row_weights, *kernels = inputs
+        tokens, weights, *kernels = inputs
         groups = Groups(*context)
-        rows, saved = driver.forward(step, tokens, row_weights, kernels, groups)
-        return sum_rows(rows, groups.rows_of_token), saved
+        rows, saved = driver.forward(step, tokens, kernels, groups)
+        return sum_rows(rows, groups, weights), (rows, saved)
 
     def backward(inputs, context, saved, gradient):
-        tokens, row_weights, *kernels = inputs
+        tokens, weights, *kernels = inputs
         groups = Groups(*context)
         row_gradient, weight_gradient, kernel_gradients = driver.backward(
-            step, tokens, row_weights, kernels, groups, saved, gradient
+            step, tokens, groups.weight_of_row(weights), kernels, groups, *saved, gradient
         )
         return (
-            sum_rows(row_gradient, groups.rows_of_token),
-            weight_gradient,
+            sum_rows(row_gradient, groups),
+            _at_assignments(weight_gradient, groups, weights.dtype),
             *kernel_gradients,
         )
 
-    return backend.differentiable(forward, backward, (tokens, row_weights, *kernels), tuple(groups))
+    return backend.differentiable(forward, backward, (tokens, weights, *kernels), tuple(groups))
+
+
+def _at_assignments(values, groups, dtype):
+    """Values of rows (R,) as values of assignments (T, K), zero where there is no row."""
+    picked = ops.take(values, ops.maximum(groups.rows_of_token, 0))
+    return ops.cast(ops.where(groups.rows_of_token >= 0, picked, 0.0), dtype)
+
+
+def _row_sums(values):
+    return ops.sum(ops.cast(values, "float32"), axis=1, keepdims=True)
 
 
 class _Slices:
     """Drive a step over slices of exact size: shapes depend on data."""
 
     @staticmethod
-    def forward(step, tokens, row_weights, kernels, groups):
+    def forward(step, tokens, kernels, groups):
         outputs, saved = [], []
-        for expert, token_rows, weights in _slices(row_weights, groups):
+        for expert, rows, token_rows in _slices(groups):
             output, kept = step.forward(
-                backend.gather_rows(tokens, token_rows),
-                weights,
-                [kernel[expert] for kernel in kernels],
+                backend.gather_rows(tokens, token_rows), [kernel[expert] for kernel in kernels]
             )
             outputs.append(output)
             saved.append(kept)
-        return _fill_rows(outputs, row_weights), saved
+        return _fill_rows(outputs, groups), saved
 
     @staticmethod
-    def backward(step, tokens, row_weights, kernels, groups, saved, gradient):
+    def backward(step, tokens, row_weights, kernels, groups, outputs, saved, gradient):
         row_parts, weight_parts, kernel_parts = [], [], []
-        for expert, token_rows, weights in _slices(row_weights, groups):
-            row_gradient, weight_gradient, kernel_gradients = step.backward(
+        row_weights = ops.expand_dims(ops.cast(row_weights, tokens.dtype), 1)
+        for expert, rows, token_rows in _slices(groups):
+            output_gradient = backend.gather_rows(gradient, token_rows)
+            row_gradient, kernel_gradients = step.backward(
                 backend.gather_rows(tokens, token_rows),
-                weights,
                 [kernel[expert] for kernel in kernels],
                 saved[expert],
-                backend.gather_rows(gradient, token_rows),
+                output_gradient * row_weights[rows],
             )
             row_parts.append(row_gradient)
-            weight_parts.append(weight_gradient)
-            kernel_parts.append(kernel_gradients)
+            weight_parts.append(_row_sums(output_gradient * outputs[rows]))
+            kernel_parts.append(_upright(kernel_gradients, step))
         kernel_gradients = [
             ops.cast(ops.stack(parts), kernel.dtype)
             for parts, kernel in zip(zip(*kernel_parts), kernels)
         ]
-        weight_gradient = ops.squeeze(_fill_rows(weight_parts, row_weights), 1)
-        return _fill_rows(row_parts, row_weights), weight_gradient, kernel_gradients
+        weight_gradient = ops.squeeze(_fill_rows(weight_parts, groups), 1)
+        return _fill_rows(row_parts, groups), weight_gradient, kernel_gradients
 
 
-def _slices(row_weights, groups):
-    """For each expert: its number, the tokens of its rows, and their weights (rows, 1)."""
-    start = 0
+def _slices(groups):
+    """For each expert: its number, its rows as a slice, and their tokens."""
+    start, token_of_row = 0, groups.token_of_row()
     for expert, size in enumerate(backend.unstack_sizes(groups.sizes)):
-        stop = start + size
-        weights = ops.expand_dims(row_weights[start:stop], 1)
-        yield expert, groups.token_of_row[start:stop], weights
-        start = stop
+        rows = slice(start, start + size)
+        yield expert, rows, token_of_row[rows]
+        start = start + size
 
 
-def _fill_rows(parts, row_weights):
+def _fill_rows(parts, groups):
     """All rows, where `parts` holds the rows of each group: those of no group are zero."""
     computed = sum(ops.shape(part)[0] for part in parts)
-    nobody = ops.zeros((ops.shape(row_weights)[0] - computed, parts[0].shape[1]), parts[0].dtype)
+    num_rows = ops.shape(groups.assignment_of_row)[0]
+    nobody = ops.zeros((num_rows - computed, parts[0].shape[1]), parts[0].dtype)
     return ops.concatenate([*parts, nobody])
 
 
@@ -178,105 +237,145 @@ class _Blocks:
     """
 
     @staticmethod
-    def forward(step, tokens, row_weights, kernels, groups):
-        groups, row_weights, num_rows = _pad_for_last_block(groups, row_weights)
-        dtype = tokens.dtype
-
-        def block(kernels, rows, inside, token_rows, carry):
-            output, saved = step.forward(
-                _where(inside, backend.gather_rows(tokens, token_rows)),
-                _rows_at(row_weights, rows),
-                kernels,
-            )
-            return tuple(
-                ops.slice_update(buffer, (rows[0], 0), value)
-                for buffer, value in zip(carry, (output, *saved))
-            )
-
+    def forward(step, tokens, kernels, groups):
         def group(expert, for_each_block, carry):
             of_expert = [_at(kernel, expert) for kernel in kernels]
-            return for_each_block(lambda *args: block(of_expert, *args), carry)
+
+            def block(block, carry):
+                output, saved = step.forward(block.gather(tokens), of_expert)
+                return tuple(map(block.write, carry, (output, *saved)))
+
+            return for_each_block(block, carry)
 
         widths = (step.output_width, *step.saved_widths)
-        carry = tuple(ops.zeros((num_rows, width), dtype) for width in widths)
+        num_rows = _num_rows_with_room(groups)
+        carry = tuple(ops.zeros((num_rows, width), tokens.dtype) for width in widths)
         output, *saved = _for_each_group(groups, group, carry)
         return output, saved
 
     @staticmethod
-    def backward(step, tokens, row_weights, kernels, groups, saved, gradient):
-        num_weights = ops.shape(row_weights)[0]
-        groups, row_weights, num_rows = _pad_for_last_block(groups, row_weights)
-
-        def block(kernels, rows, inside, token_rows, carry):
-            row_gradients, weight_gradients, *totals = carry
-            start, length = rows
-            row_gradient, weight_gradient, kernel_gradients = step.backward(
-                _where(inside, backend.gather_rows(tokens, token_rows)),
-                _rows_at(row_weights, rows),
-                kernels,
-                [ops.slice(buffer, (start, 0), (length, buffer.shape[1])) for buffer in saved],
-                _where(inside, backend.gather_rows(gradient, token_rows)),
-            )
-            return (
-                ops.slice_update(row_gradients, (start, 0), row_gradient),
-                ops.slice_update(weight_gradients, (start, 0), weight_gradient),
-                *(total + part for total, part in zip(totals, kernel_gradients)),
-            )
+    def backward(step, tokens, row_weights, kernels, groups, outputs, saved, gradient):
+        num_rows = _num_rows_with_room(groups)
+        room = num_rows - ops.shape(row_weights)[0]
+        padded_weights = ops.expand_dims(ops.pad(row_weights, (0, room)), 1)
 
         def group(expert, for_each_block, carry):
             row_gradients, weight_gradients, *totals = carry
             of_expert = [_at(kernel, expert) for kernel in kernels]
+
+            def block(block, carry):
+                row_gradients, weight_gradients, *totals = carry
+                output_gradient = block.gather(gradient)
+                weights = ops.cast(block.read(padded_weights), tokens.dtype)
+                row_gradient, kernel_gradients = step.backward(
+                    block.gather(tokens),
+                    of_expert,
+                    [block.read(buffer) for buffer in saved],
+                    output_gradient * weights,
+                )
+                weight_gradient = _row_sums(output_gradient * block.read(outputs))
+                return (
+                    block.write(row_gradients, row_gradient),
+                    block.write(weight_gradients, weight_gradient),
+                    *(total + part for total, part in zip(totals, kernel_gradients)),
+                )
+
             zeros = [ops.zeros(kernel.shape[1:], "float32") for kernel in kernels]
             row_gradients, weight_gradients, *parts = for_each_block(
-                lambda *args: block(of_expert, *args), (row_gradients, weight_gradients, *zeros)
+                block, (row_gradients, weight_gradients, *_upright(zeros, step))
             )
-            totals = [
-                ops.slice_update(
-                    total, (expert, *[0] * len(part.shape)), ops.cast(part, total.dtype)[None]
-                )
-                for total, part in zip(totals, parts)
-            ]
+            totals = map(_put_at(expert), totals, _upright(parts, step))
             return (row_gradients, weight_gradients, *totals)
 
         carry = (
             ops.zeros((num_rows, tokens.shape[1]), tokens.dtype),
-            ops.zeros((num_rows, 1), row_weights.dtype),
+            ops.zeros((num_rows, 1), "float32"),
             *(ops.zeros(kernel.shape, kernel.dtype) for kernel in kernels),
         )
         row_gradient, weight_gradient, *kernel_gradients = _for_each_group(groups, group, carry)
-        return row_gradient, weight_gradient[:num_weights, 0], kernel_gradients
+        return row_gradient, weight_gradient[:, 0], kernel_gradients
+
+
+class _Block(NamedTuple):
+    """Some rows of one group: `length` is static, all else may depend on data."""
+
+    start: Any
+    length: int
+    inside: Any
+    token_of_row: Any
+
+    def gather(self, tokens):
+        """The tokens of the rows, zeros past the end of the group."""
+        return self._mask(backend.gather_rows(tokens, self.token_of_row))
+
+    def read(self, buffer):
+        """The rows of a buffer, zeros past the end of the group."""
+        rows = backend.slice_at(buffer, (self.start, 0), (self.length, buffer.shape[1]))
+        return self._mask(rows)
+
+    def write(self, buffer, rows):
+        return ops.slice_update(buffer, (self.start, 0), ops.cast(rows, buffer.dtype))
+
+    def _mask(self, rows):
+        return ops.where(self.inside, rows, ops.zeros((), rows.dtype))
+
+
+def _upright(kernel_gradients, step):
+    """Exchange the axes of those kernel gradients that the step returns transposed."""
+    return [
+        ops.transpose(gradient) if transposed else gradient
+        for gradient, transposed in zip(kernel_gradients, step.transposed)
+    ]
 
 
 def _for_each_group(groups, group, carry):
     """`carry = group(expert, for_each_block, carry)` for every expert, in order."""
     ends = ops.cumsum(groups.sizes)
+    block_sizes = _block_sizes(groups)
+    token_of_row = ops.pad(groups.token_of_row(), (0, block_sizes[-1]))
 
     def body(expert, carry):
-        size = groups.sizes[expert]
-        start = ends[expert] - size
+        size = ops.take(groups.sizes, expert)
+        group_start = ops.take(ends, expert) - size
 
-        def for_each_block(block, carry):
+        def for_each_block(compute, carry):
             def at(offset, length, carry):
-                rows = (start + offset, length)
+                start = group_start + offset
                 inside = ops.expand_dims(ops.arange(length, dtype="int32") < size - offset, 1)
-                token_rows = ops.slice(groups.token_of_row, (rows[0],), (length,))
-                return block(rows, inside, token_rows, carry)
+                tokens = backend.slice_at(token_of_row, (start,), (length,))
+                return compute(_Block(start, length, inside, tokens), carry)
 
-            return _cover(size, at, carry)
+            return _cover(size, block_sizes, at, carry)
 
         return group(expert, for_each_block, carry)
 
     return ops.fori_loop(0, groups.sizes.shape[0], body, carry)
 
 
-def _cover(size, block, carry):
+def _block_sizes(groups):
+    """The block sizes that groups of so many rows can need: few rows take little to compile."""
+    num_rows = math.prod(ops.shape(groups.rows_of_token))
+    if not isinstance(num_rows, int):
+        return BLOCK_SIZES
+    return BLOCK_SIZES[: 1 + sum(size < num_rows for size in BLOCK_SIZES)]
+
+
+def _num_rows_with_room(groups):
+    """The rows of all groups, and room behind them for a block that reaches past the last."""
+    return ops.shape(groups.assignment_of_row)[0] + _block_sizes(groups)[-1]
+
+
+def _cover(size, block_sizes, block, carry):
     """Cover `size` rows: full blocks, then one tail block of the smallest size that is enough."""
-    largest = BLOCK_SIZES[-1]
+    largest = block_sizes[-1]
+    shorter_sizes = (0, *block_sizes[:-1])
+    # A rest that only a full block can hold is one more of those.
     full = size // largest
     rest = size - full * largest
-    carry = ops.fori_loop(0, full, lambda i, carry: block(i * largest, largest, carry), carry)
-    shorter = 0
-    for length in BLOCK_SIZES:
+    needs_full = rest > shorter_sizes[-1]
+    trips = full + ops.cast(needs_full, "int32")
+    carry = ops.fori_loop(0, trips, lambda i, carry: block(i * largest, largest, carry), carry)
+    for shorter, length in zip(shorter_sizes, block_sizes[:-1]):
         trips = ops.cast(ops.logical_and(rest > shorter, rest <= length), "int32")
         # The offset depends on `i` though `i` is always 0: XLA hoists what does not depend on the
         # loop out of it, and would compute the tail blocks of all sizes.
@@ -286,28 +385,20 @@ def _cover(size, block, carry):
             lambda i, carry, length=length: block(full * largest + i * length, length, carry),
             carry,
         )
-        shorter = length
     return carry
-
-
-def _pad_for_last_block(groups, row_weights):
-    """Room behind the last group for a block that reaches past its end."""
-    room = BLOCK_SIZES[-1]
-    groups = groups._replace(token_of_row=ops.pad(groups.token_of_row, (0, room)))
-    row_weights = ops.expand_dims(ops.pad(row_weights, (0, room)), 1)
-    return groups, row_weights, ops.shape(row_weights)[0]
-
-
-def _rows_at(column, rows):
-    start, length = rows
-    return ops.slice(column, (start, 0), (length, 1))
 
 
 def _at(stacked, expert):
     """Entry `expert` of a tensor (E, ...)."""
-    entry = ops.slice(stacked, (expert, *[0] * (len(stacked.shape) - 1)), (1, *stacked.shape[1:]))
-    return ops.squeeze(entry, 0)
+    start = (expert, *[0] * (len(stacked.shape) - 1))
+    return ops.squeeze(backend.slice_at(stacked, start, (1, *stacked.shape[1:])), 0)
 
 
-def _where(inside, rows):
-    return ops.where(inside, rows, ops.zeros((), rows.dtype))
+def _put_at(expert):
+    """A function that writes `entry` as entry `expert` of a tensor (E, ...)."""
+
+    def put(stacked, entry):
+        start = (expert, *[0] * (len(stacked.shape) - 1))
+        return ops.slice_update(stacked, start, ops.expand_dims(ops.cast(entry, stacked.dtype), 0))
+
+    return put

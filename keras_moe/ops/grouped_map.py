@@ -19,7 +19,7 @@ def map_groups(functions, rows, sizes, output_width, state):
         rows: (R, D) rows grouped by expert.
         sizes: (E,) int32 sizes of the groups; rows behind the last group belong to nobody.
         output_width: D'.
-        state: tuple of tensors, handed through all functions.
+        state: list of tensors, handed through the functions that run.
 
     Returns:
         Rows (R, D'), zero where they belong to nobody, and the state.
@@ -32,8 +32,12 @@ def map_groups(functions, rows, sizes, output_width, state):
 def _map_slices(functions, rows, sizes, output_width, state):
     outputs, start = [], 0
     for function, size in zip(functions, backend.unstack_sizes(sizes)):
-        output, state = function(rows[start : start + size], state)
-        outputs.append(output)
+        # A function without rows is given one of zeros and its effects are thrown away: all its
+        # gradients exist then, and no statistics of nothing, which are NaN, enter the state.
+        spare = ops.maximum(1 - size, 0)
+        output, new = function(ops.pad(rows[start : start + size], ((0, spare), (0, 0))), state)
+        state = [ops.where(size > 0, *values) for values in zip(new, state)]
+        outputs.append(output[:size])
         start = start + size
     nobody = ops.zeros((ops.shape(rows)[0] - start, output_width), outputs[0].dtype)
     return ops.concatenate([*outputs, nobody]), state

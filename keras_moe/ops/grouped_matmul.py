@@ -36,24 +36,23 @@ def grouped_matmul(rows, kernels, group_sizes):
     group_sizes = ops.cast(ops.convert_to_tensor(group_sizes), "int32")
     _check_shapes(rows.shape, kernels.shape, group_sizes.shape)
 
-    def forward(rows, _, kernels):
+    def forward(rows, kernels):
         return ops.matmul(rows, kernels[0]), []
 
-    def backward(rows, weights, kernels, _, gradient):
+    def backward(rows, kernels, _, gradient):
         row_gradient = ops.matmul(gradient, ops.transpose(kernels[0]))
-        kernel_gradient = ops.matmul(ops.transpose(rows), gradient)
-        return row_gradient, ops.zeros_like(weights), [kernel_gradient]
+        return row_gradient, [ops.matmul(ops.transpose(rows), gradient)]
 
     num_rows = ops.shape(rows)[0]
     row_numbers = ops.arange(num_rows, dtype="int32")
     computed = row_numbers < ops.sum(group_sizes)
     groups = Groups(
         sizes=group_sizes,
-        token_of_row=row_numbers,
+        assignment_of_row=row_numbers,
         rows_of_token=ops.expand_dims(ops.where(computed, row_numbers, -1), 1),
     )
-    step = Step(forward, backward, saved_widths=(), output_width=kernels.shape[-1])
-    return run_grouped(step, rows, ops.ones((num_rows,), "float32"), [kernels], groups)
+    step = Step(forward, backward, (), kernels.shape[-1], transposed=(False,))
+    return run_grouped(step, rows, ops.ones((num_rows, 1), "float32"), [kernels], groups)
 
 
 def _check_shapes(rows, kernels, group_sizes):

@@ -3,34 +3,31 @@
 Axes: T tokens, D features, E experts, K experts per token, N = T * K assignments, one row each.
 """
 
-import math
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_moe import backend
-from keras_moe.ops.grouped import Groups, sum_rows
+from keras_moe.ops.grouped import Groups, combine_rows, dispatch_rows
 
 
 class GroupedPlan(NamedTuple):
     """Assignments sorted by expert, each a row: an immutable record with two verbs.
 
     - `groups`: `ops.Groups`, the sizes of the groups and the maps between rows and tokens.
-    - `row_weights` (N,) float32: the combine weight of each row.
-
-    An expert bank returns rows that are already multiplied by their weights.
+    - `weights` (T, K) float32: the combine weights of the routing.
     """
 
     groups: Any
-    row_weights: Any
+    weights: Any
 
     def dispatch(self, tokens):
         """Rows grouped by expert, (N, D), from tokens (T, D)."""
-        return backend.gather_rows(tokens, self.groups.token_of_row)
+        return dispatch_rows(tokens, self.groups)
 
     def combine(self, rows):
-        """Tokens (T, D), each the float32 sum of its weighted rows; zero without any."""
-        return sum_rows(rows, self.groups.rows_of_token)
+        """Tokens (T, D), each the weighted float32 sum of its rows; zero without any."""
+        return combine_rows(rows, self.weights, self.groups)
 
 
 def plan_groups(routing, capacity=None):
@@ -47,7 +44,7 @@ def plan_groups(routing, capacity=None):
     Returns:
         A `GroupedPlan`.
     """
-    num_tokens = ops.shape(routing.indices)[0]
+    num_tokens, top_k = ops.shape(routing.indices)
     num_experts = routing.counts.shape[0]
     nobody = num_experts
     # Choice-major: assignment k * T + t is the k-th choice of token t.
@@ -66,11 +63,10 @@ def plan_groups(routing, capacity=None):
     rows = ops.where(is_served, rank, -1)
     groups = Groups(
         sizes=sizes,
-        token_of_row=order % num_tokens,
-        rows_of_token=ops.transpose(ops.reshape(rows, (-1, num_tokens))),
+        assignment_of_row=order,
+        rows_of_token=ops.transpose(ops.reshape(rows, (top_k, num_tokens))),
     )
-    weights = ops.reshape(ops.transpose(routing.weights), (-1,))
-    return GroupedPlan(groups, _permute(weights, order, rank))
+    return GroupedPlan(groups, routing.weights)
 
 
 def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
@@ -81,16 +77,17 @@ def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
             not depend on the data.
         num_experts: E.
         top_k: K.
-        capacity_factor: positive float; 1.0 has room for exactly balanced experts.
+        capacity_factor: positive float, read to three decimals or the nearest simple fraction;
+            1.0 has room for exactly balanced experts.
 
     Returns:
         An integer, or an int32 tensor where `num_tokens` is one.
     """
-    exact = capacity_factor * top_k / num_experts
-    if isinstance(num_tokens, int):
-        return max(1, math.ceil(round(num_tokens * exact, 6)))
-    rows = ops.ceil(ops.round(ops.cast(num_tokens, "float32") * exact, 3))
-    return ops.maximum(1, ops.cast(rows, "int32"))
+    # In integers, which round alike everywhere: in float32 a compiled quotient may come out just
+    # above a whole number, and one row too many with it.
+    share = Fraction(capacity_factor).limit_denominator(1000) * top_k / num_experts
+    rows = -(-num_tokens * share.numerator // share.denominator)
+    return max(1, rows) if isinstance(num_tokens, int) else ops.maximum(1, rows)
 
 
 def dropped_fraction(routing, plan):
@@ -106,14 +103,3 @@ def _sort_by_expert(expert_of_assignment):
     rank = ops.cast(ops.argsort(order), "int32")
     return order, rank
 
-
-def _permute(values, order, rank):
-    """`values[order]`; `rank` is the inverse permutation, so the gradient is a gather as well."""
-
-    def forward(inputs, context):
-        return backend.gather_rows(inputs[0], context[0]), ()
-
-    def backward(inputs, context, saved, gradient):
-        return (backend.gather_rows(gradient, context[1]),)
-
-    return backend.differentiable(forward, backward, (values,), (order, rank))

@@ -52,7 +52,7 @@ def top_k_routing(logits, top_k, mask=None):
         mask = ops.ones(ops.shape(logits)[:1], "bool")
     else:
         logits = ops.where(ops.expand_dims(mask, 1), logits, 0.0)
-    probs = ops.softmax(logits, axis=-1)
+    probs = softmax(logits)
     indices = top_k_indices(probs, top_k)
     weights = take_scores(probs, indices)
     if top_k > 1:
@@ -60,6 +60,13 @@ def top_k_routing(logits, top_k, mask=None):
     weights = ops.where(ops.expand_dims(mask, 1), weights, 0.0)
     counts = count_assignments(indices, mask, logits.shape[-1])
     return Routing(indices, weights, probs, logits, mask, counts, ops.zeros((), "float32"))
+
+
+def softmax(logits):
+    """Softmax over the experts, also over a single one, where `ops.softmax` warns."""
+    if logits.shape[-1] == 1:
+        return ops.exp(logits - logits)
+    return ops.softmax(logits, axis=-1)
 
 
 def top_k_indices(scores, top_k):
@@ -76,7 +83,9 @@ def top_k_indices(scores, top_k):
     """
     # K rounds of argmax agree on ties and NaN on every backend, where top_k does not, and for a
     # few experts per token they are as fast.
-    num_experts = scores.shape[-1]
+    num_tokens, num_experts = scores.shape
+    if num_tokens == 0:  # Keras has no maximum of nothing.
+        return ops.zeros((0, top_k), "int32")
     scores = ops.stop_gradient(scores)
     scores = ops.where(ops.isnan(scores), float("-inf"), scores)
     experts = ops.arange(num_experts, dtype="int32")
