@@ -48,8 +48,16 @@ class ExpertMonitor(keras.callbacks.Callback):
     def set_model(self, model):
         super().set_model(model)
         self._training_logs = self._test_logs = None
+        self._is_training = False
         # A test function that was traced before does not count assignments.
         model.test_function = None
+
+    def on_train_begin(self, logs=None):
+        self._is_training = True
+
+    def on_train_end(self, logs=None):
+        self._is_training = False
+        self._forget_counting()
 
     def on_epoch_begin(self, epoch, logs=None):
         self._read_counts()
@@ -64,6 +72,8 @@ class ExpertMonitor(keras.callbacks.Callback):
         self._test_logs = self._read_counts()
         if logs is not None:
             logs.update(self._test_logs)
+        if not self._is_training:
+            self._forget_counting()
 
     def on_epoch_end(self, epoch, logs=None):
         training_logs = self._training_logs
@@ -72,6 +82,10 @@ class ExpertMonitor(keras.callbacks.Callback):
         validation_logs = {f"val_{key}": value for key, value in (self._test_logs or {}).items()}
         if logs is not None:
             logs.update({**training_logs, **validation_logs})
+
+    def _forget_counting(self):
+        """A test function that was traced meanwhile counts assignments."""
+        self.model.test_function = None
 
     def _count_in_evaluation(self, counts):
         for layer in self._moe_layers().values():

@@ -2,6 +2,8 @@
 
 import numbers
 
+import keras
+
 
 def check_positive_integer(name, value):
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
@@ -32,6 +34,14 @@ def check_positive_number(name, value):
         raise ValueError(
             f"`{name}` must be a finite number above 0. Received: {name}={value!r}. "
             "Pass, for example, 1.25."
+        )
+
+
+def check_float_inputs(inputs):
+    if not keras.backend.is_float_dtype(inputs.dtype):
+        raise TypeError(
+            "`inputs` must be a float tensor. Received: inputs.dtype="
+            f"{keras.backend.standardize_dtype(inputs.dtype)}. Embed or cast integers first."
         )
 
 

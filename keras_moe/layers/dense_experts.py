@@ -31,6 +31,12 @@ class DenseExperts(ExpertBank):
     ):
         check_positive_integer("num_experts", num_experts)
         check_positive_integer("hidden_dim", hidden_dim)
+        if isinstance(activation, keras.Layer):
+            raise TypeError(
+                "`activation` must be a name or a function without weights. Received: "
+                f"activation={activation!r} (of type {type(activation).__name__}). "
+                "Put layers into `LayerExperts`."
+            )
         super().__init__(num_experts, **kwargs)
         self.hidden_dim = hidden_dim
         self.activation = keras.activations.get(activation)

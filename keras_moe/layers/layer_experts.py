@@ -13,9 +13,9 @@ class LayerExperts(ExpertBank):
     """Experts that are Keras layers or models, each different if wanted.
 
     Only the layers that serve a token run on it. Each layer sees rows (n, D) and must return rows
-    (n, D') with the same D' for all experts. Under XLA the rows come in blocks of 64 that are filled
-    up with zeros, so a layer that looks across rows, as `BatchNormalization` does in training, sees
-    those zeros, and an activity regularizer counts once a block.
+    (n, D') with the same D' for all experts. Under XLA the rows come in blocks of 64 that are
+    filled up with zeros, so a layer that looks across rows, as `BatchNormalization` does in
+    training, sees those zeros, and an activity regularizer counts once a block.
 
     For experts of one shape `FeedForwardExperts` and `GatedExperts` are faster.
 

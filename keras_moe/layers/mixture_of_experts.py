@@ -7,7 +7,7 @@ from keras_moe import losses, ops, routers
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.routers.router import routing_spec
 from keras_moe.serialization import register, resolve
-from keras_moe.validation import check_mask, check_positive_number
+from keras_moe.validation import check_float_inputs, check_mask, check_positive_number
 
 
 @register
@@ -109,7 +109,12 @@ class MixtureOfExperts(keras.layers.Layer):
             if not self.shared_expert.built:
                 self.shared_expert.build(inputs_shape)
             self._check_shared_expert(inputs_shape)
-        counter = {"initializer": "zeros", "dtype": "float32", "trainable": False, "autocast": False}
+        counter = {
+            "initializer": "zeros",
+            "dtype": "float32",
+            "trainable": False,
+            "autocast": False,
+        }
         self.expert_counts = self.add_weight(
             name="expert_counts", shape=(self.experts.num_experts,), **counter
         )
@@ -137,11 +142,7 @@ class MixtureOfExperts(keras.layers.Layer):
         return (outputs, routing) if return_routing else outputs
 
     def _flatten(self, inputs, mask):
-        if not keras.backend.is_float_dtype(inputs.dtype):
-            raise TypeError(
-                "`inputs` must be a float tensor. Received: inputs.dtype="
-                f"{keras.backend.standardize_dtype(inputs.dtype)}. Embed or cast integers first."
-            )
+        check_float_inputs(inputs)
         tokens = keras_ops.reshape(inputs, (-1, inputs.shape[-1]))
         if mask is None:
             return tokens, None

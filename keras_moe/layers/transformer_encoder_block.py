@@ -6,7 +6,12 @@ import keras
 from keras import ops
 
 from keras_moe.serialization import register, resolve
-from keras_moe.validation import check_fraction, check_mask, check_positive_integer
+from keras_moe.validation import (
+    check_float_inputs,
+    check_fraction,
+    check_mask,
+    check_positive_integer,
+)
 
 
 @register
@@ -92,6 +97,7 @@ class TransformerEncoderBlock(keras.layers.Layer):
             )
 
     def call(self, inputs, mask=None, training=None):
+        check_float_inputs(inputs)
         attention_mask = None
         if mask is not None:
             check_mask(mask.shape, inputs.shape)
@@ -100,9 +106,7 @@ class TransformerEncoderBlock(keras.layers.Layer):
             inputs = ops.where(ops.expand_dims(mask, -1), inputs, ops.zeros((), inputs.dtype))
             attention_mask = ops.expand_dims(mask, 1)
         normed = self._attention_norm(inputs)
-        attended = self._attention(
-            normed, normed, attention_mask=attention_mask, training=training
-        )
+        attended = self._attention(normed, normed, attention_mask=attention_mask, training=training)
         hidden = inputs + self._drop(attended, training=training)
         normed = self._feedforward_norm(hidden)
         return hidden + self._drop(self._feed_forward(normed, mask, training), training=training)

@@ -38,8 +38,8 @@ class Step(NamedTuple):
     - `saved_widths`: the width of each tensor of rows in `saved`.
     - `output_width`: the width of `output_rows`.
     - `transposed`: for each kernel whether its gradient comes with its two axes exchanged. Of the
-      two ways to write a product one may be much faster, and exchanging the axes of the sum over
-      all rows of an expert costs less than exchanging those of each part.
+      two ways to write a product one may be much faster, and exchanging the axes of the sums costs
+      less than exchanging those of each part.
     """
 
     forward: Callable
@@ -203,10 +203,10 @@ class _Slices:
             )
             row_parts.append(row_gradient)
             weight_parts.append(_row_sums(output_gradient * outputs[rows]))
-            kernel_parts.append(_upright(kernel_gradients, step))
+            kernel_parts.append(kernel_gradients)
+        totals = _upright(map(ops.stack, zip(*kernel_parts)), step)
         kernel_gradients = [
-            ops.cast(ops.stack(parts), kernel.dtype)
-            for parts, kernel in zip(zip(*kernel_parts), kernels)
+            ops.cast(total, kernel.dtype) for total, kernel in zip(totals, kernels)
         ]
         weight_gradient = ops.squeeze(_fill_rows(weight_parts, groups), 1)
         return _fill_rows(row_parts, groups), weight_gradient, kernel_gradients
@@ -260,7 +260,6 @@ class _Blocks:
         padded_weights = ops.expand_dims(ops.pad(row_weights, (0, room)), 1)
 
         def group(expert, for_each_block, carry):
-            row_gradients, weight_gradients, *totals = carry
             of_expert = [_at(kernel, expert) for kernel in kernels]
 
             def block(block, carry):
@@ -277,22 +276,20 @@ class _Blocks:
                 return (
                     block.write(row_gradients, row_gradient),
                     block.write(weight_gradients, weight_gradient),
-                    *(total + part for total, part in zip(totals, kernel_gradients)),
+                    *(_add_at(total, expert, part) for total, part in zip(totals, kernel_gradients)),
                 )
 
-            zeros = [ops.zeros(kernel.shape[1:], "float32") for kernel in kernels]
-            row_gradients, weight_gradients, *parts = for_each_block(
-                block, (row_gradients, weight_gradients, *_upright(zeros, step))
-            )
-            totals = map(_put_at(expert), totals, _upright(parts, step))
-            return (row_gradients, weight_gradients, *totals)
+            return for_each_block(block, carry)
 
         carry = (
             ops.zeros((num_rows, tokens.shape[1]), tokens.dtype),
             ops.zeros((num_rows, 1), "float32"),
-            *(ops.zeros(kernel.shape, kernel.dtype) for kernel in kernels),
+            *_upright((ops.zeros(kernel.shape, "float32") for kernel in kernels), step),
         )
-        row_gradient, weight_gradient, *kernel_gradients = _for_each_group(groups, group, carry)
+        row_gradient, weight_gradient, *totals = _for_each_group(groups, group, carry)
+        kernel_gradients = [
+            ops.cast(total, kernel.dtype) for total, kernel in zip(_upright(totals, step), kernels)
+        ]
         return row_gradient, weight_gradient[:, 0], kernel_gradients
 
 
@@ -320,11 +317,11 @@ class _Block(NamedTuple):
         return ops.where(self.inside, rows, ops.zeros((), rows.dtype))
 
 
-def _upright(kernel_gradients, step):
-    """Exchange the axes of those kernel gradients that the step returns transposed."""
+def _upright(stacked_gradients, step):
+    """Exchange the axes of those stacked gradients that the step returns transposed."""
     return [
-        ops.transpose(gradient) if transposed else gradient
-        for gradient, transposed in zip(kernel_gradients, step.transposed)
+        ops.transpose(stacked, (0, 2, 1)) if transposed else stacked
+        for stacked, transposed in zip(stacked_gradients, step.transposed)
     ]
 
 
@@ -394,11 +391,8 @@ def _at(stacked, expert):
     return ops.squeeze(backend.slice_at(stacked, start, (1, *stacked.shape[1:])), 0)
 
 
-def _put_at(expert):
-    """A function that writes `entry` as entry `expert` of a tensor (E, ...)."""
-
-    def put(stacked, entry):
-        start = (expert, *[0] * (len(stacked.shape) - 1))
-        return ops.slice_update(stacked, start, ops.expand_dims(ops.cast(entry, stacked.dtype), 0))
-
-    return put
+def _add_at(stacked, expert, part):
+    """Add to entry `expert` of a tensor (E, ...), in place under XLA."""
+    start = (expert, *[0] * (len(stacked.shape) - 1))
+    total = _at(stacked, expert) + ops.cast(part, stacked.dtype)
+    return ops.slice_update(stacked, start, ops.expand_dims(total, 0))

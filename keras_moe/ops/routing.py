@@ -63,10 +63,12 @@ def top_k_routing(logits, top_k, mask=None):
 
 
 def softmax(logits):
-    """Softmax over the experts, also over a single one, where `ops.softmax` warns."""
-    if logits.shape[-1] == 1:
-        return ops.exp(logits - logits)
-    return ops.softmax(logits, axis=-1)
+    """Softmax over the experts, whose NaN logits make all scores of a token NaN.
+
+    TensorFlow's own softmax on CPUs gives the other experts a score of 0 there, which would hide
+    a broken router; and `ops.softmax` warns of a single expert.
+    """
+    return ops.exp(ops.log_softmax(logits, axis=-1))
 
 
 def top_k_indices(scores, top_k):

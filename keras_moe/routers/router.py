@@ -41,6 +41,11 @@ class Router(keras.layers.Layer):
         Returns:
             An `ops.Routing`.
         """
+        if len(tokens.shape) != 2:
+            raise ValueError(
+                "A router takes tokens (T, D). Received: "
+                f"tokens.shape={tuple(tokens.shape)}. Flatten all leading axes into one."
+            )
         if mask is not None:
             check_mask(mask.shape, tokens.shape)
             mask = ops.cast(mask, "bool")

@@ -1,0 +1,112 @@
+"""Embeds a document as a sequence of phrases, each the weighted sum of its words and bigrams."""
+
+import keras
+from keras import ops
+from vocabulary import UNKNOWN
+
+
+@keras.saving.register_keras_serializable("examples")
+class PhraseEmbedding(keras.layers.Layer):
+    """(batch, length) word ids to (batch, length / phrase_length, features).
+
+    A document of 400 words is 50 phrases of 8, so attention and experts have an eighth of the
+    positions. Words and pairs of neighbours, the latter hashed, are weighted as in TF-IDF with
+    logarithmic counts, so the mean phrase is a linear map of a TF-IDF vector: the encoder adds to
+    what a linear classifier sees.
+
+    Args:
+        num_words: size of the vocabulary.
+        num_bigrams: number of embeddings that all bigrams share.
+        features: size of the embeddings, D.
+        phrase_length: words in a phrase; must divide the length.
+        word_dropout: share of the words and of the bigrams that training leaves out.
+        **kwargs: arguments of a Keras layer.
+
+    `salience` (num_words + 2,) holds the weight of each word: assign the inverse document
+    frequencies before training.
+    """
+
+    # Adam moves every weight by about the learning rate, so this is how much faster than the
+    # encoder the embeddings learn. Rare words have few steps to learn in.
+    GAIN = 100.0
+
+    def __init__(self, num_words, num_bigrams, features, phrase_length, word_dropout=0.0, **kwargs):
+        super().__init__(**kwargs)
+        self.num_words = num_words
+        self.num_bigrams = num_bigrams
+        self.features = features
+        self.phrase_length = phrase_length
+        self.word_dropout = word_dropout
+        self.seed_generator = keras.random.SeedGenerator()
+
+    def build(self, ids_shape):
+        if ids_shape[1] % self.phrase_length:
+            raise ValueError(
+                "`phrase_length` must divide the length of the documents. Received: "
+                f"phrase_length={self.phrase_length}, inputs.shape={tuple(ids_shape)}."
+            )
+        initializer = keras.initializers.RandomNormal(stddev=1 / self.GAIN)
+        self.words = self.add_weight(
+            name="words", shape=(self.num_words + 2, self.features), initializer=initializer
+        )
+        self.bigrams = self.add_weight(
+            name="bigrams", shape=(self.num_bigrams, self.features), initializer=initializer
+        )
+        self.salience = self.add_weight(
+            name="salience", shape=(self.num_words + 2,), initializer="ones"
+        )
+
+    def call(self, ids, training=False):
+        first, second = ids[:, :-1], ids[:, 1:]
+        salience = ops.take(self.salience, ids, axis=0)
+        bigrams = (first * 46337 + second) % self.num_bigrams
+        word_weights = self._weights(ids, salience, ids > UNKNOWN, training)
+        bigram_weights = self._weights(
+            bigrams,
+            (salience[:, :-1] + salience[:, 1:]) / 2,
+            ops.logical_and(first > UNKNOWN, second > UNKNOWN),
+            training,
+        )
+        bigram_vectors = _scale(ops.take(self.bigrams, bigrams, axis=0), bigram_weights)
+        vectors = _scale(ops.take(self.words, ids, axis=0), word_weights)
+        vectors = vectors + ops.pad(bigram_vectors, ((0, 0), (0, 1), (0, 0)))
+        squares = ops.sum(word_weights**2, 1) + ops.sum(bigram_weights**2, 1)
+        phrases = ops.sum(self._split(vectors), axis=2)
+        # The constant keeps the gradient finite for a document without a known word.
+        return phrases * ops.reshape(self.GAIN / ops.sqrt(squares + 1e-3), (-1, 1, 1))
+
+    def _weights(self, ids, salience, known, training):
+        """Salience times (1 + log n) / n for each of the n times that a term is in its document."""
+        if training and self.word_dropout:
+            noise = keras.random.uniform(ops.shape(ids), seed=self.seed_generator)
+            known = ops.logical_and(known, noise > self.word_dropout)
+        equal = ops.equal(ops.expand_dims(ids, 2), ops.expand_dims(ids, 1))
+        count = ops.sum(ops.cast(equal, salience.dtype), axis=2)
+        weights = salience * (1 + ops.log(count)) / count
+        return ops.where(known, weights, ops.zeros_like(weights))
+
+    def _split(self, values):
+        """(B, length, ...) to (B, phrases, phrase_length, ...)."""
+        _, length, *rest = values.shape
+        return ops.reshape(values, (-1, length // self.phrase_length, self.phrase_length, *rest))
+
+    def compute_mask(self, ids, mask=None):
+        """True for a phrase that has a word."""
+        return ops.any(self._split(ids > 0), axis=2)
+
+    def compute_output_shape(self, ids_shape):
+        return ids_shape[0], ids_shape[1] // self.phrase_length, self.features
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_words": self.num_words,
+            "num_bigrams": self.num_bigrams,
+            "features": self.features,
+            "phrase_length": self.phrase_length,
+            "word_dropout": self.word_dropout,
+        }
+
+
+def _scale(vectors, weights):
+    return vectors * ops.expand_dims(weights, -1)

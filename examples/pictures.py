@@ -1,0 +1,37 @@
+"""Pictures of a training run."""
+
+import numpy as np
+from matplotlib.figure import Figure
+
+
+def learning_curves(histories, path):
+    """Accuracy by epoch; `histories` maps a model's name to the logs of `fit`."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for index, (name, logs) in enumerate(histories.items()):
+        epochs = range(1, 1 + len(logs["accuracy"]))
+        axes.plot(epochs, logs["accuracy"], f"C{index}--", label=f"{name}, training")
+        axes.plot(epochs, logs["val_accuracy"], f"C{index}o-", label=f"{name}, validation")
+    axes.set(xlabel="epoch", ylabel="accuracy")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def experts_by_class(usage, class_names, path):
+    """Heat map of the share of each class's tokens that an expert serves.
+
+    `usage` maps a layer's name to its (classes, experts) counts.
+    """
+    figure = Figure(figsize=(2 + 4 * len(usage), 2 + 0.25 * len(class_names)), layout="constrained")
+    panels = figure.subplots(1, len(usage), squeeze=False, sharey=True)[0]
+    for axes, (name, counts) in zip(panels, usage.items()):
+        image = axes.imshow(shares(counts), aspect="auto", cmap="viridis", vmin=0)
+        axes.set(title=name, xlabel="expert", xticks=range(counts.shape[1]))
+        figure.colorbar(image, ax=axes)
+    panels[0].set_yticks(range(len(class_names)), class_names)
+    figure.savefig(path, dpi=120)
+
+
+def shares(counts):
+    """Counts along the last axis as shares of their sum; zeros where there are none."""
+    return counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)

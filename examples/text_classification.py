@@ -1,0 +1,298 @@
+"""Classifies text with a sparse Mixture-of-Experts Transformer.
+
+    python examples/text_classification.py
+    python examples/text_classification.py --compare --seeds 3
+    python examples/text_classification.py --predict "the goalie stopped every shot"
+
+Runs on the backend that KERAS_BACKEND names. The data are read with TensorFlow Datasets, which
+needs TensorFlow on every backend.
+"""
+
+import argparse
+import json
+import pathlib
+import time
+import typing
+
+import datasets
+import keras
+import numpy as np
+import pictures
+from phrase_embedding import PhraseEmbedding
+from vocabulary import Vocabulary
+
+from keras_moe import callbacks, layers, routers
+
+
+class Size(typing.NamedTuple):
+    words: int
+    bigrams: int
+    length: int
+    phrase_length: int
+    features: int
+    hidden_dim: int
+    documents: int | None
+
+
+FULL = Size(40_000, 50_021, 400, 8, features=128, hidden_dim=256, documents=None)
+SMOKE = Size(500, 251, 32, 4, features=16, hidden_dim=16, documents=256)
+LABEL_SMOOTHING = 0.3
+LEARNING_RATE = 1e-3
+
+
+def main(arguments=None):
+    options = parse_options(arguments)
+    if options.predict is not None:
+        return predict(options.predict, options.output)
+    if options.mixed_precision:
+        keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    size = SMOKE if options.smoke else FULL
+    data = datasets.load(options.dataset, options.data_dir)
+    train, validation, test = (cut(split, size.documents) for split in data[:3])
+    vocabulary = Vocabulary.learn(train.texts, size.words, size.length)
+
+    def encoded(split):
+        labels = keras.utils.to_categorical(split.labels, len(data.class_names))
+        return vocabulary.encode(split.texts), labels
+
+    arrays = [encoded(split) for split in (train, validation, test)]
+    feedforwards = {"mixture of experts": lambda: expert_feedforward(options, size)}
+    if options.compare:
+        feedforwards["dense twin"] = lambda: dense_feedforward(options, size)
+    results, histories = {}, {}
+    for name, feedforward in feedforwards.items():
+        runs = []
+        for seed in range(options.seeds):
+            print(f"\n{name}, seed {seed}")
+            keras.utils.set_random_seed(seed)
+            model = build_model(feedforward, vocabulary, size, len(data.class_names))
+            history, run = fit(model, arrays, options)
+            runs.append(run)
+            if seed == 0:
+                histories[name] = history
+                if name == "mixture of experts":
+                    shown = model
+        results[name] = {"runs": runs, **count_parameters(model)}
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    usage = expert_usage(shown, arrays[2][0], test.labels, len(data.class_names))
+    report = {"dataset": options.dataset, "results": results}
+    if options.compare:
+        report["logistic_regression"] = logistic_regression(train, validation, test)
+    print_report(report, usage)
+    save(shown, vocabulary, data.class_names, options.output)
+    (options.output / "results.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    pictures.learning_curves(histories, options.output / "learning_curves.png")
+    pictures.experts_by_class(usage, data.class_names, options.output / "experts_by_class.png")
+    print(f"\nModel, pictures and results are in {options.output}.")
+    return report
+
+
+def parse_options(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--dataset",
+        default="twenty_newsgroups",
+        help=f"{', '.join(datasets.BUILT_IN)}, or any text classification data of TFDS",
+    )
+    parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--top-k", type=int, default=2, help="experts that serve each token")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=1, help="number of runs to average")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="train a dense model of equal active size and a logistic regression as well",
+    )
+    parser.add_argument("--mixed-precision", action="store_true", help="compute in bfloat16")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model on a few documents")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("text_classifier"))
+    parser.add_argument("--predict", metavar="TEXT", help="classify with the model in --output")
+    return parser.parse_args(arguments)
+
+
+def cut(split, documents):
+    return datasets.Split(split.texts[:documents], split.labels[:documents])
+
+
+def expert_feedforward(options, size):
+    return layers.MixtureOfExperts(
+        layers.FeedForwardExperts(options.experts, size.hidden_dim),
+        router=routers.TopKRouter(options.experts, top_k=options.top_k),
+        name="experts",
+    )
+
+
+def dense_feedforward(options, size):
+    """As wide as the experts that serve one token, together."""
+    feedforward = keras.Sequential(
+        [
+            keras.layers.Dense(options.top_k * size.hidden_dim, activation="gelu"),
+            keras.layers.Dense(size.features),
+        ]
+    )
+    # Keras takes a Sequential for one that cannot have a mask, whatever its layers are.
+    feedforward.supports_masking = True
+    return feedforward
+
+
+def build_model(feedforward, vocabulary, size, num_classes):
+    embedding = PhraseEmbedding(
+        len(vocabulary.words), size.bigrams, size.features, size.phrase_length, word_dropout=0.3
+    )
+    block = layers.TransformerEncoderBlock(num_heads=4, feedforward=feedforward(), dropout=0.3)
+    ids = keras.Input((vocabulary.length,), dtype="int32")
+    phrases = embedding(ids)
+    embedding.salience.assign([0.0, 0.0, *vocabulary.salience])
+    contexts = keras.layers.LayerNormalization()(block(phrases))
+    # The plain mean of the phrases stays next to that of the encoder, which alone overfits.
+    document = [
+        keras.layers.LayerNormalization()(keras.layers.GlobalAveragePooling1D()(sequence))
+        for sequence in (phrases, contexts)
+    ]
+    document = keras.layers.Dropout(0.6)(keras.layers.Concatenate()(document))
+    logits = keras.layers.Dense(num_classes, dtype="float32")(document)
+    return keras.Model(ids, logits)
+
+
+def fit(model, arrays, options):
+    """Train, then read the test accuracy once."""
+    (ids, labels), validation, test = arrays
+    batch_size = min(options.batch_size, len(ids))
+    steps = len(ids) // batch_size
+    schedule = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, options.epochs * steps)
+    model.compile(
+        optimizer=keras.optimizers.Adam(schedule),
+        loss=keras.losses.CategoricalCrossentropy(
+            from_logits=True, label_smoothing=LABEL_SMOOTHING
+        ),
+        metrics=["accuracy"],
+        # PyTorch has no XLA.
+        jit_compile=keras.backend.backend() != "torch",
+    )
+    timer = StepTimer()
+    monitors = [callbacks.ExpertMonitor()] if moe_layers(model) else []
+    # A last partial batch would be compiled for itself.
+    whole = steps * batch_size
+    history = model.fit(
+        ids[:whole],
+        labels[:whole],
+        batch_size=batch_size,
+        epochs=options.epochs,
+        validation_data=validation,
+        callbacks=[*monitors, timer],
+    ).history
+    _, accuracy = model.evaluate(*test, batch_size=batch_size, verbose=0)
+    run = {
+        "test_accuracy": float(accuracy),
+        "validation_accuracy": history["val_accuracy"][-1],
+        "ms_per_step": timer.ms_per_step,
+    }
+    return history, run
+
+
+class StepTimer(keras.callbacks.Callback):
+    """Time a training step took in the last epoch, when everything is compiled."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._begin = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.ms_per_step = 1000 * (time.perf_counter() - self._begin) / (batch + 1)
+
+
+def moe_layers(model):
+    """The MoE layers by the name of their encoder block."""
+    blocks = [layer for layer in model.layers if isinstance(layer, layers.TransformerEncoderBlock)]
+    return {
+        block.name: block.feedforward
+        for block in blocks
+        if isinstance(block.feedforward, layers.MixtureOfExperts)
+    }
+
+
+def count_parameters(model):
+    """All parameters, and those that work on one token."""
+    total, idle = model.count_params(), 0
+    for layer in moe_layers(model).values():
+        unused = 1 - layer.router.top_k / layer.router.num_experts
+        idle += round(unused * layer.experts.count_params())
+    return {"parameters": total, "active_parameters": total - idle}
+
+
+def expert_usage(model, ids, labels, num_classes, per_class=64):
+    """(classes, experts) assignment counts of each MoE layer, over a few documents a class."""
+    usage = {name: [] for name in moe_layers(model)}
+    for label in range(num_classes):
+        for layer in moe_layers(model).values():
+            layer.reset_counts()
+            layer.counts_in_evaluation = True
+        documents = ids[labels == label][:per_class]
+        if len(documents):
+            model(documents, training=False)
+        for name, layer in moe_layers(model).items():
+            usage[name].append(keras.ops.convert_to_numpy(layer.expert_counts.value))
+            layer.counts_in_evaluation = False
+            layer.reset_counts()
+    return {name: np.array(counts) for name, counts in usage.items()}
+
+
+def logistic_regression(train, validation, test):
+    """Test accuracy of a linear model of TF-IDF, which has no use for a validation split."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    model = make_pipeline(
+        TfidfVectorizer(sublinear_tf=True, min_df=2), LogisticRegression(C=10, max_iter=300)
+    )
+    model.fit(train.texts + validation.texts, np.concatenate([train.labels, validation.labels]))
+    return float(model.score(test.texts, test.labels))
+
+
+def print_report(report, usage):
+    print(f"\n{report['dataset']}: {'test accuracy':>28} {'ms a step':>10}", end=" ")
+    print(f"{'parameters':>12} {'active':>12}")
+    for name, result in report["results"].items():
+        accuracies = [run["test_accuracy"] for run in result["runs"]]
+        accuracy = f"{np.mean(accuracies):.2%} +- {np.std(accuracies):.2%}"
+        ms = np.mean([run["ms_per_step"] for run in result["runs"]])
+        print(f"{name:<27} {accuracy:>20} {ms:>10.0f}", end=" ")
+        print(f"{result['parameters']:>12,} {result['active_parameters']:>12,}")
+    if "logistic_regression" in report:
+        print(f"{'TF-IDF logistic regression':<27} {report['logistic_regression']:>9.2%}")
+    print("\nShare of the tokens each expert serves")
+    for name, counts in usage.items():
+        print(name, *(f"{share:.1%}" for share in pictures.shares(counts.sum(axis=0))))
+
+
+def save(model, vocabulary, class_names, output):
+    model.save(output / "model.keras")
+    vocabulary.save(output / "vocabulary.json")
+    (output / "classes.json").write_text(json.dumps(class_names), encoding="utf-8")
+
+
+def predict(text, output):
+    """Print and return the most likely class, from a model saved under any backend."""
+    if not (output / "model.keras").exists():
+        raise FileNotFoundError(
+            f"There is no model to predict with. Received: --output {output}. "
+            "Train one first, without --predict."
+        )
+    if not text.strip():
+        raise ValueError(f"The text to classify must hold a word. Received: {text!r}.")
+    model = keras.saving.load_model(output / "model.keras")
+    vocabulary = Vocabulary.load(output / "vocabulary.json")
+    class_names = json.loads((output / "classes.json").read_text(encoding="utf-8"))
+    logits = model(vocabulary.encode([text]), training=False)
+    probabilities = keras.ops.convert_to_numpy(keras.ops.softmax(logits))[0]
+    ranking = np.argsort(-probabilities)[:3]
+    for index in ranking:
+        print(f"{probabilities[index]:6.1%}  {class_names[index]}")
+    return class_names[ranking[0]]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""What every exported class must do, and one case of each class to do it with.
+
+A class that is added to the package needs one entry in `CASES`; it then passes every check of
+`test_conformance.py`, or fails by name.
+"""
+
+import inspect
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import conftest
+import keras
+import numpy as np
+
+from keras_moe import callbacks, layers, losses, metrics, routers
+
+D, E = 8, 4
+POLICIES = ("float32", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
+MODULES = (layers, routers, losses, metrics, callbacks)
+ABSTRACT = (layers.ExpertBank, routers.Router, losses.RouterLoss)
+
+
+class Case(NamedTuple):
+    """One exported class.
+
+    - `required()`: the arguments without which it cannot be made.
+    - `options()`: another value than the default for every other argument.
+    - `layer(instance)`: a layer from (batch, length, D) to the same shape that holds the instance,
+      or None where a model cannot hold it.
+    """
+
+    required: Callable[[], dict] = dict
+    options: Callable[[], dict] = dict
+    layer: Callable[[Any], Any] | None = None
+
+
+def moe(experts=None, **kwargs):
+    """A small `MixtureOfExperts`."""
+    return layers.MixtureOfExperts(experts or layers.FeedForwardExperts(E, 16), **kwargs)
+
+
+def one_hot_router(top_k=1, **kwargs):
+    """A router that sends a token to the expert of its largest feature: counts are known."""
+    return routers.TopKRouter(E, top_k, kernel_initializer=wide_identity, **kwargs)
+
+
+@keras.saving.register_keras_serializable("tests")
+def wide_identity(shape, dtype=None):
+    return 10 * keras.ops.eye(*shape, dtype=dtype)
+
+
+@keras.saving.register_keras_serializable("tests")
+class RoutedWeights(keras.layers.Layer):
+    """Scales each token by what a router returns, so that a model can hold a router alone."""
+
+    def __init__(self, router, **kwargs):
+        super().__init__(**kwargs)
+        self.router = routers.get(router, num_experts=E)
+
+    def build(self, inputs_shape):
+        if not self.router.built:
+            self.router.build((None, inputs_shape[-1]))
+
+    def call(self, inputs):
+        tokens = keras.ops.reshape(inputs, (-1, inputs.shape[-1]))
+        weights = keras.ops.sum(self.router(tokens).probs ** 2, axis=-1)
+        weights = keras.ops.reshape(weights, (*keras.ops.shape(inputs)[:-1], 1))
+        return inputs * keras.ops.cast(weights, inputs.dtype)
+
+    def compute_output_shape(self, inputs_shape):
+        return inputs_shape
+
+    def get_config(self):
+        router = keras.saving.serialize_keras_object(self.router)
+        return {**super().get_config(), "router": router}
+
+
+def _bank_options():
+    return dict(
+        activation="tanh",
+        kernel_initializer="he_normal",
+        bias_initializer="ones",
+        kernel_regularizer="l2",
+        bias_regularizer="l1",
+    )
+
+
+def _usage_metric():
+    return Case(lambda: {"num_experts": E}, lambda: {"name": "usage", "dtype": "float64"})
+
+
+def _router_loss():
+    return Case(
+        options=lambda: {"weight": 0.5}, layer=lambda loss: moe(router_losses=[loss, "router_z"])
+    )
+
+
+CASES = {
+    layers.FeedForwardExperts: Case(
+        lambda: dict(num_experts=E, hidden_dim=16),
+        lambda: dict(_bank_options(), use_bias=False),
+        moe,
+    ),
+    layers.GatedExperts: Case(
+        lambda: dict(num_experts=E, hidden_dim=16),
+        lambda: dict(_bank_options(), use_bias=True),
+        moe,
+    ),
+    layers.LayerExperts: Case(
+        lambda: dict(layers=[keras.layers.Dense(D), keras.layers.Dense(D, "tanh")]),
+        layer=lambda bank: moe(bank, router_losses=()),
+    ),
+    layers.MixtureOfExperts: Case(
+        lambda: dict(experts=layers.FeedForwardExperts(E, 16)),
+        lambda: dict(
+            router=routers.TopKRouter(E, top_k=3),
+            router_losses=[losses.LoadBalance(0.5)],
+            shared_expert=keras.layers.Dense(D),
+            capacity_factor=1.5,
+        ),
+        lambda layer: layer,
+    ),
+    layers.TransformerEncoderBlock: Case(
+        lambda: dict(num_heads=2, feedforward=moe()),
+        lambda: dict(dropout=0.25),
+        lambda layer: layer,
+    ),
+    routers.TopKRouter: Case(
+        lambda: dict(num_experts=E),
+        lambda: dict(
+            top_k=3,
+            input_jitter=0.1,
+            logit_noise=0.2,
+            kernel_initializer="he_normal",
+            kernel_regularizer="l2",
+            seed=7,
+        ),
+        RoutedWeights,
+    ),
+    losses.LoadBalance: _router_loss(),
+    losses.RouterZ: _router_loss(),
+    metrics.LoadImbalance: _usage_metric(),
+    metrics.LoadEntropy: _usage_metric(),
+    metrics.DeadExperts: _usage_metric(),
+    metrics.DroppedFraction: _usage_metric(),
+    metrics.ExpertShare: _usage_metric(),
+    callbacks.ExpertMonitor: Case(options=lambda: {"expert_shares": True}),
+}
+
+
+def exported_classes():
+    """The public classes of the public modules."""
+    for module in MODULES:
+        for name, member in vars(module).items():
+            own = inspect.isclass(member) and member.__module__.startswith(module.__name__)
+            if own and not name.startswith("_"):
+                yield member
+
+
+def with_config():
+    return [cls for cls in CASES if hasattr(cls, "get_config")]
+
+
+def held_by_models():
+    return [cls for cls, case in CASES.items() if case.layer is not None]
+
+
+def plain(cls, **kwargs):
+    """An instance with defaults."""
+    return cls(**CASES[cls].required(), **kwargs)
+
+
+def configured(cls, **kwargs):
+    """An instance all of whose options differ from their defaults."""
+    return cls(**CASES[cls].required(), **CASES[cls].options(), **kwargs)
+
+
+def constructor_arguments(cls):
+    """Own arguments of a class, and the optional ones it hands to its bases in the package."""
+    own = _parameters(cls)
+    for base in cls.__mro__[1:]:
+        if base.__module__.startswith("keras_moe"):
+            optional = _parameters(base).items()
+            own.update({name: p for name, p in optional if p.default is not p.empty})
+    return own
+
+
+def _parameters(cls):
+    parameters = inspect.signature(cls.__init__).parameters
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {n: p for n, p in parameters.items() if n != "self" and p.kind in named}
+
+
+def through_json(config):
+    return json.loads(json.dumps(config))
+
+
+def holding_model(cls, instance):
+    """A functional model over sequences of any length that holds `instance`."""
+    inputs = keras.Input((None, D))
+    return keras.Model(inputs, CASES[cls].layer(instance)(inputs))
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+def one_hot(*experts):
+    """Tokens for `one_hot_router`, (T, E)."""
+    return np.eye(E, dtype="float32")[list(experts)]
+
+
+def array(tensor):
+    """NumPy values of a tensor or variable; bfloat16 comes as float32."""
+    tensor = keras.ops.convert_to_tensor(tensor)
+    if keras.backend.standardize_dtype(tensor.dtype) == "bfloat16":
+        tensor = keras.ops.cast(tensor, "float32")
+    return keras.ops.convert_to_numpy(tensor)
+
+
+def gradients(layer, inputs, **kwargs):
+    """Gradients of a weighted sum of a layer's outputs and of its losses: inputs, then weights.
+
+    None where a gradient does not exist.
+    """
+    state = [variable.value for variable in layer.non_trainable_variables]
+
+    def objective(inputs, *weights):
+        outputs, _, losses = layer.stateless_call(
+            list(weights), state, inputs, **kwargs, return_losses=True
+        )
+        ramp = keras.ops.reshape(keras.ops.linspace(0.5, 1.5, _size(outputs)), outputs.shape)
+        return keras.ops.sum(outputs * ramp) + sum(losses, 0.0)
+
+    weights = layer.trainable_variables
+    values = conftest.gradients(objective, [inputs, *(array(weight) for weight in weights)])
+    return dict(zip(["inputs", *(weight.path for weight in weights)], values))
+
+
+def _size(tensor):
+    return int(np.prod(tensor.shape))

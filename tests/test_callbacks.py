@@ -1,0 +1,189 @@
+"""ExpertMonitor: every logged number against counts made by hand."""
+
+import keras
+import numpy as np
+import pytest
+from layer_checks import D, E, array, moe, normal, one_hot, one_hot_router
+
+from keras_moe import layers
+from keras_moe.callbacks import ExpertMonitor
+
+# The router sends a one-hot token to the expert of its one, and a learning rate of 0 keeps it so.
+TRAINING = one_hot(0, 0, 0, 0, 0, 0, 1, 1)  # counts 6, 2, 0, 0
+VALIDATION = one_hot(0, 1, 2, 3)
+BALANCED = {"load_imbalance": 0.0, "load_entropy": 1.0, "dead_experts": 0, "dropped_fraction": 0}
+SKEWED = {
+    "load_imbalance": 6 / 2 - 1,
+    "load_entropy": -(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(4),
+    "dead_experts": 2,
+    "dropped_fraction": 0,
+}
+SHARES = {"expert_share_0": 0.75, "expert_share_1": 0.25, "expert_share_2": 0, "expert_share_3": 0}
+
+
+def routed(name="moe", **kwargs):
+    experts = layers.LayerExperts([keras.layers.Identity() for _ in range(E)])
+    return moe(experts, router=one_hot_router(), router_losses=(), name=name, **kwargs)
+
+
+def model_of(*moe_layers):
+    model = keras.Sequential([keras.Input((E,)), *moe_layers])
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    return model
+
+
+def fit(model, *callbacks, validation=True, epochs=1, verbose=0, monitor=None):
+    data = (VALIDATION, VALIDATION) if validation else None
+    return model.fit(
+        TRAINING,
+        TRAINING,
+        batch_size=4,
+        shuffle=False,
+        epochs=epochs,
+        validation_data=data,
+        verbose=verbose,
+        callbacks=[monitor or ExpertMonitor(), *callbacks],
+    ).history
+
+
+def named(logs, prefix):
+    return {f"{prefix}_{key}": value for key, value in logs.items()}
+
+
+def usage(history):
+    """Last logs of everything but the loss."""
+    return {key: values[-1] for key, values in history.items() if key not in ("loss", "val_loss")}
+
+
+class LastTestLogs(keras.callbacks.Callback):
+    def on_test_end(self, logs=None):
+        self.logs = {key: value for key, value in logs.items() if key != "loss"}
+
+
+def evaluated(model, *callbacks):
+    last = LastTestLogs()
+    model.evaluate(VALIDATION, VALIDATION, callbacks=[*callbacks, last], verbose=0)
+    return last.logs
+
+
+def test_training_and_validation_are_reported_exactly_for_each_epoch():
+    history = fit(model_of(routed()), epochs=2)
+    assert usage(history) == pytest.approx({**named(SKEWED, "moe"), **named(BALANCED, "val_moe")})
+    for key, values in history.items():
+        assert len(values) == 2
+        assert values[0] == pytest.approx(values[1]), f"{key}: counts of one epoch are in the next"
+        assert type(values[0]) is float
+
+
+def test_without_validation_only_training_is_reported():
+    history = fit(model_of(routed()), validation=False)
+    assert usage(history) == pytest.approx(named(SKEWED, "moe"))
+
+
+def test_each_share_is_reported_if_wanted():
+    history = fit(model_of(routed()), monitor=ExpertMonitor(expert_shares=True))
+    shares = {key: value for key, value in usage(history).items() if "share" in key}
+    even = dict.fromkeys(SHARES, 0.25)
+    assert shares == pytest.approx({**named(SHARES, "moe"), **named(even, "val_moe")})
+
+
+def test_dropped_assignments_are_reported():
+    history = fit(model_of(routed(capacity_factor=1.0)))  # room for one in each batch of four
+    assert history["moe_dropped_fraction"] == pytest.approx([(3 + 2) / 8])
+    assert history["val_moe_dropped_fraction"] == [0.0]
+    assert history["moe_load_imbalance"] == pytest.approx([2.0]), "counted before any drop"
+
+
+def test_usage_stands_in_the_last_line_of_the_progress_bar(capsys):
+    fit(model_of(routed()), verbose=1)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "moe_load_imbalance: 2.0000" in last
+    assert "val_moe_load_imbalance: 0.0000" in last
+    assert "moe_dead_experts: 2.0000" in last
+
+
+@pytest.mark.parametrize("monitored", ["moe_load_imbalance", "val_moe_dead_experts"])
+def test_early_stopping_can_watch_usage(monitored):
+    stopping = keras.callbacks.EarlyStopping(monitored, mode="min", patience=1)
+    assert len(fit(model_of(routed()), stopping, epochs=9)["loss"]) == 2
+
+
+def test_an_evaluation_alone_is_reported():
+    model = model_of(routed())
+    assert evaluated(model, ExpertMonitor()) == pytest.approx(named(BALANCED, "moe"))
+    assert evaluated(model) == {}
+
+
+def test_a_model_that_was_evaluated_before_is_counted_all_the_same():
+    model = model_of(routed())
+    model.evaluate(VALIDATION, VALIDATION, verbose=0)
+    assert fit(model)["val_moe_dead_experts"] == [0.0]
+    assert evaluated(model, ExpertMonitor())["moe_load_entropy"] == pytest.approx(1.0)
+
+
+def test_counts_made_before_the_first_epoch_are_left_out():
+    layer = routed()
+    model = model_of(layer)
+    layer(one_hot(3, 3, 3, 3), training=True)
+    assert usage(fit(model)) == pytest.approx(
+        {**named(SKEWED, "moe"), **named(BALANCED, "val_moe")}
+    )
+
+
+def test_prediction_counts_nothing():
+    layer = routed()
+    model = model_of(layer)
+    fit(model)
+    layer(one_hot(3), training=True)
+    before = array(layer.expert_counts)
+    model.predict(VALIDATION, verbose=0)
+    np.testing.assert_array_equal(array(layer.expert_counts), before)
+    assert before.sum() == 1
+
+
+def test_an_evaluation_without_the_monitor_counts_nothing_after_one_with_it():
+    layer = routed()
+    model = model_of(layer)
+    fit(model)
+    model.evaluate(VALIDATION, VALIDATION, verbose=0)
+    assert array(layer.expert_counts).sum() == 0
+
+
+def test_two_layers_have_logs_of_their_own():
+    forget = keras.layers.Rescaling(0.0)  # equal scores: every token goes to the first expert
+    logs = usage(fit(model_of(routed("first"), forget, routed("second"))))
+    alone = {"load_imbalance": 3, "load_entropy": 0, "dead_experts": 3, "dropped_fraction": 0}
+    expected = {**named(SKEWED, "first"), **named(BALANCED, "val_first")}
+    expected |= {**named(alone, "second"), **named(alone, "val_second")}
+    assert logs == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("wrap", ["sequential", "functional"])
+def test_two_layers_of_one_name_are_told_apart(wrap):
+    def inner(name):
+        inputs = keras.Input((E,))
+        if wrap == "sequential":
+            return keras.Sequential([inputs, routed()], name=name)
+        return keras.Model(inputs, routed()(inputs), name=name)
+
+    logs = usage(fit(model_of(inner("first"), keras.layers.Rescaling(0.0), inner("second"))))
+    found = [key for key in logs if key.endswith("load_imbalance") and not key.startswith("val_")]
+    assert sorted(logs[key] for key in found) == pytest.approx([2.0, 3.0]), found
+
+
+def test_a_layer_inside_other_layers_is_found():
+    experts = layers.FeedForwardExperts(E, 4)
+    block = layers.TransformerEncoderBlock(2, moe(experts, name="moe"))
+    model = keras.Sequential([keras.Input((3, D)), block])
+    model.compile("sgd", "mse")
+    x = normal(4, 3, D)
+    history = model.fit(x, x, callbacks=[ExpertMonitor()], verbose=0).history
+    assert "moe_load_entropy" in history
+
+
+def test_an_unbuilt_model_is_counted_from_its_first_batch():
+    model = keras.Sequential([routed()])
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    assert usage(fit(model)) == pytest.approx(
+        {**named(SKEWED, "moe"), **named(BALANCED, "val_moe")}
+    )

@@ -1,0 +1,178 @@
+"""Every exported class keeps the same promises: see `layer_checks.py` for the cases."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+
+import keras
+import numpy as np
+import pytest
+from layer_checks import (
+    ABSTRACT,
+    CASES,
+    MODULES,
+    POLICIES,
+    D,
+    array,
+    configured,
+    constructor_arguments,
+    exported_classes,
+    held_by_models,
+    holding_model,
+    normal,
+    plain,
+    through_json,
+    with_config,
+)
+
+import keras_moe
+from keras_moe import routers
+
+LAYERS = [cls for cls in CASES if issubclass(cls, keras.Layer)]
+FILES = [
+    info.name
+    for info in pkgutil.walk_packages(keras_moe.__path__, "keras_moe.")
+    if not info.name.startswith("keras_moe.backend.")
+]
+
+
+def by_name(classes):
+    return pytest.mark.parametrize("cls", classes, ids=lambda cls: cls.__name__)
+
+
+def test_every_exported_class_has_a_case():
+    assert set(exported_classes()) == {*CASES, *ABSTRACT}
+
+
+@pytest.mark.parametrize("module", [keras_moe, keras_moe.ops, *MODULES], ids=lambda m: m.__name__)
+def test_every_name_of_the_public_surface_exists_and_stands_once(module):
+    assert all(hasattr(module, name) for name in module.__all__)
+    assert len(set(module.__all__)) == len(module.__all__)
+
+
+@by_name(CASES)
+def test_a_case_sets_every_constructor_argument(cls):
+    given = {*CASES[cls].required(), *CASES[cls].options()}
+    assert given >= set(constructor_arguments(cls)), "layer_checks.py leaves arguments out"
+
+
+@by_name(with_config())
+def test_every_argument_stands_in_the_config_with_its_value(cls):
+    default, config = plain(cls).get_config(), configured(cls).get_config()
+    assert set(constructor_arguments(cls)) <= set(config)
+    same = [name for name in CASES[cls].options() if config[name] == default[name]]
+    assert not same, "the config does not follow these arguments"
+
+
+@by_name(with_config())
+def test_a_config_survives_json_and_gives_an_equal_object(cls):
+    instance = configured(cls)
+    again = cls.from_config(through_json(instance.get_config()))
+    assert type(again) is cls
+    assert again.get_config() == instance.get_config()
+    assert again.get_config() == through_json(again.get_config())
+
+
+@by_name(LAYERS)
+def test_arguments_of_keras_layers_are_handed_on(cls):
+    kwargs = {"name": "mine", "trainable": False}
+    if not issubclass(cls, routers.Router):
+        kwargs["dtype"] = "mixed_bfloat16"
+    layer = cls.from_config(through_json(plain(cls, **kwargs).get_config()))
+    assert (layer.name, layer.trainable) == ("mine", False)
+    assert layer.compute_dtype == ("bfloat16" if "dtype" in kwargs else "float32")
+
+
+@by_name(with_config())
+def test_a_class_is_registered_under_the_name_of_the_package(cls):
+    assert keras.saving.get_registered_name(cls) == f"keras_moe>{cls.__name__}"
+    serialized = keras.saving.serialize_keras_object(configured(cls))
+    again = keras.saving.deserialize_keras_object(through_json(serialized))
+    assert type(again) is cls
+    assert keras.saving.serialize_keras_object(again) == serialized
+
+
+@by_name(held_by_models())
+def test_a_model_that_holds_it_is_saved_and_loaded(cls, tmp_path):
+    model = holding_model(cls, configured(cls))
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    x = normal(2, 5, D)
+    np.testing.assert_array_equal(array(again(x)), array(model(x)))
+    assert through_json(again.get_config()) == through_json(model.get_config())
+
+
+@by_name(CASES)
+def test_a_docstring_says_what_goes_in_what_comes_out_and_what_goes_wrong(cls):
+    text = inspect.getdoc(cls)
+    referred = re.search(r"Args and example: as for `(\w+)`", text)
+    if referred:
+        text += inspect.getdoc(getattr(inspect.getmodule(cls), referred.group(1)))
+    assert "Args:" in text and ">>> " in text
+    documented = set(re.findall(r"^    (\w+): ", text, re.MULTILINE))
+    assert documented >= set(constructor_arguments(cls))
+    if not issubclass(cls, keras.metrics.Metric):
+        assert "Raises:" in text
+    if issubclass(cls, keras.Layer):
+        assert re.search(r"Call arguments:\n    \w+: \([\w, .]+\) ", text), "shapes of the call"
+        assert "Returns:" in text
+
+
+class AnyBackend(doctest.OutputChecker):
+    """Reads the shapes of all backends as tuples."""
+
+    def check_output(self, want, got, optionflags):
+        got = re.sub(r"(?:torch\.Size|TensorShape)\(\[(.*?)\]\)", r"(\1)", got)
+        return super().check_output(want, got, optionflags)
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_the_examples_in_the_docstrings_run(module):
+    module = importlib.import_module(module)
+    runner = doctest.DocTestRunner(AnyBackend(), optionflags=doctest.NORMALIZE_WHITESPACE)
+    report = []
+    names = {"keras": keras, "keras_moe": keras_moe}
+    for test in doctest.DocTestFinder().find(module, extraglobs=names):
+        runner.run(test, out=report.append)
+    assert runner.summarize(verbose=False).failed == 0, "".join(report)
+
+
+@pytest.fixture
+def policy(request):
+    previous = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(request.param)
+    yield keras.config.dtype_policy()
+    keras.config.set_dtype_policy(previous)
+
+
+@pytest.mark.parametrize("policy", POLICIES, indirect=True)
+@by_name(LAYERS)
+def test_symbolic_and_eager_calls_have_the_shape_and_dtype_of_the_policy(cls, policy):
+    layer = CASES[cls].layer(plain(cls))
+    symbolic = layer(keras.Input((3, D), batch_size=2))
+    eager = layer(normal(2, 3, D))
+    assert symbolic.dtype == keras.backend.standardize_dtype(eager.dtype) == policy.compute_dtype
+    assert symbolic.shape == tuple(eager.shape) == layer.compute_output_shape((2, 3, D))
+    assert layer.compute_output_shape((None, None, D)) == (None, None, D)
+    assert np.isfinite(array(eager)).all()
+    for weight in layer.weights:
+        kept = "router" in weight.path or "count" in weight.path
+        assert weight.dtype == ("float32" if kept else policy.variable_dtype), weight.path
+
+
+@by_name(LAYERS)
+def test_padding_of_any_content_changes_no_real_token_and_its_mask_goes_on(cls):
+    layer = CASES[cls].layer(plain(cls))
+    if not layer.supports_masking:
+        pytest.skip("holds a router without masks")
+    x = normal(2, 5, D)
+    mask = np.arange(5) < np.array([[5], [3]])
+    poisoned = np.where(mask[..., None], x, np.nan)
+    clean, outputs = array(layer(x, mask=mask)), array(layer(poisoned, mask=mask))
+    np.testing.assert_allclose(outputs[mask], clean[mask], rtol=1e-6, atol=1e-6)
+    assert np.isfinite(outputs).all()
+    np.testing.assert_allclose(array(layer(x[1:, :3])), outputs[1:, :3], rtol=1e-5, atol=1e-5)
+    masked = keras.layers.Masking()(np.where(mask[..., None], x, 0.0))
+    np.testing.assert_array_equal(array(keras.src.backend.get_keras_mask(layer(masked))), mask)

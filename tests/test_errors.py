@@ -1,0 +1,359 @@
+"""Every error a wrong argument is promised, in whole sentences."""
+
+import keras
+import numpy as np
+import pytest
+from layer_checks import D, E, moe, normal, one_hot
+
+from keras_moe import callbacks, layers, losses, metrics, ops, routers
+
+CALLED = "Exception encountered when calling "
+
+
+def positive_integer(name, value):
+    return (
+        f"`{name}` must be a positive integer. Received: {name}={value!r}. "
+        "Pass an integer of at least 1."
+    )
+
+
+def fraction(name, value):
+    return (
+        f"`{name}` must be a number from 0 to below 1. Received: {name}={value!r}. "
+        "Pass 0 to turn it off."
+    )
+
+
+def not_negative(name, value):
+    return (
+        f"`{name}` must be a finite number of at least 0. Received: {name}={value!r}. "
+        "Pass 0 to turn it off."
+    )
+
+
+def positive_number(name, value):
+    return (
+        f"`{name}` must be a finite number above 0. Received: {name}={value!r}. "
+        "Pass, for example, 1.25."
+    )
+
+
+USAGE_METRICS = [
+    metrics.LoadImbalance,
+    metrics.LoadEntropy,
+    metrics.DeadExperts,
+    metrics.DroppedFraction,
+    metrics.ExpertShare,
+]
+
+# Argument, and what to do with its value.
+RANGES = [
+    (positive_integer, "num_experts", lambda value: layers.FeedForwardExperts(value, 8)),
+    (positive_integer, "num_experts", lambda value: layers.GatedExperts(value, 8)),
+    (positive_integer, "hidden_dim", lambda value: layers.FeedForwardExperts(E, value)),
+    (positive_integer, "hidden_dim", lambda value: layers.GatedExperts(E, value)),
+    (positive_integer, "num_experts", routers.TopKRouter),
+    (positive_integer, "top_k", lambda value: routers.TopKRouter(E, value)),
+    (positive_integer, "num_heads", lambda v: layers.TransformerEncoderBlock(v, moe())),
+    *((positive_integer, "num_experts", metric) for metric in USAGE_METRICS),
+    (fraction, "input_jitter", lambda value: routers.TopKRouter(E, input_jitter=value)),
+    (fraction, "dropout", lambda v: layers.TransformerEncoderBlock(1, moe(), dropout=v)),
+    (not_negative, "logit_noise", lambda value: routers.TopKRouter(E, logit_noise=value)),
+    (not_negative, "weight", losses.LoadBalance),
+    (not_negative, "weight", losses.RouterZ),
+    (positive_number, "capacity_factor", lambda value: moe(capacity_factor=value)),
+]
+NAN, INF = float("nan"), float("inf")
+OUTSIDE = {
+    positive_integer: [0, -1, 2.0, True, "4", None, [4]],
+    fraction: [-0.1, 1, 1.5, NAN, True, "0.1", None],
+    not_negative: [-0.1, INF, NAN, True, "0.1", None],
+    positive_number: [0, -1, INF, NAN, True, "1.25"],
+}
+WRONG_VALUES = [(m, n, make, value) for m, n, make in RANGES for value in OUTSIDE[m]]
+
+
+@pytest.mark.parametrize("message, name, make, value", WRONG_VALUES)
+def test_a_value_out_of_range_is_refused(message, name, make, value):
+    with pytest.raises(ValueError) as error:
+        make(value)
+    assert str(error.value) == message(name, value)
+
+
+@pytest.mark.parametrize("number", [np.int64(4), np.int32(4)])
+def test_numpy_numbers_are_numbers(number):
+    layer = moe(layers.FeedForwardExperts(number, number), capacity_factor=np.float32(1.5))
+    assert layer.experts.num_experts == 4
+
+
+def dense(units=D, **kwargs):
+    return keras.layers.Dense(units, **kwargs)
+
+
+SAME = dense(name="same")
+
+CONSTRUCTORS = {
+    "experts": (
+        lambda: layers.MixtureOfExperts("ffn"),
+        ValueError,
+        "`experts` must be an instance of `ExpertBank`. Received: experts='ffn' (of type str).",
+    ),
+    "experts is a class": (
+        lambda: layers.MixtureOfExperts(layers.LayerExperts),
+        ValueError,
+        "`experts` must be an instance of `ExpertBank`. Received: "
+        f"experts={layers.LayerExperts!r} (of type type).",
+    ),
+    "router": (
+        lambda: moe(router="top-2"),
+        ValueError,
+        "`router` must be an instance of `Router`, or 'top_k'. "
+        "Received: router='top-2' (of type str).",
+    ),
+    "router is None": (
+        lambda: moe(router=None),
+        ValueError,
+        "`router` must be an instance of `Router`, or 'top_k'. "
+        "Received: router=None (of type NoneType).",
+    ),
+    "router and bank": (
+        lambda: moe(router=routers.TopKRouter(3)),
+        ValueError,
+        "Router and experts must have the same number of experts. Received: "
+        "router.num_experts=3, experts.num_experts=4. "
+        "Give both the same number, or name the router by a string.",
+    ),
+    "default router, one expert": (
+        lambda: moe(layers.FeedForwardExperts(1, 8)),
+        ValueError,
+        "`top_k` must be at most `num_experts`: a token cannot go to more experts than there are. "
+        "Received: top_k=2, num_experts=1. Pass `routers.TopKRouter(1, top_k=1)` or fewer.",
+    ),
+    "top_k": (
+        lambda: routers.TopKRouter(E, 5),
+        ValueError,
+        "`top_k` must be at most `num_experts`: a token cannot go to more experts than there are. "
+        "Received: top_k=5, num_experts=4. Pass `routers.TopKRouter(4, top_k=4)` or fewer.",
+    ),
+    "router dtype": (
+        lambda: routers.TopKRouter(E, dtype="bfloat16"),
+        ValueError,
+        "A router always computes in float32, whatever the policy around it. "
+        "Received: dtype='bfloat16'. Leave `dtype` out.",
+    ),
+    "router loss": (
+        lambda: moe(router_losses=["balance"]),
+        ValueError,
+        "`router_losses` must be an instance of `RouterLoss`, or 'load_balance', or 'router_z'. "
+        "Received: router_losses='balance' (of type str).",
+    ),
+    "router losses": (
+        lambda: moe(router_losses="load_balance"),
+        TypeError,
+        "`router_losses` must be a list or tuple of losses or names. Received: "
+        "router_losses='load_balance' (of type str). Pass `()` for none.",
+    ),
+    "shared expert": (
+        lambda: moe(shared_expert=abs),
+        ValueError,
+        "`shared_expert` must be an instance of `Layer`. Received: "
+        "shared_expert=<built-in function abs> (of type builtin_function_or_method).",
+    ),
+    "feedforward": (
+        lambda: layers.TransformerEncoderBlock(2, "moe"),
+        ValueError,
+        "`feedforward` must be an instance of `Layer`. Received: feedforward='moe' (of type str).",
+    ),
+    "activation with weights": (
+        lambda: layers.FeedForwardExperts(E, 8, activation=keras.layers.PReLU(name="prelu")),
+        TypeError,
+        "`activation` must be a name or a function without weights. Received: activation=<PReLU "
+        "name=prelu, built=False> (of type PReLU). Put layers into `LayerExperts`.",
+    ),
+    "layers": (
+        lambda: layers.LayerExperts("dense"),
+        TypeError,
+        "`layers` must be a list of Keras layers. Received: layers='dense' (of type str). "
+        "Pass `LayerExperts([layer, layer, ...])`.",
+    ),
+    "no layers": (
+        lambda: layers.LayerExperts([]),
+        ValueError,
+        "`layers` must hold at least one expert. Received: layers=[]. Pass one layer an expert.",
+    ),
+    "a function among layers": (
+        lambda: layers.LayerExperts([dense(), abs]),
+        TypeError,
+        "`layers` must be a list of Keras layers. Received: <built-in function abs> "
+        "(of type builtin_function_or_method) in it. Wrap a function in `keras.layers.Lambda`.",
+    ),
+    "a layer twice": (
+        lambda: layers.LayerExperts([SAME, SAME]),
+        ValueError,
+        "`layers` must be different objects: one that stands twice would be one expert with two "
+        "places. Received: ['same', 'same']. Make a new layer for each.",
+    ),
+    "rank of rows": (
+        lambda: ops.grouped_matmul(normal(2, 3, D), normal(E, D, 2), [1, 1, 1, 1]),
+        ValueError,
+        "grouped_matmul takes rows (N, D), kernels (E, D, H) and group_sizes (E,). Received: "
+        "rows.shape=(2, 3, 8), kernels.shape=(4, 8, 2), group_sizes.shape=(4,). "
+        "Flatten all leading axes of rows into one.",
+    ),
+    "number of groups": (
+        lambda: ops.grouped_matmul(normal(6, D), normal(E, D, 2), [3, 3]),
+        ValueError,
+        "The last axis of rows must equal the middle axis of kernels, and there must be one group "
+        "size for each kernel. Received: rows.shape=(6, 8), kernels.shape=(4, 8, 2), "
+        "group_sizes.shape=(2,).",
+    ),
+    "experts of a metric": (
+        lambda: metrics.LoadEntropy(3).update_state(routers.TopKRouter(E)(normal(2, D))),
+        ValueError,
+        "The routing must have as many experts as the metric. Received: 4 experts, num_experts=3.",
+    ),
+    "weights of a metric": (
+        lambda: metrics.LoadEntropy(E).update_state(routers.TopKRouter(E)(normal(2, D)), 1.0),
+        ValueError,
+        "Usage metrics count assignments and take no weight. Received: sample_weight. "
+        "Mask tokens out at the router.",
+    ),
+    "monitor without a layer": (
+        lambda: _fit_with_monitor(keras.Sequential([keras.Input((D,)), dense()], name="plain")),
+        ValueError,
+        "ExpertMonitor needs a model with at least one `MixtureOfExperts` layer. "
+        "Received: model 'plain' without any. Leave the callback out.",
+    ),
+    "abstract loss": (
+        lambda: losses.RouterLoss(1.0)(None),
+        NotImplementedError,
+        "RouterLoss must implement `compute(routing)`.",
+    ),
+}
+
+
+def _fit_with_monitor(model):
+    model.compile("sgd", "mse")
+    model.fit(normal(2, D), normal(2, D), callbacks=[callbacks.ExpertMonitor()], verbose=0)
+
+
+@pytest.mark.parametrize("make, kind, message", CONSTRUCTORS.values(), ids=CONSTRUCTORS)
+def test_a_wrong_argument_is_named_with_the_way_out(make, kind, message):
+    with pytest.raises(kind) as error:
+        make()
+    assert str(error.value) == message
+
+
+# Keras writes a header and the arguments of the call around errors raised inside `call`.
+CALLS = {
+    "integer inputs": (
+        lambda: moe()(np.ones((2, D), "int32")),
+        TypeError,
+        "`inputs` must be a float tensor. Received: inputs.dtype=int32. "
+        "Embed or cast integers first.",
+    ),
+    "integer inputs of a block": (
+        lambda: layers.TransformerEncoderBlock(2, moe())(np.ones((2, 3, D), "int32")),
+        TypeError,
+        "`inputs` must be a float tensor. Received: inputs.dtype=int32. "
+        "Embed or cast integers first.",
+    ),
+    "no batch axis": (
+        lambda: moe()(normal(D)),
+        ValueError,
+        "`inputs` must have a batch axis and a last axis of known size. Received: "
+        "inputs.shape=(8,). Pass (batch, ..., features), for example `keras.Input((None, 64))`.",
+    ),
+    "unknown features": (
+        lambda: moe()(keras.Input((3, None))),
+        ValueError,
+        "`inputs` must have a batch axis and a last axis of known size. Received: "
+        "inputs.shape=(None, 3, None). "
+        "Pass (batch, ..., features), for example `keras.Input((None, 64))`.",
+    ),
+    "mask of another length": (
+        lambda: moe()(normal(2, 3, D), mask=np.ones((2, 4), bool)),
+        ValueError,
+        "`mask` must have the shape of the inputs without their last axis. Received: "
+        "mask.shape=(2, 4), inputs.shape=(2, 3, 8). "
+        "Pass a bool mask of shape (2, 3), False for padding.",
+    ),
+    "mask of another rank": (
+        lambda: moe()(normal(2, 3, D), mask=np.ones((2, 3, 1), bool)),
+        ValueError,
+        "`mask` must have the shape of the inputs without their last axis. Received: "
+        "mask.shape=(2, 3, 1), inputs.shape=(2, 3, 8). "
+        "Pass a bool mask of shape (2, 3), False for padding.",
+    ),
+    "mask of a block": (
+        lambda: layers.TransformerEncoderBlock(2, moe())(normal(2, 3, D), mask=np.ones((2, 2))),
+        ValueError,
+        "`mask` must have the shape of the inputs without their last axis. Received: "
+        "mask.shape=(2, 2), inputs.shape=(2, 3, 8). "
+        "Pass a bool mask of shape (2, 3), False for padding.",
+    ),
+    "mask of a router": (
+        lambda: routers.TopKRouter(E)(normal(3, D), mask=np.ones((2,), bool)),
+        ValueError,
+        "`mask` must have the shape of the inputs without their last axis. Received: "
+        "mask.shape=(2,), inputs.shape=(3, 8). "
+        "Pass a bool mask of shape (3,), False for padding.",
+    ),
+    "leading axes of a router": (
+        lambda: routers.TopKRouter(E)(normal(2, 3, D)),
+        ValueError,
+        "A router takes tokens (T, D). Received: tokens.shape=(2, 3, 8). "
+        "Flatten all leading axes into one.",
+    ),
+    "heads": (
+        lambda: layers.TransformerEncoderBlock(3, moe())(normal(2, 3, D)),
+        ValueError,
+        "`inputs` must have the shape (batch, length, features), features divisible by "
+        "`num_heads`. Received: inputs.shape=(2, 3, 8), num_heads=3.",
+    ),
+    "rank of a block": (
+        lambda: layers.TransformerEncoderBlock(2, moe())(normal(2, D)),
+        ValueError,
+        "`inputs` must have the shape (batch, length, features), features divisible by "
+        "`num_heads`. Received: inputs.shape=(2, 8), num_heads=2.",
+    ),
+    "width of a feed-forward": (
+        lambda: layers.TransformerEncoderBlock(2, dense(3))(normal(2, 3, D)),
+        ValueError,
+        "`feedforward` must return as many features as it is given, for the residual. "
+        "Received: 8 features in, 3 out. End it with a layer of width 8.",
+    ),
+    "width of a shared expert": (
+        lambda: moe(shared_expert=dense(3))(normal(2, D)),
+        ValueError,
+        "The shared expert must return as many features as the routed experts. Received: "
+        "3 features from shared_expert, 8 from experts. "
+        "End the shared expert with a layer of width 8.",
+    ),
+    "widths of layers": (
+        lambda: moe(layers.LayerExperts([dense(3, name="a"), dense(name="b")]))(normal(2, D)),
+        ValueError,
+        "All experts must return the same number of features. Received: [3, 8] features from "
+        "['a', 'b']. End each expert with a layer of the same width.",
+    ),
+    "abstract router": (
+        lambda: routers.Router(E)(one_hot(0)),
+        NotImplementedError,
+        "Router must implement `route(tokens, mask, training)` and return an `ops.Routing`.",
+    ),
+    "abstract bank": (
+        lambda: moe(layers.ExpertBank(E))(one_hot(0)),
+        NotImplementedError,
+        "ExpertBank must implement `call(tokens, plan)`.",
+    ),
+}
+
+
+@pytest.mark.parametrize("call, kind, message", CALLS.values(), ids=CALLS)
+def test_a_wrong_input_is_named_with_the_way_out(call, kind, message):
+    with pytest.raises(kind) as error:
+        call()
+    text = str(error.value)
+    if text.startswith(CALLED):
+        text = text.partition("\x1b[1m")[2].partition("\x1b[0m")[0]
+    assert text == message

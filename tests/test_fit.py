@@ -1,0 +1,229 @@
+"""The layer inside `model.fit` and its relatives, as users write them."""
+
+import keras
+import numpy as np
+import pytest
+from layer_checks import D, E, array, moe, normal, one_hot, one_hot_router
+
+from keras_moe import layers, routers
+
+BACKEND = keras.backend.backend()
+JIT = [False] if BACKEND == "torch" else [True] if BACKEND == "jax" else [False, True]
+compiled = pytest.mark.parametrize("jit_compile", JIT, ids=lambda jit: "jit" if jit else "plain")
+# Few block sizes take less time to compile.
+pytestmark = pytest.mark.usefixtures("small_blocks")
+X, Y = normal(32, 3, D), normal(32, 3, D, seed=1)
+
+
+def functional():
+    inputs = keras.Input((None, D))
+    return keras.Model(inputs, moe(name="moe")(inputs))
+
+
+def sequential():
+    return keras.Sequential([moe(name="moe")])
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.moe = moe(name="moe")
+
+    def call(self, inputs, training=None):
+        return self.moe(inputs, training=training)
+
+
+def compiled_model(model, optimizer=None, **kwargs):
+    optimizer = optimizer or keras.optimizers.SGD(0.1)
+    model.compile(optimizer, "mse", jit_compile=kwargs.pop("jit_compile", JIT[0]), **kwargs)
+    return model
+
+
+def plain_moe():
+    """Without router losses, which are no mean over the batch. The same initial weights always."""
+    initializer = keras.initializers.GlorotUniform(3)
+    bank = layers.FeedForwardExperts(E, 16, kernel_initializer=initializer)
+    inputs = keras.Input((3, D))
+    layer = moe(bank, router=routers.TopKRouter(E, seed=5), router_losses=(), name="moe")
+    return keras.Model(inputs, layer(inputs))
+
+
+def values(model):
+    return [array(weight) for weight in model.trainable_variables]
+
+
+def assert_same_weights(one, other):
+    for mine, yours in zip(values(one), values(other), strict=True):
+        np.testing.assert_allclose(mine, yours, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "model, jit_compile",
+    [
+        *((functional, jit_compile) for jit_compile in JIT),
+        (sequential, JIT[0]),
+        (Subclassed, JIT[0]),
+    ],
+)
+def test_a_model_trains_evaluates_and_predicts(model, jit_compile):
+    model = compiled_model(model(), keras.optimizers.Adam(0.01), jit_compile=jit_compile)
+    x, y = X[:20], Y[:20]  # the last batch has four samples
+    history = model.fit(x, y, batch_size=8, epochs=3, verbose=0)
+    assert history.history["loss"][-1] < history.history["loss"][0]
+    predicted = model.predict(x, batch_size=8, verbose=0)
+    assert predicted.shape == x.shape
+    expected = np.mean((predicted - y) ** 2)
+    evaluated = model.evaluate(x, y, batch_size=8, verbose=0)
+    np.testing.assert_allclose(evaluated, expected, rtol=1e-5)
+    np.testing.assert_allclose(model.predict_on_batch(x[:8]), predicted[:8], rtol=1e-4, atol=1e-5)
+    losses = [float(model.train_on_batch(x[:8], y[:8])) for _ in range(4)]
+    assert losses[0] > losses[-1]
+
+
+def test_router_losses_are_part_of_the_training_loss_and_not_of_the_validation_loss():
+    model = compiled_model(functional(), keras.optimizers.SGD(0.0))
+    x, y = X[:4], Y[:4]
+    mean_square = np.mean((array(model(x)) - y) ** 2)
+    layer = model.get_layer("moe")
+    layer(x, training=True)
+    added = sum(array(loss) for loss in layer.losses)
+    assert added > 1e-2  # LoadBalance is at least its weight
+    history = model.fit(x, y, validation_data=(x, y), verbose=0).history
+    np.testing.assert_allclose(history["loss"], mean_square + added, rtol=1e-5)
+    np.testing.assert_allclose(history["val_loss"], mean_square, rtol=1e-5)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras refuses steps_per_execution on PyTorch")
+def test_steps_per_execution_changes_no_step():
+    one, two = compiled_model(plain_moe()), compiled_model(plain_moe(), steps_per_execution=2)
+    for model in (one, two):
+        model.fit(X, Y, batch_size=8, shuffle=False, verbose=0)
+    assert_same_weights(one, two)
+    counts = [array(model.get_layer("moe").expert_counts) for model in (one, two)]
+    np.testing.assert_array_equal(*counts)
+    assert counts[0].sum() == X.shape[0] * X.shape[1] * 2
+
+
+def test_two_accumulated_steps_are_one_step_on_both_batches():
+    whole = compiled_model(plain_moe())
+    halves = compiled_model(plain_moe(), keras.optimizers.SGD(0.1, gradient_accumulation_steps=2))
+    before = values(whole)
+    whole.fit(X, Y, batch_size=32, shuffle=False, verbose=0)
+    halves.fit(X, Y, batch_size=16, shuffle=False, verbose=0)
+    assert_same_weights(whole, halves)
+    assert all((new != old).any() for new, old in zip(values(whole), before))
+
+
+def test_a_clone_has_the_same_layers_and_weights_of_its_own():
+    model = functional()
+    clone = keras.models.clone_model(model)
+    assert clone.get_layer("moe") is not model.get_layer("moe")
+    x, before = X[:2], array(clone(X[:2]))
+    clone.set_weights(model.get_weights())
+    np.testing.assert_array_equal(array(clone(x)), array(model(x)))
+    assert (before != array(model(x))).any()
+
+
+def test_a_summary_counts_every_weight_once():
+    lines = []
+    model = functional()
+    model.summary(print_fn=lines.append, expand_nested=True)
+    text = "\n".join(map(str, lines))
+    trainable = D * E + E * (D * 16 + 16 + 16 * D + D)
+    assert "moe" in text and "MixtureOfExperts" in text
+    assert f"Trainable params: {trainable:,}" in text
+    assert f"Non-trainable params: {E + 1}" in text
+    assert model.count_params() == trainable + E + 1
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_two_hundred_steps_in_low_precision_stay_finite_and_learn(policy):
+    previous = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        layer = moe(shared_expert=keras.layers.Dense(D))
+        model = keras.Sequential([keras.Input((3, D)), layer, keras.layers.Dense(D)])
+        compiled_model(model, keras.optimizers.Adam(0.01))
+    finally:
+        keras.config.set_dtype_policy(previous)
+    x, y = np.tile(X, (25, 1, 1)), np.tile(Y, (25, 1, 1))
+    history = model.fit(x, y, batch_size=8, epochs=2, verbose=0).history["loss"]
+    assert np.isfinite(history).all() and history[1] < history[0]
+    assert all(np.isfinite(array(weight)).all() for weight in model.weights)
+    counts = array(layer.expert_counts)
+    assert counts.sum() == 2 * x.shape[0] * x.shape[1] * 2, "200 steps were counted"
+
+
+class CountTraces(keras.layers.Layer):
+    """Counts how often Python runs its call."""
+
+    traces = 0
+
+    def call(self, inputs):
+        self.traces += 1
+        return inputs
+
+    def compute_output_shape(self, inputs_shape):
+        return inputs_shape
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch runs eagerly: Python runs at every step")
+@compiled
+def test_loads_that_change_from_step_to_step_compile_once(jit_compile):
+    counter = CountTraces()
+    bank = layers.FeedForwardExperts(E, 4)
+    inputs = keras.Input((E,))
+    outputs = moe(bank, router=one_hot_router())(counter(inputs))
+    model = compiled_model(keras.Model(inputs, outputs), jit_compile=jit_compile)
+    loads = [(0, 0, 0, 0), (0, 1, 2, 3), (3, 3, 1, 3), (2, 2, 2, 0), (1, 1, 1, 1), (0, 3, 0, 3)]
+    batches = [one_hot(*load) for load in loads]
+    before = counter.traces
+    model.train_on_batch(batches[0], batches[0])
+    first = counter.traces
+    assert first > before
+    for batch in batches[1:]:
+        model.train_on_batch(batch, batch)
+    assert counter.traces == first
+    counts = array(model.layers[-1].expert_counts)
+    np.testing.assert_array_equal(counts, np.bincount(np.ravel(loads), minlength=E))
+
+
+def test_a_frozen_layer_keeps_its_weights():
+    model = keras.Sequential([keras.Input((3, D)), moe(name="moe"), keras.layers.Dense(D)])
+    layer = model.get_layer("moe")
+    layer.trainable = False
+    assert layer.trainable_weights == []
+    before = [array(weight) for weight in layer.experts.weights + layer.router.weights]
+    dense = array(model.layers[-1].kernel)
+    compiled_model(model).fit(X, Y, verbose=0)
+    for weight, value in zip(layer.experts.weights + layer.router.weights, before):
+        np.testing.assert_array_equal(array(weight), value)
+    assert (array(model.layers[-1].kernel) != dense).any()
+
+
+def test_frozen_experts_leave_the_router_learning():
+    model = compiled_model(functional())
+    layer = model.get_layer("moe")
+    layer.experts.trainable = False
+    up, kernel = array(layer.experts.up_kernel), array(layer.router.kernel)
+    compiled_model(model).fit(X, Y, verbose=0)
+    np.testing.assert_array_equal(array(layer.experts.up_kernel), up)
+    assert (array(layer.router.kernel) != kernel).any()
+
+
+def test_noise_of_the_router_is_drawn_in_training_only_and_follows_its_seed():
+    def losses(seed):
+        router = routers.TopKRouter(
+            E, input_jitter=0.5, logit_noise=1.0, kernel_initializer="ones", seed=seed
+        )
+        bank = layers.LayerExperts([keras.layers.Rescaling(float(e)) for e in range(E)])
+        model = keras.Sequential([keras.Input((3, D)), moe(bank, router=router)])
+        compiled_model(model, keras.optimizers.SGD(0.0))
+        history = model.fit(X, Y, batch_size=32, epochs=2, shuffle=False, verbose=0)
+        history = history.history["loss"]
+        return [*history, model.evaluate(X, Y, verbose=0), model.evaluate(X, Y, verbose=0)]
+
+    first, second, evaluated, again = losses(1)
+    assert first != second and evaluated == again
+    np.testing.assert_allclose(losses(1), [first, second, evaluated, again], rtol=1e-6)
+    assert losses(2)[0] != first

@@ -1,0 +1,94 @@
+"""What importing the package brings in, and which part of it may import which."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+
+BACKEND = keras.backend.backend()
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "keras_moe"
+FILES = sorted(PACKAGE.rglob("*.py"))
+FRAMEWORKS = {"tensorflow", "jax", "jaxlib", "torch", "tensorflow_probability", "triton"}
+
+# A part imports from parts of a lower number only; a part that is not named stands on top.
+LEVELS = {
+    "backend": 0,
+    "validation": 0,
+    "serialization": 0,
+    "ops": 1,
+    "routers": 2,
+    "losses": 2,
+    "metrics": 2,
+    "layers": 3,
+}
+TOP = 4
+
+
+def run(code, backend=BACKEND):
+    return subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:keras_moe", "-c", code],
+        env={**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_package_imports_nothing_but_itself_and_the_backend_of_keras():
+    done = run(
+        "import sys, keras\n"
+        "before = set(sys.modules)\n"
+        "import keras_moe\n"
+        "print(*set(sys.modules) - before)"
+    )
+    assert done.returncode == 0, done.stderr
+    new = done.stdout.split()
+    own = {BACKEND, "numpy"} | ({"jaxlib"} if BACKEND == "jax" else set())
+    foreign = {name.partition(".")[0] for name in new} - set(sys.stdlib_module_names) - own
+    assert foreign == {"keras_moe"}
+    backends = [name for name in new if name.startswith("keras_moe.backend.")]
+    assert backends == [f"keras_moe.backend.{BACKEND}"]
+
+
+def test_another_backend_is_refused_with_the_way_out():
+    done = run("import keras_moe", backend="numpy")
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1] == (
+        "ImportError: keras_moe runs on the Keras backends tensorflow, jax, torch. "
+        "Received: keras.backend.backend()='numpy'. "
+        "Set KERAS_BACKEND to one of them before keras is imported."
+    )
+
+
+def imports(path):
+    """Full names of what a file imports, at its top or inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def part_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_frameworks_are_named_in_the_backend_folder_only(path):
+    found = {name.partition(".")[0] for name in imports(path)} & FRAMEWORKS
+    assert found <= ({path.stem} if part_of(path) == "backend" else set())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_part_imports_from_lower_parts_only(path):
+    part = part_of(path)
+    if part == "__init__":
+        return
+    own = [name.split(".")[1] for name in imports(path) if name.startswith("keras_moe.")]
+    for other in set(own) - {part}:
+        assert LEVELS.get(other, TOP) < LEVELS.get(part, TOP), f"{part} imports {other}"

@@ -1,0 +1,148 @@
+"""Router losses as objects: their values at known routings, their weights, their gradients."""
+
+import keras
+import numpy as np
+import pytest
+import reference
+from conftest import FAST_MODE, MODES, assert_close, compiled, gradients
+from keras import ops
+
+from keras_moe import losses
+from keras_moe.ops import top_k_routing
+
+
+def loss_of_logits(loss, logits, top_k=1, mask=None):
+    function = compiled(lambda logits, mask: loss(top_k_routing(logits, top_k, mask)), FAST_MODE)
+    return function(np.asarray(logits, "float32"), mask)
+
+
+def cyclic_logits(num_experts, top_k, height):
+    """Token t prefers the experts t, t + 1, ..., t + K - 1, all experts equally often."""
+    logits = np.zeros((num_experts, num_experts), "float32")
+    for t in range(num_experts):
+        for choice in range(top_k):
+            logits[t, (t + choice) % num_experts] = height + 1.0 - 0.1 * choice
+    return logits
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_the_load_balance_loss_is_one_at_balance_whatever_the_probabilities(top_k, mode):
+    loss = losses.LoadBalance(1.0)
+    function = compiled(lambda logits: loss(top_k_routing(logits, top_k)), mode)
+    for height in (0.0, 1.0, 30.0):
+        assert_close(function(cyclic_logits(5, top_k, height)), 1.0)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_the_load_balance_loss_of_a_collapse_is_experts_over_choices(top_k):
+    logits = np.zeros((10, 6))
+    logits[:, :top_k] = 50.0
+    assert_close(loss_of_logits(losses.LoadBalance(1.0), logits, top_k), 6 / top_k)
+
+
+def test_the_load_balance_loss_of_a_small_example_is_what_a_hand_computes():
+    # Three tokens, two experts. P = (0.9 + 0.6 + 0.3) / 3 = 0.6 for expert 0, and 0.4.
+    # The first two tokens choose expert 0: f = 2/3 and 1/3. 2 * (2/3 * 0.6 + 1/3 * 0.4) = 16/15.
+    logits = np.log([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7]])
+    assert_close(loss_of_logits(losses.LoadBalance(1.0), logits), 16 / 15)
+
+
+def test_the_z_loss_of_a_small_example_is_what_a_hand_computes():
+    # exp sums to e^2 in the first row and to 4 in the second.
+    logits = [[2.0 + np.log(0.5), 2.0 + np.log(0.5)], [np.log(3.0), 0.0]]
+    assert_close(loss_of_logits(losses.RouterZ(1.0), logits), (4.0 + np.log(4.0) ** 2) / 2)
+
+
+def test_the_load_balance_gradient_flows_through_the_probabilities_only():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(12, 4)).astype("float32")
+    routing = reference.top_k_routing(logits, 2)
+    share = (routing.counts / np.sum(routing.counts)).astype("float32")
+
+    def with_constant_share(logits):
+        return 4 * ops.sum(ops.convert_to_tensor(share) * ops.mean(ops.softmax(logits), axis=0))
+
+    (expected,) = gradients(with_constant_share, [logits])
+    (gradient,) = gradients(lambda z: losses.LoadBalance(1.0)(top_k_routing(z, 2)), [logits])
+    # Shares are of order 1 and cancel.
+    assert_close(gradient, expected, scale=1 / 12)
+    assert np.max(np.abs(gradient)) > 1e-3
+
+
+def test_at_balance_the_load_balance_loss_has_no_gradient():
+    logits = cyclic_logits(4, 1, 1.0)
+    (gradient,) = gradients(lambda z: losses.LoadBalance(1.0)(top_k_routing(z, 1)), [logits])
+    assert_close(gradient, np.zeros((4, 4)), scale=1 / 4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["load_balance", "router_z"])
+def test_padding_of_any_content_changes_no_loss(name, mode):
+    loss = losses.get(name)
+    function = compiled(lambda logits, mask: loss(top_k_routing(logits, 2, mask)), mode)
+    logits = np.random.default_rng(0).normal(size=(9, 4)).astype("float32")
+    expected = loss_of_logits(loss, logits, 2)
+    for content in (np.nan, 0.0, np.inf, 1e30):
+        padded = np.concatenate([np.full((5, 4), content, "float32"), logits])
+        assert_close(function(padded, np.arange(14) >= 5), expected)
+
+
+@pytest.mark.parametrize("name", ["load_balance", "router_z"])
+def test_a_batch_of_padding_has_no_loss_and_no_gradient(name):
+    mask, loss = np.zeros(3, bool), losses.get(name)
+    logits = np.full((3, 4), np.nan, "float32")
+    assert loss_of_logits(loss, logits, 2, mask) == 0
+    (gradient,) = gradients(
+        lambda z: loss(top_k_routing(z, 2, ops.convert_to_tensor(mask))), [logits]
+    )
+    np.testing.assert_array_equal(gradient, np.zeros((3, 4)))
+
+
+@pytest.mark.parametrize("loss", [losses.LoadBalance, losses.RouterZ])
+def test_a_loss_is_proportional_to_its_weight(loss):
+    logits = np.random.default_rng(0).normal(size=(9, 4))
+    whole, half = loss_of_logits(loss(1.0), logits), loss_of_logits(loss(0.5), logits)
+    assert whole > 0
+    assert_close(half, whole / 2)
+    assert loss_of_logits(loss(0), logits) == 0
+
+
+def test_the_default_weights_are_those_of_the_papers():
+    assert losses.get("load_balance").weight == 1e-2
+    assert losses.get("router_z").weight == 1e-3
+
+
+@pytest.mark.parametrize("loss", [losses.LoadBalance(0.25), losses.RouterZ(0.25)])
+def test_a_loss_survives_its_config(loss):
+    config = keras.saving.serialize_keras_object(loss)
+    restored = losses.get(config)
+    assert type(restored) is type(loss) and restored.weight == 0.25
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf"), "1", None, True])
+def test_a_weight_that_is_no_number_from_zero_is_named(weight):
+    with pytest.raises(ValueError) as error:
+        losses.LoadBalance(weight)
+    assert str(error.value) == (
+        f"`weight` must be a finite number of at least 0. Received: weight={weight!r}. "
+        "Pass 0 to turn it off."
+    )
+
+
+def test_an_unknown_loss_is_named():
+    with pytest.raises(ValueError) as error:
+        losses.get("balance")
+    assert str(error.value) == (
+        "`router_losses` must be an instance of `RouterLoss`, or 'load_balance', or 'router_z'. "
+        "Received: router_losses='balance' (of type str)."
+    )
+
+
+def test_a_loss_without_compute_says_what_to_write():
+    class Empty(losses.RouterLoss):
+        pass
+
+    with pytest.raises(NotImplementedError) as error:
+        loss_of_logits(Empty(1.0), [[0.0, 1.0]])
+    assert str(error.value) == "Empty must implement `compute(routing)`."

@@ -1,0 +1,355 @@
+"""All operations of a sparse layer together, as `MixtureOfExperts` wires them, against the oracle.
+
+Inputs, weights and masks are data of one compiled function, so that a shape is compiled once and
+meets many batches.
+"""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import pytest
+import reference
+from conftest import EXAMPLES, FAST_MODE, KERNEL_MODES, MODES, assert_close, differentiated, some
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from keras import ops
+
+from keras_moe import layers, losses, routers
+
+SKEWS = ("zipf", "balanced", "all-to-one")
+MASKS = ("most", "all", "few", "none")
+
+
+class Config(NamedTuple):
+    num_tokens: int = 24
+    features: int = 3
+    num_experts: int = 4
+    top_k: int = 2
+    hidden_dim: int = 5
+    gated: bool = False
+    activation: str = "gelu"
+    use_bias: bool = True
+    capacity_factor: float | None = None
+
+
+# With a mask everywhere the tests of one configuration share its compiled function.
+ALL = np.ones(Config().num_tokens, bool)
+
+
+@functools.cache
+def build(config, mode):
+    """The layer as a function: `(x, weights, upstream, mask) -> (outputs, routing, ...)`."""
+    bank = layers.GatedExperts if config.gated else layers.FeedForwardExperts
+    layer = layers.MixtureOfExperts(
+        bank(config.num_experts, config.hidden_dim, config.activation, config.use_bias),
+        routers.TopKRouter(config.num_experts, config.top_k),
+        router_losses=[losses.LoadBalance(1.0), losses.RouterZ(1.0)],
+        capacity_factor=config.capacity_factor,
+    )
+    layer.build((None, config.features))
+    names = [variable.name for variable in layer.trainable_variables]
+    counters = [variable.path for variable in layer.non_trainable_variables]
+
+    def objective(inputs, upstream, mask, old_counters):
+        x, *trainable = inputs
+        (outputs, routing), new_counters, router_losses = layer.stateless_call(
+            trainable,
+            old_counters,
+            x,
+            mask=mask,
+            training=True,
+            return_routing=True,
+            return_losses=True,
+        )
+        loss = sum(router_losses)
+        # Padding may give anything to the layers behind it: its output must not be used.
+        used = outputs * upstream
+        if mask is not None:
+            used = ops.where(ops.expand_dims(mask, 1), used, 0.0)
+        return ops.sum(used) + loss, (outputs, routing, loss, new_counters)
+
+    function = differentiated(objective, mode)
+
+    def run(x, weights, upstream, mask=None):
+        old = [np.zeros(variable.shape, "float32") for variable in layer.non_trainable_variables]
+        _, aux, (d_x, *d_trainable) = function(
+            [x, *(weights[name] for name in names)], upstream, mask, old
+        )
+        outputs, routing, loss, new = aux
+        by_name = {path.split("/")[-1]: value for path, value in zip(counters, new)}
+        return outputs, routing, loss, by_name, d_x, dict(zip(names, d_trainable))
+
+    return run
+
+
+def draw_weights(config, rng, skew="balanced"):
+    def normal(*shape):
+        return (rng.normal(size=shape) / np.sqrt(shape[-2])).astype("float32")
+
+    experts, features, hidden = config.num_experts, config.features, config.hidden_dim
+    weights = {
+        "kernel": normal(features, experts),
+        "down_kernel": normal(experts, hidden, features),
+    }
+    ups = ("gate", "up") if config.gated else ("up",)
+    weights.update({f"{name}_kernel": normal(experts, features, hidden) for name in ups})
+    if config.use_bias:
+        weights.update({f"{name}_bias": normal(experts, 1, hidden)[:, 0] for name in ups})
+        weights["down_bias"] = normal(experts, 1, features)[:, 0]
+    # The first feature is always 1, so the first row of the router's kernel is its bias.
+    if skew == "zipf":
+        weights["kernel"][0] -= 2.0 * np.log(np.arange(experts) + 1.0)
+    elif skew == "all-to-one":
+        weights["kernel"][0, 0] += 8.0
+    return weights
+
+
+def draw_batch(config, rng, skew="balanced"):
+    """Tokens, weights and an upstream gradient whose experts do not hang on a rounding error."""
+    while True:
+        weights = draw_weights(config, rng, skew)
+        x = rng.normal(size=(config.num_tokens, config.features)).astype("float32")
+        x[:, 0] = 1.0
+        if reference.selection_gap(x @ weights["kernel"], config.top_k) > 1e-4:
+            return x, weights, rng.normal(size=x.shape).astype("float32")
+
+
+def check_against_oracle(config, result, x, weights, upstream, mask=None):
+    outputs, routing, loss, counters, d_x, d_weights = result
+    arguments = (config.activation, config.top_k)
+    expected = reference.moe(x, weights, *arguments, mask, config.capacity_factor)
+    d_x_expected, d_weights_expected = reference.moe_gradients(
+        x, weights, *arguments, upstream, mask, config.capacity_factor
+    )
+    assert_close(outputs, expected.outputs)
+    assert_close(loss, expected.loss)
+    assert_close(routing.dropped, expected.dropped)
+    np.testing.assert_array_equal(routing.counts, expected.routing.counts)
+    np.testing.assert_array_equal(counters["expert_counts"], expected.routing.counts)
+    assert_close(counters["dropped_count"], expected.dropped * np.sum(expected.routing.counts))
+    assert set(d_weights) == set(weights)
+    # The terms of a softmax's gradient, here of order 1, cancel where one expert takes all.
+    assert_close(d_x, d_x_expected, scale=max(1.0, np.max(np.abs(d_x_expected))))
+    for name, gradient in d_weights.items():
+        scale = max(1.0 if name == "kernel" else 0.0, np.max(np.abs(d_weights_expected[name])))
+        assert_close(gradient, d_weights_expected[name], scale=scale)
+
+
+def assert_same(result, expected, tokens=slice(None), expected_tokens=slice(None)):
+    """Two results agree on these tokens, the losses, the counts and the gradients of weights."""
+    outputs, routing, loss, counters, d_x, d_weights = result
+    assert_close(outputs[tokens], expected[0][expected_tokens])
+    np.testing.assert_array_equal(routing.indices[tokens], expected[1].indices[expected_tokens])
+    np.testing.assert_array_equal(routing.counts, expected[1].counts)
+    assert_close(loss, expected[2])
+    np.testing.assert_array_equal(counters["expert_counts"], expected[3]["expert_counts"])
+    assert_close(d_x[tokens], expected[4][expected_tokens])
+    for name, gradient in d_weights.items():
+        assert_close(gradient, expected[5][name])
+
+
+def draw_mask(rng, num_tokens, kind):
+    share = {"all": 2.0, "most": 0.8, "few": 0.2, "none": 0.0}[kind]
+    return rng.random(num_tokens) < share
+
+
+@st.composite
+def configs(draw):
+    num_experts = draw(st.integers(1, 6))
+    return Config(
+        num_tokens=draw(st.sampled_from([1, 2, 13, 24, 40])),
+        features=draw(st.integers(2, 5)),
+        num_experts=num_experts,
+        top_k=draw(st.integers(1, num_experts)),
+        hidden_dim=draw(st.integers(1, 7)),
+        gated=draw(st.booleans()),
+        activation=draw(st.sampled_from(sorted(reference.ACTIVATIONS))),
+        use_bias=draw(st.booleans()),
+        capacity_factor=draw(st.sampled_from([None, None, 0.3, 1.0, 1.5])),
+    )
+
+
+@pytest.mark.parametrize("capacity_factor", [None, 0.6])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_the_gradients_of_the_oracle_equal_finite_differences(top_k, gated, capacity_factor):
+    config = Config(7, top_k=top_k, num_experts=3, gated=gated, capacity_factor=capacity_factor)
+    rng = np.random.default_rng(3)
+    x, weights, upstream = draw_batch(config, rng)
+    x, weights = x.astype("float64"), {k: v.astype("float64") for k, v in weights.items()}
+    mask = np.arange(7) != 4
+
+    def objective(x, weights):
+        result = reference.moe(x, weights, "gelu", top_k, mask, capacity_factor)
+        return np.sum(upstream * result.outputs) + result.loss
+
+    d_x, d_weights = reference.moe_gradients(
+        x, weights, "gelu", top_k, upstream, mask, capacity_factor
+    )
+    numeric = reference.finite_differences(lambda x: objective(x, weights), x)
+    assert_close(d_x, numeric, tolerance=1e-7)
+    for name in weights:
+        numeric = reference.finite_differences(
+            lambda value, name=name: objective(x, {**weights, name: value}), weights[name]
+        )
+        assert_close(d_weights[name], numeric, tolerance=1e-7)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_outputs_losses_counts_and_all_gradients_equal_the_oracle(mode, small_blocks):
+    @settings(max_examples=EXAMPLES[mode])
+    @given(configs(), st.integers(0, 2**32), st.sampled_from([0.0, np.nan, np.inf, 1e30]))
+    @example(Config(gated=True, capacity_factor=0.8), 0, np.nan)
+    def check(config, seed, content):
+        run, rng = build.__wrapped__(config, mode), np.random.default_rng(seed)
+        for skew, kind in some(itertools.product(SKEWS, MASKS), mode):
+            x, weights, upstream = draw_batch(config, rng, skew)
+            mask = draw_mask(rng, config.num_tokens, kind)
+            x[~mask] = content
+            result = run(x, weights, upstream, mask)
+            check_against_oracle(config, result, x, weights, upstream, mask)
+
+    check()
+
+
+@pytest.mark.parametrize("mode", KERNEL_MODES)
+def test_groups_longer_than_the_real_blocks_equal_the_oracle(mode):
+    config = Config(num_tokens=1300, features=2, num_experts=3, hidden_dim=3, gated=True)
+    run, rng = build(config, mode), np.random.default_rng(0)
+    for skew in ("balanced", "all-to-one"):
+        x, weights, upstream = draw_large_batch(config, rng, skew)
+        check_against_oracle(config, run(x, weights, upstream), x, weights, upstream)
+
+
+def draw_large_batch(config, rng, skew):
+    """As `draw_batch`, where some of the many tokens would always be close to a tie."""
+    weights = draw_weights(config, rng, skew)
+    x = rng.normal(size=(10 * config.num_tokens, config.features)).astype("float32")
+    x[:, 0] = 1.0
+    clear = [reference.selection_gap(row[None] @ weights["kernel"], config.top_k) for row in x]
+    x = x[np.array(clear) > 1e-4][: config.num_tokens]
+    return x, weights, rng.normal(size=x.shape).astype("float32")
+
+
+@pytest.mark.parametrize("mode", KERNEL_MODES)
+@pytest.mark.parametrize("gated", [False, True])
+def test_one_expert_equals_a_dense_network(gated, mode, small_blocks):
+    config = Config(num_experts=1, top_k=1, gated=gated, activation="silu")
+    x, weights, upstream = draw_batch(config, np.random.default_rng(0))
+    outputs, _, _, _, _, d_weights = build(config, mode)(x, weights, upstream)
+
+    def dense(inputs, x, upstream):
+        part = dict(zip(weights, inputs))
+        up = ops.matmul(x, part["up_kernel"][0]) + part["up_bias"]
+        hidden = keras.activations.silu(up)
+        if gated:
+            gate = ops.matmul(x, part["gate_kernel"][0]) + part["gate_bias"]
+            hidden = keras.activations.silu(gate) * up
+        outputs = ops.matmul(hidden, part["down_kernel"][0]) + part["down_bias"]
+        return ops.sum(outputs * upstream), outputs
+
+    _, expected, gradients = differentiated(dense, FAST_MODE)(list(weights.values()), x, upstream)
+    assert_close(outputs, expected)
+    for name, gradient in zip(weights, gradients):
+        if name != "kernel":
+            assert_close(d_weights[name], gradient)
+
+
+@pytest.mark.parametrize("mode", KERNEL_MODES)
+def test_dropless_equals_a_capacity_with_room(mode, small_blocks):
+    batch = draw_batch(Config(), np.random.default_rng(0), "zipf")
+    roomy = build(Config(capacity_factor=2.0), mode)(*batch, ALL)
+    assert_same(roomy, build(Config(), mode)(*batch, ALL))
+
+
+@pytest.mark.parametrize("mode", KERNEL_MODES)
+def test_permuted_tokens_give_permuted_outputs(mode, small_blocks):
+    rng = np.random.default_rng(0)
+    x, weights, upstream = draw_batch(Config(), rng, "zipf")
+    order, run = rng.permutation(len(x)), build(Config(), mode)
+    permuted = run(x[order], weights, upstream[order], ALL)
+    assert_same(permuted, run(x, weights, upstream, ALL), expected_tokens=order)
+
+
+@pytest.mark.parametrize("mode", KERNEL_MODES)
+def test_in_a_dropless_layer_batch_mates_do_not_matter(mode, small_blocks):
+    rng, run = np.random.default_rng(0), build(Config(), mode)
+    x, weights, upstream = draw_batch(Config(), rng, "zipf")
+    alone = run(x, weights, upstream, ALL)
+    others = np.concatenate([x[:10], 9.0 * rng.normal(size=(14, 3))]).astype("float32")
+    assert_close(run(others, weights, upstream, ALL)[0][:10], alone[0][:10])
+
+
+@pytest.mark.parametrize("mode", KERNEL_MODES)
+@pytest.mark.parametrize("capacity_factor", [None, 1.0])
+def test_appended_padding_of_any_content_changes_nothing(capacity_factor, mode, small_blocks):
+    rng = np.random.default_rng(0)
+    # The capacity counts all tokens, so the same room is asked of fewer tokens.
+    short = Config(num_tokens=16, capacity_factor=capacity_factor and capacity_factor * 24 / 16)
+    x, weights, upstream = draw_batch(short, rng, "zipf")
+    truncated = build(short, mode)(x, weights, upstream)
+    run = build(Config(capacity_factor=capacity_factor), mode)
+    mask = np.arange(24) < 16
+    for content in (0.0, np.nan, np.inf, -np.inf, 1e30, -3e38):
+        padding = np.full((8, 3), content, "float32")
+        padded = run(
+            np.concatenate([x, padding]), weights, np.concatenate([upstream, padding]), mask
+        )
+        assert_same(padded, truncated, tokens=slice(16))
+        assert not np.any(padded[0][16:]) and not np.any(padded[4][16:])
+        assert_close(padded[1].dropped, truncated[1].dropped)
+
+
+@pytest.mark.parametrize("mode", KERNEL_MODES)
+def test_a_mask_in_the_middle_equals_the_truncated_input(mode, small_blocks):
+    rng = np.random.default_rng(1)
+    x, weights, upstream = draw_batch(Config(), rng)
+    mask = np.ones(24, bool)
+    mask[rng.choice(24, 8, replace=False)] = False
+    masked = build(Config(), mode)(x, weights, upstream, mask)
+    truncated = build(Config(num_tokens=16), mode)(x[mask], weights, upstream[mask])
+    assert_same(masked, truncated, tokens=mask)
+
+
+@pytest.mark.parametrize("mode", KERNEL_MODES)
+def test_a_nan_token_spoils_its_own_output_only(mode, small_blocks):
+    rng, run = np.random.default_rng(0), build(Config(), mode)
+    x, weights, upstream = draw_batch(Config(), rng)
+    clean = run(x, weights, upstream, ALL)[0]
+    x[5] = np.nan
+    spoilt = run(x, weights, upstream, ALL)[0]
+    others = np.arange(24) != 5
+    assert np.all(np.isnan(spoilt[5]))
+    assert_close(spoilt[others], clean[others])
+
+
+@pytest.mark.parametrize("mode", KERNEL_MODES)
+def test_a_broken_expert_spoils_its_own_tokens_and_gradients_only(mode, small_blocks):
+    rng, run = np.random.default_rng(0), build(Config(), mode)
+    x, weights, upstream = draw_batch(Config(), rng)
+    clean = run(x, weights, upstream, ALL)
+    weights["up_kernel"][3] = np.nan
+    outputs, routing, _, _, _, d_weights = run(x, weights, upstream, ALL)
+    spoilt = np.any(routing.indices == 3, axis=1)
+    assert 0 < np.sum(spoilt) < 24
+    assert np.all(np.isnan(outputs[spoilt]))
+    assert_close(outputs[~spoilt], clean[0][~spoilt])
+    for name in set(weights) - {"kernel"}:
+        assert_close(d_weights[name][:3], clean[5][name][:3])
+
+
+@pytest.mark.parametrize("mode", KERNEL_MODES)
+def test_a_zero_router_uses_the_first_experts_alone_and_still_learns(mode, small_blocks):
+    x, weights, upstream = draw_batch(Config(), np.random.default_rng(0))
+    weights["kernel"] = np.zeros_like(weights["kernel"])
+    result = build(Config(), mode)(x, weights, upstream, ALL)
+    check_against_oracle(Config(), result, x, weights, upstream)
+    np.testing.assert_array_equal(result[1].counts, [24, 24, 0, 0])
+    for name, gradient in result[5].items():
+        if name == "kernel":
+            assert np.all(np.isfinite(gradient)) and np.any(gradient)
+        else:
+            assert not np.any(gradient[2:]), f"{name} has a gradient for experts without a token"

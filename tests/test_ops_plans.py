@@ -1,0 +1,187 @@
+"""Plans: which assignments are served, in which row, and how rows become tokens again."""
+
+import numpy as np
+import pytest
+import reference
+from conftest import EXAMPLES, FAST_MODE, MODES, assert_close, compiled, differentiated
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from keras import ops
+
+from keras_moe.ops import Routing, dropped_fraction, expert_capacity, plan_groups
+
+
+def make_routing(indices, weights, mask, num_experts):
+    """A routing with these decisions; scores play no part in a plan."""
+    chosen = ops.expand_dims(indices, -1) == ops.arange(num_experts, dtype="int32")
+    chosen = ops.logical_and(chosen, ops.reshape(mask, (-1, 1, 1)))
+    counts = ops.sum(ops.cast(chosen, "int32"), axis=(0, 1))
+    return Routing(indices, weights, None, None, mask, counts, None)
+
+
+@st.composite
+def decisions(draw):
+    num_experts = draw(st.integers(1, 6))
+    top_k = draw(st.integers(1, num_experts))
+    num_tokens = draw(st.integers(1, 30))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    skew = draw(st.sampled_from([0.0, 1.5, 50.0]))
+    odds = 1.0 / np.arange(1.0, num_experts + 1) ** skew + 1e-12
+    indices = [
+        rng.choice(num_experts, top_k, replace=False, p=odds / np.sum(odds))
+        for _ in range(num_tokens)
+    ]
+    mask = rng.random(num_tokens) < draw(st.sampled_from([0.0, 0.3, 0.8, 2.0]))
+    return np.array(indices, "int32"), mask, num_experts, rng
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_plan_equals_the_oracle_and_so_do_its_verbs_and_their_gradients(mode):
+    def weigh(inputs, indices, mask, capacity, upstream, num_experts):
+        tokens, weights = inputs
+        routing = make_routing(indices, weights, mask, num_experts)
+        plan = plan_groups(routing, capacity)
+        outputs = plan.combine(plan.dispatch(tokens))
+        return ops.sum(outputs * upstream), (plan, outputs, dropped_fraction(routing, plan))
+
+    @settings(max_examples=EXAMPLES[mode])
+    @given(decisions(), st.one_of(st.none(), st.integers(1, 12)))
+    def check(case, capacity):
+        indices, mask, num_experts, rng = case
+        tokens, upstream = rng.normal(size=(2, len(mask), 3)).astype("float32")
+        weights = (rng.random(indices.shape) * mask[:, None]).astype("float32")
+        room = None if capacity is None else np.int32(capacity)
+        function = differentiated(lambda *args: weigh(*args, num_experts), mode)
+        _, (plan, outputs, dropped), (d_tokens, d_weights) = function(
+            [tokens, weights], indices, mask, room, upstream
+        )
+
+        served = reference.queues(indices, mask, num_experts, capacity)
+        in_order = [assignment for queue in served for assignment in queue]
+        num_rows = len(in_order)
+        np.testing.assert_array_equal(plan.groups.sizes, [len(queue) for queue in served])
+        numbers = [k * len(mask) + t for t, k in in_order]
+        np.testing.assert_array_equal(plan.groups.assignment_of_row[:num_rows], numbers)
+        rows = np.full(indices.shape, -1)
+        for row, assignment in enumerate(in_order):
+            rows[assignment] = row
+        np.testing.assert_array_equal(plan.groups.rows_of_token, rows)
+
+        num_assigned = indices.shape[1] * np.sum(mask)
+        assert_close(dropped, (num_assigned - num_rows) / max(num_assigned, 1))
+        kept = np.where(rows >= 0, weights, 0.0).sum(axis=1, keepdims=True, dtype="float64")
+        assert_close(outputs, kept * tokens)
+        assert_close(d_tokens, kept * upstream)
+        assert_close(d_weights, (rows >= 0) * np.sum(tokens * upstream, axis=1, keepdims=True))
+
+    check()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_small_capacity_serves_first_choices_first_then_in_token_order(mode):
+    # Two experts, room for three each. Tokens a to f, choices in the order of the queue:
+    #
+    #   first choices:   a:0  b:0  c:1  d:0  (e is padding)  f:0
+    #   second choices:  a:1  b:1  c:0  d:1  (e is padding)  f:1
+    #
+    #   expert 0: a b d | f c           f finds the room full, and c, a second choice, comes later
+    #   expert 1: c a b | d f           c has the first row though a stands before it in the batch
+    indices = np.array([[0, 1], [0, 1], [1, 0], [0, 1], [0, 1], [0, 1]], "int32")
+    mask = np.array([True, True, True, True, False, True])
+    a, b, c, d = range(4)
+
+    def plan_and_drop(indices, mask):
+        routing = make_routing(indices, ops.ones(indices.shape), mask, 2)
+        plan = plan_groups(routing, 3)
+        return plan.groups, plan.groups.token_of_row(), dropped_fraction(routing, plan)
+
+    groups, token_of_row, dropped = compiled(plan_and_drop, mode)(indices, mask)
+    np.testing.assert_array_equal(groups.sizes, [3, 3])
+    np.testing.assert_array_equal(token_of_row[:6], [a, b, d, c, a, b])
+    np.testing.assert_array_equal(
+        groups.rows_of_token, [[0, 4], [1, 5], [3, -1], [2, -1], [-1, -1], [-1, -1]]
+    )
+    assert_close(dropped, 4 / 10)
+
+
+def test_a_capacity_with_room_for_all_gives_the_plan_without_one():
+    rng = np.random.default_rng(0)
+    indices = np.array([rng.choice(5, 2, replace=False) for _ in range(20)], "int32")
+    mask = rng.random(20) < 0.7
+
+    def plans(indices, mask):
+        routing = make_routing(indices, ops.ones(indices.shape), mask, 5)
+        return plan_groups(routing), plan_groups(routing, 20)
+
+    dropless, roomy = compiled(plans, FAST_MODE)(indices, mask)
+    for name in ("sizes", "assignment_of_row", "rows_of_token"):
+        np.testing.assert_array_equal(getattr(dropless.groups, name), getattr(roomy.groups, name))
+
+
+def test_combine_reads_no_row_that_belongs_to_nobody():
+    indices, mask = np.array([[0], [0], [0]], "int32"), np.array([True, False, True])
+
+    def combine(indices, mask, rows):
+        plan = plan_groups(make_routing(indices, ops.ones(indices.shape), mask, 1), 1)
+        return plan.combine(rows)
+
+    rows = np.array([[1.0], [np.nan], [np.inf]], "float32")
+    np.testing.assert_array_equal(
+        compiled(combine, FAST_MODE)(indices, mask, rows), [[1.0], [0.0], [0.0]]
+    )
+
+
+CAPACITIES = [
+    # T, E, K, factor, and the capacity
+    (8, 4, 1, 1.0, 2),
+    (8, 4, 2, 1.0, 4),
+    (9, 4, 1, 1.0, 3),
+    (8, 4, 1, 1.25, 3),
+    (1, 64, 1, 1.0, 1),
+    (100, 64, 1, 0.001, 1),
+    (100, 64, 1, 0.00001, 1),
+    (10, 1, 1, 1.1, 11),
+    (1000, 3, 1, 0.3, 100),
+    (4096, 64, 2, 1.25, 160),
+    (1, 3, 3, 1.0, 1),
+    (7, 7, 3, 1.0, 3),
+]
+
+
+@pytest.mark.parametrize(("num_tokens", "num_experts", "top_k", "factor", "expected"), CAPACITIES)
+def test_the_capacity_is_rounded_up_and_at_least_one(
+    num_tokens, num_experts, top_k, factor, expected
+):
+    assert reference.expert_capacity(num_tokens, num_experts, top_k, factor) == expected
+    assert expert_capacity(num_tokens, num_experts, top_k, factor) == expected
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "factor"),
+    [
+        (1, 1, 1.1),
+        (3, 1, 0.3),
+        (7, 3, 1.0),
+        (64, 2, 1.25),
+        (8, 2, 1.1),
+        (6, 4, 4 / 3),
+        (4, 1, 1e-5),
+    ],
+)
+def test_the_capacity_is_exact_where_the_number_of_tokens_is_a_tensor(
+    num_experts, top_k, factor, mode
+):
+    num_tokens = np.arange(1, 5001, dtype="int32")
+    capacities = compiled(lambda n: expert_capacity(n, num_experts, top_k, factor), mode)(
+        num_tokens
+    )
+    expected = [expert_capacity(int(n), num_experts, top_k, factor) for n in num_tokens]
+    np.testing.assert_array_equal(capacities, expected)
+
+
+@given(st.integers(1, 5000), st.integers(1, 64), st.integers(1, 8), st.integers(1, 400))
+def test_the_capacity_equals_that_of_exact_arithmetic(num_tokens, num_experts, top_k, percent):
+    factor = percent / 100
+    expected = reference.expert_capacity(num_tokens, num_experts, top_k, factor)
+    assert expert_capacity(num_tokens, num_experts, top_k, factor) == expected

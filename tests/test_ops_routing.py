@@ -1,0 +1,185 @@
+"""Routing as pure functions: who goes where, with which weight, and what the router learns."""
+
+import numpy as np
+import pytest
+import reference
+from conftest import EXAMPLES, FAST_MODE, MODES, assert_close, compiled, differentiated, gradients
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from keras import ops
+
+from keras_moe.ops import load_balance, router_z, top_k_indices, top_k_routing
+
+SKEWS = ("balanced", "zipf", "all-to-one")
+
+
+def draw_logits(rng, num_tokens, num_experts, skew):
+    """Logits whose largest entries wander over the experts as `skew` says."""
+    logits = rng.normal(size=(num_tokens, num_experts))
+    if skew == "balanced":
+        rows = np.arange(num_tokens)
+        logits[rows, rows % num_experts] += 10.0
+    elif skew == "zipf":
+        logits -= 2.0 * np.log(np.arange(num_experts) + 1.0)
+    else:
+        logits[:, 0] += 10.0
+    return logits.astype("float32")
+
+
+def draw_mask(rng, num_tokens, kind):
+    if kind == "none":
+        return np.zeros(num_tokens, bool)
+    return rng.random(num_tokens) < {"all": 2.0, "most": 0.8, "few": 0.2}[kind]
+
+
+@st.composite
+def routings(draw):
+    num_experts = draw(st.integers(1, 9))
+    top_k = draw(st.integers(1, num_experts))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    num_tokens = draw(st.integers(1, 40))
+    logits = draw_logits(rng, num_tokens, num_experts, draw(st.sampled_from(SKEWS)))
+    assume(reference.selection_gap(logits, top_k) > 1e-4)
+    mask = draw_mask(rng, num_tokens, draw(st.sampled_from(["all", "most", "few", "none"])))
+    logits[~mask] = draw(st.sampled_from([0.0, np.nan, np.inf, -np.inf, 1e30]))
+    return logits, top_k, mask
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_routing_and_its_losses_and_their_gradients_equal_the_oracle(mode):
+    def weighted_sum(inputs, mask, d_weights, d_probs, top_k):
+        routing = top_k_routing(inputs[0], top_k, mask)
+        total = ops.sum(routing.weights * d_weights) + ops.sum(routing.probs * d_probs)
+        losses = (load_balance(routing), router_z(routing))
+        return total + losses[0] + losses[1], (routing, losses)
+
+    @settings(max_examples=EXAMPLES[mode])
+    @given(routings(), st.integers(0, 2**32))
+    def check(case, seed):
+        logits, top_k, mask = case
+        rng = np.random.default_rng(seed)
+        d_weights = rng.normal(size=(len(logits), top_k)).astype("float32")
+        d_probs = rng.normal(size=logits.shape).astype("float32") * mask[:, None]
+        function = differentiated(lambda *args: weighted_sum(*args, top_k), mode)
+        _, (routing, losses), (gradient,) = function([logits], mask, d_weights, d_probs)
+
+        expected = reference.top_k_routing(logits, top_k, mask)
+        assert routing.indices.dtype == np.int32
+        np.testing.assert_array_equal(routing.indices[mask], expected.indices[mask])
+        np.testing.assert_array_equal(routing.counts, expected.counts)
+        np.testing.assert_array_equal(routing.mask, mask)
+        assert_close(routing.weights, expected.weights)
+        assert_close(routing.probs[mask], expected.probs[mask])
+        assert_close(losses[0], reference.load_balance(expected))
+        assert_close(losses[1], reference.router_z(logits, mask))
+
+        num_real, num_experts = max(np.sum(mask), 1), logits.shape[1]
+        d_logits = np.zeros(logits.shape)
+        for t in np.flatnonzero(mask):
+            share = expected.counts / np.sum(expected.counts)
+            d_logits[t] = reference.logit_gradient(
+                expected.probs[t],
+                expected.indices[t],
+                d_weights[t],
+                d_probs[t] + num_experts * share / num_real,
+            )
+            lse = np.log(np.sum(np.exp(logits[t].astype("float64"))))
+            d_logits[t] += 2 * lse * expected.probs[t] / num_real
+        # Terms of order 1 cancel in a softmax.
+        assert_close(gradient, d_logits, scale=max(1.0, np.max(np.abs(d_logits))))
+        assert not np.any(gradient[~mask])
+
+    check()
+
+
+@pytest.mark.parametrize("top_k", [2, 3, 7])
+def test_top_k_then_softmax_equals_softmax_then_top_k_then_renormalise(top_k):
+    logits = np.random.default_rng(0).normal(size=(50, 7)).astype("float32")
+    routing = compiled(lambda z: top_k_routing(z, top_k), FAST_MODE)(logits)
+    chosen = np.take_along_axis(logits, routing.indices, axis=1).astype("float64")
+    assert_close(routing.weights, [reference.softmax(row) for row in chosen])
+
+
+def test_a_single_choice_keeps_its_raw_probability():
+    logits = np.log(np.array([[0.2, 0.5, 0.3]], "float32"))
+    routing = compiled(lambda z: top_k_routing(z, 1), FAST_MODE)(logits)
+    assert_close(routing.weights, [[0.5]])
+
+
+def test_a_single_choice_has_a_router_gradient():
+    (gradient,) = gradients(
+        lambda z: ops.sum(top_k_routing(z, 1).weights), [np.zeros((1, 2), "float32")]
+    )
+    assert_close(gradient, [[0.25, -0.25]])
+
+
+def test_with_all_experts_chosen_the_weights_are_the_sorted_probabilities():
+    logits = np.random.default_rng(0).normal(size=(20, 5)).astype("float32")
+    routing = compiled(lambda z: top_k_routing(z, 5), FAST_MODE)(logits)
+    assert_close(routing.weights, -np.sort(-routing.probs, axis=1))
+    np.testing.assert_array_equal(np.sort(routing.indices, axis=1), [[0, 1, 2, 3, 4]] * 20)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ([0, 0, 0, 0], [0, 1, 2]),
+        ([0, 1, 1, 0], [1, 2, 0]),
+        ([1, 0, 2, 1], [2, 0, 3]),
+        ([-np.inf, 0, -np.inf, -np.inf], [1, 0, 2]),
+        ([np.inf, 0, np.inf, 1], [0, 2, 3]),
+        ([np.nan, 0, 1, np.nan], [2, 1, 0]),
+        ([np.nan] * 4, [0, 1, 2]),
+    ],
+)
+def test_a_tie_goes_to_the_lower_index_and_nan_ranks_last(scores, expected, mode):
+    scores = np.array([scores], "float32")
+    indices = compiled(lambda scores: top_k_indices(scores, 3), mode)(scores)
+    np.testing.assert_array_equal(indices, [expected])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_nan_logits_of_a_token_reach_its_own_weights_only(top_k, mode):
+    logits = np.random.default_rng(0).normal(size=(6, 4)).astype("float32")
+    function = compiled(lambda z: top_k_routing(z, top_k), mode)
+    clean = function(logits)
+    logits[2, 1] = np.nan
+    spoilt = function(logits)
+    others = np.arange(6) != 2
+    assert np.all(np.isnan(spoilt.weights[2]))
+    np.testing.assert_array_equal(spoilt.weights[others], clean.weights[others])
+    np.testing.assert_array_equal(spoilt.indices[others], clean.indices[others])
+    assert set(spoilt.indices[2]) <= {0, 1, 2, 3} and len(set(spoilt.indices[2])) == top_k
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_extreme_logits_give_finite_weights_and_gradients(top_k, mode):
+    def function(inputs):
+        routing = top_k_routing(inputs[0], top_k)
+        return ops.sum(routing.weights[:, 0]) + load_balance(routing), routing
+
+    logits = np.array([[1e4, 0, 0], [-1e30, 0, -1e30], [3e38, -3e38, 0], [0, 0, 0]], "float32")
+    _, routing, (gradient,) = differentiated(function, mode)([logits])
+    assert np.all(np.isfinite(routing.weights)) and np.all(np.isfinite(gradient))
+    np.testing.assert_array_equal(routing.indices[:, 0], [0, 1, 0, 0])
+    assert_close(routing.weights[:3, 0], [1, 1, 1])
+
+
+def test_zero_logits_send_every_token_to_the_first_experts():
+    routing = compiled(lambda z: top_k_routing(z, 2), FAST_MODE)(np.zeros((5, 4), "float32"))
+    np.testing.assert_array_equal(routing.indices, [[0, 1]] * 5)
+    np.testing.assert_array_equal(routing.counts, [5, 5, 0, 0])
+    assert_close(routing.weights, np.full((5, 2), 0.5))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_logits_are_computed_on_in_float32(dtype):
+    logits = np.array([[1.0, 2.0, 4.0]], "float32")
+    routing = compiled(lambda z: top_k_routing(ops.cast(z, dtype), 2), FAST_MODE)(logits)
+    assert {routing.weights.dtype, routing.probs.dtype, routing.logits.dtype} == {
+        np.dtype("float32")
+    }
+    assert_close(routing.weights, reference.top_k_routing(logits, 2).weights)

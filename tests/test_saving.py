@@ -1,0 +1,100 @@
+"""Saved models: what is saved under one backend is loaded under all three."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from layer_checks import D, E, array, moe, normal
+
+from keras_moe import layers, routers
+
+BACKEND = keras.backend.backend()
+ROOT = Path(__file__).parents[1]
+WIDE = keras.initializers.RandomNormal(stddev=2.0)
+TOKENS = np.array([[3, 4, 5, 0, 0], [6, 7, 8, 2, 1]])
+
+LOAD_AND_PREDICT = """
+import sys
+import keras, numpy as np
+import keras_moe
+
+model_path, tokens_path, outputs_path = sys.argv[1:]
+model = keras.saving.load_model(model_path)
+np.save(outputs_path, model.predict(np.load(tokens_path), verbose=0))
+"""
+
+
+def model_with_everything():
+    """A classifier of masked tokens with each bank, a shared expert and a capacity."""
+    inputs = keras.Input((None,), dtype="int32")
+    x = keras.layers.Embedding(9, D, mask_zero=True, embeddings_initializer=WIDE)(inputs)
+    shared = keras.layers.Dense(D, "tanh")
+    gated = moe(layers.GatedExperts(E, 4, use_bias=True), shared_expert=shared)
+    x = layers.TransformerEncoderBlock(2, gated, dropout=0.1)(x)
+    mixed = layers.LayerExperts(
+        [
+            keras.layers.Dense(D, "relu"),
+            keras.Sequential([keras.layers.Dense(3), keras.layers.Dense(D)]),
+            keras.layers.BatchNormalization(),
+        ]
+    )
+    x = moe(mixed, router=routers.TopKRouter(3, 3, kernel_initializer="he_normal"))(x)
+    x = moe(router=routers.TopKRouter(E, 1), capacity_factor=1.0)(x)
+    x = keras.layers.GlobalAveragePooling1D()(x)
+    return keras.Model(inputs, keras.layers.Dense(3, kernel_initializer=WIDE)(x))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    keras.utils.set_random_seed(0)
+    model = model_with_everything()
+    model.compile("adam", "mse", jit_compile=BACKEND == "jax")
+    model.fit(TOKENS, normal(2, 3), epochs=2, verbose=0)
+    return model
+
+
+def test_a_saved_model_loads_with_its_weights_optimizer_and_counts(trained, tmp_path):
+    trained.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    for mine, yours in zip(trained.weights, again.weights, strict=True):
+        np.testing.assert_array_equal(array(mine), array(yours), err_msg=mine.path)
+    for mine, yours in zip(trained.optimizer.variables, again.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(array(mine), array(yours), err_msg=mine.path)
+    np.testing.assert_array_equal(array(again(TOKENS)), array(trained(TOKENS)))
+    again.fit(TOKENS, normal(2, 3), verbose=0)
+
+
+def test_saved_weights_load_into_a_model_of_the_same_code(trained, tmp_path):
+    trained.save_weights(tmp_path / "model.weights.h5")
+    other = model_with_everything()
+    before = array(other(TOKENS))
+    other.load_weights(tmp_path / "model.weights.h5")
+    expected = array(trained(TOKENS))
+    assert (before != expected).any()
+    np.testing.assert_array_equal(array(other(TOKENS)), expected)
+
+
+@pytest.mark.parametrize("other", ["tensorflow", "jax", "torch"])
+def test_a_saved_model_predicts_the_same_under_another_backend(trained, other, tmp_path):
+    if other == BACKEND:
+        pytest.skip("the same backend: tested above")
+    if importlib.util.find_spec(other) is None:
+        pytest.skip(f"{other} is not installed")
+    paths = [str(tmp_path / name) for name in ("model.keras", "tokens.npy", "outputs.npy")]
+    trained.save(paths[0])
+    np.save(paths[1], TOKENS)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_AND_PREDICT, *paths],
+        env={**os.environ, "KERAS_BACKEND": other, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = trained.predict(TOKENS, verbose=0)
+    assert np.abs(expected).max() > 0.1, "zeros would agree on anything"
+    np.testing.assert_allclose(np.load(paths[2]), expected, rtol=1e-5, atol=1e-5)
