@@ -18,6 +18,7 @@ import datasets
 import keras
 import numpy as np
 import pictures
+import tensorflow as tf
 from phrase_embedding import PhraseEmbedding
 from vocabulary import Vocabulary
 
@@ -161,7 +162,11 @@ def fit(model, arrays, options):
     """Train, then read the test accuracy once."""
     (ids, labels), validation, test = arrays
     batch_size = min(options.batch_size, len(ids))
-    steps = len(ids) // batch_size
+    # Batches of one known size: a last partial one would be compiled for itself, and XLA uses all
+    # cores only where sizes are known when TensorFlow traces the step.
+    batches = tf.data.Dataset.from_tensor_slices((ids, labels)).shuffle(len(ids), seed=0)
+    batches = batches.batch(batch_size, drop_remainder=True)
+    steps = len(batches)
     schedule = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, options.epochs * steps)
     model.compile(
         optimizer=keras.optimizers.Adam(schedule),
@@ -174,12 +179,8 @@ def fit(model, arrays, options):
     )
     timer = StepTimer()
     monitors = [callbacks.ExpertMonitor()] if moe_layers(model) else []
-    # A last partial batch would be compiled for itself.
-    whole = steps * batch_size
     history = model.fit(
-        ids[:whole],
-        labels[:whole],
-        batch_size=batch_size,
+        batches,
         epochs=options.epochs,
         validation_data=validation,
         callbacks=[*monitors, timer],

@@ -38,7 +38,7 @@ def made_up_split(documents, seed):
 
 @pytest.fixture
 def made_up_data(monkeypatch):
-    splits = [made_up_split(documents, seed) for seed, documents in enumerate((256, 40, 40))]
+    splits = [made_up_split(documents, seed) for seed, documents in enumerate((256, 32, 32))]
     data = datasets.TextDataset(*splits, class_names=list(TOPICS))
     monkeypatch.setattr(datasets, "load", lambda name, data_dir=None: data)
 

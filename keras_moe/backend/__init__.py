@@ -12,6 +12,7 @@ Everything else in the package is written with `keras.ops`. A backend module pro
 """
 
 import importlib
+from typing import Any
 
 import keras
 
@@ -29,7 +30,7 @@ _module = importlib.import_module(f"keras_moe.backend.{keras.backend.backend()}"
 compiles_static_shapes = _module.compiles_static_shapes
 differentiable = _module.differentiable
 gather_rows = _module.gather_rows
-slice_at = getattr(_module, "slice_at", None)
-scan = getattr(_module, "scan", None)
-unstack_sizes = getattr(_module, "unstack_sizes", None)
+slice_at: Any = getattr(_module, "slice_at", None)
+scan: Any = getattr(_module, "scan", None)
+unstack_sizes: Any = getattr(_module, "unstack_sizes", None)
 vjp = _module.vjp

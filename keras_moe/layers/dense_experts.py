@@ -15,7 +15,7 @@ class DenseExperts(ExpertBank):
     A subclass names its up projections in `up_names`.
     """
 
-    up_names = ()
+    up_names: tuple[str, ...] = ()
 
     def __init__(
         self,

@@ -32,9 +32,9 @@ class MixtureOfExperts(keras.layers.Layer):
         shared_expert: Keras layer that serves every token, its output added to that of the chosen
             experts, or None. DeepSeekMoE (arXiv:2401.06066), section 3.2.
         capacity_factor: None for no limit. A number gives each expert room for
-            `ceil(capacity_factor * T * K / E)` of the T tokens, at least 1; first choices are served
-            before second ones, then earlier tokens before later ones. An assignment that finds no
-            room contributes zero.
+            `ceil(capacity_factor * T * K / E)` of the T tokens, at least 1; first choices are
+            served before second ones, then earlier tokens before later ones. An assignment that
+            finds no room contributes zero.
         **kwargs: arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
@@ -189,7 +189,7 @@ class MixtureOfExperts(keras.layers.Layer):
         outputs = keras.KerasTensor(self.compute_output_shape(inputs.shape), self.compute_dtype)
         if not return_routing:
             return outputs
-        num_tokens = 1
+        num_tokens: int | None = 1
         for size in inputs.shape[:-1]:
             num_tokens = None if None in (num_tokens, size) else num_tokens * size
         return outputs, routing_spec(num_tokens, self.experts.num_experts, self.router.top_k)

@@ -153,8 +153,9 @@ def run_grouped(step, tokens, weights, kernels, groups):
     def backward(inputs, context, saved, gradient):
         tokens, weights, *kernels = inputs
         groups = Groups(*context)
+        rows, kept = saved
         row_gradient, weight_gradient, kernel_gradients = driver.backward(
-            step, tokens, groups.weight_of_row(weights), kernels, groups, *saved, gradient
+            step, tokens, groups.weight_of_row(weights), kernels, groups, rows, kept, gradient
         )
         return (
             sum_rows(row_gradient, groups),
@@ -181,7 +182,7 @@ class _Slices:
     @staticmethod
     def forward(step, tokens, kernels, groups):
         outputs, saved = [], []
-        for expert, rows, token_rows in _slices(groups):
+        for expert, _, token_rows in _slices(groups):
             output, kept = step.forward(
                 backend.gather_rows(tokens, token_rows), [kernel[expert] for kernel in kernels]
             )
@@ -205,9 +206,7 @@ class _Slices:
             weight_parts.append(_row_sums(output_gradient * outputs[rows]))
             kernel_parts.append(kernel_gradients)
         totals = _upright(map(ops.stack, zip(*kernel_parts)), step)
-        kernel_gradients = [
-            ops.cast(total, kernel.dtype) for total, kernel in zip(totals, kernels)
-        ]
+        kernel_gradients = [ops.cast(total, kernel.dtype) for total, kernel in zip(totals, kernels)]
         weight_gradient = ops.squeeze(_fill_rows(weight_parts, groups), 1)
         return _fill_rows(row_parts, groups), weight_gradient, kernel_gradients
 
@@ -276,7 +275,10 @@ class _Blocks:
                 return (
                     block.write(row_gradients, row_gradient),
                     block.write(weight_gradients, weight_gradient),
-                    *(_add_at(total, expert, part) for total, part in zip(totals, kernel_gradients)),
+                    *(
+                        _add_at(total, expert, part)
+                        for total, part in zip(totals, kernel_gradients)
+                    ),
                 )
 
             return for_each_block(block, carry)

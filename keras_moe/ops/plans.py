@@ -102,4 +102,3 @@ def _sort_by_expert(expert_of_assignment):
     order = ops.cast(ops.argsort(expert_of_assignment), "int32")
     rank = ops.cast(ops.argsort(order), "int32")
     return order, rank
-
