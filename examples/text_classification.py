@@ -181,6 +181,7 @@ def fit(model, arrays, options):
     monitors = [callbacks.ExpertMonitor()] if moe_layers(model) else []
     history = model.fit(
         batches,
+        shuffle=False,  # they are shuffled already
         epochs=options.epochs,
         validation_data=validation,
         callbacks=[*monitors, timer],
