@@ -230,6 +230,8 @@ def test_batch_normalization_inside_an_expert_updates_the_state_of_used_experts_
     else:
         shares = [0.5, 0.0, 0.5, 0.0]
     np.testing.assert_allclose(means, np.diag(shares), rtol=1e-6)
+    for expert in (1, 3):
+        np.testing.assert_array_equal(array(norms[expert].moving_variance), np.ones(E))
 
 
 @compiled
@@ -390,6 +392,25 @@ def test_experts_are_selected_in_float32_whatever_the_policy(policy):
     rounded = array(keras.ops.matmul(keras.ops.cast(x, dtype), kernel))
     other = np.argsort(-rounded.astype("float32"), axis=1, kind="stable")[:, :2]
     assert (other != selected).any(), "the test would not notice rounded scores"
+
+
+@pytest.mark.parametrize(
+    "bank",
+    [
+        lambda: layers.FeedForwardExperts(
+            E, 4, kernel_initializer="zeros", bias_initializer="ones", dtype="mixed_bfloat16"
+        ),
+        lambda: layers.LayerExperts(
+            [keras.layers.Rescaling(0.0, offset=1.0) for _ in range(E)], dtype="mixed_bfloat16"
+        ),
+    ],
+    ids=["feed_forward", "layer"],
+)
+def test_combine_weights_sum_to_one_in_low_precision(bank):
+    router = routers.TopKRouter(E, 3, kernel_initializer="he_normal")
+    layer = moe(bank(), router=router, dtype="mixed_bfloat16")
+    outputs = array(layer(normal(64, D)))  # every expert returns ones
+    np.testing.assert_array_equal(outputs, np.ones_like(outputs))
 
 
 def test_a_low_precision_parent_leaves_a_float32_bank_as_it_is():
