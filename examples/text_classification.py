@@ -285,7 +285,7 @@ def predict(text, output):
         )
     if not text.strip():
         raise ValueError(f"The text to classify must hold a word. Received: {text!r}.")
-    model = keras.saving.load_model(output / "model.keras")
+    model = keras.saving.load_model(output / "model.keras", compile=False)
     vocabulary = Vocabulary.load(output / "vocabulary.json")
     class_names = json.loads((output / "classes.json").read_text(encoding="utf-8"))
     logits = model(vocabulary.encode([text]), training=False)
