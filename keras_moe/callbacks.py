@@ -49,15 +49,14 @@ class ExpertMonitor(keras.callbacks.Callback):
         super().set_model(model)
         self._training_logs = self._test_logs = None
         self._is_training = False
-        # A test function that was traced before does not count assignments.
-        model.test_function = None
+        self._retrace_evaluation()
 
     def on_train_begin(self, logs=None):
         self._is_training = True
 
     def on_train_end(self, logs=None):
         self._is_training = False
-        self._forget_counting()
+        self._retrace_evaluation()
 
     def on_epoch_begin(self, epoch, logs=None):
         self._read_counts()
@@ -73,7 +72,7 @@ class ExpertMonitor(keras.callbacks.Callback):
         if logs is not None:
             logs.update(self._test_logs)
         if not self._is_training:
-            self._forget_counting()
+            self._retrace_evaluation()
 
     def on_epoch_end(self, epoch, logs=None):
         training_logs = self._training_logs
@@ -83,8 +82,8 @@ class ExpertMonitor(keras.callbacks.Callback):
         if logs is not None:
             logs.update({**training_logs, **validation_logs})
 
-    def _forget_counting(self):
-        """A test function that was traced meanwhile counts assignments."""
+    def _retrace_evaluation(self):
+        """Whether a test function counts assignments is fixed when it is traced."""
         self.model.test_function = None
 
     def _count_in_evaluation(self, counts):
