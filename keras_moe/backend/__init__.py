@@ -7,6 +7,7 @@ Everything else in the package is written with `keras.ops`. A backend module pro
 - `vjp(function, inputs)`: value and pullback of a plain function, usable inside loops.
 - `gather_rows(tensor, indices)`: rows of a tensor by (possibly multi-dimensional) index.
 - `slice_at(tensor, start, shape)`: a part of a tensor, where shapes are static.
+- `sort(integers)`: a vector of integers in ascending order, where shapes are static.
 - `scan(step, carry, xs)`: a loop that can be differentiated, where shapes are static.
 - `unstack_sizes(sizes)`: the entries of a vector as bounds of slices, where shapes are dynamic.
 """
@@ -31,6 +32,7 @@ compiles_static_shapes = _module.compiles_static_shapes
 differentiable = _module.differentiable
 gather_rows = _module.gather_rows
 slice_at: Any = getattr(_module, "slice_at", None)
+sort: Any = getattr(_module, "sort", None)
 scan: Any = getattr(_module, "scan", None)
 unstack_sizes: Any = getattr(_module, "unstack_sizes", None)
 vjp = _module.vjp

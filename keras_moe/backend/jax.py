@@ -53,3 +53,8 @@ def slice_at(tensor, start, shape):
 def scan(step, carry, xs):
     """`carry, y = step(carry, x)` along the first axis of `xs`: the last carry and all `y`."""
     return jax.lax.scan(step, carry, xs)
+
+
+def sort(integers):
+    """A vector of integers in ascending order."""
+    return jax.lax.sort(integers)

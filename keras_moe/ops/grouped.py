@@ -8,9 +8,8 @@ that feeds it. Two drivers exist, because frameworks differ in one thing only:
 
 - Where every shape is fixed at compile time (XLA), rows are taken in blocks. Block sizes come
   from a short list, a loop with a dynamic trip count stands for each size, and a group is covered
-  by full blocks and one tail block of the smallest size that holds the rest. Kernels are read in
-  place, and the hidden activations of a block stay in cache, which is why this can be faster than
-  one large dense layer.
+  by blocks of falling size. Kernels are read in place, and the hidden activations of a block stay
+  in cache, which is why this can be faster than one large dense layer.
 - Where shapes may depend on data (eager PyTorch, TensorFlow without XLA), each group is one slice
   of its exact size.
 
@@ -25,9 +24,9 @@ from keras import ops
 
 from keras_moe import backend
 
-# A tail is rounded up to the next size, and every size is compiled: more sizes waste fewer rows
-# and take longer to compile.
-BLOCK_SIZES = (16, 64, 128, 192, 256, 384, 512)
+# Each size is half the next, so that blocks of falling size cover a group of any length with few
+# wasted rows. Every size is compiled: smaller ones would waste less and take longer to compile.
+BLOCK_SIZES = (32, 64, 128, 256, 512)
 
 
 class Step(NamedTuple):
@@ -365,25 +364,22 @@ def _num_rows_with_room(groups):
 
 
 def _cover(size, block_sizes, block, carry):
-    """Cover `size` rows: full blocks, then one tail block of the smallest size that is enough."""
-    largest = block_sizes[-1]
-    shorter_sizes = (0, *block_sizes[:-1])
-    # A rest that only a full block can hold is one more of those.
-    full = size // largest
-    rest = size - full * largest
-    needs_full = rest > shorter_sizes[-1]
-    trips = full + ops.cast(needs_full, "int32")
-    carry = ops.fori_loop(0, trips, lambda i, carry: block(i * largest, largest, carry), carry)
-    for shorter, length in zip(shorter_sizes, block_sizes[:-1]):
-        trips = ops.cast(ops.logical_and(rest > shorter, rest <= length), "int32")
-        # The offset depends on `i` though `i` is always 0: XLA hoists what does not depend on the
-        # loop out of it, and would compute the tail blocks of all sizes.
-        carry = ops.fori_loop(
-            0,
-            trips,
-            lambda i, carry, length=length: block(full * largest + i * length, length, carry),
-            carry,
+    """Cover `size` rows with blocks of falling size; few rows of the last one are wasted."""
+    start = 0
+
+    def run(trips, length, start, carry):
+        # The offset depends on `i` even where `i` is always 0: XLA hoists what does not depend on
+        # the loop out of it, and would compute the blocks of all sizes.
+        return ops.fori_loop(
+            0, trips, lambda i, carry: block(start + i * length, length, carry), carry
         )
+
+    for length in reversed(block_sizes):
+        # A rest that fills most of a block is one more of them; the smallest take what is left.
+        spare = length // 4 if length > block_sizes[0] else length - 1
+        trips = (ops.maximum(size - start, 0) + spare) // length
+        carry = run(trips, length, start, carry)
+        start = start + trips * length
     return carry
 
 
