@@ -128,15 +128,12 @@ def expert_feedforward(options, size):
 
 def dense_feedforward(options, size):
     """As wide as the experts that serve one token, together."""
-    feedforward = keras.Sequential(
+    return keras.Sequential(
         [
             keras.layers.Dense(options.top_k * size.hidden_dim, activation="gelu"),
             keras.layers.Dense(size.features),
         ]
     )
-    # Keras takes a Sequential for one that cannot have a mask, whatever its layers are.
-    feedforward.supports_masking = True
-    return feedforward
 
 
 def build_model(feedforward, vocabulary, size, num_classes):

@@ -499,6 +499,8 @@ def test_an_encoder_block_takes_any_feed_forward_layer(feedforward):
     np.testing.assert_array_equal(outputs, array(block(x)))
     assert (array(block(x, training=True)) != outputs).any()
     assert (outputs != x).all(), "both branches are added"
+    mask = np.arange(5) < np.array([[5], [3]])
+    np.testing.assert_allclose(array(block(x, mask=mask))[0], outputs[0], rtol=1e-5, atol=1e-5)
 
 
 def test_an_encoder_block_hands_its_mask_to_attention_and_feed_forward():

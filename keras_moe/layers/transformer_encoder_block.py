@@ -59,6 +59,12 @@ class TransformerEncoderBlock(keras.layers.Layer):
         super().__init__(**kwargs)
         self.num_heads = num_heads
         self.feedforward = resolve("feedforward", feedforward, keras.Layer)
+        accepted = inspect.signature(self.feedforward.call).parameters
+        self._feedforward_arguments = [n for n in ("mask", "training") if n in accepted]
+        if "mask" in accepted:
+            # It is given the mask, and Keras would warn: it takes a `Sequential` for a layer that
+            # cannot have one, whatever is in it.
+            self.feedforward.supports_masking = True
         self.dropout = dropout
         self.supports_masking = True
 
@@ -114,9 +120,8 @@ class TransformerEncoderBlock(keras.layers.Layer):
     def _feed_forward(self, inputs, mask, training):
         # Keras hands on masks that hang on tensors, and the sums above take them off.
         arguments = {"mask": mask, "training": training}
-        accepted = inspect.signature(self.feedforward.call).parameters
         return self.feedforward(
-            inputs, **{name: value for name, value in arguments.items() if name in accepted}
+            inputs, **{name: arguments[name] for name in self._feedforward_arguments}
         )
 
     def compute_output_shape(self, inputs_shape):
