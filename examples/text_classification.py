@@ -99,7 +99,7 @@ def parse_options(arguments):
     parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--top-k", type=int, default=2, help="experts that serve each token")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=1, help="number of runs to average")
     parser.add_argument(
@@ -140,7 +140,7 @@ def build_model(feedforward, vocabulary, size, num_classes):
     embedding = PhraseEmbedding(
         len(vocabulary.words), size.bigrams, size.features, size.phrase_length, word_dropout=0.3
     )
-    block = layers.TransformerEncoderBlock(num_heads=4, feedforward=feedforward(), dropout=0.3)
+    block = layers.TransformerEncoderBlock(num_heads=4, feedforward=feedforward(), dropout=0.5)
     ids = keras.Input((vocabulary.length,), dtype="int32")
     phrases = embedding(ids)
     embedding.salience.assign([0.0, 0.0, *vocabulary.salience])
