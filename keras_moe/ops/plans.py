@@ -107,7 +107,8 @@ def _sort_by_expert(expert_of_assignment, num_keys):
     """
     num_rows = ops.shape(expert_of_assignment)[0]
     numbers = ops.arange(num_rows, dtype="int32")
-    if backend.compiles_static_shapes() and num_keys * num_rows < 2**31:
+    fits = isinstance(num_rows, int) and num_keys * num_rows < 2**31
+    if backend.compiles_static_shapes() and fits:
         # Expert and number in one integer: XLA sorts plain integers several times as fast as
         # pairs, and no two are equal.
         order = backend.sort(expert_of_assignment * num_rows + numbers) % num_rows
