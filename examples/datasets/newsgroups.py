@@ -17,8 +17,8 @@ class TabCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Base of the corpora stored as two tab-separated files, train and test.
 
     Validation is the first tenth of each class in the order of the file, where the posts of a
-    thread are neighbours. A random tenth would share threads with the rest: on the newsgroups it
-    promises 93% where the test documents, which were written later, give 84%.
+    thread are neighbours. A random tenth would share threads with the rest, and promise far
+    more than the test documents, which were written later, give.
     """
 
     VERSION = tfds.core.Version("1.0.0")

@@ -60,7 +60,7 @@ class TransformerEncoderBlock(keras.layers.Layer):
         self.num_heads = num_heads
         self.feedforward = resolve("feedforward", feedforward, keras.Layer)
         accepted = inspect.signature(self.feedforward.call).parameters
-        self._feedforward_arguments = [n for n in ("mask", "training") if n in accepted]
+        self._feedforward_arguments = [name for name in ("mask", "training") if name in accepted]
         if "mask" in accepted:
             # It is given the mask, and Keras would warn: it takes a `Sequential` for a layer that
             # cannot have one, whatever is in it.

@@ -8,8 +8,8 @@ that feeds it. Two drivers exist, because frameworks differ in one thing only:
 
 - Where every shape is fixed at compile time (XLA), rows are taken in blocks. Block sizes come
   from a short list, a loop with a dynamic trip count stands for each size, and a group is covered
-  by blocks of falling size. Kernels are read in place, and the hidden activations of a block stay
-  in cache, which is why this can be faster than one large dense layer.
+  by blocks of falling size. Kernels are taken one expert at a time, and the hidden activations of a
+  block stay in cache, which is why this can be faster than one large dense layer.
 - Where shapes may depend on data (eager PyTorch, TensorFlow without XLA), each group is one slice
   of its exact size.
 
@@ -366,19 +366,18 @@ def _num_rows_with_room(groups):
 def _cover(size, block_sizes, block, carry):
     """Cover `size` rows with blocks of falling size; few rows of the last one are wasted."""
     start = 0
-
-    def run(trips, length, start, carry):
-        # The offset depends on `i` even where `i` is always 0: XLA hoists what does not depend on
-        # the loop out of it, and would compute the blocks of all sizes.
-        return ops.fori_loop(
-            0, trips, lambda i, carry: block(start + i * length, length, carry), carry
-        )
-
     for length in reversed(block_sizes):
         # A rest that fills most of a block is one more of them; the smallest take what is left.
         spare = length // 4 if length > block_sizes[0] else length - 1
         trips = (ops.maximum(size - start, 0) + spare) // length
-        carry = run(trips, length, start, carry)
+        # The offset depends on `i` even where `i` is always 0: XLA hoists what does not depend on
+        # the loop out of it, and would compute the blocks of all sizes.
+        carry = ops.fori_loop(
+            0,
+            trips,
+            lambda i, carry, start=start, length=length: block(start + i * length, length, carry),
+            carry,
+        )
         start = start + trips * length
     return carry
 
