@@ -256,7 +256,9 @@ def print_report(report, usage):
     print(f"{'parameters':>12} {'active':>12}")
     for name, result in report["results"].items():
         accuracies = [run["test_accuracy"] for run in result["runs"]]
-        accuracy = f"{np.mean(accuracies):.2%} +- {np.std(accuracies):.2%}"
+        accuracy = f"{np.mean(accuracies):.2%}"
+        if len(accuracies) > 1:
+            accuracy += f" +- {np.std(accuracies):.2%}"
         ms = np.mean([run["ms_per_step"] for run in result["runs"]])
         print(f"{name:<27} {accuracy:>20} {ms:>10.0f}", end=" ")
         print(f"{result['parameters']:>12,} {result['active_parameters']:>12,}")
