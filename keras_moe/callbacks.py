@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_moe import metrics
-from keras_moe.layers.mixture_of_experts import MixtureOfExperts
+from keras_moe.inspection import moe_layers
 
 
 class ExpertMonitor(keras.callbacks.Callback):
@@ -87,13 +87,13 @@ class ExpertMonitor(keras.callbacks.Callback):
         self.model.test_function = None
 
     def _count_in_evaluation(self, counts):
-        for layer in self._moe_layers().values():
+        for layer in moe_layers(self.model).values():
             layer.counts_in_evaluation = counts
 
     def _read_counts(self):
         """Logs of what was counted since the last call."""
         logs = {}
-        for name, layer in self._moe_layers().items():
+        for name, layer in moe_layers(self.model).items():
             if layer.built:
                 logs.update(self._layer_logs(name, layer))
                 layer.reset_counts()
@@ -111,23 +111,6 @@ class ExpertMonitor(keras.callbacks.Callback):
             shares = ops.convert_to_numpy(metrics.expert_share(counts))
             logs.update({f"expert_share_{expert}": share for expert, share in enumerate(shares)})
         return {f"{name}_{key}": float(value) for key, value in logs.items()}
-
-    def _moe_layers(self):
-        """The MoE layers by name; by path or number, where two have the same name."""
-        layers = [
-            layer for layer in self.model._flatten_layers() if isinstance(layer, MixtureOfExperts)
-        ]
-        if not layers:
-            raise ValueError(
-                "ExpertMonitor needs a model with at least one `MixtureOfExperts` layer. "
-                f"Received: model {self.model.name!r} without any. Leave the callback out."
-            )
-        names = [layer.name for layer in layers]
-        if len(set(names)) < len(names):
-            names = [layer.path.replace("/", "_") for layer in layers]
-        if len(set(names)) < len(names):
-            names = [f"{name}_{number}" for number, name in enumerate(names)]
-        return dict(zip(names, layers))
 
 
 __all__ = ["ExpertMonitor"]

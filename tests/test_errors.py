@@ -221,8 +221,8 @@ CONSTRUCTORS = {
     "monitor without a layer": (
         lambda: _fit_with_monitor(keras.Sequential([keras.Input((D,)), dense()], name="plain")),
         ValueError,
-        "ExpertMonitor needs a model with at least one `MixtureOfExperts` layer. "
-        "Received: model 'plain' without any. Leave the callback out.",
+        "The model must have at least one `MixtureOfExperts` layer. "
+        "Received: model 'plain' without any. Add one, or leave this out.",
     ),
     "abstract loss": (
         lambda: losses.RouterLoss(1.0)(None),

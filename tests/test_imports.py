@@ -25,8 +25,9 @@ LEVELS = {
     "losses": 2,
     "metrics": 2,
     "layers": 3,
+    "inspection": 4,
 }
-TOP = 4
+TOP = 5
 
 
 def run(code, backend=BACKEND):

@@ -93,6 +93,8 @@ class MixtureOfExperts(keras.layers.Layer):
         # `callbacks.ExpertMonitor` turns this on while it watches an evaluation. Otherwise
         # inference writes to no weight.
         self.counts_in_evaluation = False
+        # `inspection.record_routings` listens here.
+        self.routing_listener = None
 
     def build(self, inputs_shape):
         if len(inputs_shape) < 2 or inputs_shape[-1] is None:
@@ -139,6 +141,8 @@ class MixtureOfExperts(keras.layers.Layer):
                 self.add_loss(loss(routing))
         if training or self.counts_in_evaluation:
             self._count(routing)
+        if self.routing_listener is not None:
+            self.routing_listener(routing)
         return (outputs, routing) if return_routing else outputs
 
     def _flatten(self, inputs, mask):

@@ -14,11 +14,14 @@ class Router(keras.layers.Layer):
     around it: rounded scores select other experts. It can be used alone, without experts.
 
     A subclass implements `route(tokens, mask, training)`, which returns an `ops.Routing`, and sets
-    `top_k`, the number of experts per token.
+    `top_k`, the number of experts per token. It sets `causal` to False if a token's experts depend
+    on other tokens of the batch: such a router must not serve a language model.
 
     Args:
         num_experts: number of experts, E.
     """
+
+    causal = True
 
     def __init__(self, num_experts, **kwargs):
         if kwargs.setdefault("dtype", "float32") != "float32":

@@ -1,0 +1,87 @@
+"""Looking into a model: its MoE layers by name, and what their routers decide on given data."""
+
+import contextlib
+
+from keras import ops
+
+from keras_moe.layers.mixture_of_experts import MixtureOfExperts
+
+
+def moe_layers(model):
+    """The MoE layers of a model by name; by path or number, where two have the same name.
+
+    Args:
+        model: a Keras model.
+
+    Returns:
+        Dict of names to `layers.MixtureOfExperts`, in the order of the model.
+
+    Raises:
+        ValueError: If the model has none.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
+    >>> model = keras.Sequential([
+    ...     keras.Input((16,)), keras_moe.layers.MixtureOfExperts(experts, name="moe")
+    ... ])
+    >>> list(keras_moe.inspection.moe_layers(model))
+    ['moe']
+    """
+    layers = [layer for layer in model._flatten_layers() if isinstance(layer, MixtureOfExperts)]
+    if not layers:
+        raise ValueError(
+            "The model must have at least one `MixtureOfExperts` layer. "
+            f"Received: model {model.name!r} without any. Add one, or leave this out."
+        )
+    names = [layer.name for layer in layers]
+    if len(set(names)) < len(names):
+        names = [layer.path.replace("/", "_") for layer in layers]
+    if len(set(names)) < len(names):
+        names = [f"{name}_{number}" for number, name in enumerate(names)]
+    return dict(zip(names, layers))
+
+
+def record_routings(model, batches):
+    """What the routers of a model decide on some data, in inference.
+
+    Args:
+        model: a Keras model with MoE layers.
+        batches: iterable of inputs, each what `model(...)` takes.
+
+    Returns:
+        Dict from the name of each MoE layer to a list with one `ops.Routing` of NumPy arrays for
+        each batch.
+
+    Raises:
+        ValueError: If the model has no MoE layer.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
+    >>> model = keras.Sequential([
+    ...     keras.Input((16,)), keras_moe.layers.MixtureOfExperts(experts, name="moe")
+    ... ])
+    >>> routings = keras_moe.inspection.record_routings(model, [keras.random.normal((8, 16))])
+    >>> routings["moe"][0].indices.shape
+    (8, 2)
+    """
+    layers = moe_layers(model)
+    routings = {name: [] for name in layers}
+    with contextlib.ExitStack() as stack:
+        for name, layer in layers.items():
+            layer.routing_listener = _recorder(routings[name])
+            stack.callback(setattr, layer, "routing_listener", None)
+        for batch in batches:
+            model(batch, training=False)
+    return routings
+
+
+def _recorder(routings):
+    def record(routing):
+        routings.append(type(routing)(*map(ops.convert_to_numpy, routing)))
+
+    return record
+
+
+__all__ = ["moe_layers", "record_routings"]

@@ -1,0 +1,43 @@
+"""Looking into a model: its MoE layers by name, and the routings of given data."""
+
+import keras
+import numpy as np
+import pytest
+from layer_checks import moe, one_hot_router
+
+from keras_moe import inspection, layers
+
+
+def two_block_model():
+    inputs = keras.Input((None, 8))
+    hidden = inputs
+    for name in ("first", "second"):
+        feedforward = moe(router=one_hot_router(top_k=2), name=name)
+        hidden = layers.TransformerEncoderBlock(2, feedforward)(hidden)
+    return keras.Model(inputs, hidden)
+
+
+def test_layers_are_found_inside_blocks_in_order():
+    assert list(inspection.moe_layers(two_block_model())) == ["first", "second"]
+
+
+def test_routings_are_those_the_layer_returns():
+    layer = moe(router=one_hot_router(top_k=2), name="moe")
+    inputs = keras.Input((5, 8))
+    model = keras.Model(inputs, layer(inputs))
+    batches = [np.random.default_rng(seed).normal(size=(2, 5, 8)) for seed in range(2)]
+    recorded = inspection.record_routings(model, batches)["moe"]
+    for batch, routing in zip(batches, recorded, strict=True):
+        _, expected = layer(batch, return_routing=True)
+        for name in routing._fields:
+            np.testing.assert_array_equal(
+                getattr(routing, name), keras.ops.convert_to_numpy(getattr(expected, name))
+            )
+    assert layer.routing_listener is None
+
+
+def test_a_failing_batch_leaves_the_model_as_it_was():
+    model = two_block_model()
+    with pytest.raises(ValueError):
+        inspection.record_routings(model, [np.zeros((2, 5, 7))])
+    assert all(layer.routing_listener is None for layer in inspection.moe_layers(model).values())
