@@ -46,7 +46,10 @@ def test_every_exported_class_has_a_case():
     assert set(exported_classes()) == {*CASES, *ABSTRACT}
 
 
-@pytest.mark.parametrize("module", [keras_moe, keras_moe.inspection, keras_moe.ops, *MODULES], ids=lambda m: m.__name__)
+PUBLIC = [keras_moe, keras_moe.inspection, keras_moe.ops, *MODULES]
+
+
+@pytest.mark.parametrize("module", PUBLIC, ids=lambda m: m.__name__)
 def test_every_name_of_the_public_surface_exists_and_stands_once(module):
     assert all(hasattr(module, name) for name in module.__all__)
     assert len(set(module.__all__)) == len(module.__all__)
