@@ -121,6 +121,11 @@ CASES = {
         ),
         lambda layer: layer,
     ),
+    layers.TransformerDecoderBlock: Case(
+        lambda: dict(num_heads=2, feedforward=moe()),
+        lambda: dict(dropout=0.25, cross_attention=True, rotary=False),
+        lambda block: (lambda x: block(x, context=x)) if block.cross_attention else block,
+    ),
     layers.TransformerEncoderBlock: Case(
         lambda: dict(num_heads=2, feedforward=moe()),
         lambda: dict(dropout=0.25),

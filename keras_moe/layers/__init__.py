@@ -3,6 +3,7 @@ from keras_moe.layers.feed_forward_experts import FeedForwardExperts
 from keras_moe.layers.gated_experts import GatedExperts
 from keras_moe.layers.layer_experts import LayerExperts
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
+from keras_moe.layers.transformer_decoder_block import TransformerDecoderBlock
 from keras_moe.layers.transformer_encoder_block import TransformerEncoderBlock
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "GatedExperts",
     "LayerExperts",
     "MixtureOfExperts",
+    "TransformerDecoderBlock",
     "TransformerEncoderBlock",
 ]

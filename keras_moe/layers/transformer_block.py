@@ -1,0 +1,106 @@
+"""What Transformer blocks have in common: checks, norms, and the feed-forward branch."""
+
+import inspect
+
+import keras
+from keras import ops
+
+from keras_moe.serialization import resolve
+from keras_moe.validation import (
+    check_float_inputs,
+    check_fraction,
+    check_mask,
+    check_positive_integer,
+)
+
+
+class TransformerBlock(keras.layers.Layer):
+    """Abstract: branches behind a normalisation and a residual; the last is any feed-forward layer.
+
+    Xiong et al. 2020 (arXiv:2002.04745): `x = x + dropout(branch(norm(x)))`.
+    """
+
+    def __init__(self, num_heads, feedforward, dropout=0.0, **kwargs):
+        check_positive_integer("num_heads", num_heads)
+        check_fraction("dropout", dropout)
+        super().__init__(**kwargs)
+        self.num_heads = num_heads
+        self.feedforward = resolve("feedforward", feedforward, keras.Layer)
+        accepted = inspect.signature(self.feedforward.call).parameters
+        self._feedforward_arguments = [name for name in ("mask", "training") if name in accepted]
+        if "mask" in accepted:
+            # It is given the mask, and Keras would warn: it takes a `Sequential` for a layer that
+            # cannot have one, whatever is in it.
+            self.feedforward.supports_masking = True
+        self.dropout = dropout
+        self.supports_masking = True
+
+    def _check_features(self, inputs_shape):
+        features = inputs_shape[-1]
+        if len(inputs_shape) != 3 or features is None or features % self.num_heads:
+            raise ValueError(
+                "`inputs` must have the shape (batch, length, features), features divisible by "
+                f"`num_heads`. Received: inputs.shape={tuple(inputs_shape)}, "
+                f"num_heads={self.num_heads}."
+            )
+
+    def _make_norm(self, name, inputs_shape):
+        norm = keras.layers.LayerNormalization(dtype=self.dtype_policy, name=name)
+        norm.build(inputs_shape)
+        return norm
+
+    def _make_attention(self, cls, name, inputs_shape, source_shape):
+        attention = cls(
+            self.num_heads,
+            inputs_shape[-1] // self.num_heads,
+            dropout=self.dropout,
+            dtype=self.dtype_policy,
+            name=name,
+        )
+        attention.build(inputs_shape, source_shape)
+        return attention
+
+    def _build_feed_forward(self, inputs_shape):
+        self._feedforward_norm = self._make_norm("feedforward_norm", inputs_shape)
+        self._drop = keras.layers.Dropout(self.dropout, dtype=self.dtype_policy, name="drop")
+        if not self.feedforward.built:
+            self.feedforward.build(inputs_shape)
+        features = inputs_shape[-1]
+        outputs_shape = self.feedforward.compute_output_shape(inputs_shape)
+        if outputs_shape[-1] != features:
+            raise ValueError(
+                "`feedforward` must return as many features as it is given, for the residual. "
+                f"Received: {features} features in, {outputs_shape[-1]} out. "
+                f"End it with a layer of width {features}."
+            )
+
+    def _without_padding(self, inputs, mask):
+        """The inputs, zero where the mask is False, and the mask as bool, or None."""
+        check_float_inputs(inputs)
+        if mask is None:
+            return inputs, None
+        check_mask(mask.shape, inputs.shape)
+        mask = ops.cast(mask, "bool")
+        # Padding may hold anything; a NaN there would pass through an attention weight of 0.
+        return ops.where(ops.expand_dims(mask, -1), inputs, ops.zeros((), inputs.dtype)), mask
+
+    def _add(self, hidden, branch, training):
+        return hidden + self._drop(branch, training=training)
+
+    def _add_feed_forward(self, hidden, mask, training):
+        # Keras hands on masks that hang on tensors, and sums take them off.
+        arguments = {"mask": mask, "training": training}
+        accepted = {name: arguments[name] for name in self._feedforward_arguments}
+        branch = self.feedforward(self._feedforward_norm(hidden), **accepted)
+        return self._add(hidden, branch, training)
+
+    def compute_output_shape(self, inputs_shape):
+        return tuple(inputs_shape)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_heads": self.num_heads,
+            "feedforward": keras.saving.serialize_keras_object(self.feedforward),
+            "dropout": self.dropout,
+        }

@@ -1,0 +1,248 @@
+"""A Transformer decoder block with any feed-forward layer, and a cache to decode with."""
+
+import warnings
+
+import keras
+from keras import ops
+
+from keras_moe.layers.mixture_of_experts import MixtureOfExperts
+from keras_moe.layers.remembering_attention import RememberingAttention
+from keras_moe.layers.transformer_block import TransformerBlock
+from keras_moe.serialization import register
+
+
+@register
+class TransformerDecoderBlock(TransformerBlock):
+    """Causal self-attention, attention to a context if wanted, then a feed-forward layer.
+
+    Each branch stands behind a normalisation and a residual: `x = x + dropout(branch(norm(x)))`.
+    No token sees a later one.
+
+    To decode token by token, `make_cache` once and pass `cache` and `position`: what the block
+    computed of earlier tokens is then read instead of computed again, with the same outputs. The
+    cache is a dict of tensors (batch, ...) of fixed shapes, fit for `ops.while_loop`.
+
+    Args:
+        num_heads: number of attention heads; must divide the number of features, D.
+        feedforward: Keras layer from D to D features, for example a `MixtureOfExperts`, or a
+            `keras.Sequential` of dense layers. If its `call` has a `mask` argument it is given the
+            mask.
+        dropout: rate of dropout on all branches and on the attention scores.
+        cross_attention: whether the block attends to a `context` as well, such as the outputs of
+            an encoder.
+        rotary: whether self-attention knows how far apart tokens stand. Without, tell the block
+            the positions by its inputs.
+        **kwargs: arguments of a Keras layer, such as `name` and `dtype`.
+
+    Raises:
+        ValueError: If an argument is out of its range, heads do not divide D, D / heads is odd
+            with rotary positions, the feed-forward layer changes the number of features, or
+            `context`, `cache` and `position` do not fit each other.
+
+    Call arguments:
+        inputs: (batch, length, D) float tensor.
+        mask: (batch, length) bool tensor, False for padding. Taken from the inputs, if not given.
+        context: (batch, context length, C) float tensor, with cross-attention and without cache.
+        context_mask: (batch, context length) bool tensor, False for padding. Taken from the
+            context, if not given.
+        training: whether dropout is applied and router losses are added.
+        cache: what `make_cache` or an earlier call returned.
+        position: int or int tensor, with cache: where the first of the inputs stands.
+
+    Returns:
+        (batch, length, D); with a cache also the cache with these tokens in it.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=128)
+    >>> block = keras_moe.layers.TransformerDecoderBlock(
+    ...     num_heads=4, feedforward=keras_moe.layers.MixtureOfExperts(experts)
+    ... )
+    >>> tokens = keras.random.normal((2, 10, 64))
+    >>> block(tokens).shape
+    (2, 10, 64)
+    >>> cache = block.make_cache(batch_size=2, max_length=10)
+    >>> first, cache = block(tokens[:, :9], cache=cache, position=0)
+    >>> last, cache = block(tokens[:, 9:], cache=cache, position=9)
+    >>> last.shape
+    (2, 1, 64)
+
+    References: Vaswani et al. 2017 (arXiv:1706.03762); Xiong et al. 2020 (arXiv:2002.04745) for
+    the place of the normalisation; Su et al. 2021 (arXiv:2104.09864) for rotary positions.
+    """
+
+    def __init__(
+        self, num_heads, feedforward, dropout=0.0, cross_attention=False, rotary=True, **kwargs
+    ):
+        super().__init__(num_heads, feedforward, dropout, **kwargs)
+        self.cross_attention = cross_attention
+        self.rotary = rotary
+        for layer in self.feedforward._flatten_layers():
+            if isinstance(layer, MixtureOfExperts) and not layer.router.causal:
+                warnings.warn(
+                    f"{type(layer.router).__name__} chooses the experts of a token by later tokens "
+                    "too, which a decoder must not know: it would train on what it is to predict. "
+                    "Use a causal router, such as TopKRouter.",
+                    stacklevel=2,
+                )
+
+    def build(self, inputs_shape, context_shape=None):
+        self._check_features(inputs_shape)
+        self._check_context(context_shape is not None)
+        if self.rotary and inputs_shape[-1] // self.num_heads % 2:
+            raise ValueError(
+                "Rotary positions turn pairs of features, so each head must have an even number of "
+                f"them. Received: {inputs_shape[-1]} features, num_heads={self.num_heads}. "
+                "Change one of them, or pass rotary=False."
+            )
+        self._attention_norm = self._make_norm("attention_norm", inputs_shape)
+        self._attention = self._make_attention(
+            RememberingAttention, "attention", inputs_shape, inputs_shape
+        )
+        if self.cross_attention:
+            self._context_norm = self._make_norm("context_norm", inputs_shape)
+            self._context_attention = self._make_attention(
+                RememberingAttention, "context_attention", inputs_shape, context_shape
+            )
+        self._build_feed_forward(inputs_shape)
+
+    def call(
+        self,
+        inputs,
+        mask=None,
+        context=None,
+        context_mask=None,
+        training=None,
+        cache=None,
+        position=None,
+    ):
+        self._check_cache(inputs, context, cache, position)
+        if mask is None:  # Keras fills it in only where the inputs are the only tensor.
+            mask = getattr(inputs, "_keras_mask", None)
+        inputs, mask = self._without_padding(inputs, mask)
+        positions = ops.arange(ops.shape(inputs)[1], dtype="int32")
+        if cache is not None:
+            positions = positions + ops.cast(position, "int32")
+        states = self._attention_norm(inputs)
+        memory = self._remember(states, mask, positions)
+        if cache is None:
+            memory.update(self._remember_context(context, context_mask))
+        else:
+            memory = {**cache, **{k: _write(cache[k], v, position) for k, v in memory.items()}}
+
+        attended = self._attend(states, memory, positions, training)
+        hidden = self._add(inputs, attended, training)
+        if self.cross_attention:
+            attended = self._attend_to_context(self._context_norm(hidden), memory, training)
+            hidden = self._add(hidden, attended, training)
+        outputs = self._add_feed_forward(hidden, mask, training)
+        return outputs if cache is None else (outputs, memory)
+
+    def make_cache(self, batch_size, max_length, context=None, context_mask=None):
+        """An empty cache for sequences of up to `max_length` tokens.
+
+        Args:
+            batch_size: number of sequences, B.
+            max_length: number of tokens that the cache has room for, M.
+            context: (B, S, C) float tensor, with cross-attention; it is projected here, once.
+            context_mask: (B, S) bool tensor, False for padding, or None.
+
+        Returns:
+            Dict of tensors: `keys` and `values` (B, M, heads, D / heads), and `mask` (B, M) of the
+            tokens seen so far; with cross-attention `context_keys`, `context_values` and
+            `context_mask` as well. For beams, gather each along its first axis.
+        """
+        if not self.built:
+            raise ValueError(
+                "A block must know its number of features before it makes a cache. Received: "
+                f"block {self.name!r}, which is not built. Call it on inputs, or build it, first."
+            )
+        self._check_context(context is not None)
+        shape = (batch_size, max_length, self.num_heads, self._attention.key_dim)
+        cache = {name: ops.zeros(shape, self.compute_dtype) for name in ("keys", "values")}
+        cache["mask"] = ops.zeros(shape[:2], "bool")
+        return {**cache, **self._remember_context(context, context_mask)}
+
+    def _remember(self, states, mask, positions):
+        keys, values = self._attention.remember(states, positions if self.rotary else None)
+        return {"keys": keys, "values": values, "mask": _all_true(mask, states)}
+
+    def _remember_context(self, context, context_mask):
+        if not self.cross_attention:
+            return {}
+        context, mask = self._without_padding(context, context_mask)
+        keys, values = self._context_attention.remember(context)
+        return {
+            "context_keys": keys,
+            "context_values": values,
+            "context_mask": _all_true(mask, context),
+        }
+
+    def _attend(self, states, memory, positions, training):
+        remembered = ops.arange(ops.shape(memory["mask"])[1], dtype="int32")
+        causal = remembered <= ops.expand_dims(positions, 1)
+        mask = ops.logical_and(causal, ops.expand_dims(memory["mask"], 1))
+        positions = positions if self.rotary else None
+        return self._attention.attend(
+            states, memory["keys"], memory["values"], mask, positions, training
+        )
+
+    def _attend_to_context(self, states, memory, training):
+        mask = ops.expand_dims(memory["context_mask"], 1)
+        return self._context_attention.attend(
+            states, memory["context_keys"], memory["context_values"], mask, training=training
+        )
+
+    def _check_context(self, given):
+        if self.cross_attention != given:
+            raise ValueError(
+                "A block needs a context with cross-attention, and takes none without. Received: "
+                f"cross_attention={self.cross_attention} and {'a' if given else 'no'} context. "
+                f"{'Leave `context` out' if given else 'Pass `context`'}, or make the block with "
+                f"cross_attention={given}."
+            )
+
+    def _check_cache(self, inputs, context, cache, position):
+        if (cache is None) != (position is None):
+            raise ValueError(
+                "`cache` and `position` belong together. Received: "
+                f"{'no cache' if cache is None else 'a cache'} and position={position}. "
+                "Pass both to decode, none to train."
+            )
+        if cache is None:
+            self._check_context(context is not None)
+        elif context is not None:
+            raise ValueError(
+                "The cache holds the context already. Received: cache and context. "
+                "Pass `context` and `context_mask` to `make_cache` only."
+            )
+        elif isinstance(position, int):
+            room, length = cache["mask"].shape[1], inputs.shape[1]
+            if length is not None and not 0 <= position <= room - length:
+                raise ValueError(
+                    f"The inputs must fit into the cache. Received: position={position}, "
+                    f"{length} tokens and a cache for {room}. Make a cache with a larger "
+                    "`max_length`."
+                )
+
+    def compute_output_spec(self, inputs, *args, cache=None, **kwargs):
+        outputs = keras.KerasTensor(inputs.shape, self.compute_dtype)
+        if cache is None:
+            return outputs
+        return outputs, {k: keras.KerasTensor(v.shape, v.dtype) for k, v in cache.items()}
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "cross_attention": self.cross_attention,
+            "rotary": self.rotary,
+        }
+
+
+def _all_true(mask, like):
+    return ops.ones(ops.shape(like)[:2], "bool") if mask is None else mask
+
+
+def _write(remembered, new, position):
+    """Put `new` (B, L, ...) at `position` of `remembered` (B, M, ...)."""
+    return ops.slice_update(remembered, [0, position] + [0] * (len(new.shape) - 2), new)

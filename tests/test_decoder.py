@@ -1,0 +1,263 @@
+"""The decoder block: what it may see, and that decoding with a cache changes nothing."""
+
+import keras
+import numpy as np
+import pytest
+from conftest import BACKEND, FAST_MODE, compiled, gradients
+from keras import ops
+from layer_checks import POLICIES, D, E, array, moe, normal, one_hot_router
+
+from keras_moe import layers
+from keras_moe.ops.rotary import rotate
+
+B, L, S = 2, 6, 4
+BLOCKS = {
+    "plain": dict(),
+    "without positions": dict(rotary=False),
+    "with context": dict(cross_attention=True),
+}
+
+
+def dense():
+    return keras.Sequential([keras.layers.Dense(16, "gelu"), keras.layers.Dense(D)])
+
+
+def make_block(feedforward=None, **kwargs):
+    block = layers.TransformerDecoderBlock(2, feedforward or moe(), **kwargs)
+    block.build((None, None, D), (None, None, D) if block.cross_attention else None)
+    return block
+
+
+def context_of(block):
+    return {"context": normal(B, S, D, seed=1)} if block.cross_attention else {}
+
+
+def decode(block, inputs, cache, lengths, mask=None):
+    """Outputs of the block on pieces of the inputs, one after the other."""
+    outputs, start = [], 0
+    for length in lengths:
+        piece = slice(start, start + length)
+        piece_mask = None if mask is None else mask[:, piece]
+        output, cache = block(inputs[:, piece], mask=piece_mask, cache=cache, position=start)
+        outputs.append(array(output))
+        start += length
+    return np.concatenate(outputs, axis=1)
+
+
+@pytest.mark.parametrize("kwargs", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize("dropout", [0.0, 0.5], ids=["fused", "with dropout"])
+def test_a_later_token_changes_no_earlier_output(kwargs, dropout):
+    block = make_block(dropout=dropout, **kwargs)
+    x = normal(B, L, D)
+    before = array(block(x, **context_of(block)))
+    for position in range(1, L):
+        changed = x.copy()
+        changed[:, position:] += 1
+        after = array(block(changed, **context_of(block)))
+        np.testing.assert_allclose(after[:, :position], before[:, :position], atol=1e-5)
+        assert (np.abs(after[:, position:] - before[:, position:]) > 1e-3).any(axis=-1).all()
+
+
+@pytest.mark.parametrize("kwargs", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize("lengths", [[1] * L, [4, 1, 1], [2, 4]], ids=str)
+def test_decoding_with_a_cache_equals_decoding_without(kwargs, lengths):
+    block = make_block(**kwargs)
+    x, context = normal(B, L, D), context_of(block)
+    cache = block.make_cache(B, L + 3, **context)
+    outputs = decode(block, x, cache, lengths)
+    np.testing.assert_allclose(outputs, array(block(x, **context)), atol=1e-5)
+
+
+def test_a_cache_remembers_what_was_padding():
+    block = make_block(cross_attention=True)
+    x, context = normal(B, L, D), normal(B, S, D, seed=1)
+    mask = np.array([[True] * L, [False] * 2 + [True] * (L - 2)])
+    context_mask = np.arange(S) < np.array([[S], [2]])
+    masks = dict(context_mask=context_mask)
+    expected = array(block(x, mask=mask, context=context, **masks))
+    cache = block.make_cache(
+        B, L, context=np.where(context_mask[..., None], context, np.nan), **masks
+    )
+    outputs = decode(block, np.where(mask[..., None], x, np.nan), cache, [3, 1, 2], mask)
+    np.testing.assert_allclose(outputs[mask], expected[mask], atol=1e-5)
+    alone = block(x[1:, 2:], context=context[1:, :2])
+    np.testing.assert_allclose(expected[1:, 2:], array(alone), atol=1e-5)
+
+
+def test_a_cache_is_carried_through_a_compiled_loop_and_gathered_by_beam():
+    block = make_block(cross_attention=True)
+    x, context = normal(B, L, D), normal(B, S, D, seed=1)
+    beams = np.array([1, 0], "int32")
+
+    def run(x, context, beams):
+        def step(position, outputs, cache):
+            token = ops.slice(x, [0, position, 0], [B, 1, D])
+            output, cache = block(token, cache=cache, position=position)
+            outputs = ops.slice_update(outputs, [0, position, 0], output)
+            cache = keras.tree.map_structure(lambda rows: ops.take(rows, beams, axis=0), cache)
+            return position + 1, outputs, cache
+
+        state = (ops.zeros((), "int32"), ops.zeros_like(x), block.make_cache(B, L, context))
+        return ops.while_loop(lambda position, *_: position < L, step, state)[1]
+
+    mode = "xla" if BACKEND == "tensorflow" else FAST_MODE
+    outputs = compiled(run, mode)(x, context, beams)
+    # Every other token belongs to the other sequence, and so does the context it is given.
+    crossed = np.where(np.arange(L)[:, None] % 2 == 0, x[::-1], x)
+    expected = array(block(crossed, context=context[::-1]))[:, -1]
+    np.testing.assert_allclose(outputs[:, -1], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_cache_has_the_dtype_of_the_policy_and_stays_close(policy):
+    block = make_block(dtype=policy)
+    cache = block.make_cache(B, L)
+    assert keras.backend.standardize_dtype(cache["keys"].dtype) == block.compute_dtype
+    x = normal(B, L, D)
+    outputs = decode(block, x, cache, [3, 3])
+    np.testing.assert_allclose(outputs, array(block(x)), atol=1e-5 if policy == "float32" else 0.1)
+
+
+def test_padding_of_any_content_has_no_gradient_and_is_seen_by_nobody():
+    block = make_block(cross_attention=True)
+    mask = np.array([[True] * L, [False] * L])
+    x = np.where(mask[..., None], normal(B, L, D), np.nan).astype("float32")
+    context_mask = np.array([[True] * 3 + [False], [False] * 4])
+    context = np.where(context_mask[..., None], normal(B, S, D), np.nan).astype("float32")
+
+    def objective(x, context):
+        outputs = block(x, mask=mask, context=context, context_mask=context_mask)
+        return ops.sum(ops.where(mask[..., None], outputs, 0.0) ** 2)
+
+    for gradient, real in zip(gradients(objective, [x, context]), (mask, context_mask)):
+        assert np.isfinite(gradient).all()
+        np.testing.assert_array_equal(gradient[~real], 0)
+        assert (gradient[0][real[0]] != 0).any(axis=-1).all()
+
+
+@pytest.mark.parametrize("cross_attention", [False, True])
+def test_masks_that_hang_on_the_inputs_are_found(cross_attention):
+    block = make_block(cross_attention=cross_attention)
+    x = normal(B, L, D)
+    x[:, 4:] = 0
+    masked = keras.layers.Masking()(x)
+    mask = np.arange(L) < np.full((B, 1), 4)
+    given = dict(context=x, context_mask=mask) if cross_attention else {}
+    hanging = dict(context=masked) if cross_attention else {}
+    outputs = block(masked, **hanging)
+    np.testing.assert_allclose(array(outputs), array(block(x, mask=mask, **given)), atol=1e-6)
+    assert array(keras.src.backend.get_keras_mask(outputs)).tolist() == mask.tolist()
+
+
+def test_rotation_keeps_lengths_and_depends_on_distance_only():
+    queries, keys = normal(1, 5, 1, 8), normal(1, 5, 1, 8, seed=1)
+    positions = np.arange(5)
+
+    def scores(offset):
+        rotated = (rotate(ops.convert_to_tensor(x), positions + offset) for x in (queries, keys))
+        rotated = [array(x)[0, :, 0] for x in rotated]
+        return rotated[0] @ rotated[1].T
+
+    np.testing.assert_allclose(scores(0), scores(7), atol=1e-5)
+    same = np.sum(queries[0, :, 0] * keys[0, :, 0], axis=-1)
+    np.testing.assert_allclose(np.diag(scores(3)), same, atol=1e-5)
+    assert np.abs(scores(0) - queries[0, :, 0] @ keys[0, :, 0].T).max() > 0.1
+    # By hand: the slowest of four pairs turns by 10000 ** (-3 / 4) a position.
+    one = array(
+        rotate(ops.convert_to_tensor(np.eye(8, dtype="float32")[None, :, None]), np.ones(8))
+    )
+    np.testing.assert_allclose(one[0, 3, 0, [3, 7]], [np.cos(1e-3), np.sin(1e-3)], atol=1e-7)
+
+
+def test_a_block_without_positions_forgets_the_order():
+    x = normal(1, L, D)
+    reordered = x[:, [2, 0, 1, 3, 4, 5]]
+    for rotary, same in ((False, True), (True, False)):
+        block = make_block(dense(), rotary=rotary)
+        last = [array(block(inputs))[0, -1] for inputs in (x, reordered)]
+        assert np.allclose(*last, atol=1e-5) == same
+
+
+class Anticausal(type(one_hot_router())):
+    causal = False
+
+
+@pytest.mark.parametrize("wrap", [lambda layer: layer, lambda layer: keras.Sequential([layer])])
+def test_a_router_that_looks_ahead_is_warned_of(wrap):
+    with pytest.warns(UserWarning) as warned:
+        layers.TransformerDecoderBlock(2, wrap(moe(router=Anticausal(E))))
+    assert [str(warning.message) for warning in warned] == [
+        "Anticausal chooses the experts of a token by later tokens too, which a decoder must not "
+        "know: it would train on what it is to predict. Use a causal router, such as TopKRouter."
+    ]
+    assert warned[0].filename == __file__
+
+
+def symbolic_cache(block):
+    return {k: keras.Input(v.shape[1:], dtype=v.dtype) for k, v in block.make_cache(1, L).items()}
+
+
+def test_a_functional_model_holds_one_step_of_decoding():
+    block = make_block()
+    token, cache = keras.Input((1, D)), symbolic_cache(block)
+    model = keras.Model([token, cache], block(token, cache=cache, position=0))
+    x = ops.convert_to_tensor(normal(1, 1, D))
+    outputs, cache = model([x, block.make_cache(1, L)])
+    np.testing.assert_allclose(array(outputs), array(block(x)), atol=1e-5)
+    assert array(cache["mask"]).tolist() == [[True] + [False] * (L - 1)]
+
+
+X = normal(B, L, D)
+ERRORS = {
+    "unbuilt": (
+        lambda: layers.TransformerDecoderBlock(2, moe(), name="block").make_cache(B, L),
+        "A block must know its number of features before it makes a cache. Received: block "
+        "'block', which is not built. Call it on inputs, or build it, first.",
+    ),
+    "odd": (
+        lambda: layers.TransformerDecoderBlock(8, dense())(X),
+        "Rotary positions turn pairs of features, so each head must have an even number of them. "
+        "Received: 8 features, num_heads=8. Change one of them, or pass rotary=False.",
+    ),
+    "no context": (
+        lambda: layers.TransformerDecoderBlock(2, dense(), cross_attention=True)(X),
+        "A block needs a context with cross-attention, and takes none without. Received: "
+        "cross_attention=True and no context. Pass `context`, or make the block with "
+        "cross_attention=False.",
+    ),
+    "no cross-attention": (
+        lambda: make_block()(X, context=X),
+        "A block needs a context with cross-attention, and takes none without. Received: "
+        "cross_attention=False and a context. Leave `context` out, or make the block with "
+        "cross_attention=True.",
+    ),
+    "cache without position": (
+        lambda: (block := make_block())(X, cache=block.make_cache(B, L)),
+        "`cache` and `position` belong together. Received: a cache and position=None. "
+        "Pass both to decode, none to train.",
+    ),
+    "position without cache": (
+        lambda: make_block()(X, position=0),
+        "`cache` and `position` belong together. Received: no cache and position=0. "
+        "Pass both to decode, none to train.",
+    ),
+    "cache and context": (
+        lambda: (block := make_block(cross_attention=True))(
+            X, context=X, cache=block.make_cache(B, L, X), position=0
+        ),
+        "The cache holds the context already. Received: cache and context. "
+        "Pass `context` and `context_mask` to `make_cache` only.",
+    ),
+    "full": (
+        lambda: (block := make_block())(X, cache=block.make_cache(B, L), position=1),
+        f"The inputs must fit into the cache. Received: position=1, {L} tokens and a cache for "
+        f"{L}. Make a cache with a larger `max_length`.",
+    ),
+}
+
+
+@pytest.mark.parametrize("make, message", ERRORS.values(), ids=ERRORS)
+def test_a_wrong_call_is_refused_in_a_whole_sentence(make, message):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert message in str(error.value)
