@@ -26,8 +26,12 @@ LEVELS = {
     "metrics": 2,
     "layers": 3,
     "inspection": 4,
+    "health": 5,
+    "summary": 5,
+    "visualization": 5,
+    "__main__": 7,
 }
-TOP = 5
+TOP = 6
 
 
 def run(code, backend=BACKEND):

@@ -1,0 +1,12 @@
+"""Pictures of what experts do. Needs matplotlib: `pip install "keras_moe[visualization]"`.
+
+Every function returns a `matplotlib.figure.Figure` and takes what it draws in one of three forms:
+an array, a dict of arrays by the name of the layer, or what `inspection.record_routings(model,
+batches)` returns. Each layer has a panel of its own.
+"""
+
+from keras_moe.visualization.decisions import coactivation, confidence
+from keras_moe.visualization.labels import specialization
+from keras_moe.visualization.training import settling, shares_over_time
+
+__all__ = ["coactivation", "confidence", "settling", "shares_over_time", "specialization"]

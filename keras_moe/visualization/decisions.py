@@ -1,0 +1,77 @@
+"""Pictures of how a router decides."""
+
+import numpy as np
+
+from keras_moe.visualization.numbers import coactivation as coactivation_of
+from keras_moe.visualization.panels import count_on, heat_map, one_panel_a_layer
+from keras_moe.visualization.sources import choices, probabilities
+
+
+def coactivation(routings, num_experts=None):
+    """Which experts serve the same tokens: share of the row's tokens that the column serves too.
+
+    Args:
+        routings: what `inspection.record_routings` returned, or (T, K) integer indices with -1 for
+            no expert, or a dict of these by layer.
+        num_experts: E, for arrays; by default the highest index and one.
+
+    Raises:
+        ValueError: If the indices are not integers (T, K).
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+
+    Example:
+
+    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
+    >>> routing = router(keras.random.normal((32, 64)))
+    >>> indices = keras.ops.convert_to_numpy(routing.indices)
+    >>> figure = keras_moe.visualization.coactivation(indices, num_experts=8)
+
+    Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.2.
+    """
+    return one_panel_a_layer(choices(routings, num_experts), _draw_coactivation)
+
+
+def _draw_coactivation(axes, chosen):
+    heat_map(axes, coactivation_of(*chosen), "share of the row's tokens", vmin=0)
+    axes.set(xlabel="also served by expert", ylabel="served by expert")
+    count_on(axes.xaxis)
+    count_on(axes.yaxis)
+
+
+def confidence(routings):
+    """How sure the router is: the highest probability of each token, as a histogram.
+
+    The dotted line is chance, 1 / E: a heap there is a router without a preference, a heap at 1
+    one that leaves nothing to its other experts.
+
+    Args:
+        routings: what `inspection.record_routings` returned, or probabilities (T, E), or a dict of
+            these by layer.
+
+    Raises:
+        ValueError: If there is no layer.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+
+    Example:
+
+    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
+    >>> routing = router(keras.random.normal((32, 64)))
+    >>> figure = keras_moe.visualization.confidence(keras.ops.convert_to_numpy(routing.probs))
+    """
+    return one_panel_a_layer(probabilities(routings), _draw_confidence)
+
+
+def _draw_confidence(axes, probs):
+    highest = probs.max(axis=1, initial=0)
+    if len(highest):
+        axes.hist(
+            highest, bins=np.linspace(0, 1, 41), weights=np.full(len(highest), 1 / len(highest))
+        )
+        axes.axvline(highest.mean(), color="C1", label=f"mean {highest.mean():.2f}")
+    axes.axvline(1 / probs.shape[1], color="grey", ls=":", label="chance")
+    axes.set(xlabel="probability of the first choice", ylabel="share of the tokens", xlim=(0, 1))
+    axes.legend()

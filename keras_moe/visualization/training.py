@@ -1,0 +1,99 @@
+"""Pictures of what changes while a model trains."""
+
+import numpy as np
+
+from keras_moe.visualization.numbers import saturation
+from keras_moe.visualization.panels import count_on, heat_map, one_panel_a_layer
+from keras_moe.visualization.sources import by_layer, choices
+
+
+def shares_over_time(shares):
+    """How much of the work each expert does from epoch to epoch, in multiples of a fair share.
+
+    Red is an expert with more than a fair share, blue one with less; the darkest blue is an eighth
+    or nothing at all.
+
+    Args:
+        shares: (time, E) counts or shares, or a dict of these by layer, such as
+            `ExpertMonitor.shares`.
+
+    Raises:
+        ValueError: If an array has not two axes.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+
+    Example:
+
+    >>> shares = [[0.25, 0.25, 0.25, 0.25], [0.4, 0.3, 0.2, 0.1], [0.7, 0.3, 0.0, 0.0]]
+    >>> figure = keras_moe.visualization.shares_over_time({"moe": shares})
+    """
+    layers = by_layer(shares)
+    for array in layers.values():
+        if array.ndim != 2:
+            raise ValueError(
+                "Shares must have the axes time and expert. "
+                f"Received: shape {array.shape}. Pass one row for each epoch."
+            )
+    return one_panel_a_layer(layers, _draw_shares)
+
+
+def _draw_shares(axes, shares):
+    share = shares / np.maximum(shares.sum(axis=1, keepdims=True), 1e-12)
+    fair = np.clip(share * shares.shape[1], 1 / 8, 8)
+    bar = heat_map(
+        axes, np.log2(fair.T), "times a fair share", cmap="RdBu_r", vmin=-3, vmax=3, origin="lower"
+    )
+    bar.set_ticks([-3, -1, 0, 1, 3], labels=["⅛ or less", "½", "1", "2", "8 or more"])
+    axes.set(xlabel="epoch", ylabel="expert")
+    count_on(axes.xaxis)
+    count_on(axes.yaxis)
+
+
+def settling(checkpoints, num_experts=None):
+    """How routing settles: the share of choices that stay, from checkpoint to checkpoint.
+
+    Compares each checkpoint with the one before and with the last one, on the same tokens. The
+    dotted line is what two unrelated routings would share.
+
+    Args:
+        checkpoints: list of what `inspection.record_routings` returned on the same data, or of
+            (T, K) integer arrays, or of dicts of these; at least two.
+        num_experts: E, for arrays; by default the highest index and one.
+
+    Raises:
+        ValueError: If there are fewer than two checkpoints.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> draws = [np.random.default_rng(seed).integers(0, 8, (100, 2)) for seed in range(3)]
+    >>> figure = keras_moe.visualization.settling(draws)
+
+    Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.1.
+    """
+    if len(checkpoints) < 2:
+        raise ValueError(
+            "Settling needs at least two checkpoints to compare. "
+            f"Received: {len(checkpoints)}. Record routings several times while training."
+        )
+    recorded = [choices(checkpoint, num_experts) for checkpoint in checkpoints]
+    layers = {name: [moment[name] for moment in recorded] for name in recorded[0]}
+    return one_panel_a_layer(layers, _draw_settling)
+
+
+def _draw_settling(axes, moments):
+    indices = [moment.indices for moment in moments]
+    numbers = np.arange(1, len(indices) + 1)
+    to_last = [saturation(earlier, indices[-1]) for earlier in indices[:-1]]
+    to_previous = [saturation(a, b) for a, b in zip(indices, indices[1:])]
+    axes.plot(numbers[:-1], to_last, "o-", label="also at the last checkpoint")
+    axes.plot(numbers[1:], to_previous, "s--", label="also at the checkpoint before")
+    num_experts = max(moment.num_experts for moment in moments)
+    axes.axhline(indices[0].shape[1] / num_experts, color="grey", ls=":", label="by chance")
+    axes.set(xlabel="checkpoint", ylabel="share of the choices", ylim=(0, 1.03))
+    count_on(axes.xaxis)
+    axes.legend()
