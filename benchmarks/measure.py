@@ -11,6 +11,7 @@ import keras
 import numpy as np
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+_PACKAGES = ("keras", "tensorflow", "tensorflow-cpu", "jax", "torch", "keras-hub", "transformers")
 
 
 def interleave(contestants, rounds):
@@ -24,11 +25,11 @@ def interleave(contestants, rounds):
         Dict of names to arrays (rounds,) of milliseconds, and a dict of names to the seconds of
         the first run, which compiles.
     """
-    first = {name: _milliseconds(run) / 1e3 for name, run in contestants.items()}
+    first = {name: milliseconds(run) / 1e3 for name, run in contestants.items()}
     times = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, run in contestants.items():
-            times[name].append(_milliseconds(run))
+            times[name].append(milliseconds(run))
     return {name: np.array(values) for name, values in times.items()}, first
 
 
@@ -36,14 +37,14 @@ def summarise(times, first, baseline):
     """Rows of a table: median time, and median and quartiles of the ratio to the baseline."""
     rows = []
     for name, values in times.items():
-        ratios = values / times[baseline]
-        low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+        low, middle, high = np.quantile(values / times[baseline], [0.25, 0.5, 0.75])
         rows.append(
             {
                 "name": name,
-                "ms": round(float(np.median(values)), 2),
+                "ms": round(float(np.median(values)), 3),
                 "ratio": round(float(middle), 3),
-                "ratio_quartiles": [round(float(low), 3), round(float(high), 3)],
+                "ratio_low": round(float(low), 3),
+                "ratio_high": round(float(high), 3),
                 "first_run_s": round(first[name], 2),
             }
         )
@@ -51,48 +52,51 @@ def summarise(times, first, baseline):
 
 
 def print_table(rows, title):
+    """Print rows, dicts that may lack keys, under the names of all keys."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, *([_text(row.get(name)) for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
     print(f"\n{title}")
-    print(f"{'':28}{'median ms':>11}{'ratio':>8}{'quartiles':>16}{'first run s':>13}")
-    for row in rows:
-        low, high = row["ratio_quartiles"]
-        print(
-            f"{row['name']:28}{row['ms']:11.2f}{row['ratio']:8.3f}"
-            f"{f'{low:.3f}-{high:.3f}':>16}{row['first_run_s']:13.2f}",
-            flush=True,
-        )
+    for first, *others in lines:
+        cells = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:]))
+        print(f"{first:{widths[0]}}", *cells, sep="  ")
 
 
-def write_json(name, setting, rows):
+def write_json(name, options, rows):
     """Write rows with the machine and the versions they were measured on."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    backend = keras.backend.backend()
-    package = {"tensorflow": "tensorflow-cpu", "jax": "jax", "torch": "torch"}[backend]
     record = {
         "machine": {"processor": _processor(), "cores": os.cpu_count()},
-        "versions": {
-            "python": platform.python_version(),
-            "keras": keras.__version__,
-            backend: _version(package) or _version(backend),
-        },
-        "setting": setting,
+        "backend": keras.backend.backend(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "options": vars(options),
         "rows": rows,
     }
     path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written: benchmarks/results/{path.name}")
+    print(f"written: benchmarks/results/{path.name}", flush=True)
 
 
-def _milliseconds(run):
+def milliseconds(run):
     start = time.perf_counter()
     run()
     return (time.perf_counter() - start) * 1e3
 
 
-def _version(package):
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def _text(value):
+    if isinstance(value, float):
+        return f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:,.3f}"
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _versions():
+    installed = {}
+    for package in _PACKAGES:
+        try:
+            installed[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return installed
 
 
 def _processor():

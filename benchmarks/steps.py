@@ -5,7 +5,9 @@ import numpy as np
 
 
 def compiled_step(layer, inputs, backward=True, jit=True, training=True):
-    """A function without arguments that runs one pass and waits for its end.
+    """A function that runs one pass and waits for its end.
+
+    Called without arguments it runs on `inputs`, and with a tensor from `to_tensor` on that.
 
     The backward pass computes the gradients of the inputs and of all weights, router losses
     included. On PyTorch the pass runs eagerly: Keras does not compile there by default.
@@ -21,6 +23,11 @@ def compiled_step(layer, inputs, backward=True, jit=True, training=True):
     return build(layer, inputs, backward, jit, training)
 
 
+def to_tensor(layer, inputs):
+    """What a step of the layer takes."""
+    return keras.ops.cast(keras.ops.convert_to_tensor(inputs), layer.compute_dtype)
+
+
 def cotangent(shape, dtype):
     """What the output is multiplied by to get a scalar: fixed, so that no gradient is trivial."""
     values = np.random.default_rng(1).standard_normal(shape).astype("float32")
@@ -30,9 +37,8 @@ def cotangent(shape, dtype):
 def _tensorflow(layer, inputs, backward, jit, training):
     import tensorflow as tf
 
-    x = keras.ops.cast(tf.constant(inputs), layer.compute_dtype)
-    out_shape = layer.compute_output_shape(x.shape)
-    weight = cotangent(out_shape, layer.compute_dtype)
+    x = to_tensor(layer, inputs)
+    weight = cotangent(layer.compute_output_shape(x.shape), layer.compute_dtype)
     variables = [variable.value for variable in layer.trainable_variables]
 
     @tf.function(jit_compile=jit)
@@ -46,7 +52,7 @@ def _tensorflow(layer, inputs, backward, jit, training):
             loss += sum(layer.losses, 0.0)
         return tape.gradient(loss, [x, *variables])
 
-    def run():
+    def run(x=x):
         result = step(x, weight)
         keras.ops.convert_to_numpy(tf.nest.flatten(result)[0][:1])
 
@@ -57,7 +63,7 @@ def jax_function(layer, inputs, backward, training):
     """The jitted pass and its arguments, for timing as well as for cost analysis."""
     import jax
 
-    x = keras.ops.cast(jax.numpy.asarray(inputs), layer.compute_dtype)
+    x = to_tensor(layer, inputs)
     weight = cotangent(layer.compute_output_shape(x.shape), layer.compute_dtype)
     trainable = [variable.value for variable in layer.trainable_variables]
     fixed = [variable.value for variable in layer.non_trainable_variables]
@@ -78,18 +84,18 @@ def jax_function(layer, inputs, backward, training):
 def _jax(layer, inputs, backward, jit, training):
     import jax
 
-    function, arguments = jax_function(layer, inputs, backward, training)
-    return lambda: jax.block_until_ready(function(*arguments))
+    function, (trainable, x, *others) = jax_function(layer, inputs, backward, training)
+    return lambda x=x: jax.block_until_ready(function(trainable, x, *others))
 
 
 def _torch(layer, inputs, backward, jit, training):
     import torch
 
-    x = keras.ops.cast(torch.as_tensor(inputs), layer.compute_dtype)
+    x = to_tensor(layer, inputs)
     weight = cotangent(layer.compute_output_shape(x.shape), layer.compute_dtype)
     variables = [variable.value for variable in layer.trainable_variables]
 
-    def run():
+    def run(x=x):
         if not backward:
             with torch.no_grad():
                 layer(x, training=training)

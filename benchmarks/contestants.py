@@ -1,0 +1,106 @@
+"""What is compared: a MoE layer, its dense twin, and the same experts all run on all tokens."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_moe import layers, routers
+
+
+def mixture(num_experts, options, skew="balanced"):
+    bank = layers.GatedExperts if options.gated else layers.FeedForwardExperts
+    experts = bank(num_experts, options.hidden, activation=options.activation)
+    layer = layers.MixtureOfExperts(experts, router=skewed_router(num_experts, options, skew))
+    layer.build((None, options.features))
+    return layer
+
+
+def skewed_router(num_experts, options, skew):
+    """A router of unit-variance tokens whose load leans to low-numbered experts.
+
+    One feature of the tokens, which `tokens` sets to 1, carries the lean.
+    """
+    rank = np.arange(1, num_experts + 1)
+    lean = {
+        "balanced": np.zeros(num_experts),
+        "zipf": -np.log(rank),
+        "all-to-one": np.where(rank <= options.top_k, 0.0, -1e4),
+    }[skew]
+
+    def kernel(shape, dtype=None):
+        values = np.random.default_rng(2).standard_normal(shape) * shape[0] ** -0.5
+        values[0] = lean
+        return ops.convert_to_tensor(values, dtype)
+
+    return routers.TopKRouter(num_experts, options.top_k, kernel_initializer=kernel)
+
+
+def tokens(num_tokens, options, seed=0):
+    """Normal tokens, (T, D) float32, whose first feature is 1."""
+    values = np.random.default_rng(seed).standard_normal((num_tokens, options.features))
+    values[:, 0] = 1.0
+    return values.astype("float32")
+
+
+def dense_twin(options):
+    layer = DenseTwin(options.top_k * options.hidden, options.activation, options.gated)
+    layer.build((None, options.features))
+    return layer
+
+
+class DenseTwin(keras.layers.Layer):
+    """One feed-forward network as wide as the experts that serve a token, together."""
+
+    def __init__(self, width, activation, gated):
+        super().__init__()
+        # As in the banks, gated networks have no biases.
+        self.up = keras.layers.Dense(width, None if gated else activation, use_bias=not gated)
+        self.gate = keras.layers.Dense(width, activation, use_bias=False) if gated else None
+
+    def build(self, shape):
+        self.down = keras.layers.Dense(shape[-1], use_bias=self.up.use_bias)
+        self.up.build(shape)
+        self.down.build((*shape[:-1], self.up.units))
+        if self.gate is not None:
+            self.gate.build(shape)
+
+    def call(self, x, training=None):
+        hidden = self.up(x)
+        if self.gate is not None:
+            hidden = self.gate(x) * hidden
+        return self.down(hidden)
+
+    def compute_output_shape(self, shape):
+        return shape
+
+
+class AllExperts(keras.layers.Layer):
+    """The experts of a MoE layer all run on all tokens, those not chosen with a weight of zero."""
+
+    def __init__(self, mixture):
+        super().__init__()
+        self.mixture = mixture
+
+    def call(self, x, training=None):
+        routing = self.mixture.router(x)
+        bank = self.mixture.experts
+        chosen = ops.one_hot(routing.indices, bank.num_experts)
+        weights = ops.sum(chosen * ops.expand_dims(routing.weights, -1), axis=1)
+        pre_activations = [self._project(x, name) for name in bank.up_names]
+        hidden = bank.activation(pre_activations[0])
+        if len(pre_activations) == 2:
+            hidden = hidden * pre_activations[1]
+        outputs = self._project(hidden, "down")
+        return ops.einsum("etd,te->td", outputs, ops.cast(weights, self.compute_dtype))
+
+    def _project(self, x, name):
+        bank = self.mixture.experts
+        kernel = ops.cast(getattr(bank, f"{name}_kernel"), self.compute_dtype)
+        outputs = ops.matmul(x, kernel)
+        if bank.use_bias:
+            bias = ops.cast(getattr(bank, f"{name}_bias"), self.compute_dtype)
+            outputs = outputs + ops.expand_dims(bias, 1)
+        return outputs
+
+    def compute_output_shape(self, shape):
+        return shape
