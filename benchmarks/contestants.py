@@ -80,6 +80,7 @@ class AllExperts(keras.layers.Layer):
     def __init__(self, mixture):
         super().__init__()
         self.mixture = mixture
+        self.built = True
 
     def call(self, x, training=None):
         routing = self.mixture.router(x)

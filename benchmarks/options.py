@@ -39,7 +39,7 @@ def parse(parser, arguments, **smoke):
     `smoke` holds what `--smoke` changes besides the shared options.
     """
     if parser.parse_known_args(arguments)[0].smoke:
-        parser.set_defaults(**_SMOKE, **smoke)
+        parser.set_defaults(**{**_SMOKE, **smoke})
     options = parser.parse_args(arguments)
     options.activation = options.activation or ("silu" if options.gated else "gelu")
     keras.utils.set_random_seed(0)

@@ -1,0 +1,63 @@
+"""One training step of a whole Transformer against its dense twin.
+
+    KERAS_BACKEND=jax python -m benchmarks.model
+
+A text classifier of two encoder blocks, trained by Adam through `train_on_batch`: attention,
+embedding, loss, optimizer and the data's way in count on both sides. The twin has a dense
+feed-forward layer of width K * H in each block. T is the tokens of a batch; give one.
+"""
+
+import keras
+import numpy as np
+
+from benchmarks.contestants import dense_twin, mixture
+from benchmarks.measure import interleave, print_table, summarise, write_json
+from benchmarks.options import describe, parse, parser
+from keras_moe import layers
+
+BLOCKS, HEADS, WORDS, CLASSES = 2, 4, 1000, 20
+
+
+def main(arguments=None):
+    options = parse(_parser(), arguments, length=8)
+    generator = np.random.default_rng(0)
+    (num_tokens,) = options.tokens
+    ids = generator.integers(0, WORDS, (num_tokens // options.length, options.length))
+    batch = ids, generator.integers(0, CLASSES, len(ids))
+    steps = {"dense twin": training_step(lambda: dense_twin(options), batch, options)}
+    for num_experts in options.experts:
+        steps[f"E={num_experts}"] = training_step(
+            lambda num_experts=num_experts: mixture(num_experts, options), batch, options
+        )
+    rows = summarise(*interleave(steps, options.rounds), "dense twin")
+    print_table(rows, f"{describe(options)}, training step of {BLOCKS} blocks, batch {ids.shape}")
+    write_json(f"model-{keras.backend.backend()}{options.tag}", options, rows)
+    return rows
+
+
+def _parser():
+    options = parser(__doc__)
+    options.add_argument("--length", type=int, default=256, help="tokens of one text")
+    return options
+
+
+def training_step(feedforward, batch, options):
+    model = transformer(feedforward, batch[0].shape[1], options)
+    xla = keras.backend.backend() != "torch" and not options.no_xla
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(1e-4), loss, jit_compile=xla)
+    return lambda: model.train_on_batch(*batch)
+
+
+def transformer(feedforward, length, options):
+    """A classifier of texts with `feedforward()` in each of its blocks."""
+    ids = keras.Input((length,), dtype="int32")
+    x = keras.layers.Embedding(WORDS, options.features)(ids)
+    for _ in range(BLOCKS):
+        x = layers.TransformerEncoderBlock(HEADS, feedforward())(x)
+    x = keras.layers.GlobalAveragePooling1D()(keras.layers.LayerNormalization()(x))
+    return keras.Model(ids, keras.layers.Dense(CLASSES, dtype="float32")(x))
+
+
+if __name__ == "__main__":
+    main()

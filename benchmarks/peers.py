@@ -1,0 +1,79 @@
+"""Our layer of gated experts against the MoE blocks of other packages, with the same weights.
+
+    KERAS_BACKEND=torch python -m benchmarks.peers --experts 8 64
+
+The packages come with the extra `bench`. A peer whose outputs differ from ours by more than 1e-5,
+that is not installed, or that does not run here is not timed; its row says why. The ratio is its
+time by ours: above 1 it is slower.
+"""
+
+import keras
+import numpy as np
+
+from benchmarks.contestants import mixture, tokens
+from benchmarks.measure import interleave, print_table, summarise, write_json
+from benchmarks.options import describe, parse, parser
+from benchmarks.rivals import RIVALS
+from benchmarks.steps import compiled_step, to_tensor
+
+TOLERANCE = 1e-5
+
+
+def main(arguments=None):
+    options = parse(_parser(), arguments)
+    rows = []
+    for num_experts in options.experts:
+        for num_tokens in options.tokens:
+            table = race(num_experts, num_tokens, options)
+            title = f"{describe(options)} E={num_experts} T={num_tokens}, forward+backward"
+            print_table(table, title)
+            rows += [{**row, "experts": num_experts, "tokens": num_tokens} for row in table]
+    write_json(f"peers-{keras.backend.backend()}{options.tag}", options, rows)
+    return rows
+
+
+def _parser():
+    # Blocks that run all experts take seconds a step.
+    options = parser(__doc__, gated=True, experts=[8, 32], rounds=3)
+    options.add_argument("--peers", nargs="+", default=list(RIVALS), choices=list(RIVALS))
+    return options
+
+
+def race(num_experts, num_tokens, options):
+    ours = mixture(num_experts, options)
+    inputs = tokens(num_tokens, options)
+    contestants, errors, reasons = {"keras_moe": ours}, {}, {}
+    for name in options.peers:
+        try:
+            contestants[name], errors[name] = admit(RIVALS[name], ours, inputs)
+        except Exception as error:
+            # Whatever keeps a peer from running is told, and the others run.
+            reasons[name] = f"{type(error).__name__}: {error}"
+    steps = {
+        name: compiled_step(layer, inputs, jit=not options.no_xla)
+        for name, layer in contestants.items()
+    }
+    rows = summarise(*interleave(steps, options.rounds), "keras_moe")
+    rows = [{**row, "max_difference": errors.get(row["name"])} for row in rows]
+    return rows + [{"name": name, "not timed": reason} for name, reason in reasons.items()]
+
+
+def admit(rival, ours, inputs):
+    """The rival with our weights, and the largest difference of an output."""
+    layer = rival(ours)
+    theirs, expected = (infer(layer, inputs) for layer in (layer, ours))
+    difference = float(np.max(np.abs(theirs - expected)))
+    # Not `>`, which a NaN would pass.
+    if not difference <= TOLERANCE:
+        raise ValueError(f"its outputs differ from ours by {difference:.1e}")
+    return layer, difference
+
+
+def infer(layer, inputs):
+    """Outputs in inference."""
+    outputs = layer(to_tensor(layer, inputs), training=False)
+    return keras.ops.convert_to_numpy(keras.ops.cast(outputs, "float32"))
+
+
+if __name__ == "__main__":
+    main()
