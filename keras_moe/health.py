@@ -1,0 +1,165 @@
+"""Verdicts on experts and routers in plain words, each with what to try."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+PROBLEM, HINT = "problem", "hint"
+
+# Between all tokens on the same K experts, 0, and an even load, 1.
+COLLAPSED = 0.1
+# Load of the busiest expert above the mean.
+IMBALANCED = 1.0
+DROPPED = 0.05
+# Entropy of the probabilities of a token, 1 for a router without a preference.
+INDIFFERENT = 0.98
+CERTAIN = 0.05
+# exp(30) is as far as float32 keeps a second choice apart from nothing.
+EXPLODED_LOGIT = 30.0
+# Fewer assignments an expert are not enough to call it dead.
+ENOUGH = 20
+
+
+class Finding(NamedTuple):
+    """`level` is "problem" or "hint"; `text` says what is the case and `fix` what to try."""
+
+    level: str
+    text: str
+    fix: str
+
+
+def spread(counts, top_k):
+    """How far the load is from a collapse onto K experts, 0, to balance, 1.
+
+    Counts experts by the exponential of the entropy of their shares, so that one with a tenth of
+    the work of the others is a tenth of an expert.
+
+    Args:
+        counts: (E,) assignments per expert.
+        top_k: experts per token, K.
+    """
+    share = np.asarray(counts, "float64") / max(np.sum(counts), 1)
+    effective = np.exp(-np.sum(share * np.log(np.where(share > 0, share, 1))))
+    if len(share) <= top_k:
+        return 1.0
+    return float(np.clip((effective - top_k) / (len(share) - top_k), 0, 1))
+
+
+def judge_load(counts, top_k, router_losses):
+    """Findings about who does the work.
+
+    Args:
+        counts: (E,) assignments per expert.
+        top_k: experts per token.
+        router_losses: the losses of the layer, for the advice.
+
+    Returns:
+        List of `Finding`.
+    """
+    counts = np.asarray(counts)
+    num_experts = len(counts)
+    if not is_enough(counts):
+        text = f"{int(counts.sum())} assignments are too few to judge {num_experts} experts."
+        return [Finding(HINT, text, f"Give it at least {ENOUGH * num_experts}.")]
+    busiest = counts.max() / counts.sum() * num_experts
+    if spread(counts, top_k) < COLLAPSED:
+        top = np.sort(counts)[-top_k:].sum() / counts.sum()
+        text = (
+            f"The experts have collapsed: {top:.0%} of the work goes to {top_k} of {num_experts}."
+        )
+        return [Finding(PROBLEM, text, balance_advice(router_losses))]
+    dead = np.flatnonzero(counts == 0)
+    findings = []
+    if len(dead):
+        findings.append(
+            Finding(PROBLEM, dead_text(dead, num_experts), balance_advice(router_losses))
+        )
+    if busiest - 1 > IMBALANCED:
+        text = f"The busiest expert does {busiest:.1f} times its fair share."
+        findings.append(Finding(HINT, text, balance_advice(router_losses)))
+    return findings
+
+
+def judge_drops(dropped):
+    """Findings about the share of assignments that found no room."""
+    if dropped <= DROPPED:
+        return []
+    text = f"{dropped:.0%} of the assignments found no room in their expert."
+    fix = "Raise `capacity_factor`, or set it to None so that nothing is dropped."
+    return [Finding(PROBLEM, text, fix)]
+
+
+def judge_router(entropy, largest_logit):
+    """Findings about how the router decides.
+
+    Args:
+        entropy: mean entropy of a token's probabilities over `log E`, from 0 to 1.
+        largest_logit: largest absolute logit.
+
+    Returns:
+        List of `Finding`.
+    """
+    if not np.isfinite(largest_logit):
+        return [not_a_number()]
+    if largest_logit > EXPLODED_LOGIT:
+        return [exploded(f"reach {largest_logit:.0f}")]
+    if entropy > INDIFFERENT:
+        text = "The router has no preference: all experts are about equally probable."
+        fix = "Train longer. If it stays so, lower the weights of the router losses."
+        return [Finding(HINT, text, fix)]
+    if entropy < CERTAIN:
+        text = "The router is all but certain of every choice, so it hardly learns any more."
+        fix = "Raise the weight of `losses.RouterZ`, or add `logit_noise` to the router."
+        return [Finding(HINT, text, fix)]
+    return []
+
+
+def not_a_number():
+    text = "The router computes what is not a number."
+    fix = (
+        "Look for NaN in the inputs, lower the learning rate, clip gradients (`clipnorm=1.0`), and "
+        "in float16 use `keras.optimizers.LossScaleOptimizer`."
+    )
+    return Finding(PROBLEM, text, fix)
+
+
+def exploded(how):
+    text = f"Router logits explode: they {how}, which makes every choice absolute."
+    fix = (
+        "Raise the weight of `losses.RouterZ`, lower the learning rate, and normalise the inputs "
+        "of the layer (`keras.layers.LayerNormalization`)."
+    )
+    return Finding(PROBLEM, text, fix)
+
+
+def dead_text(dead, num_experts):
+    listed = ", ".join(str(expert) for expert in dead[:10]) + (", ..." if len(dead) > 10 else "")
+    return f"{len(dead)} of {num_experts} experts serve no token at all: {listed}."
+
+
+def is_enough(counts):
+    return np.sum(counts) >= ENOUGH * len(counts)
+
+
+def balance_advice(router_losses):
+    if not router_losses:
+        return "The layer has no router loss: add `losses.LoadBalance()` to its `router_losses`."
+    names = ", ".join(f"{type(loss).__name__}({loss.weight:g})" for loss in router_losses)
+    return (
+        f"The router losses are {names}: give the balancing one ten times the weight. A lower "
+        "learning rate in the first steps and `logit_noise` in the router help as well."
+    )
+
+
+__all__ = [
+    "Finding",
+    "balance_advice",
+    "dead_text",
+    "exploded",
+    "is_enough",
+    "judge_drops",
+    "judge_load",
+    "judge_router",
+    "not_a_number",
+    "spread",
+]

@@ -1,0 +1,51 @@
+"""The page that shows what the experts of a model do on some data."""
+
+import pathlib
+
+
+def report(model, data, labels=None, tokens=None, path="report.html"):
+    """Write one self-contained HTML page about the experts of a model.
+
+    It opens without a network and shows verdicts in plain words with what to try, a table of the
+    layers, pictures, and the text coloured by the expert that served each token, with weights and
+    probabilities under the mouse or the arrow keys. All data given are run and shown: pass a few
+    hundred documents, not all you have.
+
+    Needs matplotlib: `pip install "keras_moe[visualization]"`.
+
+    Args:
+        model: a Keras model.
+        data: what the model takes: an array, or a list or dict of arrays, of documents.
+        labels: integers or strings, one for each document or (documents, positions), or None.
+        tokens: strings to show, for each document a list or a text that is split at blanks; None
+            shows integer data as they are. Where a layer sees fewer positions than there are
+            tokens, each position shows the neighbours it stands for.
+        path: file to write.
+
+    Returns:
+        The path, a `pathlib.Path`.
+
+    Raises:
+        ValueError: If `data` is empty, or `labels` or `tokens` do not fit it.
+        ImportError: If matplotlib is missing.
+
+    Example:
+
+    >>> import tempfile
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
+    >>> model = keras.Sequential([
+    ...     keras.layers.Embedding(100, 16), keras_moe.layers.MixtureOfExperts(experts, name="moe")
+    ... ])
+    >>> data = keras.ops.convert_to_numpy(keras.random.randint((8, 10), 0, 100))
+    >>> path = keras_moe.report(model, data, path=tempfile.mktemp(".html"))
+    """
+    # Here, so that the package can be imported without matplotlib.
+    from keras_moe.reporting import page, study
+
+    found = study.study(model, data, labels, tokens)
+    path = pathlib.Path(path)
+    path.write_text(page.render(model.name, found), encoding="utf-8")
+    return path
+
+
+__all__ = ["report"]

@@ -1,0 +1,125 @@
+"""Runs the model on the data and measures each of its MoE layers."""
+
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+from keras_moe import health, metrics
+from keras_moe.inspection import moe_layers, record_routings
+from keras_moe.reporting.texts import positions_of, token_texts
+from keras_moe.summary import summarize
+from keras_moe.visualization.labels import grouped
+from keras_moe.visualization.numbers import count_table, mutual_information
+from keras_moe.visualization.sources import by_layer, each_token
+
+BATCH_SIZE = 32
+
+
+class LayerStudy(NamedTuple):
+    """What is known about one layer; arrays over all positions, padding with indices of -1."""
+
+    summary: Any
+    routing: Any
+    texts: list
+    labels: Any
+    counts: Any
+    entropy: float
+    dropped: float
+    information: float | None
+    findings: list
+
+
+class Study(NamedTuple):
+    """`num_documents` and one `LayerStudy` for each layer."""
+
+    num_documents: int
+    layers: list
+
+
+def study(model, data, labels, tokens):
+    """A `Study`; without layers, if the model has none."""
+    arrays = keras.tree.map_structure(np.asarray, data)
+    sizes = {len(array) for array in keras.tree.flatten(arrays) if array.ndim}
+    if len(sizes) != 1 or not min(sizes):
+        raise ValueError(
+            "`data` must hold at least one document, and as many in each of its arrays. Received: "
+            f"arrays of {sorted(sizes)} documents. Pass what the model takes, with a batch axis."
+        )
+    num_documents = sizes.pop()
+    if labels is not None and len(labels) != num_documents:
+        raise ValueError(
+            "There must be one label for each document. "
+            f"Received: {len(labels)} labels for {num_documents} documents."
+        )
+    try:
+        layers = moe_layers(model)
+    except ValueError:
+        return Study(num_documents, [])
+    recorded = record_routings(model, _batches(arrays, num_documents))
+    routings = {name: value for name, value in recorded.items() if value}
+    drops = {name: np.mean([r.dropped for r in value]) for name, value in routings.items()}
+    joined = by_layer(routings)
+    summaries = {summary.name: summary for summary in summarize(model)}
+    return Study(
+        num_documents,
+        [
+            _study_layer(
+                layers[name],
+                summaries[name],
+                routing._replace(dropped=drops[name]),
+                labels,
+                token_texts(tokens, arrays, positions_of(routing, num_documents), num_documents),
+            )
+            for name, routing in joined.items()
+        ],
+    )
+
+
+def _batches(arrays, num_documents):
+    for start in range(0, num_documents, BATCH_SIZE):
+        stop = start + BATCH_SIZE
+        yield keras.tree.map_structure(lambda array: array[start:stop], arrays)  # noqa: B023
+
+
+def _study_layer(layer, summary, routing, labels, texts):
+    indices = np.where(routing.mask[:, None], routing.indices, -1)
+    routing = routing._replace(indices=indices)
+    probs = routing.probs[routing.mask]
+    entropy = _entropy(probs)
+    largest = np.abs(routing.logits[routing.mask]).max(initial=0)
+    load = health.judge_load(routing.counts, summary.top_k, layer.router_losses)
+    router = health.judge_router(entropy, largest) if len(probs) else []
+    if entropy > health.INDIFFERENT:
+        # Without a preference, who leads is chance.
+        load = [finding for finding in load if finding.level == health.PROBLEM]
+    findings = [*load, *health.judge_drops(routing.dropped), *router]
+    information = None
+    if labels is not None:
+        labels = each_token(np.asarray(labels).reshape(-1), len(indices))
+        groups, rows = grouped(labels)
+        table = count_table(indices, groups, len(rows), summary.num_experts)
+        information = mutual_information(table)
+    return LayerStudy(
+        summary,
+        routing,
+        texts,
+        labels,
+        routing.counts,
+        entropy,
+        float(routing.dropped),
+        information,
+        findings,
+    )
+
+
+def _entropy(probs):
+    """Mean entropy of the tokens over `log E`; 0 for one expert, or without tokens."""
+    if not len(probs) or probs.shape[1] == 1:
+        return 0.0
+    terms = probs * np.log(np.where(probs > 0, probs, 1))
+    return float(-terms.sum(axis=1).mean() / np.log(probs.shape[1]))
+
+
+def imbalance(counts):
+    return float(metrics.load_imbalance(counts))

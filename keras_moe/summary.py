@@ -1,0 +1,68 @@
+"""What the MoE layers of a model are made of, and what they cost."""
+
+from typing import NamedTuple
+
+from keras import ops
+
+from keras_moe.inspection import moe_layers
+
+
+class LayerSummary(NamedTuple):
+    """One MoE layer.
+
+    - `name`: its name in the model.
+    - `num_experts`, `top_k`: experts, and how many of them serve a token.
+    - `parameters`, `active_parameters`: all, and those that work on one token; experts that differ
+      in size count with their mean.
+    - `flops`: of one token, forward, at two for each active parameter.
+    - `counts`: assignments per expert since the counters were last reset.
+    """
+
+    name: str
+    num_experts: int
+    top_k: int
+    parameters: int
+    active_parameters: int
+    flops: int
+    counts: list
+
+
+def summarize(model):
+    """One `LayerSummary` for each MoE layer of a built model, in the order of the model.
+
+    Args:
+        model: a Keras model.
+
+    Raises:
+        ValueError: If the model has no MoE layer.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32, use_bias=False)
+    >>> model = keras.Sequential([
+    ...     keras.Input((16,)), keras_moe.layers.MixtureOfExperts(experts, name="moe")
+    ... ])
+    >>> layer = keras_moe.summary.summarize(model)[0]
+    >>> layer.parameters, layer.active_parameters  # router 16 * 4, experts 2 * 16 * 32 each
+    (4160, 2112)
+    """
+    return [_summary(name, layer) for name, layer in moe_layers(model).items()]
+
+
+def _summary(name, layer):
+    num_experts, top_k = layer.experts.num_experts, layer.router.top_k
+    parameters = sum(_size(weight) for weight in layer.trainable_weights)
+    experts = sum(_size(weight) for weight in layer.experts.trainable_weights)
+    active = parameters - experts + round(experts * top_k / num_experts)
+    counts = ops.convert_to_numpy(layer.expert_counts.value).tolist()
+    return LayerSummary(name, num_experts, top_k, parameters, active, 2 * active, counts)
+
+
+def _size(weight):
+    size = 1
+    for length in weight.shape:
+        size *= length
+    return size
+
+
+__all__ = ["LayerSummary", "summarize"]

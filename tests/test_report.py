@@ -1,0 +1,255 @@
+"""The HTML report: its numbers and words, and its behaviour in a real browser."""
+
+import json
+import re
+
+import keras
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from browser import open_page  # noqa: E402
+from layer_checks import E, moe, one_hot, one_hot_router  # noqa: E402
+
+import keras_moe  # noqa: E402
+from keras_moe import layers  # noqa: E402
+
+EVIL = "<script>window.broken = true</script>"
+
+
+def one_hot_model(*names, mask_zero=False):
+    """Token id n, from 1 on, goes to expert n - 1."""
+    inputs = keras.Input((None,), dtype="int32")
+    table = np.concatenate([np.zeros((1, E)), np.eye(E)])
+    embed = keras.layers.Embedding(
+        E + 1, E, embeddings_initializer=lambda shape, dtype: table, mask_zero=mask_zero
+    )
+    outputs = embed(inputs)
+    for name in names:
+        experts = layers.LayerExperts([keras.layers.Identity() for _ in range(E)])
+        layer = moe(experts, router=one_hot_router(top_k=2), router_losses=(), name=name)
+        outputs = layer(outputs)
+    return keras.Model(inputs, outputs, name="demo")
+
+
+def ids(*documents):
+    return np.array(documents, "int32")
+
+
+def written(tmp_path, *args, **kwargs):
+    path = keras_moe.report(*args, path=tmp_path / "report.html", **kwargs)
+    return path, path.read_text(encoding="utf-8")
+
+
+def data_of(html):
+    return json.loads(re.search(r'id="data">(.*?)</script>', html).group(1))["layers"]
+
+
+def verdicts(html):
+    return re.findall(r"<strong>(.*?)</strong>", html)
+
+
+def test_the_choices_of_each_token_are_on_the_page(tmp_path):
+    model = one_hot_model("first", "second", mask_zero=True)
+    words = [["red", "green", "pad"], ["blue", "pad", "pad"]]
+    _, html = written(tmp_path, model, ids([1, 2, 0], [4, 0, 0]), ["warm", "cold"], words)
+    first, second = data_of(html)
+    assert (first["name"], second["name"]) == ("first", "second")
+    assert first["texts"] == ["red", "green", "pad", "blue", "pad", "pad"]
+    assert first["experts"][::2] == [0, 1, -1, 3, -1, -1]
+    assert first["counts"] == [3, 2, 0, 1]
+    assert first["labels"] == ["warm", "cold"]
+    weights = np.array(first["weights"]).reshape(-1, 2).sum(axis=1)
+    np.testing.assert_array_equal(weights, [100, 100, 0, 100, 0, 0])
+
+
+def test_integer_data_are_shown_as_they_are_and_texts_are_split():
+    from keras_moe.reporting.texts import token_texts
+
+    data = ids([5, 6, 7, 8], [9, 1, 0, 0])
+    assert token_texts(None, data, 4, 2) == ["5", "6", "7", "8", "9", "1", "0", "0"]
+    assert token_texts(None, data, 2, 2) == ["5 6", "7 8", "9 1", "0 0"]
+    assert token_texts(["a b c d", "e f"], data, 2, 2) == ["a b", "c d", "e f", ""]
+    assert token_texts(None, np.zeros((1, 2, 3)), 2, 1) == ["#0", "#1"]
+    assert token_texts(None, data, 0, 2) == []
+
+
+def test_the_layers_are_measured(tmp_path):
+    model = one_hot_model("only")
+    _, html = written(tmp_path, model, ids([1, 1, 1, 1], [4, 4, 4, 4]), ["a", "b"])
+    cells = re.findall(r"<td>(.*?)</td>", html)
+    assert cells[:4] == ["only", f"2 of {E}", "16", "16"]
+    assert cells[-1] == "0.50", "bits that label and expert share"
+
+
+def balanced(repeat=20):
+    return np.tile(ids([1, 2, 3, 4], [4, 3, 2, 1]), (1, repeat))
+
+
+@pytest.mark.parametrize(
+    "data, expected",
+    [
+        (np.ones((2, 80), "int32"), "only: The experts have collapsed: 100% of the work goes to 2"),
+        (ids([1]), "only: 2 assignments are too few to judge 4 experts."),
+    ],
+)
+def test_verdicts_are_plain_words(tmp_path, data, expected):
+    _, html = written(tmp_path, one_hot_model("only"), data)
+    assert verdicts(html)[0].startswith(expected)
+
+
+def test_an_untrained_router_is_said_to_have_no_preference(tmp_path):
+    experts = layers.FeedForwardExperts(E, 8)
+    inputs = keras.Input((None,), dtype="int32")
+    outputs = layers.MixtureOfExperts(experts, name="new")(keras.layers.Embedding(9, 8)(inputs))
+    model = keras.Model(inputs, outputs)
+    _, html = written(tmp_path, model, balanced(5))
+    assert "new: The router has no preference: all experts are about equally probable." in html
+
+
+def test_a_model_without_experts_says_so(tmp_path):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    path, html = written(tmp_path, model, np.zeros((2, 3), "float32"))
+    assert "This model has no MixtureOfExperts layer, so there is nothing to see." in html
+    with open_page(path) as page:
+        assert not page.errors
+        assert page.run("document.getElementById('text-section').hidden")
+
+
+def test_data_of_any_structure_and_of_no_token_layout_are_reported(tmp_path):
+    left, right = keras.Input((E,), name="left"), keras.Input((E,), name="right")
+    added = keras.layers.Add()([left, right])
+    model = keras.Model({"left": left, "right": right}, moe(router=one_hot_router())(added))
+    x = one_hot(0, 1, 2, 3)
+    _, html = written(tmp_path, model, {"left": x, "right": x}, np.arange(4))
+    assert data_of(html)[0]["texts"] == ["#0"] * 4
+    assert data_of(html)[0]["experts"] == [0, 1, 2, 3]
+
+
+def test_what_comes_from_data_is_text_and_never_markup(tmp_path):
+    model = one_hot_model("first")
+    words = [[EVIL, "</script>", "$x_$", "<!--"] * 20] * 2
+    path, html = written(tmp_path, model, balanced(), [EVIL, "</svg>"], words)
+    assert EVIL not in html
+    with open_page(path) as page:
+        assert not page.errors
+        assert page.run("window.broken") is None
+        assert page.run("document.querySelector('.token').textContent") == EVIL
+        assert page.run("document.querySelector('.document b').textContent") == EVIL
+        assert page.run("document.querySelectorAll('figure svg').length") == 4
+
+
+@pytest.fixture(scope="module")
+def page_path(tmp_path_factory):
+    return keras_moe.report(
+        one_hot_model("first", "second"),
+        balanced(100),
+        path=tmp_path_factory.mktemp("page") / "report.html",
+    )
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_can_be_read_on_its_background(page_path, dark):
+    with open_page(page_path, dark) as page:
+        assert not page.errors
+        contrasts = page.run(
+            """[...document.querySelectorAll('.token, #verdicts strong, td, figcaption')].map(e => {
+              const numbers = c => c.match(/[\\d.]+/g).map(Number);
+              const light = c => { const [r, g, b] = numbers(c).map(v => v / 255).map(
+                v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+                return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+              let back = e;
+              while (getComputedStyle(back).backgroundColor === 'rgba(0, 0, 0, 0)')
+                back = back.parentElement;
+              const [a, b] = [getComputedStyle(e).color, getComputedStyle(back).backgroundColor]
+                .map(light);
+              return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05); })"""
+        )
+        assert len(contrasts) > 100 and min(contrasts) > 4.5
+
+
+def test_the_filter_filters(page_path):
+    with open_page(page_path) as page:
+        everything = page.run("document.querySelectorAll('.token').length")
+        assert page.run("document.querySelectorAll('.other').length") == 0
+        page.run("expertSelect.value = 2; expertSelect.dispatchEvent(new Event('change'))")
+        shown = page.run(
+            "[...document.querySelectorAll('.token:not(.other)')].every(token =>"
+            " choicesOf(Number(token.dataset.index)).some(choice => choice.expert === 2))"
+        )
+        assert shown
+        hidden = page.run("document.querySelectorAll('.other').length")
+        assert 0 < hidden < everything
+        count = page.run("layer().counts[2]")
+        assert page.run("document.getElementById('matches').textContent").startswith(f"{count:,} ")
+        page.run("layerSelect.value = 1; layerSelect.dispatchEvent(new Event('change'))")
+        assert page.run("layer().name") == "second"
+        assert page.run("document.querySelectorAll('.other').length") == 0
+        assert not page.errors
+
+
+def test_the_mouse_shows_weights_and_probabilities(page_path):
+    with open_page(page_path) as page:
+        assert page.run("hover.hidden")
+        page.move_mouse_to(".token:nth-child(3)")
+        assert not page.run("hover.hidden")
+        shown = page.run("hover.textContent")
+        assert shown.startswith("3expert 2weight ") and "probability 100%" in shown
+        page.move_mouse_to("h1")
+        assert page.run("hover.hidden")
+
+
+def test_the_keyboard_reaches_every_token(page_path):
+    with open_page(page_path) as page:
+        page.run("document.querySelector('.token').focus()")
+        for _ in range(399):
+            page.press("ArrowRight")
+        assert page.run("document.activeElement.dataset.index") == "399"
+        page.press("ArrowRight")
+        assert page.run("document.activeElement.dataset.index") == "400", "the next document"
+        page.press("ArrowLeft")
+        page.press("Enter")
+        assert page.run("expertSelect.value") == "3"
+        assert not page.run("hover.hidden")
+        page.press("Escape")
+        assert page.run("hover.hidden")
+        assert not page.errors
+
+
+def test_many_tokens_are_drawn_as_they_come_into_view(tmp_path):
+    data = np.tile(balanced(125), (100, 1))  # 100,000 tokens
+    path, _ = written(tmp_path, one_hot_model("only"), data)
+    with open_page(path) as page:
+        assert page.run("layer().texts.length") == 100_000
+        assert 0 < page.run("document.querySelectorAll('.token').length") < 5_000
+        last = "document.querySelector('.block:last-child')"
+        page.run(
+            f"{last}.scrollIntoView(); new Promise(done => {{ const look = () =>"
+            f"{last}.firstChild ? done() : setTimeout(look, 20); look(); }})"
+        )
+        assert page.run(f"{last}.querySelector('.token:last-child').dataset.index") == "99999"
+        assert page.run("document.querySelectorAll('.token').length") < 10_000
+        assert not page.errors
+
+
+MISTAKES = {
+    "`data` must hold at least one document, and as many in each of its arrays. Received: arrays "
+    "of [0] documents. Pass what the model takes, with a batch axis.": (np.zeros((0, 3), "int32"),),
+    "There must be one label for each document. Received: 1 labels for 2 documents.": (
+        balanced(),
+        ["a"],
+    ),
+    "`tokens` must have an entry for each document. Received: 1 entries for 2 documents.": (
+        balanced(),
+        None,
+        ["a b"],
+    ),
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_a_mistake_is_told_with_the_way_out(message, tmp_path):
+    with pytest.raises(ValueError) as error:
+        written(tmp_path, one_hot_model("only"), *MISTAKES[message])
+    assert str(error.value) == message
