@@ -4,15 +4,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 
-def learning_curves(histories, path):
-    """Accuracy by epoch; `histories` maps a model's name to the logs of `fit`."""
+def learning_curves(histories, path, metric="accuracy"):
+    """A metric by epoch; `histories` maps a model's name to the logs of `fit`."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for index, (name, logs) in enumerate(histories.items()):
-        epochs = range(1, 1 + len(logs["accuracy"]))
-        axes.plot(epochs, logs["accuracy"], f"C{index}--", label=f"{name}, training")
-        axes.plot(epochs, logs["val_accuracy"], f"C{index}o-", label=f"{name}, validation")
-    axes.set(xlabel="epoch", ylabel="accuracy")
+        epochs = range(1, 1 + len(logs[metric]))
+        axes.plot(epochs, logs[metric], f"C{index}--", label=f"{name}, training")
+        axes.plot(epochs, logs[f"val_{metric}"], f"C{index}o-", label=f"{name}, validation")
+    axes.set(xlabel="epoch", ylabel=metric)
     axes.legend()
     figure.savefig(path, dpi=120)
 
