@@ -42,11 +42,14 @@ def race(num_tokens, backward, options):
         return compiled_step(layer, inputs, backward, jit=not options.no_xla)
 
     steps = {"dense twin": step(contestants.dense_twin(options))}
+    facts = {"dense twin": {}}
     for num_experts in options.experts:
         for skew in options.skew:
-            layer = contestants.mixture(num_experts, options, skew)
-            steps[f"E={num_experts} {skew}"] = step(layer)
-    return summarise(*interleave(steps, options.rounds), "dense twin")
+            name = f"E={num_experts} {skew}"
+            steps[name] = step(contestants.mixture(num_experts, options, skew))
+            facts[name] = {"experts": num_experts, "skew": skew}
+    rows = summarise(*interleave(steps, options.rounds), "dense twin")
+    return [{**row, **facts[row["name"]]} for row in rows]
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ def compiled_step(layer, inputs, backward=True, jit=True, training=True):
 
     Called without arguments it runs on `inputs`, and with a tensor from `to_tensor` on that.
 
-    The backward pass computes the gradients of the inputs and of all weights, router losses
-    included. On PyTorch the pass runs eagerly: Keras does not compile there by default.
+    The backward pass computes the loss and the gradients of the inputs and of all weights, router
+    losses included; without the loss a compiler would leave out the twin's last product. On PyTorch
+    the pass runs eagerly: Keras does not compile there by default.
 
     Args:
         layer: a built Keras layer.
@@ -50,11 +51,11 @@ def _tensorflow(layer, inputs, backward, jit, training):
             outputs = layer(x, training=training)
             loss = tf.reduce_sum(tf.cast(outputs * weight, "float32"))
             loss += sum(layer.losses, 0.0)
-        return tape.gradient(loss, [x, *variables])
+        return [loss, tape.gradient(loss, [x, *variables])]
 
     def run(x=x):
         result = step(x, weight)
-        keras.ops.convert_to_numpy(tf.nest.flatten(result)[0][:1])
+        tf.reshape(tf.nest.flatten(result)[0], -1)[:1].numpy()  # waits, and copies little
 
     return run
 
@@ -77,7 +78,7 @@ def jax_function(layer, inputs, backward, training):
     def forward(trainable, x, fixed, weight):
         return layer.stateless_call(trainable, fixed, x, training=training)[0]
 
-    function = jax.grad(loss, argnums=(0, 1)) if backward else forward
+    function = jax.value_and_grad(loss, argnums=(0, 1)) if backward else forward
     return jax.jit(function), (trainable, x, fixed, weight)
 
 

@@ -1,0 +1,153 @@
+"""What can be counted: FLOPs, bytes, peak memory and compilations of one training step.
+
+    KERAS_BACKEND=jax python -m benchmarks.counts
+
+Each contestant runs in a fresh process. The columns, all of one forward and backward pass:
+
+- matmul_gflops: matrix products really executed, every trip of every loop, on JAX and PyTorch.
+  TensorFlow offers no count; under XLA it runs the same blocks of rows as JAX.
+- xla_gflops, xla_gb: the compiler's cost analysis, JAX only. It takes the body of a loop once, so
+  of a MoE layer it sees one block of each size and says nothing on its work.
+- xla_temp_mb: the compiler's memory for what is neither an argument nor a result, JAX only.
+- peak_mb: by how much the resident memory rises while a step runs, gradients of all weights and
+  of the inputs included, where the system tells (Linux). Their size is gradients_mb.
+- compilations: of XLA, over `--steps` steps whose loads differ: the share of the busiest expert
+  lies between busiest_low and busiest_high.
+- compile_s: the first run less the second.
+"""
+
+import concurrent.futures
+import gc
+import multiprocessing
+import os
+import pathlib
+import sys
+import tempfile
+
+import keras
+import numpy as np
+
+from benchmarks import contestants
+from benchmarks.executed import executed_flops
+from benchmarks.measure import milliseconds, print_table, write_json
+from benchmarks.options import describe, parse, parser
+from benchmarks.steps import compiled_step, jax_function, to_tensor
+
+BACKEND = keras.backend.backend()
+
+
+def main(arguments=None):
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse(_parser(), arguments, steps=3)
+    (num_tokens,) = options.tokens
+    rows = [_in_fresh_process(examine, arguments, E) for E in (None, *options.experts)]
+    for row in rows:
+        if row["matmul_gflops"]:
+            row["matmul_ratio"] = row["matmul_gflops"] / rows[0]["matmul_gflops"]
+    print_table(rows, f"{describe(options)} T={num_tokens}, forward+backward")
+    write_json(f"counts-{BACKEND}{options.tag}", options, rows)
+    return rows
+
+
+def _parser():
+    options = parser(__doc__)
+    options.add_argument("--steps", type=int, default=100)
+    return options
+
+
+def _in_fresh_process(function, *arguments):
+    """`function(*arguments)`, told where XLA writes a file for each module it compiles."""
+    context = multiprocessing.get_context("spawn")
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory() as dump:
+        flags = f"{before.get('XLA_FLAGS', '')} --xla_dump_to={dump} --xla_dump_hlo_as_text"
+        # Freed memory goes back at once: what the process holds is what is in use.
+        limits = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "131072")
+        os.environ.update(XLA_FLAGS=flags, **limits)
+        try:
+            with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+                return pool.submit(function, *arguments, dump).result()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def examine(arguments, num_experts, dump):
+    """The row of one contestant; the dense twin has no `num_experts`."""
+    options = parse(_parser(), arguments, steps=3)
+    if num_experts is None:
+        name, layer = "dense twin", contestants.dense_twin(options)
+    else:
+        name, layer = f"E={num_experts}", contestants.mixture(num_experts, options)
+    inputs = contestants.tokens(options.tokens[0], options)
+    step = compiled_step(layer, inputs, jit=not options.no_xla)
+    compiled_before = _compilations(dump)
+    first, second = milliseconds(step), milliseconds(step)
+    weights = sum(np.prod(weight.shape) for weight in layer.trainable_variables)
+    row = {
+        "name": name,
+        "gradients_mb": 4 * int(weights + inputs.size) / 1e6,
+        "peak_mb": peak_mb(step),
+    }
+    if BACKEND != "torch":
+        row["compile_s"] = (first - second) / 1e3
+        loads = [_run(step, layer, number, options) for number in range(1, options.steps)]
+        if not options.no_xla:
+            row["compilations"] = _compilations(dump) - compiled_before
+        if num_experts is not None:
+            row["busiest_low"], row["busiest_high"] = min(loads), max(loads)
+    if BACKEND == "jax":
+        row.update(cost_analysis(layer, inputs))
+    flops = executed_flops(layer, inputs)
+    return {**row, "matmul_gflops": flops and flops / 1e9}
+
+
+def _compilations(dump):
+    return len(list(pathlib.Path(dump).glob("*before_optimizations.txt")))
+
+
+def _run(step, layer, seed, options):
+    """Run a step on other tokens, which lean to other experts; the share of the busiest."""
+    inputs = contestants.tokens(options.tokens[0], options, seed)
+    lean = np.random.default_rng(seed).standard_normal(options.features) * (seed % 5)
+    inputs = inputs + lean.astype("float32")
+    step(to_tensor(layer, inputs))
+    if not hasattr(layer, "router"):
+        return None
+    logits = inputs @ keras.ops.convert_to_numpy(layer.router.kernel)
+    chosen = np.argsort(-logits, axis=1)[:, : options.top_k]
+    return float(np.bincount(chosen.ravel()).max() / chosen.size)
+
+
+def cost_analysis(layer, inputs):
+    function, arguments = jax_function(layer, inputs, backward=True, training=True)
+    compiled = function.lower(*arguments).compile()
+    cost = compiled.cost_analysis()
+    return {
+        "xla_gflops": cost["flops"] / 1e9,
+        "xla_gb": cost["bytes accessed"] / 1e9,
+        "xla_temp_mb": compiled.memory_analysis().temp_size_in_bytes / 1e6,
+    }
+
+
+def peak_mb(run):
+    """By how many megabytes the resident memory rises in `run`; None where no one tells."""
+    gc.collect()
+    try:
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+        before = _resident("VmRSS")
+        run()
+        return (_resident("VmHWM") - before) / 1e6
+    except OSError:
+        return None
+
+
+def _resident(field):
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"no {field}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""The benchmark programs, on shapes so small that only counts and outputs mean anything."""
+
+import argparse
+import json
+import pathlib
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import contestants, counts, decode, figure, layer, measure, model, peers  # noqa: E402
+from benchmarks.executed import executed_flops  # noqa: E402
+from benchmarks.rivals import RIVALS, KerasHubMixtral, RaggedDot  # noqa: E402
+
+BACKEND = keras.backend.backend()
+T, D, H, E, K = 64, 8, 16, 4, 2
+OPTIONS = {"features": D, "hidden": H, "top_k": K, "gated": False, "activation": "gelu"}
+
+
+@pytest.fixture(autouse=True)
+def scratch(monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "RESULTS", tmp_path / "results")
+    yield
+    keras.config.set_dtype_policy("float32")
+
+
+def options(**changes):
+    return argparse.Namespace(**{**OPTIONS, **changes})
+
+
+def written(name):
+    text = (measure.RESULTS / f"{name}-{BACKEND}-smoke.json").read_text()
+    assert str(ROOT) not in text and str(measure.RESULTS) not in text
+    record = json.loads(text)
+    assert record["backend"] == BACKEND
+    assert set(record["machine"]) == {"processor", "cores"}
+    assert record["versions"]["keras"] == keras.__version__
+    return record
+
+
+def assert_timed(rows):
+    for row in rows:
+        assert row["ms"] > 0
+        assert 0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+
+
+def test_layer_compares_skews_and_number_of_tokens(capsys):
+    rows = layer.main(["--smoke", "--tokens", "16", "32", "--skew", "balanced", "zipf"])
+    assert written("layer")["rows"] == rows
+    assert_timed(rows)
+    contests = {(row["pass"], row["tokens"], row["name"]) for row in rows}
+    assert contests == {
+        (direction, tokens, name)
+        for direction in ("forward", "forward+backward")
+        for tokens in (16, 32)
+        for name in ("dense twin", "E=4 balanced", "E=4 zipf")
+    }
+    assert {row["ratio"] for row in rows if row["name"] == "dense twin"} == {1.0}
+    printed = capsys.readouterr().out
+    assert "T=32, forward+backward" in printed and "E=4 zipf" in printed
+
+
+def test_layer_takes_gated_experts_in_low_precision():
+    rows = layer.main(["--smoke", "--gated", "--dtype", "bfloat16"])
+    assert_timed(rows)
+    assert written("layer")["options"]["activation"] == "silu"
+    assert keras.config.dtype_policy().name == "mixed_bfloat16"
+
+
+def test_model_trains_whole_transformers():
+    rows = model.main(["--smoke"])
+    assert written("model")["rows"] == rows
+    assert [row["name"] for row in rows] == ["dense twin", "E=4"]
+    assert_timed(rows)
+
+
+def test_the_models_differ_by_router_and_idle_experts_only():
+    sizes = [
+        model.transformer(feedforward, 8, options()).count_params()
+        for feedforward in (
+            lambda: contestants.dense_twin(options()),
+            lambda: contestants.mixture(K, options()),
+        )
+    ]
+    router, second_bias, counters = D * K, D, K + 1
+    assert sizes[1] - sizes[0] == model.BLOCKS * (router + second_bias + counters)
+
+
+def test_decode_takes_few_tokens():
+    rows = decode.main(["--smoke"])
+    assert written("decode")["rows"] == rows
+    assert {row["tokens"] for row in rows} == {1, 4}
+    assert {row["name"] for row in rows} == {"dense twin", "keras_moe", "all experts"}
+    assert_timed(rows)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_all_experts_compute_what_the_chosen_ones_do(gated):
+    mixture = contestants.mixture(E, options(gated=gated))
+    for bias in [weight for weight in mixture.experts.weights if "bias" in weight.name]:
+        bias.assign(keras.random.normal(bias.shape, seed=1))
+    inputs = contestants.tokens(T, options())
+    outputs = peers.infer(contestants.AllExperts(mixture), inputs)
+    np.testing.assert_allclose(outputs, peers.infer(mixture, inputs), atol=1e-5)
+
+
+def test_a_dense_twin_is_one_wide_expert():
+    twin = contestants.dense_twin(options(gated=True))
+    mixture = contestants.mixture(1, options(gated=True, hidden=K * H, top_k=1))
+    for name, dense in {"gate": twin.gate, "up": twin.up, "down": twin.down}.items():
+        getattr(mixture.experts, f"{name}_kernel").assign(dense.kernel.value[None])
+    twin.gate.activation = mixture.experts.activation
+    inputs = contestants.tokens(T, options())
+    np.testing.assert_allclose(peers.infer(twin, inputs), peers.infer(mixture, inputs), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "skew, least, most", [("balanced", 0.08, 0.2), ("zipf", 0.2, 0.45), ("all-to-one", 0.5, 0.5)]
+)
+def test_loads_lean_as_their_name_says(skew, least, most):
+    mixture = contestants.mixture(8, options(), skew)
+    routing = mixture.router(keras.ops.convert_to_tensor(contestants.tokens(1024, options())))
+    load = keras.ops.convert_to_numpy(routing.counts)
+    assert load.sum() == 1024 * K
+    assert least <= load.max() / load.sum() <= most
+
+
+def test_peers_agree_or_say_why_they_are_not_timed():
+    rows = peers.main(["--smoke"])
+    assert written("peers")["rows"] == rows
+    by_name = {row["name"]: row for row in rows}
+    assert set(by_name) == {"keras_moe", *RIVALS}
+    for name, rival in RIVALS.items():
+        if BACKEND not in rival.backends:
+            reason = f"NotImplementedError: runs on {', '.join(rival.backends)}, not on {BACKEND}"
+            assert by_name[name]["not timed"] == reason
+        elif "not timed" in by_name[name]:
+            # Packages of the extra `bench` may be missing, and nothing else.
+            assert by_name[name]["not timed"].startswith("ModuleNotFoundError: No module named")
+        else:
+            assert_timed([by_name[name]])
+            assert by_name[name]["max_difference"] <= 1e-5
+
+
+def test_ragged_dot_needs_no_package():
+    if BACKEND != "jax":
+        pytest.skip("ragged_dot is JAX's own")
+    mixture = contestants.mixture(E, options(gated=True, activation="silu"))
+    _, difference = peers.admit(RaggedDot, mixture, contestants.tokens(T, options()))
+    assert difference <= 1e-5
+
+
+class Wrong(KerasHubMixtral):
+    def adopt(self, mixture):
+        self.factor = mixture.router.top_k
+
+    def call(self, x, training=None):
+        return self.factor * x
+
+
+class Missing(Wrong):
+    def adopt(self, mixture):
+        import a_package_nobody_has  # noqa: F401
+
+
+def test_a_peer_that_differs_or_is_missing_is_named_with_its_reason(monkeypatch):
+    monkeypatch.setattr(peers, "RIVALS", {"wrong": Wrong, "missing": Missing})
+    rows = peers.main(["--smoke"])
+    reasons = {row["name"]: row["not timed"] for row in rows[1:]}
+    assert reasons["missing"] == "ModuleNotFoundError: No module named 'a_package_nobody_has'"
+    assert reasons["wrong"].startswith("ValueError: its outputs differ from ours by ")
+
+
+def test_counts_of_a_step():
+    twin, mixture = counts.main(["--smoke"])
+    assert written("counts")["rows"] == [twin, mixture]
+    assert twin["name"] == "dense twin" and mixture["name"] == "E=4"
+    twin_weights = 2 * D * K * H + K * H + D
+    assert twin["gradients_mb"] == pytest.approx(4 * (twin_weights + 32 * D) / 1e6)
+    if BACKEND == "torch":
+        assert "compilations" not in mixture
+    else:
+        assert mixture["compilations"] == twin["compilations"] == 1
+        assert 0 < mixture["busiest_low"] < mixture["busiest_high"] <= 1
+    if BACKEND == "jax":
+        assert 0 < twin["xla_gflops"] and 0 < twin["xla_gb"] and 0 < twin["xla_temp_mb"]
+    if BACKEND == "tensorflow":
+        assert mixture["matmul_gflops"] is None
+    else:
+        assert mixture["matmul_ratio"] > 1
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="TensorFlow offers no count")
+def test_executed_flops_count_every_product_once():
+    inputs = contestants.tokens(T, options())
+    flops = executed_flops(contestants.dense_twin(options()), inputs)
+    products = 6 * (2 * T * D * K * H)  # two forward, four backward
+    assert flops == products
+    # Without experts to choose from, all rows are in one group that blocks cover exactly.
+    mixture = contestants.mixture(1, options(top_k=1, hidden=K * H))
+    router = 3 * (2 * T * D)
+    assert executed_flops(mixture, inputs) == products + router
+
+
+def test_peak_memory_sees_what_a_step_holds():
+    megabytes = 64
+    rise = counts.peak_mb(lambda: np.ones(megabytes * 10**6, "uint8"))
+    if rise is None:
+        pytest.skip("the system tells no peak")
+    assert 0.9 * megabytes < rise < 1.5 * megabytes
+
+
+def test_the_table_shows_every_key_and_what_is_missing(capsys):
+    measure.print_table([{"name": "a", "n": 1000}, {"name": "b", "x": 0.5}], "title")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [[], ["title"], ["name", "n", "x"], ["a", "1,000", "-"], ["b", "-", "0.500"]]
+
+
+def test_contestants_take_turns():
+    turns = []
+    times, first = measure.interleave({n: lambda n=n: turns.append(n) for n in "ab"}, rounds=2)
+    assert turns == list("ababab")
+    assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2}
+    assert set(first) == {"a", "b"}
+
+
+def test_ratios_are_those_of_each_round():
+    times = {"twin": np.array([1.0, 2.0, 4.0]), "moe": np.array([2.0, 3.0, 4.0])}
+    twin, moe = measure.summarise(times, {"twin": 0.0, "moe": 0.0}, "twin")
+    assert twin["ratio"] == 1.0
+    assert (moe["ms"], moe["ratio_low"], moe["ratio"], moe["ratio_high"]) == (3.0, 1.25, 1.5, 1.75)
+
+
+def test_the_figure_is_drawn_from_what_layer_writes(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(figure, "PICTURE", tmp_path / "speed.png")
+    measure.RESULTS.mkdir()
+    twin = {"name": "dense twin", "ms": 8.0, "ratio": 1.0, "tokens": 8, "pass": "forward+backward"}
+    moe = {**twin, "name": "E=4 balanced", "ratio": 1.1, "experts": 4, "skew": "balanced"}
+    rows = [twin, moe, {**moe, "skew": "zipf", "ratio": 9.0}, {**moe, "pass": "forward"}]
+    for name in ("layer-jax", "layer-jax-tokens"):
+        (measure.RESULTS / f"{name}.json").write_text(json.dumps({"rows": rows}))
+    figure.main()
+    assert figure.PICTURE.read_bytes().startswith(b"\x89PNG")
+    assert "left out: benchmarks/results/layer-torch.json is missing" in capsys.readouterr().out
+    assert figure.ratio_by_experts(figure.load("layer-jax")) == {4: 1.1}
+    assert figure.time_by_tokens(figure.load("layer-jax-tokens")) == {8: 1000.0}
