@@ -2,6 +2,7 @@
 
 import contextlib
 
+import keras
 from keras import ops
 
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
@@ -79,7 +80,7 @@ def record_routings(model, batches):
 
 def _recorder(routings):
     def record(routing):
-        routings.append(type(routing)(*map(ops.convert_to_numpy, routing)))
+        routings.append(keras.tree.map_structure(ops.convert_to_numpy, routing))
 
     return record
 

@@ -37,6 +37,13 @@ def check_positive_number(name, value):
         )
 
 
+def check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(
+            f"`{name}` must be one of {', '.join(map(repr, choices))}. Received: {name}={value!r}."
+        )
+
+
 def check_float_inputs(inputs):
     if not keras.backend.is_float_dtype(inputs.dtype):
         raise TypeError(

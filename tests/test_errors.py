@@ -38,6 +38,10 @@ def positive_number(name, value):
     )
 
 
+def names_of(module):
+    return "".join(f", or {name!r}" for name in sorted(module.BY_NAME))
+
+
 USAGE_METRICS = [
     metrics.LoadImbalance,
     metrics.LoadEntropy,
@@ -107,13 +111,13 @@ CONSTRUCTORS = {
     "router": (
         lambda: moe(router="top-2"),
         ValueError,
-        "`router` must be an instance of `Router`, or 'top_k'. "
+        f"`router` must be an instance of `Router`{names_of(routers)}. "
         "Received: router='top-2' (of type str).",
     ),
     "router is None": (
         lambda: moe(router=None),
         ValueError,
-        "`router` must be an instance of `Router`, or 'top_k'. "
+        f"`router` must be an instance of `Router`{names_of(routers)}. "
         "Received: router=None (of type NoneType).",
     ),
     "router and bank": (
@@ -144,7 +148,7 @@ CONSTRUCTORS = {
     "router loss": (
         lambda: moe(router_losses=["balance"]),
         ValueError,
-        "`router_losses` must be an instance of `RouterLoss`, or 'load_balance', or 'router_z'. "
+        f"`router_losses` must be an instance of `RouterLoss`{names_of(losses)}. "
         "Received: router_losses='balance' (of type str).",
     ),
     "router losses": (

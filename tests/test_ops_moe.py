@@ -74,7 +74,8 @@ def build(config, mode):
     function = differentiated(objective, mode)
 
     def run(x, weights, upstream, mask=None):
-        old = [np.zeros(variable.shape, "float32") for variable in layer.non_trainable_variables]
+        layer.reset_counts()
+        old = [ops.convert_to_numpy(variable) for variable in layer.non_trainable_variables]
         _, aux, (d_x, *d_trainable) = function(
             [x, *(weights[name] for name in names)], upstream, mask, old
         )

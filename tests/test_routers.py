@@ -155,7 +155,7 @@ def test_a_compiled_router_equals_the_eager_one():
 
 def test_a_symbolic_call_gives_the_shapes_and_dtypes_of_a_real_one():
     symbolic, real = routers.TopKRouter(4)(keras.Input((6,))), routers.TopKRouter(4)(TOKENS)
-    for one, other in zip(symbolic, real):
+    for one, other in zip(symbolic[:-1], real[:-1]):
         assert len(one.shape) == len(other.shape)
         assert all(a in (None, b) for a, b in zip(one.shape, other.shape))
         assert one.dtype == keras.backend.standardize_dtype(other.dtype)

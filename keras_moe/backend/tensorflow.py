@@ -82,3 +82,11 @@ def sort(integers):
     """A vector of integers in ascending order."""
     # `tf.sort` is made from `top_k`, which XLA compiles to a slower sort of pairs.
     return xla.sort(integers)
+
+
+def sum_over_replicas(values):
+    """The sum of `values` over the replicas of a `tf.distribute` strategy."""
+    replica = tf.distribute.get_replica_context()
+    if replica is None or replica.num_replicas_in_sync == 1:
+        return values
+    return replica.all_reduce(tf.distribute.ReduceOp.SUM, values)

@@ -54,3 +54,11 @@ def gather_rows(tensor, indices):
 def unstack_sizes(sizes):
     """The entries of `sizes` (E,) one by one, usable as bounds of a slice."""
     return sizes.tolist()
+
+
+def sum_over_replicas(values):
+    """The sum of `values` over the processes of `torch.distributed`."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        values = values.clone()
+        torch.distributed.all_reduce(values)
+    return values

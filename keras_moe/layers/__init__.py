@@ -1,3 +1,4 @@
+from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.feed_forward_experts import FeedForwardExperts
 from keras_moe.layers.gated_experts import GatedExperts
@@ -7,6 +8,7 @@ from keras_moe.layers.transformer_decoder_block import TransformerDecoderBlock
 from keras_moe.layers.transformer_encoder_block import TransformerEncoderBlock
 
 __all__ = [
+    "Capacity",
     "ExpertBank",
     "FeedForwardExperts",
     "GatedExperts",

@@ -1,13 +1,16 @@
 """The layer users put into their models: router, plan, experts, account."""
 
+import math
+
 import keras
 from keras import ops as keras_ops
 
 from keras_moe import losses, ops, routers
+from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.routers.router import routing_spec
 from keras_moe.serialization import register, resolve
-from keras_moe.validation import check_float_inputs, check_mask, check_positive_number
+from keras_moe.validation import check_float_inputs, check_mask
 
 
 @register
@@ -26,15 +29,15 @@ class MixtureOfExperts(keras.layers.Layer):
 
     Args:
         experts: bank of experts: `FeedForwardExperts`, `GatedExperts` or `LayerExperts`.
-        router: a router, or "top_k" for `routers.TopKRouter` with its defaults and as many experts
-            as the bank has.
-        router_losses: losses of the routing, objects or names.
+        router: a router, or the name of one in `routers.BY_NAME`, which then has its defaults and
+            as many experts as the bank.
+        router_losses: losses of the routing, objects or names in `losses.BY_NAME`.
         shared_expert: Keras layer that serves every token, its output added to that of the chosen
             experts, or None. DeepSeekMoE (arXiv:2401.06066), section 3.2.
-        capacity_factor: None for no limit. A number gives each expert room for
+        capacity_factor: None for no limit. A number gives each expert room, in training, for
             `ceil(capacity_factor * T * K / E)` of the T tokens, at least 1; first choices are
             served before second ones, then earlier tokens before later ones. An assignment that
-            finds no room contributes zero.
+            finds no room contributes zero. A `Capacity` says more.
         **kwargs: arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
@@ -46,6 +49,9 @@ class MixtureOfExperts(keras.layers.Layer):
         mask: (batch, ...) bool tensor, False for padding. Taken from the inputs, if not given.
         training: whether router losses are added, router noise drawn and assignments counted.
         return_routing: whether the routing is returned as well.
+        token_ids: (batch, ...) integer tensor of vocabulary ids, for `routers.HashRouter`.
+        indices: (T, K) integer tensor of experts to replay instead of choosing, such as the
+            `indices` of a recorded routing. Weights come from the live scores.
 
     Returns:
         (batch, ..., D'), with the experts' D'; with `return_routing=True` also an `ops.Routing`,
@@ -72,8 +78,6 @@ class MixtureOfExperts(keras.layers.Layer):
         capacity_factor=None,
         **kwargs,
     ):
-        if capacity_factor is not None:
-            check_positive_number("capacity_factor", capacity_factor)
         super().__init__(**kwargs)
         self.experts = resolve("experts", experts, ExpertBank)
         self.router = routers.get(router, num_experts=self.experts.num_experts)
@@ -88,7 +92,13 @@ class MixtureOfExperts(keras.layers.Layer):
         if shared_expert is not None:
             shared_expert = resolve("shared_expert", shared_expert, keras.Layer)
         self.shared_expert = shared_expert
-        self.capacity_factor = capacity_factor
+        self.capacity = Capacity.get(capacity_factor)
+        if self.capacity is not None and not self.router.takes_capacity:
+            raise ValueError(
+                "A capacity limits how many tokens choose an expert. Received: "
+                f"capacity_factor={capacity_factor!r} with a `{type(self.router).__name__}`, whose "
+                "tokens do not choose. Leave `capacity_factor` out."
+            )
         self.supports_masking = True
         # `callbacks.ExpertMonitor` turns this on while it watches an evaluation. Otherwise
         # inference writes to no weight.
@@ -111,39 +121,85 @@ class MixtureOfExperts(keras.layers.Layer):
             if not self.shared_expert.built:
                 self.shared_expert.build(inputs_shape)
             self._check_shared_expert(inputs_shape)
-        counter = {
-            "initializer": "zeros",
-            "dtype": "float32",
-            "trainable": False,
-            "autocast": False,
-        }
-        self.expert_counts = self.add_weight(
-            name="expert_counts", shape=(self.experts.num_experts,), **counter
+        num_losses = len(self.router_losses)
+        weights = [loss.weight for loss in self.router_losses]
+        self.router_loss_weights = self._state(
+            "router_loss_weights",
+            (num_losses,),
+            lambda shape, dtype: keras_ops.array(weights, dtype),
         )
-        self.dropped_count = self.add_weight(name="dropped_count", shape=(), **counter)
+        self.expert_counts = self._state("expert_counts", (self.experts.num_experts,))
+        self.dropped_count = self._state("dropped_count", ())
+        self.router_loss_totals = self._state("router_loss_totals", (num_losses,))
+        self.router_entropy_total = self._state("router_entropy_total", ())
+        self.call_count = self._state("call_count", ())
+        for loss in self.router_losses:
+            loss.build(self)
 
-    def call(self, inputs, mask=None, training=None, return_routing=False):
-        leading = keras_ops.shape(inputs)[:-1]
+    def _state(self, name, shape, initializer="zeros"):
+        return self.add_weight(
+            name=name,
+            shape=shape,
+            initializer=initializer,
+            dtype="float32",
+            trainable=False,
+            autocast=False,
+        )
+
+    def call(
+        self,
+        inputs,
+        mask=None,
+        training=None,
+        return_routing=False,
+        token_ids=None,
+        indices=None,
+    ):
+        shape = keras_ops.shape(inputs)
         tokens, token_mask = self._flatten(inputs, mask)
-        routing = self.router(tokens, mask=token_mask, training=training)
-        plan = ops.plan_groups(routing, self._capacity(tokens))
+        sequence_length = _sequence_length(shape)
+        routing = self.router(
+            tokens,
+            mask=token_mask,
+            training=training,
+            sequence_length=sequence_length,
+            token_ids=token_ids,
+            indices=indices,
+        )
+        plan = self._plan(routing, sequence_length, training)
         routing = routing._replace(dropped=ops.dropped_fraction(routing, plan))
-        outputs = self.experts(tokens, plan)
-        outputs = keras_ops.reshape(outputs, (*leading, outputs.shape[-1]))
+        outputs = plan.run(self.experts, tokens)
+        outputs = keras_ops.reshape(outputs, (*shape[:-1], outputs.shape[-1]))
         outputs = keras_ops.cast(outputs, self.compute_dtype)
         if self.shared_expert is not None:
-            shared = self.shared_expert(keras_ops.reshape(tokens, keras_ops.shape(inputs)))
-            if mask is not None:
-                shared = keras_ops.where(keras_ops.expand_dims(mask, -1), shared, 0)
-            outputs = outputs + keras_ops.cast(shared, self.compute_dtype)
-        if training:
-            for loss in self.router_losses:
-                self.add_loss(loss(routing))
-        if training or self.counts_in_evaluation:
-            self._count(routing)
+            outputs = outputs + self._shared(keras_ops.reshape(tokens, shape), mask)
+        self._account(routing, sequence_length, training)
+        return (outputs, routing) if return_routing else outputs
+
+    def _plan(self, routing, sequence_length, training):
+        if self.capacity is None or not self.router.takes_capacity:
+            return self.router.plan(routing)
+        return self.router.plan(routing, **self.capacity.limits(routing, sequence_length, training))
+
+    def _shared(self, inputs, mask):
+        shared = self.shared_expert(inputs)
+        if mask is not None:
+            shared = keras_ops.where(keras_ops.expand_dims(mask, -1), shared, 0)
+        return keras_ops.cast(shared, self.compute_dtype)
+
+    def _account(self, routing, sequence_length, training):
+        """Add the losses and count, as `callbacks.ExpertMonitor` will report."""
+        counts = training or self.counts_in_evaluation
+        values = []
+        if counts:
+            for index, loss in enumerate(self.router_losses):
+                extra = {"sequence_length": sequence_length} if loss.per_sequence else {}
+                values.append(loss.compute(routing, **extra))
+                if training:
+                    self.add_loss(self.router_loss_weights[index] * values[-1])
+            self._count(routing, values)
         if self.routing_listener is not None:
             self.routing_listener(routing)
-        return (outputs, routing) if return_routing else outputs
 
     def _flatten(self, inputs, mask):
         check_float_inputs(inputs)
@@ -156,24 +212,24 @@ class MixtureOfExperts(keras.layers.Layer):
         zero = keras_ops.zeros((), tokens.dtype)
         return keras_ops.where(keras_ops.expand_dims(mask, 1), tokens, zero), mask
 
-    def _capacity(self, tokens):
-        if self.capacity_factor is None:
-            return None
-        return ops.expert_capacity(
-            keras_ops.shape(tokens)[0],
-            self.experts.num_experts,
-            self.router.top_k,
-            self.capacity_factor,
-        )
-
-    def _count(self, routing):
+    def _count(self, routing, loss_values):
         counts = keras_ops.cast(routing.counts, "float32")
         self.expert_counts.assign_add(counts)
         self.dropped_count.assign_add(routing.dropped * keras_ops.sum(counts))
+        if loss_values:
+            self.router_loss_totals.assign_add(keras_ops.stack(loss_values))
+        self.router_entropy_total.assign_add(ops.router_entropy(routing))
+        self.call_count.assign_add(1.0)
 
     def reset_counts(self):
-        """Set `expert_counts` and `dropped_count` back to zero."""
-        for counter in (self.expert_counts, self.dropped_count):
+        """Set everything that was counted back to zero."""
+        for counter in (
+            self.expert_counts,
+            self.dropped_count,
+            self.router_loss_totals,
+            self.router_entropy_total,
+            self.call_count,
+        ):
             counter.assign(keras_ops.zeros(counter.shape))
 
     def _check_shared_expert(self, inputs_shape):
@@ -189,7 +245,9 @@ class MixtureOfExperts(keras.layers.Layer):
     def compute_output_shape(self, inputs_shape):
         return self.experts.compute_output_shape(inputs_shape)
 
-    def compute_output_spec(self, inputs, mask=None, training=None, return_routing=False):
+    def compute_output_spec(
+        self, inputs, mask=None, training=None, return_routing=False, token_ids=None, indices=None
+    ):
         outputs = keras.KerasTensor(self.compute_output_shape(inputs.shape), self.compute_dtype)
         if not return_routing:
             return outputs
@@ -207,8 +265,13 @@ class MixtureOfExperts(keras.layers.Layer):
             "router": serialize(self.router),
             "router_losses": [serialize(loss) for loss in self.router_losses],
             "shared_expert": None if shared is None else serialize(shared),
-            "capacity_factor": self.capacity_factor,
+            "capacity_factor": self.capacity and serialize(self.capacity),
         }
+
+
+def _sequence_length(shape):
+    """Tokens between the first axis and the last; None where each row is a token."""
+    return math.prod(shape[1:-1]) if len(shape) > 2 else None
 
 
 def _as_list(router_losses):

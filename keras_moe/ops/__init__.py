@@ -1,21 +1,61 @@
-from keras_moe.ops.balance import load_balance, router_z
+from keras_moe.ops.balance import (
+    agreement,
+    importance_variation,
+    load_balance,
+    load_variation,
+    masked_mean,
+    router_entropy,
+    router_z,
+    sequence_load_balance,
+)
+from keras_moe.ops.expert_choice import expert_choice_routing, plan_expert_choice
 from keras_moe.ops.feed_forward import grouped_feed_forward
-from keras_moe.ops.grouped import Groups
 from keras_moe.ops.grouped_matmul import grouped_matmul
+from keras_moe.ops.groups import ChosenGroups, Groups
+from keras_moe.ops.noisy import noisy_load
 from keras_moe.ops.plans import GroupedPlan, dropped_fraction, expert_capacity, plan_groups
-from keras_moe.ops.routing import Routing, top_k_indices, top_k_routing
+from keras_moe.ops.routing import (
+    Routing,
+    clean_logits,
+    count_assignments,
+    make_routing,
+    top_k_routing,
+)
+from keras_moe.ops.selection import group_limited_scores, take_scores, top_k_indices
+from keras_moe.ops.soft import SoftPlan, plan_soft, soft_routing
+from keras_moe.ops.transport import balanced_assignment, sinkhorn_plan
 
 __all__ = [
+    "ChosenGroups",
     "GroupedPlan",
     "Groups",
     "Routing",
+    "SoftPlan",
+    "agreement",
+    "balanced_assignment",
+    "clean_logits",
+    "count_assignments",
     "dropped_fraction",
     "expert_capacity",
+    "expert_choice_routing",
+    "group_limited_scores",
     "grouped_feed_forward",
     "grouped_matmul",
+    "importance_variation",
     "load_balance",
+    "load_variation",
+    "make_routing",
+    "masked_mean",
+    "noisy_load",
+    "plan_expert_choice",
     "plan_groups",
+    "plan_soft",
+    "router_entropy",
     "router_z",
+    "sequence_load_balance",
+    "sinkhorn_plan",
+    "soft_routing",
+    "take_scores",
     "top_k_indices",
     "top_k_routing",
 ]

@@ -17,10 +17,48 @@ def load_balance(routing):
     Returns:
         Scalar, float32; 0 where every token is padding.
     """
-    counts = ops.cast(routing.counts, "float32")
-    share = counts / ops.maximum(ops.sum(counts), 1.0)
-    mean_probs = masked_mean(routing.probs, routing.mask)
-    return routing.probs.shape[-1] * ops.sum(ops.stop_gradient(share) * mean_probs)
+    return agreement(routing.counts, masked_mean(routing.probs, routing.mask))
+
+
+def sequence_load_balance(routing, sequence_length):
+    """Mean over the sequences of the load-balance loss of each.
+
+    DeepSeek-V3 (arXiv:2412.19437), eq. 17 to 20; 1 at balance. A sequence without a real token is
+    left out.
+
+    Args:
+        routing: an `ops.Routing`.
+        sequence_length: tokens of each sequence.
+
+    Returns:
+        Scalar, float32; 0 where every token is padding.
+    """
+    num_experts = routing.probs.shape[-1]
+    by_sequence = (-1, sequence_length, num_experts)
+    mask = ops.reshape(routing.mask, (-1, sequence_length, 1))
+    num_real = ops.sum(ops.cast(mask, "float32"), axis=1)
+    probs = ops.where(mask, ops.reshape(routing.probs, by_sequence), 0.0)
+    mean_probs = ops.sum(probs, axis=1) / ops.maximum(num_real, 1.0)
+    experts = ops.arange(num_experts, dtype="int32")
+    chosen = ops.any(ops.expand_dims(routing.indices, -1) == experts, axis=1)
+    chosen = ops.logical_and(ops.reshape(chosen, by_sequence), mask)
+    losses = agreement(ops.sum(ops.cast(chosen, "float32"), axis=1), mean_probs)
+    return ops.sum(losses) / ops.maximum(ops.sum(ops.cast(num_real > 0, "float32")), 1.0)
+
+
+def agreement(counts, mean_probs):
+    """`E * sum_e f_e * P_e` along the last axis; f, the shares of the counts, has no gradient.
+
+    Args:
+        counts: (..., E) assignments of each expert.
+        mean_probs: (..., E) mean score of each expert.
+
+    Returns:
+        (...) float32.
+    """
+    counts = ops.stop_gradient(ops.cast(counts, "float32"))
+    share = counts / ops.maximum(ops.sum(counts, axis=-1, keepdims=True), 1.0)
+    return mean_probs.shape[-1] * ops.sum(share * mean_probs, axis=-1)
 
 
 def router_z(routing):
@@ -35,6 +73,59 @@ def router_z(routing):
         Scalar, float32; 0 where every token is padding.
     """
     return masked_mean(ops.square(ops.logsumexp(routing.logits, axis=-1)), routing.mask)
+
+
+def router_entropy(routing):
+    """Mean over real tokens of the entropy of the scores, in nats; from 0 to `log E`.
+
+    Args:
+        routing: an `ops.Routing`.
+
+    Returns:
+        Scalar, float32; 0 where every token is padding.
+    """
+    probs = routing.probs
+    # The logarithm of what is above zero only: the slope of p log p at 0 is infinite.
+    logs = ops.log(ops.where(probs > 0, probs, 1.0))
+    return masked_mean(-ops.sum(probs * logs, axis=-1), routing.mask)
+
+
+def importance_variation(routing):
+    """Squared coefficient of variation of the experts' summed scores: 0 at balance.
+
+    Shazeer et al. 2017 (arXiv:1701.06538), eq. 7, of the scores of all experts as in V-MoE
+    (Riquelme et al. 2021, arXiv:2106.05974, appendix A.1).
+
+    Args:
+        routing: an `ops.Routing`.
+
+    Returns:
+        Scalar, float32; 0 where every token is padding.
+    """
+    return squared_variation(masked_mean(routing.probs, routing.mask))
+
+
+def load_variation(routing):
+    """Squared coefficient of variation of the experts' load: 0 at balance.
+
+    Shazeer et al. 2017 (arXiv:1701.06538), eq. 11. The load has a gradient where the router draws
+    noise; elsewhere this is a number without one.
+
+    Args:
+        routing: an `ops.Routing`.
+
+    Returns:
+        Scalar, float32; 0 where every token is padding.
+    """
+    return squared_variation(routing.load)
+
+
+def squared_variation(values):
+    """`variance / mean ** 2` of values (E,), the variance divided by E; 0 where all are 0."""
+    # Never the square of a quotient of deviations: their root has no gradient at exact balance.
+    mean = ops.mean(values)
+    variance = ops.mean(ops.square(values - mean))
+    return variance / ops.maximum(ops.square(mean), 1e-10)
 
 
 def masked_mean(values, mask):

@@ -16,13 +16,13 @@ that feeds it. Two drivers exist, because frameworks differ in one thing only:
 Neither computes a row that belongs to no group: padded and dropped assignments cost nothing.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from keras import ops
 
 from keras_moe import backend
+from keras_moe.ops.groups import row_sums
 
 # Each size is half the next, so that blocks of falling size cover a group of any length with few
 # wasted rows. Every size is compiled: smaller ones would waste less and take longer to compile.
@@ -48,86 +48,6 @@ class Step(NamedTuple):
     transposed: tuple
 
 
-class Groups(NamedTuple):
-    """Where the rows of each expert are, and how rows and assignments belong together.
-
-    - `sizes` (E,) int32: the groups stand one behind another, in the order of the experts. Rows
-      behind the last group belong to nobody and are not computed.
-    - `assignment_of_row` (R,) int32: which assignment each row is; `k * T + t` is the k-th choice
-      of token t.
-    - `rows_of_token` (T, K) int32: the rows of each token, -1 where there is none.
-    """
-
-    sizes: Any
-    assignment_of_row: Any
-    rows_of_token: Any
-
-    def token_of_row(self):
-        """The token each row is a copy of, (R,) int32."""
-        return self.assignment_of_row % ops.shape(self.rows_of_token)[0]
-
-    def weight_of_row(self, weights):
-        """The weight of each row, (R,), from weights (T, K)."""
-        return ops.take(ops.reshape(ops.transpose(weights), (-1,)), self.assignment_of_row)
-
-
-def sum_rows(rows, groups, weights=None):
-    """For each token the weighted sum of its rows, in float32.
-
-    A gather, not a scatter: tokens are written once, in order, and need no atomic adds.
-
-    Args:
-        rows: (R, D) rows grouped by expert.
-        groups: a `Groups`.
-        weights: (T, K) weight of each row of a token, or None for 1.
-
-    Returns:
-        (T, D), in the dtype of `rows`.
-    """
-    total = 0.0
-    for choice in range(groups.rows_of_token.shape[1]):
-        row = groups.rows_of_token[:, choice]
-        picked = ops.cast(backend.gather_rows(rows, ops.maximum(row, 0)), "float32")
-        if weights is not None:
-            picked = picked * ops.cast(weights[:, choice : choice + 1], "float32")
-        # `where`, not a product: a row that was never computed may hold anything, NaN included.
-        total = total + ops.where(ops.expand_dims(row >= 0, 1), picked, 0.0)
-    return ops.cast(total, rows.dtype)
-
-
-def dispatch_rows(tokens, groups):
-    """The rows of all groups, (R, D), from tokens (T, D); the gradient is a gather as well."""
-
-    def forward(inputs, context):
-        return backend.gather_rows(inputs[0], Groups(*context).token_of_row()), ()
-
-    def backward(inputs, context, saved, gradient):
-        return (sum_rows(gradient, Groups(*context)),)
-
-    return backend.differentiable(forward, backward, (tokens,), tuple(groups))
-
-
-def combine_rows(rows, weights, groups):
-    """`sum_rows` with gradients for rows and weights that are gathers as well."""
-
-    def forward(inputs, context):
-        rows, weights = inputs
-        return sum_rows(rows, Groups(*context), weights), ()
-
-    def backward(inputs, context, saved, gradient):
-        rows, weights = inputs
-        groups = Groups(*context)
-        row_gradient = backend.gather_rows(gradient, groups.token_of_row())
-        weight_gradient = _row_sums(row_gradient * rows)
-        row_weights = ops.cast(groups.weight_of_row(weights), rows.dtype)
-        return (
-            row_gradient * ops.expand_dims(row_weights, 1),
-            _at_assignments(weight_gradient[:, 0], groups, weights.dtype),
-        )
-
-    return backend.differentiable(forward, backward, (rows, weights), tuple(groups))
-
-
 def run_grouped(step, tokens, weights, kernels, groups):
     """Apply `step` to every group of rows, and sum each token's rows by weight.
 
@@ -136,43 +56,34 @@ def run_grouped(step, tokens, weights, kernels, groups):
         tokens: (T, D).
         weights: (T, K) combine weights.
         kernels: list of tensors with the expert axis first, (E, ...).
-        groups: a `Groups`.
+        groups: an `ops.Groups` or an `ops.ChosenGroups`.
 
     Returns:
         (T, `step.output_width`) in the dtype of `tokens`.
     """
     driver = _Blocks if backend.compiles_static_shapes() else _Slices
+    groups_of = type(groups)
 
     def forward(inputs, context):
         tokens, weights, *kernels = inputs
-        groups = Groups(*context)
+        groups = groups_of(*context)
         rows, saved = driver.forward(step, tokens, kernels, groups)
-        return sum_rows(rows, groups, weights), (rows, saved)
+        return groups.sum_rows(rows, weights), (rows, saved)
 
     def backward(inputs, context, saved, gradient):
         tokens, weights, *kernels = inputs
-        groups = Groups(*context)
+        groups = groups_of(*context)
         rows, kept = saved
         row_gradient, weight_gradient, kernel_gradients = driver.backward(
             step, tokens, groups.weight_of_row(weights), kernels, groups, rows, kept, gradient
         )
         return (
-            sum_rows(row_gradient, groups),
-            _at_assignments(weight_gradient, groups, weights.dtype),
+            groups.sum_rows(row_gradient),
+            ops.cast(groups.at_assignments(weight_gradient), weights.dtype),
             *kernel_gradients,
         )
 
     return backend.differentiable(forward, backward, (tokens, weights, *kernels), tuple(groups))
-
-
-def _at_assignments(values, groups, dtype):
-    """Values of rows (R,) as values of assignments (T, K), zero where there is no row."""
-    picked = ops.take(values, ops.maximum(groups.rows_of_token, 0))
-    return ops.cast(ops.where(groups.rows_of_token >= 0, picked, 0.0), dtype)
-
-
-def _row_sums(values):
-    return ops.sum(ops.cast(values, "float32"), axis=1, keepdims=True)
 
 
 class _Slices:
@@ -202,7 +113,7 @@ class _Slices:
                 output_gradient * row_weights[rows],
             )
             row_parts.append(row_gradient)
-            weight_parts.append(_row_sums(output_gradient * outputs[rows]))
+            weight_parts.append(row_sums(output_gradient * outputs[rows]))
             kernel_parts.append(kernel_gradients)
         totals = _upright(map(ops.stack, zip(*kernel_parts)), step)
         kernel_gradients = [ops.cast(total, kernel.dtype) for total, kernel in zip(totals, kernels)]
@@ -222,8 +133,7 @@ def _slices(groups):
 def _fill_rows(parts, groups):
     """All rows, where `parts` holds the rows of each group: those of no group are zero."""
     computed = sum(ops.shape(part)[0] for part in parts)
-    num_rows = ops.shape(groups.assignment_of_row)[0]
-    nobody = ops.zeros((num_rows - computed, parts[0].shape[1]), parts[0].dtype)
+    nobody = ops.zeros((groups.num_rows() - computed, parts[0].shape[1]), parts[0].dtype)
     return ops.concatenate([*parts, nobody])
 
 
@@ -270,7 +180,7 @@ class _Blocks:
                     [block.read(buffer) for buffer in saved],
                     output_gradient * weights,
                 )
-                weight_gradient = _row_sums(output_gradient * block.read(outputs))
+                weight_gradient = row_sums(output_gradient * block.read(outputs))
                 return (
                     block.write(row_gradients, row_gradient),
                     block.write(weight_gradients, weight_gradient),
@@ -352,7 +262,7 @@ def _for_each_group(groups, group, carry):
 
 def _block_sizes(groups):
     """The block sizes that groups of so many rows can need: few rows take little to compile."""
-    num_rows = math.prod(ops.shape(groups.rows_of_token))
+    num_rows = groups.num_rows()
     if not isinstance(num_rows, int):
         return BLOCK_SIZES
     return BLOCK_SIZES[: 1 + sum(size < num_rows for size in BLOCK_SIZES)]
@@ -360,7 +270,7 @@ def _block_sizes(groups):
 
 def _num_rows_with_room(groups):
     """The rows of all groups, and room behind them for a block that reaches past the last."""
-    return ops.shape(groups.assignment_of_row)[0] + _block_sizes(groups)[-1]
+    return groups.num_rows() + _block_sizes(groups)[-1]
 
 
 def _cover(size, block_sizes, block, carry):

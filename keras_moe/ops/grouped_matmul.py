@@ -2,7 +2,8 @@
 
 from keras import ops
 
-from keras_moe.ops.grouped import Groups, Step, run_grouped
+from keras_moe.ops.grouped import Step, run_grouped
+from keras_moe.ops.groups import Groups
 
 
 def grouped_matmul(rows, kernels, group_sizes):

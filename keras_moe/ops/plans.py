@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_moe import backend
-from keras_moe.ops.grouped import Groups, combine_rows, dispatch_rows
+from keras_moe.ops.groups import ChosenGroups, Groups, combine_rows, dispatch_rows
 
 
 class GroupedPlan(NamedTuple):
     """Assignments sorted by expert, each a row: an immutable record with two verbs.
 
-    - `groups`: `ops.Groups`, the sizes of the groups and the maps between rows and tokens.
-    - `weights` (T, K) float32: the combine weights of the routing.
+    - `groups`: `ops.Groups` or `ops.ChosenGroups`, the sizes of the groups and the maps between
+      rows and tokens.
+    - `weights`: the float32 combine weights, (T, K) or one for each choice.
     """
 
     groups: Any
@@ -30,8 +31,12 @@ class GroupedPlan(NamedTuple):
         """Tokens (T, D), each the weighted float32 sum of its rows; zero without any."""
         return combine_rows(rows, self.weights, self.groups)
 
+    def run(self, experts, tokens):
+        """What a bank of experts makes of tokens (T, D)."""
+        return experts(tokens, self)
 
-def plan_groups(routing, capacity=None):
+
+def plan_groups(routing, capacity=None, first=None, sequence_length=None):
     """Sort the assignments of a routing by expert.
 
     Inside an expert all first choices stand before all second choices, each in the order of the
@@ -41,6 +46,9 @@ def plan_groups(routing, capacity=None):
     Args:
         routing: an `ops.Routing`.
         capacity: most rows of one expert, an integer or integer tensor, or None for all.
+        first: (T,) urgency of each token: where a capacity is set the most urgent tokens stand
+            first. None: in the order of the tokens.
+        sequence_length: where given, the capacity holds for each run of so many tokens alone.
 
     Returns:
         A `GroupedPlan`.
@@ -48,26 +56,55 @@ def plan_groups(routing, capacity=None):
     num_tokens, top_k = ops.shape(routing.indices)
     num_experts = routing.counts.shape[0]
     nobody = num_experts
+    used = ops.logical_and(ops.expand_dims(routing.mask, 1), routing.indices >= 0)
     # Choice-major: assignment k * T + t is the k-th choice of token t.
-    served = ops.where(ops.expand_dims(routing.mask, 1), routing.indices, nobody)
-    expert_of_assignment = ops.reshape(ops.transpose(served), (-1,))
-    order, rank = _sort_by_expert(expert_of_assignment, num_experts + 1)
+    expert_of_assignment = ops.reshape(
+        ops.transpose(ops.where(used, routing.indices, nobody)), (-1,)
+    )
     sizes = routing.counts
     if capacity is not None:
-        starts = ops.cumsum(sizes) - sizes
-        start = ops.take(ops.append(starts, 0), expert_of_assignment)
-        has_room = rank - start < capacity
+        token = ops.arange(num_tokens, dtype="int32")
+        queue, num_queues = expert_of_assignment, num_experts + 1
+        if sequence_length is not None:
+            sequence = ops.tile(token // sequence_length, (top_k,))
+            queue = queue + num_queues * sequence
+            num_queues = num_queues * -(-num_tokens // sequence_length)
+        place = place_in_queue(queue, num_queues, _turns(first, num_tokens, top_k))
+        has_room = place < capacity
         expert_of_assignment = ops.where(has_room, expert_of_assignment, nobody)
-        order, rank = _sort_by_expert(expert_of_assignment, num_experts + 1)
-        sizes = ops.minimum(sizes, capacity)
-    is_served = expert_of_assignment < nobody
-    rows = ops.where(is_served, rank, -1)
+        sizes = _sizes(expert_of_assignment, num_experts + 1)[:num_experts]
+    order, rank = sort_by_expert(expert_of_assignment, num_experts + 1)
+    rows = ops.where(expert_of_assignment < nobody, rank, -1)
     groups = Groups(
         sizes=sizes,
         assignment_of_row=order,
         rows_of_token=ops.transpose(ops.reshape(rows, (top_k, num_tokens))),
     )
     return GroupedPlan(groups, routing.weights)
+
+
+def plan_choices(token_of_choice, weights, valid, num_experts, mask):
+    """Put the tokens that experts chose behind one another.
+
+    Args:
+        token_of_choice: (R,) int32, the choices of expert 0, then of expert 1, and so on, as many
+            of each.
+        weights: (R,) float32.
+        valid: (R,) bool, False where an expert found no token.
+        num_experts: E.
+        mask: (T,) bool, False for padding.
+
+    Returns:
+        A `GroupedPlan`.
+    """
+    num_choices = ops.shape(token_of_choice)[0]
+    expert = ops.arange(num_choices, dtype="int32") // (num_choices // num_experts)
+    expert = ops.where(valid, expert, num_experts)
+    order, rank = sort_by_expert(expert, num_experts + 1)
+    row = ops.where(valid, rank, -1)
+    sizes = _sizes(expert, num_experts + 1)[:num_experts]
+    groups = ChosenGroups(sizes, order, row, token_of_choice, mask)
+    return GroupedPlan(groups, weights)
 
 
 def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
@@ -93,13 +130,39 @@ def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
 
 def dropped_fraction(routing, plan):
     """Share of the assignments that have no row, a float32 scalar; 0 without assignments."""
+    if not hasattr(plan, "groups"):
+        return ops.zeros((), "float32")
     assigned = ops.cast(ops.sum(routing.counts), "float32")
     served = ops.cast(ops.sum(plan.groups.sizes), "float32")
     return (assigned - served) / ops.maximum(assigned, 1.0)
 
 
-def _sort_by_expert(expert_of_assignment, num_keys):
-    """A stable order by expert, and for each assignment its place in it.
+def _turns(first, num_tokens, top_k):
+    """The order in which assignments take their places, or None for that of their numbers."""
+    if first is None:
+        return None
+    urgent_first = ops.cast(ops.argsort(-ops.stop_gradient(first)), "int32")
+    choices = ops.expand_dims(ops.arange(top_k, dtype="int32"), 1)
+    return ops.reshape(choices * num_tokens + urgent_first, (-1,))
+
+
+def place_in_queue(queue, num_queues, turns=None):
+    """How many of the same queue stand before each, (N,) int32."""
+    if turns is not None:
+        places = place_in_queue(ops.take(queue, turns), num_queues)
+        return ops.scatter(ops.expand_dims(turns, 1), places, ops.shape(queue))
+    _, rank = sort_by_expert(queue, num_queues)
+    sizes = _sizes(queue, num_queues)
+    return rank - ops.take(ops.cumsum(sizes) - sizes, queue)
+
+
+def _sizes(queue, num_queues):
+    """How many stand in each queue, (num_queues,) int32."""
+    return ops.segment_sum(ops.ones_like(queue), queue, num_queues)
+
+
+def sort_by_expert(expert_of_assignment, num_keys):
+    """A stable order by expert or queue, and for each assignment its place in it.
 
     Args:
         expert_of_assignment: (N,) int32, from 0 to `num_keys` - 1.

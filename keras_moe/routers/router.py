@@ -1,10 +1,12 @@
 """The interface every router has."""
 
+import inspect
+
 import keras
 from keras import ops
 
-from keras_moe.ops.routing import Routing
-from keras_moe.validation import check_mask
+from keras_moe.ops import Routing, plan_groups
+from keras_moe.validation import check_mask, check_positive_integer
 
 
 class Router(keras.layers.Layer):
@@ -14,14 +16,24 @@ class Router(keras.layers.Layer):
     around it: rounded scores select other experts. It can be used alone, without experts.
 
     A subclass implements `route(tokens, mask, training)`, which returns an `ops.Routing`, and sets
-    `top_k`, the number of experts per token. It sets `causal` to False if a token's experts depend
-    on other tokens of the batch: such a router must not serve a language model.
+    `top_k`, the number of experts per token. If `route` has one of these arguments too, it is given
+    what the caller knows:
+
+    - `sequence_length`: tokens (T, D) are runs of so many, each a sequence.
+    - `token_ids`: (T,) integers, the vocabulary ids of the tokens.
+    - `indices`: (T, K) experts to use instead of choosing.
+
+    It sets `causal` to False if a token's experts depend on other tokens of the batch: such a
+    router must not serve a language model. And it overrides `plan` if its tokens do not choose
+    experts.
 
     Args:
         num_experts: number of experts, E.
     """
 
     causal = True
+    # Whether tokens choose experts, so that an expert may be chosen by too many.
+    takes_capacity = True
 
     def __init__(self, num_experts, **kwargs):
         if kwargs.setdefault("dtype", "float32") != "float32":
@@ -29,17 +41,32 @@ class Router(keras.layers.Layer):
                 "A router always computes in float32, whatever the policy around it. "
                 f"Received: dtype={kwargs['dtype']!r}. Leave `dtype` out."
             )
+        check_positive_integer("num_experts", num_experts)
         super().__init__(**kwargs)
         self.num_experts = num_experts
         self.supports_masking = True
+        self._known_arguments = set(inspect.signature(self.route).parameters)
 
-    def call(self, tokens, mask=None, training=None):
+    def call(
+        self,
+        tokens,
+        mask=None,
+        training=None,
+        sequence_length=None,
+        token_ids=None,
+        indices=None,
+    ):
         """Route tokens.
 
         Args:
             tokens: (T, D) float tensor.
             mask: (T,) bool tensor, False for padding, or None.
             training: whether noise is added.
+            sequence_length: length of each sequence in `tokens`, for routers that treat each
+                alone; None where all tokens are one sequence.
+            token_ids: (T,) integer tensor, for routers that go by the token.
+            indices: (T, K) integer tensor of experts to replay: the router weighs them by its own
+                scores, with their gradient, instead of choosing.
 
         Returns:
             An `ops.Routing`.
@@ -54,7 +81,14 @@ class Router(keras.layers.Layer):
             mask = ops.cast(mask, "bool")
             # Padding may hold anything, NaN included, and its gradient must be zero.
             tokens = ops.where(ops.expand_dims(mask, 1), tokens, 0.0)
-        return self.route(tokens, mask, training)
+        known = {"sequence_length": sequence_length, "token_ids": token_ids, "indices": indices}
+        if indices is not None and "indices" not in self._known_arguments:
+            raise ValueError(
+                "Only routers that give each token its K best experts can replay `indices`. "
+                f"Received: indices for a `{type(self).__name__}`. Use `routers.TopKRouter`."
+            )
+        known = {name: value for name, value in known.items() if name in self._known_arguments}
+        return self.route(tokens, mask, training, **known)
 
     def route(self, tokens, mask, training):
         raise NotImplementedError(
@@ -62,16 +96,30 @@ class Router(keras.layers.Layer):
             "`ops.Routing`."
         )
 
+    def plan(self, routing, **capacity):
+        """The rows that move: see `ops.plan_groups` for the arguments of a capacity."""
+        return plan_groups(routing, **capacity)
+
     def compute_mask(self, tokens, mask=None):
         return None
 
-    def compute_output_spec(self, tokens, mask=None, training=None):
+    def compute_output_spec(self, tokens, mask=None, training=None, **known):
         return routing_spec(tokens.shape[0], self.num_experts, self.top_k)
 
     def get_config(self):
         config = super().get_config()
         del config["dtype"]
         return {**config, "num_experts": self.num_experts}
+
+
+def check_top_k(top_k, num_experts, router="TopKRouter"):
+    check_positive_integer("top_k", top_k)
+    if top_k > num_experts:
+        raise ValueError(
+            "`top_k` must be at most `num_experts`: a token cannot go to more experts than "
+            f"there are. Received: top_k={top_k}, num_experts={num_experts}. "
+            f"Pass `routers.{router}({num_experts}, top_k={num_experts})` or fewer."
+        )
 
 
 def routing_spec(num_tokens, num_experts, top_k):
@@ -84,4 +132,5 @@ def routing_spec(num_tokens, num_experts, top_k):
         mask=keras.KerasTensor((num_tokens,), "bool"),
         counts=keras.KerasTensor((num_experts,), "int32"),
         dropped=keras.KerasTensor((), "float32"),
+        load=keras.KerasTensor((num_experts,), "float32"),
     )

@@ -1,0 +1,118 @@
+"""How many assignments an expert has room for, and who is served first."""
+
+import numbers
+
+import keras
+from keras import ops as keras_ops
+
+from keras_moe import ops
+from keras_moe.serialization import register
+from keras_moe.validation import check_choice, check_positive_integer, check_positive_number
+
+PRIORITIES = ("position", "probability", "random")
+
+
+@register
+class Capacity:
+    """Room for `ceil(factor * T * K / E)` of the T tokens in each expert, rounded up.
+
+    First choices are served before second ones. What finds no room contributes zero, so that a
+    residual connection hands the token on as it is; the weights of the others stay. Padding takes
+    no room, but counts in T, so that the shape of a batch and not its content sets the capacity.
+
+    Args:
+        factor: 1.0 has room for exactly balanced experts. Positive.
+        minimum: least room of an expert.
+        multiple_of: the room is rounded up to a multiple of this.
+        evaluation_factor: the factor outside of training. None: no limit, so that what a token
+            gets does not depend on what else is evaluated.
+        priority: who is served first among equal choices: "position", earlier tokens;
+            "probability", tokens with a larger best probability (batch-prioritised routing,
+            arXiv:2106.05974, section 4.2); "random", so that late tokens fare as well as others.
+        per_sequence: whether T is a sequence and its tokens compete among themselves only. False:
+            T is the whole batch.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+
+    >>> layer = keras_moe.layers.MixtureOfExperts(
+    ...     keras_moe.layers.FeedForwardExperts(num_experts=8, hidden_dim=32),
+    ...     capacity_factor=keras_moe.layers.Capacity(1.25, priority="probability"),
+    ... )
+
+    References: Lepikhin et al. 2020 (arXiv:2006.16668), algorithm 1; Fedus et al. 2021
+    (arXiv:2101.03961), eq. 3.
+    """
+
+    def __init__(
+        self,
+        factor,
+        minimum=1,
+        multiple_of=1,
+        evaluation_factor=None,
+        priority="position",
+        per_sequence=False,
+    ):
+        check_positive_number("capacity_factor", factor)
+        check_positive_integer("minimum", minimum)
+        check_positive_integer("multiple_of", multiple_of)
+        if evaluation_factor is not None:
+            check_positive_number("evaluation_factor", evaluation_factor)
+        check_choice("priority", priority, PRIORITIES)
+        self.factor = factor
+        self.minimum = minimum
+        self.multiple_of = multiple_of
+        self.evaluation_factor = evaluation_factor
+        self.priority = priority
+        self.per_sequence = per_sequence
+        self._seed = keras.random.SeedGenerator(0) if priority == "random" else None
+
+    @classmethod
+    def get(cls, identifier):
+        """A `Capacity` from one, a config, a number, which is its factor, or None for no limit."""
+        if isinstance(identifier, dict):
+            identifier = keras.saving.deserialize_keras_object(identifier)
+        if identifier is None or isinstance(identifier, cls):
+            return identifier
+        return cls(identifier)
+
+    def limits(self, routing, sequence_length, training):
+        """The arguments that `ops.plan_groups` needs for this capacity."""
+        factor = self.factor if training else self.evaluation_factor
+        if factor is None:
+            return {}
+        num_tokens, top_k = keras_ops.shape(routing.indices)
+        sequence_length = sequence_length if self.per_sequence else None
+        length = num_tokens if sequence_length is None else sequence_length
+        rows = ops.expert_capacity(length, routing.counts.shape[0], top_k, factor)
+        rows = rows if isinstance(rows, numbers.Integral) else keras_ops.convert_to_tensor(rows)
+        rows = -(-rows // self.multiple_of) * self.multiple_of
+        largest = max if isinstance(rows, numbers.Integral) else keras_ops.maximum
+        return {
+            "capacity": largest(rows, self.minimum),
+            "first": self._urgency(routing),
+            "sequence_length": sequence_length,
+        }
+
+    def _urgency(self, routing):
+        if self.priority == "probability":
+            return keras_ops.max(routing.probs, axis=-1)
+        if self.priority == "random":
+            return keras.random.uniform(keras_ops.shape(routing.mask), seed=self._seed)
+        return None
+
+    def get_config(self):
+        return {
+            "factor": self.factor,
+            "minimum": self.minimum,
+            "multiple_of": self.multiple_of,
+            "evaluation_factor": self.evaluation_factor,
+            "priority": self.priority,
+            "per_sequence": self.per_sequence,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)

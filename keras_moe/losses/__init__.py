@@ -1,0 +1,41 @@
+"""Router losses: objects that turn a routing into a scalar that training adds to its loss."""
+
+from keras_moe.losses.load_balance import GlobalLoadBalance, LoadBalance, SequenceLoadBalance
+from keras_moe.losses.router_entropy import RouterEntropy
+from keras_moe.losses.router_loss import RouterLoss
+from keras_moe.losses.router_z import RouterZ
+from keras_moe.losses.variation import ImportanceVariation, LoadVariation
+from keras_moe.serialization import resolve
+
+BY_NAME = {
+    "global_load_balance": GlobalLoadBalance,
+    "importance_variation": ImportanceVariation,
+    "load_balance": LoadBalance,
+    "load_variation": LoadVariation,
+    "router_entropy": RouterEntropy,
+    "router_z": RouterZ,
+    "sequence_load_balance": SequenceLoadBalance,
+}
+
+
+def get(identifier):
+    """A router loss from an instance, a config, or a name in `BY_NAME`.
+
+    Raises:
+        ValueError: If `identifier` is none of these.
+    """
+    return resolve("router_losses", identifier, RouterLoss, BY_NAME)
+
+
+__all__ = [
+    "BY_NAME",
+    "GlobalLoadBalance",
+    "ImportanceVariation",
+    "LoadBalance",
+    "LoadVariation",
+    "RouterEntropy",
+    "RouterLoss",
+    "RouterZ",
+    "SequenceLoadBalance",
+    "get",
+]

@@ -1,0 +1,130 @@
+"""The load-balance loss of a batch, of each sequence, and of a global batch."""
+
+from keras import ops as keras_ops
+
+from keras_moe import backend, ops
+from keras_moe.losses.router_loss import RouterLoss
+from keras_moe.serialization import register
+from keras_moe.validation import check_positive_integer
+
+
+@register
+class LoadBalance(RouterLoss):
+    """Spreads tokens over the experts: `E * sum_e f_e * P_e`, 1 at balance, more when skewed.
+
+    `f_e` is expert e's share of all assignments over all K choices, before any drop; `P_e` is its
+    mean probability. Padding counts in neither. The gradient flows through `P` only.
+
+    Implementations differ in this loss. This one divides `f` by K, so the same weight serves every
+    `top_k`, and is computed for each layer alone, so that layers cannot cancel each other.
+
+    Args:
+        weight: what the loss is multiplied by.
+
+    Raises:
+        ValueError: If `weight` is negative.
+
+    Example:
+
+    >>> loss = keras_moe.losses.LoadBalance(weight=1e-2)
+    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
+    >>> value = loss(router(keras.random.normal((32, 64))))
+
+    Reference: Fedus et al. 2021 (arXiv:2101.03961), eq. 4 to 6.
+    """
+
+    def __init__(self, weight=1e-2):
+        super().__init__(weight)
+
+    def compute(self, routing):
+        return ops.load_balance(routing)
+
+
+@register
+class SequenceLoadBalance(RouterLoss):
+    """Spreads the tokens of each sequence over the experts: `LoadBalance` of one, averaged.
+
+    Stricter than `LoadBalance`: experts cannot specialise on whole sequences. Give it a small
+    weight, beside a balancing of the batch. The layer tells it which tokens are one sequence: all
+    axes of its inputs between the first and the last.
+
+    Args:
+        weight: what the loss is multiplied by.
+
+    Raises:
+        ValueError: If `weight` is negative.
+
+    Example:
+
+    >>> loss = keras_moe.losses.SequenceLoadBalance(weight=1e-4)
+    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
+    >>> value = loss(router(keras.random.normal((32, 64))), sequence_length=16)
+
+    Reference: DeepSeek-V3 (arXiv:2412.19437), eq. 17 to 20.
+    """
+
+    per_sequence = True
+
+    def __init__(self, weight=1e-4):
+        super().__init__(weight)
+
+    def compute(self, routing, sequence_length):
+        return ops.sequence_load_balance(routing, sequence_length)
+
+
+@register
+class GlobalLoadBalance(RouterLoss):
+    """`LoadBalance` with the assignments counted over all replicas and accumulated batches.
+
+    Small batches are hard to balance and need not be: what matters is the batch of an optimizer
+    step. The shares `f` are those of all micro-batches so far in the step, on all replicas; the
+    probabilities `P` are those of this one, as only they have a gradient.
+
+    Args:
+        weight: what the loss is multiplied by.
+        accumulation_steps: micro-batches of an optimizer step, the `gradient_accumulation_steps`
+            of the optimizer.
+
+    Raises:
+        ValueError: If an argument is out of its range, or the loss is used outside of a layer,
+            which keeps the counts.
+
+    Example:
+
+    >>> layer = keras_moe.layers.MixtureOfExperts(
+    ...     keras_moe.layers.FeedForwardExperts(num_experts=8, hidden_dim=32),
+    ...     router_losses=[keras_moe.losses.GlobalLoadBalance(accumulation_steps=4)],
+    ... )
+
+    Reference: Qiu et al. 2025 (arXiv:2501.11873), section 3.
+    """
+
+    def __init__(self, weight=1e-2, accumulation_steps=1):
+        super().__init__(weight)
+        check_positive_integer("accumulation_steps", accumulation_steps)
+        self.accumulation_steps = accumulation_steps
+        self._counts = None
+
+    def build(self, layer):
+        counter = {"initializer": "zeros", "trainable": False, "autocast": False}
+        num_experts = layer.experts.num_experts
+        self._counts = layer.add_weight(
+            name="global_counts", shape=(num_experts,), dtype="float32", **counter
+        )
+        self._steps = layer.add_weight(name="global_steps", shape=(), dtype="int32", **counter)
+
+    def compute(self, routing):
+        if self._counts is None:
+            raise ValueError(
+                "`GlobalLoadBalance` remembers counts in a layer. Received: a call outside of one. "
+                "Pass it to `MixtureOfExperts` as one of its `router_losses`."
+            )
+        is_first = self._steps % self.accumulation_steps == 0
+        before = keras_ops.where(is_first, 0.0, self._counts)
+        counts = backend.sum_over_replicas(keras_ops.cast(routing.counts, "float32"))
+        self._counts.assign(before + counts)
+        self._steps.assign(self._steps + 1)
+        return ops.agreement(self._counts, ops.masked_mean(routing.probs, routing.mask))
+
+    def get_config(self):
+        return {**super().get_config(), "accumulation_steps": self.accumulation_steps}

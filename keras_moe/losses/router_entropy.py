@@ -1,0 +1,34 @@
+"""A loss for decided routers."""
+
+from keras_moe import ops
+from keras_moe.losses.router_loss import RouterLoss
+from keras_moe.serialization import register
+
+
+@register
+class RouterEntropy(RouterLoss):
+    """Keeps routers decided: mean over real tokens of the entropy of the scores, in nats.
+
+    A router that chooses by a threshold, as `routers.TopPRouter` does, pays for indecision with
+    more experts, and has no other reason to avoid it.
+
+    Args:
+        weight: what the loss is multiplied by.
+
+    Raises:
+        ValueError: If `weight` is negative.
+
+    Example:
+
+    >>> loss = keras_moe.losses.RouterEntropy(weight=1e-4)
+    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
+    >>> value = loss(router(keras.random.normal((32, 64))))
+
+    Reference: Huang et al. 2024 (arXiv:2403.07652), eq. 6.
+    """
+
+    def __init__(self, weight=1e-4):
+        super().__init__(weight)
+
+    def compute(self, routing):
+        return ops.router_entropy(routing)

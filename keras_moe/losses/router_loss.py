@@ -1,0 +1,37 @@
+"""The interface every router loss has."""
+
+from keras_moe.validation import check_not_negative
+
+
+class RouterLoss:
+    """Abstract: a weighted scalar of a routing.
+
+    A subclass implements `compute(routing)`, which returns the loss before its weight. One that
+    judges sequences sets `per_sequence` and implements `compute(routing, sequence_length)`.
+
+    Args:
+        weight: what the loss is multiplied by, at least 0. A layer copies it into a variable of its
+            own, which `callbacks.RouterLossSchedule` changes in training.
+    """
+
+    per_sequence = False
+
+    def __init__(self, weight):
+        check_not_negative("weight", weight)
+        self.weight = weight
+
+    def __call__(self, routing, **kwargs):
+        return self.weight * self.compute(routing, **kwargs)
+
+    def compute(self, routing):
+        raise NotImplementedError(f"{type(self).__name__} must implement `compute(routing)`.")
+
+    def build(self, layer):
+        """Make what the loss remembers from batch to batch, as weights of `layer`."""
+
+    def get_config(self):
+        return {"weight": self.weight}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)

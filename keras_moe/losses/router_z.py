@@ -1,0 +1,31 @@
+"""The router z-loss."""
+
+from keras_moe import ops
+from keras_moe.losses.router_loss import RouterLoss
+from keras_moe.serialization import register
+
+
+@register
+class RouterZ(RouterLoss):
+    """Keeps router logits small: mean over real tokens of `logsumexp(logits) ** 2`.
+
+    Args:
+        weight: what the loss is multiplied by.
+
+    Raises:
+        ValueError: If `weight` is negative.
+
+    Example:
+
+    >>> loss = keras_moe.losses.RouterZ(weight=1e-3)
+    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
+    >>> value = loss(router(keras.random.normal((32, 64))))
+
+    Reference: Zoph et al. 2022, ST-MoE (arXiv:2202.08906), eq. 5.
+    """
+
+    def __init__(self, weight=1e-3):
+        super().__init__(weight)
+
+    def compute(self, routing):
+        return ops.router_z(routing)

@@ -1,0 +1,68 @@
+"""Expert choice: experts pick their tokens.
+
+Axes: T tokens, E experts, C tokens an expert picks from each sequence, S tokens of a sequence.
+"""
+
+from keras import ops
+
+from keras_moe.ops.plans import expert_capacity, plan_choices
+from keras_moe.ops.routing import clean_logits, make_routing
+from keras_moe.ops.scores import softmax
+
+
+def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=None):
+    """Each expert takes its `ceil(capacity_factor * S / E)` best tokens of each sequence.
+
+    The score is a softmax over the experts, and also the weight. Zhou et al. 2022
+    (arXiv:2202.09368), section 3.2. Every place of every expert is filled while there are real
+    tokens; a token may be taken by any number of experts, or by none.
+
+    Args:
+        logits: (T, E) tensor, computed on in float32.
+        capacity_factor: experts per token on average.
+        mask: (T,) bool tensor, False for padding, or None.
+        sequence_length: S, or None where all tokens are one sequence.
+
+    Returns:
+        A `Routing` whose K is E, with unused places wherever an expert did not choose the token,
+        and for `plan_expert_choice` the chosen tokens in `details`.
+    """
+    logits, mask = clean_logits(logits, mask)
+    num_tokens, num_experts = ops.shape(logits)
+    sequence_length = num_tokens if sequence_length is None else sequence_length
+    probs = softmax(logits)
+    capacity = expert_capacity(sequence_length, num_experts, 1, capacity_factor)
+    wish = ops.where(ops.expand_dims(mask, 1), ops.stop_gradient(probs), -1.0)
+    wish = ops.reshape(wish, (-1, sequence_length, num_experts))
+    # (B, C, E) places in the sequence. Stable: the first of equal tokens is taken.
+    place = ops.cast(ops.argsort(-wish, axis=1), "int32")[:, :capacity]
+    first = ops.arange(ops.shape(wish)[0], dtype="int32") * sequence_length
+    token = ops.reshape(ops.transpose(place + ops.reshape(first, (-1, 1, 1)), (2, 0, 1)), (-1,))
+    choices_each = ops.shape(token)[0] // num_experts
+    expert = ops.arange(ops.shape(token)[0], dtype="int32") // choices_each
+    is_real = ops.take(mask, token)
+    taken = ops.scatter(
+        ops.expand_dims(token * num_experts + expert, 1),
+        ops.cast(is_real, "int32"),
+        (num_tokens * num_experts,),
+    )
+    taken = ops.reshape(taken, (num_tokens, num_experts)) > 0
+    return make_routing(
+        indices=ops.where(taken, ops.arange(num_experts, dtype="int32"), -1),
+        weights=ops.where(taken, probs, 0.0),
+        probs=probs,
+        logits=logits,
+        mask=mask,
+        counts=ops.sum(ops.cast(taken, "int32"), axis=0),
+        details=(token,),
+    )
+
+
+def plan_expert_choice(routing):
+    """The plan of `expert_choice_routing`: as many rows as there are choices."""
+    (token,) = routing.details
+    num_experts = routing.counts.shape[0]
+    num_choices = ops.shape(token)[0]
+    expert = ops.arange(num_choices, dtype="int32") // (num_choices // num_experts)
+    weights = ops.take(ops.reshape(routing.weights, (-1,)), token * num_experts + expert)
+    return plan_choices(token, weights, ops.take(routing.mask, token), num_experts, routing.mask)

@@ -1,0 +1,151 @@
+"""Groups: where the rows of each expert are, and how rows belong to tokens.
+
+Axes: T tokens, D features, E experts, K experts per token, R rows.
+
+There are two kinds, with one interface. Where tokens choose experts, a token has at most K rows,
+and all sums over them are gathers. Where experts choose tokens, a token may have any number.
+"""
+
+from typing import Any, NamedTuple
+
+from keras import ops
+
+from keras_moe import backend
+
+
+class Groups(NamedTuple):
+    """The rows of each expert, where each token chose K experts.
+
+    - `sizes` (E,) int32: the groups stand one behind another, in the order of the experts. Rows
+      behind the last group belong to nobody and are not computed.
+    - `assignment_of_row` (R,) int32: which assignment each row is; `k * T + t` is the k-th choice
+      of token t.
+    - `rows_of_token` (T, K) int32: the rows of each token, -1 where there is none.
+    """
+
+    sizes: Any
+    assignment_of_row: Any
+    rows_of_token: Any
+
+    def num_rows(self):
+        return ops.shape(self.assignment_of_row)[0]
+
+    def token_of_row(self):
+        """The token each row is a copy of, (R,) int32."""
+        return self.assignment_of_row % ops.shape(self.rows_of_token)[0]
+
+    def weight_of_row(self, weights):
+        """The weight of each row, (R,), from weights (T, K)."""
+        return ops.take(ops.reshape(ops.transpose(weights), (-1,)), self.assignment_of_row)
+
+    def at_assignments(self, values):
+        """Values of rows (R,) as values of assignments (T, K), zero where there is no row."""
+        picked = ops.take(values, ops.maximum(self.rows_of_token, 0))
+        return ops.where(self.rows_of_token >= 0, picked, 0.0)
+
+    def sum_rows(self, rows, weights=None):
+        """For each token the weighted sum of its rows, in float32.
+
+        A gather, not a scatter: tokens are written once, in order, and need no atomic adds.
+
+        Args:
+            rows: (R, D) rows grouped by expert.
+            weights: (T, K) weight of each row of a token, or None for 1.
+
+        Returns:
+            (T, D), in the dtype of `rows`.
+        """
+        total = 0.0
+        for choice in range(self.rows_of_token.shape[1]):
+            row = self.rows_of_token[:, choice]
+            picked = ops.cast(backend.gather_rows(rows, ops.maximum(row, 0)), "float32")
+            if weights is not None:
+                picked = picked * ops.cast(weights[:, choice : choice + 1], "float32")
+            # `where`, not a product: a row that was never computed may hold anything, even NaN.
+            total = total + ops.where(ops.expand_dims(row >= 0, 1), picked, 0.0)
+        return ops.cast(total, rows.dtype)
+
+
+class ChosenGroups(NamedTuple):
+    """The rows of each expert, where each expert chose tokens.
+
+    - `sizes` (E,) int32: as in `Groups`.
+    - `choice_of_row` (R,) int32: which choice each row is.
+    - `row_of_choice` (R,) int32: where each choice went, -1 where it is not computed.
+    - `token_of_choice` (R,) int32: the token each choice is.
+    - `mask` (T,) bool: False for padding.
+    """
+
+    sizes: Any
+    choice_of_row: Any
+    row_of_choice: Any
+    token_of_choice: Any
+    mask: Any
+
+    def num_rows(self):
+        return ops.shape(self.choice_of_row)[0]
+
+    def token_of_row(self):
+        """The token each row is a copy of, (R,) int32."""
+        return ops.take(self.token_of_choice, self.choice_of_row)
+
+    def weight_of_row(self, weights):
+        """The weight of each row, (R,), from weights of the choices (R,)."""
+        return ops.take(weights, self.choice_of_row)
+
+    def at_assignments(self, values):
+        """Values of rows as values of choices, (R,), zero where there is no row."""
+        picked = ops.take(values, ops.maximum(self.row_of_choice, 0))
+        return ops.where(self.row_of_choice >= 0, picked, 0.0)
+
+    def sum_rows(self, rows, weights=None):
+        """For each token the weighted float32 sum of its rows; see `Groups.sum_rows`."""
+        num_rows, num_tokens = self.num_rows(), ops.shape(self.mask)[0]
+        picked = ops.cast(rows[:num_rows], "float32")
+        if weights is not None:
+            row_weights = ops.cast(self.weight_of_row(weights), "float32")
+            picked = picked * ops.expand_dims(row_weights, 1)
+        served = ops.arange(num_rows, dtype="int32") < ops.sum(self.sizes)
+        picked = ops.where(ops.expand_dims(served, 1), picked, 0.0)
+        token = ops.where(served, self.token_of_row(), 0)
+        return ops.cast(ops.segment_sum(picked, token, num_tokens), rows.dtype)
+
+
+def dispatch_rows(tokens, groups):
+    """The rows of all groups, (R, D), from tokens (T, D); the gradient is `sum_rows`."""
+    groups_of = type(groups)
+
+    def forward(inputs, context):
+        return backend.gather_rows(inputs[0], groups_of(*context).token_of_row()), ()
+
+    def backward(inputs, context, saved, gradient):
+        return (groups_of(*context).sum_rows(gradient),)
+
+    return backend.differentiable(forward, backward, (tokens,), tuple(groups))
+
+
+def combine_rows(rows, weights, groups):
+    """`sum_rows` with gradients for rows and weights that are gathers."""
+    groups_of = type(groups)
+
+    def forward(inputs, context):
+        rows, weights = inputs
+        return groups_of(*context).sum_rows(rows, weights), ()
+
+    def backward(inputs, context, saved, gradient):
+        rows, weights = inputs
+        groups = groups_of(*context)
+        row_gradient = backend.gather_rows(gradient, groups.token_of_row())
+        weight_gradient = row_sums(row_gradient * rows)
+        row_weights = ops.cast(groups.weight_of_row(weights), rows.dtype)
+        return (
+            row_gradient * ops.expand_dims(row_weights, 1),
+            ops.cast(groups.at_assignments(weight_gradient[:, 0]), weights.dtype),
+        )
+
+    return backend.differentiable(forward, backward, (rows, weights), tuple(groups))
+
+
+def row_sums(values):
+    """(R, 1) float32 sums along the last axis."""
+    return ops.sum(ops.cast(values, "float32"), axis=1, keepdims=True)

@@ -1,0 +1,35 @@
+"""Score functions: from the logits of a router to what experts are chosen and weighted by."""
+
+from keras import ops
+
+# Added to scores that could otherwise be zero: a router that pushed all of a token's scores there
+# would divide zero by zero, or escape the balance loss, whose gradient vanishes with the scores.
+SMALLEST_SCORE = 1e-7
+
+
+def softmax(logits):
+    """Softmax over the experts, whose NaN logits make all scores of a token NaN.
+
+    TensorFlow's own softmax on CPUs gives the other experts a score of 0 there, which would hide
+    a broken router; and `ops.softmax` warns of a single expert.
+    """
+    return ops.exp(ops.log_softmax(logits, axis=-1))
+
+
+def sigmoid(logits):
+    """Each expert scored alone: DeepSeek-V3 (arXiv:2412.19437), eq. 15."""
+    return ops.sigmoid(logits) + SMALLEST_SCORE
+
+
+def sqrt_softplus(logits):
+    """`sqrt(log(1 + exp(z)))`, which grows with the logit where a sigmoid saturates."""
+    # Inside the root: its slope at zero is infinite.
+    return ops.sqrt(ops.softplus(logits) + SMALLEST_SCORE**2)
+
+
+SCORES = {"softmax": softmax, "sigmoid": sigmoid, "sqrt_softplus": sqrt_softplus}
+
+
+def distribution(scores):
+    """Scores (T, E) as shares of their sum."""
+    return scores / ops.maximum(ops.sum(scores, axis=-1, keepdims=True), 1e-20)

@@ -1,0 +1,69 @@
+"""Selection: which experts of a token have the best scores, under one constraint or another."""
+
+from keras import ops
+
+
+def top_k_indices(scores, top_k):
+    """The `top_k` experts of each token, best first; a tie goes to the lower index.
+
+    NaN scores choose valid experts too: the output is NaN then, and nothing is read out of range.
+
+    Args:
+        scores: (T, E) float32 tensor.
+        top_k: experts per token.
+
+    Returns:
+        (T, K) int32.
+    """
+    # K rounds of argmax agree on ties and NaN on every backend, where top_k does not, and for a
+    # few experts per token they are as fast.
+    num_tokens, num_experts = scores.shape
+    if num_tokens == 0:  # Keras has no maximum of nothing.
+        return ops.zeros((0, top_k), "int32")
+    scores = ops.stop_gradient(scores)
+    scores = ops.where(ops.isnan(scores), float("-inf"), scores)
+    experts = ops.arange(num_experts, dtype="int32")
+    taken = ops.zeros_like(scores, dtype="bool")
+    chosen = []
+    for _ in range(top_k):
+        # A taken expert ranks below one whose score is minus infinity.
+        best = ops.max(ops.where(taken, float("-inf"), scores), axis=-1, keepdims=True)
+        candidates = ops.logical_and(ops.logical_not(taken), scores >= best)
+        index = ops.min(ops.where(candidates, experts, num_experts), axis=-1)
+        chosen.append(index)
+        taken = ops.logical_or(taken, ops.expand_dims(index, 1) == experts)
+    return ops.stack(chosen, axis=1)
+
+
+def group_limited_scores(scores, num_groups, top_groups):
+    """Minus infinity for the experts outside a token's best groups.
+
+    A group is as good as the sum of its two best experts. DeepSeek-V3 (arXiv:2412.19437),
+    section 2.1.2, there called nodes. Not zero, as some implementations have it: a selection bias
+    makes scores negative, and an excluded expert would beat an admitted one.
+
+    Args:
+        scores: (T, E) float32 tensor.
+        num_groups: number of groups of neighbouring experts; divides E.
+        top_groups: groups a token may choose from.
+
+    Returns:
+        (T, E) float32.
+    """
+    size = scores.shape[-1] // num_groups
+    grouped = ops.reshape(scores, (-1, num_groups, size))
+    best = top_k_indices(ops.reshape(grouped, (-1, size)), min(2, size))
+    flat = ops.sum(take_scores(ops.reshape(grouped, (-1, size)), best), axis=-1)
+    chosen = top_k_indices(ops.reshape(flat, (-1, num_groups)), top_groups)
+    group_of_expert = ops.arange(scores.shape[-1], dtype="int32") // size
+    admitted = ops.any(ops.expand_dims(chosen, -1) == group_of_expert, axis=1)
+    return ops.where(admitted, scores, float("-inf"))
+
+
+def take_scores(scores, indices):
+    """The scores (T, E) of the chosen experts (T, K), as (T, K); 0 where an index is -1.
+
+    A sum over one-hot rows: its gradient is a product, where that of a gather is a scatter.
+    """
+    chosen = ops.expand_dims(indices, -1) == ops.arange(scores.shape[-1], dtype="int32")
+    return ops.sum(ops.where(chosen, ops.expand_dims(scores, 1), 0.0), axis=-1)

@@ -1,0 +1,98 @@
+"""Soft mixtures: experts run on weighted means of tokens, and nothing is chosen.
+
+Axes: T tokens, B sequences, S tokens of a sequence, E experts, P slots of an expert for each
+sequence, M = E * P, D features.
+"""
+
+from typing import Any, NamedTuple
+
+from keras import ops
+
+from keras_moe.ops.groups import Groups
+from keras_moe.ops.plans import GroupedPlan
+from keras_moe.ops.routing import clean_logits, make_routing
+from keras_moe.ops.scores import softmax
+from keras_moe.ops.selection import take_scores, top_k_indices
+
+
+def soft_routing(logits, num_experts, mask=None, sequence_length=None):
+    """Each slot is a mean of the tokens of a sequence, each token a mean of the slots' outputs.
+
+    Puigcerver et al. 2023, Soft MoE (arXiv:2308.00951), eq. 1 to 3.
+
+    Args:
+        logits: (T, E * P) tensor, computed on in float32; the slots of an expert are neighbours.
+        num_experts: E.
+        mask: (T,) bool tensor, False for padding, or None.
+        sequence_length: S, or None where all tokens are one sequence.
+
+    Returns:
+        A `Routing` that names for each token the expert it takes most from, with K = 1 and that
+        expert's share as weight; the logits of an expert are the largest of its slots. `details`
+        holds the weights for `plan_soft`: to slots and back, both (B, S, M).
+    """
+    logits, mask = clean_logits(logits, mask)
+    num_tokens, num_slots = ops.shape(logits)[0], logits.shape[1]
+    length = num_tokens if sequence_length is None else sequence_length
+    by_sequence = ops.reshape(logits, (-1, length, num_slots))
+    real = ops.reshape(mask, (-1, length, 1))
+    back = ops.where(real, softmax(by_sequence), 0.0)
+    # Where all is padding the slots are zero: no 0 / 0.
+    highest = ops.max(ops.where(real, by_sequence, -3e38), axis=1, keepdims=True)
+    parts = ops.where(real, ops.exp(by_sequence - ops.stop_gradient(highest)), 0.0)
+    to_slots = parts / ops.maximum(ops.sum(parts, axis=1, keepdims=True), 1e-30)
+
+    probs = ops.sum(ops.reshape(softmax(logits), (num_tokens, num_experts, -1)), axis=-1)
+    indices = top_k_indices(probs, 1)
+    num_runs = ops.shape(by_sequence)[0] * (num_slots // num_experts)
+    return make_routing(
+        indices=indices,
+        weights=take_scores(probs, indices),
+        probs=probs,
+        logits=ops.max(ops.reshape(logits, (num_tokens, num_experts, -1)), axis=-1),
+        mask=mask,
+        counts=ops.zeros((num_experts,), "int32") + num_runs,
+        details=(to_slots, back),
+    )
+
+
+class SoftPlan(NamedTuple):
+    """Slots instead of rows.
+
+    - `to_slots` (B, S, M): each token's share of a slot.
+    - `back` (B, S, M): each slot's share of a token.
+    """
+
+    to_slots: Any
+    back: Any
+
+    def run(self, experts, tokens):
+        """What a bank of experts makes of tokens (T, D), by way of the slots."""
+        num_experts = experts.num_experts
+        sequences, length, num_slots = ops.shape(self.back)
+        features = tokens.shape[-1]
+        by_sequence = ops.reshape(tokens, (sequences, length, features))
+        to_slots = ops.cast(self.to_slots, tokens.dtype)
+        # (M, B, D): all slots of an expert behind one another.
+        slots = ops.einsum("bsm,bsd->mbd", to_slots, by_sequence)
+        rows = ops.reshape(slots, (-1, features))
+        outputs = experts(rows, _one_row_a_slot(ops.shape(rows)[0], num_experts))
+        width = outputs.shape[-1]
+        outputs = ops.reshape(outputs, (num_slots, sequences, width))
+        mixed = ops.einsum("bsm,mbd->bsd", ops.cast(self.back, outputs.dtype), outputs)
+        return ops.reshape(mixed, (-1, width))
+
+
+def plan_soft(routing):
+    """The plan of `soft_routing`."""
+    return SoftPlan(*routing.details)
+
+
+def _one_row_a_slot(num_rows, num_experts):
+    rows = ops.arange(num_rows, dtype="int32")
+    groups = Groups(
+        sizes=ops.zeros((num_experts,), "int32") + num_rows // num_experts,
+        assignment_of_row=rows,
+        rows_of_token=ops.expand_dims(rows, 1),
+    )
+    return GroupedPlan(groups, ops.ones((num_rows, 1), "float32"))

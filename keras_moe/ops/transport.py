@@ -1,0 +1,87 @@
+"""Balanced selection: assignments that give every expert its fair share of the tokens."""
+
+from keras import ops
+
+from keras_moe.ops.plans import place_in_queue
+
+
+def sinkhorn_plan(logits, mask, iterations):
+    """The plan closest to the softmax whose experts all have the same load.
+
+    Rows and columns of `exp(logits)` are scaled in turn until each real token gives 1 and each
+    expert receives N / E. In logarithms, because `exp` of a large logit is infinite, and for a
+    fixed number of rounds, because a compiled loop is faster for it. Cuturi 2013
+    (arXiv:1306.0895), algorithm 1; for routing Clark et al. 2022 (arXiv:2202.01169).
+
+    Args:
+        logits: (T, E) float32 tensor.
+        mask: (T,) bool tensor, False for padding.
+        iterations: number of rounds.
+
+    Returns:
+        (T, E) float32 logarithm of the plan; minus infinity for padding.
+    """
+    num_experts = logits.shape[-1]
+    real = ops.expand_dims(mask, 1)
+    logits = ops.where(real, logits, float("-inf"))
+    num_real = ops.sum(ops.cast(mask, "float32"))
+    target = ops.log(ops.maximum(num_real, 1.0) / num_experts)
+
+    def scale(_, prices):
+        rows = ops.where(real, logits + prices, 0.0)
+        given = ops.where(real, rows - ops.logsumexp(rows, axis=1, keepdims=True), float("-inf"))
+        received = ops.logsumexp(given, axis=0)
+        # An expert that receives nothing, not even rounding errors, keeps its price.
+        return prices + ops.where(ops.isfinite(received), target - received, 0.0)
+
+    prices = ops.fori_loop(0, iterations, scale, ops.zeros((num_experts,), "float32"))
+    rows = ops.where(real, logits + prices, 0.0)
+    return ops.where(real, rows - ops.logsumexp(rows, axis=1, keepdims=True), float("-inf"))
+
+
+def balanced_assignment(scores, mask):
+    """One expert for each token, none with more than `ceil(N / E)` tokens.
+
+    Tokens propose to their best expert, experts keep their best proposals, and who is rejected
+    proposes to the next (deferred acceptance, Gale and Shapley 1962): no token and expert would
+    both rather have each other. BASE layers (arXiv:2103.16716) maximise the sum of the scores by an
+    auction instead, whose number of rounds depends on the scores.
+
+    Args:
+        scores: (T, E) float32 tensor; what is not finite counts as the lowest.
+        mask: (T,) bool tensor, False for padding.
+
+    Returns:
+        (T,) int32; padding is given expert 0.
+    """
+    num_tokens, num_experts = ops.shape(scores)[0], scores.shape[-1]
+    scores = ops.where(ops.isfinite(scores), scores, -3e38)
+    num_real = ops.sum(ops.cast(mask, "int32"))
+    room = (num_real + num_experts - 1) // num_experts
+    experts = ops.arange(num_experts, dtype="int32")
+
+    def propose(open_to):
+        choice = ops.argmax(ops.where(open_to, scores, float("-inf")), axis=-1)
+        return ops.cast(choice, "int32")
+
+    def turn_away(open_to, rejected):
+        choice = propose(open_to)
+        offer = ops.max(ops.where(open_to, scores, float("-inf")), axis=-1)
+        best_first = ops.cast(ops.argsort(-offer), "int32")
+        expert = ops.take(ops.where(mask, choice, num_experts), best_first)
+        place = place_in_queue(expert, num_experts + 1)
+        refused = ops.logical_and(place >= room, expert < num_experts)
+        rejected = ops.scatter(
+            ops.expand_dims(best_first, 1), ops.cast(refused, "int32"), (num_tokens,)
+        )
+        refusing = ops.logical_and(
+            ops.expand_dims(rejected > 0, 1), ops.expand_dims(choice, 1) == experts
+        )
+        return ops.logical_and(open_to, ops.logical_not(refusing)), ops.sum(rejected)
+
+    open_to, _ = ops.while_loop(
+        lambda open_to, rejected: rejected > 0,
+        turn_away,
+        (ops.ones_like(scores, dtype="bool"), ops.ones((), "int32")),
+    )
+    return ops.where(mask, propose(open_to), 0)

@@ -1,0 +1,145 @@
+"""Balancing without a loss: what moves the selection bias of a router.
+
+Axes: T tokens, E experts, K experts per token.
+"""
+
+import math
+
+from keras import ops
+
+from keras_moe import backend
+from keras_moe.ops.selection import take_scores, top_k_indices
+from keras_moe.serialization import register, resolve
+from keras_moe.validation import check_fraction, check_positive_integer, check_positive_number
+
+
+class SelectionBalancer:
+    """Abstract: from routings to a selection bias that evens out the load.
+
+    In training a router measures each batch and, once an optimizer step, updates its bias with the
+    mean of the measurements. The bias of a step is fixed before the step, so that no token's
+    experts depend on later tokens. Padding is not measured.
+
+    A subclass implements `measure(routing, scores, bias)` and `update(bias, measured)`; all but
+    the scores (T, E) are of length E.
+
+    Args:
+        accumulation_steps: micro-batches of an optimizer step, the `gradient_accumulation_steps`
+            of the optimizer.
+    """
+
+    def __init__(self, accumulation_steps=1):
+        check_positive_integer("accumulation_steps", accumulation_steps)
+        self.accumulation_steps = accumulation_steps
+
+    def measure(self, routing, scores, bias):
+        raise NotImplementedError(f"{type(self).__name__} must implement `measure`.")
+
+    def update(self, bias, measured):
+        raise NotImplementedError(f"{type(self).__name__} must implement `update`.")
+
+    def get_config(self):
+        return {"accumulation_steps": self.accumulation_steps}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+
+@register
+class LossFreeBias(SelectionBalancer):
+    """Raises the bias of experts with less than the mean load, lowers that of the others.
+
+    `b_e <- b_e + rate * sign(mean(c) - c_e)`, then the mean of b is taken off, which changes no
+    selection and keeps b near zero. There is no loss, so nothing pulls against the task.
+
+    Args:
+        rate: step of the bias. Scores are at most 1, so 0.001 is fine for long trainings; a few
+            hundred steps need 0.01.
+        accumulation_steps: micro-batches of an optimizer step.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+
+    >>> balancer = keras_moe.routers.LossFreeBias(rate=0.01)
+    >>> router = keras_moe.routers.TopKRouter(num_experts=8, score="sigmoid", balancer=balancer)
+
+    Reference: Wang et al. 2024 (arXiv:2408.15664), algorithm 1; DeepSeek-V3 (arXiv:2412.19437),
+    section 2.1.2. Taking the mean off is not in the papers.
+    """
+
+    def __init__(self, rate=1e-3, accumulation_steps=1):
+        super().__init__(accumulation_steps)
+        check_positive_number("rate", rate)
+        self.rate = rate
+
+    def measure(self, routing, scores, bias):
+        return backend.sum_over_replicas(ops.cast(routing.counts, "float32"))
+
+    def update(self, bias, measured):
+        bias = bias + self.rate * ops.sign(ops.mean(measured) - measured)
+        return bias - ops.mean(bias)
+
+    def get_config(self):
+        return {**super().get_config(), "rate": self.rate}
+
+
+@register
+class QuantileBias(SelectionBalancer):
+    """Sets the bias so that each expert would have had its fair share of the last batch.
+
+    A token needs more than its threshold, the (K+1)-th best of its biased scores, to choose an
+    expert. The bias of an expert is such that its score is above the threshold for N K / E of the N
+    tokens: minus a quantile over the tokens. No rate is needed, and it follows in a few steps.
+
+    Args:
+        momentum: share of the old bias that is kept, from 0 to below 1.
+        accumulation_steps: micro-batches of an optimizer step.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+
+    >>> balancer = keras_moe.routers.QuantileBias(momentum=0.9)
+    >>> router = keras_moe.routers.TopKRouter(num_experts=8, score="sigmoid", balancer=balancer)
+
+    Reference: the quantile balancing of Megatron-Core, whose dual variable beta is minus this bias.
+    """
+
+    def __init__(self, momentum=0.0, accumulation_steps=1):
+        super().__init__(accumulation_steps)
+        check_fraction("momentum", momentum)
+        self.momentum = momentum
+
+    def measure(self, routing, scores, bias):
+        num_experts, top_k = scores.shape[-1], routing.indices.shape[-1]
+        if top_k == num_experts:
+            return ops.zeros((num_experts,), "float32")
+        biased = scores + bias
+        threshold = take_scores(biased, top_k_indices(biased, top_k + 1)[:, top_k:])
+        margin = ops.where(ops.expand_dims(routing.mask, 1), scores - threshold, -math.inf)
+        margin = -ops.sort(-margin, axis=0)
+        num_real = ops.sum(ops.cast(routing.mask, "int32"))
+        fair_share = num_real * top_k // num_experts
+        last = ops.maximum(num_real - 1, 0)
+        quantile = ops.take(margin, ops.minimum(fair_share, last), axis=0)
+        # Without a real token there is nothing to learn: the bias stays.
+        return ops.where(ops.isfinite(quantile), -quantile, bias)
+
+    def update(self, bias, measured):
+        bias = self.momentum * bias + (1 - self.momentum) * measured
+        return bias - ops.mean(bias)
+
+    def get_config(self):
+        return {**super().get_config(), "momentum": self.momentum}
+
+
+BY_NAME = {"loss_free": LossFreeBias, "quantile": QuantileBias}
+
+
+def get(identifier):
+    """A balancer from an instance, a config, "loss_free" or "quantile"."""
+    return resolve("balancer", identifier, SelectionBalancer, BY_NAME)

@@ -1,0 +1,67 @@
+"""Routing by direction."""
+
+import math
+
+import keras
+from keras import ops
+
+from keras_moe.routers.selection_router import SelectionRouter
+from keras_moe.serialization import register
+from keras_moe.validation import check_positive_integer
+
+
+@register
+class CosineRouter(SelectionRouter):
+    """Logits are cosines between a projection of the token and a direction of each expert.
+
+    Norms of tokens and experts have no say, which keeps tokens from gathering around the directions
+    of experts. `logits = scale * cos(x W, direction_e)` with a learned scale of at most 100,
+    at first 2.
+
+    Args:
+        num_experts: number of experts, E.
+        projection_dim: width of the projection.
+        **kwargs: the other arguments of `TopKRouter`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Call arguments and returns: as for `TopKRouter`.
+
+    Example:
+
+    >>> router = keras_moe.routers.CosineRouter(num_experts=8, projection_dim=16)
+    >>> router(keras.random.normal((32, 64))).indices.shape
+    (32, 2)
+
+    Reference: Chi et al. 2022, X-MoE (arXiv:2204.09179), eq. 5 and 6; scale and cap as in Tutel.
+    """
+
+    def __init__(self, num_experts, projection_dim=256, **kwargs):
+        super().__init__(num_experts, **kwargs)
+        check_positive_integer("projection_dim", projection_dim)
+        self.projection_dim = projection_dim
+
+    def build(self, tokens_shape):
+        super().build(tokens_shape)
+        self.directions = self._add_kernel("directions", (self.projection_dim, self.num_experts))
+        self.log_scale = self.add_weight(
+            name="log_scale", shape=(), initializer=keras.initializers.Constant(math.log(2.0))
+        )
+
+    def kernel_shape(self, features):
+        return features, self.projection_dim
+
+    def project(self, tokens):
+        scale = ops.exp(ops.minimum(self.log_scale, math.log(100.0)))
+        tokens = _unit(ops.matmul(tokens, self.kernel), axis=1)
+        return scale * ops.matmul(tokens, _unit(self.directions, axis=0))
+
+    def get_config(self):
+        return {**super().get_config(), "projection_dim": self.projection_dim}
+
+
+def _unit(vectors, axis):
+    # The constant inside the root: a token of zeros has a gradient then.
+    square = ops.sum(ops.square(vectors), axis=axis, keepdims=True)
+    return vectors * ops.rsqrt(square + 1e-12)

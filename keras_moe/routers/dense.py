@@ -1,0 +1,54 @@
+"""The mixture before sparsity: every expert serves every token."""
+
+from keras import ops
+
+from keras_moe.ops import clean_logits, make_routing
+from keras_moe.ops.scores import softmax
+from keras_moe.routers.logit_router import LogitRouter
+from keras_moe.serialization import register
+
+
+@register
+class DenseRouter(LogitRouter):
+    """All experts serve each token, weighted by a softmax: `y = sum_e p_e f_e(x)`.
+
+    The cost is that of all experts. It is the reference that sparse routers save from, and the best
+    choice for a handful of small experts.
+
+    Args:
+        num_experts: number of experts, E, and experts per token.
+        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
+            `seed`, as in `TopKRouter`, and `name`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Call arguments:
+        tokens: (T, D) float tensor.
+        mask: (T,) bool tensor, False for padding, or None.
+        training: whether noise is drawn.
+
+    Returns:
+        An `ops.Routing`.
+
+    Example:
+
+    >>> router = keras_moe.routers.DenseRouter(num_experts=4)
+    >>> router(keras.random.normal((32, 64))).weights.shape
+    (32, 4)
+
+    References: Jacobs et al. 1991, "Adaptive mixtures of local experts"; Jordan and Jacobs 1994,
+    "Hierarchical mixtures of experts and the EM algorithm".
+    """
+
+    def __init__(self, num_experts, **kwargs):
+        super().__init__(num_experts, **kwargs)
+        self.top_k = num_experts
+
+    def route(self, tokens, mask, training):
+        logits, mask = clean_logits(self.logits(tokens, training), mask)
+        probs = softmax(logits)
+        experts = ops.arange(self.num_experts, dtype="int32")
+        indices = ops.broadcast_to(experts, ops.shape(probs))
+        counts = ops.zeros_like(experts) + ops.sum(ops.cast(mask, "int32"))
+        return make_routing(indices, probs, probs, logits, mask, counts=counts)

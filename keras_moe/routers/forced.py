@@ -1,0 +1,82 @@
+"""Routing that looks at no token, for measurements."""
+
+import keras
+from keras import ops
+
+from keras_moe.ops import top_k_indices
+from keras_moe.routers.hash import fixed_routing
+from keras_moe.routers.router import Router, check_top_k
+from keras_moe.serialization import register
+from keras_moe.validation import check_choice
+
+PATTERNS = ("round_robin", "random", "zipf", "one")
+
+
+@register
+class ForcedRouter(Router):
+    """Sends tokens by a pattern: what does the layer cost under this load?
+
+    - "round_robin": token t goes to experts t K, t K + 1, ..., modulo E: exact balance
+    - "random": K experts at random
+    - "zipf": at random, expert e with a probability proportional to 1 / (e + 1)
+    - "one": all tokens to the first K experts
+
+    Args:
+        num_experts: number of experts, E.
+        top_k: experts per token, K, from 1 to E. They have the weight 1 / K.
+        pattern: one of the above.
+        seed: integer seed of the draws, or None.
+        **kwargs: `name` and the other arguments of a Keras layer.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Call arguments:
+        tokens: (T, D) float tensor; only T matters.
+        mask: (T,) bool tensor, False for padding, or None.
+
+    Returns:
+        An `ops.Routing`.
+
+    Example:
+
+    >>> router = keras_moe.routers.ForcedRouter(num_experts=4, pattern="round_robin")
+    >>> routing = router(keras.random.normal((32, 64)))
+    >>> keras.ops.convert_to_numpy(routing.counts).tolist()
+    [16, 16, 16, 16]
+    """
+
+    def __init__(self, num_experts, top_k=2, pattern="round_robin", seed=None, **kwargs):
+        super().__init__(num_experts, **kwargs)
+        check_top_k(top_k, num_experts, "ForcedRouter")
+        check_choice("pattern", pattern, PATTERNS)
+        self.top_k = top_k
+        self.pattern = pattern
+        self.seed = seed
+        self._draws = keras.random.SeedGenerator(seed)
+
+    def build(self, tokens_shape):
+        pass
+
+    def route(self, tokens, mask, training):
+        indices = self._indices(ops.shape(tokens)[0])
+        return fixed_routing(indices, mask, self.num_experts)
+
+    def _indices(self, num_tokens):
+        choices = ops.arange(self.top_k, dtype="int32")
+        if self.pattern == "one":
+            return ops.zeros((num_tokens, 1), "int32") + choices
+        if self.pattern == "round_robin":
+            first = ops.expand_dims(ops.arange(num_tokens, dtype="int32"), 1) * self.top_k
+            return (first + choices) % self.num_experts
+        # The best of log p + Gumbel noise are draws without replacement.
+        shape = (num_tokens, self.num_experts)
+        uniform = keras.random.uniform(shape, minval=1e-7, seed=self._draws)
+        noise = -ops.log(-ops.log(uniform))
+        if self.pattern == "zipf":
+            noise = noise - ops.log(ops.arange(1, self.num_experts + 1, dtype="float32"))
+        return top_k_indices(noise, self.top_k)
+
+    def get_config(self):
+        config = super().get_config()
+        return {**config, "top_k": self.top_k, "pattern": self.pattern, "seed": self.seed}

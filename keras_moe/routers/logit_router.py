@@ -1,0 +1,85 @@
+"""What routers with a learned map from tokens to logits have in common."""
+
+import keras
+from keras import ops
+
+from keras_moe.routers.router import Router
+from keras_moe.validation import check_fraction, check_not_negative
+
+
+class LogitRouter(Router):
+    """Abstract: a router whose logits are learned; linear, unless a subclass overrides `project`.
+
+    Args:
+        num_experts: number of experts, E.
+        input_jitter: in training the router, not the experts, sees its inputs multiplied by noise
+            uniform in `[1 - input_jitter, 1 + input_jitter]` (Switch uses 0.01). From 0 to below 1.
+        logit_noise: in training, standard deviation of normal noise added to the logits.
+        kernel_initializer: of the kernel (D, E). The default is normal with standard deviation
+            0.02; zeros would send every token to the same experts.
+        kernel_regularizer: of the kernel, or None.
+        seed: integer seed of the noise, or None.
+    """
+
+    def __init__(
+        self,
+        num_experts,
+        input_jitter=0.0,
+        logit_noise=0.0,
+        kernel_initializer=None,
+        kernel_regularizer=None,
+        seed=None,
+        **kwargs,
+    ):
+        check_fraction("input_jitter", input_jitter)
+        check_not_negative("logit_noise", logit_noise)
+        super().__init__(num_experts, **kwargs)
+        self.input_jitter = input_jitter
+        self.logit_noise = logit_noise
+        if kernel_initializer is None:
+            kernel_initializer = keras.initializers.RandomNormal(stddev=0.02, seed=seed)
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.seed = seed
+        self._noise_seed = keras.random.SeedGenerator(seed)
+
+    def build(self, tokens_shape):
+        self.kernel = self._add_kernel("kernel", self.kernel_shape(tokens_shape[-1]))
+
+    def kernel_shape(self, features):
+        return features, self.num_experts
+
+    def project(self, tokens):
+        """Logits (T, E) of tokens (T, D), without noise."""
+        return ops.matmul(tokens, self.kernel)
+
+    def logits(self, tokens, training):
+        """Logits (T, E) of tokens (T, D), with the noise of training."""
+        if training and self.input_jitter:
+            low, high = 1.0 - self.input_jitter, 1.0 + self.input_jitter
+            tokens = tokens * self._noise(keras.random.uniform, tokens, minval=low, maxval=high)
+        logits = self.project(tokens)
+        if training and self.logit_noise:
+            logits = logits + self._noise(keras.random.normal, logits, stddev=self.logit_noise)
+        return logits
+
+    def _add_kernel(self, name, shape):
+        return self.add_weight(
+            name=name,
+            shape=shape,
+            initializer=self.kernel_initializer,
+            regularizer=self.kernel_regularizer,
+        )
+
+    def _noise(self, distribution, like, **kwargs):
+        return distribution(ops.shape(like), dtype="float32", seed=self._noise_seed, **kwargs)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "input_jitter": self.input_jitter,
+            "logit_noise": self.logit_noise,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
+            "seed": self.seed,
+        }

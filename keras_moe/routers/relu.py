@@ -1,0 +1,108 @@
+"""Routing without a choice: what is above zero serves."""
+
+import keras
+from keras import ops
+
+from keras_moe.ops import clean_logits, make_routing, masked_mean, take_scores, top_k_indices
+from keras_moe.ops.scores import distribution
+from keras_moe.routers.logit_router import LogitRouter
+from keras_moe.routers.router import check_top_k
+from keras_moe.serialization import register
+from keras_moe.validation import check_positive_number
+
+
+@register
+class ReLURouter(LogitRouter):
+    """The weights are `relu(logits)`: continuous, and zero for experts that do not serve.
+
+    In training the router adds an L1 loss of its weights, whose strength it adapts until `top_k`
+    experts serve a token on average: it grows by `growth` while there are more and shrinks while
+    there are fewer. The loss weighs each expert by its load, so that it balances as well. No other
+    balance loss is needed.
+
+    Args:
+        num_experts: number of experts, E.
+        top_k: experts per token on average that the loss aims at.
+        max_top_k: most experts per token, K; of more than K above zero the best K serve. All
+            of them, if None: at first about half of the experts are above zero.
+        growth: factor by which the strength of the loss changes in a step, above 1.
+        initial_strength: strength of the loss at first, positive.
+        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
+            `seed`, as in `TopKRouter`, and `name`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Call arguments:
+        tokens: (T, D) float tensor.
+        mask: (T,) bool tensor, False for padding, or None.
+        training: whether the loss is added and adapted, and noise drawn.
+
+    Returns:
+        An `ops.Routing`.
+
+    Example:
+
+    >>> router = keras_moe.routers.ReLURouter(num_experts=8, top_k=2)
+    >>> router(keras.random.normal((32, 64))).weights.shape
+    (32, 8)
+
+    Reference: Wang et al. 2024, ReMoE (arXiv:2412.14711), eq. 5 to 9.
+    """
+
+    def __init__(
+        self, num_experts, top_k=2, max_top_k=None, growth=1.2, initial_strength=1e-8, **kwargs
+    ):
+        super().__init__(num_experts, **kwargs)
+        check_top_k(top_k, num_experts, "ReLURouter")
+        max_top_k = num_experts if max_top_k is None else max_top_k
+        check_top_k(max_top_k, num_experts, "ReLURouter")
+        if not growth > 1:
+            raise ValueError(
+                "`growth` must be above 1, or the loss could not adapt. Received: "
+                f"growth={growth!r}. Pass, for example, 1.2."
+            )
+        check_positive_number("initial_strength", initial_strength)
+        self.target_top_k = top_k
+        self.max_top_k = self.top_k = max_top_k
+        self.growth = growth
+        self.initial_strength = initial_strength
+
+    def build(self, tokens_shape):
+        super().build(tokens_shape)
+        self.strength = self.add_weight(
+            name="strength",
+            shape=(),
+            initializer=keras.initializers.Constant(self.initial_strength),
+            trainable=False,
+        )
+
+    def route(self, tokens, mask, training):
+        logits, mask = clean_logits(self.logits(tokens, training), mask)
+        scores = ops.relu(logits)
+        indices = top_k_indices(scores, self.top_k)
+        weights = take_scores(scores, indices)
+        # `not <=` and not `>`: a NaN score is shown, not hidden.
+        indices = ops.where(ops.logical_not(weights <= 0), indices, -1)
+        routing = make_routing(indices, weights, distribution(scores), logits, mask)
+        if training:
+            self._add_sparsity_loss(routing, scores)
+        return routing
+
+    def _add_sparsity_loss(self, routing, scores):
+        num_real = ops.maximum(ops.sum(ops.cast(routing.mask, "float32")), 1.0)
+        load = ops.cast(routing.counts, "float32") / num_real
+        share = load * self.num_experts / self.target_top_k
+        mean_scores = masked_mean(scores, routing.mask)
+        self.add_loss(self.strength * ops.sum(ops.stop_gradient(share) * mean_scores))
+        error = ops.sign(ops.sum(load) - self.target_top_k)
+        self.strength.assign(self.strength * ops.power(self.growth, error))
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "top_k": self.target_top_k,
+            "max_top_k": self.max_top_k,
+            "growth": self.growth,
+            "initial_strength": self.initial_strength,
+        }

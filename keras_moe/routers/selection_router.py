@@ -1,0 +1,108 @@
+"""What routers that give each token its K best experts have in common."""
+
+import keras
+from keras import ops
+
+from keras_moe.ops.routing import top_k_routing
+from keras_moe.ops.scores import SCORES
+from keras_moe.ops.selection import top_k_indices
+from keras_moe.routers import balancers
+from keras_moe.routers.logit_router import LogitRouter
+from keras_moe.routers.router import check_top_k
+from keras_moe.validation import check_choice, check_positive_number
+
+
+class SelectionRouter(LogitRouter):
+    """Abstract: scores, an optional selection bias, and the best experts by their sum.
+
+    The bias decides who is chosen and never what the chosen weigh. A subclass may override
+    `select(scores)`.
+
+    Args:
+        num_experts: number of experts, E.
+        top_k: experts per token, K, from 1 to E.
+        score: "softmax", "sigmoid" or "sqrt_softplus".
+        renormalize: whether the weights of a token are divided by their sum. None: if K > 1.
+        scaling_factor: what all weights are multiplied by.
+        balancer: "loss_free", "quantile" or a balancer object, which moves the selection bias (E,)
+            in training so that the load evens out. None: there is no bias.
+    """
+
+    def __init__(
+        self,
+        num_experts,
+        top_k=2,
+        score="softmax",
+        renormalize=None,
+        scaling_factor=1.0,
+        balancer=None,
+        **kwargs,
+    ):
+        super().__init__(num_experts, **kwargs)
+        check_top_k(top_k, num_experts, type(self).__name__)
+        check_choice("score", score, SCORES)
+        check_positive_number("scaling_factor", scaling_factor)
+        self.top_k = top_k
+        self.score = score
+        self.renormalize = renormalize
+        self.scaling_factor = scaling_factor
+        self.balancer = None if balancer is None else balancers.get(balancer)
+        self.selection_bias = None
+        # Set to False to freeze the bias alone; `trainable` freezes the kernel.
+        self.updates_selection_bias = True
+
+    def build(self, tokens_shape):
+        super().build(tokens_shape)
+        if self.balancer is not None:
+            state = {"initializer": "zeros", "trainable": False, "shape": (self.num_experts,)}
+            self.selection_bias = self.add_weight(name="selection_bias", **state)
+            self._measured = self.add_weight(name="measured", **state)
+            self._measurements = self.add_weight(
+                name="measurements", **{**state, "shape": (), "dtype": "int32"}
+            )
+
+    def select(self, scores):
+        """Indices (T, K) of the experts with the best scores (T, E)."""
+        return top_k_indices(scores, self.top_k)
+
+    def route(self, tokens, mask, training, indices=None):
+        logits = self.logits(tokens, training)
+        if indices is not None:
+            return self._weigh(logits, mask, lambda scores: ops.cast(indices, "int32"))
+        if self.balancer is None:
+            return self._weigh(logits, mask, self.select)
+        routing = self._weigh(
+            logits, mask, lambda scores: self.select(scores + self.selection_bias)
+        )
+        if training and self.updates_selection_bias:
+            self._balance(routing)
+        return routing
+
+    def _weigh(self, logits, mask, select):
+        return top_k_routing(
+            logits, self.top_k, mask, self.score, self.renormalize, self.scaling_factor, select
+        )
+
+    def _balance(self, routing):
+        scores = ops.stop_gradient(SCORES[self.score](routing.logits))
+        measured = self.balancer.measure(routing, scores, self.selection_bias)
+        measured = self._measured + measured
+        count = self._measurements + 1
+        # Micro-batches of one optimizer step are one batch.
+        is_last = count >= self.balancer.accumulation_steps
+        mean = measured / ops.cast(count, "float32")
+        bias = self.balancer.update(ops.convert_to_tensor(self.selection_bias), mean)
+        self.selection_bias.assign(ops.where(is_last, bias, self.selection_bias))
+        self._measured.assign(ops.where(is_last, 0.0, measured))
+        self._measurements.assign(ops.where(is_last, 0, count))
+
+    def get_config(self):
+        balancer = self.balancer
+        return {
+            **super().get_config(),
+            "top_k": self.top_k,
+            "score": self.score,
+            "renormalize": self.renormalize,
+            "scaling_factor": self.scaling_factor,
+            "balancer": balancer and keras.saving.serialize_keras_object(balancer),
+        }

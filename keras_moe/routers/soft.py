@@ -1,0 +1,81 @@
+"""Nothing is chosen: experts run on mixtures of tokens."""
+
+from keras import ops
+
+from keras_moe.ops import plan_soft, soft_routing
+from keras_moe.routers.logit_router import LogitRouter
+from keras_moe.serialization import register
+from keras_moe.validation import check_positive_integer
+
+
+@register
+class SoftRouter(LogitRouter):
+    """Each expert serves a few slots of each sequence, each a weighted mean of its tokens.
+
+    Everything is differentiable and no token is dropped, whatever the number of experts; the cost
+    is that of `num_experts * slots` tokens a sequence. Each output depends on the whole sequence:
+    not for language models.
+
+    Args:
+        num_experts: number of experts, E.
+        slots: slots of each expert for each sequence, P.
+        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
+            `seed`, as in `TopKRouter`, and `name`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Call arguments:
+        tokens: (T, D) float tensor.
+        mask: (T,) bool tensor, False for padding, or None.
+        sequence_length: tokens in each sequence. None: all are one.
+        training: whether noise is drawn.
+
+    Returns:
+        An `ops.Routing` that names for each token the one expert it takes most from; all serve it.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
+    >>> layer = keras_moe.layers.MixtureOfExperts(experts, router="soft", router_losses=())
+    >>> layer(keras.random.normal((2, 10, 16))).shape
+    (2, 10, 16)
+
+    Reference: Puigcerver et al. 2023 (arXiv:2308.00951), eq. 1 to 3 and, for the unit norms and the
+    scale, section 2.3.
+    """
+
+    causal = False
+    takes_capacity = False
+
+    def __init__(self, num_experts, slots=1, **kwargs):
+        super().__init__(num_experts, **kwargs)
+        check_positive_integer("slots", slots)
+        self.slots = slots
+        self.top_k = 1
+
+    def build(self, tokens_shape):
+        super().build(tokens_shape)
+        self.scale = self.add_weight(name="scale", shape=(), initializer="ones")
+
+    def kernel_shape(self, features):
+        return features, self.num_experts * self.slots
+
+    def project(self, tokens):
+        kernel = self.scale * _unit(self.kernel, axis=0)
+        return ops.matmul(_unit(tokens, axis=1), kernel)
+
+    def route(self, tokens, mask, training, sequence_length=None):
+        logits = self.logits(tokens, training)
+        return soft_routing(logits, self.num_experts, mask, sequence_length)
+
+    def plan(self, routing):
+        return plan_soft(routing)
+
+    def get_config(self):
+        return {**super().get_config(), "slots": self.slots}
+
+
+def _unit(vectors, axis):
+    square = ops.sum(ops.square(vectors), axis=axis, keepdims=True)
+    return vectors * ops.rsqrt(square + 1e-6)
