@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keras_moe import losses
+
 PROBLEM, HINT = "problem", "hint"
 
 # Between all tokens on the same K experts, 0, and an even load, 1.
@@ -16,6 +18,8 @@ INDIFFERENT = 0.98
 CERTAIN = 0.05
 # exp(30) is as far as float32 keeps a second choice apart from nothing.
 EXPLODED_LOGIT = 30.0
+# Weights of `losses.LoadBalance`.
+WEAK_WEIGHT, HEAVY_WEIGHT = 1e-5, 0.1
 # Fewer assignments an expert are not enough to call it dead.
 ENOUGH = 20
 
@@ -61,19 +65,12 @@ def judge_load(counts, top_k, router_losses):
     if not is_enough(counts):
         text = f"{int(counts.sum())} assignments are too few to judge {num_experts} experts."
         return [Finding(HINT, text, f"Give it at least {ENOUGH * num_experts}.")]
-    busiest = counts.max() / counts.sum() * num_experts
     if spread(counts, top_k) < COLLAPSED:
-        top = np.sort(counts)[-top_k:].sum() / counts.sum()
-        text = (
-            f"The experts have collapsed: {top:.0%} of the work goes to {top_k} of {num_experts}."
-        )
-        return [Finding(PROBLEM, text, balance_advice(router_losses))]
-    dead = np.flatnonzero(counts == 0)
+        return [collapsed(counts, router_losses)]
     findings = []
-    if len(dead):
-        findings.append(
-            Finding(PROBLEM, dead_text(dead, num_experts), balance_advice(router_losses))
-        )
+    if not counts.all():
+        findings.append(dead(np.flatnonzero(counts == 0), num_experts, router_losses))
+    busiest = counts.max() / counts.mean()
     if busiest - 1 > IMBALANCED:
         text = f"The busiest expert does {busiest:.1f} times its fair share."
         findings.append(Finding(HINT, text, balance_advice(router_losses)))
@@ -132,13 +129,47 @@ def exploded(how):
     return Finding(PROBLEM, text, fix)
 
 
-def dead_text(dead, num_experts):
-    listed = ", ".join(str(expert) for expert in dead[:10]) + (", ..." if len(dead) > 10 else "")
-    return f"{len(dead)} of {num_experts} experts serve no token at all: {listed}."
+def collapsed(counts, router_losses):
+    share = np.cumsum(np.sort(counts)[::-1]) / np.sum(counts)
+    busy = int(np.argmax(share >= 0.9)) + 1
+    text = (
+        f"The experts have collapsed: {share[busy - 1]:.0%} of the work goes to {busy} of "
+        f"{len(counts)}."
+    )
+    return Finding(PROBLEM, text, balance_advice(router_losses))
+
+
+def dead(experts, num_experts, router_losses):
+    listed = ", ".join(str(expert) for expert in experts[:10])
+    if len(experts) > 10:
+        listed += f" and {len(experts) - 10} more"
+    text = f"{len(experts)} of {num_experts} experts serve no token at all: {listed}."
+    return Finding(PROBLEM, text, balance_advice(router_losses))
 
 
 def is_enough(counts):
     return np.sum(counts) >= ENOUGH * len(counts)
+
+
+def judge_weak_loss(loss):
+    """A finding, if a balancing loss is on but cannot matter, or None."""
+    if not isinstance(loss, losses.LoadBalance) or not 0 < loss.weight < WEAK_WEIGHT:
+        return None
+    text = f"LoadBalance(weight={loss.weight:g}) is too weak to have any effect."
+    return Finding(HINT, text, "Give it a weight of about 0.01, or leave it out.")
+
+
+def judge_heavy_losses(router_losses, total):
+    """A finding, if balancing is most of the total loss, or None.
+
+    `LoadBalance` is never below its weight, which adds nothing but shows what it weighs.
+    """
+    weight = sum(loss.weight for loss in router_losses if isinstance(loss, losses.LoadBalance))
+    if total is None or weight < HEAVY_WEIGHT or weight < 0.5 * abs(total):
+        return None
+    text = f"LoadBalance(weight={weight:g}) is at least half of the loss, {total:.3g}."
+    fix = "The router learns balance instead of the task: give it a weight of about 0.01."
+    return Finding(HINT, text, fix)
 
 
 def balance_advice(router_losses):
@@ -153,13 +184,15 @@ def balance_advice(router_losses):
 
 __all__ = [
     "Finding",
-    "balance_advice",
-    "dead_text",
+    "collapsed",
+    "dead",
     "exploded",
     "is_enough",
     "judge_drops",
+    "judge_heavy_losses",
     "judge_load",
     "judge_router",
+    "judge_weak_loss",
     "not_a_number",
     "spread",
 ]

@@ -150,6 +150,7 @@ CASES = {
     metrics.DeadExperts: _usage_metric(),
     metrics.DroppedFraction: _usage_metric(),
     metrics.ExpertShare: _usage_metric(),
+    callbacks.ExpertHealth: Case(options=lambda: {"every": 5, "patience": 2, "stop": True}),
     callbacks.ExpertMonitor: Case(options=lambda: {"expert_shares": True}),
 }
 

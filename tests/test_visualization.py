@@ -102,6 +102,12 @@ def test_mutual_information_of_known_tables(table, bits):
     assert numbers.mutual_information(np.array(table)) == pytest.approx(bits)
 
 
+def test_padding_is_no_frequent_string():
+    indices = np.array([[0], [1], [1], [-1], [-1], [-1]])
+    axes = drawn(visualization.specialization(indices, ["a", "b", "b", "p", "p", "p"]))[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["b", "a"]
+
+
 def test_coactivation_is_the_share_of_the_rows_tokens():
     indices = np.array([[0, 1], [0, 1], [0, 2], [-1, -1]])
     nan = np.nan

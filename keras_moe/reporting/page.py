@@ -96,7 +96,8 @@ def _bars(counts):
         for expert, (count, part) in enumerate(zip(counts, share))
     )
     label = f"shares from {share.min():.1%} to {share.max():.1%}"
-    return f'<span class="bars" role="img" aria-label="{label}">{bars}</span>'
+    many = " many" if len(counts) > 32 else ""
+    return f'<span class="bars{many}" role="img" aria-label="{label}">{bars}</span>'
 
 
 def _pictures(layers):

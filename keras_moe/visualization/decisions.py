@@ -73,5 +73,5 @@ def _draw_confidence(axes, probs):
         )
         axes.axvline(highest.mean(), color="C1", label=f"mean {highest.mean():.2f}")
     axes.axvline(1 / probs.shape[1], color="grey", ls=":", label="chance")
-    axes.set(xlabel="probability of the first choice", ylabel="share of the tokens", xlim=(0, 1))
+    axes.set(xlabel="probability of the first choice", ylabel="share of the tokens")
     axes.legend()

@@ -38,8 +38,9 @@ def specialization(routings, labels, names=None, num_experts=None):
     """
     tables = {}
     for name, chosen in choices(routings, num_experts).items():
-        groups, rows = grouped(each_token(labels, len(chosen.indices)), names)
-        tables[name] = count_table(chosen.indices, groups, len(rows), chosen.num_experts)
+        real = (chosen.indices >= 0).any(axis=1)
+        groups, rows = grouped(each_token(labels, len(real))[real], names)
+        tables[name] = count_table(chosen.indices[real], groups, len(rows), chosen.num_experts)
     shown = min(len(rows), MAX_ROWS)
     width, height = PANEL_SIZE
 

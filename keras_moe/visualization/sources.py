@@ -49,7 +49,7 @@ def each_token(labels, num_tokens):
 
 def _joined(value):
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], Routing):
-        fields = zip(*(routing[:-2] for routing in value))
+        fields = zip(*(routing[:5] for routing in value))
         counts = sum(routing.counts for routing in value)
         return Routing(*map(np.concatenate, fields), counts=counts, dropped=None)
     if isinstance(value, Routing):

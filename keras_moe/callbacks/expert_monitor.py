@@ -1,4 +1,4 @@
-"""Callbacks that make expert usage visible while a model trains."""
+"""The use of every expert in the logs of each epoch."""
 
 import keras
 from keras import ops

@@ -1,0 +1,182 @@
+"""A watchdog that warns early when experts go wrong."""
+
+import warnings
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_moe import health
+from keras_moe.inspection import moe_layers
+from keras_moe.validation import check_positive_integer
+
+# A collapse that dissolves by itself at this rate from look to look is none.
+_RECOVERY = 0.02
+# An expert may rest for longer than a collapse may last.
+_DEAD_PATIENCE = 3
+# Router kernels that somebody made this large are not an explosion: they must have grown as well.
+_GROWTH = 3.0
+
+
+class ExpertHealth(keras.callbacks.Callback):
+    """Warns in plain words, with what to try, as soon as experts or routers go wrong.
+
+    Looks at every MoE layer for
+
+    - a collapse: nearly all work goes to the same few experts, and it does not get better;
+    - dead experts, which have not served a token for three times as long;
+    - a router with weights that are not a number, or that have grown so large that each choice is
+      absolute;
+    - a `losses.LoadBalance` whose weight is too small to matter, or so large that it is most of
+      the loss.
+
+    Each warning is given once a layer, as a Python `UserWarning`, and kept in `findings`, a list
+    of `(step, layer name, health.Finding)`.
+
+    A look reads the counters and the router weights from the device: E and D x E numbers a layer.
+    Nothing is read between looks, so training runs ahead. On JAX, where `fit` holds the state
+    itself, a look also hands it back to the model: no copy, but some microseconds for each weight.
+
+    Works with and without `ExpertMonitor`, in any order.
+
+    Args:
+        every: training batches from look to look.
+        patience: looks that a collapse must last before it is one.
+        stop: whether a problem ends the training, one batch after the look.
+
+    Raises:
+        ValueError: If an argument is out of its range, or the model has no MoE layer.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
+    >>> model = keras.Sequential([
+    ...     keras.Input((16,)), keras_moe.layers.MixtureOfExperts(experts), keras.layers.Dense(1)
+    ... ])
+    >>> model.compile("adam", "mse")
+    >>> x, y = keras.random.normal((64, 16)), keras.random.normal((64, 1))
+    >>> watchdog = keras_moe.callbacks.ExpertHealth(stop=True)
+    >>> history = model.fit(x, y, callbacks=[watchdog], verbose=0)
+    >>> watchdog.findings
+    []
+    """
+
+    def __init__(self, every=10, patience=3, stop=False):
+        check_positive_integer("every", every)
+        check_positive_integer("patience", patience)
+        super().__init__()
+        self.every = every
+        self.patience = patience
+        self.stop = stop
+        self.findings = []
+
+    def on_train_begin(self, logs=None):
+        self.findings = []
+        self._step = 0
+        self._told = set()
+        self._watches = {}
+        for name, layer in moe_layers(self.model).items():
+            for loss in layer.router_losses:
+                self._tell(name, "weak loss", health.judge_weak_loss(loss))
+
+    def on_epoch_begin(self, epoch, logs=None):
+        # `ExpertMonitor` sets counters back between epochs.
+        for name, layer in moe_layers(self.model).items():
+            if layer.built and name in self._watches:
+                self._watches[name].seen = _read(layer.expert_counts)
+
+    # Not `on_train_batch_end`: a callback that defines it makes Keras wait for every batch.
+    def on_train_batch_begin(self, batch, logs=None):
+        if self._step % self.every == 0:
+            self._look()
+        self._step += 1
+
+    def on_epoch_end(self, epoch, logs=None):
+        loss = (logs or {}).get("loss")
+        for name, layer in moe_layers(self.model).items():
+            self._tell(name, "heavy loss", health.judge_heavy_losses(layer.router_losses, loss))
+
+    def _look(self):
+        # Keras has this on JAX only.
+        getattr(self.model, "jax_state_sync", lambda: None)()
+        for name, layer in moe_layers(self.model).items():
+            if not layer.built:
+                continue
+            if name not in self._watches:
+                self._watches[name] = _Watch(layer, self.patience)
+                continue
+            for kind, finding in self._watches[name].look(layer):
+                self._tell(name, kind, finding)
+
+    def _tell(self, name, kind, finding):
+        if finding is None or (name, kind) in self._told:
+            return
+        self._told.add((name, kind))
+        self.findings.append((self._step, name, finding))
+        warnings.warn(f"{name}, step {self._step}: {finding.text} {finding.fix}", stacklevel=2)
+        if self.stop and finding.level == health.PROBLEM:
+            self.model.stop_training = True
+
+
+class _Watch:
+    """What is remembered of one layer from look to look."""
+
+    def __init__(self, layer, patience):
+        self.patience = patience
+        self.seen = _read(layer.expert_counts)
+        self._window = np.zeros_like(self.seen)
+        self._spreads = []
+        self._idle = np.zeros(len(self.seen), "int64")
+        self._first_size = _router_size(layer.router)
+
+    def look(self, layer):
+        """Yield pairs of a kind and a finding."""
+        yield "router", self._judge_router(layer.router)
+        counts = _read(layer.expert_counts)
+        # Counters that were set back in between start from zero.
+        self._window += counts - self.seen if (counts >= self.seen).all() else counts
+        self.seen = counts
+        if health.is_enough(self._window):
+            yield "collapse", self._judge_spread(layer)
+            yield "dead", self._judge_idle(layer)
+            self._window = np.zeros_like(counts)
+
+    def _judge_router(self, router):
+        size = _router_size(router)
+        if not np.isfinite(size):
+            return health.not_a_number()
+        if size > max(health.EXPLODED_LOGIT, _GROWTH * self._first_size):
+            return health.exploded(f"spread by {size:.0f} for inputs of size 1")
+        return None
+
+    def _judge_spread(self, layer):
+        self._spreads.append(health.spread(self._window, layer.router.top_k))
+        latest = self._spreads[-self.patience :]
+        recovers = latest[-1] - latest[0] > _RECOVERY * (self.patience - 1)
+        if len(latest) < self.patience or max(latest) >= health.COLLAPSED or recovers:
+            return None
+        return health.collapsed(self._window, layer.router_losses)
+
+    def _judge_idle(self, layer):
+        self._idle = np.where(self._window > 0, 0, self._idle + 1)
+        dead = np.flatnonzero(self._idle >= _DEAD_PATIENCE * self.patience)
+        return health.dead(dead, len(self._idle), layer.router_losses) if len(dead) else None
+
+
+def _read(weight):
+    return ops.convert_to_numpy(weight.value).astype("float64")
+
+
+def _router_size(router):
+    """Standard deviation of the largest logit for inputs with a variance of 1.
+
+    NaN if any weight of the router is, 0 if it has no kernel.
+    """
+    weights = [_read(weight) for weight in router.weights if "float" in weight.dtype]
+    if not all(np.isfinite(weight).all() for weight in weights):
+        return np.nan
+    kernel = getattr(router, "kernel", None)
+    return 0.0 if kernel is None else np.linalg.norm(_read(kernel), axis=0).max()
+
+
+__all__ = ["ExpertHealth"]

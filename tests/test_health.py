@@ -1,0 +1,219 @@
+"""ExpertHealth: a collapsed run is told early, a healthy one never; every verdict and its fix."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from layer_checks import D, E, moe, normal
+
+from keras_moe import health, layers, losses, routers
+from keras_moe.callbacks import ExpertHealth, ExpertMonitor
+
+EXPERTS, STEPS, BATCH = 8, 60, 16
+
+
+def clustered(seed, size=STEPS * BATCH):
+    """Tokens of sixteen clusters, each with a linear map of its own to learn."""
+    generator = np.random.default_rng(seed)
+    cluster = generator.integers(0, 16, size)
+    x = generator.normal(size=(16, D))[cluster] + 0.5 * generator.normal(size=(size, D))
+    maps = generator.normal(size=(16, D, 1)) / np.sqrt(D)
+    return x.astype("float32"), np.einsum("nd,ndo->no", x, maps[cluster]).astype("float32")
+
+
+def model_of(layer, optimizer=None):
+    model = keras.Sequential([keras.Input((D,)), layer, keras.layers.Dense(1)])
+    model.compile(optimizer or keras.optimizers.Adam(1e-2), "mse")
+    return model
+
+
+def expert_layer(router="top_k", router_losses=("load_balance", "router_z")):
+    experts = layers.FeedForwardExperts(EXPERTS, 8)
+    return layers.MixtureOfExperts(experts, router, router_losses, name="moe")
+
+
+def collapsed_layer():
+    """A router of zeros has no gradient to leave the first experts by without a balancing loss."""
+    router = routers.TopKRouter(EXPERTS, kernel_initializer="zeros", trainable=False)
+    return expert_layer(router, router_losses=())
+
+
+def watched(model, x, y, watchdog, *others, **kwargs):
+    """The findings, and how many batches were trained."""
+    batches = CountBatches()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        options = {"batch_size": BATCH, "shuffle": False, "verbose": 0, **kwargs}
+        model.fit(x, y, callbacks=[*others, watchdog, batches], **options)
+    told = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    expected = [f"{n}, step {step}: {f.text} {f.fix}" for step, n, f in watchdog.findings]
+    assert told == expected
+    return watchdog.findings, batches.count
+
+
+class CountBatches(keras.callbacks.Callback):
+    count = 0
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.count += 1
+
+
+def restart(model, seed):
+    """New weights and a new optimizer state without a new compilation."""
+    keras.utils.set_random_seed(seed)
+    fresh = model_of(expert_layer())
+    model.set_weights(fresh.get_weights())
+    for variable in model.optimizer.variables:
+        if "learning_rate" not in variable.path:
+            variable.assign(keras.ops.zeros(variable.shape, variable.dtype))
+
+
+def test_healthy_runs_are_never_flagged():
+    model = model_of(expert_layer())
+    for seed in range(20):
+        restart(model, seed)
+        findings, _ = watched(model, *clustered(seed), ExpertHealth(every=5))
+        assert not findings, f"seed {seed}"
+
+
+def test_a_collapsed_run_is_flagged_within_fifty_steps():
+    model = model_of(collapsed_layer())
+    for seed in range(20):
+        findings, _ = watched(model, *clustered(seed), ExpertHealth(stop=True))
+        (step, name, finding), *_ = findings
+        assert step <= 50 and name == "moe"
+        assert finding.text == ("The experts have collapsed: 100% of the work goes to 2 of 8."), (
+            f"seed {seed}"
+        )
+
+
+def test_short_epochs_change_nothing():
+    model = model_of(collapsed_layer())
+    options = {"epochs": 6, "batch_size": 32}
+    findings, _ = watched(model, *clustered(0, 7 * 32), ExpertHealth(), ExpertMonitor(), **options)
+    assert findings[0][0] <= 50
+
+
+def test_training_stops_when_asked_to():
+    x, y = clustered(0)
+    _, batches = watched(model_of(collapsed_layer()), x, y, ExpertHealth(stop=True), epochs=3)
+    assert batches == 31
+    _, batches = watched(model_of(collapsed_layer()), x, y, ExpertHealth())
+    assert batches == STEPS
+
+
+def test_dead_experts_are_told_after_a_longer_while():
+    experts = layers.LayerExperts([keras.layers.Identity() for _ in range(E)])
+    router = routers.TopKRouter(E, 1, kernel_initializer=scaled_identity)
+    layer = moe(experts, router=router, router_losses=(), name="moe")
+    x = np.eye(D, dtype="float32")[np.tile([0, 1, 2], 40 * BATCH)]
+    model = model_of(layer, keras.optimizers.SGD(0.0))
+    findings, _ = watched(model, x, x[:, :1], ExpertHealth(every=5, patience=2))
+    assert [(step, finding.text) for step, _, finding in findings] == [
+        (30, "1 of 4 experts serve no token at all: 3.")
+    ]
+
+
+@keras.saving.register_keras_serializable("tests")
+def scaled_identity(shape, dtype=None):
+    return 10 * keras.ops.eye(*shape, dtype=dtype)
+
+
+def test_a_router_that_is_not_a_number_is_told():
+    x, y = clustered(0, 20 * BATCH)
+    x[BATCH] = np.nan
+    findings, _ = watched(model_of(expert_layer()), x, y, ExpertHealth(every=2, stop=True))
+    assert findings[0][2].text == "The router computes what is not a number."
+    assert findings[0][0] == 2
+
+
+def test_exploding_logits_are_told():
+    model = model_of(expert_layer(router_losses=()), keras.optimizers.Adam(5.0))
+    findings, _ = watched(model, *clustered(0), ExpertHealth())
+    assert any(finding.text.startswith("Router logits explode") for _, _, finding in findings)
+
+
+@pytest.mark.parametrize(
+    "weight, text",
+    [
+        (1e-7, "LoadBalance(weight=1e-07) is too weak to have any effect."),
+        (100.0, "LoadBalance(weight=100) is at least half of the loss, "),
+        (1e-2, None),
+        (0, None),
+    ],
+)
+def test_a_useless_weight_is_told(weight, text):
+    model = model_of(expert_layer(router_losses=[losses.LoadBalance(weight)]))
+    findings, _ = watched(model, *clustered(0, 4 * BATCH), ExpertHealth())
+    assert [finding.text.startswith(text or "-") for _, _, finding in findings] == [True] * (
+        text is not None
+    )
+
+
+def test_a_model_that_is_built_by_its_first_batch_is_watched():
+    model = keras.Sequential([collapsed_layer(), keras.layers.Dense(1)])
+    model.compile("adam", "mse")
+    findings, _ = watched(model, *clustered(0), ExpertHealth())
+    assert findings[0][0] <= 50
+
+
+@pytest.mark.parametrize(
+    "counts, top_k, expected",
+    [
+        ([5, 5, 5, 5], 1, 1.0),
+        ([9, 0, 0, 0], 1, 0.0),
+        ([5, 5, 0, 0], 2, 0.0),
+        ([5, 5, 0, 0], 1, 1 / 3),
+        ([0, 0, 0, 0], 1, 0.0),
+        ([5], 1, 1.0),
+    ],
+)
+def test_spread_of_known_loads(counts, top_k, expected):
+    assert health.spread(counts, top_k) == pytest.approx(expected)
+
+
+TEXTS = {
+    "The busiest expert does 2.8 times its fair share.": lambda: health.judge_load(
+        [700, 100, 100, 100], 1, ()
+    ),
+    "12 of 16 experts serve no token at all: 4, 5, 6, 7, 8, 9, 10, 11, 12, 13 and 2 more.": (
+        lambda: health.judge_load([1000] * 4 + [0] * 12, 1, ())
+    ),
+    "12% of the assignments found no room in their expert.": lambda: health.judge_drops(0.12),
+    "The router computes what is not a number.": lambda: health.judge_router(0.5, np.nan),
+    "Router logits explode: they reach 99, which makes every choice absolute.": (
+        lambda: health.judge_router(0.5, 99.0)
+    ),
+    "The router is all but certain of every choice, so it hardly learns any more.": (
+        lambda: health.judge_router(0.01, 9.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_verdicts(text):
+    assert text in [finding.text for finding in TEXTS[text]()]
+
+
+def test_a_sound_layer_has_no_finding():
+    assert health.judge_load(np.array([90, 110, 100, 100]), 2, ()) == []
+    assert health.judge_drops(0.0) == health.judge_router(0.6, 5.0) == []
+
+
+def test_the_advice_names_the_losses_there_are():
+    lonely, advised = (
+        health.judge_load([1000, 0, 0, 0], 1, found)[0].fix
+        for found in ((), [losses.LoadBalance(0.02), losses.RouterZ()])
+    )
+    assert lonely == (
+        "The layer has no router loss: add `losses.LoadBalance()` to its `router_losses`."
+    )
+    assert "LoadBalance(0.02), RouterZ(0.001)" in advised
+
+
+def test_it_watches_models_with_experts_only():
+    model = keras.Sequential([keras.Input((D,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="at least one `MixtureOfExperts` layer"):
+        model.fit(normal(2, D), normal(2, 1), callbacks=[ExpertHealth()], verbose=0)
