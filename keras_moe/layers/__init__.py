@@ -6,6 +6,7 @@ from keras_moe.layers.layer_experts import LayerExperts
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.transformer_decoder_block import TransformerDecoderBlock
 from keras_moe.layers.transformer_encoder_block import TransformerEncoderBlock
+from keras_moe.layers.zero_computation_experts import ZeroComputationExperts
 
 __all__ = [
     "Capacity",
@@ -16,4 +17,5 @@ __all__ = [
     "MixtureOfExperts",
     "TransformerDecoderBlock",
     "TransformerEncoderBlock",
+    "ZeroComputationExperts",
 ]

@@ -1,89 +1,20 @@
-"""Expert usage: pure functions of assignment counts, and Keras metrics of the same names.
+"""Expert usage as Keras metrics, for loops of your own, updated with a routing.
 
-The metrics are for loops of your own, updated with a routing. In `model.fit` use
-`callbacks.ExpertMonitor`: a layer cannot own a Keras metric on every backend.
+In `model.fit` use `callbacks.ExpertMonitor`: a layer cannot own a Keras metric on every backend.
 """
 
 import keras
 from keras import ops
 
+from keras_moe.metrics.usage import (
+    dead_experts,
+    dropped_fraction,
+    expert_share,
+    load_entropy,
+    load_imbalance,
+)
 from keras_moe.serialization import register
 from keras_moe.validation import check_positive_integer
-
-
-def load_imbalance(counts):
-    """Load of the busiest expert above the mean: `max / mean - 1`.
-
-    0 at balance, E - 1 if one expert has everything, 0 without assignments. Also known as MaxVio,
-    Wang et al. 2024 (arXiv:2408.15664), eq. 4.
-
-    Args:
-        counts: (E,) assignments per expert.
-
-    Returns:
-        Scalar, float32.
-    """
-    counts = ops.cast(counts, "float32")
-    mean = ops.mean(counts)
-    return ops.where(mean > 0, ops.max(counts) / ops.where(mean > 0, mean, 1.0) - 1.0, 0.0)
-
-
-def load_entropy(counts):
-    """Entropy of the shares, divided by `log E`: 1 at balance, 0 if one expert has everything.
-
-    1 for a single expert, 0 without assignments.
-
-    Args:
-        counts: (E,) assignments per expert.
-
-    Returns:
-        Scalar, float32.
-    """
-    share = expert_share(counts)
-    num_experts = share.shape[0]
-    if num_experts == 1:
-        return share[0]
-    entropy = -ops.sum(share * ops.log(ops.where(share > 0, share, 1.0)))
-    return entropy / ops.log(ops.cast(num_experts, "float32"))
-
-
-def dead_experts(counts):
-    """Number of experts without a single assignment.
-
-    Args:
-        counts: (E,) assignments per expert.
-
-    Returns:
-        Scalar, float32.
-    """
-    return ops.sum(ops.cast(ops.equal(counts, 0), "float32"))
-
-
-def dropped_fraction(dropped, counts):
-    """Share of the assignments that were dropped for want of room; 0 without assignments.
-
-    Args:
-        dropped: scalar, number of dropped assignments.
-        counts: (E,) assignments per expert, before any drop.
-
-    Returns:
-        Scalar, float32.
-    """
-    total = ops.sum(ops.cast(counts, "float32"))
-    return ops.cast(dropped, "float32") / ops.maximum(total, 1.0)
-
-
-def expert_share(counts):
-    """Each expert's share of the assignments; they sum to 1, or are 0 without assignments.
-
-    Args:
-        counts: (E,) assignments per expert.
-
-    Returns:
-        (E,) float32.
-    """
-    counts = ops.cast(counts, "float32")
-    return counts / ops.maximum(ops.sum(counts), 1.0)
 
 
 class _UsageMetric(keras.metrics.Metric):
@@ -187,17 +118,3 @@ class ExpertShare(_UsageMetric):
 
     def result(self):
         return expert_share(self.counts)
-
-
-__all__ = [
-    "DeadExperts",
-    "DroppedFraction",
-    "ExpertShare",
-    "LoadEntropy",
-    "LoadImbalance",
-    "dead_experts",
-    "dropped_fraction",
-    "expert_share",
-    "load_entropy",
-    "load_imbalance",
-]

@@ -1,0 +1,143 @@
+"""Experts that cost nothing: zero, identity and constant."""
+
+import keras
+from keras import ops
+
+from keras_moe.layers.expert_bank import ExpertBank
+from keras_moe.ops.groups import Groups
+from keras_moe.serialization import register, resolve
+
+
+@register
+class ZeroComputationExperts(ExpertBank):
+    """A bank of experts, and behind them experts that do next to nothing.
+
+    A token that needs no work goes to a zero expert, whose output is zero, to an identity expert,
+    whose output is the token, or to a constant expert, `a x + b v` with a learned vector v and
+    `a, b = softmax(x W)`. None of them moves a row. So easy tokens cost less than hard ones.
+
+    The weights are those of the router. Let it not divide them by their sum
+    (`TopKRouter(num_experts, renormalize=False)`, as in LongCat-Flash), or a token whose other
+    expert is zero counts its weight all the same, as here.
+
+    Args:
+        experts: the bank of experts that compute.
+        num_zero: number of zero experts.
+        num_identity: number of identity experts.
+        num_constant: number of constant experts.
+        **kwargs: arguments of a Keras layer, such as `name` and `dtype`.
+
+    Raises:
+        ValueError: If a number is negative or all are zero, the bank changes the number of
+            features, or experts choose tokens.
+
+    Call arguments:
+        tokens: (T, D) float tensor.
+        plan: an `ops.GroupedPlan` of all experts: first those that compute, then zero, identity
+            and constant ones.
+
+    Returns:
+        (T, D): each token's expert outputs, weighted and summed.
+
+    Example:
+
+    >>> bank = keras_moe.layers.FeedForwardExperts(num_experts=8, hidden_dim=32)
+    >>> bank = keras_moe.layers.ZeroComputationExperts(bank, num_zero=1, num_identity=1)
+    >>> layer = keras_moe.layers.MixtureOfExperts(bank)
+    >>> layer.router.num_experts
+    10
+
+    References: Jin et al. 2024, MoE++ (arXiv:2410.07348), section 3.1; LongCat-Flash
+    (arXiv:2509.01322), section 2.1.
+    """
+
+    def __init__(self, experts, num_zero=0, num_identity=0, num_constant=0, **kwargs):
+        experts = resolve("experts", experts, ExpertBank)
+        numbers = (num_zero, num_identity, num_constant)
+        if min(numbers) < 0 or not sum(numbers):
+            raise ValueError(
+                "Numbers of experts must be 0 or more, and one of them more. Received: "
+                f"num_zero={num_zero}, num_identity={num_identity}, num_constant={num_constant}. "
+                "Use the bank of experts alone for none."
+            )
+        super().__init__(experts.num_experts + sum(numbers), **kwargs)
+        self.experts = experts
+        self.num_zero = num_zero
+        self.num_identity = num_identity
+        self.num_constant = num_constant
+
+    def build(self, tokens_shape):
+        if not self.experts.built:
+            self.experts.build(tokens_shape)
+        features = tokens_shape[-1]
+        width = self.experts.compute_output_shape(tokens_shape)[-1]
+        if width != features:
+            raise ValueError(
+                "Identity needs experts that return as many features as they are given. Received: "
+                f"{features} features in, {width} out. End each expert with width {features}."
+            )
+        if self.num_constant:
+            self.constant = self.add_weight(
+                name="constant", shape=(self.num_constant, features), initializer="zeros"
+            )
+            self.mixing_kernel = self.add_weight(
+                name="mixing_kernel",
+                shape=(features, self.num_constant, 2),
+                initializer=keras.initializers.RandomNormal(stddev=0.02),
+            )
+
+    def call(self, tokens, plan):
+        groups = plan.groups
+        if not isinstance(groups, Groups):
+            raise ValueError(
+                "Experts without computation need tokens that choose them. Received: a plan of a "
+                "router whose experts choose. Use, for example, `routers.TopKRouter`."
+            )
+        tokens = self._compute(tokens)
+        outputs = self.experts(tokens, plan._replace(groups=_first(groups, self._computing)))
+        first_identity = self._computing + self.num_zero
+        first_constant = first_identity + self.num_identity
+        weight = _weight_of(plan, first_identity, first_constant)
+        outputs = outputs + self._compute(weight) * tokens
+        for number in range(self.num_constant):
+            expert = first_constant + number
+            weight = self._compute(_weight_of(plan, expert, expert + 1))
+            outputs = outputs + weight * self._constant(tokens, number)
+        return outputs
+
+    @property
+    def _computing(self):
+        return self.experts.num_experts
+
+    def _constant(self, tokens, number):
+        kernel = self._compute(self.mixing_kernel)[:, number]
+        shares = ops.softmax(ops.matmul(tokens, kernel), axis=-1)
+        return shares[:, :1] * tokens + shares[:, 1:] * self._compute(self.constant)[number]
+
+    def compute_output_shape(self, tokens_shape):
+        return tuple(tokens_shape)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "experts": keras.saving.serialize_keras_object(self.experts),
+            "num_zero": self.num_zero,
+            "num_identity": self.num_identity,
+            "num_constant": self.num_constant,
+        }
+
+
+def _first(groups, num_experts):
+    """The groups of the first experts; the rows of the others belong to nobody."""
+    sizes = groups.sizes[:num_experts]
+    rows = groups.rows_of_token
+    return groups._replace(sizes=sizes, rows_of_token=ops.where(rows < ops.sum(sizes), rows, -1))
+
+
+def _weight_of(plan, first, last):
+    """(T, 1): what a token's places at experts `first` to `last` - 1 weigh together."""
+    ends = ops.cumsum(plan.groups.sizes)
+    start = ends[first] - plan.groups.sizes[first] if first < ends.shape[0] else ends[-1]
+    rows = plan.groups.rows_of_token
+    inside = ops.logical_and(rows >= start, rows < (ends[last - 1] if last > first else start))
+    return ops.sum(ops.where(inside, plan.weights, 0.0), axis=1, keepdims=True)

@@ -1,0 +1,57 @@
+"""Expert usage, decisions and specialization: pure functions, and Keras metrics of usage."""
+
+from keras_moe.metrics.decisions import (
+    router_confidence,
+    router_entropy,
+    router_saturation,
+    unserved_fraction,
+)
+from keras_moe.metrics.specialization import (
+    coactivation,
+    count_table,
+    expert_saliency,
+    mutual_information,
+)
+from keras_moe.metrics.usage import (
+    active_fraction,
+    dead_experts,
+    dropped_fraction,
+    expert_share,
+    load_entropy,
+    load_imbalance,
+    load_variation,
+    max_share,
+    utilization_quantiles,
+)
+from keras_moe.metrics.usage_metrics import (
+    DeadExperts,
+    DroppedFraction,
+    ExpertShare,
+    LoadEntropy,
+    LoadImbalance,
+)
+
+__all__ = [
+    "DeadExperts",
+    "DroppedFraction",
+    "ExpertShare",
+    "LoadEntropy",
+    "LoadImbalance",
+    "active_fraction",
+    "coactivation",
+    "count_table",
+    "dead_experts",
+    "dropped_fraction",
+    "expert_saliency",
+    "expert_share",
+    "load_entropy",
+    "load_imbalance",
+    "load_variation",
+    "max_share",
+    "mutual_information",
+    "router_confidence",
+    "router_entropy",
+    "router_saturation",
+    "unserved_fraction",
+    "utilization_quantiles",
+]

@@ -1,0 +1,98 @@
+"""What experts have learned to serve: tables of assignments."""
+
+from keras import ops
+
+
+def count_table(routing, groups, num_groups):
+    """How many assignments each expert has from each group of tokens.
+
+    Args:
+        routing: an `ops.Routing`.
+        groups: (T,) integer group of each token, such as a label or a token id, from 0 to
+            `num_groups` - 1.
+        num_groups: number of groups, G.
+
+    Returns:
+        (G, E) float32.
+    """
+    num_experts = routing.counts.shape[0]
+    used = ops.logical_and(routing.indices >= 0, ops.expand_dims(routing.mask, 1))
+    groups = ops.expand_dims(ops.cast(groups, "int32"), 1)
+    cell = ops.where(used, groups * num_experts + routing.indices, num_groups * num_experts)
+    ones = ops.ones_like(cell, dtype="float32")
+    cells = num_groups * num_experts + 1
+    table = ops.segment_sum(ops.reshape(ones, (-1,)), ops.reshape(cell, (-1,)), cells)
+    return ops.reshape(table[:-1], (num_groups, num_experts))
+
+
+def mutual_information(table):
+    """How much the group of a token tells about its expert, in nats; 0 if nothing.
+
+    At most the logarithm of the number of groups, or of experts.
+
+    Args:
+        table: (G, E) assignments of each group to each expert, as `count_table` gives.
+
+    Returns:
+        Scalar, float32; 0 without assignments.
+    """
+    table = ops.cast(table, "float32")
+    joint = table / ops.maximum(ops.sum(table), 1.0)
+    rows, columns = ops.sum(joint, axis=1, keepdims=True), ops.sum(joint, axis=0, keepdims=True)
+    ratio = joint / ops.where(joint > 0, rows * columns, 1.0)
+    return ops.sum(joint * ops.log(ops.where(joint > 0, ratio, 1.0)))
+
+
+def coactivation(routing):
+    """Which experts serve the same tokens.
+
+    Args:
+        routing: an `ops.Routing`.
+
+    Returns:
+        (E, E) float32: the share of the tokens of the row's expert that the column's expert serves
+        too. The diagonal is 1, or 0 for an expert without tokens.
+
+    Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.2.
+    """
+    experts = ops.arange(routing.counts.shape[0], dtype="int32")
+    chosen = ops.any(ops.expand_dims(routing.indices, -1) == experts, axis=1)
+    chosen = ops.cast(ops.logical_and(chosen, ops.expand_dims(routing.mask, 1)), "float32")
+    together = ops.matmul(ops.transpose(chosen), chosen)
+    return together / ops.maximum(ops.expand_dims(ops.sum(chosen, axis=0), 1), 1.0)
+
+
+def expert_saliency(layer, inputs, mask=None):
+    """What each expert contributes: mean over its tokens of weight times norm of its output.
+
+    The experts with the smallest saliency are those to prune.
+
+    Args:
+        layer: a `layers.MixtureOfExperts` whose tokens choose experts.
+        inputs: what the layer is called with.
+        mask: mask of the inputs, or None.
+
+    Returns:
+        (E,) float32; 0 for an expert without tokens.
+
+    Reference: Lasby et al. 2025, REAP (arXiv:2510.13999), eq. 9.
+    """
+    _, routing = layer(inputs, mask=mask, return_routing=True)
+    tokens = ops.reshape(inputs, (-1, inputs.shape[-1]))
+    if mask is not None:
+        tokens = ops.where(ops.reshape(mask, (-1, 1)), tokens, 0.0)
+    num_experts = routing.counts.shape[0]
+    total = ops.zeros((num_experts + 1,), "float32")
+    for choice in range(routing.indices.shape[1]):
+        index = routing.indices[:, choice : choice + 1]
+        used = ops.logical_and(index >= 0, ops.expand_dims(routing.mask, 1))
+        expert = ops.where(used, index, num_experts)[:, 0]
+        alone = routing._replace(
+            indices=ops.where(used, index, -1),
+            weights=ops.ones_like(index, dtype="float32"),
+            counts=ops.segment_sum(ops.ones_like(expert), expert, num_experts + 1)[:num_experts],
+        )
+        output = layer.experts(tokens, layer.router.plan(alone))
+        norm = ops.sqrt(ops.sum(ops.square(ops.cast(output, "float32")), axis=-1))
+        total = total + ops.segment_sum(routing.weights[:, choice] * norm, expert, num_experts + 1)
+    return total[:num_experts] / ops.maximum(ops.cast(routing.counts, "float32"), 1.0)

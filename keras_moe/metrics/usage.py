@@ -1,0 +1,132 @@
+"""Expert usage: pure functions of assignment counts."""
+
+from keras import ops
+
+
+def load_imbalance(counts):
+    """Load of the busiest expert above the mean: `max / mean - 1`.
+
+    0 at balance, E - 1 if one expert has everything, 0 without assignments. Also known as MaxVio,
+    Wang et al. 2024 (arXiv:2408.15664), eq. 4.
+
+    Args:
+        counts: (E,) assignments per expert.
+
+    Returns:
+        Scalar, float32.
+    """
+    counts = ops.cast(counts, "float32")
+    mean = ops.mean(counts)
+    return ops.where(mean > 0, ops.max(counts) / ops.where(mean > 0, mean, 1.0) - 1.0, 0.0)
+
+
+def load_entropy(counts):
+    """Entropy of the shares, divided by `log E`: 1 at balance, 0 if one expert has everything.
+
+    1 for a single expert, 0 without assignments.
+
+    Args:
+        counts: (E,) assignments per expert.
+
+    Returns:
+        Scalar, float32.
+    """
+    share = expert_share(counts)
+    num_experts = share.shape[0]
+    if num_experts == 1:
+        return share[0]
+    entropy = -ops.sum(share * ops.log(ops.where(share > 0, share, 1.0)))
+    return entropy / ops.log(ops.cast(num_experts, "float32"))
+
+
+def dead_experts(counts):
+    """Number of experts without a single assignment.
+
+    Args:
+        counts: (E,) assignments per expert.
+
+    Returns:
+        Scalar, float32.
+    """
+    return ops.sum(ops.cast(ops.equal(counts, 0), "float32"))
+
+
+def dropped_fraction(dropped, counts):
+    """Share of the assignments that were dropped for want of room; 0 without assignments.
+
+    Args:
+        dropped: scalar, number of dropped assignments.
+        counts: (E,) assignments per expert, before any drop.
+
+    Returns:
+        Scalar, float32.
+    """
+    total = ops.sum(ops.cast(counts, "float32"))
+    return ops.cast(dropped, "float32") / ops.maximum(total, 1.0)
+
+
+def expert_share(counts):
+    """Each expert's share of the assignments; they sum to 1, or are 0 without assignments.
+
+    Args:
+        counts: (E,) assignments per expert.
+
+    Returns:
+        (E,) float32.
+    """
+    counts = ops.cast(counts, "float32")
+    return counts / ops.maximum(ops.sum(counts), 1.0)
+
+
+def load_variation(counts):
+    """Coefficient of variation of the load: its standard deviation over its mean, 0 at balance.
+
+    Args:
+        counts: (E,) assignments per expert.
+
+    Returns:
+        Scalar, float32; 0 without assignments.
+    """
+    counts = ops.cast(counts, "float32")
+    mean = ops.mean(counts)
+    return ops.where(mean > 0, ops.std(counts) / ops.where(mean > 0, mean, 1.0), 0.0)
+
+
+def max_share(counts):
+    """Share of the assignments that the busiest expert has; 1 / E at balance.
+
+    Args:
+        counts: (E,) assignments per expert.
+
+    Returns:
+        Scalar, float32; 0 without assignments.
+    """
+    return ops.max(expert_share(counts))
+
+
+def active_fraction(counts):
+    """Share of the experts that have an assignment.
+
+    Args:
+        counts: (E,) assignments per expert.
+
+    Returns:
+        Scalar, float32.
+    """
+    return ops.mean(ops.cast(ops.cast(counts, "float32") > 0, "float32"))
+
+
+def utilization_quantiles(counts, quantiles=(0.0, 0.25, 0.5, 0.75, 1.0)):
+    """Quantiles over the experts of the load relative to its mean: all 1 at balance.
+
+    Five numbers tell the load of any number of experts.
+
+    Args:
+        counts: (E,) assignments per expert.
+        quantiles: numbers from 0, the idlest expert, to 1, the busiest.
+
+    Returns:
+        (len(quantiles),) float32; 0 without assignments.
+    """
+    share = expert_share(counts)
+    return ops.quantile(share * share.shape[0], ops.convert_to_tensor(quantiles, "float32"))

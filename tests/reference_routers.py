@@ -1,0 +1,208 @@
+"""The oracle of the routers: selection and weights from logits, one token at a time, in float64.
+
+Each function takes logits (T, E) and a mask (T,) and returns dense weights (T, E), zero where an
+expert does not serve, and scores (T, E) as a distribution. Rows of padding are zero.
+"""
+
+import math
+
+import numpy as np
+import reference
+
+
+def _softmax(z):
+    return reference.softmax(z)
+
+
+def _sigmoid(z):
+    return 1 / (1 + np.exp(-z)) + 1e-7
+
+
+def _sqrt_softplus(z):
+    return np.sqrt(np.log1p(np.exp(z)))
+
+
+SCORES = {"softmax": _softmax, "sigmoid": _sigmoid, "sqrt_softplus": _sqrt_softplus}
+
+
+def best(scores, k):
+    """The k best, ties to the lower index."""
+    return sorted(range(len(scores)), key=lambda e: (-scores[e], e))[:k]
+
+
+def token_by_token(choose):
+    """A router from `choose(z) -> (weights by expert, scores)` for one token's logits."""
+
+    def route(logits, mask):
+        weights, probs = np.zeros(logits.shape), np.zeros(logits.shape)
+        for t in np.flatnonzero(mask):
+            chosen, scores = choose(logits[t].astype("float64"))
+            for e, weight in chosen.items():
+                weights[t, e] = weight
+            probs[t] = scores / sum(scores) if sum(scores) else scores
+        return weights, probs
+
+    return route
+
+
+def top_k(k, score="softmax", renormalize=None, scale=1.0, bias=0.0, groups=None):
+    """`groups`: number of groups and how many of them a token may use."""
+
+    def choose(z):
+        scores = SCORES[score](z)
+        selection = scores + bias
+        if groups is not None:
+            number, kept = groups
+            size = len(z) // number
+            worth = [sum(sorted(selection[g * size : (g + 1) * size])[-2:]) for g in range(number)]
+            open_groups = best(worth, kept)
+            selection = [
+                s if e // size in open_groups else -math.inf for e, s in enumerate(selection)
+            ]
+        experts = best(selection, k)
+        total = 1.0
+        if renormalize or (renormalize is None and k > 1):
+            total = sum(scores[e] for e in experts)
+        return {e: scale * scores[e] / total for e in experts}, scores
+
+    return token_by_token(choose)
+
+
+@token_by_token
+def dense(z):
+    return dict(enumerate(_softmax(z))), _softmax(z)
+
+
+def top_p(threshold, k):
+    def choose(z):
+        p = _softmax(z)
+        chosen, total = {}, 0.0
+        for e in best(p, k):
+            if total < threshold or not chosen:
+                chosen[e] = p[e]
+            total += p[e]
+        return chosen, p
+
+    return token_by_token(choose)
+
+
+def relu(k):
+    def choose(z):
+        w = np.maximum(z, 0)
+        return {e: w[e] for e in best(w, k) if w[e] > 0}, w
+
+    return token_by_token(choose)
+
+
+def expert_choice(factor, length):
+    """Each expert, in each sequence of `length` tokens, takes its best real tokens."""
+
+    def route(logits, mask):
+        num_tokens, num_experts = logits.shape
+        probs = np.zeros(logits.shape)
+        for t in np.flatnonzero(mask):
+            probs[t] = _softmax(logits[t].astype("float64"))
+        room = reference.expert_capacity(length, num_experts, 1, factor)
+        weights = np.zeros(logits.shape)
+        for start in range(0, num_tokens, length):
+            real = [t for t in range(start, start + length) if mask[t]]
+            for e in range(num_experts):
+                for t in sorted(real, key=lambda t: (-probs[t, e], t))[:room]:
+                    weights[t, e] = probs[t, e]
+        return weights, probs
+
+    return route
+
+
+def sinkhorn(iterations, k):
+    """Rows to 1 and columns to N / E in turn, of `exp(z)`; then the k best of the plan."""
+
+    def route(logits, mask):
+        real = np.flatnonzero(mask)
+        z = logits[real].astype("float64")
+        plan = np.exp(z - np.max(z, initial=0.0))
+        for _ in range(iterations):
+            plan /= plan.sum(axis=1, keepdims=True)
+            plan *= len(real) / logits.shape[1] / plan.sum(axis=0, keepdims=True)
+        weights, probs = np.zeros(logits.shape), np.zeros(logits.shape)
+        for row, t in zip(plan / plan.sum(axis=1, keepdims=True), real):
+            scores = _sigmoid(logits[t].astype("float64")) if k == 1 else _softmax(logits[t])
+            for e in best(row, k):
+                weights[t, e] = scores[e]
+            probs[t] = scores / sum(scores)
+        return weights, probs
+
+    return route
+
+
+def stable_assignment(logits, mask):
+    """Tokens one after another ask their experts by preference; a full expert drops its worst."""
+    real = list(np.flatnonzero(mask))
+    num_experts = logits.shape[1]
+    room = math.ceil(len(real) / num_experts) if real else 0
+    wishes = {t: best(logits[t], num_experts) for t in real}
+    served = [[] for _ in range(num_experts)]
+    free = list(real)
+    while free:
+        token = free.pop(0)
+        expert = wishes[token].pop(0)
+        served[expert].append(token)
+        served[expert].sort(key=lambda t: (-logits[t, expert], t))
+        free += served[expert][room:]
+        del served[expert][room:]
+    return {t: e for e, tokens in enumerate(served) for t in tokens}
+
+
+def balanced_assignment(logits, mask):
+    weights, probs = np.zeros(logits.shape), np.zeros(logits.shape)
+    for t, e in stable_assignment(logits, mask).items():
+        scores = _sigmoid(logits[t].astype("float64"))
+        weights[t, e] = scores[e]
+        probs[t] = scores / sum(scores)
+    return weights, probs
+
+
+def soft(x, kernel, scale, experts, slots, mask):
+    """Soft MoE of one sequence, token by token; `experts` are functions of rows."""
+    real = np.flatnonzero(mask)
+    unit_kernel = kernel / np.sqrt(np.sum(kernel**2, axis=0) + 1e-6)
+    logits = np.zeros((len(x), kernel.shape[1]))
+    for t in real:
+        logits[t] = scale * (x[t] / np.sqrt(np.sum(x[t] ** 2) + 1e-6)) @ unit_kernel
+    outputs = np.zeros_like(x, dtype="float64")
+    for m in range(kernel.shape[1]):
+        if not len(real):
+            continue
+        share = _softmax(logits[real, m])
+        slot = sum(weight * x[t] for weight, t in zip(share, real))
+        made = experts[m // slots](slot)
+        for t in real:
+            outputs[t] += _softmax(logits[t])[m] * made
+    return outputs
+
+
+def noisy_load(clean, noisy, deviation, k, mask):
+    """Chance that an expert is among the best k of a token if its own noise is drawn again."""
+    num_experts = clean.shape[1]
+    load = np.zeros(num_experts)
+    for t in np.flatnonzero(mask):
+        for e in range(num_experts):
+            others = sorted((noisy[t, o] for o in range(num_experts) if o != e), reverse=True)
+            if k == num_experts:
+                load[e] += 1
+                continue
+            x = (clean[t, e] - others[k - 1]) / deviation[t, e]
+            load[e] += 0.5 * (1 + math.erf(x / math.sqrt(2)))
+    return load
+
+
+def quantile_bias(scores, bias, k, mask):
+    """Minus the (m + 1)-th largest margin of each expert, m its fair share of the tokens."""
+    real = np.flatnonzero(mask)
+    num_experts = scores.shape[1]
+    margins = np.zeros((len(real), num_experts))
+    for row, t in enumerate(real):
+        threshold = sorted(scores[t] + bias, reverse=True)[k]
+        margins[row] = scores[t] - threshold
+    share = len(real) * k // num_experts
+    return np.array([-sorted(margins[:, e], reverse=True)[share] for e in range(num_experts)])

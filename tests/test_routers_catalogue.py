@@ -1,0 +1,236 @@
+"""Every router against the oracle: selection, weights, scores, counts and gradients."""
+
+import keras
+import numpy as np
+import pytest
+import reference_routers as oracle
+from conftest import FAST_MODE, MODES, assert_close, compiled, differentiated, to_numpy
+from keras import ops
+
+from keras_moe import layers, losses, routers
+
+T, E, S = 12, 6, 4
+IDENTITY = keras.initializers.Identity()
+BIAS = np.array([0.3, -0.2, 0.0, 0.1, -0.4, 0.2], "float32")
+
+
+class Fixed(routers.SelectionBalancer):
+    """Leaves a bias as it is."""
+
+    def measure(self, routing, scores, bias):
+        return 0.0 * bias
+
+    def update(self, bias, measured):
+        return ops.convert_to_tensor(BIAS)
+
+
+def case(router_class, oracle, training=False, **kwargs):
+    def make():
+        router = router_class(E, kernel_initializer=IDENTITY, **kwargs)
+        router.build((None, E))
+        if kwargs.get("balancer") is not None:
+            router.selection_bias.assign(BIAS)
+        return router
+
+    return make, oracle, training
+
+
+# The kernel is the identity: tokens are logits.
+CASES = {
+    "top-1": case(routers.TopKRouter, oracle.top_k(1), top_k=1),
+    "top-3": case(routers.TopKRouter, oracle.top_k(3), top_k=3),
+    "top-2 as it is": case(
+        routers.TopKRouter, oracle.top_k(2, renormalize=False), renormalize=False
+    ),
+    "sigmoid": case(
+        routers.TopKRouter,
+        oracle.top_k(2, "sigmoid", scale=2.5),
+        score="sigmoid",
+        scaling_factor=2.5,
+    ),
+    "square root of softplus": case(
+        routers.TopKRouter, oracle.top_k(2, "sqrt_softplus"), score="sqrt_softplus"
+    ),
+    "selection bias": case(
+        routers.TopKRouter, oracle.top_k(2, "sigmoid", bias=BIAS), score="sigmoid", balancer=Fixed()
+    ),
+    "groups": case(
+        routers.GroupLimitedRouter,
+        oracle.top_k(3, "sigmoid", groups=(3, 2)),
+        num_groups=3,
+        top_k=3,
+    ),
+    "groups and bias": case(
+        routers.GroupLimitedRouter,
+        oracle.top_k(2, "sigmoid", groups=(3, 1), bias=BIAS),
+        num_groups=3,
+        top_groups=1,
+        balancer=Fixed(),
+    ),
+    "dense": case(routers.DenseRouter, oracle.dense),
+    "gshard": case(routers.GShardRouter, oracle.top_k(2)),
+    "noisy": case(routers.NoisyTopKRouter, oracle.top_k(2)),
+    "noisy top-1": case(routers.NoisyTopKRouter, oracle.top_k(1), top_k=1),
+    "v-moe": case(routers.VMoERouter, oracle.top_k(2, renormalize=False)),
+    "top-p": case(routers.TopPRouter, oracle.top_p(0.7, 4), threshold=0.7),
+    "relu": case(routers.ReLURouter, oracle.relu(E)),
+    "relu, at most 2": case(routers.ReLURouter, oracle.relu(2), max_top_k=2),
+    "expert choice": case(routers.ExpertChoiceRouter, oracle.expert_choice(2.0, S)),
+    "sinkhorn": case(routers.SinkhornRouter, oracle.sinkhorn(8, 2), training=True, top_k=2),
+    "sinkhorn top-1": case(routers.SinkhornRouter, oracle.sinkhorn(8, 1), training=True),
+    "sinkhorn in evaluation": case(
+        routers.SinkhornRouter, oracle.top_k(1, "sigmoid", renormalize=False)
+    ),
+    "balanced assignment": case(
+        routers.BalancedAssignmentRouter, oracle.balanced_assignment, training=True
+    ),
+    "balanced assignment in evaluation": case(
+        routers.BalancedAssignmentRouter, oracle.top_k(1, "sigmoid", renormalize=False)
+    ),
+}
+by_case = pytest.mark.parametrize("name", CASES)
+
+
+def draw(seed=0):
+    """Logits and a mask, NaN where it is False."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(T, E)).astype("float32")
+    mask = rng.random(T) < 0.75
+    mask[0] = True
+    return logits, mask
+
+
+def dense_weights(routing):
+    """(T, E) combine weights, wherever the places are."""
+    experts = ops.arange(routing.probs.shape[-1], dtype="int32")
+    chosen = ops.expand_dims(routing.indices, -1) == experts
+    return ops.sum(ops.where(chosen, ops.expand_dims(routing.weights, -1), 0.0), axis=1)
+
+
+def route(router, logits, mask, training):
+    return router(logits, mask=mask, training=training, sequence_length=S)
+
+
+@by_case
+@pytest.mark.parametrize("mode", MODES)
+def test_a_router_equals_the_oracle_whatever_padding_holds(name, mode):
+    make, expected, training = CASES[name]
+    router = make()
+    logits, mask = draw()
+    padded = np.where(mask[:, None], logits, np.nan).astype("float32")
+
+    def function(logits, mask):
+        routing = route(router, logits, mask, training)
+        return routing, dense_weights(routing)
+
+    routing, weights = compiled(function, mode)(padded, mask)
+    expected_weights, probs = expected(logits, mask)
+    assert_close(weights, expected_weights)
+    assert_close(routing.probs[mask], probs[mask])
+    np.testing.assert_array_equal(routing.counts, np.sum(expected_weights > 0, axis=0))
+    assert not np.isnan(routing.weights).any()
+    assert routing.indices.dtype == np.int32 and routing.indices.shape == (T, router.top_k)
+
+
+@by_case
+@pytest.mark.parametrize("seed", [1, 2])
+def test_gradients_equal_differences_of_the_oracle(name, seed):
+    make, expected, training = CASES[name]
+    router = make()
+    logits, mask = draw(seed)
+    rng = np.random.default_rng(seed)
+    on_weights, on_probs = rng.normal(size=(2, T, E)).astype("float32")
+    on_probs[~mask] = 0
+
+    def objective(inputs, mask, on_weights, on_probs):
+        routing = route(router, inputs[0], mask, training)
+        value = ops.sum(dense_weights(routing) * on_weights) + ops.sum(routing.probs * on_probs)
+        return value, ()
+
+    _, _, (gradient,) = differentiated(objective, FAST_MODE)([logits], mask, on_weights, on_probs)
+
+    def value(logits):
+        weights, probs = expected(logits, mask)
+        return np.sum(weights * on_weights) + np.sum(probs * on_probs)
+
+    def chosen(logits):
+        return expected(logits, mask)[0] > 0
+
+    step = 1e-5
+    differences, kinks = np.zeros((T, E)), np.zeros((T, E), bool)
+    for place in np.ndindex(T, E):
+        move = np.zeros((T, E))
+        move[place] = step
+        up, down = logits + move, logits - move
+        differences[place] = (value(up) - value(down)) / (2 * step)
+        # Where another expert is chosen there is a jump and no derivative.
+        kinks[place] = (chosen(up) != chosen(down)).any()
+    assert kinks.mean() < 0.1
+    assert_close(np.where(kinks, 0, gradient), np.where(kinks, 0, differences), tolerance=1e-4)
+
+
+@by_case
+def test_all_padding_routes_nothing(name):
+    make, _, training = CASES[name]
+    router = make()
+    function = compiled(lambda z, m: route(router, z, m, training), FAST_MODE)
+    routing = function(np.full((T, E), np.nan, "float32"), np.zeros(T, bool))
+    assert not routing.weights.any() and not routing.counts.any()
+
+
+@by_case
+def test_a_layer_with_the_router_is_the_weighted_sum_of_its_experts(name):
+    make, expected, training = CASES[name]
+    bank = layers.FeedForwardExperts(E, 4, activation="tanh")
+    layer = layers.MixtureOfExperts(bank, router=make(), router_losses=())
+    x = np.random.default_rng(0).normal(size=(T // S, S, E)).astype("float32")
+    mask = np.ones((T // S, S), bool)
+    mask[-1, -2:] = False
+    layer.build(x.shape)
+    state = [ops.convert_to_tensor(v) for v in layer.non_trainable_variables]
+    trainable = [ops.convert_to_tensor(v) for v in layer.trainable_variables]
+
+    def function(x, mask):
+        return layer.stateless_call(trainable, state, x, mask=mask, training=training)[0]
+
+    outputs = compiled(function, FAST_MODE)(x, mask)
+    weights, _ = expected(x.reshape(T, E), mask.reshape(T))
+    up, down = to_numpy(ops.convert_to_tensor(bank.up_kernel)), to_numpy(bank.down_kernel.value)
+    total = np.zeros((T, E))
+    for e in range(E):
+        total += weights[:, e : e + 1] * (np.tanh(x.reshape(T, E) @ up[e]) @ down[e])
+    assert_close(outputs.reshape(T, E), total)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "dense"])
+def test_scores_without_preference_have_finite_gradients(name):
+    """A router of zeros, whose experts are exactly balanced."""
+    make, _, training = CASES[name]
+    router = make()
+    balance = [losses.get(loss) for loss in losses.BY_NAME if loss != "global_load_balance"]
+
+    def objective(inputs):
+        routing = route(router, inputs[0], None, training)
+        total = ops.sum(routing.weights)
+        for loss in balance:
+            extra = {"sequence_length": S} if loss.per_sequence else {}
+            total = total + loss(routing, **extra)
+        return total, ()
+
+    value, _, (gradient,) = differentiated(objective, FAST_MODE)([np.zeros((T, E), "float32")])
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+def test_every_name_makes_a_router_of_a_single_expert_or_says_why_not():
+    for name in routers.BY_NAME:
+        if name in ("gshard", "deepseek_v3"):
+            with pytest.raises(ValueError, match="num_experts=1"):
+                routers.get(name, num_experts=1)
+            continue
+        try:
+            router = routers.get(name, num_experts=1)
+        except ValueError as error:
+            assert "`top_k` must be at most `num_experts`" in str(error), name
+            router = type(routers.get(name, num_experts=2))(1, top_k=1)
+        routing = to_numpy(router(np.ones((3, 2), "float32"), training=True))
+        assert np.isfinite(routing.weights).all(), name
