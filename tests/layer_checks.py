@@ -18,7 +18,14 @@ from keras_moe import callbacks, layers, losses, metrics, routers
 D, E = 8, 4
 POLICIES = ("float32", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
 MODULES = (layers, routers, losses, metrics, callbacks)
-ABSTRACT = (layers.ExpertBank, routers.Router, losses.RouterLoss)
+ABSTRACT = (
+    layers.ExpertBank,
+    routers.Router,
+    routers.LogitRouter,
+    routers.SelectionRouter,
+    routers.SelectionBalancer,
+    losses.RouterLoss,
+)
 
 
 class Case(NamedTuple):
@@ -90,9 +97,46 @@ def _usage_metric():
     return Case(lambda: {"num_experts": E}, lambda: {"name": "usage", "dtype": "float64"})
 
 
-def _router_loss():
+def _router_loss(**options):
     return Case(
-        options=lambda: {"weight": 0.5}, layer=lambda loss: moe(router_losses=[loss, "router_z"])
+        options=lambda: {"weight": 0.5, **options},
+        layer=lambda loss: moe(router_losses=[loss, "router_z"]),
+    )
+
+
+def _logit_router(required=lambda: {"num_experts": E}, **options):
+    return Case(
+        required,
+        lambda: dict(
+            input_jitter=0.1,
+            logit_noise=0.2,
+            kernel_initializer="he_normal",
+            kernel_regularizer="l2",
+            seed=7,
+            **options,
+        ),
+        lambda router: moe(router=router, router_losses=()),
+    )
+
+
+def _selection_router(required=lambda: {"num_experts": E}, **options):
+    options = (
+        dict(
+            top_k=1,
+            score="sigmoid",
+            renormalize=True,
+            scaling_factor=2.5,
+            balancer=routers.LossFreeBias(0.1),
+        )
+        | options
+    )
+    return _logit_router(required, **options)
+
+
+def _balancer(**options):
+    return Case(
+        options=lambda: {"accumulation_steps": 2, **options},
+        layer=lambda balancer: moe(router=routers.TopKRouter(E, balancer=balancer)),
     )
 
 
@@ -131,19 +175,50 @@ CASES = {
         lambda: dict(dropout=0.25),
         lambda layer: layer,
     ),
-    routers.TopKRouter: Case(
-        lambda: dict(num_experts=E),
+    layers.ZeroComputationExperts: Case(
+        lambda: dict(experts=layers.FeedForwardExperts(E, 16), num_identity=1),
+        lambda: dict(num_zero=1, num_constant=2),
+        moe,
+    ),
+    layers.Capacity: Case(
+        lambda: dict(factor=1.5),
         lambda: dict(
-            top_k=3,
-            input_jitter=0.1,
-            logit_noise=0.2,
-            kernel_initializer="he_normal",
-            kernel_regularizer="l2",
-            seed=7,
+            minimum=2, multiple_of=2, evaluation_factor=2.0, priority="random", per_sequence=True
         ),
+        lambda capacity: moe(capacity_factor=capacity),
+    ),
+    routers.TopKRouter: _selection_router(),
+    routers.CosineRouter: _selection_router(projection_dim=3),
+    routers.GroupLimitedRouter: _selection_router(
+        required=lambda: dict(num_experts=E, num_groups=2, top_groups=1), score="softmax"
+    ),
+    routers.BalancedAssignmentRouter: _logit_router(),
+    routers.DenseRouter: _logit_router(),
+    routers.ExpertChoiceRouter: _logit_router(capacity_factor=1.5),
+    routers.GShardRouter: _logit_router(threshold=0.3),
+    routers.NoisyTopKRouter: _logit_router(top_k=3),
+    routers.ReLURouter: _logit_router(top_k=1, max_top_k=3, growth=1.5, initial_strength=1e-3),
+    routers.SinkhornRouter: _logit_router(top_k=2, iterations=3),
+    routers.SoftRouter: _logit_router(slots=2),
+    routers.TopPRouter: _logit_router(threshold=0.7, max_top_k=2),
+    routers.VMoERouter: _logit_router(top_k=3, noise_std=0.5),
+    routers.ForcedRouter: Case(
+        lambda: dict(num_experts=E),
+        lambda: dict(top_k=3, pattern="random", seed=7),
         RoutedWeights,
     ),
+    routers.HashRouter: Case(
+        lambda: dict(num_experts=E, vocabulary_size=10),
+        lambda: dict(top_k=3, seed=7),
+    ),
+    routers.LossFreeBias: _balancer(rate=0.1),
+    routers.QuantileBias: _balancer(momentum=0.5),
     losses.LoadBalance: _router_loss(),
+    losses.SequenceLoadBalance: _router_loss(),
+    losses.GlobalLoadBalance: _router_loss(accumulation_steps=3),
+    losses.ImportanceVariation: _router_loss(),
+    losses.LoadVariation: _router_loss(),
+    losses.RouterEntropy: _router_loss(),
     losses.RouterZ: _router_loss(),
     metrics.LoadImbalance: _usage_metric(),
     metrics.LoadEntropy: _usage_metric(),
@@ -151,7 +226,10 @@ CASES = {
     metrics.DroppedFraction: _usage_metric(),
     metrics.ExpertShare: _usage_metric(),
     callbacks.ExpertHealth: Case(options=lambda: {"every": 5, "patience": 2, "stop": True}),
-    callbacks.ExpertMonitor: Case(options=lambda: {"expert_shares": True}),
+    callbacks.RouterLossSchedule: Case(
+        lambda: {"schedule": lambda epoch, weight: weight}, lambda: {"loss": "router_z"}
+    ),
+    callbacks.ExpertMonitor: Case(options=lambda: {"expert_shares": True, "log_dir": "logs"}),
 }
 
 

@@ -1,22 +1,35 @@
 """ExpertMonitor: every logged number against counts made by hand."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
 from layer_checks import D, E, array, moe, normal, one_hot, one_hot_router
 
-from keras_moe import layers
+from keras_moe import layers, losses
 from keras_moe.callbacks import ExpertMonitor
 
 # The router sends a one-hot token to the expert of its one, and a learning rate of 0 keeps it so.
 TRAINING = one_hot(0, 0, 0, 0, 0, 0, 1, 1)  # counts 6, 2, 0, 0
 VALIDATION = one_hot(0, 1, 2, 3)
-BALANCED = {"load_imbalance": 0.0, "load_entropy": 1.0, "dead_experts": 0, "dropped_fraction": 0}
+about = functools.partial(pytest.approx, abs=1e-6)
+
+# Of one logit of 10 and three of 0.
+ENTROPY = np.log(np.exp(10) + 3) - 10 * np.exp(10) / (np.exp(10) + 3)
+BALANCED = {
+    "load_imbalance": 0.0,
+    "load_entropy": 1.0,
+    "dead_experts": 0,
+    "dropped_fraction": 0,
+    "router_entropy": ENTROPY,
+}
 SKEWED = {
     "load_imbalance": 6 / 2 - 1,
     "load_entropy": -(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(4),
     "dead_experts": 2,
     "dropped_fraction": 0,
+    "router_entropy": ENTROPY,
 }
 SHARES = {"expert_share_0": 0.75, "expert_share_1": 0.25, "expert_share_2": 0, "expert_share_3": 0}
 
@@ -68,30 +81,55 @@ def evaluated(model, *callbacks):
 
 def test_training_and_validation_are_reported_exactly_for_each_epoch():
     history = fit(model_of(routed()), epochs=2)
-    assert usage(history) == pytest.approx({**named(SKEWED, "moe"), **named(BALANCED, "val_moe")})
+    assert usage(history) == about({**named(SKEWED, "moe"), **named(BALANCED, "val_moe")})
     for key, values in history.items():
         assert len(values) == 2
-        assert values[0] == pytest.approx(values[1]), f"{key}: counts of one epoch are in the next"
+        assert values[0] == about(values[1]), f"{key}: counts of one epoch are in the next"
         assert type(values[0]) is float
 
 
 def test_without_validation_only_training_is_reported():
     history = fit(model_of(routed()), validation=False)
-    assert usage(history) == pytest.approx(named(SKEWED, "moe"))
+    assert usage(history) == about(named(SKEWED, "moe"))
 
 
 def test_each_share_is_reported_if_wanted():
     history = fit(model_of(routed()), monitor=ExpertMonitor(expert_shares=True))
     shares = {key: value for key, value in usage(history).items() if "share" in key}
     even = dict.fromkeys(SHARES, 0.25)
-    assert shares == pytest.approx({**named(SHARES, "moe"), **named(even, "val_moe")})
+    assert shares == about({**named(SHARES, "moe"), **named(even, "val_moe")})
+
+
+def test_each_router_loss_is_reported_by_its_name_before_its_weight():
+    balance = losses.LoadBalance(0.5)
+    layer = moe(router=one_hot_router(), router_losses=[balance, "router_z", balance], name="moe")
+    inputs = keras.Input((E,))
+    model = keras.Model(inputs, keras.layers.Dense(E)(layer(keras.layers.Dense(E)(inputs))))
+    layer.router.kernel.assign(keras.ops.zeros((E, E)))
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    history = fit(model)
+    for split in ("", "val_"):
+        found = {key: values[0] for key, values in history.items() if key.endswith(("loss", "_1"))}
+        assert found[f"{split}moe_load_balance_loss"] == about(1.0)
+        assert found[f"{split}moe_load_balance_loss_1"] == about(1.0)
+        assert found[f"{split}moe_router_z_loss"] == about(np.log(4) ** 2)
+        assert history[f"{split}moe_router_entropy"] == about([np.log(4)])
+
+
+def test_shares_of_all_epochs_are_kept():
+    monitor = ExpertMonitor()
+    fit(model_of(routed()), monitor=monitor, epochs=3)
+    np.testing.assert_allclose(monitor.shares["moe"], [[0.75, 0.25, 0, 0]] * 3)
+    np.testing.assert_allclose(monitor.validation_shares["moe"], [[0.25] * 4] * 3)
+    fit(model_of(routed()), monitor=monitor, validation=False)
+    assert len(monitor.shares["moe"]) == 1 and not monitor.validation_shares
 
 
 def test_dropped_assignments_are_reported():
     history = fit(model_of(routed(capacity_factor=1.0)))  # room for one in each batch of four
-    assert history["moe_dropped_fraction"] == pytest.approx([(3 + 2) / 8])
+    assert history["moe_dropped_fraction"] == about([(3 + 2) / 8])
     assert history["val_moe_dropped_fraction"] == [0.0]
-    assert history["moe_load_imbalance"] == pytest.approx([2.0]), "counted before any drop"
+    assert history["moe_load_imbalance"] == about([2.0]), "counted before any drop"
 
 
 def test_usage_stands_in_the_last_line_of_the_progress_bar(capsys):
@@ -110,7 +148,7 @@ def test_early_stopping_can_watch_usage(monitored):
 
 def test_an_evaluation_alone_is_reported():
     model = model_of(routed())
-    assert evaluated(model, ExpertMonitor()) == pytest.approx(named(BALANCED, "moe"))
+    assert evaluated(model, ExpertMonitor()) == about(named(BALANCED, "moe"))
     assert evaluated(model) == {}
 
 
@@ -118,16 +156,14 @@ def test_a_model_that_was_evaluated_before_is_counted_all_the_same():
     model = model_of(routed())
     model.evaluate(VALIDATION, VALIDATION, verbose=0)
     assert fit(model)["val_moe_dead_experts"] == [0.0]
-    assert evaluated(model, ExpertMonitor())["moe_load_entropy"] == pytest.approx(1.0)
+    assert evaluated(model, ExpertMonitor())["moe_load_entropy"] == about(1.0)
 
 
 def test_counts_made_before_the_first_epoch_are_left_out():
     layer = routed()
     model = model_of(layer)
     layer(one_hot(3, 3, 3, 3), training=True)
-    assert usage(fit(model)) == pytest.approx(
-        {**named(SKEWED, "moe"), **named(BALANCED, "val_moe")}
-    )
+    assert usage(fit(model)) == about({**named(SKEWED, "moe"), **named(BALANCED, "val_moe")})
 
 
 def test_prediction_counts_nothing():
@@ -153,9 +189,10 @@ def test_two_layers_have_logs_of_their_own():
     forget = keras.layers.Rescaling(0.0)  # equal scores: every token goes to the first expert
     logs = usage(fit(model_of(routed("first"), forget, routed("second"))))
     alone = {"load_imbalance": 3, "load_entropy": 0, "dead_experts": 3, "dropped_fraction": 0}
+    alone["router_entropy"] = np.log(4)
     expected = {**named(SKEWED, "first"), **named(BALANCED, "val_first")}
     expected |= {**named(alone, "second"), **named(alone, "val_second")}
-    assert logs == pytest.approx(expected)
+    assert logs == about(expected)
 
 
 @pytest.mark.parametrize("wrap", ["sequential", "functional"])
@@ -168,7 +205,7 @@ def test_two_layers_of_one_name_are_told_apart(wrap):
 
     logs = usage(fit(model_of(inner("first"), keras.layers.Rescaling(0.0), inner("second"))))
     found = [key for key in logs if key.endswith("load_imbalance") and not key.startswith("val_")]
-    assert sorted(logs[key] for key in found) == pytest.approx([2.0, 3.0]), found
+    assert sorted(logs[key] for key in found) == about([2.0, 3.0]), found
 
 
 def test_a_layer_inside_other_layers_is_found():
@@ -184,6 +221,4 @@ def test_a_layer_inside_other_layers_is_found():
 def test_an_unbuilt_model_is_counted_from_its_first_batch():
     model = keras.Sequential([routed()])
     model.compile(keras.optimizers.SGD(0.0), "mse")
-    assert usage(fit(model)) == pytest.approx(
-        {**named(SKEWED, "moe"), **named(BALANCED, "val_moe")}
-    )
+    assert usage(fit(model)) == about({**named(SKEWED, "moe"), **named(BALANCED, "val_moe")})

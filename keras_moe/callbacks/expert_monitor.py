@@ -1,5 +1,8 @@
 """The use of every expert in the logs of each epoch."""
 
+import re
+from typing import Any, NamedTuple
+
 import keras
 from keras import ops
 
@@ -17,17 +20,27 @@ class ExpertMonitor(keras.callbacks.Callback):
     - `load_entropy`: 1 at balance, 0 if one expert has everything
     - `dead_experts`: number of experts without a single assignment in the epoch
     - `dropped_fraction`: share of the assignments that found no room
+    - `router_entropy`: of the scores of a token, in nats: `log E` undecided, 0 decided
+    - `load_balance_loss`, ...: mean of each router loss by its name, before its weight
     - `expert_share_0`, ...: each expert's share, with `expert_shares=True`
 
     They stand in the last line of the progress bar and in `History`, and can be monitored by
     other callbacks: `EarlyStopping(monitor="val_mixture_of_experts_load_imbalance")`. Put the
     monitor first in the list of callbacks.
 
+    The attributes `shares` and `validation_shares` keep the share of each expert (epochs, E) in the
+    last `fit`, by layer, for `visualization.shares_over_time`.
+
     Args:
         expert_shares: whether each expert's share is logged as well, one key an expert.
+        log_dir: folder for TensorBoard, or None. In its folders `train` and `validation`, which
+            `keras.callbacks.TensorBoard` uses too, go the numbers above, and for each layer the
+            shares as a histogram and as a heat map over epochs. Needs
+            `pip install "keras_moe[tensorboard]"`.
 
     Raises:
         ValueError: If the model has no `MixtureOfExperts` layer.
+        ImportError: If there is a `log_dir`, but no TensorBoard or no matplotlib.
 
     Example:
 
@@ -41,46 +54,64 @@ class ExpertMonitor(keras.callbacks.Callback):
     >>> imbalance = history.history["moe_load_imbalance"]
     """
 
-    def __init__(self, expert_shares=False):
+    def __init__(self, expert_shares=False, log_dir=None):
         super().__init__()
         self.expert_shares = expert_shares
+        self.log_dir = log_dir
+        self.shares, self.validation_shares = {}, {}
+        self._event_files = None
+        if log_dir is not None:
+            # Here, so that the package can be imported without TensorBoard.
+            from keras_moe.callbacks.event_files import EventFiles
+
+            self._event_files = EventFiles(log_dir)
 
     def set_model(self, model):
         super().set_model(model)
-        self._training_logs = self._test_logs = None
+        self._training = self._test = None
         self._is_training = False
         self._retrace_evaluation()
 
     def on_train_begin(self, logs=None):
         self._is_training = True
+        self.shares, self.validation_shares = {}, {}
 
     def on_train_end(self, logs=None):
         self._is_training = False
         self._retrace_evaluation()
+        if self._event_files is not None:
+            self._event_files.close()
 
     def on_epoch_begin(self, epoch, logs=None):
         self._read_counts()
-        self._training_logs = self._test_logs = None
+        self._training = self._test = None
 
     def on_test_begin(self, logs=None):
-        self._training_logs = self._read_counts()
+        self._training = self._read_counts()
         self._count_in_evaluation(True)
 
     def on_test_end(self, logs=None):
         self._count_in_evaluation(False)
-        self._test_logs = self._read_counts()
+        self._test = self._read_counts()
         if logs is not None:
-            logs.update(self._test_logs)
+            logs.update(self._logs(self._test))
         if not self._is_training:
             self._retrace_evaluation()
 
     def on_epoch_end(self, epoch, logs=None):
-        training_logs = self._training_logs
-        if training_logs is None:
-            training_logs = self._read_counts()
-        validation_logs = {f"val_{key}": value for key, value in (self._test_logs or {}).items()}
+        training = self._read_counts() if self._training is None else self._training
+        test = self._test or {}
         if logs is not None:
-            logs.update({**training_logs, **validation_logs})
+            logs.update(self._logs(training))
+            logs.update({f"val_{key}": value for key, value in self._logs(test).items()})
+        for split, usages, shares in (
+            ("train", training, self.shares),
+            ("validation", test, self.validation_shares),
+        ):
+            for name, usage in usages.items():
+                shares.setdefault(name, []).append(usage.shares)
+            if usages and self._event_files is not None:
+                self._event_files.write(split, epoch, self._logs(usages), shares)
 
     def _retrace_evaluation(self):
         """Whether a test function counts assignments is fixed when it is traced."""
@@ -91,26 +122,53 @@ class ExpertMonitor(keras.callbacks.Callback):
             layer.counts_in_evaluation = counts
 
     def _read_counts(self):
-        """Logs of what was counted since the last call."""
-        logs = {}
+        """What was counted since the last call: a `_Usage` by the name of the layer."""
+        usages = {}
         for name, layer in moe_layers(self.model).items():
             if layer.built:
-                logs.update(self._layer_logs(name, layer))
+                usages[name] = _usage(layer)
                 layer.reset_counts()
+        return usages
+
+    def _logs(self, usages):
+        logs = {}
+        for name, usage in usages.items():
+            logs.update({f"{name}_{key}": value for key, value in usage.numbers.items()})
+            if self.expert_shares:
+                shares = enumerate(usage.shares)
+                logs.update({f"{name}_expert_share_{e}": float(share) for e, share in shares})
         return logs
 
-    def _layer_logs(self, name, layer):
-        counts = ops.convert_to_numpy(layer.expert_counts.value)
-        logs = {
-            "load_imbalance": metrics.load_imbalance(counts),
-            "load_entropy": metrics.load_entropy(counts),
-            "dead_experts": metrics.dead_experts(counts),
-            "dropped_fraction": metrics.dropped_fraction(layer.dropped_count.value, counts),
-        }
-        if self.expert_shares:
-            shares = ops.convert_to_numpy(metrics.expert_share(counts))
-            logs.update({f"expert_share_{expert}": share for expert, share in enumerate(shares)})
-        return {f"{name}_{key}": float(value) for key, value in logs.items()}
+
+class _Usage(NamedTuple):
+    numbers: dict
+    shares: Any
+
+
+def _usage(layer):
+    counts = ops.convert_to_numpy(layer.expert_counts.value)
+    calls = ops.maximum(layer.call_count.value, 1.0)
+    numbers = {
+        "load_imbalance": metrics.load_imbalance(counts),
+        "load_entropy": metrics.load_entropy(counts),
+        "dead_experts": metrics.dead_experts(counts),
+        "dropped_fraction": metrics.dropped_fraction(layer.dropped_count.value, counts),
+        "router_entropy": layer.router_entropy_total.value / calls,
+    }
+    losses = ops.convert_to_numpy(layer.router_loss_totals.value / calls)
+    numbers.update(zip(_loss_names(layer.router_losses), losses))
+    shares = ops.convert_to_numpy(metrics.expert_share(counts))
+    return _Usage({key: float(value) for key, value in numbers.items()}, shares)
+
+
+def _loss_names(router_losses):
+    """`LoadBalance` is "load_balance_loss", and a second one "load_balance_loss_1"."""
+    names = []
+    for loss in router_losses:
+        name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(loss).__name__).lower() + "_loss"
+        same = sum(re.fullmatch(rf"{name}(_\d+)?", other) is not None for other in names)
+        names.append(f"{name}_{same}" if same else name)
+    return names
 
 
 __all__ = ["ExpertMonitor"]

@@ -1,0 +1,70 @@
+"""Files that TensorBoard reads, written without TensorFlow."""
+
+import io
+import pathlib
+import time
+
+from keras_moe import visualization
+
+try:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.histogram.summary_v2 import histogram_pb
+    from tensorboard.plugins.image.metadata import create_summary_metadata
+    from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    from tensorboard.util.tensor_util import make_tensor_proto
+except ImportError as error:
+    raise ImportError(
+        "`log_dir` needs TensorBoard, which is not installed. "
+        'Run `pip install "keras_moe[tensorboard]"`.'
+    ) from error
+
+
+class EventFiles:
+    """One file for each split of the data, in folders of the names that Keras uses.
+
+    Args:
+        log_dir: folder that TensorBoard is pointed at.
+    """
+
+    def __init__(self, log_dir):
+        self.log_dir = pathlib.Path(log_dir)
+        self._writers = {}
+
+    def write(self, split, step, numbers, shares):
+        """Write what one epoch has shown.
+
+        Args:
+            split: "train" or "validation".
+            step: number of the epoch.
+            numbers: dict of names to scalars.
+            shares: dict of layers to one array (E,) for each epoch so far.
+        """
+        summaries = [scalar_pb(f"experts/{name}", value) for name, value in numbers.items()]
+        for layer, epochs in shares.items():
+            summaries.append(histogram_pb(f"experts/{layer}_shares", epochs[-1]))
+            summaries.append(_picture(f"experts/{layer}_shares_over_time", {layer: epochs}))
+        writer = self._writer(split)
+        for summary in summaries:
+            writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        writer.flush()
+
+    def close(self):
+        while self._writers:
+            self._writers.popitem()[1].close()
+
+    def _writer(self, split):
+        if split not in self._writers:
+            self._writers[split] = EventFileWriter(str(self.log_dir / split))
+        return self._writers[split]
+
+
+def _picture(tag, shares):
+    file = io.BytesIO()
+    figure = visualization.shares_over_time(shares)
+    figure.savefig(file, format="png", dpi=100)
+    size = [str(round(100 * inches)).encode() for inches in figure.get_size_inches()]
+    tensor = make_tensor_proto([*size, file.getvalue()])
+    metadata = create_summary_metadata(None, None, converted_to_tensor=True)
+    return Summary(value=[Summary.Value(tag=tag, metadata=metadata, tensor=tensor)])

@@ -1,0 +1,113 @@
+"""What ExpertMonitor writes for TensorBoard, read back by TensorBoard itself."""
+
+import io
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+pytest.importorskip("tensorboard")
+pytest.importorskip("matplotlib")
+
+import matplotlib.image  # noqa: E402
+from layer_checks import D, E, moe, normal  # noqa: E402
+from test_callbacks import fit, model_of, routed  # noqa: E402
+
+from keras_moe import layers  # noqa: E402
+from keras_moe.callbacks import ExpertMonitor  # noqa: E402
+
+
+def read(folder):
+    """Dict of tags to lists of (step, value) of scalars and of other tensors."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0})
+    events.Reload()
+    return {
+        tag: [(event.step, make_ndarray(event.tensor_proto)) for event in events.Tensors(tag)]
+        for tag in events.Tags()["tensors"]
+    }
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("logs")
+    history = fit(model_of(routed()), monitor=ExpertMonitor(log_dir=folder), epochs=2)
+    return history, read(folder / "train"), read(folder / "validation")
+
+
+def test_scalars_are_those_of_the_history(logged):
+    history, train, validation = logged
+    for written, prefix in ((train, ""), (validation, "val_")):
+        scalars = {tag: values for tag, values in written.items() if np.ndim(values[0][1]) == 0}
+        assert len(scalars) == 5
+        for tag, values in scalars.items():
+            key = prefix + tag.removeprefix("experts/")
+            assert [step for step, _ in values] == [0, 1]
+            assert [float(value) for _, value in values] == pytest.approx(history[key])
+
+
+def test_shares_are_a_histogram(logged):
+    values = logged[1]["experts/moe_shares"]
+    left, right, count = values[1][1].T
+    assert count.sum() == 4
+    assert left[0] == 0 and right[-1] == pytest.approx(0.75)
+    assert count[0] == 2, "two experts without work"
+
+
+def test_shares_over_time_are_a_picture(logged):
+    for written in logged[1:]:
+        width, height, png = written["experts/moe_shares_over_time"][1][1]
+        picture = matplotlib.image.imread(io.BytesIO(png))
+        assert picture.shape[:2] == (int(height), int(width))
+
+
+def test_the_number_of_tags_does_not_grow_with_experts(tmp_path):
+    tags = []
+    for num_experts in (4, 16):
+        bank = layers.FeedForwardExperts(num_experts, 4)
+        model = keras.Sequential([keras.Input((D,)), moe(bank, name="moe")])
+        model.compile("sgd", "mse")
+        x = normal(8, D)
+        folder = tmp_path / str(num_experts)
+        model.fit(x, x, verbose=0, callbacks=[ExpertMonitor(log_dir=folder)])
+        tags.append(sorted(read(folder / "train")))
+        assert not (folder / "validation").exists()
+    assert tags[0] == tags[1]
+
+
+def test_an_evaluation_alone_writes_nothing(tmp_path):
+    model = model_of(routed())
+    x = np.eye(E, dtype="float32")
+    model.evaluate(x, x, callbacks=[ExpertMonitor(log_dir=tmp_path)], verbose=0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="Keras imports TensorFlow")
+def test_it_works_without_tensorflow(tmp_path):
+    code = (
+        "import sys; sys.modules['tensorflow'] = None\n"
+        "from keras_moe.callbacks.event_files import EventFiles\n"
+        f"files = EventFiles({str(tmp_path)!r})\n"
+        "files.write('train', 0, {'a': 1.0}, {'moe': [[0.5, 0.5]]}); files.close()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(read(tmp_path / "train")) == 3
+
+
+def test_without_tensorboard_the_error_names_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "keras_moe.callbacks.event_files", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
+    with pytest.raises(ImportError) as error:
+        ExpertMonitor(log_dir=tmp_path)
+    assert str(error.value) == (
+        "`log_dir` needs TensorBoard, which is not installed. "
+        'Run `pip install "keras_moe[tensorboard]"`.'
+    )
