@@ -1,0 +1,241 @@
+"""Trains a decoder-only language model with a sparse mixture of experts.
+
+    python examples/language_model.py
+    python examples/language_model.py --compare --seeds 3
+    python examples/language_model.py --router expert_choice
+    python examples/language_model.py --generate "the space shuttle"
+
+Runs on the backend that KERAS_BACKEND names. An interrupted run goes on where it was when the same
+command is given again. The data are read with TensorFlow Datasets, which needs TensorFlow on every
+backend.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import pathlib
+import shutil
+import typing
+
+import datasets
+import keras
+import numpy as np
+import pictures
+from decoder_model import build_model, moe_every, write
+from id_batches import Batches, rows
+from subwords import END, Subwords
+from training_journal import Journal
+
+from keras_moe import callbacks, inspection, layers
+
+
+class Size(typing.NamedTuple):
+    subwords: int
+    length: int
+    features: int
+    hidden_dim: int
+    blocks: int
+    documents: int | None
+    validation_rows: int
+    steps: int
+    epochs: int
+
+
+FULL = Size(
+    2000, 64, features=64, hidden_dim=128, blocks=2, documents=None, validation_rows=1024,
+    steps=100, epochs=12,
+)  # fmt: skip
+SMOKE = Size(
+    100, 16, features=16, hidden_dim=16, blocks=2, documents=64, validation_rows=32,
+    steps=10, epochs=2,
+)  # fmt: skip
+LEARNING_RATE, WARM_UP, LAST_RATE = 5e-3, 0.08, 0.05
+SPARSE, DENSE = "mixture of experts", "dense twin"
+
+
+def main(arguments=None):
+    options = parse_options(arguments)
+    if options.generate is not None:
+        return generate(options.generate, options.output, options.seed)
+    size = SMOKE if options.smoke else FULL
+    texts = datasets.load(options.dataset, options.data_dir)
+    train, validation = (split.texts[: size.documents] for split in texts[:2])
+    subwords = Subwords.train(train, size.subwords, options.output / "cache")
+    data = [rows(subwords.encode(split), size.length) for split in (train, validation)]
+    data[1] = data[1][: size.validation_rows]
+    print(f"{data[0].size:,} subwords to learn from, {size.steps * size.epochs} steps")
+
+    progress = options.output / "progress" / digest(options, size)
+    names = (SPARSE, DENSE) if options.compare else (SPARSE,)
+    results, histories = {name: {"runs": []} for name in names}, {}
+    for seed, name in itertools.product(range(options.seeds), names):
+        print(f"\n{name}, seed {seed}")
+        keras.utils.set_random_seed(seed)
+        model = make_model(name, len(subwords), options, size)
+        history = fit(model, data, seed, size, options, progress / f"{name}-{seed}")
+        results[name]["runs"].append(summary(history))
+        results[name].update(count_parameters(name, model))
+        histories.setdefault(name, history)
+        if (seed, name) == (0, SPARSE):
+            save(model, subwords, options.output)
+    report = {"dataset": options.dataset, "router": options.router, "results": results}
+    print_report(report)
+    (options.output / "results.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    pictures.learning_curves(histories, options.output / "learning_curves.png", "loss")
+    shutil.rmtree(options.output / "progress")
+    print(f"\nModel, picture and results are in {options.output}.")
+    return report
+
+
+def parse_options(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--dataset",
+        default="twenty_newsgroups",
+        help=f"{', '.join(datasets.BUILT_IN)}, or any text classification data of TFDS",
+    )
+    parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
+    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--router", default="top_k", help="name of a router of keras_moe")
+    parser.add_argument("--moe-every", type=int, default=1, help="every n-th block has experts")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--seeds", type=int, default=1, help="number of runs to average")
+    parser.add_argument(
+        "--compare", action="store_true", help="train a dense model of equal active size as well"
+    )
+    parser.add_argument("--smoke", action="store_true", help="a tiny model on a few documents")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("language_model"))
+    parser.add_argument(
+        "--generate", metavar="TEXT", help="go on with a text, by the model in --output"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="another one writes another text")
+    return parser.parse_args(arguments)
+
+
+def digest(options, size):
+    """A name for what decides the course of training."""
+    names = ("dataset", "experts", "router", "moe_every", "batch_size")
+    content = [keras.backend.backend(), size, *(getattr(options, name) for name in names)]
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
+
+
+def make_model(name, num_tokens, options, size):
+    def sparse():
+        bank = layers.FeedForwardExperts(options.experts, size.hidden_dim)
+        return layers.MixtureOfExperts(bank, options.router, name="experts")
+
+    top_k = sparse().router.top_k
+
+    def dense():
+        """As wide as the experts that serve one token, together."""
+        return keras.Sequential(
+            [
+                keras.layers.Dense(top_k * size.hidden_dim, activation="gelu"),
+                keras.layers.Dense(size.features),
+            ]
+        )
+
+    with_experts = sparse if name == SPARSE else dense
+    feedforwards = moe_every(options.moe_every, size.blocks, with_experts, dense)
+    return build_model(num_tokens, size.length, size.features, feedforwards)
+
+
+def fit(model, data, seed, size, options, folder):
+    """Train, or go on training, and return the history from the first epoch on."""
+    journal, finished = Journal(folder / "journal.json"), folder / "model.weights.h5"
+    if finished.exists():
+        print("It is finished already.")
+        model.load_weights(finished)
+        return journal.history
+    if (folder / "backup").exists():
+        print(f"It was interrupted: going on after epoch {len(journal.history['loss'])}.")
+    train, validation = data
+    steps = size.steps * size.epochs
+    warm_up = int(WARM_UP * steps)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, steps - warm_up, LAST_RATE, warmup_target=LEARNING_RATE, warmup_steps=warm_up
+    )
+    model.compile(
+        optimizer=keras.optimizers.Adam(schedule, beta_2=0.99, clipnorm=1.0),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        # PyTorch has no XLA.
+        jit_compile=keras.backend.backend() != "torch",
+    )
+    monitors = [callbacks.ExpertMonitor()] if has_experts(model) else []
+    backup = keras.callbacks.BackupAndRestore(folder / "backup", double_checkpoint=True)
+    batches = Batches(train, options.batch_size, size.steps, seed)
+    model.fit(
+        batches.dataset(),
+        shuffle=False,  # they are shuffled already
+        steps_per_epoch=size.steps,
+        epochs=size.epochs,
+        validation_data=(validation[:, :-1], validation[:, 1:]),
+        validation_batch_size=options.batch_size,
+        callbacks=[*monitors, journal, backup, batches],
+    )
+    model.save_weights(finished)
+    return journal.history
+
+
+def has_experts(model):
+    return any(isinstance(layer, layers.MixtureOfExperts) for layer in model._flatten_layers())
+
+
+def summary(history):
+    return {
+        "validation_perplexity": float(np.exp(history["val_loss"][-1])),
+        "ms_per_step": history["ms_per_step"][-1],
+    }
+
+
+def count_parameters(name, model):
+    """All parameters, and those that work on one token."""
+    total, idle = model.count_params(), 0
+    for layer in inspection.moe_layers(model).values() if name == SPARSE else ():
+        unused = 1 - layer.router.top_k / layer.router.num_experts
+        idle += round(unused * layer.experts.count_params())
+    return {"parameters": total, "active_parameters": total - idle}
+
+
+def print_report(report):
+    print(f"\n{report['dataset']}: {'validation perplexity':>28} {'ms a step':>10}", end=" ")
+    print(f"{'parameters':>12} {'active':>12}")
+    for name, result in report["results"].items():
+        perplexities = [run["validation_perplexity"] for run in result["runs"]]
+        perplexity = f"{np.mean(perplexities):.2f}"
+        if len(perplexities) > 1:
+            perplexity += f" +- {np.std(perplexities):.2f}"
+        ms = np.mean([run["ms_per_step"] for run in result["runs"]])
+        print(f"{name:<27} {perplexity:>20} {ms:>10.0f}", end=" ")
+        print(f"{result['parameters']:>12,} {result['active_parameters']:>12,}")
+
+
+def save(model, subwords, output):
+    output.mkdir(parents=True, exist_ok=True)
+    model.save(output / "model.keras")
+    subwords.save(output / "subwords.model")
+
+
+def generate(text, output, seed):
+    """Print and return a text that goes on from `text`, by a model saved under any backend."""
+    if not (output / "model.keras").exists():
+        raise FileNotFoundError(
+            f"There is no model to write with. Received: --output {output}. "
+            "Train one first, without --generate."
+        )
+    model = keras.saving.load_model(output / "model.keras", compile=False)
+    subwords = Subwords.load(output / "subwords.model")
+    ids = np.concatenate([[END], subwords.encode([text])[0][:-1]])
+    if len(ids) >= model.input_shape[1]:
+        raise ValueError(
+            f"The text must leave room in the model's window of {model.input_shape[1]} subwords. "
+            f"Received: a text of {len(ids)}. Pass a shorter one."
+        )
+    (written,) = subwords.decode([write(model, ids, seed=seed)[1:]])
+    print(written)
+    return written
+
+
+if __name__ == "__main__":
+    main()
