@@ -11,7 +11,7 @@ from layer_checks import moe, normal, one_hot, one_hot_router  # noqa: E402
 from test_inspection import two_block_model  # noqa: E402
 
 from keras_moe import inspection, visualization  # noqa: E402
-from keras_moe.visualization import labels, numbers  # noqa: E402
+from keras_moe.visualization import labels  # noqa: E402
 
 
 def draws(num_experts, seed=0, tokens=60, top_k=2):
@@ -73,8 +73,6 @@ def test_shares_are_multiples_of_a_fair_share():
 
 def test_specialization_counts_choices_and_leaves_out_padding():
     indices = np.array([[0, 1], [0, 2], [3, -1], [3, 3], [1, 1]])
-    table = numbers.count_table(indices, np.array([0, 0, 1, 1, -1]), 2, 4)
-    np.testing.assert_array_equal(table, [[2, 1, 1, 0], [0, 0, 0, 3]])
     axes = drawn(visualization.specialization(indices, [0, 0, 1, 1, -1], ["a", "b"]))[0]
     np.testing.assert_allclose(image(axes), [[0.5, 0.25, 0.25, 0], [0, 0, 0, 1]])
     assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b"]
@@ -94,14 +92,6 @@ def test_the_most_frequent_strings_stand_on_top_and_the_rest_is_left_out():
     assert len(image(axes)) == labels.MAX_ROWS
 
 
-@pytest.mark.parametrize(
-    "table, bits",
-    [([[1, 0], [0, 1]], 1.0), ([[2, 2], [1, 1]], 0.0), ([[0, 0], [0, 0]], 0.0)],
-)
-def test_mutual_information_of_known_tables(table, bits):
-    assert numbers.mutual_information(np.array(table)) == pytest.approx(bits)
-
-
 def test_padding_is_no_frequent_string():
     indices = np.array([[0], [1], [1], [-1], [-1], [-1]])
     axes = drawn(visualization.specialization(indices, ["a", "b", "b", "p", "p", "p"]))[0]
@@ -112,7 +102,6 @@ def test_coactivation_is_the_share_of_the_rows_tokens():
     indices = np.array([[0, 1], [0, 1], [0, 2], [-1, -1]])
     nan = np.nan
     expected = [[nan, 2 / 3, 1 / 3], [1, nan, 0], [1, 0, nan]]
-    np.testing.assert_allclose(numbers.coactivation(indices, 3), expected)
     np.testing.assert_allclose(image(drawn(visualization.coactivation(indices))[0]), expected)
 
 

@@ -9,9 +9,8 @@ from keras_moe import health, metrics
 from keras_moe.inspection import moe_layers, record_routings
 from keras_moe.reporting.texts import positions_of, token_texts
 from keras_moe.summary import summarize
-from keras_moe.visualization.labels import grouped
-from keras_moe.visualization.numbers import count_table, mutual_information
-from keras_moe.visualization.sources import by_layer, each_token
+from keras_moe.visualization.labels import bits_in_common, label_table
+from keras_moe.visualization.sources import as_tensors, by_layer, each_token
 
 BATCH_SIZE = 32
 
@@ -58,7 +57,6 @@ def study(model, data, labels, tokens):
         return Study(num_documents, [])
     recorded = record_routings(model, _batches(arrays, num_documents))
     routings = {name: value for name, value in recorded.items() if value}
-    drops = {name: np.mean([r.dropped for r in value]) for name, value in routings.items()}
     joined = by_layer(routings)
     summaries = {summary.name: summary for summary in summarize(model)}
     return Study(
@@ -67,7 +65,7 @@ def study(model, data, labels, tokens):
             _study_layer(
                 layers[name],
                 summaries[name],
-                routing._replace(dropped=drops[name]),
+                routing,
                 labels,
                 token_texts(tokens, arrays, positions_of(routing, num_documents), num_documents),
             )
@@ -86,7 +84,9 @@ def _study_layer(layer, summary, routing, labels, texts):
     indices = np.where(routing.mask[:, None], routing.indices, -1)
     routing = routing._replace(indices=indices)
     probs = routing.probs[routing.mask]
-    entropy = _entropy(probs)
+    entropy = float(metrics.router_entropy(as_tensors(routing))) / np.log(
+        max(summary.num_experts, 2)
+    )
     largest = np.abs(routing.logits[routing.mask]).max(initial=0)
     load = health.judge_load(routing.counts, summary.top_k, layer.router_losses)
     router = health.judge_router(entropy, largest) if len(probs) else []
@@ -97,9 +97,7 @@ def _study_layer(layer, summary, routing, labels, texts):
     information = None
     if labels is not None:
         labels = each_token(np.asarray(labels).reshape(-1), len(indices))
-        groups, rows = grouped(labels)
-        table = count_table(indices, groups, len(rows), summary.num_experts)
-        information = mutual_information(table)
+        information = bits_in_common(label_table(routing, labels)[0])
     return LayerStudy(
         summary,
         routing,
@@ -111,14 +109,6 @@ def _study_layer(layer, summary, routing, labels, texts):
         information,
         findings,
     )
-
-
-def _entropy(probs):
-    """Mean entropy of the tokens over `log E`; 0 for one expert, or without tokens."""
-    if not len(probs) or probs.shape[1] == 1:
-        return 0.0
-    terms = probs * np.log(np.where(probs > 0, probs, 1))
-    return float(-terms.sum(axis=1).mean() / np.log(probs.shape[1]))
 
 
 def imbalance(counts):

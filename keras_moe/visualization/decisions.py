@@ -1,10 +1,11 @@
 """Pictures of how a router decides."""
 
 import numpy as np
+from keras import ops
 
-from keras_moe.visualization.numbers import coactivation as coactivation_of
+from keras_moe import metrics
+from keras_moe.visualization import sources
 from keras_moe.visualization.panels import count_on, heat_map, one_panel_a_layer
-from keras_moe.visualization.sources import choices, probabilities
 
 
 def coactivation(routings, num_experts=None):
@@ -30,11 +31,13 @@ def coactivation(routings, num_experts=None):
 
     Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.2.
     """
-    return one_panel_a_layer(choices(routings, num_experts), _draw_coactivation)
+    return one_panel_a_layer(sources.routings(routings, num_experts), _draw_coactivation)
 
 
-def _draw_coactivation(axes, chosen):
-    heat_map(axes, coactivation_of(*chosen), "share of the row's tokens", vmin=0)
+def _draw_coactivation(axes, routing):
+    share = ops.convert_to_numpy(metrics.coactivation(sources.as_tensors(routing))).copy()
+    np.fill_diagonal(share, np.nan)  # every expert is always together with itself
+    heat_map(axes, share, "share of the row's tokens", vmin=0)
     axes.set(xlabel="also served by expert", ylabel="served by expert")
     count_on(axes.xaxis)
     count_on(axes.yaxis)
@@ -62,7 +65,7 @@ def confidence(routings):
     >>> routing = router(keras.random.normal((32, 64)))
     >>> figure = keras_moe.visualization.confidence(keras.ops.convert_to_numpy(routing.probs))
     """
-    return one_panel_a_layer(probabilities(routings), _draw_confidence)
+    return one_panel_a_layer(sources.probabilities(routings), _draw_confidence)
 
 
 def _draw_confidence(axes, probs):

@@ -1,10 +1,12 @@
 """Pictures of what experts are for."""
 
 import numpy as np
+from keras import ops
 
-from keras_moe.visualization.numbers import count_table, mutual_information
+from keras_moe import metrics
 from keras_moe.visualization.panels import PANEL_SIZE, count_on, heat_map, one_panel_a_layer
-from keras_moe.visualization.sources import choices, each_token
+from keras_moe.visualization.sources import as_tensors, each_token
+from keras_moe.visualization.sources import routings as routings_of
 
 
 def specialization(routings, labels, names=None, num_experts=None):
@@ -37,10 +39,8 @@ def specialization(routings, labels, names=None, num_experts=None):
     >>> figure = keras_moe.visualization.specialization(indices, ["red", "red", "blue", "blue"])
     """
     tables = {}
-    for name, chosen in choices(routings, num_experts).items():
-        real = (chosen.indices >= 0).any(axis=1)
-        groups, rows = grouped(each_token(labels, len(real))[real], names)
-        tables[name] = count_table(chosen.indices[real], groups, len(rows), chosen.num_experts)
+    for name, routing in routings_of(routings, num_experts).items():
+        tables[name], rows = label_table(routing, labels, names)
     shown = min(len(rows), MAX_ROWS)
     width, height = PANEL_SIZE
 
@@ -53,19 +53,35 @@ def specialization(routings, labels, names=None, num_experts=None):
 MAX_ROWS = 30
 
 
-def grouped(labels, names=None):
-    """Integers that stand for labels, and the names of these integers in the order to draw."""
+def label_table(routing, labels, names=None):
+    """Assignments (labels, E), and the names of the labels in the order to draw."""
+    groups, rows = _grouped(each_token(labels, len(routing.mask)), routing.mask, names)
+    routing = routing._replace(mask=routing.mask & (groups >= 0))
+    table = metrics.count_table(as_tensors(routing), np.maximum(groups, 0), len(rows))
+    return ops.convert_to_numpy(table), rows
+
+
+def bits_in_common(table):
+    """What a label tells about the expert that serves it."""
+    return float(metrics.mutual_information(ops.convert_to_tensor(table)) / np.log(2))
+
+
+def _grouped(labels, mask, names):
+    """Integers that stand for labels, -1 for padding, and the names of these integers."""
     if np.issubdtype(labels.dtype, np.integer):
-        highest = int(labels.max(initial=-1))
-        return labels, [str(n) for n in (range(highest + 1) if names is None else names)]
-    values, groups, sizes = np.unique(labels.astype(str), return_inverse=True, return_counts=True)
+        highest = int(labels.max(initial=-1, where=mask))
+        rows = [str(n) for n in (range(highest + 1) if names is None else names)]
+        return np.where(mask, labels, -1), rows
+    groups = np.full(len(labels), -1)
+    values, found, sizes = np.unique(
+        labels[mask].astype(str), return_inverse=True, return_counts=True
+    )
     order = np.argsort(-sizes, kind="stable")
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    return place[groups], list(values[order])
+    groups[mask] = np.argsort(order)[found]
+    return groups, list(values[order])
 
 
-def expert_entropy(table):
+def _expert_bits(table):
     """Bits there are to know about the expert of an assignment."""
     share = table.sum(axis=0) / max(table.sum(), 1)
     return float(-np.sum(share * np.log2(np.where(share > 0, share, 1))))
@@ -74,11 +90,11 @@ def expert_entropy(table):
 def _draw(axes, table, rows):
     share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
     heat_map(axes, share[:MAX_ROWS], "share of the label's assignments", vmin=0)
-    bits, possible = mutual_information(table), expert_entropy(table)
+    bits, possible = bits_in_common(table), _expert_bits(table)
     axes.set(xlabel="expert", title=f"{bits:.2f} of {possible:.2f} bits in common")
-    axes.set_yticks(range(min(len(rows), MAX_ROWS)), [shortened(row) for row in rows[:MAX_ROWS]])
+    axes.set_yticks(range(min(len(rows), MAX_ROWS)), [_shortened(row) for row in rows[:MAX_ROWS]])
     count_on(axes.xaxis)
 
 
-def shortened(text, length=24):
+def _shortened(text, length=24):
     return text if len(text) <= length else f"{text[: length - 1]}…"

@@ -1,17 +1,9 @@
-"""From what users have - arrays, or recorded routings - to one array of choices a layer."""
-
-from typing import Any, NamedTuple
+"""From what users have - arrays, or recorded routings - to one routing a layer."""
 
 import numpy as np
+from keras import ops
 
 from keras_moe.ops.routing import Routing
-
-
-class Choices(NamedTuple):
-    """What a layer decided: `indices` (T, K) with -1 for no expert, and the number of experts."""
-
-    indices: Any
-    num_experts: int
 
 
 def by_layer(source):
@@ -22,9 +14,9 @@ def by_layer(source):
     return {name: _joined(value) for name, value in named.items()}
 
 
-def choices(source, num_experts=None):
-    """Dict of names to `Choices`. Padding stays as rows of -1, in step with labels."""
-    return {name: _choices(value, num_experts) for name, value in by_layer(source).items()}
+def routings(source, num_experts=None):
+    """Dict of names to routings; of arrays of indices only who serves whom is known."""
+    return {name: _routing(value, num_experts) for name, value in by_layer(source).items()}
 
 
 def probabilities(source):
@@ -33,6 +25,14 @@ def probabilities(source):
         name: value.probs[value.mask] if isinstance(value, Routing) else value
         for name, value in by_layer(source).items()
     }
+
+
+def as_tensors(routing):
+    """For the functions of `metrics`."""
+    return Routing(
+        *(None if field is None else ops.convert_to_tensor(field) for field in routing[:6]),
+        dropped=None,
+    )
 
 
 def each_token(labels, num_tokens):
@@ -49,21 +49,24 @@ def each_token(labels, num_tokens):
 
 def _joined(value):
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], Routing):
-        fields = zip(*(routing[:5] for routing in value))
-        counts = sum(routing.counts for routing in value)
-        return Routing(*map(np.concatenate, fields), counts=counts, dropped=None)
-    if isinstance(value, Routing):
-        return Routing(*(np.asarray(field) for field in value))
-    return np.asarray(value)
+        tokens = zip(*(routing[:5] for routing in value))
+        counts = np.sum([routing.counts for routing in value], axis=0)
+        dropped = np.average(
+            [routing.dropped for routing in value],
+            weights=[max(routing.counts.sum(), 1) for routing in value],
+        )
+        return Routing(*map(np.concatenate, tokens), counts, dropped)
+    return value if isinstance(value, Routing) else np.asarray(value)
 
 
-def _choices(value, num_experts):
+def _routing(value, num_experts):
     if isinstance(value, Routing):
-        indices = np.where(value.mask[:, None], value.indices, -1)
-        return Choices(indices, value.probs.shape[1])
+        return value
     if value.ndim != 2 or not np.issubdtype(value.dtype, np.integer):
         raise ValueError(
             "The experts of tokens must be integers (T, K). "
             f"Received: shape {value.shape} of {value.dtype}. Pass `routing.indices`."
         )
-    return Choices(value, num_experts or int(value.max(initial=0)) + 1)
+    counts = np.bincount(value[value >= 0], minlength=num_experts or 0)
+    mask = (value >= 0).any(axis=1)
+    return Routing(value.astype("int32"), None, None, None, mask, counts, None)

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from keras_moe.visualization.numbers import saturation
+from keras_moe.metrics import router_saturation
 from keras_moe.visualization.panels import count_on, heat_map, one_panel_a_layer
-from keras_moe.visualization.sources import by_layer, choices
+from keras_moe.visualization.sources import as_tensors, by_layer, routings
 
 
 def shares_over_time(shares):
@@ -80,20 +80,21 @@ def settling(checkpoints, num_experts=None):
             "Settling needs at least two checkpoints to compare. "
             f"Received: {len(checkpoints)}. Record routings several times while training."
         )
-    recorded = [choices(checkpoint, num_experts) for checkpoint in checkpoints]
+    recorded = [routings(checkpoint, num_experts) for checkpoint in checkpoints]
     layers = {name: [moment[name] for moment in recorded] for name in recorded[0]}
     return one_panel_a_layer(layers, _draw_settling)
 
 
 def _draw_settling(axes, moments):
-    indices = [moment.indices for moment in moments]
-    numbers = np.arange(1, len(indices) + 1)
-    to_last = [saturation(earlier, indices[-1]) for earlier in indices[:-1]]
-    to_previous = [saturation(a, b) for a, b in zip(indices, indices[1:])]
+    numbers = np.arange(1, len(moments) + 1)
+    tensors = [as_tensors(moment) for moment in moments]
+    to_last = [float(router_saturation(earlier, tensors[-1])) for earlier in tensors[:-1]]
+    to_previous = [float(router_saturation(a, b)) for a, b in zip(tensors, tensors[1:])]
     axes.plot(numbers[:-1], to_last, "o-", label="also at the last checkpoint")
     axes.plot(numbers[1:], to_previous, "s--", label="also at the checkpoint before")
-    num_experts = max(moment.num_experts for moment in moments)
-    axes.axhline(indices[0].shape[1] / num_experts, color="grey", ls=":", label="by chance")
+    num_experts = max(len(moment.counts) for moment in moments)
+    chance = moments[0].indices.shape[1] / num_experts
+    axes.axhline(chance, color="grey", ls=":", label="by chance")
     axes.set(xlabel="checkpoint", ylabel="share of the choices", ylim=(0, 1.03))
     count_on(axes.xaxis)
     axes.legend()
