@@ -32,6 +32,18 @@ def experts_by_class(usage, class_names, path):
     figure.savefig(path, dpi=120)
 
 
+def experts_by_layer(usage, path):
+    """Heat map of the share of each layer's tokens that an expert serves; see above."""
+    layers = np.array([shares(counts.sum(axis=0)) for counts in usage.values()])
+    figure = Figure(figsize=(6, 1.5 + 0.35 * len(layers)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(layers, aspect="auto", cmap="viridis", vmin=0)
+    axes.set(xlabel="expert", xticks=range(layers.shape[1]))
+    axes.set_yticks(range(len(layers)), usage)
+    figure.colorbar(image, ax=axes)
+    figure.savefig(path, dpi=120)
+
+
 def shares(counts):
     """Counts along the last axis as shares of their sum; zeros where there are none."""
     return counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)

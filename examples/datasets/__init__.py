@@ -54,7 +54,7 @@ def _builder(name, data_dir):
     print(f"{name} comes from TFDS: without internet its download hangs; Ctrl-C ends it.")
     builder = tfds.builder(name, data_dir=data_dir)
     keys = builder.info.supervised_keys or (None, None)
-    features = [builder.info.features.get(key) for key in keys]
+    features = [key and builder.info.features[key] for key in keys]
     if not isinstance(features[0], tfds.features.Text) or not isinstance(
         features[1], tfds.features.ClassLabel
     ):

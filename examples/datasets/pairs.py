@@ -1,0 +1,74 @@
+"""Sentence pairs for translation by name: built in, or any other of TensorFlow Datasets."""
+
+import typing
+
+import tensorflow_datasets as tfds
+
+from .bible import BibleEsEn
+from .libreoffice_help import LibreofficeHelp
+
+BUILT_IN = {builder.name: builder for builder in (BibleEsEn, LibreofficeHelp)}
+
+
+class Pairs(typing.NamedTuple):
+    """`targets[i]` is the translation of `sources[i]`."""
+
+    sources: list
+    targets: list
+
+
+class ParallelDataset(typing.NamedTuple):
+    """Choices are made on `validation`; `test` is for the number that is reported."""
+
+    train: Pairs
+    validation: Pairs
+    test: Pairs
+
+
+def load(name, data_dir=None):
+    """The sentence pairs of this name, downloaded and prepared on first use.
+
+    Args:
+        name: one of `BUILT_IN`, whose text ships in packages, or any data set in the catalogue of
+            TFDS that is supervised, from text to text, such as `ted_hrlr_translate/pt_to_en`.
+        data_dir: folder that keeps the data, or None for the one of TFDS.
+
+    Raises:
+        ValueError: If there is no such data set, or it does not translate.
+    """
+    builder = _builder(name, data_dir)
+    builder.download_and_prepare()
+    missing = {"train", "validation", "test"} - set(builder.info.splits)
+    if missing:
+        raise ValueError(
+            "The data set must have the splits train, validation and test. Received: "
+            f"{name!r} without {', '.join(sorted(missing))}. "
+            f"Choose another, for example {', '.join(BUILT_IN)}."
+        )
+    return ParallelDataset(*(_read(builder, split) for split in ParallelDataset._fields))
+
+
+def _builder(name, data_dir):
+    if name in BUILT_IN:
+        return BUILT_IN[name](data_dir=data_dir)
+    if name.split("/")[0] not in tfds.list_builders(with_community_datasets=False):
+        raise ValueError(
+            f"There is no such data set. Received: {name!r}. Built in are {', '.join(BUILT_IN)}; "
+            "https://www.tensorflow.org/datasets/catalog lists the others under Translate."
+        )
+    print(f"{name} comes from TFDS: without internet its download hangs; Ctrl-C ends it.")
+    builder = tfds.builder(name, data_dir=data_dir)
+    features = [builder.info.features[key] for key in builder.info.supervised_keys or ()]
+    if len(features) != 2 or not all(isinstance(item, tfds.features.Text) for item in features):
+        raise ValueError(
+            "The data set must be supervised, from a text to its translation. Received: "
+            f"{name!r} with supervised_keys={builder.info.supervised_keys}. "
+            f"Choose another, for example {', '.join(BUILT_IN)}."
+        )
+    return builder
+
+
+def _read(builder, split):
+    source_key, target_key = builder.info.supervised_keys
+    rows = list(tfds.as_numpy(builder.as_dataset(split=split)))
+    return Pairs(*([row[key].decode("utf-8") for row in rows] for key in (source_key, target_key)))

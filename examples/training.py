@@ -1,0 +1,119 @@
+"""Training of a translator that goes on after an interruption."""
+
+import csv
+import hashlib
+import json
+import os
+
+import keras
+from translator import SmoothedCrossentropy
+
+from keras_moe import callbacks, layers
+
+LEARNING_RATE = 2e-3
+LABEL_SMOOTHING = 0.1
+WARM_UP = 400
+
+
+def fit(model, train, validation, epochs, folder):
+    """Train to the last epoch, from where an earlier call with the same `folder` got to.
+
+    Args:
+        model: a built `Translator`.
+        train: `SentenceBatches`.
+        validation: `SentenceBatches`.
+        epochs: number of epochs in all.
+        folder: keeps the weights after each epoch, and `log.csv`.
+
+    Returns:
+        Dict from the name of each logged value to its values by epoch.
+
+    Raises:
+        ValueError: If what `folder` keeps is damaged.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    backup = folder / "backup"
+    done = finished_epochs(backup)
+    if done:
+        print(f"Going on after epoch {done} of {epochs}, which an earlier run finished.")
+    compile_for_training(model, epochs * len(train))
+    monitors = [callbacks.ExpertMonitor()] if has_experts(model) else []
+    try:
+        model.fit(
+            train.dataset(),
+            epochs=epochs,
+            validation_data=validation.dataset(),
+            shuffle=False,  # they are shuffled already
+            callbacks=[
+                *monitors,
+                _SetEpoch(train),
+                # The copy serves where a run was killed while it wrote the original.
+                keras.callbacks.BackupAndRestore(
+                    backup, double_checkpoint=True, delete_checkpoint=False
+                ),
+                keras.callbacks.CSVLogger(folder / "log.csv", append=True),
+            ],
+        )
+    except OSError as error:
+        raise ValueError(
+            f"The weights of an interrupted run are damaged. Received: {error} for {backup}. "
+            "Delete this folder, and the same command trains anew."
+        ) from error
+    return read_log(folder / "log.csv")
+
+
+def compile_for_training(model, steps):
+    warm_up = min(WARM_UP, steps // 10)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, steps - warm_up, warmup_target=LEARNING_RATE, warmup_steps=warm_up
+    )
+    model.compile(
+        optimizer=keras.optimizers.Adam(schedule, beta_2=0.98, global_clipnorm=1.0),
+        loss=SmoothedCrossentropy(LABEL_SMOOTHING),
+        weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
+        # PyTorch has no XLA.
+        jit_compile=keras.backend.backend() != "torch",
+    )
+
+
+class _SetEpoch(keras.callbacks.Callback):
+    """Tells the batches which epoch it is, from which their order follows."""
+
+    def __init__(self, batches):
+        super().__init__()
+        self.batches = batches
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.batches.epoch = epoch
+
+
+def finished_epochs(backup):
+    """Number of epochs whose weights are kept."""
+    try:
+        return json.loads((backup / "training_metadata.json").read_text())["epoch"]
+    except (FileNotFoundError, json.JSONDecodeError):
+        return 0
+
+
+def has_experts(model):
+    return any(isinstance(layer, layers.MixtureOfExperts) for layer in model._flatten_layers())
+
+
+def read_log(path):
+    """Columns of the log. An epoch that was logged twice counts as it was the second time."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = {int(row["epoch"]): row for row in csv.DictReader(file)}
+    keys = next(iter(rows.values()))
+    return {key: [float(rows[epoch][key]) for epoch in sorted(rows)] for key in keys}
+
+
+def digest(*settings):
+    """A short name for settings, other for others."""
+    return hashlib.sha256(repr(settings).encode("utf-8")).hexdigest()[:12]
+
+
+def write_json(path, content):
+    """The finished file appears in one step: a run that is killed leaves no half of it."""
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    part.rename(path)

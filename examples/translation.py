@@ -1,0 +1,242 @@
+"""Translates with a sparse Mixture-of-Experts Transformer, from Spanish to English.
+
+    KERAS_BACKEND=jax python examples/translation.py
+    KERAS_BACKEND=jax python examples/translation.py --compare --seeds 3
+    KERAS_BACKEND=jax python examples/translation.py --translate "Y el rey habló a su pueblo."
+
+Runs on the backend that KERAS_BACKEND names; JAX is the fastest on a CPU. A run that is interrupted
+goes on where it was when the same command is given again. The data are read with TensorFlow
+Datasets, which needs TensorFlow on every backend.
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+import typing
+
+import keras
+import numpy as np
+import pictures
+import training
+from datasets import pairs
+from piece_kinds import KINDS, usage_by_kind
+from sentence_batches import SentenceBatches, Shapes
+from subwords import Subwords
+from translation_scores import scores, translation_memory
+from translator import Translator
+from writing import write
+
+from keras_moe import inspection, layers, routers
+
+
+class Size(typing.NamedTuple):
+    vocabulary: int
+    features: int
+    hidden_dim: int
+    blocks: int
+    shapes: Shapes
+    pairs: int | None
+
+
+FULL = Size(4000, 128, 256, blocks=2, shapes=Shapes((24, 32, 48), 1024), pairs=None)
+SMOKE = Size(300, 8, 8, blocks=1, shapes=Shapes((16,), 256), pairs=256)
+DROPOUT = 0.1
+
+
+def main(arguments=None):
+    options = parse_options(arguments)
+    if options.translate is not None:
+        return translate(options.translate, options.output, options.beams)
+    size = size_of(options)
+    data = pairs.ParallelDataset(
+        *(cut(split, size.pairs) for split in pairs.load(options.dataset, options.data_dir))
+    )
+    subwords = Subwords.train(
+        [*data.train.sources, *data.train.targets], size.vocabulary, options.output
+    )
+    train, validation = (
+        SentenceBatches(subwords.encode(split.sources), subwords.encode(split.targets), size.shapes)
+        for split in data[:2]
+    )
+    if train.left_out:
+        print(f"{train.left_out} pairs of more than {size.shapes.lengths[-1]} pieces are left out.")
+    feedforwards = {"mixture of experts": expert_feedforward}
+    if options.compare:
+        feedforwards["dense twin"] = dense_feedforward
+    unfinished = options.output / "unfinished" / settings_name(options)
+    results, histories = {}, {}
+    for name, feedforward in feedforwards.items():
+        runs = []
+        for seed in range(options.seeds):
+            print(f"\n{name}, seed {seed}")
+            keras.utils.set_random_seed(seed)
+            model = build_model(feedforward, len(subwords), options, size)
+            folder = unfinished / f"{name.replace(' ', '-')}-{seed}"
+            history = training.fit(model, train, validation, options.epochs, folder)
+            runs.append(test(model, subwords, data.test, size.shapes, options.beams, folder))
+            if seed == 0:
+                histories[name] = history
+                if name == "mixture of experts":
+                    shown = model
+        results[name] = {"runs": runs, **count_parameters(model, options.top_k)}
+
+    memory = scores(translation_memory(data.test.sources, data.train), data.test.targets)
+    report = {"dataset": options.dataset, "results": results, "translation memory": memory}
+    usage = usage_by_kind(shown, subwords, validation)
+    print_report(report, usage)
+    save(shown, subwords, size.shapes, options.output)
+    (options.output / "results.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    pictures.learning_curves(histories, options.output / "learning_curves.png")
+    pictures.experts_by_class(usage, KINDS, options.output / "experts_by_kind.png")
+    pictures.experts_by_layer(usage, options.output / "experts_by_layer.png")
+    shutil.rmtree(unfinished.parent)
+    print(f"\nModel, pictures and results are in {options.output}.")
+    return report
+
+
+def parse_options(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--dataset",
+        default="bible_es_en",
+        help=f"{', '.join(pairs.BUILT_IN)}, or any data set of TFDS from text to text, such as "
+        "ted_hrlr_translate/pt_to_en",
+    )
+    parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--top-k", type=int, default=2, help="experts that serve each piece")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=1, help="number of runs to average")
+    parser.add_argument("--beams", type=int, default=4, help="1 writes greedily")
+    parser.add_argument(
+        "--compare", action="store_true", help="train a dense model of equal active size as well"
+    )
+    parser.add_argument("--smoke", action="store_true", help="a tiny model on a few sentences")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("translator"))
+    parser.add_argument("--translate", metavar="TEXT", help="use the model in --output")
+    return parser.parse_args(arguments)
+
+
+def size_of(options):
+    return SMOKE if options.smoke else FULL
+
+
+def settings_name(options):
+    """A name for all that a run depends on: another command does not go on with this one's."""
+    settings = (options.dataset, options.experts, options.top_k, options.epochs, options.beams)
+    return training.digest(size_of(options), DROPOUT, *settings)
+
+
+def cut(split, number):
+    return pairs.Pairs(split.sources[:number], split.targets[:number])
+
+
+def expert_feedforward(options, size, name):
+    return layers.MixtureOfExperts(
+        layers.FeedForwardExperts(options.experts, size.hidden_dim),
+        router=routers.TopKRouter(options.experts, top_k=options.top_k),
+        name=name,
+    )
+
+
+def dense_feedforward(options, size, name):
+    """As wide as the experts that serve one piece, together."""
+    return keras.Sequential(
+        [
+            keras.layers.Dense(options.top_k * size.hidden_dim, activation="gelu"),
+            keras.layers.Dense(size.features),
+        ],
+        name=name,
+    )
+
+
+def build_model(feedforward, vocabulary_size, options, size):
+    encoder, decoder = (
+        [feedforward(options, size, f"{side}_{n}") for n in range(1, size.blocks + 1)]
+        for side in ("encoder", "decoder")
+    )
+    model = Translator(vocabulary_size, size.features, encoder, decoder, dropout=DROPOUT)
+    model.build({"source": (None, None), "target": (None, None)})
+    return model
+
+
+def test(model, subwords, split, shapes, beams, folder):
+    """BLEU and chrF on the test split, greedily and with beams; kept in `folder`."""
+    path = folder / "scores.json"
+    if not path.exists():
+        result = {}
+        for name, width in (("greedy", 1), ("beams", beams)):
+            texts, speed = write(model, subwords, split.sources, shapes, width)
+            result[name] = {**scores(texts, split.targets), "pieces_per_second": speed}
+        training.write_json(path, result)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def count_parameters(model, top_k):
+    """All parameters, and those that work on one piece."""
+    total, idle = model.count_params(), 0
+    if training.has_experts(model):
+        for layer in inspection.moe_layers(model).values():
+            unused = 1 - top_k / layer.experts.num_experts
+            idle += round(unused * layer.experts.count_params())
+    return {"parameters": total, "active_parameters": total - idle}
+
+
+def print_report(report, usage):
+    print(f"\n{report['dataset']}, test: {'BLEU':>22} {'chrF':>6} {'greedy BLEU':>12}", end=" ")
+    print(f"{'pieces/s':>9} {'parameters':>12} {'active':>12}")
+    for name, result in report["results"].items():
+        bleu, chrf, greedy, speed = (
+            np.array([run[search][key] or np.nan for run in result["runs"]])
+            for search, key in (
+                ("beams", "bleu"),
+                ("beams", "chrf"),
+                ("greedy", "bleu"),
+                ("greedy", "pieces_per_second"),
+            )
+        )
+        shown = f"{bleu.mean():.2f}" + (f" +- {bleu.std():.2f}" if len(bleu) > 1 else "")
+        print(f"{name:<25} {shown:>15} {chrf.mean():>6.2f} {greedy.mean():>12.2f}", end=" ")
+        print(f"{speed.mean():>9.0f} {result['parameters']:>12,}", end=" ")
+        print(f"{result['active_parameters']:>12,}")
+    memory = report["translation memory"]
+    print(f"{'translation memory':<25} {memory['bleu']:>15.2f} {memory['chrf']:>6.2f}")
+    print("\nShare of the pieces each expert serves")
+    for name, counts in usage.items():
+        print(name, *(f"{share:.1%}" for share in pictures.shares(counts.sum(axis=0))))
+
+
+def save(model, subwords, shapes, output):
+    model.save(output / "model.keras")
+    subwords.save(output / "subwords.model")
+    training.write_json(output / "shapes.json", shapes._asdict())
+
+
+def translate(text, output, beams):
+    """Print and return the translation of a text, with a model saved under any backend."""
+    paths = [output / name for name in ("model.keras", "subwords.model", "shapes.json")]
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"There is no whole model to translate with. Received: --output {output} without "
+            f"{', '.join(missing)}. Train one first, without --translate."
+        )
+    if not text.strip():
+        raise ValueError(f"The text to translate must hold a word. Received: {text!r}.")
+    subwords = Subwords.load(paths[1])
+    shapes = Shapes(**json.loads(paths[2].read_text(encoding="utf-8")))
+    (row,), longest = subwords.encode([text]), shapes.lengths[-1]
+    if len(row) > longest:
+        raise ValueError(
+            f"The text must have at most {longest} pieces of words, which is what the model was "
+            f"trained on. Received: {len(row)} pieces. Translate one sentence at a time."
+        )
+    model = keras.saving.load_model(paths[0], compile=False)
+    (translation,), _ = write(model, subwords, [text], shapes, beams)
+    print(translation)
+    return translation
+
+
+if __name__ == "__main__":
+    main()
