@@ -104,6 +104,12 @@ def _router_loss(**options):
     )
 
 
+def _by_first_feature(router):
+    """A layer that takes the whole part of the first feature for the id of the token."""
+    layer = moe(router=router)
+    return lambda x: layer(x, token_ids=keras.ops.cast(keras.ops.nan_to_num(x[..., 0]), "int32"))
+
+
 def _logit_router(required=lambda: {"num_experts": E}, **options):
     return Case(
         required,
@@ -210,6 +216,7 @@ CASES = {
     routers.HashRouter: Case(
         lambda: dict(num_experts=E, vocabulary_size=10),
         lambda: dict(top_k=3, seed=7),
+        _by_first_feature,
     ),
     routers.LossFreeBias: _balancer(rate=0.1),
     routers.QuantileBias: _balancer(momentum=0.5),

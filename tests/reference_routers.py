@@ -102,10 +102,10 @@ def expert_choice(factor, length):
         probs = np.zeros(logits.shape)
         for t in np.flatnonzero(mask):
             probs[t] = _softmax(logits[t].astype("float64"))
-        room = reference.expert_capacity(length, num_experts, 1, factor)
-        weights = np.zeros(logits.shape)
+            weights = np.zeros(logits.shape)
         for start in range(0, num_tokens, length):
             real = [t for t in range(start, start + length) if mask[t]]
+            room = reference.expert_capacity(len(real), num_experts, 1, factor)
             for e in range(num_experts):
                 for t in sorted(real, key=lambda t: (-probs[t, e], t))[:room]:
                     weights[t, e] = probs[t, e]

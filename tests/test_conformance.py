@@ -110,9 +110,8 @@ def test_a_model_that_holds_it_is_saved_and_loaded(cls, tmp_path):
 @by_name(CASES)
 def test_a_docstring_says_what_goes_in_what_comes_out_and_what_goes_wrong(cls):
     text = inspect.getdoc(cls)
-    referred = re.search(r"Args and example: as for `(\w+)`", text)
-    if referred:
-        text += inspect.getdoc(getattr(inspect.getmodule(cls), referred.group(1)))
+    for referred in re.findall(r"as (?:for|in) `(\w+)`", text):
+        text += inspect.getdoc(next(c for c in CASES if c.__name__ == referred))
     assert "Args:" in text and ">>> " in text
     documented = set(re.findall(r"^    (\w+): ", text, re.MULTILINE))
     assert documented >= set(constructor_arguments(cls))

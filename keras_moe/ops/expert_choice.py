@@ -13,9 +13,9 @@ from keras_moe.ops.scores import softmax
 def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=None):
     """Each expert takes its `ceil(capacity_factor * S / E)` best tokens of each sequence.
 
-    The score is a softmax over the experts, and also the weight. Zhou et al. 2022
-    (arXiv:2202.09368), section 3.2. Every place of every expert is filled while there are real
-    tokens; a token may be taken by any number of experts, or by none.
+    S counts real tokens only. The score is a softmax over the experts, and also the weight. Zhou et
+    al. 2022 (arXiv:2202.09368), section 3.2. A token may be taken by any number of experts, or by
+    none.
 
     Args:
         logits: (T, E) tensor, computed on in float32.
@@ -25,25 +25,30 @@ def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=No
 
     Returns:
         A `Routing` whose K is E, with unused places wherever an expert did not choose the token,
-        and for `plan_expert_choice` the chosen tokens in `details`.
+        and for `plan_expert_choice` in `details` each expert's tokens and which of them count.
     """
     logits, mask = clean_logits(logits, mask)
     num_tokens, num_experts = ops.shape(logits)
     sequence_length = num_tokens if sequence_length is None else sequence_length
     probs = softmax(logits)
     capacity = expert_capacity(sequence_length, num_experts, 1, capacity_factor)
+    # Padding makes room for nobody: the places it takes in the shapes are left empty.
+    real = ops.reshape(ops.cast(mask, "int32"), (-1, sequence_length))
+    room = expert_capacity(ops.sum(real, axis=1), num_experts, 1, capacity_factor)
     wish = ops.where(ops.expand_dims(mask, 1), ops.stop_gradient(probs), -1.0)
     wish = ops.reshape(wish, (-1, sequence_length, num_experts))
     # (B, C, E) places in the sequence. Stable: the first of equal tokens is taken.
     place = ops.cast(ops.argsort(-wish, axis=1), "int32")[:, :capacity]
     first = ops.arange(ops.shape(wish)[0], dtype="int32") * sequence_length
-    token = ops.reshape(ops.transpose(place + ops.reshape(first, (-1, 1, 1)), (2, 0, 1)), (-1,))
+    token = _by_expert(place + ops.reshape(first, (-1, 1, 1)))
+    in_room = ops.arange(ops.shape(place)[1], dtype="int32") < ops.expand_dims(room, 1)
+    in_room = _by_expert(ops.broadcast_to(ops.expand_dims(in_room, 2), ops.shape(place)))
     choices_each = ops.shape(token)[0] // num_experts
     expert = ops.arange(ops.shape(token)[0], dtype="int32") // choices_each
-    is_real = ops.take(mask, token)
+    is_valid = ops.logical_and(ops.take(mask, token), in_room)
     taken = ops.scatter(
         ops.expand_dims(token * num_experts + expert, 1),
-        ops.cast(is_real, "int32"),
+        ops.cast(is_valid, "int32"),
         (num_tokens * num_experts,),
     )
     taken = ops.reshape(taken, (num_tokens, num_experts)) > 0
@@ -54,15 +59,20 @@ def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=No
         logits=logits,
         mask=mask,
         counts=ops.sum(ops.cast(taken, "int32"), axis=0),
-        details=(token,),
+        details=(token, is_valid),
     )
+
+
+def _by_expert(values):
+    """(B, C, E) to (E * B * C,)."""
+    return ops.reshape(ops.transpose(values, (2, 0, 1)), (-1,))
 
 
 def plan_expert_choice(routing):
     """The plan of `expert_choice_routing`: as many rows as there are choices."""
-    (token,) = routing.details
+    token, is_valid = routing.details
     num_experts = routing.counts.shape[0]
     num_choices = ops.shape(token)[0]
     expert = ops.arange(num_choices, dtype="int32") // (num_choices // num_experts)
     weights = ops.take(ops.reshape(routing.weights, (-1,)), token * num_experts + expert)
-    return plan_choices(token, weights, ops.take(routing.mask, token), num_experts, routing.mask)
+    return plan_choices(token, weights, is_valid, num_experts, routing.mask)

@@ -17,8 +17,7 @@ class ExpertChoiceRouter(LogitRouter):
     Args:
         num_experts: number of experts, E.
         capacity_factor: experts per token on average, positive. An expert takes
-            `ceil(capacity_factor * S / E)` of the S tokens of a sequence, padding counted in S and
-            taken last, with no weight.
+            `ceil(capacity_factor * S / E)` of the S real tokens of a sequence.
         **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
             `seed`, as in `TopKRouter`, and `name`.
 

@@ -39,8 +39,8 @@ class NoisyTopKRouter(LogitRouter):
     Example:
 
     >>> router = keras_moe.routers.NoisyTopKRouter(num_experts=8)
-    >>> router(keras.random.normal((32, 64)), training=True).load.shape
-    (8,)
+    >>> router(keras.random.normal((32, 64)), training=True).indices.shape
+    (32, 2)
 
     Reference: Shazeer et al. 2017 (arXiv:1701.06538), eq. 3 to 5 and 8 to 10. The smallest noise is
     that of tensor2tensor.

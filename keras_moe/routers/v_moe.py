@@ -38,8 +38,8 @@ class VMoERouter(LogitRouter):
     Example:
 
     >>> router = keras_moe.routers.VMoERouter(num_experts=8)
-    >>> router(keras.random.normal((32, 64)), training=True).load.shape
-    (8,)
+    >>> router(keras.random.normal((32, 64)), training=True).indices.shape
+    (32, 2)
 
     Reference: Riquelme et al. 2021 (arXiv:2106.05974), section 2.2 and appendix A.
     """
