@@ -2,6 +2,7 @@
 
     python examples/text_classification.py
     python examples/text_classification.py --compare --seeds 3
+    python examples/text_classification.py --report --log-dir logs
     python examples/text_classification.py --predict "the goalie stopped every shot"
 
 Runs on the backend that KERAS_BACKEND names. The data are read with TensorFlow Datasets, which
@@ -20,8 +21,9 @@ import numpy as np
 import pictures
 import tensorflow as tf
 from phrase_embedding import PhraseEmbedding
-from vocabulary import Vocabulary
+from vocabulary import Vocabulary, split_words
 
+import keras_moe
 from keras_moe import callbacks, layers, routers
 
 
@@ -85,6 +87,8 @@ def main(arguments=None):
     (options.output / "results.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
     pictures.learning_curves(histories, options.output / "learning_curves.png")
     pictures.experts_by_class(usage, data.class_names, options.output / "experts_by_class.png")
+    if options.report:
+        write_report(shown, vocabulary, test, data.class_names, options.output / "report.html")
     print(f"\nModel, pictures and results are in {options.output}.")
     return report
 
@@ -110,6 +114,10 @@ def parse_options(arguments):
     parser.add_argument("--mixed-precision", action="store_true", help="compute in bfloat16")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on a few documents")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("text_classifier"))
+    parser.add_argument("--log-dir", help="folder for TensorBoard")
+    parser.add_argument(
+        "--report", action="store_true", help="write a page about the experts to --output"
+    )
     parser.add_argument("--predict", metavar="TEXT", help="classify with the model in --output")
     return parser.parse_args(arguments)
 
@@ -175,7 +183,7 @@ def fit(model, arrays, options):
         jit_compile=keras.backend.backend() != "torch",
     )
     timer = StepTimer()
-    monitors = [callbacks.ExpertMonitor()] if moe_layers(model) else []
+    monitors = [callbacks.ExpertMonitor(log_dir=options.log_dir)] if moe_layers(model) else []
     history = model.fit(
         batches,
         shuffle=False,  # they are shuffled already
@@ -273,6 +281,14 @@ def save(model, vocabulary, class_names, output):
     model.save(output / "model.keras")
     vocabulary.save(output / "vocabulary.json")
     (output / "classes.json").write_text(json.dumps(class_names), encoding="utf-8")
+
+
+def write_report(model, vocabulary, split, class_names, path, documents=300):
+    """A page about the experts, with the first documents coloured by expert."""
+    texts = split.texts[:documents]
+    labels = np.array(class_names)[split.labels[:documents]]
+    words = [split_words(text)[: vocabulary.length] for text in texts]
+    keras_moe.report(model, vocabulary.encode(texts), labels, words, path)
 
 
 def predict(text, output):
