@@ -1,6 +1,8 @@
 """The command line, on saved models."""
 
+import importlib
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -19,10 +21,6 @@ def saved(tmp_path):
     model = keras.Sequential([keras.Input((5, D)), moe(name="moe"), keras.layers.Dense(2)])
     model.save(tmp_path / "model.keras")
     return tmp_path / "model.keras"
-
-
-def size(*shape):
-    return int(np.prod(shape))
 
 
 def test_inspect_prints_layers_sizes_and_costs(saved, capsys):
@@ -82,7 +80,7 @@ def test_a_missing_file_is_told(tmp_path, capsys):
     assert "there is no file 'no_such.keras'" in capsys.readouterr().err
 
 
-def test_layers_of_the_users_own_are_imported_first(tmp_path, capsys):
+def test_layers_of_the_users_own_are_imported_first(tmp_path, monkeypatch):
     source = (
         "import keras\n"
         "@keras.saving.register_keras_serializable('own')\n"
@@ -91,21 +89,19 @@ def test_layers_of_the_users_own_are_imported_first(tmp_path, capsys):
         "        return x\n"
     )
     (tmp_path / "own_layers.py").write_text(source)
-    code = (
-        "import keras, keras_moe, own_layers\n"
-        "bank = keras_moe.layers.FeedForwardExperts(4, 8)\n"
-        "moe = keras_moe.layers.MixtureOfExperts(bank, name='moe')\n"
-        "keras.Sequential([keras.Input((8,)), own_layers.Own(), moe]).save('model.keras')\n"
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("own_layers").Own()
+    keras.Sequential([keras.Input((D,)), own, moe()]).save(tmp_path / "model.keras")
+    root = pathlib.Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "keras_moe", "inspect", "model.keras", "--import", "own_layers"],
+        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{tmp_path}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
-    root = os.path.dirname(os.path.dirname(__file__))
-    options = {"cwd": tmp_path, "capture_output": True, "text": True}
-    options["env"] = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{tmp_path}"}
-    done = subprocess.run([sys.executable, "-c", code], **options)
     assert done.returncode == 0, done.stderr
-    command = [sys.executable, "-m", "keras_moe", "inspect", "model.keras"]
-    done = subprocess.run([*command, "--import", "own_layers"], **options)
-    assert done.returncode == 0, done.stderr
-    assert "2 of 4" in done.stdout
+    assert f"2 of {E}" in done.stdout
 
 
 def test_a_summary_counts_what_was_trained():

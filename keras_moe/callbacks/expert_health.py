@@ -126,7 +126,7 @@ class _Watch:
         self.seen = _read(layer.expert_counts)
         self._window = np.zeros_like(self.seen)
         self._spreads = []
-        self._idle = np.zeros(len(self.seen), "int64")
+        self._idle: np.ndarray = np.zeros(len(self.seen), "int64")
         self._first_size = _router_size(layer.router)
 
     def look(self, layer):

@@ -163,7 +163,7 @@ def _usage(layer):
 
 def _loss_names(router_losses):
     """`LoadBalance` is "load_balance_loss", and a second one "load_balance_loss_1"."""
-    names = []
+    names: list[str] = []
     for loss in router_losses:
         name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(loss).__name__).lower() + "_loss"
         same = sum(re.fullmatch(rf"{name}(_\d+)?", other) is not None for other in names)

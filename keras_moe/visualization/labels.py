@@ -8,6 +8,8 @@ from keras_moe.visualization.panels import PANEL_SIZE, count_on, heat_map, one_p
 from keras_moe.visualization.sources import as_tensors, each_token
 from keras_moe.visualization.sources import routings as routings_of
 
+MAX_ROWS = 30
+
 
 def specialization(routings, labels, names=None, num_experts=None):
     """Which expert serves which kind of token: each row is a label, each column an expert.
@@ -38,19 +40,13 @@ def specialization(routings, labels, names=None, num_experts=None):
     >>> indices = np.array([[0, 1], [0, 2], [3, 1], [3, 2]])
     >>> figure = keras_moe.visualization.specialization(indices, ["red", "red", "blue", "blue"])
     """
-    tables = {}
-    for name, routing in routings_of(routings, num_experts).items():
-        tables[name], rows = label_table(routing, labels, names)
-    shown = min(len(rows), MAX_ROWS)
+    tables = {
+        name: label_table(routing, labels, names)
+        for name, routing in routings_of(routings, num_experts).items()
+    }
+    shown = min(max(len(rows) for _, rows in tables.values()), MAX_ROWS)
     width, height = PANEL_SIZE
-
-    def draw(axes, table):
-        _draw(axes, table, rows)
-
-    return one_panel_a_layer(tables, draw, (width + 0.6, max(height, 1.2 + 0.22 * shown)))
-
-
-MAX_ROWS = 30
+    return one_panel_a_layer(tables, _draw, (width + 0.6, max(height, 1.2 + 0.22 * shown)))
 
 
 def label_table(routing, labels, names=None):
@@ -87,7 +83,8 @@ def _expert_bits(table):
     return float(-np.sum(share * np.log2(np.where(share > 0, share, 1))))
 
 
-def _draw(axes, table, rows):
+def _draw(axes, table_and_rows):
+    table, rows = table_and_rows
     share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
     heat_map(axes, share[:MAX_ROWS], "share of the label's assignments", vmin=0)
     bits, possible = bits_in_common(table), _expert_bits(table)

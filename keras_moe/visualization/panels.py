@@ -23,7 +23,7 @@ def one_panel_a_layer(layers, draw, panel_size=PANEL_SIZE):
     # Names come from data: a dollar in them is no formula.
     with matplotlib.rc_context({"text.parse_math": False}):
         figure = Figure((columns * panel_size[0], rows * panel_size[1]), layout="constrained")
-        panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+        panels: list = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axes, (name, array) in zip(panels, layers.items()):
             draw(axes, array)
             axes.set_title(" · ".join(part for part in (name, axes.get_title()) if part))
