@@ -20,6 +20,13 @@ CERTAIN = 0.05
 EXPLODED_LOGIT = 30.0
 # Weights of `losses.LoadBalance`.
 WEAK_WEIGHT, HEAVY_WEIGHT = 1e-5, 0.1
+_BALANCING = (
+    losses.GlobalLoadBalance,
+    losses.ImportanceVariation,
+    losses.LoadBalance,
+    losses.LoadVariation,
+    losses.SequenceLoadBalance,
+)
 # Fewer assignments an expert are not enough to call it dead.
 ENOUGH = 20
 
@@ -151,6 +158,11 @@ def is_enough(counts):
     return np.sum(counts) >= ENOUGH * len(counts)
 
 
+def balances(loss):
+    """Whether a router loss is one that spreads the load."""
+    return isinstance(loss, _BALANCING)
+
+
 def judge_weak_loss(loss):
     """A finding, if a balancing loss is on but cannot matter, or None."""
     if not isinstance(loss, losses.LoadBalance) or not 0 < loss.weight < WEAK_WEIGHT:
@@ -184,6 +196,7 @@ def balance_advice(router_losses):
 
 __all__ = [
     "Finding",
+    "balances",
     "collapsed",
     "dead",
     "exploded",

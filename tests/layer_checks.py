@@ -83,6 +83,31 @@ class RoutedWeights(keras.layers.Layer):
         return {**super().get_config(), "router": router}
 
 
+@keras.saving.register_keras_serializable("tests")
+class RoutedByFirstFeature(keras.layers.Layer):
+    """A MoE layer whose router sees the whole part of the first feature as the id of a token."""
+
+    def __init__(self, router, **kwargs):
+        super().__init__(**kwargs)
+        self.router = routers.get(router, num_experts=E)
+        self.supports_masking = True
+        self.layer = moe(router=self.router, dtype=self.dtype_policy)
+
+    def build(self, inputs_shape):
+        self.layer.build(inputs_shape)
+
+    def call(self, inputs, mask=None, training=None):
+        ids = keras.ops.cast(keras.ops.nan_to_num(inputs[..., 0]), "int32")
+        return self.layer(inputs, mask=mask, training=training, token_ids=ids)
+
+    def compute_output_shape(self, inputs_shape):
+        return inputs_shape
+
+    def get_config(self):
+        router = keras.saving.serialize_keras_object(self.router)
+        return {**super().get_config(), "router": router}
+
+
 def _bank_options():
     return dict(
         activation="tanh",
@@ -102,12 +127,6 @@ def _router_loss(**options):
         options=lambda: {"weight": 0.5, **options},
         layer=lambda loss: moe(router_losses=[loss, "router_z"]),
     )
-
-
-def _by_first_feature(router):
-    """A layer that takes the whole part of the first feature for the id of the token."""
-    layer = moe(router=router)
-    return lambda x: layer(x, token_ids=keras.ops.cast(keras.ops.nan_to_num(x[..., 0]), "int32"))
 
 
 def _logit_router(required=lambda: {"num_experts": E}, **options):
@@ -216,7 +235,7 @@ CASES = {
     routers.HashRouter: Case(
         lambda: dict(num_experts=E, vocabulary_size=10),
         lambda: dict(top_k=3, seed=7),
-        _by_first_feature,
+        RoutedByFirstFeature,
     ),
     routers.LossFreeBias: _balancer(rate=0.1),
     routers.QuantileBias: _balancer(momentum=0.5),
@@ -232,7 +251,9 @@ CASES = {
     metrics.DeadExperts: _usage_metric(),
     metrics.DroppedFraction: _usage_metric(),
     metrics.ExpertShare: _usage_metric(),
-    callbacks.ExpertHealth: Case(options=lambda: {"every": 5, "patience": 2, "stop": True}),
+    callbacks.ExpertHealth: Case(
+        options=lambda: {"every": 5, "patience": 2, "stop": True, "rebalance": True}
+    ),
     callbacks.RouterLossSchedule: Case(
         lambda: {"schedule": lambda epoch, weight: weight}, lambda: {"loss": "router_z"}
     ),

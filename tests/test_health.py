@@ -5,7 +5,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from layer_checks import D, E, moe, normal
+from layer_checks import D, E, array, moe, normal
 
 from keras_moe import health, layers, losses, routers
 from keras_moe.callbacks import ExpertHealth, ExpertMonitor
@@ -101,6 +101,14 @@ def test_training_stops_when_asked_to():
     assert batches == 31
     _, batches = watched(model_of(collapsed_layer()), x, y, ExpertHealth())
     assert batches == STEPS
+
+
+def test_balancing_losses_get_heavier_once_when_asked_to():
+    router = routers.TopKRouter(EXPERTS, kernel_initializer="zeros", trainable=False)
+    for rebalance, factor in ((True, 10), (False, 1)):
+        layer = expert_layer(router, [losses.LoadBalance(0.02), losses.RouterZ(0.003)])
+        watched(model_of(layer), *clustered(0), ExpertHealth(rebalance=rebalance), epochs=2)
+        np.testing.assert_allclose(array(layer.router_loss_weights), [0.02 * factor, 0.003])
 
 
 def test_dead_experts_are_told_after_a_longer_while():

@@ -43,6 +43,8 @@ class ExpertHealth(keras.callbacks.Callback):
         every: training batches from look to look.
         patience: looks that a collapse must last before it is one.
         stop: whether a problem ends the training, one batch after the look.
+        rebalance: whether a collapse or a dead expert makes the layer's balancing losses ten times
+            as heavy, once.
 
     Raises:
         ValueError: If an argument is out of its range, or the model has no MoE layer.
@@ -61,13 +63,14 @@ class ExpertHealth(keras.callbacks.Callback):
     []
     """
 
-    def __init__(self, every=10, patience=3, stop=False):
+    def __init__(self, every=10, patience=3, stop=False, rebalance=False):
         check_positive_integer("every", every)
         check_positive_integer("patience", patience)
         super().__init__()
         self.every = every
         self.patience = patience
         self.stop = stop
+        self.rebalance = rebalance
         self.findings = []
 
     def on_train_begin(self, logs=None):
@@ -106,16 +109,26 @@ class ExpertHealth(keras.callbacks.Callback):
                 self._watches[name] = _Watch(layer, self.patience)
                 continue
             for kind, finding in self._watches[name].look(layer):
-                self._tell(name, kind, finding)
+                if self._tell(name, kind, finding) and kind in ("collapse", "dead"):
+                    self._act(name, layer)
 
     def _tell(self, name, kind, finding):
+        """Whether there is something new to tell."""
         if finding is None or (name, kind) in self._told:
-            return
+            return False
         self._told.add((name, kind))
         self.findings.append((self._step, name, finding))
         warnings.warn(f"{name}, step {self._step}: {finding.text} {finding.fix}", stacklevel=2)
         if self.stop and finding.level == health.PROBLEM:
             self.model.stop_training = True
+        return True
+
+    def _act(self, name, layer):
+        if self.rebalance and (name, "act") not in self._told:
+            self._told.add((name, "act"))
+            factors = [10.0 if health.balances(loss) else 1.0 for loss in layer.router_losses]
+            weights = layer.router_loss_weights
+            weights.assign(weights.value * ops.convert_to_tensor(factors, "float32"))
 
 
 class _Watch:
