@@ -6,6 +6,7 @@ A small encoder with eight experts in each of two blocks learns to tell newsgrou
 word. Needs what `pip install ".[examples]"` installs.
 """
 
+import collections
 import pathlib
 import sys
 
@@ -38,11 +39,11 @@ def main():
     model.fit(ids, labels, 64, EPOCHS, callbacks=[monitor, callbacks.ExpertHealth(), checkpoints])
 
     routings = checkpoints.routings[-1]
-    types = np.array([word for row in words for word in row + [""] * (LENGTH - len(row))])
+    names, types = frequent_words(words)
     figures = {
         "shares_over_time": visualization.shares_over_time(monitor.shares),
         "experts_by_label": visualization.specialization(routings, groups),
-        "experts_by_word": visualization.specialization(routings, types),
+        "experts_by_word": visualization.specialization(routings, types, names),
         "coactivation": visualization.coactivation(routings),
         "confidence": visualization.confidence(routings),
         "settling": visualization.settling(checkpoints.routings),
@@ -65,6 +66,18 @@ def build_model(num_ids, num_classes):
     model = keras.Model(ids, keras.layers.Dense(num_classes, "softmax")(pooled))
     model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
     return model
+
+
+def frequent_words(documents, number=30, letters=5):
+    """The most frequent words but short ones, and the place of each token among them, or -1."""
+    frequencies = collections.Counter(
+        word for words in documents for word in words if len(word) >= letters
+    )
+    names = [word for word, _ in frequencies.most_common(number)]
+    types = np.full((len(documents), LENGTH), -1)
+    for row, words in zip(types, documents):
+        row[: len(words)] = [names.index(word) if word in names else -1 for word in words]
+    return names, types.reshape(-1)
 
 
 class Checkpoints(keras.callbacks.Callback):

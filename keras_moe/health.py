@@ -14,7 +14,7 @@ COLLAPSED = 0.1
 IMBALANCED = 1.0
 DROPPED = 0.05
 # Entropy of the probabilities of a token, 1 for a router without a preference.
-INDIFFERENT = 0.98
+INDIFFERENT = 0.995
 CERTAIN = 0.05
 # exp(30) is as far as float32 keeps a second choice apart from nothing.
 EXPLODED_LOGIT = 30.0

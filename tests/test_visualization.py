@@ -65,6 +65,11 @@ def test_no_picture_has_more_ticks_than_can_be_read():
         assert len(axes.get_xticks()) < 15
 
 
+def test_small_probabilities_fill_the_picture():
+    (axes,) = drawn(DRAW["confidence"](256, ["moe"]))
+    assert axes.get_xlim()[1] < 0.2
+
+
 def test_shares_are_multiples_of_a_fair_share():
     figure = visualization.shares_over_time([[1, 1, 1, 1], [8, 4, 4, 0], [0, 0, 0, 0]])
     expected = np.log2([[1, 1, 1, 1], [2, 1, 1, 1 / 8], [1 / 8] * 4])
