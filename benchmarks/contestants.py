@@ -87,7 +87,9 @@ class AllExperts(keras.layers.Layer):
         bank = self.mixture.experts
         chosen = ops.one_hot(routing.indices, bank.num_experts)
         weights = ops.sum(chosen * ops.expand_dims(routing.weights, -1), axis=1)
-        pre_activations = [self._project(x, name) for name in bank.up_names]
+        # One copy for each expert: XLA is slow where it broadcasts inside a product.
+        copies = ops.broadcast_to(x, (bank.num_experts, *x.shape))
+        pre_activations = [self._project(copies, name) for name in bank.up_names]
         hidden = bank.activation(pre_activations[0])
         if len(pre_activations) == 2:
             hidden = hidden * pre_activations[1]

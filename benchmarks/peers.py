@@ -26,7 +26,10 @@ def main(arguments=None):
         for num_tokens in options.tokens:
             table = race(num_experts, num_tokens, options)
             title = f"{describe(options)} E={num_experts} T={num_tokens}, forward+backward"
-            print_table(table, title)
+            print_table([row for row in table if "ms" in row], title)
+            for row in table:
+                if "ms" not in row:
+                    print(f"{row['name']} is not timed: {row['not timed']}")
             rows += [{**row, "experts": num_experts, "tokens": num_tokens} for row in table]
     write_json(f"peers-{keras.backend.backend()}{options.tag}", options, rows)
     return rows
@@ -48,7 +51,7 @@ def race(num_experts, num_tokens, options):
             contestants[name], errors[name] = admit(RIVALS[name], ours, inputs)
         except Exception as error:
             # Whatever keeps a peer from running is told, and the others run.
-            reasons[name] = f"{type(error).__name__}: {error}"
+            reasons[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     steps = {
         name: compiled_step(layer, inputs, jit=not options.no_xla)
         for name, layer in contestants.items()
@@ -61,6 +64,7 @@ def race(num_experts, num_tokens, options):
 def admit(rival, ours, inputs):
     """The rival with our weights, and the largest difference of an output."""
     layer = rival(ours)
+    layer.check(len(inputs))
     theirs, expected = (infer(layer, inputs) for layer in (layer, ours))
     difference = float(np.max(np.abs(theirs - expected)))
     # Not `>`, which a NaN would pass.

@@ -24,6 +24,9 @@ class Rival(keras.layers.Layer):
     def adopt(self, mixture):
         raise NotImplementedError(f"{type(self).__name__} must implement `adopt(mixture)`.")
 
+    def check(self, num_tokens):
+        """Raise an error if so many tokens are too many."""
+
     def compute_output_shape(self, shape):
         return shape
 
@@ -113,13 +116,12 @@ class TransformersQwen3MoeBatched(TransformersQwen3Moe):
     implementation = "batched_mm"
     most_bytes = 2e9
 
-    def call(self, x, training=None):
+    def check(self, num_tokens):
         config = self.block.module.experts.config
-        rows = x.shape[0] * config.num_experts_per_tok
+        rows = num_tokens * config.num_experts_per_tok
         copied = 4 * rows * 3 * config.hidden_size * config.moe_intermediate_size
         if copied > self.most_bytes:
             raise MemoryError(f"would copy {copied / 1e9:.0f} GB of kernels")
-        return super().call(x, training=training)
 
 
 class RaggedDot(Rival):

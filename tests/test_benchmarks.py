@@ -80,14 +80,14 @@ def test_model_trains_whole_transformers():
 
 def test_the_models_differ_by_router_and_idle_experts_only():
     sizes = [
-        model.transformer(feedforward, 8, options()).count_params()
-        for feedforward in (
-            lambda: contestants.dense_twin(options()),
-            lambda: contestants.mixture(K, options()),
+        sum(np.prod(weight.shape) for weight in built.trainable_weights)
+        for built in (
+            model.transformer(lambda: contestants.dense_twin(options()), 8, options()),
+            model.transformer(lambda: contestants.mixture(K, options()), 8, options()),
         )
     ]
-    router, second_bias, counters = D * K, D, K + 1
-    assert sizes[1] - sizes[0] == model.BLOCKS * (router + second_bias + counters)
+    router, second_bias = D * K, D
+    assert sizes[1] - sizes[0] == model.BLOCKS * (router + second_bias)
 
 
 def test_decode_takes_few_tokens():
@@ -192,6 +192,15 @@ def test_counts_of_a_step():
         assert mixture["matmul_gflops"] is None
     else:
         assert mixture["matmul_ratio"] > 1
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="Transformers runs on torch")
+def test_a_peer_that_needs_too_much_memory_is_not_run():
+    pytest.importorskip("transformers")
+    mixture = contestants.mixture(E, options(gated=True, activation="silu"))
+    rival = RIVALS["Transformers Qwen3-MoE, batched_mm"]
+    with pytest.raises(MemoryError, match="^would copy 3 GB of kernels$"):
+        peers.admit(rival, mixture, np.zeros((10**6, D), "float32"))
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="TensorFlow offers no count")
