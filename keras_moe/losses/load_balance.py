@@ -120,11 +120,11 @@ class GlobalLoadBalance(RouterLoss):
                 "Pass it to `MixtureOfExperts` as one of its `router_losses`."
             )
         is_first = self._steps % self.accumulation_steps == 0
-        before = keras_ops.where(is_first, 0.0, self._counts)
+        before = keras_ops.where(is_first, 0.0, keras_ops.convert_to_tensor(self._counts))
         counts = backend.sum_over_replicas(keras_ops.cast(routing.counts, "float32"))
         self._counts.assign(before + counts)
         self._steps.assign(self._steps + 1)
-        return ops.agreement(self._counts, ops.masked_mean(routing.probs, routing.mask))
+        return ops.agreement(before + counts, ops.masked_mean(routing.probs, routing.mask))
 
     def get_config(self):
         return {**super().get_config(), "accumulation_steps": self.accumulation_steps}

@@ -94,9 +94,11 @@ class ReLURouter(LogitRouter):
         load = ops.cast(routing.counts, "float32") / num_real
         share = load * self.num_experts / self.target_top_k
         mean_scores = masked_mean(scores, routing.mask)
-        self.add_loss(self.strength * ops.sum(ops.stop_gradient(share) * mean_scores))
+        # A tensor of its own: PyTorch needs the old value for the gradient, after the assignment.
+        strength = self.strength + 0.0
+        self.add_loss(strength * ops.sum(ops.stop_gradient(share) * mean_scores))
         error = ops.sign(ops.sum(load) - self.target_top_k)
-        self.strength.assign(self.strength * ops.power(self.growth, error))
+        self.strength.assign(strength * ops.power(self.growth, error))
 
     def get_config(self):
         return {

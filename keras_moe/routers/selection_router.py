@@ -85,14 +85,14 @@ class SelectionRouter(LogitRouter):
 
     def _balance(self, routing):
         scores = ops.stop_gradient(SCORES[self.score](routing.logits))
-        measured = self.balancer.measure(routing, scores, self.selection_bias)
-        measured = self._measured + measured
+        old_bias = ops.convert_to_tensor(self.selection_bias)
+        measured = self._measured + self.balancer.measure(routing, scores, old_bias)
         count = self._measurements + 1
         # Micro-batches of one optimizer step are one batch.
         is_last = count >= self.balancer.accumulation_steps
         mean = measured / ops.cast(count, "float32")
-        bias = self.balancer.update(ops.convert_to_tensor(self.selection_bias), mean)
-        self.selection_bias.assign(ops.where(is_last, bias, self.selection_bias))
+        new_bias = self.balancer.update(old_bias, mean)
+        self.selection_bias.assign(ops.where(is_last, new_bias, old_bias))
         self._measured.assign(ops.where(is_last, 0.0, measured))
         self._measurements.assign(ops.where(is_last, 0, count))
 

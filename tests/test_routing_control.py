@@ -1,0 +1,309 @@
+"""Recorded, replayed, forced and frozen routing, and what routers of other kinds promise."""
+
+import keras
+import numpy as np
+import pytest
+import reference_routers as oracle
+from conftest import FAST_MODE, assert_close, compiled, gradients, to_numpy
+from keras import ops
+from layer_checks import D, E, array, moe, normal
+
+from keras_moe import inspection, layers, losses, metrics, routers
+from keras_moe.ops import balanced_assignment, sinkhorn_plan, top_k_routing
+
+X = normal(3, 5, D)
+
+
+def test_replaying_recorded_experts_reproduces_the_outputs():
+    layer = moe(router=routers.TopKRouter(E, 2))
+    outputs, routing = layer(X, return_routing=True)
+    np.testing.assert_array_equal(array(layer(X, indices=routing.indices)), array(outputs))
+
+
+def test_replayed_experts_are_weighed_by_live_scores_with_their_gradient():
+    router = routers.TopKRouter(E, 2)
+    router.build((None, D))
+    tokens = X.reshape(-1, D)
+    chosen = np.tile([[3, 1]], (len(tokens), 1)).astype("int32")
+    kernel = array(router.kernel)
+
+    def first_weight(kernel):
+        with keras.StatelessScope([(router.kernel, kernel)]):
+            routing = router(ops.convert_to_tensor(tokens), indices=ops.convert_to_tensor(chosen))
+        return ops.sum(routing.weights[:, 0])
+
+    routing = to_numpy(router(tokens, indices=chosen))
+    np.testing.assert_array_equal(routing.indices, chosen)
+    pair = np.exp(routing.logits[:, [3, 1]])
+    assert_close(routing.weights, pair / pair.sum(axis=1, keepdims=True))
+    (gradient,) = gradients(first_weight, [kernel])
+    assert np.abs(gradient[:, [1, 3]]).max() > 0
+
+
+def test_a_recorded_routing_can_be_replayed_with_another_kernel():
+    """What reinforcement learning needs: the same experts under the new weights."""
+    layer = moe(router=routers.TopKRouter(E, 2), name="moe")
+    inputs = keras.Input((5, D))
+    model = keras.Model(inputs, layer(inputs))
+    (recorded,) = inspection.record_routings(model, [X])["moe"]
+    layer.router.kernel.assign(-array(layer.router.kernel))
+    _, routing = layer(X, indices=recorded.indices, return_routing=True)
+    np.testing.assert_array_equal(array(routing.indices), recorded.indices)
+    assert (array(layer.router(X.reshape(-1, D)).indices) != recorded.indices).any()
+
+
+def test_a_router_that_cannot_replay_says_so():
+    with pytest.raises(ValueError, match="can replay `indices`. Received: indices for a `TopP"):
+        routers.TopPRouter(E)(X[0], indices=np.zeros((5, 2), "int32"))
+
+
+@pytest.mark.parametrize("frozen", ["router", "experts"])
+def test_router_and_experts_are_frozen_apart(frozen):
+    layer = moe(router=routers.TopKRouter(E, 2))
+    model = keras.Sequential([keras.Input((5, D)), layer])
+    getattr(layer, frozen).trainable = False
+    model.compile("sgd", "mse")
+    before = {w.path: array(w) for w in layer.router.weights + layer.experts.weights}
+    model.fit(X, X + 1, verbose=0)
+    changed = {
+        w.path
+        for w in layer.router.weights + layer.experts.weights
+        if w.path in before and (array(w) != before[w.path]).any()
+    }
+    moving = layer.experts if frozen == "router" else layer.router
+    still = layer.router if frozen == "router" else layer.experts
+    assert changed & {w.path for w in moving.weights}
+    assert not changed & {w.path for w in still.weights}
+
+
+def forced_counts(pattern, num_tokens=64, top_k=2):
+    router = routers.ForcedRouter(E, top_k, pattern=pattern, seed=1)
+    routing = to_numpy(router(np.zeros((num_tokens, D), "float32")))
+    assert (
+        np.sort(routing.indices, axis=1)[:, 1:] != np.sort(routing.indices, axis=1)[:, :-1]
+    ).all()
+    assert_close(routing.weights, np.full((num_tokens, top_k), 1 / top_k))
+    return routing.counts
+
+
+def test_forced_patterns_have_the_load_they_are_named_for():
+    assert forced_counts("round_robin").tolist() == [32] * E
+    assert forced_counts("one").tolist() == [64, 64, 0, 0]
+    random, zipf = forced_counts("random", 4000, 1), forced_counts("zipf", 4000, 1)
+    assert metrics.load_imbalance(random) < 0.15
+    assert_close(zipf / zipf.sum(), [12 / 25, 6 / 25, 4 / 25, 3 / 25], tolerance=0.1)
+
+
+def test_forced_balance_gives_a_balance_loss_of_exactly_one():
+    routing = routers.ForcedRouter(E, 2)(np.zeros((10, D), "float32"))
+    assert float(losses.LoadBalance(1.0)(routing)) == 1.0
+
+
+def test_the_same_word_has_the_same_experts_in_every_batch():
+    router = routers.HashRouter(E, vocabulary_size=10, top_k=2)
+    first = to_numpy(router(np.zeros((4, D), "float32"), token_ids=np.array([7, 3, 7, 13])))
+    again = to_numpy(router(np.ones((1, D), "float32"), token_ids=np.array([3])))
+    np.testing.assert_array_equal(first.indices[0], first.indices[2])
+    np.testing.assert_array_equal(first.indices[[1, 3]], np.repeat(again.indices, 2, axis=0))
+    assert all(len(set(row)) == 2 for row in first.indices)
+    assert_close(first.weights, np.full((4, 2), 0.5))
+
+
+def test_a_hash_router_takes_a_table_of_ones_own_and_keeps_it_when_saved(tmp_path):
+    router = routers.HashRouter(E, vocabulary_size=4)
+    layer = moe(router=router)
+    ids, x = keras.Input((5,), dtype="int32"), keras.Input((5, D))
+    model = keras.Model([x, ids], layer(x, token_ids=ids))
+    router.table.assign([[3], [3], [1], [0]])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    inputs = [X, np.tile([0, 1, 2, 3, 4], (3, 1))]
+    np.testing.assert_allclose(array(loaded(inputs)), array(model(inputs)), atol=1e-6)
+    (layer,) = inspection.moe_layers(loaded).values()
+    assert array(layer.router.table).ravel().tolist() == [3, 3, 1, 0]
+
+
+def test_a_hash_router_without_ids_says_where_to_pass_them():
+    with pytest.raises(ValueError, match="goes by the ids of the tokens. Received: token_ids=None"):
+        moe(router=routers.HashRouter(E, 10))(X)
+
+
+def test_gshard_visits_the_second_expert_as_often_as_its_weight_deserves():
+    router = routers.GShardRouter(
+        2, threshold=0.5, kernel_initializer=keras.initializers.Identity(), seed=3
+    )
+    # The second of two experts has the weight 0.1: at a threshold of 0.5 it serves one in five.
+    logits = np.tile(np.log([[0.9, 0.1]]), (5000, 1)).astype("float32")
+    routing = to_numpy(router(logits, training=True))
+    visits = routing.indices[:, 1] >= 0
+    assert abs(visits.mean() - 0.2) < 0.02
+    assert not routing.weights[~visits, 1].any()
+    assert routing.counts.tolist() == [5000, visits.sum()]
+
+
+@pytest.mark.parametrize("name", ["noisy_top_k", "v_moe"])
+def test_noisy_routers_choose_anew_in_training_only(name):
+    router = routers.get(name, num_experts=E)
+    tokens = normal(64, D)
+    chosen = [array(router(tokens, training=True).indices) for _ in range(2)]
+    still = [array(router(tokens).indices) for _ in range(2)]
+    assert (chosen[0] != chosen[1]).any()
+    np.testing.assert_array_equal(*still)
+
+
+def test_the_sinkhorn_plan_has_even_rows_and_columns_even_for_huge_logits():
+    logits = 200 * np.random.default_rng(0).normal(size=(12, 4)).astype("float32")
+    mask = np.arange(12) < 10
+    plan = compiled(lambda z, m: sinkhorn_plan(z, m, 500), FAST_MODE)(logits, mask)
+    plan = np.exp(plan)
+    assert not plan[~mask].any()
+    assert_close(plan[mask].sum(axis=1), np.ones(10))
+    assert_close(plan.sum(axis=0), np.full(4, 2.5), tolerance=0.15)
+
+
+@pytest.mark.parametrize("num_real", [0, 1, 7, 16])
+def test_balanced_assignment_of_equal_or_broken_scores_is_balanced(num_real):
+    mask = np.arange(16) < num_real
+    for scores in (np.zeros((16, 4)), np.full((16, 4), np.nan), np.eye(16, 4) * 0 + [9, 0, 0, 0]):
+        chosen = compiled(balanced_assignment, FAST_MODE)(scores.astype("float32"), mask)
+        counts = np.bincount(chosen[mask], minlength=4)
+        assert counts.max(initial=0) <= -(-num_real // 4)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_soft_mixture_equals_the_oracle_with_padding(slots):
+    bank = layers.FeedForwardExperts(3, 4, activation="tanh", use_bias=False)
+    router = routers.SoftRouter(3, slots=slots)
+    layer = layers.MixtureOfExperts(bank, router=router, router_losses=())
+    x = normal(2, 6, D)
+    mask = np.ones((2, 6), bool)
+    mask[1, 4:] = False
+    padded = np.where(mask[..., None], x, np.nan).astype("float32")
+    layer.build(x.shape)
+    router.scale.assign(3.0)
+    outputs, routing = layer(padded, mask=mask, return_routing=True)
+    up, down, kernel = map(array, (bank.up_kernel, bank.down_kernel, router.kernel))
+    experts = [lambda row, e=e: np.tanh(row @ up[e]) @ down[e] for e in range(3)]
+    for b in range(2):
+        expected = oracle.soft(x[b], kernel, 3.0, experts, slots, mask[b])
+        assert_close(array(outputs)[b], expected)
+    to_slots, back = map(array, routing.details)
+    assert_close(to_slots.sum(axis=1), np.ones((2, 3 * slots)))
+    assert_close(back[mask].sum(axis=1), np.ones(mask.sum()))
+    assert array(routing.counts).tolist() == [2 * slots] * 3
+
+
+def test_expert_choice_fills_every_place_exactly():
+    layer = moe(router=routers.ExpertChoiceRouter(E, capacity_factor=2.0))
+    _, routing = layer(normal(3, 8, D), return_routing=True)
+    assert array(routing.counts).tolist() == [3 * 4] * E
+
+
+def test_a_relu_router_reaches_the_number_of_experts_it_is_told():
+    router = routers.ReLURouter(E, top_k=1, growth=1.1, initial_strength=1.0)
+    bank = layers.FeedForwardExperts(E, 8)
+    layer = layers.MixtureOfExperts(bank, router=router, router_losses=())
+    model = keras.Sequential([keras.Input((D,)), layer])
+    model.compile(keras.optimizers.Adam(0.03), "mse")
+    x = normal(64, D)
+    before = array(layer.router(x, training=False).counts).sum() / 64
+    model.fit(x, x, batch_size=64, epochs=150, verbose=0)
+    after = array(router(x).counts).sum() / 64
+    assert before > 1.5 and 0.7 < after < 1.4
+
+
+def test_experts_without_computation_do_what_they_are_named_for():
+    bank = layers.FeedForwardExperts(2, 4)
+    bank = layers.ZeroComputationExperts(bank, num_zero=1, num_identity=1, num_constant=1)
+    router = routers.TopKRouter(5, 1, kernel_initializer=keras.initializers.Identity())
+    layer = layers.MixtureOfExperts(bank, router=router)
+    tokens = (5 * np.eye(5, dtype="float32"))[[2, 3, 4]]
+    layer.build(tokens.shape)
+    bank.constant.assign(np.ones((1, 5)))
+    bank.mixing_kernel.assign(np.zeros((5, 1, 2)))
+    outputs, routing = layer(tokens, return_routing=True)
+    weight = array(routing.weights)
+    expected = [0 * tokens[0], weight[1] * tokens[1], weight[2] * (tokens[2] + 1) / 2]
+    assert_close(array(outputs), np.array(expected))
+    assert array(routing.counts).tolist() == [0, 0, 1, 1, 1]
+
+
+def test_experts_that_compute_are_not_disturbed_by_those_that_do_not():
+    bank = layers.FeedForwardExperts(2, 4)
+    wide = layers.ZeroComputationExperts(bank, num_zero=1, num_identity=1)
+    layer = layers.MixtureOfExperts(wide, router=routers.TopKRouter(4, 2, renormalize=False))
+    x = normal(20, D)
+    outputs, routing = layer(x, return_routing=True)
+    indices, weights = array(routing.indices), array(routing.weights)
+    up, down = array(bank.up_kernel), array(bank.down_kernel)
+    expected = np.zeros_like(x)
+    for t in range(20):
+        for e, weight in zip(indices[t], weights[t]):
+            if e < 2:
+                hidden = array(keras.activations.gelu(ops.convert_to_tensor(x[t] @ up[e])))
+                expected[t] += weight * (hidden @ down[e])
+            elif e == 3:
+                expected[t] += weight * x[t]
+    assert_close(array(outputs), expected, tolerance=1e-4)
+
+
+@keras.saving.register_keras_serializable("tests")
+class NearestRouter(routers.Router):
+    """A router of one's own: the experts whose centres are nearest."""
+
+    top_k = 2
+
+    def build(self, tokens_shape):
+        self.centres = self.add_weight(name="centres", shape=(self.num_experts, tokens_shape[-1]))
+
+    def route(self, tokens, mask, training):
+        differences = ops.expand_dims(tokens, 1) - self.centres
+        return top_k_routing(-ops.sum(ops.square(differences), axis=-1), self.top_k, mask)
+
+
+def test_a_router_of_ones_own_takes_a_dozen_lines(tmp_path):
+    layer = moe(router=NearestRouter(E))
+    model = keras.Sequential([keras.Input((5, D)), layer])
+    model.compile("adam", "mse")
+    model.fit(X, X, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(array(loaded(X)), array(model(X)), atol=1e-6)
+
+
+def test_the_weight_of_a_loss_changes_in_training_and_nothing_is_compiled_again():
+    from keras_moe import callbacks
+
+    traces = []
+
+    @keras.saving.register_keras_serializable("tests")
+    class Traced(losses.LoadBalance):
+        def compute(self, routing):
+            traces.append(1)
+            return super().compute(routing)
+
+    layer = moe(router_losses=[Traced(0.5), "router_z"])
+    model = keras.Sequential([keras.Input((5, D)), layer])
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    schedule = callbacks.RouterLossSchedule(lambda epoch, weight: weight * (epoch + 1))
+    first = model.fit(X, X, batch_size=3, epochs=1, callbacks=[schedule], verbose=0)
+    seen = len(traces)
+    both = model.fit(X, X, batch_size=3, epochs=2, callbacks=[schedule], verbose=0)
+    if keras.backend.backend() != "torch":
+        assert len(traces) <= seen + (keras.backend.backend() == "jax")
+    one, two = both.history["loss"]
+    assert_close(one, first.history["loss"][0])
+    balance = float(array(losses.LoadBalance(0.5)(layer(X, return_routing=True)[1])))
+    assert_close(two - one, balance, tolerance=1e-3)
+    assert array(layer.router_loss_weights).tolist() == [1.0, pytest.approx(1e-3)]
+
+
+def test_router_losses_are_counted_by_name_and_reset():
+    layer = moe()
+    layer(X, training=True)
+    totals = array(layer.router_loss_totals)
+    _, routing = layer(X, return_routing=True)
+    assert_close(totals, [float(array(loss.compute(routing))) for loss in layer.router_losses])
+    assert float(layer.call_count) == 1.0
+    layer.reset_counts()
+    assert not array(layer.router_loss_totals).any()
