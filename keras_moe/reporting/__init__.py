@@ -37,7 +37,7 @@ def report(model, data, labels=None, tokens=None, path="report.html"):
     ...     keras.layers.Embedding(100, 16), keras_moe.layers.MixtureOfExperts(experts, name="moe")
     ... ])
     >>> data = keras.ops.convert_to_numpy(keras.random.randint((8, 10), 0, 100))
-    >>> path = keras_moe.report(model, data, path=tempfile.mktemp(".html"))
+    >>> path = keras_moe.report(model, data, path=f"{tempfile.mkdtemp()}/report.html")
     """
     # Here, so that the package can be imported without matplotlib.
     from keras_moe.reporting import page, study
