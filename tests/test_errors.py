@@ -58,6 +58,8 @@ RANGES = [
     (positive_integer, "hidden_dim", lambda value: layers.GatedExperts(E, value)),
     (positive_integer, "num_experts", routers.TopKRouter),
     (positive_integer, "top_k", lambda value: routers.TopKRouter(E, value)),
+    (positive_integer, "every", callbacks.ExpertHealth),
+    (positive_integer, "patience", lambda value: callbacks.ExpertHealth(patience=value)),
     (positive_integer, "num_heads", lambda v: layers.TransformerEncoderBlock(v, moe())),
     *((positive_integer, "num_experts", metric) for metric in USAGE_METRICS),
     (fraction, "input_jitter", lambda value: routers.TopKRouter(E, input_jitter=value)),
