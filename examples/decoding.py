@@ -78,13 +78,13 @@ def beam_search(model, inputs, max_length, beams, length_penalty=1.0):
 
     def write(position, last, written, scores, lengths, cache):
         logits, cache = model.step(last, cache, position)
-        over = ops.reshape(_is_over(last), (batch_size, beams))
+        over = ops.reshape(_is_over(last), (-1, beams))
         lengths = lengths + ops.cast(~over, "float32")
         sums = ops.expand_dims(scores, -1) + _log_probabilities(logits, over)
         ranks = sums / ops.expand_dims(lengths**length_penalty, -1)
         vocabulary = logits.shape[-1]
-        _, chosen = ops.top_k(ops.reshape(ranks, (batch_size, beams * vocabulary)), beams)
-        scores = ops.take_along_axis(ops.reshape(sums, (batch_size, -1)), chosen, axis=1)
+        _, chosen = ops.top_k(ops.reshape(ranks, (-1, beams * vocabulary)), beams)
+        scores = ops.take_along_axis(ops.reshape(sums, (-1, beams * vocabulary)), chosen, axis=1)
         parents, token = chosen // vocabulary, ops.cast(chosen % vocabulary, "int32")
         lengths = ops.take_along_axis(lengths, parents, axis=1)
         rows = ops.reshape(parents + beams * ops.expand_dims(ops.arange(batch_size), 1), (-1,))
@@ -100,13 +100,13 @@ def beam_search(model, inputs, max_length, beams, length_penalty=1.0):
     state = (_zero(), last, written, scores, lengths, cache)
     _, _, written, scores, lengths, _ = ops.while_loop(goes_on, write, state)
     best = ops.argmax(scores / lengths**length_penalty, axis=-1)
-    written = ops.reshape(written, (batch_size, beams, max_length))
+    written = ops.reshape(written, (-1, beams, max_length))
     return ops.squeeze(ops.take_along_axis(written, ops.reshape(best, (-1, 1, 1)), axis=1), 1)
 
 
 def _log_probabilities(logits, over):
     """(B, W, V) of the next token; what is over is followed by padding only."""
-    log_probs = ops.reshape(ops.log_softmax(logits), (*over.shape, logits.shape[-1]))
+    log_probs = ops.reshape(ops.log_softmax(logits), (-1, over.shape[-1], logits.shape[-1]))
     only_padding = ops.where(ops.arange(logits.shape[-1]) == PADDING, 0.0, IMPOSSIBLE)
     return ops.where(ops.expand_dims(over, -1), only_padding, log_probs)
 

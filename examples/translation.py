@@ -19,6 +19,7 @@ import keras
 import numpy as np
 import pictures
 import training
+from bilingual_embedding import bilingual_embedding
 from datasets import pairs
 from piece_kinds import KINDS, usage_by_kind
 from sentence_batches import SentenceBatches, Shapes
@@ -61,6 +62,7 @@ def main(arguments=None):
     )
     if train.left_out:
         print(f"{train.left_out} pairs of more than {size.shapes.lengths[-1]} pieces are left out.")
+    embedding = bilingual_embedding(train, len(subwords), size.features)
     feedforwards = {"mixture of experts": expert_feedforward}
     if options.compare:
         feedforwards["dense twin"] = dense_feedforward
@@ -72,6 +74,7 @@ def main(arguments=None):
             print(f"\n{name}, seed {seed}")
             keras.utils.set_random_seed(seed)
             model = build_model(feedforward, len(subwords), options, size)
+            model.embedding.embeddings.assign(embedding)
             folder = unfinished / f"{name.replace(' ', '-')}-{seed}"
             history = training.fit(model, train, validation, options.epochs, folder)
             runs.append(test(model, subwords, data.test, size.shapes, options.beams, folder))
@@ -165,10 +168,11 @@ def test(model, subwords, split, shapes, beams, folder):
     """BLEU and chrF on the test split, greedily and with beams; kept in `folder`."""
     path = folder / "scores.json"
     if not path.exists():
-        result = {}
-        for name, width in (("greedy", 1), ("beams", beams)):
+        by_width = {}
+        for width in {1, beams}:
             texts, speed = write(model, subwords, split.sources, shapes, width)
-            result[name] = {**scores(texts, split.targets), "pieces_per_second": speed}
+            by_width[width] = {**scores(texts, split.targets), "pieces_per_second": speed}
+        result = {"greedy": by_width[1], "beams": by_width[beams]}
         training.write_json(path, result)
     return json.loads(path.read_text(encoding="utf-8"))
 
