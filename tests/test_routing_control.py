@@ -200,16 +200,16 @@ def test_expert_choice_fills_every_place_exactly():
 
 
 def test_a_relu_router_reaches_the_number_of_experts_it_is_told():
-    router = routers.ReLURouter(E, top_k=1, growth=1.1, initial_strength=1.0)
+    router = routers.ReLURouter(E, top_k=1, initial_strength=1e-2)
     bank = layers.FeedForwardExperts(E, 8)
     layer = layers.MixtureOfExperts(bank, router=router, router_losses=())
     model = keras.Sequential([keras.Input((D,)), layer])
-    model.compile(keras.optimizers.Adam(0.03), "mse")
-    x = normal(64, D)
-    before = array(layer.router(x, training=False).counts).sum() / 64
-    model.fit(x, x, batch_size=64, epochs=150, verbose=0)
-    after = array(router(x).counts).sum() / 64
-    assert before > 1.5 and 0.7 < after < 1.4
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    x = normal(64, D) + 1  # a linear map of what is symmetric has half of its values above zero
+    model.fit(x, x, batch_size=64, epochs=45, verbose=0)
+    layer.reset_counts()
+    model.fit(x, x, batch_size=64, epochs=60, verbose=0)
+    assert 0.7 < array(layer.expert_counts).sum() / (60 * 64) < 1.3
 
 
 def test_experts_without_computation_do_what_they_are_named_for():
