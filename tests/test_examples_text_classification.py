@@ -49,6 +49,7 @@ def small_vocabulary(length=4):
 
 def test_compare_trains_reports_and_saves(made_up_data, tmp_path, capsys):
     arguments = ["--smoke", "--compare", "--epochs", "3", "--batch-size", "16"]
+    arguments += ["--report", "--log-dir", str(tmp_path / "logs")]
     report = text_classification.main([*arguments, "--experts", "4", "--output", str(tmp_path)])
 
     sparse, dense = (report["results"][name] for name in ("mixture of experts", "dense twin"))
@@ -60,7 +61,8 @@ def test_compare_trains_reports_and_saves(made_up_data, tmp_path, capsys):
     assert abs(sparse["active_parameters"] - dense["parameters"]) < 100
     assert "Share of the tokens each expert serves" in capsys.readouterr().out
     assert json.loads((tmp_path / "results.json").read_text()) == report
-    for picture in ("learning_curves.png", "experts_by_class.png"):
+    assert list((tmp_path / "logs" / "validation").iterdir())
+    for picture in ("learning_curves.png", "experts_by_class.png", "report.html"):
         assert (tmp_path / picture).stat().st_size > 1000
 
     assert text_classification.main(["--predict", "Moon rocket!", "--output", str(tmp_path)]) == (
