@@ -10,10 +10,10 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from browser import open_page  # noqa: E402
-from layer_checks import E, moe, one_hot, one_hot_router  # noqa: E402
+from layer_checks import E, moe, one_hot, one_hot_router, wide_identity  # noqa: E402
 
 import keras_moe  # noqa: E402
-from keras_moe import layers  # noqa: E402
+from keras_moe import layers, routers  # noqa: E402
 
 EVIL = "<script>window.broken = true</script>"
 
@@ -147,6 +147,34 @@ def page_path(tmp_path_factory):
         balanced(100),
         path=tmp_path_factory.mktemp("page") / "report.html",
     )
+
+
+@pytest.mark.parametrize("router", ["dense", "expert_choice", "soft", "top_p"])
+def test_every_kind_of_router_is_reported(tmp_path, router):
+    inputs = keras.Input((6,), dtype="int32")
+    outputs = keras.layers.Embedding(9, E)(inputs)
+    outputs = layers.MixtureOfExperts(
+        layers.FeedForwardExperts(E, 8), router=router, router_losses=(), name="moe"
+    )(outputs)
+    path, html = written(tmp_path, keras.Model(inputs, outputs), np.arange(24).reshape(4, 6) % 9)
+    assert "moe: " in verdicts(html)[0]
+    with open_page(path) as page:
+        assert not page.errors
+        assert page.run("document.querySelectorAll('.token').length") == 24
+
+
+def test_a_token_without_an_expert_is_shown_and_padding_is_not(tmp_path):
+    inputs = keras.Input((3, E))
+    router = routers.ReLURouter(E, kernel_initializer=wide_identity)
+    outputs = moe(router=router, router_losses=())(keras.layers.Masking()(inputs))
+    x = one_hot(0, 0, 0) * np.array([[1.0], [-1.0], [0.0]], "float32")
+    path, _ = written(tmp_path, keras.Model(inputs, outputs), x[None], tokens=["yes no padding"])
+    with open_page(path) as page:
+        shown = page.run("[...document.querySelectorAll('.token')].map(token => token.textContent)")
+        assert shown == ["yes", "no"]
+        page.move_mouse_to(".unserved")
+        assert page.run("hover.textContent") == "nono expert serves it"
+        assert not page.errors
 
 
 @pytest.mark.parametrize("dark", [False, True])

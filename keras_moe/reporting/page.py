@@ -130,6 +130,7 @@ def _layer_data(layer, num_documents):
         "counts": layer.counts.tolist(),
         "texts": layer.texts,
         "labels": _document_labels(layer, num_documents),
+        "padding": np.flatnonzero(~routing.mask).tolist(),
         "experts": routing.indices.reshape(-1).tolist(),
         "weights": _percent(routing.weights),
         "probabilities": _percent(chosen),
