@@ -56,8 +56,8 @@ def study(model, data, labels, tokens):
     except ValueError:
         return Study(num_documents, [])
     recorded = record_routings(model, _batches(arrays, num_documents))
-    routings = {name: value for name, value in recorded.items() if value}
-    joined = by_layer(routings)
+    called = {name: routings for name, routings in recorded.items() if routings}
+    joined = by_layer(called) if called else {}
     summaries = {summary.name: summary for summary in summarize(model)}
     return Study(
         num_documents,
