@@ -128,6 +128,18 @@ def test_a_hash_router_without_ids_says_where_to_pass_them():
         moe(router=routers.HashRouter(E, 10))(X)
 
 
+def test_the_mask_of_an_embedding_is_used_where_token_ids_are_given_too():
+    ids = keras.Input((5,), dtype="int32")
+    embedded = keras.layers.Embedding(10, D, mask_zero=True)(ids)
+    block = layers.TransformerEncoderBlock(2, moe(router=routers.HashRouter(E, 10)))
+    model = keras.Model(ids, block(embedded, token_ids=ids))
+    batch = np.array([[1, 2, 3, 0, 0], [4, 5, 0, 0, 0]])
+    (routing,) = next(iter(inspection.record_routings(model, [batch]).values()))
+    np.testing.assert_array_equal(routing.mask, batch.ravel() > 0)
+    table = array(block.feedforward.router.table)
+    np.testing.assert_array_equal(routing.indices, table[batch.ravel()])
+
+
 def test_gshard_visits_the_second_expert_as_often_as_its_weight_deserves():
     router = routers.GShardRouter(
         2, threshold=0.5, kernel_initializer=keras.initializers.Identity(), seed=3

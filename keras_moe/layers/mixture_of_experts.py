@@ -8,6 +8,7 @@ from keras import ops as keras_ops
 from keras_moe import losses, ops, routers
 from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import ExpertBank
+from keras_moe.layers.masks import mask_of
 from keras_moe.routers.router import routing_spec
 from keras_moe.serialization import register, resolve
 from keras_moe.validation import check_float_inputs, check_mask
@@ -156,6 +157,7 @@ class MixtureOfExperts(keras.layers.Layer):
         indices=None,
     ):
         shape = keras_ops.shape(inputs)
+        mask = mask_of(inputs, mask)
         tokens, token_mask = self._flatten(inputs, mask)
         sequence_length = _sequence_length(shape)
         routing = self.router(

@@ -27,7 +27,9 @@ class TransformerBlock(keras.layers.Layer):
         self.num_heads = num_heads
         self.feedforward = resolve("feedforward", feedforward, keras.Layer)
         accepted = inspect.signature(self.feedforward.call).parameters
-        self._feedforward_arguments = [name for name in ("mask", "training") if name in accepted]
+        self._feedforward_arguments = [
+            name for name in ("mask", "training", "token_ids") if name in accepted
+        ]
         if "mask" in accepted:
             # It is given the mask, and Keras would warn: it takes a `Sequential` for a layer that
             # cannot have one, whatever is in it.
@@ -87,9 +89,9 @@ class TransformerBlock(keras.layers.Layer):
     def _add(self, hidden, branch, training):
         return hidden + self._drop(branch, training=training)
 
-    def _add_feed_forward(self, hidden, mask, training):
+    def _add_feed_forward(self, hidden, mask, training, token_ids):
         # Keras hands on masks that hang on tensors, and sums take them off.
-        arguments = {"mask": mask, "training": training}
+        arguments = {"mask": mask, "training": training, "token_ids": token_ids}
         accepted = {name: arguments[name] for name in self._feedforward_arguments}
         branch = self.feedforward(self._feedforward_norm(hidden), **accepted)
         return self._add(hidden, branch, training)

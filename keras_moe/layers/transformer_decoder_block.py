@@ -5,6 +5,7 @@ import warnings
 import keras
 from keras import ops
 
+from keras_moe.layers.masks import mask_of
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.remembering_attention import RememberingAttention
 from keras_moe.layers.transformer_block import TransformerBlock
@@ -48,6 +49,7 @@ class TransformerDecoderBlock(TransformerBlock):
         training: whether dropout is applied and router losses are added.
         cache: what `make_cache` or an earlier call returned.
         position: int or int tensor, with cache: where the first of the inputs stands.
+        token_ids: (batch, L) integer tensor for a feed-forward layer that goes by them.
 
     Returns:
         (batch, length, D); with a cache also the cache with these tokens in it.
@@ -115,10 +117,10 @@ class TransformerDecoderBlock(TransformerBlock):
         training=None,
         cache=None,
         position=None,
+        token_ids=None,
     ):
         self._check_cache(inputs, context, cache, position)
-        if mask is None:  # Keras fills it in only where the inputs are the only tensor.
-            mask = getattr(inputs, "_keras_mask", None)
+        mask = mask_of(inputs, mask)
         inputs, mask = self._without_padding(inputs, mask)
         positions = ops.arange(ops.shape(inputs)[1], dtype="int32")
         if cache is not None:
@@ -135,7 +137,7 @@ class TransformerDecoderBlock(TransformerBlock):
         if self.cross_attention:
             attended = self._attend_to_context(self._context_norm(hidden), memory, training)
             hidden = self._add(hidden, attended, training)
-        outputs = self._add_feed_forward(hidden, mask, training)
+        outputs = self._add_feed_forward(hidden, mask, training, token_ids)
         return outputs if cache is None else (outputs, memory)
 
     def make_cache(self, batch_size, max_length, context=None, context_mask=None):

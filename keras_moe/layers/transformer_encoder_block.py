@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_moe.layers.masks import mask_of
 from keras_moe.layers.transformer_block import TransformerBlock
 from keras_moe.serialization import register
 
@@ -29,6 +30,7 @@ class TransformerEncoderBlock(TransformerBlock):
         inputs: (batch, length, D) float tensor.
         mask: (batch, length) bool tensor, False for padding. Taken from the inputs, if not given.
         training: whether dropout is applied and router losses are added.
+        token_ids: (batch, length) integer tensor for a feed-forward layer that goes by them.
 
     Returns:
         (batch, length, D).
@@ -54,8 +56,8 @@ class TransformerEncoderBlock(TransformerBlock):
         )
         self._build_feed_forward(inputs_shape)
 
-    def call(self, inputs, mask=None, training=None):
-        inputs, mask = self._without_padding(inputs, mask)
+    def call(self, inputs, mask=None, training=None, token_ids=None):
+        inputs, mask = self._without_padding(inputs, mask_of(inputs, mask))
         normed = self._attention_norm(inputs)
         attended = self._attention(
             normed,
@@ -64,4 +66,4 @@ class TransformerEncoderBlock(TransformerBlock):
             training=training,
         )
         hidden = self._add(inputs, attended, training)
-        return self._add_feed_forward(hidden, mask, training)
+        return self._add_feed_forward(hidden, mask, training, token_ids)
