@@ -149,6 +149,13 @@ def page_path(tmp_path_factory):
     )
 
 
+def test_a_layer_whose_tokens_are_not_laid_out_by_document_is_reported(tmp_path):
+    inputs = keras.Input((E,))
+    outputs = moe(router=one_hot_router(), router_losses=())(inputs[:3, :])
+    _, html = written(tmp_path, keras.Model(inputs, outputs), one_hot(0, 1, 2, 3), ["a"] * 4)
+    assert data_of(html) == [] and "3 tokens routed" in html
+
+
 @pytest.mark.parametrize("router", ["dense", "expert_choice", "soft", "top_p"])
 def test_every_kind_of_router_is_reported(tmp_path, router):
     inputs = keras.Input((6,), dtype="int32")

@@ -2,6 +2,7 @@
 
 import io
 
+import keras
 import numpy as np
 import pytest
 
@@ -113,16 +114,10 @@ def test_coactivation_is_the_share_of_the_rows_tokens():
 def test_confidence_is_the_highest_probability_of_real_tokens():
     layer = moe(router=one_hot_router())
     _, routing = layer(one_hot(0, 1)[None], mask=np.array([[True, False]]), return_routing=True)
-    routing = type(routing)(*(np.asarray(field) for field in inspected(routing)))
+    routing = keras.tree.map_structure(keras.ops.convert_to_numpy, routing)
     axes = drawn(visualization.confidence({"moe": [routing, routing]}))[0]
     heights = [bar.get_height() for bar in axes.patches]
     assert heights[-1] == pytest.approx(1) and sum(heights) == pytest.approx(1)
-
-
-def inspected(routing):
-    import keras
-
-    return map(keras.ops.convert_to_numpy, routing)
 
 
 def test_settling_compares_choices_whatever_their_order():
@@ -146,6 +141,13 @@ def test_recorded_routings_are_drawn_as_they_are():
         drawn(figure)
         assert [title.split(" ")[0] for title in titles(figure)] == ["first", "second"]
     assert image(figures[1].axes[0]).shape == (4, 4), "experts without a token have a place"
+
+
+def test_a_routing_of_tensors_is_drawn():
+    _, routing = moe(router=one_hot_router(top_k=2))(normal(2, 5, 8), return_routing=True)
+    for draw in (visualization.coactivation, visualization.confidence):
+        drawn(draw({"moe": routing}))
+    drawn(visualization.specialization(routing, np.arange(10)))
 
 
 INDICES = np.zeros((6, 2), "int32")

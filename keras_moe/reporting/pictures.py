@@ -56,7 +56,7 @@ def _by_row(routings, rows, caption):
 def _repeated(layer):
     """The texts of the tokens, if they repeat often enough to be types."""
     real = [text for text, is_real in zip(layer.texts, layer.routing.mask) if is_real]
-    return np.array(layer.texts) if 2 * len(set(real)) <= len(real) else None
+    return np.array(layer.texts) if 0 < 2 * len(set(real)) <= len(real) else None
 
 
 def _svg(figure):

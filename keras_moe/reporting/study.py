@@ -95,6 +95,8 @@ def _study_layer(layer, summary, routing, labels, texts):
         load = [finding for finding in load if finding.level == health.PROBLEM]
     findings = [*load, *health.judge_drops(routing.dropped), *router]
     information = None
+    if not texts:  # the layer has no place for each document
+        labels = None
     if labels is not None:
         labels = each_token(np.asarray(labels).reshape(-1), len(indices))
         information = bits_in_common(label_table(routing, labels)[0])

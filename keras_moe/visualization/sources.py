@@ -48,6 +48,8 @@ def each_token(labels, num_tokens):
 
 
 def _joined(value):
+    if isinstance(value, Routing):
+        value = [Routing(*map(ops.convert_to_numpy, value[:7]))]
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], Routing):
         tokens = zip(*(routing[:5] for routing in value))
         counts = np.sum([routing.counts for routing in value], axis=0)
@@ -56,7 +58,7 @@ def _joined(value):
             weights=[max(routing.counts.sum(), 1) for routing in value],
         )
         return Routing(*map(np.concatenate, tokens), counts, dropped)
-    return value if isinstance(value, Routing) else np.asarray(value)
+    return np.asarray(value)
 
 
 def _routing(value, num_experts):
