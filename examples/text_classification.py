@@ -152,7 +152,7 @@ def build_model(feedforward, vocabulary, size, num_classes):
     ids = keras.Input((vocabulary.length,), dtype="int32")
     phrases = embedding(ids)
     embedding.salience.assign([0.0, 0.0, *vocabulary.salience])
-    contexts = keras.layers.LayerNormalization()(block(phrases))
+    contexts = keras.layers.LayerNormalization()(block(Detached()(phrases)))
     # The plain mean of the phrases stays next to that of the encoder, which alone overfits.
     document = [
         keras.layers.LayerNormalization()(keras.layers.GlobalAveragePooling1D()(sequence))
@@ -161,6 +161,22 @@ def build_model(feedforward, vocabulary, size, num_classes):
     document = keras.layers.Dropout(0.6)(keras.layers.Concatenate()(document))
     logits = keras.layers.Dense(num_classes, dtype="float32")(document)
     return keras.Model(ids, logits)
+
+
+@keras.saving.register_keras_serializable("examples")
+class Detached(keras.layers.Layer):
+    """Hands its inputs on without a gradient.
+
+    Embeddings of rare words overfit to whatever the encoder says of their few documents; the plain
+    mean teaches them better.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+
+    def call(self, inputs):
+        return keras.ops.stop_gradient(inputs)
 
 
 def fit(model, arrays, options):
