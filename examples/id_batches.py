@@ -13,9 +13,17 @@ def rows(texts, length):
     Args:
         texts: list of int32 arrays.
         length: ids that a row goes on by.
+
+    Raises:
+        ValueError: If the texts fill no row.
     """
     ids = np.concatenate(texts)
     number = (len(ids) - 1) // length
+    if number < 1:
+        raise ValueError(
+            f"The texts must fill a row of {length + 1} subwords. Received: {len(ids)} subwords. "
+            "Choose a larger data set."
+        )
     return np.lib.stride_tricks.sliding_window_view(ids, length + 1)[::length][:number]
 
 
@@ -27,10 +35,18 @@ class Batches(keras.callbacks.Callback):
         batch_size: rows of a batch.
         steps: batches of an epoch.
         seed: of the order, which is another one in each pass.
+
+    Raises:
+        ValueError: If there are fewer rows than a batch holds.
     """
 
     def __init__(self, rows, batch_size, steps, seed):
         super().__init__()
+        if len(rows) < batch_size:
+            raise ValueError(
+                "There must be text for one batch at least. Received: "
+                f"{len(rows)} rows, batch_size={batch_size}. Pass a smaller --batch-size."
+            )
         self.rows, self.batch_size, self.steps, self.seed = rows, batch_size, steps, seed
         self._epoch = 0
 

@@ -44,7 +44,7 @@ class Size(typing.NamedTuple):
 
 FULL = Size(
     2000, 64, features=64, hidden_dim=128, blocks=2, documents=None, validation_rows=1024,
-    steps=100, epochs=12,
+    steps=160, epochs=12,
 )  # fmt: skip
 SMOKE = Size(
     100, 16, features=16, hidden_dim=16, blocks=2, documents=64, validation_rows=32,

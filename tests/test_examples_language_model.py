@@ -6,7 +6,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import keras
 import numpy as np
@@ -23,7 +22,6 @@ import datasets  # noqa: E402
 import decoder_model  # noqa: E402
 import id_batches  # noqa: E402
 import language_model  # noqa: E402
-from training_journal import Journal  # noqa: E402
 
 WORDS = "the moon rocket is in orbit and brake of wheel on road".split()
 
@@ -43,39 +41,53 @@ def made_up_data(name=None, data_dir=None):
     return datasets.TextDataset(*splits, class_names=["made up"])
 
 
+ARGUMENTS = ["--smoke", "--experts", "4", "--moe-every", "2"]
+SPARSE, DENSE = "mixture of experts", "dense twin"
+
+
 @pytest.fixture
 def made_up(monkeypatch):
     monkeypatch.setattr(datasets, "load", made_up_data)
 
 
-def run(tmp_path, *arguments):
-    return language_model.main(["--smoke", "--experts", "4", "--output", str(tmp_path), *arguments])
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A whole run: its report and its folder."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(datasets, "load", made_up_data)
+        report = language_model.main([*ARGUMENTS, "--compare", "--output", str(folder)])
+    return report, folder
 
 
-def test_compare_trains_reports_saves_and_writes(made_up, tmp_path, capsys):
-    report = run(tmp_path, "--compare", "--seeds", "2", "--moe-every", "2")
-    sparse, dense = (report["results"][name] for name in ("mixture of experts", "dense twin"))
-    for result in (sparse, dense):
-        perplexities = [run["validation_perplexity"] for run in result["runs"]]
-        assert len(set(perplexities)) == 2
-        assert max(perplexities) < 60, "no better than guessing"
+def perplexity(report, name=SPARSE):
+    return report["results"][name]["runs"][0]["validation_perplexity"]
+
+
+def test_compare_trains_reports_and_saves(trained):
+    report, folder = trained
+    sparse, dense = (report["results"][name] for name in (SPARSE, DENSE))
+    assert max(perplexity(report, name) for name in (SPARSE, DENSE)) < 60, "mere guessing"
     assert sparse["active_parameters"] < sparse["parameters"]
     assert dense["active_parameters"] == dense["parameters"]
     # They differ by the router, and by the second expert's output bias.
     assert abs(sparse["active_parameters"] - dense["parameters"]) < 100
-    assert "mixture of experts" in capsys.readouterr().out
-    assert json.loads((tmp_path / "results.json").read_text()) == report
-    assert (tmp_path / "learning_curves.png").stat().st_size > 1000
-    assert not (tmp_path / "progress").exists()
+    assert json.loads((folder / "results.json").read_text()) == report
+    assert (folder / "learning_curves.png").stat().st_size > 1000
+    assert not (folder / "progress").exists()
 
-    written = language_model.main(["--generate", "the moon", "--output", str(tmp_path)])
+
+def test_a_saved_model_goes_on_with_a_text(trained):
+    def generate(text, *more):
+        return language_model.main(["--generate", text, "--output", str(trained[1]), *more])
+
+    written = generate("the moon")
     assert written.startswith("the moon")
     assert len(written) > len("the moon")
-    again = ["--generate", "the moon", "--output", str(tmp_path), "--seed"]
-    assert language_model.main([*again, "0"]) == written
-    assert language_model.main([*again, "1"]) != written
+    assert generate("the moon", "--seed", "0") == written
+    assert generate("the moon", "--seed", "1") != written
     with pytest.raises(ValueError, match="must leave room in the model's window of 16 subwords"):
-        language_model.main(["--generate", "moon " * 20, "--output", str(tmp_path)])
+        generate("moon " * 20)
 
 
 def test_writing_needs_a_model(tmp_path):
@@ -117,6 +129,13 @@ def test_rows_overlap_by_one_id():
     np.testing.assert_array_equal(found, [[0, 1, 2, 3, 4, 5], [5, 6, 7, 8, 9, 10]])
 
 
+def test_too_little_text_is_refused():
+    with pytest.raises(ValueError, match="must fill a row of 6 subwords. Received: 5 subwords"):
+        id_batches.rows([np.arange(5)], length=5)
+    with pytest.raises(ValueError, match="Received: 3 rows, batch_size=4. Pass a smaller"):
+        id_batches.Batches(np.zeros((3, 6), "int32"), batch_size=4, steps=1, seed=0)
+
+
 def test_batches_begin_at_the_epoch_and_show_each_row_once_a_pass():
     batches = id_batches.Batches(np.arange(14).reshape(7, 2), batch_size=2, steps=2, seed=0)
 
@@ -133,70 +152,39 @@ def test_batches_begin_at_the_epoch_and_show_each_row_once_a_pass():
     assert first(4) == whole[2:]
 
 
-class Killed(Exception):
-    """Stands for SIGKILL in the middle of an epoch."""
+HANGS_IN_THE_SECOND_EPOCH = """
+import time
+import datasets, language_model, test_examples_language_model as tests
 
+class Hangs(language_model.Journal):
+    def on_epoch_begin(self, epoch, logs=None):
+        super().on_epoch_begin(epoch, logs)
+        self.epoch = epoch
 
-def test_an_interrupted_run_goes_on_and_ends_where_it_would_have(made_up, tmp_path, monkeypatch):
-    whole = run(tmp_path / "whole")
+    def on_train_batch_end(self, batch, logs=None):
+        super().on_train_batch_end(batch, logs)
+        if (self.epoch, batch) == (1, 5):
+            print("hanging", flush=True)
+            time.sleep(600)
 
-    def kill(epoch_and_batch):
-        class Bomb(Journal):
-            def on_epoch_begin(self, epoch, logs=None):
-                super().on_epoch_begin(epoch, logs)
-                self._epoch = epoch
-
-            def on_train_batch_end(self, batch, logs=None):
-                super().on_train_batch_end(batch, logs)
-                if (self._epoch, batch) == epoch_and_batch:
-                    raise Killed
-
-        return Bomb
-
-    for moment in ((0, 4), (1, 5)):
-        monkeypatch.setattr(language_model, "Journal", kill(moment))
-        with pytest.raises(Killed):
-            run(tmp_path / "killed")
-    monkeypatch.setattr(language_model, "Journal", Journal)
-    resumed = run(tmp_path / "killed")
-    perplexities = [
-        report["results"]["mixture of experts"]["runs"][0]["validation_perplexity"]
-        for report in (whole, resumed)
-    ]
-    np.testing.assert_allclose(*perplexities, rtol=1e-3)
-
-
-SCRIPT = """
-import datasets, language_model, test_examples_language_model as made_up
-datasets.load = made_up.made_up_data
-language_model.SMOKE = language_model.SMOKE._replace(epochs={epochs})
-language_model.main(["--smoke", "--experts", "4", "--output", {output!r}])
+language_model.Journal = Hangs
+datasets.load = tests.made_up_data
+language_model.main([*tests.ARGUMENTS, "--output", {output!r}])
 """
 
 
-def test_sigkill_loses_nothing_that_was_learnt(tmp_path):
+def test_sigkill_loses_nothing(trained, made_up, tmp_path, capsys):
     paths = [str(EXAMPLES.parent), str(EXAMPLES), str(pathlib.Path(__file__).parent)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    output = str(tmp_path / "model")
-
-    def start(epochs):
-        script = SCRIPT.format(output=output, epochs=epochs)
-        command = [sys.executable, "-c", script]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-
-    endless = start(1000)
-    backups = pathlib.Path(output, "progress")
-    while not list(backups.glob("*/*/backup/training_metadata.json.bkp")):
-        assert endless.poll() is None, "it ended by itself"
-        time.sleep(0.05)
-    endless.send_signal(signal.SIGKILL)
-    endless.communicate()
-    (journal,) = backups.glob("*/*/journal.json")
-    epochs = len(json.loads(journal.read_text()))
-    again = start(1000)
-    for line in again.stdout:
-        if "It was interrupted: going on after epoch" in line:
-            break
-    again.kill()
-    again.communicate()
-    assert int(line.rstrip(".\n").split()[-1]) == epochs
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGS_IN_THE_SECOND_EPOCH.format(output=str(tmp_path))],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert any("hanging" in line for line in process.stdout), "it ended by itself"
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    report = language_model.main([*ARGUMENTS, "--output", str(tmp_path)])
+    assert "It was interrupted: going on after epoch 1." in capsys.readouterr().out
+    # The order of the data and the optimizer go on as well.
+    np.testing.assert_allclose(perplexity(report), perplexity(trained[0]), rtol=1e-3)
