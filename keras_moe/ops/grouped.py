@@ -91,22 +91,21 @@ class _Slices:
 
     @staticmethod
     def forward(step, tokens, kernels, groups):
-        outputs, saved = [], []
+        outputs, saved = [], {}
         for expert, _, token_rows in _slices(groups):
-            output, kept = step.forward(
+            output, saved[expert] = step.forward(
                 backend.gather_rows(tokens, token_rows), [kernel[expert] for kernel in kernels]
             )
             outputs.append(output)
-            saved.append(kept)
-        return _fill_rows(outputs, groups), saved
+        return _all_rows(outputs, (step.output_width, tokens.dtype), groups), saved
 
     @staticmethod
     def backward(step, tokens, row_weights, kernels, groups, outputs, saved, gradient):
-        row_parts, weight_parts, kernel_parts = [], [], []
+        row_parts, weight_parts, kernel_parts = [], [], {}
         row_weights = ops.expand_dims(ops.cast(row_weights, tokens.dtype), 1)
         for expert, rows, token_rows in _slices(groups):
             output_gradient = backend.gather_rows(gradient, token_rows)
-            row_gradient, kernel_gradients = step.backward(
+            row_gradient, kernel_parts[expert] = step.backward(
                 backend.gather_rows(tokens, token_rows),
                 [kernel[expert] for kernel in kernels],
                 saved[expert],
@@ -114,27 +113,46 @@ class _Slices:
             )
             row_parts.append(row_gradient)
             weight_parts.append(row_sums(output_gradient * outputs[rows]))
-            kernel_parts.append(kernel_gradients)
-        totals = _upright(map(ops.stack, zip(*kernel_parts)), step)
-        kernel_gradients = [ops.cast(total, kernel.dtype) for total, kernel in zip(totals, kernels)]
-        weight_gradient = ops.squeeze(_fill_rows(weight_parts, groups), 1)
-        return _fill_rows(row_parts, groups), weight_gradient, kernel_gradients
+        return (
+            _all_rows(row_parts, (tokens.shape[1], tokens.dtype), groups),
+            _all_rows(weight_parts, (1, "float32"), groups)[:, 0],
+            [
+                ops.cast(_all_experts(kernel_parts, place, kernel, transposed), kernel.dtype)
+                for place, (kernel, transposed) in enumerate(zip(kernels, step.transposed))
+            ],
+        )
 
 
 def _slices(groups):
-    """For each expert: its number, its rows as a slice, and their tokens."""
+    """For each expert with rows: its number, its rows as a slice, and their tokens."""
     start, token_of_row = 0, groups.token_of_row()
     for expert, size in enumerate(backend.unstack_sizes(groups.sizes)):
         rows = slice(start, start + size)
-        yield expert, rows, token_of_row[rows]
         start = start + size
+        # Known in eager mode only. Each operation on nothing would cost as much as on a few rows.
+        if not (isinstance(size, int) and size == 0):
+            yield expert, rows, token_of_row[rows]
 
 
-def _fill_rows(parts, groups):
+def _all_rows(parts, width_and_dtype, groups):
     """All rows, where `parts` holds the rows of each group: those of no group are zero."""
+    width, dtype = width_and_dtype
     computed = sum(ops.shape(part)[0] for part in parts)
-    nobody = ops.zeros((groups.num_rows() - computed, parts[0].shape[1]), parts[0].dtype)
+    nobody = ops.zeros((groups.num_rows() - computed, width), dtype)
     return ops.concatenate([*parts, nobody])
+
+
+def _all_experts(parts, place, kernel, transposed):
+    """The stacked gradients of a kernel: zero for experts without rows."""
+    num_experts, *shape = kernel.shape
+    shape = shape[::-1] if transposed else shape
+    stacked = ops.stack(
+        [
+            parts[expert][place] if expert in parts else ops.zeros(shape, kernel.dtype)
+            for expert in range(num_experts)
+        ]
+    )
+    return ops.transpose(stacked, (0, 2, 1)) if transposed else stacked
 
 
 class _Blocks:
@@ -237,12 +255,17 @@ def _upright(stacked_gradients, step):
 
 
 def _for_each_group(groups, group, carry):
-    """`carry = group(expert, for_each_block, carry)` for every expert, in order."""
+    """`carry = group(expert, for_each_block, carry)` for every expert that has rows."""
     ends = ops.cumsum(groups.sizes)
+    # Reading the kernels of an expert costs as much as a few rows. For a few tokens, as in
+    # decoding, most experts have none.
+    has_rows = groups.sizes > 0
+    busy_first = ops.argsort(ops.logical_not(has_rows))
     block_sizes = _block_sizes(groups)
     token_of_row = ops.pad(groups.token_of_row(), (0, block_sizes[-1]))
 
-    def body(expert, carry):
+    def body(number, carry):
+        expert = ops.cast(ops.take(busy_first, number), "int32")
         size = ops.take(groups.sizes, expert)
         group_start = ops.take(ends, expert) - size
 
@@ -257,7 +280,7 @@ def _for_each_group(groups, group, carry):
 
         return group(expert, for_each_block, carry)
 
-    return ops.fori_loop(0, groups.sizes.shape[0], body, carry)
+    return ops.fori_loop(0, ops.sum(ops.cast(has_rows, "int32")), body, carry)
 
 
 def _block_sizes(groups):
