@@ -17,7 +17,7 @@ import zipfile
 import keras
 import numpy as np
 import pytest
-from conftest import assert_close, to_numpy
+from conftest import FAST_MODE, assert_close, compiled, to_numpy
 
 pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("matplotlib")
@@ -146,15 +146,19 @@ class Markov:
         return [*best, *[PADDING] * (max_length - len(best))]
 
 
+def next_piece_logits(model):
+    return compiled(lambda source, target: model({"source": source, "target": target}), FAST_MODE)
+
+
 def test_writing_with_a_cache_equals_writing_without():
     model = small_translator()
     source = random_sources(rows=5, length=6)
     written = to_numpy(decoding.Writer(model, max_length=7).predict_on_batch(source))
     target = np.full((5, 8), PADDING, "int32")
     target[:, 0] = START
+    predict = next_piece_logits(model)
     for position in range(7):
-        logits = to_numpy(model({"source": source, "target": target[:, : position + 1]}))
-        token = logits[:, -1].argmax(axis=-1)
+        token = predict(source, target)[:, position].argmax(axis=-1)
         over = (target[:, position] == END) | (target[:, position] == PADDING)
         target[:, position + 1] = np.where(over, PADDING, token)
     np.testing.assert_array_equal(written, target[:, 1:])
@@ -164,9 +168,9 @@ def test_writing_with_a_cache_equals_writing_without():
 def test_one_beam_equals_greedy():
     model = small_translator()
     source = random_sources(rows=4, length=6)
-    greedy = to_numpy(decoding.greedy_search(model, source, 6))
-    beam = to_numpy(decoding.beam_search(model, source, 6, beams=1))
-    np.testing.assert_array_equal(greedy, beam)
+    greedy = compiled(lambda source: decoding.greedy_search(model, source, 6), FAST_MODE)
+    beam = compiled(lambda source: decoding.beam_search(model, source, 6, beams=1), FAST_MODE)
+    np.testing.assert_array_equal(greedy(source), beam(source))
 
 
 @pytest.mark.parametrize("beams", (1, 3))
@@ -205,18 +209,16 @@ def test_writing_stops_at_the_end_and_at_the_longest_length():
 def test_translator_reads_no_later_piece_and_no_padding():
     model = small_translator()
     source, target = random_sources(3, 6), random_sources(3, 5, seed=1)
-    logits = to_numpy(model({"source": source, "target": target}))
+    predict = next_piece_logits(model)
+    logits = predict(source, target)
     changed = target.copy()
     changed[:, 3:] = 5
-    assert_close(
-        to_numpy(model({"source": source, "target": changed}))[:, :3], logits[:, :3], scale=1.0
-    )
-    wider = np.pad(source, ((0, 0), (0, 2)))
-    assert_close(to_numpy(model({"source": wider, "target": target})), logits, scale=1.0)
+    assert_close(predict(source, changed)[:, :3], logits[:, :3], scale=1.0)
     changed = source.copy()
     changed[:, 0] = np.where(source[:, 0] == 5, 6, 5)
-    difference = to_numpy(model({"source": changed, "target": target})) - logits
-    assert np.abs(difference).max() > 1e-3
+    assert np.abs(predict(changed, target) - logits).max() > 1e-3
+    wider = np.pad(source, ((0, 0), (0, 2)))
+    assert_close(predict(wider, target), logits, scale=1.0)
 
 
 def test_sinusoids_are_those_of_the_paper():
