@@ -1,0 +1,87 @@
+"""What a trial costs, and an objective that knows it."""
+
+import math
+import time
+
+import keras
+import keras_tuner
+
+from keras_moe.summary import summarize
+from keras_moe.validation import check_positive_number
+
+
+class CostMonitor(keras.callbacks.Callback):
+    """Adds what a model costs to the logs of each epoch, for `WithinBudget` and `pareto_table`.
+
+    - `active_flops`: of one token in all MoE layers, forward, as in `summary.LayerSummary`.
+    - `parameters`: of the whole model, those that it trains.
+    - `step_seconds`: time of a training step, without the first of the epoch, which may compile.
+
+    Example:
+
+    >>> monitor = keras_moe.tuner.CostMonitor()
+    >>> # search.search(x, y, validation_data=validation, callbacks=[monitor])
+    """
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._ends = [(-1, time.perf_counter())]
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._ends.append((batch, time.perf_counter()))
+
+    def on_epoch_end(self, epoch, logs=None):
+        weights = self.model.trainable_weights
+        logs["active_flops"] = float(sum(layer.flops for layer in summarize(self.model)))
+        logs["parameters"] = float(sum(math.prod(weight.shape) for weight in weights))
+        logs["step_seconds"] = self._seconds_per_step()
+
+    def _seconds_per_step(self):
+        first = 1 if len(self._ends) > 2 else 0
+        (begin, began), (end, ended) = self._ends[first], self._ends[-1]
+        return (ended - began) / (end - begin)
+
+
+class WithinBudget(keras_tuner.Objective):
+    """The least loss under a budget: any trial above it is worse than every trial within it.
+
+    The score within the budget grows with the loss from 0 to 1; above the budget, what was spent as
+    a multiple of it is added, so that the search learns which way is cheaper.
+
+    Args:
+        budget: highest cost.
+        cost: what is limited: "active_flops" or "step_seconds", which `CostMonitor` measures, or
+            any other value in the logs.
+        loss: value in the logs to minimise.
+
+    Raises:
+        ValueError: If `budget` is not a finite number above 0.
+
+    Example:
+
+    >>> objective = keras_moe.tuner.WithinBudget(1000)
+    >>> frugal = objective.get_value({"val_loss": 3.0, "active_flops": 1000.0})
+    >>> lavish = objective.get_value({"val_loss": 0.1, "active_flops": 1001.0})
+    >>> objective.better_than(frugal, lavish)
+    True
+    """
+
+    def __init__(self, budget, cost="active_flops", loss="val_loss"):
+        check_positive_number("budget", budget)
+        super().__init__(name=f"{loss}_within_{cost}", direction="min")
+        self.budget = budget
+        self.cost = cost
+        self.loss = loss
+
+    def has_value(self, logs):
+        return self.cost in logs and self.loss in logs
+
+    def get_value(self, logs):
+        if not self.has_value(logs):
+            # Fatal to KerasTuner, which would otherwise go on with the next trial.
+            raise keras_tuner.errors.FatalValueError(
+                f"The logs must have {self.loss!r} and {self.cost!r}. Received: {sorted(logs)}. "
+                "Give `search` validation data and `callbacks=[tuner.CostMonitor()]`."
+            )
+        cost, loss = logs[self.cost], logs[self.loss]
+        score = (1 + loss / (1 + abs(loss))) / 2
+        return score if cost <= self.budget else score + cost / self.budget

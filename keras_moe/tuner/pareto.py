@@ -1,0 +1,69 @@
+"""A table of what a lower loss costs."""
+
+import itertools
+import math
+from typing import NamedTuple
+
+
+class ParetoRow(NamedTuple):
+    """One trial: `efficient` if no other has both less cost and less loss."""
+
+    trial: str
+    cost: float
+    loss: float
+    efficient: bool
+    values: dict
+
+
+def pareto_table(search, cost="active_flops", loss="val_loss"):
+    """What a lower loss costs: all finished trials, the cheapest first.
+
+    Args:
+        search: a `keras_tuner.Tuner` after `search`, whose callbacks had a `CostMonitor`.
+        cost: name in the logs of what is spent.
+        loss: name in the logs of what is minimised.
+
+    Returns:
+        List of one `ParetoRow` for each trial; `format_table` makes it text.
+
+    Raises:
+        ValueError: If no trial has finished, or one has no such value in its logs.
+    """
+    trials = [trial for trial in search.oracle.trials.values() if trial.status == "COMPLETED"]
+    if not trials:
+        raise ValueError("A table needs a finished trial. Received: none. Call `search` first.")
+    for name, trial in itertools.product((cost, loss), trials):
+        if not trial.metrics.exists(name):
+            raise ValueError(
+                f"Each trial must have measured what the table shows. Received: {name!r}, but "
+                f"only {', '.join(sorted(trial.metrics.metrics))} in trial {trial.trial_id}. "
+                "Give `search` `callbacks=[tuner.CostMonitor()]`."
+            )
+    points = [
+        (*(float(trial.metrics.get_best_value(name)) for name in (cost, loss)), trial)
+        for trial in trials
+    ]
+    rows, least = [], math.inf
+    for spent, value, trial in sorted(points, key=lambda point: point[:2]):
+        values = dict(trial.hyperparameters.values)
+        rows.append(ParetoRow(trial.trial_id, spent, value, value < least, values))
+        least = min(least, value)
+    return rows
+
+
+def format_table(rows):
+    """Text of a `pareto_table`, one line a trial; `*` marks the efficient ones."""
+    names = list(dict.fromkeys(name for row in rows for name in row.values))
+    lines = [["", "trial", "cost", "loss", *names]]
+    for row in rows:
+        values = [_text(row.values.get(name, "-")) for name in names]
+        mark = "*" if row.efficient else ""
+        lines.append([mark, row.trial, f"{row.cost:,.6g}", f"{row.loss:.4f}", *values])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines
+    )
+
+
+def _text(value):
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,145 @@
+"""The values from which a search chooses each part of a MoE layer."""
+
+import itertools
+
+from keras_moe import layers, losses, routers
+from keras_moe.validation import check_choice, check_positive_integer
+
+# Routers whose tokens all have K experts, so that the active size is known before the search.
+TAKE_TOP_K = ("cosine", "deepseek_v3", "noisy_top_k", "sinkhorn", "top_k")
+SET_TOP_K = ("balanced_assignment", "switch")
+
+
+class SearchSpace:
+    """The values from which a search chooses each part of a MoE layer.
+
+    The first value of a tuple is the one picked by hand: `DefaultsFirst` tries these first. A tuple
+    of one value is fixed. An expert is `active_width / K` wide, so that neither the number of
+    experts nor `top_k` changes the active size.
+
+    Args:
+        active_width: widths K * H of the experts of a token together, each divisible by each K.
+        num_experts: numbers of experts, E.
+        top_k: experts per token, K, of the routers that leave this open; "switch" and
+            "balanced_assignment" have one.
+        routers: names in `TAKE_TOP_K` and `SET_TOP_K`.
+        loss_weights: dict of names in `losses.BY_NAME` to weights.
+        capacity_factors: capacities, as in `layers.MixtureOfExperts`; None is no limit.
+        name: what the names of the hyperparameters begin with. Layers that should be chosen each
+            for itself need spaces of different names.
+
+    Raises:
+        ValueError: If a value is out of its range, or some do not go together.
+
+    Example:
+
+    >>> import keras_tuner
+    >>> space = keras_moe.tuner.SearchSpace((64, 128), num_experts=(8, 16), top_k=(2, 1, 4))
+    >>> layer = space.sample(keras_tuner.HyperParameters())
+    >>> layer.experts.num_experts, layer.experts.hidden_dim, layer.router.top_k
+    (8, 32, 2)
+    """
+
+    def __init__(
+        self,
+        active_width,
+        num_experts=(8, 4, 16),
+        top_k=(2, 1, 4),
+        routers=("top_k",),
+        loss_weights=None,
+        capacity_factors=(None,),
+        name="moe",
+    ):
+        if loss_weights is None:
+            loss_weights = {"load_balance": (1e-2, 1e-3, 1e-1), "router_z": (1e-3,)}
+        self.active_width = _values("active_width", active_width)
+        self.num_experts = _values("num_experts", num_experts)
+        self.top_k = _values("top_k", top_k)
+        self.routers = _values("routers", routers)
+        self.loss_weights = {
+            loss: [float(weight) for weight in _values("loss_weights", weights)]
+            for loss, weights in loss_weights.items()
+        }
+        self.capacities = {
+            str(factor): factor for factor in _values("capacity_factors", capacity_factors)
+        }
+        self.name = name
+        self._check()
+
+    def sample(self, hp, experts=layers.FeedForwardExperts, **kwargs):
+        """A layer of the values that `hp` has in this trial.
+
+        Args:
+            hp: the `keras_tuner.HyperParameters` that a model-building function is given.
+            experts: function of `num_experts` and `hidden_dim` that makes the bank of experts.
+            **kwargs: further arguments of the layer, such as `name` and `shared_expert`.
+
+        Returns:
+            A new `layers.MixtureOfExperts`. Layers of one space have the same values in a trial.
+        """
+        with hp.name_scope(self.name):
+            num_experts = _choose(hp, "num_experts", self.num_experts)
+            router = self._sample_router(hp, num_experts)
+            hidden_dim = _choose(hp, "active_width", self.active_width) // router.top_k
+            capacity = self.capacities[_choose(hp, "capacity_factor", list(self.capacities))]
+            router_losses = [
+                losses.BY_NAME[loss](_choose(hp, f"{loss}_weight", weights))
+                for loss, weights in self.loss_weights.items()
+            ]
+        bank = experts(num_experts, hidden_dim)
+        return layers.MixtureOfExperts(
+            bank, router, router_losses, capacity_factor=capacity, **kwargs
+        )
+
+    def _sample_router(self, hp, num_experts):
+        name = _choose(hp, "router", self.routers)
+        open_routers = [router for router in self.routers if router in TAKE_TOP_K]
+        if open_routers:
+            with hp.conditional_scope("router", open_routers):
+                if name in open_routers:
+                    return _router(name, num_experts, _choose(hp, "top_k", self.top_k))
+        return _router(name, num_experts)
+
+    def _check(self):
+        for width in self.active_width:
+            check_positive_integer("active_width", width)
+        for name in self.routers:
+            check_choice("routers", name, TAKE_TOP_K + SET_TOP_K)
+            top_k = self.top_k if name in TAKE_TOP_K else (None,)
+            for combination in itertools.product(self.num_experts, top_k):
+                self._check_width(_router(name, *combination).top_k)
+        for loss, weights in self.loss_weights.items():
+            check_choice("loss_weights", loss, sorted(losses.BY_NAME))
+            for weight in weights:
+                losses.BY_NAME[loss](weight)
+        for capacity in self.capacities.values():
+            layers.Capacity.get(capacity)
+
+    def _check_width(self, top_k):
+        for width in self.active_width:
+            if width % top_k:
+                raise ValueError(
+                    "Each `active_width` must be divisible by each number of experts per token. "
+                    f"Received: active_width={width}, top_k={top_k}. "
+                    f"Pass a multiple of {top_k}, or leave this `top_k` out."
+                )
+
+
+def _values(name, values):
+    if not isinstance(values, (list, tuple)) or not values:
+        raise ValueError(
+            f"`{name}` must be a list or tuple of the values to choose from. Received: "
+            f"{name}={values!r}. Pass, for a fixed one, a tuple of one."
+        )
+    return list(values)
+
+
+def _choose(hp, name, values):
+    if len(values) == 1:
+        return hp.Fixed(name, values[0])
+    return hp.Choice(name, sorted(values), default=values[0])
+
+
+def _router(name, num_experts, top_k=None):
+    given = {} if top_k is None else {"top_k": top_k}
+    return routers.BY_NAME[name](num_experts=num_experts, **given)

@@ -1,0 +1,343 @@
+"""Search spaces, costs and the table of trials, with KerasTuner itself."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import keras
+import numpy as np
+import pytest
+from layer_checks import D, normal
+
+keras_tuner = pytest.importorskip("keras_tuner")
+
+from keras_tuner.engine.trial import Trial  # noqa: E402
+
+from keras_moe import layers, losses, routers, tuner  # noqa: E402
+from keras_moe.tuner.search_space import SET_TOP_K, TAKE_TOP_K  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+
+# KerasTuner asks the current thread for its name in an old way.
+pytestmark = pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\):DeprecationWarning")
+
+
+def space(**changes):
+    arguments = {"active_width": (16, 32), "num_experts": (4, 8), "top_k": (2, 1, 4), **changes}
+    return tuner.SearchSpace(**arguments)
+
+
+def hyperparameters(**values):
+    hp = keras_tuner.HyperParameters()
+    hp.values = {f"moe/{name}": value for name, value in values.items()}
+    return hp
+
+
+def test_the_first_values_are_the_defaults():
+    hp = hyperparameters()
+    layer = space(capacity_factors=(1.25, None)).sample(hp, name="sparse")
+    assert layer.name == "sparse"
+    assert (layer.experts.num_experts, layer.router.top_k, layer.experts.hidden_dim) == (4, 2, 8)
+    assert type(layer.router) is routers.TopKRouter
+    assert layer.capacity.factor == 1.25
+    assert {type(loss): loss.weight for loss in layer.router_losses} == {
+        losses.LoadBalance: 0.01,
+        losses.RouterZ: 0.001,
+    }
+
+
+def test_values_of_a_trial_reach_the_layer():
+    chosen = {
+        "num_experts": 8,
+        "router": "sinkhorn",
+        "top_k": 4,
+        "active_width": 32,
+        "capacity_factor": "None",
+        "router_entropy_weight": 0.0,
+    }
+    searched = space(
+        routers=("top_k", "sinkhorn"),
+        capacity_factors=(2, None),
+        loss_weights={"router_entropy": (0.1, 0)},
+    )
+    layer = searched.sample(hyperparameters(**chosen), experts=layers.GatedExperts)
+    assert type(layer.experts) is layers.GatedExperts
+    assert (layer.experts.num_experts, layer.experts.hidden_dim) == (8, 8)
+    assert type(layer.router) is routers.SinkhornRouter and layer.router.top_k == 4
+    assert layer.capacity is None
+    assert [loss.weight for loss in layer.router_losses] == [0.0]
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+@pytest.mark.parametrize("num_experts", [4, 8])
+def test_the_active_size_depends_on_the_active_width_alone(num_experts, top_k):
+    layer = space().sample(hyperparameters(num_experts=num_experts, top_k=top_k))
+    assert layer.experts.num_experts == num_experts
+    assert layer.experts.hidden_dim * layer.router.top_k == 16
+
+
+def test_a_router_that_sets_its_own_k_is_not_asked_for_one():
+    searched = space(routers=("top_k", "switch"), top_k=(2, 4))
+    hp = hyperparameters(router="switch")
+    layer = searched.sample(hp)
+    assert layer.router.top_k == 1 and layer.experts.hidden_dim == 16
+    assert "moe/top_k" not in hp.values
+    hp = hyperparameters(router="top_k")
+    searched.sample(hp)
+    assert hp.values["moe/top_k"] == 2
+    space(routers=("switch",)).sample(hyperparameters())
+
+
+def test_layers_of_one_space_share_their_values_and_others_do_not():
+    hp = hyperparameters(num_experts=8)
+    first, second = (space().sample(hp) for _ in range(2))
+    other = space(name="other").sample(hp)
+    assert [layer.experts.num_experts for layer in (first, second, other)] == [8, 8, 4]
+
+
+@pytest.mark.parametrize("name", TAKE_TOP_K + SET_TOP_K)
+def test_every_token_has_k_experts_whatever_the_router(name):
+    router = space(routers=(name,), num_experts=(8,)).sample(hyperparameters()).router
+    routing = router(normal(16, D), training=True)
+    assert (keras.ops.convert_to_numpy(routing.indices) >= 0).sum() == 16 * router.top_k
+
+
+ONE_OF_ROUTERS = ", ".join(map(repr, TAKE_TOP_K + SET_TOP_K))
+ERRORS = [
+    (
+        {"top_k": 2},
+        "`top_k` must be a list or tuple of the values to choose from. Received: top_k=2. "
+        "Pass, for a fixed one, a tuple of one.",
+    ),
+    (
+        {"num_experts": ()},
+        "`num_experts` must be a list or tuple of the values to choose from. Received: "
+        "num_experts=(). Pass, for a fixed one, a tuple of one.",
+    ),
+    (
+        {"active_width": (0,)},
+        "`active_width` must be a positive integer. Received: active_width=0. "
+        "Pass an integer of at least 1.",
+    ),
+    (
+        {"routers": ("relu",)},
+        f"`routers` must be one of {ONE_OF_ROUTERS}. Received: routers='relu'.",
+    ),
+    (
+        {"top_k": (3,)},
+        "Each `active_width` must be divisible by each number of experts per token. Received: "
+        "active_width=16, top_k=3. Pass a multiple of 3, or leave this `top_k` out.",
+    ),
+    (
+        {"top_k": (2, 8)},
+        "`top_k` must be at most `num_experts`: a token cannot go to more experts than there are. "
+        "Received: top_k=8, num_experts=4. Pass `routers.TopKRouter(4, top_k=4)` or fewer.",
+    ),
+    (
+        {"loss_weights": {"router_z": (-1,)}},
+        "`weight` must be a finite number of at least 0. Received: weight=-1.0. "
+        "Pass 0 to turn it off.",
+    ),
+    (
+        {"loss_weights": {"z": (1,)}},
+        f"`loss_weights` must be one of {', '.join(map(repr, sorted(losses.BY_NAME)))}. "
+        "Received: loss_weights='z'.",
+    ),
+    (
+        {"capacity_factors": (0,)},
+        "`capacity_factor` must be a finite number above 0. Received: capacity_factor=0. "
+        "Pass, for example, 1.25.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), ERRORS)
+def test_a_space_refuses_what_no_trial_could_use(changes, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        space(**changes)
+
+
+LOSSES = [-1e6, -1.0, 0.0, 0.1, 3.0, 1e6]
+
+
+def test_a_trial_above_the_budget_is_worse_than_any_within():
+    objective = tuner.WithinBudget(100.0)
+    within = [objective.get_value({"val_loss": loss, "active_flops": 100.0}) for loss in LOSSES]
+    above = [objective.get_value({"val_loss": loss, "active_flops": 100.1}) for loss in LOSSES]
+    assert within == sorted(within) and len(set(within)) == len(LOSSES)
+    assert max(within) < min(above)
+    assert objective.direction == "min"
+    costs = [objective.get_value({"val_loss": 1.0, "active_flops": cost}) for cost in (200, 400)]
+    assert costs[0] < costs[1], "towards the budget is better"
+
+
+def test_a_budget_of_another_cost():
+    objective = tuner.WithinBudget(0.5, cost="step_seconds", loss="val_mse")
+    assert not objective.has_value({"val_loss": 1.0, "step_seconds": 0.1})
+    cheap, slow = ({"val_mse": 1.0, "step_seconds": seconds} for seconds in (0.5, 0.6))
+    assert objective.get_value(cheap) < 1 < objective.get_value(slow)
+    with pytest.raises(ValueError, match="^`budget` must be a finite number above 0. Received: "):
+        tuner.WithinBudget(0)
+
+
+def test_the_monitor_times_steps_without_the_first(monkeypatch):
+    monitor, logs = tuner.CostMonitor(), {}
+    monitor.set_model(build(hyperparameters()))
+    times = iter([0.0, 60.0, 61.0, 63.0, 100.0, 107.0])
+    monkeypatch.setattr("keras_moe.tuner.cost.time.perf_counter", lambda: next(times))
+    monitor.on_epoch_begin(0)
+    for batch in range(3):
+        monitor.on_train_batch_end(batch)
+    monitor.on_epoch_end(0, logs)
+    # Router 8 * 4; two experts with kernels 8 * 8 up and down and biases 8 up and down.
+    assert logs["active_flops"] == 2 * (32 + 2 * (64 + 64 + 8 + 8))
+    assert logs["parameters"] == 32 + 4 * (64 + 64 + 8 + 8) + D + 1
+    assert logs["step_seconds"] == 1.5
+    monitor.on_epoch_begin(1)
+    monitor.on_train_batch_end(0)
+    monitor.on_epoch_end(1, logs)
+    assert logs["step_seconds"] == 7.0, "a single step"
+
+
+def build(hp):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((D,)), space().sample(hp), keras.layers.Dense(1)])
+    model.compile("adam", "mse", run_eagerly=keras.backend.backend() == "tensorflow")
+    return model
+
+
+class FirstRandom(tuner.DefaultsFirst, keras_tuner.oracles.RandomSearchOracle):
+    pass
+
+
+class FirstBayesian(tuner.DefaultsFirst, keras_tuner.oracles.BayesianOptimizationOracle):
+    pass
+
+
+class FirstHyperband(tuner.DefaultsFirst, keras_tuner.oracles.HyperbandOracle):
+    pass
+
+
+def search_in(folder, oracle):
+    return keras_tuner.Tuner(oracle, build, directory=folder, project_name="search")
+
+
+def run(search, callbacks):
+    x, y = normal(8, D), np.zeros((8, 1), "float32")
+    fit = {"batch_size": 4, "epochs": 2, "validation_data": (x, y), "verbose": 0}
+    search.search(x, y, callbacks=callbacks, **fit)
+    return search
+
+
+DEFAULTS = {
+    "moe/num_experts": 4,
+    "moe/router": "top_k",
+    "moe/top_k": 2,
+    "moe/active_width": 16,
+    "moe/capacity_factor": "None",
+    "moe/load_balance_weight": 0.01,
+    "moe/router_z_weight": 0.001,
+}
+
+
+@pytest.mark.parametrize("oracle", [FirstRandom, FirstBayesian, FirstHyperband])
+def test_the_first_trial_has_the_defaults_and_the_second_has_not(oracle, tmp_path):
+    search = search_in(tmp_path, oracle("val_loss", seed=1))
+    first, second = (search.oracle.create_trial(name) for name in ("a", "b"))
+    own = {"tuner/epochs", "tuner/initial_epoch", "tuner/bracket", "tuner/round"}
+    values = first.hyperparameters.values
+    assert {name: values[name] for name in values if name not in own} == DEFAULTS
+    assert own <= set(values) or oracle is not FirstHyperband
+    assert second.hyperparameters.values != values
+
+
+def test_a_search_keeps_to_its_budget_and_goes_on_where_it_stopped(tmp_path):
+    flops = 2 * (64 + 4 * (16 * D + 4 + D))  # eight experts, four of them active, active width 16
+    objective = tuner.WithinBudget(flops)
+    search = search_in(tmp_path, FirstRandom(objective, max_trials=4, seed=3))
+    run(search, [tuner.CostMonitor()])
+    rows = tuner.pareto_table(search)
+    assert len(rows) == 4 and rows[0].efficient
+    assert [row.cost for row in rows] == sorted(row.cost for row in rows)
+    (best,) = search.oracle.get_best_trials()
+    assert best.score == min(trial.score for trial in search.oracle.trials.values())
+    (row,) = (row for row in rows if row.trial == best.trial_id)
+    assert row.loss == min(row.loss for row in rows if row.cost <= flops)
+    assert any(row.cost > flops for row in rows), "the budget must have excluded something"
+
+    again = search_in(tmp_path, FirstRandom(objective, max_trials=5, seed=3))
+    assert again.remaining_trials == 1
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("trial.json")}
+    run(again, [tuner.CostMonitor()])
+    assert len(tuner.pareto_table(again)) == 5
+    assert len(files) == 4
+    assert {file: file.stat().st_mtime_ns for file in files} == files, "no trial ran twice"
+
+
+def test_a_search_without_the_monitor_stops_and_says_why(tmp_path):
+    search = search_in(tmp_path, FirstRandom(tuner.WithinBudget(1e6), max_trials=2))
+    message = (
+        "The logs must have 'val_loss' and 'active_flops'. Received: ['loss', 'val_loss']. "
+        "Give `search` validation data and `callbacks=[tuner.CostMonitor()]`."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(search, [])
+
+
+def finished(*points, status="COMPLETED"):
+    trials = {}
+    for number, (cost, loss) in enumerate(points):
+        trial = Trial(hyperparameters(num_experts=number), str(number), status)
+        for name, value in {"active_flops": cost, "val_loss": loss}.items():
+            trial.metrics.update(name, value)
+        trials[trial.trial_id] = trial
+    return SimpleNamespace(oracle=SimpleNamespace(trials=trials))
+
+
+def test_efficient_trials_are_those_that_no_other_beats():
+    rows = tuner.pareto_table(finished((4, 1.0), (1, 3.0), (2, 3.0), (2, 2.0), (8, 2.5)))
+    assert [(row.trial, row.cost, row.loss, row.efficient) for row in rows] == [
+        ("1", 1.0, 3.0, True),
+        ("3", 2.0, 2.0, True),
+        ("2", 2.0, 3.0, False),
+        ("0", 4.0, 1.0, True),
+        ("4", 8.0, 2.5, False),
+    ]
+
+
+def test_the_table_as_text():
+    rows = tuner.pareto_table(finished((1000, 1.0), (65536, 3.0)))
+    rows[1].values["rate"] = 0.001
+    assert tuner.format_table(rows).splitlines() == [
+        "   trial    cost    loss  moe/num_experts   rate",
+        "*      0   1,000  1.0000                0      -",
+        "       1  65,536  3.0000                1  0.001",
+    ]
+
+
+def test_a_table_needs_finished_trials_that_were_measured():
+    with pytest.raises(ValueError, match="^A table needs a finished trial. Received: none. Call "):
+        tuner.pareto_table(finished((1, 1), status="FAILED"))
+    message = (
+        "Each trial must have measured what the table shows. Received: 'step_seconds', but only "
+        "active_flops, val_loss in trial 0. Give `search` `callbacks=[tuner.CostMonitor()]`."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        tuner.pareto_table(finished((1, 1)), cost="step_seconds")
+
+
+def test_without_keras_tuner_the_error_names_the_extra():
+    code = "import sys; sys.modules['keras_tuner'] = None; import keras_moe.tuner"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr.strip().splitlines()[-1] == (
+        "ImportError: `keras_moe.tuner` needs KerasTuner, which is not installed. "
+        'Run `pip install "keras_moe[tuner]"`.'
+    )
