@@ -47,3 +47,20 @@ def experts_by_layer(usage, path):
 def shares(counts):
     """Counts along the last axis as shares of their sum; zeros where there are none."""
     return counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
+
+
+def imbalances(results, steps_an_entry, balanced, path):
+    """Load imbalance over the steps of training, mean of the runs: one panel a comparison."""
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    panels = figure.subplots(1, len(results), squeeze=False)[0]
+    for axes, (title, methods) in zip(panels, results.items()):
+        for index, (name, runs) in enumerate(methods.items()):
+            traces = np.array([run["imbalance"] for run in runs])
+            steps = steps_an_entry * np.arange(1, 1 + traces.shape[1])
+            style = ("-", "--", ":")[index // 10]
+            axes.plot(steps, traces.mean(axis=0), style, color=f"C{index % 10}", label=name)
+        axes.axhline(balanced, color="grey", linewidth=0.8)
+        axes.set(title=title, xlabel="step", ylabel="load imbalance, max / mean - 1")
+        axes.set_yscale("symlog", linthresh=0.1)
+        axes.legend(fontsize="x-small", ncols=2)
+    figure.savefig(path, dpi=120)
