@@ -23,8 +23,8 @@ class ReLURouter(LogitRouter):
     Args:
         num_experts: number of experts, E.
         top_k: experts per token on average that the loss aims at.
-        max_top_k: most experts per token, K; of more than K above zero the best K serve. All
-            of them, if None: at first about half of the experts are above zero.
+        max_top_k: most experts per token, K; of more than K above zero the best K serve. None:
+            twice `top_k`. The cost of moving rows grows with it, used or not.
         growth: factor by which the strength of the loss changes in a step, above 1.
         initial_strength: strength of the loss at first, positive.
         **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
@@ -45,7 +45,7 @@ class ReLURouter(LogitRouter):
 
     >>> router = keras_moe.routers.ReLURouter(num_experts=8, top_k=2)
     >>> router(keras.random.normal((32, 64))).weights.shape
-    (32, 8)
+    (32, 4)
 
     Reference: Wang et al. 2024, ReMoE (arXiv:2412.14711), eq. 5 to 9.
     """
@@ -55,7 +55,7 @@ class ReLURouter(LogitRouter):
     ):
         super().__init__(num_experts, **kwargs)
         check_top_k(top_k, num_experts, "ReLURouter")
-        max_top_k = num_experts if max_top_k is None else max_top_k
+        max_top_k = min(2 * top_k, num_experts) if max_top_k is None else max_top_k
         check_top_k(max_top_k, num_experts, "ReLURouter")
         if not growth > 1:
             raise ValueError(
