@@ -1,0 +1,196 @@
+"""Searches the MoE layer of a text classifier: the least loss that a budget of FLOPs buys.
+
+    python examples/hyperparameter_tuning.py
+    python examples/hyperparameter_tuning.py --trials 24
+
+The first trial is the layer picked by hand, so the best is never worse. The same command goes on
+with what an earlier run has found, also after an interruption; the second one above adds trials.
+
+Runs on the backend that KERAS_BACKEND names. The data are read with TensorFlow Datasets, which
+needs TensorFlow on every backend.
+"""
+
+import argparse
+import json
+import pathlib
+import typing
+
+import datasets
+import keras
+import keras_tuner
+from matplotlib.figure import Figure
+from text_classification import LEARNING_RATE, Size, build_model, cut
+from vocabulary import Vocabulary
+
+from keras_moe import summary, tuner
+
+
+class Setting(typing.NamedTuple):
+    size: Size
+    space: tuner.SearchSpace
+
+
+# The space says how wide experts are.
+FULL = Setting(
+    Size(10_000, 10_007, 128, 8, features=64, hidden_dim=None, documents=None),
+    tuner.SearchSpace(
+        active_width=(256, 64, 128, 512),
+        num_experts=(8, 4, 16, 32),
+        routers=("top_k", "noisy_top_k", "sinkhorn", "switch"),
+        capacity_factors=(None, 1.25),
+    ),
+)
+SMOKE = Setting(
+    Size(500, 251, 32, 4, features=16, hidden_dim=None, documents=128),
+    tuner.SearchSpace(
+        active_width=(16, 8, 32), num_experts=(4, 2), top_k=(2, 1), routers=("top_k", "switch")
+    ),
+)
+BATCH_SIZE = 64
+
+
+class Oracle(tuner.DefaultsFirst, keras_tuner.oracles.BayesianOptimizationOracle):
+    pass
+
+
+def main(arguments=None):
+    options = parse_options(arguments)
+    size, space = SMOKE if options.smoke else FULL
+    data = datasets.load(options.dataset, options.data_dir)
+    train, validation, test = (cut(split, size.documents) for split in data[:3])
+    vocabulary = Vocabulary.learn(train.texts, size.words, size.length)
+    ids = vocabulary.encode(train.texts)
+    steps = len(ids) // BATCH_SIZE
+
+    def build(hp):
+        keras.utils.set_random_seed(0)
+        model = build_model(lambda: space.sample(hp), vocabulary, size, len(data.class_names))
+        rate = hp.Float("learning_rate", 3e-4, 1e-2, sampling="log", default=LEARNING_RATE)
+        compile_for_training(model, rate, options.epochs * steps)
+        return model
+
+    search = open_search(build, options)
+    search.search(
+        # Batches of one size are compiled once.
+        ids[: steps * BATCH_SIZE],
+        train.labels[: steps * BATCH_SIZE],
+        batch_size=BATCH_SIZE,
+        epochs=options.epochs,
+        validation_data=(vocabulary.encode(validation.texts), validation.labels),
+        callbacks=[tuner.CostMonitor()],
+        verbose=2,
+    )
+    report = compare(search, vocabulary.encode(test.texts), test.labels)
+    print_report(report)
+    folder = pathlib.Path(search.project_dir)
+    (folder / "results.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    draw(report, folder / "trade_off.png")
+    print(f"\nTrials, results and picture are in {folder}.")
+    return report
+
+
+def parse_options(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--dataset",
+        default="reuters_r8",
+        help=f"{', '.join(datasets.BUILT_IN)}, or any text classification data of TFDS",
+    )
+    parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
+    parser.add_argument("--trials", type=int, default=12, help="those of earlier runs included")
+    parser.add_argument("--epochs", type=int, default=4, help="of each trial")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=1.1,
+        help="most active FLOPs a token, as a multiple of those of the layer picked by hand",
+    )
+    parser.add_argument("--smoke", action="store_true", help="tiny models on a few documents")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("tuning"))
+    return parser.parse_args(arguments)
+
+
+def compile_for_training(model, learning_rate, steps):
+    schedule = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
+    model.compile(
+        optimizer=keras.optimizers.Adam(schedule),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        # PyTorch has no XLA.
+        jit_compile=keras.backend.backend() != "torch",
+    )
+    # KerasTuner keeps the state of the optimizer with the weights, and loads it again.
+    model.optimizer.build(model.trainable_variables)
+
+
+def open_search(build, options):
+    """A new search, or the one that an earlier run with the same settings has begun."""
+    default = summary.summarize(build(keras_tuner.HyperParameters()))
+    objective = tuner.WithinBudget(options.budget * sum(layer.flops for layer in default))
+    # Four points at random, the default among them, before the oracle thinks.
+    oracle = Oracle(objective, max_trials=options.trials, num_initial_points=4, seed=1)
+    # Trials of other settings cannot be compared.
+    settings = f"{options.dataset.replace('/', '_')}-{options.epochs}_epochs"
+    project = f"{settings}-budget_{options.budget:g}{'-smoke' * options.smoke}"
+    try:
+        search = keras_tuner.Tuner(oracle, build, directory=options.output, project_name=project)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"What an earlier run has found is damaged. Received: {error} in a file of "
+            f"{options.output / project}. Delete this folder, and the same command starts anew."
+        ) from error
+    done = len(oracle.end_order)
+    if done:
+        print(f"Going on after {done} of {options.trials} trials, which an earlier run finished.")
+    return search
+
+
+def compare(search, ids, labels):
+    """All trials, and how the one picked by hand and the best do on test documents."""
+    rows = {row.trial: row for row in tuner.pareto_table(search)}
+    chosen = {
+        "picked by hand": search.oracle.start_order[0],
+        "best within budget": search.oracle.get_best_trials()[0].trial_id,
+    }
+    results = {}
+    for name, trial_id in chosen.items():
+        model = search.load_model(search.oracle.get_trial(trial_id))
+        _, accuracy = model.evaluate(ids, labels, batch_size=BATCH_SIZE, verbose=0)
+        results[name] = {**rows[trial_id]._asdict(), "test_accuracy": float(accuracy)}
+    return {
+        "budget": search.oracle.objective.budget,
+        "results": results,
+        "trials": [row._asdict() for row in rows.values()],
+    }
+
+
+def print_report(report):
+    print("\nTrials by active FLOPs a token; * has the least validation loss at its cost")
+    print(tuner.format_table([tuner.ParetoRow(**trial) for trial in report["trials"]]))
+    print(f"\n{'':20} {'validation loss':>15} {'active FLOPs':>13} {'test accuracy':>14}")
+    for name, result in report["results"].items():
+        print(f"{name:20} {result['loss']:>15.4f} {result['cost']:>13,.0f}", end=" ")
+        print(f"{result['test_accuracy']:>14.2%}")
+    default, best = (result["loss"] for result in report["results"].values())
+    print(f"The search lowers the validation loss by {1 - best / default:.1%}.")
+
+
+def draw(report, path):
+    """Loss against cost: the trials, their Pareto front, the budget, the layer picked by hand."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    trials = [tuner.ParetoRow(**trial) for trial in report["trials"]]
+    axes.plot([trial.cost for trial in trials], [trial.loss for trial in trials], "C0o", alpha=0.5)
+    front = [trial for trial in trials if trial.efficient]
+    costs, losses = [trial.cost for trial in front], [trial.loss for trial in front]
+    axes.step(costs, losses, "C0", where="post", label="Pareto front of the trials")
+    for (name, result), marker in zip(report["results"].items(), ("C3s", "C2*")):
+        axes.plot(result["cost"], result["loss"], marker, markersize=10, label=name)
+    axes.axvline(report["budget"], color="gray", linestyle="--", label="budget")
+    axes.set(xscale="log", xlabel="active FLOPs a token, MoE layer", ylabel="validation loss")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
