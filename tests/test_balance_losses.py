@@ -1,0 +1,217 @@
+"""Losses of sequences, of global batches, of variation and of entropy, against their formulas."""
+
+import keras
+import numpy as np
+import pytest
+import reference
+from conftest import FAST_MODE, MODES, assert_close, compiled, differentiated, to_numpy
+from keras import ops
+from layer_checks import D, array, moe, normal
+
+from keras_moe import losses, routers
+from keras_moe.ops import top_k_routing
+
+T, E, S = 12, 4, 4
+
+
+def draw(seed=0):
+    rng = np.random.default_rng(seed)
+    mask = rng.random(T) < 0.7
+    mask[:S] = [True, True, False, False]
+    return rng.normal(size=(T, E)).astype("float32"), mask
+
+
+def sequence_oracle(logits, mask):
+    """Mean over the sequences with a real token of the loss of each alone."""
+    values = []
+    for start in range(0, T, S):
+        part = slice(start, start + S)
+        if mask[part].any():
+            values.append(
+                reference.load_balance(reference.top_k_routing(logits[part], 2, mask[part]))
+            )
+    return np.mean(values)
+
+
+def squared_variation(values):
+    return np.var(values) / np.mean(values) ** 2
+
+
+def importance_oracle(logits, mask):
+    return squared_variation(reference.top_k_routing(logits, 2, mask).probs.sum(axis=0))
+
+
+def load_oracle(logits, mask):
+    return squared_variation(reference.top_k_routing(logits, 2, mask).counts)
+
+
+def entropy_oracle(logits, mask):
+    p = reference.top_k_routing(logits, 2, mask).probs[mask]
+    return np.mean(-np.sum(p * np.log(p), axis=1))
+
+
+CASES = {
+    "sequence_load_balance": sequence_oracle,
+    "importance_variation": importance_oracle,
+    "load_variation": load_oracle,
+    "router_entropy": entropy_oracle,
+}
+by_name = pytest.mark.parametrize("name", CASES)
+
+
+def value_of(loss, logits, mask):
+    extra = {"sequence_length": S} if loss.per_sequence else {}
+    return loss.compute(top_k_routing(logits, 2, mask), **extra)
+
+
+@by_name
+@pytest.mark.parametrize("mode", MODES)
+def test_a_loss_equals_its_formula_whatever_padding_holds(name, mode):
+    logits, mask = draw()
+    padded = np.where(mask[:, None], logits, np.nan).astype("float32")
+    value = compiled(lambda z, m: value_of(losses.get(name), z, m), mode)(padded, mask)
+    assert_close(value, CASES[name](logits, mask))
+
+
+@by_name
+def test_gradients_equal_differences(name):
+    logits, mask = draw(1)
+    if name == "load_variation":
+        return  # of a router without noise: a number without a gradient
+    _, _, (gradient,) = differentiated(
+        lambda inputs, mask: (value_of(losses.get(name), inputs[0], mask), ()), FAST_MODE
+    )([logits], mask)
+    step, differences = 1e-5, np.zeros((T, E))
+    for place in np.ndindex(T, E):
+        move = np.zeros((T, E))
+        move[place] = step
+        up, down = (CASES[name](logits + sign * move, mask) for sign in (1, -1))
+        differences[place] = (up - down) / (2 * step)
+    assert_close(gradient, differences, tolerance=1e-4)
+
+
+@by_name
+def test_of_padding_alone_the_loss_is_zero(name):
+    logits = np.full((T, E), np.nan, "float32")
+    loss = losses.get(name)
+    value = compiled(lambda z, m: value_of(loss, z, m), FAST_MODE)(logits, np.zeros(T, bool))
+    assert value == 0
+
+
+def test_of_one_sequence_the_sequence_loss_is_that_of_the_batch():
+    logits, mask = draw()
+    routing = top_k_routing(ops.convert_to_tensor(logits), 2, ops.convert_to_tensor(mask))
+    of_sequence = losses.SequenceLoadBalance(1.0)(routing, sequence_length=T)
+    assert_close(array(of_sequence), array(losses.LoadBalance(1.0)(routing)))
+
+
+def test_the_layer_tells_the_loss_what_a_sequence_is():
+    layer = moe(router_losses=[losses.SequenceLoadBalance(1.0)])
+    x = normal(3, 5, D)
+    layer(x, training=True)
+    (value,) = layer.losses
+    parts = []
+    for sequence in x:
+        routing = layer.router(sequence)
+        parts.append(array(losses.LoadBalance(1.0)(routing)))
+    assert_close(array(value), np.mean(parts))
+
+
+def test_the_last_of_several_accumulated_batches_sees_the_shares_of_all():
+    steps = 3
+    loss = losses.GlobalLoadBalance(1.0, accumulation_steps=steps)
+    layer = moe(router_losses=[loss])
+    batches = [normal(8, D, seed=seed) for seed in range(2 * steps)]
+    values, routings = [], []
+    for batch in batches:
+        _, routing = layer(batch, training=True, return_routing=True)
+        values.append(array(layer.losses[0]))
+        routings.append(to_numpy(routing))
+    for group in (slice(0, steps), slice(steps, 2 * steps)):
+        counts = np.zeros(E)
+        for value, routing in zip(values[group], routings[group]):
+            counts += routing.counts
+            expected = E * np.sum(counts / counts.sum() * routing.probs.mean(axis=0))
+            assert_close(value, expected)
+
+
+def test_a_global_loss_of_equal_batches_is_that_of_one_big_batch():
+    layer = moe(router_losses=[losses.GlobalLoadBalance(1.0, accumulation_steps=2)])
+    batch = normal(8, D)
+    for _ in range(2):
+        layer(batch, training=True)
+        last = array(layer.losses[0])
+    routing = layer.router(np.concatenate([batch, batch]))
+    assert_close(last, array(losses.LoadBalance(1.0)(routing)))
+
+
+def test_a_global_loss_outside_of_a_layer_is_refused():
+    with pytest.raises(ValueError) as error:
+        losses.GlobalLoadBalance()(routers.TopKRouter(E)(normal(3, D)))
+    assert str(error.value) == (
+        "`GlobalLoadBalance` remembers counts in a layer. Received: a call outside of one. "
+        "Pass it to `MixtureOfExperts` as one of its `router_losses`."
+    )
+
+
+@pytest.mark.parametrize("name", ["noisy_top_k", "v_moe"])
+def test_the_load_of_a_noisy_router_can_be_evened_out_by_its_gradient(name):
+    router = routers.get(name, num_experts=E)
+    router.build((None, D))
+    kernel = array(router.kernel)
+    state = [array(variable) for variable in router.non_trainable_variables]
+    rest = [array(variable) for variable in router.trainable_variables[1:]]
+
+    def objective(inputs, tokens, rest, state):
+        routing, _ = router.stateless_call([inputs[0], *rest], state, tokens, training=True)
+        return losses.LoadVariation(1.0)(routing), ()
+
+    _, _, (gradient,) = differentiated(objective, FAST_MODE)([kernel], normal(16, D), rest, state)
+    assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
+
+
+# What went wrong elsewhere.
+
+
+def test_scores_far_below_zero_cannot_hide_from_the_balance_loss():
+    """Sigmoids all near 0 on which a tiny epsilon would make every probability vanish."""
+    logits = np.full((T, E), -60.0, "float32")
+    routing = to_numpy(top_k_routing(ops.convert_to_tensor(logits), 2, score="sigmoid"))
+    assert_close(routing.probs.sum(axis=1), np.ones(T))
+    assert_close(routing.weights.sum(axis=1), np.ones(T))
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
+def test_no_score_divides_zero_by_zero(score):
+    """A selection bias may choose experts whose scores have all vanished."""
+    logits = np.tile([[90.0, -90.0, -90.0, -90.0]], (T, 1)).astype("float32")
+
+    def function(z):
+        return top_k_routing(z, 2, score=score, select=lambda s: ops.zeros((T, 2), "int32") + 2)
+
+    routing = compiled(function, FAST_MODE)(logits)
+    assert np.isfinite(routing.weights).all()
+
+
+def test_an_expert_outside_of_the_chosen_groups_never_wins():
+    """With negative biased scores a masked expert of score 0 would beat an admitted one."""
+    router = routers.GroupLimitedRouter(
+        4,
+        num_groups=2,
+        top_groups=1,
+        balancer="loss_free",
+        kernel_initializer=keras.initializers.Identity(),
+    )
+    router.build((None, 4))
+    router.selection_bias.assign([-5.0, -5.0, -6.0, -6.0])
+    routing = to_numpy(router(normal(T, 4)))
+    assert set(routing.indices.ravel()) == {0, 1}
+
+
+def test_jitter_reaches_the_router_and_not_the_experts():
+    layer = moe(router=routers.TopKRouter(E, top_k=E, input_jitter=0.5), router_losses=())
+    layer.build((None, D))
+    # With a kernel of zeros all experts serve with equal weight, whatever the router sees.
+    layer.router.kernel.assign(np.zeros((D, E)))
+    x = normal(6, D)
+    np.testing.assert_array_equal(array(layer(x, training=True)), array(layer(x)))
