@@ -141,5 +141,6 @@ def _choose(hp, name, values):
 
 
 def _router(name, num_experts, top_k=None):
+    classes: dict = routers.BY_NAME
     given = {} if top_k is None else {"top_k": top_k}
-    return routers.BY_NAME[name](num_experts=num_experts, **given)
+    return classes[name](num_experts=num_experts, **given)
