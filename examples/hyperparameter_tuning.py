@@ -23,6 +23,7 @@ from text_classification import LEARNING_RATE, Size, build_model, cut
 from vocabulary import Vocabulary
 
 from keras_moe import summary, tuner
+from keras_moe.validation import check_positive_integer
 
 
 class Setting(typing.NamedTuple):
@@ -55,12 +56,15 @@ class Oracle(tuner.DefaultsFirst, keras_tuner.oracles.BayesianOptimizationOracle
 
 def main(arguments=None):
     options = parse_options(arguments)
+    check_positive_integer("trials", options.trials)
+    check_positive_integer("epochs", options.epochs)
     size, space = SMOKE if options.smoke else FULL
     data = datasets.load(options.dataset, options.data_dir)
     train, validation, test = (cut(split, size.documents) for split in data[:3])
     vocabulary = Vocabulary.learn(train.texts, size.words, size.length)
     ids = vocabulary.encode(train.texts)
-    steps = len(ids) // BATCH_SIZE
+    batch_size = min(BATCH_SIZE, len(ids))
+    steps = len(ids) // batch_size
 
     def build(hp):
         keras.utils.set_random_seed(0)
@@ -72,9 +76,9 @@ def main(arguments=None):
     search = open_search(build, options)
     search.search(
         # Batches of one size are compiled once.
-        ids[: steps * BATCH_SIZE],
-        train.labels[: steps * BATCH_SIZE],
-        batch_size=BATCH_SIZE,
+        ids[: steps * batch_size],
+        train.labels[: steps * batch_size],
+        batch_size=batch_size,
         epochs=options.epochs,
         validation_data=(vocabulary.encode(validation.texts), validation.labels),
         callbacks=[tuner.CostMonitor()],

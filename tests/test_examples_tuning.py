@@ -104,3 +104,11 @@ def test_another_budget_is_another_search(made_up, tmp_path, capsys):
     assert "Going on" not in capsys.readouterr().out
     default, best = report["results"].values()
     assert default == best and default["cost"] == pytest.approx(2 * report["budget"])
+
+
+def test_trials_and_epochs_must_be_positive(tmp_path):
+    # KerasTuner takes no trials for no end of them.
+    with pytest.raises(ValueError, match="^`trials` must be a positive integer. Received: tri"):
+        hyperparameter_tuning.main(arguments(tmp_path, 0))
+    with pytest.raises(ValueError, match="^`epochs` must be a positive integer. Received: epo"):
+        hyperparameter_tuning.main([*arguments(tmp_path, 1), "--epochs", "0"])
