@@ -68,7 +68,7 @@ def record_routings(model, batches):
     (8, 2)
     """
     layers = moe_layers(model)
-    routings = {name: [] for name in layers}
+    routings: dict[str, list] = {name: [] for name in layers}
     with contextlib.ExitStack() as stack:
         for name, layer in layers.items():
             layer.routing_listener = _recorder(routings[name])

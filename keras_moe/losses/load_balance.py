@@ -46,7 +46,8 @@ class SequenceLoadBalance(RouterLoss):
 
     Stricter than `LoadBalance`: experts cannot specialise on whole sequences. Give it a small
     weight, beside a balancing of the batch. The layer tells it which tokens are one sequence: all
-    axes of its inputs between the first and the last.
+    axes of its inputs between the first and the last. Outside of a layer all tokens are one, unless
+    `sequence_length` is given.
 
     Args:
         weight: what the loss is multiplied by.
@@ -68,7 +69,9 @@ class SequenceLoadBalance(RouterLoss):
     def __init__(self, weight=1e-4):
         super().__init__(weight)
 
-    def compute(self, routing, sequence_length):
+    def compute(self, routing, sequence_length=None):
+        if sequence_length is None:
+            sequence_length = keras_ops.shape(routing.mask)[0]
         return ops.sequence_load_balance(routing, sequence_length)
 
 

@@ -56,7 +56,7 @@ class ExpertChoiceRouter(LogitRouter):
         logits = self.logits(tokens, training)
         return expert_choice_routing(logits, self.capacity_factor, mask, sequence_length)
 
-    def plan(self, routing):
+    def plan(self, routing, **capacity):
         return plan_expert_choice(routing)
 
     def get_config(self):

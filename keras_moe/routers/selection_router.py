@@ -1,5 +1,7 @@
 """What routers that give each token its K best experts have in common."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -46,8 +48,8 @@ class SelectionRouter(LogitRouter):
         self.score = score
         self.renormalize = renormalize
         self.scaling_factor = scaling_factor
-        self.balancer = None if balancer is None else balancers.get(balancer)
-        self.selection_bias = None
+        self.balancer: Any = None if balancer is None else balancers.get(balancer)
+        self.selection_bias: Any = None
         # Set to False to freeze the bias alone; `trainable` freezes the kernel.
         self.updates_selection_bias = True
 

@@ -69,7 +69,7 @@ class SoftRouter(LogitRouter):
         logits = self.logits(tokens, training)
         return soft_routing(logits, self.num_experts, mask, sequence_length)
 
-    def plan(self, routing):
+    def plan(self, routing, **capacity):
         return plan_soft(routing)
 
     def get_config(self):

@@ -29,10 +29,12 @@ def probabilities(source):
 
 def as_tensors(routing):
     """For the functions of `metrics`."""
-    return Routing(
-        *(None if field is None else ops.convert_to_tensor(field) for field in routing[:6]),
-        dropped=None,
-    )
+    fields = {
+        name: None if field is None else ops.convert_to_tensor(field)
+        for name, field in routing._asdict().items()
+        if name not in ("load", "details")
+    }
+    return Routing(**fields)
 
 
 def each_token(labels, num_tokens):
@@ -51,13 +53,16 @@ def _joined(value):
     if isinstance(value, Routing):
         value = [Routing(*map(ops.convert_to_numpy, value[:7]))]
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], Routing):
-        tokens = zip(*(routing[:5] for routing in value))
+        joined = {
+            name: np.concatenate([getattr(routing, name) for routing in value])
+            for name in ("indices", "weights", "probs", "logits", "mask")
+        }
         counts = np.sum([routing.counts for routing in value], axis=0)
         dropped = np.average(
             [routing.dropped for routing in value],
             weights=[max(routing.counts.sum(), 1) for routing in value],
         )
-        return Routing(*map(np.concatenate, tokens), counts, dropped)
+        return Routing(**joined, counts=counts, dropped=dropped)
     return np.asarray(value)
 
 
