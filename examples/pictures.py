@@ -64,3 +64,20 @@ def imbalances(results, steps_an_entry, balanced, path):
         axes.set_yscale("symlog", linthresh=0.1)
         axes.legend(fontsize="x-small", ncols=2)
     figure.savefig(path, dpi=120)
+
+
+def losses_by_steps_and_time(results, path):
+    """Validation loss of each task, mean of the runs: against steps, and against seconds."""
+    figure = Figure(figsize=(10, 4 * len(results)), layout="constrained")
+    panels = figure.subplots(len(results), 2, squeeze=False, sharey="row")
+    for row, (task, models) in zip(panels, results.items()):
+        for axes, unit in zip(row, ("steps", "seconds")):
+            for name, runs in models.items():
+                where, losses = (
+                    np.mean([run[key] for run in runs], axis=0) for key in (unit, "losses")
+                )
+                axes.plot(where, losses, "o-", markersize=3, label=name)
+            axes.set(xlabel=f"{unit} of training", title=task)
+        row[0].set_ylabel("validation loss")
+        row[0].legend()
+    figure.savefig(path, dpi=120)

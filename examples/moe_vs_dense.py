@@ -1,0 +1,151 @@
+"""Does a mixture of experts beat a dense model of the same active size, and at the same cost?
+
+    python examples/moe_vs_dense.py
+    python examples/moe_vs_dense.py --tasks classification --experts 8 --seeds 1
+
+Trains dense models and mixtures with more and more experts, two of which serve each token, on the
+same data in the same order: language models of the example `language_model.py` and classifiers of
+`text_classification.py`. The table gives the validation loss after equal steps and after equal
+time; the picture draws both.
+
+Runs on the backend that KERAS_BACKEND names.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+
+import datasets
+import keras
+import language_model
+import numpy as np
+import pictures
+import text_classification
+from id_batches import rows
+from subwords import Subwords
+from vocabulary import Vocabulary
+
+DENSE = "dense"
+
+
+def main(arguments=None):
+    options = parse_options(arguments)
+    results: dict = {}
+    for task in options.tasks:
+        train = TASKS[task](options)
+        results[task] = {}
+        for experts in (None, *options.experts):
+            name = DENSE if experts is None else f"{experts} experts"
+            results[task][name] = []
+            for seed in range(options.seeds):
+                print(f"\n{task}, {name}, seed {seed}")
+                keras.utils.set_random_seed(seed)
+                results[task][name].append(train(experts, seed))
+    for task, models in results.items():
+        print_table(task, models)
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    pictures.losses_by_steps_and_time(results, options.output / "moe_vs_dense.png")
+    print(f"\nPicture and results are in {options.output}.")
+    return results
+
+
+def parse_options(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=[*TASKS], metavar="TASK")
+    parser.add_argument("--experts", nargs="*", type=int, default=[4, 8, 16, 32])
+    parser.add_argument("--seeds", type=int, default=3, help="number of runs to average")
+    parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
+    parser.add_argument("--smoke", action="store_true", help="tiny models on a few documents")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("output_moe_vs_dense"))
+    return parser.parse_args(arguments)
+
+
+def language_models(options):
+    """A function that trains a language model and returns its course."""
+    size = language_model.SMOKE if options.smoke else language_model.FULL
+    texts = datasets.load("twenty_newsgroups", options.data_dir)
+    parts = [split.texts[: size.documents] for split in texts[:2]]
+    subwords = Subwords.train(parts[0], size.subwords, options.output / "cache")
+    data = [rows(subwords.encode(part), size.length) for part in parts]
+    data[1] = data[1][: size.validation_rows]
+
+    def train(experts, seed):
+        name = language_model.DENSE if experts is None else language_model.SPARSE
+        settings = language_model.parse_options(
+            [] if experts is None else ["--experts", str(experts)]
+        )
+        model = language_model.make_model(name, len(subwords), settings, size)
+        folder = (
+            options.output / "progress" / f"{language_model.digest(settings, size)}-{name}-{seed}"
+        )
+        history = language_model.fit(model, data, seed, size, settings, folder)
+        return course(history["val_loss"], size.steps, history["ms_per_step"][-1])
+
+    return train
+
+
+def classifiers(options):
+    """A function that trains a classifier and returns its course."""
+    size = text_classification.SMOKE if options.smoke else text_classification.FULL
+    data = datasets.load("twenty_newsgroups", options.data_dir)
+    splits = [text_classification.cut(split, size.documents) for split in data[:3]]
+    vocabulary = Vocabulary.learn(splits[0].texts, size.words, size.length)
+    num_classes = len(data.class_names)
+    arrays = [
+        (vocabulary.encode(split.texts), keras.utils.to_categorical(split.labels, num_classes))
+        for split in splits
+    ]
+
+    def train(experts, seed):
+        settings = text_classification.parse_options(["--experts", str(experts or 2)])
+        make = (
+            text_classification.dense_feedforward
+            if experts is None
+            else text_classification.expert_feedforward
+        )
+        feedforward = functools.partial(make, settings, size)
+        model = text_classification.build_model(feedforward, vocabulary, size, num_classes)
+        history, run = text_classification.fit(model, arrays, settings)
+        steps = len(arrays[0][0]) // min(settings.batch_size, len(arrays[0][0]))
+        return course(history["val_loss"], steps, run["ms_per_step"])
+
+    return train
+
+
+TASKS = {"language_model": language_models, "classification": classifiers}
+
+
+def course(losses, steps_an_epoch, ms_per_step):
+    """Validation losses by epoch, with the steps and the seconds of training they took."""
+    steps = [steps_an_epoch * (1 + epoch) for epoch in range(len(losses))]
+    seconds = [step * ms_per_step / 1000 for step in steps]
+    return {"losses": losses, "steps": steps, "seconds": seconds, "ms_per_step": ms_per_step}
+
+
+def loss_at(run, seconds):
+    """Loss of a run after so much training time, between two epochs by their line."""
+    return float(np.interp(seconds, run["seconds"], run["losses"]))
+
+
+def print_table(task, models):
+    """Equal time is that of the dense model with the same seed."""
+    print(f"\n{task:<20} {'loss, equal steps':>18} {'against dense':>22}", end=" ")
+    print(f"{'loss, equal time':>18} {'ms a step':>10}")
+    for name, runs in models.items():
+        last = [run["losses"][-1] for run in runs]
+        gains = [loss - dense["losses"][-1] for loss, dense in zip(last, models[DENSE])]
+        timed = [loss_at(run, dense["seconds"][-1]) for run, dense in zip(runs, models[DENSE])]
+        ms = np.mean([run["ms_per_step"] for run in runs])
+        span = f"{min(gains):+.4f} to {max(gains):+.4f}"
+        print(f"{name:<20} {spread(last):>18} {span:>22} {spread(timed):>18} {ms:>10.0f}")
+
+
+def spread(values):
+    text = f"{np.mean(values):.4f}"
+    return f"{text} +- {np.std(values):.4f}" if len(values) > 1 else text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Mixtures against dense models, on made-up text that needs no network."""
+
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tensorflow_datasets")
+pytest.importorskip("matplotlib")
+pytest.importorskip("sentencepiece")
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+
+import datasets  # noqa: E402
+import moe_vs_dense  # noqa: E402
+
+TOPICS = [text.split() for text in ("orbit moon rocket launch star", "engine wheel road brake oil")]
+
+
+def split(documents, seed):
+    draw = np.random.default_rng(seed)
+    labels = draw.integers(0, len(TOPICS), documents).astype("int32")
+    return datasets.Split([" ".join(draw.choice(TOPICS[label], 40)) for label in labels], labels)
+
+
+def test_every_task_is_trained_with_and_without_experts(monkeypatch, tmp_path, capsys):
+    splits = [split(documents, seed) for seed, documents in enumerate((96, 48, 32))]
+    data = datasets.TextDataset(*splits, class_names=["space", "cars"])
+    monkeypatch.setattr(datasets, "load", lambda name, data_dir=None: data)
+    monkeypatch.chdir(tmp_path)
+    size = moe_vs_dense.language_model.SMOKE._replace(subwords=40)
+    monkeypatch.setattr(moe_vs_dense.language_model, "SMOKE", size)
+    arguments = ["--smoke", "--experts", "4", "--seeds", "1", "--output", str(tmp_path / "out")]
+    results = moe_vs_dense.main(arguments)
+    assert set(results) == set(moe_vs_dense.TASKS)
+    for task, models in results.items():
+        assert set(models) == {"dense", "4 experts"}
+        for (run,) in models.values():
+            assert np.isfinite(run["losses"]).all()
+            assert task != "language_model" or run["losses"][-1] < run["losses"][0]
+            assert run["seconds"][-1] == run["steps"][-1] * run["ms_per_step"] / 1000
+    assert (tmp_path / "out" / "moe_vs_dense.png").exists()
+    assert capsys.readouterr().out.count("loss, equal time") == len(results)
+
+
+def test_the_loss_at_a_time_lies_on_the_line_between_epochs():
+    run = moe_vs_dense.course([4.0, 2.0, 1.0], steps_an_epoch=10, ms_per_step=100.0)
+    assert run["seconds"] == [1, 2, 3]
+    assert moe_vs_dense.loss_at(run, 1.5) == 3.0
+    assert moe_vs_dense.loss_at(run, 9) == 1.0
