@@ -156,14 +156,15 @@ def compare(search, ids, labels):
         "picked by hand": search.oracle.start_order[0],
         "best within budget": search.oracle.get_best_trials()[0].trial_id,
     }
-    accuracies = {}
+    test = {}
     for trial_id in set(chosen.values()):
         model = search.load_model(search.oracle.get_trial(trial_id))
-        _, accuracies[trial_id] = model.evaluate(ids, labels, batch_size=BATCH_SIZE, verbose=0)
+        loss, accuracy = model.evaluate(ids, labels, batch_size=BATCH_SIZE, verbose=0)
+        test[trial_id] = {"test_loss": float(loss), "test_accuracy": float(accuracy)}
     return {
         "budget": search.oracle.objective.budget,
         "results": {
-            name: {**rows[trial_id]._asdict(), "test_accuracy": float(accuracies[trial_id])}
+            name: {**rows[trial_id]._asdict(), **test[trial_id]}
             for name, trial_id in chosen.items()
         },
         "trials": [row._asdict() for row in rows.values()],
@@ -173,12 +174,16 @@ def compare(search, ids, labels):
 def print_report(report):
     print("\nTrials by active FLOPs a token; * has the least validation loss at its cost")
     print(tuner.format_table([tuner.ParetoRow(**trial) for trial in report["trials"]]))
-    print(f"\n{'':20} {'validation loss':>15} {'active FLOPs':>13} {'test accuracy':>14}")
+    print(f"\n{'':20}{'active FLOPs':>15}{'validation loss':>17}{'test loss':>12}{'accuracy':>10}")
     for name, result in report["results"].items():
-        print(f"{name:20} {result['loss']:>15.4f} {result['cost']:>13,.0f}", end=" ")
-        print(f"{result['test_accuracy']:>14.2%}")
-    default, best = (result["loss"] for result in report["results"].values())
-    print(f"The search lowers the validation loss by {1 - best / default:.1%}.")
+        print(f"{name:20}{result['cost']:>15,.0f}{result['loss']:>17.4f}", end="")
+        print(f"{result['test_loss']:>12.4f}{result['test_accuracy']:>10.2%}")
+    default, best = report["results"].values()
+    change = {key: best[key] / default[key] - 1 for key in ("loss", "test_loss")}
+    print(
+        f"From the one picked by hand to the best: validation loss {change['loss']:+.1%}, by which"
+    )
+    print(f"it was chosen, test loss {change['test_loss']:+.1%}.")
 
 
 def draw(report, path):

@@ -84,7 +84,8 @@ def test_a_killed_search_goes_on_and_is_never_worse_than_the_default(made_up, tm
     assert default["trial"] == "0" and default["values"]["moe/num_experts"] == 4
     within = [trial for trial in report["trials"] if trial["cost"] <= report["budget"]]
     assert best["loss"] == min(trial["loss"] for trial in within) <= default["loss"]
-    assert f"{1 - best['loss'] / default['loss']:.1%}" in printed
+    assert f"validation loss {best['loss'] / default['loss'] - 1:+.1%}" in printed
+    assert f"test loss {best['test_loss'] / default['test_loss'] - 1:+.1%}" in printed
     assert all(0 <= result["test_accuracy"] <= 1 for result in (default, best))
     folder = tmp_path / PROJECT
     assert json.loads((folder / "results.json").read_text()) == report
