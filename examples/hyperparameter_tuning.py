@@ -180,10 +180,8 @@ def print_report(report):
         print(f"{result['test_loss']:>12.4f}{result['test_accuracy']:>10.2%}")
     default, best = report["results"].values()
     change = {key: best[key] / default[key] - 1 for key in ("loss", "test_loss")}
-    print(
-        f"From the one picked by hand to the best: validation loss {change['loss']:+.1%}, by which"
-    )
-    print(f"it was chosen, test loss {change['test_loss']:+.1%}.")
+    print(f"The best against the one picked by hand: validation loss {change['loss']:+.1%}")
+    print(f"(by which it was chosen), test loss {change['test_loss']:+.1%}.")
 
 
 def draw(report, path):
