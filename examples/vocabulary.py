@@ -31,7 +31,8 @@ class Vocabulary:
         """The `size` words that are in most of the texts, and in two at least."""
         frequencies = collections.Counter()
         for text in texts:
-            frequencies.update(set(split_words(text)))
+            # Sorted: the order of a set, which decides among equals, differs from run to run.
+            frequencies.update(sorted(set(split_words(text))))
         words, salience = [], []
         for word, frequency in frequencies.most_common(size):
             if frequency > 1:

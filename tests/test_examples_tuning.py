@@ -113,3 +113,18 @@ def test_trials_and_epochs_must_be_positive(tmp_path):
         hyperparameter_tuning.main(arguments(tmp_path, 0))
     with pytest.raises(ValueError, match="^`epochs` must be a positive integer. Received: epo"):
         hyperparameter_tuning.main([*arguments(tmp_path, 1), "--epochs", "0"])
+
+
+def test_the_vocabulary_does_not_change_from_run_to_run():
+    code = "from vocabulary import Vocabulary; print(Vocabulary.learn(['c b a d'] * 2, 3, 4).words)"
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": str(EXAMPLES), "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        for seed in "123"
+    ]
+    assert {run.stdout for run in runs} == {"['a', 'b', 'c']\n"}
