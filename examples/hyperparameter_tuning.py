@@ -73,7 +73,8 @@ def main(arguments=None):
         compile_for_training(model, rate, options.epochs * steps)
         return model
 
-    search = open_search(build, options)
+    budget = options.budget * default_flops(space, size.features)
+    search = open_search(build, tuner.WithinBudget(budget), options)
     search.search(
         # Batches of one size are compiled once.
         ids[: steps * batch_size],
@@ -127,10 +128,14 @@ def compile_for_training(model, learning_rate, steps):
     model.optimizer.build(model.trainable_variables)
 
 
-def open_search(build, options):
+def default_flops(space, features):
+    """Active FLOPs a token of the layer picked by hand."""
+    layer = space.sample(keras_tuner.HyperParameters())
+    return summary.summarize(keras.Sequential([keras.Input((features,)), layer]))[0].flops
+
+
+def open_search(build, objective, options):
     """A new search, or the one that an earlier run with the same settings has begun."""
-    default = summary.summarize(build(keras_tuner.HyperParameters()))
-    objective = tuner.WithinBudget(options.budget * sum(layer.flops for layer in default))
     # Four points at random, the default among them, before the oracle thinks.
     oracle = Oracle(objective, max_trials=options.trials, num_initial_points=4, seed=1)
     # Trials of other settings cannot be compared.

@@ -72,13 +72,13 @@ def test_a_killed_search_goes_on_and_is_never_worse_than_the_default(made_up, tm
     values = json.loads(interrupted.read_text())["hyperparameters"]["values"]
     before = finished.read_bytes()
 
-    report = hyperparameter_tuning.main(arguments(tmp_path, 3))
+    report = hyperparameter_tuning.main(arguments(tmp_path, 2))
 
     printed = capsys.readouterr().out
-    assert "Going on after 1 of 3 trials, which an earlier run finished." in printed
+    assert "Going on after 1 of 2 trials, which an earlier run finished." in printed
     assert finished.read_bytes() == before
     trials = {trial["trial"]: trial for trial in report["trials"]}
-    assert list(sorted(trials)) == ["0", "1", "2"]
+    assert list(sorted(trials)) == ["0", "1"]
     assert trials["1"]["values"] == values, "the interrupted trial runs again"
     default, best = report["results"].values()
     assert default["trial"] == "0" and default["values"]["moe/num_experts"] == 4
@@ -91,18 +91,17 @@ def test_a_killed_search_goes_on_and_is_never_worse_than_the_default(made_up, tm
     assert json.loads((folder / "results.json").read_text()) == report
     assert (folder / "trade_off.png").stat().st_size > 1000
 
-    assert hyperparameter_tuning.main(arguments(tmp_path, 3)) == report, "nothing is left to do"
-    assert "Going on after 3 of 3 trials" in capsys.readouterr().out
+    assert hyperparameter_tuning.main(arguments(tmp_path, 2)) == report, "nothing is left to do"
+    assert "Going on after 2 of 2 trials" in capsys.readouterr().out
 
     finished.write_text("{")
     with pytest.raises(ValueError, match="is damaged.*Delete this folder"):
-        hyperparameter_tuning.main(arguments(tmp_path, 3))
+        hyperparameter_tuning.main(arguments(tmp_path, 2))
 
 
-def test_another_budget_is_another_search(made_up, tmp_path, capsys):
-    hyperparameter_tuning.main(arguments(tmp_path, 1))
+def test_another_budget_is_another_search(made_up, tmp_path):
     report = hyperparameter_tuning.main([*arguments(tmp_path, 1), "--budget", "0.5"])
-    assert "Going on" not in capsys.readouterr().out
+    assert [folder.name for folder in tmp_path.iterdir()] == [PROJECT.replace("1.1", "0.5")]
     default, best = report["results"].values()
     assert default == best and default["cost"] == pytest.approx(2 * report["budget"])
 
