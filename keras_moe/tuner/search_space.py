@@ -20,9 +20,9 @@ class SearchSpace:
     Args:
         active_width: widths K * H of the experts of a token together, each divisible by each K.
         num_experts: numbers of experts, E.
-        top_k: experts per token, K, of the routers that leave this open; "switch" and
-            "balanced_assignment" have one.
-        routers: names in `TAKE_TOP_K` and `SET_TOP_K`.
+        top_k: experts per token, K. "switch" and "balanced_assignment" have one, whatever it is.
+        routers: names of those whose tokens all have K experts: "cosine", "deepseek_v3",
+            "noisy_top_k", "sinkhorn", "top_k", "balanced_assignment" and "switch".
         loss_weights: dict of names in `losses.BY_NAME` to weights.
         capacity_factors: capacities, as in `layers.MixtureOfExperts`; None is no limit.
         name: what the names of the hyperparameters begin with. Layers that should be chosen each
