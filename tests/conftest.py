@@ -52,6 +52,16 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr("keras_moe.ops.grouped.BLOCK_SIZES", (2, 4, 8))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_what_was_compiled():
+    """JAX keeps every function it ever compiled, some gigabytes at the end of a suite."""
+    yield
+    if BACKEND == "jax":
+        import jax
+
+        jax.clear_caches()
+
+
 def some(cases, mode):
     """The cases; the first alone where each call compiles its loops anew."""
     return list(cases)[:1] if (BACKEND, mode) == ("jax", "eager") else list(cases)
