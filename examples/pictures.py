@@ -62,6 +62,7 @@ def imbalances(results, steps_an_entry, balanced, path):
         axes.axhline(balanced, color="grey", linewidth=0.8)
         axes.set(title=title, xlabel="step", ylabel="load imbalance, max / mean - 1")
         axes.set_yscale("symlog", linthresh=0.1)
+        axes.set_ylim(bottom=0)
         axes.legend(fontsize="x-small", ncols=2)
     figure.savefig(path, dpi=120)
 
