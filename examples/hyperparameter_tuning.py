@@ -58,6 +58,7 @@ def main(arguments=None):
     options = parse_options(arguments)
     check_positive_integer("trials", options.trials)
     check_positive_integer("epochs", options.epochs)
+    check_positive_integer("seeds", options.seeds)
     size, space = SMOKE if options.smoke else FULL
     data = datasets.load(options.dataset, options.data_dir)
     train, validation, test = (cut(split, size.documents) for split in data[:3])
@@ -66,8 +67,9 @@ def main(arguments=None):
     batch_size = min(BATCH_SIZE, len(ids))
     steps = len(ids) // batch_size
 
+    keras.utils.set_random_seed(0)
+
     def build(hp):
-        keras.utils.set_random_seed(0)
         model = build_model(lambda: space.sample(hp), vocabulary, size, len(data.class_names))
         rate = hp.Float("learning_rate", 3e-4, 1e-2, sampling="log", default=LEARNING_RATE)
         compile_for_training(model, rate, options.epochs * steps)
@@ -104,6 +106,7 @@ def parse_options(arguments):
     parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
     parser.add_argument("--trials", type=int, default=12, help="those of earlier runs included")
     parser.add_argument("--epochs", type=int, default=4, help="of each trial")
+    parser.add_argument("--seeds", type=int, default=2, help="runs that a trial is the mean of")
     parser.add_argument(
         "--budget",
         type=float,
@@ -139,10 +142,17 @@ def open_search(build, objective, options):
     # Four points at random, the default among them, before the oracle thinks.
     oracle = Oracle(objective, max_trials=options.trials, num_initial_points=4, seed=1)
     # Trials of other settings cannot be compared.
-    settings = f"{options.dataset.replace('/', '_')}-{options.epochs}_epochs"
+    dataset = options.dataset.replace("/", "_")
+    settings = f"{dataset}-{options.epochs}_epochs-{options.seeds}_seeds"
     project = f"{settings}-budget_{options.budget:g}{'-smoke' * options.smoke}"
     try:
-        search = keras_tuner.Tuner(oracle, build, directory=options.output, project_name=project)
+        search = keras_tuner.Tuner(
+            oracle,
+            build,
+            executions_per_trial=options.seeds,
+            directory=options.output,
+            project_name=project,
+        )
     except json.JSONDecodeError as error:
         raise ValueError(
             f"What an earlier run has found is damaged. Received: {error} in a file of "

@@ -23,7 +23,7 @@ from test_examples_text_classification import TOPICS, made_up_split  # noqa: E40
 # KerasTuner asks the current thread for its name in an old way.
 pytestmark = pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\):DeprecationWarning")
 
-PROJECT = "reuters_r8-1_epochs-budget_1.1-smoke"
+PROJECT = "reuters_r8-1_epochs-1_seeds-budget_1.1-smoke"
 
 
 def made_up_data(name, data_dir=None):
@@ -32,7 +32,8 @@ def made_up_data(name, data_dir=None):
 
 
 def arguments(folder, trials):
-    return ["--smoke", "--epochs", "1", "--trials", str(trials), "--output", str(folder)]
+    short = ["--smoke", "--epochs", "1", "--seeds", "1"]
+    return [*short, "--trials", str(trials), "--output", str(folder)]
 
 
 @pytest.fixture
