@@ -12,8 +12,8 @@ class LayerSummary(NamedTuple):
 
     - `name`: its name in the model.
     - `num_experts`, `top_k`: experts, and how many of them serve a token.
-    - `parameters`, `active_parameters`: all, and those that work on one token; experts that differ
-      in size count with their mean.
+    - `parameters`, `active_parameters`: all that are trained, and those of them that work on one
+      token, K being that of the routing; experts that differ in size count with their mean.
     - `flops`: of one token, forward, at two for each active parameter.
     - `counts`: assignments per expert since the counters were last reset.
     """

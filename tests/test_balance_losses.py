@@ -145,6 +145,29 @@ def test_a_global_loss_of_equal_batches_is_that_of_one_big_batch():
     assert_close(last, array(losses.LoadBalance(1.0)(routing)))
 
 
+def test_one_global_loss_in_two_layers_counts_for_each_alone():
+    shared = [losses.GlobalLoadBalance(1.0, accumulation_steps=2)]
+    both = [moe(router_losses=shared) for _ in range(2)]
+    for layer in both:
+        layer(normal(8, D), training=True)
+    for layer in both:
+        (steps,) = (w for w in layer.weights if w.name == "global_steps")
+        (counts,) = (w for w in layer.weights if w.name == "global_counts")
+        assert array(steps) == 1
+        np.testing.assert_array_equal(array(counts), array(layer.expert_counts))
+
+
+def test_evaluation_leaves_no_trace_in_a_global_loss():
+    layer = moe(router_losses=[losses.GlobalLoadBalance(accumulation_steps=4)])
+    layer(normal(8, D), training=True)
+    before = [array(weight) for weight in layer.weights if "global" in weight.name]
+    layer.counts_in_evaluation = True
+    layer(normal(8, D, seed=1))
+    after = [array(weight) for weight in layer.weights if "global" in weight.name]
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_a_global_loss_outside_of_a_layer_is_refused():
     with pytest.raises(ValueError) as error:
         losses.GlobalLoadBalance()(routers.TopKRouter(E)(normal(3, D)))

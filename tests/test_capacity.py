@@ -114,7 +114,18 @@ def test_random_priority_serves_as_many_and_not_always_the_same():
     capacity = layers.Capacity(1.0, priority="random")
     layer = moe(router=one_hot_router(), router_losses=(), capacity_factor=capacity)
     tokens = np.concatenate([one_hot(*[0] * 16), np.zeros((16, 4), "float32")], axis=-1)
-    draws = {tuple(array(layer(tokens, training=True)).any(axis=-1)) for _ in range(5)}
+    layer.build(tokens.shape)
+    trainable = [array(variable) for variable in layer.trainable_variables]
+
+    def step(state, trainable, tokens):
+        return layer.stateless_call(trainable, state, tokens, training=True)
+
+    step = compiled(step, FAST_MODE)
+    state = [keras.ops.convert_to_numpy(variable) for variable in layer.non_trainable_variables]
+    draws = set()
+    for _ in range(5):
+        outputs, state = step(state, trainable, tokens)
+        draws.add(tuple(outputs.any(axis=-1)))
     assert len(draws) > 1
     assert {sum(draw) for draw in draws} == {4}
     # Not the first ones more often than the last: some draw serves a token of the second half.

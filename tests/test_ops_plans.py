@@ -186,3 +186,9 @@ def test_the_capacity_equals_that_of_exact_arithmetic(num_tokens, num_experts, t
     factor = percent / 100
     expected = reference.expert_capacity(num_tokens, num_experts, top_k, factor)
     assert expert_capacity(num_tokens, num_experts, top_k, factor) == expected
+
+
+def test_the_capacity_of_many_tokens_does_not_pass_32_bits():
+    expected = expert_capacity(200_000, 64, 7, 1.999)
+    actual = compiled(lambda n: expert_capacity(n, 64, 7, 1.999), FAST_MODE)(np.int32(200_000))
+    assert actual == expected == 43_729

@@ -140,6 +140,20 @@ def test_the_mask_of_an_embedding_is_used_where_token_ids_are_given_too():
     np.testing.assert_array_equal(routing.indices, table[batch.ravel()])
 
 
+def test_masks_are_found_in_compiled_calls_with_several_tensors():
+    ids = keras.Input((5,), dtype="int32")
+    embedded = keras.layers.Embedding(10, D, mask_zero=True)(ids)
+    hashed = moe(router=routers.HashRouter(E, 10, top_k=2), router_losses=())
+    decoder = layers.TransformerDecoderBlock(2, moe(router_losses=()), cross_attention=True)
+    outputs = decoder(hashed(embedded, token_ids=ids), context=embedded)
+    model = keras.Model(ids, outputs)
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    batch = np.array([[1, 2, 3, 0, 0], [4, 5, 0, 0, 0]])
+    model.fit(batch, normal(2, 5, D), epochs=1, verbose=0)
+    for layer in (hashed, decoder.feedforward):
+        assert array(layer.expert_counts).sum() == 5 * 2
+
+
 def test_gshard_visits_the_second_expert_as_often_as_its_weight_deserves():
     router = routers.GShardRouter(
         2, threshold=0.5, kernel_initializer=keras.initializers.Identity(), seed=3
@@ -222,6 +236,24 @@ def test_a_relu_router_reaches_the_number_of_experts_it_is_told():
     layer.reset_counts()
     model.fit(x, x, batch_size=64, epochs=60, verbose=0)
     assert 0.7 < array(layer.expert_counts).sum() / (60 * 64) < 1.3
+
+
+def test_the_strength_of_a_relu_router_does_not_vanish_while_it_is_sparse_enough():
+    router = routers.ReLURouter(E, top_k=2, initial_strength=1e-3)
+    router.build((None, D))
+    router.kernel.assign(-np.ones((D, E)))
+    for _ in range(20):
+        router(np.ones((6, D), "float32"), training=True)
+    router(np.ones((6, D), "float32"), mask=np.zeros(6, bool), training=True)
+    assert array(router.strength) == np.float32(1e-3)
+
+
+def test_a_relu_router_regularises_what_its_limit_hides():
+    router = routers.ReLURouter(E, top_k=2, max_top_k=2, initial_strength=1e-3)
+    router.build((None, D))
+    router.kernel.assign(np.ones((D, E)))
+    router(np.ones((6, D), "float32"), training=True)
+    assert array(router.strength) > 1.1e-3
 
 
 def test_experts_without_computation_do_what_they_are_named_for():

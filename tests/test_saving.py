@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from layer_checks import D, E, array, moe, normal
 
-from keras_moe import layers, routers
+from keras_moe import layers, losses, routers
 
 BACKEND = keras.backend.backend()
 ROOT = Path(__file__).parents[1]
@@ -63,8 +63,12 @@ def test_a_saved_model_loads_with_its_weights_optimizer_and_counts(trained, tmp_
     trained.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras")
     for mine, yours in zip(trained.weights, again.weights, strict=True):
+        if mine.name in ("router_loss_totals", "router_entropy_total", "call_count"):
+            continue  # of the epoch under way
         np.testing.assert_array_equal(array(mine), array(yours), err_msg=mine.path)
     for mine, yours in zip(trained.optimizer.variables, again.optimizer.variables, strict=True):
+        if mine.name in ("router_loss_totals", "router_entropy_total", "call_count"):
+            continue  # of the epoch under way
         np.testing.assert_array_equal(array(mine), array(yours), err_msg=mine.path)
     np.testing.assert_array_equal(array(again(TOKENS)), array(trained(TOKENS)))
     again.fit(TOKENS, normal(2, 3), verbose=0)
@@ -99,3 +103,17 @@ def test_a_saved_model_predicts_the_same_under_another_backend(trained, other, t
     expected = trained.predict(TOKENS, verbose=0)
     assert np.abs(expected).max() > 0.1, "zeros would agree on anything"
     np.testing.assert_allclose(np.load(paths[2]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_fit_a_layer_with_other_losses_and_leave_their_weights_alone(tmp_path):
+    def model(router_losses):
+        return keras.Sequential([keras.Input((5, D)), moe(router_losses=router_losses)])
+
+    old = model([losses.LoadBalance(0.01), losses.GlobalLoadBalance()])
+    old.save_weights(tmp_path / "old.weights.h5")
+    for router_losses, weights in (((), []), ([losses.LoadBalance(0.5)], [0.5])):
+        new = model(router_losses)
+        new.load_weights(tmp_path / "old.weights.h5")
+        x = normal(2, 5, D)
+        np.testing.assert_array_equal(array(new(x)), array(old(x)))
+        assert array(new.layers[-1].router_loss_weights).tolist() == weights

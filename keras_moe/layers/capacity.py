@@ -67,7 +67,6 @@ class Capacity:
         self.evaluation_factor = evaluation_factor
         self.priority = priority
         self.per_sequence = per_sequence
-        self._seed = keras.random.SeedGenerator(0) if priority == "random" else None
 
     @classmethod
     def get(cls, identifier):
@@ -78,8 +77,15 @@ class Capacity:
             return identifier
         return cls(identifier)
 
-    def limits(self, routing, sequence_length, training):
-        """The arguments that `ops.plan_groups` needs for this capacity."""
+    def limits(self, routing, sequence_length, training, seed):
+        """The arguments that `ops.plan_groups` needs for this capacity.
+
+        Args:
+            routing: an `ops.Routing`.
+            sequence_length: tokens of a sequence, or None.
+            training: whether the factor is that of training.
+            seed: `keras.random.SeedGenerator` that the layer keeps, for a random priority.
+        """
         factor = self.factor if training else self.evaluation_factor
         if factor is None:
             return {}
@@ -92,15 +98,15 @@ class Capacity:
         largest = max if isinstance(rows, numbers.Integral) else keras_ops.maximum
         return {
             "capacity": largest(rows, self.minimum),
-            "first": self._urgency(routing),
+            "first": self._urgency(routing, seed),
             "sequence_length": sequence_length,
         }
 
-    def _urgency(self, routing):
+    def _urgency(self, routing, seed):
         if self.priority == "probability":
             return keras_ops.max(routing.probs, axis=-1)
         if self.priority == "random":
-            return keras.random.uniform(keras_ops.shape(routing.mask), seed=self._seed)
+            return keras.random.uniform(keras_ops.shape(routing.mask), seed=seed)
         return None
 
     def get_config(self):

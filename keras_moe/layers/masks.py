@@ -1,9 +1,12 @@
 """Where the mask of a tensor is."""
 
+import keras
+
 
 def mask_of(inputs, mask):
     """The mask that was given, or the one that hangs on the inputs, or None.
 
-    Keras hands the latter over by itself only where the inputs are the only tensor of a call.
+    Keras hands the latter over by itself only where the inputs are the only tensor of a call. On
+    JAX it keeps the masks of traced tensors apart from them, so its own function has to look.
     """
-    return getattr(inputs, "_keras_mask", None) if mask is None else mask
+    return keras.src.backend.get_keras_mask(inputs) if mask is None else mask

@@ -5,7 +5,7 @@ import math
 import keras
 from keras import ops as keras_ops
 
-from keras_moe import losses, ops, routers
+from keras_moe import backend, losses, ops, routers
 from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.masks import mask_of
@@ -100,6 +100,8 @@ class MixtureOfExperts(keras.layers.Layer):
                 f"capacity_factor={capacity_factor!r} with a `{type(self.router).__name__}`, whose "
                 "tokens do not choose. Leave `capacity_factor` out."
             )
+        # Of the layer, so that Keras carries its state through compiled steps.
+        self._capacity_seed = keras.random.SeedGenerator() if self.capacity else None
         self.supports_masking = True
         # `callbacks.ExpertMonitor` turns this on while it watches an evaluation. Otherwise
         # inference writes to no weight.
@@ -134,8 +136,8 @@ class MixtureOfExperts(keras.layers.Layer):
         self.router_loss_totals = self._state("router_loss_totals", (num_losses,))
         self.router_entropy_total = self._state("router_entropy_total", ())
         self.call_count = self._state("call_count", ())
-        for loss in self.router_losses:
-            loss.build(self)
+        # A loss that remembers is a new one for each layer, whoever else was given the same.
+        self.router_losses = [loss.build(self) for loss in self.router_losses]
 
     def _state(self, name, shape, initializer="zeros"):
         return self.add_weight(
@@ -181,7 +183,9 @@ class MixtureOfExperts(keras.layers.Layer):
     def _plan(self, routing, sequence_length, training):
         if self.capacity is None or not self.router.takes_capacity:
             return self.router.plan(routing)
-        return self.router.plan(routing, **self.capacity.limits(routing, sequence_length, training))
+        return self.router.plan(
+            routing, **self.capacity.limits(routing, sequence_length, training, self._capacity_seed)
+        )
 
     def _shared(self, inputs, mask):
         shared = self.shared_expert(inputs)
@@ -196,7 +200,8 @@ class MixtureOfExperts(keras.layers.Layer):
         if counts:
             for index, loss in enumerate(self.router_losses):
                 extra = {"sequence_length": sequence_length} if loss.per_sequence else {}
-                values.append(loss.compute(routing, **extra))
+                compute = loss.compute if training else loss.evaluate
+                values.append(compute(routing, **extra))
                 if training:
                     self.add_loss(self.router_loss_weights[index] * values[-1])
             self._count(routing, values)
@@ -215,13 +220,24 @@ class MixtureOfExperts(keras.layers.Layer):
         return keras_ops.where(keras_ops.expand_dims(mask, 1), tokens, zero), mask
 
     def _count(self, routing, loss_values):
-        counts = keras_ops.cast(routing.counts, "float32")
-        self.expert_counts.assign_add(counts)
-        self.dropped_count.assign_add(routing.dropped * keras_ops.sum(counts))
+        own_counts = keras_ops.cast(routing.counts, "float32")
+        dropped = routing.dropped * keras_ops.sum(own_counts)
+        self.expert_counts.assign_add(backend.sum_over_replicas(own_counts))
+        self.dropped_count.assign_add(backend.sum_over_replicas(dropped))
         if loss_values:
             self.router_loss_totals.assign_add(keras_ops.stack(loss_values))
         self.router_entropy_total.assign_add(ops.router_entropy(routing))
         self.call_count.assign_add(1.0)
+
+    def save_own_variables(self, store):
+        # What `ExpertMonitor` resets each epoch and weights that the losses have are not kept, so
+        # that a checkpoint fits a layer with other losses.
+        for counter in (self.expert_counts, self.dropped_count):
+            store[counter.name] = keras_ops.convert_to_numpy(counter)
+
+    def load_own_variables(self, store):
+        for counter in (self.expert_counts, self.dropped_count):
+            counter.assign(store[counter.name])
 
     def reset_counts(self):
         """Set everything that was counted back to zero."""

@@ -3,6 +3,7 @@
 import warnings
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_moe.layers.masks import mask_of
@@ -218,7 +219,7 @@ class TransformerDecoderBlock(TransformerBlock):
                 "The cache holds the context already. Received: cache and context. "
                 "Pass `context` and `context_mask` to `make_cache` only."
             )
-        elif isinstance(position, int):
+        elif isinstance(position, (int, np.integer)):
             room, length = cache["mask"].shape[1], inputs.shape[1]
             if length is not None and not 0 <= position <= room - length:
                 raise ValueError(

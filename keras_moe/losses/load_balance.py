@@ -109,12 +109,19 @@ class GlobalLoadBalance(RouterLoss):
         self._counts = None
 
     def build(self, layer):
+        return type(self).from_config(self.get_config())._remembering_in(layer)
+
+    def _remembering_in(self, layer):
         counter = {"initializer": "zeros", "trainable": False, "autocast": False}
         num_experts = layer.experts.num_experts
         self._counts = layer.add_weight(
             name="global_counts", shape=(num_experts,), dtype="float32", **counter
         )
         self._steps = layer.add_weight(name="global_steps", shape=(), dtype="int32", **counter)
+        return self
+
+    def evaluate(self, routing, **kwargs):
+        return ops.load_balance(routing)
 
     def compute(self, routing):
         if self._counts is None:

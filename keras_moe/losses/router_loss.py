@@ -26,8 +26,13 @@ class RouterLoss:
     def compute(self, routing):
         raise NotImplementedError(f"{type(self).__name__} must implement `compute(routing)`.")
 
+    def evaluate(self, routing, **kwargs):
+        """The loss outside of training: nothing is remembered."""
+        return self.compute(routing, **kwargs)
+
     def build(self, layer):
-        """Make what the loss remembers from batch to batch, as weights of `layer`."""
+        """The loss for a layer: this one, or one that remembers batches in weights of `layer`."""
+        return self
 
     def get_config(self):
         return {"weight": self.weight}

@@ -75,8 +75,17 @@ def expert_saliency(layer, inputs, mask=None):
     Returns:
         (E,) float32; 0 for an expert without tokens.
 
+    Raises:
+        ValueError: If the tokens of the layer do not choose their experts.
+
     Reference: Lasby et al. 2025, REAP (arXiv:2510.13999), eq. 9.
     """
+    if not layer.router.takes_capacity:
+        raise ValueError(
+            "The saliency of an expert is a mean over the tokens that chose it. Received: a layer "
+            f"with a `{type(layer.router).__name__}`, whose tokens do not choose. Use a layer with "
+            "another router, such as `routers.TopKRouter`."
+        )
     _, routing = layer(inputs, mask=mask, return_routing=True)
     tokens = ops.reshape(inputs, (-1, inputs.shape[-1]))
     if mask is not None:

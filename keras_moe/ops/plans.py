@@ -123,8 +123,10 @@ def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
     """
     # In integers, which round alike everywhere: in float32 a compiled quotient may come out just
     # above a whole number, and one row too many with it.
-    share = Fraction(capacity_factor).limit_denominator(1000) * top_k / num_experts
-    rows = -(-num_tokens * share.numerator // share.denominator)
+    share = Fraction(float(capacity_factor)).limit_denominator(1000) * top_k / num_experts
+    # Whole parts apart: the product of all tokens with the numerator may pass 32 bits.
+    whole, rest = num_tokens // share.denominator, num_tokens % share.denominator
+    rows = whole * share.numerator - (-rest * share.numerator // share.denominator)
     return max(1, rows) if isinstance(num_tokens, int) else ops.maximum(1, rows)
 
 

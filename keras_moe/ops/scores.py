@@ -33,3 +33,10 @@ SCORES = {"softmax": softmax, "sigmoid": sigmoid, "sqrt_softplus": sqrt_softplus
 def distribution(scores):
     """Scores (T, E) as shares of their sum."""
     return scores / ops.maximum(ops.sum(scores, axis=-1, keepdims=True), 1e-20)
+
+
+def unit(vectors, axis):
+    """Vectors along `axis` with a length of 1, those near zero with a shorter one."""
+    # The constant inside the root: a token of zeros has a gradient then.
+    square = ops.sum(ops.square(vectors), axis=axis, keepdims=True)
+    return vectors * ops.rsqrt(square + 1e-6)

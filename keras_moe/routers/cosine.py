@@ -5,6 +5,7 @@ import math
 import keras
 from keras import ops
 
+from keras_moe.ops.scores import unit
 from keras_moe.routers.selection_router import SelectionRouter
 from keras_moe.serialization import register
 from keras_moe.validation import check_positive_integer
@@ -37,6 +38,8 @@ class CosineRouter(SelectionRouter):
     Reference: Chi et al. 2022, X-MoE (arXiv:2204.09179), eq. 5 and 6; scale and cap as in Tutel.
     """
 
+    normalizes_kernel = True
+
     def __init__(self, num_experts, projection_dim=256, **kwargs):
         super().__init__(num_experts, **kwargs)
         check_positive_integer("projection_dim", projection_dim)
@@ -54,14 +57,8 @@ class CosineRouter(SelectionRouter):
 
     def project(self, tokens):
         scale = ops.exp(ops.minimum(self.log_scale, math.log(100.0)))
-        tokens = _unit(ops.matmul(tokens, self.kernel), axis=1)
-        return scale * ops.matmul(tokens, _unit(self.directions, axis=0))
+        tokens = unit(ops.matmul(tokens, self.kernel), axis=1)
+        return scale * ops.matmul(tokens, unit(self.directions, axis=0))
 
     def get_config(self):
         return {**super().get_config(), "projection_dim": self.projection_dim}
-
-
-def _unit(vectors, axis):
-    # The constant inside the root: a token of zeros has a gradient then.
-    square = ops.sum(ops.square(vectors), axis=axis, keepdims=True)
-    return vectors * ops.rsqrt(square + 1e-12)

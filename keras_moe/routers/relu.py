@@ -90,15 +90,18 @@ class ReLURouter(LogitRouter):
         return routing
 
     def _add_sparsity_loss(self, routing, scores):
-        num_real = ops.maximum(ops.sum(ops.cast(routing.mask, "float32")), 1.0)
-        load = ops.cast(routing.counts, "float32") / num_real
+        # Of all scores above zero: where more than `max_top_k` are, the surplus has to go as well.
+        load = masked_mean(ops.cast(scores > 0, "float32"), routing.mask)
         share = load * self.num_experts / self.target_top_k
         mean_scores = masked_mean(scores, routing.mask)
         # A tensor of its own: PyTorch needs the old value for the gradient, after the assignment.
         strength = self.strength + 0.0
         self.add_loss(strength * ops.sum(ops.stop_gradient(share) * mean_scores))
         error = ops.sign(ops.sum(load) - self.target_top_k)
-        self.strength.assign(strength * ops.power(self.growth, error))
+        error = ops.where(ops.any(routing.mask), error, 0.0)
+        changed = strength * ops.power(self.growth, error)
+        # Below where it began it would be nothing, and long in coming back.
+        self.strength.assign(ops.maximum(changed, self.initial_strength))
 
     def get_config(self):
         return {

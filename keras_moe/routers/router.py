@@ -34,15 +34,18 @@ class Router(keras.layers.Layer):
     causal = True
     # Whether tokens choose experts, so that an expert may be chosen by too many.
     takes_capacity = True
+    # Whether the norm of the kernel changes no logit.
+    normalizes_kernel = False
 
     def __init__(self, num_experts, **kwargs):
-        if kwargs.setdefault("dtype", "float32") != "float32":
+        dtype = kwargs.pop("dtype", None) or "float32"
+        if getattr(dtype, "name", dtype) != "float32":
             raise ValueError(
                 "A router always computes in float32, whatever the policy around it. "
-                f"Received: dtype={kwargs['dtype']!r}. Leave `dtype` out."
+                f"Received: dtype={dtype!r}. Leave `dtype` out."
             )
         check_positive_integer("num_experts", num_experts)
-        super().__init__(**kwargs)
+        super().__init__(dtype="float32", **kwargs)
         self.num_experts = num_experts
         self.supports_masking = True
         self._known_arguments = set(inspect.signature(self.route).parameters)

@@ -3,6 +3,7 @@
 from keras import ops
 
 from keras_moe.ops import plan_soft, soft_routing
+from keras_moe.ops.scores import unit
 from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.serialization import register
 from keras_moe.validation import check_positive_integer
@@ -47,6 +48,7 @@ class SoftRouter(LogitRouter):
 
     causal = False
     takes_capacity = False
+    normalizes_kernel = True
 
     def __init__(self, num_experts, slots=1, **kwargs):
         super().__init__(num_experts, **kwargs)
@@ -62,8 +64,8 @@ class SoftRouter(LogitRouter):
         return features, self.num_experts * self.slots
 
     def project(self, tokens):
-        kernel = self.scale * _unit(self.kernel, axis=0)
-        return ops.matmul(_unit(tokens, axis=1), kernel)
+        kernel = self.scale * unit(self.kernel, axis=0)
+        return ops.matmul(unit(tokens, axis=1), kernel)
 
     def route(self, tokens, mask, training, sequence_length=None):
         logits = self.logits(tokens, training)
@@ -74,8 +76,3 @@ class SoftRouter(LogitRouter):
 
     def get_config(self):
         return {**super().get_config(), "slots": self.slots}
-
-
-def _unit(vectors, axis):
-    square = ops.sum(ops.square(vectors), axis=axis, keepdims=True)
-    return vectors * ops.rsqrt(square + 1e-6)
