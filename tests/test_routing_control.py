@@ -57,6 +57,21 @@ def test_a_router_that_cannot_replay_says_so():
         routers.TopPRouter(E)(X[0], indices=np.zeros((5, 2), "int32"))
 
 
+def test_experts_to_replay_have_a_row_for_each_token():
+    with pytest.raises(ValueError) as error:
+        routers.TopKRouter(E, 2)(X[0], indices=np.zeros((1, 5, 2), "int32"))
+    assert (
+        "`indices` must have the shape (T, K), a row for each token. Received: "
+        "indices.shape=(1, 5, 2), K=2. Pass the `indices` of a routing of this router."
+    ) in str(error.value)
+
+
+@pytest.mark.parametrize("numbers", [{}, {"num_zero": -1}, {"num_identity": 1.5}])
+def test_experts_without_computation_are_counted_in_whole_numbers(numbers):
+    with pytest.raises(ValueError, match="Numbers of experts must be whole, 0 or more, and one"):
+        layers.ZeroComputationExperts(layers.FeedForwardExperts(2, 4), **numbers)
+
+
 @pytest.mark.parametrize("frozen", ["router", "experts"])
 def test_router_and_experts_are_frozen_apart(frozen):
     layer = moe(router=routers.TopKRouter(E, 2))

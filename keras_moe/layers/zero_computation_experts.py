@@ -54,9 +54,10 @@ class ZeroComputationExperts(ExpertBank):
     def __init__(self, experts, num_zero=0, num_identity=0, num_constant=0, **kwargs):
         experts = resolve("experts", experts, ExpertBank)
         numbers = (num_zero, num_identity, num_constant)
-        if min(numbers) < 0 or not sum(numbers):
+        are_whole = all(isinstance(number, int) and number >= 0 for number in numbers)
+        if not are_whole or not sum(numbers):
             raise ValueError(
-                "Numbers of experts must be 0 or more, and one of them more. Received: "
+                "Numbers of experts must be whole, 0 or more, and one of them more. Received: "
                 f"num_zero={num_zero}, num_identity={num_identity}, num_constant={num_constant}. "
                 "Use the bank of experts alone for none."
             )

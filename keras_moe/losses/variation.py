@@ -29,7 +29,7 @@ class ImportanceVariation(RouterLoss):
         super().__init__(weight)
 
     def compute(self, routing):
-        return ops.importance_variation(routing)
+        return ops.squared_importance_variation(routing)
 
 
 @register
@@ -58,4 +58,4 @@ class LoadVariation(RouterLoss):
         super().__init__(weight)
 
     def compute(self, routing):
-        return ops.load_variation(routing)
+        return ops.squared_load_variation(routing)

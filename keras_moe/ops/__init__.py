@@ -1,12 +1,12 @@
 from keras_moe.ops.balance import (
     agreement,
-    importance_variation,
     load_balance,
-    load_variation,
     masked_mean,
     router_entropy,
     router_z,
     sequence_load_balance,
+    squared_importance_variation,
+    squared_load_variation,
 )
 from keras_moe.ops.expert_choice import expert_choice_routing, plan_expert_choice
 from keras_moe.ops.feed_forward import grouped_feed_forward
@@ -41,9 +41,7 @@ __all__ = [
     "group_limited_scores",
     "grouped_feed_forward",
     "grouped_matmul",
-    "importance_variation",
     "load_balance",
-    "load_variation",
     "make_routing",
     "masked_mean",
     "noisy_load",
@@ -55,6 +53,8 @@ __all__ = [
     "sequence_load_balance",
     "sinkhorn_plan",
     "soft_routing",
+    "squared_importance_variation",
+    "squared_load_variation",
     "take_scores",
     "top_k_indices",
     "top_k_routing",

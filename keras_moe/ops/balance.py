@@ -90,7 +90,7 @@ def router_entropy(routing):
     return masked_mean(-ops.sum(probs * logs, axis=-1), routing.mask)
 
 
-def importance_variation(routing):
+def squared_importance_variation(routing):
     """Squared coefficient of variation of the experts' summed scores: 0 at balance.
 
     Shazeer et al. 2017 (arXiv:1701.06538), eq. 7, of the scores of all experts as in V-MoE
@@ -105,7 +105,7 @@ def importance_variation(routing):
     return squared_variation(masked_mean(routing.probs, routing.mask))
 
 
-def load_variation(routing):
+def squared_load_variation(routing):
     """Squared coefficient of variation of the experts' load: 0 at balance.
 
     Shazeer et al. 2017 (arXiv:1701.06538), eq. 11. The load has a gradient where the router draws

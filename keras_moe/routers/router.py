@@ -90,6 +90,12 @@ class Router(keras.layers.Layer):
                 "Only routers that give each token its K best experts can replay `indices`. "
                 f"Received: indices for a `{type(self).__name__}`. Use `routers.TopKRouter`."
             )
+        if indices is not None and tuple(indices.shape)[1:] != (self.top_k,):
+            raise ValueError(
+                "`indices` must have the shape (T, K), a row for each token. Received: "
+                f"indices.shape={tuple(indices.shape)}, K={self.top_k}. Pass the `indices` of a "
+                "routing of this router."
+            )
         known = {name: value for name, value in known.items() if name in self._known_arguments}
         return self.route(tokens, mask, training, **known)
 
