@@ -60,7 +60,7 @@ BALANCING = {
     "sequence_load_balance 0.1": {"losses": [("sequence_load_balance", 0.1)]},
     "importance_variation 0.1": {"losses": [("importance_variation", 0.1)]},
     "router_z 0.001": {"losses": [("router_z", 0.001)]},
-    "loss_free bias": {"balancer": routers.LossFreeBias(rate=0.02)},
+    "loss_free bias": {"balancer": routers.LossFreeBias(rate=0.005)},
     "quantile bias": {"balancer": routers.QuantileBias(momentum=0.9)},
 }
 BALANCED = 0.5
@@ -165,8 +165,10 @@ def train(model, arrays, size):
     (ids, labels), validation, test = arrays
     batches = tf.data.Dataset.from_tensor_slices((ids, labels)).shuffle(len(ids), seed=0)
     batches = batches.batch(min(BATCH_SIZE, len(ids)), drop_remainder=True).repeat()
+    # Routers settle as the rate falls.
+    schedule = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, size.steps)
     model.compile(
-        optimizer=keras.optimizers.Adam(LEARNING_RATE),
+        optimizer=keras.optimizers.Adam(schedule),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
         # PyTorch has no XLA.
