@@ -60,7 +60,7 @@ BALANCING = {
     "sequence_load_balance 0.1": {"losses": [("sequence_load_balance", 0.1)]},
     "importance_variation 0.1": {"losses": [("importance_variation", 0.1)]},
     "router_z 0.001": {"losses": [("router_z", 0.001)]},
-    "loss_free bias": {"balancer": routers.LossFreeBias(rate=0.005)},
+    "loss_free bias": {"balancer": routers.LossFreeBias(rate=0.003)},
     "quantile bias": {"balancer": routers.QuantileBias(momentum=0.9)},
 }
 BALANCED = 0.5

@@ -51,6 +51,7 @@ def shares(counts):
 
 def imbalances(results, steps_an_entry, balanced, path):
     """Load imbalance over the steps of training, mean of the runs: one panel a comparison."""
+    results = {title: methods for title, methods in results.items() if methods}
     figure = Figure(figsize=(11, 5), layout="constrained")
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     for axes, (title, methods) in zip(panels, results.items()):
