@@ -66,9 +66,8 @@ def _file(name):
 
 def _inspect(model, options):
     layers = summary.summarize(model)
-    total = model.count_params()
-    idle = sum(layer.parameters - layer.active_parameters for layer in layers)
-    print(f"{model.name}: {total:,} parameters, {total - idle:,} of them active for a token\n")
+    total, active = summary.count_parameters(model)
+    print(f"{model.name}: {total:,} parameters, {active:,} of them active for a token\n")
     header = ("layer", "experts", "parameters", "active", "FLOPs a token", "busiest", "dead")
     rows = [header, *map(_row, layers)]
     widths = [max(map(len, column)) for column in zip(*rows)]

@@ -29,7 +29,7 @@ def moe_layers(model):
     >>> list(keras_moe.inspection.moe_layers(model))
     ['moe']
     """
-    layers = [layer for layer in model._flatten_layers() if isinstance(layer, MixtureOfExperts)]
+    layers = _layers(model)
     if not layers:
         raise ValueError(
             "The model must have at least one `MixtureOfExperts` layer. "
@@ -41,6 +41,11 @@ def moe_layers(model):
     if len(set(names)) < len(names):
         names = [f"{name}_{number}" for number, name in enumerate(names)]
     return dict(zip(names, layers))
+
+
+def has_moe_layers(model):
+    """Whether a model has a `layers.MixtureOfExperts`."""
+    return bool(_layers(model))
 
 
 def record_routings(model, batches):
@@ -78,6 +83,10 @@ def record_routings(model, batches):
     return routings
 
 
+def _layers(model):
+    return [layer for layer in model._flatten_layers() if isinstance(layer, MixtureOfExperts)]
+
+
 def _recorder(routings):
     def record(routing):
         routings.append(keras.tree.map_structure(ops.convert_to_numpy, routing))
@@ -85,4 +94,4 @@ def _recorder(routings):
     return record
 
 
-__all__ = ["moe_layers", "record_routings"]
+__all__ = ["has_moe_layers", "moe_layers", "record_routings"]

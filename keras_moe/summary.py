@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from keras import ops
 
-from keras_moe.inspection import moe_layers
+from keras_moe.inspection import has_moe_layers, moe_layers
 
 
 class LayerSummary(NamedTuple):
@@ -49,6 +49,20 @@ def summarize(model):
     return [_summary(name, layer) for name, layer in moe_layers(model).items()]
 
 
+def count_parameters(model):
+    """All parameters of a model, and those of them that work on one token.
+
+    Args:
+        model: a built Keras model, with MoE layers or without.
+
+    Returns:
+        Two integers.
+    """
+    total = model.count_params()
+    summaries = summarize(model) if has_moe_layers(model) else []
+    return total, total - sum(layer.parameters - layer.active_parameters for layer in summaries)
+
+
 def _summary(name, layer):
     num_experts, top_k = layer.experts.num_experts, layer.router.top_k
     parameters = sum(_size(weight) for weight in layer.trainable_weights)
@@ -65,4 +79,4 @@ def _size(weight):
     return size
 
 
-__all__ = ["LayerSummary", "summarize"]
+__all__ = ["LayerSummary", "count_parameters", "summarize"]

@@ -1,7 +1,5 @@
 """How many assignments an expert has room for, and who is served first."""
 
-import numbers
-
 import keras
 from keras import ops as keras_ops
 
@@ -93,9 +91,8 @@ class Capacity:
         sequence_length = sequence_length if self.per_sequence else None
         length = num_tokens if sequence_length is None else sequence_length
         rows = ops.expert_capacity(length, routing.counts.shape[0], top_k, factor)
-        rows = rows if isinstance(rows, numbers.Integral) else keras_ops.convert_to_tensor(rows)
         rows = -(-rows // self.multiple_of) * self.multiple_of
-        largest = max if isinstance(rows, numbers.Integral) else keras_ops.maximum
+        largest = max if isinstance(rows, int) else keras_ops.maximum
         return {
             "capacity": largest(rows, self.minimum),
             "first": self._urgency(routing, seed),

@@ -181,7 +181,7 @@ class MixtureOfExperts(keras.layers.Layer):
         return (outputs, routing) if return_routing else outputs
 
     def _plan(self, routing, sequence_length, training):
-        if self.capacity is None or not self.router.takes_capacity:
+        if self.capacity is None:
             return self.router.plan(routing)
         return self.router.plan(
             routing, **self.capacity.limits(routing, sequence_length, training, self._capacity_seed)
@@ -195,9 +195,8 @@ class MixtureOfExperts(keras.layers.Layer):
 
     def _account(self, routing, sequence_length, training):
         """Add the losses and count, as `callbacks.ExpertMonitor` will report."""
-        counts = training or self.counts_in_evaluation
-        values = []
-        if counts:
+        if training or self.counts_in_evaluation:
+            values = []
             for index, loss in enumerate(self.router_losses):
                 extra = {"sequence_length": sequence_length} if loss.per_sequence else {}
                 compute = loss.compute if training else loss.evaluate

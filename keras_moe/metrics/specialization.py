@@ -2,6 +2,8 @@
 
 from keras import ops
 
+from keras_moe.ops.selection import chosen_experts
+
 
 def count_table(routing, groups, num_groups):
     """How many assignments each expert has from each group of tokens.
@@ -55,8 +57,7 @@ def coactivation(routing):
 
     Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.2.
     """
-    experts = ops.arange(routing.counts.shape[0], dtype="int32")
-    chosen = ops.any(ops.expand_dims(routing.indices, -1) == experts, axis=1)
+    chosen = chosen_experts(routing.indices, routing.counts.shape[0])
     chosen = ops.cast(ops.logical_and(chosen, ops.expand_dims(routing.mask, 1)), "float32")
     together = ops.matmul(ops.transpose(chosen), chosen)
     return together / ops.maximum(ops.expand_dims(ops.sum(chosen, axis=0), 1), 1.0)

@@ -17,7 +17,6 @@ from keras_moe.ops.plans import GroupedPlan, dropped_fraction, expert_capacity, 
 from keras_moe.ops.routing import (
     Routing,
     clean_logits,
-    count_assignments,
     make_routing,
     top_k_routing,
 )
@@ -34,7 +33,6 @@ __all__ = [
     "agreement",
     "balanced_assignment",
     "clean_logits",
-    "count_assignments",
     "dropped_fraction",
     "expert_capacity",
     "expert_choice_routing",

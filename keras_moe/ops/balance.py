@@ -2,6 +2,8 @@
 
 from keras import ops
 
+from keras_moe.ops.selection import chosen_experts
+
 
 def load_balance(routing):
     """Switch load-balance loss: `E * sum_e f_e * P_e`, 1 at balance.
@@ -39,8 +41,7 @@ def sequence_load_balance(routing, sequence_length):
     num_real = ops.sum(ops.cast(mask, "float32"), axis=1)
     probs = ops.where(mask, ops.reshape(routing.probs, by_sequence), 0.0)
     mean_probs = ops.sum(probs, axis=1) / ops.maximum(num_real, 1.0)
-    experts = ops.arange(num_experts, dtype="int32")
-    chosen = ops.any(ops.expand_dims(routing.indices, -1) == experts, axis=1)
+    chosen = chosen_experts(routing.indices, num_experts)
     chosen = ops.logical_and(ops.reshape(chosen, by_sequence), mask)
     losses = agreement(ops.sum(ops.cast(chosen, "float32"), axis=1), mean_probs)
     return ops.sum(losses) / ops.maximum(ops.sum(ops.cast(num_real > 0, "float32")), 1.0)

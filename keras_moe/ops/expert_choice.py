@@ -5,7 +5,8 @@ Axes: T tokens, E experts, C tokens an expert picks from each sequence, S tokens
 
 from keras import ops
 
-from keras_moe.ops.plans import expert_capacity, plan_choices
+from keras_moe.ops.groups import ChosenGroups
+from keras_moe.ops.plans import GroupedPlan, expert_capacity, queue_sizes, sort_by_expert
 from keras_moe.ops.routing import clean_logits, make_routing
 from keras_moe.ops.scores import softmax
 
@@ -43,8 +44,7 @@ def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=No
     token = _by_expert(place + ops.reshape(first, (-1, 1, 1)))
     in_room = ops.arange(ops.shape(place)[1], dtype="int32") < ops.expand_dims(room, 1)
     in_room = _by_expert(ops.broadcast_to(ops.expand_dims(in_room, 2), ops.shape(place)))
-    choices_each = ops.shape(token)[0] // num_experts
-    expert = ops.arange(ops.shape(token)[0], dtype="int32") // choices_each
+    expert = _expert_of_choice(token, num_experts)
     is_valid = ops.logical_and(ops.take(mask, token), in_room)
     taken = ops.scatter(
         ops.expand_dims(token * num_experts + expert, 1),
@@ -72,7 +72,21 @@ def plan_expert_choice(routing):
     """The plan of `expert_choice_routing`: as many rows as there are choices."""
     token, is_valid = routing.details
     num_experts = routing.counts.shape[0]
-    num_choices = ops.shape(token)[0]
-    expert = ops.arange(num_choices, dtype="int32") // (num_choices // num_experts)
+    expert = _expert_of_choice(token, num_experts)
     weights = ops.take(ops.reshape(routing.weights, (-1,)), token * num_experts + expert)
-    return plan_choices(token, weights, is_valid, num_experts, routing.mask)
+    expert = ops.where(is_valid, expert, num_experts)
+    order, rank = sort_by_expert(expert, num_experts + 1)
+    groups = ChosenGroups(
+        sizes=queue_sizes(expert, num_experts + 1)[:num_experts],
+        choice_of_row=order,
+        row_of_choice=ops.where(is_valid, rank, -1),
+        token_of_choice=token,
+        mask=routing.mask,
+    )
+    return GroupedPlan(groups, weights)
+
+
+def _expert_of_choice(choices, num_experts):
+    """(R,) int32: the choices of expert 0 come first, then as many of expert 1, and so on."""
+    num_choices = ops.shape(choices)[0]
+    return ops.arange(num_choices, dtype="int32") // (num_choices // num_experts)

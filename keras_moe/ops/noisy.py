@@ -5,7 +5,7 @@ Axes: T tokens, E experts, K experts per token.
 
 from keras import ops
 
-from keras_moe.ops.selection import take_scores, top_k_indices
+from keras_moe.ops.selection import chosen_experts, take_scores, top_k_indices
 
 
 def noisy_load(clean, noisy, deviation, top_k, mask):
@@ -30,9 +30,7 @@ def noisy_load(clean, noisy, deviation, top_k, mask):
     best = top_k_indices(noisy, top_k + 1)
     values = take_scores(noisy, best)
     last_in, first_out = values[:, top_k - 1 : top_k], values[:, top_k:]
-    is_in = ops.any(
-        ops.expand_dims(best[:, :top_k], -1) == ops.arange(num_experts, dtype="int32"), axis=1
-    )
+    is_in = chosen_experts(best[:, :top_k], num_experts)
     threshold = ops.where(is_in, first_out, last_in)
     chance = normal_cdf((clean - threshold) / deviation)
     return ops.sum(ops.where(ops.expand_dims(mask, 1), chance, 0.0), axis=0)

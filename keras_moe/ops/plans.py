@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_moe import backend
-from keras_moe.ops.groups import ChosenGroups, Groups, combine_rows, dispatch_rows
+from keras_moe.ops.groups import Groups, combine_rows, dispatch_rows
 
 
 class GroupedPlan(NamedTuple):
@@ -72,7 +72,7 @@ def plan_groups(routing, capacity=None, first=None, sequence_length=None):
         place = place_in_queue(queue, num_queues, _turns(first, num_tokens, top_k))
         has_room = place < capacity
         expert_of_assignment = ops.where(has_room, expert_of_assignment, nobody)
-        sizes = _sizes(expert_of_assignment, num_experts + 1)[:num_experts]
+        sizes = queue_sizes(expert_of_assignment, num_experts + 1)[:num_experts]
     order, rank = sort_by_expert(expert_of_assignment, num_experts + 1)
     rows = ops.where(expert_of_assignment < nobody, rank, -1)
     groups = Groups(
@@ -81,30 +81,6 @@ def plan_groups(routing, capacity=None, first=None, sequence_length=None):
         rows_of_token=ops.transpose(ops.reshape(rows, (top_k, num_tokens))),
     )
     return GroupedPlan(groups, routing.weights)
-
-
-def plan_choices(token_of_choice, weights, valid, num_experts, mask):
-    """Put the tokens that experts chose behind one another.
-
-    Args:
-        token_of_choice: (R,) int32, the choices of expert 0, then of expert 1, and so on, as many
-            of each.
-        weights: (R,) float32.
-        valid: (R,) bool, False where an expert found no token.
-        num_experts: E.
-        mask: (T,) bool, False for padding.
-
-    Returns:
-        A `GroupedPlan`.
-    """
-    num_choices = ops.shape(token_of_choice)[0]
-    expert = ops.arange(num_choices, dtype="int32") // (num_choices // num_experts)
-    expert = ops.where(valid, expert, num_experts)
-    order, rank = sort_by_expert(expert, num_experts + 1)
-    row = ops.where(valid, rank, -1)
-    sizes = _sizes(expert, num_experts + 1)[:num_experts]
-    groups = ChosenGroups(sizes, order, row, token_of_choice, mask)
-    return GroupedPlan(groups, weights)
 
 
 def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
@@ -154,11 +130,11 @@ def place_in_queue(queue, num_queues, turns=None):
         places = place_in_queue(ops.take(queue, turns), num_queues)
         return ops.scatter(ops.expand_dims(turns, 1), places, ops.shape(queue))
     _, rank = sort_by_expert(queue, num_queues)
-    sizes = _sizes(queue, num_queues)
+    sizes = queue_sizes(queue, num_queues)
     return rank - ops.take(ops.cumsum(sizes) - sizes, queue)
 
 
-def _sizes(queue, num_queues):
+def queue_sizes(queue, num_queues):
     """How many stand in each queue, (num_queues,) int32."""
     return ops.segment_sum(ops.ones_like(queue), queue, num_queues)
 

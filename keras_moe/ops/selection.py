@@ -55,9 +55,14 @@ def group_limited_scores(scores, num_groups, top_groups):
     best = top_k_indices(ops.reshape(grouped, (-1, size)), min(2, size))
     flat = ops.sum(take_scores(ops.reshape(grouped, (-1, size)), best), axis=-1)
     chosen = top_k_indices(ops.reshape(flat, (-1, num_groups)), top_groups)
-    group_of_expert = ops.arange(scores.shape[-1], dtype="int32") // size
-    admitted = ops.any(ops.expand_dims(chosen, -1) == group_of_expert, axis=1)
+    admitted = ops.repeat(chosen_experts(chosen, num_groups), size, axis=1)
     return ops.where(admitted, scores, float("-inf"))
+
+
+def chosen_experts(indices, num_experts):
+    """(T, E) bool: whether each expert is among the indices (T, K) of a token."""
+    experts = ops.arange(num_experts, dtype="int32")
+    return ops.any(ops.expand_dims(indices, -1) == experts, axis=1)
 
 
 def take_scores(scores, indices):

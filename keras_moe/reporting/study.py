@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from keras_moe import health, metrics
-from keras_moe.inspection import moe_layers, record_routings
+from keras_moe.inspection import has_moe_layers, moe_layers, record_routings
 from keras_moe.reporting.texts import positions_of, token_texts
 from keras_moe.summary import summarize
 from keras_moe.visualization.labels import bits_in_common, label_table
@@ -51,10 +51,9 @@ def study(model, data, labels, tokens):
             "There must be one label for each document. "
             f"Received: {len(labels)} labels for {num_documents} documents."
         )
-    try:
-        layers = moe_layers(model)
-    except ValueError:
+    if not has_moe_layers(model):
         return Study(num_documents, [])
+    layers = moe_layers(model)
     recorded = record_routings(model, _batches(arrays, num_documents))
     called = {name: routings for name, routings in recorded.items() if routings}
     joined = by_layer(called) if called else {}

@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from keras_moe.ops import balanced_assignment, clean_logits, top_k_indices, top_k_routing
+from keras_moe.ops import balanced_assignment, top_k_indices, top_k_routing
 from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.serialization import register
 
@@ -52,7 +52,7 @@ class BalancedAssignmentRouter(LogitRouter):
         self.top_k = 1
 
     def route(self, tokens, mask, training):
-        logits, mask = clean_logits(self.logits(tokens, training), mask)
+        logits, mask = self.logits(tokens, mask, training)
 
         def select(scores):
             if not training:

@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from keras_moe.ops import clean_logits, make_routing
+from keras_moe.ops import make_routing
 from keras_moe.ops.scores import softmax
 from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.serialization import register
@@ -46,7 +46,7 @@ class DenseRouter(LogitRouter):
         self.top_k = num_experts
 
     def route(self, tokens, mask, training):
-        logits, mask = clean_logits(self.logits(tokens, training), mask)
+        logits, mask = self.logits(tokens, mask, training)
         probs = softmax(logits)
         experts = ops.arange(self.num_experts, dtype="int32")
         indices = ops.broadcast_to(experts, ops.shape(probs))

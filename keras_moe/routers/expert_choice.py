@@ -53,7 +53,7 @@ class ExpertChoiceRouter(LogitRouter):
         self.top_k = num_experts
 
     def route(self, tokens, mask, training, sequence_length=None):
-        logits = self.logits(tokens, training)
+        logits, mask = self.logits(tokens, mask, training)
         return expert_choice_routing(logits, self.capacity_factor, mask, sequence_length)
 
     def plan(self, routing, **capacity):

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_moe.ops import clean_logits, make_routing, take_scores, top_k_indices
+from keras_moe.ops import make_routing, take_scores, top_k_indices
 from keras_moe.ops.scores import distribution, softmax
 from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.serialization import register
@@ -58,7 +58,7 @@ class GShardRouter(LogitRouter):
         self.top_k = 2
 
     def route(self, tokens, mask, training):
-        logits, mask = clean_logits(self.logits(tokens, training), mask)
+        logits, mask = self.logits(tokens, mask, training)
         probs = softmax(logits)
         indices = top_k_indices(probs, 2)
         weights = distribution(take_scores(probs, indices))

@@ -3,7 +3,8 @@
 import numpy as np
 from keras import ops
 
-from keras_moe.ops import count_assignments, make_routing
+from keras_moe.ops import make_routing
+from keras_moe.ops.selection import chosen_experts
 from keras_moe.routers.router import Router, check_top_k
 from keras_moe.serialization import register
 from keras_moe.validation import check_positive_integer
@@ -88,13 +89,11 @@ def fixed_routing(indices, mask, num_experts):
     """A routing to given experts (T, K) with equal weights, which nothing was learned for."""
     num_tokens, top_k = ops.shape(indices)
     mask = ops.ones((num_tokens,), "bool") if mask is None else mask
-    experts = ops.arange(num_experts, dtype="int32")
-    chosen = ops.any(ops.expand_dims(indices, -1) == experts, axis=1)
+    chosen = chosen_experts(indices, num_experts)
     return make_routing(
         indices=indices,
         weights=ops.zeros((num_tokens, top_k), "float32") + 1.0 / top_k,
         probs=ops.cast(chosen, "float32") / top_k,
         logits=ops.zeros((num_tokens, num_experts), "float32"),
         mask=mask,
-        counts=count_assignments(indices, mask, num_experts),
     )

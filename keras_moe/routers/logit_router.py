@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_moe.ops import clean_logits
 from keras_moe.routers.router import Router
 from keras_moe.validation import check_fraction, check_not_negative
 
@@ -53,15 +54,15 @@ class LogitRouter(Router):
         """Logits (T, E) of tokens (T, D), without noise."""
         return ops.matmul(tokens, self.kernel)
 
-    def logits(self, tokens, training):
-        """Logits (T, E) of tokens (T, D), with the noise of training."""
+    def logits(self, tokens, mask, training):
+        """Logits (T, E) of tokens (T, D) with the noise of training, and a mask: `clean_logits`."""
         if training and self.input_jitter:
             low, high = 1.0 - self.input_jitter, 1.0 + self.input_jitter
             tokens = tokens * self._noise(keras.random.uniform, tokens, minval=low, maxval=high)
         logits = self.project(tokens)
         if training and self.logit_noise:
             logits = logits + self._noise(keras.random.normal, logits, stddev=self.logit_noise)
-        return logits
+        return clean_logits(logits, mask)
 
     def _add_kernel(self, name, shape):
         return self.add_weight(

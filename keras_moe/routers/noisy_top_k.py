@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_moe.ops import clean_logits, make_routing, noisy_load, take_scores, top_k_indices
+from keras_moe.ops import make_routing, noisy_load, take_scores, top_k_indices
 from keras_moe.ops.scores import distribution, softmax
 from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.routers.router import check_top_k
@@ -58,7 +58,7 @@ class NoisyTopKRouter(LogitRouter):
         )
 
     def route(self, tokens, mask, training):
-        clean, mask = clean_logits(self.logits(tokens, training), mask)
+        clean, mask = self.logits(tokens, mask, training)
         noisy, load = clean, None
         if training:
             deviation = ops.softplus(ops.matmul(tokens, self.noise_kernel)) + 0.01

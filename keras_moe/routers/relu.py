@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_moe.ops import clean_logits, make_routing, masked_mean, take_scores, top_k_indices
+from keras_moe.ops import make_routing, masked_mean, take_scores, top_k_indices
 from keras_moe.ops.scores import distribution
 from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.routers.router import check_top_k
@@ -78,7 +78,7 @@ class ReLURouter(LogitRouter):
         )
 
     def route(self, tokens, mask, training):
-        logits, mask = clean_logits(self.logits(tokens, training), mask)
+        logits, mask = self.logits(tokens, mask, training)
         scores = ops.relu(logits)
         indices = top_k_indices(scores, self.top_k)
         weights = take_scores(scores, indices)

@@ -68,7 +68,7 @@ class SelectionRouter(LogitRouter):
         return top_k_indices(scores, self.top_k)
 
     def route(self, tokens, mask, training, indices=None):
-        logits = self.logits(tokens, training)
+        logits, mask = self.logits(tokens, mask, training)
         if indices is not None:
             return self._weigh(logits, mask, lambda scores: ops.cast(indices, "int32"))
         if self.balancer is None:

@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from keras_moe.ops import clean_logits, sinkhorn_plan, top_k_indices, top_k_routing
+from keras_moe.ops import sinkhorn_plan, top_k_indices, top_k_routing
 from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.routers.router import check_top_k
 from keras_moe.serialization import register
@@ -55,7 +55,7 @@ class SinkhornRouter(LogitRouter):
         self.iterations = iterations
 
     def route(self, tokens, mask, training):
-        logits, mask = clean_logits(self.logits(tokens, training), mask)
+        logits, mask = self.logits(tokens, mask, training)
 
         def select(scores):
             if training:

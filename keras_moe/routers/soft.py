@@ -68,7 +68,7 @@ class SoftRouter(LogitRouter):
         return ops.matmul(unit(tokens, axis=1), kernel)
 
     def route(self, tokens, mask, training, sequence_length=None):
-        logits = self.logits(tokens, training)
+        logits, mask = self.logits(tokens, mask, training)
         return soft_routing(logits, self.num_experts, mask, sequence_length)
 
     def plan(self, routing, **capacity):

@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from keras_moe.ops import clean_logits, make_routing, take_scores, top_k_indices
+from keras_moe.ops import make_routing, take_scores, top_k_indices
 from keras_moe.ops.scores import softmax
 from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.routers.router import check_top_k
@@ -55,7 +55,7 @@ class TopPRouter(LogitRouter):
         self.max_top_k = self.top_k = max_top_k
 
     def route(self, tokens, mask, training):
-        logits, mask = clean_logits(self.logits(tokens, training), mask)
+        logits, mask = self.logits(tokens, mask, training)
         probs = softmax(logits)
         indices = top_k_indices(probs, self.top_k)
         weights = take_scores(probs, indices)

@@ -2,7 +2,7 @@
 
 import keras
 
-from keras_moe.ops import clean_logits, make_routing, noisy_load, take_scores, top_k_indices
+from keras_moe.ops import make_routing, noisy_load, take_scores, top_k_indices
 from keras_moe.ops.scores import softmax
 from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.routers.router import check_top_k
@@ -52,7 +52,7 @@ class VMoERouter(LogitRouter):
         self.noise_std = noise_std
 
     def route(self, tokens, mask, training):
-        clean, mask = clean_logits(self.logits(tokens, training), mask)
+        clean, mask = self.logits(tokens, mask, training)
         noisy, load = clean, None
         if training and self.noise_std:
             deviation = self.noise_std / self.num_experts
