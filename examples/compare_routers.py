@@ -20,6 +20,7 @@ import keras
 import numpy as np
 import pictures
 import tensorflow as tf
+from twins import spread
 from vocabulary import Vocabulary
 
 from keras_moe import callbacks, layers, losses, routers
@@ -244,11 +245,6 @@ def steps_to_balance(imbalance):
     above = np.flatnonzero(np.array(imbalance) >= BALANCED)
     first = above[-1] + 1 if len(above) else 0
     return None if first == len(imbalance) else int(first) * STEPS_AN_ENTRY
-
-
-def spread(values, form):
-    text = form.format(np.mean(values))
-    return f"{text} +- {form.format(np.std(values))}" if len(values) > 1 else text
 
 
 if __name__ == "__main__":

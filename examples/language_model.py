@@ -26,6 +26,7 @@ from decoder_model import build_model, moe_every, write
 from id_batches import Batches, rows
 from subwords import END, Subwords
 from training_journal import Journal
+from twins import count_parameters, dense_feedforward, spread
 
 from keras_moe import callbacks, inspection, layers
 
@@ -75,7 +76,7 @@ def main(arguments=None):
         model = make_model(name, len(subwords), options, size)
         history = fit(model, data, seed, size, options, progress / f"{name}-{seed}")
         results[name]["runs"].append(summary(history))
-        results[name].update(count_parameters(name, model))
+        results[name].update(count_parameters(model))
         histories.setdefault(name, history)
         if (seed, name) == (0, SPARSE):
             save(model, subwords, options.output)
@@ -128,13 +129,7 @@ def make_model(name, num_tokens, options, size):
     top_k = sparse().router.top_k
 
     def dense():
-        """As wide as the experts that serve one token, together."""
-        return keras.Sequential(
-            [
-                keras.layers.Dense(top_k * size.hidden_dim, activation="gelu"),
-                keras.layers.Dense(size.features),
-            ]
-        )
+        return dense_feedforward(top_k, size.hidden_dim, size.features)
 
     with_experts = sparse if name == SPARSE else dense
     feedforwards = moe_every(options.moe_every, size.blocks, with_experts, dense)
@@ -162,7 +157,7 @@ def fit(model, data, seed, size, options, folder):
         # PyTorch has no XLA.
         jit_compile=keras.backend.backend() != "torch",
     )
-    monitors = [callbacks.ExpertMonitor()] if has_experts(model) else []
+    monitors = [callbacks.ExpertMonitor()] if inspection.has_moe_layers(model) else []
     backup = keras.callbacks.BackupAndRestore(folder / "backup", double_checkpoint=True)
     batches = Batches(train, options.batch_size, size.steps, seed)
     model.fit(
@@ -178,10 +173,6 @@ def fit(model, data, seed, size, options, folder):
     return journal.history
 
 
-def has_experts(model):
-    return any(isinstance(layer, layers.MixtureOfExperts) for layer in model._flatten_layers())
-
-
 def summary(history):
     return {
         "validation_perplexity": float(np.exp(history["val_loss"][-1])),
@@ -189,23 +180,12 @@ def summary(history):
     }
 
 
-def count_parameters(name, model):
-    """All parameters, and those that work on one token."""
-    total, idle = model.count_params(), 0
-    for layer in inspection.moe_layers(model).values() if name == SPARSE else ():
-        unused = 1 - layer.router.top_k / layer.router.num_experts
-        idle += round(unused * layer.experts.count_params())
-    return {"parameters": total, "active_parameters": total - idle}
-
-
 def print_report(report):
     print(f"\n{report['dataset']}: {'validation perplexity':>28} {'ms a step':>10}", end=" ")
     print(f"{'parameters':>12} {'active':>12}")
     for name, result in report["results"].items():
         perplexities = [run["validation_perplexity"] for run in result["runs"]]
-        perplexity = f"{np.mean(perplexities):.2f}"
-        if len(perplexities) > 1:
-            perplexity += f" +- {np.std(perplexities):.2f}"
+        perplexity = spread(perplexities, "{:.2f}")
         ms = np.mean([run["ms_per_step"] for run in result["runs"]])
         print(f"{name:<27} {perplexity:>20} {ms:>10.0f}", end=" ")
         print(f"{result['parameters']:>12,} {result['active_parameters']:>12,}")

@@ -12,7 +12,6 @@ Runs on the backend that KERAS_BACKEND names.
 """
 
 import argparse
-import functools
 import json
 import pathlib
 
@@ -24,6 +23,7 @@ import pictures
 import text_classification
 from id_batches import rows
 from subwords import Subwords
+from twins import dense_feedforward, spread
 from vocabulary import Vocabulary
 
 DENSE = "dense"
@@ -100,12 +100,12 @@ def classifiers(options):
 
     def train(experts, seed):
         settings = text_classification.parse_options(["--experts", str(experts or 2)])
-        make = (
-            text_classification.dense_feedforward
-            if experts is None
-            else text_classification.expert_feedforward
-        )
-        feedforward = functools.partial(make, settings, size)
+
+        def feedforward():
+            if experts is None:
+                return dense_feedforward(settings.top_k, size.hidden_dim, size.features)
+            return text_classification.expert_feedforward(settings, size)
+
         model = text_classification.build_model(feedforward, vocabulary, size, num_classes)
         history, run = text_classification.fit(model, arrays, settings)
         steps = len(arrays[0][0]) // min(settings.batch_size, len(arrays[0][0]))
@@ -139,12 +139,8 @@ def print_table(task, models):
         timed = [loss_at(run, dense["seconds"][-1]) for run, dense in zip(runs, models[DENSE])]
         ms = np.mean([run["ms_per_step"] for run in runs])
         span = f"{min(gains):+.4f} to {max(gains):+.4f}"
-        print(f"{name:<20} {spread(last):>18} {span:>22} {spread(timed):>18} {ms:>10.0f}")
-
-
-def spread(values):
-    text = f"{np.mean(values):.4f}"
-    return f"{text} +- {np.std(values):.4f}" if len(values) > 1 else text
+        losses, timed = (spread(values, "{:.4f}") for values in (last, timed))
+        print(f"{name:<20} {losses:>18} {span:>22} {timed:>18} {ms:>10.0f}")
 
 
 if __name__ == "__main__":

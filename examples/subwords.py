@@ -2,11 +2,11 @@
 
 import hashlib
 import io
-import os
 import pathlib
 
 import numpy as np
 import sentencepiece
+from whole_files import write_whole
 
 PADDING, START, END, UNKNOWN = range(4)
 
@@ -41,11 +41,7 @@ class Subwords:
                 unk_id=UNKNOWN,
                 minloglevel=2,
             )
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # The finished file appears in one step: a run that is killed leaves no half of it.
-            part = path.with_suffix(f".{os.getpid()}")
-            part.write_bytes(content.getvalue())
-            part.rename(path)
+            write_whole(path, content.getvalue())
         return cls.load(path)
 
     @classmethod

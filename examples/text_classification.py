@@ -21,6 +21,7 @@ import numpy as np
 import pictures
 import tensorflow as tf
 from phrase_embedding import PhraseEmbedding
+from twins import count_parameters, dense_feedforward, spread
 from vocabulary import Vocabulary, split_words
 
 import keras_moe
@@ -61,7 +62,9 @@ def main(arguments=None):
     arrays = [encoded(split) for split in (train, validation, test)]
     feedforwards = {"mixture of experts": lambda: expert_feedforward(options, size)}
     if options.compare:
-        feedforwards["dense twin"] = lambda: dense_feedforward(options, size)
+        feedforwards["dense twin"] = lambda: dense_feedforward(
+            options.top_k, size.hidden_dim, size.features
+        )
     results, histories = {}, {}
     for name, feedforward in feedforwards.items():
         runs = []
@@ -131,16 +134,6 @@ def expert_feedforward(options, size):
         layers.FeedForwardExperts(options.experts, size.hidden_dim),
         router=routers.TopKRouter(options.experts, top_k=options.top_k),
         name="experts",
-    )
-
-
-def dense_feedforward(options, size):
-    """As wide as the experts that serve one token, together."""
-    return keras.Sequential(
-        [
-            keras.layers.Dense(options.top_k * size.hidden_dim, activation="gelu"),
-            keras.layers.Dense(size.features),
-        ]
     )
 
 
@@ -236,15 +229,6 @@ def moe_layers(model):
     }
 
 
-def count_parameters(model):
-    """All parameters, and those that work on one token."""
-    total, idle = model.count_params(), 0
-    for layer in moe_layers(model).values():
-        unused = 1 - layer.router.top_k / layer.router.num_experts
-        idle += round(unused * layer.experts.count_params())
-    return {"parameters": total, "active_parameters": total - idle}
-
-
 def expert_usage(model, ids, labels, num_classes, per_class=64):
     """(classes, experts) assignment counts of each MoE layer, over a few documents a class."""
     usage = {name: [] for name in moe_layers(model)}
@@ -280,9 +264,7 @@ def print_report(report, usage):
     print(f"{'parameters':>12} {'active':>12}")
     for name, result in report["results"].items():
         accuracies = [run["test_accuracy"] for run in result["runs"]]
-        accuracy = f"{np.mean(accuracies):.2%}"
-        if len(accuracies) > 1:
-            accuracy += f" +- {np.std(accuracies):.2%}"
+        accuracy = spread(accuracies, "{:.2%}")
         ms = np.mean([run["ms_per_step"] for run in result["runs"]])
         print(f"{name:<27} {accuracy:>20} {ms:>10.0f}", end=" ")
         print(f"{result['parameters']:>12,} {result['active_parameters']:>12,}")

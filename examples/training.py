@@ -3,12 +3,12 @@
 import csv
 import hashlib
 import json
-import os
 
 import keras
 from translator import SmoothedCrossentropy
+from whole_files import write_whole
 
-from keras_moe import callbacks, layers
+from keras_moe import callbacks, inspection
 
 LEARNING_RATE = 2e-3
 LABEL_SMOOTHING = 0.1
@@ -37,7 +37,7 @@ def fit(model, train, validation, epochs, folder):
     if done:
         print(f"Going on after epoch {done} of {epochs}, which an earlier run finished.")
     compile_for_training(model, epochs * len(train))
-    monitors = [callbacks.ExpertMonitor()] if has_experts(model) else []
+    monitors = [callbacks.ExpertMonitor()] if inspection.has_moe_layers(model) else []
     try:
         model.fit(
             train.dataset(),
@@ -95,10 +95,6 @@ def finished_epochs(backup):
         return 0
 
 
-def has_experts(model):
-    return any(isinstance(layer, layers.MixtureOfExperts) for layer in model._flatten_layers())
-
-
 def read_log(path):
     """Columns of the log. An epoch that was logged twice counts as it was the second time."""
     with open(path, newline="", encoding="utf-8") as file:
@@ -113,7 +109,4 @@ def digest(*settings):
 
 
 def write_json(path, content):
-    """The finished file appears in one step: a run that is killed leaves no half of it."""
-    part = path.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    part.rename(path)
+    write_whole(path, json.dumps(content, indent=2).encode("utf-8"))

@@ -4,6 +4,7 @@ import json
 import time
 
 import keras
+from whole_files import write_whole
 
 
 class Journal(keras.callbacks.Callback):
@@ -35,7 +36,4 @@ class Journal(keras.callbacks.Callback):
         values = {name: float(value) for name, value in logs.items()}
         # An epoch that was interrupted after its log was written is run again.
         self._epochs[str(epoch)] = {**values, "ms_per_step": self._ms_per_step}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self._epochs), encoding="utf-8")
-        part.replace(self.path)
+        write_whole(self.path, json.dumps(self._epochs).encode("utf-8"))

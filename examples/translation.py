@@ -26,9 +26,10 @@ from sentence_batches import SentenceBatches, Shapes
 from subwords import Subwords
 from translation_scores import scores, translation_memory
 from translator import Translator
+from twins import count_parameters, dense_feedforward, spread
 from writing import write
 
-from keras_moe import inspection, layers, routers
+from keras_moe import layers, routers
 
 
 class Size(typing.NamedTuple):
@@ -65,7 +66,7 @@ def main(arguments=None):
     embedding = bilingual_embedding(train, len(subwords), size.features)
     feedforwards = {"mixture of experts": expert_feedforward}
     if options.compare:
-        feedforwards["dense twin"] = dense_feedforward
+        feedforwards["dense twin"] = twin_feedforward
     unfinished = options.output / "unfinished" / settings_name(options)
     results, histories = {}, {}
     for name, feedforward in feedforwards.items():
@@ -82,7 +83,7 @@ def main(arguments=None):
                 histories[name] = history
                 if name == "mixture of experts":
                     shown = model
-        results[name] = {"runs": runs, **count_parameters(model, options.top_k)}
+        results[name] = {"runs": runs, **count_parameters(model)}
 
     memory = scores(translation_memory(data.test.sources, data.train), data.test.targets)
     report = {"dataset": options.dataset, "results": results, "translation memory": memory}
@@ -143,15 +144,8 @@ def expert_feedforward(options, size, name):
     )
 
 
-def dense_feedforward(options, size, name):
-    """As wide as the experts that serve one piece, together."""
-    return keras.Sequential(
-        [
-            keras.layers.Dense(options.top_k * size.hidden_dim, activation="gelu"),
-            keras.layers.Dense(size.features),
-        ],
-        name=name,
-    )
+def twin_feedforward(options, size, name):
+    return dense_feedforward(options.top_k, size.hidden_dim, size.features, name=name)
 
 
 def build_model(feedforward, vocabulary_size, options, size):
@@ -177,16 +171,6 @@ def test(model, subwords, split, shapes, beams, folder):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def count_parameters(model, top_k):
-    """All parameters, and those that work on one piece."""
-    total, idle = model.count_params(), 0
-    if training.has_experts(model):
-        for layer in inspection.moe_layers(model).values():
-            unused = 1 - top_k / layer.experts.num_experts
-            idle += round(unused * layer.experts.count_params())
-    return {"parameters": total, "active_parameters": total - idle}
-
-
 def print_report(report, usage):
     print(f"\n{report['dataset']}, test: {'BLEU':>22} {'chrF':>6} {'greedy BLEU':>12}", end=" ")
     print(f"{'pieces/s':>9} {'parameters':>12} {'active':>12}")
@@ -200,7 +184,7 @@ def print_report(report, usage):
                 ("greedy", "pieces_per_second"),
             )
         )
-        shown = f"{bleu.mean():.2f}" + (f" +- {bleu.std():.2f}" if len(bleu) > 1 else "")
+        shown = spread(bleu, "{:.2f}")
         print(f"{name:<25} {shown:>15} {chrf.mean():>6.2f} {greedy.mean():>12.2f}", end=" ")
         print(f"{speed.mean():>9.0f} {result['parameters']:>12,}", end=" ")
         print(f"{result['active_parameters']:>12,}")

@@ -14,19 +14,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
 import datasets  # noqa: E402
 import moe_vs_dense  # noqa: E402
-
-TOPICS = [text.split() for text in ("orbit moon rocket launch star", "engine wheel road brake oil")]
-
-
-def split(documents, seed):
-    draw = np.random.default_rng(seed)
-    labels = draw.integers(0, len(TOPICS), documents).astype("int32")
-    return datasets.Split([" ".join(draw.choice(TOPICS[label], 40)) for label in labels], labels)
+from made_up_text import made_up_text  # noqa: E402
 
 
 def test_every_task_is_trained_with_and_without_experts(monkeypatch, tmp_path, capsys):
-    splits = [split(documents, seed) for seed, documents in enumerate((96, 48, 32))]
-    data = datasets.TextDataset(*splits, class_names=["space", "cars"])
+    data = made_up_text((96, 48, 32), num_words=40)
     monkeypatch.setattr(datasets, "load", lambda name, data_dir=None: data)
     monkeypatch.chdir(tmp_path)
     size = moe_vs_dense.language_model.SMOKE._replace(subwords=40)

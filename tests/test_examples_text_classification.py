@@ -23,23 +23,13 @@ import datasets  # noqa: E402
 import phrase_embedding  # noqa: E402
 import text_classification  # noqa: E402
 from datasets import newsgroups, wheels  # noqa: E402
+from made_up_text import made_up_text  # noqa: E402
 from vocabulary import PADDING, UNKNOWN, Vocabulary  # noqa: E402
-
-TOPICS = {"space": "orbit moon rocket launch star", "cars": "engine wheel road brake driver"}
-
-
-def made_up_split(documents, seed):
-    generator = np.random.default_rng(seed)
-    labels = generator.integers(0, len(TOPICS), documents).astype("int32")
-    words = [topic.split() for topic in TOPICS.values()]
-    texts = [" ".join(generator.choice(words[label], 12)) for label in labels]
-    return datasets.Split(texts, labels)
 
 
 @pytest.fixture
 def made_up_data(monkeypatch):
-    splits = [made_up_split(documents, seed) for seed, documents in enumerate((256, 32, 32))]
-    data = datasets.TextDataset(*splits, class_names=list(TOPICS))
+    data = made_up_text((256, 32, 32))
     monkeypatch.setattr(datasets, "load", lambda name, data_dir=None: data)
 
 

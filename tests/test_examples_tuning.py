@@ -18,7 +18,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import datasets  # noqa: E402
 import hyperparameter_tuning  # noqa: E402
-from test_examples_text_classification import TOPICS, made_up_split  # noqa: E402
+from made_up_text import made_up_text  # noqa: E402
 
 # KerasTuner asks the current thread for its name in an old way.
 pytestmark = pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\):DeprecationWarning")
@@ -27,8 +27,7 @@ PROJECT = "reuters_r8-1_epochs-1_seeds-budget_1.1-smoke"
 
 
 def made_up_data(name, data_dir=None):
-    splits = [made_up_split(documents, seed) for seed, documents in enumerate((128, 32, 32))]
-    return datasets.TextDataset(*splits, class_names=list(TOPICS))
+    return made_up_text((128, 32, 32))
 
 
 def arguments(folder, trials):

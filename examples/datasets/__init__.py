@@ -5,6 +5,7 @@ import typing
 import numpy as np
 import tensorflow_datasets as tfds
 
+from .catalogue import find_builder
 from .newsgroups import ReutersR8, TwentyNewsgroups
 from .rotten_tomatoes import RottenTomatoes
 
@@ -44,15 +45,7 @@ def load(name, data_dir=None):
 
 
 def _builder(name, data_dir):
-    if name in BUILT_IN:
-        return BUILT_IN[name](data_dir=data_dir)
-    if name.split("/")[0] not in tfds.list_builders(with_community_datasets=False):
-        raise ValueError(
-            f"There is no such data set. Received: {name!r}. Built in are {', '.join(BUILT_IN)}; "
-            "https://www.tensorflow.org/datasets/catalog lists the others."
-        )
-    print(f"{name} comes from TFDS: without internet its download hangs; Ctrl-C ends it.")
-    builder = tfds.builder(name, data_dir=data_dir)
+    builder = find_builder(name, data_dir, BUILT_IN, "lists the others.")
     keys = builder.info.supervised_keys or (None, None)
     features = [key and builder.info.features[key] for key in keys]
     if not isinstance(features[0], tfds.features.Text) or not isinstance(

@@ -5,6 +5,7 @@ import typing
 import tensorflow_datasets as tfds
 
 from .bible import BibleEsEn
+from .catalogue import find_builder
 from .libreoffice_help import LibreofficeHelp
 
 BUILT_IN = {builder.name: builder for builder in (BibleEsEn, LibreofficeHelp)}
@@ -49,15 +50,7 @@ def load(name, data_dir=None):
 
 
 def _builder(name, data_dir):
-    if name in BUILT_IN:
-        return BUILT_IN[name](data_dir=data_dir)
-    if name.split("/")[0] not in tfds.list_builders(with_community_datasets=False):
-        raise ValueError(
-            f"There is no such data set. Received: {name!r}. Built in are {', '.join(BUILT_IN)}; "
-            "https://www.tensorflow.org/datasets/catalog lists the others under Translate."
-        )
-    print(f"{name} comes from TFDS: without internet its download hangs; Ctrl-C ends it.")
-    builder = tfds.builder(name, data_dir=data_dir)
+    builder = find_builder(name, data_dir, BUILT_IN, "lists the others under Translate.")
     features = [builder.info.features[key] for key in builder.info.supervised_keys or ()]
     if len(features) != 2 or not all(isinstance(item, tfds.features.Text) for item in features):
         raise ValueError(

@@ -1,0 +1,29 @@
+"""What a mixture of experts and a dense model of the same active size are compared with."""
+
+import keras
+import numpy as np
+
+from keras_moe import summary
+
+
+def dense_feedforward(top_k, hidden_dim, features, **kwargs):
+    """As wide as the experts that serve one token, together."""
+    return keras.Sequential(
+        [
+            keras.layers.Dense(top_k * hidden_dim, activation="gelu"),
+            keras.layers.Dense(features),
+        ],
+        **kwargs,
+    )
+
+
+def count_parameters(model):
+    """All parameters, and those that work on one token."""
+    total, active = summary.count_parameters(model)
+    return {"parameters": total, "active_parameters": active}
+
+
+def spread(values, form):
+    """The mean of several runs and, if there are several, their standard deviation."""
+    text = form.format(np.mean(values))
+    return f"{text} +- {form.format(np.std(values))}" if len(values) > 1 else text
