@@ -22,14 +22,6 @@ def build_model(num_tokens, length, features, feedforwards, dropout=0.0):
     return keras.Model(ids, logits)
 
 
-def moe_every(number, num_blocks, sparse, dense):
-    """Feed-forward layers of `num_blocks` blocks: every `number`-th from `sparse()`, as in GShard.
-
-    Reference: Lepikhin et al. 2020 (arXiv:2006.16668), section 2.2, where every other one is.
-    """
-    return [sparse() if (block + 1) % number == 0 else dense() for block in range(num_blocks)]
-
-
 class Writer(keras.Model):
     """Goes on with rows of ids, one token after the other, in a compiled loop of fixed shapes.
 

@@ -22,11 +22,11 @@ import datasets
 import keras
 import numpy as np
 import pictures
-from decoder_model import build_model, moe_every, write
+from decoder_model import build_model, write
 from id_batches import Batches, rows
 from subwords import END, Subwords
 from training_journal import Journal
-from twins import count_parameters, dense_feedforward, spread
+from twins import count_parameters, dense_feedforward, moe_every, spread
 
 from keras_moe import callbacks, inspection, layers
 
@@ -53,6 +53,8 @@ SMOKE = Size(
 )  # fmt: skip
 LEARNING_RATE, WARM_UP, LAST_RATE = 5e-3, 0.08, 0.05
 SPARSE, DENSE = "mixture of experts", "dense twin"
+# Trained for as long as the mixture, in more steps if they are faster.
+DENSE_EQUAL_TIME = "dense twin, equal time"
 
 
 def main(arguments=None):
@@ -68,13 +70,14 @@ def main(arguments=None):
     print(f"{data[0].size:,} subwords to learn from, {size.steps * size.epochs} steps")
 
     progress = options.output / "progress" / digest(options, size)
-    names = (SPARSE, DENSE) if options.compare else (SPARSE,)
+    names = (SPARSE, DENSE, DENSE_EQUAL_TIME) if options.compare else (SPARSE,)
     results, histories = {name: {"runs": []} for name in names}, {}
     for seed, name in itertools.product(range(options.seeds), names):
         print(f"\n{name}, seed {seed}")
         keras.utils.set_random_seed(seed)
         model = make_model(name, len(subwords), options, size)
-        history = fit(model, data, seed, size, options, progress / f"{name}-{seed}")
+        run_size = equal_time(size, results) if name == DENSE_EQUAL_TIME else size
+        history = fit(model, data, seed, run_size, options, progress / f"{name}-{seed}")
         results[name]["runs"].append(summary(history))
         results[name].update(count_parameters(model))
         histories.setdefault(name, history)
@@ -136,6 +139,12 @@ def make_model(name, num_tokens, options, size):
     return build_model(num_tokens, size.length, size.features, feedforwards)
 
 
+def equal_time(size, results):
+    """So many epochs of the dense twin as take the time of the mixture with the same seed."""
+    sparse, dense = (results[name]["runs"][-1]["ms_per_step"] for name in (SPARSE, DENSE))
+    return size._replace(epochs=max(1, round(size.epochs * sparse / dense)))
+
+
 def fit(model, data, seed, size, options, folder):
     """Train, or go on training, and return the history from the first epoch on."""
     journal, finished = Journal(folder / "journal.json"), folder / "model.weights.h5"
@@ -176,18 +185,24 @@ def fit(model, data, seed, size, options, folder):
 def summary(history):
     return {
         "validation_perplexity": float(np.exp(history["val_loss"][-1])),
-        "ms_per_step": history["ms_per_step"][-1],
+        "ms_per_step": float(np.median(history["ms_per_step"])),
+        "epochs": len(history["val_loss"]),
     }
 
 
 def print_report(report):
-    print(f"\n{report['dataset']}: {'validation perplexity':>28} {'ms a step':>10}", end=" ")
+    print(
+        f"\n{report['dataset']}: {'validation perplexity':>28} {'epochs':>8} {'ms a step':>10}",
+        end=" ",
+    )
     print(f"{'parameters':>12} {'active':>12}")
     for name, result in report["results"].items():
         perplexities = [run["validation_perplexity"] for run in result["runs"]]
         perplexity = spread(perplexities, "{:.2f}")
-        ms = np.mean([run["ms_per_step"] for run in result["runs"]])
-        print(f"{name:<27} {perplexity:>20} {ms:>10.0f}", end=" ")
+        epochs, ms = (
+            np.mean([run[key] for run in result["runs"]]) for key in ("epochs", "ms_per_step")
+        )
+        print(f"{name:<27} {perplexity:>20} {epochs:>8.1f} {ms:>10.0f}", end=" ")
         print(f"{result['parameters']:>12,} {result['active_parameters']:>12,}")
 
 

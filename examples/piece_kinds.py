@@ -1,4 +1,4 @@
-"""Which experts serve which kinds of pieces."""
+"""What the experts of a translator see, and which of them serve which kinds of pieces."""
 
 import collections
 
@@ -21,18 +21,25 @@ def usage_by_kind(model, subwords, batches):
     """
     inputs, _, _ = next(iter(batches))
     kind = kind_of_each(subwords, frequent_pieces(batches))
-    encoder = {id(block.feedforward) for block in model.encoder}
+    seen = ids_by_layer(model, inputs)
     usage = {}
-    layers = inspection.moe_layers(model)
     for name, (routing,) in inspection.record_routings(model, [inputs]).items():
-        side = "source" if id(layers[name]) in encoder else "target"
         counts = np.zeros((len(KINDS), len(routing.counts)), int)
-        kinds = kind[inputs[side].reshape(-1)]
+        kinds = kind[seen[name].reshape(-1)]
         for choice in routing.indices.T:
             served = routing.mask & (choice >= 0)
             np.add.at(counts, (kinds[served], choice[served]), 1)
         usage[name] = counts
     return usage
+
+
+def ids_by_layer(model, inputs):
+    """The ids (B, length) that each MoE layer sees: source in encoders, target in decoders."""
+    encoder = {id(block.feedforward) for block in model.encoder}
+    return {
+        name: inputs["source" if id(layer) in encoder else "target"]
+        for name, layer in inspection.moe_layers(model).items()
+    }
 
 
 def frequent_pieces(batches):

@@ -15,7 +15,7 @@ LABEL_SMOOTHING = 0.1
 WARM_UP = 400
 
 
-def fit(model, train, validation, epochs, folder):
+def fit(model, train, validation, epochs, folder, log_dir=None):
     """Train to the last epoch, from where an earlier call with the same `folder` got to.
 
     Args:
@@ -24,6 +24,7 @@ def fit(model, train, validation, epochs, folder):
         validation: `SentenceBatches`.
         epochs: number of epochs in all.
         folder: keeps the weights after each epoch, and `log.csv`.
+        log_dir: folder for TensorBoard, or None.
 
     Returns:
         Dict from the name of each logged value to its values by epoch.
@@ -37,7 +38,9 @@ def fit(model, train, validation, epochs, folder):
     if done:
         print(f"Going on after epoch {done} of {epochs}, which an earlier run finished.")
     compile_for_training(model, epochs * len(train))
-    monitors = [callbacks.ExpertMonitor()] if inspection.has_moe_layers(model) else []
+    monitors = (
+        [callbacks.ExpertMonitor(log_dir=log_dir)] if inspection.has_moe_layers(model) else []
+    )
     try:
         model.fit(
             train.dataset(),

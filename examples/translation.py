@@ -2,6 +2,7 @@
 
     KERAS_BACKEND=jax python examples/translation.py
     KERAS_BACKEND=jax python examples/translation.py --compare --seeds 3
+    KERAS_BACKEND=jax python examples/translation.py --report --log-dir logs
     KERAS_BACKEND=jax python examples/translation.py --translate "Y el rey habló a su pueblo."
 
 Runs on the backend that KERAS_BACKEND names; JAX is the fastest on a CPU. A run that is interrupted
@@ -10,6 +11,7 @@ Datasets, which needs TensorFlow on every backend.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import shutil
@@ -21,14 +23,15 @@ import pictures
 import training
 from bilingual_embedding import bilingual_embedding
 from datasets import pairs
-from piece_kinds import KINDS, usage_by_kind
+from piece_kinds import KINDS, frequent_pieces, ids_by_layer, kind_of_each, usage_by_kind
 from sentence_batches import SentenceBatches, Shapes
 from subwords import Subwords
 from translation_scores import scores, translation_memory
 from translator import Translator
-from twins import count_parameters, dense_feedforward, spread
+from twins import count_parameters, dense_feedforward, moe_every, spread
 from writing import write
 
+import keras_moe
 from keras_moe import layers, routers
 
 
@@ -77,7 +80,9 @@ def main(arguments=None):
             model = build_model(feedforward, len(subwords), options, size)
             model.embedding.embeddings.assign(embedding)
             folder = unfinished / f"{name.replace(' ', '-')}-{seed}"
-            history = training.fit(model, train, validation, options.epochs, folder)
+            history = training.fit(
+                model, train, validation, options.epochs, folder, options.log_dir
+            )
             runs.append(test(model, subwords, data.test, size.shapes, options.beams, folder))
             if seed == 0:
                 histories[name] = history
@@ -94,6 +99,8 @@ def main(arguments=None):
     pictures.learning_curves(histories, options.output / "learning_curves.png")
     pictures.experts_by_class(usage, KINDS, options.output / "experts_by_kind.png")
     pictures.experts_by_layer(usage, options.output / "experts_by_layer.png")
+    if options.report:
+        write_report(shown, subwords, validation, options.output / "report.html")
     shutil.rmtree(unfinished.parent)
     print(f"\nModel, pictures and results are in {options.output}.")
     return report
@@ -110,11 +117,16 @@ def parse_options(arguments):
     parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--top-k", type=int, default=2, help="experts that serve each piece")
+    parser.add_argument("--moe-every", type=int, default=1, help="every n-th block has experts")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=1, help="number of runs to average")
     parser.add_argument("--beams", type=int, default=4, help="1 writes greedily")
     parser.add_argument(
         "--compare", action="store_true", help="train a dense model of equal active size as well"
+    )
+    parser.add_argument("--log-dir", help="folder for TensorBoard")
+    parser.add_argument(
+        "--report", action="store_true", help="write a page about the experts to --output"
     )
     parser.add_argument("--smoke", action="store_true", help="a tiny model on a few sentences")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("translator"))
@@ -128,7 +140,8 @@ def size_of(options):
 
 def settings_name(options):
     """A name for all that a run depends on: another command does not go on with this one's."""
-    settings = (options.dataset, options.experts, options.top_k, options.epochs, options.beams)
+    names = ("dataset", "experts", "top_k", "moe_every", "epochs", "beams")
+    settings = [getattr(options, name) for name in names]
     return training.digest(size_of(options), DROPOUT, *settings)
 
 
@@ -136,22 +149,27 @@ def cut(split, number):
     return pairs.Pairs(split.sources[:number], split.targets[:number])
 
 
-def expert_feedforward(options, size, name):
+def expert_feedforward(options, size):
     return layers.MixtureOfExperts(
         layers.FeedForwardExperts(options.experts, size.hidden_dim),
         router=routers.TopKRouter(options.experts, top_k=options.top_k),
-        name=name,
+        name="experts",
     )
 
 
-def twin_feedforward(options, size, name):
-    return dense_feedforward(options.top_k, size.hidden_dim, size.features, name=name)
+def twin_feedforward(options, size):
+    return dense_feedforward(options.top_k, size.hidden_dim, size.features)
 
 
 def build_model(feedforward, vocabulary_size, options, size):
     encoder, decoder = (
-        [feedforward(options, size, f"{side}_{n}") for n in range(1, size.blocks + 1)]
-        for side in ("encoder", "decoder")
+        moe_every(
+            options.moe_every,
+            size.blocks,
+            functools.partial(feedforward, options, size),
+            functools.partial(twin_feedforward, options, size),
+        )
+        for _ in ("encoder", "decoder")
     )
     model = Translator(vocabulary_size, size.features, encoder, decoder, dropout=DROPOUT)
     model.build({"source": (None, None), "target": (None, None)})
@@ -199,6 +217,21 @@ def save(model, subwords, shapes, output):
     model.save(output / "model.keras")
     subwords.save(output / "subwords.model")
     training.write_json(output / "shapes.json", shapes._asdict())
+
+
+def write_report(model, subwords, split, path, sentences=200):
+    """A page about the experts, with the pieces of sentences coloured by expert.
+
+    Each layer shows the side it works on; the labels are the kinds of the pieces.
+    """
+    longest = split.shapes.lengths[-1]
+    batches = SentenceBatches(split.sources, split.targets, Shapes((longest,), sentences * longest))
+    inputs, _, _ = next(iter(batches))
+    pieces = np.array([subwords.piece(n) for n in range(len(subwords))])
+    kinds = np.array(KINDS)[kind_of_each(subwords, frequent_pieces(batches))]
+    seen = ids_by_layer(model, inputs)
+    labels, tokens = ({name: of[ids] for name, ids in seen.items()} for of in (kinds, pieces))
+    keras_moe.report(model, inputs, labels, tokens, path)
 
 
 def translate(text, output, beams):

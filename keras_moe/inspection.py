@@ -1,6 +1,7 @@
 """Looking into a model: its MoE layers by name, and what their routers decide on given data."""
 
 import contextlib
+import os
 
 import keras
 from keras import ops
@@ -10,6 +11,8 @@ from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 
 def moe_layers(model):
     """The MoE layers of a model by name; by path or number, where two have the same name.
+
+    A path leaves out what all have in front, such as the name of the model.
 
     Args:
         model: a Keras model.
@@ -37,7 +40,7 @@ def moe_layers(model):
         )
     names = [layer.name for layer in layers]
     if len(set(names)) < len(names):
-        names = [layer.path.replace("/", "_") for layer in layers]
+        names = _distinct_paths(layers)
     if len(set(names)) < len(names):
         names = [f"{name}_{number}" for number, name in enumerate(names)]
     return dict(zip(names, layers))
@@ -85,6 +88,12 @@ def record_routings(model, batches):
 
 def _layers(model):
     return [layer for layer in model._flatten_layers() if isinstance(layer, MixtureOfExperts)]
+
+
+def _distinct_paths(layers):
+    paths = [layer.path.split("/") for layer in layers]
+    shared = os.path.commonprefix(paths)
+    return ["_".join(path[len(shared) :] or path[-1:]) for path in paths]
 
 
 def _recorder(routings):

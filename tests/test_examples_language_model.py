@@ -22,6 +22,7 @@ import datasets  # noqa: E402
 import decoder_model  # noqa: E402
 import id_batches  # noqa: E402
 import language_model  # noqa: E402
+import twins  # noqa: E402
 
 WORDS = "the moon rocket is in orbit and brake of wheel on road".split()
 
@@ -77,6 +78,15 @@ def test_compare_trains_reports_and_saves(trained):
     assert not (folder / "progress").exists()
 
 
+def test_the_dense_twin_is_given_the_time_of_the_mixture(trained):
+    runs = trained[0]["results"][language_model.DENSE_EQUAL_TIME]["runs"]
+    assert runs[0]["epochs"] >= 1
+    times = {SPARSE: 30.0, DENSE: 20.0}
+    results = {name: {"runs": [{"ms_per_step": ms}]} for name, ms in times.items()}
+    size = language_model.SMOKE._replace(epochs=12)
+    assert language_model.equal_time(size, results).epochs == 18
+
+
 def test_a_saved_model_goes_on_with_a_text(trained):
     def generate(text, *more):
         return language_model.main(["--generate", text, "--output", str(trained[1]), *more])
@@ -120,8 +130,10 @@ def test_draws_follow_the_probabilities():
 
 
 def test_every_second_block_is_sparse():
-    assert decoder_model.moe_every(2, 5, lambda: "s", lambda: "d") == ["d", "s", "d", "s", "d"]
-    assert decoder_model.moe_every(1, 2, lambda: "s", lambda: "d") == ["s", "s"]
+    assert twins.moe_every(2, 5, lambda: "s", lambda: "d") == ["d", "s", "d", "s", "d"]
+    assert twins.moe_every(1, 2, lambda: "s", lambda: "d") == ["s", "s"]
+    with pytest.raises(ValueError, match="Every n-th block.*Received: 3 for 2 blocks"):
+        twins.moe_every(3, 2, lambda: "s", lambda: "d")
 
 
 def test_rows_overlap_by_one_id():

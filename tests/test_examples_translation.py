@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import sqlite3
@@ -40,7 +41,7 @@ from subwords import END, PADDING, START, Subwords, pad  # noqa: E402
 from translator import SmoothedCrossentropy, Translator, sinusoids  # noqa: E402
 from writing import write  # noqa: E402
 
-from keras_moe import layers  # noqa: E402
+from keras_moe import inspection, layers  # noqa: E402
 
 WORDS = {
     "rey": "king",
@@ -330,7 +331,8 @@ def test_pieces_are_of_one_kind_each(made_up_data, tmp_path):
 
 def test_compare_trains_reports_saves_and_translates(made_up_data, tmp_path, capsys):
     output = tmp_path / "model"
-    arguments = ["--smoke", "--epochs", "1", "--experts", "4", "--beams", "1"]
+    arguments = ["--smoke", "--epochs", "1", "--experts", "4", "--beams", "1", "--report"]
+    arguments += ["--log-dir", str(tmp_path / "logs")]
     report = translation.main([*arguments, "--compare", "--output", str(output)])
 
     sparse, dense = (report["results"][name] for name in ("mixture of experts", "dense twin"))
@@ -349,6 +351,11 @@ def test_compare_trains_reports_saves_and_translates(made_up_data, tmp_path, cap
     for picture in ("learning_curves", "experts_by_kind", "experts_by_layer"):
         assert (output / f"{picture}.png").stat().st_size > 1000
     assert not (output / "unfinished").exists()
+    assert list((tmp_path / "logs").glob("*/events.out.tfevents*"))
+    layers = {layer["name"]: layer for layer in page_data(output / "report.html")}
+    assert len(layers["encoder_1_experts"]["texts"]) == len(layers["decoder_1_experts"]["texts"])
+    assert "<s>" in layers["decoder_1_experts"]["texts"]
+    assert "<s>" not in layers["encoder_1_experts"]["texts"]
 
     translate = ["--translate", "rey casa", "--beams", "2", "--output", str(output)]
     translated = translation.main(translate)
@@ -366,6 +373,18 @@ def test_compare_trains_reports_saves_and_translates(made_up_data, tmp_path, cap
     (output / "subwords.model").unlink()
     with pytest.raises(FileNotFoundError, match="without subwords.model. Train one first"):
         translation.main(["--translate", "rey", "--output", str(output)])
+
+
+def page_data(path):
+    html = path.read_text(encoding="utf-8")
+    return json.loads(re.search(r'id="data">(.*?)</script>', html).group(1))["layers"]
+
+
+def test_every_second_block_has_experts():
+    options = translation.parse_options(["--moe-every", "2"])
+    size = translation.SMOKE._replace(blocks=3)
+    model = translation.build_model(translation.expert_feedforward, 12, options, size)
+    assert list(inspection.moe_layers(model)) == ["encoder_2_experts", "decoder_2_experts"]
 
 
 def run_example(*arguments, backend=None, **kwargs):

@@ -41,3 +41,22 @@ def test_a_failing_batch_leaves_the_model_as_it_was():
     with pytest.raises(ValueError):
         inspection.record_routings(model, [np.zeros((2, 5, 7))])
     assert all(layer.routing_listener is None for layer in inspection.moe_layers(model).values())
+
+
+def test_a_path_leaves_out_what_all_layers_have_in_front():
+    class Tower(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.blocks = [
+                layers.TransformerEncoderBlock(2, moe(name="experts"), name=f"block_{number}")
+                for number in range(2)
+            ]
+
+        def call(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    model = Tower()
+    model(np.zeros((1, 3, 8), "float32"))
+    assert list(inspection.moe_layers(model)) == ["block_0_experts", "block_1_experts"]

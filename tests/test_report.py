@@ -64,6 +64,24 @@ def test_the_choices_of_each_token_are_on_the_page(tmp_path):
     np.testing.assert_array_equal(weights, [100, 100, 0, 100, 0, 0])
 
 
+def test_layers_have_their_own_labels_and_tokens(tmp_path):
+    model = one_hot_model("first", "second")
+    words = {"first": ["red green", "blue red"], "second": ["uno dos", "tres uno"]}
+    labels = {"second": np.array([["warm", "cold"], ["cold", "cold"]])}
+    _, html = written(tmp_path, model, ids([1, 2], [4, 1]), labels, words)
+    first, second = data_of(html)
+    assert first["texts"] == ["red", "green", "blue", "red"]
+    assert second["texts"] == ["uno", "dos", "tres", "uno"]
+    assert first["labels"] is None and "warm" in html
+
+
+@pytest.mark.parametrize("argument", ["labels", "tokens"])
+def test_a_layer_that_the_model_does_not_have_is_named(argument, tmp_path):
+    message = rf"`{argument}` as a dict must .* \['third'\]. Choose from \['first'\]"
+    with pytest.raises(ValueError, match=message):
+        written(tmp_path, one_hot_model("first"), ids([1]), **{argument: {"third": ["a"]}})
+
+
 def test_integer_data_are_shown_as_they_are_and_texts_are_split():
     from keras_moe.reporting.texts import token_texts
 

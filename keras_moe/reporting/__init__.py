@@ -11,6 +11,9 @@ def report(model, data, labels=None, tokens=None, path="report.html"):
     probabilities under the mouse or the arrow keys. All data given are run and shown: pass a few
     hundred documents, not all you have.
 
+    Layers that see different things, as encoder and decoder of a translator do, take their own
+    `labels` and `tokens`: a dict of them by the name of the layer.
+
     Needs matplotlib: `pip install "keras_moe[visualization]"`.
 
     Args:
@@ -26,7 +29,8 @@ def report(model, data, labels=None, tokens=None, path="report.html"):
         The path, a `pathlib.Path`.
 
     Raises:
-        ValueError: If `data` is empty, or `labels` or `tokens` do not fit it.
+        ValueError: If `data` is empty, or `labels` or `tokens` do not fit it, or are of a layer
+            that the model does not have.
         ImportError: If matplotlib is missing.
 
     Example:

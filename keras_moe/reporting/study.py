@@ -46,14 +46,16 @@ def study(model, data, labels, tokens):
             f"arrays of {sorted(sizes)} documents. Pass what the model takes, with a batch axis."
         )
     num_documents = sizes.pop()
-    if labels is not None and len(labels) != num_documents:
-        raise ValueError(
-            "There must be one label for each document. "
-            f"Received: {len(labels)} labels for {num_documents} documents."
-        )
-    if not has_moe_layers(model):
+    layers = moe_layers(model) if has_moe_layers(model) else {}
+    labels, tokens = _by_layer("labels", labels, layers), _by_layer("tokens", tokens, layers)
+    for given in labels.values():
+        if given is not None and len(given) != num_documents:
+            raise ValueError(
+                "There must be one label for each document. "
+                f"Received: {len(given)} labels for {num_documents} documents."
+            )
+    if not layers:
         return Study(num_documents, [])
-    layers = moe_layers(model)
     recorded = record_routings(model, _batches(arrays, num_documents))
     called = {name: routings for name, routings in recorded.items() if routings}
     joined = by_layer(called) if called else {}
@@ -65,12 +67,27 @@ def study(model, data, labels, tokens):
                 layers[name],
                 summaries[name],
                 routing,
-                labels,
-                token_texts(tokens, arrays, positions_of(routing, num_documents), num_documents),
+                labels[name],
+                token_texts(
+                    tokens[name], arrays, positions_of(routing, num_documents), num_documents
+                ),
             )
             for name, routing in joined.items()
         ],
     )
+
+
+def _by_layer(argument, values, layers):
+    """Dict from the name of each layer to what is given for it."""
+    if not isinstance(values, dict):
+        return dict.fromkeys(layers, values)
+    unknown = sorted(values.keys() - layers.keys())
+    if unknown:
+        raise ValueError(
+            f"`{argument}` as a dict must have names of MoE layers for keys. Received: {unknown}. "
+            f"Choose from {list(layers)}."
+        )
+    return {name: values.get(name) for name in layers}
 
 
 def _batches(arrays, num_documents):
