@@ -8,9 +8,13 @@ from keras_moe import layers, routers
 
 
 def mixture(num_experts, options, skew="balanced"):
+    return mixture_of(skewed_router(num_experts, options, skew), options)
+
+
+def mixture_of(router, options):
     bank = layers.GatedExperts if options.gated else layers.FeedForwardExperts
-    experts = bank(num_experts, options.hidden, activation=options.activation)
-    layer = layers.MixtureOfExperts(experts, router=skewed_router(num_experts, options, skew))
+    experts = bank(router.num_experts, options.hidden, activation=options.activation)
+    layer = layers.MixtureOfExperts(experts, router=router)
     layer.build((None, options.features))
     return layer
 

@@ -7,6 +7,8 @@ embedding, loss, optimizer and the data's way in count on both sides. The twin h
 feed-forward layer of width K * H in each block. T is the tokens of a batch; give one.
 """
 
+import functools
+
 import keras
 import numpy as np
 
@@ -24,11 +26,14 @@ def main(arguments=None):
     (num_tokens,) = options.tokens
     ids = generator.integers(0, WORDS, (num_tokens // options.length, options.length))
     batch = ids, generator.integers(0, CLASSES, len(ids))
-    steps = {"dense twin": training_step(lambda: dense_twin(options), batch, options)}
+    models = {"dense twin": compiled_transformer(lambda: dense_twin(options), options)}
     for num_experts in options.experts:
-        steps[f"E={num_experts}"] = training_step(
-            lambda num_experts=num_experts: mixture(num_experts, options), batch, options
+        models[f"E={num_experts}"] = compiled_transformer(
+            lambda num_experts=num_experts: mixture(num_experts, options), options
         )
+    steps = {
+        name: functools.partial(model.train_on_batch, *batch) for name, model in models.items()
+    }
     rows = summarise(*interleave(steps, options.rounds), "dense twin")
     print_table(rows, f"{describe(options)}, training step of {BLOCKS} blocks, batch {ids.shape}")
     write_json(f"model-{keras.backend.backend()}{options.tag}", options, rows)
@@ -41,12 +46,12 @@ def _parser():
     return options
 
 
-def training_step(feedforward, batch, options):
-    model = transformer(feedforward, batch[0].shape[1], options)
+def compiled_transformer(feedforward, options):
+    model = transformer(feedforward, options.length, options)
     xla = keras.backend.backend() != "torch" and not options.no_xla
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(1e-4), loss, jit_compile=xla)
-    return lambda: model.train_on_batch(*batch)
+    return model
 
 
 def transformer(feedforward, length, options):

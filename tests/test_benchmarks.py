@@ -12,7 +12,17 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import contestants, counts, decode, figure, layer, measure, model, peers  # noqa: E402
+from benchmarks import (  # noqa: E402
+    contestants,
+    counts,
+    decode,
+    figure,
+    layer,
+    measure,
+    model,
+    monitoring,
+    peers,
+)
 from benchmarks.executed import executed_flops  # noqa: E402
 from benchmarks.rivals import RIVALS, KerasHubMixtral, RaggedDot  # noqa: E402
 
@@ -88,6 +98,14 @@ def test_the_models_differ_by_router_and_idle_experts_only():
     ]
     router, second_bias = D * K, D
     assert sizes[1] - sizes[0] == model.BLOCKS * (router + second_bias)
+
+
+def test_monitoring_is_timed_against_layers_that_count_nothing():
+    rows = monitoring.main(["--smoke"])
+    assert_timed(rows)
+    names = [monitoring.BLIND, "counters", "ExpertMonitor", "with ExpertHealth"]
+    assert [row["name"] for row in rows] == names
+    assert written("monitoring")["rows"] == rows
 
 
 def test_decode_takes_few_tokens():
