@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_moe.ops import Routing, dropped_fraction, expert_capacity, plan_groups
+from keras_moe.ops import Routing, expert_capacity, plan_groups
 
 
 def make_routing(indices, weights, mask, num_experts):
@@ -42,7 +42,7 @@ def test_a_plan_equals_the_oracle_and_so_do_its_verbs_and_their_gradients(mode):
         routing = make_routing(indices, weights, mask, num_experts)
         plan = plan_groups(routing, capacity)
         outputs = plan.combine(plan.dispatch(tokens))
-        return ops.sum(outputs * upstream), (plan, outputs, dropped_fraction(routing, plan))
+        return ops.sum(outputs * upstream), (plan, outputs, plan.dropped_fraction(routing.counts))
 
     @settings(max_examples=EXAMPLES[mode])
     @given(decisions(), st.one_of(st.none(), st.integers(1, 12)))
@@ -93,7 +93,7 @@ def test_a_small_capacity_serves_first_choices_first_then_in_token_order(mode):
     def plan_and_drop(indices, mask):
         routing = make_routing(indices, ops.ones(indices.shape), mask, 2)
         plan = plan_groups(routing, 3)
-        return plan.groups, plan.groups.token_of_row(), dropped_fraction(routing, plan)
+        return plan.groups, plan.groups.token_of_row(), plan.dropped_fraction(routing.counts)
 
     groups, token_of_row, dropped = compiled(plan_and_drop, mode)(indices, mask)
     np.testing.assert_array_equal(groups.sizes, [3, 3])

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import reference_routers as oracle
-from conftest import FAST_MODE, MODES, assert_close, compiled, differentiated, to_numpy
+from conftest import FAST_MODE, MODES, assert_close, compiled, differentiated, some, to_numpy
 from keras import ops
 
 from keras_moe import layers, losses, routers
@@ -177,6 +177,24 @@ def test_all_padding_routes_nothing(name):
     function = compiled(lambda z, m: route(router, z, m, training), FAST_MODE)
     routing = function(np.full((T, E), np.nan, "float32"), np.zeros(T, bool))
     assert not routing.weights.any() and not routing.counts.any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", CASES)
+def test_no_tokens_give_no_outputs(name, mode):
+    make, _, _ = CASES[name]
+    layer = layers.MixtureOfExperts(layers.FeedForwardExperts(E, 4), router=make())
+    layer.build((None, E))
+    state = [ops.convert_to_tensor(v) for v in layer.non_trainable_variables]
+    trainable = [ops.convert_to_tensor(v) for v in layer.trainable_variables]
+
+    def function(x):
+        return layer.stateless_call(trainable, state, x, training=True, return_losses=True)
+
+    for shape in some([(0, 5, E), (2, 0, E), (0, E)], mode):
+        outputs, state_after, losses = compiled(function, mode)(np.zeros(shape, "float32"))
+        assert outputs.shape == shape
+        assert all(np.isfinite(value).all() for value in [*state_after, *losses])
 
 
 @by_case

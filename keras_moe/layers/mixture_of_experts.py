@@ -9,6 +9,7 @@ from keras_moe import backend, losses, ops, routers
 from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.masks import mask_of
+from keras_moe.ops.sizes import at_least
 from keras_moe.routers.router import routing_spec
 from keras_moe.serialization import register, resolve
 from keras_moe.validation import check_float_inputs, check_mask
@@ -171,7 +172,7 @@ class MixtureOfExperts(keras.layers.Layer):
             indices=indices,
         )
         plan = self._plan(routing, sequence_length, training)
-        routing = routing._replace(dropped=ops.dropped_fraction(routing, plan))
+        routing = routing._replace(dropped=plan.dropped_fraction(routing.counts))
         outputs = plan.run(self.experts, tokens)
         outputs = keras_ops.reshape(outputs, (*shape[:-1], outputs.shape[-1]))
         outputs = keras_ops.cast(outputs, self.compute_dtype)
@@ -287,8 +288,11 @@ class MixtureOfExperts(keras.layers.Layer):
 
 
 def _sequence_length(shape):
-    """Tokens between the first axis and the last; None where each row is a token."""
-    return math.prod(shape[1:-1]) if len(shape) > 2 else None
+    """Tokens between the first axis and the last; None where each row is a token.
+
+    Never 0: where there are no tokens there are no sequences, and not any number of them.
+    """
+    return at_least(1, math.prod(shape[1:-1])) if len(shape) > 2 else None
 
 
 def _as_list(router_losses):

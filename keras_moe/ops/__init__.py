@@ -13,7 +13,7 @@ from keras_moe.ops.feed_forward import grouped_feed_forward
 from keras_moe.ops.grouped_matmul import grouped_matmul
 from keras_moe.ops.groups import ChosenGroups, Groups
 from keras_moe.ops.noisy import noisy_load
-from keras_moe.ops.plans import GroupedPlan, dropped_fraction, expert_capacity, plan_groups
+from keras_moe.ops.plans import GroupedPlan, expert_capacity, plan_groups
 from keras_moe.ops.routing import (
     Routing,
     clean_logits,
@@ -33,7 +33,6 @@ __all__ = [
     "agreement",
     "balanced_assignment",
     "clean_logits",
-    "dropped_fraction",
     "expert_capacity",
     "expert_choice_routing",
     "group_limited_scores",

@@ -9,6 +9,8 @@ from keras_moe.ops.groups import ChosenGroups
 from keras_moe.ops.plans import GroupedPlan, expert_capacity, queue_sizes, sort_by_expert
 from keras_moe.ops.routing import clean_logits, make_routing
 from keras_moe.ops.scores import softmax
+from keras_moe.ops.selection import best_places
+from keras_moe.ops.sizes import at_least, at_most
 
 
 def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=None):
@@ -26,11 +28,12 @@ def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=No
 
     Returns:
         A `Routing` whose K is E, with unused places wherever an expert did not choose the token,
-        and for `plan_expert_choice` in `details` each expert's tokens and which of them count.
+        and for `plan_expert_choice` in `details` the token and the expert of each choice, and
+        whether it counts.
     """
     logits, mask = clean_logits(logits, mask)
     num_tokens, num_experts = ops.shape(logits)
-    sequence_length = num_tokens if sequence_length is None else sequence_length
+    sequence_length = at_least(1, num_tokens) if sequence_length is None else sequence_length
     probs = softmax(logits)
     capacity = expert_capacity(sequence_length, num_experts, 1, capacity_factor)
     # Padding makes room for nobody: the places it takes in the shapes are left empty.
@@ -38,14 +41,20 @@ def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=No
     room = expert_capacity(ops.sum(real, axis=1), num_experts, 1, capacity_factor)
     wish = ops.where(ops.expand_dims(mask, 1), ops.stop_gradient(probs), -1.0)
     wish = ops.reshape(wish, (-1, sequence_length, num_experts))
-    # (B, C, E) places in the sequence. Stable: the first of equal tokens is taken.
-    place = ops.cast(ops.argsort(-wish, axis=1), "int32")[:, :capacity]
-    first = ops.arange(ops.shape(wish)[0], dtype="int32") * sequence_length
-    token = _by_expert(place + ops.reshape(first, (-1, 1, 1)))
-    in_room = ops.arange(ops.shape(place)[1], dtype="int32") < ops.expand_dims(room, 1)
-    in_room = _by_expert(ops.broadcast_to(ops.expand_dims(in_room, 2), ops.shape(place)))
-    expert = _expert_of_choice(token, num_experts)
-    is_valid = ops.logical_and(ops.take(mask, token), in_room)
+    # (E, B, C) places in the sequence.
+    wish = ops.transpose(wish, (2, 0, 1))
+    place = best_places(wish, at_most(sequence_length, capacity))
+    num_sequences, num_places = ops.shape(place)[1:]
+    first = ops.arange(num_sequences, dtype="int32") * sequence_length
+    token = ops.reshape(place + ops.expand_dims(first, 1), (-1,))
+    in_room = ops.arange(num_places, dtype="int32") < ops.expand_dims(room, 1)
+    experts = ops.arange(num_experts, dtype="int32")
+
+    def of_choices(values):
+        return ops.reshape(ops.broadcast_to(values, ops.shape(place)), (-1,))
+
+    expert = of_choices(ops.reshape(experts, (-1, 1, 1)))
+    is_valid = ops.logical_and(ops.take(mask, token), of_choices(in_room))
     taken = ops.scatter(
         ops.expand_dims(token * num_experts + expert, 1),
         ops.cast(is_valid, "int32"),
@@ -53,26 +62,20 @@ def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=No
     )
     taken = ops.reshape(taken, (num_tokens, num_experts)) > 0
     return make_routing(
-        indices=ops.where(taken, ops.arange(num_experts, dtype="int32"), -1),
+        indices=ops.where(taken, experts, -1),
         weights=ops.where(taken, probs, 0.0),
         probs=probs,
         logits=logits,
         mask=mask,
         counts=ops.sum(ops.cast(taken, "int32"), axis=0),
-        details=(token, is_valid),
+        details=(token, expert, is_valid),
     )
-
-
-def _by_expert(values):
-    """(B, C, E) to (E * B * C,)."""
-    return ops.reshape(ops.transpose(values, (2, 0, 1)), (-1,))
 
 
 def plan_expert_choice(routing):
     """The plan of `expert_choice_routing`: as many rows as there are choices."""
-    token, is_valid = routing.details
+    token, expert, is_valid = routing.details
     num_experts = routing.counts.shape[0]
-    expert = _expert_of_choice(token, num_experts)
     weights = ops.take(ops.reshape(routing.weights, (-1,)), token * num_experts + expert)
     expert = ops.where(is_valid, expert, num_experts)
     order, rank = sort_by_expert(expert, num_experts + 1)
@@ -84,9 +87,3 @@ def plan_expert_choice(routing):
         mask=routing.mask,
     )
     return GroupedPlan(groups, weights)
-
-
-def _expert_of_choice(choices, num_experts):
-    """(R,) int32: the choices of expert 0 come first, then as many of expert 1, and so on."""
-    num_choices = ops.shape(choices)[0]
-    return ops.arange(num_choices, dtype="int32") // (num_choices // num_experts)

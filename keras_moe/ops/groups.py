@@ -106,9 +106,10 @@ class ChosenGroups(NamedTuple):
             row_weights = ops.cast(self.weight_of_row(weights), "float32")
             picked = picked * ops.expand_dims(row_weights, 1)
         served = ops.arange(num_rows, dtype="int32") < ops.sum(self.sizes)
-        picked = ops.where(ops.expand_dims(served, 1), picked, 0.0)
-        token = ops.where(served, self.token_of_row(), 0)
-        return ops.cast(ops.segment_sum(picked, token, num_tokens), rows.dtype)
+        # What is not served may hold anything: it is summed where nobody reads.
+        token = ops.where(served, self.token_of_row(), num_tokens)
+        totals = ops.segment_sum(picked, token, num_tokens + 1)[:num_tokens]
+        return ops.cast(totals, rows.dtype)
 
 
 def dispatch_rows(tokens, groups):

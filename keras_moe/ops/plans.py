@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_moe import backend
 from keras_moe.ops.groups import Groups, combine_rows, dispatch_rows
+from keras_moe.ops.sizes import at_least
 
 
 class GroupedPlan(NamedTuple):
@@ -34,6 +35,12 @@ class GroupedPlan(NamedTuple):
     def run(self, experts, tokens):
         """What a bank of experts makes of tokens (T, D)."""
         return experts(tokens, self)
+
+    def dropped_fraction(self, counts):
+        """Share of the assignments (E,) that have no row, a float32 scalar; 0 without any."""
+        assigned = ops.cast(ops.sum(counts), "float32")
+        served = ops.cast(ops.sum(self.groups.sizes), "float32")
+        return (assigned - served) / ops.maximum(assigned, 1.0)
 
 
 def plan_groups(routing, capacity=None, first=None, sequence_length=None):
@@ -103,16 +110,7 @@ def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
     # Whole parts apart: the product of all tokens with the numerator may pass 32 bits.
     whole, rest = num_tokens // share.denominator, num_tokens % share.denominator
     rows = whole * share.numerator - (-rest * share.numerator // share.denominator)
-    return max(1, rows) if isinstance(num_tokens, int) else ops.maximum(1, rows)
-
-
-def dropped_fraction(routing, plan):
-    """Share of the assignments that have no row, a float32 scalar; 0 without assignments."""
-    if not hasattr(plan, "groups"):
-        return ops.zeros((), "float32")
-    assigned = ops.cast(ops.sum(routing.counts), "float32")
-    served = ops.cast(ops.sum(plan.groups.sizes), "float32")
-    return (assigned - served) / ops.maximum(assigned, 1.0)
+    return at_least(1, rows)
 
 
 def _turns(first, num_tokens, top_k):

@@ -7,13 +7,13 @@ from keras import ops
 SMALLEST_SCORE = 1e-7
 
 
-def softmax(logits):
-    """Softmax over the experts, whose NaN logits make all scores of a token NaN.
+def softmax(logits, axis=-1):
+    """Softmax over the experts, or another axis, where one NaN makes all scores NaN.
 
     TensorFlow's own softmax on CPUs gives the other experts a score of 0 there, which would hide
     a broken router; and `ops.softmax` warns of a single expert.
     """
-    return ops.exp(ops.log_softmax(logits, axis=-1))
+    return ops.exp(ops.log_softmax(logits, axis=axis))
 
 
 def sigmoid(logits):

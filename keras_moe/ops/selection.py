@@ -2,6 +2,8 @@
 
 from keras import ops
 
+from keras_moe import backend
+
 
 def top_k_indices(scores, top_k):
     """The `top_k` experts of each token, best first; a tie goes to the lower index.
@@ -33,6 +35,25 @@ def top_k_indices(scores, top_k):
         chosen.append(index)
         taken = ops.logical_or(taken, ops.expand_dims(index, 1) == experts)
     return ops.stack(chosen, axis=1)
+
+
+def best_places(scores, number):
+    """Where the `number` largest of the last axis stand, best first; the first of equals is taken.
+
+    Args:
+        scores: (..., S) float32 tensor.
+        number: a size of at most S.
+
+    Returns:
+        (..., number) int32.
+    """
+    if backend.compiles_static_shapes():
+        # XLA finds the largest without a sort of all.
+        places = ops.top_k(scores, number)[1]
+    else:
+        # Not top_k: equals are in no order on PyTorch.
+        places = ops.argsort(-scores, axis=-1)[..., :number]
+    return ops.cast(places, "int32")
 
 
 def group_limited_scores(scores, num_groups, top_groups):

@@ -13,6 +13,7 @@ from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.routing import clean_logits, make_routing
 from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import take_scores, top_k_indices
+from keras_moe.ops.sizes import at_least
 
 
 def soft_routing(logits, num_experts, mask=None, sequence_length=None):
@@ -28,28 +29,28 @@ def soft_routing(logits, num_experts, mask=None, sequence_length=None):
 
     Returns:
         A `Routing` that names for each token the expert it takes most from, with K = 1 and that
-        expert's share as weight; the logits of an expert are the largest of its slots. `details`
-        holds the weights for `plan_soft`: to slots and back, both (B, S, M).
+        expert's share as weight; the logit of an expert is the logsumexp of those of its slots.
+        `details` holds the weights for `plan_soft`: to slots and back, both (B, S, M).
     """
     logits, mask = clean_logits(logits, mask)
     num_tokens, num_slots = ops.shape(logits)[0], logits.shape[1]
-    length = num_tokens if sequence_length is None else sequence_length
+    length = at_least(1, num_tokens) if sequence_length is None else sequence_length
     by_sequence = ops.reshape(logits, (-1, length, num_slots))
     real = ops.reshape(mask, (-1, length, 1))
     back = ops.where(real, softmax(by_sequence), 0.0)
-    # Where all is padding the slots are zero: no 0 / 0.
-    highest = ops.max(ops.where(real, by_sequence, -3e38), axis=1, keepdims=True)
-    parts = ops.where(real, ops.exp(by_sequence - ops.stop_gradient(highest)), 0.0)
-    to_slots = parts / ops.maximum(ops.sum(parts, axis=1, keepdims=True), 1e-30)
+    # Not minus infinity, which has no softmax where all is padding; the slots are zero there.
+    to_slots = ops.where(real, softmax(ops.where(real, by_sequence, -3e38), axis=1), 0.0)
 
-    probs = ops.sum(ops.reshape(softmax(logits), (num_tokens, num_experts, -1)), axis=-1)
+    slots = num_slots // num_experts
+    logits = ops.logsumexp(ops.reshape(logits, (num_tokens, num_experts, slots)), axis=-1)
+    probs = softmax(logits)
     indices = top_k_indices(probs, 1)
-    num_runs = ops.shape(by_sequence)[0] * (num_slots // num_experts)
+    num_runs = ops.shape(by_sequence)[0] * slots
     return make_routing(
         indices=indices,
         weights=take_scores(probs, indices),
         probs=probs,
-        logits=ops.max(ops.reshape(logits, (num_tokens, num_experts, -1)), axis=-1),
+        logits=logits,
         mask=mask,
         counts=ops.zeros((num_experts,), "int32") + num_runs,
         details=(to_slots, back),
@@ -81,6 +82,10 @@ class SoftPlan(NamedTuple):
         outputs = ops.reshape(outputs, (num_slots, sequences, width))
         mixed = ops.einsum("bsm,mbd->bsd", ops.cast(self.back, outputs.dtype), outputs)
         return ops.reshape(mixed, (-1, width))
+
+    def dropped_fraction(self, counts):
+        """0, a float32 scalar: every token is a part of every slot."""
+        return ops.zeros((), "float32")
 
 
 def plan_soft(routing):

@@ -3,6 +3,7 @@
 from keras import ops
 
 from keras_moe.ops.plans import place_in_queue
+from keras_moe.ops.selection import take_scores, top_k_indices
 
 
 def sinkhorn_plan(logits, mask, iterations):
@@ -61,12 +62,12 @@ def balanced_assignment(scores, mask):
     experts = ops.arange(num_experts, dtype="int32")
 
     def propose(open_to):
-        choice = ops.argmax(ops.where(open_to, scores, float("-inf")), axis=-1)
-        return ops.cast(choice, "int32")
+        wishes = ops.where(open_to, scores, float("-inf"))
+        choice = top_k_indices(wishes, 1)
+        return choice[:, 0], take_scores(wishes, choice)[:, 0]
 
     def turn_away(open_to, rejected):
-        choice = propose(open_to)
-        offer = ops.max(ops.where(open_to, scores, float("-inf")), axis=-1)
+        choice, offer = propose(open_to)
         best_first = ops.cast(ops.argsort(-offer), "int32")
         expert = ops.take(ops.where(mask, choice, num_experts), best_first)
         place = place_in_queue(expert, num_experts + 1)
@@ -84,4 +85,5 @@ def balanced_assignment(scores, mask):
         turn_away,
         (ops.ones_like(scores, dtype="bool"), ops.ones((), "int32")),
     )
-    return ops.where(mask, propose(open_to), 0)
+    choice, _ = propose(open_to)
+    return ops.where(mask, choice, 0)
