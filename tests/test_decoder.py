@@ -1,5 +1,7 @@
 """The decoder block: what it may see, and that decoding with a cache changes nothing."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from conftest import BACKEND, FAST_MODE, compiled, gradients
 from keras import ops
 from layer_checks import POLICIES, D, E, array, moe, normal, one_hot_router
 
-from keras_moe import layers
+from keras_moe import layers, routers
 from keras_moe.ops.rotary import rotate
 
 B, L, S = 2, 6, 4
@@ -191,6 +193,53 @@ def test_a_router_that_looks_ahead_is_warned_of(wrap):
         "know: it would train on what it is to predict. Use a causal router, such as TopKRouter."
     ]
     assert warned[0].filename == __file__
+
+
+def capacity(priority="position", **kwargs):
+    return layers.Capacity(0.5, priority=priority, **kwargs)
+
+
+CAPACITIES = {  # of top-k routers: the capacity, K, and whether later tokens leak
+    "none": (None, 2, False),
+    "earlier tokens first": (capacity(), 1, False),
+    "in each sequence": (capacity(per_sequence=True), 1, False),
+    "second choices": (capacity(), 2, True),
+    "the surest first": (capacity("probability"), 1, True),
+    "by chance": (capacity("random"), 1, True),
+}
+
+
+@pytest.mark.parametrize("limit, top_k, leaks", CAPACITIES.values(), ids=CAPACITIES)
+def test_a_capacity_is_warned_of_where_later_tokens_take_the_room_of_earlier_ones(
+    limit, top_k, leaks
+):
+    router = routers.TopKRouter(E, top_k, kernel_initializer=keras.initializers.Identity())
+    layer = moe(router=router, capacity_factor=limit)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        layers.TransformerDecoderBlock(2, layer)
+    messages = [str(warning.message) for warning in caught]
+    if leaks:
+        (message,) = messages
+        assert message == (
+            f"A capacity with priority={limit.priority!r} and {top_k} experts per token drops "
+            "tokens for later tokens too, which a decoder must not know: it would train on what it "
+            "is to predict. Leave `capacity_factor` out, or use the priority 'position' and one "
+            "expert per token."
+        )
+    else:
+        assert not messages
+
+    # And so it is: only then what the second half of the tokens is decides about the first.
+    layer.build((None, None, D))
+    state = [ops.convert_to_tensor(v) for v in layer.non_trainable_variables]
+    trainable = [ops.convert_to_tensor(v) for v in layer.trainable_variables]
+    run = compiled(lambda x: layer.stateless_call(trainable, state, x, training=True)[0], FAST_MODE)
+    early = [
+        run(np.concatenate([normal(1, 8, D), scale * normal(1, 8, D, seed=seed)], axis=1))[:, :8]
+        for seed, scale in enumerate([0.1, 1.0, 10.0] * 2)
+    ]
+    assert leaks == any(np.abs(one - early[0]).max() > 1e-4 for one in early)
 
 
 def symbolic_cache(block):

@@ -4,6 +4,7 @@ import keras
 from keras import ops as keras_ops
 
 from keras_moe import ops
+from keras_moe.ops.sizes import at_least
 from keras_moe.serialization import register
 from keras_moe.validation import check_choice, check_positive_integer, check_positive_number
 
@@ -17,6 +18,9 @@ class Capacity:
     First choices are served before second ones. What finds no room contributes zero, so that a
     residual connection hands the token on as it is; the weights of the others stay. Padding takes
     no room, but counts in T, so that the shape of a batch and not its content sets the capacity.
+
+    A language model should have room for all or one expert a token and the priority "position":
+    otherwise later tokens take the room of earlier ones, and so leak to them in training.
 
     Args:
         factor: 1.0 has room for exactly balanced experts. Positive.
@@ -75,6 +79,13 @@ class Capacity:
             return identifier
         return cls(identifier)
 
+    def is_causal(self, top_k):
+        """Whether no later token can take the room of an earlier one.
+
+        With two choices it can: all first choices stand before all second ones.
+        """
+        return self.priority == "position" and top_k == 1
+
     def limits(self, routing, sequence_length, training, seed):
         """The arguments that `ops.plan_groups` needs for this capacity.
 
@@ -92,9 +103,8 @@ class Capacity:
         length = num_tokens if sequence_length is None else sequence_length
         rows = ops.expert_capacity(length, routing.counts.shape[0], top_k, factor)
         rows = -(-rows // self.multiple_of) * self.multiple_of
-        largest = max if isinstance(rows, int) else keras_ops.maximum
         return {
-            "capacity": largest(rows, self.minimum),
+            "capacity": at_least(self.minimum, rows),
             "first": self._urgency(routing, seed),
             "sequence_length": sequence_length,
         }

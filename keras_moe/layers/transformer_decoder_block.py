@@ -81,13 +81,9 @@ class TransformerDecoderBlock(TransformerBlock):
         self.cross_attention = cross_attention
         self.rotary = rotary
         for layer in self.feedforward._flatten_layers():
-            if isinstance(layer, MixtureOfExperts) and not layer.router.causal:
-                warnings.warn(
-                    f"{type(layer.router).__name__} chooses the experts of a token by later tokens "
-                    "too, which a decoder must not know: it would train on what it is to predict. "
-                    "Use a causal router, such as TopKRouter.",
-                    stacklevel=2,
-                )
+            if isinstance(layer, MixtureOfExperts):
+                for reason in _reasons_not_to_be_causal(layer):
+                    warnings.warn(reason, stacklevel=2)
 
     def build(self, inputs_shape, context_shape=None):
         self._check_features(inputs_shape)
@@ -240,6 +236,25 @@ class TransformerDecoderBlock(TransformerBlock):
             "cross_attention": self.cross_attention,
             "rotary": self.rotary,
         }
+
+
+def _reasons_not_to_be_causal(layer):
+    """How later tokens leak to earlier ones in a MoE layer, each with a way out."""
+    leak = (
+        "later tokens too, which a decoder must not know: it would train on what it is to predict"
+    )
+    router, capacity = layer.router, layer.capacity
+    if not router.causal:
+        yield (
+            f"{type(router).__name__} chooses the experts of a token by {leak}. "
+            "Use a causal router, such as TopKRouter."
+        )
+    if capacity is not None and not capacity.is_causal(router.top_k):
+        yield (
+            f"A capacity with priority={capacity.priority!r} and {router.top_k} experts per token "
+            f"drops tokens for {leak}. Leave `capacity_factor` out, or use the priority 'position' "
+            "and one expert per token."
+        )
 
 
 def _all_true(mask, like):
