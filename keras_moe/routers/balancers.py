@@ -7,7 +7,6 @@ import math
 
 from keras import ops
 
-from keras_moe import backend
 from keras_moe.ops.selection import take_scores, top_k_indices
 from keras_moe.serialization import register, resolve
 from keras_moe.validation import check_fraction, check_positive_integer, check_positive_number
@@ -16,9 +15,9 @@ from keras_moe.validation import check_fraction, check_positive_integer, check_p
 class SelectionBalancer:
     """Abstract: from routings to a selection bias that evens out the load.
 
-    In training a router measures each batch and, once an optimizer step, updates its bias with the
-    mean of the measurements. The bias of a step is fixed before the step, so that no token's
-    experts depend on later tokens. Padding is not measured.
+    In training a router measures each batch on each replica and, once an optimizer step, updates
+    its bias with the mean of the measurements. The bias of a step is fixed before the step, so that
+    no token's experts depend on later tokens. Padding is not measured.
 
     A subclass implements `measure(routing, scores, bias)` and `update(bias, measured)`; all but
     the scores (T, E) are of length E.
@@ -76,7 +75,7 @@ class LossFreeBias(SelectionBalancer):
         self.rate = rate
 
     def measure(self, routing, scores, bias):
-        return backend.sum_over_replicas(ops.cast(routing.counts, "float32"))
+        return ops.cast(routing.counts, "float32")
 
     def update(self, bias, measured):
         bias = bias + self.rate * ops.sign(ops.mean(measured) - measured)

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_moe import backend
 from keras_moe.ops import make_routing, masked_mean, take_scores, top_k_indices
 from keras_moe.ops.scores import distribution
 from keras_moe.routers.logit_router import LogitRouter
@@ -77,6 +78,10 @@ class ReLURouter(LogitRouter):
             trainable=False,
         )
 
+    @property
+    def mean_top_k(self):
+        return self.target_top_k
+
     def route(self, tokens, mask, training):
         logits, mask = self.logits(tokens, mask, training)
         scores = ops.relu(logits)
@@ -91,14 +96,17 @@ class ReLURouter(LogitRouter):
 
     def _add_sparsity_loss(self, routing, scores):
         # Of all scores above zero: where more than `max_top_k` are, the surplus has to go as well.
-        load = masked_mean(ops.cast(scores > 0, "float32"), routing.mask)
+        serves = ops.logical_and(scores > 0, ops.expand_dims(routing.mask, 1))
+        num_serving = backend.sum_over_replicas(ops.sum(ops.cast(serves, "float32"), axis=0))
+        num_real = backend.sum_over_replicas(ops.sum(ops.cast(routing.mask, "float32")))
+        load = num_serving / ops.maximum(num_real, 1.0)
         share = load * self.num_experts / self.target_top_k
         mean_scores = masked_mean(scores, routing.mask)
         # A tensor of its own: PyTorch needs the old value for the gradient, after the assignment.
         strength = self.strength + 0.0
         self.add_loss(strength * ops.sum(ops.stop_gradient(share) * mean_scores))
         error = ops.sign(ops.sum(load) - self.target_top_k)
-        error = ops.where(ops.any(routing.mask), error, 0.0)
+        error = ops.where(num_real > 0, error, 0.0)
         changed = strength * ops.power(self.growth, error)
         # Below where it began it would be nothing, and long in coming back.
         self.strength.assign(ops.maximum(changed, self.initial_strength))

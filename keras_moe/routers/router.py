@@ -25,7 +25,7 @@ class Router(keras.layers.Layer):
 
     It sets `causal` to False if a token's experts depend on other tokens of the batch: such a
     router must not serve a language model. And it overrides `plan` if its tokens do not choose
-    experts.
+    experts, and `mean_top_k` if K is only the most that may serve a token.
 
     Args:
         num_experts: number of experts, E.
@@ -104,6 +104,11 @@ class Router(keras.layers.Layer):
             f"{type(self).__name__} must implement `route(tokens, mask, training)` and return an "
             "`ops.Routing`."
         )
+
+    @property
+    def mean_top_k(self):
+        """Experts that serve a token on average; K, unless a subclass aims at fewer."""
+        return self.top_k
 
     def plan(self, routing, **capacity):
         """The rows that move: see `ops.plan_groups` for the arguments of a capacity."""

@@ -5,6 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_moe import backend
 from keras_moe.ops.routing import top_k_routing
 from keras_moe.ops.scores import SCORES
 from keras_moe.ops.selection import top_k_indices
@@ -88,10 +89,12 @@ class SelectionRouter(LogitRouter):
     def _balance(self, routing):
         scores = ops.stop_gradient(SCORES[self.score](routing.logits))
         old_bias = ops.convert_to_tensor(self.selection_bias)
-        measured = self._measured + self.balancer.measure(routing, scores, old_bias)
-        count = self._measurements + 1
-        # Micro-batches of one optimizer step are one batch.
-        is_last = count >= self.balancer.accumulation_steps
+        measured = self.balancer.measure(routing, scores, old_bias)
+        # Replicas and micro-batches of one optimizer step are one batch.
+        replicas = backend.sum_over_replicas(ops.ones((), "int32"))
+        measured = self._measured + backend.sum_over_replicas(measured)
+        count = self._measurements + replicas
+        is_last = count >= self.balancer.accumulation_steps * replicas
         mean = measured / ops.cast(count, "float32")
         new_bias = self.balancer.update(old_bias, mean)
         self.selection_bias.assign(ops.where(is_last, new_bias, old_bias))
