@@ -11,9 +11,13 @@ class LayerSummary(NamedTuple):
     """One MoE layer.
 
     - `name`: its name in the model.
-    - `num_experts`, `top_k`: experts, and how many of them serve a token.
+    - `num_experts`, `top_k`: experts, and how many of them serve a token at most.
     - `parameters`, `active_parameters`: all that are trained, and those of them that work on one
-      token, K being that of the routing; experts that differ in size count with their mean.
+      token; experts that differ in size count with their mean. How many experts work on a token is
+      K where tokens choose (with `routers.TopPRouter` that is the most), the target of
+      `routers.ReLURouter`, the capacity factor of `routers.ExpertChoiceRouter`, all of
+      `routers.DenseRouter`. With `routers.SoftRouter` it is 1, as if there were as many slots as
+      tokens: the cost is that of the slots, however many tokens they are mixed from.
     - `flops`: of one token, forward, at two for each active parameter.
     - `counts`: assignments per expert since the counters were last reset.
     """
@@ -64,12 +68,12 @@ def count_parameters(model):
 
 
 def _summary(name, layer):
-    num_experts, top_k = layer.experts.num_experts, layer.router.top_k
+    num_experts, router = layer.experts.num_experts, layer.router
     parameters = sum(_size(weight) for weight in layer.trainable_weights)
     experts = sum(_size(weight) for weight in layer.experts.trainable_weights)
-    active = parameters - experts + round(experts * top_k / num_experts)
+    active = parameters - experts + round(experts * router.mean_top_k / num_experts)
     counts = ops.convert_to_numpy(layer.expert_counts.value).tolist()
-    return LayerSummary(name, num_experts, top_k, parameters, active, 2 * active, counts)
+    return LayerSummary(name, num_experts, router.top_k, parameters, active, 2 * active, counts)
 
 
 def _size(weight):

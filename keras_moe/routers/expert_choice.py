@@ -52,6 +52,10 @@ class ExpertChoiceRouter(LogitRouter):
         self.capacity_factor = capacity_factor
         self.top_k = num_experts
 
+    @property
+    def mean_top_k(self):
+        return min(self.capacity_factor, self.num_experts)
+
     def route(self, tokens, mask, training, sequence_length=None):
         logits, mask = self.logits(tokens, mask, training)
         return expert_choice_routing(logits, self.capacity_factor, mask, sequence_length)

@@ -1,0 +1,35 @@
+"""What a model is made of: active parameters by who serves a token, whatever the router."""
+
+import keras
+import pytest
+from layer_checks import D, E, moe
+
+from keras_moe import routers, summary
+
+EXPERT = 2 * D * 16 + 16 + D
+
+# How many of the experts work on a token.
+SERVING = {
+    "top_k": ("top_k", 2),
+    "switch": ("switch", 1),
+    "three": (routers.TopKRouter(E, top_k=3), 3),
+    "hash": (routers.HashRouter(E, vocabulary_size=5), 1),
+    "top_p": (routers.TopPRouter(E, max_top_k=3), 3),
+    "relu": (routers.ReLURouter(E, top_k=1, max_top_k=3), 1),
+    "dense": ("dense", E),
+    "expert_choice": (routers.ExpertChoiceRouter(E, capacity_factor=1.5), 1.5),
+    "expert_choice of all": (routers.ExpertChoiceRouter(E, capacity_factor=2.0 * E), E),
+    "soft": (routers.SoftRouter(E, slots=3), 1),
+    "balanced_assignment": ("balanced_assignment", 1),
+}
+
+
+@pytest.mark.parametrize("router, serving", SERVING.values(), ids=SERVING)
+def test_active_parameters_are_those_of_the_experts_that_serve_a_token(router, serving):
+    model = keras.Sequential([keras.Input((5, D)), moe(router=router), keras.layers.Dense(2)])
+    (layer,) = summary.summarize(model)
+    of_router = layer.parameters - E * EXPERT
+    assert layer.active_parameters == of_router + serving * EXPERT
+    assert layer.flops == 2 * layer.active_parameters
+    idle = (E - serving) * EXPERT
+    assert summary.count_parameters(model) == (model.count_params(), model.count_params() - idle)
