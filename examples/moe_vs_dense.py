@@ -4,16 +4,19 @@
     python examples/moe_vs_dense.py --tasks classification --experts 8 --seeds 1
 
 Trains dense models and mixtures with more and more experts, two of which serve each token, on the
-same data in the same order: language models of the example `language_model.py` and classifiers of
+same data in the same order: shorter runs of the language models of the example
+`language_model.py`, of the translators of `translation.py` and of the classifiers of
 `text_classification.py`. The table gives the validation loss after equal steps and after equal
 time; the picture draws both.
 
-Runs on the backend that KERAS_BACKEND names.
+Runs on the backend that KERAS_BACKEND names. Language models and translators that are interrupted
+go on where they were when the same command is given again.
 """
 
 import argparse
 import json
 import pathlib
+import shutil
 
 import datasets
 import keras
@@ -21,12 +24,21 @@ import language_model
 import numpy as np
 import pictures
 import text_classification
+import training
+import translation
+from bilingual_embedding import bilingual_embedding
+from datasets import pairs
 from id_batches import rows
+from sentence_batches import SentenceBatches
 from subwords import Subwords
 from twins import dense_feedforward, spread
 from vocabulary import Vocabulary
 
 DENSE = "dense"
+# A third of the examples' own runs and less: there are many of them here.
+EPOCHS = 3
+LANGUAGE_MODEL = language_model.FULL._replace(steps=130, epochs=EPOCHS)
+TRANSLATION = translation.FULL._replace(pairs=6000)
 
 
 def main(arguments=None):
@@ -46,6 +58,7 @@ def main(arguments=None):
         print_table(task, models)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    shutil.rmtree(options.output / "progress", ignore_errors=True)
     pictures.losses_by_steps_and_time(results, options.output / "moe_vs_dense.png")
     print(f"\nPicture and results are in {options.output}.")
     return results
@@ -64,7 +77,7 @@ def parse_options(arguments):
 
 def language_models(options):
     """A function that trains a language model and returns its course."""
-    size = language_model.SMOKE if options.smoke else language_model.FULL
+    size = language_model.SMOKE if options.smoke else LANGUAGE_MODEL
     texts = datasets.load("twenty_newsgroups", options.data_dir)
     parts = [split.texts[: size.documents] for split in texts[:2]]
     subwords = Subwords.train(parts[0], size.subwords, options.output / "cache")
@@ -86,6 +99,35 @@ def language_models(options):
     return train
 
 
+def translators(options):
+    """A function that trains a translator and returns its course."""
+    size = translation.SMOKE if options.smoke else TRANSLATION
+    data = pairs.load("bible_es_en", options.data_dir)
+    parts = [translation.cut(split, size.pairs) for split in data[:2]]
+    subwords = Subwords.train(
+        [*parts[0].sources, *parts[0].targets], size.vocabulary, options.output / "cache"
+    )
+    batches = [
+        SentenceBatches(subwords.encode(part.sources), subwords.encode(part.targets), size.shapes)
+        for part in parts
+    ]
+    embedding = bilingual_embedding(batches[0], len(subwords), size.features)
+
+    def train(experts, seed):
+        settings = translation.parse_options(["--experts", str(experts or 2)])
+        feedforward = (
+            translation.twin_feedforward if experts is None else translation.expert_feedforward
+        )
+        model = translation.build_model(feedforward, len(subwords), settings, size)
+        model.embedding.embeddings.assign(embedding)
+        name = training.digest(keras.backend.backend(), size, experts, seed)
+        folder = options.output / "progress" / name
+        history = training.fit(model, *batches, EPOCHS, folder)
+        return course(history["val_loss"], len(batches[0]), history["ms_per_step"][-1])
+
+    return train
+
+
 def classifiers(options):
     """A function that trains a classifier and returns its course."""
     size = text_classification.SMOKE if options.smoke else text_classification.FULL
@@ -99,7 +141,9 @@ def classifiers(options):
     ]
 
     def train(experts, seed):
-        settings = text_classification.parse_options(["--experts", str(experts or 2)])
+        settings = text_classification.parse_options(
+            ["--experts", str(experts or 2), "--epochs", str(1 if options.smoke else EPOCHS)]
+        )
 
         def feedforward():
             if experts is None:
@@ -114,7 +158,11 @@ def classifiers(options):
     return train
 
 
-TASKS = {"language_model": language_models, "classification": classifiers}
+TASKS = {
+    "language_model": language_models,
+    "translation": translators,
+    "classification": classifiers,
+}
 
 
 def course(losses, steps_an_epoch, ms_per_step):

@@ -1,10 +1,10 @@
 """Training of a translator that goes on after an interruption."""
 
-import csv
 import hashlib
 import json
 
 import keras
+from training_journal import Journal
 from translator import SmoothedCrossentropy
 from whole_files import write_whole
 
@@ -23,11 +23,11 @@ def fit(model, train, validation, epochs, folder, log_dir=None):
         train: `SentenceBatches`.
         validation: `SentenceBatches`.
         epochs: number of epochs in all.
-        folder: keeps the weights after each epoch, and `log.csv`.
+        folder: keeps the weights and the logs of each epoch.
         log_dir: folder for TensorBoard, or None.
 
     Returns:
-        Dict from the name of each logged value to its values by epoch.
+        Dict from the name of each logged value to its values by epoch, with `ms_per_step`.
 
     Raises:
         ValueError: If what `folder` keeps is damaged.
@@ -38,6 +38,7 @@ def fit(model, train, validation, epochs, folder, log_dir=None):
     if done:
         print(f"Going on after epoch {done} of {epochs}, which an earlier run finished.")
     compile_for_training(model, epochs * len(train))
+    journal = Journal(folder / "journal.json")
     monitors = (
         [callbacks.ExpertMonitor(log_dir=log_dir)] if inspection.has_moe_layers(model) else []
     )
@@ -50,11 +51,11 @@ def fit(model, train, validation, epochs, folder, log_dir=None):
             callbacks=[
                 *monitors,
                 _SetEpoch(train),
+                journal,
                 # The copy serves where a run was killed while it wrote the original.
                 keras.callbacks.BackupAndRestore(
                     backup, double_checkpoint=True, delete_checkpoint=False
                 ),
-                keras.callbacks.CSVLogger(folder / "log.csv", append=True),
             ],
         )
     except OSError as error:
@@ -62,7 +63,7 @@ def fit(model, train, validation, epochs, folder, log_dir=None):
             f"The weights of an interrupted run are damaged. Received: {error} for {backup}. "
             "Delete this folder, and the same command trains anew."
         ) from error
-    return read_log(folder / "log.csv")
+    return journal.history
 
 
 def compile_for_training(model, steps):
@@ -96,14 +97,6 @@ def finished_epochs(backup):
         return json.loads((backup / "training_metadata.json").read_text())["epoch"]
     except (FileNotFoundError, json.JSONDecodeError):
         return 0
-
-
-def read_log(path):
-    """Columns of the log. An epoch that was logged twice counts as it was the second time."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = {int(row["epoch"]): row for row in csv.DictReader(file)}
-    keys = next(iter(rows.values()))
-    return {key: [float(rows[epoch][key]) for epoch in sorted(rows)] for key in keys}
 
 
 def digest(*settings):

@@ -14,12 +14,19 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
 import datasets  # noqa: E402
 import moe_vs_dense  # noqa: E402
+from datasets import pairs  # noqa: E402
 from made_up_text import made_up_text  # noqa: E402
 
 
 def test_every_task_is_trained_with_and_without_experts(monkeypatch, tmp_path, capsys):
     data = made_up_text((96, 48, 32), num_words=40)
     monkeypatch.setattr(datasets, "load", lambda name, data_dir=None: data)
+    sentences = [f"{word} {other}" for word in "abcdefgh" for other in "ijklmnop"]
+    both = pairs.Pairs(sentences, [sentence.upper() for sentence in sentences])
+    monkeypatch.setattr(pairs, "load", lambda name, data_dir=None: [both, both, both])
+    monkeypatch.setattr(
+        moe_vs_dense.translation, "SMOKE", moe_vs_dense.translation.SMOKE._replace(vocabulary=40)
+    )
     monkeypatch.chdir(tmp_path)
     size = moe_vs_dense.language_model.SMOKE._replace(subwords=40)
     monkeypatch.setattr(moe_vs_dense.language_model, "SMOKE", size)

@@ -451,7 +451,7 @@ def test_training_goes_on_after_the_last_epoch_kept(made_up_data, tmp_path):
     other = small_translator(len(subwords), seed=5)
     both = training.fit(other, batches, batches, 2, tmp_path / "run")
     assert both["loss"][0] == first["loss"][0] and both["loss"][1] < both["loss"][0]
-    assert both["epoch"] == [0, 1]
+    assert len(both["loss"]) == len(both["ms_per_step"]) == 2
 
     for name in ("latest.weights.h5", "latest.weights.h5.bkp"):
         (tmp_path / "run" / "backup" / name).write_bytes(b"damaged")
