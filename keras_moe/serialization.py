@@ -2,6 +2,8 @@
 
 import keras
 
+from keras_moe.validation import propose
+
 PACKAGE = "keras_moe"
 
 register = keras.saving.register_keras_serializable(package=PACKAGE)
@@ -27,8 +29,19 @@ def resolve(argument, identifier, base, by_name=None, **defaults):
         return by_name[identifier](**defaults)
     if isinstance(identifier, base):
         return identifier
-    names = "".join(f", or {name!r}" for name in sorted(by_name))
+    names = sorted(by_name)
+    rule = f"`{argument}` must be an instance of `{base.__name__}`"
+    if names:
+        rule += f" or one of the names {', '.join(map(repr, names))}"
     raise ValueError(
-        f"`{argument}` must be an instance of `{base.__name__}`{names}. "
-        f"Received: {argument}={identifier!r} (of type {type(identifier).__name__})."
+        f"{rule}. Received: {argument}={identifier!r} (of type {type(identifier).__name__}). "
+        f"{_way_out(identifier, base, names)}"
     )
+
+
+def _way_out(identifier, base, names):
+    if isinstance(identifier, type) and issubclass(identifier, base):
+        return f"Make an instance of it, `{identifier.__name__}(...)`."
+    if names:
+        return propose(identifier, names)
+    return f"Make an instance of a subclass of `{base.__name__}`."

@@ -1,5 +1,6 @@
 """Checks of arguments: each error states the rule, what was received, and the fix."""
 
+import difflib
 import numbers
 
 import keras
@@ -40,8 +41,15 @@ def check_positive_number(name, value):
 def check_choice(name, value, choices):
     if value not in choices:
         raise ValueError(
-            f"`{name}` must be one of {', '.join(map(repr, choices))}. Received: {name}={value!r}."
+            f"`{name}` must be one of {', '.join(map(repr, choices))}. Received: {name}={value!r}. "
+            f"{propose(value, choices)}"
         )
+
+
+def propose(value, names):
+    """What to do about a value that is none of the names: the nearest, if there is one."""
+    nearest = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
+    return f"Did you mean {nearest[0]!r}?" if nearest else "Pass one of them."
 
 
 def check_float_inputs(inputs):

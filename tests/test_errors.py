@@ -6,6 +6,7 @@ import pytest
 from layer_checks import D, E, moe, normal, one_hot
 
 from keras_moe import callbacks, layers, losses, metrics, ops, routers
+from keras_moe.routers import balancers
 
 CALLED = "Exception encountered when calling "
 
@@ -39,7 +40,7 @@ def positive_number(name, value):
 
 
 def names_of(module):
-    return "".join(f", or {name!r}" for name in sorted(module.BY_NAME))
+    return " or one of the names " + ", ".join(map(repr, sorted(module.BY_NAME)))
 
 
 USAGE_METRICS = [
@@ -102,25 +103,27 @@ CONSTRUCTORS = {
     "experts": (
         lambda: layers.MixtureOfExperts("ffn"),
         ValueError,
-        "`experts` must be an instance of `ExpertBank`. Received: experts='ffn' (of type str).",
+        "`experts` must be an instance of `ExpertBank`. Received: experts='ffn' (of type str). "
+        "Make an instance of a subclass of `ExpertBank`.",
     ),
     "experts is a class": (
         lambda: layers.MixtureOfExperts(layers.LayerExperts),
         ValueError,
         "`experts` must be an instance of `ExpertBank`. Received: "
-        f"experts={layers.LayerExperts!r} (of type type).",
+        f"experts={layers.LayerExperts!r} (of type type). "
+        "Make an instance of it, `LayerExperts(...)`.",
     ),
     "router": (
         lambda: moe(router="top-2"),
         ValueError,
         f"`router` must be an instance of `Router`{names_of(routers)}. "
-        "Received: router='top-2' (of type str).",
+        "Received: router='top-2' (of type str). Did you mean 'top_p'?",
     ),
     "router is None": (
         lambda: moe(router=None),
         ValueError,
         f"`router` must be an instance of `Router`{names_of(routers)}. "
-        "Received: router=None (of type NoneType).",
+        "Received: router=None (of type NoneType). Pass one of them.",
     ),
     "router and bank": (
         lambda: moe(router=routers.TopKRouter(3)),
@@ -151,7 +154,7 @@ CONSTRUCTORS = {
         lambda: moe(router_losses=["balance"]),
         ValueError,
         f"`router_losses` must be an instance of `RouterLoss`{names_of(losses)}. "
-        "Received: router_losses='balance' (of type str).",
+        "Received: router_losses='balance' (of type str). Did you mean 'load_balance'?",
     ),
     "router losses": (
         lambda: moe(router_losses="load_balance"),
@@ -163,12 +166,14 @@ CONSTRUCTORS = {
         lambda: moe(shared_expert=abs),
         ValueError,
         "`shared_expert` must be an instance of `Layer`. Received: "
-        "shared_expert=<built-in function abs> (of type builtin_function_or_method).",
+        "shared_expert=<built-in function abs> (of type builtin_function_or_method). "
+        "Make an instance of a subclass of `Layer`.",
     ),
     "feedforward": (
         lambda: layers.TransformerEncoderBlock(2, "moe"),
         ValueError,
-        "`feedforward` must be an instance of `Layer`. Received: feedforward='moe' (of type str).",
+        "`feedforward` must be an instance of `Layer`. Received: feedforward='moe' (of type str). "
+        "Make an instance of a subclass of `Layer`.",
     ),
     "activation with weights": (
         lambda: layers.FeedForwardExperts(E, 8, activation=keras.layers.PReLU(name="prelu")),
@@ -216,7 +221,8 @@ CONSTRUCTORS = {
     "experts of a metric": (
         lambda: metrics.LoadEntropy(3).update_state(routers.TopKRouter(E)(normal(2, D))),
         ValueError,
-        "The routing must have as many experts as the metric. Received: 4 experts, num_experts=3.",
+        "The routing must have as many experts as the metric. Received: 4 experts, num_experts=3. "
+        "Make the metric with num_experts=4.",
     ),
     "weights of a metric": (
         lambda: metrics.LoadEntropy(E).update_state(routers.TopKRouter(E)(normal(2, D)), 1.0),
@@ -229,6 +235,24 @@ CONSTRUCTORS = {
         ValueError,
         "The model must have at least one `MixtureOfExperts` layer. "
         "Received: model 'plain' without any. Add one, or leave this out.",
+    ),
+    "balancer": (
+        lambda: routers.TopKRouter(E, balancer="lossfree"),
+        ValueError,
+        f"`balancer` must be an instance of `SelectionBalancer`{names_of(balancers)}. "
+        "Received: balancer='lossfree' (of type str). Did you mean 'loss_free'?",
+    ),
+    "score": (
+        lambda: routers.TopKRouter(E, score="linear"),
+        ValueError,
+        "`score` must be one of 'softmax', 'sigmoid', 'sqrt_softplus'. Received: score='linear'. "
+        "Pass one of them.",
+    ),
+    "priority": (
+        lambda: layers.Capacity(1.0, priority="positions"),
+        ValueError,
+        "`priority` must be one of 'position', 'probability', 'random'. "
+        "Received: priority='positions'. Did you mean 'position'?",
     ),
     "abstract loss": (
         lambda: losses.RouterLoss(1.0)(None),
@@ -315,13 +339,13 @@ CALLS = {
         lambda: layers.TransformerEncoderBlock(3, moe())(normal(2, 3, D)),
         ValueError,
         "`inputs` must have the shape (batch, length, features), features divisible by "
-        "`num_heads`. Received: inputs.shape=(2, 3, 8), num_heads=3.",
+        "`num_heads`. Received: inputs.shape=(2, 3, 8), num_heads=3. Change one of them.",
     ),
     "rank of a block": (
         lambda: layers.TransformerEncoderBlock(2, moe())(normal(2, D)),
         ValueError,
         "`inputs` must have the shape (batch, length, features), features divisible by "
-        "`num_heads`. Received: inputs.shape=(2, 8), num_heads=2.",
+        "`num_heads`. Received: inputs.shape=(2, 8), num_heads=2. Change one of them.",
     ),
     "width of a feed-forward": (
         lambda: layers.TransformerEncoderBlock(2, dense(3))(normal(2, 3, D)),

@@ -133,10 +133,10 @@ def test_a_weight_that_is_no_number_from_zero_is_named(weight):
 def test_an_unknown_loss_is_named():
     with pytest.raises(ValueError) as error:
         losses.get("balance")
-    names = "".join(f", or {name!r}" for name in sorted(losses.BY_NAME))
+    names = ", ".join(map(repr, sorted(losses.BY_NAME)))
     assert str(error.value) == (
-        f"`router_losses` must be an instance of `RouterLoss`{names}. "
-        "Received: router_losses='balance' (of type str)."
+        f"`router_losses` must be an instance of `RouterLoss` or one of the names {names}. "
+        "Received: router_losses='balance' (of type str). Did you mean 'load_balance'?"
     )
 
 

@@ -131,7 +131,8 @@ def test_a_routing_of_another_number_of_experts_is_named():
     with pytest.raises(ValueError) as error:
         metrics.DeadExperts(num_experts=3).update_state(routing_of(np.zeros((2, 4), "float32")))
     assert str(error.value) == (
-        "The routing must have as many experts as the metric. Received: 4 experts, num_experts=3."
+        "The routing must have as many experts as the metric. Received: 4 experts, num_experts=3. "
+        "Make the metric with num_experts=4."
     )
 
 

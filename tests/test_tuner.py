@@ -124,7 +124,8 @@ ERRORS = [
     ),
     (
         {"routers": ("relu",)},
-        f"`routers` must be one of {ONE_OF_ROUTERS}. Received: routers='relu'.",
+        f"`routers` must be one of {ONE_OF_ROUTERS}. Received: routers='relu'. "
+        "Pass one of them.",
     ),
     (
         {"top_k": (3,)},
@@ -144,7 +145,7 @@ ERRORS = [
     (
         {"loss_weights": {"z": (1,)}},
         f"`loss_weights` must be one of {', '.join(map(repr, sorted(losses.BY_NAME)))}. "
-        "Received: loss_weights='z'.",
+        "Received: loss_weights='z'. Pass one of them.",
     ),
     (
         {"capacity_factors": (0,)},

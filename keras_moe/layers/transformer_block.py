@@ -43,7 +43,7 @@ class TransformerBlock(keras.layers.Layer):
             raise ValueError(
                 "`inputs` must have the shape (batch, length, features), features divisible by "
                 f"`num_heads`. Received: inputs.shape={tuple(inputs_shape)}, "
-                f"num_heads={self.num_heads}."
+                f"num_heads={self.num_heads}. Change one of them."
             )
 
     def _make_norm(self, name, inputs_shape):

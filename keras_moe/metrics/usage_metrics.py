@@ -45,7 +45,8 @@ class _UsageMetric(keras.metrics.Metric):
         if routing.counts.shape[0] != self.num_experts:
             raise ValueError(
                 "The routing must have as many experts as the metric. Received: "
-                f"{routing.counts.shape[0]} experts, num_experts={self.num_experts}."
+                f"{routing.counts.shape[0]} experts, num_experts={self.num_experts}. "
+                f"Make the metric with num_experts={routing.counts.shape[0]}."
             )
         counts = ops.cast(routing.counts, "float32")
         self.counts.assign_add(counts)
