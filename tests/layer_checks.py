@@ -118,8 +118,10 @@ def _bank_options():
     )
 
 
-def _usage_metric():
-    return Case(lambda: {"num_experts": E}, lambda: {"name": "usage", "dtype": "float64"})
+def _usage_metric(**options):
+    return Case(
+        lambda: {"num_experts": E}, lambda: {"name": "usage", "dtype": "float64", **options}
+    )
 
 
 def _router_loss(**options):
@@ -249,6 +251,7 @@ CASES = {
     metrics.LoadImbalance: _usage_metric(),
     metrics.LoadEntropy: _usage_metric(),
     metrics.DeadExperts: _usage_metric(),
+    metrics.DeadExpertsOverWindow: _usage_metric(window=3),
     metrics.DroppedFraction: _usage_metric(),
     metrics.ExpertShare: _usage_metric(),
     callbacks.ExpertHealth: Case(

@@ -143,6 +143,14 @@ def dead_experts(counts):
     return sum(count == 0 for count in counts)
 
 
+def dead_experts_over_window(batches, window):
+    """Experts that had nothing in each of the last `window` batches."""
+    if len(batches) < window:
+        return 0
+    num_experts = len(batches[0])
+    return sum(all(batch[e] == 0 for batch in batches[-window:]) for e in range(num_experts))
+
+
 def dropped_fraction(dropped, counts):
     return dropped / sum(counts) if sum(counts) else 0.0
 

@@ -47,6 +47,7 @@ USAGE_METRICS = [
     metrics.LoadImbalance,
     metrics.LoadEntropy,
     metrics.DeadExperts,
+    metrics.DeadExpertsOverWindow,
     metrics.DroppedFraction,
     metrics.ExpertShare,
 ]
@@ -63,6 +64,7 @@ RANGES = [
     (positive_integer, "patience", lambda value: callbacks.ExpertHealth(patience=value)),
     (positive_integer, "num_heads", lambda v: layers.TransformerEncoderBlock(v, moe())),
     *((positive_integer, "num_experts", metric) for metric in USAGE_METRICS),
+    (positive_integer, "window", lambda value: metrics.DeadExpertsOverWindow(E, value)),
     (fraction, "input_jitter", lambda value: routers.TopKRouter(E, input_jitter=value)),
     (fraction, "dropout", lambda v: layers.TransformerEncoderBlock(1, moe(), dropout=v)),
     (not_negative, "logit_noise", lambda value: routers.TopKRouter(E, logit_noise=value)),

@@ -13,13 +13,14 @@ from keras_moe import metrics
 from keras_moe.ops import top_k_routing
 
 OF_COUNTS = ("load_imbalance", "load_entropy", "dead_experts", "expert_share")
-CLASSES = {
+TOTALS = {
     "load_imbalance": metrics.LoadImbalance,
     "load_entropy": metrics.LoadEntropy,
     "dead_experts": metrics.DeadExperts,
     "dropped_fraction": metrics.DroppedFraction,
     "expert_share": metrics.ExpertShare,
 }
+CLASSES = {**TOTALS, "dead_experts_over_window": metrics.DeadExpertsOverWindow}
 
 
 def expected_value(name, counts, dropped):
@@ -80,10 +81,10 @@ def routing_of(logits, mask=None, dropped=0.0):
     return routing._replace(dropped=ops.convert_to_tensor(dropped, "float32"))
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", TOTALS)
 def test_a_metric_sums_all_routings_since_its_last_reset(name):
     rng = np.random.default_rng(0)
-    metric = CLASSES[name](num_experts=5)
+    metric = TOTALS[name](num_experts=5)
     for _ in range(2):
         counts, dropped = np.zeros(5), 0.0
         for num_tokens, fraction in ((7, 0.5), (20, 0.0), (3, 1 / 3)):
@@ -99,6 +100,24 @@ def test_a_metric_sums_all_routings_since_its_last_reset(name):
     np.testing.assert_array_equal(
         ops.convert_to_numpy(metric.result()), expected_value(name, [0] * 5, 0)
     )
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 6])
+def test_experts_are_dead_that_had_nothing_in_a_window_of_batches(window):
+    rng = np.random.default_rng(window)
+    batches = rng.integers(0, 9, (5, 5)) * (rng.random((5, 5)) < 0.3)
+    batches[:, 4] = 0
+    metric = metrics.DeadExpertsOverWindow(num_experts=5, window=window)
+    routing = routing_of(np.zeros((3, 5), "float32"))
+    for last in range(1, 6):
+        counts = ops.convert_to_tensor(batches[last - 1].astype("int32"))
+        metric.update_state(routing._replace(counts=counts))
+        seen = batches[:last].astype("int32")
+        expected = reference.dead_experts_over_window(seen, window)
+        assert float(metric.result()) == expected
+        assert float(metrics.dead_experts_over_window(seen, window)) == expected
+    metric.reset_state()
+    assert float(metric.result()) == 0
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -124,8 +124,7 @@ ERRORS = [
     ),
     (
         {"routers": ("relu",)},
-        f"`routers` must be one of {ONE_OF_ROUTERS}. Received: routers='relu'. "
-        "Pass one of them.",
+        f"`routers` must be one of {ONE_OF_ROUTERS}. Received: routers='relu'. Pass one of them.",
     ),
     (
         {"top_k": (3,)},

@@ -15,6 +15,7 @@ from keras_moe.metrics.specialization import (
 from keras_moe.metrics.usage import (
     active_fraction,
     dead_experts,
+    dead_experts_over_window,
     dropped_fraction,
     expert_share,
     load_entropy,
@@ -25,6 +26,7 @@ from keras_moe.metrics.usage import (
 )
 from keras_moe.metrics.usage_metrics import (
     DeadExperts,
+    DeadExpertsOverWindow,
     DroppedFraction,
     ExpertShare,
     LoadEntropy,
@@ -33,6 +35,7 @@ from keras_moe.metrics.usage_metrics import (
 
 __all__ = [
     "DeadExperts",
+    "DeadExpertsOverWindow",
     "DroppedFraction",
     "ExpertShare",
     "LoadEntropy",
@@ -41,6 +44,7 @@ __all__ = [
     "coactivation",
     "count_table",
     "dead_experts",
+    "dead_experts_over_window",
     "dropped_fraction",
     "expert_saliency",
     "expert_share",

@@ -51,6 +51,24 @@ def dead_experts(counts):
     return ops.sum(ops.cast(ops.equal(counts, 0), "float32"))
 
 
+def dead_experts_over_window(counts, window=100):
+    """Number of experts without a single assignment in the last `window` batches.
+
+    One batch may miss an expert by chance; many in a row do not. 0 before there are so many
+    batches.
+
+    Args:
+        counts: (N, E) assignments per expert, of N batches in the order of time.
+        window: number of batches.
+
+    Returns:
+        Scalar, float32.
+    """
+    if counts.shape[0] < window:
+        return ops.zeros((), "float32")
+    return dead_experts(ops.sum(counts[-window:], axis=0))
+
+
 def dropped_fraction(dropped, counts):
     """Share of the assignments that were dropped for want of room; 0 without assignments.
 

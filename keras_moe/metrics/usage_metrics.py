@@ -18,14 +18,12 @@ from keras_moe.validation import check_positive_integer
 
 
 class _UsageMetric(keras.metrics.Metric):
-    """Abstract: sums the counts of routings."""
+    """Abstract: remembers something of the counts of each routing."""
 
     def __init__(self, num_experts, name=None, dtype=None):
         check_positive_integer("num_experts", num_experts)
         super().__init__(name=name, dtype=dtype)
         self.num_experts = num_experts
-        self.counts = self.add_variable((num_experts,), "zeros", dtype="float32", name="counts")
-        self.dropped = self.add_variable((), "zeros", dtype="float32", name="dropped")
 
     def update_state(self, routing, sample_weight=None):
         """Add the assignments of a routing. Padding is left out by the routing itself.
@@ -48,16 +46,27 @@ class _UsageMetric(keras.metrics.Metric):
                 f"{routing.counts.shape[0]} experts, num_experts={self.num_experts}. "
                 f"Make the metric with num_experts={routing.counts.shape[0]}."
             )
-        counts = ops.cast(routing.counts, "float32")
-        self.counts.assign_add(counts)
-        self.dropped.assign_add(ops.cast(routing.dropped, "float32") * ops.sum(counts))
+        self.remember(ops.cast(routing.counts, "float32"), routing.dropped)
 
     def get_config(self):
         return {**super().get_config(), "num_experts": self.num_experts}
 
 
+class _TotalUsageMetric(_UsageMetric):
+    """Abstract: sums the counts of routings."""
+
+    def __init__(self, num_experts, name=None, dtype=None):
+        super().__init__(num_experts, name, dtype)
+        self.counts = self.add_variable((num_experts,), "zeros", dtype="float32", name="counts")
+        self.dropped = self.add_variable((), "zeros", dtype="float32", name="dropped")
+
+    def remember(self, counts, dropped):
+        self.counts.assign_add(counts)
+        self.dropped.assign_add(ops.cast(dropped, "float32") * ops.sum(counts))
+
+
 @register
-class LoadImbalance(_UsageMetric):
+class LoadImbalance(_TotalUsageMetric):
     """`metrics.load_imbalance` of all routings seen since the last reset.
 
     Args:
@@ -78,7 +87,7 @@ class LoadImbalance(_UsageMetric):
 
 
 @register
-class LoadEntropy(_UsageMetric):
+class LoadEntropy(_TotalUsageMetric):
     """`metrics.load_entropy` of all routings seen since the last reset.
 
     Args and example: as for `LoadImbalance`.
@@ -89,7 +98,7 @@ class LoadEntropy(_UsageMetric):
 
 
 @register
-class DeadExperts(_UsageMetric):
+class DeadExperts(_TotalUsageMetric):
     """`metrics.dead_experts` of all routings seen since the last reset.
 
     Args and example: as for `LoadImbalance`.
@@ -100,7 +109,48 @@ class DeadExperts(_UsageMetric):
 
 
 @register
-class DroppedFraction(_UsageMetric):
+class DeadExpertsOverWindow(_UsageMetric):
+    """`metrics.dead_experts_over_window` of the routings seen since the last reset.
+
+    Each `update_state` is a batch.
+
+    Args:
+        num_experts: number of experts, E.
+        window: number of batches without an assignment that make an expert count as dead.
+        name: name of the metric.
+        dtype: dtype of the metric.
+
+    Raises:
+        ValueError: If `num_experts` or `window` is not a positive integer.
+
+    Example:
+
+    >>> metric = keras_moe.metrics.DeadExpertsOverWindow(num_experts=8, window=2)
+    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
+    >>> for _ in range(3):
+    ...     metric.update_state(router(keras.random.normal((32, 64))))
+    >>> dead = float(metric.result())
+    """
+
+    def __init__(self, num_experts, window=100, name=None, dtype=None):
+        check_positive_integer("window", window)
+        super().__init__(num_experts, name, dtype)
+        self.window = window
+        # How many batches ago each expert had its last assignment: all there is to know.
+        self.idle = self.add_variable((num_experts,), "zeros", dtype="float32", name="idle")
+
+    def remember(self, counts, dropped):
+        self.idle.assign(ops.where(counts > 0, 0.0, self.idle + 1.0))
+
+    def result(self):
+        return ops.sum(ops.cast(self.idle >= self.window, "float32"))
+
+    def get_config(self):
+        return {**super().get_config(), "window": self.window}
+
+
+@register
+class DroppedFraction(_TotalUsageMetric):
     """`metrics.dropped_fraction` of all routings seen since the last reset.
 
     Args and example: as for `LoadImbalance`.
@@ -111,7 +161,7 @@ class DroppedFraction(_UsageMetric):
 
 
 @register
-class ExpertShare(_UsageMetric):
+class ExpertShare(_TotalUsageMetric):
     """`metrics.expert_share`, (E,), of all routings seen since the last reset.
 
     Args and example: as for `LoadImbalance`.
