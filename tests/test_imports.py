@@ -19,7 +19,7 @@ FRAMEWORKS = {"tensorflow", "jax", "jaxlib", "torch", "tensorflow_probability", 
 LEVELS = {
     "backend": 0,
     "validation": 0,
-    "serialization": 0,
+    "serialization": 1,
     "ops": 1,
     "routers": 2,
     "losses": 2,
