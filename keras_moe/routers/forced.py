@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_moe.ops import top_k_indices
+from keras_moe.ops import draws, top_k_indices
 from keras_moe.routers.hash import fixed_routing
 from keras_moe.routers.router import Router, check_top_k
 from keras_moe.serialization import register
@@ -71,8 +71,7 @@ class ForcedRouter(Router):
             return (first + choices) % self.num_experts
         # The best of log p + Gumbel noise are draws without replacement.
         shape = (num_tokens, self.num_experts)
-        uniform = keras.random.uniform(shape, minval=1e-7, seed=self._draws)
-        noise = -ops.log(-ops.log(uniform))
+        noise = -ops.log(-ops.log(draws.uniform(shape, self._draws)))
         if self.pattern == "zipf":
             noise = noise - ops.log(ops.arange(1, self.num_experts + 1, dtype="float32"))
         return top_k_indices(noise, self.top_k)

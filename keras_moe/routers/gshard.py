@@ -1,9 +1,8 @@
 """Top-2 routing that visits its second expert by chance."""
 
-import keras
 from keras import ops
 
-from keras_moe.ops import make_routing, take_scores, top_k_indices
+from keras_moe.ops import draws, make_routing, take_scores, top_k_indices
 from keras_moe.ops.scores import distribution, softmax
 from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.serialization import register
@@ -63,9 +62,9 @@ class GShardRouter(LogitRouter):
         indices = top_k_indices(probs, 2)
         weights = distribution(take_scores(probs, indices))
         if training:
-            chance = self._noise(keras.random.uniform, weights[:, 1])
-            kept = chance * self.threshold < ops.stop_gradient(weights[:, 1])
-            kept = ops.stack([ops.ones_like(kept), kept], axis=1)
+            second = ops.stop_gradient(weights[:, 1:])
+            kept = self._noise(draws.uniform, second) * self.threshold < second
+            kept = ops.concatenate([ops.ones_like(kept), kept], axis=1)
             indices = ops.where(kept, indices, -1)
             weights = ops.where(kept, weights, 0.0)
         return make_routing(indices, weights, probs, logits, mask)

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_moe.ops import clean_logits
+from keras_moe.ops import clean_logits, draws
 from keras_moe.routers.router import Router
 from keras_moe.validation import check_fraction, check_not_negative
 
@@ -57,11 +57,11 @@ class LogitRouter(Router):
     def logits(self, tokens, mask, training):
         """Logits (T, E) of tokens (T, D) with the noise of training, and a mask: `clean_logits`."""
         if training and self.input_jitter:
-            low, high = 1.0 - self.input_jitter, 1.0 + self.input_jitter
-            tokens = tokens * self._noise(keras.random.uniform, tokens, minval=low, maxval=high)
+            noise = 2 * self._noise(draws.uniform, tokens) - 1
+            tokens = tokens * (1 + self.input_jitter * noise)
         logits = self.project(tokens)
         if training and self.logit_noise:
-            logits = logits + self._noise(keras.random.normal, logits, stddev=self.logit_noise)
+            logits = logits + self.logit_noise * self._noise(draws.normal, logits)
         return clean_logits(logits, mask)
 
     def _add_kernel(self, name, shape):
@@ -72,8 +72,9 @@ class LogitRouter(Router):
             regularizer=self.kernel_regularizer,
         )
 
-    def _noise(self, distribution, like, **kwargs):
-        return distribution(ops.shape(like), dtype="float32", seed=self._noise_seed, **kwargs)
+    def _noise(self, draw, like):
+        """Noise of the shape (R, C) of a tensor, from one of `ops.draws`."""
+        return draw(ops.shape(like), self._noise_seed)
 
     def get_config(self):
         return {

@@ -1,9 +1,8 @@
 """Noise that the router learns."""
 
-import keras
 from keras import ops
 
-from keras_moe.ops import make_routing, noisy_load, take_scores, top_k_indices
+from keras_moe.ops import draws, make_routing, noisy_load, take_scores, top_k_indices
 from keras_moe.ops.scores import distribution, softmax
 from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.routers.router import check_top_k
@@ -62,7 +61,7 @@ class NoisyTopKRouter(LogitRouter):
         noisy, load = clean, None
         if training:
             deviation = ops.softplus(ops.matmul(tokens, self.noise_kernel)) + 0.01
-            noisy = clean + deviation * self._noise(keras.random.normal, clean)
+            noisy = clean + deviation * self._noise(draws.normal, clean)
             load = noisy_load(clean, noisy, deviation, self.top_k, mask)
         scores = softmax(noisy)
         indices = top_k_indices(scores, self.top_k)

@@ -1,8 +1,6 @@
 """The router of vision mixtures: fixed noise and raw probabilities."""
 
-import keras
-
-from keras_moe.ops import make_routing, noisy_load, take_scores, top_k_indices
+from keras_moe.ops import draws, make_routing, noisy_load, take_scores, top_k_indices
 from keras_moe.ops.scores import softmax
 from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.routers.router import check_top_k
@@ -56,7 +54,7 @@ class VMoERouter(LogitRouter):
         noisy, load = clean, None
         if training and self.noise_std:
             deviation = self.noise_std / self.num_experts
-            noisy = clean + self._noise(keras.random.normal, clean, stddev=deviation)
+            noisy = clean + deviation * self._noise(draws.normal, clean)
             load = noisy_load(clean, noisy, deviation, self.top_k, mask)
         scores = softmax(noisy)
         indices = top_k_indices(scores, self.top_k)

@@ -1,0 +1,61 @@
+"""Draws: random numbers cheap enough to have one for each feature of each token.
+
+Compiled by XLA, each is a hash of a key that is drawn and of its place. The generators of Keras are
+better than a router needs and many times slower there: on CPUs that of TensorFlow takes longer to
+draw the noise of a router than the experts to compute. Generators of this kind: Salmon et al. 2011,
+"Parallel random numbers: as easy as 1, 2, 3".
+"""
+
+import math
+
+import keras
+from keras import ops
+
+from keras_moe import backend
+
+
+def uniform(shape, seed):
+    """Numbers uniform between 0 and 1, both excluded.
+
+    Args:
+        shape: two sizes, (R, C).
+        seed: a `keras.random.SeedGenerator`.
+
+    Returns:
+        (R, C) float32 tensor.
+    """
+    if backend.compiles_static_shapes():
+        return _hashed(shape, seed)
+    return keras.random.uniform(shape, minval=2.0**-24, dtype="float32", seed=seed)
+
+
+def normal(shape, seed):
+    """Numbers of the normal distribution with mean 0 and deviation 1; see `uniform`."""
+    if backend.compiles_static_shapes():
+        return math.sqrt(2) * ops.erfinv(2 * _hashed(shape, seed) - 1)
+    return keras.random.normal(shape, dtype="float32", seed=seed)
+
+
+def _hashed(shape, seed):
+    rows, columns = shape
+    key = keras.random.randint((2,), 0, 2**31 - 1, seed=seed)
+    row = ops.expand_dims(ops.arange(rows, dtype="int32"), 1)
+    place = row * columns + ops.arange(columns, dtype="int32")
+    bits = _mix(_mix(place + key[0]) + key[1])
+    # 23 bits and a half: each number is exact in float32, and none is 0 or 1.
+    return (ops.cast(ops.bitwise_and(bits, 2**23 - 1), "float32") + 0.5) / 2**23
+
+
+def _mix(bits):
+    """A permutation of the int32 numbers after which neighbours have nothing in common.
+
+    The last step of MurmurHash3, with its constants. Products wrap around.
+    """
+    bits = ops.bitwise_xor(bits, _shifted(bits, 16)) * (0x85EBCA6B - 2**32)
+    bits = ops.bitwise_xor(bits, _shifted(bits, 13)) * (0xC2B2AE35 - 2**32)
+    return ops.bitwise_xor(bits, _shifted(bits, 16))
+
+
+def _shifted(bits, number):
+    """To the right, with zeros from the left, where a negative number would have ones."""
+    return ops.bitwise_and(ops.right_shift(bits, number), 2 ** (32 - number) - 1)
