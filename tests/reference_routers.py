@@ -102,7 +102,7 @@ def expert_choice(factor, length):
         probs = np.zeros(logits.shape)
         for t in np.flatnonzero(mask):
             probs[t] = _softmax(logits[t].astype("float64"))
-            weights = np.zeros(logits.shape)
+        weights = np.zeros(logits.shape)
         for start in range(0, num_tokens, length):
             real = [t for t in range(start, start + length) if mask[t]]
             room = reference.expert_capacity(len(real), num_experts, 1, factor)
@@ -118,13 +118,15 @@ def sinkhorn(iterations, k):
     """Rows to 1 and columns to N / E in turn, of `exp(z)`; then the k best of the plan."""
 
     def route(logits, mask):
+        weights, probs = np.zeros(logits.shape), np.zeros(logits.shape)
         real = np.flatnonzero(mask)
+        if not len(real):
+            return weights, probs
         z = logits[real].astype("float64")
-        plan = np.exp(z - np.max(z, initial=0.0))
+        plan = np.exp(z - np.max(z))
         for _ in range(iterations):
             plan /= plan.sum(axis=1, keepdims=True)
             plan *= len(real) / logits.shape[1] / plan.sum(axis=0, keepdims=True)
-        weights, probs = np.zeros(logits.shape), np.zeros(logits.shape)
         for row, t in zip(plan / plan.sum(axis=1, keepdims=True), real):
             scores = _sigmoid(logits[t].astype("float64")) if k == 1 else _softmax(logits[t])
             for e in best(row, k):
@@ -179,6 +181,39 @@ def soft(x, kernel, scale, experts, slots, mask):
         for t in real:
             outputs[t] += _softmax(logits[t])[m] * made
     return outputs
+
+
+def soft_routing(slots):
+    """The expert whose slots a token takes most from, and what it takes from each."""
+
+    def route(logits, mask):
+        weights, probs = np.zeros((2, len(logits), logits.shape[1] // slots))
+        for t in np.flatnonzero(mask):
+            probs[t] = _softmax(logits[t]).reshape(-1, slots).sum(axis=1)
+            (expert,) = best(probs[t], 1)
+            weights[t, expert] = probs[t, expert]
+        return weights, probs
+
+    return route
+
+
+def fixed(indices, num_experts):
+    """Given experts (T, K), each with the weight 1 / K."""
+
+    def route(logits, mask):
+        weights = np.zeros((len(logits), num_experts))
+        for t in np.flatnonzero(mask):
+            weights[t, indices[t]] = 1 / len(indices[t])
+        return weights, weights
+
+    return route
+
+
+def of_directions(route, scale=1.0):
+    """A router that sees no norms of its tokens."""
+    return lambda tokens, mask: route(
+        np.array([scale * token / np.sqrt(np.sum(token**2) + 1e-6) for token in tokens]), mask
+    )
 
 
 def noisy_load(clean, noisy, deviation, k, mask):

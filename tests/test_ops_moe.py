@@ -13,14 +13,12 @@ import numpy as np
 import pytest
 import reference
 from conftest import EXAMPLES, FAST_MODE, KERNEL_MODES, MODES, assert_close, differentiated, some
+from drawn import MASKS, SKEWS, draw_mask
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from keras import ops
 
 from keras_moe import layers, losses, routers
-
-SKEWS = ("zipf", "balanced", "all-to-one")
-MASKS = ("most", "all", "few", "none")
 
 
 class Config(NamedTuple):
@@ -150,11 +148,6 @@ def assert_same(result, expected, tokens=slice(None), expected_tokens=slice(None
     assert_close(d_x[tokens], expected[4][expected_tokens])
     for name, gradient in d_weights.items():
         assert_close(gradient, expected[5][name])
-
-
-def draw_mask(rng, num_tokens, kind):
-    share = {"all": 2.0, "most": 0.8, "few": 0.2, "none": 0.0}[kind]
-    return rng.random(num_tokens) < share
 
 
 @st.composite

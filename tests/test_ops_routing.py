@@ -4,32 +4,12 @@ import numpy as np
 import pytest
 import reference
 from conftest import EXAMPLES, FAST_MODE, MODES, assert_close, compiled, differentiated, gradients
+from drawn import MASKS, SKEWS, draw_logits, draw_mask
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from keras import ops
 
 from keras_moe.ops import load_balance, router_z, top_k_indices, top_k_routing
-
-SKEWS = ("balanced", "zipf", "all-to-one")
-
-
-def draw_logits(rng, num_tokens, num_experts, skew):
-    """Logits whose largest entries wander over the experts as `skew` says."""
-    logits = rng.normal(size=(num_tokens, num_experts))
-    if skew == "balanced":
-        rows = np.arange(num_tokens)
-        logits[rows, rows % num_experts] += 10.0
-    elif skew == "zipf":
-        logits -= 2.0 * np.log(np.arange(num_experts) + 1.0)
-    else:
-        logits[:, 0] += 10.0
-    return logits.astype("float32")
-
-
-def draw_mask(rng, num_tokens, kind):
-    if kind == "none":
-        return np.zeros(num_tokens, bool)
-    return rng.random(num_tokens) < {"all": 2.0, "most": 0.8, "few": 0.2}[kind]
 
 
 @st.composite
@@ -40,7 +20,7 @@ def routings(draw):
     num_tokens = draw(st.integers(1, 40))
     logits = draw_logits(rng, num_tokens, num_experts, draw(st.sampled_from(SKEWS)))
     assume(reference.selection_gap(logits, top_k) > 1e-4)
-    mask = draw_mask(rng, num_tokens, draw(st.sampled_from(["all", "most", "few", "none"])))
+    mask = draw_mask(rng, num_tokens, draw(st.sampled_from(MASKS)))
     logits[~mask] = draw(st.sampled_from([0.0, np.nan, np.inf, -np.inf, 1e30]))
     return logits, top_k, mask
 

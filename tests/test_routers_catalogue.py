@@ -4,7 +4,19 @@ import keras
 import numpy as np
 import pytest
 import reference_routers as oracle
-from conftest import FAST_MODE, MODES, assert_close, compiled, differentiated, some, to_numpy
+from conftest import (
+    BACKEND,
+    FAST_MODE,
+    MODES,
+    assert_close,
+    compiled,
+    differentiated,
+    some,
+    to_numpy,
+)
+from drawn import MASKS, SKEWS, draw_logits, draw_mask
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from keras import ops
 
 from keras_moe import layers, losses, routers
@@ -253,3 +265,123 @@ def test_every_name_makes_a_router_of_a_single_expert_or_says_why_not():
             router = type(routers.get(name, num_experts=2))(1, top_k=1)
         routing = to_numpy(router(np.ones((3, 2), "float32"), training=True))
         assert np.isfinite(routing.weights).all(), name
+
+
+def drawn(router_class, *arguments, **kwargs):
+    return router_class(*arguments, kernel_initializer=IDENTITY, **kwargs)
+
+
+def hashed(e, k, length):
+    router = routers.HashRouter(e, vocabulary_size=7, top_k=k)
+    router.build(None)
+    table = ops.convert_to_numpy(router.table)
+    return router, oracle.fixed(table[np.arange(100) % 7], e)
+
+
+def forced(e, k, length):
+    first = np.arange(100)[:, None] * k
+    return routers.ForcedRouter(e, k), oracle.fixed((first + np.arange(k)) % e, e)
+
+
+# From E, K and the length of a sequence to a router and its oracle.
+DRAWN = {
+    "top_k": lambda e, k, s: (drawn(routers.TopKRouter, e, k), oracle.top_k(k)),
+    "switch": lambda e, k, s: (drawn(routers.TopKRouter, e, 1), oracle.top_k(1)),
+    "sigmoid": lambda e, k, s: (
+        drawn(routers.TopKRouter, e, k, "sigmoid", scaling_factor=2.5),
+        oracle.top_k(k, "sigmoid", scale=2.5),
+    ),
+    "deepseek_v3": lambda e, k, s: (
+        drawn(routers.GroupLimitedRouter, 3 * e, num_groups=e, top_groups=k, top_k=k),
+        oracle.top_k(k, "sigmoid", groups=(e, k)),
+    ),
+    "noisy_top_k": lambda e, k, s: (drawn(routers.NoisyTopKRouter, e, k), oracle.top_k(k)),
+    "v_moe": lambda e, k, s: (
+        drawn(routers.VMoERouter, e, k),
+        oracle.top_k(k, renormalize=False),
+    ),
+    "gshard": lambda e, k, s: (drawn(routers.GShardRouter, e + 1), oracle.top_k(2)),
+    "cosine": lambda e, k, s: (
+        drawn(routers.CosineRouter, e, projection_dim=e, top_k=k),
+        oracle.of_directions(oracle.top_k(k), scale=2.0),
+    ),
+    "top_p": lambda e, k, s: (
+        drawn(routers.TopPRouter, e, threshold=0.6, max_top_k=k),
+        oracle.top_p(0.6, k),
+    ),
+    "relu": lambda e, k, s: (drawn(routers.ReLURouter, e, 1, max_top_k=k), oracle.relu(k)),
+    "dense": lambda e, k, s: (drawn(routers.DenseRouter, e), oracle.dense),
+    "expert_choice": lambda e, k, s: (
+        drawn(routers.ExpertChoiceRouter, e, capacity_factor=0.75 * k),
+        oracle.expert_choice(0.75 * k, s),
+    ),
+    "soft": lambda e, k, s: (
+        drawn(routers.SoftRouter, e, slots=k),
+        oracle.of_directions(oracle.soft_routing(k)),
+    ),
+    "sinkhorn": lambda e, k, s: (drawn(routers.SinkhornRouter, e, k, 5), oracle.sinkhorn(5, k)),
+    "balanced_assignment": lambda e, k, s: (
+        drawn(routers.BalancedAssignmentRouter, e),
+        oracle.balanced_assignment,
+    ),
+    "hash": hashed,
+    "forced": forced,
+}
+BALANCED_IN_TRAINING = ("sinkhorn", "balanced_assignment")
+DRAWS = {"eager": 8, "graph": 3, "xla": 3, "jit": 6}
+
+
+def is_sure(route, logits, mask, rng):
+    """Whether no rounding changes who is chosen."""
+    chosen = route(logits, mask)[0] > 0
+    moved = (logits + 1e-4 * rng.normal(size=logits.shape) for _ in range(4))
+    return all((chosen == (route(other, mask)[0] > 0)).all() for other in moved)
+
+
+# One operation after the other JAX compiles for each shape.
+@pytest.mark.parametrize("mode", [mode for mode in MODES if (BACKEND, mode) != ("jax", "eager")])
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_router_of_any_size_equals_the_oracle(name, mode):
+    @settings(max_examples=DRAWS[mode])
+    @given(st.data())
+    def check(data):
+        e = data.draw(st.integers(1, 5))
+        k = data.draw(st.integers(1, e))
+        length, num_sequences = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 3))
+        router, expected = DRAWN[name](e, k, length)
+        num_tokens, num_experts = length * num_sequences, router.num_experts
+        slots = getattr(router, "slots", 1)
+        rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+        skew, kind = data.draw(st.sampled_from(SKEWS)), data.draw(st.sampled_from(MASKS))
+        logits = draw_logits(rng, num_tokens, num_experts * slots, skew, preference=3.0)
+        mask = draw_mask(rng, num_tokens, kind)
+        assume(is_sure(expected, logits, mask, rng))
+        padded = np.where(mask[:, None], logits, data.draw(st.sampled_from([0, np.nan, np.inf])))
+
+        def function(tokens, mask):
+            routing = router(
+                tokens,
+                mask=mask,
+                training=name in BALANCED_IN_TRAINING,
+                sequence_length=length,
+                token_ids=ops.arange(num_tokens),
+            )
+            return routing, dense_weights(routing)
+
+        routing, weights = compiled(function, mode)(padded.astype("float32"), mask)
+        expected_weights, probs = expected(logits, mask)
+        assert_close(weights, expected_weights)
+        assert_close(routing.probs[mask], probs[mask])
+        counts = np.sum(expected_weights > 0, axis=0)
+        if name == "soft":  # Experts run on slots.
+            counts = np.full(num_experts, num_sequences * slots)
+        np.testing.assert_array_equal(routing.counts, counts)
+        assert routing.indices.shape == (num_tokens, router.top_k)
+        assert routing.indices.dtype == np.int32
+        assert all(np.dtype(a.dtype) == "float32" for a in (routing.weights, routing.probs))
+
+    check()
+
+
+def test_no_router_is_left_out_of_the_drawn_ones():
+    assert set(routers.BY_NAME) | {"hash", "forced"} <= set(DRAWN)
