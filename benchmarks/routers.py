@@ -51,7 +51,9 @@ def race(name, num_experts, inputs, options):
         "top_k": router.top_k,
         "routing_ms": routing["ms"],
         "step_ms": step["ms"],
-        **{f"share{end}_%": round(100 * routing[f"ratio{end}"], 1) for end in ("", "_low", "_high")},
+        **{
+            f"share{end}_%": round(100 * routing[f"ratio{end}"], 1) for end in ("", "_low", "_high")
+        },
     }
 
 

@@ -22,9 +22,11 @@ from benchmarks import (  # noqa: E402
     model,
     monitoring,
     peers,
+    routers,
 )
 from benchmarks.executed import executed_flops  # noqa: E402
 from benchmarks.rivals import RIVALS, KerasHubMixtral, RaggedDot  # noqa: E402
+from keras_moe.routers import BY_NAME  # noqa: E402
 
 BACKEND = keras.backend.backend()
 T, D, H, E, K = 64, 8, 16, 4, 2
@@ -106,6 +108,19 @@ def test_monitoring_is_timed_against_layers_that_count_nothing():
     names = [monitoring.BLIND, "counters", "ExpertMonitor", "with ExpertHealth"]
     assert [row["name"] for row in rows] == names
     assert written("monitoring")["rows"] == rows
+
+
+def test_routers_are_timed_alone_and_as_a_share_of_the_step():
+    rows = routers.main(["--smoke"])
+    assert written("routers")["rows"] == rows
+    top_k = {row["name"]: row["top_k"] for row in rows}
+    assert set(top_k) == set(BY_NAME)
+    # Some names stand for a K, and experts that choose have none.
+    assert {top_k[name] for name in ("top_k", "cosine", "deepseek_v3", "sinkhorn")} == {K}
+    assert (top_k["switch"], top_k["gshard"], top_k["expert_choice"]) == (1, 2, E)
+    for row in rows:
+        assert 0 < row["routing_ms"] and 0 < row["step_ms"]
+        assert 0 < row["share_low_%"] <= row["share_%"] <= row["share_high_%"]
 
 
 def test_decode_takes_few_tokens():
