@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_moe import layers, losses, routers
+from keras_moe.layers.capacity import PRIORITIES
 
 T, E, S = 12, 6, 4
 IDENTITY = keras.initializers.Identity()
@@ -195,7 +196,20 @@ def test_all_padding_routes_nothing(name):
 @pytest.mark.parametrize("name", CASES)
 def test_no_tokens_give_no_outputs(name, mode):
     make, _, _ = CASES[name]
-    layer = layers.MixtureOfExperts(layers.FeedForwardExperts(E, 4), router=make())
+    assert_none_of_none(make(), mode)
+
+
+@pytest.mark.parametrize("per_sequence", [False, True])
+@pytest.mark.parametrize("priority", PRIORITIES)
+def test_no_tokens_need_no_room(priority, per_sequence):
+    capacity = layers.Capacity(1.0, priority=priority, per_sequence=per_sequence)
+    assert_none_of_none(routers.TopKRouter(E), FAST_MODE, capacity, [*losses.BY_NAME])
+
+
+def assert_none_of_none(router, mode, capacity=None, router_losses=("load_balance", "router_z")):
+    layer = layers.MixtureOfExperts(
+        layers.FeedForwardExperts(E, 4), router, router_losses, capacity_factor=capacity
+    )
     layer.build((None, E))
     state = [ops.convert_to_tensor(v) for v in layer.non_trainable_variables]
     trainable = [ops.convert_to_tensor(v) for v in layer.trainable_variables]

@@ -111,7 +111,8 @@ class Capacity:
 
     def _urgency(self, routing, seed):
         if self.priority == "probability":
-            return keras_ops.max(routing.probs, axis=-1)
+            best = ops.top_k_indices(routing.probs, 1)
+            return ops.take_scores(routing.probs, best)[:, 0]
         if self.priority == "random":
             return keras.random.uniform(keras_ops.shape(routing.mask), seed=seed)
         return None

@@ -4,6 +4,7 @@ from keras import ops as keras_ops
 
 from keras_moe import backend, ops
 from keras_moe.losses.router_loss import RouterLoss
+from keras_moe.ops.sizes import at_least
 from keras_moe.serialization import register
 from keras_moe.validation import check_positive_integer
 
@@ -71,7 +72,7 @@ class SequenceLoadBalance(RouterLoss):
 
     def compute(self, routing, sequence_length=None):
         if sequence_length is None:
-            sequence_length = keras_ops.shape(routing.mask)[0]
+            sequence_length = at_least(1, keras_ops.shape(routing.mask)[0])
         return ops.sequence_load_balance(routing, sequence_length)
 
 

@@ -75,7 +75,7 @@ def plan_groups(routing, capacity=None, first=None, sequence_length=None):
         if sequence_length is not None:
             sequence = ops.tile(token // sequence_length, (top_k,))
             queue = queue + num_queues * sequence
-            num_queues = num_queues * -(-num_tokens // sequence_length)
+            num_queues = num_queues * at_least(1, -(-num_tokens // sequence_length))
         place = place_in_queue(queue, num_queues, _turns(first, num_tokens, top_k))
         has_room = place < capacity
         expert_of_assignment = ops.where(has_room, expert_of_assignment, nobody)
