@@ -37,6 +37,15 @@ def distribution(scores):
 
 def unit(vectors, axis):
     """Vectors along `axis` with a length of 1, those near zero with a shorter one."""
+    return vectors * _inverse_length(vectors, axis)
+
+
+def along_units(vectors, directions):
+    """Products (R, E) of the unit vectors of rows (R, D) with directions (D, E)."""
+    # The rows keep their length until they are products, which are fewer.
+    return ops.matmul(vectors, directions) * _inverse_length(vectors, axis=1)
+
+
+def _inverse_length(vectors, axis):
     # The constant inside the root: a token of zeros has a gradient then.
-    square = ops.sum(ops.square(vectors), axis=axis, keepdims=True)
-    return vectors * ops.rsqrt(square + 1e-6)
+    return ops.rsqrt(ops.sum(ops.square(vectors), axis=axis, keepdims=True) + 1e-6)

@@ -5,7 +5,7 @@ import math
 import keras
 from keras import ops
 
-from keras_moe.ops.scores import unit
+from keras_moe.ops.scores import along_units, unit
 from keras_moe.routers.selection_router import SelectionRouter
 from keras_moe.serialization import register
 from keras_moe.validation import check_positive_integer
@@ -57,8 +57,8 @@ class CosineRouter(SelectionRouter):
 
     def project(self, tokens):
         scale = ops.exp(ops.minimum(self.log_scale, math.log(100.0)))
-        tokens = unit(ops.matmul(tokens, self.kernel), axis=1)
-        return scale * ops.matmul(tokens, unit(self.directions, axis=0))
+        directions = scale * unit(self.directions, axis=0)
+        return along_units(ops.matmul(tokens, self.kernel), directions)
 
     def get_config(self):
         return {**super().get_config(), "projection_dim": self.projection_dim}

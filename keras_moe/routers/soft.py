@@ -1,9 +1,8 @@
 """Nothing is chosen: experts run on mixtures of tokens."""
 
-from keras import ops
 
 from keras_moe.ops import plan_soft, soft_routing
-from keras_moe.ops.scores import unit
+from keras_moe.ops.scores import along_units, unit
 from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.serialization import register
 from keras_moe.validation import check_positive_integer
@@ -64,8 +63,7 @@ class SoftRouter(LogitRouter):
         return features, self.num_experts * self.slots
 
     def project(self, tokens):
-        kernel = self.scale * unit(self.kernel, axis=0)
-        return ops.matmul(unit(tokens, axis=1), kernel)
+        return along_units(tokens, self.scale * unit(self.kernel, axis=0))
 
     def route(self, tokens, mask, training, sequence_length=None):
         logits, mask = self.logits(tokens, mask, training)
