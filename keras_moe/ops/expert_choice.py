@@ -6,7 +6,7 @@ Axes: T tokens, E experts, C tokens an expert picks from each sequence, S tokens
 from keras import ops
 
 from keras_moe.ops.groups import ChosenGroups
-from keras_moe.ops.plans import GroupedPlan, expert_capacity, queue_sizes, sort_by_expert
+from keras_moe.ops.plans import GroupedPlan, expert_capacity, put, queue_sizes, sort_by_expert
 from keras_moe.ops.routing import clean_logits, make_routing
 from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import best_places
@@ -55,11 +55,8 @@ def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=No
 
     expert = of_choices(ops.reshape(experts, (-1, 1, 1)))
     is_valid = ops.logical_and(ops.take(mask, token), of_choices(in_room))
-    taken = ops.scatter(
-        ops.expand_dims(token * num_experts + expert, 1),
-        ops.cast(is_valid, "int32"),
-        (num_tokens * num_experts,),
-    )
+    chosen = token * num_experts + expert
+    taken = put(ops.cast(is_valid, "int32"), chosen, num_tokens * num_experts)
     taken = ops.reshape(taken, (num_tokens, num_experts)) > 0
     return make_routing(
         indices=ops.where(taken, experts, -1),

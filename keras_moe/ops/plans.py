@@ -126,7 +126,7 @@ def place_in_queue(queue, num_queues, turns=None):
     """How many of the same queue stand before each, (N,) int32."""
     if turns is not None:
         places = place_in_queue(ops.take(queue, turns), num_queues)
-        return ops.scatter(ops.expand_dims(turns, 1), places, ops.shape(queue))
+        return put(places, turns, ops.shape(queue)[0])
     _, rank = sort_by_expert(queue, num_queues)
     sizes = queue_sizes(queue, num_queues)
     return rank - ops.take(ops.cumsum(sizes) - sizes, queue)
@@ -153,5 +153,10 @@ def sort_by_expert(expert_of_assignment, num_keys):
         order = backend.sort(expert_of_assignment * num_rows + numbers) % num_rows
     else:
         order = ops.cast(ops.argsort(expert_of_assignment), "int32")
-    rank = ops.scatter(ops.expand_dims(order, 1), numbers, (num_rows,))
-    return order, rank
+    return order, put(numbers, order, num_rows)
+
+
+def put(values, places, size):
+    """(size,) zeros, but `values` (N,) at their `places` (N,), no two of which are equal."""
+    # Not `ops.scatter`, which on PyTorch adds one value after the other in Python.
+    return ops.scatter_update(ops.zeros((size,), values.dtype), ops.expand_dims(places, 1), values)

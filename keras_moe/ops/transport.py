@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from keras_moe.ops.plans import place_in_queue
+from keras_moe.ops.plans import place_in_queue, put
 from keras_moe.ops.selection import take_scores, top_k_indices
 
 
@@ -72,9 +72,7 @@ def balanced_assignment(scores, mask):
         expert = ops.take(ops.where(mask, choice, num_experts), best_first)
         place = place_in_queue(expert, num_experts + 1)
         refused = ops.logical_and(place >= room, expert < num_experts)
-        rejected = ops.scatter(
-            ops.expand_dims(best_first, 1), ops.cast(refused, "int32"), (num_tokens,)
-        )
+        rejected = put(ops.cast(refused, "int32"), best_first, num_tokens)
         refusing = ops.logical_and(
             ops.expand_dims(rejected > 0, 1), ops.expand_dims(choice, 1) == experts
         )
