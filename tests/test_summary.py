@@ -13,7 +13,7 @@ SERVING = {
     "top_k": ("top_k", 2),
     "switch": ("switch", 1),
     "three": (routers.TopKRouter(E, top_k=3), 3),
-    "hash": (routers.HashRouter(E, vocabulary_size=5), 1),
+    "forced": (routers.ForcedRouter(E, top_k=3), 3),
     "top_p": (routers.TopPRouter(E, max_top_k=3), 3),
     "relu": (routers.ReLURouter(E, top_k=1, max_top_k=3), 1),
     "dense": ("dense", E),

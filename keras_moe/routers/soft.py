@@ -1,6 +1,5 @@
 """Nothing is chosen: experts run on mixtures of tokens."""
 
-
 from keras_moe.ops import plan_soft, soft_routing
 from keras_moe.ops.scores import along_units, unit
 from keras_moe.routers.logit_router import LogitRouter
