@@ -9,6 +9,7 @@ The model is loaded on the backend that KERAS_BACKEND names, wherever it was sav
 import argparse
 import importlib
 import pathlib
+import zipfile
 
 import keras
 import numpy as np
@@ -36,7 +37,7 @@ def _parse(arguments):
     reporting = commands.add_parser("report", help="write an HTML page about the experts")
     reporting.set_defaults(command=_report)
     for command in (inspecting, reporting):
-        command.add_argument("model", type=_file, help="a saved model, .keras")
+        command.add_argument("model", type=_model_file, help="a saved model, .keras")
         command.add_argument(
             "--import",
             dest="modules",
@@ -61,6 +62,13 @@ def _file(name):
     path = pathlib.Path(name)
     if not path.is_file():
         raise argparse.ArgumentTypeError(f"there is no file {name!r}")
+    return path
+
+
+def _model_file(name):
+    path = _file(name)
+    if not zipfile.is_zipfile(path):
+        raise argparse.ArgumentTypeError(f'{name!r} was not written by `model.save("....keras")`')
     return path
 
 

@@ -63,7 +63,7 @@ def record_routings(model, batches):
         each batch.
 
     Raises:
-        ValueError: If the model has no MoE layer.
+        ValueError: If the model has no MoE layer, or `batches` is an array.
 
     Example:
 
@@ -75,6 +75,11 @@ def record_routings(model, batches):
     >>> routings["moe"][0].indices.shape
     (8, 2)
     """
+    if hasattr(batches, "shape"):
+        raise ValueError(
+            "`batches` must be a list of batches, or another iterable. Received: one array of "
+            f"shape {tuple(batches.shape)}. Pass `[array]`."
+        )
     layers = moe_layers(model)
     routings: dict[str, list] = {name: [] for name in layers}
     with contextlib.ExitStack() as stack:

@@ -80,6 +80,14 @@ def test_a_missing_file_is_told(tmp_path, capsys):
     assert "there is no file 'no_such.keras'" in capsys.readouterr().err
 
 
+def test_a_file_that_is_no_model_is_told(tmp_path, capsys):
+    path = tmp_path / "notes.keras"
+    path.write_text("no model")
+    with pytest.raises(SystemExit):
+        main(["inspect", str(path)])
+    assert "error: argument model: " in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_layers_of_the_users_own_are_imported_first(tmp_path, monkeypatch):
     source = (
         "import keras\n"

@@ -162,7 +162,7 @@ CONSTRUCTORS = {
         lambda: moe(router_losses="load_balance"),
         TypeError,
         "`router_losses` must be a list or tuple of losses or names. Received: "
-        "router_losses='load_balance' (of type str). Pass `()` for none.",
+        "router_losses='load_balance' (of type str). Put it into a list, or pass `()` for none.",
     ),
     "shared expert": (
         lambda: moe(shared_expert=abs),
@@ -170,6 +170,12 @@ CONSTRUCTORS = {
         "`shared_expert` must be an instance of `Layer`. Received: "
         "shared_expert=<built-in function abs> (of type builtin_function_or_method). "
         "Make an instance of a subclass of `Layer`.",
+    ),
+    "feedforward is a bank": (
+        lambda: layers.TransformerEncoderBlock(2, layers.FeedForwardExperts(E, 8)),
+        ValueError,
+        "`feedforward` must be a layer of tokens: a bank of experts needs a router. Received: "
+        "feedforward=`FeedForwardExperts`. Wrap it: `MixtureOfExperts(experts)`.",
     ),
     "feedforward": (
         lambda: layers.TransformerEncoderBlock(2, "moe"),

@@ -227,3 +227,30 @@ def test_noise_of_the_router_is_drawn_in_training_only_and_follows_its_seed():
     assert first != second and evaluated == again
     np.testing.assert_allclose(losses(1), [first, second, evaluated, again], rtol=1e-6)
     assert losses(2)[0] != first
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="JAX has float64 only where a flag turned it on.")
+def test_router_losses_are_added_to_losses_of_float64():
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    try:
+        model = keras.Sequential([keras.Input((3, D)), moe(), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+        losses = model.fit(X, Y[..., :1], verbose=0).history["loss"]
+    finally:
+        keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy("float32")
+    assert np.isfinite(losses).all()
+
+
+def test_a_layer_takes_inputs_of_the_width_it_was_built_for():
+    layer = moe()
+    layer(np.zeros((2, D), "float32"))
+    with pytest.raises(ValueError, match=f"axis -1.*value {D}"):
+        layer(np.zeros((2, D + 1), "float32"))
+
+
+def test_the_ids_a_hash_router_goes_by_are_missed_when_the_model_is_made():
+    layer = moe(router=routers.HashRouter(E, 10))
+    with pytest.raises(ValueError, match="goes by the ids of the tokens"):
+        layer(keras.Input((3, D)))

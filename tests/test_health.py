@@ -47,7 +47,11 @@ def watched(model, x, y, watchdog, *others, **kwargs):
         options = {"batch_size": BATCH, "shuffle": False, "verbose": 0, **kwargs}
         model.fit(x, y, callbacks=[*others, watchdog, batches], **options)
     told = [str(warning.message) for warning in caught if warning.category is UserWarning]
-    expected = [f"{n}, step {step}: {f.text} {f.fix}" for step, n, f in watchdog.findings]
+    expected = [
+        f"{name}, step {step}: {found.text} {found.fix}"
+        + " Training stops here." * (watchdog.stop and found.level == health.PROBLEM)
+        for step, name, found in watchdog.findings
+    ]
     assert told == expected
     return watchdog.findings, batches.count
 

@@ -60,3 +60,8 @@ def test_a_path_leaves_out_what_all_layers_have_in_front():
     model = Tower()
     model(np.zeros((1, 3, 8), "float32"))
     assert list(inspection.moe_layers(model)) == ["block_0_experts", "block_1_experts"]
+
+
+def test_an_array_is_not_taken_for_a_list_of_batches():
+    with pytest.raises(ValueError, match=r"of shape \(2, 5, 8\). Pass `\[array\]`"):
+        inspection.record_routings(two_block_model(), np.zeros((2, 5, 8)))

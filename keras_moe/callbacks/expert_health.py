@@ -118,9 +118,12 @@ class ExpertHealth(keras.callbacks.Callback):
             return False
         self._told.add((name, kind))
         self.findings.append((self._step, name, finding))
-        warnings.warn(f"{name}, step {self._step}: {finding.text} {finding.fix}", stacklevel=2)
+        text = f"{name}, step {self._step}: {finding.text} {finding.fix}"
         if self.stop and finding.level == health.PROBLEM:
             self.model.stop_training = True
+            text += " Training stops here."
+        # Of the module, not of a line of it that nobody wants to read.
+        warnings.warn_explicit(text, UserWarning, __name__, self._step)
         return True
 
     def _act(self, name, layer):

@@ -10,7 +10,6 @@ from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.masks import mask_of
 from keras_moe.ops.sizes import at_least
-from keras_moe.routers.router import routing_spec
 from keras_moe.serialization import register, resolve
 from keras_moe.validation import check_float_inputs, check_mask
 
@@ -117,6 +116,7 @@ class MixtureOfExperts(keras.layers.Layer):
                 f"inputs.shape={tuple(inputs_shape)}. Pass (batch, ..., features), for example "
                 "`keras.Input((None, 64))`."
             )
+        self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: inputs_shape[-1]})
         tokens_shape = (None, inputs_shape[-1])
         for sublayer in (self.router, self.experts):
             if not sublayer.built:
@@ -203,7 +203,9 @@ class MixtureOfExperts(keras.layers.Layer):
                 compute = loss.compute if training else loss.evaluate
                 values.append(compute(routing, **extra))
                 if training:
-                    self.add_loss(self.router_loss_weights[index] * values[-1])
+                    weighted = self.router_loss_weights[index] * values[-1]
+                    # Keras adds it to the other losses, which have this dtype.
+                    self.add_loss(keras_ops.cast(weighted, keras.config.floatx()))
             self._count(routing, values)
         if self.routing_listener is not None:
             self.routing_listener(routing)
@@ -267,12 +269,12 @@ class MixtureOfExperts(keras.layers.Layer):
         self, inputs, mask=None, training=None, return_routing=False, token_ids=None, indices=None
     ):
         outputs = keras.KerasTensor(self.compute_output_shape(inputs.shape), self.compute_dtype)
-        if not return_routing:
-            return outputs
         num_tokens: int | None = 1
         for size in inputs.shape[:-1]:
             num_tokens = None if None in (num_tokens, size) else num_tokens * size
-        return outputs, routing_spec(num_tokens, self.experts.num_experts, self.router.top_k)
+        tokens = keras.KerasTensor((num_tokens, inputs.shape[-1]), inputs.dtype)
+        routing = self.router.compute_output_spec(tokens, token_ids=token_ids)
+        return (outputs, routing) if return_routing else outputs
 
     def get_config(self):
         serialize = keras.saving.serialize_keras_object
@@ -300,6 +302,6 @@ def _as_list(router_losses):
         raise TypeError(
             "`router_losses` must be a list or tuple of losses or names. Received: "
             f"router_losses={router_losses!r} (of type {type(router_losses).__name__}). "
-            "Pass `()` for none."
+            "Put it into a list, or pass `()` for none."
         )
     return list(router_losses)

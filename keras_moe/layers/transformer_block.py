@@ -5,6 +5,7 @@ import inspect
 import keras
 from keras import ops
 
+from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.serialization import resolve
 from keras_moe.validation import (
     check_float_inputs,
@@ -26,6 +27,12 @@ class TransformerBlock(keras.layers.Layer):
         super().__init__(**kwargs)
         self.num_heads = num_heads
         self.feedforward = resolve("feedforward", feedforward, keras.Layer)
+        if isinstance(self.feedforward, ExpertBank):
+            raise ValueError(
+                "`feedforward` must be a layer of tokens: a bank of experts needs a router. "
+                f"Received: feedforward=`{type(self.feedforward).__name__}`. "
+                "Wrap it: `MixtureOfExperts(experts)`."
+            )
         accepted = inspect.signature(self.feedforward.call).parameters
         self._feedforward_arguments = [
             name for name in ("mask", "training", "token_ids") if name in accepted

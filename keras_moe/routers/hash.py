@@ -66,12 +66,12 @@ class HashRouter(Router):
         draws = np.random.default_rng(self.seed).random((shape[0], self.num_experts))
         return ops.convert_to_tensor(np.argsort(draws, axis=1)[:, : shape[1]], dtype)
 
+    def compute_output_spec(self, tokens, mask=None, training=None, token_ids=None, **known):
+        _check_token_ids(token_ids)
+        return super().compute_output_spec(tokens, mask, training, **known)
+
     def route(self, tokens, mask, training, token_ids=None):
-        if token_ids is None:
-            raise ValueError(
-                "`HashRouter` goes by the ids of the tokens. Received: token_ids=None. Pass "
-                "`token_ids` where the layer or block around it is called."
-            )
+        _check_token_ids(token_ids)
         ids = ops.cast(ops.reshape(token_ids, (-1,)), "int32") % self.vocabulary_size
         indices = ops.take(self.table, ids, axis=0)
         return fixed_routing(indices, mask, self.num_experts)
@@ -83,6 +83,14 @@ class HashRouter(Router):
             "top_k": self.top_k,
             "seed": self.seed,
         }
+
+
+def _check_token_ids(token_ids):
+    if token_ids is None:
+        raise ValueError(
+            "`HashRouter` goes by the ids of the tokens. Received: token_ids=None. Pass "
+            "`token_ids` where the layer or block around it is called."
+        )
 
 
 def fixed_routing(indices, mask, num_experts):
