@@ -6,9 +6,9 @@ B rows a block.
 A grouped operation is a *step*, the arithmetic of one expert on some of its rows, and a driver
 that feeds it. Two drivers exist, because frameworks differ in one thing only:
 
-- Where every shape is fixed at compile time (XLA), rows are taken in blocks. Block sizes come
-  from a short list, a loop with a dynamic trip count stands for each size, and a group is covered
-  by blocks of falling size. Kernels are taken one expert at a time, and the hidden activations of a
+- Where every shape is fixed at compile time (XLA), rows are taken in blocks. A few sizes of them
+  are compiled, a loop with a dynamic trip count stands for each, and a group is covered by blocks
+  of falling size. Kernels are taken one expert at a time, and the hidden activations of a
   block stay in cache, which is why this can be faster than one large dense layer.
 - Where shapes may depend on data (eager PyTorch, TensorFlow without XLA), each group is one slice
   of its exact size.
@@ -23,10 +23,6 @@ from keras import ops
 
 from keras_moe import backend
 from keras_moe.ops.groups import row_sums
-
-# Each size is half the next, so that blocks of falling size cover a group of any length with few
-# wasted rows. Every size is compiled: smaller ones would waste less and take longer to compile.
-BLOCK_SIZES = (32, 64, 128, 256, 512)
 
 
 class Step(NamedTuple):
@@ -261,8 +257,8 @@ def _for_each_group(groups, group, carry):
     # decoding, most experts have none.
     has_rows = groups.sizes > 0
     busy_first = ops.argsort(ops.logical_not(has_rows))
-    block_sizes = _block_sizes(groups)
-    token_of_row = ops.pad(groups.token_of_row(), (0, block_sizes[-1]))
+    lengths = _block_sizes(groups)
+    token_of_row = ops.pad(groups.token_of_row(), (0, lengths[-1]))
 
     def body(number, carry):
         expert = ops.cast(ops.take(busy_first, number), "int32")
@@ -276,19 +272,31 @@ def _for_each_group(groups, group, carry):
                 tokens = backend.slice_at(token_of_row, (start,), (length,))
                 return compute(_Block(start, length, inside, tokens), carry)
 
-            return _cover(size, block_sizes, at, carry)
+            return _cover(size, lengths, at, carry)
 
         return group(expert, for_each_block, carry)
 
     return ops.fori_loop(0, ops.sum(ops.cast(has_rows, "int32")), body, carry)
 
 
+def block_sizes(num_rows, num_experts):
+    """The sizes of blocks, smallest first.
+
+    Each is compiled, forward and backward, so there are few: small ones that waste few rows, and a
+    large one that gets the most out of a product. An eighth of the mean group is small enough.
+    Below 4 rows a product is bound by reading its kernel; from 32 on smaller blocks gain nothing.
+
+    Args:
+        num_rows: an integer, or a tensor where it is not known at compile time.
+        num_experts: an integer.
+    """
+    eighth = num_rows // num_experts // 8 if isinstance(num_rows, int) else 32
+    smallest = 2 ** min(max(eighth.bit_length() - 1, 2), 5)
+    return smallest, 2 * smallest, 8 * smallest
+
+
 def _block_sizes(groups):
-    """The block sizes that groups of so many rows can need: few rows take little to compile."""
-    num_rows = groups.num_rows()
-    if not isinstance(num_rows, int):
-        return BLOCK_SIZES
-    return BLOCK_SIZES[: 1 + sum(size < num_rows for size in BLOCK_SIZES)]
+    return block_sizes(groups.num_rows(), groups.sizes.shape[0])
 
 
 def _num_rows_with_room(groups):
@@ -296,12 +304,12 @@ def _num_rows_with_room(groups):
     return groups.num_rows() + _block_sizes(groups)[-1]
 
 
-def _cover(size, block_sizes, block, carry):
-    """Cover `size` rows with blocks of falling size; few rows of the last one are wasted."""
+def _cover(size, lengths, block, carry):
+    """Cover `size` rows with blocks of falling length; few rows of the last one are wasted."""
     start = 0
-    for length in reversed(block_sizes):
+    for length in reversed(lengths):
         # A rest that fills most of a block is one more of them; the smallest take what is left.
-        spare = length // 4 if length > block_sizes[0] else length - 1
+        spare = length // 4 if length > lengths[0] else length - 1
         trips = (ops.maximum(size - start, 0) + spare) // length
         # The offset depends on `i` even where `i` is always 0: XLA hoists what does not depend on
         # the loop out of it, and would compute the blocks of all sizes.
@@ -319,6 +327,12 @@ def _at(stacked, expert):
     """Entry `expert` of a tensor (E, ...)."""
     start = (expert, *[0] * (len(stacked.shape) - 1))
     return ops.squeeze(backend.slice_at(stacked, start, (1, *stacked.shape[1:])), 0)
+
+
+def _put_at(stacked, expert, entry):
+    """Set entry `expert` of a tensor (E, ...), in place under XLA."""
+    start = (expert, *[0] * (len(stacked.shape) - 1))
+    return ops.slice_update(stacked, start, ops.cast(ops.expand_dims(entry, 0), stacked.dtype))
 
 
 def _add_at(stacked, expert, part):
