@@ -6,6 +6,8 @@ The dense twin is one feed-forward network of width K * H with the same activati
 the same backend, compiled the same way.
 """
 
+import itertools
+
 import keras
 
 from benchmarks import contestants
@@ -21,8 +23,8 @@ def main(arguments=None):
     rows = []
     for backward in (False, True):
         direction = "forward+backward" if backward else "forward"
-        for num_tokens in options.tokens:
-            table = race(num_tokens, backward, options)
+        for num_tokens, num_experts in itertools.product(options.tokens, options.experts):
+            table = race(num_tokens, num_experts, backward, options)
             print_table(table, f"{describe(options)} T={num_tokens}, {direction}")
             rows += [{**row, "tokens": num_tokens, "pass": direction} for row in table]
     write_json(f"layer-{keras.backend.backend()}{options.tag}", options, rows)
@@ -35,19 +37,18 @@ def _parser():
     return options
 
 
-def race(num_tokens, backward, options):
+def race(num_tokens, num_experts, backward, options):
+    """Rows of the twin and of one number of experts: more of them would share its memory."""
     inputs = contestants.tokens(num_tokens, options)
 
     def step(layer):
         return compiled_step(layer, inputs, backward, jit=not options.no_xla)
 
-    steps = {"dense twin": step(contestants.dense_twin(options))}
-    facts = {"dense twin": {}}
-    for num_experts in options.experts:
-        for skew in options.skew:
-            name = f"E={num_experts} {skew}"
-            steps[name] = step(contestants.mixture(num_experts, options, skew))
-            facts[name] = {"experts": num_experts, "skew": skew}
+    steps, facts = {"dense twin": step(contestants.dense_twin(options))}, {"dense twin": {}}
+    for skew in options.skew:
+        name = f"E={num_experts} {skew}"
+        steps[name] = step(contestants.mixture(num_experts, options, skew))
+        facts[name] = {"experts": num_experts, "skew": skew}
     rows = summarise(*interleave(steps, options.rounds), "dense twin")
     return [{**row, **facts[row["name"]]} for row in rows]
 

@@ -47,9 +47,10 @@ def main(arguments=None):
 
 
 def _parser():
-    options = parser(__doc__, experts=[8])
+    # Small batches: what a step costs beside them shows most.
+    options = parser(__doc__, experts=[8], tokens=[2048])
     options.add_argument("--length", type=int, default=256, help="tokens of one text")
-    options.add_argument("--steps", type=int, default=20, help="steps of an epoch")
+    options.add_argument("--steps", type=int, default=10, help="steps of an epoch")
     return options
 
 

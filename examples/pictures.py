@@ -25,9 +25,10 @@ def experts_by_class(usage, class_names, path):
     figure = Figure(figsize=(2 + 4 * len(usage), 2 + 0.25 * len(class_names)), layout="constrained")
     panels = figure.subplots(1, len(usage), squeeze=False, sharey=True)[0]
     for axes, (name, counts) in zip(panels, usage.items()):
+        even = 1 / counts.shape[1]
         image = axes.imshow(shares(counts), aspect="auto", cmap="viridis", vmin=0)
         axes.set(title=name, xlabel="expert", xticks=range(counts.shape[1]))
-        figure.colorbar(image, ax=axes)
+        figure.colorbar(image, ax=axes, label=f"share of the row's tokens, even: {even:.3g}")
     panels[0].set_yticks(range(len(class_names)), class_names)
     figure.savefig(path, dpi=120)
 
@@ -40,7 +41,7 @@ def experts_by_layer(usage, path):
     image = axes.imshow(layers, aspect="auto", cmap="viridis", vmin=0)
     axes.set(xlabel="expert", xticks=range(layers.shape[1]))
     axes.set_yticks(range(len(layers)), usage)
-    figure.colorbar(image, ax=axes)
+    figure.colorbar(image, ax=axes, label="share of the layer's tokens")
     figure.savefig(path, dpi=120)
 
 

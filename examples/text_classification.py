@@ -22,6 +22,7 @@ import pictures
 import tensorflow as tf
 from phrase_embedding import PhraseEmbedding
 from twins import count_parameters, dense_feedforward, spread
+from usage_table import print_usage
 from vocabulary import Vocabulary, split_words
 
 import keras_moe
@@ -116,13 +117,18 @@ def parse_options(arguments):
     )
     parser.add_argument("--mixed-precision", action="store_true", help="compute in bfloat16")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on a few documents")
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("text_classifier"))
+    parser.add_argument(
+        "--output", type=pathlib.Path, help="default: text_classifier/ and the name of the data"
+    )
     parser.add_argument("--log-dir", help="folder for TensorBoard")
     parser.add_argument(
         "--report", action="store_true", help="write a page about the experts to --output"
     )
     parser.add_argument("--predict", metavar="TEXT", help="classify with the model in --output")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.output is None:
+        options.output = pathlib.Path("text_classifier") / options.dataset.replace("/", "_")
+    return options
 
 
 def cut(split, documents):
@@ -192,7 +198,9 @@ def fit(model, arrays, options):
         jit_compile=keras.backend.backend() != "torch",
     )
     timer = StepTimer()
-    monitors = [callbacks.ExpertMonitor(log_dir=options.log_dir)] if moe_layers(model) else []
+    monitors = []
+    if moe_layers(model):
+        monitors = [callbacks.ExpertMonitor(log_dir=options.log_dir), callbacks.ExpertHealth()]
     history = model.fit(
         batches,
         shuffle=False,  # they are shuffled already
@@ -270,9 +278,7 @@ def print_report(report, usage):
         print(f"{result['parameters']:>12,} {result['active_parameters']:>12,}")
     if "logistic_regression" in report:
         print(f"{'TF-IDF logistic regression':<27} {report['logistic_regression']:>9.2%}")
-    print("\nShare of the tokens each expert serves")
-    for name, counts in usage.items():
-        print(name, *(f"{share:.1%}" for share in pictures.shares(counts.sum(axis=0))))
+    print_usage(usage)
 
 
 def save(model, vocabulary, class_names, output):

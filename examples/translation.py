@@ -29,6 +29,7 @@ from subwords import Subwords
 from translation_scores import scores, translation_memory
 from translator import Translator
 from twins import count_parameters, dense_feedforward, moe_every, spread
+from usage_table import print_usage
 from writing import write
 
 import keras_moe
@@ -208,9 +209,7 @@ def print_report(report, usage):
         print(f"{result['active_parameters']:>12,}")
     memory = report["translation memory"]
     print(f"{'translation memory':<25} {memory['bleu']:>15.2f} {memory['chrf']:>6.2f}")
-    print("\nShare of the pieces each expert serves")
-    for name, counts in usage.items():
-        print(name, *(f"{share:.1%}" for share in pictures.shares(counts.sum(axis=0))))
+    print_usage(usage)
 
 
 def save(model, subwords, shapes, output):

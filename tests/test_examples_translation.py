@@ -346,7 +346,7 @@ def test_compare_trains_reports_saves_and_translates(made_up_data, tmp_path, cap
     assert report["translation memory"] == translation_scores.scores(
         memory, made_up_data.test.targets
     )
-    assert "Share of the pieces each expert serves" in capsys.readouterr().out
+    assert "Share of the tokens each expert serves" in capsys.readouterr().out
     assert json.loads((output / "results.json").read_text()) == report
     for picture in ("learning_curves", "experts_by_kind", "experts_by_layer"):
         assert (output / f"{picture}.png").stat().st_size > 1000

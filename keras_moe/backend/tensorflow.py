@@ -52,6 +52,18 @@ def unstack_sizes(sizes):
     return tf.unstack(sizes)
 
 
+def stack_entries(entries, like):
+    """Tensors of the shapes and dtypes of `like`, (E, ...), from their entries.
+
+    Args:
+        entries: iterable of pairs: a number below E, and one entry (...) for each of the tensors.
+            There is one pair for each number, in their order.
+        like: list of tensors.
+    """
+    columns = zip(*(parts for _, parts in entries))
+    return [tf.cast(tf.stack(parts), tensor.dtype) for parts, tensor in zip(columns, like)]
+
+
 def slice_at(tensor, start, shape):
     """The part of `tensor` of a static `shape` that begins at the indices `start`."""
     # `tf.slice` wants a start that is known at compile time: where it depends on data, TensorFlow

@@ -56,6 +56,23 @@ def unstack_sizes(sizes):
     return sizes.tolist()
 
 
+def stack_entries(entries, like):
+    """Tensors of the shapes and dtypes of `like`, (E, ...), from their entries.
+
+    Args:
+        entries: iterable of pairs: a number below E, and one entry (...) for each of the tensors.
+            What no entry is given for is zero.
+        like: list of tensors.
+    """
+    stacked = [
+        torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in like
+    ]
+    for number, parts in entries:
+        for whole, part in zip(stacked, parts):
+            whole[number] = part
+    return stacked
+
+
 def sum_over_replicas(values):
     """The sum of `values` over the processes of `torch.distributed`."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -29,19 +29,17 @@ class Step(NamedTuple):
     """The arithmetic of one expert on rows that are all its own.
 
     - `forward(rows, kernels) -> (output_rows, saved)`
-    - `backward(rows, kernels, saved, output_gradient) -> (row_gradient, kernel_gradients)`
+    - `backward(rows, kernels, saved, output_gradient) -> (row_gradient, factors, bias_gradients)`.
+      The gradient of a matrix is `left^T right`: its two factors, tensors of rows, are returned and
+      the driver multiplies them. Kernels are first all matrices, then all biases.
     - `saved_widths`: the width of each tensor of rows in `saved`.
     - `output_width`: the width of `output_rows`.
-    - `transposed`: for each kernel whether its gradient comes with its two axes exchanged. Of the
-      two ways to write a product one may be much faster, and exchanging the axes of the sums costs
-      less than exchanging those of each part.
     """
 
     forward: Callable
     backward: Callable
     saved_widths: tuple
     output_width: int
-    transposed: tuple
 
 
 def run_grouped(step, tokens, weights, kernels, groups):
@@ -97,25 +95,30 @@ class _Slices:
 
     @staticmethod
     def backward(step, tokens, row_weights, kernels, groups, outputs, saved, gradient):
-        row_parts, weight_parts, kernel_parts = [], [], {}
+        row_parts, weight_parts = [], []
         row_weights = ops.expand_dims(ops.cast(row_weights, tokens.dtype), 1)
-        for expert, rows, token_rows in _slices(groups):
-            output_gradient = backend.gather_rows(gradient, token_rows)
-            row_gradient, kernel_parts[expert] = step.backward(
-                backend.gather_rows(tokens, token_rows),
-                [kernel[expert] for kernel in kernels],
-                saved[expert],
-                output_gradient * row_weights[rows],
-            )
-            row_parts.append(row_gradient)
-            weight_parts.append(row_sums(output_gradient * outputs[rows]))
+
+        def kernel_gradients_of_each():
+            for expert, rows, token_rows in _slices(groups):
+                output_gradient = backend.gather_rows(gradient, token_rows)
+                row_gradient, factors, bias_gradients = step.backward(
+                    backend.gather_rows(tokens, token_rows),
+                    [kernel[expert] for kernel in kernels],
+                    saved[expert],
+                    output_gradient * row_weights[rows],
+                )
+                row_parts.append(row_gradient)
+                weight_parts.append(row_sums(output_gradient * outputs[rows]))
+                matrices = [ops.matmul(ops.transpose(left), right) for left, right in factors]
+                yield expert, [*matrices, *bias_gradients]
+
+        # An expert's gradients are put in place before the next one's are computed: they never
+        # take their room twice.
+        kernel_gradients = backend.stack_entries(kernel_gradients_of_each(), kernels)
         return (
             _all_rows(row_parts, (tokens.shape[1], tokens.dtype), groups),
             _all_rows(weight_parts, (1, "float32"), groups)[:, 0],
-            [
-                ops.cast(_all_experts(kernel_parts, place, kernel, transposed), kernel.dtype)
-                for place, (kernel, transposed) in enumerate(zip(kernels, step.transposed))
-            ],
+            kernel_gradients,
         )
 
 
@@ -136,19 +139,6 @@ def _all_rows(parts, width_and_dtype, groups):
     computed = sum(ops.shape(part)[0] for part in parts)
     nobody = ops.zeros((groups.num_rows() - computed, width), dtype)
     return ops.concatenate([*parts, nobody])
-
-
-def _all_experts(parts, place, kernel, transposed):
-    """The stacked gradients of a kernel: zero for experts without rows."""
-    num_experts, *shape = kernel.shape
-    shape = shape[::-1] if transposed else shape
-    stacked = ops.stack(
-        [
-            parts[expert][place] if expert in parts else ops.zeros(shape, kernel.dtype)
-            for expert in range(num_experts)
-        ]
-    )
-    return ops.transpose(stacked, (0, 2, 1)) if transposed else stacked
 
 
 class _Blocks:
@@ -188,7 +178,7 @@ class _Blocks:
                 row_gradients, weight_gradients, *totals = carry
                 output_gradient = block.gather(gradient)
                 weights = ops.cast(block.read(padded_weights), tokens.dtype)
-                row_gradient, kernel_gradients = step.backward(
+                row_gradient, factors, bias_gradients = step.backward(
                     block.gather(tokens),
                     of_expert,
                     [block.read(buffer) for buffer in saved],
@@ -200,7 +190,9 @@ class _Blocks:
                     block.write(weight_gradients, weight_gradient),
                     *(
                         _add_at(total, expert, part)
-                        for total, part in zip(totals, kernel_gradients)
+                        for total, part in zip(
+                            totals, [*map(_narrow_first, factors), *bias_gradients]
+                        )
                     ),
                 )
 
@@ -209,11 +201,12 @@ class _Blocks:
         carry = (
             ops.zeros((num_rows, tokens.shape[1]), tokens.dtype),
             ops.zeros((num_rows, 1), "float32"),
-            *_upright((ops.zeros(kernel.shape, "float32") for kernel in kernels), step),
+            *(ops.zeros(_narrow_shape(kernel), "float32") for kernel in kernels),
         )
         row_gradient, weight_gradient, *totals = _for_each_group(groups, group, carry)
         kernel_gradients = [
-            ops.cast(total, kernel.dtype) for total, kernel in zip(_upright(totals, step), kernels)
+            ops.cast(_upright(total, kernel), kernel.dtype)
+            for total, kernel in zip(totals, kernels)
         ]
         return row_gradient, weight_gradient[:, 0], kernel_gradients
 
@@ -242,12 +235,22 @@ class _Block(NamedTuple):
         return ops.where(self.inside, rows, ops.zeros((), rows.dtype))
 
 
-def _upright(stacked_gradients, step):
-    """Exchange the axes of those stacked gradients that the step returns transposed."""
-    return [
-        ops.transpose(stacked, (0, 2, 1)) if transposed else stacked
-        for stacked, transposed in zip(stacked_gradients, step.transposed)
-    ]
+# On CPUs XLA computes A^T B at half the speed where A is wider than B. Such gradients are summed
+# transposed. Exchanging the axes of the sums costs less than exchanging those of each part.
+
+
+def _narrow_first(factors):
+    left, right = sorted(factors, key=lambda rows: rows.shape[1])
+    return ops.matmul(ops.transpose(left), right)
+
+
+def _narrow_shape(kernel):
+    experts, *shape = kernel.shape
+    return experts, *sorted(shape)
+
+
+def _upright(total, kernel):
+    return total if total.shape == kernel.shape else ops.transpose(total, (0, 2, 1))
 
 
 def _for_each_group(groups, group, carry):

@@ -42,7 +42,7 @@ def grouped_matmul(rows, kernels, group_sizes):
 
     def backward(rows, kernels, _, gradient):
         row_gradient = ops.matmul(gradient, ops.transpose(kernels[0]))
-        return row_gradient, [ops.matmul(ops.transpose(rows), gradient)]
+        return row_gradient, [(rows, gradient)], []
 
     num_rows = ops.shape(rows)[0]
     row_numbers = ops.arange(num_rows, dtype="int32")
@@ -52,7 +52,7 @@ def grouped_matmul(rows, kernels, group_sizes):
         assignment_of_row=row_numbers,
         rows_of_token=ops.expand_dims(ops.where(computed, row_numbers, -1), 1),
     )
-    step = Step(forward, backward, (), kernels.shape[-1], transposed=(False,))
+    step = Step(forward, backward, saved_widths=(), output_width=kernels.shape[-1])
     return run_grouped(step, rows, ops.ones((num_rows, 1), "float32"), [kernels], groups)
 
 
