@@ -17,7 +17,7 @@ class Translator(keras.Model):
         encoder: list of feed-forward layers, one for each encoder block.
         decoder: list of feed-forward layers, one for each decoder block.
         num_heads: number of attention heads in each block.
-        dropout: rate of dropout.
+        dropout: rate of dropout in each block.
 
     Call arguments:
         inputs: dict of int32 ids: `source` (B, S), and `target` (B, L), each piece of which the
@@ -43,7 +43,6 @@ class Translator(keras.Model):
             embeddings_initializer=keras.initializers.RandomNormal(stddev=features**-0.5),
             name="pieces",
         )
-        self.drop = keras.layers.Dropout(dropout)
         self.encoder = [
             layers.TransformerEncoderBlock(num_heads, feedforward, dropout, name=f"encoder_{n}")
             for n, feedforward in enumerate(map(_revive, encoder), start=1)
@@ -68,7 +67,7 @@ class Translator(keras.Model):
 
     def call(self, inputs, training=None):
         context, context_mask = self.encode(inputs["source"], training)
-        hidden = self._embed(inputs["target"], training)
+        hidden = self._embed(inputs["target"])
         mask = ops.not_equal(inputs["target"], PADDING)
         for block in self.decoder:
             hidden = block(
@@ -79,7 +78,7 @@ class Translator(keras.Model):
     def encode(self, source, training=None):
         """(B, S, D) contexts of a source (B, S), and (B, S) which of them are no padding."""
         mask = ops.not_equal(source, PADDING)
-        hidden = self._embed(source, training)
+        hidden = self._embed(source)
         hidden = hidden + sinusoids(source.shape[1] or ops.shape(source)[1], hidden.shape[-1])
         for block in self.encoder:
             hidden = block(hidden, mask=mask, training=training)
@@ -104,9 +103,8 @@ class Translator(keras.Model):
             caches.append(remembered)
         return ops.squeeze(self._logits(hidden), 1), caches
 
-    def _embed(self, ids, training=None):
-        scale = self._config["features"] ** 0.5
-        return self.drop(self.embedding(ids) * scale, training=training)
+    def _embed(self, ids):
+        return self.embedding(ids) * self._config["features"] ** 0.5
 
     def _logits(self, hidden):
         kernel = ops.transpose(self.embedding.embeddings)

@@ -68,3 +68,19 @@ def test_draws_have_nothing_to_do_with_their_neighbours_nor_with_other_draws(kin
 @by_kind
 def test_draws_follow_their_seed(kind):
     np.testing.assert_array_equal(draw(kind, 4), draw(kind, 4))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rate", [0.125, 0.5])
+def test_dropout_zeroes_its_rate_of_the_numbers_and_keeps_the_mean(rate, dtype):
+    inputs = keras.ops.full((4, R // 4, C), 3.0, dtype)
+
+    def dropped(shape, seed):
+        outputs = draws.dropout(inputs, rate, seed)
+        assert keras.backend.standardize_dtype(outputs.dtype) == dtype
+        return keras.ops.reshape(keras.ops.cast(outputs, "float32"), shape)
+
+    first, second = draw(dropped, 5, calls=2)
+    np.testing.assert_allclose(np.unique(first), [0, 3 / (1 - rate)], rtol=1e-2)
+    assert abs((first == 0).mean() - rate) < 4 * np.sqrt(rate * (1 - rate) / (R * C))
+    assert abs(correlation(first, second)) < 4 / np.sqrt(R * C) + 1e-3

@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe.layers.expert_bank import ExpertBank
+from keras_moe.ops import draws
 from keras_moe.serialization import resolve
 from keras_moe.validation import (
     check_float_inputs,
@@ -42,6 +43,7 @@ class TransformerBlock(keras.layers.Layer):
             # cannot have one, whatever is in it.
             self.feedforward.supports_masking = True
         self.dropout = dropout
+        self._seed_generator = keras.random.SeedGenerator() if dropout else None
         self.supports_masking = True
 
     def _check_features(self, inputs_shape):
@@ -62,7 +64,6 @@ class TransformerBlock(keras.layers.Layer):
         attention = cls(
             self.num_heads,
             inputs_shape[-1] // self.num_heads,
-            dropout=self.dropout,
             dtype=self.dtype_policy,
             name=name,
         )
@@ -71,7 +72,6 @@ class TransformerBlock(keras.layers.Layer):
 
     def _build_feed_forward(self, inputs_shape):
         self._feedforward_norm = self._make_norm("feedforward_norm", inputs_shape)
-        self._drop = keras.layers.Dropout(self.dropout, dtype=self.dtype_policy, name="drop")
         if not self.feedforward.built:
             self.feedforward.build(inputs_shape)
         features = inputs_shape[-1]
@@ -94,7 +94,10 @@ class TransformerBlock(keras.layers.Layer):
         return ops.where(ops.expand_dims(mask, -1), inputs, ops.zeros((), inputs.dtype)), mask
 
     def _add(self, hidden, branch, training):
-        return hidden + self._drop(branch, training=training)
+        if training and self.dropout:
+            branch = draws.dropout(branch, self.dropout, self._seed_generator)
+        # The feed-forward layer may compute in another dtype.
+        return hidden + ops.cast(branch, hidden.dtype)
 
     def _add_feed_forward(self, hidden, mask, training, token_ids):
         # Keras hands on masks that hang on tensors, and sums take them off.

@@ -29,7 +29,8 @@ class TransformerDecoderBlock(TransformerBlock):
         feedforward: Keras layer from D to D features, for example a `MixtureOfExperts`, or a
             `keras.Sequential` of dense layers. If its `call` has a `mask` argument it is given the
             mask.
-        dropout: rate of dropout on all branches and on the attention scores.
+        dropout: rate of dropout on all branches. Attention scores have none: Keras's fused
+            attention does without.
         cross_attention: whether the block attends to a `context` as well, such as the outputs of
             an encoder.
         rotary: whether self-attention knows how far apart tokens stand. Without, tell the block

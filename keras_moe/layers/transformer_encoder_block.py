@@ -19,7 +19,8 @@ class TransformerEncoderBlock(TransformerBlock):
         feedforward: Keras layer from D to D features, for example a `MixtureOfExperts`, or a
             `keras.Sequential` of dense layers. If its `call` has a `mask` argument it is given the
             mask.
-        dropout: rate of dropout on both branches and on the attention scores.
+        dropout: rate of dropout on both branches. Attention scores have none: Keras's fused
+            attention does without.
         **kwargs: arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:

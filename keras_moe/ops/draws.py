@@ -2,8 +2,8 @@
 
 Compiled by XLA, each is a hash of a key that is drawn and of its place. The generators of Keras are
 better than a router needs and many times slower there: on CPUs that of TensorFlow takes longer to
-draw the noise of a router than the experts to compute. Generators of this kind: Salmon et al. 2011,
-"Parallel random numbers: as easy as 1, 2, 3".
+draw the noise of a router, or the dropout of a block, than the experts to compute. Generators of
+this kind: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """
 
 import math
@@ -34,6 +34,26 @@ def normal(shape, seed):
     if backend.compiles_static_shapes():
         return math.sqrt(2) * ops.erfinv(2 * _hashed(shape, seed) - 1)
     return keras.random.normal(shape, dtype="float32", seed=seed)
+
+
+def dropout(inputs, rate, seed):
+    """Each number set to 0 with the probability `rate`, and scaled by 1 / (1 - rate) otherwise.
+
+    Args:
+        inputs: (..., C) float tensor.
+        rate: float below 1.
+        seed: a `keras.random.SeedGenerator`.
+
+    Returns:
+        Tensor of the shape and dtype of `inputs`.
+    """
+    if not backend.compiles_static_shapes():
+        return keras.random.dropout(inputs, rate, seed=seed)
+    shape = ops.shape(inputs)
+    kept = _hashed((math.prod(shape[:-1]), shape[-1]), seed) > rate
+    return ops.where(
+        ops.reshape(kept, shape), inputs / (1 - rate), ops.zeros((), dtype=inputs.dtype)
+    )
 
 
 def _hashed(shape, seed):
