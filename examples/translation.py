@@ -46,7 +46,7 @@ class Size(typing.NamedTuple):
 
 
 FULL = Size(4000, 128, 256, blocks=2, shapes=Shapes((24, 32, 48), 1024), pairs=None)
-SMOKE = Size(300, 8, 8, blocks=1, shapes=Shapes((16,), 256), pairs=256)
+SMOKE = Size(300, 8, 8, blocks=1, shapes=Shapes((64,), 512), pairs=256)
 DROPOUT = 0.1
 
 
@@ -65,6 +65,11 @@ def main(arguments=None):
         SentenceBatches(subwords.encode(split.sources), subwords.encode(split.targets), size.shapes)
         for split in data[:2]
     )
+    if not len(train) or not len(validation):
+        raise ValueError(
+            f"No pair of `--dataset {options.dataset}` is short enough to train with. Received: "
+            f"all of more than {size.shapes.lengths[-1]} pieces. Take data of shorter texts."
+        )
     if train.left_out:
         print(f"{train.left_out} pairs of more than {size.shapes.lengths[-1]} pieces are left out.")
     embedding = bilingual_embedding(train, len(subwords), size.features)

@@ -38,13 +38,17 @@ class EventFiles:
         Args:
             split: "train" or "validation".
             step: number of the epoch.
-            numbers: dict of names to scalars.
+            numbers: dict of layers to dicts of names to scalars.
             shares: dict of layers to one array (E,) for each epoch so far.
         """
-        summaries = [scalar_pb(f"experts/{name}", value) for name, value in numbers.items()]
+        summaries = [
+            scalar_pb(f"{layer}/{key}", value)
+            for layer, values in numbers.items()
+            for key, value in values.items()
+        ]
         for layer, epochs in shares.items():
-            summaries.append(histogram_pb(f"experts/{layer}_shares", epochs[-1]))
-            summaries.append(_picture(f"experts/{layer}_shares_over_time", {layer: epochs}))
+            summaries.append(histogram_pb(f"{layer}/shares", epochs[-1]))
+            summaries.append(_picture(f"{layer}/shares_over_time", {layer: epochs}))
         writer = self._writer(split)
         for summary in summaries:
             writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))

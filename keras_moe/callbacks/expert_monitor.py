@@ -34,8 +34,8 @@ class ExpertMonitor(keras.callbacks.Callback):
     Args:
         expert_shares: whether each expert's share is logged as well, one key an expert.
         log_dir: folder for TensorBoard, or None. In its folders `train` and `validation`, which
-            `keras.callbacks.TensorBoard` uses too, go the numbers above, and for each layer the
-            shares as a histogram and as a heat map over epochs. Needs
+            `keras.callbacks.TensorBoard` uses too, go the numbers above, and the shares as a
+            histogram and as a heat map over epochs, in a group of cards for each layer. Needs
             `pip install "keras_moe[tensorboard]"`.
 
     Raises:
@@ -111,7 +111,7 @@ class ExpertMonitor(keras.callbacks.Callback):
             for name, usage in usages.items():
                 shares.setdefault(name, []).append(usage.shares)
             if usages and self._event_files is not None:
-                self._event_files.write(split, epoch, self._logs(usages), shares)
+                self._event_files.write(split, epoch, self._numbers(usages), shares)
 
     def _retrace_evaluation(self):
         """Whether a test function counts assignments is fixed when it is traced."""
@@ -131,13 +131,20 @@ class ExpertMonitor(keras.callbacks.Callback):
         return usages
 
     def _logs(self, usages):
-        logs = {}
-        for name, usage in usages.items():
-            logs.update({f"{name}_{key}": value for key, value in usage.numbers.items()})
-            if self.expert_shares:
+        return {
+            f"{name}_{key}": value
+            for name, numbers in self._numbers(usages).items()
+            for key, value in numbers.items()
+        }
+
+    def _numbers(self, usages):
+        """What is logged of each layer, by its name."""
+        numbers = {name: dict(usage.numbers) for name, usage in usages.items()}
+        if self.expert_shares:
+            for name, usage in usages.items():
                 shares = enumerate(usage.shares)
-                logs.update({f"{name}_expert_share_{e}": float(share) for e, share in shares})
-        return logs
+                numbers[name].update({f"expert_share_{e}": float(share) for e, share in shares})
+        return numbers
 
 
 class _Usage(NamedTuple):
