@@ -171,12 +171,18 @@ def judge_weak_loss(loss):
     return Finding(HINT, text, "Give it a weight of about 0.01, or leave it out.")
 
 
-def judge_heavy_losses(router_losses, total):
+def judge_heavy_losses(router_losses, weights, total):
     """A finding, if balancing is most of the total loss, or None.
 
     `LoadBalance` is never below its weight, which adds nothing but shows what it weighs.
+
+    Args:
+        router_losses: the losses of the layer.
+        weights: the weight that each has now.
+        total: the loss of the model.
     """
-    weight = sum(loss.weight for loss in router_losses if isinstance(loss, losses.LoadBalance))
+    weighted = zip(router_losses, weights)
+    weight = sum(weight for loss, weight in weighted if isinstance(loss, losses.LoadBalance))
     if total is None or weight < HEAVY_WEIGHT or weight < 0.5 * abs(total):
         return None
     text = f"LoadBalance(weight={weight:g}) is at least half of the loss, {total:.3g}."

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from keras import ops
 
 from keras_moe.inspection import has_moe_layers, moe_layers
+from keras_moe.parameters import parameters_of
 
 
 class LayerSummary(NamedTuple):
@@ -69,8 +70,8 @@ def count_parameters(model):
 
 def _summary(name, layer):
     num_experts, router = layer.experts.num_experts, layer.router
-    parameters = sum(_size(weight) for weight in layer.trainable_weights)
-    experts = sum(_size(weight) for weight in layer.experts.trainable_weights)
+    parameters = sum(map(_size, parameters_of(layer)))
+    experts = sum(map(_size, parameters_of(layer.experts)))
     active = parameters - experts + round(experts * router.mean_top_k / num_experts)
     counts = ops.convert_to_numpy(layer.expert_counts.value).tolist()
     return LayerSummary(name, num_experts, router.top_k, parameters, active, 2 * active, counts)

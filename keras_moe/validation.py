@@ -14,11 +14,20 @@ def check_positive_integer(name, value):
         )
 
 
-def check_fraction(name, value):
+def check_top_k(top_k, num_experts, router="TopKRouter"):
+    check_positive_integer("top_k", top_k)
+    if top_k > num_experts:
+        raise ValueError(
+            "`top_k` must be at most `num_experts`: a token cannot go to more experts than "
+            f"there are. Received: top_k={top_k}, num_experts={num_experts}. "
+            f"Pass `routers.{router}({num_experts}, top_k={num_experts})` or fewer."
+        )
+
+
+def check_fraction(name, value, fix="Pass 0 to turn it off."):
     if not _is_real(value) or not 0 <= value < 1:
         raise ValueError(
-            f"`{name}` must be a number from 0 to below 1. Received: {name}={value!r}. "
-            "Pass 0 to turn it off."
+            f"`{name}` must be a number from 0 to below 1. Received: {name}={value!r}. {fix}"
         )
 
 
@@ -30,11 +39,11 @@ def check_not_negative(name, value):
         )
 
 
-def check_positive_number(name, value):
+def check_positive_number(name, value, example=1.25):
     if not _is_real(value) or not 0 < value < float("inf"):
         raise ValueError(
             f"`{name}` must be a finite number above 0. Received: {name}={value!r}. "
-            "Pass, for example, 1.25."
+            f"Pass, for example, {example}."
         )
 
 

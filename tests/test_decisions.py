@@ -129,3 +129,18 @@ def test_saliency_is_the_mean_weight_times_norm_of_each_expert(router):
         total[e] += routing.weights[t, place] * np.linalg.norm(output)
         served[e] += 1
     assert_close(saliency, total / np.maximum(served, 1), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("router", ["top_k", "expert_choice", "soft"])
+def test_a_plan_says_whom_it_serves(router):
+    router = routers.get(router, num_experts=E)
+    tokens, mask = normal(6, D), np.arange(6) < 4
+    routing = router(tokens, mask=mask)
+    served = array(router.plan(routing).served())
+    outputs = array(moe(router=router)(tokens, mask=mask))
+    np.testing.assert_array_equal(served[mask], (outputs[mask] != 0).any(axis=1))
+    assert_close(metrics.unserved_fraction(routing, router.plan(routing)), 1 - served[:4].mean())
+
+
+def test_no_token_has_no_confidence():
+    assert float(metrics.router_confidence(routing_of(np.zeros((0, E), "float32"), None))) == 0

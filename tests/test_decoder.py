@@ -149,6 +149,9 @@ def test_masks_that_hang_on_the_inputs_are_found(cross_attention):
     outputs = block(masked, **hanging)
     np.testing.assert_allclose(array(outputs), array(block(x, mask=mask, **given)), atol=1e-6)
     assert array(keras.src.backend.get_keras_mask(outputs)).tolist() == mask.tolist()
+    if cross_attention:
+        cache = block.make_cache(B, L, context=masked)
+        assert array(cache["context_mask"]).tolist() == mask.tolist()
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance_only():

@@ -32,10 +32,10 @@ def not_negative(name, value):
     )
 
 
-def positive_number(name, value):
+def positive_number(name, value, example="1.25"):
     return (
         f"`{name}` must be a finite number above 0. Received: {name}={value!r}. "
-        "Pass, for example, 1.25."
+        f"Pass, for example, {example}."
     )
 
 
@@ -224,7 +224,19 @@ CONSTRUCTORS = {
         ValueError,
         "The last axis of rows must equal the middle axis of kernels, and there must be one group "
         "size for each kernel. Received: rows.shape=(6, 8), kernels.shape=(4, 8, 2), "
-        "group_sizes.shape=(2,).",
+        "group_sizes.shape=(2,). Change one of them.",
+    ),
+    "name of scores": (
+        lambda: ops.top_k_routing(normal(2, E), 2, score="softmx"),
+        ValueError,
+        "`score` must be one of 'softmax', 'sigmoid', 'sqrt_softplus'. Received: score='softmx'. "
+        "Did you mean 'softmax'?",
+    ),
+    "more choices than experts": (
+        lambda: ops.top_k_routing(normal(2, 3), 4),
+        ValueError,
+        "`top_k` must be at most `num_experts`: a token cannot go to more experts than there are. "
+        "Received: top_k=4, num_experts=3. Pass `routers.TopKRouter(3, top_k=3)` or fewer.",
     ),
     "experts of a metric": (
         lambda: metrics.LoadEntropy(3).update_state(routers.TopKRouter(E)(normal(2, D))),

@@ -211,6 +211,19 @@ def test_frozen_experts_leave_the_router_learning():
     assert (array(layer.router.kernel) != kernel).any()
 
 
+def test_frozen_layers_as_experts_are_no_state():
+    bank = layers.LayerExperts([keras.layers.Dense(D) for _ in range(E)])
+    model = keras.Sequential([keras.Input((3, D)), moe(bank, name="moe")])
+    outputs = model.predict(X, verbose=0)
+    bank.trainable = False
+    assigned = []
+    for variable in bank.variables:
+        variable.assign = assigned.append
+    model.predict_function = None
+    np.testing.assert_allclose(model.predict(X, verbose=0), outputs, atol=1e-6)
+    assert not assigned
+
+
 def test_noise_of_the_router_is_drawn_in_training_only_and_follows_its_seed():
     def losses(seed):
         router = routers.TopKRouter(

@@ -229,3 +229,15 @@ def test_it_watches_models_with_experts_only():
     model.compile("sgd", "mse")
     with pytest.raises(ValueError, match="at least one `MixtureOfExperts` layer"):
         model.fit(normal(2, D), normal(2, 1), callbacks=[ExpertHealth()], verbose=0)
+
+
+@pytest.mark.parametrize("router", [routers.ReLURouter(4, top_k=2), routers.TopPRouter(4)])
+def test_who_may_have_fewer_experts_can_collapse_as_well(router):
+    assert health.spread([100, 0, 0, 0], router.min_top_k) == 0
+    assert health.spread([100, 100, 0, 0], router.min_top_k) > health.COLLAPSED
+
+
+def test_a_loss_is_heavy_by_the_weight_it_has_now():
+    found = [losses.LoadBalance(1.0)]
+    assert health.judge_heavy_losses(found, [0.0], 1.0) is None
+    assert "LoadBalance(weight=1)" in health.judge_heavy_losses(found, [1.0], 1.0).text

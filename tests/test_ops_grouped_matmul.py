@@ -190,13 +190,13 @@ SHAPE_ERRORS = [
         ((3, 4), (2, 5, 6), (2,)),
         "The last axis of rows must equal the middle axis of kernels, and there must be one "
         "group size for each kernel. Received: rows.shape=(3, 4), kernels.shape=(2, 5, 6), "
-        "group_sizes.shape=(2,).",
+        "group_sizes.shape=(2,). Change one of them.",
     ),
     (
         ((3, 4), (2, 4, 6), (3,)),
         "The last axis of rows must equal the middle axis of kernels, and there must be one "
         "group size for each kernel. Received: rows.shape=(3, 4), kernels.shape=(2, 4, 6), "
-        "group_sizes.shape=(3,).",
+        "group_sizes.shape=(3,). Change one of them.",
     ),
 ]
 

@@ -57,12 +57,23 @@ def test_a_router_that_cannot_replay_says_so():
         routers.TopPRouter(E)(X[0], indices=np.zeros((5, 2), "int32"))
 
 
+def test_token_ids_are_as_many_as_tokens():
+    with pytest.raises(ValueError, match="Received: 3 ids for 5 tokens. Pass the ids of these"):
+        routers.HashRouter(E, 100)(X[0], token_ids=np.zeros((3,), "int32"))
+
+
+def test_experts_to_replay_are_those_of_as_many_tokens():
+    with pytest.raises(ValueError, match=r"Received: indices.shape=\(3, 2\), T=5, K=2. Pass the"):
+        routers.TopKRouter(E, 2)(X[0], indices=np.zeros((3, 2), "int32"))
+
+
 def test_experts_to_replay_have_a_row_for_each_token():
     with pytest.raises(ValueError) as error:
         routers.TopKRouter(E, 2)(X[0], indices=np.zeros((1, 5, 2), "int32"))
     assert (
         "`indices` must have the shape (T, K), a row for each token. Received: "
-        "indices.shape=(1, 5, 2), K=2. Pass the `indices` of a routing of this router."
+        "indices.shape=(1, 5, 2), T=5, K=2. Pass the `indices` of a routing of these tokens by "
+        "this router."
     ) in str(error.value)
 
 

@@ -33,3 +33,12 @@ def test_active_parameters_are_those_of_the_experts_that_serve_a_token(router, s
     assert layer.flops == 2 * layer.active_parameters
     idle = (E - serving) * EXPERT
     assert summary.count_parameters(model) == (model.count_params(), model.count_params() - idle)
+
+
+@pytest.mark.parametrize("frozen", ["layer", "experts"])
+def test_what_is_frozen_costs_the_same(frozen):
+    layer = moe()
+    model = keras.Sequential([keras.Input((5, D)), layer])
+    (before,) = summary.summarize(model)
+    (layer if frozen == "layer" else layer.experts).trainable = False
+    assert summary.summarize(model) == [before]

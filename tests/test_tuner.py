@@ -341,3 +341,10 @@ def test_without_keras_tuner_the_error_names_the_extra():
         "ImportError: `keras_moe.tuner` needs KerasTuner, which is not installed. "
         'Run `pip install "keras_moe[tuner]"`.'
     )
+
+
+def test_a_capacity_is_chosen_by_a_name_that_a_later_process_knows():
+    factors = (None, layers.Capacity(1.25))
+    spaces = [tuner.SearchSpace((8,), capacity_factors=factors) for _ in range(2)]
+    assert list(spaces[0].capacities) == list(spaces[1].capacities)
+    assert not any("0x" in name for name in spaces[0].capacities)

@@ -97,7 +97,7 @@ class ExpertHealth(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         loss = (logs or {}).get("loss")
         for name, layer in moe_layers(self.model).items():
-            self._tell(name, "heavy loss", health.judge_heavy_losses(layer.router_losses, loss))
+            self._tell(name, "heavy loss", _judge_heavy_losses(layer, loss))
 
     def _look(self):
         # Keras has this on JAX only.
@@ -166,7 +166,7 @@ class _Watch:
         return None
 
     def _judge_spread(self, layer):
-        self._spreads.append(health.spread(self._window, layer.router.top_k))
+        self._spreads.append(health.spread(self._window, layer.router.min_top_k))
         latest = self._spreads[-self.patience :]
         recovers = latest[-1] - latest[0] > _RECOVERY * (self.patience - 1)
         if len(latest) < self.patience or max(latest) >= health.COLLAPSED or recovers:
@@ -177,6 +177,12 @@ class _Watch:
         self._idle = np.where(self._window > 0, 0, self._idle + 1)
         dead = np.flatnonzero(self._idle >= _DEAD_PATIENCE * self.patience)
         return health.dead(dead, len(self._idle), layer.router_losses) if len(dead) else None
+
+
+def _judge_heavy_losses(layer, total):
+    # Schedules and this callback change weights while a model trains.
+    weights = _read(layer.router_loss_weights) if layer.built else ()
+    return health.judge_heavy_losses(layer.router_losses, weights, total)
 
 
 def _read(weight):

@@ -74,6 +74,8 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self._is_training = True
+        # An evaluation that was interrupted has left this on.
+        self._count_in_evaluation(False)
         self.shares, self.validation_shares = {}, {}
 
     def on_train_end(self, logs=None):

@@ -117,6 +117,10 @@ class Capacity:
             return keras.random.uniform(keras_ops.shape(routing.mask), seed=seed)
         return None
 
+    def __repr__(self):
+        arguments = (f"{name}={value!r}" for name, value in self.get_config().items())
+        return f"Capacity({', '.join(arguments)})"
+
     def get_config(self):
         return {
             "factor": self.factor,

@@ -1,9 +1,9 @@
 """What banks of feed-forward networks with stacked kernels have in common."""
 
 import keras
-import numpy as np
 from keras import ops
 
+from keras_moe.initializers import reseeded
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.ops.feed_forward import grouped_feed_forward
 from keras_moe.validation import check_positive_integer
@@ -112,17 +112,9 @@ def _each_expert(initializer, stream):
 
     def initialize(shape, dtype=None):
         experts = [
-            _reseeded(initializer, stream, expert)(shape[1:], dtype=dtype)
+            reseeded(initializer, stream, expert)(shape[1:], dtype=dtype)
             for expert in range(shape[0])
         ]
         return ops.stack(experts)
 
     return initialize
-
-
-def _reseeded(initializer, stream, expert):
-    seed = getattr(initializer, "seed", None)
-    if not isinstance(seed, int):
-        return initializer
-    seed = int(np.random.SeedSequence([seed, stream, expert]).generate_state(1)[0] >> 1)
-    return type(initializer).from_config({**initializer.get_config(), "seed": seed})

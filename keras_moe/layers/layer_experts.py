@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.ops.grouped_map import map_groups
+from keras_moe.parameters import parameters_of
 from keras_moe.serialization import register
 
 
@@ -69,7 +70,8 @@ class LayerExperts(ExpertBank):
     def call(self, tokens, plan):
         rows = plan.dispatch(self._compute(tokens))
         width = self.compute_output_shape(tokens.shape)[-1]
-        variables = self.non_trainable_variables
+        learnt = {id(variable) for variable in parameters_of(self)}
+        variables = [each for each in self.non_trainable_variables if id(each) not in learnt]
         functions = [_as_function(layer, variables, self._compute) for layer in self.layers]
         # Layers may not write to variables or keep losses inside compiled loops: both travel.
         state = [ops.convert_to_tensor(variable) for variable in variables]
@@ -93,13 +95,15 @@ class LayerExperts(ExpertBank):
 def _as_function(layer, variables, compute):
     """A layer as a function of rows and of a state: values of variables, and a loss behind them."""
     place = {id(variable): index for index, variable in enumerate(variables)}
-    own = [(variable, place[id(variable)]) for variable in layer.non_trainable_variables]
-    trainable = [
-        (variable, ops.convert_to_tensor(variable)) for variable in layer.trainable_variables
+    own = [
+        (variable, place[id(variable)])
+        for variable in layer.non_trainable_variables
+        if id(variable) in place
     ]
+    learnt = [(variable, ops.convert_to_tensor(variable)) for variable in parameters_of(layer)]
 
     def function(rows, state):
-        mapping = [*trainable, *((variable, state[index]) for variable, index in own)]
+        mapping = [*learnt, *((variable, state[index]) for variable, index in own)]
         # Not `stateless_call`, which leaves out what `__call__` does: dtypes, the training flag,
         # activity regularizers. Losses of weights reach the model through the layer itself.
         with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:

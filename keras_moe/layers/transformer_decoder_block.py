@@ -170,7 +170,7 @@ class TransformerDecoderBlock(TransformerBlock):
     def _remember_context(self, context, context_mask):
         if not self.cross_attention:
             return {}
-        context, mask = self._without_padding(context, context_mask)
+        context, mask = self._without_padding(context, mask_of(context, context_mask))
         keys, values = self._context_attention.remember(context)
         return {
             "context_keys": keys,

@@ -3,6 +3,7 @@
 from keras import ops
 
 from keras_moe.ops.balance import masked_mean, router_entropy
+from keras_moe.ops.routing import take_scores
 
 
 def router_confidence(routing):
@@ -14,7 +15,9 @@ def router_confidence(routing):
     Returns:
         Scalar, float32; 0 where every token is padding.
     """
-    return masked_mean(ops.max(routing.probs, axis=-1), routing.mask)
+    # Not `ops.max`, which has no answer where there are no tokens.
+    best = ops.expand_dims(ops.argmax(routing.probs, axis=-1), 1)
+    return masked_mean(take_scores(routing.probs, best)[:, 0], routing.mask)
 
 
 def unserved_fraction(routing, plan):
@@ -24,14 +27,13 @@ def unserved_fraction(routing, plan):
 
     Args:
         routing: an `ops.Routing`.
-        plan: the `ops.GroupedPlan` of the routing.
+        plan: the plan of the routing.
 
     Returns:
         Scalar, float32; 0 where every token is padding.
     """
-    groups = plan.groups
-    served = groups.sum_rows(ops.ones((groups.num_rows(), 1), "float32"))[:, 0]
-    return masked_mean(ops.cast(served < 0.5, "float32"), routing.mask)
+    unserved = ops.logical_not(plan.served())
+    return masked_mean(ops.cast(unserved, "float32"), routing.mask)
 
 
 def router_saturation(before, after):

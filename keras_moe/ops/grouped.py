@@ -332,12 +332,6 @@ def _at(stacked, expert):
     return ops.squeeze(backend.slice_at(stacked, start, (1, *stacked.shape[1:])), 0)
 
 
-def _put_at(stacked, expert, entry):
-    """Set entry `expert` of a tensor (E, ...), in place under XLA."""
-    start = (expert, *[0] * (len(stacked.shape) - 1))
-    return ops.slice_update(stacked, start, ops.cast(ops.expand_dims(entry, 0), stacked.dtype))
-
-
 def _add_at(stacked, expert, part):
     """Add to entry `expert` of a tensor (E, ...), in place under XLA."""
     start = (expert, *[0] * (len(stacked.shape) - 1))

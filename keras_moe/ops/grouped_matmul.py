@@ -19,7 +19,8 @@ def grouped_matmul(rows, kernels, group_sizes):
         group_sizes: (E,) integer tensor, sum at most N. Need not be known at compile time.
 
     Returns:
-        (N, H), in the dtype of `rows`.
+        (N, H), in the dtype of `rows`. Products and sums are those of float32 at most, as all of
+        Keras's.
 
     Raises:
         ValueError: If the ranks or the sizes of the shared axes do not fit.
@@ -67,5 +68,6 @@ def _check_shapes(rows, kernels, group_sizes):
         raise ValueError(
             "The last axis of rows must equal the middle axis of kernels, and there must be one "
             f"group size for each kernel. Received: rows.shape={tuple(rows)}, "
-            f"kernels.shape={tuple(kernels)}, group_sizes.shape={tuple(group_sizes)}."
+            f"kernels.shape={tuple(kernels)}, group_sizes.shape={tuple(group_sizes)}. "
+            "Change one of them."
         )

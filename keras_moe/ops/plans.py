@@ -36,6 +36,11 @@ class GroupedPlan(NamedTuple):
         """What a bank of experts makes of tokens (T, D)."""
         return experts(tokens, self)
 
+    def served(self):
+        """Which tokens have a row, (T,) bool."""
+        rows = ops.ones((self.groups.num_rows(), 1), "float32")
+        return self.groups.sum_rows(rows)[:, 0] > 0.5
+
     def dropped_fraction(self, counts):
         """Share of the assignments (E,) that have no row, a float32 scalar; 0 without any."""
         assigned = ops.cast(ops.sum(counts), "float32")

@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_moe.ops.scores import SCORES, distribution
 from keras_moe.ops.selection import take_scores, top_k_indices
+from keras_moe.validation import check_choice, check_top_k
 
 
 class Routing(NamedTuple):
@@ -87,7 +88,12 @@ def top_k_routing(
 
     Returns:
         A `Routing`.
+
+    Raises:
+        ValueError: If there is no such score, or `top_k` is not from 1 to E.
     """
+    check_choice("score", score, SCORES)
+    check_top_k(top_k, logits.shape[-1])
     logits, mask = clean_logits(logits, mask)
     scores = SCORES[score](logits)
     if select is None:

@@ -83,6 +83,11 @@ class SoftPlan(NamedTuple):
         mixed = ops.einsum("bsm,mbd->bsd", ops.cast(self.back, outputs.dtype), outputs)
         return ops.reshape(mixed, (-1, width))
 
+    def served(self):
+        """All tokens, (T,) bool."""
+        sequences, length, _ = ops.shape(self.back)
+        return ops.ones((sequences * length,), "bool")
+
     def dropped_fraction(self, counts):
         """0, a float32 scalar: every token is a part of every slot."""
         return ops.zeros((), "float32")

@@ -8,6 +8,7 @@ import numpy as np
 from keras_moe import health, metrics
 from keras_moe.inspection import has_moe_layers, moe_layers, record_routings
 from keras_moe.reporting.texts import positions_of, token_texts
+from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.summary import summarize
 from keras_moe.visualization.labels import bits_in_common, label_table
 from keras_moe.visualization.sources import as_tensors, by_layer, each_token
@@ -52,7 +53,8 @@ def study(model, data, labels, tokens):
         if given is not None and len(given) != num_documents:
             raise ValueError(
                 "There must be one label for each document. "
-                f"Received: {len(given)} labels for {num_documents} documents."
+                f"Received: {len(given)} labels for {num_documents} documents. "
+                "Pass the labels of these documents, in their order."
             )
     if not layers:
         return Study(num_documents, [])
@@ -104,8 +106,10 @@ def _study_layer(layer, summary, routing, labels, texts):
         max(summary.num_experts, 2)
     )
     largest = np.abs(routing.logits[routing.mask]).max(initial=0)
-    load = health.judge_load(routing.counts, summary.top_k, layer.router_losses)
-    router = health.judge_router(entropy, largest) if len(probs) else []
+    load = health.judge_load(routing.counts, layer.router.min_top_k, layer.router_losses)
+    # A table does not learn: that it has no doubts says nothing.
+    decides = isinstance(layer.router, LogitRouter) and len(probs)
+    router = health.judge_router(entropy, largest) if decides else []
     if entropy > health.INDIFFERENT:
         # Without a preference, who leads is chance.
         load = [finding for finding in load if finding.level == health.PROBLEM]

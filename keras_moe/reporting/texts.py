@@ -29,7 +29,8 @@ def token_texts(tokens, arrays, positions, num_documents):
     if len(documents) != num_documents:
         raise ValueError(
             "`tokens` must have an entry for each document. "
-            f"Received: {len(documents)} entries for {num_documents} documents."
+            f"Received: {len(documents)} entries for {num_documents} documents. "
+            "Pass the tokens of these documents, in their order."
         )
     size = max(length // positions, 1)
     return [

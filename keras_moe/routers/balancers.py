@@ -71,7 +71,7 @@ class LossFreeBias(SelectionBalancer):
 
     def __init__(self, rate=1e-3, accumulation_steps=1):
         super().__init__(accumulation_steps)
-        check_positive_number("rate", rate)
+        check_positive_number("rate", rate, example=0.001)
         self.rate = rate
 
     def measure(self, routing, scores, bias):

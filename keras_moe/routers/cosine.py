@@ -5,6 +5,7 @@ import math
 import keras
 from keras import ops
 
+from keras_moe.initializers import reseeded
 from keras_moe.ops.scores import along_units, unit
 from keras_moe.routers.selection_router import SelectionRouter
 from keras_moe.serialization import register
@@ -47,7 +48,11 @@ class CosineRouter(SelectionRouter):
 
     def build(self, tokens_shape):
         super().build(tokens_shape)
-        self.directions = self._add_kernel("directions", (self.projection_dim, self.num_experts))
+        self.directions = self._add_kernel(
+            "directions",
+            (self.projection_dim, self.num_experts),
+            reseeded(self.kernel_initializer, 1),
+        )
         self.log_scale = self.add_weight(
             name="log_scale", shape=(), initializer=keras.initializers.Constant(math.log(2.0))
         )

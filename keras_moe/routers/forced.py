@@ -5,9 +5,9 @@ from keras import ops
 
 from keras_moe.ops import draws, top_k_indices
 from keras_moe.routers.hash import fixed_routing
-from keras_moe.routers.router import Router, check_top_k
+from keras_moe.routers.router import Router
 from keras_moe.serialization import register
-from keras_moe.validation import check_choice
+from keras_moe.validation import check_choice, check_top_k
 
 PATTERNS = ("round_robin", "random", "zipf", "one")
 

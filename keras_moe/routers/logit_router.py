@@ -64,11 +64,11 @@ class LogitRouter(Router):
             logits = logits + self.logit_noise * self._noise(draws.normal, logits)
         return clean_logits(logits, mask)
 
-    def _add_kernel(self, name, shape):
+    def _add_kernel(self, name, shape, initializer=None):
         return self.add_weight(
             name=name,
             shape=shape,
-            initializer=self.kernel_initializer,
+            initializer=initializer or self.kernel_initializer,
             regularizer=self.kernel_regularizer,
         )
 

@@ -7,9 +7,8 @@ from keras_moe import backend
 from keras_moe.ops import make_routing, masked_mean, take_scores, top_k_indices
 from keras_moe.ops.scores import distribution
 from keras_moe.routers.logit_router import LogitRouter
-from keras_moe.routers.router import check_top_k
 from keras_moe.serialization import register
-from keras_moe.validation import check_positive_number
+from keras_moe.validation import check_positive_number, check_top_k
 
 
 @register
@@ -63,7 +62,7 @@ class ReLURouter(LogitRouter):
                 "`growth` must be above 1, or the loss could not adapt. Received: "
                 f"growth={growth!r}. Pass, for example, 1.2."
             )
-        check_positive_number("initial_strength", initial_strength)
+        check_positive_number("initial_strength", initial_strength, example=1e-8)
         self.target_top_k = top_k
         self.max_top_k = self.top_k = max_top_k
         self.growth = growth
@@ -81,6 +80,10 @@ class ReLURouter(LogitRouter):
     @property
     def mean_top_k(self):
         return self.target_top_k
+
+    @property
+    def min_top_k(self):
+        return 1
 
     def route(self, tokens, mask, training):
         logits, mask = self.logits(tokens, mask, training)

@@ -25,7 +25,7 @@ class Router(keras.layers.Layer):
 
     It sets `causal` to False if a token's experts depend on other tokens of the batch: such a
     router must not serve a language model. And it overrides `plan` if its tokens do not choose
-    experts, and `mean_top_k` if K is only the most that may serve a token.
+    experts, and `mean_top_k` and `min_top_k` if K is only the most that may serve a token.
 
     Args:
         num_experts: number of experts, E.
@@ -90,11 +90,11 @@ class Router(keras.layers.Layer):
                 "Only routers that give each token its K best experts can replay `indices`. "
                 f"Received: indices for a `{type(self).__name__}`. Use `routers.TopKRouter`."
             )
-        if indices is not None and tuple(indices.shape)[1:] != (self.top_k,):
+        if indices is not None and not _fit(indices.shape, (tokens.shape[0], self.top_k)):
             raise ValueError(
                 "`indices` must have the shape (T, K), a row for each token. Received: "
-                f"indices.shape={tuple(indices.shape)}, K={self.top_k}. Pass the `indices` of a "
-                "routing of this router."
+                f"indices.shape={tuple(indices.shape)}, T={tokens.shape[0]}, K={self.top_k}. Pass "
+                "the `indices` of a routing of these tokens by this router."
             )
         known = {name: value for name, value in known.items() if name in self._known_arguments}
         return self.route(tokens, mask, training, **known)
@@ -108,6 +108,11 @@ class Router(keras.layers.Layer):
     @property
     def mean_top_k(self):
         """Experts that serve a token on average; K, unless a subclass aims at fewer."""
+        return self.top_k
+
+    @property
+    def min_top_k(self):
+        """Fewest experts that serve a token; K, unless a subclass may do with fewer."""
         return self.top_k
 
     def plan(self, routing, **capacity):
@@ -126,14 +131,11 @@ class Router(keras.layers.Layer):
         return {**config, "num_experts": self.num_experts}
 
 
-def check_top_k(top_k, num_experts, router="TopKRouter"):
-    check_positive_integer("top_k", top_k)
-    if top_k > num_experts:
-        raise ValueError(
-            "`top_k` must be at most `num_experts`: a token cannot go to more experts than "
-            f"there are. Received: top_k={top_k}, num_experts={num_experts}. "
-            f"Pass `routers.{router}({num_experts}, top_k={num_experts})` or fewer."
-        )
+def _fit(shape, expected):
+    """Whether a shape may be the expected one; None fits any size."""
+    return len(shape) == len(expected) and all(
+        None in sizes or sizes[0] == sizes[1] for sizes in zip(shape, expected)
+    )
 
 
 def routing_spec(num_tokens, num_experts, top_k):

@@ -11,8 +11,7 @@ from keras_moe.ops.scores import SCORES
 from keras_moe.ops.selection import top_k_indices
 from keras_moe.routers import balancers
 from keras_moe.routers.logit_router import LogitRouter
-from keras_moe.routers.router import check_top_k
-from keras_moe.validation import check_choice, check_positive_number
+from keras_moe.validation import check_choice, check_positive_number, check_top_k
 
 
 class SelectionRouter(LogitRouter):

@@ -5,9 +5,8 @@ from keras import ops
 from keras_moe.ops import make_routing, take_scores, top_k_indices
 from keras_moe.ops.scores import softmax
 from keras_moe.routers.logit_router import LogitRouter
-from keras_moe.routers.router import check_top_k
 from keras_moe.serialization import register
-from keras_moe.validation import check_fraction
+from keras_moe.validation import check_fraction, check_top_k
 
 
 @register
@@ -48,11 +47,15 @@ class TopPRouter(LogitRouter):
 
     def __init__(self, num_experts, threshold=0.4, max_top_k=None, **kwargs):
         super().__init__(num_experts, **kwargs)
-        check_fraction("threshold", threshold)
+        check_fraction("threshold", threshold, fix="Pass, for example, 0.4.")
         max_top_k = min(4, num_experts) if max_top_k is None else max_top_k
         check_top_k(max_top_k, num_experts, "TopPRouter")
         self.threshold = threshold
         self.max_top_k = self.top_k = max_top_k
+
+    @property
+    def min_top_k(self):
+        return 1
 
     def route(self, tokens, mask, training):
         logits, mask = self.logits(tokens, mask, training)

@@ -3,9 +3,8 @@
 from keras_moe.ops import draws, make_routing, noisy_load, take_scores, top_k_indices
 from keras_moe.ops.scores import softmax
 from keras_moe.routers.logit_router import LogitRouter
-from keras_moe.routers.router import check_top_k
 from keras_moe.serialization import register
-from keras_moe.validation import check_not_negative
+from keras_moe.validation import check_not_negative, check_top_k
 
 
 @register

@@ -66,7 +66,7 @@ class WithinBudget(keras_tuner.Objective):
     """
 
     def __init__(self, budget, cost="active_flops", loss="val_loss"):
-        check_positive_number("budget", budget)
+        check_positive_number("budget", budget, example=100_000)
         super().__init__(name=f"{loss}_within_{cost}", direction="min")
         self.budget = budget
         self.cost = cost

@@ -15,7 +15,7 @@ class SearchSpace:
 
     The first value of a tuple is the one picked by hand: `DefaultsFirst` tries these first. A tuple
     of one value is fixed. An expert is `active_width / K` wide, so that neither the number of
-    experts nor `top_k` changes the active size.
+    experts nor `top_k` changes what the experts cost; the router's share grows with E.
 
     Args:
         active_width: widths K * H of the experts of a token together, each divisible by each K.
