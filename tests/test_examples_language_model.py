@@ -82,7 +82,11 @@ def test_the_dense_twin_is_given_the_time_of_the_mixture(trained):
     runs = trained[0]["results"][language_model.DENSE_EQUAL_TIME]["runs"]
     assert runs[0]["epochs"] >= 1
     times = {SPARSE: 30.0, DENSE: 20.0}
-    results = {name: {"runs": [{"ms_per_step": ms}]} for name, ms in times.items()}
+    # The fastest of all runs: one of them was held up by other work.
+    results = {
+        name: {"runs": [{"fastest_ms_per_step": ms}, {"fastest_ms_per_step": 2 * ms}]}
+        for name, ms in times.items()
+    }
     size = language_model.SMOKE._replace(epochs=12)
     assert language_model.equal_time(size, results).epochs == 18
 

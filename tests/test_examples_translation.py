@@ -366,7 +366,7 @@ def test_compare_trains_reports_saves_and_translates(made_up_data, tmp_path, cap
 
     for text, message in (
         (" ", "must hold a word"),
-        ("rey " * 40, "at most 16 pieces.*Received: 41"),
+        ("rey " * 80, "at most 64 pieces.*Received: 81"),
     ):
         with pytest.raises(ValueError, match=message):
             translation.main(["--translate", text, "--output", str(output)])
@@ -404,6 +404,14 @@ def example_command(*arguments):
 def example_environment(backend=None):
     backend = backend or keras.backend.backend()
     return {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(EXAMPLES.parent)}
+
+
+def test_data_of_which_nothing_is_short_enough_are_named(monkeypatch, tmp_path):
+    prepare_bible(tmp_path, monkeypatch)
+    tiny = translation.SMOKE._replace(shapes=translation.Shapes((1,), 8))
+    monkeypatch.setattr(translation, "SMOKE", tiny)
+    with pytest.raises(ValueError, match="No pair of `--dataset bible_es_en` is short enough"):
+        translation.main(["--smoke", "--data-dir", str(tmp_path), "--output", str(tmp_path)])
 
 
 def test_a_killed_run_goes_on_with_the_same_command(monkeypatch, tmp_path):

@@ -18,6 +18,8 @@ FRAMEWORKS = {"tensorflow", "jax", "jaxlib", "torch", "tensorflow_probability", 
 # A part imports from parts of a lower number only; a part that is not named stands on top.
 LEVELS = {
     "backend": 0,
+    "initializers": 0,
+    "parameters": 0,
     "validation": 0,
     "serialization": 1,
     "ops": 1,
