@@ -72,15 +72,19 @@ def check_float_inputs(inputs):
 def check_mask(mask_shape, inputs_shape):
     """A mask has the shape of the inputs without the feature axis; None fits any size."""
     mask_shape, leading = tuple(mask_shape), tuple(inputs_shape)[:-1]
-    fits = len(mask_shape) == len(leading) and all(
-        a is None or b is None or a == b for a, b in zip(mask_shape, leading)
-    )
-    if not fits:
+    if not fits(mask_shape, leading):
         raise ValueError(
             "`mask` must have the shape of the inputs without their last axis. Received: "
             f"mask.shape={mask_shape}, inputs.shape={tuple(inputs_shape)}. "
             f"Pass a bool mask of shape {leading}, False for padding."
         )
+
+
+def fits(shape, expected):
+    """Whether a shape may be the expected one; None fits any size."""
+    return len(shape) == len(expected) and all(
+        a is None or b is None or a == b for a, b in zip(shape, expected)
+    )
 
 
 def _is_real(value):

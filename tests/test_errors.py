@@ -32,10 +32,10 @@ def not_negative(name, value):
     )
 
 
-def positive_number(name, value, example="1.25"):
+def positive_number(name, value):
     return (
         f"`{name}` must be a finite number above 0. Received: {name}={value!r}. "
-        f"Pass, for example, {example}."
+        "Pass, for example, 1.25."
     )
 
 

@@ -141,9 +141,10 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     def _numbers(self, usages):
         """What is logged of each layer, by its name."""
-        numbers = {name: dict(usage.numbers) for name, usage in usages.items()}
-        if self.expert_shares:
-            for name, usage in usages.items():
+        numbers = {}
+        for name, usage in usages.items():
+            numbers[name] = dict(usage.numbers)
+            if self.expert_shares:
                 shares = enumerate(usage.shares)
                 numbers[name].update({f"expert_share_{e}": float(share) for e, share in shares})
         return numbers

@@ -95,12 +95,12 @@ class LayerExperts(ExpertBank):
 def _as_function(layer, variables, compute):
     """A layer as a function of rows and of a state: values of variables, and a loss behind them."""
     place = {id(variable): index for index, variable in enumerate(variables)}
-    own = [
-        (variable, place[id(variable)])
-        for variable in layer.non_trainable_variables
-        if id(variable) in place
-    ]
-    learnt = [(variable, ops.convert_to_tensor(variable)) for variable in parameters_of(layer)]
+    own, learnt = [], []
+    for variable in layer.variables:
+        if id(variable) in place:
+            own.append((variable, place[id(variable)]))
+        else:
+            learnt.append((variable, ops.convert_to_tensor(variable)))
 
     def function(rows, state):
         mapping = [*learnt, *((variable, state[index]) for variable, index in own)]

@@ -7,7 +7,7 @@ from keras_moe.ops import make_routing
 from keras_moe.ops.selection import chosen_experts
 from keras_moe.routers.router import Router
 from keras_moe.serialization import register
-from keras_moe.validation import check_positive_integer, check_top_k
+from keras_moe.validation import check_positive_integer, check_top_k, fits
 
 
 @register
@@ -73,7 +73,7 @@ class HashRouter(Router):
     def route(self, tokens, mask, training, token_ids=None):
         _check_token_ids(token_ids)
         ids = ops.cast(ops.reshape(token_ids, (-1,)), "int32") % self.vocabulary_size
-        if None not in (ids.shape[0], tokens.shape[0]) and ids.shape[0] != tokens.shape[0]:
+        if not fits(ids.shape, tokens.shape[:1]):
             raise ValueError(
                 "`token_ids` must have an id for each token. Received: "
                 f"{ids.shape[0]} ids for {tokens.shape[0]} tokens. Pass the ids of these tokens."

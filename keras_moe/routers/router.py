@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe.ops import Routing, plan_groups
-from keras_moe.validation import check_mask, check_positive_integer
+from keras_moe.validation import check_mask, check_positive_integer, fits
 
 
 class Router(keras.layers.Layer):
@@ -90,7 +90,7 @@ class Router(keras.layers.Layer):
                 "Only routers that give each token its K best experts can replay `indices`. "
                 f"Received: indices for a `{type(self).__name__}`. Use `routers.TopKRouter`."
             )
-        if indices is not None and not _fit(indices.shape, (tokens.shape[0], self.top_k)):
+        if indices is not None and not fits(indices.shape, (tokens.shape[0], self.top_k)):
             raise ValueError(
                 "`indices` must have the shape (T, K), a row for each token. Received: "
                 f"indices.shape={tuple(indices.shape)}, T={tokens.shape[0]}, K={self.top_k}. Pass "
@@ -129,13 +129,6 @@ class Router(keras.layers.Layer):
         config = super().get_config()
         del config["dtype"]
         return {**config, "num_experts": self.num_experts}
-
-
-def _fit(shape, expected):
-    """Whether a shape may be the expected one; None fits any size."""
-    return len(shape) == len(expected) and all(
-        None in sizes or sizes[0] == sizes[1] for sizes in zip(shape, expected)
-    )
 
 
 def routing_spec(num_tokens, num_experts, top_k):
