@@ -49,7 +49,7 @@ def pytest_configure(config):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks so short that small groups need full blocks and a tail."""
-    monkeypatch.setattr("keras_moe.ops.grouped.block_sizes", lambda *_: (2, 8))
+    monkeypatch.setattr("keras_moe.ops.grouped_blocks.block_sizes", lambda *_: (2, 8))
 
 
 @pytest.fixture(autouse=True, scope="module")

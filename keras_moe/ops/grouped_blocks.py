@@ -1,0 +1,201 @@
+"""Driver of a grouped operation that takes rows in blocks of fixed sizes.
+
+For compilers that fix every shape. A few sizes of blocks are compiled, a loop with a dynamic trip
+count stands for each, and a group is covered by blocks of falling size. A block may reach past the
+end of its group. There it reads zeros, and what it writes is either overwritten by the next group,
+or lies behind the last one, where nobody looks.
+"""
+
+from typing import Any, NamedTuple
+
+from keras import ops
+
+from keras_moe import backend
+from keras_moe.ops.groups import row_sums
+
+
+def forward(step, tokens, kernels, groups):
+    def group(expert, for_each_block, carry):
+        of_expert = [_at(kernel, expert) for kernel in kernels]
+
+        def block(block, carry):
+            output, saved = step.forward(block.gather(tokens), of_expert)
+            return tuple(map(block.write, carry, (output, *saved)))
+
+        return for_each_block(block, carry)
+
+    widths = (step.output_width, *step.saved_widths)
+    num_rows = _num_rows_with_room(groups)
+    carry = tuple(ops.zeros((num_rows, width), tokens.dtype) for width in widths)
+    output, *saved = _for_each_group(groups, group, carry)
+    return output, saved
+
+
+def backward(step, tokens, row_weights, kernels, groups, outputs, saved, gradient):
+    num_rows = _num_rows_with_room(groups)
+    room = num_rows - ops.shape(row_weights)[0]
+    padded_weights = ops.expand_dims(ops.pad(row_weights, (0, room)), 1)
+
+    def group(expert, for_each_block, carry):
+        of_expert = [_at(kernel, expert) for kernel in kernels]
+
+        def block(block, carry):
+            row_gradients, weight_gradients, *totals = carry
+            output_gradient = block.gather(gradient)
+            weights = ops.cast(block.read(padded_weights), tokens.dtype)
+            row_gradient, factors, bias_gradients = step.backward(
+                block.gather(tokens),
+                of_expert,
+                [block.read(buffer) for buffer in saved],
+                output_gradient * weights,
+            )
+            weight_gradient = row_sums(output_gradient * block.read(outputs))
+            return (
+                block.write(row_gradients, row_gradient),
+                block.write(weight_gradients, weight_gradient),
+                *(
+                    _add_at(total, expert, part)
+                    for total, part in zip(totals, [*map(_narrow_first, factors), *bias_gradients])
+                ),
+            )
+
+        return for_each_block(block, carry)
+
+    carry = (
+        ops.zeros((num_rows, tokens.shape[1]), tokens.dtype),
+        ops.zeros((num_rows, 1), "float32"),
+        *(ops.zeros(_narrow_shape(kernel), "float32") for kernel in kernels),
+    )
+    row_gradient, weight_gradient, *totals = _for_each_group(groups, group, carry)
+    kernel_gradients = [
+        ops.cast(_upright(total, kernel), kernel.dtype) for total, kernel in zip(totals, kernels)
+    ]
+    return row_gradient, weight_gradient[:, 0], kernel_gradients
+
+
+class _Block(NamedTuple):
+    """Some rows of one group: `length` is static, all else may depend on data."""
+
+    start: Any
+    length: int
+    inside: Any
+    token_of_row: Any
+
+    def gather(self, tokens):
+        """The tokens of the rows, zeros past the end of the group."""
+        return self._mask(backend.gather_rows(tokens, self.token_of_row))
+
+    def read(self, buffer):
+        """The rows of a buffer, zeros past the end of the group."""
+        rows = backend.slice_at(buffer, (self.start, 0), (self.length, buffer.shape[1]))
+        return self._mask(rows)
+
+    def write(self, buffer, rows):
+        return ops.slice_update(buffer, (self.start, 0), ops.cast(rows, buffer.dtype))
+
+    def _mask(self, rows):
+        return ops.where(self.inside, rows, ops.zeros((), rows.dtype))
+
+
+# On CPUs XLA computes A^T B at half the speed where A is wider than B. Such gradients are summed
+# transposed. Exchanging the axes of the sums costs less than exchanging those of each part.
+
+
+def _narrow_first(factors):
+    left, right = sorted(factors, key=lambda rows: rows.shape[1])
+    return ops.matmul(ops.transpose(left), right)
+
+
+def _narrow_shape(kernel):
+    experts, *shape = kernel.shape
+    return experts, *sorted(shape)
+
+
+def _upright(total, kernel):
+    return total if total.shape == kernel.shape else ops.transpose(total, (0, 2, 1))
+
+
+def _for_each_group(groups, group, carry):
+    """`carry = group(expert, for_each_block, carry)` for every expert that has rows."""
+    ends = ops.cumsum(groups.sizes)
+    # Reading the kernels of an expert costs as much as a few rows. For a few tokens, as in
+    # decoding, most experts have none.
+    has_rows = groups.sizes > 0
+    busy_first = ops.argsort(ops.logical_not(has_rows))
+    lengths = _block_sizes(groups)
+    token_of_row = ops.pad(groups.token_of_row(), (0, lengths[-1]))
+
+    def body(number, carry):
+        expert = ops.cast(ops.take(busy_first, number), "int32")
+        size = ops.take(groups.sizes, expert)
+        group_start = ops.take(ends, expert) - size
+
+        def for_each_block(compute, carry):
+            def at(offset, length, carry):
+                start = group_start + offset
+                inside = ops.expand_dims(ops.arange(length, dtype="int32") < size - offset, 1)
+                tokens = backend.slice_at(token_of_row, (start,), (length,))
+                return compute(_Block(start, length, inside, tokens), carry)
+
+            return _cover(size, lengths, at, carry)
+
+        return group(expert, for_each_block, carry)
+
+    return ops.fori_loop(0, ops.sum(ops.cast(has_rows, "int32")), body, carry)
+
+
+def block_sizes(num_rows, num_experts):
+    """The sizes of blocks, smallest first.
+
+    Each is compiled, forward and backward, so there are few: small ones that waste few rows, and a
+    large one that gets the most out of a product. An eighth of the mean group is small enough.
+    Below 4 rows a product is bound by reading its kernel; from 32 on smaller blocks gain nothing.
+
+    Args:
+        num_rows: an integer, or a tensor where it is not known at compile time.
+        num_experts: an integer.
+    """
+    eighth = num_rows // num_experts // 8 if isinstance(num_rows, int) else 32
+    smallest = 2 ** min(max(eighth.bit_length() - 1, 2), 5)
+    return smallest, 2 * smallest, 8 * smallest
+
+
+def _block_sizes(groups):
+    return block_sizes(groups.num_rows(), groups.sizes.shape[0])
+
+
+def _num_rows_with_room(groups):
+    """The rows of all groups, and room behind them for a block that reaches past the last."""
+    return groups.num_rows() + _block_sizes(groups)[-1]
+
+
+def _cover(size, lengths, block, carry):
+    """Cover `size` rows with blocks of falling length; few rows of the last one are wasted."""
+    start = 0
+    for length in reversed(lengths):
+        # A rest that fills most of a block is one more of them; the smallest take what is left.
+        spare = length // 4 if length > lengths[0] else length - 1
+        trips = (ops.maximum(size - start, 0) + spare) // length
+        # The offset depends on `i` even where `i` is always 0: XLA hoists what does not depend on
+        # the loop out of it, and would compute the blocks of all sizes.
+        carry = ops.fori_loop(
+            0,
+            trips,
+            lambda i, carry, start=start, length=length: block(start + i * length, length, carry),
+            carry,
+        )
+        start = start + trips * length
+    return carry
+
+
+def _at(stacked, expert):
+    """Entry `expert` of a tensor (E, ...)."""
+    start = (expert, *[0] * (len(stacked.shape) - 1))
+    return ops.squeeze(backend.slice_at(stacked, start, (1, *stacked.shape[1:])), 0)
+
+
+def _add_at(stacked, expert, part):
+    """Add to entry `expert` of a tensor (E, ...), in place under XLA."""
+    start = (expert, *[0] * (len(stacked.shape) - 1))
+    total = _at(stacked, expert) + ops.cast(part, stacked.dtype)
+    return ops.slice_update(stacked, start, ops.expand_dims(total, 0))
