@@ -41,17 +41,6 @@ NUM_EXPERTS, BATCH_SIZE, LEARNING_RATE = 16, 64, 2e-3
 # The history has an entry for so many steps.
 STEPS_AN_ENTRY = 10
 
-LOSSES = ("load_balance", "router_z")
-# Losses for routers that need them; the others are balanced by what they are.
-ROUTER_LOSSES = {
-    "noisy_top_k": ("importance_variation", "load_variation"),
-    "v_moe": ("importance_variation", "load_variation"),
-    "deepseek_v3": ("sequence_load_balance",),
-    **dict.fromkeys(
-        ("balanced_assignment", "dense", "expert_choice", "relu", "sinkhorn", "soft", "hash"), ()
-    ),
-}
-
 # How a collapsed top-2 router is balanced: its selection bias, or losses.
 BALANCING = {
     "nothing": {},
@@ -61,7 +50,7 @@ BALANCING = {
     "sequence_load_balance 0.1": {"losses": [("sequence_load_balance", 0.1)]},
     "importance_variation 0.1": {"losses": [("importance_variation", 0.1)]},
     "router_z 0.001": {"losses": [("router_z", 0.001)]},
-    "loss_free bias": {"balancer": routers.LossFreeBias(rate=0.003)},
+    "loss_free bias": {"balancer": routers.LossFreeBias(rate=0.002)},
     "quantile bias": {"balancer": routers.QuantileBias(momentum=0.9)},
 }
 BALANCED = 0.5
@@ -120,7 +109,7 @@ def run_router(name, seed, arrays, num_classes, size):
         router = routers.HashRouter(NUM_EXPERTS, size.words + 2, top_k=2)
     else:
         router = routers.get(name, num_experts=NUM_EXPERTS)
-    moe = moe_layer(router, ROUTER_LOSSES.get(name, LOSSES), size)
+    moe = moe_layer(router, None, size)
     return train(build_model(moe, num_classes, size), arrays, size)
 
 
@@ -134,6 +123,7 @@ def run_collapsed(method, seed, arrays, num_classes, size):
 
 
 def moe_layer(router, router_losses, size):
+    """With the losses that the router has by default, if they are None."""
     bank = layers.FeedForwardExperts(NUM_EXPERTS, size.hidden_dim)
     return layers.MixtureOfExperts(bank, router, router_losses, name="experts")
 

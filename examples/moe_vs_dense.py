@@ -1,6 +1,7 @@
 """Does a mixture of experts beat a dense model of the same active size, and at the same cost?
 
     python examples/moe_vs_dense.py
+    python examples/moe_vs_dense.py --seeds 3
     python examples/moe_vs_dense.py --tasks classification --experts 8 --seeds 1
 
 Trains dense models and mixtures with more and more experts, two of which serve each token, on the
@@ -37,8 +38,8 @@ from vocabulary import Vocabulary
 DENSE = "dense"
 # A third of the examples' own runs and less: there are many of them here.
 EPOCHS = 3
-LANGUAGE_MODEL = language_model.FULL._replace(steps=130, epochs=EPOCHS)
-TRANSLATION = translation.FULL._replace(pairs=6000)
+LANGUAGE_MODEL = language_model.FULL._replace(steps=120, epochs=EPOCHS)
+TRANSLATION = translation.FULL._replace(pairs=5000)
 
 
 def main(arguments=None):
@@ -68,7 +69,7 @@ def parse_options(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=[*TASKS], metavar="TASK")
     parser.add_argument("--experts", nargs="*", type=int, default=[4, 8, 16, 32])
-    parser.add_argument("--seeds", type=int, default=3, help="number of runs to average")
+    parser.add_argument("--seeds", type=int, default=1, help="number of runs to average")
     parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
     parser.add_argument("--smoke", action="store_true", help="tiny models on a few documents")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("output_moe_vs_dense"))

@@ -2,12 +2,33 @@
 
 import importlib
 
-from keras_moe import callbacks, inspection, layers, losses, metrics, ops, routers
+from keras_moe import (
+    callbacks,
+    health,
+    inspection,
+    layers,
+    losses,
+    metrics,
+    ops,
+    routers,
+    summary,
+)
 from keras_moe.reporting import report
 
 __version__ = "0.1.0"
 
-__all__ = ["callbacks", "inspection", "layers", "losses", "metrics", "ops", "report", "routers"]
+__all__ = [
+    "callbacks",
+    "health",
+    "inspection",
+    "layers",
+    "losses",
+    "metrics",
+    "ops",
+    "report",
+    "routers",
+    "summary",
+]
 
 
 def __getattr__(name):

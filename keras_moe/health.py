@@ -191,11 +191,15 @@ def judge_heavy_losses(router_losses, weights, total):
 
 
 def balance_advice(router_losses):
-    if not router_losses:
-        return "The layer has no router loss: add `losses.LoadBalance()` to its `router_losses`."
-    names = ", ".join(f"{type(loss).__name__}({loss.weight:g})" for loss in router_losses)
+    balancing = [loss for loss in router_losses if balances(loss)]
+    if not balancing:
+        return (
+            "The layer has no loss that balances: add `losses.LoadBalance()` to its "
+            "`router_losses`."
+        )
+    names = ", ".join(f"{type(loss).__name__}({loss.weight:g})" for loss in balancing)
     return (
-        f"The router losses are {names}: give the balancing one ten times the weight. A lower "
+        f"The load is balanced by {names}: give it ten times the weight. A lower "
         "learning rate in the first steps and `logit_noise` in the router help as well."
     )
 

@@ -60,7 +60,7 @@ def record_routings(model, batches):
 
     Returns:
         Dict from the name of each MoE layer to a list with one `ops.Routing` of NumPy arrays for
-        each batch.
+        each of its calls: one a batch, unless the model calls a layer more often.
 
     Raises:
         ValueError: If the model has no MoE layer, or `batches` is an array.

@@ -7,21 +7,26 @@ import keras
 
 
 def check_positive_integer(name, value):
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+    if not is_whole(value) or value < 1:
         raise ValueError(
             f"`{name}` must be a positive integer. Received: {name}={value!r}. "
             "Pass an integer of at least 1."
         )
 
 
-def check_top_k(top_k, num_experts, router="TopKRouter"):
-    check_positive_integer("top_k", top_k)
+def check_top_k(top_k, num_experts, router="TopKRouter", name="top_k"):
+    check_positive_integer(name, top_k)
     if top_k > num_experts:
         raise ValueError(
-            "`top_k` must be at most `num_experts`: a token cannot go to more experts than "
-            f"there are. Received: top_k={top_k}, num_experts={num_experts}. "
-            f"Pass `routers.{router}({num_experts}, top_k={num_experts})` or fewer."
+            f"`{name}` must be at most `num_experts`: a token cannot go to more experts than "
+            f"there are. Received: {name}={top_k}, num_experts={num_experts}. "
+            f"Pass `{name}={num_experts}` or fewer to `routers.{router}`."
         )
+
+
+def is_whole(value):
+    """Whether a value is an integer, of Python or NumPy, and no truth value."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_fraction(name, value, fix="Pass 0 to turn it off."):

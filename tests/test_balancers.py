@@ -76,7 +76,24 @@ def test_a_bias_is_frozen_in_evaluation_and_when_told_to_be():
     router(SKEWED)
     router.updates_selection_bias = False
     router(SKEWED, training=True)
+    router.updates_selection_bias, router.trainable = True, False
+    router(SKEWED, training=True)
     assert not array(router.selection_bias).any()
+    router.trainable = True
+    router(SKEWED, training=True)
+    assert array(router.selection_bias).any()
+
+
+def test_nothing_of_a_frozen_layer_moves():
+    bank = layers.FeedForwardExperts(E, 4)
+    for router in (make("loss_free"), routers.ReLURouter(E, initial_strength=0.1)):
+        layer = layers.MixtureOfExperts(bank, router)
+        layer.trainable = False
+        layer.build((None, SKEWED.shape[1]))
+        before = [array(weight) for weight in router.weights]
+        layer(SKEWED, training=True)
+        for weight, value in zip(router.weights, before):
+            np.testing.assert_array_equal(array(weight), value)
 
 
 def test_a_bias_of_zero_changes_no_routing():

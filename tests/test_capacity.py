@@ -89,7 +89,14 @@ def test_evaluation_may_have_a_factor_of_its_own():
 
 
 @pytest.mark.parametrize(
-    "options, room", [({}, 1), ({"minimum": 3}, 3), ({"multiple_of": 2}, 2), ({"minimum": 9}, 5)]
+    "options, room",
+    [
+        ({}, 1),
+        ({"minimum": 3}, 3),
+        ({"multiple_of": 2}, 2),
+        ({"minimum": 3, "multiple_of": 2}, 4),
+        ({"minimum": 9}, 5),
+    ],
 )
 def test_room_is_rounded_up_and_has_a_minimum(options, room):
     is_served, _ = run(layers.Capacity(0.5, **options), CROWDED)

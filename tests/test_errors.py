@@ -91,8 +91,10 @@ def test_a_value_out_of_range_is_refused(message, name, make, value):
 
 @pytest.mark.parametrize("number", [np.int64(4), np.int32(4)])
 def test_numpy_numbers_are_numbers(number):
-    layer = moe(layers.FeedForwardExperts(number, number), capacity_factor=np.float32(1.5))
+    experts = layers.FeedForwardExperts(number, number)
+    layer = moe(experts, capacity_factor=np.float32(1.5))
     assert layer.experts.num_experts == 4
+    assert layers.ZeroComputationExperts(experts, num_zero=number).num_experts == 8
 
 
 def dense(units=D, **kwargs):
@@ -138,13 +140,26 @@ CONSTRUCTORS = {
         lambda: moe(layers.FeedForwardExperts(1, 8)),
         ValueError,
         "`top_k` must be at most `num_experts`: a token cannot go to more experts than there are. "
-        "Received: top_k=2, num_experts=1. Pass `routers.TopKRouter(1, top_k=1)` or fewer.",
+        "Received: top_k=2, num_experts=1. Pass `top_k=1` or fewer to `routers.TopKRouter`.",
     ),
     "top_k": (
         lambda: routers.TopKRouter(E, 5),
         ValueError,
         "`top_k` must be at most `num_experts`: a token cannot go to more experts than there are. "
-        "Received: top_k=5, num_experts=4. Pass `routers.TopKRouter(4, top_k=4)` or fewer.",
+        "Received: top_k=5, num_experts=4. Pass `top_k=4` or fewer to `routers.TopKRouter`.",
+    ),
+    "max_top_k of a top-p router": (
+        lambda: routers.TopPRouter(E, max_top_k=5),
+        ValueError,
+        "`max_top_k` must be at most `num_experts`: a token cannot go to more experts than there "
+        "are. Received: max_top_k=5, num_experts=4. "
+        "Pass `max_top_k=4` or fewer to `routers.TopPRouter`.",
+    ),
+    "max_top_k below top_k": (
+        lambda: routers.ReLURouter(E, top_k=3, max_top_k=2),
+        ValueError,
+        "`max_top_k` must be at least `top_k`, the mean that the loss aims at. Received: "
+        "max_top_k=2, top_k=3. Raise the one or lower the other.",
     ),
     "router dtype": (
         lambda: routers.TopKRouter(E, dtype="bfloat16"),
@@ -236,7 +251,7 @@ CONSTRUCTORS = {
         lambda: ops.top_k_routing(normal(2, 3), 4),
         ValueError,
         "`top_k` must be at most `num_experts`: a token cannot go to more experts than there are. "
-        "Received: top_k=4, num_experts=3. Pass `routers.TopKRouter(3, top_k=3)` or fewer.",
+        "Received: top_k=4, num_experts=3. Pass `top_k=3` or fewer to `routers.TopKRouter`.",
     ),
     "experts of a metric": (
         lambda: metrics.LoadEntropy(3).update_state(routers.TopKRouter(E)(normal(2, D))),

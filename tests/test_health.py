@@ -99,6 +99,18 @@ def test_short_epochs_change_nothing():
     assert findings[0][0] <= 50
 
 
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="PyTorch takes single steps")
+def test_batches_are_counted_where_several_are_one_execution():
+    model = model_of(collapsed_layer())
+    model.compile("adam", "mse", steps_per_execution=4)
+    found, _ = watched(model, *clustered(0), ExpertHealth(stop=True))
+    assert 30 <= found[0][0] <= 50
+    heavy = model_of(expert_layer(router_losses=[losses.LoadBalance(100.0)]))
+    heavy.compile("adam", "mse", steps_per_execution=4)
+    ((step, _, finding),), _ = watched(heavy, *clustered(0, 8 * BATCH), ExpertHealth())
+    assert step == 8 and "at least half of the loss" in finding.text
+
+
 def test_training_stops_when_asked_to():
     x, y = clustered(0)
     _, batches = watched(model_of(collapsed_layer()), x, y, ExpertHealth(stop=True), epochs=3)
@@ -216,12 +228,12 @@ def test_a_sound_layer_has_no_finding():
 def test_the_advice_names_the_losses_there_are():
     lonely, advised = (
         health.judge_load([1000, 0, 0, 0], 1, found)[0].fix
-        for found in ((), [losses.LoadBalance(0.02), losses.RouterZ()])
+        for found in ([losses.RouterZ()], [losses.LoadBalance(0.02), losses.RouterZ()])
     )
     assert lonely == (
-        "The layer has no router loss: add `losses.LoadBalance()` to its `router_losses`."
+        "The layer has no loss that balances: add `losses.LoadBalance()` to its `router_losses`."
     )
-    assert "LoadBalance(0.02), RouterZ(0.001)" in advised
+    assert "by LoadBalance(0.02): give it ten times" in advised
 
 
 def test_it_watches_models_with_experts_only():

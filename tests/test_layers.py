@@ -155,6 +155,45 @@ def test_a_shared_expert_is_added_to_the_routed_ones():
     np.testing.assert_allclose(total, array(layer(x)) + array(shared(x)), rtol=1e-5, atol=1e-6)
 
 
+def test_a_shared_expert_is_told_of_the_padding():
+    x, mask = normal(2, 3, D), np.array([[True] * 3, [True, False, False]])
+    layer = moe(shared_expert=keras.layers.BatchNormalization(), router_losses=())
+    short = moe(layer.experts, router=layer.router, shared_expert=layer.shared_expert)
+    padded = array(layer(x, mask=mask, training=True))
+    alone = array(short(x[mask][None], training=True))[0]
+    np.testing.assert_allclose(padded[mask], alone, rtol=1e-4, atol=1e-5)
+
+
+class Customary(keras.layers.Layer):
+    """As most users write a layer: sublayers in `__init__`, and nothing but `call`."""
+
+    def __init__(self, units):
+        super().__init__()
+        self.hidden = keras.layers.Dense(16, "relu")
+        self.out = keras.layers.Dense(units)
+
+    def call(self, inputs):
+        return self.out(self.hidden(inputs))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: moe(layers.LayerExperts([Customary(D) for _ in range(E)])),
+        lambda: moe(shared_expert=Customary(D)),
+        lambda: layers.TransformerEncoderBlock(2, Customary(D)),
+    ],
+    ids=["expert", "shared expert", "feed-forward"],
+)
+@pytest.mark.parametrize("is_functional", [True, False], ids=["functional", "unbuilt"])
+def test_layers_that_only_have_a_call_are_built_and_trained(make, is_functional):
+    model = keras.Sequential([keras.Input((3, D))] * is_functional + [make()])
+    model.compile("adam", "mse")
+    model.fit(normal(4, 3, D), normal(4, 3, D), verbose=0)
+    assert model.layers[0].compute_output_shape((4, 3, D)) == (4, 3, D)
+    assert any("hidden" in weight.path or "dense" in weight.path for weight in model.weights)
+
+
 # Any layer as expert
 
 

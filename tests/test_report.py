@@ -50,6 +50,23 @@ def verdicts(html):
     return re.findall(r"<strong>(.*?)</strong>", html)
 
 
+def test_of_a_layer_that_is_called_twice_the_first_call_is_shown(tmp_path):
+    once = one_hot_model("moe")
+    layer = once.get_layer("moe")
+    twice = keras.Model(once.input, layer(layer(once.layers[1].output)))
+    documents = ids(*[[1, 2]] * 40)  # two batches
+    page = [data_of(written(tmp_path, model, documents)[1])[0] for model in (once, twice)]
+    assert page[0]["texts"] == page[1]["texts"] and page[0]["experts"] == page[1]["experts"]
+
+
+def test_the_best_expert_of_a_token_comes_first(tmp_path):
+    inputs = keras.Input((3, E))
+    router = routers.DenseRouter(E, kernel_initializer=wide_identity)
+    model = keras.Model(inputs, moe(router=router)(inputs))
+    (layer,) = data_of(written(tmp_path, model, one_hot(2, 0, 3)[None])[1])
+    assert layer["experts"][::E] == [2, 0, 3]
+
+
 def test_the_choices_of_each_token_are_on_the_page(tmp_path):
     model = one_hot_model("first", "second", mask_zero=True)
     words = [["red", "green", "pad"], ["blue", "pad", "pad"]]

@@ -171,3 +171,15 @@ def test_top_k_names_a_router_with_its_defaults():
     router = routers.get("top_k", num_experts=6)
     assert type(router) is routers.TopKRouter
     assert (router.num_experts, router.top_k) == (6, 2)
+
+
+@pytest.mark.parametrize("name", routers.BY_NAME)
+def test_a_layer_has_the_losses_that_suit_its_router(name):
+    by_losses = {
+        ("LoadBalance", "RouterZ"): ("cosine", "gshard", "switch", "top_k", "top_p"),
+        ("ImportanceVariation", "LoadVariation"): ("noisy_top_k", "v_moe"),
+    }
+    expected = [classes for classes, names in by_losses.items() if name in names] or [()]
+    layer = layers.MixtureOfExperts(layers.FeedForwardExperts(4, 8), router=name)
+    assert [tuple(type(loss).__name__ for loss in layer.router_losses)] == expected
+    assert layers.MixtureOfExperts(layer.experts, name, router_losses=()).router_losses == []

@@ -77,7 +77,9 @@ def test_experts_to_replay_have_a_row_for_each_token():
     ) in str(error.value)
 
 
-@pytest.mark.parametrize("numbers", [{}, {"num_zero": -1}, {"num_identity": 1.5}])
+@pytest.mark.parametrize(
+    "numbers", [{}, {"num_zero": -1}, {"num_identity": 1.5}, {"num_constant": True}]
+)
 def test_experts_without_computation_are_counted_in_whole_numbers(numbers):
     with pytest.raises(ValueError, match="Numbers of experts must be whole, 0 or more, and one"):
         layers.ZeroComputationExperts(layers.FeedForwardExperts(2, 4), **numbers)
@@ -366,6 +368,16 @@ def test_the_weight_of_a_loss_changes_in_training_and_nothing_is_compiled_again(
     balance = float(array(losses.LoadBalance(0.5)(layer(X, return_routing=True)[1])))
     assert_close(two - one, balance, tolerance=1e-3)
     assert array(layer.router_loss_weights).tolist() == [1.0, pytest.approx(1e-3)]
+
+
+def test_the_weight_of_a_loss_is_scheduled_from_the_first_step_of_an_unbuilt_model():
+    from keras_moe import callbacks
+
+    model = keras.Sequential([moe(router_losses=[losses.LoadBalance(0.01), "router_z"])])
+    model.compile("sgd", "mse")
+    schedule = callbacks.RouterLossSchedule(lambda epoch, weight: 50 * weight)
+    model.fit(X, X, epochs=1, callbacks=[schedule], verbose=0)
+    assert_close(array(model.layers[0].router_loss_weights), [0.5, 0.001])
 
 
 def test_router_losses_are_counted_by_name_and_reset():

@@ -41,17 +41,13 @@ class RouterLossSchedule(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         for layer, index in self._scheduled():
-            if not layer.built:
-                continue
             weight = float(self.schedule(epoch, layer.router_losses[index].weight))
             if not weight >= 0:
                 raise ValueError(
                     "The weight of a loss must be at least 0. Received: "
                     f"{weight} for {self.loss!r} in epoch {epoch}. Mend the schedule."
                 )
-            weights = keras.ops.convert_to_numpy(layer.router_loss_weights).copy()
-            weights[index] = weight
-            layer.router_loss_weights.assign(weights)
+            layer.set_router_loss_weight(index, weight)
 
     def _scheduled(self):
         """The layers with the loss, and its place in each."""

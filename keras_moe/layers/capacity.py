@@ -102,9 +102,9 @@ class Capacity:
         sequence_length = sequence_length if self.per_sequence else None
         length = num_tokens if sequence_length is None else sequence_length
         rows = ops.expert_capacity(length, routing.counts.shape[0], top_k, factor)
-        rows = -(-rows // self.multiple_of) * self.multiple_of
+        rows = at_least(self.minimum, rows)
         return {
-            "capacity": at_least(self.minimum, rows),
+            "capacity": -(-rows // self.multiple_of) * self.multiple_of,
             "first": self._urgency(routing, seed),
             "sequence_length": sequence_length,
         }

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_moe.layers.expert_bank import ExpertBank
+from keras_moe.layers.sublayers import build_and_measure
 from keras_moe.ops.grouped_map import map_groups
 from keras_moe.parameters import parameters_of
 from keras_moe.serialization import register
@@ -56,27 +57,24 @@ class LayerExperts(ExpertBank):
 
     def build(self, tokens_shape):
         rows_shape = (None, tokens_shape[-1])
-        for layer in self.layers:
-            if not layer.built:
-                layer.build(rows_shape)
-        widths = [layer.compute_output_shape(rows_shape)[-1] for layer in self.layers]
+        widths = [build_and_measure(layer, rows_shape)[-1] for layer in self.layers]
         if len(set(widths)) > 1:
             raise ValueError(
                 "All experts must return the same number of features. Received: "
                 f"{widths} features from {[layer.name for layer in self.layers]}. "
                 "End each expert with a layer of the same width."
             )
+        self._width = widths[0]
 
     def call(self, tokens, plan):
         rows = plan.dispatch(self._compute(tokens))
-        width = self.compute_output_shape(tokens.shape)[-1]
         learnt = {id(variable) for variable in parameters_of(self)}
         variables = [each for each in self.non_trainable_variables if id(each) not in learnt]
         functions = [_as_function(layer, variables, self._compute) for layer in self.layers]
         # Layers may not write to variables or keep losses inside compiled loops: both travel.
         state = [ops.convert_to_tensor(variable) for variable in variables]
         state.append(ops.zeros((), "float32"))
-        rows, state = map_groups(functions, rows, plan.groups.sizes, width, state)
+        rows, state = map_groups(functions, rows, plan.groups.sizes, self._width, state)
         *values, loss = state
         for variable, value in zip(variables, values):
             variable.assign(value)
@@ -84,8 +82,9 @@ class LayerExperts(ExpertBank):
         return plan.combine(rows)
 
     def compute_output_shape(self, tokens_shape):
-        width = self.layers[0].compute_output_shape((None, tokens_shape[-1]))[-1]
-        return (*tokens_shape[:-1], width)
+        if self.built:
+            return (*tokens_shape[:-1], self._width)
+        return self.layers[0].compute_output_shape(tokens_shape)
 
     def get_config(self):
         layers = [keras.saving.serialize_keras_object(layer) for layer in self.layers]

@@ -9,6 +9,7 @@ from keras_moe import backend, losses, ops, routers
 from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.masks import mask_of
+from keras_moe.layers.sublayers import accepted_arguments, build_and_measure
 from keras_moe.ops.sizes import at_least
 from keras_moe.serialization import register, resolve
 from keras_moe.validation import check_float_inputs, check_mask
@@ -32,7 +33,9 @@ class MixtureOfExperts(keras.layers.Layer):
         experts: bank of experts: `FeedForwardExperts`, `GatedExperts` or `LayerExperts`.
         router: a router, or the name of one in `routers.BY_NAME`, which then has its defaults and
             as many experts as the bank.
-        router_losses: losses of the routing, objects or names in `losses.BY_NAME`.
+        router_losses: losses of the routing, objects or names in `losses.BY_NAME`. None: the
+            `default_losses` of the router, for most `("load_balance", "router_z")`; none for a
+            router that balances by other means.
         shared_expert: Keras layer that serves every token, its output added to that of the chosen
             experts, or None. DeepSeekMoE (arXiv:2401.06066), section 3.2.
         capacity_factor: None for no limit. A number gives each expert room, in training, for
@@ -74,7 +77,7 @@ class MixtureOfExperts(keras.layers.Layer):
         self,
         experts,
         router="top_k",
-        router_losses=("load_balance", "router_z"),
+        router_losses=None,
         shared_expert=None,
         capacity_factor=None,
         **kwargs,
@@ -89,9 +92,13 @@ class MixtureOfExperts(keras.layers.Layer):
                 f"experts.num_experts={self.experts.num_experts}. "
                 "Give both the same number, or name the router by a string."
             )
+        if router_losses is None:
+            router_losses = self.router.default_losses
         self.router_losses = [losses.get(loss) for loss in _as_list(router_losses)]
+        self._initial_loss_weights = [loss.weight for loss in self.router_losses]
         if shared_expert is not None:
             shared_expert = resolve("shared_expert", shared_expert, keras.Layer)
+            self._shared_arguments = accepted_arguments(shared_expert, ("mask",))
         self.shared_expert = shared_expert
         self.capacity = Capacity.get(capacity_factor)
         if self.capacity is not None and not self.router.takes_capacity:
@@ -122,15 +129,12 @@ class MixtureOfExperts(keras.layers.Layer):
             if not sublayer.built:
                 sublayer.build(tokens_shape)
         if self.shared_expert is not None:
-            if not self.shared_expert.built:
-                self.shared_expert.build(inputs_shape)
-            self._check_shared_expert(inputs_shape)
+            self._build_shared_expert(inputs_shape)
         num_losses = len(self.router_losses)
-        weights = [loss.weight for loss in self.router_losses]
         self.router_loss_weights = self._state(
             "router_loss_weights",
             (num_losses,),
-            lambda shape, dtype: keras_ops.array(weights, dtype),
+            lambda shape, dtype: keras_ops.array(self._initial_loss_weights, dtype),
         )
         self.expert_counts = self._state("expert_counts", (self.experts.num_experts,))
         self.dropped_count = self._state("dropped_count", ())
@@ -189,7 +193,8 @@ class MixtureOfExperts(keras.layers.Layer):
         )
 
     def _shared(self, inputs, mask):
-        shared = self.shared_expert(inputs)
+        arguments = {"mask": mask} if self._shared_arguments else {}
+        shared = self.shared_expert(inputs, **arguments)
         if mask is not None:
             shared = keras_ops.where(keras_ops.expand_dims(mask, -1), shared, 0)
         return keras_ops.cast(shared, self.compute_dtype)
@@ -241,6 +246,20 @@ class MixtureOfExperts(keras.layers.Layer):
         for counter in (self.expert_counts, self.dropped_count):
             counter.assign(store[counter.name])
 
+    def set_router_loss_weight(self, index, weight):
+        """Give a loss of the layer another weight. Nothing is compiled again.
+
+        Args:
+            index: which of the `router_losses`.
+            weight: number of at least 0.
+        """
+        if not self.built:
+            self._initial_loss_weights[index] = weight
+            return
+        weights = keras_ops.convert_to_numpy(self.router_loss_weights).copy()
+        weights[index] = weight
+        self.router_loss_weights.assign(weights)
+
     def reset_counts(self):
         """Set everything that was counted back to zero."""
         for counter in (
@@ -252,9 +271,9 @@ class MixtureOfExperts(keras.layers.Layer):
         ):
             counter.assign(keras_ops.zeros(counter.shape))
 
-    def _check_shared_expert(self, inputs_shape):
+    def _build_shared_expert(self, inputs_shape):
         routed = self.experts.compute_output_shape(inputs_shape)
-        shared = self.shared_expert.compute_output_shape(inputs_shape)
+        shared = build_and_measure(self.shared_expert, inputs_shape)
         if shared[-1] != routed[-1]:
             raise ValueError(
                 "The shared expert must return as many features as the routed experts. Received: "

@@ -1,11 +1,10 @@
 """What Transformer blocks have in common: checks, norms, and the feed-forward branch."""
 
-import inspect
-
 import keras
 from keras import ops
 
 from keras_moe.layers.expert_bank import ExpertBank
+from keras_moe.layers.sublayers import accepted_arguments, build_and_measure
 from keras_moe.ops import draws
 from keras_moe.serialization import resolve
 from keras_moe.validation import (
@@ -34,14 +33,9 @@ class TransformerBlock(keras.layers.Layer):
                 f"Received: feedforward=`{type(self.feedforward).__name__}`. "
                 "Wrap it: `MixtureOfExperts(experts)`."
             )
-        accepted = inspect.signature(self.feedforward.call).parameters
-        self._feedforward_arguments = [
-            name for name in ("mask", "training", "token_ids") if name in accepted
-        ]
-        if "mask" in accepted:
-            # It is given the mask, and Keras would warn: it takes a `Sequential` for a layer that
-            # cannot have one, whatever is in it.
-            self.feedforward.supports_masking = True
+        self._feedforward_arguments = accepted_arguments(
+            self.feedforward, ("mask", "training", "token_ids")
+        )
         self.dropout = dropout
         self._seed_generator = keras.random.SeedGenerator() if dropout else None
         self.supports_masking = True
@@ -72,10 +66,8 @@ class TransformerBlock(keras.layers.Layer):
 
     def _build_feed_forward(self, inputs_shape):
         self._feedforward_norm = self._make_norm("feedforward_norm", inputs_shape)
-        if not self.feedforward.built:
-            self.feedforward.build(inputs_shape)
         features = inputs_shape[-1]
-        outputs_shape = self.feedforward.compute_output_shape(inputs_shape)
+        outputs_shape = build_and_measure(self.feedforward, inputs_shape)
         if outputs_shape[-1] != features:
             raise ValueError(
                 "`feedforward` must return as many features as it is given, for the residual. "

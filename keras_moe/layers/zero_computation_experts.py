@@ -6,6 +6,7 @@ from keras import ops
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.ops.groups import Groups
 from keras_moe.serialization import register, resolve
+from keras_moe.validation import is_whole
 
 
 @register
@@ -54,12 +55,11 @@ class ZeroComputationExperts(ExpertBank):
     def __init__(self, experts, num_zero=0, num_identity=0, num_constant=0, **kwargs):
         experts = resolve("experts", experts, ExpertBank)
         numbers = (num_zero, num_identity, num_constant)
-        are_whole = all(isinstance(number, int) and number >= 0 for number in numbers)
-        if not are_whole or not sum(numbers):
+        if not all(is_whole(number) and number >= 0 for number in numbers) or not sum(numbers):
             raise ValueError(
                 "Numbers of experts must be whole, 0 or more, and one of them more. Received: "
-                f"num_zero={num_zero}, num_identity={num_identity}, num_constant={num_constant}. "
-                "Use the bank of experts alone for none."
+                f"num_zero={num_zero!r}, num_identity={num_identity!r}, "
+                f"num_constant={num_constant!r}. Use the bank of experts alone for none."
             )
         super().__init__(experts.num_experts + sum(numbers), **kwargs)
         self.experts = experts

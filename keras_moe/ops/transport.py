@@ -24,7 +24,6 @@ def sinkhorn_plan(logits, mask, iterations):
     """
     num_experts = logits.shape[-1]
     real = ops.expand_dims(mask, 1)
-    logits = ops.where(real, logits, float("-inf"))
     num_real = ops.sum(ops.cast(mask, "float32"))
     target = ops.log(ops.maximum(num_real, 1.0) / num_experts)
 

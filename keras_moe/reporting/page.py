@@ -121,18 +121,24 @@ def _script_data(found):
 
 def _layer_data(layer, num_documents):
     routing = layer.routing
-    chosen = np.take_along_axis(routing.probs, np.maximum(routing.indices, 0), axis=1)
+    # Best first: routers with a place for each expert do not sort.
+    best_first = np.argsort(-routing.weights, axis=1, kind="stable")
+    indices, weights = (
+        np.take_along_axis(values, best_first, axis=1)
+        for values in (routing.indices, routing.weights)
+    )
+    chosen = np.take_along_axis(routing.probs, np.maximum(indices, 0), axis=1)
     return {
         "name": layer.summary.name,
         "numExperts": layer.summary.num_experts,
-        "topK": routing.indices.shape[1],
+        "topK": indices.shape[1],
         "positions": len(routing.mask) // num_documents,
         "counts": layer.counts.tolist(),
         "texts": layer.texts,
         "labels": _document_labels(layer, num_documents),
         "padding": np.flatnonzero(~routing.mask).tolist(),
-        "experts": routing.indices.reshape(-1).tolist(),
-        "weights": _percent(routing.weights),
+        "experts": indices.reshape(-1).tolist(),
+        "weights": _percent(weights),
         "probabilities": _percent(chosen),
     }
 

@@ -58,8 +58,14 @@ def study(model, data, labels, tokens):
             )
     if not layers:
         return Study(num_documents, [])
-    recorded = record_routings(model, _batches(arrays, num_documents))
-    called = {name: routings for name, routings in recorded.items() if routings}
+    batches = list(_batches(arrays, num_documents))
+    recorded = record_routings(model, batches)
+    # Of a layer that is called several times the first call: its tokens are those of the data.
+    called = {
+        name: routings[:: len(routings) // len(batches)]
+        for name, routings in recorded.items()
+        if routings
+    }
     joined = by_layer(called) if called else {}
     summaries = {summary.name: summary for summary in summarize(model)}
     return Study(

@@ -46,6 +46,7 @@ class BalancedAssignmentRouter(LogitRouter):
     """
 
     causal = False
+    default_losses = ()
 
     def __init__(self, num_experts, **kwargs):
         super().__init__(num_experts, **kwargs)

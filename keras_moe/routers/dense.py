@@ -41,6 +41,8 @@ class DenseRouter(LogitRouter):
     "Hierarchical mixtures of experts and the EM algorithm".
     """
 
+    default_losses = ()
+
     def __init__(self, num_experts, **kwargs):
         super().__init__(num_experts, **kwargs)
         self.top_k = num_experts

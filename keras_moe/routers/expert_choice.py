@@ -44,6 +44,7 @@ class ExpertChoiceRouter(LogitRouter):
     """
 
     causal = False
+    default_losses = ()
     takes_capacity = False
 
     def __init__(self, num_experts, capacity_factor=2.0, **kwargs):

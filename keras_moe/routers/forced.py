@@ -46,6 +46,8 @@ class ForcedRouter(Router):
     [16, 16, 16, 16]
     """
 
+    default_losses = ()
+
     def __init__(self, num_experts, top_k=2, pattern="round_robin", seed=None, **kwargs):
         super().__init__(num_experts, **kwargs)
         check_top_k(top_k, num_experts, "ForcedRouter")

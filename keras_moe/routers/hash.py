@@ -45,6 +45,8 @@ class HashRouter(Router):
     Reference: Roller et al. 2021, Hash layers (arXiv:2106.04426), section 3.1, random hash.
     """
 
+    default_losses = ()
+
     def __init__(self, num_experts, vocabulary_size, top_k=1, seed=0, **kwargs):
         super().__init__(num_experts, **kwargs)
         check_positive_integer("vocabulary_size", vocabulary_size)

@@ -45,6 +45,8 @@ class NoisyTopKRouter(LogitRouter):
     that of tensor2tensor.
     """
 
+    default_losses = ("importance_variation", "load_variation")
+
     def __init__(self, num_experts, top_k=2, **kwargs):
         super().__init__(num_experts, **kwargs)
         check_top_k(top_k, num_experts, "NoisyTopKRouter")

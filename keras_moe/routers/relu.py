@@ -50,13 +50,20 @@ class ReLURouter(LogitRouter):
     Reference: Wang et al. 2024, ReMoE (arXiv:2412.14711), eq. 5 to 9.
     """
 
+    default_losses = ()
+
     def __init__(
         self, num_experts, top_k=2, max_top_k=None, growth=1.2, initial_strength=1e-8, **kwargs
     ):
         super().__init__(num_experts, **kwargs)
         check_top_k(top_k, num_experts, "ReLURouter")
         max_top_k = min(2 * top_k, num_experts) if max_top_k is None else max_top_k
-        check_top_k(max_top_k, num_experts, "ReLURouter")
+        check_top_k(max_top_k, num_experts, "ReLURouter", name="max_top_k")
+        if max_top_k < top_k:
+            raise ValueError(
+                "`max_top_k` must be at least `top_k`, the mean that the loss aims at. Received: "
+                f"max_top_k={max_top_k}, top_k={top_k}. Raise the one or lower the other."
+            )
         if not growth > 1:
             raise ValueError(
                 "`growth` must be above 1, or the loss could not adapt. Received: "
@@ -108,6 +115,8 @@ class ReLURouter(LogitRouter):
         # A tensor of its own: PyTorch needs the old value for the gradient, after the assignment.
         strength = self.strength + 0.0
         self.add_loss(strength * ops.sum(ops.stop_gradient(share) * mean_scores))
+        if not self.trainable:
+            return
         error = ops.sign(ops.sum(load) - self.target_top_k)
         error = ops.where(num_real > 0, error, 0.0)
         changed = strength * ops.power(self.growth, error)

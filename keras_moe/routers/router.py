@@ -24,7 +24,8 @@ class Router(keras.layers.Layer):
     - `indices`: (T, K) experts to use instead of choosing.
 
     It sets `causal` to False if a token's experts depend on other tokens of the batch: such a
-    router must not serve a language model. And it overrides `plan` if its tokens do not choose
+    router must not serve a language model, and `default_losses` if it needs others than a balance
+    loss and a z-loss. And it overrides `plan` if its tokens do not choose
     experts, and `mean_top_k` and `min_top_k` if K is only the most that may serve a token.
 
     Args:
@@ -32,6 +33,8 @@ class Router(keras.layers.Layer):
     """
 
     causal = True
+    # Losses of a `MixtureOfExperts` that is given none: names in `losses.BY_NAME`.
+    default_losses: tuple = ("load_balance", "router_z")
     # Whether tokens choose experts, so that an expert may be chosen by too many.
     takes_capacity = True
     # Whether the norm of the kernel changes no logit.

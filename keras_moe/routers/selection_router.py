@@ -49,8 +49,11 @@ class SelectionRouter(LogitRouter):
         self.renormalize = renormalize
         self.scaling_factor = scaling_factor
         self.balancer: Any = None if balancer is None else balancers.get(balancer)
+        if self.balancer is not None:
+            # Nothing is to pull against the task.
+            self.default_losses = ()
         self.selection_bias: Any = None
-        # Set to False to freeze the bias alone; `trainable` freezes the kernel.
+        # Set to False to freeze the bias alone; `trainable` freezes all of the router.
         self.updates_selection_bias = True
 
     def build(self, tokens_shape):
@@ -76,7 +79,7 @@ class SelectionRouter(LogitRouter):
         routing = self._weigh(
             logits, mask, lambda scores: self.select(scores + self.selection_bias)
         )
-        if training and self.updates_selection_bias:
+        if training and self.trainable and self.updates_selection_bias:
             self._balance(routing)
         return routing
 

@@ -45,6 +45,7 @@ class SinkhornRouter(LogitRouter):
     """
 
     causal = False
+    default_losses = ()
 
     def __init__(self, num_experts, top_k=1, iterations=8, **kwargs):
         super().__init__(num_experts, **kwargs)

@@ -36,7 +36,7 @@ class SoftRouter(LogitRouter):
     Example:
 
     >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
-    >>> layer = keras_moe.layers.MixtureOfExperts(experts, router="soft", router_losses=())
+    >>> layer = keras_moe.layers.MixtureOfExperts(experts, router="soft")
     >>> layer(keras.random.normal((2, 10, 16))).shape
     (2, 10, 16)
 
@@ -45,6 +45,7 @@ class SoftRouter(LogitRouter):
     """
 
     causal = False
+    default_losses = ()
     takes_capacity = False
     normalizes_kernel = True
 

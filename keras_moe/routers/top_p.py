@@ -49,7 +49,7 @@ class TopPRouter(LogitRouter):
         super().__init__(num_experts, **kwargs)
         check_fraction("threshold", threshold, fix="Pass, for example, 0.4.")
         max_top_k = min(4, num_experts) if max_top_k is None else max_top_k
-        check_top_k(max_top_k, num_experts, "TopPRouter")
+        check_top_k(max_top_k, num_experts, "TopPRouter", name="max_top_k")
         self.threshold = threshold
         self.max_top_k = self.top_k = max_top_k
 

@@ -41,6 +41,8 @@ class VMoERouter(LogitRouter):
     Reference: Riquelme et al. 2021 (arXiv:2106.05974), section 2.2 and appendix A.
     """
 
+    default_losses = ("importance_variation", "load_variation")
+
     def __init__(self, num_experts, top_k=2, noise_std=1.0, **kwargs):
         super().__init__(num_experts, **kwargs)
         check_top_k(top_k, num_experts, "VMoERouter")
