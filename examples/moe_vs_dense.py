@@ -38,8 +38,8 @@ from vocabulary import Vocabulary
 DENSE = "dense"
 # A third of the examples' own runs and less: there are many of them here.
 EPOCHS = 3
-LANGUAGE_MODEL = language_model.FULL._replace(steps=120, epochs=EPOCHS)
-TRANSLATION = translation.FULL._replace(pairs=5000)
+LANGUAGE_MODEL = language_model.FULL._replace(steps=100, epochs=EPOCHS)
+TRANSLATION = translation.FULL._replace(pairs=4000)
 
 
 def main(arguments=None):
@@ -104,7 +104,8 @@ def translators(options):
     """A function that trains a translator and returns its course."""
     size = translation.SMOKE if options.smoke else TRANSLATION
     data = pairs.load("bible_es_en", options.data_dir)
-    parts = [translation.cut(split, size.pairs) for split in data[:2]]
+    # A sixth to validate on: it is done after every epoch of every run.
+    parts = [translation.cut(*part) for part in zip(data[:2], (size.pairs, size.pairs // 6))]
     subwords = Subwords.train(
         [*parts[0].sources, *parts[0].targets], size.vocabulary, options.output / "cache"
     )

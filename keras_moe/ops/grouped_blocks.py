@@ -173,8 +173,9 @@ def _cover(size, lengths, block, carry):
     """Cover `size` rows with blocks of falling length; few rows of the last one are wasted."""
     start = 0
     for length in reversed(lengths):
-        # A rest that fills most of a block is one more of them; the smallest take what is left.
-        spare = length // 4 if length > lengths[0] else length - 1
+        # A rest that fills all but a few rows of a block is one more of them; the smallest take what
+        # is left.
+        spare = min(length // 4, 32) if length > lengths[0] else length - 1
         trips = (ops.maximum(size - start, 0) + spare) // length
         # The offset depends on `i` even where `i` is always 0: XLA hoists what does not depend on
         # the loop out of it, and would compute the blocks of all sizes.
