@@ -10,7 +10,8 @@ Each contestant runs in a fresh process. The columns, all of one forward and bac
   of a MoE layer it sees one block of each size and says nothing on its work.
 - xla_temp_mb: the compiler's memory for what is neither an argument nor a result, JAX only.
 - peak_mb: by how much the resident memory rises while a step runs, gradients of all weights and
-  of the inputs included, where the system tells (Linux). Their size is gradients_mb.
+  of the inputs included, where the system tells (Linux). Their size is gradients_mb. TensorFlow
+  keeps what it frees for the next step, so there nothing can be seen to rise.
 - compilations: of XLA, over `--steps` steps whose loads differ: the share of the busiest expert
   lies between busiest_low and busiest_high.
 - compile_s: the first run less the second.
@@ -87,8 +88,9 @@ def examine(arguments, num_experts, dump):
     row = {
         "name": name,
         "gradients_mb": 4 * int(weights + inputs.size) / 1e6,
-        "peak_mb": peak_mb(step),
     }
+    if BACKEND != "tensorflow":
+        row["peak_mb"] = peak_mb(step)
     if BACKEND != "torch":
         row["compile_s"] = (first - second) / 1e3
         loads = [_run(step, layer, number, options) for number in range(1, options.steps)]

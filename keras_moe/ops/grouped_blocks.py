@@ -173,8 +173,8 @@ def _cover(size, lengths, block, carry):
     """Cover `size` rows with blocks of falling length; few rows of the last one are wasted."""
     start = 0
     for length in reversed(lengths):
-        # A rest that fills all but a few rows of a block is one more of them; the smallest take what
-        # is left.
+        # A rest that fills all but a few rows of a block is one more of them; the smallest take
+        # what is left.
         spare = min(length // 4, 32) if length > lengths[0] else length - 1
         trips = (ops.maximum(size - start, 0) + spare) // length
         # The offset depends on `i` even where `i` is always 0: XLA hoists what does not depend on
