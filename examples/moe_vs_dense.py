@@ -39,7 +39,7 @@ DENSE = "dense"
 # A third of the examples' own runs and less: there are many of them here.
 EPOCHS = 3
 LANGUAGE_MODEL = language_model.FULL._replace(steps=100, epochs=EPOCHS)
-TRANSLATION = translation.FULL._replace(pairs=4000)
+TRANSLATION = translation.FULL._replace(pairs=3000)
 
 
 def main(arguments=None):
