@@ -39,6 +39,8 @@ DENSE = "dense"
 # A third of the examples' own runs and less: there are many of them here.
 EPOCHS = 3
 LANGUAGE_MODEL = language_model.FULL._replace(steps=100, epochs=EPOCHS)
+# After two epochs nothing is left to learn about the topics.
+CLASSIFIER_EPOCHS = 2
 TRANSLATION = translation.FULL._replace(pairs=3000)
 
 
@@ -144,7 +146,7 @@ def classifiers(options):
 
     def train(experts, seed):
         settings = text_classification.parse_options(
-            ["--experts", str(experts or 2), "--epochs", str(1 if options.smoke else EPOCHS)]
+            ["--experts", str(experts or 2), "--epochs", str(1 if options.smoke else CLASSIFIER_EPOCHS)]
         )
 
         def feedforward():
