@@ -145,8 +145,9 @@ def classifiers(options):
     ]
 
     def train(experts, seed):
+        epochs = 1 if options.smoke else CLASSIFIER_EPOCHS
         settings = text_classification.parse_options(
-            ["--experts", str(experts or 2), "--epochs", str(1 if options.smoke else CLASSIFIER_EPOCHS)]
+            ["--experts", str(experts or 2), "--epochs", str(epochs)]
         )
 
         def feedforward():
