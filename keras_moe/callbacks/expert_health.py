@@ -75,9 +75,7 @@ class ExpertHealth(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self.findings = []
-        self._step = self._next_look = self._batch = 0
-        # Batches from one call to the next: more than 1 with `steps_per_execution`.
-        self._stride = 1
+        self._step = self._next_look = 0
         self._told = set()
         self._watches = {}
         for name, layer in moe_layers(self.model).items():
@@ -92,16 +90,13 @@ class ExpertHealth(keras.callbacks.Callback):
 
     # Not `on_train_batch_end`: a callback that defines it makes Keras wait for every batch.
     def on_train_batch_begin(self, batch, logs=None):
-        if batch:
-            self._stride = batch - self._batch
-            self._step += self._stride
-        self._batch = batch
         if self._step >= self._next_look:
             self._look()
             self._next_look = self._step + self.every
+        # Called once for the batches of one execution.
+        self._step += self.model.steps_per_execution
 
     def on_epoch_end(self, epoch, logs=None):
-        self._step += self._stride
         loss = (logs or {}).get("loss")
         for name, layer in moe_layers(self.model).items():
             self._tell(name, "heavy loss", _judge_heavy_losses(layer, loss))

@@ -20,9 +20,12 @@ def build_and_measure(layer, inputs_shape):
 
 
 def accepted_arguments(layer, names):
-    """Those of the names that are arguments of the layer's `call`."""
+    """Those of the names that the layer's `call` takes.
+
+    A layer that takes a mask supports masking from now on.
+    """
     accepted = inspect.signature(layer.call).parameters
-    if "mask" in names and "mask" in accepted:
+    if "mask" in accepted:
         # It will be given the mask, and Keras would warn: it takes a `Sequential` for a layer that
         # cannot have one, whatever is in it.
         layer.supports_masking = True

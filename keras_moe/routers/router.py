@@ -25,8 +25,8 @@ class Router(keras.layers.Layer):
 
     It sets `causal` to False if a token's experts depend on other tokens of the batch: such a
     router must not serve a language model, and `default_losses` if it needs others than a balance
-    loss and a z-loss. And it overrides `plan` if its tokens do not choose
-    experts, and `mean_top_k` and `min_top_k` if K is only the most that may serve a token.
+    loss and a z-loss. And it overrides `plan` if its tokens do not choose experts, and `mean_top_k`
+    and `min_top_k` if K is only the most that may serve a token.
 
     Args:
         num_experts: number of experts, E.
