@@ -48,8 +48,9 @@ def pytest_configure(config):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks so short that small groups need full blocks and a tail."""
+    """Blocks so short that small groups need full blocks and a tail, and runs of few groups."""
     monkeypatch.setattr("keras_moe.ops.grouped_blocks.block_sizes", lambda *_: (2, 8))
+    monkeypatch.setattr("keras_moe.ops.grouped_slices.RUN_ROWS", 8)
 
 
 @pytest.fixture(autouse=True, scope="module")

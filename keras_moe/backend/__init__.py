@@ -9,7 +9,8 @@ Everything else in the package is written with `keras.ops`. A backend module pro
 - `slice_at(tensor, start, shape)`: a part of a tensor, where shapes are static.
 - `sort(integers)`: a vector of integers in ascending order, where shapes are static.
 - `scan(step, carry, xs)`: a loop that can be differentiated, where shapes are static.
-- `stack_entries(entries, like)`: tensors put together entry by entry, where shapes are dynamic.
+- `multiply_groups(rows, sizes, experts, kernel, bias)`: affine maps, where shapes are dynamic.
+- `stack_gradients(runs, kernels, biases)`: the gradients of those, where shapes are dynamic.
 - `sum_over_replicas(values)`: the sum of what all data-parallel replicas have.
 - `unstack_sizes(sizes)`: the entries of a vector as bounds of slices, where shapes are dynamic.
 """
@@ -33,10 +34,11 @@ _module = importlib.import_module(f"keras_moe.backend.{keras.backend.backend()}"
 compiles_static_shapes = _module.compiles_static_shapes
 differentiable = _module.differentiable
 gather_rows = _module.gather_rows
+multiply_groups: Any = getattr(_module, "multiply_groups", None)
 slice_at: Any = getattr(_module, "slice_at", None)
 sort: Any = getattr(_module, "sort", None)
 scan: Any = getattr(_module, "scan", None)
-stack_entries: Any = getattr(_module, "stack_entries", None)
+stack_gradients: Any = getattr(_module, "stack_gradients", None)
 sum_over_replicas = _module.sum_over_replicas
 unstack_sizes: Any = getattr(_module, "unstack_sizes", None)
 vjp = _module.vjp

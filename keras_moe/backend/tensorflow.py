@@ -52,16 +52,48 @@ def unstack_sizes(sizes):
     return tf.unstack(sizes)
 
 
-def stack_entries(entries, like):
-    """Tensors of the shapes and dtypes of `like`, (E, ...), from their entries.
+def multiply_groups(rows, sizes, experts, kernel, bias):
+    """One group of rows through the affine map of its expert.
 
     Args:
-        entries: iterable of pairs: a number below E, and one entry (...) for each of the tensors.
-            There is one pair for each number, in their order.
-        like: list of tensors.
+        rows: (R, D).
+        sizes: list of one size, R.
+        experts: list of one number, that of the expert.
+        kernel: (E, D, H).
+        bias: (E, H) or None.
+
+    Returns:
+        (R, H).
     """
-    columns = zip(*(parts for _, parts in entries))
-    return [tf.cast(tf.stack(parts), tensor.dtype) for parts, tensor in zip(columns, like)]
+    (expert,) = experts
+    product = tf.matmul(rows, kernel[expert])
+    return product if bias is None else product + bias[expert]
+
+
+def stack_gradients(runs, kernels, biases):
+    """The gradients of kernels and biases.
+
+    Args:
+        runs: iterable of the sizes and experts of some groups, and for each of the kernels the rows
+            that its map took in and the gradients of those that it gave out. Each expert comes
+            once, by itself, in order.
+        kernels: list of tensors (E, D, H).
+        biases: as many tensors (E, H), or none.
+
+    Returns:
+        List of tensors like the kernels, then like the biases.
+    """
+    kernel_parts: list[list] = [[] for _ in kernels]
+    bias_parts: list[list] = [[] for _ in biases]
+    for _, _, factors in runs:
+        for parts, (rows, gradient) in zip(kernel_parts, factors):
+            parts.append(tf.matmul(rows, gradient, transpose_a=True))
+        for parts, (_, gradient) in zip(bias_parts, factors):
+            parts.append(tf.reduce_sum(tf.cast(gradient, "float32"), axis=0))
+    return [
+        tf.cast(tf.stack(parts), parameter.dtype)
+        for parts, parameter in zip([*kernel_parts, *bias_parts], [*kernels, *biases])
+    ]
 
 
 def slice_at(tensor, start, shape):

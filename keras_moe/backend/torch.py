@@ -56,21 +56,56 @@ def unstack_sizes(sizes):
     return sizes.tolist()
 
 
-def stack_entries(entries, like):
-    """Tensors of the shapes and dtypes of `like`, (E, ...), from their entries.
+def multiply_groups(rows, sizes, experts, kernel, bias):
+    """Groups of rows that stand one behind another, each through the affine map of its expert.
 
     Args:
-        entries: iterable of pairs: a number below E, and one entry (...) for each of the tensors.
-            What no entry is given for is zero.
-        like: list of tensors.
+        rows: (R, D).
+        sizes: list of the sizes of the groups.
+        experts: list of the expert of each group.
+        kernel: (E, D, H).
+        bias: (E, H) or None.
+
+    Returns:
+        (R, H).
     """
-    stacked = [
-        torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in like
-    ]
-    for number, parts in entries:
-        for whole, part in zip(stacked, parts):
-            whole[number] = part
-    return stacked
+    outputs = rows.new_empty((rows.shape[0], kernel.shape[2]))
+    for expert, part, output in zip(experts, rows.split(sizes), outputs.split(sizes)):
+        if bias is None:
+            torch.mm(part, kernel[expert], out=output)
+        else:
+            torch.addmm(bias[expert], part, kernel[expert], out=output)
+    return outputs
+
+
+def stack_gradients(runs, kernels, biases):
+    """The gradients of kernels and biases; those of experts without rows are zero.
+
+    Args:
+        runs: iterable of the sizes and experts of some groups, and for each of the kernels the rows
+            that its map took in and the gradients of those that it gave out. No expert comes twice.
+        kernels: list of tensors (E, D, H).
+        biases: as many tensors (E, H), or none.
+
+    Returns:
+        List of tensors like the kernels, then like the biases.
+    """
+    kernel_gradients = [torch.empty_like(kernel) for kernel in kernels]
+    bias_gradients = [torch.empty_like(bias) for bias in biases]
+    idle = set(range(kernels[0].shape[0]))
+    for sizes, experts, factors in runs:
+        idle.difference_update(experts)
+        for (rows, gradient), of_kernel in zip(factors, kernel_gradients):
+            for expert, left, right in zip(experts, rows.split(sizes), gradient.split(sizes)):
+                torch.mm(left.T, right, out=of_kernel[expert])
+        for (_, gradient), of_bias in zip(factors, bias_gradients):
+            for expert, part in zip(experts, gradient.split(sizes)):
+                torch.sum(part, 0, out=of_bias[expert])
+    gradients = [*kernel_gradients, *bias_gradients]
+    for whole in gradients:
+        for expert in idle:
+            whole[expert] = 0
+    return gradients
 
 
 def sum_over_replicas(values):

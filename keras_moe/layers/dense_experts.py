@@ -69,20 +69,19 @@ class DenseExperts(ExpertBank):
             setattr(self, f"{name}_bias", bias)
 
     def call(self, tokens, plan):
-        ups = [self._compute(getattr(self, f"{name}_kernel")) for name in self.up_names]
-        up_biases, down_bias = [], None
+        names = (*self.up_names, "down")
+        *ups, down = (self._compute(getattr(self, f"{name}_kernel")) for name in names)
+        biases = []
         if self.use_bias:
-            up_biases = [self._compute(getattr(self, f"{name}_bias")) for name in self.up_names]
-            down_bias = self._compute(self.down_bias)
+            biases = [self._compute(getattr(self, f"{name}_bias")) for name in names]
         return grouped_feed_forward(
             self._compute(tokens),
             plan.weights,
             plan.groups,
             self.activation,
             ups,
-            self._compute(self.down_kernel),
-            up_biases,
-            down_bias,
+            down,
+            biases,
         )
 
     def compute_output_shape(self, tokens_shape):

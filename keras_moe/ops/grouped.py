@@ -25,12 +25,15 @@ from keras_moe.ops import grouped_blocks, grouped_slices
 
 
 class Step(NamedTuple):
-    """The arithmetic of one expert on rows that are all its own.
+    """The arithmetic of the experts on rows that are all their own.
 
-    - `forward(rows, kernels) -> (output_rows, saved)`
-    - `backward(rows, kernels, saved, output_gradient) -> (row_gradient, factors, bias_gradients)`.
-      The gradient of a matrix is `left^T right`: its two factors, tensors of rows, are returned and
-      the driver multiplies them. Kernels are first all matrices, then all biases.
+    It multiplies by projections, one for each kernel: `projection(rows)` is the affine map of the
+    expert of each row, `projection.pull(gradient)` the product with its transposed kernel.
+
+    - `forward(rows, projections) -> (output_rows, saved)`
+    - `backward(rows, projections, saved, output_gradient) -> (row_gradient, factors)`. For each
+      projection, `factors` has the rows that it took in and the gradient of those it gave out; the
+      driver makes the gradients of kernel and bias from them.
     - `saved_widths`: the width of each tensor of rows in `saved`.
     - `output_width`: the width of `output_rows`.
     """
@@ -41,14 +44,15 @@ class Step(NamedTuple):
     output_width: int
 
 
-def run_grouped(step, tokens, weights, kernels, groups):
+def run_grouped(step, tokens, weights, kernels, biases, groups):
     """Apply `step` to every group of rows, and sum each token's rows by weight.
 
     Args:
         step: a `Step`.
         tokens: (T, D).
         weights: (T, K) combine weights.
-        kernels: list of tensors with the expert axis first, (E, ...).
+        kernels: list of tensors (E, D, H), of as many projections.
+        biases: as many tensors (E, H), or none.
         groups: an `ops.Groups` or an `ops.ChosenGroups`.
 
     Returns:
@@ -58,22 +62,27 @@ def run_grouped(step, tokens, weights, kernels, groups):
     groups_of = type(groups)
 
     def forward(inputs, context):
-        tokens, weights, *kernels = inputs
+        tokens, weights, *parameters = inputs
         groups = groups_of(*context)
-        rows, saved = driver.forward(step, tokens, kernels, groups)
+        rows, saved = driver.forward(step, tokens, *halves(parameters), groups)
         return groups.sum_rows(rows, weights), (rows, saved)
 
     def backward(inputs, context, saved, gradient):
-        tokens, weights, *kernels = inputs
+        tokens, weights, *parameters = inputs
         groups = groups_of(*context)
         rows, kept = saved
-        row_gradient, weight_gradient, kernel_gradients = driver.backward(
-            step, tokens, groups.weight_of_row(weights), kernels, groups, rows, kept, gradient
+        row_weights = groups.weight_of_row(weights)
+        row_gradient, weight_gradient, *parameter_gradients = driver.backward(
+            step, tokens, row_weights, *halves(parameters), groups, rows, kept, gradient
         )
         return (
             groups.sum_rows(row_gradient),
             ops.cast(groups.at_assignments(weight_gradient), weights.dtype),
-            *kernel_gradients,
+            *parameter_gradients,
         )
 
-    return backend.differentiable(forward, backward, (tokens, weights, *kernels), tuple(groups))
+    def halves(parameters):
+        return parameters[: len(kernels)], parameters[len(kernels) :]
+
+    inputs = (tokens, weights, *kernels, *biases)
+    return backend.differentiable(forward, backward, inputs, tuple(groups))

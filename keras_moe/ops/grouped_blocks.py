@@ -6,6 +6,7 @@ end of its group. There it reads zeros, and what it writes is either overwritten
 or lies behind the last one, where nobody looks.
 """
 
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from keras import ops
@@ -14,12 +15,12 @@ from keras_moe import backend
 from keras_moe.ops.groups import row_sums
 
 
-def forward(step, tokens, kernels, groups):
+def forward(step, tokens, kernels, biases, groups):
     def group(expert, for_each_block, carry):
-        of_expert = [_at(kernel, expert) for kernel in kernels]
+        projections = _projections(kernels, biases, expert)
 
         def block(block, carry):
-            output, saved = step.forward(block.gather(tokens), of_expert)
+            output, saved = step.forward(block.gather(tokens), projections)
             return tuple(map(block.write, carry, (output, *saved)))
 
         return for_each_block(block, carry)
@@ -31,21 +32,21 @@ def forward(step, tokens, kernels, groups):
     return output, saved
 
 
-def backward(step, tokens, row_weights, kernels, groups, outputs, saved, gradient):
+def backward(step, tokens, row_weights, kernels, biases, groups, outputs, saved, gradient):
     num_rows = _num_rows_with_room(groups)
     room = num_rows - ops.shape(row_weights)[0]
     padded_weights = ops.expand_dims(ops.pad(row_weights, (0, room)), 1)
 
     def group(expert, for_each_block, carry):
-        of_expert = [_at(kernel, expert) for kernel in kernels]
+        projections = _projections(kernels, biases, expert)
 
         def block(block, carry):
-            row_gradients, weight_gradients, *totals = carry
+            row_gradients, weight_gradients, kernel_gradients, bias_gradients = carry
             output_gradient = block.gather(gradient)
             weights = ops.cast(block.read(padded_weights), tokens.dtype)
-            row_gradient, factors, bias_gradients = step.backward(
+            row_gradient, factors = step.backward(
                 block.gather(tokens),
-                of_expert,
+                projections,
                 [block.read(buffer) for buffer in saved],
                 output_gradient * weights,
             )
@@ -53,24 +54,59 @@ def backward(step, tokens, row_weights, kernels, groups, outputs, saved, gradien
             return (
                 block.write(row_gradients, row_gradient),
                 block.write(weight_gradients, weight_gradient),
-                *(
-                    _add_at(total, expert, part)
-                    for total, part in zip(totals, [*map(_narrow_first, factors), *bias_gradients])
-                ),
+                [
+                    _add_at(total, expert, _narrow_first(*pair))
+                    for total, pair in zip(kernel_gradients, factors)
+                ],
+                [
+                    _add_at(total, expert, _column_sums(right))
+                    for total, (_, right) in zip(bias_gradients, factors)
+                ],
             )
 
         return for_each_block(block, carry)
 
-    carry = (
-        ops.zeros((num_rows, tokens.shape[1]), tokens.dtype),
-        ops.zeros((num_rows, 1), "float32"),
-        *(ops.zeros(_narrow_shape(kernel), "float32") for kernel in kernels),
+    row_gradient, weight_gradient, kernel_gradients, bias_gradients = _for_each_group(
+        groups,
+        group,
+        (
+            ops.zeros((num_rows, tokens.shape[1]), tokens.dtype),
+            ops.zeros((num_rows, 1), "float32"),
+            [ops.zeros(_narrow_shape(kernel), "float32") for kernel in kernels],
+            [ops.zeros(bias.shape, "float32") for bias in biases],
+        ),
     )
-    row_gradient, weight_gradient, *totals = _for_each_group(groups, group, carry)
-    kernel_gradients = [
-        ops.cast(_upright(total, kernel), kernel.dtype) for total, kernel in zip(totals, kernels)
+    return (
+        row_gradient,
+        weight_gradient[:, 0],
+        *(
+            ops.cast(_upright(total, kernel), kernel.dtype)
+            for total, kernel in zip(kernel_gradients, kernels)
+        ),
+        *(ops.cast(total, bias.dtype) for total, bias in zip(bias_gradients, biases)),
+    )
+
+
+class _Projection(NamedTuple):
+    """The affine map of one expert."""
+
+    kernel: Any
+    bias: Any
+
+    def __call__(self, rows):
+        product = ops.matmul(rows, self.kernel)
+        return product if self.bias is None else product + self.bias
+
+    def pull(self, gradient):
+        return ops.matmul(gradient, ops.transpose(self.kernel))
+
+
+def _projections(kernels, biases, expert):
+    biases_of_expert = [_at(bias, expert) for bias in biases]
+    return [
+        _Projection(_at(kernel, expert), bias)
+        for kernel, bias in zip_longest(kernels, biases_of_expert)
     ]
-    return row_gradient, weight_gradient[:, 0], kernel_gradients
 
 
 class _Block(NamedTuple):
@@ -101,7 +137,7 @@ class _Block(NamedTuple):
 # transposed. Exchanging the axes of the sums costs less than exchanging those of each part.
 
 
-def _narrow_first(factors):
+def _narrow_first(*factors):
     left, right = sorted(factors, key=lambda rows: rows.shape[1])
     return ops.matmul(ops.transpose(left), right)
 
@@ -109,6 +145,10 @@ def _narrow_first(factors):
 def _narrow_shape(kernel):
     experts, *shape = kernel.shape
     return experts, *sorted(shape)
+
+
+def _column_sums(values):
+    return ops.sum(ops.cast(values, "float32"), axis=0)
 
 
 def _upright(total, kernel):

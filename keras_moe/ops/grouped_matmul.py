@@ -38,12 +38,11 @@ def grouped_matmul(rows, kernels, group_sizes):
     group_sizes = ops.cast(ops.convert_to_tensor(group_sizes), "int32")
     _check_shapes(rows.shape, kernels.shape, group_sizes.shape)
 
-    def forward(rows, kernels):
-        return ops.matmul(rows, kernels[0]), []
+    def forward(rows, projections):
+        return projections[0](rows), []
 
-    def backward(rows, kernels, _, gradient):
-        row_gradient = ops.matmul(gradient, ops.transpose(kernels[0]))
-        return row_gradient, [(rows, gradient)], []
+    def backward(rows, projections, _, gradient):
+        return projections[0].pull(gradient), [(rows, gradient)]
 
     num_rows = ops.shape(rows)[0]
     row_numbers = ops.arange(num_rows, dtype="int32")
@@ -54,7 +53,7 @@ def grouped_matmul(rows, kernels, group_sizes):
         rows_of_token=ops.expand_dims(ops.where(computed, row_numbers, -1), 1),
     )
     step = Step(forward, backward, saved_widths=(), output_width=kernels.shape[-1])
-    return run_grouped(step, rows, ops.ones((num_rows, 1), "float32"), [kernels], groups)
+    return run_grouped(step, rows, ops.ones((num_rows, 1), "float32"), [kernels], [], groups)
 
 
 def _check_shapes(rows, kernels, group_sizes):

@@ -1,65 +1,108 @@
 """Driver of a grouped operation that gives each expert one slice of its exact size.
 
-For frameworks whose shapes may depend on data.
+For frameworks whose shapes may depend on data. Where sizes are known, small groups that stand one
+behind another are taken together: only their products are made one by one.
 """
+
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 from keras import ops
 
 from keras_moe import backend
 from keras_moe.ops.groups import row_sums
 
+# For so many rows together an operation costs more than its call, and they stay in the cache.
+RUN_ROWS = 512
 
-def forward(step, tokens, kernels, groups):
-    outputs, saved = [], {}
-    for expert, _, token_rows in _slices(groups):
-        output, saved[expert] = step.forward(
-            backend.gather_rows(tokens, token_rows), [kernel[expert] for kernel in kernels]
+
+def forward(step, tokens, kernels, biases, groups):
+    token_of_row, outputs, saved = groups.token_of_row(), [], []
+    for run in _runs(groups):
+        output, kept = step.forward(
+            backend.gather_rows(tokens, token_of_row[run.rows]), run.projections(kernels, biases)
         )
         outputs.append(output)
+        saved.append(kept)
     return _all_rows(outputs, (step.output_width, tokens.dtype), groups), saved
 
 
-def backward(step, tokens, row_weights, kernels, groups, outputs, saved, gradient):
-    row_parts, weight_parts = [], []
+def backward(step, tokens, row_weights, kernels, biases, groups, outputs, saved, gradient):
+    token_of_row, row_parts, weight_parts = groups.token_of_row(), [], []
     row_weights = ops.expand_dims(ops.cast(row_weights, tokens.dtype), 1)
 
-    def kernel_gradients_of_each():
-        for expert, rows, token_rows in _slices(groups):
-            output_gradient = backend.gather_rows(gradient, token_rows)
-            row_gradient, factors, bias_gradients = step.backward(
-                backend.gather_rows(tokens, token_rows),
-                [kernel[expert] for kernel in kernels],
-                saved[expert],
-                output_gradient * row_weights[rows],
+    def factors_of_runs():
+        for run, kept in zip(_runs(groups), saved):
+            output_gradient = backend.gather_rows(gradient, token_of_row[run.rows])
+            row_gradient, factors = step.backward(
+                backend.gather_rows(tokens, token_of_row[run.rows]),
+                run.projections(kernels, biases),
+                kept,
+                output_gradient * row_weights[run.rows],
             )
             row_parts.append(row_gradient)
-            weight_parts.append(row_sums(output_gradient * outputs[rows]))
-            matrices = [ops.matmul(ops.transpose(left), right) for left, right in factors]
-            yield expert, [*matrices, *bias_gradients]
+            weight_parts.append(row_sums(output_gradient * outputs[run.rows]))
+            yield run.sizes, run.experts, factors
 
-    # An expert's gradients are put in place before the next one's are computed: they never
-    # take their room twice.
-    kernel_gradients = backend.stack_entries(kernel_gradients_of_each(), kernels)
+    # The gradients of a run are put in place before the next one's are computed: they never take
+    # their room twice.
+    gradients = backend.stack_gradients(factors_of_runs(), kernels, biases)
     return (
         _all_rows(row_parts, (tokens.shape[1], tokens.dtype), groups),
         _all_rows(weight_parts, (1, "float32"), groups)[:, 0],
-        kernel_gradients,
+        *gradients,
     )
 
 
-def _slices(groups):
-    """For each expert with rows: its number, its rows as a slice, and their tokens."""
-    start, token_of_row = 0, groups.token_of_row()
+class _Run(NamedTuple):
+    """Groups that stand one behind another: the sizes and experts of all, and all their rows."""
+
+    sizes: list
+    experts: list
+    rows: slice
+
+    def projections(self, kernels, biases):
+        return [_Projection(self, kernel, bias) for kernel, bias in zip_longest(kernels, biases)]
+
+
+class _Projection(NamedTuple):
+    """The affine maps of the experts of a run."""
+
+    run: _Run
+    kernel: Any
+    bias: Any
+
+    def __call__(self, rows):
+        return backend.multiply_groups(
+            rows, self.run.sizes, self.run.experts, self.kernel, self.bias
+        )
+
+    def pull(self, gradient):
+        transposed = ops.transpose(self.kernel, (0, 2, 1))
+        return backend.multiply_groups(gradient, self.run.sizes, self.run.experts, transposed, None)
+
+
+def _runs(groups):
+    """All groups in runs of up to `RUN_ROWS` rows; longer ones and unknown ones by themselves."""
+    start = 0
+    sizes: list = []
+    experts: list = []
     for expert, size in enumerate(backend.unstack_sizes(groups.sizes)):
-        rows = slice(start, start + size)
-        start = start + size
-        # Known in eager mode only. Each operation on nothing would cost as much as on a few rows.
-        if not (isinstance(size, int) and size == 0):
-            yield expert, rows, token_of_row[rows]
+        is_known = isinstance(size, int)
+        # Each operation on nothing would cost as much as on a few rows.
+        if is_known and size == 0:
+            continue
+        if sizes and not (is_known and sum(sizes) + size <= RUN_ROWS):
+            yield _Run(sizes, experts, slice(start, start + sum(sizes)))
+            start, sizes, experts = start + sum(sizes), [], []
+        sizes.append(size)
+        experts.append(expert)
+    if sizes:
+        yield _Run(sizes, experts, slice(start, start + sum(sizes)))
 
 
 def _all_rows(parts, width_and_dtype, groups):
-    """All rows, where `parts` holds the rows of each group: those of no group are zero."""
+    """All rows, where `parts` holds the rows of each run: those of no group are zero."""
     width, dtype = width_and_dtype
     computed = sum(ops.shape(part)[0] for part in parts)
     nobody = ops.zeros((groups.num_rows() - computed, width), dtype)
