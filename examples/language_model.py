@@ -2,7 +2,7 @@
 
     python examples/language_model.py
     python examples/language_model.py --compare --seeds 3
-    python examples/language_model.py --router expert_choice
+    python examples/language_model.py --router switch --moe-every 2
     python examples/language_model.py --generate "the space shuttle"
 
 Runs on the backend that KERAS_BACKEND names. An interrupted run goes on where it was when the same
@@ -15,20 +15,21 @@ import hashlib
 import itertools
 import json
 import pathlib
-import shutil
 import typing
 
 import datasets
 import keras
 import numpy as np
 import pictures
+import resuming
+from command_line import check_numbers
 from decoder_model import build_model, write
 from id_batches import Batches, rows
 from subwords import END, Subwords
-from training_journal import Journal
 from twins import count_parameters, dense_feedforward, moe_every, spread
+from whole_files import saved_files
 
-from keras_moe import callbacks, inspection, layers
+from keras_moe import callbacks, inspection, layers, routers
 
 
 class Size(typing.NamedTuple):
@@ -61,6 +62,8 @@ def main(arguments=None):
     options = parse_options(arguments)
     if options.generate is not None:
         return generate(options.generate, options.output, options.seed)
+    check_numbers(options, "experts", "moe_every", "batch_size", "seeds")
+    check_causal(options)
     size = SMOKE if options.smoke else FULL
     texts = datasets.load(options.dataset, options.data_dir)
     train, validation = (split.texts[: size.documents] for split in texts[:2])
@@ -87,7 +90,7 @@ def main(arguments=None):
     print_report(report)
     (options.output / "results.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
     pictures.learning_curves(histories, options.output / "learning_curves.png", "loss")
-    shutil.rmtree(options.output / "progress")
+    resuming.forget(progress)
     print(f"\nModel, picture and results are in {options.output}.")
     return report
 
@@ -117,6 +120,16 @@ def parse_options(arguments):
     return parser.parse_args(arguments)
 
 
+def check_causal(options):
+    """Refuse routers by which a token would learn of later ones, which it is to predict."""
+    router = routers.get(options.router, num_experts=options.experts)
+    if not router.causal:
+        raise ValueError(
+            "The router of a language model must choose the experts of a token without later "
+            f"tokens. Received: --router {options.router}. Take one such as top_k or switch."
+        )
+
+
 def digest(options, size):
     """A name for what decides the course of training."""
     names = ("dataset", "experts", "router", "moe_every", "batch_size")
@@ -129,7 +142,8 @@ def make_model(name, num_tokens, options, size):
         bank = layers.FeedForwardExperts(options.experts, size.hidden_dim)
         return layers.MixtureOfExperts(bank, options.router, name="experts")
 
-    top_k = sparse().router.top_k
+    # Of routers that give tokens more or fewer experts, the number they aim at.
+    top_k = round(sparse().router.mean_top_k)
 
     def dense():
         return dense_feedforward(top_k, size.hidden_dim, size.features)
@@ -152,13 +166,6 @@ def equal_time(size, results):
 
 def fit(model, data, seed, size, options, folder):
     """Train, or go on training, and return the history from the first epoch on."""
-    journal, finished = Journal(folder / "journal.json"), folder / "model.weights.h5"
-    if finished.exists():
-        print("It is finished already.")
-        model.load_weights(finished)
-        return journal.history
-    if (folder / "backup").exists():
-        print(f"It was interrupted: going on after epoch {len(journal.history['loss'])}.")
     train, validation = data
     steps = size.steps * size.epochs
     warm_up = int(WARM_UP * steps)
@@ -172,19 +179,17 @@ def fit(model, data, seed, size, options, folder):
         jit_compile=keras.backend.backend() != "torch",
     )
     monitors = [callbacks.ExpertMonitor()] if inspection.has_moe_layers(model) else []
-    backup = keras.callbacks.BackupAndRestore(folder / "backup", double_checkpoint=True)
     batches = Batches(train, options.batch_size, size.steps, seed)
-    model.fit(
+    return resuming.fit(
+        model,
         batches.dataset(),
-        shuffle=False,  # they are shuffled already
+        size.epochs,
+        folder,
+        [*monitors, batches],
         steps_per_epoch=size.steps,
-        epochs=size.epochs,
         validation_data=(validation[:, :-1], validation[:, 1:]),
         validation_batch_size=options.batch_size,
-        callbacks=[*monitors, journal, backup, batches],
     )
-    model.save_weights(finished)
-    return journal.history
 
 
 def summary(history):
@@ -220,13 +225,9 @@ def save(model, subwords, output):
 
 def generate(text, output, seed):
     """Print and return a text that goes on from `text`, by a model saved under any backend."""
-    if not (output / "model.keras").exists():
-        raise FileNotFoundError(
-            f"There is no model to write with. Received: --output {output}. "
-            "Train one first, without --generate."
-        )
-    model = keras.saving.load_model(output / "model.keras", compile=False)
-    subwords = Subwords.load(output / "subwords.model")
+    model_path, subwords_path = saved_files(output, "model.keras", "subwords.model")
+    model = keras.saving.load_model(model_path, compile=False)
+    subwords = Subwords.load(subwords_path)
     ids = np.concatenate([[END], subwords.encode([text])[0][:-1]])
     if len(ids) >= model.input_shape[1]:
         raise ValueError(

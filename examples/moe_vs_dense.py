@@ -7,8 +7,8 @@
 Trains dense models and mixtures with more and more experts, two of which serve each token, on the
 same data in the same order: shorter runs of the language models of the example
 `language_model.py`, of the translators of `translation.py` and of the classifiers of
-`text_classification.py`. The table gives the validation loss after equal steps and after equal
-time; the picture draws both.
+`text_classification.py`. The table gives the validation loss after equal steps, and the loss that
+the same run had when the dense model had ended; the picture draws all losses by steps and by time.
 
 Runs on the backend that KERAS_BACKEND names. Language models and translators that are interrupted
 go on where they were when the same command is given again.
@@ -17,17 +17,18 @@ go on where they were when the same command is given again.
 import argparse
 import json
 import pathlib
-import shutil
 
 import datasets
 import keras
 import language_model
 import numpy as np
 import pictures
+import resuming
 import text_classification
 import training
 import translation
 from bilingual_embedding import bilingual_embedding
+from command_line import check_numbers
 from datasets import pairs
 from id_batches import rows
 from sentence_batches import SentenceBatches
@@ -46,6 +47,7 @@ TRANSLATION = translation.FULL._replace(pairs=3000)
 
 def main(arguments=None):
     options = parse_options(arguments)
+    check_numbers(options, "seeds")
     results: dict = {}
     for task in options.tasks:
         train = TASKS[task](options)
@@ -61,7 +63,7 @@ def main(arguments=None):
         print_table(task, models)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-    shutil.rmtree(options.output / "progress", ignore_errors=True)
+    resuming.forget(progress(options))
     pictures.losses_by_steps_and_time(results, options.output / "moe_vs_dense.png")
     print(f"\nPicture and results are in {options.output}.")
     return results
@@ -69,13 +71,19 @@ def main(arguments=None):
 
 def parse_options(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=[*TASKS], metavar="TASK")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], metavar="TASK")
     parser.add_argument("--experts", nargs="*", type=int, default=[4, 8, 16, 32])
     parser.add_argument("--seeds", type=int, default=1, help="number of runs to average")
     parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
     parser.add_argument("--smoke", action="store_true", help="tiny models on a few documents")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("output_moe_vs_dense"))
     return parser.parse_args(arguments)
+
+
+def progress(options):
+    """The folder of what this command has not finished: another one does not touch it."""
+    settings = (keras.backend.backend(), options.smoke, options.tasks, options.experts)
+    return options.output / "progress" / training.digest(*settings, options.seeds)
 
 
 def language_models(options):
@@ -93,11 +101,9 @@ def language_models(options):
             [] if experts is None else ["--experts", str(experts)]
         )
         model = language_model.make_model(name, len(subwords), settings, size)
-        folder = (
-            options.output / "progress" / f"{language_model.digest(settings, size)}-{name}-{seed}"
-        )
+        folder = progress(options) / f"language_model-{experts}-{seed}"
         history = language_model.fit(model, data, seed, size, settings, folder)
-        return course(history["val_loss"], size.steps, history["ms_per_step"][-1])
+        return course(history["val_loss"], size.steps, min(history["ms_per_step"]))
 
     return train
 
@@ -124,10 +130,9 @@ def translators(options):
         )
         model = translation.build_model(feedforward, len(subwords), settings, size)
         model.embedding.embeddings.assign(embedding)
-        name = training.digest(keras.backend.backend(), size, experts, seed)
-        folder = options.output / "progress" / name
+        folder = progress(options) / f"translation-{experts}-{seed}"
         history = training.fit(model, *batches, EPOCHS, folder)
-        return course(history["val_loss"], len(batches[0]), history["ms_per_step"][-1])
+        return course(history["val_loss"], len(batches[0]), min(history["ms_per_step"]))
 
     return train
 
@@ -178,14 +183,18 @@ def course(losses, steps_an_epoch, ms_per_step):
 
 
 def loss_at(run, seconds):
-    """Loss of a run after so much training time, between two epochs by their line."""
-    return float(np.interp(seconds, run["seconds"], run["losses"]))
+    """Loss of a run after so much training time, between two epochs by their line.
+
+    Before the end of the first epoch it is not known: NaN. The run goes on after that time, at a
+    higher learning rate than a run that ends there would have.
+    """
+    return float(np.interp(seconds, run["seconds"], run["losses"], left=np.nan))
 
 
 def print_table(task, models):
-    """Equal time is that of the dense model with the same seed."""
+    """The time at which losses are compared is that of the dense model with the same seed."""
     print(f"\n{task:<20} {'loss, equal steps':>18} {'against dense':>22}", end=" ")
-    print(f"{'loss, equal time':>18} {'ms a step':>10}")
+    print(f"{'loss at that time':>18} {'ms a step':>10}")
     for name, runs in models.items():
         last = [run["losses"][-1] for run in runs]
         gains = [loss - dense["losses"][-1] for loss, dense in zip(last, models[DENSE])]

@@ -51,7 +51,9 @@ class Subwords:
             ValueError: If the file is no sentencepiece model.
         """
         try:
-            return cls(pathlib.Path(path).read_bytes())
+            subwords = cls(pathlib.Path(path).read_bytes())
+            len(subwords)  # Of an empty file nothing but this is refused.
+            return subwords
         except RuntimeError as error:
             raise ValueError(
                 f"The vocabulary is damaged. Received: {path}, of which sentencepiece says: "
@@ -59,7 +61,7 @@ class Subwords:
             ) from error
 
     def save(self, path):
-        pathlib.Path(path).write_bytes(self.content)
+        write_whole(pathlib.Path(path), self.content)
 
     def __len__(self):
         return len(self._processor)

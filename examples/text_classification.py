@@ -20,10 +20,12 @@ import keras
 import numpy as np
 import pictures
 import tensorflow as tf
+from command_line import check_numbers
 from phrase_embedding import PhraseEmbedding
 from twins import count_parameters, dense_feedforward, spread
 from usage_table import print_usage
 from vocabulary import Vocabulary, split_words
+from whole_files import saved_files
 
 import keras_moe
 from keras_moe import callbacks, layers, routers
@@ -51,6 +53,7 @@ def main(arguments=None):
         return predict(options.predict, options.output)
     if options.mixed_precision:
         keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    check_numbers(options, "experts", "top_k", "epochs", "batch_size", "seeds")
     size = SMOKE if options.smoke else FULL
     data = datasets.load(options.dataset, options.data_dir)
     train, validation, test = (cut(split, size.documents) for split in data[:3])
@@ -73,7 +76,9 @@ def main(arguments=None):
             print(f"\n{name}, seed {seed}")
             keras.utils.set_random_seed(seed)
             model = build_model(feedforward, vocabulary, size, len(data.class_names))
-            history, run = fit(model, arrays, options)
+            # One run in TensorBoard: the curves of several would stand on top of each other.
+            log_dir = options.log_dir if seed == 0 else None
+            history, run = fit(model, arrays, options, log_dir)
             runs.append(run)
             if seed == 0:
                 histories[name] = history
@@ -178,7 +183,7 @@ class Detached(keras.layers.Layer):
         return keras.ops.stop_gradient(inputs)
 
 
-def fit(model, arrays, options):
+def fit(model, arrays, options, log_dir=None):
     """Train, then read the test accuracy once."""
     (ids, labels), validation, test = arrays
     batch_size = min(options.batch_size, len(ids))
@@ -200,7 +205,7 @@ def fit(model, arrays, options):
     timer = StepTimer()
     monitors = []
     if moe_layers(model):
-        monitors = [callbacks.ExpertMonitor(log_dir=options.log_dir), callbacks.ExpertHealth()]
+        monitors = [callbacks.ExpertMonitor(log_dir=log_dir), callbacks.ExpertHealth()]
     history = model.fit(
         batches,
         shuffle=False,  # they are shuffled already
@@ -297,16 +302,12 @@ def write_report(model, vocabulary, split, class_names, path, documents=300):
 
 def predict(text, output):
     """Print and return the most likely class, from a model saved under any backend."""
-    if not (output / "model.keras").exists():
-        raise FileNotFoundError(
-            f"There is no model to predict with. Received: --output {output}. "
-            "Train one first, without --predict."
-        )
-    if not text.strip():
+    paths = saved_files(output, "model.keras", "vocabulary.json", "classes.json")
+    if not split_words(text):
         raise ValueError(f"The text to classify must hold a word. Received: {text!r}.")
-    model = keras.saving.load_model(output / "model.keras", compile=False)
-    vocabulary = Vocabulary.load(output / "vocabulary.json")
-    class_names = json.loads((output / "classes.json").read_text(encoding="utf-8"))
+    model = keras.saving.load_model(paths[0], compile=False)
+    vocabulary = Vocabulary.load(paths[1])
+    class_names = json.loads(paths[2].read_text(encoding="utf-8"))
     logits = model(vocabulary.encode([text]), training=False)
     probabilities = keras.ops.convert_to_numpy(keras.ops.softmax(logits))[0]
     ranking = np.argsort(-probabilities)[:3]

@@ -4,7 +4,7 @@ import hashlib
 import json
 
 import keras
-from training_journal import Journal
+import resuming
 from translator import SmoothedCrossentropy
 from whole_files import write_whole
 
@@ -23,47 +23,24 @@ def fit(model, train, validation, epochs, folder, log_dir=None):
         train: `SentenceBatches`.
         validation: `SentenceBatches`.
         epochs: number of epochs in all.
-        folder: keeps the weights and the logs of each epoch.
+        folder: see `resuming.fit`.
         log_dir: folder for TensorBoard, or None.
 
     Returns:
-        Dict from the name of each logged value to its values by epoch, with `ms_per_step`.
-
-    Raises:
-        ValueError: If what `folder` keeps is damaged.
+        See `resuming.fit`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    backup = folder / "backup"
-    done = finished_epochs(backup)
-    if done:
-        print(f"Going on after epoch {done} of {epochs}, which an earlier run finished.")
     compile_for_training(model, epochs * len(train))
-    journal = Journal(folder / "journal.json")
-    monitors = (
-        [callbacks.ExpertMonitor(log_dir=log_dir)] if inspection.has_moe_layers(model) else []
+    monitors = []
+    if inspection.has_moe_layers(model):
+        monitors.append(callbacks.ExpertMonitor(log_dir=log_dir))
+    return resuming.fit(
+        model,
+        train.dataset(),
+        epochs,
+        folder,
+        [*monitors, _SetEpoch(train)],
+        validation_data=validation.dataset(),
     )
-    try:
-        model.fit(
-            train.dataset(),
-            epochs=epochs,
-            validation_data=validation.dataset(),
-            shuffle=False,  # they are shuffled already
-            callbacks=[
-                *monitors,
-                _SetEpoch(train),
-                journal,
-                # The copy serves where a run was killed while it wrote the original.
-                keras.callbacks.BackupAndRestore(
-                    backup, double_checkpoint=True, delete_checkpoint=False
-                ),
-            ],
-        )
-    except OSError as error:
-        raise ValueError(
-            f"The weights of an interrupted run are damaged. Received: {error} for {backup}. "
-            "Delete this folder, and the same command trains anew."
-        ) from error
-    return journal.history
 
 
 def compile_for_training(model, steps):
@@ -89,14 +66,6 @@ class _SetEpoch(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self.batches.epoch = epoch
-
-
-def finished_epochs(backup):
-    """Number of epochs whose weights are kept."""
-    try:
-        return json.loads((backup / "training_metadata.json").read_text())["epoch"]
-    except (FileNotFoundError, json.JSONDecodeError):
-        return 0
 
 
 def digest(*settings):

@@ -14,14 +14,15 @@ import argparse
 import functools
 import json
 import pathlib
-import shutil
 import typing
 
 import keras
 import numpy as np
 import pictures
+import resuming
 import training
 from bilingual_embedding import bilingual_embedding
+from command_line import check_numbers
 from datasets import pairs
 from piece_kinds import KINDS, frequent_pieces, ids_by_layer, kind_of_each, usage_by_kind
 from sentence_batches import SentenceBatches, Shapes
@@ -30,6 +31,7 @@ from translation_scores import scores, translation_memory
 from translator import Translator
 from twins import count_parameters, dense_feedforward, moe_every, spread
 from usage_table import print_usage
+from whole_files import saved_files
 from writing import write
 
 import keras_moe
@@ -54,6 +56,7 @@ def main(arguments=None):
     options = parse_options(arguments)
     if options.translate is not None:
         return translate(options.translate, options.output, options.beams)
+    check_numbers(options, "experts", "top_k", "moe_every", "epochs", "seeds", "beams")
     size = size_of(options)
     data = pairs.ParallelDataset(
         *(cut(split, size.pairs) for split in pairs.load(options.dataset, options.data_dir))
@@ -86,9 +89,9 @@ def main(arguments=None):
             model = build_model(feedforward, len(subwords), options, size)
             model.embedding.embeddings.assign(embedding)
             folder = unfinished / f"{name.replace(' ', '-')}-{seed}"
-            history = training.fit(
-                model, train, validation, options.epochs, folder, options.log_dir
-            )
+            # One run in TensorBoard: the curves of several would stand on top of each other.
+            log_dir = options.log_dir if seed == 0 else None
+            history = training.fit(model, train, validation, options.epochs, folder, log_dir)
             runs.append(test(model, subwords, data.test, size.shapes, options.beams, folder))
             if seed == 0:
                 histories[name] = history
@@ -107,7 +110,7 @@ def main(arguments=None):
     pictures.experts_by_layer(usage, options.output / "experts_by_layer.png")
     if options.report:
         write_report(shown, subwords, validation, options.output / "report.html")
-    shutil.rmtree(unfinished.parent)
+    resuming.forget(unfinished)
     print(f"\nModel, pictures and results are in {options.output}.")
     return report
 
@@ -148,7 +151,7 @@ def settings_name(options):
     """A name for all that a run depends on: another command does not go on with this one's."""
     names = ("dataset", "experts", "top_k", "moe_every", "epochs", "beams")
     settings = [getattr(options, name) for name in names]
-    return training.digest(size_of(options), DROPOUT, *settings)
+    return training.digest(keras.backend.backend(), size_of(options), DROPOUT, *settings)
 
 
 def cut(split, number):
@@ -200,7 +203,8 @@ def print_report(report, usage):
     print(f"{'pieces/s':>9} {'parameters':>12} {'active':>12}")
     for name, result in report["results"].items():
         bleu, chrf, greedy, speed = (
-            np.array([run[search][key] or np.nan for run in result["runs"]])
+            # Nothing was written, so there is no speed: None, which becomes NaN.
+            np.array([run[search][key] for run in result["runs"]], "float64")
             for search, key in (
                 ("beams", "bleu"),
                 ("beams", "chrf"),
@@ -240,13 +244,7 @@ def write_report(model, subwords, split, path, sentences=200):
 
 def translate(text, output, beams):
     """Print and return the translation of a text, with a model saved under any backend."""
-    paths = [output / name for name in ("model.keras", "subwords.model", "shapes.json")]
-    missing = [path.name for path in paths if not path.exists()]
-    if missing:
-        raise FileNotFoundError(
-            f"There is no whole model to translate with. Received: --output {output} without "
-            f"{', '.join(missing)}. Train one first, without --translate."
-        )
+    paths = saved_files(output, "model.keras", "subwords.model", "shapes.json")
     if not text.strip():
         raise ValueError(f"The text to translate must hold a word. Received: {text!r}.")
     subwords = Subwords.load(paths[1])

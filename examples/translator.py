@@ -124,9 +124,12 @@ class Translator(keras.Model):
 class SmoothedCrossentropy(keras.losses.Loss):
     """Mean over the weighted pieces of the cross-entropy with `(1 - s) one-hot + s / V`."""
 
-    def __init__(self, smoothing, name="loss", **kwargs):
-        super().__init__(name=name, reduction="mean_with_sample_weight")
+    def __init__(self, smoothing, name="loss", reduction="mean_with_sample_weight", **kwargs):
+        super().__init__(name=name, reduction=reduction, **kwargs)
         self.smoothing = smoothing
+
+    def get_config(self):
+        return {**super().get_config(), "smoothing": self.smoothing}
 
     def call(self, y_true, y_pred):
         log_probs = ops.log_softmax(y_pred)

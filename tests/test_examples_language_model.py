@@ -105,7 +105,7 @@ def test_a_saved_model_goes_on_with_a_text(trained):
 
 
 def test_writing_needs_a_model(tmp_path):
-    with pytest.raises(FileNotFoundError, match="Train one first, without --generate"):
+    with pytest.raises(FileNotFoundError, match="without model.keras.*Train one first"):
         language_model.main(["--generate", "moon", "--output", str(tmp_path)])
 
 
@@ -131,6 +131,28 @@ def test_draws_follow_the_probabilities():
         for draw in draws
     ]
     assert drawn == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("router", ["top_k", "relu", "switch"])
+def test_the_twin_is_as_wide_as_the_experts_that_serve_a_token(router):
+    options = language_model.parse_options(["--router", router, "--experts", "4"])
+    sparse, dense = (
+        twins.count_parameters(language_model.make_model(name, 50, options, language_model.SMOKE))
+        for name in (SPARSE, DENSE)
+    )
+    assert abs(sparse["active_parameters"] - dense["active_parameters"]) < 250
+
+
+def test_a_router_that_looks_ahead_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="without later tokens. Received: --router expert_choice"):
+        language_model.main(["--router", "expert_choice", "--output", str(tmp_path)])
+
+
+def test_an_unfinished_run_of_another_command_is_kept(made_up, tmp_path):
+    other = tmp_path / "progress" / "another command"
+    other.mkdir(parents=True)
+    language_model.main([*ARGUMENTS, "--output", str(tmp_path)])
+    assert list((tmp_path / "progress").iterdir()) == [other]
 
 
 def test_every_second_block_is_sparse():
@@ -170,9 +192,9 @@ def test_batches_begin_at_the_epoch_and_show_each_row_once_a_pass():
 
 HANGS_IN_THE_SECOND_EPOCH = """
 import time
-import datasets, language_model, test_examples_language_model as tests
+import datasets, language_model, resuming, test_examples_language_model as tests
 
-class Hangs(language_model.Journal):
+class Hangs(resuming.Journal):
     def on_epoch_begin(self, epoch, logs=None):
         super().on_epoch_begin(epoch, logs)
         self.epoch = epoch
@@ -183,7 +205,7 @@ class Hangs(language_model.Journal):
             print("hanging", flush=True)
             time.sleep(600)
 
-language_model.Journal = Hangs
+resuming.Journal = Hangs
 datasets.load = tests.made_up_data
 language_model.main([*tests.ARGUMENTS, "--output", {output!r}])
 """
@@ -201,6 +223,6 @@ def test_sigkill_loses_nothing(trained, made_up, tmp_path, capsys):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     report = language_model.main([*ARGUMENTS, "--output", str(tmp_path)])
-    assert "It was interrupted: going on after epoch 1." in capsys.readouterr().out
+    assert "Going on after epoch 1 of 2, which an earlier run finished." in capsys.readouterr().out
     # The order of the data and the optimizer go on as well.
     np.testing.assert_allclose(perplexity(report), perplexity(trained[0]), rtol=1e-3)

@@ -40,7 +40,8 @@ def test_every_task_is_trained_with_and_without_experts(monkeypatch, tmp_path, c
             assert task != "language_model" or run["losses"][-1] < run["losses"][0]
             assert run["seconds"][-1] == run["steps"][-1] * run["ms_per_step"] / 1000
     assert (tmp_path / "out" / "moe_vs_dense.png").exists()
-    assert capsys.readouterr().out.count("loss, equal time") == len(results)
+    assert not (tmp_path / "out" / "progress").exists()
+    assert capsys.readouterr().out.count("loss at that time") == len(results)
 
 
 def test_the_loss_at_a_time_lies_on_the_line_between_epochs():
@@ -48,3 +49,19 @@ def test_the_loss_at_a_time_lies_on_the_line_between_epochs():
     assert run["seconds"] == [1, 2, 3]
     assert moe_vs_dense.loss_at(run, 1.5) == 3.0
     assert moe_vs_dense.loss_at(run, 9) == 1.0
+    assert np.isnan(moe_vs_dense.loss_at(run, 0.9)), "no loss is known yet"
+
+
+def test_the_table_compares_runs_of_one_seed(capsys):
+    dense, sparse = (
+        [moe_vs_dense.course(losses, 10, ms) for losses in both]
+        for both, ms in (([[4, 2], [4, 3]], 100), ([[3, 1], [3, 2.5]], 200))
+    )
+    moe_vs_dense.print_table("made up", {"dense": dense, "4 experts": sparse})
+    title, first, second = capsys.readouterr().out.strip().splitlines()
+    assert first.split() == "dense 2.5000 +- 0.5000 +0.0000 to +0.0000 2.5000 +- 0.5000 100".split()
+    # The dense models ended after 2 s, the first epoch of the others.
+    assert (
+        second.split()
+        == "4 experts 1.7500 +- 0.7500 -1.0000 to -0.5000 3.0000 +- 0.0000 200".split()
+    )

@@ -74,8 +74,19 @@ def test_predict_needs_a_model_and_a_text(tmp_path):
     with pytest.raises(FileNotFoundError, match="Train one first"):
         text_classification.main(["--predict", "moon", "--output", str(tmp_path)])
     (tmp_path / "model.keras").touch()
-    with pytest.raises(ValueError, match="must hold a word"):
-        text_classification.main(["--predict", "  ", "--output", str(tmp_path)])
+    with pytest.raises(FileNotFoundError, match="without vocabulary.json, classes.json"):
+        text_classification.main(["--predict", "moon", "--output", str(tmp_path)])
+    for name in ("vocabulary.json", "classes.json"):
+        (tmp_path / name).touch()
+    for text in ("  ", "?!"):
+        with pytest.raises(ValueError, match="must hold a word"):
+            text_classification.main(["--predict", text, "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize("option", ["--seeds", "--epochs", "--batch-size", "--top-k"])
+def test_numbers_are_checked_before_anything_is_loaded(option):
+    with pytest.raises(ValueError, match=f"^`{option}` must be a positive integer. Received"):
+        text_classification.main([option, "0"])
 
 
 def test_vocabulary_encodes_unknown_empty_and_long_texts(tmp_path):

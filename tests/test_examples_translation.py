@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from conftest import FAST_MODE, assert_close, compiled, to_numpy
 
+tf = pytest.importorskip("tensorflow")
 pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("matplotlib")
 pytest.importorskip("sentencepiece")
@@ -31,6 +32,7 @@ sys.path.insert(0, str(EXAMPLES))
 import datasets  # noqa: E402
 import decoding  # noqa: E402
 import piece_kinds  # noqa: E402
+import resuming  # noqa: E402
 import training  # noqa: E402
 import translation  # noqa: E402
 import translation_scores  # noqa: E402
@@ -430,7 +432,7 @@ def test_a_killed_run_goes_on_with_the_same_command(monkeypatch, tmp_path):
         process.wait()
     assert not (output / "model.keras").exists()
     (folder,) = (output / "unfinished").glob("*/*")
-    kept = training.finished_epochs(folder / "backup")
+    kept = resuming.finished_epochs(folder / "backup")
 
     run = run_example(*command)
     assert run.returncode == 0, run.stderr
@@ -442,7 +444,7 @@ def wait_for_an_epoch(output, process, seconds=300):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
         backups = list(output.glob("unfinished/*/*/backup"))
-        if backups and training.finished_epochs(backups[0]):
+        if backups and resuming.finished_epochs(backups[0]):
             return
         time.sleep(0.02)
     raise AssertionError(f"No epoch was finished. Exit code: {process.poll()}.")
@@ -461,10 +463,44 @@ def test_training_goes_on_after_the_last_epoch_kept(made_up_data, tmp_path):
     assert both["loss"][0] == first["loss"][0] and both["loss"][1] < both["loss"][0]
     assert len(both["loss"]) == len(both["ms_per_step"]) == 2
 
+    # Killed while it wrote the number of the epoch: the one before is taken, and run again.
+    backup = tmp_path / "run" / "backup"
+    (backup / resuming.METADATA).write_text("")
+    again = training.fit(small_translator(len(subwords)), batches, batches, 2, tmp_path / "run")
+    np.testing.assert_allclose(again["loss"], both["loss"], rtol=1e-2)
+    assert resuming.finished_epochs(backup) == 2
+
+    def full_disk(epoch, logs=None):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        resuming.fit(
+            other,
+            batches.dataset(),
+            3,
+            tmp_path / "run",
+            [keras.callbacks.LambdaCallback(on_epoch_end=full_disk)],
+        )
+
     for name in ("latest.weights.h5", "latest.weights.h5.bkp"):
         (tmp_path / "run" / "backup" / name).write_bytes(b"damaged")
     with pytest.raises(ValueError, match="interrupted run are damaged.*Delete this folder"):
         training.fit(other, batches, batches, 3, tmp_path / "run")
+
+
+def test_a_run_killed_in_its_first_epoch_starts_anew(tmp_path):
+    backup = tmp_path / "backup"
+    backup.mkdir()
+    (backup / resuming.WEIGHTS).write_bytes(b"half")
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    data = tf.data.Dataset.from_tensors((np.zeros((1, 1)), np.zeros((1, 1))))
+    assert len(resuming.fit(model, data, 1, tmp_path, [])["loss"]) == 1
+
+
+def test_the_loss_is_saved_with_its_smoothing():
+    saved = keras.saving.serialize_keras_object(SmoothedCrossentropy(0.3))
+    assert keras.saving.deserialize_keras_object(saved).get_config()["smoothing"] == 0.3
 
 
 def test_long_texts_are_cut_and_all_are_translated(tmp_path):

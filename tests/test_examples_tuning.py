@@ -99,15 +99,16 @@ def test_a_killed_search_goes_on_and_is_never_worse_than_the_default(made_up, tm
 def test_another_budget_is_another_search(made_up, tmp_path):
     report = hyperparameter_tuning.main([*arguments(tmp_path, 1), "--budget", "0.5"])
     assert [folder.name for folder in tmp_path.iterdir()] == [PROJECT.replace("1.1", "0.5")]
+    assert list(report["results"]) == ["picked by hand", "nearest to the budget"]
     default, best = report["results"].values()
     assert default == best and default["cost"] == pytest.approx(2 * report["budget"])
 
 
 def test_trials_and_epochs_must_be_positive(tmp_path):
     # KerasTuner takes no trials for no end of them.
-    with pytest.raises(ValueError, match="^`trials` must be a positive integer. Received: tri"):
+    with pytest.raises(ValueError, match="^`--trials` must be a positive integer. Received"):
         hyperparameter_tuning.main(arguments(tmp_path, 0))
-    with pytest.raises(ValueError, match="^`epochs` must be a positive integer. Received: epo"):
+    with pytest.raises(ValueError, match="^`--epochs` must be a positive integer. Received"):
         hyperparameter_tuning.main([*arguments(tmp_path, 1), "--epochs", "0"])
 
 

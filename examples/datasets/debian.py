@@ -43,7 +43,13 @@ def fetch_packages(names, cache_dir):
                     "that come from PyPI."
                 )
             download.rename(folder)
-    return [next(folder.glob(f"{name}_*.deb")) for name in names]
+    packages = [path for name in names for path in folder.glob(f"{name}_*.deb")]
+    if len(packages) < len(names):
+        raise ValueError(
+            f"The cached packages must be {', '.join(names)}. Received: a folder with "
+            f"{len(packages)} of them. Delete the folder {folder} and run again."
+        )
+    return packages
 
 
 def read_members(package, suffix):

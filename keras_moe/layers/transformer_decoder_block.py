@@ -18,11 +18,13 @@ class TransformerDecoderBlock(TransformerBlock):
     """Causal self-attention, attention to a context if wanted, then a feed-forward layer.
 
     Each branch stands behind a normalisation and a residual: `x = x + dropout(branch(norm(x)))`.
-    No token sees a later one.
+    No token sees a later one, unless by the feed-forward layer: a warning names a router or a
+    capacity that lets it.
 
     To decode token by token, `make_cache` once and pass `cache` and `position`: what the block
-    computed of earlier tokens is then read instead of computed again, with the same outputs. The
-    cache is a dict of tensors (batch, ...) of fixed shapes, fit for `ops.while_loop`.
+    computed of earlier tokens is then read instead of computed again, with the same outputs if no
+    token sees a later one. The cache is a dict of tensors (batch, ...) of fixed shapes, fit for
+    `ops.while_loop`.
 
     Args:
         num_heads: number of attention heads; must divide the number of features, D.

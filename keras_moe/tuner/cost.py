@@ -45,7 +45,8 @@ class WithinBudget(keras_tuner.Objective):
     """The least loss under a budget: any trial above it is worse than every trial within it.
 
     The score within the budget grows with the loss from 0 to 1; above the budget, what was spent as
-    a multiple of it is added, so that the search learns which way is cheaper.
+    a multiple of it is added, so that the search learns which way is cheaper. KerasTuner averages
+    the scores of a trial's executions, not their losses: compare losses by `pareto_table`.
 
     Args:
         budget: highest cost.

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class ParetoRow(NamedTuple):
-    """One trial: `efficient` if no other has both less cost and less loss."""
+    """One trial: `efficient` if no other has a loss as low at a cost as low."""
 
     trial: str
     cost: float
