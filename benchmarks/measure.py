@@ -67,7 +67,11 @@ def write_json(name, options, rows):
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     record = {
-        "machine": {"processor": _processor(), "cores": os.cpu_count()},
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
+        },
         "backend": keras.backend.backend(),
         "versions": {"python": platform.python_version(), **_versions()},
         "options": vars(options),

@@ -10,4 +10,6 @@ def check_numbers(options, *names):
         ValueError: If an option is 0 or less.
     """
     for name in names:
-        check_positive_integer(f"--{name.replace('_', '-')}", getattr(options, name))
+        value = getattr(options, name)
+        for number in value if isinstance(value, list) else [value]:
+            check_positive_integer(f"--{name.replace('_', '-')}", number)

@@ -132,7 +132,7 @@ def check_causal(options):
 
 def digest(options, size):
     """A name for what decides the course of training."""
-    names = ("dataset", "experts", "router", "moe_every", "batch_size")
+    names = ("dataset", "experts", "router", "moe_every", "batch_size", "seeds", "compare")
     content = [keras.backend.backend(), size, *(getattr(options, name) for name in names)]
     return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 

@@ -47,7 +47,7 @@ TRANSLATION = translation.FULL._replace(pairs=3000)
 
 def main(arguments=None):
     options = parse_options(arguments)
-    check_numbers(options, "seeds")
+    check_numbers(options, "seeds", "experts")
     results: dict = {}
     for task in options.tasks:
         train = TASKS[task](options)
@@ -82,8 +82,10 @@ def parse_options(arguments):
 
 def progress(options):
     """The folder of what this command has not finished: another one does not touch it."""
-    settings = (keras.backend.backend(), options.smoke, options.tasks, options.experts)
-    return options.output / "progress" / training.digest(*settings, options.seeds)
+    commanded = (options.smoke, options.tasks, options.experts, options.seeds)
+    sizes = (LANGUAGE_MODEL, TRANSLATION, EPOCHS)
+    name = training.digest(keras.backend.backend(), *commanded, *sizes)
+    return options.output / "progress" / name
 
 
 def language_models(options):

@@ -49,7 +49,7 @@ def fit(model, batches, epochs, folder, callbacks, **arguments):
             **arguments,
         )
     except OSError as error:
-        if start.is_past:
+        if start.is_past or not done:
             raise
         raise ValueError(
             f"The weights of an interrupted run are damaged. Received: {error} for {backup}. "

@@ -149,7 +149,7 @@ def size_of(options):
 
 def settings_name(options):
     """A name for all that a run depends on: another command does not go on with this one's."""
-    names = ("dataset", "experts", "top_k", "moe_every", "epochs", "beams")
+    names = ("dataset", "experts", "top_k", "moe_every", "epochs", "beams", "seeds", "compare")
     settings = [getattr(options, name) for name in names]
     return training.digest(keras.backend.backend(), size_of(options), DROPOUT, *settings)
 

@@ -51,12 +51,19 @@ def small_blocks(monkeypatch):
     """Blocks so short that small groups need full blocks and a tail, and runs of few groups."""
     monkeypatch.setattr("keras_moe.ops.grouped_blocks.block_sizes", lambda *_: (2, 8))
     monkeypatch.setattr("keras_moe.ops.grouped_slices.RUN_ROWS", 8)
+    _forget()
+    yield
+    _forget()
 
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_what_was_compiled():
     """JAX keeps every function it ever compiled, some gigabytes at the end of a suite."""
     yield
+    _forget()
+
+
+def _forget():
     if BACKEND == "jax":
         import jax
 

@@ -131,6 +131,13 @@ def test_saliency_is_the_mean_weight_times_norm_of_each_expert(router):
     assert_close(saliency, total / np.maximum(served, 1), tolerance=1e-4)
 
 
+def test_saliency_of_experts_that_a_hash_chooses():
+    layer = moe(router=routers.HashRouter(E, 20, top_k=1))
+    ids = np.arange(15).reshape(3, 5)
+    saliency = array(metrics.expert_saliency(layer, normal(3, 5, D), token_ids=ids))
+    assert (saliency > 0).sum() > 1
+
+
 @pytest.mark.parametrize("router", ["top_k", "expert_choice", "soft"])
 def test_a_plan_says_whom_it_serves(router):
     router = routers.get(router, num_experts=E)

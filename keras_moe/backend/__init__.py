@@ -3,13 +3,15 @@
 Everything else in the package is written with `keras.ops`. A backend module provides:
 
 - `compiles_static_shapes()`: whether the code being traced needs every shape fixed.
+- `compile_once(function)`: a function that need not be compiled at each call.
 - `differentiable(forward, backward, inputs, context)`: a function with its own gradient.
 - `vjp(function, inputs)`: value and pullback of a plain function, usable inside loops.
 - `gather_rows(tensor, indices)`: rows of a tensor by (possibly multi-dimensional) index.
 - `slice_at(tensor, start, shape)`: a part of a tensor, where shapes are static.
 - `sort(integers)`: a vector of integers in ascending order, where shapes are static.
 - `scan(step, carry, xs)`: a loop that can be differentiated, where shapes are static.
-- `multiply_groups(rows, sizes, experts, kernel, bias)`: affine maps, where shapes are dynamic.
+- `multiply_groups(rows, sizes, experts, kernel, bias, transposed)`: affine maps, where shapes are
+  dynamic.
 - `stack_gradients(runs, kernels, biases)`: the gradients of those, where shapes are dynamic.
 - `sum_over_replicas(values)`: the sum of what all data-parallel replicas have.
 - `unstack_sizes(sizes)`: the entries of a vector as bounds of slices, where shapes are dynamic.
@@ -31,6 +33,7 @@ if keras.backend.backend() not in _SUPPORTED:
 
 _module = importlib.import_module(f"keras_moe.backend.{keras.backend.backend()}")
 
+compile_once = _module.compile_once
 compiles_static_shapes = _module.compiles_static_shapes
 differentiable = _module.differentiable
 gather_rows = _module.gather_rows

@@ -31,6 +31,14 @@ def differentiable(forward, backward, inputs, context):
     return function(tuple(inputs), tuple(context))
 
 
+def compile_once(function):
+    """The function, compiled for each first argument, which must be hashable, and for all shapes.
+
+    Outside of `jit` JAX would compile each loop in it again at every call.
+    """
+    return jax.jit(function, static_argnums=0)
+
+
 def vjp(function, inputs):
     """`function(*inputs)` and its pullback, for functions of tensors only."""
     return jax.vjp(function, *inputs)

@@ -30,6 +30,11 @@ def differentiable(forward, backward, inputs, context):
     return function(*inputs)
 
 
+def compile_once(function):
+    """The function itself: `tf.function` compiles what it is part of."""
+    return function
+
+
 def vjp(function, inputs):
     """`function(*inputs)` and its pullback, for functions of tensors only."""
     with tf.GradientTape() as tape:
@@ -52,21 +57,22 @@ def unstack_sizes(sizes):
     return tf.unstack(sizes)
 
 
-def multiply_groups(rows, sizes, experts, kernel, bias):
+def multiply_groups(rows, sizes, experts, kernel, bias=None, transposed=False):
     """One group of rows through the affine map of its expert.
 
     Args:
-        rows: (R, D).
+        rows: (R, D), or (R, H) if `transposed`.
         sizes: list of one size, R.
         experts: list of one number, that of the expert.
         kernel: (E, D, H).
         bias: (E, H) or None.
+        transposed: whether to multiply by the transposed kernel.
 
     Returns:
-        (R, H).
+        (R, H), or (R, D).
     """
     (expert,) = experts
-    product = tf.matmul(rows, kernel[expert])
+    product = tf.matmul(rows, kernel[expert], transpose_b=transposed)
     return product if bias is None else product + bias[expert]
 
 

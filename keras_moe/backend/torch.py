@@ -1,5 +1,6 @@
 """PyTorch primitives."""
 
+import keras
 import torch
 
 
@@ -11,16 +12,21 @@ def compiles_static_shapes():
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, forward, backward, context, *inputs):
-        output, ctx.saved = forward(inputs, context)
+        output, saved = forward(inputs, context)
         ctx.run_backward = backward
         ctx.integers = context
-        ctx.save_for_backward(*inputs)
+        # All tensors in the list that PyTorch frees, and may offload or compute again.
+        ctx.structure = keras.tree.map_structure(lambda _: 0, saved)
+        ctx.save_for_backward(*inputs, *keras.tree.flatten(saved))
+        ctx.num_inputs = len(inputs)
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
-        gradients = ctx.run_backward(ctx.saved_tensors, ctx.integers, ctx.saved, upstream)
+        inputs = ctx.saved_tensors[: ctx.num_inputs]
+        saved = keras.tree.pack_sequence_as(ctx.structure, ctx.saved_tensors[ctx.num_inputs :])
+        gradients = ctx.run_backward(inputs, ctx.integers, saved, upstream)
         return None, None, None, *gradients
 
 
@@ -31,6 +37,11 @@ def differentiable(forward, backward, inputs, context):
     gradient for each input. `context` holds integer tensors, which have no gradient.
     """
     return _Differentiable.apply(forward, backward, context, *inputs)
+
+
+def compile_once(function):
+    """The function itself: PyTorch runs it eagerly."""
+    return function
 
 
 def vjp(function, inputs):
@@ -56,19 +67,21 @@ def unstack_sizes(sizes):
     return sizes.tolist()
 
 
-def multiply_groups(rows, sizes, experts, kernel, bias):
+def multiply_groups(rows, sizes, experts, kernel, bias=None, transposed=False):
     """Groups of rows that stand one behind another, each through the affine map of its expert.
 
     Args:
-        rows: (R, D).
+        rows: (R, D), or (R, H) if `transposed`.
         sizes: list of the sizes of the groups.
         experts: list of the expert of each group.
         kernel: (E, D, H).
         bias: (E, H) or None.
+        transposed: whether to multiply by the transposed kernel.
 
     Returns:
-        (R, H).
+        (R, H), or (R, D).
     """
+    kernel = kernel.mT if transposed else kernel
     outputs = rows.new_empty((rows.shape[0], kernel.shape[2]))
     for expert, part, output in zip(experts, rows.split(sizes), outputs.split(sizes)):
         if bias is None:
@@ -88,8 +101,12 @@ def stack_gradients(runs, kernels, biases):
         biases: as many tensors (E, H), or none.
 
     Returns:
-        List of tensors like the kernels, then like the biases.
+        List of tensors like the kernels, then like the biases; of `None` if all are frozen.
     """
+    if not any(parameter.requires_grad for parameter in (*kernels, *biases)):
+        for _ in runs:
+            pass
+        return [None] * (len(kernels) + len(biases))
     kernel_gradients = [torch.empty_like(kernel) for kernel in kernels]
     bias_gradients = [torch.empty_like(bias) for bias in biases]
     idle = set(range(kernels[0].shape[0]))

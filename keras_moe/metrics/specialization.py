@@ -63,7 +63,7 @@ def coactivation(routing):
     return together / ops.maximum(ops.expand_dims(ops.sum(chosen, axis=0), 1), 1.0)
 
 
-def expert_saliency(layer, inputs, mask=None):
+def expert_saliency(layer, inputs, mask=None, token_ids=None):
     """What each expert contributes: mean over its tokens of weight times norm of its output.
 
     The experts with the smallest saliency are those to prune.
@@ -72,6 +72,7 @@ def expert_saliency(layer, inputs, mask=None):
         layer: a `layers.MixtureOfExperts` whose tokens choose experts.
         inputs: what the layer is called with.
         mask: mask of the inputs, or None.
+        token_ids: those that a `routers.HashRouter` needs, or None.
 
     Returns:
         (E,) float32; 0 for an expert without tokens.
@@ -87,7 +88,7 @@ def expert_saliency(layer, inputs, mask=None):
             f"with a `{type(layer.router).__name__}`, whose tokens do not choose. Use a layer with "
             "another router, such as `routers.TopKRouter`."
         )
-    _, routing = layer(inputs, mask=mask, return_routing=True)
+    _, routing = layer(inputs, mask=mask, token_ids=token_ids, return_routing=True)
     tokens = ops.reshape(inputs, (-1, inputs.shape[-1]))
     if mask is not None:
         tokens = ops.where(ops.reshape(mask, (-1, 1)), tokens, 0.0)

@@ -1,5 +1,9 @@
 """The feed-forward network of one expert, plain or gated, as a grouped operation."""
 
+import functools
+
+from keras import ops
+
 from keras_moe import backend
 from keras_moe.ops.grouped import Step, run_grouped
 
@@ -15,7 +19,7 @@ def grouped_feed_forward(tokens, weights, groups, activation, up_kernels, down_k
     Args:
         tokens: (T, D) float tensor.
         weights: (T, K) float32 combine weights.
-        groups: `ops.Groups`, which rows belong to which expert and token.
+        groups: `ops.Groups` or `ops.ChosenGroups`, which rows belong to which expert and token.
         activation: function of one tensor.
         up_kernels: one or two tensors (E, D, H). With two, the first is the gate.
         down_kernel: (E, H, D').
@@ -23,13 +27,33 @@ def grouped_feed_forward(tokens, weights, groups, activation, up_kernels, down_k
 
     Returns:
         (T, D') in the dtype of `tokens`. A token with no row is zero.
-    """
 
+    Raises:
+        ValueError: If there are biases, but not one for each kernel.
+    """
+    kernels = [*up_kernels, down_kernel]
+    if biases and len(biases) != len(kernels):
+        raise ValueError(
+            "There must be a bias for each kernel, or none. Received: "
+            f"{len(biases)} biases, {len(kernels)} kernels. Pass zeros for those that are missing."
+        )
+    step = _step(activation, tuple(kernel.shape[-1] for kernel in kernels))
+    return run_grouped(step, tokens, weights, kernels, list(biases), groups)
+
+
+# The same step for the same network: what is compiled for it serves again.
+@functools.lru_cache
+def _step(activation, widths):
     def hidden_of(*pre_activations):
-        if len(up_kernels) == 1:
-            return activation(pre_activations[0])
-        gate, up = pre_activations
-        return activation(gate) * up
+        *gates, up = pre_activations
+        if not gates:
+            return _activate(up)
+        (gate,) = gates
+        return _activate(gate) * up
+
+    def _activate(values):
+        # An activation may compute in float32; products need one dtype.
+        return ops.cast(activation(values), values.dtype)
 
     def forward(rows, projections):
         *ups, down = projections
@@ -43,11 +67,4 @@ def grouped_feed_forward(tokens, weights, groups, activation, up_kernels, down_k
         row_gradient = sum(up.pull(pre) for up, pre in zip(ups, pre_gradients))
         return row_gradient, [*((rows, pre) for pre in pre_gradients), (hidden, gradient)]
 
-    step = Step(
-        forward,
-        backward,
-        saved_widths=tuple(kernel.shape[-1] for kernel in up_kernels),
-        output_width=down_kernel.shape[-1],
-    )
-    kernels = [*up_kernels, down_kernel]
-    return run_grouped(step, tokens, weights, kernels, biases, groups)
+    return Step(forward, backward, saved_widths=widths[:-1], output_width=widths[-1])

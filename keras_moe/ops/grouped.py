@@ -9,8 +9,8 @@ that feeds it. There are two, with one interface, because frameworks differ in o
 - Where every shape is fixed at compile time (XLA), rows are taken in blocks: `grouped_blocks`.
   Kernels are taken one expert at a time, and the hidden activations of a block stay in cache,
   which is why this can be faster than one large dense layer.
-- Where shapes may depend on data (eager PyTorch, TensorFlow without XLA), each group is one slice
-  of its exact size: `grouped_slices`.
+- Where shapes may depend on data (eager PyTorch, TensorFlow without XLA), groups are taken in
+  slices of their exact sizes: `grouped_slices`.
 
 Neither computes a row that belongs to no group: padded and dropped assignments cost nothing.
 """
@@ -44,11 +44,12 @@ class Step(NamedTuple):
     output_width: int
 
 
+@backend.compile_once
 def run_grouped(step, tokens, weights, kernels, biases, groups):
     """Apply `step` to every group of rows, and sum each token's rows by weight.
 
     Args:
-        step: a `Step`.
+        step: a `Step`, hashable. The same one is compiled once.
         tokens: (T, D).
         weights: (T, K) combine weights.
         kernels: list of tensors (E, D, H), of as many projections.

@@ -50,16 +50,16 @@ def backward(step, tokens, row_weights, kernels, biases, groups, outputs, saved,
                 [block.read(buffer) for buffer in saved],
                 output_gradient * weights,
             )
-            weight_gradient = row_sums(output_gradient * block.read(outputs))
+            weight_gradient = row_sums(output_gradient, block.read(outputs))
             return (
                 block.write(row_gradients, row_gradient),
                 block.write(weight_gradients, weight_gradient),
                 [
-                    _add_at(total, expert, _narrow_first(*pair))
+                    _add_at(total, expert, _narrow_first(*map(block.mask, pair)))
                     for total, pair in zip(kernel_gradients, factors)
                 ],
                 [
-                    _add_at(total, expert, _column_sums(right))
+                    _add_at(total, expert, _column_sums(block.mask(right)))
                     for total, (_, right) in zip(bias_gradients, factors)
                 ],
             )
@@ -119,17 +119,18 @@ class _Block(NamedTuple):
 
     def gather(self, tokens):
         """The tokens of the rows, zeros past the end of the group."""
-        return self._mask(backend.gather_rows(tokens, self.token_of_row))
+        return self.mask(backend.gather_rows(tokens, self.token_of_row))
 
     def read(self, buffer):
         """The rows of a buffer, zeros past the end of the group."""
         rows = backend.slice_at(buffer, (self.start, 0), (self.length, buffer.shape[1]))
-        return self._mask(rows)
+        return self.mask(rows)
 
     def write(self, buffer, rows):
         return ops.slice_update(buffer, (self.start, 0), ops.cast(rows, buffer.dtype))
 
-    def _mask(self, rows):
+    def mask(self, rows):
+        """Zeros past the end of the group, whatever an activation made of zeros there."""
         return ops.where(self.inside, rows, ops.zeros((), rows.dtype))
 
 

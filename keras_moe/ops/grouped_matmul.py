@@ -1,5 +1,7 @@
 """Grouped matrix product: the primitive that other expert banks can be built from."""
 
+import functools
+
 from keras import ops
 
 from keras_moe.ops.grouped import Step, run_grouped
@@ -38,12 +40,6 @@ def grouped_matmul(rows, kernels, group_sizes):
     group_sizes = ops.cast(ops.convert_to_tensor(group_sizes), "int32")
     _check_shapes(rows.shape, kernels.shape, group_sizes.shape)
 
-    def forward(rows, projections):
-        return projections[0](rows), []
-
-    def backward(rows, projections, _, gradient):
-        return projections[0].pull(gradient), [(rows, gradient)]
-
     num_rows = ops.shape(rows)[0]
     row_numbers = ops.arange(num_rows, dtype="int32")
     computed = row_numbers < ops.sum(group_sizes)
@@ -52,8 +48,20 @@ def grouped_matmul(rows, kernels, group_sizes):
         assignment_of_row=row_numbers,
         rows_of_token=ops.expand_dims(ops.where(computed, row_numbers, -1), 1),
     )
-    step = Step(forward, backward, saved_widths=(), output_width=kernels.shape[-1])
-    return run_grouped(step, rows, ops.ones((num_rows, 1), "float32"), [kernels], [], groups)
+    return run_grouped(
+        _step(kernels.shape[-1]), rows, ops.ones((num_rows, 1), "float32"), [kernels], [], groups
+    )
+
+
+@functools.lru_cache
+def _step(width):
+    def forward(rows, projections):
+        return projections[0](rows), []
+
+    def backward(rows, projections, _, gradient):
+        return projections[0].pull(gradient), [(rows, gradient)]
+
+    return Step(forward, backward, saved_widths=(), output_width=width)
 
 
 def _check_shapes(rows, kernels, group_sizes):

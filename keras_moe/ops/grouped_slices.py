@@ -1,7 +1,7 @@
-"""Driver of a grouped operation that gives each expert one slice of its exact size.
+"""Driver of a grouped operation that takes groups in slices of their exact sizes.
 
 For frameworks whose shapes may depend on data. Where sizes are known, small groups that stand one
-behind another are taken together: only their products are made one by one.
+behind another are one slice: only their products are made one by one.
 """
 
 from itertools import zip_longest
@@ -41,11 +41,10 @@ def backward(step, tokens, row_weights, kernels, biases, groups, outputs, saved,
                 output_gradient * row_weights[run.rows],
             )
             row_parts.append(row_gradient)
-            weight_parts.append(row_sums(output_gradient * outputs[run.rows]))
+            weight_parts.append(row_sums(output_gradient, outputs[run.rows]))
             yield run.sizes, run.experts, factors
 
-    # The gradients of a run are put in place before the next one's are computed: they never take
-    # their room twice.
+    # Each run's gradients can be put in place before the next one's are computed.
     gradients = backend.stack_gradients(factors_of_runs(), kernels, biases)
     return (
         _all_rows(row_parts, (tokens.shape[1], tokens.dtype), groups),
@@ -73,13 +72,12 @@ class _Projection(NamedTuple):
     bias: Any
 
     def __call__(self, rows):
-        return backend.multiply_groups(
-            rows, self.run.sizes, self.run.experts, self.kernel, self.bias
-        )
+        sizes, experts, _ = self.run
+        return backend.multiply_groups(rows, sizes, experts, self.kernel, self.bias)
 
     def pull(self, gradient):
-        transposed = ops.transpose(self.kernel, (0, 2, 1))
-        return backend.multiply_groups(gradient, self.run.sizes, self.run.experts, transposed, None)
+        sizes, experts, _ = self.run
+        return backend.multiply_groups(gradient, sizes, experts, self.kernel, transposed=True)
 
 
 def _runs(groups):

@@ -137,7 +137,7 @@ def combine_rows(rows, weights, groups):
         rows, weights = inputs
         groups = groups_of(*context)
         row_gradient = backend.gather_rows(gradient, groups.token_of_row())
-        weight_gradient = row_sums(row_gradient * rows)
+        weight_gradient = row_sums(row_gradient, rows)
         row_weights = ops.cast(groups.weight_of_row(weights), rows.dtype)
         return (
             row_gradient * ops.expand_dims(row_weights, 1),
@@ -147,6 +147,7 @@ def combine_rows(rows, weights, groups):
     return backend.differentiable(forward, backward, (rows, weights), tuple(groups))
 
 
-def row_sums(values):
-    """(R, 1) float32 sums along the last axis."""
-    return ops.sum(ops.cast(values, "float32"), axis=1, keepdims=True)
+def row_sums(left, right):
+    """(R, 1) float32 sums of the products along the last axis."""
+    products = ops.cast(left, "float32") * ops.cast(right, "float32")
+    return ops.sum(products, axis=1, keepdims=True)

@@ -1,0 +1,93 @@
+"""What `grouped_feed_forward` promises beside its values: dtypes, any activation, no waste."""
+
+import numpy as np
+import pytest
+from conftest import BACKEND, MODES, assert_close, gradients
+from keras import ops
+
+from keras_moe import backend, layers
+from keras_moe.ops import grouped_feed_forward, plan_groups, top_k_routing
+from keras_moe.ops.grouped import run_grouped
+
+T, D, H, E, K = 13, 4, 6, 3, 2
+
+
+def network(activation, dtype="float32", biases=2):
+    """The sum of the squared outputs, as a function of tokens, kernels and biases, and those."""
+    generator = np.random.default_rng(0)
+    scores = generator.standard_normal((T, E)).astype("float32")
+
+    def function(*inputs):
+        tokens, up, down, *biases = (ops.cast(tensor, dtype) for tensor in inputs)
+        plan = plan_groups(top_k_routing(ops.convert_to_tensor(scores), K))
+        outputs = grouped_feed_forward(
+            tokens, plan.weights, plan.groups, activation, [up], down, biases
+        )
+        return ops.sum(ops.square(ops.cast(outputs, "float32")))
+
+    shapes = [(T, D), (E, D, H), (E, H, D), (E, H), (E, D)]
+    inputs = [generator.standard_normal(shape).astype("float32") for shape in shapes]
+    return function, inputs[: 3 + biases]
+
+
+def signed_root(values):
+    return ops.sign(values) * ops.sqrt(ops.abs(values))
+
+
+def in_float32(values):
+    return ops.gelu(ops.cast(values, "float32"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_slope_that_is_infinite_at_zero_spoils_no_gradient(mode, small_blocks):
+    function, inputs = network(signed_root, biases=0)
+    for gradient in gradients(function, inputs, mode):
+        assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("activation", [ops.gelu, in_float32])
+def test_gradients_in_half_precision_are_those_of_float32(activation, dtype):
+    low = gradients(*network(activation, dtype))
+    full = gradients(*network(activation))
+    for gradient, expected in zip(low, full):
+        assert_close(gradient, expected, tolerance=0.05)
+
+
+def test_there_is_a_bias_for_each_kernel_or_none():
+    function, inputs = network(ops.gelu, biases=1)
+    with pytest.raises(ValueError, match="a bias for each kernel, or none. Received: 1 biases, 2"):
+        function(*map(ops.convert_to_tensor, inputs))
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="only JAX compiles what runs eagerly")
+def test_a_layer_that_runs_eagerly_is_compiled_once():
+    layer = layers.MixtureOfExperts(layers.FeedForwardExperts(E, H))
+    x = np.ones((T, D), "float32")
+    layer(x)
+    compiled = run_grouped._cache_size()
+    layer(x + 1)
+    assert run_grouped._cache_size() == compiled
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="XLA leaves out what nobody needs")
+def test_frozen_kernels_cost_no_gradients():
+    function, inputs = network(ops.gelu)
+    tokens, *parameters = map(ops.convert_to_tensor, inputs)
+    assert backend.stack_gradients([], parameters[:2], parameters[2:]) == [None] * 4
+    tokens.requires_grad_()
+    function(tokens, *parameters).backward()
+    assert tokens.grad is not None and all(parameter.grad is None for parameter in parameters)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="of PyTorch's graph")
+def test_what_is_kept_for_the_gradient_is_freed_with_it():
+    function, inputs = network(ops.gelu)
+    loss = function(*(ops.convert_to_tensor(array).requires_grad_() for array in inputs))
+    node = loss.grad_fn
+    while "Differentiable" not in node.name():
+        node = node.next_functions[0][0]
+    assert len(node.saved_tensors) > len(inputs)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="already been freed"):
+        print(node.saved_tensors)
