@@ -17,9 +17,7 @@ Each contestant runs in a fresh process. The columns, all of one forward and bac
 - compile_s: the first run less the second.
 """
 
-import concurrent.futures
 import gc
-import multiprocessing
 import os
 import pathlib
 import sys
@@ -30,7 +28,7 @@ import numpy as np
 
 from benchmarks import contestants
 from benchmarks.executed import executed_flops
-from benchmarks.measure import milliseconds, print_table, write_json
+from benchmarks.measure import in_fresh_process, milliseconds, print_table, write_json
 from benchmarks.options import describe, parse, parser
 from benchmarks.steps import compiled_step, jax_function, to_tensor
 
@@ -58,7 +56,6 @@ def _parser():
 
 def _in_fresh_process(function, *arguments):
     """`function(*arguments)`, told where XLA writes a file for each module it compiles."""
-    context = multiprocessing.get_context("spawn")
     before = dict(os.environ)
     with tempfile.TemporaryDirectory() as dump:
         flags = f"{before.get('XLA_FLAGS', '')} --xla_dump_to={dump} --xla_dump_hlo_as_text"
@@ -66,8 +63,7 @@ def _in_fresh_process(function, *arguments):
         limits = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "131072")
         os.environ.update(XLA_FLAGS=flags, **limits)
         try:
-            with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-                return pool.submit(function, *arguments, dump).result()
+            return in_fresh_process(function, *arguments, dump)
         finally:
             os.environ.clear()
             os.environ.update(before)

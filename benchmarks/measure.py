@@ -1,6 +1,8 @@
 """Timing side by side: contestants take turns in one process, so that noise hits all alike."""
 
+import concurrent.futures
 import json
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -79,6 +81,13 @@ def write_json(name, options, rows):
     }
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written: benchmarks/results/{path.name}", flush=True)
+
+
+def in_fresh_process(function, *arguments):
+    """`function(*arguments)`, both of which must be picklable."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def milliseconds(run):

@@ -76,6 +76,14 @@ def test_layer_compares_skews_and_number_of_tokens(capsys):
     assert "T=32, forward+backward" in printed and "E=4 zipf" in printed
 
 
+def test_of_several_processes_the_middle_ratio_is_shown_between_the_extremes():
+    runs = [
+        [{"name": "E=4", "ms": ms, "ratio": ratio}] for ms, ratio in ((5, 1.5), (9, 1.1), (7, 1.2))
+    ]
+    expected = {"name": "E=4", "ms": 7, "ratio": 1.2, "ratio_low": 1.1, "ratio_high": 1.5}
+    assert layer.middle(runs) == [expected]
+
+
 def test_layer_takes_gated_experts_in_low_precision():
     rows = layer.main(["--smoke", "--gated", "--dtype", "bfloat16"])
     assert_timed(rows)
