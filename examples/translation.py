@@ -127,7 +127,7 @@ def parse_options(arguments):
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--top-k", type=int, default=2, help="experts that serve each piece")
     parser.add_argument("--moe-every", type=int, default=1, help="every n-th block has experts")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=1, help="number of runs to average")
     parser.add_argument("--beams", type=int, default=4, help="1 writes greedily")
     parser.add_argument(
