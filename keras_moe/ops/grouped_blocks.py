@@ -47,7 +47,8 @@ def backward(step, tokens, row_weights, kernels, biases, groups, outputs, saved,
             row_gradient, factors = step.backward(
                 block.gather(tokens),
                 projections,
-                [block.read(buffer) for buffer in saved],
+                # Not zeros: there an activation may have no slope, and NaN times 0 is NaN.
+                [block.read(buffer, past_end=1.0) for buffer in saved],
                 output_gradient * weights,
             )
             weight_gradient = row_sums(output_gradient, block.read(outputs))
@@ -55,11 +56,11 @@ def backward(step, tokens, row_weights, kernels, biases, groups, outputs, saved,
                 block.write(row_gradients, row_gradient),
                 block.write(weight_gradients, weight_gradient),
                 [
-                    _add_at(total, expert, _narrow_first(*map(block.mask, pair)))
+                    _add_at(total, expert, _narrow_first(*pair))
                     for total, pair in zip(kernel_gradients, factors)
                 ],
                 [
-                    _add_at(total, expert, _column_sums(block.mask(right)))
+                    _add_at(total, expert, _column_sums(right))
                     for total, (_, right) in zip(bias_gradients, factors)
                 ],
             )
@@ -119,19 +120,18 @@ class _Block(NamedTuple):
 
     def gather(self, tokens):
         """The tokens of the rows, zeros past the end of the group."""
-        return self.mask(backend.gather_rows(tokens, self.token_of_row))
+        return self._mask(backend.gather_rows(tokens, self.token_of_row), 0.0)
 
-    def read(self, buffer):
-        """The rows of a buffer, zeros past the end of the group."""
+    def read(self, buffer, past_end=0.0):
+        """The rows of a buffer, `past_end` past the end of the group."""
         rows = backend.slice_at(buffer, (self.start, 0), (self.length, buffer.shape[1]))
-        return self.mask(rows)
+        return self._mask(rows, past_end)
 
     def write(self, buffer, rows):
         return ops.slice_update(buffer, (self.start, 0), ops.cast(rows, buffer.dtype))
 
-    def mask(self, rows):
-        """Zeros past the end of the group, whatever an activation made of zeros there."""
-        return ops.where(self.inside, rows, ops.zeros((), rows.dtype))
+    def _mask(self, rows, past_end):
+        return ops.where(self.inside, rows, ops.full((), past_end, rows.dtype))
 
 
 # On CPUs XLA computes A^T B at half the speed where A is wider than B. Such gradients are summed
