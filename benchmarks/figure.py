@@ -5,7 +5,7 @@
 It reads what these two commands write on each backend:
 
     python -m benchmarks.layer --experts 8 64
-    python -m benchmarks.layer --experts 8 --tokens 1024 4096 16384 --rounds 7 --tag=-tokens
+    python -m benchmarks.layer --experts 8 --tokens 1024 4096 16384 65536 --tag=-tokens
 """
 
 import json

@@ -19,6 +19,7 @@ from benchmarks import (  # noqa: E402
     figure,
     layer,
     measure,
+    memory,
     model,
     monitoring,
     peers,
@@ -129,6 +130,12 @@ def test_routers_are_timed_alone_and_as_a_share_of_the_step():
     for row in rows:
         assert 0 < row["routing_ms"] and 0 < row["step_ms"]
         assert 0 < row["share_low_%"] <= row["share_%"] <= row["share_high_%"]
+
+
+def test_memory_is_written():
+    (row,) = memory.main(["--smoke"])
+    assert written("memory")["rows"] == [row]
+    assert row["ms"] > 0 and row["page_faults"] >= 0 and row["system_ms"] >= 0
 
 
 def test_decode_takes_few_tokens():
