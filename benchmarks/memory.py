@@ -13,21 +13,23 @@ import numpy as np
 
 from benchmarks.measure import milliseconds, print_table, write_json
 from benchmarks.options import parse, parser
-
-EXPERTS = 64
+from benchmarks.steps import compiled_step
 
 
 def main(arguments=None):
-    options = parse(parser(__doc__), arguments)
-    tensor = keras.ops.ones((EXPERTS, options.features, 2 * options.hidden))
-    double = _compiled(lambda tensor: tensor * 2)
+    options = parse(parser(__doc__, experts=[64]), arguments)
+    (num_experts,) = options.experts
+    tensor = np.ones((num_experts, options.features, 2 * options.hidden), "float32")
+    double = keras.layers.Lambda(lambda values: 2 * values)
+    double.build(tensor.shape)
+    write = compiled_step(double, tensor, backward=False)
     for _ in range(2):
-        double(tensor)
+        write()
     before = resource.getrusage(resource.RUSAGE_SELF)
-    times = [milliseconds(lambda: double(tensor)) for _ in range(options.rounds)]
+    times = [milliseconds(write) for _ in range(options.rounds)]
     after = resource.getrusage(resource.RUSAGE_SELF)
     row = {
-        "name": f"{4 * int(np.prod(tensor.shape)) / 1e6:.0f} MB",
+        "name": f"{tensor.nbytes / 1e6:.0f} MB",
         "ms": float(np.median(times)),
         "page_faults": (after.ru_minflt - before.ru_minflt) / options.rounds,
         "system_ms": 1e3 * (after.ru_stime - before.ru_stime) / options.rounds,
@@ -35,22 +37,6 @@ def main(arguments=None):
     print_table([row], f"{keras.backend.backend()}, one write")
     write_json(f"memory-{keras.backend.backend()}{options.tag}", options, [row])
     return [row]
-
-
-def _compiled(function):
-    """The function, compiled where the backend compiles, that waits for its end."""
-    backend = keras.backend.backend()
-    if backend == "jax":
-        import jax
-
-        compiled = jax.jit(function)
-        return lambda tensor: compiled(tensor).block_until_ready()
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        compiled = tf.function(function, jit_compile=True)
-        return lambda tensor: compiled(tensor)[0, 0, 0].numpy()
-    return function
 
 
 if __name__ == "__main__":

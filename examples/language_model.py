@@ -11,7 +11,6 @@ backend.
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import pathlib
@@ -60,9 +59,9 @@ DENSE_EQUAL_TIME = "dense twin, equal time"
 
 def main(arguments=None):
     options = parse_options(arguments)
+    check_numbers(options, "experts", "moe_every", "batch_size", "seeds")
     if options.generate is not None:
         return generate(options.generate, options.output, options.seed)
-    check_numbers(options, "experts", "moe_every", "batch_size", "seeds")
     check_causal(options)
     size = SMOKE if options.smoke else FULL
     texts = datasets.load(options.dataset, options.data_dir)
@@ -133,8 +132,7 @@ def check_causal(options):
 def digest(options, size):
     """A name for what decides the course of training."""
     names = ("dataset", "experts", "router", "moe_every", "batch_size", "seeds", "compare")
-    content = [keras.backend.backend(), size, *(getattr(options, name) for name in names)]
-    return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
+    return resuming.digest(size, *(getattr(options, name) for name in names))
 
 
 def make_model(name, num_tokens, options, size):

@@ -84,8 +84,7 @@ def progress(options):
     """The folder of what this command has not finished: another one does not touch it."""
     commanded = (options.smoke, options.tasks, options.experts, options.seeds)
     sizes = (LANGUAGE_MODEL, TRANSLATION, EPOCHS)
-    name = training.digest(keras.backend.backend(), *commanded, *sizes)
-    return options.output / "progress" / name
+    return options.output / "progress" / resuming.digest(*commanded, *sizes)
 
 
 def language_models(options):

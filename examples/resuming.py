@@ -1,5 +1,6 @@
 """Training that an interruption does not end: the same call again goes on after it."""
 
+import hashlib
 import json
 import shutil
 
@@ -61,6 +62,12 @@ def fit(model, batches, epochs, folder, callbacks, **arguments):
 def finished_epochs(backup):
     """Number of epochs whose weights are kept."""
     return _read_epoch(backup / METADATA) or 0
+
+
+def digest(*settings):
+    """A short name for settings, other for others, on each backend."""
+    content = repr((keras.backend.backend(), *settings))
+    return hashlib.sha256(content.encode("utf-8")).hexdigest()[:12]
 
 
 def forget(folder):

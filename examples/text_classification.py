@@ -49,11 +49,11 @@ LEARNING_RATE = 1e-3
 
 def main(arguments=None):
     options = parse_options(arguments)
+    check_numbers(options, "experts", "top_k", "epochs", "batch_size", "seeds")
     if options.predict is not None:
         return predict(options.predict, options.output)
     if options.mixed_precision:
         keras.mixed_precision.set_global_policy("mixed_bfloat16")
-    check_numbers(options, "experts", "top_k", "epochs", "batch_size", "seeds")
     size = SMOKE if options.smoke else FULL
     data = datasets.load(options.dataset, options.data_dir)
     train, validation, test = (cut(split, size.documents) for split in data[:3])

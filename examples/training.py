@@ -1,6 +1,5 @@
 """Training of a translator that goes on after an interruption."""
 
-import hashlib
 import json
 
 import keras
@@ -66,11 +65,6 @@ class _SetEpoch(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self.batches.epoch = epoch
-
-
-def digest(*settings):
-    """A short name for settings, other for others."""
-    return hashlib.sha256(repr(settings).encode("utf-8")).hexdigest()[:12]
 
 
 def write_json(path, content):

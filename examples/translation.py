@@ -54,9 +54,9 @@ DROPOUT = 0.1
 
 def main(arguments=None):
     options = parse_options(arguments)
+    check_numbers(options, "experts", "top_k", "moe_every", "epochs", "seeds", "beams")
     if options.translate is not None:
         return translate(options.translate, options.output, options.beams)
-    check_numbers(options, "experts", "top_k", "moe_every", "epochs", "seeds", "beams")
     size = size_of(options)
     data = pairs.ParallelDataset(
         *(cut(split, size.pairs) for split in pairs.load(options.dataset, options.data_dir))
@@ -151,7 +151,7 @@ def settings_name(options):
     """A name for all that a run depends on: another command does not go on with this one's."""
     names = ("dataset", "experts", "top_k", "moe_every", "epochs", "beams", "seeds", "compare")
     settings = [getattr(options, name) for name in names]
-    return training.digest(keras.backend.backend(), size_of(options), DROPOUT, *settings)
+    return resuming.digest(size_of(options), DROPOUT, *settings)
 
 
 def cut(split, number):

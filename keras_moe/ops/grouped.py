@@ -7,8 +7,8 @@ A grouped operation is a *step*, the arithmetic of one expert on some of its row
 that feeds it. There are two, with one interface, because frameworks differ in one thing only:
 
 - Where every shape is fixed at compile time (XLA), rows are taken in blocks: `grouped_blocks`.
-  Kernels are taken one expert at a time, and the hidden activations of a block stay in cache,
-  which is why this can be faster than one large dense layer.
+  Kernels are taken one expert at a time, and no tensor has the hidden width of all rows but the
+  pre-activations.
 - Where shapes may depend on data (eager PyTorch, TensorFlow without XLA), groups are taken in
   slices of their exact sizes: `grouped_slices`.
 

@@ -2,8 +2,8 @@
 
 For compilers that fix every shape. A few sizes of blocks are compiled, a loop with a dynamic trip
 count stands for each, and a group is covered by blocks of falling size. A block may reach past the
-end of its group. There it reads zeros, and what it writes is either overwritten by the next group,
-or lies behind the last one, where nobody looks.
+end of its group. There it reads zeros, or ones as pre-activations, and what it writes is either
+overwritten by the next group, or lies behind the last one, where nobody looks.
 """
 
 from itertools import zip_longest

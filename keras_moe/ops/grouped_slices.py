@@ -82,7 +82,7 @@ class _Projection(NamedTuple):
 
 def _runs(groups):
     """All groups in runs of up to `RUN_ROWS` rows; longer ones and unknown ones by themselves."""
-    start = 0
+    start = end = 0
     sizes: list = []
     experts: list = []
     for expert, size in enumerate(backend.unstack_sizes(groups.sizes)):
@@ -90,13 +90,14 @@ def _runs(groups):
         # Each operation on nothing would cost as much as on a few rows.
         if is_known and size == 0:
             continue
-        if sizes and not (is_known and sum(sizes) + size <= RUN_ROWS):
-            yield _Run(sizes, experts, slice(start, start + sum(sizes)))
-            start, sizes, experts = start + sum(sizes), [], []
+        if sizes and not (is_known and end - start + size <= RUN_ROWS):
+            yield _Run(sizes, experts, slice(start, end))
+            start, sizes, experts = end, [], []
         sizes.append(size)
         experts.append(expert)
+        end = end + size
     if sizes:
-        yield _Run(sizes, experts, slice(start, start + sum(sizes)))
+        yield _Run(sizes, experts, slice(start, end))
 
 
 def _all_rows(parts, width_and_dtype, groups):

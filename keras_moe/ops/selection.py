@@ -5,9 +5,9 @@ from keras import ops
 
 from keras_moe import backend
 
-# Below every score in use, above minus infinity, and above the lowest float, from which
-# TensorFlow's argmax begins and which it therefore never finds.
-LOW = float(np.finfo("float32").min) / 2
+# The second lowest float: below all other scores and above minus infinity. TensorFlow's argmax
+# begins from the lowest and therefore never finds it.
+LOW = float(np.nextafter(np.finfo("float32").min, np.float32(0)))
 
 
 def top_k_indices(scores, top_k):

@@ -5,9 +5,6 @@ from keras import ops
 from keras_moe.ops.plans import place_in_queue, put
 from keras_moe.ops.selection import take_scores, top_k_indices
 
-# Above what `top_k_indices` makes of minus infinity: an expert that refused is never the best.
-LOWEST = -1e38
-
 
 def sinkhorn_plan(logits, mask, iterations):
     """The plan closest to the softmax whose experts all have the same load.
@@ -58,7 +55,7 @@ def balanced_assignment(scores, mask):
         (T,) int32; padding is given expert 0.
     """
     num_tokens, num_experts = ops.shape(scores)[0], scores.shape[-1]
-    scores = ops.maximum(ops.where(ops.isfinite(scores), scores, LOWEST), LOWEST)
+    scores = ops.where(ops.isfinite(scores), scores, -3e38)
     num_real = ops.sum(ops.cast(mask, "int32"))
     room = (num_real + num_experts - 1) // num_experts
     experts = ops.arange(num_experts, dtype="int32")
