@@ -50,6 +50,7 @@ def pytest_configure(config):
 def small_blocks(monkeypatch):
     """Blocks so short that small groups need full blocks and a tail, and runs of few groups."""
     monkeypatch.setattr("keras_moe.ops.grouped_blocks.block_sizes", lambda *_: (2, 8))
+    monkeypatch.setattr("keras_moe.ops.grouped_blocks.BLOCK_OVERHEAD", 1)
     monkeypatch.setattr("keras_moe.ops.grouped_slices.RUN_ROWS", 8)
     _forget()
     yield

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import BACKEND, MODES, assert_close, gradients
+from conftest import BACKEND, KERNEL_MODES, MODES, assert_close, gradients
 from keras import ops
 
 from keras_moe import backend, layers
@@ -12,13 +12,17 @@ from keras_moe.ops.grouped import run_grouped
 T, D, H, E, K = 13, 4, 6, 3, 2
 
 
-def network(activation, dtype="float32", biases=2):
-    """The sum of the squared outputs, as a function of tokens, kernels and biases, and those."""
+def network(activation, dtype="float32", stored_dtype=None, biases=2):
+    """The sum of the squared outputs, as a function of tokens, kernels and biases, and those.
+
+    All have the `dtype`, unless another one is given for kernels and biases.
+    """
     generator = np.random.default_rng(0)
     scores = generator.standard_normal((T, E)).astype("float32")
 
     def function(*inputs):
-        tokens, up, down, *biases = (ops.cast(tensor, dtype) for tensor in inputs)
+        tokens = ops.cast(inputs[0], dtype)
+        up, down, *biases = (ops.cast(tensor, stored_dtype or dtype) for tensor in inputs[1:])
         plan = plan_groups(top_k_routing(ops.convert_to_tensor(scores), K))
         outputs = grouped_feed_forward(
             tokens, plan.weights, plan.groups, activation, [up], down, biases
@@ -45,13 +49,51 @@ def test_a_slope_that_is_infinite_at_zero_spoils_no_gradient(mode, small_blocks)
         assert np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("mode", KERNEL_MODES)
+@pytest.mark.parametrize("stored_dtype", [None, "float32"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("activation", [ops.gelu, in_float32])
-def test_gradients_in_half_precision_are_those_of_float32(activation, dtype):
-    low = gradients(*network(activation, dtype))
+def test_gradients_in_half_precision_are_those_of_float32(activation, dtype, stored_dtype, mode):
+    low = gradients(*network(activation, dtype, stored_dtype), mode)
     full = gradients(*network(activation))
     for gradient, expected in zip(low, full):
         assert_close(gradient, expected, tolerance=0.05)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="reads what JAX traces")
+def test_kernels_of_idle_experts_are_not_converted():
+    import jax
+
+    layer = layers.MixtureOfExperts(layers.FeedForwardExperts(E, H), dtype="mixed_bfloat16")
+    layer.build((None, D))
+
+    def loss(weights, x):
+        outputs, _ = layer.stateless_call(weights, layer.non_trainable_variables, x)
+        return ops.sum(ops.cast(outputs, "float32"))
+
+    weights = [weight.value for weight in layer.trainable_variables]
+    traced = str(jax.make_jaxpr(jax.grad(loss))(weights, np.ones((T, D), "float32")))
+    assert f"f32[{E},{D},{H}]" in traced
+    assert f"bf16[{E},{D},{H}]" not in traced
+
+
+def test_nothing_is_kept_for_a_gradient_that_nobody_takes():
+    kept = []
+
+    def forward(inputs, context, keep):
+        kept.append(keep)
+        return inputs[0] * 2.0, ()
+
+    def backward(inputs, context, saved, gradient):
+        return (gradient * 2.0,)
+
+    def double(x):
+        return ops.sum(backend.differentiable(forward, backward, (x,), ()))
+
+    double(ops.ones((3,)))
+    assert kept == [BACKEND == "tensorflow"]  # which does not tell
+    gradients(double, [np.ones(3, "float32")])
+    assert kept[-1]
 
 
 def test_there_is_a_bias_for_each_kernel_or_none():

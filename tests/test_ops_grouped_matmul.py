@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_moe.ops import grouped_matmul
+from keras_moe.ops import grouped_blocks, grouped_matmul
 
 
 def weighted_sum(inputs, sizes, upstream):
@@ -86,6 +86,28 @@ def test_groups_around_the_real_block_sizes_equal_the_oracle(mode):
     for sizes in ([15, 16, 17], [63, 65, 129], [192, 193, 257], [385, 0, 511], [512, 513, 1]):
         check_against_oracle(function, np.random.default_rng(1), 1030, sizes, shape=(2, 3))
     check_against_oracle(function, np.random.default_rng(1), 1030, [1030, 0, 0], shape=(2, 3))
+
+
+@settings(max_examples=20)
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=3, unique=True).map(sorted),
+    st.integers(0, 20),
+)
+def test_no_cover_is_cheaper_than_the_chosen_one(lengths, overhead):
+    covers = grouped_blocks.cheapest_covers(tuple(lengths), overhead)
+    price = np.array(lengths) + overhead
+    choices = np.array(list(np.ndindex(*(lengths[-1] // length + 2 for length in lengths))))
+    for rows, cover in enumerate(covers.T):
+        enough = choices[choices @ lengths >= rows]
+        assert cover @ lengths >= rows
+        assert cover @ price == min(enough @ price)
+
+
+def test_there_are_few_sizes_of_blocks_and_none_is_empty():
+    for mean in range(1100):
+        sizes = grouped_blocks.block_sizes(8 * mean, 8)
+        assert len(sizes) == 3 and list(sizes) == sorted(set(sizes))
+        assert 4 <= sizes[0] <= 32 and sizes[-1] <= max(16, min(mean, 512))
 
 
 @pytest.mark.parametrize("mode", MODES)

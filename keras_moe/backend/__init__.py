@@ -7,6 +7,7 @@ Everything else in the package is written with `keras.ops`. A backend module pro
 - `differentiable(forward, backward, inputs, context)`: a function with its own gradient.
 - `vjp(function, inputs)`: value and pullback of a plain function, usable inside loops.
 - `gather_rows(tensor, indices)`: rows of a tensor by (possibly multi-dimensional) index.
+- `block_dtype(dtype)`: what blocks of rows are computed in, where shapes are static.
 - `slice_at(tensor, start, shape)`: a part of a tensor, where shapes are static.
 - `sort(integers)`: a vector of integers in ascending order, where shapes are static.
 - `scan(step, carry, xs)`: a loop that can be differentiated, where shapes are static.
@@ -33,6 +34,7 @@ if keras.backend.backend() not in _SUPPORTED:
 
 _module = importlib.import_module(f"keras_moe.backend.{keras.backend.backend()}")
 
+block_dtype: Any = getattr(_module, "block_dtype", None)
 compile_once = _module.compile_once
 compiles_static_shapes = _module.compiles_static_shapes
 differentiable = _module.differentiable

@@ -10,18 +10,19 @@ def compiles_static_shapes():
 
 
 def differentiable(forward, backward, inputs, context):
-    """`forward(inputs, context)[0]`, whose gradient for `inputs` is computed by `backward`.
+    """The output of `forward`, whose gradient for `inputs` is computed by `backward`.
 
-    `forward` returns `(output, saved)`; `backward(inputs, context, saved, gradient)` returns one
-    gradient for each input. `context` holds integer tensors, which have no gradient.
+    `forward(inputs, context, keep)` returns `(output, saved)`; where `keep` is False, nobody needs
+    what is saved. `backward(inputs, context, saved, gradient)` returns one gradient for each input.
+    `context` holds integer tensors, which have no gradient.
     """
 
     @jax.custom_vjp
     def function(inputs, context):
-        return forward(inputs, context)[0]
+        return forward(inputs, context, keep=False)[0]
 
     def function_forward(inputs, context):
-        output, saved = forward(inputs, context)
+        output, saved = forward(inputs, context, keep=True)
         return output, (inputs, context, saved)
 
     def function_backward(residuals, upstream):
@@ -51,6 +52,15 @@ def gather_rows(tensor, indices):
         return jnp.zeros((*indices.shape, *tensor.shape[1:]), tensor.dtype)
     # The callers promise valid indices: without the promise XLA clamps and masks every row.
     return tensor.at[indices].get(mode="promise_in_bounds")
+
+
+def block_dtype(dtype):
+    """What blocks of rows of a `dtype` are computed in.
+
+    XLA has no products of narrow floats on CPUs: it would convert each operand to float32 before
+    each product, and round each result. So all of a block is computed in float32 there.
+    """
+    return "float32" if jax.default_backend() == "cpu" else dtype
 
 
 def slice_at(tensor, start, shape):

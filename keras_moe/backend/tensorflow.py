@@ -12,22 +12,25 @@ def compiles_static_shapes():
 
 
 def differentiable(forward, backward, inputs, context):
-    """`forward(inputs, context)[0]`, whose gradient for `inputs` is computed by `backward`.
+    """The output of `forward`, whose gradient for `inputs` is computed by `backward`.
 
-    `forward` returns `(output, saved)`; `backward(inputs, context, saved, gradient)` returns one
-    gradient for each input. `context` holds integer tensors, which have no gradient.
+    `forward(inputs, context, keep)` returns `(output, saved)`; where `keep` is False, nobody needs
+    what is saved. `backward(inputs, context, saved, gradient)` returns one gradient for each input.
+    `context` holds integer tensors, which have no gradient.
     """
 
     @tf.custom_gradient
     def function(*inputs):
-        output, saved = forward(inputs, context)
+        # TensorFlow does not tell whether there will be a gradient.
+        output, saved = forward(inputs, context, keep=True)
 
         def gradient(upstream):
             return tuple(backward(inputs, context, saved, upstream))
 
         return output, gradient
 
-    return function(*inputs)
+    # A variable would be taken for one that `forward` uses besides its inputs.
+    return function(*map(tf.convert_to_tensor, inputs))
 
 
 def compile_once(function):
@@ -64,16 +67,16 @@ def multiply_groups(rows, sizes, experts, kernel, bias=None, transposed=False):
         rows: (R, D), or (R, H) if `transposed`.
         sizes: list of one size, R.
         experts: list of one number, that of the expert.
-        kernel: (E, D, H).
+        kernel: (E, D, H), of any float dtype.
         bias: (E, H) or None.
         transposed: whether to multiply by the transposed kernel.
 
     Returns:
-        (R, H), or (R, D).
+        (R, H), or (R, D), in the dtype of the rows.
     """
     (expert,) = experts
-    product = tf.matmul(rows, kernel[expert], transpose_b=transposed)
-    return product if bias is None else product + bias[expert]
+    product = tf.matmul(rows, tf.cast(kernel[expert], rows.dtype), transpose_b=transposed)
+    return product if bias is None else product + tf.cast(bias[expert], rows.dtype)
 
 
 def stack_gradients(runs, kernels, biases):
@@ -92,14 +95,22 @@ def stack_gradients(runs, kernels, biases):
     kernel_parts: list[list] = [[] for _ in kernels]
     bias_parts: list[list] = [[] for _ in biases]
     for _, _, factors in runs:
-        for parts, (rows, gradient) in zip(kernel_parts, factors):
-            parts.append(tf.matmul(rows, gradient, transpose_a=True))
-        for parts, (_, gradient) in zip(bias_parts, factors):
-            parts.append(tf.reduce_sum(tf.cast(gradient, "float32"), axis=0))
-    return [
-        tf.cast(tf.stack(parts), parameter.dtype)
-        for parts, parameter in zip([*kernel_parts, *bias_parts], [*kernels, *biases])
-    ]
+        for parts, (rows, gradient), kernel in zip(kernel_parts, factors, kernels):
+            parts.append(tf.cast(tf.matmul(rows, gradient, transpose_a=True), kernel.dtype))
+        for parts, (_, gradient), bias in zip(bias_parts, factors, biases):
+            total = tf.reduce_sum(tf.cast(gradient, "float32"), axis=0)
+            parts.append(tf.cast(total, bias.dtype))
+    return [tf.stack(parts) for parts in (*kernel_parts, *bias_parts)]
+
+
+def block_dtype(dtype):
+    """What blocks of rows of a `dtype` are computed in.
+
+    XLA has no products of narrow floats on CPUs: it would convert each operand to float32 before
+    each product, and round each result. So all of a block is computed in float32 there.
+    """
+    only_cpus = all(device.device_type == "CPU" for device in tf.config.list_logical_devices())
+    return "float32" if only_cpus else dtype
 
 
 def slice_at(tensor, start, shape):

@@ -12,7 +12,7 @@ def compiles_static_shapes():
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, forward, backward, context, *inputs):
-        output, saved = forward(inputs, context)
+        output, saved = forward(inputs, context, keep=any(ctx.needs_input_grad))
         ctx.run_backward = backward
         ctx.integers = context
         # All tensors in the list that PyTorch frees, and may offload or compute again.
@@ -31,10 +31,11 @@ class _Differentiable(torch.autograd.Function):
 
 
 def differentiable(forward, backward, inputs, context):
-    """`forward(inputs, context)[0]`, whose gradient for `inputs` is computed by `backward`.
+    """The output of `forward`, whose gradient for `inputs` is computed by `backward`.
 
-    `forward` returns `(output, saved)`; `backward(inputs, context, saved, gradient)` returns one
-    gradient for each input. `context` holds integer tensors, which have no gradient.
+    `forward(inputs, context, keep)` returns `(output, saved)`; where `keep` is False, nobody needs
+    what is saved. `backward(inputs, context, saved, gradient)` returns one gradient for each input.
+    `context` holds integer tensors, which have no gradient.
     """
     return _Differentiable.apply(forward, backward, context, *inputs)
 
@@ -74,20 +75,21 @@ def multiply_groups(rows, sizes, experts, kernel, bias=None, transposed=False):
         rows: (R, D), or (R, H) if `transposed`.
         sizes: list of the sizes of the groups.
         experts: list of the expert of each group.
-        kernel: (E, D, H).
+        kernel: (E, D, H), of any float dtype.
         bias: (E, H) or None.
         transposed: whether to multiply by the transposed kernel.
 
     Returns:
-        (R, H), or (R, D).
+        (R, H), or (R, D), in the dtype of the rows.
     """
     kernel = kernel.mT if transposed else kernel
     outputs = rows.new_empty((rows.shape[0], kernel.shape[2]))
     for expert, part, output in zip(experts, rows.split(sizes), outputs.split(sizes)):
+        factor = kernel[expert].to(rows.dtype)
         if bias is None:
-            torch.mm(part, kernel[expert], out=output)
+            torch.mm(part, factor, out=output)
         else:
-            torch.addmm(bias[expert], part, kernel[expert], out=output)
+            torch.addmm(bias[expert].to(rows.dtype), part, factor, out=output)
     return outputs
 
 
@@ -114,10 +116,13 @@ def stack_gradients(runs, kernels, biases):
         idle.difference_update(experts)
         for (rows, gradient), of_kernel in zip(factors, kernel_gradients):
             for expert, left, right in zip(experts, rows.split(sizes), gradient.split(sizes)):
-                torch.mm(left.T, right, out=of_kernel[expert])
+                if of_kernel.dtype == rows.dtype:
+                    torch.mm(left.T, right, out=of_kernel[expert])
+                else:
+                    of_kernel[expert] = torch.mm(left.T, right)
         for (_, gradient), of_bias in zip(factors, bias_gradients):
             for expert, part in zip(experts, gradient.split(sizes)):
-                torch.sum(part, 0, out=of_bias[expert])
+                torch.sum(part, 0, dtype=of_bias.dtype, out=of_bias[expert])
     gradients = [*kernel_gradients, *bias_gradients]
     for whole in gradients:
         for expert in idle:

@@ -56,6 +56,7 @@ class DenseExperts(ExpertBank):
                 shape=(self.num_experts, fan_in, fan_out),
                 initializer=_each_expert(self.kernel_initializer, stream),
                 regularizer=self.kernel_regularizer,
+                autocast=False,
             )
             setattr(self, f"{name}_kernel", kernel)
             bias = None
@@ -65,15 +66,12 @@ class DenseExperts(ExpertBank):
                     shape=(self.num_experts, fan_out),
                     initializer=self.bias_initializer,
                     regularizer=self.bias_regularizer,
+                    autocast=False,
                 )
             setattr(self, f"{name}_bias", bias)
 
     def call(self, tokens, plan):
-        names = (*self.up_names, "down")
-        *ups, down = (self._compute(getattr(self, f"{name}_kernel")) for name in names)
-        biases = []
-        if self.use_bias:
-            biases = [self._compute(getattr(self, f"{name}_bias")) for name in names]
+        *ups, down = self._stacked("kernel")
         return grouped_feed_forward(
             self._compute(tokens),
             plan.weights,
@@ -81,8 +79,13 @@ class DenseExperts(ExpertBank):
             self.activation,
             ups,
             down,
-            biases,
+            self._stacked("bias") if self.use_bias else [],
         )
+
+    def _stacked(self, kind):
+        """The kernels or biases in their own dtype: those of idle experts need no other."""
+        names = (*self.up_names, "down")
+        return [ops.convert_to_tensor(getattr(self, f"{name}_{kind}")) for name in names]
 
     def compute_output_shape(self, tokens_shape):
         return tuple(tokens_shape)

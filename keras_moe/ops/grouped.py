@@ -62,11 +62,11 @@ def run_grouped(step, tokens, weights, kernels, biases, groups):
     driver = grouped_blocks if backend.compiles_static_shapes() else grouped_slices
     groups_of = type(groups)
 
-    def forward(inputs, context):
+    def forward(inputs, context, keep):
         tokens, weights, *parameters = inputs
         groups = groups_of(*context)
-        rows, saved = driver.forward(step, tokens, *halves(parameters), groups)
-        return groups.sum_rows(rows, weights), (rows, saved)
+        rows, saved = driver.forward(step, tokens, *halves(parameters), groups, keep)
+        return ops.cast(groups.sum_rows(rows, weights), tokens.dtype), (rows, saved)
 
     def backward(inputs, context, saved, gradient):
         tokens, weights, *parameters = inputs
@@ -77,7 +77,7 @@ def run_grouped(step, tokens, weights, kernels, biases, groups):
             step, tokens, row_weights, *halves(parameters), groups, rows, kept, gradient
         )
         return (
-            groups.sum_rows(row_gradient),
+            ops.cast(groups.sum_rows(row_gradient), tokens.dtype),
             ops.cast(groups.at_assignments(weight_gradient), weights.dtype),
             *parameter_gradients,
         )

@@ -6,50 +6,58 @@ end of its group. There it reads zeros, or ones as pre-activations, and what it 
 overwritten by the next group, or lies behind the last one, where nobody looks.
 """
 
+import functools
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
+import numpy as np
 from keras import ops
 
 from keras_moe import backend
 from keras_moe.ops.groups import row_sums
 
+# What a block costs besides its rows, in rows: its kernels are read and the sums of their gradients
+# read and written.
+BLOCK_OVERHEAD = 48
 
-def forward(step, tokens, kernels, biases, groups):
+
+def forward(step, tokens, kernels, biases, groups, keep):
+    dtype = backend.block_dtype(tokens.dtype)
+
     def group(expert, for_each_block, carry):
-        projections = _projections(kernels, biases, expert)
+        projections = _projections(kernels, biases, expert, dtype)
 
         def block(block, carry):
             output, saved = step.forward(block.gather(tokens), projections)
-            return tuple(map(block.write, carry, (output, *saved)))
+            return tuple(map(block.write, carry, (output, *(saved if keep else ()))))
 
         return for_each_block(block, carry)
 
-    widths = (step.output_width, *step.saved_widths)
+    widths = (step.output_width, *(step.saved_widths if keep else ()))
     num_rows = _num_rows_with_room(groups)
-    carry = tuple(ops.zeros((num_rows, width), tokens.dtype) for width in widths)
-    output, *saved = _for_each_group(groups, group, carry)
+    carry = tuple(ops.zeros((num_rows, width), dtype) for width in widths)
+    output, *saved = _for_each_group(groups, dtype, group, carry)
     return output, saved
 
 
 def backward(step, tokens, row_weights, kernels, biases, groups, outputs, saved, gradient):
+    dtype = backend.block_dtype(tokens.dtype)
     num_rows = _num_rows_with_room(groups)
     room = num_rows - ops.shape(row_weights)[0]
     padded_weights = ops.expand_dims(ops.pad(row_weights, (0, room)), 1)
 
     def group(expert, for_each_block, carry):
-        projections = _projections(kernels, biases, expert)
+        projections = _projections(kernels, biases, expert, dtype)
 
         def block(block, carry):
             row_gradients, weight_gradients, kernel_gradients, bias_gradients = carry
             output_gradient = block.gather(gradient)
-            weights = ops.cast(block.read(padded_weights), tokens.dtype)
             row_gradient, factors = step.backward(
                 block.gather(tokens),
                 projections,
                 # Not zeros: there an activation may have no slope, and NaN times 0 is NaN.
                 [block.read(buffer, past_end=1.0) for buffer in saved],
-                output_gradient * weights,
+                output_gradient * block.read(padded_weights),
             )
             weight_gradient = row_sums(output_gradient, block.read(outputs))
             return (
@@ -69,9 +77,10 @@ def backward(step, tokens, row_weights, kernels, biases, groups, outputs, saved,
 
     row_gradient, weight_gradient, kernel_gradients, bias_gradients = _for_each_group(
         groups,
+        dtype,
         group,
         (
-            ops.zeros((num_rows, tokens.shape[1]), tokens.dtype),
+            ops.zeros((num_rows, tokens.shape[1]), dtype),
             ops.zeros((num_rows, 1), "float32"),
             [ops.zeros(_narrow_shape(kernel), "float32") for kernel in kernels],
             [ops.zeros(bias.shape, "float32") for bias in biases],
@@ -102,21 +111,29 @@ class _Projection(NamedTuple):
         return ops.matmul(gradient, ops.transpose(self.kernel))
 
 
-def _projections(kernels, biases, expert):
-    biases_of_expert = [_at(bias, expert) for bias in biases]
+def _projections(kernels, biases, expert, dtype):
+    """The maps of one expert, converted where they are used: most of many experts may not be."""
+
+    def of_expert(parameter):
+        return ops.cast(_at(parameter, expert), dtype)
+
     return [
-        _Projection(_at(kernel, expert), bias)
-        for kernel, bias in zip_longest(kernels, biases_of_expert)
+        _Projection(of_expert(kernel), None if bias is None else of_expert(bias))
+        for kernel, bias in zip_longest(kernels, biases)
     ]
 
 
 class _Block(NamedTuple):
-    """Some rows of one group: `length` is static, all else may depend on data."""
+    """Some rows of one group: `length` is static, other numbers may depend on data.
+
+    All that is read has the `dtype` that is computed in.
+    """
 
     start: Any
     length: int
     inside: Any
     token_of_row: Any
+    dtype: str
 
     def gather(self, tokens):
         """The tokens of the rows, zeros past the end of the group."""
@@ -128,10 +145,12 @@ class _Block(NamedTuple):
         return self._mask(rows, past_end)
 
     def write(self, buffer, rows):
-        return ops.slice_update(buffer, (self.start, 0), ops.cast(rows, buffer.dtype))
+        return ops.slice_update(buffer, (self.start, 0), rows)
 
     def _mask(self, rows, past_end):
-        return ops.where(self.inside, rows, ops.full((), past_end, rows.dtype))
+        return ops.where(
+            self.inside, ops.cast(rows, self.dtype), ops.full((), past_end, self.dtype)
+        )
 
 
 # On CPUs XLA computes A^T B at half the speed where A is wider than B. Such gradients are summed
@@ -156,7 +175,7 @@ def _upright(total, kernel):
     return total if total.shape == kernel.shape else ops.transpose(total, (0, 2, 1))
 
 
-def _for_each_group(groups, group, carry):
+def _for_each_group(groups, dtype, group, carry):
     """`carry = group(expert, for_each_block, carry)` for every expert that has rows."""
     ends = ops.cumsum(groups.sizes)
     # Reading the kernels of an expert costs as much as a few rows. For a few tokens, as in
@@ -176,7 +195,7 @@ def _for_each_group(groups, group, carry):
                 start = group_start + offset
                 inside = ops.expand_dims(ops.arange(length, dtype="int32") < size - offset, 1)
                 tokens = backend.slice_at(token_of_row, (start,), (length,))
-                return compute(_Block(start, length, inside, tokens), carry)
+                return compute(_Block(start, length, inside, tokens, dtype), carry)
 
             return _cover(size, lengths, at, carry)
 
@@ -188,17 +207,19 @@ def _for_each_group(groups, group, carry):
 def block_sizes(num_rows, num_experts):
     """The sizes of blocks, smallest first.
 
-    Each is compiled, forward and backward, so there are few: small ones that waste few rows, and a
-    large one that gets the most out of a product. An eighth of the mean group is small enough.
-    Below 4 rows a product is bound by reading its kernel; from 32 on smaller blocks gain nothing.
+    Each is compiled, forward and backward, so there are few: one for a mean group, one of three
+    quarters of it, for groups around the mean, and one of an eighth for what is left. Below 4 rows
+    a product is bound by reading its kernel; from 32 on smaller blocks gain nothing, nor do larger
+    ones from 512 on.
 
     Args:
         num_rows: an integer, or a tensor where it is not known at compile time.
         num_experts: an integer.
     """
-    eighth = num_rows // num_experts // 8 if isinstance(num_rows, int) else 32
-    smallest = 2 ** min(max(eighth.bit_length() - 1, 2), 5)
-    return smallest, 2 * smallest, 8 * smallest
+    mean = num_rows // num_experts if isinstance(num_rows, int) else 256
+    smallest = 2 ** min(max((mean // 8).bit_length() - 1, 2), 5)
+    largest = max(min(mean, 512) // smallest, 4) * smallest
+    return smallest, 3 * largest // 4 // smallest * smallest, largest
 
 
 def _block_sizes(groups):
@@ -211,13 +232,14 @@ def _num_rows_with_room(groups):
 
 
 def _cover(size, lengths, block, carry):
-    """Cover `size` rows with blocks of falling length; few rows of the last one are wasted."""
+    """`carry = block(offset, length, carry)` for blocks of falling length that cover the rows."""
+    rest = size % lengths[-1]
     start = 0
-    for length in reversed(lengths):
-        # A rest that fills all but a few rows of a block is one more of them; the smallest take
-        # what is left.
-        spare = min(length // 4, 32) if length > lengths[0] else length - 1
-        trips = (ops.maximum(size - start, 0) + spare) // length
+    covers = cheapest_covers(lengths, BLOCK_OVERHEAD)
+    for length, trips_by_rest in zip(reversed(lengths), reversed(covers)):
+        trips = ops.take(ops.convert_to_tensor(trips_by_rest), rest)
+        if length == lengths[-1]:
+            trips = trips + size // length
         # The offset depends on `i` even where `i` is always 0: XLA hoists what does not depend on
         # the loop out of it, and would compute the blocks of all sizes.
         carry = ops.fori_loop(
@@ -228,6 +250,32 @@ def _cover(size, lengths, block, carry):
         )
         start = start + trips * length
     return carry
+
+
+@functools.lru_cache
+def cheapest_covers(lengths, overhead):
+    """How many blocks of each length cover a number of rows at the least cost.
+
+    Args:
+        lengths: tuple of the lengths of blocks, shortest first.
+        overhead: what a block costs besides its rows, in rows.
+
+    Returns:
+        (number of lengths, longest length) int32: how many blocks of each length for 0 rows, for 1
+        row and so on.
+    """
+    costs: list = [0]
+    covers: list = [np.zeros(len(lengths), "int32")]
+    for rows in range(1, lengths[-1]):
+        cost, choice = min(
+            (costs[max(rows - length, 0)] + length + overhead, choice)
+            for choice, length in enumerate(lengths)
+        )
+        cover = covers[max(rows - lengths[choice], 0)].copy()
+        cover[choice] += 1
+        costs.append(cost)
+        covers.append(cover)
+    return np.stack(covers, axis=1)
 
 
 def _at(stacked, expert):

@@ -16,14 +16,15 @@ from keras_moe.ops.groups import row_sums
 RUN_ROWS = 512
 
 
-def forward(step, tokens, kernels, biases, groups):
+def forward(step, tokens, kernels, biases, groups, keep):
     token_of_row, outputs, saved = groups.token_of_row(), [], []
     for run in _runs(groups):
         output, kept = step.forward(
             backend.gather_rows(tokens, token_of_row[run.rows]), run.projections(kernels, biases)
         )
         outputs.append(output)
-        saved.append(kept)
+        if keep:
+            saved.append(kept)
     return _all_rows(outputs, (step.output_width, tokens.dtype), groups), saved
 
 

@@ -116,7 +116,7 @@ def dispatch_rows(tokens, groups):
     """The rows of all groups, (R, D), from tokens (T, D); the gradient is `sum_rows`."""
     groups_of = type(groups)
 
-    def forward(inputs, context):
+    def forward(inputs, context, keep):
         return backend.gather_rows(inputs[0], groups_of(*context).token_of_row()), ()
 
     def backward(inputs, context, saved, gradient):
@@ -129,7 +129,7 @@ def combine_rows(rows, weights, groups):
     """`sum_rows` with gradients for rows and weights that are gathers."""
     groups_of = type(groups)
 
-    def forward(inputs, context):
+    def forward(inputs, context, keep):
         rows, weights = inputs
         return groups_of(*context).sum_rows(rows, weights), ()
 
