@@ -60,6 +60,15 @@ def test_gradients_in_half_precision_are_those_of_float32(activation, dtype, sto
         assert_close(gradient, expected, tolerance=0.05)
 
 
+@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch has no blocks")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_blocks_may_compute_in_half_precision_as_on_accelerators(dtype, monkeypatch, small_blocks):
+    monkeypatch.setattr(backend, "block_dtype", lambda dtype: dtype)
+    low = gradients(*network(ops.gelu, dtype, "float32"), KERNEL_MODES[-1])
+    for gradient, expected in zip(low, gradients(*network(ops.gelu))):
+        assert_close(gradient, expected, tolerance=0.05)
+
+
 @pytest.mark.skipif(BACKEND != "jax", reason="reads what JAX traces")
 def test_kernels_of_idle_experts_are_not_converted():
     import jax
