@@ -1,5 +1,7 @@
 """What `grouped_feed_forward` promises beside its values: dtypes, any activation, no waste."""
 
+import re
+
 import numpy as np
 import pytest
 from conftest import BACKEND, KERNEL_MODES, MODES, assert_close, gradients
@@ -8,6 +10,7 @@ from keras import ops
 from keras_moe import backend, layers
 from keras_moe.ops import grouped_feed_forward, plan_groups, top_k_routing
 from keras_moe.ops.grouped import run_grouped
+from keras_moe.ops.grouped_blocks import block_sizes
 
 T, D, H, E, K = 13, 4, 6, 3, 2
 
@@ -69,21 +72,68 @@ def test_blocks_may_compute_in_half_precision_as_on_accelerators(dtype, monkeypa
         assert_close(gradient, expected, tolerance=0.05)
 
 
+def traced(function, inputs):
+    """The text of what JAX traces."""
+    import jax
+
+    jax.clear_caches()
+    return str(jax.make_jaxpr(function)(*inputs))
+
+
+def loss_of_half_precision():
+    """The loss of a bank in mixed precision, as a function of its weights, and those."""
+    bank = layers.FeedForwardExperts(E, H, dtype="mixed_bfloat16")
+    bank.build((None, D))
+    scores = np.random.default_rng(0).standard_normal((T, E)).astype("float32")
+    plan = plan_groups(top_k_routing(ops.convert_to_tensor(scores), K))
+
+    def loss(weights):
+        outputs, _ = bank.stateless_call(weights, [], ops.ones((T, D), "bfloat16"), plan)
+        return ops.sum(ops.cast(outputs, "float32"))
+
+    return loss, [[weight.value for weight in bank.trainable_variables]]
+
+
 @pytest.mark.skipif(BACKEND != "jax", reason="reads what JAX traces")
 def test_kernels_of_idle_experts_are_not_converted():
     import jax
 
-    layer = layers.MixtureOfExperts(layers.FeedForwardExperts(E, H), dtype="mixed_bfloat16")
+    loss, weights = loss_of_half_precision()
+    bare = traced(jax.grad(loss), weights)
+    layer = layers.MixtureOfExperts(
+        layers.FeedForwardExperts(E, H, dtype="mixed_bfloat16"), dtype="mixed_bfloat16"
+    )
     layer.build((None, D))
+    inside = traced(layer, [np.ones((T, D), "float32")])
+    for text in (bare, inside):
+        assert "bf16[" in text
+        for shape in ([E, D, H], [E, H, D], [E, H], [E, D]):
+            size = ",".join(map(str, shape))
+            assert f"f32[{size}]" in text and f"bf16[{size}]" not in text
 
-    def loss(weights, x):
-        outputs, _ = layer.stateless_call(weights, layer.non_trainable_variables, x)
-        return ops.sum(ops.cast(outputs, "float32"))
 
-    weights = [weight.value for weight in layer.trainable_variables]
-    traced = str(jax.make_jaxpr(jax.grad(loss))(weights, np.ones((T, D), "float32")))
-    assert f"f32[{E},{D},{H}]" in traced
-    assert f"bf16[{E},{D},{H}]" not in traced
+@pytest.mark.skipif(BACKEND != "jax", reason="reads what JAX traces")
+def test_products_on_cpus_are_those_of_float32(monkeypatch):
+    import jax
+
+    if jax.default_backend() != "cpu":
+        pytest.skip("accelerators multiply in half precision")
+    loss, weights = loss_of_half_precision()
+    narrow_product = re.compile(r":bf16\[[0-9,]+\] = dot_general")
+    assert not narrow_product.search(traced(jax.grad(loss), weights))
+    monkeypatch.setattr(backend, "block_dtype", lambda dtype: dtype)
+    assert narrow_product.search(traced(jax.grad(loss), weights))
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="reads what JAX traces")
+def test_a_forward_pass_keeps_no_pre_activations():
+    import jax
+
+    loss, weights = loss_of_half_precision()
+    room = block_sizes(T * K, E)[-1]
+    buffer = f"f32[{T * K + room},{H}]"
+    assert buffer not in traced(loss, weights)
+    assert buffer in traced(jax.grad(loss), weights)
 
 
 def test_nothing_is_kept_for_a_gradient_that_nobody_takes():
@@ -99,10 +149,17 @@ def test_nothing_is_kept_for_a_gradient_that_nobody_takes():
     def double(x):
         return ops.sum(backend.differentiable(forward, backward, (x,), ()))
 
-    double(ops.ones((3,)))
+    x = ops.ones((3,))
+    double(x)
     assert kept == [BACKEND == "tensorflow"]  # which does not tell
     gradients(double, [np.ones(3, "float32")])
     assert kept[-1]
+    if BACKEND == "torch":
+        import torch
+
+        with torch.no_grad():
+            double(x.requires_grad_())
+        assert not kept[-1]
 
 
 def test_there_is_a_bias_for_each_kernel_or_none():

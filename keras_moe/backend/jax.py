@@ -55,12 +55,14 @@ def gather_rows(tensor, indices):
 
 
 def block_dtype(dtype):
-    """What blocks of rows of a `dtype` are computed in.
+    """What blocks of rows of a `dtype` are computed in, a string.
 
-    XLA has no products of narrow floats on CPUs: it would convert each operand to float32 before
-    each product, and round each result. So all of a block is computed in float32 there.
+    For products of narrow floats XLA on CPUs converts each operand to float32, and rounds each
+    result. So all of a block is computed in float32 there, at least. The device is that of the
+    process, as nothing tells for which one a function is traced.
     """
-    return "float32" if jax.default_backend() == "cpu" else dtype
+    on_cpu = jax.default_backend() == "cpu"
+    return str(jnp.promote_types(dtype, jnp.float32) if on_cpu else jnp.dtype(dtype))
 
 
 def slice_at(tensor, start, shape):

@@ -104,13 +104,14 @@ def stack_gradients(runs, kernels, biases):
 
 
 def block_dtype(dtype):
-    """What blocks of rows of a `dtype` are computed in.
+    """What blocks of rows of a `dtype` are computed in, a string.
 
-    XLA has no products of narrow floats on CPUs: it would convert each operand to float32 before
-    each product, and round each result. So all of a block is computed in float32 there.
+    For products of narrow floats XLA on CPUs converts each operand to float32, and rounds each
+    result. So all of a block is computed in float32 there, at least. The devices are those of the
+    process, as nothing tells for which one a function is traced.
     """
     only_cpus = all(device.device_type == "CPU" for device in tf.config.list_logical_devices())
-    return "float32" if only_cpus else dtype
+    return "float32" if only_cpus and dtype.size < tf.float32.size else dtype.name
 
 
 def slice_at(tensor, start, shape):

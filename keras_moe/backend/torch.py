@@ -11,8 +11,8 @@ def compiles_static_shapes():
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, forward, backward, context, *inputs):
-        output, saved = forward(inputs, context, keep=any(ctx.needs_input_grad))
+    def forward(ctx, keep, forward, backward, context, *inputs):
+        output, saved = forward(inputs, context, keep)
         ctx.run_backward = backward
         ctx.integers = context
         # All tensors in the list that PyTorch frees, and may offload or compute again.
@@ -27,7 +27,7 @@ class _Differentiable(torch.autograd.Function):
         inputs = ctx.saved_tensors[: ctx.num_inputs]
         saved = keras.tree.pack_sequence_as(ctx.structure, ctx.saved_tensors[ctx.num_inputs :])
         gradients = ctx.run_backward(inputs, ctx.integers, saved, upstream)
-        return None, None, None, *gradients
+        return None, None, None, None, *gradients
 
 
 def differentiable(forward, backward, inputs, context):
@@ -37,7 +37,9 @@ def differentiable(forward, backward, inputs, context):
     what is saved. `backward(inputs, context, saved, gradient)` returns one gradient for each input.
     `context` holds integer tensors, which have no gradient.
     """
-    return _Differentiable.apply(forward, backward, context, *inputs)
+    # Inside the function gradients are always off, and `needs_input_grad` does not ask whether.
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    return _Differentiable.apply(keep, forward, backward, context, *inputs)
 
 
 def compile_once(function):
@@ -118,7 +120,7 @@ def stack_gradients(runs, kernels, biases):
             for expert, left, right in zip(experts, rows.split(sizes), gradient.split(sizes)):
                 if of_kernel.dtype == rows.dtype:
                     torch.mm(left.T, right, out=of_kernel[expert])
-                else:
+                else:  # `out` must have the dtype of the factors.
                     of_kernel[expert] = torch.mm(left.T, right)
         for (_, gradient), of_bias in zip(factors, bias_gradients):
             for expert, part in zip(experts, gradient.split(sizes)):

@@ -56,7 +56,7 @@ class DenseExperts(ExpertBank):
                 shape=(self.num_experts, fan_in, fan_out),
                 initializer=_each_expert(self.kernel_initializer, stream),
                 regularizer=self.kernel_regularizer,
-                autocast=False,
+                autocast=False,  # or those of idle experts would be converted as well
             )
             setattr(self, f"{name}_kernel", kernel)
             bias = None
@@ -83,7 +83,7 @@ class DenseExperts(ExpertBank):
         )
 
     def _stacked(self, kind):
-        """The kernels or biases in their own dtype: those of idle experts need no other."""
+        """The kernels or biases of all projections, in their own dtype."""
         names = (*self.up_names, "down")
         return [ops.convert_to_tensor(getattr(self, f"{name}_{kind}")) for name in names]
 

@@ -22,8 +22,8 @@ def grouped_feed_forward(tokens, weights, groups, activation, up_kernels, down_k
         groups: `ops.Groups` or `ops.ChosenGroups`, which rows belong to which expert and token.
         activation: function of one tensor.
         up_kernels: one or two tensors (E, D, H). With two, the first is the gate. Kernels and
-            biases are converted to the dtype of the tokens one expert at a time, those without
-            tokens never; their gradients have the dtype they came in.
+            biases are converted to the dtype of the tokens one expert at a time; their gradients
+            have the dtype they came in.
         down_kernel: (E, H, D').
         biases: one tensor (E, H) for each up kernel and one (E, D'), or none.
 

@@ -28,7 +28,8 @@ class Step(NamedTuple):
     """The arithmetic of the experts on rows that are all their own.
 
     It multiplies by projections, one for each kernel: `projection(rows)` is the affine map of the
-    expert of each row, `projection.pull(gradient)` the product with its transposed kernel.
+    expert of each row, `projection.pull(gradient)` the product with its transposed kernel. All it
+    returns has the dtype of the rows that it is given.
 
     - `forward(rows, projections) -> (output_rows, saved)`
     - `backward(rows, projections, saved, output_gradient) -> (row_gradient, factors)`. For each

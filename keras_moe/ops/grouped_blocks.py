@@ -207,10 +207,10 @@ def _for_each_group(groups, dtype, group, carry):
 def block_sizes(num_rows, num_experts):
     """The sizes of blocks, smallest first.
 
-    Each is compiled, forward and backward, so there are few: one for a mean group, one of three
-    quarters of it, for groups around the mean, and one of an eighth for what is left. Below 4 rows
-    a product is bound by reading its kernel; from 32 on smaller blocks gain nothing, nor do larger
-    ones from 512 on.
+    Each is compiled, forward and backward, so there are few: one that holds a mean group, one of
+    three quarters of it, for groups around the mean, and for what is left one of an eighth, down to
+    a power of two. Below 4 rows a product is bound by reading its kernel; from 32 on smaller blocks
+    gain nothing, nor do larger ones from 512 on.
 
     Args:
         num_rows: an integer, or a tensor where it is not known at compile time.
@@ -218,7 +218,7 @@ def block_sizes(num_rows, num_experts):
     """
     mean = num_rows // num_experts if isinstance(num_rows, int) else 256
     smallest = 2 ** min(max((mean // 8).bit_length() - 1, 2), 5)
-    largest = max(min(mean, 512) // smallest, 4) * smallest
+    largest = max(-(-min(mean, 512) // smallest), 8) * smallest
     return smallest, 3 * largest // 4 // smallest * smallest, largest
 
 
@@ -233,13 +233,16 @@ def _num_rows_with_room(groups):
 
 def _cover(size, lengths, block, carry):
     """`carry = block(offset, length, carry)` for blocks of falling length that cover the rows."""
-    rest = size % lengths[-1]
+    longest = lengths[-1]
+    # Near its end even a long group may be cheaper without the longest block.
+    num_longest = ops.maximum(size // longest - 2, 0)
+    rest = size - num_longest * longest
     start = 0
     covers = cheapest_covers(lengths, BLOCK_OVERHEAD)
     for length, trips_by_rest in zip(reversed(lengths), reversed(covers)):
         trips = ops.take(ops.convert_to_tensor(trips_by_rest), rest)
-        if length == lengths[-1]:
-            trips = trips + size // length
+        if length == longest:
+            trips = trips + num_longest
         # The offset depends on `i` even where `i` is always 0: XLA hoists what does not depend on
         # the loop out of it, and would compute the blocks of all sizes.
         carry = ops.fori_loop(
@@ -261,18 +264,18 @@ def cheapest_covers(lengths, overhead):
         overhead: what a block costs besides its rows, in rows.
 
     Returns:
-        (number of lengths, longest length) int32: how many blocks of each length for 0 rows, for 1
-        row and so on.
+        (number of lengths, 3 * longest length) int32: how many blocks of each length for 0 rows,
+        for 1 row and so on.
     """
     costs: list = [0]
     covers: list = [np.zeros(len(lengths), "int32")]
-    for rows in range(1, lengths[-1]):
-        cost, choice = min(
-            (costs[max(rows - length, 0)] + length + overhead, choice)
-            for choice, length in enumerate(lengths)
+    for rows in range(1, 3 * lengths[-1]):
+        cost, last = min(
+            (costs[max(rows - length, 0)] + length + overhead, number)
+            for number, length in enumerate(lengths)
         )
-        cover = covers[max(rows - lengths[choice], 0)].copy()
-        cover[choice] += 1
+        cover = covers[max(rows - lengths[last], 0)].copy()
+        cover[last] += 1
         costs.append(cost)
         covers.append(cover)
     return np.stack(covers, axis=1)

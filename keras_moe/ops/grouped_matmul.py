@@ -17,7 +17,7 @@ def grouped_matmul(rows, kernels, group_sizes):
 
     Args:
         rows: (N, D) float tensor.
-        kernels: (E, D, H) float tensor of the same dtype.
+        kernels: (E, D, H) float tensor, converted to the dtype of the rows.
         group_sizes: (E,) integer tensor, sum at most N. Need not be known at compile time.
 
     Returns:
