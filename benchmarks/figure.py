@@ -1,10 +1,10 @@
-"""Redraws docs/speed.png from benchmarks/results/.
+"""Redraws docs/speed.png from benchmarks/results/: the middle of all processes and their span.
 
     python -m benchmarks.figure
 
 It reads what these two commands write on each backend:
 
-    python -m benchmarks.layer --experts 8 64
+    python -m benchmarks.layer --experts 8 16 32 64
     python -m benchmarks.layer --experts 8 --tokens 1024 4096 16384 65536 --tag=-tokens
 """
 
@@ -29,6 +29,10 @@ def main():
         ):
             if curve:
                 axes.plot(*zip(*sorted(curve.items())), f"C{index}o-", label=label)
+        for row in load(f"layer-{backend}"):
+            if "experts" in row:
+                span = row["ratio_low"], row["ratio_high"]
+                by_experts.vlines(row["experts"], *span, colors=f"C{index}", alpha=0.5)
     by_experts.axhline(1.0, color="gray", linewidth=1)
     finish(by_experts, "experts", "time / time of a dense layer", "Of the same active size")
     finish(by_tokens, "tokens in a batch", "microseconds a token", "8 experts")

@@ -1,6 +1,6 @@
 """One MoE layer against a dense layer of the same active size.
 
-    KERAS_BACKEND=jax python -m benchmarks.layer --experts 8 64
+    KERAS_BACKEND=jax python -m benchmarks.layer --experts 8 16 32 64
 
 The dense twin is one feed-forward network of width K * H with the same activation and biases, on
 the same backend, compiled the same way.

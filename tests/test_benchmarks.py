@@ -296,7 +296,8 @@ def test_the_figure_is_drawn_from_what_layer_writes(monkeypatch, tmp_path, capsy
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(figure, "PICTURE", tmp_path / "speed.png")
     measure.RESULTS.mkdir()
-    twin = {"name": "dense twin", "ms": 8.0, "ratio": 1.0, "tokens": 8, "pass": "forward+backward"}
+    twin = {"name": "dense twin", "ms": 8.0, "tokens": 8, "pass": "forward+backward"}
+    twin |= {"ratio": 1.0, "ratio_low": 0.9, "ratio_high": 1.2}
     moe = {**twin, "name": "E=4 balanced", "ratio": 1.1, "experts": 4, "skew": "balanced"}
     rows = [twin, moe, {**moe, "skew": "zipf", "ratio": 9.0}, {**moe, "pass": "forward"}]
     for name in ("layer-jax", "layer-jax-tokens"):
