@@ -23,13 +23,14 @@ def main():
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     by_experts, by_tokens = figure.subplots(1, 2)
     for index, (backend, label) in enumerate(BACKENDS.items()):
+        rows = load(f"layer-{backend}")
         for axes, curve in (
-            (by_experts, ratio_by_experts(load(f"layer-{backend}"))),
+            (by_experts, ratio_by_experts(rows)),
             (by_tokens, time_by_tokens(load(f"layer-{backend}-tokens"))),
         ):
             if curve:
                 axes.plot(*zip(*sorted(curve.items())), f"C{index}o-", label=label)
-        for row in load(f"layer-{backend}"):
+        for row in rows:
             if "experts" in row:
                 span = row["ratio_low"], row["ratio_high"]
                 by_experts.vlines(row["experts"], *span, colors=f"C{index}", alpha=0.5)

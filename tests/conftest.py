@@ -52,19 +52,19 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr("keras_moe.ops.grouped_blocks.block_sizes", lambda *_: (2, 8))
     monkeypatch.setattr("keras_moe.ops.grouped_blocks.BLOCK_OVERHEAD", 1)
     monkeypatch.setattr("keras_moe.ops.grouped_slices.RUN_ROWS", 8)
-    _forget()
+    forget()
     yield
-    _forget()
+    forget()
 
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_what_was_compiled():
     """JAX keeps every function it ever compiled, some gigabytes at the end of a suite."""
     yield
-    _forget()
+    forget()
 
 
-def _forget():
+def forget():
     if BACKEND == "jax":
         import jax
 

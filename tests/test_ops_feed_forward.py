@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import BACKEND, KERNEL_MODES, MODES, assert_close, gradients
+from conftest import BACKEND, KERNEL_MODES, MODES, assert_close, forget, gradients
 from keras import ops
 
 from keras_moe import backend, layers
@@ -76,7 +76,7 @@ def traced(function, inputs):
     """The text of what JAX traces."""
     import jax
 
-    jax.clear_caches()
+    forget()
     return str(jax.make_jaxpr(function)(*inputs))
 
 
