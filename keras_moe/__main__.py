@@ -14,7 +14,7 @@ import zipfile
 import keras
 import numpy as np
 
-from keras_moe import metrics, report, summary
+from keras_moe import inspection, metrics, report, summary
 
 
 def main(arguments=None):
@@ -77,7 +77,7 @@ def _inspect(model, options):
     total, active = summary.count_parameters(model)
     print(f"{model.name}: {total:,} parameters, {active:,} of them active for a token\n")
     header = ("layer", "experts", "parameters", "active", "FLOPs a token", "busiest", "dead")
-    rows = [header, *map(_row, layers)]
+    rows = [(*header, "engine"), *map(_row, layers, inspection.describe(model))]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for name, *cells in rows:
         print(name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:])), sep="  ")
@@ -85,7 +85,7 @@ def _inspect(model, options):
         print("\nThe counters are empty: save a model in training to see them.")
 
 
-def _row(layer):
+def _row(layer, description):
     used = sum(layer.counts) > 0
     busiest = float(metrics.load_imbalance(layer.counts)) + 1
     return (
@@ -96,6 +96,7 @@ def _row(layer):
         f"{layer.flops:,}",
         f"{busiest:.2f} x fair" if used else "-",
         str(layer.counts.count(0)) if used else "-",
+        f"{description.engine or '-'} ({description.platform})",
     )
 
 

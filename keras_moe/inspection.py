@@ -2,11 +2,14 @@
 
 import contextlib
 import os
+from typing import NamedTuple
 
 import keras
 from keras import ops
 
+from keras_moe import backend
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
+from keras_moe.ops.platforms import named_platform
 
 
 def moe_layers(model):
@@ -44,6 +47,68 @@ def moe_layers(model):
     if len(set(names)) < len(names):
         names = [f"{name}_{number}" for number, name in enumerate(names)]
     return dict(zip(names, layers))
+
+
+class LayerDescription(NamedTuple):
+    """How a MoE layer of a model is computed; all are strings.
+
+    - `name`: its name in the model.
+    - `router`, `experts`: their classes.
+    - `dtype`: the compute dtype of the experts.
+    - `platform`: "cpu", "gpu" or "tpu".
+    - `engine`: "rows" (kernels for all rows at once), "padded" (one batched product over padded
+      tiles), "tiles" (a loop over tiles of rows) or "slices" (groups of their exact sizes); for
+      experts that are Keras layers "vectorized", "scan" or "slices".
+    """
+
+    name: str
+    router: str
+    experts: str
+    dtype: str
+    platform: str
+    engine: str
+
+
+def describe(model):
+    """How each MoE layer of a model is computed on this machine.
+
+    The engine follows from the backend, the platform, the dtype, and whether `model.compile` turned
+    XLA on; `ops.grouped.engines.choose` has the rule. To read it for a platform that is not here,
+    call this inside `ops.platform`.
+
+    Args:
+        model: a built Keras model.
+
+    Returns:
+        List of one `LayerDescription` for each MoE layer, in the order of the model.
+
+    Raises:
+        ValueError: If the model has no MoE layer.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
+    >>> model = keras.Sequential([
+    ...     keras.Input((16,)), keras_moe.layers.MixtureOfExperts(experts, name="moe")
+    ... ])
+    >>> with keras_moe.ops.platform("cpu"):
+    ...     (layer,) = keras_moe.inspection.describe(model)
+    >>> layer.router, layer.experts, layer.dtype
+    ('TopKRouter', 'FeedForwardExperts', 'float32')
+    """
+    platform = named_platform() or backend.current_platform()
+    static_shapes = backend.compiles_static_shapes() or _is_compiled_by_xla(model)
+    return [
+        LayerDescription(
+            name=name,
+            router=type(layer.router).__name__,
+            experts=type(layer.experts).__name__,
+            dtype=layer.experts.compute_dtype,
+            platform=platform,
+            engine=layer.experts.engine_on(platform, static_shapes),
+        )
+        for name, layer in moe_layers(model).items()
+    ]
 
 
 def has_moe_layers(model):
@@ -91,6 +156,10 @@ def record_routings(model, batches):
     return routings
 
 
+def _is_compiled_by_xla(model):
+    return keras.backend.backend() == "tensorflow" and bool(model.jit_compile)
+
+
 def _layers(model):
     return [layer for layer in model._flatten_layers() if isinstance(layer, MixtureOfExperts)]
 
@@ -108,4 +177,10 @@ def _recorder(routings):
     return record
 
 
-__all__ = ["has_moe_layers", "moe_layers", "record_routings"]
+__all__ = [
+    "LayerDescription",
+    "describe",
+    "has_moe_layers",
+    "moe_layers",
+    "record_routings",
+]

@@ -47,11 +47,12 @@ def pytest_configure(config):
 
 
 @pytest.fixture
-def small_blocks(monkeypatch):
-    """Blocks so short that small groups need full blocks and a tail, and runs of few groups."""
-    monkeypatch.setattr("keras_moe.ops.grouped_blocks.block_sizes", lambda *_: (2, 8))
-    monkeypatch.setattr("keras_moe.ops.grouped_blocks.BLOCK_OVERHEAD", 1)
-    monkeypatch.setattr("keras_moe.ops.grouped_slices.RUN_ROWS", 8)
+def small_tiles(monkeypatch):
+    """Tiles so short that small groups need full tiles and a tail, and runs of few groups."""
+    monkeypatch.setattr("keras_moe.ops.grouped.tile_sizes.tile_sizes", lambda *_: (2, 8))
+    monkeypatch.setattr("keras_moe.ops.grouped.tile_sizes.TILE_OVERHEAD", 1)
+    monkeypatch.setattr("keras_moe.ops.grouped.padded.tile_length", lambda *_: 4)
+    monkeypatch.setattr("keras_moe.ops.grouped.slices.CPU_RUN_ROWS", 8)
     forget()
     yield
     forget()

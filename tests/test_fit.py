@@ -11,7 +11,7 @@ BACKEND = keras.backend.backend()
 JIT = [False] if BACKEND == "torch" else [True] if BACKEND == "jax" else [False, True]
 compiled = pytest.mark.parametrize("jit_compile", JIT, ids=lambda jit: "jit" if jit else "plain")
 # Few block sizes take less time to compile.
-pytestmark = pytest.mark.usefixtures("small_blocks")
+pytestmark = pytest.mark.usefixtures("small_tiles")
 X, Y = normal(32, 3, D), normal(32, 3, D, seed=1)
 
 

@@ -9,8 +9,8 @@ from keras import ops
 
 from keras_moe import backend, layers
 from keras_moe.ops import grouped_feed_forward, plan_groups, top_k_routing
-from keras_moe.ops.grouped import run_grouped
-from keras_moe.ops.grouped_blocks import block_sizes
+from keras_moe.ops.grouped import run, tiles
+from keras_moe.ops.grouped.tile_sizes import tile_sizes
 
 T, D, H, E, K = 13, 4, 6, 3, 2
 
@@ -46,7 +46,7 @@ def in_float32(values):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_slope_that_is_infinite_at_zero_spoils_no_gradient(mode, small_blocks):
+def test_a_slope_that_is_infinite_at_zero_spoils_no_gradient(mode, small_tiles):
     function, inputs = network(signed_root, biases=0)
     for gradient in gradients(function, inputs, mode):
         assert np.isfinite(gradient).all()
@@ -63,10 +63,10 @@ def test_gradients_in_half_precision_are_those_of_float32(activation, dtype, sto
         assert_close(gradient, expected, tolerance=0.05)
 
 
-@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch has no blocks")
+@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch has no tiles")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_blocks_may_compute_in_half_precision_as_on_accelerators(dtype, monkeypatch, small_blocks):
-    monkeypatch.setattr(backend, "block_dtype", lambda dtype: dtype)
+def test_tiles_may_compute_in_half_precision_as_on_accelerators(dtype, monkeypatch, small_tiles):
+    monkeypatch.setattr(tiles, "tile_dtype", lambda setting: setting.dtype)
     low = gradients(*network(ops.gelu, dtype, "float32"), KERNEL_MODES[-1])
     for gradient, expected in zip(low, gradients(*network(ops.gelu))):
         assert_close(gradient, expected, tolerance=0.05)
@@ -121,7 +121,7 @@ def test_products_on_cpus_are_those_of_float32(monkeypatch):
     loss, weights = loss_of_half_precision()
     narrow_product = re.compile(r":bf16\[[0-9,]+\] = dot_general")
     assert not narrow_product.search(traced(jax.grad(loss), weights))
-    monkeypatch.setattr(backend, "block_dtype", lambda dtype: dtype)
+    monkeypatch.setattr(tiles, "tile_dtype", lambda setting: setting.dtype)
     assert narrow_product.search(traced(jax.grad(loss), weights))
 
 
@@ -130,8 +130,8 @@ def test_a_forward_pass_keeps_no_pre_activations():
     import jax
 
     loss, weights = loss_of_half_precision()
-    room = block_sizes(T * K, E)[-1]
-    buffer = f"f32[{T * K + room},{H}]"
+    padding = tile_sizes(T * K, E)[-1]
+    buffer = f"f32[{T * K + padding},{H}]"
     assert buffer not in traced(loss, weights)
     assert buffer in traced(jax.grad(loss), weights)
 
@@ -173,9 +173,9 @@ def test_a_layer_that_runs_eagerly_is_compiled_once():
     layer = layers.MixtureOfExperts(layers.FeedForwardExperts(E, H))
     x = np.ones((T, D), "float32")
     layer(x)
-    compiled = run_grouped._cache_size()
+    compiled = run._run._cache_size()
     layer(x + 1)
-    assert run_grouped._cache_size() == compiled
+    assert run._run._cache_size() == compiled
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="XLA leaves out what nobody needs")

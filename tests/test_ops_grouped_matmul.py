@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_moe.ops import grouped_blocks, grouped_matmul
+from keras_moe.ops import grouped_matmul
+from keras_moe.ops.grouped import tile_sizes
 
 
 def weighted_sum(inputs, sizes, upstream):
@@ -41,7 +42,7 @@ def check_against_oracle(function, rng, num_rows, sizes, shape=(3, 4)):
 
 
 GROUP_SIZES = {
-    "full blocks and tails": [1, 3, 7, 15],
+    "full tiles and tails": [1, 3, 7, 15],
     "equal": [8, 8, 8, 8],
     "one row each": [1, 1, 1, 1],
     "one huge group first": [40, 0, 0, 0],
@@ -53,7 +54,7 @@ GROUP_SIZES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_groups_of_all_kinds_equal_the_oracle(mode, small_blocks):
+def test_groups_of_all_kinds_equal_the_oracle(mode, small_tiles):
     # The sizes are data: one compilation serves them all.
     function = differentiated(weighted_sum, mode)
     for sizes in some(GROUP_SIZES.values(), mode):
@@ -61,7 +62,7 @@ def test_groups_of_all_kinds_equal_the_oracle(mode, small_blocks):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_drawn_groups_and_shapes_equal_the_oracle(mode, small_blocks):
+def test_drawn_groups_and_shapes_equal_the_oracle(mode, small_tiles):
     @settings(max_examples=EXAMPLES[mode])
     @given(
         st.lists(st.integers(0, 20), min_size=1, max_size=5),
@@ -81,9 +82,9 @@ def test_drawn_groups_and_shapes_equal_the_oracle(mode, small_blocks):
 
 
 @pytest.mark.parametrize("mode", KERNEL_MODES)
-def test_groups_around_the_real_block_sizes_equal_the_oracle(mode):
+def test_groups_around_the_real_tile_sizes_equal_the_oracle(mode):
     function = differentiated(weighted_sum, mode)
-    around = [[length - 1, length, length + 1] for length in grouped_blocks.block_sizes(1152, 3)]
+    around = [[length - 1, length, length + 1] for length in tile_sizes.tile_sizes(1152, 3)]
     # The last block of the last of these reaches far past the end of all rows.
     for sizes in (*around, [402, 580, 170], [1152, 0, 0]):
         check_against_oracle(function, np.random.default_rng(1), 1152, sizes, shape=(2, 3))
@@ -95,7 +96,7 @@ def test_groups_around_the_real_block_sizes_equal_the_oracle(mode):
     st.integers(0, 20),
 )
 def test_no_cover_is_cheaper_than_the_chosen_one(lengths, overhead):
-    covers = grouped_blocks.cheapest_covers(tuple(lengths), overhead)
+    covers = tile_sizes.cheapest_covers(tuple(lengths), overhead)
     price = np.array(lengths) + overhead
     choices = np.array(list(np.ndindex(*(3 * lengths[-1] // length + 2 for length in lengths))))
     for rows, cover in enumerate(covers.T):
@@ -106,14 +107,14 @@ def test_no_cover_is_cheaper_than_the_chosen_one(lengths, overhead):
 
 def test_there_are_few_sizes_of_blocks_and_one_holds_a_mean_group():
     for mean in range(1100):
-        sizes = grouped_blocks.block_sizes(8 * mean, 8)
+        sizes = tile_sizes.tile_sizes(8 * mean, 8)
         assert len(sizes) == 3 and list(sizes) == sorted(set(sizes))
         assert 4 <= sizes[0] <= 32
         assert min(mean, 512) <= sizes[-1] < max(min(mean, 512), 32) + sizes[0]
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_rows_behind_the_last_group_are_not_computed(mode, small_blocks):
+def test_rows_behind_the_last_group_are_not_computed(mode, small_tiles):
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(11, 2)).astype("float32")
     kernels = rng.normal(size=(2, 2, 2)).astype("float32")
@@ -173,7 +174,7 @@ def test_group_sizes_may_be_a_list_or_any_integer_tensor():
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow traces unknown sizes")
 @pytest.mark.parametrize("jit_compile", [False, True])
-def test_the_number_of_rows_may_be_unknown_when_traced(jit_compile, small_blocks):
+def test_the_number_of_rows_may_be_unknown_when_traced(jit_compile, small_tiles):
     import tensorflow as tf
 
     signature = [

@@ -193,7 +193,7 @@ def test_the_gradients_of_the_oracle_equal_finite_differences(top_k, gated, capa
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_outputs_losses_counts_and_all_gradients_equal_the_oracle(mode, small_blocks):
+def test_outputs_losses_counts_and_all_gradients_equal_the_oracle(mode, small_tiles):
     @settings(max_examples=EXAMPLES[mode])
     @given(configs(), st.integers(0, 2**32), st.sampled_from([0.0, np.nan, np.inf, 1e30]))
     @example(Config(gated=True, capacity_factor=0.8), 0, np.nan)
@@ -210,7 +210,7 @@ def test_outputs_losses_counts_and_all_gradients_equal_the_oracle(mode, small_bl
 
 
 @pytest.mark.parametrize("mode", KERNEL_MODES)
-def test_groups_longer_than_the_real_blocks_equal_the_oracle(mode):
+def test_groups_longer_than_the_real_tiles_equal_the_oracle(mode):
     config = Config(num_tokens=1300, features=2, num_experts=3, hidden_dim=3, gated=True)
     run, rng = build(config, mode), np.random.default_rng(0)
     for skew in ("balanced", "all-to-one"):
@@ -230,7 +230,7 @@ def draw_large_batch(config, rng, skew):
 
 @pytest.mark.parametrize("mode", KERNEL_MODES)
 @pytest.mark.parametrize("gated", [False, True])
-def test_one_expert_equals_a_dense_network(gated, mode, small_blocks):
+def test_one_expert_equals_a_dense_network(gated, mode, small_tiles):
     config = Config(num_experts=1, top_k=1, gated=gated, activation="silu")
     x, weights, upstream = draw_batch(config, np.random.default_rng(0))
     outputs, _, _, _, _, d_weights = build(config, mode)(x, weights, upstream)
@@ -253,14 +253,14 @@ def test_one_expert_equals_a_dense_network(gated, mode, small_blocks):
 
 
 @pytest.mark.parametrize("mode", KERNEL_MODES)
-def test_dropless_equals_a_capacity_with_room(mode, small_blocks):
+def test_dropless_equals_a_capacity_with_room(mode, small_tiles):
     batch = draw_batch(Config(), np.random.default_rng(0), "zipf")
     roomy = build(Config(capacity_factor=2.0), mode)(*batch, ALL)
     assert_same(roomy, build(Config(), mode)(*batch, ALL))
 
 
 @pytest.mark.parametrize("mode", KERNEL_MODES)
-def test_permuted_tokens_give_permuted_outputs(mode, small_blocks):
+def test_permuted_tokens_give_permuted_outputs(mode, small_tiles):
     rng = np.random.default_rng(0)
     x, weights, upstream = draw_batch(Config(), rng, "zipf")
     order, run = rng.permutation(len(x)), build(Config(), mode)
@@ -269,7 +269,7 @@ def test_permuted_tokens_give_permuted_outputs(mode, small_blocks):
 
 
 @pytest.mark.parametrize("mode", KERNEL_MODES)
-def test_in_a_dropless_layer_batch_mates_do_not_matter(mode, small_blocks):
+def test_in_a_dropless_layer_batch_mates_do_not_matter(mode, small_tiles):
     rng, run = np.random.default_rng(0), build(Config(), mode)
     x, weights, upstream = draw_batch(Config(), rng, "zipf")
     alone = run(x, weights, upstream, ALL)
@@ -279,7 +279,7 @@ def test_in_a_dropless_layer_batch_mates_do_not_matter(mode, small_blocks):
 
 @pytest.mark.parametrize("mode", KERNEL_MODES)
 @pytest.mark.parametrize("capacity_factor", [None, 1.0])
-def test_appended_padding_of_any_content_changes_nothing(capacity_factor, mode, small_blocks):
+def test_appended_padding_of_any_content_changes_nothing(capacity_factor, mode, small_tiles):
     rng = np.random.default_rng(0)
     # The capacity counts all tokens, so the same room is asked of fewer tokens.
     short = Config(num_tokens=16, capacity_factor=capacity_factor and capacity_factor * 24 / 16)
@@ -298,7 +298,7 @@ def test_appended_padding_of_any_content_changes_nothing(capacity_factor, mode, 
 
 
 @pytest.mark.parametrize("mode", KERNEL_MODES)
-def test_a_mask_in_the_middle_equals_the_truncated_input(mode, small_blocks):
+def test_a_mask_in_the_middle_equals_the_truncated_input(mode, small_tiles):
     rng = np.random.default_rng(1)
     x, weights, upstream = draw_batch(Config(), rng)
     mask = np.ones(24, bool)
@@ -309,7 +309,7 @@ def test_a_mask_in_the_middle_equals_the_truncated_input(mode, small_blocks):
 
 
 @pytest.mark.parametrize("mode", KERNEL_MODES)
-def test_a_nan_token_spoils_its_own_output_only(mode, small_blocks):
+def test_a_nan_token_spoils_its_own_output_only(mode, small_tiles):
     rng, run = np.random.default_rng(0), build(Config(), mode)
     x, weights, upstream = draw_batch(Config(), rng)
     clean = run(x, weights, upstream, ALL)[0]
@@ -321,7 +321,7 @@ def test_a_nan_token_spoils_its_own_output_only(mode, small_blocks):
 
 
 @pytest.mark.parametrize("mode", KERNEL_MODES)
-def test_a_broken_expert_spoils_its_own_tokens_and_gradients_only(mode, small_blocks):
+def test_a_broken_expert_spoils_its_own_tokens_and_gradients_only(mode, small_tiles):
     rng, run = np.random.default_rng(0), build(Config(), mode)
     x, weights, upstream = draw_batch(Config(), rng)
     clean = run(x, weights, upstream, ALL)
@@ -336,7 +336,7 @@ def test_a_broken_expert_spoils_its_own_tokens_and_gradients_only(mode, small_bl
 
 
 @pytest.mark.parametrize("mode", KERNEL_MODES)
-def test_a_zero_router_uses_the_first_experts_alone_and_still_learns(mode, small_blocks):
+def test_a_zero_router_uses_the_first_experts_alone_and_still_learns(mode, small_tiles):
     x, weights, upstream = draw_batch(Config(), np.random.default_rng(0))
     weights["kernel"] = np.zeros_like(weights["kernel"])
     result = build(Config(), mode)(x, weights, upstream, ALL)

@@ -4,22 +4,27 @@ Everything else in the package is written with `keras.ops`. A backend module pro
 
 - `compiles_static_shapes()`: whether the code being traced needs every shape fixed.
 - `compile_once(function)`: a function that need not be compiled at each call.
+- `current_platform()`: the platform this process computes on, "cpu", "gpu" or "tpu".
+- `on_its_platform(functions, *operands)`: the function of the platform that is compiled for.
 - `differentiable(forward, backward, inputs, context)`: a function with its own gradient.
 - `vjp(function, inputs)`: value and pullback of a plain function, usable inside loops.
 - `gather_rows(tensor, indices)`: rows of a tensor by (possibly multi-dimensional) index.
-- `block_dtype(dtype)`: what blocks of rows are computed in, where shapes are static.
+- `sum_over_replicas(values)`: the sum of what all data-parallel replicas have.
+- `has_grouped_products(platform, dtype, widths)`: whether there are kernels for all rows at once.
+
+And, each for some engines of `ops.grouped` only:
+
+- `grouped_products`, `grouped_kernel_gradients`: kernels for all rows at once.
 - `slice_at(tensor, start, shape)`: a part of a tensor, where shapes are static.
 - `sort(integers)`: a vector of integers in ascending order, where shapes are static.
 - `scan(step, carry, xs)`: a loop that can be differentiated, where shapes are static.
-- `multiply_groups(rows, sizes, experts, kernel, bias, transposed)`: affine maps, where shapes are
+- `batched_product(left, right)`: float32 products of matrices, where shapes are static.
+- `multiply_groups`, `stack_gradients`: affine maps of slices, and their gradients, where shapes are
   dynamic.
-- `stack_gradients(runs, kernels, biases)`: the gradients of those, where shapes are dynamic.
-- `sum_over_replicas(values)`: the sum of what all data-parallel replicas have.
 - `unstack_sizes(sizes)`: the entries of a vector as bounds of slices, where shapes are dynamic.
 """
 
 import importlib
-from typing import Any
 
 import keras
 
@@ -34,16 +39,35 @@ if keras.backend.backend() not in _SUPPORTED:
 
 _module = importlib.import_module(f"keras_moe.backend.{keras.backend.backend()}")
 
-block_dtype: Any = getattr(_module, "block_dtype", None)
+
+def _primitive(name):
+    """A primitive of the backend; one that it lacks raises when it is called."""
+
+    def lacking(*args, **kwargs):
+        raise NotImplementedError(
+            f"The backend {keras.backend.backend()!r} has no primitive `{name}`: the engine that "
+            "asked for it does not run there. See `keras_moe.ops.grouped.engines.choose`."
+        )
+
+    return getattr(_module, name, lacking)
+
+
 compile_once = _module.compile_once
 compiles_static_shapes = _module.compiles_static_shapes
+current_platform = _module.current_platform
 differentiable = _module.differentiable
 gather_rows = _module.gather_rows
-multiply_groups: Any = getattr(_module, "multiply_groups", None)
-slice_at: Any = getattr(_module, "slice_at", None)
-sort: Any = getattr(_module, "sort", None)
-scan: Any = getattr(_module, "scan", None)
-stack_gradients: Any = getattr(_module, "stack_gradients", None)
+has_grouped_products = _module.has_grouped_products
+on_its_platform = _module.on_its_platform
 sum_over_replicas = _module.sum_over_replicas
-unstack_sizes: Any = getattr(_module, "unstack_sizes", None)
 vjp = _module.vjp
+
+batched_product = _primitive("batched_product")
+grouped_kernel_gradients = _primitive("grouped_kernel_gradients")
+grouped_products = _primitive("grouped_products")
+multiply_groups = _primitive("multiply_groups")
+scan = _primitive("scan")
+slice_at = _primitive("slice_at")
+sort = _primitive("sort")
+stack_gradients = _primitive("stack_gradients")
+unstack_sizes = _primitive("unstack_sizes")

@@ -3,18 +3,40 @@
 import jax
 import jax.numpy as jnp
 
+from keras_moe.backend import jax_kernels
+
 
 def compiles_static_shapes():
     """JAX fixes every shape, traced or not."""
     return True
 
 
+def current_platform():
+    """The platform of JAX's default device: "cpu", "gpu" or "tpu"."""
+    return jax.default_backend()
+
+
+def on_its_platform(functions, *operands):
+    """`functions[platform](*operands)` for the platform that is lowered for.
+
+    All functions are traced, and one is compiled.
+    """
+    return jax.lax.platform_dependent(
+        *operands,
+        tpu=functions["tpu"],
+        cuda=functions["gpu"],
+        rocm=functions["gpu"],
+        default=functions["cpu"],
+    )
+
+
 def differentiable(forward, backward, inputs, context):
     """The output of `forward`, whose gradient for `inputs` is computed by `backward`.
 
-    `forward(inputs, context, keep)` returns `(output, saved)`; where `keep` is False, nobody needs
-    what is saved. `backward(inputs, context, saved, gradient)` returns one gradient for each input.
-    `context` holds integer tensors, which have no gradient.
+    `forward(inputs, context, keep)` returns `(output, saved)`; where `keep` is False, there is no
+    backward pass, and nothing need be saved. `backward(inputs, context, saved, gradient)` returns
+    gradients in the structure of `inputs`. `inputs` and `context` are structures of tensors; those
+    of `context` are integers, which have no gradient.
     """
 
     @jax.custom_vjp
@@ -26,10 +48,10 @@ def differentiable(forward, backward, inputs, context):
         return output, (inputs, context, saved)
 
     def function_backward(residuals, upstream):
-        return tuple(backward(*residuals, upstream)), None
+        return backward(*residuals, upstream), None
 
     function.defvjp(function_forward, function_backward)
-    return function(tuple(inputs), tuple(context))
+    return function(inputs, context)
 
 
 def compile_once(function):
@@ -54,15 +76,18 @@ def gather_rows(tensor, indices):
     return tensor.at[indices].get(mode="promise_in_bounds")
 
 
-def block_dtype(dtype):
-    """What blocks of rows of a `dtype` are computed in, a string.
+def has_grouped_products(platform, dtype, widths):
+    """Whether there are Pallas kernels for the platform and the dtype; they take any widths."""
+    return jax_kernels.supports(platform, dtype)
 
-    For products of narrow floats XLA on CPUs converts each operand to float32, and rounds each
-    result. So all of a block is computed in float32 there, at least. The device is that of the
-    process, as nothing tells for which one a function is traced.
-    """
-    on_cpu = jax.default_backend() == "cpu"
-    return str(jnp.promote_types(dtype, jnp.float32) if on_cpu else jnp.dtype(dtype))
+
+grouped_products = jax_kernels.grouped_products
+grouped_kernel_gradients = jax_kernels.grouped_kernel_gradients
+
+
+def batched_product(left, right):
+    """(N, D, H) float32, of (N, D, B) and (N, B, H) of any float dtype."""
+    return jnp.matmul(left, right, preferred_element_type=jnp.float32)
 
 
 def slice_at(tensor, start, shape):

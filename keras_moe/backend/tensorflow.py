@@ -11,26 +11,42 @@ def compiles_static_shapes():
     return tf.__internal__.get_enclosing_xla_context() is not None
 
 
+def current_platform():
+    """The platform of the process: that of its fastest device."""
+    types = {device.device_type for device in tf.config.list_logical_devices()}
+    return next((name for name in ("tpu", "gpu") if name.upper() in types), "cpu")
+
+
+def on_its_platform(functions, *operands):
+    """`functions[platform](*operands)` for the platform of the process.
+
+    TensorFlow does not tell for which device a function is traced.
+    """
+    return functions[current_platform()](*operands)
+
+
 def differentiable(forward, backward, inputs, context):
     """The output of `forward`, whose gradient for `inputs` is computed by `backward`.
 
-    `forward(inputs, context, keep)` returns `(output, saved)`; where `keep` is False, nobody needs
-    what is saved. `backward(inputs, context, saved, gradient)` returns one gradient for each input.
-    `context` holds integer tensors, which have no gradient.
+    `forward(inputs, context, keep)` returns `(output, saved)`; where `keep` is False, there is no
+    backward pass, and nothing need be saved. `backward(inputs, context, saved, gradient)` returns
+    gradients in the structure of `inputs`. `inputs` and `context` are structures of tensors; those
+    of `context` are integers, which have no gradient.
     """
 
     @tf.custom_gradient
-    def function(*inputs):
+    def function(*tensors):
+        inputs_again = tf.nest.pack_sequence_as(inputs, tensors)
         # TensorFlow does not tell whether there will be a gradient.
-        output, saved = forward(inputs, context, keep=True)
+        output, saved = forward(inputs_again, context, keep=True)
 
         def gradient(upstream):
-            return tuple(backward(inputs, context, saved, upstream))
+            return tuple(tf.nest.flatten(backward(inputs_again, context, saved, upstream)))
 
         return output, gradient
 
     # A variable would be taken for one that `forward` uses besides its inputs.
-    return function(*map(tf.convert_to_tensor, inputs))
+    return function(*map(tf.convert_to_tensor, tf.nest.flatten(inputs)))
 
 
 def compile_once(function):
@@ -103,15 +119,14 @@ def stack_gradients(runs, kernels, biases):
     return [tf.stack(parts) for parts in (*kernel_parts, *bias_parts)]
 
 
-def block_dtype(dtype):
-    """What blocks of rows of a `dtype` are computed in, a string.
+def has_grouped_products(platform, dtype, widths):
+    """TensorFlow has no grouped product."""
+    return False
 
-    For products of narrow floats XLA on CPUs converts each operand to float32, and rounds each
-    result. So all of a block is computed in float32 there, at least. The devices are those of the
-    process, as nothing tells for which one a function is traced.
-    """
-    only_cpus = all(device.device_type == "CPU" for device in tf.config.list_logical_devices())
-    return "float32" if only_cpus and dtype.size < tf.float32.size else dtype.name
+
+def batched_product(left, right):
+    """(N, D, H) float32, of (N, D, B) and (N, B, H) of any float dtype."""
+    return tf.raw_ops.BatchMatMulV3(x=left, y=right, Tout=tf.float32)
 
 
 def slice_at(tensor, start, shape):

@@ -9,37 +9,56 @@ def compiles_static_shapes():
     return False
 
 
+def current_platform():
+    """The platform of the device that Keras uses."""
+    return _platform_of(keras.ops.convert_to_tensor(0).device)
+
+
+def on_its_platform(functions, *operands):
+    """`functions[platform](*operands)` for the platform of the operands."""
+    return functions[_platform_of(keras.tree.flatten(operands)[0].device)](*operands)
+
+
+def _platform_of(device):
+    return "cpu" if device.type in ("cpu", "meta") else "gpu"
+
+
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, keep, forward, backward, context, *inputs):
+    def forward(ctx, keep, forward, backward, inputs, context, *tensors):
+        ctx.structure = keras.tree.map_structure(lambda _: 0, inputs)
+        inputs = keras.tree.pack_sequence_as(ctx.structure, tensors)
         output, saved = forward(inputs, context, keep)
         ctx.run_backward = backward
-        ctx.integers = context
+        ctx.context = context
         # All tensors in the list that PyTorch frees, and may offload or compute again.
-        ctx.structure = keras.tree.map_structure(lambda _: 0, saved)
-        ctx.save_for_backward(*inputs, *keras.tree.flatten(saved))
-        ctx.num_inputs = len(inputs)
+        ctx.structure_of_saved = keras.tree.map_structure(lambda _: 0, saved)
+        ctx.save_for_backward(*tensors, *keras.tree.flatten(saved))
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
-        inputs = ctx.saved_tensors[: ctx.num_inputs]
-        saved = keras.tree.pack_sequence_as(ctx.structure, ctx.saved_tensors[ctx.num_inputs :])
-        gradients = ctx.run_backward(inputs, ctx.integers, saved, upstream)
-        return None, None, None, None, *gradients
+        tensors = ctx.saved_tensors  # once: each access unpacks, and may compute again
+        num_inputs = len(keras.tree.flatten(ctx.structure))
+        inputs = keras.tree.pack_sequence_as(ctx.structure, tensors[:num_inputs])
+        saved = keras.tree.pack_sequence_as(ctx.structure_of_saved, tensors[num_inputs:])
+        gradients = ctx.run_backward(inputs, ctx.context, saved, upstream)
+        return None, None, None, None, None, *keras.tree.flatten(gradients)
 
 
 def differentiable(forward, backward, inputs, context):
     """The output of `forward`, whose gradient for `inputs` is computed by `backward`.
 
-    `forward(inputs, context, keep)` returns `(output, saved)`; where `keep` is False, nobody needs
-    what is saved. `backward(inputs, context, saved, gradient)` returns one gradient for each input.
-    `context` holds integer tensors, which have no gradient.
+    `forward(inputs, context, keep)` returns `(output, saved)`; where `keep` is False, there is no
+    backward pass, and nothing need be saved. `backward(inputs, context, saved, gradient)` returns
+    gradients in the structure of `inputs`. `inputs` and `context` are structures of tensors; those
+    of `context` are integers, which have no gradient.
     """
+    tensors = keras.tree.flatten(inputs)
     # Inside the function gradients are always off, and `needs_input_grad` does not ask whether.
-    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    return _Differentiable.apply(keep, forward, backward, context, *inputs)
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return _Differentiable.apply(keep, forward, backward, inputs, context, *tensors)
 
 
 def compile_once(function):
@@ -130,6 +149,82 @@ def stack_gradients(runs, kernels, biases):
         for expert in idle:
             whole[expert] = 0
     return gradients
+
+
+def has_grouped_products(platform, dtype, widths):
+    """Whether `grouped_mm` is one fast kernel, which needs no sizes on the host.
+
+    Elsewhere it is a loop over the groups.
+    """
+    return (
+        platform == "gpu"
+        and dtype == "bfloat16"
+        # Rows must begin at multiples of 16 bytes.
+        and all(width % 8 == 0 for width in widths)
+        and hasattr(torch.nn.functional, "grouped_mm")
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability() >= (9, 0)
+    )
+
+
+def grouped_products(platform, rows, kernels, biases, sizes, then, extras=(), transposed=False):
+    """`then` of each product of all rows with the kernels of their experts, and of the extras.
+
+    Args:
+        platform: not used; there is one kernel.
+        rows: (R, D) grouped by expert.
+        kernels: list of tensors (E, D, H), or (E, H, D) if `transposed`, of any float dtype.
+        biases: as many tensors (E, H), or none.
+        sizes: (E,) int32 sizes of the groups.
+        then: elementwise function of the products and the extras, which returns a tuple.
+        extras: tensors (R, H).
+        transposed: whether to multiply by the transposed kernels.
+
+    Returns:
+        What `then` returns: a tuple of tensors (R, H), of which rows behind the last group may be
+        anything.
+    """
+    ends = torch.cumsum(sizes, 0, dtype=torch.int32)
+    products = []
+    for kernel in kernels:
+        kernel = kernel.to(rows.dtype)
+        kernel = kernel.mT if transposed else kernel
+        products.append(torch.nn.functional.grouped_mm(rows, kernel, offs=ends))
+    if biases:
+        expert = _expert_of_row(rows, ends)
+        products = [
+            product + bias.to(rows.dtype)[expert] for product, bias in zip(products, biases)
+        ]
+    return then(*products, *extras)
+
+
+def grouped_kernel_gradients(platform, left, right, sizes, kernel, bias):
+    """The gradient of a kernel (E, D, H), and that of a bias (E, H) or None.
+
+    Args:
+        platform: not used; there is one kernel.
+        left: (R, D) what was multiplied.
+        right: (R, H) the gradient of the products.
+        sizes: (E,) int32 sizes of the groups.
+        kernel: (E, D, H), for its dtype.
+        bias: (E, H), for its dtype, or None.
+    """
+    ends = torch.cumsum(sizes, 0, dtype=torch.int32)
+    of_kernel = torch.nn.functional.grouped_mm(left.T, right, offs=ends).to(kernel.dtype)
+    if bias is None:
+        return of_kernel, None
+    num_experts = sizes.shape[0]
+    # Rows behind the last group are summed into a spare expert.
+    totals = torch.zeros((num_experts + 1, right.shape[1]), device=right.device)
+    totals.index_add_(0, _expert_of_row(right, ends, num_experts), right.float())
+    return of_kernel, totals[:num_experts].to(bias.dtype)
+
+
+def _expert_of_row(rows, ends, last=None):
+    """The expert of each row, (R,); `last`, by default the last expert, behind the last group."""
+    numbers = torch.arange(rows.shape[0], device=rows.device, dtype=ends.dtype)
+    last = ends.shape[0] - 1 if last is None else last
+    return torch.searchsorted(ends, numbers, right=True).clamp_(max=last)
 
 
 def sum_over_replicas(values):

@@ -6,6 +6,8 @@ from keras import ops
 from keras_moe.initializers import reseeded
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.ops.feed_forward import grouped_feed_forward
+from keras_moe.ops.grouped import engines
+from keras_moe.ops.grouped.records import Setting
 from keras_moe.validation import check_positive_integer
 
 
@@ -89,6 +91,12 @@ class DenseExperts(ExpertBank):
 
     def compute_output_shape(self, tokens_shape):
         return tuple(tokens_shape)
+
+    def engine_on(self, platform, static_shapes):
+        shapes = [kernel.shape for kernel in self._stacked("kernel")]
+        widths = (shapes[0][1], *(shape[2] for shape in shapes))
+        setting = Setting(platform, static_shapes, self.compute_dtype, widths)
+        return engines.name_of(engines.choose(setting))
 
     def get_config(self):
         return {

@@ -26,5 +26,14 @@ class ExpertBank(keras.layers.Layer):
     def compute_output_spec(self, tokens, plan):
         return keras.KerasTensor(self.compute_output_shape(tokens.shape), self.compute_dtype)
 
+    def engine_on(self, platform, static_shapes):
+        """What computes a built bank, a string for people to read; empty where it is not known.
+
+        Args:
+            platform: "cpu", "gpu" or "tpu".
+            static_shapes: whether all shapes are fixed at compile time, as under XLA.
+        """
+        return ""
+
     def _compute(self, tensor):
         return ops.cast(tensor, self.compute_dtype)

@@ -4,8 +4,8 @@ import keras
 from keras import ops
 
 from keras_moe.layers.expert_bank import ExpertBank
-from keras_moe.layers.sublayers import build_and_measure
-from keras_moe.ops.grouped_map import map_groups
+from keras_moe.layers.sublayers import are_alike, build_and_measure
+from keras_moe.ops.grouped.functions import Alike, engine_of, map_groups
 from keras_moe.parameters import parameters_of
 from keras_moe.serialization import register
 
@@ -15,11 +15,14 @@ class LayerExperts(ExpertBank):
     """Experts that are Keras layers or models, each different if wanted.
 
     Only the layers that serve a token run on it. Each layer sees rows (n, D) and must return rows
-    (n, D') with the same D' for all experts. Under XLA the rows come in blocks of 64 that are
-    filled up with zeros, so a layer that looks across rows, as `BatchNormalization` does in
-    training, sees those zeros, and an activity regularizer counts once a block.
+    (n, D') with the same D' for all experts. Under XLA the rows come in tiles that are padded with
+    zeros, so a layer that looks across rows, as `BatchNormalization` does in training, sees those
+    zeros, and an activity regularizer counts once a tile.
 
-    For experts of one shape `FeedForwardExperts` and `GatedExperts` are faster.
+    For experts of one shape `FeedForwardExperts` and `GatedExperts` are faster. On a GPU or TPU
+    XLA runs tiles of 64 rows one after the other, unless all layers are alike (one class, one
+    configuration, no state but weights): then it runs larger tiles at once, each with a copy of
+    its expert's weights.
 
     Args:
         layers: list of Keras layers, `keras.Sequential` or functional models.
@@ -65,6 +68,7 @@ class LayerExperts(ExpertBank):
                 "End each expert with a layer of the same width."
             )
         self._width = widths[0]
+        self._are_alike = are_alike(self.layers)
 
     def call(self, tokens, plan):
         rows = plan.dispatch(self._compute(tokens))
@@ -74,12 +78,33 @@ class LayerExperts(ExpertBank):
         # Layers may not write to variables or keep losses inside compiled loops: both travel.
         state = [ops.convert_to_tensor(variable) for variable in variables]
         state.append(ops.zeros((), "float32"))
-        rows, state = map_groups(functions, rows, plan.groups.sizes, self._width, state)
+        rows, state = map_groups(
+            functions, rows, plan.groups.sizes, self._width, state, self._as_one_function()
+        )
         *values, loss = state
         for variable, value in zip(variables, values):
             variable.assign(value)
         self.add_loss(loss)
         return plan.combine(rows)
+
+    def _as_one_function(self):
+        """The experts as one function of their weights, or None."""
+        if not self._are_alike:
+            return None
+        first = self.layers[0]
+        of_experts = zip(*(map(ops.convert_to_tensor, layer.variables) for layer in self.layers))
+
+        def function(weights, rows):
+            mapping = zip(first.variables, weights)
+            with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
+                output = self._compute(first(rows))
+            losses = [ops.cast(loss, "float32") for loss in scope.losses]
+            return output, sum(losses, ops.zeros((), "float32"))
+
+        return Alike(function, list(map(ops.stack, of_experts)))
+
+    def engine_on(self, platform, static_shapes):
+        return engine_of(self._are_alike, platform, static_shapes)
 
     def compute_output_shape(self, tokens_shape):
         if self.built:

@@ -4,6 +4,8 @@ import inspect
 
 import keras
 
+from keras_moe.parameters import parameters_of
+
 
 def build_and_measure(layer, inputs_shape):
     """Build a layer, if it is not built, and return the shape of its outputs.
@@ -30,6 +32,43 @@ def accepted_arguments(layer, names):
         # cannot have one, whatever is in it.
         layer.supports_masking = True
     return [name for name in names if name in accepted]
+
+
+def are_alike(layers):
+    """Whether built layers compute the same function, but for the values of their weights.
+
+    They are of one class and configuration, have weights of the same shapes, and no state besides.
+    """
+    return len({_kind(layer) for layer in layers}) == 1 and not any(
+        _has_state(layer) for layer in layers
+    )
+
+
+def _kind(layer):
+    try:
+        config = keras.saving.serialize_keras_object(layer)
+    except (NotImplementedError, TypeError, ValueError):
+        return id(layer)  # it does not tell what it is, so it is like no other
+    weights = [(variable.shape, variable.dtype) for variable in layer.variables]
+    return repr((type(layer), _without_names(config), weights))
+
+
+def _without_names(config):
+    """A configuration without names and initializers, which do not change what is computed."""
+    if isinstance(config, dict):
+        return {
+            key: _without_names(value)
+            for key, value in config.items()
+            if key != "name" and not key.endswith("_initializer")
+        }
+    if isinstance(config, (list, tuple)):
+        return [_without_names(value) for value in config]
+    return config
+
+
+def _has_state(layer):
+    parameters = {id(variable) for variable in parameters_of(layer)}
+    return any(id(variable) not in parameters for variable in layer.variables)
 
 
 def _overrides(layer, method):

@@ -106,6 +106,9 @@ class ZeroComputationExperts(ExpertBank):
             outputs = outputs + weight * self._constant(tokens, number)
         return outputs
 
+    def engine_on(self, platform, static_shapes):
+        return self.experts.engine_on(platform, static_shapes)
+
     @property
     def _computing(self):
         return self.experts.num_experts
@@ -129,7 +132,7 @@ class ZeroComputationExperts(ExpertBank):
 
 
 def _first(groups, num_experts):
-    """The groups of the first experts; the rows of the others belong to nobody."""
+    """The groups of the first experts; the rows of the others are padding."""
     sizes = groups.sizes[:num_experts]
     rows = groups.rows_of_token
     return groups._replace(sizes=sizes, rows_of_token=ops.where(rows < ops.sum(sizes), rows, -1))

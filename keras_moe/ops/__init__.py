@@ -14,6 +14,7 @@ from keras_moe.ops.grouped_matmul import grouped_matmul
 from keras_moe.ops.groups import ChosenGroups, Groups
 from keras_moe.ops.noisy import noisy_load
 from keras_moe.ops.plans import GroupedPlan, expert_capacity, plan_groups
+from keras_moe.ops.platforms import platform
 from keras_moe.ops.routing import (
     Routing,
     clean_logits,
@@ -45,6 +46,7 @@ __all__ = [
     "plan_expert_choice",
     "plan_groups",
     "plan_soft",
+    "platform",
     "router_entropy",
     "router_z",
     "sequence_load_balance",

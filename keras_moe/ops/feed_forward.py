@@ -1,11 +1,6 @@
 """The feed-forward network of one expert, plain or gated, as a grouped operation."""
 
-import functools
-
-from keras import ops
-
-from keras_moe import backend
-from keras_moe.ops.grouped import Step, run_grouped
+from keras_moe.ops.grouped import feed_forward_step, run_grouped
 
 
 def grouped_feed_forward(tokens, weights, groups, activation, up_kernels, down_kernel, biases=()):
@@ -39,34 +34,5 @@ def grouped_feed_forward(tokens, weights, groups, activation, up_kernels, down_k
             "There must be a bias for each kernel, or none. Received: "
             f"{len(biases)} biases, {len(kernels)} kernels. Pass zeros for those that are missing."
         )
-    step = _step(activation, tuple(kernel.shape[-1] for kernel in kernels))
-    return run_grouped(step, tokens, weights, kernels, list(biases), groups)
-
-
-# The same step for the same network: what is compiled for it serves again.
-@functools.lru_cache
-def _step(activation, widths):
-    def hidden_of(*pre_activations):
-        *gates, up = pre_activations
-        if not gates:
-            return _activate(up)
-        (gate,) = gates
-        return _activate(gate) * up
-
-    def _activate(values):
-        # An activation may compute in float32; products need one dtype.
-        return ops.cast(activation(values), values.dtype)
-
-    def forward(rows, projections):
-        *ups, down = projections
-        pre_activations = [up(rows) for up in ups]
-        return down(hidden_of(*pre_activations)), pre_activations
-
-    def backward(rows, projections, pre_activations, gradient):
-        *ups, down = projections
-        hidden, pullback = backend.vjp(hidden_of, pre_activations)
-        pre_gradients = pullback(down.pull(gradient))
-        row_gradient = sum(up.pull(pre) for up, pre in zip(ups, pre_gradients))
-        return row_gradient, [*((rows, pre) for pre in pre_gradients), (hidden, gradient)]
-
-    return Step(forward, backward, saved_widths=widths[:-1], output_width=widths[-1])
+    step = feed_forward_step(activation, tuple(kernel.shape[-1] for kernel in kernels))
+    return run_grouped(step, tokens, weights, kernels, biases, groups)

@@ -1,10 +1,8 @@
 """Grouped matrix product: the primitive that other expert banks can be built from."""
 
-import functools
-
 from keras import ops
 
-from keras_moe.ops.grouped import Step, run_grouped
+from keras_moe.ops.grouped import product_step, run_grouped
 from keras_moe.ops.groups import Groups
 
 
@@ -49,19 +47,13 @@ def grouped_matmul(rows, kernels, group_sizes):
         rows_of_token=ops.expand_dims(ops.where(computed, row_numbers, -1), 1),
     )
     return run_grouped(
-        _step(kernels.shape[-1]), rows, ops.ones((num_rows, 1), "float32"), [kernels], [], groups
+        product_step(kernels.shape[-1]),
+        rows,
+        ops.ones((num_rows, 1), "float32"),
+        [kernels],
+        [],
+        groups,
     )
-
-
-@functools.lru_cache
-def _step(width):
-    def forward(rows, projections):
-        return projections[0](rows), []
-
-    def backward(rows, projections, _, gradient):
-        return projections[0].pull(gradient), [(rows, gradient)]
-
-    return Step(forward, backward, saved_widths=(), output_width=width)
 
 
 def _check_shapes(rows, kernels, group_sizes):

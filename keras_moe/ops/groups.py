@@ -17,7 +17,7 @@ class Groups(NamedTuple):
     """The rows of each expert, where each token chose K experts.
 
     - `sizes` (E,) int32: the groups stand one behind another, in the order of the experts. Rows
-      behind the last group belong to nobody and are not computed.
+      behind the last group are padding and are not computed.
     - `assignment_of_row` (R,) int32: which assignment each row is; `k * T + t` is the k-th choice
       of token t.
     - `rows_of_token` (T, K) int32: the rows of each token, -1 where there is none.
@@ -106,7 +106,7 @@ class ChosenGroups(NamedTuple):
             row_weights = ops.cast(self.weight_of_row(weights), "float32")
             picked = picked * ops.expand_dims(row_weights, 1)
         served = ops.arange(num_rows, dtype="int32") < ops.sum(self.sizes)
-        # What is not served may hold anything: it is summed where nobody reads.
+        # Unserved rows may hold anything: they go to a spare token that is sliced off below.
         token = ops.where(served, self.token_of_row(), num_tokens)
         totals = ops.segment_sum(picked, token, num_tokens + 1)[:num_tokens]
         return ops.cast(totals, rows.dtype)
@@ -114,28 +114,25 @@ class ChosenGroups(NamedTuple):
 
 def dispatch_rows(tokens, groups):
     """The rows of all groups, (R, D), from tokens (T, D); the gradient is `sum_rows`."""
-    groups_of = type(groups)
 
-    def forward(inputs, context, keep):
-        return backend.gather_rows(inputs[0], groups_of(*context).token_of_row()), ()
+    def forward(tokens, groups, keep):
+        return backend.gather_rows(tokens, groups.token_of_row()), ()
 
-    def backward(inputs, context, saved, gradient):
-        return (groups_of(*context).sum_rows(gradient),)
+    def backward(tokens, groups, saved, gradient):
+        return groups.sum_rows(gradient)
 
-    return backend.differentiable(forward, backward, (tokens,), tuple(groups))
+    return backend.differentiable(forward, backward, tokens, groups)
 
 
 def combine_rows(rows, weights, groups):
     """`sum_rows` with gradients for rows and weights that are gathers."""
-    groups_of = type(groups)
 
-    def forward(inputs, context, keep):
+    def forward(inputs, groups, keep):
         rows, weights = inputs
-        return groups_of(*context).sum_rows(rows, weights), ()
+        return groups.sum_rows(rows, weights), ()
 
-    def backward(inputs, context, saved, gradient):
+    def backward(inputs, groups, saved, gradient):
         rows, weights = inputs
-        groups = groups_of(*context)
         row_gradient = backend.gather_rows(gradient, groups.token_of_row())
         weight_gradient = row_sums(row_gradient, rows)
         row_weights = ops.cast(groups.weight_of_row(weights), rows.dtype)
@@ -144,7 +141,7 @@ def combine_rows(rows, weights, groups):
             ops.cast(groups.at_assignments(weight_gradient[:, 0]), weights.dtype),
         )
 
-    return backend.differentiable(forward, backward, (rows, weights), tuple(groups))
+    return backend.differentiable(forward, backward, (rows, weights), groups)
 
 
 def row_sums(left, right):

@@ -1,0 +1,111 @@
+"""Arbitrary functions on groups of rows: only the chosen function runs on each row."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+from keras import ops
+
+from keras_moe import backend
+from keras_moe.ops.grouped.padded import tile_length
+from keras_moe.ops.grouped.padded_tiles import pad_tiles
+from keras_moe.ops.platforms import PLATFORMS, named_platform, on_platform
+
+SCAN_ROWS = 64
+
+
+class Alike(NamedTuple):
+    """One function for all groups, which differ in their weights only.
+
+    - `function(weights, rows (n, D)) -> (rows (n, D'), loss)`.
+    - `weights`: list of tensors (E, ...).
+    """
+
+    function: Callable
+    weights: list
+
+
+def engine_of(alike, platform, static_shapes):
+    """What `map_groups` does: "slices", "scan" or "vectorized".
+
+    | shapes | platform | functions | |
+    | --- | --- | --- | --- |
+    | dynamic | any | any | `slices`: one call for each function |
+    | static | CPU | any | `scan` over tiles, with a switch to the function of each |
+    | static | GPU, TPU | alike | `vectorized` over tiles, with a copy of the weights for each |
+    | static | GPU, TPU | different | `scan` |
+    """
+    if not static_shapes:
+        return "slices"
+    return "vectorized" if alike and platform != "cpu" else "scan"
+
+
+def map_groups(functions, rows, sizes, output_width, state, alike=None):
+    """Apply function e to group e of the rows.
+
+    Where shapes are fixed at compile time the rows are cut into tiles of one group each, and a
+    function sees rows of zeros behind its own.
+
+    Args:
+        functions: E functions `(rows (n, D), state) -> (rows (n, D'), state)`.
+        rows: (R, D) rows grouped by expert.
+        sizes: (E,) int32 sizes of the groups; rows behind the last group are padding.
+        output_width: D'.
+        state: list of tensors, handed through the functions that run; the last is a float32 sum of
+            losses.
+        alike: the same functions as one, an `Alike`, where they have no other state; or None.
+
+    Returns:
+        Rows (R, D'), zero at padding, and the state.
+    """
+    run = {
+        "slices": functools.partial(_map_slices, functions, output_width),
+        "scan": functools.partial(_scan_tiles, functions, output_width),
+        "vectorized": functools.partial(_map_all_tiles, alike),
+    }
+    static_shapes = backend.compiles_static_shapes()
+    if not static_shapes or alike is None:
+        return run[engine_of(alike, "", static_shapes)](rows, sizes, state)
+    by_platform = {name: run[engine_of(alike, name, True)] for name in PLATFORMS}
+    return on_platform(by_platform, rows, sizes, state, name=named_platform())
+
+
+def _map_slices(functions, output_width, rows, sizes, state):
+    outputs, start = [], 0
+    for function, size in zip(functions, backend.unstack_sizes(sizes)):
+        # A function without rows is given one of zeros and its effects are thrown away: all its
+        # gradients exist then, and no statistics of nothing, which are NaN, enter the state.
+        spare = ops.maximum(1 - size, 0)
+        output, new = function(ops.pad(rows[start : start + size], ((0, spare), (0, 0))), state)
+        state = [ops.where(size > 0, *values) for values in zip(new, state)]
+        outputs.append(output[:size])
+        start = start + size
+    padding = ops.zeros((ops.shape(rows)[0] - start, output_width), outputs[0].dtype)
+    return ops.concatenate([*outputs, padding]), state
+
+
+def _scan_tiles(functions, output_width, rows, sizes, state):
+    tiles = pad_tiles(sizes, ops.shape(rows)[0], SCAN_ROWS)
+
+    def skip(tile_rows, state):
+        return ops.zeros((SCAN_ROWS, output_width), tile_rows.dtype), state
+
+    def step(state, tile):
+        expert, tile_rows = tile
+        output, state = ops.switch(expert, [*functions, skip], tile_rows, state)
+        return state, output
+
+    state, outputs = backend.scan(step, state, (tiles.expert, tiles.cut(rows)))
+    return tiles.join(outputs), state
+
+
+def _map_all_tiles(alike, rows, sizes, state):
+    num_rows, num_experts = ops.shape(rows)[0], sizes.shape[0]
+    tiles = pad_tiles(sizes, num_rows, tile_length(num_rows, num_experts))
+    expert = ops.minimum(tiles.expert, num_experts - 1)
+    weights = [backend.gather_rows(weight, expert) for weight in alike.weights]
+    outputs, losses = ops.vectorized_map(
+        lambda tile: alike.function(*tile), (weights, tiles.cut(rows))
+    )
+    loss = ops.sum(ops.where(tiles.expert < num_experts, losses, 0.0))
+    return tiles.join(outputs), [*state[:-1], state[-1] + loss]

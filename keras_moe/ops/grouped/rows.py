@@ -1,0 +1,64 @@
+"""Engine that hands all rows at once to kernels for grouped products, for accelerators.
+
+Sizes of groups stay on the device. Where the kernels can, they add the bias, apply what the step
+puts behind a product, and cast the experts' weights tile by tile.
+"""
+
+from keras import ops
+
+from keras_moe import backend
+from keras_moe.ops.grouped.records import Parameters, RowGradients
+from keras_moe.ops.grouped.steps import Products
+from keras_moe.ops.groups import row_sums
+
+
+def supports(setting):
+    return backend.has_grouped_products(setting.platform, setting.dtype, setting.widths)
+
+
+def forward(setting, step, tokens, parameters, groups, keep):
+    rows = backend.gather_rows(tokens, groups.token_of_row())
+    return step.forward(rows, _products(setting, parameters, groups.sizes), keep)
+
+
+def backward(setting, step, tokens, row_weights, parameters, groups, outputs, saved, gradient):
+    token_of_row = groups.token_of_row()
+    output_gradient = backend.gather_rows(gradient, token_of_row)
+    row_gradient, factors = step.backward(
+        backend.gather_rows(tokens, token_of_row),
+        _products(setting, parameters, groups.sizes),
+        saved,
+        output_gradient * ops.cast(ops.expand_dims(row_weights, 1), setting.dtype),
+    )
+    return RowGradients(
+        row_gradient,
+        row_sums(output_gradient, outputs)[:, 0],
+        _parameter_gradients(setting, factors, parameters, groups.sizes),
+    )
+
+
+def _products(setting, parameters, sizes):
+    def multiply(rows, numbers, then):
+        kernels = [parameters.kernels[number] for number in numbers]
+        biases = [parameters.biases[number] for number in numbers] if parameters.biases else []
+        return backend.grouped_products(setting.platform, rows, kernels, biases, sizes, then)
+
+    def pull(gradient, number, then, *extras):
+        kernels = [parameters.kernels[number]]
+        return backend.grouped_products(
+            setting.platform, gradient, kernels, [], sizes, then, extras, transposed=True
+        )
+
+    return Products(multiply, pull)
+
+
+def _parameter_gradients(setting, factors, parameters, sizes):
+    kernels, biases = [], []
+    for number, (left, right) in enumerate(factors):
+        kernel, bias = parameters.of(number)
+        of_kernel, of_bias = backend.grouped_kernel_gradients(
+            setting.platform, left, right, sizes, kernel, bias
+        )
+        kernels.append(of_kernel)
+        biases.append(of_bias)
+    return Parameters(kernels, biases if parameters.biases else [])

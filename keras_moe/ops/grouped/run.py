@@ -1,0 +1,74 @@
+"""One batch through the experts: rows out, a step on each group, weighted sums back."""
+
+import functools
+
+import keras
+from keras import ops
+
+from keras_moe import backend
+from keras_moe.ops.grouped import engines
+from keras_moe.ops.grouped.records import Parameters, Setting
+from keras_moe.ops.platforms import PLATFORMS, named_platform, on_platform
+
+
+def run_grouped(step, tokens, weights, kernels, biases, groups):
+    """Apply a step to every group of rows, and sum each token's rows by weight.
+
+    Rows that belong to no group are not computed: padded and dropped assignments cost nothing.
+
+    Args:
+        step: a `Step`, hashable. The same one is compiled once.
+        tokens: (T, D).
+        weights: (T, K) combine weights.
+        kernels: list of tensors (E, D, H).
+        biases: as many tensors (E, H), or none.
+        groups: an `ops.Groups` or an `ops.ChosenGroups`.
+
+    Returns:
+        (T, `step.output_width`) in the dtype of `tokens`.
+    """
+    parameters = Parameters(list(kernels), list(biases))
+    return _run((step, named_platform()), tokens, weights, parameters, groups)
+
+
+@backend.compile_once
+def _run(step_and_platform, tokens, weights, parameters, groups):
+    step, platform = step_and_platform
+    run_on = {
+        name: functools.partial(_run_on, setting_of(name, tokens, parameters), step)
+        for name in PLATFORMS
+    }
+    return on_platform(run_on, tokens, weights, parameters, groups, name=platform)
+
+
+def setting_of(platform, tokens, parameters):
+    """The `Setting` of a grouped operation on a platform."""
+    return Setting(
+        platform=platform,
+        static_shapes=backend.compiles_static_shapes(),
+        dtype=keras.backend.standardize_dtype(tokens.dtype),
+        widths=(tokens.shape[-1], *(kernel.shape[-1] for kernel in parameters.kernels)),
+    )
+
+
+def _run_on(setting, step, tokens, weights, parameters, groups):
+    engine = engines.choose(setting)
+
+    def forward(inputs, groups, keep):
+        tokens, weights, parameters = inputs
+        outputs, saved = engine.forward(setting, step, tokens, parameters, groups, keep)
+        return ops.cast(groups.sum_rows(outputs, weights), tokens.dtype), (outputs, saved)
+
+    def backward(inputs, groups, residuals, gradient):
+        tokens, weights, parameters = inputs
+        row_weights = groups.weight_of_row(weights)
+        gradients = engine.backward(
+            setting, step, tokens, row_weights, parameters, groups, *residuals, gradient
+        )
+        return (
+            ops.cast(groups.sum_rows(gradients.rows), tokens.dtype),
+            ops.cast(groups.at_assignments(gradients.weights), weights.dtype),
+            gradients.parameters,
+        )
+
+    return backend.differentiable(forward, backward, (tokens, weights, parameters), groups)

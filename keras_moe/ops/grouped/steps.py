@@ -1,0 +1,129 @@
+"""Steps: the arithmetic of one expert, written once for all engines.
+
+A step multiplies by `Products`, which an engine makes from kernels and biases. Between two products
+stands a function of single numbers, an activation for example. The step hands it to the product in
+front of it, and an engine whose kernels can take it in computes it there, where the numbers are.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+from keras import ops
+
+from keras_moe import backend
+
+
+class Products(NamedTuple):
+    """Products of rows with the kernels of their experts; kernels go by their number.
+
+    - `multiply(rows, numbers, then)`: `then` of one tensor `rows @ kernel + bias` for each number.
+    - `pull(gradient, number, then, *extras)`: `then` of `gradient @ transposed kernel` and of
+      the extras, tensors of the same shape.
+
+    `then` is elementwise and returns a tuple of tensors, and so do both. Everything has the dtype
+    of the rows.
+    """
+
+    multiply: Callable
+    pull: Callable
+
+
+class Step(NamedTuple):
+    """The arithmetic of the experts on rows that are all their own.
+
+    - `forward(rows, products, keep) -> (output_rows, saved)`: `saved` is a list of tensors of
+      rows for the backward pass, empty unless `keep`.
+    - `backward(rows, products, saved, output_gradient) -> (row_gradient, factors)`. For each
+      kernel, `factors` has the rows that were multiplied by it and the gradient of their product;
+      the engine makes the gradients of kernel and bias from them.
+    - `saved_widths`: the width of each tensor in `saved`.
+    - `output_width`: the width of `output_rows`.
+    """
+
+    forward: Callable
+    backward: Callable
+    saved_widths: tuple
+    output_width: int
+
+
+def products_of(project, pull):
+    """`Products` that apply `then` to what plain products give.
+
+    Args:
+        project: function of rows and the number of a kernel, the affine map.
+        pull: function of a gradient and the number of a kernel, the product with its transpose.
+    """
+
+    def multiply(rows, numbers, then):
+        return then(*(project(rows, number) for number in numbers))
+
+    def pull_then(gradient, number, then, *extras):
+        return then(pull(gradient, number), *extras)
+
+    return Products(multiply, pull_then)
+
+
+# The same step for the same network: what is compiled for it serves again.
+@functools.lru_cache
+def feed_forward_step(activation, widths):
+    """`act(x W + b) V + c`, or `(act(x G) * (x U)) V` with a gate.
+
+    Only pre-activations are saved; activations are computed again.
+
+    Args:
+        activation: function of one tensor.
+        widths: tuple of the widths that the kernels map to, gate first, down last.
+    """
+    *ups, down = range(len(widths))
+
+    def hidden_of(*pre_activations):
+        *gates, up = pre_activations
+        if not gates:
+            return _activate(up)
+        (gate,) = gates
+        return _activate(gate) * up
+
+    def _activate(values):
+        # An activation may compute in float32; products need one dtype.
+        return ops.cast(activation(values), values.dtype)
+
+    def forward(rows, products, keep):
+        def then(*pre_activations):
+            return hidden_of(*pre_activations), *(pre_activations if keep else ())
+
+        hidden, *saved = products.multiply(rows, ups, then)
+        (output,) = products.multiply(hidden, [down], _unchanged)
+        return output, saved
+
+    def backward(rows, products, pre_activations, gradient):
+        def then(hidden_gradient, *pre_activations):
+            hidden, pullback = backend.vjp(hidden_of, pre_activations)
+            return hidden, *pullback(hidden_gradient)
+
+        hidden, *pre_gradients = products.pull(gradient, down, then, *pre_activations)
+        row_gradient = sum(
+            products.pull(pre, number, _unchanged)[0] for number, pre in zip(ups, pre_gradients)
+        )
+        return row_gradient, [*((rows, pre) for pre in pre_gradients), (hidden, gradient)]
+
+    return Step(forward, backward, saved_widths=widths[:-1], output_width=widths[-1])
+
+
+@functools.lru_cache
+def product_step(width):
+    """One product with a kernel (E, D, `width`)."""
+
+    def forward(rows, products, keep):
+        (output,) = products.multiply(rows, [0], _unchanged)
+        return output, []
+
+    def backward(rows, products, saved, gradient):
+        (row_gradient,) = products.pull(gradient, 0, _unchanged)
+        return row_gradient, [(rows, gradient)]
+
+    return Step(forward, backward, saved_widths=(), output_width=width)
+
+
+def _unchanged(product):
+    return (product,)

@@ -1,0 +1,65 @@
+"""The platform that a program is compiled for: "cpu", "gpu" or "tpu"."""
+
+import contextlib
+import contextvars
+
+from keras_moe import backend
+from keras_moe.validation import check_choice
+
+PLATFORMS = ("cpu", "gpu", "tpu")
+
+_named: contextvars.ContextVar = contextvars.ContextVar("platform", default=None)
+
+
+@contextlib.contextmanager
+def platform(name):
+    """Trace for a platform that this process does not run on.
+
+    Which grouped computation is fastest depends on the device, so what is traced differs. JAX
+    learns the device when it compiles, also for `jax.export` and ahead-of-time compilation, and
+    PyTorch from the tensors: neither needs this. TensorFlow traces for the devices of the process,
+    so a SavedModel with XLA functions that is exported on a CPU for a GPU is exported inside
+    this context.
+
+    It holds for what is traced inside. A function that was traced before is not traced again.
+
+    Args:
+        name: "cpu", "gpu" or "tpu".
+
+    Raises:
+        ValueError: If it is none of these.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
+    >>> layer = keras_moe.layers.MixtureOfExperts(experts)
+    >>> with keras_moe.ops.platform("cpu"):
+    ...     outputs = layer(keras.random.normal((8, 16)))
+    >>> outputs.shape
+    (8, 16)
+    """
+    check_choice("name", name, PLATFORMS)
+    token = _named.set(name)
+    try:
+        yield
+    finally:
+        _named.reset(token)
+
+
+def named_platform():
+    """What an enclosing `platform` names, or None."""
+    return _named.get()
+
+
+def on_platform(functions, *operands, name=None):
+    """`functions[platform](*operands)` for the platform that is compiled for.
+
+    Args:
+        functions: dict from "cpu", "gpu" and "tpu" to functions whose results agree in structure,
+            shapes and dtypes.
+        *operands: any structures of tensors.
+        name: the platform, where an enclosing `platform` names it.
+    """
+    if name is not None:
+        return functions[name](*operands)
+    return backend.on_its_platform(functions, *operands)

@@ -1,0 +1,421 @@
+"""Engines of grouped computation: each against the oracle, wherever it would be chosen."""
+
+import contextlib
+
+import keras
+import numpy as np
+import pytest
+from conftest import BACKEND, FAST_MODE, assert_close, differentiated, gradients, to_tensors
+from drawn import MASKS, SKEWS, draw_mask
+from keras import ops as keras_ops
+from layer_checks import moe
+from test_ops_moe import Config, build, check_against_oracle, draw_batch
+
+from keras_moe import inspection, layers, ops, routers
+from keras_moe.backend import has_grouped_products
+from keras_moe.ops import grouped_matmul
+from keras_moe.ops.grouped import engines, padded, rows, slices, tiles
+from keras_moe.ops.grouped.records import Setting
+from keras_moe.ops.platforms import named_platform
+
+# The engines of accelerators, as far as a CPU can run them: Pallas kernels are interpreted. All
+# other tests run those of CPUs.
+ENGINES = {
+    "jax": [("rows", "tpu"), ("rows", "gpu"), ("padded", "gpu")],
+    "tensorflow": [("padded", "gpu"), ("slices", "gpu")],
+    "torch": [("rows", "gpu"), ("slices", "gpu")],
+}[BACKEND]
+BY_NAME = {"rows": rows, "padded": padded, "tiles": tiles, "slices": slices}
+
+
+@pytest.fixture(params=ENGINES, ids="-".join)
+def mode(request, monkeypatch, small_tiles):
+    """The mode to compile in, where one engine computes on one platform."""
+    name, platform = request.param
+    monkeypatch.setattr(engines, "choose", lambda setting: BY_NAME[name])
+    with ops.platform(platform):
+        yield "xla" if BACKEND == "tensorflow" and name != "slices" else FAST_MODE
+
+
+# Widths are multiples of 8, as PyTorch's grouped_mm wants them.
+PLAIN = Config(num_tokens=13, features=8, hidden_dim=16)
+CONFIGS = {
+    "plain": PLAIN,
+    "gated": PLAIN._replace(gated=True, activation="silu", use_bias=False, capacity_factor=0.8),
+    "one token": PLAIN._replace(num_tokens=1, num_experts=5, top_k=3, capacity_factor=0.3),
+    "one expert": PLAIN._replace(num_experts=1, top_k=1, activation="relu", gated=True),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
+def test_outputs_and_all_gradients_equal_the_oracle(config, mode):
+    run, rng = build.__wrapped__(config, mode), np.random.default_rng(0)
+    for skew, kind, content in zip((*SKEWS, "zipf"), MASKS, (np.nan, 0.0, np.inf, np.nan)):
+        x, weights, upstream = draw_batch(config, rng, skew)
+        mask = draw_mask(rng, config.num_tokens, kind)
+        x[~mask] = content
+        result = run(x, weights, upstream, mask)
+        check_against_oracle(config, result, x, weights, upstream, mask)
+
+
+def test_rows_behind_the_last_group_reach_nothing(mode):
+    rng = np.random.default_rng(0)
+    inputs = [rng.normal(size=(11, 8)), rng.normal(size=(3, 8, 16))]
+    inputs = [array.astype("float32") for array in inputs]
+    sizes, upstream = np.array([3, 0, 2], "int32"), np.ones((11, 16), "float32")
+
+    def first_rows(inputs, sizes, upstream):
+        output = grouped_matmul(*inputs, sizes)
+        first = keras_ops.expand_dims(keras_ops.arange(11) < 5, 1)
+        return keras_ops.sum(keras_ops.where(first, output * upstream, 0.0)), output
+
+    function = differentiated(first_rows, mode)
+    expected = function(inputs, sizes, upstream)
+    inputs[0][5:] = upstream[5:] = np.nan
+    for result, value in zip(
+        keras.tree.flatten(function(inputs, sizes, upstream)), keras.tree.flatten(expected)
+    ):
+        assert_close(result, value)
+    assert not np.any(expected[1][5:]) and not np.any(expected[2][0][5:])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_near_float32(dtype, mode):
+    engine, platform = engines.choose(None), "tpu"
+    if engine is rows and BACKEND == "jax" and not has_grouped_products(platform, dtype, ()):
+        with ops.platform("gpu"):
+            _check_half_precision(dtype, mode)
+    else:
+        _check_half_precision(dtype, mode)
+
+
+def _check_half_precision(dtype, mode):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(13, 8)).astype("float32")
+
+    def gradients_in(policy):
+        keras.utils.set_random_seed(0)
+        bank = layers.GatedExperts(3, 16, use_bias=True, dtype=policy)
+        layer = layers.MixtureOfExperts(bank, routers.TopKRouter(3, 2), dtype=policy)
+        layer.build((None, 8))
+
+        def loss(inputs):
+            outputs, _ = layer.stateless_call(inputs[1:], [], inputs[0])
+            assert keras.backend.standardize_dtype(outputs.dtype) == layer.compute_dtype
+            return keras_ops.sum(keras_ops.square(keras_ops.cast(outputs, "float32"))), ()
+
+        layer = _WithFixedState(layer)
+        weights = [keras_ops.convert_to_numpy(weight) for weight in layer.trainable_variables]
+        return differentiated(loss, mode)([x, *weights])[2]
+
+    for low, full in zip(gradients_in(f"mixed_{dtype}"), gradients_in("float32")):
+        assert low.dtype == np.float32
+        assert_close(low, full, tolerance=0.1)
+
+
+class _WithFixedState:
+    """A layer whose weights that are not trained are constants."""
+
+    def __init__(self, layer):
+        self.trainable_variables = layer.trainable_variables
+        self.compute_dtype = layer.compute_dtype
+        self._layer = layer
+
+    def stateless_call(self, trainable, _, *inputs):
+        fixed = [keras_ops.convert_to_tensor(each) for each in self._layer.non_trainable_variables]
+        return self._layer.stateless_call(trainable, fixed, *inputs)
+
+
+def test_any_activation_is_computed_inside_a_kernel_or_behind_it(mode):
+    table = keras_ops.convert_to_tensor(np.float32([0.5, 2.0]))
+    for activation in (
+        lambda x: keras_ops.erf(x) + keras_ops.sin(x),
+        lambda x: x * keras_ops.softmax(x, axis=-1),  # looks across a row
+        lambda x: x * table[0],  # takes a number from outside
+        lambda x: keras_ops.cast(keras_ops.gelu(keras_ops.cast(x, "float32")), x.dtype),
+    ):
+        _check_activation(activation, mode)
+
+
+def _check_activation(activation, mode):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(9, 8)).astype("float32")
+    up = rng.normal(size=(2, 8, 16)).astype("float32")
+    down = rng.normal(size=(2, 16, 8)).astype("float32")
+    expert = np.arange(9) % 2
+
+    def grouped(x, up, down):
+        routing = ops.top_k_routing(keras_ops.one_hot(expert, 2), 1)
+        plan = ops.plan_groups(routing)
+        outputs = ops.grouped_feed_forward(
+            x, keras_ops.ones((9, 1)), plan.groups, activation, [up], down
+        )
+        return keras_ops.sum(outputs * keras_ops.sin(x))
+
+    def plain(x, up, down):
+        hidden = keras_ops.einsum("td,tdh->th", x, keras_ops.take(up, expert, axis=0))
+        down = keras_ops.take(down, expert, axis=0)
+        outputs = keras_ops.einsum("th,thd->td", activation(hidden), down)
+        return keras_ops.sum(outputs * keras_ops.sin(x))
+
+    inputs = [x, up, down]
+    for gradient, expected in zip(gradients(grouped, inputs, mode), gradients(plain, inputs)):
+        assert_close(gradient, expected)
+
+
+PLATFORMS = ("cpu", "gpu", "tpu")
+CHOICES = {
+    ("jax", True, "float32"): ("tiles", "rows", "rows"),
+    ("jax", True, "bfloat16"): ("tiles", "rows", "rows"),
+    ("jax", True, "float16"): ("tiles", "rows", "padded"),
+    ("jax", True, "float64"): ("tiles", "padded", "padded"),
+    ("tensorflow", True, "bfloat16"): ("tiles", "padded", "padded"),
+    ("tensorflow", False, "bfloat16"): ("slices", "slices", "slices"),
+    ("torch", False, "bfloat16"): ("slices", "slices", "slices"),
+}
+
+
+@pytest.mark.parametrize(("case", "names"), [i for i in CHOICES.items() if i[0][0] == BACKEND])
+def test_the_engine_follows_from_the_setting(case, names):
+    _, static_shapes, dtype = case
+    for platform, name in zip(PLATFORMS, names):
+        engine = engines.choose(Setting(platform, static_shapes, dtype, (64, 128, 64)))
+        assert engines.name_of(engine) == name
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="of PyTorch's grouped_mm")
+def test_grouped_mm_serves_new_gpus_where_it_is_one_kernel(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def engine(capability, dtype="bfloat16", widths=(64, 128, 64)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        return engines.name_of(engines.choose(Setting("gpu", False, dtype, widths)))
+
+    assert engine((9, 0)) == engine((10, 0)) == "rows"
+    assert engine((8, 9)) == engine((9, 0), "float32") == "slices"
+    assert engine((9, 0), widths=(64, 100, 64)) == "slices"
+
+
+def test_users_can_read_the_engine():
+    inputs = keras.Input((6, 8))
+    dense = moe(name="dense")
+    alike = layers.LayerExperts([keras.layers.Dense(8), keras.layers.Dense(8)])
+    different = layers.LayerExperts([keras.layers.Dense(8), keras.layers.Dense(8, "relu")])
+    outputs = inputs
+    for layer in (
+        dense,
+        layers.MixtureOfExperts(alike, name="alike"),
+        layers.MixtureOfExperts(different, name="different"),
+    ):
+        outputs = layer(outputs)
+    model = keras.Model(inputs, outputs)
+    expected = {
+        "jax": {
+            "cpu": ("tiles", "scan", "scan"),
+            "gpu": ("rows", "vectorized", "scan"),
+            "tpu": ("rows", "vectorized", "scan"),
+        },
+        "tensorflow": {"cpu": ("slices",) * 3, "gpu": ("slices",) * 3, "tpu": ("slices",) * 3},
+        "torch": {"cpu": ("slices",) * 3, "gpu": ("slices",) * 3, "tpu": ("slices",) * 3},
+    }[BACKEND]
+    for platform, names in expected.items():
+        with ops.platform(platform):
+            described = inspection.describe(model)
+        assert tuple(layer.engine for layer in described) == names
+        assert {layer.platform for layer in described} == {platform}
+        assert [layer.name for layer in described] == ["dense", "alike", "different"]
+    if BACKEND == "tensorflow":
+        model.compile(jit_compile=True)
+        with ops.platform("gpu"):
+            engines_of = tuple(layer.engine for layer in inspection.describe(model))
+        assert engines_of == ("padded", "vectorized", "scan")
+    assert inspection.describe(model)[0].platform == "cpu"
+
+
+def test_a_platform_is_one_of_three():
+    with pytest.raises(ValueError, match="`name` must be one of 'cpu', 'gpu', 'tpu'. Received"):
+        with ops.platform("cuda"):
+            pass
+
+
+def test_a_platform_ends_with_its_context():
+    with contextlib.suppress(KeyError), ops.platform("tpu"), ops.platform("gpu"):
+        raise KeyError
+    assert named_platform() is None
+
+
+def loss_of_alike_layers(platform, x):
+    """Value, outputs and gradients of a loss, as a flat list of arrays."""
+    keras.utils.set_random_seed(0)
+
+    def expert():
+        return keras.Sequential(
+            [
+                keras.layers.Dense(16, "gelu", activity_regularizer=keras.regularizers.L2(0.1)),
+                keras.layers.Dense(8),
+            ]
+        )
+
+    bank = layers.LayerExperts([expert() for _ in range(3)])
+    layer = layers.MixtureOfExperts(bank, router_losses=())
+    layer.build((None, 8))
+    fixed = [keras_ops.convert_to_numpy(weight) for weight in layer.non_trainable_variables]
+    weights = [keras_ops.convert_to_numpy(weight) for weight in layer.trainable_variables]
+
+    def loss(inputs):
+        outputs, _, losses = layer.stateless_call(
+            inputs[1:], to_tensors(fixed), inputs[0], training=True, return_losses=True
+        )
+        # An activity regularizer counts once a tile: here an expert has one tile at most.
+        return keras_ops.sum(outputs * keras_ops.sin(outputs)) + sum(losses), outputs
+
+    with ops.platform(platform):
+        mode = "xla" if BACKEND == "tensorflow" else FAST_MODE
+        return keras.tree.flatten(differentiated(loss, mode)([x, *weights]))
+
+
+def test_layers_that_are_alike_give_on_accelerators_what_they_give_on_a_cpu():
+    x = np.random.default_rng(0).normal(size=(20, 8)).astype("float32")
+    results = [loss_of_alike_layers(platform, x) for platform in ("cpu", "gpu")]
+    for one, other in zip(*results):
+        assert_close(one, other)
+
+
+ALIKE = {
+    "other names": (lambda: keras.layers.Dense(4), lambda: keras.layers.Dense(4, name="b"), True),
+    "other seeds": (
+        lambda: keras.layers.Dense(4, kernel_initializer=keras.initializers.HeNormal(1)),
+        lambda: keras.layers.Dense(4, kernel_initializer=keras.initializers.HeNormal(2)),
+        True,
+    ),
+    "other activations": (
+        lambda: keras.layers.Dense(4),
+        lambda: keras.layers.Dense(4, "relu"),
+        False,
+    ),
+    "other classes": (
+        lambda: keras.layers.Dense(4),
+        lambda: keras.layers.EinsumDense("ab,bc->ac", 4),
+        False,
+    ),
+    "state": (
+        lambda: keras.layers.BatchNormalization(),
+        lambda: keras.layers.BatchNormalization(),
+        False,
+    ),
+    "seeds of dropout": (
+        lambda: keras.layers.Dropout(0.1, seed=1),
+        lambda: keras.layers.Dropout(0.1, seed=1),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize(("one", "other", "expected"), ALIKE.values(), ids=list(ALIKE))
+def test_layers_are_alike_if_only_their_weights_differ(one, other, expected):
+    bank = layers.LayerExperts([one(), other()])
+    bank.build((None, 4))
+    assert (bank.engine_on("gpu", True) == "vectorized") == expected
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="of PyTorch's grouped_mm")
+def test_the_host_reads_no_size_where_grouped_mm_computes(monkeypatch):
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    read = []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function._overloadpacket.__name__ in ("_local_scalar_dense", "nonzero"):
+                read.append(function)
+            return function(*args, **(kwargs or {}))
+
+    to_list = torch.Tensor.tolist  # tells no dispatcher
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: read.append(self) or to_list(self))
+
+    def reads(engine):
+        monkeypatch.setattr(engines, "choose", lambda setting: engine)
+        layer = layers.MixtureOfExperts(layers.FeedForwardExperts(4, 16), capacity_factor=1.0)
+        layer.build((None, 6, 8))
+        mask = torch.arange(12).reshape(2, 6) != 3
+        read.clear()
+        with Reads():
+            outputs = layer(torch.ones((2, 6, 8), requires_grad=True), mask=mask, training=True)
+            (outputs.sum() + sum(layer.losses)).backward()
+        return len(read)
+
+    assert reads(slices) == 2  # in the forward and in the backward pass
+    assert reads(rows) == 0
+
+
+def training_step(dtype="mixed_bfloat16", bank=layers.FeedForwardExperts):
+    """A jitted training step of a layer, and the shapes of its arguments."""
+    import jax
+
+    layer = layers.MixtureOfExperts(bank(4, 128, dtype=dtype), dtype=dtype)
+    layer.build((None, 64))
+    trainable = [variable.value for variable in layer.trainable_variables]
+    fixed = [variable.value for variable in layer.non_trainable_variables]
+
+    def loss(trainable, x):
+        outputs, _, losses = layer.stateless_call(
+            trainable, fixed, x, training=True, return_losses=True
+        )
+        return keras_ops.sum(keras_ops.cast(outputs, "float32") ** 2) + sum(losses)
+
+    x = jax.ShapeDtypeStruct((64, 64), layer.compute_dtype)
+    return jax.jit(jax.value_and_grad(loss)), (trainable, x)
+
+
+def exported(platforms, *step):
+    """The text of a program that JAX exports."""
+    from jax import export
+
+    function, arguments = training_step(*step)
+    # JAX promises no future for Triton kernels in exported programs.
+    triton = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+    program = export.export(function, platforms=platforms, disabled_checks=[triton])
+    return program(*arguments).mlir_module()
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="of JAX's export")
+def test_an_exported_program_has_the_engine_of_its_platform():
+    for platform, kernel, other in (
+        ("tpu", "tpu_custom_call", "gpu.triton"),
+        ("cuda", "gpu.triton", "tpu_custom_call"),
+    ):
+        program = exported([platform])
+        assert kernel in program and other not in program and "stablehlo.while" not in program
+    program = exported(["cpu"])
+    assert "custom_call" not in program and "stablehlo.while" in program
+    program = exported(["cpu", "tpu", "cuda"])
+    for sign in ("tpu_custom_call", "gpu.triton", "stablehlo.while"):
+        assert sign in program
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="of JAX's export")
+def test_half_precision_of_an_exported_program_is_that_of_its_platform():
+    # float16 is not a dtype of kernels for TPUs, so products are XLA's there.
+    products = [
+        line for line in exported(["tpu"], "mixed_float16").splitlines() if "dot_general" in line
+    ]
+    experts = [line for line in products if "x64x128x" in line]
+    assert experts and all("xf16>, tensor<" in line for line in experts)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="of JAX's vmap")
+def test_kernels_run_one_after_the_other_under_vmap():
+    import jax
+
+    rng = np.random.default_rng(0)
+    inputs, kernels = rng.normal(size=(2, 9, 8)), rng.normal(size=(3, 8, 4))
+    inputs, kernels = inputs.astype("float32"), kernels.astype("float32")
+    sizes = np.array([[4, 0, 5], [1, 6, 2]], "int32")
+    with ops.platform("tpu"):
+        product = jax.vmap(lambda rows, sizes: grouped_matmul(rows, kernels, sizes))
+        outputs = jax.jit(product)(inputs, sizes)
+    for output, *arguments in zip(outputs, inputs, sizes):
+        assert_close(output, grouped_matmul(arguments[0], kernels, arguments[1]))
