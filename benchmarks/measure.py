@@ -13,7 +13,10 @@ import keras
 import numpy as np
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-_PACKAGES = ("keras", "tensorflow", "tensorflow-cpu", "jax", "torch", "keras-hub", "transformers")
+_PACKAGES = (
+    *("keras", "tensorflow", "tensorflow-cpu", "jax", "torch", "keras-hub", "transformers"),
+    *("libtpu", "jax-cuda13-plugin"),
+)
 
 
 def interleave(contestants, rounds):
@@ -71,6 +74,7 @@ def write_json(name, options, rows):
     record = {
         "machine": {
             "processor": _processor(),
+            "device": _device(),
             "cores": os.cpu_count(),
             "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
         },
@@ -110,6 +114,24 @@ def _versions():
         except metadata.PackageNotFoundError:
             continue
     return installed
+
+
+def _device():
+    """The name of the card that the backend computes on; of a CPU only that it is one."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        return jax.devices()[0].device_kind
+    if backend == "torch":
+        import torch
+
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    import tensorflow as tf
+
+    cards = tf.config.list_physical_devices("GPU") or tf.config.list_physical_devices("TPU")
+    details = [tf.config.experimental.get_device_details(card) for card in cards[:1]]
+    return details[0].get("device_name", cards[0].name) if cards else "cpu"
 
 
 def _processor():

@@ -96,7 +96,7 @@ def _torch(layer, inputs, backward, jit, training):
     weight = cotangent(layer.compute_output_shape(x.shape), layer.compute_dtype)
     variables = [variable.value for variable in layer.trainable_variables]
 
-    def run(x=x):
+    def compute(x):
         if not backward:
             with torch.no_grad():
                 layer(x, training=training)
@@ -105,5 +105,10 @@ def _torch(layer, inputs, backward, jit, training):
         outputs = layer(inputs, training=training)
         loss = (outputs * weight).float().sum() + sum(layer.losses, 0.0)
         torch.autograd.grad(loss, [inputs, *variables])
+
+    def run(x=x):
+        compute(x)
+        if x.is_cuda:
+            torch.cuda.synchronize()
 
     return run

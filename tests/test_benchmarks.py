@@ -50,7 +50,7 @@ def written(name):
     assert str(ROOT) not in text and str(measure.RESULTS) not in text
     record = json.loads(text)
     assert record["backend"] == BACKEND
-    assert set(record["machine"]) == {"processor", "cores", "GLIBC_TUNABLES"}
+    assert set(record["machine"]) == {"device", "processor", "cores", "GLIBC_TUNABLES"}
     assert record["versions"]["keras"] == keras.__version__
     return record
 

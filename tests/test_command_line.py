@@ -15,6 +15,8 @@ from keras_moe import summary
 from keras_moe.__main__ import main
 from keras_moe.callbacks import ExpertMonitor
 
+ENGINE = "tiles" if keras.backend.backend() == "jax" else "slices"
+
 
 @pytest.fixture
 def saved(tmp_path):
@@ -35,7 +37,8 @@ def test_inspect_prints_layers_sizes_and_costs(saved, capsys):
         "for a token"
     )
     assert printed[3].split() == [
-        *("moe", "2", "of", str(E), f"{layer:,}", f"{active:,}", f"{2 * active:,}", "-", "-")
+        *("moe", "2", "of", str(E), f"{layer:,}", f"{active:,}", f"{2 * active:,}", "-", "-"),
+        *(ENGINE, "(cpu)"),
     ]
     assert printed[-1] == "The counters are empty: save a model in training to see them."
 
@@ -45,7 +48,7 @@ def test_inspect_prints_counters(saved, capsys):
     model.layers[0].expert_counts.assign([6, 2, 0, 0])
     model.save(saved)
     main(["inspect", str(saved)])
-    assert capsys.readouterr().out.splitlines()[-1].split()[-4:] == ["3.00", "x", "fair", "2"]
+    assert capsys.readouterr().out.splitlines()[-1].split()[-6:-2] == ["3.00", "x", "fair", "2"]
 
 
 def test_report_writes_a_page(saved, tmp_path, capsys):

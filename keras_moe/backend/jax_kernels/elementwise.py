@@ -1,15 +1,18 @@
 """Which functions can run inside a kernel, on the tiles that it has just computed."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-# What the compilers of Pallas for TPU (Mosaic) and for GPU (Triton) both take in float32.
-_TAKEN = frozenset(
+# What the compilers of Pallas for TPUs (Mosaic) and for GPUs (Triton) both take in float32.
+TAKEN = frozenset(
     """
-    abs add add_any and broadcast_in_dim ceil convert_element_type cos div eq exp exp2 expm1
-    floor ge gt integer_pow le log log1p logistic lt max min mul ne neg not or pow rsqrt select_n
-    sign sin sqrt square stop_gradient sub tan tanh
+    abs add add_any and atan2 broadcast_in_dim ceil convert_element_type cos div eq exp exp2 floor
+    ge gt integer_pow is_finite le log log1p logistic lt mul ne neg nextafter not or pow rem rsqrt
+    select_n sin sqrt square stop_gradient sub tan tanh xor
     """.split()
 )
 _CALLS = {
@@ -47,7 +50,7 @@ def _is_equation_taken(equation):
     if name == "broadcast_in_dim" and equation.invars[0].aval.shape != ():
         return False
     shapes = {atom.aval.shape for atom in (*equation.invars, *equation.outvars)}
-    return name in (_TAKEN | set(_REPLACED)) and shapes <= {(), _TILE.shape}
+    return name in (TAKEN | set(_SUBSTITUTES)) and shapes <= {(), _TILE.shape}
 
 
 def _evaluate(traced, inputs):
@@ -61,8 +64,8 @@ def _evaluate(traced, inputs):
         name, operands = equation.primitive.name, list(map(read, equation.invars))
         if name in _CALLS:
             outputs = _evaluate(equation.params[_CALLS[name]], operands)
-        elif name in _REPLACED:
-            outputs = [_REPLACED[name](*operands)]
+        elif name in _SUBSTITUTES:
+            outputs = [_SUBSTITUTES[name](*operands)]
         else:
             outputs = equation.primitive.bind(*operands, **equation.params)
             outputs = outputs if equation.primitive.multiple_results else [outputs]
@@ -75,38 +78,63 @@ def _as_number(constant):
     return constant.item()
 
 
-# log(erfc(x) exp(x^2) / t) as a polynomial of t = 1 / (1 + x / 2), fitted to x >= 0. In float32
-# erfc comes out within 4e-7.
-_ERFC = (
-    -1.2655122,
-    1.0000245,
-    0.37407739,
-    0.096900571,
-    -0.18679171,
-    0.2801485,
-    -1.1371715,
-    1.4903126,
-    -0.82304955,
-    0.17106147,
-)
+def _erf(x):
+    """The error function, to 4e-7 of its value: an odd rational function fitted to |x| < 3.95."""
+    x = _clamp(-3.95, x, 3.95)
+    square = x * x
+    above = (2.02577072e-06, 0.000284672955, 0.00380802825, 0.0528750162, 0.191548861, 1.12837914)
+    below = (3.782959e-05, 0.00117067092, 0.0150548397, 0.114558807, 0.503088436, 1.0)
+    return _clamp(-1.0, x * _polynomial(above, square) / _polynomial(below, square), 1.0)
 
 
 def _erfc(x):
+    """Its complement, to 8e-6 of its value, also where `1 - erf(x)` would be 0."""
     size = jnp.abs(x)
     t = 1.0 / (1.0 + 0.5 * size)
-    polynomial = jnp.zeros_like(t)
-    for coefficient in reversed(_ERFC):
-        polynomial = polynomial * t + coefficient
-    tail = t * jnp.exp(polynomial - size * size)
+    # log(erfc(x) exp(x^2) / t) as a polynomial of t, fitted to x >= 0.
+    factors = (
+        *(0.17106147, -0.82304955, 1.4903126, -1.1371715, 0.2801485),
+        *(-0.18679171, 0.096900571, 0.37407739, 1.0000245, -1.2655122),
+    )
+    tail = t * jnp.exp(_polynomial(factors, t) - size * size)
     return jnp.where(x < 0, 2.0 - tail, tail)
 
 
-def _erf(x):
-    return 1.0 - _erfc(x)
+def _expm1(x):
+    half = jnp.tanh(0.5 * x)
+    # Where both are near 0, their difference would be lost in the 1.
+    return jnp.where(jnp.abs(x) < 1.0, 2.0 * half / (1.0 - half), jnp.exp(x) - 1.0)
 
 
-def _copy(x):
-    return x
+def _polynomial(factors, x):
+    return functools.reduce(lambda value, factor: value * x + factor, factors)
 
 
-_REPLACED = {"copy": _copy, "erf": _erf, "erfc": _erfc}
+def _max(x, y):
+    return jnp.where((x > y) | (x != x), x, y)
+
+
+def _min(x, y):
+    return jnp.where((x < y) | (x != x), x, y)
+
+
+def _clamp(least, x, most):
+    return _min(_max(x, least), most)
+
+
+def _sign(x):
+    return jnp.where(x > 0, 1.0, jnp.where(x < 0, -1.0, x))
+
+
+_SUBSTITUTES: dict[str, Callable] = {
+    # One of the compilers lacks them.
+    "copy": lambda x: x,
+    "erf": _erf,
+    "erfc": _erfc,
+    "expm1": _expm1,
+    "sign": _sign,
+    # Triton's own return the other operand where one is NaN.
+    "max": _max,
+    "min": _min,
+    "clamp": _clamp,
+}

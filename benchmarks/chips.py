@@ -1,0 +1,91 @@
+"""Chips that programs are compiled for, whether or not one is there, and what they can do at most.
+
+Peaks are those of what JAX calls a device: on TPU v4 and tpu7x one of the two cores of a chip, and
+so half of what its data sheet says. Sources: Google's pages on each TPU; NVIDIA's data sheet of the
+H100 SXM, whose 989 TFLOP/s no card holds at its power limit, and of which 800 are taken here.
+"""
+
+import importlib.util
+import os
+import pathlib
+from typing import NamedTuple
+
+TARGETS = pathlib.Path(__file__).parent / "targets"
+_GPU_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+
+
+class Chip(NamedTuple):
+    """What a chip does at most, per second.
+
+    Attributes:
+        platform: "tpu" or "cuda".
+        topology: its name, to the compiler, in a system of one or a few.
+        half: FLOP/s of products in bfloat16 or float16.
+        float32_default: FLOP/s of float32 products as JAX computes them by default: in one bfloat16
+            pass on TPUs, as TF32 on NVIDIA cards.
+        float32_highest: the same in full precision: six passes on TPUs, no tensor cores on cards.
+        memory: bytes/s from and to the main memory (HBM).
+        launch: seconds that the shortest kernel takes; 0 where one program holds them all.
+        wait: seconds that the device idles while the host reads a condition.
+    """
+
+    platform: str
+    topology: str
+    half: float
+    float32_default: float
+    float32_highest: float
+    memory: float
+    launch: float = 0.0
+    wait: float = 0.0
+
+
+def _tpu(topology, half, memory):
+    return Chip("tpu", topology, half, half, half / 6, memory)
+
+
+CHIPS = {
+    "v4": _tpu("v4:2x2x1", 137.5e12, 614e9),
+    "v5e": _tpu("v5e:2x2", 197e12, 819e9),
+    "v5p": _tpu("v5p:2x2x1", 459e12, 2765e9),
+    "v6e": _tpu("v6e:2x2", 918e12, 1640e9),
+    "tpu7x": _tpu("tpu7x:2x2x1", 1154e12, 3690e9),
+    "h100": Chip("cuda", "1x1x1", 800e12, 400e12, 54e12, 3.35e12, launch=3e-6, wait=10e-6),
+}
+
+
+def missing(name):
+    """What must be installed to compile for a chip, or None."""
+    if CHIPS[name].platform == "tpu":
+        return None if _installed("libtpu") else "jax[tpu], the extra `ahead` of keras_moe"
+    return None if any(map(_installed, _GPU_PLUGINS)) else "jax[cuda13]"
+
+
+def sharding(name):
+    """The sharding of arrays on one chip that need not be there."""
+    _prepare()
+    import jax
+    from jax.experimental import topologies
+
+    chip, options = CHIPS[name], {}
+    if chip.platform == "cuda":
+        target = (TARGETS / f"{name}.txtpb").read_text()
+        options = {"target_config": target, "topology": chip.topology}
+    topology = topologies.get_topology_desc(chip.topology, chip.platform, **options)
+    return jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+
+def _prepare():
+    """Keep compilers from looking for a device, and from locking out each other."""
+    import jax
+
+    # The CUDA plugin refuses to load where no driver is, unless JAX runs on the CPU.
+    jax.config.update("jax_platforms", "cpu")
+    # libtpu asks a metadata server what machine it is on, and lets one process in at a time.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
+def _installed(module):
+    return importlib.util.find_spec(module) is not None

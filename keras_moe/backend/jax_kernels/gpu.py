@@ -1,0 +1,322 @@
+"""Grouped matrix products on GPUs: Pallas kernels that Triton compiles.
+
+Rows are sorted by expert: the group of expert e is the rows [ends[e] - sizes[e], ends[e]), with
+`ends = cumsum(sizes)`. Rows behind the last group are padding and may hold anything, NaN included.
+Every tile of rows belongs to one group: it begins at the group's first row or a multiple of the
+tile's length behind it. What it overruns is masked, so no two programs write the same row.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+# Tiles of rows that share the tiles of a kernel while they are in the L2 cache.
+_BAND = 16
+
+
+class _Tile(NamedTuple):
+    """What a program computes: (rows, columns), in steps of `depth` along the contracted axis."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    # The columns are summed and finished in so many strips, one after the other.
+    strips: int = 1
+
+
+class _Span(NamedTuple):
+    """A part of an axis, and which of its indices exist; None where all do, for sure."""
+
+    index: Any
+    mask: Any
+
+
+def grouped_products(
+    rows, kernels, biases, sizes, *, transposed=False, finish=None, extras=(), interpret=False
+):
+    """`finish(*(rows @ kernel of the group + bias, ...), *extras)`, tile by tile.
+
+    Args:
+        rows: (R, D) bfloat16, float16 or float32.
+        kernels: Arrays (E, D, H), or (E, H, D) if `transposed`, of one shape and any float dtype.
+            Each tile is converted to the dtype of the rows after it is read.
+        biases: One array (E, H) of any float dtype for each kernel, or ().
+        sizes: (E,) int32, rows of each group; their sum is at most R.
+        finish: From one float32 tile for each kernel and each extra to a tuple of tiles, built of
+            `elementwise.TAKEN`; None for the products themselves.
+        extras: Arrays (R, H) of the dtype of the rows.
+        interpret: Whether to run step by step on any device, for tests.
+
+    Returns:
+        A tuple of arrays (R, H) of the dtype of the rows; padded rows hold anything.
+    """
+    count, depth = rows.shape
+    experts, width = kernels[0].shape[0], kernels[0].shape[1 if transposed else 2]
+    tile = _product_tile(
+        (count, depth, width, experts), rows.dtype, kernels[0].dtype, len(kernels), len(extras)
+    )
+    finish = finish or _products_themselves
+    shape = jax.ShapeDtypeStruct((tile.rows, tile.columns // tile.strips), jnp.float32)
+    outputs = jax.eval_shape(finish, *[shape] * (len(kernels) + len(extras)))
+    visits = _visits(sizes, count, tile.rows)
+    kernel = functools.partial(
+        _products_kernel,
+        counts=(len(kernels), len(biases), len(extras)),
+        tile=tile,
+        depth=depth,
+        width=width,
+        transposed=transposed,
+        finish=finish,
+    )
+    programs = visits[0].shape[0] * pl.cdiv(width, tile.columns)
+    shapes = [jax.ShapeDtypeStruct((count, width), rows.dtype) for _ in outputs]
+    results = _call(kernel, programs, shapes, tile, interpret, "grouped_products")
+    return tuple(results(*visits, rows, *kernels, *biases, *extras))
+
+
+def grouped_kernel_gradient(left, right, sizes, *, dtype, with_bias=False, interpret=False):
+    """For each group the product of its rows of `left`, transposed, and its rows of `right`.
+
+    Args:
+        left: (R, D) bfloat16, float16 or float32.
+        right: (R, H), of the same dtype.
+        sizes: (E,) int32, rows of each group; their sum is at most R.
+        dtype: Dtype of the results; sums are in float32.
+        with_bias: Whether the sum of each group's rows of `right` is wanted, too.
+        interpret: Whether to run step by step on any device, for tests.
+
+    Returns:
+        (E, D, H), and (E, H) or None. Zeros where a group is empty.
+    """
+    (count, depth), width, experts = left.shape, right.shape[1], sizes.shape[0]
+    tile = _gradient_tile((count, depth, width, experts), left.dtype)
+    kernel = functools.partial(_gradient_kernel, tile=tile, depth=depth, width=width)
+    programs = experts * pl.cdiv(depth, tile.rows) * pl.cdiv(width, tile.columns)
+    shapes = [jax.ShapeDtypeStruct((experts, depth, width), dtype)]
+    if with_bias:
+        shapes.append(jax.ShapeDtypeStruct((experts, width), dtype))
+    ends = jnp.cumsum(sizes, dtype=jnp.int32)
+    results = _call(kernel, programs, shapes, tile, interpret, "grouped_kernel_gradient")(
+        ends - sizes, ends, left, right
+    )
+    return results[0], results[1] if with_bias else None
+
+
+def _call(kernel, programs, shapes, tile, interpret, name):
+    return pl.pallas_call(
+        kernel,
+        grid=(programs,),
+        out_shape=shapes,
+        compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        interpret=interpret,
+        name=name,
+    )
+
+
+def _product_tile(shape, dtype, kernel_dtype, kernels, extras):
+    """The tile of `grouped_products` for `shape` (R, D, H, E).
+
+    - Half precision: 128 rows, 128 columns of all kernels together, three stages of loads. That is
+      96 KB of shared memory, of the 99 KB that a program may have on the smallest GPUs; with eight
+      warps the sums take 64 registers a thread. Two programs share a multiprocessor of an H100:
+      one computes while the other finishes its tile.
+    - float32 runs without tensor cores: what counts is 64 sums a thread in four warps, at a depth
+      whose operands fit into the registers beside them; half of it beside converted operands.
+    - Tiles of rows are no longer than half a mean group, as the last tile of a group is half empty.
+    - Extras need registers: strips let the compiler finish half of the sums at a time.
+    """
+    count, depth, width, experts = shape
+    exact = dtype == jnp.float32
+    converted = jnp.dtype(kernel_dtype) != jnp.dtype(dtype)
+    rows = _fit(pl.cdiv(count, 2 * experts), 64 if exact and converted else 128)
+    columns = _fit(width, (64 if exact else 128) // pl.next_power_of_2(kernels))
+    # Kernels of another dtype need more: a wider stage, or room for the converted tile beside it.
+    most = min(128 // jnp.dtype(kernel_dtype).itemsize, 32 if converted else 64)
+    steps = _fit(depth, 16 if exact else most)
+    warps = 4 if exact or rows * columns * kernels <= 64 * 128 else 8
+    return _Tile(rows, columns, steps, warps, 3, strips=2 if extras and columns > 16 else 1)
+
+
+def _gradient_tile(shape, dtype):
+    """The tile of `grouped_kernel_gradient`; rows are the contracted axis. See `_product_tile`."""
+    count, depth, width, experts = shape
+    exact = dtype == jnp.float32
+    rows, columns = _fit(depth, 128), _fit(width, 64 if exact else 128)
+    steps = _fit(pl.cdiv(count, experts), 16 if exact else 64)
+    return _Tile(rows, columns, steps, 4 if exact or rows * columns <= 64 * 128 else 8, 3)
+
+
+def _fit(size, most):
+    """The power of two that holds `size`, as Triton needs, at least 16, as tensor cores do."""
+    return max(min(pl.next_power_of_2(size), most), 16)
+
+
+def _visits(sizes, rows, tile):
+    """The group of each tile of rows, its first row and the end of the group: three (V,) int32.
+
+    V is the most tiles that any sizes need. Tiles behind the last one begin where their group ends,
+    or later.
+    """
+    experts = sizes.shape[0]
+    groups = min(experts, rows)
+    visit = jnp.arange((rows - groups) // tile + groups, dtype=jnp.int32)
+    ends = jnp.cumsum(sizes, dtype=jnp.int32)
+    tiles = (sizes + (tile - 1)) // tile
+    tile_ends = jnp.cumsum(tiles, dtype=jnp.int32)
+    groups_before = jnp.sum(visit[:, None] >= tile_ends, axis=1, dtype=jnp.int32)
+    group = jnp.minimum(groups_before, experts - 1)
+    first = (ends - sizes)[group] + (visit - (tile_ends - tiles)[group]) * tile
+    return group, first, ends[group]
+
+
+def _place(program, rows, columns):
+    """The tile (row, column) of a program, among `rows` by `columns` tiles.
+
+    Programs start in order, some hundreds at a time. Column by column in bands of rows, those at
+    work form a square: they read the fewest different tiles, and most reads hit the L2 cache.
+    """
+    band = _BAND * columns
+    first = lax.div(program, band) * _BAND
+    height = jnp.minimum(rows - first, _BAND)
+    inside = lax.rem(program, band)
+    return first + lax.rem(inside, height), lax.div(inside, height)
+
+
+def _products_kernel(
+    group_ref, first_ref, end_ref, rows_ref, *refs, counts, tile, depth, width, transposed, finish
+):
+    kernels, biases, extras, outputs = _split(refs, counts)
+    columns = pl.cdiv(width, tile.columns)
+    visit, column = _place(pl.program_id(0), pl.num_programs(0) // columns, columns)
+    group, first, end = group_ref[visit], first_ref[visit], end_ref[visit]
+    own = _span(first, tile.rows, end)
+    size = tile.columns // tile.strips
+    strips = [_span(column * tile.columns + i * size, size, width) for i in range(tile.strips)]
+
+    def product(left, span, kernel_ref, strip):
+        if transposed:
+            right = _load(kernel_ref, strip, span, at=(group,))
+        else:
+            right = _load(kernel_ref, span, strip, at=(group,))
+        return _dot(left, right.astype(left.dtype), (1, 1 if transposed else 0))
+
+    def step(index, sums):
+        span = _span(index * tile.depth, tile.depth, depth)
+        left = _load(rows_ref, own, span)
+        return [
+            [total + product(left, span, ref, strip) for total, ref in zip(totals, kernels)]
+            for totals, strip in zip(sums, strips)
+        ]
+
+    def finish_strip(products, strip):
+        if biases:
+            rows = [_load(ref, strip, at=(group,)).astype(jnp.float32) for ref in biases]
+            products = [total + row[None, :] for total, row in zip(products, rows)]
+        tiles = [_load(ref, own, strip).astype(jnp.float32) for ref in extras]
+        for ref, result in zip(outputs, finish(*products, *tiles)):
+            _store(ref, result, own, strip)
+
+    # Tiles behind the last one have nothing to do.
+    @pl.when(first < end)
+    def _():
+        zeros = jnp.zeros((tile.rows, size), jnp.float32)
+        sums = [[zeros] * len(kernels)] * tile.strips
+        sums = lax.fori_loop(0, pl.cdiv(depth, tile.depth), step, sums)
+        for products, strip in zip(sums, strips):
+            finish_strip(products, strip)
+
+
+def _gradient_kernel(
+    start_ref, end_ref, left_ref, right_ref, gradient_ref, *bias_refs, tile, depth, width
+):
+    rows, columns = pl.cdiv(depth, tile.rows), pl.cdiv(width, tile.columns)
+    group = lax.div(pl.program_id(0), rows * columns)
+    row, column = _place(lax.rem(pl.program_id(0), rows * columns), rows, columns)
+    row_span = _span(row * tile.rows, tile.rows, depth)
+    column_span = _span(column * tile.columns, tile.columns, width)
+    start, end = start_ref[group], end_ref[group]
+    steps = lax.div(end - start + (tile.depth - 1), tile.depth)
+
+    def read(ref, index, span):
+        return _load(ref, _span(start + index * tile.depth, tile.depth, end), span)
+
+    def step(index, total):
+        left, right = read(left_ref, index, row_span), read(right_ref, index, column_span)
+        return total + _dot(left, right, (0, 0))
+
+    total = jnp.zeros((tile.rows, tile.columns), jnp.float32)
+    total = lax.fori_loop(0, steps, step, total)
+    _store(gradient_ref, total, row_span, column_span, at=(group,))
+
+    def bias_step(index, total):
+        return total + read(right_ref, index, column_span).astype(jnp.float32)
+
+    if bias_refs:
+        # Its rows were read just now, here and by the other programs of the group: most are in the
+        # L2 cache. Sums beside the products would cost registers in every program.
+        @pl.when(row == 0)
+        def _():
+            total = jnp.zeros((tile.depth, tile.columns), jnp.float32)
+            total = lax.fori_loop(0, steps, bias_step, total)
+            _store(bias_refs[0], jnp.sum(total, axis=0), column_span, at=(group,))
+
+
+def _split(items, counts):
+    """Consecutive parts of `items`, of the lengths `counts`, and the rest."""
+    parts = []
+    for count in counts:
+        parts.append(items[:count])
+        items = items[count:]
+    return (*parts, items)
+
+
+def _span(first, size, end):
+    whole = isinstance(end, int) and end % size == 0
+    mask = None if whole else first + jnp.arange(size, dtype=jnp.int32) < end
+    return _Span(pl.ds(first, size), mask)
+
+
+def _part(ref, spans, at):
+    """The view of `ref` at the indices `at`, then `spans`, and its mask or None."""
+    shape = [span.index.size for span in spans]
+    masks = [
+        span.mask.reshape([-1 if i == axis else 1 for i in range(len(spans))])
+        for axis, span in enumerate(spans)
+        if span.mask is not None
+    ]
+    mask = jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), shape) if masks else None
+    return ref.at[(*at, *(span.index for span in spans))], mask
+
+
+def _load(ref, *spans, at=()):
+    """A tile; zero where the masks say no, whatever the memory holds there."""
+    view, mask = _part(ref, spans, at)
+    return triton.load(view, mask=mask, other=None if mask is None else 0)
+
+
+def _store(ref, tile, *spans, at=()):
+    view, mask = _part(ref, spans, at)
+    triton.store(view, tile.astype(ref.dtype), mask=mask)
+
+
+def _dot(left, right, contracted):
+    """The product in float32. That of float32 avoids tensor cores, which would round to TF32."""
+    exact = left.dtype == jnp.float32
+    return lax.dot_general(
+        left,
+        right,
+        (((contracted[0],), (contracted[1],)), ((), ())),
+        precision=lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _products_themselves(*products):
+    return products

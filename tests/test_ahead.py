@@ -1,0 +1,282 @@
+"""What `benchmarks.ahead` reads from a compiled program, and the bound it draws from that."""
+
+import argparse
+import pathlib
+import sys
+
+import keras
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+from benchmarks import ahead, chips, measure, program, roofline  # noqa: E402
+from benchmarks.products import Product, products  # noqa: E402
+
+BACKEND = keras.backend.backend()
+TPU, GPU = chips.CHIPS["v5e"], chips.CHIPS["h100"]
+OPTIONS = {"features": 16, "hidden": 24, "experts": [4]}
+
+needs_jax = pytest.mark.skipif(BACKEND != "jax", reason="compiled with JAX")
+
+
+def whole(*lines, others=""):
+    """The text of a program with these instructions in its entry."""
+    body = "".join(f"  {line}\n" for line in lines)
+    return f"HloModule m\n\n{others}\nENTRY %main (a: f32[2]) -> f32[2] {{\n{body}}}\n"
+
+
+def work(*lines, others="", chip=TPU):
+    return roofline.work(whole(*lines, others=others), chip)
+
+
+def product(line, *operands):
+    """The product of an instruction, after `operands` that are named %a, %b, ..."""
+    named = (f"%{name} = {shape} parameter(0)" for name, shape in zip("abcdefg", operands))
+    computations, entry = program.read(whole(*named, line))
+    found = products(computations[entry].root, computations[entry], computations)
+    return found[0] if found else None
+
+
+def test_an_instruction_is_read_with_its_layout_operands_and_comments():
+    computations, entry = program.read(
+        whole(
+            "%a = bf16[3,5]{1,0:T(8,128)(2,1)S(1)} parameter(0)",
+            "%b = (f32[4]{0:T(256)}, /*index=1*/pred[]{:T(512)}) parameter(1)",
+            'ROOT %c = f8e4m3fn[6]{0} fusion(%a, /*index=1*/%b), calls=%inner, metadata={op="(x"}',
+        )
+    )
+    main = computations[entry]
+    assert main["a"].results == (program.Array("bf16", (3, 5), in_memory=False),)
+    assert [array.bytes for array in main["b"].results] == [16, 1]
+    assert all(array.in_memory for array in main["b"].results)
+    assert main.parameter(1).name == "b"
+    assert main.root.name == "c" and main.root.operands == ("a", "b")
+    assert main.root.bytes == 6 and main.root.called("calls") == "inner"
+    assert [user.name for user, position in main.users("b") if position == 1] == ["c"]
+
+
+def test_products_of_all_compilers():
+    dot = "ROOT %p = f32[3,7,4] dot(%a, %b), lhs_batch_dims={0}, lhs_contracting_dims={2}"
+    expected = Product(2 * 3 * 7 * 4 * 5, "bf16", (3, 7, 4, 5), exact=False)
+    assert product(dot, "bf16[3,7,5]", "bf16[3,5,4]") == expected
+    # A TPU writes a batched product as a convolution over gaps, nearly all of whose taps are void.
+    convolution = (
+        "ROOT %p = bf16[3,7,4] convolution(%a, %b), window={size=3 stride=2 lhs_dilate=3}, "
+        "dim_labels=0bf_0io->0bf, operand_precision={highest,highest}"
+    )
+    both = ("bf16[3,7,5]", "bf16[3,5,4]")
+    assert product(convolution, *both) == expected._replace(exact=True)
+    library = (
+        'ROOT %p = (bf16[7,4], s8[99]) custom-call(%a, %b), custom_call_target="__cublas$gemm", '
+        'backend_config={"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}'
+    )
+    assert product(library, "f32[7,5]", "f32[5,4]") == Product(280, "f32", (7, 4, 5), False)
+
+
+@pytest.mark.parametrize("target", ["tpu_custom_call", "__gpu$xla.gpu.triton"])
+def test_grouped_kernels_count_all_rows_once_for_each_kernel(target):
+    def call(result, operands):
+        return f'ROOT %p = {result} custom-call({operands}), custom_call_target="{target}"'
+
+    one = 2 * 32 * 16 * 24
+    forward = call("bf16[32,24]", "%a, %b, %c")
+    expected = Product(one, "bf16", (32, 16, 24), exact=True)
+    # Sizes and biases, (E, H) or (E, 1, H), are no kernels.
+    assert product(forward, "s32[4]", "bf16[32,16]", "f32[4,16,24]") == expected
+    assert product(
+        call("bf16[32,24]", "%a, %b, %c, %d"), "bf16[32,16]", "f32[4,16,24]", "f32[4,24]", "s32[4]"
+    ) == (expected)
+    gated = call("(bf16[32,24], bf16[32,24])", "%a, %b, %c, %d")
+    stacks = ("f32[4,16,24]", "f32[4,16,24]", "f32[4,1,24]")
+    assert product(gated, "bf16[32,16]", *stacks).flops == 2 * one
+    transposed = call("bf16[32,16]", "%a, %b")
+    assert product(transposed, "bf16[32,24]", "f32[4,16,24]").flops == one
+    gradient = call("(f32[4,16,24], f32[4,24])", "%a, %b")
+    assert product(gradient, "bf16[32,16]", "bf16[32,24]") == expected
+    # As many rows as experts.
+    assert product(call("f32[4,24]", "%a, %b"), "f32[4,16]", "f32[4,16,24]").flops == one // 8
+    assert product(call("f32[32,16]", "%a, %b"), "f32[99,16]", "s32[32]") is None
+
+
+def test_an_instruction_moves_what_it_reads_and_writes():
+    others = """
+%slices (p: f32[100,8], q: s32[]) -> f32[5,8] {
+  %p = f32[100,8] parameter(0)
+  %q = s32[] parameter(1)
+  %view = f32[100,8] bitcast(%p)
+  ROOT %s = f32[5,8] dynamic-slice(%view, %q, %q), dynamic_slice_sizes={5,8}
+}
+
+%updates (p.1: f32[100,8], q.1: f32[5,8]) -> (f32[100,8], f32[5]) {
+  %p.1 = f32[100,8] parameter(0)
+  %q.1 = f32[5,8] parameter(1)
+  %zero = s32[] constant(0)
+  %u = f32[100,8] dynamic-update-slice(%p.1, %q.1, %zero, %zero)
+  %sums = f32[5] reduce(%q.1, %zero), dimensions={1}, to_apply=%add
+  ROOT %t = (f32[100,8], f32[5]) tuple(%u, %sums)
+}
+"""
+    operands = ("%a = f32[100,8] parameter(0)", "%i = s32[] parameter(1)")
+    part = 5 * 8 * 4
+    sliced = work(
+        *operands, "ROOT %f = f32[5,8] fusion(%a, %i), kind=kLoop, calls=%slices", others=others
+    )
+    assert sliced.bytes == part + 4 + part and sliced.kernels == 1
+    updated = work(
+        *operands,
+        "%b = f32[5,8] parameter(2)",
+        "ROOT %f = (f32[100,8], f32[5]) fusion(%a, %b), kind=kLoop, calls=%updates",
+        others=others,
+    )
+    assert updated.bytes == part + part + 5 * 4
+    near = work("%a = f32[9]{0:S(1)} parameter(0)", "ROOT %n = f32[9]{0} negate(%a)")
+    assert near.bytes == 9 * 4
+
+
+def test_copies_beside_kernels_only_move_bytes():
+    copied = work(
+        "%a = f32[8,2] parameter(0)",
+        "%start = (f32[8,2]{1,0:S(1)}, f32[8,2], u32[]{:S(2)}) copy-start(%a)",
+        "%done = f32[8,2]{1,0:S(1)} copy-done(%start)",
+        "%cut = ((f32[8,2]), f32[3,2]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:3]}",
+        "ROOT %end = f32[3,2]{1,0:S(1)} slice-done(%cut)",
+    )
+    assert copied.bytes == 8 * 2 * 4 + 3 * 2 * 4
+    assert copied.seconds == 0 and copied.kernels == 0
+    assert copied.bound(TPU) == copied.bytes / TPU.memory
+
+
+def test_a_kernel_takes_the_longer_of_products_and_traffic():
+    a, b = "%a = bf16[64,64] parameter(0)", "%b = bf16[64,64] parameter(1)"
+    dot = "ROOT %c = bf16[64,64] dot(%a, %b), lhs_contracting_dims={1}"
+    flops, traffic = 2 * 64**3, 3 * 2 * 64**2
+    fast_memory = TPU._replace(memory=1e30)
+    assert work(a, b, dot, chip=fast_memory).seconds == pytest.approx(flops / TPU.half)
+    assert work(a, b, dot).seconds == pytest.approx(traffic / TPU.memory)
+    assert work(a, b, dot, chip=GPU).seconds == GPU.launch
+    exact = [
+        line.replace("bf16", "f32") for line in (a, b, f"{dot}, operand_precision={{highest}}")
+    ]
+    in_full = work(*exact, chip=fast_memory)
+    assert in_full.seconds == pytest.approx(6 * flops / TPU.half)
+
+
+LOOP = """
+%body (p: (f32[8])) -> (f32[8]) {
+  %p = (f32[8]) parameter(0)
+  %g = f32[8] get-tuple-element(%p), index=0
+  %n = f32[8] negate(%g)
+  ROOT %t = (f32[8]) tuple(%n)
+}
+
+%test (p.1: (f32[8])) -> pred[] {
+  %p.1 = (f32[8]) parameter(0)
+  ROOT %c = pred[] constant(true)
+}
+"""
+
+
+def test_loops_count_with_their_trips_if_they_are_known():
+    start = "%a = (f32[8]) parameter(0)"
+    loop = "ROOT %w = (f32[8]) while(%a), condition=%test, body=%body"
+    known = f'{loop}, backend_config={{"known_trip_count":{{"n":"5"}}}}'
+    fixed = work(start, known, others=LOOP, chip=GPU)
+    assert (fixed.kernels, fixed.loops, fixed.waits) == (5, 0, 0)
+    assert fixed.bytes == 5 * 64 and fixed.seconds == pytest.approx(5 * GPU.launch)
+    dynamic = work(start, loop, others=LOOP, chip=GPU)
+    assert (dynamic.kernels, dynamic.loops, dynamic.waits) == (1, 1, 2)
+    assert dynamic.seconds == pytest.approx(GPU.launch + 2 * GPU.wait)
+    assert work(start, loop, others=LOOP, chip=TPU).waits == 0
+
+
+def test_of_a_branch_the_dearest_side_counts():
+    others = LOOP.replace("%test (p.1", "%none (p.1").replace("ROOT %c = pred[] constant(true)", "")
+    branch = (
+        "ROOT %r = (f32[8]) conditional(%i, %a, %a), branch_computations={%none, %body}",
+        "ROOT %r = (f32[8]) conditional(%i, %a, %a), true_computation=%body, "
+        "false_computation=%none",
+    )
+    for line in branch:
+        done = work("%i = s32[] parameter(0)", "%a = (f32[8]) parameter(1)", line, others=others)
+        assert done.kernels == 1 and done.bytes == 64
+
+
+@needs_jax
+def test_a_program_of_the_real_compiler():
+    import jax
+    import jax.numpy as jnp
+
+    def function(x, w):
+        step = lambda _, x: jnp.tanh(x @ w)  # noqa: E731
+        return jax.lax.fori_loop(0, 3, step, x).sum()
+
+    def dynamic(x, w, trips):
+        return jax.lax.fori_loop(0, trips, lambda _, x: x @ w, x)
+
+    x, w = jax.ShapeDtypeStruct((32, 48), "float32"), jax.ShapeDtypeStruct((48, 48), "float32")
+    done = roofline.work(jax.jit(function).lower(x, w).compile().as_text(), TPU)
+    assert done.flops == 3 * 2 * 32 * 48 * 48 and done.loops == 0
+    assert {product.dtype for product in done.products} == {"f32"}
+    once = 4 * (32 * 48 + 48 * 48 + 32 * 48)
+    assert 3 * once <= done.bytes <= 9 * once
+    trips = jax.ShapeDtypeStruct((), "int32")
+    text = jax.jit(dynamic).lower(x, w, trips).compile().as_text()
+    assert roofline.work(text, TPU).loops == 1
+
+
+@pytest.mark.parametrize(
+    "dtype, sizes, is_wide",
+    [
+        ("f32", (32, 24, 16), True),  # rows by kernels
+        ("f32", (2, 32, 16, 12), True),  # the axis summed over in two parts
+        ("f32", (4, 16, 24, 8), True),  # one product for each expert
+        ("f32", (32, 4, 16), False),  # tokens by the router's kernel
+        ("f32", (4, 24, 32), False),  # one-hot rows by rows: gradients of biases
+        ("bf16", (32, 24, 16), False),
+    ],
+)
+def test_float32_products_of_rows_are_told_from_the_routers(dtype, sizes, is_wide):
+    found = Product(1, dtype, sizes, exact=False)
+    assert ahead._is_wide(found, argparse.Namespace(**OPTIONS)) == is_wide
+
+
+def test_ratios_stand_where_nothing_is_hidden():
+    twin = {"bound_ms": 2.0, "scratch_mb": 0.0, "dynamic_loops": 0}
+    assert ahead._with_ratios({**twin, "bound_ms": 3.0}, twin) == {
+        **{"bound_ms": 3.0, "ratio": 1.5},
+        **{"scratch_mb": 0.0, "scratch_ratio": None, "dynamic_loops": 0},
+    }
+    assert ahead._with_ratios({**twin, "dynamic_loops": 1}, twin)["ratio"] is None
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="JAX is the backend it needs")
+def test_another_backend_is_refused_in_one_line():
+    with pytest.raises(SystemExit, match="^benchmarks.ahead compiles with JAX: put KERAS_BACKEND"):
+        ahead.main(["--smoke"])
+
+
+@needs_jax
+def test_missing_compilers_are_named_and_nothing_else_runs(monkeypatch, capsys):
+    monkeypatch.setattr(chips, "_installed", lambda module: False)
+    with pytest.raises(SystemExit, match="^No compiler for any of these chips is installed"):
+        ahead.main(["--smoke", "--chip", "v5e", "h100"])
+    assert capsys.readouterr().out.splitlines() == [
+        "v5e: skipped, install jax[tpu], the extra `ahead` of keras_moe",
+        "h100: skipped, install jax[cuda13]",
+    ]
+
+
+@needs_jax
+@pytest.mark.skipif(chips.missing("v5e") is not None, reason="libtpu is not installed")
+@pytest.mark.parametrize("flags", [[], ["--gated", "--dtype", "float32"]])
+def test_a_step_is_compiled_for_a_tpu(monkeypatch, tmp_path, flags):
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    twin, mixture = ahead.main(["--smoke", *flags])["v5e"]
+    keras.config.set_dtype_policy("float32")
+    assert (tmp_path / "ahead-v5e-smoke.json").exists()
+    assert (twin["name"], mixture["name"]) == ("dense twin", "E=4")
+    products = 3 * (3 if flags else 2)
+    assert twin["product_tflops"] == pytest.approx(products * 2 * 32 * 8 * 32 / 1e12)
+    assert twin["dynamic_loops"] == 0 and twin["ratio"] == 1
+    assert 0 < twin["bound_ms"] < mixture["bound_ms"]
+    assert (twin["float32_products"] > 0) == bool(flags)

@@ -1,0 +1,37 @@
+"""A training step of the layer compiles for TPUs that are not there.
+
+Every chip meets every shape of `benchmarks.ahead_matrix`, each with one of the dtypes, gated or
+not, with a capacity or without, so that every chip and every shape meets most of these. The
+complete matrix, several hundred compilations:
+
+    KERAS_BACKEND=jax python -m benchmarks.ahead --matrix --chip v4 v5e v5p v6e tpu7x
+"""
+
+import pathlib
+import sys
+
+import keras
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+from benchmarks import ahead_matrix, chips  # noqa: E402
+
+TPUS = [name for name, chip in chips.CHIPS.items() if chip.platform == "tpu"]
+
+pytestmark = [
+    pytest.mark.skipif(keras.backend.backend() != "jax", reason="compiled with JAX"),
+    pytest.mark.skipif(chips.missing("v5e") is not None, reason="libtpu is not installed"),
+]
+
+
+@pytest.mark.parametrize(
+    "chip, case",
+    [
+        pytest.param(chip, case, id=f"{chip} {case}")
+        for number, chip in enumerate(TPUS)
+        for case in ahead_matrix.covering(number)
+    ],
+)
+def test_a_training_step_compiles(chip, case):
+    ahead_matrix.compile_case(case, chips.sharding(chip))

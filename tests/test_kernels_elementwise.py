@@ -1,0 +1,90 @@
+"""Functions inside kernels: which ones run there, and what stands for operations that are missing."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+from conftest import BACKEND, assert_close
+
+if BACKEND != "jax":
+    pytest.skip("kernels of JAX", allow_module_level=True)
+
+import jax
+import jax.numpy as jnp
+import keras
+
+from keras_moe.backend.jax_kernels.elementwise import apply_in_kernel, runs_in_kernels
+
+
+def replaced(function):
+    return lambda x: apply_in_kernel(lambda x: (function(x),), x)[0]
+
+
+def test_error_functions_are_exact_where_others_cancel():
+    x = np.linspace(-6, 6, 2001, dtype="float32")
+    erf, erfc = np.vectorize(math.erf)(x), np.vectorize(math.erfc)(x)
+    assert_close(replaced(jax.lax.erf)(x), erf, 1, 4e-7)
+    np.testing.assert_allclose(replaced(jax.lax.erfc)(x), erfc, rtol=1e-5)
+    gelu = replaced(lambda x: jax.nn.gelu(x, approximate=False))(x)
+    assert_close(gelu, x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2, 1, 2e-6)
+    tiny = np.float32(1e-20)
+    assert_close(replaced(jax.lax.erf)(tiny) / tiny, 2 / math.sqrt(math.pi), tolerance=1e-6)
+
+
+def test_expm1_is_exact_near_zero_and_far_from_it():
+    x = np.float32([-90, -3, -1, -0.3, -1e-6, 0, 1e-20, 1e-4, 0.99, 1, 20, 80])
+    np.testing.assert_allclose(replaced(jnp.expm1)(x), np.expm1(x.astype("float64")), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        jax.nn.relu,
+        jax.nn.relu6,
+        jax.lax.erf,
+        jax.lax.erfc,
+        jax.lax.expm1,
+        jax.lax.sign,
+        lambda x: jnp.minimum(1.0, x),
+        lambda x: jnp.maximum(x, 1.0),
+    ],
+)
+def test_nan_is_not_lost(function):
+    nan = jnp.float32(jnp.nan)
+    assert jnp.isnan(replaced(function)(nan))
+    # On a CPU these keep NaN, but not on Triton.
+    assert not re.search(r"= (max|min|clamp) ", str(jax.make_jaxpr(replaced(function))(nan)))
+
+
+ACTIVATIONS = ("relu", "gelu", "silu", "elu", "selu", "tanh", "sigmoid", "mish", "softplus")
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_of_keras_and_their_gradients_run_in_kernels(name):
+    activation = keras.activations.get(name)
+
+    def both(x, upstream):
+        value, pullback = jax.vjp(activation, x)
+        return value, *pullback(upstream)
+
+    assert runs_in_kernels(both, 2)
+    x, upstream = np.random.default_rng(0).normal(size=(2, 8, 128)).astype("float32")
+    for result, expected in zip(apply_in_kernel(both, x, upstream), both(x, upstream)):
+        assert_close(result, expected, tolerance=2e-6)
+
+
+def test_what_is_not_elementwise_runs_outside():
+    table = jnp.arange(3.0)
+    for function in (
+        lambda x: (jax.nn.softmax(x),),
+        lambda x: (x.T,),
+        lambda x: (jnp.sum(x),),
+        lambda x: (jnp.cumsum(x, axis=0),),
+        lambda x: (x + jnp.arange(128.0),),
+        lambda x: (x + table[1],),
+        lambda x: (jax.lax.erf_inv(x),),
+        lambda x: (1.0,),
+    ):
+        assert not runs_in_kernels(function, 1)
+    assert runs_in_kernels(lambda x: (x * jnp.float32(2.0),), 1)
