@@ -1,5 +1,6 @@
 """A training step compiled from shapes alone: no weight is made and nothing runs."""
 
+import contextlib
 import time
 
 import keras
@@ -38,8 +39,22 @@ def compile_step(build, options, sharding):
         jax.eval_shape(arguments),
     )
     start = time.perf_counter()
-    compiled = functions[0].lower(*abstract).compile()
+    with _on_device_of(sharding):
+        compiled = functions[0].lower(*abstract).compile()
     return compiled, time.perf_counter() - start
+
+
+def _on_device_of(sharding):
+    """A context that tells kernels which TPU they are compiled for, as its own process would."""
+    import jax
+
+    (device,) = sharding.device_set
+    if device.platform != "tpu":
+        return contextlib.nullcontext()
+    abstract = jax.sharding.AbstractDevice(device.device_kind, device.num_cores, "tpu")
+    return jax.sharding.use_abstract_mesh(
+        jax.sharding.AbstractMesh((), (), (), abstract_device=abstract)
+    )
 
 
 def mixture(num_experts, options):

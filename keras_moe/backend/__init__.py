@@ -15,6 +15,7 @@ Everything else in the package is written with `keras.ops`. A backend module pro
 And, each for some engines of `ops.grouped` only:
 
 - `grouped_products`, `grouped_kernel_gradients`: kernels for all rows at once.
+- `remakes_factors(platform)`: whether these gradients take a function for their left factor.
 - `slice_at(tensor, start, shape)`: a part of a tensor, where shapes are static.
 - `sort(integers)`: a vector of integers in ascending order, where shapes are static.
 - `scan(step, carry, xs)`: a loop that can be differentiated, where shapes are static.
@@ -66,6 +67,7 @@ batched_product = _primitive("batched_product")
 grouped_kernel_gradients = _primitive("grouped_kernel_gradients")
 grouped_products = _primitive("grouped_products")
 multiply_groups = _primitive("multiply_groups")
+remakes_factors = _primitive("remakes_factors")
 scan = _primitive("scan")
 slice_at = _primitive("slice_at")
 sort = _primitive("sort")

@@ -83,6 +83,7 @@ def has_grouped_products(platform, dtype, widths):
 
 grouped_products = jax_kernels.grouped_products
 grouped_kernel_gradients = jax_kernels.grouped_kernel_gradients
+remakes_factors = jax_kernels.remakes_factors
 
 
 def batched_product(left, right):

@@ -198,17 +198,24 @@ def grouped_products(platform, rows, kernels, biases, sizes, then, extras=(), tr
     return then(*products, *extras)
 
 
-def grouped_kernel_gradients(platform, left, right, sizes, kernel, bias):
+def remakes_factors(platform):
+    """Whether `grouped_kernel_gradients` takes a function for its left factor: it does not."""
+    return False
+
+
+def grouped_kernel_gradients(platform, lefts, right, sizes, kernel, bias, remake=None):
     """The gradient of a kernel (E, D, H), and that of a bias (E, H) or None.
 
     Args:
         platform: not used; there is one kernel.
-        left: (R, D) what was multiplied.
+        lefts: tuple of one tensor (R, D), what was multiplied.
         right: (R, H) the gradient of the products.
         sizes: (E,) int32 sizes of the groups.
         kernel: (E, D, H), for its dtype.
         bias: (E, H), for its dtype, or None.
+        remake: None, as nothing is remade.
     """
+    (left,) = lefts
     ends = torch.cumsum(sizes, 0, dtype=torch.int32)
     of_kernel = torch.nn.functional.grouped_mm(left.T, right, offs=ends).to(kernel.dtype)
     if bias is None:

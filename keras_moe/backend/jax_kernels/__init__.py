@@ -58,21 +58,46 @@ def grouped_products(platform, rows, kernels, biases, sizes, then, extras=(), tr
     return tuple(products) if finish else then(*products, *extras)
 
 
-def grouped_kernel_gradients(platform, left, right, sizes, kernel, bias):
+def remakes_factors(platform):
+    """Whether `grouped_kernel_gradients` takes a function for its left factor.
+
+    A TPU kernel reads each left factor about once. One of a GPU reads it for every tile of the
+    other axis, so there the function would be computed many times.
+    """
+    return platform == "tpu"
+
+
+def grouped_kernel_gradients(platform, lefts, right, sizes, kernel, bias, remake=None):
     """The gradient of a kernel (E, D, H), and that of a bias (E, H) or None.
 
     Args:
         platform: "tpu" or "gpu", whose kernels are used.
-        left: (R, D) what was multiplied.
+        lefts: tuple of arrays (R, D): what was multiplied, or what `remake` makes it from.
         right: (R, H) the gradient of the products.
         sizes: (E,) int32 sizes of the groups.
         kernel: (E, D, H), for its dtype.
         bias: (E, H), for its dtype, or None.
+        remake: elementwise function of the `lefts`, or None. It is computed in float32 inside the
+            kernel, if all of its operations can be.
     """
+    if remake is not None:
+        function, remake = remake, None
+        if runs_in_kernels(lambda *tiles: (function(*tiles),), len(lefts)):
+            remake = functools.partial(_remake_in_kernel, function)
+        else:
+            lefts = (function(*lefts),)
     of_kernel, *of_bias = _bind_gradients(
-        (left, right, sizes), platform=platform, dtype=kernel.dtype, with_bias=bias is not None
+        (right, sizes, *lefts),
+        platform=platform,
+        dtype=kernel.dtype,
+        with_bias=bias is not None,
+        remake=remake,
     )
     return of_kernel, of_bias[0].astype(bias.dtype) if of_bias else None
+
+
+def _remake_in_kernel(function, *tiles):
+    return apply_in_kernel(lambda *tiles: (function(*tiles),), *tiles)[0]
 
 
 def _bind(primitive, operands, **parameters):
@@ -138,13 +163,16 @@ def _products(rows, sizes, *others, platform, num_kernels, num_biases, finish, *
     )
 
 
-def _shapes_of_gradients(left, right, sizes, *, dtype, with_bias, **parameters):
+def _shapes_of_gradients(right, sizes, left, *lefts, dtype, with_bias, **parameters):
     kernel = (sizes.shape[0], left.shape[1], right.shape[1])
     shapes = [kernel, (kernel[0], kernel[2])] if with_bias else [kernel]
     return [jax.core.ShapedArray(shape, dtype) for shape in shapes]
 
 
-def _gradients(left, right, sizes, *, platform, **parameters):
+def _gradients(right, sizes, *lefts, platform, remake, **parameters):
+    if remake is not None:
+        parameters["remake"] = remake
+    left = lefts[0] if remake is None else lefts
     kernel, bias = _kernels_of(platform).grouped_kernel_gradient(left, right, sizes, **parameters)
     return [kernel] if bias is None else [kernel, bias.astype(kernel.dtype)]
 

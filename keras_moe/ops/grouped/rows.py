@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_moe import backend
 from keras_moe.ops.grouped.records import Parameters, RowGradients
-from keras_moe.ops.grouped.steps import Products
+from keras_moe.ops.grouped.steps import Products, Remade
 from keras_moe.ops.groups import row_sums
 
 
@@ -49,15 +49,16 @@ def _products(setting, parameters, sizes):
             setting.platform, gradient, kernels, [], sizes, then, extras, transposed=True
         )
 
-    return Products(multiply, pull)
+    return Products(multiply, pull, backend.remakes_factors(setting.platform))
 
 
 def _parameter_gradients(setting, factors, parameters, sizes):
     kernels, biases = [], []
     for number, (left, right) in enumerate(factors):
         kernel, bias = parameters.of(number)
+        remade = left if isinstance(left, Remade) else Remade(None, (left,))
         of_kernel, of_bias = backend.grouped_kernel_gradients(
-            setting.platform, left, right, sizes, kernel, bias
+            setting.platform, remade.inputs, right, sizes, kernel, bias, remade.function
         )
         kernels.append(of_kernel)
         biases.append(of_bias)

@@ -21,12 +21,23 @@ class Products(NamedTuple):
     - `pull(gradient, number, then, *extras)`: `then` of `gradient @ transposed kernel` and of
       the extras, tensors of the same shape.
 
+    - `remakes`: whether the engine's kernels can make the left factor of a kernel's gradient
+      themselves, from a `Remade`.
+
     `then` is elementwise and returns a tuple of tensors, and so do both. Everything has the dtype
     of the rows.
     """
 
     multiply: Callable
     pull: Callable
+    remakes: bool = False
+
+
+class Remade(NamedTuple):
+    """Rows that are `function(*inputs)`, elementwise, and need not exist as a tensor."""
+
+    function: Callable
+    inputs: tuple
 
 
 class Step(NamedTuple):
@@ -36,7 +47,8 @@ class Step(NamedTuple):
       rows for the backward pass, empty unless `keep`.
     - `backward(rows, products, saved, output_gradient) -> (row_gradient, factors)`. For each
       kernel, `factors` has the rows that were multiplied by it and the gradient of their product;
-      the engine makes the gradients of kernel and bias from them.
+      the engine makes the gradients of kernel and bias from them. Where `products.remakes`, these
+      rows may be `Remade`.
     - `saved_widths`: the width of each tensor in `saved`.
     - `output_width`: the width of `output_rows`.
     """
@@ -97,11 +109,19 @@ def feed_forward_step(activation, widths):
         return output, saved
 
     def backward(rows, products, pre_activations, gradient):
-        def then(hidden_gradient, *pre_activations):
+        def pre_gradients_and_hidden(hidden_gradient, *pre_activations):
             hidden, pullback = backend.vjp(hidden_of, pre_activations)
-            return hidden, *pullback(hidden_gradient)
+            return *pullback(hidden_gradient), hidden
 
-        hidden, *pre_gradients = products.pull(gradient, down, then, *pre_activations)
+        def pre_gradients_alone(*tensors):
+            return pre_gradients_and_hidden(*tensors)[:-1]
+
+        if products.remakes:
+            pre_gradients = products.pull(gradient, down, pre_gradients_alone, *pre_activations)
+            hidden = Remade(hidden_of, tuple(pre_activations))
+        else:
+            then = pre_gradients_and_hidden
+            *pre_gradients, hidden = products.pull(gradient, down, then, *pre_activations)
         row_gradient = sum(
             products.pull(pre, number, _unchanged)[0] for number, pre in zip(ups, pre_gradients)
         )
