@@ -14,7 +14,11 @@ Everything else in the package is written with `keras.ops`. A backend module pro
 - `multiply_groups(rows, sizes, experts, kernel, bias, transposed)`: affine maps, where shapes are
   dynamic.
 - `stack_gradients(runs, kernels, biases)`: the gradients of those, where shapes are dynamic.
+- `num_replicas()`: how many data-parallel replicas run this code, an integer.
 - `sum_over_replicas(values)`: the sum of what all data-parallel replicas have.
+- `gather_over_replicas(values)`: the rows that all data-parallel replicas have.
+- `sum_of_counts(values)`: a list of what is added to counters, summed unless reading them sums.
+- `separate_losses(layer)`: gives each replica its own list of the losses a layer adds.
 - `unstack_sizes(sizes)`: the entries of a vector as bounds of slices, where shapes are dynamic.
 """
 
@@ -38,12 +42,16 @@ block_dtype: Any = getattr(_module, "block_dtype", None)
 compile_once = _module.compile_once
 compiles_static_shapes = _module.compiles_static_shapes
 differentiable = _module.differentiable
+gather_over_replicas: Any = getattr(_module, "gather_over_replicas", lambda values: values)
 gather_rows = _module.gather_rows
 multiply_groups: Any = getattr(_module, "multiply_groups", None)
+num_replicas: Any = getattr(_module, "num_replicas", lambda: 1)
+separate_losses: Any = getattr(_module, "separate_losses", lambda layer: None)
 slice_at: Any = getattr(_module, "slice_at", None)
 sort: Any = getattr(_module, "sort", None)
 scan: Any = getattr(_module, "scan", None)
 stack_gradients: Any = getattr(_module, "stack_gradients", None)
+sum_of_counts: Any = getattr(_module, "sum_of_counts", lambda values: values)
 sum_over_replicas = _module.sum_over_replicas
 unstack_sizes: Any = getattr(_module, "unstack_sizes", None)
 vjp = _module.vjp
