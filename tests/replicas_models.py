@@ -1,8 +1,17 @@
-"""What is trained on several replicas: layers of everything that is registered."""
+"""What is trained on several replicas, in processes that tests start, and how it is compared."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import tempfile
 
 import keras
 import numpy as np
 
+import keras_moe
 from keras_moe import layers, losses, routers
 from keras_moe.routers import balancers
 
@@ -72,5 +81,89 @@ def model_of(make_layers):
     inputs = keras.Input((LENGTH, FEATURES))
     outputs = first(inputs)
     for layer in make_layers():
-        outputs = outputs + layer(outputs)
+        outputs = outputs + 0.1 * layer(outputs)
     return keras.Model(inputs, outputs)
+
+
+PACKAGE = pathlib.Path(keras_moe.__file__).parent
+# They add up over replicas, so for the same batch on each there is so many times as much.
+COUNTERS = {
+    "expert_counts",
+    "dropped_count",
+    "router_loss_totals",
+    "router_entropy_total",
+    "call_count",
+    "global_counts",
+}
+EVERY_LAYER = [
+    *(f"loss_{name}" for name in losses.BY_NAME),
+    *(f"balancer_{name}" for name in balancers.BY_NAME),
+    *(f"router_{name}" for name in routers.BY_NAME),
+]
+GLOBAL_LAYERS = [*(f"balancer_{name}" for name in balancers.BY_NAME), "strength", "global"]
+
+
+def start(script, *args, **variables):
+    """A process that runs a script of this folder, and what it prints: output and errors."""
+    # Files: a full pipe would stop a process that another one waits for.
+    printed = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+    process = subprocess.Popen(
+        [sys.executable, str(pathlib.Path(__file__).with_name(script)), *map(str, args)],
+        # The package that is tested, wherever that was imported from.
+        env={
+            **os.environ,
+            "KERAS_BACKEND": keras.backend.backend(),
+            "PYTHONPATH": str(PACKAGE.parent),
+            **variables,
+        },
+        stdout=printed[0],
+        stderr=printed[1],
+    )
+    return process, *printed
+
+
+def results_of(started):
+    """The object that each of some processes prints in the end."""
+    results = []
+    try:
+        for process, output, errors in started:
+            process.wait(timeout=300)
+            output.seek(0)
+            errors.seek(0)
+            assert process.returncode == 0, errors.read()[-3000:]
+            results.append(json.loads(output.read().splitlines()[-1]))
+    finally:
+        for process, *files in started:
+            process.kill()
+            process.wait()
+            for file in files:
+                file.close()
+    return results
+
+
+def free_ports(number):
+    sockets = [socket.socket() for _ in range(number)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def assert_equal(actual, expected, layer, replicas, same_batch):
+    """The weights of a layer, trained on several replicas and on one."""
+    names = [name for name in expected["weights"] if name.startswith(f"{layer}/")]
+    assert names
+    for name in names:
+        weight = name.split("/")[1]
+        factor = replicas if same_batch and weight in COUNTERS else 1
+        if not same_batch and weight in COUNTERS - {"expert_counts", "global_counts"}:
+            continue  # Means of several batches are not those of one.
+        np.testing.assert_allclose(
+            actual["weights"][name],
+            np.multiply(expected["weights"][name], factor),
+            rtol=1e-5,
+            atol=1e-6,
+            err_msg=name,
+        )

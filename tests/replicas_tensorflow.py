@@ -12,7 +12,6 @@ import sys
 import keras
 import numpy as np
 import tensorflow as tf
-
 from replicas_models import (
     X,
     every_layer,

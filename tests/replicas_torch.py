@@ -1,7 +1,7 @@
 """Training in processes of `torch.distributed`, each of which runs this.
 
-The environment is that of `torchrun`: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Prints one JSON
-object as `replicas_tensorflow.py` does.
+The environment is that of `torchrun`: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Prints one
+JSON object as `replicas_tensorflow.py` does.
 """
 
 import json
@@ -16,7 +16,7 @@ from keras_moe import callbacks, layers, routers
 
 
 def idle_layers():
-    """Banks whose last experts get no token: padding columns of the router's kernel are negative."""
+    """A layer for each bank, whose first expert gets all tokens."""
     for name, bank in (
         ("dense_bank", layers.FeedForwardExperts(EXPERTS, 8)),
         ("gated_bank", layers.GatedExperts(EXPERTS, 8)),
@@ -26,7 +26,8 @@ def idle_layers():
             layers.ZeroComputationExperts(layers.FeedForwardExperts(2, 8), 0, 1, 1),
         ),
     ):
-        yield layers.MixtureOfExperts(bank, routers.ForcedRouter(EXPERTS, lambda: 0), name=name)
+        router = routers.ForcedRouter(EXPERTS, top_k=1, pattern="one")
+        yield layers.MixtureOfExperts(bank, router, name=name)
 
 
 def steps(make_layers, x, number=2):
@@ -44,7 +45,7 @@ def steps(make_layers, x, number=2):
         with torch.no_grad():
             gradients = [weight.value.grad for weight in model.trainable_weights]
             optimizer.apply(gradients, model.trainable_weights)
-    return {"logs": {"loss": float(loss)}, "weights": weights_of(model)}, model
+    return {"logs": {"loss": loss.item()}, "weights": weights_of(model)}, model
 
 
 def weights_of(model):
@@ -57,10 +58,12 @@ def weights_of(model):
 
 def evaluated_alone(model, rank):
     """What the first process logs while the others do something else."""
-    if rank > 0:
-        return None
-    model.compile(loss="mse")
-    return model.evaluate(X, X, verbose=0, callbacks=[callbacks.ExpertMonitor()], return_dict=True)
+    seen = {}
+    if rank == 0:
+        model.compile(loss="mse")
+        record = keras.callbacks.LambdaCallback(on_test_end=seen.update)
+        model.evaluate(X, X, verbose=0, callbacks=[callbacks.ExpertMonitor(), record])
+    return {key: float(value) for key, value in seen.items()}
 
 
 def main():

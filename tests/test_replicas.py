@@ -2,81 +2,28 @@
 
 import functools
 import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
-
-import keras_moe
-from keras_moe import losses, routers
-from keras_moe.routers import balancers
+from replicas_models import (
+    EVERY_LAYER,
+    GLOBAL_LAYERS,
+    assert_equal,
+    free_ports,
+    results_of,
+    start,
+)
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="replicas of tf.distribute"
 )
 
-PACKAGE = pathlib.Path(keras_moe.__file__).parent
-SCRIPT = pathlib.Path(__file__).with_name("replicas_tensorflow.py")
-# They add up over replicas, so for the same batch on each there is so many times as much.
-COUNTERS = {
-    "expert_counts",
-    "dropped_count",
-    "router_loss_totals",
-    "router_entropy_total",
-    "call_count",
-    "global_counts",
-}
-EVERY_LAYER = [
-    *(f"loss_{name}" for name in losses.BY_NAME),
-    *(f"balancer_{name}" for name in balancers.BY_NAME),
-    *(f"router_{name}" for name in routers.BY_NAME),
-]
-GLOBAL_LAYERS = [*(f"balancer_{name}" for name in balancers.BY_NAME), "strength", "global"]
-
-
-def start(*args, **variables):
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *map(str, args)],
-        # The package that is tested, wherever that was imported from.
-        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent), **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def result_of(process):
-    output, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors[-2000:]
-    return json.loads(output.splitlines()[-1])
-
 
 @functools.cache
 def trained_on(replicas):
-    return result_of(start(replicas))
-
-
-def assert_equal(actual, expected, layer, replicas, same_batch):
-    """The weights of a layer, trained on several replicas and on one."""
-    names = [name for name in expected["weights"] if name.startswith(f"{layer}/")]
-    assert names
-    for name in names:
-        weight = name.split("/")[1]
-        factor = replicas if same_batch and weight in COUNTERS else 1
-        if not same_batch and weight in COUNTERS - {"expert_counts", "global_counts"}:
-            continue  # Means of several batches are not those of one.
-        np.testing.assert_allclose(
-            actual["weights"][name],
-            np.multiply(expected["weights"][name], factor),
-            rtol=1e-5,
-            atol=1e-6,
-            err_msg=name,
-        )
+    (result,) = results_of([start("replicas_tensorflow.py", replicas)])
+    return result
 
 
 @pytest.mark.parametrize("layer", ["dense", *EVERY_LAYER])
@@ -126,17 +73,11 @@ def test_a_batch_split_over_replicas_is_balanced_as_one(layer, replicas):
 
 
 def test_two_workers_balance_their_batch_as_one():
-    ports = []
-    for _ in range(2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            ports.append(free.getsockname()[1])
-    cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}
+    cluster = {"worker": [f"127.0.0.1:{port}" for port in free_ports(2)]}
     workers = []
     for index in range(2):
         config = {"cluster": cluster, "task": {"type": "worker", "index": index}}
-        workers.append(start(TF_CONFIG=json.dumps(config)))
-    for worker in workers:
-        trained = result_of(worker)["split"]
+        workers.append(start("replicas_tensorflow.py", TF_CONFIG=json.dumps(config)))
+    for trained in results_of(workers):
         for layer in GLOBAL_LAYERS:
-            assert_equal(trained, trained_on(1)["split"], layer, 2, same_batch=False)
+            assert_equal(trained["split"], trained_on(1)["split"], layer, 2, same_batch=False)
