@@ -1,6 +1,7 @@
 """Data parallelism on PyTorch: a step of two processes is that of one."""
 
 import functools
+import tempfile
 
 import keras
 import numpy as np
@@ -21,20 +22,18 @@ pytestmark = pytest.mark.skipif(
 SCRIPT = "replicas_torch.py"
 
 
-def start_processes(script, number):
-    """Processes as `torchrun` starts them."""
+@functools.cache
+def trained_in(processes):
+    """What each process prints, started as `torchrun` does."""
     group = {
-        "WORLD_SIZE": str(number),
+        "WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_ports(1)[0]),
         "OMP_NUM_THREADS": "1",
     }
-    return [start(script, **group, RANK=str(rank)) for rank in range(number)]
-
-
-@functools.cache
-def trained_in(processes):
-    return results_of(start_processes(SCRIPT, processes))
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = range(processes)
+        return results_of([start(SCRIPT, folder, **group, RANK=str(rank)) for rank in ranks])
 
 
 def both():
@@ -65,3 +64,25 @@ def test_one_process_evaluates_alone():
     assert other["alone"] == {} and "global_load_imbalance" in two["alone"]
     for key, value in one["alone"].items():
         np.testing.assert_allclose(two["alone"][key], value, rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_experts_in_several_processes_are_those_of_one(processes):
+    (one,) = trained_in(1)
+    several = [each["experts"] for each in trained_in(processes)]
+    outputs = np.concatenate([each["outputs"] for each in several])
+    np.testing.assert_allclose(outputs, one["experts"]["outputs"], rtol=1e-5, atol=1e-6)
+    for each in several:
+        assert each["num_parameters"] * processes == one["experts"]["num_parameters"]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_saved_experts_come_back_in_every_process(processes):
+    for each in trained_in(processes):
+        np.testing.assert_array_equal(each["experts"]["loaded"], each["experts"]["outputs"])
+
+
+def test_experts_that_processes_cannot_share_are_an_error():
+    (one,) = trained_in(1)
+    assert "no process group" in one["alone_error"]
+    assert "must divide the number of experts" in trained_in(4)[0]["experts"]["errors"]

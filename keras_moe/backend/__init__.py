@@ -14,6 +14,7 @@ Everything else in the package is written with `keras.ops`. A backend module pro
 - `multiply_groups(rows, sizes, experts, kernel, bias, transposed)`: affine maps, where shapes are
   dynamic.
 - `stack_gradients(runs, kernels, biases)`: the gradients of those, where shapes are dynamic.
+- `expert_processes()`: the processes that share experts, None where each process has all.
 - `num_replicas()`: how many data-parallel replicas run this code, an integer.
 - `sum_over_replicas(values)`: the sum of what all data-parallel replicas have.
 - `gather_over_replicas(values)`: the rows that all data-parallel replicas have.
@@ -36,12 +37,18 @@ if keras.backend.backend() not in _SUPPORTED:
         "Set KERAS_BACKEND to one of them before keras is imported."
     )
 
+# Experts in several processes, each with some of them.
+_processes: Any = None
+if keras.backend.backend() == "torch":
+    _processes = importlib.import_module("keras_moe.backend.torch_experts")
+
 _module = importlib.import_module(f"keras_moe.backend.{keras.backend.backend()}")
 
 block_dtype: Any = getattr(_module, "block_dtype", None)
 compile_once = _module.compile_once
 compiles_static_shapes = _module.compiles_static_shapes
 differentiable = _module.differentiable
+expert_processes: Any = getattr(_processes, "expert_processes", lambda: None)
 gather_over_replicas: Any = getattr(_module, "gather_over_replicas", lambda values: values)
 gather_rows = _module.gather_rows
 multiply_groups: Any = getattr(_module, "multiply_groups", None)
