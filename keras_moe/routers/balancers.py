@@ -16,12 +16,12 @@ from keras_moe.validation import check_fraction, check_positive_integer, check_p
 class SelectionBalancer:
     """Abstract: from routings to a selection bias that evens out the load.
 
-    In training a router measures each batch on each replica and, once an optimizer step, updates
+    In training a router measures each batch, on each replica, and once an optimizer step updates
     its bias with the mean of the measurements. The bias of a step is fixed before the step, so that
     no token's experts depend on later tokens. Padding is not measured.
 
     A subclass implements `measure(routing, scores, bias)` and `update(bias, measured)`; all but
-    the scores (T, E) are of length E.
+    the scores (T, E) are of length E. What does not average over replicas, `measure` gathers.
 
     Args:
         accumulation_steps: micro-batches of an optimizer step, the `gradient_accumulation_steps`
