@@ -1,4 +1,4 @@
-"""Functions inside kernels: which ones run there, and what stands for operations that are missing."""
+"""Functions inside kernels: which run there, and what stands for missing operations."""
 
 import math
 import re

@@ -1,8 +1,5 @@
 """The grouped kernels of GPUs, interpreted on a CPU, against a loop over groups in float64."""
 
-import math
-import re
-
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np

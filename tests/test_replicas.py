@@ -1,85 +1,83 @@
-"""Data parallelism on TensorFlow: what is balanced is the batch of all replicas."""
+"""Data parallelism on TensorFlow: a step on several replicas is one device's."""
 
+import functools
 import json
-import os
-import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
-import reference
-import reference_routers as oracle
+from replicas_models import (
+    EVERY_LAYER,
+    GLOBAL_LAYERS,
+    assert_equal,
+    free_ports,
+    results_of,
+    start,
+)
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="replicas of tf.distribute"
 )
 
-TRAIN = """
-import json, sys
-import numpy as np, tensorflow as tf
-replicas, router_name = int(sys.argv[1]), sys.argv[2]
-cpu, = tf.config.list_physical_devices("CPU")
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * replicas)
-import keras
-from keras_moe import layers, losses, routers
-strategy = tf.distribute.MirroredStrategy([f"CPU:{number}" for number in range(replicas)])
-with strategy.scope():
-    kernel = {"kernel_initializer": keras.initializers.Identity()}
-    router = {
-        "loss_free": lambda: routers.TopKRouter(4, balancer="loss_free", **kernel),
-        "quantile": lambda: routers.TopKRouter(4, balancer="quantile", **kernel),
-        "relu": lambda: routers.ReLURouter(4, initial_strength=0.1, growth=2.0, **kernel),
-    }[router_name]()
-    layer = layers.MixtureOfExperts(
-        layers.FeedForwardExperts(4, 8), router=router, router_losses=[losses.GlobalLoadBalance()]
-    )
-    model = keras.Sequential([keras.Input((8, 4)), layer])
-    model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=False)
-x = np.array(json.loads(sys.argv[3]))
-model.fit(x, x, batch_size=4, verbose=0, shuffle=False)
-state = {w.name: keras.ops.convert_to_numpy(w).tolist() for w in layer.non_trainable_weights}
-print(json.dumps(state))
-"""
-TOKENS = np.random.default_rng(0).normal(size=(4, 8, 4)) + [2, 1, 0, 0]
+
+@functools.cache
+def trained_on(replicas):
+    (result,) = results_of([start("replicas_tensorflow.py", replicas)])
+    return result
 
 
-def trained_on(replicas, router, x=TOKENS):
-    done = subprocess.run(
-        [sys.executable, "-c", TRAIN, str(replicas), router, json.dumps(x.tolist())],
-        env={**os.environ, "KERAS_BACKEND": "tensorflow"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.mark.parametrize("layer", ["dense", *EVERY_LAYER])
+def test_a_step_of_the_same_batch_on_two_replicas_is_that_of_one_device(layer):
+    one, two = trained_on(1)["all"], trained_on(2)["all"]
+    np.testing.assert_allclose(two["logs"]["loss"], one["logs"]["loss"], rtol=1e-6)
+    assert_equal(two, one, layer, 2, same_batch=True)
 
 
-def scores_of(tokens):
-    return np.array([reference.softmax(token) for token in tokens.reshape(-1, 4)])
+@pytest.mark.parametrize("layer", ["dense", "plain", *GLOBAL_LAYERS])
+def test_a_step_on_four_replicas_is_that_of_one_device(layer):
+    assert_equal(trained_on(4)["few"], trained_on(1)["few"], layer, 4, same_batch=True)
 
 
-def test_two_replicas_balance_the_batch_that_one_would_see():
-    one, two = trained_on(1, "loss_free"), trained_on(2, "loss_free")
-    assert sum(one["global_counts"]) == 4 * 8 * 2
-    assert max(map(abs, one["selection_bias"])) > 1e-4
-    np.testing.assert_allclose(two["global_counts"], one["global_counts"])
-    np.testing.assert_allclose(two["selection_bias"], one["selection_bias"], atol=1e-7)
+@pytest.mark.parametrize("layer", ["dense", "plain", *GLOBAL_LAYERS])
+def test_fit_of_the_same_batch_on_two_replicas_is_that_of_one_device(layer):
+    assert_equal(trained_on(2)["fit"], trained_on(1)["fit"], layer, 2, same_batch=True)
 
 
-def test_what_two_replicas_measure_is_averaged():
-    measured = [
-        oracle.quantile_bias(scores_of(half), 0.0, 2, np.ones(len(half) * 8))
-        for half in np.split(TOKENS, 2)
-    ]
-    mean = np.mean(measured, axis=0)
-    bias = trained_on(2, "quantile")["selection_bias"]
-    np.testing.assert_allclose(bias, mean - mean.mean(), atol=1e-6)
+def test_what_is_logged_on_replicas_is_what_one_device_logs():
+    one, two = trained_on(1)["fit"]["logs"], trained_on(2)["fit"]["logs"]
+    assert two.keys() == one.keys() and "val_plain_load_imbalance" in one
+    for key, values in one.items():
+        np.testing.assert_allclose(two[key], values, rtol=1e-5, atol=1e-6, err_msg=key)
 
 
-def test_the_strength_of_relu_routing_follows_the_batch_of_all_replicas():
-    # Half the tokens have all four experts above zero, half have none: two on average, as wanted.
-    # Each replica alone would see something else.
-    signs = np.array([1, 1, -1, -1]).reshape(4, 1, 1)
-    x = signs * np.abs(TOKENS)
-    assert trained_on(2, "relu", x)["strength"] == pytest.approx(0.1)
+def test_a_layer_of_keras_that_waits_for_other_replicas_loses_no_router_loss():
+    assert_equal(trained_on(2)["merged"], trained_on(1)["merged"], "plain", 2, same_batch=True)
+
+
+@pytest.mark.parametrize("layer", ["dense", "plain"])
+def test_a_step_that_xla_compiles_on_each_replica_is_that_of_one_device(layer):
+    assert_equal(trained_on(2)["xla"], trained_on(1)["xla"], layer, 2, same_batch=True)
+
+
+@pytest.mark.parametrize("layer", GLOBAL_LAYERS)
+def test_a_sum_over_replicas_inside_of_a_compiled_part_is_an_error_that_says_so(layer):
+    assert "Put `tf.function` around `strategy.run`" in trained_on(2)["errors"][layer]
+
+
+@pytest.mark.parametrize("replicas", [2, 4])
+@pytest.mark.parametrize("layer", GLOBAL_LAYERS)
+def test_a_batch_split_over_replicas_is_balanced_as_one(layer, replicas):
+    one, several = trained_on(1)["split"], trained_on(replicas)["split"]
+    assert np.any(np.not_equal(one["weights"][f"{layer}/expert_counts/1"], 8 * 6 * 2 / 4))
+    assert_equal(several, one, layer, replicas, same_batch=False)
+
+
+def test_two_workers_balance_their_batch_as_one():
+    cluster = {"worker": [f"127.0.0.1:{port}" for port in free_ports(2)]}
+    workers = []
+    for index in range(2):
+        config = {"cluster": cluster, "task": {"type": "worker", "index": index}}
+        workers.append(start("replicas_tensorflow.py", TF_CONFIG=json.dumps(config)))
+    for trained in results_of(workers):
+        for layer in GLOBAL_LAYERS:
+            assert_equal(trained["split"], trained_on(1)["split"], layer, 2, same_batch=False)

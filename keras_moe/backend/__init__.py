@@ -9,10 +9,10 @@ Everything else in the package is written with `keras.ops`. A backend module pro
 - `differentiable(forward, backward, inputs, context)`: a function with its own gradient.
 - `vjp(function, inputs)`: value and pullback of a plain function, usable inside loops.
 - `gather_rows(tensor, indices)`: rows of a tensor by (possibly multi-dimensional) index.
-- `sum_over_replicas(values)`: the sum of what all data-parallel replicas have.
 - `has_grouped_products(platform, dtype, widths)`: whether there are kernels for all rows at once.
+- `sum_over_replicas(values)`: the sum of what all data-parallel replicas have.
 
-And, each for some engines of `ops.grouped` only:
+Each for some engines of `ops.grouped` only:
 
 - `grouped_products`, `grouped_kernel_gradients`: kernels for all rows at once.
 - `remakes_factors(platform)`: whether these gradients take a function for their left factor.
@@ -23,9 +23,18 @@ And, each for some engines of `ops.grouped` only:
 - `multiply_groups`, `stack_gradients`: affine maps of slices, and their gradients, where shapes are
   dynamic.
 - `unstack_sizes(sizes)`: the entries of a vector as bounds of slices, where shapes are dynamic.
+
+And where several replicas or processes train one model; a backend without them has one:
+
+- `expert_processes()`: the processes that share experts, None where each process has all.
+- `num_replicas()`: how many data-parallel replicas run this code, an integer.
+- `gather_over_replicas(values)`: the rows that all data-parallel replicas have.
+- `sum_of_counts(values)`: a list of what is added to counters, summed unless reading them sums.
+- `separate_losses(layer)`: gives each replica its own list of the losses a layer adds.
 """
 
 import importlib
+from typing import Any
 
 import keras
 
@@ -37,6 +46,11 @@ if keras.backend.backend() not in _SUPPORTED:
         f"Received: keras.backend.backend()={keras.backend.backend()!r}. "
         "Set KERAS_BACKEND to one of them before keras is imported."
     )
+
+# Experts in several processes, each with some of them.
+_processes: Any = None
+if keras.backend.backend() == "torch":
+    _processes = importlib.import_module("keras_moe.backend.torch_experts")
 
 _module = importlib.import_module(f"keras_moe.backend.{keras.backend.backend()}")
 
@@ -73,3 +87,9 @@ slice_at = _primitive("slice_at")
 sort = _primitive("sort")
 stack_gradients = _primitive("stack_gradients")
 unstack_sizes = _primitive("unstack_sizes")
+
+expert_processes: Any = getattr(_processes, "expert_processes", lambda: None)
+gather_over_replicas: Any = getattr(_module, "gather_over_replicas", lambda values: values)
+num_replicas: Any = getattr(_module, "num_replicas", lambda: 1)
+separate_losses: Any = getattr(_module, "separate_losses", lambda layer: None)
+sum_of_counts: Any = getattr(_module, "sum_of_counts", lambda values: values)

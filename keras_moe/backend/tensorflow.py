@@ -1,5 +1,9 @@
 """TensorFlow primitives."""
 
+import contextlib
+import threading
+
+import keras
 import tensorflow as tf
 
 # No public name leads to these operations; Keras imports them from here as well.
@@ -161,9 +165,83 @@ def sort(integers):
     return xla.sort(integers)
 
 
+def num_replicas():
+    """How many replicas of a `tf.distribute` strategy share a step, an integer."""
+    replica = tf.distribute.get_replica_context()
+    return 1 if replica is None else replica.num_replicas_in_sync
+
+
 def sum_over_replicas(values):
     """The sum of `values` over the replicas of a `tf.distribute` strategy."""
-    replica = tf.distribute.get_replica_context()
-    if replica is None or replica.num_replicas_in_sync == 1:
+    return _across_replicas(
+        values, lambda replica: replica.all_reduce(tf.distribute.ReduceOp.SUM, values)
+    )
+
+
+def gather_over_replicas(values):
+    """The rows of `values` (R, ...) of all replicas, one behind the other."""
+    return _across_replicas(values, lambda replica: replica.all_gather(values, axis=0))
+
+
+def sum_of_counts(values):
+    """`values`: what is added to counters is summed when they are read."""
+    return values
+
+
+def separate_losses(layer):
+    """Give each replica a list of its own of the losses that `layer` adds.
+
+    Keras keeps one list in each layer and empties it when a model is called. Replicas are traced in
+    threads, and where one waits for the others in a collective operation, theirs would replace or
+    join its losses.
+    """
+    layer._losses = _LossesOfThread()
+
+
+class _LossesOfThread(threading.local):
+    """What Keras needs of a list of losses."""
+
+    def __init__(self):
+        self._losses = []
+
+    def extend(self, losses):
+        self._losses.extend(losses)
+
+    def clear(self):
+        self._losses.clear()
+
+    def __getitem__(self, index):
+        return self._losses[index]
+
+    def __setitem__(self, index, losses):
+        self._losses[index] = losses
+
+
+def _across_replicas(values, collective):
+    if num_replicas() == 1:
         return values
-    return replica.all_reduce(tf.distribute.ReduceOp.SUM, values)
+    try:
+        with _other_losses_kept():
+            return collective(tf.distribute.get_replica_context())
+    except RuntimeError as error:
+        if "merge_call" not in str(error):
+            raise
+        raise RuntimeError(
+            "Selection biases, `GlobalLoadBalance` and `ReLURouter` sum over all replicas in the "
+            "middle of a call. Received: a call inside of a `tf.function` or a loop inside of "
+            "`strategy.run`. Put `tf.function` around `strategy.run`, or use `LoadBalance`."
+        ) from error
+
+
+@contextlib.contextmanager
+def _other_losses_kept():
+    """Keep the losses that other layers of the model have added on this replica so far.
+
+    Other replicas are traced inside of the context, with the same lists.
+    """
+    call = keras.src.backend.common.global_state.get_global_attribute("current_call_ctx")
+    layers = () if call is None else call.entry_layer._flatten_layers()
+    lists = [(layer._losses, layer._losses[:]) for layer in layers]
+    yield
+    for losses, of_replica in lists:
+        losses[:] = of_replica

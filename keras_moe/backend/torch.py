@@ -234,9 +234,42 @@ def _expert_of_row(rows, ends, last=None):
     return torch.searchsorted(ends, numbers, right=True).clamp_(max=last)
 
 
+def num_replicas():
+    """How many processes of `torch.distributed` share a step, an integer."""
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if is_distributed else 1
+
+
 def sum_over_replicas(values):
     """The sum of `values` over the processes of `torch.distributed`."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if num_replicas() > 1:
         values = values.clone()
         torch.distributed.all_reduce(values)
     return values
+
+
+def gather_over_replicas(values):
+    """The rows of `values` (R, ...) of all processes, one behind the other."""
+    if num_replicas() == 1:
+        return values
+    sizes = sum_over_replicas(_at_own_rank(values.new_tensor(len(values), dtype=torch.int64)))
+    # Collective operations want equal sizes.
+    padded = values.new_zeros((int(sizes.max()), *values.shape[1:]))
+    padded[: len(values)] = values
+    parts = [torch.empty_like(padded) for _ in sizes]
+    torch.distributed.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes.tolist())])
+
+
+def _at_own_rank(value):
+    """A vector of zeros, one for each process, with `value` at this one."""
+    values = value.new_zeros(num_replicas())
+    values[torch.distributed.get_rank()] = value
+    return values
+
+
+def sum_of_counts(values):
+    """A list of float tensors, each summed over the processes, in one operation."""
+    flat = sum_over_replicas(torch.cat([value.detach().reshape(-1) for value in values]))
+    parts = flat.split([value.numel() for value in values])
+    return [part.reshape(value.shape) for part, value in zip(parts, values)]

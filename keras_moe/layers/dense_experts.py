@@ -3,8 +3,10 @@
 import keras
 from keras import ops
 
+from keras_moe import backend
 from keras_moe.initializers import reseeded
 from keras_moe.layers.expert_bank import ExpertBank
+from keras_moe.ops.expert_parallel import serve_elsewhere
 from keras_moe.ops.feed_forward import grouped_feed_forward
 from keras_moe.ops.grouped import engines
 from keras_moe.ops.grouped.records import Setting
@@ -49,14 +51,19 @@ class DenseExperts(ExpertBank):
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
 
     def build(self, tokens_shape):
+        self.processes = backend.expert_processes()
+        if self.processes is None:
+            experts = range(self.num_experts)
+        else:
+            experts = self.processes.own_experts(self.num_experts)
         features = tokens_shape[-1]
         widths = [(name, features, self.hidden_dim) for name in self.up_names]
         widths.append(("down", self.hidden_dim, features))
         for stream, (name, fan_in, fan_out) in enumerate(widths):
             kernel = self.add_weight(
                 name=f"{name}_kernel",
-                shape=(self.num_experts, fan_in, fan_out),
-                initializer=_each_expert(self.kernel_initializer, stream),
+                shape=(len(experts), fan_in, fan_out),
+                initializer=_each_expert(self.kernel_initializer, stream, experts),
                 regularizer=self.kernel_regularizer,
                 autocast=False,  # or those of idle experts would be converted as well
             )
@@ -65,17 +72,24 @@ class DenseExperts(ExpertBank):
             if self.use_bias:
                 bias = self.add_weight(
                     name=f"{name}_bias",
-                    shape=(self.num_experts, fan_out),
-                    initializer=self.bias_initializer,
+                    shape=(len(experts), fan_out),
+                    initializer=_rows_of(self.bias_initializer, self.num_experts, experts),
                     regularizer=self.bias_regularizer,
                     autocast=False,
                 )
             setattr(self, f"{name}_bias", bias)
 
     def call(self, tokens, plan):
+        tokens = self._compute(tokens)
+        if self.processes is None:
+            return self._serve(tokens, plan)
+        return serve_elsewhere(self.processes, self._serve, tokens, plan)
+
+    def _serve(self, tokens, plan):
+        """The experts of this process, on tokens that are all theirs."""
         *ups, down = self._stacked("kernel")
         return grouped_feed_forward(
-            self._compute(tokens),
+            tokens,
             plan.weights,
             plan.groups,
             self.activation,
@@ -87,7 +101,24 @@ class DenseExperts(ExpertBank):
     def _stacked(self, kind):
         """The kernels or biases of all projections, in their own dtype."""
         names = (*self.up_names, "down")
-        return [ops.convert_to_tensor(getattr(self, f"{name}_{kind}")) for name in names]
+        stacked = [ops.convert_to_tensor(getattr(self, f"{name}_{kind}")) for name in names]
+        if self.processes is not None:
+            stacked = [self.processes.mean_gradient(each) for each in stacked]
+        return stacked
+
+    def save_own_variables(self, store):
+        if self.processes is None:
+            super().save_own_variables(store)
+            return
+        # A file has all experts, whoever wrote it.
+        for index, weight in enumerate(self.weights):
+            store[str(index)] = ops.convert_to_numpy(self.processes.whole(weight))
+
+    def load_own_variables(self, store):
+        if self.processes is not None:
+            own = self.processes.own_experts(self.num_experts)
+            store = {key: store[key][own.start : own.stop] for key in store.keys()}
+        super().load_own_variables(store)
 
     def compute_output_shape(self, tokens_shape):
         return tuple(tokens_shape)
@@ -112,7 +143,7 @@ class DenseExperts(ExpertBank):
         }
 
 
-def _each_expert(initializer, stream):
+def _each_expert(initializer, stream, numbers):
     """Initialise a stacked kernel expert by expert.
 
     On a shape (E, D, H) Keras would count E as part of the fan and start 1/sqrt(E) too small. And
@@ -122,9 +153,18 @@ def _each_expert(initializer, stream):
 
     def initialize(shape, dtype=None):
         experts = [
-            reseeded(initializer, stream, expert)(shape[1:], dtype=dtype)
-            for expert in range(shape[0])
+            reseeded(initializer, stream, number)(shape[1:], dtype=dtype) for number in numbers
         ]
         return ops.stack(experts)
+
+    return initialize
+
+
+def _rows_of(initializer, num_experts, numbers):
+    """Some rows of what the initializer gives all experts."""
+
+    def initialize(shape, dtype=None):
+        whole = initializer((num_experts, *shape[1:]), dtype=dtype)
+        return whole[numbers.start : numbers.stop]
 
     return initialize

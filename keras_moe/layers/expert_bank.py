@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_moe import backend
+
 
 class ExpertBank(keras.layers.Layer):
     """Abstract: E experts that serve the rows a plan gives them.
@@ -18,6 +20,7 @@ class ExpertBank(keras.layers.Layer):
         # Keras would cast the float32 combine weights inside the plan to the compute dtype. Banks
         # cast what they want cast.
         super().__init__(autocast=False, **kwargs)
+        backend.separate_losses(self)
         self.num_experts = num_experts
 
     def call(self, tokens, plan):

@@ -83,6 +83,7 @@ class MixtureOfExperts(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        backend.separate_losses(self)
         self.experts = resolve("experts", experts, ExpertBank)
         self.router = routers.get(router, num_experts=self.experts.num_experts)
         if self.router.num_experts != self.experts.num_experts:
@@ -136,13 +137,27 @@ class MixtureOfExperts(keras.layers.Layer):
             (num_losses,),
             lambda shape, dtype: keras_ops.array(self._initial_loss_weights, dtype),
         )
-        self.expert_counts = self._state("expert_counts", (self.experts.num_experts,))
-        self.dropped_count = self._state("dropped_count", ())
-        self.router_loss_totals = self._state("router_loss_totals", (num_losses,))
-        self.router_entropy_total = self._state("router_entropy_total", ())
-        self.call_count = self._state("call_count", ())
+        self.expert_counts = self._counter("expert_counts", (self.experts.num_experts,))
+        self.dropped_count = self._counter("dropped_count", ())
+        self.router_loss_totals = self._counter("router_loss_totals", (num_losses,))
+        self.router_entropy_total = self._counter("router_entropy_total", ())
+        self.call_count = self._counter("call_count", ())
         # A loss that remembers is a new one for each layer, whoever else was given the same.
         self.router_losses = [loss.build(self) for loss in self.router_losses]
+
+    def _counter(self, name, shape):
+        # Under `tf.distribute` each replica counts alone, and whoever reads gets the sum. That is
+        # more than `add_weight` can say.
+        return keras.Variable(
+            "zeros",
+            shape=shape,
+            dtype="float32",
+            trainable=False,
+            autocast=False,
+            aggregation="sum",
+            synchronization="on_read",
+            name=name,
+        )
 
     def _state(self, name, shape, initializer="zeros"):
         return self.add_weight(
@@ -211,7 +226,7 @@ class MixtureOfExperts(keras.layers.Layer):
                     weighted = self.router_loss_weights[index] * values[-1]
                     # Keras adds it to the other losses, which have this dtype.
                     self.add_loss(keras_ops.cast(weighted, keras.config.floatx()))
-            self._count(routing, values)
+            self._count(routing, values, training)
         if self.routing_listener is not None:
             self.routing_listener(routing)
 
@@ -226,15 +241,21 @@ class MixtureOfExperts(keras.layers.Layer):
         zero = keras_ops.zeros((), tokens.dtype)
         return keras_ops.where(keras_ops.expand_dims(mask, 1), tokens, zero), mask
 
-    def _count(self, routing, loss_values):
+    def _count(self, routing, loss_values, training):
         own_counts = keras_ops.cast(routing.counts, "float32")
-        dropped = routing.dropped * keras_ops.sum(own_counts)
-        self.expert_counts.assign_add(backend.sum_over_replicas(own_counts))
-        self.dropped_count.assign_add(backend.sum_over_replicas(dropped))
+        counted = [
+            (self.expert_counts, own_counts),
+            (self.dropped_count, routing.dropped * keras_ops.sum(own_counts)),
+            (self.router_entropy_total, ops.router_entropy(routing)),
+            (self.call_count, keras_ops.ones((), "float32")),
+        ]
         if loss_values:
-            self.router_loss_totals.assign_add(keras_ops.stack(loss_values))
-        self.router_entropy_total.assign_add(ops.router_entropy(routing))
-        self.call_count.assign_add(1.0)
+            counted.append((self.router_loss_totals, keras_ops.stack(loss_values)))
+        counters, values = zip(*counted)
+        if training:  # A process may evaluate alone, and would wait for the others.
+            values = backend.sum_of_counts(values)
+        for counter, value in zip(counters, values):
+            counter.assign_add(value)
 
     def save_own_variables(self, store):
         # What `ExpertMonitor` resets each epoch and weights that the losses have are not kept, so

@@ -7,6 +7,7 @@ import math
 
 from keras import ops
 
+from keras_moe import backend
 from keras_moe.ops.selection import take_scores, top_k_indices
 from keras_moe.serialization import register, resolve
 from keras_moe.validation import check_fraction, check_positive_integer, check_positive_number
@@ -15,12 +16,12 @@ from keras_moe.validation import check_fraction, check_positive_integer, check_p
 class SelectionBalancer:
     """Abstract: from routings to a selection bias that evens out the load.
 
-    In training a router measures each batch on each replica and, once an optimizer step, updates
+    In training a router measures each batch, on each replica, and once an optimizer step updates
     its bias with the mean of the measurements. The bias of a step is fixed before the step, so that
     no token's experts depend on later tokens. Padding is not measured.
 
     A subclass implements `measure(routing, scores, bias)` and `update(bias, measured)`; all but
-    the scores (T, E) are of length E.
+    the scores (T, E) are of length E. What does not average over replicas, `measure` gathers.
 
     Args:
         accumulation_steps: micro-batches of an optimizer step, the `gradient_accumulation_steps`
@@ -120,8 +121,9 @@ class QuantileBias(SelectionBalancer):
         biased = scores + bias
         threshold = take_scores(biased, top_k_indices(biased, top_k + 1)[:, top_k:])
         margin = ops.where(ops.expand_dims(routing.mask, 1), scores - threshold, -math.inf)
-        margin = -ops.sort(-margin, axis=0)
-        num_real = ops.sum(ops.cast(routing.mask, "int32"))
+        # A mean of the quantiles of all replicas would be the quantile of nothing.
+        margin = -ops.sort(-backend.gather_over_replicas(margin), axis=0)
+        num_real = backend.sum_over_replicas(ops.sum(ops.cast(routing.mask, "int32")))
         fair_share = num_real * top_k // num_experts
         last = ops.maximum(num_real - 1, 0)
         quantile = ops.take(margin, ops.minimum(fair_share, last), axis=0)

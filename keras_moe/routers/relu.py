@@ -107,8 +107,9 @@ class ReLURouter(LogitRouter):
     def _add_sparsity_loss(self, routing, scores):
         # Of all scores above zero: where more than `max_top_k` are, the surplus has to go as well.
         serves = ops.logical_and(scores > 0, ops.expand_dims(routing.mask, 1))
-        num_serving = backend.sum_over_replicas(ops.sum(ops.cast(serves, "float32"), axis=0))
-        num_real = backend.sum_over_replicas(ops.sum(ops.cast(routing.mask, "float32")))
+        serves_or_real = ops.concatenate([serves, ops.expand_dims(routing.mask, 1)], axis=1)
+        totals = backend.sum_over_replicas(ops.sum(ops.cast(serves_or_real, "float32"), axis=0))
+        num_serving, num_real = totals[:-1], totals[-1]
         load = num_serving / ops.maximum(num_real, 1.0)
         share = load * self.num_experts / self.target_top_k
         mean_scores = masked_mean(scores, routing.mask)

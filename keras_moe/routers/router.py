@@ -5,6 +5,7 @@ import inspect
 import keras
 from keras import ops
 
+from keras_moe import backend
 from keras_moe.ops import Routing, plan_groups
 from keras_moe.validation import check_mask, check_positive_integer, fits
 
@@ -49,6 +50,7 @@ class Router(keras.layers.Layer):
             )
         check_positive_integer("num_experts", num_experts)
         super().__init__(dtype="float32", **kwargs)
+        backend.separate_losses(self)
         self.num_experts = num_experts
         self.supports_masking = True
         self._known_arguments = set(inspect.signature(self.route).parameters)

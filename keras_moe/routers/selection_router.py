@@ -93,7 +93,7 @@ class SelectionRouter(LogitRouter):
         old_bias = ops.convert_to_tensor(self.selection_bias)
         measured = self.balancer.measure(routing, scores, old_bias)
         # Replicas and micro-batches of one optimizer step are one batch.
-        replicas = backend.sum_over_replicas(ops.ones((), "int32"))
+        replicas = backend.num_replicas()
         measured = self._measured + backend.sum_over_replicas(measured)
         count = self._measurements + replicas
         is_last = count >= self.balancer.accumulation_steps * replicas

@@ -34,9 +34,12 @@ class Products(NamedTuple):
 
 
 class Remade(NamedTuple):
-    """Rows that are `function(*inputs)`, elementwise, and need not exist as a tensor."""
+    """Rows that are `function(*inputs)`, elementwise, and need not exist as a tensor.
 
-    function: Callable
+    Without a function they are the one input.
+    """
+
+    function: Callable | None
     inputs: tuple
 
 

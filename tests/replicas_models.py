@@ -1,0 +1,169 @@
+"""What is trained on several replicas, in processes that tests start, and how it is compared."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import tempfile
+
+import keras
+import numpy as np
+
+import keras_moe
+from keras_moe import layers, losses, routers
+from keras_moe.routers import balancers
+
+EXPERTS, FEATURES, LENGTH = 4, 4, 6
+# Skewed, so that balancing has something to do.
+X = np.random.default_rng(0).normal(size=(8, LENGTH, FEATURES)) + [2, 1, 0, 0]
+X = X.astype("float32")
+
+
+def loss_layers():
+    """A layer for each registered loss; of a noisy router, where each has a gradient."""
+    for name, loss in losses.BY_NAME.items():
+        router = routers.NoisyTopKRouter(EXPERTS, seed=3)
+        yield moe(f"loss_{name}", router, [loss(weight=0.5)])
+
+
+def balancer_layers():
+    """A layer for each registered balancer."""
+    for name in balancers.BY_NAME:
+        router = routers.TopKRouter(EXPERTS, balancer=name)
+        yield moe(f"balancer_{name}", router, [losses.RouterZ(0.5)])
+
+
+def router_layers():
+    """A layer for each registered router, with the losses that it has by default."""
+    for name in routers.BY_NAME:
+        yield moe(f"router_{name}", routers.get(name, EXPERTS))
+
+
+def global_layers():
+    """Layers that treat the batch of all replicas as one."""
+    yield from balancer_layers()
+    yield moe("strength", routers.ReLURouter(EXPERTS, initial_strength=0.1, growth=2.0))
+    yield moe("global", routers.TopKRouter(EXPERTS), [losses.GlobalLoadBalance(0.5)])
+
+
+def plain_layers():
+    """Layers that wait for no other replica."""
+    yield moe("plain", routers.TopKRouter(EXPERTS), [losses.LoadBalance(0.5), losses.RouterZ(0.5)])
+
+
+def merged_layers():
+    """A layer between others of Keras's own that wait for other replicas."""
+    yield from plain_layers()
+    yield keras.layers.BatchNormalization(synchronized=True, name="norm")
+
+
+def some_layers():
+    return [*plain_layers(), *global_layers()]
+
+
+def every_layer():
+    return [*loss_layers(), *balancer_layers(), *router_layers()]
+
+
+def moe(name, router, router_losses=None):
+    bank = layers.FeedForwardExperts(EXPERTS, 8)
+    return layers.MixtureOfExperts(bank, router, router_losses, name=name)
+
+
+def model_of(make_layers):
+    keras.utils.set_random_seed(0)
+    # The losses of layers that are not ours must be right as well.
+    first = keras.layers.Dense(
+        FEATURES, kernel_initializer="identity", activity_regularizer="l2", name="dense"
+    )
+    inputs = keras.Input((LENGTH, FEATURES))
+    outputs = first(inputs)
+    for layer in make_layers():
+        outputs = outputs + 0.1 * layer(outputs)
+    return keras.Model(inputs, outputs)
+
+
+PACKAGE = pathlib.Path(keras_moe.__file__).parent
+# They add up over replicas, so for the same batch on each there is so many times as much.
+COUNTERS = {
+    "expert_counts",
+    "dropped_count",
+    "router_loss_totals",
+    "router_entropy_total",
+    "call_count",
+    "global_counts",
+}
+EVERY_LAYER = [
+    *(f"loss_{name}" for name in losses.BY_NAME),
+    *(f"balancer_{name}" for name in balancers.BY_NAME),
+    *(f"router_{name}" for name in routers.BY_NAME),
+]
+GLOBAL_LAYERS = [*(f"balancer_{name}" for name in balancers.BY_NAME), "strength", "global"]
+
+
+def start(script, *args, **variables):
+    """A process that runs a script of this folder, and what it prints: output and errors."""
+    # Files: a full pipe would stop a process that another one waits for.
+    printed = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+    process = subprocess.Popen(
+        [sys.executable, str(pathlib.Path(__file__).with_name(script)), *map(str, args)],
+        # The package that is tested, wherever that was imported from.
+        env={
+            **os.environ,
+            "KERAS_BACKEND": keras.backend.backend(),
+            "PYTHONPATH": str(PACKAGE.parent),
+            **variables,
+        },
+        stdout=printed[0],
+        stderr=printed[1],
+    )
+    return process, *printed
+
+
+def results_of(started):
+    """The object that each of some processes prints in the end."""
+    results = []
+    try:
+        for process, output, errors in started:
+            process.wait(timeout=300)
+            output.seek(0)
+            errors.seek(0)
+            assert process.returncode == 0, errors.read()[-3000:]
+            results.append(json.loads(output.read().splitlines()[-1]))
+    finally:
+        for process, *files in started:
+            process.kill()
+            process.wait()
+            for file in files:
+                file.close()
+    return results
+
+
+def free_ports(number):
+    sockets = [socket.socket() for _ in range(number)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def assert_equal(actual, expected, layer, replicas, same_batch):
+    """The weights of a layer, trained on several replicas and on one."""
+    names = [name for name in expected["weights"] if name.startswith(f"{layer}/")]
+    assert names
+    for name in names:
+        weight = name.split("/")[1]
+        factor = replicas if same_batch and weight in COUNTERS else 1
+        if not same_batch and weight in COUNTERS - {"expert_counts", "global_counts"}:
+            continue  # Means of several batches are not those of one.
+        np.testing.assert_allclose(
+            actual["weights"][name],
+            np.multiply(expected["weights"][name], factor),
+            rtol=1e-5,
+            atol=1e-6,
+            err_msg=name,
+        )

@@ -1,0 +1,155 @@
+"""Training in processes of `torch.distributed`, each of which runs this.
+
+The environment is that of `torchrun`: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+`python replicas_torch.py FOLDER` saves weights in a folder, and prints one JSON object as
+`replicas_tensorflow.py` does.
+"""
+
+import json
+import os
+import sys
+
+# Keras would import it, which takes seconds, and do without.
+sys.modules["tensorflow"] = None
+
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from replicas_models import EXPERTS, X, every_layer, global_layers, model_of  # noqa: E402
+
+from keras_moe import callbacks, layers, losses, routers  # noqa: E402
+from keras_moe.backend.torch_experts import expert_parallel  # noqa: E402
+
+
+def idle_layers():
+    """A layer for each bank, whose first expert gets all tokens."""
+    for name, bank in (
+        ("dense_bank", layers.FeedForwardExperts(EXPERTS, 8)),
+        ("gated_bank", layers.GatedExperts(EXPERTS, 8)),
+        ("layer_bank", layers.LayerExperts([keras.layers.Dense(4) for _ in range(EXPERTS)])),
+        ("constant_bank", with_constants(layers.FeedForwardExperts(2, 8))),
+    ):
+        router = routers.ForcedRouter(EXPERTS, top_k=1, pattern="one")
+        yield layers.MixtureOfExperts(bank, router, name=name)
+
+
+def with_constants(bank):
+    return layers.ZeroComputationExperts(bank, num_identity=1, num_constant=1)
+
+
+def spread_layers():
+    """Layers whose experts may be spread over up to four processes.
+
+    Their losses are those that treat the batch of all processes as one.
+    """
+    sums = [losses.GlobalLoadBalance(0.5), losses.RouterZ(0.5)]
+    bank = layers.FeedForwardExperts(8, 8)
+    yield layers.MixtureOfExperts(bank, router_losses=sums, name="plain")
+    router = routers.TopKRouter(8, top_k=3, score="sigmoid", balancer="loss_free")
+    bank = layers.GatedExperts(8, 8, kernel_regularizer="l2", bias_initializer="ones")
+    shared = keras.layers.Dense(4)
+    yield layers.MixtureOfExperts(bank, router, shared_expert=shared, name="gated")
+    router = routers.ForcedRouter(8, top_k=1, pattern="one")
+    yield layers.MixtureOfExperts(layers.FeedForwardExperts(8, 8), router, name="idle")
+    yield layers.MixtureOfExperts(layers.FeedForwardExperts(8, 8), "top_p", sums, name="threshold")
+    bank = with_constants(layers.FeedForwardExperts(8, 8))
+    yield layers.MixtureOfExperts(bank, router_losses=sums, name="constant")
+
+
+def itself(model):
+    return model
+
+
+def train(make_layers, x, data_parallel, number=2):
+    model = model_of(make_layers)
+    optimizer = keras.optimizers.SGD(0.05)
+    optimizer.build(model.trainable_variables)
+    module = data_parallel(model)
+    x = torch.tensor(x)
+    for _ in range(number):
+        model.zero_grad()
+        loss = ((module(x, training=True) - x) ** 2).mean() + sum(model.losses)
+        loss.backward()
+        with torch.no_grad():
+            gradients = [weight.value.grad for weight in model.trainable_weights]
+            optimizer.apply(gradients, model.trainable_weights)
+    return model
+
+
+def weights_of(model):
+    return {
+        "weights": {
+            f"{layer.name}/{weight.name}/{index}": keras.ops.convert_to_numpy(weight).tolist()
+            for layer in model.layers
+            for index, weight in enumerate(layer.weights)
+        }
+    }
+
+
+def evaluated_alone(model, rank):
+    """What the first process logs while the others do something else."""
+    seen = {}
+    if rank == 0:
+        model.compile(loss="mse")
+        record = keras.callbacks.LambdaCallback(on_test_end=seen.update)
+        model.evaluate(X, X, verbose=0, callbacks=[callbacks.ExpertMonitor(), record])
+    return {key: float(value) for key, value in seen.items()}
+
+
+def data_parallelism(rank, size):
+    data_parallel = torch.nn.parallel.DistributedDataParallel if size > 1 else itself
+    results = {
+        "all": weights_of(train(every_layer, X[:4], data_parallel)),
+        "idle": weights_of(train(idle_layers, X[:4], data_parallel)),
+    }
+    model = train(global_layers, np.split(X, size)[rank], data_parallel, 1)
+    results["split"] = weights_of(model)
+    results["alone"] = evaluated_alone(model, rank)
+    return results
+
+
+def expert_parallelism(rank, size, folder):
+    """What comes out of experts that were trained in several processes, and how many there are."""
+    data_parallel = itself
+    if size > 1:
+        distribution = expert_parallel()
+        keras.distribution.set_distribution(distribution)
+        data_parallel = distribution.data_parallel
+    x = np.split(X, size)[rank]
+    model = train(spread_layers, x, data_parallel)
+    model.save_weights(os.path.join(folder, f"{size}_{rank}.weights.h5"))
+    loaded = model_of(spread_layers)
+    loaded.load_weights(os.path.join(folder, f"{size}_{rank}.weights.h5"))
+    banks = [layer for layer in model._flatten_layers() if hasattr(layer, "down_kernel")]
+    return {
+        "outputs": keras.ops.convert_to_numpy(model(x)).tolist(),
+        "loaded": keras.ops.convert_to_numpy(loaded(x)).tolist(),
+        "num_parameters": sum(bank.count_params() for bank in banks),
+        "errors": errors_of(lambda: layers.FeedForwardExperts(6, 8).build((None, 4))),
+    }
+
+
+def errors_of(function):
+    try:
+        function()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def main(folder):
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    results = {"alone_error": errors_of(expert_parallel)}
+    if size > 1:
+        torch.distributed.init_process_group("gloo")
+    if size <= 2:
+        results |= data_parallelism(rank, size)
+    results["experts"] = expert_parallelism(rank, size, folder)
+    print(json.dumps(results), flush=True)
+    if size > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

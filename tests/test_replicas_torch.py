@@ -1,0 +1,88 @@
+"""Data parallelism on PyTorch: a step of two processes is that of one."""
+
+import functools
+import tempfile
+
+import keras
+import numpy as np
+import pytest
+from replicas_models import (
+    EVERY_LAYER,
+    GLOBAL_LAYERS,
+    assert_equal,
+    free_ports,
+    results_of,
+    start,
+)
+
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="processes of torch.distributed"
+)
+
+SCRIPT = "replicas_torch.py"
+
+
+@functools.cache
+def trained_in(processes):
+    """What each process prints, started as `torchrun` does."""
+    group = {
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_ports(1)[0]),
+        "OMP_NUM_THREADS": "1",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = range(processes)
+        return results_of([start(SCRIPT, folder, **group, RANK=str(rank)) for rank in ranks])
+
+
+def both():
+    (one,) = trained_in(1)
+    return [(two, one) for two in trained_in(2)]
+
+
+@pytest.mark.parametrize("layer", ["dense", *EVERY_LAYER])
+def test_a_step_of_the_same_batch_in_two_processes_is_that_of_one(layer):
+    for two, one in both():
+        assert_equal(two["all"], one["all"], layer, 2, same_batch=True)
+
+
+@pytest.mark.parametrize("bank", ["dense", "gated", "layer", "constant"])
+def test_experts_without_tokens_need_no_search_for_unused_parameters(bank):
+    for two, one in both():
+        assert_equal(two["idle"], one["idle"], f"{bank}_bank", 2, same_batch=True)
+
+
+@pytest.mark.parametrize("layer", GLOBAL_LAYERS)
+def test_a_batch_split_over_processes_is_balanced_as_one(layer):
+    for two, one in both():
+        assert_equal(two["split"], one["split"], layer, 2, same_batch=False)
+
+
+def test_one_process_evaluates_alone():
+    (two, one), (other, _) = both()
+    assert other["alone"] == {} and "global_load_imbalance" in two["alone"]
+    for key, value in one["alone"].items():
+        np.testing.assert_allclose(two["alone"][key], value, rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_experts_in_several_processes_are_those_of_one(processes):
+    (one,) = trained_in(1)
+    several = [each["experts"] for each in trained_in(processes)]
+    outputs = np.concatenate([each["outputs"] for each in several])
+    np.testing.assert_allclose(outputs, one["experts"]["outputs"], rtol=1e-5, atol=1e-6)
+    for each in several:
+        assert each["num_parameters"] * processes == one["experts"]["num_parameters"]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_saved_experts_come_back_in_every_process(processes):
+    for each in trained_in(processes):
+        np.testing.assert_array_equal(each["experts"]["loaded"], each["experts"]["outputs"])
+
+
+def test_experts_that_processes_cannot_share_are_an_error():
+    (one,) = trained_in(1)
+    assert "no process group" in one["alone_error"]
+    assert "must divide the number of experts" in trained_in(4)[0]["experts"]["errors"]
