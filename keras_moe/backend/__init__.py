@@ -16,6 +16,16 @@ Everything else in the package is written with `keras.ops`. A backend module pro
 - `stack_gradients(runs, kernels, biases)`: the gradients of those, where shapes are dynamic.
 - `sum_over_replicas(values)`: the sum of what all data-parallel replicas have.
 - `unstack_sizes(sizes)`: the entries of a vector as bounds of slices, where shapes are dynamic.
+
+And where arrays may be spread over a mesh of devices (`keras.distribution` on JAX), in a module of
+their own:
+
+- `token_shards()`: how the tokens of a batch are spread, None where they are not. The others are
+  called only where they are.
+- `mesh_axis(variable)`: the mesh axis that the first axis of a variable is split over.
+- `on_each_device(shards, function, arguments, axes)`: a function of each device's parts.
+- `gather_shards`, `sum_and_scatter`, `sum_over_axis`, `place_on_axis`: what devices along a mesh
+  axis tell each other inside such a function.
 """
 
 import importlib
@@ -33,6 +43,9 @@ if keras.backend.backend() not in _SUPPORTED:
     )
 
 _module = importlib.import_module(f"keras_moe.backend.{keras.backend.backend()}")
+_sharding: Any = None
+if keras.backend.backend() == "jax":
+    _sharding = importlib.import_module("keras_moe.backend.jax_sharding")
 
 block_dtype: Any = getattr(_module, "block_dtype", None)
 compile_once = _module.compile_once
@@ -47,3 +60,11 @@ stack_gradients: Any = getattr(_module, "stack_gradients", None)
 sum_over_replicas = _module.sum_over_replicas
 unstack_sizes: Any = getattr(_module, "unstack_sizes", None)
 vjp = _module.vjp
+
+gather_shards: Any = getattr(_sharding, "gather_shards", None)
+mesh_axis: Any = getattr(_sharding, "mesh_axis", None)
+on_each_device: Any = getattr(_sharding, "on_each_device", None)
+place_on_axis: Any = getattr(_sharding, "place_on_axis", None)
+sum_and_scatter: Any = getattr(_sharding, "sum_and_scatter", None)
+sum_over_axis: Any = getattr(_sharding, "sum_over_axis", None)
+token_shards: Any = getattr(_sharding, "token_shards", lambda: None)

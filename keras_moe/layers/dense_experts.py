@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_moe import backend
 from keras_moe.initializers import reseeded
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.ops.feed_forward import grouped_feed_forward
@@ -80,7 +81,11 @@ class DenseExperts(ExpertBank):
             ups,
             down,
             self._stacked("bias") if self.use_bias else [],
+            expert_axis=self._expert_axis(),
         )
+
+    def _expert_axis(self):
+        return backend.mesh_axis(self.down_kernel) if backend.token_shards() else None
 
     def _stacked(self, kind):
         """The kernels or biases of all projections, in their own dtype."""

@@ -1,3 +1,4 @@
+from keras_moe.ops.assignments import Assignments
 from keras_moe.ops.balance import (
     agreement,
     load_balance,
@@ -25,6 +26,7 @@ from keras_moe.ops.soft import SoftPlan, plan_soft, soft_routing
 from keras_moe.ops.transport import balanced_assignment, sinkhorn_plan
 
 __all__ = [
+    "Assignments",
     "ChosenGroups",
     "GroupedPlan",
     "Groups",

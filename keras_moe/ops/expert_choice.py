@@ -6,11 +6,12 @@ Axes: T tokens, E experts, C tokens an expert picks from each sequence, S tokens
 from keras import ops
 
 from keras_moe.ops.groups import ChosenGroups
-from keras_moe.ops.plans import GroupedPlan, expert_capacity, put, queue_sizes, sort_by_expert
+from keras_moe.ops.plans import GroupedPlan, expert_capacity
 from keras_moe.ops.routing import clean_logits, make_routing
 from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import best_places
 from keras_moe.ops.sizes import at_least, at_most
+from keras_moe.ops.sorting import put, queue_sizes, sort_by_expert
 
 
 def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=None):

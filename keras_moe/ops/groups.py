@@ -43,6 +43,10 @@ class Groups(NamedTuple):
         picked = ops.take(values, ops.maximum(self.rows_of_token, 0))
         return ops.where(self.rows_of_token >= 0, picked, 0.0)
 
+    def served(self):
+        """Which tokens have a row, (T,) bool."""
+        return ops.any(self.rows_of_token >= 0, axis=1)
+
     def sum_rows(self, rows, weights=None):
         """For each token the weighted sum of its rows, in float32.
 
@@ -97,6 +101,11 @@ class ChosenGroups(NamedTuple):
         """Values of rows as values of choices, (R,), zero where there is no row."""
         picked = ops.take(values, ops.maximum(self.row_of_choice, 0))
         return ops.where(self.row_of_choice >= 0, picked, 0.0)
+
+    def served(self):
+        """Which tokens have a row, (T,) bool."""
+        rows = ops.ones((self.num_rows(), 1), "float32")
+        return self.sum_rows(rows)[:, 0] > 0.5
 
     def sum_rows(self, rows, weights=None):
         """For each token the weighted float32 sum of its rows; see `Groups.sum_rows`."""

@@ -1,0 +1,91 @@
+"""JAX primitives for arrays that are spread over a mesh of devices."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import keras
+from jax.sharding import PartitionSpec
+
+
+class Shards(NamedTuple):
+    """How the tokens of a batch are spread: over these axes of a mesh, in this order.
+
+    Hashable, so that what is compiled for one mesh serves again.
+    """
+
+    mesh: Any
+    axes: tuple
+
+    @property
+    def number(self):
+        """Into how many parts the batch is split."""
+        return math.prod(self.mesh.shape[axis] for axis in self.axes)
+
+
+def token_shards():
+    """The `Shards` of the distribution that is set in Keras; None for one device, or none set."""
+    distribution = keras.distribution.distribution()
+    if distribution is None or distribution.device_mesh.devices.size == 1:
+        return None
+    axes = getattr(distribution, "token_axes", (distribution.batch_dim_name,))
+    return Shards(distribution.device_mesh.backend_mesh, tuple(axes))
+
+
+def mesh_axis(variable):
+    """The mesh axis that a variable's first axis is split over, or None.
+
+    Raises:
+        ValueError: If the distribution splits the variable, but was set after it was made.
+    """
+    distribution = keras.distribution.distribution()
+    wanted = distribution.get_variable_layout(variable)
+    if getattr(variable, "_layout", None) is None and any(wanted.axes):
+        raise ValueError(
+            "The distribution must be set before a layer is built: it decides where the weights "
+            f"are made. Received: {variable.path!r}, made before it. Call "
+            "`keras.distribution.set_distribution(...)` first, then make and build the model, or "
+            "load it."
+        )
+    return wanted.axes[0]
+
+
+def on_each_device(shards, function, arguments, axes):
+    """`function(*arguments)` of each device's part of the arguments, and the outputs as one.
+
+    Args:
+        shards: a `Shards`.
+        function: from the parts of one device to tensors whose first axis is split as tokens are.
+        arguments: trees of tensors.
+        axes: for each argument the mesh axes that its first axis is split over; None where every
+            device has all of it.
+    """
+    mapped = jax.shard_map(
+        function,
+        mesh=shards.mesh,
+        in_specs=tuple(map(PartitionSpec, axes)),
+        out_specs=PartitionSpec(shards.axes),
+        # Loops begin with zeros, which are the same everywhere, and go on with what is not.
+        check_vma=False,
+    )
+    return mapped(*arguments)
+
+
+def gather_shards(tensor, axis):
+    """The parts of all devices along a mesh axis, one behind another on the first axis."""
+    return jax.lax.all_gather(tensor, axis, tiled=True)
+
+
+def sum_and_scatter(tensor, axis):
+    """The sum over a mesh axis, of which each device keeps its own part of the first axis."""
+    return jax.lax.psum_scatter(tensor, axis, tiled=True)
+
+
+def sum_over_axis(tensor, axis):
+    """The sum over a mesh axis."""
+    return jax.lax.psum(tensor, axis)
+
+
+def place_on_axis(axis):
+    """Which of the devices along a mesh axis this is, from 0."""
+    return jax.lax.axis_index(axis)

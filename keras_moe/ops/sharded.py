@@ -1,0 +1,83 @@
+"""How a batch crosses devices: the one place where tokens leave theirs and come back.
+
+Tokens are split over some axes of a mesh of devices, the data axes. Kernels are whole on every
+device, or their experts are split over one axis, the expert axis. Between the plan and the combined
+outputs the layer runs once for each device, on the tokens and the experts it has:
+
+1. Where the expert axis splits tokens as well, the devices along it gather each other's tokens.
+2. Each device sorts the assignments of its own experts, and runs them: its loops and kernels skip
+   rows that it does not have.
+3. The devices along the expert axis sum their outputs, and each keeps those of its own tokens.
+
+The backward pass is the same in reverse: gradients of outputs are gathered, those of tokens summed
+and scattered, those of kernels summed over the data axes. No kernel is sent anywhere.
+
+Axes: T tokens of all devices, E experts, K experts per token.
+"""
+
+from typing import Any, NamedTuple
+
+from keras import ops
+
+from keras_moe import backend
+from keras_moe.ops.assignments import Assignments
+from keras_moe.ops.grouped import run_grouped
+
+
+class Exchange(NamedTuple):
+    """What is the same for every batch.
+
+    - `step`: a `Step`.
+    - `shards`: the `backend.token_shards()`.
+    - `expert_axis`: the mesh axis that splits the first axis of the kernels, or None.
+    """
+
+    step: Any
+    shards: Any
+    expert_axis: Any
+
+
+@backend.compile_once
+def run_sharded(exchange, tokens, weights, kernels, biases, assignments):
+    """What `run_grouped` computes, of tokens and kernels that are spread over a mesh.
+
+    Args:
+        exchange: an `Exchange`.
+        tokens, weights, kernels, biases: as for `run_grouped`.
+        assignments: an `Assignments`.
+
+    Returns:
+        (T, `step.output_width`) in the dtype of `tokens`.
+    """
+    step, shards, expert_axis = exchange
+    tokens_cross = expert_axis in shards.axes
+
+    def on_device(tokens, weights, experts, kernels, biases):
+        if tokens_cross:
+            tokens, weights, experts = (
+                backend.gather_shards(each, expert_axis) for each in (tokens, weights, experts)
+            )
+        num_experts = kernels[0].shape[0]
+        if expert_axis is not None:
+            experts = experts - backend.place_on_axis(expert_axis) * num_experts
+        groups = Assignments.of(experts, num_experts).sort()
+        outputs = run_grouped(step, tokens, weights, kernels, biases, groups)
+        if expert_axis is None:
+            return outputs
+        add = backend.sum_and_scatter if tokens_cross else backend.sum_over_axis
+        return add(outputs, expert_axis)
+
+    # Padding, so that each device has the same number of tokens.
+    num_tokens = ops.shape(tokens)[0]
+    missing = -num_tokens % shards.number
+    tokens, weights, experts = (
+        ops.pad(each, ((0, missing), (0, 0)), constant_values=nothing)
+        for each, nothing in ((tokens, 0), (weights, 0), (assignments.experts, -1))
+    )
+    outputs = backend.on_each_device(
+        shards,
+        on_device,
+        (tokens, weights, experts, kernels, biases),
+        (*[shards.axes] * 3, expert_axis, expert_axis),
+    )
+    return outputs[:num_tokens]
