@@ -36,18 +36,18 @@ def mesh_axis(variable):
     """The mesh axis that a variable's first axis is split over, or None.
 
     Raises:
-        ValueError: If the distribution splits the variable, but was set after it was made.
+        ValueError: If the variable was made before the distribution was set, or under another.
     """
     distribution = keras.distribution.distribution()
-    wanted = distribution.get_variable_layout(variable)
-    if getattr(variable, "_layout", None) is None and any(wanted.axes):
+    layout = getattr(variable, "_layout", None)
+    made = "before" if layout is None else "under another one"
+    if layout is None or layout.device_mesh.backend_mesh != distribution.device_mesh.backend_mesh:
         raise ValueError(
-            "The distribution must be set before a layer is built: it decides where the weights "
-            f"are made. Received: {variable.path!r}, made before it. Call "
-            "`keras.distribution.set_distribution(...)` first, then make and build the model, or "
-            "load it."
+            "The distribution must be set before a layer is built: it decides where weights are. "
+            f"Received: {variable.path!r}, made {made}. Call "
+            "`keras.distribution.set_distribution(...)` first, then make the model or load it."
         )
-    return wanted.axes[0]
+    return layout.axes[0]
 
 
 def on_each_device(shards, function, arguments, axes):
