@@ -15,6 +15,7 @@ and scattered, those of kernels summed over the data axes. No kernel is sent any
 Axes: T tokens of all devices, E experts, K experts per token.
 """
 
+import math
 from typing import Any, NamedTuple
 
 from keras import ops
@@ -22,6 +23,12 @@ from keras import ops
 from keras_moe import backend
 from keras_moe.ops.assignments import Assignments
 from keras_moe.ops.grouped import run_grouped
+from keras_moe.ops.passes import run_in_passes
+
+
+# Rows that the buffers of a device hold, as a multiple of a mean device's: a load that is a quarter
+# above the mean takes one pass.
+ROOM = 1.25
 
 
 class Exchange(NamedTuple):
@@ -53,17 +60,18 @@ def run_sharded(exchange, tokens, weights, kernels, biases, assignments):
     tokens_cross = expert_axis in shards.axes
 
     def on_device(tokens, weights, experts, kernels, biases):
+        share = math.ceil(ROOM * math.prod(ops.shape(experts)))
         if tokens_cross:
             tokens, weights, experts = (
                 backend.gather_shards(each, expert_axis) for each in (tokens, weights, experts)
             )
         num_experts = kernels[0].shape[0]
-        if expert_axis is not None:
-            experts = experts - backend.place_on_axis(expert_axis) * num_experts
-        groups = Assignments.of(experts, num_experts).sort()
-        outputs = run_grouped(step, tokens, weights, kernels, biases, groups)
         if expert_axis is None:
-            return outputs
+            groups = Assignments.of(experts, num_experts).sort()
+            return run_grouped(step, tokens, weights, kernels, biases, groups)
+        experts = experts - backend.place_on_axis(expert_axis) * num_experts
+        groups = Assignments.of(experts, num_experts).sort()
+        outputs = run_in_passes(step, tokens, weights, kernels, biases, groups, share)
         add = backend.sum_and_scatter if tokens_cross else backend.sum_over_axis
         return add(outputs, expert_axis)
 
