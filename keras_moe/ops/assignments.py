@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_moe.ops.groups import Groups
-from keras_moe.ops.sorting import put, queue_sizes, sort_by_expert
+from keras_moe.ops.sorting import queue_sizes, sort_by_expert
 
 
 class Assignments(NamedTuple):
@@ -40,6 +40,16 @@ class Assignments(NamedTuple):
         """
         experts = ops.where(self.experts >= 0, self.experts, self.num_experts)
         return ops.reshape(ops.transpose(experts), (-1,))
+
+    def of_first(self, num_experts):
+        """The assignments to the first experts."""
+        experts = ops.where(self.experts < num_experts, self.experts, -1)
+        return Assignments(experts, self.sizes[:num_experts])
+
+    def weight_at(self, weights, first, last):
+        """What a token's choices of the experts `first` to `last` - 1 weigh together, (T, 1)."""
+        inside = ops.logical_and(self.experts >= first, self.experts < last)
+        return ops.sum(ops.where(inside, weights, 0.0), axis=1, keepdims=True)
 
     def served(self):
         """Which tokens have an assignment that is served, (T,) bool."""

@@ -11,6 +11,7 @@ from keras import ops
 from keras_moe import backend
 from keras_moe.ops.assignments import Assignments
 from keras_moe.ops.groups import combine_rows, dispatch_rows
+from keras_moe.ops.sharded import admit_by_shard, splits_evenly
 from keras_moe.ops.sizes import at_least
 from keras_moe.ops.sorting import place_in_queue
 
@@ -64,7 +65,8 @@ def plan_groups(routing, capacity=None, first=None, sequence_length=None):
 
     Args:
         routing: an `ops.Routing`.
-        capacity: most rows of one expert, an integer or integer tensor, or None for all.
+        capacity: most rows of one expert, an integer or integer tensor, or None for all. Where a
+            distribution spreads the tokens over devices, it holds for those of each device.
         first: (T,) urgency of each token: where a capacity is set the most urgent tokens stand
             first. None: in the order of the tokens.
         sequence_length: where given, the capacity holds for each run of so many tokens alone.
@@ -74,11 +76,20 @@ def plan_groups(routing, capacity=None, first=None, sequence_length=None):
     """
     used = ops.logical_and(ops.expand_dims(routing.mask, 1), routing.indices >= 0)
     assignments = Assignments(ops.where(used, routing.indices, -1), routing.counts)
+    shards = backend.token_shards()
     if capacity is not None:
-        assignments = _admit(assignments, capacity, first, sequence_length)
+
+        def admit(assignments, first):
+            return _admit(assignments, capacity, first, sequence_length)
+
+        is_split = shards is not None and splits_evenly(shards, assignments, sequence_length)
+        assignments = (
+            admit_by_shard(shards, admit, assignments, first)
+            if is_split
+            else admit(assignments, first)
+        )
     # Under a distribution each device sorts those of its own tokens and experts.
-    is_spread = backend.token_shards() is not None
-    return GroupedPlan(assignments if is_spread else assignments.sort(), routing.weights)
+    return GroupedPlan(assignments.sort() if shards is None else assignments, routing.weights)
 
 
 def _admit(assignments, capacity, first, sequence_length):

@@ -25,10 +25,46 @@ from keras_moe.ops.assignments import Assignments
 from keras_moe.ops.grouped import run_grouped
 from keras_moe.ops.passes import run_in_passes
 
-
 # Rows that the buffers of a device hold, as a multiple of a mean device's: a load that is a quarter
 # above the mean takes one pass.
 ROOM = 1.25
+
+
+def splits_evenly(shards, assignments, sequence_length):
+    """Whether no sequence has tokens on two devices; None stands for no sequences."""
+    num_tokens = ops.shape(assignments.experts)[0]
+    return sequence_length is None or num_tokens % (shards.number * sequence_length) == 0
+
+
+def admit_by_shard(shards, admit, assignments, first):
+    """`admit(assignments, first)` of each device's own tokens.
+
+    Args:
+        shards: a `backend.token_shards()`.
+        admit: function from `Assignments` and the urgency of tokens, or None, to `Assignments`.
+        assignments: those of all tokens.
+        first: (T,) or None.
+    """
+    num_experts = assignments.num_experts
+
+    def on_device(experts, first):
+        return tuple(admit(Assignments.of(experts, num_experts), first))
+
+    num_tokens = ops.shape(assignments.experts)[0]
+    experts = _pad(assignments.experts, shards, -1)
+    first = None if first is None else _pad(first, shards, 0)
+    experts, sizes = backend.on_each_device(
+        shards, on_device, (experts, first), (shards.axes, shards.axes)
+    )
+    sizes = ops.sum(ops.reshape(sizes, (-1, num_experts)), axis=0)
+    return Assignments(experts[:num_tokens], sizes)
+
+
+def _pad(tensor, shards, value):
+    """The tensor (T, ...) with padding behind, so that all devices have as many tokens."""
+    missing = -ops.shape(tensor)[0] % shards.number
+    widths = ((0, missing), *[(0, 0)] * (len(tensor.shape) - 1))
+    return ops.pad(tensor, widths, constant_values=value)
 
 
 class Exchange(NamedTuple):
@@ -75,17 +111,16 @@ def run_sharded(exchange, tokens, weights, kernels, biases, assignments):
         add = backend.sum_and_scatter if tokens_cross else backend.sum_over_axis
         return add(outputs, expert_axis)
 
-    # Padding, so that each device has the same number of tokens.
-    num_tokens = ops.shape(tokens)[0]
-    missing = -num_tokens % shards.number
-    tokens, weights, experts = (
-        ops.pad(each, ((0, missing), (0, 0)), constant_values=nothing)
-        for each, nothing in ((tokens, 0), (weights, 0), (assignments.experts, -1))
-    )
     outputs = backend.on_each_device(
         shards,
         on_device,
-        (tokens, weights, experts, kernels, biases),
+        (
+            _pad(tokens, shards, 0),
+            _pad(weights, shards, 0),
+            _pad(assignments.experts, shards, -1),
+            kernels,
+            biases,
+        ),
         (*[shards.axes] * 3, expert_axis, expert_axis),
     )
-    return outputs[:num_tokens]
+    return outputs[: ops.shape(tokens)[0]]

@@ -1,0 +1,45 @@
+"""Many devices: `on_eight_devices.py` in a process of its own, and what other backends are told."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import pytest
+
+from keras_moe.distribution import expert_parallel
+
+BACKEND = keras.backend.backend()
+# Compiling takes most of the time, so it is done in a hurry.
+XLA_FLAGS = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true"
+)
+CHECKS = pathlib.Path(__file__).with_name("on_eight_devices.py")
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="Keras splits weights on JAX only")
+def test_eight_devices_give_what_one_gives():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", str(CHECKS), "-p", "no:cacheprovider", "-q"],
+        env={**os.environ, "XLA_FLAGS": XLA_FLAGS},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="JAX can")
+def test_other_backends_are_told_what_to_use():
+    other = {
+        "tensorflow": "`tf.distribute.MirroredStrategy`",
+        "torch": "`torch.nn.parallel.DistributedDataParallel`",
+    }[BACKEND]
+    with pytest.raises(ValueError) as error:
+        expert_parallel(4)
+    assert str(error.value) == (
+        "`expert_parallel` needs the distribution of Keras, which splits weights on JAX only. "
+        f"Received: keras.backend.backend()={BACKEND!r}. Set KERAS_BACKEND=jax; on {BACKEND} for "
+        f"data parallelism use {other}."
+    )
