@@ -237,12 +237,24 @@ def test_a_capacity_holds_for_the_tokens_of_each_device(mesh):
     assert_same(result, expected)
 
 
-@pytest.mark.parametrize("shape", [(3, S, D), (5, D)])
-def test_a_batch_that_does_not_divide_is_padded(shape):
+def test_a_batch_that_does_not_divide_is_padded():
     def called():
         layer = bank_of(capacity_factor=layers.Capacity(8.0))()
-        x = np.random.default_rng(0).normal(size=shape).astype("float32")
-        return layer(x), layer(x, training=True)
+        layer.build((None, S, D))
+        x = np.random.default_rng(0).normal(size=(3, S, D)).astype("float32")
+        weights = [
+            [variable.value for variable in variables]
+            for variables in (layer.trainable_variables, layer.non_trainable_variables)
+        ]
+        run = jax.jit(lambda *arguments: layer.stateless_call(*arguments, training=True))
+        return run(*weights, x)
+
+    assert_same(on("2x4", called), on(None, called))
+
+
+def test_a_layer_may_be_called_outside_of_a_model():
+    def called():
+        return bank_of(layers.GatedExperts)()(np.ones((3, D), "float32"))
 
     assert_same(on("2x4", called), on(None, called))
 
@@ -376,8 +388,8 @@ ERRORS = {
     "built under another": (
         lambda: layer_in(expert_parallel(4), built_in=expert_parallel(2)),
         "The distribution must be set before a layer is built: it decides where weights are. "
-        "Received: 'mixture_of_experts/feed_forward_experts/down_kernel', made under another one. Call "
-        "`keras.distribution.set_distribution(...)` first, then make the model or load it.",
+        "Received: 'mixture_of_experts/feed_forward_experts/down_kernel', made under another one. "
+        "Call `keras.distribution.set_distribution(...)` first, then make the model or load it.",
     ),
 }
 

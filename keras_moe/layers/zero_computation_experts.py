@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_moe.layers.expert_bank import ExpertBank
+from keras_moe.ops.assignments import Choices
 from keras_moe.ops.groups import ChosenGroups
 from keras_moe.serialization import register, resolve
 from keras_moe.validation import is_whole
@@ -89,7 +90,7 @@ class ZeroComputationExperts(ExpertBank):
 
     def call(self, tokens, plan):
         groups = plan.groups
-        if isinstance(groups, ChosenGroups):
+        if isinstance(groups, (ChosenGroups, Choices)):
             raise ValueError(
                 "Experts without computation need tokens that choose them. Received: a plan of a "
                 "router whose experts choose. Use, for example, `routers.TopKRouter`."

@@ -1,4 +1,4 @@
-from keras_moe.ops.assignments import Assignments
+from keras_moe.ops.assignments import Assignments, Choices
 from keras_moe.ops.balance import (
     agreement,
     load_balance,
@@ -27,6 +27,7 @@ from keras_moe.ops.transport import balanced_assignment, sinkhorn_plan
 
 __all__ = [
     "Assignments",
+    "Choices",
     "ChosenGroups",
     "GroupedPlan",
     "Groups",

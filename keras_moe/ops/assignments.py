@@ -1,13 +1,23 @@
-"""Assignments: which expert serves each choice of each token, before any row is sorted.
+"""Assignments: which expert serves which token, before any row is sorted.
 
-Axes: T tokens, E experts, K experts per token, N = T * K assignments.
+There are two kinds, as of groups: those of tokens that choose experts, and of experts that choose
+tokens. Both have the interface that `sharded` needs:
+
+- `parts`: tuple of tensors whose first axis is split over devices as that of the tokens is.
+- `sort_part(parts, weights, first, number)`: of such parts the groups of so many experts from
+  `first` on, and the weights that go with them.
+
+Axes: T tokens, E experts, K experts per token, N = T * K assignments, B sequences, S tokens of a
+sequence, C tokens that an expert chooses of it.
 """
 
 from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_moe.ops.groups import Groups
+from keras_moe import backend
+from keras_moe.ops.groups import ChosenGroups, Groups
+from keras_moe.ops.sizes import at_least
 from keras_moe.ops.sorting import queue_sizes, sort_by_expert
 
 
@@ -32,6 +42,15 @@ class Assignments(NamedTuple):
     @property
     def num_experts(self):
         return self.sizes.shape[0]
+
+    @property
+    def parts(self):
+        return (self.experts,)
+
+    @classmethod
+    def sort_part(cls, parts, weights, first, number):
+        (experts,) = parts
+        return cls.of(experts - first, number).sort(), weights
 
     def choice_major(self):
         """The expert of each assignment, (N,), E where none serves it.
@@ -66,3 +85,67 @@ class Assignments(NamedTuple):
             assignment_of_row=order,
             rows_of_token=ops.transpose(ops.reshape(rows, (top_k, num_tokens))),
         )
+
+
+class Choices(NamedTuple):
+    """The tokens that each expert chooses of each sequence; their weights are (B, E, C) too.
+
+    - `place` (B, E, C) int32: the place in its sequence of each token that is chosen.
+    - `is_valid` (B, E, C) bool: False where a choice is not served.
+    - `mask` (T,) bool: False for padding.
+    """
+
+    place: Any
+    is_valid: Any
+    mask: Any
+
+    @property
+    def num_experts(self):
+        return self.place.shape[1]
+
+    @property
+    def sizes(self):
+        return ops.sum(ops.cast(self.is_valid, "int32"), axis=(0, 2))
+
+    @property
+    def parts(self):
+        return tuple(self)
+
+    @classmethod
+    def sort_part(cls, parts, weights, first, number):
+        *of_choices, mask = parts
+        sequences, _, places = ops.shape(weights)
+        place, is_valid, weights = (
+            backend.slice_at(each, (0, first, 0), (sequences, number, places))
+            for each in (*of_choices, weights)
+        )
+        return cls(place, is_valid, mask).sort(), ops.reshape(weights, (-1,))
+
+    def tokens(self):
+        """The token of each choice, (B, E, C) int32."""
+        length = ops.shape(self.mask)[0] // at_least(1, ops.shape(self.place)[0])
+        return tokens_at(self.place, length)
+
+    def served(self):
+        """Which tokens have a choice that is served, (T,) bool."""
+        return self.sort().served()
+
+    def sort(self):
+        """The `ChosenGroups` of rows sorted by expert, of choices in the order of (B, E, C)."""
+        num_experts = self.num_experts
+        expert = ops.expand_dims(ops.arange(num_experts, dtype="int32"), 1)
+        expert = ops.reshape(ops.where(self.is_valid, expert, num_experts), (-1,))
+        order, rank = sort_by_expert(expert, num_experts + 1)
+        return ChosenGroups(
+            sizes=self.sizes,
+            choice_of_row=order,
+            row_of_choice=ops.where(ops.reshape(self.is_valid, (-1,)), rank, -1),
+            token_of_choice=ops.reshape(self.tokens(), (-1,)),
+            mask=self.mask,
+        )
+
+
+def tokens_at(place, sequence_length):
+    """The tokens at places (B, ...) of their sequences."""
+    first = ops.arange(ops.shape(place)[0], dtype="int32") * sequence_length
+    return place + ops.reshape(first, (-1, *[1] * (len(place.shape) - 1)))

@@ -5,7 +5,7 @@ import functools
 from keras import ops
 
 from keras_moe import backend
-from keras_moe.ops.assignments import Assignments
+from keras_moe.ops.assignments import Assignments, Choices
 from keras_moe.ops.grouped import Step, run_grouped
 from keras_moe.ops.sharded import Exchange, run_sharded
 
@@ -24,7 +24,7 @@ def grouped_feed_forward(
         tokens: (T, D) float tensor.
         weights: (T, K) float32 combine weights.
         groups: `ops.Groups` or `ops.ChosenGroups`, which rows belong to which expert and token. Or
-            `ops.Assignments`, which each device of a mesh sorts for itself.
+            `ops.Assignments` or `ops.Choices`, which each device of a mesh sorts for itself.
         activation: function of one tensor.
         up_kernels: one or two tensors (E, D, H). With two, the first is the gate. Kernels and
             biases are converted to the dtype of the tokens one expert at a time; their gradients
@@ -46,7 +46,7 @@ def grouped_feed_forward(
             f"{len(biases)} biases, {len(kernels)} kernels. Pass zeros for those that are missing."
         )
     step = _step(activation, tuple(kernel.shape[-1] for kernel in kernels))
-    if isinstance(groups, Assignments):
+    if isinstance(groups, (Assignments, Choices)):
         exchange = Exchange(step, backend.token_shards(), expert_axis)
         return run_sharded(exchange, tokens, weights, kernels, list(biases), groups)
     return run_grouped(step, tokens, weights, kernels, list(biases), groups)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_moe import backend
-from keras_moe.ops.assignments import Assignments
+from keras_moe.ops.assignments import Assignments, Choices
 from keras_moe.ops.groups import combine_rows, dispatch_rows
 from keras_moe.ops.sharded import admit_by_shard, splits_evenly
 from keras_moe.ops.sizes import at_least
@@ -20,8 +20,8 @@ class GroupedPlan(NamedTuple):
     """Assignments sorted by expert, each a row: an immutable record with two verbs.
 
     - `groups`: `ops.Groups` or `ops.ChosenGroups`, the sizes of the groups and the maps between
-      rows and tokens. Where a distribution spreads the tokens over devices, `ops.Assignments`,
-      which each device sorts for itself.
+      rows and tokens. Where a distribution spreads the tokens over devices, `ops.Assignments`
+      or `ops.Choices`, which each device sorts for itself.
     - `weights`: the float32 combine weights, (T, K) or one for each choice.
     """
 
@@ -30,6 +30,8 @@ class GroupedPlan(NamedTuple):
 
     def sort(self):
         """The same plan, its rows sorted on one device, or on each the rows of all."""
+        if isinstance(self.groups, Choices):
+            return GroupedPlan(self.groups.sort(), ops.reshape(self.weights, (-1,)))
         is_sorted = not isinstance(self.groups, Assignments)
         return self if is_sorted else self._replace(groups=self.groups.sort())
 

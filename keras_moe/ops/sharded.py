@@ -63,6 +63,8 @@ def admit_by_shard(shards, admit, assignments, first):
 def _pad(tensor, shards, value):
     """The tensor (T, ...) with padding behind, so that all devices have as many tokens."""
     missing = -ops.shape(tensor)[0] % shards.number
+    if not missing:
+        return tensor
     widths = ((0, missing), *[(0, 0)] * (len(tensor.shape) - 1))
     return ops.pad(tensor, widths, constant_values=value)
 
@@ -86,27 +88,27 @@ def run_sharded(exchange, tokens, weights, kernels, biases, assignments):
 
     Args:
         exchange: an `Exchange`.
-        tokens, weights, kernels, biases: as for `run_grouped`.
-        assignments: an `Assignments`.
+        tokens, weights, kernels, biases: as for `run_grouped`; the weights of `Choices` as there.
+        assignments: `Assignments` or `Choices`, whose first axis is as long as that of the weights.
 
     Returns:
         (T, `step.output_width`) in the dtype of `tokens`.
     """
     step, shards, expert_axis = exchange
+    kind = type(assignments)
     tokens_cross = expert_axis in shards.axes
 
-    def on_device(tokens, weights, experts, kernels, biases):
-        share = math.ceil(ROOM * math.prod(ops.shape(experts)))
+    def on_device(tokens, weights, parts, kernels, biases):
+        share = math.ceil(ROOM * math.prod(ops.shape(weights)))
         if tokens_cross:
-            tokens, weights, experts = (
-                backend.gather_shards(each, expert_axis) for each in (tokens, weights, experts)
+            tokens, weights, *parts = (
+                backend.gather_shards(each, expert_axis) for each in (tokens, weights, *parts)
             )
         num_experts = kernels[0].shape[0]
+        place = 0 if expert_axis is None else backend.place_on_axis(expert_axis)
+        groups, weights = kind.sort_part(parts, weights, place * num_experts, num_experts)
         if expert_axis is None:
-            groups = Assignments.of(experts, num_experts).sort()
             return run_grouped(step, tokens, weights, kernels, biases, groups)
-        experts = experts - backend.place_on_axis(expert_axis) * num_experts
-        groups = Assignments.of(experts, num_experts).sort()
         outputs = run_in_passes(step, tokens, weights, kernels, biases, groups, share)
         add = backend.sum_and_scatter if tokens_cross else backend.sum_over_axis
         return add(outputs, expert_axis)
@@ -117,7 +119,7 @@ def run_sharded(exchange, tokens, weights, kernels, biases, assignments):
         (
             _pad(tokens, shards, 0),
             _pad(weights, shards, 0),
-            _pad(assignments.experts, shards, -1),
+            tuple(_pad(each, shards, -1) for each in assignments.parts),
             kernels,
             biases,
         ),
