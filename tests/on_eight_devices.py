@@ -1,5 +1,6 @@
 """Checks of many devices, run by `test_distribution.py` in a process that has eight of them."""
 
+import argparse
 import pathlib
 import sys
 
@@ -14,6 +15,7 @@ from keras_moe.callbacks import ExpertMonitor
 from keras_moe.distribution import expert_parallel
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+from benchmarks import scaling  # noqa: E402
 from benchmarks.collectives import collectives  # noqa: E402
 from benchmarks.steps import jax_function  # noqa: E402
 
@@ -326,6 +328,28 @@ def test_a_checkpoint_loads_on_every_mesh_bit_for_bit(source, tmp_path):
         kernel = loaded.layers[-1].experts.up_kernel.value
         shard = kernel.addressable_shards[0].data.shape[0]
         assert shard == E // (int(mesh[-1]) if mesh and mesh[0].isdigit() else 1)
+
+
+def test_large_kernels_begin_with_the_values_of_one_device():
+    # So large that Keras compiles their initializers, and no device holds all of a kernel.
+    def kernels():
+        bank = layers.FeedForwardExperts(E, 1024, kernel_initializer=initializer)
+        bank.build((None, 1024))
+        return [kernel.value for kernel in (bank.up_kernel, bank.down_kernel)]
+
+    initializer = keras.initializers.GlorotUniform(seed=3)
+    assert_same(on("1x8", kernels), on(None, kernels), tolerance=1e-6)
+
+
+def test_the_products_of_a_device_do_not_grow_with_the_devices():
+    options = argparse.Namespace(
+        features=16, hidden=32, experts=[E], top_k=2, gated=False, activation="gelu"
+    )
+    one = scaling.examine("data", 1, 1024, options)
+    for kind in ("data", "expert"):
+        eight = scaling.examine(kind, 8, 1024, options)
+        assert eight["gflops"] <= 1.2 / 8 * one["gflops"]
+        assert eight["kernels_mb"] == 0
 
 
 def layer_in(distribution, num_experts=E, built_in=None):

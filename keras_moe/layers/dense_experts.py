@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_moe import backend
-from keras_moe.initializers import reseeded
+from keras_moe.initializers import EachExpert
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.ops.feed_forward import grouped_feed_forward
 from keras_moe.validation import check_positive_integer
@@ -55,7 +55,7 @@ class DenseExperts(ExpertBank):
             kernel = self.add_weight(
                 name=f"{name}_kernel",
                 shape=(self.num_experts, fan_in, fan_out),
-                initializer=_each_expert(self.kernel_initializer, stream),
+                initializer=EachExpert(self.kernel_initializer, stream),
                 regularizer=self.kernel_regularizer,
                 autocast=False,  # or those of idle experts would be converted as well
             )
@@ -107,21 +107,3 @@ class DenseExperts(ExpertBank):
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
             "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
         }
-
-
-def _each_expert(initializer, stream):
-    """Initialise a stacked kernel expert by expert.
-
-    On a shape (E, D, H) Keras would count E as part of the fan and start 1/sqrt(E) too small. And
-    an initializer repeats its values at each call, so each expert and each kernel ("stream") gets
-    a seed of its own.
-    """
-
-    def initialize(shape, dtype=None):
-        experts = [
-            reseeded(initializer, stream, expert)(shape[1:], dtype=dtype)
-            for expert in range(shape[0])
-        ]
-        return ops.stack(experts)
-
-    return initialize
