@@ -9,7 +9,7 @@ eight times `--tokens`, however many devices share them. Loads are balanced. The
 
 - gflops: matrix products executed by the busiest device, every trip of every loop.
 - ratio: to one device's, in strong scaling to one device's divided by the number of devices.
-- gather_mb, scatter_mb, reduce_mb: what a device receives, where devices pass data on in a ring.
+- gather_mb and so on: what a device receives, where devices pass data on in a ring.
 - kernels_mb: what of that are kernels. Gradients of kernels are in reduce_mb.
 - temp_mb: the compiler's memory for what is neither an argument nor a result, on one device.
 - temp_ratio: to one device's with as many tokens as each has here.
@@ -94,6 +94,7 @@ def examine(kind, number, num_tokens, options):
         "ratio": None,
         "gather_mb": received.get("all-gather", 0.0),
         "scatter_mb": received.get("reduce-scatter", 0.0),
+        "to_all_mb": received.get("all-to-all", 0.0),
         "reduce_mb": received.get("all-reduce", 0.0),
         "kernels_mb": kernels / 1e6,
         "temp_mb": compiled.memory_analysis().temp_size_in_bytes / 1e6,

@@ -10,7 +10,7 @@ with `--tokens` tokens on every chip and the loads balanced. The columns:
 - product_ms: the products of the experts at the chip's peak.
 - network_ms: what a chip receives, at the bandwidth of one axis of its interconnect.
 - bound_ratio: the larger of both to that of one chip of its kind, whose tokens stay.
-- gather_mb, scatter_mb, reduce_mb: what a chip receives, where chips pass data on in a ring.
+- gather_mb and so on: what a chip receives, where chips pass data on in a ring.
 - weights_gb, temp_gb: memory of weights, and of what is neither an argument nor a result.
 """
 
@@ -79,6 +79,8 @@ def examine(topology, options):
         "bound_ratio": max(product, network) / product,
         "gather_mb": received.get("all-gather", 0) / 1e6,
         "scatter_mb": received.get("reduce-scatter", 0) / 1e6,
+        "to_all_mb": received.get("all-to-all", 0) / 1e6,
+        "permute_mb": received.get("collective-permute", 0) / 1e6,
         "reduce_mb": received.get("all-reduce", 0) / 1e6,
         "weights_gb": memory.argument_size_in_bytes / 1e9,
         "temp_gb": memory.temp_size_in_bytes / 1e9,

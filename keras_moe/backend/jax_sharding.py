@@ -89,3 +89,18 @@ def sum_over_axis(tensor, axis):
 def place_on_axis(axis):
     """Which of the devices along a mesh axis this is, from 0."""
     return jax.lax.axis_index(axis)
+
+
+def axis_size(axis):
+    """How many devices there are along a mesh axis, an integer."""
+    return jax.lax.axis_size(axis)
+
+
+def exchange(tensor, axis):
+    """Part i of the first axis goes to device i along a mesh axis, and each device's part comes."""
+    return jax.lax.all_to_all(tensor, axis, split_axis=0, concat_axis=0, tiled=True)
+
+
+def max_over_axis(tensor, axis):
+    """The largest over a mesh axis."""
+    return jax.lax.pmax(tensor, axis)

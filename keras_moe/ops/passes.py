@@ -1,9 +1,9 @@
-"""Grouped computation in passes: buffers for the expected rows, and more passes where more come.
+"""Computation in passes: buffers for the expected rows, and more passes where more come.
 
 A device that has some of the experts may be sent every token, or none. Shapes are fixed, but memory
-for the worst case would be that of all devices. So the buffers hold somewhat more than a mean share
-of the rows; what exceeds it is computed by further passes of a loop, usually none. Only the first
-pass saves anything for the backward pass; others are computed again there.
+for the worst case would be that of all devices. So buffers hold somewhat more than a mean share of
+the rows; what exceeds it is computed by further passes of a loop, usually none. Only the first pass
+saves anything for the backward pass; others are computed again there.
 
 Axes: T tokens, E experts, K experts per token, R rows.
 """
@@ -13,6 +13,38 @@ from keras import ops
 from keras_moe import backend
 from keras_moe.ops.grouped import run_grouped
 from keras_moe.ops.groups import Groups
+
+
+def sum_passes(nth_pass, num_passes, inputs, context):
+    """The sum of all passes, at least one.
+
+    Args:
+        nth_pass: function of a number and the context that returns a function of the inputs.
+        num_passes: function of the context, an integer tensor.
+        inputs: tuple of tensors that have a gradient.
+        context: tuple of integer tensors.
+    """
+
+    def forward(inputs, context, keep):
+        context = tuple(context)
+        first = nth_pass(0, context)
+        output, pullback = backend.vjp(first, inputs) if keep else (first(*inputs), ())
+
+        def add(number, total):
+            return total + nth_pass(number, context)(*inputs)
+
+        return ops.fori_loop(1, num_passes(context), add, output), pullback
+
+    def backward(inputs, context, pullback, gradient):
+        context = tuple(context)
+
+        def add(number, totals):
+            _, pullback = backend.vjp(nth_pass(number, context), inputs)
+            return tuple(map(ops.add, totals, pullback(gradient)))
+
+        return ops.fori_loop(1, num_passes(context), add, tuple(pullback(gradient)))
+
+    return backend.differentiable(forward, backward, inputs, context)
 
 
 def run_in_passes(step, tokens, weights, kernels, biases, groups, length):
@@ -28,42 +60,20 @@ def run_in_passes(step, tokens, weights, kernels, biases, groups, length):
     """
     if length >= groups.num_rows():
         return run_grouped(step, tokens, weights, kernels, biases, groups)
-    num_kernels = len(kernels)
 
-    def nth_pass(number, groups):
-        part = _part(groups, number * length, length)
+    def nth_pass(number, context):
+        part = _part(Groups(*context), number * length, length)
 
         def run(tokens, weights, *parameters):
-            kernels, biases = list(parameters[:num_kernels]), list(parameters[num_kernels:])
-            return run_grouped(step, tokens, weights, kernels, biases, part)
+            halves = list(parameters[: len(kernels)]), list(parameters[len(kernels) :])
+            return run_grouped(step, tokens, weights, *halves, part)
 
         return run
 
-    def further_passes(groups, body, carry):
-        num_passes = (ops.sum(groups.sizes) + length - 1) // length
-        return ops.fori_loop(1, num_passes, body, carry)
+    def num_passes(context):
+        return (ops.sum(Groups(*context).sizes) + length - 1) // length
 
-    def forward(inputs, context, keep):
-        groups = Groups(*context)
-        first = nth_pass(0, groups)
-        output, pullback = backend.vjp(first, inputs) if keep else (first(*inputs), ())
-
-        def add(number, total):
-            return total + nth_pass(number, groups)(*inputs)
-
-        return further_passes(groups, add, output), pullback
-
-    def backward(inputs, context, pullback, gradient):
-        groups = Groups(*context)
-
-        def add(number, totals):
-            _, pullback = backend.vjp(nth_pass(number, groups), inputs)
-            return tuple(map(ops.add, totals, pullback(gradient)))
-
-        return further_passes(groups, add, tuple(pullback(gradient)))
-
-    inputs = (tokens, weights, *kernels, *biases)
-    return backend.differentiable(forward, backward, inputs, tuple(groups))
+    return sum_passes(nth_pass, num_passes, (tokens, weights, *kernels, *biases), tuple(groups))
 
 
 def _part(groups, start, length):

@@ -9,6 +9,9 @@ outputs the layer runs once for each device, on the tokens and the experts it ha
    rows that it does not have.
 3. The devices along the expert axis sum their outputs, and each keeps those of its own tokens.
 
+Where K is so small that it is less to send, each token goes to the devices of its experts alone,
+and its outputs come back: `all_to_all`.
+
 The backward pass is the same in reverse: gradients of outputs are gathered, those of tokens summed
 and scattered, those of kernels summed over the data axes. No kernel is sent anywhere.
 
@@ -21,6 +24,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_moe import backend
+from keras_moe.ops.all_to_all import run_by_all_to_all
 from keras_moe.ops.assignments import Assignments
 from keras_moe.ops.grouped import run_grouped
 from keras_moe.ops.passes import run_in_passes
@@ -100,6 +104,12 @@ def run_sharded(exchange, tokens, weights, kernels, biases, assignments):
 
     def on_device(tokens, weights, parts, kernels, biases):
         share = math.ceil(ROOM * math.prod(ops.shape(weights)))
+        num_shards = backend.axis_size(expert_axis) if tokens_cross else 1
+        if kind is Assignments and ROOM * ops.shape(weights)[1] < num_shards:
+            bucket = -(-share // num_shards)
+            return run_by_all_to_all(
+                step, tokens, weights, kernels, biases, *parts, expert_axis, shards.axes, bucket
+            )
         if tokens_cross:
             tokens, weights, *parts = (
                 backend.gather_shards(each, expert_axis) for each in (tokens, weights, *parts)
