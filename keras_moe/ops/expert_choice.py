@@ -68,7 +68,8 @@ def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=No
 
 def plan_expert_choice(routing):
     """The plan of `expert_choice_routing`: as many rows as there are choices."""
-    choices = Choices(*routing.details, mask=routing.mask)
+    place, is_valid = routing.details
+    choices = Choices(place, is_valid, routing.mask)
     num_experts = choices.num_experts
     expert = ops.expand_dims(ops.arange(num_experts, dtype="int32"), 1)
     places = choices.tokens() * num_experts + expert

@@ -107,8 +107,9 @@ def run_sharded(exchange, tokens, weights, kernels, biases, assignments):
         num_shards = backend.axis_size(expert_axis) if tokens_cross else 1
         if kind is Assignments and ROOM * ops.shape(weights)[1] < num_shards:
             bucket = -(-share // num_shards)
+            (experts,) = parts
             return run_by_all_to_all(
-                step, tokens, weights, kernels, biases, *parts, expert_axis, shards.axes, bucket
+                step, tokens, weights, kernels, biases, experts, expert_axis, shards.axes, bucket
             )
         if tokens_cross:
             tokens, weights, *parts = (
