@@ -25,7 +25,7 @@ their own:
 - `mesh_axis(variable)`: the mesh axis that the first axis of a variable is split over.
 - `on_each_device(shards, function, arguments, axes)`: a function of each device's parts.
 - `gather_shards`, `sum_and_scatter`, `sum_over_axis`, `max_over_axis`, `exchange`: what devices
-  along a mesh axis tell each other inside such a function; `place_on_axis` and `axis_size`.
+  along a mesh axis tell each other inside such a function; and `place_on_axis`.
 """
 
 import importlib
@@ -67,7 +67,6 @@ on_each_device: Any = getattr(_sharding, "on_each_device", None)
 place_on_axis: Any = getattr(_sharding, "place_on_axis", None)
 sum_and_scatter: Any = getattr(_sharding, "sum_and_scatter", None)
 sum_over_axis: Any = getattr(_sharding, "sum_over_axis", None)
-axis_size: Any = getattr(_sharding, "axis_size", None)
 exchange: Any = getattr(_sharding, "exchange", None)
 max_over_axis: Any = getattr(_sharding, "max_over_axis", None)
 token_shards: Any = getattr(_sharding, "token_shards", lambda: None)

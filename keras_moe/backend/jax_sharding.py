@@ -20,7 +20,11 @@ class Shards(NamedTuple):
     @property
     def number(self):
         """Into how many parts the batch is split."""
-        return math.prod(self.mesh.shape[axis] for axis in self.axes)
+        return math.prod(map(self.along, self.axes))
+
+    def along(self, axis):
+        """How many devices there are along an axis."""
+        return self.mesh.shape[axis]
 
 
 def token_shards():
@@ -89,11 +93,6 @@ def sum_over_axis(tensor, axis):
 def place_on_axis(axis):
     """Which of the devices along a mesh axis this is, from 0."""
     return jax.lax.axis_index(axis)
-
-
-def axis_size(axis):
-    """How many devices there are along a mesh axis, an integer."""
-    return jax.lax.axis_size(axis)
 
 
 def exchange(tensor, axis):

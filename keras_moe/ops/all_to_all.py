@@ -17,21 +17,21 @@ from keras_moe.ops.groups import Groups, combine_rows, dispatch_rows
 from keras_moe.ops.passes import sum_passes
 
 
-def run_by_all_to_all(step, tokens, weights, kernels, biases, experts, axis, axes, length):
+def run_by_all_to_all(step, tokens, weights, kernels, biases, experts, shards, axis, length):
     """What the experts of all devices make of one device's tokens.
 
     Args:
         step, tokens, weights, kernels, biases: as for `run_grouped`, the parts of one device.
         experts: (T, K) int32 numbers of experts among those of all devices; -1 for none.
+        shards: the `backend.token_shards()`.
         axis: the mesh axis of the experts.
-        axes: all mesh axes that split tokens.
         length: C, an integer.
 
     Returns:
         (T, `step.output_width`) in the dtype of `tokens`.
     """
     num_local = kernels[0].shape[0]
-    num_shards = backend.axis_size(axis)
+    num_shards = shards.along(axis)
     groups = Assignments.of(experts, num_local * num_shards).sort()
 
     def nth_pass(number, context):
@@ -52,7 +52,7 @@ def run_by_all_to_all(step, tokens, weights, kernels, biases, experts, axis, axe
     def num_passes(context):
         longest = ops.max(_rows_by_shard(Groups(*context), num_shards))
         # All devices take part in every pass of one of them.
-        return backend.max_over_axis((longest + length - 1) // length, axes)
+        return backend.max_over_axis((longest + length - 1) // length, shards.axes)
 
     return sum_passes(nth_pass, num_passes, (tokens, weights, *kernels, *biases), tuple(groups))
 

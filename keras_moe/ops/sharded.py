@@ -104,12 +104,12 @@ def run_sharded(exchange, tokens, weights, kernels, biases, assignments):
 
     def on_device(tokens, weights, parts, kernels, biases):
         share = math.ceil(ROOM * math.prod(ops.shape(weights)))
-        num_shards = backend.axis_size(expert_axis) if tokens_cross else 1
+        num_shards = shards.along(expert_axis) if tokens_cross else 1
         if kind is Assignments and ROOM * ops.shape(weights)[1] < num_shards:
             bucket = -(-share // num_shards)
             (experts,) = parts
             return run_by_all_to_all(
-                step, tokens, weights, kernels, biases, experts, expert_axis, shards.axes, bucket
+                step, tokens, weights, kernels, biases, experts, shards, expert_axis, bucket
             )
         if tokens_cross:
             tokens, weights, *parts = (
