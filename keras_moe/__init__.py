@@ -4,6 +4,7 @@ import importlib
 
 from keras_moe import (
     callbacks,
+    distribution,
     health,
     inspection,
     layers,
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "callbacks",
+    "distribution",
     "health",
     "inspection",
     "layers",

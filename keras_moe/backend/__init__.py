@@ -31,6 +31,16 @@ And where several replicas or processes train one model; a backend without them 
 - `gather_over_replicas(values)`: the rows that all data-parallel replicas have.
 - `sum_of_counts(values)`: a list of what is added to counters, summed unless reading them sums.
 - `separate_losses(layer)`: gives each replica its own list of the losses a layer adds.
+
+And where arrays may be spread over a mesh of devices (`keras.distribution` on JAX), in a module of
+their own:
+
+- `token_shards()`: how the tokens of a batch are spread, None where they are not. The others are
+  called only where they are.
+- `mesh_axis(variable)`: the mesh axis that the first axis of a variable is split over.
+- `on_each_device(shards, function, arguments, axes)`: a function of each device's parts.
+- `gather_shards`, `sum_and_scatter`, `sum_over_axis`, `max_over_axis`, `exchange`: what devices
+  along a mesh axis tell each other inside such a function; and `place_on_axis`.
 """
 
 import importlib
@@ -53,18 +63,22 @@ if keras.backend.backend() == "torch":
     _processes = importlib.import_module("keras_moe.backend.torch_experts")
 
 _module = importlib.import_module(f"keras_moe.backend.{keras.backend.backend()}")
+# Arrays that are spread over a mesh of devices.
+_sharding: Any = None
+if keras.backend.backend() == "jax":
+    _sharding = importlib.import_module("keras_moe.backend.jax_sharding")
 
 
-def _primitive(name):
+def _primitive(name, module=_module):
     """A primitive of the backend; one that it lacks raises when it is called."""
 
     def lacking(*args, **kwargs):
         raise NotImplementedError(
-            f"The backend {keras.backend.backend()!r} has no primitive `{name}`: the engine that "
-            "asked for it does not run there. See `keras_moe.ops.grouped.engines.choose`."
+            f"The backend {keras.backend.backend()!r} has no primitive `{name}`: what asked for it "
+            "does not run there. The docstring of `keras_moe.backend` says what it is for."
         )
 
-    return getattr(_module, name, lacking)
+    return getattr(module, name, lacking)
 
 
 compile_once = _module.compile_once
@@ -93,3 +107,13 @@ gather_over_replicas: Any = getattr(_module, "gather_over_replicas", lambda valu
 num_replicas: Any = getattr(_module, "num_replicas", lambda: 1)
 separate_losses: Any = getattr(_module, "separate_losses", lambda layer: None)
 sum_of_counts: Any = getattr(_module, "sum_of_counts", lambda values: values)
+
+token_shards: Any = getattr(_sharding, "token_shards", lambda: None)
+exchange = _primitive("exchange", _sharding)
+gather_shards = _primitive("gather_shards", _sharding)
+max_over_axis = _primitive("max_over_axis", _sharding)
+mesh_axis = _primitive("mesh_axis", _sharding)
+on_each_device = _primitive("on_each_device", _sharding)
+place_on_axis = _primitive("place_on_axis", _sharding)
+sum_and_scatter = _primitive("sum_and_scatter", _sharding)
+sum_over_axis = _primitive("sum_over_axis", _sharding)

@@ -3,7 +3,7 @@
 import keras
 from keras import ops as keras_ops
 
-from keras_moe import ops
+from keras_moe import backend, ops
 from keras_moe.ops.sizes import at_least
 from keras_moe.serialization import register
 from keras_moe.validation import check_choice, check_positive_integer, check_positive_number
@@ -18,6 +18,9 @@ class Capacity:
     First choices are served before second ones. What finds no room contributes zero, so that a
     residual connection hands the token on as it is; the weights of the others stay. Padding takes
     no room, but counts in T, so that the shape of a batch and not its content sets the capacity.
+
+    Where `keras.distribution` spreads a batch over devices, T counts the tokens of one device. They
+    compete among themselves only, as in GShard's groups.
 
     A language model should have room for all or one expert a token and the priority "position":
     otherwise later tokens take the room of earlier ones, and so leak to them in training.
@@ -99,6 +102,9 @@ class Capacity:
         if factor is None:
             return {}
         num_tokens, top_k = keras_ops.shape(routing.indices)
+        shards = backend.token_shards()
+        if shards is not None:
+            num_tokens = -(-num_tokens // shards.number)
         sequence_length = sequence_length if self.per_sequence else None
         length = num_tokens if sequence_length is None else sequence_length
         rows = ops.expert_capacity(length, routing.counts.shape[0], top_k, factor)

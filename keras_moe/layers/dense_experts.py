@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_moe import backend
-from keras_moe.initializers import reseeded
+from keras_moe.initializers import EachExpert
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.ops.expert_parallel import serve_elsewhere
 from keras_moe.ops.feed_forward import grouped_feed_forward
@@ -63,7 +63,7 @@ class DenseExperts(ExpertBank):
             kernel = self.add_weight(
                 name=f"{name}_kernel",
                 shape=(len(experts), fan_in, fan_out),
-                initializer=_each_expert(self.kernel_initializer, stream, experts),
+                initializer=EachExpert(self.kernel_initializer, stream, experts),
                 regularizer=self.kernel_regularizer,
                 autocast=False,  # or those of idle experts would be converted as well
             )
@@ -96,7 +96,11 @@ class DenseExperts(ExpertBank):
             ups,
             down,
             self._stacked("bias") if self.use_bias else [],
+            expert_axis=self._expert_axis(),
         )
+
+    def _expert_axis(self):
+        return backend.mesh_axis(self.down_kernel) if backend.token_shards() else None
 
     def _stacked(self, kind):
         """The kernels or biases of all projections, in their own dtype."""
@@ -141,23 +145,6 @@ class DenseExperts(ExpertBank):
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
             "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
         }
-
-
-def _each_expert(initializer, stream, numbers):
-    """Initialise a stacked kernel expert by expert.
-
-    On a shape (E, D, H) Keras would count E as part of the fan and start 1/sqrt(E) too small. And
-    an initializer repeats its values at each call, so each expert and each kernel ("stream") gets
-    a seed of its own.
-    """
-
-    def initialize(shape, dtype=None):
-        experts = [
-            reseeded(initializer, stream, number)(shape[1:], dtype=dtype) for number in numbers
-        ]
-        return ops.stack(experts)
-
-    return initialize
 
 
 def _rows_of(initializer, num_experts, numbers):

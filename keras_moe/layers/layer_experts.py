@@ -71,6 +71,7 @@ class LayerExperts(ExpertBank):
         self._are_alike = are_alike(self.layers)
 
     def call(self, tokens, plan):
+        plan = plan.sort()
         rows = plan.dispatch(self._compute(tokens))
         learnt = {id(variable) for variable in parameters_of(self)}
         variables = [each for each in self.non_trainable_variables if id(each) not in learnt]

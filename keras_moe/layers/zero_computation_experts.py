@@ -4,7 +4,8 @@ import keras
 from keras import ops
 
 from keras_moe.layers.expert_bank import ExpertBank
-from keras_moe.ops.groups import Groups
+from keras_moe.ops.assignments import Choices
+from keras_moe.ops.groups import ChosenGroups
 from keras_moe.serialization import register, resolve
 from keras_moe.validation import is_whole
 
@@ -89,20 +90,20 @@ class ZeroComputationExperts(ExpertBank):
 
     def call(self, tokens, plan):
         groups = plan.groups
-        if not isinstance(groups, Groups):
+        if isinstance(groups, (ChosenGroups, Choices)):
             raise ValueError(
                 "Experts without computation need tokens that choose them. Received: a plan of a "
                 "router whose experts choose. Use, for example, `routers.TopKRouter`."
             )
         tokens = self._compute(tokens)
-        outputs = self.experts(tokens, plan._replace(groups=_first(groups, self._computing)))
+        outputs = self.experts(tokens, plan._replace(groups=groups.of_first(self._computing)))
         first_identity = self._computing + self.num_zero
         first_constant = first_identity + self.num_identity
-        weight = _weight_of(plan, first_identity, first_constant)
+        weight = groups.weight_at(plan.weights, first_identity, first_constant)
         outputs = outputs + self._compute(weight) * tokens
         for number in range(self.num_constant):
             expert = first_constant + number
-            weight = self._compute(_weight_of(plan, expert, expert + 1))
+            weight = self._compute(groups.weight_at(plan.weights, expert, expert + 1))
             outputs = outputs + weight * self._constant(tokens, number)
         return outputs
 
@@ -129,19 +130,3 @@ class ZeroComputationExperts(ExpertBank):
             "num_identity": self.num_identity,
             "num_constant": self.num_constant,
         }
-
-
-def _first(groups, num_experts):
-    """The groups of the first experts; the rows of the others are padding."""
-    sizes = groups.sizes[:num_experts]
-    rows = groups.rows_of_token
-    return groups._replace(sizes=sizes, rows_of_token=ops.where(rows < ops.sum(sizes), rows, -1))
-
-
-def _weight_of(plan, first, last):
-    """(T, 1): what a token's places at experts `first` to `last` - 1 weigh together."""
-    ends = ops.cumsum(plan.groups.sizes)
-    start = ends[first] - plan.groups.sizes[first] if first < ends.shape[0] else ends[-1]
-    rows = plan.groups.rows_of_token
-    inside = ops.logical_and(rows >= start, rows < (ends[last - 1] if last > first else start))
-    return ops.sum(ops.where(inside, plan.weights, 0.0), axis=1, keepdims=True)

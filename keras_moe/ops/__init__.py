@@ -1,3 +1,4 @@
+from keras_moe.ops.assignments import Assignments, Choices
 from keras_moe.ops.balance import (
     agreement,
     load_balance,
@@ -26,6 +27,8 @@ from keras_moe.ops.soft import SoftPlan, plan_soft, soft_routing
 from keras_moe.ops.transport import balanced_assignment, sinkhorn_plan
 
 __all__ = [
+    "Assignments",
+    "Choices",
     "ChosenGroups",
     "GroupedPlan",
     "Groups",

@@ -5,12 +5,14 @@ Axes: T tokens, E experts, C tokens an expert picks from each sequence, S tokens
 
 from keras import ops
 
-from keras_moe.ops.groups import ChosenGroups
-from keras_moe.ops.plans import GroupedPlan, expert_capacity, put, queue_sizes, sort_by_expert
+from keras_moe import backend
+from keras_moe.ops.assignments import Choices, tokens_at
+from keras_moe.ops.plans import GroupedPlan, expert_capacity
 from keras_moe.ops.routing import clean_logits, make_routing
 from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import best_places
 from keras_moe.ops.sizes import at_least, at_most
+from keras_moe.ops.sorting import put
 
 
 def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=None):
@@ -28,8 +30,8 @@ def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=No
 
     Returns:
         A `Routing` whose K is E, with unused places wherever an expert did not choose the token,
-        and for `plan_expert_choice` in `details` the token and the expert of each choice, and
-        whether it counts.
+        and for `plan_expert_choice` in `details`, both (B, E, C), the place in its sequence of each
+        token that is chosen, and whether the choice counts.
     """
     logits, mask = clean_logits(logits, mask)
     num_tokens, num_experts = ops.shape(logits)
@@ -41,22 +43,17 @@ def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=No
     room = expert_capacity(ops.sum(real, axis=1), num_experts, 1, capacity_factor)
     wish = ops.where(ops.expand_dims(mask, 1), ops.stop_gradient(probs), -1.0)
     wish = ops.reshape(wish, (-1, sequence_length, num_experts))
-    # (E, B, C) places in the sequence.
-    wish = ops.transpose(wish, (2, 0, 1))
+    # (B, E, C) places in the sequence.
+    wish = ops.transpose(wish, (0, 2, 1))
     place = best_places(wish, at_most(sequence_length, capacity))
-    num_sequences, num_places = ops.shape(place)[1:]
-    first = ops.arange(num_sequences, dtype="int32") * sequence_length
-    token = ops.reshape(place + ops.expand_dims(first, 1), (-1,))
-    in_room = ops.arange(num_places, dtype="int32") < ops.expand_dims(room, 1)
+    in_room = ops.arange(ops.shape(place)[2], dtype="int32") < ops.reshape(room, (-1, 1, 1))
     experts = ops.arange(num_experts, dtype="int32")
-
-    def of_choices(values):
-        return ops.reshape(ops.broadcast_to(values, ops.shape(place)), (-1,))
-
-    expert = of_choices(ops.reshape(experts, (-1, 1, 1)))
-    is_valid = ops.logical_and(ops.take(mask, token), of_choices(in_room))
-    chosen = token * num_experts + expert
-    taken = put(ops.cast(is_valid, "int32"), chosen, num_tokens * num_experts)
+    token = tokens_at(place, sequence_length)
+    is_real = ops.reshape(ops.take(mask, ops.reshape(token, (-1,))), ops.shape(place))
+    is_valid = ops.logical_and(is_real, in_room)
+    chosen = ops.reshape(token * num_experts + ops.expand_dims(experts, 1), (-1,))
+    taken = ops.reshape(ops.cast(is_valid, "int32"), (-1,))
+    taken = put(taken, chosen, num_tokens * num_experts)
     taken = ops.reshape(taken, (num_tokens, num_experts)) > 0
     return make_routing(
         indices=ops.where(taken, experts, -1),
@@ -65,22 +62,20 @@ def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=No
         logits=logits,
         mask=mask,
         counts=ops.sum(ops.cast(taken, "int32"), axis=0),
-        details=(token, expert, is_valid),
+        details=(place, is_valid),
     )
 
 
 def plan_expert_choice(routing):
     """The plan of `expert_choice_routing`: as many rows as there are choices."""
-    token, expert, is_valid = routing.details
-    num_experts = routing.counts.shape[0]
-    weights = ops.take(ops.reshape(routing.weights, (-1,)), token * num_experts + expert)
-    expert = ops.where(is_valid, expert, num_experts)
-    order, rank = sort_by_expert(expert, num_experts + 1)
-    groups = ChosenGroups(
-        sizes=queue_sizes(expert, num_experts + 1)[:num_experts],
-        choice_of_row=order,
-        row_of_choice=ops.where(is_valid, rank, -1),
-        token_of_choice=token,
-        mask=routing.mask,
-    )
-    return GroupedPlan(groups, weights)
+    place, is_valid = routing.details
+    choices = Choices(place, is_valid, routing.mask)
+    num_experts = choices.num_experts
+    expert = ops.expand_dims(ops.arange(num_experts, dtype="int32"), 1)
+    places = choices.tokens() * num_experts + expert
+    weights = ops.take(ops.reshape(routing.weights, (-1,)), places)
+    plan = GroupedPlan(choices, weights)
+    shards = backend.token_shards()
+    # Sequences that lie on two devices are chosen from by both: every device has the rows of all.
+    splits = shards is not None and ops.shape(choices.place)[0] % shards.number == 0
+    return plan if splits else plan.sort()

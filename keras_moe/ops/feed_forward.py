@@ -1,9 +1,14 @@
 """The feed-forward network of one expert, plain or gated, as a grouped operation."""
 
+from keras_moe import backend
+from keras_moe.ops.assignments import Assignments, Choices
 from keras_moe.ops.grouped import feed_forward_step, run_grouped
+from keras_moe.ops.sharded import Exchange, run_sharded
 
 
-def grouped_feed_forward(tokens, weights, groups, activation, up_kernels, down_kernel, biases=()):
+def grouped_feed_forward(
+    tokens, weights, groups, activation, up_kernels, down_kernel, biases=(), expert_axis=None
+):
     """Each token through the feed-forward networks of its experts, weighted and summed.
 
     With one up kernel the network is `act(x W + b) V + c`; with two, gate and up, it is
@@ -14,13 +19,15 @@ def grouped_feed_forward(tokens, weights, groups, activation, up_kernels, down_k
     Args:
         tokens: (T, D) float tensor.
         weights: (T, K) float32 combine weights.
-        groups: `ops.Groups` or `ops.ChosenGroups`, which rows belong to which expert and token.
+        groups: `ops.Groups` or `ops.ChosenGroups`, which rows belong to which expert and token. Or
+            `ops.Assignments` or `ops.Choices`, which each device of a mesh sorts for itself.
         activation: function of one tensor.
         up_kernels: one or two tensors (E, D, H). With two, the first is the gate. Kernels and
             biases are converted to the dtype of the tokens one expert at a time; their gradients
             have the dtype they came in.
         down_kernel: (E, H, D').
         biases: one tensor (E, H) for each up kernel and one (E, D'), or none.
+        expert_axis: the mesh axis that splits the kernels' first axis, where there is one.
 
     Returns:
         (T, D') in the dtype of `tokens`. A token with no row is zero.
@@ -35,4 +42,7 @@ def grouped_feed_forward(tokens, weights, groups, activation, up_kernels, down_k
             f"{len(biases)} biases, {len(kernels)} kernels. Pass zeros for those that are missing."
         )
     step = feed_forward_step(activation, tuple(kernel.shape[-1] for kernel in kernels))
+    if isinstance(groups, (Assignments, Choices)):
+        exchange = Exchange(step, backend.token_shards(), expert_axis)
+        return run_sharded(exchange, tokens, weights, kernels, list(biases), groups)
     return run_grouped(step, tokens, weights, kernels, biases, groups)

@@ -43,6 +43,23 @@ class Groups(NamedTuple):
         picked = ops.take(values, ops.maximum(self.rows_of_token, 0))
         return ops.where(self.rows_of_token >= 0, picked, 0.0)
 
+    def of_first(self, num_experts):
+        """The groups of the first experts; the rows of the others are padding."""
+        sizes, rows = self.sizes[:num_experts], self.rows_of_token
+        return self._replace(sizes=sizes, rows_of_token=ops.where(rows < ops.sum(sizes), rows, -1))
+
+    def weight_at(self, weights, first, last):
+        """What a token's choices of the experts `first` to `last` - 1 weigh together, (T, 1)."""
+        ends = ops.cumsum(self.sizes)
+        start = ends[first] - self.sizes[first] if first < ends.shape[0] else ends[-1]
+        rows = self.rows_of_token
+        inside = ops.logical_and(rows >= start, rows < (ends[last - 1] if last > first else start))
+        return ops.sum(ops.where(inside, weights, 0.0), axis=1, keepdims=True)
+
+    def served(self):
+        """Which tokens have a row, (T,) bool."""
+        return ops.any(self.rows_of_token >= 0, axis=1)
+
     def sum_rows(self, rows, weights=None):
         """For each token the weighted sum of its rows, in float32.
 
@@ -97,6 +114,11 @@ class ChosenGroups(NamedTuple):
         """Values of rows as values of choices, (R,), zero where there is no row."""
         picked = ops.take(values, ops.maximum(self.row_of_choice, 0))
         return ops.where(self.row_of_choice >= 0, picked, 0.0)
+
+    def served(self):
+        """Which tokens have a row, (T,) bool."""
+        rows = ops.ones((self.num_rows(), 1), "float32")
+        return self.sum_rows(rows)[:, 0] > 0.5
 
     def sum_rows(self, rows, weights=None):
         """For each token the weighted float32 sum of its rows; see `Groups.sum_rows`."""

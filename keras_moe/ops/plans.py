@@ -9,20 +9,31 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_moe import backend
-from keras_moe.ops.groups import Groups, combine_rows, dispatch_rows
+from keras_moe.ops.assignments import Assignments, Choices
+from keras_moe.ops.groups import combine_rows, dispatch_rows
+from keras_moe.ops.sharded import admit_by_shard, splits_evenly
 from keras_moe.ops.sizes import at_least
+from keras_moe.ops.sorting import place_in_queue
 
 
 class GroupedPlan(NamedTuple):
     """Assignments sorted by expert, each a row: an immutable record with two verbs.
 
     - `groups`: `ops.Groups` or `ops.ChosenGroups`, the sizes of the groups and the maps between
-      rows and tokens.
+      rows and tokens. Where a distribution spreads the tokens over devices, `ops.Assignments`
+      or `ops.Choices`, which each device sorts for itself.
     - `weights`: the float32 combine weights, (T, K) or one for each choice.
     """
 
     groups: Any
     weights: Any
+
+    def sort(self):
+        """The same plan, its rows sorted on one device, or on each the rows of all."""
+        if isinstance(self.groups, Choices):
+            return GroupedPlan(self.groups.sort(), ops.reshape(self.weights, (-1,)))
+        is_sorted = not isinstance(self.groups, Assignments)
+        return self if is_sorted else self._replace(groups=self.groups.sort())
 
     def dispatch(self, tokens):
         """Rows grouped by expert, (N, D), from tokens (T, D)."""
@@ -38,8 +49,7 @@ class GroupedPlan(NamedTuple):
 
     def served(self):
         """Which tokens have a row, (T,) bool."""
-        rows = ops.ones((self.groups.num_rows(), 1), "float32")
-        return self.groups.sum_rows(rows)[:, 0] > 0.5
+        return self.groups.served()
 
     def dropped_fraction(self, counts):
         """Share of the assignments (E,) that have no row, a float32 scalar; 0 without any."""
@@ -57,7 +67,8 @@ def plan_groups(routing, capacity=None, first=None, sequence_length=None):
 
     Args:
         routing: an `ops.Routing`.
-        capacity: most rows of one expert, an integer or integer tensor, or None for all.
+        capacity: most rows of one expert, an integer or integer tensor, or None for all. Where a
+            distribution spreads the tokens over devices, it holds for those of each device.
         first: (T,) urgency of each token: where a capacity is set the most urgent tokens stand
             first. None: in the order of the tokens.
         sequence_length: where given, the capacity holds for each run of so many tokens alone.
@@ -65,34 +76,39 @@ def plan_groups(routing, capacity=None, first=None, sequence_length=None):
     Returns:
         A `GroupedPlan`.
     """
-    num_tokens, top_k = ops.shape(routing.indices)
-    num_experts = routing.counts.shape[0]
-    nobody = num_experts
     used = ops.logical_and(ops.expand_dims(routing.mask, 1), routing.indices >= 0)
-    # Choice-major: assignment k * T + t is the k-th choice of token t.
-    expert_of_assignment = ops.reshape(
-        ops.transpose(ops.where(used, routing.indices, nobody)), (-1,)
-    )
-    sizes = routing.counts
+    assignments = Assignments(ops.where(used, routing.indices, -1), routing.counts)
+    shards = backend.token_shards()
     if capacity is not None:
-        token = ops.arange(num_tokens, dtype="int32")
-        queue, num_queues = expert_of_assignment, num_experts + 1
-        if sequence_length is not None:
-            sequence = ops.tile(token // sequence_length, (top_k,))
-            queue = queue + num_queues * sequence
-            num_queues = num_queues * at_least(1, -(-num_tokens // sequence_length))
-        place = place_in_queue(queue, num_queues, _turns(first, num_tokens, top_k))
-        has_room = place < capacity
-        expert_of_assignment = ops.where(has_room, expert_of_assignment, nobody)
-        sizes = queue_sizes(expert_of_assignment, num_experts + 1)[:num_experts]
-    order, rank = sort_by_expert(expert_of_assignment, num_experts + 1)
-    rows = ops.where(expert_of_assignment < nobody, rank, -1)
-    groups = Groups(
-        sizes=sizes,
-        assignment_of_row=order,
-        rows_of_token=ops.transpose(ops.reshape(rows, (top_k, num_tokens))),
-    )
-    return GroupedPlan(groups, routing.weights)
+
+        def admit(assignments, first):
+            return _admit(assignments, capacity, first, sequence_length)
+
+        is_split = shards is not None and splits_evenly(shards, assignments, sequence_length)
+        assignments = (
+            admit_by_shard(shards, admit, assignments, first)
+            if is_split
+            else admit(assignments, first)
+        )
+    # Under a distribution each device sorts those of its own tokens and experts.
+    return GroupedPlan(assignments.sort() if shards is None else assignments, routing.weights)
+
+
+def _admit(assignments, capacity, first, sequence_length):
+    """The assignments that find a place in their expert."""
+    num_tokens, top_k = ops.shape(assignments.experts)
+    num_experts = assignments.num_experts
+    nobody = num_experts
+    expert_of_assignment = assignments.choice_major()
+    token = ops.arange(num_tokens, dtype="int32")
+    queue, num_queues = expert_of_assignment, num_experts + 1
+    if sequence_length is not None:
+        sequence = ops.tile(token // sequence_length, (top_k,))
+        queue = queue + num_queues * sequence
+        num_queues = num_queues * at_least(1, -(-num_tokens // sequence_length))
+    place = place_in_queue(queue, num_queues, _turns(first, num_tokens, top_k))
+    experts = ops.where(place < capacity, expert_of_assignment, nobody)
+    return Assignments.of(ops.transpose(ops.reshape(experts, (top_k, num_tokens))), num_experts)
 
 
 def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
@@ -125,43 +141,3 @@ def _turns(first, num_tokens, top_k):
     urgent_first = ops.cast(ops.argsort(-ops.stop_gradient(first)), "int32")
     choices = ops.expand_dims(ops.arange(top_k, dtype="int32"), 1)
     return ops.reshape(choices * num_tokens + urgent_first, (-1,))
-
-
-def place_in_queue(queue, num_queues, turns=None):
-    """How many of the same queue stand before each, (N,) int32."""
-    if turns is not None:
-        places = place_in_queue(ops.take(queue, turns), num_queues)
-        return put(places, turns, ops.shape(queue)[0])
-    _, rank = sort_by_expert(queue, num_queues)
-    sizes = queue_sizes(queue, num_queues)
-    return rank - ops.take(ops.cumsum(sizes) - sizes, queue)
-
-
-def queue_sizes(queue, num_queues):
-    """How many stand in each queue, (num_queues,) int32."""
-    return ops.segment_sum(ops.ones_like(queue), queue, num_queues)
-
-
-def sort_by_expert(expert_of_assignment, num_keys):
-    """A stable order by expert or queue, and for each assignment its place in it.
-
-    Args:
-        expert_of_assignment: (N,) int32, from 0 to `num_keys` - 1.
-        num_keys: an integer.
-    """
-    num_rows = ops.shape(expert_of_assignment)[0]
-    numbers = ops.arange(num_rows, dtype="int32")
-    fits = isinstance(num_rows, int) and num_keys * num_rows < 2**31
-    if backend.compiles_static_shapes() and fits:
-        # Expert and number in one integer: XLA sorts plain integers several times as fast as
-        # pairs, and no two are equal.
-        order = backend.sort(expert_of_assignment * num_rows + numbers) % num_rows
-    else:
-        order = ops.cast(ops.argsort(expert_of_assignment), "int32")
-    return order, put(numbers, order, num_rows)
-
-
-def put(values, places, size):
-    """(size,) zeros, but `values` (N,) at their `places` (N,), no two of which are equal."""
-    # Not `ops.scatter`, which on PyTorch adds one value after the other in Python.
-    return ops.scatter_update(ops.zeros((size,), values.dtype), ops.expand_dims(places, 1), values)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
+from keras_moe import backend
+from keras_moe.ops.assignments import Assignments
 from keras_moe.ops.groups import Groups
 from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.routing import clean_logits, make_routing
@@ -74,13 +76,17 @@ class SoftPlan(NamedTuple):
         features = tokens.shape[-1]
         by_sequence = ops.reshape(tokens, (sequences, length, features))
         to_slots = ops.cast(self.to_slots, tokens.dtype)
-        # (M, B, D): all slots of an expert behind one another.
-        slots = ops.einsum("bsm,bsd->mbd", to_slots, by_sequence)
+        # All slots of an expert behind one another, or under a distribution those of a sequence,
+        # which are where the sequence is.
+        is_spread = backend.token_shards() is not None
+        order = "bm" if is_spread else "mb"
+        slots = ops.einsum(f"bsm,bsd->{order}d", to_slots, by_sequence)
         rows = ops.reshape(slots, (-1, features))
-        outputs = experts(rows, _one_row_a_slot(ops.shape(rows)[0], num_experts))
+        plan = _assigned_slots if is_spread else _one_row_a_slot
+        outputs = experts(rows, plan(sequences, num_slots, num_experts))
         width = outputs.shape[-1]
-        outputs = ops.reshape(outputs, (num_slots, sequences, width))
-        mixed = ops.einsum("bsm,mbd->bsd", ops.cast(self.back, outputs.dtype), outputs)
+        outputs = ops.reshape(outputs, (*ops.shape(slots)[:2], width))
+        mixed = ops.einsum(f"bsm,{order}d->bsd", ops.cast(self.back, outputs.dtype), outputs)
         return ops.reshape(mixed, (-1, width))
 
     def served(self):
@@ -98,7 +104,15 @@ def plan_soft(routing):
     return SoftPlan(*routing.details)
 
 
-def _one_row_a_slot(num_rows, num_experts):
+def _assigned_slots(sequences, num_slots, num_experts):
+    slot = ops.arange(sequences * num_slots, dtype="int32") % num_slots
+    experts = ops.expand_dims(slot // (num_slots // num_experts), 1)
+    weights = ops.ones_like(experts, dtype="float32")
+    return GroupedPlan(Assignments.of(experts, num_experts), weights)
+
+
+def _one_row_a_slot(sequences, num_slots, num_experts):
+    num_rows = sequences * num_slots
     rows = ops.arange(num_rows, dtype="int32")
     groups = Groups(
         sizes=ops.zeros((num_experts,), "int32") + num_rows // num_experts,

@@ -2,8 +2,8 @@
 
 from keras import ops
 
-from keras_moe.ops.plans import place_in_queue, put
 from keras_moe.ops.selection import take_scores, top_k_indices
+from keras_moe.ops.sorting import place_in_queue, put
 
 
 def sinkhorn_plan(logits, mask, iterations):

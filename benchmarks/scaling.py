@@ -1,0 +1,143 @@
+"""What each device does as devices are added: products, bytes it receives, and scratch memory.
+
+    KERAS_BACKEND=jax python -m benchmarks.scaling
+
+Devices are virtual, on one CPU: what is counted is exact, times would mean nothing. A step is a
+forward and backward pass of one layer. `data` splits tokens only, `expert` splits experts as well,
+over all devices. Weak scaling: every device brings `--tokens` tokens. Strong scaling: there are
+eight times `--tokens`, however many devices share them. Loads are balanced. The columns:
+
+- gflops: matrix products executed by the busiest device, every trip of every loop.
+- ratio: to one device's, in strong scaling to one device's divided by the number of devices.
+- gather_mb and so on: what a device receives, where devices pass data on in a ring.
+- kernels_mb: what of that are kernels. Gradients of kernels are in reduce_mb.
+- temp_mb: the compiler's memory for what is neither an argument nor a result, on one device.
+- temp_ratio: to one device's with as many tokens as each has here.
+"""
+
+import os
+import sys
+
+import keras
+import numpy as np
+
+from benchmarks import contestants
+from benchmarks.measure import in_fresh_process, print_table, write_json
+from benchmarks.options import describe, parse, parser
+
+NUM_DEVICES = (1, 2, 4, 8)
+
+
+def main(arguments=None):
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parse(arguments)
+    before = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{before} --xla_force_host_platform_device_count={max(NUM_DEVICES)}"
+    try:
+        rows = in_fresh_process(examine_all, arguments)
+    finally:
+        os.environ["XLA_FLAGS"] = before
+    print_table(rows, f"{describe(options)} T={options.tokens[0]}, forward+backward, each device")
+    write_json(f"scaling-{keras.backend.backend()}{options.tag}", options, rows)
+    return rows
+
+
+def _parse(arguments):
+    return parse(parser(__doc__, tokens=[1024], experts=[8]), arguments, tokens=[64], experts=[8])
+
+
+def examine_all(arguments):
+    options = _parse(arguments)
+    (tokens,) = options.tokens
+    rows = []
+    for scale in ("weak", "strong"):
+        for kind in ("data", "expert"):
+            for number in NUM_DEVICES:
+                total = tokens * (number if scale == "weak" else max(NUM_DEVICES))
+                row = examine(kind, number, total, options)
+                rows.append({"name": f"{scale} {kind} {number}", **row})
+                one = rows[-1 - NUM_DEVICES.index(number)]
+                share = number if scale == "strong" else 1
+                rows[-1]["ratio"] = row["gflops"] * share / one["gflops"]
+                if scale == "weak":
+                    rows[-1]["temp_ratio"] = row["temp_mb"] / one["temp_mb"]
+    return rows
+
+
+def examine(kind, number, num_tokens, options):
+    """The row of a layer on so many devices."""
+    from benchmarks.collectives import bytes_by_kind, collectives
+    from benchmarks.device_flops import device_flops
+    from benchmarks.steps import jax_function
+
+    distribution = distribution_of(kind, keras.distribution.list_devices()[:number])
+    keras.distribution.set_distribution(distribution)
+    layer = contestants.mixture_of(balanced_router(options), options)
+    function, (trainable, x, fixed, weight) = jax_function(
+        layer, balanced_tokens(num_tokens, options), backward=True, training=True
+    )
+    arguments = trainable, placed(x), fixed, placed(weight)
+    compiled = function.lower(*arguments).compile()
+    inside, outside = device_flops(function, arguments)
+    text = compiled.as_text()
+    received = {kind: size / 1e6 for kind, size in bytes_by_kind(text).items()}
+    widths = {options.features, options.hidden}
+    kernels = sum(
+        each.bytes
+        for each in collectives(text)
+        if each.kind != "all-reduce"
+        and any(len(shape) == 3 and set(shape[1:]) == widths for shape in each.shapes)
+    )
+    keras.distribution.set_distribution(None)
+    return {
+        "gflops": float(np.max(inside) + outside / number) / 1e9,
+        "ratio": None,
+        "gather_mb": received.get("all-gather", 0.0),
+        "scatter_mb": received.get("reduce-scatter", 0.0),
+        "to_all_mb": received.get("all-to-all", 0.0),
+        "reduce_mb": received.get("all-reduce", 0.0),
+        "kernels_mb": kernels / 1e6,
+        "temp_mb": compiled.memory_analysis().temp_size_in_bytes / 1e6,
+    }
+
+
+def distribution_of(kind, devices):
+    from keras_moe.distribution import expert_parallel
+
+    if kind == "data":
+        return keras.distribution.DataParallel(devices=devices)
+    return expert_parallel(len(devices), devices=devices)
+
+
+def placed(x):
+    """A batch where the distribution has it."""
+    import jax
+
+    layout = keras.distribution.distribution().get_data_layout(x.shape)
+    return jax.device_put(x, layout.backend_layout)
+
+
+def balanced_router(options):
+    """A router that sends each of `balanced_tokens` where its first features are largest."""
+    from keras_moe import routers
+
+    (num_experts,) = options.experts
+
+    def kernel(shape, dtype=None):
+        return keras.ops.convert_to_tensor(np.eye(*shape), dtype)
+
+    return routers.TopKRouter(num_experts, options.top_k, kernel_initializer=kernel)
+
+
+def balanced_tokens(num_tokens, options):
+    """Tokens (T, D) that give every expert as many, of each K * E neighbours as well."""
+    (num_experts,) = options.experts
+    values = np.random.default_rng(0).standard_normal((num_tokens, options.features))
+    token = np.arange(num_tokens)
+    for choice in range(options.top_k):
+        values[token, (token + choice) % num_experts] = 20.0 - choice
+    return values.astype("float32")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Experts on many devices: expert parallelism for `keras.distribution`, on JAX."""
+
+import keras
+
+from keras_moe.validation import check_positive_integer
+
+AXES = ("data", "expert")
+
+# Weights of `FeedForwardExperts` and `GatedExperts`, whose first axis is the experts.
+_KERNELS = r"(.*/)?(up|gate|down)_kernel"
+_BIASES = r"(.*/)?(up|gate|down)_bias"
+
+
+def expert_parallel(experts=None, data=None, devices=None, layout_map=None):
+    """A distribution that splits tokens over all devices, and experts over some of them.
+
+    The devices form a grid of `data` by `experts`. Each holds the kernels of every bank for
+    E / `experts` of its E experts, and its share of each batch. Tokens travel to the devices of
+    their experts, within a row of the grid, and back: see `docs/scaling.md`.
+
+    Set it before the model is made: `keras.distribution.set_distribution(...)`. `fit`, `evaluate`,
+    `predict`, `save` and loading work as on one device, and give the same numbers. The size of a
+    batch must be a multiple of `data * experts`.
+
+    Args:
+        experts: devices that share the experts of a bank. It divides the number of experts of each.
+        data: how many such groups there are. None: as many as the devices allow.
+        devices: list of devices, as `keras.distribution.list_devices()` names them. None: all.
+        layout_map: `keras.distribution.LayoutMap` for other weights, whose device mesh begins with
+            the axes "data" and "expert"; `experts`, `data` and `devices` are those of the mesh
+            then. It gains the layouts of the banks. None: all other weights are whole on every
+            device.
+
+    Returns:
+        An `ExpertParallel`, which is a `keras.distribution.ModelParallel`.
+
+    Raises:
+        ValueError: If the backend is not JAX, numbers and devices do not fit, or the axes of the
+            mesh are others.
+
+    Example:
+
+    >>> distribution = keras_moe.distribution.expert_parallel(experts=4)
+    >>> keras.distribution.set_distribution(distribution)
+
+    Reference: Lepikhin et al. 2020, GShard (arXiv:2006.16668), section 3.
+    """
+    _check_backend()
+    if layout_map is None:
+        layout_map = keras.distribution.LayoutMap(_mesh(experts, data, devices))
+    else:
+        _check_layout_map(layout_map, experts, data, devices)
+    layout_map[_KERNELS] = ("expert", None, None)
+    layout_map[_BIASES] = ("expert", None)
+    return ExpertParallel(layout_map)
+
+
+class ExpertParallel(keras.distribution.ModelParallel):
+    """`keras.distribution.ModelParallel` that splits a batch over two axes, "data" and "expert".
+
+    Made by `expert_parallel`.
+
+    Args:
+        layout_map: `keras.distribution.LayoutMap` whose device mesh begins with these axes.
+    """
+
+    token_axes = AXES
+
+    def __init__(self, layout_map):
+        super().__init__(layout_map=layout_map, batch_dim_name="data")
+        mesh = layout_map.device_mesh
+        # A layout of Keras names one axis for the batch: this mesh has both as one.
+        self._data_mesh = keras.distribution.DeviceMesh(
+            (mesh.shape[0] * mesh.shape[1], *mesh.shape[2:]),
+            ("batch", *mesh.axis_names[2:]),
+            mesh.devices,
+        )
+
+    @property
+    def num_model_replicas(self):
+        """Parts of a batch. Between processes each has its own part."""
+        return self.device_mesh.shape[0] * self.device_mesh.shape[1]
+
+    def get_data_layout(self, data_shape):
+        axes = ("batch", *[None] * (len(data_shape) - 1))
+        return keras.distribution.TensorLayout(axes, self._data_mesh)
+
+    def get_variable_layout(self, variable):
+        layout = super().get_variable_layout(variable)
+        num_shards = self.device_mesh.shape[1]
+        if layout.axes[:1] == ("expert",) and variable.shape[0] % num_shards:
+            raise ValueError(
+                "The expert axis of the mesh must divide the number of experts of a bank. "
+                f"Received: {variable.path!r} of shape {tuple(variable.shape)}, and an axis "
+                f"'expert' of {num_shards} devices. Change the number of experts, or that of "
+                "devices: `expert_parallel(experts=...)`."
+            )
+        return layout
+
+
+_ELSEWHERE = {
+    "tensorflow": "for data parallelism use `tf.distribute.MirroredStrategy`",
+    "torch": "for data parallelism use `torch.nn.parallel.DistributedDataParallel`",
+}
+
+
+def _check_backend():
+    backend = keras.backend.backend()
+    if backend != "jax":
+        raise ValueError(
+            "`expert_parallel` needs the distribution of Keras, which splits weights on JAX only. "
+            f"Received: keras.backend.backend()={backend!r}. Set KERAS_BACKEND=jax; on {backend} "
+            f"{_ELSEWHERE[backend]}."
+        )
+
+
+def _mesh(experts, data, devices):
+    check_positive_integer("experts", experts)
+    devices = list(keras.distribution.list_devices() if devices is None else devices)
+    if data is None:
+        if len(devices) % experts:
+            raise ValueError(
+                "`experts` must divide the number of devices. Received: "
+                f"experts={experts}, {len(devices)} devices. Pass a divisor, or `data` to leave "
+                "devices out."
+            )
+        data = len(devices) // experts
+    check_positive_integer("data", data)
+    if data * experts > len(devices):
+        raise ValueError(
+            "There must be `data * experts` devices. Received: "
+            f"data={data}, experts={experts}, {len(devices)} devices. Lower one of them, or pass "
+            "more `devices`."
+        )
+    return keras.distribution.DeviceMesh((data, experts), AXES, devices[: data * experts])
+
+
+def _check_layout_map(layout_map, experts, data, devices):
+    if not isinstance(layout_map, keras.distribution.LayoutMap):
+        raise TypeError(
+            "`layout_map` must be a `keras.distribution.LayoutMap`. Received: "
+            f"layout_map={layout_map!r} (of type {type(layout_map).__name__}). Make one of a "
+            "`keras.distribution.DeviceMesh` with the axes 'data' and 'expert'."
+        )
+    mesh = layout_map.device_mesh
+    if mesh is None or tuple(mesh.axis_names[:2]) != AXES:
+        names = None if mesh is None else tuple(mesh.axis_names)
+        raise ValueError(
+            "The device mesh of `layout_map` must begin with the axes 'data' and 'expert'. "
+            f"Received: axis_names={names}. Make it of, for example, "
+            "`keras.distribution.DeviceMesh((2, 4), ('data', 'expert'))`."
+        )
+    given = (experts, data, devices)
+    if given != (None, None, None) and given != (mesh.shape[1], mesh.shape[0], None):
+        raise ValueError(
+            "With a `layout_map` its device mesh sets the number of devices. Received: "
+            f"experts={experts!r}, data={data!r}, devices={devices!r} with a mesh of the shape "
+            f"{tuple(mesh.shape)}. Leave them out."
+        )

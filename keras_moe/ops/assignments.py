@@ -1,0 +1,151 @@
+"""Assignments: which expert serves which token, before any row is sorted.
+
+There are two kinds, as of groups: those of tokens that choose experts, and of experts that choose
+tokens. Both have the interface that `sharded` needs:
+
+- `parts`: tuple of tensors whose first axis is split over devices as that of the tokens is.
+- `sort_part(parts, weights, first, number)`: of such parts the groups of so many experts from
+  `first` on, and the weights that go with them.
+
+Axes: T tokens, E experts, K experts per token, N = T * K assignments, B sequences, S tokens of a
+sequence, C tokens that an expert chooses of it.
+"""
+
+from typing import Any, NamedTuple
+
+from keras import ops
+
+from keras_moe import backend
+from keras_moe.ops.groups import ChosenGroups, Groups
+from keras_moe.ops.sizes import at_least
+from keras_moe.ops.sorting import queue_sizes, sort_by_expert
+
+
+class Assignments(NamedTuple):
+    """The assignments that are served.
+
+    - `experts` (T, K) int32: the expert of each assignment, -1 where none serves it.
+    - `sizes` (E,) int32: how many each expert serves.
+    """
+
+    experts: Any
+    sizes: Any
+
+    @classmethod
+    def of(cls, experts, num_experts):
+        """Those to the first `num_experts` experts; any other number (T, K) stands for none."""
+        served = ops.logical_and(experts >= 0, experts < num_experts)
+        experts = ops.where(served, experts, -1)
+        queue = ops.reshape(ops.where(served, experts, num_experts), (-1,))
+        return cls(experts, queue_sizes(queue, num_experts + 1)[:num_experts])
+
+    @property
+    def num_experts(self):
+        return self.sizes.shape[0]
+
+    @property
+    def parts(self):
+        return (self.experts,)
+
+    @classmethod
+    def sort_part(cls, parts, weights, first, number):
+        (experts,) = parts
+        return cls.of(experts - first, number).sort(), weights
+
+    def choice_major(self):
+        """The expert of each assignment, (N,), E where none serves it.
+
+        Assignment k * T + t is the k-th choice of token t.
+        """
+        experts = ops.where(self.experts >= 0, self.experts, self.num_experts)
+        return ops.reshape(ops.transpose(experts), (-1,))
+
+    def of_first(self, num_experts):
+        """The assignments to the first experts."""
+        experts = ops.where(self.experts < num_experts, self.experts, -1)
+        return Assignments(experts, self.sizes[:num_experts])
+
+    def weight_at(self, weights, first, last):
+        """What a token's choices of the experts `first` to `last` - 1 weigh together, (T, 1)."""
+        inside = ops.logical_and(self.experts >= first, self.experts < last)
+        return ops.sum(ops.where(inside, weights, 0.0), axis=1, keepdims=True)
+
+    def served(self):
+        """Which tokens have an assignment that is served, (T,) bool."""
+        return ops.any(self.experts >= 0, axis=1)
+
+    def sort(self):
+        """The `Groups` of rows sorted by expert: inside one in the order of the assignments."""
+        num_tokens, top_k = ops.shape(self.experts)
+        expert_of_assignment = self.choice_major()
+        order, rank = sort_by_expert(expert_of_assignment, self.num_experts + 1)
+        rows = ops.where(expert_of_assignment < self.num_experts, rank, -1)
+        return Groups(
+            sizes=self.sizes,
+            assignment_of_row=order,
+            rows_of_token=ops.transpose(ops.reshape(rows, (top_k, num_tokens))),
+        )
+
+
+class Choices(NamedTuple):
+    """The tokens that each expert chooses of each sequence; their weights are (B, E, C) too.
+
+    - `place` (B, E, C) int32: the place in its sequence of each token that is chosen.
+    - `is_valid` (B, E, C) bool: False where a choice is not served.
+    - `mask` (T,) bool: False for padding.
+    """
+
+    place: Any
+    is_valid: Any
+    mask: Any
+
+    @property
+    def num_experts(self):
+        return self.place.shape[1]
+
+    @property
+    def sizes(self):
+        return ops.sum(ops.cast(self.is_valid, "int32"), axis=(0, 2))
+
+    @property
+    def parts(self):
+        return tuple(self)
+
+    @classmethod
+    def sort_part(cls, parts, weights, first, number):
+        *of_choices, mask = parts
+        sequences, _, places = ops.shape(weights)
+        place, is_valid, weights = (
+            backend.slice_at(each, (0, first, 0), (sequences, number, places))
+            for each in (*of_choices, weights)
+        )
+        return cls(place, is_valid, mask).sort(), ops.reshape(weights, (-1,))
+
+    def tokens(self):
+        """The token of each choice, (B, E, C) int32."""
+        length = ops.shape(self.mask)[0] // at_least(1, ops.shape(self.place)[0])
+        return tokens_at(self.place, length)
+
+    def served(self):
+        """Which tokens have a choice that is served, (T,) bool."""
+        return self.sort().served()
+
+    def sort(self):
+        """The `ChosenGroups` of rows sorted by expert, of choices in the order of (B, E, C)."""
+        num_experts = self.num_experts
+        expert = ops.expand_dims(ops.arange(num_experts, dtype="int32"), 1)
+        expert = ops.reshape(ops.where(self.is_valid, expert, num_experts), (-1,))
+        order, rank = sort_by_expert(expert, num_experts + 1)
+        return ChosenGroups(
+            sizes=self.sizes,
+            choice_of_row=order,
+            row_of_choice=ops.where(ops.reshape(self.is_valid, (-1,)), rank, -1),
+            token_of_choice=ops.reshape(self.tokens(), (-1,)),
+            mask=self.mask,
+        )
+
+
+def tokens_at(place, sequence_length):
+    """The tokens at places (B, ...) of their sequences."""
+    first = ops.arange(ops.shape(place)[0], dtype="int32") * sequence_length
+    return place + ops.reshape(first, (-1, *[1] * (len(place.shape) - 1)))

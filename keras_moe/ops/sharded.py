@@ -1,0 +1,139 @@
+"""How a batch crosses devices: the one place where tokens leave theirs and come back.
+
+Tokens are split over some axes of a mesh of devices, the data axes. Kernels are whole on every
+device, or their experts are split over one axis, the expert axis. Between the plan and the combined
+outputs the layer runs once for each device, on the tokens and the experts it has:
+
+1. Where the expert axis splits tokens as well, the devices along it gather each other's tokens.
+2. Each device sorts the assignments of its own experts, and runs them: its loops and kernels skip
+   rows that it does not have.
+3. The devices along the expert axis sum their outputs, and each keeps those of its own tokens.
+
+Where K is so small that it is less to send, each token goes to the devices of its experts alone,
+and its outputs come back: `all_to_all`.
+
+The backward pass is the same in reverse: gradients of outputs are gathered, those of tokens summed
+and scattered, those of kernels summed over the data axes. No kernel is sent anywhere.
+
+Axes: T tokens of all devices, E experts, K experts per token.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+from keras import ops
+
+from keras_moe import backend
+from keras_moe.ops.all_to_all import run_by_all_to_all
+from keras_moe.ops.assignments import Assignments
+from keras_moe.ops.grouped import run_grouped
+from keras_moe.ops.passes import run_in_passes
+
+# Rows that the buffers of a device hold, as a multiple of a mean device's: a load that is a quarter
+# above the mean takes one pass.
+ROOM = 1.25
+
+
+def splits_evenly(shards, assignments, sequence_length):
+    """Whether no sequence has tokens on two devices; None stands for no sequences."""
+    num_tokens = ops.shape(assignments.experts)[0]
+    return sequence_length is None or num_tokens % (shards.number * sequence_length) == 0
+
+
+def admit_by_shard(shards, admit, assignments, first):
+    """`admit(assignments, first)` of each device's own tokens.
+
+    Args:
+        shards: a `backend.token_shards()`.
+        admit: function from `Assignments` and the urgency of tokens, or None, to `Assignments`.
+        assignments: those of all tokens.
+        first: (T,) or None.
+    """
+    num_experts = assignments.num_experts
+
+    def on_device(experts, first):
+        return tuple(admit(Assignments.of(experts, num_experts), first))
+
+    num_tokens = ops.shape(assignments.experts)[0]
+    experts = _pad(assignments.experts, shards, -1)
+    first = None if first is None else _pad(first, shards, 0)
+    experts, sizes = backend.on_each_device(
+        shards, on_device, (experts, first), (shards.axes, shards.axes)
+    )
+    sizes = ops.sum(ops.reshape(sizes, (-1, num_experts)), axis=0)
+    return Assignments(experts[:num_tokens], sizes)
+
+
+def _pad(tensor, shards, value):
+    """The tensor (T, ...) with padding behind, so that all devices have as many tokens."""
+    missing = -ops.shape(tensor)[0] % shards.number
+    if not missing:
+        return tensor
+    widths = ((0, missing), *[(0, 0)] * (len(tensor.shape) - 1))
+    return ops.pad(tensor, widths, constant_values=value)
+
+
+class Exchange(NamedTuple):
+    """What is the same for every batch.
+
+    - `step`: a `Step`.
+    - `shards`: the `backend.token_shards()`.
+    - `expert_axis`: the mesh axis that splits the first axis of the kernels, or None.
+    """
+
+    step: Any
+    shards: Any
+    expert_axis: Any
+
+
+@backend.compile_once
+def run_sharded(exchange, tokens, weights, kernels, biases, assignments):
+    """What `run_grouped` computes, of tokens and kernels that are spread over a mesh.
+
+    Args:
+        exchange: an `Exchange`.
+        tokens, weights, kernels, biases: as for `run_grouped`; the weights of `Choices` as there.
+        assignments: `Assignments` or `Choices`, whose first axis is as long as that of the weights.
+
+    Returns:
+        (T, `step.output_width`) in the dtype of `tokens`.
+    """
+    step, shards, expert_axis = exchange
+    kind = type(assignments)
+    tokens_cross = expert_axis in shards.axes
+
+    def on_device(tokens, weights, parts, kernels, biases):
+        share = math.ceil(ROOM * math.prod(ops.shape(weights)))
+        num_shards = shards.along(expert_axis) if tokens_cross else 1
+        if kind is Assignments and ROOM * ops.shape(weights)[1] < num_shards:
+            bucket = -(-share // num_shards)
+            (experts,) = parts
+            return run_by_all_to_all(
+                step, tokens, weights, kernels, biases, experts, shards, expert_axis, bucket
+            )
+        if tokens_cross:
+            tokens, weights, *parts = (
+                backend.gather_shards(each, expert_axis) for each in (tokens, weights, *parts)
+            )
+        num_experts = kernels[0].shape[0]
+        place = 0 if expert_axis is None else backend.place_on_axis(expert_axis)
+        groups, weights = kind.sort_part(parts, weights, place * num_experts, num_experts)
+        if expert_axis is None:
+            return run_grouped(step, tokens, weights, kernels, biases, groups)
+        outputs = run_in_passes(step, tokens, weights, kernels, biases, groups, share)
+        add = backend.sum_and_scatter if tokens_cross else backend.sum_over_axis
+        return add(outputs, expert_axis)
+
+    outputs = backend.on_each_device(
+        shards,
+        on_device,
+        (
+            _pad(tokens, shards, 0),
+            _pad(weights, shards, 0),
+            tuple(_pad(each, shards, -1) for each in assignments.parts),
+            kernels,
+            biases,
+        ),
+        (*[shards.axes] * 3, expert_axis, expert_axis),
+    )
+    return outputs[: ops.shape(tokens)[0]]

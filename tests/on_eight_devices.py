@@ -1,0 +1,446 @@
+"""Checks of many devices, run by `test_distribution.py` in a process that has eight of them."""
+
+import argparse
+import pathlib
+import sys
+
+import jax
+import keras
+import numpy as np
+import pytest
+from conftest import assert_close
+
+from keras_moe import layers, losses, routers
+from keras_moe.callbacks import ExpertMonitor
+from keras_moe.distribution import expert_parallel
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+from benchmarks import scaling  # noqa: E402
+from benchmarks.collectives import collectives  # noqa: E402
+from benchmarks.steps import jax_function  # noqa: E402
+
+E, B, S, D, H = 8, 16, 6, 8, 16
+MESHES = {
+    "data_parallel": keras.distribution.DataParallel,
+    "8x1": lambda: expert_parallel(1),
+    "4x2": lambda: expert_parallel(2),
+    "2x4": lambda: expert_parallel(4),
+    "1x8": lambda: expert_parallel(8),
+}
+# A mesh whose axis of experts does not split the batch: what users of `ModelParallel` may have.
+MODEL_AXIS = "model_axis"
+
+
+def distribution_of(name):
+    if name is None:
+        return None
+    if name == MODEL_AXIS:
+        mesh = keras.distribution.DeviceMesh((2, 4), ("batch", "model"))
+        layout_map = keras.distribution.LayoutMap(mesh)
+        layout_map[".*(up|gate|down)_kernel"] = ("model", None, None)
+        layout_map[".*(up|gate|down)_bias"] = ("model", None)
+        return keras.distribution.ModelParallel(layout_map=layout_map)
+    return MESHES[name]()
+
+
+@pytest.fixture(autouse=True)
+def one_device_at_first():
+    yield
+    keras.distribution.set_distribution(None)
+
+
+def on(mesh, function):
+    """What `function()` returns under a distribution, as arrays."""
+    keras.utils.set_random_seed(0)
+    keras.distribution.set_distribution(distribution_of(mesh))
+    try:
+        return keras.tree.map_structure(np.asarray, function())
+    finally:
+        keras.distribution.set_distribution(None)
+
+
+def model_and_data():
+    balanced = routers.TopKRouter(E, score="sigmoid", balancer=routers.LossFreeBias(0.01))
+    model = keras.Sequential(
+        [
+            keras.Input((S,), dtype="int32"),
+            keras.layers.Embedding(50, D, mask_zero=True),
+            layers.MixtureOfExperts(
+                layers.FeedForwardExperts(E, H),
+                router=balanced,
+                shared_expert=keras.layers.Dense(D),
+                name="shared",
+            ),
+            layers.MixtureOfExperts(
+                layers.GatedExperts(E, H),
+                router_losses=["load_balance", "router_z", losses.GlobalLoadBalance()],
+                name="gated",
+            ),
+            keras.layers.GlobalAveragePooling1D(),
+            keras.layers.Dense(3, activation="softmax"),
+        ]
+    )
+    model.compile(
+        keras.optimizers.SGD(0.5, 0.9), "sparse_categorical_crossentropy", metrics=["accuracy"]
+    )
+    random = np.random.default_rng(0)
+    ids = random.integers(1, 50, (10 * B, S)) * (np.arange(S) < random.integers(1, S, (10 * B, 1)))
+    labels = ids[:, 0] % 3
+    return model, ids, labels
+
+
+def trained():
+    """Losses, logs of the monitor, and weights of a model after 20 steps."""
+    model, ids, labels = model_and_data()
+    monitor = ExpertMonitor()
+    fitted = model.fit(
+        ids, labels, batch_size=B, epochs=2, shuffle=False, callbacks=[monitor], verbose=0
+    )
+    logs = fitted.history
+    return {
+        "logs": {name: values for name, values in logs.items() if "second" not in name},
+        "weights": {variable.path: variable.numpy() for variable in model.variables},
+    }
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return on(None, trained)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_fit_gives_what_one_device_gives(one_device, mesh):
+    def compare(path, actual, expected):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5, err_msg=str(path))
+
+    result = on(mesh, trained)
+    assert len(result["weights"]) == len(one_device["weights"])
+    pairs = zip(flat(result), flat(one_device))
+    for (path, actual), (_, expected) in pairs:
+        compare(path, actual, expected)
+    bias = [w for path, w in result["weights"].items() if "selection_bias" in path]
+    assert np.abs(bias).max() > 0.005
+
+
+def test_evaluate_and_predict_give_what_one_device_gives():
+    def evaluated():
+        model, ids, labels = model_and_data()
+        metrics = model.evaluate(ids, labels, batch_size=B, verbose=0)
+        return metrics, model.predict(ids, batch_size=B, verbose=0)
+
+    assert_same(on("2x4", evaluated), on(None, evaluated))
+
+
+def flat(tree):
+    return keras.tree.flatten_with_path(tree)
+
+
+def pass_of(layer, inputs=(B, S, D), training=True):
+    """Output, losses, gradients and counters of one pass of a layer."""
+
+    def function():
+        model = keras.Sequential([keras.Input(inputs[1:]), layer()])
+        x = np.random.default_rng(1).normal(size=inputs).astype("float32")
+        x[..., 0] = 1.0
+
+        def loss(trainable, x, fixed):
+            y, fixed, extra = model.stateless_call(
+                trainable, fixed, x, training=training, return_losses=True
+            )
+            return (y**2).sum() + sum(extra), (y, fixed)
+
+        trainable, fixed = (
+            [variable.value for variable in variables]
+            for variables in (model.trainable_variables, model.non_trainable_variables)
+        )
+        compute = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+        return compute(trainable, placed(x), fixed)
+
+    return function
+
+
+def placed(x):
+    """The batch where the distribution has it."""
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return x
+    return jax.device_put(x, distribution.get_data_layout(x.shape).backend_layout)
+
+
+def assert_same(actual, expected, tolerance=1e-5):
+    for (path, one), (_, other) in zip(flat(actual), flat(expected)):
+        scale = max(1.0, np.max(np.abs(other), initial=0.0))
+        np.testing.assert_allclose(
+            np.asarray(one, "float64"), other, rtol=0, atol=tolerance * scale, err_msg=str(path)
+        )
+
+
+def skewed(*args, **kwargs):
+    """A layer of which one expert, or two neighbours, get all tokens."""
+
+    def kernel(shape, dtype=None):
+        values = np.random.default_rng(2).normal(size=shape) * 0.1
+        values[0] = [0, 0, 0, 9, 8, 0, 0, 0]
+        return keras.ops.convert_to_tensor(values, dtype)
+
+    return layers.MixtureOfExperts(
+        layers.FeedForwardExperts(E, H),
+        router=routers.TopKRouter(E, kernel_initializer=kernel),
+    )
+
+
+def bank_of(bank=None, **kwargs):
+    return lambda: layers.MixtureOfExperts((bank or layers.FeedForwardExperts)(E, H), **kwargs)
+
+
+LAYERS = {
+    "two experts get all tokens": skewed,
+    "quantile": bank_of(router=routers.TopKRouter(E, balancer="quantile")),
+    "sinkhorn": bank_of(router="sinkhorn"),
+    "balanced assignment": bank_of(router="balanced_assignment"),
+    "expert choice": bank_of(router="expert_choice"),
+    "soft": bank_of(router="soft"),
+    "noisy": bank_of(router=routers.NoisyTopKRouter(E, seed=3)),
+    "per sequence": bank_of(capacity_factor=layers.Capacity(0.5, per_sequence=True)),
+    "zero computation": lambda: layers.MixtureOfExperts(
+        layers.ZeroComputationExperts(layers.FeedForwardExperts(E, H), 1, 1, 1)
+    ),
+    "layers": lambda: layers.MixtureOfExperts(
+        layers.LayerExperts([keras.layers.Dense(D) for _ in range(E)])
+    ),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_kind_of_layer_gives_what_it_gives_on_one_device(layer):
+    expected = on(None, pass_of(LAYERS[layer]))
+    assert_same(on("2x4", pass_of(LAYERS[layer])), expected)
+
+
+def test_experts_may_be_split_over_an_axis_that_does_not_split_the_batch():
+    assert_same(on(MODEL_AXIS, pass_of(bank_of())), on(None, pass_of(bank_of())))
+
+
+@pytest.mark.parametrize("mesh", ["data_parallel", "2x4"])
+def test_a_capacity_holds_for_the_tokens_of_each_device(mesh):
+    # Two sequences a device: on one device, sequences twice as long.
+    def layer(**kwargs):
+        return bank_of(capacity_factor=layers.Capacity(0.6, priority="probability", **kwargs))
+
+    result = on(mesh, pass_of(layer()))
+
+    def in_long_sequences():
+        (loss, (y, fixed)), (weights, x) = pass_of(layer(per_sequence=True), (B // 2, 2 * S, D))()
+        return (loss, (y.reshape(B, S, D), fixed)), (weights, x.reshape(B, S, D))
+
+    expected = on(None, in_long_sequences)
+    dropped = [state for state in result[0][1][1] if np.shape(state) == ()]
+    assert max(dropped) > 5
+    assert_same(result, expected)
+
+
+def test_a_batch_that_does_not_divide_is_padded():
+    def called():
+        layer = bank_of(capacity_factor=layers.Capacity(8.0))()
+        layer.build((None, S, D))
+        x = np.random.default_rng(0).normal(size=(3, S, D)).astype("float32")
+        weights = [
+            [variable.value for variable in variables]
+            for variables in (layer.trainable_variables, layer.non_trainable_variables)
+        ]
+        run = jax.jit(lambda *arguments: layer.stateless_call(*arguments, training=True))
+        return run(*weights, x)
+
+    assert_same(on("2x4", called), on(None, called))
+
+
+def test_a_layer_may_be_called_outside_of_a_model():
+    def called():
+        return bank_of(layers.GatedExperts)()(np.ones((3, D), "float32"))
+
+    assert_same(on("2x4", called), on(None, called))
+
+
+def test_half_precision_stays_close():
+    def layer():
+        return layers.MixtureOfExperts(layers.GatedExperts(E, H), dtype="mixed_bfloat16")
+
+    (one, other) = (on(mesh, pass_of(layer))[0][1][0] for mesh in ("1x8", None))
+    assert_close(one.astype("float32"), other.astype("float32"), tolerance=0.02)
+
+
+@pytest.mark.parametrize(("mesh", "shards"), [("4x2", 2), ("2x4", 4), ("1x8", 8)])
+def test_tokens_cross_and_kernels_stay(mesh, shards):
+    tokens, width = 8 * 32, 16
+    keras.distribution.set_distribution(distribution_of(mesh))
+    layer = layers.MixtureOfExperts(layers.GatedExperts(E, 40))
+    layer.build((None, width))
+    x = np.ones((tokens, width), "float32")
+    function, (trainable, x, fixed, weight) = jax_function(layer, x, True, True)
+    found = collectives(
+        function.lower(trainable, placed(x), fixed, placed(weight)).compile().as_text()
+    )
+    of_kernels = [c for c in found if any(shape[-1] == 40 for shape in c.shapes if shape)]
+    # Gradients of kernels are summed over the data axis, and nothing else of them is sent.
+    assert {c.kind for c in of_kernels} <= ({"all-reduce"} if shards < 8 else set())
+    of_tokens = [c for c in found if c.kind in ("all-gather", "reduce-scatter")]
+    group = tokens * shards // 8
+    values = sum(c.bytes for c in of_tokens) / 4
+    top_k = 2
+    # Forward and backward: two gathers and two scatters of (T, D), and of (T, K) one gather of
+    # experts, and of weights a gather and a scatter.
+    assert values <= 4 * group * width + 3 * group * top_k
+    # With more than 1.25 K shards it is less to send each token to K devices: rows and outputs and
+    # the gradients of both, and the expert of each row.
+    first_pass = [c for c in found if "while/body" not in c.operation]
+    sent = sum(c.bytes for c in first_pass if c.kind == "all-to-all") / 4
+    assert sent <= 1.1 * 2.5 * top_k * tokens // 8 * (2 * width + 1)
+    assert (sent > 0, values > 0) == ((False, True) if shards == 2 else (True, False))
+    assert {c.kind for c in found} <= {"all-gather", "reduce-scatter", "all-reduce", "all-to-all"}
+
+
+def saved_model():
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input((S, D)), bank_of(layers.GatedExperts)()])
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    x = np.random.default_rng(0).normal(size=(B, S, D)).astype("float32")
+    model.fit(x, x, batch_size=B, verbose=0)
+    return model
+
+
+def values_of(model):
+    """All that a checkpoint keeps: of what the layer counts, the assignments."""
+    counts = [model.layers[-1].expert_counts]
+    kept = (*model.trainable_variables, *model.optimizer.variables, *counts)
+    return [variable.numpy() for variable in kept]
+
+
+@pytest.mark.parametrize("source", ["1x8", None])
+def test_a_checkpoint_loads_on_every_mesh_bit_for_bit(source, tmp_path):
+    keras.distribution.set_distribution(distribution_of(source))
+    model = saved_model()
+    model.save(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+    expected = values_of(model)
+    for mesh in (None, *MESHES):
+        keras.distribution.set_distribution(distribution_of(mesh))
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        for actual, value in zip(values_of(loaded), expected, strict=True):
+            np.testing.assert_array_equal(actual, value)
+        other = keras.models.clone_model(loaded)
+        other.load_weights(tmp_path / "model.weights.h5")
+        for one, two in zip(loaded.trainable_variables, other.trainable_variables, strict=True):
+            np.testing.assert_array_equal(one.numpy(), two.numpy())
+        kernel = loaded.layers[-1].experts.up_kernel.value
+        shard = kernel.addressable_shards[0].data.shape[0]
+        assert shard == E // (int(mesh[-1]) if mesh and mesh[0].isdigit() else 1)
+
+
+def test_large_kernels_begin_with_the_values_of_one_device():
+    # So large that Keras compiles their initializers, and no device holds all of a kernel.
+    def kernels():
+        bank = layers.FeedForwardExperts(E, 1024, kernel_initializer=initializer)
+        bank.build((None, 1024))
+        return [kernel.value for kernel in (bank.up_kernel, bank.down_kernel)]
+
+    initializer = keras.initializers.GlorotUniform(seed=3)
+    assert_same(on("1x8", kernels), on(None, kernels), tolerance=1e-6)
+
+
+def test_the_products_of_a_device_do_not_grow_with_the_devices():
+    options = argparse.Namespace(
+        features=16, hidden=32, experts=[E], top_k=2, gated=False, activation="gelu"
+    )
+    one = scaling.examine("data", 1, 1024, options)
+    for kind in ("data", "expert"):
+        eight = scaling.examine(kind, 8, 1024, options)
+        assert eight["gflops"] <= 1.2 / 8 * one["gflops"]
+        assert eight["kernels_mb"] == 0
+
+
+def layer_in(distribution, num_experts=E, built_in=None):
+    keras.distribution.set_distribution(built_in)
+    layer = layers.MixtureOfExperts(layers.FeedForwardExperts(num_experts, H))
+    if built_in is not distribution:
+        layer.build((None, D))
+    keras.distribution.set_distribution(distribution)
+    return layer(np.ones((B, D), "float32"))
+
+
+def layout_map(names):
+    return keras.distribution.LayoutMap(keras.distribution.DeviceMesh((2, 4), names))
+
+
+ERRORS = {
+    "experts do not divide the devices": (
+        lambda: expert_parallel(3),
+        "`experts` must divide the number of devices. Received: experts=3, 8 devices. "
+        "Pass a divisor, or `data` to leave devices out.",
+    ),
+    "too few devices": (
+        lambda: expert_parallel(4, data=4),
+        "There must be `data * experts` devices. Received: data=4, experts=4, 8 devices. "
+        "Lower one of them, or pass more `devices`.",
+    ),
+    "no number": (
+        lambda: expert_parallel(0),
+        "`experts` must be a positive integer. Received: experts=0. Pass an integer of at least 1.",
+    ),
+    "axes of another name": (
+        lambda: expert_parallel(layout_map=layout_map(("batch", "model"))),
+        "The device mesh of `layout_map` must begin with the axes 'data' and 'expert'. "
+        "Received: axis_names=('batch', 'model'). Make it of, for example, "
+        "`keras.distribution.DeviceMesh((2, 4), ('data', 'expert'))`.",
+    ),
+    "two meshes": (
+        lambda: expert_parallel(2, layout_map=layout_map(("data", "expert"))),
+        "With a `layout_map` its device mesh sets the number of devices. Received: experts=2, "
+        "data=None, devices=None with a mesh of the shape (2, 4). Leave them out.",
+    ),
+    "no layout map": (
+        lambda: expert_parallel(2, layout_map={}),
+        "`layout_map` must be a `keras.distribution.LayoutMap`. Received: layout_map={} (of type "
+        "dict). Make one of a `keras.distribution.DeviceMesh` with the axes 'data' and 'expert'.",
+    ),
+    "experts of the bank do not divide": (
+        lambda: layer_in(distribution := expert_parallel(4), 6, distribution),
+        "The expert axis of the mesh must divide the number of experts of a bank. Received: "
+        "'mixture_of_experts/feed_forward_experts/up_kernel' of shape (6, 8, 16), and an axis "
+        "'expert' of 4 devices. Change the number of experts, or that of devices: "
+        "`expert_parallel(experts=...)`.",
+    ),
+    "built before": (
+        lambda: layer_in(expert_parallel(4)),
+        "The distribution must be set before a layer is built: it decides where weights are. "
+        "Received: 'mixture_of_experts/feed_forward_experts/down_kernel', made before. Call "
+        "`keras.distribution.set_distribution(...)` first, then make the model or load it.",
+    ),
+    "built under another": (
+        lambda: layer_in(expert_parallel(4), built_in=expert_parallel(2)),
+        "The distribution must be set before a layer is built: it decides where weights are. "
+        "Received: 'mixture_of_experts/feed_forward_experts/down_kernel', made under another one. "
+        "Call `keras.distribution.set_distribution(...)` first, then make the model or load it.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_a_wrong_setting_is_one_error(case):
+    keras.backend.clear_session()
+    function, message = ERRORS[case]
+    with pytest.raises((ValueError, TypeError)) as error:
+        function()
+    # Keras adds where it was called, and with what.
+    assert message in str(error.value)
+
+
+def test_another_layout_is_combined_with_that_of_the_banks():
+    mine = layout_map(("data", "expert"))
+    mine[".*dense.*kernel"] = (None, "expert")
+    keras.distribution.set_distribution(expert_parallel(layout_map=mine))
+    model = keras.Sequential([keras.Input((D,)), keras.layers.Dense(D), bank_of()()])
+    assert model.layers[0].kernel.value.addressable_shards[0].data.shape == (D, D // 4)
+    assert model.layers[1].experts.up_kernel.value.addressable_shards[0].data.shape == (2, D, H)
+    model.compile("sgd", "mse")
+    x = np.ones((B, D), "float32")
+    model.fit(x, x, batch_size=B, verbose=0)

@@ -1,0 +1,70 @@
+"""Many devices and processes, each check in processes of its own; and what other backends say."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from keras_moe.distribution import expert_parallel
+
+BACKEND = keras.backend.backend()
+# Compiling takes most of the time, so it is done in a hurry.
+XLA_FLAGS = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true"
+)
+PROCESSES = pathlib.Path(__file__).with_name("two_processes.py")
+CHECKS = pathlib.Path(__file__).with_name("on_eight_devices.py")
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="Keras splits weights on JAX only")
+def test_eight_devices_give_what_one_gives():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", str(CHECKS), "-p", "no:cacheprovider", "-q"],
+        env={**os.environ, "XLA_FLAGS": XLA_FLAGS},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="Keras splits weights on JAX only")
+def test_two_processes_give_what_one_gives():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = [start(0, 0), start(port, 0), start(port, 1)]
+    outputs = [process.communicate(timeout=300) for process in running]
+    for process, (_, errors) in zip(running, outputs):
+        assert process.returncode == 0, errors[-2000:]
+    alone, *two = (json.loads(output.splitlines()[-1]) for output, _ in outputs)
+    for result in two:
+        np.testing.assert_allclose(result["loss"], alone["loss"], rtol=1e-5)
+        for actual, expected in zip(result["state"], alone["state"], strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def start(port, number):
+    arguments = [sys.executable, str(PROCESSES), str(port), str(number)]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="JAX can")
+def test_other_backends_are_told_what_to_use():
+    other = {
+        "tensorflow": "`tf.distribute.MirroredStrategy`",
+        "torch": "`torch.nn.parallel.DistributedDataParallel`",
+    }[BACKEND]
+    with pytest.raises(ValueError) as error:
+        expert_parallel(4)
+    assert str(error.value) == (
+        "`expert_parallel` needs the distribution of Keras, which splits weights on JAX only. "
+        f"Received: keras.backend.backend()={BACKEND!r}. Set KERAS_BACKEND=jax; on {BACKEND} for "
+        f"data parallelism use {other}."
+    )
