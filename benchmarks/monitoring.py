@@ -55,7 +55,7 @@ def _parser():
 
 
 class _Blind(layers.MixtureOfExperts):
-    def _count(self, routing, loss_values):
+    def _count(self, routing, loss_values, training):
         pass
 
 

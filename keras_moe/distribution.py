@@ -1,7 +1,8 @@
-"""Experts on many devices: expert parallelism for `keras.distribution`, on JAX."""
+"""Experts on many devices: expert parallelism for `keras.distribution`."""
 
 import keras
 
+from keras_moe import backend
 from keras_moe.validation import check_positive_integer
 
 AXES = ("data", "expert")
@@ -11,16 +12,19 @@ _KERNELS = r"(.*/)?(up|gate|down)_kernel"
 _BIASES = r"(.*/)?(up|gate|down)_bias"
 
 
-def expert_parallel(experts=None, data=None, devices=None, layout_map=None):
+def expert_parallel(experts=None, data=None, devices=None, layout_map=None, process_group=None):
     """A distribution that splits tokens over all devices, and experts over some of them.
 
-    The devices form a grid of `data` by `experts`. Each holds the kernels of every bank for
+    On JAX the devices form a grid of `data` by `experts`. Each holds the kernels of every bank for
     E / `experts` of its E experts, and its share of each batch. Tokens travel to the devices of
     their experts, within a row of the grid, and back: see `docs/scaling.md`.
 
     Set it before the model is made: `keras.distribution.set_distribution(...)`. `fit`, `evaluate`,
     `predict`, `save` and loading work as on one device, and give the same numbers. The size of a
     batch must be a multiple of `data * experts`.
+
+    On PyTorch the processes of `torch.distributed` take the place of devices. All of them share the
+    experts of every bank, and each runs a training loop of yours: see `docs/replicas.md`.
 
     Args:
         experts: devices that share the experts of a bank. It divides the number of experts of each.
@@ -30,22 +34,39 @@ def expert_parallel(experts=None, data=None, devices=None, layout_map=None):
             the axes "data" and "expert"; `experts`, `data` and `devices` are those of the mesh
             then. It gains the layouts of the banks. None: all other weights are whole on every
             device.
+        process_group: on PyTorch, the group of all processes that tokens on their way to experts
+            use; None makes a new one. `data`, `devices` and `layout_map` are for JAX alone.
 
     Returns:
-        An `ExpertParallel`, which is a `keras.distribution.ModelParallel`.
+        On JAX an `ExpertParallel`, which is a `keras.distribution.ModelParallel`. On PyTorch an
+        object with a method `data_parallel(model)`, for `DistributedDataParallel` of all but the
+        experts. Both go to `keras.distribution.set_distribution`.
 
     Raises:
-        ValueError: If the backend is not JAX, numbers and devices do not fit, or the axes of the
-            mesh are others.
+        ValueError: If numbers and devices do not fit, the axes of the mesh are others, there are
+            no processes on PyTorch, an argument is for the other backend, or on TensorFlow.
 
     Example:
 
-    >>> distribution = keras_moe.distribution.expert_parallel(experts=4)
-    >>> keras.distribution.set_distribution(distribution)
+    >>> if keras.backend.backend() == "jax":
+    ...     devices = keras.distribution.list_devices()
+    ...     distribution = keras_moe.distribution.expert_parallel(experts=len(devices))
+    ...     keras.distribution.set_distribution(distribution)
+    ...     keras.distribution.set_distribution(None)  # one device again
 
     Reference: Lepikhin et al. 2020, GShard (arXiv:2006.16668), section 3.
     """
-    _check_backend()
+    name = keras.backend.backend()
+    if name == "tensorflow":
+        raise ValueError(
+            "`expert_parallel` needs JAX or PyTorch, as Keras splits no weights on TensorFlow. "
+            "Received: keras.backend.backend()='tensorflow'. Set KERAS_BACKEND=jax, or train all "
+            "experts on each device under `tf.distribute.MirroredStrategy`."
+        )
+    if name == "torch":
+        _check_unused(name, data=data, devices=devices, layout_map=layout_map)
+        return backend.split_experts(experts, process_group)
+    _check_unused(name, process_group=process_group)
     if layout_map is None:
         layout_map = keras.distribution.LayoutMap(_mesh(experts, data, devices))
     else:
@@ -98,19 +119,13 @@ class ExpertParallel(keras.distribution.ModelParallel):
         return layout
 
 
-_ELSEWHERE = {
-    "tensorflow": "for data parallelism use `tf.distribute.MirroredStrategy`",
-    "torch": "for data parallelism use `torch.nn.parallel.DistributedDataParallel`",
-}
-
-
-def _check_backend():
-    backend = keras.backend.backend()
-    if backend != "jax":
+def _check_unused(name, **arguments):
+    given = [argument for argument, value in arguments.items() if value is not None]
+    if given:
+        unused = " or ".join(f"`{argument}`" for argument in arguments)
         raise ValueError(
-            "`expert_parallel` needs the distribution of Keras, which splits weights on JAX only. "
-            f"Received: keras.backend.backend()={backend!r}. Set KERAS_BACKEND=jax; on {backend} "
-            f"{_ELSEWHERE[backend]}."
+            f"On {name} `expert_parallel` takes no {unused}. "
+            f"Received: {', '.join(f'{each}={arguments[each]!r}' for each in given)}. Leave it out."
         )
 
 

@@ -18,7 +18,7 @@ import torch  # noqa: E402
 from replicas_models import EXPERTS, X, every_layer, global_layers, model_of  # noqa: E402
 
 from keras_moe import callbacks, layers, losses, routers  # noqa: E402
-from keras_moe.backend.torch_experts import expert_parallel  # noqa: E402
+from keras_moe.distribution import expert_parallel  # noqa: E402
 
 
 def idle_layers():

@@ -55,16 +55,23 @@ def start(port, number):
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.skipif(BACKEND == "jax", reason="JAX can")
-def test_other_backends_are_told_what_to_use():
-    other = {
-        "tensorflow": "`tf.distribute.MirroredStrategy`",
-        "torch": "`torch.nn.parallel.DistributedDataParallel`",
-    }[BACKEND]
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the others can")
+def test_tensorflow_is_told_what_to_use():
     with pytest.raises(ValueError) as error:
         expert_parallel(4)
     assert str(error.value) == (
-        "`expert_parallel` needs the distribution of Keras, which splits weights on JAX only. "
-        f"Received: keras.backend.backend()={BACKEND!r}. Set KERAS_BACKEND=jax; on {BACKEND} for "
-        f"data parallelism use {other}."
+        "`expert_parallel` needs JAX or PyTorch, as Keras splits no weights on TensorFlow. "
+        "Received: keras.backend.backend()='tensorflow'. Set KERAS_BACKEND=jax, or train all "
+        "experts on each device under `tf.distribute.MirroredStrategy`."
     )
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="takes no argument at all")
+def test_arguments_of_the_other_backend_are_an_error():
+    wrong, names = {
+        "jax": ({"process_group": 1}, "`process_group`. Received: process_group=1"),
+        "torch": ({"data": 2}, "`data` or `devices` or `layout_map`. Received: data=2"),
+    }[BACKEND]
+    with pytest.raises(ValueError) as error:
+        expert_parallel(1, **wrong)
+    assert str(error.value) == (f"On {BACKEND} `expert_parallel` takes no {names}. Leave it out.")

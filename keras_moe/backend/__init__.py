@@ -27,6 +27,7 @@ Each for some engines of `ops.grouped` only:
 And where several replicas or processes train one model; a backend without them has one:
 
 - `expert_processes()`: the processes that share experts, None where each process has all.
+- `split_experts(number, process_group)`: makes them.
 - `num_replicas()`: how many data-parallel replicas run this code, an integer.
 - `gather_over_replicas(values)`: the rows that all data-parallel replicas have.
 - `sum_of_counts(values)`: a list of what is added to counters, summed unless reading them sums.
@@ -103,6 +104,7 @@ stack_gradients = _primitive("stack_gradients")
 unstack_sizes = _primitive("unstack_sizes")
 
 expert_processes: Any = getattr(_processes, "expert_processes", lambda: None)
+split_experts = _primitive("split_experts", _processes)
 gather_over_replicas: Any = getattr(_module, "gather_over_replicas", lambda values: values)
 num_replicas: Any = getattr(_module, "num_replicas", lambda: 1)
 separate_losses: Any = getattr(_module, "separate_losses", lambda layer: None)

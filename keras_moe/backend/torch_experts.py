@@ -7,7 +7,7 @@ import torch
 class ExpertParallel:
     """Each process holds an equal share of the experts of every bank, and its share of a batch.
 
-    Made by `expert_parallel`.
+    Made by `split_experts`.
 
     Args:
         process_group: group of all processes.
@@ -112,7 +112,7 @@ class _MeanGradient(torch.autograd.Function):
         return gradient / ctx.number, None
 
 
-def expert_parallel(experts=None, process_group=None):
+def split_experts(experts, process_group):
     """Experts split over all processes, for `keras.distribution.set_distribution`.
 
     Args:
