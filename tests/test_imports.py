@@ -17,6 +17,7 @@ FRAMEWORKS = {"tensorflow", "jax", "jaxlib", "torch", "tensorflow_probability", 
 
 # A part imports from parts of a lower number only; a part that is not named stands on top.
 LEVELS = {
+    "keras_internals": -1,
     "backend": 0,
     "initializers": 0,
     "parameters": 0,
@@ -104,3 +105,9 @@ def test_a_part_imports_from_lower_parts_only(path):
     own = [name.split(".")[1] for name in imports(path) if name.startswith("keras_moe.")]
     for other in set(own) - {part}:
         assert LEVELS.get(other, TOP) < LEVELS.get(part, TOP), f"{part} imports {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_private_names_of_keras_are_in_one_file_only(path):
+    private = "keras.src" in path.read_text()
+    assert private == (part_of(path) == "keras_internals")

@@ -3,11 +3,12 @@
 import contextlib
 import threading
 
-import keras
 import tensorflow as tf
 
 # No public name leads to these operations; Keras imports them from here as well.
 from tensorflow.compiler.tf2xla.python import xla
+
+from keras_moe.keras_internals import current_model
 
 
 def compiles_static_shapes():
@@ -239,8 +240,8 @@ def _other_losses_kept():
 
     Other replicas are traced inside of the context, with the same lists.
     """
-    call = keras.src.backend.common.global_state.get_global_attribute("current_call_ctx")
-    layers = () if call is None else call.entry_layer._flatten_layers()
+    model = current_model()
+    layers = () if model is None else model._flatten_layers()
     lists = [(layer._losses, layer._losses[:]) for layer in layers]
     yield
     for losses, of_replica in lists:

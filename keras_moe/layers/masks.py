@@ -1,6 +1,6 @@
 """Where the mask of a tensor is."""
 
-import keras
+from keras_moe.keras_internals import get_keras_mask
 
 
 def mask_of(inputs, mask):
@@ -9,4 +9,4 @@ def mask_of(inputs, mask):
     Keras hands the latter over by itself only where the inputs are the only tensor of a call. On
     JAX it keeps the masks of traced tensors apart from them, so its own function has to look.
     """
-    return keras.src.backend.get_keras_mask(inputs) if mask is None else mask
+    return get_keras_mask(inputs) if mask is None else mask
