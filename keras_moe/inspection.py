@@ -83,7 +83,7 @@ def describe(model):
         List of one `LayerDescription` for each MoE layer, in the order of the model.
 
     Raises:
-        ValueError: If the model has no MoE layer.
+        ValueError: If the model has no MoE layer, or one that is not built.
 
     Example:
 
@@ -98,6 +98,13 @@ def describe(model):
     """
     platform = named_platform() or backend.current_platform()
     static_shapes = backend.compiles_static_shapes() or _is_compiled_by_xla(model)
+    layers = moe_layers(model)
+    unbuilt = [name for name, layer in layers.items() if not layer.built]
+    if unbuilt:
+        raise ValueError(
+            "The model must be built: the engine depends on the sizes of its weights. Received: "
+            f"model {model.name!r} whose layers {unbuilt} are not. Call it on some data first."
+        )
     return [
         LayerDescription(
             name=name,
@@ -107,7 +114,7 @@ def describe(model):
             platform=platform,
             engine=layer.experts.engine_on(platform, static_shapes),
         )
-        for name, layer in moe_layers(model).items()
+        for name, layer in layers.items()
     ]
 
 

@@ -234,6 +234,12 @@ def test_users_can_read_the_engine():
     assert inspection.describe(model)[0].platform == "cpu"
 
 
+def test_the_engine_of_a_layer_that_is_not_built_is_not_known():
+    model = keras.Sequential([moe(name="moe")])
+    with pytest.raises(ValueError, match=r"whose layers \['moe'\] are not. Call it on some data"):
+        inspection.describe(model)
+
+
 def test_a_platform_is_one_of_three():
     with pytest.raises(ValueError, match="`name` must be one of 'cpu', 'gpu', 'tpu'. Received"):
         with ops.platform("cuda"):

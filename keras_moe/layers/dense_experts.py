@@ -128,7 +128,7 @@ class DenseExperts(ExpertBank):
         return tuple(tokens_shape)
 
     def engine_on(self, platform, static_shapes):
-        shapes = [kernel.shape for kernel in self._stacked("kernel")]
+        shapes = [getattr(self, f"{name}_kernel").shape for name in (*self.up_names, "down")]
         widths = (shapes[0][1], *(shape[2] for shape in shapes))
         setting = Setting(platform, static_shapes, self.compute_dtype, widths)
         return engines.name_of(engines.choose(setting))
