@@ -21,7 +21,7 @@ runs. All numbers are read from the compiler's final program.
   at the device, for the condition of a loop or of a branch, adds 10 us.
 - dynamic_loops: loops in the program whose number of trips depends on data. Of these one trip is
   counted, so with any of them work and bound are too low by far, and there is no ratio. Other loops
-  count with all their trips, and of a branch the dearest side.
+  count with all their trips, and of a branch the most expensive side.
 - host_waits: how often the host must look at the device, GPU only.
 - kernels: instructions that run, but for asynchronous copies.
 - scratch_mb, scratch_ratio: memory for what is neither an argument nor a result.

@@ -75,7 +75,7 @@ def sharding(name):
 
 
 def _prepare():
-    """Keep compilers from looking for a device, and from locking out each other."""
+    """Keep compilers from looking for a device, and from locking each other out."""
     import jax
 
     # The CUDA plugin refuses to load where no driver is, unless JAX runs on the CPU.

@@ -58,7 +58,8 @@ class LayerDescription(NamedTuple):
     - `platform`: "cpu", "gpu" or "tpu".
     - `engine`: "rows" (kernels for all rows at once), "padded" (one batched product over padded
       tiles), "tiles" (a loop over tiles of rows) or "slices" (groups of their exact sizes); for
-      experts that are Keras layers "vectorized", "scan" or "slices".
+      experts that are Keras layers "vectorized" (all tiles at once, each with a copy of its
+      weights), "scan" (one tile after another) or "slices".
     """
 
     name: str

@@ -15,7 +15,7 @@ from keras_moe.ops.grouped.tile_sizes import tile_sizes
 T, D, H, E, K = 13, 4, 6, 3, 2
 
 
-def network(activation, dtype="float32", stored_dtype=None, biases=2):
+def network(activation, dtype="float32", stored_dtype=None, biases=2, widths=(D, H)):
     """The sum of the squared outputs, as a function of tokens, kernels and biases, and those.
 
     All have the `dtype`, unless another one is given for kernels and biases.
@@ -32,7 +32,8 @@ def network(activation, dtype="float32", stored_dtype=None, biases=2):
         )
         return ops.sum(ops.square(ops.cast(outputs, "float32")))
 
-    shapes = [(T, D), (E, D, H), (E, H, D), (E, H), (E, D)]
+    features, hidden = widths
+    shapes = [(T, features), (E, *widths), (E, hidden, features), (E, hidden), (E, features)]
     inputs = [generator.standard_normal(shape).astype("float32") for shape in shapes]
     return function, inputs[: 3 + biases]
 

@@ -93,7 +93,10 @@ class LayerExperts(ExpertBank):
         if not self._are_alike:
             return None
         first = self.layers[0]
-        of_experts = zip(*(map(ops.convert_to_tensor, layer.variables) for layer in self.layers))
+
+        def weights():
+            of_experts = zip(*(map(ops.convert_to_tensor, each.variables) for each in self.layers))
+            return list(map(ops.stack, of_experts))
 
         def function(weights, rows):
             mapping = zip(first.variables, weights)
@@ -102,7 +105,7 @@ class LayerExperts(ExpertBank):
             losses = [ops.cast(loss, "float32") for loss in scope.losses]
             return output, sum(losses, ops.zeros((), "float32"))
 
-        return Alike(function, list(map(ops.stack, of_experts)))
+        return Alike(function, weights)
 
     def engine_on(self, platform, static_shapes):
         return engine_of(self._are_alike, platform, static_shapes)

@@ -34,6 +34,9 @@ def accepted_arguments(layer, names):
     return [name for name in names if name in accepted]
 
 
+_FUNCTIONS = ("activation", "recurrent_activation", "function")
+
+
 def are_alike(layers):
     """Whether built layers compute the same function, but for the values of their weights.
 
@@ -45,12 +48,19 @@ def are_alike(layers):
 
 
 def _kind(layer):
+    """What a layer computes; two layers are never of one kind if that cannot be told."""
+    parts = list(layer._flatten_layers())
+    if any(type(part).__module__.partition(".")[0] != "keras" for part in parts):
+        return id(layer)  # the configuration of other people's layers need not tell everything
     try:
         config = keras.saving.serialize_keras_object(layer)
     except (NotImplementedError, TypeError, ValueError):
-        return id(layer)  # it does not tell what it is, so it is like no other
+        return id(layer)
     weights = [(variable.shape, variable.dtype) for variable in layer.variables]
-    return repr((type(layer), _without_names(config), weights))
+    # A configuration names functions, and different ones may have one name.
+    functions = [[id(vars(part).get(name)) for name in _FUNCTIONS] for part in parts]
+    dtypes = [part.dtype_policy.name for part in parts]
+    return repr((type(layer), _without_names(config), weights, functions, dtypes))
 
 
 def _without_names(config):

@@ -3,6 +3,7 @@
 from keras_moe import backend
 from keras_moe.ops.assignments import Assignments, Choices
 from keras_moe.ops.grouped import feed_forward_step, run_grouped
+from keras_moe.ops.platforms import named_platform
 from keras_moe.ops.sharded import Exchange, run_sharded
 
 
@@ -43,6 +44,6 @@ def grouped_feed_forward(
         )
     step = feed_forward_step(activation, tuple(kernel.shape[-1] for kernel in kernels))
     if isinstance(groups, (Assignments, Choices)):
-        exchange = Exchange(step, backend.token_shards(), expert_axis)
+        exchange = Exchange(step, backend.token_shards(), expert_axis, named_platform())
         return run_sharded(exchange, tokens, weights, kernels, list(biases), groups)
     return run_grouped(step, tokens, weights, kernels, biases, groups)

@@ -16,7 +16,8 @@ def grouped_matmul(rows, kernels, group_sizes):
     Args:
         rows: (N, D) float tensor.
         kernels: (E, D, H) float tensor, converted to the dtype of the rows.
-        group_sizes: (E,) integer tensor, sum at most N. Need not be known at compile time.
+        group_sizes: (E,) integer tensor, none negative. Need not be known at compile time. What
+            they count beyond N is left out.
 
     Returns:
         (N, H), in the dtype of `rows`. Products and sums are those of float32 at most, as all of
@@ -40,7 +41,10 @@ def grouped_matmul(rows, kernels, group_sizes):
 
     num_rows = ops.shape(rows)[0]
     row_numbers = ops.arange(num_rows, dtype="int32")
-    computed = row_numbers < ops.sum(group_sizes)
+    # Kernels of accelerators would read and write past the last row.
+    ends = ops.minimum(ops.cumsum(group_sizes), num_rows)
+    group_sizes = ends - ops.pad(ends[:-1], (1, 0))
+    computed = row_numbers < ends[-1]
     groups = Groups(
         sizes=group_sizes,
         assignment_of_row=row_numbers,

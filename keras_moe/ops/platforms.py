@@ -21,7 +21,8 @@ def platform(name):
     so a SavedModel with XLA functions that is exported on a CPU for a GPU is exported inside
     this context.
 
-    It holds for what is traced inside. A function that was traced before is not traced again.
+    It holds for what is traced inside. A function that was traced before is not traced again. What
+    is traced must be compiled for that platform, or for a CPU, which interprets it slowly.
 
     Args:
         name: "cpu", "gpu" or "tpu".

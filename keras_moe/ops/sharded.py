@@ -31,7 +31,7 @@ from keras_moe.ops.passes import run_in_passes
 
 # Rows that the buffers of a device hold, as a multiple of a mean device's: a load that is a quarter
 # above the mean takes one pass.
-ROOM = 1.25
+BUFFER_FACTOR = 1.25
 
 
 def splits_evenly(shards, assignments, sequence_length):
@@ -79,11 +79,13 @@ class Exchange(NamedTuple):
     - `step`: a `Step`.
     - `shards`: the `backend.token_shards()`.
     - `expert_axis`: the mesh axis that splits the first axis of the kernels, or None.
+    - `platform`: what an enclosing `ops.platform` names, or None.
     """
 
     step: Any
     shards: Any
     expert_axis: Any
+    platform: Any
 
 
 @backend.compile_once
@@ -98,14 +100,14 @@ def run_sharded(exchange, tokens, weights, kernels, biases, assignments):
     Returns:
         (T, `step.output_width`) in the dtype of `tokens`.
     """
-    step, shards, expert_axis = exchange
+    step, shards, expert_axis, _ = exchange  # the platform is for the cache of `compile_once`
     kind = type(assignments)
     tokens_cross = expert_axis in shards.axes
 
     def on_device(tokens, weights, parts, kernels, biases):
-        share = math.ceil(ROOM * math.prod(ops.shape(weights)))
+        share = math.ceil(BUFFER_FACTOR * math.prod(ops.shape(weights)))
         num_shards = shards.along(expert_axis) if tokens_cross else 1
-        if kind is Assignments and ROOM * ops.shape(weights)[1] < num_shards:
+        if kind is Assignments and BUFFER_FACTOR * ops.shape(weights)[1] < num_shards:
             bucket = -(-share // num_shards)
             (experts,) = parts
             return run_by_all_to_all(

@@ -11,10 +11,16 @@ import importlib.util
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import ad, mlir
 
-from keras_moe.backend.jax_kernels.elementwise import apply_in_kernel, runs_in_kernels
+from keras_moe.backend.jax_kernels.elementwise import (
+    apply_in_kernel,
+    num_outputs,
+    runs_in_kernels,
+    unchanged,
+)
 
 _DTYPES = {"tpu": ("bfloat16", "float32"), "gpu": ("bfloat16", "float16", "float32")}
 
@@ -51,8 +57,8 @@ def grouped_products(platform, rows, kernels, biases, sizes, then, extras=(), tr
         platform=platform,
         num_kernels=len(kernels),
         num_biases=len(biases),
-        finish=finish,
-        num_outputs=_num_outputs(finish, num_inputs) if finish else len(kernels),
+        finish=finish or unchanged,
+        num_outputs=num_outputs(finish, num_inputs) if finish else len(kernels),
         transposed=transposed,
     )
     return tuple(products) if finish else then(*products, *extras)
@@ -109,26 +115,31 @@ def _bind(primitive, operands, **parameters):
     return run(*operands)
 
 
-def _primitive(name, shapes, implementation):
+def _primitive(name, shapes, implementation, reference):
     """A primitive that a program lowers to `implementation`, for the platform it is lowered for."""
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_abstract_eval(shapes)
-    primitive.def_impl(
-        lambda *operands, **parameters: jax.jit(
-            lambda *operands: primitive.bind(*operands, **parameters)
-        )(*operands)
-    )
+    primitive.def_impl(functools.partial(_compile_and_run, primitive))
+    ad.primitive_jvps[primitive] = functools.partial(_differentiate_again, reference)
 
     def lower(lowered_for, context, *operands, platform, **parameters):
-        if lowered_for == "cpu":
+        if context.avals_in[0].shape[0] == 0:  # Without rows there is no tile to compute.
+            rule = functools.partial(_zeros, shapes)
+        elif lowered_for == "cpu":
             rule = functools.partial(implementation, platform=platform, interpret=True)
         elif lowered_for == platform:
             rule = functools.partial(implementation, platform=platform, interpret=False)
-        else:
+        elif len(context.module_context.platforms) > 1:
             # A program for several platforms lowers each branch for all of them, though it runs on
             # its own only.
             rule = functools.partial(_zeros, shapes)
+        else:
+            raise NotImplementedError(
+                f"A program that is traced for {platform!r} must be compiled for it, or for a CPU, "
+                f"which interprets it. Received: a program that is compiled for {lowered_for!r}. "
+                "Leave out `keras_moe.ops.platform`, or name the platform that it runs on."
+            )
         lowering = mlir.lower_fun(rule, multiple_results=True)
         return lowering(context, *operands, **parameters)
 
@@ -137,6 +148,24 @@ def _primitive(name, shapes, implementation):
         rule = functools.partial(lower, lowered_for)
         mlir.register_lowering(primitive, rule, platform=platform)
     return functools.partial(_bind, primitive)
+
+
+def _compile_and_run(primitive, *operands, **parameters):
+    with jax.disable_jit(False):
+        return jax.jit(functools.partial(primitive.bind, **parameters))(*operands)
+
+
+def _differentiate_again(reference, operands, tangents, *, platform, **parameters):
+    """Second derivatives, for which there are no kernels."""
+    tangents = map(_as_array, operands, tangents)
+    return jax.jvp(functools.partial(reference, **parameters), tuple(operands), tuple(tangents))
+
+
+def _as_array(operand, tangent):
+    if not isinstance(tangent, ad.Zero):
+        return tangent
+    is_whole = jnp.issubdtype(operand.dtype, jnp.integer)
+    return np.zeros(operand.shape, jax.dtypes.float0 if is_whole else operand.dtype)
 
 
 def _zeros(shapes, *operands, **parameters):
@@ -177,8 +206,46 @@ def _gradients(right, sizes, *lefts, platform, remake, **parameters):
     return [kernel] if bias is None else [kernel, bias.astype(kernel.dtype)]
 
 
-_bind_products = _primitive("grouped_products", _shapes_of_products, _products)
-_bind_gradients = _primitive("grouped_kernel_gradients", _shapes_of_gradients, _gradients)
+def _products_by_xla(rows, sizes, *others, num_kernels, num_biases, finish, transposed, **_):
+    kernels, others = others[:num_kernels], others[num_kernels:]
+    biases, extras = others[:num_biases], others[num_biases:]
+    products = [
+        jax.lax.ragged_dot(
+            rows,
+            (kernel.mT if transposed else kernel).astype(rows.dtype),
+            sizes,
+            preferred_element_type=jnp.float32,
+        )
+        for kernel in kernels
+    ]
+    if biases:
+        of_expert = _one_hot(rows, sizes)
+        products = [product + of_expert @ bias for product, bias in zip(products, biases)]
+    outputs = finish(*products, *(extra.astype(jnp.float32) for extra in extras))
+    return [output.astype(rows.dtype) for output in outputs]
+
+
+def _gradients_by_xla(right, sizes, *lefts, dtype, with_bias, remake):
+    factors = [left.astype(jnp.float32) for left in lefts]
+    left = factors[0] if remake is None else remake(*factors)
+    of_expert, right = _one_hot(right, sizes), right.astype(jnp.float32)
+    gradients = [jnp.einsum("re,rd,rh->edh", of_expert, left, right)]
+    if with_bias:
+        gradients.append(of_expert.T @ right)
+    return [gradient.astype(dtype) for gradient in gradients]
+
+
+def _one_hot(rows, sizes):
+    """(R, E) float32, zeros for rows behind the last group."""
+    ends = jnp.cumsum(sizes)
+    number = jnp.arange(rows.shape[0])[:, None]
+    return ((number >= ends - sizes) & (number < ends)).astype(jnp.float32)
+
+
+_bind_products = _primitive("grouped_products", _shapes_of_products, _products, _products_by_xla)
+_bind_gradients = _primitive(
+    "grouped_kernel_gradients", _shapes_of_gradients, _gradients, _gradients_by_xla
+)
 
 
 def _kernels_of(platform):
@@ -187,9 +254,10 @@ def _kernels_of(platform):
 
 @functools.cache
 def _has_triton():
-    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
-
-
-def _num_outputs(function, num_inputs):
-    tile = jax.ShapeDtypeStruct((8, 128), jnp.float32)
-    return len(jax.eval_shape(function, *[tile] * num_inputs))
+    """Whether JAX has Triton, and no GPU of this process is older than Triton takes (sm80)."""
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return False
+    gpus = [device for device in jax.devices() if device.platform == "gpu"]
+    capabilities = [getattr(device, "compute_capability", "") for device in gpus]
+    # AMD tells names, not numbers.
+    return all(float(each) >= 8.0 for each in capabilities if each.replace(".", "").isdigit())

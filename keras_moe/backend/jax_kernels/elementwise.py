@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Literal
 
 # What the compilers of Pallas for TPUs (Mosaic) and for GPUs (Triton) both take in float32.
@@ -34,6 +35,16 @@ def runs_in_kernels(function, num_inputs):
 def apply_in_kernel(function, *tiles):
     """`function(*tiles)` inside a kernel, with what its compiler lacks made of what it has."""
     return _evaluate(jax.make_jaxpr(function)(*tiles), tiles)
+
+
+def num_outputs(function, num_inputs):
+    """How many tiles a function of tiles returns."""
+    return len(jax.eval_shape(function, *[_TILE] * num_inputs))
+
+
+def unchanged(*tiles):
+    """The tiles themselves."""
+    return tiles
 
 
 def _is_taken(traced):
@@ -75,7 +86,7 @@ def _evaluate(traced, inputs):
 
 def _as_number(constant):
     # Kernels take no arrays from outside, but numbers.
-    return constant.item()
+    return np.asarray(constant)[()]
 
 
 def _erf(x):

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from keras_moe.backend.jax_kernels.elementwise import num_outputs, unchanged
 from keras_moe.backend.jax_kernels.tpu_tiles import gradient_tiles, product_tiles, this_chip
 from keras_moe.backend.jax_kernels.tpu_visits import (
     begins_group,
@@ -26,16 +27,6 @@ from keras_moe.backend.jax_kernels.tpu_visits import (
     for_each_strip,
     plan_visits,
     rows_of_visit,
-)
-
-# What `finish` may be built of: each of these was compiled for v5e and v6e. Mosaic lacks `copy`,
-# `erfc` and `expm1`, and compiles `sign` only in a process that has a TPU.
-ELEMENTWISE = frozenset(
-    """
-    abs add add_any and atan2 broadcast_in_dim ceil clamp convert_element_type cos div eq erf
-    erf_inv exp exp2 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg
-    nextafter not or pow rem round rsqrt select_n sin sqrt square stop_gradient sub tan tanh xor
-    """.split()
 )
 
 
@@ -65,18 +56,18 @@ def grouped_products(
         A tuple of arrays (R, H) in the dtype of the rows, one for each tile that `finish` returns.
         Rows behind the last group may be anything.
     """
-    finish = finish or _products_themselves
+    finish = finish or unchanged
     kernels = [_readable(kernel, rows.dtype) for kernel in kernels]
     biases = [_readable(bias, jnp.float32)[:, None, :] for bias in biases]
     (num_rows, depth), columns = rows.shape, kernels[0].shape[1 if transposed else 2]
-    num_outputs = _num_outputs(finish, len(kernels) + len(extras))
+    num_results = num_outputs(finish, len(kernels) + len(extras))
     chip = this_chip()
     tiles = product_tiles(
         (num_rows, depth, columns),
         rows.dtype.itemsize,
         kernels[0].dtype.itemsize,
         num_kernels=len(kernels),
-        num_planes=len(extras) + num_outputs,
+        num_planes=len(extras) + num_results,
         num_groups=sizes.shape[0],
         chip=chip,
     )
@@ -102,7 +93,7 @@ def grouped_products(
             depth=depth,
             transposed=transposed,
             finish=finish,
-            counts=(len(kernels), len(biases), len(extras), num_outputs, len(copies)),
+            counts=(len(kernels), len(biases), len(extras), num_results, len(copies)),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(visits),
@@ -113,10 +104,10 @@ def grouped_products(
                 *[bias] * len(biases),
                 *[plane] * len(extras),
             ],
-            out_specs=[plane] * num_outputs,
+            out_specs=[plane] * num_results,
             scratch_shapes=copies + (sums if grid[2] > 1 else []),
         ),
-        out_shape=[jax.ShapeDtypeStruct((num_rows, columns), rows.dtype)] * num_outputs,
+        out_shape=[jax.ShapeDtypeStruct((num_rows, columns), rows.dtype)] * num_results,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=chip.vmem,
@@ -337,12 +328,3 @@ def _split(sequence, *counts):
 def _readable(array, dtype):
     """The array, converted to `dtype` if kernels cannot read it as it is."""
     return array if supports(array.dtype) else array.astype(dtype)
-
-
-def _products_themselves(*products):
-    return products
-
-
-def _num_outputs(finish, num_inputs):
-    tile = jax.ShapeDtypeStruct((8, 128), jnp.float32)
-    return len(jax.eval_shape(finish, *[tile] * num_inputs))

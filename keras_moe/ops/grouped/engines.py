@@ -22,11 +22,12 @@ def choose(setting):
     | backend | platform | engine |
     | --- | --- | --- |
     | JAX | TPU | `rows` through Pallas kernels; float16: `padded` |
-    | JAX | GPU | `rows` through Pallas-Triton kernels; float64 or without Triton: `padded` |
+    | JAX | GPU | `rows` through Pallas-Triton kernels; `padded` on GPUs older than sm80 |
     | PyTorch | CUDA, sm90 or newer | `rows` for bfloat16 and widths that are multiples of 8 |
     | TensorFlow with XLA | GPU, TPU | `padded` |
     | JAX, TensorFlow with XLA | CPU | `tiles` |
-    | PyTorch, TensorFlow without XLA | all others | `slices` |
+    | PyTorch | CPU, and GPU otherwise | `slices` |
+    | TensorFlow without XLA | all | `slices` |
     """
     return next(engine for engine in ENGINES if engine.supports(setting))
 

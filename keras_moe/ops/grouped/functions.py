@@ -18,11 +18,11 @@ class Alike(NamedTuple):
     """One function for all groups, which differ in their weights only.
 
     - `function(weights, rows (n, D)) -> (rows (n, D'), loss)`.
-    - `weights`: list of tensors (E, ...).
+    - `weights()`: list of tensors (E, ...), which are made where they are needed.
     """
 
     function: Callable
-    weights: list
+    weights: Callable
 
 
 def engine_of(alike, platform, static_shapes):
@@ -34,6 +34,12 @@ def engine_of(alike, platform, static_shapes):
     | static | CPU | any | `scan` over tiles, with a switch to the function of each |
     | static | GPU, TPU | alike | `vectorized` over tiles, with a copy of the weights for each |
     | static | GPU, TPU | different | `scan` |
+
+    Args:
+        alike: whether all functions are one, but for their weights.
+        platform: "cpu", "gpu" or "tpu", or None where it does not matter: unless shapes are static
+            and functions are alike.
+        static_shapes: whether all shapes are fixed at compile time, as under XLA.
     """
     if not static_shapes:
         return "slices"
@@ -65,7 +71,7 @@ def map_groups(functions, rows, sizes, output_width, state, alike=None):
     }
     static_shapes = backend.compiles_static_shapes()
     if not static_shapes or alike is None:
-        return run[engine_of(alike, "", static_shapes)](rows, sizes, state)
+        return run[engine_of(alike, None, static_shapes)](rows, sizes, state)
     by_platform = {name: run[engine_of(alike, name, True)] for name in PLATFORMS}
     return on_platform(by_platform, rows, sizes, state, name=named_platform())
 
@@ -103,7 +109,7 @@ def _map_all_tiles(alike, rows, sizes, state):
     num_rows, num_experts = ops.shape(rows)[0], sizes.shape[0]
     tiles = pad_tiles(sizes, num_rows, tile_length(num_rows, num_experts))
     expert = ops.minimum(tiles.expert, num_experts - 1)
-    weights = [backend.gather_rows(weight, expert) for weight in alike.weights]
+    weights = [backend.gather_rows(weight, expert) for weight in alike.weights()]
     outputs, losses = ops.vectorized_map(
         lambda tile: alike.function(*tile), (weights, tiles.cut(rows))
     )

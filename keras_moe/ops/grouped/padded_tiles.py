@@ -32,6 +32,11 @@ class PaddedTiles(NamedTuple):
         """Tiles (N, B, ...) of rows (R, ...), zeros at padding."""
         return _where(self.inside, backend.gather_rows(rows, self.row))
 
+    def fill(self, tiles, value):
+        """Tiles (N, B, H) with a value at padding."""
+        inside = ops.expand_dims(self.inside, 2)
+        return ops.where(inside, tiles, ops.cast(value, tiles.dtype))
+
     def join(self, tiles):
         """Rows (R, ...) of tiles (N, B, ...), zeros behind the last group."""
         flat = ops.reshape(tiles, (-1, *tiles.shape[2:]))

@@ -20,12 +20,11 @@ class Products(NamedTuple):
     - `multiply(rows, numbers, then)`: `then` of one tensor `rows @ kernel + bias` for each number.
     - `pull(gradient, number, then, *extras)`: `then` of `gradient @ transposed kernel` and of
       the extras, tensors of the same shape.
-
     - `remakes`: whether the engine's kernels can make the left factor of a kernel's gradient
       themselves, from a `Remade`.
 
-    `then` is elementwise and returns a tuple of tensors, and so do both. Everything has the dtype
-    of the rows.
+    `then` is elementwise and returns a tuple of tensors; `multiply` and `pull` return that tuple.
+    Everything has the dtype of the rows.
     """
 
     multiply: Callable
