@@ -95,8 +95,8 @@ class LayerExperts(ExpertBank):
         first = self.layers[0]
 
         def weights():
-            of_experts = zip(*(map(ops.convert_to_tensor, each.variables) for each in self.layers))
-            return list(map(ops.stack, of_experts))
+            variables = zip(*(layer.variables for layer in self.layers))
+            return [ops.stack([each.value for each in of_experts]) for of_experts in variables]
 
         def function(weights, rows):
             mapping = zip(first.variables, weights)

@@ -1,6 +1,7 @@
 """Layers of the user inside of ours: any that Keras itself could call."""
 
 import inspect
+import warnings
 
 import keras
 
@@ -53,7 +54,9 @@ def _kind(layer):
     if any(type(part).__module__.partition(".")[0] != "keras" for part in parts):
         return id(layer)  # the configuration of other people's layers need not tell everything
     try:
-        config = keras.saving.serialize_keras_object(layer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # lambdas are not saved here
+            config = keras.saving.serialize_keras_object(layer)
     except (NotImplementedError, TypeError, ValueError):
         return id(layer)
     weights = [(variable.shape, variable.dtype) for variable in layer.variables]

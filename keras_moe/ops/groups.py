@@ -40,7 +40,7 @@ class Groups(NamedTuple):
 
     def at_assignments(self, values):
         """Values of rows (R,) as values of assignments (T, K), zero where there is no row."""
-        picked = ops.take(values, ops.maximum(self.rows_of_token, 0))
+        picked = backend.gather_rows(values, ops.maximum(self.rows_of_token, 0))
         return ops.where(self.rows_of_token >= 0, picked, 0.0)
 
     def of_first(self, num_experts):
@@ -112,7 +112,7 @@ class ChosenGroups(NamedTuple):
 
     def at_assignments(self, values):
         """Values of rows as values of choices, (R,), zero where there is no row."""
-        picked = ops.take(values, ops.maximum(self.row_of_choice, 0))
+        picked = backend.gather_rows(values, ops.maximum(self.row_of_choice, 0))
         return ops.where(self.row_of_choice >= 0, picked, 0.0)
 
     def served(self):
