@@ -11,22 +11,28 @@ import importlib
 import pathlib
 import zipfile
 
-import keras
 import numpy as np
 
-from keras_moe import inspection, metrics, report, summary
+from keras_moe import inspection, metrics, report, saved_models, summary
+from keras_moe.command_line import OneLineParser, one_line_errors, stating
+from keras_moe.validation import fits
 
 
 def main(arguments=None):
     options = _parse(arguments)
-    for name in options.modules:
-        importlib.import_module(name)
-    model = keras.saving.load_model(options.model, compile=False)
-    options.command(model, options)
+    with one_line_errors(options.debug):
+        for name in options.modules:
+            with stating(
+                "`--import` must name a module that Python can import.",
+                repr(name),
+                "Put its folder on PYTHONPATH, or mend the module.",
+            ):
+                importlib.import_module(name)
+        options.command(options)
 
 
 def _parse(arguments):
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m keras_moe",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -46,6 +52,7 @@ def _parse(arguments):
             metavar="MODULE",
             help="Python module that registers layers of the model's own",
         )
+        command.add_argument("--debug", action="store_true", help="end errors in a traceback")
     reporting.add_argument(
         "--data",
         type=_file,
@@ -54,25 +61,41 @@ def _parse(arguments):
     )
     reporting.add_argument("--labels", type=_file, help="one a document: .npy, or lines of text")
     reporting.add_argument("--tokens", type=_file, help="text with one document a line, to show")
-    reporting.add_argument("--output", type=pathlib.Path, default=pathlib.Path("report.html"))
+    reporting.add_argument("--output", type=_new_file, default=pathlib.Path("report.html"))
     return parser.parse_args(arguments)
 
 
 def _file(name):
     path = pathlib.Path(name)
     if not path.is_file():
-        raise argparse.ArgumentTypeError(f"there is no file {name!r}")
+        raise argparse.ArgumentTypeError(
+            f"a file must exist to be read. Received: there is no file {name!r}. Check the name"
+        )
     return path
 
 
 def _model_file(name):
     path = _file(name)
     if not zipfile.is_zipfile(path):
-        raise argparse.ArgumentTypeError(f'{name!r} was not written by `model.save("....keras")`')
+        raise argparse.ArgumentTypeError(
+            f"a model must be a whole file in Keras's own format. Received: {name!r}, which is "
+            'none. Write it by `model.save("....keras")`'
+        )
     return path
 
 
-def _inspect(model, options):
+def _new_file(name):
+    path = pathlib.Path(name)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"a file in a folder that exists must be named. Received: {name!r}. Make the folder "
+            "first, or name another"
+        )
+    return path
+
+
+def _inspect(options):
+    model = saved_models.load(options.model)
     layers = summary.summarize(model)
     total, active = summary.count_parameters(model)
     print(f"{model.name}: {total:,} parameters, {active:,} of them active for a token\n")
@@ -100,20 +123,62 @@ def _row(layer, description):
     )
 
 
-def _report(model, options):
+def _report(options):
+    # First what is quick to find wrong.
+    data = _read_data(options.data)
     tokens = None if options.tokens is None else _read(options.tokens)
     labels = None if options.labels is None else _read(options.labels)
-    path = report(model, _read(options.data), labels, tokens, options.output)
+    model = saved_models.load(options.model)
+    inspection.moe_layers(model)
+    _check_inputs(model, data)
+    path = report(model, data, labels, tokens, options.output)
     print(f"The report is in {path}.")
+
+
+def _read_data(path):
+    if path.suffix not in (".npy", ".npz"):
+        raise ValueError(
+            f"`--data` must be a .npy or .npz file. Received: {str(path)!r}. Write it by "
+            "`numpy.save` or `numpy.savez`."
+        )
+    return _read(path)
 
 
 def _read(path):
     """An array, a dict of arrays, or a list of lines, by the end of the file's name."""
-    if path.suffix == ".npy":
-        return np.load(path)
-    if path.suffix == ".npz":
-        return dict(np.load(path))
-    return path.read_text(encoding="utf-8").splitlines()
+    if path.suffix in (".npy", ".npz"):
+        with stating(
+            "A .npy or .npz file must hold arrays of numbers or strings, without pickled objects.",
+            repr(str(path)),
+            "Write it by `numpy.save` or `numpy.savez`.",
+        ):
+            # NumPy leaves a file open that it cannot read.
+            with path.open("rb") as file:
+                loaded = np.load(file)
+                return loaded if path.suffix == ".npy" else dict(loaded)
+    with stating(
+        "A text file must be UTF-8.", repr(str(path)), "Save it as UTF-8, one document a line."
+    ):
+        return path.read_text(encoding="utf-8").splitlines()
+
+
+def _check_inputs(model, data):
+    """The data against the inputs of a model that says what they are."""
+    inputs = {tensor.name: tensor.shape for tensor in getattr(model, "inputs", None) or ()}
+    arrays = data
+    if not isinstance(data, dict):
+        arrays = dict.fromkeys(inputs, data) if len(inputs) == 1 else {"": data}
+    if not inputs:
+        return
+    given = {name: array.shape for name, array in arrays.items()}
+    fit = given.keys() == inputs.keys() and all(fits(given[n], inputs[n]) for n in given)
+    numbers = all(array.dtype.kind in "biuf" for array in arrays.values())
+    if not fit or not numbers:
+        raise ValueError(
+            "`--data` must hold what the model takes: numbers of these shapes by the names of "
+            f"inputs, {inputs}. Received: {given} of "
+            f"{sorted({str(array.dtype) for array in arrays.values()})}. Change the file."
+        )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ FRAMEWORKS = {"tensorflow", "jax", "jaxlib", "torch", "tensorflow_probability", 
 LEVELS = {
     "keras_internals": -1,
     "backend": 0,
+    "command_line": 0,
+    "files": 0,
     "initializers": 0,
     "parameters": 0,
     "validation": 0,

@@ -2,6 +2,8 @@
 
 import pathlib
 
+from keras_moe.files import write_whole
+
 
 def report(model, data, labels=None, tokens=None, path="report.html"):
     """Write one self-contained HTML page about the experts of a model.
@@ -23,7 +25,7 @@ def report(model, data, labels=None, tokens=None, path="report.html"):
         tokens: strings to show, for each document a list or a text that is split at blanks; None
             shows integer data as they are. Where a layer sees fewer positions than there are
             tokens, each position shows the neighbours it stands for.
-        path: file to write.
+        path: file to write; it is whole or not there.
 
     Returns:
         The path, a `pathlib.Path`.
@@ -48,7 +50,7 @@ def report(model, data, labels=None, tokens=None, path="report.html"):
 
     found = study.study(model, data, labels, tokens)
     path = pathlib.Path(path)
-    path.write_text(page.render(model.name, found), encoding="utf-8")
+    write_whole(path, page.render(model.name, found))
     return path
 
 

@@ -49,6 +49,12 @@ def study(model, data, labels, tokens):
     num_documents = sizes.pop()
     layers = moe_layers(model) if has_moe_layers(model) else {}
     labels, tokens = _by_layer("labels", labels, layers), _by_layer("tokens", tokens, layers)
+    for given in (*labels.values(), *tokens.values()):
+        if given is not None and not _is_sequence(given):
+            raise ValueError(
+                "`labels` and `tokens` must be sequences with an entry for each document. "
+                f"Received: {given!r}. Pass a list or an array."
+            )
     for given in labels.values():
         if given is not None and len(given) != num_documents:
             raise ValueError(
@@ -83,6 +89,11 @@ def study(model, data, labels, tokens):
             for name, routing in joined.items()
         ],
     )
+
+
+def _is_sequence(values):
+    sized = hasattr(values, "__len__") and not isinstance(values, str)
+    return sized and getattr(values, "shape", None) != ()
 
 
 def _by_layer(argument, values, layers):

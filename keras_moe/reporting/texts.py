@@ -24,6 +24,12 @@ def token_texts(tokens, arrays, positions, num_documents):
     if tokens is None:
         documents, length = _from_data(arrays, positions, num_documents)
     else:
+        for text in tokens:
+            if not hasattr(text, "__iter__"):
+                raise ValueError(
+                    "Each entry of `tokens` must be a text or a list of strings. "
+                    f"Received: {text!r}. Put it into a list."
+                )
         documents = [text.split() if isinstance(text, str) else list(text) for text in tokens]
         length = _length(arrays, positions)
     if len(documents) != num_documents:

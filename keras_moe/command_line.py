@@ -1,0 +1,63 @@
+"""How a command ends: in one line that states the rule, what was received, and the fix."""
+
+import argparse
+import contextlib
+import re
+import sys
+from collections.abc import Iterator
+from typing import NoReturn
+
+_LONGEST = 600
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+# Keras repeats all arguments of a call behind its own errors.
+_ARGUMENTS = "Arguments received by"
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage in front."""
+
+    def error(self, message) -> NoReturn:
+        fail(f"{message}. `{self.prog} --help` lists the arguments.")
+
+
+def fail(message) -> NoReturn:
+    """End the process with one line on standard error and exit code 2."""
+    print(f"error: {one_line(message)}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def one_line_errors(debug):
+    """Whatever is raised inside ends in `fail`; with `debug` in its traceback."""
+    try:
+        yield
+    except Exception as error:
+        if debug:
+            raise
+        fail(f"{describe(error)} Pass --debug to see the traceback.")
+
+
+@contextlib.contextmanager
+def stating(rule, received, fix) -> Iterator[None]:
+    """Whatever is raised inside becomes a ValueError with the rule and the fix."""
+    try:
+        yield
+    except Exception as error:
+        message = f"{rule} Received: {received} ({describe(error)}). {fix}"
+        raise ValueError(message) from error
+
+
+def describe(error):
+    """The text of an error; with its class, unless it is a whole sentence of this package."""
+    text = one_line(error)
+    if "Received:" in text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def one_line(message):
+    """Text without colours, line breaks and control characters, and not too long."""
+    text = _COLOURS.sub("", str(message)).partition(_ARGUMENTS)[0]
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
