@@ -78,4 +78,5 @@ def _draw_confidence(axes, probs):
         axes.set_xlim(0, limit)
     axes.axvline(1 / probs.shape[1], color="grey", ls=":", label="chance")
     axes.set(xlabel="probability of the first choice", ylabel="share of the tokens")
-    axes.legend()
+    # Not the best place: to find it takes a busy machine so long that Matplotlib warns.
+    axes.legend(loc="upper right")

@@ -97,4 +97,4 @@ def _draw_settling(axes, moments):
     axes.axhline(chance, color="grey", ls=":", label="by chance")
     axes.set(xlabel="checkpoint", ylabel="share of the choices", ylim=(0, 1.03))
     count_on(axes.xaxis)
-    axes.legend()
+    axes.legend(loc="lower right")
