@@ -22,7 +22,7 @@ def load(path):
 
     Raises:
         ValueError: If it is no such file, asks for more weights than it holds, or has classes that
-            nobody has registered.
+            are not registered.
     """
     with stating(
         "A model must be a file that `model.save` wrote.",

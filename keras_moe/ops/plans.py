@@ -98,7 +98,6 @@ def _admit(assignments, capacity, first, sequence_length):
     """The assignments that find a place in their expert."""
     num_tokens, top_k = ops.shape(assignments.experts)
     num_experts = assignments.num_experts
-    nobody = num_experts
     expert_of_assignment = assignments.choice_major()
     token = ops.arange(num_tokens, dtype="int32")
     queue, num_queues = expert_of_assignment, num_experts + 1
@@ -107,7 +106,8 @@ def _admit(assignments, capacity, first, sequence_length):
         queue = queue + num_queues * sequence
         num_queues = num_queues * at_least(1, -(-num_tokens // sequence_length))
     place = place_in_queue(queue, num_queues, _turns(first, num_tokens, top_k))
-    experts = ops.where(place < capacity, expert_of_assignment, nobody)
+    # Beyond the last expert: not served.
+    experts = ops.where(place < capacity, expert_of_assignment, num_experts)
     return Assignments.of(ops.transpose(ops.reshape(experts, (top_k, num_tokens))), num_experts)
 
 

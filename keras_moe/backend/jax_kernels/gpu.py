@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from keras_moe.backend.jax_kernels.elementwise import unchanged
+from keras_moe.backend.jax_kernels.operands import split
 
 # Tiles of rows that share the tiles of a kernel while they are in the L2 cache.
 _BAND = 16
@@ -194,7 +195,7 @@ def _place(program, rows, columns):
 def _products_kernel(
     group_ref, first_ref, end_ref, rows_ref, *refs, counts, tile, depth, width, transposed, finish
 ):
-    kernels, biases, extras, outputs = _split(refs, counts)
+    kernels, biases, extras, outputs = split(refs, *counts)
     columns = pl.cdiv(width, tile.columns)
     visit, column = _place(pl.program_id(0), pl.num_programs(0) // columns, columns)
     group, first, end = group_ref[visit], first_ref[visit], end_ref[visit]
@@ -268,15 +269,6 @@ def _gradient_kernel(
             total = jnp.zeros((tile.depth, tile.columns), jnp.float32)
             total = lax.fori_loop(0, steps, bias_step, total)
             _store(bias_refs[0], jnp.sum(total, axis=0), column_span, at=(group,))
-
-
-def _split(items, counts):
-    """Consecutive parts of `items`, of the lengths `counts`, and the rest."""
-    parts = []
-    for count in counts:
-        parts.append(items[:count])
-        items = items[count:]
-    return (*parts, items)
 
 
 def _span(first, size, end):

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from keras_moe.backend.jax_kernels.elementwise import num_outputs, unchanged
+from keras_moe.backend.jax_kernels.operands import split
 from keras_moe.backend.jax_kernels.tpu_tiles import gradient_tiles, product_tiles, this_chip
 from keras_moe.backend.jax_kernels.tpu_visits import (
     begins_group,
@@ -118,7 +119,7 @@ def grouped_products(
 
 
 def _products_kernel(*refs, tiles, depth, transposed, finish, counts):
-    visits, (rows,), kernels, biases, extras, outputs, copies, sums = _split(refs, 4, 1, *counts)
+    visits, (rows,), kernels, biases, extras, outputs, copies, sums = split(refs, 4, 1, *counts)
     start, end = rows_of_visit(visits, pl.program_id(1), tiles.rows)
     step = pl.program_id(2)
     # The last tile of a cut axis overruns it, and what is read there may be NaN.
@@ -244,7 +245,7 @@ def grouped_kernel_gradient(
 
 
 def _gradient_kernel(*refs, tiles, remake, counts):
-    visits, lefts, (right,), (output, *bias), scratch = _split(refs, 4, *counts)
+    visits, lefts, (right,), (output, *bias), scratch = split(refs, 4, *counts)
     visit, last_visit = pl.program_id(2), pl.num_programs(2) - 1
     start, end = rows_of_visit(visits, visit, tiles.rows)
     is_first = begins_group(visits, visit)
@@ -314,15 +315,6 @@ def _keep(values, axis, start, end, others=0.0):
     # In float32, as not every TPU selects among narrower numbers.
     kept = jnp.where((index >= start) & (index < end), values.astype(jnp.float32), others)
     return kept.astype(values.dtype)
-
-
-def _split(sequence, *counts):
-    """Parts of a sequence of given lengths, and the rest."""
-    parts = []
-    for count in counts:
-        parts.append(sequence[:count])
-        sequence = sequence[count:]
-    return *parts, sequence
 
 
 def _readable(array, dtype):
