@@ -28,7 +28,7 @@ from vocabulary import Vocabulary, split_words
 from whole_files import saved_files
 
 import keras_moe
-from keras_moe import callbacks, layers, routers
+from keras_moe import callbacks, inspection, layers, routers
 
 
 class Size(typing.NamedTuple):
@@ -248,13 +248,12 @@ def expert_usage(model, ids, labels, num_classes, per_class=64):
     for label in range(num_classes):
         for layer in moe_layers(model).values():
             layer.reset_counts()
-            layer.counts_in_evaluation = True
         documents = ids[labels == label][:per_class]
         if len(documents):
-            model(documents, training=False)
+            with inspection.count_in_evaluation(model):
+                model(documents, training=False)
         for name, layer in moe_layers(model).items():
             usage[name].append(keras.ops.convert_to_numpy(layer.expert_counts.value))
-            layer.counts_in_evaluation = False
             layer.reset_counts()
     return {name: np.array(counts) for name, counts in usage.items()}
 

@@ -164,6 +164,40 @@ def record_routings(model, batches):
     return routings
 
 
+@contextlib.contextmanager
+def count_in_evaluation(model):
+    """A context in which the MoE layers of a model count in inference what they count in training.
+
+    After any exit from it they do not any more. A function that was compiled inside goes on
+    counting, and one that was compiled outside does not begin.
+
+    Args:
+        model: a Keras model.
+
+    Raises:
+        ValueError: If the model has no MoE layer.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
+    >>> moe = keras_moe.layers.MixtureOfExperts(experts)
+    >>> model = keras.Sequential([keras.Input((16,)), moe])
+    >>> with keras_moe.inspection.count_in_evaluation(model):
+    ...     outputs = model(keras.random.normal((8, 16)))
+    >>> int(keras.ops.sum(moe.expert_counts))
+    16
+    """
+    layers = moe_layers(model).values()
+    before = [layer.counts_in_evaluation for layer in layers]
+    try:
+        for layer in layers:
+            layer.counts_in_evaluation = True
+        yield
+    finally:
+        for layer, counts in zip(layers, before):
+            layer.counts_in_evaluation = counts
+
+
 def _is_compiled_by_xla(model):
     return keras.backend.backend() == "tensorflow" and bool(model.jit_compile)
 
@@ -187,6 +221,7 @@ def _recorder(routings):
 
 __all__ = [
     "LayerDescription",
+    "count_in_evaluation",
     "describe",
     "has_moe_layers",
     "moe_layers",

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import warnings
 import zipfile
 
 import keras
@@ -34,7 +35,10 @@ def load(path):
             num_bytes = sum(entry.file_size for entry in archive.infolist())
     _check_sizes(config, num_bytes)
     try:
-        return keras.saving.load_model(path, compile=False)
+        with warnings.catch_warnings():
+            # Weights that Keras does not find it leaves as they were initialised.
+            warnings.filterwarnings("error", "Skipping nested container|A total of")
+            return keras.saving.load_model(path, compile=False)
     except TypeError as error:
         unknown = re.search(r"Could not locate (?:class|function) '([^']*)'", str(error))
         if unknown is None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from layer_checks import D, E, array, moe, normal, one_hot, one_hot_router
 
-from keras_moe import layers, losses
+from keras_moe import inspection, layers, losses
 from keras_moe.callbacks import ExpertMonitor
 
 # The router sends a one-hot token to the expert of its one, and a learning rate of 0 keeps it so.
@@ -222,3 +222,100 @@ def test_an_unbuilt_model_is_counted_from_its_first_batch():
     model = keras.Sequential([routed()])
     model.compile(keras.optimizers.SGD(0.0), "mse")
     assert usage(fit(model)) == about({**named(SKEWED, "moe"), **named(BALANCED, "val_moe")})
+
+
+class Interruption(Exception):
+    pass
+
+
+class Interrupts(keras.callbacks.Callback):
+    """Raises in the hook of this name, the second time that it is called."""
+
+    def __init__(self, hook):
+        super().__init__()
+        self.calls = 0
+        setattr(self, hook, self._raise)
+
+    def _raise(self, *arguments, **kwargs):
+        self.calls += 1
+        if self.calls == 2:
+            raise Interruption
+
+
+class OwnData(keras.utils.PyDataset):
+    """Data of which the second batch cannot be read."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        if index:
+            raise Interruption
+        return VALIDATION[:2], VALIDATION[:2]
+
+
+class BreaksInTheStep(keras.losses.Loss):
+    def call(self, y_true, y_pred):
+        raise Interruption
+
+
+def interrupted_evaluation(model, place):
+    """An evaluation with a monitor that ends in the middle."""
+    kwargs = {"callbacks": [ExpertMonitor()], "verbose": 0}
+    if place == "data":
+        model.evaluate(OwnData(), **kwargs)
+    elif place == "step":
+        model.compile("sgd", BreaksInTheStep())
+        model.evaluate(VALIDATION, VALIDATION, **kwargs)
+    else:
+        kwargs["callbacks"].append(Interrupts(place))
+        model.evaluate(VALIDATION, VALIDATION, batch_size=2, **kwargs)
+
+
+PLACES = ["on_test_batch_begin", "on_test_batch_end", "data", "step"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_nothing_counts_after_an_evaluation_that_was_interrupted(place):
+    model = model_of(routed())
+    layer = model.layers[0]
+    with pytest.raises(Exception):  # noqa: B017 - TensorFlow wraps what the data raises
+        interrupted_evaluation(model, place)
+    assert not layer.counts_in_evaluation
+    before = array(layer.expert_counts)
+    model.predict(VALIDATION, verbose=0)
+    np.testing.assert_array_equal(array(layer.expert_counts), before)
+    if place == "step":
+        model.compile("sgd", "mse")
+    model.evaluate(VALIDATION, VALIDATION, batch_size=1, verbose=0)
+    model.test_on_batch(VALIDATION, VALIDATION)
+    counted = array(layer.expert_counts) - before
+    # A step that was announced and never made counts the next one.
+    assert counted.sum() <= (place == "on_test_batch_begin")
+
+
+def test_a_monitor_after_an_evaluation_that_was_interrupted_counts_anew():
+    model = model_of(routed())
+    with pytest.raises(Interruption):
+        interrupted_evaluation(model, "on_test_batch_end")
+    assert evaluated(model, ExpertMonitor()) == about(named(BALANCED, "moe"))
+    history = fit(model, epochs=2)
+    expected = {**named(SKEWED, "moe"), **named(BALANCED, "val_moe")}
+    assert usage(history) == about(expected)
+
+
+def test_two_monitors_count_alike():
+    first, second = ExpertMonitor(), ExpertMonitor()
+    model = model_of(routed())
+    history = fit(model, second, monitor=first, epochs=3)
+    assert usage(history)["val_moe_load_imbalance"] == about(0.0)
+
+
+def test_a_context_counts_and_ends_with_any_exit():
+    model = model_of(routed())
+    layer = model.layers[0]
+    with pytest.raises(Interruption), inspection.count_in_evaluation(model):
+        model(VALIDATION)
+        raise Interruption
+    model(VALIDATION)
+    np.testing.assert_array_equal(array(layer.expert_counts), [1, 1, 1, 1])

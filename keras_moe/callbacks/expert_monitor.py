@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from keras_moe import metrics
-from keras_moe.inspection import moe_layers
+from keras_moe.inspection import count_in_evaluation, moe_layers
 
 
 class ExpertMonitor(keras.callbacks.Callback):
@@ -74,8 +74,9 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self._is_training = True
-        # An evaluation that was interrupted has left this on.
-        self._count_in_evaluation(False)
+        if self._event_files is not None:
+            # A training that was interrupted has left them open.
+            self._event_files.close()
         self.shares, self.validation_shares = {}, {}
 
     def on_train_end(self, logs=None):
@@ -90,10 +91,13 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     def on_test_begin(self, logs=None):
         self._training = self._read_counts()
-        self._count_in_evaluation(True)
+        if not isinstance(self.model.test_function, _CountedStep):
+            self.model.test_function = _CountedStep(self.model)
+
+    def on_test_batch_begin(self, batch, logs=None):
+        self.model.test_function.is_watched = True
 
     def on_test_end(self, logs=None):
-        self._count_in_evaluation(False)
         self._test = self._read_counts()
         if logs is not None:
             logs.update(self._logs(self._test))
@@ -118,10 +122,6 @@ class ExpertMonitor(keras.callbacks.Callback):
     def _retrace_evaluation(self):
         """Whether a test function counts assignments is fixed when it is traced."""
         self.model.test_function = None
-
-    def _count_in_evaluation(self, counts):
-        for layer in moe_layers(self.model).values():
-            layer.counts_in_evaluation = counts
 
     def _read_counts(self):
         """What was counted since the last call: a `_Usage` by the name of the layer."""
@@ -148,6 +148,29 @@ class ExpertMonitor(keras.callbacks.Callback):
                 shares = enumerate(usage.shares)
                 numbers[name].update({f"expert_share_{e}": float(share) for e, share in shares})
         return numbers
+
+
+class _CountedStep:
+    """The test function of a model, during which assignments are counted.
+
+    Keras tells callbacks nothing of an evaluation that is interrupted. So counting is on within a
+    step only, and only if the monitor has announced the step: an evaluation without monitor, after
+    one that was interrupted, gets a test function that does not count.
+    """
+
+    def __init__(self, model):
+        self.is_watched = False
+        self._model = model
+        self._step = model.test_function
+
+    def __call__(self, *arguments):
+        if not self.is_watched:
+            self._model.test_function = None
+            self._model.make_test_function()
+            return self._model.test_function(*arguments)
+        self.is_watched = False
+        with count_in_evaluation(self._model):
+            return self._step(*arguments)
 
 
 class _Usage(NamedTuple):

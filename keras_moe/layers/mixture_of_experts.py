@@ -111,8 +111,7 @@ class MixtureOfExperts(keras.layers.Layer):
         # Of the layer, so that Keras carries its state through compiled steps.
         self._capacity_seed = keras.random.SeedGenerator() if self.capacity else None
         self.supports_masking = True
-        # `callbacks.ExpertMonitor` turns this on while it watches an evaluation. Otherwise
-        # inference writes to no weight.
+        # `inspection.count_in_evaluation` turns this on. Otherwise inference writes to no weight.
         self.counts_in_evaluation = False
         # `inspection.record_routings` listens here.
         self.routing_listener = None
