@@ -5,6 +5,12 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_moe import losses
+from keras_moe.validation import (
+    check_counts,
+    check_not_negative,
+    check_positive_integer,
+    check_share,
+)
 
 PROBLEM, HINT = "problem", "hint"
 
@@ -49,6 +55,8 @@ def spread(counts, top_k):
         counts: (E,) assignments per expert.
         top_k: experts per token, K.
     """
+    check_counts("counts", counts)
+    check_positive_integer("top_k", top_k)
     share = np.asarray(counts, "float64") / max(np.sum(counts), 1)
     effective = np.exp(-np.sum(share * np.log(np.where(share > 0, share, 1))))
     if len(share) <= top_k:
@@ -67,6 +75,8 @@ def judge_load(counts, top_k, router_losses):
     Returns:
         List of `Finding`.
     """
+    check_counts("counts", counts)
+    check_positive_integer("top_k", top_k)
     counts = np.asarray(counts)
     num_experts = len(counts)
     if not is_enough(counts):
@@ -85,7 +95,8 @@ def judge_load(counts, top_k, router_losses):
 
 
 def judge_drops(dropped):
-    """Findings about the share of assignments that found no room."""
+    """Findings about the share of assignments that found no room, from 0 to 1."""
+    dropped = check_share("dropped", float(dropped))
     if dropped <= DROPPED:
         return []
     text = f"{dropped:.0%} of the assignments found no room in their expert."
@@ -105,6 +116,8 @@ def judge_router(entropy, largest_logit):
     """
     if not np.isfinite(largest_logit):
         return [not_a_number()]
+    check_share("entropy", float(entropy))
+    check_not_negative("largest_logit", largest_logit)
     if largest_logit > EXPLODED_LOGIT:
         return [exploded(f"reach {largest_logit:.0f}")]
     if entropy > INDIFFERENT:
@@ -137,6 +150,7 @@ def exploded(how):
 
 
 def collapsed(counts, router_losses):
+    check_counts("counts", counts)
     share = np.cumsum(np.sort(counts)[::-1]) / np.sum(counts)
     busy = int(np.argmax(share >= 0.9)) + 1
     text = (
@@ -155,6 +169,7 @@ def dead(experts, num_experts, router_losses):
 
 
 def is_enough(counts):
+    check_counts("counts", counts)
     return np.sum(counts) >= ENOUGH * len(counts)
 
 

@@ -1,9 +1,17 @@
-"""Checks of arguments: each error states the rule, what was received, and the fix."""
+"""Checks of arguments: each error states the rule, what was received, and the fix.
+
+What is known without the device is checked before anything is computed: types, shapes, and the
+values of numbers. Arrays are checked by `host_values`. Values in tensors are not: to look at them
+would wait for the device. Checks of numbers return them as Python's own, which can be saved.
+"""
 
 import difflib
 import numbers
 
 import keras
+import numpy as np
+
+_LARGEST = float(np.finfo("float32").max)
 
 
 def check_positive_integer(name, value):
@@ -12,6 +20,12 @@ def check_positive_integer(name, value):
             f"`{name}` must be a positive integer. Received: {name}={value!r}. "
             "Pass an integer of at least 1."
         )
+    return int(value)
+
+
+def check_size(name, value):
+    """A size that may be a tensor, which is not checked."""
+    return value if _is_tensor(value) else check_positive_integer(name, value)
 
 
 def check_top_k(top_k, num_experts, router="TopKRouter", name="top_k"):
@@ -22,6 +36,7 @@ def check_top_k(top_k, num_experts, router="TopKRouter", name="top_k"):
             f"there are. Received: {name}={top_k}, num_experts={num_experts}. "
             f"Pass `{name}={num_experts}` or fewer to `routers.{router}`."
         )
+    return int(top_k)
 
 
 def is_whole(value):
@@ -34,6 +49,7 @@ def check_fraction(name, value, fix="Pass 0 to turn it off."):
         raise ValueError(
             f"`{name}` must be a number from 0 to below 1. Received: {name}={value!r}. {fix}"
         )
+    return _plain(name, value)
 
 
 def check_not_negative(name, value):
@@ -42,6 +58,7 @@ def check_not_negative(name, value):
             f"`{name}` must be a finite number of at least 0. Received: {name}={value!r}. "
             "Pass 0 to turn it off."
         )
+    return _plain(name, value)
 
 
 def check_positive_number(name, value, example=1.25):
@@ -50,10 +67,21 @@ def check_positive_number(name, value, example=1.25):
             f"`{name}` must be a finite number above 0. Received: {name}={value!r}. "
             f"Pass, for example, {example}."
         )
+    return _plain(name, value)
+
+
+def check_share(name, value):
+    """A number from 0 to 1; a little more is a rounding error."""
+    if not _is_real(value) or not 0 <= value <= 1 + 1e-4:
+        raise ValueError(
+            f"`{name}` must be a number from 0 to 1. Received: {name}={value!r}. Divide it by "
+            "what it is a share of."
+        )
+    return float(value)
 
 
 def check_choice(name, value, choices):
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(
             f"`{name}` must be one of {', '.join(map(repr, choices))}. Received: {name}={value!r}. "
             f"{propose(value, choices)}"
@@ -72,6 +100,93 @@ def check_float_inputs(inputs):
             "`inputs` must be a float tensor. Received: inputs.dtype="
             f"{keras.backend.standardize_dtype(inputs.dtype)}. Embed or cast integers first."
         )
+
+
+def check_is_float(name, tensor):
+    if "float" not in _dtype_of(tensor):
+        raise TypeError(
+            f"`{name}` must be a float tensor. Received: {name}.dtype={_dtype_of(tensor)}. "
+            "Cast it, for example to float32."
+        )
+
+
+def check_is_integer(name, tensor):
+    if "int" not in _dtype_of(tensor):
+        raise TypeError(
+            f"`{name}` must be an integer tensor. Received: {name}.dtype={_dtype_of(tensor)}. "
+            "Pass whole numbers, for example of int32."
+        )
+
+
+def check_rank(name, tensor, axes):
+    if len(tensor.shape) != len(axes):
+        raise ValueError(
+            f"`{name}` must have the shape ({', '.join(axes)}{',' * (len(axes) == 1)}). Received: "
+            f"{name}.shape={tuple(tensor.shape)}. Reshape it."
+        )
+
+
+def check_divides(name, length, num_tokens):
+    """A sequence length against the number of tokens; what is a tensor is not checked."""
+    if _is_tensor(length) or length is None:
+        return
+    check_positive_integer(name, length)
+    if is_whole(num_tokens) and num_tokens % length:
+        raise ValueError(
+            f"`{name}` must divide the number of tokens. Received: {name}={length}, {num_tokens} "
+            "tokens. Pass the length of the padded sequences."
+        )
+
+
+def check_counts(name, counts, axes=("E",)):
+    """Numbers of assignments: of their rank, and not negative, if they are on the host."""
+    array = host_values(counts)
+    check_rank(name, counts if array is None else array, axes)
+    if array is None:
+        return
+    numeric = array.dtype.kind in "biuf" and array.size
+    if not numeric or not (np.isfinite(array) & (array >= 0)).all():
+        raise ValueError(
+            f"`{name}` must be finite numbers of at least 0, one or more. Received: "
+            f"{name}={_shortened(counts)}. Pass counts of assignments."
+        )
+
+
+def check_experts(name, indices, num_experts=None):
+    """Experts of tokens (T, K), -1 for none: in range, if they are on the host."""
+    array = host_values(indices)
+    check_is_integer(name, indices if array is None else array)
+    check_rank(name, indices if array is None else array, ("T", "K"))
+    if array is None:
+        return
+    limit = np.inf if num_experts is None else num_experts
+    if ((array < -1) | (array >= limit)).any():
+        experts = "0 and up" if num_experts is None else f"from 0 to {num_experts - 1}"
+        raise ValueError(
+            f"`{name}` must be experts {experts}, or -1 for none. Received: experts from "
+            f"{array.min()} to {array.max()}. Pass the `indices` of a routing."
+        )
+
+
+def check_replayed(indices, num_experts):
+    """Experts (T, K) of which no token has one twice, if they are on the host."""
+    check_experts("indices", indices, num_experts)
+    array = host_values(indices)
+    if array is None:
+        return
+    ordered = np.sort(array, axis=1)
+    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
+        raise ValueError(
+            "`indices` must name different experts for a token. Received: one twice. "
+            "Put -1 in the second place."
+        )
+
+
+def host_values(values):
+    """An array of what is on the host: numbers, lists and NumPy arrays; None for tensors."""
+    if isinstance(values, (np.ndarray, np.generic, list, tuple, numbers.Number)):
+        return np.asarray(values)
+    return None
 
 
 def check_mask(mask_shape, inputs_shape):
@@ -94,3 +209,28 @@ def fits(shape, expected):
 
 def _is_real(value):
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _dtype_of(tensor):
+    if isinstance(tensor, (np.ndarray, np.generic)):  # Keras has no name for that of strings
+        return str(tensor.dtype)
+    return keras.backend.standardize_dtype(tensor.dtype)
+
+
+def _is_tensor(value):
+    return hasattr(value, "dtype") and not isinstance(value, np.generic)
+
+
+def _plain(name, value):
+    """A number as one of Python's own; computation is in float32 and could not hold more."""
+    if value > _LARGEST:
+        raise ValueError(
+            f"`{name}` must fit into float32, whose largest number is {_LARGEST:.2g}. Received: "
+            f"{name}={value!r}. Pass a smaller one."
+        )
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def _shortened(value, length=80):
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."

@@ -64,7 +64,7 @@ def test_token_ids_are_as_many_as_tokens():
 
 def test_experts_to_replay_are_those_of_as_many_tokens():
     with pytest.raises(ValueError, match=r"Received: indices.shape=\(3, 2\), T=5, K=2. Pass the"):
-        routers.TopKRouter(E, 2)(X[0], indices=np.zeros((3, 2), "int32"))
+        routers.TopKRouter(E, 2)(X[0], indices=np.array([[0, 1]] * 3))
 
 
 def test_experts_to_replay_have_a_row_for_each_token():

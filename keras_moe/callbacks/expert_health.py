@@ -64,8 +64,8 @@ class ExpertHealth(keras.callbacks.Callback):
     """
 
     def __init__(self, every=10, patience=3, stop=False, rebalance=False):
-        check_positive_integer("every", every)
-        check_positive_integer("patience", patience)
+        every = check_positive_integer("every", every)
+        patience = check_positive_integer("patience", patience)
         super().__init__()
         self.every = every
         self.patience = patience

@@ -16,7 +16,8 @@ class RouterLossSchedule(keras.callbacks.Callback):
 
     Raises:
         ValueError: If there is no such loss, the model has no MoE layer with it, or the schedule
-            returns a negative weight.
+            returns what is no finite number of at least 0.
+        TypeError: If the schedule is no function.
 
     Example:
 
@@ -27,6 +28,11 @@ class RouterLossSchedule(keras.callbacks.Callback):
 
     def __init__(self, schedule, loss="load_balance"):
         super().__init__()
+        if not callable(schedule):
+            raise TypeError(
+                "`schedule` must be a function of the epoch and the weight. Received: "
+                f"schedule={schedule!r}. Pass, for example, `lambda epoch, weight: weight`."
+            )
         self._loss_class = type(losses.get(loss))
         self.schedule = schedule
         self.loss = loss
@@ -41,13 +47,14 @@ class RouterLossSchedule(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         for layer, index in self._scheduled():
-            weight = float(self.schedule(epoch, layer.router_losses[index].weight))
-            if not weight >= 0:
+            weight = self.schedule(epoch, layer.router_losses[index].weight)
+            try:
+                layer.set_router_loss_weight(index, weight)
+            except ValueError as error:
                 raise ValueError(
-                    "The weight of a loss must be at least 0. Received: "
-                    f"{weight} for {self.loss!r} in epoch {epoch}. Mend the schedule."
-                )
-            layer.set_router_loss_weight(index, weight)
+                    "A schedule must return a finite weight of at least 0. Received: "
+                    f"{weight!r} for {self.loss!r} in epoch {epoch}. Mend the schedule."
+                ) from error
 
     def _scheduled(self):
         """The layers with the loss, and its place in each."""

@@ -60,11 +60,11 @@ class Capacity:
         priority="position",
         per_sequence=False,
     ):
-        check_positive_number("capacity_factor", factor)
-        check_positive_integer("minimum", minimum)
-        check_positive_integer("multiple_of", multiple_of)
+        factor = check_positive_number("capacity_factor", factor)
+        minimum = check_positive_integer("minimum", minimum)
+        multiple_of = check_positive_integer("multiple_of", multiple_of)
         if evaluation_factor is not None:
-            check_positive_number("evaluation_factor", evaluation_factor)
+            evaluation_factor = check_positive_number("evaluation_factor", evaluation_factor)
         check_choice("priority", priority, PRIORITIES)
         self.factor = factor
         self.minimum = minimum

@@ -33,8 +33,8 @@ class DenseExperts(ExpertBank):
         bias_regularizer=None,
         **kwargs,
     ):
-        check_positive_integer("num_experts", num_experts)
-        check_positive_integer("hidden_dim", hidden_dim)
+        num_experts = check_positive_integer("num_experts", num_experts)
+        hidden_dim = check_positive_integer("hidden_dim", hidden_dim)
         if isinstance(activation, keras.Layer):
             raise TypeError(
                 "`activation` must be a name or a function without weights. Received: "

@@ -12,7 +12,12 @@ from keras_moe.layers.masks import mask_of
 from keras_moe.layers.sublayers import accepted_arguments, build_and_measure
 from keras_moe.ops.sizes import at_least
 from keras_moe.serialization import register, resolve
-from keras_moe.validation import check_float_inputs, check_mask
+from keras_moe.validation import (
+    check_float_inputs,
+    check_mask,
+    check_not_negative,
+    is_whole,
+)
 
 
 @register
@@ -55,7 +60,8 @@ class MixtureOfExperts(keras.layers.Layer):
         return_routing: whether the routing is returned as well.
         token_ids: (batch, ...) integer tensor of vocabulary ids, for `routers.HashRouter`.
         indices: (T, K) integer tensor of experts to replay instead of choosing, such as the
-            `indices` of a recorded routing. Weights come from the live scores.
+            `indices` of a recorded routing, -1 for none. Weights come from the live scores. Those
+            in a NumPy array are checked; in a tensor what is no expert counts as -1.
 
     Returns:
         (batch, ..., D'), with the experts' D'; with `return_routing=True` also an `ops.Routing`,
@@ -168,6 +174,11 @@ class MixtureOfExperts(keras.layers.Layer):
             autocast=False,
         )
 
+    def __call__(self, *args, **kwargs):
+        # Here, because Keras hands `call` tensors only.
+        self.router.check_replay(kwargs.get("indices"))
+        return super().__call__(*args, **kwargs)
+
     def call(
         self,
         inputs,
@@ -272,7 +283,16 @@ class MixtureOfExperts(keras.layers.Layer):
         Args:
             index: which of the `router_losses`.
             weight: number of at least 0.
+
+        Raises:
+            ValueError: If there is no such loss, or the weight is negative or not finite.
         """
+        weight = check_not_negative("weight", weight)
+        if not is_whole(index) or not 0 <= index < len(self.router_losses):
+            raise ValueError(
+                "`index` must be the place of a loss in `router_losses`. Received: "
+                f"index={index!r} for {len(self.router_losses)} losses. Count them from 0."
+            )
         if not self.built:
             self._initial_loss_weights[index] = weight
             return

@@ -22,8 +22,8 @@ class TransformerBlock(keras.layers.Layer):
     """
 
     def __init__(self, num_heads, feedforward, dropout=0.0, **kwargs):
-        check_positive_integer("num_heads", num_heads)
-        check_fraction("dropout", dropout)
+        num_heads = check_positive_integer("num_heads", num_heads)
+        dropout = check_fraction("dropout", dropout)
         super().__init__(**kwargs)
         self.num_heads = num_heads
         self.feedforward = resolve("feedforward", feedforward, keras.Layer)

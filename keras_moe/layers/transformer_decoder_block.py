@@ -11,6 +11,7 @@ from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.remembering_attention import RememberingAttention
 from keras_moe.layers.transformer_block import TransformerBlock
 from keras_moe.serialization import register
+from keras_moe.validation import check_is_integer, check_size, is_whole
 
 
 @register
@@ -52,7 +53,8 @@ class TransformerDecoderBlock(TransformerBlock):
             context, if not given.
         training: whether dropout is applied and router losses are added.
         cache: what `make_cache` or an earlier call returned.
-        position: int or int tensor, with cache: where the first of the inputs stands.
+        position: int or int tensor, with cache: where the first of the inputs stands. One that is
+            a tensor is not checked, but moved to the nearest place where the inputs fit.
         token_ids: (batch, L) integer tensor for a feed-forward layer that goes by them.
 
     Returns:
@@ -160,6 +162,8 @@ class TransformerDecoderBlock(TransformerBlock):
                 f"block {self.name!r}, which is not built. Call it on inputs, or build it, first."
             )
         self._check_context(context is not None)
+        check_size("batch_size", batch_size)
+        check_size("max_length", max_length)
         shape = (batch_size, max_length, self.num_heads, self._attention.key_dim)
         cache = {name: ops.zeros(shape, self.compute_dtype) for name in ("keys", "values")}
         cache["mask"] = ops.zeros(shape[:2], "bool")
@@ -218,8 +222,15 @@ class TransformerDecoderBlock(TransformerBlock):
                 "The cache holds the context already. Received: cache and context. "
                 "Pass `context` and `context_mask` to `make_cache` only."
             )
-        elif isinstance(position, (int, np.integer)):
+        elif hasattr(position, "dtype") and not isinstance(position, np.generic):
+            check_is_integer("position", position)
+        else:
             room, length = cache["mask"].shape[1], inputs.shape[1]
+            if not is_whole(position):
+                raise ValueError(
+                    "`position` must be an integer. Received: "
+                    f"position={position!r}. Pass where the first of the inputs stands, from 0."
+                )
             if length is not None and not 0 <= position <= room - length:
                 raise ValueError(
                     f"The inputs must fit into the cache. Received: position={position}, "
@@ -266,4 +277,7 @@ def _all_true(mask, like):
 
 def _write(remembered, new, position):
     """Put `new` (B, L, ...) at `position` of `remembered` (B, M, ...)."""
+    if not is_whole(position):
+        last = ops.shape(remembered)[1] - ops.shape(new)[1]
+        position = ops.clip(ops.cast(position, "int32"), 0, last)
     return ops.slice_update(remembered, [0, position] + [0] * (len(new.shape) - 2), new)

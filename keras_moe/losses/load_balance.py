@@ -105,7 +105,7 @@ class GlobalLoadBalance(RouterLoss):
 
     def __init__(self, weight=1e-2, accumulation_steps=1):
         super().__init__(weight)
-        check_positive_integer("accumulation_steps", accumulation_steps)
+        accumulation_steps = check_positive_integer("accumulation_steps", accumulation_steps)
         self.accumulation_steps = accumulation_steps
         self._counts = None
 

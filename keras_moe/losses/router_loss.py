@@ -17,7 +17,7 @@ class RouterLoss:
     per_sequence = False
 
     def __init__(self, weight):
-        check_not_negative("weight", weight)
+        weight = check_not_negative("weight", weight)
         self.weight = weight
 
     def __call__(self, routing, **kwargs):

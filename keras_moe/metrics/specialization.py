@@ -2,7 +2,14 @@
 
 from keras import ops
 
-from keras_moe.ops.selection import chosen_experts
+from keras_moe.ops.selection import chosen_experts, existing
+from keras_moe.validation import (
+    check_counts,
+    check_is_integer,
+    check_positive_integer,
+    fits,
+    host_values,
+)
 
 
 def count_table(routing, groups, num_groups):
@@ -11,16 +18,38 @@ def count_table(routing, groups, num_groups):
     Args:
         routing: an `ops.Routing`.
         groups: (T,) integer group of each token, such as a label or a token id, from 0 to
-            `num_groups` - 1.
+            `num_groups` - 1. Those in a NumPy array are checked; in a tensor other ones count
+            for no group.
         num_groups: number of groups, G.
 
     Returns:
         (G, E) float32.
+
+    Raises:
+        ValueError, TypeError: If the groups are no integers in range, one for each token.
     """
+    check_positive_integer("num_groups", num_groups)
+    on_host = host_values(groups)
+    check_is_integer("groups", groups if on_host is None else on_host)
+    if on_host is not None and ((on_host < 0) | (on_host >= num_groups)).any():
+        raise ValueError(
+            "`groups` must be from 0 to `num_groups` - 1. Received: "
+            f"groups from {on_host.min()} to {on_host.max()}, num_groups={num_groups}. "
+            "Number them, and mask out tokens without a group."
+        )
+    groups = ops.convert_to_tensor(groups)
+    if not fits(groups.shape, routing.mask.shape):
+        raise ValueError(
+            "`groups` must have one group for each token. Received: "
+            f"groups.shape={tuple(groups.shape)} for {routing.mask.shape[0]} tokens. Flatten them."
+        )
     num_experts = routing.counts.shape[0]
-    used = ops.logical_and(routing.indices >= 0, ops.expand_dims(routing.mask, 1))
+    indices = existing(routing.indices, num_experts)
     groups = ops.expand_dims(ops.cast(groups, "int32"), 1)
-    cell = ops.where(used, groups * num_experts + routing.indices, num_groups * num_experts)
+    known = ops.logical_and(groups >= 0, groups < num_groups)
+    used = ops.logical_and(indices >= 0, ops.expand_dims(routing.mask, 1))
+    used = ops.logical_and(used, known)
+    cell = ops.where(used, groups * num_experts + indices, num_groups * num_experts)
     ones = ops.ones_like(cell, dtype="float32")
     cells = num_groups * num_experts + 1
     table = ops.segment_sum(ops.reshape(ones, (-1,)), ops.reshape(cell, (-1,)), cells)
@@ -38,6 +67,7 @@ def mutual_information(table):
     Returns:
         Scalar, float32; 0 without assignments.
     """
+    check_counts("table", table, ("G", "E"))
     table = ops.cast(table, "float32")
     joint = table / ops.maximum(ops.sum(table), 1.0)
     rows, columns = ops.sum(joint, axis=1, keepdims=True), ops.sum(joint, axis=0, keepdims=True)

@@ -1,6 +1,14 @@
 """Expert usage: pure functions of assignment counts."""
 
+import numpy as np
 from keras import ops
+
+from keras_moe.validation import (
+    check_counts,
+    check_positive_integer,
+    check_rank,
+    host_values,
+)
 
 
 def load_imbalance(counts):
@@ -15,6 +23,7 @@ def load_imbalance(counts):
     Returns:
         Scalar, float32.
     """
+    check_counts("counts", counts)
     counts = ops.cast(counts, "float32")
     mean = ops.mean(counts)
     return ops.where(mean > 0, ops.max(counts) / ops.where(mean > 0, mean, 1.0) - 1.0, 0.0)
@@ -48,6 +57,7 @@ def dead_experts(counts):
     Returns:
         Scalar, float32.
     """
+    check_counts("counts", counts)
     return ops.sum(ops.cast(ops.equal(counts, 0), "float32"))
 
 
@@ -64,6 +74,9 @@ def dead_experts_over_window(counts, window=100):
     Returns:
         Scalar, float32.
     """
+    check_counts("counts", counts, ("N", "E"))
+    check_positive_integer("window", window)
+    counts = ops.convert_to_tensor(counts)
     if counts.shape[0] < window:
         return ops.zeros((), "float32")
     return dead_experts(ops.sum(counts[-window:], axis=0))
@@ -79,6 +92,16 @@ def dropped_fraction(dropped, counts):
     Returns:
         Scalar, float32.
     """
+    check_counts("counts", counts)
+    check_rank("dropped", dropped if hasattr(dropped, "shape") else np.asarray(dropped), ())
+    if host_values(dropped) is not None:
+        number = float(dropped)
+        known = host_values(counts)
+        if not 0 <= number <= (float("inf") if known is None else known.sum()):
+            raise ValueError(
+                "`dropped` must be a number of assignments, at most all. Received: "
+                f"dropped={number}. Pass how many were dropped, not their share."
+            )
     total = ops.sum(ops.cast(counts, "float32"))
     return ops.cast(dropped, "float32") / ops.maximum(total, 1.0)
 
@@ -92,6 +115,7 @@ def expert_share(counts):
     Returns:
         (E,) float32.
     """
+    check_counts("counts", counts)
     counts = ops.cast(counts, "float32")
     return counts / ops.maximum(ops.sum(counts), 1.0)
 
@@ -105,6 +129,7 @@ def load_variation(counts):
     Returns:
         Scalar, float32; 0 without assignments.
     """
+    check_counts("counts", counts)
     counts = ops.cast(counts, "float32")
     mean = ops.mean(counts)
     return ops.where(mean > 0, ops.std(counts) / ops.where(mean > 0, mean, 1.0), 0.0)
@@ -131,6 +156,7 @@ def active_fraction(counts):
     Returns:
         Scalar, float32.
     """
+    check_counts("counts", counts)
     return ops.mean(ops.cast(ops.cast(counts, "float32") > 0, "float32"))
 
 
@@ -146,5 +172,11 @@ def utilization_quantiles(counts, quantiles=(0.0, 0.25, 0.5, 0.75, 1.0)):
     Returns:
         (len(quantiles),) float32; 0 without assignments.
     """
+    wanted = host_values(quantiles)
+    if wanted is not None and not ((wanted >= 0) & (wanted <= 1)).all():
+        raise ValueError(
+            "`quantiles` must be numbers from 0 to 1. Received: "
+            f"quantiles={quantiles!r}. Divide percents by 100."
+        )
     share = expert_share(counts)
     return ops.quantile(share * share.shape[0], ops.convert_to_tensor(quantiles, "float32"))

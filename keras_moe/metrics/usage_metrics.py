@@ -21,7 +21,7 @@ class _UsageMetric(keras.metrics.Metric):
     """Abstract: remembers something of the counts of each routing."""
 
     def __init__(self, num_experts, name=None, dtype=None):
-        check_positive_integer("num_experts", num_experts)
+        num_experts = check_positive_integer("num_experts", num_experts)
         super().__init__(name=name, dtype=dtype)
         self.num_experts = num_experts
 
@@ -133,7 +133,7 @@ class DeadExpertsOverWindow(_UsageMetric):
     """
 
     def __init__(self, num_experts, window=100, name=None, dtype=None):
-        check_positive_integer("window", window)
+        window = check_positive_integer("window", window)
         super().__init__(num_experts, name, dtype)
         self.window = window
         # How many batches ago each expert had its last assignment: all there is to know.

@@ -3,6 +3,7 @@
 from keras import ops
 
 from keras_moe.ops.selection import chosen_experts
+from keras_moe.validation import check_divides
 
 
 def load_balance(routing):
@@ -35,6 +36,7 @@ def sequence_load_balance(routing, sequence_length):
     Returns:
         Scalar, float32; 0 where every token is padding.
     """
+    check_divides("sequence_length", sequence_length, routing.mask.shape[0])
     num_experts = routing.probs.shape[-1]
     by_sequence = (-1, sequence_length, num_experts)
     mask = ops.reshape(routing.mask, (-1, sequence_length, 1))

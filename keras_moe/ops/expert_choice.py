@@ -13,6 +13,7 @@ from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import best_places
 from keras_moe.ops.sizes import at_least, at_most
 from keras_moe.ops.sorting import put
+from keras_moe.validation import check_divides, check_rank
 
 
 def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=None):
@@ -33,8 +34,10 @@ def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=No
         and for `plan_expert_choice` in `details`, both (B, E, C), the place in its sequence of each
         token that is chosen, and whether the choice counts.
     """
+    check_rank("logits", logits, ("T", "E"))
     logits, mask = clean_logits(logits, mask)
     num_tokens, num_experts = ops.shape(logits)
+    check_divides("sequence_length", sequence_length, num_tokens)
     sequence_length = at_least(1, num_tokens) if sequence_length is None else sequence_length
     probs = softmax(logits)
     capacity = expert_capacity(sequence_length, num_experts, 1, capacity_factor)

@@ -4,6 +4,7 @@ from keras import ops
 
 from keras_moe.ops.grouped import product_step, run_grouped
 from keras_moe.ops.groups import Groups
+from keras_moe.validation import check_is_float, check_is_integer, host_values
 
 
 def grouped_matmul(rows, kernels, group_sizes):
@@ -16,15 +17,18 @@ def grouped_matmul(rows, kernels, group_sizes):
     Args:
         rows: (N, D) float tensor.
         kernels: (E, D, H) float tensor, converted to the dtype of the rows.
-        group_sizes: (E,) integer tensor, none negative. Need not be known at compile time. What
-            they count beyond N is left out.
+        group_sizes: (E,) integers of at least 0, sum at most N. Need not be known at compile time.
+            Those in a list or a NumPy array are checked; in a tensor a negative one counts as 0,
+            and a group ends with the rows at the latest.
 
     Returns:
         (N, H), in the dtype of `rows`. Products and sums are those of float32 at most, as all of
         Keras's.
 
     Raises:
-        ValueError: If the ranks or the sizes of the shared axes do not fit.
+        ValueError: If the ranks or the sizes of the shared axes do not fit, or sizes of groups are
+            negative or too large.
+        TypeError: If rows or kernels are not floats, or sizes of groups no integers.
 
     Example:
 
@@ -36,15 +40,19 @@ def grouped_matmul(rows, kernels, group_sizes):
     Reference: Gale et al. 2022, MegaBlocks (arXiv:2211.15841), section 4.
     """
     rows, kernels = ops.convert_to_tensor(rows), ops.convert_to_tensor(kernels)
-    group_sizes = ops.cast(ops.convert_to_tensor(group_sizes), "int32")
+    check_is_float("rows", rows)
+    check_is_float("kernels", kernels)
+    on_host = host_values(group_sizes)
+    group_sizes = ops.convert_to_tensor(group_sizes)
+    check_is_integer("group_sizes", group_sizes)
     _check_shapes(rows.shape, kernels.shape, group_sizes.shape)
+    if on_host is not None:
+        _check_sizes(on_host, rows.shape[0])
 
     num_rows = ops.shape(rows)[0]
+    group_sizes = _within(ops.cast(group_sizes, "int32"), num_rows)
     row_numbers = ops.arange(num_rows, dtype="int32")
-    # Kernels of accelerators would read and write past the last row.
-    ends = ops.minimum(ops.cumsum(group_sizes), num_rows)
-    group_sizes = ends - ops.pad(ends[:-1], (1, 0))
-    computed = row_numbers < ends[-1]
+    computed = row_numbers < ops.sum(group_sizes)
     groups = Groups(
         sizes=group_sizes,
         assignment_of_row=row_numbers,
@@ -58,6 +66,26 @@ def grouped_matmul(rows, kernels, group_sizes):
         [],
         groups,
     )
+
+
+def _within(group_sizes, num_rows):
+    """Sizes whose groups end with the rows, whatever a tensor holds.
+
+    Kernels of accelerators would read and write past the last row.
+    """
+    # Each of them alone first, so that their sum stays within 32 bits.
+    num_rows = ops.cast(num_rows, "int32")
+    possible = ops.minimum(ops.maximum(group_sizes, 0), num_rows)
+    ends = ops.minimum(ops.cumsum(possible), num_rows)
+    return ends - ops.pad(ends[:-1], ((1, 0),))
+
+
+def _check_sizes(group_sizes, num_rows):
+    if (group_sizes < 0).any() or (num_rows is not None and group_sizes.sum() > num_rows):
+        raise ValueError(
+            "Sizes of groups must be 0 or more, and their sum at most the number of rows. "
+            f"Received: group_sizes={group_sizes.tolist()}, {num_rows} rows. Change one of them."
+        )
 
 
 def _check_shapes(rows, kernels, group_sizes):

@@ -6,6 +6,7 @@ Axes: T tokens, E experts, K experts per token.
 from keras import ops
 
 from keras_moe.ops.selection import chosen_experts, take_scores, top_k_indices
+from keras_moe.validation import check_top_k
 
 
 def noisy_load(clean, noisy, deviation, top_k, mask):
@@ -25,6 +26,7 @@ def noisy_load(clean, noisy, deviation, top_k, mask):
         (E,) float32.
     """
     num_experts = noisy.shape[-1]
+    check_top_k(top_k, num_experts)
     if top_k == num_experts:
         return ops.sum(ops.cast(ops.expand_dims(mask, 1), "float32") + 0.0 * clean, axis=0)
     best = top_k_indices(noisy, top_k + 1)

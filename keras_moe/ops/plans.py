@@ -11,9 +11,18 @@ from keras import ops
 from keras_moe import backend
 from keras_moe.ops.assignments import Assignments, Choices
 from keras_moe.ops.groups import combine_rows, dispatch_rows
+from keras_moe.ops.selection import existing
 from keras_moe.ops.sharded import admit_by_shard, splits_evenly
 from keras_moe.ops.sizes import at_least
 from keras_moe.ops.sorting import place_in_queue
+from keras_moe.validation import (
+    check_is_integer,
+    check_not_negative,
+    check_positive_integer,
+    check_positive_number,
+    check_size,
+    is_whole,
+)
 
 
 class GroupedPlan(NamedTuple):
@@ -74,10 +83,20 @@ def plan_groups(routing, capacity=None, first=None, sequence_length=None):
         sequence_length: where given, the capacity holds for each run of so many tokens alone.
 
     Returns:
-        A `GroupedPlan`.
+        A `GroupedPlan`. What is no expert in the indices belongs to no group, as -1.
+
+    Raises:
+        ValueError, TypeError: If a size is not positive or the indices are no integers.
     """
-    used = ops.logical_and(ops.expand_dims(routing.mask, 1), routing.indices >= 0)
-    assignments = Assignments(ops.where(used, routing.indices, -1), routing.counts)
+    if capacity is not None:
+        check_size("capacity", capacity)
+    if sequence_length is not None:
+        check_size("sequence_length", sequence_length)
+    check_is_integer("routing.indices", routing.indices)
+    # Whatever a router of the user's own returns, nothing is read or written out of range.
+    indices = existing(routing.indices, routing.counts.shape[0])
+    indices = ops.where(ops.expand_dims(routing.mask, 1), indices, -1)
+    assignments = Assignments(indices, routing.counts)
     shards = backend.token_shards()
     if capacity is not None:
 
@@ -124,7 +143,15 @@ def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
 
     Returns:
         An integer, or an int32 tensor where `num_tokens` is one.
+
+    Raises:
+        ValueError: If an argument is out of its range.
     """
+    if is_whole(num_tokens):
+        check_not_negative("num_tokens", num_tokens)
+    check_positive_integer("num_experts", num_experts)
+    check_positive_integer("top_k", top_k)
+    capacity_factor = check_positive_number("capacity_factor", capacity_factor)
     # In integers, which round alike everywhere: in float32 a compiled quotient may come out just
     # above a whole number, and one row too many with it.
     share = Fraction(float(capacity_factor)).limit_denominator(1000) * top_k / num_experts

@@ -9,7 +9,13 @@ from keras import ops
 
 from keras_moe.ops.scores import SCORES, distribution
 from keras_moe.ops.selection import take_scores, top_k_indices
-from keras_moe.validation import check_choice, check_top_k
+from keras_moe.validation import (
+    check_choice,
+    check_is_float,
+    check_positive_number,
+    check_rank,
+    check_top_k,
+)
 
 
 class Routing(NamedTuple):
@@ -93,7 +99,10 @@ def top_k_routing(
     Raises:
         ValueError: If there is no such score, or `top_k` is not from 1 to E.
     """
+    check_is_float("logits", logits)
+    check_rank("logits", logits, ("T", "E"))
     check_choice("score", score, SCORES)
+    check_positive_number("scale", scale)
     check_top_k(top_k, logits.shape[-1])
     logits, mask = clean_logits(logits, mask)
     scores = SCORES[score](logits)

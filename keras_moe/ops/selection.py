@@ -4,6 +4,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe import backend
+from keras_moe.validation import check_positive_integer, check_rank, check_top_k
 
 # The second lowest float: below all other scores and above minus infinity. TensorFlow's argmax
 # begins from the lowest and therefore never finds it.
@@ -24,7 +25,9 @@ def top_k_indices(scores, top_k):
     """
     # K rounds of argmax agree on ties and NaN on every backend, where top_k does not, and for a
     # few experts per token they are as fast.
+    check_rank("scores", scores, ("T", "E"))
     num_tokens, num_experts = scores.shape
+    check_top_k(top_k, num_experts)
     if num_tokens == 0:  # Keras has no maximum of nothing.
         return ops.zeros((0, top_k), "int32")
     scores = ops.stop_gradient(scores)
@@ -81,6 +84,15 @@ def group_limited_scores(scores, num_groups, top_groups):
     Returns:
         (T, E) float32.
     """
+    check_rank("scores", scores, ("T", "E"))
+    check_positive_integer("num_groups", num_groups)
+    check_positive_integer("top_groups", top_groups)
+    if scores.shape[-1] % num_groups or top_groups > num_groups:
+        raise ValueError(
+            "`num_groups` must divide the number of experts, and `top_groups` be at most as many. "
+            f"Received: {scores.shape[-1]} experts, num_groups={num_groups}, "
+            f"top_groups={top_groups}. Change one of them."
+        )
     size = scores.shape[-1] // num_groups
     grouped = ops.reshape(scores, (-1, num_groups, size))
     best = top_k_indices(ops.reshape(grouped, (-1, size)), min(2, size))
@@ -94,6 +106,12 @@ def chosen_experts(indices, num_experts):
     """(T, E) bool: whether each expert is among the indices (T, K) of a token."""
     experts = ops.arange(num_experts, dtype="int32")
     return ops.any(ops.expand_dims(indices, -1) == experts, axis=1)
+
+
+def existing(indices, num_experts):
+    """Indices with -1, nobody, in the place of what is no expert."""
+    known = ops.logical_and(indices >= 0, indices < num_experts)
+    return ops.where(known, indices, -1)
 
 
 def take_scores(scores, indices):

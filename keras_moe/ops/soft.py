@@ -16,6 +16,7 @@ from keras_moe.ops.routing import clean_logits, make_routing
 from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import take_scores, top_k_indices
 from keras_moe.ops.sizes import at_least
+from keras_moe.validation import check_divides, check_positive_integer, check_rank
 
 
 def soft_routing(logits, num_experts, mask=None, sequence_length=None):
@@ -34,8 +35,16 @@ def soft_routing(logits, num_experts, mask=None, sequence_length=None):
         expert's share as weight; the logit of an expert is the logsumexp of those of its slots.
         `details` holds the weights for `plan_soft`: to slots and back, both (B, S, M).
     """
+    check_rank("logits", logits, ("T", "E * P"))
+    check_positive_integer("num_experts", num_experts)
     logits, mask = clean_logits(logits, mask)
     num_tokens, num_slots = ops.shape(logits)[0], logits.shape[1]
+    check_divides("sequence_length", sequence_length, num_tokens)
+    if num_slots % num_experts:
+        raise ValueError(
+            "Each expert must have as many slots as the others. Received: "
+            f"{num_slots} logits for num_experts={num_experts}. Change one of them."
+        )
     length = at_least(1, num_tokens) if sequence_length is None else sequence_length
     by_sequence = ops.reshape(logits, (-1, length, num_slots))
     real = ops.reshape(mask, (-1, length, 1))

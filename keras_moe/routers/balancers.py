@@ -29,7 +29,7 @@ class SelectionBalancer:
     """
 
     def __init__(self, accumulation_steps=1):
-        check_positive_integer("accumulation_steps", accumulation_steps)
+        accumulation_steps = check_positive_integer("accumulation_steps", accumulation_steps)
         self.accumulation_steps = accumulation_steps
 
     def measure(self, routing, scores, bias):
@@ -72,7 +72,7 @@ class LossFreeBias(SelectionBalancer):
 
     def __init__(self, rate=1e-3, accumulation_steps=1):
         super().__init__(accumulation_steps)
-        check_positive_number("rate", rate, example=0.001)
+        rate = check_positive_number("rate", rate, example=0.001)
         self.rate = rate
 
     def measure(self, routing, scores, bias):
@@ -111,7 +111,7 @@ class QuantileBias(SelectionBalancer):
 
     def __init__(self, momentum=0.0, accumulation_steps=1):
         super().__init__(accumulation_steps)
-        check_fraction("momentum", momentum)
+        momentum = check_fraction("momentum", momentum)
         self.momentum = momentum
 
     def measure(self, routing, scores, bias):

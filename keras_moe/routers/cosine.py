@@ -43,7 +43,7 @@ class CosineRouter(SelectionRouter):
 
     def __init__(self, num_experts, projection_dim=256, **kwargs):
         super().__init__(num_experts, **kwargs)
-        check_positive_integer("projection_dim", projection_dim)
+        projection_dim = check_positive_integer("projection_dim", projection_dim)
         self.projection_dim = projection_dim
 
     def build(self, tokens_shape):

@@ -49,7 +49,7 @@ class ExpertChoiceRouter(LogitRouter):
 
     def __init__(self, num_experts, capacity_factor=2.0, **kwargs):
         super().__init__(num_experts, **kwargs)
-        check_positive_number("capacity_factor", capacity_factor)
+        capacity_factor = check_positive_number("capacity_factor", capacity_factor)
         self.capacity_factor = capacity_factor
         self.top_k = num_experts
 

@@ -50,7 +50,7 @@ class ForcedRouter(Router):
 
     def __init__(self, num_experts, top_k=2, pattern="round_robin", seed=None, **kwargs):
         super().__init__(num_experts, **kwargs)
-        check_top_k(top_k, num_experts, "ForcedRouter")
+        top_k = check_top_k(top_k, num_experts, "ForcedRouter")
         check_choice("pattern", pattern, PATTERNS)
         self.top_k = top_k
         self.pattern = pattern

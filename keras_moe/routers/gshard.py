@@ -47,7 +47,7 @@ class GShardRouter(LogitRouter):
 
     def __init__(self, num_experts, threshold=0.2, **kwargs):
         super().__init__(num_experts, **kwargs)
-        check_positive_number("threshold", threshold)
+        threshold = check_positive_number("threshold", threshold)
         if num_experts < 2:
             raise ValueError(
                 "`GShardRouter` sends each token to two experts. Received: "

@@ -4,10 +4,10 @@ import numpy as np
 from keras import ops
 
 from keras_moe.ops import make_routing
-from keras_moe.ops.selection import chosen_experts
+from keras_moe.ops.selection import chosen_experts, existing
 from keras_moe.routers.router import Router
 from keras_moe.serialization import register
-from keras_moe.validation import check_positive_integer, check_top_k, fits
+from keras_moe.validation import check_is_integer, check_positive_integer, check_top_k, fits
 
 
 @register
@@ -49,8 +49,8 @@ class HashRouter(Router):
 
     def __init__(self, num_experts, vocabulary_size, top_k=1, seed=0, **kwargs):
         super().__init__(num_experts, **kwargs)
-        check_positive_integer("vocabulary_size", vocabulary_size)
-        check_top_k(top_k, num_experts, "HashRouter")
+        vocabulary_size = check_positive_integer("vocabulary_size", vocabulary_size)
+        top_k = check_top_k(top_k, num_experts, "HashRouter")
         self.vocabulary_size = vocabulary_size
         self.top_k = top_k
         self.seed = seed
@@ -80,7 +80,7 @@ class HashRouter(Router):
                 "`token_ids` must have an id for each token. Received: "
                 f"{ids.shape[0]} ids for {tokens.shape[0]} tokens. Pass the ids of these tokens."
             )
-        indices = ops.take(self.table, ids, axis=0)
+        indices = existing(ops.take(self.table, ids, axis=0), self.num_experts)
         return fixed_routing(indices, mask, self.num_experts)
 
     def get_config(self):
@@ -98,6 +98,7 @@ def _check_token_ids(token_ids):
             "`HashRouter` goes by the ids of the tokens. Received: token_ids=None. Pass "
             "`token_ids` where the layer or block around it is called."
         )
+    check_is_integer("token_ids", token_ids)
 
 
 def fixed_routing(indices, mask, num_experts):

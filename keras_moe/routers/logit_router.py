@@ -32,8 +32,8 @@ class LogitRouter(Router):
         seed=None,
         **kwargs,
     ):
-        check_fraction("input_jitter", input_jitter)
-        check_not_negative("logit_noise", logit_noise)
+        input_jitter = check_fraction("input_jitter", input_jitter)
+        logit_noise = check_not_negative("logit_noise", logit_noise)
         super().__init__(num_experts, **kwargs)
         self.input_jitter = input_jitter
         self.logit_noise = logit_noise

@@ -49,7 +49,7 @@ class NoisyTopKRouter(LogitRouter):
 
     def __init__(self, num_experts, top_k=2, **kwargs):
         super().__init__(num_experts, **kwargs)
-        check_top_k(top_k, num_experts, "NoisyTopKRouter")
+        top_k = check_top_k(top_k, num_experts, "NoisyTopKRouter")
         self.top_k = top_k
 
     def build(self, tokens_shape):

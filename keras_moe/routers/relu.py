@@ -56,20 +56,21 @@ class ReLURouter(LogitRouter):
         self, num_experts, top_k=2, max_top_k=None, growth=1.2, initial_strength=1e-8, **kwargs
     ):
         super().__init__(num_experts, **kwargs)
-        check_top_k(top_k, num_experts, "ReLURouter")
+        top_k = check_top_k(top_k, num_experts, "ReLURouter")
         max_top_k = min(2 * top_k, num_experts) if max_top_k is None else max_top_k
-        check_top_k(max_top_k, num_experts, "ReLURouter", name="max_top_k")
+        max_top_k = check_top_k(max_top_k, num_experts, "ReLURouter", name="max_top_k")
         if max_top_k < top_k:
             raise ValueError(
                 "`max_top_k` must be at least `top_k`, the mean that the loss aims at. Received: "
                 f"max_top_k={max_top_k}, top_k={top_k}. Raise the one or lower the other."
             )
+        growth = check_positive_number("growth", growth, example=1.2)
         if not growth > 1:
             raise ValueError(
                 "`growth` must be above 1, or the loss could not adapt. Received: "
                 f"growth={growth!r}. Pass, for example, 1.2."
             )
-        check_positive_number("initial_strength", initial_strength, example=1e-8)
+        initial_strength = check_positive_number("initial_strength", initial_strength, example=1e-8)
         self.target_top_k = top_k
         self.max_top_k = self.top_k = max_top_k
         self.growth = growth

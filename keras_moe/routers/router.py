@@ -7,7 +7,14 @@ from keras import ops
 
 from keras_moe import backend
 from keras_moe.ops import Routing, plan_groups
-from keras_moe.validation import check_mask, check_positive_integer, fits
+from keras_moe.validation import (
+    check_is_integer,
+    check_mask,
+    check_positive_integer,
+    check_replayed,
+    fits,
+    host_values,
+)
 
 
 class Router(keras.layers.Layer):
@@ -48,12 +55,23 @@ class Router(keras.layers.Layer):
                 "A router always computes in float32, whatever the policy around it. "
                 f"Received: dtype={dtype!r}. Leave `dtype` out."
             )
-        check_positive_integer("num_experts", num_experts)
+        num_experts = check_positive_integer("num_experts", num_experts)
         super().__init__(dtype="float32", **kwargs)
         backend.separate_losses(self)
         self.num_experts = num_experts
         self.supports_masking = True
         self._known_arguments = set(inspect.signature(self.route).parameters)
+
+    def __call__(self, *args, **kwargs):
+        # Here, because Keras hands `call` tensors only.
+        self.check_replay(kwargs.get("indices"))
+        return super().__call__(*args, **kwargs)
+
+    def check_replay(self, indices):
+        """The values of experts to replay, where they are no tensor yet; `call` checks the rest."""
+        array = host_values(indices)
+        if array is not None and array.ndim == 2 and "indices" in self._known_arguments:
+            check_replayed(array, self.num_experts)
 
     def call(
         self,
@@ -74,7 +92,8 @@ class Router(keras.layers.Layer):
                 alone; None where all tokens are one sequence.
             token_ids: (T,) integer tensor, for routers that go by the token.
             indices: (T, K) integer tensor of experts to replay: the router weighs them by its own
-                scores, with their gradient, instead of choosing.
+                scores, with their gradient, instead of choosing. Those in a NumPy array are
+                checked; in a tensor what is no expert counts as -1, for none.
 
         Returns:
             An `ops.Routing`.
@@ -101,6 +120,8 @@ class Router(keras.layers.Layer):
                 f"indices.shape={tuple(indices.shape)}, T={tokens.shape[0]}, K={self.top_k}. Pass "
                 "the `indices` of a routing of these tokens by this router."
             )
+        if indices is not None:
+            check_is_integer("indices", indices)
         known = {name: value for name, value in known.items() if name in self._known_arguments}
         return self.route(tokens, mask, training, **known)
 

@@ -8,7 +8,7 @@ from keras import ops
 from keras_moe import backend
 from keras_moe.ops.routing import top_k_routing
 from keras_moe.ops.scores import SCORES
-from keras_moe.ops.selection import top_k_indices
+from keras_moe.ops.selection import existing, top_k_indices
 from keras_moe.routers import balancers
 from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.validation import check_choice, check_positive_number, check_top_k
@@ -41,9 +41,9 @@ class SelectionRouter(LogitRouter):
         **kwargs,
     ):
         super().__init__(num_experts, **kwargs)
-        check_top_k(top_k, num_experts, type(self).__name__)
+        top_k = check_top_k(top_k, num_experts, type(self).__name__)
         check_choice("score", score, SCORES)
-        check_positive_number("scaling_factor", scaling_factor)
+        scaling_factor = check_positive_number("scaling_factor", scaling_factor)
         self.top_k = top_k
         self.score = score
         self.renormalize = renormalize
@@ -73,7 +73,8 @@ class SelectionRouter(LogitRouter):
     def route(self, tokens, mask, training, indices=None):
         logits, mask = self.logits(tokens, mask, training)
         if indices is not None:
-            return self._weigh(logits, mask, lambda scores: ops.cast(indices, "int32"))
+            indices = existing(ops.cast(indices, "int32"), self.num_experts)
+            return self._weigh(logits, mask, lambda scores: indices)
         if self.balancer is None:
             return self._weigh(logits, mask, self.select)
         routing = self._weigh(

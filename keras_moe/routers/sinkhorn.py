@@ -49,8 +49,8 @@ class SinkhornRouter(LogitRouter):
 
     def __init__(self, num_experts, top_k=1, iterations=8, **kwargs):
         super().__init__(num_experts, **kwargs)
-        check_top_k(top_k, num_experts, "SinkhornRouter")
-        check_positive_integer("iterations", iterations)
+        top_k = check_top_k(top_k, num_experts, "SinkhornRouter")
+        iterations = check_positive_integer("iterations", iterations)
         self.top_k = top_k
         self.iterations = iterations
 

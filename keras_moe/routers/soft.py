@@ -51,7 +51,7 @@ class SoftRouter(LogitRouter):
 
     def __init__(self, num_experts, slots=1, **kwargs):
         super().__init__(num_experts, **kwargs)
-        check_positive_integer("slots", slots)
+        slots = check_positive_integer("slots", slots)
         self.slots = slots
         self.top_k = 1
 

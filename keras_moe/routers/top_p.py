@@ -47,9 +47,9 @@ class TopPRouter(LogitRouter):
 
     def __init__(self, num_experts, threshold=0.4, max_top_k=None, **kwargs):
         super().__init__(num_experts, **kwargs)
-        check_fraction("threshold", threshold, fix="Pass, for example, 0.4.")
+        threshold = check_fraction("threshold", threshold, fix="Pass, for example, 0.4.")
         max_top_k = min(4, num_experts) if max_top_k is None else max_top_k
-        check_top_k(max_top_k, num_experts, "TopPRouter", name="max_top_k")
+        max_top_k = check_top_k(max_top_k, num_experts, "TopPRouter", name="max_top_k")
         self.threshold = threshold
         self.max_top_k = self.top_k = max_top_k
 

@@ -45,8 +45,8 @@ class VMoERouter(LogitRouter):
 
     def __init__(self, num_experts, top_k=2, noise_std=1.0, **kwargs):
         super().__init__(num_experts, **kwargs)
-        check_top_k(top_k, num_experts, "VMoERouter")
-        check_not_negative("noise_std", noise_std)
+        top_k = check_top_k(top_k, num_experts, "VMoERouter")
+        noise_std = check_not_negative("noise_std", noise_std)
         self.top_k = top_k
         self.noise_std = noise_std
 

@@ -66,8 +66,18 @@ def _grouped(labels, mask, names):
     """Integers that stand for labels, -1 for padding, and the names of these integers."""
     if np.issubdtype(labels.dtype, np.integer):
         highest = int(labels.max(initial=-1, where=mask))
+        if names is not None and highest >= len(names):
+            raise ValueError(
+                "`names` must have a name for each label. Received: "
+                f"{len(names)} names, and labels up to {highest}. Name them all."
+            )
         rows = [str(n) for n in (range(highest + 1) if names is None else names)]
         return np.where(mask, labels, -1), rows
+    if names is not None:
+        raise ValueError(
+            "`names` must be those of integer labels. Received: names, and labels of "
+            f"{labels.dtype}. Leave `names` out, or pass the number of each label."
+        )
     groups = np.full(len(labels), -1)
     values, found, sizes = np.unique(
         labels[mask].astype(str), return_inverse=True, return_counts=True

@@ -4,6 +4,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe.ops.routing import Routing
+from keras_moe.validation import check_experts, check_positive_integer
 
 
 def by_layer(source):
@@ -22,9 +23,19 @@ def routings(source, num_experts=None):
 def probabilities(source):
     """Dict of names to probabilities (T, E) of the real tokens."""
     return {
-        name: value.probs[value.mask] if isinstance(value, Routing) else value
+        name: value.probs[value.mask] if isinstance(value, Routing) else _checked(value)
         for name, value in by_layer(source).items()
     }
+
+
+def _checked(probs):
+    fit = probs.ndim == 2 and probs.shape[1] and probs.dtype.kind == "f"
+    if not fit or not ((probs >= 0) & (probs <= 1 + 1e-4)).all():
+        raise ValueError(
+            "Probabilities must be numbers from 0 to 1, (T, E). Received: "
+            f"shape {probs.shape} of {probs.dtype}. Pass `routing.probs`."
+        )
+    return probs
 
 
 def as_tensors(routing):
@@ -74,6 +85,9 @@ def _routing(value, num_experts):
             "The experts of tokens must be integers (T, K). "
             f"Received: shape {value.shape} of {value.dtype}. Pass `routing.indices`."
         )
+    if num_experts is not None:
+        check_positive_integer("num_experts", num_experts)
+    check_experts("indices", value, num_experts)
     counts = np.bincount(value[value >= 0], minlength=num_experts or 0)
     mask = (value >= 0).any(axis=1)
     return Routing(value.astype("int32"), None, None, None, mask, counts, None)

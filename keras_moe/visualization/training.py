@@ -3,6 +3,7 @@
 import numpy as np
 
 from keras_moe.metrics import router_saturation
+from keras_moe.validation import check_counts
 from keras_moe.visualization.panels import count_on, heat_map, one_panel_a_layer
 from keras_moe.visualization.sources import as_tensors, by_layer, routings
 
@@ -35,6 +36,7 @@ def shares_over_time(shares):
                 "Shares must have the axes time and expert. "
                 f"Received: shape {array.shape}. Pass one row for each epoch."
             )
+        check_counts("shares", array, ("time", "E"))
     return one_panel_a_layer(layers, _draw_shares)
 
 
@@ -81,7 +83,19 @@ def settling(checkpoints, num_experts=None):
             f"Received: {len(checkpoints)}. Record routings several times while training."
         )
     recorded = [routings(checkpoint, num_experts) for checkpoint in checkpoints]
+    if any(moments.keys() != recorded[0].keys() for moments in recorded):
+        raise ValueError(
+            "All checkpoints must have the same layers. Received: "
+            f"{[list(moments) for moments in recorded]}. Record them of one model."
+        )
     layers = {name: [moment[name] for moment in recorded] for name in recorded[0]}
+    for moments in layers.values():
+        shapes = [moment.indices.shape for moment in moments]
+        if len(set(shapes)) > 1:
+            raise ValueError(
+                "All checkpoints must be of the same tokens. Received: indices of the shapes "
+                f"{shapes}. Record the same data each time."
+            )
     return one_panel_a_layer(layers, _draw_settling)
 
 

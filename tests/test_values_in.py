@@ -1,0 +1,378 @@
+"""What is known before compute is checked there: every public function has its bad calls here.
+
+Each is refused by a ValueError or TypeError that says what was received. A function without a row
+fails the last test, unless it is one of those that take nothing but checked objects.
+"""
+
+import inspect
+import json
+from fractions import Fraction
+
+import keras
+import numpy as np
+import pytest
+from layer_checks import D, E, array, moe, normal
+
+from keras_moe import callbacks, health, layers, losses, metrics, ops, routers, visualization
+from keras_moe.routers import balancers
+
+NAN, INF = float("nan"), float("inf")
+T, K = 6, 2
+LOGITS = np.array(normal(T, E))
+BAD_SIZES = [0, -1, 1.5, True, "2", NAN]
+BAD_NUMBERS = [0, -1.0, NAN, INF, 1e300, True, "1"]
+BAD_WEIGHTS = [-0.1, NAN, INF, 1e300, True, "0.1", None]
+BAD_COUNTS = [[-1, 2, 3, 4], [NAN, 1, 1, 1], [INF, 1, 1, 1], [[1, 2], [3, 4]], 3, [], ["a", "b"]]
+BAD_INDICES = [[[0, E]], [[-2, 0]], [[0.0, 1.0]], [0, 1], [[[0, 1]]]]
+
+
+def tensor(values, dtype=None):
+    return keras.ops.convert_to_tensor(values, dtype)
+
+
+def routing(top_k=K):
+    return ops.top_k_routing(tensor(LOGITS), top_k)
+
+
+def logits():
+    return tensor(LOGITS)
+
+
+def mask():
+    return keras.ops.ones((T,), "bool")
+
+
+def product(rows=None, kernels=None, sizes=(1, 2, 3, 0)):
+    rows = normal(T, D) if rows is None else rows
+    return ops.grouped_matmul(rows, normal(E, D, 3) if kernels is None else kernels, sizes)
+
+
+def decoder():
+    block = layers.TransformerDecoderBlock(2, moe())
+    block.build((None, 3, D))
+    return block
+
+
+def decode(position):
+    block = decoder()
+    return block(normal(1, 2, D), cache=block.make_cache(1, 4), position=position)
+
+
+def weighted(index=0, weight=0.5, built=False):
+    layer = moe(router_losses=["load_balance"])
+    if built:
+        layer.build((None, D))
+    return layer.set_router_loss_weight(index, weight)
+
+
+def scheduled(schedule):
+    model = keras.Sequential([keras.Input((D,)), moe(router_losses=["load_balance"])])
+    model.compile("sgd", "mse")
+    x = normal(2, D)
+    model.fit(x, x, callbacks=[callbacks.RouterLossSchedule(schedule)], verbose=0)
+
+
+def replay(indices):
+    return routers.TopKRouter(E, K)(normal(T, D), indices=indices)
+
+
+def layer_replay(indices):
+    return moe()(normal(T, D), indices=indices)
+
+
+DUPLICATED = [[0, 0]] * T
+REPLAYED = [*BAD_INDICES, DUPLICATED, [[0, 1]], [[0.0, 1.0]] * T, [[0, E]] * T, [[-2, 0]] * T]
+PATH = "visualization"
+
+# The function, how it is called with a bad value, and bad values.
+FUNCTIONS = {
+    "ops.grouped_matmul": [
+        (lambda v: product(sizes=v), [[1, -1, 2, 1], [3, 3, 3, 3], [1.0, 2.0, 3.0, 0.0]]),
+        (lambda v: product(sizes=v), [[NAN, 1, 1, 1], [[1, 2, 3, 0]], [True] * E, [1, 2]]),
+        (lambda v: product(sizes=tensor(v)), [[1.0, 2.0, 3.0, 0.0]]),
+        (lambda v: product(rows=v), [np.ones((T, D), "int32"), np.ones((T, D), bool)]),
+        (lambda v: product(kernels=v), [np.ones((E, D, 3), "int32"), np.ones((E, D + 1, 3))]),
+    ],
+    "ops.top_k_routing": [
+        (lambda v: ops.top_k_routing(logits(), v), [*BAD_SIZES, E + 1]),
+        (lambda v: ops.top_k_routing(logits(), K, scale=v), BAD_NUMBERS),
+        (lambda v: ops.top_k_routing(logits(), K, score=v), ["soft", None, ["softmax"], 1]),
+        (lambda v: ops.top_k_routing(tensor(v), 1), [np.ones(E, "float32"), np.ones((T, E), int)]),
+    ],
+    "ops.top_k_indices": [
+        (lambda v: ops.top_k_indices(logits(), v), [*BAD_SIZES, E + 1]),
+        (lambda v: ops.top_k_indices(tensor(v), 1), [np.ones(E, "float32")]),
+    ],
+    "ops.group_limited_scores": [
+        (lambda v: ops.group_limited_scores(logits(), v, 1), [*BAD_SIZES, 3]),
+        (lambda v: ops.group_limited_scores(logits(), 2, v), [*BAD_SIZES, 3]),
+    ],
+    "ops.expert_choice_routing": [
+        (lambda v: ops.expert_choice_routing(logits(), v), BAD_NUMBERS),
+        (lambda v: ops.expert_choice_routing(logits(), 1.0, sequence_length=v), [*BAD_SIZES, 4]),
+    ],
+    "ops.soft_routing": [
+        (lambda v: ops.soft_routing(logits(), v), [*BAD_SIZES, 3]),
+        (lambda v: ops.soft_routing(logits(), E, sequence_length=v), [*BAD_SIZES, 4]),
+    ],
+    "ops.sequence_load_balance": [
+        (lambda v: ops.sequence_load_balance(routing(), v), [*BAD_SIZES, 4]),
+    ],
+    "ops.sinkhorn_plan": [(lambda v: ops.sinkhorn_plan(logits(), mask(), v), BAD_SIZES)],
+    "ops.balanced_assignment": [
+        (lambda v: ops.balanced_assignment(tensor(v), mask()), [np.ones(T, "float32")]),
+    ],
+    "ops.noisy_load": [
+        (lambda v: ops.noisy_load(logits(), logits(), 1.0, v, mask()), [*BAD_SIZES, E + 1]),
+    ],
+    "ops.expert_capacity": [
+        (lambda v: ops.expert_capacity(v, E, K, 1.0), [-1]),
+        (lambda v: ops.expert_capacity(T, v, K, 1.0), BAD_SIZES),
+        (lambda v: ops.expert_capacity(T, E, v, 1.0), BAD_SIZES),
+        (lambda v: ops.expert_capacity(T, E, K, v), BAD_NUMBERS),
+    ],
+    "ops.plan_groups": [
+        (lambda v: ops.plan_groups(routing(), v), BAD_SIZES),
+        (lambda v: ops.plan_groups(routing(), 1, sequence_length=v), BAD_SIZES),
+        (lambda v: ops.plan_groups(routing()._replace(indices=tensor(v))), [np.ones((T, K), "f4")]),
+    ],
+    "ops.platform": [(lambda v: ops.platform(v).__enter__(), ["xpu", None, 1, ["cpu"]])],
+    "metrics.load_imbalance": [(metrics.load_imbalance, BAD_COUNTS)],
+    "metrics.load_entropy": [(metrics.load_entropy, BAD_COUNTS)],
+    "metrics.dead_experts": [(metrics.dead_experts, BAD_COUNTS)],
+    "metrics.expert_share": [(metrics.expert_share, BAD_COUNTS)],
+    "metrics.load_variation": [(metrics.load_variation, BAD_COUNTS)],
+    "metrics.max_share": [(metrics.max_share, BAD_COUNTS)],
+    "metrics.active_fraction": [(metrics.active_fraction, BAD_COUNTS)],
+    "metrics.utilization_quantiles": [
+        (metrics.utilization_quantiles, BAD_COUNTS),
+        (lambda v: metrics.utilization_quantiles([1, 2], v), [[-0.1], [1.1], [NAN], [25, 50]]),
+    ],
+    "metrics.dead_experts_over_window": [
+        (metrics.dead_experts_over_window, [[1, 2], [[-1, 2]], [[NAN, 1]], 3]),
+        (lambda v: metrics.dead_experts_over_window(np.ones((3, E)), v), BAD_SIZES),
+    ],
+    "metrics.dropped_fraction": [
+        (lambda v: metrics.dropped_fraction(0, v), BAD_COUNTS),
+        (lambda v: metrics.dropped_fraction(v, [1, 2]), [-1, NAN, INF, 7, [1]]),
+    ],
+    "metrics.count_table": [
+        (lambda v: metrics.count_table(routing(), v, 2), [[0] * 5, [2] * T, [-1] * T, [0.0] * T]),
+        (lambda v: metrics.count_table(routing(), v, 2), [[NAN] * T, ["a"] * T, [[0] * T], 0]),
+        (lambda v: metrics.count_table(routing(), [0] * T, v), BAD_SIZES),
+    ],
+    "metrics.mutual_information": [
+        (metrics.mutual_information, [[1, 2], [[-1, 2]], [[NAN, 1]], 3, [[INF, 1]]]),
+    ],
+    "metrics.expert_saliency": [
+        (lambda v: metrics.expert_saliency(moe(router=v), normal(T, D)), ["soft", "expert_choice"]),
+    ],
+    "health.spread": [
+        (lambda v: health.spread(v, K), BAD_COUNTS),
+        (lambda v: health.spread([1, 2, 3], v), BAD_SIZES),
+    ],
+    "health.judge_load": [
+        (lambda v: health.judge_load(v, K, ()), BAD_COUNTS),
+        (lambda v: health.judge_load([100] * E, v, ()), BAD_SIZES),
+    ],
+    "health.judge_drops": [(health.judge_drops, [-0.1, 7.0, NAN, INF])],
+    "health.judge_router": [
+        (lambda v: health.judge_router(v, 1.0), [-0.1, 7.0, NAN, INF]),
+        (lambda v: health.judge_router(0.5, v), [-1.0]),
+    ],
+    "health.collapsed": [(lambda v: health.collapsed(v, ()), BAD_COUNTS)],
+    "health.is_enough": [(health.is_enough, BAD_COUNTS)],
+}
+
+visualized = [
+    *BAD_INDICES[1:],
+    [["a"]],
+]
+PICTURES = {
+    "visualization.specialization": [
+        (lambda v: visualization.specialization(np.array(v), [0]), visualized),
+        (lambda v: visualization.specialization(np.array([[0], [1]]), v), [[0, 1, 2], [], 3]),
+        (lambda v: visualization.specialization(np.array([[0], [1]]), [0, 2], v), [["a", "b"]]),
+        (lambda v: visualization.specialization(np.array([[0], [1]]), ["a", "b"], v), [["a"]]),
+        (lambda v: visualization.specialization(np.array([[0], [1]]), [0, 1], num_experts=v), [1]),
+    ],
+    "visualization.coactivation": [
+        (lambda v: visualization.coactivation(np.array(v)), visualized),
+        (lambda v: visualization.coactivation(np.array([[0, 1]]), v), [*BAD_SIZES, 1]),
+    ],
+    "visualization.confidence": [
+        (lambda v: visualization.confidence(np.array(v)), [[0.5, 0.5], [[NAN, 1.0]], [[7.0]]]),
+        (lambda v: visualization.confidence(np.array(v)), [[[-0.5, 0.5]], [[1, 0]], [["a"]]]),
+    ],
+    "visualization.shares_over_time": [
+        (visualization.shares_over_time, [[1, 2], [[-1, 2]], [[NAN, 1.0]], [], {}]),
+    ],
+    "visualization.settling": [
+        (visualization.settling, [[], [np.zeros((2, 1), int)]]),
+        (visualization.settling, [[np.zeros((2, 1), int), np.zeros((3, 1), int)]]),
+        (visualization.settling, [[{"a": np.zeros((2, 1), int)}, {"b": np.zeros((2, 1), int)}]]),
+    ],
+}
+
+METHODS = {
+    "set_router_loss_weight": [
+        (lambda v: weighted(weight=v), BAD_WEIGHTS),
+        (lambda v: weighted(weight=v, built=True), BAD_WEIGHTS),
+        (lambda v: weighted(index=v), [-1, 1, 0.0, True, "0", None]),
+        (lambda v: weighted(index=v, built=True), [-1, 1, 0.0, True, "0", None]),
+    ],
+    "RouterLossSchedule": [
+        (lambda v: scheduled(lambda epoch, weight: v), BAD_WEIGHTS),
+        (callbacks.RouterLossSchedule, [None, 0.1]),
+    ],
+    "replay of a router": [(lambda v: replay(np.array(v)), REPLAYED)],
+    "replay of a layer": [(lambda v: layer_replay(np.array(v)), REPLAYED)],
+    "token ids": [
+        (
+            lambda v: routers.HashRouter(E, 9)(normal(2, D), token_ids=np.array(v)),
+            [[0.0, 1.0], [0], [True, False]],
+        ),
+    ],
+    "position": [(decode, [True, -2, 1.5, 3, 4, NAN, "0"])],
+    "position in a tensor": [(lambda v: decode(tensor(v)), [0.0, 1.5])],
+    "make_cache": [
+        (lambda v: decoder().make_cache(v, 4), BAD_SIZES),
+        (lambda v: decoder().make_cache(1, v), BAD_SIZES),
+    ],
+    "scaling_factor": [(lambda v: routers.TopKRouter(E, scaling_factor=v), BAD_NUMBERS)],
+    "capacity_factor": [(lambda v: moe(capacity_factor=v), BAD_NUMBERS)],
+    "evaluation_factor": [(lambda v: layers.Capacity(1.0, evaluation_factor=v), BAD_NUMBERS)],
+    "capacity of experts that choose": [
+        (lambda v: routers.ExpertChoiceRouter(E, capacity_factor=v), BAD_NUMBERS),
+    ],
+    "priority": [(lambda v: layers.Capacity(1.0, priority=v), [None, ["random"], 1])],
+    "iterations": [(lambda v: routers.SinkhornRouter(E, iterations=v), BAD_SIZES)],
+    "growth": [(lambda v: routers.ReLURouter(E, growth=v), [*BAD_NUMBERS, 1.0])],
+    "accumulation_steps": [
+        (lambda v: losses.GlobalLoadBalance(accumulation_steps=v), BAD_SIZES),
+        (lambda v: balancers.LossFreeBias(accumulation_steps=v), BAD_SIZES),
+    ],
+    "weight": [
+        (loss, BAD_WEIGHTS) for _, loss in sorted(losses.BY_NAME.items()) if inspect.isclass(loss)
+    ],
+}
+
+
+def cases(table):
+    return [
+        pytest.param(call, value, id=f"{name}-{number}-{value!r:.30}")
+        for name, calls in table.items()
+        for number, (call, values) in enumerate(calls)
+        for value in values
+    ]
+
+
+def is_refused(call, value):
+    with pytest.raises((ValueError, TypeError)) as error:
+        call(value)
+    assert "Received" in str(error.value), error.value
+    assert any(word in str(error.value) for word in ("must", "takes", "needs", "is a mean"))
+
+
+@pytest.mark.parametrize("call, value", cases(FUNCTIONS))
+def test_a_function_refuses(call, value):
+    is_refused(call, value)
+
+
+@pytest.mark.parametrize("call, value", cases(METHODS))
+def test_a_class_refuses(call, value):
+    is_refused(call, value)
+
+
+@pytest.mark.parametrize("call, value", cases(PICTURES))
+def test_a_picture_refuses(call, value):
+    pytest.importorskip("matplotlib")
+    is_refused(call, value)
+
+
+# What cannot be known before compute is harmless.
+
+
+@pytest.mark.parametrize("sizes", [[9, 0, 0, 0], [-3, 2, 2, 2], [2**30] * 3 + [0], [-1] * 4])
+def test_sizes_in_a_tensor_stay_within_the_rows(sizes):
+    rows, kernels = normal(T, D), normal(E, D, 3)
+    given = tensor(np.array(sizes, "int32"))
+    within = np.diff(np.minimum(np.cumsum(np.maximum(np.array(sizes), 0)), T), prepend=0)
+    expected = array(ops.grouped_matmul(rows, kernels, within.tolist()))
+    np.testing.assert_allclose(array(ops.grouped_matmul(rows, kernels, given)), expected)
+
+
+@pytest.mark.parametrize("index", [E, 10**6, -7])
+def test_experts_in_a_tensor_that_do_not_exist_serve_nobody(index):
+    layer, x = moe(), normal(T, D)
+    known = np.array([[0, -1]] * T, "int32")
+    unknown = np.array([[0, index]] * T, "int32")
+    expected = array(layer(x, indices=tensor(known)))
+    np.testing.assert_allclose(array(layer(x, indices=tensor(unknown))), expected)
+
+
+@pytest.mark.parametrize("index", [E, 10**6, -7])
+def test_a_routing_of_ones_own_cannot_reach_out_of_range(index):
+    made = routing()
+    indices = np.array([[0, index]] * T, "int32")
+    plan = ops.plan_groups(made._replace(indices=tensor(indices)))
+    tokens = tensor(normal(T, D))
+    alone = made._replace(indices=tensor(np.array([[0, -1]] * T, "int32")))
+    expected = ops.plan_groups(alone).combine(ops.plan_groups(alone).dispatch(tokens))
+    np.testing.assert_allclose(array(plan.combine(plan.dispatch(tokens))), array(expected))
+
+
+@pytest.mark.parametrize("position, nearest", [(-2, 0), (9, 2)])
+def test_a_position_in_a_tensor_is_moved_to_where_there_is_room(position, nearest):
+    block, x = decoder(), normal(1, 2, D)
+    cache = block.make_cache(1, 4)
+    _, moved = block(x, cache=cache, position=tensor(position, "int32"))
+    seen = array(moved["mask"])[0]
+    np.testing.assert_array_equal(np.flatnonzero(seen), [nearest, nearest + 1])
+
+
+NUMBERS = [Fraction(5, 4), np.float32(1.25), np.float64(1.25), 1.25]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: moe(capacity_factor=n),
+        lambda n: moe(capacity_factor=layers.Capacity(n, evaluation_factor=n)),
+        lambda n: moe(router=routers.TopKRouter(E, scaling_factor=n, logit_noise=n)),
+        lambda n: moe(router=routers.ExpertChoiceRouter(E, capacity_factor=n)),
+        lambda n: moe(router_losses=[losses.LoadBalance(n)]),
+    ],
+)
+def test_any_number_is_saved_as_a_plain_one(make, number, tmp_path):
+    layer = make(number)
+    json.dumps(layer.get_config())
+    model = keras.Sequential([keras.Input((D,)), layer])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert "1.25" in json.dumps(loaded.layers[0].get_config())
+
+
+# They take routings and plans, which other functions have checked, or tensors of any values.
+TAKE_NO_VALUES = {
+    *("ops.agreement", "ops.clean_logits", "ops.grouped_feed_forward", "ops.load_balance"),
+    *("ops.make_routing", "ops.masked_mean", "ops.plan_expert_choice", "ops.plan_soft"),
+    *("ops.router_entropy", "ops.router_z", "ops.squared_importance_variation"),
+    *("ops.squared_load_variation", "ops.take_scores"),
+    *("metrics.coactivation", "metrics.router_confidence", "metrics.router_entropy"),
+    *("metrics.router_saturation", "metrics.unserved_fraction"),
+    *("health.balances", "health.dead", "health.exploded", "health.judge_heavy_losses"),
+    *("health.judge_weak_loss", "health.not_a_number"),
+}
+
+
+@pytest.mark.parametrize("module", [ops, metrics, health, visualization])
+def test_every_public_function_has_its_bad_calls(module):
+    if module is visualization:
+        pytest.importorskip("matplotlib")
+    part = module.__name__.rpartition(".")[2]
+    functions = {
+        f"{part}.{name}" for name in module.__all__ if inspect.isfunction(getattr(module, name))
+    }
+    assert functions <= FUNCTIONS.keys() | PICTURES.keys() | TAKE_NO_VALUES
