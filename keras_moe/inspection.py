@@ -25,6 +25,7 @@ def moe_layers(model):
 
     Raises:
         ValueError: If the model has none.
+        TypeError: If it is no Keras model.
 
     Example:
 
@@ -35,6 +36,11 @@ def moe_layers(model):
     >>> list(keras_moe.inspection.moe_layers(model))
     ['moe']
     """
+    if not isinstance(model, keras.Layer):
+        raise TypeError(
+            f"`model` must be a Keras model. Received: {model!r} (of type {type(model).__name__}). "
+            "Pass one that `keras.Model` or `keras.Sequential` made."
+        )
     layers = _layers(model)
     if not layers:
         raise ValueError(

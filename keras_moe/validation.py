@@ -24,8 +24,11 @@ def check_positive_integer(name, value):
 
 
 def check_size(name, value):
-    """A size that may be a tensor, which is not checked."""
-    return value if _is_tensor(value) else check_positive_integer(name, value)
+    """A size that may be an integer tensor, whose value is not checked."""
+    if not _is_tensor(value):
+        return check_positive_integer(name, value)
+    check_is_integer(name, value)
+    return value
 
 
 def check_top_k(top_k, num_experts, router="TopKRouter", name="top_k"):

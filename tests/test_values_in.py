@@ -13,7 +13,17 @@ import numpy as np
 import pytest
 from layer_checks import D, E, array, moe, normal
 
-from keras_moe import callbacks, health, layers, losses, metrics, ops, routers, visualization
+from keras_moe import (
+    callbacks,
+    health,
+    inspection,
+    layers,
+    losses,
+    metrics,
+    ops,
+    routers,
+    visualization,
+)
 from keras_moe.routers import balancers
 
 NAN, INF = float("nan"), float("inf")
@@ -133,8 +143,19 @@ FUNCTIONS = {
     ],
     "ops.plan_groups": [
         (lambda v: ops.plan_groups(routing(), v), BAD_SIZES),
+        (lambda v: ops.plan_groups(routing(), tensor(v)), [1.5]),
+        (lambda v: ops.plan_groups(routing(), 1, first=tensor(v)), [[0.5] * 3, [[0.5]] * T]),
         (lambda v: ops.plan_groups(routing(), 1, sequence_length=v), BAD_SIZES),
         (lambda v: ops.plan_groups(routing()._replace(indices=tensor(v))), [np.ones((T, K), "f4")]),
+    ],
+    "ops.make_routing": [
+        (
+            lambda v: ops.make_routing(tensor(v), logits(), logits(), logits(), mask()),
+            [np.ones((T, E), "float32"), np.ones((T, E), bool)],
+        ),
+    ],
+    "ops.clean_logits": [
+        (lambda v: ops.clean_logits(logits(), tensor(v)), [[True] * 5, [[True] * E] * T]),
     ],
     "ops.platform": [(lambda v: ops.platform(v).__enter__(), ["xpu", None, 1, ["cpu"]])],
     "metrics.load_imbalance": [(metrics.load_imbalance, BAD_COUNTS)],
@@ -227,6 +248,9 @@ METHODS = {
     ],
     "replay of a router": [(lambda v: replay(np.array(v)), REPLAYED)],
     "replay of a layer": [(lambda v: layer_replay(np.array(v)), REPLAYED)],
+    "num_experts of a bank of one's own": [(layers.ExpertBank, BAD_SIZES)],
+    "moe_layers": [(inspection.moe_layers, [None, "model", 3])],
+    "update_state": [(metrics.LoadEntropy(E).update_state, [None, [1, 2, 3, 4]])],
     "token ids": [
         (
             lambda v: routers.HashRouter(E, 9)(normal(2, D), token_ids=np.array(v)),
@@ -356,8 +380,8 @@ def test_any_number_is_saved_as_a_plain_one(make, number, tmp_path):
 
 # They take routings and plans, which other functions have checked, or tensors of any values.
 TAKE_NO_VALUES = {
-    *("ops.agreement", "ops.clean_logits", "ops.grouped_feed_forward", "ops.load_balance"),
-    *("ops.make_routing", "ops.masked_mean", "ops.plan_expert_choice", "ops.plan_soft"),
+    *("ops.agreement", "ops.grouped_feed_forward", "ops.load_balance"),
+    *("ops.masked_mean", "ops.plan_expert_choice", "ops.plan_soft"),
     *("ops.router_entropy", "ops.router_z", "ops.squared_importance_variation"),
     *("ops.squared_load_variation", "ops.take_scores"),
     *("metrics.coactivation", "metrics.router_confidence", "metrics.router_entropy"),

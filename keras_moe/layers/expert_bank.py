@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_moe import backend
+from keras_moe.validation import check_positive_integer
 
 
 class ExpertBank(keras.layers.Layer):
@@ -21,7 +22,7 @@ class ExpertBank(keras.layers.Layer):
         # cast what they want cast.
         super().__init__(autocast=False, **kwargs)
         backend.separate_losses(self)
-        self.num_experts = num_experts
+        self.num_experts = check_positive_integer("num_experts", num_experts)
 
     def call(self, tokens, plan):
         raise NotImplementedError(f"{type(self).__name__} must implement `call(tokens, plan)`.")

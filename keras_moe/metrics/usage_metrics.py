@@ -13,6 +13,7 @@ from keras_moe.metrics.usage import (
     load_entropy,
     load_imbalance,
 )
+from keras_moe.ops import Routing
 from keras_moe.serialization import register
 from keras_moe.validation import check_positive_integer
 
@@ -39,6 +40,11 @@ class _UsageMetric(keras.metrics.Metric):
             raise ValueError(
                 "Usage metrics count assignments and take no weight. "
                 "Received: sample_weight. Mask tokens out at the router."
+            )
+        if not isinstance(routing, Routing):
+            raise TypeError(
+                "A usage metric must be updated with an `ops.Routing`. Received: an object of type "
+                f"{type(routing).__name__}. Pass what a router returns."
             )
         if routing.counts.shape[0] != self.num_experts:
             raise ValueError(

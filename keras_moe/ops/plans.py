@@ -21,6 +21,7 @@ from keras_moe.validation import (
     check_positive_integer,
     check_positive_number,
     check_size,
+    fits,
     is_whole,
 )
 
@@ -92,6 +93,11 @@ def plan_groups(routing, capacity=None, first=None, sequence_length=None):
         check_size("capacity", capacity)
     if sequence_length is not None:
         check_size("sequence_length", sequence_length)
+    if first is not None and not fits(first.shape, routing.mask.shape):
+        raise ValueError(
+            "`first` must have a number for each token. Received: "
+            f"first.shape={tuple(first.shape)} for {routing.mask.shape[0]} tokens. Pass (T,)."
+        )
     check_is_integer("routing.indices", routing.indices)
     # Whatever a router of the user's own returns, nothing is read or written out of range.
     indices = existing(routing.indices, routing.counts.shape[0])

@@ -12,6 +12,8 @@ from keras_moe.ops.selection import take_scores, top_k_indices
 from keras_moe.validation import (
     check_choice,
     check_is_float,
+    check_is_integer,
+    check_mask,
     check_positive_number,
     check_rank,
     check_top_k,
@@ -52,6 +54,7 @@ def make_routing(indices, weights, probs, logits, mask, counts=None, load=None, 
         counts: (E,) int32, or None to count the indices.
         load: (E,) float32, or None for the counts.
     """
+    check_is_integer("indices", indices)
     weights = ops.where(ops.expand_dims(mask, 1), weights, 0.0)
     if counts is None:
         counts = count_assignments(indices, mask, logits.shape[-1])
@@ -70,6 +73,8 @@ def clean_logits(logits, mask=None):
     logits = ops.cast(logits, "float32")
     if mask is None:
         return logits, ops.ones(ops.shape(logits)[:1], "bool")
+    check_mask(mask.shape, logits.shape)
+    mask = ops.cast(mask, "bool")
     return ops.where(ops.expand_dims(mask, 1), logits, 0.0), mask
 
 
