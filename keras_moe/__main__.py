@@ -86,7 +86,11 @@ def _model_file(name):
 
 def _new_file(name):
     path = pathlib.Path(name)
-    if path.is_dir() or not path.parent.is_dir():
+    try:
+        is_place = not path.is_dir() and path.parent.is_dir() and "\0" not in name
+    except OSError:  # a name that is too long
+        is_place = False
+    if not is_place:
         raise argparse.ArgumentTypeError(
             f"a file in a folder that exists must be named. Received: {name!r}. Make the folder "
             "first, or name another"
@@ -131,7 +135,12 @@ def _report(options):
     model = saved_models.load(options.model)
     inspection.moe_layers(model)
     _check_inputs(model, data)
-    path = report(model, data, labels, tokens, options.output)
+    with stating(
+        "The model must run on the data, and the page be written.",
+        f"{str(options.data)!r} for {str(options.output)!r}",
+        "Pass data like those it was trained on, and a folder that can be written to.",
+    ):
+        path = report(model, data, labels, tokens, options.output)
     print(f"The report is in {path}.")
 
 

@@ -39,10 +39,12 @@ def one_line_errors(debug):
 
 @contextlib.contextmanager
 def stating(rule, received, fix) -> Iterator[None]:
-    """Whatever is raised inside becomes a ValueError with the rule and the fix."""
+    """Whatever is raised inside becomes a ValueError with the rule and the fix, if it has none."""
     try:
         yield
     except Exception as error:
+        if "Received:" in str(error):
+            raise
         message = f"{rule} Received: {received} ({describe(error)}). {fix}"
         raise ValueError(message) from error
 

@@ -187,7 +187,7 @@ def test_a_wrong_file_is_one_line(option, name, write, words, folder, capsys):
     assert words in line
 
 
-@pytest.mark.parametrize("output", ["no/such/page.html", ".", "x.npy/page.html"])
+@pytest.mark.parametrize("output", ["no/such/page.html", ".", "x.npy/page.html", "n" * 300, "a\0b"])
 def test_a_place_that_does_not_exist_is_one_line(output, folder, capsys):
     line = the_line(capsys, "report", "model.keras", "--data", "x.npy", "--output", output)
     assert repr(output) in line
