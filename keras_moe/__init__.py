@@ -32,9 +32,15 @@ __all__ = [
     "summary",
 ]
 
+# They need packages of their own, so they are imported when they are asked for.
+_LAZY = ("tuner", "visualization")
+
+
+def __dir__():
+    return sorted([*__all__, *_LAZY, "__version__"])
+
 
 def __getattr__(name):
-    # They need packages of their own, so they are imported when they are asked for.
-    if name in ("tuner", "visualization"):
+    if name in _LAZY:
         return importlib.import_module(f"keras_moe.{name}")
     raise AttributeError(f"module 'keras_moe' has no attribute {name!r}")

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keras_moe import losses
 from keras_moe.validation import (
     check_counts,
     check_not_negative,
@@ -24,15 +23,8 @@ INDIFFERENT = 0.995
 CERTAIN = 0.05
 # exp(30) is as far as float32 keeps a second choice apart from nothing.
 EXPLODED_LOGIT = 30.0
-# Weights of `losses.LoadBalance`.
-WEAK_WEIGHT, HEAVY_WEIGHT = 1e-5, 0.1
-_BALANCING = (
-    losses.GlobalLoadBalance,
-    losses.ImportanceVariation,
-    losses.LoadBalance,
-    losses.LoadVariation,
-    losses.SequenceLoadBalance,
-)
+# Weights of a balancing loss, as multiples of its usual one.
+WEAK_WEIGHT, HEAVY_WEIGHT = 1e-3, 10.0
 # Fewer assignments an expert are not enough to call it dead.
 ENOUGH = 20
 
@@ -64,13 +56,13 @@ def spread(counts, top_k):
     return float(np.clip((effective - top_k) / (len(share) - top_k), 0, 1))
 
 
-def judge_load(counts, top_k, router_losses):
+def judge_load(counts, top_k, advice):
     """Findings about who does the work.
 
     Args:
         counts: (E,) assignments per expert.
         top_k: experts per token.
-        router_losses: the losses of the layer, for the advice.
+        advice: what to try where the load is uneven, the layer's `balance_advice()`.
 
     Returns:
         List of `Finding`.
@@ -83,14 +75,14 @@ def judge_load(counts, top_k, router_losses):
         text = f"{int(counts.sum())} assignments are too few to judge {num_experts} experts."
         return [Finding(HINT, text, f"Give it at least {ENOUGH * num_experts}.")]
     if spread(counts, top_k) < COLLAPSED:
-        return [collapsed(counts, router_losses)]
+        return [collapsed(counts, advice)]
     findings = []
     if not counts.all():
-        findings.append(dead(np.flatnonzero(counts == 0), num_experts, router_losses))
+        findings.append(dead(np.flatnonzero(counts == 0), num_experts, advice))
     busiest = counts.max() / counts.mean()
     if busiest - 1 > IMBALANCED:
         text = f"The busiest expert does {busiest:.1f} times its fair share."
-        findings.append(Finding(HINT, text, balance_advice(router_losses)))
+        findings.append(Finding(HINT, text, advice))
     return findings
 
 
@@ -149,7 +141,7 @@ def exploded(how):
     return Finding(PROBLEM, text, fix)
 
 
-def collapsed(counts, router_losses):
+def collapsed(counts, advice):
     check_counts("counts", counts)
     share = np.cumsum(np.sort(counts)[::-1]) / np.sum(counts)
     busy = int(np.argmax(share >= 0.9)) + 1
@@ -157,15 +149,15 @@ def collapsed(counts, router_losses):
         f"The experts have collapsed: {share[busy - 1]:.0%} of the work goes to {busy} of "
         f"{len(counts)}."
     )
-    return Finding(PROBLEM, text, balance_advice(router_losses))
+    return Finding(PROBLEM, text, advice)
 
 
-def dead(experts, num_experts, router_losses):
+def dead(experts, num_experts, advice):
     listed = ", ".join(str(expert) for expert in experts[:10])
     if len(experts) > 10:
         listed += f" and {len(experts) - 10} more"
     text = f"{len(experts)} of {num_experts} experts serve no token at all: {listed}."
-    return Finding(PROBLEM, text, balance_advice(router_losses))
+    return Finding(PROBLEM, text, advice)
 
 
 def is_enough(counts):
@@ -173,55 +165,50 @@ def is_enough(counts):
     return np.sum(counts) >= ENOUGH * len(counts)
 
 
-def balances(loss):
-    """Whether a router loss is one that spreads the load."""
-    return isinstance(loss, _BALANCING)
+def judge_weak_loss(loss, weight):
+    """A finding, if a balancing loss is on but cannot matter, or None.
 
-
-def judge_weak_loss(loss):
-    """A finding, if a balancing loss is on but cannot matter, or None."""
-    if not isinstance(loss, losses.LoadBalance) or not 0 < loss.weight < WEAK_WEIGHT:
+    Args:
+        loss: a router loss.
+        weight: the weight it has now.
+    """
+    usual = _usual_weight(loss)
+    if usual is None or not 0 < weight < WEAK_WEIGHT * usual:
         return None
-    text = f"LoadBalance(weight={loss.weight:g}) is too weak to have any effect."
-    return Finding(HINT, text, "Give it a weight of about 0.01, or leave it out.")
+    text = f"{type(loss).__name__}(weight={weight:g}) is too weak to have any effect."
+    return Finding(HINT, text, f"Give it a weight of about {usual:g}, or leave it out.")
 
 
 def judge_heavy_losses(router_losses, weights, total):
     """A finding, if balancing is most of the total loss, or None.
 
-    `LoadBalance` is never below its weight, which adds nothing but shows what it weighs.
+    A loss such as `LoadBalance` is never below its weight, which adds nothing but shows what it
+    weighs.
 
     Args:
         router_losses: the losses of the layer.
         weights: the weight that each has now.
         total: the loss of the model.
     """
-    weighted = zip(router_losses, weights)
-    weight = sum(weight for loss, weight in weighted if isinstance(loss, losses.LoadBalance))
-    if total is None or weight < HEAVY_WEIGHT or weight < 0.5 * abs(total):
+    heavy = [
+        (f"{type(loss).__name__}(weight={weight:g})", weight, usual)
+        for loss, weight in zip(router_losses, weights)
+        if (usual := _usual_weight(loss)) is not None and weight >= HEAVY_WEIGHT * usual
+    ]
+    if total is None or not heavy or sum(weight for _, weight, _ in heavy) < 0.5 * abs(total):
         return None
-    text = f"LoadBalance(weight={weight:g}) is at least half of the loss, {total:.3g}."
-    fix = "The router learns balance instead of the task: give it a weight of about 0.01."
+    text = f"{' and '.join(name for name, *_ in heavy)} is at least half of the loss, {total:.3g}."
+    usual = heavy[0][2]
+    fix = f"The router learns balance instead of the task: give it a weight of about {usual:g}."
     return Finding(HINT, text, fix)
 
 
-def balance_advice(router_losses):
-    balancing = [loss for loss in router_losses if balances(loss)]
-    if not balancing:
-        return (
-            "The layer has no loss that balances: add `losses.LoadBalance()` to its "
-            "`router_losses`."
-        )
-    names = ", ".join(f"{type(loss).__name__}({loss.weight:g})" for loss in balancing)
-    return (
-        f"The load is balanced by {names}: give it ten times the weight. A lower "
-        "learning rate in the first steps and `logit_noise` in the router help as well."
-    )
+def _usual_weight(loss):
+    return loss.usual_weight if loss.balances else None
 
 
 __all__ = [
     "Finding",
-    "balances",
     "collapsed",
     "dead",
     "exploded",

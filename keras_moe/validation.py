@@ -33,7 +33,7 @@ def check_size(name, value):
 
 def check_top_k(top_k, num_experts, router="TopKRouter", name="top_k"):
     check_positive_integer(name, top_k)
-    if top_k > num_experts:
+    if num_experts is not None and top_k > num_experts:
         raise ValueError(
             f"`{name}` must be at most `num_experts`: a token cannot go to more experts than "
             f"there are. Received: {name}={top_k}, num_experts={num_experts}. "

@@ -260,7 +260,9 @@ CASES = {
     callbacks.RouterLossSchedule: Case(
         lambda: {"schedule": lambda epoch, weight: weight}, lambda: {"loss": "router_z"}
     ),
-    callbacks.ExpertMonitor: Case(options=lambda: {"expert_shares": True, "log_dir": "logs"}),
+    callbacks.ExpertMonitor: Case(
+        options=lambda: {"expert_shares": True, "log_dir": "logs", "metrics": [np.sum]}
+    ),
 }
 
 

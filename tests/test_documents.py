@@ -50,3 +50,11 @@ def test_the_search_of_the_guide_to_tuning_finds_a_layer(tmp_path, monkeypatch, 
     assert len(names["search"].oracle.end_order) == 2
     assert "active_width" in capsys.readouterr().out
     keras.backend.clear_session()
+
+
+def test_the_recipes_for_parts_of_ones_own_run_and_are_short():
+    names = run("docs/extending.md")
+    assert names["layer"].expert_counts.shape == (8,)
+    text = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+    recipes = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    assert max(len(recipe.splitlines()) for recipe in recipes) <= 25

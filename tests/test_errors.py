@@ -79,7 +79,13 @@ OUTSIDE = {
     not_negative: [-0.1, INF, NAN, True, "0.1", None],
     positive_number: [0, -1, INF, NAN, True, "1.25"],
 }
-WRONG_VALUES = [(m, n, make, value) for m, n, make in RANGES for value in OUTSIDE[m]]
+WRONG_VALUES = [
+    (message, name, make, value)
+    for message, name, make in RANGES
+    for value in OUTSIDE[message]
+    # A router without a number of experts takes that of its layer.
+    if not (make is routers.TopKRouter and value is None)
+]
 
 
 @pytest.mark.parametrize("message, name, make, value", WRONG_VALUES)
@@ -134,7 +140,38 @@ CONSTRUCTORS = {
         ValueError,
         "Router and experts must have the same number of experts. Received: "
         "router.num_experts=3, experts.num_experts=4. "
-        "Give both the same number, or name the router by a string.",
+        "Leave `num_experts` of the router out, or give both the same number.",
+    ),
+    "an argument of the router": (
+        lambda: moe(top_k=1),
+        TypeError,
+        "`top_k` is an argument of the router. Received: MixtureOfExperts(..., top_k=1). Pass "
+        "`router=routers.TopKRouter(top_k=1)`.",
+    ),
+    "arguments of the bank": (
+        lambda: layers.MixtureOfExperts(num_experts=8, hidden_dim=64),
+        TypeError,
+        "`num_experts` is an argument of the bank of experts. Received: MixtureOfExperts(..., "
+        "num_experts=8). Pass `layers.FeedForwardExperts(num_experts=8, hidden_dim=...)`.",
+    ),
+    "no bank": (
+        lambda: layers.MixtureOfExperts(),
+        TypeError,
+        "`experts` must be a bank of experts. Received: none. Pass, for example, "
+        "`layers.FeedForwardExperts(num_experts=8, hidden_dim=256)`.",
+    ),
+    "a router without experts": (
+        lambda: routers.TopKRouter(top_k=1)(normal(3, D)),
+        ValueError,
+        "A router must know the number of experts before it is called. Received: `TopKRouter` "
+        "without `num_experts`. Pass `num_experts`, or give the router to a `MixtureOfExperts` and "
+        "use `layer.router`.",
+    ),
+    "a router that does not fit the experts": (
+        lambda: moe(router=routers.TopKRouter(top_k=5)),
+        ValueError,
+        "`top_k` must be at most `num_experts`: a token cannot go to more experts than there are. "
+        "Received: top_k=5, num_experts=4. Pass `top_k=4` or fewer to `routers.TopKRouter`.",
     ),
     "default router, one expert": (
         lambda: moe(layers.FeedForwardExperts(1, 8)),

@@ -200,10 +200,10 @@ def test_spread_of_known_loads(counts, top_k, expected):
 
 TEXTS = {
     "The busiest expert does 2.8 times its fair share.": lambda: health.judge_load(
-        [700, 100, 100, 100], 1, ()
+        [700, 100, 100, 100], 1, ""
     ),
     "12 of 16 experts serve no token at all: 4, 5, 6, 7, 8, 9, 10, 11, 12, 13 and 2 more.": (
-        lambda: health.judge_load([1000] * 4 + [0] * 12, 1, ())
+        lambda: health.judge_load([1000] * 4 + [0] * 12, 1, "")
     ),
     "12% of the assignments found no room in their expert.": lambda: health.judge_drops(0.12),
     "The router computes what is not a number.": lambda: health.judge_router(0.5, np.nan),
@@ -222,19 +222,42 @@ def test_verdicts(text):
 
 
 def test_a_sound_layer_has_no_finding():
-    assert health.judge_load(np.array([90, 110, 100, 100]), 2, ()) == []
+    assert health.judge_load(np.array([90, 110, 100, 100]), 2, "") == []
     assert health.judge_drops(0.0) == health.judge_router(0.6, 5.0) == []
 
 
-def test_the_advice_names_the_losses_there_are():
-    lonely, advised = (
-        health.judge_load([1000, 0, 0, 0], 1, found)[0].fix
-        for found in ([losses.RouterZ()], [losses.LoadBalance(0.02), losses.RouterZ()])
-    )
-    assert lonely == (
-        "The layer has no loss that balances: add `losses.LoadBalance()` to its `router_losses`."
-    )
-    assert "by LoadBalance(0.02): give it ten times" in advised
+class OwnBalance(losses.RouterLoss):
+    balances = True
+
+
+ADVICE = {
+    "add `losses.LoadBalance()`": lambda: moe(router_losses=["router_z"]),
+    "by LoadBalance(0.02): give it ten times": lambda: moe(
+        router_losses=[losses.LoadBalance(0.02), "router_z"]
+    ),
+    "by OwnBalance(0.5): give it ten times": lambda: moe(router_losses=[OwnBalance(0.5)]),
+    "by LossFreeBias(rate=0.001): raise the rate": lambda: moe(
+        router=routers.TopKRouter(balancer="loss_free")
+    ),
+    "by QuantileBias(momentum=0): lower the momentum": lambda: moe(
+        router=routers.TopKRouter(balancer="quantile")
+    ),
+    "The loss of the router balances": lambda: moe(router="relu"),
+}
+
+
+@pytest.mark.parametrize("text", ADVICE)
+def test_the_advice_names_what_balances(text):
+    layer = ADVICE[text]()
+    assert text in layer.balance_advice()
+    assert ("add `losses" in layer.balance_advice()) == ("add `losses" in text)
+
+
+def test_the_advice_names_the_weight_in_force():
+    layer = moe(router_losses=[losses.LoadBalance(0.02)])
+    layer.build((None, D))
+    layer.set_router_loss_weight(0, 0.5)
+    assert "LoadBalance(0.5)" in layer.balance_advice()
 
 
 def test_it_watches_models_with_experts_only():

@@ -193,15 +193,15 @@ FUNCTIONS = {
         (lambda v: health.spread([1, 2, 3], v), BAD_SIZES),
     ],
     "health.judge_load": [
-        (lambda v: health.judge_load(v, K, ()), BAD_COUNTS),
-        (lambda v: health.judge_load([100] * E, v, ()), BAD_SIZES),
+        (lambda v: health.judge_load(v, K, ""), BAD_COUNTS),
+        (lambda v: health.judge_load([100] * E, v, ""), BAD_SIZES),
     ],
     "health.judge_drops": [(health.judge_drops, [-0.1, 7.0, NAN, INF])],
     "health.judge_router": [
         (lambda v: health.judge_router(v, 1.0), [-0.1, 7.0, NAN, INF]),
         (lambda v: health.judge_router(0.5, v), [-1.0]),
     ],
-    "health.collapsed": [(lambda v: health.collapsed(v, ()), BAD_COUNTS)],
+    "health.collapsed": [(lambda v: health.collapsed(v, ""), BAD_COUNTS)],
     "health.is_enough": [(health.is_enough, BAD_COUNTS)],
 }
 
@@ -386,7 +386,7 @@ TAKE_NO_VALUES = {
     *("ops.squared_load_variation", "ops.take_scores"),
     *("metrics.coactivation", "metrics.router_confidence", "metrics.router_entropy"),
     *("metrics.router_saturation", "metrics.unserved_fraction"),
-    *("health.balances", "health.dead", "health.exploded", "health.judge_heavy_losses"),
+    *("health.dead", "health.exploded", "health.judge_heavy_losses"),
     *("health.judge_weak_loss", "health.not_a_number"),
 }
 

@@ -79,8 +79,8 @@ class ExpertHealth(keras.callbacks.Callback):
         self._told = set()
         self._watches = {}
         for name, layer in moe_layers(self.model).items():
-            for loss in layer.router_losses:
-                self._tell(name, "weak loss", health.judge_weak_loss(loss))
+            for loss, weight in zip(layer.router_losses, layer.loss_weights_in_force):
+                self._tell(name, "weak loss", health.judge_weak_loss(loss, weight))
 
     def on_epoch_begin(self, epoch, logs=None):
         # `ExpertMonitor` sets counters back between epochs.
@@ -131,7 +131,7 @@ class ExpertHealth(keras.callbacks.Callback):
     def _act(self, name, layer):
         if self.rebalance and (name, "act") not in self._told:
             self._told.add((name, "act"))
-            factors = [10.0 if health.balances(loss) else 1.0 for loss in layer.router_losses]
+            factors = [10.0 if loss.balances else 1.0 for loss in layer.router_losses]
             weights = layer.router_loss_weights
             weights.assign(weights.value * ops.convert_to_tensor(factors, "float32"))
 
@@ -173,18 +173,16 @@ class _Watch:
         recovers = latest[-1] - latest[0] > _RECOVERY * (self.patience - 1)
         if len(latest) < self.patience or max(latest) >= health.COLLAPSED or recovers:
             return None
-        return health.collapsed(self._window, layer.router_losses)
+        return health.collapsed(self._window, layer.balance_advice())
 
     def _judge_idle(self, layer):
         self._idle = np.where(self._window > 0, 0, self._idle + 1)
         dead = np.flatnonzero(self._idle >= _DEAD_PATIENCE * self.patience)
-        return health.dead(dead, len(self._idle), layer.router_losses) if len(dead) else None
+        return health.dead(dead, len(self._idle), layer.balance_advice()) if len(dead) else None
 
 
 def _judge_heavy_losses(layer, total):
-    # Schedules and this callback change weights while a model trains.
-    weights = _read(layer.router_loss_weights) if layer.built else ()
-    return health.judge_heavy_losses(layer.router_losses, weights, total)
+    return health.judge_heavy_losses(layer.router_losses, layer.loss_weights_in_force, total)
 
 
 def _read(weight):

@@ -1,5 +1,6 @@
 """The use of every expert in the logs of each epoch."""
 
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ class ExpertMonitor(keras.callbacks.Callback):
     - `router_entropy`: of the scores of a token, in nats: `log E` undecided, 0 decided
     - `load_balance_loss`, ...: mean of each router loss by its name, before its weight
     - `expert_share_0`, ...: each expert's share, with `expert_shares=True`
+    - and one for each of `metrics`, by the name of the function
 
     They stand in the last line of the progress bar and in `History`, and can be monitored by
     other callbacks: `EarlyStopping(monitor="val_mixture_of_experts_load_imbalance")`. Put the
@@ -37,6 +39,9 @@ class ExpertMonitor(keras.callbacks.Callback):
             `keras.callbacks.TensorBoard` uses too, go the numbers above, and the shares as a
             histogram and as a heat map over epochs, in a group of cards for each layer. Needs
             `pip install "keras_moe[tensorboard]"`.
+        metrics: list of functions of your own from the counts of a layer, a NumPy array (E,) of
+            the assignments of each expert in the epoch, to a number. NaN is logged where nothing
+            was counted.
 
     Raises:
         ValueError: If the model has no `MixtureOfExperts` layer.
@@ -54,8 +59,9 @@ class ExpertMonitor(keras.callbacks.Callback):
     >>> imbalance = history.history["moe_load_imbalance"]
     """
 
-    def __init__(self, expert_shares=False, log_dir=None):
+    def __init__(self, expert_shares=False, log_dir=None, metrics=()):
         super().__init__()
+        self._metrics = {_name_of(metric): metric for metric in metrics}
         self.expert_shares = expert_shares
         self.log_dir = log_dir
         self.shares, self.validation_shares = {}, {}
@@ -128,7 +134,7 @@ class ExpertMonitor(keras.callbacks.Callback):
         usages = {}
         for name, layer in moe_layers(self.model).items():
             if layer.built:
-                usages[name] = _usage(layer)
+                usages[name] = _usage(layer, self._metrics)
                 layer.reset_counts()
         return usages
 
@@ -178,7 +184,18 @@ class _Usage(NamedTuple):
     shares: Any
 
 
-def _usage(layer):
+def _name_of(metric):
+    name = getattr(metric, "__name__", None)
+    if not callable(metric) or name is None:
+        raise TypeError(
+            "`metrics` must be functions from the counts (E,) of a layer to a number. Received: "
+            f"{metric!r} (of type {type(metric).__name__}). Write a function with `def`: its name "
+            "is the name in the logs."
+        )
+    return name
+
+
+def _usage(layer, own_metrics):
     counts = ops.convert_to_numpy(layer.expert_counts.value)
     calls = ops.maximum(layer.call_count.value, 1.0)
     numbers = {
@@ -188,6 +205,9 @@ def _usage(layer):
         "dropped_fraction": metrics.dropped_fraction(layer.dropped_count.value, counts),
         "router_entropy": layer.router_entropy_total.value / calls,
     }
+    is_counted = counts.any()
+    for name, metric in own_metrics.items():
+        numbers[name] = metric(counts) if is_counted else math.nan
     losses = ops.convert_to_numpy(layer.router_loss_totals.value / calls)
     numbers.update(zip(_loss_names(layer.router_losses), losses))
     shares = ops.convert_to_numpy(metrics.expert_share(counts))

@@ -36,8 +36,9 @@ class MixtureOfExperts(keras.layers.Layer):
 
     Args:
         experts: bank of experts: `FeedForwardExperts`, `GatedExperts` or `LayerExperts`.
-        router: a router, or the name of one in `routers.BY_NAME`, which then has its defaults and
-            as many experts as the bank.
+        router: a router, or the name of one in `routers.BY_NAME`, which then has its defaults. If
+            it is made without a number of experts, `layer.router` is one of the same arguments
+            with as many experts as the bank.
         router_losses: losses of the routing, objects or names in `losses.BY_NAME`. None: the
             `default_losses` of the router, for most `("load_balance", "router_z")`; none for a
             router that balances by other means.
@@ -52,6 +53,7 @@ class MixtureOfExperts(keras.layers.Layer):
     Raises:
         ValueError: If an argument is out of its range, or router and bank disagree on the number
             of experts.
+        TypeError: If an argument belongs to the bank or the router.
 
     Call arguments:
         inputs: (batch, ..., D) float tensor with any number of leading axes.
@@ -81,13 +83,14 @@ class MixtureOfExperts(keras.layers.Layer):
 
     def __init__(
         self,
-        experts,
+        experts=None,
         router="top_k",
         router_losses=None,
         shared_expert=None,
         capacity_factor=None,
         **kwargs,
     ):
+        _check_place(experts, kwargs)
         super().__init__(**kwargs)
         backend.separate_losses(self)
         self.experts = resolve("experts", experts, ExpertBank)
@@ -97,7 +100,7 @@ class MixtureOfExperts(keras.layers.Layer):
                 "Router and experts must have the same number of experts. Received: "
                 f"router.num_experts={self.router.num_experts}, "
                 f"experts.num_experts={self.experts.num_experts}. "
-                "Give both the same number, or name the router by a string."
+                "Leave `num_experts` of the router out, or give both the same number."
             )
         if router_losses is None:
             router_losses = self.router.default_losses
@@ -277,6 +280,25 @@ class MixtureOfExperts(keras.layers.Layer):
         for counter in (self.expert_counts, self.dropped_count):
             counter.assign(store[counter.name])
 
+    @property
+    def loss_weights_in_force(self):
+        """The weight that each router loss has now, a list of floats."""
+        if not self.built:
+            return list(self._initial_loss_weights)
+        return keras_ops.convert_to_numpy(self.router_loss_weights).astype("float64").tolist()
+
+    def balance_advice(self):
+        """What to try where the experts' load is uneven, by what balances it in this layer."""
+        weighted = zip(self.router_losses, self.loss_weights_in_force)
+        advice = [loss.balance_advice(weight) for loss, weight in weighted if loss.balances]
+        advice += [self.router.balance_advice()] if self.router.balance_advice() else []
+        if not advice:
+            return "Nothing balances the load: add `losses.LoadBalance()` to its `router_losses`."
+        return (
+            f"{' '.join(advice)} A lower learning rate in the first steps and `logit_noise` in the "
+            "router help as well."
+        )
+
     def set_router_loss_weight(self, index, weight):
         """Give a loss of the layer another weight. Nothing is compiled again.
 
@@ -346,6 +368,36 @@ class MixtureOfExperts(keras.layers.Layer):
             "shared_expert": None if shared is None else serialize(shared),
             "capacity_factor": self.capacity and serialize(self.capacity),
         }
+
+
+def _check_place(experts, arguments):
+    """Tell of arguments that belong to the bank or the router."""
+    for name, value in arguments.items():
+        if name in _PLACES:
+            place, example = _PLACES[name]
+            raise TypeError(
+                f"`{name}` is an argument of the {place}. Received: "
+                f"MixtureOfExperts(..., {name}={value!r}). Pass `{example.format(value)}`."
+            )
+    if experts is None:
+        raise TypeError(
+            "`experts` must be a bank of experts. Received: none. Pass, for example, "
+            "`layers.FeedForwardExperts(num_experts=8, hidden_dim=256)`."
+        )
+
+
+_BANK = "bank of experts"
+# Arguments that one may look for on the layer, and where they are.
+_PLACES = {
+    "num_experts": (_BANK, "layers.FeedForwardExperts(num_experts={!r}, hidden_dim=...)"),
+    "hidden_dim": (_BANK, "layers.FeedForwardExperts(num_experts=..., hidden_dim={!r})"),
+    "activation": (_BANK, "layers.FeedForwardExperts(..., activation={!r})"),
+    "use_bias": (_BANK, "layers.FeedForwardExperts(..., use_bias={!r})"),
+    "kernel_initializer": (_BANK, "layers.FeedForwardExperts(..., kernel_initializer={!r})"),
+    "top_k": ("router", "router=routers.TopKRouter(top_k={!r})"),
+    "score": ("router", "router=routers.TopKRouter(score={!r})"),
+    "balancer": ("router", "router=routers.TopKRouter(balancer={!r})"),
+}
 
 
 def _sequence_length(shape):

@@ -34,6 +34,9 @@ class LoadBalance(RouterLoss):
     Reference: Fedus et al. 2021 (arXiv:2101.03961), eq. 4 to 6.
     """
 
+    balances = True
+    usual_weight = 1e-2
+
     def __init__(self, weight=1e-2):
         super().__init__(weight)
 
@@ -64,6 +67,8 @@ class SequenceLoadBalance(RouterLoss):
 
     Reference: DeepSeek-V3 (arXiv:2412.19437), eq. 17 to 20.
     """
+
+    balances = True
 
     per_sequence = True
 
@@ -102,6 +107,8 @@ class GlobalLoadBalance(RouterLoss):
 
     Reference: Qiu et al. 2025 (arXiv:2501.11873), section 3.
     """
+
+    balances = True
 
     def __init__(self, weight=1e-2, accumulation_steps=1):
         super().__init__(weight)

@@ -7,7 +7,8 @@ class RouterLoss:
     """Abstract: a weighted scalar of a routing.
 
     A subclass implements `compute(routing)`, which returns the loss before its weight. One that
-    judges sequences sets `per_sequence` and implements `compute(routing, sequence_length)`.
+    judges sequences sets `per_sequence` and implements `compute(routing, sequence_length)`. One
+    that spreads the load over the experts sets `balances`; advice about the layer names it then.
 
     Args:
         weight: what the loss is multiplied by, at least 0. A layer copies it into a variable of its
@@ -15,6 +16,10 @@ class RouterLoss:
     """
 
     per_sequence = False
+    # Whether it spreads the load over the experts.
+    balances = False
+    # The weight it usually has, below a thousandth of which it has no effect; None if any will do.
+    usual_weight: float | None = None
 
     def __init__(self, weight):
         weight = check_not_negative("weight", weight)
@@ -29,6 +34,13 @@ class RouterLoss:
     def evaluate(self, routing, **kwargs):
         """The loss outside of training: nothing is remembered."""
         return self.compute(routing, **kwargs)
+
+    def balance_advice(self, weight):
+        """What to try where the load is uneven in spite of the loss, which has this weight now."""
+        return (
+            f"The load is balanced by {type(self).__name__}({weight:g}): give it ten times the "
+            "weight."
+        )
 
     def build(self, layer):
         """The loss for a layer: this one, or one that remembers batches in weights of `layer`."""

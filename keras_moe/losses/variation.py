@@ -25,6 +25,8 @@ class ImportanceVariation(RouterLoss):
     in V-MoE (arXiv:2106.05974), appendix A.1.
     """
 
+    balances = True
+
     def __init__(self, weight=1e-2):
         super().__init__(weight)
 
@@ -53,6 +55,8 @@ class LoadVariation(RouterLoss):
 
     Reference: Shazeer et al. 2017 (arXiv:1701.06538), eq. 8 to 11.
     """
+
+    balances = True
 
     def __init__(self, weight=1e-2):
         super().__init__(weight)

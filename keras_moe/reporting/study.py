@@ -123,7 +123,7 @@ def _study_layer(layer, summary, routing, labels, texts):
         max(summary.num_experts, 2)
     )
     largest = np.abs(routing.logits[routing.mask]).max(initial=0)
-    load = health.judge_load(routing.counts, layer.router.min_top_k, layer.router_losses)
+    load = health.judge_load(routing.counts, layer.router.min_top_k, layer.balance_advice())
     # A table does not learn: that it has no doubts says nothing.
     decides = isinstance(layer.router, LogitRouter) and len(probs)
     router = health.judge_router(entropy, largest) if decides else []

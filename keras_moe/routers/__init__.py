@@ -46,12 +46,13 @@ def get(identifier, num_experts):
 
     Args:
         identifier: a `Router`, a serialized one, or a name, which stands for its defaults.
-        num_experts: number of experts of a router that is given by name.
+        num_experts: number of experts of a router that is given by name, or has none of its own.
 
     Raises:
         ValueError: If `identifier` is none of these.
     """
-    return resolve("router", identifier, Router, BY_NAME, num_experts=num_experts)
+    router = resolve("router", identifier, Router, BY_NAME, num_experts=num_experts)
+    return router.bind(num_experts)
 
 
 __all__ = [

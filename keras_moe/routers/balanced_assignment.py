@@ -48,7 +48,7 @@ class BalancedAssignmentRouter(LogitRouter):
     causal = False
     default_losses = ()
 
-    def __init__(self, num_experts, **kwargs):
+    def __init__(self, num_experts=None, **kwargs):
         super().__init__(num_experts, **kwargs)
         self.top_k = 1
 

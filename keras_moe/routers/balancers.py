@@ -38,6 +38,10 @@ class SelectionBalancer:
     def update(self, bias, measured):
         raise NotImplementedError(f"{type(self).__name__} must implement `update`.")
 
+    def balance_advice(self):
+        """What to try where the load is uneven in spite of the bias."""
+        return f"The load is balanced by the selection bias of {type(self).__name__}."
+
     def get_config(self):
         return {"accumulation_steps": self.accumulation_steps}
 
@@ -81,6 +85,9 @@ class LossFreeBias(SelectionBalancer):
     def update(self, bias, measured):
         bias = bias + self.rate * ops.sign(ops.mean(measured) - measured)
         return bias - ops.mean(bias)
+
+    def balance_advice(self):
+        return f"The load is balanced by LossFreeBias(rate={self.rate:g}): raise the rate."
 
     def get_config(self):
         return {**super().get_config(), "rate": self.rate}
@@ -133,6 +140,10 @@ class QuantileBias(SelectionBalancer):
     def update(self, bias, measured):
         bias = self.momentum * bias + (1 - self.momentum) * measured
         return bias - ops.mean(bias)
+
+    def balance_advice(self):
+        momentum = f"QuantileBias(momentum={self.momentum:g})"
+        return f"The load is balanced by {momentum}: lower the momentum, or use larger batches."
 
     def get_config(self):
         return {**super().get_config(), "momentum": self.momentum}

@@ -41,7 +41,7 @@ class CosineRouter(SelectionRouter):
 
     normalizes_kernel = True
 
-    def __init__(self, num_experts, projection_dim=256, **kwargs):
+    def __init__(self, num_experts=None, projection_dim=256, **kwargs):
         super().__init__(num_experts, **kwargs)
         projection_dim = check_positive_integer("projection_dim", projection_dim)
         self.projection_dim = projection_dim

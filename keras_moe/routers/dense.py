@@ -43,7 +43,7 @@ class DenseRouter(LogitRouter):
 
     default_losses = ()
 
-    def __init__(self, num_experts, **kwargs):
+    def __init__(self, num_experts=None, **kwargs):
         super().__init__(num_experts, **kwargs)
         self.top_k = num_experts
 

@@ -47,7 +47,7 @@ class ExpertChoiceRouter(LogitRouter):
     default_losses = ()
     takes_capacity = False
 
-    def __init__(self, num_experts, capacity_factor=2.0, **kwargs):
+    def __init__(self, num_experts=None, capacity_factor=2.0, **kwargs):
         super().__init__(num_experts, **kwargs)
         capacity_factor = check_positive_number("capacity_factor", capacity_factor)
         self.capacity_factor = capacity_factor

@@ -48,7 +48,7 @@ class ForcedRouter(Router):
 
     default_losses = ()
 
-    def __init__(self, num_experts, top_k=2, pattern="round_robin", seed=None, **kwargs):
+    def __init__(self, num_experts=None, top_k=2, pattern="round_robin", seed=None, **kwargs):
         super().__init__(num_experts, **kwargs)
         top_k = check_top_k(top_k, num_experts, "ForcedRouter")
         check_choice("pattern", pattern, PATTERNS)

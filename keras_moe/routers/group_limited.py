@@ -38,11 +38,15 @@ class GroupLimitedRouter(SelectionRouter):
     (arXiv:2405.04434) takes the best expert of a group instead of the sum of two.
     """
 
-    def __init__(self, num_experts, num_groups=4, top_groups=2, top_k=2, score="sigmoid", **kwargs):
+    def __init__(
+        self, num_experts=None, num_groups=4, top_groups=2, top_k=2, score="sigmoid", **kwargs
+    ):
         super().__init__(num_experts, top_k=top_k, score=score, **kwargs)
         num_groups = check_positive_integer("num_groups", num_groups)
         top_groups = check_positive_integer("top_groups", top_groups)
-        if num_experts % num_groups or not top_k <= top_groups * num_experts // num_groups:
+        if num_experts is not None and (
+            num_experts % num_groups or not top_k <= top_groups * num_experts // num_groups
+        ):
             raise ValueError(
                 "`num_groups` must divide `num_experts`, and `top_groups` groups must hold at "
                 f"least `top_k` experts. Received: num_experts={num_experts}, "

@@ -45,10 +45,10 @@ class GShardRouter(LogitRouter):
     Mesh TensorFlow.
     """
 
-    def __init__(self, num_experts, threshold=0.2, **kwargs):
+    def __init__(self, num_experts=None, threshold=0.2, **kwargs):
         super().__init__(num_experts, **kwargs)
         threshold = check_positive_number("threshold", threshold)
-        if num_experts < 2:
+        if num_experts == 1:
             raise ValueError(
                 "`GShardRouter` sends each token to two experts. Received: "
                 f"num_experts={num_experts}. Use `TopKRouter(1, top_k=1)` for a single one."

@@ -47,7 +47,7 @@ class HashRouter(Router):
 
     default_losses = ()
 
-    def __init__(self, num_experts, vocabulary_size, top_k=1, seed=0, **kwargs):
+    def __init__(self, num_experts=None, vocabulary_size=None, top_k=1, seed=0, **kwargs):
         super().__init__(num_experts, **kwargs)
         vocabulary_size = check_positive_integer("vocabulary_size", vocabulary_size)
         top_k = check_top_k(top_k, num_experts, "HashRouter")

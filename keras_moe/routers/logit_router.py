@@ -24,7 +24,7 @@ class LogitRouter(Router):
 
     def __init__(
         self,
-        num_experts,
+        num_experts=None,
         input_jitter=0.0,
         logit_noise=0.0,
         kernel_initializer=None,

@@ -47,7 +47,7 @@ class NoisyTopKRouter(LogitRouter):
 
     default_losses = ("importance_variation", "load_variation")
 
-    def __init__(self, num_experts, top_k=2, **kwargs):
+    def __init__(self, num_experts=None, top_k=2, **kwargs):
         super().__init__(num_experts, **kwargs)
         top_k = check_top_k(top_k, num_experts, "NoisyTopKRouter")
         self.top_k = top_k

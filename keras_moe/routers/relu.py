@@ -53,11 +53,12 @@ class ReLURouter(LogitRouter):
     default_losses = ()
 
     def __init__(
-        self, num_experts, top_k=2, max_top_k=None, growth=1.2, initial_strength=1e-8, **kwargs
+        self, num_experts=None, top_k=2, max_top_k=None, growth=1.2, initial_strength=1e-8, **kwargs
     ):
         super().__init__(num_experts, **kwargs)
         top_k = check_top_k(top_k, num_experts, "ReLURouter")
-        max_top_k = min(2 * top_k, num_experts) if max_top_k is None else max_top_k
+        if max_top_k is None:
+            max_top_k = min(2 * top_k, num_experts or 2 * top_k)
         max_top_k = check_top_k(max_top_k, num_experts, "ReLURouter", name="max_top_k")
         if max_top_k < top_k:
             raise ValueError(
@@ -84,6 +85,9 @@ class ReLURouter(LogitRouter):
             initializer=keras.initializers.Constant(self.initial_strength),
             trainable=False,
         )
+
+    def balance_advice(self):
+        return f"The loss of the router balances the load: raise its growth of {self.growth:g}."
 
     @property
     def mean_top_k(self):

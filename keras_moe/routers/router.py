@@ -37,7 +37,8 @@ class Router(keras.layers.Layer):
     and `min_top_k` if K is only the most that may serve a token.
 
     Args:
-        num_experts: number of experts, E.
+        num_experts: number of experts, E. None: that of the layer the router is given to, which
+            makes its own router, `layer.router`, of the same arguments.
     """
 
     causal = True
@@ -48,21 +49,46 @@ class Router(keras.layers.Layer):
     # Whether the norm of the kernel changes no logit.
     normalizes_kernel = False
 
-    def __init__(self, num_experts, **kwargs):
+    def __new__(cls, *args, **kwargs):
+        router = super().__new__(cls, *args, **kwargs)
+        # Past Keras, which would track what is in there.
+        object.__setattr__(router, "_arguments", (args[1:], kwargs))
+        return router
+
+    def __init__(self, num_experts=None, **kwargs):
         dtype = kwargs.pop("dtype", None) or "float32"
         if getattr(dtype, "name", dtype) != "float32":
             raise ValueError(
                 "A router always computes in float32, whatever the policy around it. "
                 f"Received: dtype={dtype!r}. Leave `dtype` out."
             )
-        num_experts = check_positive_integer("num_experts", num_experts)
+        if num_experts is not None:
+            num_experts = check_positive_integer("num_experts", num_experts)
         super().__init__(dtype="float32", **kwargs)
         backend.separate_losses(self)
         self.num_experts = num_experts
         self.supports_masking = True
         self._known_arguments = set(inspect.signature(self.route).parameters)
 
+    def bind(self, num_experts):
+        """This router, if it has a number of experts; otherwise one of `num_experts`.
+
+        Raises:
+            ValueError: If the number does not fit the other arguments.
+        """
+        if self.num_experts is not None:
+            return self
+        args, kwargs = self._arguments
+        kwargs = {name: value for name, value in kwargs.items() if name != "num_experts"}
+        return type(self)(num_experts, *args, **kwargs)
+
     def __call__(self, *args, **kwargs):
+        if self.num_experts is None:
+            raise ValueError(
+                "A router must know the number of experts before it is called. Received: "
+                f"`{type(self).__name__}` without `num_experts`. Pass `num_experts`, or give the "
+                "router to a `MixtureOfExperts` and use `layer.router`."
+            )
         # Here, because Keras hands `call` tensors only.
         self.check_replay(kwargs.get("indices"))
         return super().__call__(*args, **kwargs)
@@ -140,6 +166,10 @@ class Router(keras.layers.Layer):
     def min_top_k(self):
         """Fewest experts that serve a token; K, unless a subclass may do with fewer."""
         return self.top_k
+
+    def balance_advice(self):
+        """What to try where the load is uneven, if the router balances it by itself, or None."""
+        return None
 
     def plan(self, routing, **capacity):
         """The rows that move: see `ops.plan_groups` for the arguments of a capacity."""

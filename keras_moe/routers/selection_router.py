@@ -32,7 +32,7 @@ class SelectionRouter(LogitRouter):
 
     def __init__(
         self,
-        num_experts,
+        num_experts=None,
         top_k=2,
         score="softmax",
         renormalize=None,
@@ -65,6 +65,9 @@ class SelectionRouter(LogitRouter):
             self._measurements = self.add_weight(
                 name="measurements", **{**state, "shape": (), "dtype": "int32"}
             )
+
+    def balance_advice(self):
+        return None if self.balancer is None else self.balancer.balance_advice()
 
     def select(self, scores):
         """Indices (T, K) of the experts with the best scores (T, E)."""

@@ -47,7 +47,7 @@ class SinkhornRouter(LogitRouter):
     causal = False
     default_losses = ()
 
-    def __init__(self, num_experts, top_k=1, iterations=8, **kwargs):
+    def __init__(self, num_experts=None, top_k=1, iterations=8, **kwargs):
         super().__init__(num_experts, **kwargs)
         top_k = check_top_k(top_k, num_experts, "SinkhornRouter")
         iterations = check_positive_integer("iterations", iterations)

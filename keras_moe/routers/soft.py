@@ -49,7 +49,7 @@ class SoftRouter(LogitRouter):
     takes_capacity = False
     normalizes_kernel = True
 
-    def __init__(self, num_experts, slots=1, **kwargs):
+    def __init__(self, num_experts=None, slots=1, **kwargs):
         super().__init__(num_experts, **kwargs)
         slots = check_positive_integer("slots", slots)
         self.slots = slots

@@ -45,10 +45,11 @@ class TopPRouter(LogitRouter):
     Reference: Huang et al. 2024 (arXiv:2403.07652), eq. 4 and 5.
     """
 
-    def __init__(self, num_experts, threshold=0.4, max_top_k=None, **kwargs):
+    def __init__(self, num_experts=None, threshold=0.4, max_top_k=None, **kwargs):
         super().__init__(num_experts, **kwargs)
         threshold = check_fraction("threshold", threshold, fix="Pass, for example, 0.4.")
-        max_top_k = min(4, num_experts) if max_top_k is None else max_top_k
+        if max_top_k is None:
+            max_top_k = min(4, num_experts or 4)
         max_top_k = check_top_k(max_top_k, num_experts, "TopPRouter", name="max_top_k")
         self.threshold = threshold
         self.max_top_k = self.top_k = max_top_k

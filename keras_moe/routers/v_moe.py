@@ -43,7 +43,7 @@ class VMoERouter(LogitRouter):
 
     default_losses = ("importance_variation", "load_variation")
 
-    def __init__(self, num_experts, top_k=2, noise_std=1.0, **kwargs):
+    def __init__(self, num_experts=None, top_k=2, noise_std=1.0, **kwargs):
         super().__init__(num_experts, **kwargs)
         top_k = check_top_k(top_k, num_experts, "VMoERouter")
         noise_std = check_not_negative("noise_std", noise_std)

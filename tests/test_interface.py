@@ -1,0 +1,71 @@
+"""What one finds by guessing: `dir`, and routers that take the number of experts of their layer."""
+
+import keras
+import numpy as np
+import pytest
+from layer_checks import CASES, D, E, moe, normal
+
+import keras_moe
+from keras_moe import layers, routers
+from keras_moe.callbacks import ExpertMonitor
+
+ROUTERS = [each for each in CASES if issubclass(each, routers.Router)]
+
+
+def unbound(router_class):
+    case = CASES[router_class]
+    arguments = {**case.required(), **case.options()}
+    arguments.pop("num_experts", None)
+    return router_class(**arguments)
+
+
+def test_dir_shows_what_is_public():
+    assert dir(keras_moe) == sorted([*keras_moe.__all__, "tuner", "visualization", "__version__"])
+    for name in dir(keras_moe):
+        assert getattr(keras_moe, name) is not None
+
+
+@pytest.mark.parametrize("router_class", ROUTERS)
+def test_a_router_takes_the_number_of_experts_of_its_layer(router_class):
+    router = unbound(router_class)
+    config = router.get_config()
+    assert config["num_experts"] is None
+    bound = router.bind(E)
+    assert bound.bind(9) is bound and bound.num_experts == E
+    expected = router_class.from_config({**config, "num_experts": E})
+    ours, theirs = ({**each.get_config(), "name": None} for each in (bound, expected))
+    assert ours == theirs
+
+
+def test_each_layer_has_a_router_of_its_own():
+    router = routers.TopKRouter(top_k=1, balancer="loss_free")
+    first, second = moe(router=router), moe(layers.FeedForwardExperts(6, 16), router=router)
+    assert (first.router.num_experts, second.router.num_experts) == (E, 6)
+    assert first(normal(3, D)).shape == (3, D)
+    restored = layers.MixtureOfExperts.from_config(first.get_config())
+    assert restored.router.get_config() == first.router.get_config()
+
+
+def gini(counts):
+    counts = np.sort(counts)
+    ranks = np.arange(1, len(counts) + 1)
+    return 2 * np.sum(ranks * counts) / (len(counts) * np.sum(counts)) - 1 - 1 / len(counts)
+
+
+def test_a_metric_of_ones_own_is_logged():
+    model = keras.Sequential([keras.Input((D,)), moe(name="moe"), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    monitor = ExpertMonitor(expert_shares=True, metrics=[gini])
+    logs = model.fit(
+        normal(16, D), normal(16, 1), validation_split=0.5, callbacks=[monitor], verbose=0
+    ).history
+    (value,) = logs["moe_gini"]
+    shares = [logs[f"moe_expert_share_{expert}"][0] for expert in range(E)]
+    assert isinstance(value, float) and value == pytest.approx(gini(shares), abs=1e-6)
+    assert "val_moe_gini" in logs
+
+
+@pytest.mark.parametrize("metric", ["gini", 3, object()])
+def test_a_metric_must_have_a_name(metric):
+    with pytest.raises(TypeError, match="must be functions from the counts"):
+        ExpertMonitor(metrics=[metric])
