@@ -1,11 +1,14 @@
-"""Redraws docs/speed.png from benchmarks/results/: the middle of all processes and their span.
+"""Redraws docs/speed.png and docs/scaling.png from benchmarks/results/.
 
     python -m benchmarks.figure
 
-It reads what these two commands write on each backend:
+Speed is the middle of all processes and their span. It reads what these two commands write on each
+backend:
 
     python -m benchmarks.layer --experts 8 16 32 64
     python -m benchmarks.layer --experts 8 --tokens 1024 4096 16384 65536 --tag=-tokens
+
+Scaling is a bound, not a measurement, from what `python -m benchmarks.topologies` writes.
 """
 
 import json
@@ -13,20 +16,23 @@ import pathlib
 
 from benchmarks import measure
 
-PICTURE = pathlib.Path(__file__).parents[1] / "docs" / "speed.png"
+PICTURES = pathlib.Path(__file__).parents[1] / "docs"
 BACKENDS = {"tensorflow": "TensorFlow XLA", "jax": "JAX", "torch": "PyTorch"}
 
 
 def main():
-    from matplotlib.figure import Figure
+    draw_speed()
+    draw_scaling()
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+
+def draw_speed():
+    figure = new_figure(width=9)
     by_experts, by_tokens = figure.subplots(1, 2)
     for index, (backend, label) in enumerate(BACKENDS.items()):
-        rows = load(f"layer-{backend}")
+        rows = balanced(f"layer-{backend}")
         for axes, curve in (
             (by_experts, ratio_by_experts(rows)),
-            (by_tokens, time_by_tokens(load(f"layer-{backend}-tokens"))),
+            (by_tokens, time_by_tokens(balanced(f"layer-{backend}-tokens"))),
         ):
             if curve:
                 axes.plot(*zip(*sorted(curve.items())), f"C{index}o-", label=label)
@@ -37,22 +43,52 @@ def main():
     by_experts.axhline(1.0, color="gray", linewidth=1)
     finish(by_experts, "experts", "time / time of a dense layer", "Of the same active size")
     finish(by_tokens, "tokens in a batch", "microseconds a token", "8 experts")
-    figure.savefig(PICTURE, dpi=120)
-    print(f"drawn: docs/{PICTURE.name}")
+    save(figure, "speed.png")
+
+
+def draw_scaling():
+    """Efficiency: the time of the products to the bound, with the products of one chip as 1."""
+    rows = load("topologies")
+    if not rows:
+        return
+    figure = new_figure(width=5)
+    axes = figure.subplots()
+    chips = [row["chips"] for row in rows]
+    axes.plot(chips, [1 / row["bound_ratio"] for row in rows], "o-", label="bound by the network")
+    overlap = [row["product_ms"] / (row["product_ms"] + row["network_ms"]) for row in rows]
+    axes.plot(chips, overlap, "o:", label="nothing overlaps")
+    finish(axes, "chips", "efficiency of a step (bound)", "Expert parallelism, TPU v5e")
+    axes.set_xticks(chips, chips)
+    save(figure, "scaling.png")
+
+
+def new_figure(width):
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, 3.6), layout="constrained")
+
+
+def save(figure, name):
+    figure.savefig(PICTURES / name, dpi=120)
+    print(f"drawn: docs/{name}")
+
+
+def balanced(name):
+    """The rows of balanced forward and backward passes."""
+    return [
+        row
+        for row in load(name)
+        if row["pass"] == "forward+backward" and row.get("skew", "balanced") == "balanced"
+    ]
 
 
 def load(name):
-    """The rows of balanced forward and backward passes; none where the file is missing."""
+    """The rows of a file; none where it is missing."""
     path = measure.RESULTS / f"{name}.json"
     if not path.exists():
         print(f"left out: benchmarks/results/{path.name} is missing")
         return []
-    rows = json.loads(path.read_text())["rows"]
-    return [
-        row
-        for row in rows
-        if row["pass"] == "forward+backward" and row.get("skew", "balanced") == "balanced"
-    ]
+    return json.loads(path.read_text())["rows"]
 
 
 def ratio_by_experts(rows):

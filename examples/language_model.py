@@ -4,6 +4,7 @@
     python examples/language_model.py --compare --seeds 3
     python examples/language_model.py --router switch --moe-every 2
     python examples/language_model.py --generate "the space shuttle"
+    KERAS_BACKEND=jax python examples/language_model.py --expert-parallel 4
 
 Runs on the backend that KERAS_BACKEND names. An interrupted run goes on where it was when the same
 command is given again. The data are read with TensorFlow Datasets, which needs TensorFlow on every
@@ -28,7 +29,7 @@ from subwords import END, Subwords
 from twins import count_parameters, dense_feedforward, moe_every, spread
 from whole_files import saved_files
 
-from keras_moe import callbacks, inspection, layers, routers
+from keras_moe import callbacks, distribution, inspection, layers, routers
 
 
 class Size(typing.NamedTuple):
@@ -63,6 +64,9 @@ def main(arguments=None):
     if options.generate is not None:
         return generate(options.generate, options.output, options.seed)
     check_causal(options)
+    if options.expert_parallel is not None:
+        # Before any model is made: it decides where weights are.
+        keras.distribution.set_distribution(distribution.expert_parallel(options.expert_parallel))
     size = SMOKE if options.smoke else FULL
     texts = datasets.load(options.dataset, options.data_dir)
     train, validation = (split.texts[: size.documents] for split in texts[:2])
@@ -106,6 +110,12 @@ def parse_options(arguments):
     parser.add_argument("--router", default="top_k", help="name of a router of keras_moe")
     parser.add_argument("--moe-every", type=int, default=1, help="every n-th block has experts")
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument(
+        "--expert-parallel",
+        type=int,
+        metavar="DEVICES",
+        help="devices that share the experts, on JAX; the batch is split over all devices",
+    )
     parser.add_argument("--seeds", type=int, default=1, help="number of runs to average")
     parser.add_argument(
         "--compare", action="store_true", help="train a dense model of equal active size as well"

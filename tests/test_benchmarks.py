@@ -292,9 +292,9 @@ def test_ratios_are_those_of_each_round():
     assert (moe["ms"], moe["ratio_low"], moe["ratio"], moe["ratio_high"]) == (3.0, 1.25, 1.5, 1.75)
 
 
-def test_the_figure_is_drawn_from_what_layer_writes(monkeypatch, tmp_path, capsys):
+def test_figures_are_drawn_from_what_programs_write(monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(figure, "PICTURE", tmp_path / "speed.png")
+    monkeypatch.setattr(figure, "PICTURES", tmp_path)
     measure.RESULTS.mkdir()
     twin = {"name": "dense twin", "ms": 8.0, "tokens": 8, "pass": "forward+backward"}
     twin |= {"ratio": 1.0, "ratio_low": 0.9, "ratio_high": 1.2}
@@ -302,8 +302,11 @@ def test_the_figure_is_drawn_from_what_layer_writes(monkeypatch, tmp_path, capsy
     rows = [twin, moe, {**moe, "skew": "zipf", "ratio": 9.0}, {**moe, "pass": "forward"}]
     for name in ("layer-jax", "layer-jax-tokens"):
         (measure.RESULTS / f"{name}.json").write_text(json.dumps({"rows": rows}))
+    chips = {"chips": 4, "bound_ratio": 1.25, "product_ms": 2.0, "network_ms": 2.5}
+    (measure.RESULTS / "topologies.json").write_text(json.dumps({"rows": [chips]}))
     figure.main()
-    assert figure.PICTURE.read_bytes().startswith(b"\x89PNG")
+    for name in ("speed.png", "scaling.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "left out: benchmarks/results/layer-torch.json is missing" in capsys.readouterr().out
-    assert figure.ratio_by_experts(figure.load("layer-jax")) == {4: 1.1}
-    assert figure.time_by_tokens(figure.load("layer-jax-tokens")) == {8: 1000.0}
+    assert figure.ratio_by_experts(figure.balanced("layer-jax")) == {4: 1.1}
+    assert figure.time_by_tokens(figure.balanced("layer-jax-tokens")) == {8: 1000.0}

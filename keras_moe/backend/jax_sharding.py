@@ -22,6 +22,11 @@ class Shards(NamedTuple):
         """Into how many parts the batch is split."""
         return math.prod(map(self.along, self.axes))
 
+    @property
+    def platform(self):
+        """That of the devices: "cpu", "gpu" or "tpu"."""
+        return self.mesh.devices.flat[0].platform
+
     def along(self, axis):
         """How many devices there are along an axis."""
         return self.mesh.shape[axis]

@@ -1,8 +1,8 @@
 """The exchange that sends each token to the devices of its experts, and to no other.
 
 Rows sorted by expert are sorted by device as well. Each device has a bucket for each other one, of
-somewhat more than a mean share of its rows: shapes are fixed. What exceeds a bucket goes in a
-further pass.
+little more than a mean share of its rows: shapes are fixed. What exceeds a bucket goes in further
+passes.
 
 Axes: T tokens of one device, K experts per token, n devices along the expert axis, e experts of
 each, C rows of a bucket.
@@ -13,48 +13,49 @@ from keras import ops
 from keras_moe import backend
 from keras_moe.ops.assignments import Assignments
 from keras_moe.ops.grouped import run_grouped
-from keras_moe.ops.groups import Groups, combine_rows, dispatch_rows
+from keras_moe.ops.groups import Groups, collect_rows, dispatch_rows
 from keras_moe.ops.passes import sum_passes
 
 
-def run_by_all_to_all(step, tokens, weights, kernels, biases, experts, shards, axis, length):
+def run_by_all_to_all(step, tokens, weights, parameters, experts, shards, axis, lengths):
     """What the experts of all devices make of one device's tokens.
 
     Args:
-        step, tokens, weights, kernels, biases: as for `run_grouped`, the parts of one device.
+        step, tokens, weights, parameters: as for `run_grouped`, the parts of one device.
         experts: (T, K) int32 numbers of experts among those of all devices; -1 for none.
         shards: the `backend.token_shards()`.
         axis: the mesh axis of the experts.
-        length: C, an integer.
+        lengths: the `Lengths` of the passes, in rows of all buckets together.
 
     Returns:
         (T, `step.output_width`) in the dtype of `tokens`.
     """
-    num_local = kernels[0].shape[0]
+    num_local = parameters.kernels[0].shape[0]
     num_shards = shards.along(axis)
+    lengths = lengths.split(num_shards)
     groups = Assignments.of(experts, num_local * num_shards).sort()
 
-    def nth_pass(number, context):
-        groups = Groups(*context)
-        buckets, local_expert = _buckets(groups, num_shards, number, length)
+    def nth_pass(number, groups):
+        buckets, local_expert = _buckets(groups, num_shards, *lengths.span(number))
 
-        def run(tokens, weights, *parameters):
-            halves = list(parameters[: len(kernels)]), list(parameters[len(kernels) :])
+        def run(tokens, weights, parameters):
             received = backend.exchange(dispatch_rows(tokens, buckets), axis)
             expert = backend.exchange(local_expert, axis)
+            # Outputs are weighted where they are computed and kept for the weights' gradient, so
+            # that they need not be kept where they return to.
+            weight = backend.exchange(buckets.weight_of_row(weights), axis)
             rows = Assignments.of(ops.expand_dims(expert, 1), num_local).sort()
-            ones = ops.ones((ops.shape(received)[0], 1), "float32")
-            outputs = run_grouped(step, received, ones, *halves, rows)
-            return combine_rows(backend.exchange(outputs, axis), weights, buckets)
+            outputs = run_grouped(step, received, ops.expand_dims(weight, 1), *parameters, rows)
+            return collect_rows(backend.exchange(outputs, axis), buckets)
 
         return run
 
-    def num_passes(context):
-        longest = ops.max(_rows_by_shard(Groups(*context), num_shards))
+    def num_passes(groups):
+        passes = lengths.passes_for(ops.max(_rows_by_shard(groups, num_shards)))
         # All devices take part in every pass of one of them.
-        return backend.max_over_axis((longest + length - 1) // length, shards.axes)
+        return backend.max_over_axis(passes, shards.axes)
 
-    return sum_passes(nth_pass, num_passes, (tokens, weights, *kernels, *biases), tuple(groups))
+    return sum_passes(nth_pass, num_passes, (tokens, weights, parameters), groups)
 
 
 def _rows_by_shard(groups, num_shards):
@@ -62,8 +63,8 @@ def _rows_by_shard(groups, num_shards):
     return ops.sum(ops.reshape(groups.sizes, (num_shards, -1)), axis=1)
 
 
-def _buckets(groups, num_shards, number, length):
-    """The rows of one pass, bucket by bucket.
+def _buckets(groups, num_shards, start, length):
+    """The rows of one pass: in each bucket `length` rows, from its row `start` on.
 
     Returns:
         `Groups` of these rows, without sizes, and the expert of each row among those of the device
@@ -71,7 +72,7 @@ def _buckets(groups, num_shards, number, length):
     """
     sizes = _rows_by_shard(groups, num_shards)
     starts = ops.cumsum(sizes) - sizes
-    place = number * length + ops.arange(length, dtype="int32")
+    place = start + ops.arange(length, dtype="int32")
     row = ops.expand_dims(starts, 1) + place
     filled = place < ops.expand_dims(sizes, 1)
     row = ops.minimum(row, groups.num_rows() - 1)
@@ -85,7 +86,7 @@ def _buckets(groups, num_shards, number, length):
     rows = groups.rows_of_token
     shard = ops.sum(ops.cast(ops.expand_dims(rows, -1) >= ops.cumsum(sizes), "int32"), axis=-1)
     shard = ops.minimum(shard, num_shards - 1)
-    place = rows - ops.take(starts, shard) - number * length
+    place = rows - ops.take(starts, shard) - start
     inside = ops.logical_and(rows >= 0, ops.logical_and(place >= 0, place < length))
     buckets = Groups(
         sizes=groups.sizes,

@@ -44,6 +44,7 @@ def grouped_feed_forward(
         )
     step = feed_forward_step(activation, tuple(kernel.shape[-1] for kernel in kernels))
     if isinstance(groups, (Assignments, Choices)):
-        exchange = Exchange(step, backend.token_shards(), expert_axis, named_platform())
+        shards = backend.token_shards()
+        exchange = Exchange(step, shards, expert_axis, named_platform() or shards.platform)
         return run_sharded(exchange, tokens, weights, kernels, list(biases), groups)
     return run_grouped(step, tokens, weights, kernels, biases, groups)

@@ -146,6 +146,18 @@ def dispatch_rows(tokens, groups):
     return backend.differentiable(forward, backward, tokens, groups)
 
 
+def collect_rows(rows, groups):
+    """`sum_rows` without weights, (T, D), whose gradient is `dispatch_rows`."""
+
+    def forward(rows, groups, keep):
+        return groups.sum_rows(rows), ()
+
+    def backward(rows, groups, saved, gradient):
+        return backend.gather_rows(gradient, groups.token_of_row())
+
+    return backend.differentiable(forward, backward, rows, groups)
+
+
 def combine_rows(rows, weights, groups):
     """`sum_rows` with gradients for rows and weights that are gathers."""
 

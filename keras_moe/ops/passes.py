@@ -1,18 +1,48 @@
 """Computation in passes: buffers for the expected rows, and more passes where more come.
 
 A device that has some of the experts may be sent every token, or none. Shapes are fixed, but memory
-for the worst case would be that of all devices. So buffers hold somewhat more than a mean share of
-the rows; what exceeds it is computed by further passes of a loop, usually none. Only the first pass
-saves anything for the backward pass; others are computed again there.
+for the worst case would be that of all devices. So the first pass has buffers for little more than
+a mean share of the rows. What exceeds it goes through shorter passes of a loop, often none. Only
+the first pass saves anything for the backward pass; the others are computed again there.
 
 Axes: T tokens, E experts, K experts per token, R rows.
 """
 
+from typing import NamedTuple
+
+import keras
 from keras import ops
 
 from keras_moe import backend
 from keras_moe.ops.grouped import run_grouped
 from keras_moe.ops.groups import Groups
+from keras_moe.ops.platforms import keeping_platform
+
+
+class Lengths(NamedTuple):
+    """How many rows the first pass takes, and each of those that may follow. Integers."""
+
+    first: int
+    further: int
+
+    @classmethod
+    def of_mean_share(cls, num_rows):
+        """A thirty-second more than the mean share of the rows, then a quarter at a time."""
+        return cls(-(-33 * num_rows // 32), -(-num_rows // 4))
+
+    def split(self, number):
+        """As many passes for rows in so many buckets, each of which takes its part."""
+        return Lengths(-(-self.first // number), -(-self.further // number))
+
+    def span(self, number):
+        """The first row of a pass, and how many it takes. Only 0 takes those of the first."""
+        if isinstance(number, int) and number == 0:
+            return 0, self.first
+        return self.first + (number - 1) * self.further, self.further
+
+    def passes_for(self, num_rows):
+        """How many passes so many rows take, at least one. An integer tensor."""
+        return 1 + (ops.maximum(num_rows - self.first, 0) + self.further - 1) // self.further
 
 
 def sum_passes(nth_pass, num_passes, inputs, context):
@@ -21,12 +51,11 @@ def sum_passes(nth_pass, num_passes, inputs, context):
     Args:
         nth_pass: function of a number and the context that returns a function of the inputs.
         num_passes: function of the context, an integer tensor.
-        inputs: tuple of tensors that have a gradient.
-        context: tuple of integer tensors.
+        inputs: tuple of structures of tensors that have a gradient.
+        context: structure of integer tensors.
     """
 
     def forward(inputs, context, keep):
-        context = tuple(context)
         first = nth_pass(0, context)
         output, pullback = backend.vjp(first, inputs) if keep else (first(*inputs), ())
 
@@ -36,44 +65,40 @@ def sum_passes(nth_pass, num_passes, inputs, context):
         return ops.fori_loop(1, num_passes(context), add, output), pullback
 
     def backward(inputs, context, pullback, gradient):
-        context = tuple(context)
-
         def add(number, totals):
             _, pullback = backend.vjp(nth_pass(number, context), inputs)
-            return tuple(map(ops.add, totals, pullback(gradient)))
+            return keras.tree.map_structure(ops.add, totals, pullback(gradient))
 
-        return ops.fori_loop(1, num_passes(context), add, tuple(pullback(gradient)))
+        return ops.fori_loop(1, num_passes(context), add, pullback(gradient))
 
+    forward, backward = map(keeping_platform, (forward, backward))
     return backend.differentiable(forward, backward, inputs, context)
 
 
-def run_in_passes(step, tokens, weights, kernels, biases, groups, length):
-    """What `run_grouped` computes, in passes of `length` rows, an integer.
+def run_in_passes(step, tokens, weights, parameters, groups, lengths):
+    """What `run_grouped` computes, in passes.
 
     Args:
-        step, tokens, weights, kernels, biases: as for `run_grouped`.
+        step, tokens, weights, parameters: as for `run_grouped`.
         groups: an `ops.Groups`.
-        length: rows of a pass.
+        lengths: the `Lengths` of the passes.
 
     Returns:
         (T, `step.output_width`) in the dtype of `tokens`.
     """
-    if length >= groups.num_rows():
-        return run_grouped(step, tokens, weights, kernels, biases, groups)
+    if lengths.first >= groups.num_rows():
+        return run_grouped(step, tokens, weights, *parameters, groups)
 
-    def nth_pass(number, context):
-        part = _part(Groups(*context), number * length, length)
+    def nth_pass(number, groups):
+        part = _part(groups, *lengths.span(number))
+        return lambda tokens, weights, parameters: run_grouped(
+            step, tokens, weights, *parameters, part
+        )
 
-        def run(tokens, weights, *parameters):
-            halves = list(parameters[: len(kernels)]), list(parameters[len(kernels) :])
-            return run_grouped(step, tokens, weights, *halves, part)
+    def num_passes(groups):
+        return lengths.passes_for(ops.sum(groups.sizes))
 
-        return run
-
-    def num_passes(context):
-        return (ops.sum(Groups(*context).sizes) + length - 1) // length
-
-    return sum_passes(nth_pass, num_passes, (tokens, weights, *kernels, *biases), tuple(groups))
+    return sum_passes(nth_pass, num_passes, (tokens, weights, parameters), groups)
 
 
 def _part(groups, start, length):

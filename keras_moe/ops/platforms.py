@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import functools
 
 from keras_moe import backend
 from keras_moe.validation import check_choice
@@ -50,6 +51,21 @@ def platform(name):
 def named_platform():
     """What an enclosing `platform` names, or None."""
     return _named.get()
+
+
+def keeping_platform(function):
+    """The function, traced for the platform that is named now, whenever that happens.
+
+    JAX traces the parts of a custom gradient after the context has ended.
+    """
+    name = named_platform()
+
+    @functools.wraps(function)
+    def traced_as_now(*arguments, **keywords):
+        with platform(name) if name else contextlib.nullcontext():
+            return function(*arguments, **keywords)
+
+    return traced_as_now
 
 
 def on_platform(functions, *operands, name=None):

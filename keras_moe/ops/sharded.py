@@ -27,11 +27,9 @@ from keras_moe import backend
 from keras_moe.ops.all_to_all import run_by_all_to_all
 from keras_moe.ops.assignments import Assignments
 from keras_moe.ops.grouped import run_grouped
-from keras_moe.ops.passes import run_in_passes
-
-# Rows that the buffers of a device hold, as a multiple of a mean device's: a load that is a quarter
-# above the mean takes one pass.
-BUFFER_FACTOR = 1.25
+from keras_moe.ops.grouped.records import Parameters
+from keras_moe.ops.passes import Lengths, run_in_passes
+from keras_moe.ops.platforms import platform
 
 
 def splits_evenly(shards, assignments, sequence_length):
@@ -79,7 +77,7 @@ class Exchange(NamedTuple):
     - `step`: a `Step`.
     - `shards`: the `backend.token_shards()`.
     - `expert_axis`: the mesh axis that splits the first axis of the kernels, or None.
-    - `platform`: what an enclosing `ops.platform` names, or None.
+    - `platform`: that of the devices: "cpu", "gpu" or "tpu".
     """
 
     step: Any
@@ -100,42 +98,45 @@ def run_sharded(exchange, tokens, weights, kernels, biases, assignments):
     Returns:
         (T, `step.output_width`) in the dtype of `tokens`.
     """
-    step, shards, expert_axis, _ = exchange  # the platform is for the cache of `compile_once`
+    step, shards, expert_axis, platform_of_devices = exchange
     kind = type(assignments)
     tokens_cross = expert_axis in shards.axes
 
-    def on_device(tokens, weights, parts, kernels, biases):
-        share = math.ceil(BUFFER_FACTOR * math.prod(ops.shape(weights)))
-        num_shards = shards.along(expert_axis) if tokens_cross else 1
-        if kind is Assignments and BUFFER_FACTOR * ops.shape(weights)[1] < num_shards:
-            bucket = -(-share // num_shards)
-            (experts,) = parts
+    def on_device(tokens, weights, parts, parameters):
+        lengths = Lengths.of_mean_share(math.prod(ops.shape(weights)))
+        if kind is Assignments and tokens_cross and _less_to_send(weights, shards, expert_axis):
             return run_by_all_to_all(
-                step, tokens, weights, kernels, biases, experts, shards, expert_axis, bucket
+                step, tokens, weights, parameters, *parts, shards, expert_axis, lengths
             )
         if tokens_cross:
             tokens, weights, *parts = (
                 backend.gather_shards(each, expert_axis) for each in (tokens, weights, *parts)
             )
-        num_experts = kernels[0].shape[0]
+        num_experts = parameters.kernels[0].shape[0]
         place = 0 if expert_axis is None else backend.place_on_axis(expert_axis)
         groups, weights = kind.sort_part(parts, weights, place * num_experts, num_experts)
         if expert_axis is None:
-            return run_grouped(step, tokens, weights, kernels, biases, groups)
-        outputs = run_in_passes(step, tokens, weights, kernels, biases, groups, share)
+            return run_grouped(step, tokens, weights, *parameters, groups)
+        outputs = run_in_passes(step, tokens, weights, parameters, groups, lengths)
         add = backend.sum_and_scatter if tokens_cross else backend.sum_over_axis
         return add(outputs, expert_axis)
 
-    outputs = backend.on_each_device(
-        shards,
-        on_device,
-        (
-            _pad(tokens, shards, 0),
-            _pad(weights, shards, 0),
-            tuple(_pad(each, shards, -1) for each in assignments.parts),
-            kernels,
-            biases,
-        ),
-        (*[shards.axes] * 3, expert_axis, expert_axis),
-    )
+    with platform(platform_of_devices):
+        outputs = backend.on_each_device(
+            shards,
+            on_device,
+            (
+                _pad(tokens, shards, 0),
+                _pad(weights, shards, 0),
+                tuple(_pad(each, shards, -1) for each in assignments.parts),
+                Parameters(kernels, biases),
+            ),
+            (*[shards.axes] * 3, expert_axis),
+        )
     return outputs[: ops.shape(tokens)[0]]
+
+
+def _less_to_send(weights, shards, axis):
+    """Whether K rows of each token are fewer values than the tokens of all devices of the axis."""
+    rows = Lengths.of_mean_share(math.prod(ops.shape(weights))).first
+    return rows < shards.along(axis) * ops.shape(weights)[0]
