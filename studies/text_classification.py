@@ -1,9 +1,9 @@
 """Classifies text with a sparse Mixture-of-Experts Transformer.
 
-    python examples/text_classification.py
-    python examples/text_classification.py --compare --seeds 3
-    python examples/text_classification.py --report --log-dir logs
-    python examples/text_classification.py --predict "the goalie stopped every shot"
+    python studies/text_classification.py
+    python studies/text_classification.py --compare --seeds 3
+    python studies/text_classification.py --report --log-dir logs
+    python studies/text_classification.py --predict "the goalie stopped every shot"
 
 Runs on the backend that KERAS_BACKEND names. The data are read with TensorFlow Datasets, which
 needs TensorFlow on every backend.

@@ -1,10 +1,10 @@
 """Trains a decoder-only language model with a sparse mixture of experts.
 
-    python examples/language_model.py
-    python examples/language_model.py --compare --seeds 3
-    python examples/language_model.py --router switch --moe-every 2
-    python examples/language_model.py --generate "the space shuttle"
-    KERAS_BACKEND=jax python examples/language_model.py --expert-parallel 4
+    python studies/language_model.py
+    python studies/language_model.py --compare --seeds 3
+    python studies/language_model.py --router switch --moe-every 2
+    python studies/language_model.py --generate "the space shuttle"
+    KERAS_BACKEND=jax python studies/language_model.py --expert-parallel 4
 
 Runs on the backend that KERAS_BACKEND names. An interrupted run goes on where it was when the same
 command is given again. The data are read with TensorFlow Datasets, which needs TensorFlow on every

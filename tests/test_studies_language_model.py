@@ -15,8 +15,8 @@ pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("matplotlib")
 pytest.importorskip("sentencepiece")
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+STUDIES = pathlib.Path(__file__).parents[1] / "studies"
+sys.path.insert(0, str(STUDIES))
 
 import datasets  # noqa: E402
 import decoder_model  # noqa: E402
@@ -192,7 +192,7 @@ def test_batches_begin_at_the_epoch_and_show_each_row_once_a_pass():
 
 HANGS_IN_THE_SECOND_EPOCH = """
 import time
-import datasets, language_model, resuming, test_examples_language_model as tests
+import datasets, language_model, resuming, test_studies_language_model as tests
 
 class Hangs(resuming.Journal):
     def on_epoch_begin(self, epoch, logs=None):
@@ -212,7 +212,7 @@ language_model.main([*tests.ARGUMENTS, "--output", {output!r}])
 
 
 def test_sigkill_loses_nothing(trained, made_up, tmp_path, capsys):
-    paths = [str(EXAMPLES.parent), str(EXAMPLES), str(pathlib.Path(__file__).parent)]
+    paths = [str(STUDIES.parent), str(STUDIES), str(pathlib.Path(__file__).parent)]
     process = subprocess.Popen(
         [sys.executable, "-c", HANGS_IN_THE_SECOND_EPOCH.format(output=str(tmp_path))],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},

@@ -1,7 +1,7 @@
 """Searches the MoE layer of a text classifier: the least loss that a budget of FLOPs buys.
 
-    python examples/hyperparameter_tuning.py
-    python examples/hyperparameter_tuning.py --trials 24
+    python studies/hyperparameter_tuning.py
+    python studies/hyperparameter_tuning.py --trials 24
 
 The first trial is the layer picked by hand, so the best is never worse. The same command goes on
 with what an earlier run has found, also after an interruption; the second one above adds trials.

@@ -1,9 +1,9 @@
 """Translates with a sparse Mixture-of-Experts Transformer, from Spanish to English.
 
-    KERAS_BACKEND=jax python examples/translation.py
-    KERAS_BACKEND=jax python examples/translation.py --compare --seeds 3
-    KERAS_BACKEND=jax python examples/translation.py --report --log-dir logs
-    KERAS_BACKEND=jax python examples/translation.py --translate "Y el rey habló a su pueblo."
+    KERAS_BACKEND=jax python studies/translation.py
+    KERAS_BACKEND=jax python studies/translation.py --compare --seeds 3
+    KERAS_BACKEND=jax python studies/translation.py --report --log-dir logs
+    KERAS_BACKEND=jax python studies/translation.py --translate "Y el rey habló a su pueblo."
 
 Runs on the backend that KERAS_BACKEND names; JAX is the fastest on a CPU. A run that is interrupted
 goes on where it was when the same command is given again. The data are read with TensorFlow

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("matplotlib")
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "studies"))
 
 import compare_routers  # noqa: E402
 import datasets  # noqa: E402

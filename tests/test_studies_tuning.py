@@ -13,8 +13,8 @@ pytest.importorskip("keras_tuner")
 pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("matplotlib")
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+STUDIES = pathlib.Path(__file__).parents[1] / "studies"
+sys.path.insert(0, str(STUDIES))
 
 import datasets  # noqa: E402
 import hyperparameter_tuning  # noqa: E402
@@ -42,7 +42,7 @@ def made_up(monkeypatch):
 
 KILLED_IN_THE_SECOND_TRIAL = """
 import os, signal
-import datasets, hyperparameter_tuning, test_examples_tuning as tests
+import datasets, hyperparameter_tuning, test_studies_tuning as tests
 from keras_moe import tuner
 
 class Killer(tuner.CostMonitor):
@@ -58,7 +58,7 @@ hyperparameter_tuning.main(tests.arguments({folder!r}, 2))
 
 
 def test_a_killed_search_goes_on_and_is_never_worse_than_the_default(made_up, tmp_path, capsys):
-    paths = [str(EXAMPLES.parent), str(EXAMPLES), str(pathlib.Path(__file__).parent)]
+    paths = [str(STUDIES.parent), str(STUDIES), str(pathlib.Path(__file__).parent)]
     killed = subprocess.run(
         [sys.executable, "-c", KILLED_IN_THE_SECOND_TRIAL.format(folder=str(tmp_path))],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
@@ -117,7 +117,7 @@ def test_the_vocabulary_does_not_change_from_run_to_run():
     runs = [
         subprocess.run(
             [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONPATH": str(EXAMPLES), "PYTHONHASHSEED": seed},
+            env={**os.environ, "PYTHONPATH": str(STUDIES), "PYTHONHASHSEED": seed},
             capture_output=True,
             text=True,
             check=True,

@@ -16,8 +16,8 @@ pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+STUDIES = pathlib.Path(__file__).parents[1] / "studies"
+sys.path.insert(0, str(STUDIES))
 
 import datasets  # noqa: E402
 import phrase_embedding  # noqa: E402
@@ -59,10 +59,10 @@ def test_compare_trains_reports_and_saves(made_up_data, tmp_path, capsys):
         "space"
     )
     other = "jax" if keras.backend.backend() != "jax" else "torch"
-    script = EXAMPLES / "text_classification.py"
+    script = STUDIES / "text_classification.py"
     run = subprocess.run(
         [sys.executable, script, "--predict", "engine brake", "--output", tmp_path],
-        env={**os.environ, "KERAS_BACKEND": other, "PYTHONPATH": str(EXAMPLES.parent)},
+        env={**os.environ, "KERAS_BACKEND": other, "PYTHONPATH": str(STUDIES.parent)},
         capture_output=True,
         text=True,
     )

@@ -1,7 +1,7 @@
 """Compares routers, and what balances them, on the topics of Reuters news.
 
-    python examples/compare_routers.py
-    python examples/compare_routers.py --seeds 1 --routers top_k expert_choice
+    python studies/compare_routers.py
+    python studies/compare_routers.py --seeds 1 --routers top_k expert_choice
 
 The same small Transformer is trained with each router. Then a router that sends every token to the
 same two of sixteen experts is trained with each method of balancing: which one gets out, how fast?

@@ -10,7 +10,7 @@ pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("matplotlib")
 pytest.importorskip("sentencepiece")
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "studies"))
 
 import datasets  # noqa: E402
 import moe_vs_dense  # noqa: E402

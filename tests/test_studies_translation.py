@@ -26,8 +26,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sentencepiece")
 pytest.importorskip("sacrebleu")
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+STUDIES = pathlib.Path(__file__).parents[1] / "studies"
+sys.path.insert(0, str(STUDIES))
 
 import datasets  # noqa: E402
 import decoding  # noqa: E402
@@ -400,12 +400,12 @@ def run_example(*arguments, backend=None, **kwargs):
 
 
 def example_command(*arguments):
-    return [sys.executable, str(EXAMPLES / "translation.py"), *map(str, arguments)]
+    return [sys.executable, str(STUDIES / "translation.py"), *map(str, arguments)]
 
 
 def example_environment(backend=None):
     backend = backend or keras.backend.backend()
-    return {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(EXAMPLES.parent)}
+    return {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(STUDIES.parent)}
 
 
 def test_data_of_which_nothing_is_short_enough_are_named(monkeypatch, tmp_path):

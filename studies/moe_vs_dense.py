@@ -1,8 +1,8 @@
 """Does a mixture of experts beat a dense model of the same active size, and at the same cost?
 
-    python examples/moe_vs_dense.py
-    python examples/moe_vs_dense.py --seeds 3
-    python examples/moe_vs_dense.py --tasks classification --experts 8
+    python studies/moe_vs_dense.py
+    python studies/moe_vs_dense.py --seeds 3
+    python studies/moe_vs_dense.py --tasks classification --experts 8
 
 Trains dense models and mixtures with more and more experts, two of which serve each token, on the
 same data in the same order: shorter runs of the language models of the example
