@@ -226,3 +226,28 @@ def test_sigkill_loses_nothing(trained, made_up, tmp_path, capsys):
     assert "Going on after epoch 1 of 2, which an earlier run finished." in capsys.readouterr().out
     # The order of the data and the optimizer go on as well.
     np.testing.assert_allclose(perplexity(report), perplexity(trained[0]), rtol=1e-3)
+
+
+ON_FOUR_DEVICES = """
+import json
+import datasets, language_model, test_studies_language_model as tests
+
+datasets.load = tests.made_up_data
+arguments = [*tests.ARGUMENTS, "--expert-parallel", "2", "--output", {output!r}]
+print(json.dumps(tests.perplexity(language_model.main(arguments))))
+"""
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="Keras splits weights on JAX only")
+def test_experts_on_two_of_four_devices_learn_the_same(trained, tmp_path):
+    paths = [str(STUDIES.parent), str(STUDIES), str(pathlib.Path(__file__).parent)]
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    done = subprocess.run(
+        [sys.executable, "-c", ON_FOUR_DEVICES.format(output=str(tmp_path))],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    value = json.loads(done.stdout.splitlines()[-1])
+    np.testing.assert_allclose(value, perplexity(trained[0]), rtol=1e-3)
