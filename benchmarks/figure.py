@@ -54,11 +54,14 @@ def draw_scaling():
     figure = new_figure(width=5)
     axes = figure.subplots()
     chips = [row["chips"] for row in rows]
-    axes.plot(chips, [1 / row["bound_ratio"] for row in rows], "o-", label="bound by the network")
+    axes.plot(
+        chips, [1 / row["bound_ratio"] for row in rows], "o-", label="products and network overlap"
+    )
     overlap = [row["product_ms"] / (row["product_ms"] + row["network_ms"]) for row in rows]
     axes.plot(chips, overlap, "o:", label="nothing overlaps")
     finish(axes, "chips", "efficiency of a step (bound)", "Expert parallelism, TPU v5e")
     axes.set_xticks(chips, chips)
+    axes.legend(loc="lower left")
     save(figure, "scaling.png")
 
 

@@ -1,4 +1,6 @@
-"""How a pluggable argument becomes an object: by name, from a config, or as it is."""
+"""Classes that Keras saves and loads, and how a pluggable argument becomes an object of one."""
+
+import inspect
 
 import keras
 
@@ -6,7 +8,39 @@ from keras_moe.validation import propose
 
 PACKAGE = "keras_moe"
 
-register = keras.saving.register_keras_serializable(package=PACKAGE)
+# Arguments of Keras's own classes that are worth showing.
+_OF_KERAS = ("trainable", "dtype", "name")
+
+_register = keras.saving.register_keras_serializable(package=PACKAGE)
+
+
+def register(cls):
+    """Register a class of this package with Keras, and spell out the signature of its constructor.
+
+    A constructor hands what it does not name to its base class as `**kwargs`. What those take is
+    shown by `help`, `inspect.signature` and completion.
+    """
+    for base in reversed(cls.__mro__):
+        if base.__module__.startswith(PACKAGE) and "__init__" in vars(base):
+            base.__init__.__signature__ = _spelled_out(base)
+    return _register(cls)
+
+
+def _spelled_out(cls):
+    """The signature of a constructor with all optional arguments of its bases in the package."""
+    signature = inspect.signature(cls.__init__)
+    parameters = dict(signature.parameters)
+    rest = parameters.pop("kwargs", None)
+    if rest is None:
+        return signature
+    # The base that comes next; if it is of this package, its signature is spelled out already.
+    base = cls.__mro__[1]
+    own = base.__module__.startswith(PACKAGE)
+    for name, parameter in inspect.signature(base.__init__).parameters.items():
+        is_shown = name not in parameters and (own or name in _OF_KERAS)
+        if is_shown and parameter.default is not parameter.empty:
+            parameters[name] = parameter.replace(kind=parameter.KEYWORD_ONLY)
+    return signature.replace(parameters=[*parameters.values(), rest])
 
 
 def resolve(argument, identifier, base, by_name=None, **defaults):

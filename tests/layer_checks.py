@@ -303,10 +303,20 @@ def constructor_arguments(cls):
     return own
 
 
+# Of Keras itself, which tests them.
+OF_KERAS = ("trainable", "dtype", "name")
+
+
 def _parameters(cls):
     parameters = inspect.signature(cls.__init__).parameters
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {n: p for n, p in parameters.items() if n != "self" and p.kind in named}
+    return {
+        name: parameter
+        for name, parameter in parameters.items()
+        if name != "self"
+        and parameter.kind in named
+        and not (name in OF_KERAS and parameter.kind is parameter.KEYWORD_ONLY)
+    }
 
 
 def through_json(config):

@@ -1,5 +1,7 @@
 """What one finds by guessing: `dir`, and routers that take the number of experts of their layer."""
 
+import inspect
+
 import keras
 import numpy as np
 import pytest
@@ -44,6 +46,27 @@ def test_each_layer_has_a_router_of_its_own():
     assert first(normal(3, D)).shape == (3, D)
     restored = layers.MixtureOfExperts.from_config(first.get_config())
     assert restored.router.get_config() == first.router.get_config()
+
+
+def test_signatures_are_spelled_out():
+    shown = inspect.signature(routers.TopKRouter).parameters
+    assert {"num_experts", "top_k", "kernel_initializer", "seed", "name"} <= set(shown)
+    shown = inspect.signature(layers.GatedExperts).parameters
+    assert (shown["activation"].default, shown["kernel_initializer"].default) == (
+        "silu",
+        "glorot_uniform",
+    )
+    for cls in CASES:
+        named = {*CASES[cls].required(), *CASES[cls].options()}
+        assert named <= set(inspect.signature(cls).parameters), cls
+
+
+def test_a_class_of_ones_own_has_its_own_signature():
+    class Mine(routers.TopKRouter):
+        def __init__(self, num_experts=None, mine=1, **kwargs):
+            super().__init__(num_experts, **kwargs)
+
+    assert list(inspect.signature(Mine).parameters) == ["num_experts", "mine", "kwargs"]
 
 
 def gini(counts):

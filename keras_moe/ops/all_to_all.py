@@ -45,7 +45,9 @@ def run_by_all_to_all(step, tokens, weights, parameters, experts, shards, axis, 
             # that they need not be kept where they return to.
             weight = backend.exchange(buckets.weight_of_row(weights), axis)
             rows = Assignments.of(ops.expand_dims(expert, 1), num_local).sort()
-            outputs = run_grouped(step, received, ops.expand_dims(weight, 1), *parameters, rows)
+            weights = ops.expand_dims(weight, 1)
+            kernels, biases = parameters
+            outputs = run_grouped(step, received, weights, kernels, biases, rows)
             return collect_rows(backend.exchange(outputs, axis), buckets)
 
         return run

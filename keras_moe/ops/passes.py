@@ -87,12 +87,12 @@ def run_in_passes(step, tokens, weights, parameters, groups, lengths):
         (T, `step.output_width`) in the dtype of `tokens`.
     """
     if lengths.first >= groups.num_rows():
-        return run_grouped(step, tokens, weights, *parameters, groups)
+        return run_grouped(step, tokens, weights, parameters.kernels, parameters.biases, groups)
 
     def nth_pass(number, groups):
         part = _part(groups, *lengths.span(number))
         return lambda tokens, weights, parameters: run_grouped(
-            step, tokens, weights, *parameters, part
+            step, tokens, weights, parameters.kernels, parameters.biases, part
         )
 
     def num_passes(groups):

@@ -105,8 +105,9 @@ def run_sharded(exchange, tokens, weights, kernels, biases, assignments):
     def on_device(tokens, weights, parts, parameters):
         lengths = Lengths.of_mean_share(math.prod(ops.shape(weights)))
         if kind is Assignments and tokens_cross and _less_to_send(weights, shards, expert_axis):
+            (experts,) = parts
             return run_by_all_to_all(
-                step, tokens, weights, parameters, *parts, shards, expert_axis, lengths
+                step, tokens, weights, parameters, experts, shards, expert_axis, lengths
             )
         if tokens_cross:
             tokens, weights, *parts = (
@@ -116,7 +117,7 @@ def run_sharded(exchange, tokens, weights, kernels, biases, assignments):
         place = 0 if expert_axis is None else backend.place_on_axis(expert_axis)
         groups, weights = kind.sort_part(parts, weights, place * num_experts, num_experts)
         if expert_axis is None:
-            return run_grouped(step, tokens, weights, *parameters, groups)
+            return run_grouped(step, tokens, weights, parameters.kernels, parameters.biases, groups)
         outputs = run_in_passes(step, tokens, weights, parameters, groups, lengths)
         add = backend.sum_and_scatter if tokens_cross else backend.sum_over_axis
         return add(outputs, expert_axis)
