@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_moe import metrics
 from keras_moe.inspection import count_in_evaluation, moe_layers
+from keras_moe.validation import check_flag
 
 
 class ExpertMonitor(keras.callbacks.Callback):
@@ -56,7 +57,7 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     def __init__(self, expert_shares=False, log_dir=None):
         super().__init__()
-        self.expert_shares = expert_shares
+        self.expert_shares = check_flag("expert_shares", expert_shares)
         self.log_dir = log_dir
         self.shares, self.validation_shares = {}, {}
         self._event_files = None
