@@ -12,6 +12,7 @@ import keras
 import numpy as np
 
 _LARGEST = float(np.finfo("float32").max)
+_MASK_RULE = "`mask` must be a tensor of bools, or of integers."
 
 
 def check_positive_integer(name, value):
@@ -248,17 +249,18 @@ def host_values(values):
 
 def check_mask(mask, inputs_shape):
     """A mask has the shape of the inputs without the feature axis; None fits any size."""
-    if not hasattr(mask, "dtype") or "float" in _dtype_of(mask):
-        raise TypeError(
-            "`mask` must be a bool tensor, or one of integers. Received: "
-            f"{_kind_of(mask)}. Pass, for example, `ids != 0`."
-        )
+    if not hasattr(mask, "dtype"):
+        raise TypeError(f"{_MASK_RULE} Received: mask={_shortened(mask)}. Pass `ids != 0`, say.")
     mask_shape, leading = tuple(mask.shape), tuple(inputs_shape)[:-1]
     if not fits(mask_shape, leading):
         raise ValueError(
             "`mask` must have the shape of the inputs without their last axis. Received: "
             f"mask.shape={mask_shape}, inputs.shape={tuple(inputs_shape)}. "
             f"Pass a bool mask of shape {leading}, False for padding."
+        )
+    if "float" in _dtype_of(mask):
+        raise TypeError(
+            f"{_MASK_RULE} Received: mask.dtype={_dtype_of(mask)}. Pass `mask > 0`, say."
         )
 
 
@@ -277,10 +279,6 @@ def _dtype_of(tensor):
     if isinstance(tensor, (np.ndarray, np.generic)):  # Keras has no name for that of strings
         return str(tensor.dtype)
     return keras.backend.standardize_dtype(tensor.dtype)
-
-
-def _kind_of(value):
-    return f"mask.dtype={_dtype_of(value)}" if hasattr(value, "dtype") else _shortened(value)
 
 
 def _is_tensor(value):

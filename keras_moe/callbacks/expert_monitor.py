@@ -166,7 +166,8 @@ class _CountedStep:
 
     def __call__(self, *arguments):
         if not self.is_watched:
-            self._model.test_function = None
+            # JAX gives functions of the same method the same trace, as long as one of them lives.
+            self._step = self._model.test_function = None
             self._model.make_test_function()
             return self._model.test_function(*arguments)
         self.is_watched = False
