@@ -12,6 +12,7 @@ import keras
 import numpy as np
 
 _LARGEST = float(np.finfo("float32").max)
+_MASK_RULE = "`mask` must be a tensor of bools, or of integers."
 
 
 def check_positive_integer(name, value):
@@ -95,6 +96,44 @@ def propose(value, names):
     """What to do about a value that is none of the names: the nearest, if there is one."""
     nearest = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
     return f"Did you mean {nearest[0]!r}?" if nearest else "Pass one of them."
+
+
+def check_flag(name, value, optional=False):
+    """True or False, or None where that is `optional`: any text would count as True."""
+    if optional and value is None:
+        return None
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(
+            f"`{name}` must be True or False{', or None' if optional else ''}. Received: "
+            f"{name}={value!r}. Pass one of them."
+        )
+    return bool(value)
+
+
+def check_seed(name, seed):
+    if seed is None:
+        return None
+    if not is_whole(seed) or not 0 <= seed < 2**32:
+        raise ValueError(
+            f"`{name}` must be an integer from 0 to below 2 ** 32, or None. Received: "
+            f"{name}={seed!r}. Pass, for example, 0."
+        )
+    return int(seed)
+
+
+def check_routing(routing, made_by=None):
+    """A routing, with the details that the plan of some function needs."""
+    if not hasattr(routing, "indices") or not hasattr(routing, "counts"):
+        raise TypeError(
+            "`routing` must be an `ops.Routing`. Received: an object of type "
+            f"{type(routing).__name__}. Pass what a router returns, or the second of what a layer "
+            "returns with `return_routing=True`."
+        )
+    if made_by is not None and len(routing.details) != 2:
+        raise ValueError(
+            f"The plan needs the details of a routing that `ops.{made_by}` made. Received: "
+            f"{len(routing.details)} details. Use `ops.plan_groups` for other routings."
+        )
 
 
 def check_float_inputs(inputs):
@@ -185,21 +224,43 @@ def check_replayed(indices, num_experts):
         )
 
 
+def check_host_integers(name, values):
+    """Integers, if they are in an array: a framework would fail on text in its own words."""
+    if isinstance(values, np.ndarray):
+        check_is_integer(name, values)
+
+
 def host_values(values):
     """An array of what is on the host: numbers, lists and NumPy arrays; None for tensors."""
-    if isinstance(values, (np.ndarray, np.generic, list, tuple, numbers.Number)):
+    if isinstance(values, (np.ndarray, np.generic, numbers.Number)):
         return np.asarray(values)
-    return None
+    if not isinstance(values, (list, tuple)):
+        return None
+    if any(hasattr(value, "shape") for value in keras.tree.flatten(values)):
+        return None
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise ValueError(
+            "Lists must be as an array is: all of one length. Received: "
+            f"{_shortened(values)}. Fill the shorter ones."
+        ) from error
 
 
-def check_mask(mask_shape, inputs_shape):
+def check_mask(mask, inputs_shape):
     """A mask has the shape of the inputs without the feature axis; None fits any size."""
-    mask_shape, leading = tuple(mask_shape), tuple(inputs_shape)[:-1]
+    if not hasattr(mask, "dtype"):
+        raise TypeError(f"{_MASK_RULE} Received: mask={_shortened(mask)}. Pass `ids != 0`, say.")
+    mask_shape, leading = tuple(mask.shape), tuple(inputs_shape)[:-1]
     if not fits(mask_shape, leading):
         raise ValueError(
             "`mask` must have the shape of the inputs without their last axis. Received: "
             f"mask.shape={mask_shape}, inputs.shape={tuple(inputs_shape)}. "
             f"Pass a bool mask of shape {leading}, False for padding."
+        )
+    if "float" in _dtype_of(mask):
+        raise TypeError(
+            f"{_MASK_RULE} Received: mask.dtype={_dtype_of(mask)}. Pass `mask > 0`, say."
         )
 
 

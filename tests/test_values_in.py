@@ -33,6 +33,7 @@ BAD_SIZES = [0, -1, 1.5, True, "2", NAN]
 BAD_NUMBERS = [0, -1.0, NAN, INF, 1e300, True, "1"]
 BAD_WEIGHTS = [-0.1, NAN, INF, 1e300, True, "0.1", None]
 BAD_COUNTS = [[-1, 2, 3, 4], [NAN, 1, 1, 1], [INF, 1, 1, 1], [[1, 2], [3, 4]], 3, [], ["a", "b"]]
+BAD_MASKS = [np.ones((1, T), "float32"), np.ones((1, 3), bool), [[True] * T], [["a"] * T]]
 BAD_INDICES = [[[0, E]], [[-2, 0]], [[0.0, 1.0]], [0, 1], [[[0, 1]]]]
 
 
@@ -66,6 +67,14 @@ def decoder():
 def decode(position):
     block = decoder()
     return block(normal(1, 2, D), cache=block.make_cache(1, 4), position=position)
+
+
+def hashed():
+    return moe(router=routers.HashRouter(E, 9))
+
+
+def encoder(feedforward=None):
+    return layers.TransformerEncoderBlock(2, feedforward or moe())
 
 
 def weighted(index=0, weight=0.5, built=False):
@@ -156,7 +165,15 @@ FUNCTIONS = {
     ],
     "ops.clean_logits": [
         (lambda v: ops.clean_logits(logits(), tensor(v)), [[True] * 5, [[True] * E] * T]),
+        (lambda v: ops.clean_logits(logits(), tensor(v)), [[1.0] * T]),
     ],
+    "ops.agreement": [(lambda v: ops.agreement(np.ones(v), tensor(LOGITS)), [E, (T, E - 1)])],
+    "ops.masked_mean": [
+        (lambda v: ops.masked_mean(logits(), tensor(v)), [[True] * 5, [1.0] * T, [[True]] * T]),
+        (lambda v: ops.masked_mean(logits(), v), ["no", [True] * T]),
+    ],
+    "ops.plan_expert_choice": [(ops.plan_expert_choice, [None, routing()])],
+    "ops.plan_soft": [(ops.plan_soft, [None, routing()])],
     "ops.platform": [(lambda v: ops.platform(v).__enter__(), ["xpu", None, 1, ["cpu"]])],
     "metrics.load_imbalance": [(metrics.load_imbalance, BAD_COUNTS)],
     "metrics.load_entropy": [(metrics.load_entropy, BAD_COUNTS)],
@@ -185,6 +202,16 @@ FUNCTIONS = {
     "metrics.mutual_information": [
         (metrics.mutual_information, [[1, 2], [[-1, 2]], [[NAN, 1]], 3, [[INF, 1]]]),
     ],
+    "metrics.router_saturation": [
+        (
+            lambda v: metrics.router_saturation(routing(), v),
+            [None, ops.top_k_routing(LOGITS[:3], 1)],
+        ),
+        (lambda v: metrics.router_saturation(v, routing()), [None]),
+    ],
+    "metrics.unserved_fraction": [
+        (lambda v: metrics.unserved_fraction(v, ops.plan_groups(routing())), [None]),
+    ],
     "metrics.expert_saliency": [
         (lambda v: metrics.expert_saliency(moe(router=v), normal(T, D)), ["soft", "expert_choice"]),
     ],
@@ -204,6 +231,15 @@ FUNCTIONS = {
     "health.collapsed": [(lambda v: health.collapsed(v, ""), BAD_COUNTS)],
     "health.is_enough": [(health.is_enough, BAD_COUNTS)],
 }
+
+NO_ROUTING = [None, LOGITS, (LOGITS, None)]
+for name in [
+    *("load_balance", "plan_groups", "router_entropy", "router_z"),
+    *("squared_importance_variation", "squared_load_variation"),
+]:
+    FUNCTIONS.setdefault(f"ops.{name}", []).append((getattr(ops, name), NO_ROUTING))
+for name in ("coactivation", "router_confidence", "router_entropy"):
+    FUNCTIONS[f"metrics.{name}"] = [(getattr(metrics, name), NO_ROUTING)]
 
 visualized = [
     *BAD_INDICES[1:],
@@ -235,7 +271,34 @@ PICTURES = {
     ],
 }
 
+BAD_FLAGS = ["no", "False", 1, 0, 0.0, [True], NAN]
+BAD_SEEDS = ["0", 1.5, -1, True, NAN, [1], 2**40]
+FLAGS = {
+    "use_bias": lambda v: layers.FeedForwardExperts(E, 2, use_bias=v),
+    "use_bias of gated experts": lambda v: layers.GatedExperts(E, 2, use_bias=v),
+    "per_sequence": lambda v: layers.Capacity(1.0, per_sequence=v),
+    "cross_attention": lambda v: layers.TransformerDecoderBlock(2, moe(), cross_attention=v),
+    "rotary": lambda v: layers.TransformerDecoderBlock(2, moe(), rotary=v),
+    "renormalize": lambda v: routers.TopKRouter(E, renormalize=v),
+    "stop": lambda v: callbacks.ExpertHealth(stop=v),
+    "rebalance": lambda v: callbacks.ExpertHealth(rebalance=v),
+    "expert_shares": lambda v: callbacks.ExpertMonitor(expert_shares=v),
+}
 METHODS = {
+    **{name: [(make, BAD_FLAGS)] for name, make in FLAGS.items()},
+    "seed": [
+        (lambda v: routers.TopKRouter(E, seed=v), BAD_SEEDS),
+        (lambda v: routers.HashRouter(E, 9, seed=v), BAD_SEEDS),
+        (lambda v: routers.ForcedRouter(E, seed=v), BAD_SEEDS),
+    ],
+    "mask": [
+        (lambda v: moe()(normal(1, T, D), mask=v), BAD_MASKS),
+        (
+            lambda v: routers.TopKRouter(E)(normal(T, D), mask=v[0]),
+            [m for m in BAD_MASKS if len(m)],
+        ),
+        (lambda v: encoder()(normal(1, T, D), mask=v), BAD_MASKS),
+    ],
     "set_router_loss_weight": [
         (lambda v: weighted(weight=v), BAD_WEIGHTS),
         (lambda v: weighted(weight=v, built=True), BAD_WEIGHTS),
@@ -250,12 +313,14 @@ METHODS = {
     "replay of a layer": [(lambda v: layer_replay(np.array(v)), REPLAYED)],
     "num_experts of a bank of one's own": [(layers.ExpertBank, BAD_SIZES)],
     "moe_layers": [(inspection.moe_layers, [None, "model", 3])],
-    "update_state": [(metrics.LoadEntropy(E).update_state, [None, [1, 2, 3, 4]])],
+    "update_state": [(metrics.LoadEntropy(E).update_state, [*NO_ROUTING, [1, 2, 3, 4]])],
     "token ids": [
         (
             lambda v: routers.HashRouter(E, 9)(normal(2, D), token_ids=np.array(v)),
-            [[0.0, 1.0], [0], [True, False]],
+            [[0.0, 1.0], [0], [True, False], ["a", "b"]],
         ),
+        (lambda v: hashed()(normal(1, 2, D), token_ids=np.array([v])), [[0.0, 1.0], ["a", "b"]]),
+        (lambda v: encoder(hashed())(normal(1, 2, D), token_ids=np.array([v])), [["a", "b"]]),
     ],
     "position": [(decode, [True, -2, 1.5, 3, 4, NAN, "0"])],
     "position in a tensor": [(lambda v: decode(tensor(v)), [0.0, 1.5])],
@@ -380,12 +445,7 @@ def test_any_number_is_saved_as_a_plain_one(make, number, tmp_path):
 
 # They take routings and plans, which other functions have checked, or tensors of any values.
 TAKE_NO_VALUES = {
-    *("ops.agreement", "ops.grouped_feed_forward", "ops.load_balance"),
-    *("ops.masked_mean", "ops.plan_expert_choice", "ops.plan_soft"),
-    *("ops.router_entropy", "ops.router_z", "ops.squared_importance_variation"),
-    *("ops.squared_load_variation", "ops.take_scores"),
-    *("metrics.coactivation", "metrics.router_confidence", "metrics.router_entropy"),
-    *("metrics.router_saturation", "metrics.unserved_fraction"),
+    *("ops.grouped_feed_forward", "ops.take_scores"),
     *("health.dead", "health.exploded", "health.judge_heavy_losses"),
     *("health.judge_weak_loss", "health.not_a_number"),
 }

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_moe import health
 from keras_moe.inspection import moe_layers
-from keras_moe.validation import check_positive_integer
+from keras_moe.validation import check_flag, check_positive_integer
 
 # A collapse that dissolves by itself at this rate from look to look is none.
 _RECOVERY = 0.02
@@ -69,8 +69,8 @@ class ExpertHealth(keras.callbacks.Callback):
         super().__init__()
         self.every = every
         self.patience = patience
-        self.stop = stop
-        self.rebalance = rebalance
+        self.stop = check_flag("stop", stop)
+        self.rebalance = check_flag("rebalance", rebalance)
         self.findings = []
 
     def on_train_begin(self, logs=None):

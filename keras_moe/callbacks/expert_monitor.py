@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_moe import metrics
 from keras_moe.inspection import count_in_evaluation, moe_layers
+from keras_moe.validation import check_flag
 
 
 class ExpertMonitor(keras.callbacks.Callback):
@@ -62,7 +63,7 @@ class ExpertMonitor(keras.callbacks.Callback):
     def __init__(self, expert_shares=False, log_dir=None, metrics=()):
         super().__init__()
         self._metrics = {_name_of(metric): metric for metric in metrics}
-        self.expert_shares = expert_shares
+        self.expert_shares = check_flag("expert_shares", expert_shares)
         self.log_dir = log_dir
         self.shares, self.validation_shares = {}, {}
         self._event_files = None
@@ -171,7 +172,8 @@ class _CountedStep:
 
     def __call__(self, *arguments):
         if not self.is_watched:
-            self._model.test_function = None
+            # JAX gives functions of the same method the same trace, as long as one of them lives.
+            self._step = self._model.test_function = None
             self._model.make_test_function()
             return self._model.test_function(*arguments)
         self.is_watched = False

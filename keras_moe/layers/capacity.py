@@ -6,7 +6,12 @@ from keras import ops as keras_ops
 from keras_moe import backend, ops
 from keras_moe.ops.sizes import at_least
 from keras_moe.serialization import register
-from keras_moe.validation import check_choice, check_positive_integer, check_positive_number
+from keras_moe.validation import (
+    check_choice,
+    check_flag,
+    check_positive_integer,
+    check_positive_number,
+)
 
 PRIORITIES = ("position", "probability", "random")
 
@@ -71,7 +76,7 @@ class Capacity:
         self.multiple_of = multiple_of
         self.evaluation_factor = evaluation_factor
         self.priority = priority
-        self.per_sequence = per_sequence
+        self.per_sequence = check_flag("per_sequence", per_sequence)
 
     @classmethod
     def get(cls, identifier):

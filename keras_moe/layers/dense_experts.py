@@ -10,7 +10,7 @@ from keras_moe.ops.expert_parallel import serve_elsewhere
 from keras_moe.ops.feed_forward import grouped_feed_forward
 from keras_moe.ops.grouped import engines
 from keras_moe.ops.grouped.records import Setting
-from keras_moe.validation import check_positive_integer
+from keras_moe.validation import check_flag, check_positive_integer
 
 
 class DenseExperts(ExpertBank):
@@ -44,7 +44,7 @@ class DenseExperts(ExpertBank):
         super().__init__(num_experts, **kwargs)
         self.hidden_dim = hidden_dim
         self.activation = keras.activations.get(activation)
-        self.use_bias = use_bias
+        self.use_bias = check_flag("use_bias", use_bias)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)

@@ -179,7 +179,7 @@ class MixtureOfExperts(keras.layers.Layer):
 
     def __call__(self, *args, **kwargs):
         # Here, because Keras hands `call` tensors only.
-        self.router.check_replay(kwargs.get("indices"))
+        self.router.check_arrays(**kwargs)
         return super().__call__(*args, **kwargs)
 
     def call(
@@ -248,7 +248,7 @@ class MixtureOfExperts(keras.layers.Layer):
         tokens = keras_ops.reshape(inputs, (-1, inputs.shape[-1]))
         if mask is None:
             return tokens, None
-        check_mask(mask.shape, inputs.shape)
+        check_mask(mask, inputs.shape)
         mask = keras_ops.reshape(keras_ops.cast(mask, "bool"), (-1,))
         # Padding may hold anything, NaN included; zeros are harmless in every product.
         zero = keras_ops.zeros((), tokens.dtype)

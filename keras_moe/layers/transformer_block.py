@@ -10,6 +10,7 @@ from keras_moe.serialization import resolve
 from keras_moe.validation import (
     check_float_inputs,
     check_fraction,
+    check_host_integers,
     check_mask,
     check_positive_integer,
 )
@@ -39,6 +40,11 @@ class TransformerBlock(keras.layers.Layer):
         self.dropout = dropout
         self._seed_generator = keras.random.SeedGenerator() if dropout else None
         self.supports_masking = True
+
+    def __call__(self, *args, **kwargs):
+        # Here, because Keras hands `call` tensors only.
+        check_host_integers("token_ids", kwargs.get("token_ids"))
+        return super().__call__(*args, **kwargs)
 
     def _check_features(self, inputs_shape):
         features = inputs_shape[-1]
@@ -80,7 +86,7 @@ class TransformerBlock(keras.layers.Layer):
         check_float_inputs(inputs)
         if mask is None:
             return inputs, None
-        check_mask(mask.shape, inputs.shape)
+        check_mask(mask, inputs.shape)
         mask = ops.cast(mask, "bool")
         # Padding may hold anything; a NaN there would pass through an attention weight of 0.
         return ops.where(ops.expand_dims(mask, -1), inputs, ops.zeros((), inputs.dtype)), mask

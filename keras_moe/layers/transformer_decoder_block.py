@@ -11,7 +11,7 @@ from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.remembering_attention import RememberingAttention
 from keras_moe.layers.transformer_block import TransformerBlock
 from keras_moe.serialization import register
-from keras_moe.validation import check_is_integer, check_size, is_whole
+from keras_moe.validation import check_flag, check_is_integer, check_size, is_whole
 
 
 @register
@@ -83,8 +83,8 @@ class TransformerDecoderBlock(TransformerBlock):
         self, num_heads, feedforward, dropout=0.0, cross_attention=False, rotary=True, **kwargs
     ):
         super().__init__(num_heads, feedforward, dropout, **kwargs)
-        self.cross_attention = cross_attention
-        self.rotary = rotary
+        self.cross_attention = check_flag("cross_attention", cross_attention)
+        self.rotary = check_flag("rotary", rotary)
         for layer in self.feedforward._flatten_layers():
             if isinstance(layer, MixtureOfExperts):
                 for reason in _reasons_not_to_be_causal(layer):

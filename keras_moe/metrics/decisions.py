@@ -4,6 +4,7 @@ from keras import ops
 
 from keras_moe.ops.balance import masked_mean, router_entropy
 from keras_moe.ops.routing import take_scores
+from keras_moe.validation import check_routing, fits
 
 
 def router_confidence(routing):
@@ -15,6 +16,7 @@ def router_confidence(routing):
     Returns:
         Scalar, float32; 0 where every token is padding.
     """
+    check_routing(routing)
     # Not `ops.max`, which has no answer where there are no tokens.
     best = ops.expand_dims(ops.argmax(routing.probs, axis=-1), 1)
     return masked_mean(take_scores(routing.probs, best)[:, 0], routing.mask)
@@ -32,6 +34,7 @@ def unserved_fraction(routing, plan):
     Returns:
         Scalar, float32; 0 where every token is padding.
     """
+    check_routing(routing)
     unserved = ops.logical_not(plan.served())
     return masked_mean(ops.cast(unserved, "float32"), routing.mask)
 
@@ -49,6 +52,13 @@ def router_saturation(before, after):
 
     Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.1.
     """
+    check_routing(before)
+    check_routing(after)
+    if not fits(before.indices.shape[:1], after.indices.shape[:1]):
+        raise ValueError(
+            "Both routings must be of the same tokens. Received: "
+            f"{before.indices.shape[0]} and {after.indices.shape[0]} tokens. Route the same data."
+        )
     same = ops.expand_dims(after.indices, 2) == ops.expand_dims(before.indices, 1)
     used = ops.logical_and(after.indices >= 0, ops.expand_dims(after.mask, 1))
     kept = ops.logical_and(ops.any(same, axis=2), used)

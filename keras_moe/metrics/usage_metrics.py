@@ -13,9 +13,8 @@ from keras_moe.metrics.usage import (
     load_entropy,
     load_imbalance,
 )
-from keras_moe.ops import Routing
 from keras_moe.serialization import register
-from keras_moe.validation import check_positive_integer
+from keras_moe.validation import check_positive_integer, check_routing
 
 
 class _UsageMetric(keras.metrics.Metric):
@@ -35,17 +34,14 @@ class _UsageMetric(keras.metrics.Metric):
 
         Raises:
             ValueError: If the routing has another number of experts or a weight is given.
+            TypeError: If it is no routing.
         """
         if sample_weight is not None:
             raise ValueError(
                 "Usage metrics count assignments and take no weight. "
                 "Received: sample_weight. Mask tokens out at the router."
             )
-        if not isinstance(routing, Routing):
-            raise TypeError(
-                "A usage metric must be updated with an `ops.Routing`. Received: an object of type "
-                f"{type(routing).__name__}. Pass what a router returns."
-            )
+        check_routing(routing)
         if routing.counts.shape[0] != self.num_experts:
             raise ValueError(
                 "The routing must have as many experts as the metric. Received: "

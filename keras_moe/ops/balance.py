@@ -3,7 +3,7 @@
 from keras import ops
 
 from keras_moe.ops.selection import chosen_experts
-from keras_moe.validation import check_divides
+from keras_moe.validation import check_divides, check_mask, check_routing, fits
 
 
 def load_balance(routing):
@@ -20,6 +20,7 @@ def load_balance(routing):
     Returns:
         Scalar, float32; 0 where every token is padding.
     """
+    check_routing(routing)
     return agreement(routing.counts, masked_mean(routing.probs, routing.mask))
 
 
@@ -36,6 +37,7 @@ def sequence_load_balance(routing, sequence_length):
     Returns:
         Scalar, float32; 0 where every token is padding.
     """
+    check_routing(routing)
     check_divides("sequence_length", sequence_length, routing.mask.shape[0])
     num_experts = routing.probs.shape[-1]
     by_sequence = (-1, sequence_length, num_experts)
@@ -59,6 +61,12 @@ def agreement(counts, mean_probs):
     Returns:
         (...) float32.
     """
+    if not fits(counts.shape, mean_probs.shape):
+        raise ValueError(
+            "`counts` and `mean_probs` must have the same shape (..., E). Received: "
+            f"counts.shape={tuple(counts.shape)}, mean_probs.shape={tuple(mean_probs.shape)}. "
+            "Take both from one routing."
+        )
     counts = ops.stop_gradient(ops.cast(counts, "float32"))
     share = counts / ops.maximum(ops.sum(counts, axis=-1, keepdims=True), 1.0)
     return mean_probs.shape[-1] * ops.sum(share * mean_probs, axis=-1)
@@ -75,6 +83,7 @@ def router_z(routing):
     Returns:
         Scalar, float32; 0 where every token is padding.
     """
+    check_routing(routing)
     return masked_mean(ops.square(ops.logsumexp(routing.logits, axis=-1)), routing.mask)
 
 
@@ -87,6 +96,7 @@ def router_entropy(routing):
     Returns:
         Scalar, float32; 0 where every token is padding.
     """
+    check_routing(routing)
     probs = routing.probs
     # The logarithm of what is above zero only: the slope of p log p at 0 is infinite.
     logs = ops.log(ops.where(probs > 0, probs, 1.0))
@@ -105,6 +115,7 @@ def squared_importance_variation(routing):
     Returns:
         Scalar, float32; 0 where every token is padding.
     """
+    check_routing(routing)
     return squared_variation(masked_mean(routing.probs, routing.mask))
 
 
@@ -120,6 +131,7 @@ def squared_load_variation(routing):
     Returns:
         Scalar, float32; 0 where every token is padding.
     """
+    check_routing(routing)
     return squared_variation(routing.load)
 
 
@@ -133,6 +145,7 @@ def squared_variation(values):
 
 def masked_mean(values, mask):
     """Mean over the real tokens of `values` (T, ...); 0 where there are none."""
-    real = ops.reshape(mask, (-1,) + (1,) * (len(values.shape) - 1))
+    check_mask(mask, (*values.shape[:1], None))
+    real = ops.reshape(ops.cast(mask, "bool"), (-1,) + (1,) * (len(values.shape) - 1))
     total = ops.sum(ops.where(real, values, 0.0), axis=0)
     return total / ops.maximum(ops.sum(ops.cast(mask, "float32")), 1.0)

@@ -13,7 +13,7 @@ from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import best_places
 from keras_moe.ops.sizes import at_least, at_most
 from keras_moe.ops.sorting import put
-from keras_moe.validation import check_divides, check_rank
+from keras_moe.validation import check_divides, check_rank, check_routing
 
 
 def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=None):
@@ -71,6 +71,7 @@ def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=No
 
 def plan_expert_choice(routing):
     """The plan of `expert_choice_routing`: as many rows as there are choices."""
+    check_routing(routing, "expert_choice_routing")
     place, is_valid = routing.details
     choices = Choices(place, is_valid, routing.mask)
     num_experts = choices.num_experts

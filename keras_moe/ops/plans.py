@@ -20,6 +20,7 @@ from keras_moe.validation import (
     check_not_negative,
     check_positive_integer,
     check_positive_number,
+    check_routing,
     check_size,
     fits,
     is_whole,
@@ -89,6 +90,7 @@ def plan_groups(routing, capacity=None, first=None, sequence_length=None):
     Raises:
         ValueError, TypeError: If a size is not positive or the indices are no integers.
     """
+    check_routing(routing)
     if capacity is not None:
         check_size("capacity", capacity)
     if sequence_length is not None:
@@ -100,8 +102,7 @@ def plan_groups(routing, capacity=None, first=None, sequence_length=None):
         )
     check_is_integer("routing.indices", routing.indices)
     # Whatever a router of the user's own returns, nothing is read or written out of range.
-    indices = existing(routing.indices, routing.counts.shape[0])
-    indices = ops.where(ops.expand_dims(routing.mask, 1), indices, -1)
+    indices = existing(routing.indices, routing.counts.shape[0], routing.mask)
     assignments = Assignments(indices, routing.counts)
     shards = backend.token_shards()
     if capacity is not None:

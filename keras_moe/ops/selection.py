@@ -108,9 +108,11 @@ def chosen_experts(indices, num_experts):
     return ops.any(ops.expand_dims(indices, -1) == experts, axis=1)
 
 
-def existing(indices, num_experts):
-    """Indices with -1, nobody, in the place of what is no expert."""
+def existing(indices, num_experts, mask=None):
+    """Indices (T, K) with -1 in the place of what is no expert, or where a mask (T,) is False."""
     known = ops.logical_and(indices >= 0, indices < num_experts)
+    if mask is not None:
+        known = ops.logical_and(known, ops.expand_dims(mask, 1))
     return ops.where(known, indices, -1)
 
 

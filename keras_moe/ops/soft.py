@@ -16,7 +16,7 @@ from keras_moe.ops.routing import clean_logits, make_routing
 from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import take_scores, top_k_indices
 from keras_moe.ops.sizes import at_least
-from keras_moe.validation import check_divides, check_positive_integer, check_rank
+from keras_moe.validation import check_divides, check_positive_integer, check_rank, check_routing
 
 
 def soft_routing(logits, num_experts, mask=None, sequence_length=None):
@@ -110,6 +110,7 @@ class SoftPlan(NamedTuple):
 
 def plan_soft(routing):
     """The plan of `soft_routing`."""
+    check_routing(routing, "soft_routing")
     return SoftPlan(*routing.details)
 
 

@@ -7,7 +7,7 @@ from keras_moe.ops import draws, top_k_indices
 from keras_moe.routers.hash import fixed_routing
 from keras_moe.routers.router import Router
 from keras_moe.serialization import register
-from keras_moe.validation import check_choice, check_top_k
+from keras_moe.validation import check_choice, check_seed, check_top_k
 
 PATTERNS = ("round_robin", "random", "zipf", "one")
 
@@ -54,7 +54,7 @@ class ForcedRouter(Router):
         check_choice("pattern", pattern, PATTERNS)
         self.top_k = top_k
         self.pattern = pattern
-        self.seed = seed
+        self.seed = check_seed("seed", seed)
         self._draws = keras.random.SeedGenerator(seed)
 
     def build(self, tokens_shape):

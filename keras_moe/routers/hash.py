@@ -7,7 +7,13 @@ from keras_moe.ops import make_routing
 from keras_moe.ops.selection import chosen_experts, existing
 from keras_moe.routers.router import Router
 from keras_moe.serialization import register
-from keras_moe.validation import check_is_integer, check_positive_integer, check_top_k, fits
+from keras_moe.validation import (
+    check_is_integer,
+    check_positive_integer,
+    check_seed,
+    check_top_k,
+    fits,
+)
 
 
 @register
@@ -53,7 +59,7 @@ class HashRouter(Router):
         top_k = check_top_k(top_k, num_experts, "HashRouter")
         self.vocabulary_size = vocabulary_size
         self.top_k = top_k
-        self.seed = seed
+        self.seed = check_seed("seed", seed)
 
     def build(self, tokens_shape):
         self.table = self.add_weight(

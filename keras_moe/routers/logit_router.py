@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_moe.ops import clean_logits, draws
 from keras_moe.routers.router import Router
-from keras_moe.validation import check_fraction, check_not_negative
+from keras_moe.validation import check_fraction, check_not_negative, check_seed
 
 
 class LogitRouter(Router):
@@ -34,6 +34,7 @@ class LogitRouter(Router):
     ):
         input_jitter = check_fraction("input_jitter", input_jitter)
         logit_noise = check_not_negative("logit_noise", logit_noise)
+        seed = check_seed("seed", seed)
         super().__init__(num_experts, **kwargs)
         self.input_jitter = input_jitter
         self.logit_noise = logit_noise

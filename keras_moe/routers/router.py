@@ -8,6 +8,7 @@ from keras import ops
 from keras_moe import backend
 from keras_moe.ops import Routing, plan_groups
 from keras_moe.validation import (
+    check_host_integers,
     check_is_integer,
     check_mask,
     check_positive_integer,
@@ -90,11 +91,12 @@ class Router(keras.layers.Layer):
                 "router to a `MixtureOfExperts` and use `layer.router`."
             )
         # Here, because Keras hands `call` tensors only.
-        self.check_replay(kwargs.get("indices"))
+        self.check_arrays(**kwargs)
         return super().__call__(*args, **kwargs)
 
-    def check_replay(self, indices):
-        """The values of experts to replay, where they are no tensor yet; `call` checks the rest."""
+    def check_arrays(self, indices=None, token_ids=None, **others):
+        """The arguments of a call that are no tensors yet; `call` checks the rest."""
+        check_host_integers("token_ids", token_ids)
         array = host_values(indices)
         if array is not None and array.ndim == 2 and "indices" in self._known_arguments:
             check_replayed(array, self.num_experts)
@@ -130,7 +132,7 @@ class Router(keras.layers.Layer):
                 f"tokens.shape={tuple(tokens.shape)}. Flatten all leading axes into one."
             )
         if mask is not None:
-            check_mask(mask.shape, tokens.shape)
+            check_mask(mask, tokens.shape)
             mask = ops.cast(mask, "bool")
             # Padding may hold anything, NaN included, and its gradient must be zero.
             tokens = ops.where(ops.expand_dims(mask, 1), tokens, 0.0)

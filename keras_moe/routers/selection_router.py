@@ -11,7 +11,7 @@ from keras_moe.ops.scores import SCORES
 from keras_moe.ops.selection import existing, top_k_indices
 from keras_moe.routers import balancers
 from keras_moe.routers.logit_router import LogitRouter
-from keras_moe.validation import check_choice, check_positive_number, check_top_k
+from keras_moe.validation import check_choice, check_flag, check_positive_number, check_top_k
 
 
 class SelectionRouter(LogitRouter):
@@ -46,7 +46,7 @@ class SelectionRouter(LogitRouter):
         scaling_factor = check_positive_number("scaling_factor", scaling_factor)
         self.top_k = top_k
         self.score = score
-        self.renormalize = renormalize
+        self.renormalize = check_flag("renormalize", renormalize, optional=True)
         self.scaling_factor = scaling_factor
         self.balancer: Any = None if balancer is None else balancers.get(balancer)
         if self.balancer is not None:
