@@ -8,7 +8,7 @@ from keras import ops
 VOCABULARY = 40
 _SIZES = dict(
     vocabulary_size=VOCABULARY,
-    num_layers=2,
+    num_layers=1,
     num_query_heads=2,
     num_key_value_heads=1,
     hidden_dim=8,
@@ -27,12 +27,20 @@ FAMILIES = {
     "qwen3_moe": (
         "Qwen3Moe",
         # One layer is dense.
-        dict(_QWEN, intermediate_dim=10, norm_top_k_prob=True, head_dim=4, decoder_sparse_step=2),
+        dict(
+            _QWEN,
+            num_layers=2,
+            intermediate_dim=10,
+            norm_top_k_prob=True,
+            head_dim=4,
+            decoder_sparse_step=2,
+        ),
     ),
     "qwen3_5_moe": (
         "Qwen3_5Moe",
         dict(
             _QWEN,
+            num_layers=2,
             shared_expert_intermediate_size=5,
             head_dim=8,
             layer_types=["linear_attention", "full_attention"],

@@ -179,6 +179,11 @@ CASES = {
         lambda: dict(_bank_options(), use_bias=True, clip=0.5, up_shift=1.0),
         moe,
     ),
+    layers.GatedFeedForward: Case(
+        lambda: dict(hidden_dim=16),
+        lambda: dict(activation="tanh", use_bias=True),
+        lambda layer: layer,
+    ),
     layers.LayerExperts: Case(
         lambda: dict(layers=[keras.layers.Dense(D), keras.layers.Dense(D, "tanh")]),
         layer=lambda bank: moe(bank, router_losses=()),

@@ -1,4 +1,4 @@
-"""The MoE blocks of KerasHub: where their weights are, and which of our layers computes the same."""
+"""The MoE blocks of KerasHub: where their weights are, and what of ours computes the same."""
 
 from collections.abc import Callable
 from typing import NamedTuple
