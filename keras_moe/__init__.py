@@ -3,7 +3,9 @@
 import importlib
 
 from keras_moe import (
+    activations,
     callbacks,
+    convert,
     distribution,
     health,
     inspection,
@@ -19,7 +21,9 @@ from keras_moe.reporting import report
 __version__ = "0.1.0"
 
 __all__ = [
+    "activations",
     "callbacks",
+    "convert",
     "distribution",
     "health",
     "inspection",

@@ -13,4 +13,41 @@ def current_model():
     return None if call is None else call.entry_layer
 
 
-__all__ = ["current_model", "get_keras_mask"]
+def replace_sublayers(layer, old, new):
+    """Exchange sublayers of a layer that is built, which Keras locks.
+
+    Args:
+        layer: a built layer.
+        old: names of the attributes whose layers go.
+        new: dict of names of attributes to the layers that come.
+    """
+    layer._tracker.unlock()
+    for name in old:
+        sublayer = getattr(layer, name)
+        delattr(layer, name)
+        layer._tracker.untrack(sublayer)
+    for name, sublayer in new.items():
+        setattr(layer, name, sublayer)
+    layer._tracker.lock()
+
+
+def rebuild(layer, shape):
+    """Build a layer anew whose sublayers are gone."""
+    layer._tracker.unlock()
+    layer.build(shape)
+
+
+def refresh_parameters(model):
+    """Let go of the parameters of layers that are gone: on PyTorch each layer lists them all."""
+    for layer in model._flatten_layers():
+        if hasattr(layer, "_torch_params"):
+            layer._track_variables()
+
+
+__all__ = [
+    "current_model",
+    "get_keras_mask",
+    "rebuild",
+    "refresh_parameters",
+    "replace_sublayers",
+]

@@ -154,6 +154,7 @@ def _selection_router(required=lambda: {"num_experts": E}, **options):
             renormalize=True,
             scaling_factor=2.5,
             balancer=routers.LossFreeBias(0.1),
+            use_bias=True,
         )
         | options
     )
@@ -175,8 +176,13 @@ CASES = {
     ),
     layers.GatedExperts: Case(
         lambda: dict(num_experts=E, hidden_dim=16),
-        lambda: dict(_bank_options(), use_bias=True),
+        lambda: dict(_bank_options(), use_bias=True, clip=0.5, up_shift=1.0),
         moe,
+    ),
+    layers.GatedFeedForward: Case(
+        lambda: dict(hidden_dim=16),
+        lambda: dict(activation="tanh", use_bias=True),
+        lambda layer: layer,
     ),
     layers.LayerExperts: Case(
         lambda: dict(layers=[keras.layers.Dense(D), keras.layers.Dense(D, "tanh")]),
@@ -188,6 +194,7 @@ CASES = {
             router=routers.TopKRouter(E, top_k=3),
             router_losses=[losses.LoadBalance(0.5)],
             shared_expert=keras.layers.Dense(D),
+            gated_shared_expert=True,
             capacity_factor=1.5,
         ),
         lambda layer: layer,

@@ -25,6 +25,7 @@ LEVELS = {
     "parameters": 0,
     "validation": 0,
     "serialization": 1,
+    "activations": 2,
     "ops": 1,
     "routers": 2,
     "losses": 2,

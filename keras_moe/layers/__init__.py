@@ -2,6 +2,7 @@ from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.feed_forward_experts import FeedForwardExperts
 from keras_moe.layers.gated_experts import GatedExperts
+from keras_moe.layers.gated_feed_forward import GatedFeedForward
 from keras_moe.layers.layer_experts import LayerExperts
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.transformer_decoder_block import TransformerDecoderBlock
@@ -13,6 +14,7 @@ __all__ = [
     "ExpertBank",
     "FeedForwardExperts",
     "GatedExperts",
+    "GatedFeedForward",
     "LayerExperts",
     "MixtureOfExperts",
     "TransformerDecoderBlock",

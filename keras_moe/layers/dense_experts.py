@@ -20,6 +20,9 @@ class DenseExperts(ExpertBank):
     """
 
     up_names: tuple[str, ...] = ()
+    # Of experts with a gate.
+    clip: float | None = None
+    up_shift = 0.0
 
     def __init__(
         self,
@@ -97,6 +100,8 @@ class DenseExperts(ExpertBank):
             down,
             self._stacked("bias") if self.use_bias else [],
             expert_axis=self._expert_axis(),
+            clip=self.clip,
+            up_shift=self.up_shift,
         )
 
     def _expert_axis(self):

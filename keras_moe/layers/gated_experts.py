@@ -2,6 +2,7 @@
 
 from keras_moe.layers.dense_experts import DenseExperts
 from keras_moe.serialization import register
+from keras_moe.validation import check_positive_number
 
 
 @register
@@ -16,6 +17,9 @@ class GatedExperts(DenseExperts):
         hidden_dim: hidden width of each expert, H.
         activation: name or function of one tensor, without weights, applied to the gate.
         use_bias: whether the three projections have a bias.
+        clip: limit of what enters the product: the gate's projection is clipped from above, the
+            other one on both sides. None: no limit.
+        up_shift: number that is added to the up projection; gpt-oss has 1.
         kernel_initializer: of each expert's kernels.
         bias_initializer: of the biases.
         kernel_regularizer: of the stacked kernels, or None.
@@ -23,7 +27,8 @@ class GatedExperts(DenseExperts):
         **kwargs: arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
-        ValueError: If `num_experts` or `hidden_dim` is not a positive integer.
+        ValueError: If `num_experts` or `hidden_dim` is not a positive integer, or `clip` is not a
+            positive number.
 
     Call arguments:
         tokens: (T, D) float tensor.
@@ -39,10 +44,27 @@ class GatedExperts(DenseExperts):
     >>> layer(keras.random.normal((2, 10, 64))).shape
     (2, 10, 64)
 
-    References: Shazeer 2020 (arXiv:2002.05202), eq. 6; Jiang et al. 2024 (arXiv:2401.04088).
+    References: Shazeer 2020 (arXiv:2002.05202), eq. 6; Jiang et al. 2024 (arXiv:2401.04088);
+    OpenAI 2025 (arXiv:2508.10925), section 2, for the limit and the shift.
     """
 
     up_names = ("gate", "up")
 
-    def __init__(self, num_experts, hidden_dim, activation="silu", use_bias=False, **kwargs):
+    def __init__(
+        self,
+        num_experts,
+        hidden_dim,
+        activation="silu",
+        use_bias=False,
+        clip=None,
+        up_shift=0.0,
+        **kwargs,
+    ):
         super().__init__(num_experts, hidden_dim, activation, use_bias, **kwargs)
+        if clip is not None:
+            check_positive_number("clip", clip, example=7.0)
+        self.clip = clip
+        self.up_shift = up_shift
+
+    def get_config(self):
+        return {**super().get_config(), "clip": self.clip, "up_shift": self.up_shift}

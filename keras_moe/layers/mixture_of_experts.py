@@ -44,6 +44,8 @@ class MixtureOfExperts(keras.layers.Layer):
             router that balances by other means.
         shared_expert: Keras layer that serves every token, its output added to that of the chosen
             experts, or None. DeepSeekMoE (arXiv:2401.06066), section 3.2.
+        gated_shared_expert: whether the shared expert's output is multiplied by a gate of each
+            token, `sigmoid(x g)` with a learned g (D, 1), as in Qwen1.5-MoE and its successors.
         capacity_factor: None for no limit. A number gives each expert room, in training, for
             `ceil(capacity_factor * T * K / E)` of the T tokens, at least 1; first choices are
             served before second ones, then earlier tokens before later ones. An assignment that
@@ -88,6 +90,7 @@ class MixtureOfExperts(keras.layers.Layer):
         router_losses=None,
         shared_expert=None,
         capacity_factor=None,
+        gated_shared_expert=False,
         **kwargs,
     ):
         _check_place(experts, kwargs)
@@ -109,7 +112,18 @@ class MixtureOfExperts(keras.layers.Layer):
         if shared_expert is not None:
             shared_expert = resolve("shared_expert", shared_expert, keras.Layer)
             self._shared_arguments = accepted_arguments(shared_expert, ("mask",))
+        elif gated_shared_expert:
+            raise ValueError(
+                "Only a shared expert can be gated. Received: gated_shared_expert=True, "
+                "shared_expert=None. Pass a `shared_expert`, or leave `gated_shared_expert` out."
+            )
         self.shared_expert = shared_expert
+        self.gated_shared_expert = gated_shared_expert
+        self.shared_gate = None
+        if gated_shared_expert:
+            self.shared_gate = keras.layers.Dense(
+                1, "sigmoid", use_bias=False, dtype=self.dtype_policy, name="shared_gate"
+            )
         self.capacity = Capacity.get(capacity_factor)
         if self.capacity is not None and not self.router.takes_capacity:
             raise ValueError(
@@ -223,6 +237,8 @@ class MixtureOfExperts(keras.layers.Layer):
     def _shared(self, inputs, mask):
         arguments = {"mask": mask} if self._shared_arguments else {}
         shared = self.shared_expert(inputs, **arguments)
+        if self.shared_gate is not None:
+            shared = shared * self.shared_gate(inputs)
         if mask is not None:
             shared = keras_ops.where(keras_ops.expand_dims(mask, -1), shared, 0)
         return keras_ops.cast(shared, self.compute_dtype)
@@ -342,6 +358,8 @@ class MixtureOfExperts(keras.layers.Layer):
                 f"{shared[-1]} features from shared_expert, {routed[-1]} from experts. "
                 f"End the shared expert with a layer of width {routed[-1]}."
             )
+        if self.shared_gate is not None and not self.shared_gate.built:
+            self.shared_gate.build(inputs_shape)
 
     def compute_output_shape(self, inputs_shape):
         return self.experts.compute_output_shape(inputs_shape)
@@ -366,6 +384,7 @@ class MixtureOfExperts(keras.layers.Layer):
             "router": serialize(self.router),
             "router_losses": [serialize(loss) for loss in self.router_losses],
             "shared_expert": None if shared is None else serialize(shared),
+            "gated_shared_expert": self.gated_shared_expert,
             "capacity_factor": self.capacity and serialize(self.capacity),
         }
 

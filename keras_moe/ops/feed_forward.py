@@ -8,7 +8,16 @@ from keras_moe.ops.sharded import Exchange, run_sharded
 
 
 def grouped_feed_forward(
-    tokens, weights, groups, activation, up_kernels, down_kernel, biases=(), expert_axis=None
+    tokens,
+    weights,
+    groups,
+    activation,
+    up_kernels,
+    down_kernel,
+    biases=(),
+    expert_axis=None,
+    clip=None,
+    up_shift=0.0,
 ):
     """Each token through the feed-forward networks of its experts, weighted and summed.
 
@@ -29,6 +38,8 @@ def grouped_feed_forward(
         down_kernel: (E, H, D').
         biases: one tensor (E, H) for each up kernel and one (E, D'), or none.
         expert_axis: the mesh axis that splits the kernels' first axis, where there is one.
+        clip, up_shift: with a gate, `(act(min(x G, clip)) * (clipped(x U) + up_shift)) V`, where
+            `clipped` is from `-clip` to `clip`. None and 0 change nothing.
 
     Returns:
         (T, D') in the dtype of `tokens`. A token with no row is zero.
@@ -42,7 +53,8 @@ def grouped_feed_forward(
             "There must be a bias for each kernel, or none. Received: "
             f"{len(biases)} biases, {len(kernels)} kernels. Pass zeros for those that are missing."
         )
-    step = feed_forward_step(activation, tuple(kernel.shape[-1] for kernel in kernels))
+    widths = tuple(kernel.shape[-1] for kernel in kernels)
+    step = feed_forward_step(activation, widths, clip, up_shift)
     if isinstance(groups, (Assignments, Choices)):
         shards = backend.token_shards()
         exchange = Exchange(step, shards, expert_axis, named_platform() or shards.platform)

@@ -27,7 +27,8 @@ class SelectionRouter(LogitRouter):
         renormalize: whether the weights of a token are divided by their sum. None: if K > 1.
         scaling_factor: what all weights are multiplied by.
         balancer: "loss_free", "quantile" or a balancer object, which moves the selection bias (E,)
-            in training so that the load evens out. None: there is no bias.
+            in training so that the load evens out. None: there is no selection bias.
+        use_bias: whether a learned bias (E,) is added to the logits.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class SelectionRouter(LogitRouter):
         renormalize=None,
         scaling_factor=1.0,
         balancer=None,
+        use_bias=False,
         **kwargs,
     ):
         super().__init__(num_experts, **kwargs)
@@ -48,6 +50,8 @@ class SelectionRouter(LogitRouter):
         self.score = score
         self.renormalize = check_flag("renormalize", renormalize, optional=True)
         self.scaling_factor = scaling_factor
+        self.use_bias = use_bias
+        self.bias: Any = None
         self.balancer: Any = None if balancer is None else balancers.get(balancer)
         if self.balancer is not None:
             # Nothing is to pull against the task.
@@ -58,6 +62,8 @@ class SelectionRouter(LogitRouter):
 
     def build(self, tokens_shape):
         super().build(tokens_shape)
+        if self.use_bias:
+            self.bias = self.add_weight(name="bias", shape=(self.num_experts,), initializer="zeros")
         if self.balancer is not None:
             state = {"initializer": "zeros", "trainable": False, "shape": (self.num_experts,)}
             self.selection_bias = self.add_weight(name="selection_bias", **state)
@@ -75,6 +81,8 @@ class SelectionRouter(LogitRouter):
 
     def route(self, tokens, mask, training, indices=None):
         logits, mask = self.logits(tokens, mask, training)
+        if self.use_bias:
+            logits = logits + self.bias
         if indices is not None:
             indices = existing(ops.cast(indices, "int32"), self.num_experts)
             return self._weigh(logits, mask, lambda scores: indices)
@@ -115,5 +123,6 @@ class SelectionRouter(LogitRouter):
             "score": self.score,
             "renormalize": self.renormalize,
             "scaling_factor": self.scaling_factor,
+            "use_bias": self.use_bias,
             "balancer": balancer and keras.saving.serialize_keras_object(balancer),
         }

@@ -22,7 +22,8 @@ class TopKRouter(SelectionRouter):
             softmax, K = 1 and True every weight is 1, and the router learns from its losses only.
         scaling_factor: what all weights are multiplied by.
         balancer: "loss_free", "quantile", or a `LossFreeBias` or `QuantileBias`, which balance the
-            load by a selection bias instead of a loss. None: no bias.
+            load by a selection bias instead of a loss. None: no selection bias.
+        use_bias: whether a learned bias (E,) is added to the logits, as in gpt-oss.
         input_jitter: in training the router, not the experts, sees its inputs multiplied by noise
             uniform in `[1 - input_jitter, 1 + input_jitter]` (Switch uses 0.01). From 0 to below 1.
         logit_noise: in training, standard deviation of normal noise added to the logits.

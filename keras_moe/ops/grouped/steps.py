@@ -80,7 +80,7 @@ def products_of(project, pull):
 
 # The same step for the same network: what is compiled for it serves again.
 @functools.lru_cache
-def feed_forward_step(activation, widths):
+def feed_forward_step(activation, widths, clip=None, up_shift=0.0):
     """`act(x W + b) V + c`, or `(act(x G) * (x U)) V` with a gate.
 
     Only pre-activations are saved; activations are computed again.
@@ -88,6 +88,8 @@ def feed_forward_step(activation, widths):
     Args:
         activation: function of one tensor.
         widths: tuple of the widths that the kernels map to, gate first, down last.
+        clip: with a gate, limit of its projection from above and of the other one on both sides.
+        up_shift: with a gate, what is added to the other projection.
     """
     *ups, down = range(len(widths))
 
@@ -96,6 +98,10 @@ def feed_forward_step(activation, widths):
         if not gates:
             return _activate(up)
         (gate,) = gates
+        if clip is not None:
+            gate, up = ops.minimum(gate, clip), ops.clip(up, -clip, clip)
+        if up_shift:
+            up = up + up_shift
         return _activate(gate) * up
 
     def _activate(values):

@@ -1,0 +1,23 @@
+"""Activations of experts that Keras does not have."""
+
+from keras import ops
+
+from keras_moe.serialization import register
+
+
+@register
+def quick_gelu(x):
+    """`x * sigmoid(1.702 x)`, the approximation of GELU that gpt-oss has in its gates.
+
+    Args:
+        x: float tensor.
+
+    Returns:
+        Tensor of the shape and dtype of `x`.
+
+    Reference: Hendrycks and Gimpel 2016 (arXiv:1606.08415), section 2.
+    """
+    return x * ops.sigmoid(1.702 * x)
+
+
+__all__ = ["quick_gelu"]

@@ -1,0 +1,151 @@
+"""MoE layers out of models of Hugging Face, and back into their layout."""
+
+import functools
+
+import keras
+import numpy as np
+
+from keras_moe.convert.hugging_face_families import FAMILIES, mixture_of
+from keras_moe.convert.tensor_files import config_of, opened
+from keras_moe.validation import check_choice
+
+
+def from_hugging_face(source, layer, config=None, into=None, **kwargs):
+    """The MoE block of a decoder layer of a Hugging Face model, as a `layers.MixtureOfExperts`.
+
+    Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V3 and gpt-oss. Weights are read one expert at a
+    time; besides the layer's own, one stack of kernels is in memory. PyTorch is not needed, files
+    need the package `safetensors`.
+
+    Args:
+        source: folder of a model with `config.json` and `.safetensors` files, or one such file; or
+            a mapping of names to arrays or tensors, such as a `state_dict`.
+        layer: number of the decoder layer, from 0.
+        config: content of `config.json` as a dict. None: it is in the folder.
+        into: a built `MixtureOfExperts` that is given the weights. None: a new one.
+        **kwargs: of a new layer: other arguments of `MixtureOfExperts` than the config says, such
+            as `router_losses`, `name` and `dtype`.
+
+    Returns:
+        The layer, built.
+
+    Raises:
+        ValueError: If the model is of another family, a weight is missing, such as those of
+            quantized files, or a shape does not fit.
+
+    Example:
+
+    >>> path = "Mixtral-8x7B-v0.1"
+    >>> keras_moe.convert.from_hugging_face(path, layer=0)  # doctest: +SKIP
+    <MixtureOfExperts name=mixture_of_experts, built=True>
+    """
+    config = config_of(source) if config is None else dict(config)
+    check_choice("model_type", config.get("model_type"), tuple(FAMILIES))
+    mixture = mixture_of(config, **kwargs) if into is None else into
+    with opened(source) as (read, names):
+        prefix, rules = _layout_in(names, config["model_type"], layer)
+        for rule in rules:
+            variables = [_variable(mixture, name) for name in rule.ours]
+            for variable, value in zip(variables, _read(rule, prefix, mixture, read)):
+                _assign(variable, value, prefix + rule.theirs)
+    return mixture
+
+
+def to_hugging_face(mixture, layer, family):
+    """The weights of a MoE layer under the names and in the shapes of Hugging Face's files.
+
+    Args:
+        mixture: a built `MixtureOfExperts` like those of `from_hugging_face`.
+        layer: number of the decoder layer, from 0.
+        family: the `model_type` of the model, such as "mixtral".
+
+    Returns:
+        Dict of names to arrays, for `safetensors.numpy.save_file` or a `state_dict`.
+
+    Raises:
+        ValueError: If there is no such family, or the layer lacks one of its weights.
+
+    Example:
+
+    >>> arrays = keras_moe.convert.to_hugging_face(
+    ...     mixture, layer=0, family="mixtral"
+    ... )  # doctest: +SKIP
+    """
+    check_choice("family", family, tuple(FAMILIES))
+    prefix, rules = FAMILIES[family].layouts[0]
+    prefix = prefix.format(layer=layer)
+    arrays = {}
+    for rule in rules:
+        ours = [keras.ops.convert_to_numpy(_variable(mixture, name)) for name in rule.ours]
+        if "{expert}" not in rule.theirs:
+            arrays[prefix + rule.theirs] = _written(rule, ours)
+            continue
+        for expert in range(mixture.experts.num_experts):
+            own = [stacked[expert] for stacked in ours]
+            arrays[_name(prefix, rule, expert)] = _written(rule, own)
+    return arrays
+
+
+def _layout_in(names, family, layer):
+    """The prefix and the rules of the family's layout whose weights are all there."""
+    missing = []
+    for prefix, rules in FAMILIES[family].layouts:
+        prefix = prefix.format(layer=layer)
+        absent = [name for rule in rules if (name := _name(prefix, rule)) not in names]
+        if not absent:
+            return prefix, rules
+        missing.append(absent[0])
+    raise ValueError(
+        f"The weights of a MoE block must have the names that they have in {family!r}. Received: "
+        f"layer={layer}, without {' and without '.join(map(repr, missing))}. Pass the number of a "
+        "layer with experts, of a model that is not quantized."
+    )
+
+
+def _name(prefix, rule, expert=0):
+    return prefix + rule.theirs.format(expert=expert)
+
+
+def _read(rule, prefix, mixture, read):
+    """The values of our weights that a rule is about."""
+    if "{expert}" not in rule.theirs:
+        return rule.split(_turned(rule, read(prefix + rule.theirs)))
+    values: list = []
+    for expert in range(mixture.experts.num_experts):
+        own = rule.split(_turned(rule, read(_name(prefix, rule, expert))))
+        if not values:
+            values = [np.empty((mixture.experts.num_experts, *v.shape), v.dtype) for v in own]
+        for stacked, value in zip(values, own):
+            stacked[expert] = value
+    return values
+
+
+def _written(rule, ours):
+    return np.ascontiguousarray(_turned(rule, rule.join(ours)))
+
+
+def _turned(rule, array):
+    return np.swapaxes(array, -1, -2) if rule.transposed else array
+
+
+def _variable(mixture, name):
+    try:
+        variable = functools.reduce(getattr, name.split("."), mixture)
+    except AttributeError:
+        variable = None
+    if variable is None:
+        raise ValueError(
+            f"The layer must have all weights of the family. Received: {mixture!r} without "
+            f"`{name}`. Make it by `from_hugging_face`, or like one of its layers."
+        )
+    return variable
+
+
+def _assign(variable, value, name):
+    if tuple(variable.shape) != value.shape:
+        raise ValueError(
+            "The shapes of the layer must be those of the model. Received: "
+            f"{name!r} of shape {value.shape} for `{variable.path}` of shape "
+            f"{tuple(variable.shape)}. Pass the config of the model, and a layer that is like it."
+        )
+    variable.assign(value)

@@ -1,0 +1,186 @@
+"""The MoE blocks of Hugging Face's models: names of their weights, and our layer for them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from keras_moe import activations, losses, routers
+from keras_moe.convert.rules import Rule
+from keras_moe.layers import GatedExperts, GatedFeedForward, MixtureOfExperts
+
+
+class Family(NamedTuple):
+    """The MoE block of one family of models.
+
+    - `layouts`: pairs of the prefix of all names, with `{layer}` in it, and rules. The first is
+      that of files; models in memory may have another.
+    - `make`: from a config, the content of `config.json`, and a dtype policy to arguments of a
+      `MixtureOfExperts`.
+    """
+
+    layouts: tuple[tuple[str, tuple[Rule, ...]], ...]
+    make: Callable
+
+
+def _dense(theirs, ours):
+    """Rules for linear layers, whose kernels are (outputs, inputs)."""
+    return tuple(
+        Rule(f"{their}.weight", (f"{our}_kernel",), transposed=True)
+        for their, our in zip(theirs, ours)
+    )
+
+
+_OURS = ("experts.gate", "experts.up", "experts.down")
+_MLP = "model.layers.{layer}.mlp."
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_GATE = Rule("gate.weight", ("router.kernel",), transposed=True)
+_BY_EXPERT = _dense([f"experts.{{expert}}.{name}" for name in _PROJECTIONS], _OURS)
+_STACKED = (
+    Rule("experts.gate_up_proj", ("experts.gate_kernel", "experts.up_kernel"), transposed=True),
+    Rule("experts.down_proj", ("experts.down_kernel",), transposed=True),
+)
+
+
+def _shared(name):
+    return tuple(
+        Rule(f"{name}.{part}_proj.weight", (f"shared_expert.{part}.kernel",), transposed=True)
+        for part in ("gate", "up", "down")
+    )
+
+
+def _layouts(*others, by_expert=_BY_EXPERT, prefix=_MLP):
+    """The layout of files, and that of models in memory, whose experts are stacked."""
+    return (prefix, (*others, *by_expert)), (_MLP, (*others, *_STACKED))
+
+
+def _arguments(config, experts, router, shared_expert=None, **kwargs):
+    weight = config.get("router_aux_loss_coef")
+    return {
+        "experts": experts,
+        "router": router,
+        "router_losses": [losses.LoadBalance(weight)] if weight else [],
+        "shared_expert": shared_expert,
+        **kwargs,
+    }
+
+
+def _num_experts(config):
+    """The number of experts, whatever the family and the release call it."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return next(config[name] for name in names if name in config)
+
+
+def _experts(config, width="moe_intermediate_size", **kwargs):
+    kwargs = {"activation": config.get("hidden_act", "silu"), **kwargs}
+    # All weights are about to be assigned; to draw them would take long.
+    return GatedExperts(_num_experts(config), config[width], kernel_initializer="zeros", **kwargs)
+
+
+def _top_k(config, **kwargs):
+    return routers.TopKRouter(_num_experts(config), config["num_experts_per_tok"], **kwargs)
+
+
+def _mixtral(config, dtype):
+    return _arguments(
+        config,
+        _experts(config, "intermediate_size", dtype=dtype),
+        _top_k(
+            config,
+            renormalize=True,
+            input_jitter=config.get("router_jitter_noise", 0.0),
+        ),
+    )
+
+
+def _qwen3_moe(config, dtype, width="moe_intermediate_size", **kwargs):
+    return _arguments(
+        config,
+        _experts(config, width, dtype=dtype),
+        _top_k(config, renormalize=config["norm_topk_prob"]),
+        **kwargs,
+    )
+
+
+def _qwen2_moe(config, dtype):
+    width = config["shared_expert_intermediate_size"]
+    shared = GatedFeedForward(width, config["hidden_act"], dtype=dtype)
+    return _qwen3_moe(config, dtype, shared_expert=shared, gated_shared_expert=True)
+
+
+def _olmoe(config, dtype):
+    return _qwen3_moe(config, dtype, width="intermediate_size")
+
+
+def _deepseek_v3(config, dtype):
+    shared_width = config["moe_intermediate_size"] * config["n_shared_experts"]
+    router = routers.GroupLimitedRouter(
+        _num_experts(config),
+        num_groups=config["n_group"],
+        top_groups=config["topk_group"],
+        top_k=config["num_experts_per_tok"],
+        renormalize=config["norm_topk_prob"],
+        scaling_factor=config["routed_scaling_factor"],
+        balancer="loss_free",
+    )
+    return _arguments(
+        config,
+        _experts(config, dtype=dtype),
+        router,
+        GatedFeedForward(shared_width, config["hidden_act"], dtype=dtype),
+    )
+
+
+def _gpt_oss(config, dtype):
+    experts = _experts(
+        config,
+        "intermediate_size",
+        activation=activations.quick_gelu,
+        use_bias=True,
+        clip=config.get("swiglu_limit", 7.0),
+        up_shift=1.0,
+        dtype=dtype,
+    )
+    router = _top_k(config, renormalize=True, use_bias=True)
+    return _arguments(config, experts, router)
+
+
+_SHARED_GATE = Rule("shared_expert_gate.weight", ("shared_gate.kernel",), transposed=True)
+_GPT_OSS = (
+    Rule("router.weight", ("router.kernel",), transposed=True),
+    Rule("router.bias", ("router.bias",)),
+    Rule("experts.gate_up_proj", ("experts.gate_kernel", "experts.up_kernel"), interleaved=True),
+    Rule("experts.gate_up_proj_bias", ("experts.gate_bias", "experts.up_bias"), interleaved=True),
+    Rule("experts.down_proj", ("experts.down_kernel",)),
+    Rule("experts.down_proj_bias", ("experts.down_bias",)),
+)
+
+# By `model_type` of their config.
+FAMILIES = {
+    "mixtral": Family(
+        _layouts(
+            _GATE,
+            by_expert=_dense([f"experts.{{expert}}.w{number}" for number in (1, 3, 2)], _OURS),
+            prefix="model.layers.{layer}.block_sparse_moe.",
+        ),
+        _mixtral,
+    ),
+    "qwen2_moe": Family(_layouts(_GATE, *_shared("shared_expert"), _SHARED_GATE), _qwen2_moe),
+    "qwen3_moe": Family(_layouts(_GATE), _qwen3_moe),
+    "olmoe": Family(_layouts(_GATE), _olmoe),
+    "deepseek_v3": Family(
+        _layouts(
+            _GATE,
+            Rule("gate.e_score_correction_bias", ("router.selection_bias",)),
+            *_shared("shared_experts"),
+        ),
+        _deepseek_v3,
+    ),
+    "gpt_oss": Family(((_MLP, _GPT_OSS),), _gpt_oss),
+}
+
+
+def mixture_of(config, dtype=None, **kwargs):
+    """Our layer for the MoE block of a config, built and without weights."""
+    arguments = FAMILIES[config["model_type"]].make(config, dtype)
+    mixture = MixtureOfExperts(**{**arguments, "dtype": dtype, **kwargs})
+    mixture.build((None, None, config["hidden_size"]))
+    return mixture

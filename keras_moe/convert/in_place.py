@@ -1,0 +1,110 @@
+"""Sparse experts for models of KerasHub, in place, and the way back."""
+
+import sys
+
+import keras
+
+from keras_moe.convert.keras_hub_families import FAMILIES, family_of
+from keras_moe.convert.sparse_backbone import mark, unmark
+from keras_moe.convert.sparse_blocks import SparseBlock, make_dense, make_sparse
+from keras_moe.keras_internals import refresh_parameters
+
+_COMPILED = ("train_function", "test_function", "predict_function", "generate_function")
+
+
+def sparsify(model):
+    """Let the MoE blocks of a KerasHub model compute only the experts that are chosen.
+
+    KerasHub computes every expert for every token. Afterwards each block computes with a
+    `layers.MixtureOfExperts` of the same weights, so that all tools of this package work on it.
+    One block after the other is converted, and its old weights go. The model remains the same
+    object, with the same outputs, `generate`, `fit` and files of weights; padding is not routed,
+    where KerasHub hands its mask to the block.
+
+    A model that is saved is sparse when it is loaded, in a process that has imported `keras_moe`.
+    An optimizer starts anew.
+
+    Args:
+        model: a model of KerasHub, such as a `CausalLM` or a `Backbone`, or one that contains it.
+            Of several models one in the other, the outermost.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If the model has no MoE block that is known here.
+
+    Example:
+
+    >>> model = keras_hub.models.MixtralCausalLM.from_preset(preset)  # doctest: +SKIP
+    >>> keras_moe.convert.sparsify(model).generate("Keras is")  # doctest: +SKIP
+    """
+    blocks = [(owner, block) for owner, block in _sublayers(model) if family_of(block)]
+    if not blocks and not sparse_blocks(model):
+        raise ValueError(
+            "The model must have a MoE block of KerasHub. Received: "
+            f"model={model!r} without one of {', '.join(FAMILIES)}. "
+            "Pass the `CausalLM` or `Backbone`."
+        )
+    for owner, block in blocks:
+        make_sparse(owner, block)
+    _finish(model, mark)
+    return model
+
+
+def restore(model):
+    """Give a model that `sparsify` has converted the blocks of KerasHub again, in place.
+
+    Args:
+        model: as for `sparsify`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If the model has no block that was converted.
+
+    Example:
+
+    >>> keras_moe.convert.restore(model).save_to_preset("preset")  # doctest: +SKIP
+    """
+    blocks = sparse_blocks(model)
+    if not blocks:
+        raise ValueError(
+            "The model must have been converted by `sparsify`. Received: "
+            f"model={model!r} without a converted block. Pass the model that was."
+        )
+    for block in blocks:
+        make_dense(block)
+    _finish(model, unmark)
+    return model
+
+
+def sparse_blocks(model):
+    return [layer for layer in model._flatten_layers() if isinstance(layer, SparseBlock)]
+
+
+def _sublayers(model):
+    for owner in model._flatten_layers():
+        for layer in owner._layers:
+            yield owner, layer
+
+
+def _finish(model, mark_backbone):
+    """Bring everything up to date that knew the old weights."""
+    refresh_parameters(model)
+    backbone = sys.modules["keras_hub"].models.Backbone
+    for layer in list(model._flatten_layers()):
+        if isinstance(layer, backbone):
+            mark_backbone(layer)
+        if isinstance(layer, keras.Model):
+            _forget_compiled(layer)
+
+
+def _forget_compiled(model):
+    for name in _COMPILED:
+        if hasattr(model, name):
+            setattr(model, name, None)
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None and optimizer.built:
+        model.optimizer = type(optimizer).from_config(optimizer.get_config())

@@ -1,0 +1,115 @@
+"""The MoE blocks of KerasHub: where their weights are, and what of ours computes the same."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import keras
+
+from keras_moe import activations, losses, routers
+from keras_moe.convert.rules import Rule
+
+
+class Family(NamedTuple):
+    """The MoE block of one family of models.
+
+    - `router`: path of its `Dense` layer of the router.
+    - `experts`: name of its bank of experts.
+    - `weights`: rules for the weights of the bank, in the order in which KerasHub makes them.
+    - `make_router`: from a block to our router.
+    - `gated`: arguments of our `GatedExperts`.
+    - `shared`: name of the expert that serves all tokens, if it has one.
+    - `shared_gate`: name of the `Dense` layer that weighs it.
+    - `balance`: name of the weight of the load-balancing loss, if it has one.
+    - `returns_weights`: whether it returns the weights of all experts beside the outputs, and not
+      the logits.
+    """
+
+    router: str
+    experts: str
+    weights: tuple[Rule, ...]
+    make_router: Callable
+    gated: dict = {}
+    shared: str | None = None
+    shared_gate: str | None = None
+    balance: str | None = None
+    returns_weights: bool = False
+
+    def losses_of(self, block):
+        return [losses.LoadBalance(getattr(block, self.balance))] if self.balance else []
+
+
+def _renormalized(block, **kwargs):
+    # All weights are about to be assigned; to draw them would take long.
+    kwargs = {"renormalize": True, "kernel_initializer": "zeros", **kwargs}
+    return routers.TopKRouter(block.num_experts, block.top_k, name="router", **kwargs)
+
+
+_FUSED = (
+    Rule("_expert_feedforward_gate_dense", ("gate_kernel", "up_kernel")),
+    Rule("_expert_feedforward_output_dense", ("down_kernel",)),
+)
+
+# By the class of the block.
+FAMILIES = {
+    "MixtralSparseMoeBlock": Family(
+        router="_sparse_feedforward_gate_dense",
+        experts="expert_bank",
+        weights=(
+            Rule("_expert_feedforward_gate_dense", ("gate_kernel",)),
+            Rule("_expert_feedforward_intermediate_dense", ("up_kernel",)),
+            Rule("_expert_feedforward_output_dense", ("down_kernel",)),
+        ),
+        make_router=lambda block: _renormalized(block, input_jitter=block.router_jitter_noise),
+        balance="router_aux_loss_coef",
+    ),
+    "QwenSparseMoeBlock": Family(
+        router="_sparse_feedforward_gate_dense",
+        experts="expert_bank",
+        weights=_FUSED,
+        make_router=lambda block: _renormalized(block, renormalize=block.norm_top_k_prob),
+        shared="shared_expert_dense",
+        shared_gate="shared_expert_gate_dense",
+        balance="router_aux_loss_coefficient",
+    ),
+    "Qwen3SparseMoeBlock": Family(
+        router="_sparse_feedforward_gate_dense",
+        experts="expert_bank",
+        weights=_FUSED,
+        make_router=lambda block: _renormalized(block, renormalize=block.norm_top_k_prob),
+        balance="router_aux_loss_coefficient",
+    ),
+    "Qwen3_5MoeSparseMoeBlock": Family(
+        router="_router_gate",
+        experts="expert_bank",
+        weights=_FUSED,
+        make_router=_renormalized,
+        shared="shared_expert",
+        shared_gate="_shared_expert_gate",
+        balance="router_aux_loss_coefficient",
+    ),
+    "GptOssSparseMoeBlock": Family(
+        router="router.router_dense",
+        experts="experts",
+        weights=(
+            Rule("gate_up_proj", ("gate_kernel", "up_kernel"), interleaved=True),
+            Rule("gate_up_proj_bias", ("gate_bias", "up_bias"), interleaved=True),
+            Rule("down_proj", ("down_kernel",)),
+            Rule("down_proj_bias", ("down_bias",)),
+        ),
+        make_router=lambda block: _renormalized(block, use_bias=True),
+        gated={
+            "activation": activations.quick_gelu,
+            "use_bias": True,
+            "clip": 7.0,
+            "up_shift": 1.0,
+        },
+        returns_weights=True,
+    ),
+}
+
+
+def family_of(layer) -> Family | None:
+    """The family whose MoE block a layer is, or None."""
+    cls = type(layer)
+    own = isinstance(layer, keras.Layer) and cls.__module__.startswith("keras_hub.")
+    return FAMILIES.get(cls.__name__) if own else None

@@ -1,0 +1,189 @@
+"""What takes the place of a MoE block of KerasHub."""
+
+import contextlib
+import functools
+
+import keras
+from keras import ops
+
+from keras_moe.convert.keras_hub_families import Family, family_of
+from keras_moe.keras_internals import rebuild, replace_sublayers
+from keras_moe.layers import GatedExperts, MixtureOfExperts
+from keras_moe.validation import fits
+
+
+class SparseBlock:
+    """Mixed into the class of a block: computes with `_sparse_mixture`, a `MixtureOfExperts`.
+
+    The block remains the same object in the same place, now of a subclass of its class, for which
+    decoders of KerasHub look. Its router and its experts are replaced by those of our layer, which
+    are reached by their old names too: files of weights are those of KerasHub.
+    """
+
+    family: Family
+    replaced: type
+
+    def call(self, hidden_states, attention_mask=None, training=None):
+        mask = token_mask(attention_mask, hidden_states.shape[:-1])
+        outputs, routing = self._sparse_mixture(hidden_states, mask=mask, return_routing=True)
+        if not self.family.returns_weights:
+            return outputs, routing.logits
+        chosen = ops.one_hot(routing.indices, self.num_experts, dtype="float32")
+        return outputs, ops.sum(chosen * ops.expand_dims(routing.weights, -1), axis=1)
+
+
+def token_mask(attention_mask, leading):
+    """Which tokens are real, a bool tensor (batch, length), or None where nobody says.
+
+    Args:
+        attention_mask: padding mask (batch, length), or mask (batch, length, keys) of a causal
+            attention; or None.
+        leading: the shape (batch, length).
+    """
+    if attention_mask is None:
+        return None
+    if len(attention_mask.shape) == 3:
+        if not fits(attention_mask.shape[1:2], attention_mask.shape[2:]):
+            return None  # keys from a cache: tokens are those that are generated
+        # A causal attention lets each token see itself, unless it is padding.
+        attention_mask = ops.diagonal(attention_mask, axis1=1, axis2=2)
+    return ops.cast(attention_mask, "bool") if fits(attention_mask.shape, leading) else None
+
+
+class RelaidExperts(GatedExperts):
+    """Gated experts whose weights are laid out in files as those of another bank."""
+
+    def __init__(self, *args, rules, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._rules = rules
+
+    def save_own_variables(self, store):
+        own: dict = {}
+        super().save_own_variables(own)
+        own = dict(zip(self._weight_names(), map(_as_array, own.values())))
+        for index, rule in enumerate(self._rules):
+            store[str(index)] = rule.join([own[name] for name in rule.ours])
+
+    def load_own_variables(self, store):
+        own = {}
+        for index, rule in enumerate(self._rules):
+            own.update(zip(rule.ours, rule.split(store[str(index)])))
+        names = self._weight_names()
+        super().load_own_variables({str(i): own[name] for i, name in enumerate(names)})
+
+    def _weight_names(self):
+        return [weight.name for weight in self.weights]
+
+
+class BareMixture(MixtureOfExperts):
+    """A mixture that saves its layers only, and no counts, for which a file has no place."""
+
+    def save_own_variables(self, store):
+        pass
+
+    def load_own_variables(self, store):
+        pass
+
+
+def make_sparse(owner, block):
+    """Turn a block of KerasHub, a sublayer of `owner`, into a `SparseBlock`."""
+    family = family_of(block)
+    mixture = _mixture_like(block, family, name=f"{owner.name}_mixture")
+    router_owner, router_name = _router_place(block, family)
+    bank = getattr(block, family.experts)
+    with _scopes(block.path):
+        mixture.build((None, None, block.hidden_dim))
+    _assign(mixture.router, getattr(router_owner, router_name))
+    for rule in family.weights:
+        for name, value in zip(rule.ours, rule.split(getattr(bank, rule.theirs).value)):
+            getattr(mixture.experts, name).assign(value)
+    mixture.experts.trainable = bank.trainable
+    mixture.trainable = block.trainable
+    new = {family.experts: mixture.experts}
+    if family.shared_gate:
+        _assign(mixture.shared_gate, getattr(block, family.shared_gate))
+        new[family.shared_gate] = mixture.shared_gate
+    replace_sublayers(router_owner, [router_name], {router_name: mixture.router})
+    # Its name comes after all others: what has two names is saved under the first.
+    replace_sublayers(block, list(new), {**new, "_sparse_mixture": mixture})
+    object.__setattr__(block, "__class__", _sparse_class(type(block), family))
+
+
+def make_dense(block):
+    """Turn a `SparseBlock` back into the block of KerasHub that it was."""
+    family, mixture = block.family, block._sparse_mixture
+    router_owner, router_name = _router_place(block, family)
+    own = {weight.name: weight for weight in mixture.experts.weights}
+    shared = getattr(block, family.shared) if family.shared else None
+    names = [name for name in (family.experts, family.shared, family.shared_gate) if name]
+    if router_owner is block:
+        names.append(router_name)
+    else:
+        names.append(family.router.partition(".")[0])
+    replace_sublayers(block, [*names, "_sparse_mixture"], {})
+    object.__setattr__(block, "__class__", block.replaced)
+    rebuild(block, (None, None, block.hidden_dim))
+    router_owner, router_name = _router_place(block, family)
+    _assign(getattr(router_owner, router_name), mixture.router)
+    bank = getattr(block, family.experts)
+    for rule in family.weights:
+        joined = rule.join([_as_array(own[name]) for name in rule.ours])
+        getattr(bank, rule.theirs).assign(joined)
+    if family.shared_gate:
+        _assign(getattr(block, family.shared_gate), mixture.shared_gate)
+    if family.shared:
+        _assign(getattr(block, family.shared), shared)
+
+
+def _mixture_like(block, family, name):
+    dtype = block.dtype_policy
+    bank = getattr(block, family.experts)
+    experts = RelaidExperts(
+        block.num_experts,
+        bank.intermediate_dim,
+        rules=family.weights,
+        kernel_initializer="zeros",
+        dtype=dtype,
+        name="experts",
+        **family.gated,
+    )
+    return BareMixture(
+        experts,
+        router=family.make_router(block),
+        router_losses=family.losses_of(block),
+        shared_expert=getattr(block, family.shared) if family.shared else None,
+        gated_shared_expert=family.shared_gate is not None,
+        dtype=dtype,
+        name=name,
+    )
+
+
+def _assign(layer, other):
+    """Give a layer the weights of another that has as many, and its freezing."""
+    for weight, value in zip(layer.weights, other.weights):
+        weight.assign(value)
+    layer.trainable = other.trainable
+
+
+def _as_array(tensor):
+    return ops.convert_to_numpy(tensor)
+
+
+def _router_place(block, family):
+    """The layer that has the router, and the name it has there."""
+    *owners, name = family.router.split(".")
+    return functools.reduce(getattr, owners, block), name
+
+
+@contextlib.contextmanager
+def _scopes(path):
+    """Name what is built as a part of the layer with this path."""
+    with contextlib.ExitStack() as stack:
+        for name in path.split("/"):
+            stack.enter_context(keras.name_scope(name))
+        yield
+
+
+def _sparse_class(cls, family):
+    members = {"family": family, "replaced": cls, "__module__": __name__}
+    return type(f"Sparse{cls.__name__}", (SparseBlock, cls), members)

@@ -1,0 +1,64 @@
+"""Arrays by name, out of files or out of memory, one at a time."""
+
+import contextlib
+import json
+import pathlib
+
+import numpy as np
+
+
+@contextlib.contextmanager
+def opened(source):
+    """A function from a name to its array, and all names.
+
+    Args:
+        source: path of a `.safetensors` file or of a folder of them; or a mapping of names to
+            arrays, or to tensors on the CPU.
+
+    Raises:
+        ValueError: If there is no such file.
+    """
+    if hasattr(source, "keys"):
+        yield lambda name: as_array(source[name]), set(source.keys())
+        return
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for path in _paths(pathlib.Path(source)):
+            file = stack.enter_context(_open(path))
+            files.update(dict.fromkeys(file.keys(), file))
+        yield lambda name: files[name].get_tensor(name), set(files)
+
+
+def config_of(source):
+    """The content of `config.json` in a folder, or of the folder of a file."""
+    path = pathlib.Path(source)
+    path = (path.parent if path.suffix == ".safetensors" else path) / "config.json"
+    if not path.exists():
+        raise ValueError(
+            "The config of a model must be in `config.json` beside its files. Received: "
+            f"source={str(source)!r} without one. Pass `config`, its content as a dict."
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def as_array(tensor):
+    if hasattr(tensor, "detach"):  # of PyTorch; NumPy has no bfloat16, float32 holds it
+        tensor = tensor.detach().cpu()
+        return tensor.float().numpy() if tensor.dtype.itemsize < 4 else tensor.numpy()
+    return np.asarray(tensor)
+
+
+def _paths(path):
+    paths = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not paths or not all(each.exists() for each in paths):
+        raise ValueError(
+            "Weights must be in `.safetensors` files. Received: "
+            f"source={str(path)!r} without one. Pass a file, or a folder of them."
+        )
+    return paths
+
+
+def _open(path):
+    from safetensors import safe_open
+
+    return safe_open(path, framework="numpy")

@@ -1,0 +1,75 @@
+"""A dense gated feed-forward layer, for shared experts."""
+
+import keras
+
+from keras_moe.serialization import register
+from keras_moe.validation import check_positive_integer
+
+
+@register
+class GatedFeedForward(keras.layers.Layer):
+    """`(activation(x Wg) * (x Wu)) Wd` for all tokens: one expert of `GatedExperts` as a layer.
+
+    It consists of three `Dense` layers, `gate`, `up` and `down`.
+
+    Args:
+        hidden_dim: width between the projections, H.
+        activation: name or function of one tensor, applied to the gate.
+        use_bias: whether the three projections have a bias.
+        **kwargs: arguments of a Keras layer, such as `name` and `dtype`.
+
+    Raises:
+        ValueError: If `hidden_dim` is not a positive integer.
+
+    Call arguments:
+        inputs: (..., D) float tensor.
+
+    Returns:
+        (..., D).
+
+    Example:
+
+    >>> layer = keras_moe.layers.MixtureOfExperts(
+    ...     keras_moe.layers.GatedExperts(num_experts=8, hidden_dim=32),
+    ...     shared_expert=keras_moe.layers.GatedFeedForward(hidden_dim=64),
+    ... )
+    >>> layer(keras.random.normal((2, 10, 16))).shape
+    (2, 10, 16)
+
+    Reference: Shazeer 2020 (arXiv:2002.05202), eq. 6.
+    """
+
+    def __init__(self, hidden_dim, activation="silu", use_bias=False, **kwargs):
+        super().__init__(**kwargs)
+        check_positive_integer("hidden_dim", hidden_dim)
+        self.hidden_dim = hidden_dim
+        self.activation = keras.activations.get(activation)
+        self.use_bias = use_bias
+        self.supports_masking = True
+
+    def build(self, inputs_shape):
+        features = inputs_shape[-1]
+        self.gate = self._dense("gate", self.hidden_dim, features, self.activation)
+        self.up = self._dense("up", self.hidden_dim, features)
+        self.down = self._dense("down", features, self.hidden_dim)
+
+    def _dense(self, name, units, features, activation=None):
+        layer = keras.layers.Dense(
+            units, activation, use_bias=self.use_bias, dtype=self.dtype_policy, name=name
+        )
+        layer.build((None, features))
+        return layer
+
+    def call(self, inputs):
+        return self.down(self.gate(inputs) * self.up(inputs))
+
+    def compute_output_shape(self, inputs_shape):
+        return tuple(inputs_shape)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "hidden_dim": self.hidden_dim,
+            "activation": keras.activations.serialize(self.activation),
+            "use_bias": self.use_bias,
+        }
