@@ -15,6 +15,7 @@ from keras_moe import (
     summary,
 )
 from keras_moe.reporting import report
+from keras_moe.upcycling import upcycle
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "report",
     "routers",
     "summary",
+    "upcycle",
 ]
 
 

@@ -6,6 +6,9 @@ from keras.src.backend.common.global_state import get_global_attribute
 # them. It has been in this module from Keras 3.10 on.
 from keras.src.backend.common.masking import get_keras_mask
 
+# The class of models made of symbolic tensors, which has no public name.
+from keras.src.models.functional import Functional
+
 
 def current_model():
     """The layer whose call encloses all others of this thread, or None outside of calls."""
@@ -13,4 +16,59 @@ def current_model():
     return None if call is None else call.entry_layer
 
 
-__all__ = ["current_model", "get_keras_mask"]
+def calls_of(model):
+    """The calls in a functional model, in order: (layer, input tensors, output tensors)."""
+    depths = sorted(model._nodes_by_depth, reverse=True)
+    nodes = [node for depth in depths for node in model._nodes_by_depth[depth]]
+    return [(node.operation, node.input_tensors, node.outputs) for node in nodes]
+
+
+def set_state(layer, name, value):
+    """Set an attribute of a built layer to another sublayer or variable; the old one is let go.
+
+    The new one takes the old one's place in the order of the layer's own.
+    """
+    old, tracker = getattr(layer, name), layer._tracker
+    stores = [store for _, store in tracker.config.values()]
+    places = [(store, _index(store, old)) for store in stores if _index(store, old) is not None]
+    was_locked = tracker.locked
+    tracker.unlock()
+    tracker.untrack(old)
+    setattr(layer, name, value)
+    if was_locked:
+        tracker.lock()
+    for store, place in places:
+        if store and store[-1] is value:
+            store.insert(place, store.pop())
+
+
+def forget_old_state(model):
+    """Make a model work with what its layers hold now, where it was replaced.
+
+    Compiled functions are traced again, and the optimizer of a compiled model begins anew.
+    """
+    for layer in model._flatten_layers():
+        if hasattr(layer, "_torch_params"):  # PyTorch keeps the parameters of a layer in a dict.
+            layer._track_variables()
+        for function in ("train_function", "test_function", "predict_function"):
+            if getattr(layer, function, None) is not None:
+                setattr(layer, function, None)
+        if getattr(layer, "generate_function", None) is not None:  # of KerasHub
+            layer.generate_function = None
+        optimizer = getattr(layer, "optimizer", None)
+        if optimizer is not None:
+            layer.optimizer = type(optimizer).from_config(optimizer.get_config())
+
+
+def _index(items, item):
+    return next((index for index, each in enumerate(items) if each is item), None)
+
+
+__all__ = [
+    "Functional",
+    "calls_of",
+    "current_model",
+    "forget_old_state",
+    "get_keras_mask",
+    "set_state",
+]
