@@ -34,7 +34,7 @@ def rewrite(model, mixtures):
         stand_ins[id(feed_forward.layers[0])] = mixture
         if feed_forward.gate is not None:
             # Its block still applies the activation to the gate, and multiplies by what is up.
-            dtype = feed_forward.up.dtype_policy
+            dtype = feed_forward.up.dtype_policy.name
             stand_ins[id(feed_forward.up)] = Ones(dtype=dtype, name=feed_forward.up.name)
             activations.append(feed_forward.owner)
     rewriting = _Rewriting(stand_ins)
