@@ -13,6 +13,7 @@ from keras_moe import (
     ops,
     routers,
     summary,
+    surgery,
 )
 from keras_moe.reporting import report
 from keras_moe.upcycling import upcycle
@@ -31,6 +32,7 @@ __all__ = [
     "report",
     "routers",
     "summary",
+    "surgery",
     "upcycle",
 ]
 

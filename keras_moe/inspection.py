@@ -155,13 +155,26 @@ def record_routings(model, batches):
         )
     layers = moe_layers(model)
     routings: dict[str, list] = {name: [] for name in layers}
-    with contextlib.ExitStack() as stack:
-        for name, layer in layers.items():
-            layer.routing_listener = _recorder(routings[name])
-            stack.callback(setattr, layer, "routing_listener", None)
+    with listening({layer: _recorder(routings[name]) for name, layer in layers.items()}):
         for batch in batches:
             model(batch, training=False)
     return routings
+
+
+@contextlib.contextmanager
+def listening(listeners):
+    """Tells functions what MoE layers do, in eager calls.
+
+    Args:
+        listeners: dict from a layer to a function of an `ops.Routing` and of the tokens (T, D).
+    """
+    try:
+        for layer, listener in listeners.items():
+            layer.routing_listener = listener
+        yield
+    finally:
+        for layer in listeners:
+            layer.routing_listener = None
 
 
 def _is_compiled_by_xla(model):
@@ -179,7 +192,7 @@ def _distinct_paths(layers):
 
 
 def _recorder(routings):
-    def record(routing):
+    def record(routing, tokens):
         routings.append(keras.tree.map_structure(ops.convert_to_numpy, routing))
 
     return record
@@ -189,6 +202,7 @@ __all__ = [
     "LayerDescription",
     "describe",
     "has_moe_layers",
+    "listening",
     "moe_layers",
     "record_routings",
 ]

@@ -1,5 +1,8 @@
 """The private names of Keras that have no public one, in one place."""
 
+import contextlib
+
+import keras
 from keras.src.backend.common.global_state import get_global_attribute
 
 # Keras keeps the masks of traced tensors apart from them on JAX, so only its own function finds
@@ -42,22 +45,54 @@ def set_state(layer, name, value):
             store.insert(place, store.pop())
 
 
-def forget_old_state(model):
-    """Make a model work with what its layers hold now, where it was replaced.
+def let_go(layer, variable):
+    """Take a variable from a built layer."""
+    layer._untrack_variable(variable)
+
+
+@contextlib.contextmanager
+def open_to_state(layer):
+    """Lets a built layer have more variables and sublayers."""
+    layer._tracker.unlock()
+    try:
+        yield
+    finally:
+        layer._tracker.lock()
+
+
+@contextlib.contextmanager
+def names_of(layer):
+    """Names of variables begin with the path of a layer."""
+    with contextlib.ExitStack() as stack:
+        for name in (layer.path or "").split("/"):
+            if name:
+                stack.enter_context(keras.name_scope(name))
+        yield
+
+
+def forget_compiled(model):
+    """Let a model trace its compiled functions again."""
+    functions = ["train_function", "test_function", "predict_function"]
+    functions.append("generate_function")  # of KerasHub
+    for layer in model._flatten_layers():
+        for function in functions:
+            if getattr(layer, function, None) is not None:
+                setattr(layer, function, None)
+
+
+def forget_old_weights(model):
+    """Make a model work with the weights that its layers hold now, where some were replaced.
 
     Compiled functions are traced again, and the optimizer of a compiled model begins anew.
     """
+    forget_compiled(model)
     for layer in model._flatten_layers():
         if hasattr(layer, "_torch_params"):  # PyTorch keeps the parameters of a layer in a dict.
             layer._track_variables()
-        for function in ("train_function", "test_function", "predict_function"):
-            if getattr(layer, function, None) is not None:
-                setattr(layer, function, None)
-        if getattr(layer, "generate_function", None) is not None:  # of KerasHub
-            layer.generate_function = None
         optimizer = getattr(layer, "optimizer", None)
         if optimizer is not None:
             layer.optimizer = type(optimizer).from_config(optimizer.get_config())
+            layer.optimizer.build(layer.trainable_variables)
 
 
 def _index(items, item):
@@ -68,7 +103,11 @@ __all__ = [
     "Functional",
     "calls_of",
     "current_model",
-    "forget_old_state",
+    "forget_compiled",
+    "forget_old_weights",
     "get_keras_mask",
+    "let_go",
+    "names_of",
+    "open_to_state",
     "set_state",
 ]

@@ -3,7 +3,7 @@
 import keras
 
 from keras_moe import replacing
-from keras_moe.keras_internals import forget_old_state, set_state
+from keras_moe.keras_internals import forget_old_weights, set_state
 from keras_moe.layers.transformer_block import TransformerBlock
 from keras_moe.serialization import register
 from keras_moe.upcycling.feed_forwards import is_graph
@@ -44,7 +44,7 @@ def rewrite(model, mixtures):
         rewriting.changes.append((block, ["activation"]))
     if rewriting.changes:
         replacing.record(model, rewriting.changes)
-    forget_old_state(model)
+    forget_old_weights(model)
     return model
 
 
