@@ -4,12 +4,39 @@ import keras
 import numpy as np
 import pytest
 from layer_checks import array
-from made_up_models import IDS, VOCABULARY, D, H, block_model, graph_model
 
 import keras_moe
 from keras_moe import inspection, layers
 
+VOCABULARY, D, H = 12, 4, 8
+IDS = np.random.default_rng(0).integers(1, VOCABULARY, (4, 6))
 TARGETS = np.roll(IDS, -1, axis=1)
+
+
+def block_model():
+    """Decoder blocks of ours."""
+
+    def dense():
+        hidden = [keras.layers.Dense(H, "gelu"), keras.layers.Dropout(0.1)]
+        return keras.Sequential([*hidden, keras.layers.Dense(D)])
+
+    ids = keras.Input((None,), dtype="int32")
+    x = keras.layers.Embedding(VOCABULARY, D)(ids)
+    for number in range(2):
+        block = layers.TransformerDecoderBlock(2, dense(), name=f"block_{number}")
+        x = block(x)
+    return keras.Model(ids, keras.layers.Dense(VOCABULARY)(x))
+
+
+def graph_model(blocks=2):
+    """Dense layers that follow one another."""
+    ids = keras.Input((None,), dtype="int32")
+    x = keras.layers.Embedding(VOCABULARY, D)(ids)
+    for number in range(blocks):
+        hidden = keras.layers.Dense(H, "gelu", name=f"up_{number}")(x)
+        hidden = keras.layers.Dropout(0.1)(hidden)
+        x = keras.layers.Add()([x, keras.layers.Dense(D)(hidden)])
+    return keras.Model(ids, keras.layers.Dense(VOCABULARY)(x))
 
 
 @keras.saving.register_keras_serializable("test_upcycling")
