@@ -15,8 +15,10 @@ from keras_moe import (
     ops,
     routers,
     summary,
+    surgery,
 )
 from keras_moe.reporting import report
+from keras_moe.upcycling import upcycle
 
 __version__ = "0.1.0"
 
@@ -34,6 +36,8 @@ __all__ = [
     "report",
     "routers",
     "summary",
+    "surgery",
+    "upcycle",
 ]
 
 # They need packages of their own, so they are imported when they are asked for.

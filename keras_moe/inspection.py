@@ -161,10 +161,7 @@ def record_routings(model, batches):
         )
     layers = moe_layers(model)
     routings: dict[str, list] = {name: [] for name in layers}
-    with contextlib.ExitStack() as stack:
-        for name, layer in layers.items():
-            layer.routing_listener = _recorder(routings[name])
-            stack.callback(setattr, layer, "routing_listener", None)
+    with listening({layer: _recorder(routings[name]) for name, layer in layers.items()}):
         for batch in batches:
             model(batch, training=False)
     return routings
@@ -204,6 +201,22 @@ def count_in_evaluation(model):
             layer.counts_in_evaluation = counts
 
 
+@contextlib.contextmanager
+def listening(listeners):
+    """Tells functions what MoE layers do, in eager calls.
+
+    Args:
+        listeners: dict from a layer to a function of an `ops.Routing` and of the tokens (T, D).
+    """
+    try:
+        for layer, listener in listeners.items():
+            layer.routing_listener = listener
+        yield
+    finally:
+        for layer in listeners:
+            layer.routing_listener = None
+
+
 def _is_compiled_by_xla(model):
     return keras.backend.backend() == "tensorflow" and bool(model.jit_compile)
 
@@ -219,7 +232,7 @@ def _distinct_paths(layers):
 
 
 def _recorder(routings):
-    def record(routing):
+    def record(routing, tokens):
         routings.append(keras.tree.map_structure(ops.convert_to_numpy, routing))
 
     return record
@@ -230,6 +243,7 @@ __all__ = [
     "count_in_evaluation",
     "describe",
     "has_moe_layers",
+    "listening",
     "moe_layers",
     "record_routings",
 ]

@@ -1,10 +1,16 @@
 """The private names of Keras that have no public one, in one place."""
 
+import contextlib
+
+import keras
 from keras.src.backend.common.global_state import get_global_attribute
 
 # Keras keeps the masks of traced tensors apart from them on JAX, so only its own function finds
 # them. It has been in this module from Keras 3.10 on.
 from keras.src.backend.common.masking import get_keras_mask
+
+# The class of models made of symbolic tensors, which has no public name.
+from keras.src.models.functional import Functional
 
 
 def current_model():
@@ -44,10 +50,98 @@ def refresh_parameters(model):
             layer._track_variables()
 
 
+def calls_of(model):
+    """The calls in a functional model, in order: (layer, input tensors, output tensors)."""
+    depths = sorted(model._nodes_by_depth, reverse=True)
+    nodes = [node for depth in depths for node in model._nodes_by_depth[depth]]
+    return [(node.operation, node.input_tensors, node.outputs) for node in nodes]
+
+
+def set_state(layer, name, value):
+    """Set an attribute of a built layer to another sublayer or variable; the old one is let go.
+
+    The new one takes the old one's place in the order of the layer's own.
+    """
+    old, tracker = getattr(layer, name), layer._tracker
+    stores = [store for _, store in tracker.config.values()]
+    places = [(store, _index(store, old)) for store in stores if _index(store, old) is not None]
+    was_locked = tracker.locked
+    tracker.unlock()
+    tracker.untrack(old)
+    setattr(layer, name, value)
+    if was_locked:
+        tracker.lock()
+    for store, place in places:
+        if store and store[-1] is value:
+            store.insert(place, store.pop())
+
+
+def let_go(layer, variable):
+    """Take a variable from a built layer."""
+    layer._untrack_variable(variable)
+
+
+@contextlib.contextmanager
+def open_to_state(layer):
+    """Lets a built layer have more variables and sublayers."""
+    layer._tracker.unlock()
+    try:
+        yield
+    finally:
+        layer._tracker.lock()
+
+
+@contextlib.contextmanager
+def names_of(layer):
+    """Names of variables begin with the path of a layer."""
+    with contextlib.ExitStack() as stack:
+        for name in (layer.path or "").split("/"):
+            if name:
+                stack.enter_context(keras.name_scope(name))
+        yield
+
+
+def forget_compiled(model):
+    """Let a model trace its compiled functions again."""
+    functions = ["train_function", "test_function", "predict_function"]
+    functions.append("generate_function")  # of KerasHub
+    for layer in model._flatten_layers():
+        for function in functions:
+            if getattr(layer, function, None) is not None:
+                setattr(layer, function, None)
+
+
+def forget_old_weights(model):
+    """Make a model work with the weights that its layers hold now, where some were replaced.
+
+    Compiled functions are traced again, and the optimizer of a compiled model begins anew.
+    """
+    forget_compiled(model)
+    for layer in model._flatten_layers():
+        if hasattr(layer, "_torch_params"):  # PyTorch keeps the parameters of a layer in a dict.
+            layer._track_variables()
+        optimizer = getattr(layer, "optimizer", None)
+        if optimizer is not None:
+            layer.optimizer = type(optimizer).from_config(optimizer.get_config())
+            layer.optimizer.build(layer.trainable_variables)
+
+
+def _index(items, item):
+    return next((index for index, each in enumerate(items) if each is item), None)
+
+
 __all__ = [
+    "Functional",
+    "calls_of",
     "current_model",
+    "forget_compiled",
+    "forget_old_weights",
     "get_keras_mask",
+    "let_go",
+    "names_of",
+    "open_to_state",
     "rebuild",
     "refresh_parameters",
     "replace_sublayers",
+    "set_state",
 ]

@@ -68,11 +68,7 @@ def main(arguments=None):
         # Before any model is made: it decides where weights are.
         keras.distribution.set_distribution(distribution.expert_parallel(options.expert_parallel))
     size = SMOKE if options.smoke else FULL
-    texts = datasets.load(options.dataset, options.data_dir)
-    train, validation = (split.texts[: size.documents] for split in texts[:2])
-    subwords = Subwords.train(train, size.subwords, options.output / "cache")
-    data = [rows(subwords.encode(split), size.length) for split in (train, validation)]
-    data[1] = data[1][: size.validation_rows]
+    subwords, data = load_data(options, size)
     print(f"{data[0].size:,} subwords to learn from, {size.steps * size.epochs} steps")
 
     progress = options.output / "progress" / digest(options, size)
@@ -96,6 +92,15 @@ def main(arguments=None):
     resuming.forget(progress)
     print(f"\nModel, picture and results are in {options.output}.")
     return report
+
+
+def load_data(options, size):
+    """The subwords, and the rows of ids to learn from and to validate on."""
+    texts = datasets.load(options.dataset, options.data_dir)
+    train, validation = (split.texts[: size.documents] for split in texts[:2])
+    subwords = Subwords.train(train, size.subwords, options.output / "cache")
+    data = [rows(subwords.encode(split), size.length) for split in (train, validation)]
+    return subwords, (data[0], data[1][: size.validation_rows])
 
 
 def parse_options(arguments):

@@ -40,6 +40,13 @@ def test_the_guide_to_routers_makes_layers_and_a_router():
     assert routing.indices.shape == (5, 2)
 
 
+@pytest.mark.parametrize("document", ["docs/upcycling.md", "docs/surgery.md"])
+def test_guides_that_need_nothing_run(document, capsys):
+    names = run(document)
+    assert names["model"].count_params() > 0
+    assert capsys.readouterr().out.count("[") >= 1
+
+
 def test_the_search_of_the_guide_to_tuning_finds_a_layer(tmp_path, monkeypatch, capsys):
     pytest.importorskip("keras_tuner")
     monkeypatch.chdir(tmp_path)

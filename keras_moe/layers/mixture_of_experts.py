@@ -136,7 +136,7 @@ class MixtureOfExperts(keras.layers.Layer):
         self.supports_masking = True
         # `inspection.count_in_evaluation` turns this on. Otherwise inference writes to no weight.
         self.counts_in_evaluation = False
-        # `inspection.record_routings` listens here.
+        # Whoever is to see routings and tokens (T, D) listens here: `inspection.listening`.
         self.routing_listener = None
 
     def build(self, inputs_shape):
@@ -225,6 +225,8 @@ class MixtureOfExperts(keras.layers.Layer):
         if self.shared_expert is not None:
             outputs = outputs + self._shared(keras_ops.reshape(tokens, shape), mask)
         self._account(routing, sequence_length, training)
+        if self.routing_listener is not None:
+            self.routing_listener(routing, tokens)
         return (outputs, routing) if return_routing else outputs
 
     def _plan(self, routing, sequence_length, training):
@@ -256,8 +258,6 @@ class MixtureOfExperts(keras.layers.Layer):
                     # Keras adds it to the other losses, which have this dtype.
                     self.add_loss(keras_ops.cast(weighted, keras.config.floatx()))
             self._count(routing, values, training)
-        if self.routing_listener is not None:
-            self.routing_listener(routing)
 
     def _flatten(self, inputs, mask):
         check_float_inputs(inputs)

@@ -34,12 +34,16 @@ class TransformerBlock(keras.layers.Layer):
                 f"Received: feedforward=`{type(self.feedforward).__name__}`. "
                 "Wrap it: `MixtureOfExperts(experts)`."
             )
-        self._feedforward_arguments = accepted_arguments(
-            self.feedforward, ("mask", "training", "token_ids")
-        )
+        self.examine_feedforward()
         self.dropout = dropout
         self._seed_generator = keras.random.SeedGenerator() if dropout else None
         self.supports_masking = True
+
+    def examine_feedforward(self):
+        """Note what the feed-forward layer is to be told: again, where it is another one."""
+        self._feedforward_arguments = accepted_arguments(
+            self.feedforward, ("mask", "training", "token_ids")
+        )
 
     def __call__(self, *args, **kwargs):
         # Here, because Keras hands `call` tensors only.

@@ -1,0 +1,96 @@
+"""Leaves a MoE layer with some of its experts, and a router that fits.
+
+Axes: E experts.
+"""
+
+import numpy as np
+from keras import ops
+
+from keras_moe.keras_internals import let_go, names_of, open_to_state, set_state
+from keras_moe.layers.dense_experts import DenseExperts
+from keras_moe.layers.layer_experts import LayerExperts
+from keras_moe.routers.logit_router import LogitRouter
+
+
+def check_can_cut(name, layer):
+    """Refuse a layer of which it is not known how its experts are taken out."""
+    parts = [type(part).__name__ for part in (layer.router, layer.experts)]
+    bank_fits = isinstance(layer.experts, (DenseExperts, LayerExperts))
+    if not layer.built or not bank_fits or not isinstance(layer.router, LogitRouter):
+        raise ValueError(
+            "A layer must be built and have a router with logits for its experts, which are "
+            "`FeedForwardExperts`, `GatedExperts` or `LayerExperts`. Received: "
+            f"{name!r} with {' and '.join(parts)}{'' if layer.built else ', which is not built'}. "
+            "Leave it out, or build the model first."
+        )
+    if getattr(layer.experts, "processes", None) is not None:
+        raise ValueError(
+            "The experts of a layer must be in one process. Received: "
+            f"{name!r}, spread over several. Save the model and load it in one."
+        )
+
+
+def cut(layer, experts):
+    """Keep some experts of a built layer, in place.
+
+    Args:
+        layer: a `MixtureOfExperts`.
+        experts: integer array of the numbers of those that stay, ascending.
+    """
+    if len(experts) == layer.experts.num_experts:
+        return
+    router = _cut_router(layer.router, experts)
+    bank = layer.experts
+    with names_of(layer):
+        tokens_shape = (None, layer.input_spec.axes[-1])
+        router.build(tokens_shape)
+        _take_weights(layer.router, router, experts)
+        if isinstance(bank, LayerExperts):
+            config = {**bank.get_config(), "layers": [bank.layers[index] for index in experts]}
+            bank = LayerExperts(**config)
+            bank.build(tokens_shape)
+        else:
+            bank = type(bank).from_config({**bank.get_config(), "num_experts": len(experts)})
+            bank.build(tokens_shape)
+            _take_weights(layer.experts, bank, experts)
+        _cut_counts(layer, experts)
+    set_state(layer, "router", router)
+    set_state(layer, "experts", bank)
+    with names_of(layer), open_to_state(layer):
+        for loss in layer.router_losses:
+            for variable in filter(_is_variable_of(layer), vars(loss).values()):
+                let_go(layer, variable)
+        layer.router_losses = [loss.build(layer) for loss in layer.router_losses]
+
+
+def _cut_counts(layer, experts):
+    counts = ops.convert_to_numpy(layer.expert_counts)[experts]
+    with open_to_state(layer):
+        new = layer._counter("expert_counts", counts.shape)
+    new.assign(counts)
+    set_state(layer, "expert_counts", new)
+
+
+def _is_variable_of(layer):
+    own = {id(variable) for variable in layer._non_trainable_variables}
+    return lambda value: id(value) in own
+
+
+def _cut_router(router, experts):
+    config = {**router.get_config(), "num_experts": len(experts)}
+    if config.get("max_top_k") is not None:
+        config["max_top_k"] = min(config["max_top_k"], len(experts))
+    new = type(router).from_config(config)
+    if hasattr(router, "updates_selection_bias"):
+        new.updates_selection_bias = router.updates_selection_bias
+    return new
+
+
+def _take_weights(old, new, experts):
+    """Give a layer the weights of another that has more experts."""
+    for theirs, mine in zip(old.weights, new.weights, strict=True):
+        value = ops.convert_to_numpy(ops.cast(theirs.value, "float32"))
+        for axis, (before, after) in enumerate(zip(theirs.shape, mine.shape, strict=True)):
+            if before != after:
+                value = np.take(value, experts, axis)
+        mine.assign(value)

@@ -1,0 +1,98 @@
+"""What experts do on given data.
+
+Axes: T tokens, E experts, K experts per token.
+"""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_moe.inspection import listening, moe_layers
+from keras_moe.ops.routing import count_assignments
+
+
+def inputs_of(batch):
+    """The inputs of a batch that may have targets and weights behind them."""
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+
+def loss_on(model, data):
+    """The loss of a compiled model on batches with targets, else None."""
+    has_targets = all(isinstance(batch, (tuple, list)) and len(batch) > 1 for batch in data)
+    if not data or not has_targets or not getattr(model, "compiled", False):
+        return None
+    losses, sizes = [], []
+    for batch in data:
+        model.reset_metrics()
+        losses.append(float(model.test_on_batch(*batch, return_dict=True)["loss"]))
+        sizes.append(keras.tree.flatten(batch[1])[0].shape[0])
+    model.reset_metrics()
+    return float(np.average(losses, weights=sizes))
+
+
+def usage(model, data):
+    """How many tokens of the data go to each expert, (E,) for each layer by name."""
+    return _summed(model, data, lambda layer, routing, tokens: ops.cast(routing.counts, "float32"))
+
+
+def saliency(model, data):
+    """Mean over its tokens of what each expert adds to them, (E,) for each layer by name.
+
+    `mean_t w_te ||f_e(x_t)||` over the tokens t that go to expert e. 0 without tokens. Lasby et
+    al. 2025, REAP (arXiv:2510.13999), eq. 9.
+    """
+    sums, counts = _summed(model, data, _contributions), usage(model, data)
+    return {name: sums[name] / np.maximum(counts[name], 1.0) for name in sums}
+
+
+def similarity(model, data):
+    """Correlation of the logits of two experts over the tokens, (E, E) for each layer by name.
+
+    Without what all logits of a token share, which changes no softmax. Li et al. 2024
+    (arXiv:2310.01334), section 3.2, compares logits too.
+    """
+    products = _summed(model, data, _products)
+    norms = {name: np.sqrt(np.maximum(np.diag(each), 1e-12)) for name, each in products.items()}
+    return {name: products[name] / np.outer(norms[name], norms[name]) for name in products}
+
+
+def _products(layer, routing, tokens):
+    logits = routing.logits - ops.mean(routing.logits, axis=-1, keepdims=True)
+    logits = ops.where(ops.expand_dims(routing.mask, 1), logits, 0.0)
+    return ops.matmul(ops.transpose(logits), logits)
+
+
+def _contributions(layer, routing, tokens):
+    """Sum over the tokens of weight times norm of the output, (E,)."""
+    num_experts = layer.experts.num_experts
+    total = ops.zeros((num_experts,), "float32")
+    for choice in range(routing.indices.shape[-1]):
+        # Each choice alone and with weight 1: the outputs of single experts.
+        indices = routing.indices[:, choice : choice + 1]
+        used = ops.cast(ops.logical_and(indices >= 0, ops.expand_dims(routing.mask, 1)), "float32")
+        counts = count_assignments(indices, routing.mask, num_experts)
+        alone = routing._replace(indices=indices, weights=used, counts=counts)
+        outputs = ops.cast(layer.router.plan(alone).run(layer.experts, tokens), "float32")
+        norms = ops.sqrt(ops.sum(ops.square(outputs), axis=-1))
+        added = norms * routing.weights[:, choice] * used[:, 0]
+        chosen = indices == ops.arange(num_experts, dtype="int32")
+        total = total + ops.sum(ops.where(chosen, ops.expand_dims(added, 1), 0.0), axis=0)
+    return total
+
+
+def _summed(model, data, measure):
+    """The sum of a measure over the data, a float64 array for each layer by name."""
+    layers = moe_layers(model)
+    totals = {name: 0.0 for name in layers}
+
+    def listener(name, layer):
+        def add(routing, tokens):
+            value = ops.convert_to_numpy(measure(layer, routing, tokens))
+            totals[name] = totals[name] + value.astype("float64")
+
+        return add
+
+    with listening({layer: listener(name, layer) for name, layer in layers.items()}):
+        for batch in data:
+            model(inputs_of(batch), training=False)
+    return totals

@@ -1,0 +1,249 @@
+"""Fewer experts in a trained model: pruned or merged."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from keras_moe.inspection import moe_layers
+from keras_moe.keras_internals import forget_compiled, forget_old_weights
+from keras_moe.routers.group_limited import GroupLimitedRouter
+from keras_moe.surgery import measuring
+from keras_moe.surgery.cutting import check_can_cut, cut
+from keras_moe.surgery.merging import centers_of, merge
+from keras_moe.validation import check_choice, check_top_k, is_whole
+
+MEASURES = {"usage": measuring.usage, "saliency": measuring.saliency}
+
+
+class Surgery(NamedTuple):
+    """What was done to a model.
+
+    - `experts`: dict from the name of each layer to a list with, for each expert it has now, the
+      numbers of those it was made of; merged ones have several.
+    - `loss_before`, `loss_after`: on the data, or None where the model is not compiled or the data
+      have no targets.
+    """
+
+    experts: dict
+    loss_before: Any = None
+    loss_after: Any = None
+
+
+def prune_experts(model, by="usage", keep=0.5, data=()):
+    """Take the least important experts out of a model, in place.
+
+    Routers lose the columns of those experts, and choose among the others; nothing else changes.
+    Models that are compiled can train on at once, with an optimizer that begins anew.
+
+    Args:
+        model: a built Keras model with MoE layers, or one such layer.
+        by: "usage": how many tokens of the data an expert serves; "saliency": how much it adds to
+            a token it serves, its weight times the norm of its output, on average (REAP); or
+            scores (E,), higher for those to keep, or a dict of them by the name of the layer.
+        keep: how many experts stay in each layer: a number, a share from above 0 to 1, which is
+            rounded up, or a dict of these by the name of the layer, as in
+            `inspection.moe_layers`. Layers that are not in a dict keep all.
+        data: list of batches: each inputs, or a tuple of inputs, targets and weights, if any.
+
+    Returns:
+        A `Surgery`, with the loss before and after.
+
+    Raises:
+        ValueError: If an argument is out of its range, fewer than `top_k` experts would stay, data
+            are missing, or it is not known how to cut a router or bank.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=8, hidden_dim=32)
+    >>> model = keras.Sequential([
+    ...     keras.Input((16,)), keras_moe.layers.MixtureOfExperts(experts, name="moe")
+    ... ])
+    >>> data = [keras.random.normal((64, 16))]
+    >>> surgery = keras_moe.surgery.prune_experts(model, by="saliency", keep=4, data=data)
+    >>> model.get_layer("moe").experts.num_experts, len(surgery.experts["moe"])
+    (4, 4)
+
+    References: Lasby et al. 2025 (arXiv:2510.13999); Muzio et al. 2024 (arXiv:2404.05089) for
+    pruning by usage.
+    """
+    layers, numbers, data = _plan(model, keep, data)
+    scores = _scores(model, by, layers, data)
+    chosen = {
+        # The first of equals stays.
+        name: np.sort(np.argsort(-scores[name], kind="stable")[: numbers[name]])
+        for name in layers
+    }
+    return _operate(model, layers, chosen, {}, data)
+
+
+def merge_experts(model, keep=0.5, data=()):
+    """Merge similar experts of a model into one, in place.
+
+    The most used experts stay; each of the others is merged into the most similar of these, the one
+    whose logits go together with its own over the tokens. Weights are averaged by usage, after the
+    hidden features of the two were matched.
+
+    Args:
+        model: a built Keras model with MoE layers, or one such layer.
+        keep: as in `prune_experts`.
+        data: as in `prune_experts`.
+
+    Returns:
+        A `Surgery`.
+
+    Raises:
+        ValueError: As in `prune_experts`, or if experts that are layers differ in their shapes.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=8, hidden_dim=32)
+    >>> model = keras.Sequential([
+    ...     keras.Input((16,)), keras_moe.layers.MixtureOfExperts(experts, name="moe")
+    ... ])
+    >>> data = [keras.random.normal((64, 16))]
+    >>> surgery = keras_moe.surgery.merge_experts(model, keep=4, data=data)
+    >>> sorted(sum(surgery.experts["moe"], []))
+    [0, 1, 2, 3, 4, 5, 6, 7]
+
+    Reference: Li et al. 2024, M-SMoE (arXiv:2310.01334), section 3, without its decomposition.
+    """
+    layers, numbers, data = _plan(model, keep, data)
+    _check_data(data, "merge_experts")
+    used, alike = measuring.usage(model, data), measuring.similarity(model, data)
+    groups = {name: centers_of(used[name], alike[name], numbers[name]) for name in layers}
+    chosen = {name: np.array(sorted(each)) for name, each in groups.items()}
+    merges = {name: (groups[name], used[name]) for name in layers}
+    return _operate(model, layers, chosen, merges, data)
+
+
+def set_top_k(model, top_k):
+    """Let each token go to another number of experts, in place, compiled functions included.
+
+    A token's weights go on to be divided by their sum, if they were.
+
+    Args:
+        model: a Keras model with MoE layers, or one such layer.
+        top_k: experts per token, K, or a dict of these by the name of the layer, as in
+            `inspection.moe_layers`. Layers that are not in a dict keep theirs.
+
+    Raises:
+        ValueError: If a router does not choose a fixed number, or has fewer experts.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=8, hidden_dim=32)
+    >>> model = keras.Sequential([
+    ...     keras.Input((16,)), keras_moe.layers.MixtureOfExperts(experts, name="moe")
+    ... ])
+    >>> keras_moe.surgery.set_top_k(model, 1)
+    >>> model.get_layer("moe").router.top_k
+    1
+    """
+    layers = _layers(model, top_k, "top_k")
+    for name, layer in layers.items():
+        router = layer.router
+        value = top_k[name] if isinstance(top_k, dict) else top_k
+        config = router.get_config()
+        if "top_k" not in config:
+            raise ValueError(
+                "The router of a layer must give each token a fixed number of experts. Received: "
+                f"{name!r} with a `{type(router).__name__}`. Leave the layer out."
+            )
+        check_top_k(value, router.num_experts, type(router).__name__)
+        type(router).from_config({**config, "top_k": value})  # It has rules of its own.
+    for name, layer in layers.items():
+        router = layer.router
+        if getattr(router, "renormalize", False) is None:
+            router.renormalize = router.top_k > 1
+        router.top_k = top_k[name] if isinstance(top_k, dict) else top_k
+    forget_compiled(model)
+
+
+def _operate(model, layers, chosen, merges, data):
+    before = measuring.loss_on(model, data)
+    for name, (groups, used) in merges.items():
+        merge(layers[name].experts, groups, used)
+    for name, layer in layers.items():
+        cut(layer, chosen[name])
+    forget_old_weights(model)
+    made_of = {
+        name: [merges[name][0][expert] if name in merges else [expert] for expert in each.tolist()]
+        for name, each in chosen.items()
+    }
+    return Surgery(made_of, before, measuring.loss_on(model, data))
+
+
+def _plan(model, keep, data):
+    """Layers, how many experts of each stay, and the data as a list."""
+    layers = _layers(model, keep, "keep")
+    numbers = {}
+    for name, layer in layers.items():
+        check_can_cut(name, layer)
+        numbers[name] = _number(name, layer, keep[name] if isinstance(keep, dict) else keep)
+    if hasattr(data, "shape"):
+        raise ValueError(
+            "`data` must be a list of batches, or another iterable. Received: one array of shape "
+            f"{tuple(data.shape)}. Pass `[array]`."
+        )
+    return layers, numbers, list(data)
+
+
+def _layers(model, given, argument):
+    layers = moe_layers(model)
+    if not isinstance(given, dict):
+        return layers
+    unknown = sorted(set(given) - set(layers))
+    if unknown:
+        raise ValueError(
+            f"`{argument}` must name MoE layers of the model. Received: {unknown}. "
+            f"The model has {list(layers)}."
+        )
+    return {name: layer for name, layer in layers.items() if name in given}
+
+
+def _number(name, layer, keep):
+    num_experts, router = layer.experts.num_experts, layer.router
+    number = keep
+    if not is_whole(keep) and isinstance(keep, float) and 0 < keep <= 1:
+        number = int(np.ceil(keep * num_experts))
+    least = router.min_top_k
+    if not is_whole(number) or not least <= number <= num_experts:
+        raise ValueError(
+            "`keep` must be a share above 0 and up to 1, or a number of experts from the "
+            f"`top_k` of the router up to all. Received: keep={keep!r} for {name!r} with "
+            f"num_experts={num_experts}, top_k={least}. Pass another, or lower `top_k` first by "
+            "`surgery.set_top_k`."
+        )
+    if isinstance(router, GroupLimitedRouter) and number % router.num_groups:
+        raise ValueError(
+            "`keep` must be a multiple of the groups of a router. Received: "
+            f"keep={keep!r}, {number} experts, for {name!r} with {router.num_groups} groups. "
+            f"Pass, for example, {router.num_groups * (number // router.num_groups + 1)}."
+        )
+    return int(number)
+
+
+def _scores(model, by, layers, data):
+    if isinstance(by, str):
+        check_choice("by", by, list(MEASURES))
+        _check_data(data, f"by={by!r}")
+        return MEASURES[by](model, data)
+    scores = by if isinstance(by, dict) else {name: by for name in layers}
+    scores = {name: np.asarray(value, "float64") for name, value in scores.items()}
+    for name, layer in layers.items():
+        shape = scores[name].shape if name in scores else None
+        if shape != (layer.experts.num_experts,):
+            raise ValueError(
+                "Scores must be one number for each expert of each layer. Received: shape "
+                f"{shape} for {name!r} with num_experts={layer.experts.num_experts}. "
+                "Pass a dict from names of layers to arrays (E,)."
+            )
+    return scores
+
+
+def _check_data(data, what):
+    if not data:
+        raise ValueError(
+            f"Experts are measured on data. Received: {what} and no data. "
+            "Pass `data=[inputs]` or `data=[(inputs, targets), ...]`."
+        )

@@ -1,0 +1,108 @@
+"""Trains a sparse language model, and takes half of its experts out of it, by several measures.
+
+    python studies/pruning.py
+    python studies/pruning.py --seeds 3 --keep 0.25
+
+Each measure starts from the same model. Experts are measured on training data and the loss is that
+of validation data, right after the surgery. The model and the data are those of the example
+`language_model.py`. Runs on the backend that KERAS_BACKEND names.
+"""
+
+import argparse
+import json
+import pathlib
+
+import keras
+import language_model
+import numpy as np
+import resuming
+from command_line import check_numbers
+from twins import spread
+
+from keras_moe import inspection, surgery
+
+FULL = language_model.FULL._replace(epochs=4)
+MEASURES = ("saliency", "usage", "chance", "merged")
+# So many batches of training data are measured on.
+BATCHES = 16
+
+
+def main(arguments=None):
+    options = parse_options(arguments)
+    check_numbers(options, "experts", "batch_size", "seeds", "draws")
+    size = language_model.SMOKE if options.smoke else FULL
+    subwords, data = language_model.load_data(options, size)
+    progress = options.output / "progress" / digest(options, size)
+    settings = language_model.parse_options(["--experts", str(options.experts)])
+    results = {name: [] for name in ("all experts", *MEASURES)}
+    for seed in range(options.seeds):
+        print(f"\nseed {seed}")
+        keras.utils.set_random_seed(seed)
+        model = language_model.make_model(language_model.SPARSE, len(subwords), settings, size)
+        language_model.fit(model, data, seed, size, options, progress / str(seed))
+        options.output.mkdir(parents=True, exist_ok=True)
+        model.save(options.output / "model.keras")
+        rows = np.random.default_rng(seed).permutation(data[0])[: BATCHES * options.batch_size]
+        measured = np.array_split(rows[:, :-1], -(-len(rows) // options.batch_size))
+        results["all experts"].append(validate(model, data[1], options))
+        for measure in MEASURES:
+            losses = [
+                validate(operate(measure, measured, draw, options), data[1], options)
+                for draw in range(options.draws if measure == "chance" else 1)
+            ]
+            results[measure].append(float(np.mean(losses)))
+    print_table(results)
+    (options.output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    resuming.forget(progress)
+    return results
+
+
+def parse_options(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dataset", default="twenty_newsgroups")
+    parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
+    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--keep", type=float, default=0.5, help="share of the experts that stay")
+    parser.add_argument("--draws", type=int, default=3, help="number of prunings by chance")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--seeds", type=int, default=1, help="number of runs to average")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model on a few documents")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("output_pruning"))
+    return parser.parse_args(arguments)
+
+
+def digest(options, size):
+    """A name for what decides the course of training."""
+    names = ("dataset", "experts", "batch_size", "seeds")
+    return resuming.digest(size, *(getattr(options, name) for name in names))
+
+
+def operate(measure, data, draw, options):
+    """The saved model with fewer experts."""
+    model = keras.saving.load_model(options.output / "model.keras")
+    if measure == "merged":
+        surgery.merge_experts(model, options.keep, data)
+        return model
+    by = measure
+    if measure == "chance":
+        rng = np.random.default_rng(draw)
+        by = {name: rng.random(options.experts) for name in inspection.moe_layers(model)}
+    surgery.prune_experts(model, by, options.keep, data)
+    return model
+
+
+def validate(model, validation, options):
+    ids, following = validation[:, :-1], validation[:, 1:]
+    return float(model.evaluate(ids, following, batch_size=options.batch_size, verbose=0))
+
+
+def print_table(results):
+    everything = results["all experts"]
+    print(f"\n{'':<12} {'validation loss':>20} {'rise':>20}")
+    for name, losses in results.items():
+        rise = spread([loss - whole for loss, whole in zip(losses, everything)], "{:.4f}")
+        print(f"{name:<12} {spread(losses, '{:.4f}'):>20} {rise:>20}")
+
+
+if __name__ == "__main__":
+    main()
