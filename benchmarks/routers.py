@@ -48,7 +48,7 @@ def race(name, num_experts, inputs, options):
     routing, step = summarise(*interleave(steps, options.rounds), "step")
     return {
         "name": name,
-        "top_k": router.top_k,
+        "top_k": router.max_top_k,
         "routing_ms": routing["ms"],
         "step_ms": step["ms"],
         **{

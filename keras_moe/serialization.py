@@ -14,16 +14,16 @@ _OF_KERAS = ("trainable", "dtype", "name")
 _register = keras.saving.register_keras_serializable(package=PACKAGE)
 
 
-def register(cls):
-    """Register a class of this package with Keras, and spell out the signature of its constructor.
+def register(thing):
+    """Register a class or function of this package with Keras, and spell out a class's signature.
 
     A constructor hands what it does not name to its base class as `**kwargs`. What those take is
     shown by `help`, `inspect.signature` and completion.
     """
-    for base in reversed(cls.__mro__):
+    for base in reversed(inspect.getmro(thing) if inspect.isclass(thing) else ()):
         if base.__module__.startswith(PACKAGE) and "__init__" in vars(base):
-            base.__init__.__signature__ = _spelled_out(base)
-    return _register(cls)
+            vars(base)["__init__"].__signature__ = _spelled_out(base)
+    return _register(thing)
 
 
 def _spelled_out(cls):

@@ -74,7 +74,7 @@ def _summary(name, layer):
     experts = sum(map(_size, parameters_of(layer.experts)))
     active = parameters - experts + round(experts * router.mean_top_k / num_experts)
     counts = ops.convert_to_numpy(layer.expert_counts.value).tolist()
-    return LayerSummary(name, num_experts, router.top_k, parameters, active, 2 * active, counts)
+    return LayerSummary(name, num_experts, router.max_top_k, parameters, active, 2 * active, counts)
 
 
 def _size(weight):

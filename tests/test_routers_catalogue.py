@@ -143,7 +143,7 @@ def test_a_router_equals_the_oracle_whatever_padding_holds(name, mode):
     assert_close(routing.probs[mask], probs[mask])
     np.testing.assert_array_equal(routing.counts, np.sum(expected_weights > 0, axis=0))
     assert not np.isnan(routing.weights).any()
-    assert routing.indices.dtype == np.int32 and routing.indices.shape == (T, router.top_k)
+    assert routing.indices.dtype == np.int32 and routing.indices.shape == (T, router.max_top_k)
 
 
 @by_case
@@ -390,7 +390,7 @@ def test_a_router_of_any_size_equals_the_oracle(name, mode):
         if name == "soft":  # Experts run on slots.
             counts = np.full(num_experts, num_sequences * slots)
         np.testing.assert_array_equal(routing.counts, counts)
-        assert routing.indices.shape == (num_tokens, router.top_k)
+        assert routing.indices.shape == (num_tokens, router.max_top_k)
         assert routing.indices.dtype == np.int32
         assert all(np.dtype(a.dtype) == "float32" for a in (routing.weights, routing.probs))
 

@@ -263,11 +263,11 @@ def _reasons_not_to_be_causal(layer):
             f"{type(router).__name__} chooses the experts of a token by {leak}. "
             "Use a causal router, such as TopKRouter."
         )
-    if capacity is not None and not capacity.is_causal(router.top_k):
+    if capacity is not None and not capacity.is_causal(router.max_top_k):
         yield (
-            f"A capacity with priority={capacity.priority!r} and {router.top_k} experts per token "
-            f"drops tokens for {leak}. Leave `capacity_factor` out, or use the priority 'position' "
-            "and one expert per token."
+            f"A capacity with priority={capacity.priority!r} and {router.max_top_k} experts per "
+            f"token drops tokens for {leak}. Leave `capacity_factor` out, or use the priority "
+            "'position' and one expert per token."
         )
 
 

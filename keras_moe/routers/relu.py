@@ -72,8 +72,8 @@ class ReLURouter(LogitRouter):
                 f"growth={growth!r}. Pass, for example, 1.2."
             )
         initial_strength = check_positive_number("initial_strength", initial_strength, example=1e-8)
-        self.target_top_k = top_k
-        self.max_top_k = self.top_k = max_top_k
+        self.top_k = top_k
+        self._max_top_k = max_top_k
         self.growth = growth
         self.initial_strength = initial_strength
 
@@ -90,8 +90,8 @@ class ReLURouter(LogitRouter):
         return f"The loss of the router balances the load: raise its growth of {self.growth:g}."
 
     @property
-    def mean_top_k(self):
-        return self.target_top_k
+    def max_top_k(self):
+        return self._max_top_k
 
     @property
     def min_top_k(self):
@@ -100,7 +100,7 @@ class ReLURouter(LogitRouter):
     def route(self, tokens, mask, training):
         logits, mask = self.logits(tokens, mask, training)
         scores = ops.relu(logits)
-        indices = top_k_indices(scores, self.top_k)
+        indices = top_k_indices(scores, self.max_top_k)
         weights = take_scores(scores, indices)
         # `not <=` and not `>`: a NaN score is shown, not hidden.
         indices = ops.where(ops.logical_not(weights <= 0), indices, -1)
@@ -116,14 +116,14 @@ class ReLURouter(LogitRouter):
         totals = backend.sum_over_replicas(ops.sum(ops.cast(serves_or_real, "float32"), axis=0))
         num_serving, num_real = totals[:-1], totals[-1]
         load = num_serving / ops.maximum(num_real, 1.0)
-        share = load * self.num_experts / self.target_top_k
+        share = load * self.num_experts / self.top_k
         mean_scores = masked_mean(scores, routing.mask)
         # A tensor of its own: PyTorch needs the old value for the gradient, after the assignment.
         strength = self.strength + 0.0
         self.add_loss(strength * ops.sum(ops.stop_gradient(share) * mean_scores))
         if not self.trainable:
             return
-        error = ops.sign(ops.sum(load) - self.target_top_k)
+        error = ops.sign(ops.sum(load) - self.top_k)
         error = ops.where(num_real > 0, error, 0.0)
         changed = strength * ops.power(self.growth, error)
         # Below where it began it would be nothing, and long in coming back.
@@ -132,7 +132,7 @@ class ReLURouter(LogitRouter):
     def get_config(self):
         return {
             **super().get_config(),
-            "top_k": self.target_top_k,
+            "top_k": self.top_k,
             "max_top_k": self.max_top_k,
             "growth": self.growth,
             "initial_strength": self.initial_strength,

@@ -34,8 +34,8 @@ class Router(keras.layers.Layer):
 
     It sets `causal` to False if a token's experts depend on other tokens of the batch: such a
     router must not serve a language model, and `default_losses` if it needs others than a balance
-    loss and a z-loss. And it overrides `plan` if its tokens do not choose experts, and `mean_top_k`
-    and `min_top_k` if K is only the most that may serve a token.
+    loss and a z-loss. And it overrides `plan` if its tokens do not choose experts, and `max_top_k`,
+    `mean_top_k` and `min_top_k` if tokens differ in how many experts serve them.
 
     Args:
         num_experts: number of experts, E. None: that of the layer the router is given to, which
@@ -142,11 +142,11 @@ class Router(keras.layers.Layer):
                 "Only routers that give each token its K best experts can replay `indices`. "
                 f"Received: indices for a `{type(self).__name__}`. Use `routers.TopKRouter`."
             )
-        if indices is not None and not fits(indices.shape, (tokens.shape[0], self.top_k)):
+        if indices is not None and not fits(indices.shape, (tokens.shape[0], self.max_top_k)):
             raise ValueError(
                 "`indices` must have the shape (T, K), a row for each token. Received: "
-                f"indices.shape={tuple(indices.shape)}, T={tokens.shape[0]}, K={self.top_k}. Pass "
-                "the `indices` of a routing of these tokens by this router."
+                f"indices.shape={tuple(indices.shape)}, T={tokens.shape[0]}, K={self.max_top_k}. "
+                "Pass the `indices` of a routing of these tokens by this router."
             )
         if indices is not None:
             check_is_integer("indices", indices)
@@ -158,6 +158,11 @@ class Router(keras.layers.Layer):
             f"{type(self).__name__} must implement `route(tokens, mask, training)` and return an "
             "`ops.Routing`."
         )
+
+    @property
+    def max_top_k(self):
+        """Most experts that serve a token, the K of a routing; `top_k`, unless overridden."""
+        return self.top_k
 
     @property
     def mean_top_k(self):
@@ -181,7 +186,7 @@ class Router(keras.layers.Layer):
         return None
 
     def compute_output_spec(self, tokens, mask=None, training=None, **known):
-        return routing_spec(tokens.shape[0], self.num_experts, self.top_k)
+        return routing_spec(tokens.shape[0], self.num_experts, self.max_top_k)
 
     def get_config(self):
         config = super().get_config()

@@ -52,7 +52,7 @@ class TopPRouter(LogitRouter):
             max_top_k = min(4, num_experts or 4)
         max_top_k = check_top_k(max_top_k, num_experts, "TopPRouter", name="max_top_k")
         self.threshold = threshold
-        self.max_top_k = self.top_k = max_top_k
+        self.top_k = max_top_k
 
     @property
     def min_top_k(self):

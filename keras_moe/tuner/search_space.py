@@ -80,7 +80,7 @@ class SearchSpace:
         with hp.name_scope(self.name):
             num_experts = _choose(hp, "num_experts", self.num_experts)
             router = self._sample_router(hp, num_experts)
-            hidden_dim = _choose(hp, "active_width", self.active_width) // router.top_k
+            hidden_dim = _choose(hp, "active_width", self.active_width) // router.max_top_k
             capacity = self.capacities[_choose(hp, "capacity_factor", list(self.capacities))]
             router_losses = [
                 losses.BY_NAME[loss](_choose(hp, f"{loss}_weight", weights))
@@ -107,7 +107,7 @@ class SearchSpace:
             check_choice("routers", name, TAKE_TOP_K + SET_TOP_K)
             top_k = self.top_k if name in TAKE_TOP_K else (None,)
             for combination in itertools.product(self.num_experts, top_k):
-                self._check_width(_router(name, *combination).top_k)
+                self._check_width(_router(name, *combination).max_top_k)
         for loss, weights in self.loss_weights.items():
             check_choice("loss_weights", loss, sorted(losses.BY_NAME))
             for weight in weights:
