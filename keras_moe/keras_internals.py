@@ -37,17 +37,21 @@ def rebuild(layer, shape):
     layer.build(shape)
 
 
-def refresh_parameters(model):
-    """Let go of the parameters of layers that are gone: on PyTorch each layer lists them all."""
+def forget_old_layers(model):
+    """Let go of layers of a model that are gone, and of their weights."""
     for layer in model._flatten_layers():
-        if hasattr(layer, "_torch_params"):
+        if hasattr(layer, "_torch_params"):  # PyTorch's list of all parameters in it
             layer._track_variables()
+        frozen = getattr(layer, "_compiled_trainable_state", None)  # as a model was compiled
+        if frozen is not None:
+            frozen.clear()
+            frozen.update({part: part.trainable for part in layer._flatten_layers()})
 
 
 __all__ = [
     "current_model",
+    "forget_old_layers",
     "get_keras_mask",
     "rebuild",
-    "refresh_parameters",
     "replace_sublayers",
 ]
