@@ -1,7 +1,9 @@
 """Our layer of gated experts against the MoE blocks of other packages, with the same weights.
 
     KERAS_BACKEND=torch python -m benchmarks.peers --experts 8 64
+    KERAS_BACKEND=torch python -m benchmarks.peers --models --tokens 1024 --tag -models
 
+With `--models`, a whole model of KerasHub is measured before and after `convert.sparsify`.
 The packages come with the extra `bench`. A peer whose outputs differ from ours by more than 1e-5,
 that is not installed, or that does not run here is not timed; its row says why. The ratio is its
 time by ours: above 1 it is slower.
@@ -10,6 +12,7 @@ time by ours: above 1 it is slower.
 import keras
 import numpy as np
 
+from benchmarks import peer_models
 from benchmarks.contestants import mixture, tokens
 from benchmarks.measure import interleave, print_table, summarise, write_json
 from benchmarks.options import describe, parse, parser
@@ -24,8 +27,10 @@ def main(arguments=None):
     rows = []
     for num_experts in options.experts:
         for num_tokens in options.tokens:
-            table = race(num_experts, num_tokens, options)
-            title = f"{describe(options)} E={num_experts} T={num_tokens}, forward+backward"
+            run = peer_models.race if options.models else race
+            table = run(num_experts, num_tokens, options)
+            what = "a whole model" if options.models else "forward+backward"
+            title = f"{describe(options)} E={num_experts} T={num_tokens}, {what}"
             print_table([row for row in table if "ms" in row], title)
             for row in table:
                 if "ms" not in row:
@@ -38,6 +43,7 @@ def main(arguments=None):
 def _parser():
     # Blocks that run all experts take seconds a step.
     options = parser(__doc__, gated=True, experts=[8, 32], rounds=3)
+    options.add_argument("--models", action="store_true", help="whole models of KerasHub")
     options.add_argument("--peers", nargs="+", default=list(RIVALS), choices=list(RIVALS))
     return options
 

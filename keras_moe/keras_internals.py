@@ -43,11 +43,15 @@ def rebuild(layer, shape):
     layer.build(shape)
 
 
-def refresh_parameters(model):
-    """Let go of the parameters of layers that are gone: on PyTorch each layer lists them all."""
+def forget_old_layers(model):
+    """Let go of layers of a model that are gone, and of their weights."""
     for layer in model._flatten_layers():
-        if hasattr(layer, "_torch_params"):
+        if hasattr(layer, "_torch_params"):  # PyTorch's list of all parameters in it
             layer._track_variables()
+        frozen = getattr(layer, "_compiled_trainable_state", None)  # as a model was compiled
+        if frozen is not None:
+            frozen.clear()
+            frozen.update({part: part.trainable for part in layer._flatten_layers()})
 
 
 def calls_of(model):
@@ -117,9 +121,8 @@ def forget_old_weights(model):
     Compiled functions are traced again, and the optimizer of a compiled model begins anew.
     """
     forget_compiled(model)
+    forget_old_layers(model)
     for layer in model._flatten_layers():
-        if hasattr(layer, "_torch_params"):  # PyTorch keeps the parameters of a layer in a dict.
-            layer._track_variables()
         optimizer = getattr(layer, "optimizer", None)
         if optimizer is not None:
             layer.optimizer = type(optimizer).from_config(optimizer.get_config())
@@ -135,13 +138,13 @@ __all__ = [
     "calls_of",
     "current_model",
     "forget_compiled",
+    "forget_old_layers",
     "forget_old_weights",
     "get_keras_mask",
     "let_go",
     "names_of",
     "open_to_state",
     "rebuild",
-    "refresh_parameters",
     "replace_sublayers",
     "set_state",
 ]

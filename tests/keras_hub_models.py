@@ -40,10 +40,9 @@ FAMILIES = {
         "Qwen3_5Moe",
         dict(
             _QWEN,
-            num_layers=2,
             shared_expert_intermediate_size=5,
             head_dim=8,
-            layer_types=["linear_attention", "full_attention"],
+            layer_types=["full_attention"],
             linear_num_key_heads=1,
             linear_num_value_heads=2,
             linear_key_head_dim=4,

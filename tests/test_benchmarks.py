@@ -194,6 +194,15 @@ def test_peers_agree_or_say_why_they_are_not_timed():
             assert by_name[name]["max_difference"] <= 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning")
+def test_a_model_of_keras_hub_is_timed_before_and_after():
+    pytest.importorskip("keras_hub")
+    rows = peers.main(["--smoke", "--models"])
+    assert written("peers")["rows"] == rows and len(rows) == 4
+    assert_timed(rows)
+    assert all(row["max_difference"] <= 1e-5 for row in rows)
+
+
 def test_ragged_dot_needs_no_package():
     if BACKEND != "jax":
         pytest.skip("ragged_dot is JAX's own")

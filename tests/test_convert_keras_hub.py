@@ -1,9 +1,16 @@
 """Models of KerasHub compute the same with our layers in them, and can be saved and restored."""
 
+import gc
+import os
+import pathlib
+import subprocess
+import sys
+import weakref
+
 import keras
 import numpy as np
 import pytest
-from conftest import assert_close
+from conftest import BACKEND, assert_close
 from keras import ops
 
 from keras_moe import convert, inspection
@@ -18,6 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`compile\\(\\)` was not called:UserWarning"),
     pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning"),
 ]
+ROOT = pathlib.Path(__file__).parents[1]
 LENGTH = 6
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -25,10 +33,6 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 def logits_of(model, inputs):
     """Logits at all positions that are no padding."""
     return model.predict_on_batch(inputs)[inputs["padding_mask"].astype(bool)]
-
-
-def arrays(model):
-    return [ops.convert_to_numpy(variable) for variable in parameters_of(model)]
 
 
 def assert_same_parameters(model, other, tolerance=0):
@@ -78,3 +82,87 @@ def test_files_are_those_of_keras_hub_and_a_saved_model_is_sparse_again(family, 
     preset = keras_hub.models.Backbone.from_preset(str(tmp_path / "preset"))
     assert type(preset) is type(blank.backbone)
     assert_same_parameters(preset, blank.backbone)
+
+
+def test_a_saved_model_is_sparse_in_a_process_of_its_own(tmp_path):
+    model = convert.sparsify(causal_lm("gpt_oss"))
+    model.save(tmp_path / "model.keras")
+    inputs = prompts(LENGTH, (6, 4))
+    np.savez(tmp_path / "inputs.npz", **inputs)
+    code = (
+        "import keras, numpy, keras_moe\n"
+        "model = keras.saving.load_model('model.keras')\n"
+        "assert keras_moe.inspection.moe_layers(model)\n"
+        "numpy.save('logits.npy', model.predict_on_batch(dict(numpy.load('inputs.npz'))))\n"
+    )
+    environment = {**os.environ, "KERAS_BACKEND": BACKEND, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    logits = np.load(tmp_path / "logits.npy")[inputs["padding_mask"].astype(bool)]
+    assert_close(logits, logits_of(model, inputs))
+
+
+def test_old_weights_do_not_stay_behind():
+    model = causal_lm("mixtral")
+    (block,) = (layer.expert_bank for layer in model._flatten_layers() if _has_bank(layer))
+    kernels = [weakref.ref(weight) for weight in block.weights]
+    if BACKEND != "tensorflow":
+        kernels += [weakref.ref(weight.value) for weight in block.weights]
+    del block
+    convert.sparsify(model)
+    gc.collect()
+    assert all(kernel() is None for kernel in kernels)
+    (mixture,) = inspection.moe_layers(model).values()
+    kernels = [weakref.ref(weight) for weight in mixture.weights]
+    del mixture
+    convert.restore(model)
+    gc.collect()
+    assert all(kernel() is None for kernel in kernels)
+
+
+def _has_bank(layer):
+    return hasattr(layer, "expert_bank")
+
+
+@pytest.mark.parametrize(
+    "family, is_told", [("mixtral", True), ("qwen3_moe", True), ("gpt_oss", False)]
+)
+def test_padding_is_not_routed_where_the_block_is_given_a_mask(family, is_told):
+    model = convert.sparsify(causal_lm(family))
+    inputs = prompts(LENGTH, (6, 2))
+    (routings,) = inspection.record_routings(model, [inputs]).values()
+    real = np.ones((2, LENGTH), bool) if not is_told else inputs["padding_mask"].astype(bool)
+    np.testing.assert_array_equal(np.concatenate([r.mask for r in routings]), real.reshape(-1))
+
+
+def test_lora_of_keras_hub_trains_its_factors_alone():
+    model = convert.sparsify(causal_lm("mixtral"))
+    model.backbone.enable_lora(2)
+    names = {variable.name for variable in model.backbone.trainable_variables}
+    assert names == {"lora_kernel_a", "lora_kernel_b"}
+    inputs = prompts(LENGTH, (LENGTH,))
+    before = logits_of(model, inputs)
+    model.compile("sgd", "sparse_categorical_crossentropy", jit_compile=False)
+    model.fit(inputs, inputs["token_ids"], epochs=2, verbose=0)
+    assert not np.allclose(logits_of(model, inputs), before)
+
+
+def test_layers_that_are_frozen_remain_so():
+    model = causal_lm("qwen_moe")
+    model.backbone.transformer_layers[0].trainable = False
+    count = len(model.trainable_variables)
+    assert len(convert.sparsify(model).trainable_variables) == count
+    assert len(convert.restore(model).trainable_variables) == count
+
+
+def test_other_models_are_refused_and_converting_twice_changes_nothing():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    with pytest.raises(ValueError, match="must have a MoE block of KerasHub"):
+        convert.sparsify(model)
+    with pytest.raises(ValueError, match="must have been converted by `sparsify`"):
+        convert.restore(model)
+    model = convert.sparsify(causal_lm("mixtral"))
+    (layer,) = inspection.moe_layers(model).values()
+    assert list(inspection.moe_layers(convert.sparsify(model)).values()) == [layer]

@@ -65,3 +65,27 @@ def test_the_recipes_for_parts_of_ones_own_run_and_are_short():
     text = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
     recipes = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     assert max(len(recipe.splitlines()) for recipe in recipes) <= 25
+
+
+@pytest.mark.filterwarnings("ignore:`compile\\(\\)` was not called:UserWarning")
+def test_the_guide_to_other_packages_converts_their_models(tmp_path, monkeypatch):
+    pytest.importorskip("keras_hub")
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    config = transformers.MixtralConfig(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=6,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+    )
+    transformers.MixtralForCausalLM(config).save_pretrained("other")
+    names = run("docs/convert.md", path="other")
+    assert names["tokens"].shape == (1, 5) and len(names["layers"]) == 1
+    assert names["outputs"].shape == (2, 10, 8)
+    assert list(names["arrays"])[:2] == [
+        "model.layers.0.block_sparse_moe.gate.weight",
+        "model.layers.0.block_sparse_moe.experts.0.w1.weight",
+    ]

@@ -35,6 +35,7 @@ LEVELS = {
     "health": 5,
     "summary": 5,
     "visualization": 5,
+    "replacing": 5,
     "__main__": 7,
 }
 TOP = 6

@@ -7,7 +7,7 @@ import keras
 from keras_moe.convert.keras_hub_families import FAMILIES, family_of
 from keras_moe.convert.sparse_backbone import mark, unmark
 from keras_moe.convert.sparse_blocks import SparseBlock, make_dense, make_sparse
-from keras_moe.keras_internals import refresh_parameters
+from keras_moe.keras_internals import forget_old_layers
 
 _COMPILED = ("train_function", "test_function", "predict_function", "generate_function")
 
@@ -92,7 +92,7 @@ def _sublayers(model):
 
 def _finish(model, mark_backbone):
     """Bring everything up to date that knew the old weights."""
-    refresh_parameters(model)
+    forget_old_layers(model)
     backbone = sys.modules["keras_hub"].models.Backbone
     for layer in list(model._flatten_layers()):
         if isinstance(layer, backbone):

@@ -129,6 +129,7 @@ def make_dense(block):
     for rule in family.weights:
         joined = rule.join([_as_array(own[name]) for name in rule.ours])
         getattr(bank, rule.theirs).assign(joined)
+    bank.trainable = mixture.experts.trainable
     if family.shared_gate:
         _assign(getattr(block, family.shared_gate), mixture.shared_gate)
     if family.shared:
