@@ -80,14 +80,13 @@ experts = [layers.FeedForwardExperts(NUM_EXPERTS, HIDDEN) for _ in range(2)]
 moe = [layers.MixtureOfExperts(each, name=f"moe_{n}") for n, each in enumerate(experts)]
 blocks = [layers.TransformerDecoderBlock(4, feedforward) for feedforward in moe]
 embedding = keras.layers.Embedding(len(vocabulary), FEATURES)
-to_logits = keras.Sequential(
-    [keras.layers.LayerNormalization(), keras.layers.Dense(len(vocabulary), dtype="float32")]
-)
+normalize = keras.layers.LayerNormalization()
+to_logits = keras.layers.Dense(len(vocabulary), dtype="float32")
 ids = keras.Input((LENGTH,), dtype="int32")
 hidden = embedding(ids)
 for block in blocks:
     hidden = block(hidden)
-model = keras.Model(ids, to_logits(hidden))
+model = keras.Model(ids, to_logits(normalize(hidden)))
 rate = keras.optimizers.schedules.CosineDecay(4e-3, EPOCHS * len(x) // BATCH_SIZE)
 loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 model.compile(keras.optimizers.Adam(rate), loss)
@@ -122,7 +121,7 @@ class Writer(keras.Model):
         for block, cache in zip(blocks, caches):
             hidden, cache = block(hidden, cache=cache, position=position)
             new.append(cache)
-        return to_logits(hidden[:, -1]), new
+        return to_logits(normalize(hidden))[:, -1], new
 
     def call(self, inputs):
         prompt, noise = inputs

@@ -23,7 +23,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe import callbacks, layers
+from keras_moe import layers
 
 NUM_PAIRS = 20_000  # more than there are: all of them
 NUM_WORDS = 6_000
@@ -49,10 +49,8 @@ from bible as es join bible as en using (bNumber, cNumber, vNumber)
 where es.bbName = 'v' and en.bbName = '4' order by bNumber, cNumber, vNumber"""
 with contextlib.closing(sqlite3.connect(path)) as database:
     verses = database.execute(query).fetchall()
-pairs = [
-    (chapter, *(re.findall(r"[^\W\d]+|[.,;!?]", text.lower()) for text in texts))
-    for chapter, *texts in verses
-]
+split = re.compile(r"[^\W\d]+|[.,;!?]").findall
+pairs = [(chapter, split(es.lower()), split(en.lower())) for chapter, es, en in verses]
 pairs = [pair for pair in pairs if max(map(len, pair[1:])) <= LENGTH][:NUM_PAIRS]
 counts = collections.Counter(word for _, *texts in pairs for text in texts for word in text)
 vocabulary = ["", "?", "<", ">", *(word for word, _ in counts.most_common(NUM_WORDS - 4))]
@@ -90,23 +88,17 @@ def read(source):
     return normalize_context(hidden), mask
 
 
-source, target = (keras.Input((LENGTH + n,), dtype="int32") for n in (2, 1))
+pair = keras.Input((2, LENGTH + 2), dtype="int32")
+source, target = pair[:, 0], pair[:, 1, :-1]  # the last of the target is only predicted
 context, context_mask = read(source)
 mask = ops.not_equal(target, PADDING)
 hidden = decoder(embed_word(target), mask=mask, context=context, context_mask=context_mask)
-model = keras.Model([source, target], to_logits(normalize(hidden)))
+model = keras.Model(pair, to_logits(normalize(hidden)))
 rate = keras.optimizers.schedules.CosineDecay(2e-3, EPOCHS * len(train) // BATCH_SIZE)
 loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=PADDING)
 model.compile(keras.optimizers.Adam(rate), loss)
-
-
-def data(ids):
-    """The model sees each word of the target and predicts the next."""
-    return [ids[:, 0], ids[:, 1, :-1]], ids[:, 1, 1:]
-
-
-how = {"batch_size": BATCH_SIZE, "epochs": EPOCHS, "callbacks": [callbacks.ExpertMonitor()]}
-model.fit(*data(train), validation_data=data(test), verbose=2, **how)
+how = {"batch_size": BATCH_SIZE, "epochs": EPOCHS, "verbose": 2}
+model.fit(train, train[:, 1, 1:], validation_data=(test, test[:, 1, 1:]), **how)
 
 """
 ## Beam search
@@ -114,9 +106,6 @@ model.fit(*data(train), validation_data=data(test), verbose=2, **how)
 Four translations of a verse grow side by side, a word at a time. The cache holds what the decoder
 computed of their words and of the Spanish verse. What has ended goes on with padding, at no cost.
 """
-
-only_padding = np.where(np.arange(len(vocabulary)) == PADDING, 0, -1e9).astype("float32")
-no_padding = np.where(np.arange(len(vocabulary)) <= UNKNOWN, -1e9, 0).astype("float32")
 
 
 class Translator(keras.Model):
@@ -128,13 +117,16 @@ class Translator(keras.Model):
         # All beams begin alike: only the first counts at first.
         scores = ops.convert_to_tensor([[0.0] + [-1e9] * (BEAMS - 1)] * size, "float32")
         first = ops.expand_dims(ops.arange(size, dtype="int32") * BEAMS, 1)
+        places = ops.arange(len(vocabulary))
 
         def write(position, text, scores, cache):
             last = ops.slice(text, [0, position], [size * BEAMS, 1])
             hidden, cache = decoder(embed_word(last), cache=cache, position=position)
-            log_probs = ops.log_softmax(to_logits(normalize(hidden))[:, 0] + no_padding)
+            logits = to_logits(normalize(hidden))[:, 0]
+            log_probs = ops.log_softmax(ops.where(places <= UNKNOWN, -1e9, logits))
             ended = ops.logical_or(ops.equal(last, END), ops.equal(last, PADDING))
-            sums = ops.reshape(scores, (-1, 1)) + ops.where(ended, only_padding, log_probs)
+            log_probs = ops.where(ended, ops.where(places == PADDING, 0.0, -1e9), log_probs)
+            sums = ops.reshape(scores, (-1, 1)) + log_probs
             scores, chosen = ops.top_k(ops.reshape(sums, (size, -1)), BEAMS)
             chosen = ops.cast(chosen, "int32")
             rows = ops.reshape(first + chosen // len(vocabulary), (-1,))
