@@ -1,0 +1,119 @@
+"""Images: a small vision mixture of experts
+
+Classifies handwritten digits with a Vision Transformer in which one block has a mixture of experts,
+as V-MoE does (Riquelme et al. 2021, arXiv:2106.05974), then shows which part of an image each
+expert looks at.
+
+    pip install ".[jax]" scikit-learn
+
+In a clone of the repository of keras_moe; `.[tensorflow]` and `.[torch]` work as well. The images,
+1,797 of 8 by 8 pixels, come with scikit-learn.
+"""
+
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", "torch"
+
+import keras
+import numpy as np
+from sklearn.datasets import load_digits
+
+from keras_moe import callbacks, inspection, layers, losses, routers
+
+NUM_IMAGES = 1_797
+PATCH = 2
+FEATURES = 48
+HIDDEN = 96
+NUM_EXPERTS = 8
+EPOCHS = 40
+BATCH_SIZE = 64
+
+"""
+## Images to patches
+
+An image is cut into 4 by 4 patches of 2 by 2 pixels. A patch is for a Vision Transformer what a
+word is for a language model.
+"""
+
+digits = load_digits()
+order = np.random.default_rng(0).permutation(len(digits.images))[:NUM_IMAGES]
+images = (digits.images[order] / 16).astype("float32")
+side = images.shape[1] // PATCH
+patches = images.reshape(-1, side, PATCH, side, PATCH).swapaxes(2, 3)
+patches = patches.reshape(len(images), side * side, PATCH * PATCH)
+num_test = len(images) // 5
+num_train = (len(images) - num_test) // BATCH_SIZE * BATCH_SIZE  # batches of one size
+x_train, y_train = patches[:num_train], digits.target[order][:num_train]
+x_test, y_test = patches[-num_test:], digits.target[order][-num_test:]
+
+"""
+## The model
+
+Two encoder blocks. The first has a dense feed-forward layer, the second a mixture of experts whose
+router is that of V-MoE: noise in training makes neighbouring experts take turns, and two losses
+keep the importance and the load of the experts even. As in the paper, an expert has a capacity:
+at most 1.25 times its equal share of the patches of a batch, and what is over passes by it.
+"""
+
+
+class Positions(keras.layers.Layer):
+    """Adds a learned vector to each patch that says where it is."""
+
+    def build(self, inputs_shape):
+        self.vectors = self.add_weight(name="vectors", shape=inputs_shape[1:])
+
+    def call(self, inputs):
+        return inputs + self.vectors
+
+
+experts = layers.MixtureOfExperts(
+    layers.FeedForwardExperts(NUM_EXPERTS, HIDDEN),
+    router=routers.VMoERouter(top_k=2),
+    router_losses=[losses.ImportanceVariation(0.005), losses.LoadVariation(0.005)],
+    capacity_factor=1.25,
+    name="experts",
+)
+dense = keras.Sequential(
+    [keras.layers.Dense(2 * HIDDEN, activation="gelu"), keras.layers.Dense(FEATURES)]
+)
+inputs = keras.Input(x_train.shape[1:])
+hidden = Positions()(keras.layers.Dense(FEATURES)(inputs))
+for feedforward in (dense, experts):
+    hidden = layers.TransformerEncoderBlock(4, feedforward, dropout=0.1)(hidden)
+hidden = keras.layers.GlobalAveragePooling1D()(keras.layers.LayerNormalization()(hidden))
+model = keras.Model(inputs, keras.layers.Dense(10, activation="softmax")(hidden))
+rate = keras.optimizers.schedules.CosineDecay(3e-3, EPOCHS * num_train // BATCH_SIZE)
+model.compile(keras.optimizers.Adam(rate), "sparse_categorical_crossentropy", metrics=["accuracy"])
+
+"""
+## Training
+
+The logs of the last epoch show the load of the experts and how many patches were over capacity.
+"""
+
+history = model.fit(
+    x_train,
+    y_train,
+    batch_size=BATCH_SIZE,
+    epochs=EPOCHS,
+    callbacks=[callbacks.ExpertMonitor()],
+    verbose=0,
+).history
+for name, values in history.items():
+    print(f"{name:40} {values[0]:8.4f} -> {values[-1]:8.4f}")
+_, accuracy = model.evaluate(x_test, y_test, batch_size=num_test, verbose=0)
+print(f"test accuracy: {accuracy:.1%}")
+
+"""
+## Where each expert looks
+
+For each patch of the image, the expert that is the first choice in most of the test images, and in
+how many percent of them.
+"""
+
+(routing,) = inspection.record_routings(model, [x_test])["experts"]
+first = routing.indices[:, 0].reshape(num_test, side * side)
+votes = np.stack([(first == expert).mean(axis=0) for expert in range(NUM_EXPERTS)])
+for row in range(side):
+    places = range(row * side, (row + 1) * side)
+    print("   ".join(f"{votes[:, n].argmax()} ({votes[:, n].max():3.0%})" for n in places))

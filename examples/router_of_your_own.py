@@ -1,0 +1,126 @@
+"""A router of your own
+
+Writes a router that this package does not have, trains it beside the usual one, and saves and loads
+the model: an expert has a centre, and a token goes to the experts whose centres are nearest.
+
+    pip install ".[jax]" scikit-learn
+
+In a clone of the repository of keras_moe; `.[tensorflow]` and `.[torch]` work as well. The data,
+handwritten digits of 8 by 8 pixels, come with scikit-learn.
+"""
+
+import os
+import pathlib
+import tempfile
+
+os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", "torch"
+
+import keras
+import numpy as np
+from keras import ops
+from sklearn.datasets import load_digits
+
+from keras_moe import callbacks, inspection, layers, routers
+
+NUM_IMAGES = 1_797
+NUM_EXPERTS = 10
+HIDDEN = 16
+EPOCHS = 30
+BATCH_SIZE = 64
+
+"""
+## The router
+
+Where each token takes its best K experts, only the logits are new: `project` maps tokens (T, D) to
+logits (T, E). Scores, choice, weights, padding and noise are those of `SelectionRouter`. A centre
+is as near as the negative squared distance is high.
+
+`register_keras_serializable` and `get_config` let a saved model find the class again.
+"""
+
+
+@keras.saving.register_keras_serializable("mine")
+class NearestCentreRouter(routers.SelectionRouter):
+    def __init__(self, num_experts=None, top_k=2, sharpness=1.0, **kwargs):
+        super().__init__(num_experts, top_k, **kwargs)
+        self.sharpness = sharpness
+
+    def build(self, tokens_shape):
+        self.centres = self.add_weight(
+            name="centres", shape=(self.num_experts, tokens_shape[-1]), initializer="normal"
+        )
+
+    def project(self, tokens):
+        differences = ops.expand_dims(tokens, 1) - self.centres
+        return -self.sharpness * ops.sum(ops.square(differences), axis=-1)
+
+    def get_config(self):
+        return {**super().get_config(), "sharpness": self.sharpness}
+
+
+"""
+## Two models that differ in the router
+
+The layer tells its router the number of experts, so the router needs only what is its own. Experts
+are small on purpose: none could tell all ten digits apart.
+"""
+
+digits = load_digits()
+order = np.random.default_rng(0).permutation(len(digits.data))[:NUM_IMAGES]
+x = ((digits.data[order] - digits.data.mean()) / digits.data.std()).astype("float32")
+y = digits.target[order]
+num_test = len(x) // 5
+num_train = (len(x) - num_test) // BATCH_SIZE * BATCH_SIZE  # batches of one size
+
+
+def train(router):
+    keras.utils.set_random_seed(0)
+    experts = layers.FeedForwardExperts(NUM_EXPERTS, HIDDEN)
+    model = keras.Sequential(
+        [
+            keras.Input((x.shape[1],)),
+            layers.MixtureOfExperts(experts, router=router, name="experts"),
+            keras.layers.Dense(10, activation="softmax"),
+        ]
+    )
+    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    history = model.fit(
+        x[:num_train],
+        y[:num_train],
+        batch_size=BATCH_SIZE,
+        epochs=EPOCHS,
+        callbacks=[callbacks.ExpertMonitor()],
+        verbose=0,
+    ).history
+    _, accuracy = model.evaluate(x[-num_test:], y[-num_test:], batch_size=num_test, verbose=0)
+    imbalance = history["experts_load_imbalance"][-1]
+    print(f"{type(router).__name__:20} test accuracy {accuracy:.1%}, imbalance {imbalance:.2f}")
+    return model
+
+
+train(routers.TopKRouter(top_k=1))
+model = train(NearestCentreRouter(top_k=1, sharpness=0.05))
+
+"""
+## What the experts serve
+
+Each row is a digit, each column an expert: how many percent of the images of the digit it gets.
+"""
+
+(routing,) = inspection.record_routings(model, [x])["experts"]
+for digit in range(10):
+    chosen = np.bincount(routing.indices[y == digit, 0], minlength=NUM_EXPERTS)
+    print(digit, *(f"{100 * share:4.0f}" for share in chosen / max(chosen.sum(), 1)))
+
+"""
+## Saving and loading
+
+A saved model finds the router by its registered name, on any backend.
+"""
+
+with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder, "model.keras")
+    model.save(path)
+    loaded = keras.saving.load_model(path)
+before, after = (ops.convert_to_numpy(each(x[:8], training=False)) for each in (model, loaded))
+print("largest difference after loading:", np.abs(before - after).max())

