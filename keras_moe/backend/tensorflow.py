@@ -81,6 +81,11 @@ def unstack_sizes(sizes):
     return tf.unstack(sizes)
 
 
+def knows_sizes():
+    """Whether the entries of sizes are known integers."""
+    return False
+
+
 def multiply_groups(rows, sizes, experts, kernel, bias=None, transposed=False):
     """One group of rows through the affine map of its expert.
 
@@ -124,6 +129,14 @@ def stack_gradients(runs, kernels, biases):
     return [tf.stack(parts) for parts in (*kernel_parts, *bias_parts)]
 
 
+def argmax(scores):
+    """Where the largest of the last axis is, int32; the first of equals."""
+    # Two plain reductions are faster than one of pairs, under XLA several times.
+    best = tf.reduce_max(scores, axis=-1, keepdims=True)
+    number = scores.shape[-1]
+    return tf.reduce_min(tf.where(scores >= best, tf.range(number), number), axis=-1)
+
+
 def has_grouped_products(platform, dtype, widths):
     """TensorFlow has no grouped product."""
     return False
@@ -158,6 +171,11 @@ def scan(step, carry, xs):
         lambda i, *_: i < length, body, (0, carry, outputs), maximum_iterations=length
     )
     return carry, outputs.stack()
+
+
+def lacks_stable_sort():
+    """Whether equals are sorted in any order."""
+    return False
 
 
 def sort(integers):

@@ -5,7 +5,7 @@ import torch
 
 
 def compiles_static_shapes():
-    """PyTorch runs eagerly here: shapes may depend on data."""
+    """PyTorch runs eagerly here, or records slices as they are: shapes may depend on data."""
     return False
 
 
@@ -58,7 +58,14 @@ def differentiable(forward, backward, inputs, context):
     tensors = keras.tree.flatten(inputs)
     # Inside the function gradients are always off, and `needs_input_grad` does not ask whether.
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if is_exporting() or not keep:
+        return forward(inputs, context, keep=False)[0]
     return _Differentiable.apply(keep, forward, backward, inputs, context, *tensors)
+
+
+def is_exporting():
+    """Whether the code is traced into a program that has no gradients and changes no state."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def compile_once(function):
@@ -84,9 +91,35 @@ def gather_rows(tensor, indices):
     return rows.reshape(*indices.shape, *tensor.shape[1:])
 
 
+def lacks_stable_sort():
+    """Whether the code is traced for ONNX, which sorts equals in any order."""
+    return torch.jit.is_tracing()
+
+
+def sort(integers):
+    """A vector of integers in ascending order."""
+    return torch.sort(integers).values
+
+
 def unstack_sizes(sizes):
     """The entries of `sizes` (E,) one by one, usable as bounds of a slice."""
-    return sizes.tolist()
+    if torch.jit.is_tracing():  # it would take numbers for constants
+        return sizes.to(torch.int64).unbind()
+    numbers = sizes.tolist()
+    if torch.compiler.is_compiling():
+        for number in numbers:
+            torch._check(number >= 0)
+    return numbers
+
+
+def knows_sizes():
+    """Whether the entries of sizes are known integers: not in what is traced or exported."""
+    return not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+
+
+def argmax(scores):
+    """Where the largest of the last axis is, int32; the first of equals."""
+    return torch.argmax(scores, -1).to(torch.int32)
 
 
 def multiply_groups(rows, sizes, experts, kernel, bias=None, transposed=False):
@@ -104,6 +137,10 @@ def multiply_groups(rows, sizes, experts, kernel, bias=None, transposed=False):
         (R, H), or (R, D), in the dtype of the rows.
     """
     kernel = kernel.mT if transposed else kernel
+    if not knows_sizes():
+        (expert,) = experts
+        product = torch.mm(rows, kernel[expert].to(rows.dtype))
+        return product if bias is None else product + bias[expert].to(rows.dtype)
     outputs = rows.new_empty((rows.shape[0], kernel.shape[2]))
     for expert, part, output in zip(experts, rows.split(sizes), outputs.split(sizes)):
         factor = kernel[expert].to(rows.dtype)

@@ -10,12 +10,14 @@ class Setting(NamedTuple):
     - `static_shapes`: whether all shapes are fixed at compile time, as under XLA.
     - `dtype`: that of the tokens, a string.
     - `widths`: the width of the tokens, then the width that each kernel maps to.
+    - `knows_num_rows`: whether the number of rows is an integer, and not a symbol.
     """
 
     platform: str
     static_shapes: bool
     dtype: str
     widths: tuple
+    knows_num_rows: bool = True
 
 
 class Parameters(NamedTuple):

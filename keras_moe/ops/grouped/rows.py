@@ -13,7 +13,10 @@ from keras_moe.ops.groups import row_sums
 
 
 def supports(setting):
-    return backend.has_grouped_products(setting.platform, setting.dtype, setting.widths)
+    # The grids of kernels are integers.
+    return setting.knows_num_rows and backend.has_grouped_products(
+        setting.platform, setting.dtype, setting.widths
+    )
 
 
 def forward(setting, step, tokens, parameters, groups, keep):

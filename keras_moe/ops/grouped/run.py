@@ -35,19 +35,20 @@ def run_grouped(step, tokens, weights, kernels, biases, groups):
 def _run(step_and_platform, tokens, weights, parameters, groups):
     step, platform = step_and_platform
     run_on = {
-        name: functools.partial(_run_on, setting_of(name, tokens, parameters), step)
+        name: functools.partial(_run_on, setting_of(name, tokens, parameters, groups), step)
         for name in PLATFORMS
     }
     return on_platform(run_on, tokens, weights, parameters, groups, name=platform)
 
 
-def setting_of(platform, tokens, parameters):
+def setting_of(platform, tokens, parameters, groups):
     """The `Setting` of a grouped operation on a platform."""
     return Setting(
         platform=platform,
         static_shapes=backend.compiles_static_shapes(),
         dtype=keras.backend.standardize_dtype(tokens.dtype),
         widths=(tokens.shape[-1], *(kernel.shape[-1] for kernel in parameters.kernels)),
+        knows_num_rows=isinstance(groups.num_rows(), int),
     )
 
 

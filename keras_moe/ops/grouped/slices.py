@@ -92,12 +92,12 @@ def _runs(setting, groups):
     start = end = 0
     sizes: list = []
     experts: list = []
+    are_known = backend.knows_sizes()
     for expert, size in enumerate(backend.unstack_sizes(groups.sizes)):
-        is_known = isinstance(size, int)
         # Each operation on nothing would cost as much as on a few rows.
-        if is_known and size == 0:
+        if are_known and size == 0:
             continue
-        if sizes and not (is_known and end - start + size <= longest):
+        if sizes and not (are_known and end - start + size <= longest):
             yield _Run(sizes, experts, slice(start, end))
             start, sizes, experts = end, [], []
         sizes.append(size)
