@@ -36,7 +36,7 @@ def differentiable(forward, backward, inputs, context):
     `forward(inputs, context, keep)` returns `(output, saved)`; where `keep` is False, there is no
     backward pass, and nothing need be saved. `backward(inputs, context, saved, gradient)` returns
     gradients in the structure of `inputs`. `inputs` and `context` are structures of tensors; those
-    of `context` are integers, which have no gradient.
+    of `context` have no gradient.
     """
 
     @jax.custom_vjp
