@@ -8,7 +8,7 @@ from keras_moe.validation import check_positive_integer
 AXES = ("data", "expert")
 
 # Weights of `FeedForwardExperts` and `GatedExperts`, whose first axis is the experts.
-_KERNELS = r"(.*/)?(up|gate|down)_kernel"
+_KERNELS = r"(.*/)?(up|gate|down)_(kernel|lora_a|lora_b)"
 _BIASES = r"(.*/)?(up|gate|down)_bias"
 
 

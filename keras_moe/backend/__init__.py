@@ -3,6 +3,7 @@
 Everything else in the package is written with `keras.ops`. A backend module provides:
 
 - `compiles_static_shapes()`: whether the code being traced needs every shape fixed.
+- `argmax(scores)`: the place of the first of the largest.
 - `compile_once(function)`: a function that need not be compiled at each call.
 - `current_platform()`: the platform this process computes on, "cpu", "gpu" or "tpu".
 - `on_its_platform(functions, *operands)`: the function of the platform that is compiled for.
@@ -17,12 +18,15 @@ Each for some engines of `ops.grouped` only:
 - `grouped_products`, `grouped_kernel_gradients`: kernels for all rows at once.
 - `remakes_factors(platform)`: whether these gradients take a function for their left factor.
 - `slice_at(tensor, start, shape)`: a part of a tensor, where shapes are static.
-- `sort(integers)`: a vector of integers in ascending order, where shapes are static.
+- `sort(integers)`: a vector of integers in ascending order.
+- `is_exporting()`: whether what is traced has no gradients and changes no state.
+- `lacks_stable_sort()`: whether equals are sorted in any order.
 - `scan(step, carry, xs)`: a loop that can be differentiated, where shapes are static.
 - `batched_product(left, right)`: float32 products of matrices, where shapes are static.
 - `multiply_groups`, `stack_gradients`: affine maps of slices, and their gradients, where shapes are
   dynamic.
 - `unstack_sizes(sizes)`: the entries of a vector as bounds of slices, where shapes are dynamic.
+- `knows_sizes()`: whether these are known integers.
 
 And where several replicas or processes train one model; a backend without them has one:
 
@@ -82,12 +86,14 @@ def _primitive(name, module=_module):
     return getattr(module, name, lacking)
 
 
+argmax = _module.argmax
 compile_once = _module.compile_once
 compiles_static_shapes = _module.compiles_static_shapes
 current_platform = _module.current_platform
 differentiable = _module.differentiable
 gather_rows = _module.gather_rows
 has_grouped_products = _module.has_grouped_products
+lacks_stable_sort = _module.lacks_stable_sort
 on_its_platform = _module.on_its_platform
 sum_over_replicas = _module.sum_over_replicas
 vjp = _module.vjp
@@ -95,6 +101,7 @@ vjp = _module.vjp
 batched_product = _primitive("batched_product")
 grouped_kernel_gradients = _primitive("grouped_kernel_gradients")
 grouped_products = _primitive("grouped_products")
+knows_sizes = _primitive("knows_sizes")
 multiply_groups = _primitive("multiply_groups")
 remakes_factors = _primitive("remakes_factors")
 scan = _primitive("scan")
@@ -106,6 +113,7 @@ unstack_sizes = _primitive("unstack_sizes")
 expert_processes: Any = getattr(_processes, "expert_processes", lambda: None)
 split_experts = _primitive("split_experts", _processes)
 gather_over_replicas: Any = getattr(_module, "gather_over_replicas", lambda values: values)
+is_exporting: Any = getattr(_module, "is_exporting", lambda: False)
 num_replicas: Any = getattr(_module, "num_replicas", lambda: 1)
 separate_losses: Any = getattr(_module, "separate_losses", lambda layer: None)
 sum_of_counts: Any = getattr(_module, "sum_of_counts", lambda values: values)

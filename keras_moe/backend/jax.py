@@ -36,7 +36,7 @@ def differentiable(forward, backward, inputs, context):
     `forward(inputs, context, keep)` returns `(output, saved)`; where `keep` is False, there is no
     backward pass, and nothing need be saved. `backward(inputs, context, saved, gradient)` returns
     gradients in the structure of `inputs`. `inputs` and `context` are structures of tensors; those
-    of `context` are integers, which have no gradient.
+    of `context` have no gradient.
     """
 
     @jax.custom_vjp
@@ -76,6 +76,15 @@ def gather_rows(tensor, indices):
     return tensor.at[indices].get(mode="promise_in_bounds")
 
 
+def argmax(scores):
+    """Where the largest of the last axis is, int32; the first of equals."""
+    # Under XLA two plain reductions are several times as fast as one of pairs.
+    best = jnp.max(scores, axis=-1, keepdims=True)
+    number = scores.shape[-1]
+    places = jnp.arange(number, dtype="int32")
+    return jnp.min(jnp.where(scores >= best, places, number), axis=-1)
+
+
 def has_grouped_products(platform, dtype, widths):
     """Whether there are Pallas kernels for the platform and the dtype; they take any widths."""
     return jax_kernels.supports(platform, dtype)
@@ -99,6 +108,11 @@ def slice_at(tensor, start, shape):
 def scan(step, carry, xs):
     """`carry, y = step(carry, x)` along the first axis of `xs`: the last carry and all `y`."""
     return jax.lax.scan(step, carry, xs)
+
+
+def lacks_stable_sort():
+    """Whether equals are sorted in any order."""
+    return False
 
 
 def sort(integers):

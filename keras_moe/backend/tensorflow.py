@@ -36,7 +36,7 @@ def differentiable(forward, backward, inputs, context):
     `forward(inputs, context, keep)` returns `(output, saved)`; where `keep` is False, there is no
     backward pass, and nothing need be saved. `backward(inputs, context, saved, gradient)` returns
     gradients in the structure of `inputs`. `inputs` and `context` are structures of tensors; those
-    of `context` are integers, which have no gradient.
+    of `context` have no gradient.
     """
 
     @tf.custom_gradient
@@ -81,26 +81,35 @@ def unstack_sizes(sizes):
     return tf.unstack(sizes)
 
 
-def multiply_groups(rows, sizes, experts, kernel, bias=None, transposed=False):
+def knows_sizes():
+    """Whether the entries of sizes are known integers."""
+    return False
+
+
+def multiply_groups(rows, sizes, experts, kernel, bias=None, transposed=False, scale=None):
     """One group of rows through the affine map of its expert.
 
     Args:
         rows: (R, D), or (R, H) if `transposed`.
         sizes: list of one size, R.
         experts: list of one number, that of the expert.
-        kernel: (E, D, H), of any float dtype.
+        kernel: (E, D, H), of any float dtype, or of integers.
         bias: (E, H) or None.
         transposed: whether to multiply by the transposed kernel.
+        scale: (E, 1, H) that the kernel is multiplied by, or None.
 
     Returns:
         (R, H), or (R, D), in the dtype of the rows.
     """
     (expert,) = experts
-    product = tf.matmul(rows, tf.cast(kernel[expert], rows.dtype), transpose_b=transposed)
+    factor = tf.cast(kernel[expert], rows.dtype)
+    if scale is not None:
+        factor *= tf.cast(scale[expert], rows.dtype)
+    product = tf.matmul(rows, factor, transpose_b=transposed)
     return product if bias is None else product + tf.cast(bias[expert], rows.dtype)
 
 
-def stack_gradients(runs, kernels, biases):
+def stack_gradients(runs, kernels, biases, num_frozen=0):
     """The gradients of kernels and biases.
 
     Args:
@@ -108,7 +117,8 @@ def stack_gradients(runs, kernels, biases):
             that its map took in and the gradients of those that it gave out. Each expert comes
             once, by itself, in order.
         kernels: list of tensors (E, D, H).
-        biases: as many tensors (E, H), or none.
+        biases: tensors (E, H) of the first maps, of all or of none.
+        num_frozen: how many maps stand before those of the kernels.
 
     Returns:
         List of tensors like the kernels, then like the biases.
@@ -116,12 +126,20 @@ def stack_gradients(runs, kernels, biases):
     kernel_parts: list[list] = [[] for _ in kernels]
     bias_parts: list[list] = [[] for _ in biases]
     for _, _, factors in runs:
-        for parts, (rows, gradient), kernel in zip(kernel_parts, factors, kernels):
+        for parts, (rows, gradient), kernel in zip(kernel_parts, factors[num_frozen:], kernels):
             parts.append(tf.cast(tf.matmul(rows, gradient, transpose_a=True), kernel.dtype))
         for parts, (_, gradient), bias in zip(bias_parts, factors, biases):
             total = tf.reduce_sum(tf.cast(gradient, "float32"), axis=0)
             parts.append(tf.cast(total, bias.dtype))
     return [tf.stack(parts) for parts in (*kernel_parts, *bias_parts)]
+
+
+def argmax(scores):
+    """Where the largest of the last axis is, int32; the first of equals."""
+    # Two plain reductions are faster than one of pairs, under XLA several times.
+    best = tf.reduce_max(scores, axis=-1, keepdims=True)
+    number = scores.shape[-1]
+    return tf.reduce_min(tf.where(scores >= best, tf.range(number), number), axis=-1)
 
 
 def has_grouped_products(platform, dtype, widths):
@@ -158,6 +176,11 @@ def scan(step, carry, xs):
         lambda i, *_: i < length, body, (0, carry, outputs), maximum_iterations=length
     )
     return carry, outputs.stack()
+
+
+def lacks_stable_sort():
+    """Whether equals are sorted in any order."""
+    return False
 
 
 def sort(integers):

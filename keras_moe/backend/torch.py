@@ -5,7 +5,7 @@ import torch
 
 
 def compiles_static_shapes():
-    """PyTorch runs eagerly here: shapes may depend on data."""
+    """PyTorch runs eagerly here, or records slices as they are: shapes may depend on data."""
     return False
 
 
@@ -53,12 +53,19 @@ def differentiable(forward, backward, inputs, context):
     `forward(inputs, context, keep)` returns `(output, saved)`; where `keep` is False, there is no
     backward pass, and nothing need be saved. `backward(inputs, context, saved, gradient)` returns
     gradients in the structure of `inputs`. `inputs` and `context` are structures of tensors; those
-    of `context` are integers, which have no gradient.
+    of `context` have no gradient.
     """
     tensors = keras.tree.flatten(inputs)
     # Inside the function gradients are always off, and `needs_input_grad` does not ask whether.
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if is_exporting() or not keep:
+        return forward(inputs, context, keep=False)[0]
     return _Differentiable.apply(keep, forward, backward, inputs, context, *tensors)
+
+
+def is_exporting():
+    """Whether the code is traced into a program that has no gradients and changes no state."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def compile_once(function):
@@ -84,44 +91,81 @@ def gather_rows(tensor, indices):
     return rows.reshape(*indices.shape, *tensor.shape[1:])
 
 
+def lacks_stable_sort():
+    """Whether the code is traced for ONNX, which sorts equals in any order."""
+    return torch.jit.is_tracing()
+
+
+def sort(integers):
+    """A vector of integers in ascending order."""
+    return torch.sort(integers).values
+
+
 def unstack_sizes(sizes):
     """The entries of `sizes` (E,) one by one, usable as bounds of a slice."""
-    return sizes.tolist()
+    if torch.jit.is_tracing():  # it would take numbers for constants
+        return sizes.to(torch.int64).unbind()
+    numbers = sizes.tolist()
+    if torch.compiler.is_compiling():
+        for number in numbers:
+            torch._check(number >= 0)
+    return numbers
 
 
-def multiply_groups(rows, sizes, experts, kernel, bias=None, transposed=False):
+def knows_sizes():
+    """Whether the entries of sizes are known integers: not in what is traced or exported."""
+    return not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+
+
+def argmax(scores):
+    """Where the largest of the last axis is, int32; the first of equals."""
+    return torch.argmax(scores, -1).to(torch.int32)
+
+
+def multiply_groups(rows, sizes, experts, kernel, bias=None, transposed=False, scale=None):
     """Groups of rows that stand one behind another, each through the affine map of its expert.
 
     Args:
         rows: (R, D), or (R, H) if `transposed`.
         sizes: list of the sizes of the groups.
         experts: list of the expert of each group.
-        kernel: (E, D, H), of any float dtype.
+        kernel: (E, D, H), of any float dtype, or of integers.
         bias: (E, H) or None.
         transposed: whether to multiply by the transposed kernel.
+        scale: (E, 1, H) that the kernel is multiplied by, or None.
 
     Returns:
         (R, H), or (R, D), in the dtype of the rows.
     """
-    kernel = kernel.mT if transposed else kernel
-    outputs = rows.new_empty((rows.shape[0], kernel.shape[2]))
-    for expert, part, output in zip(experts, rows.split(sizes), outputs.split(sizes)):
+
+    def factor_of(expert):
         factor = kernel[expert].to(rows.dtype)
+        if scale is not None:
+            factor = factor * scale[expert].to(rows.dtype)
+        return factor.mT if transposed else factor
+
+    if not knows_sizes():
+        (expert,) = experts
+        product = torch.mm(rows, factor_of(expert))
+        return product if bias is None else product + bias[expert].to(rows.dtype)
+    outputs = rows.new_empty((rows.shape[0], kernel.shape[1 if transposed else 2]))
+    for expert, part, output in zip(experts, rows.split(sizes), outputs.split(sizes)):
         if bias is None:
-            torch.mm(part, factor, out=output)
+            torch.mm(part, factor_of(expert), out=output)
         else:
-            torch.addmm(bias[expert].to(rows.dtype), part, factor, out=output)
+            torch.addmm(bias[expert].to(rows.dtype), part, factor_of(expert), out=output)
     return outputs
 
 
-def stack_gradients(runs, kernels, biases):
+def stack_gradients(runs, kernels, biases, num_frozen=0):
     """The gradients of kernels and biases; those of experts without rows are zero.
 
     Args:
         runs: iterable of the sizes and experts of some groups, and for each of the kernels the rows
             that its map took in and the gradients of those that it gave out. No expert comes twice.
         kernels: list of tensors (E, D, H).
-        biases: as many tensors (E, H), or none.
+        biases: tensors (E, H) of the first maps, of all or of none.
+        num_frozen: how many maps stand before those of the kernels.
 
     Returns:
         List of tensors like the kernels, then like the biases; of `None` if all are frozen.
@@ -132,10 +176,10 @@ def stack_gradients(runs, kernels, biases):
         return [None] * (len(kernels) + len(biases))
     kernel_gradients = [torch.empty_like(kernel) for kernel in kernels]
     bias_gradients = [torch.empty_like(bias) for bias in biases]
-    idle = set(range(kernels[0].shape[0]))
+    idle = set(range((kernels or biases)[0].shape[0]))
     for sizes, experts, factors in runs:
         idle.difference_update(experts)
-        for (rows, gradient), of_kernel in zip(factors, kernel_gradients):
+        for (rows, gradient), of_kernel in zip(factors[num_frozen:], kernel_gradients):
             for expert, left, right in zip(experts, rows.split(sizes), gradient.split(sizes)):
                 if of_kernel.dtype == rows.dtype:
                     torch.mm(left.T, right, out=of_kernel[expert])

@@ -1,10 +1,26 @@
 """The feed-forward network of one expert, plain or gated, as a grouped operation."""
 
+from typing import NamedTuple
+
 from keras_moe import backend
 from keras_moe.ops.assignments import Assignments, Choices
-from keras_moe.ops.grouped import feed_forward_step, run_grouped
+from keras_moe.ops.grouped import feed_forward_step, low_rank_step, run_grouped
+from keras_moe.ops.grouped.records import Quantized
 from keras_moe.ops.platforms import named_platform
 from keras_moe.ops.sharded import Exchange, run_sharded
+
+
+class LowRank(NamedTuple):
+    """Corrections of low rank of all kernels, `W + scale A B`.
+
+    - `downs`: a tensor A (E, D, r) for each kernel (E, D, H).
+    - `ups`: a tensor B (E, r, H) for each.
+    - `scale`: a float.
+    """
+
+    downs: list
+    ups: list
+    scale: float
 
 
 def grouped_feed_forward(
@@ -18,6 +34,7 @@ def grouped_feed_forward(
     expert_axis=None,
     clip=None,
     up_shift=0.0,
+    low_rank=None,
 ):
     """Each token through the feed-forward networks of its experts, weighted and summed.
 
@@ -40,6 +57,7 @@ def grouped_feed_forward(
         expert_axis: the mesh axis that splits the kernels' first axis, where there is one.
         clip, up_shift: with a gate, `(act(min(x G, clip)) * (clipped(x U) + up_shift)) V`, where
             `clipped` is from `-clip` to `clip`. None and 0 change nothing.
+        low_rank: a `LowRank`; the kernels are frozen then. None: there is no correction.
 
     Returns:
         (T, D') in the dtype of `tokens`. A token with no row is zero.
@@ -55,8 +73,18 @@ def grouped_feed_forward(
         )
     widths = tuple(kernel.shape[-1] for kernel in kernels)
     step = feed_forward_step(activation, widths, clip, up_shift)
+    frozen = [kernel for kernel in kernels if low_rank or isinstance(kernel, Quantized)]
+    trained = [] if frozen else kernels
+    if low_rank is not None:
+        step = low_rank_step(step, len(kernels), low_rank.scale)
+        trained = [*low_rank.downs, *low_rank.ups]
     if isinstance(groups, (Assignments, Choices)):
+        if any(isinstance(kernel, Quantized) for kernel in frozen):
+            raise ValueError(
+                "Quantized experts compute on one device. Received: quantized kernels under a "
+                "`keras.distribution`. Quantize without a distribution."
+            )
         shards = backend.token_shards()
         exchange = Exchange(step, shards, expert_axis, named_platform() or shards.platform)
-        return run_sharded(exchange, tokens, weights, kernels, list(biases), groups)
-    return run_grouped(step, tokens, weights, kernels, biases, groups)
+        return run_sharded(exchange, tokens, weights, [*frozen, *trained], list(biases), groups)
+    return run_grouped(step, tokens, weights, trained, biases, groups, frozen)

@@ -1,15 +1,16 @@
 """The platform that a program is compiled for: "cpu", "gpu" or "tpu"."""
 
 import contextlib
-import contextvars
 import functools
+import threading
 
 from keras_moe import backend
 from keras_moe.validation import check_choice
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 
-_named: contextvars.ContextVar = contextvars.ContextVar("platform", default=None)
+# Not a context variable, which `torch.compile` and `torch.export` cannot read.
+_of_thread = threading.local()
 
 
 @contextlib.contextmanager
@@ -41,16 +42,16 @@ def platform(name):
     (8, 16)
     """
     check_choice("name", name, PLATFORMS)
-    token = _named.set(name)
+    outer, _of_thread.name = named_platform(), name
     try:
         yield
     finally:
-        _named.reset(token)
+        _of_thread.name = outer
 
 
 def named_platform():
     """What an enclosing `platform` names, or None."""
-    return _named.get()
+    return getattr(_of_thread, "name", None)
 
 
 def keeping_platform(function):

@@ -34,20 +34,11 @@ def top_k_indices(scores, top_k):
     # NaN and minus infinity rank above the experts that are taken already.
     rest = ops.where(scores > LOW, scores, LOW)
     experts = ops.arange(num_experts, dtype="int32")
-    chosen = [_first_best(rest, experts)]
+    chosen = [backend.argmax(rest)]
     for _ in range(top_k - 1):
         rest = ops.where(ops.expand_dims(chosen[-1], 1) == experts, float("-inf"), rest)
-        chosen.append(_first_best(rest, experts))
+        chosen.append(backend.argmax(rest))
     return ops.stack(chosen, axis=1)
-
-
-def _first_best(scores, experts):
-    """The expert with the best score, the first of equals."""
-    if not backend.compiles_static_shapes():
-        return ops.cast(ops.argmax(scores, axis=-1), "int32")
-    # Under XLA two plain reductions are several times as fast as one of pairs.
-    best = ops.max(scores, axis=-1, keepdims=True)
-    return ops.min(ops.where(scores >= best, experts, experts.shape[0]), axis=-1)
 
 
 def best_places(scores, number):

@@ -33,7 +33,7 @@ def sort_by_expert(expert_of_assignment, num_keys):
     num_rows = ops.shape(expert_of_assignment)[0]
     numbers = ops.arange(num_rows, dtype="int32")
     fits = isinstance(num_rows, int) and num_keys * num_rows < 2**31
-    if backend.compiles_static_shapes() and fits:
+    if (backend.compiles_static_shapes() and fits) or backend.lacks_stable_sort():
         # Expert and number in one integer: XLA sorts plain integers several times as fast as
         # pairs, and no two are equal.
         order = backend.sort(expert_of_assignment * num_rows + numbers) % num_rows

@@ -182,6 +182,9 @@ class Router(keras.layers.Layer):
         """The rows that move: see `ops.plan_groups` for the arguments of a capacity."""
         return plan_groups(routing, **capacity)
 
+    def quantize(self, mode, type_check=True, config=None):
+        """Nothing: a router computes in float32. Keras asks every layer."""
+
     def compute_mask(self, tokens, mask=None):
         return None
 

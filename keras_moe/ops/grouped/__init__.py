@@ -15,6 +15,6 @@ Where to read, in the order of a batch:
 """
 
 from keras_moe.ops.grouped.run import run_grouped
-from keras_moe.ops.grouped.steps import feed_forward_step, product_step
+from keras_moe.ops.grouped.steps import feed_forward_step, low_rank_step, product_step
 
-__all__ = ["feed_forward_step", "product_step", "run_grouped"]
+__all__ = ["feed_forward_step", "low_rank_step", "product_step", "run_grouped"]

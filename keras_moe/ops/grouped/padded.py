@@ -3,7 +3,6 @@
 For XLA on devices that wait for the host, or run one product at a time, at each trip of a loop.
 """
 
-import keras
 from keras import ops
 
 from keras_moe import backend
@@ -57,7 +56,7 @@ def backward(setting, step, tokens, row_weights, parameters, groups, outputs, sa
         Parameters(
             [
                 _sum_by_expert(tiles, _kernel_gradients(*pair), kernel)
-                for pair, kernel in zip(factors, parameters.kernels)
+                for pair, kernel in zip(parameters.factors_of_kernels(factors), parameters.kernels)
             ],
             [
                 _sum_by_expert(tiles, ops.sum(ops.cast(right, "float32"), axis=1), bias)
@@ -73,13 +72,13 @@ def _tiles(groups):
 
 
 def _products(parameters, tiles, dtype):
-    num_experts = parameters.kernels[0].shape[0]
+    num_experts = parameters.all_kernels[0].shape[0]
     expert = ops.minimum(tiles.expert, num_experts - 1)
 
     def of_tiles(parameter):
         return ops.cast(backend.gather_rows(parameter, expert), dtype)
 
-    weights = keras.tree.map_structure(of_tiles, parameters)
+    weights = parameters.take(of_tiles)
 
     def project(rows, number):
         kernel, bias = weights.of(number)
@@ -87,7 +86,7 @@ def _products(parameters, tiles, dtype):
         return product if bias is None else product + ops.expand_dims(bias, 1)
 
     def pull(gradient, number):
-        return ops.matmul(gradient, ops.transpose(weights.kernels[number], (0, 2, 1)))
+        return ops.matmul(gradient, ops.transpose(weights.all_kernels[number], (0, 2, 1)))
 
     return products_of(project, pull)
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_moe import backend
-from keras_moe.ops.sizes import at_most
 
 
 class PaddedTiles(NamedTuple):
@@ -46,7 +45,8 @@ class PaddedTiles(NamedTuple):
 def pad_tiles(sizes, num_rows, length):
     """The `PaddedTiles` of groups that stand one behind another.
 
-    There are `R // B + E` tiles at most, and never more than rows.
+    There are `R // B + E` tiles at most, and never more than rows, where
+    their number is known.
 
     Args:
         sizes: (E,) int32.
@@ -54,7 +54,9 @@ def pad_tiles(sizes, num_rows, length):
         length: B, an integer.
     """
     num_experts = sizes.shape[0]
-    num_tiles = at_most(num_rows, num_rows // length + num_experts)
+    num_tiles = num_rows // length + num_experts
+    if isinstance(num_rows, int):
+        num_tiles = min(num_rows, num_tiles)
     tiles_of_expert = (sizes + length - 1) // length
     last_tiles, ends = ops.cumsum(tiles_of_expert), ops.cumsum(sizes)
     first_tiles, starts = last_tiles - tiles_of_expert, ends - sizes

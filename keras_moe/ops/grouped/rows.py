@@ -13,7 +13,9 @@ from keras_moe.ops.groups import row_sums
 
 
 def supports(setting):
-    return backend.has_grouped_products(setting.platform, setting.dtype, setting.widths)
+    # The grids of kernels are integers, and their factors are floats.
+    fits = setting.knows_num_rows and not setting.is_quantized
+    return fits and backend.has_grouped_products(setting.platform, setting.dtype, setting.widths)
 
 
 def forward(setting, step, tokens, parameters, groups, keep):
@@ -39,12 +41,12 @@ def backward(setting, step, tokens, row_weights, parameters, groups, outputs, sa
 
 def _products(setting, parameters, sizes):
     def multiply(rows, numbers, then):
-        kernels = [parameters.kernels[number] for number in numbers]
-        biases = [parameters.biases[number] for number in numbers] if parameters.biases else []
-        return backend.grouped_products(setting.platform, rows, kernels, biases, sizes, then)
+        kernels, biases = zip(*map(parameters.of, numbers))
+        biases = [] if biases[0] is None else list(biases)
+        return backend.grouped_products(setting.platform, rows, list(kernels), biases, sizes, then)
 
     def pull(gradient, number, then, *extras):
-        kernels = [parameters.kernels[number]]
+        kernels = [parameters.all_kernels[number]]
         return backend.grouped_products(
             setting.platform, gradient, kernels, [], sizes, then, extras, transposed=True
         )
@@ -56,10 +58,15 @@ def _parameter_gradients(setting, factors, parameters, sizes):
     kernels, biases = [], []
     for number, (left, right) in enumerate(factors):
         kernel, bias = parameters.of(number)
+        is_frozen = number < len(parameters.frozen)
+        if is_frozen and bias is None:
+            continue
         remade = left if isinstance(left, Remade) else Remade(None, (left,))
         of_kernel, of_bias = backend.grouped_kernel_gradients(
             setting.platform, remade.inputs, right, sizes, kernel, bias, remade.function
         )
-        kernels.append(of_kernel)
-        biases.append(of_bias)
-    return Parameters(kernels, biases if parameters.biases else [])
+        if not is_frozen:
+            kernels.append(of_kernel)
+        if bias is not None:
+            biases.append(of_bias)
+    return Parameters(kernels, biases)

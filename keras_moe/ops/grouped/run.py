@@ -7,11 +7,11 @@ from keras import ops
 
 from keras_moe import backend
 from keras_moe.ops.grouped import engines
-from keras_moe.ops.grouped.records import Parameters, Setting
+from keras_moe.ops.grouped.records import Parameters, Quantized, Setting
 from keras_moe.ops.platforms import PLATFORMS, named_platform, on_platform
 
 
-def run_grouped(step, tokens, weights, kernels, biases, groups):
+def run_grouped(step, tokens, weights, kernels, biases, groups, frozen=()):
     """Apply a step to every group of rows, and sum each token's rows by weight.
 
     Rows that belong to no group are not computed: padded and dropped assignments cost nothing.
@@ -21,13 +21,15 @@ def run_grouped(step, tokens, weights, kernels, biases, groups):
         tokens: (T, D).
         weights: (T, K) combine weights.
         kernels: list of tensors (E, D, H).
-        biases: as many tensors (E, H), or none.
+        biases: tensors (E, H) of the first kernels, or none.
         groups: an `ops.Groups` or an `ops.ChosenGroups`.
+        frozen: list of kernels without a gradient, tensors or `Quantized`, numbered before the
+            others.
 
     Returns:
         (T, `step.output_width`) in the dtype of `tokens`.
     """
-    parameters = Parameters(list(kernels), list(biases))
+    parameters = Parameters(list(kernels), list(biases), list(frozen))
     return _run((step, named_platform()), tokens, weights, parameters, groups)
 
 
@@ -35,32 +37,38 @@ def run_grouped(step, tokens, weights, kernels, biases, groups):
 def _run(step_and_platform, tokens, weights, parameters, groups):
     step, platform = step_and_platform
     run_on = {
-        name: functools.partial(_run_on, setting_of(name, tokens, parameters), step)
+        name: functools.partial(_run_on, setting_of(name, tokens, parameters, groups), step)
         for name in PLATFORMS
     }
     return on_platform(run_on, tokens, weights, parameters, groups, name=platform)
 
 
-def setting_of(platform, tokens, parameters):
+def setting_of(platform, tokens, parameters, groups):
     """The `Setting` of a grouped operation on a platform."""
     return Setting(
         platform=platform,
         static_shapes=backend.compiles_static_shapes(),
         dtype=keras.backend.standardize_dtype(tokens.dtype),
-        widths=(tokens.shape[-1], *(kernel.shape[-1] for kernel in parameters.kernels)),
+        widths=(tokens.shape[-1], *(kernel.shape[-1] for kernel in parameters.all_kernels)),
+        knows_num_rows=isinstance(groups.num_rows(), int),
+        is_quantized=any(isinstance(kernel, Quantized) for kernel in parameters.frozen),
     )
 
 
 def _run_on(setting, step, tokens, weights, parameters, groups):
     engine = engines.choose(setting)
 
-    def forward(inputs, groups, keep):
-        tokens, weights, parameters = inputs
+    def forward(inputs, context, keep):
+        tokens, weights, trained = inputs
+        groups, frozen = context
+        parameters = trained._replace(frozen=frozen)
         outputs, saved = engine.forward(setting, step, tokens, parameters, groups, keep)
         return ops.cast(groups.sum_rows(outputs, weights), tokens.dtype), (outputs, saved)
 
-    def backward(inputs, groups, residuals, gradient):
-        tokens, weights, parameters = inputs
+    def backward(inputs, context, residuals, gradient):
+        tokens, weights, trained = inputs
+        groups, frozen = context
+        parameters = trained._replace(frozen=frozen)
         row_weights = groups.weight_of_row(weights)
         gradients = engine.backward(
             setting, step, tokens, row_weights, parameters, groups, *residuals, gradient
@@ -71,4 +79,5 @@ def _run_on(setting, step, tokens, weights, parameters, groups):
             gradients.parameters,
         )
 
-    return backend.differentiable(forward, backward, (tokens, weights, parameters), groups)
+    trained, context = parameters._replace(frozen=[]), (groups, parameters.frozen)
+    return backend.differentiable(forward, backward, (tokens, weights, trained), context)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from keras import ops
 
 from keras_moe import backend
-from keras_moe.ops.grouped.records import Parameters, RowGradients
+from keras_moe.ops.grouped.records import Parameters, Quantized, RowGradients
 from keras_moe.ops.grouped.steps import products_of
 from keras_moe.ops.groups import row_sums
 
@@ -49,8 +49,11 @@ def backward(setting, step, tokens, row_weights, parameters, groups, outputs, sa
             weight_parts.append(row_sums(output_gradient, outputs[run.rows]))
             yield run.sizes, run.experts, factors
 
+    num_frozen = len(parameters.frozen)
     # Each run's gradients can be put in place before the next one's are computed.
-    gradients = backend.stack_gradients(factors_of_runs(), *parameters)
+    gradients = backend.stack_gradients(
+        factors_of_runs(), parameters.kernels, parameters.biases, num_frozen
+    )
     return RowGradients(
         _all_rows(row_parts, (tokens.shape[1], tokens.dtype), groups),
         _all_rows(weight_parts, (1, "float32"), groups)[:, 0],
@@ -71,15 +74,20 @@ class _Run(NamedTuple):
     def products(self, parameters):
         def project(rows, number):
             kernel, bias = parameters.of(number)
-            return backend.multiply_groups(rows, self.sizes, self.experts, kernel, bias)
+            return self._multiply(rows, kernel, bias)
 
         def pull(gradient, number):
-            kernel = parameters.kernels[number]
-            return backend.multiply_groups(
-                gradient, self.sizes, self.experts, kernel, transposed=True
-            )
+            return self._multiply(gradient, parameters.all_kernels[number], transposed=True)
 
         return products_of(project, pull)
+
+    def _multiply(self, rows, kernel, bias=None, transposed=False):
+        scale = None
+        if isinstance(kernel, Quantized):
+            kernel, scale = kernel
+        return backend.multiply_groups(
+            rows, self.sizes, self.experts, kernel, bias, transposed, scale
+        )
 
 
 def _runs(setting, groups):
@@ -92,12 +100,12 @@ def _runs(setting, groups):
     start = end = 0
     sizes: list = []
     experts: list = []
+    are_known = backend.knows_sizes()
     for expert, size in enumerate(backend.unstack_sizes(groups.sizes)):
-        is_known = isinstance(size, int)
         # Each operation on nothing would cost as much as on a few rows.
-        if is_known and size == 0:
+        if are_known and size == 0:
             continue
-        if sizes and not (is_known and end - start + size <= longest):
+        if sizes and not (are_known and end - start + size <= longest):
             yield _Run(sizes, experts, slice(start, end))
             start, sizes, experts = end, [], []
         sizes.append(size)

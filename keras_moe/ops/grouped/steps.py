@@ -153,5 +153,55 @@ def product_step(width):
     return Step(forward, backward, saved_widths=(), output_width=width)
 
 
+@functools.lru_cache
+def low_rank_step(step, num_kernels, scale):
+    """A step whose kernels W each have a correction of low rank: `x W + scale (x A) B`.
+
+    The corrections are products of their own: no full kernel is made, and only the factors of the
+    experts that have rows are touched. Hu et al. 2021 (arXiv:2106.09685), section 4.1.
+
+    Args:
+        step: a `Step` with `num_kernels` kernels. Behind them come all A, then all B.
+        num_kernels: an integer.
+        scale: a float.
+    """
+
+    def corrected(products):
+        def project(rows, number):
+            base, low = products.multiply(rows, [number], _unchanged), down(rows, number, products)
+            (high,) = products.multiply(low, [2 * num_kernels + number], _unchanged)
+            return base[0] + scale * high
+
+        def pull(gradient, number):
+            (base,) = products.pull(gradient, number, _unchanged)
+            low = pull_up(gradient, number, products)
+            (high,) = products.pull(low, num_kernels + number, _unchanged)
+            return base + high
+
+        return products_of(project, pull)
+
+    def down(rows, number, products):
+        (low,) = products.multiply(rows, [num_kernels + number], _unchanged)
+        return low
+
+    def pull_up(gradient, number, products):
+        (low,) = products.pull(scale * gradient, 2 * num_kernels + number, _unchanged)
+        return low
+
+    def forward(rows, products, keep):
+        return step.forward(rows, corrected(products), keep)
+
+    def backward(rows, products, saved, gradient):
+        row_gradient, factors = step.backward(rows, corrected(products), saved, gradient)
+        numbered = list(enumerate(factors))
+        of_downs = [(left, pull_up(right, number, products)) for number, (left, right) in numbered]
+        of_ups = [
+            (down(left, number, products), scale * right) for number, (left, right) in numbered
+        ]
+        return row_gradient, [*factors, *of_downs, *of_ups]
+
+    return step._replace(forward=forward, backward=backward)
+
+
 def _unchanged(product):
     return (product,)

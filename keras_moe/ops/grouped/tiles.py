@@ -7,7 +7,6 @@ zeros, or ones as pre-activations; writes are overwritten by the next group or l
 
 from typing import Any, NamedTuple
 
-import keras
 from keras import ops
 
 from keras_moe import backend
@@ -82,7 +81,9 @@ def backward(setting, step, tokens, row_weights, parameters, groups, outputs, sa
             tile.write(carry.weight_gradients, weight_gradient),
             [
                 tile.add_to_expert(total, _narrow_first(*pair))
-                for total, pair in zip(carry.kernel_gradients, factors)
+                for total, pair in zip(
+                    carry.kernel_gradients, parameters.factors_of_kernels(factors)
+                )
             ],
             [
                 tile.add_to_expert(total, _column_sums(right))
@@ -202,7 +203,7 @@ def _products(parameters, expert, dtype):
     def of_expert(parameter):
         return ops.cast(_at(parameter, expert), dtype)
 
-    weights = keras.tree.map_structure(of_expert, parameters)
+    weights = parameters.take(of_expert)
 
     def project(rows, number):
         kernel, bias = weights.of(number)
@@ -210,7 +211,7 @@ def _products(parameters, expert, dtype):
         return product if bias is None else product + bias
 
     def pull(gradient, number):
-        return ops.matmul(gradient, ops.transpose(weights.kernels[number]))
+        return ops.matmul(gradient, ops.transpose(weights.all_kernels[number]))
 
     return products_of(project, pull)
 

@@ -1,0 +1,124 @@
+"""Exported programs: each runs without this package, for batches of any size."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from conftest import assert_close, to_numpy
+
+from keras_moe import layers, routers
+
+BACKEND = keras.backend.backend()
+S, D, E = 3, 8, 3
+BATCHES = (1, 5, 32)
+
+# What exporters and their runtimes warn of is not about this package.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def with_every_bank():
+    """A model of sequences that has each kind of bank once."""
+    inputs = keras.Input((S, D))
+    router = routers.TopKRouter(E, 2, score="sigmoid", balancer="loss_free")
+    gated = layers.GatedExperts(E, 16, use_bias=True)
+    x = layers.MixtureOfExperts(gated, router, shared_expert=keras.layers.Dense(D))(inputs)
+    small = keras.Sequential([keras.layers.Dense(4, "relu"), keras.layers.Dense(D)])
+    different = layers.LayerExperts([keras.layers.Dense(D), small])
+    bank = layers.ZeroComputationExperts(different, num_zero=1, num_identity=1, num_constant=1)
+    x = layers.MixtureOfExperts(bank)(x)
+    return keras.Model(inputs, keras.layers.Dense(2)(x))
+
+
+def batch(size):
+    return np.random.default_rng(size).normal(size=(size, S, D)).astype("float32")
+
+
+def by_keras(**kwargs):
+    def export(model, path):
+        model.export(path, verbose=False, **kwargs)
+
+    return export
+
+
+def by_torch(strict):
+    def export(model, path):
+        import torch
+
+        sizes = [({0: torch.export.Dim("batch", min=1)},)]
+        inputs = (torch.ones(2, S, D),)
+        program = torch.export.export(model, inputs, dynamic_shapes=sizes, strict=strict)
+        torch.export.save(program, path)
+
+    return export
+
+
+def by_jax(model, path):
+    import jax
+    from jax import export
+
+    (batch,) = export.symbolic_shape("batch")
+    inputs = jax.ShapeDtypeStruct((batch, S, D), "float32")
+    program = export.export(jax.jit(model), platforms=("cpu", "cuda", "tpu"))(inputs)
+    Path(path).write_bytes(program.serialize())
+
+
+CELLS = {
+    "tensorflow": [
+        ("saved_model", "model", by_keras()),
+        ("onnx", "model.onnx", by_keras(format="onnx")),
+        ("litert", "model.tflite", by_keras(format="litert")),
+    ],
+    "jax": [
+        ("saved_model", "model", by_keras()),
+        ("jax", "model.jax", by_jax),
+    ],
+    "torch": [
+        ("onnx", "model.onnx", by_keras(format="onnx")),
+        ("torch", "strict.pt2", by_torch(strict=True)),
+        ("torch", "model.pt2", by_torch(strict=False)),
+    ],
+}[BACKEND]
+
+
+@pytest.mark.parametrize(("form", "name", "export"), CELLS, ids=lambda value: str(value)[:12])
+def test_a_program_serves_batches_of_sizes_not_seen_at_export(form, name, export, tmp_path):
+    keras.utils.set_random_seed(0)
+    model = with_every_bank()
+    if BACKEND == "torch":
+        model.eval()
+    inputs = {str(size): batch(size) for size in BATCHES}
+    expected = {size: to_numpy(model(value)) for size, value in inputs.items()}
+    path = tmp_path / name
+    export(model, str(path))
+    outputs = run_in_a_process_of_its_own(form, path, inputs, tmp_path)
+    for size in inputs:
+        assert_close(outputs[size], expected[size])
+
+
+def run_in_a_process_of_its_own(form, path, inputs, folder):
+    np.savez(folder / "inputs.npz", **inputs)
+    script = Path(__file__).with_name("run_exported.py")
+    arguments = [form, path, folder / "inputs.npz", folder / "outputs.npz"]
+    # Without the folders of this package.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run(
+        [sys.executable, str(script), *map(str, arguments)], check=True, env=environment, cwd=folder
+    )
+    return np.load(folder / "outputs.npz")
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="a compiler of PyTorch")
+def test_torch_compile_computes_the_same():
+    import torch
+
+    keras.utils.set_random_seed(0)
+    model = layers.MixtureOfExperts(layers.GatedExperts(E, 16))
+    model.build((None, S, D))
+    compiled = torch.compile(model, backend="eager", dynamic=True)
+    for size in BATCHES[1:]:
+        outputs = compiled(torch.tensor(batch(size)))
+        assert_close(to_numpy(outputs), to_numpy(model(batch(size))))

@@ -1,0 +1,100 @@
+"""LoRA: frozen kernels, corrections of low rank, and what is saved of them."""
+
+import keras
+import numpy as np
+import pytest
+from conftest import assert_close, to_numpy
+from layer_checks import D, array, normal
+
+from keras_moe import layers
+
+E, H, RANK = 4, 6, 2
+BANKS = {
+    "gated": lambda: layers.GatedExperts(E, H),
+    "biased": lambda: layers.FeedForwardExperts(E, H),
+}
+
+
+def model_of(bank):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((D,))
+    return keras.Model(inputs, layers.MixtureOfExperts(bank)(inputs))
+
+
+def trained(model, epochs=2):
+    model.compile("adam", "mse")
+    model.fit(normal(8, D), normal(8, D), epochs=epochs, verbose=0)
+    return model
+
+
+@pytest.fixture(params=BANKS)
+def model(request):
+    return model_of(BANKS[request.param]())
+
+
+def bank_of(model):
+    return model.layers[-1].experts
+
+
+def test_nothing_changes_before_training_and_only_factors_after(model):
+    bank, x = bank_of(model), array(normal(8, D))
+    before = to_numpy(model(x))
+    bank.enable_lora(RANK)
+    assert_close(to_numpy(model(x)), before)
+    kernels = {name: to_numpy(getattr(bank, f"{name}_kernel")) for name in bank._projections()}
+    biases = E * (H + D) if bank.use_bias else 0
+    factors = sum(E * RANK * (D + H) for _ in kernels)
+    assert sum(np.prod(weight.shape) for weight in bank.trainable_variables) == factors + biases
+    trained(model)
+    for name, kernel in kernels.items():
+        np.testing.assert_array_equal(to_numpy(getattr(bank, f"{name}_kernel")), kernel)
+    assert np.any(to_numpy(bank.down_lora_b))
+
+
+def test_outputs_are_those_of_corrected_kernels(model, tmp_path):
+    bank, x = bank_of(model), array(normal(8, D))
+    bank.enable_lora(RANK, lora_alpha=6)
+    outputs = to_numpy(trained(model)(x))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert_close(to_numpy(loaded(x)), outputs)
+    assert bank_of(loaded).lora_rank == RANK and not np.any(to_numpy(bank_of(loaded).down_lora_b))
+    # The weights fit a model without LoRA.
+    model.save_weights(tmp_path / "merged.weights.h5")
+    plain = model_of(type(bank).from_config({**bank.get_config(), "lora_rank": None}))
+    plain.load_weights(tmp_path / "merged.weights.h5")
+    assert_close(to_numpy(plain(x)), outputs)
+
+
+def test_gradients_are_those_of_corrected_kernels(model):
+    """One step of descent on the factors equals one computed from full kernels."""
+    bank, x, y = bank_of(model), normal(8, D), normal(8, D)
+    bank.enable_lora(RANK, b_initializer="ones")
+    a, b = (to_numpy(weight) for weight in bank._factors_of("down"))
+    full = model_of(type(bank).from_config({**bank.get_config(), "lora_rank": None}))
+    full.set_weights(
+        [
+            bank._merged(weight.name[:-7]) if weight.name.endswith("_kernel") else to_numpy(weight)
+            for weight in full.weights
+            for weight in [next(w for w in model.weights if w.path.split("/")[-1] == weight.name)]
+        ]
+    )
+    start = to_numpy(bank_of(full).down_kernel)
+    for each in (model, full):
+        each.compile(keras.optimizers.SGD(1.0), "mse")
+        each.fit(x, y, batch_size=8, verbose=0)
+    descent = start - to_numpy(bank_of(full).down_kernel)
+    assert_close(a - to_numpy(bank.down_lora_a), descent @ np.swapaxes(b, 1, 2))
+    assert_close(b - to_numpy(bank.down_lora_b), np.swapaxes(a, 1, 2) @ descent)
+
+
+def test_errors_say_what_to_do():
+    bank = layers.GatedExperts(E, H)
+    with pytest.raises(ValueError, match="not yet built"):
+        bank.enable_lora(RANK)
+    bank.build((None, D))
+    with pytest.raises(ValueError, match="positive integer"):
+        bank.enable_lora(0)
+    bank.enable_lora(RANK)
+    with pytest.raises(ValueError, match="once"):
+        bank.enable_lora(RANK)
