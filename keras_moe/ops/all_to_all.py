@@ -46,8 +46,9 @@ def run_by_all_to_all(step, tokens, weights, parameters, experts, shards, axis, 
             weight = backend.exchange(buckets.weight_of_row(weights), axis)
             rows = Assignments.of(ops.expand_dims(expert, 1), num_local).sort()
             weights = ops.expand_dims(weight, 1)
-            kernels, biases = parameters
-            outputs = run_grouped(step, received, weights, kernels, biases, rows)
+            outputs = run_grouped(
+                step, received, weights, parameters.kernels, parameters.biases, rows
+            )
             return collect_rows(backend.exchange(outputs, axis), buckets)
 
         return run
