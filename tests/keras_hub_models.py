@@ -66,7 +66,7 @@ def causal_lm(family, **kwargs):
         old = ops.convert_to_numpy(variable)
         variable.assign(old + 0.1 * value if is_scale else 0.5 * value)
     model = getattr(keras_hub.models, f"{prefix}CausalLM")(backbone, preprocessor=None)
-    model.compile(optimizer="sgd", sampler="greedy", jit_compile=False)
+    model.compile(optimizer="sgd", sampler="greedy")
     return model
 
 

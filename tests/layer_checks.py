@@ -182,7 +182,7 @@ CASES = {
     layers.GatedFeedForward: Case(
         lambda: dict(hidden_dim=16),
         lambda: dict(activation="tanh", use_bias=True),
-        lambda layer: moe(shared_expert=layer, router_losses=()),
+        lambda layer: moe(shared_expert=layer),
     ),
     layers.LayerExperts: Case(
         lambda: dict(layers=[keras.layers.Dense(D), keras.layers.Dense(D, "tanh")]),

@@ -108,7 +108,7 @@ def test_old_weights_do_not_stay_behind():
     model = causal_lm("mixtral")
     (block,) = (layer.expert_bank for layer in model._flatten_layers() if _has_bank(layer))
     kernels = [weakref.ref(weight) for weight in block.weights]
-    if BACKEND != "tensorflow":
+    if BACKEND == "torch":  # whose tensors are copied
         kernels += [weakref.ref(weight.value) for weight in block.weights]
     del block
     convert.sparsify(model)
@@ -142,11 +142,15 @@ def test_lora_of_keras_hub_trains_its_factors_alone():
     model.backbone.enable_lora(2)
     names = {variable.name for variable in model.backbone.trainable_variables}
     assert names == {"lora_kernel_a", "lora_kernel_b"}
-    inputs = prompts(LENGTH, (LENGTH,))
-    before = logits_of(model, inputs)
-    model.compile("sgd", "sparse_categorical_crossentropy", jit_compile=False)
-    model.fit(inputs, inputs["token_ids"], epochs=2, verbose=0)
-    assert not np.allclose(logits_of(model, inputs), before)
+    before = [ops.convert_to_numpy(variable) for variable in model.trainable_variables]
+    inputs = prompts(LENGTH, (LENGTH, LENGTH))
+    model.compile("sgd")
+    model.fit(inputs, inputs["token_ids"], verbose=0)
+    changed = [
+        not np.array_equal(ops.convert_to_numpy(variable), old)
+        for variable, old in zip(model.trainable_variables, before)
+    ]
+    assert sum(changed) == len(changed) / 2  # the factors that begin at zero
 
 
 def test_layers_that_are_frozen_remain_so():

@@ -47,7 +47,7 @@ def sparsify(model):
             "Pass the `CausalLM` or `Backbone`."
         )
     for owner, block in blocks:
-        make_sparse(owner, block)
+        make_sparse(owner, block, family_of(block))
     _finish(model, mark)
     return model
 

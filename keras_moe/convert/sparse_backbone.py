@@ -1,6 +1,7 @@
 """How a backbone with sparse blocks is saved and loaded."""
 
 import contextlib
+from typing import Any
 
 import keras
 
@@ -17,11 +18,11 @@ class SparseBackbone:
     of its class there as well.
     """
 
-    replaced: type
+    replaced: Any
 
     def get_config(self):
         name = keras.saving.get_registered_name(self.replaced)
-        return {**super().get_config(), "sparsified": name}
+        return {**self.replaced.get_config(self), "sparsified": name}
 
     @classmethod
     def from_config(cls, config):

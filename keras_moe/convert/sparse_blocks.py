@@ -6,7 +6,7 @@ import functools
 import keras
 from keras import ops
 
-from keras_moe.convert.keras_hub_families import Family, family_of
+from keras_moe.convert.keras_hub_families import Family
 from keras_moe.keras_internals import rebuild, replace_sublayers
 from keras_moe.layers import GatedExperts, MixtureOfExperts
 from keras_moe.validation import fits
@@ -22,6 +22,8 @@ class SparseBlock:
 
     family: Family
     replaced: type
+    num_experts: int
+    _sparse_mixture: MixtureOfExperts
 
     def call(self, hidden_states, attention_mask=None, training=None):
         mask = token_mask(attention_mask, hidden_states.shape[:-1])
@@ -65,7 +67,7 @@ class RelaidExperts(GatedExperts):
             store[str(index)] = rule.join([own[name] for name in rule.ours])
 
     def load_own_variables(self, store):
-        own = {}
+        own: dict = {}
         for index, rule in enumerate(self._rules):
             own.update(zip(rule.ours, rule.split(store[str(index)])))
         names = self._weight_names()
@@ -85,9 +87,8 @@ class BareMixture(MixtureOfExperts):
         pass
 
 
-def make_sparse(owner, block):
-    """Turn a block of KerasHub, a sublayer of `owner`, into a `SparseBlock`."""
-    family = family_of(block)
+def make_sparse(owner, block, family):
+    """Turn a block of a family of KerasHub, a sublayer of `owner`, into a `SparseBlock`."""
     mixture = _mixture_like(block, family, name=f"{owner.name}_mixture")
     router_owner, router_name = _router_place(block, family)
     bank = getattr(block, family.experts)
