@@ -7,10 +7,13 @@ import keras
 import numpy as np
 import pytest
 
+import keras_moe
 from keras_moe import layers, ops, routers
 
 # Of KerasTuner.
 pytestmark = pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\):DeprecationWarning")
+# Public as functions; the reference shows them with their module.
+FUNCTIONS = ("report", "upcycle")
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -30,6 +33,24 @@ def test_the_example_of_the_readme_trains():
     ids = np.random.default_rng(0).integers(1, 20_000, (4, 6))
     history = model.fit(ids, np.arange(4), callbacks=[monitor], verbose=0).history
     assert "mixture_of_experts_load_imbalance" in {re.sub(r"_\d+_", "_", key) for key in history}
+
+
+def test_the_start_page_trains_saves_and_loads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run("docs/index.md")
+    assert names["layer"].router.num_experts == 8
+    assert (tmp_path / "model.keras").exists()
+
+
+def test_the_site_has_every_page_and_every_public_part():
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert pages == set(re.findall(r"[\w/]+\.md", site))
+    reference = "".join(path.read_text("utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
+    for name in dir(keras_moe):
+        if not name.startswith("__"):
+            home = getattr(keras_moe, name).__module__ if name in FUNCTIONS else f"keras_moe.{name}"
+            assert f"::: {home}" in reference, name
 
 
 def test_the_guide_to_routers_makes_layers_and_a_router():
