@@ -104,8 +104,17 @@ class SelectionRouter(LogitRouter):
         self._measured.assign(ops.where(is_last, 0.0, measured))
         self._measurements.assign(ops.where(is_last, 0, count))
 
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        updates = config.pop("updates_selection_bias", True)
+        router = super().from_config(config)
+        router.updates_selection_bias = updates
+        return router
+
     def get_config(self):
         balancer = self.balancer
+        frozen = {} if self.updates_selection_bias else {"updates_selection_bias": False}
         return {
             **super().get_config(),
             "top_k": self.top_k,
@@ -113,4 +122,5 @@ class SelectionRouter(LogitRouter):
             "renormalize": self.renormalize,
             "scaling_factor": self.scaling_factor,
             "balancer": balancer and keras.saving.serialize_keras_object(balancer),
+            **frozen,
         }
