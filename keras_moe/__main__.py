@@ -15,6 +15,7 @@ import numpy as np
 
 from keras_moe import inspection, metrics, report, saved_models, summary
 from keras_moe.command_line import OneLineParser, one_line_errors, stating
+from keras_moe.plain_text import as_text
 from keras_moe.validation import fits
 
 
@@ -102,7 +103,7 @@ def _inspect(options):
     model = saved_models.load(options.model)
     layers = summary.summarize(model)
     total, active = summary.count_parameters(model)
-    print(f"{model.name}: {total:,} parameters, {active:,} of them active for a token\n")
+    print(f"{as_text(model.name)}: {total:,} parameters, {active:,} of them active for a token\n")
     header = ("layer", "experts", "parameters", "active", "FLOPs a token", "busiest", "dead")
     rows = [(*header, "engine"), *map(_row, layers, inspection.describe(model))]
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -116,7 +117,7 @@ def _row(layer, description):
     used = sum(layer.counts) > 0
     busiest = float(metrics.load_imbalance(layer.counts)) + 1
     return (
-        layer.name,
+        as_text(layer.name),
         f"{layer.top_k} of {layer.num_experts}",
         f"{layer.parameters:,}",
         f"{layer.active_parameters:,}",

@@ -1,6 +1,7 @@
 """Classes that Keras saves and loads, and how a pluggable argument becomes an object of one."""
 
 import inspect
+import weakref
 
 import keras
 
@@ -43,6 +44,10 @@ def _spelled_out(cls):
     return signature.replace(parameters=[*parameters.values(), rest])
 
 
+# Layers that were made a part of another layer, and those of them that are parts of several.
+_used, _shared = weakref.WeakSet(), weakref.WeakSet()
+
+
 def resolve(argument, identifier, base, by_name=None, **defaults):
     """The object that `identifier` stands for.
 
@@ -62,6 +67,8 @@ def resolve(argument, identifier, base, by_name=None, **defaults):
     if isinstance(identifier, str) and identifier in by_name:
         return by_name[identifier](**defaults)
     if isinstance(identifier, base):
+        if isinstance(identifier, keras.Layer):
+            note_part(identifier)
         return identifier
     names = sorted(by_name)
     rule = f"`{argument}` must be an instance of `{base.__name__}`"
@@ -71,6 +78,24 @@ def resolve(argument, identifier, base, by_name=None, **defaults):
         f"{rule}. Received: {argument}={identifier!r} (of type {type(identifier).__name__}). "
         f"{_way_out(identifier, base, names)}"
     )
+
+
+def note_part(layer):
+    """Note that a layer became a part of another: `config_of` tells if it is one of several."""
+    (_shared if layer in _used else _used).add(layer)
+
+
+def config_of(layer):
+    """The config of a layer inside another, or None without one; a shared layer says that it is.
+
+    Keras marks layers that it meets twice, but copies the config of the first before it does.
+    """
+    if layer is None:
+        return None
+    config = keras.saving.serialize_keras_object(layer)
+    if layer in _shared:
+        config["shared_object_id"] = id(layer)
+    return config
 
 
 def _way_out(identifier, base, names):

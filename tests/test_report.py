@@ -13,6 +13,7 @@ from browser import open_page  # noqa: E402
 from layer_checks import E, moe, one_hot, one_hot_router, wide_identity  # noqa: E402
 
 import keras_moe  # noqa: E402
+import keras_moe.__main__  # noqa: E402
 from keras_moe import layers, routers  # noqa: E402
 
 EVIL = "<script>window.broken = true</script>"
@@ -173,6 +174,25 @@ def test_what_comes_from_data_is_text_and_never_markup(tmp_path):
         assert page.run("document.querySelector('.token').textContent") == EVIL
         assert page.run("document.querySelector('.document b').textContent") == EVIL
         assert page.run("document.querySelectorAll('figure svg').length") == 4
+
+
+ACTIVE = "a\u202eb\x1b[31m\nc\x00\u2066\u200d"
+
+
+def test_control_characters_stand_as_text_in_the_page_and_on_the_terminal(tmp_path, capsys):
+    name, documents = ACTIVE.replace("\x00", ""), balanced()
+    model = one_hot_model(name)
+    words = [[ACTIVE] * documents.shape[1]] * len(documents)
+    _, html = written(tmp_path, model, documents, [ACTIVE] * len(documents), words)
+    shown = r"a\u202eb\x1b[31m\nc\x00\u2066" + "\u200d"
+    layer = data_of(html)[0]
+    assert layer["labels"][0] == layer["texts"][0] == shown
+    assert layer["name"] == shown.replace(r"\x00", "")
+    assert not set(ACTIVE) & set(html) - set("abc[31m\n\u200d")
+    model = keras.Sequential([keras.Input((E,)), moe(name=name)], name=name)
+    model.save(tmp_path / "model.keras")
+    keras_moe.__main__.main(["inspect", str(tmp_path / "model.keras")])
+    assert not set(ACTIVE) & set(capsys.readouterr().out) - set("abc[31m\n\u200d")
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import pathlib
 import time
 
 from keras_moe import visualization
+from keras_moe.plain_text import as_text
 
 try:
     from tensorboard.compat.proto.event_pb2 import Event
@@ -42,13 +43,13 @@ class EventFiles:
             shares: dict of layers to one array (E,) for each epoch so far.
         """
         summaries = [
-            scalar_pb(f"{layer}/{key}", value)
+            scalar_pb(f"{as_text(layer)}/{key}", value)
             for layer, values in numbers.items()
             for key, value in values.items()
         ]
         for layer, epochs in shares.items():
-            summaries.append(histogram_pb(f"{layer}/shares", epochs[-1]))
-            summaries.append(_picture(f"{layer}/shares_over_time", {layer: epochs}))
+            summaries.append(histogram_pb(f"{as_text(layer)}/shares", epochs[-1]))
+            summaries.append(_picture(f"{as_text(layer)}/shares_over_time", {layer: epochs}))
         writer = self._writer(split)
         for summary in summaries:
             writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))

@@ -131,9 +131,11 @@ class ExpertHealth(keras.callbacks.Callback):
     def _act(self, name, layer):
         if self.rebalance and (name, "act") not in self._told:
             self._told.add((name, "act"))
-            factors = [10.0 if loss.balances else 1.0 for loss in layer.router_losses]
-            weights = layer.router_loss_weights
-            weights.assign(weights.value * ops.convert_to_tensor(factors, "float32"))
+            for index, loss in enumerate(layer.router_losses):
+                weight = _read(layer.router_loss_weights)[index]
+                # In a training that is resumed it may have been raised before.
+                if loss.balances and weight < 9 * loss.weight:
+                    layer.set_router_loss_weight(index, 10 * weight)
 
 
 class _Watch:

@@ -56,6 +56,7 @@ class DenseExperts(ExpertBank):
         super().__init__(num_experts, **kwargs)
         self.hidden_dim = hidden_dim
         self.activation = keras.activations.get(activation)
+        self.processes = None
         self.use_bias = check_flag("use_bias", use_bias)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)

@@ -7,7 +7,7 @@ from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.sublayers import are_alike, build_and_measure
 from keras_moe.ops.grouped.functions import Alike, engine_of, map_groups
 from keras_moe.parameters import parameters_of
-from keras_moe.serialization import register
+from keras_moe.serialization import config_of, note_part, register
 
 
 @register
@@ -116,8 +116,7 @@ class LayerExperts(ExpertBank):
         return self.layers[0].compute_output_shape(tokens_shape)
 
     def get_config(self):
-        layers = [keras.saving.serialize_keras_object(layer) for layer in self.layers]
-        return {**super().get_config(), "layers": layers}
+        return {**super().get_config(), "layers": [config_of(layer) for layer in self.layers]}
 
 
 def _as_function(layer, variables, compute):
@@ -173,4 +172,6 @@ def _as_layers(layers):
             "`layers` must be different objects: one that stands twice would be one expert with "
             f"two places. Received: {[layer.name for layer in layers]}. Make a new layer for each."
         )
+    for layer in layers:
+        note_part(layer)
     return layers

@@ -3,6 +3,7 @@
 import math
 
 import keras
+import numpy as np
 from keras import ops as keras_ops
 
 from keras_moe import backend, losses, ops, routers
@@ -11,7 +12,8 @@ from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.masks import mask_of
 from keras_moe.layers.sublayers import accepted_arguments, build_and_measure
 from keras_moe.ops.sizes import at_least
-from keras_moe.serialization import register, resolve
+from keras_moe.saved_state import load_draws, save_draws
+from keras_moe.serialization import config_of, register, resolve
 from keras_moe.validation import (
     check_float_inputs,
     check_mask,
@@ -164,8 +166,18 @@ class MixtureOfExperts(keras.layers.Layer):
         self.router_loss_totals = self._counter("router_loss_totals", (num_losses,))
         self.router_entropy_total = self._counter("router_entropy_total", ())
         self.call_count = self._counter("call_count", ())
-        # A loss that remembers is a new one for each layer, whoever else was given the same.
-        self.router_losses = [loss.build(self) for loss in self.router_losses]
+        self._build_losses()
+
+    def _build_losses(self):
+        """Build the losses; stateful ones are copied, one per layer, and have weights in it."""
+        built, self._loss_states = [], []
+        for loss in self.router_losses:
+            before = {id(variable) for variable in self.variables}
+            built.append(loss.build(self))
+            self._loss_states.append(
+                [variable for variable in self.variables if id(variable) not in before]
+            )
+        self.router_losses = built
 
     def _counter(self, name, shape):
         # Under `tf.distribute` each replica counts alone, and whoever reads gets the sum. That is
@@ -287,21 +299,63 @@ class MixtureOfExperts(keras.layers.Layer):
             counter.assign_add(value)
 
     def save_own_variables(self, store):
-        # What `ExpertMonitor` resets each epoch and weights that the losses have are not kept, so
-        # that a checkpoint fits a layer with other losses.
-        for counter in (self.expert_counts, self.dropped_count):
-            store[counter.name] = keras_ops.convert_to_numpy(counter)
+        # Not the sums that `ExpertMonitor` resets each epoch, which decide nothing.
+        for key, variable in self._saved().items():
+            store[key] = keras_ops.convert_to_numpy(variable)
+        for key, index in self._weight_keys():
+            loss = self.router_losses[index]
+            store[key] = np.array([loss.weight, self._loss_weights()[index]], "float32")
+        save_draws(self, store)
 
     def load_own_variables(self, store):
-        for counter in (self.expert_counts, self.dropped_count):
-            counter.assign(store[counter.name])
+        entries = load_draws(self, store)
+        if not self.built and "expert_counts" in entries:
+            raise ValueError(
+                "Weights are loaded into a layer that is built. Received: "
+                f"`load_weights` for layer {self.name!r}, which is not. Call the model on inputs, "
+                "or build it, first."
+            )
+        for key, variable in self._saved().items():
+            # A checkpoint fits a layer with other losses: those keep their own state.
+            if key in ("expert_counts", "dropped_count") or _fits(variable, entries.get(key)):
+                variable.assign(entries[key])
+        weights = self._loss_weights()
+        for key, index in self._weight_keys():
+            initial, weight = entries.get(key, (None, None))
+            # Who was given another weight wants that one, and not one that a schedule left.
+            if initial == np.float32(self.router_losses[index].weight):
+                weights[index] = weight
+        self._assign_loss_weights(weights)
+
+    def _saved(self):
+        """The variables that are saved, by the keys of their entries."""
+        if not self.built:
+            return {}
+        saved = {counter.name: counter for counter in (self.expert_counts, self.dropped_count)}
+        for index, loss in enumerate(self.router_losses):
+            for number, variable in enumerate(self._loss_states[index]):
+                saved[f"{_key(index, loss)}_state_{number}"] = variable
+        return saved
+
+    def _weight_keys(self):
+        losses = enumerate(self.router_losses)
+        return [(f"{_key(index, loss)}_weight", index) for index, loss in losses]
+
+    def _loss_weights(self):
+        if not self.built:
+            return np.array(self._initial_loss_weights, "float32")
+        return keras_ops.convert_to_numpy(self.router_loss_weights).copy()
+
+    def _assign_loss_weights(self, weights):
+        if self.built:
+            self.router_loss_weights.assign(weights)
+        else:
+            self._initial_loss_weights = weights.tolist()
 
     @property
     def loss_weights_in_force(self):
         """The weight that each router loss has now, a list of floats."""
-        if not self.built:
-            return list(self._initial_loss_weights)
-        return keras_ops.convert_to_numpy(self.router_loss_weights).astype("float64").tolist()
+        return self._loss_weights().astype("float64").tolist()
 
     def balance_advice(self):
         """What to try where the experts' load is uneven, by what balances it in this layer."""
@@ -331,12 +385,9 @@ class MixtureOfExperts(keras.layers.Layer):
                 "`index` must be the place of a loss in `router_losses`. Received: "
                 f"index={index!r} for {len(self.router_losses)} losses. Count them from 0."
             )
-        if not self.built:
-            self._initial_loss_weights[index] = weight
-            return
-        weights = keras_ops.convert_to_numpy(self.router_loss_weights).copy()
+        weights = self._loss_weights()
         weights[index] = weight
-        self.router_loss_weights.assign(weights)
+        self._assign_loss_weights(weights)
 
     def reset_counts(self):
         """Set everything that was counted back to zero."""
@@ -377,13 +428,12 @@ class MixtureOfExperts(keras.layers.Layer):
 
     def get_config(self):
         serialize = keras.saving.serialize_keras_object
-        shared = self.shared_expert
         return {
             **super().get_config(),
-            "experts": serialize(self.experts),
-            "router": serialize(self.router),
+            "experts": config_of(self.experts),
+            "router": config_of(self.router),
             "router_losses": [serialize(loss) for loss in self.router_losses],
-            "shared_expert": None if shared is None else serialize(shared),
+            "shared_expert": config_of(self.shared_expert),
             "gated_shared_expert": self.gated_shared_expert,
             "capacity_factor": self.capacity and serialize(self.capacity),
         }
@@ -425,6 +475,15 @@ def _sequence_length(shape):
     Never 0: where there are no tokens there are no sequences, and not any number of them.
     """
     return at_least(1, math.prod(shape[1:-1])) if len(shape) > 2 else None
+
+
+def _key(index, loss):
+    """What the entries of a loss begin with in a saved layer."""
+    return f"router_loss_{index}_{type(loss).__name__}"
+
+
+def _fits(variable, entry):
+    return entry is not None and tuple(entry.shape) == tuple(variable.shape)
 
 
 def _as_list(router_losses):

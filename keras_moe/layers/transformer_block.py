@@ -6,7 +6,8 @@ from keras import ops
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.sublayers import accepted_arguments, build_and_measure
 from keras_moe.ops import draws
-from keras_moe.serialization import resolve
+from keras_moe.saved_state import load_draws, save_draws
+from keras_moe.serialization import config_of, resolve
 from keras_moe.validation import (
     check_float_inputs,
     check_fraction,
@@ -36,7 +37,7 @@ class TransformerBlock(keras.layers.Layer):
             )
         self.examine_feedforward()
         self.dropout = dropout
-        self._seed_generator = keras.random.SeedGenerator() if dropout else None
+        self._seed_generator = draws.seeded_generator() if dropout else None
         self.supports_masking = True
 
     def examine_feedforward(self):
@@ -108,6 +109,13 @@ class TransformerBlock(keras.layers.Layer):
         branch = self.feedforward(self._feedforward_norm(hidden), **accepted)
         return self._add(hidden, branch, training)
 
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        save_draws(self, store)
+
+    def load_own_variables(self, store):
+        super().load_own_variables(load_draws(self, store))
+
     def compute_output_shape(self, inputs_shape):
         return tuple(inputs_shape)
 
@@ -115,6 +123,6 @@ class TransformerBlock(keras.layers.Layer):
         return {
             **super().get_config(),
             "num_heads": self.num_heads,
-            "feedforward": keras.saving.serialize_keras_object(self.feedforward),
+            "feedforward": config_of(self.feedforward),
             "dropout": self.dropout,
         }

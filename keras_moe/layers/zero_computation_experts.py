@@ -6,7 +6,7 @@ from keras import ops
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.ops.assignments import Choices
 from keras_moe.ops.groups import ChosenGroups
-from keras_moe.serialization import register, resolve
+from keras_moe.serialization import config_of, register, resolve
 from keras_moe.validation import is_whole
 
 
@@ -125,7 +125,7 @@ class ZeroComputationExperts(ExpertBank):
     def get_config(self):
         return {
             **super().get_config(),
-            "experts": keras.saving.serialize_keras_object(self.experts),
+            "experts": config_of(self.experts),
             "num_zero": self.num_zero,
             "num_identity": self.num_identity,
             "num_constant": self.num_constant,

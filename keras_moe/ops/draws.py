@@ -7,11 +7,21 @@ this kind: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """
 
 import math
+import random
 
 import keras
 from keras import ops
 
 from keras_moe import backend
+
+
+def seeded_generator():
+    """A `keras.random.SeedGenerator` with a seed of its own.
+
+    Without one PyTorch's dropout draws from the generator of the whole process, whose state no file
+    of a model holds. `keras.utils.set_random_seed` decides this one as well.
+    """
+    return keras.random.SeedGenerator(random.randrange(1, 10**9))
 
 
 def uniform(shape, seed):

@@ -8,6 +8,7 @@ from importlib import resources
 
 import numpy as np
 
+from keras_moe.plain_text import as_text
 from keras_moe.reporting.study import imbalance
 
 _NO_LAYER = (
@@ -23,13 +24,17 @@ def render(model_name, found):
         resources.files("keras_moe.reporting").joinpath("page.html").read_text(encoding="utf-8")
     )
     return template.substitute(
-        title=html.escape(f"Experts of {model_name}"),
+        title=_escape(f"Experts of {model_name}"),
         subtitle=_subtitle(found),
         verdicts="\n".join(_verdicts(found.layers)),
         layers=_table(found.layers) if found.layers else "",
         pictures="\n".join(_pictures(found.layers)),
         data=_script_data(found),
     )
+
+
+def _escape(text):
+    return html.escape(as_text(text))
 
 
 def _subtitle(found):
@@ -54,16 +59,16 @@ def _verdicts(layers):
 def _verdict(level, text, more):
     return (
         f'<li class="{level}"><span class="symbol" role="img" aria-label="{level}">'
-        f"{_SYMBOLS[level]}</span><p><strong>{html.escape(text)}</strong> {_with_code(more)}</p>"
+        f"{_SYMBOLS[level]}</span><p><strong>{_escape(text)}</strong> {_with_code(more)}</p>"
     )
 
 
 def _with_code(text):
-    return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text))
+    return re.sub("`([^`]+)`", r"<code>\1</code>", _escape(text))
 
 
 _COLUMNS = {
-    "Layer": lambda layer: html.escape(layer.summary.name),
+    "Layer": lambda layer: _escape(layer.summary.name),
     "Experts": lambda layer: f"{layer.summary.top_k} of {layer.summary.num_experts}",
     "Parameters": lambda layer: f"{layer.summary.parameters:,}",
     "active": lambda layer: f"{layer.summary.active_parameters:,}",
@@ -105,7 +110,7 @@ def _pictures(layers):
     from keras_moe.reporting.pictures import pictures
 
     for caption, svg in pictures(layers):
-        caption = html.escape(caption)
+        caption = _escape(caption)
         yield (
             f'<figure><div role="img" aria-label="{caption}">{svg}</div>'
             f"<figcaption>{caption}</figcaption></figure>"
@@ -129,12 +134,12 @@ def _layer_data(layer, num_documents):
     )
     chosen = np.take_along_axis(routing.probs, np.maximum(indices, 0), axis=1)
     return {
-        "name": layer.summary.name,
+        "name": as_text(layer.summary.name),
         "numExperts": layer.summary.num_experts,
         "topK": indices.shape[1],
         "positions": len(routing.mask) // num_documents,
         "counts": layer.counts.tolist(),
-        "texts": layer.texts,
+        "texts": [as_text(text) for text in layer.texts],
         "labels": _document_labels(layer, num_documents),
         "padding": np.flatnonzero(~routing.mask).tolist(),
         "experts": indices.reshape(-1).tolist(),
@@ -148,7 +153,7 @@ def _document_labels(layer, num_documents):
     if layer.labels is None:
         return None
     rows = layer.labels.reshape(num_documents, -1)
-    return [str(row[0]) for row in rows] if (rows == rows[:, :1]).all() else None
+    return [as_text(row[0]) for row in rows] if (rows == rows[:, :1]).all() else None
 
 
 def _percent(values):

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_moe import backend
 from keras_moe.ops import Routing, plan_groups
+from keras_moe.saved_state import load_draws, save_draws
 from keras_moe.validation import (
     check_host_integers,
     check_is_integer,
@@ -181,6 +182,13 @@ class Router(keras.layers.Layer):
     def plan(self, routing, **capacity):
         """The rows that move: see `ops.plan_groups` for the arguments of a capacity."""
         return plan_groups(routing, **capacity)
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        save_draws(self, store)
+
+    def load_own_variables(self, store):
+        super().load_own_variables(load_draws(self, store))
 
     def quantize(self, mode, type_check=True, config=None):
         """Nothing: a router computes in float32. Keras asks every layer."""

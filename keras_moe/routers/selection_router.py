@@ -115,8 +115,17 @@ class SelectionRouter(LogitRouter):
         self._measured.assign(ops.where(is_last, 0.0, measured))
         self._measurements.assign(ops.where(is_last, 0, count))
 
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        updates = config.pop("updates_selection_bias", True)
+        router = super().from_config(config)
+        router.updates_selection_bias = updates
+        return router
+
     def get_config(self):
         balancer = self.balancer
+        frozen = {} if self.updates_selection_bias else {"updates_selection_bias": False}
         return {
             **super().get_config(),
             "top_k": self.top_k,
@@ -125,4 +134,5 @@ class SelectionRouter(LogitRouter):
             "scaling_factor": self.scaling_factor,
             "use_bias": self.use_bias,
             "balancer": balancer and keras.saving.serialize_keras_object(balancer),
+            **frozen,
         }

@@ -4,6 +4,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe import metrics
+from keras_moe.plain_text import as_text
 from keras_moe.visualization.panels import PANEL_SIZE, count_on, heat_map, one_panel_a_layer
 from keras_moe.visualization.sources import as_tensors, each_token
 from keras_moe.visualization.sources import routings as routings_of
@@ -104,4 +105,5 @@ def _draw(axes, table_and_rows):
 
 
 def _shortened(text, length=24):
+    text = as_text(text)
     return text if len(text) <= length else f"{text[: length - 1]}…"

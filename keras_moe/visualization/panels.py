@@ -2,6 +2,8 @@
 
 import math
 
+from keras_moe.plain_text import as_text
+
 try:
     import matplotlib
     from matplotlib.figure import Figure
@@ -26,7 +28,7 @@ def one_panel_a_layer(layers, draw, panel_size=PANEL_SIZE):
         panels: list = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axes, (name, array) in zip(panels, layers.items()):
             draw(axes, array)
-            axes.set_title(" · ".join(part for part in (name, axes.get_title()) if part))
+            axes.set_title(" · ".join(part for part in (as_text(name), axes.get_title()) if part))
     for axes in panels[len(layers) :]:
         axes.remove()
     return figure
