@@ -167,6 +167,11 @@ def test_other_models_are_refused_and_converting_twice_changes_nothing():
         convert.sparsify(model)
     with pytest.raises(ValueError, match="must have been converted by `sparsify`"):
         convert.restore(model)
-    model = convert.sparsify(causal_lm("mixtral"))
-    (layer,) = inspection.moe_layers(model).values()
+    model = causal_lm("mixtral")
+    (layer,) = inspection.moe_layers(convert.sparsify(model)).values()
     assert list(inspection.moe_layers(convert.sparsify(model)).values()) == [layer]
+    model = causal_lm("mixtral")
+    block = model.backbone.transformer_layers[0]._sparse_moe_block
+    block._sparse_feedforward_gate_dense.quantize("int8")
+    with pytest.raises(ValueError, match="before it is quantized"):
+        convert.sparsify(model)

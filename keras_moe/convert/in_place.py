@@ -32,7 +32,7 @@ def sparsify(model):
         The model.
 
     Raises:
-        ValueError: If the model has no MoE block that is known here.
+        ValueError: If the model has no MoE block that is known here, or one that is quantized.
 
     Example:
 
@@ -46,6 +46,8 @@ def sparsify(model):
             f"model={model!r} without one of {', '.join(FAMILIES)}. "
             "Pass the `CausalLM` or `Backbone`."
         )
+    for _, block in blocks:
+        _check_not_quantized(block)
     for owner, block in blocks:
         make_sparse(owner, block, family_of(block))
     _finish(model, mark)
@@ -78,6 +80,16 @@ def restore(model):
         make_dense(block)
     _finish(model, unmark)
     return model
+
+
+def _check_not_quantized(block):
+    for layer in block._flatten_layers():
+        if getattr(layer, "quantization_mode", None) is not None:
+            raise ValueError(
+                "A model must be made sparse before it is quantized. Received: "
+                f"layer {layer.path!r} in {layer.quantization_mode!r}. Load the model in a float "
+                "dtype, and call `sparsify` first."
+            )
 
 
 def sparse_blocks(model):

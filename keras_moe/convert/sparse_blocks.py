@@ -99,7 +99,8 @@ def make_sparse(owner, block, family):
         for name, value in zip(rule.ours, rule.split(getattr(bank, rule.theirs).value)):
             getattr(mixture.experts, name).assign(value)
     mixture.experts.trainable = bank.trainable
-    mixture.trainable = block.trainable
+    if not block.trainable:  # the other value would be handed to all sublayers
+        mixture.trainable = False
     new = {family.experts: mixture.experts}
     if family.shared_gate:
         _assign(mixture.shared_gate, getattr(block, family.shared_gate))
