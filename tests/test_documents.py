@@ -50,3 +50,13 @@ def test_the_search_of_the_guide_to_tuning_finds_a_layer(tmp_path, monkeypatch, 
     assert len(names["search"].oracle.end_order) == 2
     assert "active_width" in capsys.readouterr().out
     keras.backend.clear_session()
+
+
+@pytest.mark.filterwarnings("ignore")  # of exporters, and of layers that Keras cannot quantize
+@pytest.mark.parametrize("document", ["deploy", "fine_tuning"])
+def test_the_guides_to_deployment_and_fine_tuning_run(document, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run(f"docs/{document}.md")
+    if document == "fine_tuning":
+        trained = sum(np.prod(weight.shape) for weight in names["experts"].trainable_weights)
+        assert trained == 3 * 8 * 4 * (64 + 128)
