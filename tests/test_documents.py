@@ -110,3 +110,13 @@ def test_the_guide_to_other_packages_converts_their_models(tmp_path, monkeypatch
         "model.layers.0.block_sparse_moe.gate.weight",
         "model.layers.0.block_sparse_moe.experts.0.w1.weight",
     ]
+
+
+@pytest.mark.filterwarnings("ignore")  # of exporters, and of layers that Keras cannot quantize
+@pytest.mark.parametrize("document", ["deploy", "fine_tuning"])
+def test_the_guides_to_deployment_and_fine_tuning_run(document, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run(f"docs/{document}.md")
+    if document == "fine_tuning":
+        trained = sum(np.prod(weight.shape) for weight in names["experts"].trainable_weights)
+        assert trained == 3 * 8 * 4 * (64 + 128)

@@ -39,6 +39,9 @@ def differentiable(forward, backward, inputs, context):
     of `context` have no gradient.
     """
 
+    # A variable would be taken for one that `forward` uses besides its inputs.
+    context = tf.nest.map_structure(tf.convert_to_tensor, context)
+
     @tf.custom_gradient
     def function(*tensors):
         inputs_again = tf.nest.pack_sequence_as(inputs, tensors)
@@ -50,7 +53,6 @@ def differentiable(forward, backward, inputs, context):
 
         return output, gradient
 
-    # A variable would be taken for one that `forward` uses besides its inputs.
     return function(*map(tf.convert_to_tensor, tf.nest.flatten(inputs)))
 
 

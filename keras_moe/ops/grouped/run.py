@@ -76,7 +76,7 @@ def _run_on(setting, step, tokens, weights, parameters, groups):
         return (
             ops.cast(groups.sum_rows(gradients.rows), tokens.dtype),
             ops.cast(groups.at_assignments(gradients.weights), weights.dtype),
-            gradients.parameters,
+            gradients.parameters._replace(frozen=[]),
         )
 
     trained, context = parameters._replace(frozen=[]), (groups, parameters.frozen)
