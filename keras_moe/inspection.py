@@ -202,7 +202,6 @@ __all__ = [
     "LayerDescription",
     "describe",
     "has_moe_layers",
-    "listening",
     "moe_layers",
     "record_routings",
 ]

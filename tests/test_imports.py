@@ -26,6 +26,7 @@ LEVELS = {
     "validation": 0,
     "serialization": 1,
     "ops": 1,
+    "replacing": 2,
     "routers": 2,
     "losses": 2,
     "metrics": 2,
