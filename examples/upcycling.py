@@ -25,7 +25,8 @@ from twins import count_parameters, spread
 
 import keras_moe
 
-FULL = language_model.FULL._replace(epochs=4)
+# Short, so that many runs take minutes.
+FULL = language_model.FULL._replace(steps=80, epochs=3)
 DENSE, CONTINUED, UPCYCLED = "dense, first half", "dense, continued", "upcycled"
 
 
