@@ -243,7 +243,6 @@ __all__ = [
     "count_in_evaluation",
     "describe",
     "has_moe_layers",
-    "listening",
     "moe_layers",
     "record_routings",
 ]

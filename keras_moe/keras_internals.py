@@ -54,6 +54,16 @@ def forget_old_layers(model):
             frozen.update({part: part.trainable for part in layer._flatten_layers()})
 
 
+def own_layers(layer):
+    """The sublayers of a layer itself, in the order in which it was given them."""
+    return list(layer._layers)
+
+
+def own_state(layer):
+    """The variables of a layer itself that were not created trainable."""
+    return list(layer._non_trainable_variables)
+
+
 def calls_of(model):
     """The calls in a functional model, in order: (layer, input tensors, output tensors)."""
     depths = sorted(model._nodes_by_depth, reverse=True)
@@ -96,10 +106,10 @@ def open_to_state(layer):
 
 
 @contextlib.contextmanager
-def names_of(layer):
-    """Names of variables begin with the path of a layer."""
+def names_below(path):
+    """Names of variables begin with a path, such as that of a layer, or with nothing for None."""
     with contextlib.ExitStack() as stack:
-        for name in (layer.path or "").split("/"):
+        for name in (path or "").split("/"):
             if name:
                 stack.enter_context(keras.name_scope(name))
         yield
@@ -142,8 +152,10 @@ __all__ = [
     "forget_old_weights",
     "get_keras_mask",
     "let_go",
-    "names_of",
+    "names_below",
     "open_to_state",
+    "own_layers",
+    "own_state",
     "rebuild",
     "replace_sublayers",
     "set_state",

@@ -6,7 +6,7 @@ were replaced inside. A model with such ones gets a class whose configuration do
 
 import keras
 
-from keras_moe.keras_internals import set_state
+from keras_moe.keras_internals import own_layers, set_state
 from keras_moe.serialization import PACKAGE
 
 _NAME = "WithReplacements"
@@ -37,6 +37,9 @@ def sublayers(layer):
 
 class _WithReplacements:
     """Mixed into the class of a model whose layers were given other sublayers."""
+
+    _original_class: type
+    _replaced: list
 
     def get_config(self):
         serialize = keras.saving.serialize_keras_object
@@ -85,11 +88,11 @@ def _walk(layer, path=()):
     model that was made anew from the same config.
     """
     yield path, layer
-    for index, sublayer in enumerate(layer._layers):
+    for index, sublayer in enumerate(own_layers(layer)):
         yield from _walk(sublayer, (*path, index))
 
 
 def _layer_at(root, path):
     for index in path:
-        root = root._layers[index]
+        root = own_layers(root)[index]
     return root

@@ -180,17 +180,7 @@ def equal_time(size, results):
 def fit(model, data, seed, size, options, folder):
     """Train, or go on training, and return the history from the first epoch on."""
     train, validation = data
-    steps = size.steps * size.epochs
-    warm_up = int(WARM_UP * steps)
-    schedule = keras.optimizers.schedules.CosineDecay(
-        0.0, steps - warm_up, LAST_RATE, warmup_target=LEARNING_RATE, warmup_steps=warm_up
-    )
-    model.compile(
-        optimizer=keras.optimizers.Adam(schedule, beta_2=0.99, clipnorm=1.0),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        # PyTorch has no XLA.
-        jit_compile=keras.backend.backend() != "torch",
-    )
+    compile_for_training(model, size.steps * size.epochs)
     monitors = [callbacks.ExpertMonitor()] if inspection.has_moe_layers(model) else []
     batches = Batches(train, options.batch_size, size.steps, seed)
     return resuming.fit(
@@ -202,6 +192,19 @@ def fit(model, data, seed, size, options, folder):
         steps_per_epoch=size.steps,
         validation_data=(validation[:, :-1], validation[:, 1:]),
         validation_batch_size=options.batch_size,
+    )
+
+
+def compile_for_training(model, steps):
+    warm_up = int(WARM_UP * steps)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, steps - warm_up, LAST_RATE, warmup_target=LEARNING_RATE, warmup_steps=warm_up
+    )
+    model.compile(
+        optimizer=keras.optimizers.Adam(schedule, beta_2=0.99, clipnorm=1.0),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        # PyTorch has no XLA.
+        jit_compile=keras.backend.backend() != "torch",
     )
 
 

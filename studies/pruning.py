@@ -21,7 +21,8 @@ from twins import spread
 
 from keras_moe import inspection, surgery
 
-FULL = language_model.FULL._replace(epochs=4)
+# Short, so that many runs take minutes.
+FULL = language_model.FULL._replace(steps=80, epochs=3)
 MEASURES = ("saliency", "usage", "chance", "merged")
 # So many batches of training data are measured on.
 BATCHES = 16

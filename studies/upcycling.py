@@ -15,17 +15,20 @@ command is given again.
 import argparse
 import json
 import pathlib
+import time
 
 import keras
 import language_model
-import numpy as np
 import resuming
 from command_line import check_numbers
 from twins import count_parameters, spread
+from whole_files import write_whole
 
 import keras_moe
 
-FULL = language_model.FULL._replace(epochs=4)
+# Short, so that many runs take minutes.
+FULL = language_model.FULL._replace(steps=80, epochs=3)
+TIMED_STEPS = 30
 DENSE, CONTINUED, UPCYCLED = "dense, first half", "dense, continued", "upcycled"
 
 
@@ -36,26 +39,21 @@ def main(arguments=None):
     subwords, data = language_model.load_data(options, size)
     print(f"{data[0].size:,} subwords to learn from, {size.steps * size.epochs} steps each half")
     progress = options.output / "progress" / digest(options, size)
+    cost = cost_of_a_step(data, len(subwords), size, options, progress / "cost.json")
+    print(f"A step of the mixture takes {cost:.2f} times as long as one of the dense model.")
     results = {name: [] for name in (DENSE, UPCYCLED, CONTINUED)}
     for seed in range(options.seeds):
         keras.utils.set_random_seed(seed)
         dense = make_dense(len(subwords), size)
         weights = train(DENSE, dense, data, seed, size, options, progress, results).get_weights()
 
-        model = keras_moe.upcycle(
-            dense,
-            options.experts,
-            options.top_k,
-            granularity=options.granularity,
-            reinitialized=options.reinitialized,
-            seed=seed,
-        )
+        model = upcycle(dense, options, seed)
         # Not the order of the first half again.
         train(UPCYCLED, model, data, seed + 1000, size, options, progress, results)
 
         dense = make_dense(len(subwords), size)
         dense.set_weights(weights)
-        longer = size._replace(epochs=equal_time(size, results))
+        longer = size._replace(steps=max(1, round(size.steps * cost)))
         train(CONTINUED, dense, data, seed + 1000, longer, options, progress, results)
     print_table(results)
     (options.output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
@@ -93,35 +91,56 @@ def make_dense(num_tokens, size):
     return language_model.make_model(language_model.DENSE, num_tokens, settings, size)
 
 
+def upcycle(model, options, seed):
+    return keras_moe.upcycle(
+        model,
+        options.experts,
+        options.top_k,
+        granularity=options.granularity,
+        reinitialized=options.reinitialized,
+        seed=seed,
+    )
+
+
 def train(name, model, data, seed, size, options, progress, results):
     """Train, or go on training, note how it went, and return the model."""
     print(f"\n{name}, seed {seed % 1000}")
     folder = progress / f"{name.replace(', ', '-').replace(' ', '-')}-{seed % 1000}"
     history = language_model.fit(model, data, seed, size, options, folder)
-    parameters = count_parameters(model)
-    results[name].append({**language_model.summary(history), **parameters})
+    run = {**language_model.summary(history), **count_parameters(model)}
+    results[name].append({**run, "steps": size.steps * size.epochs})
     return model
 
 
-def equal_time(size, results):
-    """So many epochs of the dense model as take the time of the mixture.
+def cost_of_a_step(data, num_tokens, size, options, path):
+    """Time of a training step of the mixture, in steps of the dense model.
 
-    By the fastest epoch of each so far: whatever else a machine does only makes epochs slower.
+    Both take single steps in turns, so that what else the machine does slows both, and the fastest
+    of each counts. A run that goes on reads what was measured before.
     """
-    sparse, dense = (
-        min(run["fastest_ms_per_step"] for run in results[name]) for name in (UPCYCLED, DENSE)
-    )
-    return max(1, round(size.epochs * sparse / dense))
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    models = make_dense(num_tokens, size), upcycle(make_dense(num_tokens, size), options, seed=0)
+    rows = data[0][: options.batch_size]
+    times = ([], [])
+    for model in models:
+        language_model.compile_for_training(model, TIMED_STEPS)
+    for _ in range(TIMED_STEPS):
+        for model, each in zip(models, times):
+            start = time.perf_counter()
+            model.train_on_batch(rows[:, :-1], rows[:, 1:])
+            each.append(time.perf_counter() - start)
+    cost = min(times[1]) / min(times[0])
+    write_whole(path, json.dumps(cost).encode("utf-8"))
+    return cost
 
 
 def print_table(results):
-    print(f"\n{'':<20} {'validation perplexity':>22} {'epochs':>7} {'ms a step':>10}", end=" ")
+    print(f"\n{'':<20} {'validation perplexity':>22} {'steps':>7}", end=" ")
     print(f"{'parameters':>12} {'active':>12}")
     for name, runs in results.items():
         perplexity = spread([run["validation_perplexity"] for run in runs], "{:.2f}")
-        epochs = np.mean([run["epochs"] for run in runs])
-        ms = np.mean([run["fastest_ms_per_step"] for run in runs])
-        print(f"{name:<20} {perplexity:>22} {epochs:>7.1f} {ms:>10.0f}", end=" ")
+        print(f"{name:<20} {perplexity:>22} {runs[0]['steps']:>7}", end=" ")
         print(f"{runs[0]['parameters']:>12,} {runs[0]['active_parameters']:>12,}")
 
 

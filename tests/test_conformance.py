@@ -47,7 +47,7 @@ def test_every_exported_class_has_a_case():
     assert set(exported_classes()) == {*CASES, *ABSTRACT}
 
 
-PUBLIC = [keras_moe, keras_moe.inspection, keras_moe.ops, *MODULES]
+PUBLIC = [keras_moe, keras_moe.inspection, keras_moe.ops, keras_moe.surgery, *MODULES]
 
 
 @pytest.mark.parametrize("module", PUBLIC, ids=lambda m: m.__name__)

@@ -27,6 +27,7 @@ LEVELS = {
     "serialization": 1,
     "activations": 2,
     "ops": 1,
+    "replacing": 2,
     "routers": 2,
     "losses": 2,
     "metrics": 2,
@@ -35,7 +36,6 @@ LEVELS = {
     "health": 5,
     "summary": 5,
     "visualization": 5,
-    "replacing": 5,
     "__main__": 7,
 }
 TOP = 6

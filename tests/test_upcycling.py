@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from layer_checks import array
+from layer_checks import array, normal
 
 import keras_moe
 from keras_moe import inspection, layers
@@ -11,6 +11,7 @@ from keras_moe import inspection, layers
 VOCABULARY, D, H = 12, 4, 8
 IDS = np.random.default_rng(0).integers(1, VOCABULARY, (4, 6))
 TARGETS = np.roll(IDS, -1, axis=1)
+X = normal(5, D)
 
 
 def block_model():
@@ -92,8 +93,6 @@ def dense_kernels(model):
 
 CASES = {
     "blocks, copies": (block_model, {}),
-    "blocks, parts": (block_model, {"num_experts": 4, "top_k": 2, "granularity": 2}),
-    "graph, copies": (graph_model, {"num_experts": 3}),
     "graph, parts": (graph_model, {"num_experts": 8, "top_k": 8, "granularity": 4}),
     "nested, one expert a token": (nested_model, {"num_experts": 2, "top_k": 1}),
 }
@@ -113,10 +112,20 @@ def test_an_upcycled_model_is_equal_at_first_and_saves_loads_and_trains(make, ar
     upcycled.fit(IDS, TARGETS, verbose=0)
     upcycled.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras")
-    np.testing.assert_allclose(
-        again.predict(IDS, verbose=0), upcycled.predict(IDS, verbose=0), atol=1e-6 * scale
-    )
-    again.fit(IDS, TARGETS, verbose=0)
+    expected = upcycled.predict(IDS, verbose=0)
+    np.testing.assert_allclose(again.predict(IDS, verbose=0), expected, atol=1e-6 * scale)
+    assert again.count_params() == upcycled.count_params()
+
+
+@pytest.mark.parametrize("granularity", [1, 2])
+def test_a_sequential_model_stays_one(granularity):
+    names = [keras.layers.Dense(H, "silu", use_bias=False, name="up"), keras.layers.Dense(D)]
+    model = randomized(keras.Sequential([keras.Input((D,)), *names, keras.layers.Dense(2)]))
+    expected = model.predict(X, verbose=0)
+    model = keras_moe.upcycle(model, 4, granularity=granularity)
+    assert isinstance(model, keras.Sequential)
+    assert [layer.name for layer in model.layers][0] == "up_experts"
+    np.testing.assert_allclose(model.predict(X, verbose=0), expected, rtol=1e-5, atol=1e-6)
 
 
 def names_after(**arguments):

@@ -6,7 +6,7 @@ Axes: E experts.
 import numpy as np
 from keras import ops
 
-from keras_moe.keras_internals import let_go, names_of, open_to_state, set_state
+from keras_moe.keras_internals import let_go, names_below, open_to_state, own_state, set_state
 from keras_moe.layers.dense_experts import DenseExperts
 from keras_moe.layers.layer_experts import LayerExperts
 from keras_moe.routers.logit_router import LogitRouter
@@ -41,7 +41,7 @@ def cut(layer, experts):
         return
     router = _cut_router(layer.router, experts)
     bank = layer.experts
-    with names_of(layer):
+    with names_below(layer.path):
         tokens_shape = (None, layer.input_spec.axes[-1])
         router.build(tokens_shape)
         _take_weights(layer.router, router, experts)
@@ -56,7 +56,7 @@ def cut(layer, experts):
         _cut_counts(layer, experts)
     set_state(layer, "router", router)
     set_state(layer, "experts", bank)
-    with names_of(layer), open_to_state(layer):
+    with names_below(layer.path), open_to_state(layer):
         for loss in layer.router_losses:
             for variable in filter(_is_variable_of(layer), vars(loss).values()):
                 let_go(layer, variable)
@@ -72,7 +72,7 @@ def _cut_counts(layer, experts):
 
 
 def _is_variable_of(layer):
-    own = {id(variable) for variable in layer._non_trainable_variables}
+    own = {id(variable) for variable in own_state(layer)}
     return lambda value: id(value) in own
 
 

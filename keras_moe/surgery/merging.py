@@ -9,6 +9,19 @@ from keras import ops
 from keras_moe.layers.layer_experts import LayerExperts
 
 
+def check_can_merge(name, bank):
+    """Refuse experts whose weights cannot be averaged."""
+    if not isinstance(bank, LayerExperts):
+        return
+    shapes = [[tuple(weight.shape) for weight in layer.weights] for layer in bank.layers]
+    if any(each != shapes[0] for each in shapes):
+        raise ValueError(
+            "Experts must have weights of the same shapes to be averaged. Received: "
+            f"{name!r} with {[layer.name for layer in bank.layers]}, which differ. "
+            "Prune them instead."
+        )
+
+
 def centers_of(usage, similarity, number):
     """Groups of experts around the most used ones.
 
@@ -43,12 +56,6 @@ def merge(bank, groups, usage):
 
 def _merge_layers(bank, center, experts, shares):
     layers = [bank.layers[expert] for expert in experts]
-    shapes = {str([weight.shape for weight in layer.weights]) for layer in layers}
-    if len(shapes) > 1:
-        raise ValueError(
-            "Experts must have weights of the same shapes to be averaged. Received: "
-            f"{[layer.name for layer in layers]} with {sorted(shapes)}. Prune them instead."
-        )
     for index, weight in enumerate(bank.layers[center].weights):
         values = [ops.convert_to_numpy(layer.weights[index].value) for layer in layers]
         weight.assign(np.tensordot(shares, np.stack(values), 1))
@@ -109,13 +116,14 @@ def _match(to, features):
         each / (np.linalg.norm(each, axis=1, keepdims=True) + 1e-12) for each in (to, features)
     )
     alike = unit_to @ unit.T
-    order = np.full(len(to), -1)
-    taken = np.zeros(len(to), bool)
-    for flat in np.argsort(-alike, axis=None, kind="stable"):
-        row, column = divmod(int(flat), len(to))
-        if order[row] < 0 and not taken[column]:
-            order[row], taken[column] = column, True
-    return order
+    order: dict[int, int] = {}
+    taken = set()
+    for flat in np.argsort(-alike, axis=None, kind="stable").tolist():
+        row, column = divmod(flat, len(to))
+        if row not in order and column not in taken:
+            order[row] = column
+            taken.add(column)
+    return np.array([order[row] for row in range(len(to))])
 
 
 def _array(variable):

@@ -9,7 +9,7 @@ from keras_moe.keras_internals import forget_compiled, forget_old_weights
 from keras_moe.routers.group_limited import GroupLimitedRouter
 from keras_moe.surgery import measuring
 from keras_moe.surgery.cutting import check_can_cut, cut
-from keras_moe.surgery.merging import centers_of, merge
+from keras_moe.surgery.merging import centers_of, check_can_merge, merge
 from keras_moe.validation import check_choice, check_top_k, is_whole
 
 MEASURES = {"usage": measuring.usage, "saliency": measuring.saliency}
@@ -109,6 +109,8 @@ def merge_experts(model, keep=0.5, data=()):
     """
     layers, numbers, data = _plan(model, keep, data)
     _check_data(data, "merge_experts")
+    for name, layer in layers.items():
+        check_can_merge(name, layer.experts)
     used, alike = measuring.usage(model, data), measuring.similarity(model, data)
     groups = {name: centers_of(used[name], alike[name], numbers[name]) for name in layers}
     chosen = {name: np.array(sorted(each)) for name, each in groups.items()}

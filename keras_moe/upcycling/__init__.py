@@ -1,11 +1,11 @@
 """Dense models become mixtures of experts."""
 
-import contextlib
 import re
 
 import keras
 import numpy as np
 
+from keras_moe.keras_internals import names_below
 from keras_moe.layers.feed_forward_experts import FeedForwardExperts
 from keras_moe.layers.gated_experts import GatedExperts
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
@@ -132,18 +132,12 @@ def _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng):
     mixture = MixtureOfExperts(
         experts, router, router_losses, name=f"{feed_forward.name}_experts", dtype=up.dtype_policy
     )
-    with contextlib.ExitStack() as stack:
-        for name in _path_of_the_holder(feed_forward):
-            stack.enter_context(keras.name_scope(name))
+    holder, _, _ = (feed_forward.layers[0].path or "").rpartition("/")
+    with names_below(holder):
         mixture.build((None, features))
     kernel = keras.ops.convert_to_numpy(router.kernel)[:, ::granularity]
     router.kernel.assign(np.repeat(kernel, granularity, axis=1))
     return mixture
-
-
-def _path_of_the_holder(feed_forward):
-    path = feed_forward.layers[0].path
-    return path.split("/")[:-1] if path else []
 
 
 def _assign(bank, weights):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import keras
 
-from keras_moe.keras_internals import Functional, calls_of
+from keras_moe.keras_internals import Functional, calls_of, own_layers
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.replacing import sublayers
 
@@ -35,7 +35,7 @@ class FeedForward(NamedTuple):
 
 def feed_forwards(model):
     """The dense feed-forward networks of a built model, in its order."""
-    found = {}
+    found: dict[int, FeedForward] = {}
     for each in _search(model, name=None, is_fixed=False):
         found.setdefault(id(each.up), each)
     return list(found.values())
@@ -67,25 +67,23 @@ def _search(layer, name, is_fixed):
     if isinstance(layer, Functional):
         in_attributes = set()  # Its graph would still hold the old ones.
     yield from _in_attributes(layer)
-    for sublayer in layer._layers:
+    for sublayer in own_layers(layer):
         yield from _search(sublayer, layer.name, id(sublayer) not in in_attributes)
 
 
 def _in_attributes(layer):
     """The feed-forward of a Transformer block of KerasHub."""
     names = ("intermediate", "output", "gate")
-    up, down, gate = (getattr(layer, f"_feedforward_{name}_dense", None) for name in names)
-    if not _is_dense(up) or not _is_dense(down):
+    denses: list[Any] = [getattr(layer, f"_feedforward_{name}_dense", None) for name in names]
+    up, down, gate = denses
+    if not _is_dense(up) or not _is_dense(down) or not _fit(up, down):
         return
     if gate is None:
-        if _fit(up, down):
-            activation = up.activation
-            yield FeedForward(layer.name, up, down, None, activation, (up, down), layer)
-    elif _is_dense(gate) and _is_linear(up) and _is_linear(gate) and _fit(up, down):
-        activation = getattr(layer, "activation", None)
-        if callable(activation):
-            layers = (gate, up, down)
-            yield FeedForward(layer.name, up, down, gate, activation, layers, layer)
+        yield FeedForward(layer.name, up, down, None, up.activation, (up, down), layer)
+    elif _is_dense(gate) and _is_linear(up) and _is_linear(gate):
+        # Where the mixture comes: the block passes what is there through its activation.
+        layers = (gate, up, down)
+        yield FeedForward(layer.name, up, down, gate, layer.activation, layers, layer)
 
 
 def _in_graph(model):

@@ -1,9 +1,11 @@
 """Puts mixtures in the place of dense feed-forward networks."""
 
+from typing import Any
+
 import keras
 
 from keras_moe import replacing
-from keras_moe.keras_internals import forget_old_weights, set_state
+from keras_moe.keras_internals import forget_old_weights, own_layers, set_state
 from keras_moe.layers.transformer_block import TransformerBlock
 from keras_moe.serialization import register
 from keras_moe.upcycling.feed_forwards import is_graph
@@ -27,7 +29,8 @@ def rewrite(model, mixtures):
         model: a built Keras model.
         mixtures: list of pairs of a `FeedForward` and a built `MixtureOfExperts`.
     """
-    stand_ins, activations = {}, []
+    stand_ins: dict[int, Any] = {}
+    gated = []
     for feed_forward, mixture in mixtures:
         for layer in feed_forward.layers:
             stand_ins[id(layer)] = None  # It goes away.
@@ -36,10 +39,10 @@ def rewrite(model, mixtures):
             # Its block still applies the activation to the gate, and multiplies by what is up.
             dtype = feed_forward.up.dtype_policy.name
             stand_ins[id(feed_forward.up)] = Ones(dtype=dtype, name=feed_forward.up.name)
-            activations.append(feed_forward.owner)
+            gated.append(feed_forward.owner)
     rewriting = _Rewriting(stand_ins)
     model = rewriting.of(model)
-    for block in activations:
+    for block in gated:
         set_state(block, "activation", keras.activations.linear)
         rewriting.changes.append((block, ["activation"]))
     if rewriting.changes:
@@ -77,7 +80,7 @@ class _Rewriting:
             if rewritten is not sublayer:
                 set_state(layer, name, rewritten)
                 names.append(name)
-        for sublayer in layer._layers:
+        for sublayer in own_layers(layer):
             self.of(sublayer)
         if isinstance(layer, TransformerBlock):
             layer.examine_feedforward()
