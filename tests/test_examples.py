@@ -42,6 +42,7 @@ SMOKE = {
     "UNKNOWN": 0,
 }
 ALLOWED = {"keras", "keras_moe", "numpy", "sklearn", "keras_tuner"} | sys.stdlib_module_names
+OF_KERAS = "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 WORDS = "the space shuttle flew in god is third period que con tierra".split()
 
 
@@ -105,7 +106,7 @@ def run_on_four_devices(tree):
     if keras.backend.backend() != "jax":
         pytest.skip("this example sets the backend JAX")
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", ast.unparse(tree)],
+        [sys.executable, "-W", "error", "-W", OF_KERAS, "-c", ast.unparse(tree)],
         env={
             **os.environ,
             "PYTHONPATH": str(ROOT),
