@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 FOLDER = pathlib.Path(__file__).parent
-sys.path.insert(0, str(FOLDER.parent / "examples"))
+sys.path.insert(0, str(FOLDER.parent / "studies"))
 
 import datasets  # noqa: E402
 from vocabulary import Vocabulary, split_words  # noqa: E402

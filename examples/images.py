@@ -1,8 +1,7 @@
 """Images: a small vision mixture of experts
 
 Classifies handwritten digits with a Vision Transformer in which one block has a mixture of experts,
-as V-MoE does (Riquelme et al. 2021, arXiv:2106.05974), then shows which part of an image each
-expert looks at.
+as V-MoE does (Riquelme et al. 2021, arXiv:2106.05974), then shows which expert serves which digit.
 
     pip install ".[jax]" scikit-learn
 
@@ -105,15 +104,15 @@ _, accuracy = model.evaluate(x_test, y_test, batch_size=num_test, verbose=0)
 print(f"test accuracy: {accuracy:.1%}")
 
 """
-## Where each expert looks
+## What each expert serves
 
-For each patch of the image, the expert that is the first choice in most of the test images, and in
-how many percent of them.
+`record_routings` keeps what the routers decide. Each row is a digit, each column an expert: how
+many percent of the digit's patches the expert serves as first or second choice. An expert sees a
+patch after attention, so it may go by the digit as well as by the pixels.
 """
 
 (routing,) = inspection.record_routings(model, [x_test])["experts"]
-first = routing.indices[:, 0].reshape(num_test, side * side)
-votes = np.stack([(first == expert).mean(axis=0) for expert in range(NUM_EXPERTS)])
-for row in range(side):
-    places = range(row * side, (row + 1) * side)
-    print("   ".join(f"{votes[:, n].argmax()} ({votes[:, n].max():3.0%})" for n in places))
+chosen = routing.indices.reshape(num_test, -1)
+for digit in range(10):
+    counts = np.bincount(chosen[y_test == digit].reshape(-1), minlength=NUM_EXPERTS)
+    print(digit, *(f"{100 * share:4.0f}" for share in counts / max(counts.sum(), 1)))

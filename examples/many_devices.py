@@ -40,7 +40,7 @@ made; nothing else changes.
 num_devices = len(keras.distribution.list_devices())
 columns = math.gcd(num_devices, NUM_EXPERTS)
 keras.distribution.set_distribution(distribution.expert_parallel(experts=columns))
-print(f"{num_devices} devices: {num_devices // columns} rows of {columns}")
+print(f"{num_devices} devices: a grid of {num_devices // columns} x {columns}")
 
 """
 ## Data

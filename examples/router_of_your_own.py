@@ -20,7 +20,7 @@ import numpy as np
 from keras import ops
 from sklearn.datasets import load_digits
 
-from keras_moe import callbacks, inspection, layers, routers
+from keras_moe import callbacks, inspection, layers, losses, routers
 
 NUM_IMAGES = 1_797
 NUM_EXPERTS = 10
@@ -47,7 +47,9 @@ class NearestCentreRouter(routers.SelectionRouter):
 
     def build(self, tokens_shape):
         self.centres = self.add_weight(
-            name="centres", shape=(self.num_experts, tokens_shape[-1]), initializer="normal"
+            name="centres",
+            shape=(self.num_experts, tokens_shape[-1]),
+            initializer=keras.initializers.RandomNormal(stddev=0.3),
         )
 
     def project(self, tokens):
@@ -67,7 +69,7 @@ are small on purpose: none could tell all ten digits apart.
 
 digits = load_digits()
 order = np.random.default_rng(0).permutation(len(digits.data))[:NUM_IMAGES]
-x = ((digits.data[order] - digits.data.mean()) / digits.data.std()).astype("float32")
+x = ((digits.data[order] - digits.data.mean(axis=0)) / digits.data.std()).astype("float32")
 y = digits.target[order]
 num_test = len(x) // 5
 num_train = (len(x) - num_test) // BATCH_SIZE * BATCH_SIZE  # batches of one size
@@ -79,7 +81,9 @@ def train(router):
     model = keras.Sequential(
         [
             keras.Input((x.shape[1],)),
-            layers.MixtureOfExperts(experts, router=router, name="experts"),
+            layers.MixtureOfExperts(
+                experts, router=router, router_losses=[losses.LoadBalance(0.1)], name="experts"
+            ),
             keras.layers.Dense(10, activation="softmax"),
         ]
     )
@@ -99,7 +103,7 @@ def train(router):
 
 
 train(routers.TopKRouter(top_k=1))
-model = train(NearestCentreRouter(top_k=1, sharpness=0.05))
+model = train(NearestCentreRouter(top_k=1, sharpness=0.1))
 
 """
 ## What the experts serve

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import runpy
 import sqlite3
 import subprocess
@@ -41,6 +42,7 @@ SMOKE = {
     "UNKNOWN": 0,
 }
 ALLOWED = {"keras", "keras_moe", "numpy", "sklearn", "keras_tuner"} | sys.stdlib_module_names
+OF_KERAS = "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 WORDS = "the space shuttle flew in god is third period que con tierra".split()
 
 
@@ -104,7 +106,7 @@ def run_on_four_devices(tree):
     if keras.backend.backend() != "jax":
         pytest.skip("this example sets the backend JAX")
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", ast.unparse(tree)],
+        [sys.executable, "-W", "error", "-W", OF_KERAS, "-c", ast.unparse(tree)],
         env={
             **os.environ,
             "PYTHONPATH": str(ROOT),
@@ -149,3 +151,10 @@ def test_a_notebook_holds_the_code_of_its_example(path):
 def test_there_is_a_notebook_for_each_example_and_no_other():
     notebooks = (ROOT / "docs" / "notebooks").glob("*.ipynb")
     assert {path.stem for path in notebooks} == {path.stem for path in EXAMPLES}
+
+
+def test_the_readme_lists_each_example_with_its_number_of_lines():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `examples/(\w+)\.py` \|.*\| (\d+) \|$", readme, flags=re.MULTILINE)
+    lines = {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES}
+    assert {name: int(number) for name, number in rows} == lines
