@@ -45,7 +45,8 @@ def _spelled_out(cls):
 
 
 # Layers that were made a part of another layer, and those of them that are parts of several.
-_used, _shared = weakref.WeakSet(), weakref.WeakSet()
+_used: weakref.WeakSet = weakref.WeakSet()
+_shared: weakref.WeakSet = weakref.WeakSet()
 
 
 def resolve(argument, identifier, base, by_name=None, **defaults):
