@@ -308,6 +308,24 @@ def test_efficient_trials_are_those_that_no_other_beats():
     ]
 
 
+class OfAWorker:
+    """What a worker of a distributed search has in the place of an oracle."""
+
+    max_trials = None
+
+    def __init__(self, search):
+        self._trials = search.oracle.trials.values()
+
+    def get_best_trials(self, num_trials):
+        return [Trial.from_proto(trial.to_proto()) for trial in self._trials][:num_trials]
+
+
+def test_a_worker_asks_its_chief_for_the_table():
+    search = finished((4, 1.0), (1, 3.0))
+    of_worker = SimpleNamespace(oracle=OfAWorker(search))
+    assert tuner.pareto_table(of_worker) == tuner.pareto_table(search)
+
+
 def test_the_table_as_text():
     rows = tuner.pareto_table(finished((1000, 1.0), (65536, 3.0)))
     rows[1].values["rate"] = 0.001

@@ -103,7 +103,8 @@ class QuantileBias(SelectionBalancer):
 
     Args:
         momentum: share of the old bias that is kept, from 0 to below 1.
-        accumulation_steps: micro-batches of an optimizer step.
+        accumulation_steps: micro-batches of an optimizer step. Their biases are averaged, which is
+            near to that of all their tokens where the micro-batches are alike.
 
     Raises:
         ValueError: If an argument is out of its range.

@@ -4,6 +4,9 @@ import itertools
 import math
 from typing import NamedTuple
 
+# What the message to the chief has room for.
+_ALL = 2**31 - 1
+
 
 class ParetoRow(NamedTuple):
     """One trial: `efficient` if no other has a loss as low at a cost as low."""
@@ -29,7 +32,7 @@ def pareto_table(search, cost="active_flops", loss="val_loss"):
     Raises:
         ValueError: If no trial has finished, or one has no such value in its logs.
     """
-    trials = [trial for trial in search.oracle.trials.values() if trial.status == "COMPLETED"]
+    trials = _finished(search.oracle)
     if not trials:
         raise ValueError("A table needs a finished trial. Received: none. Call `search` first.")
     for name, trial in itertools.product((cost, loss), trials):
@@ -49,6 +52,13 @@ def pareto_table(search, cost="active_flops", loss="val_loss"):
         rows.append(ParetoRow(trial.trial_id, spent, value, value < least, values))
         least = min(least, value)
     return rows
+
+
+def _finished(oracle):
+    if hasattr(oracle, "trials"):
+        return [trial for trial in oracle.trials.values() if trial.status == "COMPLETED"]
+    # A worker of a distributed search has none, and asks its chief.
+    return oracle.get_best_trials(oracle.max_trials or _ALL)
 
 
 def format_table(rows):
