@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from keras_moe.activations import quick_gelu
 from keras_moe.backend.jax_kernels.elementwise import apply_in_kernel, runs_in_kernels
+from keras_moe.ops.grouped.steps import Products, feed_forward_step
 
 
 def replaced(function):
@@ -88,3 +90,22 @@ def test_what_is_not_elementwise_runs_outside():
     ):
         assert not runs_in_kernels(function, 1)
     assert runs_in_kernels(lambda x: (x * jnp.float32(2.0),), 1)
+
+
+def test_the_gate_of_gpt_oss_and_its_gradient_run_in_kernels():
+    functions = []
+
+    def multiply(rows, numbers, then):
+        functions.append((then, len(numbers)))
+        return then(*[rows] * len(numbers))
+
+    def pull(gradient, number, then, *extras):
+        functions.append((then, 1 + len(extras)))
+        return then(gradient, *extras)
+
+    step = feed_forward_step(quick_gelu, (8, 8, 8), clip=7.0, up_shift=1.0)
+    products, rows = Products(multiply, pull), jnp.ones((4, 8))
+    _, saved = step.forward(rows, products, True)
+    step.backward(rows, products, saved, rows)
+    assert len(functions) == 5
+    assert all(runs_in_kernels(*each) for each in functions)

@@ -8,6 +8,7 @@ from conftest import BACKEND, KERNEL_MODES, MODES, assert_close, forget, gradien
 from keras import ops
 
 from keras_moe import backend, layers
+from keras_moe.activations import quick_gelu
 from keras_moe.ops import grouped_feed_forward, plan_groups, top_k_routing
 from keras_moe.ops.grouped import run, tiles
 from keras_moe.ops.grouped.tile_sizes import tile_sizes
@@ -200,3 +201,31 @@ def test_what_is_kept_for_the_gradient_is_freed_with_it():
     loss.backward()
     with pytest.raises(RuntimeError, match="already been freed"):
         print(node.saved_tensors)
+
+
+@pytest.mark.parametrize("mode", KERNEL_MODES)
+def test_a_clipped_and_shifted_gate_is_that_of_gpt_oss(mode):
+    generator = np.random.default_rng(0)
+    shapes = [(T, D), (E, D, H), (E, D, H), (E, H, D), (E, H), (E, H), (E, D)]
+    inputs = [generator.standard_normal(shape).astype("float32") for shape in shapes]
+    expert = np.arange(T) % E
+    routing = top_k_routing(10 * ops.one_hot(expert, E), 1, renormalize=True)
+
+    def grouped(x, gate, up, down, *biases):
+        plan = plan_groups(routing)
+        arguments = plan.weights, plan.groups, quick_gelu, [gate, up], down, biases
+        return ops.sum(ops.square(grouped_feed_forward(x, *arguments, clip=0.5, up_shift=1.0)))
+
+    def plain(x, *parameters):
+        gate, up, down, *biases = (ops.take(tensor, expert, axis=0) for tensor in parameters)
+
+        def product(rows, kernel, bias):
+            return ops.squeeze(ops.matmul(ops.expand_dims(rows, 1), kernel), 1) + bias
+
+        gate = ops.minimum(product(x, gate, biases[0]), 0.5)
+        up = ops.clip(product(x, up, biases[1]), -0.5, 0.5) + 1.0
+        hidden = gate * ops.sigmoid(1.702 * gate) * up
+        return ops.sum(ops.square(product(hidden, down, biases[2])))
+
+    for gradient, expected in zip(gradients(grouped, inputs, mode), gradients(plain, inputs)):
+        assert_close(gradient, expected)
