@@ -53,7 +53,8 @@ def add_factors(layer, name, kernel_shape, rank, a_initializer, b_initializer):
 def low_rank(factors, scale):
     """A `LowRank` of pairs of variables."""
     downs, ups = zip(*factors)
-    return LowRank(*(list(map(ops.convert_to_tensor, part)) for part in (downs, ups)), scale)
+    tensors = ops.convert_to_tensor
+    return LowRank(list(map(tensors, downs)), list(map(tensors, ups)), scale)
 
 
 def merged(kernel, factors, scale):

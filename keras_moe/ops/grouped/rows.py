@@ -41,9 +41,10 @@ def backward(setting, step, tokens, row_weights, parameters, groups, outputs, sa
 
 def _products(setting, parameters, sizes):
     def multiply(rows, numbers, then):
-        kernels, biases = zip(*map(parameters.of, numbers))
-        biases = [] if biases[0] is None else list(biases)
-        return backend.grouped_products(setting.platform, rows, list(kernels), biases, sizes, then)
+        pairs = list(map(parameters.of, numbers))
+        kernels = [kernel for kernel, _ in pairs]
+        biases = [bias for _, bias in pairs if bias is not None]
+        return backend.grouped_products(setting.platform, rows, kernels, biases, sizes, then)
 
     def pull(gradient, number, then, *extras):
         kernels = [parameters.all_kernels[number]]
