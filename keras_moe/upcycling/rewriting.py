@@ -67,7 +67,9 @@ class _Rewriting:
     def of(self, layer):
         """The layer that stands for a layer of the model; mostly itself."""
         if id(layer) in self.stand_ins:
-            return self.stand_ins[id(layer)] or keras.layers.Identity(name=layer.name)
+            # The layer around still calls what went away.
+            nothing = keras.layers.Identity(name=layer.name, dtype=layer.dtype_policy.name)
+            return self.stand_ins[id(layer)] or nothing
         if id(layer) not in self._done:
             rewritten = self._graph(layer) if is_graph(layer) else self._attributes(layer)
             self._done[id(layer)] = rewritten
