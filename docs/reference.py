@@ -1,4 +1,4 @@
-"""Lets the reference show the examples in docstrings as code, and their own sections as headings."""
+"""Lets the reference show examples in docstrings as code, and sections as headings."""
 
 import re
 
