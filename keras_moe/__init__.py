@@ -20,7 +20,7 @@ from keras_moe import (
 from keras_moe.reporting import report
 from keras_moe.upcycling import upcycle
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "activations",
