@@ -23,6 +23,8 @@ LEVELS = {
     "files": 0,
     "initializers": 0,
     "parameters": 0,
+    "plain_text": 0,
+    "saved_state": 0,
     "validation": 0,
     "serialization": 1,
     "ops": 1,
