@@ -9,7 +9,8 @@ from keras_moe.validation import propose
 PACKAGE = "keras_moe"
 
 # Layers that were made a part of another layer, and those of them that are parts of several.
-_used, _shared = weakref.WeakSet(), weakref.WeakSet()
+_used: weakref.WeakSet = weakref.WeakSet()
+_shared: weakref.WeakSet = weakref.WeakSet()
 
 register = keras.saving.register_keras_serializable(package=PACKAGE)
 
