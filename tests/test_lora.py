@@ -7,6 +7,9 @@ from conftest import assert_close, to_numpy
 from layer_checks import D, array, normal
 
 from keras_moe import layers
+from keras_moe.ops.grouped import engines, padded
+
+BACKEND = keras.backend.backend()
 
 E, H, RANK = 4, 6, 2
 BANKS = {
@@ -86,6 +89,30 @@ def test_gradients_are_those_of_corrected_kernels(model):
     descent = start - to_numpy(bank_of(full).down_kernel)
     assert_close(a - to_numpy(bank.down_lora_a), descent @ np.swapaxes(b, 1, 2))
     assert_close(b - to_numpy(bank.down_lora_b), np.swapaxes(a, 1, 2) @ descent)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX counts what it compiles")
+def test_a_step_computes_less_than_without(monkeypatch):
+    import jax
+
+    # Without a loop, whose trips are not counted.
+    monkeypatch.setattr(engines, "choose", lambda setting: padded)
+
+    def flops(lora):
+        layer = layers.MixtureOfExperts(layers.GatedExperts(E, 64))
+        layer.build((None, 32))
+        if lora:
+            layer.experts.enable_lora(RANK)
+        frozen = [variable.value for variable in layer.non_trainable_variables]
+
+        def loss(trained, x):
+            return keras.ops.sum(layer.stateless_call(trained, frozen, x)[0] ** 2)
+
+        step = jax.jit(jax.grad(loss, argnums=(0, 1)))
+        trained = [variable.value for variable in layer.trainable_variables]
+        return step.lower(trained, normal(128, 32)).compile().cost_analysis()["flops"]
+
+    assert flops(lora=True) < flops(lora=False)
 
 
 def test_errors_say_what_to_do():
