@@ -141,6 +141,7 @@ class Writer(keras.Model):
 
 
 writer, rng = Writer(), np.random.default_rng(0)
+writer.built = True  # by its layers: Keras need not run it once to build them
 for prompt in ("the space shuttle", "in this game", "i believe that"):  # of one length
     row = [[id_of.get(word, UNKNOWN) for word in prompt.split()]] * 2
     noise = rng.gumbel(size=(2, LENGTH, len(vocabulary))).astype("float32")

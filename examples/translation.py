@@ -141,7 +141,8 @@ class Translator(keras.Model):
         return text[::BEAMS]  # the best is first
 
 
-shown = test[:: len(test) // 8 + 1]
-for verse, translation in zip(shown, Translator().predict_on_batch(shown[:, 0])):
+shown, translator = test[:: len(test) // 8 + 1], Translator()
+translator.built = True  # by its layers: Keras need not run it once to build them
+for verse, translation in zip(shown, translator.predict_on_batch(shown[:, 0])):
     for name, row in zip(("Spanish", "English", "model"), (*verse, translation)):
         print(f"{name:8}", *(vocabulary[id] for id in row if id not in (PADDING, START, END)))
