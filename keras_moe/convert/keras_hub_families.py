@@ -38,10 +38,20 @@ class Family(NamedTuple):
         return [losses.LoadBalance(getattr(block, self.balance))] if self.balance else []
 
 
+class _BareRouter(routers.TopKRouter):
+    """Saves its weights only: a file of KerasHub has no place for states of random draws."""
+
+    def save_own_variables(self, store):
+        keras.Layer.save_own_variables(self, store)
+
+    def load_own_variables(self, store):
+        keras.Layer.load_own_variables(self, store)
+
+
 def _renormalized(block, **kwargs):
     # All weights are about to be assigned; to draw them would take long.
     kwargs = {"renormalize": True, "kernel_initializer": "zeros", **kwargs}
-    return routers.TopKRouter(block.num_experts, block.top_k, name="router", **kwargs)
+    return _BareRouter(block.num_experts, block.top_k, name="router", **kwargs)
 
 
 _FUSED = (
