@@ -94,6 +94,9 @@ def config_of(layer):
     if layer is None:
         return None
     config = keras.saving.serialize_keras_object(layer)
+    # The outer layer builds it: built before, its weights would have paths without the outer name,
+    # and what goes by paths, as `keras.callbacks.OrbaxCheckpoint` does, would not find them.
+    config.pop("build_config", None)
     if layer in _shared:
         config["shared_object_id"] = id(layer)
     return config

@@ -115,3 +115,36 @@ def test_weights_fit_a_layer_with_other_losses_and_leave_their_weights_alone(tmp
         x = normal(2, 5, D)
         np.testing.assert_array_equal(array(new(x)), array(old(x)))
         assert array(new.layers[-1].router_loss_weights).tolist() == weights
+
+
+PARTS = {
+    "feed-forward": lambda: layers.FeedForwardExperts(E, 16),
+    "layers": lambda: layers.LayerExperts([keras.layers.Dense(D) for _ in range(E)]),
+    "zero": lambda: layers.ZeroComputationExperts(layers.GatedExperts(E - 1, 16), num_constant=1),
+}
+
+
+@pytest.mark.parametrize("bank", PARTS)
+def test_a_loaded_model_has_the_paths_of_the_saved_one(bank, tmp_path):
+    inputs = keras.Input((3, D))
+    x = moe(PARTS[bank](), shared_expert=keras.layers.Dense(D), name="first")(inputs)
+    outputs = layers.TransformerEncoderBlock(2, moe(PARTS[bank]()), name="second")(x)
+    model = keras.Model(inputs, outputs)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert [each.path for each in loaded.weights] == [each.path for each in model.weights]
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="Orbax saves on JAX")
+@pytest.mark.filterwarnings("ignore")  # of Orbax
+def test_orbax_gives_the_experts_back(tmp_path):
+    pytest.importorskip("orbax.checkpoint")
+    # Not a sequential model, whose name Keras leaves out of the paths when it loads it.
+    inputs = keras.Input((D,))
+    model = keras.Model(inputs, keras.layers.Dense(1)(moe()(inputs)))
+    model.compile("adam", "mse")
+    x = normal(8, D)
+    saves = keras.callbacks.OrbaxCheckpoint(tmp_path / "run", save_weights_only=False)
+    model.fit(x, x[:, :1], callbacks=[saves], verbose=0)
+    loaded = keras.saving.load_model(tmp_path / "run")
+    np.testing.assert_array_equal(array(loaded(x)), array(model(x)))
