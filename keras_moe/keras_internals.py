@@ -134,7 +134,7 @@ def forget_old_weights(model):
     forget_old_layers(model)
     for layer in model._flatten_layers():
         optimizer = getattr(layer, "optimizer", None)
-        if optimizer is not None:
+        if optimizer is not None and optimizer.built:
             layer.optimizer = type(optimizer).from_config(optimizer.get_config())
             layer.optimizer.build(layer.trainable_variables)
 

@@ -107,4 +107,6 @@ def _way_out(identifier, base, names):
         return f"Make an instance of it, `{identifier.__name__}(...)`."
     if names:
         return propose(identifier, names)
+    if isinstance(identifier, (list, tuple)):
+        return "Put layers into a bank: `layers.LayerExperts([...])`."
     return f"Make an instance of a subclass of `{base.__name__}`."

@@ -70,11 +70,22 @@ def count_parameters(model):
 
 def _summary(name, layer):
     num_experts, router = layer.experts.num_experts, layer.router
-    parameters = sum(map(_size, parameters_of(layer)))
-    experts = sum(map(_size, parameters_of(layer.experts)))
+    parameters, experts = map(_count, (layer, layer.experts))
     active = parameters - experts + round(experts * router.mean_top_k / num_experts)
     counts = ops.convert_to_numpy(layer.expert_counts.value).tolist()
     return LayerSummary(name, num_experts, router.max_top_k, parameters, active, 2 * active, counts)
+
+
+def _count(layer):
+    """How many parameters a layer has, those that were quantized included."""
+    integers = [
+        weight
+        for part in layer._flatten_layers()
+        if part.quantization_mode is not None
+        for weight in part._non_trainable_variables
+        if weight.dtype == "int8"
+    ]
+    return sum(map(_size, [*parameters_of(layer), *integers]))
 
 
 def _size(weight):

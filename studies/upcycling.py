@@ -6,7 +6,7 @@
 
 Both go on from the same weights, on the same data in the same order, with the same learning rates.
 The dense model trains for as many seconds as the mixture, in more steps if they are faster. The
-model and the data are those of the example `language_model.py`.
+model and the data are those of the study `language_model.py`.
 
 Runs on the backend that KERAS_BACKEND names. An interrupted run goes on where it was when the same
 command is given again.

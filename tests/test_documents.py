@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import keras_moe
-from keras_moe import layers, ops, routers
+from keras_moe import layers, routers
 
 # Of KerasTuner.
 pytestmark = pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\):DeprecationWarning")
@@ -35,6 +35,14 @@ def test_the_example_of_the_readme_trains():
     assert "mixture_of_experts_load_imbalance" in {re.sub(r"_\d+_", "_", key) for key in history}
 
 
+def test_files_that_documents_name_exist():
+    for document in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        text = document.read_text(encoding="utf-8")
+        named = re.findall(r"\b(?:examples|studies|benchmarks|tests|keras_moe)/[\w/]+\.py\b", text)
+        missing = [name for name in named if not (ROOT / name).exists()]
+        assert not missing, document.name
+
+
 def test_the_start_page_trains_saves_and_loads(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = run("docs/index.md")
@@ -55,7 +63,7 @@ def test_the_site_has_every_page_and_every_public_part():
 
 def test_the_guide_to_routers_makes_layers_and_a_router():
     experts = layers.FeedForwardExperts(8, 16)
-    modules = {"keras": keras, "layers": layers, "ops": ops, "routers": routers}
+    modules = {"keras": keras, "keras_moe": keras_moe, "layers": layers, "routers": routers}
     names = run("docs/routers.md", experts=experts, **modules)
     routing = names["NearestRouter"](8)(keras.random.normal((5, 4)))
     assert routing.indices.shape == (5, 2)

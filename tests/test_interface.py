@@ -32,20 +32,45 @@ def test_a_router_takes_the_number_of_experts_of_its_layer(router_class):
     router = unbound(router_class)
     config = router.get_config()
     assert config["num_experts"] is None
-    bound = router.bind(E)
-    assert bound.bind(9) is bound and bound.num_experts == E
+    router.bind(E)
+    router.bind(9)
     expected = router_class.from_config({**config, "num_experts": E})
-    ours, theirs = ({**each.get_config(), "name": None} for each in (bound, expected))
+    ours, theirs = ({**each.get_config(), "name": None} for each in (router, expected))
     assert ours == theirs
+    assert (router.top_k, router.max_top_k) == (expected.top_k, expected.max_top_k)
 
 
-def test_each_layer_has_a_router_of_its_own():
-    router = routers.TopKRouter(top_k=1, balancer="loss_free")
-    first, second = moe(router=router), moe(layers.FeedForwardExperts(6, 16), router=router)
-    assert (first.router.num_experts, second.router.num_experts) == (E, 6)
-    assert first(normal(3, D)).shape == (3, D)
-    restored = layers.MixtureOfExperts.from_config(first.get_config())
-    assert restored.router.get_config() == first.router.get_config()
+@pytest.mark.parametrize("router_class", ROUTERS)
+def test_defaults_depend_on_the_number_of_experts(router_class):
+    required = CASES[router_class].required()
+    required.pop("num_experts", None)
+    number = 4 if "num_groups" in required else 3
+    router, expected = router_class(**required), router_class(num_experts=number, **required)
+    router.bind(number)
+    assert (router.top_k, router.max_top_k) == (expected.top_k, expected.max_top_k)
+
+
+class Tempered(routers.TopKRouter):
+    def __init__(self, temperature, **kwargs):
+        super().__init__(**kwargs)
+        self.temperature = temperature
+
+
+@pytest.mark.parametrize(
+    "router", [routers.TopKRouter(top_k=1, balancer="loss_free"), Tempered(0.5, top_k=1)]
+)
+def test_the_router_of_a_layer_is_the_one_it_was_given(router):
+    router.trainable = router.updates_selection_bias = False
+    layer = moe(router=router)
+    assert layer.router is router and router.num_experts == E
+    assert not router.trainable and not router.updates_selection_bias
+    assert layer(normal(3, D)).shape == (3, D)
+
+
+def test_a_layer_is_restored_with_its_router():
+    layer = moe(router=routers.TopKRouter(top_k=1))
+    restored = layers.MixtureOfExperts.from_config(layer.get_config())
+    assert restored.router.get_config() == layer.router.get_config()
 
 
 def test_signatures_are_spelled_out():

@@ -77,7 +77,9 @@ def test_gradients_are_those_of_corrected_kernels(model):
     full = model_of(type(bank).from_config({**bank.get_config(), "lora_rank": None}))
     full.set_weights(
         [
-            bank._merged(weight.name[:-7]) if weight.name.endswith("_kernel") else to_numpy(weight)
+            bank.merged_kernel(weight.name[:-7])
+            if weight.name.endswith("_kernel")
+            else to_numpy(weight)
             for weight in full.weights
             for weight in [next(w for w in model.weights if w.path.split("/")[-1] == weight.name)]
         ]

@@ -42,6 +42,7 @@ def from_hugging_face(source, layer, config=None, into=None, **kwargs):
     config = config_of(source) if config is None else dict(config)
     check_choice("model_type", config.get("model_type"), tuple(FAMILIES))
     mixture = mixture_of(config, **kwargs) if into is None else into
+    _check_plain(mixture)
     with opened(source) as (read, names):
         prefix, rules = _layout_in(names, config["model_type"], layer)
         for rule in rules:
@@ -72,11 +73,13 @@ def to_hugging_face(mixture, layer, family):
     ... )  # doctest: +SKIP
     """
     check_choice("family", family, tuple(FAMILIES))
+    for part in (mixture.router, mixture.shared_expert, mixture.shared_gate):
+        _check_plain(part)
     prefix, rules = FAMILIES[family].layouts[0]
     prefix = prefix.format(layer=layer)
     arrays = {}
     for rule in rules:
-        ours = [keras.ops.convert_to_numpy(_variable(mixture, name)) for name in rule.ours]
+        ours = [_value(mixture, name) for name in rule.ours]
         if "{expert}" not in rule.theirs:
             arrays[prefix + rule.theirs] = _written(rule, ours)
             continue
@@ -84,6 +87,15 @@ def to_hugging_face(mixture, layer, family):
             own = [stacked[expert] for stacked in ours]
             arrays[_name(prefix, rule, expert)] = _written(rule, own)
     return arrays
+
+
+def _check_plain(part):
+    for layer in () if part is None else part._flatten_layers():
+        if layer.quantization_mode is not None or getattr(layer, "lora_enabled", False):
+            raise ValueError(
+                "The layer must have plain kernels, neither quantized nor with LoRA. Received: "
+                f"{layer.path!r} with such kernels. Convert before that."
+            )
 
 
 def _layout_in(names, family, layer):
@@ -126,6 +138,14 @@ def _written(rule, ours):
 
 def _turned(rule, array):
     return np.swapaxes(array, -1, -2) if rule.transposed else array
+
+
+def _value(mixture, name):
+    """An array; a kernel of the bank as floats, with what LoRA has learned."""
+    variable = _variable(mixture, name)
+    if name.startswith("experts.") and name.endswith("_kernel"):
+        return mixture.experts.merged_kernel(name[len("experts.") : -len("_kernel")])
+    return keras.ops.convert_to_numpy(variable)
 
 
 def _variable(mixture, name):

@@ -2,14 +2,10 @@
 
 import sys
 
-import keras
-
 from keras_moe.convert.keras_hub_families import FAMILIES, family_of
 from keras_moe.convert.sparse_backbone import mark, unmark
 from keras_moe.convert.sparse_blocks import SparseBlock, make_dense, make_sparse
-from keras_moe.keras_internals import forget_old_layers
-
-_COMPILED = ("train_function", "test_function", "predict_function", "generate_function")
+from keras_moe.keras_internals import forget_old_weights
 
 
 def sparsify(model):
@@ -77,18 +73,21 @@ def restore(model):
             f"model={model!r} without a converted block. Pass the model that was."
         )
     for block in blocks:
+        # Its bank can be integers: their floats are what KerasHub is given.
+        _check_not_quantized(block, but=block._sparse_mixture.experts)
+    for block in blocks:
         make_dense(block)
     _finish(model, unmark)
     return model
 
 
-def _check_not_quantized(block):
+def _check_not_quantized(block, but=None):
     for layer in block._flatten_layers():
-        if getattr(layer, "quantization_mode", None) is not None:
+        if layer is not but and layer.quantization_mode is not None:
             raise ValueError(
-                "A model must be made sparse before it is quantized. Received: "
+                "A model must be made sparse, or restored, before it is quantized. Received: "
                 f"layer {layer.path!r} in {layer.quantization_mode!r}. Load the model in a float "
-                "dtype, and call `sparsify` first."
+                "dtype, and convert it first."
             )
 
 
@@ -104,19 +103,8 @@ def _sublayers(model):
 
 def _finish(model, mark_backbone):
     """Bring everything up to date that knew the old weights."""
-    forget_old_layers(model)
+    forget_old_weights(model)
     backbone = sys.modules["keras_hub"].models.Backbone
     for layer in list(model._flatten_layers()):
         if isinstance(layer, backbone):
             mark_backbone(layer)
-        if isinstance(layer, keras.Model):
-            _forget_compiled(layer)
-
-
-def _forget_compiled(model):
-    for name in _COMPILED:
-        if hasattr(model, name):
-            setattr(model, name, None)
-    optimizer = getattr(model, "optimizer", None)
-    if optimizer is not None and optimizer.built:
-        model.optimizer = type(optimizer).from_config(optimizer.get_config())

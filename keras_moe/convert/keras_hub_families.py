@@ -38,8 +38,8 @@ class Family(NamedTuple):
         return [losses.LoadBalance(getattr(block, self.balance))] if self.balance else []
 
 
-class _BareRouter(routers.TopKRouter):
-    """Saves its weights only: a file of KerasHub has no place for states of random draws."""
+class BareRouter(routers.TopKRouter):
+    """Saves its weights only: in files it stands for a `Dense` layer, which has no draws."""
 
     def save_own_variables(self, store):
         keras.Layer.save_own_variables(self, store)
@@ -51,7 +51,7 @@ class _BareRouter(routers.TopKRouter):
 def _renormalized(block, **kwargs):
     # All weights are about to be assigned; to draw them would take long.
     kwargs = {"renormalize": True, "kernel_initializer": "zeros", **kwargs}
-    return _BareRouter(block.num_experts, block.top_k, name="router", **kwargs)
+    return BareRouter(block.num_experts, block.top_k, name="router", **kwargs)
 
 
 _FUSED = (

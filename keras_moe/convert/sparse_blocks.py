@@ -1,14 +1,14 @@
 """What takes the place of a MoE block of KerasHub."""
 
-import contextlib
 import functools
 
-import keras
 from keras import ops
 
 from keras_moe.convert.keras_hub_families import Family
-from keras_moe.keras_internals import rebuild, replace_sublayers
+from keras_moe.keras_internals import names_below, rebuild, replace_sublayers
 from keras_moe.layers import GatedExperts, MixtureOfExperts
+from keras_moe.layers.kernel_adapters import quantize_to_int8
+from keras_moe.saved_state import load_draws, save_draws
 from keras_moe.validation import fits
 
 
@@ -60,9 +60,12 @@ class RelaidExperts(GatedExperts):
         self._rules = rules
 
     def save_own_variables(self, store):
-        own: dict = {}
-        super().save_own_variables(own)
-        own = dict(zip(self._weight_names(), map(_as_array, own.values())))
+        # Files of KerasHub have no place for scales and factors.
+        own = {f"{name}_kernel": self.merged_kernel(name) for name in self._projections()}
+        if self.use_bias:
+            own.update(
+                {f"{n}_bias": _as_array(getattr(self, f"{n}_bias")) for n in self._projections()}
+            )
         for index, rule in enumerate(self._rules):
             store[str(index)] = rule.join([own[name] for name in rule.ours])
 
@@ -70,21 +73,25 @@ class RelaidExperts(GatedExperts):
         own: dict = {}
         for index, rule in enumerate(self._rules):
             own.update(zip(rule.ours, rule.split(store[str(index)])))
-        names = self._weight_names()
-        super().load_own_variables({str(i): own[name] for i, name in enumerate(names)})
-
-    def _weight_names(self):
-        return [weight.name for weight in self.weights]
+        values: list = []
+        for name in self._projections():
+            kernel = own[f"{name}_kernel"]
+            quantized = self.quantization_mode is not None
+            values += quantize_to_int8(kernel) if quantized else [kernel]
+            values += [own[f"{name}_bias"]] if self.use_bias else []
+        super().load_own_variables({str(i): value for i, value in enumerate(values)})
 
 
 class BareMixture(MixtureOfExperts):
-    """A mixture that saves its layers only, and no counts, for which a file has no place."""
+    """A mixture that saves its layers and the draws of its router, and no counts."""
+
+    has_own_config = False
 
     def save_own_variables(self, store):
-        pass
+        save_draws(self.router, store)
 
     def load_own_variables(self, store):
-        pass
+        load_draws(self.router, store)
 
 
 def make_sparse(owner, block, family):
@@ -92,7 +99,7 @@ def make_sparse(owner, block, family):
     mixture = _mixture_like(block, family, name=f"{owner.name}_mixture")
     router_owner, router_name = _router_place(block, family)
     bank = getattr(block, family.experts)
-    with _scopes(block.path):
+    with names_below(block.path):
         mixture.build((None, None, block.hidden_dim))
     _assign(mixture.router, getattr(router_owner, router_name))
     for rule in family.weights:
@@ -115,7 +122,8 @@ def make_dense(block):
     """Turn a `SparseBlock` back into the block of KerasHub that it was."""
     family, mixture = block.family, block._sparse_mixture
     router_owner, router_name = _router_place(block, family)
-    own = {weight.name: weight for weight in mixture.experts.weights}
+    stacks: dict = {}
+    mixture.experts.save_own_variables(stacks)  # with what LoRA has learned
     shared = getattr(block, family.shared) if family.shared else None
     names = [name for name in (family.experts, family.shared, family.shared_gate) if name]
     if router_owner is block:
@@ -128,9 +136,8 @@ def make_dense(block):
     router_owner, router_name = _router_place(block, family)
     _assign(getattr(router_owner, router_name), mixture.router)
     bank = getattr(block, family.experts)
-    for rule in family.weights:
-        joined = rule.join([_as_array(own[name]) for name in rule.ours])
-        getattr(bank, rule.theirs).assign(joined)
+    for index, rule in enumerate(family.weights):
+        getattr(bank, rule.theirs).assign(stacks[str(index)])
     bank.trainable = mixture.experts.trainable
     if family.shared_gate:
         _assign(getattr(block, family.shared_gate), mixture.shared_gate)
@@ -176,15 +183,6 @@ def _router_place(block, family):
     """The layer that has the router, and the name it has there."""
     *owners, name = family.router.split(".")
     return functools.reduce(getattr, owners, block), name
-
-
-@contextlib.contextmanager
-def _scopes(path):
-    """Name what is built as a part of the layer with this path."""
-    with contextlib.ExitStack() as stack:
-        for name in path.split("/"):
-            stack.enter_context(keras.name_scope(name))
-        yield
 
 
 def _sparse_class(cls, family):

@@ -2,7 +2,7 @@
 
 from keras_moe.layers.dense_experts import DenseExperts
 from keras_moe.serialization import register
-from keras_moe.validation import check_positive_number
+from keras_moe.validation import check_not_negative, check_positive_number
 
 
 @register
@@ -62,9 +62,9 @@ class GatedExperts(DenseExperts):
     ):
         super().__init__(num_experts, hidden_dim, activation, use_bias, **kwargs)
         if clip is not None:
-            check_positive_number("clip", clip, example=7.0)
+            clip = check_positive_number("clip", clip, example=7.0)
         self.clip = clip
-        self.up_shift = up_shift
+        self.up_shift = check_not_negative("up_shift", up_shift)
 
     def get_config(self):
         return {**super().get_config(), "clip": self.clip, "up_shift": self.up_shift}

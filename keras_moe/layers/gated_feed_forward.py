@@ -3,7 +3,7 @@
 import keras
 
 from keras_moe.serialization import register
-from keras_moe.validation import check_positive_integer
+from keras_moe.validation import check_flag, check_positive_integer
 
 
 @register
@@ -41,10 +41,9 @@ class GatedFeedForward(keras.layers.Layer):
 
     def __init__(self, hidden_dim, activation="silu", use_bias=False, **kwargs):
         super().__init__(**kwargs)
-        check_positive_integer("hidden_dim", hidden_dim)
-        self.hidden_dim = hidden_dim
+        self.hidden_dim = check_positive_integer("hidden_dim", hidden_dim)
         self.activation = keras.activations.get(activation)
-        self.use_bias = use_bias
+        self.use_bias = check_flag("use_bias", use_bias)
         self.supports_masking = True
 
     def build(self, inputs_shape):
@@ -63,12 +62,18 @@ class GatedFeedForward(keras.layers.Layer):
     def call(self, inputs):
         return self.down(self.gate(inputs) * self.up(inputs))
 
+    def quantized_call(self, *args, **kwargs):
+        return self.call(*args, **kwargs)
+
     def compute_output_shape(self, inputs_shape):
         return tuple(inputs_shape)
 
     def get_config(self):
+        # Keras quantizes the three, and a loaded layer must make them so.
+        policy = self.down.dtype_policy if self.built else self.dtype_policy
         return {
             **super().get_config(),
+            "dtype": keras.dtype_policies.serialize(policy),
             "hidden_dim": self.hidden_dim,
             "activation": keras.activations.serialize(self.activation),
             "use_bias": self.use_bias,

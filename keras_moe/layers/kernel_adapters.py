@@ -26,13 +26,13 @@ def check_can_enable_lora(layer, rank):
         )
 
 
-def add_factors(layer, name, kernel_shape, rank, a_initializer, b_initializer):
+def add_factors(layer, name, stream, kernel_shape, rank, a_initializer, b_initializer):
     """The variables A (..., D, r) and B (..., r, H) for a kernel (..., D, H), in float32."""
     *experts, fan_in, fan_out = kernel_shape
 
     def each(initializer):
         initializer = keras.initializers.get(initializer)
-        return EachExpert(initializer, 0, range(experts[0])) if experts else initializer
+        return EachExpert(initializer, stream, range(experts[0])) if experts else initializer
 
     a, b = (
         layer.add_weight(

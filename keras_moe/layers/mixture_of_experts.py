@@ -15,6 +15,7 @@ from keras_moe.ops.sizes import at_least
 from keras_moe.saved_state import load_draws, save_draws
 from keras_moe.serialization import config_of, register, resolve
 from keras_moe.validation import (
+    check_flag,
     check_float_inputs,
     check_mask,
     check_not_negative,
@@ -38,9 +39,8 @@ class MixtureOfExperts(keras.layers.Layer):
 
     Args:
         experts: bank of experts: `FeedForwardExperts`, `GatedExperts` or `LayerExperts`.
-        router: a router, or the name of one in `routers.BY_NAME`, which then has its defaults. If
-            it is made without a number of experts, `layer.router` is one of the same arguments
-            with as many experts as the bank.
+        router: a router, or the name of one in `routers.BY_NAME`, which then has its defaults. One
+            that was made without a number of experts gets that of the bank.
         router_losses: losses of the routing, objects or names in `losses.BY_NAME`. None: the
             `default_losses` of the router, for most `("load_balance", "router_z")`; none for a
             router that balances by other means.
@@ -85,6 +85,9 @@ class MixtureOfExperts(keras.layers.Layer):
     References: Shazeer et al. 2017 (arXiv:1701.06538); Fedus et al. 2021 (arXiv:2101.03961).
     """
 
+    # Whether `get_config` tells of its experts, and not that of a block around it.
+    has_own_config = True
+
     def __init__(
         self,
         experts=None,
@@ -120,10 +123,10 @@ class MixtureOfExperts(keras.layers.Layer):
                 "shared_expert=None. Pass a `shared_expert`, or leave `gated_shared_expert` out."
             )
         self.shared_expert = shared_expert
-        self.gated_shared_expert = gated_shared_expert
+        self.gated_shared_expert = check_flag("gated_shared_expert", gated_shared_expert)
         self.shared_gate = None
         if gated_shared_expert:
-            self.shared_gate = keras.layers.Dense(
+            self.shared_gate = _Gate(
                 1, "sigmoid", use_bias=False, dtype=self.dtype_policy, name="shared_gate"
             )
         self.capacity = Capacity.get(capacity_factor)
@@ -439,6 +442,11 @@ class MixtureOfExperts(keras.layers.Layer):
         }
 
 
+class _Gate(keras.layers.Dense):
+    def quantize(self, mode, type_check=True, config=None):
+        """Nothing: it has one column. Keras asks every layer."""
+
+
 def _check_place(experts, arguments):
     """Tell of arguments that belong to the bank or the router."""
     for name, value in arguments.items():
@@ -466,6 +474,7 @@ _PLACES = {
     "top_k": ("router", "router=routers.TopKRouter(top_k={!r})"),
     "score": ("router", "router=routers.TopKRouter(score={!r})"),
     "balancer": ("router", "router=routers.TopKRouter(balancer={!r})"),
+    "capacity": ("layer by the name `capacity_factor`", "capacity_factor={!r}"),
 }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_moe.keras_internals import open_to_state
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.kernel_adapters import (
     add_factors,
@@ -13,6 +14,7 @@ from keras_moe.layers.kernel_adapters import (
     merged,
     quantize_to_int8,
 )
+from keras_moe.validation import check_positive_number
 
 
 class StackedExperts(ExpertBank):
@@ -68,17 +70,18 @@ class StackedExperts(ExpertBank):
         """
         check_can_enable_lora(self, rank)
         self.lora_rank = rank
+        if lora_alpha is not None:
+            lora_alpha = check_positive_number("lora_alpha", lora_alpha)
         self.lora_alpha = rank if lora_alpha is None else lora_alpha
-        self._tracker.unlock()
-        self._add_factors(a_initializer, b_initializer)
-        self._tracker.lock()
+        with open_to_state(self):
+            self._add_factors(a_initializer, b_initializer)
 
     def _add_factors(self, a_initializer, b_initializer):
-        for name in self._projections():
+        for stream, name in enumerate(self._projections()):
             kernel = getattr(self, f"{name}_kernel")
             kernel.trainable = False
             initializers = a_initializer, b_initializer
-            factors = add_factors(self, name, kernel.shape, self.lora_rank, *initializers)
+            factors = add_factors(self, name, stream, kernel.shape, self.lora_rank, *initializers)
             for letter, factor in zip("ab", factors):
                 setattr(self, f"{name}_lora_{letter}", factor)
         self.lora_enabled = True
@@ -117,7 +120,7 @@ class StackedExperts(ExpertBank):
             )
         for name in self._projections():
             kernel = getattr(self, f"{name}_kernel")
-            quantized = quantize_to_int8(self._merged(name))
+            quantized = quantize_to_int8(self.merged_kernel(name))
             self._untrack_variable(kernel)
             self._add_integers(name, quantized.shape)
             getattr(self, f"{name}_kernel").assign(quantized.values)
@@ -155,7 +158,7 @@ class StackedExperts(ExpertBank):
         """What a file has of a projection, arrays."""
         values = [self._whole(weight) for weight in self._weights_of(name)]
         if self.lora_enabled:
-            kernel = self._merged(name)
+            kernel = self.merged_kernel(name)
             parts = [kernel] if self.quantization_mode is None else quantize_to_int8(kernel)
             values[: len(parts)] = parts
         return values
@@ -186,8 +189,8 @@ class StackedExperts(ExpertBank):
         weight = weight if self.processes is None else self.processes.whole(weight)
         return ops.convert_to_numpy(weight)
 
-    def _merged(self, name):
-        """An array: the kernel of all experts with what LoRA has learned."""
+    def merged_kernel(self, name):
+        """The kernel of all experts as floats, with what LoRA has learned, an array."""
         kernel = self._whole(getattr(self, f"{name}_kernel"))
         if self.quantization_mode is not None:
             kernel = kernel * self._whole(getattr(self, f"{name}_scale"))

@@ -21,7 +21,7 @@ from keras_moe.routers.soft import SoftRouter
 from keras_moe.routers.top_k import TopKRouter
 from keras_moe.routers.top_p import TopPRouter
 from keras_moe.routers.v_moe import VMoERouter
-from keras_moe.serialization import note_part, resolve
+from keras_moe.serialization import resolve
 
 BY_NAME = {
     "balanced_assignment": BalancedAssignmentRouter,
@@ -52,10 +52,8 @@ def get(identifier, num_experts):
         ValueError: If `identifier` is none of these.
     """
     router = resolve("router", identifier, Router, BY_NAME, num_experts=num_experts)
-    bound = router.bind(num_experts)
-    if bound is not router:
-        note_part(bound)
-    return bound
+    router.bind(num_experts)
+    return router
 
 
 __all__ = [

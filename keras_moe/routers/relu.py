@@ -57,10 +57,11 @@ class ReLURouter(LogitRouter):
     ):
         super().__init__(num_experts, **kwargs)
         top_k = check_top_k(top_k, num_experts, "ReLURouter")
-        if max_top_k is None:
-            max_top_k = min(2 * top_k, num_experts or 2 * top_k)
-        max_top_k = check_top_k(max_top_k, num_experts, "ReLURouter", name="max_top_k")
-        if max_top_k < top_k:
+        if max_top_k is None and num_experts is not None:
+            max_top_k = min(2 * top_k, num_experts)
+        if max_top_k is not None:
+            max_top_k = check_top_k(max_top_k, num_experts, "ReLURouter", name="max_top_k")
+        if max_top_k is not None and max_top_k < top_k:
             raise ValueError(
                 "`max_top_k` must be at least `top_k`, the mean that the loss aims at. Received: "
                 f"max_top_k={max_top_k}, top_k={top_k}. Raise the one or lower the other."

@@ -39,8 +39,7 @@ class Router(keras.layers.Layer):
     `mean_top_k` and `min_top_k` if tokens differ in how many experts serve them.
 
     Args:
-        num_experts: number of experts, E. None: that of the layer the router is given to, which
-            makes its own router, `layer.router`, of the same arguments.
+        num_experts: number of experts, E. None: that of the layer the router is given to.
     """
 
     causal = True
@@ -54,7 +53,7 @@ class Router(keras.layers.Layer):
     def __new__(cls, *args, **kwargs):
         router = super().__new__(cls, *args, **kwargs)
         # Past Keras, which would track what is in there.
-        object.__setattr__(router, "_arguments", (args[1:], kwargs))
+        object.__setattr__(router, "_arguments", (args, kwargs))
         return router
 
     def __init__(self, num_experts=None, **kwargs):
@@ -73,16 +72,22 @@ class Router(keras.layers.Layer):
         self._known_arguments = set(inspect.signature(self.route).parameters)
 
     def bind(self, num_experts):
-        """This router, if it has a number of experts; otherwise one of `num_experts`.
+        """Give a router that has no number of experts this one; any other stays as it is.
 
         Raises:
             ValueError: If the number does not fit the other arguments.
         """
         if self.num_experts is not None:
-            return self
+            return
         args, kwargs = self._arguments
-        kwargs = {name: value for name, value in kwargs.items() if name != "num_experts"}
-        return type(self)(num_experts, *args, **kwargs)
+        parameters = list(inspect.signature(type(self).__init__).parameters)
+        if parameters[1:2] == ["num_experts"]:
+            args = args[1:]
+        # It checks its arguments, and what depends on the number is None here until now.
+        bound = type(self)(*args, **{**kwargs, "num_experts": num_experts})
+        for name, value in vars(bound).items():
+            if getattr(self, name) is None and value is not None:
+                setattr(self, name, value)
 
     def __call__(self, *args, **kwargs):
         if self.num_experts is None:

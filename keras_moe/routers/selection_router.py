@@ -50,7 +50,7 @@ class SelectionRouter(LogitRouter):
         self.score = score
         self.renormalize = check_flag("renormalize", renormalize, optional=True)
         self.scaling_factor = scaling_factor
-        self.use_bias = use_bias
+        self.use_bias = check_flag("use_bias", use_bias)
         self.bias: Any = None
         self.balancer: Any = None if balancer is None else balancers.get(balancer)
         if self.balancer is not None:

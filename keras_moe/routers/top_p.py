@@ -48,9 +48,10 @@ class TopPRouter(LogitRouter):
     def __init__(self, num_experts=None, threshold=0.4, max_top_k=None, **kwargs):
         super().__init__(num_experts, **kwargs)
         threshold = check_fraction("threshold", threshold, fix="Pass, for example, 0.4.")
-        if max_top_k is None:
-            max_top_k = min(4, num_experts or 4)
-        max_top_k = check_top_k(max_top_k, num_experts, "TopPRouter", name="max_top_k")
+        if max_top_k is None and num_experts is not None:
+            max_top_k = min(4, num_experts)
+        if max_top_k is not None:
+            max_top_k = check_top_k(max_top_k, num_experts, "TopPRouter", name="max_top_k")
         self.threshold = threshold
         self.top_k = max_top_k
 

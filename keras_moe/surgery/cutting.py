@@ -23,10 +23,21 @@ def check_can_cut(name, layer):
             f"{name!r} with {' and '.join(parts)}{'' if layer.built else ', which is not built'}. "
             "Leave it out, or build the model first."
         )
+    check_is_ours(name, layer)
     if getattr(layer.experts, "processes", None) is not None:
         raise ValueError(
             "The experts of a layer must be in one process. Received: "
             f"{name!r}, spread over several. Save the model and load it in one."
+        )
+
+
+def check_is_ours(name, layer):
+    """Refuse a layer whose numbers stand in the config of a block of another package."""
+    if not layer.has_own_config:
+        raise ValueError(
+            "The numbers of experts and of `top_k` of a converted model are those of its config, "
+            f"and cannot change. Received: {name!r}, made by `convert.sparsify`. "
+            "Make the model with other numbers instead."
         )
 
 
@@ -60,7 +71,7 @@ def cut(layer, experts):
         for loss in layer.router_losses:
             for variable in filter(_is_variable_of(layer), vars(loss).values()):
                 let_go(layer, variable)
-        layer.router_losses = [loss.build(layer) for loss in layer.router_losses]
+        layer._build_losses()
 
 
 def _cut_counts(layer, experts):
@@ -80,10 +91,7 @@ def _cut_router(router, experts):
     config = {**router.get_config(), "num_experts": len(experts)}
     if config.get("max_top_k") is not None:
         config["max_top_k"] = min(config["max_top_k"], len(experts))
-    new = type(router).from_config(config)
-    if hasattr(router, "updates_selection_bias"):
-        new.updates_selection_bias = router.updates_selection_bias
-    return new
+    return type(router).from_config(config)
 
 
 def _take_weights(old, new, experts):

@@ -12,6 +12,11 @@ from keras_moe.layers.layer_experts import LayerExperts
 def check_can_merge(name, bank):
     """Refuse experts whose weights cannot be averaged."""
     if not isinstance(bank, LayerExperts):
+        if bank.lora_enabled or bank.quantization_mode is not None:
+            raise ValueError(
+                "Experts must have plain kernels to be averaged, neither quantized nor with LoRA. "
+                f"Received: {name!r} with such kernels. Prune them, or merge before that."
+            )
         return
     shapes = [[tuple(weight.shape) for weight in layer.weights] for layer in bank.layers]
     if any(each != shapes[0] for each in shapes):

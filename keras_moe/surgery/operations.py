@@ -8,7 +8,7 @@ from keras_moe.inspection import moe_layers
 from keras_moe.keras_internals import forget_compiled, forget_old_weights
 from keras_moe.routers.group_limited import GroupLimitedRouter
 from keras_moe.surgery import measuring
-from keras_moe.surgery.cutting import check_can_cut, cut
+from keras_moe.surgery.cutting import check_can_cut, check_is_ours, cut
 from keras_moe.surgery.merging import centers_of, check_can_merge, merge
 from keras_moe.validation import check_choice, check_top_k, is_whole
 
@@ -143,6 +143,7 @@ def set_top_k(model, top_k):
     """
     layers = _layers(model, top_k, "top_k")
     for name, layer in layers.items():
+        check_is_ours(name, layer)
         router = layer.router
         value = top_k[name] if isinstance(top_k, dict) else top_k
         config = router.get_config()
@@ -178,6 +179,7 @@ def _operate(model, layers, chosen, merges, data):
 def _plan(model, keep, data):
     """Layers, how many experts of each stay, and the data as a list."""
     layers = _layers(model, keep, "keep")
+    _check_not_shared(model)
     numbers = {}
     for name, layer in layers.items():
         check_can_cut(name, layer)
@@ -188,6 +190,19 @@ def _plan(model, keep, data):
             f"{tuple(data.shape)}. Pass `[array]`."
         )
     return layers, numbers, list(data)
+
+
+def _check_not_shared(model):
+    seen: dict[int, str] = {}
+    for name, layer in moe_layers(model).items():
+        for part in (layer.router, layer.experts):
+            other = seen.setdefault(id(part), name)
+            if other != name:
+                raise ValueError(
+                    "Each layer must have a router and a bank of its own. Received: "
+                    f"{other!r} and {name!r}, which share `{part.name}`. Make the model without "
+                    "sharing, and give it the weights."
+                )
 
 
 def _layers(model, given, argument):
