@@ -127,6 +127,22 @@ def test_a_layer_that_is_there_is_given_the_weights(tmp_path):
     assert_close(ops.convert_to_numpy(twin(TOKENS)), ops.convert_to_numpy(layer(TOKENS)))
 
 
+def with_lora(path):
+    layer = convert.from_hugging_face(path, 0)
+    layer.experts.enable_lora(2)
+    return layer
+
+
+def test_what_lora_has_learned_is_converted(tmp_path):
+    model_of("qwen3_moe").save_pretrained(tmp_path)
+    layer = convert.from_hugging_face(tmp_path, 0)
+    layer.experts.enable_lora(2, b_initializer="glorot_uniform")
+    arrays = convert.to_hugging_face(layer, 0, "qwen3_moe")
+    config = json.loads((tmp_path / "config.json").read_text())
+    again = convert.from_hugging_face(arrays, 0, config)
+    assert_close(ops.convert_to_numpy(again(TOKENS)), ops.convert_to_numpy(layer(TOKENS)))
+
+
 def test_what_cannot_be_converted_is_refused_with_a_reason(tmp_path):
     model_of("qwen3_moe").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -145,6 +161,10 @@ def test_what_cannot_be_converted_is_refused_with_a_reason(tmp_path):
         (
             lambda: convert.to_hugging_face(convert.from_hugging_face(tmp_path, 0), 0, "gpt_oss"),
             "without `router.bias`",
+        ),
+        (
+            lambda: convert.from_hugging_face(tmp_path, 0, into=with_lora(tmp_path)),
+            "neither quantized nor with LoRA",
         ),
     ]
     for call, message in cases:

@@ -13,7 +13,7 @@ import pytest
 from conftest import BACKEND, assert_close
 from keras import ops
 
-from keras_moe import convert, inspection
+from keras_moe import convert, inspection, surgery
 from keras_moe.parameters import parameters_of
 
 keras_hub = pytest.importorskip("keras_hub")
@@ -175,3 +175,31 @@ def test_other_models_are_refused_and_converting_twice_changes_nothing():
     block._sparse_feedforward_gate_dense.quantize("int8")
     with pytest.raises(ValueError, match="before it is quantized"):
         convert.sparsify(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method")
+@pytest.mark.parametrize("change", ["quantize", "lora"])
+def test_files_and_the_way_back_have_what_the_experts_compute(change, tmp_path):
+    model = convert.sparsify(causal_lm("mixtral"))
+    inputs = prompts(LENGTH, (LENGTH, LENGTH))
+    for layer in inspection.moe_layers(model).values():
+        if change == "quantize":
+            layer.experts.quantize("int8")
+        else:
+            layer.experts.enable_lora(2, b_initializer="glorot_uniform")
+    expected = logits_of(model, inputs)
+    model.save_weights(tmp_path / "sparse.weights.h5")
+    dense = causal_lm("mixtral")
+    dense.load_weights(tmp_path / "sparse.weights.h5")
+    np.testing.assert_allclose(logits_of(dense, inputs), expected, atol=1e-5)
+    np.testing.assert_allclose(logits_of(convert.restore(model), inputs), expected, atol=1e-5)
+
+
+def test_the_numbers_of_a_converted_model_are_those_of_its_config():
+    model = convert.sparsify(causal_lm("mixtral"))
+    for operate in (
+        lambda: surgery.set_top_k(model, 1),
+        lambda: surgery.prune_experts(model, np.ones(4), keep=2),
+    ):
+        with pytest.raises(ValueError, match="made by `convert.sparsify`"):
+            operate()

@@ -87,3 +87,15 @@ def test_other_modes_say_what_there_is():
     bank.build((None, D))
     with pytest.raises(NotImplementedError, match="int8"):
         bank.quantize("float8")
+
+
+def test_shared_experts_are_quantized_saved_and_loaded(tmp_path):
+    bank, shared = layers.GatedExperts(E, H), layers.GatedFeedForward(H)
+    inputs = keras.Input((D,))
+    layer = layers.MixtureOfExperts(bank, shared_expert=shared, gated_shared_expert=True)
+    model = keras.Model(inputs, layer(inputs))
+    model.quantize("int8")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    x = normal(8, D)
+    assert_close(to_numpy(loaded(x)), to_numpy(model(x)))

@@ -206,6 +206,20 @@ def zero_computation():
     return single(bank)[0]
 
 
+def shared_bank():
+    bank = layers.FeedForwardExperts(E, H)
+    inputs = keras.Input((D,))
+    first, second = (layers.MixtureOfExperts(bank) for _ in range(2))
+    return keras.Model(inputs, second(first(inputs)))
+
+
+def with_lora():
+    model = plain()
+    for layer in inspection.moe_layers(model).values():
+        layer.experts.enable_lora(2)
+    return model
+
+
 def plain():
     return single()[0]
 
@@ -222,6 +236,8 @@ ERRORS = {
     "router": (lambda: surgery.prune_experts(expert_choice(), np.ones(E))),
     "bank": (lambda: surgery.prune_experts(zero_computation(), np.ones(E))),
     "groups": (lambda: surgery.prune_experts(single(router=ROUTERS["groups"]())[0], np.ones(E), 5)),
+    "shared": (lambda: surgery.prune_experts(shared_bank(), np.ones(E))),
+    "merge with LoRA": (lambda: surgery.merge_experts(with_lora(), data=[X])),
     "top_k": (lambda: surgery.set_top_k(plain(), E + 1)),
     "no top_k": (lambda: surgery.set_top_k(expert_choice(), 1)),
 }

@@ -276,6 +276,11 @@ BAD_SEEDS = ["0", 1.5, -1, True, NAN, [1], 2**40]
 FLAGS = {
     "use_bias": lambda v: layers.FeedForwardExperts(E, 2, use_bias=v),
     "use_bias of gated experts": lambda v: layers.GatedExperts(E, 2, use_bias=v),
+    "use_bias of a gated feed-forward": lambda v: layers.GatedFeedForward(2, use_bias=v),
+    "use_bias of a router": lambda v: routers.TopKRouter(E, use_bias=v),
+    "gated_shared_expert": lambda v: moe(
+        shared_expert=keras.layers.Dense(D), gated_shared_expert=v
+    ),
     "per_sequence": lambda v: layers.Capacity(1.0, per_sequence=v),
     "cross_attention": lambda v: layers.TransformerDecoderBlock(2, moe(), cross_attention=v),
     "rotary": lambda v: layers.TransformerDecoderBlock(2, moe(), rotary=v),
