@@ -214,10 +214,9 @@ def shared_bank():
 
 
 def with_lora():
-    model = plain()
-    for layer in inspection.moe_layers(model).values():
-        layer.experts.enable_lora(2)
-    return model
+    layer = plain()
+    layer.experts.enable_lora(2)
+    return layer
 
 
 def plain():
