@@ -59,5 +59,6 @@ if __name__ == "__main__":
     form, program_path, inputs_path, outputs_path = sys.argv[1:]
     run = {"saved_model": saved_model, "onnx": onnx, "litert": litert, "torch": torch, "jax": jax}
     function = run[form](program_path)
-    np.savez(outputs_path, **{name: function(x) for name, x in np.load(inputs_path).items()})
+    with np.load(inputs_path) as inputs:
+        np.savez(outputs_path, **{name: function(x) for name, x in inputs.items()})
     assert "keras_moe" not in sys.modules

@@ -108,7 +108,8 @@ def run_in_a_process_of_its_own(form, path, inputs, folder):
     subprocess.run(
         [sys.executable, str(script), *map(str, arguments)], check=True, env=environment, cwd=folder
     )
-    return np.load(folder / "outputs.npz")
+    with np.load(folder / "outputs.npz") as outputs:
+        return dict(outputs)
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="a compiler of PyTorch")

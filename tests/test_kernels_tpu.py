@@ -27,7 +27,7 @@ SMALL = Tiles(16, depth=8, columns=16, strip=8, border=4, depth_chunk=4, column_
 DEEP = Tiles(16, depth=20, columns=16, strip=8, border=4, depth_chunk=20, column_chunk=8)
 # Each example compiles a program: to shrink one that fails would take minutes.
 FEW = hypothesis.settings(max_examples=5, phases=[hypothesis.Phase.generate])
-CHIPS = (Chip(16 * 2**20, 2), Chip(24 * 2**20, 1), Chip(24 * 2**20, 2))
+CHIPS = (Chip(16 * 2**20, 2), Chip(64 * 2**20, 1), Chip(64 * 2**20, 2))
 
 
 @st.composite

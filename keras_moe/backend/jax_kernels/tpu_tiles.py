@@ -46,7 +46,7 @@ def this_chip():
         info = pltpu.get_tpu_info()
     except (AttributeError, ValueError):
         return Chip(16 * 2**20, 2)
-    return Chip(min(info.vmem_capacity_bytes, 24 * 2**20), info.num_cores)
+    return Chip(min(info.vmem_capacity_bytes, 64 * 2**20), info.num_cores)
 
 
 def product_tiles(shape, row_bytes, kernel_bytes, *, num_kernels, num_planes, num_groups, chip):
