@@ -10,6 +10,7 @@ from keras import ops
 from keras_moe import backend
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.ops.platforms import named_platform
+from keras_moe.validation import check_batches
 
 
 def moe_layers(model):
@@ -154,11 +155,7 @@ def record_routings(model, batches):
     >>> routings["moe"][0].indices.shape
     (8, 2)
     """
-    if hasattr(batches, "shape"):
-        raise ValueError(
-            "`batches` must be a list of batches, or another iterable. Received: one array of "
-            f"shape {tuple(batches.shape)}. Pass `[array]`."
-        )
+    check_batches("batches", batches)
     layers = moe_layers(model)
     routings: dict[str, list] = {name: [] for name in layers}
     with listening({layer: _recorder(routings[name]) for name, layer in layers.items()}):
@@ -190,15 +187,8 @@ def count_in_evaluation(model):
     >>> int(keras.ops.sum(moe.expert_counts))
     16
     """
-    layers = moe_layers(model).values()
-    before = [layer.counts_in_evaluation for layer in layers]
-    try:
-        for layer in layers:
-            layer.counts_in_evaluation = True
+    with _given("counts_in_evaluation", dict.fromkeys(moe_layers(model).values(), True)):
         yield
-    finally:
-        for layer, counts in zip(layers, before):
-            layer.counts_in_evaluation = counts
 
 
 @contextlib.contextmanager
@@ -208,13 +198,21 @@ def listening(listeners):
     Args:
         listeners: dict from a layer to a function of an `ops.Routing` and of the tokens (T, D).
     """
+    with _given("routing_listener", listeners):
+        yield
+
+
+@contextlib.contextmanager
+def _given(name, values):
+    """Gives layers another value of an attribute, and the former one back after any exit."""
+    before = {layer: getattr(layer, name) for layer in values}
     try:
-        for layer, listener in listeners.items():
-            layer.routing_listener = listener
+        for layer, value in values.items():
+            setattr(layer, name, value)
         yield
     finally:
-        for layer in listeners:
-            layer.routing_listener = None
+        for layer, value in before.items():
+            setattr(layer, name, value)
 
 
 def _is_compiled_by_xla(model):

@@ -27,14 +27,13 @@ def replace_sublayers(layer, old, new):
         old: names of the attributes whose layers go.
         new: dict of names of attributes to the layers that come.
     """
-    layer._tracker.unlock()
-    for name in old:
-        sublayer = getattr(layer, name)
-        delattr(layer, name)
-        layer._tracker.untrack(sublayer)
-    for name, sublayer in new.items():
-        setattr(layer, name, sublayer)
-    layer._tracker.lock()
+    with open_to_state(layer):
+        for name in old:
+            sublayer = getattr(layer, name)
+            delattr(layer, name)
+            layer._tracker.untrack(sublayer)
+        for name, sublayer in new.items():
+            setattr(layer, name, sublayer)
 
 
 def rebuild(layer, shape):

@@ -70,11 +70,16 @@ class _WithReplacements:
         return model
 
 
+_CLASSES: dict = {}
+
+
 def _class_for(original):
     """A subclass that is serialized under one name, whatever it is a subclass of."""
-    members = {"_original_class": original, "__module__": __name__}
-    changed = type(_NAME, (_WithReplacements, original), members)
-    return keras.saving.register_keras_serializable(PACKAGE, _NAME)(changed)
+    if original not in _CLASSES:
+        members = {"_original_class": original, "__module__": __name__}
+        changed = type(_NAME, (_WithReplacements, original), members)
+        _CLASSES[original] = keras.saving.register_keras_serializable(PACKAGE, _NAME)(changed)
+    return _CLASSES[original]
 
 
 # For files that are loaded before any model was changed here.

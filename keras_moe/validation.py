@@ -180,6 +180,15 @@ def check_divides(name, length, num_tokens):
         )
 
 
+def check_batches(name, batches):
+    """Batches, and not one of them."""
+    if hasattr(batches, "shape"):
+        raise ValueError(
+            f"`{name}` must be a list of batches, or another iterable. Received: one array of "
+            f"shape {tuple(batches.shape)}. Pass `[array]`."
+        )
+
+
 def check_counts(name, counts, axes=("E",)):
     """Numbers of assignments: of their rank, and not negative, if they are on the host."""
     array = host_values(counts)

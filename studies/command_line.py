@@ -1,6 +1,27 @@
-"""Checks of what stands on a command line, before anything is computed."""
+"""Options of the studies, and checks of them before anything is computed."""
+
+import argparse
 
 from keras_moe.validation import check_positive_integer
+
+
+def parser_of(doc, dataset, data, experts, units="documents"):
+    """A parser with the options that all studies of texts have.
+
+    Args:
+        doc: docstring of the study, whose first line describes it.
+        dataset: name of the default data.
+        data: what other data there are, for the help.
+        experts: default number of experts.
+        units: what a tiny model is trained on.
+    """
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    parser.add_argument("--dataset", default=dataset, help=data)
+    parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
+    parser.add_argument("--experts", type=int, default=experts)
+    parser.add_argument("--seeds", type=int, default=1, help="number of runs to average")
+    parser.add_argument("--smoke", action="store_true", help=f"a tiny model on a few {units}")
+    return parser
 
 
 def check_numbers(options, *names):

@@ -6,12 +6,11 @@
     python studies/language_model.py --generate "the space shuttle"
     KERAS_BACKEND=jax python studies/language_model.py --expert-parallel 4
 
-Runs on the backend that KERAS_BACKEND names. An interrupted run goes on where it was when the same
-command is given again. The data are read with TensorFlow Datasets, which needs TensorFlow on every
-backend.
+Runs on the backend that KERAS_BACKEND names. An interrupted run resumes from the last finished
+epoch when the same command is given again. The data are read with TensorFlow Datasets, which needs
+TensorFlow on every backend.
 """
 
-import argparse
 import itertools
 import json
 import pathlib
@@ -22,7 +21,7 @@ import keras
 import numpy as np
 import pictures
 import resuming
-from command_line import check_numbers
+from command_line import check_numbers, parser_of
 from decoder_model import build_model, write
 from id_batches import Batches, rows
 from subwords import END, Subwords
@@ -104,14 +103,7 @@ def load_data(options, size):
 
 
 def parse_options(arguments):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--dataset",
-        default="twenty_newsgroups",
-        help=f"{', '.join(datasets.BUILT_IN)}, or any text classification data of TFDS",
-    )
-    parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
-    parser.add_argument("--experts", type=int, default=16)
+    parser = parser_of(__doc__, "twenty_newsgroups", datasets.HELP, experts=16)
     parser.add_argument("--router", default="top_k", help="name of a router of keras_moe")
     parser.add_argument("--moe-every", type=int, default=1, help="every n-th block has experts")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -121,11 +113,9 @@ def parse_options(arguments):
         metavar="DEVICES",
         help="devices that share the experts, on JAX; the batch is split over all devices",
     )
-    parser.add_argument("--seeds", type=int, default=1, help="number of runs to average")
     parser.add_argument(
         "--compare", action="store_true", help="train a dense model of equal active size as well"
     )
-    parser.add_argument("--smoke", action="store_true", help="a tiny model on a few documents")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("language_model"))
     parser.add_argument(
         "--generate", metavar="TEXT", help="go on with a text, by the model in --output"

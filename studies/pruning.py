@@ -8,15 +8,15 @@ of validation data, right after the surgery. The model and the data are those of
 `language_model.py`. Runs on the backend that KERAS_BACKEND names.
 """
 
-import argparse
 import json
 import pathlib
 
+import datasets
 import keras
 import language_model
 import numpy as np
 import resuming
-from command_line import check_numbers
+from command_line import check_numbers, parser_of
 from twins import spread
 
 from keras_moe import inspection, surgery
@@ -59,15 +59,10 @@ def main(arguments=None):
 
 
 def parse_options(arguments):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset", default="twenty_newsgroups")
-    parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
-    parser.add_argument("--experts", type=int, default=16)
+    parser = parser_of(__doc__, "twenty_newsgroups", datasets.HELP, experts=16)
     parser.add_argument("--keep", type=float, default=0.5, help="share of the experts that stay")
     parser.add_argument("--draws", type=int, default=3, help="number of prunings by chance")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--seeds", type=int, default=1, help="number of runs to average")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model on a few documents")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("output_pruning"))
     return parser.parse_args(arguments)
 

@@ -9,7 +9,6 @@ Runs on the backend that KERAS_BACKEND names. The data are read with TensorFlow 
 needs TensorFlow on every backend.
 """
 
-import argparse
 import json
 import pathlib
 import time
@@ -20,7 +19,7 @@ import keras
 import numpy as np
 import pictures
 import tensorflow as tf
-from command_line import check_numbers
+from command_line import check_numbers, parser_of
 from phrase_embedding import PhraseEmbedding
 from twins import count_parameters, dense_feedforward, spread
 from usage_table import print_usage
@@ -103,25 +102,16 @@ def main(arguments=None):
 
 
 def parse_options(arguments):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--dataset",
-        default="twenty_newsgroups",
-        help=f"{', '.join(datasets.BUILT_IN)}, or any text classification data of TFDS",
-    )
-    parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
-    parser.add_argument("--experts", type=int, default=8)
+    parser = parser_of(__doc__, "twenty_newsgroups", datasets.HELP, experts=8)
     parser.add_argument("--top-k", type=int, default=2, help="experts that serve each token")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--seeds", type=int, default=1, help="number of runs to average")
     parser.add_argument(
         "--compare",
         action="store_true",
         help="train a dense model of equal active size and a logistic regression as well",
     )
     parser.add_argument("--mixed-precision", action="store_true", help="compute in bfloat16")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model on a few documents")
     parser.add_argument(
         "--output", type=pathlib.Path, help="default: text_classifier/ and the name of the data"
     )

@@ -5,12 +5,11 @@
     KERAS_BACKEND=jax python studies/translation.py --report --log-dir logs
     KERAS_BACKEND=jax python studies/translation.py --translate "Y el rey habló a su pueblo."
 
-Runs on the backend that KERAS_BACKEND names; JAX is the fastest on a CPU. A run that is interrupted
-goes on where it was when the same command is given again. The data are read with TensorFlow
-Datasets, which needs TensorFlow on every backend.
+Runs on the backend that KERAS_BACKEND names; JAX is the fastest on a CPU. An interrupted run
+resumes from the last finished epoch when the same command is given again. The data are read with
+TensorFlow Datasets, which needs TensorFlow on every backend.
 """
 
-import argparse
 import functools
 import json
 import pathlib
@@ -22,7 +21,7 @@ import pictures
 import resuming
 import training
 from bilingual_embedding import bilingual_embedding
-from command_line import check_numbers
+from command_line import check_numbers, parser_of
 from datasets import pairs
 from piece_kinds import KINDS, frequent_pieces, ids_by_layer, kind_of_each, usage_by_kind
 from sentence_batches import SentenceBatches, Shapes
@@ -116,19 +115,14 @@ def main(arguments=None):
 
 
 def parse_options(arguments):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--dataset",
-        default="bible_es_en",
-        help=f"{', '.join(pairs.BUILT_IN)}, or any data set of TFDS from text to text, such as "
-        "ted_hrlr_translate/pt_to_en",
+    data = (
+        f"{', '.join(pairs.BUILT_IN)}, or any data set of TFDS from text to text, such as "
+        "ted_hrlr_translate/pt_to_en"
     )
-    parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
-    parser.add_argument("--experts", type=int, default=8)
+    parser = parser_of(__doc__, "bible_es_en", data, experts=8, units="sentences")
     parser.add_argument("--top-k", type=int, default=2, help="experts that serve each piece")
     parser.add_argument("--moe-every", type=int, default=1, help="every n-th block has experts")
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--seeds", type=int, default=1, help="number of runs to average")
     parser.add_argument("--beams", type=int, default=4, help="1 writes greedily")
     parser.add_argument(
         "--compare", action="store_true", help="train a dense model of equal active size as well"
@@ -137,7 +131,6 @@ def parse_options(arguments):
     parser.add_argument(
         "--report", action="store_true", help="write a page about the experts to --output"
     )
-    parser.add_argument("--smoke", action="store_true", help="a tiny model on a few sentences")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("translator"))
     parser.add_argument("--translate", metavar="TEXT", help="use the model in --output")
     return parser.parse_args(arguments)

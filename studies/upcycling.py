@@ -8,19 +8,19 @@ Both go on from the same weights, on the same data in the same order, with the s
 The dense model trains for as many seconds as the mixture, in more steps if they are faster. The
 model and the data are those of the study `language_model.py`.
 
-Runs on the backend that KERAS_BACKEND names. An interrupted run goes on where it was when the same
-command is given again.
+Runs on the backend that KERAS_BACKEND names. An interrupted run resumes from the last finished
+epoch when the same command is given again.
 """
 
-import argparse
 import json
 import pathlib
 import time
 
+import datasets
 import keras
 import language_model
 import resuming
-from command_line import check_numbers
+from command_line import check_numbers, parser_of
 from twins import count_parameters, spread
 from whole_files import write_whole
 
@@ -62,10 +62,7 @@ def main(arguments=None):
 
 
 def parse_options(arguments):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset", default="twenty_newsgroups")
-    parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
-    parser.add_argument("--experts", type=int, default=16)
+    parser = parser_of(__doc__, "twenty_newsgroups", datasets.HELP, experts=16)
     parser.add_argument("--top-k", type=int, default=2, help="experts a token goes to")
     parser.add_argument(
         "--granularity", type=int, default=2, help="in how many experts a copy is split"
@@ -74,8 +71,6 @@ def parse_options(arguments):
         "--reinitialized", type=float, default=0.0, help="share of each expert drawn anew"
     )
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--seeds", type=int, default=1, help="number of runs to average")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model on a few documents")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("output_upcycling"))
     return parser.parse_args(arguments)
 

@@ -25,10 +25,10 @@ def _platform_of(device):
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, keep, forward, backward, inputs, context, *tensors):
+    def forward(ctx, forward, backward, inputs, context, *tensors):
         ctx.structure = keras.tree.map_structure(lambda _: 0, inputs)
         inputs = keras.tree.pack_sequence_as(ctx.structure, tensors)
-        output, saved = forward(inputs, context, keep)
+        output, saved = forward(inputs, context, keep=True)
         ctx.run_backward = backward
         ctx.context = context
         # All tensors in the list that PyTorch frees, and may offload or compute again.
@@ -44,7 +44,7 @@ class _Differentiable(torch.autograd.Function):
         inputs = keras.tree.pack_sequence_as(ctx.structure, tensors[:num_inputs])
         saved = keras.tree.pack_sequence_as(ctx.structure_of_saved, tensors[num_inputs:])
         gradients = ctx.run_backward(inputs, ctx.context, saved, upstream)
-        return None, None, None, None, None, *keras.tree.flatten(gradients)
+        return None, None, None, None, *keras.tree.flatten(gradients)
 
 
 def differentiable(forward, backward, inputs, context):
@@ -60,7 +60,7 @@ def differentiable(forward, backward, inputs, context):
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if is_exporting() or not keep:
         return forward(inputs, context, keep=False)[0]
-    return _Differentiable.apply(keep, forward, backward, inputs, context, *tensors)
+    return _Differentiable.apply(forward, backward, inputs, context, *tensors)
 
 
 def is_exporting():

@@ -35,7 +35,7 @@ class SparseBlock:
 
 
 def token_mask(attention_mask, leading):
-    """Which tokens are real, a bool tensor (batch, length), or None where nobody says.
+    """Which tokens are real, a bool tensor (batch, length), or None without a mask.
 
     Args:
         attention_mask: padding mask (batch, length), or mask (batch, length, keys) of a causal

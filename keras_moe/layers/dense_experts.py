@@ -46,7 +46,6 @@ class DenseExperts(StackedExperts):
         super().__init__(num_experts, **kwargs)
         self.hidden_dim = hidden_dim
         self.activation = keras.activations.get(activation)
-        self.processes = None
         self.use_bias = check_flag("use_bias", use_bias)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
@@ -129,8 +128,10 @@ class DenseExperts(StackedExperts):
         return tuple(tokens_shape)
 
     def engine_on(self, platform, static_shapes):
-        shapes = [getattr(self, f"{name}_kernel").shape for name in (*self.up_names, "down")]
-        widths = (shapes[0][1], *(shape[2] for shape in shapes))
+        kernels = [getattr(self, f"{name}_kernel") for name in self._projections()]
+        if self.lora_enabled:
+            kernels += [each for name in self._projections() for each in self._factors_of(name)]
+        widths = (kernels[0].shape[1], *(kernel.shape[2] for kernel in kernels))
         is_quantized = self.quantization_mode is not None
         setting = Setting(
             platform, static_shapes, self.compute_dtype, widths, is_quantized=is_quantized

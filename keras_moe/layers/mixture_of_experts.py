@@ -3,16 +3,16 @@
 import math
 
 import keras
-import numpy as np
 from keras import ops as keras_ops
 
 from keras_moe import backend, losses, ops, routers
 from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.masks import mask_of
+from keras_moe.layers.misplaced_arguments import check_place
+from keras_moe.layers.mixture_state import load_state, save_state
 from keras_moe.layers.sublayers import accepted_arguments, build_and_measure
 from keras_moe.ops.sizes import at_least
-from keras_moe.saved_state import load_draws, save_draws
 from keras_moe.serialization import config_of, register, resolve
 from keras_moe.validation import (
     check_flag,
@@ -98,7 +98,7 @@ class MixtureOfExperts(keras.layers.Layer):
         gated_shared_expert=False,
         **kwargs,
     ):
-        _check_place(experts, kwargs)
+        check_place(experts, kwargs)
         super().__init__(**kwargs)
         backend.separate_losses(self)
         self.experts = resolve("experts", experts, ExpertBank)
@@ -173,11 +173,11 @@ class MixtureOfExperts(keras.layers.Layer):
 
     def _build_losses(self):
         """Build the losses; stateful ones are copied, one per layer, and have weights in it."""
-        built, self._loss_states = [], []
+        built, self.loss_states = [], []
         for loss in self.router_losses:
             before = {id(variable) for variable in self.variables}
             built.append(loss.build(self))
-            self._loss_states.append(
+            self.loss_states.append(
                 [variable for variable in self.variables if id(variable) not in before]
             )
         self.router_losses = built
@@ -302,69 +302,25 @@ class MixtureOfExperts(keras.layers.Layer):
             counter.assign_add(value)
 
     def save_own_variables(self, store):
-        # Not the sums that `ExpertMonitor` resets each epoch, which decide nothing.
-        for key, variable in self._saved().items():
-            store[key] = keras_ops.convert_to_numpy(variable)
-        for key, index in self._weight_keys():
-            loss = self.router_losses[index]
-            store[key] = np.array([loss.weight, self._loss_weights()[index]], "float32")
-        save_draws(self, store)
+        save_state(self, store)
 
     def load_own_variables(self, store):
-        entries = load_draws(self, store)
-        if not self.built and "expert_counts" in entries:
-            raise ValueError(
-                "Weights are loaded into a layer that is built. Received: "
-                f"`load_weights` for layer {self.name!r}, which is not. Call the model on inputs, "
-                "or build it, first."
-            )
-        for key, variable in self._saved().items():
-            # A checkpoint fits a layer with other losses: those keep their own state.
-            if key in ("expert_counts", "dropped_count") or _fits(variable, entries.get(key)):
-                variable.assign(entries[key])
-        weights = self._loss_weights()
-        for key, index in self._weight_keys():
-            initial, weight = entries.get(key, (None, None))
-            # Who was given another weight wants that one, and not one that a schedule left.
-            if initial == np.float32(self.router_losses[index].weight):
-                weights[index] = weight
-        self._assign_loss_weights(weights)
-
-    def _saved(self):
-        """The variables that are saved, by the keys of their entries."""
-        if not self.built:
-            return {}
-        saved = {counter.name: counter for counter in (self.expert_counts, self.dropped_count)}
-        for index, loss in enumerate(self.router_losses):
-            for number, variable in enumerate(self._loss_states[index]):
-                saved[f"{_key(index, loss)}_state_{number}"] = variable
-        return saved
-
-    def _weight_keys(self):
-        losses = enumerate(self.router_losses)
-        return [(f"{_key(index, loss)}_weight", index) for index, loss in losses]
-
-    def _loss_weights(self):
-        if not self.built:
-            return np.array(self._initial_loss_weights, "float32")
-        return keras_ops.convert_to_numpy(self.router_loss_weights).copy()
-
-    def _assign_loss_weights(self, weights):
-        if self.built:
-            self.router_loss_weights.assign(weights)
-        else:
-            self._initial_loss_weights = weights.tolist()
+        load_state(self, store)
 
     @property
     def loss_weights_in_force(self):
         """The weight that each router loss has now, a list of floats."""
-        return self._loss_weights().astype("float64").tolist()
+        if not self.built:
+            return list(self._initial_loss_weights)
+        return keras_ops.convert_to_numpy(self.router_loss_weights).tolist()
 
     def balance_advice(self):
         """What to try where the experts' load is uneven, by what balances it in this layer."""
         weighted = zip(self.router_losses, self.loss_weights_in_force)
         advice = [loss.balance_advice(weight) for loss, weight in weighted if loss.balances]
-        advice += [self.router.balance_advice()] if self.router.balance_advice() else []
+        by_router = self.router.balance_advice()
+        if by_router is not None:
+            advice.append(by_router)
         if not advice:
             return "Nothing balances the load: add `losses.LoadBalance()` to its `router_losses`."
         return (
@@ -388,9 +344,12 @@ class MixtureOfExperts(keras.layers.Layer):
                 "`index` must be the place of a loss in `router_losses`. Received: "
                 f"index={index!r} for {len(self.router_losses)} losses. Count them from 0."
             )
-        weights = self._loss_weights()
+        weights = self.loss_weights_in_force
         weights[index] = weight
-        self._assign_loss_weights(weights)
+        if self.built:
+            self.router_loss_weights.assign(weights)
+        else:
+            self._initial_loss_weights = weights
 
     def reset_counts(self):
         """Set everything that was counted back to zero."""
@@ -447,52 +406,12 @@ class _Gate(keras.layers.Dense):
         """Nothing: it has one column. Keras asks every layer."""
 
 
-def _check_place(experts, arguments):
-    """Tell of arguments that belong to the bank or the router."""
-    for name, value in arguments.items():
-        if name in _PLACES:
-            place, example = _PLACES[name]
-            raise TypeError(
-                f"`{name}` is an argument of the {place}. Received: "
-                f"MixtureOfExperts(..., {name}={value!r}). Pass `{example.format(value)}`."
-            )
-    if experts is None:
-        raise TypeError(
-            "`experts` must be a bank of experts. Received: none. Pass, for example, "
-            "`layers.FeedForwardExperts(num_experts=8, hidden_dim=256)`."
-        )
-
-
-_BANK = "bank of experts"
-# Arguments that one may look for on the layer, and where they are.
-_PLACES = {
-    "num_experts": (_BANK, "layers.FeedForwardExperts(num_experts={!r}, hidden_dim=...)"),
-    "hidden_dim": (_BANK, "layers.FeedForwardExperts(num_experts=..., hidden_dim={!r})"),
-    "activation": (_BANK, "layers.FeedForwardExperts(..., activation={!r})"),
-    "use_bias": (_BANK, "layers.FeedForwardExperts(..., use_bias={!r})"),
-    "kernel_initializer": (_BANK, "layers.FeedForwardExperts(..., kernel_initializer={!r})"),
-    "top_k": ("router", "router=routers.TopKRouter(top_k={!r})"),
-    "score": ("router", "router=routers.TopKRouter(score={!r})"),
-    "balancer": ("router", "router=routers.TopKRouter(balancer={!r})"),
-    "capacity": ("layer by the name `capacity_factor`", "capacity_factor={!r}"),
-}
-
-
 def _sequence_length(shape):
     """Tokens between the first axis and the last; None where each row is a token.
 
     Never 0: where there are no tokens there are no sequences, and not any number of them.
     """
     return at_least(1, math.prod(shape[1:-1])) if len(shape) > 2 else None
-
-
-def _key(index, loss):
-    """What the entries of a loss begin with in a saved layer."""
-    return f"router_loss_{index}_{type(loss).__name__}"
-
-
-def _fits(variable, entry):
-    return entry is not None and tuple(entry.shape) == tuple(variable.shape)
 
 
 def _as_list(router_losses):

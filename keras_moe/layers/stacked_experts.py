@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe.keras_internals import open_to_state
+from keras_moe.keras_internals import let_go, open_to_state
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.kernel_adapters import (
     add_factors,
@@ -121,7 +121,7 @@ class StackedExperts(ExpertBank):
         for name in self._projections():
             kernel = getattr(self, f"{name}_kernel")
             quantized = quantize_to_int8(self.merged_kernel(name))
-            self._untrack_variable(kernel)
+            let_go(self, kernel)
             self._add_integers(name, quantized.shape)
             getattr(self, f"{name}_kernel").assign(quantized.values)
             getattr(self, f"{name}_scale").assign(quantized.scale)

@@ -10,7 +10,7 @@ from keras_moe.routers.group_limited import GroupLimitedRouter
 from keras_moe.surgery import measuring
 from keras_moe.surgery.cutting import check_can_cut, check_is_ours, cut
 from keras_moe.surgery.merging import centers_of, check_can_merge, merge
-from keras_moe.validation import check_choice, check_top_k, is_whole
+from keras_moe.validation import check_batches, check_choice, check_top_k, is_whole
 
 MEASURES = {"usage": measuring.usage, "saliency": measuring.saliency}
 
@@ -184,11 +184,7 @@ def _plan(model, keep, data):
     for name, layer in layers.items():
         check_can_cut(name, layer)
         numbers[name] = _number(name, layer, keep[name] if isinstance(keep, dict) else keep)
-    if hasattr(data, "shape"):
-        raise ValueError(
-            "`data` must be a list of batches, or another iterable. Received: one array of shape "
-            f"{tuple(data.shape)}. Pass `[array]`."
-        )
+    check_batches("data", data)
     return layers, numbers, list(data)
 
 

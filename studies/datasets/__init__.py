@@ -10,6 +10,8 @@ from .newsgroups import ReutersR8, TwentyNewsgroups
 from .rotten_tomatoes import RottenTomatoes
 
 BUILT_IN = {builder.name: builder for builder in (TwentyNewsgroups, ReutersR8, RottenTomatoes)}
+# For `--help`.
+HELP = f"{', '.join(BUILT_IN)}, or any text classification data of TFDS"
 
 
 class Split(typing.NamedTuple):
