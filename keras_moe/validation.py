@@ -56,11 +56,10 @@ def check_fraction(name, value, fix="Pass 0 to turn it off."):
     return _plain(name, value)
 
 
-def check_not_negative(name, value):
+def check_not_negative(name, value, fix="Pass 0 to turn it off."):
     if not _is_real(value) or not 0 <= value < float("inf"):
         raise ValueError(
-            f"`{name}` must be a finite number of at least 0. Received: {name}={value!r}. "
-            "Pass 0 to turn it off."
+            f"`{name}` must be a finite number of at least 0. Received: {name}={value!r}. {fix}"
         )
     return _plain(name, value)
 
@@ -144,7 +143,16 @@ def check_float_inputs(inputs):
         )
 
 
+def check_tensor(name, value):
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise TypeError(
+            f"`{name}` must be a tensor or an array. Received: {name}={shortened(value)} (of type "
+            f"{type(value).__name__}). Convert it by `keras.ops.convert_to_tensor`."
+        )
+
+
 def check_is_float(name, tensor):
+    check_tensor(name, tensor)
     if "float" not in _dtype_of(tensor):
         raise TypeError(
             f"`{name}` must be a float tensor. Received: {name}.dtype={_dtype_of(tensor)}. "
@@ -153,6 +161,7 @@ def check_is_float(name, tensor):
 
 
 def check_is_integer(name, tensor):
+    check_tensor(name, tensor)
     if "int" not in _dtype_of(tensor):
         raise TypeError(
             f"`{name}` must be an integer tensor. Received: {name}.dtype={_dtype_of(tensor)}. "
@@ -161,6 +170,7 @@ def check_is_integer(name, tensor):
 
 
 def check_rank(name, tensor, axes):
+    check_tensor(name, tensor)
     if len(tensor.shape) != len(axes):
         raise ValueError(
             f"`{name}` must have the shape ({', '.join(axes)}{',' * (len(axes) == 1)}). Received: "
@@ -182,10 +192,15 @@ def check_divides(name, length, num_tokens):
 
 def check_batches(name, batches):
     """Batches, and not one of them."""
+    rule = f"`{name}` must be a list of batches, or another iterable."
     if hasattr(batches, "shape"):
         raise ValueError(
-            f"`{name}` must be a list of batches, or another iterable. Received: one array of "
-            f"shape {tuple(batches.shape)}. Pass `[array]`."
+            f"{rule} Received: one array of shape {tuple(batches.shape)}. Pass `[array]`."
+        )
+    if not hasattr(batches, "__iter__") or isinstance(batches, (str, bytes, dict)):
+        raise TypeError(
+            f"{rule} Received: {name}={shortened(batches)} (of type {type(batches).__name__}). "
+            "Pass `[inputs]`."
         )
 
 
@@ -199,7 +214,7 @@ def check_counts(name, counts, axes=("E",)):
     if not numeric or not (np.isfinite(array) & (array >= 0)).all():
         raise ValueError(
             f"`{name}` must be finite numbers of at least 0, one or more. Received: "
-            f"{name}={_shortened(counts)}. Pass counts of assignments."
+            f"{name}={shortened(counts)}. Pass counts of assignments."
         )
 
 
@@ -252,14 +267,14 @@ def host_values(values):
     except ValueError as error:
         raise ValueError(
             "Lists must be as an array is: all of one length. Received: "
-            f"{_shortened(values)}. Fill the shorter ones."
+            f"{shortened(values)}. Fill the shorter ones."
         ) from error
 
 
 def check_mask(mask, inputs_shape):
     """A mask has the shape of the inputs without the feature axis; None fits any size."""
     if not hasattr(mask, "dtype"):
-        raise TypeError(f"{_MASK_RULE} Received: mask={_shortened(mask)}. Pass `ids != 0`, say.")
+        raise TypeError(f"{_MASK_RULE} Received: mask={shortened(mask)}. Pass `ids != 0`, say.")
     mask_shape, leading = tuple(mask.shape), tuple(inputs_shape)[:-1]
     if not fits(mask_shape, leading):
         raise ValueError(
@@ -299,11 +314,11 @@ def _plain(name, value):
     if value > _LARGEST:
         raise ValueError(
             f"`{name}` must fit into float32, whose largest number is {_LARGEST:.2g}. Received: "
-            f"{name}={value!r}. Pass a smaller one."
+            f"{name}={shortened(value)}. Pass a smaller one."
         )
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
-def _shortened(value, length=80):
-    text = repr(value)
+def shortened(value, length=80):
+    text = " ".join(repr(value).split())
     return text if len(text) <= length else f"{text[:length]}..."

@@ -140,7 +140,8 @@ CONSTRUCTORS = {
         ValueError,
         "Router and experts must have the same number of experts. Received: "
         "router.num_experts=3, experts.num_experts=4. "
-        "Leave `num_experts` of the router out, or give both the same number.",
+        "Leave `num_experts`, the first argument of the router, out, or give both the same number. "
+        "How many experts serve a token is `top_k`.",
     ),
     "an argument of the router": (
         lambda: moe(top_k=1),

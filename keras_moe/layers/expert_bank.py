@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_moe import backend
+from keras_moe.shape_checks import check_bank_call
 from keras_moe.validation import check_positive_integer
 
 
@@ -24,6 +25,10 @@ class ExpertBank(keras.layers.Layer):
         backend.separate_losses(self)
         self.num_experts = check_positive_integer("num_experts", num_experts)
 
+    def __call__(self, tokens, plan=None, **kwargs):
+        check_bank_call(self, tokens, plan)
+        return super().__call__(tokens, plan, **kwargs)
+
     def call(self, tokens, plan):
         raise NotImplementedError(f"{type(self).__name__} must implement `call(tokens, plan)`.")
 
@@ -41,3 +46,12 @@ class ExpertBank(keras.layers.Layer):
 
     def _compute(self, tensor):
         return ops.cast(tensor, self.compute_dtype)
+
+
+def check_takes_tokens(name, layer):
+    """Refuse a bank of experts where a layer is wanted that is called with tokens alone."""
+    if isinstance(layer, ExpertBank):
+        raise ValueError(
+            f"`{name}` must be a layer of tokens: a bank of experts needs a router. "
+            f"Received: {name}=`{type(layer).__name__}`. Wrap it: `MixtureOfExperts(experts)`."
+        )

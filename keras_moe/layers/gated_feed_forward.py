@@ -3,6 +3,7 @@
 import keras
 
 from keras_moe.serialization import register
+from keras_moe.shape_checks import check_inputs_shape
 from keras_moe.validation import check_flag, check_positive_integer
 
 
@@ -47,6 +48,7 @@ class GatedFeedForward(keras.layers.Layer):
         self.supports_masking = True
 
     def build(self, inputs_shape):
+        check_inputs_shape(inputs_shape)
         features = inputs_shape[-1]
         self.gate = self._dense("gate", self.hidden_dim, features, self.activation)
         self.up = self._dense("up", self.hidden_dim, features)

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_moe.layers.expert_bank import ExpertBank
+from keras_moe.layers.expert_bank import ExpertBank, check_takes_tokens
 from keras_moe.layers.sublayers import are_alike, build_and_measure
 from keras_moe.ops.grouped.functions import Alike, engine_of, map_groups
 from keras_moe.parameters import parameters_of
@@ -60,7 +60,14 @@ class LayerExperts(ExpertBank):
 
     def build(self, tokens_shape):
         rows_shape = (None, tokens_shape[-1])
-        widths = [build_and_measure(layer, rows_shape)[-1] for layer in self.layers]
+        shapes = [build_and_measure(layer, rows_shape) for layer in self.layers]
+        widths = [shape[-1] for shape in shapes]
+        if any(len(shape) != 2 for shape in shapes):
+            raise ValueError(
+                "Experts must return rows (n, D') for rows (n, D). Received: the shapes "
+                f"{shapes} from {[layer.name for layer in self.layers]}. End those with, for "
+                "example, `keras.layers.Flatten`."
+            )
         if len(set(widths)) > 1:
             raise ValueError(
                 "All experts must return the same number of features. Received: "
@@ -173,5 +180,6 @@ def _as_layers(layers):
             f"two places. Received: {[layer.name for layer in layers]}. Make a new layer for each."
         )
     for layer in layers:
+        check_takes_tokens("layers", layer)
         note_part(layer)
     return layers

@@ -7,13 +7,15 @@ from keras import ops as keras_ops
 
 from keras_moe import backend, losses, ops, routers
 from keras_moe.layers.capacity import Capacity
-from keras_moe.layers.expert_bank import ExpertBank
+from keras_moe.layers.expert_bank import ExpertBank, check_takes_tokens
 from keras_moe.layers.masks import mask_of
 from keras_moe.layers.misplaced_arguments import check_place
 from keras_moe.layers.mixture_state import load_state, save_state
 from keras_moe.layers.sublayers import accepted_arguments, build_and_measure
+from keras_moe.losses.router_loss import check_is_scalar
 from keras_moe.ops.sizes import at_least
 from keras_moe.serialization import config_of, register, resolve
+from keras_moe.shape_checks import check_inputs_shape
 from keras_moe.validation import (
     check_flag,
     check_float_inputs,
@@ -108,7 +110,8 @@ class MixtureOfExperts(keras.layers.Layer):
                 "Router and experts must have the same number of experts. Received: "
                 f"router.num_experts={self.router.num_experts}, "
                 f"experts.num_experts={self.experts.num_experts}. "
-                "Leave `num_experts` of the router out, or give both the same number."
+                "Leave `num_experts`, the first argument of the router, out, or give both the same "
+                "number. How many experts serve a token is `top_k`."
             )
         if router_losses is None:
             router_losses = self.router.default_losses
@@ -116,6 +119,7 @@ class MixtureOfExperts(keras.layers.Layer):
         self._initial_loss_weights = [loss.weight for loss in self.router_losses]
         if shared_expert is not None:
             shared_expert = resolve("shared_expert", shared_expert, keras.Layer)
+            check_takes_tokens("shared_expert", shared_expert)
             self._shared_arguments = accepted_arguments(shared_expert, ("mask",))
         elif gated_shared_expert:
             raise ValueError(
@@ -145,12 +149,7 @@ class MixtureOfExperts(keras.layers.Layer):
         self.routing_listener = None
 
     def build(self, inputs_shape):
-        if len(inputs_shape) < 2 or inputs_shape[-1] is None:
-            raise ValueError(
-                "`inputs` must have a batch axis and a last axis of known size. Received: "
-                f"inputs.shape={tuple(inputs_shape)}. Pass (batch, ..., features), for example "
-                "`keras.Input((None, 64))`."
-            )
+        check_inputs_shape(inputs_shape)
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: inputs_shape[-1]})
         tokens_shape = (None, inputs_shape[-1])
         for sublayer in (self.router, self.experts):
@@ -267,7 +266,7 @@ class MixtureOfExperts(keras.layers.Layer):
             for index, loss in enumerate(self.router_losses):
                 extra = {"sequence_length": sequence_length} if loss.per_sequence else {}
                 compute = loss.compute if training else loss.evaluate
-                values.append(compute(routing, **extra))
+                values.append(check_is_scalar(loss, compute(routing, **extra)))
                 if training:
                     weighted = self.router_loss_weights[index] * values[-1]
                     # Keras adds it to the other losses, which have this dtype.
@@ -352,7 +351,9 @@ class MixtureOfExperts(keras.layers.Layer):
             self._initial_loss_weights = weights
 
     def reset_counts(self):
-        """Set everything that was counted back to zero."""
+        """Set everything that was counted back to zero; before the layer is built nothing was."""
+        if not self.built:
+            return
         for counter in (
             self.expert_counts,
             self.dropped_count,

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_moe.layers.expert_bank import ExpertBank
+from keras_moe.layers.expert_bank import check_takes_tokens
 from keras_moe.layers.sublayers import accepted_arguments, build_and_measure
 from keras_moe.ops import draws
 from keras_moe.saved_state import load_draws, save_draws
@@ -29,12 +29,7 @@ class TransformerBlock(keras.layers.Layer):
         super().__init__(**kwargs)
         self.num_heads = num_heads
         self.feedforward = resolve("feedforward", feedforward, keras.Layer)
-        if isinstance(self.feedforward, ExpertBank):
-            raise ValueError(
-                "`feedforward` must be a layer of tokens: a bank of experts needs a router. "
-                f"Received: feedforward=`{type(self.feedforward).__name__}`. "
-                "Wrap it: `MixtureOfExperts(experts)`."
-            )
+        check_takes_tokens("feedforward", self.feedforward)
         self.examine_feedforward()
         self.dropout = dropout
         self._seed_generator = draws.seeded_generator() if dropout else None

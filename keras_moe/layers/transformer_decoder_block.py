@@ -3,15 +3,15 @@
 import warnings
 
 import keras
-import numpy as np
 from keras import ops
 
+from keras_moe.layers.decoder_checks import check_cache, check_context, check_has_context
 from keras_moe.layers.masks import mask_of
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.remembering_attention import RememberingAttention
 from keras_moe.layers.transformer_block import TransformerBlock
 from keras_moe.serialization import register
-from keras_moe.validation import check_flag, check_is_integer, check_size, is_whole
+from keras_moe.validation import check_flag, check_size, check_tensor, is_whole
 
 
 @register
@@ -90,9 +90,15 @@ class TransformerDecoderBlock(TransformerBlock):
                 for reason in _reasons_not_to_be_causal(layer):
                     warnings.warn(reason, stacklevel=2)
 
+    def __call__(self, *args, **kwargs):
+        # Here, because Keras builds the block by the shapes of tensors.
+        if kwargs.get("context") is not None:
+            check_tensor("context", kwargs["context"])
+        return super().__call__(*args, **kwargs)
+
     def build(self, inputs_shape, context_shape=None):
         self._check_features(inputs_shape)
-        self._check_context(context_shape is not None)
+        check_has_context(self.cross_attention, context_shape is not None)
         if self.rotary and inputs_shape[-1] // self.num_heads % 2:
             raise ValueError(
                 "Rotary positions turn pairs of features, so each head must have an even number of "
@@ -121,7 +127,7 @@ class TransformerDecoderBlock(TransformerBlock):
         position=None,
         token_ids=None,
     ):
-        self._check_cache(inputs, context, cache, position)
+        check_cache(self, inputs, context, context_mask, cache, position)
         mask = mask_of(inputs, mask)
         inputs, mask = self._without_padding(inputs, mask)
         positions = ops.arange(ops.shape(inputs)[1], dtype="int32")
@@ -161,8 +167,8 @@ class TransformerDecoderBlock(TransformerBlock):
                 "A block must know its number of features before it makes a cache. Received: "
                 f"block {self.name!r}, which is not built. Call it on inputs, or build it, first."
             )
-        self._check_context(context is not None)
         check_size("batch_size", batch_size)
+        check_context(self.cross_attention, context, context_mask, batch_size)
         check_size("max_length", max_length)
         shape = (batch_size, max_length, self.num_heads, self._attention.key_dim)
         cache = {name: ops.zeros(shape, self.compute_dtype) for name in ("keys", "values")}
@@ -198,45 +204,6 @@ class TransformerDecoderBlock(TransformerBlock):
         return self._context_attention.attend(
             states, memory["context_keys"], memory["context_values"], mask, training=training
         )
-
-    def _check_context(self, given):
-        if self.cross_attention != given:
-            raise ValueError(
-                "A block needs a context with cross-attention, and takes none without. Received: "
-                f"cross_attention={self.cross_attention} and {'a' if given else 'no'} context. "
-                f"{'Leave `context` out' if given else 'Pass `context`'}, or make the block with "
-                f"cross_attention={given}."
-            )
-
-    def _check_cache(self, inputs, context, cache, position):
-        if (cache is None) != (position is None):
-            raise ValueError(
-                "`cache` and `position` belong together. Received: "
-                f"{'no cache' if cache is None else 'a cache'} and position={position}. "
-                "Pass both to decode, none to train."
-            )
-        if cache is None:
-            self._check_context(context is not None)
-        elif context is not None:
-            raise ValueError(
-                "The cache holds the context already. Received: cache and context. "
-                "Pass `context` and `context_mask` to `make_cache` only."
-            )
-        elif hasattr(position, "dtype") and not isinstance(position, np.generic):
-            check_is_integer("position", position)
-        else:
-            room, length = cache["mask"].shape[1], inputs.shape[1]
-            if not is_whole(position):
-                raise ValueError(
-                    "`position` must be an integer. Received: "
-                    f"position={position!r}. Pass where the first of the inputs stands, from 0."
-                )
-            if length is not None and not 0 <= position <= room - length:
-                raise ValueError(
-                    f"The inputs must fit into the cache. Received: position={position}, "
-                    f"{length} tokens and a cache for {room}. Make a cache with a larger "
-                    "`max_length`."
-                )
 
     def compute_output_spec(self, inputs, *args, cache=None, **kwargs):
         outputs = keras.KerasTensor(inputs.shape, self.compute_dtype)

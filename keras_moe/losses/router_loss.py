@@ -1,5 +1,7 @@
 """The interface every router loss has."""
 
+import numbers
+
 from keras_moe.validation import check_not_negative
 
 
@@ -26,7 +28,7 @@ class RouterLoss:
         self.weight = weight
 
     def __call__(self, routing, **kwargs):
-        return self.weight * self.compute(routing, **kwargs)
+        return self.weight * check_is_scalar(self, self.compute(routing, **kwargs))
 
     def compute(self, routing):
         raise NotImplementedError(f"{type(self).__name__} must implement `compute(routing)`.")
@@ -52,3 +54,15 @@ class RouterLoss:
     @classmethod
     def from_config(cls, config):
         return cls(**config)
+
+
+def check_is_scalar(loss, value):
+    """The value of a loss, which is one number."""
+    shape = () if isinstance(value, numbers.Real) else getattr(value, "shape", None)
+    if shape is None or len(shape):
+        received = f"type {type(value).__name__}" if shape is None else f"shape {tuple(shape)}"
+        raise ValueError(
+            f"A router loss must be one number. Received: a value of {received} from "
+            f"`{type(loss).__name__}.compute`. Return, for example, its `keras.ops.mean`."
+        )
+    return value

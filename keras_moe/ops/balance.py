@@ -3,7 +3,14 @@
 from keras import ops
 
 from keras_moe.ops.selection import chosen_experts
-from keras_moe.validation import check_divides, check_mask, check_routing, fits
+from keras_moe.validation import (
+    check_divides,
+    check_mask,
+    check_routing,
+    check_size,
+    check_tensor,
+    fits,
+)
 
 
 def load_balance(routing):
@@ -38,6 +45,7 @@ def sequence_load_balance(routing, sequence_length):
         Scalar, float32; 0 where every token is padding.
     """
     check_routing(routing)
+    check_size("sequence_length", sequence_length)
     check_divides("sequence_length", sequence_length, routing.mask.shape[0])
     num_experts = routing.probs.shape[-1]
     by_sequence = (-1, sequence_length, num_experts)
@@ -61,6 +69,8 @@ def agreement(counts, mean_probs):
     Returns:
         (...) float32.
     """
+    check_tensor("counts", counts)
+    check_tensor("mean_probs", mean_probs)
     if not fits(counts.shape, mean_probs.shape):
         raise ValueError(
             "`counts` and `mean_probs` must have the same shape (..., E). Received: "
@@ -145,6 +155,7 @@ def squared_variation(values):
 
 def masked_mean(values, mask):
     """Mean over the real tokens of `values` (T, ...); 0 where there are none."""
+    check_tensor("values", values)
     check_mask(mask, (*values.shape[:1], None))
     real = ops.reshape(ops.cast(mask, "bool"), (-1,) + (1,) * (len(values.shape) - 1))
     total = ops.sum(ops.where(real, values, 0.0), axis=0)

@@ -8,6 +8,8 @@ from keras_moe.ops.grouped import feed_forward_step, low_rank_step, run_grouped
 from keras_moe.ops.grouped.records import Quantized
 from keras_moe.ops.platforms import named_platform
 from keras_moe.ops.sharded import Exchange, run_sharded
+from keras_moe.shape_checks import check_shapes, num_experts_of, num_tokens_of
+from keras_moe.validation import check_positive_number
 
 
 class LowRank(NamedTuple):
@@ -63,14 +65,12 @@ def grouped_feed_forward(
         (T, D') in the dtype of `tokens`. A token with no row is zero.
 
     Raises:
-        ValueError: If there are biases, but not one for each kernel.
+        ValueError: If shapes do not fit, there are biases, but not one for each kernel, or there
+            is a `clip` without a gate.
+        TypeError: If something is no tensor, no function, or no groups.
     """
+    _check(tokens, weights, groups, activation, up_kernels, down_kernel, biases, clip, low_rank)
     kernels = [*up_kernels, down_kernel]
-    if biases and len(biases) != len(kernels):
-        raise ValueError(
-            "There must be a bias for each kernel, or none. Received: "
-            f"{len(biases)} biases, {len(kernels)} kernels. Pass zeros for those that are missing."
-        )
     widths = tuple(kernel.shape[-1] for kernel in kernels)
     step = feed_forward_step(activation, widths, clip, up_shift)
     frozen = [kernel for kernel in kernels if low_rank or isinstance(kernel, Quantized)]
@@ -88,3 +88,63 @@ def grouped_feed_forward(
         exchange = Exchange(step, shards, expert_axis, named_platform() or shards.platform)
         return run_sharded(exchange, tokens, weights, [*frozen, *trained], list(biases), groups)
     return run_grouped(step, tokens, weights, trained, biases, groups, frozen)
+
+
+def _check(tokens, weights, groups, activation, up_kernels, down_kernel, biases, clip, low_rank):
+    if not hasattr(groups, "sizes"):
+        raise TypeError(
+            "`groups` must be `ops.Groups` or another kind of groups. Received: an object of type "
+            f"{type(groups).__name__}. Pass `plan.groups` of an `ops.GroupedPlan`."
+        )
+    if not callable(activation):
+        raise TypeError(
+            "`activation` must be a function of one tensor. Received: "
+            f"activation={activation!r}. Pass, for example, `keras.ops.gelu`."
+        )
+    if low_rank is not None and not isinstance(low_rank, LowRank):
+        raise TypeError(
+            "`low_rank` must be a `LowRank`. Received: an object of type "
+            f"{type(low_rank).__name__}. Leave it out for none."
+        )
+    if not isinstance(up_kernels, (list, tuple)) or len(up_kernels) not in (1, 2):
+        raise ValueError(
+            "`up_kernels` must be a list of one kernel, or of two: gate and up. Received: "
+            f"{_number_of(up_kernels)}. Put the kernels into a list."
+        )
+    if clip is not None:
+        check_positive_number("clip", clip, example=7.0)
+        if len(up_kernels) == 1:
+            raise ValueError(
+                "`clip` limits a gate and what it multiplies. Received: "
+                f"clip={clip} and one up kernel, which has no gate. Leave it out."
+            )
+    if biases and len(biases) != len(up_kernels) + 1:
+        raise ValueError(
+            "There must be a bias for each kernel, or none. Received: "
+            f"{len(biases)} biases, {len(up_kernels) + 1} kernels. Pass zeros for those that are "
+            "missing."
+        )
+    _check_shapes(tokens, weights, groups, up_kernels, down_kernel, biases)
+
+
+def _check_shapes(tokens, weights, groups, up_kernels, down_kernel, biases):
+    sizes = {"T": num_tokens_of(groups), "E": num_experts_of(groups)}
+    kernels = [_stored(kernel) for kernel in (*up_kernels, down_kernel)]
+    # O are the features of the outputs.
+    axes = ["EDH"] * len(up_kernels) + ["EHO"]
+    tensors = {"tokens": (tokens, "TD")}
+    tensors |= {f"kernel {n}": pair for n, pair in enumerate(zip(kernels, axes))}
+    tensors |= {f"bias {n}": (bias, axes[n][::2]) for n, bias in enumerate(biases)}
+    if hasattr(groups, "rows_of_token"):
+        tensors["weights"] = (weights, "TK")
+    check_shapes(tensors, **{axis: n for axis, n in sizes.items() if isinstance(n, int)})
+
+
+def _stored(kernel):
+    return kernel.values if isinstance(kernel, Quantized) else kernel
+
+
+def _number_of(kernels):
+    if isinstance(kernels, (list, tuple)):
+        return f"{len(kernels)} of them"
+    return f"an object of type {type(kernels).__name__}"

@@ -6,7 +6,8 @@ Axes: T tokens, E experts, K experts per token.
 from keras import ops
 
 from keras_moe.ops.selection import chosen_experts, take_scores, top_k_indices
-from keras_moe.validation import check_top_k
+from keras_moe.shape_checks import check_noise
+from keras_moe.validation import check_positive_number
 
 
 def noisy_load(clean, noisy, deviation, top_k, mask):
@@ -25,8 +26,10 @@ def noisy_load(clean, noisy, deviation, top_k, mask):
     Returns:
         (E,) float32.
     """
+    check_noise(clean, noisy, deviation, top_k, mask)
     num_experts = noisy.shape[-1]
-    check_top_k(top_k, num_experts)
+    if not hasattr(deviation, "shape"):
+        check_positive_number("deviation", deviation)
     if top_k == num_experts:
         return ops.sum(ops.cast(ops.expand_dims(mask, 1), "float32") + 0.0 * clean, axis=0)
     best = top_k_indices(noisy, top_k + 1)

@@ -15,14 +15,15 @@ from keras_moe.ops.selection import existing
 from keras_moe.ops.sharded import admit_by_shard, splits_evenly
 from keras_moe.ops.sizes import at_least
 from keras_moe.ops.sorting import place_in_queue
+from keras_moe.shape_checks import check_fields, check_is_bank, check_shapes, num_tokens_of
 from keras_moe.validation import (
+    check_divides,
     check_is_integer,
-    check_not_negative,
     check_positive_integer,
     check_positive_number,
+    check_rank,
     check_routing,
     check_size,
-    fits,
     is_whole,
 )
 
@@ -48,14 +49,25 @@ class GroupedPlan(NamedTuple):
 
     def dispatch(self, tokens):
         """Rows grouped by expert, (N, D), from tokens (T, D)."""
+        num_tokens = num_tokens_of(self.groups)
+        known = {"T": num_tokens} if isinstance(num_tokens, int) else {}
+        check_shapes({"tokens": (tokens, "TD")}, **known)
         return dispatch_rows(tokens, self.groups)
 
     def combine(self, rows):
         """Tokens (T, D), each the weighted float32 sum of its rows; zero without any."""
+        check_rank("rows", rows, ("N", "D"))
+        num_rows = self.groups.num_rows()
+        if is_whole(num_rows) and is_whole(rows.shape[0]) and rows.shape[0] < num_rows:
+            raise ValueError(
+                f"There must be all rows of the plan. Received: rows.shape={tuple(rows.shape)} for "
+                f"{num_rows} rows. Pass what became of `plan.dispatch(tokens)`."
+            )
         return combine_rows(rows, self.weights, self.groups)
 
     def run(self, experts, tokens):
         """What a bank of experts makes of tokens (T, D)."""
+        check_is_bank(experts)
         return experts(tokens, self)
 
     def served(self):
@@ -95,12 +107,11 @@ def plan_groups(routing, capacity=None, first=None, sequence_length=None):
         check_size("capacity", capacity)
     if sequence_length is not None:
         check_size("sequence_length", sequence_length)
-    if first is not None and not fits(first.shape, routing.mask.shape):
-        raise ValueError(
-            "`first` must have a number for each token. Received: "
-            f"first.shape={tuple(first.shape)} for {routing.mask.shape[0]} tokens. Pass (T,)."
-        )
+        check_divides("sequence_length", sequence_length, routing.mask.shape[0])
     check_is_integer("routing.indices", routing.indices)
+    check_fields(routing, "indices", "weights", "mask", "counts")
+    if first is not None:
+        check_shapes({"routing.mask": (routing.mask, "T"), "first": (first, "T")})
     # Whatever a router of the user's own returns, nothing is read or written out of range.
     indices = existing(routing.indices, routing.counts.shape[0], routing.mask)
     assignments = Assignments(indices, routing.counts)
@@ -154,8 +165,13 @@ def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
     Raises:
         ValueError: If an argument is out of its range.
     """
-    if is_whole(num_tokens):
-        check_not_negative("num_tokens", num_tokens)
+    if hasattr(num_tokens, "dtype"):
+        check_is_integer("num_tokens", num_tokens)
+    elif not is_whole(num_tokens) or num_tokens < 0:
+        raise ValueError(
+            "`num_tokens` must be an integer of at least 0. Received: "
+            f"num_tokens={num_tokens!r}. Pass how many tokens there are."
+        )
     check_positive_integer("num_experts", num_experts)
     check_positive_integer("top_k", top_k)
     capacity_factor = check_positive_number("capacity_factor", capacity_factor)

@@ -9,8 +9,10 @@ from keras import ops
 
 from keras_moe.ops.scores import SCORES, distribution
 from keras_moe.ops.selection import take_scores, top_k_indices
+from keras_moe.shape_checks import check_fields, check_selected
 from keras_moe.validation import (
     check_choice,
+    check_flag,
     check_is_float,
     check_is_integer,
     check_mask,
@@ -55,6 +57,7 @@ def make_routing(indices, weights, probs, logits, mask, counts=None, load=None, 
         load: (E,) float32, or None for the counts.
     """
     check_is_integer("indices", indices)
+    check_fields(Routing(indices, weights, probs, logits, mask, counts, None, load))
     weights = ops.where(ops.expand_dims(mask, 1), weights, 0.0)
     if counts is None:
         counts = count_assignments(indices, mask, logits.shape[-1])
@@ -109,12 +112,14 @@ def top_k_routing(
     check_choice("score", score, SCORES)
     check_positive_number("scale", scale)
     check_top_k(top_k, logits.shape[-1])
+    check_flag("renormalize", renormalize, optional=True)
     logits, mask = clean_logits(logits, mask)
     scores = SCORES[score](logits)
     if select is None:
         indices = top_k_indices(scores, top_k)
     else:
         indices = select(ops.stop_gradient(scores))
+        check_selected(indices, scores.shape[0], top_k)
     weights = take_scores(scores, indices)
     if renormalize or (renormalize is None and top_k > 1):
         weights = distribution(weights)

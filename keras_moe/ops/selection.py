@@ -4,6 +4,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe import backend
+from keras_moe.shape_checks import check_shapes
 from keras_moe.validation import check_positive_integer, check_rank, check_top_k
 
 # The second lowest float: below all other scores and above minus infinity. TensorFlow's argmax
@@ -30,7 +31,7 @@ def top_k_indices(scores, top_k):
     check_top_k(top_k, num_experts)
     if num_tokens == 0:  # Keras has no maximum of nothing.
         return ops.zeros((0, top_k), "int32")
-    scores = ops.stop_gradient(scores)
+    scores = ops.stop_gradient(ops.convert_to_tensor(scores))
     # NaN and minus infinity rank above the experts that are taken already.
     rest = ops.where(scores > LOW, scores, LOW)
     experts = ops.arange(num_experts, dtype="int32")
@@ -112,5 +113,6 @@ def take_scores(scores, indices):
 
     A sum over one-hot rows: its gradient is a product, where that of a gather is a scatter.
     """
+    check_shapes({"scores": (scores, "TE"), "indices": (indices, "TK")})
     chosen = ops.expand_dims(indices, -1) == ops.arange(scores.shape[-1], dtype="int32")
     return ops.sum(ops.where(chosen, ops.expand_dims(scores, 1), 0.0), axis=-1)

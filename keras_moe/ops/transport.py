@@ -4,7 +4,7 @@ from keras import ops
 
 from keras_moe.ops.selection import take_scores, top_k_indices
 from keras_moe.ops.sorting import place_in_queue, put
-from keras_moe.validation import check_positive_integer, check_rank
+from keras_moe.validation import check_mask, check_positive_integer, check_rank
 
 
 def sinkhorn_plan(logits, mask, iterations):
@@ -24,6 +24,7 @@ def sinkhorn_plan(logits, mask, iterations):
         (T, E) float32 logarithm of the plan; minus infinity for padding.
     """
     check_rank("logits", logits, ("T", "E"))
+    check_mask(mask, logits.shape)
     check_positive_integer("iterations", iterations)
     num_experts = logits.shape[-1]
     real = ops.expand_dims(mask, 1)
@@ -58,6 +59,7 @@ def balanced_assignment(scores, mask):
         (T,) int32; padding is given expert 0.
     """
     check_rank("scores", scores, ("T", "E"))
+    check_mask(mask, scores.shape)
     num_tokens, num_experts = ops.shape(scores)[0], scores.shape[-1]
     scores = ops.where(ops.isfinite(scores), scores, -3e38)
     num_real = ops.sum(ops.cast(mask, "int32"))

@@ -46,6 +46,7 @@ class LogitRouter(Router):
         self._noise_seed = keras.random.SeedGenerator(seed)
 
     def build(self, tokens_shape):
+        self.input_spec = keras.layers.InputSpec(axes={-1: tokens_shape[-1]})
         self.kernel = self._add_kernel("kernel", self.kernel_shape(tokens_shape[-1]))
 
     def kernel_shape(self, features):

@@ -8,12 +8,15 @@ from keras import ops
 from keras_moe import backend
 from keras_moe.ops import Routing, plan_groups
 from keras_moe.saved_state import load_draws, save_draws
+from keras_moe.shape_checks import check_fields
 from keras_moe.validation import (
     check_host_integers,
+    check_is_float,
     check_is_integer,
     check_mask,
     check_positive_integer,
     check_replayed,
+    check_routing,
     fits,
     host_values,
 )
@@ -132,6 +135,7 @@ class Router(keras.layers.Layer):
         Returns:
             An `ops.Routing`.
         """
+        check_is_float("tokens", tokens)
         if len(tokens.shape) != 2:
             raise ValueError(
                 "A router takes tokens (T, D). Received: "
@@ -148,16 +152,19 @@ class Router(keras.layers.Layer):
                 "Only routers that give each token its K best experts can replay `indices`. "
                 f"Received: indices for a `{type(self).__name__}`. Use `routers.TopKRouter`."
             )
+        if indices is not None:
+            check_is_integer("indices", indices)
         if indices is not None and not fits(indices.shape, (tokens.shape[0], self.max_top_k)):
             raise ValueError(
                 "`indices` must have the shape (T, K), a row for each token. Received: "
                 f"indices.shape={tuple(indices.shape)}, T={tokens.shape[0]}, K={self.max_top_k}. "
                 "Pass the `indices` of a routing of these tokens by this router."
             )
-        if indices is not None:
-            check_is_integer("indices", indices)
         known = {name: value for name, value in known.items() if name in self._known_arguments}
-        return self.route(tokens, mask, training, **known)
+        routing = self.route(tokens, mask, training, **known)
+        check_routing(routing)
+        check_fields(routing, T=tokens.shape[0], E=self.num_experts)
+        return routing
 
     def route(self, tokens, mask, training):
         raise NotImplementedError(

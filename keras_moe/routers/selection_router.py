@@ -11,6 +11,7 @@ from keras_moe.ops.scores import SCORES
 from keras_moe.ops.selection import existing, top_k_indices
 from keras_moe.routers import balancers
 from keras_moe.routers.logit_router import LogitRouter
+from keras_moe.shape_checks import check_shapes
 from keras_moe.validation import check_choice, check_flag, check_positive_number, check_top_k
 
 
@@ -104,6 +105,7 @@ class SelectionRouter(LogitRouter):
         scores = ops.stop_gradient(SCORES[self.score](routing.logits))
         old_bias = ops.convert_to_tensor(self.selection_bias)
         measured = self.balancer.measure(routing, scores, old_bias)
+        check_shapes({"balancer.measure(...)": (measured, "E")}, E=self.num_experts)
         # Replicas and micro-batches of one optimizer step are one batch.
         replicas = backend.num_replicas()
         measured = self._measured + backend.sum_over_replicas(measured)
@@ -111,6 +113,7 @@ class SelectionRouter(LogitRouter):
         is_last = count >= self.balancer.accumulation_steps * replicas
         mean = measured / ops.cast(count, "float32")
         new_bias = self.balancer.update(old_bias, mean)
+        check_shapes({"balancer.update(...)": (new_bias, "E")}, E=self.num_experts)
         self.selection_bias.assign(ops.where(is_last, new_bias, old_bias))
         self._measured.assign(ops.where(is_last, 0.0, measured))
         self._measurements.assign(ops.where(is_last, 0, count))
