@@ -69,8 +69,10 @@ def _parse(arguments):
 def _file(name):
     path = pathlib.Path(name)
     if not path.is_file():
+        # It may be a folder, a device or a pipe.
+        received = f"{name!r}, which is none" if path.exists() else f"there is no file {name!r}"
         raise argparse.ArgumentTypeError(
-            f"a file must exist to be read. Received: there is no file {name!r}. Check the name"
+            f"a file must exist to be read. Received: {received}. Check the name"
         )
     return path
 
@@ -88,7 +90,9 @@ def _model_file(name):
 def _new_file(name):
     path = pathlib.Path(name)
     try:
-        is_place = not path.is_dir() and path.parent.is_dir() and "\0" not in name
+        is_place = "\0" not in name and path.parent.is_dir()
+        # A device or a pipe would be replaced by the file.
+        is_place = is_place and (path.is_file() or not path.exists())
     except OSError:  # a name that is too long
         is_place = False
     if not is_place:

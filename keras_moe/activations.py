@@ -17,6 +17,7 @@ def quick_gelu(x):
 
     Reference: Hendrycks and Gimpel 2016 (arXiv:1606.08415), section 2.
     """
+    x = ops.convert_to_tensor(x)
     return x * ops.sigmoid(1.702 * x)
 
 

@@ -42,7 +42,7 @@ def stating(rule, received, fix) -> Iterator[None]:
     """Whatever is raised inside becomes a ValueError with the rule and the fix, if it has none."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if "Received:" in str(error):
             raise
         message = f"{rule} Received: {received} ({describe(error)}). {fix}"

@@ -131,7 +131,13 @@ def _check_unused(name, **arguments):
 
 def _mesh(experts, data, devices):
     check_positive_integer("experts", experts)
-    devices = list(keras.distribution.list_devices() if devices is None else devices)
+    known = keras.distribution.list_devices()
+    devices = known if devices is None else devices
+    if not isinstance(devices, (list, tuple)) or not all(device in known for device in devices):
+        raise ValueError(
+            "`devices` must be a list of some of `keras.distribution.list_devices()`. Received: "
+            f"devices={devices!r}. There are {known}."
+        )
     if data is None:
         if len(devices) % experts:
             raise ValueError(

@@ -10,8 +10,15 @@ def write_whole(path, text):
 
     Raises:
         OSError: If it cannot be written; then a file of this name is as it was.
+        ValueError: If there is something else of this name, such as a device or a folder, which
+            the new file would replace.
     """
     path = pathlib.Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(
+            f"A file must be written to the name of a file, or to a new one. Received: "
+            f"{str(path)!r}, which is a device, a pipe or a folder. Name another."
+        )
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(handle, "w", encoding="utf-8") as file:

@@ -10,7 +10,7 @@ from keras import ops
 from keras_moe import backend
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.ops.platforms import named_platform
-from keras_moe.validation import check_batches
+from keras_moe.validation import check_batches, check_model
 
 
 def moe_layers(model):
@@ -37,11 +37,6 @@ def moe_layers(model):
     >>> list(keras_moe.inspection.moe_layers(model))
     ['moe']
     """
-    if not isinstance(model, keras.Layer):
-        raise TypeError(
-            f"`model` must be a Keras model. Received: {model!r} (of type {type(model).__name__}). "
-            "Pass one that `keras.Model` or `keras.Sequential` made."
-        )
     layers = _layers(model)
     if not layers:
         raise ValueError(
@@ -220,6 +215,7 @@ def _is_compiled_by_xla(model):
 
 
 def _layers(model):
+    check_model(model)
     return [layer for layer in model._flatten_layers() if isinstance(layer, MixtureOfExperts)]
 
 

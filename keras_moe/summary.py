@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_moe.inspection import has_moe_layers, moe_layers
 from keras_moe.parameters import parameters_of
+from keras_moe.validation import check_model
 
 
 class LayerSummary(NamedTuple):
@@ -63,12 +64,23 @@ def count_parameters(model):
     Returns:
         Two integers.
     """
+    check_model(model)
+    if not model.built:
+        raise ValueError(
+            f"A model must be built to count its parameters. Received: {model.name!r}, which is "
+            "not. Call it on some data first."
+        )
     total = model.count_params()
     summaries = summarize(model) if has_moe_layers(model) else []
     return total, total - sum(layer.parameters - layer.active_parameters for layer in summaries)
 
 
 def _summary(name, layer):
+    if not layer.built:
+        raise ValueError(
+            f"A model must be built to count its parameters. Received: layer {name!r}, which is "
+            "not. Call the model on some data first."
+        )
     num_experts, router = layer.experts.num_experts, layer.router
     parameters, experts = map(_count, (layer, layer.experts))
     active = parameters - experts + round(experts * router.mean_top_k / num_experts)

@@ -7,6 +7,8 @@ would wait for the device. Checks of numbers return them as Python's own, which 
 
 import difflib
 import numbers
+import os
+import pathlib
 
 import keras
 import numpy as np
@@ -118,6 +120,34 @@ def check_seed(name, seed):
             f"{name}={seed!r}. Pass, for example, 0."
         )
     return int(seed)
+
+
+def check_model(model):
+    if not isinstance(model, keras.Layer):
+        raise TypeError(
+            f"`model` must be a Keras model. Received: {shortened(model)} (of type "
+            f"{type(model).__name__}). Pass one that `keras.Model` or `keras.Sequential` made."
+        )
+
+
+def check_path(name, path):
+    """The name of a file or folder."""
+    if not isinstance(path, (str, os.PathLike)) or not str(path):
+        raise TypeError(
+            f"`{name}` must be a path. Received: {name}={path!r} (of type {type(path).__name__}). "
+            "Pass a text or a `pathlib.Path`."
+        )
+    return pathlib.Path(path)
+
+
+def check_name(name, value):
+    """What is looked up, or called so."""
+    if not isinstance(value, str) or not value:
+        raise TypeError(
+            f"`{name}` must be a text. Received: {name}={value!r} (of type "
+            f"{type(value).__name__}). Pass a name."
+        )
+    return value
 
 
 def check_routing(routing, made_by=None):

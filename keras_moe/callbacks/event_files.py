@@ -1,11 +1,11 @@
 """Files that TensorBoard reads, written without TensorFlow."""
 
 import io
-import pathlib
 import time
 
 from keras_moe import visualization
 from keras_moe.plain_text import as_text
+from keras_moe.validation import check_path
 
 try:
     from tensorboard.compat.proto.event_pb2 import Event
@@ -30,7 +30,12 @@ class EventFiles:
     """
 
     def __init__(self, log_dir):
-        self.log_dir = pathlib.Path(log_dir)
+        self.log_dir = check_path("log_dir", log_dir)
+        if self.log_dir.exists() and not self.log_dir.is_dir():
+            raise ValueError(
+                f"`log_dir` must be a folder. Received: {str(log_dir)!r}, which is none. "
+                "Name another."
+            )
         self._writers = {}
 
     def write(self, split, step, numbers, shares):

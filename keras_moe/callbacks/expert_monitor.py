@@ -1,6 +1,7 @@
 """The use of every expert in the logs of each epoch."""
 
 import math
+import os
 import re
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from keras import ops
 
 from keras_moe import metrics
 from keras_moe.inspection import count_in_evaluation, moe_layers
-from keras_moe.validation import check_flag
+from keras_moe.validation import check_flag, check_model, shortened
 
 
 class ExpertMonitor(keras.callbacks.Callback):
@@ -62,7 +63,12 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     def __init__(self, expert_shares=False, log_dir=None, metrics=()):
         super().__init__()
-        self._metrics = {_name_of(metric): metric for metric in metrics}
+        if isinstance(expert_shares, (str, os.PathLike)):
+            raise ValueError(
+                "`expert_shares` must be True or False. Received: "
+                f"expert_shares={expert_shares!r}. Pass a folder as `log_dir={expert_shares!r}`."
+            )
+        self._metrics = _by_name(metrics)
         self.expert_shares = check_flag("expert_shares", expert_shares)
         self.log_dir = log_dir
         self.shares, self.validation_shares = {}, {}
@@ -74,6 +80,7 @@ class ExpertMonitor(keras.callbacks.Callback):
             self._event_files = EventFiles(log_dir)
 
     def set_model(self, model):
+        check_model(model)
         super().set_model(model)
         self._training = self._test = None
         self._is_training = False
@@ -181,9 +188,36 @@ class _CountedStep:
             return self._step(*arguments)
 
 
+_LOGGED = (
+    "load_imbalance",
+    "load_entropy",
+    "dead_experts",
+    "dropped_fraction",
+    "router_entropy",
+)
+
+
 class _Usage(NamedTuple):
     numbers: dict
     shares: Any
+
+
+def _by_name(metrics):
+    """The functions by their names, which no number that is logged anyway may have."""
+    if not isinstance(metrics, (list, tuple)):
+        raise TypeError(
+            "`metrics` must be a list of functions. Received: "
+            f"metrics={metrics!r} (of type {type(metrics).__name__}). Pass `[function]`."
+        )
+    by_name: dict = {}
+    for metric in metrics:
+        name = _name_of(metric)
+        if by_name.setdefault(name, metric) is not metric or name in _LOGGED:
+            raise ValueError(
+                "Each of `metrics` must have a name of its own, which is its name in the logs. "
+                f"Received: a second {name!r}. Name the function otherwise, by `def`."
+            )
+    return by_name
 
 
 def _name_of(metric):
@@ -209,11 +243,22 @@ def _usage(layer, own_metrics):
     }
     is_counted = counts.any()
     for name, metric in own_metrics.items():
-        numbers[name] = metric(counts) if is_counted else math.nan
+        numbers[name] = _number(name, metric(counts)) if is_counted else math.nan
     losses = ops.convert_to_numpy(layer.router_loss_totals.value / calls)
     numbers.update(zip(_loss_names(layer.router_losses), losses))
     shares = ops.convert_to_numpy(metrics.expert_share(counts))
     return _Usage({key: float(value) for key, value in numbers.items()}, shares)
+
+
+def _number(name, value):
+    """What a function of the user's own returned, as a float."""
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            "`metrics` must be functions from the counts (E,) of a layer to a number. Received: "
+            f"{shortened(value)} (of type {type(value).__name__}) from {name!r}. Mend the function."
+        ) from error
 
 
 def _loss_names(router_losses):

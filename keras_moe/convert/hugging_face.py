@@ -1,13 +1,16 @@
 """MoE layers out of models of Hugging Face, and back into their layout."""
 
 import functools
+from collections.abc import Mapping
 
 import keras
 import numpy as np
 
 from keras_moe.convert.hugging_face_families import FAMILIES, mixture_of
 from keras_moe.convert.tensor_files import config_of, opened
-from keras_moe.validation import check_choice
+from keras_moe.layers.mixture_of_experts import MixtureOfExperts
+from keras_moe.parameters import parameters_of
+from keras_moe.validation import check_choice, is_whole, shortened
 
 
 def from_hugging_face(source, layer, config=None, into=None, **kwargs):
@@ -39,9 +42,19 @@ def from_hugging_face(source, layer, config=None, into=None, **kwargs):
     >>> keras_moe.convert.from_hugging_face(path, layer=0)  # doctest: +SKIP
     <MixtureOfExperts name=mixture_of_experts, built=True>
     """
-    config = config_of(source) if config is None else dict(config)
+    _check_layer_number(layer)
+    config = config_of(source) if config is None else config
+    if not isinstance(config, Mapping):
+        raise TypeError(
+            "`config` must be the content of `config.json`, a dict. Received: "
+            f"{shortened(config)} (of type {type(config).__name__}). Pass `model.config.to_dict()`."
+        )
     check_choice("model_type", config.get("model_type"), tuple(FAMILIES))
-    mixture = mixture_of(config, **kwargs) if into is None else into
+    if into is None:
+        mixture = _made_of(config, kwargs)
+    else:
+        check_is_mixture("into", into)
+        mixture = into
     _check_plain(mixture)
     with opened(source) as (read, names):
         prefix, rules = _layout_in(names, config["model_type"], layer)
@@ -72,11 +85,14 @@ def to_hugging_face(mixture, layer, family):
     ...     mixture, layer=0, family="mixtral"
     ... )  # doctest: +SKIP
     """
+    check_is_mixture("mixture", mixture)
+    _check_layer_number(layer)
     check_choice("family", family, tuple(FAMILIES))
     for part in (mixture.router, mixture.shared_expert, mixture.shared_gate):
         _check_plain(part)
     prefix, rules = FAMILIES[family].layouts[0]
     prefix = prefix.format(layer=layer)
+    _check_nothing_left(mixture, rules)
     arrays = {}
     for rule in rules:
         ours = [_value(mixture, name) for name in rule.ours]
@@ -87,6 +103,44 @@ def to_hugging_face(mixture, layer, family):
             own = [stacked[expert] for stacked in ours]
             arrays[_name(prefix, rule, expert)] = _written(rule, own)
     return arrays
+
+
+def _check_layer_number(layer):
+    if not is_whole(layer) or layer < 0:
+        raise ValueError(
+            "`layer` must be the number of a decoder layer. Received: "
+            f"layer={layer!r}. Count them from 0."
+        )
+
+
+def check_is_mixture(name, mixture):
+    if not isinstance(mixture, MixtureOfExperts):
+        raise TypeError(
+            f"`{name}` must be a `layers.MixtureOfExperts`. Received: an object of type "
+            f"{type(mixture).__name__}. Pass one of `inspection.moe_layers(model).values()`."
+        )
+
+
+def _made_of(config, kwargs):
+    try:
+        return mixture_of(config, **kwargs)
+    except KeyError as error:
+        raise ValueError(
+            f"The config must have what {config['model_type']!r} has. Received: a config without "
+            f"{error.args[0]}. Pass the whole content of `config.json`."
+        ) from error
+
+
+def _check_nothing_left(mixture, rules):
+    """The family has a place for each weight: what has none would be lost without a word."""
+    written = {id(_variable(mixture, name)) for rule in rules for name in rule.ours}
+    left = [w.path for w in parameters_of(mixture) if id(w) not in written]
+    if left:
+        raise ValueError(
+            f"The family must have a place for all weights of the layer. Received: {left}, which "
+            "it has none for. Choose another `family`, or a layer like those of "
+            "`from_hugging_face`."
+        )
 
 
 def _check_plain(part):

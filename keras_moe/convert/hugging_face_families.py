@@ -66,7 +66,10 @@ def _arguments(config, experts, router, shared_expert=None, **kwargs):
 def _num_experts(config):
     """The number of experts, whatever the family and the release call it."""
     names = ("num_experts", "num_local_experts", "n_routed_experts")
-    return next(config[name] for name in names if name in config)
+    found = [config[name] for name in names if name in config]
+    if not found:
+        raise KeyError(" or ".join(map(repr, names)))
+    return found[0]
 
 
 def _experts(config, width="moe_intermediate_size", **kwargs):

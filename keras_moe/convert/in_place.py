@@ -6,6 +6,7 @@ from keras_moe.convert.keras_hub_families import FAMILIES, family_of
 from keras_moe.convert.sparse_backbone import mark, unmark
 from keras_moe.convert.sparse_blocks import SparseBlock, make_dense, make_sparse
 from keras_moe.keras_internals import forget_old_weights
+from keras_moe.validation import check_model
 
 
 def sparsify(model):
@@ -92,10 +93,12 @@ def _check_not_quantized(block, but=None):
 
 
 def sparse_blocks(model):
+    check_model(model)
     return [layer for layer in model._flatten_layers() if isinstance(layer, SparseBlock)]
 
 
 def _sublayers(model):
+    check_model(model)
     for owner in model._flatten_layers():
         for layer in owner._layers:
             yield owner, layer

@@ -2,9 +2,11 @@
 
 import contextlib
 import json
-import pathlib
 
 import numpy as np
+
+from keras_moe.command_line import stating
+from keras_moe.validation import check_path
 
 
 @contextlib.contextmanager
@@ -21,24 +23,37 @@ def opened(source):
     if hasattr(source, "keys"):
         yield lambda name: as_array(source[name]), set(source.keys())
         return
+    # Here, so that the package can be imported without it.
+    from safetensors import safe_open
+
     with contextlib.ExitStack() as stack:
         files = {}
-        for path in _paths(pathlib.Path(source)):
-            file = stack.enter_context(_open(path))
+        for path in _paths(check_path("source", source)):
+            with stating(
+                "Weights must be in whole `.safetensors` files.",
+                repr(str(path)),
+                "Download it again.",
+            ):
+                file = stack.enter_context(safe_open(path, framework="numpy"))
             files.update(dict.fromkeys(file.keys(), file))
         yield lambda name: files[name].get_tensor(name), set(files)
 
 
 def config_of(source):
     """The content of `config.json` in a folder, or of the folder of a file."""
-    path = pathlib.Path(source)
+    path = check_path("source", source)
     path = (path.parent if path.suffix == ".safetensors" else path) / "config.json"
     if not path.exists():
         raise ValueError(
             "The config of a model must be in `config.json` beside its files. Received: "
             f"source={str(source)!r} without one. Pass `config`, its content as a dict."
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    with stating(
+        "The config of a model must be a JSON file in UTF-8.",
+        repr(str(path)),
+        "Download it again, or pass `config`, its content as a dict.",
+    ):
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def as_array(tensor):
@@ -56,9 +71,3 @@ def _paths(path):
             f"source={str(path)!r} without one. Pass a file, or a folder of them."
         )
     return paths
-
-
-def _open(path):
-    from safetensors import safe_open
-
-    return safe_open(path, framework="numpy")

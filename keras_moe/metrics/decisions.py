@@ -35,6 +35,11 @@ def unserved_fraction(routing, plan):
         Scalar, float32; 0 where every token is padding.
     """
     check_routing(routing)
+    if not hasattr(plan, "served"):
+        raise TypeError(
+            "`plan` must be a plan. Received: an object of type "
+            f"{type(plan).__name__}. Pass `router.plan(routing)`."
+        )
     unserved = ops.logical_not(plan.served())
     return masked_mean(ops.cast(unserved, "float32"), routing.mask)
 
@@ -58,6 +63,12 @@ def router_saturation(before, after):
         raise ValueError(
             "Both routings must be of the same tokens. Received: "
             f"{before.indices.shape[0]} and {after.indices.shape[0]} tokens. Route the same data."
+        )
+    if not fits(before.counts.shape, after.counts.shape):
+        raise ValueError(
+            "Both routings must be of the same experts. Received: "
+            f"{before.counts.shape[0]} and {after.counts.shape[0]} experts. Take both from one "
+            "model."
         )
     same = ops.expand_dims(after.indices, 2) == ops.expand_dims(before.indices, 1)
     used = ops.logical_and(after.indices >= 0, ops.expand_dims(after.mask, 1))

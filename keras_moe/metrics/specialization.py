@@ -115,6 +115,11 @@ def expert_saliency(layer, inputs, mask=None, token_ids=None):
 
     Reference: Lasby et al. 2025, REAP (arXiv:2510.13999), eq. 9.
     """
+    if not hasattr(layer, "router") or not hasattr(layer, "experts"):
+        raise TypeError(
+            "`layer` must be a `layers.MixtureOfExperts`. Received: an object of type "
+            f"{type(layer).__name__}. Pass one of `inspection.moe_layers(model).values()`."
+        )
     if not layer.router.takes_capacity:
         raise ValueError(
             "The saliency of an expert is a mean over the tokens that chose it. Received: a layer "

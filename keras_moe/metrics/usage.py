@@ -1,12 +1,12 @@
 """Expert usage: pure functions of assignment counts."""
 
-import numpy as np
 from keras import ops
 
 from keras_moe.validation import (
     check_counts,
     check_positive_integer,
     check_rank,
+    check_tensor,
     host_values,
 )
 
@@ -93,9 +93,10 @@ def dropped_fraction(dropped, counts):
         Scalar, float32.
     """
     check_counts("counts", counts)
-    check_rank("dropped", dropped if hasattr(dropped, "shape") else np.asarray(dropped), ())
-    if host_values(dropped) is not None:
-        number = float(dropped)
+    number = host_values(dropped)
+    check_rank("dropped", dropped if number is None else number, ())
+    if number is not None:
+        number = float(number)
         known = host_values(counts)
         if not 0 <= number <= (float("inf") if known is None else known.sum()):
             raise ValueError(
@@ -173,7 +174,9 @@ def utilization_quantiles(counts, quantiles=(0.0, 0.25, 0.5, 0.75, 1.0)):
         (len(quantiles),) float32; 0 without assignments.
     """
     wanted = host_values(quantiles)
-    if wanted is not None and not ((wanted >= 0) & (wanted <= 1)).all():
+    if wanted is None:
+        check_tensor("quantiles", quantiles)
+    elif wanted.dtype.kind not in "iuf" or not ((wanted >= 0) & (wanted <= 1)).all():
         raise ValueError(
             "`quantiles` must be numbers from 0 to 1. Received: "
             f"quantiles={quantiles!r}. Divide percents by 100."

@@ -25,18 +25,24 @@ class _UsageMetric(keras.metrics.Metric):
         super().__init__(name=name, dtype=dtype)
         self.num_experts = num_experts
 
-    def update_state(self, routing, sample_weight=None):
+    def update_state(self, routing, y_pred=None, sample_weight=None):
         """Add the assignments of a routing. Padding is left out by the routing itself.
 
         Args:
             routing: an `ops.Routing`.
-            sample_weight: must be None.
+            y_pred, sample_weight: must be None.
 
         Raises:
             ValueError: If the routing has another number of experts or a weight is given.
             TypeError: If it is no routing.
         """
-        if sample_weight is not None:
+        if y_pred is not None and not hasattr(routing, "counts"):
+            raise TypeError(
+                "Usage metrics take a routing, and not targets and outputs. Received: a metric "
+                "among those of `compile`. Use `callbacks.ExpertMonitor`, which logs the usage of "
+                "each layer, or call `update_state` with a routing."
+            )
+        if y_pred is not None or sample_weight is not None:
             raise ValueError(
                 "Usage metrics count assignments and take no weight. "
                 "Received: sample_weight. Mask tokens out at the router."

@@ -1,8 +1,7 @@
 """The page that shows what the experts of a model do on some data."""
 
-import pathlib
-
 from keras_moe.files import write_whole
+from keras_moe.validation import check_path
 
 
 def report(model, data, labels=None, tokens=None, path="report.html"):
@@ -45,11 +44,16 @@ def report(model, data, labels=None, tokens=None, path="report.html"):
     >>> data = keras.ops.convert_to_numpy(keras.random.randint((8, 10), 0, 100))
     >>> path = keras_moe.report(model, data, path=f"{tempfile.mkdtemp()}/report.html")
     """
+    path = check_path("path", path)
+    if not path.parent.is_dir() or (path.exists() and not path.is_file()):
+        raise ValueError(
+            "`path` must name a file in a folder that exists. Received: "
+            f"path={str(path)!r}. Make the folder first, or name another."
+        )
     # Here, so that the package can be imported without matplotlib.
     from keras_moe.reporting import page, study
 
     found = study.study(model, data, labels, tokens)
-    path = pathlib.Path(path)
     write_whole(path, page.render(model.name, found))
     return path
 

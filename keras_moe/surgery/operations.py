@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import numpy as np
+from keras import ops
 
 from keras_moe.inspection import moe_layers
 from keras_moe.keras_internals import forget_compiled, forget_old_weights
@@ -10,7 +11,14 @@ from keras_moe.routers.group_limited import GroupLimitedRouter
 from keras_moe.surgery import measuring
 from keras_moe.surgery.cutting import check_can_cut, check_is_ours, cut
 from keras_moe.surgery.merging import centers_of, check_can_merge, merge
-from keras_moe.validation import check_batches, check_choice, check_top_k, is_whole
+from keras_moe.validation import (
+    check_batches,
+    check_choice,
+    check_top_k,
+    host_values,
+    is_whole,
+    shortened,
+)
 
 MEASURES = {"usage": measuring.usage, "saliency": measuring.saliency}
 
@@ -240,9 +248,9 @@ def _scores(model, by, layers, data):
     if isinstance(by, str):
         check_choice("by", by, list(MEASURES))
         _check_data(data, f"by={by!r}")
-        return MEASURES[by](model, data)
+        return {name: _as_scores(name, of) for name, of in MEASURES[by](model, data).items()}
     scores = by if isinstance(by, dict) else {name: by for name in layers}
-    scores = {name: np.asarray(value, "float64") for name, value in scores.items()}
+    scores = {name: _as_scores(name, value) for name, value in scores.items()}
     for name, layer in layers.items():
         shape = scores[name].shape if name in scores else None
         if shape != (layer.experts.num_experts,):
@@ -252,6 +260,16 @@ def _scores(model, by, layers, data):
                 "Pass a dict from names of layers to arrays (E,)."
             )
     return scores
+
+
+def _as_scores(name, values):
+    array = host_values(ops.convert_to_numpy(values) if hasattr(values, "shape") else values)
+    if array is None or array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+        raise ValueError(
+            f"Scores must be finite numbers. Received: {shortened(values)} for {name!r}. Pass one "
+            "for each expert, higher for those to keep."
+        )
+    return array.astype("float64")
 
 
 def _check_data(data, what):

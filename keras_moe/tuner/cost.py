@@ -7,7 +7,7 @@ import keras
 import keras_tuner
 
 from keras_moe.summary import summarize
-from keras_moe.validation import check_positive_number
+from keras_moe.validation import check_name, check_positive_number
 
 
 class CostMonitor(keras.callbacks.Callback):
@@ -68,6 +68,8 @@ class WithinBudget(keras_tuner.Objective):
 
     def __init__(self, budget, cost="active_flops", loss="val_loss"):
         check_positive_number("budget", budget, example=100_000)
+        check_name("cost", cost)
+        check_name("loss", loss)
         super().__init__(name=f"{loss}_within_{cost}", direction="min")
         self.budget = budget
         self.cost = cost

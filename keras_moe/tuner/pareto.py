@@ -4,6 +4,8 @@ import itertools
 import math
 from typing import NamedTuple
 
+from keras_moe.validation import shortened
+
 # What the message to the chief has room for.
 _ALL = 2**31 - 1
 
@@ -32,6 +34,11 @@ def pareto_table(search, cost="active_flops", loss="val_loss"):
     Raises:
         ValueError: If no trial has finished, or one has no such value in its logs.
     """
+    if not hasattr(search, "oracle"):
+        raise TypeError(
+            "`search` must be a `keras_tuner.Tuner`. Received: an object of type "
+            f"{type(search).__name__}. Pass the tuner, after its `search`."
+        )
     trials = _finished(search.oracle)
     if not trials:
         raise ValueError("A table needs a finished trial. Received: none. Call `search` first.")
@@ -63,6 +70,11 @@ def _finished(oracle):
 
 def format_table(rows):
     """Text of a `pareto_table`, one line a trial; `*` marks the efficient ones."""
+    if not isinstance(rows, (list, tuple)) or not all(isinstance(r, ParetoRow) for r in rows):
+        raise TypeError(
+            "`rows` must be a list of `ParetoRow`. Received: "
+            f"{shortened(rows)}. Pass what `pareto_table` returned."
+        )
     names = list(dict.fromkeys(name for row in rows for name in row.values))
     lines = [["", "trial", "cost", "loss", *names]]
     for row in rows:

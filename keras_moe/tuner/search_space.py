@@ -1,9 +1,12 @@
 """The values from which a search chooses each part of a MoE layer."""
 
 import itertools
+from collections.abc import Mapping
+
+import keras_tuner
 
 from keras_moe import layers, losses, routers
-from keras_moe.validation import check_choice, check_positive_integer
+from keras_moe.validation import check_choice, check_name, check_positive_integer
 
 # Routers whose tokens all have K experts, so that the active size is known before the search.
 TAKE_TOP_K = ("cosine", "deepseek_v3", "noisy_top_k", "sinkhorn", "top_k")
@@ -52,6 +55,12 @@ class SearchSpace:
     ):
         if loss_weights is None:
             loss_weights = {"load_balance": (1e-2, 1e-3, 1e-1), "router_z": (1e-3,)}
+        if not isinstance(loss_weights, Mapping):
+            raise TypeError(
+                "`loss_weights` must be a dict from names of losses to weights to choose from. "
+                f"Received: loss_weights={loss_weights!r}. Pass, for example, "
+                "`{'load_balance': (0.01, 0.1)}`."
+            )
         self.active_width = _values("active_width", active_width)
         self.num_experts = _values("num_experts", num_experts)
         self.top_k = _values("top_k", top_k)
@@ -63,7 +72,7 @@ class SearchSpace:
         self.capacities = {
             str(factor): factor for factor in _values("capacity_factors", capacity_factors)
         }
-        self.name = name
+        self.name = check_name("name", name)
         self._check()
 
     def sample(self, hp, experts=layers.FeedForwardExperts, **kwargs):
@@ -77,6 +86,11 @@ class SearchSpace:
         Returns:
             A new `layers.MixtureOfExperts`. Layers of one space have the same values in a trial.
         """
+        if not isinstance(hp, keras_tuner.HyperParameters):
+            raise TypeError(
+                "`hp` must be a `keras_tuner.HyperParameters`. Received: an object of type "
+                f"{type(hp).__name__}. Pass what the model-building function is given."
+            )
         with hp.name_scope(self.name):
             num_experts = _choose(hp, "num_experts", self.num_experts)
             router = self._sample_router(hp, num_experts)

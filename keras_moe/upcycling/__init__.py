@@ -13,7 +13,13 @@ from keras_moe.routers.top_k import TopKRouter
 from keras_moe.upcycling.experts import expert_weights
 from keras_moe.upcycling.feed_forwards import feed_forwards
 from keras_moe.upcycling.rewriting import rewrite
-from keras_moe.validation import check_fraction, check_positive_integer, check_top_k
+from keras_moe.validation import (
+    check_fraction,
+    check_model,
+    check_positive_integer,
+    check_seed,
+    check_top_k,
+)
 
 
 def upcycle(
@@ -87,7 +93,9 @@ def upcycle(
     (arXiv:2410.07524), section 3.2, for parts and equal columns, there called virtual groups;
     Nakamura et al. 2025 (arXiv:2502.19261), section 3.2, for partly re-initialised copies.
     """
+    check_model(model)
     _check(num_experts, top_k, granularity, reinitialized, every)
+    seed = check_seed("seed", seed)
     chosen = _choose(model, select)[every - 1 :: every]
     if not chosen:
         raise ValueError(
@@ -163,9 +171,11 @@ def _choose(model, select):
     elif callable(select):
         wanted = {name for name in names if select(name)}
     elif isinstance(select, str):
-        wanted = {name for name in names if re.search(select, name)}
-    else:
+        wanted = _matching(select, names)
+    elif hasattr(select, "__iter__"):
         wanted = set(select)
+    else:
+        wanted = set()
     if not wanted or wanted - set(names):
         raise ValueError(
             "`select` must choose among the dense feed-forward layers of the model. Received: "
@@ -173,6 +183,16 @@ def _choose(model, select):
             "Pass some of these names, a regular expression or a function of a name."
         )
     return [feed_forward for feed_forward in found if feed_forward.name in wanted]
+
+
+def _matching(pattern, names):
+    try:
+        return {name for name in names if re.search(pattern, name)}
+    except re.error as error:
+        raise ValueError(
+            "`select` must be a regular expression, where it is a text. Received: "
+            f"select={pattern!r} ({error}). Escape what stands for itself, by `re.escape`."
+        ) from error
 
 
 def _check(num_experts, top_k, granularity, reinitialized, every):

@@ -6,7 +6,7 @@ from keras import ops
 from keras_moe import metrics
 from keras_moe.plain_text import as_text
 from keras_moe.visualization.panels import PANEL_SIZE, count_on, heat_map, one_panel_a_layer
-from keras_moe.visualization.sources import as_tensors, each_token
+from keras_moe.visualization.sources import as_tensors, check_can_be_drawn, each_token
 from keras_moe.visualization.sources import routings as routings_of
 
 MAX_ROWS = 30
@@ -67,6 +67,17 @@ def _grouped(labels, mask, names):
     """Integers that stand for labels, -1 for padding, and the names of these integers."""
     if np.issubdtype(labels.dtype, np.integer):
         highest = int(labels.max(initial=-1, where=mask))
+        if highest < 0:
+            raise ValueError(
+                "There must be a label to draw. Received: none of 0 and above for a token that is "
+                "not padding. Negative labels are left out."
+            )
+        check_can_be_drawn("a label of", highest)
+        if names is not None and not isinstance(names, (list, tuple, np.ndarray)):
+            raise TypeError(
+                "`names` must be a list of a name for each label. Received: "
+                f"names={names!r} (of type {type(names).__name__}). Put it into a list."
+            )
         if names is not None and highest >= len(names):
             raise ValueError(
                 "`names` must have a name for each label. Received: "

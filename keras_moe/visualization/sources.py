@@ -1,10 +1,19 @@
 """From what users have - arrays, or recorded routings - to one routing a layer."""
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_moe.ops.routing import Routing
-from keras_moe.validation import check_experts, check_positive_integer
+from keras_moe.validation import (
+    check_experts,
+    check_positive_integer,
+    host_values,
+    shortened,
+)
+
+# A table of labels and experts holds so many squared.
+MOST_DRAWN = 100_000
 
 
 def by_layer(source):
@@ -48,9 +57,23 @@ def as_tensors(routing):
     return Routing(**fields)
 
 
+def check_can_be_drawn(what, number):
+    """More rows or columns than this need more memory than a figure is worth."""
+    if number > MOST_DRAWN:
+        raise ValueError(
+            f"A figure must have at most {MOST_DRAWN} experts or labels. Received: {what} "
+            f"{number}. Number them from 0 without gaps."
+        )
+
+
 def each_token(labels, num_tokens):
     """Labels of tokens; those of documents of equal length are repeated for each token."""
-    labels = np.asarray(labels)
+    labels = _array("labels", labels)
+    if labels.dtype.kind not in "biuUS":
+        raise ValueError(
+            "Labels must be integers or strings. Received: labels of "
+            f"{labels.dtype}. Number them, or turn each into a text."
+        )
     if labels.ndim != 1 or not len(labels) or num_tokens % len(labels):
         raise ValueError(
             "There must be one label for each token, or for each of equally long documents. "
@@ -74,7 +97,19 @@ def _joined(value):
             weights=[max(routing.counts.sum(), 1) for routing in value],
         )
         return Routing(**joined, counts=counts, dropped=dropped)
-    return np.asarray(value)
+    return _array("an array of a layer", value)
+
+
+def _array(name, value):
+    """What is given as an array; lists must be as one is."""
+    array = host_values(value)
+    if isinstance(value, (list, tuple)) and array is not None and array.dtype.kind in "US":
+        if not all(isinstance(each, (str, bytes)) for each in keras.tree.flatten(value)):
+            raise ValueError(
+                f"What is in a list must be of one kind. Received: {name} {shortened(value)}. "
+                "Pass numbers, or strings."
+            )
+    return np.asarray(value) if array is None else array
 
 
 def _routing(value, num_experts):
@@ -87,6 +122,7 @@ def _routing(value, num_experts):
         )
     if num_experts is not None:
         check_positive_integer("num_experts", num_experts)
+        check_can_be_drawn("num_experts", num_experts)
     check_experts("indices", value, num_experts)
     counts = np.bincount(value[value >= 0], minlength=num_experts or 0)
     mask = (value >= 0).any(axis=1)

@@ -77,6 +77,12 @@ def settling(checkpoints, num_experts=None):
 
     Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.1.
     """
+    if not isinstance(checkpoints, (list, tuple)):
+        raise TypeError(
+            "`checkpoints` must be a list. Received: an object of type "
+            f"{type(checkpoints).__name__}. Pass one of what `inspection.record_routings` returned "
+            "for each checkpoint."
+        )
     if len(checkpoints) < 2:
         raise ValueError(
             "Settling needs at least two checkpoints to compare. "
