@@ -27,10 +27,10 @@ def check_shapes(tensors, **sizes):
         check_tensor(name, tensor)
         shape = tuple(tensor.shape)
         if not fits(shape, [sizes.get(axis) for axis in axes]):
-            known = [f"{axis}={sizes[axis]}" for axis in axes if sizes.get(axis) is not None]
+            here = [f"{axis}={sizes[axis]}" for axis in axes if sizes.get(axis) is not None]
             raise ValueError(
                 f"`{name}` must have the shape ({', '.join(axes)}{',' * (len(axes) == 1)}). "
-                f"Received: {name}.shape={shape}{' with ' * bool(known)}{', '.join(known)}. "
+                f"Received: {name}.shape={shape}{' with ' * bool(here)}{', '.join(here)}. "
                 "Change one of them: what belongs together has the same tokens and experts."
             )
         for axis, size in zip(axes, shape):
@@ -47,7 +47,7 @@ def check_fields(routing, *names, **sizes):
             for name in names or _OF_ROUTINGS
             if name not in optional or getattr(routing, name) is not None
         },
-        **_known(**sizes),
+        **known(**sizes),
     )
 
 
@@ -64,7 +64,7 @@ def check_inputs_shape(shape):
 
 def check_selected(indices, num_tokens, top_k):
     """What a function of the user's own selected."""
-    check_shapes({"select(scores)": (indices, "TK")}, **_known(T=num_tokens, K=top_k))
+    check_shapes({"select(scores)": (indices, "TK")}, **known(T=num_tokens, K=top_k))
 
 
 def check_bank_call(bank, tokens, plan):
@@ -79,7 +79,7 @@ def check_bank_call(bank, tokens, plan):
     groups = getattr(plan, "groups", None)
     if groups is None:
         return  # a plan of the user's own
-    check_shapes({"tokens": (tokens, "TD")}, **_known(T=num_tokens_of(groups)))
+    check_shapes({"tokens": (tokens, "TD")}, **known(T=num_tokens_of(groups)))
     num_experts = num_experts_of(groups)
     if isinstance(num_experts, int) and num_experts != bank.num_experts:
         raise ValueError(
@@ -122,5 +122,6 @@ def num_experts_of(groups):
     return groups.sizes.shape[0]
 
 
-def _known(**sizes):
+def known(**sizes):
+    """Those of the sizes that are known, for `check_shapes`."""
     return {axis: size for axis, size in sizes.items() if isinstance(size, int)}

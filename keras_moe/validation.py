@@ -31,6 +31,7 @@ def check_size(name, value):
     if not _is_tensor(value):
         return check_positive_integer(name, value)
     check_is_integer(name, value)
+    check_rank(name, value, ())
     return value
 
 
@@ -178,6 +179,17 @@ def check_tensor(name, value):
         raise TypeError(
             f"`{name}` must be a tensor or an array. Received: {name}={shortened(value)} (of type "
             f"{type(value).__name__}). Convert it by `keras.ops.convert_to_tensor`."
+        )
+
+
+def check_numbers(name, values):
+    """A tensor, or what can be made one: numbers, lists and arrays of them."""
+    array = host_values(values)
+    if array is None:
+        check_tensor(name, values)
+    elif array.dtype.kind not in "biuf" and "float" not in str(array.dtype):
+        raise TypeError(
+            f"`{name}` must hold numbers. Received: {name}={shortened(values)}. Convert it first."
         )
 
 

@@ -72,6 +72,7 @@ class ExpertHealth(keras.callbacks.Callback):
         self.stop = check_flag("stop", stop)
         self.rebalance = check_flag("rebalance", rebalance)
         self.findings = []
+        self._step = self._next_look = 0
 
     def on_train_begin(self, logs=None):
         self.findings = []

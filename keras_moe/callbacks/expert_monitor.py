@@ -72,6 +72,7 @@ class ExpertMonitor(keras.callbacks.Callback):
         self.expert_shares = check_flag("expert_shares", expert_shares)
         self.log_dir = log_dir
         self.shares, self.validation_shares = {}, {}
+        self._training = self._test = None
         self._event_files = None
         if log_dir is not None:
             # Here, so that the package can be imported without TensorBoard.
@@ -222,7 +223,7 @@ def _by_name(metrics):
 
 def _name_of(metric):
     name = getattr(metric, "__name__", None)
-    if not callable(metric) or name is None:
+    if not callable(metric) or name is None or not name.isidentifier():
         raise TypeError(
             "`metrics` must be functions from the counts (E,) of a layer to a number. Received: "
             f"{metric!r} (of type {type(metric).__name__}). Write a function with `def`: its name "

@@ -134,7 +134,9 @@ def _made_of(config, kwargs):
 def _check_nothing_left(mixture, rules):
     """The family has a place for each weight: what has none would be lost without a word."""
     written = {id(_variable(mixture, name)) for rule in rules for name in rule.ours}
-    left = [w.path for w in parameters_of(mixture) if id(w) not in written]
+    # What LoRA has learned is written with the kernels.
+    own = [w for w in parameters_of(mixture) if "_lora_" not in w.name]
+    left = [w.path for w in own if id(w) not in written]
     if left:
         raise ValueError(
             f"The family must have a place for all weights of the layer. Received: {left}, which "

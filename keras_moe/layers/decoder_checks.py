@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from keras_moe.shape_checks import check_shapes
+from keras_moe.shape_checks import check_shapes, known
 from keras_moe.validation import check_is_integer, check_rank, is_whole
 
 _SEEN = {"keys": "BMHN", "values": "BMHN", "mask": "BM"}
@@ -26,7 +26,7 @@ def check_context(cross_attention, context, context_mask, batch_size):
     """A context and its mask, if there are to be any."""
     check_has_context(cross_attention, context is not None)
     if context is not None:
-        check_shapes({"context": (context, "BSC")}, **_known(B=batch_size))
+        check_shapes({"context": (context, "BSC")}, **known(B=batch_size))
     elif context_mask is not None:
         raise ValueError(
             "`context_mask` must be that of a context. Received: context_mask and no context. "
@@ -65,7 +65,7 @@ def _check_tensors(block, inputs, cache):
     check_shapes(
         {f"cache[{name!r}]": (cache[name], letters) for name, letters in axes.items()},
         H=block.num_heads,
-        **_known(B=inputs.shape[0], N=inputs.shape[2] // block.num_heads),
+        **known(B=inputs.shape[0], N=inputs.shape[2] // block.num_heads),
     )
 
 
@@ -85,7 +85,3 @@ def _check_position(position, length, room):
             f"{length} tokens and a cache for {room}. Make a cache with a larger "
             "`max_length`."
         )
-
-
-def _known(**sizes):
-    return {axis: size for axis, size in sizes.items() if isinstance(size, int)}

@@ -181,5 +181,18 @@ def _as_layers(layers):
         )
     for layer in layers:
         check_takes_tokens("layers", layer)
+        _check_takes_rows(layer)
         note_part(layer)
     return layers
+
+
+def _check_takes_rows(layer):
+    """Refuse a layer of sequences or images, if it says that it is one."""
+    spec = layer.input_spec
+    ndim, least = getattr(spec, "ndim", None), getattr(spec, "min_ndim", None)
+    if ndim not in (None, 2) or (least or 0) > 2:
+        raise ValueError(
+            "Experts must take rows (n, D). Received: "
+            f"{layer!r}, which takes inputs of {ndim or least} axes. Use layers of one token, such "
+            "as `keras.layers.Dense`."
+        )

@@ -8,8 +8,8 @@ from keras_moe.ops.grouped import feed_forward_step, low_rank_step, run_grouped
 from keras_moe.ops.grouped.records import Quantized
 from keras_moe.ops.platforms import named_platform
 from keras_moe.ops.sharded import Exchange, run_sharded
-from keras_moe.shape_checks import check_shapes, num_experts_of, num_tokens_of
-from keras_moe.validation import check_positive_number
+from keras_moe.shape_checks import check_shapes, known, num_experts_of, num_tokens_of
+from keras_moe.validation import check_not_negative, check_positive_number
 
 
 class LowRank(NamedTuple):
@@ -69,7 +69,8 @@ def grouped_feed_forward(
             is a `clip` without a gate.
         TypeError: If something is no tensor, no function, or no groups.
     """
-    _check(tokens, weights, groups, activation, up_kernels, down_kernel, biases, clip, low_rank)
+    _check(groups, activation, up_kernels, biases, clip, up_shift, low_rank)
+    _check_shapes(tokens, weights, groups, up_kernels, down_kernel, biases)
     kernels = [*up_kernels, down_kernel]
     widths = tuple(kernel.shape[-1] for kernel in kernels)
     step = feed_forward_step(activation, widths, clip, up_shift)
@@ -90,7 +91,7 @@ def grouped_feed_forward(
     return run_grouped(step, tokens, weights, trained, biases, groups, frozen)
 
 
-def _check(tokens, weights, groups, activation, up_kernels, down_kernel, biases, clip, low_rank):
+def _check(groups, activation, up_kernels, biases, clip, up_shift, low_rank):
     if not hasattr(groups, "sizes"):
         raise TypeError(
             "`groups` must be `ops.Groups` or another kind of groups. Received: an object of type "
@@ -111,6 +112,7 @@ def _check(tokens, weights, groups, activation, up_kernels, down_kernel, biases,
             "`up_kernels` must be a list of one kernel, or of two: gate and up. Received: "
             f"{_number_of(up_kernels)}. Put the kernels into a list."
         )
+    check_not_negative("up_shift", up_shift)
     if clip is not None:
         check_positive_number("clip", clip, example=7.0)
         if len(up_kernels) == 1:
@@ -124,11 +126,9 @@ def _check(tokens, weights, groups, activation, up_kernels, down_kernel, biases,
             f"{len(biases)} biases, {len(up_kernels) + 1} kernels. Pass zeros for those that are "
             "missing."
         )
-    _check_shapes(tokens, weights, groups, up_kernels, down_kernel, biases)
 
 
 def _check_shapes(tokens, weights, groups, up_kernels, down_kernel, biases):
-    sizes = {"T": num_tokens_of(groups), "E": num_experts_of(groups)}
     kernels = [_stored(kernel) for kernel in (*up_kernels, down_kernel)]
     # O are the features of the outputs.
     axes = ["EDH"] * len(up_kernels) + ["EHO"]
@@ -137,7 +137,7 @@ def _check_shapes(tokens, weights, groups, up_kernels, down_kernel, biases):
     tensors |= {f"bias {n}": (bias, axes[n][::2]) for n, bias in enumerate(biases)}
     if hasattr(groups, "rows_of_token"):
         tensors["weights"] = (weights, "TK")
-    check_shapes(tensors, **{axis: n for axis, n in sizes.items() if isinstance(n, int)})
+    check_shapes(tensors, **known(T=num_tokens_of(groups), E=num_experts_of(groups)))
 
 
 def _stored(kernel):

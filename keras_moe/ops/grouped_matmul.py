@@ -4,7 +4,7 @@ from keras import ops
 
 from keras_moe.ops.grouped import product_step, run_grouped
 from keras_moe.ops.groups import Groups
-from keras_moe.validation import check_is_float, check_is_integer, host_values
+from keras_moe.validation import check_is_float, check_is_integer, check_numbers, host_values
 
 
 def grouped_matmul(rows, kernels, group_sizes):
@@ -39,18 +39,20 @@ def grouped_matmul(rows, kernels, group_sizes):
 
     Reference: Gale et al. 2022, MegaBlocks (arXiv:2211.15841), section 4.
     """
+    for name, given in (("rows", rows), ("kernels", kernels), ("group_sizes", group_sizes)):
+        check_numbers(name, given)
     rows, kernels = ops.convert_to_tensor(rows), ops.convert_to_tensor(kernels)
     check_is_float("rows", rows)
     check_is_float("kernels", kernels)
     on_host = host_values(group_sizes)
-    group_sizes = ops.convert_to_tensor(group_sizes)
-    check_is_integer("group_sizes", group_sizes)
-    _check_shapes(rows.shape, kernels.shape, group_sizes.shape)
+    sizes = group_sizes if on_host is None else on_host
+    check_is_integer("group_sizes", sizes)
+    _check_shapes(rows.shape, kernels.shape, sizes.shape)
     if on_host is not None:
         _check_sizes(on_host, rows.shape[0])
 
     num_rows = ops.shape(rows)[0]
-    group_sizes = _within(ops.cast(group_sizes, "int32"), num_rows)
+    group_sizes = _within(ops.cast(ops.convert_to_tensor(group_sizes), "int32"), num_rows)
     row_numbers = ops.arange(num_rows, dtype="int32")
     computed = row_numbers < ops.sum(group_sizes)
     groups = Groups(

@@ -15,7 +15,14 @@ from keras_moe.ops.selection import existing
 from keras_moe.ops.sharded import admit_by_shard, splits_evenly
 from keras_moe.ops.sizes import at_least
 from keras_moe.ops.sorting import place_in_queue
-from keras_moe.shape_checks import check_fields, check_is_bank, check_shapes, num_tokens_of
+from keras_moe.shape_checks import (
+    check_fields,
+    check_is_bank,
+    check_shapes,
+    known,
+    num_experts_of,
+    num_tokens_of,
+)
 from keras_moe.validation import (
     check_divides,
     check_is_integer,
@@ -49,9 +56,7 @@ class GroupedPlan(NamedTuple):
 
     def dispatch(self, tokens):
         """Rows grouped by expert, (N, D), from tokens (T, D)."""
-        num_tokens = num_tokens_of(self.groups)
-        known = {"T": num_tokens} if isinstance(num_tokens, int) else {}
-        check_shapes({"tokens": (tokens, "TD")}, **known)
+        check_shapes({"tokens": (tokens, "TD")}, **known(T=num_tokens_of(self.groups)))
         return dispatch_rows(tokens, self.groups)
 
     def combine(self, rows):
@@ -76,6 +81,7 @@ class GroupedPlan(NamedTuple):
 
     def dropped_fraction(self, counts):
         """Share of the assignments (E,) that have no row, a float32 scalar; 0 without any."""
+        check_shapes({"counts": (counts, "E")}, **known(E=num_experts_of(self.groups)))
         assigned = ops.cast(ops.sum(counts), "float32")
         served = ops.cast(ops.sum(self.groups.sizes), "float32")
         return (assigned - served) / ops.maximum(assigned, 1.0)
@@ -167,7 +173,12 @@ def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
     """
     if hasattr(num_tokens, "dtype"):
         check_is_integer("num_tokens", num_tokens)
-    elif not is_whole(num_tokens) or num_tokens < 0:
+    # Sizes may be symbols of PyTorch, which are indices as integers are.
+    elif (
+        isinstance(num_tokens, bool)
+        or not hasattr(num_tokens, "__index__")
+        or (is_whole(num_tokens) and num_tokens < 0)
+    ):
         raise ValueError(
             "`num_tokens` must be an integer of at least 0. Received: "
             f"num_tokens={num_tokens!r}. Pass how many tokens there are."

@@ -12,12 +12,13 @@ from keras_moe.ops.selection import take_scores, top_k_indices
 from keras_moe.shape_checks import check_fields, check_selected
 from keras_moe.validation import (
     check_choice,
+    check_experts,
     check_flag,
     check_is_float,
-    check_is_integer,
     check_mask,
     check_positive_number,
     check_rank,
+    check_tensor,
     check_top_k,
 )
 
@@ -56,7 +57,7 @@ def make_routing(indices, weights, probs, logits, mask, counts=None, load=None, 
         counts: (E,) int32, or None to count the indices.
         load: (E,) float32, or None for the counts.
     """
-    check_is_integer("indices", indices)
+    check_experts("indices", indices, getattr(logits, "shape", (None,))[-1])
     check_fields(Routing(indices, weights, probs, logits, mask, counts, None, load))
     weights = ops.where(ops.expand_dims(mask, 1), weights, 0.0)
     if counts is None:
@@ -73,6 +74,7 @@ def clean_logits(logits, mask=None):
     Padding may hold anything: a NaN there must not reach a gradient, so it is replaced before any
     score is computed and not masked behind it.
     """
+    check_tensor("logits", logits)
     logits = ops.cast(logits, "float32")
     if mask is None:
         return logits, ops.ones(ops.shape(logits)[:1], "bool")
@@ -112,6 +114,11 @@ def top_k_routing(
     check_choice("score", score, SCORES)
     check_positive_number("scale", scale)
     check_top_k(top_k, logits.shape[-1])
+    if select is not None and not callable(select):
+        raise TypeError(
+            "`select` must be a function of scores (T, E). Received: "
+            f"select={select!r}. Leave it out for the best scores."
+        )
     check_flag("renormalize", renormalize, optional=True)
     logits, mask = clean_logits(logits, mask)
     scores = SCORES[score](logits)

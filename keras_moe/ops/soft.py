@@ -16,7 +16,7 @@ from keras_moe.ops.routing import clean_logits, make_routing
 from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import take_scores, top_k_indices
 from keras_moe.ops.sizes import at_least
-from keras_moe.shape_checks import check_is_bank, check_shapes
+from keras_moe.shape_checks import check_is_bank, check_shapes, known
 from keras_moe.validation import check_divides, check_positive_integer, check_rank, check_routing
 
 
@@ -83,8 +83,7 @@ class SoftPlan(NamedTuple):
         """What a bank of experts makes of tokens (T, D), by way of the slots."""
         check_is_bank(experts)
         batch, run, _ = self.back.shape
-        known = {"T": batch * run} if isinstance(batch, int) and isinstance(run, int) else {}
-        check_shapes({"tokens": (tokens, "TD")}, **known)
+        check_shapes({"tokens": (tokens, "TD")}, **known(T=batch and run and batch * run))
         num_experts = experts.num_experts
         sequences, length, num_slots = ops.shape(self.back)
         features = tokens.shape[-1]

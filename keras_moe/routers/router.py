@@ -17,6 +17,7 @@ from keras_moe.validation import (
     check_positive_integer,
     check_replayed,
     check_routing,
+    check_tensor,
     fits,
     host_values,
 )
@@ -101,6 +102,8 @@ class Router(keras.layers.Layer):
             )
         # Here, because Keras hands `call` tensors only.
         self.check_arrays(**kwargs)
+        if args:
+            check_tensor("tokens", args[0])
         return super().__call__(*args, **kwargs)
 
     def check_arrays(self, indices=None, token_ids=None, **others):

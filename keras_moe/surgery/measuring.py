@@ -11,6 +11,19 @@ from keras_moe.inspection import listening, moe_layers
 from keras_moe.ops.routing import count_assignments
 
 
+def check_batch(batch):
+    """Inputs, or a tuple of inputs, targets and weights of as many examples."""
+    parts = batch if isinstance(batch, (tuple, list)) else (batch,)
+    leaves = [leaf for leaf in keras.tree.flatten(parts) if hasattr(leaf, "shape")]
+    sizes = {leaf.shape[0] if len(leaf.shape) else None for leaf in leaves}
+    if not 1 <= len(parts) <= 3 or len(sizes) != 1:
+        raise ValueError(
+            "A batch must be inputs, or a tuple of inputs, targets and weights of as many "
+            f"examples. Received: {len(parts)} parts, arrays of {sorted(sizes, key=str)} examples. "
+            "Pass `data=[inputs]` or `data=[(inputs, targets), ...]`."
+        )
+
+
 def inputs_of(batch):
     """The inputs of a batch that may have targets and weights behind them."""
     return batch[0] if isinstance(batch, (tuple, list)) else batch

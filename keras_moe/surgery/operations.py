@@ -193,7 +193,10 @@ def _plan(model, keep, data):
         check_can_cut(name, layer)
         numbers[name] = _number(name, layer, keep[name] if isinstance(keep, dict) else keep)
     check_batches("data", data)
-    return layers, numbers, list(data)
+    data = list(data)
+    for batch in data:
+        measuring.check_batch(batch)
+    return layers, numbers, data
 
 
 def _check_not_shared(model):
@@ -248,7 +251,10 @@ def _scores(model, by, layers, data):
     if isinstance(by, str):
         check_choice("by", by, list(MEASURES))
         _check_data(data, f"by={by!r}")
-        return {name: _as_scores(name, of) for name, of in MEASURES[by](model, data).items()}
+        scores = {name: _as_scores(name, of) for name, of in MEASURES[by](model, data).items()}
+        if by == "usage" and not any(score.any() for score in scores.values()):
+            _check_data((), "by='usage'")
+        return scores
     scores = by if isinstance(by, dict) else {name: by for name in layers}
     scores = {name: _as_scores(name, value) for name, value in scores.items()}
     for name, layer in layers.items():

@@ -115,7 +115,7 @@ def _array(name, value):
 def _routing(value, num_experts):
     if isinstance(value, Routing):
         return value
-    if value.ndim != 2 or not np.issubdtype(value.dtype, np.integer):
+    if value.ndim != 2 or not value.size or not np.issubdtype(value.dtype, np.integer):
         raise ValueError(
             "The experts of tokens must be integers (T, K). "
             f"Received: shape {value.shape} of {value.dtype}. Pass `routing.indices`."

@@ -105,8 +105,15 @@ def feed_forward_step(activation, widths, clip=None, up_shift=0.0):
         return _activate(gate) * up
 
     def _activate(values):
+        activated = activation(values)
+        if tuple(activated.shape) != tuple(values.shape):
+            raise ValueError(
+                "An activation must keep the shape of its input. Received: one that made "
+                f"{tuple(activated.shape)} of {tuple(values.shape)}. Put layers that change shapes "
+                "into `LayerExperts`."
+            )
         # An activation may compute in float32; products need one dtype.
-        return ops.cast(activation(values), values.dtype)
+        return ops.cast(activated, values.dtype)
 
     def forward(rows, products, keep):
         def then(*pre_activations):
