@@ -146,6 +146,7 @@ FILES = {
     "labels in latin-1": ("--labels", "l.txt", content(LATIN), "UTF-8"),
     "pickled labels": ("--labels", "l.npy", array(OBJECTS, allow_pickle=True), "pickled objects"),
     "labels of no layer": ("--labels", "l.npz", lambda p: np.savez(p, a=[1, 2, 3]), "MoE layers"),
+    "labels that are no whole numbers": ("--labels", "l.npy", array(np.ones(3)), "integers or"),
     "missing labels": ("--labels", "l.txt", no_file, "there is no file 'l.txt'"),
     "few tokens": ("--tokens", "t.txt", content(b"a\n"), "1 entries for 3 documents"),
     "no tokens": ("--tokens", "t.txt", content(b""), "0 entries for 3 documents"),
@@ -187,8 +188,12 @@ def test_a_wrong_file_is_one_line(option, name, write, words, folder, capsys):
     assert words in line
 
 
-@pytest.mark.parametrize("output", ["no/such/page.html", ".", "x.npy/page.html", "n" * 300, "a\0b"])
-def test_a_place_that_does_not_exist_is_one_line(output, folder, capsys):
+BAD_PLACES = ["no/such/page.html", ".", "x.npy/page.html", "n" * 300, "a\0b", "pipe"]
+
+
+@pytest.mark.parametrize("output", BAD_PLACES)
+def test_a_place_that_is_none_for_a_page_is_one_line(output, folder, capsys):
+    os.mkfifo("pipe")
     line = the_line(capsys, "report", "model.keras", "--data", "x.npy", "--output", output)
     assert repr(output) in line
 
@@ -203,6 +208,13 @@ def test_unknown_classes_are_named_with_the_way_out(folder, capsys, monkeypatch)
 def test_a_module_that_cannot_be_imported_is_one_line(folder, capsys):
     line = the_line(capsys, "inspect", "model.keras", "--import", "no_such_module")
     assert "'no_such_module'" in line
+
+
+def test_a_module_that_ends_the_process_is_one_line(folder, capsys, monkeypatch):
+    (folder / "ends.py").write_text("raise SystemExit(3)")
+    monkeypatch.syspath_prepend(folder)
+    line = the_line(capsys, "inspect", "model.keras", "--import", "ends")
+    assert "'ends'" in line
 
 
 @pytest.mark.parametrize("arguments", [[], ["look"], ["inspect"], ["report", "model.keras"]])

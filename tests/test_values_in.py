@@ -32,7 +32,19 @@ LOGITS = np.array(normal(T, E))
 BAD_SIZES = [0, -1, 1.5, True, "2", NAN]
 BAD_NUMBERS = [0, -1.0, NAN, INF, 1e300, True, "1"]
 BAD_WEIGHTS = [-0.1, NAN, INF, 1e300, True, "0.1", None]
-BAD_COUNTS = [[-1, 2, 3, 4], [NAN, 1, 1, 1], [INF, 1, 1, 1], [[1, 2], [3, 4]], 3, [], ["a", "b"]]
+BAD_COUNTS = [
+    "counts",
+    None,
+    {0: 1},
+    [-1, 2, 3, 4],
+    [NAN, 1, 1, 1],
+    [INF, 1, 1, 1],
+    [[1, 2], [3, 4]],
+    3,
+    [],
+    ["a", "b"],
+]
+NO_MASK = [None, np.ones(T, "float32"), np.ones(T - 1, bool)]
 BAD_MASKS = [np.ones((1, T), "float32"), np.ones((1, 3), bool), [[True] * T], [["a"] * T]]
 BAD_INDICES = [[[0, E]], [[-2, 0]], [[0.0, 1.0]], [0, 1], [[[0, 1]]]]
 
@@ -58,6 +70,74 @@ def product(rows=None, kernels=None, sizes=(1, 2, 3, 0)):
     return ops.grouped_matmul(rows, normal(E, D, 3) if kernels is None else kernels, sizes)
 
 
+def fed(**wrong):
+    plan = ops.plan_groups(routing())
+    arguments = {
+        "tokens": tensor(normal(T, D)),
+        "weights": plan.weights,
+        "groups": plan.groups,
+        "activation": keras.ops.relu,
+        "up_kernels": [tensor(normal(E, D, 3))],
+        "down_kernel": tensor(normal(E, 3, D)),
+    }
+    return ops.grouped_feed_forward(**{**arguments, **wrong})
+
+
+def made(**wrong):
+    """A routing of one's own."""
+    arguments = {"indices": np.zeros((T, E), "int32"), "weights": LOGITS, "probs": LOGITS}
+    return ops.make_routing(**{**arguments, "logits": LOGITS, "mask": mask(), **wrong})
+
+
+class OfOnesOwn(routers.Router):
+    top_k = K
+
+    def __init__(self, num_experts=None, returned=None, **kwargs):
+        super().__init__(num_experts, **kwargs)
+        self.returned = returned
+
+    def route(self, tokens, mask, training):
+        return self.returned
+
+
+class Measured(balancers.SelectionBalancer):
+    def __init__(self, measured, updated):
+        super().__init__()
+        self.measure = lambda routing, scores, bias: measured
+        self.update = lambda bias, measured: updated
+
+
+class Loss(losses.RouterLoss):
+    def __init__(self, value):
+        super().__init__(1.0)
+        self.compute = lambda routing: value
+
+
+def balanced(measured, updated):
+    router = routers.TopKRouter(E, K, balancer=Measured(measured, updated))
+    return router(normal(T, D), training=True)
+
+
+def monitored(metric):
+    model = keras.Sequential([keras.Input((D,)), moe()])
+    model.compile("sgd", "mse")
+    x = normal(2, D)
+    model.fit(x, x, callbacks=[callbacks.ExpertMonitor(metrics=[metric])], verbose=0)
+
+
+def compiled_metric():
+    model = keras.Sequential([keras.Input((D,)), keras.layers.Dense(D)])
+    model.compile("sgd", "mse", metrics=[metrics.LoadEntropy(E)])
+    model.evaluate(normal(2, D), normal(2, D), verbose=0)
+
+
+def returning(value):
+    def metric(counts):
+        return value
+
+    return metric
+
+
 def decoder():
     block = layers.TransformerDecoderBlock(2, moe())
     block.build((None, 3, D))
@@ -67,6 +147,10 @@ def decoder():
 def decode(position):
     block = decoder()
     return block(normal(1, 2, D), cache=block.make_cache(1, 4), position=position)
+
+
+def bank(num_experts=E):
+    return layers.FeedForwardExperts(num_experts, 3)
 
 
 def hashed():
@@ -110,12 +194,21 @@ FUNCTIONS = {
         (lambda v: product(sizes=v), [[NAN, 1, 1, 1], [[1, 2, 3, 0]], [True] * E, [1, 2]]),
         (lambda v: product(sizes=tensor(v)), [[1.0, 2.0, 3.0, 0.0]]),
         (lambda v: product(rows=v), [np.ones((T, D), "int32"), np.ones((T, D), bool)]),
+        (lambda v: product(sizes=v), [None, "1230", [2, 0, 4, 10**12]]),
+        (lambda v: product(rows=v), ["rows", [None]]),
         (lambda v: product(kernels=v), [np.ones((E, D, 3), "int32"), np.ones((E, D + 1, 3))]),
     ],
     "ops.top_k_routing": [
         (lambda v: ops.top_k_routing(logits(), v), [*BAD_SIZES, E + 1]),
         (lambda v: ops.top_k_routing(logits(), K, scale=v), BAD_NUMBERS),
         (lambda v: ops.top_k_routing(logits(), K, score=v), ["soft", None, ["softmax"], 1]),
+        (lambda v: ops.top_k_routing(logits(), K, renormalize=v), ["yes", 2]),
+        (lambda v: ops.top_k_routing(logits(), K, select=v), ["top", lambda scores: None]),
+        (
+            lambda v: ops.top_k_routing(logits(), K, select=lambda scores: v),
+            [np.zeros((T, K + 1), "int32"), np.zeros((T - 1, K), "int32"), LOGITS[:, :K]],
+        ),
+        (lambda v: ops.top_k_routing(v, 1), [None, "logits"]),
         (lambda v: ops.top_k_routing(tensor(v), 1), [np.ones(E, "float32"), np.ones((T, E), int)]),
     ],
     "ops.top_k_indices": [
@@ -137,15 +230,22 @@ FUNCTIONS = {
     "ops.sequence_load_balance": [
         (lambda v: ops.sequence_load_balance(routing(), v), [*BAD_SIZES, 4]),
     ],
-    "ops.sinkhorn_plan": [(lambda v: ops.sinkhorn_plan(logits(), mask(), v), BAD_SIZES)],
+    "ops.sinkhorn_plan": [
+        (lambda v: ops.sinkhorn_plan(logits(), mask(), v), BAD_SIZES),
+        (lambda v: ops.sinkhorn_plan(logits(), v, 1), NO_MASK),
+    ],
     "ops.balanced_assignment": [
+        (lambda v: ops.balanced_assignment(logits(), v), NO_MASK),
         (lambda v: ops.balanced_assignment(tensor(v), mask()), [np.ones(T, "float32")]),
     ],
     "ops.noisy_load": [
         (lambda v: ops.noisy_load(logits(), logits(), 1.0, v, mask()), [*BAD_SIZES, E + 1]),
+        (lambda v: ops.noisy_load(logits(), logits(), v, K, mask()), BAD_NUMBERS),
+        (lambda v: ops.noisy_load(logits(), v, 1.0, K, mask()), [None, LOGITS[:, :3]]),
+        (lambda v: ops.noisy_load(logits(), logits(), 1.0, K, v), [None, np.ones(5, bool)]),
     ],
     "ops.expert_capacity": [
-        (lambda v: ops.expert_capacity(v, E, K, 1.0), [-1]),
+        (lambda v: ops.expert_capacity(v, E, K, 1.0), [-1, 8.0, np.float32(8), True, "8", None]),
         (lambda v: ops.expert_capacity(T, v, K, 1.0), BAD_SIZES),
         (lambda v: ops.expert_capacity(T, E, v, 1.0), BAD_SIZES),
         (lambda v: ops.expert_capacity(T, E, K, v), BAD_NUMBERS),
@@ -154,18 +254,40 @@ FUNCTIONS = {
         (lambda v: ops.plan_groups(routing(), v), BAD_SIZES),
         (lambda v: ops.plan_groups(routing(), tensor(v)), [1.5]),
         (lambda v: ops.plan_groups(routing(), 1, first=tensor(v)), [[0.5] * 3, [[0.5]] * T]),
-        (lambda v: ops.plan_groups(routing(), 1, sequence_length=v), BAD_SIZES),
+        (lambda v: ops.plan_groups(routing(), 1, sequence_length=v), [*BAD_SIZES, 4]),
+        (lambda v: ops.plan_groups(routing(), np.array(v)), [[1, 2]]),
+        (lambda v: ops.plan_groups(routing()._replace(weights=v)), [None, LOGITS]),
+        (lambda v: ops.plan_groups(routing()._replace(indices=v)), [np.zeros(T, "int32")]),
         (lambda v: ops.plan_groups(routing()._replace(indices=tensor(v))), [np.ones((T, K), "f4")]),
     ],
     "ops.make_routing": [
         (
             lambda v: ops.make_routing(tensor(v), logits(), logits(), logits(), mask()),
-            [np.ones((T, E), "float32"), np.ones((T, E), bool)],
+            [np.ones((T, E), "float32"), np.ones((T, E), bool), np.ones((T, K), "int32")],
         ),
+        (lambda v: made(**v), [{"weights": LOGITS[:3]}, {"probs": LOGITS[:, :3]}, {"mask": None}]),
+        (lambda v: made(**v), [{"counts": [1, 2]}, {"load": "x"}, {"logits": LOGITS[0]}]),
+        (lambda v: made(indices=v), [None, np.full((T, E), E), np.full((T, E), -2)]),
     ],
     "ops.clean_logits": [
         (lambda v: ops.clean_logits(logits(), tensor(v)), [[True] * 5, [[True] * E] * T]),
         (lambda v: ops.clean_logits(logits(), tensor(v)), [[1.0] * T]),
+    ],
+    "ops.take_scores": [
+        (lambda v: ops.take_scores(logits(), v), [None, np.zeros((T - 1, K), "int32"), LOGITS]),
+        (lambda v: ops.take_scores(v, np.zeros((T, K), "int32")), [None, np.ones(T, "float32")]),
+    ],
+    "ops.grouped_feed_forward": [
+        (lambda v: fed(**v), [{"tokens": np.ones((T - 1, D), "f4")}, {"tokens": None}]),
+        (lambda v: fed(**v), [{"weights": np.ones((T, K + 1), "f4")}, {"weights": None}]),
+        (lambda v: fed(groups=v), [None, ops.plan_groups(routing())]),
+        (lambda v: fed(activation=v), [None, "relu", lambda x: x[:, :2]]),
+        (lambda v: fed(up_kernels=v), [[], np.ones((E, D, 3)), [np.ones((E - 1, D, 3), "f4")]]),
+        (lambda v: fed(up_kernels=[np.ones(v, "f4")]), [(E, D + 1, 3), (E, D, 4), (E, D)]),
+        (lambda v: fed(biases=v), [[np.ones((E, 3), "f4")], [np.ones((E, 2), "f4")] * 2]),
+        (lambda v: fed(clip=v), [*BAD_NUMBERS, 1.0]),
+        (lambda v: fed(up_shift=v), ["1", NAN]),
+        (lambda v: fed(low_rank=v), [3]),
     ],
     "ops.agreement": [(lambda v: ops.agreement(np.ones(v), tensor(LOGITS)), [E, (T, E - 1)])],
     "ops.masked_mean": [
@@ -184,6 +306,7 @@ FUNCTIONS = {
     "metrics.active_fraction": [(metrics.active_fraction, BAD_COUNTS)],
     "metrics.utilization_quantiles": [
         (metrics.utilization_quantiles, BAD_COUNTS),
+        (lambda v: metrics.utilization_quantiles([1, 2], v), [None, "median", ["0.5"]]),
         (lambda v: metrics.utilization_quantiles([1, 2], v), [[-0.1], [1.1], [NAN], [25, 50]]),
     ],
     "metrics.dead_experts_over_window": [
@@ -192,11 +315,14 @@ FUNCTIONS = {
     ],
     "metrics.dropped_fraction": [
         (lambda v: metrics.dropped_fraction(0, v), BAD_COUNTS),
-        (lambda v: metrics.dropped_fraction(v, [1, 2]), [-1, NAN, INF, 7, [1]]),
+        (lambda v: metrics.dropped_fraction(v, [1, 2]), [-1, NAN, INF, 7, [1], None, "1"]),
     ],
     "metrics.count_table": [
         (lambda v: metrics.count_table(routing(), v, 2), [[0] * 5, [2] * T, [-1] * T, [0.0] * T]),
-        (lambda v: metrics.count_table(routing(), v, 2), [[NAN] * T, ["a"] * T, [[0] * T], 0]),
+        (
+            lambda v: metrics.count_table(routing(), v, 2),
+            [[NAN] * T, ["a"] * T, [[0] * T], 0, None],
+        ),
         (lambda v: metrics.count_table(routing(), [0] * T, v), BAD_SIZES),
     ],
     "metrics.mutual_information": [
@@ -205,15 +331,17 @@ FUNCTIONS = {
     "metrics.router_saturation": [
         (
             lambda v: metrics.router_saturation(routing(), v),
-            [None, ops.top_k_routing(LOGITS[:3], 1)],
+            [None, ops.top_k_routing(LOGITS[:3], 1), ops.top_k_routing(LOGITS[:, :3], 1)],
         ),
         (lambda v: metrics.router_saturation(v, routing()), [None]),
     ],
     "metrics.unserved_fraction": [
         (lambda v: metrics.unserved_fraction(v, ops.plan_groups(routing())), [None]),
+        (lambda v: metrics.unserved_fraction(routing(), v), [None, routing()]),
     ],
     "metrics.expert_saliency": [
         (lambda v: metrics.expert_saliency(moe(router=v), normal(T, D)), ["soft", "expert_choice"]),
+        (lambda v: metrics.expert_saliency(v, normal(T, D)), [None, keras.layers.Dense(3)]),
     ],
     "health.spread": [
         (lambda v: health.spread(v, K), BAD_COUNTS),
@@ -251,11 +379,17 @@ PICTURES = {
         (lambda v: visualization.specialization(np.array([[0], [1]]), v), [[0, 1, 2], [], 3]),
         (lambda v: visualization.specialization(np.array([[0], [1]]), [0, 2], v), [["a", "b"]]),
         (lambda v: visualization.specialization(np.array([[0], [1]]), ["a", "b"], v), [["a"]]),
+        (
+            lambda v: visualization.specialization(np.array([[0], [1]]), v),
+            [[0.5, 1.5], [None, None], [NAN, 0], ["a", 1], [-1, -1], [0, 10**9], {0: 1}],
+        ),
+        (lambda v: visualization.specialization(np.array([[0], [1]]), [0, 1], v), ["ab", 3]),
         (lambda v: visualization.specialization(np.array([[0], [1]]), [0, 1], num_experts=v), [1]),
     ],
     "visualization.coactivation": [
         (lambda v: visualization.coactivation(np.array(v)), visualized),
-        (lambda v: visualization.coactivation(np.array([[0, 1]]), v), [*BAD_SIZES, 1]),
+        (lambda v: visualization.coactivation(np.array([[0, 1]]), v), [*BAD_SIZES, 1, 10**9]),
+        (visualization.coactivation, [[[0, 1], [2]], np.zeros((0, 2), int)]),
     ],
     "visualization.confidence": [
         (lambda v: visualization.confidence(np.array(v)), [[0.5, 0.5], [[NAN, 1.0]], [[7.0]]]),
@@ -265,6 +399,7 @@ PICTURES = {
         (visualization.shares_over_time, [[1, 2], [[-1, 2]], [[NAN, 1.0]], [], {}]),
     ],
     "visualization.settling": [
+        (visualization.settling, [None, {"moe": [1, 2]}, np.zeros((2, 2), int)]),
         (visualization.settling, [[], [np.zeros((2, 1), int)]]),
         (visualization.settling, [[np.zeros((2, 1), int), np.zeros((3, 1), int)]]),
         (visualization.settling, [[{"a": np.zeros((2, 1), int)}, {"b": np.zeros((2, 1), int)}]]),
@@ -314,6 +449,45 @@ METHODS = {
         (lambda v: scheduled(lambda epoch, weight: v), BAD_WEIGHTS),
         (callbacks.RouterLossSchedule, [None, 0.1]),
     ],
+    "a routing of one's own router": [
+        (
+            lambda v: OfOnesOwn(E, v)(normal(T, D)),
+            [None, (1, 2), ops.top_k_routing(LOGITS[:3], K), ops.top_k_routing(LOGITS[:, :3], K)],
+        ),
+    ],
+    "a balancer of one's own": [
+        (lambda v: balanced(v, np.zeros(E, "f4")), [None, LOGITS]),
+        (lambda v: balanced(np.zeros(E, "f4"), v), [None, np.zeros(E - 1, "f4")]),
+    ],
+    "a loss of one's own": [
+        (lambda v: Loss(v)(routing()), [None, "big", LOGITS[0], np.zeros((1,))]),
+        (lambda v: moe(router_losses=[Loss(v)])(normal(T, D), training=True), [None, LOGITS[0]]),
+    ],
+    "a bank and its plan": [
+        (lambda v: bank()(normal(T, D), v), [None, routing(), "plan"]),
+        (lambda v: bank()(normal(v, D), ops.plan_groups(routing())), [T - 1]),
+        (lambda v: bank(v)(normal(T, D), ops.plan_groups(routing())), [E + 1]),
+        (lambda v: ops.plan_groups(routing()).run(v, normal(T, D)), [None, keras.layers.Dense(2)]),
+        (lambda v: ops.plan_groups(routing()).dispatch(v), [None, normal(T), normal(T - 1, D)]),
+        (lambda v: ops.plan_groups(routing()).combine(v), [None, normal(T)]),
+        (lambda v: ops.plan_groups(routing()).dropped_fraction(v), [None, np.ones(E - 1)]),
+        (lambda v: moe(shared_expert=v), [bank()]),
+        (lambda v: layers.LayerExperts([v]), [bank(), keras.layers.LSTM(D)]),
+        (lambda v: moe(layers.LayerExperts([v]))(normal(T, D)), [keras.layers.Embedding(4, D)]),
+    ],
+    "inputs": [
+        (lambda v: moe()(v), [None, [normal(T, D), normal(T, D)], np.zeros((T, 0), "f4")]),
+        (lambda v: routers.TopKRouter(E)(v), [None, "x", np.ones((T, D), "int32")]),
+        (lambda v: routers.TopKRouter(E)(normal(T, D), indices=v), ["0 1"]),
+    ],
+    "metrics of a monitor": [
+        (lambda v: callbacks.ExpertMonitor(metrics=v), [None, np.max, "max", [lambda c: 1.0]]),
+        (lambda v: callbacks.ExpertMonitor(metrics=[v]), [metrics.load_imbalance, "max"]),
+        (lambda v: callbacks.ExpertMonitor(metrics=[returning(0), v]), [returning(1)]),
+        (lambda v: monitored(returning(v)), [None, "big", np.ones(2)]),
+        (lambda v: compiled_metric(), [None]),
+    ],
+    "a folder as a flag": [(callbacks.ExpertMonitor, ["logs"])],
     "replay of a router": [(lambda v: replay(np.array(v)), REPLAYED)],
     "replay of a layer": [(lambda v: layer_replay(np.array(v)), REPLAYED)],
     "num_experts of a bank of one's own": [(layers.ExpertBank, BAD_SIZES)],
@@ -327,8 +501,23 @@ METHODS = {
         (lambda v: hashed()(normal(1, 2, D), token_ids=np.array([v])), [[0.0, 1.0], ["a", "b"]]),
         (lambda v: encoder(hashed())(normal(1, 2, D), token_ids=np.array([v])), [["a", "b"]]),
     ],
+    "cache": [
+        (
+            lambda v: decoder()(normal(1, 2, D), cache=v, position=0),
+            [{}, {"mask": np.ones((1, 4), bool)}, [1], decoder().make_cache(2, 4)],
+        ),
+    ],
+    "context": [
+        (lambda v: decoder()(normal(1, 2, D), context_mask=v), [np.ones((1, 2), bool)]),
+        (
+            lambda v: layers.TransformerDecoderBlock(2, moe(), cross_attention=True)(
+                normal(1, 2, D), context=v
+            ),
+            ["x", normal(2, 2, D), normal(1, D)],
+        ),
+    ],
     "position": [(decode, [True, -2, 1.5, 3, 4, NAN, "0"])],
-    "position in a tensor": [(lambda v: decode(tensor(v)), [0.0, 1.5])],
+    "position in a tensor": [(lambda v: decode(tensor(v)), [0.0, 1.5, [0, 1]])],
     "make_cache": [
         (lambda v: decoder().make_cache(v, 4), BAD_SIZES),
         (lambda v: decoder().make_cache(1, v), BAD_SIZES),
@@ -450,7 +639,6 @@ def test_any_number_is_saved_as_a_plain_one(make, number, tmp_path):
 
 # They take routings and plans, which other functions have checked, or tensors of any values.
 TAKE_NO_VALUES = {
-    *("ops.grouped_feed_forward", "ops.take_scores"),
     *("health.dead", "health.exploded", "health.judge_heavy_losses"),
     *("health.judge_weak_loss", "health.not_a_number"),
 }

@@ -38,7 +38,7 @@ class _UsageMetric(keras.metrics.Metric):
         """
         if y_pred is not None and not hasattr(routing, "counts"):
             raise TypeError(
-                "Usage metrics take a routing, and not targets and outputs. Received: a metric "
+                "Usage metrics must be given routings, and not targets and outputs. Received: one "
                 "among those of `compile`. Use `callbacks.ExpertMonitor`, which logs the usage of "
                 "each layer, or call `update_state` with a routing."
             )

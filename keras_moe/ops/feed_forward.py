@@ -117,7 +117,7 @@ def _check(groups, activation, up_kernels, biases, clip, up_shift, low_rank):
         check_positive_number("clip", clip, example=7.0)
         if len(up_kernels) == 1:
             raise ValueError(
-                "`clip` limits a gate and what it multiplies. Received: "
+                "`clip` must have a gate to limit. Received: "
                 f"clip={clip} and one up kernel, which has no gate. Leave it out."
             )
     if biases and len(biases) != len(up_kernels) + 1:
@@ -136,6 +136,7 @@ def _check_shapes(tokens, weights, groups, up_kernels, down_kernel, biases):
     tensors |= {f"kernel {n}": pair for n, pair in enumerate(zip(kernels, axes))}
     tensors |= {f"bias {n}": (bias, axes[n][::2]) for n, bias in enumerate(biases)}
     if hasattr(groups, "rows_of_token"):
+        tensors["groups.rows_of_token"] = (groups.rows_of_token, "TK")
         tensors["weights"] = (weights, "TK")
     check_shapes(tensors, **known(T=num_tokens_of(groups), E=num_experts_of(groups)))
 

@@ -11,7 +11,7 @@ from keras_moe.reporting.texts import positions_of, token_texts
 from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.summary import summarize
 from keras_moe.visualization.labels import bits_in_common, label_table
-from keras_moe.visualization.sources import as_tensors, by_layer, each_token
+from keras_moe.visualization.sources import as_labels, as_tensors, by_layer, each_token
 
 BATCH_SIZE = 32
 
@@ -135,7 +135,7 @@ def _study_layer(layer, summary, routing, labels, texts):
     if not texts:  # the layer has no place for each document
         labels = None
     if labels is not None:
-        labels = each_token(np.asarray(labels).reshape(-1), len(indices))
+        labels = each_token(as_labels(labels).reshape(-1), len(indices))
         information = bits_in_common(label_table(routing, labels)[0])
     return LayerStudy(
         summary,

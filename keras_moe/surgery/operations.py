@@ -281,6 +281,6 @@ def _as_scores(name, values):
 def _check_data(data, what):
     if not data:
         raise ValueError(
-            f"Experts are measured on data. Received: {what} and no data. "
+            f"Experts must be measured on data. Received: {what} and no data. "
             "Pass `data=[inputs]` or `data=[(inputs, targets), ...]`."
         )

@@ -66,14 +66,20 @@ def check_can_be_drawn(what, number):
         )
 
 
-def each_token(labels, num_tokens):
-    """Labels of tokens; those of documents of equal length are repeated for each token."""
+def as_labels(labels):
+    """An array of integers or strings."""
     labels = _array("labels", labels)
     if labels.dtype.kind not in "biuUS":
         raise ValueError(
             "Labels must be integers or strings. Received: labels of "
             f"{labels.dtype}. Number them, or turn each into a text."
         )
+    return labels
+
+
+def each_token(labels, num_tokens):
+    """Labels of tokens; those of documents of equal length are repeated for each token."""
+    labels = as_labels(labels)
     if labels.ndim != 1 or not len(labels) or num_tokens % len(labels):
         raise ValueError(
             "There must be one label for each token, or for each of equally long documents. "

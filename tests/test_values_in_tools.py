@@ -1,0 +1,145 @@
+"""What tools for whole models take: their bad calls are refused before anything is done."""
+
+import json
+import os
+
+import keras
+import numpy as np
+import pytest
+from layer_checks import D, E, moe, normal
+from test_values_in import BAD_SEEDS, cases, is_refused
+
+from keras_moe import convert, files, inspection, layers, report, summary, surgery, upcycle
+
+NO_MODELS = [None, "model.keras", 3, keras.Sequential]
+MIXTRAL = {
+    "model_type": "mixtral",
+    "num_local_experts": E,
+    "num_experts_per_tok": 2,
+    "hidden_size": D,
+    "intermediate_size": 3,
+}
+
+
+def sparse():
+    return keras.Sequential([keras.Input((D,)), moe(name="moe")])
+
+
+def unbuilt():
+    return keras.Sequential([moe()])
+
+
+def dense():
+    wide = keras.layers.Dense(6, "relu", name="up")
+    return keras.Sequential([keras.Input((D,)), wide, keras.layers.Dense(D)])
+
+
+def gated(**kwargs):
+    layer = layers.MixtureOfExperts(layers.GatedExperts(E, 3, **kwargs.pop("bank", {})), **kwargs)
+    layer.build((None, D))
+    return layer
+
+
+def pruned(by="usage", data=()):
+    return surgery.prune_experts(sparse(), by, keep=2, data=data)
+
+
+TOOLS = {
+    "has_moe_layers": [(inspection.has_moe_layers, NO_MODELS)],
+    "record_routings": [
+        (lambda v: inspection.record_routings(v, [normal(2, D)]), NO_MODELS),
+        (lambda v: inspection.record_routings(sparse(), v), [None, "x", 5, {"x": 1}, normal(2, D)]),
+    ],
+    "count_parameters": [(summary.count_parameters, [*NO_MODELS, unbuilt()])],
+    "summarize": [(summary.summarize, [*NO_MODELS, unbuilt()])],
+    "sparsify": [(convert.sparsify, NO_MODELS)],
+    "restore": [(convert.restore, NO_MODELS)],
+    "to_hugging_face": [
+        (lambda v: convert.to_hugging_face(v, 0, "mixtral"), [None, sparse()]),
+        (lambda v: convert.to_hugging_face(gated(), v, "mixtral"), [-1, "0", 1.0, True]),
+        # Weights that the family has no place for would be lost.
+        (
+            lambda v: convert.to_hugging_face(gated(**v), 0, "mixtral"),
+            [{"bank": {"use_bias": True}}, {"shared_expert": keras.layers.Dense(D)}],
+        ),
+    ],
+    "from_hugging_face": [
+        (lambda v: convert.from_hugging_face({}, v, MIXTRAL), [-1, "0", 1.0, True]),
+        (lambda v: convert.from_hugging_face({}, 0, v), ["mixtral", 3, {"model_type": "mixtral"}]),
+        (lambda v: convert.from_hugging_face({}, 0, MIXTRAL, into=v), ["moe", sparse()]),
+        (lambda v: convert.from_hugging_face(v, 0), [None, 5, {}, ""]),
+    ],
+    "upcycle": [
+        (upcycle, [None, "model"]),
+        (lambda v: upcycle(dense(), select=v), ["(", 5]),
+        (lambda v: upcycle(dense(), seed=v), BAD_SEEDS),
+    ],
+    "prune_experts": [
+        (lambda v: pruned(by=v), [[1, 2, float("nan"), 3], ["a"] * E, abs, [[1], [2, 3]]]),
+        (lambda v: pruned(data=v), [None, "x", 5, [()], [(normal(2, D), normal(1, D))]]),
+        (lambda v: pruned(data=v), [[(normal(2, D),) * 4], [np.zeros((0, D), "float32")]]),
+    ],
+}
+
+
+@pytest.mark.parametrize("call, value", cases(TOOLS))
+def test_a_tool_refuses(call, value):
+    is_refused(call, value)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b'{"model_type": "mixtral"}'])
+def test_a_config_that_is_none_is_named(content, tmp_path):
+    (tmp_path / "config.json").write_bytes(content)
+    is_refused(lambda path: convert.from_hugging_face(path, 0), tmp_path)
+
+
+def test_a_file_of_weights_that_is_none_is_named(tmp_path):
+    pytest.importorskip("safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL))
+    (tmp_path / "model.safetensors").write_bytes(b"rubbish")
+    is_refused(lambda path: convert.from_hugging_face(path, 0), tmp_path)
+
+
+@pytest.mark.parametrize("path", [None, 5, "", True, b"page.html", "no/such/page.html", "."])
+def test_a_report_names_a_wrong_path_before_it_runs_the_model(path):
+    is_refused(lambda path: report(None, None, path=path), path)
+
+
+@pytest.mark.parametrize("labels", [[0.5, 1.5], [None, None], ["a", 1]])
+def test_a_report_refuses_labels_that_are_none(labels, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "page.html"
+    is_refused(lambda v: report(sparse(), normal(2, D), labels=v, path=path), labels)
+
+
+def test_a_tuner_refuses():
+    keras_tuner = pytest.importorskip("keras_tuner")
+    from keras_moe import tuner
+
+    calls = {
+        "loss_weights": [(lambda v: tuner.SearchSpace((8,), loss_weights=v), [0.1, "x", (1, 2)])],
+        "name": [(lambda v: tuner.SearchSpace((8,), name=v), [3, "", None])],
+        "hp": [(lambda v: tuner.SearchSpace((8,)).sample(v), [None, {}, keras_tuner])],
+        "cost": [(lambda v: tuner.WithinBudget(9, cost=v), [None, ""])],
+        "loss": [(lambda v: tuner.WithinBudget(9, loss=v), [None, 1])],
+        "search": [(tuner.pareto_table, [None, "search"])],
+        "rows": [(tuner.format_table, [None, "rows", [1], [("a", 1.0, 2.0, True, {})]])],
+    }
+    for case in cases(calls):
+        is_refused(*case.values)
+
+
+@pytest.mark.parametrize("devices", ["cpu:0", 5, [None], ["gpu:99"]])
+def test_devices_that_do_not_exist_are_named(devices):
+    if keras.backend.backend() != "jax":
+        pytest.skip("only JAX has devices to choose from")
+    from keras_moe import distribution
+
+    is_refused(lambda v: distribution.expert_parallel(experts=1, devices=v), devices)
+
+
+def test_a_page_replaces_no_device_and_no_pipe(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    is_refused(lambda path: files.write_whole(path, "text"), pipe)
+    assert pipe.is_fifo()
