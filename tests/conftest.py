@@ -1,5 +1,8 @@
 """What tests share: strict warnings, reproducible draws, one interface to three backends."""
 
+import os
+import tempfile
+
 import hypothesis
 import keras
 import numpy as np
@@ -22,6 +25,12 @@ FAST_MODE = "jit" if BACKEND == "jax" else "eager"
 # Hypothesis draws, by how long the compilation of one shape takes.
 EXAMPLES = {"eager": 1 if BACKEND == "jax" else 15, "graph": 5, "xla": 5, "jit": 5}
 
+# A test runs what it compiles once or twice, so XLA and LLVM compile in a hurry.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true"
+)
+
 hypothesis.settings.register_profile(
     "reproducible", deadline=None, derandomize=True, database=None, max_examples=30
 )
@@ -35,6 +44,16 @@ if BACKEND == "tensorflow":
 
     # Each test traces its functions anew, which TensorFlow takes for a mistake.
     tf.get_logger().setLevel("ERROR")
+
+if BACKEND == "jax":
+    import jax
+
+    # Half of all programs are those of another test, which JAX forgets between two files. A folder
+    # for each process, as JAX would read a file that another one has half written.
+    programs = tempfile.TemporaryDirectory()
+    jax.config.update("jax_compilation_cache_dir", programs.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_configure(config):
@@ -67,8 +86,6 @@ def forget_what_was_compiled():
 
 def forget():
     if BACKEND == "jax":
-        import jax
-
         jax.clear_caches()
 
 
@@ -126,8 +143,6 @@ def _on_arrays(function):
 
 def _compile(function, mode):
     if mode == "jit":
-        import jax
-
         return jax.jit(function)
     if mode in ("graph", "xla"):
         # As in Keras, which never lets AutoGraph rewrite a layer.
@@ -146,8 +161,6 @@ def _tensorflow_gradients(function):
 
 
 def _jax_gradients(function):
-    import jax
-
     def value_and_gradients(inputs, *context):
         both = jax.value_and_grad(function, has_aux=True)
         (value, aux), gradients = both(inputs, *context)

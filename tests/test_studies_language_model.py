@@ -241,7 +241,7 @@ print(json.dumps(tests.perplexity(language_model.main(arguments))))
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="Keras splits weights on JAX only")
 def test_experts_on_two_of_four_devices_learn_the_same(trained, tmp_path):
     paths = [str(STUDIES.parent), str(STUDIES), str(pathlib.Path(__file__).parent)]
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     done = subprocess.run(
         [sys.executable, "-c", ON_FOUR_DEVICES.format(output=str(tmp_path))],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "XLA_FLAGS": flags},

@@ -10,7 +10,7 @@ import sys
 port, process = map(int, sys.argv[1:])
 alone = port == 0
 if not alone:
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"
 
 import jax  # noqa: E402
 import keras  # noqa: E402
