@@ -185,10 +185,10 @@ def fit(model, data, seed, size, options, folder):
     )
 
 
-def compile_for_training(model, steps):
+def compile_for_training(model, steps, learning_rate=LEARNING_RATE):
     warm_up = int(WARM_UP * steps)
     schedule = keras.optimizers.schedules.CosineDecay(
-        0.0, steps - warm_up, LAST_RATE, warmup_target=LEARNING_RATE, warmup_steps=warm_up
+        0.0, steps - warm_up, LAST_RATE, warmup_target=learning_rate, warmup_steps=warm_up
     )
     model.compile(
         optimizer=keras.optimizers.Adam(schedule, beta_2=0.99, clipnorm=1.0),

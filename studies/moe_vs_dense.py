@@ -29,6 +29,7 @@ import training
 import translation
 from bilingual_embedding import bilingual_embedding
 from command_line import check_numbers
+from courses import course, loss_at
 from datasets import pairs
 from id_batches import rows
 from sentence_batches import SentenceBatches
@@ -174,22 +175,6 @@ TASKS = {
     "translation": translators,
     "classification": classifiers,
 }
-
-
-def course(losses, steps_an_epoch, ms_per_step):
-    """Validation losses by epoch, with the steps and the seconds of training they took."""
-    steps = [steps_an_epoch * (1 + epoch) for epoch in range(len(losses))]
-    seconds = [step * ms_per_step / 1000 for step in steps]
-    return {"losses": losses, "steps": steps, "seconds": seconds, "ms_per_step": ms_per_step}
-
-
-def loss_at(run, seconds):
-    """Loss of a run after so much training time, between two epochs by their line.
-
-    Before the end of the first epoch it is not known: NaN. The run goes on after that time, at a
-    higher learning rate than a run that ends there would have.
-    """
-    return float(np.interp(seconds, run["seconds"], run["losses"], left=np.nan))
 
 
 def print_table(task, models):

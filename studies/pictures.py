@@ -84,3 +84,26 @@ def losses_by_steps_and_time(results, path):
         row[0].set_ylabel("validation loss")
         row[0].legend()
     figure.savefig(path, dpi=120)
+
+
+def losses_by_cost(results, path):
+    """Held-out loss, mean of the seeds: against steps, FLOPs and seconds of training.
+
+    Shaded is what lies between the lowest and the highest seed.
+    """
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    for index, (name, runs) in enumerate(results.items()):
+        runs = list(runs.values())
+        losses = np.array([run["losses"] for run in runs])
+        steps = np.array(runs[0]["steps"])
+        costs = steps, steps * runs[0]["flops_per_step"], np.array(runs[0]["seconds"])
+        for axes, cost in zip(panels, costs):
+            axes.plot(cost, losses.mean(axis=0), "o-", color=f"C{index}", markersize=3, label=name)
+            axes.fill_between(cost, losses.min(axis=0), losses.max(axis=0), alpha=0.2)
+    for axes, unit in zip(panels, ("steps", "FLOPs", "seconds")):
+        axes.set(xlabel=f"{unit} of training")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("test loss")
+    panels[0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)

@@ -14,21 +14,19 @@ epoch when the same command is given again.
 
 import json
 import pathlib
-import time
 
 import datasets
 import keras
 import language_model
 import resuming
 from command_line import check_numbers, parser_of
+from courses import step_times
 from twins import count_parameters, spread
-from whole_files import write_whole
 
 import keras_moe
 
 # Short, so that many runs take minutes.
 FULL = language_model.FULL._replace(steps=80, epochs=3)
-TIMED_STEPS = 30
 DENSE, CONTINUED, UPCYCLED = "dense, first half", "dense, continued", "upcycled"
 
 
@@ -39,7 +37,7 @@ def main(arguments=None):
     subwords, data = language_model.load_data(options, size)
     print(f"{data[0].size:,} subwords to learn from, {size.steps * size.epochs} steps each half")
     progress = options.output / "progress" / digest(options, size)
-    cost = cost_of_a_step(data, len(subwords), size, options, progress / "cost.json")
+    cost = cost_of_a_step(data, len(subwords), size, options, progress / "step_times.json")
     print(f"A step of the mixture takes {cost:.2f} times as long as one of the dense model.")
     results = {name: [] for name in (DENSE, UPCYCLED, CONTINUED)}
     for seed in range(options.seeds):
@@ -108,26 +106,19 @@ def train(name, model, data, seed, size, options, progress, results):
 
 
 def cost_of_a_step(data, num_tokens, size, options, path):
-    """Time of a training step of the mixture, in steps of the dense model.
+    """Time of a training step of the mixture, in steps of the dense model."""
 
-    Both take single steps in turns, so that what else the machine does slows both, and the fastest
-    of each counts. A run that goes on reads what was measured before.
-    """
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
-    models = make_dense(num_tokens, size), upcycle(make_dense(num_tokens, size), options, seed=0)
+    def compiled(model):
+        language_model.compile_for_training(model, 1)
+        return model
+
+    models = {
+        DENSE: lambda: compiled(make_dense(num_tokens, size)),
+        UPCYCLED: lambda: compiled(upcycle(make_dense(num_tokens, size), options, seed=0)),
+    }
     rows = data[0][: options.batch_size]
-    times = ([], [])
-    for model in models:
-        language_model.compile_for_training(model, TIMED_STEPS)
-    for _ in range(TIMED_STEPS):
-        for model, each in zip(models, times):
-            start = time.perf_counter()
-            model.train_on_batch(rows[:, :-1], rows[:, 1:])
-            each.append(time.perf_counter() - start)
-    cost = min(times[1]) / min(times[0])
-    write_whole(path, json.dumps(cost).encode("utf-8"))
-    return cost
+    times = step_times(models, rows[:, :-1], rows[:, 1:], path)
+    return times[UPCYCLED] / times[DENSE]
 
 
 def print_table(results):

@@ -6,10 +6,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from .catalogue import find_builder
+from .manual_pages import ManualPages
 from .newsgroups import ReutersR8, TwentyNewsgroups
 from .rotten_tomatoes import RottenTomatoes
 
-BUILT_IN = {builder.name: builder for builder in (TwentyNewsgroups, ReutersR8, RottenTomatoes)}
+BUILT_IN = {
+    builder.name: builder for builder in (TwentyNewsgroups, ReutersR8, RottenTomatoes, ManualPages)
+}
 # For `--help`.
 HELP = f"{', '.join(BUILT_IN)}, or any text classification data of TFDS"
 

@@ -1,0 +1,248 @@
+"""What does sparsity buy? Language models, dense and sparse, at equal steps and at equal time.
+
+    KERAS_BACKEND=jax python studies/sparsity.py
+    KERAS_BACKEND=jax python studies/sparsity.py --models dense "32 experts" --seeds 0 1 2 3 4
+
+Trains small language models on manual pages in eight languages (10 million subwords, each seen at
+most once): a dense one; mixtures of 8 to 64 experts that cost the same for each token; one of many
+narrow experts beside a shared one; and a dense one with as many weights as the mixture of 16. The
+learning rate of each, and the weight of its balance loss, are chosen in short runs by the
+validation split. The losses that are reported are those of the test split.
+
+Times are steps times the time of a step, which is measured before training, in turns with the
+other models. Finished runs stay in --output, so that further models and seeds add to them, and an
+interrupted run goes on after its last epoch.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import typing
+
+import datasets
+import keras
+import language_model
+import numpy as np
+import pictures
+import resuming
+import scipy.stats
+from courses import course, loss_at, step_times
+from decoder_model import build_model
+from id_batches import Batches, rows
+from subwords import Subwords
+from twins import count_parameters, dense_feedforward
+from whole_files import write_whole
+
+from keras_moe import layers, losses, routers
+
+FULL = language_model.Size(
+    1024, 64, features=64, hidden_dim=128, blocks=2, documents=None, validation_rows=2048,
+    steps=250, epochs=10,
+)  # fmt: skip
+SMOKE = language_model.SMOKE._replace(subwords=300, steps=2)
+BATCH_SIZE = 64
+TOP_K = 2
+# A tenth of a run, and of another seed than any run.
+TRIAL_EPOCHS, TRIAL_SEED = 1, 1000
+LEARNING_RATES = (5e-3, 2.5e-3, 1e-2, 2e-2)
+BALANCE_WEIGHTS = (1e-2, 1e-3, 1e-1)
+
+
+def main(arguments=None):
+    options = parse_options(arguments)
+    study = Study.prepare(options)
+    ms_per_step = study.step_times()
+    results: dict = {name: {} for name in options.models}
+    for seed in options.seeds:
+        for name in options.models:
+            results[name][seed] = study.run(name, seed, ms_per_step[name])
+            report(results, options.output)
+    print(f"\nPicture and results are in {options.output}.")
+    return results
+
+
+def parse_options(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS], metavar="MODEL")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
+    parser.add_argument("--dataset", default="manual_pages", help=datasets.HELP)
+    parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
+    parser.add_argument("--smoke", action="store_true", help="tiny models on a few documents")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("output_sparsity"))
+    options = parser.parse_args(arguments)
+    if options.models[0] != DENSE:
+        options.models.insert(0, DENSE)  # All others are compared with it.
+    return options
+
+
+def dense(wider, size, balance):
+    return dense_feedforward(TOP_K * wider, size.hidden_dim, size.features)
+
+
+def mixture(num_experts, size, balance):
+    bank = layers.FeedForwardExperts(num_experts, size.hidden_dim)
+    return layers.MixtureOfExperts(
+        bank, routers.TopKRouter(top_k=TOP_K), [losses.LoadBalance(balance), "router_z"]
+    )
+
+
+def narrow_mixture(size, balance):
+    """Of the width that serves a token, a quarter is shared and six experts have the others."""
+    width = TOP_K * size.hidden_dim
+    bank = layers.FeedForwardExperts(64, width // 8)
+    return layers.MixtureOfExperts(
+        bank,
+        routers.TopKRouter(top_k=6),
+        [losses.LoadBalance(balance), "router_z"],
+        shared_expert=dense_feedforward(1, width // 4, size.features),
+    )
+
+
+DENSE = "dense"
+MODELS = {
+    DENSE: functools.partial(dense, 1),
+    **{f"{number} experts": functools.partial(mixture, number) for number in (8, 16, 32, 64)},
+    "64 narrow experts": narrow_mixture,
+    "dense, 8 times as wide": functools.partial(dense, 8),
+}
+
+
+class Settings(typing.NamedTuple):
+    """What is chosen for each model by trials."""
+
+    learning_rate: float = LEARNING_RATES[0]
+    balance_weight: float = BALANCE_WEIGHTS[0]
+
+
+class Study(typing.NamedTuple):
+    """Data, and the folder that keeps what was computed."""
+
+    size: language_model.Size
+    num_tokens: int
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+    folder: pathlib.Path
+
+    @classmethod
+    def prepare(cls, options):
+        size = SMOKE if options.smoke else FULL
+        texts = datasets.load(options.dataset, options.data_dir)
+        parts = [split.texts[: size.documents] for split in texts[:3]]
+        # sentencepiece passes over texts of more than 4192 bytes.
+        beginnings = [text[:1000] for text in parts[0]]
+        subwords = Subwords.train(beginnings, size.subwords, options.output / "cache")
+        train, *others = (rows(subwords.encode(part), size.length) for part in parts)
+        print(f"{train[:, 1:].size:,} subwords to learn from, {size.steps * size.epochs} steps")
+        # TFDS shuffles the documents, but not what stands in one.
+        order = np.random.default_rng(0).permutation
+        others = [part[order(len(part))[: size.validation_rows]] for part in others]
+        folder = options.output / "runs" / resuming.digest(size, options.dataset, BATCH_SIZE)
+        return cls(size, len(subwords), train, *others, folder)
+
+    def step_times(self):
+        models = {name: functools.partial(self.make, name, Settings()) for name in MODELS}
+        rows = self.train[:BATCH_SIZE]
+        return step_times(models, rows[:, :-1], rows[:, 1:], self.folder / "step_times.json")
+
+    def make(self, name, settings, steps=1):
+        make_feedforward = MODELS[name]
+        feedforwards = [
+            make_feedforward(self.size, settings.balance_weight) for _ in range(self.size.blocks)
+        ]
+        model = build_model(self.num_tokens, self.size.length, self.size.features, feedforwards)
+        language_model.compile_for_training(model, steps, settings.learning_rate)
+        return model
+
+    def run(self, name, seed, ms_per_step):
+        """The course of the losses of a model with the settings that suit it best."""
+        settings = self.tuned(name)
+        losses, parameters = self.losses(name, seed, settings, self.size.epochs, self.test)
+        return {
+            **course(losses, self.size.steps, ms_per_step),
+            **settings._asdict(),
+            **parameters,
+            "flops_per_step": 6 * parameters["active_weights"] * BATCH_SIZE * self.size.length,
+        }
+
+    def tuned(self, name):
+        """The best learning rate and then, for mixtures, the best weight of the balance loss."""
+        best = self.best(name, [Settings(rate) for rate in LEARNING_RATES])
+        if "experts" not in name:
+            return best
+        return self.best(name, [best._replace(balance_weight=each) for each in BALANCE_WEIGHTS])
+
+    def best(self, name, trials):
+        trial = functools.partial(self.losses, name, TRIAL_SEED)
+        ends = {each: trial(each, TRIAL_EPOCHS, self.validation)[0][-1] for each in trials}
+        return min(ends, key=ends.get)
+
+    def losses(self, name, seed, settings, epochs, held_out):
+        """Losses by epoch and numbers of parameters, of a run that may be finished already."""
+        title = f"{name}-{seed}-{epochs}-{settings.learning_rate}-{settings.balance_weight}"
+        folder = self.folder / title.replace(" ", "_")
+        result = folder / "result.json"
+        if not result.exists():
+            print(f"\n{name}, seed {seed}, {epochs} epochs, {settings}")
+            keras.utils.set_random_seed(seed)
+            model = self.make(name, settings, self.size.steps * epochs)
+            batches = Batches(self.train, BATCH_SIZE, self.size.steps, seed)
+            history = resuming.fit(
+                model,
+                batches.dataset(),
+                epochs,
+                folder,
+                [batches],
+                steps_per_epoch=self.size.steps,
+                validation_data=(held_out[:, :-1], held_out[:, 1:]),
+                validation_batch_size=BATCH_SIZE,
+                verbose=2,
+            )
+            parameters = count_parameters(model)
+            # Of the embedding a token takes one row, which costs nothing.
+            looked_up = model.get_layer("embedding").count_params()
+            parameters["active_weights"] = parameters["active_parameters"] - looked_up
+            content = json.dumps([history["val_loss"], parameters])
+            write_whole(result, content.encode("utf-8"))
+            resuming.forget(folder / "backup")
+        return json.loads(result.read_text(encoding="utf-8"))
+
+
+def report(results, output):
+    """Print and draw what there is so far."""
+    results = {name: runs for name, runs in results.items() if runs}
+    write_whole(output / "results.json", json.dumps(results, indent=2).encode("utf-8"))
+    pictures.losses_by_cost(results, output / "sparsity.png")
+    print_table(results)
+
+
+def print_table(results):
+    """Differences are those of runs with one seed; behind +-, half of a 95% interval."""
+    print(f"\n{'':<24} {'seeds':>5} {'loss':>7} {'equal steps':>20} {'equal time':>20}", end=" ")
+    print(f"{'ms':>6} {'parameters':>11} {'active':>9} {'rate':>7} {'balance':>8}")
+    for name, runs in results.items():
+        pairs = [(run, results[DENSE][seed]) for seed, run in runs.items()]
+        by_steps = [run["losses"][-1] - other["losses"][-1] for run, other in pairs]
+        by_time = [loss_at(run, other["seconds"][-1]) - other["losses"][-1] for run, other in pairs]
+        run = pairs[0][0]
+        loss = np.mean([run["losses"][-1] for run in runs.values()])
+        print(f"{name:<24} {len(runs):>5} {loss:>7.4f}", end=" ")
+        print(
+            f"{interval(by_steps):>20} {interval(by_time):>20} {run['ms_per_step']:>6.0f}", end=" "
+        )
+        print(f"{run['parameters']:>11,} {run['active_parameters']:>9,}", end=" ")
+        print(f"{run['learning_rate']:>7} {run['balance_weight']:>8}")
+
+
+def interval(values):
+    """The mean and half of the 95% confidence interval by Student's t."""
+    text = f"{np.mean(values):+.4f}"
+    if len(values) < 2:
+        return text
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
+    return f"{text} +- {half:.4f}"
+
+
+if __name__ == "__main__":
+    main()
