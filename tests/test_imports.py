@@ -36,7 +36,6 @@ LEVELS = {
     "layers": 3,
     "inspection": 4,
     "health": 5,
-    "summary": 5,
     "visualization": 5,
     "__main__": 7,
 }

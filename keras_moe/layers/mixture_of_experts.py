@@ -141,7 +141,7 @@ class MixtureOfExperts(keras.layers.Layer):
         self.supports_masking = True
         # `inspection.count_in_evaluation` turns this on. Otherwise inference writes to no weight.
         self.counts_in_evaluation = False
-        # Whoever is to see routings and tokens (T, D) listens here: `inspection.listening`.
+        # A function of routings and tokens (T, D), which `inspection.recording.listening` sets.
         self.routing_listener = None
 
     def build(self, inputs_shape):

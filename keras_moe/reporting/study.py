@@ -6,10 +6,9 @@ import keras
 import numpy as np
 
 from keras_moe import health, metrics
-from keras_moe.inspection import has_moe_layers, moe_layers, record_routings
+from keras_moe.inspection import has_moe_layers, moe_layers, record_routings, summarize
 from keras_moe.reporting.texts import positions_of, token_texts
 from keras_moe.routers.logit_router import LogitRouter
-from keras_moe.summary import summarize
 from keras_moe.visualization.labels import bits_in_common, label_table
 from keras_moe.visualization.sources import as_tensors, by_layer, each_token
 

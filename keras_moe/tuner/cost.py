@@ -6,14 +6,14 @@ import time
 import keras
 import keras_tuner
 
-from keras_moe.summary import summarize
+from keras_moe.inspection import summarize
 from keras_moe.validation import check_positive_number
 
 
 class CostMonitor(keras.callbacks.Callback):
     """Adds what a model costs to the logs of each epoch, for `WithinBudget` and `pareto_table`.
 
-    - `active_flops`: of one token in all MoE layers, forward, as in `summary.LayerSummary`.
+    - `active_flops`: of one token in all MoE layers, forward, as in `inspection.LayerSummary`.
     - `parameters`: of the whole model, those that it trains.
     - `step_seconds`: time of a training step, without the first of the epoch, which may compile.
 
