@@ -89,7 +89,10 @@ def summary(model, print_fn=print):
     >>> model = keras.Sequential([
     ...     keras.Input((16,)), keras_moe.layers.MixtureOfExperts(experts, name="moe")
     ... ])
-    >>> keras_moe.summary(model)
+    >>> lines = []
+    >>> keras_moe.summary(model, print_fn=lines.append)
+    >>> lines[3].split()[:6]
+    ['moe', '2', 'of', '4', '4,352', '2,208']
     """
     descriptions, layers = describe(model), summarize(model)
     total, active = count_parameters(model)
