@@ -48,10 +48,10 @@ class MixtureOfExperts(keras.layers.Layer):
             experts, or None. DeepSeekMoE (arXiv:2401.06066), section 3.2.
         gated_shared_expert: whether the shared expert's output is multiplied by a gate of each
             token, `sigmoid(x g)` with a learned g (D, 1), as in Qwen1.5-MoE and its successors.
-        capacity_factor: None for no limit. A number gives each expert room, in training, for
-            `ceil(capacity_factor * T * K / E)` of the T tokens, at least 1; first choices are
+        capacity_factor: None for no limit. A number gives each expert, in training,
+            `ceil(capacity_factor * T * K / E)` slots for T tokens, at least 1; first choices are
             served before second ones, then earlier tokens before later ones. An assignment that
-            finds no room contributes zero. A `Capacity` says more.
+            finds no slot contributes zero. `Capacity` has further options.
         **kwargs: arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:

@@ -4,7 +4,7 @@ import itertools
 import math
 from typing import NamedTuple
 
-# What the message to the chief has room for.
+# The largest number that the message to the chief can hold.
 _ALL = 2**31 - 1
 
 
