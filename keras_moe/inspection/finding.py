@@ -10,7 +10,7 @@ from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 def moe_layers(model):
     """The MoE layers of a model by name; by path or number, where two have the same name.
 
-    A path leaves out what all have in front, such as the name of the model.
+    Paths leave out their common prefix, such as the name of the model.
 
     Args:
         model: a Keras model.

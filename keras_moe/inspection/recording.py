@@ -44,10 +44,10 @@ def record_routings(model, batches):
 
 @contextlib.contextmanager
 def count_in_evaluation(model):
-    """A context in which the MoE layers of a model count in inference what they count in training.
+    """A context in which the MoE layers of a model count in inference as they do in training.
 
-    After any exit from it they do not any more. A function that was compiled inside goes on
-    counting, and one that was compiled outside does not begin.
+    They stop when the context ends, also by an exception. A function that was compiled inside keeps
+    counting, and one that was compiled outside does not count.
 
     Args:
         model: a Keras model.

@@ -67,7 +67,7 @@ class MixtureOfExperts(keras.layers.Layer):
         token_ids: (batch, ...) integer tensor of vocabulary ids, for `routers.HashRouter`.
         indices: (T, K) integer tensor of experts to replay instead of choosing, such as the
             `indices` of a recorded routing, -1 for none. Weights come from the live scores. Those
-            in a NumPy array are checked; in a tensor what is no expert counts as -1.
+            in a NumPy array are checked; in a tensor, numbers that are no expert's count as -1.
 
     Returns:
         (batch, ..., D'), with the experts' D'; with `return_routing=True` also an `ops.Routing`,
@@ -85,7 +85,7 @@ class MixtureOfExperts(keras.layers.Layer):
     References: Shazeer et al. 2017 (arXiv:1701.06538); Fedus et al. 2021 (arXiv:2101.03961).
     """
 
-    # Whether `get_config` tells of its experts, and not that of a block around it.
+    # Whether its own `get_config` has the experts, and not that of a block around it.
     has_own_config = True
 
     def __init__(
@@ -183,8 +183,8 @@ class MixtureOfExperts(keras.layers.Layer):
         self.router_losses = built
 
     def _counter(self, name, shape):
-        # Under `tf.distribute` each replica counts alone, and whoever reads gets the sum. That is
-        # more than `add_weight` can say.
+        # Under `tf.distribute` each replica counts alone, and reading gives the sum, which
+        # `add_weight` cannot express.
         return keras.Variable(
             "zeros",
             shape=shape,
@@ -207,7 +207,7 @@ class MixtureOfExperts(keras.layers.Layer):
         )
 
     def __call__(self, *args, **kwargs):
-        # Here, because Keras hands `call` tensors only.
+        # Checked here, because Keras turns arrays into tensors before `call`.
         self.router.check_arrays(**kwargs)
         return super().__call__(*args, **kwargs)
 
@@ -403,7 +403,7 @@ class MixtureOfExperts(keras.layers.Layer):
 
 class _Gate(keras.layers.Dense):
     def quantize(self, mode, type_check=True, config=None):
-        """Nothing: it has one column. Keras asks every layer."""
+        """Do nothing: it has one column. Keras calls this for every layer."""
 
 
 def _sequence_length(shape):

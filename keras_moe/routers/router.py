@@ -96,7 +96,7 @@ class Router(keras.layers.Layer):
                 f"`{type(self).__name__}` without `num_experts`. Pass `num_experts`, or give the "
                 "router to a `MixtureOfExperts` and use `layer.router`."
             )
-        # Here, because Keras hands `call` tensors only.
+        # Checked here, because Keras turns arrays into tensors before `call`.
         self.check_arrays(**kwargs)
         return super().__call__(*args, **kwargs)
 
