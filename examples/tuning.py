@@ -20,7 +20,7 @@ import keras_tuner
 import numpy as np
 from sklearn.datasets import load_digits
 
-from keras_moe import summary, tuner
+from keras_moe import inspection, tuner
 
 NUM_IMAGES = 1_797
 FEATURES = 32
@@ -87,7 +87,7 @@ class Oracle(tuner.DefaultsFirst, keras_tuner.oracles.RandomSearchOracle):
     pass
 
 
-by_hand = summary.summarize(build(keras_tuner.HyperParameters()))[0].flops
+by_hand = inspection.summarize(build(keras_tuner.HyperParameters()))[0].flops
 objective = tuner.WithinBudget(1.1 * by_hand)
 with tempfile.TemporaryDirectory() as folder:  # keep it to resume an interrupted search
     keras.utils.set_random_seed(0)

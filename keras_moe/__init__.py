@@ -14,9 +14,9 @@ from keras_moe import (
     metrics,
     ops,
     routers,
-    summary,
     surgery,
 )
+from keras_moe.inspection import summary
 from keras_moe.reporting import report
 from keras_moe.upcycling import upcycle
 

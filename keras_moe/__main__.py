@@ -13,9 +13,8 @@ import zipfile
 
 import numpy as np
 
-from keras_moe import inspection, metrics, report, saved_models, summary
+from keras_moe import inspection, report, saved_models, summary
 from keras_moe.command_line import OneLineParser, one_line_errors, stating
-from keras_moe.plain_text import as_text
 from keras_moe.validation import fits
 
 
@@ -104,32 +103,7 @@ def _new_file(name):
 
 
 def _inspect(options):
-    model = saved_models.load(options.model)
-    layers = summary.summarize(model)
-    total, active = summary.count_parameters(model)
-    print(f"{as_text(model.name)}: {total:,} parameters, {active:,} of them active for a token\n")
-    header = ("layer", "experts", "parameters", "active", "FLOPs a token", "busiest", "dead")
-    rows = [(*header, "engine"), *map(_row, layers, inspection.describe(model))]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for name, *cells in rows:
-        print(name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:])), sep="  ")
-    if not any(sum(layer.counts) for layer in layers):
-        print("\nThe counters are empty: save a model in training to see them.")
-
-
-def _row(layer, description):
-    used = sum(layer.counts) > 0
-    busiest = float(metrics.load_imbalance(layer.counts)) + 1
-    return (
-        as_text(layer.name),
-        f"{layer.top_k} of {layer.num_experts}",
-        f"{layer.parameters:,}",
-        f"{layer.active_parameters:,}",
-        f"{layer.flops:,}",
-        f"{busiest:.2f} x fair" if used else "-",
-        str(layer.counts.count(0)) if used else "-",
-        f"{description.engine or '-'} ({description.platform})",
-    )
+    summary(saved_models.load(options.model))
 
 
 def _report(options):

@@ -16,7 +16,7 @@ def expert_parallel(experts=None, data=None, devices=None, layout_map=None, proc
     """A distribution that splits tokens over all devices, and experts over some of them.
 
     On JAX the devices form a grid of `data` by `experts`. Each holds the kernels of every bank for
-    E / `experts` of its E experts, and its share of each batch. Tokens travel to the devices of
+    E / `experts` of its E experts, and its share of each batch. Tokens are sent to the devices of
     their experts, within a row of the grid, and back: see `docs/scaling.md`.
 
     Set it before the model is made: `keras.distribution.set_distribution(...)`. `fit`, `evaluate`,

@@ -87,11 +87,11 @@ def judge_load(counts, top_k, advice):
 
 
 def judge_drops(dropped):
-    """Findings about the share of assignments that found no room, from 0 to 1."""
+    """Findings about the share of assignments that found no slot, from 0 to 1."""
     dropped = check_share("dropped", float(dropped))
     if dropped <= DROPPED:
         return []
-    text = f"{dropped:.0%} of the assignments found no room in their expert."
+    text = f"{dropped:.0%} of the assignments found no slot in their expert."
     fix = "Raise `capacity_factor`, or set it to None so that nothing is dropped."
     return [Finding(PROBLEM, text, fix)]
 

@@ -19,21 +19,13 @@ def current_model():
     return None if call is None else call.entry_layer
 
 
-def replace_sublayers(layer, old, new):
-    """Exchange sublayers of a layer that is built, which Keras locks.
-
-    Args:
-        layer: a built layer.
-        old: names of the attributes whose layers go.
-        new: dict of names of attributes to the layers that come.
-    """
+def remove_sublayers(layer, names):
+    """Take sublayers from a built layer, by the names of its attributes that hold them."""
     with open_to_state(layer):
-        for name in old:
+        for name in names:
             sublayer = getattr(layer, name)
             delattr(layer, name)
             layer._tracker.untrack(sublayer)
-        for name, sublayer in new.items():
-            setattr(layer, name, sublayer)
 
 
 def rebuild(layer, shape):
@@ -156,6 +148,6 @@ __all__ = [
     "own_layers",
     "own_state",
     "rebuild",
-    "replace_sublayers",
+    "remove_sublayers",
     "set_state",
 ]

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from text_classification import LEARNING_RATE, Size, build_model, cut
 from vocabulary import Vocabulary
 
-from keras_moe import summary, tuner
+from keras_moe import inspection, tuner
 
 
 class Setting(typing.NamedTuple):
@@ -132,7 +132,7 @@ def compile_for_training(model, learning_rate, steps):
 def default_flops(space, features):
     """Active FLOPs a token of the layer picked by hand."""
     layer = space.sample(keras_tuner.HyperParameters())
-    return summary.summarize(keras.Sequential([keras.Input((features,)), layer]))[0].flops
+    return inspection.summarize(keras.Sequential([keras.Input((features,)), layer]))[0].flops
 
 
 def open_search(build, objective, options):

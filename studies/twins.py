@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from keras_moe import summary
+from keras_moe import inspection
 
 
 def dense_feedforward(top_k, hidden_dim, features, **kwargs):
@@ -32,7 +32,7 @@ def moe_every(number, num_blocks, sparse, dense):
 
 def count_parameters(model):
     """All parameters, and those that work on one token."""
-    total, active = summary.count_parameters(model)
+    total, active = inspection.count_parameters(model)
     return {"parameters": total, "active_parameters": active}
 
 

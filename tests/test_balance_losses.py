@@ -172,7 +172,7 @@ def test_a_global_loss_outside_of_a_layer_is_refused():
     with pytest.raises(ValueError) as error:
         losses.GlobalLoadBalance()(routers.TopKRouter(E)(normal(3, D)))
     assert str(error.value) == (
-        "`GlobalLoadBalance` remembers counts in a layer. Received: a call outside of one. "
+        "`GlobalLoadBalance` keeps its counts in a layer. Received: a call outside of one. "
         "Pass it to `MixtureOfExperts` as one of its `router_losses`."
     )
 

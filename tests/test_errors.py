@@ -262,8 +262,8 @@ CONSTRUCTORS = {
     "a layer twice": (
         lambda: layers.LayerExperts([SAME, SAME]),
         ValueError,
-        "`layers` must be different objects: one that stands twice would be one expert with two "
-        "places. Received: ['same', 'same']. Make a new layer for each.",
+        "`layers` must be different objects: a layer that is listed twice would be one expert with "
+        "two places. Received: ['same', 'same']. Make a new layer for each.",
     ),
     "rank of rows": (
         lambda: ops.grouped_matmul(normal(2, 3, D), normal(E, D, 2), [1, 1, 1, 1]),

@@ -205,7 +205,7 @@ TEXTS = {
     "12 of 16 experts serve no token at all: 4, 5, 6, 7, 8, 9, 10, 11, 12, 13 and 2 more.": (
         lambda: health.judge_load([1000] * 4 + [0] * 12, 1, "")
     ),
-    "12% of the assignments found no room in their expert.": lambda: health.judge_drops(0.12),
+    "12% of the assignments found no slot in their expert.": lambda: health.judge_drops(0.12),
     "The router computes what is not a number.": lambda: health.judge_router(0.5, np.nan),
     "Router logits explode: they reach 99, which makes every choice absolute.": (
         lambda: health.judge_router(0.5, 99.0)

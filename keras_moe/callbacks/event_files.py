@@ -26,7 +26,7 @@ class EventFiles:
     """One file for each split of the data, in folders of the names that Keras uses.
 
     Args:
-        log_dir: folder that TensorBoard is pointed at.
+        log_dir: the `--logdir` of TensorBoard.
     """
 
     def __init__(self, log_dir):
@@ -39,7 +39,7 @@ class EventFiles:
         self._writers = {}
 
     def write(self, split, step, numbers, shares):
-        """Write what one epoch has shown.
+        """Write the numbers of one epoch.
 
         Args:
             split: "train" or "validation".

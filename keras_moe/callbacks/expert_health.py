@@ -10,11 +10,11 @@ from keras_moe import health
 from keras_moe.inspection import moe_layers
 from keras_moe.validation import check_flag, check_positive_integer
 
-# A collapse that dissolves by itself at this rate from look to look is none.
+# A collapse that recovers at this rate from look to look is not reported.
 _RECOVERY = 0.02
-# An expert may rest for longer than a collapse may last.
+# A dead expert is reported after more looks than a collapse.
 _DEAD_PATIENCE = 3
-# Router kernels that somebody made this large are not an explosion: they must have grown as well.
+# A kernel that was initialized this large has not exploded: it must also have grown so much.
 _GROWTH = 3.0
 
 
@@ -24,7 +24,7 @@ class ExpertHealth(keras.callbacks.Callback):
     Looks at every MoE layer for
 
     - a collapse: nearly all work goes to the same few experts, and it does not get better;
-    - dead experts, which have not served a token for three times as long;
+    - dead experts, without a token for three times as many looks;
     - a router with weights that are not a number, or that have grown so large that each choice is
       absolute;
     - a `losses.LoadBalance` whose weight is too small to matter, or so large that it is most of
@@ -41,7 +41,7 @@ class ExpertHealth(keras.callbacks.Callback):
 
     Args:
         every: training batches from look to look.
-        patience: looks that a collapse must last before it is one.
+        patience: looks that a collapse must last before it is reported.
         stop: whether a problem ends the training, one batch after the look.
         rebalance: whether a collapse or a dead expert makes the layer's balancing losses ten times
             as heavy, once.
@@ -84,7 +84,7 @@ class ExpertHealth(keras.callbacks.Callback):
                 self._tell(name, "weak loss", health.judge_weak_loss(loss, weight))
 
     def on_epoch_begin(self, epoch, logs=None):
-        # `ExpertMonitor` sets counters back between epochs.
+        # `ExpertMonitor` resets the counters between epochs.
         for name, layer in moe_layers(self.model).items():
             if layer.built and name in self._watches:
                 self._watches[name].seen = _read(layer.expert_counts)
@@ -116,7 +116,7 @@ class ExpertHealth(keras.callbacks.Callback):
                     self._act(name, layer)
 
     def _tell(self, name, kind, finding):
-        """Whether there is something new to tell."""
+        """Whether there is something new to report."""
         if finding is None or (name, kind) in self._told:
             return False
         self._told.add((name, kind))
@@ -125,7 +125,7 @@ class ExpertHealth(keras.callbacks.Callback):
         if self.stop and finding.level == health.PROBLEM:
             self.model.stop_training = True
             text += " Training stops here."
-        # Of the module, not of a line of it that nobody wants to read.
+        # Names this module instead of a source line that says nothing to users.
         warnings.warn_explicit(text, UserWarning, __name__, self._step)
         return True
 
@@ -134,13 +134,13 @@ class ExpertHealth(keras.callbacks.Callback):
             self._told.add((name, "act"))
             for index, loss in enumerate(layer.router_losses):
                 weight = _read(layer.router_loss_weights)[index]
-                # In a training that is resumed it may have been raised before.
+                # In a resumed training it may have been raised before.
                 if loss.balances and weight < 9 * loss.weight:
                     layer.set_router_loss_weight(index, 10 * weight)
 
 
 class _Watch:
-    """What is remembered of one layer from look to look."""
+    """The state of one layer between two looks."""
 
     def __init__(self, layer, patience):
         self.patience = patience
@@ -154,7 +154,7 @@ class _Watch:
         """Yield pairs of a kind and a finding."""
         yield "router", self._judge_router(layer.router)
         counts = _read(layer.expert_counts)
-        # Counters that were set back in between start from zero.
+        # Counters that were reset in between start from zero.
         self._window += counts - self.seen if (counts >= self.seen).all() else counts
         self.seen = counts
         if health.is_enough(self._window):

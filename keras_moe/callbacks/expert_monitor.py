@@ -22,25 +22,25 @@ class ExpertMonitor(keras.callbacks.Callback):
     - `load_imbalance`: load of the busiest expert above the mean, 0 at balance
     - `load_entropy`: 1 at balance, 0 if one expert has everything
     - `dead_experts`: number of experts without a single assignment in the epoch
-    - `dropped_fraction`: share of the assignments that found no room
+    - `dropped_fraction`: share of the assignments that found no slot
     - `router_entropy`: of the scores of a token, in nats: `log E` undecided, 0 decided
     - `load_balance_loss`, ...: mean of each router loss by its name, before its weight
     - `expert_share_0`, ...: each expert's share, with `expert_shares=True`
     - and one for each of `metrics`, by the name of the function
 
-    They stand in the last line of the progress bar and in `History`, and can be monitored by
-    other callbacks: `EarlyStopping(monitor="val_mixture_of_experts_load_imbalance")`. Put the
-    monitor first in the list of callbacks.
+    They appear at the end of the progress bar and in `History`, and other callbacks can monitor
+    them: `EarlyStopping(monitor="val_mixture_of_experts_load_imbalance")`. Put the monitor first in
+    the list of callbacks.
 
     The attributes `shares` and `validation_shares` keep the share of each expert (epochs, E) in the
     last `fit`, by layer, for `visualization.shares_over_time`.
 
     Args:
         expert_shares: whether each expert's share is logged as well, one key an expert.
-        log_dir: folder for TensorBoard, or None. In its folders `train` and `validation`, which
-            `keras.callbacks.TensorBoard` uses too, go the numbers above, and the shares as a
-            histogram and as a heat map over epochs, in a group of cards for each layer. Needs
-            `pip install "keras_moe[tensorboard]"`.
+        log_dir: folder for TensorBoard, or None. The numbers above are written to its folders
+            `train` and `validation`, which `keras.callbacks.TensorBoard` uses too, with the shares
+            as a histogram and as a heat map over epochs; each layer has its own group of cards.
+            Needs `pip install "keras_moe[tensorboard]"`.
         metrics: list of functions of your own from the counts of a layer, a NumPy array (E,) of
             the assignments of each expert in the epoch, to a number. NaN is logged where nothing
             was counted.

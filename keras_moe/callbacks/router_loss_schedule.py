@@ -7,7 +7,7 @@ from keras_moe.inspection import moe_layers
 
 
 class RouterLossSchedule(keras.callbacks.Callback):
-    """Sets the weight of a router loss at the begin of each epoch. Nothing is compiled again.
+    """Sets the weight of a router loss at the start of each epoch, without compiling again.
 
     Args:
         schedule: function of the epoch, from 0, and of the weight the loss was made with, which
@@ -16,7 +16,7 @@ class RouterLossSchedule(keras.callbacks.Callback):
 
     Raises:
         ValueError: If there is no such loss, the model has no MoE layer with it, or the schedule
-            returns what is no finite number of at least 0.
+            returns anything but a finite number of at least 0.
         TypeError: If the schedule is no function.
 
     Example:

@@ -74,7 +74,7 @@ def _num_experts(config):
 
 def _experts(config, width="moe_intermediate_size", **kwargs):
     kwargs = {"activation": config.get("hidden_act", "silu"), **kwargs}
-    # All weights are about to be assigned; to draw them would take long.
+    # All weights are assigned later; drawing them would take long.
     return GatedExperts(_num_experts(config), config[width], kernel_initializer="zeros", **kwargs)
 
 

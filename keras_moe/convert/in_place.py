@@ -14,9 +14,9 @@ def sparsify(model):
 
     KerasHub computes every expert for every token. Afterwards each block computes with a
     `layers.MixtureOfExperts` of the same weights, so that all tools of this package work on it.
-    One block after the other is converted, and its old weights go. The model remains the same
-    object, with the same outputs, `generate`, `fit` and files of weights; padding is not routed,
-    where KerasHub hands its mask to the block.
+    Blocks are converted one after the other, and their old weights are freed. The model remains the
+    same object, with the same outputs, `generate`, `fit` and files of weights; padding is not
+    routed if KerasHub passes its mask to the block.
 
     A model that is saved is sparse when it is loaded, in a process that has imported `keras_moe`.
     An optimizer starts anew.

@@ -49,7 +49,7 @@ class BareRouter(routers.TopKRouter):
 
 
 def _renormalized(block, **kwargs):
-    # All weights are about to be assigned; to draw them would take long.
+    # All weights are assigned later; drawing them would take long.
     kwargs = {"renormalize": True, "kernel_initializer": "zeros", **kwargs}
     return BareRouter(block.num_experts, block.top_k, name="router", **kwargs)
 

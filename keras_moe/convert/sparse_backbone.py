@@ -40,7 +40,7 @@ class SparseBackbone:
             self.save_to_preset(*args, **kwargs)
 
 
-# One name for all: which backbone it is stands in the config.
+# One name for all backbones; the config says which one it is.
 _register = keras.saving.register_keras_serializable(PACKAGE, _NAME)
 _register(SparseBackbone)
 

@@ -5,7 +5,13 @@ import functools
 from keras import ops
 
 from keras_moe.convert.keras_hub_families import Family
-from keras_moe.keras_internals import names_below, rebuild, replace_sublayers
+from keras_moe.keras_internals import (
+    names_below,
+    open_to_state,
+    rebuild,
+    remove_sublayers,
+    set_state,
+)
 from keras_moe.layers import GatedExperts, MixtureOfExperts
 from keras_moe.layers.kernel_adapters import quantize_to_int8
 from keras_moe.saved_state import load_draws, save_draws
@@ -108,13 +114,14 @@ def make_sparse(owner, block, family):
     mixture.experts.trainable = bank.trainable
     if not block.trainable:  # the other value would be handed to all sublayers
         mixture.trainable = False
-    new = {family.experts: mixture.experts}
+    set_state(router_owner, router_name, mixture.router)
+    set_state(block, family.experts, mixture.experts)
     if family.shared_gate:
         _assign(mixture.shared_gate, getattr(block, family.shared_gate))
-        new[family.shared_gate] = mixture.shared_gate
-    replace_sublayers(router_owner, [router_name], {router_name: mixture.router})
-    # Its name comes after all others: what has two names is saved under the first.
-    replace_sublayers(block, list(new), {**new, "_sparse_mixture": mixture})
+        set_state(block, family.shared_gate, mixture.shared_gate)
+    with open_to_state(block):
+        # Keras comes to names with an underscore last, and saves what has two under the first.
+        block._sparse_mixture = mixture
     object.__setattr__(block, "__class__", _sparse_class(type(block), family))
 
 
@@ -130,7 +137,7 @@ def make_dense(block):
         names.append(router_name)
     else:
         names.append(family.router.partition(".")[0])
-    replace_sublayers(block, [*names, "_sparse_mixture"], {})
+    remove_sublayers(block, [*names, "_sparse_mixture"])
     object.__setattr__(block, "__class__", block.replaced)
     rebuild(block, (None, None, block.hidden_dim))
     router_owner, router_name = _router_place(block, family)

@@ -1,4 +1,4 @@
-"""How many assignments an expert has room for, and who is served first."""
+"""How many slots an expert has, and which tokens get them first."""
 
 import keras
 from keras import ops as keras_ops
@@ -18,22 +18,23 @@ PRIORITIES = ("position", "probability", "random")
 
 @register
 class Capacity:
-    """Room for `ceil(factor * T * K / E)` of the T tokens in each expert, rounded up.
+    """Gives each expert `ceil(factor * T * K / E)` slots for a batch of T tokens.
 
-    First choices are served before second ones. What finds no room contributes zero, so that a
-    residual connection hands the token on as it is; the weights of the others stay. Padding takes
-    no room, but counts in T, so that the shape of a batch and not its content sets the capacity.
+    First choices are served before second ones. An assignment without a slot contributes zero, so
+    that a residual connection passes the token on unchanged; the weights of the others stay.
+    Padding takes no slot, but counts in T, so that the shape of a batch and not its content sets
+    the capacity.
 
     Where `keras.distribution` spreads a batch over devices, T counts the tokens of one device. They
     compete among themselves only, as in GShard's groups.
 
-    A language model should have room for all or one expert a token and the priority "position":
-    otherwise later tokens take the room of earlier ones, and so leak to them in training.
+    A language model should have no capacity, or one expert per token and the priority "position":
+    otherwise later tokens take slots from earlier ones, and so leak to them in training.
 
     Args:
-        factor: 1.0 has room for exactly balanced experts. Positive.
-        minimum: least room of an expert.
-        multiple_of: the room is rounded up to a multiple of this.
+        factor: 1.0 is enough for exactly balanced experts. Positive.
+        minimum: least number of slots of an expert.
+        multiple_of: the number of slots is rounded up to a multiple of this.
         evaluation_factor: the factor outside of training. None: no limit, so that what a token
             gets does not depend on what else is evaluated.
         priority: who is served first among equal choices: "position", earlier tokens;
@@ -88,7 +89,7 @@ class Capacity:
         return cls(identifier)
 
     def is_causal(self, top_k):
-        """Whether no later token can take the room of an earlier one.
+        """Whether no later token can take a slot from an earlier one.
 
         With two choices it can: all first choices stand before all second ones.
         """

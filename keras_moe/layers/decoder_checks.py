@@ -77,7 +77,7 @@ def _check_position(position, length, room):
     if not is_whole(position):
         raise ValueError(
             "`position` must be an integer. Received: "
-            f"position={position!r}. Pass where the first of the inputs stands, from 0."
+            f"position={position!r}. Pass the position of the first input, from 0."
         )
     if is_whole(length) and is_whole(room) and not 0 <= position <= room - length:
         raise ValueError(

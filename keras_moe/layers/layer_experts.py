@@ -83,7 +83,7 @@ class LayerExperts(ExpertBank):
         learnt = {id(variable) for variable in parameters_of(self)}
         variables = [each for each in self.non_trainable_variables if id(each) not in learnt]
         functions = [_as_function(layer, variables, self._compute) for layer in self.layers]
-        # Layers may not write to variables or keep losses inside compiled loops: both travel.
+        # Compiled loops allow no writes to variables and no stored losses: both are passed through.
         state = [ops.convert_to_tensor(variable) for variable in variables]
         state.append(ops.zeros((), "float32"))
         rows, state = map_groups(
@@ -176,8 +176,9 @@ def _as_layers(layers):
             )
     if len({id(layer) for layer in layers}) < len(layers):
         raise ValueError(
-            "`layers` must be different objects: one that stands twice would be one expert with "
-            f"two places. Received: {[layer.name for layer in layers]}. Make a new layer for each."
+            "`layers` must be different objects: a layer that is listed twice would be one expert "
+            f"with two places. Received: {[layer.name for layer in layers]}. Make a new layer "
+            "for each."
         )
     for layer in layers:
         check_takes_tokens("layers", layer)

@@ -7,6 +7,6 @@ def mask_of(inputs, mask):
     """The mask that was given, or the one that hangs on the inputs, or None.
 
     Keras hands the latter over by itself only where the inputs are the only tensor of a call. On
-    JAX it keeps the masks of traced tensors apart from them, so its own function has to look.
+    JAX it stores the masks of traced tensors elsewhere, so its own function has to find them.
     """
     return get_keras_mask(inputs) if mask is None else mask

@@ -50,10 +50,10 @@ class MixtureOfExperts(keras.layers.Layer):
             experts, or None. DeepSeekMoE (arXiv:2401.06066), section 3.2.
         gated_shared_expert: whether the shared expert's output is multiplied by a gate of each
             token, `sigmoid(x g)` with a learned g (D, 1), as in Qwen1.5-MoE and its successors.
-        capacity_factor: None for no limit. A number gives each expert room, in training, for
-            `ceil(capacity_factor * T * K / E)` of the T tokens, at least 1; first choices are
+        capacity_factor: None for no limit. A number gives each expert, in training,
+            `ceil(capacity_factor * T * K / E)` slots for T tokens, at least 1; first choices are
             served before second ones, then earlier tokens before later ones. An assignment that
-            finds no room contributes zero. A `Capacity` says more.
+            finds no slot contributes zero. `Capacity` has further options.
         **kwargs: arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
@@ -69,7 +69,7 @@ class MixtureOfExperts(keras.layers.Layer):
         token_ids: (batch, ...) integer tensor of vocabulary ids, for `routers.HashRouter`.
         indices: (T, K) integer tensor of experts to replay instead of choosing, such as the
             `indices` of a recorded routing, -1 for none. Weights come from the live scores. Those
-            in a NumPy array are checked; in a tensor what is no expert counts as -1.
+            in a NumPy array are checked; in a tensor, numbers that are no expert's count as -1.
 
     Returns:
         (batch, ..., D'), with the experts' D'; with `return_routing=True` also an `ops.Routing`,
@@ -87,7 +87,7 @@ class MixtureOfExperts(keras.layers.Layer):
     References: Shazeer et al. 2017 (arXiv:1701.06538); Fedus et al. 2021 (arXiv:2101.03961).
     """
 
-    # Whether `get_config` tells of its experts, and not that of a block around it.
+    # Whether its own `get_config` has the experts, and not that of a block around it.
     has_own_config = True
 
     def __init__(
@@ -145,7 +145,7 @@ class MixtureOfExperts(keras.layers.Layer):
         self.supports_masking = True
         # `inspection.count_in_evaluation` turns this on. Otherwise inference writes to no weight.
         self.counts_in_evaluation = False
-        # Whoever is to see routings and tokens (T, D) listens here: `inspection.listening`.
+        # A function of routings and tokens (T, D), which `inspection.recording.listening` sets.
         self.routing_listener = None
 
     def build(self, inputs_shape):
@@ -182,8 +182,8 @@ class MixtureOfExperts(keras.layers.Layer):
         self.router_losses = built
 
     def _counter(self, name, shape):
-        # Under `tf.distribute` each replica counts alone, and whoever reads gets the sum. That is
-        # more than `add_weight` can say.
+        # Under `tf.distribute` each replica counts alone, and reading gives the sum, which
+        # `add_weight` cannot express.
         return keras.Variable(
             "zeros",
             shape=shape,
@@ -206,7 +206,7 @@ class MixtureOfExperts(keras.layers.Layer):
         )
 
     def __call__(self, *args, **kwargs):
-        # Here, because Keras hands `call` tensors only.
+        # Checked here, because Keras turns arrays into tensors before `call`.
         self.router.check_arrays(**kwargs)
         return super().__call__(*args, **kwargs)
 
@@ -404,7 +404,7 @@ class MixtureOfExperts(keras.layers.Layer):
 
 class _Gate(keras.layers.Dense):
     def quantize(self, mode, type_check=True, config=None):
-        """Nothing: it has one column. Keras asks every layer."""
+        """Do nothing: it has one column. Keras calls this for every layer."""
 
 
 def _sequence_length(shape):

@@ -8,7 +8,7 @@ from keras_moe.saved_state import load_draws, save_draws
 
 def save_state(layer, store):
     """Put it into the store of the layer's weights."""
-    # Not the sums that `ExpertMonitor` resets each epoch, which decide nothing.
+    # Without the sums that `ExpertMonitor` resets each epoch, which do not affect training.
     for key, variable in _saved(layer).items():
         store[key] = ops.convert_to_numpy(variable)
     weights = layer.loss_weights_in_force
@@ -36,7 +36,8 @@ def load_state(layer, store):
             variable.assign(entries[key])
     for key, index in _weight_keys(layer):
         initial, weight = entries.get(key, (None, None))
-        # Who was given another weight wants that one, and not one that a schedule left.
+        # A loss that was made with another weight keeps it, instead of the one that a schedule
+        # left.
         if initial == np.float32(layer.router_losses[index].weight):
             layer.set_router_loss_weight(index, float(weight))
 

@@ -1,4 +1,4 @@
-"""Attention in two steps: what is remembered of the tokens, and a look at what is remembered."""
+"""Cached attention in two steps: keys and values of the tokens, then attention to them."""
 
 import keras
 
@@ -8,7 +8,7 @@ from keras_moe.ops.rotary import rotate
 class RememberingAttention(keras.layers.MultiHeadAttention):
     """Keras's attention, whose keys and values may be kept from one call to the next.
 
-    Axes: B batch, L length, M remembered length, D features, N heads, F features of a head.
+    Axes: B batch, L length, M cached length, D features, N heads, F features of a head.
     """
 
     def remember(self, states, positions=None):

@@ -42,7 +42,7 @@ class TransformerBlock(keras.layers.Layer):
         )
 
     def __call__(self, *args, **kwargs):
-        # Here, because Keras hands `call` tensors only.
+        # Checked here, because Keras turns arrays into tensors before `call`.
         check_host_integers("token_ids", kwargs.get("token_ids"))
         return super().__call__(*args, **kwargs)
 
@@ -98,7 +98,7 @@ class TransformerBlock(keras.layers.Layer):
         return hidden + ops.cast(branch, hidden.dtype)
 
     def _add_feed_forward(self, hidden, mask, training, token_ids):
-        # Keras hands on masks that hang on tensors, and sums take them off.
+        # Keras passes on the masks of tensors, but a sum has none.
         arguments = {"mask": mask, "training": training, "token_ids": token_ids}
         accepted = {name: arguments[name] for name in self._feedforward_arguments}
         branch = self.feedforward(self._feedforward_norm(hidden), **accepted)

@@ -18,9 +18,9 @@ from keras_moe.validation import check_flag, check_size, check_tensor, is_whole
 class TransformerDecoderBlock(TransformerBlock):
     """Causal self-attention, attention to a context if wanted, then a feed-forward layer.
 
-    Each branch stands behind a normalisation and a residual: `x = x + dropout(branch(norm(x)))`.
-    No token sees a later one, unless by the feed-forward layer: a warning names a router or a
-    capacity that lets it.
+    Each branch has a normalisation before it and a residual connection around it:
+    `x = x + dropout(branch(norm(x)))`. No token sees a later one, except through the feed-forward
+    layer: a warning names a router or a capacity that allows it.
 
     To decode token by token, `make_cache` once and pass `cache` and `position`: what the block
     computed of earlier tokens is then read instead of computed again, with the same outputs if no
@@ -36,8 +36,8 @@ class TransformerDecoderBlock(TransformerBlock):
             attention does without.
         cross_attention: whether the block attends to a `context` as well, such as the outputs of
             an encoder.
-        rotary: whether self-attention knows how far apart tokens stand. Without, tell the block
-            the positions by its inputs.
+        rotary: whether self-attention has rotary positions. Otherwise the inputs must hold the
+            positions.
         **kwargs: arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
@@ -53,8 +53,8 @@ class TransformerDecoderBlock(TransformerBlock):
             context, if not given.
         training: whether dropout is applied and router losses are added.
         cache: what `make_cache` or an earlier call returned.
-        position: int or int tensor, with cache: where the first of the inputs stands. One that is
-            a tensor is not checked, but moved to the nearest place where the inputs fit.
+        position: int or int tensor, with cache: the position of the first input. One in a tensor is
+            not checked, but moved to the nearest place where the inputs fit.
         token_ids: (batch, L) integer tensor for a feed-forward layer that goes by them.
 
     Returns:

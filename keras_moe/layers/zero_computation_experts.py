@@ -18,9 +18,9 @@ class ZeroComputationExperts(ExpertBank):
     whose output is the token, or to a constant expert, `a x + b v` with a learned vector v and
     `a, b = softmax(x W)`. None of them moves a row. So easy tokens cost less than hard ones.
 
-    The weights are those of the router. Let it not divide them by their sum
-    (`TopKRouter(num_experts, renormalize=False)`, as in LongCat-Flash), or a token whose other
-    expert is zero counts its weight all the same, as here.
+    The weights are those of the router. Use one that does not divide them by their sum, such as
+    `TopKRouter(num_experts, renormalize=False)`, as in LongCat-Flash: otherwise the weight of a
+    zero expert counts in that sum, as here.
 
     Args:
         experts: the bank of experts that compute.

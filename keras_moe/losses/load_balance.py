@@ -46,11 +46,11 @@ class LoadBalance(RouterLoss):
 
 @register
 class SequenceLoadBalance(RouterLoss):
-    """Spreads the tokens of each sequence over the experts: `LoadBalance` of one, averaged.
+    """Spreads the tokens of each sequence over the experts: the mean of their `LoadBalance`.
 
     Stricter than `LoadBalance`: experts cannot specialise on whole sequences. Give it a small
-    weight, beside a balancing of the batch. The layer tells it which tokens are one sequence: all
-    axes of its inputs between the first and the last. Outside of a layer all tokens are one, unless
+    weight, and balance the batch as well. The layer says which tokens are one sequence: all axes of
+    its inputs between the first and the last. Outside of a layer all tokens are one, unless
     `sequence_length` is given.
 
     Args:
@@ -134,7 +134,7 @@ class GlobalLoadBalance(RouterLoss):
     def compute(self, routing):
         if self._counts is None:
             raise ValueError(
-                "`GlobalLoadBalance` remembers counts in a layer. Received: a call outside of one. "
+                "`GlobalLoadBalance` keeps its counts in a layer. Received: a call outside of one. "
                 "Pass it to `MixtureOfExperts` as one of its `router_losses`."
             )
         is_first = self._steps % self.accumulation_steps == 0

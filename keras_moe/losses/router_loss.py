@@ -10,7 +10,7 @@ class RouterLoss:
 
     A subclass implements `compute(routing)`, which returns the loss before its weight. One that
     judges sequences sets `per_sequence` and implements `compute(routing, sequence_length)`. One
-    that spreads the load over the experts sets `balances`; advice about the layer names it then.
+    that spreads the load over the experts sets `balances`; advice about the layer then names it.
 
     Args:
         weight: what the loss is multiplied by, at least 0. A layer copies it into a variable of its
@@ -34,7 +34,7 @@ class RouterLoss:
         raise NotImplementedError(f"{type(self).__name__} must implement `compute(routing)`.")
 
     def evaluate(self, routing, **kwargs):
-        """The loss outside of training: nothing is remembered."""
+        """The loss outside of training: no state changes."""
         return self.compute(routing, **kwargs)
 
     def balance_advice(self, weight):
@@ -45,7 +45,7 @@ class RouterLoss:
         )
 
     def build(self, layer):
-        """The loss for a layer: this one, or one that remembers batches in weights of `layer`."""
+        """The loss for a layer: itself, or a copy that keeps its state in weights of `layer`."""
         return self
 
     def get_config(self):

@@ -17,7 +17,7 @@ def router_confidence(routing):
         Scalar, float32; 0 where every token is padding.
     """
     check_routing(routing)
-    # Not `ops.max`, which has no answer where there are no tokens.
+    # Not `ops.max`, which fails where there are no tokens.
     best = ops.expand_dims(ops.argmax(routing.probs, axis=-1), 1)
     return masked_mean(take_scores(routing.probs, best)[:, 0], routing.mask)
 
@@ -25,7 +25,7 @@ def router_confidence(routing):
 def unserved_fraction(routing, plan):
     """Share of the real tokens that no expert serves.
 
-    Tokens that all their experts dropped for want of room, or that no expert chose.
+    These are tokens whose assignments were all dropped, or that no expert chose.
 
     Args:
         routing: an `ops.Routing`.
@@ -45,7 +45,7 @@ def unserved_fraction(routing, plan):
 
 
 def router_saturation(before, after):
-    """How far routing has settled: the share of a token's experts it had at an earlier checkpoint.
+    """How far routing has settled: the share of a token's experts that it had before.
 
     Args:
         before: `ops.Routing` of some tokens at a checkpoint.

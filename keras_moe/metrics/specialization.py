@@ -59,7 +59,7 @@ def count_table(routing, groups, num_groups):
 
 
 def mutual_information(table):
-    """How much the group of a token tells about its expert, in nats; 0 if nothing.
+    """Mutual information of a token's group and its expert, in nats; 0 if independent.
 
     At most the logarithm of the number of groups, or of experts.
 

@@ -64,7 +64,7 @@ def dead_experts(counts):
 def dead_experts_over_window(counts, window=100):
     """Number of experts without a single assignment in the last `window` batches.
 
-    One batch may miss an expert by chance; many in a row do not. 0 before there are so many
+    One batch may miss an expert by chance; many in a row do not. 0 before there are `window`
     batches.
 
     Args:
@@ -83,7 +83,7 @@ def dead_experts_over_window(counts, window=100):
 
 
 def dropped_fraction(dropped, counts):
-    """Share of the assignments that were dropped for want of room; 0 without assignments.
+    """Share of the assignments that were dropped for lack of a slot; 0 without assignments.
 
     Args:
         dropped: scalar, number of dropped assignments.
@@ -164,7 +164,7 @@ def active_fraction(counts):
 def utilization_quantiles(counts, quantiles=(0.0, 0.25, 0.5, 0.75, 1.0)):
     """Quantiles over the experts of the load relative to its mean: all 1 at balance.
 
-    Five numbers tell the load of any number of experts.
+    Five numbers describe the load of any number of experts.
 
     Args:
         counts: (E,) assignments per expert.

@@ -18,7 +18,7 @@ from keras_moe.validation import check_positive_integer, check_routing
 
 
 class _UsageMetric(keras.metrics.Metric):
-    """Abstract: remembers something of the counts of each routing."""
+    """Abstract: accumulates a statistic of the counts of each routing."""
 
     def __init__(self, num_experts, name=None, dtype=None):
         num_experts = check_positive_integer("num_experts", num_experts)
@@ -144,7 +144,7 @@ class DeadExpertsOverWindow(_UsageMetric):
         window = check_positive_integer("window", window)
         super().__init__(num_experts, name, dtype)
         self.window = window
-        # How many batches ago each expert had its last assignment: all there is to know.
+        # Batches since the last assignment of each expert.
         self.idle = self.add_variable((num_experts,), "zeros", dtype="float32", name="idle")
 
     def remember(self, counts, dropped):

@@ -41,8 +41,8 @@ def run_by_all_to_all(step, tokens, weights, parameters, experts, shards, axis, 
         def run(tokens, weights, parameters):
             received = backend.exchange(dispatch_rows(tokens, buckets), axis)
             expert = backend.exchange(local_expert, axis)
-            # Outputs are weighted where they are computed and kept for the weights' gradient, so
-            # that they need not be kept where they return to.
+            # Outputs are weighted, and saved for the weights' gradient, on the device that computes
+            # them, so that the receiving device need not save them.
             weight = backend.exchange(buckets.weight_of_row(weights), axis)
             rows = Assignments.of(ops.expand_dims(expert, 1), num_local).sort()
             weights = ops.expand_dims(weight, 1)
@@ -55,7 +55,7 @@ def run_by_all_to_all(step, tokens, weights, parameters, experts, shards, axis, 
 
     def num_passes(groups):
         passes = lengths.passes_for(ops.max(_rows_by_shard(groups, num_shards)))
-        # All devices take part in every pass of one of them.
+        # If one device needs a pass, all take part in it.
         return backend.max_over_axis(passes, shards.axes)
 
     return sum_passes(nth_pass, num_passes, (tokens, weights, parameters), groups)

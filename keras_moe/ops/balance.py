@@ -147,7 +147,7 @@ def squared_load_variation(routing):
 
 def squared_variation(values):
     """`variance / mean ** 2` of values (E,), the variance divided by E; 0 where all are 0."""
-    # Never the square of a quotient of deviations: their root has no gradient at exact balance.
+    # Not by the standard deviation, whose root has no gradient at exact balance.
     mean = ops.mean(values)
     variance = ops.mean(ops.square(values - mean))
     return variance / ops.maximum(ops.square(mean), 1e-10)

@@ -18,8 +18,8 @@ from keras_moe import backend
 def seeded_generator():
     """A `keras.random.SeedGenerator` with a seed of its own.
 
-    Without one PyTorch's dropout draws from the generator of the whole process, whose state no file
-    of a model holds. `keras.utils.set_random_seed` decides this one as well.
+    Without it, PyTorch's dropout draws from the generator of the whole process, whose state is not
+    saved with the model. `keras.utils.set_random_seed` decides this one as well.
     """
     return keras.random.SeedGenerator(random.randrange(1, 10**9))
 
@@ -77,7 +77,7 @@ def _hashed(shape, seed):
 
 
 def _mix(bits):
-    """A permutation of the int32 numbers after which neighbours have nothing in common.
+    """A permutation of the int32 numbers that maps neighbours to unrelated values.
 
     The last step of MurmurHash3, with its constants. Products wrap around.
     """
@@ -87,5 +87,5 @@ def _mix(bits):
 
 
 def _shifted(bits, number):
-    """To the right, with zeros from the left, where a negative number would have ones."""
+    """Logical shift to the right: zeros come in from the left, for negative numbers too."""
     return ops.bitwise_and(ops.right_shift(bits, number), 2 ** (32 - number) - 1)

@@ -41,7 +41,7 @@ def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=No
     sequence_length = at_least(1, num_tokens) if sequence_length is None else sequence_length
     probs = softmax(logits)
     capacity = expert_capacity(sequence_length, num_experts, 1, capacity_factor)
-    # Padding makes room for nobody: the places it takes in the shapes are left empty.
+    # Padding adds no slots: its places in the static shapes stay empty.
     real = ops.reshape(ops.cast(mask, "int32"), (-1, sequence_length))
     room = expert_capacity(ops.sum(real, axis=1), num_experts, 1, capacity_factor)
     wish = ops.where(ops.expand_dims(mask, 1), ops.stop_gradient(probs), -1.0)

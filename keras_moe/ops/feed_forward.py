@@ -42,7 +42,7 @@ def grouped_feed_forward(
 
     With one up kernel the network is `act(x W + b) V + c`; with two, gate and up, it is
     `(act(x G) * (x U)) V`, Shazeer 2020 (arXiv:2002.05202). Only the pre-activations and the
-    outputs of the rows are kept for the gradient; rows are gathered again, activations computed
+    outputs of the rows are saved for the backward pass, which gathers rows and computes activations
     again.
 
     Args:

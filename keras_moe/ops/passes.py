@@ -35,7 +35,7 @@ class Lengths(NamedTuple):
         return Lengths(-(-self.first // number), -(-self.further // number))
 
     def span(self, number):
-        """The first row of a pass, and how many it takes. Only 0 takes those of the first."""
+        """The first row of a pass, and its length; only the integer 0 is the first pass."""
         if isinstance(number, int) and number == 0:
             return 0, self.first
         return self.first + (number - 1) * self.further, self.further
@@ -106,7 +106,7 @@ def _part(groups, start, length):
     ends = ops.cumsum(groups.sizes)
     inside = ops.clip(ends - start, 0, length) - ops.clip(ends - groups.sizes - start, 0, length)
     rows = groups.rows_of_token - start
-    # The last part may reach past the end.
+    # The last part may overrun the rows.
     assignments = ops.pad(groups.assignment_of_row, (0, length))
     return Groups(
         sizes=inside,

@@ -97,7 +97,7 @@ def plan_groups(routing, capacity=None, first=None, sequence_length=None):
         sequence_length: where given, the capacity holds for each run of so many tokens alone.
 
     Returns:
-        A `GroupedPlan`. What is no expert in the indices belongs to no group, as -1.
+        A `GroupedPlan`. Indices that are not an expert's belong to no group, like -1.
 
     Raises:
         ValueError, TypeError: If a size is not positive or the indices are no integers.
@@ -132,7 +132,7 @@ def plan_groups(routing, capacity=None, first=None, sequence_length=None):
 
 
 def _admit(assignments, capacity, first, sequence_length):
-    """The assignments that find a place in their expert."""
+    """The assignments that find a slot in their expert."""
     num_tokens, top_k = ops.shape(assignments.experts)
     num_experts = assignments.num_experts
     expert_of_assignment = assignments.choice_major()
@@ -149,7 +149,7 @@ def _admit(assignments, capacity, first, sequence_length):
 
 
 def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
-    """Rows an expert has room for: `ceil(factor * T * K / E)`, at least 1.
+    """Slots of an expert: `ceil(factor * T * K / E)`, at least 1.
 
     Args:
         num_tokens: T, an integer or an integer tensor. Padding counts, so that the capacity does
@@ -157,7 +157,7 @@ def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
         num_experts: E.
         top_k: K.
         capacity_factor: positive float, read to three decimals or the nearest simple fraction;
-            1.0 has room for exactly balanced experts.
+            1.0 is enough for exactly balanced experts.
 
     Returns:
         An integer, or an int32 tensor where `num_tokens` is one.
@@ -180,10 +180,10 @@ def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
     check_positive_integer("num_experts", num_experts)
     check_positive_integer("top_k", top_k)
     capacity_factor = check_positive_number("capacity_factor", capacity_factor)
-    # In integers, which round alike everywhere: in float32 a compiled quotient may come out just
-    # above a whole number, and one row too many with it.
+    # In integers, which round the same way everywhere: in float32 a compiled quotient may end just
+    # above a whole number, which gives one slot too many.
     share = Fraction(float(capacity_factor)).limit_denominator(1000) * top_k / num_experts
-    # Whole parts apart: the product of all tokens with the numerator may pass 32 bits.
+    # The whole parts separately: the product of all tokens with the numerator may exceed 32 bits.
     whole, rest = num_tokens // share.denominator, num_tokens % share.denominator
     rows = whole * share.numerator - (-rest * share.numerator // share.denominator)
     return at_least(1, rows)

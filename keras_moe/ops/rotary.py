@@ -1,4 +1,4 @@
-"""Rotary positions: a query meets a key by how far apart they stand, not by where.
+"""Rotary positions: attention depends on the distance of query and key alone.
 
 Axes: B batch, L length, N heads, F features of a head.
 """

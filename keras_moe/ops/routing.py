@@ -33,8 +33,9 @@ class Routing(NamedTuple):
     - `logits` (T, E) float32: what the scores were computed from.
     - `mask` (T,) bool: False for padding.
     - `counts` (E,) int32: assignments per expert, padding excluded, before any drop.
-    - `dropped` () float32: share of the assignments that found no room in their expert.
-    - `load` (E,) float32: `counts`, or of noisy routers a smooth estimate of it with a gradient.
+    - `dropped` () float32: share of the assignments that found no slot in their expert.
+    - `load` (E,) float32: `counts`; for noisy routers a smooth, differentiable estimate of the
+      load.
     - `details`: tuple of tensors that only the router's own plan understands.
     """
 
@@ -72,7 +73,7 @@ def clean_logits(logits, mask=None):
     """Logits in float32 with zeros for padding, and a mask that is never None.
 
     Padding may hold anything: a NaN there must not reach a gradient, so it is replaced before any
-    score is computed and not masked behind it.
+    score is computed, not masked afterwards.
     """
     check_tensor("logits", logits)
     logits = ops.cast(logits, "float32")
@@ -138,7 +139,7 @@ def count_assignments(indices, mask, num_experts):
     """How many assignments each expert has.
 
     Args:
-        indices: (T, K) int32; -1 stands for nobody.
+        indices: (T, K) int32; -1 for no expert.
         mask: (T,) bool, False for padding.
         num_experts: E.
 

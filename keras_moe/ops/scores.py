@@ -42,7 +42,7 @@ def unit(vectors, axis):
 
 def along_units(vectors, directions):
     """Products (R, E) of the unit vectors of rows (R, D) with directions (D, E)."""
-    # The rows keep their length until they are products, which are fewer.
+    # Rows are scaled after the product, which has fewer values.
     return ops.matmul(vectors, directions) * _inverse_length(vectors, axis=1)
 
 

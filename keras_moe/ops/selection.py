@@ -29,7 +29,7 @@ def top_k_indices(scores, top_k):
     check_rank("scores", scores, ("T", "E"))
     num_tokens, num_experts = scores.shape
     check_top_k(top_k, num_experts)
-    if num_tokens == 0:  # Keras has no maximum of nothing.
+    if num_tokens == 0:  # Keras cannot take the maximum of an empty axis.
         return ops.zeros((0, top_k), "int32")
     scores = ops.stop_gradient(ops.convert_to_tensor(scores))
     # NaN and minus infinity rank above the experts that are taken already.
@@ -43,7 +43,7 @@ def top_k_indices(scores, top_k):
 
 
 def best_places(scores, number):
-    """Where the `number` largest of the last axis stand, best first; the first of equals is taken.
+    """Indices of the `number` largest along the last axis, best first; ties go to the lower index.
 
     Args:
         scores: (..., S) float32 tensor.
@@ -56,7 +56,7 @@ def best_places(scores, number):
         # XLA finds the largest without a sort of all.
         places = ops.top_k(scores, number)[1]
     else:
-        # Not top_k: equals are in no order on PyTorch.
+        # Not `top_k`, which on PyTorch orders ties arbitrarily.
         places = ops.argsort(-scores, axis=-1)[..., :number]
     return ops.cast(places, "int32")
 

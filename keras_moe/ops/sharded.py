@@ -1,4 +1,4 @@
-"""How a batch crosses devices: the one place where tokens leave theirs and come back.
+"""How a batch crosses devices: the only place where tokens are sent to other devices and back.
 
 Tokens are split over some axes of a mesh of devices, the data axes. Kernels are whole on every
 device, or their experts are split over one axis, the expert axis. Between the plan and the combined
@@ -9,8 +9,8 @@ outputs the layer runs once for each device, on the tokens and the experts it ha
    rows that it does not have.
 3. The devices along the expert axis sum their outputs, and each keeps those of its own tokens.
 
-Where K is so small that it is less to send, each token goes to the devices of its experts alone,
-and its outputs come back: `all_to_all`.
+Where K is small enough that less is sent, each token goes to the devices of its experts only, and
+its outputs come back: `all_to_all`.
 
 The backward pass is the same in reverse: gradients of outputs are gathered, those of tokens summed
 and scattered, those of kernels summed over the data axes. No kernel is sent anywhere.

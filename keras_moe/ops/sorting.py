@@ -9,7 +9,7 @@ from keras_moe import backend
 
 
 def place_in_queue(queue, num_queues, turns=None):
-    """How many of the same queue stand before each, (N,) int32."""
+    """How many entries of the same queue precede each entry, (N,) int32."""
     if turns is not None:
         places = place_in_queue(ops.take(queue, turns), num_queues)
         return put(places, turns, ops.shape(queue)[0])
@@ -19,7 +19,7 @@ def place_in_queue(queue, num_queues, turns=None):
 
 
 def queue_sizes(queue, num_queues):
-    """How many stand in each queue, (num_queues,) int32."""
+    """The length of each queue, (num_queues,) int32."""
     return ops.segment_sum(ops.ones_like(queue), queue, num_queues)
 
 

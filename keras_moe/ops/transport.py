@@ -46,10 +46,11 @@ def sinkhorn_plan(logits, mask, iterations):
 def balanced_assignment(scores, mask):
     """One expert for each token, none with more than `ceil(N / E)` tokens.
 
-    Tokens propose to their best expert, experts keep their best proposals, and who is rejected
-    proposes to the next (deferred acceptance, Gale and Shapley 1962): no token and expert would
-    both rather have each other. BASE layers (arXiv:2103.16716) maximise the sum of the scores by an
-    auction instead, whose number of rounds depends on the scores.
+    Tokens propose to their best expert, experts keep their best proposals, and rejected tokens
+    propose to their next expert (deferred acceptance, Gale and Shapley 1962). The result is stable:
+    no token and expert both prefer each other to their assignment. BASE layers (arXiv:2103.16716)
+    maximise the sum of the scores by an auction instead, whose number of rounds depends on the
+    scores.
 
     Args:
         scores: (T, E) float32 tensor; what is not finite counts as the lowest.

@@ -7,12 +7,12 @@ from keras_moe.validation import check_path
 def report(model, data, labels=None, tokens=None, path="report.html"):
     """Write one self-contained HTML page about the experts of a model.
 
-    It opens without a network and shows verdicts in plain words with what to try, a table of the
-    layers, pictures, and the text coloured by the expert that served each token, with weights and
-    probabilities under the mouse or the arrow keys. All data given are run and shown: pass a few
+    It opens without a network and shows verdicts with what to try, a table of the layers, plots,
+    and the text coloured by the expert that served each token, with weights and probabilities under
+    the mouse or the arrow keys. The model runs on all of the data, and all are shown: pass a few
     hundred documents, not all you have.
 
-    Layers that see different things, as encoder and decoder of a translator do, take their own
+    Layers that see different tokens, as the encoder and decoder of a translator do, take their own
     `labels` and `tokens`: a dict of them by the name of the layer.
 
     Needs matplotlib: `pip install "keras_moe[visualization]"`.

@@ -1,4 +1,4 @@
-"""Pictures as SVG that takes the colours of the page around it."""
+"""Plots as SVG in the colours of the page around them."""
 
 import io
 import re

@@ -6,10 +6,9 @@ import keras
 import numpy as np
 
 from keras_moe import health, metrics
-from keras_moe.inspection import has_moe_layers, moe_layers, record_routings
+from keras_moe.inspection import has_moe_layers, moe_layers, record_routings, summarize
 from keras_moe.reporting.texts import positions_of, token_texts
 from keras_moe.routers.logit_router import LogitRouter
-from keras_moe.summary import summarize
 from keras_moe.visualization.labels import bits_in_common, label_table
 from keras_moe.visualization.sources import as_labels, as_tensors, by_layer, each_token
 
@@ -66,7 +65,7 @@ def study(model, data, labels, tokens):
         return Study(num_documents, [])
     batches = list(_batches(arrays, num_documents))
     recorded = record_routings(model, batches)
-    # Of a layer that is called several times the first call: its tokens are those of the data.
+    # The first call of a layer that is called several times: its tokens are those of the data.
     called = {
         name: routings[:: len(routings) // len(batches)]
         for name, routings in recorded.items()
@@ -124,11 +123,11 @@ def _study_layer(layer, summary, routing, labels, texts):
     )
     largest = np.abs(routing.logits[routing.mask]).max(initial=0)
     load = health.judge_load(routing.counts, layer.router.min_top_k, layer.balance_advice())
-    # A table does not learn: that it has no doubts says nothing.
+    # A fixed router has no confidence to report.
     decides = isinstance(layer.router, LogitRouter) and len(probs)
     router = health.judge_router(entropy, largest) if decides else []
     if entropy > health.INDIFFERENT:
-        # Without a preference, who leads is chance.
+        # Without a preference, the first choice is random.
         load = [finding for finding in load if finding.level == health.PROBLEM]
     findings = [*load, *health.judge_drops(routing.dropped), *router]
     information = None

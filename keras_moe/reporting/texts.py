@@ -1,4 +1,4 @@
-"""What stands at each position of a layer, as text."""
+"""The text at each position of a layer."""
 
 import keras
 import numpy as np

@@ -12,12 +12,11 @@ class BalancedAssignmentRouter(LogitRouter):
     """In training every expert has the same number of tokens, assigned by preference.
 
     One expert per token, its weight the sigmoid of its logit. In evaluation a token goes to its
-    best expert, whoever else does. In training a token's expert depends on the whole batch. Use it
+    best expert, whatever the load. In training a token's expert depends on the whole batch. Use it
     without a balance loss.
 
-    BASE layers add the rest of the weight times the input; here that is left to the residual
-    connection around the layer. And the assignment is stable rather than optimal: see
-    `ops.balanced_assignment`.
+    BASE layers also add the input times one minus the weight; here the residual connection around
+    the layer adds it. The assignment is stable rather than optimal: see `ops.balanced_assignment`.
 
     Args:
         num_experts: number of experts, E.

@@ -20,8 +20,8 @@ class SelectionBalancer:
     its bias with the mean of the measurements. The bias of a step is fixed before the step, so that
     no token's experts depend on later tokens. Padding is not measured.
 
-    A subclass implements `measure(routing, scores, bias)` and `update(bias, measured)`; all but
-    the scores (T, E) are of length E. What does not average over replicas, `measure` gathers.
+    A subclass implements `measure(routing, scores, bias)` and `update(bias, measured)`; all but the
+    scores (T, E) have length E. `measure` gathers what cannot be averaged over replicas.
 
     Args:
         accumulation_steps: micro-batches of an optimizer step, the `gradient_accumulation_steps`
@@ -54,8 +54,8 @@ class SelectionBalancer:
 class LossFreeBias(SelectionBalancer):
     """Raises the bias of experts with less than the mean load, lowers that of the others.
 
-    `b_e <- b_e + rate * sign(mean(c) - c_e)`, then the mean of b is taken off, which changes no
-    selection and keeps b near zero. There is no loss, so nothing pulls against the task.
+    `b_e <- b_e + rate * sign(mean(c) - c_e)`, then the mean of b is subtracted, which changes no
+    selection and keeps b near zero. There is no loss, so no gradient works against the task.
 
     Args:
         rate: step of the bias. Scores are at most 1, so 0.001 is fine for long trainings; a few
@@ -71,7 +71,7 @@ class LossFreeBias(SelectionBalancer):
     >>> router = keras_moe.routers.TopKRouter(num_experts=8, score="sigmoid", balancer=balancer)
 
     Reference: Wang et al. 2024 (arXiv:2408.15664), algorithm 1; DeepSeek-V3 (arXiv:2412.19437),
-    section 2.1.2. Taking the mean off is not in the papers.
+    section 2.1.2. Subtracting the mean is not in the papers.
     """
 
     def __init__(self, rate=1e-3, accumulation_steps=1):
@@ -99,12 +99,13 @@ class QuantileBias(SelectionBalancer):
 
     A token needs more than its threshold, the (K+1)-th best of its biased scores, to choose an
     expert. The bias of an expert is such that its score is above the threshold for N K / E of the N
-    tokens: minus a quantile over the tokens. No rate is needed, and it follows in a few steps.
+    tokens: minus a quantile over the tokens. It needs no rate and follows the load within a few
+    steps.
 
     Args:
         momentum: share of the old bias that is kept, from 0 to below 1.
         accumulation_steps: micro-batches of an optimizer step. Their biases are averaged, which is
-            near to that of all their tokens where the micro-batches are alike.
+            close to that of all their tokens if the micro-batches are alike.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -129,13 +130,13 @@ class QuantileBias(SelectionBalancer):
         biased = scores + bias
         threshold = take_scores(biased, top_k_indices(biased, top_k + 1)[:, top_k:])
         margin = ops.where(ops.expand_dims(routing.mask, 1), scores - threshold, -math.inf)
-        # A mean of the quantiles of all replicas would be the quantile of nothing.
+        # The mean of the replicas' quantiles is not the quantile of all their tokens.
         margin = -ops.sort(-backend.gather_over_replicas(margin), axis=0)
         num_real = backend.sum_over_replicas(ops.sum(ops.cast(routing.mask, "int32")))
         fair_share = num_real * top_k // num_experts
         last = ops.maximum(num_real - 1, 0)
         quantile = ops.take(margin, ops.minimum(fair_share, last), axis=0)
-        # Without a real token there is nothing to learn: the bias stays.
+        # Without a real token the bias does not change.
         return ops.where(ops.isfinite(quantile), -quantile, bias)
 
     def update(self, bias, measured):

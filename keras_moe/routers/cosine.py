@@ -16,9 +16,9 @@ from keras_moe.validation import check_positive_integer
 class CosineRouter(SelectionRouter):
     """Logits are cosines between a projection of the token and a direction of each expert.
 
-    Norms of tokens and experts have no say, which keeps tokens from gathering around the directions
-    of experts. `logits = scale * cos(x W, direction_e)` with a learned scale of at most 100,
-    at first 2.
+    The norms of tokens and experts do not count, which keeps tokens from gathering around the
+    directions of experts. `logits = scale * cos(x W, direction_e)` with a learned scale that starts
+    at 2 and is at most 100.
 
     Args:
         num_experts: number of experts, E.

@@ -12,8 +12,8 @@ from keras_moe.serialization import register
 class DenseRouter(LogitRouter):
     """All experts serve each token, weighted by a softmax: `y = sum_e p_e f_e(x)`.
 
-    The cost is that of all experts. It is the reference that sparse routers save from, and the best
-    choice for a handful of small experts.
+    The cost is that of all experts. It is the reference whose cost sparse routers reduce, and the
+    best choice for a handful of small experts.
 
     Args:
         num_experts: number of experts, E, and experts per token.

@@ -8,11 +8,11 @@ from keras_moe.validation import check_positive_number
 
 @register
 class ExpertChoiceRouter(LogitRouter):
-    """Each expert takes its best tokens of each sequence, the same number of all.
+    """Each expert takes the same number of best tokens of each sequence.
 
     The load is balanced by construction and needs no loss. A token is served by any number of
-    experts, perhaps by none. Because tokens compete, a token's experts depend on later tokens: not
-    for language models, whose text would leak from the future.
+    experts, perhaps by none. Because tokens compete, a token's experts depend on later tokens: a
+    language model would see the future in training.
 
     Args:
         num_experts: number of experts, E.

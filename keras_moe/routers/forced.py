@@ -1,4 +1,4 @@
-"""Routing that looks at no token, for measurements."""
+"""Routing that ignores the tokens, for measurements."""
 
 import keras
 from keras import ops
@@ -14,7 +14,7 @@ PATTERNS = ("round_robin", "random", "zipf", "one")
 
 @register
 class ForcedRouter(Router):
-    """Sends tokens by a pattern: what does the layer cost under this load?
+    """Routes by a fixed pattern, to measure what the layer costs under that load.
 
     - "round_robin": token t goes to experts t K, t K + 1, ..., modulo E: exact balance
     - "random": K experts at random

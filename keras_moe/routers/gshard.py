@@ -1,4 +1,4 @@
-"""Top-2 routing that visits its second expert by chance."""
+"""Top-2 routing that uses its second expert at random."""
 
 from keras import ops
 
@@ -14,13 +14,13 @@ class GShardRouter(LogitRouter):
     """Two experts per token; in training the second serves only as often as its weight deserves.
 
     The two best probabilities are divided by their sum. In training the second expert is kept with
-    probability `min(1, weight / threshold)`: a second opinion that hardly counts is not worth a
-    place. In evaluation it always serves, so that evaluation does not depend on chance, where Mesh
-    TensorFlow draws there too.
+    probability `min(1, weight / threshold)`: a second expert that hardly counts is not worth a
+    slot. In evaluation it always serves, so that results are deterministic; Mesh TensorFlow draws
+    there too.
 
     Args:
         num_experts: number of experts, E, at least 2.
-        threshold: weight from which on the second expert always serves; positive.
+        threshold: weight at or above which the second expert always serves; positive.
         **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
             `seed`, as in `TopKRouter`, and `name`.
 

@@ -108,7 +108,7 @@ def _check_token_ids(token_ids):
 
 
 def fixed_routing(indices, mask, num_experts):
-    """A routing to given experts (T, K) with equal weights, which nothing was learned for."""
+    """A routing to given experts (T, K) with equal weights; nothing is learned."""
     num_tokens, top_k = ops.shape(indices)
     mask = ops.ones((num_tokens,), "bool") if mask is None else mask
     chosen = chosen_experts(indices, num_experts)

@@ -1,4 +1,4 @@
-"""Routing without a choice: what is above zero serves."""
+"""Routing without top-k: every expert with a positive logit serves."""
 
 import keras
 from keras import ops
@@ -17,13 +17,13 @@ class ReLURouter(LogitRouter):
 
     In training the router adds an L1 loss of its weights, whose strength it adapts until `top_k`
     experts serve a token on average: it grows by `growth` while there are more and shrinks while
-    there are fewer. The loss weighs each expert by its load, so that it balances as well. No other
+    there are fewer. The loss weights each expert by its load, so that it also balances: no other
     balance loss is needed.
 
     Args:
         num_experts: number of experts, E.
         top_k: experts per token on average that the loss aims at.
-        max_top_k: most experts per token, K; of more than K above zero the best K serve. None:
+        max_top_k: most experts per token, K; if more than K are above zero, the best K serve. None:
             twice `top_k`. The cost of moving rows grows with it, used or not.
         growth: factor by which the strength of the loss changes in a step, above 1.
         initial_strength: strength of the loss at first, positive.
@@ -103,7 +103,7 @@ class ReLURouter(LogitRouter):
         scores = ops.relu(logits)
         indices = top_k_indices(scores, self.max_top_k)
         weights = take_scores(scores, indices)
-        # `not <=` and not `>`: a NaN score is shown, not hidden.
+        # `not <=` instead of `>`: a NaN score stays visible.
         indices = ops.where(ops.logical_not(weights <= 0), indices, -1)
         routing = make_routing(indices, weights, distribution(scores), logits, mask)
         if training:
@@ -111,7 +111,7 @@ class ReLURouter(LogitRouter):
         return routing
 
     def _add_sparsity_loss(self, routing, scores):
-        # Of all scores above zero: where more than `max_top_k` are, the surplus has to go as well.
+        # Over all scores above zero: those beyond `max_top_k` must shrink as well.
         serves = ops.logical_and(scores > 0, ops.expand_dims(routing.mask, 1))
         serves_or_real = ops.concatenate([serves, ops.expand_dims(routing.mask, 1)], axis=1)
         totals = backend.sum_over_replicas(ops.sum(ops.cast(serves_or_real, "float32"), axis=0))
@@ -127,7 +127,7 @@ class ReLURouter(LogitRouter):
         error = ops.sign(ops.sum(load) - self.top_k)
         error = ops.where(num_real > 0, error, 0.0)
         changed = strength * ops.power(self.growth, error)
-        # Below where it began it would be nothing, and long in coming back.
+        # Below its initial value it has no effect and takes long to recover.
         self.strength.assign(ops.maximum(changed, self.initial_strength))
 
     def get_config(self):

@@ -30,17 +30,17 @@ class Router(keras.layers.Layer):
     around it: rounded scores select other experts. It can be used alone, without experts.
 
     A subclass implements `route(tokens, mask, training)`, which returns an `ops.Routing`, and sets
-    `top_k`, the number of experts per token. If `route` has one of these arguments too, it is given
-    what the caller knows:
+    `top_k`, the number of experts per token. If `route` also has one of these arguments, the
+    caller's value is passed to it:
 
-    - `sequence_length`: tokens (T, D) are runs of so many, each a sequence.
+    - `sequence_length`: number of tokens of each sequence; T is a multiple of it.
     - `token_ids`: (T,) integers, the vocabulary ids of the tokens.
     - `indices`: (T, K) experts to use instead of choosing.
 
-    It sets `causal` to False if a token's experts depend on other tokens of the batch: such a
-    router must not serve a language model, and `default_losses` if it needs others than a balance
-    loss and a z-loss. And it overrides `plan` if its tokens do not choose experts, and `max_top_k`,
-    `mean_top_k` and `min_top_k` if tokens differ in how many experts serve them.
+    It sets `causal` to False if a token's experts depend on other tokens of the batch, which rules
+    it out for language models. It sets `default_losses` if it needs others than a balance loss and
+    a z-loss. It overrides `plan` if its tokens do not choose experts, and `max_top_k`, `mean_top_k`
+    and `min_top_k` if the number of experts differs between tokens.
 
     Args:
         num_experts: number of experts, E. None: that of the layer the router is given to.
@@ -56,7 +56,7 @@ class Router(keras.layers.Layer):
 
     def __new__(cls, *args, **kwargs):
         router = super().__new__(cls, *args, **kwargs)
-        # Past Keras, which would track what is in there.
+        # Not through Keras, which would track the layers in it.
         object.__setattr__(router, "_arguments", (args, kwargs))
         return router
 
@@ -76,7 +76,7 @@ class Router(keras.layers.Layer):
         self._known_arguments = set(inspect.signature(self.route).parameters)
 
     def bind(self, num_experts):
-        """Give a router that has no number of experts this one; any other stays as it is.
+        """Set the number of experts of a router that has none; one that is set stays.
 
         Raises:
             ValueError: If the number does not fit the other arguments.
@@ -87,7 +87,7 @@ class Router(keras.layers.Layer):
         parameters = list(inspect.signature(type(self).__init__).parameters)
         if parameters[1:2] == ["num_experts"]:
             args = args[1:]
-        # It checks its arguments, and what depends on the number is None here until now.
+        # The new router checks its arguments; its values replace those that are None here.
         bound = type(self)(*args, **{**kwargs, "num_experts": num_experts})
         for name, value in vars(bound).items():
             if getattr(self, name) is None and value is not None:
@@ -100,14 +100,14 @@ class Router(keras.layers.Layer):
                 f"`{type(self).__name__}` without `num_experts`. Pass `num_experts`, or give the "
                 "router to a `MixtureOfExperts` and use `layer.router`."
             )
-        # Here, because Keras hands `call` tensors only.
+        # Checked here, because Keras turns arrays into tensors before `call`.
         self.check_arrays(**kwargs)
         if args:
             check_tensor("tokens", args[0])
         return super().__call__(*args, **kwargs)
 
     def check_arrays(self, indices=None, token_ids=None, **others):
-        """The arguments of a call that are no tensors yet; `call` checks the rest."""
+        """Check the arguments of a call that are not tensors yet; `call` checks the rest."""
         check_host_integers("token_ids", token_ids)
         array = host_values(indices)
         if array is not None and array.ndim == 2 and "indices" in self._known_arguments:
@@ -206,7 +206,7 @@ class Router(keras.layers.Layer):
         super().load_own_variables(load_draws(self, store))
 
     def quantize(self, mode, type_check=True, config=None):
-        """Nothing: a router computes in float32. Keras asks every layer."""
+        """Do nothing: a router computes in float32. Keras calls this for every layer."""
 
     def compute_mask(self, tokens, mask=None):
         return None

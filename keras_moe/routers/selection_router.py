@@ -18,7 +18,7 @@ from keras_moe.validation import check_choice, check_flag, check_positive_number
 class SelectionRouter(LogitRouter):
     """Abstract: scores, an optional selection bias, and the best experts by their sum.
 
-    The bias decides who is chosen and never what the chosen weigh. A subclass may override
+    The bias affects which experts are chosen, never their weights. A subclass may override
     `select(scores)`.
 
     Args:
@@ -55,7 +55,7 @@ class SelectionRouter(LogitRouter):
         self.bias: Any = None
         self.balancer: Any = None if balancer is None else balancers.get(balancer)
         if self.balancer is not None:
-            # Nothing is to pull against the task.
+            # No loss should work against the task.
             self.default_losses = ()
         self.selection_bias: Any = None
         # Set to False to freeze the bias alone; `trainable` freezes all of the router.

@@ -12,10 +12,11 @@ from keras_moe.validation import check_positive_integer, check_top_k
 class SinkhornRouter(LogitRouter):
     """In training, tokens choose from a plan in which all experts have the same load.
 
-    The plan decides who is chosen; weights are the scores themselves: a sigmoid of the logit for
-    `top_k=1`, a softmax over all experts otherwise. In evaluation tokens choose by the logits, as
-    there is no batch to balance over, and a token's experts depend on itself alone. In training
-    they depend on the whole batch, so later tokens leak a little. Use it without a balance loss.
+    The plan decides which experts are chosen; weights are the scores themselves: a sigmoid of the
+    logit for `top_k=1`, a softmax over all experts otherwise. In evaluation tokens choose by the
+    logits, as there is no batch to balance over, and a token's experts depend on itself alone. In
+    training they depend on the whole batch, so later tokens leak a little. Use it without a balance
+    loss.
 
     Args:
         num_experts: number of experts, E.

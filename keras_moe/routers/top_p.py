@@ -13,9 +13,9 @@ from keras_moe.validation import check_fraction, check_top_k
 class TopPRouter(LogitRouter):
     """A token goes to its best experts until their probabilities add up to `threshold`.
 
-    Weights are the probabilities themselves. A router that cannot decide asks many experts;
-    `losses.RouterEntropy` gives it a reason to decide. Shapes are those of `max_top_k`; a place
-    that is not used costs nothing in the experts.
+    Weights are the probabilities themselves. An undecided router uses many experts;
+    `losses.RouterEntropy` penalizes indecision. Shapes are those of `max_top_k`; a place that is
+    not used costs nothing in the experts.
 
     Args:
         num_experts: number of experts, E.

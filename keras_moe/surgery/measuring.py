@@ -7,7 +7,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe.inspection import listening, moe_layers
+from keras_moe.inspection import moe_layers
+from keras_moe.inspection.recording import listening
 from keras_moe.ops.routing import count_assignments
 
 

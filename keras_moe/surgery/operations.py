@@ -41,7 +41,7 @@ def prune_experts(model, by="usage", keep=0.5, data=()):
     """Take the least important experts out of a model, in place.
 
     Routers lose the columns of those experts, and choose among the others; nothing else changes.
-    Models that are compiled can train on at once, with an optimizer that begins anew.
+    Compiled models can train on at once, with an optimizer that starts anew.
 
     Args:
         model: a built Keras model with MoE layers, or one such layer.
@@ -77,7 +77,7 @@ def prune_experts(model, by="usage", keep=0.5, data=()):
     layers, numbers, data = _plan(model, keep, data)
     scores = _scores(model, by, layers, data)
     chosen = {
-        # The first of equals stays.
+        # Of experts with equal scores, the first stays.
         name: np.sort(np.argsort(-scores[name], kind="stable")[: numbers[name]])
         for name in layers
     }
@@ -87,9 +87,9 @@ def prune_experts(model, by="usage", keep=0.5, data=()):
 def merge_experts(model, keep=0.5, data=()):
     """Merge similar experts of a model into one, in place.
 
-    The most used experts stay; each of the others is merged into the most similar of these, the one
-    whose logits go together with its own over the tokens. Weights are averaged by usage, after the
-    hidden features of the two were matched.
+    The most used experts stay; each of the others is merged into the most similar of these, by the
+    router's logits over the tokens. Weights are averaged by usage, after the hidden features of the
+    two were matched.
 
     Args:
         model: a built Keras model with MoE layers, or one such layer.
@@ -129,7 +129,7 @@ def merge_experts(model, keep=0.5, data=()):
 def set_top_k(model, top_k):
     """Let each token go to another number of experts, in place, compiled functions included.
 
-    A token's weights go on to be divided by their sum, if they were.
+    Weights that were divided by their sum still are.
 
     Args:
         model: a Keras model with MoE layers, or one such layer.

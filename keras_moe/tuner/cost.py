@@ -6,15 +6,15 @@ import time
 import keras
 import keras_tuner
 
-from keras_moe.summary import summarize
+from keras_moe.inspection import summarize
 from keras_moe.validation import check_name, check_positive_number
 
 
 class CostMonitor(keras.callbacks.Callback):
     """Adds what a model costs to the logs of each epoch, for `WithinBudget` and `pareto_table`.
 
-    - `active_flops`: of one token in all MoE layers, forward, as in `summary.LayerSummary`.
-    - `parameters`: of the whole model, those that it trains.
+    - `active_flops`: of one token in all MoE layers, forward, as in `inspection.LayerSummary`.
+    - `parameters`: number of trained parameters of the whole model.
     - `step_seconds`: time of a training step, without the first of the epoch, which may compile.
 
     Example:
@@ -44,8 +44,8 @@ class CostMonitor(keras.callbacks.Callback):
 class WithinBudget(keras_tuner.Objective):
     """The least loss under a budget: any trial above it is worse than every trial within it.
 
-    The score within the budget grows with the loss from 0 to 1; above the budget, what was spent as
-    a multiple of it is added, so that the search learns which way is cheaper. KerasTuner averages
+    The score within the budget grows with the loss from 0 to 1; above the budget, the cost as a
+    multiple of the budget is added, so that the search learns what is cheaper. KerasTuner averages
     the scores of a trial's executions, not their losses: compare losses by `pareto_table`.
 
     Args:

@@ -4,7 +4,7 @@ import keras_tuner
 
 
 class DefaultsFirst(keras_tuner.Oracle):
-    """Abstract: to be mixed into an oracle, whose first trial then has the default values.
+    """Abstract: a mixin for an oracle, whose first trial then has the default values.
 
     So the best trial is never worse than what was picked by hand.
 
@@ -22,6 +22,6 @@ class DefaultsFirst(keras_tuner.Oracle):
             return answer
         first = keras_tuner.HyperParameters()
         first.merge(self.get_space())
-        # What Hyperband keeps beside the hyperparameters.
+        # Hyperband stores its own state among the hyperparameters.
         own = {key: value for key, value in answer["values"].items() if key.startswith("tuner/")}
         return {**answer, "values": {**first.values, **own}}

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from keras_moe.validation import shortened
 
-# What the message to the chief has room for.
+# The largest number that the message to the chief can hold.
 _ALL = 2**31 - 1
 
 

@@ -28,8 +28,8 @@ class SearchSpace:
             "noisy_top_k", "sinkhorn", "top_k", "balanced_assignment" and "switch".
         loss_weights: dict of names in `losses.BY_NAME` to weights.
         capacity_factors: capacities, as in `layers.MixtureOfExperts`; None is no limit.
-        name: what the names of the hyperparameters begin with. Layers that should be chosen each
-            for itself need spaces of different names.
+        name: what the names of the hyperparameters begin with. Layers that are tuned independently
+            need spaces of different names.
 
     Raises:
         ValueError: If a value is out of its range, or some do not go together.

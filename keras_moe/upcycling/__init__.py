@@ -43,15 +43,15 @@ def upcycle(
     without, in a functional or sequential model, with dropout between them or without; a
     `keras.Sequential` of such two in an attribute of another layer, as of our Transformer blocks;
     and those of KerasHub's Transformer blocks (Bert, GPT-2, Llama, Mistral, Qwen and others).
-    Dropout between the two has no place inside an expert and goes away.
+    Dropout between the two is removed, because experts have none.
 
     With parts, the columns of the router's kernel that belong to one copy are equal, so that a
     token first goes to all parts of its best copies. With `top_k=granularity` it costs what the
     dense layer costs.
 
     Args:
-        model: a built Keras model. It changes in place, its other layers are used on, and it must
-            not be used any more, unless it is what is returned.
+        model: a built Keras model. It changes in place, and the result shares its other layers: use
+            the result only.
         num_experts: number of experts, E, divisible by `granularity`.
         top_k: experts per token, K, divisible by `granularity`. With 1 the weight of an expert is
             always 1, and the router learns from its losses only.
@@ -67,7 +67,7 @@ def upcycle(
 
     Returns:
         The model, with a `layers.MixtureOfExperts` for each of the layers, called
-        `"{name}_experts"`. If it was compiled it still is, with an optimizer that begins anew. A
+        `"{name}_experts"`. If it was compiled it still is, with an optimizer that starts anew. A
         functional or sequential model whose own `Dense` layers were replaced is a new one.
 
     Raises:

@@ -22,8 +22,8 @@ class Ones(keras.layers.Layer):
 def rewrite(model, mixtures):
     """The model with mixtures instead of feed-forwards.
 
-    Functional and sequential models that hold one become new ones of the same other layers; all
-    else changes in place.
+    Functional and sequential models that contain one are replaced by new models with the same other
+    layers; everything else changes in place.
 
     Args:
         model: a built Keras model.
@@ -60,14 +60,14 @@ class _Rewriting:
 
     def __init__(self, stand_ins):
         self.stand_ins = stand_ins
-        # Of blocks whose own config does not tell: pairs of a layer and names of attributes.
+        # For blocks whose own config lacks the change: pairs of a layer and names of attributes.
         self.changes: list = []
         self._done: dict[int, keras.Layer] = {}
 
     def of(self, layer):
         """The layer that stands for a layer of the model; mostly itself."""
         if id(layer) in self.stand_ins:
-            # The layer around still calls what went away.
+            # The surrounding layer still calls the removed one.
             nothing = keras.layers.Identity(name=layer.name, dtype=layer.dtype_policy.name)
             return self.stand_ins[id(layer)] or nothing
         if id(layer) not in self._done:

@@ -1,4 +1,4 @@
-"""Pictures of how a router decides."""
+"""Plots of how a router decides."""
 
 import numpy as np
 from keras import ops
@@ -46,8 +46,8 @@ def _draw_coactivation(axes, routing):
 def confidence(routings):
     """How sure the router is: the highest probability of each token, as a histogram.
 
-    The dotted line is chance, 1 / E: a heap there is a router without a preference, a heap at 1
-    one that leaves nothing to its other experts.
+    The dotted line is chance, 1 / E: a peak there means a router without a preference, a peak at 1
+    one that gives other experts no weight.
 
     Args:
         routings: what `inspection.record_routings` returned, or probabilities (T, E), or a dict of
@@ -78,5 +78,5 @@ def _draw_confidence(axes, probs):
         axes.set_xlim(0, limit)
     axes.axvline(1 / probs.shape[1], color="grey", ls=":", label="chance")
     axes.set(xlabel="probability of the first choice", ylabel="share of the tokens")
-    # Not the best place: to find it takes a busy machine so long that Matplotlib warns.
+    # Not `loc="best"`: on a busy machine the search takes so long that Matplotlib warns.
     axes.legend(loc="upper right")

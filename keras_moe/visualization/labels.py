@@ -1,4 +1,4 @@
-"""Pictures of what experts are for."""
+"""Plots of what experts serve."""
 
 import numpy as np
 from keras import ops
@@ -15,11 +15,11 @@ MAX_ROWS = 30
 def specialization(routings, labels, names=None, num_experts=None):
     """Which expert serves which kind of token: each row is a label, each column an expert.
 
-    Colours are the share of the label's assignments. The title says how many bits of information
-    a label and an expert have in common, and how many there are to know about the expert.
+    Colours are the share of the label's assignments. The title gives the mutual information of
+    label and expert in bits, and the entropy of the expert, its upper bound.
 
-    For subjects give the labels of documents, for parts of speech those of tokens, and for words
-    the tokens themselves: of many different strings the 30 most frequent are drawn.
+    Pass the labels of documents for subjects, those of tokens for parts of speech, and the tokens
+    themselves for words. Of many different strings the 30 most frequent are drawn.
 
     Args:
         routings: what `inspection.record_routings` returned, or (T, K) integer indices with -1 for
@@ -59,7 +59,7 @@ def label_table(routing, labels, names=None):
 
 
 def bits_in_common(table):
-    """What a label tells about the expert that serves it."""
+    """Mutual information of the label and the expert, in bits."""
     return float(metrics.mutual_information(ops.convert_to_tensor(table)) / np.log(2))
 
 
@@ -100,7 +100,7 @@ def _grouped(labels, mask, names):
 
 
 def _expert_bits(table):
-    """Bits there are to know about the expert of an assignment."""
+    """Entropy of the expert of an assignment, in bits."""
     share = table.sum(axis=0) / max(table.sum(), 1)
     return float(-np.sum(share * np.log2(np.where(share > 0, share, 1))))
 

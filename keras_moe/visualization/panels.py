@@ -1,4 +1,4 @@
-"""What the pictures share: one panel a layer, axes that read well with any number of experts."""
+"""What the plots share: one panel for each layer, axes that suit any number of experts."""
 
 import math
 
@@ -10,7 +10,7 @@ try:
     from matplotlib.ticker import MaxNLocator
 except ImportError as error:
     raise ImportError(
-        "Pictures need matplotlib, which is not installed. "
+        "Plots need matplotlib, which is not installed. "
         'Run `pip install "keras_moe[visualization]"`.'
     ) from error
 
@@ -22,7 +22,7 @@ def one_panel_a_layer(layers, draw, panel_size=PANEL_SIZE):
     """A figure whose panels are drawn by `draw(axes, array)`; `layers` maps names to arrays."""
     columns = min(len(layers), MAX_COLUMNS)
     rows = math.ceil(len(layers) / columns)
-    # Names come from data: a dollar in them is no formula.
+    # Names come from data: a dollar sign in them must not start a formula.
     with matplotlib.rc_context({"text.parse_math": False}):
         figure = Figure((columns * panel_size[0], rows * panel_size[1]), layout="constrained")
         panels: list = list(figure.subplots(rows, columns, squeeze=False).flat)

@@ -1,4 +1,4 @@
-"""From what users have - arrays, or recorded routings - to one routing a layer."""
+"""Converts arrays or recorded routings to one routing for each layer."""
 
 import keras
 import numpy as np
@@ -17,7 +17,7 @@ MOST_DRAWN = 100_000
 
 
 def by_layer(source):
-    """Dict of names to arrays or routings; what has no name is called the empty string."""
+    """Dict of names to arrays or routings; the name of a lone array is the empty string."""
     named = source if isinstance(source, dict) else {"": source}
     if not named:
         raise ValueError("There must be a layer to draw. Received: {}. Pass an array or a dict.")
@@ -25,7 +25,7 @@ def by_layer(source):
 
 
 def routings(source, num_experts=None):
-    """Dict of names to routings; of arrays of indices only who serves whom is known."""
+    """Dict of names to routings; those made from indices have no probabilities."""
     return {name: _routing(value, num_experts) for name, value in by_layer(source).items()}
 
 

@@ -1,4 +1,4 @@
-"""Pictures of what changes while a model trains."""
+"""Plots of what changes while a model trains."""
 
 import numpy as np
 

@@ -83,8 +83,8 @@ def _map_slices(functions, output_width, rows, sizes, state):
             outputs.append(function(rows[start : start + size], state)[0])
             start = start + size
             continue
-        # A function without rows is given one of zeros and its effects are thrown away: all its
-        # gradients exist then, and no statistics of nothing, which are NaN, enter the state.
+        # A function without rows runs on one row of zeros and its effects are discarded: all its
+        # gradients exist then, and no NaN statistics of an empty batch enter the state.
         spare = ops.maximum(1 - size, 0)
         output, new = function(ops.pad(rows[start : start + size], ((0, spare), (0, 0))), state)
         state = [ops.where(size > 0, *values) for values in zip(new, state)]

@@ -46,7 +46,7 @@ def backward(setting, step, tokens, row_weights, parameters, groups, outputs, sa
     row_gradient, factors = step.backward(
         tiles.cut(backend.gather_rows(tokens, token_of_row)),
         _products(parameters, tiles, setting.dtype),
-        # Not zeros: there an activation may have no slope, and NaN times 0 is NaN.
+        # Not zeros, where an activation may have no derivative: NaN times 0 is NaN.
         [tiles.fill(each, 1.0) for each in saved],
         tiles.cut(scaled),
     )

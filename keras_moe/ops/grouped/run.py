@@ -14,7 +14,7 @@ from keras_moe.ops.platforms import PLATFORMS, named_platform, on_platform
 def run_grouped(step, tokens, weights, kernels, biases, groups, frozen=()):
     """Apply a step to every group of rows, and sum each token's rows by weight.
 
-    Rows that belong to no group are not computed: padded and dropped assignments cost nothing.
+    Rows outside of all groups are not computed: padded and dropped assignments cost nothing.
 
     Args:
         step: a `Step`, hashable. The same one is compiled once.

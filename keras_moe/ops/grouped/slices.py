@@ -13,7 +13,7 @@ from keras_moe.ops.grouped.records import Parameters, Quantized, RowGradients
 from keras_moe.ops.grouped.steps import products_of
 from keras_moe.ops.groups import row_sums
 
-# With so many rows an operation on a CPU costs more than its call, and they stay in the cache.
+# So many rows outweigh the overhead of a call on a CPU, and still fit into the cache.
 CPU_RUN_ROWS = 512
 
 
@@ -102,7 +102,7 @@ def _runs(setting, groups):
     experts: list = []
     are_known = backend.knows_sizes()
     for expert, size in enumerate(backend.unstack_sizes(groups.sizes)):
-        # Each operation on nothing would cost as much as on a few rows.
+        # An operation on zero rows would cost as much as on a few.
         if are_known and size == 0:
             continue
         if sizes and not (are_known and end - start + size <= longest):

@@ -1,8 +1,8 @@
 """Steps: the arithmetic of one expert, written once for all engines.
 
 A step multiplies by `Products`, which an engine makes from kernels and biases. Between two products
-stands a function of single numbers, an activation for example. The step hands it to the product in
-front of it, and an engine whose kernels can take it in computes it there, where the numbers are.
+is an elementwise function, such as an activation. The step passes it to the product before it, and
+an engine whose kernels can fuse it computes it there.
 """
 
 import functools
@@ -78,7 +78,7 @@ def products_of(project, pull):
     return Products(multiply, pull_then)
 
 
-# The same step for the same network: what is compiled for it serves again.
+# Equal networks share one step, and so what is compiled for it.
 @functools.lru_cache
 def feed_forward_step(activation, widths, clip=None, up_shift=0.0):
     """`act(x W + b) V + c`, or `(act(x G) * (x U)) V` with a gate.

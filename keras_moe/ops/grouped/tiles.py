@@ -71,7 +71,7 @@ def backward(setting, step, tokens, row_weights, parameters, groups, outputs, sa
         row_gradient, factors = step.backward(
             tile.gather(tokens),
             products,
-            # Not zeros: there an activation may have no slope, and NaN times 0 is NaN.
+            # Not zeros, where an activation may have no derivative: NaN times 0 is NaN.
             [tile.read(buffer, past_end=1.0) for buffer in saved],
             output_gradient * tile.read(padded_weights),
         )

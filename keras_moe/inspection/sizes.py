@@ -4,9 +4,23 @@ from typing import NamedTuple
 
 from keras import ops
 
-from keras_moe.inspection import has_moe_layers, moe_layers
+from keras_moe import metrics
+from keras_moe.inspection.engines import describe
+from keras_moe.inspection.finding import has_moe_layers, moe_layers
 from keras_moe.parameters import parameters_of
+from keras_moe.plain_text import as_text
 from keras_moe.validation import check_model
+
+_HEADER = (
+    "layer",
+    "experts",
+    "parameters",
+    "active",
+    "FLOPs a token",
+    "busiest",
+    "dead",
+    "engine",
+)
 
 
 class LayerSummary(NamedTuple):
@@ -48,11 +62,51 @@ def summarize(model):
     >>> model = keras.Sequential([
     ...     keras.Input((16,)), keras_moe.layers.MixtureOfExperts(experts, name="moe")
     ... ])
-    >>> layer = keras_moe.summary.summarize(model)[0]
+    >>> layer = keras_moe.inspection.summarize(model)[0]
     >>> layer.parameters, layer.active_parameters  # router 16 * 4, experts 2 * 16 * 32 each
     (4160, 2112)
     """
     return [_summary(name, layer) for name, layer in moe_layers(model).items()]
+
+
+def summary(model, print_fn=print):
+    """Print the size and the use of each MoE layer of a model: `model.summary()` for experts.
+
+    Below the parameters of the model, a table has one row for each MoE layer. `parameters`,
+    `active` and `FLOPs a token` are those of `inspection.LayerSummary`. `busiest` is the load of
+    the busiest expert, where 1 is an equal share, and `dead` the number of experts without a token,
+    both since the counters were last reset. `engine` is that of `inspection.LayerDescription`.
+
+    Args:
+        model: a built Keras model.
+        print_fn: function that takes a string, called once for each line.
+
+    Raises:
+        ValueError: If the model has no MoE layer, or one that is not built.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
+    >>> model = keras.Sequential([
+    ...     keras.Input((16,)), keras_moe.layers.MixtureOfExperts(experts, name="moe")
+    ... ])
+    >>> lines = []
+    >>> keras_moe.summary(model, print_fn=lines.append)
+    >>> lines[3].split()[:6]
+    ['moe', '2', 'of', '4', '4,352', '2,208']
+    """
+    descriptions, layers = describe(model), summarize(model)
+    total, active = count_parameters(model)
+    print_fn(f"{as_text(model.name)}: {total:,} parameters, {active:,} of them active for a token")
+    print_fn("")
+    rows = [_HEADER, *map(_row, layers, descriptions)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for name, *cells in rows:
+        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+        print_fn("  ".join([name.ljust(widths[0]), *cells]))
+    if not any(sum(layer.counts) for layer in layers):
+        print_fn("")
+        print_fn("The counters are empty: they count in training, and a monitor resets them.")
 
 
 def count_parameters(model):
@@ -88,6 +142,21 @@ def _summary(name, layer):
     return LayerSummary(name, num_experts, router.max_top_k, parameters, active, 2 * active, counts)
 
 
+def _row(layer, description):
+    used = sum(layer.counts) > 0
+    busiest = float(metrics.load_imbalance(layer.counts)) + 1
+    return (
+        as_text(layer.name),
+        f"{layer.top_k} of {layer.num_experts}",
+        f"{layer.parameters:,}",
+        f"{layer.active_parameters:,}",
+        f"{layer.flops:,}",
+        f"{busiest:.2f} x fair" if used else "-",
+        str(layer.counts.count(0)) if used else "-",
+        f"{description.engine or '-'} ({description.platform})",
+    )
+
+
 def _count(layer):
     """How many parameters a layer has, those that were quantized included."""
     integers = [
@@ -107,4 +176,7 @@ def _size(weight):
     return size
 
 
-__all__ = ["LayerSummary", "count_parameters", "summarize"]
+# They were in a module `keras_moe.summary`, where code may still look for them.
+vars(summary).update(
+    LayerSummary=LayerSummary, count_parameters=count_parameters, summarize=summarize
+)

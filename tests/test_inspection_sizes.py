@@ -4,7 +4,8 @@ import keras
 import pytest
 from layer_checks import D, E, moe
 
-from keras_moe import routers, summary
+import keras_moe
+from keras_moe import inspection, routers
 
 EXPERT = 2 * D * 16 + 16 + D
 
@@ -27,18 +28,40 @@ SERVING = {
 @pytest.mark.parametrize("router, serving", SERVING.values(), ids=SERVING)
 def test_active_parameters_are_those_of_the_experts_that_serve_a_token(router, serving):
     model = keras.Sequential([keras.Input((5, D)), moe(router=router), keras.layers.Dense(2)])
-    (layer,) = summary.summarize(model)
+    (layer,) = inspection.summarize(model)
     of_router = layer.parameters - E * EXPERT
     assert layer.active_parameters == of_router + serving * EXPERT
     assert layer.flops == 2 * layer.active_parameters
     idle = (E - serving) * EXPERT
-    assert summary.count_parameters(model) == (model.count_params(), model.count_params() - idle)
+    assert inspection.count_parameters(model) == (model.count_params(), model.count_params() - idle)
 
 
 @pytest.mark.parametrize("frozen", ["layer", "experts"])
 def test_what_is_frozen_costs_the_same(frozen):
     layer = moe()
     model = keras.Sequential([keras.Input((5, D)), layer])
-    (before,) = summary.summarize(model)
+    (before,) = inspection.summarize(model)
     (layer if frozen == "layer" else layer.experts).trainable = False
-    assert summary.summarize(model) == [before]
+    assert inspection.summarize(model) == [before]
+
+
+def test_summary_prints_one_row_for_each_layer():
+    model = keras.Sequential([keras.Input((5, D)), moe(name="first"), moe(name="second")])
+    lines = []
+    assert keras_moe.summary(model, print_fn=lines.append) is None
+    assert f"{model.count_params():,} parameters" in lines[0]
+    table = [line.split()[0] for line in lines[2:5]]
+    assert table == ["layer", "first", "second"] and f"2 of {E}" in lines[3]
+
+
+def test_summary_is_refused_before_it_prints(capsys):
+    with pytest.raises(ValueError, match="must be built"):
+        keras_moe.summary(keras.Sequential([moe()]))
+    with pytest.raises(ValueError, match="at least one `MixtureOfExperts`"):
+        keras_moe.summary(keras.Sequential([keras.Input((D,)), keras.layers.Dense(1)]))
+    assert capsys.readouterr().out == ""
+
+
+def test_names_of_the_former_module_are_found_in_the_function():
+    for name in ("LayerSummary", "count_parameters", "summarize"):
+        assert getattr(keras_moe.summary, name) is getattr(inspection, name)

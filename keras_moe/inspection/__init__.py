@@ -1,0 +1,19 @@
+"""Looking into a model: its MoE layers by name, their sizes, and what their routers decide."""
+
+from keras_moe.inspection.engines import LayerDescription, describe
+from keras_moe.inspection.finding import has_moe_layers, moe_layers
+from keras_moe.inspection.recording import count_in_evaluation, record_routings
+from keras_moe.inspection.sizes import LayerSummary, count_parameters, summarize, summary
+
+__all__ = [
+    "LayerDescription",
+    "LayerSummary",
+    "count_in_evaluation",
+    "count_parameters",
+    "describe",
+    "has_moe_layers",
+    "moe_layers",
+    "record_routings",
+    "summarize",
+    "summary",
+]

@@ -1,0 +1,83 @@
+"""How the MoE layers of a model are computed."""
+
+from typing import NamedTuple
+
+import keras
+
+from keras_moe import backend
+from keras_moe.inspection.finding import moe_layers
+from keras_moe.ops.platforms import named_platform
+
+
+class LayerDescription(NamedTuple):
+    """How a MoE layer of a model is computed; all are strings.
+
+    - `name`: its name in the model.
+    - `router`, `experts`: their classes.
+    - `dtype`: the compute dtype of the experts.
+    - `platform`: "cpu", "gpu" or "tpu".
+    - `engine`: "rows" (kernels for all rows at once), "padded" (one batched product over padded
+      tiles), "tiles" (a loop over tiles of rows) or "slices" (groups of their exact sizes); for
+      experts that are Keras layers "vectorized" (all tiles at once, each with a copy of its
+      weights), "scan" (one tile after another) or "slices".
+    """
+
+    name: str
+    router: str
+    experts: str
+    dtype: str
+    platform: str
+    engine: str
+
+
+def describe(model):
+    """How each MoE layer of a model is computed on this machine.
+
+    The engine follows from the backend, the platform, the dtype, and whether `model.compile` turned
+    XLA on; `ops.grouped.engines.choose` has the rule. To read it for a platform that is not here,
+    call this inside `ops.platform`.
+
+    Args:
+        model: a built Keras model.
+
+    Returns:
+        List of one `LayerDescription` for each MoE layer, in the order of the model.
+
+    Raises:
+        ValueError: If the model has no MoE layer, or one that is not built.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
+    >>> model = keras.Sequential([
+    ...     keras.Input((16,)), keras_moe.layers.MixtureOfExperts(experts, name="moe")
+    ... ])
+    >>> with keras_moe.ops.platform("cpu"):
+    ...     (layer,) = keras_moe.inspection.describe(model)
+    >>> layer.router, layer.experts, layer.dtype
+    ('TopKRouter', 'FeedForwardExperts', 'float32')
+    """
+    platform = named_platform() or backend.current_platform()
+    static_shapes = backend.compiles_static_shapes() or _is_compiled_by_xla(model)
+    layers = moe_layers(model)
+    unbuilt = [name for name, layer in layers.items() if not layer.built]
+    if unbuilt:
+        raise ValueError(
+            "The model must be built: the engine depends on the sizes of its weights. Received: "
+            f"model {model.name!r} whose layers {unbuilt} are not. Call it on some data first."
+        )
+    return [
+        LayerDescription(
+            name=name,
+            router=type(layer.router).__name__,
+            experts=type(layer.experts).__name__,
+            dtype=layer.experts.compute_dtype,
+            platform=platform,
+            engine=layer.experts.engine_on(platform, static_shapes),
+        )
+        for name, layer in layers.items()
+    ]
+
+
+def _is_compiled_by_xla(model):
+    return keras.backend.backend() == "tensorflow" and bool(model.jit_compile)

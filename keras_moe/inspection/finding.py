@@ -1,0 +1,60 @@
+"""The MoE layers of a model by name."""
+
+import os
+
+from keras_moe.layers.mixture_of_experts import MixtureOfExperts
+from keras_moe.validation import check_model
+
+
+def moe_layers(model):
+    """The MoE layers of a model by name; by path or number, where two have the same name.
+
+    Paths leave out their common prefix, such as the name of the model.
+
+    Args:
+        model: a Keras model.
+
+    Returns:
+        Dict of names to `layers.MixtureOfExperts`, in the order of the model.
+
+    Raises:
+        ValueError: If the model has none.
+        TypeError: If it is no Keras model.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
+    >>> model = keras.Sequential([
+    ...     keras.Input((16,)), keras_moe.layers.MixtureOfExperts(experts, name="moe")
+    ... ])
+    >>> list(keras_moe.inspection.moe_layers(model))
+    ['moe']
+    """
+    layers = _layers(model)
+    if not layers:
+        raise ValueError(
+            "The model must have at least one `MixtureOfExperts` layer. "
+            f"Received: model {model.name!r} without any. Add one, or leave this out."
+        )
+    names = [layer.name for layer in layers]
+    if len(set(names)) < len(names):
+        names = _distinct_paths(layers)
+    if len(set(names)) < len(names):
+        names = [f"{name}_{number}" for number, name in enumerate(names)]
+    return dict(zip(names, layers))
+
+
+def has_moe_layers(model):
+    """Whether a model has a `layers.MixtureOfExperts`."""
+    return bool(_layers(model))
+
+
+def _layers(model):
+    check_model(model)
+    return [layer for layer in model._flatten_layers() if isinstance(layer, MixtureOfExperts)]
+
+
+def _distinct_paths(layers):
+    paths = [layer.path.split("/") for layer in layers]
+    shared = os.path.commonprefix(paths)
+    return ["_".join(path[len(shared) :] or path[-1:]) for path in paths]

@@ -1,0 +1,100 @@
+"""What the MoE layers of a model decide on given data."""
+
+import contextlib
+
+import keras
+from keras import ops
+
+from keras_moe.inspection.finding import moe_layers
+from keras_moe.validation import check_batches
+
+
+def record_routings(model, batches):
+    """What the routers of a model decide on some data, in inference.
+
+    Args:
+        model: a Keras model with MoE layers.
+        batches: iterable of inputs, each what `model(...)` takes.
+
+    Returns:
+        Dict from the name of each MoE layer to a list with one `ops.Routing` of NumPy arrays for
+        each of its calls: one a batch, unless the model calls a layer more often.
+
+    Raises:
+        ValueError: If the model has no MoE layer, or `batches` is an array.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
+    >>> model = keras.Sequential([
+    ...     keras.Input((16,)), keras_moe.layers.MixtureOfExperts(experts, name="moe")
+    ... ])
+    >>> routings = keras_moe.inspection.record_routings(model, [keras.random.normal((8, 16))])
+    >>> routings["moe"][0].indices.shape
+    (8, 2)
+    """
+    check_batches("batches", batches)
+    layers = moe_layers(model)
+    routings: dict[str, list] = {name: [] for name in layers}
+    with listening({layer: _recorder(routings[name]) for name, layer in layers.items()}):
+        for batch in batches:
+            model(batch, training=False)
+    return routings
+
+
+@contextlib.contextmanager
+def count_in_evaluation(model):
+    """A context in which the MoE layers of a model count in inference as they do in training.
+
+    They stop when the context ends, also by an exception. A function that was compiled inside keeps
+    counting, and one that was compiled outside does not count.
+
+    Args:
+        model: a Keras model.
+
+    Raises:
+        ValueError: If the model has no MoE layer.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
+    >>> moe = keras_moe.layers.MixtureOfExperts(experts)
+    >>> model = keras.Sequential([keras.Input((16,)), moe])
+    >>> with keras_moe.inspection.count_in_evaluation(model):
+    ...     outputs = model(keras.random.normal((8, 16)))
+    >>> int(keras.ops.sum(moe.expert_counts))
+    16
+    """
+    with _given("counts_in_evaluation", dict.fromkeys(moe_layers(model).values(), True)):
+        yield
+
+
+@contextlib.contextmanager
+def listening(listeners):
+    """Tells functions what MoE layers do, in eager calls.
+
+    Args:
+        listeners: dict from a layer to a function of an `ops.Routing` and of the tokens (T, D).
+    """
+    with _given("routing_listener", listeners):
+        yield
+
+
+@contextlib.contextmanager
+def _given(name, values):
+    """Gives layers another value of an attribute, and the former one back after any exit."""
+    before = {layer: getattr(layer, name) for layer in values}
+    try:
+        for layer, value in values.items():
+            setattr(layer, name, value)
+        yield
+    finally:
+        for layer, value in before.items():
+            setattr(layer, name, value)
+
+
+def _recorder(routings):
+    def record(routing, tokens):
+        routings.append(keras.tree.map_structure(ops.convert_to_numpy, routing))
+
+    return record
