@@ -56,20 +56,15 @@ def examine(arguments, call, padded, dump):
     """The row of one call."""
     options = _parse(arguments)
     (num_tokens,), (num_experts,) = options.tokens, options.experts
-    layers = feedforwards(MIXTURE, num_experts, options)
-    model = compiled_tagger(layers, options)
-    run = {"train": _train, "predict": _predict, "layer": _call}[call](model, layers[0])
-    generator, traces = np.random.default_rng(0), []
-    compiled, resident, times = [compilations(dump)], [resident_mb()], []
-    for number in range(options.passes):
-        for length in generator.permutation(num_tokens) + 1:
-            batch = texts(1, length, seed=number)
-            if padded:
-                batch = [pad(each, options.buckets) for each in batch]
-            with inspection.listening({layers[0]: lambda *_: traces.append(number)}):
-                times.append(milliseconds(functools.partial(run, *batch)))
-        compiled.append(compilations(dump))
-        resident.append(resident_mb())
+    mixtures = feedforwards(MIXTURE, num_experts, options)
+    model = compiled_tagger(mixtures, options)
+    run = {"train": _train, "predict": _predict, "layer": _call}[call](model, mixtures[0])
+    compiled, resident, times, traces = [compilations(dump)], [resident_mb()], [], []
+    with inspection.listening({mixtures[0]: lambda *_: traces.append(call)}):
+        for batches in _passes(options, padded):
+            times += [milliseconds(functools.partial(run, *batch)) for batch in batches]
+            compiled.append(compilations(dump))
+            resident.append(resident_mb())
     row = {
         "name": call,
         "lengths": "buckets" if padded else "all",
@@ -82,6 +77,17 @@ def examine(arguments, call, padded, dump):
     if call != "layer" and BACKEND != "torch":
         row["traces"] = len(traces)
     return row
+
+
+def _passes(options, padded):
+    """For each pass a list of batches: texts and their classes, (1, length) each."""
+    generator, (longest,) = np.random.default_rng(0), options.tokens
+    for number in range(options.passes):
+        lengths = generator.permutation(longest) + 1
+        batches = [texts(1, length, seed=number) for length in lengths]
+        if padded:
+            batches = [[pad(each, options.buckets) for each in batch] for batch in batches]
+        yield batches
 
 
 def pad(ids, buckets):

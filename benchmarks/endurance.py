@@ -25,7 +25,7 @@ import keras
 import numpy as np
 
 from benchmarks.measure import print_table, write_json
-from benchmarks.observed import compilations, in_observed_process, resident_mb
+from benchmarks.observed import compilations, growth_kb, in_observed_process, resident_mb
 from benchmarks.options import parse, parser
 from benchmarks.tagger import MIXTURE, TWIN, compiled_tagger, feedforwards, texts
 from keras_moe import callbacks
@@ -126,8 +126,7 @@ def not_finite(variables):
 def _memory(resident, steps):
     """Resident memory after the first two epochs, in the end, and the slope between."""
     warm = resident[1:]
-    slope = np.polyfit(np.arange(len(warm)) * steps / 1e3, warm, 1)[0]
-    return {"warm_mb": warm[0], "last_mb": warm[-1], "kb_per_1000": 1e3 * float(slope)}
+    return {"warm_mb": warm[0], "last_mb": warm[-1], "kb_per_1000": growth_kb(warm, steps)}
 
 
 def _use(history, num_experts):
