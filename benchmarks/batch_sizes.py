@@ -4,8 +4,8 @@
 
 A text of each length from 1 to T is one batch, once in a pass, and passes follow in other orders.
 In every second row texts are padded, with a mask, to the next of a few lengths. Each row is a fresh
-process that calls the model of `benchmarks.tagger` by `train_on_batch` or `predict_on_batch`, or
-its first mixture by itself, eagerly. The columns:
+process that calls the model of `benchmarks.tagger`, with one mixture, by `train_on_batch` or
+`predict_on_batch`, or the mixture by itself, eagerly. The columns:
 
 - traces: how often Python ran the mixture; eager calls have none.
 - compiled, compiled_later: programs of XLA in the first pass, and after it.
@@ -56,11 +56,11 @@ def examine(arguments, call, padded, dump):
     """The row of one call."""
     options = _parse(arguments)
     (num_tokens,), (num_experts,) = options.tokens, options.experts
-    mixtures = feedforwards(MIXTURE, num_experts, options)
-    model = compiled_tagger(mixtures, options)
-    run = {"train": _train, "predict": _predict, "layer": _call}[call](model, mixtures[0])
+    mixture, _ = feedforwards(MIXTURE, num_experts, options)
+    model = compiled_tagger([mixture], options)
+    run = {"train": _train, "predict": _predict, "layer": _call}[call](model, mixture)
     compiled, resident, times, traces = [compilations(dump)], [resident_mb()], [], []
-    with inspection.listening({mixtures[0]: lambda *_: traces.append(call)}):
+    with inspection.listening({mixture: lambda *_: traces.append(call)}):
         for batches in _passes(options, padded):
             times += [milliseconds(functools.partial(run, *batch)) for batch in batches]
             compiled.append(compilations(dump))

@@ -31,10 +31,23 @@ def feedforwards(name, num_experts, options):
     ]
 
 
+class Embedding(keras.layers.Embedding):
+    """Keras's, as a product.
+
+    On TensorFlow the gradient of Keras's holds a row for each token. Its loss scaling looks at the
+    last row of each word, and overlooks an overflow in another (Keras 3.15).
+    """
+
+    def call(self, inputs):
+        chosen = keras.ops.one_hot(inputs, self.input_dim, dtype=self.compute_dtype)
+        return keras.ops.matmul(chosen, keras.ops.cast(self.embeddings, self.compute_dtype))
+
+
 def compiled_tagger(feedforwards, options):
     """A model from ids (batch, length), of any size, to logits of each token."""
     ids = keras.Input((None,), dtype="int32")
-    x = keras.layers.Embedding(WORDS, options.features, mask_zero=True)(ids)
+    embedding = Embedding if keras.backend.backend() == "tensorflow" else keras.layers.Embedding
+    x = embedding(WORDS, options.features, mask_zero=True)(ids)
     for feedforward in feedforwards:
         x = keras.layers.Add()([x, feedforward(keras.layers.LayerNormalization()(x))])
     x = keras.layers.LayerNormalization()(x)
