@@ -26,6 +26,7 @@ from benchmarks import (  # noqa: E402
     monitoring,
     peers,
     routers,
+    tagger,
 )
 from benchmarks.executed import executed_flops  # noqa: E402
 from benchmarks.rivals import RIVALS, KerasHubMixtral, RaggedDot  # noqa: E402
@@ -298,6 +299,16 @@ def test_endurance_watches_numbers_experts_and_memory(in_this_process):
 def test_endurance_counts_what_is_not_finite():
     variables = [keras.Variable([1.0, np.nan, np.inf]), keras.Variable([1, 2], dtype="int32")]
     assert endurance.not_finite(variables) == 2
+
+
+def test_the_embedding_of_the_tagger_is_that_of_keras():
+    ids = np.array([[1, 3, 3, 0]], "int32")
+    ours, theirs = (cls(5, 2, mask_zero=True) for cls in (tagger.Embedding, keras.layers.Embedding))
+    outputs = ours(ids)
+    theirs.build(None)
+    theirs.embeddings.assign(ours.embeddings)
+    contestant, keras_own = map(keras.ops.convert_to_numpy, (outputs, theirs(ids)))
+    np.testing.assert_array_equal(contestant, keras_own)
 
 
 def test_batches_of_all_sizes_are_counted_with_and_without_buckets(in_this_process):
