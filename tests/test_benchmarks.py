@@ -297,8 +297,8 @@ def test_endurance_watches_numbers_experts_and_memory(in_this_process):
 
 
 def test_endurance_counts_what_is_not_finite():
-    variables = [keras.Variable([1.0, np.nan, np.inf]), keras.Variable([1, 2], dtype="int32")]
-    assert endurance.not_finite(variables) == 2
+    numbers = [keras.Variable([1.0, np.nan, np.inf]), keras.Variable([1, 2], trainable=False)]
+    assert endurance.not_finite(numbers) == 2
 
 
 def test_the_embedding_of_the_tagger_is_that_of_keras():
