@@ -57,6 +57,7 @@ class DenseTwin(keras.layers.Layer):
 
     def __init__(self, width, activation, gated):
         super().__init__()
+        self.supports_masking = True
         # As in the banks, gated networks have no biases.
         self.up = keras.layers.Dense(width, None if gated else activation, use_bias=not gated)
         self.gate = keras.layers.Dense(width, activation, use_bias=False) if gated else None

@@ -17,18 +17,16 @@ Each contestant runs in a fresh process. The columns, all of one forward and bac
 - compile_s: the first run less the second.
 """
 
-import gc
-import os
 import pathlib
 import sys
-import tempfile
 
 import keras
 import numpy as np
 
 from benchmarks import contestants
 from benchmarks.executed import executed_flops
-from benchmarks.measure import in_fresh_process, milliseconds, print_table, write_json
+from benchmarks.measure import milliseconds, print_table, write_json
+from benchmarks.observed import compilations, in_observed_process, resident_mb
 from benchmarks.options import describe, parse, parser
 from benchmarks.steps import compiled_step, jax_function, to_tensor
 
@@ -39,7 +37,7 @@ def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(_parser(), arguments, steps=3)
     (num_tokens,) = options.tokens
-    rows = [_in_fresh_process(examine, arguments, E) for E in (None, *options.experts)]
+    rows = [in_observed_process(examine, arguments, E) for E in (None, *options.experts)]
     for row in rows:
         if row["matmul_gflops"]:
             row["matmul_ratio"] = row["matmul_gflops"] / rows[0]["matmul_gflops"]
@@ -54,21 +52,6 @@ def _parser():
     return options
 
 
-def _in_fresh_process(function, *arguments):
-    """`function(*arguments)`, told where XLA writes a file for each module it compiles."""
-    before = dict(os.environ)
-    with tempfile.TemporaryDirectory() as dump:
-        flags = f"{before.get('XLA_FLAGS', '')} --xla_dump_to={dump} --xla_dump_hlo_as_text"
-        # Freed memory goes back at once: what the process holds is what is in use.
-        limits = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "131072")
-        os.environ.update(XLA_FLAGS=flags, **limits)
-        try:
-            return in_fresh_process(function, *arguments, dump)
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
-
-
 def examine(arguments, num_experts, dump):
     """The row of one contestant; the dense twin has no `num_experts`."""
     options = parse(_parser(), arguments, steps=3)
@@ -78,7 +61,7 @@ def examine(arguments, num_experts, dump):
         name, layer = f"E={num_experts}", contestants.mixture(num_experts, options)
     inputs = contestants.tokens(options.tokens[0], options)
     step = compiled_step(layer, inputs, jit=not options.no_xla)
-    compiled_before = _compilations(dump)
+    compiled_before = compilations(dump)
     first, second = milliseconds(step), milliseconds(step)
     weights = sum(np.prod(weight.shape) for weight in layer.trainable_variables)
     row = {
@@ -91,17 +74,13 @@ def examine(arguments, num_experts, dump):
         row["compile_s"] = (first - second) / 1e3
         loads = [_run(step, layer, number, options) for number in range(1, options.steps)]
         if not options.no_xla:
-            row["compilations"] = _compilations(dump) - compiled_before
+            row["compilations"] = compilations(dump) - compiled_before
         if num_experts is not None:
             row["busiest_low"], row["busiest_high"] = min(loads), max(loads)
     if BACKEND == "jax":
         row.update(cost_analysis(layer, inputs))
     flops = executed_flops(layer, inputs)
     return {**row, "matmul_gflops": flops and flops / 1e9}
-
-
-def _compilations(dump):
-    return len(list(pathlib.Path(dump).glob("*before_optimizations.txt")))
 
 
 def _run(step, layer, seed, options):
@@ -130,21 +109,13 @@ def cost_analysis(layer, inputs):
 
 def peak_mb(run):
     """By how many megabytes the resident memory rises in `run`; None where no one tells."""
-    gc.collect()
     try:
+        before = resident_mb()
         pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-        before = _resident("VmRSS")
         run()
-        return (_resident("VmHWM") - before) / 1e6
+        return resident_mb("VmHWM") - before
     except OSError:
         return None
-
-
-def _resident(field):
-    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return 1024 * int(line.split()[1])
-    raise OSError(f"no {field}")
 
 
 if __name__ == "__main__":

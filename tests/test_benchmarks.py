@@ -13,9 +13,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import (  # noqa: E402
+    batch_sizes,
     contestants,
     counts,
     decode,
+    endurance,
     figure,
     layer,
     measure,
@@ -24,6 +26,7 @@ from benchmarks import (  # noqa: E402
     monitoring,
     peers,
     routers,
+    tagger,
 )
 from benchmarks.executed import executed_flops  # noqa: E402
 from benchmarks.rivals import RIVALS, KerasHubMixtral, RaggedDot  # noqa: E402
@@ -270,6 +273,56 @@ def test_executed_flops_count_every_product_once():
     mixture = contestants.mixture(1, options(top_k=1, hidden=K * H))
     router = 3 * (2 * T * D)
     assert executed_flops(mixture, inputs) == products + router
+
+
+@pytest.fixture
+def in_this_process(monkeypatch, tmp_path):
+    for program in (endurance, batch_sizes):
+        monkeypatch.setattr(
+            program, "in_observed_process", lambda run, *arguments: run(*arguments, tmp_path)
+        )
+
+
+def test_endurance_watches_numbers_experts_and_memory(in_this_process):
+    rows = endurance.main(["--smoke"])
+    assert written("endurance")["rows"] == rows
+    mixture, twin = rows
+    assert (mixture["name"], twin["name"]) == ("mixture", "dense twin")
+    assert mixture["policy"] == "mixed_float16" and mixture["loss_scale"] > 0
+    assert mixture["steps"] == 16 and mixture["dead_experts"] in range(2 * E)
+    assert 0 <= mixture["least_share"] <= 1
+    for row in rows:
+        assert row["not_finite"] == 0 and np.isfinite(row["loss_last"])
+        assert row["ms"] > 0 and row["last_mb"] > 0
+
+
+def test_endurance_counts_what_is_not_finite():
+    numbers = [keras.Variable([1.0, np.nan, np.inf]), keras.Variable([1, 2], trainable=False)]
+    assert endurance.not_finite(numbers) == 2
+
+
+def test_the_embedding_of_the_tagger_is_that_of_keras():
+    ids = np.array([[1, 3, 3, 0]], "int32")
+    ours, theirs = (cls(5, 2, mask_zero=True) for cls in (tagger.Embedding, keras.layers.Embedding))
+    outputs = ours(ids)
+    theirs.build(None)
+    theirs.embeddings.assign(ours.embeddings)
+    contestant, keras_own = map(keras.ops.convert_to_numpy, (outputs, theirs(ids)))
+    np.testing.assert_array_equal(contestant, keras_own)
+
+
+def test_batches_of_all_sizes_are_counted_with_and_without_buckets(in_this_process):
+    calls = batch_sizes.CALLS if BACKEND == "torch" else ["predict"]
+    rows = batch_sizes.main(["--smoke", "--calls", *calls])
+    assert written("batch_sizes")["rows"] == rows
+    assert [(row["name"], row["lengths"]) for row in rows] == [
+        (call, lengths) for call in calls for lengths in ("all", "buckets")
+    ]
+    assert all(row["ms"] > 0 for row in rows)
+    if BACKEND == "jax":
+        assert [row["traces"] for row in rows] == [4, 2]
+    if BACKEND == "tensorflow":  # It traces the second size for any number of tokens.
+        assert [row["traces"] for row in rows] == [2, 2]
 
 
 def test_peak_memory_sees_what_a_step_holds():

@@ -68,6 +68,13 @@ def test_the_guide_to_routers_makes_layers_and_a_router():
     assert routing.indices.shape == (5, 2)
 
 
+def test_the_page_on_reliability_pads_to_few_lengths():
+    pad = run("docs/reliability.md")["pad_to_bucket"]
+    lengths = {pad(np.ones((2, length), "int32")).shape for length in range(1, 65)}
+    assert lengths == {(2, 8), (2, 16), (2, 32), (2, 64)}
+    np.testing.assert_array_equal(pad(np.ones((1, 6))), [[1, 1, 1, 1, 1, 1, 0, 0]])
+
+
 @pytest.mark.parametrize("document", ["capacity", "metrics", "surgery", "upcycling"])
 def test_guides_that_need_nothing_run(document, capsys):
     names = run(f"docs/{document}.md")

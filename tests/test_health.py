@@ -1,5 +1,6 @@
 """ExpertHealth: a collapsed run is told early, a healthy one never; every verdict and its fix."""
 
+import pickle
 import warnings
 
 import keras
@@ -8,7 +9,7 @@ import pytest
 from layer_checks import D, E, array, moe, normal
 
 from keras_moe import health, layers, losses, routers
-from keras_moe.callbacks import ExpertHealth, ExpertMonitor
+from keras_moe.callbacks import ExpertHealth, ExpertMonitor, expert_health
 
 EXPERTS, STEPS, BATCH = 8, 60, 16
 
@@ -126,6 +127,17 @@ def test_balancing_losses_get_heavier_once_when_asked_to():
         layer = expert_layer(router, [losses.LoadBalance(0.02), losses.RouterZ(0.003)])
         watched(model_of(layer), *clustered(0), ExpertHealth(rebalance=rebalance), epochs=2)
         np.testing.assert_allclose(array(layer.router_loss_weights), [0.02 * factor, 0.003])
+
+
+def test_what_is_remembered_does_not_grow_with_the_looks():
+    layer = expert_layer()
+    layer.build((None, D))
+    watch, sizes = expert_health._Watch(layer, patience=3), []
+    for _ in range(20):
+        layer.expert_counts.assign_add(np.full(EXPERTS, 1000.0, "float32"))
+        list(watch.look(layer))
+        sizes.append(len(pickle.dumps(vars(watch))))
+    assert sizes[-1] == sizes[5]
 
 
 def test_dead_experts_are_told_after_a_longer_while():

@@ -1,5 +1,6 @@
 """A watchdog that warns early when experts go wrong."""
 
+import collections
 import warnings
 
 import keras
@@ -146,7 +147,7 @@ class _Watch:
         self.patience = patience
         self.seen = _read(layer.expert_counts)
         self._window = np.zeros_like(self.seen)
-        self._spreads = []
+        self._spreads = collections.deque(maxlen=patience)
         self._idle: np.ndarray = np.zeros(len(self.seen), "int64")
         self._first_size = _router_size(layer.router)
 
@@ -171,8 +172,8 @@ class _Watch:
         return None
 
     def _judge_spread(self, layer):
-        self._spreads.append(health.spread(self._window, layer.router.min_top_k))
-        latest = self._spreads[-self.patience :]
+        latest = self._spreads
+        latest.append(health.spread(self._window, layer.router.min_top_k))
         recovers = latest[-1] - latest[0] > _RECOVERY * (self.patience - 1)
         if len(latest) < self.patience or max(latest) >= health.COLLAPSED or recovers:
             return None

@@ -1,0 +1,120 @@
+"""Batches of 1 to 64 tokens in random order: how often is compiled, and how much memory grows.
+
+    KERAS_BACKEND=jax python -m benchmarks.batch_sizes
+
+A text of each length from 1 to T is one batch, once in a pass, and passes follow in other orders.
+In every second row texts are padded, with a mask, to the next of a few lengths. Each row is a fresh
+process that calls the model of `benchmarks.tagger`, with one mixture, by `train_on_batch` or
+`predict_on_batch`, or the mixture by itself, eagerly. The columns:
+
+- traces: how often Python ran the mixture; eager calls have none.
+- compiled, compiled_later: programs of XLA in the first pass, and after it.
+- first_mb: by how much the resident memory grows in the first pass.
+- kb_per_1000: by how much it grows in 1,000 calls after the first two passes, a line through all.
+- ms: the median call after the first pass.
+"""
+
+import functools
+import sys
+
+import keras
+import numpy as np
+
+from benchmarks.measure import milliseconds, print_table, write_json
+from benchmarks.observed import compilations, growth_kb, in_observed_process, resident_mb
+from benchmarks.options import parse, parser
+from benchmarks.tagger import MIXTURE, compiled_tagger, feedforwards, texts
+from keras_moe import inspection
+
+BACKEND = keras.backend.backend()
+CALLS = ("train", "predict", "layer")
+
+
+def main(arguments=None):
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parse(arguments)
+    rows = [
+        in_observed_process(examine, arguments, call, padded)
+        for call in options.calls
+        for padded in (False, True)
+    ]
+    xla = " without XLA" if options.no_xla else ""
+    print_table(rows, f"{BACKEND}{xla}, batches of 1 to {options.tokens[0]} tokens")
+    write_json(f"batch_sizes-{BACKEND}{options.tag}", options, rows)
+    return rows
+
+
+def _parse(arguments):
+    options = parser(__doc__, tokens=[64], features=16, hidden=32, experts=[8])
+    options.add_argument("--calls", nargs="+", default=CALLS, choices=CALLS)
+    options.add_argument("--passes", type=int, default=20)
+    options.add_argument("--buckets", type=int, nargs="+", default=[8, 16, 32, 64])
+    return parse(options, arguments, tokens=[4], buckets=[2, 4], passes=4)
+
+
+def examine(arguments, call, padded, dump):
+    """The row of one call."""
+    options = _parse(arguments)
+    (num_tokens,), (num_experts,) = options.tokens, options.experts
+    mixture, _ = feedforwards(MIXTURE, num_experts, options)
+    model = compiled_tagger([mixture], options)
+    run = {"train": _train, "predict": _predict, "layer": _call}[call](model, mixture)
+    compiled, resident, times, traces = [compilations(dump)], [resident_mb()], [], []
+    with inspection.listening({mixture: lambda *_: traces.append(call)}):
+        for batches in _passes(options, padded):
+            times += [milliseconds(functools.partial(run, *batch)) for batch in batches]
+            compiled.append(compilations(dump))
+            resident.append(resident_mb())
+    row = {
+        "name": call,
+        "lengths": "buckets" if padded else "all",
+        "compiled": compiled[1] - compiled[0],
+        "compiled_later": compiled[-1] - compiled[1],
+        "first_mb": resident[1] - resident[0],
+        "kb_per_1000": growth_kb(resident[2:], num_tokens),
+        "ms": float(np.median(times[num_tokens:])),
+    }
+    if call != "layer" and BACKEND != "torch":
+        row["traces"] = len(traces)
+    return row
+
+
+def _passes(options, padded):
+    """For each pass a list of batches: texts and their classes, (1, length) each."""
+    generator, (longest,) = np.random.default_rng(0), options.tokens
+    for number in range(options.passes):
+        lengths = generator.permutation(longest) + 1
+        batches = [texts(1, length, seed=number) for length in lengths]
+        if padded:
+            batches = [[pad(each, options.buckets) for each in batch] for batch in batches]
+        yield batches
+
+
+def pad(ids, buckets):
+    """Ids (batch, length) with zeros behind, up to the next length in `buckets`."""
+    length = min(bucket for bucket in buckets if bucket >= ids.shape[1])
+    return np.pad(ids, ((0, 0), (0, length - ids.shape[1])))
+
+
+def _train(model, layer):
+    return model.train_on_batch
+
+
+def _predict(model, layer):
+    return lambda ids, classes: model.predict_on_batch(ids)
+
+
+def _call(model, layer):
+    # The model's own embedding and mask, as it would meet them.
+    embedding = model.layers[1]
+    values = keras.ops.convert_to_numpy(embedding.embeddings)
+
+    def call(ids, classes):
+        tokens = keras.ops.convert_to_tensor(values[ids])
+        keras.ops.convert_to_numpy(layer(tokens, mask=keras.ops.convert_to_tensor(ids != 0)))
+
+    return call
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Does a long training stay sound? Numbers, experts, memory and compilations over many steps.
+
+    KERAS_BACKEND=jax python -m benchmarks.endurance
+
+A small model (`benchmarks.tagger`) is trained by `fit`, with a mixture balanced by a loss and
+one balanced by a selection bias, and once with dense layers in their place: what grows with those
+is not the mixture's. Each row is a fresh process. An epoch has as many batches as `--epoch` says,
+each of T tokens; give one T and one E. The columns:
+
+- loss_first, loss_last: mean loss of an epoch. One step that is not finite makes it NaN.
+- not_finite: numbers in weights and optimizer that were not finite at the end of any epoch.
+- dead_experts: the most that any layer had in any epoch.
+- least_share: the least used expert of the last epoch, by its fair share.
+- warnings: what `callbacks.ExpertHealth` had to say.
+- loss_scale: the last one of `keras.optimizers.LossScaleOptimizer`, with mixed_float16.
+- warm_mb, last_mb: the memory that is resident after the first two epochs, and in the end.
+- kb_per_1000: by how much it grows in 1,000 steps after the first two epochs, a line through all.
+- compiled, compiled_later: programs of XLA in the first epoch, and after it.
+"""
+
+import sys
+import time
+
+import keras
+import numpy as np
+
+from benchmarks.measure import print_table, write_json
+from benchmarks.observed import compilations, growth_kb, in_observed_process, resident_mb
+from benchmarks.options import parse, parser
+from benchmarks.tagger import MIXTURE, TWIN, compiled_tagger, feedforwards, texts
+from keras_moe import callbacks
+
+BACKEND = keras.backend.backend()
+POLICIES = ("mixed_bfloat16", "mixed_float16", "bfloat16")
+
+
+def main(arguments=None):
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parse(arguments)
+    contests = [(policy, MIXTURE) for policy in options.policies]
+    contests.append((options.policies[0], TWIN))
+    rows = [in_observed_process(endure, arguments, *contest) for contest in contests]
+    print_table(rows, f"{BACKEND}{' without XLA' if options.no_xla else ''}, {options.steps} steps")
+    write_json(f"endurance-{BACKEND}{options.tag}", options, rows)
+    return rows
+
+
+def _parse(arguments):
+    options = parser(__doc__, tokens=[128], features=16, hidden=32, experts=[8])
+    options.add_argument("--policies", nargs="+", default=POLICIES, choices=POLICIES)
+    options.add_argument("--steps", type=int, default=10_000)
+    options.add_argument("--epoch", type=int, default=500, help="steps of an epoch")
+    options.add_argument("--length", type=int, default=16, help="tokens of one text")
+    smoke = {"policies": ["mixed_float16"], "steps": 16, "epoch": 4, "length": 8}
+    return parse(options, arguments, **smoke)
+
+
+def endure(arguments, policy, name, dump):
+    """The row of one contestant."""
+    options = _parse(arguments)
+    keras.config.set_dtype_policy(policy)
+    (num_tokens,), (num_experts,) = options.tokens, options.experts
+    model = compiled_tagger(feedforwards(name, num_experts, options), options)
+    batch_size = num_tokens // options.length
+    ids, classes = texts(options.epoch * batch_size, options.length)
+    watch = Watch(dump)
+    watched = [watch]
+    health = callbacks.ExpertHealth(every=100)
+    if name == MIXTURE:
+        watched = [callbacks.ExpertMonitor(expert_shares=True), health, watch]
+    history = model.fit(
+        ids,
+        classes,
+        batch_size=batch_size,
+        epochs=options.steps // options.epoch,
+        callbacks=watched,
+        verbose=0,
+    ).history
+    losses, epochs = history["loss"], watch.epochs
+    row = {
+        "name": name,
+        "policy": policy,
+        "steps": len(losses) * options.epoch,
+        "ms": 1e3 * float(np.median([each["s"] for each in epochs[1:]])) / options.epoch,
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+        "not_finite": sum(each["not_finite"] for each in epochs),
+        **_memory([each["mb"] for each in epochs], options.epoch),
+        "compiled": epochs[0]["compiled"],
+        "compiled_later": epochs[-1]["compiled"] - epochs[0]["compiled"],
+    }
+    if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
+        row["loss_scale"] = int(keras.ops.convert_to_numpy(model.optimizer.dynamic_scale))
+    if name == MIXTURE:
+        row.update(_use(history, num_experts), warnings=len(health.findings))
+    return row
+
+
+class Watch(keras.callbacks.Callback):
+    """Keeps what the process and the model hold at the end of each epoch."""
+
+    def __init__(self, dump):
+        super().__init__()
+        self.dump = dump
+        self.epochs = []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.start = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.epochs.append(
+            {
+                "s": time.perf_counter() - self.start,
+                "mb": resident_mb(),
+                "compiled": compilations(self.dump),
+                "not_finite": not_finite(self.model.variables + self.model.optimizer.variables),
+            }
+        )
+
+
+def not_finite(variables):
+    values = [keras.ops.convert_to_numpy(variable.value) for variable in variables]
+    return sum(int(np.sum(~np.isfinite(each.astype("float64")))) for each in values)
+
+
+def _memory(resident, steps):
+    """Resident memory after the first two epochs, in the end, and the slope between."""
+    warm = resident[1:]
+    return {"warm_mb": warm[0], "last_mb": warm[-1], "kb_per_1000": growth_kb(warm, steps)}
+
+
+def _use(history, num_experts):
+    dead = [value for key, values in history.items() if "dead" in key for value in values]
+    shares = [values[-1] for key, values in history.items() if "_expert_share_" in key]
+    return {"dead_experts": int(max(dead)), "least_share": num_experts * min(shares)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""A fresh process whose compilations and memory can be observed."""
+
+import gc
+import os
+import pathlib
+import tempfile
+
+import numpy as np
+
+from benchmarks.measure import in_fresh_process
+
+
+def in_observed_process(function, *arguments):
+    """`function(*arguments, dump)`: `dump` is where XLA writes a file for each module it compiles.
+
+    Freed memory goes back to the system at once: what the process holds is what is in use.
+    """
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory() as dump:
+        flags = f"{before.get('XLA_FLAGS', '')} --xla_dump_to={dump} --xla_dump_hlo_as_text"
+        limits = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "131072")
+        os.environ.update(XLA_FLAGS=flags, **limits)
+        try:
+            return in_fresh_process(function, *arguments, dump)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def compilations(dump):
+    """How many programs XLA has compiled."""
+    return len(list(pathlib.Path(dump).glob("*before_optimizations.txt")))
+
+
+def resident_mb(field="VmRSS"):
+    """Megabytes of the process in memory, or with "VmHWM" the most there were.
+
+    Raises:
+        OSError: If the system does not tell; Linux does.
+    """
+    gc.collect()
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return 1024 * int(line.split()[1]) / 1e6
+    raise OSError(f"no {field}")
+
+
+def growth_kb(resident, calls):
+    """Kilobytes by which memory grows in 1,000 calls: a line through what is in `resident`.
+
+    Args:
+        resident: megabytes, one after each `calls` calls.
+        calls: an integer.
+    """
+    return 1e3 * float(np.polyfit(np.arange(len(resident)) * calls / 1e3, resident, 1)[0])
