@@ -24,7 +24,7 @@ from benchmarks.measure import milliseconds, print_table, write_json
 from benchmarks.observed import compilations, growth_kb, in_observed_process, resident_mb
 from benchmarks.options import parse, parser
 from benchmarks.tagger import MIXTURE, compiled_tagger, feedforwards, texts
-from keras_moe import inspection
+from keras_moe.inspection.recording import listening
 
 BACKEND = keras.backend.backend()
 CALLS = ("train", "predict", "layer")
@@ -60,7 +60,7 @@ def examine(arguments, call, padded, dump):
     model = compiled_tagger([mixture], options)
     run = {"train": _train, "predict": _predict, "layer": _call}[call](model, mixture)
     compiled, resident, times, traces = [compilations(dump)], [resident_mb()], [], []
-    with inspection.listening({mixture: lambda *_: traces.append(call)}):
+    with listening({mixture: lambda *_: traces.append(call)}):
         for batches in _passes(options, padded):
             times += [milliseconds(functools.partial(run, *batch)) for batch in batches]
             compiled.append(compilations(dump))
