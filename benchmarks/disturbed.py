@@ -1,4 +1,4 @@
-"""Studies and examples in their small sizes, as processes that can be disturbed."""
+"""Studies and examples in their small sizes, and downloads, as processes that can be disturbed."""
 
 import ast
 import json
@@ -23,6 +23,13 @@ STUDIES = {
     "compare_routers": ["--seeds", "1", "--routers", "top_k", "--balancing", "nothing"],
     "hyperparameter_tuning": ["--epochs", "1", "--seeds", "1", "--trials", "3"],
 }
+# Downloads data with pip, prepares and reads them. All stands in the folder where it runs.
+DATA = f"""
+import hashlib, sys
+sys.path.insert(0, {str(ROOT / "studies")!r})
+from datasets import pairs
+print(hashlib.sha256(repr(pairs.load("{{name}}", "data")).encode()).hexdigest())
+"""
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 # What depends on how fast the machine is. A study of equal times trains one model for longer.
 TIMES = {"ms_per_step", "fastest_ms_per_step", "seconds", "pieces_per_second", "dense, continued"}
@@ -43,34 +50,40 @@ class Ended(NamedTuple):
 
 
 class Program:
-    """A study or an example in its small size.
+    """A study or an example in its small size, or a download.
 
     Args:
-        name: `study/` or `example/`, and the name of its file.
-        scratch: folder for the example's small version.
+        name: `study/` or `example/` and the name of its file, or `data/` and that of the data.
+        scratch: folder for the file of what is no study.
         data_dir: folder of the data of studies, or None.
     """
 
     def __init__(self, name, scratch, data_dir):
         kind, stem = name.split("/")
-        self.name, self.is_study = name, kind == "study"
+        self.name, self.kind, self.is_study = name, kind, kind == "study"
+        self._arguments = []
         if self.is_study:
             self.script = ROOT / "studies" / f"{stem}.py"
-            self._arguments = ["--smoke", *STUDIES[stem]]
+            self._arguments += ["--smoke", *STUDIES[stem]]
             self._arguments += ["--data-dir", str(data_dir)] if data_dir else []
         else:
-            small = runpy.run_path(str(ROOT / "tests" / "test_examples.py"))["in_smoke_size"]
-            self.script = scratch / f"{stem}.py"
-            tree = small(ROOT / "examples" / f"{stem}.py")
-            self.script.write_text(ast.unparse(tree), encoding="utf-8")
-            self._arguments = []
+            self.script = scratch / f"{kind}-{stem}.py"
+            self.script.write_text(self._text(stem), encoding="utf-8")
+
+    def _text(self, stem):
+        if self.kind == "data":
+            return DATA.format(name=stem)
+        small = runpy.run_path(str(ROOT / "tests" / "test_examples.py"))["in_smoke_size"]
+        return ast.unparse(small(ROOT / "examples" / f"{stem}.py"))
 
     def arguments(self, folder):
         """Of the command that works in a folder; an example writes temporary files there alone."""
         return [*self._arguments, *(["--output", str(folder / "out")] if self.is_study else [])]
 
     def result(self, folder, ended):
-        """What a run found, without times: a study's in its files, an example's on its output."""
+        """What a run found, without times: a study's in its files, the others' on its output."""
+        if self.kind == "data":
+            return ended.out.splitlines()[-1]
         if not self.is_study:
             return TIMES_PRINTED.sub("", ended.out)
         files = sorted((folder / "out").rglob("results.json"))

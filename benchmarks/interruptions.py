@@ -1,4 +1,4 @@
-"""Disturbs studies and examples, and runs the same command again: is the result the same?
+"""Disturbs studies and examples and runs the same command again: is the result the same?
 
     KERAS_BACKEND=torch python benchmarks/interruptions.py
     KERAS_BACKEND=torch python benchmarks/interruptions.py --programs study/language_model --kills 5
@@ -188,6 +188,7 @@ def attempt(function, argument, program, folder, expected):
 
 def main(arguments=None):
     names = [f"study/{name}" for name in disturbed.STUDIES]
+    names += ["data/bible_es_en"]
     names += [f"example/{name}" for name in disturbed.EXAMPLES]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--programs", nargs="+", choices=names, default=names, metavar="PROGRAM")
