@@ -483,7 +483,8 @@ def test_a_resumed_training_equals_an_uninterrupted_one(made_up_data, monkeypatc
     monkeypatch.undo()
     # Weights and dropout of another seed are replaced.
     resumed = train(folder, seed=5)
-    assert without_times(resumed) == without_times(whole)
+    for name, values in without_times(whole).items():
+        np.testing.assert_allclose(resumed[name], values, rtol=1e-6)
     assert len(resumed["ms_per_step"]) == 2
     assert [path.name for path in folder.glob("*.h5")] == ["epoch-2.weights.h5"]
 
