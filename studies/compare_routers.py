@@ -10,19 +10,21 @@ Runs on the backend that KERAS_BACKEND names.
 """
 
 import argparse
-import json
 import pathlib
 import time
 import typing
 
+import clean_exit  # noqa: F401
 import datasets
 import keras
 import numpy as np
 import pictures
 import tensorflow as tf
 from command_line import check_numbers
+from output_folder import claim
 from twins import spread
 from vocabulary import Vocabulary
+from whole_files import write_json
 
 from keras_moe import callbacks, layers, losses, routers
 
@@ -60,6 +62,7 @@ BALANCED = 0.5
 def main(arguments=None):
     options = parse_options(arguments)
     check_numbers(options, "seeds")
+    claim(options.output)
     size = SMOKE if options.smoke else FULL
     arrays, num_classes = load(size, options.data_dir)
     results: dict = {"routers": {}, "balancing": {}}
@@ -74,8 +77,7 @@ def main(arguments=None):
         ]
         results["balancing"][name] = runs
         print_balancing(name, runs, is_first=name == options.balancing[0])
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    write_json(options.output / "results.json", results)
     pictures.imbalances(results, STEPS_AN_ENTRY, BALANCED, options.output / "imbalance.png")
     print(f"\nPicture and results are in {options.output}.")
     return results

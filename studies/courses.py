@@ -4,7 +4,7 @@ import json
 import time
 
 import numpy as np
-from whole_files import write_whole
+from whole_files import write_json
 
 TIMED_ROUNDS = 30
 
@@ -49,5 +49,5 @@ def step_times(models, inputs, targets, path):
             model.train_on_batch(inputs, targets)
             times[name].append(1000 * (time.perf_counter() - start))
     medians = {name: float(np.median(each)) for name, each in times.items()}
-    write_whole(path, json.dumps(medians).encode("utf-8"))
+    write_json(path, medians)
     return medians

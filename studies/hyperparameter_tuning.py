@@ -15,13 +15,17 @@ import json
 import pathlib
 import typing
 
+import clean_exit  # noqa: F401
 import datasets
 import keras
 import keras_tuner
+import pictures
 from command_line import check_numbers
 from matplotlib.figure import Figure
+from output_folder import claim
 from text_classification import LEARNING_RATE, Size, build_model, cut
 from vocabulary import Vocabulary
+from whole_files import write_json
 
 from keras_moe import inspection, tuner
 
@@ -54,9 +58,18 @@ class Oracle(tuner.DefaultsFirst, keras_tuner.oracles.BayesianOptimizationOracle
     pass
 
 
+class Search(keras_tuner.Tuner):
+    """Each trial has draws of its own, so that an interrupted search goes on with the same ones."""
+
+    def run_trial(self, trial, *args, **kwargs):
+        keras.utils.set_random_seed(int(trial.trial_id))
+        return super().run_trial(trial, *args, **kwargs)
+
+
 def main(arguments=None):
     options = parse_options(arguments)
     check_numbers(options, "trials", "epochs", "seeds")
+    claim(options.output)
     size, space = SMOKE if options.smoke else FULL
     data = datasets.load(options.dataset, options.data_dir)
     train, validation, test = (cut(split, size.documents) for split in data[:3])
@@ -64,8 +77,6 @@ def main(arguments=None):
     ids = vocabulary.encode(train.texts)
     batch_size = min(BATCH_SIZE, len(ids))
     steps = len(ids) // batch_size
-
-    keras.utils.set_random_seed(0)
 
     def build(hp):
         model = build_model(lambda: space.sample(hp), vocabulary, size, len(data.class_names))
@@ -88,7 +99,7 @@ def main(arguments=None):
     report = compare(search, vocabulary.encode(test.texts), test.labels)
     print_report(report)
     folder = pathlib.Path(search.project_dir)
-    (folder / "results.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    write_json(folder / "results.json", report)
     draw(report, folder / "trade_off.png")
     print(f"\nTrials, results and picture are in {folder}.")
     return report
@@ -144,7 +155,7 @@ def open_search(build, objective, options):
     settings = f"{dataset}-{options.epochs}_epochs-{options.seeds}_seeds"
     project = f"{settings}-budget_{options.budget:g}{'-smoke' * options.smoke}"
     try:
-        search = keras_tuner.Tuner(
+        search = Search(
             oracle,
             build,
             executions_per_trial=options.seeds,
@@ -220,7 +231,7 @@ def draw(report, path):
     axes.axvline(report["budget"], color="gray", linestyle="--", label="budget")
     axes.set(xscale="log", xlabel="active FLOPs a token, MoE layer", ylabel="validation loss")
     axes.legend()
-    figure.savefig(path, dpi=120)
+    pictures.save(figure, path)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ TensorFlow on every backend.
 """
 
 import itertools
-import json
 import pathlib
 import typing
 
+import clean_exit  # noqa: F401
 import datasets
 import keras
 import numpy as np
@@ -24,9 +24,10 @@ import resuming
 from command_line import check_numbers, parser_of
 from decoder_model import build_model, write
 from id_batches import Batches, rows
+from output_folder import claim
 from subwords import END, Subwords
 from twins import count_parameters, dense_feedforward, moe_every, spread
-from whole_files import saved_files
+from whole_files import saved_files, whole, write_json
 
 from keras_moe import callbacks, distribution, inspection, layers, routers
 
@@ -52,6 +53,7 @@ SMOKE = Size(
     steps=10, epochs=2,
 )  # fmt: skip
 LEARNING_RATE, WARM_UP, LAST_RATE = 5e-3, 0.08, 0.05
+MODEL_FILES = ("model.keras", "subwords.model")
 SPARSE, DENSE = "mixture of experts", "dense twin"
 # Trained for as long as the mixture, in more steps if they are faster.
 DENSE_EQUAL_TIME = "dense twin, equal time"
@@ -63,6 +65,7 @@ def main(arguments=None):
     if options.generate is not None:
         return generate(options.generate, options.output, options.seed)
     check_causal(options)
+    claim(options.output)
     if options.expert_parallel is not None:
         # Before any model is made: it decides where weights are.
         keras.distribution.set_distribution(distribution.expert_parallel(options.expert_parallel))
@@ -86,7 +89,7 @@ def main(arguments=None):
             save(model, subwords, options.output)
     report = {"dataset": options.dataset, "router": options.router, "results": results}
     print_report(report)
-    (options.output / "results.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    write_json(options.output / "results.json", report)
     pictures.learning_curves(histories, options.output / "learning_curves.png", "loss")
     resuming.forget(progress)
     print(f"\nModel, picture and results are in {options.output}.")
@@ -224,14 +227,14 @@ def print_report(report):
 
 
 def save(model, subwords, output):
-    output.mkdir(parents=True, exist_ok=True)
-    model.save(output / "model.keras")
-    subwords.save(output / "subwords.model")
+    with whole(*(output / name for name in MODEL_FILES)) as parts:
+        model.save(parts[0])
+        subwords.save(parts[1])
 
 
 def generate(text, output, seed):
     """Print and return a text that goes on from `text`, by a model saved under any backend."""
-    model_path, subwords_path = saved_files(output, "model.keras", "subwords.model")
+    model_path, subwords_path = saved_files(output, *MODEL_FILES)
     model = keras.saving.load_model(model_path, compile=False)
     subwords = Subwords.load(subwords_path)
     ids = np.concatenate([[END], subwords.encode([text])[0][:-1]])

@@ -15,9 +15,9 @@ go on where they were when the same command is given again.
 """
 
 import argparse
-import json
 import pathlib
 
+import clean_exit  # noqa: F401
 import datasets
 import keras
 import language_model
@@ -32,10 +32,12 @@ from command_line import check_numbers
 from courses import course, loss_at
 from datasets import pairs
 from id_batches import rows
+from output_folder import claim
 from sentence_batches import SentenceBatches
 from subwords import Subwords
 from twins import dense_feedforward, spread
 from vocabulary import Vocabulary
+from whole_files import write_json
 
 DENSE = "dense"
 # A third of the examples' own runs and less: there are many of them here.
@@ -49,6 +51,7 @@ TRANSLATION = translation.FULL._replace(pairs=3000)
 def main(arguments=None):
     options = parse_options(arguments)
     check_numbers(options, "seeds", "experts")
+    claim(options.output)
     results: dict = {}
     for task in options.tasks:
         train = TASKS[task](options)
@@ -62,10 +65,9 @@ def main(arguments=None):
                 results[task][name].append(train(experts, seed))
     for task, models in results.items():
         print_table(task, models)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-    resuming.forget(progress(options))
+    write_json(options.output / "results.json", results)
     pictures.losses_by_steps_and_time(results, options.output / "moe_vs_dense.png")
+    resuming.forget(progress(options))
     print(f"\nPicture and results are in {options.output}.")
     return results
 

@@ -2,6 +2,12 @@
 
 import numpy as np
 from matplotlib.figure import Figure
+from whole_files import whole
+
+
+def save(figure, path):
+    with whole(path) as (part,):
+        figure.savefig(part, dpi=120)
 
 
 def learning_curves(histories, path, metric="accuracy"):
@@ -14,7 +20,7 @@ def learning_curves(histories, path, metric="accuracy"):
         axes.plot(epochs, logs[f"val_{metric}"], f"C{index}o-", label=f"{name}, validation")
     axes.set(xlabel="epoch", ylabel=metric)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def experts_by_class(usage, class_names, path):
@@ -30,7 +36,7 @@ def experts_by_class(usage, class_names, path):
         axes.set(title=name, xlabel="expert", xticks=range(counts.shape[1]))
         figure.colorbar(image, ax=axes, label=f"share of the row's tokens, even: {even:.3g}")
     panels[0].set_yticks(range(len(class_names)), class_names)
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def experts_by_layer(usage, path):
@@ -42,7 +48,7 @@ def experts_by_layer(usage, path):
     axes.set(xlabel="expert", xticks=range(layers.shape[1]))
     axes.set_yticks(range(len(layers)), usage)
     figure.colorbar(image, ax=axes, label="share of the layer's tokens")
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def shares(counts):
@@ -66,7 +72,7 @@ def imbalances(results, steps_an_entry, balanced, path):
         axes.set_yscale("symlog", linthresh=0.1)
         axes.set_ylim(bottom=0)
         axes.legend(fontsize="x-small", ncols=2)
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def losses_by_steps_and_time(results, path):
@@ -83,7 +89,7 @@ def losses_by_steps_and_time(results, path):
             axes.set(xlabel=f"{unit} of training", title=task)
         row[0].set_ylabel("validation loss")
         row[0].legend()
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def losses_by_cost(results, path):
@@ -106,4 +112,4 @@ def losses_by_cost(results, path):
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("test loss")
     panels[0].legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    save(figure, path)

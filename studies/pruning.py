@@ -8,16 +8,18 @@ of validation data, right after the surgery. The model and the data are those of
 `language_model.py`. Runs on the backend that KERAS_BACKEND names.
 """
 
-import json
 import pathlib
 
+import clean_exit  # noqa: F401
 import datasets
 import keras
 import language_model
 import numpy as np
 import resuming
 from command_line import check_numbers, parser_of
+from output_folder import claim
 from twins import spread
+from whole_files import whole, write_json
 
 from keras_moe import inspection, surgery
 
@@ -31,6 +33,7 @@ BATCHES = 16
 def main(arguments=None):
     options = parse_options(arguments)
     check_numbers(options, "experts", "batch_size", "seeds", "draws")
+    claim(options.output)
     size = language_model.SMOKE if options.smoke else FULL
     subwords, data = language_model.load_data(options, size)
     progress = options.output / "progress" / digest(options, size)
@@ -41,8 +44,8 @@ def main(arguments=None):
         keras.utils.set_random_seed(seed)
         model = language_model.make_model(language_model.SPARSE, len(subwords), settings, size)
         language_model.fit(model, data, seed, size, options, progress / str(seed))
-        options.output.mkdir(parents=True, exist_ok=True)
-        model.save(options.output / "model.keras")
+        with whole(options.output / "model.keras") as (part,):
+            model.save(part)
         rows = np.random.default_rng(seed).permutation(data[0])[: BATCHES * options.batch_size]
         measured = np.array_split(rows[:, :-1], -(-len(rows) // options.batch_size))
         results["all experts"].append(validate(model, data[1], options))
@@ -53,7 +56,7 @@ def main(arguments=None):
             ]
             results[measure].append(float(np.mean(losses)))
     print_table(results)
-    (options.output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    write_json(options.output / "results.json", results)
     resuming.forget(progress)
     return results
 

@@ -20,6 +20,7 @@ import json
 import pathlib
 import typing
 
+import clean_exit  # noqa: F401
 import datasets
 import keras
 import language_model
@@ -30,9 +31,10 @@ import scipy.stats
 from courses import course, loss_at, step_times
 from decoder_model import build_model
 from id_batches import Batches, rows
+from output_folder import claim
 from subwords import Subwords
 from twins import count_parameters, dense_feedforward
-from whole_files import write_whole
+from whole_files import write_json
 
 from keras_moe import layers, losses, routers
 
@@ -51,6 +53,7 @@ BALANCE_WEIGHTS = (1e-2, 1e-3, 1e-1)
 
 def main(arguments=None):
     options = parse_options(arguments)
+    claim(options.output)
     study = Study.prepare(options)
     ms_per_step = study.step_times()
     results: dict = {name: {} for name in options.models}
@@ -192,7 +195,7 @@ class Study(typing.NamedTuple):
                 model,
                 batches.dataset(),
                 epochs,
-                folder,
+                folder / "progress",
                 [batches],
                 steps_per_epoch=self.size.steps,
                 validation_data=(held_out[:, :-1], held_out[:, 1:]),
@@ -203,16 +206,15 @@ class Study(typing.NamedTuple):
             # Of the embedding a token takes one row, which costs nothing.
             looked_up = model.get_layer("embedding").count_params()
             parameters["active_weights"] = parameters["active_parameters"] - looked_up
-            content = json.dumps([history["val_loss"], parameters])
-            write_whole(result, content.encode("utf-8"))
-            resuming.forget(folder / "backup")
+            write_json(result, [history["val_loss"], parameters])
+            resuming.forget(folder / "progress")
         return json.loads(result.read_text(encoding="utf-8"))
 
 
 def report(results, output):
     """Print and draw what there is so far."""
     results = {name: runs for name, runs in results.items() if runs}
-    write_whole(output / "results.json", json.dumps(results, indent=2).encode("utf-8"))
+    write_json(output / "results.json", results)
     pictures.losses_by_cost(results, output / "sparsity.png")
     print_table(results)
 

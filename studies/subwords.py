@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 import sentencepiece
-from whole_files import write_whole
+from whole_files import whole
 
 PADDING, START, END, UNKNOWN = range(4)
 
@@ -41,7 +41,7 @@ class Subwords:
                 unk_id=UNKNOWN,
                 minloglevel=2,
             )
-            write_whole(path, content.getvalue())
+            cls(content.getvalue()).save(path)
         return cls.load(path)
 
     @classmethod
@@ -61,7 +61,8 @@ class Subwords:
             ) from error
 
     def save(self, path):
-        write_whole(pathlib.Path(path), self.content)
+        with whole(pathlib.Path(path)) as (part,):
+            part.write_bytes(self.content)
 
     def __len__(self):
         return len(self._processor)

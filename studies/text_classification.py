@@ -14,17 +14,19 @@ import pathlib
 import time
 import typing
 
+import clean_exit  # noqa: F401
 import datasets
 import keras
 import numpy as np
 import pictures
 import tensorflow as tf
 from command_line import check_numbers, parser_of
+from output_folder import claim
 from phrase_embedding import PhraseEmbedding
 from twins import count_parameters, dense_feedforward, spread
 from usage_table import print_usage
 from vocabulary import Vocabulary, split_words
-from whole_files import saved_files
+from whole_files import saved_files, whole, write_json
 
 import keras_moe
 from keras_moe import callbacks, inspection, layers, routers
@@ -43,6 +45,7 @@ class Size(typing.NamedTuple):
 FULL = Size(40_000, 50_021, 400, 8, features=128, hidden_dim=256, documents=None)
 SMOKE = Size(500, 251, 32, 4, features=16, hidden_dim=16, documents=256)
 LABEL_SMOOTHING = 0.3
+MODEL_FILES = ("model.keras", "vocabulary.json", "classes.json")
 LEARNING_RATE = 1e-3
 
 
@@ -51,6 +54,7 @@ def main(arguments=None):
     check_numbers(options, "experts", "top_k", "epochs", "batch_size", "seeds")
     if options.predict is not None:
         return predict(options.predict, options.output)
+    claim(options.output)
     if options.mixed_precision:
         keras.mixed_precision.set_global_policy("mixed_bfloat16")
     size = SMOKE if options.smoke else FULL
@@ -85,14 +89,13 @@ def main(arguments=None):
                     shown = model
         results[name] = {"runs": runs, **count_parameters(model)}
 
-    options.output.mkdir(parents=True, exist_ok=True)
     usage = expert_usage(shown, arrays[2][0], test.labels, len(data.class_names))
     report = {"dataset": options.dataset, "results": results}
     if options.compare:
         report["logistic_regression"] = logistic_regression(train, validation, test)
     print_report(report, usage)
     save(shown, vocabulary, data.class_names, options.output)
-    (options.output / "results.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    write_json(options.output / "results.json", report)
     pictures.learning_curves(histories, options.output / "learning_curves.png")
     pictures.experts_by_class(usage, data.class_names, options.output / "experts_by_class.png")
     if options.report:
@@ -276,9 +279,10 @@ def print_report(report, usage):
 
 
 def save(model, vocabulary, class_names, output):
-    model.save(output / "model.keras")
-    vocabulary.save(output / "vocabulary.json")
-    (output / "classes.json").write_text(json.dumps(class_names), encoding="utf-8")
+    with whole(*(output / name for name in MODEL_FILES)) as parts:
+        model.save(parts[0])
+        vocabulary.save(parts[1])
+        write_json(parts[2], class_names)
 
 
 def write_report(model, vocabulary, split, class_names, path, documents=300):
@@ -291,7 +295,7 @@ def write_report(model, vocabulary, split, class_names, path, documents=300):
 
 def predict(text, output):
     """Print and return the most likely class, from a model saved under any backend."""
-    paths = saved_files(output, "model.keras", "vocabulary.json", "classes.json")
+    paths = saved_files(output, *MODEL_FILES)
     if not split_words(text):
         raise ValueError(f"The text to classify must hold a word. Received: {text!r}.")
     model = keras.saving.load_model(paths[0], compile=False)

@@ -1,11 +1,8 @@
 """Training of a translator that goes on after an interruption."""
 
-import json
-
 import keras
 import resuming
 from translator import SmoothedCrossentropy
-from whole_files import write_whole
 
 from keras_moe import callbacks, inspection
 
@@ -65,7 +62,3 @@ class _SetEpoch(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self.batches.epoch = epoch
-
-
-def write_json(path, content):
-    write_whole(path, json.dumps(content, indent=2).encode("utf-8"))

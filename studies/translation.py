@@ -15,6 +15,7 @@ import json
 import pathlib
 import typing
 
+import clean_exit  # noqa: F401
 import keras
 import numpy as np
 import pictures
@@ -23,6 +24,7 @@ import training
 from bilingual_embedding import bilingual_embedding
 from command_line import check_numbers, parser_of
 from datasets import pairs
+from output_folder import claim
 from piece_kinds import KINDS, frequent_pieces, ids_by_layer, kind_of_each, usage_by_kind
 from sentence_batches import SentenceBatches, Shapes
 from subwords import Subwords
@@ -30,7 +32,7 @@ from translation_scores import scores, translation_memory
 from translator import Translator
 from twins import count_parameters, dense_feedforward, moe_every, spread
 from usage_table import print_usage
-from whole_files import saved_files
+from whole_files import saved_files, whole, write_json
 from writing import write
 
 import keras_moe
@@ -49,6 +51,7 @@ class Size(typing.NamedTuple):
 FULL = Size(4000, 128, 256, blocks=2, shapes=Shapes((24, 32, 48), 1024), pairs=None)
 SMOKE = Size(300, 8, 8, blocks=1, shapes=Shapes((64,), 512), pairs=256)
 DROPOUT = 0.1
+MODEL_FILES = ("model.keras", "subwords.model", "shapes.json")
 
 
 def main(arguments=None):
@@ -56,6 +59,7 @@ def main(arguments=None):
     check_numbers(options, "experts", "top_k", "moe_every", "epochs", "seeds", "beams")
     if options.translate is not None:
         return translate(options.translate, options.output, options.beams)
+    claim(options.output)
     size = size_of(options)
     data = pairs.ParallelDataset(
         *(cut(split, size.pairs) for split in pairs.load(options.dataset, options.data_dir))
@@ -103,7 +107,7 @@ def main(arguments=None):
     usage = usage_by_kind(shown, subwords, validation)
     print_report(report, usage)
     save(shown, subwords, size.shapes, options.output)
-    (options.output / "results.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    write_json(options.output / "results.json", report)
     pictures.learning_curves(histories, options.output / "learning_curves.png")
     pictures.experts_by_class(usage, KINDS, options.output / "experts_by_kind.png")
     pictures.experts_by_layer(usage, options.output / "experts_by_layer.png")
@@ -187,7 +191,7 @@ def test(model, subwords, split, shapes, beams, folder):
             texts, speed = write(model, subwords, split.sources, shapes, width)
             by_width[width] = {**scores(texts, split.targets), "pieces_per_second": speed}
         result = {"greedy": by_width[1], "beams": by_width[beams]}
-        training.write_json(path, result)
+        write_json(path, result)
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -215,9 +219,10 @@ def print_report(report, usage):
 
 
 def save(model, subwords, shapes, output):
-    model.save(output / "model.keras")
-    subwords.save(output / "subwords.model")
-    training.write_json(output / "shapes.json", shapes._asdict())
+    with whole(*(output / name for name in MODEL_FILES)) as parts:
+        model.save(parts[0])
+        subwords.save(parts[1])
+        write_json(parts[2], shapes._asdict())
 
 
 def write_report(model, subwords, split, path, sentences=200):
@@ -237,7 +242,7 @@ def write_report(model, subwords, split, path, sentences=200):
 
 def translate(text, output, beams):
     """Print and return the translation of a text, with a model saved under any backend."""
-    paths = saved_files(output, "model.keras", "subwords.model", "shapes.json")
+    paths = saved_files(output, *MODEL_FILES)
     if not text.strip():
         raise ValueError(f"The text to translate must hold a word. Received: {text!r}.")
     subwords = Subwords.load(paths[1])

@@ -12,16 +12,18 @@ Runs on the backend that KERAS_BACKEND names. An interrupted run resumes from th
 epoch when the same command is given again.
 """
 
-import json
 import pathlib
 
+import clean_exit  # noqa: F401
 import datasets
 import keras
 import language_model
 import resuming
 from command_line import check_numbers, parser_of
 from courses import step_times
+from output_folder import claim
 from twins import count_parameters, spread
+from whole_files import write_json
 
 import keras_moe
 
@@ -33,6 +35,7 @@ DENSE, CONTINUED, UPCYCLED = "dense, first half", "dense, continued", "upcycled"
 def main(arguments=None):
     options = parse_options(arguments)
     check_numbers(options, "experts", "top_k", "granularity", "batch_size", "seeds")
+    claim(options.output)
     size = language_model.SMOKE if options.smoke else FULL
     subwords, data = language_model.load_data(options, size)
     print(f"{data[0].size:,} subwords to learn from, {size.steps * size.epochs} steps each half")
@@ -54,7 +57,7 @@ def main(arguments=None):
         longer = size._replace(steps=max(1, round(size.steps * cost)))
         train(CONTINUED, dense, data, seed + 1000, longer, options, progress, results)
     print_table(results)
-    (options.output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    write_json(options.output / "results.json", results)
     resuming.forget(progress)
     return results
 

@@ -1,19 +1,38 @@
 """Files that are whole or not there."""
 
+import contextlib
+import json
 import os
 
 
-def write_whole(path, content):
-    """The finished file appears in one step: a run that is killed leaves no half of it.
+@contextlib.contextmanager
+def whole(*paths):
+    """Paths to write to, one for each of `paths`, where the files appear once all are written.
+
+    A run that is killed leaves no half of a file, and no set of old and new ones: the old ones but
+    the first are removed before the new ones appear.
 
     Args:
-        path: `pathlib.Path`; its folder is made if there is none.
-        content: bytes.
+        *paths: `pathlib.Path`s in one folder, which is made if there is none.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")
-    part.write_bytes(content)
-    part.replace(path)
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    # The name keeps its ending, by which Keras and Matplotlib choose the format.
+    parts = [path.with_name(f".{os.getpid()}-{path.name}") for path in paths]
+    try:
+        yield parts
+        for path in paths[1:]:
+            path.unlink(missing_ok=True)
+        for part, path in zip(parts, paths):
+            part.replace(path)
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    """Write a file that is whole or not there."""
+    with whole(path) as (part,):
+        part.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def saved_files(folder, *names):

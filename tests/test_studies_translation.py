@@ -40,6 +40,7 @@ from bilingual_embedding import bilingual_embedding  # noqa: E402
 from datasets import bible, debian, libreoffice_help, pairs  # noqa: E402
 from sentence_batches import SentenceBatches, Shapes  # noqa: E402
 from subwords import END, PADDING, START, Subwords, pad  # noqa: E402
+from training_journal import Journal  # noqa: E402
 from translator import SmoothedCrossentropy, Translator, sinusoids  # noqa: E402
 from writing import write  # noqa: E402
 
@@ -97,13 +98,13 @@ def made_up_data(monkeypatch):
     return data
 
 
-def small_translator(vocabulary_size=12, features=8, seed=3):
+def small_translator(vocabulary_size=12, features=8, seed=3, dropout=0.0):
     keras.utils.set_random_seed(seed)
     feedforwards = [
         [layers.MixtureOfExperts(layers.FeedForwardExperts(4, 8), name=side)]
         for side in ("encoder_1", "decoder_1")
     ]
-    model = Translator(vocabulary_size, features, *feedforwards, num_heads=2)
+    model = Translator(vocabulary_size, features, *feedforwards, num_heads=2, dropout=dropout)
     model.build({"source": (None, None), "target": (None, None)})
     # The same weights on every backend, and large ones, so that what is written differs by source.
     generator = np.random.default_rng(seed)
@@ -432,7 +433,7 @@ def test_a_killed_run_goes_on_with_the_same_command(monkeypatch, tmp_path):
         process.wait()
     assert not (output / "model.keras").exists()
     (folder,) = (output / "unfinished").glob("*/*")
-    kept = resuming.finished_epochs(folder / "backup")
+    kept = len(Journal(folder).epochs)
 
     run = run_example(*command)
     assert run.returncode == 0, run.stderr
@@ -443,59 +444,56 @@ def test_a_killed_run_goes_on_with_the_same_command(monkeypatch, tmp_path):
 def wait_for_an_epoch(output, process, seconds=300):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
-        backups = list(output.glob("unfinished/*/*/backup"))
-        if backups and resuming.finished_epochs(backups[0]):
+        if list(output.glob("unfinished/*/*/journal.json")):
             return
         time.sleep(0.02)
     raise AssertionError(f"No epoch was finished. Exit code: {process.poll()}.")
 
 
-def test_training_goes_on_after_the_last_epoch_kept(made_up_data, tmp_path):
+class EndsInTheSecondEpoch(Journal):
+    def on_epoch_begin(self, epoch, logs=None):
+        super().on_epoch_begin(epoch, logs)
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+
+def without_times(history):
+    return {name: values for name, values in history.items() if name != "ms_per_step"}
+
+
+def test_a_resumed_training_equals_an_uninterrupted_one(made_up_data, monkeypatch, tmp_path):
     subwords = Subwords.train(made_up_data.train.sources + made_up_data.train.targets, 60, tmp_path)
     batches = SentenceBatches(
         *(subwords.encode(texts) for texts in made_up_data.train), Shapes((16,), 256)
     )
-    model = small_translator(len(subwords))
-    first = training.fit(model, batches, batches, 1, tmp_path / "run")
 
-    other = small_translator(len(subwords), seed=5)
-    both = training.fit(other, batches, batches, 2, tmp_path / "run")
-    assert both["loss"][0] == first["loss"][0] and both["loss"][1] < both["loss"][0]
-    assert len(both["loss"]) == len(both["ms_per_step"]) == 2
+    def train(folder, seed):
+        model = small_translator(len(subwords), seed=seed, dropout=0.1)
+        return training.fit(model, batches, batches, 2, folder)
 
-    # Killed while it wrote the number of the epoch: the one before is taken, and run again.
-    backup = tmp_path / "run" / "backup"
-    (backup / resuming.METADATA).write_text("")
-    again = training.fit(small_translator(len(subwords)), batches, batches, 2, tmp_path / "run")
-    np.testing.assert_allclose(again["loss"], both["loss"], rtol=1e-2)
-    assert resuming.finished_epochs(backup) == 2
+    whole = train(tmp_path / "whole", seed=3)
+    folder = tmp_path / "interrupted"
+    monkeypatch.setattr(resuming, "Journal", EndsInTheSecondEpoch)
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, seed=3)
+    assert len(Journal(folder).epochs) == 1
+    # A kill leaves halves beside what is finished.
+    for name in (".7-epoch-2.weights.h5", "epoch-2.weights.h5", ".7-journal.json"):
+        (folder / name).write_bytes(b"half")
+    monkeypatch.undo()
+    # Weights and dropout of another seed are replaced.
+    resumed = train(folder, seed=5)
+    for name, values in without_times(whole).items():
+        np.testing.assert_allclose(resumed[name], values, rtol=1e-6)
+    assert len(resumed["ms_per_step"]) == 2
+    assert [path.name for path in folder.glob("*.h5")] == ["epoch-2.weights.h5"]
 
-    def full_disk(epoch, logs=None):
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space left"):
-        resuming.fit(
-            other,
-            batches.dataset(),
-            3,
-            tmp_path / "run",
-            [keras.callbacks.LambdaCallback(on_epoch_end=full_disk)],
-        )
-
-    for name in ("latest.weights.h5", "latest.weights.h5.bkp"):
-        (tmp_path / "run" / "backup" / name).write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="interrupted run are damaged.*Delete this folder"):
-        training.fit(other, batches, batches, 3, tmp_path / "run")
-
-
-def test_a_run_killed_in_its_first_epoch_starts_anew(tmp_path):
-    backup = tmp_path / "backup"
-    backup.mkdir()
-    (backup / resuming.WEIGHTS).write_bytes(b"half")
-    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
-    model.compile("sgd", "mse")
-    data = tf.data.Dataset.from_tensors((np.zeros((1, 1)), np.zeros((1, 1))))
-    assert len(resuming.fit(model, data, 1, tmp_path, [])["loss"]) == 1
+    (folder / "epoch-2.weights.h5").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="must be whole. Received: .*Delete this folder"):
+        train(folder, seed=3)
+    (folder / "journal.json").write_bytes(b"{")
+    with pytest.raises(ValueError, match="must be whole. Received: .*Delete this folder"):
+        train(folder, seed=3)
 
 
 def test_the_loss_is_saved_with_its_smoothing():
@@ -575,6 +573,20 @@ def test_debian_packages_that_cannot_be_had(monkeypatch, tmp_path):
     with pytest.raises(ConnectionError, match="(?s)Unable to locate.*apt-get update"):
         debian.fetch_packages(["made-up"], tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_debian_packages_are_checked_before_they_are_opened(monkeypatch, tmp_path):
+    def download(command, cwd, **kwargs):
+        pathlib.Path(cwd, "made-up_1_all.deb").write_bytes(b"package")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(debian.shutil, "which", lambda tool: tool)
+    monkeypatch.setattr(debian.subprocess, "run", download)
+    (package,) = debian.fetch_packages(["made-up"], tmp_path)
+    assert debian.fetch_packages(["made-up"], tmp_path) == [package]
+    package.write_bytes(b"pack")
+    with pytest.raises(ValueError, match="as they came. Received: made-up_1.*Delete the folder"):
+        debian.fetch_packages(["made-up"], tmp_path)
 
 
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")

@@ -5,7 +5,7 @@ import typing
 import numpy as np
 import tensorflow_datasets as tfds
 
-from .catalogue import find_builder
+from .catalogue import find_builder, prepared
 from .manual_pages import ManualPages
 from .newsgroups import ReutersR8, TwentyNewsgroups
 from .rotten_tomatoes import RottenTomatoes
@@ -42,8 +42,7 @@ def load(name, data_dir=None):
     Raises:
         ValueError: If there is no such data set, or it does not classify text.
     """
-    builder = _builder(name, data_dir)
-    builder.download_and_prepare()
+    builder = prepared(lambda: _builder(name, data_dir))
     splits = [_read_split(builder, split) for split in _split_names(name, builder)]
     label_key = builder.info.supervised_keys[1]
     return TextDataset(*splits, class_names=builder.info.features[label_key].names)

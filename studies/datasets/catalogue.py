@@ -24,3 +24,22 @@ def find_builder(name, data_dir, built_in, hint):
         )
     print(f"{name} comes from TFDS: without internet its download hangs; Ctrl-C ends it.")
     return tfds.builder(name, data_dir=data_dir)
+
+
+def prepared(make_builder):
+    """The builder of a data set, once its data are there.
+
+    TFDS prepares them in a folder of another name, and renames it at the end.
+
+    Args:
+        make_builder: function without arguments.
+    """
+    builder = make_builder()
+    try:
+        builder.download_and_prepare()
+    except OSError:
+        # Another run may have been faster: then its folder stands where this one was to go.
+        builder = make_builder()
+        if not builder.is_prepared():
+            raise
+    return builder

@@ -1,17 +1,23 @@
 """Files that ship inside Debian packages."""
 
 import io
+import json
 import pathlib
 import shutil
 import subprocess
 import tarfile
 import tempfile
 
+from . import digests
+
+DIGESTS = "sha256.json"
+
 
 def fetch_packages(names, cache_dir):
     """Paths of these packages, downloaded together once, so that their versions agree.
 
-    apt does the download and checks it, with the sources and keys that the user has set.
+    apt does the download and checks it, with the sources and keys that the user has set. What it
+    has brought is checked again whenever it is read.
 
     Args:
         names: names of packages.
@@ -20,6 +26,7 @@ def fetch_packages(names, cache_dir):
     Raises:
         OSError: If this is no system with apt and dpkg.
         ConnectionError: If apt cannot get the packages.
+        ValueError: If a package is not as it came.
     """
     folder = pathlib.Path(cache_dir) / "-".join(names)
     if not folder.exists():
@@ -42,12 +49,16 @@ def fetch_packages(names, cache_dir):
                     "Run `apt-get update`, check the connection, and run again; or choose data "
                     "that come from PyPI."
                 )
+            received = {path.name: digests.sha256(path) for path in download.glob("*.deb")}
+            (download / DIGESTS).write_text(json.dumps(received))
             download.rename(folder)
     packages = [path for name in names for path in folder.glob(f"{name}_*.deb")]
-    if len(packages) < len(names):
+    found = {path.name: digests.sha256(path) for path in packages}
+    if not (folder / DIGESTS).exists() or found != json.loads((folder / DIGESTS).read_text()):
         raise ValueError(
-            f"The cached packages must be {', '.join(names)}. Received: a folder with "
-            f"{len(packages)} of them. Delete the folder {folder} and run again."
+            f"The cached packages must be {', '.join(names)} as they came. Received: "
+            f"{', '.join(sorted(found)) or 'none'}, of other content. Delete the folder {folder} "
+            "and run again."
         )
     return packages
 

