@@ -13,9 +13,10 @@ import zipfile
 
 import numpy as np
 
-from keras_moe import inspection, report, saved_models, summary
-from keras_moe.command_line import OneLineParser, one_line_errors, stating
-from keras_moe.validation import fits
+from keras_moe import inspection, report, summary
+from keras_moe._internal import saved_models
+from keras_moe._internal.command_line import OneLineParser, one_line_errors, stating
+from keras_moe._internal.validation import fits
 
 
 def main(arguments=None):

@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from keras_moe.serialization import register
+from keras_moe._internal.serialization import register
 
 
 @register

@@ -3,7 +3,7 @@
 import keras
 
 from keras_moe import backend
-from keras_moe.validation import check_positive_integer
+from keras_moe._internal.validation import check_positive_integer
 
 AXES = ("data", "expert")
 

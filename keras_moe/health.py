@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keras_moe.validation import (
+from keras_moe._internal.validation import (
     check_counts,
     check_not_negative,
     check_positive_integer,

@@ -2,7 +2,7 @@
 
 import argparse
 
-from keras_moe.validation import check_positive_integer
+from keras_moe._internal.validation import check_positive_integer
 
 
 def parser_of(doc, dataset, data, experts, units="documents"):

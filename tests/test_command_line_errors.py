@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from layer_checks import D, moe, normal
 
-from keras_moe import files
 from keras_moe.__main__ import main
+from keras_moe._internal import files
 
 LENGTH = 5
 

@@ -29,7 +29,7 @@ from layer_checks import (
 
 import keras_moe
 from keras_moe import routers
-from keras_moe.keras_internals import get_keras_mask
+from keras_moe._internal.keras_internals import get_keras_mask
 
 LAYERS = [cls for cls in CASES if issubclass(cls, keras.Layer)]
 FILES = [

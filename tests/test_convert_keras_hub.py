@@ -14,7 +14,7 @@ from conftest import BACKEND, assert_close
 from keras import ops
 
 from keras_moe import convert, inspection, surgery
-from keras_moe.parameters import parameters_of
+from keras_moe._internal.parameters import parameters_of
 
 keras_hub = pytest.importorskip("keras_hub")
 

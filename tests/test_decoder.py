@@ -10,7 +10,7 @@ from keras import ops
 from layer_checks import POLICIES, D, E, array, moe, normal, one_hot_router
 
 from keras_moe import layers, routers
-from keras_moe.keras_internals import get_keras_mask
+from keras_moe._internal.keras_internals import get_keras_mask
 from keras_moe.ops.rotary import rotate
 
 B, L, S = 2, 6, 4

@@ -9,7 +9,8 @@ import pytest
 from layer_checks import D, E, moe, normal
 from test_values_in import BAD_SEEDS, cases, is_refused
 
-from keras_moe import convert, files, inspection, layers, report, summary, surgery, upcycle
+from keras_moe import convert, inspection, layers, report, summary, surgery, upcycle
+from keras_moe._internal import files
 
 NO_MODELS = [None, "model.keras", 3, keras.Sequential]
 MIXTRAL = {

@@ -8,7 +8,7 @@ import tensorflow as tf
 # No public name leads to these operations; Keras imports them from here as well.
 from tensorflow.compiler.tf2xla.python import xla
 
-from keras_moe.keras_internals import current_model
+from keras_moe._internal.keras_internals import current_model
 
 
 def compiles_static_shapes():

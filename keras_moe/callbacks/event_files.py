@@ -4,8 +4,8 @@ import io
 import time
 
 from keras_moe import visualization
-from keras_moe.plain_text import as_text
-from keras_moe.validation import check_path
+from keras_moe._internal.plain_text import as_text
+from keras_moe._internal.validation import check_path
 
 try:
     from tensorboard.compat.proto.event_pb2 import Event

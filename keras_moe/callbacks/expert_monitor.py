@@ -9,8 +9,8 @@ import keras
 from keras import ops
 
 from keras_moe import metrics
+from keras_moe._internal.validation import check_flag, check_model, shortened
 from keras_moe.inspection import count_in_evaluation, moe_layers
-from keras_moe.validation import check_flag, check_model, shortened
 
 
 class ExpertMonitor(keras.callbacks.Callback):

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 import keras
 import numpy as np
 
+from keras_moe._internal.parameters import parameters_of
+from keras_moe._internal.validation import check_choice, is_whole, shortened
 from keras_moe.convert.hugging_face_families import FAMILIES, mixture_of
 from keras_moe.convert.tensor_files import config_of, opened
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
-from keras_moe.parameters import parameters_of
-from keras_moe.validation import check_choice, is_whole, shortened
 
 
 def from_hugging_face(source, layer, config=None, into=None, **kwargs):

@@ -2,11 +2,11 @@
 
 import sys
 
+from keras_moe._internal.keras_internals import forget_old_weights
+from keras_moe._internal.validation import check_model
 from keras_moe.convert.keras_hub_families import FAMILIES, family_of
 from keras_moe.convert.sparse_backbone import mark, unmark
 from keras_moe.convert.sparse_blocks import SparseBlock, make_dense, make_sparse
-from keras_moe.keras_internals import forget_old_weights
-from keras_moe.validation import check_model
 
 
 def sparsify(model):

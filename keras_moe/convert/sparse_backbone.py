@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from keras_moe.serialization import PACKAGE
+from keras_moe._internal.serialization import PACKAGE
 
 _NAME = "SparseBackbone"
 _CLASSES: dict = {}

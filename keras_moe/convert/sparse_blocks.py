@@ -4,18 +4,18 @@ import functools
 
 from keras import ops
 
-from keras_moe.convert.keras_hub_families import Family
-from keras_moe.keras_internals import (
+from keras_moe._internal.keras_internals import (
     names_below,
     open_to_state,
     rebuild,
     remove_sublayers,
     set_state,
 )
+from keras_moe._internal.saved_state import load_draws, save_draws
+from keras_moe._internal.validation import fits
+from keras_moe.convert.keras_hub_families import Family
 from keras_moe.layers import GatedExperts, MixtureOfExperts
 from keras_moe.layers.kernel_adapters import quantize_to_int8
-from keras_moe.saved_state import load_draws, save_draws
-from keras_moe.validation import fits
 
 
 class SparseBlock:

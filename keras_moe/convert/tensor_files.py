@@ -5,8 +5,8 @@ import json
 
 import numpy as np
 
-from keras_moe.command_line import stating
-from keras_moe.validation import check_path
+from keras_moe._internal.command_line import stating
+from keras_moe._internal.validation import check_path
 
 
 @contextlib.contextmanager

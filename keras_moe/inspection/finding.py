@@ -2,8 +2,8 @@
 
 import os
 
+from keras_moe._internal.validation import check_model
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
-from keras_moe.validation import check_model
 
 
 def moe_layers(model):

@@ -5,8 +5,8 @@ import contextlib
 import keras
 from keras import ops
 
+from keras_moe._internal.validation import check_batches
 from keras_moe.inspection.finding import moe_layers
-from keras_moe.validation import check_batches
 
 
 def record_routings(model, batches):

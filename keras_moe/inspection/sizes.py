@@ -5,11 +5,11 @@ from typing import NamedTuple
 from keras import ops
 
 from keras_moe import metrics
+from keras_moe._internal.parameters import parameters_of
+from keras_moe._internal.plain_text import as_text
+from keras_moe._internal.validation import check_model
 from keras_moe.inspection.engines import describe
 from keras_moe.inspection.finding import has_moe_layers, moe_layers
-from keras_moe.parameters import parameters_of
-from keras_moe.plain_text import as_text
-from keras_moe.validation import check_model
 
 _HEADER = (
     "layer",

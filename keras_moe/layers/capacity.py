@@ -4,14 +4,14 @@ import keras
 from keras import ops as keras_ops
 
 from keras_moe import backend, ops
-from keras_moe.ops.sizes import at_least
-from keras_moe.serialization import register
-from keras_moe.validation import (
+from keras_moe._internal.serialization import register
+from keras_moe._internal.validation import (
     check_choice,
     check_flag,
     check_positive_integer,
     check_positive_number,
 )
+from keras_moe.ops.sizes import at_least
 
 PRIORITIES = ("position", "probability", "random")
 

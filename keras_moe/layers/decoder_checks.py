@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from keras_moe.shape_checks import check_shapes, known
-from keras_moe.validation import check_is_integer, check_rank, is_whole
+from keras_moe._internal.shape_checks import check_shapes, known
+from keras_moe._internal.validation import check_is_integer, check_rank, is_whole
 
 _SEEN = {"keys": "BMHN", "values": "BMHN", "mask": "BM"}
 _CONTEXT = {"context_keys": "BSHN", "context_values": "BSHN", "context_mask": "BS"}

@@ -4,13 +4,13 @@ import keras
 from keras import ops
 
 from keras_moe import backend
-from keras_moe.initializers import EachExpert
+from keras_moe._internal.initializers import EachExpert
+from keras_moe._internal.validation import check_flag, check_positive_integer
 from keras_moe.layers.stacked_experts import StackedExperts
 from keras_moe.ops.expert_parallel import serve_elsewhere
 from keras_moe.ops.feed_forward import grouped_feed_forward
 from keras_moe.ops.grouped import engines
 from keras_moe.ops.grouped.records import Quantized, Setting
-from keras_moe.validation import check_flag, check_positive_integer
 
 
 class DenseExperts(StackedExperts):

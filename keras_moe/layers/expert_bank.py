@@ -4,8 +4,8 @@ import keras
 from keras import ops
 
 from keras_moe import backend
-from keras_moe.shape_checks import check_bank_call
-from keras_moe.validation import check_positive_integer
+from keras_moe._internal.shape_checks import check_bank_call
+from keras_moe._internal.validation import check_positive_integer
 
 
 class ExpertBank(keras.layers.Layer):

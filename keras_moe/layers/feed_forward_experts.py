@@ -1,7 +1,7 @@
 """A bank of plain feed-forward experts."""
 
+from keras_moe._internal.serialization import register
 from keras_moe.layers.dense_experts import DenseExperts
-from keras_moe.serialization import register
 
 
 @register

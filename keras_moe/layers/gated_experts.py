@@ -1,8 +1,8 @@
 """A bank of gated feed-forward experts, as in today's language models."""
 
+from keras_moe._internal.serialization import register
+from keras_moe._internal.validation import check_not_negative, check_positive_number
 from keras_moe.layers.dense_experts import DenseExperts
-from keras_moe.serialization import register
-from keras_moe.validation import check_not_negative, check_positive_number
 
 
 @register

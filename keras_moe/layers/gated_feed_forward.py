@@ -2,9 +2,9 @@
 
 import keras
 
-from keras_moe.serialization import register
-from keras_moe.shape_checks import check_inputs_shape
-from keras_moe.validation import check_flag, check_positive_integer
+from keras_moe._internal.serialization import register
+from keras_moe._internal.shape_checks import check_inputs_shape
+from keras_moe._internal.validation import check_flag, check_positive_integer
 
 
 @register

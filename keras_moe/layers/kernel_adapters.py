@@ -4,10 +4,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe.initializers import EachExpert
+from keras_moe._internal.initializers import EachExpert
+from keras_moe._internal.validation import check_positive_integer
 from keras_moe.ops.feed_forward import LowRank
 from keras_moe.ops.grouped.records import Quantized
-from keras_moe.validation import check_positive_integer
 
 
 def check_can_enable_lora(layer, rank):

@@ -3,11 +3,11 @@
 import keras
 from keras import ops
 
+from keras_moe._internal.parameters import parameters_of
+from keras_moe._internal.serialization import config_of, note_part, register
 from keras_moe.layers.expert_bank import ExpertBank, check_takes_tokens
 from keras_moe.layers.sublayers import are_alike, build_and_measure
 from keras_moe.ops.grouped.functions import Alike, engine_of, map_groups
-from keras_moe.parameters import parameters_of
-from keras_moe.serialization import config_of, note_part, register
 
 
 @register

@@ -1,6 +1,6 @@
 """Where the mask of a tensor is."""
 
-from keras_moe.keras_internals import get_keras_mask
+from keras_moe._internal.keras_internals import get_keras_mask
 
 
 def mask_of(inputs, mask):

@@ -6,6 +6,15 @@ import keras
 from keras import ops as keras_ops
 
 from keras_moe import backend, losses, ops, routers
+from keras_moe._internal.serialization import config_of, register, resolve
+from keras_moe._internal.shape_checks import check_inputs_shape
+from keras_moe._internal.validation import (
+    check_flag,
+    check_float_inputs,
+    check_mask,
+    check_not_negative,
+    is_whole,
+)
 from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import ExpertBank, check_takes_tokens
 from keras_moe.layers.masks import mask_of
@@ -14,15 +23,6 @@ from keras_moe.layers.mixture_state import load_state, save_state
 from keras_moe.layers.sublayers import accepted_arguments, build_and_measure
 from keras_moe.losses.router_loss import check_is_scalar
 from keras_moe.ops.sizes import at_least
-from keras_moe.serialization import config_of, register, resolve
-from keras_moe.shape_checks import check_inputs_shape
-from keras_moe.validation import (
-    check_flag,
-    check_float_inputs,
-    check_mask,
-    check_not_negative,
-    is_whole,
-)
 
 
 @register

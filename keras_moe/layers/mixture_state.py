@@ -3,7 +3,7 @@
 import numpy as np
 from keras import ops
 
-from keras_moe.saved_state import load_draws, save_draws
+from keras_moe._internal.saved_state import load_draws, save_draws
 
 
 def save_state(layer, store):

@@ -5,7 +5,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe.keras_internals import let_go, open_to_state
+from keras_moe._internal.keras_internals import let_go, open_to_state
+from keras_moe._internal.validation import check_positive_number
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.kernel_adapters import (
     add_factors,
@@ -14,7 +15,6 @@ from keras_moe.layers.kernel_adapters import (
     merged,
     quantize_to_int8,
 )
-from keras_moe.validation import check_positive_number
 
 
 class StackedExperts(ExpertBank):

@@ -5,7 +5,7 @@ import warnings
 
 import keras
 
-from keras_moe.parameters import parameters_of
+from keras_moe._internal.parameters import parameters_of
 
 
 def build_and_measure(layer, inputs_shape):

@@ -3,18 +3,18 @@
 import keras
 from keras import ops
 
-from keras_moe.layers.expert_bank import check_takes_tokens
-from keras_moe.layers.sublayers import accepted_arguments, build_and_measure
-from keras_moe.ops import draws
-from keras_moe.saved_state import load_draws, save_draws
-from keras_moe.serialization import config_of, resolve
-from keras_moe.validation import (
+from keras_moe._internal.saved_state import load_draws, save_draws
+from keras_moe._internal.serialization import config_of, resolve
+from keras_moe._internal.validation import (
     check_float_inputs,
     check_fraction,
     check_host_integers,
     check_mask,
     check_positive_integer,
 )
+from keras_moe.layers.expert_bank import check_takes_tokens
+from keras_moe.layers.sublayers import accepted_arguments, build_and_measure
+from keras_moe.ops import draws
 
 
 class TransformerBlock(keras.layers.Layer):

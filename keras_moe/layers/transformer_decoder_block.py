@@ -5,13 +5,13 @@ import warnings
 import keras
 from keras import ops
 
+from keras_moe._internal.serialization import register
+from keras_moe._internal.validation import check_flag, check_size, check_tensor, is_whole
 from keras_moe.layers.decoder_checks import check_cache, check_context, check_has_context
 from keras_moe.layers.masks import mask_of
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.remembering_attention import RememberingAttention
 from keras_moe.layers.transformer_block import TransformerBlock
-from keras_moe.serialization import register
-from keras_moe.validation import check_flag, check_size, check_tensor, is_whole
 
 
 @register

@@ -3,9 +3,9 @@
 import keras
 from keras import ops
 
+from keras_moe._internal.serialization import register
 from keras_moe.layers.masks import mask_of
 from keras_moe.layers.transformer_block import TransformerBlock
-from keras_moe.serialization import register
 
 
 @register

@@ -3,11 +3,11 @@
 import keras
 from keras import ops
 
+from keras_moe._internal.serialization import config_of, register, resolve
+from keras_moe._internal.validation import is_whole
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.ops.assignments import Choices
 from keras_moe.ops.groups import ChosenGroups
-from keras_moe.serialization import config_of, register, resolve
-from keras_moe.validation import is_whole
 
 
 @register

@@ -1,11 +1,11 @@
 """Router losses: objects that turn a routing into a scalar that training adds to its loss."""
 
+from keras_moe._internal.serialization import resolve
 from keras_moe.losses.load_balance import GlobalLoadBalance, LoadBalance, SequenceLoadBalance
 from keras_moe.losses.router_entropy import RouterEntropy
 from keras_moe.losses.router_loss import RouterLoss
 from keras_moe.losses.router_z import RouterZ
 from keras_moe.losses.variation import ImportanceVariation, LoadVariation
-from keras_moe.serialization import resolve
 
 BY_NAME = {
     "global_load_balance": GlobalLoadBalance,

@@ -3,10 +3,10 @@
 from keras import ops as keras_ops
 
 from keras_moe import backend, ops
+from keras_moe._internal.serialization import register
+from keras_moe._internal.validation import check_positive_integer
 from keras_moe.losses.router_loss import RouterLoss
 from keras_moe.ops.sizes import at_least
-from keras_moe.serialization import register
-from keras_moe.validation import check_positive_integer
 
 
 @register

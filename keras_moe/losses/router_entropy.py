@@ -1,8 +1,8 @@
 """A loss for decided routers."""
 
 from keras_moe import ops
+from keras_moe._internal.serialization import register
 from keras_moe.losses.router_loss import RouterLoss
-from keras_moe.serialization import register
 
 
 @register

@@ -2,7 +2,7 @@
 
 import numbers
 
-from keras_moe.validation import check_not_negative
+from keras_moe._internal.validation import check_not_negative
 
 
 class RouterLoss:

@@ -1,8 +1,8 @@
 """The two balance losses of the first sparse mixtures: even importance and even load."""
 
 from keras_moe import ops
+from keras_moe._internal.serialization import register
 from keras_moe.losses.router_loss import RouterLoss
-from keras_moe.serialization import register
 
 
 @register

@@ -2,9 +2,9 @@
 
 from keras import ops
 
+from keras_moe._internal.validation import check_routing, fits
 from keras_moe.ops.balance import masked_mean, router_entropy
 from keras_moe.ops.routing import take_scores
-from keras_moe.validation import check_routing, fits
 
 
 def router_confidence(routing):

@@ -2,8 +2,7 @@
 
 from keras import ops
 
-from keras_moe.ops.selection import chosen_experts, existing
-from keras_moe.validation import (
+from keras_moe._internal.validation import (
     check_counts,
     check_is_integer,
     check_positive_integer,
@@ -11,6 +10,7 @@ from keras_moe.validation import (
     fits,
     host_values,
 )
+from keras_moe.ops.selection import chosen_experts, existing
 
 
 def count_table(routing, groups, num_groups):

@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from keras_moe.validation import (
+from keras_moe._internal.validation import (
     check_counts,
     check_positive_integer,
     check_rank,

@@ -6,6 +6,8 @@ In `model.fit` use `callbacks.ExpertMonitor`: a layer cannot own a Keras metric 
 import keras
 from keras import ops
 
+from keras_moe._internal.serialization import register
+from keras_moe._internal.validation import check_positive_integer, check_routing
 from keras_moe.metrics.usage import (
     dead_experts,
     dropped_fraction,
@@ -13,8 +15,6 @@ from keras_moe.metrics.usage import (
     load_entropy,
     load_imbalance,
 )
-from keras_moe.serialization import register
-from keras_moe.validation import check_positive_integer, check_routing
 
 
 class _UsageMetric(keras.metrics.Metric):

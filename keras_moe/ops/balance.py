@@ -2,8 +2,7 @@
 
 from keras import ops
 
-from keras_moe.ops.selection import chosen_experts
-from keras_moe.validation import (
+from keras_moe._internal.validation import (
     check_divides,
     check_mask,
     check_routing,
@@ -11,6 +10,7 @@ from keras_moe.validation import (
     check_tensor,
     fits,
 )
+from keras_moe.ops.selection import chosen_experts
 
 
 def load_balance(routing):

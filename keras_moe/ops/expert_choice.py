@@ -6,6 +6,7 @@ Axes: T tokens, E experts, C tokens an expert picks from each sequence, S tokens
 from keras import ops
 
 from keras_moe import backend
+from keras_moe._internal.validation import check_divides, check_rank, check_routing
 from keras_moe.ops.assignments import Choices, tokens_at
 from keras_moe.ops.plans import GroupedPlan, expert_capacity
 from keras_moe.ops.routing import clean_logits, make_routing
@@ -13,7 +14,6 @@ from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import best_places
 from keras_moe.ops.sizes import at_least, at_most
 from keras_moe.ops.sorting import put
-from keras_moe.validation import check_divides, check_rank, check_routing
 
 
 def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=None):

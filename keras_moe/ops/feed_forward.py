@@ -3,13 +3,13 @@
 from typing import NamedTuple
 
 from keras_moe import backend
+from keras_moe._internal.shape_checks import check_shapes, known, num_experts_of, num_tokens_of
+from keras_moe._internal.validation import check_not_negative, check_positive_number
 from keras_moe.ops.assignments import Assignments, Choices
 from keras_moe.ops.grouped import feed_forward_step, low_rank_step, run_grouped
 from keras_moe.ops.grouped.records import Quantized
 from keras_moe.ops.platforms import named_platform
 from keras_moe.ops.sharded import Exchange, run_sharded
-from keras_moe.shape_checks import check_shapes, known, num_experts_of, num_tokens_of
-from keras_moe.validation import check_not_negative, check_positive_number
 
 
 class LowRank(NamedTuple):

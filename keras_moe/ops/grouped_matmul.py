@@ -2,9 +2,14 @@
 
 from keras import ops
 
+from keras_moe._internal.validation import (
+    check_is_float,
+    check_is_integer,
+    check_numbers,
+    host_values,
+)
 from keras_moe.ops.grouped import product_step, run_grouped
 from keras_moe.ops.groups import Groups
-from keras_moe.validation import check_is_float, check_is_integer, check_numbers, host_values
 
 
 def grouped_matmul(rows, kernels, group_sizes):

@@ -9,13 +9,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_moe import backend
-from keras_moe.ops.assignments import Assignments, Choices
-from keras_moe.ops.groups import combine_rows, dispatch_rows
-from keras_moe.ops.selection import existing
-from keras_moe.ops.sharded import admit_by_shard, splits_evenly
-from keras_moe.ops.sizes import at_least
-from keras_moe.ops.sorting import place_in_queue
-from keras_moe.shape_checks import (
+from keras_moe._internal.shape_checks import (
     check_fields,
     check_is_bank,
     check_shapes,
@@ -23,7 +17,7 @@ from keras_moe.shape_checks import (
     num_experts_of,
     num_tokens_of,
 )
-from keras_moe.validation import (
+from keras_moe._internal.validation import (
     check_divides,
     check_is_integer,
     check_positive_integer,
@@ -33,6 +27,12 @@ from keras_moe.validation import (
     check_size,
     is_whole,
 )
+from keras_moe.ops.assignments import Assignments, Choices
+from keras_moe.ops.groups import combine_rows, dispatch_rows
+from keras_moe.ops.selection import existing
+from keras_moe.ops.sharded import admit_by_shard, splits_evenly
+from keras_moe.ops.sizes import at_least
+from keras_moe.ops.sorting import place_in_queue
 
 
 class GroupedPlan(NamedTuple):

@@ -5,7 +5,7 @@ import functools
 import threading
 
 from keras_moe import backend
-from keras_moe.validation import check_choice
+from keras_moe._internal.validation import check_choice
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 

@@ -7,10 +7,8 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_moe.ops.scores import SCORES, distribution
-from keras_moe.ops.selection import take_scores, top_k_indices
-from keras_moe.shape_checks import check_fields, check_selected
-from keras_moe.validation import (
+from keras_moe._internal.shape_checks import check_fields, check_selected
+from keras_moe._internal.validation import (
     check_choice,
     check_experts,
     check_flag,
@@ -21,6 +19,8 @@ from keras_moe.validation import (
     check_tensor,
     check_top_k,
 )
+from keras_moe.ops.scores import SCORES, distribution
+from keras_moe.ops.selection import take_scores, top_k_indices
 
 
 class Routing(NamedTuple):

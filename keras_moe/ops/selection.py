@@ -4,8 +4,13 @@ import numpy as np
 from keras import ops
 
 from keras_moe import backend
-from keras_moe.shape_checks import check_shapes
-from keras_moe.validation import check_is_integer, check_positive_integer, check_rank, check_top_k
+from keras_moe._internal.shape_checks import check_shapes
+from keras_moe._internal.validation import (
+    check_is_integer,
+    check_positive_integer,
+    check_rank,
+    check_top_k,
+)
 
 # The second lowest float: below all other scores and above minus infinity. TensorFlow's argmax
 # begins from the lowest and therefore never finds it.

@@ -9,6 +9,13 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_moe import backend
+from keras_moe._internal.shape_checks import check_is_bank, check_shapes, known
+from keras_moe._internal.validation import (
+    check_divides,
+    check_positive_integer,
+    check_rank,
+    check_routing,
+)
 from keras_moe.ops.assignments import Assignments
 from keras_moe.ops.groups import Groups
 from keras_moe.ops.plans import GroupedPlan
@@ -16,8 +23,6 @@ from keras_moe.ops.routing import clean_logits, make_routing
 from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import take_scores, top_k_indices
 from keras_moe.ops.sizes import at_least
-from keras_moe.shape_checks import check_is_bank, check_shapes, known
-from keras_moe.validation import check_divides, check_positive_integer, check_rank, check_routing
 
 
 def soft_routing(logits, num_experts, mask=None, sequence_length=None):

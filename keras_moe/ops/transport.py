@@ -2,9 +2,9 @@
 
 from keras import ops
 
+from keras_moe._internal.validation import check_mask, check_positive_integer, check_rank
 from keras_moe.ops.selection import take_scores, top_k_indices
 from keras_moe.ops.sorting import place_in_queue, put
-from keras_moe.validation import check_mask, check_positive_integer, check_rank
 
 
 def sinkhorn_plan(logits, mask, iterations):

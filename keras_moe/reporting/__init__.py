@@ -1,7 +1,7 @@
 """The page that shows what the experts of a model do on some data."""
 
-from keras_moe.files import write_whole
-from keras_moe.validation import check_path
+from keras_moe._internal.files import write_whole
+from keras_moe._internal.validation import check_path
 
 
 def report(model, data, labels=None, tokens=None, path="report.html"):

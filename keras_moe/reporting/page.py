@@ -8,7 +8,7 @@ from importlib import resources
 
 import numpy as np
 
-from keras_moe.plain_text import as_text
+from keras_moe._internal.plain_text import as_text
 from keras_moe.reporting.study import imbalance
 
 _NO_LAYER = (

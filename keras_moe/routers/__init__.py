@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from keras_moe._internal.serialization import resolve
 from keras_moe.routers.balanced_assignment import BalancedAssignmentRouter
 from keras_moe.routers.balancers import LossFreeBias, QuantileBias, SelectionBalancer
 from keras_moe.routers.cosine import CosineRouter
@@ -21,7 +22,6 @@ from keras_moe.routers.soft import SoftRouter
 from keras_moe.routers.top_k import TopKRouter
 from keras_moe.routers.top_p import TopPRouter
 from keras_moe.routers.v_moe import VMoERouter
-from keras_moe.serialization import resolve
 
 BY_NAME = {
     "balanced_assignment": BalancedAssignmentRouter,

@@ -2,9 +2,9 @@
 
 from keras import ops
 
+from keras_moe._internal.serialization import register
 from keras_moe.ops import balanced_assignment, top_k_indices, top_k_routing
 from keras_moe.routers.logit_router import LogitRouter
-from keras_moe.serialization import register
 
 
 @register

@@ -8,9 +8,13 @@ import math
 from keras import ops
 
 from keras_moe import backend
+from keras_moe._internal.serialization import register, resolve
+from keras_moe._internal.validation import (
+    check_fraction,
+    check_positive_integer,
+    check_positive_number,
+)
 from keras_moe.ops.selection import take_scores, top_k_indices
-from keras_moe.serialization import register, resolve
-from keras_moe.validation import check_fraction, check_positive_integer, check_positive_number
 
 
 class SelectionBalancer:

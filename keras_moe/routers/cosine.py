@@ -5,11 +5,11 @@ import math
 import keras
 from keras import ops
 
-from keras_moe.initializers import reseeded
+from keras_moe._internal.initializers import reseeded
+from keras_moe._internal.serialization import register
+from keras_moe._internal.validation import check_positive_integer
 from keras_moe.ops.scores import along_units, unit
 from keras_moe.routers.selection_router import SelectionRouter
-from keras_moe.serialization import register
-from keras_moe.validation import check_positive_integer
 
 
 @register

@@ -2,10 +2,10 @@
 
 from keras import ops
 
+from keras_moe._internal.serialization import register
 from keras_moe.ops import make_routing
 from keras_moe.ops.scores import softmax
 from keras_moe.routers.logit_router import LogitRouter
-from keras_moe.serialization import register
 
 
 @register

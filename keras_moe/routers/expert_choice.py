@@ -1,9 +1,9 @@
 """Experts choose tokens."""
 
+from keras_moe._internal.serialization import register
+from keras_moe._internal.validation import check_positive_number
 from keras_moe.ops import expert_choice_routing, plan_expert_choice
 from keras_moe.routers.logit_router import LogitRouter
-from keras_moe.serialization import register
-from keras_moe.validation import check_positive_number
 
 
 @register

@@ -3,11 +3,11 @@
 import keras
 from keras import ops
 
+from keras_moe._internal.serialization import register
+from keras_moe._internal.validation import check_choice, check_seed, check_top_k
 from keras_moe.ops import draws, top_k_indices
 from keras_moe.routers.hash import fixed_routing
 from keras_moe.routers.router import Router
-from keras_moe.serialization import register
-from keras_moe.validation import check_choice, check_seed, check_top_k
 
 PATTERNS = ("round_robin", "random", "zipf", "one")
 

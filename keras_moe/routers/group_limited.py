@@ -1,9 +1,9 @@
 """Top-k routing inside a few groups of experts."""
 
+from keras_moe._internal.serialization import register
+from keras_moe._internal.validation import check_positive_integer
 from keras_moe.ops.selection import group_limited_scores, top_k_indices
 from keras_moe.routers.selection_router import SelectionRouter
-from keras_moe.serialization import register
-from keras_moe.validation import check_positive_integer
 
 
 @register

@@ -2,11 +2,11 @@
 
 from keras import ops
 
+from keras_moe._internal.serialization import register
+from keras_moe._internal.validation import check_positive_number
 from keras_moe.ops import draws, make_routing, take_scores, top_k_indices
 from keras_moe.ops.scores import distribution, softmax
 from keras_moe.routers.logit_router import LogitRouter
-from keras_moe.serialization import register
-from keras_moe.validation import check_positive_number
 
 
 @register

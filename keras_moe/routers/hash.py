@@ -3,17 +3,17 @@
 import numpy as np
 from keras import ops
 
-from keras_moe.ops import make_routing
-from keras_moe.ops.selection import chosen_experts, existing
-from keras_moe.routers.router import Router
-from keras_moe.serialization import register
-from keras_moe.validation import (
+from keras_moe._internal.serialization import register
+from keras_moe._internal.validation import (
     check_is_integer,
     check_positive_integer,
     check_seed,
     check_top_k,
     fits,
 )
+from keras_moe.ops import make_routing
+from keras_moe.ops.selection import chosen_experts, existing
+from keras_moe.routers.router import Router
 
 
 @register

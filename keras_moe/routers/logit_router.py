@@ -3,9 +3,9 @@
 import keras
 from keras import ops
 
+from keras_moe._internal.validation import check_fraction, check_not_negative, check_seed
 from keras_moe.ops import clean_logits, draws
 from keras_moe.routers.router import Router
-from keras_moe.validation import check_fraction, check_not_negative, check_seed
 
 
 class LogitRouter(Router):

@@ -6,10 +6,9 @@ import keras
 from keras import ops
 
 from keras_moe import backend
-from keras_moe.ops import Routing, plan_groups
-from keras_moe.saved_state import load_draws, save_draws
-from keras_moe.shape_checks import check_fields
-from keras_moe.validation import (
+from keras_moe._internal.saved_state import load_draws, save_draws
+from keras_moe._internal.shape_checks import check_fields
+from keras_moe._internal.validation import (
     check_host_integers,
     check_is_float,
     check_is_integer,
@@ -21,6 +20,7 @@ from keras_moe.validation import (
     fits,
     host_values,
 )
+from keras_moe.ops import Routing, plan_groups
 
 
 class Router(keras.layers.Layer):

@@ -6,13 +6,18 @@ import keras
 from keras import ops
 
 from keras_moe import backend
+from keras_moe._internal.shape_checks import check_shapes
+from keras_moe._internal.validation import (
+    check_choice,
+    check_flag,
+    check_positive_number,
+    check_top_k,
+)
 from keras_moe.ops.routing import top_k_routing
 from keras_moe.ops.scores import SCORES
 from keras_moe.ops.selection import existing, top_k_indices
 from keras_moe.routers import balancers
 from keras_moe.routers.logit_router import LogitRouter
-from keras_moe.shape_checks import check_shapes
-from keras_moe.validation import check_choice, check_flag, check_positive_number, check_top_k
 
 
 class SelectionRouter(LogitRouter):

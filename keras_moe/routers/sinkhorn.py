@@ -2,10 +2,10 @@
 
 from keras import ops
 
+from keras_moe._internal.serialization import register
+from keras_moe._internal.validation import check_positive_integer, check_top_k
 from keras_moe.ops import sinkhorn_plan, top_k_indices, top_k_routing
 from keras_moe.routers.logit_router import LogitRouter
-from keras_moe.serialization import register
-from keras_moe.validation import check_positive_integer, check_top_k
 
 
 @register

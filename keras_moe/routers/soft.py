@@ -1,10 +1,10 @@
 """Nothing is chosen: experts run on mixtures of tokens."""
 
+from keras_moe._internal.serialization import register
+from keras_moe._internal.validation import check_positive_integer
 from keras_moe.ops import plan_soft, soft_routing
 from keras_moe.ops.scores import along_units, unit
 from keras_moe.routers.logit_router import LogitRouter
-from keras_moe.serialization import register
-from keras_moe.validation import check_positive_integer
 
 
 @register

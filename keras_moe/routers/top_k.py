@@ -1,7 +1,7 @@
 """The router of most sparse models: the K experts with the best scores."""
 
+from keras_moe._internal.serialization import register
 from keras_moe.routers.selection_router import SelectionRouter
-from keras_moe.serialization import register
 
 
 @register

@@ -2,11 +2,11 @@
 
 from keras import ops
 
+from keras_moe._internal.serialization import register
+from keras_moe._internal.validation import check_fraction, check_top_k
 from keras_moe.ops import make_routing, take_scores, top_k_indices
 from keras_moe.ops.scores import softmax
 from keras_moe.routers.logit_router import LogitRouter
-from keras_moe.serialization import register
-from keras_moe.validation import check_fraction, check_top_k
 
 
 @register

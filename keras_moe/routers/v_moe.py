@@ -1,10 +1,10 @@
 """The router of vision mixtures: fixed noise and raw probabilities."""
 
+from keras_moe._internal.serialization import register
+from keras_moe._internal.validation import check_not_negative, check_top_k
 from keras_moe.ops import draws, make_routing, noisy_load, take_scores, top_k_indices
 from keras_moe.ops.scores import softmax
 from keras_moe.routers.logit_router import LogitRouter
-from keras_moe.serialization import register
-from keras_moe.validation import check_not_negative, check_top_k
 
 
 @register

@@ -6,7 +6,13 @@ Axes: E experts.
 import numpy as np
 from keras import ops
 
-from keras_moe.keras_internals import let_go, names_below, open_to_state, own_state, set_state
+from keras_moe._internal.keras_internals import (
+    let_go,
+    names_below,
+    open_to_state,
+    own_state,
+    set_state,
+)
 from keras_moe.layers.dense_experts import DenseExperts
 from keras_moe.layers.layer_experts import LayerExperts
 from keras_moe.routers.logit_router import LogitRouter

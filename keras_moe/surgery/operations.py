@@ -5,13 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
-from keras_moe.inspection import moe_layers
-from keras_moe.keras_internals import forget_compiled, forget_old_weights
-from keras_moe.routers.group_limited import GroupLimitedRouter
-from keras_moe.surgery import measuring
-from keras_moe.surgery.cutting import check_can_cut, check_is_ours, cut
-from keras_moe.surgery.merging import centers_of, check_can_merge, merge
-from keras_moe.validation import (
+from keras_moe._internal.keras_internals import forget_compiled, forget_old_weights
+from keras_moe._internal.validation import (
     check_batches,
     check_choice,
     check_top_k,
@@ -19,6 +14,11 @@ from keras_moe.validation import (
     is_whole,
     shortened,
 )
+from keras_moe.inspection import moe_layers
+from keras_moe.routers.group_limited import GroupLimitedRouter
+from keras_moe.surgery import measuring
+from keras_moe.surgery.cutting import check_can_cut, check_is_ours, cut
+from keras_moe.surgery.merging import centers_of, check_can_merge, merge
 
 MEASURES = {"usage": measuring.usage, "saliency": measuring.saliency}
 

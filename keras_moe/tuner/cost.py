@@ -6,8 +6,8 @@ import time
 import keras
 import keras_tuner
 
+from keras_moe._internal.validation import check_name, check_positive_number
 from keras_moe.inspection import summarize
-from keras_moe.validation import check_name, check_positive_number
 
 
 class CostMonitor(keras.callbacks.Callback):

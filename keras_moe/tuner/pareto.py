@@ -4,7 +4,7 @@ import itertools
 import math
 from typing import NamedTuple
 
-from keras_moe.validation import shortened
+from keras_moe._internal.validation import shortened
 
 # The largest number that the message to the chief can hold.
 _ALL = 2**31 - 1

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import keras_tuner
 
 from keras_moe import layers, losses, routers
-from keras_moe.validation import check_choice, check_name, check_positive_integer
+from keras_moe._internal.validation import check_choice, check_name, check_positive_integer
 
 # Routers whose tokens all have K experts, so that the active size is known before the search.
 TAKE_TOP_K = ("cosine", "deepseek_v3", "noisy_top_k", "sinkhorn", "top_k")

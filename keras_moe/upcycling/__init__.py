@@ -5,7 +5,14 @@ import re
 import keras
 import numpy as np
 
-from keras_moe.keras_internals import names_below
+from keras_moe._internal.keras_internals import names_below
+from keras_moe._internal.validation import (
+    check_fraction,
+    check_model,
+    check_positive_integer,
+    check_seed,
+    check_top_k,
+)
 from keras_moe.layers.feed_forward_experts import FeedForwardExperts
 from keras_moe.layers.gated_experts import GatedExperts
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
@@ -13,13 +20,6 @@ from keras_moe.routers.top_k import TopKRouter
 from keras_moe.upcycling.experts import expert_weights
 from keras_moe.upcycling.feed_forwards import feed_forwards
 from keras_moe.upcycling.rewriting import rewrite
-from keras_moe.validation import (
-    check_fraction,
-    check_model,
-    check_positive_integer,
-    check_seed,
-    check_top_k,
-)
 
 
 def upcycle(

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import keras
 
-from keras_moe.keras_internals import Functional, calls_of, own_layers
+from keras_moe._internal.keras_internals import Functional, calls_of, own_layers
+from keras_moe._internal.replacing import sublayers
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
-from keras_moe.replacing import sublayers
 
 
 class FeedForward(NamedTuple):

@@ -4,10 +4,10 @@ from typing import Any
 
 import keras
 
-from keras_moe import replacing
-from keras_moe.keras_internals import forget_old_weights, own_layers, set_state
+from keras_moe._internal import replacing
+from keras_moe._internal.keras_internals import forget_old_weights, own_layers, set_state
+from keras_moe._internal.serialization import register
 from keras_moe.layers.transformer_block import TransformerBlock
-from keras_moe.serialization import register
 from keras_moe.upcycling.feed_forwards import is_graph
 
 

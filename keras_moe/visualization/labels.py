@@ -4,7 +4,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe import metrics
-from keras_moe.plain_text import as_text
+from keras_moe._internal.plain_text import as_text
 from keras_moe.visualization.panels import PANEL_SIZE, count_on, heat_map, one_panel_a_layer
 from keras_moe.visualization.sources import as_tensors, check_can_be_drawn, each_token
 from keras_moe.visualization.sources import routings as routings_of

@@ -2,7 +2,7 @@
 
 import math
 
-from keras_moe.plain_text import as_text
+from keras_moe._internal.plain_text import as_text
 
 try:
     import matplotlib

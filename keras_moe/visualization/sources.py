@@ -4,13 +4,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe.ops.routing import Routing
-from keras_moe.validation import (
+from keras_moe._internal.validation import (
     check_experts,
     check_positive_integer,
     host_values,
     shortened,
 )
+from keras_moe.ops.routing import Routing
 
 # A table of labels and experts holds so many squared.
 MOST_DRAWN = 100_000

@@ -5,7 +5,7 @@ import weakref
 
 import keras
 
-from keras_moe.validation import propose
+from keras_moe._internal.validation import propose
 
 PACKAGE = "keras_moe"
 

@@ -3,7 +3,7 @@
 Shapes are known without the device. What is None or symbolic in them fits any size.
 """
 
-from keras_moe.validation import check_tensor, check_top_k, fits
+from keras_moe._internal.validation import check_tensor, check_top_k, fits
 
 _OF_ROUTINGS = {
     "indices": "TK",

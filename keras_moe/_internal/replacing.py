@@ -6,8 +6,8 @@ were replaced inside. A model with such ones gets a class whose configuration do
 
 import keras
 
-from keras_moe.keras_internals import own_layers, set_state
-from keras_moe.serialization import PACKAGE
+from keras_moe._internal.keras_internals import own_layers, set_state
+from keras_moe._internal.serialization import PACKAGE
 
 _NAME = "WithReplacements"
 

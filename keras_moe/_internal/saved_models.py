@@ -8,7 +8,7 @@ import zipfile
 
 import keras
 
-from keras_moe.command_line import describe, stating
+from keras_moe._internal.command_line import describe, stating
 
 # Arguments that ask for at least as many weights.
 _SIZES = ("num_experts", "hidden_dim", "units")
