@@ -147,7 +147,7 @@ class _Watch:
         self.patience = patience
         self.seen = _read(layer.expert_counts)
         self._window = np.zeros_like(self.seen)
-        self._spreads = collections.deque(maxlen=patience)
+        self._spreads: collections.deque = collections.deque(maxlen=patience)
         self._idle: np.ndarray = np.zeros(len(self.seen), "int64")
         self._first_size = _router_size(layer.router)
 
