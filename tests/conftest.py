@@ -61,6 +61,8 @@ def pytest_configure(config):
     for exception in (
         # Keras's own `convert_to_numpy` on PyTorch with NumPy 2.
         "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
+        # JAX cannot read back a program for a TPU that is not there, and compiles it anew.
+        "ignore:Error reading persistent compilation cache entry:UserWarning",
     ):
         config.addinivalue_line("filterwarnings", exception)
 
