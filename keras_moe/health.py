@@ -114,7 +114,10 @@ def judge_router(entropy, largest_logit):
         return [exploded(f"reach {largest_logit:.0f}")]
     if entropy > INDIFFERENT:
         text = "The router has no preference: all experts are about equally probable."
-        fix = "Train longer. If it stays so, lower the weights of the router losses."
+        fix = (
+            "Train longer, with sigmoid scores in particular. If it stays so, lower the weights of "
+            "the router losses, if there are any."
+        )
         return [Finding(HINT, text, fix)]
     if entropy < CERTAIN:
         text = "The router is all but certain of every choice, so it hardly learns any more."

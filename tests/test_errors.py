@@ -109,12 +109,31 @@ def dense(units=D, **kwargs):
 
 SAME = dense(name="same")
 
+
+class Weightless(losses.RouterLoss):
+    def __init__(self):
+        pass
+
+
 CONSTRUCTORS = {
     "experts": (
         lambda: layers.MixtureOfExperts("ffn"),
+        TypeError,
+        "`experts` must be a bank of experts. Received: experts='ffn'. Pass, for example, "
+        "`layers.FeedForwardExperts(num_experts=8, hidden_dim=256)`, or Keras layers in "
+        "`layers.LayerExperts([...])`.",
+    ),
+    "a balancer as router": (
+        lambda: moe(router="loss_free"),
         ValueError,
-        "`experts` must be an instance of `ExpertBank`. Received: experts='ffn' (of type str). "
-        "Make an instance of a subclass of `ExpertBank`.",
+        "A balancer is a part of a router. Received: router='loss_free'. "
+        "Pass `router=routers.TopKRouter(balancer='loss_free')`.",
+    ),
+    "a loss without a weight": (
+        lambda: moe(router_losses=[Weightless()]),
+        ValueError,
+        "A router loss must have a weight. Received: a `Weightless` without one. "
+        "Call `super().__init__(weight)` in its `__init__`.",
     ),
     "experts is a class": (
         lambda: layers.MixtureOfExperts(layers.LayerExperts),
@@ -159,7 +178,8 @@ CONSTRUCTORS = {
         lambda: layers.MixtureOfExperts(),
         TypeError,
         "`experts` must be a bank of experts. Received: none. Pass, for example, "
-        "`layers.FeedForwardExperts(num_experts=8, hidden_dim=256)`.",
+        "`layers.FeedForwardExperts(num_experts=8, hidden_dim=256)`, or Keras layers in "
+        "`layers.LayerExperts([...])`.",
     ),
     "a router without experts": (
         lambda: routers.TopKRouter(top_k=1)(normal(3, D)),

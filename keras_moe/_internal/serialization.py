@@ -105,6 +105,8 @@ def config_of(layer):
 def _way_out(identifier, base, names):
     if isinstance(identifier, type) and issubclass(identifier, base):
         return f"Make an instance of it, `{identifier.__name__}(...)`."
+    if callable(identifier) and names:
+        return f"Make a subclass of `{base.__name__}`, and pass an instance of it."
     if names:
         return propose(identifier, names)
     if isinstance(identifier, (list, tuple)):

@@ -106,7 +106,10 @@ def summary(model, print_fn=print):
         print_fn("  ".join([name.ljust(widths[0]), *cells]))
     if not any(sum(layer.counts) for layer in layers):
         print_fn("")
-        print_fn("The counters are empty: they count in training, and a monitor resets them.")
+        print_fn(
+            "The counters are empty: they count in training, and a monitor resets them. Run "
+            "`with inspection.count_in_evaluation(model): model.evaluate(...)` before."
+        )
 
 
 def count_parameters(model):

@@ -1,5 +1,7 @@
 """Arguments that one looks for on the layer, and that belong to its bank or its router."""
 
+from keras_moe.layers.expert_bank import ExpertBank
+
 _BANK = "bank of experts"
 # Arguments that one may look for on the layer, and where they are.
 _PLACES = {
@@ -11,6 +13,10 @@ _PLACES = {
     "top_k": ("router", "router=routers.TopKRouter(top_k={!r})"),
     "score": ("router", "router=routers.TopKRouter(score={!r})"),
     "balancer": ("router", "router=routers.TopKRouter(balancer={!r})"),
+    "aux_loss": (
+        "layer by the name `router_losses`",
+        "router_losses=[losses.LoadBalance(weight={!r})]",
+    ),
     "capacity": ("layer by the name `capacity_factor`", "capacity_factor={!r}"),
 }
 
@@ -32,8 +38,11 @@ def check_place(experts, arguments):
                 f"`{name}` is an argument of the {place}. Received: "
                 f"MixtureOfExperts(..., {name}={value!r}). Pass `{example.format(value)}`."
             )
-    if experts is None:
+    # What stands for a bank, or is taken for one, is a matter of `serialization.resolve`.
+    if not isinstance(experts, (ExpertBank, dict, list, tuple, type)):
+        received = "none" if experts is None else f"experts={experts!r}"
         raise TypeError(
-            "`experts` must be a bank of experts. Received: none. Pass, for example, "
-            "`layers.FeedForwardExperts(num_experts=8, hidden_dim=256)`."
+            f"`experts` must be a bank of experts. Received: {received}. Pass, for example, "
+            "`layers.FeedForwardExperts(num_experts=8, hidden_dim=256)`, or Keras layers in "
+            "`layers.LayerExperts([...])`."
         )

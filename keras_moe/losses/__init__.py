@@ -22,9 +22,15 @@ def get(identifier):
     """A router loss from an instance, a config, or a name in `BY_NAME`.
 
     Raises:
-        ValueError: If `identifier` is none of these.
+        ValueError: If `identifier` is none of these, or a loss without a weight.
     """
-    return resolve("router_losses", identifier, RouterLoss, BY_NAME)
+    loss = resolve("router_losses", identifier, RouterLoss, BY_NAME)
+    if not hasattr(loss, "weight"):
+        raise ValueError(
+            f"A router loss must have a weight. Received: a `{type(loss).__name__}` without one. "
+            "Call `super().__init__(weight)` in its `__init__`."
+        )
+    return loss
 
 
 __all__ = [

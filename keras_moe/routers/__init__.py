@@ -3,6 +3,7 @@
 from functools import partial
 
 from keras_moe._internal.serialization import resolve
+from keras_moe.routers import balancers
 from keras_moe.routers.balanced_assignment import BalancedAssignmentRouter
 from keras_moe.routers.balancers import LossFreeBias, QuantileBias, SelectionBalancer
 from keras_moe.routers.cosine import CosineRouter
@@ -51,6 +52,11 @@ def get(identifier, num_experts):
     Raises:
         ValueError: If `identifier` is none of these.
     """
+    if isinstance(identifier, str) and identifier in balancers.BY_NAME:
+        raise ValueError(
+            f"A balancer is a part of a router. Received: router={identifier!r}. "
+            f"Pass `router=routers.TopKRouter(balancer={identifier!r})`."
+        )
     router = resolve("router", identifier, Router, BY_NAME, num_experts=num_experts)
     router.bind(num_experts)
     return router
