@@ -112,6 +112,20 @@ def run_in_a_process_of_its_own(form, path, inputs, folder):
         return dict(outputs)
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="a program of PyTorch")
+def test_a_program_serves_sequences_of_lengths_not_seen_at_export():
+    import torch
+
+    model = layers.MixtureOfExperts(layers.FeedForwardExperts(E, 16))
+    model.build((None, None, D))
+    sizes = [({axis: torch.export.Dim(name, min=1) for axis, name in enumerate(("B", "S"))},)]
+    inputs = (torch.ones(2, 5, D),)
+    program = torch.export.export(model.eval(), inputs, dynamic_shapes=sizes, strict=False).module()
+    for length in (1, 5, 9):
+        inputs = torch.randn(3, length, D)
+        assert_close(to_numpy(program(inputs)), to_numpy(model(inputs)))
+
+
 @pytest.mark.skipif(BACKEND != "torch", reason="a compiler of PyTorch")
 def test_torch_compile_computes_the_same():
     import torch

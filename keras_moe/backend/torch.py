@@ -2,6 +2,7 @@
 
 import keras
 import torch
+from keras import ops
 
 
 def compiles_static_shapes():
@@ -66,6 +67,12 @@ def differentiable(forward, backward, inputs, context):
 def is_exporting():
     """Whether the code is traced into a program that has no gradients and changes no state."""
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
+def larger_size(least, size):
+    """An export takes one of its own sizes for a constant where it becomes a tensor."""
+    symbolic = isinstance(size, torch.SymInt)
+    return torch.sym_max(least, size) if symbolic else ops.maximum(least, size)
 
 
 def compile_once(function):

@@ -2,10 +2,12 @@
 
 from keras import ops
 
+from keras_moe import backend
+
 
 def at_least(least, size):
     """The larger of two sizes; an integer stays one, so that shapes stay known."""
-    return max(least, size) if isinstance(size, int) else ops.maximum(least, size)
+    return max(least, size) if isinstance(size, int) else backend.larger_size(least, size)
 
 
 def at_most(most, size):
