@@ -107,7 +107,18 @@ def _inspect(options):
     summary(saved_models.load(options.model))
 
 
+def _check_output(options):
+    """Refuse to write the page over a file that is read."""
+    for read in (options.model, options.data, options.labels, options.tokens):
+        if read is not None and options.output.exists() and options.output.samefile(read):
+            raise ValueError(
+                "`--output` must not be a file that is read: the page would replace it. Received: "
+                f"{str(options.output)!r} for both. Name another file."
+            )
+
+
 def _report(options):
+    _check_output(options)
     # First what is quick to find wrong.
     data = _read_data(options.data)
     tokens = None if options.tokens is None else _read(options.tokens)

@@ -8,6 +8,7 @@ from keras_moe._internal.validation import (
     check_counts,
     check_not_negative,
     check_positive_integer,
+    check_scalar,
     check_share,
 )
 
@@ -88,7 +89,7 @@ def judge_load(counts, top_k, advice):
 
 def judge_drops(dropped):
     """Findings about the share of assignments that found no slot, from 0 to 1."""
-    dropped = check_share("dropped", float(dropped))
+    dropped = check_share("dropped", check_scalar("dropped", dropped))
     if dropped <= DROPPED:
         return []
     text = f"{dropped:.0%} of the assignments found no slot in their expert."
@@ -106,9 +107,11 @@ def judge_router(entropy, largest_logit):
     Returns:
         List of `Finding`.
     """
+    largest_logit = check_scalar("largest_logit", largest_logit)
+    entropy = check_scalar("entropy", entropy)
     if not np.isfinite(largest_logit):
         return [not_a_number()]
-    check_share("entropy", float(entropy))
+    check_share("entropy", entropy)
     check_not_negative("largest_logit", largest_logit)
     if largest_logit > EXPLODED_LOGIT:
         return [exploded(f"reach {largest_logit:.0f}")]
@@ -176,6 +179,7 @@ def judge_weak_loss(loss, weight):
         weight: the weight it has now.
     """
     usual = _usual_weight(loss)
+    weight = check_scalar("weight", weight)
     if usual is None or not 0 < weight < WEAK_WEIGHT * usual:
         return None
     text = f"{type(loss).__name__}(weight={weight:g}) is too weak to have any effect."
@@ -193,6 +197,11 @@ def judge_heavy_losses(router_losses, weights, total):
         weights: the weight that each has now.
         total: the loss of the model.
     """
+    if len(router_losses) != len(weights):
+        raise ValueError(
+            "There must be a weight for each loss. Received: "
+            f"{len(weights)} weights for {len(router_losses)} losses. Pass those of one layer."
+        )
     heavy = [
         (f"{type(loss).__name__}(weight={weight:g})", weight, usual)
         for loss, weight in zip(router_losses, weights)
@@ -207,6 +216,11 @@ def judge_heavy_losses(router_losses, weights, total):
 
 
 def _usual_weight(loss):
+    if not hasattr(loss, "balances"):
+        raise TypeError(
+            "A loss must be a `losses.RouterLoss`. Received: an object of type "
+            f"{type(loss).__name__}. Pass one of the `router_losses` of a layer."
+        )
     return loss.usual_weight if loss.balances else None
 
 

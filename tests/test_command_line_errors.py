@@ -198,6 +198,14 @@ def test_a_place_that_is_none_for_a_page_is_one_line(output, folder, capsys):
     assert repr(output) in line
 
 
+@pytest.mark.parametrize("output", ["model.keras", "x.npy", "./x.npy"])
+def test_a_page_does_not_replace_what_is_read(output, folder, capsys):
+    before = (folder / output).read_bytes()
+    line = the_line(capsys, "report", "model.keras", "--data", "x.npy", "--output", output)
+    assert "would replace it" in line
+    assert (folder / output).read_bytes() == before
+
+
 def test_unknown_classes_are_named_with_the_way_out(folder, capsys, monkeypatch):
     monkeypatch.delitem(keras.saving.get_custom_objects(), "unknown>Unknown")
     monkeypatch.delattr(f"{__name__}.Unknown")

@@ -36,7 +36,9 @@ def graph_model(blocks=2):
     for number in range(blocks):
         hidden = keras.layers.Dense(H, "gelu", name=f"up_{number}")(x)
         hidden = keras.layers.Dropout(0.1)(hidden)
-        x = keras.layers.Add()([x, keras.layers.Dense(D)(hidden)])
+        branch = keras.layers.Dense(D)(hidden)
+        # An operation is no layer of the model.
+        x = x + branch if number else keras.layers.Add()([x, branch])
     return keras.Model(ids, keras.layers.Dense(VOCABULARY)(x))
 
 

@@ -47,6 +47,7 @@ BAD_COUNTS = [
 ]
 NO_MASK = [None, np.ones(T, "float32"), np.ones(T - 1, bool)]
 BAD_MASKS = [np.ones((1, T), "float32"), np.ones((1, 3), bool), [[True] * T], [["a"] * T]]
+BAD_MASKS.append(np.array([["a"] * T]))
 BAD_INDICES = [[[0, E]], [[-2, 0]], [[0.0, 1.0]], [0, 1], [[[0, 1]]]]
 
 
@@ -273,8 +274,10 @@ FUNCTIONS = {
     "ops.clean_logits": [
         (lambda v: ops.clean_logits(logits(), tensor(v)), [[True] * 5, [[True] * E] * T]),
         (lambda v: ops.clean_logits(logits(), tensor(v)), [[1.0] * T]),
+        (ops.clean_logits, [LOGITS[0], LOGITS[None]]),
     ],
     "ops.take_scores": [
+        (lambda v: ops.take_scores(logits(), v), [np.full((T, K), E), np.full((T, K), -2)]),
         (lambda v: ops.take_scores(logits(), v), [None, np.zeros((T - 1, K), "int32"), LOGITS]),
         (lambda v: ops.take_scores(v, np.zeros((T, K), "int32")), [None, np.ones(T, "float32")]),
     ],
@@ -308,6 +311,7 @@ FUNCTIONS = {
     "metrics.utilization_quantiles": [
         (metrics.utilization_quantiles, BAD_COUNTS),
         (lambda v: metrics.utilization_quantiles([1, 2], v), [None, "median", ["0.5"]]),
+        (lambda v: metrics.utilization_quantiles([1, 2], v), [[], [[0.5]]]),
         (lambda v: metrics.utilization_quantiles([1, 2], v), [[-0.1], [1.1], [NAN], [25, 50]]),
     ],
     "metrics.dead_experts_over_window": [
@@ -352,10 +356,17 @@ FUNCTIONS = {
         (lambda v: health.judge_load(v, K, ""), BAD_COUNTS),
         (lambda v: health.judge_load([100] * E, v, ""), BAD_SIZES),
     ],
-    "health.judge_drops": [(health.judge_drops, [-0.1, 7.0, NAN, INF])],
+    "health.judge_drops": [(health.judge_drops, [-0.1, 7.0, NAN, INF, None, "0.1"])],
     "health.judge_router": [
-        (lambda v: health.judge_router(v, 1.0), [-0.1, 7.0, NAN, INF]),
-        (lambda v: health.judge_router(0.5, v), [-1.0]),
+        (lambda v: health.judge_router(v, 1.0), [-0.1, 7.0, NAN, INF, None, "0.1"]),
+        (lambda v: health.judge_router(0.5, v), [-1.0, None, "1"]),
+    ],
+    "health.judge_weak_loss": [
+        (lambda v: health.judge_weak_loss(v, 0.1), [None, "load_balance"]),
+        (lambda v: health.judge_weak_loss(losses.LoadBalance(), v), [None, "0.1"]),
+    ],
+    "health.judge_heavy_losses": [
+        (lambda v: health.judge_heavy_losses(v, [0.1], 1.0), [[None], []]),
     ],
     "health.collapsed": [(lambda v: health.collapsed(v, ""), BAD_COUNTS)],
     "health.is_enough": [(health.is_enough, BAD_COUNTS)],
@@ -388,6 +399,7 @@ PICTURES = {
         (lambda v: visualization.specialization(np.array([[0], [1]]), [0, 1], num_experts=v), [1]),
     ],
     "visualization.coactivation": [
+        (visualization.coactivation, [[routing(), ops.top_k_routing(LOGITS[:, :3], K)]]),
         (lambda v: visualization.coactivation(np.array(v)), visualized),
         (lambda v: visualization.coactivation(np.array([[0, 1]]), v), [*BAD_SIZES, 1, 10**9]),
         (visualization.coactivation, [[[0, 1], [2]], np.zeros((0, 2), int)]),
@@ -440,6 +452,18 @@ METHODS = {
         ),
         (lambda v: encoder()(normal(1, T, D), mask=v), BAD_MASKS),
     ],
+    "dtype": [
+        (lambda v: layers.FeedForwardExperts(E, 2, dtype=v), ["int32", "bool"]),
+        (lambda v: layers.GatedFeedForward(2, dtype=v), ["int32"]),
+        (lambda v: moe(dtype=v), ["int32"]),
+        (lambda v: layers.TransformerEncoderBlock(2, moe(), dtype=v), ["int32"]),
+    ],
+    "return_routing": [
+        (lambda v: moe()(normal(T, D), return_routing=v), BAD_FLAGS),
+    ],
+    "compute_output_shape": [(lambda v: moe().compute_output_shape(v), [5, "abc", (3,)])],
+    "build": [(lambda v: routers.TopKRouter(E).build(v), [5, (3,), (None, None)])],
+    "limits": [(lambda v: layers.Capacity(1.0).limits(v, None, True, None), [None, "x"])],
     "set_router_loss_weight": [
         (lambda v: weighted(weight=v), BAD_WEIGHTS),
         (lambda v: weighted(weight=v, built=True), BAD_WEIGHTS),
@@ -448,7 +472,7 @@ METHODS = {
     ],
     "RouterLossSchedule": [
         (lambda v: scheduled(lambda epoch, weight: v), BAD_WEIGHTS),
-        (callbacks.RouterLossSchedule, [None, 0.1]),
+        (callbacks.RouterLossSchedule, [None, 0.1, lambda epoch: 0.1, lambda: 0.1]),
     ],
     "a routing of one's own router": [
         (
@@ -470,7 +494,7 @@ METHODS = {
         (lambda v: bank(v)(normal(T, D), ops.plan_groups(routing())), [E + 1]),
         (lambda v: ops.plan_groups(routing()).run(v, normal(T, D)), [None, keras.layers.Dense(2)]),
         (lambda v: ops.plan_groups(routing()).dispatch(v), [None, normal(T), normal(T - 1, D)]),
-        (lambda v: ops.plan_groups(routing()).combine(v), [None, normal(T)]),
+        (lambda v: ops.plan_groups(routing()).combine(v), [None, normal(T), normal(T * K + 1, D)]),
         (lambda v: ops.plan_groups(routing()).dropped_fraction(v), [None, np.ones(E - 1)]),
         (lambda v: moe(shared_expert=v), [bank()]),
         (lambda v: layers.LayerExperts([v]), [bank(), keras.layers.LSTM(D)]),
@@ -478,6 +502,8 @@ METHODS = {
     ],
     "inputs": [
         (lambda v: moe()(v), [None, [normal(T, D), normal(T, D)], np.zeros((T, 0), "f4")]),
+        (lambda v: moe()(v), [np.array([["a"] * D])]),
+        (lambda v: encoder()(v), [np.array([[["a"] * D]])]),
         (lambda v: routers.TopKRouter(E)(v), [None, "x", np.ones((T, D), "int32")]),
         (lambda v: routers.TopKRouter(E)(normal(T, D), indices=v), ["0 1"]),
     ],
@@ -643,8 +669,7 @@ def test_any_number_is_saved_as_a_plain_one(make, number, tmp_path):
 
 # They take routings and plans, which other functions have checked, or tensors of any values.
 TAKE_NO_VALUES = {
-    *("health.dead", "health.exploded", "health.judge_heavy_losses"),
-    *("health.judge_weak_loss", "health.not_a_number"),
+    *("health.dead", "health.exploded", "health.not_a_number"),
 }
 
 

@@ -53,6 +53,9 @@ TOOLS = {
     ],
     "count_parameters": [(summary.count_parameters, [*NO_MODELS, unbuilt()])],
     "summarize": [(summary.summarize, [*NO_MODELS, unbuilt()])],
+    "summary": [
+        (lambda v: summary(sparse(), print_fn=v), [None, "print", lambda: None]),
+    ],
     "sparsify": [(convert.sparsify, NO_MODELS)],
     "restore": [(convert.restore, NO_MODELS)],
     "to_hugging_face": [
@@ -72,7 +75,7 @@ TOOLS = {
     ],
     "upcycle": [
         (upcycle, [None, "model"]),
-        (lambda v: upcycle(dense(), select=v), ["(", 5]),
+        (lambda v: upcycle(dense(), select=v), ["(", 5, lambda: True]),
         (lambda v: upcycle(dense(), seed=v), BAD_SEEDS),
     ],
     "prune_experts": [
@@ -123,6 +126,7 @@ def test_a_tuner_refuses():
         "hp": [(lambda v: tuner.SearchSpace((8,)).sample(v), [None, {}, keras_tuner])],
         "cost": [(lambda v: tuner.WithinBudget(9, cost=v), [None, ""])],
         "loss": [(lambda v: tuner.WithinBudget(9, loss=v), [None, 1])],
+        "model": [(lambda v: tuner.CostMonitor().on_epoch_end(0, v), [None, {}])],
         "search": [(tuner.pareto_table, [None, "search"])],
         "rows": [(tuner.format_table, [None, "rows", [1], [("a", 1.0, 2.0, True, {})]])],
     }

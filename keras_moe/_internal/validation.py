@@ -6,6 +6,7 @@ would wait for the device. Checks of numbers return them as Python's own, which 
 """
 
 import difflib
+import inspect
 import numbers
 import os
 import pathlib
@@ -128,6 +129,46 @@ def check_model(model):
         raise TypeError(
             f"`model` must be a Keras model. Received: {shortened(model)} (of type "
             f"{type(model).__name__}). Pass one that `keras.Model` or `keras.Sequential` made."
+        )
+
+
+def check_function(name, value, *arguments):
+    """A function that can be called with so many arguments, which are named for the message."""
+    takes = f"`{name}` must be a function of ({', '.join(arguments)})."
+    fix = f"Pass, for example, `lambda {', '.join(arguments)}: ...`."
+    if not callable(value):
+        raise TypeError(
+            f"{takes} Received: {name}={shortened(value)} (of type {type(value).__name__}). {fix}"
+        )
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):  # Some functions in C do not tell.
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise TypeError(f"{takes} Received: one of {signature} ({error}). {fix}") from error
+
+
+def check_scalar(name, value):
+    """A number, or an array of one, as a float."""
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError("a text")
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"`{name}` must be a number. Received: {name}={shortened(value)} (of type "
+            f"{type(value).__name__}). Convert it first."
+        ) from error
+
+
+def check_computes_in_floats(layer):
+    """A layer with kernels, which cannot learn in integers."""
+    if not keras.backend.is_float_dtype(layer.compute_dtype):
+        raise ValueError(
+            f"`dtype` must be a float dtype or policy. Received: dtype={layer.compute_dtype!r} for "
+            f"a `{type(layer).__name__}`. Pass, for example, 'float32' or 'mixed_bfloat16'."
         )
 
 
@@ -294,6 +335,12 @@ def check_host_integers(name, values):
     """Integers, if they are in an array: a framework would fail on text in its own words."""
     if isinstance(values, np.ndarray):
         check_is_integer(name, values)
+
+
+def check_host_numbers(name, values):
+    """Numbers, if they are in an array: see `check_host_integers`."""
+    if isinstance(values, np.ndarray):
+        check_numbers(name, values)
 
 
 def host_values(values):

@@ -3,6 +3,7 @@
 import keras
 
 from keras_moe import losses
+from keras_moe._internal.validation import check_function
 from keras_moe.inspection import moe_layers
 
 
@@ -28,11 +29,7 @@ class RouterLossSchedule(keras.callbacks.Callback):
 
     def __init__(self, schedule, loss="load_balance"):
         super().__init__()
-        if not callable(schedule):
-            raise TypeError(
-                "`schedule` must be a function of the epoch and the weight. Received: "
-                f"schedule={schedule!r}. Pass, for example, `lambda epoch, weight: weight`."
-            )
+        check_function("schedule", schedule, "epoch", "weight")
         self._loss_class = type(losses.get(loss))
         self.schedule = schedule
         self.loss = loss

@@ -7,7 +7,7 @@ from keras import ops
 from keras_moe import metrics
 from keras_moe._internal.parameters import parameters_of
 from keras_moe._internal.plain_text import as_text
-from keras_moe._internal.validation import check_model
+from keras_moe._internal.validation import check_function, check_model
 from keras_moe.inspection.engines import describe
 from keras_moe.inspection.finding import has_moe_layers, moe_layers
 
@@ -95,6 +95,7 @@ def summary(model, print_fn=print):
     >>> lines[3].split()[:6]
     ['moe', '2', 'of', '4', '4,352', '2,208']
     """
+    check_function("print_fn", print_fn, "line")
     descriptions, layers = describe(model), summarize(model)
     total, active = count_parameters(model)
     print_fn(f"{as_text(model.name)}: {total:,} parameters, {active:,} of them active for a token")

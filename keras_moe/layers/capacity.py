@@ -10,6 +10,7 @@ from keras_moe._internal.validation import (
     check_flag,
     check_positive_integer,
     check_positive_number,
+    check_routing,
 )
 from keras_moe.ops.sizes import at_least
 
@@ -104,6 +105,7 @@ class Capacity:
             training: whether the factor is that of training.
             seed: `keras.random.SeedGenerator` that the layer keeps, for a random priority.
         """
+        check_routing(routing)
         factor = self.factor if training else self.evaluation_factor
         if factor is None:
             return {}

@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_moe import backend
 from keras_moe._internal.shape_checks import check_bank_call
-from keras_moe._internal.validation import check_positive_integer
+from keras_moe._internal.validation import check_computes_in_floats, check_positive_integer
 
 
 class ExpertBank(keras.layers.Layer):
@@ -22,6 +22,7 @@ class ExpertBank(keras.layers.Layer):
         # Keras would cast the float32 combine weights inside the plan to the compute dtype. Banks
         # cast what they want cast.
         super().__init__(autocast=False, **kwargs)
+        check_computes_in_floats(self)
         backend.separate_losses(self)
         self.num_experts = check_positive_integer("num_experts", num_experts)
 

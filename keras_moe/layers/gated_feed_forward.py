@@ -4,7 +4,11 @@ import keras
 
 from keras_moe._internal.serialization import register
 from keras_moe._internal.shape_checks import check_inputs_shape
-from keras_moe._internal.validation import check_flag, check_positive_integer
+from keras_moe._internal.validation import (
+    check_computes_in_floats,
+    check_flag,
+    check_positive_integer,
+)
 
 
 @register
@@ -42,6 +46,7 @@ class GatedFeedForward(keras.layers.Layer):
 
     def __init__(self, hidden_dim, activation="silu", use_bias=False, **kwargs):
         super().__init__(**kwargs)
+        check_computes_in_floats(self)
         self.hidden_dim = check_positive_integer("hidden_dim", hidden_dim)
         self.activation = keras.activations.get(activation)
         self.use_bias = check_flag("use_bias", use_bias)

@@ -9,8 +9,10 @@ from keras_moe import backend, losses, ops, routers
 from keras_moe._internal.serialization import config_of, register, resolve
 from keras_moe._internal.shape_checks import check_inputs_shape
 from keras_moe._internal.validation import (
+    check_computes_in_floats,
     check_flag,
     check_float_inputs,
+    check_host_numbers,
     check_mask,
     check_not_negative,
     is_whole,
@@ -102,6 +104,7 @@ class MixtureOfExperts(keras.layers.Layer):
     ):
         check_place(experts, kwargs)
         super().__init__(**kwargs)
+        check_computes_in_floats(self)
         backend.separate_losses(self)
         self.experts = resolve("experts", experts, ExpertBank)
         self.router = routers.get(router, num_experts=self.experts.num_experts)
@@ -208,6 +211,7 @@ class MixtureOfExperts(keras.layers.Layer):
     def __call__(self, *args, **kwargs):
         # Checked here, because Keras turns arrays into tensors before `call`.
         self.router.check_arrays(**kwargs)
+        check_host_numbers("inputs", args[0] if args else None)
         return super().__call__(*args, **kwargs)
 
     def call(
@@ -219,6 +223,7 @@ class MixtureOfExperts(keras.layers.Layer):
         token_ids=None,
         indices=None,
     ):
+        check_flag("return_routing", return_routing)
         shape = keras_ops.shape(inputs)
         mask = mask_of(inputs, mask)
         tokens, token_mask = self._flatten(inputs, mask)
@@ -376,6 +381,7 @@ class MixtureOfExperts(keras.layers.Layer):
             self.shared_gate.build(inputs_shape)
 
     def compute_output_shape(self, inputs_shape):
+        check_inputs_shape(inputs_shape)
         return self.experts.compute_output_shape(inputs_shape)
 
     def compute_output_spec(

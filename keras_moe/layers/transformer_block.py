@@ -6,9 +6,11 @@ from keras import ops
 from keras_moe._internal.saved_state import load_draws, save_draws
 from keras_moe._internal.serialization import config_of, resolve
 from keras_moe._internal.validation import (
+    check_computes_in_floats,
     check_float_inputs,
     check_fraction,
     check_host_integers,
+    check_host_numbers,
     check_mask,
     check_positive_integer,
 )
@@ -27,6 +29,7 @@ class TransformerBlock(keras.layers.Layer):
         num_heads = check_positive_integer("num_heads", num_heads)
         dropout = check_fraction("dropout", dropout)
         super().__init__(**kwargs)
+        check_computes_in_floats(self)
         self.num_heads = num_heads
         self.feedforward = resolve("feedforward", feedforward, keras.Layer)
         check_takes_tokens("feedforward", self.feedforward)
@@ -44,6 +47,9 @@ class TransformerBlock(keras.layers.Layer):
     def __call__(self, *args, **kwargs):
         # Checked here, because Keras turns arrays into tensors before `call`.
         check_host_integers("token_ids", kwargs.get("token_ids"))
+        for name in ("mask", "context", "context_mask"):
+            check_host_numbers(name, kwargs.get(name))
+        check_host_numbers("inputs", args[0] if args else None)
         return super().__call__(*args, **kwargs)
 
     def _check_features(self, inputs_shape):

@@ -176,9 +176,14 @@ def utilization_quantiles(counts, quantiles=(0.0, 0.25, 0.5, 0.75, 1.0)):
     wanted = host_values(quantiles)
     if wanted is None:
         check_tensor("quantiles", quantiles)
-    elif wanted.dtype.kind not in "iuf" or not ((wanted >= 0) & (wanted <= 1)).all():
+    elif (
+        wanted.dtype.kind not in "iuf"
+        or wanted.ndim > 1
+        or not wanted.size
+        or not ((wanted >= 0) & (wanted <= 1)).all()
+    ):
         raise ValueError(
-            "`quantiles` must be numbers from 0 to 1. Received: "
+            "`quantiles` must be a list of numbers from 0 to 1. Received: "
             f"quantiles={quantiles!r}. Divide percents by 100."
         )
     share = expert_share(counts)

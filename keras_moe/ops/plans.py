@@ -22,7 +22,6 @@ from keras_moe._internal.validation import (
     check_is_integer,
     check_positive_integer,
     check_positive_number,
-    check_rank,
     check_routing,
     check_size,
     is_whole,
@@ -57,12 +56,13 @@ class GroupedPlan(NamedTuple):
     def dispatch(self, tokens):
         """Rows grouped by expert, (N, D), from tokens (T, D)."""
         check_shapes({"tokens": (tokens, "TD")}, **known(T=num_tokens_of(self.groups)))
-        return dispatch_rows(tokens, self.groups)
+        return dispatch_rows(ops.convert_to_tensor(tokens), self.groups)
 
     def combine(self, rows):
         """Tokens (T, D), each the weighted float32 sum of its rows; zero without any."""
-        check_rank("rows", rows, ("N", "D"))
-        return combine_rows(rows, self.weights, self.groups)
+        number = self.groups.num_rows() if hasattr(self.groups, "num_rows") else None
+        check_shapes({"rows": (rows, "ND")}, **known(N=number))
+        return combine_rows(ops.convert_to_tensor(rows), self.weights, self.groups)
 
     def run(self, experts, tokens):
         """What a bank of experts makes of tokens (T, D)."""

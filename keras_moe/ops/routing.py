@@ -16,7 +16,6 @@ from keras_moe._internal.validation import (
     check_mask,
     check_positive_number,
     check_rank,
-    check_tensor,
     check_top_k,
 )
 from keras_moe.ops.scores import SCORES, distribution
@@ -75,7 +74,7 @@ def clean_logits(logits, mask=None):
     Padding may hold anything: a NaN there must not reach a gradient, so it is replaced before any
     score is computed, not masked afterwards.
     """
-    check_tensor("logits", logits)
+    check_rank("logits", logits, ("T", "E"))
     logits = ops.cast(logits, "float32")
     if mask is None:
         return logits, ops.ones(ops.shape(logits)[:1], "bool")

@@ -6,7 +6,7 @@ from keras import ops
 from keras_moe import backend
 from keras_moe._internal.shape_checks import check_shapes
 from keras_moe._internal.validation import (
-    check_is_integer,
+    check_experts,
     check_positive_integer,
     check_rank,
     check_top_k,
@@ -118,7 +118,7 @@ def take_scores(scores, indices):
 
     A sum over one-hot rows: its gradient is a product, where that of a gather is a scatter.
     """
-    check_is_integer("indices", indices)
     check_shapes({"scores": (scores, "TE"), "indices": (indices, "TK")})
+    check_experts("indices", indices, scores.shape[-1])
     chosen = ops.expand_dims(indices, -1) == ops.arange(scores.shape[-1], dtype="int32")
     return ops.sum(ops.where(chosen, ops.expand_dims(scores, 1), 0.0), axis=-1)

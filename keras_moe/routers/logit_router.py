@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_moe._internal.shape_checks import check_inputs_shape
 from keras_moe._internal.validation import check_fraction, check_not_negative, check_seed
 from keras_moe.ops import clean_logits, draws
 from keras_moe.routers.router import Router
@@ -46,6 +47,7 @@ class LogitRouter(Router):
         self._noise_seed = keras.random.SeedGenerator(seed)
 
     def build(self, tokens_shape):
+        check_inputs_shape(tokens_shape)
         self.input_spec = keras.layers.InputSpec(axes={-1: tokens_shape[-1]})
         self.kernel = self._add_kernel("kernel", self.kernel_shape(tokens_shape[-1]))
 

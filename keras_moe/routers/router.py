@@ -10,6 +10,7 @@ from keras_moe._internal.saved_state import load_draws, save_draws
 from keras_moe._internal.shape_checks import check_fields
 from keras_moe._internal.validation import (
     check_host_integers,
+    check_host_numbers,
     check_is_float,
     check_is_integer,
     check_mask,
@@ -106,9 +107,10 @@ class Router(keras.layers.Layer):
             check_tensor("tokens", args[0])
         return super().__call__(*args, **kwargs)
 
-    def check_arrays(self, indices=None, token_ids=None, **others):
+    def check_arrays(self, indices=None, token_ids=None, mask=None, **others):
         """Check the arguments of a call that are not tensors yet; `call` checks the rest."""
         check_host_integers("token_ids", token_ids)
+        check_host_numbers("mask", mask)
         array = host_values(indices)
         if array is not None and array.ndim == 2 and "indices" in self._known_arguments:
             check_replayed(array, self.num_experts)

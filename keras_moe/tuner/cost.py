@@ -6,7 +6,7 @@ import time
 import keras
 import keras_tuner
 
-from keras_moe._internal.validation import check_name, check_positive_number
+from keras_moe._internal.validation import check_model, check_name, check_positive_number
 from keras_moe.inspection import summarize
 
 
@@ -30,6 +30,8 @@ class CostMonitor(keras.callbacks.Callback):
         self._ends.append((batch, time.perf_counter()))
 
     def on_epoch_end(self, epoch, logs=None):
+        check_model(self.model)
+        logs = {} if logs is None else logs
         weights = self.model.trainable_weights
         logs["active_flops"] = float(sum(layer.flops for layer in summarize(self.model)))
         logs["parameters"] = float(sum(math.prod(weight.shape) for weight in weights))

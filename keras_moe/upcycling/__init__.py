@@ -8,6 +8,7 @@ import numpy as np
 from keras_moe._internal.keras_internals import names_below
 from keras_moe._internal.validation import (
     check_fraction,
+    check_function,
     check_model,
     check_positive_integer,
     check_seed,
@@ -169,6 +170,7 @@ def _choose(model, select):
     if select is None:
         wanted = set(names)
     elif callable(select):
+        check_function("select", select, "name")
         wanted = {name for name in names if select(name)}
     elif isinstance(select, str):
         wanted = _matching(select, names)

@@ -99,7 +99,10 @@ class _Rewriting:
             return self._sequential(model, rewritten, removed)
         return keras.models.clone_model(
             model,
-            clone_function=lambda layer: layer if id(layer) in removed else rewritten[id(layer)],
+            # Operations such as `+` are none of its layers, and stay as they are.
+            clone_function=lambda layer: (
+                layer if id(layer) in removed else rewritten.get(id(layer), layer)
+            ),
             call_function=lambda layer, *args, **kwargs: (
                 args[0] if id(layer) in removed else layer(*args, **kwargs)
             ),

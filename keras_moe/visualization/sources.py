@@ -93,6 +93,12 @@ def _joined(value):
     if isinstance(value, Routing):
         value = [Routing(*map(ops.convert_to_numpy, value[:7]))]
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], Routing):
+        widths = {(routing.indices.shape[1:], routing.probs.shape[1:]) for routing in value}
+        if len(widths) > 1:
+            raise ValueError(
+                "Routings of a layer must have as many experts as each other. Received: K and E of "
+                f"{sorted(widths)}. Pass a dict of lists by layer."
+            )
         joined = {
             name: np.concatenate([getattr(routing, name) for routing in value])
             for name in ("indices", "weights", "probs", "logits", "mask")
