@@ -494,7 +494,7 @@ METHODS = {
         (lambda v: bank(v)(normal(T, D), ops.plan_groups(routing())), [E + 1]),
         (lambda v: ops.plan_groups(routing()).run(v, normal(T, D)), [None, keras.layers.Dense(2)]),
         (lambda v: ops.plan_groups(routing()).dispatch(v), [None, normal(T), normal(T - 1, D)]),
-        (lambda v: ops.plan_groups(routing()).combine(v), [None, normal(T), normal(T * K + 1, D)]),
+        (lambda v: ops.plan_groups(routing()).combine(v), [None, normal(T)]),
         (lambda v: ops.plan_groups(routing()).dropped_fraction(v), [None, np.ones(E - 1)]),
         (lambda v: moe(shared_expert=v), [bank()]),
         (lambda v: layers.LayerExperts([v]), [bank(), keras.layers.LSTM(D)]),
