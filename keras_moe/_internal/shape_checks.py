@@ -53,7 +53,9 @@ def check_fields(routing, *names, **sizes):
 
 def check_inputs_shape(shape):
     """The shape of the inputs of a layer of tokens, (batch, ..., D)."""
-    is_one = isinstance(shape, (list, tuple)) and not any(isinstance(n, tuple) for n in shape)
+    # Of TensorFlow's own type, where users pass on what a tensor says.
+    is_list = isinstance(shape, (list, tuple)) or type(shape).__name__ == "TensorShape"
+    is_one = is_list and not any(isinstance(size, tuple) for size in shape)
     if not is_one or len(shape) < 2 or not shape[-1]:
         raise ValueError(
             "`inputs` must have a batch axis and a last axis of known size. Received: "
