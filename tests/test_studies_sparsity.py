@@ -23,14 +23,14 @@ MODELS = (sparsity.DENSE, "8 experts")
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """Arguments of the study with two models, two learning rates and two balance weights."""
+    """Arguments of the study with two models and two balance weights."""
     data = made_up_text((96, 48, 32), num_words=40)
     monkeypatch.setattr(datasets, "load", lambda name, data_dir=None: data)
     monkeypatch.setattr(sparsity, "SMOKE", sparsity.SMOKE._replace(subwords=40))
     monkeypatch.setattr(sparsity, "BATCH_SIZE", 8)
     monkeypatch.setattr(sparsity, "MODELS", {name: sparsity.MODELS[name] for name in MODELS})
-    for name in ("LEARNING_RATES", "BALANCE_WEIGHTS"):
-        monkeypatch.setattr(sparsity, name, getattr(sparsity, name)[:2])
+    monkeypatch.setattr(sparsity, "LEARNING_RATES", sparsity.LEARNING_RATES[:1])
+    monkeypatch.setattr(sparsity, "BALANCE_WEIGHTS", sparsity.BALANCE_WEIGHTS[:2])
     return ["--smoke", "--output", str(tmp_path / "out"), "--seeds"]
 
 

@@ -93,7 +93,8 @@ def _joined(value):
     if isinstance(value, Routing):
         value = [Routing(*map(ops.convert_to_numpy, value[:7]))]
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], Routing):
-        widths = {(routing.indices.shape[1:], routing.probs.shape[1:]) for routing in value}
+        shapes = [(routing.indices.shape, routing.probs.shape) for routing in value]
+        widths = {(tuple(indices[1:]), tuple(probs[1:])) for indices, probs in shapes}
         if len(widths) > 1:
             raise ValueError(
                 "Routings of a layer must have as many experts as each other. Received: K and E of "
