@@ -17,7 +17,7 @@ CAUSES = {
 
 
 def _end(kind, error, trace):
-    """Say in one line what ended the program. An error that nobody foresaw keeps its traceback."""
+    """Print one line about the error that ended the program, or the traceback of a bug."""
     if issubclass(kind, KeyboardInterrupt):
         message, code = f"interrupted. {AGAIN}", 130
     else:
@@ -57,7 +57,7 @@ def _number(error):
 
 
 def _give_up_output():
-    """Lose what nobody can read, so that Python does not complain of it at its end."""
+    """Discard buffered output that cannot be written, which Python would report at exit."""
     try:
         sys.stdout.flush()
     except OSError:

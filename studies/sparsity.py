@@ -74,8 +74,8 @@ def parse_options(arguments):
     parser.add_argument("--smoke", action="store_true", help="tiny models on a few documents")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("output_sparsity"))
     options = parser.parse_args(arguments)
-    if options.models[0] != DENSE:
-        options.models.insert(0, DENSE)  # All others are compared with it.
+    # All others are compared with the dense one, which comes first.
+    options.models = [DENSE, *(name for name in options.models if name != DENSE)]
     return options
 
 

@@ -189,13 +189,16 @@ class _CountedStep:
             return self._step(*arguments)
 
 
-_LOGGED = (
-    "load_imbalance",
-    "load_entropy",
-    "dead_experts",
-    "dropped_fraction",
-    "router_entropy",
-)
+# What is logged of every layer: functions of the layer and of its counts (E,).
+_MEASURES = {
+    "load_imbalance": lambda layer, counts: metrics.load_imbalance(counts),
+    "load_entropy": lambda layer, counts: metrics.load_entropy(counts),
+    "dead_experts": lambda layer, counts: metrics.dead_experts(counts),
+    "dropped_fraction": lambda layer, counts: metrics.dropped_fraction(
+        layer.dropped_count.value, counts
+    ),
+    "router_entropy": lambda layer, counts: layer.router_entropy_total.value / _calls(layer),
+}
 
 
 class _Usage(NamedTuple):
@@ -213,7 +216,7 @@ def _by_name(metrics):
     by_name: dict = {}
     for metric in metrics:
         name = _name_of(metric)
-        if by_name.setdefault(name, metric) is not metric or name in _LOGGED:
+        if by_name.setdefault(name, metric) is not metric or name in _MEASURES:
             raise ValueError(
                 "Each of `metrics` must have a name of its own, which is its name in the logs. "
                 f"Received: a second {name!r}. Name the function otherwise, by `def`."
@@ -234,21 +237,18 @@ def _name_of(metric):
 
 def _usage(layer, own_metrics):
     counts = ops.convert_to_numpy(layer.expert_counts.value)
-    calls = ops.maximum(layer.call_count.value, 1.0)
-    numbers = {
-        "load_imbalance": metrics.load_imbalance(counts),
-        "load_entropy": metrics.load_entropy(counts),
-        "dead_experts": metrics.dead_experts(counts),
-        "dropped_fraction": metrics.dropped_fraction(layer.dropped_count.value, counts),
-        "router_entropy": layer.router_entropy_total.value / calls,
-    }
+    numbers = {name: measure(layer, counts) for name, measure in _MEASURES.items()}
     is_counted = counts.any()
     for name, metric in own_metrics.items():
         numbers[name] = _number(name, metric(counts)) if is_counted else math.nan
-    losses = ops.convert_to_numpy(layer.router_loss_totals.value / calls)
+    losses = ops.convert_to_numpy(layer.router_loss_totals.value / _calls(layer))
     numbers.update(zip(_loss_names(layer.router_losses), losses))
     shares = ops.convert_to_numpy(metrics.expert_share(counts))
     return _Usage({key: float(value) for key, value in numbers.items()}, shares)
+
+
+def _calls(layer):
+    return ops.maximum(layer.call_count.value, 1.0)
 
 
 def _number(name, value):

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_moe import backend
+from keras_moe._internal.serialization import resolve
 from keras_moe._internal.shape_checks import check_bank_call
 from keras_moe._internal.validation import check_computes_in_floats, check_positive_integer
 
@@ -47,6 +48,23 @@ class ExpertBank(keras.layers.Layer):
 
     def _compute(self, tensor):
         return ops.cast(tensor, self.compute_dtype)
+
+
+def get(identifier):
+    """A bank of experts from an instance or a config.
+
+    Raises:
+        TypeError: If `identifier` is nothing that one may take for a bank.
+        ValueError: If it is, but no instance of one: a class, or a list of layers.
+    """
+    if not isinstance(identifier, (ExpertBank, dict, list, tuple, type)):
+        received = "none" if identifier is None else f"experts={identifier!r}"
+        raise TypeError(
+            f"`experts` must be a bank of experts. Received: {received}. Pass, for example, "
+            "`layers.FeedForwardExperts(num_experts=8, hidden_dim=256)`, or Keras layers in "
+            "`layers.LayerExperts([...])`."
+        )
+    return resolve("experts", identifier, ExpertBank)
 
 
 def check_takes_tokens(name, layer):

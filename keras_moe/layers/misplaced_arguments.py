@@ -1,7 +1,5 @@
 """Arguments that one looks for on the layer, and that belong to its bank or its router."""
 
-from keras_moe.layers.expert_bank import ExpertBank
-
 _BANK = "bank of experts"
 # Arguments that one may look for on the layer, and where they are.
 _PLACES = {
@@ -21,15 +19,14 @@ _PLACES = {
 }
 
 
-def check_place(experts, arguments):
-    """Refuse arguments of the bank or the router, and a layer without a bank.
+def check_place(arguments):
+    """Refuse arguments of the bank or the router.
 
     Args:
-        experts: the bank that the layer was given, or None.
         arguments: dict of the further arguments of the layer.
 
     Raises:
-        TypeError: If there is such an argument, or no bank.
+        TypeError: If there is such an argument.
     """
     for name, value in arguments.items():
         if name in _PLACES:
@@ -38,11 +35,3 @@ def check_place(experts, arguments):
                 f"`{name}` is an argument of the {place}. Received: "
                 f"MixtureOfExperts(..., {name}={value!r}). Pass `{example.format(value)}`."
             )
-    # What stands for a bank, or is taken for one, is a matter of `serialization.resolve`.
-    if not isinstance(experts, (ExpertBank, dict, list, tuple, type)):
-        received = "none" if experts is None else f"experts={experts!r}"
-        raise TypeError(
-            f"`experts` must be a bank of experts. Received: {received}. Pass, for example, "
-            "`layers.FeedForwardExperts(num_experts=8, hidden_dim=256)`, or Keras layers in "
-            "`layers.LayerExperts([...])`."
-        )

@@ -17,8 +17,9 @@ from keras_moe._internal.validation import (
     check_not_negative,
     is_whole,
 )
+from keras_moe.layers import expert_bank
 from keras_moe.layers.capacity import Capacity
-from keras_moe.layers.expert_bank import ExpertBank, check_takes_tokens
+from keras_moe.layers.expert_bank import check_takes_tokens
 from keras_moe.layers.masks import mask_of
 from keras_moe.layers.misplaced_arguments import check_place
 from keras_moe.layers.mixture_state import load_state, save_state
@@ -102,11 +103,11 @@ class MixtureOfExperts(keras.layers.Layer):
         gated_shared_expert=False,
         **kwargs,
     ):
-        check_place(experts, kwargs)
+        check_place(kwargs)
         super().__init__(**kwargs)
         check_computes_in_floats(self)
         backend.separate_losses(self)
-        self.experts = resolve("experts", experts, ExpertBank)
+        self.experts = expert_bank.get(experts)
         self.router = routers.get(router, num_experts=self.experts.num_experts)
         if self.router.num_experts != self.experts.num_experts:
             raise ValueError(

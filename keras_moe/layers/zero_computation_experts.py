@@ -3,8 +3,9 @@
 import keras
 from keras import ops
 
-from keras_moe._internal.serialization import config_of, register, resolve
+from keras_moe._internal.serialization import config_of, register
 from keras_moe._internal.validation import is_whole
+from keras_moe.layers import expert_bank
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.ops.assignments import Choices
 from keras_moe.ops.groups import ChosenGroups
@@ -54,7 +55,7 @@ class ZeroComputationExperts(ExpertBank):
     """
 
     def __init__(self, experts, num_zero=0, num_identity=0, num_constant=0, **kwargs):
-        experts = resolve("experts", experts, ExpertBank)
+        experts = expert_bank.get(experts)
         numbers = (num_zero, num_identity, num_constant)
         if not all(is_whole(number) and number >= 0 for number in numbers) or not sum(numbers):
             raise ValueError(
