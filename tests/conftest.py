@@ -67,6 +67,21 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", exception)
 
 
+def pytest_collection_modifyitems(config, items):
+    config.hook.pytest_deselected(items=[item for item in items if runs_elsewhere(item)])
+    items[:] = [item for item in items if not runs_elsewhere(item)]
+
+
+def runs_elsewhere(item):
+    """Whether a test is marked as one of another backend."""
+    marker = item.get_closest_marker("one_backend")
+    if marker is None:
+        return False
+    (backend,) = marker.args
+    assert backend in ("tensorflow", "jax", "torch"), f"{item.nodeid} would never run"
+    return backend != BACKEND
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so short that small groups need full tiles and a tail, and runs of few groups."""

@@ -16,6 +16,8 @@ import keras_moe  # noqa: E402
 import keras_moe.__main__  # noqa: E402
 from keras_moe import layers, routers  # noqa: E402
 
+# What the page does once it is written.
+of_the_page = pytest.mark.one_backend("torch")
 EVIL = "<script>window.broken = true</script>"
 
 
@@ -239,6 +241,7 @@ def test_a_token_without_an_expert_is_shown_and_padding_is_not(tmp_path):
         assert not page.errors
 
 
+@of_the_page
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_can_be_read_on_its_background(page_path, dark):
     with open_page(page_path, dark) as page:
@@ -259,6 +262,7 @@ def test_text_can_be_read_on_its_background(page_path, dark):
         assert len(contrasts) > 100 and min(contrasts) > 4.5
 
 
+@of_the_page
 def test_the_filter_filters(page_path):
     with open_page(page_path) as page:
         everything = page.run("document.querySelectorAll('.token').length")
@@ -279,6 +283,7 @@ def test_the_filter_filters(page_path):
         assert not page.errors
 
 
+@of_the_page
 def test_the_mouse_shows_weights_and_probabilities(page_path):
     with open_page(page_path) as page:
         assert page.run("hover.hidden")
@@ -290,6 +295,7 @@ def test_the_mouse_shows_weights_and_probabilities(page_path):
         assert page.run("hover.hidden")
 
 
+@of_the_page
 def test_the_keyboard_reaches_every_token(page_path):
     with open_page(page_path) as page:
         page.run("document.querySelector('.token').focus()")
@@ -307,6 +313,7 @@ def test_the_keyboard_reaches_every_token(page_path):
         assert not page.errors
 
 
+@of_the_page
 def test_many_tokens_are_drawn_as_they_come_into_view(tmp_path):
     data = np.tile(balanced(125), (100, 1))  # 100,000 tokens
     path, _ = written(tmp_path, one_hot_model("only"), data)

@@ -8,6 +8,8 @@ import pytest
 pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("matplotlib")
 
+pytestmark = pytest.mark.one_backend("tensorflow")
+
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "studies"))
 
 import compare_routers  # noqa: E402

@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("tensorflow_datasets")
 
+pytestmark = pytest.mark.one_backend("torch")
+
 STUDIES = pathlib.Path(__file__).parents[1] / "studies"
 sys.path.insert(0, str(STUDIES))
 

@@ -15,6 +15,8 @@ pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("matplotlib")
 pytest.importorskip("sentencepiece")
 
+pytestmark = pytest.mark.one_backend("jax")
+
 STUDIES = pathlib.Path(__file__).parents[1] / "studies"
 sys.path.insert(0, str(STUDIES))
 

@@ -10,6 +10,8 @@ pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("matplotlib")
 pytest.importorskip("sentencepiece")
 
+pytestmark = pytest.mark.one_backend("tensorflow")
+
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "studies"))
 
 import datasets  # noqa: E402

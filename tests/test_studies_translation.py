@@ -26,6 +26,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sentencepiece")
 pytest.importorskip("sacrebleu")
 
+pytestmark = pytest.mark.one_backend("jax")
+
 STUDIES = pathlib.Path(__file__).parents[1] / "studies"
 sys.path.insert(0, str(STUDIES))
 

@@ -21,7 +21,10 @@ import hyperparameter_tuning  # noqa: E402
 from made_up_text import made_up_text  # noqa: E402
 
 # KerasTuner asks the current thread for its name in an old way.
-pytestmark = pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\):DeprecationWarning")
+pytestmark = [
+    pytest.mark.one_backend("torch"),
+    pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\):DeprecationWarning"),
+]
 
 PROJECT = "reuters_r8-1_epochs-1_seeds-budget_1.1-smoke"
 
