@@ -286,7 +286,8 @@ def _part(ref, spans, at):
         if span.mask is not None
     ]
     mask = jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), shape) if masks else None
-    return ref.at[(*at, *(span.index for span in spans))], mask
+    index = (*at, *(span.index for span in spans))
+    return ref.at[index], mask
 
 
 def _load(ref, *spans, at=()):
