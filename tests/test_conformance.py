@@ -98,6 +98,15 @@ def test_a_class_is_registered_under_the_name_of_the_package(cls):
     assert keras.saving.serialize_keras_object(again) == serialized
 
 
+@by_name([cls for cls in with_config() if not issubclass(cls, (keras.Layer, keras.metrics.Metric))])
+def test_it_is_shown_as_the_call_that_makes_it(cls):
+    shown = repr(configured(cls))
+    assert repr(eval(shown, {cls.__name__: cls})) == shown
+    assert all(f"{name}={value!r}" in shown for name, value in CASES[cls].options().items())
+    required = (f"{name}={value!r}" for name, value in CASES[cls].required().items())
+    assert repr(plain(cls)) == f"{cls.__name__}({', '.join(required)})"
+
+
 @by_name(held_by_models())
 def test_a_model_that_holds_it_is_saved_and_loaded(cls, tmp_path):
     model = holding_model(cls, configured(cls))

@@ -44,6 +44,30 @@ def _spelled_out(cls):
     return signature.replace(parameters=[*parameters.values(), rest])
 
 
+class Configured:
+    """Abstract: an object without weights that its config describes, `get_config()`.
+
+    It is shown as the call that makes it, without what is the default anyway. Layers are shown as
+    Keras shows them.
+    """
+
+    def get_config(self):
+        raise NotImplementedError(f"{type(self).__name__} must implement `get_config`.")
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+    def __repr__(self):
+        config = self.get_config()
+        shown = [
+            f"{name}={config[name]!r}"
+            for name, parameter in inspect.signature(type(self)).parameters.items()
+            if name in config and config[name] != parameter.default
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
 # Layers that were made a part of another layer, and those of them that are parts of several.
 _used: weakref.WeakSet = weakref.WeakSet()
 _shared: weakref.WeakSet = weakref.WeakSet()

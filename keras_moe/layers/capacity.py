@@ -4,7 +4,7 @@ import keras
 from keras import ops as keras_ops
 
 from keras_moe import backend, ops
-from keras_moe._internal.serialization import register
+from keras_moe._internal.serialization import Configured, register
 from keras_moe._internal.validation import (
     check_choice,
     check_flag,
@@ -18,7 +18,7 @@ PRIORITIES = ("position", "probability", "random")
 
 
 @register
-class Capacity:
+class Capacity(Configured):
     """Gives each expert `ceil(factor * T * K / E)` slots for a batch of T tokens.
 
     First choices are served before second ones. An assignment without a slot contributes zero, so
@@ -131,10 +131,6 @@ class Capacity:
             return keras.random.uniform(keras_ops.shape(routing.mask), seed=seed)
         return None
 
-    def __repr__(self):
-        arguments = (f"{name}={value!r}" for name, value in self.get_config().items())
-        return f"Capacity({', '.join(arguments)})"
-
     def get_config(self):
         return {
             "factor": self.factor,
@@ -144,7 +140,3 @@ class Capacity:
             "priority": self.priority,
             "per_sequence": self.per_sequence,
         }
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(**config)

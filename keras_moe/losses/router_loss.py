@@ -2,10 +2,11 @@
 
 import numbers
 
+from keras_moe._internal.serialization import Configured
 from keras_moe._internal.validation import check_not_negative
 
 
-class RouterLoss:
+class RouterLoss(Configured):
     """Abstract: a weighted scalar of a routing.
 
     A subclass implements `compute(routing)`, which returns the loss before its weight. One that
@@ -50,10 +51,6 @@ class RouterLoss:
 
     def get_config(self):
         return {"weight": self.weight}
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(**config)
 
 
 def check_is_scalar(loss, value):

@@ -8,7 +8,7 @@ import math
 from keras import ops
 
 from keras_moe import backend
-from keras_moe._internal.serialization import register, resolve
+from keras_moe._internal.serialization import Configured, register, resolve
 from keras_moe._internal.validation import (
     check_fraction,
     check_positive_integer,
@@ -17,7 +17,7 @@ from keras_moe._internal.validation import (
 from keras_moe.ops.selection import take_scores, top_k_indices
 
 
-class SelectionBalancer:
+class SelectionBalancer(Configured):
     """Abstract: from routings to a selection bias that evens out the load.
 
     In training a router measures each batch, on each replica, and once an optimizer step updates
@@ -48,10 +48,6 @@ class SelectionBalancer:
 
     def get_config(self):
         return {"accumulation_steps": self.accumulation_steps}
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(**config)
 
 
 @register
