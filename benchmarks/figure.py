@@ -16,7 +16,7 @@ import pathlib
 
 from benchmarks import measure
 
-PICTURES = pathlib.Path(__file__).parents[1] / "docs"
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
 BACKENDS = {"tensorflow": "TensorFlow XLA", "jax": "JAX", "torch": "PyTorch"}
 
 
@@ -72,7 +72,7 @@ def new_figure(width):
 
 
 def save(figure, name):
-    figure.savefig(PICTURES / name, dpi=120)
+    figure.savefig(DOCS / name, dpi=120)
     print(f"drawn: docs/{name}")
 
 

@@ -18,8 +18,8 @@ import clean_exit  # noqa: F401
 import datasets
 import keras
 import numpy as np
-import pictures
 import tensorflow as tf
+import training_curves
 from command_line import check_numbers
 from output_folder import claim
 from twins import spread
@@ -78,7 +78,7 @@ def main(arguments=None):
         results["balancing"][name] = runs
         print_balancing(name, runs, is_first=name == options.balancing[0])
     write_json(options.output / "results.json", results)
-    pictures.imbalances(results, STEPS_AN_ENTRY, BALANCED, options.output / "imbalance.png")
+    training_curves.imbalances(results, STEPS_AN_ENTRY, BALANCED, options.output / "imbalance.png")
     print(f"\nPicture and results are in {options.output}.")
     return results
 

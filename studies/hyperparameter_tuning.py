@@ -19,13 +19,12 @@ import clean_exit  # noqa: F401
 import datasets
 import keras
 import keras_tuner
-import pictures
 from command_line import check_numbers
 from matplotlib.figure import Figure
 from output_folder import claim
 from text_classification import LEARNING_RATE, Size, build_model, cut
 from vocabulary import Vocabulary
-from whole_files import write_json
+from whole_files import save_figure, write_json
 
 from keras_moe import inspection, tuner
 
@@ -101,7 +100,7 @@ def main(arguments=None):
     folder = pathlib.Path(search.project_dir)
     write_json(folder / "results.json", report)
     draw(report, folder / "trade_off.png")
-    print(f"\nTrials, results and picture are in {folder}.")
+    print(f"\nTrials, results and plot are in {folder}.")
     return report
 
 
@@ -231,7 +230,7 @@ def draw(report, path):
     axes.axvline(report["budget"], color="gray", linestyle="--", label="budget")
     axes.set(xscale="log", xlabel="active FLOPs a token, MoE layer", ylabel="validation loss")
     axes.legend()
-    pictures.save(figure, path)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ import clean_exit  # noqa: F401
 import datasets
 import keras
 import numpy as np
-import pictures
 import resuming
+import training_curves
 from command_line import check_numbers, parser_of
 from decoder_model import build_model, write
 from id_batches import Batches, rows
@@ -90,9 +90,9 @@ def main(arguments=None):
     report = {"dataset": options.dataset, "router": options.router, "results": results}
     print_report(report)
     write_json(options.output / "results.json", report)
-    pictures.learning_curves(histories, options.output / "learning_curves.png", "loss")
+    training_curves.learning_curves(histories, options.output / "learning_curves.png", "loss")
     resuming.forget(progress)
-    print(f"\nModel, picture and results are in {options.output}.")
+    print(f"\nModel, plot and results are in {options.output}.")
     return report
 
 

@@ -8,7 +8,7 @@ Trains dense models and mixtures with more and more experts, two of which serve 
 same data in the same order: shorter runs of the language models of the example
 `language_model.py`, of the translators of `translation.py` and of the classifiers of
 `text_classification.py`. The table gives the validation loss after equal steps, and the loss that
-the same run had when the dense model had ended; the picture draws all losses by steps and by time.
+the same run had when the dense model had ended; the plot draws all losses by steps and by time.
 
 Runs on the backend that KERAS_BACKEND names. Language models and translators that are interrupted
 go on where they were when the same command is given again.
@@ -22,10 +22,10 @@ import datasets
 import keras
 import language_model
 import numpy as np
-import pictures
 import resuming
 import text_classification
 import training
+import training_curves
 import translation
 from bilingual_embedding import bilingual_embedding
 from command_line import check_numbers
@@ -66,7 +66,7 @@ def main(arguments=None):
     for task, models in results.items():
         print_table(task, models)
     write_json(options.output / "results.json", results)
-    pictures.losses_by_steps_and_time(results, options.output / "moe_vs_dense.png")
+    training_curves.losses_by_steps_and_time(results, options.output / "moe_vs_dense.png")
     resuming.forget(progress(options))
     print(f"\nPicture and results are in {options.output}.")
     return results

@@ -25,9 +25,9 @@ import datasets
 import keras
 import language_model
 import numpy as np
-import pictures
 import resuming
 import scipy.stats
+import training_curves
 from courses import course, loss_at, step_times
 from decoder_model import build_model
 from id_batches import Batches, rows
@@ -215,7 +215,7 @@ def report(results, output):
     """Print and draw what there is so far."""
     results = {name: runs for name, runs in results.items() if runs}
     write_json(output / "results.json", results)
-    pictures.losses_by_cost(results, output / "sparsity.png")
+    training_curves.losses_by_cost(results, output / "sparsity.png")
     print_table(results)
 
 

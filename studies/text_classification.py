@@ -16,10 +16,11 @@ import typing
 
 import clean_exit  # noqa: F401
 import datasets
+import expert_heat_maps
 import keras
 import numpy as np
-import pictures
 import tensorflow as tf
+import training_curves
 from command_line import check_numbers, parser_of
 from output_folder import claim
 from phrase_embedding import PhraseEmbedding
@@ -96,11 +97,13 @@ def main(arguments=None):
     print_report(report, usage)
     save(shown, vocabulary, data.class_names, options.output)
     write_json(options.output / "results.json", report)
-    pictures.learning_curves(histories, options.output / "learning_curves.png")
-    pictures.experts_by_class(usage, data.class_names, options.output / "experts_by_class.png")
+    training_curves.learning_curves(histories, options.output / "learning_curves.png")
+    expert_heat_maps.experts_by_class(
+        usage, data.class_names, options.output / "experts_by_class.png"
+    )
     if options.report:
         write_report(shown, vocabulary, test, data.class_names, options.output / "report.html")
-    print(f"\nModel, pictures and results are in {options.output}.")
+    print(f"\nModel, plots and results are in {options.output}.")
     return report
 
 

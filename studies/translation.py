@@ -16,11 +16,12 @@ import pathlib
 import typing
 
 import clean_exit  # noqa: F401
+import expert_heat_maps
 import keras
 import numpy as np
-import pictures
 import resuming
 import training
+import training_curves
 from bilingual_embedding import bilingual_embedding
 from command_line import check_numbers, parser_of
 from datasets import pairs
@@ -108,13 +109,13 @@ def main(arguments=None):
     print_report(report, usage)
     save(shown, subwords, size.shapes, options.output)
     write_json(options.output / "results.json", report)
-    pictures.learning_curves(histories, options.output / "learning_curves.png")
-    pictures.experts_by_class(usage, KINDS, options.output / "experts_by_kind.png")
-    pictures.experts_by_layer(usage, options.output / "experts_by_layer.png")
+    training_curves.learning_curves(histories, options.output / "learning_curves.png")
+    expert_heat_maps.experts_by_class(usage, KINDS, options.output / "experts_by_kind.png")
+    expert_heat_maps.experts_by_layer(usage, options.output / "experts_by_layer.png")
     if options.report:
         write_report(shown, subwords, validation, options.output / "report.html")
     resuming.forget(unfinished)
-    print(f"\nModel, pictures and results are in {options.output}.")
+    print(f"\nModel, plots and results are in {options.output}.")
     return report
 
 

@@ -1,6 +1,6 @@
 """How much of the work each expert does, as text."""
 
-import pictures
+import expert_heat_maps
 
 
 def print_usage(usage):
@@ -16,7 +16,7 @@ def print_usage(usage):
     )
     print(f"{'expert':<{width}}", *(f"{expert:>6}" for expert in range(num_experts)))
     for name, counts in usage.items():
-        shares = pictures.shares(counts.sum(axis=0))
+        shares = expert_heat_maps.shares(counts.sum(axis=0))
         idle = int((shares == 0).sum())
         print(
             f"{name:<{width}}",

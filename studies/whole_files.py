@@ -48,3 +48,8 @@ def saved_files(folder, *names):
             f"{', '.join(missing)}. Train one first: give the command without a text."
         )
     return [folder / name for name in names]
+
+
+def save_figure(figure, path):
+    with whole(path) as (part,):
+        figure.savefig(part, dpi=120)

@@ -356,7 +356,7 @@ def test_ratios_are_those_of_each_round():
 
 def test_figures_are_drawn_from_what_programs_write(monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(figure, "PICTURES", tmp_path)
+    monkeypatch.setattr(figure, "DOCS", tmp_path)
     measure.RESULTS.mkdir()
     twin = {"name": "dense twin", "ms": 8.0, "tokens": 8, "pass": "forward+backward"}
     twin |= {"ratio": 1.0, "ratio_low": 0.9, "ratio_high": 1.2}

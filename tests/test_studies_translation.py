@@ -353,8 +353,8 @@ def test_compare_trains_reports_saves_and_translates(made_up_data, tmp_path, cap
     )
     assert "Share of the tokens each expert serves" in capsys.readouterr().out
     assert json.loads((output / "results.json").read_text()) == report
-    for picture in ("learning_curves", "experts_by_kind", "experts_by_layer"):
-        assert (output / f"{picture}.png").stat().st_size > 1000
+    for plot in ("learning_curves", "experts_by_kind", "experts_by_layer"):
+        assert (output / f"{plot}.png").stat().st_size > 1000
     assert not (output / "unfinished").exists()
     assert list((tmp_path / "logs").glob("*/events.out.tfevents*"))
     layers = {layer["name"]: layer for layer in page_data(output / "report.html")}

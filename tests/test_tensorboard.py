@@ -59,11 +59,11 @@ def test_shares_are_a_histogram(logged):
     assert count[0] == 2, "two experts without work"
 
 
-def test_shares_over_time_are_a_picture(logged):
+def test_shares_over_time_are_an_image(logged):
     for written in logged[1:]:
         width, height, png = written["moe/shares_over_time"][1][1]
-        picture = matplotlib.image.imread(io.BytesIO(png))
-        assert picture.shape[:2] == (int(height), int(width))
+        image = matplotlib.image.imread(io.BytesIO(png))
+        assert image.shape[:2] == (int(height), int(width))
 
 
 def test_the_number_of_tags_does_not_grow_with_experts(tmp_path):

@@ -385,7 +385,7 @@ visualized = [
     *BAD_INDICES[1:],
     [["a"]],
 ]
-PICTURES = {
+PLOTS = {
     "visualization.specialization": [
         (lambda v: visualization.specialization(np.array(v), [0]), visualized),
         (lambda v: visualization.specialization(np.array([[0], [1]]), v), [[0, 1, 2], [], 3]),
@@ -597,8 +597,8 @@ def test_a_class_refuses(call, value):
     is_refused(call, value)
 
 
-@pytest.mark.parametrize("call, value", cases(PICTURES))
-def test_a_picture_refuses(call, value):
+@pytest.mark.parametrize("call, value", cases(PLOTS))
+def test_a_plot_refuses(call, value):
     pytest.importorskip("matplotlib")
     is_refused(call, value)
 
@@ -681,4 +681,4 @@ def test_every_public_function_has_its_bad_calls(module):
     functions = {
         f"{part}.{name}" for name in module.__all__ if inspect.isfunction(getattr(module, name))
     }
-    assert functions <= FUNCTIONS.keys() | PICTURES.keys() | TAKE_NO_VALUES
+    assert functions <= FUNCTIONS.keys() | PLOTS.keys() | TAKE_NO_VALUES

@@ -1,4 +1,4 @@
-"""Pictures: the numbers they show, and that they draw with few and many experts and layers."""
+"""Plots: the numbers they show, and that they draw with few and many experts and layers."""
 
 import io
 
@@ -53,7 +53,7 @@ DRAW = {
 
 @pytest.mark.parametrize("draw", DRAW.values(), ids=DRAW)
 @pytest.mark.parametrize("num_experts", [4, 256])
-def test_every_picture_draws_any_number_of_experts_and_layers(draw, num_experts):
+def test_every_plot_draws_any_number_of_experts_and_layers(draw, num_experts):
     names = [f"layer_{n}" for n in range(4)]
     figure = draw(num_experts, names)
     drawn(figure)
@@ -61,12 +61,12 @@ def test_every_picture_draws_any_number_of_experts_and_layers(draw, num_experts)
     assert len(drawn(draw(num_experts, ["$a_only$"]))) <= 2, "a panel and its colours"
 
 
-def test_no_picture_has_more_ticks_than_can_be_read():
+def test_no_plot_has_more_ticks_than_can_be_read():
     for axes in drawn(DRAW["coactivation"](256, ["moe"]))[:1]:
         assert len(axes.get_xticks()) < 15
 
 
-def test_small_probabilities_fill_the_picture():
+def test_small_probabilities_fill_the_plot():
     (axes,) = drawn(DRAW["confidence"](256, ["moe"]))
     assert axes.get_xlim()[1] < 0.2
 

@@ -54,7 +54,7 @@ class EventFiles:
         ]
         for layer, epochs in shares.items():
             summaries.append(histogram_pb(f"{as_text(layer)}/shares", epochs[-1]))
-            summaries.append(_picture(f"{as_text(layer)}/shares_over_time", {layer: epochs}))
+            summaries.append(_image(f"{as_text(layer)}/shares_over_time", {layer: epochs}))
         writer = self._writer(split)
         for summary in summaries:
             writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
@@ -70,7 +70,7 @@ class EventFiles:
         return self._writers[split]
 
 
-def _picture(tag, shares):
+def _image(tag, shares):
     file = io.BytesIO()
     figure = visualization.shares_over_time(shares)
     figure.savefig(file, format="png", dpi=100)

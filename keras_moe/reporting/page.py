@@ -28,7 +28,7 @@ def render(model_name, found):
         subtitle=_subtitle(found),
         verdicts="\n".join(_verdicts(found.layers)),
         layers=_table(found.layers) if found.layers else "",
-        pictures="\n".join(_pictures(found.layers)),
+        plots="\n".join(_plots(found.layers)),
         data=_script_data(found),
     )
 
@@ -105,11 +105,11 @@ def _bars(counts):
     return f'<span class="bars{many}" role="img" aria-label="{label}">{bars}</span>'
 
 
-def _pictures(layers):
+def _plots(layers):
     # Here, because a model without MoE layers can be reported without matplotlib.
-    from keras_moe.reporting.pictures import pictures
+    from keras_moe.reporting.svg_plots import svg_plots
 
-    for caption, svg in pictures(layers):
+    for caption, svg in svg_plots(layers):
         caption = _escape(caption)
         yield (
             f'<figure><div role="img" aria-label="{caption}">{svg}</div>'

@@ -26,7 +26,7 @@ _STYLE = {
 }
 
 
-def pictures(layers):
+def svg_plots(layers):
     """Pairs of a caption and an SVG for a list of `LayerStudy`."""
     routings = {layer.summary.name: layer.routing for layer in layers if layer.counts.sum()}
     if not routings:

@@ -1,6 +1,6 @@
-"""Draws the pictures of this folder's `seeing_experts.md` anew, in a few minutes.
+"""Draws the plots of this folder's `seeing_experts.md` anew, in a few minutes.
 
-    python docs/pictures.py
+    python docs/seeing_experts.py
 
 A small encoder with eight experts in each of two blocks learns to tell newsgroups apart, word by
 word. Needs what `pip install ".[examples]"` installs.
@@ -51,7 +51,7 @@ def main():
     for name, figure in figures.items():
         figure.savefig(FOLDER / f"{name}.png", dpi=80)
     path = keras_moe.report(model, shown, groups, words, "report.html")
-    print(f"The pictures are in {FOLDER}, and a report of the same model is {path}.")
+    print(f"The plots are in {FOLDER}, and a report of the same model is {path}.")
 
 
 def build_model(num_ids, num_classes):
