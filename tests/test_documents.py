@@ -1,15 +1,19 @@
-"""What README and guides show, run as it stands there."""
+"""What README and guides show, run as it stands there: the blocks of a page are one program."""
 
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import keras
 import numpy as np
 import pytest
+from replicas_models import free_ports
 
 import keras_moe
-from keras_moe import layers, routers
 
+BACKEND = keras.backend.backend()
 # Of KerasTuner.
 pytestmark = pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\):DeprecationWarning")
 # Public as functions; the reference shows them with their module.
@@ -17,14 +21,30 @@ FUNCTIONS = {"report": "reporting", "summary": "inspection", "upcycle": "upcycli
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+def blocks(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
 def run(document, changes=(), **names):
     """Run the Python of a document from top to bottom, and return its names."""
-    text = (ROOT / document).read_text(encoding="utf-8")
-    for code in re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
+    for code in blocks(document):
         for old, new in changes:
+            assert old in "".join(blocks(document)), "nothing to change"
             code = code.replace(old, new)
         exec(compile(code, document, "exec"), names)
     return names
+
+
+def run_in_a_process(code, **variables):
+    """For what must be set before a backend starts."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_example_of_the_readme_trains():
@@ -61,9 +81,7 @@ def test_the_site_has_every_page_and_every_public_part():
 
 
 def test_the_guide_to_routers_makes_layers_and_a_router():
-    experts = layers.FeedForwardExperts(8, 16)
-    modules = {"keras": keras, "keras_moe": keras_moe, "layers": layers, "routers": routers}
-    names = run("docs/routers.md", experts=experts, **modules)
+    names = run("docs/routers.md")
     routing = names["NearestRouter"](8)(keras.random.normal((5, 4)))
     assert routing.indices.shape == (5, 2)
 
@@ -85,21 +103,48 @@ def test_guides_that_need_nothing_run(document, capsys):
 def test_the_search_of_the_guide_to_tuning_finds_a_layer(tmp_path, monkeypatch, capsys):
     pytest.importorskip("keras_tuner")
     monkeypatch.chdir(tmp_path)
-    x = np.random.default_rng(0).normal(size=(32, 64)).astype("float32")
-    y = x[:, :1]
-    changes = [("max_trials=12", "max_trials=2"), ("epochs=3", "epochs=1")]
-    names = run("docs/tuning.md", changes, x=x, y=y, x_val=x, y_val=y)
+    changes = [("max_trials=12", "max_trials=2"), ("epochs=3", "epochs=1"), ("1024", "32")]
+    names = run("docs/tuning.md", changes)
     assert len(names["search"].oracle.end_order) == 2
     assert "active_width" in capsys.readouterr().out
     keras.backend.clear_session()
 
 
+def test_the_guide_to_seeing_experts_trains_and_draws(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    run("docs/seeing_experts.md")
+    written = {"logs", "report.html", "shares_over_time.png", "experts_by_label.png"}
+    assert {path.name for path in tmp_path.iterdir()} == written
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="Keras splits weights on JAX only")
+def test_the_guide_to_many_devices_sets_a_distribution():
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    run_in_a_process("".join(blocks("docs/scaling.md")), XLA_FLAGS=flags)
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="for the other backends")
+def test_the_guide_to_replicas_trains_on_its_backends():
+    first, *others = blocks("docs/replicas.md")
+    of_backend = others[:1] if BACKEND == "tensorflow" else others[1:]
+    assert f"import {BACKEND}" in of_backend[0]
+    of_torchrun = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    of_torchrun["MASTER_PORT"] = str(free_ports(1)[0])
+    run_in_a_process("".join([first, *of_backend]), **of_torchrun)
+
+
 def test_the_recipes_for_parts_of_ones_own_run_and_are_short():
     names = run("docs/extending.md")
     assert names["layer"].expert_counts.shape == (8,)
-    text = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
-    recipes = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    assert max(len(recipe.splitlines()) for recipe in recipes) <= 25
+    assert max(len(recipe.splitlines()) for recipe in blocks("docs/extending.md")) <= 25
+
+
+def test_every_page_with_code_is_run_here():
+    pages = [path for path in (ROOT / "docs").glob("*.md") if blocks(path)]
+    tests = pathlib.Path(__file__).read_text(encoding="utf-8")
+    assert not [page.name for page in pages if not re.search(rf"\b{page.stem}\b", tests)]
 
 
 @pytest.mark.filterwarnings("ignore:`compile\\(\\)` was not called:UserWarning")
