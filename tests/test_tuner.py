@@ -347,6 +347,7 @@ def test_a_table_needs_finished_trials_that_were_measured():
         tuner.pareto_table(finished((1, 1)), cost="step_seconds")
 
 
+@pytest.mark.one_backend("torch")
 def test_without_keras_tuner_the_error_names_the_extra():
     code = "import sys; sys.modules['keras_tuner'] = None; import keras_moe.tuner"
     done = subprocess.run(
