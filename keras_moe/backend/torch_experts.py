@@ -114,7 +114,7 @@ class _MeanGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        mean = gradient / torch.distributed.get_world_size()
+        mean = (gradient / torch.distributed.get_world_size()).contiguous()
         torch.distributed.all_reduce(mean, group=ctx.replicas)
         return mean, None
 
