@@ -62,16 +62,21 @@ def missing(name):
 
 def sharding(name):
     """The sharding of arrays on one chip that need not be there."""
-    _prepare()
     import jax
-    from jax.experimental import topologies
 
     chip, options = CHIPS[name], {}
     if chip.platform == "cuda":
         target = (TARGETS / f"{name}.txtpb").read_text()
         options = {"target_config": target, "topology": chip.topology}
-    topology = topologies.get_topology_desc(chip.topology, chip.platform, **options)
-    return jax.sharding.SingleDeviceSharding(topology.devices[0])
+    return jax.sharding.SingleDeviceSharding(devices(chip.topology, chip.platform, **options)[0])
+
+
+def devices(topology, platform="tpu", **options):
+    """The devices of a topology, such as "v5e:4x4", which need not be there."""
+    _prepare()
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(topology, platform, **options).devices
 
 
 def _prepare():

@@ -19,6 +19,7 @@ import time
 
 import keras
 
+from benchmarks import chips
 from benchmarks.measure import print_table, write_json
 from benchmarks.options import describe, parse, parser
 
@@ -43,19 +44,19 @@ def _options(arguments):
     options.add_argument("--topology", nargs="+", default=["v5e:2x2", "v5e:4x4", "v5e:8x8"])
     options.add_argument("--shards", type=int, default=8, help="chips that share experts, at most")
     options.set_defaults(gated=True, top_k=6)
-    return parse(options, arguments)
+    return parse(options, arguments, experts=[8], topology=["v5e:2x2"])
 
 
 def examine(topology, options):
     """The row of one topology, such as "v5e:4x4"."""
-    from jax.experimental import topologies
-
     from benchmarks.collectives import bytes_by_kind
-    from keras_moe.distribution import expert_parallel
+    from keras_moe.distribution import AXES, expert_parallel
 
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    devices = chips.devices(topology)
     shards = min(len(devices), options.shards)
-    distribution = expert_parallel(shards, devices=devices)
+    # `devices` of `expert_parallel` are those that Keras lists: of this process.
+    mesh = keras.distribution.DeviceMesh((len(devices) // shards, shards), AXES, devices)
+    distribution = expert_parallel(layout_map=keras.distribution.LayoutMap(mesh))
     start = time.perf_counter()
     # A topology has no memory: weights have shapes and layouts, but no values.
     with keras.StatelessScope(initialize_variables=False):

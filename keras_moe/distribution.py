@@ -8,7 +8,7 @@ from keras_moe._internal.validation import check_positive_integer
 AXES = ("data", "expert")
 
 # Weights of `FeedForwardExperts` and `GatedExperts`, whose first axis is the experts.
-_KERNELS = r"(.*/)?(up|gate|down)_(kernel|lora_a|lora_b)"
+_KERNELS = r"(.*/)?(up|gate|down)_(kernel|scale|lora_a|lora_b)"
 _BIASES = r"(.*/)?(up|gate|down)_bias"
 
 
@@ -23,19 +23,21 @@ def expert_parallel(experts=None, data=None, devices=None, layout_map=None, proc
     `predict`, `save` and loading work as on one device, and give the same numbers. The size of a
     batch must be a multiple of `data * experts`.
 
-    On PyTorch the processes of `torch.distributed` take the place of devices. All of them share the
-    experts of every bank, and each runs a training loop of yours: see `docs/replicas.md`.
+    On PyTorch the processes of `torch.distributed` take the place of devices, and each runs a
+    training loop of yours: see `docs/replicas.md`.
 
     Args:
         experts: devices that share the experts of a bank. It divides the number of experts of each.
+            On PyTorch None stands for all processes.
         data: how many such groups there are. None: as many as the devices allow.
         devices: list of devices, as `keras.distribution.list_devices()` names them. None: all.
         layout_map: `keras.distribution.LayoutMap` for other weights, whose device mesh begins with
             the axes "data" and "expert"; `experts`, `data` and `devices` are those of the mesh
             then. It gains the layouts of the banks. None: all other weights are whole on every
             device.
-        process_group: on PyTorch, the group of all processes that tokens on their way to experts
-            use; None makes a new one. `data`, `devices` and `layout_map` are for JAX alone.
+        process_group: on PyTorch, the group of the processes that share the experts with this one,
+            which tokens on their way to experts use. Each process gives one, all of one size. None
+            makes new ones, of neighbours. `devices` and `layout_map` are for JAX alone.
 
     Returns:
         On JAX an `ExpertParallel`, which is a `keras.distribution.ModelParallel`. On PyTorch an
@@ -64,8 +66,11 @@ def expert_parallel(experts=None, data=None, devices=None, layout_map=None, proc
             "experts on each device under `tf.distribute.MirroredStrategy`."
         )
     if name == "torch":
-        _check_unused(name, data=data, devices=devices, layout_map=layout_map)
-        return backend.split_experts(experts, process_group)
+        _check_unused(name, devices=devices, layout_map=layout_map)
+        for argument, value in {"experts": experts, "data": data}.items():
+            if value is not None:
+                check_positive_integer(argument, value)
+        return backend.split_experts(experts, data, process_group)
     _check_unused(name, process_group=process_group)
     if layout_map is None:
         layout_map = keras.distribution.LayoutMap(_mesh(experts, data, devices))

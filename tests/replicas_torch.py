@@ -108,13 +108,20 @@ def data_parallelism(rank, size):
     return results
 
 
-def expert_parallelism(rank, size, folder):
+def expert_parallelism(rank, size, folder, experts=None):
     """What comes out of experts that were trained in several processes, and how many there are."""
     data_parallel = itself
     if size > 1:
-        distribution = expert_parallel()
+        distribution = expert_parallel(experts)
         keras.distribution.set_distribution(distribution)
-        data_parallel = distribution.data_parallel
+
+        def data_parallel(model):
+            if rank >= distribution.num_processes:
+                # Whatever these begin with, they take the weights of the first processes.
+                for weight in model.trainable_weights:
+                    weight.assign(weight + 1.0)
+            return distribution.data_parallel(model)
+
     x = np.split(X, size)[rank]
     model = train(spread_layers, x, data_parallel)
     model.save_weights(os.path.join(folder, f"{size}_{rank}.weights.h5"))
@@ -127,6 +134,27 @@ def expert_parallelism(rank, size, folder):
         "num_parameters": sum(bank.count_params() for bank in banks),
         "errors": errors_of(lambda: layers.FeedForwardExperts(6, 8).build((None, 4))),
     }
+
+
+def groups_of_one_choice():
+    """What process groups of ranks that are no neighbours share."""
+    group, _ = torch.distributed.new_subgroups_by_enumeration([[0, 2], [1, 3]])
+    distribution = expert_parallel(process_group=group)
+    kernel = torch.ones((), requires_grad=True)
+    (distribution.mean_gradient(kernel) * (torch.distributed.get_rank() + 1)).backward()
+    return {"own": list(distribution.own_experts(4)), "gradient": kernel.grad.item()}
+
+
+def wrong_numbers():
+    """What is said where numbers and processes do not fit."""
+    group, _ = torch.distributed.new_subgroups_by_enumeration([[0], [1, 2, 3]])
+    return [
+        errors_of(lambda: expert_parallel(3)),
+        errors_of(lambda: expert_parallel(2, data=4)),
+        errors_of(lambda: expert_parallel(2, process_group=torch.distributed.group.WORLD)),
+        errors_of(lambda: expert_parallel(0)),
+        errors_of(lambda: expert_parallel(process_group=group)),
+    ]
 
 
 def errors_of(function):
@@ -145,6 +173,10 @@ def main(folder):
     if size <= 2:
         results |= data_parallelism(rank, size)
     results["experts"] = expert_parallelism(rank, size, folder)
+    if size == 4:
+        results["grid"] = expert_parallelism(rank, size, folder, experts=2)
+        results["groups"] = groups_of_one_choice()
+        results["wrong"] = wrong_numbers()
     print(json.dumps(results), flush=True)
     if size > 1:
         torch.distributed.barrier()

@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-from benchmarks import ahead, chips, measure, program, roofline  # noqa: E402
+from benchmarks import ahead, chips, measure, program, roofline, topologies  # noqa: E402
 from benchmarks.products import Product, products  # noqa: E402
 
 BACKEND = keras.backend.backend()
@@ -280,3 +280,15 @@ def test_a_step_is_compiled_for_a_tpu(monkeypatch, tmp_path, flags):
     assert twin["dynamic_loops"] == 0 and twin["ratio"] == 1
     assert 0 < twin["bound_ms"] < mixture["bound_ms"]
     assert (twin["float32_products"] > 0) == bool(flags)
+
+
+@needs_jax
+@pytest.mark.skipif(chips.missing("v5e") is not None, reason="libtpu is not installed")
+def test_a_layer_is_compiled_for_several_tpus(monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    (row,) = topologies.main(["--smoke", "--top-k", "2"])
+    keras.config.set_dtype_policy("float32")
+    assert (tmp_path / "topologies-smoke.json").exists()
+    assert (row["name"], row["chips"], row["experts"]) == ("v5e:2x2", 4, 4)
+    # Rows go to the chips of their experts; nothing is gathered.
+    assert row["to_all_mb"] > 0 and row["gather_mb"] == 0

@@ -65,7 +65,7 @@ def test_tensorflow_is_told_what_to_use():
 def test_arguments_of_the_other_backend_are_an_error():
     wrong, names = {
         "jax": ({"process_group": 1}, "`process_group`. Received: process_group=1"),
-        "torch": ({"data": 2}, "`data` or `devices` or `layout_map`. Received: data=2"),
+        "torch": ({"devices": []}, "`devices` or `layout_map`. Received: devices=[]"),
     }[BACKEND]
     with pytest.raises(ValueError) as error:
         expert_parallel(1, **wrong)

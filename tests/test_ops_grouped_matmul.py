@@ -85,8 +85,8 @@ def test_drawn_groups_and_shapes_equal_the_oracle(mode, small_tiles):
 def test_groups_around_the_real_tile_sizes_equal_the_oracle(mode):
     function = differentiated(weighted_sum, mode)
     around = [[length - 1, length, length + 1] for length in tile_sizes.tile_sizes(1152, 3)]
-    # The last block of the last of these reaches far past the end of all rows.
-    for sizes in (*around, [402, 580, 170], [1152, 0, 0]):
+    # The last tile of 49 rows reaches far past the end of all rows.
+    for sizes in (*around, [402, 701, 49], [1152, 0, 0]):
         check_against_oracle(function, np.random.default_rng(1), 1152, sizes, shape=(2, 3))
 
 
@@ -111,6 +111,8 @@ def test_there_are_few_sizes_of_blocks_and_one_holds_a_mean_group():
         assert len(sizes) == 3 and list(sizes) == sorted(set(sizes))
         assert 4 <= sizes[0] <= 32
         assert min(mean, 512) <= sizes[-1] < max(min(mean, 512), 32) + sizes[0]
+        # Fewer experts have more tiles, not longer ones.
+        assert tile_sizes.tile_sizes(8 * mean, 2) == sizes
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -66,20 +66,47 @@ def test_one_process_evaluates_alone():
         np.testing.assert_allclose(two["alone"][key], value, rtol=1e-5, atol=1e-6, err_msg=key)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_experts_in_several_processes_are_those_of_one(processes):
+@pytest.mark.parametrize(
+    ("processes", "kind", "shares"), [(2, "experts", 2), (4, "experts", 4), (4, "grid", 2)]
+)
+def test_experts_in_several_processes_are_those_of_one(processes, kind, shares):
     (one,) = trained_in(1)
-    several = [each["experts"] for each in trained_in(processes)]
+    several = [each[kind] for each in trained_in(processes)]
     outputs = np.concatenate([each["outputs"] for each in several])
     np.testing.assert_allclose(outputs, one["experts"]["outputs"], rtol=1e-5, atol=1e-6)
     for each in several:
-        assert each["num_parameters"] * processes == one["experts"]["num_parameters"]
+        assert each["num_parameters"] * shares == one["experts"]["num_parameters"]
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_saved_experts_come_back_in_every_process(processes):
+@pytest.mark.parametrize(
+    ("processes", "kind"), [(1, "experts"), (2, "experts"), (4, "experts"), (4, "grid")]
+)
+def test_saved_experts_come_back_in_every_process(processes, kind):
     for each in trained_in(processes):
-        np.testing.assert_array_equal(each["experts"]["loaded"], each["experts"]["outputs"])
+        np.testing.assert_array_equal(each[kind]["loaded"], each[kind]["outputs"])
+
+
+def test_a_process_group_says_who_shares_experts():
+    groups = [each["groups"] for each in trained_in(4)]
+    # Of the ranks 0 and 2, and of 1 and 3: so 0 and 1 hold the same experts, and 2 and 3.
+    assert [each["own"] for each in groups] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert [each["gradient"] for each in groups] == [3 / 4, 3 / 4, 7 / 4, 7 / 4]
+
+
+def test_numbers_and_processes_that_do_not_fit_are_an_error():
+    rule = "On PyTorch there must be `data * experts` processes. Received: "
+    for each in trained_in(4):
+        assert each["wrong"] == [
+            f"{rule}experts=3, data=None, 4 processes. Change one of them.",
+            f"{rule}experts=2, data=4, 4 processes. Change one of them.",
+            "`experts` must be the size of the process group. Received: experts=2, a process group "
+            "of 4. Leave it out.",
+            "`experts` must be a positive integer. Received: experts=0. Pass an integer of at "
+            "least 1.",
+            "Each process must be in one of the process groups, which are of one size. Received: "
+            "groups of the ranks [(0,), (1, 2, 3)]. Make them with "
+            "`torch.distributed.new_subgroups()`.",
+        ]
 
 
 def test_experts_that_processes_cannot_share_are_an_error():

@@ -10,12 +10,14 @@ class ExpertParallel:
     Made by `split_experts`.
 
     Args:
-        process_group: group of all processes.
+        process_group: group of the processes that together hold all experts once.
+        replicas: group of the processes that hold the same experts as this one.
     """
 
-    def __init__(self, process_group):
+    def __init__(self, process_group, replicas):
         self.process_group = process_group
         self.num_processes = torch.distributed.get_world_size(process_group)
+        self._replicas = replicas
         self._rank = torch.distributed.get_rank(process_group)
 
     def get_tensor_layout(self, path):
@@ -54,11 +56,11 @@ class ExpertParallel:
         return _Exchange.apply(function(received, experts), back, there, self.process_group)
 
     def mean_gradient(self, kernel):
-        """The kernel, whose gradient is divided by the number of processes.
+        """The kernel, whose gradient is averaged over all processes, as those of other weights are.
 
-        It adds up over the tokens of all of them, while those of other weights are averaged.
+        It already adds up over the tokens of the processes that share the experts.
         """
-        return _MeanGradient.apply(kernel, self.num_processes)
+        return _MeanGradient.apply(kernel, self._replicas)
 
     def whole(self, kernel):
         """The kernels of all experts, (E, ...). All processes must ask."""
@@ -71,15 +73,18 @@ class ExpertParallel:
         """`torch.nn.parallel.DistributedDataParallel` of a built model, for all but its experts.
 
         Args:
-            model: a built Keras model.
+            model: a built Keras model. Where several processes hold the same experts, all begin
+                with those of the first of them.
             **kwargs: arguments of `DistributedDataParallel`.
         """
         experts = {
-            id(weight.value)
+            id(weight.value): weight.value
             for layer in model._flatten_layers()
             if getattr(layer, "processes", None) is self
             for weight in layer.weights
         }
+        for value in experts.values():
+            torch.distributed.broadcast(value.detach(), group=self._replicas, group_src=0)
         names = [name for name, value in model.named_parameters() if id(value) in experts]
         parallel = torch.nn.parallel.DistributedDataParallel
         parallel._set_params_and_buffers_to_ignore_for_model(model, names)
@@ -103,40 +108,72 @@ class _Exchange(torch.autograd.Function):
 
 class _MeanGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kernel, number):
-        ctx.number = number
+    def forward(ctx, kernel, replicas):
+        ctx.replicas = replicas
         return kernel.view_as(kernel)
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient / ctx.number, None
+        mean = (gradient / torch.distributed.get_world_size()).contiguous()
+        torch.distributed.all_reduce(mean, group=ctx.replicas)
+        return mean, None
 
 
-def split_experts(experts, process_group):
-    """Experts split over all processes, for `keras.distribution.set_distribution`.
+def split_experts(experts, data, process_group):
+    """Experts split over processes, for `keras.distribution.set_distribution`.
 
     Args:
-        experts: number of processes that share the experts of a bank, which must be all. None: all.
-        process_group: group of all processes, which only tokens on their way to experts use. None:
-            a new one.
+        experts: number of processes that together hold all experts once, neighbours by rank. None:
+            all, or those of the process group.
+        data: how many times the experts exist. None: as often as there are processes for it.
+        process_group: group of the processes that share the experts with this one, which only
+            tokens on their way to experts use. Each process gives one, and all are of one size.
+            None: new ones.
 
     Raises:
-        ValueError: If `torch.distributed` is not initialized, or there are other processes.
+        ValueError: If `torch.distributed` is not initialized, or numbers and processes do not fit.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise ValueError(
             "`expert_parallel` needs processes that know each other. Received: no process group. "
             "Start the program by `torchrun` and call `torch.distributed.init_process_group()`."
         )
-    number = torch.distributed.get_world_size(process_group)
     world = torch.distributed.get_world_size()
-    if number != world or experts not in (None, world):
+    # All processes see all groups before one of them may find that its own does not fit.
+    rows = None if process_group is None else _rows_of(process_group)
+    size = world if rows is None else len(rows[0])
+    if rows is not None and experts not in (None, size):
         raise ValueError(
-            "On PyTorch the experts are split over all processes. Received: "
-            f"experts={experts}, a process group of {number}, {world} processes. Leave both out."
+            "`experts` must be the size of the process group. Received: "
+            f"experts={experts}, a process group of {size}. Leave it out."
         )
-    # A group of its own: `DistributedDataParallel` talks at the same time.
-    return ExpertParallel(process_group or torch.distributed.new_group())
+    experts = experts or size
+    if world % experts or data not in (None, world // experts):
+        raise ValueError(
+            "On PyTorch there must be `data * experts` processes. Received: "
+            f"experts={experts}, data={data}, {world} processes. Change one of them."
+        )
+    if rows is None:
+        rows = [range(first, first + experts) for first in range(0, world, experts)]
+    # Groups of their own: `DistributedDataParallel` talks at the same time.
+    new_groups = torch.distributed.new_subgroups_by_enumeration
+    replicas, _ = new_groups([list(column) for column in zip(*rows)])
+    return ExpertParallel(process_group or new_groups(list(map(list, rows)))[0], replicas)
+
+
+def _rows_of(process_group):
+    """The ranks of the process groups that the processes gave."""
+    given = [None] * torch.distributed.get_world_size()
+    own = tuple(torch.distributed.get_process_group_ranks(process_group))
+    torch.distributed.all_gather_object(given, own)
+    rows = sorted(set(given))
+    fits = len(set(map(len, rows))) == 1 and sorted(sum(rows, ())) == list(range(len(given)))
+    if not fits:
+        raise ValueError(
+            "Each process must be in one of the process groups, which are of one size. Received: "
+            f"groups of the ranks {rows}. Make them with `torch.distributed.new_subgroups()`."
+        )
+    return rows
 
 
 def expert_processes():

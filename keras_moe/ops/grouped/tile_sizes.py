@@ -15,13 +15,15 @@ def tile_sizes(num_rows, num_experts):
     Each is compiled, forward and backward, so there are few: one that holds a mean group, one of
     three quarters of it, for groups around the mean, and for the rest one of an eighth, down to
     a power of two. Below 4 rows a product is bound by reading its kernel; from 32 on smaller tiles
-    gain nothing, nor do larger ones from 512 on.
+    gain nothing, nor do larger ones from 512 on. None has more than an eighth of all rows: in the
+    backward pass some seven intermediate values of a tile exist at once, which would be most of the
+    memory where experts are few.
 
     Args:
         num_rows: an integer, or a tensor where it is not known at compile time.
         num_experts: an integer.
     """
-    mean = num_rows // num_experts if isinstance(num_rows, int) else 256
+    mean = num_rows // max(num_experts, 8) if isinstance(num_rows, int) else 256
     smallest = 2 ** min(max((mean // 8).bit_length() - 1, 2), 5)
     largest = max(-(-min(mean, 512) // smallest), 8) * smallest
     return smallest, 3 * largest // 4 // smallest * smallest, largest
