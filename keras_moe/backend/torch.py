@@ -69,6 +69,19 @@ def is_exporting():
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
+def may_recompute():
+    """Whether what is computed now may be computed again in the backward pass, unannounced."""
+    return torch.is_grad_enabled() and not (
+        torch.jit.is_tracing() or torch.compiler.is_compiling()
+    )
+
+
+def is_recomputing():
+    """Whether the code runs inside of a backward pass, as `torch.utils.checkpoint` makes it."""
+    # The way in which that module finds out itself; there is no public one.
+    return torch._C._current_graph_task_id() != -1
+
+
 def larger_size(least, size):
     """An export takes one of its own sizes for a constant where it becomes a tensor."""
     symbolic = isinstance(size, torch.SymInt)

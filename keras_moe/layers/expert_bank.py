@@ -37,6 +37,10 @@ class ExpertBank(keras.layers.Layer):
     def compute_output_spec(self, tokens, plan):
         return keras.KerasTensor(self.compute_output_shape(tokens.shape), self.compute_dtype)
 
+    def rematerialized_call(self, call, *args, **kwargs):
+        """The call itself: the layer around the bank computes it again with itself."""
+        return call
+
     def engine_on(self, platform, static_shapes):
         """What computes a built bank, a string for people to read; empty where it is not known.
 

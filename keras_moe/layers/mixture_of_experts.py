@@ -23,13 +23,14 @@ from keras_moe.layers.expert_bank import check_takes_tokens
 from keras_moe.layers.masks import mask_of
 from keras_moe.layers.misplaced_arguments import check_place
 from keras_moe.layers.mixture_state import load_state, save_state
+from keras_moe.layers.recomputation import Recomputable, effects_once
 from keras_moe.layers.sublayers import accepted_arguments, build_and_measure
 from keras_moe.losses.router_loss import check_is_scalar
 from keras_moe.ops.sizes import at_least
 
 
 @register
-class MixtureOfExperts(keras.layers.Layer):
+class MixtureOfExperts(Recomputable):
     """Sends each token to a few experts, and costs what those few cost.
 
     A drop-in for the feed-forward layer of a Transformer, or for a `Dense` layer anywhere. All
@@ -215,6 +216,7 @@ class MixtureOfExperts(keras.layers.Layer):
         check_host_numbers("inputs", args[0] if args else None)
         return super().__call__(*args, **kwargs)
 
+    @effects_once
     def call(
         self,
         inputs,
