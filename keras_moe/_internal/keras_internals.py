@@ -82,6 +82,11 @@ def own_layers(layer):
     return list(layer._layers)
 
 
+def own_variables(layer):
+    """The variables of a layer itself, in the order in which Keras saves them."""
+    return layer._trainable_variables + layer._non_trainable_variables
+
+
 def own_state(layer):
     """The variables of a layer itself that were not created trainable."""
     return list(layer._non_trainable_variables)
@@ -181,6 +186,7 @@ __all__ = [
     "open_to_state",
     "own_layers",
     "own_state",
+    "own_variables",
     "rebuild",
     "remove_sublayers",
     "set_state",

@@ -71,9 +71,7 @@ def is_exporting():
 
 def may_recompute():
     """Whether what is computed now may be computed again in the backward pass, unannounced."""
-    return torch.is_grad_enabled() and not (
-        torch.jit.is_tracing() or torch.compiler.is_compiling()
-    )
+    return torch.is_grad_enabled() and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
 
 
 def is_recomputing():

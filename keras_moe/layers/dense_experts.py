@@ -87,7 +87,7 @@ class DenseExperts(StackedExperts):
         if self.quantization_mode is not None:
             self._is_quantized = True
         if self.lora_rank:
-            self._add_factors("he_uniform", "zeros")
+            self.add_factors()
 
     def call(self, tokens, plan):
         tokens = self._compute(tokens)

@@ -5,19 +5,19 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe._internal.keras_internals import let_go, open_to_state
-from keras_moe._internal.validation import check_positive_number
-from keras_moe.layers.expert_bank import ExpertBank
-from keras_moe.layers.kernel_adapters import (
-    add_factors,
-    check_can_enable_lora,
-    low_rank,
-    merged,
-    quantize_to_int8,
+from keras_moe._internal.keras_internals import let_go
+from keras_moe._internal.lora import (
+    Adaptable,
+    adaptable_from_config,
+    corrected_stack,
+    factors_for,
+    forget_corrections,
 )
+from keras_moe.layers.expert_bank import ExpertBank
+from keras_moe.layers.kernel_adapters import low_rank, quantize_to_int8
 
 
-class StackedExperts(ExpertBank):
+class StackedExperts(ExpertBank, Adaptable):
     """Abstract: a bank whose projections have kernels (E, D, H), and may have biases (E, H).
 
     A subclass names its up projections in `up_names`, and has the weights `{name}_kernel` and
@@ -30,9 +30,6 @@ class StackedExperts(ExpertBank):
     def __init__(self, num_experts, **kwargs):
         super().__init__(num_experts, **kwargs)
         self.processes: Any = None
-        self.lora_rank: Any = None
-        self.lora_alpha: Any = None
-        self.lora_enabled = False
 
     def _add_integers(self, name, shape):
         """The weights of a quantized kernel."""
@@ -50,47 +47,16 @@ class StackedExperts(ExpertBank):
             )
             setattr(self, f"{name}_{part}", weight)
 
-    def enable_lora(self, rank, lora_alpha=None, a_initializer="he_uniform", b_initializer="zeros"):
-        """Freeze the kernels and train a correction of low rank for each of them.
-
-        An expert computes `x W + (lora_alpha / rank) (x A) B` with factors `A` (E, D, rank) and `B`
-        (E, rank, H), stacked like the kernels: only those of the chosen experts compute, and no
-        corrected kernel is made. Saving adds the corrections to the kernels, as Keras does.
-
-        Args:
-            rank: rank of the corrections, a positive integer.
-            lora_alpha: what the correction is multiplied by, times the rank. None: the rank.
-            a_initializer: of each expert's `A`.
-            b_initializer: of each expert's `B`; with zeros nothing changes at first.
-
-        Raises:
-            ValueError: If the layer is not built, or has LoRA already.
-
-        Reference: Hu et al. 2021 (arXiv:2106.09685), section 4.1.
-        """
-        check_can_enable_lora(self, rank)
-        self.lora_rank = rank
-        if lora_alpha is not None:
-            lora_alpha = check_positive_number("lora_alpha", lora_alpha)
-        self.lora_alpha = rank if lora_alpha is None else lora_alpha
-        with open_to_state(self):
-            self._add_factors(a_initializer, b_initializer)
-
-    def _add_factors(self, a_initializer, b_initializer):
+    def add_factors(self, a_initializer="he_uniform", b_initializer="zeros"):
         for stream, name in enumerate(self._projections()):
-            kernel = getattr(self, f"{name}_kernel")
-            kernel.trainable = False
             initializers = a_initializer, b_initializer
-            factors = add_factors(self, name, stream, kernel.shape, self.lora_rank, *initializers)
+            factors = factors_for(self, f"{name}_kernel", self.lora_rank, *initializers, stream)
             for letter, factor in zip("ab", factors):
                 setattr(self, f"{name}_lora_{letter}", factor)
         self.lora_enabled = True
 
     def _factors_of(self, name):
         return getattr(self, f"{name}_lora_a"), getattr(self, f"{name}_lora_b")
-
-    def _lora_scale(self):
-        return (self.lora_alpha or self.lora_rank) / self.lora_rank
 
     def _projections(self):
         return (*self.up_names, "down")
@@ -125,9 +91,8 @@ class StackedExperts(ExpertBank):
             self._add_integers(name, quantized.shape)
             getattr(self, f"{name}_kernel").assign(quantized.values)
             getattr(self, f"{name}_scale").assign(quantized.scale)
-            if self.lora_enabled:  # it is in the integers now
-                factor = getattr(self, f"{name}_lora_b")
-                factor.assign(ops.zeros(factor.shape))
+        if self.lora_enabled:  # it is in the integers now
+            forget_corrections(map(self._factors_of, self._projections()))
         self._is_quantized = True
         policy: Any = self.dtype_policy  # type: ignore[has-type]
         if policy.quantization_mode is None:
@@ -141,7 +106,7 @@ class StackedExperts(ExpertBank):
             return None
         factors = [self._factors_of(name) for name in self._projections()]
         return low_rank(
-            [tuple(map(self._shared_gradient, each)) for each in factors], self._lora_scale()
+            [tuple(map(self._shared_gradient, each)) for each in factors], self.lora_scale()
         )
 
     def _shared_gradient(self, stacked):
@@ -181,9 +146,8 @@ class StackedExperts(ExpertBank):
             )
         for index, weight in enumerate(weights):
             weight.assign(store[str(index)][own])
-        for name in self._projections() if self.lora_enabled else ():
-            factor = getattr(self, f"{name}_lora_b")
-            factor.assign(ops.zeros(factor.shape))
+        if self.lora_enabled:
+            forget_corrections(map(self._factors_of, self._projections()))
 
     def _whole(self, weight):
         weight = weight if self.processes is None else self.processes.whole(weight)
@@ -197,16 +161,11 @@ class StackedExperts(ExpertBank):
         if not self.lora_enabled:
             return kernel
         factors = list(map(self._whole, self._factors_of(name)))
-        return merged(kernel, factors, self._lora_scale())
+        return corrected_stack(kernel, *factors, self.lora_scale())
 
     def get_config(self):
-        lora = {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha}
-        return {**super().get_config(), **(lora if self.lora_rank else {})}
+        return {**super().get_config(), **self.lora_config()}
 
     @classmethod
     def from_config(cls, config):
-        lora = {name: config[name] for name in ("lora_rank", "lora_alpha") if name in config}
-        bank = super().from_config({key: config[key] for key in config if key not in lora})
-        for name, value in lora.items():
-            setattr(bank, name, value)
-        return bank
+        return adaptable_from_config(super().from_config, config)
