@@ -86,11 +86,15 @@ def adaptable_from_config(make, config):
     return layer
 
 
-def factors_for(layer, name, rank, a_initializer, b_initializer, stream=0):
-    """Freeze a kernel (..., D, H) of a layer: variables A (..., D, r), B (..., r, H) in float32."""
-    kernel = getattr(layer, name)
-    *experts, fan_in, fan_out = kernel.shape
-    kernel.trainable = False
+def factors_for(layer, name, shape, a_initializer, b_initializer, stream=0):
+    """Freeze a kernel of a layer; its shape as a matrix, or a stack of them, is (..., D, H).
+
+    Returns:
+        Variables A (..., D, rank) and B (..., rank, H) in float32.
+    """
+    *experts, fan_in, fan_out = shape
+    getattr(layer, name).trainable = False
+    rank = layer.lora_rank
 
     def each(initializer):
         initializer = keras.initializers.get(initializer)

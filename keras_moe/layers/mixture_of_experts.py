@@ -58,7 +58,8 @@ class MixtureOfExperts(Recomputable):
             `ceil(capacity_factor * T * K / E)` slots for T tokens, at least 1; first choices are
             served before second ones, then earlier tokens before later ones. An assignment that
             finds no slot contributes zero. `Capacity` has further options.
-        **kwargs: arguments of a Keras layer, such as `name` and `dtype`.
+        **kwargs: arguments of a Keras layer, such as `name` and `dtype`. A `dtype` that quantizes,
+            or a `keras.dtype_policies.DTypePolicyMap`, is handed to a bank made without one.
 
     Raises:
         ValueError: If an argument is out of its range, or router and bank disagree on the number
@@ -109,6 +110,7 @@ class MixtureOfExperts(Recomputable):
         check_computes_in_floats(self)
         backend.separate_losses(self)
         self.experts = expert_bank.get(experts)
+        self.experts.take_policy(self.dtype_policy)
         self.router = routers.get(router, num_experts=self.experts.num_experts)
         if self.router.num_experts != self.experts.num_experts:
             raise ValueError(
@@ -136,7 +138,11 @@ class MixtureOfExperts(Recomputable):
         self.shared_gate = None
         if gated_shared_expert:
             self.shared_gate = _Gate(
-                1, "sigmoid", use_bias=False, dtype=self.dtype_policy, name="shared_gate"
+                1,
+                "sigmoid",
+                use_bias=False,
+                dtype=_in_floats(self.dtype_policy),
+                name="shared_gate",
             )
         self.capacity = Capacity.get(capacity_factor)
         if self.capacity is not None and not self.router.takes_capacity:
@@ -250,6 +256,9 @@ class MixtureOfExperts(Recomputable):
         if self.routing_listener is not None:
             self.routing_listener(routing, tokens)
         return (outputs, routing) if return_routing else outputs
+
+    def quantized_call(self, *args, **kwargs):
+        return self.call(*args, **kwargs)
 
     def _plan(self, routing, sequence_length, training):
         if self.capacity is None:
@@ -409,6 +418,13 @@ class MixtureOfExperts(Recomputable):
             "gated_shared_expert": self.gated_shared_expert,
             "capacity_factor": self.capacity and serialize(self.capacity),
         }
+
+
+def _in_floats(policy):
+    """The policy that a quantized one was made from; any other itself."""
+    if policy.quantization_mode is None:
+        return policy
+    return keras.dtype_policies.get(policy.name.rpartition("_from_")[2])
 
 
 class _Gate(keras.layers.Dense):

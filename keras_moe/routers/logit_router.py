@@ -94,7 +94,7 @@ class LogitRouter(Router, Adaptable):
 
     def add_factors(self, a_initializer="he_uniform", b_initializer="zeros"):
         self.kernel_lora_a, self.kernel_lora_b = factors_for(
-            self, "kernel", self.lora_rank, a_initializer, b_initializer
+            self, "kernel", self.kernel.shape, a_initializer, b_initializer
         )
         self.lora_enabled = True
 
