@@ -13,6 +13,7 @@ from keras_moe import (
     losses,
     metrics,
     ops,
+    optimizers,
     routers,
     surgery,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "losses",
     "metrics",
     "ops",
+    "optimizers",
     "report",
     "routers",
     "summary",

@@ -6,7 +6,7 @@ import pytest
 from conftest import assert_close, to_numpy
 from layer_checks import D, array, normal
 
-from keras_moe import layers
+from keras_moe import layers, routers
 from keras_moe.ops.grouped import engines, padded
 
 BACKEND = keras.backend.backend()
@@ -127,3 +127,52 @@ def test_errors_say_what_to_do():
     bank.enable_lora(RANK)
     with pytest.raises(ValueError, match="once"):
         bank.enable_lora(RANK)
+
+
+ROUTERS = {
+    "top_k": lambda: routers.TopKRouter(E, balancer="loss_free", use_bias=True, logit_noise=0.1),
+    "cosine": lambda: routers.CosineRouter(E, projection_dim=5),
+}
+
+
+def routed_model(router):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((D,))
+    layer = layers.MixtureOfExperts(layers.GatedExperts(E, H), router)
+    return keras.Model(inputs, layer(inputs))
+
+
+@pytest.mark.parametrize("make", ROUTERS.values(), ids=ROUTERS)
+def test_routers(make, tmp_path):
+    """Only factors train, outputs are those of the corrected kernel, and a file has that kernel."""
+    model, x = routed_model(make()), array(normal(8, D))
+    before = to_numpy(model(x))
+    router = model.layers[-1].router
+    rest = sum(np.prod(each.shape) for each in router.trainable_variables if each.name != "kernel")
+    router.enable_lora(RANK, lora_alpha=6)
+    assert_close(to_numpy(model(x)), before)
+    width = router.kernel.shape[1]
+    assert (
+        sum(np.prod(each.shape) for each in router.trainable_variables) == RANK * (D + width) + rest
+    )
+    kernel = to_numpy(router.kernel)
+    outputs = to_numpy(trained(model)(x))
+    np.testing.assert_array_equal(to_numpy(router.kernel), kernel)
+    assert np.any(to_numpy(router.kernel_lora_b))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert_close(to_numpy(loaded(x)), outputs)
+    again = loaded.layers[-1].router
+    assert again.lora_rank == RANK and not np.any(to_numpy(again.kernel_lora_b))
+    model.save_weights(tmp_path / "merged.weights.h5")
+    plain = routed_model(make())
+    plain.load_weights(tmp_path / "merged.weights.h5")
+    assert_close(to_numpy(plain(x)), outputs)
+
+
+def test_a_router_without_products_says_so():
+    router = routers.SoftRouter(E)
+    router.build((None, D))
+    with pytest.raises(NotImplementedError, match="SoftRouter"):
+        router.enable_lora(RANK)
+    assert not router.lora_enabled

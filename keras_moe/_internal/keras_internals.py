@@ -3,11 +3,17 @@
 import contextlib
 
 import keras
-from keras.src.backend.common.global_state import get_global_attribute
+from keras.src.backend.common.global_state import get_global_attribute, set_global_attribute
 
 # Keras keeps the masks of traced tensors apart from them on JAX, so only its own function finds
 # them. It has been in this module from Keras 3.10 on.
 from keras.src.backend.common.masking import get_keras_mask
+
+# Whether updates of variables are collected instead of made.
+from keras.src.backend.common.stateless_scope import in_stateless_scope
+
+# In which variables are read in the dtype that a layer computes in.
+from keras.src.backend.common.variables import AutocastScope, get_autocast_scope
 
 # The class of models made of symbolic tensors, which has no public name.
 from keras.src.models.functional import Functional
@@ -17,6 +23,32 @@ def current_model():
     """The layer whose call encloses all others of this thread, or None outside of calls."""
     call = get_global_attribute("current_call_ctx")
     return None if call is None else call.entry_layer
+
+
+def current_call():
+    """A function that enters the present call again, after it has ended.
+
+    In it layers infer what they infer now, such as whether this is training, and variables are read
+    in the same dtype.
+    """
+    call, autocast = get_global_attribute("current_call_ctx"), get_autocast_scope()
+
+    @contextlib.contextmanager
+    def again():
+        outer = get_global_attribute("current_call_ctx")
+        set_global_attribute("current_call_ctx", call)
+        try:
+            with AutocastScope(autocast and autocast.dtype):
+                yield
+        finally:
+            set_global_attribute("current_call_ctx", outer)
+
+    return again
+
+
+def stored_dtypes():
+    """A context in which variables are read in the dtype they are stored in."""
+    return AutocastScope(None)
 
 
 def remove_sublayers(layer, names):
@@ -48,6 +80,11 @@ def forget_old_layers(model):
 def own_layers(layer):
     """The sublayers of a layer itself, in the order in which it was given them."""
     return list(layer._layers)
+
+
+def own_variables(layer):
+    """The variables of a layer itself, in the order in which Keras saves them."""
+    return layer._trainable_variables + layer._non_trainable_variables
 
 
 def own_state(layer):
@@ -137,17 +174,21 @@ def _index(items, item):
 __all__ = [
     "Functional",
     "calls_of",
+    "current_call",
     "current_model",
     "forget_compiled",
     "forget_old_layers",
     "forget_old_weights",
     "get_keras_mask",
+    "in_stateless_scope",
     "let_go",
     "names_below",
     "open_to_state",
     "own_layers",
     "own_state",
+    "own_variables",
     "rebuild",
     "remove_sublayers",
     "set_state",
+    "stored_dtypes",
 ]

@@ -13,6 +13,8 @@ Everything else in the package is written with `keras.ops`. A backend module pro
 - `has_grouped_products(platform, dtype, widths)`: whether there are kernels for all rows at once.
 - `sum_over_replicas(values)`: the sum of what all data-parallel replicas have.
 - `larger_size(least, size)`: the larger of two sizes that may not be known while tracing.
+- `may_recompute()`: whether the present code may run again in the backward pass, unannounced.
+- `is_recomputing()`: whether it does so now.
 
 Each for some engines of `ops.grouped` only:
 
@@ -116,6 +118,8 @@ split_experts = _primitive("split_experts", _processes)
 gather_over_replicas: Any = getattr(_module, "gather_over_replicas", lambda values: values)
 larger_size: Any = getattr(_module, "larger_size", keras.ops.maximum)
 is_exporting: Any = getattr(_module, "is_exporting", lambda: False)
+is_recomputing: Any = getattr(_module, "is_recomputing", lambda: False)
+may_recompute: Any = getattr(_module, "may_recompute", lambda: False)
 num_replicas: Any = getattr(_module, "num_replicas", lambda: 1)
 separate_losses: Any = getattr(_module, "separate_losses", lambda layer: None)
 sum_of_counts: Any = getattr(_module, "sum_of_counts", lambda values: values)

@@ -88,26 +88,23 @@ def knows_sizes():
     return False
 
 
-def multiply_groups(rows, sizes, experts, kernel, bias=None, transposed=False, scale=None):
+def multiply_groups(rows, sizes, experts, kernel_of, width, bias=None, transposed=False):
     """One group of rows through the affine map of its expert.
 
     Args:
         rows: (R, D), or (R, H) if `transposed`.
         sizes: list of one size, R.
         experts: list of one number, that of the expert.
-        kernel: (E, D, H), of any float dtype, or of integers.
+        kernel_of: function from an expert to its kernel (D, H) in the dtype of the rows.
+        width: H, or D if `transposed`.
         bias: (E, H) or None.
         transposed: whether to multiply by the transposed kernel.
-        scale: (E, 1, H) that the kernel is multiplied by, or None.
 
     Returns:
         (R, H), or (R, D), in the dtype of the rows.
     """
     (expert,) = experts
-    factor = tf.cast(kernel[expert], rows.dtype)
-    if scale is not None:
-        factor *= tf.cast(scale[expert], rows.dtype)
-    product = tf.matmul(rows, factor, transpose_b=transposed)
+    product = tf.matmul(rows, kernel_of(expert), transpose_b=transposed)
     return product if bias is None else product + tf.cast(bias[expert], rows.dtype)
 
 

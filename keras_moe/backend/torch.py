@@ -69,6 +69,17 @@ def is_exporting():
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
+def may_recompute():
+    """Whether what is computed now may be computed again in the backward pass, unannounced."""
+    return torch.is_grad_enabled() and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+
+
+def is_recomputing():
+    """Whether the code runs inside of a backward pass, as `torch.utils.checkpoint` makes it."""
+    # The way in which that module finds out itself; there is no public one.
+    return torch._C._current_graph_task_id() != -1
+
+
 def larger_size(least, size):
     """An export takes one of its own sizes for a constant where it becomes a tensor."""
     symbolic = isinstance(size, torch.SymInt)
@@ -129,33 +140,31 @@ def argmax(scores):
     return torch.argmax(scores, -1).to(torch.int32)
 
 
-def multiply_groups(rows, sizes, experts, kernel, bias=None, transposed=False, scale=None):
+def multiply_groups(rows, sizes, experts, kernel_of, width, bias=None, transposed=False):
     """Groups of rows that stand one behind another, each through the affine map of its expert.
 
     Args:
         rows: (R, D), or (R, H) if `transposed`.
         sizes: list of the sizes of the groups.
         experts: list of the expert of each group.
-        kernel: (E, D, H), of any float dtype, or of integers.
+        kernel_of: function from an expert to its kernel (D, H) in the dtype of the rows.
+        width: H, or D if `transposed`.
         bias: (E, H) or None.
         transposed: whether to multiply by the transposed kernel.
-        scale: (E, 1, H) that the kernel is multiplied by, or None.
 
     Returns:
         (R, H), or (R, D), in the dtype of the rows.
     """
 
     def factor_of(expert):
-        factor = kernel[expert].to(rows.dtype)
-        if scale is not None:
-            factor = factor * scale[expert].to(rows.dtype)
+        factor = kernel_of(expert)
         return factor.mT if transposed else factor
 
     if not knows_sizes():
         (expert,) = experts
         product = torch.mm(rows, factor_of(expert))
         return product if bias is None else product + bias[expert].to(rows.dtype)
-    outputs = rows.new_empty((rows.shape[0], kernel.shape[1 if transposed else 2]))
+    outputs = rows.new_empty((rows.shape[0], width))
     for expert, part, output in zip(experts, rows.split(sizes), outputs.split(sizes)):
         if bias is None:
             torch.mm(part, factor_of(expert), out=output)

@@ -15,7 +15,6 @@ from keras_moe._internal.saved_state import load_draws, save_draws
 from keras_moe._internal.validation import fits
 from keras_moe.convert.keras_hub_families import Family
 from keras_moe.layers import GatedExperts, MixtureOfExperts
-from keras_moe.layers.kernel_adapters import quantize_to_int8
 
 
 class SparseBlock:
@@ -82,8 +81,7 @@ class RelaidExperts(GatedExperts):
         values: list = []
         for name in self._projections():
             kernel = own[f"{name}_kernel"]
-            quantized = self.quantization_mode is not None
-            values += quantize_to_int8(kernel) if quantized else [kernel]
+            values += self.integers_of(kernel)
             values += [own[f"{name}_bias"]] if self.use_bias else []
         super().load_own_variables({str(i): value for i, value in enumerate(values)})
 

@@ -10,6 +10,7 @@ from keras_moe._internal.plain_text import as_text
 from keras_moe._internal.validation import check_function, check_model
 from keras_moe.inspection.engines import describe
 from keras_moe.inspection.finding import has_moe_layers, moe_layers
+from keras_moe.layers.stacked_experts import StackedExperts
 
 _HEADER = (
     "layer",
@@ -163,14 +164,15 @@ def _row(layer, description):
 
 def _count(layer):
     """How many parameters a layer has, those that were quantized included."""
-    integers = [
-        weight
-        for part in layer._flatten_layers()
-        if part.quantization_mode is not None
-        for weight in part._non_trainable_variables
-        if weight.dtype == "int8"
-    ]
+    parts = [part for part in layer._flatten_layers() if part.quantization_mode is not None]
+    integers = [each for part in parts for each in _integers_of(part)]
     return sum(map(_size, [*parameters_of(layer), *integers]))
+
+
+def _integers_of(part):
+    if isinstance(part, StackedExperts):
+        return part.stacked_kernels()
+    return [weight for weight in part._non_trainable_variables if weight.dtype == "int8"]
 
 
 def _size(weight):

@@ -10,7 +10,7 @@ from keras_moe.layers.stacked_experts import StackedExperts
 from keras_moe.ops.expert_parallel import serve_elsewhere
 from keras_moe.ops.feed_forward import grouped_feed_forward
 from keras_moe.ops.grouped import engines
-from keras_moe.ops.grouped.records import Quantized, Setting
+from keras_moe.ops.grouped.records import Setting
 
 
 class DenseExperts(StackedExperts):
@@ -63,7 +63,7 @@ class DenseExperts(StackedExperts):
         widths.append(("down", self.hidden_dim, features))
         for stream, (name, fan_in, fan_out) in enumerate(widths):
             shape = (len(experts), fan_in, fan_out)
-            if self.quantization_mode == "int8":
+            if self.quantization_mode is not None:
                 self._add_integers(name, shape)
             else:
                 kernel = self.add_weight(
@@ -87,7 +87,7 @@ class DenseExperts(StackedExperts):
         if self.quantization_mode is not None:
             self._is_quantized = True
         if self.lora_rank:
-            self._add_factors("he_uniform", "zeros")
+            self.add_factors()
 
     def call(self, tokens, plan):
         tokens = self._compute(tokens)
@@ -118,17 +118,19 @@ class DenseExperts(StackedExperts):
     def _stacked(self, kind):
         """The kernels or biases of all projections, in their own dtype."""
         names = self._projections()
-        stacked = [ops.convert_to_tensor(getattr(self, f"{name}_{kind}")) for name in names]
-        if kind == "kernel" and self.quantization_mode is not None:
-            scales = [ops.convert_to_tensor(getattr(self, f"{name}_scale")) for name in names]
-            return list(map(Quantized, stacked, scales))
-        return list(map(self._shared_gradient, stacked))
+        if kind == "kernel":
+            kernels = self.stacked_kernels()
+            if self.quantization_mode is not None:
+                return kernels
+            return list(map(self._shared_gradient, kernels))
+        biases = [ops.convert_to_tensor(getattr(self, f"{name}_bias")) for name in names]
+        return list(map(self._shared_gradient, biases))
 
     def compute_output_shape(self, tokens_shape):
         return tuple(tokens_shape)
 
     def engine_on(self, platform, static_shapes):
-        kernels = [getattr(self, f"{name}_kernel") for name in self._projections()]
+        kernels = self.stacked_kernels()
         if self.lora_enabled:
             kernels += [each for name in self._projections() for each in self._factors_of(name)]
         widths = (kernels[0].shape[1], *(kernel.shape[2] for kernel in kernels))

@@ -23,6 +23,7 @@ class ExpertBank(keras.layers.Layer):
         # Keras would cast the float32 combine weights inside the plan to the compute dtype. Banks
         # cast what they want cast.
         super().__init__(autocast=False, **kwargs)
+        self.has_own_policy = kwargs.get("dtype") is not None
         check_computes_in_floats(self)
         backend.separate_losses(self)
         self.num_experts = check_positive_integer("num_experts", num_experts)
@@ -37,6 +38,10 @@ class ExpertBank(keras.layers.Layer):
     def compute_output_spec(self, tokens, plan):
         return keras.KerasTensor(self.compute_output_shape(tokens.shape), self.compute_dtype)
 
+    def rematerialized_call(self, call, *args, **kwargs):
+        """The call itself: the layer around the bank computes it again with itself."""
+        return call
+
     def engine_on(self, platform, static_shapes):
         """What computes a built bank, a string for people to read; empty where it is not known.
 
@@ -45,6 +50,9 @@ class ExpertBank(keras.layers.Layer):
             static_shapes: whether all shapes are fixed at compile time, as under XLA.
         """
         return ""
+
+    def take_policy(self, policy):
+        """Take a policy of the layer around the bank that quantizes, or a map, if it is for it."""
 
     def _compute(self, tensor):
         return ops.cast(tensor, self.compute_dtype)

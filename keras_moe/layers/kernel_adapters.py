@@ -4,50 +4,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe._internal.initializers import EachExpert
-from keras_moe._internal.validation import check_positive_integer
 from keras_moe.ops.feed_forward import LowRank
-from keras_moe.ops.grouped.records import Quantized
-
-
-def check_can_enable_lora(layer, rank):
-    """Raise unless a layer is built and has no LoRA yet."""
-    check_positive_integer("rank", rank)
-    if not layer.built:
-        raise ValueError(
-            "LoRA needs a built layer. Received: "
-            f"`{layer.name}`, not yet built. Call the model once, or `build`, before."
-        )
-    if layer.lora_enabled:
-        raise ValueError(
-            "LoRA can be enabled once for a layer. Received: "
-            f"rank={rank} for `{layer.name}`, which has rank {layer.lora_rank}. Save and load the "
-            "layer without it to begin anew."
-        )
-
-
-def add_factors(layer, name, stream, kernel_shape, rank, a_initializer, b_initializer):
-    """The variables A (..., D, r) and B (..., r, H) for a kernel (..., D, H), in float32."""
-    *experts, fan_in, fan_out = kernel_shape
-
-    def each(initializer):
-        initializer = keras.initializers.get(initializer)
-        return EachExpert(initializer, stream, range(experts[0])) if experts else initializer
-
-    a, b = (
-        layer.add_weight(
-            name=f"{name}_lora_{letter}",
-            shape=(*experts, *shape),
-            initializer=each(initializer),
-            dtype="float32",
-            autocast=False,
-        )
-        for letter, shape, initializer in (
-            ("a", (fan_in, rank), a_initializer),
-            ("b", (rank, fan_out), b_initializer),
-        )
-    )
-    return a, b
+from keras_moe.ops.grouped.records import Packed, Quantized
 
 
 def low_rank(factors, scale):
@@ -57,22 +15,39 @@ def low_rank(factors, scale):
     return LowRank(list(map(tensors, downs)), list(map(tensors, ups)), scale)
 
 
-def merged(kernel, factors, scale):
-    """The kernel with its correction added, an array in the dtype of the kernel."""
-    kernel = ops.convert_to_numpy(kernel)
-    a, b = (ops.convert_to_numpy(factor) for factor in factors)
-    # One expert at a time: the sum is float32.
-    parts = [part + scale * (left @ right) for part, left, right in zip(kernel, a, b)]
-    return np.stack(parts).astype(kernel.dtype)
+def quantized(kernel, mode, block_size=None):
+    """A stack of kernels (E, D, H) in integers, arrays: `Quantized` of "int8", `Packed` of "int4".
+
+    One expert at a time. Each has one scale for each output, with "int4" for each `block_size` rows
+    of it, as those of Keras's `Dense` have; None: for all rows.
+    """
+    kernel = np.asarray(kernel, "float32")
+    if mode == "int8":
+        return Quantized(*map(np.stack, zip(*map(_to_int8, kernel))))
+    parts = zip(*(_to_int4(each, block_size) for each in kernel))
+    return Packed(*map(np.stack, parts), groups_of_rows(kernel.shape[1], block_size))
 
 
-def quantize_to_int8(kernel):
-    """A stack of kernels (E, D, H) as `Quantized`, one scale for each expert and output."""
-    parts = [_quantize_one(part) for part in np.asarray(kernel, "float32")]
-    values, scales = zip(*parts)
-    return Quantized(np.stack(values), np.stack(scales))
+def groups_of_rows(num_rows, block_size):
+    """The number of the group of each row, int32; None is one group."""
+    return np.arange(num_rows, dtype="int32") // (block_size or num_rows)
 
 
-def _quantize_one(kernel):
+def _to_int8(kernel):
     scale = np.maximum(np.abs(kernel).max(0, keepdims=True), 1e-7) / 127
     return np.rint(kernel / scale).astype("int8"), scale.astype("float32")
+
+
+def _to_int4(kernel, block_size):
+    if block_size is None:
+        scale = np.maximum(np.abs(kernel).max(0, keepdims=True), 1e-7) / 7
+        values, zero = np.rint(kernel / scale).astype("int8"), np.zeros(scale.shape, "int8")
+    else:
+        values, scale, zero = map(
+            ops.convert_to_numpy,
+            keras.quantizers.abs_max_quantize_grouped_with_zero_point(
+                kernel, block_size=block_size, to_numpy=True
+            ),
+        )
+    packed, _, _ = keras.quantizers.pack_int4(values, axis=-1)
+    return ops.convert_to_numpy(packed), scale.astype("float32"), zero

@@ -23,13 +23,14 @@ from keras_moe.layers.expert_bank import check_takes_tokens
 from keras_moe.layers.masks import mask_of
 from keras_moe.layers.misplaced_arguments import check_place
 from keras_moe.layers.mixture_state import load_state, save_state
+from keras_moe.layers.recomputation import Recomputable, effects_once
 from keras_moe.layers.sublayers import accepted_arguments, build_and_measure
 from keras_moe.losses.router_loss import check_is_scalar
 from keras_moe.ops.sizes import at_least
 
 
 @register
-class MixtureOfExperts(keras.layers.Layer):
+class MixtureOfExperts(Recomputable):
     """Sends each token to a few experts, and costs what those few cost.
 
     A drop-in for the feed-forward layer of a Transformer, or for a `Dense` layer anywhere. All
@@ -57,7 +58,8 @@ class MixtureOfExperts(keras.layers.Layer):
             `ceil(capacity_factor * T * K / E)` slots for T tokens, at least 1; first choices are
             served before second ones, then earlier tokens before later ones. An assignment that
             finds no slot contributes zero. `Capacity` has further options.
-        **kwargs: arguments of a Keras layer, such as `name` and `dtype`.
+        **kwargs: arguments of a Keras layer, such as `name` and `dtype`. A `dtype` that quantizes,
+            or a `keras.dtype_policies.DTypePolicyMap`, is handed to a bank made without one.
 
     Raises:
         ValueError: If an argument is out of its range, or router and bank disagree on the number
@@ -108,6 +110,7 @@ class MixtureOfExperts(keras.layers.Layer):
         check_computes_in_floats(self)
         backend.separate_losses(self)
         self.experts = expert_bank.get(experts)
+        self.experts.take_policy(self.dtype_policy)
         self.router = routers.get(router, num_experts=self.experts.num_experts)
         if self.router.num_experts != self.experts.num_experts:
             raise ValueError(
@@ -135,7 +138,11 @@ class MixtureOfExperts(keras.layers.Layer):
         self.shared_gate = None
         if gated_shared_expert:
             self.shared_gate = _Gate(
-                1, "sigmoid", use_bias=False, dtype=self.dtype_policy, name="shared_gate"
+                1,
+                "sigmoid",
+                use_bias=False,
+                dtype=_in_floats(self.dtype_policy),
+                name="shared_gate",
             )
         self.capacity = Capacity.get(capacity_factor)
         if self.capacity is not None and not self.router.takes_capacity:
@@ -215,6 +222,7 @@ class MixtureOfExperts(keras.layers.Layer):
         check_host_numbers("inputs", args[0] if args else None)
         return super().__call__(*args, **kwargs)
 
+    @effects_once
     def call(
         self,
         inputs,
@@ -248,6 +256,9 @@ class MixtureOfExperts(keras.layers.Layer):
         if self.routing_listener is not None:
             self.routing_listener(routing, tokens)
         return (outputs, routing) if return_routing else outputs
+
+    def quantized_call(self, *args, **kwargs):
+        return self.call(*args, **kwargs)
 
     def _plan(self, routing, sequence_length, training):
         if self.capacity is None:
@@ -407,6 +418,13 @@ class MixtureOfExperts(keras.layers.Layer):
             "gated_shared_expert": self.gated_shared_expert,
             "capacity_factor": self.capacity and serialize(self.capacity),
         }
+
+
+def _in_floats(policy):
+    """The policy that a quantized one was made from; any other itself."""
+    if policy.quantization_mode is None:
+        return policy
+    return keras.dtype_policies.get(policy.name.rpartition("_from_")[2])
 
 
 class _Gate(keras.layers.Dense):

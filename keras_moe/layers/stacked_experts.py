@@ -5,19 +5,20 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe._internal.keras_internals import let_go, open_to_state
-from keras_moe._internal.validation import check_positive_number
-from keras_moe.layers.expert_bank import ExpertBank
-from keras_moe.layers.kernel_adapters import (
-    add_factors,
-    check_can_enable_lora,
-    low_rank,
-    merged,
-    quantize_to_int8,
+from keras_moe._internal.keras_internals import let_go
+from keras_moe._internal.lora import (
+    Adaptable,
+    adaptable_from_config,
+    corrected_stack,
+    factors_for,
+    forget_corrections,
 )
+from keras_moe.layers.expert_bank import ExpertBank
+from keras_moe.layers.kernel_adapters import groups_of_rows, low_rank, quantized
+from keras_moe.ops.grouped.records import Packed, Quantized
 
 
-class StackedExperts(ExpertBank):
+class StackedExperts(ExpertBank, Adaptable):
     """Abstract: a bank whose projections have kernels (E, D, H), and may have biases (E, H).
 
     A subclass names its up projections in `up_names`, and has the weights `{name}_kernel` and
@@ -30,16 +31,20 @@ class StackedExperts(ExpertBank):
     def __init__(self, num_experts, **kwargs):
         super().__init__(num_experts, **kwargs)
         self.processes: Any = None
-        self.lora_rank: Any = None
-        self.lora_alpha: Any = None
-        self.lora_enabled = False
 
     def _add_integers(self, name, shape):
-        """The weights of a quantized kernel."""
-        for part, part_shape, dtype in (
-            ("kernel", shape, "int8"),
-            ("scale", (shape[0], 1, shape[2]), "float32"),
-        ):
+        """The weights of a quantized kernel (E, D, H)."""
+        num_experts, features, width = shape
+        parts = [("kernel", shape, "int8"), ("scale", (num_experts, 1, width), "float32")]
+        if self.quantization_mode == "int4":
+            groups = -(-features // (self._block_size() or features))
+            of_groups = (num_experts, groups, width)
+            parts = [
+                ("kernel", (num_experts, features, -(-width // 2)), "int8"),
+                ("scale", of_groups, "float32"),
+                ("zero", of_groups, "int8"),
+            ]
+        for part, part_shape, dtype in parts:
             weight = self.add_weight(
                 name=f"{name}_{part}",
                 shape=part_shape,
@@ -50,38 +55,48 @@ class StackedExperts(ExpertBank):
             )
             setattr(self, f"{name}_{part}", weight)
 
-    def enable_lora(self, rank, lora_alpha=None, a_initializer="he_uniform", b_initializer="zeros"):
-        """Freeze the kernels and train a correction of low rank for each of them.
+    def take_policy(self, policy):
+        is_map = isinstance(policy, keras.dtype_policies.DTypePolicyMap)
+        is_for_parts = is_map or policy.quantization_mode is not None
+        if is_for_parts and not self.has_own_policy and not self.built:
+            self.dtype_policy = policy
 
-        An expert computes `x W + (lora_alpha / rank) (x A) B` with factors `A` (E, D, rank) and `B`
-        (E, rank, H), stacked like the kernels: only those of the chosen experts compute, and no
-        corrected kernel is made. Saving adds the corrections to the kernels, as Keras does.
+    def _policy(self):
+        """The policy in force: of a map, that of the bank's path."""
+        policy: Any = self.dtype_policy  # type: ignore[has-type]
+        is_map = isinstance(policy, keras.dtype_policies.DTypePolicyMap)
+        return policy[self.path] if is_map and self.path else policy
 
-        Args:
-            rank: rank of the corrections, a positive integer.
-            lora_alpha: what the correction is multiplied by, times the rank. None: the rank.
-            a_initializer: of each expert's `A`.
-            b_initializer: of each expert's `B`; with zeros nothing changes at first.
+    def _block_size(self):
+        """Rows that share a scale in "int4", None for all."""
+        block_size = getattr(self._policy(), "block_size", -1)
+        return None if block_size == -1 else block_size
 
-        Raises:
-            ValueError: If the layer is not built, or has LoRA already.
+    def stacked_kernel(self, name):
+        """The kernels of a projection, in the dtype or the integers they are stored in."""
+        kernel = ops.convert_to_tensor(getattr(self, f"{name}_kernel"))
+        if self.quantization_mode is None:
+            return kernel
+        scale = ops.convert_to_tensor(getattr(self, f"{name}_scale"))
+        if self.quantization_mode == "int8":
+            return Quantized(kernel, scale)
+        group = groups_of_rows(kernel.shape[1], self._block_size())
+        zero = ops.convert_to_tensor(getattr(self, f"{name}_zero"))
+        return Packed(kernel, scale, zero, ops.convert_to_tensor(group))
 
-        Reference: Hu et al. 2021 (arXiv:2106.09685), section 4.1.
-        """
-        check_can_enable_lora(self, rank)
-        self.lora_rank = rank
-        if lora_alpha is not None:
-            lora_alpha = check_positive_number("lora_alpha", lora_alpha)
-        self.lora_alpha = rank if lora_alpha is None else lora_alpha
-        with open_to_state(self):
-            self._add_factors(a_initializer, b_initializer)
+    def stacked_kernels(self):
+        """The kernels of all projections."""
+        return list(map(self.stacked_kernel, self._projections()))
 
-    def _add_factors(self, a_initializer, b_initializer):
+    def integers_of(self, kernel):
+        """An array (E, D, H) in the integers of the bank: what a file has of it, arrays."""
+        mode = self.quantization_mode
+        return [kernel] if mode is None else _stored(quantized(kernel, mode, self._block_size()))
+
+    def add_factors(self, a_initializer="he_uniform", b_initializer="zeros"):
         for stream, name in enumerate(self._projections()):
-            kernel = getattr(self, f"{name}_kernel")
-            kernel.trainable = False
-            initializers = a_initializer, b_initializer
-            factors = add_factors(self, name, stream, kernel.shape, self.lora_rank, *initializers)
+            shape, initializers = self.stacked_kernel(name).shape, (a_initializer, b_initializer)
+            factors = factors_for(self, f"{name}_kernel", shape, *initializers, stream)
             for letter, factor in zip("ab", factors):
                 setattr(self, f"{name}_lora_{letter}", factor)
         self.lora_enabled = True
@@ -89,28 +104,29 @@ class StackedExperts(ExpertBank):
     def _factors_of(self, name):
         return getattr(self, f"{name}_lora_a"), getattr(self, f"{name}_lora_b")
 
-    def _lora_scale(self):
-        return (self.lora_alpha or self.lora_rank) / self.lora_rank
-
     def _projections(self):
         return (*self.up_names, "down")
 
     def quantize(self, mode, type_check=True, config=None):
-        """Keep the kernels as integers, each output of each expert with a scale of its own.
+        """Keep the kernels as integers with scales; an expert's become floats when it is used.
 
-        Only the weights are quantized; an expert's kernel becomes floats when it is used.
+        Only the weights are quantized. "int8" has a scale for each output of each expert. "int4"
+        has two integers in a byte, and a scale and a zero point for each `block_size` inputs of an
+        output, or as in "int8", as Keras's `Dense` does.
 
         Args:
-            mode: "int8".
-            type_check, config: not used; Keras passes them.
+            mode: "int8" or "int4".
+            type_check: not used; Keras passes it.
+            config: that of Keras, for its `block_size`. Its quantizers are those of other layers.
 
         Raises:
             NotImplementedError: For any other mode.
         """
-        if mode != "int8":
+        if mode not in ("int8", "int4"):
             raise NotImplementedError(
-                'Stacked kernels have one quantization, "int8". Received: '
-                f"mode={mode!r} for `{self.name}`. Use `quantize('int8')`."
+                'Stacked kernels can be quantized to "int8" and "int4". Received: '
+                f"mode={mode!r} for `{self.name}`. Use `quantize('int8')`; for computing in fewer "
+                "bits, a policy such as 'mixed_bfloat16'."
             )
         if self.processes is not None:
             raise NotImplementedError(
@@ -118,20 +134,21 @@ class StackedExperts(ExpertBank):
                 f"`{self.name}`, split over {self.processes.num_processes} processes. "
                 "Save the model and quantize it in one process."
             )
-        for name in self._projections():
-            kernel = getattr(self, f"{name}_kernel")
-            quantized = quantize_to_int8(self.merged_kernel(name))
-            let_go(self, kernel)
-            self._add_integers(name, quantized.shape)
-            getattr(self, f"{name}_kernel").assign(quantized.values)
-            getattr(self, f"{name}_scale").assign(quantized.scale)
-            if self.lora_enabled:  # it is in the integers now
-                factor = getattr(self, f"{name}_lora_b")
-                factor.assign(ops.zeros(factor.shape))
+        kernels = {name: self.merged_kernel(name) for name in self._projections()}
+        for name in kernels:
+            let_go(self, getattr(self, f"{name}_kernel"))
         self._is_quantized = True
-        policy: Any = self.dtype_policy  # type: ignore[has-type]
+        policy = self._policy()
         if policy.quantization_mode is None:
-            self.dtype_policy = keras.dtype_policies.get(f"{mode}_from_{policy.name}")
+            block_size = getattr(config, "block_size", None)
+            blocks = f"/{block_size}" if mode == "int4" and block_size not in (None, -1) else ""
+            self.dtype_policy = keras.dtype_policies.get(f"{mode}{blocks}_from_{policy.name}")
+        for name, kernel in kernels.items():
+            self._add_integers(name, kernel.shape)
+            for part, value in zip(("kernel", "scale", "zero"), self.integers_of(kernel)):
+                getattr(self, f"{name}_{part}").assign(value)
+        if self.lora_enabled:  # it is in the integers now
+            forget_corrections(map(self._factors_of, self._projections()))
 
     def quantized_call(self, *args, **kwargs):
         return self.call(*args, **kwargs)
@@ -141,7 +158,7 @@ class StackedExperts(ExpertBank):
             return None
         factors = [self._factors_of(name) for name in self._projections()]
         return low_rank(
-            [tuple(map(self._shared_gradient, each)) for each in factors], self._lora_scale()
+            [tuple(map(self._shared_gradient, each)) for each in factors], self.lora_scale()
         )
 
     def _shared_gradient(self, stacked):
@@ -158,14 +175,14 @@ class StackedExperts(ExpertBank):
         """What a file has of a projection, arrays."""
         values = [self._whole(weight) for weight in self._weights_of(name)]
         if self.lora_enabled:
-            kernel = self.merged_kernel(name)
-            parts = [kernel] if self.quantization_mode is None else quantize_to_int8(kernel)
+            parts = self.integers_of(self.merged_kernel(name))
             values[: len(parts)] = parts
         return values
 
     def _weights_of(self, name):
-        parts = [getattr(self, f"{name}_{part}", None) for part in ("kernel", "scale", "bias")]
-        return [weight for weight in parts if weight is not None]
+        parts = ("kernel", "scale", "zero", "bias")
+        weights = [getattr(self, f"{name}_{part}", None) for part in parts]
+        return [weight for weight in weights if weight is not None]
 
     def load_own_variables(self, store):
         own = slice(None)
@@ -181,9 +198,8 @@ class StackedExperts(ExpertBank):
             )
         for index, weight in enumerate(weights):
             weight.assign(store[str(index)][own])
-        for name in self._projections() if self.lora_enabled else ():
-            factor = getattr(self, f"{name}_lora_b")
-            factor.assign(ops.zeros(factor.shape))
+        if self.lora_enabled:
+            forget_corrections(map(self._factors_of, self._projections()))
 
     def _whole(self, weight):
         weight = weight if self.processes is None else self.processes.whole(weight)
@@ -191,22 +207,24 @@ class StackedExperts(ExpertBank):
 
     def merged_kernel(self, name):
         """The kernel of all experts as floats, with what LoRA has learned, an array."""
-        kernel = self._whole(getattr(self, f"{name}_kernel"))
-        if self.quantization_mode is not None:
-            kernel = kernel * self._whole(getattr(self, f"{name}_scale"))
+        if self.quantization_mode is None:
+            kernel = self._whole(getattr(self, f"{name}_kernel"))
+        else:
+            stacked = self.stacked_kernel(name)
+            kernel = ops.convert_to_numpy(stacked.floats(lambda whole: whole, "float32"))
         if not self.lora_enabled:
             return kernel
         factors = list(map(self._whole, self._factors_of(name)))
-        return merged(kernel, factors, self._lora_scale())
+        return corrected_stack(kernel, *factors, self.lora_scale())
 
     def get_config(self):
-        lora = {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha}
-        return {**super().get_config(), **(lora if self.lora_rank else {})}
+        return {**super().get_config(), **self.lora_config()}
 
     @classmethod
     def from_config(cls, config):
-        lora = {name: config[name] for name in ("lora_rank", "lora_alpha") if name in config}
-        bank = super().from_config({key: config[key] for key in config if key not in lora})
-        for name, value in lora.items():
-            setattr(bank, name, value)
-        return bank
+        return adaptable_from_config(super().from_config, config)
+
+
+def _stored(integers):
+    """What is stored of `Quantized` or `Packed` kernels."""
+    return list(integers[:3])

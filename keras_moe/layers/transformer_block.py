@@ -15,11 +15,12 @@ from keras_moe._internal.validation import (
     check_positive_integer,
 )
 from keras_moe.layers.expert_bank import check_takes_tokens
+from keras_moe.layers.recomputation import Recomputable
 from keras_moe.layers.sublayers import accepted_arguments, build_and_measure
 from keras_moe.ops import draws
 
 
-class TransformerBlock(keras.layers.Layer):
+class TransformerBlock(Recomputable):
     """Abstract: branches behind a normalisation and a residual; the last is any feed-forward layer.
 
     Xiong et al. 2020 (arXiv:2002.04745): `x = x + dropout(branch(norm(x)))`.

@@ -10,6 +10,7 @@ from keras_moe._internal.validation import check_flag, check_size, check_tensor,
 from keras_moe.layers.decoder_checks import check_cache, check_context, check_has_context
 from keras_moe.layers.masks import mask_of
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
+from keras_moe.layers.recomputation import effects_once
 from keras_moe.layers.remembering_attention import RememberingAttention
 from keras_moe.layers.transformer_block import TransformerBlock
 
@@ -116,6 +117,7 @@ class TransformerDecoderBlock(TransformerBlock):
             )
         self._build_feed_forward(inputs_shape)
 
+    @effects_once
     def call(
         self,
         inputs,

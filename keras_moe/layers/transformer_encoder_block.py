@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_moe._internal.serialization import register
 from keras_moe.layers.masks import mask_of
+from keras_moe.layers.recomputation import effects_once
 from keras_moe.layers.transformer_block import TransformerBlock
 
 
@@ -57,6 +58,7 @@ class TransformerEncoderBlock(TransformerBlock):
         )
         self._build_feed_forward(inputs_shape)
 
+    @effects_once
     def call(self, inputs, mask=None, training=None, token_ids=None):
         inputs, mask = self._without_padding(inputs, mask_of(inputs, mask))
         normed = self._attention_norm(inputs)

@@ -7,7 +7,7 @@ from keras_moe._internal.shape_checks import check_shapes, known, num_experts_of
 from keras_moe._internal.validation import check_not_negative, check_positive_number
 from keras_moe.ops.assignments import Assignments, Choices
 from keras_moe.ops.grouped import feed_forward_step, low_rank_step, run_grouped
-from keras_moe.ops.grouped.records import Quantized
+from keras_moe.ops.grouped.records import QUANTIZED
 from keras_moe.ops.platforms import named_platform
 from keras_moe.ops.sharded import Exchange, run_sharded
 
@@ -74,13 +74,13 @@ def grouped_feed_forward(
     kernels = [*up_kernels, down_kernel]
     widths = tuple(kernel.shape[-1] for kernel in kernels)
     step = feed_forward_step(activation, widths, clip, up_shift)
-    frozen = [kernel for kernel in kernels if low_rank or isinstance(kernel, Quantized)]
+    frozen = [kernel for kernel in kernels if low_rank or isinstance(kernel, QUANTIZED)]
     trained = [] if frozen else kernels
     if low_rank is not None:
         step = low_rank_step(step, len(kernels), low_rank.scale)
         trained = [*low_rank.downs, *low_rank.ups]
     if isinstance(groups, (Assignments, Choices)):
-        if any(isinstance(kernel, Quantized) for kernel in frozen):
+        if any(isinstance(kernel, QUANTIZED) for kernel in frozen):
             raise ValueError(
                 "Quantized experts compute on one device. Received: quantized kernels under a "
                 "`keras.distribution`. Quantize without a distribution."
@@ -129,7 +129,7 @@ def _check(groups, activation, up_kernels, biases, clip, up_shift, low_rank):
 
 
 def _check_shapes(tokens, weights, groups, up_kernels, down_kernel, biases):
-    kernels = [_stored(kernel) for kernel in (*up_kernels, down_kernel)]
+    kernels = [*up_kernels, down_kernel]
     # O are the features of the outputs.
     axes = ["EDH"] * len(up_kernels) + ["EHO"]
     tensors = {"tokens": (tokens, "TD")}
@@ -139,10 +139,6 @@ def _check_shapes(tokens, weights, groups, up_kernels, down_kernel, biases):
         tensors["groups.rows_of_token"] = (groups.rows_of_token, "TK")
         tensors["weights"] = (weights, "TK")
     check_shapes(tensors, **known(T=num_tokens_of(groups), E=num_experts_of(groups)))
-
-
-def _stored(kernel):
-    return kernel.values if isinstance(kernel, Quantized) else kernel
 
 
 def _number_of(kernels):

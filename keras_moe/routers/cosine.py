@@ -40,6 +40,7 @@ class CosineRouter(SelectionRouter):
     """
 
     normalizes_kernel = True
+    projects_by_times_kernel = True
 
     def __init__(self, num_experts=None, projection_dim=256, **kwargs):
         super().__init__(num_experts, **kwargs)
@@ -63,7 +64,7 @@ class CosineRouter(SelectionRouter):
     def project(self, tokens):
         scale = ops.exp(ops.minimum(self.log_scale, math.log(100.0)))
         directions = scale * unit(self.directions, axis=0)
-        return along_units(ops.matmul(tokens, self.kernel), directions)
+        return along_units(self.times_kernel(tokens), directions)
 
     def get_config(self):
         return {**super().get_config(), "projection_dim": self.projection_dim}

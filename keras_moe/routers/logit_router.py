@@ -3,13 +3,22 @@
 import keras
 from keras import ops
 
+from keras_moe._internal.keras_internals import own_variables
+from keras_moe._internal.lora import (
+    Adaptable,
+    adaptable_from_config,
+    corrected,
+    factors_for,
+    forget_corrections,
+)
+from keras_moe._internal.saved_state import load_draws, save_draws
 from keras_moe._internal.shape_checks import check_inputs_shape
 from keras_moe._internal.validation import check_fraction, check_not_negative, check_seed
 from keras_moe.ops import clean_logits, draws
 from keras_moe.routers.router import Router
 
 
-class LogitRouter(Router):
+class LogitRouter(Router, Adaptable):
     """Abstract: a router whose logits are learned; linear, unless a subclass overrides `project`.
 
     Args:
@@ -22,6 +31,9 @@ class LogitRouter(Router):
         kernel_regularizer: of the kernel, or None.
         seed: integer seed of the noise, or None.
     """
+
+    # Whether a `project` that is overridden multiplies by `times_kernel`, and so has LoRA.
+    projects_by_times_kernel = False
 
     def __init__(
         self,
@@ -51,12 +63,76 @@ class LogitRouter(Router):
         self.input_spec = keras.layers.InputSpec(axes={-1: tokens_shape[-1]})
         self.kernel = self._add_kernel("kernel", self.kernel_shape(tokens_shape[-1]))
 
+    def _post_build(self):
+        # Behind all that subclasses build, as where LoRA is enabled later: optimizers go by order.
+        if self.lora_rank and not self.lora_enabled:
+            self.add_factors()
+        super()._post_build()
+
     def kernel_shape(self, features):
         return features, self.num_experts
 
     def project(self, tokens):
         """Logits (T, E) of tokens (T, D), without noise."""
-        return ops.matmul(tokens, self.kernel)
+        return self.times_kernel(tokens)
+
+    def times_kernel(self, tokens):
+        """Tokens (T, D) times the kernel, with what LoRA has learned."""
+        products = ops.matmul(tokens, self.kernel)
+        if not self.lora_enabled:
+            return products
+        correction = ops.matmul(ops.matmul(tokens, self.kernel_lora_a), self.kernel_lora_b)
+        return products + self.lora_scale() * correction
+
+    def check_takes_lora(self):
+        is_overridden = type(self).project is not LogitRouter.project
+        if is_overridden and not self.projects_by_times_kernel:
+            raise NotImplementedError(
+                "LoRA corrects products with the kernel, and this router computes its logits in "
+                f"another way. Received: a `{type(self).__name__}`. Train its kernel: it is small."
+            )
+
+    def add_factors(self, a_initializer="he_uniform", b_initializer="zeros"):
+        self.kernel_lora_a, self.kernel_lora_b = factors_for(
+            self, "kernel", self.kernel.shape, a_initializer, b_initializer
+        )
+        self.lora_enabled = True
+
+    def _factors(self):
+        return self.kernel_lora_a, self.kernel_lora_b
+
+    def _saved_variables(self):
+        """The variables that a file has: all but the factors, which the kernel there includes."""
+        factors = {id(factor) for factor in self._factors()}
+        return [variable for variable in own_variables(self) if id(variable) not in factors]
+
+    def save_own_variables(self, store):
+        if not self.lora_enabled:
+            super().save_own_variables(store)
+            return
+        for index, variable in enumerate(self._saved_variables()):
+            value = ops.convert_to_numpy(variable)
+            if variable is self.kernel:
+                value = corrected(
+                    value, *map(ops.convert_to_numpy, self._factors()), self.lora_scale()
+                )
+            store[str(index)] = value
+        save_draws(self, store)
+
+    def load_own_variables(self, store):
+        if not self.lora_enabled:
+            super().load_own_variables(store)
+            return
+        entries, variables = load_draws(self, store), self._saved_variables()
+        if len(entries) != len(variables):
+            raise ValueError(
+                f"`{self.name}` has {len(variables)} weights to load, besides its LoRA. Received: "
+                f"{len(entries)} in the file. Build the router with the arguments of the one that "
+                "was saved."
+            )
+        for index, variable in enumerate(variables):
+            variable.assign(entries[str(index)])
+        forget_corrections([self._factors()])
 
     def logits(self, tokens, mask, training):
         """Logits (T, E) of tokens (T, D) with the noise of training, and a mask: `clean_logits`."""
@@ -88,4 +164,9 @@ class LogitRouter(Router):
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
             "seed": self.seed,
+            **self.lora_config(),
         }
+
+    @classmethod
+    def from_config(cls, config):
+        return adaptable_from_config(super().from_config, config)

@@ -210,6 +210,10 @@ class Router(keras.layers.Layer):
     def quantize(self, mode, type_check=True, config=None):
         """Do nothing: a router computes in float32. Keras calls this for every layer."""
 
+    def rematerialized_call(self, call, *args, **kwargs):
+        """The call itself: the layer around the router computes it again with itself."""
+        return call
+
     def compute_mask(self, tokens, mask=None):
         return None
 

@@ -76,9 +76,9 @@ def _products(parameters, tiles, dtype):
     expert = ops.minimum(tiles.expert, num_experts - 1)
 
     def of_tiles(parameter):
-        return ops.cast(backend.gather_rows(parameter, expert), dtype)
+        return backend.gather_rows(parameter, expert)
 
-    weights = parameters.take(of_tiles)
+    weights = parameters.take(of_tiles, dtype)
 
     def project(rows, number):
         kernel, bias = weights.of(number)

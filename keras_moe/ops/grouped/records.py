@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from keras import ops
+
 
 class Setting(NamedTuple):
     """What is known before anything is computed.
@@ -36,14 +38,76 @@ class Quantized(NamedTuple):
     def shape(self):
         return self.values.shape
 
+    @property
+    def dtype(self):
+        return self.values.dtype
+
+    def floats(self, part, dtype):
+        """`part` of it as floats."""
+        return ops.cast(part(self.values), dtype) * ops.cast(part(self.scale), dtype)
+
+
+class Packed(NamedTuple):
+    """Kernels of all experts as integers of 4 bits: `(integer - zero) * scale` of their group.
+
+    - `values`: (E, D, ceil(H / 2)) int8; column 2 j is the lower half of column j.
+    - `scale`: (E, G, H) float, one for each group of rows.
+    - `zero`: (E, G, H) int8.
+    - `group`: (D,) int32, the group of each row.
+    """
+
+    values: Any
+    scale: Any
+    zero: Any
+    group: Any
+
+    @property
+    def shape(self):
+        return (*self.values.shape[:2], self.scale.shape[2])
+
+    @property
+    def dtype(self):
+        return self.values.dtype
+
+    def floats(self, part, dtype):
+        """`part` of it as floats."""
+        both = part(self.values)
+        low = ops.bitwise_xor(ops.bitwise_and(both, _byte(15)), _byte(8)) - _byte(8)
+        values = ops.stack([low, ops.right_shift(both, _byte(4))], axis=-1)
+        values = ops.reshape(values, (*both.shape[:-1], 2 * both.shape[-1]))
+        values = values[..., : self.scale.shape[2]]
+        return (ops.cast(values, dtype) - self._of_rows(part(self.zero), dtype)) * self._of_rows(
+            part(self.scale), dtype
+        )
+
+    def _of_rows(self, of_groups, dtype):
+        of_groups = ops.cast(of_groups, dtype)
+        if of_groups.shape[-2] == 1:
+            return of_groups
+        return ops.take(of_groups, self.group, axis=-2)
+
+
+QUANTIZED = (Quantized, Packed)
+
+
+def floats(weights, part, dtype):
+    """`part` of stacked weights, such as one expert's, in a float dtype."""
+    if isinstance(weights, QUANTIZED):
+        return weights.floats(part, dtype)
+    return ops.cast(part(weights), dtype)
+
+
+def _byte(number):
+    return ops.convert_to_tensor(number, "int8")
+
 
 class Parameters(NamedTuple):
     """The weights of all experts, in the dtype they are stored in.
 
     - `kernels`: list of tensors (E, D, H).
     - `biases`: tensors (E, H) of the first kernels, of all or of none.
-    - `frozen`: list of kernels that have no gradient, tensors or `Quantized`. They are numbered
-      first, so the biases are theirs, where there are any.
+    - `frozen`: list of kernels that have no gradient, tensors, `Quantized` or `Packed`. They are
+      numbered first, so the biases are theirs, where there are any.
     """
 
     kernels: list
@@ -59,16 +123,9 @@ class Parameters(NamedTuple):
         bias = self.biases[number] if number < len(self.biases) else None
         return self.all_kernels[number], bias
 
-    def take(self, part):
-        """`part` of every tensor, such as one expert's; quantized kernels become floats there."""
-
-        def of_kernel(kernel):
-            if isinstance(kernel, Quantized):
-                return part(kernel.values) * part(kernel.scale)
-            return part(kernel)
-
-        frozen = list(map(of_kernel, self.frozen))
-        return Parameters(list(map(of_kernel, self.kernels)), list(map(part, self.biases)), frozen)
+    def take(self, part, dtype):
+        """`part` of every tensor in a float dtype; quantized kernels become floats there."""
+        return Parameters(*([floats(weights, part, dtype) for weights in each] for each in self))
 
     def factors_of_kernels(self, factors):
         """Of what a step gives for all kernels, that for those that have a gradient."""

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_moe import backend
 from keras_moe.ops.grouped import engines
-from keras_moe.ops.grouped.records import Parameters, Quantized, Setting
+from keras_moe.ops.grouped.records import QUANTIZED, Parameters, Setting
 from keras_moe.ops.platforms import PLATFORMS, named_platform, on_platform
 
 
@@ -23,8 +23,8 @@ def run_grouped(step, tokens, weights, kernels, biases, groups, frozen=()):
         kernels: list of tensors (E, D, H).
         biases: tensors (E, H) of the first kernels, or none.
         groups: an `ops.Groups` or an `ops.ChosenGroups`.
-        frozen: list of kernels without a gradient, tensors or `Quantized`, numbered before the
-            others.
+        frozen: list of kernels without a gradient, tensors, `Quantized` or `Packed`, numbered
+            before the others.
 
     Returns:
         (T, `step.output_width`) in the dtype of `tokens`.
@@ -51,7 +51,7 @@ def setting_of(platform, tokens, parameters, groups):
         dtype=keras.backend.standardize_dtype(tokens.dtype),
         widths=(tokens.shape[-1], *(kernel.shape[-1] for kernel in parameters.all_kernels)),
         knows_num_rows=isinstance(groups.num_rows(), int),
-        is_quantized=any(isinstance(kernel, Quantized) for kernel in parameters.frozen),
+        is_quantized=any(isinstance(kernel, QUANTIZED) for kernel in parameters.frozen),
     )
 
 

@@ -201,9 +201,9 @@ def _products(parameters, expert, dtype):
     """Products with the kernels of one expert. Cast per expert on use: idle ones are never cast."""
 
     def of_expert(parameter):
-        return ops.cast(_at(parameter, expert), dtype)
+        return _at(parameter, expert)
 
-    weights = parameters.take(of_expert)
+    weights = parameters.take(of_expert, dtype)
 
     def project(rows, number):
         kernel, bias = weights.of(number)

@@ -1,0 +1,62 @@
+"""Muon for stacked kernels."""
+
+import re
+from typing import Any, NamedTuple
+
+import keras
+
+from keras_moe._internal.serialization import register
+
+# Names of the banks' weights, and how many axes they have. Other weights of three axes, such as
+# those of attention, are no stacks of matrices.
+_STACKED = (
+    (re.compile(r"(.*/)?(up|gate|down)_(kernel|lora_a|lora_b)"), 3),
+    (re.compile(r"(.*/)?(up|gate|down)_bias"), 2),
+)
+
+
+@register
+class Muon(keras.optimizers.Muon):
+    """`keras.optimizers.Muon` that updates each expert's kernel as a matrix of its own.
+
+    Keras's updates whatever has two axes by Muon, and all else by AdamW: of a bank, it takes the
+    stacked kernels (E, D, H) for no matrices, and the stacked biases (E, H) for one. This one
+    orthogonalizes the update of each expert's kernel and scales it by the size of that, and leaves
+    biases to AdamW: a bank trains as E `Dense` layers would. All other variables are treated as
+    Keras treats them.
+
+    Args:
+        learning_rate: float, schedule or function, as of any optimizer of Keras.
+        **kwargs: the other arguments of `keras.optimizers.Muon`, such as `exclude_layers`, which
+            names variables that AdamW updates.
+
+    Example:
+
+    >>> bank = keras_moe.layers.GatedExperts(num_experts=8, hidden_dim=32)
+    >>> model = keras.Sequential([keras.Input((16,)), keras_moe.layers.MixtureOfExperts(bank)])
+    >>> model.compile(keras_moe.optimizers.Muon(0.02, exclude_layers=["router"]), "mse")
+
+    References: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/); Liu et al. 2025
+    (arXiv:2502.16982), for experts as matrices and for the scale.
+    """
+
+    def __init__(self, learning_rate=0.001, **kwargs):
+        super().__init__(learning_rate=learning_rate, **kwargs)
+
+    def _should_use_adamw(self, variable):
+        for name, num_axes in _STACKED:
+            if len(variable.shape) == num_axes and name.fullmatch(variable.path):
+                variable = _OfOneExpert(variable.shape[1:], variable.path)
+        return super()._should_use_adamw(variable)
+
+    def lr_adjust(self, x):
+        if len(x.shape) == 2 or self.rms_rate is None:
+            return super().lr_adjust(x)
+        return x * (max(x.shape[-2:]) ** 0.5 * self.rms_rate)
+
+
+class _OfOneExpert(NamedTuple):
+    """What Keras asks of a variable to decide on its update."""
+
+    shape: Any
+    path: str

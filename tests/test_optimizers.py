@@ -1,0 +1,81 @@
+"""Optimizers on stacked kernels: as if each expert had kernels of its own."""
+
+import keras
+import numpy as np
+import pytest
+from conftest import assert_close, to_numpy
+from layer_checks import D, normal
+
+from keras_moe import layers, optimizers
+
+E, H, RANK = 3, 12, 2
+
+
+def stepped(optimizer, variables, gradients):
+    """The values of variables after a few steps."""
+    for each in gradients:
+        optimizer.apply([keras.ops.convert_to_tensor(gradient) for gradient in each], variables)
+    return list(map(to_numpy, variables))
+
+
+@pytest.mark.parametrize("bank_class", [layers.GatedExperts, layers.FeedForwardExperts])
+@pytest.mark.parametrize("options", [{}, {"rms_rate": None, "nesterov": False}])
+def test_a_stack_is_trained_as_single_kernels(bank_class, options):
+    bank = bank_class(E, H)
+    bank.build((None, D))
+    stacks = [each for each in bank.trainable_variables if "kernel" in each.path]
+    kernels = [keras.Variable(part, name="kernel") for each in stacks for part in to_numpy(each)]
+    gradients = [[normal(*each.shape, seed=3 * n) for each in stacks] for n in range(3)]
+    of_kernels = [[part for each in step for part in each] for step in gradients]
+    ours = stepped(optimizers.Muon(0.02, **options), stacks, gradients)
+    theirs = stepped(keras.optimizers.Muon(0.02, **options), kernels, of_kernels)
+    assert_close(
+        np.concatenate([part for each in ours for part in each], None),
+        np.concatenate([each.ravel() for each in theirs]),
+    )
+
+
+def test_what_is_no_stack_is_trained_as_by_keras():
+    """Attention's kernels of three axes, embeddings, norms, and what is excluded."""
+    ids = keras.Input((4,), dtype="int32")
+    tokens = keras.layers.Embedding(10, D)(ids)
+    bank = layers.FeedForwardExperts(E, H)
+    block = layers.TransformerEncoderBlock(2, layers.MixtureOfExperts(bank))
+    model = keras.Model(ids, keras.layers.Dense(1)(block(tokens)))
+    bank.enable_lora(RANK)
+    used = {}
+    for cls in (optimizers.Muon, keras.optimizers.Muon):
+        optimizer = cls(exclude_layers=["down_lora_a"])
+        optimizer.build(model.trainable_variables)
+        used[cls] = [velocity is None for velocity in optimizer.adam_velocities]
+    of_bank = {}
+    for variable, ours, theirs in zip(model.trainable_variables, *used.values()):
+        if any(variable is each for each in bank.trainable_variables):
+            of_bank[variable.name] = ours
+        else:
+            assert ours == theirs, variable.path
+    assert of_bank == {
+        "up_bias": False,
+        "down_bias": False,
+        "up_lora_a": True,
+        "up_lora_b": True,
+        "down_lora_a": False,
+        "down_lora_b": True,
+    }
+
+
+def test_a_model_is_trained_and_resumed(tmp_path):
+    inputs = keras.Input((D,))
+    outputs = layers.MixtureOfExperts(layers.GatedExperts(E, H))(inputs)
+    model = keras.Model(inputs, outputs)
+    model.compile(optimizers.Muon(0.01), "mse")
+    x, y = normal(16, D), normal(16, D)
+    first, *_, last = model.fit(x, y, epochs=5, verbose=0).history["loss"]
+    assert last < first
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert type(loaded.optimizer) is optimizers.Muon
+    for each in (model, loaded):
+        each.fit(x, y, verbose=0, shuffle=False)
+    for ours, theirs in zip(model.trainable_variables, loaded.trainable_variables):
+        assert_close(to_numpy(theirs), to_numpy(ours), scale=1.0)
