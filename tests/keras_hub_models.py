@@ -50,6 +50,23 @@ FAMILIES = {
         ),
     ),
     "gpt_oss": ("GptOss", dict(_SIZES, intermediate_dim=6)),
+    "gemma4": (
+        "Gemma4",
+        dict(
+            vocabulary_size=VOCABULARY,
+            image_size=None,
+            num_layers=2,
+            num_query_heads=2,
+            num_key_value_heads=1,
+            hidden_dim=8,
+            intermediate_dim=10,
+            head_dim=4,
+            enable_moe_block=True,
+            num_experts=4,
+            expert_intermediate_dim=6,
+            num_experts_per_token=2,
+        ),
+    ),
 }
 
 
@@ -65,13 +82,16 @@ def causal_lm(family, **kwargs):
         is_scale = len(variable.shape) == 1
         old = ops.convert_to_numpy(variable)
         variable.assign(old + 0.1 * value if is_scale else 0.5 * value)
-    model = getattr(keras_hub.models, f"{prefix}CausalLM")(backbone, preprocessor=None)
+    model = getattr(keras_hub.models, f"{prefix}CausalLM")(preprocessor=None, backbone=backbone)
     model.compile(optimizer="sgd", sampler="greedy")
     return model
 
 
-def prompts(length, prompt_lengths):
-    """Token ids with padding on the right, as a model takes them."""
+def prompts(length, prompt_lengths, family=None):
+    """Token ids with padding on the right, as a model of the family takes them."""
     ids = np.random.default_rng(1).integers(1, VOCABULARY, (len(prompt_lengths), length))
     mask = np.arange(length) < np.array(prompt_lengths)[:, None]
-    return {"token_ids": np.where(mask, ids, 0), "padding_mask": mask.astype("int32")}
+    inputs = {"token_ids": np.where(mask, ids, 0), "padding_mask": mask.astype("int32")}
+    if family == "gemma4":
+        inputs["position_ids"] = np.broadcast_to(np.arange(length), ids.shape)
+    return inputs

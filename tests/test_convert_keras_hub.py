@@ -47,21 +47,22 @@ def assert_same_parameters(model, other, tolerance=0):
 def test_a_sparse_model_computes_generates_and_learns_as_before(family):
     dense, sparse = causal_lm(family), convert.sparsify(causal_lm(family))
     assert inspection.moe_layers(sparse)
-    assert sum(np.prod(v.shape) for v in parameters_of(sparse)) == dense.count_params()
-    inputs = prompts(LENGTH, (6, 4))
+    sizes = [sum(np.prod(v.shape) for v in parameters_of(model)) for model in (sparse, dense)]
+    assert sizes[0] == sizes[1]
+    inputs = prompts(LENGTH, (6, 4), family)
     before = logits_of(dense, inputs)
     assert_close(logits_of(sparse, inputs), before)
-    prompt = prompts(LENGTH, (3, 2))
+    prompt = prompts(LENGTH, (3, 2), family)
     tokens, expected = (
         model.generate(prompt, stop_token_ids=None)["token_ids"] for model in (sparse, dense)
     )
     np.testing.assert_array_equal(tokens, expected)
     # Without padding: KerasHub counts some of it in its load-balancing loss.
-    inputs = prompts(LENGTH, (LENGTH, LENGTH))
+    inputs = prompts(LENGTH, (LENGTH, LENGTH), family)
     for model in (dense, sparse):
         model.fit(inputs, inputs["token_ids"], verbose=0)
     assert_same_parameters(convert.restore(sparse), dense, tolerance=1e-5)
-    assert not np.allclose(logits_of(dense, prompts(LENGTH, (6, 4))), before, atol=1e-3)
+    assert not np.allclose(logits_of(dense, prompts(LENGTH, (6, 4), family)), before, atol=1e-3)
 
 
 @each_family

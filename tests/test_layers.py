@@ -56,6 +56,24 @@ def test_batch_and_sequence_sizes_may_be_unknown(shape, capacity_factor):
     np.testing.assert_allclose(predicted, array(layer(x)), rtol=1e-5, atol=1e-6)
 
 
+def test_the_router_may_see_something_else_than_the_experts():
+    layer = moe()
+    inputs, seen = keras.Input((3, D)), keras.Input((3, D))
+    model = keras.Model([inputs, seen], layer(inputs, router_inputs=seen))
+    x, other = normal(2, 3, D), normal(2, 3, D)[::-1].copy()
+    by_other = layer.router(other.reshape(6, D))
+    expected = layer.experts(x.reshape(6, D), layer.router.plan(by_other))
+    outputs = model.predict([x, other], verbose=0)
+    np.testing.assert_allclose(outputs.reshape(6, D), array(expected), rtol=1e-5, atol=1e-6)
+    assert not np.allclose(outputs, array(layer(x)), atol=1e-3)
+
+
+@pytest.mark.parametrize("wrong", [normal(2, 4, D), normal(6, D)], ids=["length", "rank"])
+def test_what_the_router_sees_has_the_shape_of_the_inputs(wrong):
+    with pytest.raises(ValueError, match="`router_inputs` must have the shape of the inputs"):
+        moe()(normal(2, 3, D), router_inputs=wrong)
+
+
 def test_no_tokens_give_no_outputs():
     assert tuple(moe()(np.zeros((0, 3, D), "float32")).shape) == (0, 3, D)
 

@@ -504,6 +504,8 @@ METHODS = {
         (lambda v: moe()(v), [None, [normal(T, D), normal(T, D)], np.zeros((T, 0), "f4")]),
         (lambda v: moe()(v), [np.array([["a"] * D])]),
         (lambda v: encoder()(v), [np.array([[["a"] * D]])]),
+        (lambda v: moe()(normal(T, D), router_inputs=v), [normal(T - 1, D), normal(T), "x"]),
+        (lambda v: moe()(normal(T, D), router_inputs=v), [np.ones((T, D), "int32")]),
         (lambda v: routers.TopKRouter(E)(v), [None, "x", np.ones((T, D), "int32")]),
         (lambda v: routers.TopKRouter(E)(normal(T, D), indices=v), ["0 1"]),
     ],

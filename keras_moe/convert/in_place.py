@@ -6,7 +6,7 @@ from keras_moe._internal.keras_internals import forget_old_weights
 from keras_moe._internal.validation import check_model
 from keras_moe.convert.keras_hub_families import FAMILIES, family_of
 from keras_moe.convert.sparse_backbone import mark, unmark
-from keras_moe.convert.sparse_blocks import SparseBlock, make_dense, make_sparse
+from keras_moe.convert.sparse_blocks import ConvertedBlock, make_dense, make_sparse
 
 
 def sparsify(model):
@@ -36,7 +36,9 @@ def sparsify(model):
     >>> model = keras_hub.models.MixtralCausalLM.from_preset(preset)  # doctest: +SKIP
     >>> keras_moe.convert.sparsify(model).generate("Keras is")  # doctest: +SKIP
     """
-    blocks = [(owner, block) for owner, block in _sublayers(model) if family_of(block)]
+    # A backbone has its decoder layers in its graph and in a list.
+    found = {id(block): (owner, block) for owner, block in _sublayers(model) if family_of(block)}
+    blocks = list(found.values())
     if not blocks and not sparse_blocks(model):
         raise ValueError(
             "The model must have a MoE block of KerasHub. Received: "
@@ -94,7 +96,7 @@ def _check_not_quantized(block, but=None):
 
 def sparse_blocks(model):
     check_model(model)
-    return [layer for layer in model._flatten_layers() if isinstance(layer, SparseBlock)]
+    return [layer for layer in model._flatten_layers() if isinstance(layer, ConvertedBlock)]
 
 
 def _sublayers(model):

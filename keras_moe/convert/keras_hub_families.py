@@ -22,6 +22,9 @@ class Family(NamedTuple):
     - `balance`: name of the weight of the load-balancing loss, if it has one.
     - `returns_weights`: whether it returns the weights of all experts beside the outputs, and not
       the logits.
+    - `is_decoder`: whether it is a whole decoder layer, which calls its router and its experts one
+      after the other, with different inputs.
+    - `output_scale`: name of the bank's learned scale of each expert's output, if it has one.
     """
 
     router: str
@@ -33,6 +36,8 @@ class Family(NamedTuple):
     shared_gate: str | None = None
     balance: str | None = None
     returns_weights: bool = False
+    is_decoder: bool = False
+    output_scale: str | None = None
 
     def losses_of(self, block):
         return [losses.LoadBalance(getattr(block, self.balance))] if self.balance else []
@@ -48,10 +53,14 @@ class BareRouter(routers.TopKRouter):
         keras.Layer.load_own_variables(self, store)
 
 
-def _renormalized(block, **kwargs):
+def _renormalized(block, top_k=None, **kwargs):
     # All weights are assigned later; drawing them would take long.
     kwargs = {"renormalize": True, "kernel_initializer": "zeros", **kwargs}
-    return BareRouter(block.num_experts, block.top_k, name="router", **kwargs)
+    return BareRouter(block.num_experts, top_k or block.top_k, name="router", **kwargs)
+
+
+def _tanh_gelu(values):
+    return keras.activations.gelu(values, approximate=True)
 
 
 _FUSED = (
@@ -115,6 +124,19 @@ FAMILIES = {
         },
         returns_weights=True,
     ),
+    "Gemma4TextDecoderBlock": Family(
+        router="moe_router.proj",
+        experts="moe_expert_bank",
+        weights=(
+            Rule("gate_proj", ("gate_kernel",)),
+            Rule("up_proj", ("up_kernel",)),
+            Rule("down_proj", ("down_kernel",)),
+        ),
+        make_router=lambda block: _renormalized(block, top_k=block.num_experts_per_token),
+        gated={"activation": _tanh_gelu},
+        is_decoder=True,
+        output_scale="per_expert_scale",
+    ),
 }
 
 
@@ -122,4 +144,6 @@ def family_of(layer) -> Family | None:
     """The family whose MoE block a layer is, or None."""
     cls = type(layer)
     own = isinstance(layer, keras.Layer) and cls.__module__.startswith("keras_hub.")
-    return FAMILIES.get(cls.__name__) if own else None
+    # Of Gemma 4 there are dense models as well.
+    has_experts = getattr(layer, "enable_moe_block", True)
+    return FAMILIES.get(cls.__name__) if own and has_experts else None

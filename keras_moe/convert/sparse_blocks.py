@@ -1,6 +1,7 @@
 """What takes the place of a MoE block of KerasHub."""
 
 import functools
+from collections.abc import Callable
 
 from keras import ops
 
@@ -15,9 +16,10 @@ from keras_moe._internal.saved_state import load_draws, save_draws
 from keras_moe._internal.validation import fits
 from keras_moe.convert.keras_hub_families import Family
 from keras_moe.layers import GatedExperts, MixtureOfExperts
+from keras_moe.ops.plans import GroupedPlan
 
 
-class SparseBlock:
+class ConvertedBlock:
     """Mixed into the class of a block: computes with `_sparse_mixture`, a `MixtureOfExperts`.
 
     The block remains the same object in the same place, now of a subclass of its class, for which
@@ -29,6 +31,10 @@ class SparseBlock:
     replaced: type
     num_experts: int
     _sparse_mixture: MixtureOfExperts
+
+
+class SparseBlock(ConvertedBlock):
+    """A block that is nothing but router and experts."""
 
     def call(self, hidden_states, attention_mask=None, training=None):
         mask = token_mask(attention_mask, hidden_states.shape[:-1])
@@ -86,6 +92,46 @@ class RelaidExperts(GatedExperts):
         super().load_own_variables({str(i): value for i, value in enumerate(values)})
 
 
+class SparseRouter:
+    """Mixed into the class of a router that a decoder calls before its experts.
+
+    It hands on what its projection, which is our router now, is to see.
+    """
+
+    def call(self, x):
+        normed = self.rms_norm(ops.reshape(x, (-1, x.shape[-1])))
+        normed = normed * ops.cast(self._scalar_root_size, normed.dtype)
+        return normed * ops.cast(self.per_dim_scale, normed.dtype)
+
+
+class CalledExperts(RelaidExperts):
+    """Experts that a decoder calls, with what the router is to see, and the mixture, with a plan.
+
+    The output of each is multiplied by a learned scale, which is the last of their weights.
+    """
+
+    run_mixture: Callable
+
+    def build(self, tokens_shape):
+        super().build(tokens_shape)
+        self.output_scale = self.add_weight(
+            name="output_scale", shape=(self.num_experts,), initializer="ones"
+        )
+
+    def __call__(self, tokens, plan, **kwargs):
+        if isinstance(plan, GroupedPlan):
+            return super().__call__(tokens, plan, **kwargs)
+        return self.run_mixture(tokens, plan)
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        store[str(len(self._rules))] = _as_array(self.output_scale)
+
+    def load_own_variables(self, store):
+        super().load_own_variables(store)
+        self.output_scale.assign(store[str(len(self._rules))])
+
+
 class BareMixture(MixtureOfExperts):
     """A mixture that saves its layers and the draws of its router, and no counts."""
 
@@ -98,9 +144,20 @@ class BareMixture(MixtureOfExperts):
         load_draws(self.router, store)
 
 
+class ScaledMixture(BareMixture):
+    """A mixture of `CalledExperts`, whose scales multiply the weights of a token."""
+
+    def _plan(self, routing, sequence_length, training):
+        experts = ops.maximum(routing.indices, 0)
+        scale = ops.cast(ops.take(self.experts.output_scale, experts), "float32")
+        scaled = routing._replace(weights=routing.weights * scale)
+        return super()._plan(scaled, sequence_length, training)
+
+
 def make_sparse(owner, block, family):
     """Turn a block of a family of KerasHub, a sublayer of `owner`, into a `SparseBlock`."""
-    mixture = _mixture_like(block, family, name=f"{owner.name}_mixture")
+    layer = block if family.is_decoder else owner
+    mixture = _mixture_like(block, family, name=f"{layer.name}_mixture")
     router_owner, router_name = _router_place(block, family)
     bank = getattr(block, family.experts)
     with names_below(block.path):
@@ -109,9 +166,20 @@ def make_sparse(owner, block, family):
     for rule in family.weights:
         for name, value in zip(rule.ours, rule.split(getattr(bank, rule.theirs).value)):
             getattr(mixture.experts, name).assign(value)
+    if family.output_scale:
+        mixture.experts.output_scale.assign(getattr(bank, family.output_scale))
     mixture.experts.trainable = bank.trainable
     if not block.trainable:  # the other value would be handed to all sublayers
         mixture.trainable = False
+    if family.is_decoder:
+        old = [(router_owner, router_name), (block, family.experts)]
+        configs = [_made_again(getattr(holder, name)) for holder, name in old]
+        object.__setattr__(block, "_replaced_layers", configs)  # There is nothing to track.
+        # A function, where Keras would save an attribute that is a layer.
+        object.__setattr__(
+            mixture.experts, "run_mixture", lambda tokens, seen: mixture(tokens, router_inputs=seen)
+        )
+        _change_class(router_owner, (SparseRouter,))
     set_state(router_owner, router_name, mixture.router)
     set_state(block, family.experts, mixture.experts)
     if family.shared_gate:
@@ -120,7 +188,8 @@ def make_sparse(owner, block, family):
     with open_to_state(block):
         # Keras comes to names with an underscore last, and saves what has two under the first.
         block._sparse_mixture = mixture
-    object.__setattr__(block, "__class__", _sparse_class(type(block), family))
+    mixed_in = ConvertedBlock if family.is_decoder else SparseBlock
+    _change_class(block, (mixed_in,), family=family)
 
 
 def make_dense(block):
@@ -130,19 +199,27 @@ def make_dense(block):
     stacks: dict = {}
     mixture.experts.save_own_variables(stacks)  # with what LoRA has learned
     shared = getattr(block, family.shared) if family.shared else None
-    names = [name for name in (family.experts, family.shared, family.shared_gate) if name]
-    if router_owner is block:
-        names.append(router_name)
+    if family.is_decoder:
+        remove_sublayers(block, ["_sparse_mixture"])
+        object.__setattr__(router_owner, "__class__", router_owner.replaced)
+        places = [(router_owner, router_name), (block, family.experts)]
+        for (holder, name), make in zip(places, block._replaced_layers):
+            set_state(holder, name, make())
+        object.__delattr__(block, "_replaced_layers")
+        object.__setattr__(block, "__class__", block.replaced)
     else:
-        names.append(family.router.partition(".")[0])
-    remove_sublayers(block, [*names, "_sparse_mixture"])
-    object.__setattr__(block, "__class__", block.replaced)
-    rebuild(block, (None, None, block.hidden_dim))
+        names = [name for name in (family.experts, family.shared, family.shared_gate) if name]
+        own = router_name if router_owner is block else family.router.partition(".")[0]
+        remove_sublayers(block, [*names, own, "_sparse_mixture"])
+        object.__setattr__(block, "__class__", block.replaced)
+        rebuild(block, (None, None, block.hidden_dim))
     router_owner, router_name = _router_place(block, family)
     _assign(getattr(router_owner, router_name), mixture.router)
     bank = getattr(block, family.experts)
     for index, rule in enumerate(family.weights):
         getattr(bank, rule.theirs).assign(stacks[str(index)])
+    if family.output_scale:
+        getattr(bank, family.output_scale).assign(mixture.experts.output_scale)
     bank.trainable = mixture.experts.trainable
     if family.shared_gate:
         _assign(getattr(block, family.shared_gate), mixture.shared_gate)
@@ -153,16 +230,19 @@ def make_dense(block):
 def _mixture_like(block, family, name):
     dtype = block.dtype_policy
     bank = getattr(block, family.experts)
-    experts = RelaidExperts(
+    make_experts = CalledExperts if family.is_decoder else RelaidExperts
+    make_mixture = ScaledMixture if family.output_scale else BareMixture
+    (down,) = (rule.theirs for rule in family.weights if rule.ours == ("down_kernel",))
+    experts = make_experts(
         block.num_experts,
-        bank.intermediate_dim,
+        getattr(bank, down).shape[1],
         rules=family.weights,
         kernel_initializer="zeros",
         dtype=dtype,
         name="experts",
         **family.gated,
     )
-    return BareMixture(
+    return make_mixture(
         experts,
         router=family.make_router(block),
         router_losses=family.losses_of(block),
@@ -190,6 +270,24 @@ def _router_place(block, family):
     return functools.reduce(getattr, owners, block), name
 
 
-def _sparse_class(cls, family):
-    members = {"family": family, "replaced": cls, "__module__": __name__}
-    return type(f"Sparse{cls.__name__}", (SparseBlock, cls), members)
+def _made_again(layer):
+    """A function that makes a built layer like this one, which it does not keep."""
+    cls, config, build_config = type(layer), layer.get_config(), layer.get_build_config()
+    path = layer.path
+
+    def make():
+        with names_below(path.rpartition("/")[0]):
+            again = cls.from_config(config)
+            again.build_from_config(build_config)
+        return again
+
+    return make
+
+
+def _change_class(layer, mixed_in, **members):
+    """Give a layer a subclass of its class, which it has as `replaced`."""
+    cls = type(layer)
+    members = {**members, "replaced": cls, "__module__": __name__}
+    # Under the old name: files of weights have it for layers in a list.
+    changed = type(cls.__name__, (*mixed_in, cls), members)
+    object.__setattr__(layer, "__class__", changed)

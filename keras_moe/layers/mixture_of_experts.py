@@ -13,8 +13,10 @@ from keras_moe._internal.validation import (
     check_flag,
     check_float_inputs,
     check_host_numbers,
+    check_is_float,
     check_mask,
     check_not_negative,
+    fits,
     is_whole,
 )
 from keras_moe.layers import expert_bank
@@ -75,6 +77,8 @@ class MixtureOfExperts(Recomputable):
         indices: (T, K) integer tensor of experts to replay instead of choosing, such as the
             `indices` of a recorded routing, -1 for none. Weights come from the live scores. Those
             in a NumPy array are checked; in a tensor, numbers that are no expert's count as -1.
+        router_inputs: tensor of the shape of `inputs` that the router sees instead of them, as
+            where it has a normalization of its own (Gemma 4).
 
     Returns:
         (batch, ..., D'), with the experts' D'; with `return_routing=True` also an `ops.Routing`,
@@ -231,6 +235,7 @@ class MixtureOfExperts(Recomputable):
         return_routing=False,
         token_ids=None,
         indices=None,
+        router_inputs=None,
     ):
         check_flag("return_routing", return_routing)
         shape = keras_ops.shape(inputs)
@@ -238,7 +243,7 @@ class MixtureOfExperts(Recomputable):
         tokens, token_mask = self._flatten(inputs, mask)
         sequence_length = _sequence_length(shape)
         routing = self.router(
-            tokens,
+            tokens if router_inputs is None else self._router_tokens(router_inputs, inputs),
             mask=token_mask,
             training=training,
             sequence_length=sequence_length,
@@ -300,6 +305,16 @@ class MixtureOfExperts(Recomputable):
         # Padding may hold anything, NaN included; zeros are harmless in every product.
         zero = keras_ops.zeros((), tokens.dtype)
         return keras_ops.where(keras_ops.expand_dims(mask, 1), tokens, zero), mask
+
+    def _router_tokens(self, router_inputs, inputs):
+        check_is_float("router_inputs", router_inputs)
+        if not fits(router_inputs.shape, inputs.shape):
+            raise ValueError(
+                "`router_inputs` must have the shape of the inputs. Received: "
+                f"router_inputs.shape={tuple(router_inputs.shape)}, "
+                f"inputs.shape={tuple(inputs.shape)}. Pass another view of the same tokens."
+            )
+        return keras_ops.reshape(router_inputs, (-1, router_inputs.shape[-1]))
 
     def _count(self, routing, loss_values, training):
         own_counts = keras_ops.cast(routing.counts, "float32")
@@ -397,7 +412,14 @@ class MixtureOfExperts(Recomputable):
         return self.experts.compute_output_shape(inputs_shape)
 
     def compute_output_spec(
-        self, inputs, mask=None, training=None, return_routing=False, token_ids=None, indices=None
+        self,
+        inputs,
+        mask=None,
+        training=None,
+        return_routing=False,
+        token_ids=None,
+        indices=None,
+        router_inputs=None,
     ):
         outputs = keras.KerasTensor(self.compute_output_shape(inputs.shape), self.compute_dtype)
         num_tokens: int | None = 1
