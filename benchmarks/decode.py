@@ -2,8 +2,8 @@
 
     KERAS_BACKEND=jax python -m benchmarks.decode
 
-Forward only, without training. Against a dense layer of width K * H, and against all experts run
-on all tokens.
+Forward only, without training. Against a dense layer of width K * H, against all experts run on all
+tokens, and against experts in integers.
 """
 
 import keras
@@ -24,6 +24,7 @@ def main(arguments=None):
             "dense twin": dense_twin(options),
             "keras_moe": layer,
             "all experts": AllExperts(layer),
+            **{mode: quantized(mode, num_experts, options) for mode in ("int8", "int4")},
         }
         for num_tokens in options.tokens:
             table = race(contestants, num_tokens, options)
@@ -31,6 +32,12 @@ def main(arguments=None):
             rows += [{**row, "experts": num_experts, "tokens": num_tokens} for row in table]
     write_json(f"decode-{keras.backend.backend()}{options.tag}", options, rows)
     return rows
+
+
+def quantized(mode, num_experts, options):
+    layer = mixture(num_experts, options)
+    layer.experts.quantize(mode)
+    return layer
 
 
 def race(contestants, num_tokens, options):

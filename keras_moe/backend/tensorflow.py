@@ -88,7 +88,9 @@ def knows_sizes():
     return False
 
 
-def multiply_groups(rows, sizes, experts, kernel_of, width, bias=None, transposed=False):
+def multiply_groups(
+    rows, sizes, experts, kernel_of, width, bias=None, transposed=False, scale=None
+):
     """One group of rows through the affine map of its expert.
 
     Args:
@@ -96,15 +98,20 @@ def multiply_groups(rows, sizes, experts, kernel_of, width, bias=None, transpose
         sizes: list of one size, R.
         experts: list of one number, that of the expert.
         kernel_of: function from an expert to its kernel (D, H) in the dtype of the rows.
-        width: H, or D if `transposed`.
+        width: H, or D if `transposed`. Not used.
         bias: (E, H) or None.
         transposed: whether to multiply by the transposed kernel.
+        scale: (E, 1, H) of the columns of the kernels, or None.
 
     Returns:
         (R, H), or (R, D), in the dtype of the rows.
     """
     (expert,) = experts
+    if scale is not None and transposed:
+        rows *= tf.cast(scale[expert], rows.dtype)
     product = tf.matmul(rows, kernel_of(expert), transpose_b=transposed)
+    if scale is not None and not transposed:
+        product *= tf.cast(scale[expert], rows.dtype)
     return product if bias is None else product + tf.cast(bias[expert], rows.dtype)
 
 

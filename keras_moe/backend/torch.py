@@ -140,7 +140,9 @@ def argmax(scores):
     return torch.argmax(scores, -1).to(torch.int32)
 
 
-def multiply_groups(rows, sizes, experts, kernel_of, width, bias=None, transposed=False):
+def multiply_groups(
+    rows, sizes, experts, kernel_of, width, bias=None, transposed=False, scale=None
+):
     """Groups of rows that stand one behind another, each through the affine map of its expert.
 
     Args:
@@ -151,25 +153,32 @@ def multiply_groups(rows, sizes, experts, kernel_of, width, bias=None, transpose
         width: H, or D if `transposed`.
         bias: (E, H) or None.
         transposed: whether to multiply by the transposed kernel.
+        scale: (E, 1, H) of the columns of the kernels, or None.
 
     Returns:
         (R, H), or (R, D), in the dtype of the rows.
     """
 
-    def factor_of(expert):
+    def multiply(part, expert, output=None):
         factor = kernel_of(expert)
-        return factor.mT if transposed else factor
+        of_columns = None if scale is None else scale[expert].to(rows.dtype)
+        if transposed:
+            part = part if scale is None else part * of_columns
+            return torch.mm(part, factor.mT, out=output)
+        of_outputs = None if bias is None else bias[expert].to(rows.dtype)
+        if scale is None and bias is not None:
+            return torch.addmm(of_outputs, part, factor, out=output)
+        product = torch.mm(part, factor, out=output)
+        if scale is not None:
+            product = torch.mul(product, of_columns, out=output)
+        return product if bias is None else torch.add(product, of_outputs, out=output)
 
     if not knows_sizes():
         (expert,) = experts
-        product = torch.mm(rows, factor_of(expert))
-        return product if bias is None else product + bias[expert].to(rows.dtype)
+        return multiply(rows, expert)
     outputs = rows.new_empty((rows.shape[0], width))
     for expert, part, output in zip(experts, rows.split(sizes), outputs.split(sizes)):
-        if bias is None:
-            torch.mm(part, factor_of(expert), out=output)
-        else:
-            torch.addmm(bias[expert].to(rows.dtype), part, factor_of(expert), out=output)
+        multiply(part, expert, output)
     return outputs
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from keras import ops
 
 from keras_moe import backend
-from keras_moe.ops.grouped.records import Parameters, RowGradients, floats
+from keras_moe.ops.grouped.records import Parameters, Quantized, RowGradients, floats
 from keras_moe.ops.grouped.steps import products_of
 from keras_moe.ops.groups import row_sums
 
@@ -82,12 +82,16 @@ class _Run(NamedTuple):
         return products_of(project, pull)
 
     def _multiply(self, rows, kernel, bias=None, transposed=False):
+        width, scale = kernel.shape[1 if transposed else 2], None
+        if isinstance(kernel, Quantized):
+            # Scaling rows is cheaper than scaling kernels.
+            kernel, scale = kernel
+
         def kernel_of(expert):
             return floats(kernel, lambda stacked: stacked[expert], rows.dtype)
 
-        width = kernel.shape[1 if transposed else 2]
         return backend.multiply_groups(
-            rows, self.sizes, self.experts, kernel_of, width, bias, transposed
+            rows, self.sizes, self.experts, kernel_of, width, bias, transposed, scale
         )
 
 
