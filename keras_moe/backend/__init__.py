@@ -13,6 +13,7 @@ Everything else in the package is written with `keras.ops`. A backend module pro
 - `has_grouped_products(platform, dtype, widths)`: whether there are kernels for all rows at once.
 - `sum_over_replicas(values)`: the sum of what all data-parallel replicas have.
 - `larger_size(least, size)`: the larger of two sizes that may not be known while tracing.
+- `knows_shapes()`: whether a size that is an integer is a known one.
 
 Each for some engines of `ops.grouped` only:
 
@@ -116,6 +117,7 @@ split_experts = _primitive("split_experts", _processes)
 gather_over_replicas: Any = getattr(_module, "gather_over_replicas", lambda values: values)
 larger_size: Any = getattr(_module, "larger_size", keras.ops.maximum)
 is_exporting: Any = getattr(_module, "is_exporting", lambda: False)
+knows_shapes: Any = getattr(_module, "knows_shapes", lambda: True)
 num_replicas: Any = getattr(_module, "num_replicas", lambda: 1)
 separate_losses: Any = getattr(_module, "separate_losses", lambda layer: None)
 sum_of_counts: Any = getattr(_module, "sum_of_counts", lambda values: values)

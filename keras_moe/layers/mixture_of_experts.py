@@ -15,6 +15,7 @@ from keras_moe._internal.validation import (
     check_host_numbers,
     check_mask,
     check_not_negative,
+    check_training,
     is_whole,
 )
 from keras_moe.layers import expert_bank
@@ -212,6 +213,7 @@ class MixtureOfExperts(keras.layers.Layer):
     def __call__(self, *args, **kwargs):
         # Checked here, because Keras turns arrays into tensors before `call`.
         self.router.check_arrays(**kwargs)
+        check_training(kwargs.get("training"))
         check_host_numbers("inputs", args[0] if args else None)
         return super().__call__(*args, **kwargs)
 

@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe._internal.keras_internals import let_go, open_to_state
-from keras_moe._internal.validation import check_positive_number
+from keras_moe._internal.validation import check_choice, check_positive_number
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.kernel_adapters import (
     add_factors,
@@ -191,6 +191,7 @@ class StackedExperts(ExpertBank):
 
     def merged_kernel(self, name):
         """The kernel of all experts as floats, with what LoRA has learned, an array."""
+        check_choice("name", name, self._projections())
         kernel = self._whole(getattr(self, f"{name}_kernel"))
         if self.quantization_mode is not None:
             kernel = kernel * self._whole(getattr(self, f"{name}_scale"))
