@@ -15,6 +15,7 @@ process that calls the model of `benchmarks.tagger`, with one mixture, by `train
 """
 
 import functools
+import itertools
 import sys
 
 import keras
@@ -33,14 +34,13 @@ CALLS = ("train", "predict", "layer")
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parse(arguments)
-    rows = [
-        in_observed_process(examine, arguments, call, padded)
-        for call in options.calls
-        for padded in (False, True)
-    ]
+    rows = []
+    for call, padded in itertools.product(options.calls, (False, True)):
+        rows.append(in_observed_process(examine, arguments, call, padded))
+        # Compilation takes long: what is measured is kept, should a later row be interrupted.
+        write_json(f"batch_sizes-{BACKEND}{options.tag}", options, rows)
     xla = " without XLA" if options.no_xla else ""
     print_table(rows, f"{BACKEND}{xla}, batches of 1 to {options.tokens[0]} tokens")
-    write_json(f"batch_sizes-{BACKEND}{options.tag}", options, rows)
     return rows
 
 

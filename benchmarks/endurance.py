@@ -39,9 +39,12 @@ def main(arguments=None):
     options = _parse(arguments)
     contests = [(policy, MIXTURE) for policy in options.policies]
     contests.append((options.policies[0], TWIN))
-    rows = [in_observed_process(endure, arguments, *contest) for contest in contests]
+    rows = []
+    for contest in contests:
+        rows.append(in_observed_process(endure, arguments, *contest))
+        # Each takes long: what is measured is kept, should a later one be interrupted.
+        write_json(f"endurance-{BACKEND}{options.tag}", options, rows)
     print_table(rows, f"{BACKEND}{' without XLA' if options.no_xla else ''}, {options.steps} steps")
-    write_json(f"endurance-{BACKEND}{options.tag}", options, rows)
     return rows
 
 

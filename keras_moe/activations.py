@@ -3,6 +3,7 @@
 from keras import ops
 
 from keras_moe._internal.serialization import register
+from keras_moe._internal.validation import check_is_float, check_numbers
 
 
 @register
@@ -17,7 +18,9 @@ def quick_gelu(x):
 
     Reference: Hendrycks and Gimpel 2016 (arXiv:1606.08415), section 2.
     """
+    check_numbers("x", x)
     x = ops.convert_to_tensor(x)
+    check_is_float("x", x)
     return x * ops.sigmoid(1.702 * x)
 
 

@@ -6,10 +6,16 @@ import numpy as np
 
 from keras_moe._internal.validation import (
     check_counts,
+    check_experts,
+    check_list,
     check_not_negative,
     check_positive_integer,
+    check_rank,
     check_scalar,
     check_share,
+    check_text,
+    check_top_k,
+    host_values,
 )
 
 PROBLEM, HINT = "problem", "hint"
@@ -48,8 +54,7 @@ def spread(counts, top_k):
         counts: (E,) assignments per expert.
         top_k: experts per token, K.
     """
-    check_counts("counts", counts)
-    check_positive_integer("top_k", top_k)
+    _check_load(counts, top_k)
     share = np.asarray(counts, "float64") / max(np.sum(counts), 1)
     effective = np.exp(-np.sum(share * np.log(np.where(share > 0, share, 1))))
     if len(share) <= top_k:
@@ -68,8 +73,8 @@ def judge_load(counts, top_k, advice):
     Returns:
         List of `Finding`.
     """
-    check_counts("counts", counts)
-    check_positive_integer("top_k", top_k)
+    _check_load(counts, top_k)
+    check_text("advice", advice)
     counts = np.asarray(counts)
     num_experts = len(counts)
     if not is_enough(counts):
@@ -139,6 +144,7 @@ def not_a_number():
 
 
 def exploded(how):
+    check_text("how", how)
     text = f"Router logits explode: they {how}, which makes every choice absolute."
     fix = (
         "Raise the weight of `losses.RouterZ`, lower the learning rate, and normalise the inputs "
@@ -149,6 +155,11 @@ def exploded(how):
 
 def collapsed(counts, advice):
     check_counts("counts", counts)
+    if not np.any(counts):
+        raise ValueError(
+            "Experts must have work to collapse. Received: counts that are all 0. Judge loads that "
+            "`is_enough` calls so."
+        )
     share = np.cumsum(np.sort(counts)[::-1]) / np.sum(counts)
     busy = int(np.argmax(share >= 0.9)) + 1
     text = (
@@ -159,6 +170,10 @@ def collapsed(counts, advice):
 
 
 def dead(experts, num_experts, advice):
+    check_positive_integer("num_experts", num_experts)
+    experts = np.asarray(host_values(experts))
+    check_rank("experts", experts, ("N",))
+    check_experts("experts", experts[:, None], num_experts)
     listed = ", ".join(str(expert) for expert in experts[:10])
     if len(experts) > 10:
         listed += f" and {len(experts) - 10} more"
@@ -179,7 +194,7 @@ def judge_weak_loss(loss, weight):
         weight: the weight it has now.
     """
     usual = _usual_weight(loss)
-    weight = check_scalar("weight", weight)
+    weight = check_not_negative("weight", check_scalar("weight", weight))
     if usual is None or not 0 < weight < WEAK_WEIGHT * usual:
         return None
     text = f"{type(loss).__name__}(weight={weight:g}) is too weak to have any effect."
@@ -197,6 +212,10 @@ def judge_heavy_losses(router_losses, weights, total):
         weights: the weight that each has now.
         total: the loss of the model.
     """
+    check_list("router_losses", router_losses)
+    check_list("weights", weights)
+    weights = [check_scalar("weights", weight) for weight in weights]
+    total = None if total is None else check_scalar("total", total)
     if len(router_losses) != len(weights):
         raise ValueError(
             "There must be a weight for each loss. Received: "
@@ -213,6 +232,11 @@ def judge_heavy_losses(router_losses, weights, total):
     usual = heavy[0][2]
     fix = f"The router learns balance instead of the task: give it a weight of about {usual:g}."
     return Finding(HINT, text, fix)
+
+
+def _check_load(counts, top_k):
+    check_counts("counts", counts)
+    check_top_k(top_k, len(counts))
 
 
 def _usual_weight(loss):

@@ -4,6 +4,7 @@ Each is refused by a ValueError or TypeError that says what was received. A func
 fails the last test, unless it is one of those that take nothing but checked objects.
 """
 
+import functools
 import inspect
 import json
 import re
@@ -12,9 +13,10 @@ from fractions import Fraction
 import keras
 import numpy as np
 import pytest
-from layer_checks import D, E, array, moe, normal
+from layer_checks import ABSTRACT, D, E, array, moe, normal, plain
 
 from keras_moe import (
+    activations,
     callbacks,
     health,
     inspection,
@@ -185,6 +187,44 @@ def layer_replay(indices):
     return moe()(normal(T, D), indices=indices)
 
 
+TEXTS = np.array([["a"] * E] * T)
+# Scores must be floats, of one expert at least.
+BAD_SCORES = [TEXTS, np.ones((T, E), "int32"), np.ones((T, E), bool), np.zeros((T, 0), "f4"), None]
+
+
+def shaped(*shape, dtype="float32"):
+    return np.zeros(shape, dtype)
+
+
+WRONG_FIELDS = {
+    "indices": [None, "abc", shaped(T, K), shaped(T, dtype="int32")],
+    "weights": [None, "abc", shaped(T, K, dtype="int32"), shaped(T)],
+    "probs": [None, "abc", shaped(T, E, dtype="int32"), shaped(T), shaped(T - 1, E)],
+    "logits": [None, "abc", shaped(T, E, dtype="int32"), shaped(T), shaped(T - 1, E)],
+    "mask": [None, "abc", shaped(T), shaped(T, 1, dtype="bool"), shaped(T - 1, dtype="bool")],
+    "counts": [None, "abc", shaped(E, 1), np.array(["a"] * E)],
+    "load": [None, "abc", shaped(E, 1), shaped(E, dtype="int32")],
+}
+
+
+def forged(*fields, **kept):
+    """Routings with one field that does not belong there."""
+    return [
+        routing()._replace(**kept, **{field: value})
+        for field in fields
+        for value in WRONG_FIELDS[field]
+    ]
+
+
+def forged_groups(groups):
+    """Groups with one field that does not belong there."""
+    return [
+        groups._replace(**{field: value})
+        for field in groups._fields
+        for value in (None, "abc", shaped(2, 2, 2, 2, dtype="int32"), shaped())
+    ]
+
+
 DUPLICATED = [[0, 0]] * T
 REPLAYED = [*BAD_INDICES, DUPLICATED, [[0, 1]], [[0.0, 1.0]] * T, [[0, E]] * T, [[-2, 0]] * T]
 PATH = "visualization"
@@ -249,7 +289,7 @@ FUNCTIONS = {
     "ops.expert_capacity": [
         (lambda v: ops.expert_capacity(v, E, K, 1.0), [-1, 8.0, np.float32(8), True, "8", None]),
         (lambda v: ops.expert_capacity(T, v, K, 1.0), BAD_SIZES),
-        (lambda v: ops.expert_capacity(T, E, v, 1.0), BAD_SIZES),
+        (lambda v: ops.expert_capacity(T, E, v, 1.0), [*BAD_SIZES, E + 1]),
         (lambda v: ops.expert_capacity(T, E, K, v), BAD_NUMBERS),
     ],
     "ops.plan_groups": [
@@ -269,6 +309,7 @@ FUNCTIONS = {
         ),
         (lambda v: made(**v), [{"weights": LOGITS[:3]}, {"probs": LOGITS[:, :3]}, {"mask": None}]),
         (lambda v: made(**v), [{"counts": [1, 2]}, {"load": "x"}, {"logits": LOGITS[0]}]),
+        (lambda v: made(details=v), [3, LOGITS]),
         (lambda v: made(indices=v), [None, np.full((T, E), E), np.full((T, E), -2)]),
     ],
     "ops.clean_logits": [
@@ -291,15 +332,31 @@ FUNCTIONS = {
         (lambda v: fed(biases=v), [[np.ones((E, 3), "f4")], [np.ones((E, 2), "f4")] * 2]),
         (lambda v: fed(clip=v), [*BAD_NUMBERS, 1.0]),
         (lambda v: fed(up_shift=v), ["1", NAN]),
+        (lambda v: fed(up_shift=v), [1.0]),
         (lambda v: fed(low_rank=v), [3]),
+        (lambda v: fed(expert_axis=v), [3]),
+        (lambda v: fed(biases=v), [3, "ab"]),
+        (lambda v: fed(activation=v), [keras.layers.Dense(3)]),
+        (lambda v: fed(**{v: np.ones((T, D), "int32")}), ["tokens"]),
+        (lambda v: fed(down_kernel=v), [None, np.ones((E, 3, D), "int32")]),
     ],
-    "ops.agreement": [(lambda v: ops.agreement(np.ones(v), tensor(LOGITS)), [E, (T, E - 1)])],
+    "ops.agreement": [
+        (lambda v: ops.agreement(np.ones(v), tensor(LOGITS)), [E, (T, E - 1)]),
+        (lambda v: ops.agreement(v, LOGITS), [TEXTS, np.ones((T, E), bool), None]),
+        (lambda v: ops.agreement(LOGITS, v), [TEXTS, np.ones((T, E), "int32"), None]),
+        (lambda v: ops.agreement(v, v), [np.float32(1)]),
+    ],
     "ops.masked_mean": [
         (lambda v: ops.masked_mean(logits(), tensor(v)), [[True] * 5, [1.0] * T, [[True]] * T]),
         (lambda v: ops.masked_mean(logits(), v), ["no", [True] * T]),
+        (lambda v: ops.masked_mean(v, mask()), [TEXTS, np.float32(3), None]),
     ],
-    "ops.plan_expert_choice": [(ops.plan_expert_choice, [None, routing()])],
-    "ops.plan_soft": [(ops.plan_soft, [None, routing()])],
+    "ops.plan_expert_choice": [
+        (ops.plan_expert_choice, [None, routing(), ops.soft_routing(logits(), E)]),
+    ],
+    "ops.plan_soft": [
+        (ops.plan_soft, [None, routing(), ops.expert_choice_routing(logits(), 1.0)]),
+    ],
     "ops.platform": [(lambda v: ops.platform(v).__enter__(), ["xpu", None, 1, ["cpu"]])],
     "metrics.load_imbalance": [(metrics.load_imbalance, BAD_COUNTS)],
     "metrics.load_entropy": [(metrics.load_entropy, BAD_COUNTS)],
@@ -350,12 +407,18 @@ FUNCTIONS = {
     ],
     "health.spread": [
         (lambda v: health.spread(v, K), BAD_COUNTS),
-        (lambda v: health.spread([1, 2, 3], v), BAD_SIZES),
+        (lambda v: health.spread([1, 2, 3], v), [*BAD_SIZES, 4]),
     ],
     "health.judge_load": [
         (lambda v: health.judge_load(v, K, ""), BAD_COUNTS),
-        (lambda v: health.judge_load([100] * E, v, ""), BAD_SIZES),
+        (lambda v: health.judge_load([100] * E, v, ""), [*BAD_SIZES, E + 1]),
+        (lambda v: health.judge_load([100] * E, K, v), [None, 3]),
     ],
+    "health.dead": [
+        (lambda v: health.dead(v, E, ""), ["12", 3, None, [E], [0.5]]),
+        (lambda v: health.dead([0], v, ""), BAD_SIZES),
+    ],
+    "health.exploded": [(health.exploded, [None, 3])],
     "health.judge_drops": [(health.judge_drops, [-0.1, 7.0, NAN, INF, None, "0.1"])],
     "health.judge_router": [
         (lambda v: health.judge_router(v, 1.0), [-0.1, 7.0, NAN, INF, None, "0.1"]),
@@ -363,14 +426,62 @@ FUNCTIONS = {
     ],
     "health.judge_weak_loss": [
         (lambda v: health.judge_weak_loss(v, 0.1), [None, "load_balance"]),
-        (lambda v: health.judge_weak_loss(losses.LoadBalance(), v), [None, "0.1"]),
+        (lambda v: health.judge_weak_loss(losses.LoadBalance(), v), [None, "0.1", NAN, -1.0]),
     ],
     "health.judge_heavy_losses": [
-        (lambda v: health.judge_heavy_losses(v, [0.1], 1.0), [[None], []]),
+        (lambda v: health.judge_heavy_losses(v, [0.1], 1.0), [[None], [], None]),
+        (lambda v: health.judge_heavy_losses([losses.LoadBalance()], v, 1.0), [["a"], None]),
+        (lambda v: health.judge_heavy_losses([losses.LoadBalance()], [0.1], v), ["big"]),
     ],
-    "health.collapsed": [(lambda v: health.collapsed(v, ""), BAD_COUNTS)],
+    "health.collapsed": [(lambda v: health.collapsed(v, ""), [*BAD_COUNTS, [0, 0]])],
     "health.is_enough": [(health.is_enough, BAD_COUNTS)],
 }
+
+OF_SCORES = {
+    "ops.balanced_assignment": lambda v: ops.balanced_assignment(v, mask()),
+    "ops.clean_logits": ops.clean_logits,
+    "ops.expert_choice_routing": lambda v: ops.expert_choice_routing(v, 1.0),
+    "ops.group_limited_scores": lambda v: ops.group_limited_scores(v, 2, 1),
+    "ops.noisy_load": lambda v: ops.noisy_load(v, v, 1.0, K, mask()),
+    "ops.sinkhorn_plan": lambda v: ops.sinkhorn_plan(v, mask(), 3),
+    "ops.soft_routing": lambda v: ops.soft_routing(v, E),
+    "ops.take_scores": lambda v: ops.take_scores(v, np.zeros((T, K), "int32")),
+    "ops.top_k_indices": lambda v: ops.top_k_indices(v, 1),
+    "ops.top_k_routing": lambda v: ops.top_k_routing(v, 1),
+}
+for name, function in OF_SCORES.items():
+    FUNCTIONS[name].append((function, BAD_SCORES))
+
+# What each function reads of a routing.
+READS = {
+    "ops.load_balance": (ops.load_balance, "probs mask counts"),
+    "ops.plan_groups": (ops.plan_groups, "indices weights mask counts"),
+    "ops.router_entropy": (ops.router_entropy, "probs mask"),
+    "ops.router_z": (ops.router_z, "logits mask"),
+    "ops.sequence_load_balance": (
+        lambda v: ops.sequence_load_balance(v, 3),
+        "indices probs mask counts",
+    ),
+    "ops.squared_importance_variation": (ops.squared_importance_variation, "probs mask"),
+    "ops.squared_load_variation": (ops.squared_load_variation, "load"),
+    "metrics.coactivation": (metrics.coactivation, "indices mask counts"),
+    "metrics.count_table": (
+        lambda v: metrics.count_table(v, [0] * T, 2),
+        "indices mask counts",
+    ),
+    "metrics.router_confidence": (metrics.router_confidence, "probs mask"),
+    "metrics.router_entropy": (metrics.router_entropy, "probs mask"),
+    "metrics.router_saturation": (
+        lambda v: metrics.router_saturation(routing(), v),
+        "indices mask counts",
+    ),
+    "metrics.unserved_fraction": (
+        lambda v: metrics.unserved_fraction(v, ops.plan_groups(routing())),
+        "mask",
+    ),
+}
+for name, (function, fields) in READS.items():
+    FUNCTIONS.setdefault(name, []).append((function, forged(*fields.split())))
 
 NO_ROUTING = [None, LOGITS, (LOGITS, None)]
 for name in [
@@ -379,7 +490,7 @@ for name in [
 ]:
     FUNCTIONS.setdefault(f"ops.{name}", []).append((getattr(ops, name), NO_ROUTING))
 for name in ("coactivation", "router_confidence", "router_entropy"):
-    FUNCTIONS[f"metrics.{name}"] = [(getattr(metrics, name), NO_ROUTING)]
+    FUNCTIONS[f"metrics.{name}"].append((getattr(metrics, name), NO_ROUTING))
 
 visualized = [
     *BAD_INDICES[1:],
@@ -403,6 +514,7 @@ PLOTS = {
         (lambda v: visualization.coactivation(np.array(v)), visualized),
         (lambda v: visualization.coactivation(np.array([[0, 1]]), v), [*BAD_SIZES, 1, 10**9]),
         (visualization.coactivation, [[[0, 1], [2]], np.zeros((0, 2), int)]),
+        (lambda v: visualization.coactivation([routing()], v), [E - 1, E + 1, "4"]),
     ],
     "visualization.confidence": [
         (lambda v: visualization.confidence(np.array(v)), [[0.5, 0.5], [[NAN, 1.0]], [[7.0]]]),
@@ -418,6 +530,58 @@ PLOTS = {
         (visualization.settling, [[{"a": np.zeros((2, 1), int)}, {"b": np.zeros((2, 1), int)}]]),
     ],
 }
+
+GROUPED = ops.plan_groups(routing())
+CHOSEN = ops.plan_expert_choice(ops.expert_choice_routing(logits(), 1.0))
+CHOICES = ops.expert_choice_routing(logits(), 1.0).details
+SLOTS = ops.plan_soft(ops.soft_routing(logits(), E))
+FEW_ROWS = shaped(3, dtype="int32")
+WRONG_WEIGHTS = [None, "w", shaped(T, K + 1), shaped(T - 1, K), shaped(T, K, dtype="int32")]
+BANKS = [
+    bank,
+    lambda: layers.LayerExperts([keras.layers.Dense(D)]),
+    lambda: layers.ZeroComputationExperts(bank(), num_zero=1),
+]
+BAD_SHAPES = [5, "x", (None, None), (None, 0), (None, 2.5), (None, -8)]
+BAD_TRAINING = ["yes", "", 3, 0.0, [True]]
+BAD_LENGTHS = [0, -1, 2.5, "2", True, 4, tensor(1.5)]
+ROUTERS = [
+    router
+    for name in routers.__all__
+    if inspect.isclass(router := getattr(routers, name))
+    and issubclass(router, routers.Router)
+    and router not in ABSTRACT
+]
+
+
+def routed(cls, name, value):
+    """A call of any router with an argument that it may ignore."""
+    arguments = {"token_ids": np.zeros(T, "int32"), name: value}
+    return plain(cls)(normal(T, D), **arguments)
+
+
+def dispatched(plan, groups):
+    return plan._replace(groups=groups).dispatch(normal(T, D))
+
+
+def combined(plan, groups):
+    return plan._replace(groups=groups).combine(normal(T * K, D))
+
+
+def served_by_a_bank(plan, groups):
+    return bank()(normal(T, D), plan._replace(groups=groups))
+
+
+def measured(balancer, place, value):
+    arguments = [routing(), LOGITS, shaped(E)]
+    arguments[place] = value
+    return balancer.measure(*arguments)
+
+
+def built(layer):
+    layer.build((None, D))
+    return layer
+
 
 BAD_FLAGS = ["no", "False", 1, 0, 0.0, [True], NAN]
 BAD_SEEDS = ["0", 1.5, -1, True, NAN, [1], 2**40]
@@ -439,6 +603,103 @@ FLAGS = {
 }
 METHODS = {
     **{name: [(make, BAD_FLAGS)] for name, make in FLAGS.items()},
+    "training": [
+        *((functools.partial(routed, cls, "training"), BAD_TRAINING) for cls in ROUTERS),
+        (lambda v: moe()(normal(T, D), training=v), BAD_TRAINING),
+        (lambda v: encoder()(normal(1, T, D), training=v), BAD_TRAINING),
+        (lambda v: decoder()(normal(1, T, D), training=v), BAD_TRAINING),
+        (lambda v: layers.Capacity(1.0).limits(routing(), None, v, None), BAD_TRAINING),
+    ],
+    # Whether a router uses them or not.
+    "sequence_length": [
+        *((functools.partial(routed, cls, "sequence_length"), BAD_LENGTHS) for cls in ROUTERS),
+        (lambda v: layers.Capacity(1.0).limits(routing(), v, True, None), BAD_LENGTHS),
+        (lambda v: losses.SequenceLoadBalance()(routing(), sequence_length=v), BAD_LENGTHS),
+        (lambda v: losses.SequenceLoadBalance().compute(v), NO_ROUTING),
+    ],
+    "token_ids": [
+        (functools.partial(routed, cls, "token_ids"), [np.ones(T, "f4"), np.ones(3, int), "ids"])
+        for cls in ROUTERS
+    ],
+    "fields of a routing": [
+        (lambda v: metrics.LoadEntropy(E).update_state(v), forged("counts")),
+        (
+            lambda v: metrics.LoadEntropy(E).update_state(routing()._replace(dropped=v)),
+            [None, "0", 0.5],
+        ),
+    ],
+    "a routing for a router": [
+        (lambda v: routers.TopKRouter(E, K).plan(v), forged("indices", "weights")),
+        (lambda v: routers.SoftRouter(E).plan(v), [routing()]),
+        (lambda v: routers.ExpertChoiceRouter(E).plan(v), [routing()]),
+    ],
+    "groups of a plan": [
+        *(
+            (functools.partial(call, plan), [None, "groups", *forged_groups(plan.groups)])
+            for plan in (GROUPED, CHOSEN)
+            for call in (dispatched, combined, served_by_a_bank)
+        ),
+        (lambda v: fed(groups=v), forged_groups(GROUPED.groups)),
+        (lambda v: v.sort(), forged_groups(ops.Assignments.of(routing().indices, E))),
+        (lambda v: v.sort(), forged_groups(ops.Choices(*CHOICES, mask()))),
+        (lambda v: dispatched(GROUPED, GROUPED.groups._replace(assignment_of_row=v)), [FEW_ROWS]),
+    ],
+    "weights of a plan": [
+        (lambda v: combined(GROUPED._replace(weights=v), GROUPED.groups), WRONG_WEIGHTS),
+        (lambda v: bank()(normal(T, D), GROUPED._replace(weights=v)), WRONG_WEIGHTS),
+    ],
+    "rows of a plan": [
+        (GROUPED.combine, [normal(3, D), np.ones((T * K, D), "int32"), np.array([["a"] * D] * 12)]),
+        (GROUPED.dispatch, [np.ones((T, D), "int32"), np.array([["a"] * D] * T)]),
+    ],
+    "slots of a plan": [
+        (lambda v: SLOTS._replace(back=v).run(bank(), normal(T, D)), [None, shaped(1, T, 3)]),
+        (lambda v: SLOTS.run(bank(v), normal(T, D)), [3]),
+        (SLOTS.dropped_fraction, [None, shaped(E, 1)]),
+    ],
+    "assignments": [
+        (lambda v: ops.Assignments.of(v, E), [None, shaped(T, K), shaped(T, dtype="int32")]),
+        (lambda v: ops.Assignments.of(routing().indices, v), BAD_SIZES),
+    ],
+    "a balancer of the package": [
+        call
+        for balancer in (balancers.LossFreeBias(), balancers.QuantileBias())
+        for call in (
+            (functools.partial(measured, balancer, 0), [*NO_ROUTING, *forged("indices", "counts")]),
+            (functools.partial(measured, balancer, 1), [None, "s", shaped(T, E - 1), shaped(E)]),
+            (functools.partial(measured, balancer, 2), [None, "b", shaped(E - 1), shaped(1, E)]),
+            (functools.partial(balancer.update, shaped(E)), [None, "m", shaped(E - 1)]),
+            (lambda v, b=balancer: b.update(v, shaped(E)), [None, "b", shaped(1, E)]),
+        )
+    ],
+    "a layer for a loss": [
+        (losses.GlobalLoadBalance().build, [None, "moe", keras.layers.Dense(3)])
+    ],
+    "weight for advice": [(losses.LoadBalance().balance_advice, BAD_WEIGHTS)],
+    "top_k of a capacity": [(layers.Capacity(1.0).is_causal, [*BAD_SIZES, None])],
+    "num_experts of a layer": [(lambda v: routers.get("top_k", v), [*BAD_SIZES, None])],
+    "vocabulary_size": [(lambda v: routers.HashRouter(E, v), [*BAD_SIZES, 10**12])],
+    "shape for a bank": [
+        (
+            lambda v, make=make, name=name: getattr(make(), name)(v),
+            [5, "x", (None, None), (None, 0)],
+        )
+        for make in BANKS
+        for name in ("build", "compute_output_shape")
+    ],
+    "engine of a bank": [
+        (lambda v: built(bank()).engine_on(v, True), ["xpu", None]),
+        (lambda v: built(bank()).engine_on("cpu", v), BAD_FLAGS),
+        (
+            lambda v: v.engine_on("cpu", True),
+            [bank(), layers.LayerExperts([keras.layers.Dense(D)])],
+        ),
+    ],
+    "kernel of a bank": [(lambda v: built(bank()).merged_kernel(v), ["side", None, 0])],
+    "inputs of a gated feed-forward": [
+        (lambda v: layers.GatedFeedForward(2)(v), [np.ones((T, D), "int32")]),
+    ],
+    "inputs of an activation": [(activations.quick_gelu, [None, "x", np.ones(3, "int32")])],
     "seed": [
         (lambda v: routers.TopKRouter(E, seed=v), BAD_SEEDS),
         (lambda v: routers.HashRouter(E, 9, seed=v), BAD_SEEDS),
@@ -671,7 +932,7 @@ def test_any_number_is_saved_as_a_plain_one(make, number, tmp_path):
 
 # They take routings and plans, which other functions have checked, or tensors of any values.
 TAKE_NO_VALUES = {
-    *("health.dead", "health.exploded", "health.not_a_number"),
+    "health.not_a_number",
 }
 
 

@@ -13,6 +13,7 @@ from keras_moe import convert, inspection, layers, report, summary, surgery, upc
 from keras_moe._internal import files
 
 NO_MODELS = [None, "model.keras", 3, keras.Sequential]
+NANS = np.full((2, D), np.nan, "float32")
 MIXTRAL = {
     "model_type": "mixtral",
     "num_local_experts": E,
@@ -39,6 +40,12 @@ def gated(**kwargs):
     layer = layers.MixtureOfExperts(layers.GatedExperts(E, 3, **kwargs.pop("bank", {})), **kwargs)
     layer.build((None, D))
     return layer
+
+
+def compiled():
+    model = sparse()
+    model.compile("sgd", "mse")
+    return model
 
 
 def pruned(by="usage", data=()):
@@ -75,13 +82,20 @@ TOOLS = {
     ],
     "upcycle": [
         (upcycle, [None, "model"]),
-        (lambda v: upcycle(dense(), select=v), ["(", 5, lambda: True]),
+        (lambda v: upcycle(dense(), select=v), ["(", 5, lambda: True, [3], [["up"]]]),
         (lambda v: upcycle(dense(), seed=v), BAD_SEEDS),
     ],
     "prune_experts": [
         (lambda v: pruned(by=v), [[1, 2, float("nan"), 3], ["a"] * E, abs, [[1], [2, 3]]]),
         (lambda v: pruned(data=v), [None, "x", 5, [()], [(normal(2, D), normal(1, D))]]),
         (lambda v: pruned(data=v), [[(normal(2, D),) * 4], [np.zeros((0, D), "float32")]]),
+        *((lambda v, by=by: pruned(by=by, data=v), [[NANS]]) for by in ("usage", "saliency")),
+        (lambda v: surgery.prune_experts(compiled(), [1] * E, 2, v), [[(normal(2, D), NANS)]]),
+        (lambda v: surgery.prune_experts(sparse(), [1] * E, v), [{}]),
+    ],
+    "merge_experts": [(lambda v: surgery.merge_experts(sparse(), 2, v), [[NANS]])],
+    "set_top_k": [
+        (lambda v: surgery.set_top_k(sparse(), v), [0, E + 1, "2", None, {}, {"nope": 1}]),
     ],
 }
 
@@ -120,13 +134,40 @@ def test_a_tuner_refuses():
     keras_tuner = pytest.importorskip("keras_tuner")
     from keras_moe import tuner
 
+    hp = keras_tuner.HyperParameters
+
+    def watching(callback):
+        callback.set_model(sparse())
+        return callback
+
+    row = tuner.ParetoRow("a", 1.0, 2.0, True, {})
     calls = {
+        "fields of a row": [
+            (lambda v: tuner.format_table([row._replace(**v)]), [{"cost": "1"}, {"trial": 1}]),
+            (lambda v: tuner.format_table([row._replace(**v)]), [{"loss": None}, {"values": None}]),
+        ],
         "loss_weights": [(lambda v: tuner.SearchSpace((8,), loss_weights=v), [0.1, "x", (1, 2)])],
         "name": [(lambda v: tuner.SearchSpace((8,), name=v), [3, "", None])],
         "hp": [(lambda v: tuner.SearchSpace((8,)).sample(v), [None, {}, keras_tuner])],
         "cost": [(lambda v: tuner.WithinBudget(9, cost=v), [None, ""])],
         "loss": [(lambda v: tuner.WithinBudget(9, loss=v), [None, 1])],
         "model": [(lambda v: tuner.CostMonitor().on_epoch_end(0, v), [None, {}])],
+        "epoch": [(lambda v: watching(tuner.CostMonitor()).on_epoch_end(0, v), [None, {}])],
+        "experts": [(lambda v: tuner.SearchSpace((8,)).sample(hp(), v), [None, lambda n: n])],
+        "logs": [
+            (tuner.WithinBudget(9).get_value, [None, "val_loss", {"val_loss": 1.0}]),
+            (tuner.WithinBudget(9).has_value, [None, "val_loss"]),
+            (
+                lambda v: tuner.WithinBudget(9).get_value({"active_flops": 1.0, "val_loss": v}),
+                ["x", None, [1, 2]],
+            ),
+        ],
+        "weights": [
+            (
+                lambda v: tuner.SearchSpace((8,), loss_weights={"load_balance": v}),
+                [("a",), (True,), (-1.0,), (0.1, 0.1), ()],
+            ),
+        ],
         "search": [(tuner.pareto_table, [None, "search"])],
         "rows": [(tuner.format_table, [None, "rows", [1], [("a", 1.0, 2.0, True, {})]])],
     }

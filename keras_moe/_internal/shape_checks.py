@@ -1,54 +1,139 @@
 """Checks of tensors that belong together: those of a routing, of a plan, of a bank of experts.
 
-Shapes are known without the device. What is None or symbolic in them fits any size.
+Shapes and dtypes are known without the device. What is None or symbolic in a shape fits any size.
 """
 
-from keras_moe._internal.validation import check_tensor, check_top_k, fits
+from keras_moe._internal.validation import (
+    check_routing,
+    check_tensor,
+    check_top_k,
+    dtype_of,
+    is_of,
+    is_whole,
+)
 
+# Axes, and what kind of dtype it is.
 _OF_ROUTINGS = {
-    "indices": "TK",
-    "weights": "TK",
-    "probs": "TE",
-    "logits": "TE",
-    "mask": "T",
-    "counts": "E",
-    "load": "E",
+    "indices": ("TK", "int"),
+    "weights": ("TK", "float"),
+    "probs": ("TE", "float"),
+    "logits": ("TE", "float"),
+    "mask": ("T", "mask"),
+    "counts": ("E", "number"),
+    "load": ("E", "float"),
 }
+_OF_GROUPS = {
+    # `ops.Groups`
+    "sizes": ("E", "int"),
+    "assignment_of_row": ("R", "int"),
+    "rows_of_token": ("TK", "int"),
+    # `ops.ChosenGroups`
+    "choice_of_row": ("R", "int"),
+    "row_of_choice": ("R", "int"),
+    "token_of_choice": ("R", "int"),
+    "mask": ("T", "mask"),
+    # `ops.Assignments`
+    "experts": ("TK", "int"),
+    # `ops.Choices`
+    "place": ("BEC", "int"),
+    "is_valid": ("BEC", "mask"),
+}
+# The weights of a plan, by the first field of its groups that says how many there are.
+_OF_WEIGHTS = {"rows_of_token": "TK", "row_of_choice": "R", "experts": "TK", "place": "BEC"}
+# What a routing has for the plan of the function that made it.
+_OF_DETAILS = {
+    "expert_choice_routing": (("BEC", "int"), ("BEC", "mask")),
+    "soft_routing": (("BSM", "float"), ("BSM", "float")),
+}
+_KINDS = {"float": "floats", "int": "integers", "mask": "bools or integers", "number": "numbers"}
 
 
 def check_shapes(tensors, **sizes):
     """Tensors that share axes: each has its rank, and an axis has one size in all of them.
 
     Args:
-        tensors: dict from a name to a tensor and its axes, a letter for each.
+        tensors: dict from a name to a tensor and its axes, a letter for each, and perhaps a kind of
+            dtype: "float", "int", "mask" or "number".
         **sizes: sizes of axes that are known from elsewhere, by their letters.
     """
-    for name, (tensor, axes) in tensors.items():
-        check_tensor(name, tensor)
-        shape = tuple(tensor.shape)
-        if not fits(shape, [sizes.get(axis) for axis in axes]):
-            here = [f"{axis}={sizes[axis]}" for axis in axes if sizes.get(axis) is not None]
-            raise ValueError(
-                f"`{name}` must have the shape ({', '.join(axes)}{',' * (len(axes) == 1)}). "
-                f"Received: {name}.shape={shape}{' with ' * bool(here)}{', '.join(here)}. "
-                "Change one of them: what belongs together has the same tokens and experts."
-            )
+    for name, (tensor, axes, *kind) in tensors.items():
+        if not hasattr(tensor, "shape") or not hasattr(tensor, "dtype"):
+            check_tensor(name, tensor)
+        shape = tensor.shape
+        if len(shape) != len(axes):
+            _refuse_shape(name, shape, axes, sizes)
         for axis, size in zip(axes, shape):
             if isinstance(size, int):
-                sizes.setdefault(axis, size)
+                if sizes.setdefault(axis, size) != size:
+                    _refuse_shape(name, shape, axes, sizes)
+        if kind and not is_of(kind[0], tensor):
+            raise TypeError(
+                f"`{name}` must hold {_KINDS[kind[0]]}. Received: {name}.dtype={dtype_of(tensor)}. "
+                "Cast it, or pass another tensor."
+            )
+
+
+def _refuse_shape(name, shape, axes, sizes):
+    here = [f"{axis}={sizes[axis]}" for axis in axes if axis in sizes]
+    raise ValueError(
+        f"`{name}` must have the shape ({', '.join(axes)}{',' * (len(axes) == 1)}). "
+        f"Received: {name}.shape={tuple(shape)}{' with ' * bool(here)}{', '.join(here)}. "
+        "Change one of them: what belongs together has the same tokens and experts."
+    )
+
+
+def check_scores(name, scores, axes="TE"):
+    """Scores or logits of experts, one at least."""
+    check_shapes({name: (scores, axes, "float")})
+    if scores.shape[-1] == 0:
+        raise ValueError(
+            f"`{name}` must have a column for each expert. Received: {name}.shape="
+            f"{tuple(scores.shape)}. Pass those of one expert at least."
+        )
 
 
 def check_fields(routing, *names, **sizes):
     """Fields of a routing, or all of them, against each other and against known sizes."""
+    check_routing(routing)
     optional = () if names else ("counts", "load")  # What is left out is counted.
-    check_shapes(
-        {
-            f"routing.{name}": (getattr(routing, name), _OF_ROUTINGS[name])
-            for name in names or _OF_ROUTINGS
-            if name not in optional or getattr(routing, name) is not None
-        },
-        **known(**sizes),
+    tensors = {}
+    for name in names or _OF_ROUTINGS:
+        field = getattr(routing, name)
+        if field is not None or name not in optional:
+            tensors[f"routing.{name}"] = (field, *_OF_ROUTINGS[name])
+    check_shapes(tensors, **known(**sizes))
+
+
+def check_details(routing, made_by):
+    """Refuse a routing without the details that the plan of some function needs."""
+    check_routing(routing)
+    needed = _OF_DETAILS[made_by]
+    fit = len(routing.details) == len(needed) and all(
+        len(tensor.shape) == len(axes) and is_of(kind, tensor)
+        for tensor, (axes, kind) in zip(routing.details, needed)
     )
+    if not fit:
+        raise ValueError(
+            f"The plan needs the details of a routing that `ops.{made_by}` made. Received: "
+            f"{len(routing.details)} others. Use the plan of the router that made it."
+        )
+
+
+def check_groups(groups, *weights, **others):
+    """The fields of groups against each other, and with the weights of a plan and other tensors.
+
+    Args:
+        groups: one of the kinds of groups in `ops`.
+        *weights: those of the plan, where they are used.
+        **others: tensors and their axes, as for `check_shapes`.
+    """
+    axes = _axes_of_weights(groups)
+    tensors = {}
+    for name, field in zip(groups._fields, groups):
+        tensors[f"groups.{name}"] = (field, *_OF_GROUPS[name])
+    for given in weights:
+        tensors["weights"] = (given, axes, "float")
+    check_shapes({**tensors, **others})
 
 
 def check_inputs_shape(shape):
@@ -56,7 +141,7 @@ def check_inputs_shape(shape):
     # Of TensorFlow's own type, where users pass on what a tensor says.
     is_list = isinstance(shape, (list, tuple)) or type(shape).__name__ == "TensorShape"
     is_one = is_list and not any(isinstance(size, tuple) for size in shape)
-    if not is_one or len(shape) < 2 or not shape[-1]:
+    if not is_one or len(shape) < 2 or not is_whole(shape[-1]) or shape[-1] < 1:
         raise ValueError(
             "`inputs` must have a batch axis and a last axis of known size. Received: "
             f"inputs.shape={tuple(shape) if is_one else shape}. Pass (batch, ..., features), for "
@@ -66,7 +151,7 @@ def check_inputs_shape(shape):
 
 def check_selected(indices, num_tokens, top_k):
     """What a function of the user's own selected."""
-    check_shapes({"select(scores)": (indices, "TK")}, **known(T=num_tokens, K=top_k))
+    check_shapes({"select(scores)": (indices, "TK", "int")}, **known(T=num_tokens, K=top_k))
 
 
 def check_bank_call(bank, tokens, plan):
@@ -78,10 +163,10 @@ def check_bank_call(bank, tokens, plan):
             f"{received}. Put the bank into a `MixtureOfExperts` and call that, or pass "
             "`plan=router.plan(router(tokens))`."
         )
-    groups = getattr(plan, "groups", None)
-    if groups is None:
+    if not hasattr(plan, "groups"):
         return  # a plan of the user's own
-    check_shapes({"tokens": (tokens, "TD")}, **known(T=num_tokens_of(groups)))
+    groups = plan.groups
+    check_groups(groups, plan.weights, tokens=(tokens, "TD", "float"))
     num_experts = num_experts_of(groups)
     if isinstance(num_experts, int) and num_experts != bank.num_experts:
         raise ValueError(
@@ -89,6 +174,16 @@ def check_bank_call(bank, tokens, plan):
             f"{num_experts} experts, and a bank with num_experts={bank.num_experts}. "
             "Give router and bank the same number."
         )
+
+
+def _axes_of_weights(groups):
+    for name in getattr(groups, "_fields", ()):
+        if name in _OF_WEIGHTS:
+            return _OF_WEIGHTS[name]
+    raise TypeError(
+        "`groups` must be `ops.Groups` or another kind of groups. Received: an object of type "
+        f"{type(groups).__name__}. Pass `plan.groups` of an `ops.GroupedPlan`."
+    )
 
 
 def check_is_bank(experts):
@@ -103,10 +198,11 @@ def check_is_bank(experts):
 
 def check_noise(clean, noisy, deviation, top_k, mask):
     """The arguments of `ops.noisy_load`."""
-    check_shapes({"clean": (clean, "TE"), "noisy": (noisy, "TE"), "mask": (mask, "T")})
-    check_top_k(top_k, noisy.shape[-1])
+    tensors = {"clean": (clean, "TE", "float"), "noisy": (noisy, "TE", "float")}
     if hasattr(deviation, "shape"):
-        check_shapes({"noisy": (noisy, "TE"), "deviation": (deviation, "TE")})
+        tensors["deviation"] = (deviation, "TE", "float")
+    check_shapes({**tensors, "mask": (mask, "T", "mask")})
+    check_top_k(top_k, noisy.shape[-1])
 
 
 def num_tokens_of(groups):

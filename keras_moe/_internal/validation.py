@@ -7,6 +7,7 @@ would wait for the device. Checks of numbers return them as Python's own, which 
 
 import difflib
 import inspect
+import math
 import numbers
 import os
 import pathlib
@@ -34,6 +35,11 @@ def check_size(name, value):
     check_is_integer(name, value)
     check_rank(name, value, ())
     return value
+
+
+def is_symbol(size):
+    """Whether a size is a symbol of PyTorch: an index, as integers are, of an unknown value."""
+    return hasattr(size, "__index__") and not isinstance(size, numbers.Integral)
 
 
 def check_top_k(top_k, num_experts, router="TopKRouter", name="top_k"):
@@ -192,18 +198,29 @@ def check_name(name, value):
     return value
 
 
-def check_routing(routing, made_by=None):
-    """A routing, with the details that the plan of some function needs."""
+def check_text(name, value):
+    """What people read; it may be empty."""
+    if not isinstance(value, str):
+        raise TypeError(
+            f"`{name}` must be a text. Received: {name}={shortened(value)} (of type "
+            f"{type(value).__name__}). Pass a string."
+        )
+
+
+def check_list(name, values):
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(
+            f"`{name}` must be a list. Received: {name}={shortened(values)} (of type "
+            f"{type(values).__name__}). Put it into a list."
+        )
+
+
+def check_routing(routing):
     if not hasattr(routing, "indices") or not hasattr(routing, "counts"):
         raise TypeError(
             "`routing` must be an `ops.Routing`. Received: an object of type "
             f"{type(routing).__name__}. Pass what a router returns, or the second of what a layer "
             "returns with `return_routing=True`."
-        )
-    if made_by is not None and len(routing.details) != 2:
-        raise ValueError(
-            f"The plan needs the details of a routing that `ops.{made_by}` made. Received: "
-            f"{len(routing.details)} details. Use `ops.plan_groups` for other routings."
         )
 
 
@@ -236,19 +253,48 @@ def check_numbers(name, values):
 
 def check_is_float(name, tensor):
     check_tensor(name, tensor)
-    if "float" not in _dtype_of(tensor):
+    if not is_of("float", tensor):
         raise TypeError(
-            f"`{name}` must be a float tensor. Received: {name}.dtype={_dtype_of(tensor)}. "
+            f"`{name}` must be a float tensor. Received: {name}.dtype={dtype_of(tensor)}. "
+            "Cast it, for example to float32."
+        )
+
+
+def check_is_number(name, tensor):
+    """A tensor of floats or integers."""
+    check_tensor(name, tensor)
+    if not is_of("number", tensor):
+        raise TypeError(
+            f"`{name}` must be a tensor of numbers. Received: {name}.dtype={dtype_of(tensor)}. "
             "Cast it, for example to float32."
         )
 
 
 def check_is_integer(name, tensor):
     check_tensor(name, tensor)
-    if "int" not in _dtype_of(tensor):
+    if not is_of("int", tensor):
         raise TypeError(
-            f"`{name}` must be an integer tensor. Received: {name}.dtype={_dtype_of(tensor)}. "
+            f"`{name}` must be an integer tensor. Received: {name}.dtype={dtype_of(tensor)}. "
             "Pass whole numbers, for example of int32."
+        )
+
+
+def check_training(training):
+    """The flag of a call: True, False or None; texts and lists would count as True."""
+    if training is None or training is True or training is False or _is_tensor(training):
+        return
+    check_flag("training", training, optional=True)
+
+
+def check_token_ids(token_ids, num_tokens):
+    """Vocabulary ids, one for each token, in any shape."""
+    check_is_integer("token_ids", token_ids)
+    sizes = tuple(token_ids.shape)
+    known = all(isinstance(size, int) for size in (*sizes, num_tokens))
+    if known and math.prod(sizes) != num_tokens:
+        raise ValueError(
+            "`token_ids` must have an id for each token. Received: "
+            f"token_ids.shape={sizes} for {num_tokens} tokens. Pass the ids of these tokens."
         )
 
 
@@ -263,7 +309,12 @@ def check_rank(name, tensor, axes):
 
 def check_divides(name, length, num_tokens):
     """A sequence length against the number of tokens; what is a tensor is not checked."""
-    if _is_tensor(length) or length is None:
+    if length is None:
+        return
+    if _is_tensor(length):
+        check_is_integer(name, length)
+        return
+    if is_symbol(length):
         return
     check_positive_integer(name, length)
     if is_whole(num_tokens) and num_tokens % length:
@@ -371,9 +422,9 @@ def check_mask(mask, inputs_shape):
             f"mask.shape={mask_shape}, inputs.shape={tuple(inputs_shape)}. "
             f"Pass a bool mask of shape {leading}, False for padding."
         )
-    if "float" in _dtype_of(mask):
+    if not is_of("mask", mask):
         raise TypeError(
-            f"{_MASK_RULE} Received: mask.dtype={_dtype_of(mask)}. Pass `mask > 0`, say."
+            f"{_MASK_RULE} Received: mask.dtype={dtype_of(mask)}. Pass `mask > 0`, say."
         )
 
 
@@ -388,10 +439,21 @@ def _is_real(value):
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def _dtype_of(tensor):
+def dtype_of(tensor):
     if isinstance(tensor, (np.ndarray, np.generic)):  # Keras has no name for that of strings
         return str(tensor.dtype)
     return keras.backend.standardize_dtype(tensor.dtype)
+
+
+# Words of which one is in the names of all dtypes of a kind, whatever framework names them.
+_WORDS = {"float": ("float",), "int": ("int",), "mask": ("bool", "int"), "number": ("float", "int")}
+
+
+def is_of(kind, tensor):
+    """Whether the dtype of a tensor is of a kind: "float", "int", "mask" or "number"."""
+    dtype = str(tensor.dtype)
+    words = _WORDS[kind]
+    return words[0] in dtype or words[-1] in dtype
 
 
 def _is_tensor(value):

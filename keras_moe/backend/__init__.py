@@ -15,6 +15,7 @@ Everything else in the package is written with `keras.ops`. A backend module pro
 - `larger_size(least, size)`: the larger of two sizes that may not be known while tracing.
 - `may_recompute()`: whether the present code may run again in the backward pass, unannounced.
 - `is_recomputing()`: whether it does so now.
+- `knows_shapes()`: whether a size that is an integer is a known one.
 
 Each for some engines of `ops.grouped` only:
 
@@ -120,6 +121,7 @@ larger_size: Any = getattr(_module, "larger_size", keras.ops.maximum)
 is_exporting: Any = getattr(_module, "is_exporting", lambda: False)
 is_recomputing: Any = getattr(_module, "is_recomputing", lambda: False)
 may_recompute: Any = getattr(_module, "may_recompute", lambda: False)
+knows_shapes: Any = getattr(_module, "knows_shapes", lambda: True)
 num_replicas: Any = getattr(_module, "num_replicas", lambda: 1)
 separate_losses: Any = getattr(_module, "separate_losses", lambda layer: None)
 sum_of_counts: Any = getattr(_module, "sum_of_counts", lambda values: values)

@@ -130,6 +130,11 @@ def unstack_sizes(sizes):
     return numbers
 
 
+def knows_shapes():
+    """Whether an integer in a shape is one: what is traced or compiled may have symbols there."""
+    return knows_sizes()
+
+
 def knows_sizes():
     """Whether the entries of sizes are known integers: not in what is traced or exported."""
     return not (torch.jit.is_tracing() or torch.compiler.is_compiling())

@@ -5,12 +5,14 @@ from keras import ops as keras_ops
 
 from keras_moe import backend, ops
 from keras_moe._internal.serialization import Configured, register
+from keras_moe._internal.shape_checks import check_fields
 from keras_moe._internal.validation import (
     check_choice,
+    check_divides,
     check_flag,
     check_positive_integer,
     check_positive_number,
-    check_routing,
+    check_training,
 )
 from keras_moe.ops.sizes import at_least
 
@@ -94,6 +96,7 @@ class Capacity(Configured):
 
         With two choices it can: all first choices stand before all second ones.
         """
+        check_positive_integer("top_k", top_k)
         return self.priority == "position" and top_k == 1
 
     def limits(self, routing, sequence_length, training, seed):
@@ -105,7 +108,9 @@ class Capacity(Configured):
             training: whether the factor is that of training.
             seed: `keras.random.SeedGenerator` that the layer keeps, for a random priority.
         """
-        check_routing(routing)
+        check_fields(routing, "indices", "probs", "mask", "counts")
+        check_training(training)
+        check_divides("sequence_length", sequence_length, routing.mask.shape[0])
         factor = self.factor if training else self.evaluation_factor
         if factor is None:
             return {}

@@ -5,7 +5,9 @@ from keras import ops
 
 from keras_moe import backend
 from keras_moe._internal.initializers import EachExpert
+from keras_moe._internal.shape_checks import check_inputs_shape
 from keras_moe._internal.validation import check_flag, check_positive_integer
+from keras_moe.layers.expert_bank import check_engine_question
 from keras_moe.layers.stacked_experts import StackedExperts
 from keras_moe.ops.expert_parallel import serve_elsewhere
 from keras_moe.ops.feed_forward import grouped_feed_forward
@@ -53,6 +55,7 @@ class DenseExperts(StackedExperts):
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
 
     def build(self, tokens_shape):
+        check_inputs_shape(tokens_shape)
         self.processes = backend.expert_processes()
         if self.processes is None:
             experts = range(self.num_experts)
@@ -127,9 +130,11 @@ class DenseExperts(StackedExperts):
         return list(map(self._shared_gradient, biases))
 
     def compute_output_shape(self, tokens_shape):
+        check_inputs_shape(tokens_shape)
         return tuple(tokens_shape)
 
     def engine_on(self, platform, static_shapes):
+        check_engine_question(self, platform, static_shapes)
         kernels = self.stacked_kernels()
         if self.lora_enabled:
             kernels += [each for name in self._projections() for each in self._factors_of(name)]

@@ -6,7 +6,13 @@ from keras import ops
 from keras_moe import backend
 from keras_moe._internal.serialization import resolve
 from keras_moe._internal.shape_checks import check_bank_call
-from keras_moe._internal.validation import check_computes_in_floats, check_positive_integer
+from keras_moe._internal.validation import (
+    check_choice,
+    check_computes_in_floats,
+    check_flag,
+    check_positive_integer,
+)
+from keras_moe.ops.platforms import PLATFORMS
 
 
 class ExpertBank(keras.layers.Layer):
@@ -73,6 +79,17 @@ def get(identifier):
             "`layers.LayerExperts([...])`."
         )
     return resolve("experts", identifier, ExpertBank)
+
+
+def check_engine_question(bank, platform, static_shapes):
+    """The arguments of `ExpertBank.engine_on`."""
+    check_choice("platform", platform, PLATFORMS)
+    check_flag("static_shapes", static_shapes)
+    if not bank.built:
+        raise ValueError(
+            "A bank must be built: the engine depends on the sizes of its weights. Received: "
+            f"`{bank.name}`, which is not. Call it, or `build`, first."
+        )
 
 
 def check_takes_tokens(name, layer):

@@ -7,6 +7,7 @@ from keras_moe._internal.shape_checks import check_inputs_shape
 from keras_moe._internal.validation import (
     check_computes_in_floats,
     check_flag,
+    check_float_inputs,
     check_positive_integer,
 )
 
@@ -67,6 +68,7 @@ class GatedFeedForward(keras.layers.Layer):
         return layer
 
     def call(self, inputs):
+        check_float_inputs(inputs)
         return self.down(self.gate(inputs) * self.up(inputs))
 
     def quantized_call(self, *args, **kwargs):

@@ -5,7 +5,8 @@ from keras import ops
 
 from keras_moe._internal.parameters import parameters_of
 from keras_moe._internal.serialization import config_of, note_part, register
-from keras_moe.layers.expert_bank import ExpertBank, check_takes_tokens
+from keras_moe._internal.shape_checks import check_inputs_shape
+from keras_moe.layers.expert_bank import ExpertBank, check_engine_question, check_takes_tokens
 from keras_moe.layers.sublayers import are_alike, build_and_measure
 from keras_moe.ops.grouped.functions import Alike, engine_of, map_groups
 
@@ -59,6 +60,7 @@ class LayerExperts(ExpertBank):
         self.layers = layers
 
     def build(self, tokens_shape):
+        check_inputs_shape(tokens_shape)
         rows_shape = (None, tokens_shape[-1])
         shapes = [build_and_measure(layer, rows_shape) for layer in self.layers]
         widths = [shape[-1] for shape in shapes]
@@ -115,9 +117,11 @@ class LayerExperts(ExpertBank):
         return Alike(function, weights)
 
     def engine_on(self, platform, static_shapes):
+        check_engine_question(self, platform, static_shapes)
         return engine_of(self._are_alike, platform, static_shapes)
 
     def compute_output_shape(self, tokens_shape):
+        check_inputs_shape(tokens_shape)
         if self.built:
             return (*tokens_shape[:-1], self._width)
         return self.layers[0].compute_output_shape(tokens_shape)

@@ -16,6 +16,7 @@ from keras_moe._internal.validation import (
     check_is_float,
     check_mask,
     check_not_negative,
+    check_training,
     fits,
     is_whole,
 )
@@ -223,6 +224,7 @@ class MixtureOfExperts(Recomputable):
     def __call__(self, *args, **kwargs):
         # Checked here, because Keras turns arrays into tensors before `call`.
         self.router.check_arrays(**kwargs)
+        check_training(kwargs.get("training"))
         check_host_numbers("inputs", args[0] if args else None)
         return super().__call__(*args, **kwargs)
 

@@ -13,6 +13,7 @@ from keras_moe._internal.validation import (
     check_host_numbers,
     check_mask,
     check_positive_integer,
+    check_training,
 )
 from keras_moe.layers.expert_bank import check_takes_tokens
 from keras_moe.layers.recomputation import Recomputable
@@ -47,6 +48,7 @@ class TransformerBlock(Recomputable):
 
     def __call__(self, *args, **kwargs):
         # Checked here, because Keras turns arrays into tensors before `call`.
+        check_training(kwargs.get("training"))
         check_host_integers("token_ids", kwargs.get("token_ids"))
         for name in ("mask", "context", "context_mask"):
             check_host_numbers(name, kwargs.get(name))

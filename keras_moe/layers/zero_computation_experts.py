@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_moe._internal.serialization import config_of, register
+from keras_moe._internal.shape_checks import check_inputs_shape
 from keras_moe._internal.validation import is_whole
 from keras_moe.layers import expert_bank
 from keras_moe.layers.expert_bank import ExpertBank
@@ -70,6 +71,7 @@ class ZeroComputationExperts(ExpertBank):
         self.num_constant = num_constant
 
     def build(self, tokens_shape):
+        check_inputs_shape(tokens_shape)
         if not self.experts.built:
             self.experts.build(tokens_shape)
         features = tokens_shape[-1]
@@ -121,6 +123,7 @@ class ZeroComputationExperts(ExpertBank):
         return shares[:, :1] * tokens + shares[:, 1:] * self._compute(self.constant)[number]
 
     def compute_output_shape(self, tokens_shape):
+        check_inputs_shape(tokens_shape)
         return tuple(tokens_shape)
 
     def get_config(self):

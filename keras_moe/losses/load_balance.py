@@ -4,7 +4,7 @@ from keras import ops as keras_ops
 
 from keras_moe import backend, ops
 from keras_moe._internal.serialization import register
-from keras_moe._internal.validation import check_positive_integer
+from keras_moe._internal.validation import check_positive_integer, check_routing
 from keras_moe.losses.router_loss import RouterLoss
 from keras_moe.ops.sizes import at_least
 
@@ -76,6 +76,7 @@ class SequenceLoadBalance(RouterLoss):
         super().__init__(weight)
 
     def compute(self, routing, sequence_length=None):
+        check_routing(routing)
         if sequence_length is None:
             sequence_length = at_least(1, keras_ops.shape(routing.mask)[0])
         return ops.sequence_load_balance(routing, sequence_length)
@@ -117,6 +118,12 @@ class GlobalLoadBalance(RouterLoss):
         self._counts = None
 
     def build(self, layer):
+        if not hasattr(layer, "experts"):
+            raise TypeError(
+                "`layer` must be a `layers.MixtureOfExperts`, which keeps the counts. Received: an "
+                f"object of type {type(layer).__name__}. Pass the loss to a layer as one of its "
+                "`router_losses`, which builds it."
+            )
         return type(self).from_config(self.get_config())._remembering_in(layer)
 
     def _remembering_in(self, layer):

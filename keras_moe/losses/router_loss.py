@@ -40,6 +40,7 @@ class RouterLoss(Configured):
 
     def balance_advice(self, weight):
         """What to try where the load is uneven in spite of the loss, which has this weight now."""
+        weight = check_not_negative("weight", weight)
         return (
             f"The load is balanced by {type(self).__name__}({weight:g}): give it ten times the "
             "weight."

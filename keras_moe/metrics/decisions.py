@@ -2,7 +2,8 @@
 
 from keras import ops
 
-from keras_moe._internal.validation import check_routing, fits
+from keras_moe._internal.shape_checks import check_fields
+from keras_moe._internal.validation import fits
 from keras_moe.ops.balance import masked_mean, router_entropy
 from keras_moe.ops.routing import take_scores
 
@@ -16,7 +17,7 @@ def router_confidence(routing):
     Returns:
         Scalar, float32; 0 where every token is padding.
     """
-    check_routing(routing)
+    check_fields(routing, "probs", "mask")
     # Not `ops.max`, which fails where there are no tokens.
     best = ops.expand_dims(ops.argmax(routing.probs, axis=-1), 1)
     return masked_mean(take_scores(routing.probs, best)[:, 0], routing.mask)
@@ -34,7 +35,7 @@ def unserved_fraction(routing, plan):
     Returns:
         Scalar, float32; 0 where every token is padding.
     """
-    check_routing(routing)
+    check_fields(routing, "mask")
     if not hasattr(plan, "served"):
         raise TypeError(
             "`plan` must be a plan. Received: an object of type "
@@ -57,8 +58,8 @@ def router_saturation(before, after):
 
     Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.1.
     """
-    check_routing(before)
-    check_routing(after)
+    check_fields(before, "indices", "counts")
+    check_fields(after, "indices", "mask", "counts")
     if not fits(before.indices.shape[:1], after.indices.shape[:1]):
         raise ValueError(
             "Both routings must be of the same tokens. Received: "

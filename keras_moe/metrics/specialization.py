@@ -2,11 +2,11 @@
 
 from keras import ops
 
+from keras_moe._internal.shape_checks import check_fields
 from keras_moe._internal.validation import (
     check_counts,
     check_is_integer,
     check_positive_integer,
-    check_routing,
     fits,
     host_values,
 )
@@ -29,7 +29,7 @@ def count_table(routing, groups, num_groups):
     Raises:
         ValueError, TypeError: If the groups are no integers in range, one for each token.
     """
-    check_routing(routing)
+    check_fields(routing, "indices", "mask", "counts")
     check_positive_integer("num_groups", num_groups)
     on_host = host_values(groups)
     check_is_integer("groups", groups if on_host is None else on_host)
@@ -89,7 +89,7 @@ def coactivation(routing):
 
     Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.2.
     """
-    check_routing(routing)
+    check_fields(routing, "indices", "mask", "counts")
     chosen = chosen_experts(routing.indices, routing.counts.shape[0])
     chosen = ops.cast(ops.logical_and(chosen, ops.expand_dims(routing.mask, 1)), "float32")
     together = ops.matmul(ops.transpose(chosen), chosen)

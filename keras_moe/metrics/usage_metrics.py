@@ -7,7 +7,8 @@ import keras
 from keras import ops
 
 from keras_moe._internal.serialization import register
-from keras_moe._internal.validation import check_positive_integer, check_routing
+from keras_moe._internal.shape_checks import check_fields
+from keras_moe._internal.validation import check_is_float, check_positive_integer
 from keras_moe.metrics.usage import (
     dead_experts,
     dropped_fraction,
@@ -47,7 +48,8 @@ class _UsageMetric(keras.metrics.Metric):
                 "Usage metrics count assignments and take no weight. "
                 "Received: sample_weight. Mask tokens out at the router."
             )
-        check_routing(routing)
+        check_fields(routing, "counts")
+        check_is_float("routing.dropped", routing.dropped)
         if routing.counts.shape[0] != self.num_experts:
             raise ValueError(
                 "The routing must have as many experts as the metric. Received: "

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_moe import backend
+from keras_moe._internal.shape_checks import check_groups, check_shapes
+from keras_moe._internal.validation import check_positive_integer
 from keras_moe.ops.groups import ChosenGroups, Groups
 from keras_moe.ops.sizes import at_least
 from keras_moe.ops.sorting import queue_sizes, sort_by_expert
@@ -34,6 +36,8 @@ class Assignments(NamedTuple):
     @classmethod
     def of(cls, experts, num_experts):
         """Those to the first `num_experts` experts; any other number (T, K) stands for none."""
+        check_shapes({"experts": (experts, "TK", "int")})
+        check_positive_integer("num_experts", num_experts)
         served = ops.logical_and(experts >= 0, experts < num_experts)
         experts = ops.where(served, experts, -1)
         queue = ops.reshape(ops.where(served, experts, num_experts), (-1,))
@@ -76,6 +80,7 @@ class Assignments(NamedTuple):
 
     def sort(self):
         """The `Groups` of rows sorted by expert: inside one in the order of the assignments."""
+        check_groups(self)
         num_tokens, top_k = ops.shape(self.experts)
         expert_of_assignment = self.choice_major()
         order, rank = sort_by_expert(expert_of_assignment, self.num_experts + 1)
@@ -132,6 +137,7 @@ class Choices(NamedTuple):
 
     def sort(self):
         """The `ChosenGroups` of rows sorted by expert, of choices in the order of (B, E, C)."""
+        check_groups(self)
         num_experts = self.num_experts
         expert = ops.expand_dims(ops.arange(num_experts, dtype="int32"), 1)
         expert = ops.reshape(ops.where(self.is_valid, expert, num_experts), (-1,))

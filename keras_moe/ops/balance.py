@@ -2,12 +2,13 @@
 
 from keras import ops
 
+from keras_moe._internal.shape_checks import check_fields
 from keras_moe._internal.validation import (
     check_divides,
+    check_is_float,
+    check_is_number,
     check_mask,
-    check_routing,
     check_size,
-    check_tensor,
     fits,
 )
 from keras_moe.ops.selection import chosen_experts
@@ -27,7 +28,7 @@ def load_balance(routing):
     Returns:
         Scalar, float32; 0 where every token is padding.
     """
-    check_routing(routing)
+    check_fields(routing, "probs", "mask", "counts")
     return agreement(routing.counts, masked_mean(routing.probs, routing.mask))
 
 
@@ -44,7 +45,7 @@ def sequence_load_balance(routing, sequence_length):
     Returns:
         Scalar, float32; 0 where every token is padding.
     """
-    check_routing(routing)
+    check_fields(routing, "indices", "probs", "mask", "counts")
     check_size("sequence_length", sequence_length)
     check_divides("sequence_length", sequence_length, routing.mask.shape[0])
     num_experts = routing.probs.shape[-1]
@@ -69,9 +70,9 @@ def agreement(counts, mean_probs):
     Returns:
         (...) float32.
     """
-    check_tensor("counts", counts)
-    check_tensor("mean_probs", mean_probs)
-    if not fits(counts.shape, mean_probs.shape):
+    check_is_number("counts", counts)
+    check_is_float("mean_probs", mean_probs)
+    if not fits(counts.shape, mean_probs.shape) or not len(counts.shape):
         raise ValueError(
             "`counts` and `mean_probs` must have the same shape (..., E). Received: "
             f"counts.shape={tuple(counts.shape)}, mean_probs.shape={tuple(mean_probs.shape)}. "
@@ -93,7 +94,7 @@ def router_z(routing):
     Returns:
         Scalar, float32; 0 where every token is padding.
     """
-    check_routing(routing)
+    check_fields(routing, "logits", "mask")
     return masked_mean(ops.square(ops.logsumexp(routing.logits, axis=-1)), routing.mask)
 
 
@@ -106,7 +107,7 @@ def router_entropy(routing):
     Returns:
         Scalar, float32; 0 where every token is padding.
     """
-    check_routing(routing)
+    check_fields(routing, "probs", "mask")
     probs = routing.probs
     # The logarithm of what is above zero only: the slope of p log p at 0 is infinite.
     logs = ops.log(ops.where(probs > 0, probs, 1.0))
@@ -125,7 +126,7 @@ def squared_importance_variation(routing):
     Returns:
         Scalar, float32; 0 where every token is padding.
     """
-    check_routing(routing)
+    check_fields(routing, "probs", "mask")
     return squared_variation(masked_mean(routing.probs, routing.mask))
 
 
@@ -141,7 +142,7 @@ def squared_load_variation(routing):
     Returns:
         Scalar, float32; 0 where every token is padding.
     """
-    check_routing(routing)
+    check_fields(routing, "load")
     return squared_variation(routing.load)
 
 
@@ -155,7 +156,12 @@ def squared_variation(values):
 
 def masked_mean(values, mask):
     """Mean over the real tokens of `values` (T, ...); 0 where there are none."""
-    check_tensor("values", values)
+    check_is_number("values", values)
+    if not len(values.shape):
+        raise ValueError(
+            "`values` must have the shape (T, ...). Received: values.shape=(). Pass one value for "
+            "each token."
+        )
     check_mask(mask, (*values.shape[:1], None))
     real = ops.reshape(ops.cast(mask, "bool"), (-1,) + (1,) * (len(values.shape) - 1))
     total = ops.sum(ops.where(real, values, 0.0), axis=0)

@@ -6,7 +6,8 @@ Axes: T tokens, E experts, C tokens an expert picks from each sequence, S tokens
 from keras import ops
 
 from keras_moe import backend
-from keras_moe._internal.validation import check_divides, check_rank, check_routing
+from keras_moe._internal.shape_checks import check_details, check_fields
+from keras_moe._internal.validation import check_divides
 from keras_moe.ops.assignments import Choices, tokens_at
 from keras_moe.ops.plans import GroupedPlan, expert_capacity
 from keras_moe.ops.routing import clean_logits, make_routing
@@ -34,7 +35,6 @@ def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=No
         and for `plan_expert_choice` in `details`, both (B, E, C), the place in its sequence of each
         token that is chosen, and whether the choice counts.
     """
-    check_rank("logits", logits, ("T", "E"))
     logits, mask = clean_logits(logits, mask)
     num_tokens, num_experts = ops.shape(logits)
     check_divides("sequence_length", sequence_length, num_tokens)
@@ -71,7 +71,8 @@ def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=No
 
 def plan_expert_choice(routing):
     """The plan of `expert_choice_routing`: as many rows as there are choices."""
-    check_routing(routing, "expert_choice_routing")
+    check_details(routing, "expert_choice_routing")
+    check_fields(routing, "weights", "mask")
     place, is_valid = routing.details
     choices = Choices(place, is_valid, routing.mask)
     num_experts = choices.num_experts

@@ -2,12 +2,15 @@
 
 from typing import NamedTuple
 
+import keras
+
 from keras_moe import backend
-from keras_moe._internal.shape_checks import check_shapes, known, num_experts_of, num_tokens_of
+from keras_moe._internal.shape_checks import check_groups
 from keras_moe._internal.validation import check_not_negative, check_positive_number
 from keras_moe.ops.assignments import Assignments, Choices
 from keras_moe.ops.grouped import feed_forward_step, low_rank_step, run_grouped
 from keras_moe.ops.grouped.records import QUANTIZED
+from keras_moe.ops.groups import check_row_numbers
 from keras_moe.ops.platforms import named_platform
 from keras_moe.ops.sharded import Exchange, run_sharded
 
@@ -69,7 +72,7 @@ def grouped_feed_forward(
             is a `clip` without a gate.
         TypeError: If something is no tensor, no function, or no groups.
     """
-    _check(groups, activation, up_kernels, biases, clip, up_shift, low_rank)
+    _check(activation, up_kernels, biases, expert_axis, clip, up_shift, low_rank)
     _check_shapes(tokens, weights, groups, up_kernels, down_kernel, biases)
     kernels = [*up_kernels, down_kernel]
     widths = tuple(kernel.shape[-1] for kernel in kernels)
@@ -91,16 +94,16 @@ def grouped_feed_forward(
     return run_grouped(step, tokens, weights, trained, biases, groups, frozen)
 
 
-def _check(groups, activation, up_kernels, biases, clip, up_shift, low_rank):
-    if not hasattr(groups, "sizes"):
+def _check(activation, up_kernels, biases, expert_axis, clip, up_shift, low_rank):
+    if not callable(activation) or isinstance(activation, keras.Layer):
         raise TypeError(
-            "`groups` must be `ops.Groups` or another kind of groups. Received: an object of type "
-            f"{type(groups).__name__}. Pass `plan.groups` of an `ops.GroupedPlan`."
-        )
-    if not callable(activation):
-        raise TypeError(
-            "`activation` must be a function of one tensor. Received: "
+            "`activation` must be a function of one tensor, without weights. Received: "
             f"activation={activation!r}. Pass, for example, `keras.ops.gelu`."
+        )
+    if not isinstance(expert_axis, (str, type(None))):
+        raise TypeError(
+            "`expert_axis` must be the name of a mesh axis. Received: "
+            f"expert_axis={expert_axis!r}. Leave it out where no mesh splits the kernels."
         )
     if low_rank is not None and not isinstance(low_rank, LowRank):
         raise TypeError(
@@ -115,11 +118,16 @@ def _check(groups, activation, up_kernels, biases, clip, up_shift, low_rank):
     check_not_negative("up_shift", up_shift)
     if clip is not None:
         check_positive_number("clip", clip, example=7.0)
-        if len(up_kernels) == 1:
-            raise ValueError(
-                "`clip` must have a gate to limit. Received: "
-                f"clip={clip} and one up kernel, which has no gate. Leave it out."
-            )
+    if len(up_kernels) == 1 and (clip is not None or up_shift):
+        raise ValueError(
+            "`clip` and `up_shift` must have a gate. Received: "
+            f"clip={clip}, up_shift={up_shift} and one up kernel, which has none. Leave them out."
+        )
+    if not isinstance(biases, (list, tuple)):
+        raise TypeError(
+            "`biases` must be a list of tensors, which may be empty. Received: an object of type "
+            f"{type(biases).__name__}. Put them into a list."
+        )
     if biases and len(biases) != len(up_kernels) + 1:
         raise ValueError(
             "There must be a bias for each kernel, or none. Received: "
@@ -129,16 +137,16 @@ def _check(groups, activation, up_kernels, biases, clip, up_shift, low_rank):
 
 
 def _check_shapes(tokens, weights, groups, up_kernels, down_kernel, biases):
-    kernels = [*up_kernels, down_kernel]
     # O are the features of the outputs.
     axes = ["EDH"] * len(up_kernels) + ["EHO"]
-    tensors = {"tokens": (tokens, "TD")}
-    tensors |= {f"kernel {n}": pair for n, pair in enumerate(zip(kernels, axes))}
-    tensors |= {f"bias {n}": (bias, axes[n][::2]) for n, bias in enumerate(biases)}
-    if hasattr(groups, "rows_of_token"):
-        tensors["groups.rows_of_token"] = (groups.rows_of_token, "TK")
-        tensors["weights"] = (weights, "TK")
-    check_shapes(tensors, **known(T=num_tokens_of(groups), E=num_experts_of(groups)))
+    tensors = {"tokens": (tokens, "TD", "float")}
+    for number, (kernel, letters) in enumerate(zip((*up_kernels, down_kernel), axes)):
+        kind = "int" if isinstance(kernel, QUANTIZED) else "float"
+        tensors[f"kernel {number}"] = (kernel, letters, kind)
+    for number, bias in enumerate(biases):
+        tensors[f"bias {number}"] = (bias, axes[number][::2], "float")
+    check_groups(groups, weights, **tensors)
+    check_row_numbers(groups)
 
 
 def _number_of(kernels):

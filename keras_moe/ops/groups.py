@@ -134,6 +134,19 @@ class ChosenGroups(NamedTuple):
         return ops.cast(totals, rows.dtype)
 
 
+def check_row_numbers(groups):
+    """A row for each place of a token, where shapes are known and tokens choose."""
+    rows = getattr(groups, "assignment_of_row", None)
+    if rows is None or not backend.knows_shapes():
+        return
+    sizes = (rows.shape[0], *groups.rows_of_token.shape)
+    if all(isinstance(size, int) for size in sizes) and sizes[0] != sizes[1] * sizes[2]:
+        raise ValueError(
+            "`groups` must have a row for each of the K places of the T tokens. Received: "
+            f"{sizes[0]} rows, T={sizes[1]}, K={sizes[2]}. Take all fields from one plan."
+        )
+
+
 def dispatch_rows(tokens, groups):
     """The rows of all groups, (R, D), from tokens (T, D); the gradient is `sum_rows`."""
 

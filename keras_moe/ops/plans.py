@@ -11,24 +11,23 @@ from keras import ops
 from keras_moe import backend
 from keras_moe._internal.shape_checks import (
     check_fields,
+    check_groups,
     check_is_bank,
     check_shapes,
     known,
     num_experts_of,
-    num_tokens_of,
 )
 from keras_moe._internal.validation import (
     check_divides,
     check_is_integer,
     check_positive_integer,
     check_positive_number,
-    check_rank,
-    check_routing,
     check_size,
+    check_top_k,
     is_whole,
 )
 from keras_moe.ops.assignments import Assignments, Choices
-from keras_moe.ops.groups import combine_rows, dispatch_rows
+from keras_moe.ops.groups import check_row_numbers, combine_rows, dispatch_rows
 from keras_moe.ops.selection import existing
 from keras_moe.ops.sharded import admit_by_shard, splits_evenly
 from keras_moe.ops.sizes import at_least
@@ -56,13 +55,14 @@ class GroupedPlan(NamedTuple):
 
     def dispatch(self, tokens):
         """Rows grouped by expert, (N, D), from tokens (T, D)."""
-        check_shapes({"tokens": (tokens, "TD")}, **known(T=num_tokens_of(self.groups)))
+        check_groups(self.groups, tokens=(tokens, "TD", "float"))
+        check_row_numbers(self.groups)
         return dispatch_rows(ops.convert_to_tensor(tokens), self.groups)
 
     def combine(self, rows):
         """Tokens (T, D), each the weighted float32 sum of its rows; zero without any."""
-        # Not how many there are: a strict `torch.export` does not know that yet.
-        check_rank("rows", rows, ("N", "D"))
+        check_groups(self.groups, self.weights, rows=(rows, "ND", "float"))
+        _check_enough(rows, self.groups)
         return combine_rows(ops.convert_to_tensor(rows), self.weights, self.groups)
 
     def run(self, experts, tokens):
@@ -76,10 +76,20 @@ class GroupedPlan(NamedTuple):
 
     def dropped_fraction(self, counts):
         """Share of the assignments (E,) that have no row, a float32 scalar; 0 without any."""
-        check_shapes({"counts": (counts, "E")}, **known(E=num_experts_of(self.groups)))
+        check_shapes({"counts": (counts, "E", "number")}, **known(E=num_experts_of(self.groups)))
         assigned = ops.cast(ops.sum(counts), "float32")
         served = ops.cast(ops.sum(self.groups.sizes), "float32")
         return (assigned - served) / ops.maximum(assigned, 1.0)
+
+
+def _check_enough(rows, groups):
+    """A row for each assignment. A program that is traced may not know how many there are."""
+    given, needed = rows.shape[0], groups.num_rows()
+    if backend.knows_shapes() and is_whole(given) and is_whole(needed) and given < needed:
+        raise ValueError(
+            "`rows` must have a row for each assignment. Received: "
+            f"rows.shape={tuple(rows.shape)} for {needed} assignments. Pass all rows of `dispatch`."
+        )
 
 
 def plan_groups(routing, capacity=None, first=None, sequence_length=None):
@@ -103,16 +113,13 @@ def plan_groups(routing, capacity=None, first=None, sequence_length=None):
     Raises:
         ValueError, TypeError: If a size is not positive or the indices are no integers.
     """
-    check_routing(routing)
+    check_fields(routing, "indices", "weights", "mask", "counts")
     if capacity is not None:
         check_size("capacity", capacity)
     if sequence_length is not None:
-        check_size("sequence_length", sequence_length)
         check_divides("sequence_length", sequence_length, routing.mask.shape[0])
-    check_is_integer("routing.indices", routing.indices)
-    check_fields(routing, "indices", "weights", "mask", "counts")
     if first is not None:
-        check_shapes({"routing.mask": (routing.mask, "T"), "first": (first, "T")})
+        check_shapes({"routing.mask": (routing.mask, "T"), "first": (first, "T", "number")})
     # Whatever a router of the user's own returns, nothing is read or written out of range.
     indices = existing(routing.indices, routing.counts.shape[0], routing.mask)
     assignments = Assignments(indices, routing.counts)
@@ -179,7 +186,7 @@ def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
             f"num_tokens={num_tokens!r}. Pass how many tokens there are."
         )
     check_positive_integer("num_experts", num_experts)
-    check_positive_integer("top_k", top_k)
+    check_top_k(top_k, num_experts)
     capacity_factor = check_positive_number("capacity_factor", capacity_factor)
     # In integers, which round the same way everywhere: in float32 a compiled quotient may end just
     # above a whole number, which gives one slot too many.

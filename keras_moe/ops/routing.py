@@ -7,15 +7,13 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_moe._internal.shape_checks import check_fields, check_selected
+from keras_moe._internal.shape_checks import check_fields, check_scores, check_selected
 from keras_moe._internal.validation import (
     check_choice,
     check_experts,
     check_flag,
-    check_is_float,
     check_mask,
     check_positive_number,
-    check_rank,
     check_top_k,
 )
 from keras_moe.ops.scores import SCORES, distribution
@@ -59,6 +57,11 @@ def make_routing(indices, weights, probs, logits, mask, counts=None, load=None, 
     """
     check_experts("indices", indices, getattr(logits, "shape", (None,))[-1])
     check_fields(Routing(indices, weights, probs, logits, mask, counts, None, load))
+    if not isinstance(details, tuple):
+        raise TypeError(
+            "`details` must be a tuple of tensors. Received: an object of type "
+            f"{type(details).__name__}. Pass `(tensor,)`, or leave it out."
+        )
     weights = ops.where(ops.expand_dims(mask, 1), weights, 0.0)
     if counts is None:
         counts = count_assignments(indices, mask, logits.shape[-1])
@@ -74,7 +77,7 @@ def clean_logits(logits, mask=None):
     Padding may hold anything: a NaN there must not reach a gradient, so it is replaced before any
     score is computed, not masked afterwards.
     """
-    check_rank("logits", logits, ("T", "E"))
+    check_scores("logits", logits)
     logits = ops.cast(logits, "float32")
     if mask is None:
         return logits, ops.ones(ops.shape(logits)[:1], "bool")
@@ -109,8 +112,7 @@ def top_k_routing(
     Raises:
         ValueError: If there is no such score, or `top_k` is not from 1 to E.
     """
-    check_is_float("logits", logits)
-    check_rank("logits", logits, ("T", "E"))
+    check_scores("logits", logits)
     check_choice("score", score, SCORES)
     check_positive_number("scale", scale)
     check_top_k(top_k, logits.shape[-1])

@@ -4,11 +4,10 @@ import numpy as np
 from keras import ops
 
 from keras_moe import backend
-from keras_moe._internal.shape_checks import check_shapes
+from keras_moe._internal.shape_checks import check_scores, check_shapes
 from keras_moe._internal.validation import (
     check_experts,
     check_positive_integer,
-    check_rank,
     check_top_k,
 )
 
@@ -31,7 +30,7 @@ def top_k_indices(scores, top_k):
     """
     # K rounds of argmax agree on ties and NaN on every backend, where top_k does not, and for a
     # few experts per token they are as fast.
-    check_rank("scores", scores, ("T", "E"))
+    check_scores("scores", scores)
     num_tokens, num_experts = scores.shape
     check_top_k(top_k, num_experts)
     if num_tokens == 0:  # Keras cannot take the maximum of an empty axis.
@@ -81,7 +80,7 @@ def group_limited_scores(scores, num_groups, top_groups):
     Returns:
         (T, E) float32.
     """
-    check_rank("scores", scores, ("T", "E"))
+    check_scores("scores", scores)
     check_positive_integer("num_groups", num_groups)
     check_positive_integer("top_groups", top_groups)
     if scores.shape[-1] % num_groups or top_groups > num_groups:
@@ -118,7 +117,7 @@ def take_scores(scores, indices):
 
     A sum over one-hot rows: its gradient is a product, where that of a gather is a scatter.
     """
-    check_shapes({"scores": (scores, "TE"), "indices": (indices, "TK")})
+    check_shapes({"scores": (scores, "TE", "float"), "indices": (indices, "TK", "int")})
     check_experts("indices", indices, scores.shape[-1])
     chosen = ops.expand_dims(indices, -1) == ops.arange(scores.shape[-1], dtype="int32")
     return ops.sum(ops.where(chosen, ops.expand_dims(scores, 1), 0.0), axis=-1)

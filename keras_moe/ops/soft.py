@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_moe import backend
-from keras_moe._internal.shape_checks import check_is_bank, check_shapes, known
+from keras_moe._internal.shape_checks import check_details, check_is_bank, check_shapes, known
 from keras_moe._internal.validation import (
     check_divides,
     check_positive_integer,
-    check_rank,
-    check_routing,
+    is_whole,
 )
 from keras_moe.ops.assignments import Assignments
 from keras_moe.ops.groups import Groups
@@ -41,7 +40,6 @@ def soft_routing(logits, num_experts, mask=None, sequence_length=None):
         expert's share as weight; the logit of an expert is the logsumexp of those of its slots.
         `details` holds the weights for `plan_soft`: to slots and back, both (B, S, M).
     """
-    check_rank("logits", logits, ("T", "E * P"))
     check_positive_integer("num_experts", num_experts)
     logits, mask = clean_logits(logits, mask)
     num_tokens, num_slots = ops.shape(logits)[0], logits.shape[1]
@@ -87,8 +85,16 @@ class SoftPlan(NamedTuple):
     def run(self, experts, tokens):
         """What a bank of experts makes of tokens (T, D), by way of the slots."""
         check_is_bank(experts)
-        batch, run, _ = self.back.shape
-        check_shapes({"tokens": (tokens, "TD")}, **known(T=batch and run and batch * run))
+        of_slots = {"to_slots": self.to_slots, "back": self.back}
+        check_shapes({name: (each, "BSM", "float") for name, each in of_slots.items()})
+        batch, run, num_slots = self.back.shape
+        check_shapes({"tokens": (tokens, "TD", "float")}, **known(T=batch and run and batch * run))
+        if is_whole(num_slots) and num_slots % experts.num_experts:
+            raise ValueError(
+                "A plan must have as many slots for each expert of the bank that follows it. "
+                f"Received: {num_slots} slots, and a bank with num_experts={experts.num_experts}. "
+                "Give router and bank the same number of experts."
+            )
         num_experts = experts.num_experts
         sequences, length, num_slots = ops.shape(self.back)
         features = tokens.shape[-1]
@@ -114,12 +120,13 @@ class SoftPlan(NamedTuple):
 
     def dropped_fraction(self, counts):
         """0, a float32 scalar: every token is a part of every slot."""
+        check_shapes({"counts": (counts, "E", "number")})
         return ops.zeros((), "float32")
 
 
 def plan_soft(routing):
     """The plan of `soft_routing`."""
-    check_routing(routing, "soft_routing")
+    check_details(routing, "soft_routing")
     return SoftPlan(*routing.details)
 
 

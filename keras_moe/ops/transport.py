@@ -2,7 +2,8 @@
 
 from keras import ops
 
-from keras_moe._internal.validation import check_mask, check_positive_integer, check_rank
+from keras_moe._internal.shape_checks import check_scores
+from keras_moe._internal.validation import check_mask, check_positive_integer
 from keras_moe.ops.selection import take_scores, top_k_indices
 from keras_moe.ops.sorting import place_in_queue, put
 
@@ -23,7 +24,7 @@ def sinkhorn_plan(logits, mask, iterations):
     Returns:
         (T, E) float32 logarithm of the plan; minus infinity for padding.
     """
-    check_rank("logits", logits, ("T", "E"))
+    check_scores("logits", logits)
     check_mask(mask, logits.shape)
     check_positive_integer("iterations", iterations)
     num_experts = logits.shape[-1]
@@ -59,7 +60,7 @@ def balanced_assignment(scores, mask):
     Returns:
         (T,) int32; padding is given expert 0.
     """
-    check_rank("scores", scores, ("T", "E"))
+    check_scores("scores", scores)
     check_mask(mask, scores.shape)
     num_tokens, num_experts = ops.shape(scores)[0], scores.shape[-1]
     scores = ops.where(ops.isfinite(scores), scores, -3e38)

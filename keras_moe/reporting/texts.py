@@ -24,6 +24,11 @@ def token_texts(tokens, arrays, positions, num_documents):
     if tokens is None:
         documents, length = _from_data(arrays, positions, num_documents)
     else:
+        if getattr(getattr(tokens, "dtype", None), "kind", "U") not in "biuSUO":
+            raise ValueError(
+                "`tokens` must be texts, or integers as texts. Received: an array of "
+                f"{tokens.dtype}. Pass for each document a list of strings."
+            )
         for text in tokens:
             if not hasattr(text, "__iter__"):
                 raise ValueError(

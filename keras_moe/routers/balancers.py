@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_moe import backend
 from keras_moe._internal.serialization import Configured, register, resolve
+from keras_moe._internal.shape_checks import check_fields, check_shapes
 from keras_moe._internal.validation import (
     check_fraction,
     check_positive_integer,
@@ -80,9 +81,11 @@ class LossFreeBias(SelectionBalancer):
         self.rate = rate
 
     def measure(self, routing, scores, bias):
+        _check_measured(routing, scores, bias)
         return ops.cast(routing.counts, "float32")
 
     def update(self, bias, measured):
+        check_shapes({"bias": (bias, "E", "float"), "measured": (measured, "E", "float")})
         bias = bias + self.rate * ops.sign(ops.mean(measured) - measured)
         return bias - ops.mean(bias)
 
@@ -124,6 +127,7 @@ class QuantileBias(SelectionBalancer):
         self.momentum = momentum
 
     def measure(self, routing, scores, bias):
+        _check_measured(routing, scores, bias)
         num_experts, top_k = scores.shape[-1], routing.indices.shape[-1]
         if top_k == num_experts:
             return ops.zeros((num_experts,), "float32")
@@ -140,6 +144,7 @@ class QuantileBias(SelectionBalancer):
         return ops.where(ops.isfinite(quantile), -quantile, bias)
 
     def update(self, bias, measured):
+        check_shapes({"bias": (bias, "E", "float"), "measured": (measured, "E", "float")})
         bias = self.momentum * bias + (1 - self.momentum) * measured
         return bias - ops.mean(bias)
 
@@ -149,6 +154,19 @@ class QuantileBias(SelectionBalancer):
 
     def get_config(self):
         return {**super().get_config(), "momentum": self.momentum}
+
+
+def _check_measured(routing, scores, bias):
+    """What the balancers here are called with; those of users check what they use."""
+    check_fields(routing, "indices", "mask", "counts")
+    check_shapes(
+        {
+            "routing.counts": (routing.counts, "E"),
+            "scores": (scores, "TE", "float"),
+            "routing.mask": (routing.mask, "T"),
+            "bias": (bias, "E", "float"),
+        }
+    )
 
 
 BY_NAME = {"loss_free": LossFreeBias, "quantile": QuantileBias}

@@ -5,15 +5,16 @@ from keras import ops
 
 from keras_moe._internal.serialization import register
 from keras_moe._internal.validation import (
-    check_is_integer,
     check_positive_integer,
     check_seed,
+    check_token_ids,
     check_top_k,
-    fits,
 )
 from keras_moe.ops import make_routing
 from keras_moe.ops.selection import chosen_experts, existing
 from keras_moe.routers.router import Router
+
+_MOST_IDS = 2**31 - 1
 
 
 @register
@@ -56,6 +57,11 @@ class HashRouter(Router):
     def __init__(self, num_experts=None, vocabulary_size=None, top_k=1, seed=0, **kwargs):
         super().__init__(num_experts, **kwargs)
         vocabulary_size = check_positive_integer("vocabulary_size", vocabulary_size)
+        if vocabulary_size > _MOST_IDS:
+            raise ValueError(
+                "`vocabulary_size` must fit into int32, as token ids do. Received: "
+                f"vocabulary_size={vocabulary_size}. Pass at most {_MOST_IDS}."
+            )
         top_k = check_top_k(top_k, num_experts, "HashRouter")
         self.vocabulary_size = vocabulary_size
         self.top_k = top_k
@@ -75,17 +81,13 @@ class HashRouter(Router):
         return ops.convert_to_tensor(np.argsort(draws, axis=1)[:, : shape[1]], dtype)
 
     def compute_output_spec(self, tokens, mask=None, training=None, token_ids=None, **known):
-        _check_token_ids(token_ids)
+        _check_has_ids(token_ids)
+        check_token_ids(token_ids, tokens.shape[0])
         return super().compute_output_spec(tokens, mask, training, **known)
 
     def route(self, tokens, mask, training, token_ids=None):
-        _check_token_ids(token_ids)
+        _check_has_ids(token_ids)
         ids = ops.cast(ops.reshape(token_ids, (-1,)), "int32") % self.vocabulary_size
-        if not fits(ids.shape, tokens.shape[:1]):
-            raise ValueError(
-                "`token_ids` must have an id for each token. Received: "
-                f"{ids.shape[0]} ids for {tokens.shape[0]} tokens. Pass the ids of these tokens."
-            )
         indices = existing(ops.take(self.table, ids, axis=0), self.num_experts)
         return fixed_routing(indices, mask, self.num_experts)
 
@@ -98,13 +100,12 @@ class HashRouter(Router):
         }
 
 
-def _check_token_ids(token_ids):
+def _check_has_ids(token_ids):
     if token_ids is None:
         raise ValueError(
             "`HashRouter` goes by the ids of the tokens. Received: token_ids=None. Pass "
             "`token_ids` where the layer or block around it is called."
         )
-    check_is_integer("token_ids", token_ids)
 
 
 def fixed_routing(indices, mask, num_experts):

@@ -9,6 +9,7 @@ from keras_moe import backend
 from keras_moe._internal.saved_state import load_draws, save_draws
 from keras_moe._internal.shape_checks import check_fields
 from keras_moe._internal.validation import (
+    check_divides,
     check_host_integers,
     check_host_numbers,
     check_is_float,
@@ -16,8 +17,9 @@ from keras_moe._internal.validation import (
     check_mask,
     check_positive_integer,
     check_replayed,
-    check_routing,
     check_tensor,
+    check_token_ids,
+    check_training,
     fits,
     host_values,
 )
@@ -84,6 +86,7 @@ class Router(keras.layers.Layer):
         """
         if self.num_experts is not None:
             return
+        check_positive_integer("num_experts", num_experts)
         args, kwargs = self._arguments
         parameters = list(inspect.signature(type(self).__init__).parameters)
         if parameters[1:2] == ["num_experts"]:
@@ -103,6 +106,7 @@ class Router(keras.layers.Layer):
             )
         # Checked here, because Keras turns arrays into tensors before `call`.
         self.check_arrays(**kwargs)
+        check_training(kwargs.get("training"))
         if args:
             check_tensor("tokens", args[0])
         return super().__call__(*args, **kwargs)
@@ -146,6 +150,9 @@ class Router(keras.layers.Layer):
                 "A router takes tokens (T, D). Received: "
                 f"tokens.shape={tuple(tokens.shape)}. Flatten all leading axes into one."
             )
+        check_divides("sequence_length", sequence_length, tokens.shape[0])
+        if token_ids is not None:
+            check_token_ids(token_ids, tokens.shape[0])
         if mask is not None:
             check_mask(mask, tokens.shape)
             mask = ops.cast(mask, "bool")
@@ -167,7 +174,6 @@ class Router(keras.layers.Layer):
             )
         known = {name: value for name, value in known.items() if name in self._known_arguments}
         routing = self.route(tokens, mask, training, **known)
-        check_routing(routing)
         check_fields(routing, T=tokens.shape[0], E=self.num_experts)
         return routing
 
@@ -218,6 +224,7 @@ class Router(keras.layers.Layer):
         return None
 
     def compute_output_spec(self, tokens, mask=None, training=None, **known):
+        check_tensor("tokens", tokens)
         return routing_spec(tokens.shape[0], self.num_experts, self.max_top_k)
 
     def get_config(self):

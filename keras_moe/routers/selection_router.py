@@ -110,7 +110,7 @@ class SelectionRouter(LogitRouter):
         scores = ops.stop_gradient(SCORES[self.score](routing.logits))
         old_bias = ops.convert_to_tensor(self.selection_bias)
         measured = self.balancer.measure(routing, scores, old_bias)
-        check_shapes({"balancer.measure(...)": (measured, "E")}, E=self.num_experts)
+        check_shapes({"balancer.measure(...)": (measured, "E", "float")}, E=self.num_experts)
         # Replicas and micro-batches of one optimizer step are one batch.
         replicas = backend.num_replicas()
         measured = self._measured + backend.sum_over_replicas(measured)
@@ -118,7 +118,7 @@ class SelectionRouter(LogitRouter):
         is_last = count >= self.balancer.accumulation_steps * replicas
         mean = measured / ops.cast(count, "float32")
         new_bias = self.balancer.update(old_bias, mean)
-        check_shapes({"balancer.update(...)": (new_bias, "E")}, E=self.num_experts)
+        check_shapes({"balancer.update(...)": (new_bias, "E", "float")}, E=self.num_experts)
         self.selection_bias.assign(ops.where(is_last, new_bias, old_bias))
         self._measured.assign(ops.where(is_last, 0.0, measured))
         self._measurements.assign(ops.where(is_last, 0, count))

@@ -69,7 +69,7 @@ class SoftRouter(LogitRouter):
         logits, mask = self.logits(tokens, mask, training)
         return soft_routing(logits, self.num_experts, mask, sequence_length)
 
-    def plan(self, routing, **capacity):
+    def plan(self, routing):
         return plan_soft(routing)
 
     def get_config(self):

@@ -39,6 +39,11 @@ def loss_on(model, data):
     for batch in data:
         model.reset_metrics()
         losses.append(float(model.test_on_batch(*batch, return_dict=True)["loss"]))
+        if not np.isfinite(losses[-1]):
+            raise ValueError(
+                "The loss on the data must be finite before experts go. Received: "
+                f"{losses[-1]}. Look for NaN in inputs, targets, weights and the model."
+            )
         sizes.append(keras.tree.flatten(batch[1])[0].shape[0])
     model.reset_metrics()
     return float(np.average(losses, weights=sizes))
@@ -101,6 +106,7 @@ def _summed(model, data, measure):
 
     def listener(name, layer):
         def add(routing, tokens):
+            _check_finite(name, routing)
             value = ops.convert_to_numpy(measure(layer, routing, tokens))
             totals[name] = totals[name] + value.astype("float64")
 
@@ -110,3 +116,13 @@ def _summed(model, data, measure):
         for batch in data:
             model(inputs_of(batch), training=False)
     return totals
+
+
+def _check_finite(name, routing):
+    """Refuse what would send tokens to any expert: logits that are no numbers."""
+    logits = ops.where(ops.expand_dims(routing.mask, 1), routing.logits, 0.0)
+    if not bool(ops.all(ops.isfinite(logits))):
+        raise ValueError(
+            "Experts must be measured on data for which the router computes numbers. Received: "
+            f"logits of {name!r} that are NaN or infinite. Look for NaN in data and weights."
+        )

@@ -217,7 +217,7 @@ def _layers(model, given, argument):
     if not isinstance(given, dict):
         return layers
     unknown = sorted(set(given) - set(layers))
-    if unknown:
+    if unknown or not given:
         raise ValueError(
             f"`{argument}` must name MoE layers of the model. Received: {unknown}. "
             f"The model has {list(layers)}."

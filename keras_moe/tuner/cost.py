@@ -2,11 +2,17 @@
 
 import math
 import time
+from collections.abc import Mapping
 
 import keras
 import keras_tuner
 
-from keras_moe._internal.validation import check_model, check_name, check_positive_number
+from keras_moe._internal.validation import (
+    check_model,
+    check_name,
+    check_positive_number,
+    check_scalar,
+)
 from keras_moe.inspection import summarize
 
 
@@ -23,6 +29,10 @@ class CostMonitor(keras.callbacks.Callback):
     >>> # search.search(x, y, validation_data=validation, callbacks=[monitor])
     """
 
+    def __init__(self):
+        super().__init__()
+        self._ends = []
+
     def on_epoch_begin(self, epoch, logs=None):
         self._ends = [(-1, time.perf_counter())]
 
@@ -31,6 +41,11 @@ class CostMonitor(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         check_model(self.model)
+        if len(self._ends) < 2:
+            raise ValueError(
+                "An epoch must have a step to be measured. Received: the end of an epoch without "
+                "one. Use the monitor as a callback of `fit`."
+            )
         logs = {} if logs is None else logs
         weights = self.model.trainable_weights
         logs["active_flops"] = float(sum(layer.flops for layer in summarize(self.model)))
@@ -78,6 +93,11 @@ class WithinBudget(keras_tuner.Objective):
         self.loss = loss
 
     def has_value(self, logs):
+        if not isinstance(logs, Mapping):
+            raise TypeError(
+                "`logs` must be a dict of names to numbers. Received: an object of type "
+                f"{type(logs).__name__}. Pass the logs of an epoch."
+            )
         return self.cost in logs and self.loss in logs
 
     def get_value(self, logs):
@@ -87,6 +107,6 @@ class WithinBudget(keras_tuner.Objective):
                 f"The logs must have {self.loss!r} and {self.cost!r}. Received: {sorted(logs)}. "
                 "Give `search` validation data and `callbacks=[tuner.CostMonitor()]`."
             )
-        cost, loss = logs[self.cost], logs[self.loss]
+        cost, loss = (check_scalar(name, logs[name]) for name in (self.cost, self.loss))
         score = (1 + loss / (1 + abs(loss))) / 2
         return score if cost <= self.budget else score + cost / self.budget

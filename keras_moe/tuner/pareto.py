@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import numbers
 from typing import NamedTuple
 
 from keras_moe._internal.validation import shortened
@@ -70,7 +71,7 @@ def _finished(oracle):
 
 def format_table(rows):
     """Text of a `pareto_table`, one line a trial; `*` marks the efficient ones."""
-    if not isinstance(rows, (list, tuple)) or not all(isinstance(r, ParetoRow) for r in rows):
+    if not isinstance(rows, (list, tuple)) or not all(map(_is_row, rows)):
         raise TypeError(
             "`rows` must be a list of `ParetoRow`. Received: "
             f"{shortened(rows)}. Pass what `pareto_table` returned."
@@ -84,6 +85,15 @@ def format_table(rows):
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines
+    )
+
+
+def _is_row(row):
+    return (
+        isinstance(row, ParetoRow)
+        and isinstance(row.trial, str)
+        and isinstance(row.values, dict)
+        and all(isinstance(number, numbers.Real) for number in (row.cost, row.loss))
     )
 
 

@@ -6,7 +6,13 @@ from collections.abc import Mapping
 import keras_tuner
 
 from keras_moe import layers, losses, routers
-from keras_moe._internal.validation import check_choice, check_name, check_positive_integer
+from keras_moe._internal.validation import (
+    check_choice,
+    check_function,
+    check_name,
+    check_not_negative,
+    check_positive_integer,
+)
 
 # Routers whose tokens all have K experts, so that the active size is known before the search.
 TAKE_TOP_K = ("cosine", "deepseek_v3", "noisy_top_k", "sinkhorn", "top_k")
@@ -66,7 +72,7 @@ class SearchSpace:
         self.top_k = _values("top_k", top_k)
         self.routers = _values("routers", routers)
         self.loss_weights = {
-            loss: [float(weight) for weight in _values("loss_weights", weights)]
+            loss: [check_not_negative("loss_weights", w) for w in _values("loss_weights", weights)]
             for loss, weights in loss_weights.items()
         }
         self.capacities = {
@@ -91,6 +97,7 @@ class SearchSpace:
                 "`hp` must be a `keras_tuner.HyperParameters`. Received: an object of type "
                 f"{type(hp).__name__}. Pass what the model-building function is given."
             )
+        check_function("experts", experts, "num_experts", "hidden_dim")
         with hp.name_scope(self.name):
             num_experts = _choose(hp, "num_experts", self.num_experts)
             router = self._sample_router(hp, num_experts)
@@ -122,10 +129,8 @@ class SearchSpace:
             top_k = self.top_k if name in TAKE_TOP_K else (None,)
             for combination in itertools.product(self.num_experts, top_k):
                 self._check_width(_router(name, *combination).max_top_k)
-        for loss, weights in self.loss_weights.items():
+        for loss in self.loss_weights:
             check_choice("loss_weights", loss, sorted(losses.BY_NAME))
-            for weight in weights:
-                losses.BY_NAME[loss](weight)
         for capacity in self.capacities.values():
             layers.Capacity.get(capacity)
 
@@ -144,6 +149,11 @@ def _values(name, values):
         raise ValueError(
             f"`{name}` must be a list or tuple of the values to choose from. Received: "
             f"{name}={values!r}. Pass, for a fixed one, a tuple of one."
+        )
+    if len({repr(value) for value in values}) < len(values):
+        raise ValueError(
+            f"`{name}` must be values that differ. Received: {name}={values!r}. Leave out those "
+            "that come twice."
         )
     return list(values)
 

@@ -175,7 +175,9 @@ def _choose(model, select):
     elif isinstance(select, str):
         wanted = _matching(select, names)
     elif hasattr(select, "__iter__"):
-        wanted = set(select)
+        wanted = {each for each in select if isinstance(each, str)}
+        if len(wanted) < len(list(select)):
+            wanted = set()  # something in it is no name, or twice
     else:
         wanted = set()
     if not wanted or wanted - set(names):
