@@ -71,7 +71,7 @@ def sharding(name):
     return jax.sharding.SingleDeviceSharding(devices(chip.topology, chip.platform, **options)[0])
 
 
-def devices(topology, platform="tpu", **options):
+def devices(topology, platform="tpu", /, **options):
     """The devices of a topology, such as "v5e:4x4", which need not be there."""
     _prepare()
     from jax.experimental import topologies
