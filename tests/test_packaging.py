@@ -47,11 +47,12 @@ def build(kind, source, folder):
 def release(tmp_path_factory):
     """An sdist, and the wheel that is made of it and of nothing else."""
     folder = tmp_path_factory.mktemp("release")
-    source = shutil.copytree(
-        ROOT,
-        folder / "source",
-        ignore=shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist"),
-    )
+    source = folder / "source"
+    without = shutil.ignore_patterns("__pycache__", "results")
+    for name in ("keras_moe", "tests", "benchmarks", "examples", "studies"):
+        shutil.copytree(ROOT / name, source / name, ignore=without)
+    for name in ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.cfg", "tox.ini"):
+        shutil.copy(ROOT / name, source)
     sdist = build("sdist", source, folder)
     with tarfile.open(sdist) as archive:
         archive.extractall(folder / "unpacked")
