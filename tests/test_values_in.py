@@ -230,7 +230,18 @@ REPLAYED = [*BAD_INDICES, DUPLICATED, [[0, 1]], [[0.0, 1.0]] * T, [[0, E]] * T, 
 PATH = "visualization"
 
 # The function, how it is called with a bad value, and bad values.
+def built(layer):
+    layer.build((None, D))
+    return layer
+
+
 FUNCTIONS = {
+    "enable_lora": [
+        (lambda v: built(routers.TopKRouter(E)).enable_lora(v), BAD_SIZES),
+        (lambda v: built(routers.TopKRouter(E)).enable_lora(2, lora_alpha=v), BAD_NUMBERS),
+        (lambda v: built(layers.GatedExperts(E, 3)).enable_lora(v), BAD_SIZES),
+        (lambda v: built(layers.GatedExperts(E, 3)).enable_lora(2, lora_alpha=v), BAD_NUMBERS),
+    ],
     "ops.grouped_matmul": [
         (lambda v: product(sizes=v), [[1, -1, 2, 1], [3, 3, 3, 3], [1.0, 2.0, 3.0, 0.0]]),
         (lambda v: product(sizes=v), [[NAN, 1, 1, 1], [[1, 2, 3, 0]], [True] * E, [1, 2]]),

@@ -25,7 +25,8 @@ def quantized(kernel, mode, block_size=None):
     if mode == "int8":
         return Quantized(*map(np.stack, zip(*map(_to_int8, kernel))))
     parts = zip(*(_to_int4(each, block_size) for each in kernel))
-    return Packed(*map(np.stack, parts), groups_of_rows(kernel.shape[1], block_size))
+    values, scale, zero = map(np.stack, parts)
+    return Packed(values, scale, zero, groups_of_rows(kernel.shape[1], block_size))
 
 
 def groups_of_rows(num_rows, block_size):

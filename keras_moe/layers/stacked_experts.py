@@ -64,7 +64,7 @@ class StackedExperts(ExpertBank, Adaptable):
 
     def _policy(self):
         """The policy in force: of a map, that of the bank's path."""
-        policy: Any = self.dtype_policy  # type: ignore[has-type]
+        policy: Any = self.dtype_policy
         is_map = isinstance(policy, keras.dtype_policies.DTypePolicyMap)
         return policy[self.path] if is_map and self.path else policy
 
@@ -216,8 +216,8 @@ class StackedExperts(ExpertBank, Adaptable):
             kernel = ops.convert_to_numpy(stacked.floats(lambda whole: whole, "float32"))
         if not self.lora_enabled:
             return kernel
-        factors = list(map(self._whole, self._factors_of(name)))
-        return corrected_stack(kernel, *factors, self.lora_scale())
+        a, b = map(self._whole, self._factors_of(name))
+        return corrected_stack(kernel, a, b, self.lora_scale())
 
     def get_config(self):
         return {**super().get_config(), **self.lora_config()}

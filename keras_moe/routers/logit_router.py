@@ -113,9 +113,8 @@ class LogitRouter(Router, Adaptable):
         for index, variable in enumerate(self._saved_variables()):
             value = ops.convert_to_numpy(variable)
             if variable is self.kernel:
-                value = corrected(
-                    value, *map(ops.convert_to_numpy, self._factors()), self.lora_scale()
-                )
+                a, b = map(ops.convert_to_numpy, self._factors())
+                value = corrected(value, a, b, self.lora_scale())
             store[str(index)] = value
         save_draws(self, store)
 
