@@ -642,6 +642,8 @@ METHODS = {
     "a routing for a router": [
         (lambda v: routers.TopKRouter(E, K).plan(v), forged("indices", "weights")),
         (lambda v: routers.SoftRouter(E).plan(v), [routing()]),
+        (lambda v: routers.SoftRouter(E).plan(routing(), capacity=v), [1]),
+        (lambda v: routers.ExpertChoiceRouter(E).plan(routing(), capacity=v), [1]),
         (lambda v: routers.ExpertChoiceRouter(E).plan(v), [routing()]),
     ],
     "groups of a plan": [

@@ -61,7 +61,8 @@ class ExpertChoiceRouter(LogitRouter):
         logits, mask = self.logits(tokens, mask, training)
         return expert_choice_routing(logits, self.capacity_factor, mask, sequence_length)
 
-    def plan(self, routing):
+    def plan(self, routing, **capacity):
+        self.check_no_capacity(capacity)
         return plan_expert_choice(routing)
 
     def get_config(self):

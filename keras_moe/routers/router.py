@@ -206,6 +206,15 @@ class Router(keras.layers.Layer):
         """The rows that move: see `ops.plan_groups` for the arguments of a capacity."""
         return plan_groups(routing, **capacity)
 
+    def check_no_capacity(self, capacity):
+        """Refuse the arguments of a capacity, where tokens do not choose experts."""
+        if capacity:
+            raise ValueError(
+                "A capacity limits how many tokens choose an expert, and must not be given where "
+                f"they do not. Received: {', '.join(capacity)} for a `{type(self).__name__}`. "
+                "Leave it out."
+            )
+
     def save_own_variables(self, store):
         super().save_own_variables(store)
         save_draws(self, store)

@@ -69,7 +69,8 @@ class SoftRouter(LogitRouter):
         logits, mask = self.logits(tokens, mask, training)
         return soft_routing(logits, self.num_experts, mask, sequence_length)
 
-    def plan(self, routing):
+    def plan(self, routing, **capacity):
+        self.check_no_capacity(capacity)
         return plan_soft(routing)
 
     def get_config(self):
