@@ -254,6 +254,21 @@ def test_a_batch_that_does_not_divide_is_padded():
     assert_same(on("2x4", called), on(None, called))
 
 
+@pytest.mark.parametrize("mesh", ["data_parallel", "4x2", "2x4"])
+def test_integers_and_corrections_of_low_rank_are_split_as_kernels_are(mesh):
+    def called():
+        layer = bank_of(layers.GatedExperts)()
+        layer.build((None, D))
+        layer.experts.quantize("int8")
+        layer.experts.enable_lora(2, b_initializer="glorot_uniform")
+        expert_axis = {"4x2": 2, "2x4": 4}.get(keras.distribution.distribution() and mesh, 1)
+        for weight in (layer.experts.up_kernel, layer.experts.up_scale):
+            assert weight.value.addressable_shards[0].data.shape[0] == E // expert_axis
+        return pass_of(lambda: layer, (B, D))()
+
+    assert_same(on(mesh, called), on(None, called))
+
+
 def test_a_layer_may_be_called_outside_of_a_model():
     def called():
         return bank_of(layers.GatedExperts)()(np.ones((3, D), "float32"))

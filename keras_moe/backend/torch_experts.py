@@ -1,5 +1,7 @@
 """Experts spread over the processes of `torch.distributed`: tokens travel, kernels stay."""
 
+from typing import Any
+
 import keras
 import torch
 
@@ -163,7 +165,7 @@ def split_experts(experts, data, process_group):
 
 def _rows_of(process_group):
     """The ranks of the process groups that the processes gave."""
-    given = [None] * torch.distributed.get_world_size()
+    given: list[Any] = [None] * torch.distributed.get_world_size()
     own = tuple(torch.distributed.get_process_group_ranks(process_group))
     torch.distributed.all_gather_object(given, own)
     rows = sorted(set(given))

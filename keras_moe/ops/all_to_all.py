@@ -12,16 +12,15 @@ from keras import ops
 
 from keras_moe import backend
 from keras_moe.ops.assignments import Assignments
-from keras_moe.ops.grouped import run_grouped
 from keras_moe.ops.groups import Groups, collect_rows, dispatch_rows
-from keras_moe.ops.passes import sum_passes
+from keras_moe.ops.passes import run_with, sum_passes
 
 
 def run_by_all_to_all(step, tokens, weights, parameters, experts, shards, axis, lengths):
     """What the experts of all devices make of one device's tokens.
 
     Args:
-        step, tokens, weights, parameters: as for `run_grouped`, the parts of one device.
+        step, tokens, weights, parameters: as for `run_in_passes`, the parts of one device.
         experts: (T, K) int32 numbers of experts among those of all devices; -1 for none.
         shards: the `backend.token_shards()`.
         axis: the mesh axis of the experts.
@@ -30,15 +29,16 @@ def run_by_all_to_all(step, tokens, weights, parameters, experts, shards, axis, 
     Returns:
         (T, `step.output_width`) in the dtype of `tokens`.
     """
-    num_local = parameters.kernels[0].shape[0]
+    num_local = parameters.all_kernels[0].shape[0]
     num_shards = shards.along(axis)
     lengths = lengths.split(num_shards)
     groups = Assignments.of(experts, num_local * num_shards).sort()
 
-    def nth_pass(number, groups):
+    def nth_pass(number, context):
+        groups, frozen = context
         buckets, local_expert = _buckets(groups, num_shards, *lengths.span(number))
 
-        def run(tokens, weights, parameters):
+        def run(tokens, weights, trained):
             received = backend.exchange(dispatch_rows(tokens, buckets), axis)
             expert = backend.exchange(local_expert, axis)
             # Outputs are weighted, and saved for the weights' gradient, on the device that computes
@@ -46,19 +46,19 @@ def run_by_all_to_all(step, tokens, weights, parameters, experts, shards, axis, 
             weight = backend.exchange(buckets.weight_of_row(weights), axis)
             rows = Assignments.of(ops.expand_dims(expert, 1), num_local).sort()
             weights = ops.expand_dims(weight, 1)
-            outputs = run_grouped(
-                step, received, weights, parameters.kernels, parameters.biases, rows
-            )
+            outputs = run_with(step, received, weights, trained._replace(frozen=frozen), rows)
             return collect_rows(backend.exchange(outputs, axis), buckets)
 
         return run
 
-    def num_passes(groups):
+    def num_passes(context):
+        groups, _ = context
         passes = lengths.passes_for(ops.max(_rows_by_shard(groups, num_shards)))
         # If one device needs a pass, all take part in it.
         return backend.max_over_axis(passes, shards.axes)
 
-    return sum_passes(nth_pass, num_passes, (tokens, weights, parameters), groups)
+    inputs = tokens, weights, parameters._replace(frozen=[])
+    return sum_passes(nth_pass, num_passes, inputs, (groups, parameters.frozen))
 
 
 def _rows_by_shard(groups, num_shards):

@@ -9,7 +9,7 @@ from keras_moe._internal.shape_checks import check_groups
 from keras_moe._internal.validation import check_not_negative, check_positive_number
 from keras_moe.ops.assignments import Assignments, Choices
 from keras_moe.ops.grouped import feed_forward_step, low_rank_step, run_grouped
-from keras_moe.ops.grouped.records import QUANTIZED
+from keras_moe.ops.grouped.records import QUANTIZED, Packed, Parameters
 from keras_moe.ops.groups import check_row_numbers
 from keras_moe.ops.platforms import named_platform
 from keras_moe.ops.sharded import Exchange, run_sharded
@@ -83,14 +83,15 @@ def grouped_feed_forward(
         step = low_rank_step(step, len(kernels), low_rank.scale)
         trained = [*low_rank.downs, *low_rank.ups]
     if isinstance(groups, (Assignments, Choices)):
-        if any(isinstance(kernel, QUANTIZED) for kernel in frozen):
+        if any(isinstance(kernel, Packed) for kernel in frozen):
             raise ValueError(
-                "Quantized experts compute on one device. Received: quantized kernels under a "
-                "`keras.distribution`. Quantize without a distribution."
+                "Experts in four bits must compute on one device. Received: their kernels under a "
+                '`keras.distribution`. Quantize to "int8", or without a distribution.'
             )
         shards = backend.token_shards()
         exchange = Exchange(step, shards, expert_axis, named_platform() or shards.platform)
-        return run_sharded(exchange, tokens, weights, [*frozen, *trained], list(biases), groups)
+        parameters = Parameters(trained, list(biases), frozen)
+        return run_sharded(exchange, tokens, weights, parameters, groups)
     return run_grouped(step, tokens, weights, trained, biases, groups, frozen)
 
 

@@ -52,7 +52,7 @@ def sum_passes(nth_pass, num_passes, inputs, context):
         nth_pass: function of a number and the context that returns a function of the inputs.
         num_passes: function of the context, an integer tensor.
         inputs: tuple of structures of tensors that have a gradient.
-        context: structure of integer tensors.
+        context: structure of tensors that have none.
     """
 
     def forward(inputs, context, keep):
@@ -79,7 +79,8 @@ def run_in_passes(step, tokens, weights, parameters, groups, lengths):
     """What `run_grouped` computes, in passes.
 
     Args:
-        step, tokens, weights, parameters: as for `run_grouped`.
+        step, tokens, weights: as for `run_grouped`.
+        parameters: the `Parameters` of the step.
         groups: an `ops.Groups`.
         lengths: the `Lengths` of the passes.
 
@@ -87,18 +88,27 @@ def run_in_passes(step, tokens, weights, parameters, groups, lengths):
         (T, `step.output_width`) in the dtype of `tokens`.
     """
     if lengths.first >= groups.num_rows():
-        return run_grouped(step, tokens, weights, parameters.kernels, parameters.biases, groups)
+        return run_with(step, tokens, weights, parameters, groups)
 
-    def nth_pass(number, groups):
+    def nth_pass(number, context):
+        groups, frozen = context
         part = _part(groups, *lengths.span(number))
-        return lambda tokens, weights, parameters: run_grouped(
-            step, tokens, weights, parameters.kernels, parameters.biases, part
+        return lambda tokens, weights, trained: run_with(
+            step, tokens, weights, trained._replace(frozen=frozen), part
         )
 
-    def num_passes(groups):
+    def num_passes(context):
+        groups, _ = context
         return lengths.passes_for(ops.sum(groups.sizes))
 
-    return sum_passes(nth_pass, num_passes, (tokens, weights, parameters), groups)
+    inputs = tokens, weights, parameters._replace(frozen=[])
+    return sum_passes(nth_pass, num_passes, inputs, (groups, parameters.frozen))
+
+
+def run_with(step, tokens, weights, parameters, groups):
+    """`run_grouped` with `Parameters`."""
+    kernels, biases, frozen = parameters
+    return run_grouped(step, tokens, weights, kernels, biases, groups, frozen)
 
 
 def _part(groups, start, length):

@@ -26,9 +26,7 @@ from keras import ops
 from keras_moe import backend
 from keras_moe.ops.all_to_all import run_by_all_to_all
 from keras_moe.ops.assignments import Assignments
-from keras_moe.ops.grouped import run_grouped
-from keras_moe.ops.grouped.records import Parameters
-from keras_moe.ops.passes import Lengths, run_in_passes
+from keras_moe.ops.passes import Lengths, run_in_passes, run_with
 from keras_moe.ops.platforms import platform
 
 
@@ -87,12 +85,13 @@ class Exchange(NamedTuple):
 
 
 @backend.compile_once
-def run_sharded(exchange, tokens, weights, kernels, biases, assignments):
+def run_sharded(exchange, tokens, weights, parameters, assignments):
     """What `run_grouped` computes, of tokens and kernels that are spread over a mesh.
 
     Args:
         exchange: an `Exchange`.
-        tokens, weights, kernels, biases: as for `run_grouped`; the weights of `Choices` as there.
+        tokens, weights: as for `run_grouped`; the weights of `Choices` as there.
+        parameters: the `Parameters` of the step.
         assignments: `Assignments` or `Choices`, whose first axis is as long as that of the weights.
 
     Returns:
@@ -113,11 +112,11 @@ def run_sharded(exchange, tokens, weights, kernels, biases, assignments):
             tokens, weights, *parts = (
                 backend.gather_shards(each, expert_axis) for each in (tokens, weights, *parts)
             )
-        num_experts = parameters.kernels[0].shape[0]
+        num_experts = parameters.all_kernels[0].shape[0]
         place = 0 if expert_axis is None else backend.place_on_axis(expert_axis)
         groups, weights = kind.sort_part(parts, weights, place * num_experts, num_experts)
         if expert_axis is None:
-            return run_grouped(step, tokens, weights, parameters.kernels, parameters.biases, groups)
+            return run_with(step, tokens, weights, parameters, groups)
         outputs = run_in_passes(step, tokens, weights, parameters, groups, lengths)
         add = backend.sum_and_scatter if tokens_cross else backend.sum_over_axis
         return add(outputs, expert_axis)
@@ -130,7 +129,7 @@ def run_sharded(exchange, tokens, weights, kernels, biases, assignments):
                 _pad(tokens, shards, 0),
                 _pad(weights, shards, 0),
                 tuple(_pad(each, shards, -1) for each in assignments.parts),
-                Parameters(kernels, biases),
+                parameters,
             ),
             (*[shards.axes] * 3, expert_axis),
         )
