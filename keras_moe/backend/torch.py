@@ -153,8 +153,9 @@ def multiply_groups(rows, sizes, experts, kernel, bias=None, transposed=False, s
 
     if not knows_sizes():
         (expert,) = experts
-        product = torch.mm(rows, factor_of(expert))
-        return product if bias is None else product + bias[expert].to(rows.dtype)
+        if bias is None:
+            return torch.mm(rows, factor_of(expert))
+        return torch.addmm(bias[expert].to(rows.dtype), rows, factor_of(expert))
     outputs = rows.new_empty((rows.shape[0], kernel.shape[1 if transposed else 2]))
     for expert, part, output in zip(experts, rows.split(sizes), outputs.split(sizes)):
         if bias is None:
