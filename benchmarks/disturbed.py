@@ -18,7 +18,7 @@ STUDIES = {
     "language_model": ["--experts", "4"],
     "moe_vs_dense": ["--experts", "4", "--tasks", "language_model", "classification"],
     "translation": ["--beams", "2", "--epochs", "4"],
-    "upcycling": ["--experts", "4"],
+    "upcycling": ["--seeds", "0"],
     "pruning": ["--experts", "4", "--draws", "1"],
     "compare_routers": ["--seeds", "1", "--routers", "top_k", "--balancing", "nothing"],
     "hyperparameter_tuning": ["--epochs", "1", "--seeds", "1", "--trials", "3"],
@@ -31,8 +31,8 @@ from datasets import pairs
 print(hashlib.sha256(repr(pairs.load("{{name}}", "data")).encode()).hexdigest())
 """
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
-# What depends on how fast the machine is. A study of equal times trains one model for longer.
-TIMES = {"ms_per_step", "fastest_ms_per_step", "seconds", "pieces_per_second", "dense, continued"}
+# What depends on how fast the machine is.
+TIMES = {"ms_per_step", "fastest_ms_per_step", "seconds", "pieces_per_second"}
 TIMES_PRINTED = re.compile(r"\d+m?s(/(step|epoch))?")
 SECONDS = 600
 

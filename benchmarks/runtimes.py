@@ -1,8 +1,11 @@
-"""Runs an exported program in a process without Keras's layers or ours, for `test_export.py`.
+"""Exported programs in their own runtimes, without Keras's layers or ours.
 
-python run_exported.py FORMAT PROGRAM INPUTS.npz OUTPUTS.npz
+    python benchmarks/runtimes.py FORMAT PROGRAM INPUTS.npz OUTPUTS.npz
+
+Each loader takes the path of a program and returns a function of a NumPy array.
 """
 
+import os
 import sys
 
 import numpy as np
@@ -18,7 +21,10 @@ def saved_model(path):
 def onnx(path):
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path)
+    options = onnxruntime.SessionOptions()
+    # By default there is one for each core of the machine, which wait for each other in a loop.
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    session = onnxruntime.InferenceSession(path, options)
     (argument,) = session.get_inputs()
     return lambda x: session.run(None, {argument.name: x})[0]
 
@@ -55,10 +61,11 @@ def jax(path):
     return lambda x: np.asarray(program.call(x))
 
 
+LOADERS = {"saved_model": saved_model, "onnx": onnx, "litert": litert, "torch": torch, "jax": jax}
+
 if __name__ == "__main__":
     form, program_path, inputs_path, outputs_path = sys.argv[1:]
-    run = {"saved_model": saved_model, "onnx": onnx, "litert": litert, "torch": torch, "jax": jax}
-    function = run[form](program_path)
+    function = LOADERS[form](program_path)
     with np.load(inputs_path) as inputs:
         np.savez(outputs_path, **{name: function(x) for name, x in inputs.items()})
     assert "keras_moe" not in sys.modules

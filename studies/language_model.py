@@ -170,10 +170,10 @@ def equal_time(size, results):
     return size._replace(epochs=max(1, round(size.epochs * sparse / dense)))
 
 
-def fit(model, data, seed, size, options, folder):
+def fit(model, data, seed, size, options, folder, learning_rate=LEARNING_RATE):
     """Train, or go on training, and return the history from the first epoch on."""
     train, validation = data
-    compile_for_training(model, size.steps * size.epochs)
+    compile_for_training(model, size.steps * size.epochs, learning_rate)
     monitors = [callbacks.ExpertMonitor()] if inspection.has_moe_layers(model) else []
     batches = Batches(train, options.batch_size, size.steps, seed)
     return resuming.fit(

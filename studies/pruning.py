@@ -55,8 +55,8 @@ def main(arguments=None):
                 for draw in range(options.draws if measure == "chance" else 1)
             ]
             results[measure].append(float(np.mean(losses)))
-    print_table(results)
-    write_json(options.output / "results.json", results)
+        print_table(results)
+        write_json(options.output / "results.json", results)
     resuming.forget(progress)
     return results
 

@@ -111,6 +111,20 @@ MODELS = {
 }
 
 
+def load_data(options, size):
+    """The number of subwords, and rows of ids to learn from, to validate and to test on."""
+    texts = datasets.load(options.dataset, options.data_dir)
+    parts = [split.texts[: size.documents] for split in texts[:3]]
+    # sentencepiece passes over texts of more than 4192 bytes.
+    beginnings = [text[:1000] for text in parts[0]]
+    subwords = Subwords.train(beginnings, size.subwords, options.output / "cache")
+    train, *others = (rows(subwords.encode(part), size.length) for part in parts)
+    # TFDS shuffles the documents, but not what stands in one.
+    order = np.random.default_rng(0).permutation
+    others = [part[order(len(part))[: size.validation_rows]] for part in others]
+    return len(subwords), train, *others
+
+
 class Settings(typing.NamedTuple):
     """What is chosen for each model by trials."""
 
@@ -131,18 +145,10 @@ class Study(typing.NamedTuple):
     @classmethod
     def prepare(cls, options):
         size = SMOKE if options.smoke else FULL
-        texts = datasets.load(options.dataset, options.data_dir)
-        parts = [split.texts[: size.documents] for split in texts[:3]]
-        # sentencepiece passes over texts of more than 4192 bytes.
-        beginnings = [text[:1000] for text in parts[0]]
-        subwords = Subwords.train(beginnings, size.subwords, options.output / "cache")
-        train, *others = (rows(subwords.encode(part), size.length) for part in parts)
-        print(f"{train[:, 1:].size:,} subwords to learn from, {size.steps * size.epochs} steps")
-        # TFDS shuffles the documents, but not what stands in one.
-        order = np.random.default_rng(0).permutation
-        others = [part[order(len(part))[: size.validation_rows]] for part in others]
+        num_tokens, *parts = load_data(options, size)
+        print(f"{parts[0][:, 1:].size:,} subwords to learn from, {size.steps * size.epochs} steps")
         folder = options.output / "runs" / resuming.digest(size, options.dataset, BATCH_SIZE)
-        return cls(size, len(subwords), train, *others, folder)
+        return cls(size, num_tokens, *parts, folder)
 
     def step_times(self):
         models = {name: functools.partial(self.make, name, Settings()) for name in MODELS}

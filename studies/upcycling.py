@@ -1,136 +1,189 @@
-"""Trains a dense language model, then goes on with it, and with a mixture of experts made from it.
+"""A dense language model trains on, as it is and as mixtures of experts that are made from it.
 
-    python studies/upcycling.py
-    python studies/upcycling.py --seeds 3
-    python studies/upcycling.py --experts 16 --granularity 2
+    KERAS_BACKEND=jax python studies/upcycling.py
+    KERAS_BACKEND=jax python studies/upcycling.py --models dense "32 halves" --seeds 3 4
 
-Both go on from the same weights, on the same data in the same order, with the same learning rates.
-The dense model trains for as many seconds as the mixture, in more steps if they are faster. The
-model and the data are those of the study `language_model.py`.
+All train on from the same weights, on the same data in the same order, with the same learning
+rates. The second half of training reads text that the first has not seen. The model, the data and
+the settings are those of the study `sparsity.py`, in smaller batches. The losses that are reported
+are those of the test split.
 
-Runs on the backend that KERAS_BACKEND names. An interrupted run resumes from the last finished
-epoch when the same command is given again.
+Times are steps times the time of a step, which is measured before training, in turns with the
+other models. Finished runs stay in --output, so that further models and seeds add to them, and an
+interrupted run resumes from the last finished epoch. Runs on the backend that KERAS_BACKEND names.
 """
 
+import argparse
+import functools
+import json
 import pathlib
+import types
+import typing
 
 import clean_exit  # noqa: F401
 import datasets
 import keras
 import language_model
+import numpy as np
 import resuming
-from command_line import check_numbers, parser_of
-from courses import step_times
+import sparsity
+from courses import course, loss_at, step_times
+from decoder_model import build_model
 from output_folder import claim
-from twins import count_parameters, spread
-from whole_files import write_json
+from sparsity import interval
+from twins import count_parameters, dense_feedforward
+from whole_files import whole, write_json
 
 import keras_moe
+from keras_moe import losses
 
-# Short, so that many runs take minutes.
-FULL = language_model.FULL._replace(steps=80, epochs=3)
-DENSE, CONTINUED, UPCYCLED = "dense, first half", "dense, continued", "upcycled"
+# Of each half.
+FULL = sparsity.FULL._replace(steps=150, epochs=4, validation_rows=512)
+SMOKE = sparsity.SMOKE._replace(steps=10)
+BATCH_SIZE = 16
+# What trials of `sparsity.py` found best.
+LEARNING_RATE, BALANCE_WEIGHT = 1e-2, 1e-3
+
+
+def as_it_is(model, seed):
+    return model
+
+
+def upcycled(model, seed, num_experts, **kwargs):
+    router_losses = [losses.LoadBalance(BALANCE_WEIGHT), "router_z"]
+    return keras_moe.upcycle(model, num_experts, router_losses=router_losses, seed=seed, **kwargs)
+
+
+DENSE = "dense"
+# Two of 32 halves cost a token what the dense layer costs, and the router.
+MODELS = {
+    DENSE: as_it_is,
+    "32 halves, half new": functools.partial(
+        upcycled, num_experts=32, granularity=2, reinitialized=0.5
+    ),
+    "32 halves": functools.partial(upcycled, num_experts=32, granularity=2),
+}
 
 
 def main(arguments=None):
     options = parse_options(arguments)
-    check_numbers(options, "experts", "top_k", "granularity", "batch_size", "seeds")
     claim(options.output)
-    size = language_model.SMOKE if options.smoke else FULL
-    subwords, data = language_model.load_data(options, size)
-    print(f"{data[0].size:,} subwords to learn from, {size.steps * size.epochs} steps each half")
-    progress = options.output / "progress" / digest(options, size)
-    cost = cost_of_a_step(data, len(subwords), size, options, progress / "step_times.json")
-    print(f"A step of the mixture takes {cost:.2f} times as long as one of the dense model.")
-    results = {name: [] for name in (DENSE, UPCYCLED, CONTINUED)}
-    for seed in range(options.seeds):
-        keras.utils.set_random_seed(seed)
-        dense = make_dense(len(subwords), size)
-        weights = train(DENSE, dense, data, seed, size, options, progress, results).get_weights()
-
-        model = upcycle(dense, options, seed)
-        # Not the order of the first half again.
-        train(UPCYCLED, model, data, seed + 1000, size, options, progress, results)
-
-        dense = make_dense(len(subwords), size)
-        dense.set_weights(weights)
-        longer = size._replace(steps=max(1, round(size.steps * cost)))
-        train(CONTINUED, dense, data, seed + 1000, longer, options, progress, results)
-    print_table(results)
-    write_json(options.output / "results.json", results)
-    resuming.forget(progress)
+    study = Study.prepare(options)
+    ms_per_step = study.step_times()
+    results: dict = {}
+    for seed in options.seeds:
+        for name in options.models:
+            run = study.run(name, seed, ms_per_step[name])
+            results.setdefault(name, {})[seed] = run
+        write_json(options.output / "results.json", results)
+        print_table(results)
     return results
 
 
 def parse_options(arguments):
-    parser = parser_of(__doc__, "twenty_newsgroups", datasets.HELP, experts=16)
-    parser.add_argument("--top-k", type=int, default=2, help="experts a token goes to")
-    parser.add_argument(
-        "--granularity", type=int, default=2, help="in how many experts a copy is split"
-    )
-    parser.add_argument(
-        "--reinitialized", type=float, default=0.0, help="share of each expert drawn anew"
-    )
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS], metavar="MODEL")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
+    parser.add_argument("--dataset", default="manual_pages", help=datasets.HELP)
+    parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
+    parser.add_argument("--smoke", action="store_true", help="tiny models on a few documents")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("output_upcycling"))
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    # All others are compared with the dense one, which comes first.
+    options.models = [DENSE, *(name for name in options.models if name != DENSE)]
+    return options
 
 
-def digest(options, size):
-    """A name for what decides the course of training."""
-    names = ("dataset", "experts", "top_k", "granularity", "reinitialized", "batch_size", "seeds")
-    return resuming.digest(size, *(getattr(options, name) for name in names))
+class Study(typing.NamedTuple):
+    """The data of both halves of training, and the folder that keeps what was computed."""
 
+    size: language_model.Size
+    num_tokens: int
+    first: np.ndarray
+    second: np.ndarray
+    test: np.ndarray
+    folder: pathlib.Path
 
-def make_dense(num_tokens, size):
-    settings = language_model.parse_options([])
-    return language_model.make_model(language_model.DENSE, num_tokens, settings, size)
+    @classmethod
+    def prepare(cls, options):
+        size = SMOKE if options.smoke else FULL
+        num_tokens, train, _, test = sparsity.load_data(options, size)
+        print(f"{train[:, 1:].size:,} subwords, {size.steps * size.epochs} steps each half")
+        settings = (size, options.dataset, BATCH_SIZE, LEARNING_RATE, BALANCE_WEIGHT)
+        folder = options.output / "runs" / resuming.digest(*settings)
+        return cls(size, num_tokens, train[::2], train[1::2], test, folder)
 
+    def step_times(self):
+        def compiled(upcycle):
+            model = upcycle(self.make(), 0)
+            language_model.compile_for_training(model, 1)
+            return model
 
-def upcycle(model, options, seed):
-    return keras_moe.upcycle(
-        model,
-        options.experts,
-        options.top_k,
-        granularity=options.granularity,
-        reinitialized=options.reinitialized,
-        seed=seed,
-    )
+        models = {name: functools.partial(compiled, upcycle) for name, upcycle in MODELS.items()}
+        rows = self.first[:BATCH_SIZE]
+        return step_times(models, rows[:, :-1], rows[:, 1:], self.folder / "step_times.json")
 
+    def make(self):
+        size = self.size
+        feedforwards = [
+            dense_feedforward(sparsity.TOP_K, size.hidden_dim, size.features)
+            for _ in range(size.blocks)
+        ]
+        return build_model(self.num_tokens, size.length, size.features, feedforwards)
 
-def train(name, model, data, seed, size, options, progress, results):
-    """Train, or go on training, note how it went, and return the model."""
-    print(f"\n{name}, seed {seed % 1000}")
-    folder = progress / f"{name.replace(', ', '-').replace(' ', '-')}-{seed % 1000}"
-    history = language_model.fit(model, data, seed, size, options, folder)
-    run = {**language_model.summary(history), **count_parameters(model)}
-    results[name].append({**run, "steps": size.steps * size.epochs})
-    return model
+    def run(self, name, seed, ms_per_step):
+        """The course of the losses in the second half, with the loss before it."""
+        result = self.folder / f"{name}-{seed}.json"
+        if not result.exists():
+            dense, before = self.half_trained(seed)
+            model = MODELS[name](dense, seed)
+            after = self.fit(name, model, seed, self.second)
+            write_json(result, {"before": before, "after": after, **count_parameters(model)})
+        run = json.loads(result.read_text(encoding="utf-8"))
+        after = run.pop("after")
+        return {**run, **course(after, self.size.steps, ms_per_step)}
 
+    def half_trained(self, seed):
+        """The dense model after the first half, and its loss."""
+        keras.utils.set_random_seed(seed)
+        model = self.make()
+        weights = self.folder / f"half-{seed}.weights.h5"
+        note = weights.with_suffix(".json")
+        if not note.exists():
+            loss = self.fit("first half", model, seed, self.first)[-1]
+            with whole(weights) as (part,):
+                model.save_weights(part)
+            write_json(note, loss)
+        model.load_weights(weights)
+        return model, json.loads(note.read_text(encoding="utf-8"))
 
-def cost_of_a_step(data, num_tokens, size, options, path):
-    """Time of a training step of the mixture, in steps of the dense model."""
-
-    def compiled(model):
-        language_model.compile_for_training(model, 1)
-        return model
-
-    models = {
-        DENSE: lambda: compiled(make_dense(num_tokens, size)),
-        UPCYCLED: lambda: compiled(upcycle(make_dense(num_tokens, size), options, seed=0)),
-    }
-    rows = data[0][: options.batch_size]
-    times = step_times(models, rows[:, :-1], rows[:, 1:], path)
-    return times[UPCYCLED] / times[DENSE]
+    def fit(self, name, model, seed, data):
+        """Losses by epoch."""
+        print(f"\n{name}, seed {seed}")
+        progress = self.folder / f"progress {name}-{seed}"
+        options = types.SimpleNamespace(batch_size=BATCH_SIZE)
+        history = language_model.fit(
+            model, (data, self.test), seed, self.size, options, progress, LEARNING_RATE
+        )
+        resuming.forget(progress)
+        return history["val_loss"]
 
 
 def print_table(results):
-    print(f"\n{'':<20} {'validation perplexity':>22} {'steps':>7}", end=" ")
-    print(f"{'parameters':>12} {'active':>12}")
+    """Differences are those of runs with one seed; behind +-, half of a 95% interval."""
+    before = np.mean([run["before"] for run in results[DENSE].values()])
+    print(f"\nloss of the dense model after the first half: {before:.4f}")
+    print(f"{'':<24} {'seeds':>5} {'loss':>7} {'equal steps':>20} {'equal time':>20}", end=" ")
+    print(f"{'ms':>6} {'parameters':>11} {'active':>9}")
     for name, runs in results.items():
-        perplexity = spread([run["validation_perplexity"] for run in runs], "{:.2f}")
-        print(f"{name:<20} {perplexity:>22} {runs[0]['steps']:>7}", end=" ")
-        print(f"{runs[0]['parameters']:>12,} {runs[0]['active_parameters']:>12,}")
+        pairs = [(run, results[DENSE][seed]) for seed, run in runs.items()]
+        by_steps = [run["losses"][-1] - other["losses"][-1] for run, other in pairs]
+        by_time = [loss_at(run, other["seconds"][-1]) - other["losses"][-1] for run, other in pairs]
+        loss = np.mean([run["losses"][-1] for run, _ in pairs])
+        run = pairs[0][0]
+        print(f"{name:<24} {len(runs):>5} {loss:>7.4f} {interval(by_steps):>20}", end=" ")
+        print(f"{interval(by_time):>20} {run['ms_per_step']:>6.0f}", end=" ")
+        print(f"{run['parameters']:>11,} {run['active_parameters']:>9,}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from benchmarks import (  # noqa: E402
     counts,
     decode,
     endurance,
+    exported,
     figure,
     layer,
     measure,
@@ -100,6 +101,15 @@ def test_model_trains_whole_transformers():
     assert written("model")["rows"] == rows
     assert [row["name"] for row in rows] == ["dense twin", "E=4"]
     assert_timed(rows)
+
+
+@pytest.mark.filterwarnings("ignore")  # what exporters warn of is not about this package
+def test_exported_programs_with_more_experts_are_timed_against_those_with_few():
+    (program, *_) = exported.PROGRAMS
+    rows = exported.main(["--smoke", "--programs", program])
+    assert written("exported")["rows"] == rows
+    assert [(row["program"], row["name"]) for row in rows] == [(program, "E=2"), (program, "E=4")]
+    assert rows[0]["ratio"] == 1.0
 
 
 def test_the_models_differ_by_router_and_idle_experts_only():

@@ -12,6 +12,11 @@ from conftest import assert_close, to_numpy
 
 from keras_moe import layers, routers
 
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.exported import PROGRAMS  # noqa: E402
+
 BACKEND = keras.backend.backend()
 S, D, E = 3, 8, 3
 BATCHES = (1, 5, 32)
@@ -37,72 +42,24 @@ def batch(size):
     return np.random.default_rng(size).normal(size=(size, S, D)).astype("float32")
 
 
-def by_keras(**kwargs):
-    def export(model, path):
-        model.export(path, verbose=False, **kwargs)
-
-    return export
-
-
-def by_torch(strict):
-    def export(model, path):
-        import torch
-
-        sizes = [({0: torch.export.Dim("batch", min=1)},)]
-        inputs = (torch.ones(2, S, D),)
-        program = torch.export.export(model, inputs, dynamic_shapes=sizes, strict=strict)
-        torch.export.save(program, path)
-
-    return export
-
-
-def by_jax(model, path):
-    import jax
-    from jax import export
-
-    (batch,) = export.symbolic_shape("batch")
-    inputs = jax.ShapeDtypeStruct((batch, S, D), "float32")
-    program = export.export(jax.jit(model), platforms=("cpu", "cuda", "tpu"))(inputs)
-    Path(path).write_bytes(program.serialize())
-
-
-CELLS = {
-    "tensorflow": [
-        ("saved_model", "model", by_keras()),
-        ("onnx", "model.onnx", by_keras(format="onnx")),
-        ("litert", "model.tflite", by_keras(format="litert")),
-    ],
-    "jax": [
-        ("saved_model", "model", by_keras()),
-        ("jax", "model.jax", by_jax),
-    ],
-    "torch": [
-        ("onnx", "model.onnx", by_keras(format="onnx")),
-        ("torch", "strict.pt2", by_torch(strict=True)),
-        ("torch", "model.pt2", by_torch(strict=False)),
-    ],
-}[BACKEND]
-
-
-@pytest.mark.parametrize(("form", "name", "export"), CELLS, ids=lambda value: str(value)[:12])
-def test_a_program_serves_batches_of_sizes_not_seen_at_export(form, name, export, tmp_path):
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_serves_batches_of_sizes_not_seen_at_export(name, tmp_path):
+    program = PROGRAMS[name]
     keras.utils.set_random_seed(0)
     model = with_every_bank()
-    if BACKEND == "torch":
-        model.eval()
     inputs = {str(size): batch(size) for size in BATCHES}
     expected = {size: to_numpy(model(value)) for size, value in inputs.items()}
-    path = tmp_path / name
-    export(model, str(path))
-    outputs = run_in_a_process_of_its_own(form, path, inputs, tmp_path)
+    path = tmp_path / f"model{program.ending}"
+    program.export(model, str(path))
+    outputs = run_in_a_process_of_its_own(program.runtime, path, inputs, tmp_path)
     for size in inputs:
         assert_close(outputs[size], expected[size])
 
 
-def run_in_a_process_of_its_own(form, path, inputs, folder):
+def run_in_a_process_of_its_own(runtime, path, inputs, folder):
     np.savez(folder / "inputs.npz", **inputs)
-    script = Path(__file__).with_name("run_exported.py")
-    arguments = [form, path, folder / "inputs.npz", folder / "outputs.npz"]
+    script = ROOT / "benchmarks" / "runtimes.py"
+    arguments = [runtime, path, folder / "inputs.npz", folder / "outputs.npz"]
     # Without the folders of this package.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run(

@@ -30,18 +30,24 @@ def made_up(monkeypatch):
     monkeypatch.setattr(language_model, "SMOKE", size)
 
 
-def test_both_halves_train_from_one_model(tmp_path, capsys):
-    arguments = ["--smoke", "--experts", "4", "--output", str(tmp_path)]
+def test_all_models_train_on_from_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(upcycling, "SMOKE", upcycling.SMOKE._replace(subwords=40))
+    monkeypatch.setattr(upcycling, "BATCH_SIZE", 8)
+    arguments = ["--smoke", "--seeds", "0", "--output", str(tmp_path), "--models", "32 halves"]
     results = upcycling.main(arguments)
-    dense, sparse, continued = (runs[0] for runs in results.values())
-    assert sparse["parameters"] > dense["parameters"] == continued["parameters"]
-    # Half a copy is an expert, and two serve a token: but for the router the size is the same.
-    router = sparse["active_parameters"] - dense["active_parameters"]
-    assert 0 < router < 0.1 * dense["parameters"]
-    later = [run["validation_perplexity"] for run in (sparse, continued)]
-    assert max(later) < dense["validation_perplexity"], "both go on from there"
-    assert json.loads((tmp_path / "results.json").read_text()) == results
-    assert capsys.readouterr().out.count("\nupcycled ") == 1
+    assert list(results) == ["dense", "32 halves"]
+    dense, sparse = (runs[0] for runs in results.values())
+    assert sparse["before"] == dense["before"], "both begin where the first half ended"
+    assert all(run["losses"][-1] < run["before"] for run in (dense, sparse))
+    assert sparse["parameters"] > 2 * dense["parameters"]
+    # Two halves serve a token: beyond the dense layer it pays for the router.
+    router = upcycling.SMOKE.blocks * upcycling.SMOKE.features * 32
+    assert router < sparse["active_parameters"] - dense["active_parameters"] < 1.2 * router
+    assert json.loads((tmp_path / "results.json").read_text())["dense"]["0"] == dense
+
+    monkeypatch.setattr(language_model, "fit", None)
+    assert upcycling.main(arguments) == results, "nothing is trained twice"
+    assert capsys.readouterr().out.count("equal time") == 2
 
 
 def test_each_measure_prunes_the_same_model(tmp_path, capsys):

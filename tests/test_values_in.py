@@ -230,12 +230,12 @@ REPLAYED = [*BAD_INDICES, DUPLICATED, [[0, 1]], [[0.0, 1.0]] * T, [[0, E]] * T, 
 PATH = "visualization"
 
 
-# The function, how it is called with a bad value, and bad values.
 def built(layer):
     layer.build((None, D))
     return layer
 
 
+# The function, how it is called with a bad value, and bad values.
 FUNCTIONS = {
     "enable_lora": [
         (lambda v: built(routers.TopKRouter(E)).enable_lora(v), BAD_SIZES),
@@ -588,11 +588,6 @@ def measured(balancer, place, value):
     arguments = [routing(), LOGITS, shaped(E)]
     arguments[place] = value
     return balancer.measure(*arguments)
-
-
-def built(layer):
-    layer.build((None, D))
-    return layer
 
 
 BAD_FLAGS = ["no", "False", 1, 0, 0.0, [True], NAN]

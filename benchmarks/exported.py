@@ -1,0 +1,134 @@
+"""Exported programs with few and with many experts: what the idle experts cost there.
+
+    KERAS_BACKEND=tensorflow python -m benchmarks.exported
+    KERAS_BACKEND=torch python -m benchmarks.exported --programs onnx --features 512 --hidden 2048
+
+One MoE layer is exported for batches of any size, and runs in the runtime of each format on one
+core. Programs with different numbers of experts take turns; the ratio is that to the fewest. Times
+are those of the processor, which other programs on the machine change little.
+"""
+
+import contextlib
+import os
+import pathlib
+import tempfile
+import time
+import typing
+from collections.abc import Callable
+
+import keras
+
+from benchmarks import runtimes
+from benchmarks.contestants import mixture, tokens
+from benchmarks.measure import interleave, print_table, summarise, write_json
+from benchmarks.options import describe, parse, parser
+
+
+class Program(typing.NamedTuple):
+    """How a model is exported: the ending of the path, the runtime, `export(model, path)`."""
+
+    ending: str
+    runtime: str
+    export: Callable
+
+
+def by_keras(**kwargs):
+    def export(model, path):
+        model.export(path, verbose=False, **kwargs)
+
+    return export
+
+
+def by_torch(strict):
+    def export(model, path):
+        import torch
+
+        sizes = [({0: torch.export.Dim("batch", min=1)},)]
+        example = (torch.ones(2, *model.input_shape[1:]),)
+        program = torch.export.export(model.eval(), example, dynamic_shapes=sizes, strict=strict)
+        torch.export.save(program, path)
+
+    return export
+
+
+def by_jax(model, path):
+    import jax
+    from jax import export
+
+    (batch,) = export.symbolic_shape("batch")
+    example = jax.ShapeDtypeStruct((batch, *model.input_shape[1:]), "float32")
+    program = export.export(jax.jit(model), platforms=("cpu", "cuda", "tpu"))(example)
+    pathlib.Path(path).write_bytes(program.serialize())
+
+
+SAVED_MODEL = Program("", "saved_model", by_keras())
+ONNX = Program(".onnx", "onnx", by_keras(format="onnx"))
+PROGRAMS = {
+    "tensorflow": {
+        "saved_model": SAVED_MODEL,
+        "onnx": ONNX,
+        "litert": Program(".tflite", "litert", by_keras(format="litert")),
+    },
+    "jax": {"saved_model": SAVED_MODEL, "jax.export": Program(".jax", "jax", by_jax)},
+    "torch": {
+        "onnx": ONNX,
+        "torch.export strict": Program(".pt2", "torch", by_torch(strict=True)),
+        "torch.export": Program(".pt2", "torch", by_torch(strict=False)),
+    },
+}[keras.backend.backend()]
+
+
+def main(arguments=None):
+    options = parse(_parser(), arguments, experts=[2, 4])
+    rows = []
+    for num_tokens in options.tokens:
+        for name in options.programs:
+            with on_one_core():
+                table = race(PROGRAMS[name], num_tokens, options)
+            print_table(table, f"{name}, {describe(options)} T={num_tokens}")
+            rows += [{**row, "program": name, "tokens": num_tokens} for row in table]
+    write_json(f"exported-{keras.backend.backend()}{options.tag}", options, rows)
+    return rows
+
+
+def _parser():
+    # `tf2onnx` lacks the error function of the exact GELU.
+    defaults = {"tokens": [4096], "experts": [4, 32], "activation": "silu", "rounds": 9}
+    options = parser(__doc__, **defaults)
+    options.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS))
+    return options
+
+
+@contextlib.contextmanager
+def on_one_core():
+    """All threads of this process on one core, whatever number of them a runtime starts."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def race(program, num_tokens, options):
+    inputs = tokens(num_tokens, options)
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {}
+        for num_experts in options.experts:
+            path = os.path.join(folder, f"{num_experts}{program.ending}")
+            model = model_of(num_experts, options)
+            model(inputs[:2])  # Keras exports what was called
+            program.export(model, path)
+            runs[num_experts] = runtimes.LOADERS[program.runtime](path)
+        contestants = {f"E={n}": lambda run=run: run(inputs) for n, run in runs.items()}
+        times = interleave(contestants, options.rounds, time.process_time)
+    return summarise(*times, next(iter(contestants)))
+
+
+def model_of(num_experts, options):
+    inputs = keras.Input((options.features,))
+    return keras.Model(inputs, mixture(num_experts, options)(inputs))
+
+
+if __name__ == "__main__":
+    main()
