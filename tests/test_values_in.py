@@ -189,12 +189,13 @@ DUPLICATED = [[0, 0]] * T
 REPLAYED = [*BAD_INDICES, DUPLICATED, [[0, 1]], [[0.0, 1.0]] * T, [[0, E]] * T, [[-2, 0]] * T]
 PATH = "visualization"
 
-# The function, how it is called with a bad value, and bad values.
+
 def built(layer):
     layer.build((None, D))
     return layer
 
 
+# The function, how it is called with a bad value, and bad values.
 FUNCTIONS = {
     "enable_lora": [
         (lambda v: built(routers.TopKRouter(E)).enable_lora(v), BAD_SIZES),
