@@ -304,7 +304,7 @@ def constructor_arguments(cls):
     """Own arguments of a class, and the optional ones it hands to its bases in the package."""
     own = _parameters(cls)
     for base in cls.__mro__[1:]:
-        if base.__module__.startswith("keras_moe"):
+        if base.__module__.startswith("keras_moe") and "__init__" in vars(base):
             optional = _parameters(base).items()
             own.update({name: p for name, p in optional if p.default is not p.empty})
     return own

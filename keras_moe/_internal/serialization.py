@@ -34,8 +34,8 @@ def _spelled_out(cls):
     rest = parameters.pop("kwargs", None)
     if rest is None:
         return signature
-    # The base that comes next; if it is of this package, its signature is spelled out already.
-    base = cls.__mro__[1]
+    # The base whose constructor comes next; of this package, its signature is spelled out already.
+    base = next(base for base in cls.__mro__[1:] if "__init__" in vars(base))
     own = base.__module__.startswith(PACKAGE)
     for name, parameter in inspect.signature(base.__init__).parameters.items():
         is_shown = name not in parameters and (own or name in _OF_KERAS)
