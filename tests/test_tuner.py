@@ -138,7 +138,7 @@ ERRORS = [
     ),
     (
         {"loss_weights": {"router_z": (-1,)}},
-        "`weight` must be a finite number of at least 0. Received: weight=-1.0. "
+        "`loss_weights` must be a finite number of at least 0. Received: loss_weights=-1. "
         "Pass 0 to turn it off.",
     ),
     (

@@ -72,7 +72,11 @@ class SearchSpace:
         self.top_k = _values("top_k", top_k)
         self.routers = _values("routers", routers)
         self.loss_weights = {
-            loss: [check_not_negative("loss_weights", w) for w in _values("loss_weights", weights)]
+            loss: [
+                # Of one type, as KerasTuner wants them.
+                float(check_not_negative("loss_weights", weight))
+                for weight in _values("loss_weights", weights)
+            ]
             for loss, weights in loss_weights.items()
         }
         self.capacities = {

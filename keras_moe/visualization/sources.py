@@ -91,8 +91,9 @@ def each_token(labels, num_tokens):
 
 def _joined(value):
     if isinstance(value, Routing):
-        value = [Routing(*map(ops.convert_to_numpy, value[:7]))]
+        value = [value]
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], Routing):
+        value = [Routing(*map(ops.convert_to_numpy, routing[:7])) for routing in value]
         shapes = [(routing.indices.shape, routing.probs.shape) for routing in value]
         widths = {(tuple(indices[1:]), tuple(probs[1:])) for indices, probs in shapes}
         if len(widths) > 1:
