@@ -43,6 +43,18 @@ class Groups(NamedTuple):
         picked = backend.gather_rows(values, ops.maximum(self.rows_of_token, 0))
         return ops.where(self.rows_of_token >= 0, picked, 0.0)
 
+    def weight_gradients(self, rows, gradient):
+        """For each weight the product of its row (R, D) and the gradient of its token, (T, K).
+
+        The same gathers as those of `sum_rows`: a compiler may do both at once.
+        """
+        of_choices = []
+        for choice in range(self.rows_of_token.shape[1]):
+            row = self.rows_of_token[:, choice]
+            products = row_sums(backend.gather_rows(rows, ops.maximum(row, 0)), gradient)
+            of_choices.append(ops.where(ops.expand_dims(row >= 0, 1), products, 0.0))
+        return ops.concatenate(of_choices, axis=1)
+
     def of_first(self, num_experts):
         """The groups of the first experts; the rows of the others are padding."""
         sizes, rows = self.sizes[:num_experts], self.rows_of_token
@@ -114,6 +126,11 @@ class ChosenGroups(NamedTuple):
         """Values of rows as values of choices, (R,), zero where there is no row."""
         picked = backend.gather_rows(values, ops.maximum(self.row_of_choice, 0))
         return ops.where(self.row_of_choice >= 0, picked, 0.0)
+
+    def weight_gradients(self, rows, gradient):
+        """For each weight the product of its row (R, D) and the gradient of its token, (R,)."""
+        gradients = backend.gather_rows(gradient, self.token_of_row())
+        return self.at_assignments(row_sums(gradients, rows[: self.num_rows()])[:, 0])
 
     def served(self):
         """Which tokens have a row, (T,) bool."""

@@ -6,7 +6,7 @@ An engine is a module of this folder with one interface:
 - `forward(setting, step, tokens, parameters, groups, keep) -> (outputs, saved)`: the outputs of
   all rows, (R', D') with R' >= R, and what the backward pass needs, any structure of tensors.
 - `backward(setting, step, tokens, row_weights, parameters, groups, outputs, saved, gradient)`:
-  the `RowGradients`, from the gradient of each token, (T, D').
+  the `Gradients`, from the gradient of each token, (T, D').
 
 Rows behind the last group are padding. No engine promises what it returns for them.
 """

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_moe import backend
 from keras_moe.ops.grouped.padded_tiles import pad_tiles
-from keras_moe.ops.grouped.records import Parameters, RowGradients
+from keras_moe.ops.grouped.records import Gradients, Parameters
 from keras_moe.ops.grouped.steps import products_of
 from keras_moe.ops.groups import row_sums
 
@@ -50,9 +50,9 @@ def backward(setting, step, tokens, row_weights, parameters, groups, outputs, sa
         [tiles.fill(each, 1.0) for each in saved],
         tiles.cut(scaled),
     )
-    return RowGradients(
+    return Gradients(
         tiles.join(row_gradient),
-        row_sums(output_gradient, outputs)[:, 0],
+        groups.at_assignments(row_sums(output_gradient, outputs)[:, 0]),
         Parameters(
             [
                 _sum_by_expert(tiles, _kernel_gradients(*pair), kernel)

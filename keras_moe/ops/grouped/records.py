@@ -132,11 +132,11 @@ class Parameters(NamedTuple):
         return factors[len(self.frozen) :]
 
 
-class RowGradients(NamedTuple):
+class Gradients(NamedTuple):
     """What a backward pass gives.
 
     - `rows`: (R', D), R' >= R, of each row; anything behind the last group.
-    - `weights`: (R',) float32, of the weight of each row.
+    - `weights`: of the combine weights, float32 in their shape.
     - `parameters`: like the `Parameters` without frozen kernels.
     """
 

@@ -7,9 +7,8 @@ puts behind a product, and cast the experts' weights tile by tile.
 from keras import ops
 
 from keras_moe import backend
-from keras_moe.ops.grouped.records import Parameters, RowGradients
+from keras_moe.ops.grouped.records import Gradients, Parameters
 from keras_moe.ops.grouped.steps import Products, Remade
-from keras_moe.ops.groups import row_sums
 
 
 def supports(setting):
@@ -32,9 +31,9 @@ def backward(setting, step, tokens, row_weights, parameters, groups, outputs, sa
         saved,
         output_gradient * ops.cast(ops.expand_dims(row_weights, 1), setting.dtype),
     )
-    return RowGradients(
+    return Gradients(
         row_gradient,
-        row_sums(output_gradient, outputs)[:, 0],
+        groups.weight_gradients(outputs, gradient),
         _parameter_gradients(setting, factors, parameters, groups.sizes),
     )
 

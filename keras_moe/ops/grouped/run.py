@@ -75,7 +75,7 @@ def _run_on(setting, step, tokens, weights, parameters, groups):
         )
         return (
             ops.cast(groups.sum_rows(gradients.rows), tokens.dtype),
-            ops.cast(groups.at_assignments(gradients.weights), weights.dtype),
+            ops.cast(gradients.weights, weights.dtype),
             gradients.parameters._replace(frozen=[]),
         )
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from keras import ops
 
 from keras_moe import backend
-from keras_moe.ops.grouped.records import Parameters, Quantized, RowGradients, floats
+from keras_moe.ops.grouped.records import Gradients, Parameters, Quantized, floats
 from keras_moe.ops.grouped.steps import products_of
 from keras_moe.ops.groups import row_sums
 
@@ -54,9 +54,9 @@ def backward(setting, step, tokens, row_weights, parameters, groups, outputs, sa
     gradients = backend.stack_gradients(
         factors_of_runs(), parameters.kernels, parameters.biases, num_frozen
     )
-    return RowGradients(
+    return Gradients(
         _all_rows(row_parts, (tokens.shape[1], tokens.dtype), groups),
-        _all_rows(weight_parts, (1, "float32"), groups)[:, 0],
+        groups.at_assignments(_all_rows(weight_parts, (1, "float32"), groups)[:, 0]),
         Parameters(
             gradients[: len(parameters.kernels)],
             gradients[len(parameters.kernels) :],

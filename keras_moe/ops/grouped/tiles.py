@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_moe import backend
 from keras_moe.ops.grouped import tile_sizes
-from keras_moe.ops.grouped.records import Parameters, RowGradients
+from keras_moe.ops.grouped.records import Gradients, Parameters
 from keras_moe.ops.grouped.steps import products_of
 from keras_moe.ops.groups import row_sums
 
@@ -101,9 +101,9 @@ def backward(setting, step, tokens, row_weights, parameters, groups, outputs, sa
             [ops.zeros(bias.shape, "float32") for bias in parameters.biases],
         ),
     )
-    return RowGradients(
+    return Gradients(
         sums.row_gradients,
-        sums.weight_gradients[:, 0],
+        groups.at_assignments(sums.weight_gradients[:, 0]),
         Parameters(
             [
                 ops.cast(_upright(total, kernel), kernel.dtype)
