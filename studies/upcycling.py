@@ -8,15 +8,17 @@ rates. The second half of training reads text that the first has not seen. The m
 the settings are those of the study `sparsity.py`, in smaller batches. The losses that are reported
 are those of the test split.
 
-Times are steps times the time of a step, which is measured before training, in turns with the
-other models. Finished runs stay in --output, so that further models and seeds add to them, and an
-interrupted run resumes from the last finished epoch. Runs on the backend that KERAS_BACKEND names.
+Times are steps times the processor time of a step, which is measured before training, in turns
+with the other models. Finished runs stay in --output, so that further models and seeds add to them,
+and an interrupted run resumes from the last finished epoch. Runs on the backend that KERAS_BACKEND
+names.
 """
 
 import argparse
 import functools
 import json
 import pathlib
+import time
 import types
 import typing
 
@@ -121,7 +123,8 @@ class Study(typing.NamedTuple):
 
         models = {name: functools.partial(compiled, upcycle) for name, upcycle in MODELS.items()}
         rows = self.first[:BATCH_SIZE]
-        return step_times(models, rows[:, :-1], rows[:, 1:], self.folder / "step_times.json")
+        path = self.folder / "step_times.json"
+        return step_times(models, rows[:, :-1], rows[:, 1:], path, time.process_time)
 
     def make(self):
         size = self.size

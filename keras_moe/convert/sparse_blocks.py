@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from keras import ops
 
@@ -98,6 +99,10 @@ class SparseRouter:
     It hands on what its projection, which is our router now, is to see.
     """
 
+    rms_norm: Any
+    per_dim_scale: Any
+    _scalar_root_size: float
+
     def call(self, x):
         normed = self.rms_norm(ops.reshape(x, (-1, x.shape[-1])))
         normed = normed * ops.cast(self._scalar_root_size, normed.dtype)
@@ -118,8 +123,8 @@ class CalledExperts(RelaidExperts):
             name="output_scale", shape=(self.num_experts,), initializer="ones"
         )
 
-    def __call__(self, tokens, plan, **kwargs):
-        if isinstance(plan, GroupedPlan):
+    def __call__(self, tokens, plan=None, **kwargs):
+        if plan is None or isinstance(plan, GroupedPlan):
             return super().__call__(tokens, plan, **kwargs)
         return self.run_mixture(tokens, plan)
 
