@@ -25,7 +25,7 @@ from keras_moe import inspection, surgery
 
 # Short, so that many runs take minutes.
 FULL = language_model.FULL._replace(steps=80, epochs=3)
-MEASURES = ("saliency", "usage", "chance", "merged")
+MEASURES = ("contribution", "saliency", "usage", "chance", "merged")
 # So many batches of training data are measured on.
 BATCHES = 16
 

@@ -136,7 +136,7 @@ def test_the_losses_are_those_of_an_evaluation():
     assert report.loss_after == pytest.approx(after, rel=1e-5)
 
 
-def test_scores_are_counts_and_mean_contributions():
+def test_scores_are_counts_and_contributions():
     layer, weights = single()
     run = reference.moe(X, weights, "gelu", top_k=2)
     norms = np.zeros(E)
@@ -146,7 +146,12 @@ def test_scores_are_counts_and_mean_contributions():
             output = reference.expert(X[t].astype("float64"), of_expert, "gelu")
             norms[expert] += run.routing.weights[t, choice] * np.linalg.norm(output)
     counts = run.routing.counts
-    for by, scores in (("usage", counts), ("saliency", norms / np.maximum(counts, 1))):
+    measures = {
+        "usage": counts,
+        "saliency": norms / np.maximum(counts, 1),
+        "contribution": norms,
+    }
+    for by, scores in measures.items():
         layer, _ = single()
         for name, value in weights.items():
             holder = layer.router if name == "kernel" else layer.experts

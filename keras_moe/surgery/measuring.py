@@ -60,8 +60,16 @@ def saliency(model, data):
     `mean_t w_te ||f_e(x_t)||` over the tokens t that go to expert e. 0 without tokens. Lasby et
     al. 2025, REAP (arXiv:2510.13999), eq. 9.
     """
-    sums, counts = _summed(model, data, _contributions), usage(model, data)
+    sums, counts = contribution(model, data), usage(model, data)
     return {name: sums[name] / np.maximum(counts[name], 1.0) for name in sums}
+
+
+def contribution(model, data):
+    """What each expert adds to all its tokens together, (E,) for each layer by name.
+
+    `sum_t w_te ||f_e(x_t)||` over the tokens t that go to expert e.
+    """
+    return _summed(model, data, _contributions)
 
 
 def similarity(model, data):

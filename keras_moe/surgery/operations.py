@@ -20,7 +20,11 @@ from keras_moe.surgery import measuring
 from keras_moe.surgery.cutting import check_can_cut, check_is_ours, cut
 from keras_moe.surgery.merging import centers_of, check_can_merge, merge
 
-MEASURES = {"usage": measuring.usage, "saliency": measuring.saliency}
+MEASURES = {
+    "usage": measuring.usage,
+    "saliency": measuring.saliency,
+    "contribution": measuring.contribution,
+}
 
 
 class Surgery(NamedTuple):
@@ -46,8 +50,9 @@ def prune_experts(model, by="usage", keep=0.5, data=()):
     Args:
         model: a built Keras model with MoE layers, or one such layer.
         by: "usage": how many tokens of the data an expert serves; "saliency": how much it adds to
-            a token it serves, its weight times the norm of its output, on average (REAP); or
-            scores (E,), higher for those to keep, or a dict of them by the name of the layer.
+            a token it serves, its weight times the norm of its output, on average (REAP);
+            "contribution": the same, summed over its tokens; or scores (E,), higher for those to
+            keep, or a dict of them by the name of the layer.
         keep: how many experts stay in each layer: a number, a share from above 0 to 1, which is
             rounded up, or a dict of these by the name of the layer, as in
             `inspection.moe_layers`. Layers that are not in a dict keep all.
