@@ -89,7 +89,10 @@ TOOLS = {
         (lambda v: pruned(by=v), [[1, 2, float("nan"), 3], ["a"] * E, abs, [[1], [2, 3]]]),
         (lambda v: pruned(data=v), [None, "x", 5, [()], [(normal(2, D), normal(1, D))]]),
         (lambda v: pruned(data=v), [[(normal(2, D),) * 4], [np.zeros((0, D), "float32")]]),
-        *((lambda v, by=by: pruned(by=by, data=v), [[NANS]]) for by in ("usage", "saliency", "contribution")),
+        *(
+            (lambda v, by=by: pruned(by=by, data=v), [[NANS]])
+            for by in ("usage", "saliency", "contribution")
+        ),
         (lambda v: surgery.prune_experts(compiled(), [1] * E, 2, v), [[(normal(2, D), NANS)]]),
         (lambda v: surgery.prune_experts(sparse(), [1] * E, v), [{}]),
     ],
