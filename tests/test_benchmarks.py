@@ -155,7 +155,8 @@ def test_decode_takes_few_tokens():
     rows = decode.main(["--smoke"])
     assert written("decode")["rows"] == rows
     assert {row["tokens"] for row in rows} == {1, 4}
-    assert {row["name"] for row in rows} == {"dense twin", "keras_moe", "all experts"}
+    names = {"dense twin", "keras_moe", "int8", "int4", "all experts"}
+    assert {row["name"] for row in rows} == names
     assert_timed(rows)
 
 
