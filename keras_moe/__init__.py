@@ -52,5 +52,8 @@ def __dir__():
 
 def __getattr__(name):
     if name in _LAZY:
-        return importlib.import_module(f"keras_moe.{name}")
+        try:
+            return importlib.import_module(f"keras_moe.{name}")
+        except ImportError as error:  # `help` and `hasattr` expect this one.
+            raise AttributeError(str(error)) from error
     raise AttributeError(f"module 'keras_moe' has no attribute {name!r}")

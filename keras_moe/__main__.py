@@ -62,7 +62,12 @@ def _parse(arguments):
     )
     reporting.add_argument("--labels", type=_file, help="one a document: .npy, or lines of text")
     reporting.add_argument("--tokens", type=_file, help="text with one document a line, to show")
-    reporting.add_argument("--output", type=_new_file, default=pathlib.Path("report.html"))
+    reporting.add_argument(
+        "--output",
+        type=_new_file,
+        default=pathlib.Path("report.html"),
+        help="HTML file to write; default: report.html",
+    )
     return parser.parse_args(arguments)
 
 

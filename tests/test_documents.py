@@ -93,7 +93,7 @@ def test_the_page_on_reliability_pads_to_few_lengths():
     np.testing.assert_array_equal(pad(np.ones((1, 6))), [[1, 1, 1, 1, 1, 1, 0, 0]])
 
 
-@pytest.mark.parametrize("document", ["capacity", "metrics", "surgery", "upcycling"])
+@pytest.mark.parametrize("document", ["capacity", "generating", "metrics", "surgery", "upcycling"])
 def test_guides_that_need_nothing_run(document, capsys):
     names = run(f"docs/{document}.md")
     assert names["model"].count_params() > 0
@@ -139,6 +139,9 @@ def test_the_recipes_for_parts_of_ones_own_run_and_are_short():
     names = run("docs/extending.md")
     assert names["layer"].expert_counts.shape == (8,)
     assert max(len(recipe.splitlines()) for recipe in blocks("docs/extending.md")) <= 25
+    bank = names["DeepExperts"](num_experts=4, hidden_dim=5)
+    copy = names["DeepExperts"].from_config(bank.get_config())
+    assert (copy.num_experts, copy.hidden_dim) == (4, 5)
 
 
 def test_every_page_with_code_is_run_here():

@@ -108,6 +108,6 @@ def test_without_tensorboard_the_error_names_what_to_install(monkeypatch, tmp_pa
     with pytest.raises(ImportError) as error:
         ExpertMonitor(log_dir=tmp_path)
     assert str(error.value) == (
-        "`log_dir` needs TensorBoard, which is not installed. "
+        "`log_dir` needs TensorBoard and matplotlib, one of which is not installed. "
         'Run `pip install "keras_moe[tensorboard]"`.'
     )

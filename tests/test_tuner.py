@@ -362,6 +362,24 @@ def test_without_keras_tuner_the_error_names_the_extra():
     )
 
 
+@pytest.mark.one_backend("torch")
+def test_help_on_the_package_does_without_optional_parts():
+    code = (
+        "import sys; sys.modules['keras_tuner'] = sys.modules['matplotlib'] = None\n"
+        "import keras_moe, pydoc\n"
+        "assert 'upcycle' in pydoc.render_doc(keras_moe)\n"
+        "assert not hasattr(keras_moe, 'tuner')\n"
+        "keras_moe.visualization"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert "AttributeError: Plots need matplotlib" in done.stderr.strip().splitlines()[-1]
+
+
 def test_a_capacity_is_chosen_by_a_name_that_a_later_process_knows():
     factors = (None, layers.Capacity(1.25))
     spaces = [tuner.SearchSpace((8,), capacity_factors=factors) for _ in range(2)]

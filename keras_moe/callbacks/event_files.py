@@ -3,7 +3,6 @@
 import io
 import time
 
-from keras_moe import visualization
 from keras_moe._internal.plain_text import as_text
 from keras_moe._internal.validation import check_path
 
@@ -15,9 +14,11 @@ try:
     from tensorboard.plugins.scalar.summary_v2 import scalar_pb
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
     from tensorboard.util.tensor_util import make_tensor_proto
+
+    from keras_moe import visualization
 except ImportError as error:
     raise ImportError(
-        "`log_dir` needs TensorBoard, which is not installed. "
+        "`log_dir` needs TensorBoard and matplotlib, one of which is not installed. "
         'Run `pip install "keras_moe[tensorboard]"`.'
     ) from error
 

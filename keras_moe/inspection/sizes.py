@@ -110,7 +110,9 @@ def summary(model, print_fn=print):
         print_fn("")
         print_fn(
             "The counters are empty: they count in training, and a monitor resets them. Run "
-            "`with inspection.count_in_evaluation(model): model.evaluate(...)` before."
+            "`with inspection.count_in_evaluation(model): model.evaluate(...)` before. If the "
+            "model was evaluated without it, compile it again first: what is compiled does not "
+            "change."
         )
 
 
