@@ -48,8 +48,9 @@ def compiled():
     return model
 
 
-def pruned(by="usage", data=()):
-    return surgery.prune_experts(sparse(), by, keep=2, data=data)
+def pruned(by="usage", data=(), **kwargs):
+    model = keras.Sequential([keras.Input((D,)), moe(name="moe", **kwargs)])
+    return surgery.prune_experts(model, by, keep=2, data=data)
 
 
 TOOLS = {
@@ -87,6 +88,8 @@ TOOLS = {
     ],
     "prune_experts": [
         (lambda v: pruned(by=v), [[1, 2, float("nan"), 3], ["a"] * E, abs, [[1], [2, 3]]]),
+        (lambda v: pruned(by=v), [None, 0.5, 2, {"moe": [1] * E, "meo": [1] * E}, {}]),
+        (lambda v: pruned(v, [normal(2, D)], router="soft"), ["usage", "saliency", [1] * E]),
         (lambda v: pruned(data=v), [None, "x", 5, [()], [(normal(2, D), normal(1, D))]]),
         (lambda v: pruned(data=v), [[(normal(2, D),) * 4], [np.zeros((0, D), "float32")]]),
         *(
