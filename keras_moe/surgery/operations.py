@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
+from keras_moe._internal.batches import check_list_of_batches
 from keras_moe._internal.keras_internals import forget_compiled, forget_old_weights
 from keras_moe._internal.validation import (
-    check_batches,
     check_choice,
     check_top_k,
     host_values,
@@ -197,7 +197,7 @@ def _plan(model, keep, data):
     for name, layer in layers.items():
         check_can_cut(name, layer)
         numbers[name] = _number(name, layer, keep[name] if isinstance(keep, dict) else keep)
-    check_batches("data", data)
+    check_list_of_batches("data", data)
     data = list(data)
     for batch in data:
         measuring.check_batch(batch)
