@@ -15,6 +15,7 @@ import numpy as np
 
 from keras_moe import inspection, report, summary
 from keras_moe._internal import saved_models
+from keras_moe._internal.batches import check_ids
 from keras_moe._internal.command_line import OneLineParser, one_line_errors, stating
 from keras_moe._internal.validation import fits
 
@@ -184,6 +185,7 @@ def _check_inputs(model, data):
             f"inputs, {inputs}. Received: {given} of "
             f"{sorted({str(array.dtype) for array in arrays.values()})}. Change the file."
         )
+    check_ids("--data", data, model)
 
 
 if __name__ == "__main__":

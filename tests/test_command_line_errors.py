@@ -109,7 +109,19 @@ MODELS = {
     "cut short": ("m.keras", cut("model.keras", 0.5), "Keras's own format"),
     "another archive": ("m.keras", archive(notes_txt="hello"), "config.json"),
     "config is no JSON": ("m.keras", archive(config_json="{"), "`model.save` wrote"),
-    "config is no model": ("m.keras", archive(config_json="[]", metadata_json="{}"), "m.keras"),
+    "config is no model": (
+        "m.keras",
+        archive(config_json="[]", metadata_json="{}"),
+        "holds a list",
+    ),
+    "config is null": ("m.keras", archive(config_json="null"), "`model.save` wrote"),
+    "an activation of no name": ("m.keras", more("activation", "foo"), "foo"),
+    "an argument of no layer": (
+        "m.keras",
+        with_config(lambda text: text.replace(b'"hidden_dim"', b'"hiden_dim"')),
+        "hiden_dim",
+    ),
+    "other widths": ("m.keras", more("hidden_dim", 7), "shape"),
     "config with a tail": ("m.keras", with_config(lambda text: text + b" x"), "`model.save` wrote"),
     "a billion experts": ("m.keras", more("num_experts", 10**9), "num_experts=1000000000"),
     "a wide expert": ("m.keras", more("hidden_dim", 10**12), "hidden_dim=1000000000000"),
@@ -167,6 +179,8 @@ def the_line(capsys, *arguments):
     assert printed.err.startswith("error: ") and printed.err.endswith("\n")
     assert printed.err.count("\n") == 1, printed.err
     assert "Received" in printed.err and "Traceback" not in printed.err
+    # Whatever is cut, the fix is there.
+    assert printed.err.endswith(("see the traceback.\n", "lists the arguments.\n"))
     assert sorted(os.listdir()) == before, "something was left behind"
     return printed.err
 

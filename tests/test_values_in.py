@@ -525,7 +525,7 @@ PLOTS = {
         (visualization.coactivation, [[routing(), ops.top_k_routing(LOGITS[:, :3], K)]]),
         (lambda v: visualization.coactivation(np.array(v)), visualized),
         (lambda v: visualization.coactivation(np.array([[0, 1]]), v), [*BAD_SIZES, 1, 10**9]),
-        (visualization.coactivation, [[[0, 1], [2]], np.zeros((0, 2), int)]),
+        (visualization.coactivation, [[[0, 1], [2]], np.zeros((0, 2), int), [[0, 10**9]]]),
         (lambda v: visualization.coactivation([routing()], v), [E - 1, E + 1, "4"]),
     ],
     "visualization.confidence": [
@@ -743,7 +743,9 @@ METHODS = {
     "RouterLossSchedule": [
         (lambda v: scheduled(lambda epoch, weight: v), BAD_WEIGHTS),
         (callbacks.RouterLossSchedule, [None, 0.1, lambda epoch: 0.1, lambda: 0.1]),
+        (lambda v: callbacks.RouterLossSchedule(lambda e, w: w, v), ["balance", None, 3]),
     ],
+    "name of a metric": [(lambda v: metrics.LoadImbalance(E, name=v), [3, "", ["a"]])],
     "a routing of one's own router": [
         (
             lambda v: OfOnesOwn(E, v)(normal(T, D)),

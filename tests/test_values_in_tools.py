@@ -9,7 +9,17 @@ import pytest
 from layer_checks import D, E, moe, normal
 from test_values_in import BAD_SEEDS, cases, is_refused
 
-from keras_moe import convert, inspection, layers, report, summary, surgery, upcycle
+from keras_moe import (
+    convert,
+    inspection,
+    layers,
+    optimizers,
+    report,
+    routers,
+    summary,
+    surgery,
+    upcycle,
+)
 from keras_moe._internal import files
 
 NO_MODELS = [None, "model.keras", 3, keras.Sequential]
@@ -48,8 +58,35 @@ def compiled():
     return model
 
 
-def pruned(by="usage", data=()):
-    return surgery.prune_experts(sparse(), by, keep=2, data=data)
+def of_ids():
+    ids = keras.Input((3,), dtype="int32", name="ids")
+    return keras.Model(ids, moe()(keras.layers.Embedding(9, D)(ids)))
+
+
+# The sizes are those of mixtral, the outputs are not.
+NOT_MIXTRAL = [
+    {"bank": {"activation": "gelu"}},
+    {"bank": {"clip": 7.0}},
+    {"bank": {"up_shift": 1.0}},
+    {"router": routers.TopKRouter(score="sigmoid")},
+    {"router": routers.TopKRouter(renormalize=False)},
+    {"router": routers.TopKRouter(scaling_factor=2.0)},
+    {"router": "dense"},
+    {"router": "expert_choice"},
+    {"router": "sinkhorn"},
+]
+
+
+def of_mixtral(gate=None):
+    """Weights of a block of Mixtral, with another array for the router's."""
+    weights = convert.to_hugging_face(gated(), 0, "mixtral")
+    name = "model.layers.0.block_sparse_moe.gate.weight"
+    return {**weights, name: weights[name] if gate is None else gate}
+
+
+def pruned(by="usage", data=(), **kwargs):
+    model = keras.Sequential([keras.Input((D,)), moe(name="moe", **kwargs)])
+    return surgery.prune_experts(model, by, keep=2, data=data)
 
 
 TOOLS = {
@@ -57,11 +94,26 @@ TOOLS = {
     "record_routings": [
         (lambda v: inspection.record_routings(v, [normal(2, D)]), NO_MODELS),
         (lambda v: inspection.record_routings(sparse(), v), [None, "x", 5, {"x": 1}, normal(2, D)]),
+        (
+            lambda v: inspection.record_routings(sparse(), v),
+            [
+                (normal(2, D), normal(2, D)),
+                [normal(2, D + 1)],
+                [None],
+                ["a"],
+                [{"x": normal(2, D)}],
+            ],
+        ),
+        (lambda v: inspection.record_routings(of_ids(), v), [[normal(2, 3)]]),
     ],
+    "count_in_evaluation": [(inspection.count_in_evaluation, NO_MODELS)],
+    "describe": [(inspection.describe, [*NO_MODELS, unbuilt()])],
+    "Muon": [(lambda v: optimizers.Muon(exclude_layers=v), ["moe", 5, ["("], [3]])],
     "count_parameters": [(summary.count_parameters, [*NO_MODELS, unbuilt()])],
     "summarize": [(summary.summarize, [*NO_MODELS, unbuilt()])],
     "summary": [
         (lambda v: summary(sparse(), print_fn=v), [None, "print", lambda: None]),
+        (summary, [*NO_MODELS, unbuilt()]),
     ],
     "sparsify": [(convert.sparsify, NO_MODELS)],
     "restore": [(convert.restore, NO_MODELS)],
@@ -73,27 +125,45 @@ TOOLS = {
             lambda v: convert.to_hugging_face(gated(**v), 0, "mixtral"),
             [{"bank": {"use_bias": True}}, {"shared_expert": keras.layers.Dense(D)}],
         ),
+        (lambda v: convert.to_hugging_face(gated(**v), 0, "mixtral"), NOT_MIXTRAL),
     ],
     "from_hugging_face": [
         (lambda v: convert.from_hugging_face({}, v, MIXTRAL), [-1, "0", 1.0, True]),
         (lambda v: convert.from_hugging_face({}, 0, v), ["mixtral", 3, {"model_type": "mixtral"}]),
         (lambda v: convert.from_hugging_face({}, 0, MIXTRAL, into=v), ["moe", sparse()]),
+        (lambda v: convert.from_hugging_face({}, 0, MIXTRAL, gated(), name=v), ["b"]),
+        (
+            lambda v: convert.from_hugging_face(of_mixtral(), 0, MIXTRAL, gated(**v)),
+            [*NOT_MIXTRAL[:3], {"router": routers.TopKRouter(top_k=1)}],
+        ),
+        (lambda v: convert.from_hugging_face({}, 0, {**MIXTRAL, "hidden_act": v}), ["foo"]),
+        (
+            lambda v: convert.from_hugging_face(of_mixtral(v), 0, MIXTRAL),
+            [np.full((E, D), "a")],
+        ),
         (lambda v: convert.from_hugging_face(v, 0), [None, 5, {}, ""]),
     ],
     "upcycle": [
         (upcycle, [None, "model"]),
         (lambda v: upcycle(dense(), select=v), ["(", 5, lambda: True, [3], [["up"]]]),
         (lambda v: upcycle(dense(), seed=v), BAD_SEEDS),
+        (lambda v: upcycle(dense(), every=v), [0, 2]),
     ],
     "prune_experts": [
         (lambda v: pruned(by=v), [[1, 2, float("nan"), 3], ["a"] * E, abs, [[1], [2, 3]]]),
+        (lambda v: pruned(by=v), [None, 0.5, 2, {"moe": [1] * E, "meo": [1] * E}, {}]),
+        (lambda v: pruned(v, [normal(2, D)], router="soft"), ["usage", "saliency", [1] * E]),
         (lambda v: pruned(data=v), [None, "x", 5, [()], [(normal(2, D), normal(1, D))]]),
+        (lambda v: pruned(data=v), [(normal(2, D), normal(2, D)), [normal(2, D + 1)]]),
         (lambda v: pruned(data=v), [[(normal(2, D),) * 4], [np.zeros((0, D), "float32")]]),
         *(
             (lambda v, by=by: pruned(by=by, data=v), [[NANS]])
             for by in ("usage", "saliency", "contribution")
         ),
-        (lambda v: surgery.prune_experts(compiled(), [1] * E, 2, v), [[(normal(2, D), NANS)]]),
+        (
+            lambda v: surgery.prune_experts(compiled(), [1] * E, 2, v),
+            [[(normal(2, D), NANS)], [(normal(2, D + 1), normal(2, D))]],
+        ),
         (lambda v: surgery.prune_experts(sparse(), [1] * E, v), [{}]),
     ],
     "merge_experts": [(lambda v: surgery.merge_experts(sparse(), 2, v), [[NANS]])],
@@ -133,6 +203,20 @@ def test_a_report_refuses_labels_that_are_none(labels, tmp_path):
     is_refused(lambda v: report(sparse(), normal(2, D), labels=v, path=path), labels)
 
 
+@pytest.mark.parametrize(
+    "data", [None, "data", [[1, 2, 3]], np.full((2, 3), "a"), np.ones((2, 4), int), normal(2, 3)]
+)
+def test_a_report_refuses_data_that_are_none(data, tmp_path):
+    pytest.importorskip("matplotlib")
+    is_refused(lambda v: report(of_ids(), v, path=tmp_path / "page.html"), data)
+
+
+def test_weights_of_a_dense_model_are_none_of_a_mixture(tmp_path):
+    model = keras.Sequential([keras.Input((D,)), keras.layers.Dense(D)])
+    model.save_weights(tmp_path / "dense.weights.h5")
+    is_refused(sparse().load_weights, tmp_path / "dense.weights.h5")
+
+
 def test_a_tuner_refuses():
     keras_tuner = pytest.importorskip("keras_tuner")
     from keras_moe import tuner
@@ -157,6 +241,15 @@ def test_a_tuner_refuses():
         "model": [(lambda v: tuner.CostMonitor().on_epoch_end(0, v), [None, {}])],
         "epoch": [(lambda v: watching(tuner.CostMonitor()).on_epoch_end(0, v), [None, {}])],
         "experts": [(lambda v: tuner.SearchSpace((8,)).sample(hp(), v), [None, lambda n: n])],
+        "experts made already": [
+            (lambda v: tuner.SearchSpace((8,)).sample(hp(), v), [layers.FeedForwardExperts(E, 4)]),
+        ],
+        "chosen": [
+            (
+                lambda v: tuner.SearchSpace((8,)).sample(hp(), **v),
+                [{"router": "soft"}, {"router_losses": ()}, {"capacity_factor": 1.0}],
+            ),
+        ],
         "logs": [
             (tuner.WithinBudget(9).get_value, [None, "val_loss", {"val_loss": 1.0}]),
             (tuner.WithinBudget(9).has_value, [None, "val_loss"]),

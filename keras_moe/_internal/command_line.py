@@ -8,9 +8,14 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 _LONGEST = 600
+# Of what stands in brackets between the rule and the fix.
+_LONGEST_CAUSE = 300
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-# Keras repeats all arguments of a call behind its own errors.
-_ARGUMENTS = "Arguments received by"
+# Keras wraps an error at each level: words before it, and all arguments, objects or values behind.
+_BEFORE = re.compile(
+    r".*(Exception encountered(: | when calling \S+ )|Example error message for object <[^>]*>: )"
+)
+_BEHIND = re.compile("Arguments received by|List of objects that could not be loaded").split
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -45,13 +50,18 @@ def stating(rule, received, fix) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         if "Received:" in str(error):
             raise
-        message = f"{rule} Received: {received} ({describe(error)}). {fix}"
+        message = f"{rule} Received: {received} ({cause(error)}). {fix}"
         raise ValueError(message) from error
+
+
+def cause(error):
+    """`describe`, for brackets: so short that what stands behind them is not cut off."""
+    return _shortened(describe(error), _LONGEST_CAUSE)
 
 
 def describe(error):
     """The text of an error; with its class, unless it is a whole sentence of this package."""
-    text = one_line(error)
+    text = _shortened(_BEHIND(_BEFORE.sub("", _plain(error)))[0].strip())
     if "Received:" in text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -59,7 +69,14 @@ def describe(error):
 
 def one_line(message):
     """Text without colours, line breaks and control characters, and not too long."""
-    text = _COLOURS.sub("", str(message)).partition(_ARGUMENTS)[0]
+    return _shortened(_plain(message))
+
+
+def _plain(message):
+    text = _COLOURS.sub("", str(message))
     text = "".join(letter if letter.isprintable() else " " for letter in text)
-    text = " ".join(text.split())
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return " ".join(text.split())
+
+
+def _shortened(text, length=_LONGEST):
+    return text if len(text) <= length else f"{text[:length]}..."

@@ -8,7 +8,7 @@ import zipfile
 
 import keras
 
-from keras_moe._internal.command_line import describe, stating
+from keras_moe._internal.command_line import cause, stating
 
 # Arguments that ask for at least as many weights.
 _SIZES = ("num_experts", "hidden_dim", "units")
@@ -32,6 +32,8 @@ def load(path):
     ):
         with zipfile.ZipFile(path) as archive:
             config = json.loads(archive.read("config.json"))
+            if not isinstance(config, dict):
+                raise TypeError(f"its config.json holds a {type(config).__name__}")
             num_bytes = sum(entry.file_size for entry in archive.infolist())
     _check_sizes(config, num_bytes)
     try:
@@ -51,19 +53,9 @@ def load(path):
 def _cannot_load(path, error):
     return ValueError(
         "The config and the weights of a model must fit each other and this Keras. Received: "
-        f"{str(path)!r} ({describe(_reason(error))}). Save it again with the versions installed "
+        f"{str(path)!r} ({cause(error)}). Save it again with the versions installed "
         "here."
     )
-
-
-def _reason(error):
-    """The error of this package that Keras has wrapped, or the error itself."""
-    inner = error
-    while inner is not None:
-        if "Received:" in str(inner):
-            error = inner
-        inner = inner.__cause__ or inner.__context__
-    return error
 
 
 def _unknown_class(name, config):

@@ -11,6 +11,7 @@ import math
 import numbers
 import os
 import pathlib
+import re
 
 import keras
 import numpy as np
@@ -473,3 +474,14 @@ def _plain(name, value):
 def shortened(value, length=80):
     text = " ".join(repr(value).split())
     return text if len(text) <= length else f"{text[:length]}..."
+
+
+def check_pattern(name, pattern):
+    """A regular expression."""
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"`{name}` must be a regular expression. Received: {shortened(pattern)} ({error}). "
+            "Escape what stands for itself, by `re.escape`."
+        ) from error

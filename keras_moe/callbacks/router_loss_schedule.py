@@ -3,7 +3,7 @@
 import keras
 
 from keras_moe import losses
-from keras_moe._internal.validation import check_function
+from keras_moe._internal.validation import check_choice, check_function
 from keras_moe.inspection import moe_layers
 
 
@@ -30,6 +30,8 @@ class RouterLossSchedule(keras.callbacks.Callback):
     def __init__(self, schedule, loss="load_balance"):
         super().__init__()
         check_function("schedule", schedule, "epoch", "weight")
+        if isinstance(loss, str):
+            check_choice("loss", loss, sorted(losses.BY_NAME))
         self._loss_class = type(losses.get(loss))
         self.schedule = schedule
         self.loss = loss

@@ -1,5 +1,6 @@
 """MoE layers out of models of Hugging Face, and back into their layout."""
 
+import contextlib
 import functools
 from collections.abc import Mapping
 
@@ -7,8 +8,13 @@ import keras
 import numpy as np
 
 from keras_moe._internal.parameters import parameters_of
-from keras_moe._internal.validation import check_choice, is_whole, shortened
-from keras_moe.convert.hugging_face_families import FAMILIES, mixture_of
+from keras_moe._internal.validation import check_choice, check_numbers, is_whole, shortened
+from keras_moe.convert.hugging_face_families import (
+    FAMILIES,
+    check_computes_as,
+    config_like,
+    mixture_of,
+)
 from keras_moe.convert.tensor_files import config_of, opened
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 
@@ -34,7 +40,7 @@ def from_hugging_face(source, layer, config=None, into=None, **kwargs):
 
     Raises:
         ValueError: If the model is of another family, a weight is missing, such as those of
-            quantized files, or a shape does not fit.
+            quantized files, a shape does not fit, or `into` computes something else.
 
     Example:
 
@@ -51,11 +57,20 @@ def from_hugging_face(source, layer, config=None, into=None, **kwargs):
         )
     check_choice("model_type", config.get("model_type"), tuple(FAMILIES))
     if into is None:
-        mixture = _made_of(config, kwargs)
+        with _reading(config):
+            mixture = mixture_of(config, **kwargs)
+        _check_plain(mixture)
     else:
         check_is_mixture("into", into)
+        if kwargs:
+            raise ValueError(
+                "Arguments of a new layer must not be given with `into`. Received: "
+                f"{', '.join(kwargs)}. Leave them out."
+            )
         mixture = into
-    _check_plain(mixture)
+        _check_plain(mixture)
+        with _reading(config):
+            check_computes_as(mixture, config)
     with opened(source) as (read, names):
         prefix, rules = _layout_in(names, config["model_type"], layer)
         for rule in rules:
@@ -77,7 +92,8 @@ def to_hugging_face(mixture, layer, family):
         Dict of names to arrays, for `safetensors.numpy.save_file` or a `state_dict`.
 
     Raises:
-        ValueError: If there is no such family, or the layer lacks one of its weights.
+        ValueError: If there is no such family, or the layer lacks one of its weights, or computes
+            something else, as with another activation than the family's.
 
     Example:
 
@@ -93,6 +109,7 @@ def to_hugging_face(mixture, layer, family):
     prefix, rules = FAMILIES[family].layouts[0]
     prefix = prefix.format(layer=layer)
     _check_nothing_left(mixture, rules)
+    check_computes_as(mixture, config_like(mixture, family))
     arrays = {}
     for rule in rules:
         ours = [_value(mixture, name) for name in rule.ours]
@@ -121,9 +138,11 @@ def check_is_mixture(name, mixture):
         )
 
 
-def _made_of(config, kwargs):
+@contextlib.contextmanager
+def _reading(config):
+    """A context in which what a config lacks is named."""
     try:
-        return mixture_of(config, **kwargs)
+        yield
     except KeyError as error:
         raise ValueError(
             f"The config must have what {config['model_type']!r} has. Received: a config without "
@@ -177,15 +196,21 @@ def _name(prefix, rule, expert=0):
 def _read(rule, prefix, mixture, read):
     """The values of our weights that a rule is about."""
     if "{expert}" not in rule.theirs:
-        return rule.split(_turned(rule, read(prefix + rule.theirs)))
+        return _split(rule, prefix + rule.theirs, read)
     values: list = []
     for expert in range(mixture.experts.num_experts):
-        own = rule.split(_turned(rule, read(_name(prefix, rule, expert))))
+        own = _split(rule, _name(prefix, rule, expert), read)
         if not values:
             values = [np.empty((mixture.experts.num_experts, *v.shape), v.dtype) for v in own]
         for stacked, value in zip(values, own):
             stacked[expert] = value
     return values
+
+
+def _split(rule, name, read):
+    array = read(name)
+    check_numbers(name, array)
+    return rule.split(_turned(rule, array))
 
 
 def _written(rule, ours):

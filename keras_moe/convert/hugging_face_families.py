@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import keras
+
 from keras_moe import activations, losses, routers
+from keras_moe._internal.validation import shortened
 from keras_moe.convert.rules import Rule
 from keras_moe.layers import GatedExperts, GatedFeedForward, MixtureOfExperts
 
@@ -181,9 +184,104 @@ FAMILIES = {
 }
 
 
+# Arguments of parts of a layer that change how it is called, begins or trains, not its outputs.
+_CHANGE_NO_OUTPUT = (
+    "name",
+    "trainable",
+    "dtype",
+    "kernel_initializer",
+    "bias_initializer",
+    "kernel_regularizer",
+    "bias_regularizer",
+    "input_jitter",
+    "logit_noise",
+    "seed",
+    "balancer",
+    "lora_rank",
+    "lora_alpha",
+)
+
+
+def parts_of(config, dtype=None):
+    """Arguments of our layer for the MoE block of a config."""
+    activation = config.get("hidden_act", "silu")
+    try:
+        keras.activations.get(activation)
+    except ValueError as error:
+        raise ValueError(
+            "`hidden_act` of the config must be an activation of Keras. Received: "
+            f"hidden_act={shortened(activation)}. Name one in the config, such as 'gelu'."
+        ) from error
+    return FAMILIES[config["model_type"]].make(config, dtype)
+
+
 def mixture_of(config, dtype=None, **kwargs):
     """Our layer for the MoE block of a config, built and without weights."""
-    arguments = FAMILIES[config["model_type"]].make(config, dtype)
-    mixture = MixtureOfExperts(**{**arguments, "dtype": dtype, **kwargs})
+    mixture = MixtureOfExperts(**{**parts_of(config, dtype), "dtype": dtype, **kwargs})
     mixture.build((None, None, config["hidden_size"]))
     return mixture
+
+
+def config_like(mixture, family):
+    """The config of a family's model whose MoE blocks have the sizes of a layer.
+
+    It has what releases of the family choose among, as they choose it in this layer; the activation
+    is the same in all.
+    """
+    experts, router, shared = mixture.experts, mixture.router, mixture.shared_expert
+    width = experts.hidden_dim
+    shared_width = getattr(shared, "hidden_dim", width)
+    return {
+        "model_type": family,
+        "num_experts": experts.num_experts,
+        "num_experts_per_tok": router.max_top_k,
+        "intermediate_size": width,
+        "moe_intermediate_size": width,
+        "shared_expert_intermediate_size": shared_width,
+        "n_shared_experts": max(shared_width // width, 1),
+        "hidden_act": "silu",
+        "norm_topk_prob": _renormalizes(router),
+        "routed_scaling_factor": getattr(router, "scaling_factor", 1.0),
+        "n_group": getattr(router, "num_groups", 1),
+        "topk_group": getattr(router, "top_groups", 1),
+        "swiglu_limit": experts.clip or 7.0,
+    }
+
+
+def check_computes_as(mixture, config):
+    """Refuse a layer whose outputs are not those of the block of a config.
+
+    Raises:
+        ValueError: If a part is of another class, or has other arguments.
+    """
+    received = []
+    parts = parts_of(config)
+    for name in ("router", "experts", "shared_expert"):
+        part, wanted = getattr(mixture, name), parts[name]
+        if not isinstance(part, type(wanted)):
+            received.append(f"a `{type(part).__name__}` as {name}, not {type(wanted).__name__}")
+        elif wanted is not None:
+            given = _arguments_of(part)
+            received += [
+                f"{key}={shortened(given.get(key))}, not {shortened(value)}"
+                for key, value in _arguments_of(wanted).items()
+                if given.get(key) != value
+            ]
+    if received:
+        raise ValueError(
+            f"The layer must compute as {config['model_type']!r} does. Received: "
+            f"{'; '.join(received)}. Make it with these arguments, or choose another model."
+        )
+
+
+def _arguments_of(part):
+    config = part.get_config()
+    if "renormalize" in config:
+        config["renormalize"] = _renormalizes(part)
+    return {key: value for key, value in config.items() if key not in _CHANGE_NO_OUTPUT}
+
+
+def _renormalizes(router):
+    """Whether weights are divided by their sum: None stands for whether there are several."""
+    renormalize = getattr(router, "renormalize", None)
+    return router.max_top_k > 1 if renormalize is None else renormalize

@@ -41,6 +41,11 @@ def opened(source):
 
 def config_of(source):
     """The content of `config.json` in a folder, or of the folder of a file."""
+    if hasattr(source, "keys"):
+        raise ValueError(
+            "A mapping of weights must come with the config of its model. Received: "
+            f"{len(source)} weights without `config`. Pass `config=model.config.to_dict()`."
+        )
     path = check_path("source", source)
     path = (path.parent if path.suffix == ".safetensors" else path) / "config.json"
     if not path.exists():

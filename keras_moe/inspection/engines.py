@@ -57,9 +57,9 @@ def describe(model):
     >>> layer.router, layer.experts, layer.dtype
     ('TopKRouter', 'FeedForwardExperts', 'float32')
     """
+    layers = moe_layers(model)
     platform = named_platform() or backend.current_platform()
     static_shapes = backend.compiles_static_shapes() or _is_compiled_by_xla(model)
-    layers = moe_layers(model)
     unbuilt = [name for name, layer in layers.items() if not layer.built]
     if unbuilt:
         raise ValueError(
@@ -80,4 +80,4 @@ def describe(model):
 
 
 def _is_compiled_by_xla(model):
-    return keras.backend.backend() == "tensorflow" and bool(model.jit_compile)
+    return keras.backend.backend() == "tensorflow" and bool(getattr(model, "jit_compile", False))

@@ -5,7 +5,7 @@ import contextlib
 import keras
 from keras import ops
 
-from keras_moe._internal.validation import check_batches
+from keras_moe._internal.batches import check_list_of_batches, running
 from keras_moe.inspection.finding import moe_layers
 
 
@@ -21,7 +21,8 @@ def record_routings(model, batches):
         each of its calls: one a batch, unless the model calls a layer more often.
 
     Raises:
-        ValueError: If the model has no MoE layer, or `batches` is an array.
+        ValueError: If the model has no MoE layer or cannot run on the batches, or `batches` is an
+            array or a tuple of them.
 
     Example:
 
@@ -33,16 +34,21 @@ def record_routings(model, batches):
     >>> routings["moe"][0].indices.shape
     (8, 2)
     """
-    check_batches("batches", batches)
+    check_list_of_batches("batches", batches)
+    return recorded(model, batches, "batches")
+
+
+def recorded(model, batches, name):
+    """`record_routings` of batches that have a name in errors."""
     layers = moe_layers(model)
     routings: dict[str, list] = {name: [] for name in layers}
     with listening({layer: _recorder(routings[name]) for name, layer in layers.items()}):
-        for batch in batches:
-            model(batch, training=False)
+        for number, batch in enumerate(batches):
+            with running(model, name, number, batch):
+                model(batch, training=False)
     return routings
 
 
-@contextlib.contextmanager
 def count_in_evaluation(model):
     """A context in which the MoE layers of a model count in inference as they do in training.
 
@@ -65,8 +71,7 @@ def count_in_evaluation(model):
     >>> int(keras.ops.sum(moe.expert_counts))
     16
     """
-    with _given("counts_in_evaluation", dict.fromkeys(moe_layers(model).values(), True)):
-        yield
+    return _given("counts_in_evaluation", dict.fromkeys(moe_layers(model).values(), True))
 
 
 @contextlib.contextmanager

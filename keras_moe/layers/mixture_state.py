@@ -21,7 +21,7 @@ def load_state(layer, store):
     """Load what `save_state` has put there, by a layer with these losses or with others.
 
     Raises:
-        ValueError: If the layer is not built.
+        ValueError: If the layer is not built, or the weights are not those of such a layer.
     """
     entries = load_draws(layer, store)
     if not layer.built and "expert_counts" in entries:
@@ -29,6 +29,12 @@ def load_state(layer, store):
             "Weights are loaded into a layer that is built. Received: "
             f"`load_weights` for layer {layer.name!r}, which is not. Call the model on inputs, "
             "or build it, first."
+        )
+    if layer.built and "expert_counts" not in entries:
+        raise ValueError(
+            "The file must have the weights of a `MixtureOfExperts` for layer "
+            f"{layer.name!r}. Received: {sorted(entries) or 'nothing'} for it. Load what the same "
+            "model has saved; `upcycle` makes experts of dense layers."
         )
     for key, variable in _saved(layer).items():
         # A checkpoint fits a layer with other losses: those keep their own state.

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_moe._internal.serialization import register
 from keras_moe._internal.shape_checks import check_fields
-from keras_moe._internal.validation import check_is_float, check_positive_integer
+from keras_moe._internal.validation import check_is_float, check_name, check_positive_integer
 from keras_moe.metrics.usage import (
     dead_experts,
     dropped_fraction,
@@ -23,6 +23,8 @@ class _UsageMetric(keras.metrics.Metric):
 
     def __init__(self, num_experts, name=None, dtype=None):
         num_experts = check_positive_integer("num_experts", num_experts)
+        if name is not None:
+            check_name("name", name)
         super().__init__(name=name, dtype=dtype)
         self.num_experts = num_experts
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_moe._internal.serialization import register
+from keras_moe._internal.validation import check_list, check_pattern
 
 # Names of the banks' weights, and how many axes they have. Other weights of three axes, such as
 # those of attention, are no stacks of matrices.
@@ -27,8 +28,13 @@ class Muon(keras.optimizers.Muon):
 
     Args:
         learning_rate: float, schedule or function, as of any optimizer of Keras.
-        **kwargs: the other arguments of `keras.optimizers.Muon`, such as `exclude_layers`, which
-            names variables that AdamW updates.
+        exclude_layers: list of regular expressions; AdamW updates the variables in whose paths one
+            of them is found.
+        **kwargs: the other arguments of `keras.optimizers.Muon`.
+
+    Raises:
+        TypeError: If `exclude_layers` is no list.
+        ValueError: If something in it is no regular expression.
 
     Example:
 
@@ -40,8 +46,12 @@ class Muon(keras.optimizers.Muon):
     (arXiv:2502.16982), for experts as matrices and for the scale.
     """
 
-    def __init__(self, learning_rate=0.001, **kwargs):
-        super().__init__(learning_rate=learning_rate, **kwargs)
+    def __init__(self, learning_rate=0.001, *, exclude_layers=None, **kwargs):
+        if exclude_layers is not None:
+            check_list("exclude_layers", exclude_layers)
+            for pattern in exclude_layers:
+                check_pattern("exclude_layers", pattern)
+        super().__init__(learning_rate=learning_rate, exclude_layers=exclude_layers, **kwargs)
 
     def _should_use_adamw(self, variable):
         for name, num_axes in _STACKED:

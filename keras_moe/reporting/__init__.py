@@ -31,8 +31,8 @@ def report(model, data, labels=None, tokens=None, path="report.html"):
         The path, a `pathlib.Path`.
 
     Raises:
-        ValueError: If `data` is empty, or `labels` or `tokens` do not fit it, or are of a layer
-            that the model does not have.
+        ValueError: If `data` is empty or not what the model takes, or `labels` or `tokens` do not
+            fit it, or are of a layer that the model does not have.
         ImportError: If matplotlib is missing.
 
     Example:

@@ -6,7 +6,9 @@ import keras
 import numpy as np
 
 from keras_moe import health, metrics
-from keras_moe.inspection import has_moe_layers, moe_layers, record_routings, summarize
+from keras_moe._internal.validation import shortened
+from keras_moe.inspection import has_moe_layers, moe_layers, summarize
+from keras_moe.inspection.recording import recorded
 from keras_moe.reporting.texts import positions_of, token_texts
 from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.visualization.labels import bits_in_common, label_table
@@ -40,6 +42,11 @@ def study(model, data, labels, tokens):
     """A `Study`; without layers, if the model has none."""
     arrays = keras.tree.map_structure(np.asarray, data)
     sizes = {len(array) for array in keras.tree.flatten(arrays) if array.ndim}
+    if not sizes:
+        raise TypeError(
+            "`data` must be an array, or a list or dict of arrays. Received: "
+            f"data={shortened(data)} (of type {type(data).__name__}). Pass `np.array(data)`."
+        )
     if len(sizes) != 1 or not min(sizes):
         raise ValueError(
             "`data` must hold at least one document, and as many in each of its arrays. Received: "
@@ -64,11 +71,11 @@ def study(model, data, labels, tokens):
     if not layers:
         return Study(num_documents, [])
     batches = list(_batches(arrays, num_documents))
-    recorded = record_routings(model, batches)
+    by_name = recorded(model, batches, "data")
     # The first call of a layer that is called several times: its tokens are those of the data.
     called = {
         name: routings[:: len(routings) // len(batches)]
-        for name, routings in recorded.items()
+        for name, routings in by_name.items()
         if routings
     }
     joined = by_layer(called) if called else {}

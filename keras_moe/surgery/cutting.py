@@ -16,13 +16,16 @@ from keras_moe._internal.keras_internals import (
 from keras_moe.layers.dense_experts import DenseExperts
 from keras_moe.layers.layer_experts import LayerExperts
 from keras_moe.routers.logit_router import LogitRouter
+from keras_moe.routers.soft import SoftRouter
 
 
 def check_can_cut(name, layer):
     """Refuse a layer of which it is not known how its experts are taken out."""
     parts = [type(part).__name__ for part in (layer.router, layer.experts)]
     bank_fits = isinstance(layer.experts, (DenseExperts, LayerExperts))
-    if not layer.built or not bank_fits or not isinstance(layer.router, LogitRouter):
+    # The logits of a soft router are those of slots: tokens choose no experts.
+    router_fits = isinstance(layer.router, LogitRouter) and not isinstance(layer.router, SoftRouter)
+    if not layer.built or not bank_fits or not router_fits:
         raise ValueError(
             "A layer must be built and have a router with logits for its experts, which are "
             "`FeedForwardExperts`, `GatedExperts` or `LayerExperts`. Received: "

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe._internal.batches import running
 from keras_moe.inspection import moe_layers
 from keras_moe.inspection.recording import listening
 from keras_moe.ops.routing import count_assignments
@@ -36,9 +37,10 @@ def loss_on(model, data):
     if not data or not has_targets or not getattr(model, "compiled", False):
         return None
     losses, sizes = [], []
-    for batch in data:
+    for number, batch in enumerate(data):
         model.reset_metrics()
-        losses.append(float(model.test_on_batch(*batch, return_dict=True)["loss"]))
+        with running(model, "data", number, inputs_of(batch)):
+            losses.append(float(model.test_on_batch(*batch, return_dict=True)["loss"]))
         if not np.isfinite(losses[-1]):
             raise ValueError(
                 "The loss on the data must be finite before experts go. Received: "
@@ -111,26 +113,34 @@ def _summed(model, data, measure):
     """The sum of a measure over the data, a float64 array for each layer by name."""
     layers = moe_layers(model)
     totals = {name: 0.0 for name in layers}
+    finite = dict.fromkeys(layers, True)
 
     def listener(name, layer):
         def add(routing, tokens):
-            _check_finite(name, routing)
+            finite[name] &= _is_finite(routing)
             value = ops.convert_to_numpy(measure(layer, routing, tokens))
             totals[name] = totals[name] + value.astype("float64")
 
         return add
 
     with listening({layer: listener(name, layer) for name, layer in layers.items()}):
-        for batch in data:
-            model(inputs_of(batch), training=False)
+        for number, batch in enumerate(data):
+            with running(model, "data", number, inputs_of(batch)):
+                model(inputs_of(batch), training=False)
+            _check_finite(finite)
     return totals
 
 
-def _check_finite(name, routing):
-    """Refuse what would send tokens to any expert: logits that are no numbers."""
+def _is_finite(routing):
     logits = ops.where(ops.expand_dims(routing.mask, 1), routing.logits, 0.0)
-    if not bool(ops.all(ops.isfinite(logits))):
+    return bool(ops.all(ops.isfinite(logits)))
+
+
+def _check_finite(finite):
+    """Refuse what would send tokens to any expert: logits that are no numbers."""
+    wrong = [name for name, is_finite in finite.items() if not is_finite]
+    if wrong:
         raise ValueError(
             "Experts must be measured on data for which the router computes numbers. Received: "
-            f"logits of {name!r} that are NaN or infinite. Look for NaN in data and weights."
+            f"logits of {wrong} that are NaN or infinite. Look for NaN in data and weights."
         )

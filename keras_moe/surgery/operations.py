@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
+from keras_moe._internal.batches import check_list_of_batches
 from keras_moe._internal.keras_internals import forget_compiled, forget_old_weights
 from keras_moe._internal.validation import (
-    check_batches,
     check_choice,
     check_top_k,
     host_values,
@@ -197,7 +197,7 @@ def _plan(model, keep, data):
     for name, layer in layers.items():
         check_can_cut(name, layer)
         numbers[name] = _number(name, layer, keep[name] if isinstance(keep, dict) else keep)
-    check_batches("data", data)
+    check_list_of_batches("data", data)
     data = list(data)
     for batch in data:
         measuring.check_batch(batch)
@@ -239,7 +239,7 @@ def _number(name, layer, keep):
     if not is_whole(number) or not least <= number <= num_experts:
         raise ValueError(
             "`keep` must be a share above 0 and up to 1, or a number of experts from the "
-            f"`top_k` of the router up to all. Received: keep={keep!r} for {name!r} with "
+            f"`top_k` of the router up to all. Received: keep={shortened(keep)} for {name!r} with "
             f"num_experts={num_experts}, top_k={least}. Pass another, or lower `top_k` first by "
             "`surgery.set_top_k`."
         )
@@ -260,15 +260,17 @@ def _scores(model, by, layers, data):
         if by == "usage" and not any(score.any() for score in scores.values()):
             _check_data((), "by='usage'")
         return scores
+    if isinstance(by, dict):
+        _layers(model, by, "by")
     scores = by if isinstance(by, dict) else {name: by for name in layers}
     scores = {name: _as_scores(name, value) for name, value in scores.items()}
     for name, layer in layers.items():
         shape = scores[name].shape if name in scores else None
         if shape != (layer.experts.num_experts,):
             raise ValueError(
-                "Scores must be one number for each expert of each layer. Received: shape "
+                "`by` must have one score for each expert of each layer. Received: shape "
                 f"{shape} for {name!r} with num_experts={layer.experts.num_experts}. "
-                "Pass a dict from names of layers to arrays (E,)."
+                f"{'Did you mean `keep`?' if shape == () else 'Pass a dict of arrays (E,).'}"
             )
     return scores
 
@@ -277,8 +279,9 @@ def _as_scores(name, values):
     array = host_values(ops.convert_to_numpy(values) if hasattr(values, "shape") else values)
     if array is None or array.dtype.kind not in "biuf" or not np.isfinite(array).all():
         raise ValueError(
-            f"Scores must be finite numbers. Received: {shortened(values)} for {name!r}. Pass one "
-            "for each expert, higher for those to keep."
+            f"`by` must be {', '.join(map(repr, MEASURES))} or scores that are finite numbers. "
+            f"Received: by={shortened(values)} for {name!r}. Pass one for each expert, higher for "
+            "those to keep."
         )
     return array.astype("float64")
 

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping
 
+import keras
 import keras_tuner
 
 from keras_moe import layers, losses, routers
@@ -12,11 +13,15 @@ from keras_moe._internal.validation import (
     check_name,
     check_not_negative,
     check_positive_integer,
+    shortened,
 )
 
 # Routers whose tokens all have K experts, so that the active size is known before the search.
 TAKE_TOP_K = ("cosine", "deepseek_v3", "noisy_top_k", "sinkhorn", "top_k")
 SET_TOP_K = ("balanced_assignment", "switch")
+
+# Arguments of the layer that a space gives it.
+_CHOSEN = ("router", "router_losses", "capacity_factor")
 
 
 class SearchSpace:
@@ -95,13 +100,28 @@ class SearchSpace:
 
         Returns:
             A new `layers.MixtureOfExperts`. Layers of one space have the same values in a trial.
+
+        Raises:
+            TypeError: If `hp` or `experts` is of another type.
+            ValueError: If an argument is one that the space chooses.
         """
         if not isinstance(hp, keras_tuner.HyperParameters):
             raise TypeError(
                 "`hp` must be a `keras_tuner.HyperParameters`. Received: an object of type "
                 f"{type(hp).__name__}. Pass what the model-building function is given."
             )
+        if isinstance(experts, keras.Layer):
+            raise TypeError(
+                "`experts` must be a function of (num_experts, hidden_dim). Received: a "
+                f"`{type(experts).__name__}`, made already. Pass its class."
+            )
         check_function("experts", experts, "num_experts", "hidden_dim")
+        for name in _CHOSEN:
+            if name in kwargs:
+                raise ValueError(
+                    f"`{name}` must be left to the space, which chooses it. Received: "
+                    f"{name}={shortened(kwargs[name])}. Leave it out."
+                )
         with hp.name_scope(self.name):
             num_experts = _choose(hp, "num_experts", self.num_experts)
             router = self._sample_router(hp, num_experts)

@@ -1,7 +1,5 @@
 """Dense models become mixtures of experts."""
 
-import re
-
 import keras
 import numpy as np
 
@@ -10,6 +8,7 @@ from keras_moe._internal.validation import (
     check_fraction,
     check_function,
     check_model,
+    check_pattern,
     check_positive_integer,
     check_seed,
     check_top_k,
@@ -97,11 +96,12 @@ def upcycle(
     check_model(model)
     _check(num_experts, top_k, granularity, reinitialized, every)
     seed = check_seed("seed", seed)
-    chosen = _choose(model, select)[every - 1 :: every]
+    selected = _choose(model, select)
+    chosen = selected[every - 1 :: every]
     if not chosen:
         raise ValueError(
             "`every` must be at most the number of layers that are chosen from. "
-            f"Received: every={every}. Pass a smaller one."
+            f"Received: every={every} for {len(selected)} of them. Pass a smaller one."
         )
     for feed_forward in chosen:
         _check_layers(feed_forward, granularity)
@@ -173,7 +173,8 @@ def _choose(model, select):
         check_function("select", select, "name")
         wanted = {name for name in names if select(name)}
     elif isinstance(select, str):
-        wanted = _matching(select, names)
+        pattern = check_pattern("select", select)
+        wanted = {name for name in names if pattern.search(name)}
     elif hasattr(select, "__iter__"):
         wanted = {each for each in select if isinstance(each, str)}
         if len(wanted) < len(list(select)):
@@ -187,16 +188,6 @@ def _choose(model, select):
             "Pass some of these names, a regular expression or a function of a name."
         )
     return [feed_forward for feed_forward in found if feed_forward.name in wanted]
-
-
-def _matching(pattern, names):
-    try:
-        return {name for name in names if re.search(pattern, name)}
-    except re.error as error:
-        raise ValueError(
-            "`select` must be a regular expression, where it is a text. Received: "
-            f"select={pattern!r} ({error}). Escape what stands for itself, by `re.escape`."
-        ) from error
 
 
 def _check(num_experts, top_k, granularity, reinitialized, every):

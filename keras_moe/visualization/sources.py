@@ -12,8 +12,8 @@ from keras_moe._internal.validation import (
 )
 from keras_moe.ops.routing import Routing
 
-# A table of labels and experts holds so many squared.
-MOST_DRAWN = 100_000
+# A table of experts and experts or labels holds so many squared: 400 MB.
+MOST_DRAWN = 10_000
 
 
 def by_layer(source):
@@ -141,8 +141,8 @@ def _routing(value, num_experts):
         )
     if num_experts is not None:
         check_positive_integer("num_experts", num_experts)
-        check_can_be_drawn("num_experts", num_experts)
     check_experts("indices", value, num_experts)
+    check_can_be_drawn("num_experts", num_experts or int(value.max()) + 1)
     counts = np.bincount(value[value >= 0], minlength=num_experts or 0)
     mask = (value >= 0).any(axis=1)
     return Routing(value.astype("int32"), None, None, None, mask, counts, None)

@@ -1,0 +1,53 @@
+"""What a user gives to run a model on, and running it."""
+
+import contextlib
+
+import keras
+
+from keras_moe._internal.command_line import cause
+from keras_moe._internal.validation import check_batches, dtype_of, is_of, shortened
+
+
+def check_list_of_batches(name, batches):
+    """Batches, and not one of them, which may be a tuple of inputs and targets."""
+    check_batches(name, batches)
+    if isinstance(batches, tuple) and any(hasattr(part, "shape") for part in batches):
+        shapes = ", ".join(map(_described, batches))
+        raise ValueError(
+            f"`{name}` must be a list of batches, or another iterable. Received: a tuple of "
+            f"{shapes}. Pass `[(inputs, targets)]`, or a list of inputs."
+        )
+
+
+def check_ids(name, inputs, model):
+    """Integers for the inputs of a model that are integers: frameworks cast floats in silence."""
+    wanted = getattr(model, "inputs", None) or ()
+    arrays = keras.tree.flatten(inputs)
+    if isinstance(inputs, dict):
+        arrays = [inputs.get(tensor.name) for tensor in wanted]
+    for tensor, array in zip(wanted, arrays):
+        if hasattr(array, "dtype") and is_of("int", tensor) and not is_of("mask", array):
+            raise ValueError(
+                f"`{name}` must hold integers for {tensor.name!r}. Received: {dtype_of(array)}. "
+                "Pass ids, or cast them."
+            )
+
+
+@contextlib.contextmanager
+def running(model, name, number, inputs):
+    """A context that runs a model on a batch; what it cannot run on is named."""
+    check_ids(name, inputs, model)
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"The model must run on `{name}`. Received: batch {number} of "
+            f"{keras.tree.map_structure(_described, inputs)} ({cause(error)}). "
+            "Pass inputs like those it was trained on."
+        ) from error
+
+
+def _described(value):
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{dtype_of(value)} {tuple(value.shape)}"
+    return shortened(value)
