@@ -916,6 +916,28 @@ def test_a_position_in_a_tensor_is_moved_to_where_there_is_room(position, neares
     np.testing.assert_array_equal(np.flatnonzero(seen), [nearest, nearest + 1])
 
 
+@pytest.mark.parametrize(
+    "capacity",
+    [
+        1e6,
+        1e30,
+        layers.Capacity(1.0, minimum=2**31),
+        layers.Capacity(1.0, multiple_of=2**31 - 1),
+        layers.Capacity(1.0, minimum=2**40, multiple_of=2**40),
+    ],
+    ids=str,
+)
+def test_a_capacity_of_any_size_is_no_limit(capacity):
+    layer = moe(capacity_factor=capacity)
+    _, chosen = layer(normal(8192, D), training=True, return_routing=True)
+    assert float(array(chosen.dropped)) == 0
+    tokens = 2**20  # an int32, as where a compiled step does not know its batch
+    known = ops.expert_capacity(tokens, E, K, 1e6)
+    assert int(array(ops.expert_capacity(tensor(tokens, "int32"), E, K, 1e6))) == known
+    plan = ops.plan_groups(routing(), capacity=2**40)
+    np.testing.assert_array_equal(array(plan.groups.sizes), array(routing().counts))
+
+
 NUMBERS = [Fraction(5, 4), np.float32(1.25), np.float64(1.25), 1.25]
 
 
