@@ -80,9 +80,9 @@ def selection_gap(logits, top_k):
 
 
 def expert_capacity(num_tokens, num_experts, top_k, factor):
-    """`ceil(factor * T * K / E)`, at least 1, without a rounding error."""
+    """`ceil(factor * T * K / E)`, from 1 to `T * K`, without a rounding error."""
     exact = Fraction(str(factor)) * num_tokens * top_k / num_experts
-    return max(1, math.ceil(exact))
+    return max(1, min(math.ceil(exact), num_tokens * top_k))
 
 
 def queues(indices, mask, num_experts, capacity=None):

@@ -119,7 +119,7 @@ MODELS = {
     "an argument of no layer": (
         "m.keras",
         with_config(lambda text: text.replace(b'"hidden_dim"', b'"hiden_dim"')),
-        "hiden_dim",
+        "hidden_dim",
     ),
     "other widths": ("m.keras", more("hidden_dim", 7), "shape"),
     "config with a tail": ("m.keras", with_config(lambda text: text + b" x"), "`model.save` wrote"),

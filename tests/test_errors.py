@@ -397,29 +397,29 @@ CALLS = {
     "mask of another length": (
         lambda: moe()(normal(2, 3, D), mask=np.ones((2, 4), bool)),
         ValueError,
-        "`mask` must have the shape of the inputs without their last axis. Received: "
+        "`mask` must have the shape of `inputs` without the last axis. Received: "
         "mask.shape=(2, 4), inputs.shape=(2, 3, 8). "
         "Pass a bool mask of shape (2, 3), False for padding.",
     ),
     "mask of another rank": (
         lambda: moe()(normal(2, 3, D), mask=np.ones((2, 3, 1), bool)),
         ValueError,
-        "`mask` must have the shape of the inputs without their last axis. Received: "
+        "`mask` must have the shape of `inputs` without the last axis. Received: "
         "mask.shape=(2, 3, 1), inputs.shape=(2, 3, 8). "
         "Pass a bool mask of shape (2, 3), False for padding.",
     ),
     "mask of a block": (
         lambda: layers.TransformerEncoderBlock(2, moe())(normal(2, 3, D), mask=np.ones((2, 2))),
         ValueError,
-        "`mask` must have the shape of the inputs without their last axis. Received: "
+        "`mask` must have the shape of `inputs` without the last axis. Received: "
         "mask.shape=(2, 2), inputs.shape=(2, 3, 8). "
         "Pass a bool mask of shape (2, 3), False for padding.",
     ),
     "mask of a router": (
         lambda: routers.TopKRouter(E)(normal(3, D), mask=np.ones((2,), bool)),
         ValueError,
-        "`mask` must have the shape of the inputs without their last axis. Received: "
-        "mask.shape=(2,), inputs.shape=(3, 8). "
+        "`mask` must have the shape of `tokens` without the last axis. Received: "
+        "mask.shape=(2,), tokens.shape=(3, 8). "
         "Pass a bool mask of shape (3,), False for padding.",
     ),
     "leading axes of a router": (

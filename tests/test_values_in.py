@@ -148,6 +148,18 @@ def decoder():
     return block
 
 
+def attending():
+    """A decoder block that was built for a context of 6 features."""
+    block = layers.TransformerDecoderBlock(2, moe(), cross_attention=True)
+    block.build((None, 2, D), (None, 5, 6))
+    return block
+
+
+def fitted(block):
+    block.build((None, 3, D))
+    return block
+
+
 def decode(position):
     block = decoder()
     return block(normal(1, 2, D), cache=block.make_cache(1, 4), position=position)
@@ -235,6 +247,11 @@ def built(layer):
     return layer
 
 
+def with_lora(cls, **config):
+    """A layer as from a file that says so."""
+    return cls.from_config({**plain(cls).get_config(), **config})
+
+
 # The function, how it is called with a bad value, and bad values.
 FUNCTIONS = {
     "enable_lora": [
@@ -242,6 +259,8 @@ FUNCTIONS = {
         (lambda v: built(routers.TopKRouter(E)).enable_lora(2, lora_alpha=v), BAD_NUMBERS),
         (lambda v: built(layers.GatedExperts(E, 3)).enable_lora(v), BAD_SIZES),
         (lambda v: built(layers.GatedExperts(E, 3)).enable_lora(2, lora_alpha=v), BAD_NUMBERS),
+        (lambda v: with_lora(layers.GatedExperts, lora_rank=v), BAD_SIZES),
+        (lambda v: with_lora(routers.TopKRouter, lora_rank=2, lora_alpha=v), BAD_NUMBERS),
     ],
     "ops.grouped_matmul": [
         (lambda v: product(sizes=v), [[1, -1, 2, 1], [3, 3, 3, 3], [1.0, 2.0, 3.0, 0.0]]),
@@ -814,10 +833,40 @@ METHODS = {
             lambda v: layers.TransformerDecoderBlock(2, moe(), cross_attention=True)(
                 normal(1, 2, D), context=v
             ),
-            ["x", normal(2, 2, D), normal(1, D)],
+            ["x", normal(2, 2, D), normal(1, D), np.ones((1, 2, D), "int32")],
         ),
+        (
+            lambda v: attending()(normal(1, 2, D), context=normal(1, 5, 6), context_mask=v),
+            [np.ones((1, 4), bool), np.ones((1, 5), "f4")],
+        ),
+        (lambda v: attending()(normal(1, 2, D), context=v), [normal(1, 5, D), keras.Input((6,))]),
+        (lambda v: attending().make_cache(1, 4, context=v), [normal(1, 5, D)]),
     ],
-    "position": [(decode, [True, -2, 1.5, 3, 4, NAN, "0"])],
+    "position": [
+        (decode, [True, -2, 1.5, 3, 4, NAN, "0"]),
+        (decode, [np.int64(3), np.array(-2), np.float32(0), np.bool_(True)]),
+    ],
+    "inputs of a block": [
+        (lambda v: encoder()(v), [None, normal(T, D), "x"]),
+        (lambda v: fitted(encoder())(v), [normal(1, 3, D + 2), keras.Input((3, D + 2))]),
+        (lambda v: decoder()(v), [None, normal(1, 3, D + 2), keras.Input((3, D + 2))]),
+    ],
+    "symbols": [
+        (lambda v, make=make: make()(v), [keras.Input((3, D), dtype="int32")])
+        for make in (moe, encoder)
+    ]
+    + [
+        (
+            lambda v, make=make: make()(keras.Input((3, D)), mask=v),
+            [keras.Input((4,), dtype="bool"), keras.Input((3,))],
+        )
+        for make in (moe, encoder)
+    ]
+    + [
+        (lambda v: moe()(keras.Input((3, D)), router_inputs=v), [keras.Input((3, D + 1))]),
+        (lambda v: moe()(keras.Input((3, D)), indices=v), [keras.Input((3, K), dtype="int32")]),
+        (lambda v: routers.TopKRouter(E)(v), [keras.Input((D,), dtype="int32")]),
+    ],
     "position in a tensor": [(lambda v: decode(tensor(v)), [0.0, 1.5, [0, 1]])],
     "make_cache": [
         (lambda v: decoder().make_cache(v, 4), BAD_SIZES),
@@ -916,6 +965,28 @@ def test_a_position_in_a_tensor_is_moved_to_where_there_is_room(position, neares
     _, moved = block(x, cache=cache, position=tensor(position, "int32"))
     seen = array(moved["mask"])[0]
     np.testing.assert_array_equal(np.flatnonzero(seen), [nearest, nearest + 1])
+
+
+@pytest.mark.parametrize(
+    "capacity",
+    [
+        1e6,
+        1e30,
+        layers.Capacity(1.0, minimum=2**31),
+        layers.Capacity(1.0, multiple_of=2**31 - 1),
+        layers.Capacity(1.0, minimum=2**40, multiple_of=2**40),
+    ],
+    ids=str,
+)
+def test_a_capacity_of_any_size_is_no_limit(capacity):
+    layer = moe(capacity_factor=capacity)
+    _, chosen = layer(normal(8192, D), training=True, return_routing=True)
+    assert float(array(chosen.dropped)) == 0
+    tokens = 2**20  # an int32, as where a compiled step does not know its batch
+    known = ops.expert_capacity(tokens, E, K, 1e6)
+    assert int(array(ops.expert_capacity(tensor(tokens, "int32"), E, K, 1e6))) == known
+    plan = ops.plan_groups(routing(), capacity=2**40)
+    np.testing.assert_array_equal(array(plan.groups.sizes), array(routing().counts))
 
 
 NUMBERS = [Fraction(5, 4), np.float32(1.25), np.float64(1.25), 1.25]

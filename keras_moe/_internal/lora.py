@@ -80,6 +80,10 @@ class Adaptable:
 def adaptable_from_config(make, config):
     """The layer `make(config)` makes, with the `lora_config` in the config."""
     lora = {name: config[name] for name in ("lora_rank", "lora_alpha") if name in config}
+    if lora.get("lora_rank") is not None:
+        check_positive_integer("lora_rank", lora["lora_rank"])
+    if lora.get("lora_alpha") is not None:
+        check_positive_number("lora_alpha", lora["lora_alpha"])
     layer = make({key: config[key] for key in config if key not in lora})
     for name, value in lora.items():
         setattr(layer, name, value)

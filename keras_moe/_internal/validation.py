@@ -17,7 +17,6 @@ import keras
 import numpy as np
 
 _LARGEST = float(np.finfo("float32").max)
-_MASK_RULE = "`mask` must be a tensor of bools, or of integers."
 
 
 def check_positive_integer(name, value):
@@ -225,10 +224,10 @@ def check_routing(routing):
         )
 
 
-def check_float_inputs(inputs):
+def check_float_inputs(inputs, name="inputs"):
     if not keras.backend.is_float_dtype(inputs.dtype):
         raise TypeError(
-            "`inputs` must be a float tensor. Received: inputs.dtype="
+            f"`{name}` must be a float tensor. Received: {name}.dtype="
             f"{keras.backend.standardize_dtype(inputs.dtype)}. Embed or cast integers first."
         )
 
@@ -412,21 +411,20 @@ def host_values(values):
         ) from error
 
 
-def check_mask(mask, inputs_shape):
+def check_mask(mask, inputs_shape, name="mask", of="inputs"):
     """A mask has the shape of the inputs without the feature axis; None fits any size."""
+    rule = f"`{name}` must be a tensor of bools, or of integers."
     if not hasattr(mask, "dtype"):
-        raise TypeError(f"{_MASK_RULE} Received: mask={shortened(mask)}. Pass `ids != 0`, say.")
+        raise TypeError(f"{rule} Received: {name}={shortened(mask)}. Pass `ids != 0`, say.")
     mask_shape, leading = tuple(mask.shape), tuple(inputs_shape)[:-1]
     if not fits(mask_shape, leading):
         raise ValueError(
-            "`mask` must have the shape of the inputs without their last axis. Received: "
-            f"mask.shape={mask_shape}, inputs.shape={tuple(inputs_shape)}. "
+            f"`{name}` must have the shape of `{of}` without the last axis. Received: "
+            f"{name}.shape={mask_shape}, {of}.shape={tuple(inputs_shape)}. "
             f"Pass a bool mask of shape {leading}, False for padding."
         )
     if not is_of("mask", mask):
-        raise TypeError(
-            f"{_MASK_RULE} Received: mask.dtype={dtype_of(mask)}. Pass `mask > 0`, say."
-        )
+        raise TypeError(f"{rule} Received: {name}.dtype={dtype_of(mask)}. Pass `{name} > 0`, say.")
 
 
 def fits(shape, expected):

@@ -14,6 +14,7 @@ from keras_moe._internal.validation import (
     check_positive_number,
     check_training,
 )
+from keras_moe.ops.plans import MOST_ROWS
 from keras_moe.ops.sizes import at_least
 
 PRIORITIES = ("position", "probability", "random")
@@ -121,9 +122,10 @@ class Capacity(Configured):
         sequence_length = sequence_length if self.per_sequence else None
         length = num_tokens if sequence_length is None else sequence_length
         rows = ops.expert_capacity(length, routing.counts.shape[0], top_k, factor)
-        rows = at_least(self.minimum, rows)
+        rows = at_least(min(self.minimum, MOST_ROWS), rows)
+        multiple_of = min(self.multiple_of, MOST_ROWS)
         return {
-            "capacity": -(-rows // self.multiple_of) * self.multiple_of,
+            "capacity": -(-rows // multiple_of) * multiple_of,
             "first": self._urgency(routing, seed),
             "sequence_length": sequence_length,
         }

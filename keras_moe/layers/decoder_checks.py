@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from keras_moe._internal.shape_checks import check_shapes, known
-from keras_moe._internal.validation import check_is_integer, check_rank, is_whole
+from keras_moe._internal.validation import check_is_integer, check_mask, check_rank, is_whole
 
 _SEEN = {"keys": "BMHN", "values": "BMHN", "mask": "BM"}
 _CONTEXT = {"context_keys": "BSHN", "context_values": "BSHN", "context_mask": "BS"}
@@ -22,11 +22,14 @@ def check_has_context(cross_attention, given):
         )
 
 
-def check_context(cross_attention, context, context_mask, batch_size):
+def check_context(block, context, context_mask, batch_size):
     """A context and its mask, if there are to be any."""
-    check_has_context(cross_attention, context is not None)
+    check_has_context(block.cross_attention, context is not None)
     if context is not None:
-        check_shapes({"context": (context, "BSC")}, **known(B=batch_size))
+        sizes = known(B=batch_size, C=block.context_features)
+        check_shapes({"context": (context, "BSC", "float")}, **sizes)
+        if context_mask is not None:
+            check_mask(context_mask, context.shape, "context_mask", "context")
     elif context_mask is not None:
         raise ValueError(
             "`context_mask` must be that of a context. Received: context_mask and no context. "
@@ -43,7 +46,7 @@ def check_cache(block, inputs, context, context_mask, cache, position):
             "Pass both to decode, none to train."
         )
     if cache is None:
-        check_context(block.cross_attention, context, context_mask, inputs.shape[0])
+        check_context(block, context, context_mask, inputs.shape[0])
         return
     if context is not None:
         raise ValueError(
@@ -67,6 +70,12 @@ def _check_tensors(block, inputs, cache):
         H=block.num_heads,
         **known(B=inputs.shape[0], N=inputs.shape[2] // block.num_heads),
     )
+
+
+def as_position(position):
+    """A position in a NumPy array as an integer: Keras would make a tensor of it, of any value."""
+    is_on_host = isinstance(position, (np.ndarray, np.generic)) and position.ndim == 0
+    return position.item() if is_on_host else position
 
 
 def _check_position(position, length, room):

@@ -242,10 +242,11 @@ class MixtureOfExperts(Recomputable):
         check_flag("return_routing", return_routing)
         shape = keras_ops.shape(inputs)
         mask = mask_of(inputs, mask)
+        self._check_call(inputs, mask, router_inputs)
         tokens, token_mask = self._flatten(inputs, mask)
         sequence_length = _sequence_length(shape)
         routing = self.router(
-            tokens if router_inputs is None else self._router_tokens(router_inputs, inputs),
+            tokens if router_inputs is None else self._router_tokens(router_inputs),
             mask=token_mask,
             training=training,
             sequence_length=sequence_length,
@@ -297,18 +298,12 @@ class MixtureOfExperts(Recomputable):
                     self.add_loss(keras_ops.cast(weighted, keras.config.floatx()))
             self._count(routing, values, training)
 
-    def _flatten(self, inputs, mask):
+    def _check_call(self, inputs, mask, router_inputs):
         check_float_inputs(inputs)
-        tokens = keras_ops.reshape(inputs, (-1, inputs.shape[-1]))
-        if mask is None:
-            return tokens, None
-        check_mask(mask, inputs.shape)
-        mask = keras_ops.reshape(keras_ops.cast(mask, "bool"), (-1,))
-        # Padding may hold anything, NaN included; zeros are harmless in every product.
-        zero = keras_ops.zeros((), tokens.dtype)
-        return keras_ops.where(keras_ops.expand_dims(mask, 1), tokens, zero), mask
-
-    def _router_tokens(self, router_inputs, inputs):
+        if mask is not None:
+            check_mask(mask, inputs.shape)
+        if router_inputs is None:
+            return
         check_is_float("router_inputs", router_inputs)
         if not fits(router_inputs.shape, inputs.shape):
             raise ValueError(
@@ -316,6 +311,17 @@ class MixtureOfExperts(Recomputable):
                 f"router_inputs.shape={tuple(router_inputs.shape)}, "
                 f"inputs.shape={tuple(inputs.shape)}. Pass another view of the same tokens."
             )
+
+    def _flatten(self, inputs, mask):
+        tokens = keras_ops.reshape(inputs, (-1, inputs.shape[-1]))
+        if mask is None:
+            return tokens, None
+        mask = keras_ops.reshape(keras_ops.cast(mask, "bool"), (-1,))
+        # Padding may hold anything, NaN included; zeros are harmless in every product.
+        zero = keras_ops.zeros((), tokens.dtype)
+        return keras_ops.where(keras_ops.expand_dims(mask, 1), tokens, zero), mask
+
+    def _router_tokens(self, router_inputs):
         return keras_ops.reshape(router_inputs, (-1, router_inputs.shape[-1]))
 
     def _count(self, routing, loss_values, training):
@@ -423,12 +429,14 @@ class MixtureOfExperts(Recomputable):
         indices=None,
         router_inputs=None,
     ):
+        check_flag("return_routing", return_routing)
+        self._check_call(inputs, mask, router_inputs)
         outputs = keras.KerasTensor(self.compute_output_shape(inputs.shape), self.compute_dtype)
         num_tokens: int | None = 1
         for size in inputs.shape[:-1]:
             num_tokens = None if None in (num_tokens, size) else num_tokens * size
         tokens = keras.KerasTensor((num_tokens, inputs.shape[-1]), inputs.dtype)
-        routing = self.router.compute_output_spec(tokens, token_ids=token_ids)
+        routing = self.router.compute_output_spec(tokens, token_ids=token_ids, indices=indices)
         return (outputs, routing) if return_routing else outputs
 
     def get_config(self):

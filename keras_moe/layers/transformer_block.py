@@ -13,6 +13,7 @@ from keras_moe._internal.validation import (
     check_host_numbers,
     check_mask,
     check_positive_integer,
+    check_tensor,
     check_training,
 )
 from keras_moe.layers.expert_bank import check_takes_tokens
@@ -52,11 +53,24 @@ class TransformerBlock(Recomputable):
         check_host_integers("token_ids", kwargs.get("token_ids"))
         for name in ("mask", "context", "context_mask"):
             check_host_numbers(name, kwargs.get(name))
-        check_host_numbers("inputs", args[0] if args else None)
+        inputs = args[0] if args else kwargs.get("inputs")
+        check_tensor("inputs", inputs)
+        check_host_numbers("inputs", inputs)
+        self._check_features(inputs.shape)
         return super().__call__(*args, **kwargs)
 
+    def _check_call(self, inputs, mask):
+        check_float_inputs(inputs)
+        if mask is not None:
+            check_mask(mask, inputs.shape)
+
     def _check_features(self, inputs_shape):
-        features = inputs_shape[-1]
+        features = inputs_shape[-1] if len(inputs_shape) else None
+        if self.built and features != self._features:
+            raise ValueError(
+                f"`inputs` must have {self._features} features, as those the block was built for. "
+                f"Received: inputs.shape={tuple(inputs_shape)}. Make another block for them."
+            )
         if len(inputs_shape) != 3 or features is None or features % self.num_heads:
             raise ValueError(
                 "`inputs` must have the shape (batch, length, features), features divisible by "
@@ -81,7 +95,7 @@ class TransformerBlock(Recomputable):
 
     def _build_feed_forward(self, inputs_shape):
         self._feedforward_norm = self._make_norm("feedforward_norm", inputs_shape)
-        features = inputs_shape[-1]
+        features = self._features = inputs_shape[-1]
         outputs_shape = build_and_measure(self.feedforward, inputs_shape)
         if outputs_shape[-1] != features:
             raise ValueError(
@@ -92,10 +106,8 @@ class TransformerBlock(Recomputable):
 
     def _without_padding(self, inputs, mask):
         """The inputs, zero where the mask is False, and the mask as bool, or None."""
-        check_float_inputs(inputs)
         if mask is None:
             return inputs, None
-        check_mask(mask, inputs.shape)
         mask = ops.cast(mask, "bool")
         # Padding may hold anything; a NaN there would pass through an attention weight of 0.
         return ops.where(ops.expand_dims(mask, -1), inputs, ops.zeros((), inputs.dtype)), mask

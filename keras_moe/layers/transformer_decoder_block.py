@@ -6,8 +6,13 @@ import keras
 from keras import ops
 
 from keras_moe._internal.serialization import register
-from keras_moe._internal.validation import check_flag, check_size, check_tensor, is_whole
-from keras_moe.layers.decoder_checks import check_cache, check_context, check_has_context
+from keras_moe._internal.validation import check_flag, check_rank, check_size, is_whole
+from keras_moe.layers.decoder_checks import (
+    as_position,
+    check_cache,
+    check_context,
+    check_has_context,
+)
 from keras_moe.layers.masks import mask_of
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.recomputation import effects_once
@@ -86,6 +91,7 @@ class TransformerDecoderBlock(TransformerBlock):
         super().__init__(num_heads, feedforward, dropout, **kwargs)
         self.cross_attention = check_flag("cross_attention", cross_attention)
         self.rotary = check_flag("rotary", rotary)
+        self.context_features = None
         for layer in self.feedforward._flatten_layers():
             if isinstance(layer, MixtureOfExperts):
                 for reason in _reasons_not_to_be_causal(layer):
@@ -94,7 +100,9 @@ class TransformerDecoderBlock(TransformerBlock):
     def __call__(self, *args, **kwargs):
         # Here, because Keras builds the block by the shapes of tensors.
         if kwargs.get("context") is not None:
-            check_tensor("context", kwargs["context"])
+            check_rank("context", kwargs["context"], ("B", "S", "C"))
+        if kwargs.get("position") is not None:
+            kwargs["position"] = as_position(kwargs["position"])
         return super().__call__(*args, **kwargs)
 
     def build(self, inputs_shape, context_shape=None):
@@ -111,6 +119,7 @@ class TransformerDecoderBlock(TransformerBlock):
             RememberingAttention, "attention", inputs_shape, inputs_shape
         )
         if self.cross_attention:
+            self.context_features = context_shape[-1]
             self._context_norm = self._make_norm("context_norm", inputs_shape)
             self._context_attention = self._make_attention(
                 RememberingAttention, "context_attention", inputs_shape, context_shape
@@ -131,6 +140,7 @@ class TransformerDecoderBlock(TransformerBlock):
     ):
         check_cache(self, inputs, context, context_mask, cache, position)
         mask = mask_of(inputs, mask)
+        self._check_call(inputs, mask)
         inputs, mask = self._without_padding(inputs, mask)
         positions = ops.arange(ops.shape(inputs)[1], dtype="int32")
         if cache is not None:
@@ -170,7 +180,7 @@ class TransformerDecoderBlock(TransformerBlock):
                 f"block {self.name!r}, which is not built. Call it on inputs, or build it, first."
             )
         check_size("batch_size", batch_size)
-        check_context(self.cross_attention, context, context_mask, batch_size)
+        check_context(self, context, context_mask, batch_size)
         check_size("max_length", max_length)
         shape = (batch_size, max_length, self.num_heads, self._attention.key_dim)
         cache = {name: ops.zeros(shape, self.compute_dtype) for name in ("keys", "values")}
@@ -207,7 +217,19 @@ class TransformerDecoderBlock(TransformerBlock):
             states, memory["context_keys"], memory["context_values"], mask, training=training
         )
 
-    def compute_output_spec(self, inputs, *args, cache=None, **kwargs):
+    def compute_output_spec(
+        self,
+        inputs,
+        mask=None,
+        context=None,
+        context_mask=None,
+        training=None,
+        cache=None,
+        position=None,
+        token_ids=None,
+    ):
+        self._check_call(inputs, mask)
+        check_cache(self, inputs, context, context_mask, cache, position)
         outputs = keras.KerasTensor(inputs.shape, self.compute_dtype)
         if cache is None:
             return outputs

@@ -60,7 +60,9 @@ class TransformerEncoderBlock(TransformerBlock):
 
     @effects_once
     def call(self, inputs, mask=None, training=None, token_ids=None):
-        inputs, mask = self._without_padding(inputs, mask_of(inputs, mask))
+        mask = mask_of(inputs, mask)
+        self._check_call(inputs, mask)
+        inputs, mask = self._without_padding(inputs, mask)
         normed = self._attention_norm(inputs)
         attended = self._attention(
             normed,
@@ -70,3 +72,7 @@ class TransformerEncoderBlock(TransformerBlock):
         )
         hidden = self._add(inputs, attended, training)
         return self._add_feed_forward(hidden, mask, training, token_ids)
+
+    def compute_output_spec(self, inputs, mask=None, training=None, token_ids=None):
+        self._check_call(inputs, mask)
+        return keras.KerasTensor(inputs.shape, self.compute_dtype)

@@ -162,7 +162,7 @@ def masked_mean(values, mask):
             "`values` must have the shape (T, ...). Received: values.shape=(). Pass one value for "
             "each token."
         )
-    check_mask(mask, (*values.shape[:1], None))
+    check_mask(mask, (*values.shape[:1], None), of="values")
     real = ops.reshape(ops.cast(mask, "bool"), (-1,) + (1,) * (len(values.shape) - 1))
     total = ops.sum(ops.where(real, values, 0.0), axis=0)
     return total / ops.maximum(ops.sum(ops.cast(mask, "float32")), 1.0)

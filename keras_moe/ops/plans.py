@@ -33,6 +33,9 @@ from keras_moe.ops.sharded import admit_by_shard, splits_evenly
 from keras_moe.ops.sizes import at_least
 from keras_moe.ops.sorting import place_in_queue
 
+# More than there can be, and small enough that twice as many fit into int32.
+MOST_ROWS = 2**30
+
 
 class GroupedPlan(NamedTuple):
     """Assignments sorted by expert, each a row: an immutable record with two verbs.
@@ -115,7 +118,9 @@ def plan_groups(routing, capacity=None, first=None, sequence_length=None):
     """
     check_fields(routing, "indices", "weights", "mask", "counts")
     if capacity is not None:
-        check_size("capacity", capacity)
+        capacity = check_size("capacity", capacity)
+        if is_whole(capacity):
+            capacity = min(capacity, MOST_ROWS)
     if sequence_length is not None:
         check_divides("sequence_length", sequence_length, routing.mask.shape[0])
     if first is not None:
@@ -157,7 +162,7 @@ def _admit(assignments, capacity, first, sequence_length):
 
 
 def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
-    """Slots of an expert: `ceil(factor * T * K / E)`, at least 1.
+    """Slots of an expert: `ceil(factor * T * K / E)`, at least 1 and at most T * K.
 
     Args:
         num_tokens: T, an integer or an integer tensor. Padding counts, so that the capacity does
@@ -190,7 +195,8 @@ def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
     capacity_factor = check_positive_number("capacity_factor", capacity_factor)
     # In integers, which round the same way everywhere: in float32 a compiled quotient may end just
     # above a whole number, which gives one slot too many.
-    share = Fraction(float(capacity_factor)).limit_denominator(1000) * top_k / num_experts
+    factor = min(Fraction(float(capacity_factor)).limit_denominator(1000), num_experts)
+    share = Fraction(factor) * top_k / num_experts
     # The whole parts separately: the product of all tokens with the numerator may exceed 32 bits.
     whole, rest = num_tokens // share.denominator, num_tokens % share.denominator
     rows = whole * share.numerator - (-rest * share.numerator // share.denominator)

@@ -81,7 +81,7 @@ def clean_logits(logits, mask=None):
     logits = ops.cast(logits, "float32")
     if mask is None:
         return logits, ops.ones(ops.shape(logits)[:1], "bool")
-    check_mask(mask, logits.shape)
+    check_mask(mask, logits.shape, of="logits")
     mask = ops.cast(mask, "bool")
     return ops.where(ops.expand_dims(mask, 1), logits, 0.0), mask
 

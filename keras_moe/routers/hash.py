@@ -7,7 +7,6 @@ from keras_moe._internal.serialization import register
 from keras_moe._internal.validation import (
     check_positive_integer,
     check_seed,
-    check_token_ids,
     check_top_k,
 )
 from keras_moe.ops import make_routing
@@ -82,8 +81,7 @@ class HashRouter(Router):
 
     def compute_output_spec(self, tokens, mask=None, training=None, token_ids=None, **known):
         _check_has_ids(token_ids)
-        check_token_ids(token_ids, tokens.shape[0])
-        return super().compute_output_spec(tokens, mask, training, **known)
+        return super().compute_output_spec(tokens, mask, training, token_ids=token_ids, **known)
 
     def route(self, tokens, mask, training, token_ids=None):
         _check_has_ids(token_ids)

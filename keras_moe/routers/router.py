@@ -144,6 +144,18 @@ class Router(keras.layers.Layer):
         Returns:
             An `ops.Routing`.
         """
+        self._check_call(tokens, mask, sequence_length, token_ids, indices)
+        if mask is not None:
+            mask = ops.cast(mask, "bool")
+            # Padding may hold anything, NaN included, and its gradient must be zero.
+            tokens = ops.where(ops.expand_dims(mask, 1), tokens, 0.0)
+        known = {"sequence_length": sequence_length, "token_ids": token_ids, "indices": indices}
+        known = {name: value for name, value in known.items() if name in self._known_arguments}
+        routing = self.route(tokens, mask, training, **known)
+        check_fields(routing, T=tokens.shape[0], E=self.num_experts)
+        return routing
+
+    def _check_call(self, tokens, mask=None, sequence_length=None, token_ids=None, indices=None):
         check_is_float("tokens", tokens)
         if len(tokens.shape) != 2:
             raise ValueError(
@@ -154,11 +166,7 @@ class Router(keras.layers.Layer):
         if token_ids is not None:
             check_token_ids(token_ids, tokens.shape[0])
         if mask is not None:
-            check_mask(mask, tokens.shape)
-            mask = ops.cast(mask, "bool")
-            # Padding may hold anything, NaN included, and its gradient must be zero.
-            tokens = ops.where(ops.expand_dims(mask, 1), tokens, 0.0)
-        known = {"sequence_length": sequence_length, "token_ids": token_ids, "indices": indices}
+            check_mask(mask, tokens.shape, of="tokens")
         if indices is not None and "indices" not in self._known_arguments:
             raise ValueError(
                 "Only routers that give each token its K best experts can replay `indices`. "
@@ -172,10 +180,6 @@ class Router(keras.layers.Layer):
                 f"indices.shape={tuple(indices.shape)}, T={tokens.shape[0]}, K={self.max_top_k}. "
                 "Pass the `indices` of a routing of these tokens by this router."
             )
-        known = {name: value for name, value in known.items() if name in self._known_arguments}
-        routing = self.route(tokens, mask, training, **known)
-        check_fields(routing, T=tokens.shape[0], E=self.num_experts)
-        return routing
 
     def route(self, tokens, mask, training):
         raise NotImplementedError(
@@ -233,7 +237,7 @@ class Router(keras.layers.Layer):
         return None
 
     def compute_output_spec(self, tokens, mask=None, training=None, **known):
-        check_tensor("tokens", tokens)
+        self._check_call(tokens, mask, **known)
         return routing_spec(tokens.shape[0], self.num_experts, self.max_top_k)
 
     def get_config(self):
