@@ -93,6 +93,7 @@ class ExpertParallel(keras.distribution.ModelParallel):
     token_axes = AXES
 
     def __init__(self, layout_map):
+        _check_layout_map(layout_map)
         super().__init__(layout_map=layout_map, batch_dim_name="data")
         mesh = layout_map.device_mesh
         # A layout of Keras names one axis for the batch: this mesh has both as one.
@@ -138,7 +139,8 @@ def _mesh(experts, data, devices):
     check_positive_integer("experts", experts)
     known = keras.distribution.list_devices()
     devices = known if devices is None else devices
-    if not isinstance(devices, (list, tuple)) or not all(device in known for device in devices):
+    is_list = isinstance(devices, (list, tuple)) and len(devices)
+    if not is_list or not all(device in known for device in devices):
         raise ValueError(
             "`devices` must be a list of some of `keras.distribution.list_devices()`. Received: "
             f"devices={devices!r}. There are {known}."
@@ -161,7 +163,7 @@ def _mesh(experts, data, devices):
     return keras.distribution.DeviceMesh((data, experts), AXES, devices[: data * experts])
 
 
-def _check_layout_map(layout_map, experts, data, devices):
+def _check_layout_map(layout_map, experts=None, data=None, devices=None):
     if not isinstance(layout_map, keras.distribution.LayoutMap):
         raise TypeError(
             "`layout_map` must be a `keras.distribution.LayoutMap`. Received: "

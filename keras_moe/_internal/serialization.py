@@ -134,5 +134,7 @@ def _way_out(identifier, base, names):
     if names:
         return propose(identifier, names)
     if isinstance(identifier, (list, tuple)):
+        if base is keras.Layer:
+            return "Make one layer of them: `keras.Sequential([...])`."
         return "Put layers into a bank: `layers.LayerExperts([...])`."
     return f"Make an instance of a subclass of `{base.__name__}`."

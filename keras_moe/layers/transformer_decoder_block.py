@@ -91,7 +91,7 @@ class TransformerDecoderBlock(TransformerBlock):
         super().__init__(num_heads, feedforward, dropout, **kwargs)
         self.cross_attention = check_flag("cross_attention", cross_attention)
         self.rotary = check_flag("rotary", rotary)
-        self.context_features = None
+        self.context_features: int | None = None
         for layer in self.feedforward._flatten_layers():
             if isinstance(layer, MixtureOfExperts):
                 for reason in _reasons_not_to_be_causal(layer):
