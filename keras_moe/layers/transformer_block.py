@@ -1,5 +1,7 @@
 """What Transformer blocks have in common: checks, norms, and the feed-forward branch."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -53,7 +55,7 @@ class TransformerBlock(Recomputable):
         check_host_integers("token_ids", kwargs.get("token_ids"))
         for name in ("mask", "context", "context_mask"):
             check_host_numbers(name, kwargs.get(name))
-        inputs = args[0] if args else kwargs.get("inputs")
+        inputs: Any = args[0] if args else kwargs.get("inputs")
         check_tensor("inputs", inputs)
         check_host_numbers("inputs", inputs)
         self._check_features(inputs.shape)
