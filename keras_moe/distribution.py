@@ -3,13 +3,10 @@
 import keras
 
 from keras_moe import backend
+from keras_moe._internal.bank_weights import BIASES, KERNELS
 from keras_moe._internal.validation import check_positive_integer
 
 AXES = ("data", "expert")
-
-# Weights of `FeedForwardExperts` and `GatedExperts`, whose first axis is the experts.
-_KERNELS = r"(.*/)?(up|gate|down)_(kernel|scale|lora_a|lora_b)"
-_BIASES = r"(.*/)?(up|gate|down)_bias"
 
 
 def expert_parallel(experts=None, data=None, devices=None, layout_map=None, process_group=None):
@@ -76,8 +73,8 @@ def expert_parallel(experts=None, data=None, devices=None, layout_map=None, proc
         layout_map = keras.distribution.LayoutMap(_mesh(experts, data, devices))
     else:
         _check_layout_map(layout_map, experts, data, devices)
-    layout_map[_KERNELS] = ("expert", None, None)
-    layout_map[_BIASES] = ("expert", None)
+    layout_map[KERNELS] = ("expert", None, None)
+    layout_map[BIASES] = ("expert", None)
     return ExpertParallel(layout_map)
 
 

@@ -1,6 +1,9 @@
 """Options of the studies, and checks of them before anything is computed."""
 
 import argparse
+import pathlib
+
+import datasets
 
 from keras_moe._internal.validation import check_positive_integer
 
@@ -22,6 +25,28 @@ def parser_of(doc, dataset, data, experts, units="documents"):
     parser.add_argument("--seeds", type=int, default=1, help="number of runs to average")
     parser.add_argument("--smoke", action="store_true", help=f"a tiny model on a few {units}")
     return parser
+
+
+def parse_comparison(arguments, doc, models, output):
+    """The options of a study that compares models with the first of them on manual pages.
+
+    Args:
+        arguments: list of strings; None: those of the command line.
+        doc: docstring of the study, whose first line describes it.
+        models: names of the models.
+        output: name of the default folder.
+    """
+    first = next(iter(models))
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=models, default=[*models], metavar="MODEL")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
+    parser.add_argument("--dataset", default="manual_pages", help=datasets.HELP)
+    parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
+    parser.add_argument("--smoke", action="store_true", help="tiny models on a few documents")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(output))
+    options = parser.parse_args(arguments)
+    options.models = [first, *(name for name in options.models if name != first)]
+    return options
 
 
 def check_numbers(options, *names):

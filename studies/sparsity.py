@@ -14,7 +14,6 @@ other models. Finished runs stay in --output, so that further models and seeds a
 interrupted run goes on after its last epoch.
 """
 
-import argparse
 import functools
 import json
 import pathlib
@@ -26,9 +25,10 @@ import keras
 import language_model
 import numpy as np
 import resuming
-import scipy.stats
 import training_curves
-from courses import course, loss_at, step_times
+from command_line import parse_comparison
+from comparison_table import print_comparison
+from courses import course, step_times
 from decoder_model import build_model
 from id_batches import Batches, rows
 from output_folder import claim
@@ -52,7 +52,7 @@ BALANCE_WEIGHTS = (1e-2, 1e-3, 1e-1)
 
 
 def main(arguments=None):
-    options = parse_options(arguments)
+    options = parse_comparison(arguments, __doc__, MODELS, "output_sparsity")
     claim(options.output)
     study = Study.prepare(options)
     ms_per_step = study.step_times()
@@ -63,20 +63,6 @@ def main(arguments=None):
             report(results, options.output)
     print(f"\nPicture and results are in {options.output}.")
     return results
-
-
-def parse_options(arguments):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS], metavar="MODEL")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
-    parser.add_argument("--dataset", default="manual_pages", help=datasets.HELP)
-    parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
-    parser.add_argument("--smoke", action="store_true", help="tiny models on a few documents")
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("output_sparsity"))
-    options = parser.parse_args(arguments)
-    # All others are compared with the dense one, which comes first.
-    options.models = [DENSE, *(name for name in options.models if name != DENSE)]
-    return options
 
 
 def dense(wider, size, balance):
@@ -222,34 +208,7 @@ def report(results, output):
     results = {name: runs for name, runs in results.items() if runs}
     write_json(output / "results.json", results)
     training_curves.losses_by_cost(results, output / "sparsity.png")
-    print_table(results)
-
-
-def print_table(results):
-    """Differences are those of runs with one seed; behind +-, half of a 95% interval."""
-    print(f"\n{'':<24} {'seeds':>5} {'loss':>7} {'equal steps':>20} {'equal time':>20}", end=" ")
-    print(f"{'ms':>6} {'parameters':>11} {'active':>9} {'rate':>7} {'balance':>8}")
-    for name, runs in results.items():
-        pairs = [(run, results[DENSE][seed]) for seed, run in runs.items()]
-        by_steps = [run["losses"][-1] - other["losses"][-1] for run, other in pairs]
-        by_time = [loss_at(run, other["seconds"][-1]) - other["losses"][-1] for run, other in pairs]
-        run = pairs[0][0]
-        loss = np.mean([run["losses"][-1] for run in runs.values()])
-        print(f"{name:<24} {len(runs):>5} {loss:>7.4f}", end=" ")
-        print(
-            f"{interval(by_steps):>20} {interval(by_time):>20} {run['ms_per_step']:>6.0f}", end=" "
-        )
-        print(f"{run['parameters']:>11,} {run['active_parameters']:>9,}", end=" ")
-        print(f"{run['learning_rate']:>7} {run['balance_weight']:>8}")
-
-
-def interval(values):
-    """The mean and half of the 95% confidence interval by Student's t."""
-    text = f"{np.mean(values):+.4f}"
-    if len(values) < 2:
-        return text
-    half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
-    return f"{text} +- {half:.4f}"
+    print_comparison(results, DENSE, rate="learning_rate", balance="balance_weight")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ and an interrupted run resumes from the last finished epoch. Runs on the backend
 names.
 """
 
-import argparse
 import functools
 import json
 import pathlib
@@ -23,16 +22,16 @@ import types
 import typing
 
 import clean_exit  # noqa: F401
-import datasets
 import keras
 import language_model
 import numpy as np
 import resuming
 import sparsity
-from courses import course, loss_at, step_times
+from command_line import parse_comparison
+from comparison_table import print_comparison
+from courses import course, step_times
 from decoder_model import build_model
 from output_folder import claim
-from sparsity import interval
 from twins import count_parameters, dense_feedforward
 from whole_files import whole, write_json
 
@@ -68,7 +67,7 @@ MODELS = {
 
 
 def main(arguments=None):
-    options = parse_options(arguments)
+    options = parse_comparison(arguments, __doc__, MODELS, "output_upcycling")
     claim(options.output)
     study = Study.prepare(options)
     ms_per_step = study.step_times()
@@ -80,20 +79,6 @@ def main(arguments=None):
         write_json(options.output / "results.json", results)
         print_table(results)
     return results
-
-
-def parse_options(arguments):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS], metavar="MODEL")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
-    parser.add_argument("--dataset", default="manual_pages", help=datasets.HELP)
-    parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
-    parser.add_argument("--smoke", action="store_true", help="tiny models on a few documents")
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("output_upcycling"))
-    options = parser.parse_args(arguments)
-    # All others are compared with the dense one, which comes first.
-    options.models = [DENSE, *(name for name in options.models if name != DENSE)]
-    return options
 
 
 class Study(typing.NamedTuple):
@@ -173,20 +158,9 @@ class Study(typing.NamedTuple):
 
 
 def print_table(results):
-    """Differences are those of runs with one seed; behind +-, half of a 95% interval."""
     before = np.mean([run["before"] for run in results[DENSE].values()])
     print(f"\nloss of the dense model after the first half: {before:.4f}")
-    print(f"{'':<24} {'seeds':>5} {'loss':>7} {'equal steps':>20} {'equal time':>20}", end=" ")
-    print(f"{'ms':>6} {'parameters':>11} {'active':>9}")
-    for name, runs in results.items():
-        pairs = [(run, results[DENSE][seed]) for seed, run in runs.items()]
-        by_steps = [run["losses"][-1] - other["losses"][-1] for run, other in pairs]
-        by_time = [loss_at(run, other["seconds"][-1]) - other["losses"][-1] for run, other in pairs]
-        loss = np.mean([run["losses"][-1] for run, _ in pairs])
-        run = pairs[0][0]
-        print(f"{name:<24} {len(runs):>5} {loss:>7.4f} {interval(by_steps):>20}", end=" ")
-        print(f"{interval(by_time):>20} {run['ms_per_step']:>6.0f}", end=" ")
-        print(f"{run['parameters']:>11,} {run['active_parameters']:>9,}")
+    print_comparison(results, DENSE)
 
 
 if __name__ == "__main__":

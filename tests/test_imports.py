@@ -19,6 +19,7 @@ FRAMEWORKS = {"tensorflow", "jax", "jaxlib", "torch", "tensorflow_probability", 
 LEVELS = {
     "keras_internals": -1,
     "backend": 0,
+    "bank_weights": 0,
     "batches": 1,
     "command_line": 0,
     "files": 0,

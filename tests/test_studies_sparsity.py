@@ -15,6 +15,7 @@ pytestmark = pytest.mark.one_backend("torch")
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "studies"))
 
+import comparison_table  # noqa: E402
 import datasets  # noqa: E402
 import sparsity  # noqa: E402
 from datasets import manual_pages  # noqa: E402
@@ -64,8 +65,8 @@ def test_a_second_command_adds_seeds_and_trains_nothing_twice(small, tmp_path, m
 
 def test_an_interval_covers_the_mean_of_two_seeds():
     # Student's t of 95% at one degree of freedom is 12.706.
-    assert sparsity.interval([1.0, 3.0]) == "+2.0000 +- 12.7062"
-    assert sparsity.interval([1.0]) == "+1.0000"
+    assert comparison_table.interval([1.0, 3.0]) == "+2.0000 +- 12.7062"
+    assert comparison_table.interval([1.0]) == "+1.0000"
 
 
 @pytest.mark.parametrize(

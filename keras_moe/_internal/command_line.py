@@ -55,7 +55,7 @@ def stating(rule, received, fix) -> Iterator[None]:
 
 
 def cause(error):
-    """`describe`, for brackets: so short that what stands behind them is not cut off."""
+    """The text of `describe`, shortened, so that a message can go on after it."""
     return _shortened(describe(error), _LONGEST_CAUSE)
 
 

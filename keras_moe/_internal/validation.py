@@ -252,30 +252,24 @@ def check_numbers(name, values):
 
 
 def check_is_float(name, tensor):
-    check_tensor(name, tensor)
-    if not is_of("float", tensor):
-        raise TypeError(
-            f"`{name}` must be a float tensor. Received: {name}.dtype={dtype_of(tensor)}. "
-            "Cast it, for example to float32."
-        )
+    _check_is_of("float", name, tensor, "a float tensor", "Cast it, for example to float32.")
 
 
 def check_is_number(name, tensor):
     """A tensor of floats or integers."""
-    check_tensor(name, tensor)
-    if not is_of("number", tensor):
-        raise TypeError(
-            f"`{name}` must be a tensor of numbers. Received: {name}.dtype={dtype_of(tensor)}. "
-            "Cast it, for example to float32."
-        )
+    _check_is_of("number", name, tensor, "a tensor of numbers", "Cast it, for example to float32.")
 
 
 def check_is_integer(name, tensor):
+    fix = "Pass whole numbers, for example of int32."
+    _check_is_of("int", name, tensor, "an integer tensor", fix)
+
+
+def _check_is_of(kind, name, tensor, wanted, fix):
     check_tensor(name, tensor)
-    if not is_of("int", tensor):
+    if not is_of(kind, tensor):
         raise TypeError(
-            f"`{name}` must be an integer tensor. Received: {name}.dtype={dtype_of(tensor)}. "
-            "Pass whole numbers, for example of int32."
+            f"`{name}` must be {wanted}. Received: {name}.dtype={dtype_of(tensor)}. {fix}"
         )
 
 

@@ -71,7 +71,7 @@ def is_exporting():
 
 def may_recompute():
     """Whether what is computed now may be computed again in the backward pass, unannounced."""
-    return torch.is_grad_enabled() and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+    return torch.is_grad_enabled() and not _is_traced()
 
 
 def is_recomputing():
@@ -137,7 +137,11 @@ def knows_shapes():
 
 def knows_sizes():
     """Whether the entries of sizes are known integers: not in what is traced or exported."""
-    return not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+    return not _is_traced()
+
+
+def _is_traced():
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def argmax(scores):

@@ -245,8 +245,11 @@ class MixtureOfExperts(Recomputable):
         self._check_call(inputs, mask, router_inputs)
         tokens, token_mask = self._flatten(inputs, mask)
         sequence_length = _sequence_length(shape)
+        seen = tokens
+        if router_inputs is not None:
+            seen = keras_ops.reshape(router_inputs, (-1, router_inputs.shape[-1]))
         routing = self.router(
-            tokens if router_inputs is None else self._router_tokens(router_inputs),
+            seen,
             mask=token_mask,
             training=training,
             sequence_length=sequence_length,
@@ -320,9 +323,6 @@ class MixtureOfExperts(Recomputable):
         # Padding may hold anything, NaN included; zeros are harmless in every product.
         zero = keras_ops.zeros((), tokens.dtype)
         return keras_ops.where(keras_ops.expand_dims(mask, 1), tokens, zero), mask
-
-    def _router_tokens(self, router_inputs):
-        return keras_ops.reshape(router_inputs, (-1, router_inputs.shape[-1]))
 
     def _count(self, routing, loss_values, training):
         own_counts = keras_ops.cast(routing.counts, "float32")

@@ -12,15 +12,16 @@ from keras import ops
 
 from keras_moe import backend
 from keras_moe.ops.assignments import Assignments
+from keras_moe.ops.grouped import run_grouped
 from keras_moe.ops.groups import Groups, collect_rows, dispatch_rows
-from keras_moe.ops.passes import run_with, sum_passes
+from keras_moe.ops.passes import sum_passes
 
 
 def run_by_all_to_all(step, tokens, weights, parameters, experts, shards, axis, lengths):
     """What the experts of all devices make of one device's tokens.
 
     Args:
-        step, tokens, weights, parameters: as for `run_in_passes`, the parts of one device.
+        step, tokens, weights, parameters: as for `run_grouped`, the parts of one device.
         experts: (T, K) int32 numbers of experts among those of all devices; -1 for none.
         shards: the `backend.token_shards()`.
         axis: the mesh axis of the experts.
@@ -46,7 +47,7 @@ def run_by_all_to_all(step, tokens, weights, parameters, experts, shards, axis, 
             weight = backend.exchange(buckets.weight_of_row(weights), axis)
             rows = Assignments.of(ops.expand_dims(expert, 1), num_local).sort()
             weights = ops.expand_dims(weight, 1)
-            outputs = run_with(step, received, weights, trained._replace(frozen=frozen), rows)
+            outputs = run_grouped(step, received, weights, trained._replace(frozen=frozen), rows)
             return collect_rows(backend.exchange(outputs, axis), buckets)
 
         return run

@@ -82,6 +82,7 @@ def grouped_feed_forward(
     if low_rank is not None:
         step = low_rank_step(step, len(kernels), low_rank.scale)
         trained = [*low_rank.downs, *low_rank.ups]
+    parameters = Parameters(trained, list(biases), frozen)
     if isinstance(groups, (Assignments, Choices)):
         if any(isinstance(kernel, Packed) for kernel in frozen):
             raise ValueError(
@@ -90,9 +91,8 @@ def grouped_feed_forward(
             )
         shards = backend.token_shards()
         exchange = Exchange(step, shards, expert_axis, named_platform() or shards.platform)
-        parameters = Parameters(trained, list(biases), frozen)
         return run_sharded(exchange, tokens, weights, parameters, groups)
-    return run_grouped(step, tokens, weights, trained, biases, groups, frozen)
+    return run_grouped(step, tokens, weights, parameters, groups)
 
 
 def _check(activation, up_kernels, biases, expert_axis, clip, up_shift, low_rank):

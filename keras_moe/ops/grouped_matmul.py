@@ -9,6 +9,7 @@ from keras_moe._internal.validation import (
     host_values,
 )
 from keras_moe.ops.grouped import product_step, run_grouped
+from keras_moe.ops.grouped.records import Parameters
 from keras_moe.ops.groups import Groups
 
 
@@ -69,8 +70,7 @@ def grouped_matmul(rows, kernels, group_sizes):
         product_step(kernels.shape[-1]),
         rows,
         ops.ones((num_rows, 1), "float32"),
-        [kernels],
-        [],
+        Parameters([kernels], [], []),
         groups,
     )
 

@@ -79,8 +79,7 @@ def run_in_passes(step, tokens, weights, parameters, groups, lengths):
     """What `run_grouped` computes, in passes.
 
     Args:
-        step, tokens, weights: as for `run_grouped`.
-        parameters: the `Parameters` of the step.
+        step, tokens, weights, parameters: as for `run_grouped`.
         groups: an `ops.Groups`.
         lengths: the `Lengths` of the passes.
 
@@ -88,12 +87,12 @@ def run_in_passes(step, tokens, weights, parameters, groups, lengths):
         (T, `step.output_width`) in the dtype of `tokens`.
     """
     if lengths.first >= groups.num_rows():
-        return run_with(step, tokens, weights, parameters, groups)
+        return run_grouped(step, tokens, weights, parameters, groups)
 
     def nth_pass(number, context):
         groups, frozen = context
         part = _part(groups, *lengths.span(number))
-        return lambda tokens, weights, trained: run_with(
+        return lambda tokens, weights, trained: run_grouped(
             step, tokens, weights, trained._replace(frozen=frozen), part
         )
 
@@ -103,12 +102,6 @@ def run_in_passes(step, tokens, weights, parameters, groups, lengths):
 
     inputs = tokens, weights, parameters._replace(frozen=[])
     return sum_passes(nth_pass, num_passes, inputs, (groups, parameters.frozen))
-
-
-def run_with(step, tokens, weights, parameters, groups):
-    """`run_grouped` with `Parameters`."""
-    kernels, biases, frozen = parameters
-    return run_grouped(step, tokens, weights, kernels, biases, groups, frozen)
 
 
 def _part(groups, start, length):

@@ -26,7 +26,8 @@ from keras import ops
 from keras_moe import backend
 from keras_moe.ops.all_to_all import run_by_all_to_all
 from keras_moe.ops.assignments import Assignments
-from keras_moe.ops.passes import Lengths, run_in_passes, run_with
+from keras_moe.ops.grouped import run_grouped
+from keras_moe.ops.passes import Lengths, run_in_passes
 from keras_moe.ops.platforms import platform
 
 
@@ -90,8 +91,7 @@ def run_sharded(exchange, tokens, weights, parameters, assignments):
 
     Args:
         exchange: an `Exchange`.
-        tokens, weights: as for `run_grouped`; the weights of `Choices` as there.
-        parameters: the `Parameters` of the step.
+        tokens, weights, parameters: as for `run_grouped`; the weights of `Choices` as there.
         assignments: `Assignments` or `Choices`, whose first axis is as long as that of the weights.
 
     Returns:
@@ -116,7 +116,7 @@ def run_sharded(exchange, tokens, weights, parameters, assignments):
         place = 0 if expert_axis is None else backend.place_on_axis(expert_axis)
         groups, weights = kind.sort_part(parts, weights, place * num_experts, num_experts)
         if expert_axis is None:
-            return run_with(step, tokens, weights, parameters, groups)
+            return run_grouped(step, tokens, weights, parameters, groups)
         outputs = run_in_passes(step, tokens, weights, parameters, groups, lengths)
         add = backend.sum_and_scatter if tokens_cross else backend.sum_over_axis
         return add(outputs, expert_axis)

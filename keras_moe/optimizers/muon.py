@@ -5,15 +5,13 @@ from typing import Any, NamedTuple
 
 import keras
 
+from keras_moe._internal.bank_weights import BIASES, KERNELS
 from keras_moe._internal.serialization import register
 from keras_moe._internal.validation import check_list, check_pattern
 
-# Names of the banks' weights, and how many axes they have. Other weights of three axes, such as
-# those of attention, are no stacks of matrices.
-_STACKED = (
-    (re.compile(r"(.*/)?(up|gate|down)_(kernel|lora_a|lora_b)"), 3),
-    (re.compile(r"(.*/)?(up|gate|down)_bias"), 2),
-)
+# With the number of their axes. Other weights of three axes, such as those of attention, are no
+# stacks of matrices.
+_STACKED = ((re.compile(KERNELS), 3), (re.compile(BIASES), 2))
 
 
 @register

@@ -7,11 +7,11 @@ from keras import ops
 
 from keras_moe import backend
 from keras_moe.ops.grouped import engines
-from keras_moe.ops.grouped.records import QUANTIZED, Parameters, Setting
+from keras_moe.ops.grouped.records import QUANTIZED, Setting
 from keras_moe.ops.platforms import PLATFORMS, named_platform, on_platform
 
 
-def run_grouped(step, tokens, weights, kernels, biases, groups, frozen=()):
+def run_grouped(step, tokens, weights, parameters, groups):
     """Apply a step to every group of rows, and sum each token's rows by weight.
 
     Rows outside of all groups are not computed: padded and dropped assignments cost nothing.
@@ -20,16 +20,12 @@ def run_grouped(step, tokens, weights, kernels, biases, groups, frozen=()):
         step: a `Step`, hashable. The same one is compiled once.
         tokens: (T, D).
         weights: (T, K) combine weights.
-        kernels: list of tensors (E, D, H).
-        biases: tensors (E, H) of the first kernels, or none.
+        parameters: the `Parameters` of all experts.
         groups: an `ops.Groups` or an `ops.ChosenGroups`.
-        frozen: list of kernels without a gradient, tensors, `Quantized` or `Packed`, numbered
-            before the others.
 
     Returns:
         (T, `step.output_width`) in the dtype of `tokens`.
     """
-    parameters = Parameters(list(kernels), list(biases), list(frozen))
     return _run((step, named_platform()), tokens, weights, parameters, groups)
 
 
