@@ -42,6 +42,7 @@ def collectives(text):
         if match["start"] and kind == "collective-permute":
             arrays = arrays[1:2]  # its operand, its result, two flags
         elif match["start"] and kind != "all-reduce":
+            arrays = [(dtype, shape) for dtype, shape in arrays if shape]  # without flags
             arrays = arrays[len(arrays) // 2 :]  # operands stand before results
         size = sum(_BYTES[dtype] * math.prod(shape) for dtype, shape in arrays)
         number = 2 if kind == "collective-permute" else _group_size(line)
@@ -70,6 +71,22 @@ def bytes_by_kind(text):
             continue
         totals[collective.kind] = totals.get(collective.kind, 0) + collective.bytes
     return totals
+
+
+def products_meanwhile(text):
+    """Names of the products that the main program computes while an all-to-all is under way.
+
+    A compiled program is printed in the order of its schedule.
+    """
+    under_way, products = set(), []
+    for line in text[text.index("\nENTRY") :].splitlines():
+        if start := re.match(r"\s*(%\S+) = .* all-to-all-start\(", line):
+            under_way.add(start[1])
+        elif done := re.search(r" all-to-all-done\((%\S+)\)", line):
+            under_way.discard(done[1])
+        elif under_way and (product := re.search(r'fusion\(.*op_name="([^"]*/dot_general)"', line)):
+            products.append(product[1])
+    return products
 
 
 def _group_size(line):

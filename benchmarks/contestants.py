@@ -11,10 +11,10 @@ def mixture(num_experts, options, skew="balanced"):
     return mixture_of(skewed_router(num_experts, options, skew), options)
 
 
-def mixture_of(router, options):
+def mixture_of(router, options, shared_expert=None):
     bank = layers.GatedExperts if options.gated else layers.FeedForwardExperts
     experts = bank(router.num_experts, options.hidden, activation=options.activation)
-    layer = layers.MixtureOfExperts(experts, router=router)
+    layer = layers.MixtureOfExperts(experts, router=router, shared_expert=shared_expert)
     layer.build((None, options.features))
     return layer
 

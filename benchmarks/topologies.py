@@ -12,6 +12,11 @@ with `--tokens` tokens on every chip and the loads balanced. The columns:
 - bound_ratio: the larger of both to that of one chip of its kind, whose tokens stay.
 - gather_mb and so on: what a chip receives, where chips pass data on in a ring.
 - weights_gb, temp_gb: memory of weights, and of what is neither an argument nor a result.
+
+`--overlap` adds a shared expert and lets XLA start collectives before their results are needed:
+
+- meanwhile: products that are scheduled while an all-to-all is under way, of the shared expert and
+  of all.
 """
 
 import sys
@@ -27,6 +32,10 @@ from benchmarks.options import describe, parse, parser
 # sides: 1,600 Gbit/s over four links (https://cloud.google.com/tpu/docs/v5e), and 4,800 over six
 # (https://cloud.google.com/tpu/docs/v5p).
 CHIPS = {"v5e": (197e12, 1e11), "v5p": (459e12, 2e11)}
+# Options of XLA that let other work run between the start of a collective and its end.
+ASYNCHRONOUS = dict.fromkeys(
+    ("xla_tpu_enable_latency_hiding_scheduler", "xla_tpu_enable_async_all_to_all"), "true"
+)
 
 
 def main(arguments=None):
@@ -43,13 +52,14 @@ def _options(arguments):
     )
     options.add_argument("--topology", nargs="+", default=["v5e:2x2", "v5e:4x4", "v5e:8x8"])
     options.add_argument("--shards", type=int, default=8, help="chips that share experts, at most")
+    options.add_argument("--overlap", action="store_true", help="with a shared expert")
     options.set_defaults(gated=True, top_k=6)
     return parse(options, arguments, experts=[8], topology=["v5e:2x2"])
 
 
 def examine(topology, options):
     """The row of one topology, such as "v5e:4x4"."""
-    from benchmarks.collectives import bytes_by_kind
+    from benchmarks.collectives import bytes_by_kind, products_meanwhile
     from keras_moe.distribution import AXES, expert_parallel
 
     devices = chips.devices(topology)
@@ -62,16 +72,17 @@ def examine(topology, options):
     with keras.StatelessScope(initialize_variables=False):
         layer = unmade_layer(distribution, options)
         lowered = lowered_step(layer, distribution, len(devices) * options.tokens[0], options)
-    compiled = lowered.compile()
+    compiled = lowered.compile(ASYNCHRONOUS if options.overlap else None)
     seconds = time.perf_counter() - start
-    received = bytes_by_kind(compiled.as_text())
+    text = compiled.as_text()
+    received = bytes_by_kind(text)
     memory = compiled.memory_analysis()
     speed, bandwidth = CHIPS[topology.partition(":")[0]]
     kernels = 3 if options.gated else 2
     rows = options.tokens[0] * options.top_k
     product = 3 * 2 * kernels * rows * options.features * options.hidden / speed
     network = sum(received.values()) / bandwidth
-    return {
+    row = {
         "name": topology,
         "chips": len(devices),
         "experts": shards,
@@ -87,13 +98,19 @@ def examine(topology, options):
         "temp_gb": memory.temp_size_in_bytes / 1e9,
         "compile_s": seconds,
     }
+    if options.overlap:
+        products = products_meanwhile(text)
+        shared = sum("dense_twin" in name for name in products)
+        row["meanwhile"] = f"{shared} of {len(products)}"
+    return row
 
 
 def unmade_layer(distribution, options):
     from benchmarks import contestants
 
     router = contestants.skewed_router(options.experts[0], options, "balanced")
-    layer = contestants.mixture_of(router, options)
+    shared_expert = contestants.dense_twin(options) if options.overlap else None
+    layer = contestants.mixture_of(router, options, shared_expert)
     for variable in layer.variables:
         variable._layout = distribution.get_variable_layout(variable)
     return layer

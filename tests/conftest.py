@@ -1,7 +1,6 @@
 """What tests share: strict warnings, reproducible draws, one interface to three backends."""
 
 import os
-import tempfile
 
 import hypothesis
 import keras
@@ -25,16 +24,20 @@ FAST_MODE = "jit" if BACKEND == "jax" else "eager"
 # Hypothesis draws, by how long the compilation of one shape takes.
 EXAMPLES = {"eager": 1 if BACKEND == "jax" else 15, "graph": 5, "xla": 5, "jit": 5}
 
-# A test runs what it compiles once or twice, so XLA and LLVM compile in a hurry.
+# A test runs what it compiles once or twice, so XLA and LLVM compile in a hurry. For fused loops,
+# XLA's older emitter takes half the time of the one by MLIR.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true"
+    "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 )
 
 hypothesis.settings.register_profile(
     "reproducible", deadline=None, derandomize=True, database=None, max_examples=30
 )
 hypothesis.settings.load_profile("reproducible")
+
+# Peak memory of a process, in kilobytes, from which on JAX forgets programs between two files.
+LARGE = 3_000_000
 
 # One mode for each way to compute: "graph" runs the code of "eager".
 KERNEL_MODES = {"tensorflow": ("eager", "xla"), "jax": ("jit",), "torch": ("eager",)}[BACKEND]
@@ -46,14 +49,9 @@ if BACKEND == "tensorflow":
     tf.get_logger().setLevel("ERROR")
 
 if BACKEND == "jax":
-    import jax
+    import resource
 
-    # Half of all programs are those of another test, which JAX forgets between two files. A folder
-    # for each process, as JAX would read a file that another one has half written.
-    programs = tempfile.TemporaryDirectory()
-    jax.config.update("jax_compilation_cache_dir", programs.name)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    import jax
 
 
 def pytest_configure(config):
@@ -61,8 +59,6 @@ def pytest_configure(config):
     for exception in (
         # Keras's own `convert_to_numpy` on PyTorch with NumPy 2.
         "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
-        # JAX cannot read back a program for a TPU that is not there, and compiles it anew.
-        "ignore:Error reading persistent compilation cache entry:UserWarning",
     ):
         config.addinivalue_line("filterwarnings", exception)
 
@@ -98,7 +94,8 @@ def small_tiles(monkeypatch):
 def forget_what_was_compiled():
     """JAX keeps every function it ever compiled, some gigabytes at the end of a suite."""
     yield
-    forget()
+    if BACKEND == "jax" and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > LARGE:
+        forget()
 
 
 def forget():

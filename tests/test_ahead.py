@@ -286,9 +286,12 @@ def test_a_step_is_compiled_for_a_tpu(monkeypatch, tmp_path, flags):
 @pytest.mark.skipif(chips.missing("v5e") is not None, reason="libtpu is not installed")
 def test_a_layer_is_compiled_for_several_tpus(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
-    (row,) = topologies.main(["--smoke", "--top-k", "2"])
+    wide = ["--tokens", "1024", "--features", "256", "--hidden", "256"]  # worth an overlap
+    (row,) = topologies.main(["--smoke", "--top-k", "2", "--overlap", *wide])
     keras.config.set_dtype_policy("float32")
     assert (tmp_path / "topologies-smoke.json").exists()
     assert (row["name"], row["chips"], row["experts"]) == ("v5e:2x2", 4, 4)
     # Rows go to the chips of their experts; nothing is gathered.
     assert row["to_all_mb"] > 0 and row["gather_mb"] == 0
+    # The shared expert needs none of the rows that are on their way.
+    assert int(row["meanwhile"].split()[0]) > 0

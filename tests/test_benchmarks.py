@@ -133,12 +133,15 @@ def test_monitoring_is_timed_against_layers_that_count_nothing():
 
 
 def test_routers_are_timed_alone_and_as_a_share_of_the_step():
-    rows = routers.main(["--smoke"])
+    # Where a step is compiled, the rest takes a minute; `test_routers_catalogue.py` compiles it.
+    few = ["top_k", "cosine", "deepseek_v3", "sinkhorn", "switch", "gshard", "expert_choice"]
+    names = list(BY_NAME) if BACKEND == "torch" else few
+    rows = routers.main(["--smoke", "--routers", *names])
     assert written("routers")["rows"] == rows
     top_k = {row["name"]: row["top_k"] for row in rows}
-    assert set(top_k) == set(BY_NAME)
+    assert list(top_k) == names
     # Some names stand for a K, and experts that choose have none.
-    assert {top_k[name] for name in ("top_k", "cosine", "deepseek_v3", "sinkhorn")} == {K}
+    assert {top_k[name] for name in few[:4]} == {K}
     assert (top_k["switch"], top_k["gshard"], top_k["expert_choice"]) == (1, 2, E)
     for row in rows:
         assert 0 < row["routing_ms"] and 0 < row["step_ms"]
