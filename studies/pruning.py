@@ -4,7 +4,8 @@
     python studies/pruning.py --seeds 3 --keep 0.25
 
 Each measure starts from the same model. Experts are measured on training data and the loss is that
-of validation data, right after the surgery. The model and the data are those of the example
+of validation data, right after the surgery. "top-1" takes no expert out: one instead of two serves
+each token. The model and the data are those of the example
 `language_model.py`. Runs on the backend that KERAS_BACKEND names.
 """
 
@@ -25,7 +26,7 @@ from keras_moe import inspection, surgery
 
 # Short, so that many runs take minutes.
 FULL = language_model.FULL._replace(steps=80, epochs=3)
-MEASURES = ("contribution", "saliency", "usage", "chance", "merged")
+MEASURES = ("contribution", "saliency", "usage", "chance", "merged", "top-1")
 # So many batches of training data are measured on.
 BATCHES = 16
 
@@ -81,6 +82,9 @@ def operate(measure, data, draw, options):
     model = keras.saving.load_model(options.output / "model.keras")
     if measure == "merged":
         surgery.merge_experts(model, options.keep, data)
+        return model
+    if measure == "top-1":
+        surgery.set_top_k(model, 1)
         return model
     by = measure
     if measure == "chance":
