@@ -36,9 +36,6 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("reproducible")
 
-# Peak memory of a process, in kilobytes, from which on JAX forgets programs between two files.
-LARGE = 3_000_000
-
 # One mode for each way to compute: "graph" runs the code of "eager".
 KERNEL_MODES = {"tensorflow": ("eager", "xla"), "jax": ("jit",), "torch": ("eager",)}[BACKEND]
 
@@ -49,8 +46,6 @@ if BACKEND == "tensorflow":
     tf.get_logger().setLevel("ERROR")
 
 if BACKEND == "jax":
-    import resource
-
     import jax
 
 
@@ -94,8 +89,7 @@ def small_tiles(monkeypatch):
 def forget_what_was_compiled():
     """JAX keeps every function it ever compiled, some gigabytes at the end of a suite."""
     yield
-    if BACKEND == "jax" and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > LARGE:
-        forget()
+    forget()
 
 
 def forget():
