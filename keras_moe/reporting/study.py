@@ -141,7 +141,8 @@ def _study_layer(layer, summary, routing, labels, texts):
     if not texts:  # the layer has no place for each document
         labels = None
     if labels is not None:
-        labels = each_token(as_labels(labels).reshape(-1), len(indices))
+        labels = as_labels(labels)
+        labels = each_token(labels.reshape(-1), len(indices), labels.shape)
         information = bits_in_common(label_table(routing, labels)[0])
     return LayerStudy(
         summary,
