@@ -4,12 +4,14 @@ Shapes and dtypes are known without the device. What is None or symbolic in a sh
 """
 
 from keras_moe._internal.validation import (
+    check_is_float,
     check_routing,
     check_tensor,
     check_top_k,
     dtype_of,
     is_of,
     is_whole,
+    shortened,
 )
 
 # Axes, and what kind of dtype it is.
@@ -152,6 +154,20 @@ def check_inputs_shape(shape):
 def check_selected(indices, num_tokens, top_k):
     """What a function of the user's own selected."""
     check_shapes({"select(scores)": (indices, "TK", "int")}, **known(T=num_tokens, K=top_k))
+
+
+def check_activated(activated, values):
+    """What an activation made of a tensor."""
+    if not hasattr(activated, "shape") or tuple(activated.shape) != tuple(values.shape):
+        made = shortened(activated)
+        if hasattr(activated, "shape"):
+            made = f"the shape {tuple(activated.shape)}"
+        raise ValueError(
+            "An activation must keep the shape of its input. Received: one that made "
+            f"{made} of {tuple(values.shape)}. Put layers that change shapes into `LayerExperts`."
+        )
+    if activated.dtype != values.dtype:
+        check_is_float("activation(x)", activated)
 
 
 def check_bank_call(bank, tokens, plan):

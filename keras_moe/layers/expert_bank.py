@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_moe import backend
+from keras_moe._internal.named_arguments import NamedArguments
 from keras_moe._internal.serialization import resolve
 from keras_moe._internal.shape_checks import check_bank_call
 from keras_moe._internal.validation import (
@@ -11,11 +12,12 @@ from keras_moe._internal.validation import (
     check_computes_in_floats,
     check_flag,
     check_positive_integer,
+    shortened,
 )
 from keras_moe.ops.platforms import PLATFORMS
 
 
-class ExpertBank(keras.layers.Layer):
+class ExpertBank(NamedArguments, keras.layers.Layer):
     """Abstract: E experts that serve the rows a plan gives them.
 
     A subclass implements `call(tokens, plan)`: tokens (T, D) in, each token's weighted and summed
@@ -72,7 +74,7 @@ def get(identifier):
         ValueError: If it is, but no instance of one: a class, or a list of layers.
     """
     if not isinstance(identifier, (ExpertBank, dict, list, tuple, type)):
-        received = "none" if identifier is None else f"experts={identifier!r}"
+        received = "none" if identifier is None else f"experts={shortened(identifier)}"
         raise TypeError(
             f"`experts` must be a bank of experts. Received: {received}. Pass, for example, "
             "`layers.FeedForwardExperts(num_experts=8, hidden_dim=256)`, or Keras layers in "

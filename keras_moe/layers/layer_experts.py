@@ -6,6 +6,7 @@ from keras import ops
 from keras_moe._internal.parameters import parameters_of
 from keras_moe._internal.serialization import config_of, note_part, register
 from keras_moe._internal.shape_checks import check_inputs_shape
+from keras_moe._internal.validation import shortened
 from keras_moe.layers.expert_bank import ExpertBank, check_engine_question, check_takes_tokens
 from keras_moe.layers.sublayers import are_alike, build_and_measure
 from keras_moe.ops.grouped.functions import Alike, engine_of, map_groups
@@ -160,7 +161,7 @@ def _as_layers(layers):
     if not isinstance(layers, (list, tuple)):
         raise TypeError(
             "`layers` must be a list of Keras layers. "
-            f"Received: layers={layers!r} (of type {type(layers).__name__}). "
+            f"Received: layers={shortened(layers)} (of type {type(layers).__name__}). "
             "Pass `LayerExperts([layer, layer, ...])`."
         )
     layers = [
@@ -175,7 +176,7 @@ def _as_layers(layers):
         if not isinstance(layer, keras.Layer):
             raise TypeError(
                 "`layers` must be a list of Keras layers. "
-                f"Received: {layer!r} (of type {type(layer).__name__}) in it. "
+                f"Received: {shortened(layer)} (of type {type(layer).__name__}) in it. "
                 "Wrap a function in `keras.layers.Lambda`."
             )
     if len({id(layer) for layer in layers}) < len(layers):
@@ -198,6 +199,6 @@ def _check_takes_rows(layer):
     if ndim not in (None, 2) or (least or 0) > 2:
         raise ValueError(
             "Experts must take rows (n, D). Received: "
-            f"{layer!r}, which takes inputs of {ndim or least} axes. Use layers of one token, such "
-            "as `keras.layers.Dense`."
+            f"{shortened(layer)}, which takes inputs of {ndim or least} axes. Use layers of one "
+            "token, such as `keras.layers.Dense`."
         )

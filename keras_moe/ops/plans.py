@@ -25,6 +25,7 @@ from keras_moe._internal.validation import (
     check_size,
     check_top_k,
     is_whole,
+    shortened,
 )
 from keras_moe.ops.assignments import Assignments, Choices
 from keras_moe.ops.groups import check_row_numbers, combine_rows, dispatch_rows
@@ -188,7 +189,7 @@ def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
     ):
         raise ValueError(
             "`num_tokens` must be an integer of at least 0. Received: "
-            f"num_tokens={num_tokens!r}. Pass how many tokens there are."
+            f"num_tokens={shortened(num_tokens)}. Pass how many tokens there are."
         )
     check_positive_integer("num_experts", num_experts)
     check_top_k(top_k, num_experts)

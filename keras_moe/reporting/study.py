@@ -59,7 +59,7 @@ def study(model, data, labels, tokens):
         if given is not None and not _is_sequence(given):
             raise ValueError(
                 "`labels` and `tokens` must be sequences with an entry for each document. "
-                f"Received: {given!r}. Pass a list or an array."
+                f"Received: {shortened(given)}. Pass a list or an array."
             )
     for given in labels.values():
         if given is not None and len(given) != num_documents:

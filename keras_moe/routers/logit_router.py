@@ -3,7 +3,9 @@
 import keras
 from keras import ops
 
+from keras_moe._internal.initializers import Checked
 from keras_moe._internal.keras_internals import own_variables
+from keras_moe._internal.keras_objects import get_initializer, get_regularizer
 from keras_moe._internal.lora import (
     Adaptable,
     adaptable_from_config,
@@ -53,8 +55,8 @@ class LogitRouter(Router, Adaptable):
         self.logit_noise = logit_noise
         if kernel_initializer is None:
             kernel_initializer = keras.initializers.RandomNormal(stddev=0.02, seed=seed)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.kernel_initializer = get_initializer("kernel_initializer", kernel_initializer)
+        self.kernel_regularizer = get_regularizer("kernel_regularizer", kernel_regularizer)
         self.seed = seed
         self._noise_seed = keras.random.SeedGenerator(seed)
 
@@ -147,7 +149,7 @@ class LogitRouter(Router, Adaptable):
         return self.add_weight(
             name=name,
             shape=shape,
-            initializer=initializer or self.kernel_initializer,
+            initializer=Checked(initializer or self.kernel_initializer),
             regularizer=self.kernel_regularizer,
         )
 

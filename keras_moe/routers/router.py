@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe import backend
+from keras_moe._internal.named_arguments import NamedArguments
 from keras_moe._internal.saved_state import load_draws, save_draws
 from keras_moe._internal.shape_checks import check_fields
 from keras_moe._internal.validation import (
@@ -22,11 +23,12 @@ from keras_moe._internal.validation import (
     check_training,
     fits,
     host_values,
+    shortened,
 )
 from keras_moe.ops import Routing, plan_groups
 
 
-class Router(keras.layers.Layer):
+class Router(NamedArguments, keras.layers.Layer):
     """Abstract: decides which experts serve which token.
 
     A router is a layer of its own and always computes in float32, whatever the policy of the model
@@ -64,11 +66,11 @@ class Router(keras.layers.Layer):
         return router
 
     def __init__(self, num_experts=None, **kwargs):
-        dtype = kwargs.pop("dtype", None) or "float32"
-        if getattr(dtype, "name", dtype) != "float32":
+        dtype = kwargs.pop("dtype", None)
+        if dtype is not None and str(getattr(dtype, "name", dtype)) != "float32":
             raise ValueError(
                 "A router always computes in float32, whatever the policy around it. "
-                f"Received: dtype={dtype!r}. Leave `dtype` out."
+                f"Received: dtype={shortened(dtype)}. Leave `dtype` out."
             )
         if num_experts is not None:
             num_experts = check_positive_integer("num_experts", num_experts)
@@ -84,9 +86,9 @@ class Router(keras.layers.Layer):
         Raises:
             ValueError: If the number does not fit the other arguments.
         """
+        check_positive_integer("num_experts", num_experts)
         if self.num_experts is not None:
             return
-        check_positive_integer("num_experts", num_experts)
         args, kwargs = self._arguments
         parameters = list(inspect.signature(type(self).__init__).parameters)
         if parameters[1:2] == ["num_experts"]:

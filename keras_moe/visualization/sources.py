@@ -134,7 +134,8 @@ def _routing(value, num_experts):
         if num_experts not in (None, len(value.counts)):
             raise ValueError(
                 "`num_experts` must be that of the recorded routings. Received: num_experts="
-                f"{num_experts!r} for {len(value.counts)} experts. Leave it out: it is for arrays."
+                f"{shortened(num_experts)} for {len(value.counts)} experts. Leave it out: it is "
+                "for arrays."
             )
         return value
     if value.ndim != 2 or not value.size or not np.issubdtype(value.dtype, np.integer):
