@@ -5,8 +5,6 @@ from typing import Any
 
 from keras_moe._internal.validation import closest, shortened
 
-_PACKAGE = __name__.partition(".")[0]
-
 # What `keras.Layer` takes beside the arguments in its signature.
 _OF_LAYERS = ("input_shape", "input_dim")
 
@@ -14,8 +12,8 @@ _OF_LAYERS = ("input_shape", "input_dim")
 class NamedArguments:
     """Abstract: a class whose constructor refuses arguments by names that it does not have.
 
-    Before any other class in the bases. A subclass of the user's that has a constructor with
-    `**kwargs` may take any.
+    Before any other class in the bases. A constructor with `**kwargs` may take any, unless
+    `serialization.register` has spelled out what that is.
     """
 
     # Those that the constructor refuses by itself, with a reason.
@@ -31,7 +29,7 @@ class NamedArguments:
 def _check_names(cls, arguments):
     parameters = dict(inspect.signature(cls.__init__).parameters)
     rest = [each for each in parameters.values() if each.kind is each.VAR_KEYWORD]
-    if rest and not _is_ours(cls.__init__):
+    if rest and not _is_spelled_out(cls):
         return
     own = [name for name in parameters if name not in ("self", *(each.name for each in rest))]
     known = {*own, *cls.refused_arguments, *(_of_base(cls) if rest else ())}
@@ -46,10 +44,11 @@ def _check_names(cls, arguments):
 
 
 def _of_base(cls):
-    """What the first base outside of this package takes, where ours ends in `**kwargs`."""
-    base = next(base for base in cls.__mro__ if "__init__" in vars(base) and not _is_ours(base))
+    """What the first base outside of this package takes, where ours end in `**kwargs`."""
+    bases = [base for base in cls.__mro__ if "__init__" in vars(base)]
+    base = next(base for base in bases if not _is_spelled_out(base))
     return [*inspect.signature(base.__init__).parameters, *_OF_LAYERS]
 
 
-def _is_ours(thing):
-    return thing.__module__.partition(".")[0] == _PACKAGE
+def _is_spelled_out(cls):
+    return hasattr(cls.__init__, "__signature__")

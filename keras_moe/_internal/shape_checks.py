@@ -192,6 +192,12 @@ def check_bank_call(bank, tokens, plan):
         )
 
 
+def check_served(bank, tokens, outputs):
+    """What the `call` of a bank returned, which may be one of the user's own."""
+    name = f"{type(bank).__name__}.call(...)"
+    check_shapes({name: (outputs, "TD", "float")}, **known(T=tokens.shape[0]))
+
+
 def _axes_of_weights(groups):
     for name in getattr(groups, "_fields", ()):
         if name in _OF_WEIGHTS:

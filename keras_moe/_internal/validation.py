@@ -167,7 +167,7 @@ def check_function(name, value, *arguments, **by_name):
     """
     listed = ", ".join([*arguments, *by_name])
     takes = f"`{name}` must be a function of ({listed})."
-    fix = f"Pass, for example, `lambda {listed}: ...`."
+    fix = f"Give it these arguments, as in `lambda {listed}: ...`."
     if not callable(value):
         raise TypeError(
             f"{takes} Received: {name}={shortened(value)} (of type {type(value).__name__}). {fix}"
@@ -180,6 +180,13 @@ def check_function(name, value, *arguments, **by_name):
         signature.bind(*arguments, **by_name)
     except TypeError as error:
         raise TypeError(f"{takes} Received: one of {signature} ({error}). {fix}") from error
+
+
+def check_method(instance, name, *arguments, **by_name):
+    """A method that subclasses of the user's may override, when one of them is made."""
+    check_function(
+        f"{type(instance).__name__}.{name}", getattr(instance, name), *arguments, **by_name
+    )
 
 
 def check_scalar(name, value):

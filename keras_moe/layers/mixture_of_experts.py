@@ -133,6 +133,7 @@ class MixtureOfExperts(Recomputable):
             router_losses = self.router.default_losses
         self.router_losses = [losses.get(loss) for loss in _as_list(router_losses)]
         self._initial_loss_weights = [loss.weight for loss in self.router_losses]
+        self.gated_shared_expert = check_flag("gated_shared_expert", gated_shared_expert)
         if shared_expert is not None:
             shared_expert = resolve("shared_expert", shared_expert, keras.Layer)
             check_takes_tokens("shared_expert", shared_expert)
@@ -143,7 +144,6 @@ class MixtureOfExperts(Recomputable):
                 "shared_expert=None. Pass a `shared_expert`, or leave `gated_shared_expert` out."
             )
         self.shared_expert = shared_expert
-        self.gated_shared_expert = check_flag("gated_shared_expert", gated_shared_expert)
         self.shared_gate = None
         if gated_shared_expert:
             self.shared_gate = _Gate(
@@ -412,7 +412,7 @@ class MixtureOfExperts(Recomputable):
 
     def _build_shared_expert(self, inputs_shape):
         routed = self.experts.compute_output_shape(inputs_shape)
-        shared = build_and_measure(self.shared_expert, inputs_shape)
+        shared = build_and_measure("shared_expert", self.shared_expert, inputs_shape)
         if shared[-1] != routed[-1]:
             raise ValueError(
                 "The shared expert must return as many features as the routed experts. Received: "

@@ -14,7 +14,7 @@ from keras_moe._internal.lora import (
     forget_corrections,
 )
 from keras_moe._internal.validation import check_choice, shortened
-from keras_moe.layers.expert_bank import ExpertBank
+from keras_moe.layers.expert_bank import ExpertBank, check_is_built
 from keras_moe.layers.kernel_adapters import groups_of_rows, low_rank, quantized
 from keras_moe.ops.grouped.records import Packed, Quantized
 
@@ -208,6 +208,7 @@ class StackedExperts(ExpertBank, Adaptable):
 
     def merged_kernel(self, name):
         """The kernel of all experts as floats, with what LoRA has learned, an array."""
+        check_is_built(self)
         check_choice("name", name, self._projections())
         if self.quantization_mode is None:
             kernel = self._whole(getattr(self, f"{name}_kernel"))

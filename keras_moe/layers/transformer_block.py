@@ -98,7 +98,7 @@ class TransformerBlock(Recomputable):
     def _build_feed_forward(self, inputs_shape):
         self._feedforward_norm = self._make_norm("feedforward_norm", inputs_shape)
         features = self._features = inputs_shape[-1]
-        outputs_shape = build_and_measure(self.feedforward, inputs_shape)
+        outputs_shape = build_and_measure("feedforward", self.feedforward, inputs_shape)
         if outputs_shape[-1] != features:
             raise ValueError(
                 "`feedforward` must return as many features as it is given, for the residual. "

@@ -14,8 +14,13 @@ from keras_moe._internal.lora import (
     forget_corrections,
 )
 from keras_moe._internal.saved_state import load_draws, save_draws
-from keras_moe._internal.shape_checks import check_inputs_shape
-from keras_moe._internal.validation import check_fraction, check_not_negative, check_seed
+from keras_moe._internal.shape_checks import check_inputs_shape, check_shapes, known
+from keras_moe._internal.validation import (
+    check_fraction,
+    check_method,
+    check_not_negative,
+    check_seed,
+)
 from keras_moe.ops import clean_logits, draws
 from keras_moe.routers.router import Router
 
@@ -51,6 +56,7 @@ class LogitRouter(Router, Adaptable):
         logit_noise = check_not_negative("logit_noise", logit_noise)
         seed = check_seed("seed", seed)
         super().__init__(num_experts, **kwargs)
+        check_method(self, "project", "tokens")
         self.input_jitter = input_jitter
         self.logit_noise = logit_noise
         if kernel_initializer is None:
@@ -71,6 +77,10 @@ class LogitRouter(Router, Adaptable):
             self.add_factors()
         super()._post_build()
 
+    def made_by_build(self):
+        has_kernel = not self._projects_otherwise()
+        return [*super().made_by_build(), *(["kernel"] if has_kernel else [])]
+
     def kernel_shape(self, features):
         return features, self.num_experts
 
@@ -87,12 +97,18 @@ class LogitRouter(Router, Adaptable):
         return products + self.lora_scale() * correction
 
     def check_takes_lora(self):
-        is_overridden = type(self).project is not LogitRouter.project
-        if is_overridden and not self.projects_by_times_kernel:
+        if self._projects_otherwise():
             raise NotImplementedError(
                 "LoRA corrects products with the kernel, and this router computes its logits in "
                 f"another way. Received: a `{type(self).__name__}`. Train its kernel: it is small."
             )
+
+    def _projects_otherwise(self):
+        """Whether the logits are no products with the kernel."""
+        return self._overrides_project() and not self.projects_by_times_kernel
+
+    def _overrides_project(self):
+        return type(self).project is not LogitRouter.project
 
     def add_factors(self, a_initializer="he_uniform", b_initializer="zeros"):
         self.kernel_lora_a, self.kernel_lora_b = factors_for(
@@ -141,6 +157,9 @@ class LogitRouter(Router, Adaptable):
             noise = 2 * self._noise(draws.uniform, tokens) - 1
             tokens = tokens * (1 + self.input_jitter * noise)
         logits = self.project(tokens)
+        if self._overrides_project():
+            sizes = known(T=tokens.shape[0], E=self.num_experts)
+            check_shapes({"project(tokens)": (logits, "TE", "float")}, **sizes)
         if training and self.logit_noise:
             logits = logits + self.logit_noise * self._noise(draws.normal, logits)
         return clean_logits(logits, mask)

@@ -16,6 +16,7 @@ from keras_moe._internal.validation import (
     check_is_float,
     check_is_integer,
     check_mask,
+    check_method,
     check_positive_integer,
     check_replayed,
     check_tensor,
@@ -78,7 +79,22 @@ class Router(NamedArguments, keras.layers.Layer):
         backend.separate_losses(self)
         self.num_experts = num_experts
         self.supports_masking = True
+        check_method(self, "route", "tokens", "mask", "training")
         self._known_arguments = set(inspect.signature(self.route).parameters)
+
+    def _post_build(self):
+        for name in self.made_by_build():
+            if getattr(self, name, None) is None:
+                raise ValueError(
+                    f"A router must have `{name}` when it is built. Received: a "
+                    f"`{type(self).__name__}` without it. Set it in `__init__`, or call "
+                    "`super().build(tokens_shape)` in its `build`."
+                )
+        super()._post_build()
+
+    def made_by_build(self):
+        """Names of the attributes without which a built router cannot route."""
+        return ["top_k"] if type(self).max_top_k is Router.max_top_k else []
 
     def bind(self, num_experts):
         """Set the number of experts of a router that has none; one that is set stays.
@@ -111,7 +127,10 @@ class Router(NamedArguments, keras.layers.Layer):
         check_training(kwargs.get("training"))
         if args:
             check_tensor("tokens", args[0])
-        return super().__call__(*args, **kwargs)
+        routing = super().__call__(*args, **kwargs)
+        tokens = args[0] if args else kwargs["tokens"]
+        check_fields(routing, T=tokens.shape[0], E=self.num_experts)
+        return routing
 
     def check_arrays(self, indices=None, token_ids=None, mask=None, **others):
         """Check the arguments of a call that are not tensors yet; `call` checks the rest."""
@@ -153,9 +172,7 @@ class Router(NamedArguments, keras.layers.Layer):
             tokens = ops.where(ops.expand_dims(mask, 1), tokens, 0.0)
         known = {"sequence_length": sequence_length, "token_ids": token_ids, "indices": indices}
         known = {name: value for name, value in known.items() if name in self._known_arguments}
-        routing = self.route(tokens, mask, training, **known)
-        check_fields(routing, T=tokens.shape[0], E=self.num_experts)
-        return routing
+        return self.route(tokens, mask, training, **known)
 
     def _check_call(self, tokens, mask=None, sequence_length=None, token_ids=None, indices=None):
         check_is_float("tokens", tokens)
