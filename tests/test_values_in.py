@@ -811,6 +811,15 @@ METHODS = {
     ],
     "compute_output_shape": [(lambda v: moe().compute_output_shape(v), [5, "abc", (3,)])],
     "build": [(lambda v: routers.TopKRouter(E).build(v), [5, (3,), (None, None)])],
+    "shape for a layer of tokens": [
+        (lambda v, make=make, name=name: getattr(make(), name)(v), [5, "x", (None, 3, None)])
+        for make in (
+            encoder,
+            lambda: layers.TransformerDecoderBlock(2, moe()),
+            lambda: layers.GatedFeedForward(2),
+        )
+        for name in ("build", "compute_output_shape")
+    ],
     "limits": [(lambda v: layers.Capacity(1.0).limits(v, None, True, None), [None, "x"])],
     "set_router_loss_weight": [
         (lambda v: weighted(weight=v), BAD_WEIGHTS),
@@ -1130,6 +1139,68 @@ def test_a_capacity_of_any_size_is_no_limit(capacity):
     assert int(array(ops.expert_capacity(tensor(tokens, "int32"), E, K, 1e6))) == known
     plan = ops.plan_groups(routing(), capacity=2**40)
     np.testing.assert_array_equal(array(plan.groups.sizes), array(routing().counts))
+
+
+# NumPy arrays do where tensors do: `c` makes the one or the other of arrays.
+OF_ARRAYS = {
+    "agreement": lambda c: ops.agreement(c(LOGITS), c(np.abs(LOGITS))),
+    "balanced_assignment": lambda c: ops.balanced_assignment(c(LOGITS), c(REAL)),
+    "clean_logits": lambda c: ops.clean_logits(c(LOGITS), c(REAL)),
+    "expert_choice_routing": lambda c: ops.expert_choice_routing(c(LOGITS), 1.0, c(REAL)),
+    "group_limited_scores": lambda c: ops.group_limited_scores(c(LOGITS), 2, 1),
+    "grouped_feed_forward": lambda c: fed(
+        tokens=c(normal(T, D)),
+        weights=c(array(ops.plan_groups(routing()).weights)),
+        up_kernels=[c(normal(E, D, 3))],
+        down_kernel=c(normal(E, 3, D)),
+        biases=[c(normal(E, 3)), c(normal(E, D))],
+    ),
+    "grouped_matmul": lambda c: ops.grouped_matmul(
+        c(normal(T, D)), c(normal(E, D, 3)), [6, 0, 0, 0]
+    ),
+    "make_routing": lambda c: ops.make_routing(*map(c, (FIRST, *[LOGITS] * 3, REAL))),
+    "masked_mean": lambda c: ops.masked_mean(c(LOGITS), c(REAL)),
+    "noisy_load": lambda c: ops.noisy_load(c(LOGITS), c(LOGITS), c(np.abs(LOGITS)), K, c(REAL)),
+    "plan_expert_choice": lambda c: ops.plan_expert_choice(
+        recorded(c, ops.expert_choice_routing(logits(), 1.0))
+    ).dropped_fraction(np.ones(E)),
+    "plan_groups": lambda c: ops.plan_groups(
+        recorded(c), 2, first=c(LOGITS[:, 0]), sequence_length=3
+    ).combine(c(normal(T * K, D))),
+    "plan_soft": lambda c: ops.plan_soft(recorded(c, ops.soft_routing(logits(), E))),
+    "sequence_load_balance": lambda c: ops.sequence_load_balance(recorded(c), 3),
+    "sinkhorn_plan": lambda c: ops.sinkhorn_plan(c(LOGITS), c(REAL), 3),
+    "soft_routing": lambda c: ops.soft_routing(c(LOGITS), E, c(REAL)),
+    "take_scores": lambda c: ops.take_scores(c(LOGITS), c(FIRST)),
+    "top_k_indices": lambda c: ops.top_k_indices(c(LOGITS), K),
+    "top_k_routing": lambda c: ops.top_k_routing(c(LOGITS), K, c(REAL)),
+    **{
+        name: lambda c, name=name: getattr(ops, name)(recorded(c))
+        for name in (
+            *("load_balance", "router_entropy", "router_z"),
+            *("squared_importance_variation", "squared_load_variation"),
+        )
+    },
+}
+REAL = np.array([True] * (T - 1) + [False])
+FIRST = np.zeros((T, E), "int32") + np.arange(E, dtype="int32")
+
+
+def recorded(convert, made=None):
+    """A routing of arrays, as `inspection.record_routings` has them, or of tensors."""
+    return keras.tree.map_structure(lambda each: convert(array(each)), made or routing())
+
+
+@pytest.mark.parametrize("name", OF_ARRAYS)
+def test_arrays_are_as_good_as_tensors(name):
+    of_tensors, of_arrays = (OF_ARRAYS[name](convert) for convert in (tensor, np.asarray))
+    for expected, found in zip(keras.tree.flatten(of_tensors), keras.tree.flatten(of_arrays)):
+        np.testing.assert_allclose(array(found), array(expected), rtol=1e-6)
+
+
+def test_every_function_of_tensors_takes_arrays():
+    names = {name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))}
+    assert names == OF_ARRAYS.keys() | {"expert_capacity", "platform"}
 
 
 NUMBERS = [Fraction(5, 4), np.float32(1.25), np.float64(1.25), 1.25]

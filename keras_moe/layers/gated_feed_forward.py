@@ -79,6 +79,7 @@ class GatedFeedForward(NamedArguments, keras.layers.Layer):
         return self.call(*args, **kwargs)
 
     def compute_output_shape(self, inputs_shape):
+        check_inputs_shape(inputs_shape)
         return tuple(inputs_shape)
 
     def get_config(self):

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_moe._internal.saved_state import load_draws, save_draws
 from keras_moe._internal.serialization import config_of, resolve
+from keras_moe._internal.shape_checks import check_inputs_shape
 from keras_moe._internal.validation import (
     check_computes_in_floats,
     check_float_inputs,
@@ -135,6 +136,7 @@ class TransformerBlock(Recomputable):
         super().load_own_variables(load_draws(self, store))
 
     def compute_output_shape(self, inputs_shape):
+        check_inputs_shape(inputs_shape)
         return tuple(inputs_shape)
 
     def get_config(self):

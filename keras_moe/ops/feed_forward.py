@@ -3,6 +3,8 @@
 from typing import NamedTuple
 
 import keras
+import numpy as np
+from keras import ops
 
 from keras_moe import backend
 from keras_moe._internal.shape_checks import check_groups
@@ -74,7 +76,8 @@ def grouped_feed_forward(
     """
     _check(activation, up_kernels, biases, expert_axis, clip, up_shift, low_rank)
     _check_shapes(tokens, weights, groups, up_kernels, down_kernel, biases)
-    kernels = [*up_kernels, down_kernel]
+    tokens, weights = ops.convert_to_tensor(tokens), ops.convert_to_tensor(weights)
+    kernels = list(map(_as_tensor, (*up_kernels, down_kernel)))
     widths = tuple(kernel.shape[-1] for kernel in kernels)
     step = feed_forward_step(activation, widths, clip, up_shift)
     frozen = [kernel for kernel in kernels if low_rank or isinstance(kernel, QUANTIZED)]
@@ -82,7 +85,7 @@ def grouped_feed_forward(
     if low_rank is not None:
         step = low_rank_step(step, len(kernels), low_rank.scale)
         trained = [*low_rank.downs, *low_rank.ups]
-    parameters = Parameters(trained, list(biases), frozen)
+    parameters = Parameters(trained, list(map(_as_tensor, biases)), frozen)
     if isinstance(groups, (Assignments, Choices)):
         if any(isinstance(kernel, Packed) for kernel in frozen):
             raise ValueError(
@@ -149,6 +152,11 @@ def _check_shapes(tokens, weights, groups, up_kernels, down_kernel, biases):
         tensors[f"{name} bias"] = (bias, letters[::2], "float")
     check_groups(groups, weights, **tensors)
     check_row_numbers(groups)
+
+
+def _as_tensor(values):
+    """What may be a NumPy array, and is a tensor or integers of a quantized kernel otherwise."""
+    return ops.convert_to_tensor(values) if isinstance(values, np.ndarray) else values
 
 
 def _number_of(kernels):

@@ -67,7 +67,7 @@ class GroupedPlan(NamedTuple):
         """Tokens (T, D), each the weighted float32 sum of its rows; zero without any."""
         check_groups(self.groups, self.weights, rows=(rows, "ND", "float"))
         _check_enough(rows, self.groups)
-        return combine_rows(ops.convert_to_tensor(rows), self.weights, self.groups)
+        return combine_rows(*map(ops.convert_to_tensor, (rows, self.weights)), self.groups)
 
     def run(self, experts, tokens):
         """What a bank of experts makes of tokens (T, D)."""
@@ -208,6 +208,6 @@ def _turns(first, num_tokens, top_k):
     """The order in which assignments take their places, or None for that of their numbers."""
     if first is None:
         return None
-    urgent_first = ops.cast(ops.argsort(-ops.stop_gradient(first)), "int32")
+    urgent_first = ops.cast(ops.argsort(-ops.stop_gradient(ops.convert_to_tensor(first))), "int32")
     choices = ops.expand_dims(ops.arange(top_k, dtype="int32"), 1)
     return ops.reshape(choices * num_tokens + urgent_first, (-1,))
