@@ -17,7 +17,7 @@ class NamedArguments:
     """
 
     # Those that the constructor refuses by itself, with a reason.
-    refused_arguments: tuple[str, ...] = ()
+    _refused_arguments: tuple[str, ...] = ()
 
     def __new__(cls, *args, **kwargs):
         if kwargs:
@@ -32,7 +32,7 @@ def _check_names(cls, arguments):
     if rest and not _is_spelled_out(cls):
         return
     own = [name for name in parameters if name not in ("self", *(each.name for each in rest))]
-    known = {*own, *cls.refused_arguments, *(_of_base(cls) if rest else ())}
+    known = {*own, *cls._refused_arguments, *(_of_base(cls) if rest else ())}
     for name, value in arguments.items():
         if name not in known:
             meant = closest(name, own)

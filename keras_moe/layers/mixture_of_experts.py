@@ -101,8 +101,8 @@ class MixtureOfExperts(Recomputable):
 
     # Whether its own `get_config` has the experts, and not that of a block around it.
     has_own_config = True
-    refused_arguments = tuple(PLACES)
-    refused_arguments = tuple(PLACES)
+    _refused_arguments = tuple(PLACES)
+    _refused_arguments = tuple(PLACES)
 
     def __init__(
         self,

@@ -76,8 +76,7 @@ def grouped_feed_forward(
     """
     _check(activation, up_kernels, biases, expert_axis, clip, up_shift, low_rank)
     _check_shapes(tokens, weights, groups, up_kernels, down_kernel, biases)
-    tokens, weights = ops.convert_to_tensor(tokens), ops.convert_to_tensor(weights)
-    kernels = list(map(_as_tensor, (*up_kernels, down_kernel)))
+    tokens, weights, *kernels = map(_as_tensor, (tokens, weights, *up_kernels, down_kernel))
     widths = tuple(kernel.shape[-1] for kernel in kernels)
     step = feed_forward_step(activation, widths, clip, up_shift)
     frozen = [kernel for kernel in kernels if low_rank or isinstance(kernel, QUANTIZED)]

@@ -77,9 +77,9 @@ class LogitRouter(Router, Adaptable):
             self.add_factors()
         super()._post_build()
 
-    def made_by_build(self):
+    def _made_by_build(self):
         has_kernel = not self._projects_otherwise()
-        return [*super().made_by_build(), *(["kernel"] if has_kernel else [])]
+        return [*super()._made_by_build(), *(["kernel"] if has_kernel else [])]
 
     def kernel_shape(self, features):
         return features, self.num_experts

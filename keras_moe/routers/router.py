@@ -83,7 +83,7 @@ class Router(NamedArguments, keras.layers.Layer):
         self._known_arguments = set(inspect.signature(self.route).parameters)
 
     def _post_build(self):
-        for name in self.made_by_build():
+        for name in self._made_by_build():
             if getattr(self, name, None) is None:
                 raise ValueError(
                     f"A router must have `{name}` when it is built. Received: a "
@@ -92,7 +92,7 @@ class Router(NamedArguments, keras.layers.Layer):
                 )
         super()._post_build()
 
-    def made_by_build(self):
+    def _made_by_build(self):
         """Names of the attributes without which a built router cannot route."""
         return ["top_k"] if type(self).max_top_k is Router.max_top_k else []
 

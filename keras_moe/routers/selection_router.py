@@ -80,9 +80,9 @@ class SelectionRouter(LogitRouter):
                 name="measurements", **{**state, "shape": (), "dtype": "int32"}
             )
 
-    def made_by_build(self):
+    def _made_by_build(self):
         names = {"bias": self.use_bias, "selection_bias": self.balancer is not None}
-        return [*super().made_by_build(), *(name for name, is_used in names.items() if is_used)]
+        return [*super()._made_by_build(), *(name for name, is_used in names.items() if is_used)]
 
     def balance_advice(self):
         return None if self.balancer is None else self.balancer.balance_advice()
