@@ -67,7 +67,8 @@ class GroupedPlan(NamedTuple):
         """Tokens (T, D), each the weighted float32 sum of its rows; zero without any."""
         check_groups(self.groups, self.weights, rows=(rows, "ND", "float"))
         _check_enough(rows, self.groups)
-        return combine_rows(*map(ops.convert_to_tensor, (rows, self.weights)), self.groups)
+        rows, weights = ops.convert_to_tensor(rows), ops.convert_to_tensor(self.weights)
+        return combine_rows(rows, weights, self.groups)
 
     def run(self, experts, tokens):
         """What a bank of experts makes of tokens (T, D)."""
