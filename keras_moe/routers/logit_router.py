@@ -158,7 +158,7 @@ class LogitRouter(Router, Adaptable):
             tokens = tokens * (1 + self.input_jitter * noise)
         logits = self.project(tokens)
         if self._overrides_project():
-            sizes = known(T=tokens.shape[0], E=self.num_experts)
+            sizes = known(T=tokens.shape[0])
             check_shapes({"project(tokens)": (logits, "TE", "float")}, **sizes)
         if training and self.logit_noise:
             logits = logits + self.logit_noise * self._noise(draws.normal, logits)

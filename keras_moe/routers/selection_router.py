@@ -93,6 +93,8 @@ class SelectionRouter(LogitRouter):
 
     def route(self, tokens, mask, training, indices=None):
         logits, mask = self.logits(tokens, mask, training)
+        if self._overrides_project():
+            check_shapes({"project(tokens)": (logits, "TE")}, E=self.num_experts)
         if self.use_bias:
             logits = logits + self.bias
         if indices is not None:
