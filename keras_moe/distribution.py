@@ -4,7 +4,7 @@ import keras
 
 from keras_moe import backend
 from keras_moe._internal.bank_weights import BIASES, KERNELS
-from keras_moe._internal.validation import check_positive_integer
+from keras_moe._internal.validation import check_positive_integer, shortened
 
 AXES = ("data", "expert")
 
@@ -140,7 +140,7 @@ def _mesh(experts, data, devices):
     if not is_list or not all(device in known for device in devices):
         raise ValueError(
             "`devices` must be a list of some of `keras.distribution.list_devices()`. Received: "
-            f"devices={devices!r}. There are {known}."
+            f"devices={shortened(devices)}. There are {known}."
         )
     if data is None:
         if len(devices) % experts:
@@ -164,8 +164,8 @@ def _check_layout_map(layout_map, experts=None, data=None, devices=None):
     if not isinstance(layout_map, keras.distribution.LayoutMap):
         raise TypeError(
             "`layout_map` must be a `keras.distribution.LayoutMap`. Received: "
-            f"layout_map={layout_map!r} (of type {type(layout_map).__name__}). Make one of a "
-            "`keras.distribution.DeviceMesh` with the axes 'data' and 'expert'."
+            f"layout_map={shortened(layout_map)} (of type {type(layout_map).__name__}). Make one "
+            "of a `keras.distribution.DeviceMesh` with the axes 'data' and 'expert'."
         )
     mesh = layout_map.device_mesh
     if mesh is None or tuple(mesh.axis_names[:2]) != AXES:
@@ -179,6 +179,6 @@ def _check_layout_map(layout_map, experts=None, data=None, devices=None):
     if given != (None, None, None) and given != (mesh.shape[1], mesh.shape[0], None):
         raise ValueError(
             "With a `layout_map` its device mesh sets the number of devices. Received: "
-            f"experts={experts!r}, data={data!r}, devices={devices!r} with a mesh of the shape "
-            f"{tuple(mesh.shape)}. Leave them out."
+            f"experts={experts!r}, data={data!r}, devices={shortened(devices)} with a mesh of the "
+            f"shape {tuple(mesh.shape)}. Leave them out."
         )

@@ -110,6 +110,10 @@ def dense(units=D, **kwargs):
 SAME = dense(name="same")
 
 
+class Routeless(routers.Router):
+    top_k = 1
+
+
 class Weightless(losses.RouterLoss):
     def __init__(self):
         pass
@@ -259,8 +263,9 @@ CONSTRUCTORS = {
     "activation with weights": (
         lambda: layers.FeedForwardExperts(E, 8, activation=keras.layers.PReLU(name="prelu")),
         TypeError,
-        "`activation` must be a name or a function without weights. Received: activation=<PReLU "
-        "name=prelu, built=False> (of type PReLU). Put layers into `LayerExperts`.",
+        "`activation` must be an activation of Keras, its name, or a function of (x). Received: "
+        "activation=<PReLU name=prelu, built=False> (of type PReLU). Put layers into a bank: "
+        "`layers.LayerExperts([...])`.",
     ),
     "layers": (
         lambda: layers.LayerExperts("dense"),
@@ -460,9 +465,9 @@ CALLS = {
         "['a', 'b']. End each expert with a layer of the same width.",
     ),
     "abstract router": (
-        lambda: routers.Router(E)(one_hot(0)),
+        lambda: Routeless(E)(one_hot(0)),
         NotImplementedError,
-        "Router must implement `route(tokens, mask, training)` and return an `ops.Routing`.",
+        "Routeless must implement `route(tokens, mask, training)` and return an `ops.Routing`.",
     ),
     "abstract bank": (
         lambda: moe(layers.ExpertBank(E))(one_hot(0)),

@@ -13,7 +13,7 @@ from fractions import Fraction
 import keras
 import numpy as np
 import pytest
-from layer_checks import ABSTRACT, D, E, array, moe, normal, plain
+from layer_checks import ABSTRACT, CASES, D, E, array, constructor_arguments, moe, normal, plain
 
 from keras_moe import (
     activations,
@@ -51,6 +51,16 @@ NO_MASK = [None, np.ones(T, "float32"), np.ones(T - 1, bool)]
 BAD_MASKS = [np.ones((1, T), "float32"), np.ones((1, 3), bool), [[True] * T], [["a"] * T]]
 BAD_MASKS.append(np.array([["a"] * T]))
 BAD_INDICES = [[[0, E]], [[-2, 0]], [[0.0, 1.0]], [0, 1], [[[0, 1]]]]
+# Functions of one tensor that are no activations, and functions of other arguments.
+NOT_ELEMENTWISE = [
+    lambda: 1.0,
+    lambda x, y: x,
+    lambda x: None,
+    lambda x: "a",
+    lambda x: 1.0,
+    lambda x: x[..., :1],
+    lambda x: x > 0,
+]
 
 
 def tensor(values, dtype=None):
@@ -102,6 +112,26 @@ class OfOnesOwn(routers.Router):
 
     def route(self, tokens, mask, training):
         return self.returned
+
+
+def own(base, **members):
+    """A class of one's own."""
+    return type("OfOnesOwn", (base,), members)
+
+
+def routed_by(**members):
+    router = own(routers.TopKRouter, **members)(E, K, balancer="loss_free", use_bias=True)
+    return router(normal(T, D), training=True)
+
+
+def served_by(call):
+    bank = own(layers.ExpertBank, call=call, compute_output_shape=lambda self, shape: shape)
+    return moe(bank(E))(normal(T, D))
+
+
+def changing(function):
+    """A layer of which Keras finds out what it returns."""
+    return own(keras.layers.Layer, call=lambda self, inputs: function(inputs))()
 
 
 class Measured(balancers.SelectionBalancer):
@@ -277,6 +307,7 @@ FUNCTIONS = {
         (lambda v: ops.top_k_routing(logits(), K, score=v), ["soft", None, ["softmax"], 1]),
         (lambda v: ops.top_k_routing(logits(), K, renormalize=v), ["yes", 2]),
         (lambda v: ops.top_k_routing(logits(), K, select=v), ["top", lambda scores: None]),
+        (lambda v: ops.top_k_routing(logits(), K, select=v), [lambda: 1, lambda scores, k: scores]),
         (
             lambda v: ops.top_k_routing(logits(), K, select=lambda scores: v),
             [np.zeros((T, K + 1), "int32"), np.zeros((T - 1, K), "int32"), LOGITS[:, :K]],
@@ -367,7 +398,7 @@ FUNCTIONS = {
         (lambda v: fed(low_rank=v), [3]),
         (lambda v: fed(expert_axis=v), [3]),
         (lambda v: fed(biases=v), [3, "ab"]),
-        (lambda v: fed(activation=v), [keras.layers.Dense(3)]),
+        (lambda v: fed(activation=v), [keras.layers.Dense(3), *NOT_ELEMENTWISE]),
         (lambda v: fed(**{v: np.ones((T, D), "int32")}), ["tokens"]),
         (lambda v: fed(down_kernel=v), [None, np.ones((E, 3, D), "int32")]),
     ],
@@ -609,6 +640,34 @@ def measured(balancer, place, value):
     return balancer.measure(*arguments)
 
 
+# Neither activations nor initializers nor regularizers.
+OTHER_OBJECTS = [5, ["l2"], {}, {"class_name": "Foo"}, True, "", "deserialize", b"relu"]
+OTHER_OBJECTS += [keras.layers.Dense(3), keras.layers.Dense]
+BAD_ACTIVATIONS = [*NOT_ELEMENTWISE, *OTHER_OBJECTS, "sillu", np.ones(3)]
+BAD_INITIALIZERS = [
+    *OTHER_OBJECTS,
+    "glorot",
+    lambda: 1.0,
+    lambda shape: np.ones(shape),
+    lambda shape, dtype=None: np.ones(3, "f4"),
+    lambda shape, dtype=None: None,
+    lambda shape, dtype=None: "a",
+    keras.regularizers.L2(),
+]
+BAD_REGULARIZERS = [*OTHER_OBJECTS, "l3", lambda: 1.0, keras.initializers.Zeros(), np.ones(3)]
+# What a layer of tokens is not.
+NOT_OF_TOKENS = [
+    keras.layers.Dense,
+    "dense",
+    lambda x: x,
+    keras.layers.Embedding(5, D),
+    keras.layers.LSTM(D),
+    keras.layers.Conv2D(D, 3),
+    keras.layers.MultiHeadAttention(2, 4),
+    routers.TopKRouter(E),
+    *map(changing, [lambda x: [x, x], lambda x: x[..., 0], lambda x: x[:, :1]]),
+]
+LARGE = np.arange(10000.0).reshape(100, 100)
 BAD_FLAGS = ["no", "False", 1, 0, 0.0, [True], NAN]
 BAD_SEEDS = ["0", 1.5, -1, True, NAN, [1], 2**40]
 FLAGS = {
@@ -752,6 +811,15 @@ METHODS = {
     ],
     "compute_output_shape": [(lambda v: moe().compute_output_shape(v), [5, "abc", (3,)])],
     "build": [(lambda v: routers.TopKRouter(E).build(v), [5, (3,), (None, None)])],
+    "shape for a layer of tokens": [
+        (lambda v, make=make, name=name: getattr(make(), name)(v), [5, "x", (None, 3, None)])
+        for make in (
+            encoder,
+            lambda: layers.TransformerDecoderBlock(2, moe()),
+            lambda: layers.GatedFeedForward(2),
+        )
+        for name in ("build", "compute_output_shape")
+    ],
     "limits": [(lambda v: layers.Capacity(1.0).limits(v, None, True, None), [None, "x"])],
     "set_router_loss_weight": [
         (lambda v: weighted(weight=v), BAD_WEIGHTS),
@@ -808,6 +876,67 @@ METHODS = {
         (lambda v: compiled_metric(), [None]),
     ],
     "a folder as a flag": [(callbacks.ExpertMonitor, ["logs"])],
+    "activation": [
+        (lambda v: moe(layers.FeedForwardExperts(E, 2, v))(normal(T, D)), BAD_ACTIVATIONS),
+        (lambda v: moe(layers.GatedExperts(E, 2, v))(normal(T, D)), BAD_ACTIVATIONS),
+        (lambda v: layers.GatedFeedForward(2, v)(normal(T, D)), BAD_ACTIVATIONS),
+    ],
+    "initializer": [
+        (
+            lambda v, name=name: moe(layers.FeedForwardExperts(E, 2, **{name: v}))(normal(T, D)),
+            [None, *BAD_INITIALIZERS],
+        )
+        for name in ("kernel_initializer", "bias_initializer")
+    ]
+    + [
+        (lambda v, cls=cls: cls(E, kernel_initializer=v)(normal(T, D)), BAD_INITIALIZERS)
+        for cls in (routers.TopKRouter, routers.CosineRouter)
+    ]
+    + [
+        (lambda v, make=make: built(make()).enable_lora(2, a_initializer=v), BAD_INITIALIZERS)
+        for make in (bank, lambda: routers.TopKRouter(E))
+    ],
+    "regularizer": [
+        (lambda v: layers.FeedForwardExperts(E, 2, kernel_regularizer=v), BAD_REGULARIZERS),
+        (lambda v: layers.FeedForwardExperts(E, 2, bias_regularizer=v), BAD_REGULARIZERS),
+        (lambda v: routers.TopKRouter(E, kernel_regularizer=v), BAD_REGULARIZERS),
+    ],
+    "layers of tokens": [
+        (lambda v: moe(shared_expert=v)(normal(2, 3, D)), NOT_OF_TOKENS),
+        (lambda v: encoder(v)(normal(2, 3, D)), NOT_OF_TOKENS),
+        (
+            lambda v: moe(layers.LayerExperts([v, keras.layers.Dense(D)]))(normal(T, D)),
+            [v for v in NOT_OF_TOKENS if v not in NOT_OF_TOKENS[-1:]],
+        ),
+    ],
+    "methods of a router of one's own": [
+        (lambda v: routed_by(build=v), [lambda self, s: None, routers.LogitRouter.build]),
+        (lambda v: routed_by(project=v), [lambda self: 1, lambda self, tokens: None]),
+        (lambda v: routed_by(project=v), [lambda self, x: x, lambda self, x: x[:3, :E]]),
+        (lambda v: routed_by(select=v), [lambda self: 1, lambda self, s: None, lambda self, s: s]),
+        (lambda v: routed_by(call=lambda self, tokens, **kwargs: v), [None, "x", (1, 2)]),
+        (lambda v: own(routers.Router, route=v)(E), [lambda self, tokens: routing()]),
+        (lambda v: own(OfOnesOwn, top_k=v)(E, routing())(normal(T, D)), [None]),
+    ],
+    "call of a bank of one's own": [
+        (served_by, [lambda self, tokens: tokens, lambda self, tokens, plan: None]),
+        (served_by, [lambda self, tokens, plan: tokens[:2], lambda self, tokens, plan: [tokens]]),
+        (served_by, [lambda self, x, plan: x[:, 0], lambda self, x, plan: x > 0]),
+    ],
+    "compute of a loss of one's own": [
+        (lambda v: losses.get(own(losses.RouterLoss, compute=v)(0.1)), [lambda self: 1.0]),
+    ],
+    "methods of a balancer of one's own": [
+        (lambda v: balancers.get(own(balancers.LossFreeBias, **{v: lambda self: 1})()), ["update"]),
+    ],
+    "kernel of a bank that is not built": [(lambda v: bank().merged_kernel(v), ["up"])],
+    "large arrays": [
+        (lambda v, cls=cls, name=name: cls(**{**CASES[cls].required(), name: v}), [LARGE])
+        for cls in CASES
+        for name in constructor_arguments(cls)
+        # Values of an initializer may be such, and of a dtype Keras says it.
+        if name != "dtype" and not name.endswith("initializer")
+    ],
     "replay of a router": [(lambda v: replay(np.array(v)), REPLAYED)],
     "replay of a layer": [(lambda v: layer_replay(np.array(v)), REPLAYED)],
     "num_experts of a bank of one's own": [(layers.ExpertBank, BAD_SIZES)],
@@ -908,6 +1037,12 @@ def is_refused(call, value):
         call(value)
     assert "Received" in str(error.value), error.value
     assert any(word in str(error.value) for word in ("must", "takes", "needs", "is a mean"))
+    assert len(_said(error.value)) < 600, error.value
+
+
+def _said(error):
+    """What an error says without what Keras adds of the call."""
+    return str(error).partition("Arguments received by")[0]
 
 
 @pytest.mark.parametrize("call, value", cases(FUNCTIONS))
@@ -924,6 +1059,23 @@ def test_a_class_refuses(call, value):
 def test_a_plot_refuses(call, value):
     pytest.importorskip("matplotlib")
     is_refused(call, value)
+
+
+@pytest.mark.parametrize("cls", CASES)
+def test_a_misspelt_argument_is_answered_with_the_one_that_was_meant(cls):
+    for name in constructor_arguments(cls):
+        with pytest.raises(TypeError, match=f"takes no argument.*Did you mean `{name}`"):
+            cls(**{name[:-1]: 1})
+
+
+def test_a_subclass_takes_arguments_of_its_own():
+    class Wide(layers.MixtureOfExperts):
+        def __init__(self, width=3, **kwargs):
+            super().__init__(layers.FeedForwardExperts(E, kwargs.pop("height", width)), **kwargs)
+
+    assert Wide(height=5, name="wide").experts.hidden_dim == 5
+    with pytest.raises(TypeError, match="`top_k` is an argument of the router"):
+        Wide(top_k=1)
 
 
 # What cannot be known before compute is harmless.
@@ -987,6 +1139,68 @@ def test_a_capacity_of_any_size_is_no_limit(capacity):
     assert int(array(ops.expert_capacity(tensor(tokens, "int32"), E, K, 1e6))) == known
     plan = ops.plan_groups(routing(), capacity=2**40)
     np.testing.assert_array_equal(array(plan.groups.sizes), array(routing().counts))
+
+
+# NumPy arrays do where tensors do: `c` makes the one or the other of arrays.
+OF_ARRAYS = {
+    "agreement": lambda c: ops.agreement(c(LOGITS), c(np.abs(LOGITS))),
+    "balanced_assignment": lambda c: ops.balanced_assignment(c(LOGITS), c(REAL)),
+    "clean_logits": lambda c: ops.clean_logits(c(LOGITS), c(REAL)),
+    "expert_choice_routing": lambda c: ops.expert_choice_routing(c(LOGITS), 1.0, c(REAL)),
+    "group_limited_scores": lambda c: ops.group_limited_scores(c(LOGITS), 2, 1),
+    "grouped_feed_forward": lambda c: fed(
+        tokens=c(normal(T, D)),
+        weights=c(array(ops.plan_groups(routing()).weights)),
+        up_kernels=[c(normal(E, D, 3))],
+        down_kernel=c(normal(E, 3, D)),
+        biases=[c(normal(E, 3)), c(normal(E, D))],
+    ),
+    "grouped_matmul": lambda c: ops.grouped_matmul(
+        c(normal(T, D)), c(normal(E, D, 3)), [6, 0, 0, 0]
+    ),
+    "make_routing": lambda c: ops.make_routing(*map(c, (FIRST, *[LOGITS] * 3, REAL))),
+    "masked_mean": lambda c: ops.masked_mean(c(LOGITS), c(REAL)),
+    "noisy_load": lambda c: ops.noisy_load(c(LOGITS), c(LOGITS), c(np.abs(LOGITS)), K, c(REAL)),
+    "plan_expert_choice": lambda c: ops.plan_expert_choice(
+        recorded(c, ops.expert_choice_routing(logits(), 1.0))
+    ).dropped_fraction(np.ones(E)),
+    "plan_groups": lambda c: ops.plan_groups(
+        recorded(c), 2, first=c(LOGITS[:, 0]), sequence_length=3
+    ).combine(c(normal(T * K, D))),
+    "plan_soft": lambda c: ops.plan_soft(recorded(c, ops.soft_routing(logits(), E))),
+    "sequence_load_balance": lambda c: ops.sequence_load_balance(recorded(c), 3),
+    "sinkhorn_plan": lambda c: ops.sinkhorn_plan(c(LOGITS), c(REAL), 3),
+    "soft_routing": lambda c: ops.soft_routing(c(LOGITS), E, c(REAL)),
+    "take_scores": lambda c: ops.take_scores(c(LOGITS), c(FIRST)),
+    "top_k_indices": lambda c: ops.top_k_indices(c(LOGITS), K),
+    "top_k_routing": lambda c: ops.top_k_routing(c(LOGITS), K, c(REAL)),
+    **{
+        name: lambda c, name=name: getattr(ops, name)(recorded(c))
+        for name in (
+            *("load_balance", "router_entropy", "router_z"),
+            *("squared_importance_variation", "squared_load_variation"),
+        )
+    },
+}
+REAL = np.array([True] * (T - 1) + [False])
+FIRST = np.zeros((T, E), "int32") + np.arange(E, dtype="int32")
+
+
+def recorded(convert, made=None):
+    """A routing of arrays, as `inspection.record_routings` has them, or of tensors."""
+    return keras.tree.map_structure(lambda each: convert(array(each)), made or routing())
+
+
+@pytest.mark.parametrize("name", OF_ARRAYS)
+def test_arrays_are_as_good_as_tensors(name):
+    of_tensors, of_arrays = (OF_ARRAYS[name](convert) for convert in (tensor, np.asarray))
+    for expected, found in zip(keras.tree.flatten(of_tensors), keras.tree.flatten(of_arrays)):
+        np.testing.assert_allclose(array(found), array(expected), rtol=1e-6)
+
+
+def test_every_function_of_tensors_takes_arrays():
+    names = {name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))}
+    assert names == OF_ARRAYS.keys() | {"expert_capacity", "platform"}
 
 
 NUMBERS = [Fraction(5, 4), np.float32(1.25), np.float64(1.25), 1.25]

@@ -211,6 +211,12 @@ def test_a_report_refuses_data_that_are_none(data, tmp_path):
     is_refused(lambda v: report(of_ids(), v, path=tmp_path / "page.html"), data)
 
 
+def test_a_report_names_labels_in_their_shape(tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match=r"labels.shape=\(2, 3\) for 2 tokens"):
+        report(sparse(), normal(2, D), np.zeros((2, 3), int), path=tmp_path / "page.html")
+
+
 def test_weights_of_a_dense_model_are_none_of_a_mixture(tmp_path):
     model = keras.Sequential([keras.Input((D,)), keras.layers.Dense(D)])
     model.save_weights(tmp_path / "dense.weights.h5")

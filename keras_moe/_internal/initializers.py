@@ -1,8 +1,10 @@
-"""One initializer for several weights: each its own stream of numbers."""
+"""Initializers of weights: their values checked, and for several weights each its own numbers."""
 
 import keras
 import numpy as np
 from keras import ops
+
+from keras_moe._internal.validation import check_tensor
 
 
 def reseeded(initializer, *keys):
@@ -17,13 +19,39 @@ def reseeded(initializer, *keys):
     return type(initializer).from_config({**initializer.get_config(), "seed": seed})
 
 
+def initial(initializer, shape, dtype=None):
+    """The values of an initializer. Keras does not see to it on all backends that they fit."""
+    value = initializer(shape, dtype=dtype)
+    check_tensor("initializer(shape, dtype)", value)
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(
+            "An initializer must return a tensor of the shape that it is given. Received: the "
+            f"shape {tuple(value.shape)} for {tuple(shape)}. Make all of it, for example by "
+            "`keras.ops.zeros(shape, dtype)`."
+        )
+    return value
+
+
+class Checked(keras.initializers.Initializer):
+    """An initializer whose values are checked.
+
+    A class, because Keras compiles the initializers of large weights that are split over devices,
+    and it cannot compile plain functions.
+    """
+
+    def __init__(self, initializer):
+        self.initializer = initializer
+
+    def __call__(self, shape, dtype=None):
+        return initial(self.initializer, shape, dtype)
+
+
 class EachExpert(keras.initializers.Initializer):
     """Initializes a stacked kernel expert by expert.
 
     On a shape (E, D, H) Keras would count E as part of the fan and start 1/sqrt(E) too small. And
     an initializer repeats its values at each call, so each expert and each kernel ("stream") gets
-    a seed of its own. Keras compiles the initializers of large kernels that are split over devices,
-    and it cannot compile plain functions.
+    a seed of its own.
 
     Args:
         initializer: `keras.initializers.Initializer` of one expert's kernel.
@@ -38,7 +66,7 @@ class EachExpert(keras.initializers.Initializer):
 
     def __call__(self, shape, dtype=None):
         experts = [
-            reseeded(self.initializer, self.stream, expert)(shape[1:], dtype=dtype)
+            initial(reseeded(self.initializer, self.stream, expert), shape[1:], dtype)
             for expert in self.experts
         ]
         return ops.stack(experts)

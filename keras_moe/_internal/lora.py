@@ -6,8 +6,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe._internal.initializers import EachExpert
+from keras_moe._internal.initializers import Checked, EachExpert
 from keras_moe._internal.keras_internals import open_to_state
+from keras_moe._internal.keras_objects import get_initializer
 from keras_moe._internal.validation import check_positive_integer, check_positive_number
 
 
@@ -57,6 +58,8 @@ class Adaptable:
             )
         if lora_alpha is not None:
             lora_alpha = check_positive_number("lora_alpha", lora_alpha)
+        a_initializer = get_initializer("a_initializer", a_initializer)
+        b_initializer = get_initializer("b_initializer", b_initializer)
         self.check_takes_lora()
         self.lora_rank = rank
         self.lora_alpha = rank if lora_alpha is None else lora_alpha
@@ -102,7 +105,9 @@ def factors_for(layer, name, shape, a_initializer, b_initializer, stream=0):
 
     def each(initializer):
         initializer = keras.initializers.get(initializer)
-        return EachExpert(initializer, stream, range(experts[0])) if experts else initializer
+        if experts:
+            return EachExpert(initializer, stream, range(experts[0]))
+        return Checked(initializer)
 
     a, b = (
         layer.add_weight(

@@ -5,7 +5,8 @@ import weakref
 
 import keras
 
-from keras_moe._internal.validation import propose
+from keras_moe._internal.named_arguments import NamedArguments
+from keras_moe._internal.validation import propose, shortened
 
 PACKAGE = "keras_moe"
 
@@ -44,7 +45,7 @@ def _spelled_out(cls):
     return signature.replace(parameters=[*parameters.values(), rest])
 
 
-class Configured:
+class Configured(NamedArguments):
     """Abstract: an object without weights that its config describes, `get_config()`.
 
     It is shown as the call that makes it, without what is the default anyway. Layers are shown as
@@ -100,8 +101,8 @@ def resolve(argument, identifier, base, by_name=None, **defaults):
     if names:
         rule += f" or one of the names {', '.join(map(repr, names))}"
     raise ValueError(
-        f"{rule}. Received: {argument}={identifier!r} (of type {type(identifier).__name__}). "
-        f"{_way_out(identifier, base, names)}"
+        f"{rule}. Received: {argument}={shortened(identifier)} (of type "
+        f"{type(identifier).__name__}). {_way_out(identifier, base, names)}"
     )
 
 

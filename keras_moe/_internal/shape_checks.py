@@ -4,12 +4,14 @@ Shapes and dtypes are known without the device. What is None or symbolic in a sh
 """
 
 from keras_moe._internal.validation import (
+    check_is_float,
     check_routing,
     check_tensor,
     check_top_k,
     dtype_of,
     is_of,
     is_whole,
+    shortened,
 )
 
 # Axes, and what kind of dtype it is.
@@ -154,6 +156,20 @@ def check_selected(indices, num_tokens, top_k):
     check_shapes({"select(scores)": (indices, "TK", "int")}, **known(T=num_tokens, K=top_k))
 
 
+def check_activated(activated, values):
+    """What an activation made of a tensor."""
+    if not hasattr(activated, "shape") or tuple(activated.shape) != tuple(values.shape):
+        made = shortened(activated)
+        if hasattr(activated, "shape"):
+            made = f"the shape {tuple(activated.shape)}"
+        raise ValueError(
+            "An activation must keep the shape of its input. Received: one that made "
+            f"{made} of {tuple(values.shape)}. Put layers that change shapes into `LayerExperts`."
+        )
+    if activated.dtype != values.dtype:
+        check_is_float("activation(x)", activated)
+
+
 def check_bank_call(bank, tokens, plan):
     """What a bank of experts is called with: tokens (T, D), and a plan for them and its experts."""
     if not hasattr(plan, "dispatch"):
@@ -174,6 +190,12 @@ def check_bank_call(bank, tokens, plan):
             f"{num_experts} experts, and a bank with num_experts={bank.num_experts}. "
             "Give router and bank the same number."
         )
+
+
+def check_served(bank, tokens, outputs):
+    """What the `call` of a bank returned, which may be one of the user's own."""
+    name = f"{type(bank).__name__}.call(...)"
+    check_shapes({name: (outputs, "TD", "float")}, **known(T=tokens.shape[0]))
 
 
 def _axes_of_weights(groups):

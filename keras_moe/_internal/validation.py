@@ -22,7 +22,7 @@ _LARGEST = float(np.finfo("float32").max)
 def check_positive_integer(name, value):
     if not is_whole(value) or value < 1:
         raise ValueError(
-            f"`{name}` must be a positive integer. Received: {name}={value!r}. "
+            f"`{name}` must be a positive integer. Received: {name}={shortened(value)}. "
             "Pass an integer of at least 1."
         )
     return int(value)
@@ -61,7 +61,8 @@ def is_whole(value):
 def check_fraction(name, value, fix="Pass 0 to turn it off."):
     if not _is_real(value) or not 0 <= value < 1:
         raise ValueError(
-            f"`{name}` must be a number from 0 to below 1. Received: {name}={value!r}. {fix}"
+            f"`{name}` must be a number from 0 to below 1. Received: {name}={shortened(value)}. "
+            f"{fix}"
         )
     return _plain(name, value)
 
@@ -69,7 +70,8 @@ def check_fraction(name, value, fix="Pass 0 to turn it off."):
 def check_not_negative(name, value, fix="Pass 0 to turn it off."):
     if not _is_real(value) or not 0 <= value < float("inf"):
         raise ValueError(
-            f"`{name}` must be a finite number of at least 0. Received: {name}={value!r}. {fix}"
+            f"`{name}` must be a finite number of at least 0. Received: "
+            f"{name}={shortened(value)}. {fix}"
         )
     return _plain(name, value)
 
@@ -77,7 +79,7 @@ def check_not_negative(name, value, fix="Pass 0 to turn it off."):
 def check_positive_number(name, value, example=1.25):
     if not _is_real(value) or not 0 < value < float("inf"):
         raise ValueError(
-            f"`{name}` must be a finite number above 0. Received: {name}={value!r}. "
+            f"`{name}` must be a finite number above 0. Received: {name}={shortened(value)}. "
             f"Pass, for example, {example}."
         )
     return _plain(name, value)
@@ -87,8 +89,8 @@ def check_share(name, value):
     """A number from 0 to 1; a little more is a rounding error."""
     if not _is_real(value) or not 0 <= value <= 1 + 1e-4:
         raise ValueError(
-            f"`{name}` must be a number from 0 to 1. Received: {name}={value!r}. Divide it by "
-            "what it is a share of."
+            f"`{name}` must be a number from 0 to 1. Received: {name}={shortened(value)}. Divide "
+            "it by what it is a share of."
         )
     return float(value)
 
@@ -96,15 +98,31 @@ def check_share(name, value):
 def check_choice(name, value, choices):
     if not isinstance(value, str) or value not in choices:
         raise ValueError(
-            f"`{name}` must be one of {', '.join(map(repr, choices))}. Received: {name}={value!r}. "
-            f"{propose(value, choices)}"
+            f"`{name}` must be one of {', '.join(map(repr, choices))}. Received: "
+            f"{name}={shortened(value)}. {propose(value, choices)}"
         )
 
 
 def propose(value, names):
     """What to do about a value that is none of the names: the nearest, if there is one."""
-    nearest = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
-    return f"Did you mean {nearest[0]!r}?" if nearest else "Pass one of them."
+    meant = closest(value, names)
+    return f"Did you mean {meant!r}?" if meant else "Pass one of them."
+
+
+def closest(value, names):
+    """The name that a value is most like, or a part of; None if it is like none."""
+    by_letters = {_letters(name): name for name in names}
+    letters = _letters(value) if isinstance(value, str) else ""
+    if not letters:
+        return None
+    related = [each for each in by_letters if letters in each or each in letters]
+    nearest = difflib.get_close_matches(letters, by_letters, n=1)
+    nearest = nearest or difflib.get_close_matches(letters, related, n=1, cutoff=0)
+    return by_letters[nearest[0]] if nearest else None
+
+
+def _letters(name):
+    return name.replace("_", "").lower()
 
 
 def check_flag(name, value, optional=False):
@@ -114,7 +132,7 @@ def check_flag(name, value, optional=False):
     if not isinstance(value, (bool, np.bool_)):
         raise ValueError(
             f"`{name}` must be True or False{', or None' if optional else ''}. Received: "
-            f"{name}={value!r}. Pass one of them."
+            f"{name}={shortened(value)}. Pass one of them."
         )
     return bool(value)
 
@@ -125,7 +143,7 @@ def check_seed(name, seed):
     if not is_whole(seed) or not 0 <= seed < 2**32:
         raise ValueError(
             f"`{name}` must be an integer from 0 to below 2 ** 32, or None. Received: "
-            f"{name}={seed!r}. Pass, for example, 0."
+            f"{name}={shortened(seed)}. Pass, for example, 0."
         )
     return int(seed)
 
@@ -138,10 +156,18 @@ def check_model(model):
         )
 
 
-def check_function(name, value, *arguments):
-    """A function that can be called with so many arguments, which are named for the message."""
-    takes = f"`{name}` must be a function of ({', '.join(arguments)})."
-    fix = f"Pass, for example, `lambda {', '.join(arguments)}: ...`."
+def check_function(name, value, *arguments, **by_name):
+    """A function that can be called with so many arguments, which are named for the message.
+
+    Args:
+        name: of the function, for the message.
+        value: what should be one.
+        *arguments: names of those that it is given by their places.
+        **by_name: those that it is given by name, with any values.
+    """
+    listed = ", ".join([*arguments, *by_name])
+    takes = f"`{name}` must be a function of ({listed})."
+    fix = f"Give it these arguments, as in `lambda {listed}: ...`."
     if not callable(value):
         raise TypeError(
             f"{takes} Received: {name}={shortened(value)} (of type {type(value).__name__}). {fix}"
@@ -151,9 +177,16 @@ def check_function(name, value, *arguments):
     except (TypeError, ValueError):  # Some functions in C do not tell.
         return
     try:
-        signature.bind(*arguments)
+        signature.bind(*arguments, **by_name)
     except TypeError as error:
         raise TypeError(f"{takes} Received: one of {signature} ({error}). {fix}") from error
+
+
+def check_method(instance, name, *arguments, **by_name):
+    """A method that subclasses of the user's may override, when one of them is made."""
+    check_function(
+        f"{type(instance).__name__}.{name}", getattr(instance, name), *arguments, **by_name
+    )
 
 
 def check_scalar(name, value):
@@ -182,8 +215,8 @@ def check_path(name, path):
     """The name of a file or folder."""
     if not isinstance(path, (str, os.PathLike)) or not str(path):
         raise TypeError(
-            f"`{name}` must be a path. Received: {name}={path!r} (of type {type(path).__name__}). "
-            "Pass a text or a `pathlib.Path`."
+            f"`{name}` must be a path. Received: {name}={shortened(path)} (of type "
+            f"{type(path).__name__}). Pass a text or a `pathlib.Path`."
         )
     return pathlib.Path(path)
 
@@ -192,7 +225,7 @@ def check_name(name, value):
     """What is looked up, or called so."""
     if not isinstance(value, str) or not value:
         raise TypeError(
-            f"`{name}` must be a text. Received: {name}={value!r} (of type "
+            f"`{name}` must be a text. Received: {name}={shortened(value)} (of type "
             f"{type(value).__name__}). Pass a name."
         )
     return value
@@ -275,7 +308,9 @@ def _check_is_of(kind, name, tensor, wanted, fix):
 
 def check_training(training):
     """The flag of a call: True, False or None; texts and lists would count as True."""
-    if training is None or training is True or training is False or _is_tensor(training):
+    if training is None or training is True or training is False:
+        return
+    if _is_tensor(training) and not isinstance(training, np.ndarray):
         return
     check_flag("training", training, optional=True)
 
@@ -464,8 +499,13 @@ def _plain(name, value):
 
 
 def shortened(value, length=80):
+    """A value as a message shows it: its beginning; of a large array or tensor, its shape."""
     text = " ".join(repr(value).split())
-    return text if len(text) <= length else f"{text[:length]}..."
+    if len(text) <= length:
+        return text
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"<{dtype_of(value)} of shape {tuple(value.shape)}>"
+    return f"{text[:length]}..."
 
 
 def check_pattern(name, pattern):

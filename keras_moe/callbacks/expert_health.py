@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe import health
+from keras_moe._internal.named_arguments import NamedArguments
 from keras_moe._internal.validation import check_flag, check_positive_integer
 from keras_moe.inspection import moe_layers
 
@@ -19,7 +20,7 @@ _DEAD_PATIENCE = 3
 _GROWTH = 3.0
 
 
-class ExpertHealth(keras.callbacks.Callback):
+class ExpertHealth(NamedArguments, keras.callbacks.Callback):
     """Warns in plain words, with what to try, as soon as experts or routers go wrong.
 
     Looks at every MoE layer for

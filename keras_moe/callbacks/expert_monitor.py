@@ -9,11 +9,12 @@ import keras
 from keras import ops
 
 from keras_moe import metrics
+from keras_moe._internal.named_arguments import NamedArguments
 from keras_moe._internal.validation import check_flag, check_model, shortened
 from keras_moe.inspection import count_in_evaluation, moe_layers
 
 
-class ExpertMonitor(keras.callbacks.Callback):
+class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
     """Turns the assignment counts of every MoE layer into epoch logs.
 
     For each `MixtureOfExperts` layer, with its name in front, and with `val_` before that for
@@ -211,7 +212,7 @@ def _by_name(metrics):
     if not isinstance(metrics, (list, tuple)):
         raise TypeError(
             "`metrics` must be a list of functions. Received: "
-            f"metrics={metrics!r} (of type {type(metrics).__name__}). Pass `[function]`."
+            f"metrics={shortened(metrics)} (of type {type(metrics).__name__}). Pass `[function]`."
         )
     by_name: dict = {}
     for metric in metrics:
@@ -229,8 +230,8 @@ def _name_of(metric):
     if not callable(metric) or name is None or not name.isidentifier():
         raise TypeError(
             "`metrics` must be functions from the counts (E,) of a layer to a number. Received: "
-            f"{metric!r} (of type {type(metric).__name__}). Write a function with `def`: its name "
-            "is the name in the logs."
+            f"{shortened(metric)} (of type {type(metric).__name__}). Write a function with `def`: "
+            "its name is the name in the logs."
         )
     return name
 

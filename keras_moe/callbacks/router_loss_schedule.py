@@ -3,11 +3,12 @@
 import keras
 
 from keras_moe import losses
-from keras_moe._internal.validation import check_choice, check_function
+from keras_moe._internal.named_arguments import NamedArguments
+from keras_moe._internal.validation import check_choice, check_function, shortened
 from keras_moe.inspection import moe_layers
 
 
-class RouterLossSchedule(keras.callbacks.Callback):
+class RouterLossSchedule(NamedArguments, keras.callbacks.Callback):
     """Sets the weight of a router loss at the start of each epoch, without compiling again.
 
     Args:
@@ -52,7 +53,7 @@ class RouterLossSchedule(keras.callbacks.Callback):
             except ValueError as error:
                 raise ValueError(
                     "A schedule must return a finite weight of at least 0. Received: "
-                    f"{weight!r} for {self.loss!r} in epoch {epoch}. Mend the schedule."
+                    f"{shortened(weight)} for {self.loss!r} in epoch {epoch}. Mend the schedule."
                 ) from error
 
     def _scheduled(self):

@@ -126,7 +126,7 @@ def _check_layer_number(layer):
     if not is_whole(layer) or layer < 0:
         raise ValueError(
             "`layer` must be the number of a decoder layer. Received: "
-            f"layer={layer!r}. Count them from 0."
+            f"layer={shortened(layer)}. Count them from 0."
         )
 
 

@@ -5,7 +5,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from keras_moe._internal.shape_checks import check_shapes, known
-from keras_moe._internal.validation import check_is_integer, check_mask, check_rank, is_whole
+from keras_moe._internal.validation import (
+    check_is_integer,
+    check_mask,
+    check_rank,
+    is_whole,
+    shortened,
+)
 
 _SEEN = {"keys": "BMHN", "values": "BMHN", "mask": "BM"}
 _CONTEXT = {"context_keys": "BSHN", "context_values": "BSHN", "context_mask": "BS"}
@@ -86,7 +92,7 @@ def _check_position(position, length, room):
     if not is_whole(position):
         raise ValueError(
             "`position` must be an integer. Received: "
-            f"position={position!r}. Pass the position of the first input, from 0."
+            f"position={shortened(position)}. Pass the position of the first input, from 0."
         )
     if is_whole(length) and is_whole(room) and not 0 <= position <= room - length:
         raise ValueError(

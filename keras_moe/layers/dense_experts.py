@@ -4,7 +4,8 @@ import keras
 from keras import ops
 
 from keras_moe import backend
-from keras_moe._internal.initializers import EachExpert
+from keras_moe._internal.initializers import EachExpert, initial
+from keras_moe._internal.keras_objects import get_activation, get_initializer, get_regularizer
 from keras_moe._internal.shape_checks import check_inputs_shape
 from keras_moe._internal.validation import check_flag, check_positive_integer
 from keras_moe.layers.expert_bank import check_engine_question
@@ -39,20 +40,14 @@ class DenseExperts(StackedExperts):
     ):
         num_experts = check_positive_integer("num_experts", num_experts)
         hidden_dim = check_positive_integer("hidden_dim", hidden_dim)
-        if isinstance(activation, keras.Layer):
-            raise TypeError(
-                "`activation` must be a name or a function without weights. Received: "
-                f"activation={activation!r} (of type {type(activation).__name__}). "
-                "Put layers into `LayerExperts`."
-            )
         super().__init__(num_experts, **kwargs)
         self.hidden_dim = hidden_dim
-        self.activation = keras.activations.get(activation)
+        self.activation = get_activation("activation", activation)
         self.use_bias = check_flag("use_bias", use_bias)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+        self.kernel_initializer = get_initializer("kernel_initializer", kernel_initializer)
+        self.bias_initializer = get_initializer("bias_initializer", bias_initializer)
+        self.kernel_regularizer = get_regularizer("kernel_regularizer", kernel_regularizer)
+        self.bias_regularizer = get_regularizer("bias_regularizer", bias_regularizer)
 
     def build(self, tokens_shape):
         check_inputs_shape(tokens_shape)
@@ -163,7 +158,7 @@ def _rows_of(initializer, num_experts, numbers):
     """Some rows of what the initializer gives all experts."""
 
     def initialize(shape, dtype=None):
-        whole = initializer((num_experts, *shape[1:]), dtype=dtype)
+        whole = initial(initializer, (num_experts, *shape[1:]), dtype)
         return whole[numbers.start : numbers.stop]
 
     return initialize

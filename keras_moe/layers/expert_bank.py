@@ -4,18 +4,21 @@ import keras
 from keras import ops
 
 from keras_moe import backend
+from keras_moe._internal.named_arguments import NamedArguments
 from keras_moe._internal.serialization import resolve
-from keras_moe._internal.shape_checks import check_bank_call
+from keras_moe._internal.shape_checks import check_bank_call, check_served
 from keras_moe._internal.validation import (
     check_choice,
     check_computes_in_floats,
     check_flag,
+    check_method,
     check_positive_integer,
+    shortened,
 )
 from keras_moe.ops.platforms import PLATFORMS
 
 
-class ExpertBank(keras.layers.Layer):
+class ExpertBank(NamedArguments, keras.layers.Layer):
     """Abstract: E experts that serve the rows a plan gives them.
 
     A subclass implements `call(tokens, plan)`: tokens (T, D) in, each token's weighted and summed
@@ -33,10 +36,13 @@ class ExpertBank(keras.layers.Layer):
         check_computes_in_floats(self)
         backend.separate_losses(self)
         self.num_experts = check_positive_integer("num_experts", num_experts)
+        check_method(self, "call", "tokens", "plan")
 
     def __call__(self, tokens, plan=None, **kwargs):
         check_bank_call(self, tokens, plan)
-        return super().__call__(tokens, plan, **kwargs)
+        outputs = super().__call__(tokens, plan, **kwargs)
+        check_served(self, tokens, outputs)
+        return outputs
 
     def call(self, tokens, plan):
         raise NotImplementedError(f"{type(self).__name__} must implement `call(tokens, plan)`.")
@@ -72,7 +78,7 @@ def get(identifier):
         ValueError: If it is, but no instance of one: a class, or a list of layers.
     """
     if not isinstance(identifier, (ExpertBank, dict, list, tuple, type)):
-        received = "none" if identifier is None else f"experts={identifier!r}"
+        received = "none" if identifier is None else f"experts={shortened(identifier)}"
         raise TypeError(
             f"`experts` must be a bank of experts. Received: {received}. Pass, for example, "
             "`layers.FeedForwardExperts(num_experts=8, hidden_dim=256)`, or Keras layers in "
@@ -85,10 +91,15 @@ def check_engine_question(bank, platform, static_shapes):
     """The arguments of `ExpertBank.engine_on`."""
     check_choice("platform", platform, PLATFORMS)
     check_flag("static_shapes", static_shapes)
+    check_is_built(bank)
+
+
+def check_is_built(bank):
+    """A bank that is asked about its weights."""
     if not bank.built:
         raise ValueError(
-            "A bank must be built: the engine depends on the sizes of its weights. Received: "
-            f"`{bank.name}`, which is not. Call it, or `build`, first."
+            "A bank must be built before it is asked about its weights or what computes them. "
+            f"Received: `{bank.name}`, which is not. Call it, or `build`, first."
         )
 
 
@@ -99,3 +110,4 @@ def check_takes_tokens(name, layer):
             f"`{name}` must be a layer of tokens: a bank of experts needs a router. "
             f"Received: {name}=`{type(layer).__name__}`. Wrap it: `MixtureOfExperts(experts)`."
         )
+    check_method(layer, "call", "inputs")

@@ -2,8 +2,10 @@
 
 import keras
 
+from keras_moe._internal.keras_objects import get_activation
+from keras_moe._internal.named_arguments import NamedArguments
 from keras_moe._internal.serialization import register
-from keras_moe._internal.shape_checks import check_inputs_shape
+from keras_moe._internal.shape_checks import check_activated, check_inputs_shape
 from keras_moe._internal.validation import (
     check_computes_in_floats,
     check_flag,
@@ -13,7 +15,7 @@ from keras_moe._internal.validation import (
 
 
 @register
-class GatedFeedForward(keras.layers.Layer):
+class GatedFeedForward(NamedArguments, keras.layers.Layer):
     """`(activation(x Wg) * (x Wu)) Wd` for all tokens: one expert of `GatedExperts` as a layer.
 
     It consists of three `Dense` layers, `gate`, `up` and `down`.
@@ -49,7 +51,7 @@ class GatedFeedForward(keras.layers.Layer):
         super().__init__(**kwargs)
         check_computes_in_floats(self)
         self.hidden_dim = check_positive_integer("hidden_dim", hidden_dim)
-        self.activation = keras.activations.get(activation)
+        self.activation = get_activation("activation", activation)
         self.use_bias = check_flag("use_bias", use_bias)
         self.supports_masking = True
 
@@ -69,12 +71,15 @@ class GatedFeedForward(keras.layers.Layer):
 
     def call(self, inputs):
         check_float_inputs(inputs)
-        return self.down(self.gate(inputs) * self.up(inputs))
+        gate, up = self.gate(inputs), self.up(inputs)
+        check_activated(gate, up)
+        return self.down(gate * up)
 
     def quantized_call(self, *args, **kwargs):
         return self.call(*args, **kwargs)
 
     def compute_output_shape(self, inputs_shape):
+        check_inputs_shape(inputs_shape)
         return tuple(inputs_shape)
 
     def get_config(self):

@@ -6,8 +6,9 @@ from keras import ops
 from keras_moe._internal.parameters import parameters_of
 from keras_moe._internal.serialization import config_of, note_part, register
 from keras_moe._internal.shape_checks import check_inputs_shape
+from keras_moe._internal.validation import shortened
 from keras_moe.layers.expert_bank import ExpertBank, check_engine_question, check_takes_tokens
-from keras_moe.layers.sublayers import are_alike, build_and_measure
+from keras_moe.layers.sublayers import are_alike, build_and_measure, check_takes_axes
 from keras_moe.ops.grouped.functions import Alike, engine_of, map_groups
 
 
@@ -62,14 +63,8 @@ class LayerExperts(ExpertBank):
     def build(self, tokens_shape):
         check_inputs_shape(tokens_shape)
         rows_shape = (None, tokens_shape[-1])
-        shapes = [build_and_measure(layer, rows_shape) for layer in self.layers]
+        shapes = [build_and_measure("layers", layer, rows_shape) for layer in self.layers]
         widths = [shape[-1] for shape in shapes]
-        if any(len(shape) != 2 for shape in shapes):
-            raise ValueError(
-                "Experts must return rows (n, D') for rows (n, D). Received: the shapes "
-                f"{shapes} from {[layer.name for layer in self.layers]}. End those with, for "
-                "example, `keras.layers.Flatten`."
-            )
         if len(set(widths)) > 1:
             raise ValueError(
                 "All experts must return the same number of features. Received: "
@@ -160,7 +155,7 @@ def _as_layers(layers):
     if not isinstance(layers, (list, tuple)):
         raise TypeError(
             "`layers` must be a list of Keras layers. "
-            f"Received: layers={layers!r} (of type {type(layers).__name__}). "
+            f"Received: layers={shortened(layers)} (of type {type(layers).__name__}). "
             "Pass `LayerExperts([layer, layer, ...])`."
         )
     layers = [
@@ -175,7 +170,7 @@ def _as_layers(layers):
         if not isinstance(layer, keras.Layer):
             raise TypeError(
                 "`layers` must be a list of Keras layers. "
-                f"Received: {layer!r} (of type {type(layer).__name__}) in it. "
+                f"Received: {shortened(layer)} (of type {type(layer).__name__}) in it. "
                 "Wrap a function in `keras.layers.Lambda`."
             )
     if len({id(layer) for layer in layers}) < len(layers):
@@ -186,18 +181,6 @@ def _as_layers(layers):
         )
     for layer in layers:
         check_takes_tokens("layers", layer)
-        _check_takes_rows(layer)
+        check_takes_axes("layers", layer, 2)
         note_part(layer)
     return layers
-
-
-def _check_takes_rows(layer):
-    """Refuse a layer of sequences or images, if it says that it is one."""
-    spec = layer.input_spec
-    ndim, least = getattr(spec, "ndim", None), getattr(spec, "min_ndim", None)
-    if ndim not in (None, 2) or (least or 0) > 2:
-        raise ValueError(
-            "Experts must take rows (n, D). Received: "
-            f"{layer!r}, which takes inputs of {ndim or least} axes. Use layers of one token, such "
-            "as `keras.layers.Dense`."
-        )

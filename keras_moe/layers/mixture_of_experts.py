@@ -16,15 +16,17 @@ from keras_moe._internal.validation import (
     check_is_float,
     check_mask,
     check_not_negative,
+    check_tensor,
     check_training,
     fits,
     is_whole,
+    shortened,
 )
 from keras_moe.layers import expert_bank
 from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import check_takes_tokens
 from keras_moe.layers.masks import mask_of
-from keras_moe.layers.misplaced_arguments import check_place
+from keras_moe.layers.misplaced_arguments import PLACES, check_place
 from keras_moe.layers.mixture_state import load_state, save_state
 from keras_moe.layers.recomputation import Recomputable, effects_once
 from keras_moe.layers.sublayers import accepted_arguments, build_and_measure
@@ -99,6 +101,8 @@ class MixtureOfExperts(Recomputable):
 
     # Whether its own `get_config` has the experts, and not that of a block around it.
     has_own_config = True
+    _refused_arguments = tuple(PLACES)
+    _refused_arguments = tuple(PLACES)
 
     def __init__(
         self,
@@ -129,6 +133,7 @@ class MixtureOfExperts(Recomputable):
             router_losses = self.router.default_losses
         self.router_losses = [losses.get(loss) for loss in _as_list(router_losses)]
         self._initial_loss_weights = [loss.weight for loss in self.router_losses]
+        self.gated_shared_expert = check_flag("gated_shared_expert", gated_shared_expert)
         if shared_expert is not None:
             shared_expert = resolve("shared_expert", shared_expert, keras.Layer)
             check_takes_tokens("shared_expert", shared_expert)
@@ -139,7 +144,6 @@ class MixtureOfExperts(Recomputable):
                 "shared_expert=None. Pass a `shared_expert`, or leave `gated_shared_expert` out."
             )
         self.shared_expert = shared_expert
-        self.gated_shared_expert = check_flag("gated_shared_expert", gated_shared_expert)
         self.shared_gate = None
         if gated_shared_expert:
             self.shared_gate = _Gate(
@@ -153,7 +157,8 @@ class MixtureOfExperts(Recomputable):
         if self.capacity is not None and not self.router.takes_capacity:
             raise ValueError(
                 "A capacity limits how many tokens choose an expert. Received: "
-                f"capacity_factor={capacity_factor!r} with a `{type(self.router).__name__}`, whose "
+                f"capacity_factor={shortened(capacity_factor)} with a "
+                f"`{type(self.router).__name__}`, whose "
                 "tokens do not choose. Leave `capacity_factor` out."
             )
         # Of the layer, so that Keras carries its state through compiled steps.
@@ -225,7 +230,9 @@ class MixtureOfExperts(Recomputable):
         # Checked here, because Keras turns arrays into tensors before `call`.
         self.router.check_arrays(**kwargs)
         check_training(kwargs.get("training"))
-        check_host_numbers("inputs", args[0] if args else None)
+        if args:
+            check_tensor("inputs", args[0])
+            check_host_numbers("inputs", args[0])
         return super().__call__(*args, **kwargs)
 
     @effects_once
@@ -381,7 +388,7 @@ class MixtureOfExperts(Recomputable):
         if not is_whole(index) or not 0 <= index < len(self.router_losses):
             raise ValueError(
                 "`index` must be the place of a loss in `router_losses`. Received: "
-                f"index={index!r} for {len(self.router_losses)} losses. Count them from 0."
+                f"index={shortened(index)} for {len(self.router_losses)} losses. Count them from 0."
             )
         weights = self.loss_weights_in_force
         weights[index] = weight
@@ -405,7 +412,7 @@ class MixtureOfExperts(Recomputable):
 
     def _build_shared_expert(self, inputs_shape):
         routed = self.experts.compute_output_shape(inputs_shape)
-        shared = build_and_measure(self.shared_expert, inputs_shape)
+        shared = build_and_measure("shared_expert", self.shared_expert, inputs_shape)
         if shared[-1] != routed[-1]:
             raise ValueError(
                 "The shared expert must return as many features as the routed experts. Received: "
@@ -476,7 +483,7 @@ def _as_list(router_losses):
     if not isinstance(router_losses, (list, tuple)):
         raise TypeError(
             "`router_losses` must be a list or tuple of losses or names. Received: "
-            f"router_losses={router_losses!r} (of type {type(router_losses).__name__}). "
+            f"router_losses={shortened(router_losses)} (of type {type(router_losses).__name__}). "
             "Put it into a list, or pass `()` for none."
         )
     return list(router_losses)

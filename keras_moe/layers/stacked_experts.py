@@ -13,8 +13,8 @@ from keras_moe._internal.lora import (
     factors_for,
     forget_corrections,
 )
-from keras_moe._internal.validation import check_choice
-from keras_moe.layers.expert_bank import ExpertBank
+from keras_moe._internal.validation import check_choice, shortened
+from keras_moe.layers.expert_bank import ExpertBank, check_is_built
 from keras_moe.layers.kernel_adapters import groups_of_rows, low_rank, quantized
 from keras_moe.ops.grouped.records import Packed, Quantized
 
@@ -126,8 +126,8 @@ class StackedExperts(ExpertBank, Adaptable):
         if mode not in ("int8", "int4"):
             raise NotImplementedError(
                 'Stacked kernels can be quantized to "int8" and "int4". Received: '
-                f"mode={mode!r} for `{self.name}`. Use `quantize('int8')`; for computing in fewer "
-                "bits, a policy such as 'mixed_bfloat16'."
+                f"mode={shortened(mode)} for `{self.name}`. Use `quantize('int8')`; for computing "
+                "in fewer bits, a policy such as 'mixed_bfloat16'."
             )
         if self.processes is not None:
             raise NotImplementedError(
@@ -208,6 +208,7 @@ class StackedExperts(ExpertBank, Adaptable):
 
     def merged_kernel(self, name):
         """The kernel of all experts as floats, with what LoRA has learned, an array."""
+        check_is_built(self)
         check_choice("name", name, self._projections())
         if self.quantization_mode is None:
             kernel = self._whole(getattr(self, f"{name}_kernel"))

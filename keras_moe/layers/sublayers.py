@@ -6,20 +6,59 @@ import warnings
 import keras
 
 from keras_moe._internal.parameters import parameters_of
+from keras_moe._internal.validation import fits, shortened
 
 
-def build_and_measure(layer, inputs_shape):
-    """Build a layer, if it is not built, and return the shape of its outputs.
+def build_and_measure(name, layer, inputs_shape):
+    """Build a layer of tokens, if it is not built, and return the shape of its outputs.
+
+    Args:
+        name: of the argument that it is, for the message.
+        layer: any Keras layer.
+        inputs_shape: (batch, ..., D).
+
+    Raises:
+        ValueError: If it takes other inputs, or its output is not one tensor with their axes but
+            for the last.
+    """
+    check_takes_axes(name, layer, len(inputs_shape))
+    made = _build_and_measure(layer, inputs_shape)
+    is_one = isinstance(made, tuple) and all(isinstance(size, int | None) for size in made)
+    if not is_one or not made or not fits(made[:-1], inputs_shape[:-1]):
+        raise ValueError(
+            f"`{name}` must be a layer of tokens, which keeps all axes but the last. Received: "
+            f"`{layer.name}`, which makes {shortened(made)} of {tuple(inputs_shape)}. Use layers "
+            "of single tokens, such as `keras.layers.Dense`."
+        )
+    return made
+
+
+def check_takes_axes(name, layer, num_axes):
+    """Refuse a layer of images, or another, that says how many axes its inputs have."""
+    spec = layer.input_spec
+    exact, least = getattr(spec, "ndim", None), getattr(spec, "min_ndim", None) or 0
+    if exact not in (None, num_axes) or least > num_axes:
+        raise ValueError(
+            f"`{name}` must take tokens, here inputs of {num_axes} axes. Received: "
+            f"{shortened(layer)}, which takes inputs of {exact or least} axes. Use layers of "
+            "single tokens, such as `keras.layers.Dense`."
+        )
+
+
+def _build_and_measure(layer, inputs_shape):
+    """The shape of its outputs, or what it returns in place of one tensor.
 
     A layer with sublayers often has nothing but `__init__` and `call`. Such a one can neither be
     built nor measured by a shape; a symbolic call does both.
     """
     tells_shapes = _overrides(layer, "build") and _overrides(layer, "compute_output_shape")
     if not tells_shapes:
-        return tuple(layer(keras.KerasTensor(inputs_shape, layer.compute_dtype)).shape)
+        outputs = layer(keras.KerasTensor(inputs_shape, layer.compute_dtype))
+        return tuple(outputs.shape) if hasattr(outputs, "shape") else outputs
     if not layer.built:
         layer.build(inputs_shape)
-    return tuple(layer.compute_output_shape(inputs_shape))
+    shape = layer.compute_output_shape(inputs_shape)
+    return tuple(shape) if isinstance(shape, list) else shape
 
 
 def accepted_arguments(layer, names):

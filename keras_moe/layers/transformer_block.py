@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_moe._internal.saved_state import load_draws, save_draws
 from keras_moe._internal.serialization import config_of, resolve
+from keras_moe._internal.shape_checks import check_inputs_shape
 from keras_moe._internal.validation import (
     check_computes_in_floats,
     check_float_inputs,
@@ -98,7 +99,7 @@ class TransformerBlock(Recomputable):
     def _build_feed_forward(self, inputs_shape):
         self._feedforward_norm = self._make_norm("feedforward_norm", inputs_shape)
         features = self._features = inputs_shape[-1]
-        outputs_shape = build_and_measure(self.feedforward, inputs_shape)
+        outputs_shape = build_and_measure("feedforward", self.feedforward, inputs_shape)
         if outputs_shape[-1] != features:
             raise ValueError(
                 "`feedforward` must return as many features as it is given, for the residual. "
@@ -135,6 +136,7 @@ class TransformerBlock(Recomputable):
         super().load_own_variables(load_draws(self, store))
 
     def compute_output_shape(self, inputs_shape):
+        check_inputs_shape(inputs_shape)
         return tuple(inputs_shape)
 
     def get_config(self):

@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe._internal.serialization import register
+from keras_moe._internal.shape_checks import check_inputs_shape
 from keras_moe._internal.validation import check_flag, check_rank, check_size, is_whole
 from keras_moe.layers.decoder_checks import (
     as_position,
@@ -106,6 +107,7 @@ class TransformerDecoderBlock(TransformerBlock):
         return super().__call__(*args, **kwargs)
 
     def build(self, inputs_shape, context_shape=None):
+        check_inputs_shape(inputs_shape)
         self._check_features(inputs_shape)
         check_has_context(self.cross_attention, context_shape is not None)
         if self.rotary and inputs_shape[-1] // self.num_heads % 2:

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_moe._internal.serialization import register
+from keras_moe._internal.shape_checks import check_inputs_shape
 from keras_moe.layers.masks import mask_of
 from keras_moe.layers.recomputation import effects_once
 from keras_moe.layers.transformer_block import TransformerBlock
@@ -51,6 +52,7 @@ class TransformerEncoderBlock(TransformerBlock):
     """
 
     def build(self, inputs_shape):
+        check_inputs_shape(inputs_shape)
         self._check_features(inputs_shape)
         self._attention_norm = self._make_norm("attention_norm", inputs_shape)
         self._attention = self._make_attention(

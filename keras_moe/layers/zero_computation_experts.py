@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_moe._internal.serialization import config_of, register
 from keras_moe._internal.shape_checks import check_inputs_shape
-from keras_moe._internal.validation import is_whole
+from keras_moe._internal.validation import is_whole, shortened
 from keras_moe.layers import expert_bank
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.ops.assignments import Choices
@@ -61,8 +61,8 @@ class ZeroComputationExperts(ExpertBank):
         if not all(is_whole(number) and number >= 0 for number in numbers) or not sum(numbers):
             raise ValueError(
                 "Numbers of experts must be whole, 0 or more, and one of them more. Received: "
-                f"num_zero={num_zero!r}, num_identity={num_identity!r}, "
-                f"num_constant={num_constant!r}. Use the bank of experts alone for none."
+                f"num_zero={shortened(num_zero)}, num_identity={shortened(num_identity)}, "
+                f"num_constant={shortened(num_constant)}. Use the bank of experts alone for none."
             )
         super().__init__(experts.num_experts + sum(numbers), **kwargs)
         self.experts = experts

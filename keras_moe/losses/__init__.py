@@ -1,6 +1,7 @@
 """Router losses: objects that turn a routing into a scalar that training adds to its loss."""
 
 from keras_moe._internal.serialization import resolve
+from keras_moe._internal.validation import check_method
 from keras_moe.losses.load_balance import GlobalLoadBalance, LoadBalance, SequenceLoadBalance
 from keras_moe.losses.router_entropy import RouterEntropy
 from keras_moe.losses.router_loss import RouterLoss
@@ -30,6 +31,8 @@ def get(identifier):
             f"A router loss must have a weight. Received: a `{type(loss).__name__}` without one. "
             "Call `super().__init__(weight)` in its `__init__`."
         )
+    extra = {"sequence_length": None} if loss.per_sequence else {}
+    check_method(loss, "compute", "routing", **extra)
     return loss
 
 

@@ -8,6 +8,7 @@ from keras_moe._internal.validation import (
     check_rank,
     check_tensor,
     host_values,
+    shortened,
 )
 
 
@@ -184,7 +185,7 @@ def utilization_quantiles(counts, quantiles=(0.0, 0.25, 0.5, 0.75, 1.0)):
     ):
         raise ValueError(
             "`quantiles` must be a list of numbers from 0 to 1. Received: "
-            f"quantiles={quantiles!r}. Divide percents by 100."
+            f"quantiles={shortened(quantiles)}. Divide percents by 100."
         )
     share = expert_share(counts)
     return ops.quantile(share * share.shape[0], ops.convert_to_tensor(quantiles, "float32"))

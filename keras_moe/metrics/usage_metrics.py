@@ -6,6 +6,7 @@ In `model.fit` use `callbacks.ExpertMonitor`: a layer cannot own a Keras metric 
 import keras
 from keras import ops
 
+from keras_moe._internal.named_arguments import NamedArguments
 from keras_moe._internal.serialization import register
 from keras_moe._internal.shape_checks import check_fields
 from keras_moe._internal.validation import check_is_float, check_name, check_positive_integer
@@ -18,7 +19,7 @@ from keras_moe.metrics.usage import (
 )
 
 
-class _UsageMetric(keras.metrics.Metric):
+class _UsageMetric(NamedArguments, keras.metrics.Metric):
     """Abstract: accumulates a statistic of the counts of each routing."""
 
     def __init__(self, num_experts, name=None, dtype=None):

@@ -80,7 +80,7 @@ def agreement(counts, mean_probs):
         )
     counts = ops.stop_gradient(ops.cast(counts, "float32"))
     share = counts / ops.maximum(ops.sum(counts, axis=-1, keepdims=True), 1.0)
-    return mean_probs.shape[-1] * ops.sum(share * mean_probs, axis=-1)
+    return mean_probs.shape[-1] * ops.sum(share * ops.convert_to_tensor(mean_probs), axis=-1)
 
 
 def router_z(routing):
@@ -108,7 +108,7 @@ def router_entropy(routing):
         Scalar, float32; 0 where every token is padding.
     """
     check_fields(routing, "probs", "mask")
-    probs = routing.probs
+    probs = ops.convert_to_tensor(routing.probs)
     # The logarithm of what is above zero only: the slope of p log p at 0 is infinite.
     logs = ops.log(ops.where(probs > 0, probs, 1.0))
     return masked_mean(-ops.sum(probs * logs, axis=-1), routing.mask)
@@ -148,6 +148,7 @@ def squared_load_variation(routing):
 
 def squared_variation(values):
     """`variance / mean ** 2` of values (E,), the variance divided by E; 0 where all are 0."""
+    values = ops.convert_to_tensor(values)
     # Not by the standard deviation, whose root has no gradient at exact balance.
     mean = ops.mean(values)
     variance = ops.mean(ops.square(values - mean))

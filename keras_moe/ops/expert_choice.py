@@ -73,7 +73,7 @@ def plan_expert_choice(routing):
     """The plan of `expert_choice_routing`: as many rows as there are choices."""
     check_details(routing, "expert_choice_routing")
     check_fields(routing, "weights", "mask")
-    place, is_valid = routing.details
+    place, is_valid = map(ops.convert_to_tensor, routing.details)
     choices = Choices(place, is_valid, routing.mask)
     num_experts = choices.num_experts
     expert = ops.expand_dims(ops.arange(num_experts, dtype="int32"), 1)

@@ -3,10 +3,12 @@
 from typing import NamedTuple
 
 import keras
+import numpy as np
+from keras import ops
 
 from keras_moe import backend
 from keras_moe._internal.shape_checks import check_groups
-from keras_moe._internal.validation import check_not_negative, check_positive_number
+from keras_moe._internal.validation import check_not_negative, check_positive_number, shortened
 from keras_moe.ops.assignments import Assignments, Choices
 from keras_moe.ops.grouped import feed_forward_step, low_rank_step, run_grouped
 from keras_moe.ops.grouped.records import QUANTIZED, Packed, Parameters
@@ -74,7 +76,7 @@ def grouped_feed_forward(
     """
     _check(activation, up_kernels, biases, expert_axis, clip, up_shift, low_rank)
     _check_shapes(tokens, weights, groups, up_kernels, down_kernel, biases)
-    kernels = [*up_kernels, down_kernel]
+    tokens, weights, *kernels = map(_as_tensor, (tokens, weights, *up_kernels, down_kernel))
     widths = tuple(kernel.shape[-1] for kernel in kernels)
     step = feed_forward_step(activation, widths, clip, up_shift)
     frozen = [kernel for kernel in kernels if low_rank or isinstance(kernel, QUANTIZED)]
@@ -82,7 +84,7 @@ def grouped_feed_forward(
     if low_rank is not None:
         step = low_rank_step(step, len(kernels), low_rank.scale)
         trained = [*low_rank.downs, *low_rank.ups]
-    parameters = Parameters(trained, list(biases), frozen)
+    parameters = Parameters(trained, list(map(_as_tensor, biases)), frozen)
     if isinstance(groups, (Assignments, Choices)):
         if any(isinstance(kernel, Packed) for kernel in frozen):
             raise ValueError(
@@ -99,12 +101,12 @@ def _check(activation, up_kernels, biases, expert_axis, clip, up_shift, low_rank
     if not callable(activation) or isinstance(activation, keras.Layer):
         raise TypeError(
             "`activation` must be a function of one tensor, without weights. Received: "
-            f"activation={activation!r}. Pass, for example, `keras.ops.gelu`."
+            f"activation={shortened(activation)}. Pass, for example, `keras.ops.gelu`."
         )
     if not isinstance(expert_axis, (str, type(None))):
         raise TypeError(
             "`expert_axis` must be the name of a mesh axis. Received: "
-            f"expert_axis={expert_axis!r}. Leave it out where no mesh splits the kernels."
+            f"expert_axis={shortened(expert_axis)}. Leave it out where no mesh splits the kernels."
         )
     if low_rank is not None and not isinstance(low_rank, LowRank):
         raise TypeError(
@@ -141,13 +143,19 @@ def _check_shapes(tokens, weights, groups, up_kernels, down_kernel, biases):
     # O are the features of the outputs.
     axes = ["EDH"] * len(up_kernels) + ["EHO"]
     tensors = {"tokens": (tokens, "TD", "float")}
-    for number, (kernel, letters) in enumerate(zip((*up_kernels, down_kernel), axes)):
+    names = (*("gate", "up")[-len(up_kernels) :], "down")
+    for name, kernel, letters in zip(names, (*up_kernels, down_kernel), axes):
         kind = "int" if isinstance(kernel, QUANTIZED) else "float"
-        tensors[f"kernel {number}"] = (kernel, letters, kind)
-    for number, bias in enumerate(biases):
-        tensors[f"bias {number}"] = (bias, axes[number][::2], "float")
+        tensors[f"{name} kernel"] = (kernel, letters, kind)
+    for name, bias, letters in zip(names, biases, axes):
+        tensors[f"{name} bias"] = (bias, letters[::2], "float")
     check_groups(groups, weights, **tensors)
     check_row_numbers(groups)
+
+
+def _as_tensor(values):
+    """What may be a NumPy array, and is a tensor or integers of a quantized kernel otherwise."""
+    return ops.convert_to_tensor(values) if isinstance(values, np.ndarray) else values
 
 
 def _number_of(kernels):

@@ -27,9 +27,11 @@ def noisy_load(clean, noisy, deviation, top_k, mask):
         (E,) float32.
     """
     check_noise(clean, noisy, deviation, top_k, mask)
+    clean, noisy = ops.convert_to_tensor(clean), ops.convert_to_tensor(noisy)
     num_experts = noisy.shape[-1]
     if not hasattr(deviation, "shape"):
         check_positive_number("deviation", deviation)
+    deviation = ops.convert_to_tensor(deviation)
     if top_k == num_experts:
         return ops.sum(ops.cast(ops.expand_dims(mask, 1), "float32") + 0.0 * clean, axis=0)
     best = top_k_indices(noisy, top_k + 1)

@@ -25,6 +25,7 @@ from keras_moe._internal.validation import (
     check_size,
     check_top_k,
     is_whole,
+    shortened,
 )
 from keras_moe.ops.assignments import Assignments, Choices
 from keras_moe.ops.groups import check_row_numbers, combine_rows, dispatch_rows
@@ -66,7 +67,8 @@ class GroupedPlan(NamedTuple):
         """Tokens (T, D), each the weighted float32 sum of its rows; zero without any."""
         check_groups(self.groups, self.weights, rows=(rows, "ND", "float"))
         _check_enough(rows, self.groups)
-        return combine_rows(ops.convert_to_tensor(rows), self.weights, self.groups)
+        rows, weights = ops.convert_to_tensor(rows), ops.convert_to_tensor(self.weights)
+        return combine_rows(rows, weights, self.groups)
 
     def run(self, experts, tokens):
         """What a bank of experts makes of tokens (T, D)."""
@@ -188,7 +190,7 @@ def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
     ):
         raise ValueError(
             "`num_tokens` must be an integer of at least 0. Received: "
-            f"num_tokens={num_tokens!r}. Pass how many tokens there are."
+            f"num_tokens={shortened(num_tokens)}. Pass how many tokens there are."
         )
     check_positive_integer("num_experts", num_experts)
     check_top_k(top_k, num_experts)
@@ -207,6 +209,6 @@ def _turns(first, num_tokens, top_k):
     """The order in which assignments take their places, or None for that of their numbers."""
     if first is None:
         return None
-    urgent_first = ops.cast(ops.argsort(-ops.stop_gradient(first)), "int32")
+    urgent_first = ops.cast(ops.argsort(-ops.stop_gradient(ops.convert_to_tensor(first))), "int32")
     choices = ops.expand_dims(ops.arange(top_k, dtype="int32"), 1)
     return ops.reshape(choices * num_tokens + urgent_first, (-1,))

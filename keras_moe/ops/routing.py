@@ -12,9 +12,11 @@ from keras_moe._internal.validation import (
     check_choice,
     check_experts,
     check_flag,
+    check_function,
     check_mask,
     check_positive_number,
     check_top_k,
+    shortened,
 )
 from keras_moe.ops.scores import SCORES, distribution
 from keras_moe.ops.selection import take_scores, top_k_indices
@@ -119,7 +121,7 @@ def top_k_routing(
     if select is not None and not callable(select):
         raise TypeError(
             "`select` must be a function of scores (T, E). Received: "
-            f"select={select!r}. Leave it out for the best scores."
+            f"select={shortened(select)}. Leave it out for the best scores."
         )
     check_flag("renormalize", renormalize, optional=True)
     logits, mask = clean_logits(logits, mask)
@@ -127,7 +129,11 @@ def top_k_routing(
     if select is None:
         indices = top_k_indices(scores, top_k)
     else:
-        indices = select(ops.stop_gradient(scores))
+        try:
+            indices = select(ops.stop_gradient(scores))
+        except TypeError:  # Not before: it is slow, for each call of a router.
+            check_function("select", select, "scores")
+            raise
         check_selected(indices, scores.shape[0], top_k)
     weights = take_scores(scores, indices)
     if renormalize or (renormalize is None and top_k > 1):

@@ -27,6 +27,7 @@ def sinkhorn_plan(logits, mask, iterations):
     check_scores("logits", logits)
     check_mask(mask, logits.shape)
     check_positive_integer("iterations", iterations)
+    logits = ops.convert_to_tensor(logits)
     num_experts = logits.shape[-1]
     real = ops.expand_dims(mask, 1)
     num_real = ops.sum(ops.cast(mask, "float32"))

@@ -59,7 +59,7 @@ def study(model, data, labels, tokens):
         if given is not None and not _is_sequence(given):
             raise ValueError(
                 "`labels` and `tokens` must be sequences with an entry for each document. "
-                f"Received: {given!r}. Pass a list or an array."
+                f"Received: {shortened(given)}. Pass a list or an array."
             )
     for given in labels.values():
         if given is not None and len(given) != num_documents:
@@ -141,7 +141,8 @@ def _study_layer(layer, summary, routing, labels, texts):
     if not texts:  # the layer has no place for each document
         labels = None
     if labels is not None:
-        labels = each_token(as_labels(labels).reshape(-1), len(indices))
+        labels = as_labels(labels)
+        labels = each_token(labels.reshape(-1), len(indices), labels.shape)
         information = bits_in_common(label_table(routing, labels)[0])
     return LayerStudy(
         summary,

@@ -3,6 +3,8 @@
 import keras
 import numpy as np
 
+from keras_moe._internal.validation import shortened
+
 
 def positions_of(routing, num_documents):
     """Positions a layer has in each document; 0 if its tokens are not laid out by document."""
@@ -33,7 +35,7 @@ def token_texts(tokens, arrays, positions, num_documents):
             if not hasattr(text, "__iter__"):
                 raise ValueError(
                     "Each entry of `tokens` must be a text or a list of strings. "
-                    f"Received: {text!r}. Put it into a list."
+                    f"Received: {shortened(text)}. Put it into a list."
                 )
         documents = [text.split() if isinstance(text, str) else list(text) for text in tokens]
         length = _length(arrays, positions)

@@ -12,6 +12,7 @@ from keras_moe._internal.serialization import Configured, register, resolve
 from keras_moe._internal.shape_checks import check_fields, check_shapes
 from keras_moe._internal.validation import (
     check_fraction,
+    check_method,
     check_positive_integer,
     check_positive_number,
 )
@@ -174,4 +175,7 @@ BY_NAME = {"loss_free": LossFreeBias, "quantile": QuantileBias}
 
 def get(identifier):
     """A balancer from an instance, a config, "loss_free" or "quantile"."""
-    return resolve("balancer", identifier, SelectionBalancer, BY_NAME)
+    balancer = resolve("balancer", identifier, SelectionBalancer, BY_NAME)
+    check_method(balancer, "measure", "routing", "scores", "bias")
+    check_method(balancer, "update", "bias", "measured")
+    return balancer

@@ -25,7 +25,8 @@ class HashRouter(Router):
 
     Args:
         num_experts: number of experts, E.
-        vocabulary_size: number of token ids; larger ids start again from 0.
+        vocabulary_size: number of token ids. Any integer is an id, modulo this: larger ones start
+            again from 0, -1 is the last. Beyond int32 the last 32 bits count.
         top_k: experts per token, K, from 1 to E.
         seed: integer seed of the table (vocabulary_size, K).
         **kwargs: `name` and the other arguments of a Keras layer.

@@ -3,7 +3,9 @@
 import keras
 from keras import ops
 
+from keras_moe._internal.initializers import Checked
 from keras_moe._internal.keras_internals import own_variables
+from keras_moe._internal.keras_objects import get_initializer, get_regularizer
 from keras_moe._internal.lora import (
     Adaptable,
     adaptable_from_config,
@@ -12,8 +14,13 @@ from keras_moe._internal.lora import (
     forget_corrections,
 )
 from keras_moe._internal.saved_state import load_draws, save_draws
-from keras_moe._internal.shape_checks import check_inputs_shape
-from keras_moe._internal.validation import check_fraction, check_not_negative, check_seed
+from keras_moe._internal.shape_checks import check_inputs_shape, check_shapes, known
+from keras_moe._internal.validation import (
+    check_fraction,
+    check_method,
+    check_not_negative,
+    check_seed,
+)
 from keras_moe.ops import clean_logits, draws
 from keras_moe.routers.router import Router
 
@@ -49,12 +56,13 @@ class LogitRouter(Router, Adaptable):
         logit_noise = check_not_negative("logit_noise", logit_noise)
         seed = check_seed("seed", seed)
         super().__init__(num_experts, **kwargs)
+        check_method(self, "project", "tokens")
         self.input_jitter = input_jitter
         self.logit_noise = logit_noise
         if kernel_initializer is None:
             kernel_initializer = keras.initializers.RandomNormal(stddev=0.02, seed=seed)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.kernel_initializer = get_initializer("kernel_initializer", kernel_initializer)
+        self.kernel_regularizer = get_regularizer("kernel_regularizer", kernel_regularizer)
         self.seed = seed
         self._noise_seed = keras.random.SeedGenerator(seed)
 
@@ -68,6 +76,10 @@ class LogitRouter(Router, Adaptable):
         if self.lora_rank and not self.lora_enabled:
             self.add_factors()
         super()._post_build()
+
+    def _made_by_build(self):
+        has_kernel = not self._projects_otherwise()
+        return [*super()._made_by_build(), *(["kernel"] if has_kernel else [])]
 
     def kernel_shape(self, features):
         return features, self.num_experts
@@ -85,12 +97,18 @@ class LogitRouter(Router, Adaptable):
         return products + self.lora_scale() * correction
 
     def check_takes_lora(self):
-        is_overridden = type(self).project is not LogitRouter.project
-        if is_overridden and not self.projects_by_times_kernel:
+        if self._projects_otherwise():
             raise NotImplementedError(
                 "LoRA corrects products with the kernel, and this router computes its logits in "
                 f"another way. Received: a `{type(self).__name__}`. Train its kernel: it is small."
             )
+
+    def _projects_otherwise(self):
+        """Whether the logits are no products with the kernel."""
+        return self._overrides_project() and not self.projects_by_times_kernel
+
+    def _overrides_project(self):
+        return type(self).project is not LogitRouter.project
 
     def add_factors(self, a_initializer="he_uniform", b_initializer="zeros"):
         self.kernel_lora_a, self.kernel_lora_b = factors_for(
@@ -139,6 +157,9 @@ class LogitRouter(Router, Adaptable):
             noise = 2 * self._noise(draws.uniform, tokens) - 1
             tokens = tokens * (1 + self.input_jitter * noise)
         logits = self.project(tokens)
+        if self._overrides_project():
+            sizes = known(T=tokens.shape[0])
+            check_shapes({"project(tokens)": (logits, "TE", "float")}, **sizes)
         if training and self.logit_noise:
             logits = logits + self.logit_noise * self._noise(draws.normal, logits)
         return clean_logits(logits, mask)
@@ -147,7 +168,7 @@ class LogitRouter(Router, Adaptable):
         return self.add_weight(
             name=name,
             shape=shape,
-            initializer=initializer or self.kernel_initializer,
+            initializer=Checked(initializer or self.kernel_initializer),
             regularizer=self.kernel_regularizer,
         )
 

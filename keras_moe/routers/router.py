@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe import backend
+from keras_moe._internal.named_arguments import NamedArguments
 from keras_moe._internal.saved_state import load_draws, save_draws
 from keras_moe._internal.shape_checks import check_fields
 from keras_moe._internal.validation import (
@@ -15,6 +16,7 @@ from keras_moe._internal.validation import (
     check_is_float,
     check_is_integer,
     check_mask,
+    check_method,
     check_positive_integer,
     check_replayed,
     check_tensor,
@@ -22,11 +24,12 @@ from keras_moe._internal.validation import (
     check_training,
     fits,
     host_values,
+    shortened,
 )
 from keras_moe.ops import Routing, plan_groups
 
 
-class Router(keras.layers.Layer):
+class Router(NamedArguments, keras.layers.Layer):
     """Abstract: decides which experts serve which token.
 
     A router is a layer of its own and always computes in float32, whatever the policy of the model
@@ -64,11 +67,11 @@ class Router(keras.layers.Layer):
         return router
 
     def __init__(self, num_experts=None, **kwargs):
-        dtype = kwargs.pop("dtype", None) or "float32"
-        if getattr(dtype, "name", dtype) != "float32":
+        dtype = kwargs.pop("dtype", None)
+        if dtype is not None and str(getattr(dtype, "name", dtype)) != "float32":
             raise ValueError(
                 "A router always computes in float32, whatever the policy around it. "
-                f"Received: dtype={dtype!r}. Leave `dtype` out."
+                f"Received: dtype={shortened(dtype)}. Leave `dtype` out."
             )
         if num_experts is not None:
             num_experts = check_positive_integer("num_experts", num_experts)
@@ -76,7 +79,22 @@ class Router(keras.layers.Layer):
         backend.separate_losses(self)
         self.num_experts = num_experts
         self.supports_masking = True
+        check_method(self, "route", "tokens", "mask", "training")
         self._known_arguments = set(inspect.signature(self.route).parameters)
+
+    def _post_build(self):
+        for name in self._made_by_build():
+            if getattr(self, name, None) is None:
+                raise ValueError(
+                    f"A router must have `{name}` when it is built. Received: a "
+                    f"`{type(self).__name__}` without it. Set it in `__init__`, or call "
+                    "`super().build(tokens_shape)` in its `build`."
+                )
+        super()._post_build()
+
+    def _made_by_build(self):
+        """Names of the attributes without which a built router cannot route."""
+        return ["top_k"] if type(self).max_top_k is Router.max_top_k else []
 
     def bind(self, num_experts):
         """Set the number of experts of a router that has none; one that is set stays.
@@ -84,9 +102,9 @@ class Router(keras.layers.Layer):
         Raises:
             ValueError: If the number does not fit the other arguments.
         """
+        check_positive_integer("num_experts", num_experts)
         if self.num_experts is not None:
             return
-        check_positive_integer("num_experts", num_experts)
         args, kwargs = self._arguments
         parameters = list(inspect.signature(type(self).__init__).parameters)
         if parameters[1:2] == ["num_experts"]:
@@ -109,7 +127,10 @@ class Router(keras.layers.Layer):
         check_training(kwargs.get("training"))
         if args:
             check_tensor("tokens", args[0])
-        return super().__call__(*args, **kwargs)
+        routing = super().__call__(*args, **kwargs)
+        tokens = args[0] if args else kwargs["tokens"]
+        check_fields(routing, T=tokens.shape[0], E=self.num_experts)
+        return routing
 
     def check_arrays(self, indices=None, token_ids=None, mask=None, **others):
         """Check the arguments of a call that are not tensors yet; `call` checks the rest."""
@@ -151,9 +172,7 @@ class Router(keras.layers.Layer):
             tokens = ops.where(ops.expand_dims(mask, 1), tokens, 0.0)
         known = {"sequence_length": sequence_length, "token_ids": token_ids, "indices": indices}
         known = {name: value for name, value in known.items() if name in self._known_arguments}
-        routing = self.route(tokens, mask, training, **known)
-        check_fields(routing, T=tokens.shape[0], E=self.num_experts)
-        return routing
+        return self.route(tokens, mask, training, **known)
 
     def _check_call(self, tokens, mask=None, sequence_length=None, token_ids=None, indices=None):
         check_is_float("tokens", tokens)

@@ -10,6 +10,7 @@ from keras_moe._internal.shape_checks import check_shapes
 from keras_moe._internal.validation import (
     check_choice,
     check_flag,
+    check_method,
     check_positive_number,
     check_top_k,
 )
@@ -49,6 +50,7 @@ class SelectionRouter(LogitRouter):
         **kwargs,
     ):
         super().__init__(num_experts, **kwargs)
+        check_method(self, "select", "scores")
         top_k = check_top_k(top_k, num_experts, type(self).__name__)
         check_choice("score", score, SCORES)
         scaling_factor = check_positive_number("scaling_factor", scaling_factor)
@@ -78,6 +80,10 @@ class SelectionRouter(LogitRouter):
                 name="measurements", **{**state, "shape": (), "dtype": "int32"}
             )
 
+    def _made_by_build(self):
+        names = {"bias": self.use_bias, "selection_bias": self.balancer is not None}
+        return [*super()._made_by_build(), *(name for name, is_used in names.items() if is_used)]
+
     def balance_advice(self):
         return None if self.balancer is None else self.balancer.balance_advice()
 
@@ -87,6 +93,8 @@ class SelectionRouter(LogitRouter):
 
     def route(self, tokens, mask, training, indices=None):
         logits, mask = self.logits(tokens, mask, training)
+        if self._overrides_project():
+            check_shapes({"project(tokens)": (logits, "TE")}, E=self.num_experts)
         if self.use_bias:
             logits = logits + self.bias
         if indices is not None:

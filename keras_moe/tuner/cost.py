@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import keras
 import keras_tuner
 
+from keras_moe._internal.named_arguments import NamedArguments
 from keras_moe._internal.validation import (
     check_model,
     check_name,
@@ -58,7 +59,7 @@ class CostMonitor(keras.callbacks.Callback):
         return (ended - began) / (end - begin)
 
 
-class WithinBudget(keras_tuner.Objective):
+class WithinBudget(NamedArguments, keras_tuner.Objective):
     """The least loss under a budget: any trial above it is worse than every trial within it.
 
     The score within the budget grows with the loss from 0 to 1; above the budget, the cost as a

@@ -7,6 +7,7 @@ import keras
 import keras_tuner
 
 from keras_moe import layers, losses, routers
+from keras_moe._internal.named_arguments import NamedArguments
 from keras_moe._internal.validation import (
     check_choice,
     check_function,
@@ -24,7 +25,7 @@ SET_TOP_K = ("balanced_assignment", "switch")
 _CHOSEN = ("router", "router_losses", "capacity_factor")
 
 
-class SearchSpace:
+class SearchSpace(NamedArguments):
     """The values from which a search chooses each part of a MoE layer.
 
     The first value of a tuple is the one picked by hand: `DefaultsFirst` tries these first. A tuple
@@ -69,7 +70,7 @@ class SearchSpace:
         if not isinstance(loss_weights, Mapping):
             raise TypeError(
                 "`loss_weights` must be a dict from names of losses to weights to choose from. "
-                f"Received: loss_weights={loss_weights!r}. Pass, for example, "
+                f"Received: loss_weights={shortened(loss_weights)}. Pass, for example, "
                 "`{'load_balance': (0.01, 0.1)}`."
             )
         self.active_width = _values("active_width", active_width)
@@ -172,12 +173,12 @@ def _values(name, values):
     if not isinstance(values, (list, tuple)) or not values:
         raise ValueError(
             f"`{name}` must be a list or tuple of the values to choose from. Received: "
-            f"{name}={values!r}. Pass, for a fixed one, a tuple of one."
+            f"{name}={shortened(values)}. Pass, for a fixed one, a tuple of one."
         )
     if len({repr(value) for value in values}) < len(values):
         raise ValueError(
-            f"`{name}` must be values that differ. Received: {name}={values!r}. Leave out those "
-            "that come twice."
+            f"`{name}` must be values that differ. Received: {name}={shortened(values)}. Leave "
+            "out those that come twice."
         )
     return list(values)
 

@@ -12,6 +12,7 @@ from keras_moe._internal.validation import (
     check_positive_integer,
     check_seed,
     check_top_k,
+    shortened,
 )
 from keras_moe.layers.feed_forward_experts import FeedForwardExperts
 from keras_moe.layers.gated_experts import GatedExperts
@@ -184,7 +185,7 @@ def _choose(model, select):
     if not wanted or wanted - set(names):
         raise ValueError(
             "`select` must choose among the dense feed-forward layers of the model. Received: "
-            f"select={select!r} for a model with {names}. "
+            f"select={shortened(select)} for a model with {names}. "
             "Pass some of these names, a regular expression or a function of a name."
         )
     return [feed_forward for feed_forward in found if feed_forward.name in wanted]

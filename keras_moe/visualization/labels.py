@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_moe import metrics
 from keras_moe._internal.plain_text import as_text
+from keras_moe._internal.validation import shortened
 from keras_moe.visualization.panels import PANEL_SIZE, count_on, heat_map, one_panel_a_layer
 from keras_moe.visualization.sources import as_tensors, check_can_be_drawn, each_token
 from keras_moe.visualization.sources import routings as routings_of
@@ -76,7 +77,7 @@ def _grouped(labels, mask, names):
         if names is not None and not isinstance(names, (list, tuple, np.ndarray)):
             raise TypeError(
                 "`names` must be a list of a name for each label. Received: "
-                f"names={names!r} (of type {type(names).__name__}). Put it into a list."
+                f"names={shortened(names)} (of type {type(names).__name__}). Put it into a list."
             )
         if names is not None and highest >= len(names):
             raise ValueError(

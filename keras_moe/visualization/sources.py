@@ -77,13 +77,16 @@ def as_labels(labels):
     return labels
 
 
-def each_token(labels, num_tokens):
-    """Labels of tokens; those of documents of equal length are repeated for each token."""
+def each_token(labels, num_tokens, shape=None):
+    """Labels of tokens; those of documents of equal length are repeated for each token.
+
+    `shape` is that in which they were given, if it is another.
+    """
     labels = as_labels(labels)
     if labels.ndim != 1 or not len(labels) or num_tokens % len(labels):
         raise ValueError(
             "There must be one label for each token, or for each of equally long documents. "
-            f"Received: labels.shape={labels.shape} for {num_tokens} tokens. "
+            f"Received: labels.shape={shape or labels.shape} for {num_tokens} tokens. "
             "Flatten the labels, and repeat those of documents that differ in length."
         )
     return np.repeat(labels, num_tokens // len(labels))
@@ -131,7 +134,8 @@ def _routing(value, num_experts):
         if num_experts not in (None, len(value.counts)):
             raise ValueError(
                 "`num_experts` must be that of the recorded routings. Received: num_experts="
-                f"{num_experts!r} for {len(value.counts)} experts. Leave it out: it is for arrays."
+                f"{shortened(num_experts)} for {len(value.counts)} experts. Leave it out: it is "
+                "for arrays."
             )
         return value
     if value.ndim != 2 or not value.size or not np.issubdtype(value.dtype, np.integer):

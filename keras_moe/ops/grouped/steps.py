@@ -12,6 +12,8 @@ from typing import NamedTuple
 from keras import ops
 
 from keras_moe import backend
+from keras_moe._internal.shape_checks import check_activated
+from keras_moe._internal.validation import check_function
 
 
 class Products(NamedTuple):
@@ -91,6 +93,10 @@ def feed_forward_step(activation, widths, clip=None, up_shift=0.0):
         clip: with a gate, limit of its projection from above and of the other one on both sides.
         up_shift: with a gate, what is added to the other projection.
     """
+    if (
+        backend.knows_shapes()
+    ):  # otherwise a compiler may read this, which cannot ask for signatures
+        check_function("activation", activation, "x")
     *ups, down = range(len(widths))
 
     def hidden_of(*pre_activations):
@@ -106,12 +112,7 @@ def feed_forward_step(activation, widths, clip=None, up_shift=0.0):
 
     def _activate(values):
         activated = activation(values)
-        if tuple(activated.shape) != tuple(values.shape):
-            raise ValueError(
-                "An activation must keep the shape of its input. Received: one that made "
-                f"{tuple(activated.shape)} of {tuple(values.shape)}. Put layers that change shapes "
-                "into `LayerExperts`."
-            )
+        check_activated(activated, values)
         # An activation may compute in float32; products need one dtype.
         return ops.cast(activated, values.dtype)
 
