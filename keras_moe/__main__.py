@@ -125,7 +125,8 @@ def _check_output(options):
 
 def _report(options):
     _check_output(options)
-    # First what is quick to find wrong.
+    # First what is quick to find wrong. A package that is missing is named by an error of its own.
+    importlib.import_module("keras_moe.visualization")
     data = _read_data(options.data)
     tokens = None if options.tokens is None else _read(options.tokens)
     labels = None if options.labels is None else _read(options.labels)

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import pickle
+import sys
 import zipfile
 
 import keras
@@ -200,6 +201,19 @@ def test_a_wrong_file_is_one_line(option, name, write, words, folder, capsys):
     files_ = {"--data": "x.npy", option: name}
     line = the_line(capsys, "report", "model.keras", *(a for pair in files_.items() for a in pair))
     assert words in line
+
+
+def test_a_package_that_is_missing_is_named(folder, capsys, monkeypatch):
+    loaded = [name for name in sys.modules if name.startswith("keras_moe.visualization")]
+    for name in loaded:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit):
+        main(["report", "model.keras", "--data", "x.npy"])
+    assert capsys.readouterr().err == (
+        "error: ImportError: Plots need matplotlib, which is not installed. "
+        'Run `pip install "keras_moe[visualization]"`. Pass --debug to see the traceback.\n'
+    )
 
 
 BAD_PLACES = ["no/such/page.html", ".", "x.npy/page.html", "n" * 300, "a\0b", "pipe"]

@@ -29,7 +29,8 @@ Each for some engines of `ops.grouped` only:
 - `batched_product(left, right)`: float32 products of matrices, where shapes are static.
 - `multiply_groups`, `stack_gradients`: affine maps of slices, and their gradients, where shapes are
   dynamic.
-- `unstack_sizes(sizes)`: the entries of a vector as bounds of slices, where shapes are dynamic.
+- `unstack_sizes(sizes, num_rows)`: sizes of groups one by one, where shapes are dynamic.
+- `split_rows(rows, sizes)`: the rows of each group, of such sizes.
 - `knows_sizes()`: whether these are known integers.
 
 And where several replicas or processes train one model; a backend without them has one:
@@ -111,6 +112,7 @@ remakes_factors = _primitive("remakes_factors")
 scan = _primitive("scan")
 slice_at = _primitive("slice_at")
 sort = _primitive("sort")
+split_rows = _primitive("split_rows")
 stack_gradients = _primitive("stack_gradients")
 unstack_sizes = _primitive("unstack_sizes")
 

@@ -1,6 +1,7 @@
 """TensorFlow primitives."""
 
 import contextlib
+import itertools
 import threading
 
 import tensorflow as tf
@@ -78,9 +79,24 @@ def gather_rows(tensor, indices):
     return tf.gather(tensor, indices)
 
 
-def unstack_sizes(sizes):
-    """The entries of `sizes` (E,) one by one, usable as bounds of a slice."""
-    return tf.unstack(sizes)
+def unstack_sizes(sizes, num_rows):
+    """The entries of `sizes` (E,) one by one, then how many of the rows are behind the last group.
+
+    They are sizes for `split_rows`, and bounds of slices.
+    """
+    return [*tf.unstack(sizes), num_rows - tf.reduce_sum(sizes)]
+
+
+def split_rows(rows, sizes):
+    """The rows of each of the groups that stand one behind another, of all rows (R, ...).
+
+    Args:
+        rows: (R, ...).
+        sizes: list of what `unstack_sizes` gave.
+    """
+    # ONNX and LiteRT split by constants only.
+    bounds = [0, *itertools.accumulate(sizes)]
+    return [rows[start:end] for start, end in itertools.pairwise(bounds)]
 
 
 def knows_sizes():

@@ -1,5 +1,7 @@
 """PyTorch primitives."""
 
+import itertools
+
 import keras
 import torch
 from keras import ops
@@ -105,6 +107,8 @@ def vjp(function, inputs):
 
 def gather_rows(tensor, indices):
     """Rows of `tensor` (R, ...) at integer `indices` of any shape."""
+    if indices.ndim == 1:
+        return torch.index_select(tensor, 0, indices)
     rows = torch.index_select(tensor, 0, indices.reshape(-1))
     return rows.reshape(*indices.shape, *tensor.shape[1:])
 
@@ -119,15 +123,34 @@ def sort(integers):
     return torch.sort(integers).values
 
 
-def unstack_sizes(sizes):
-    """The entries of `sizes` (E,) one by one, usable as bounds of a slice."""
+def unstack_sizes(sizes, num_rows):
+    """The entries of `sizes` (E,) one by one, then how many of the rows are behind the last group.
+
+    They are sizes for `split_rows`, and bounds of slices.
+    """
+    if not knows_sizes():  # one vector: a program would add sizes of its own one by one
+        sizes = torch.cat([sizes, (num_rows - sizes.sum()).reshape(1).to(sizes.dtype)])
     if torch.jit.is_tracing():  # it would take numbers for constants
         return sizes.to(torch.int64).unbind()
     numbers = sizes.tolist()
     if torch.compiler.is_compiling():
         for number in numbers:
             torch._check(number >= 0)
-    return numbers
+        return numbers
+    return [*numbers, num_rows - sum(numbers)]
+
+
+def split_rows(rows, sizes):
+    """The rows of each of the groups that stand one behind another, of all rows (R, ...).
+
+    Args:
+        rows: (R, ...).
+        sizes: list of what `unstack_sizes` gave, or sums of neighbours.
+    """
+    if torch.jit.is_tracing():  # ONNX would split by constants
+        bounds = [0, *itertools.accumulate(sizes)]
+        return [rows[start:end] for start, end in itertools.pairwise(bounds)]
+    return rows.split(sizes)
 
 
 def knows_shapes():
@@ -167,6 +190,8 @@ def multiply_groups(
     Returns:
         (R, H), or (R, D), in the dtype of the rows.
     """
+    if bias is not None and bias.dtype != rows.dtype:  # an operation of a program, even if equal
+        bias = bias.to(rows.dtype)
 
     def multiply(part, expert, output=None):
         factor = kernel_of(expert)
@@ -174,7 +199,7 @@ def multiply_groups(
         if transposed:
             part = part if scale is None else part * of_columns
             return torch.mm(part, factor.mT, out=output)
-        of_outputs = None if bias is None else bias[expert].to(rows.dtype)
+        of_outputs = None if bias is None else bias[expert]
         if scale is None and bias is not None:
             return torch.addmm(of_outputs, part, factor, out=output)
         product = torch.mm(part, factor, out=output)

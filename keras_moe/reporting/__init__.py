@@ -20,7 +20,9 @@ def report(model, data, labels=None, tokens=None, path="report.html"):
 
     Args:
         model: a Keras model.
-        data: what the model takes: an array, or a list or dict of arrays, of documents.
+        data: all documents at once, as `model.predict` takes them: an array, or a list or dict of
+            arrays for a model with several inputs. `surgery` and `inspection` take lists of batches
+            instead.
         labels: integers or strings, one for each document or (documents, positions), or None.
         tokens: strings to show, for each document a list or a text that is split at blanks; None
             shows integer data as they are. Where a layer sees fewer positions than there are

@@ -56,7 +56,8 @@ def prune_experts(model, by="usage", keep=0.5, data=()):
         keep: how many experts stay in each layer: a number, a share from above 0 to 1, which is
             rounded up, or a dict of these by the name of the layer, as in
             `inspection.moe_layers`. Layers that are not in a dict keep all.
-        data: list of batches: each inputs, or a tuple of inputs, targets and weights, if any.
+        data: list of batches, also where there is one: each inputs, or a tuple of inputs, targets
+            and weights. `report` takes all documents in one array instead.
 
     Returns:
         A `Surgery`, with the loss before and after.

@@ -77,20 +77,20 @@ def map_groups(functions, rows, sizes, output_width, state, alike=None):
 
 
 def _map_slices(functions, output_width, rows, sizes, state):
-    outputs, start = [], 0
-    for function, size in zip(functions, backend.unstack_sizes(sizes)):
+    outputs = []
+    *sizes, num_behind = backend.unstack_sizes(sizes, ops.shape(rows)[0])
+    parts = backend.split_rows(rows, [*sizes, num_behind])
+    for function, size, part in zip(functions, sizes, parts):
         if backend.is_exporting():
-            outputs.append(function(rows[start : start + size], state)[0])
-            start = start + size
+            outputs.append(function(part, state)[0])
             continue
         # A function without rows runs on one row of zeros and its effects are discarded: all its
         # gradients exist then, and no NaN statistics of an empty batch enter the state.
         spare = ops.maximum(1 - size, 0)
-        output, new = function(ops.pad(rows[start : start + size], ((0, spare), (0, 0))), state)
+        output, new = function(ops.pad(part, ((0, spare), (0, 0))), state)
         state = [ops.where(size > 0, *values) for values in zip(new, state)]
         outputs.append(output[:size])
-        start = start + size
-    padding = ops.zeros((ops.shape(rows)[0] - start, output_width), outputs[0].dtype)
+    padding = ops.zeros((num_behind, output_width), outputs[0].dtype)
     return ops.concatenate([*outputs, padding]), state
 
 

@@ -4,7 +4,7 @@ Neighbouring groups form a run: they share every operation but their products, w
 one by one.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from keras import ops
 
@@ -22,31 +22,35 @@ def supports(setting):
 
 
 def forward(setting, step, tokens, parameters, groups, keep):
-    token_of_row, outputs, saved = groups.token_of_row(), [], []
-    for run in _runs(setting, groups):
+    runs, num_behind = _runs(setting, groups)
+    outputs, saved = [], []
+    for run, token_of_row in zip(runs, _split(groups.token_of_row(), runs, num_behind)):
         output, of_run = step.forward(
-            backend.gather_rows(tokens, token_of_row[run.rows]), run.products(parameters), keep
+            backend.gather_rows(tokens, token_of_row), run.products(parameters), keep
         )
         outputs.append(output)
         saved.append(of_run)
-    return _all_rows(outputs, (step.output_width, tokens.dtype), groups), saved
+    return _join(outputs, num_behind, step.output_width, tokens.dtype), saved
 
 
 def backward(setting, step, tokens, row_weights, parameters, groups, outputs, saved, gradient):
-    token_of_row, row_parts, weight_parts = groups.token_of_row(), [], []
+    runs, num_behind = _runs(setting, groups)
+    row_parts, weight_parts = [], []
     row_weights = ops.expand_dims(ops.cast(row_weights, tokens.dtype), 1)
+    of_all_rows = groups.token_of_row(), row_weights, outputs
+    parts = [_split(values, runs, num_behind) for values in of_all_rows]
 
     def factors_of_runs():
-        for run, of_run in zip(_runs(setting, groups), saved):
-            output_gradient = backend.gather_rows(gradient, token_of_row[run.rows])
+        for run, of_run, token_of_row, weights, outputs in zip(runs, saved, *parts):
+            output_gradient = backend.gather_rows(gradient, token_of_row)
             row_gradient, factors = step.backward(
-                backend.gather_rows(tokens, token_of_row[run.rows]),
+                backend.gather_rows(tokens, token_of_row),
                 run.products(parameters),
                 of_run,
-                output_gradient * row_weights[run.rows],
+                output_gradient * weights,
             )
             row_parts.append(row_gradient)
-            weight_parts.append(row_sums(output_gradient, outputs[run.rows]))
+            weight_parts.append(row_sums(output_gradient, outputs))
             yield run.sizes, run.experts, factors
 
     num_frozen = len(parameters.frozen)
@@ -55,8 +59,8 @@ def backward(setting, step, tokens, row_weights, parameters, groups, outputs, sa
         factors_of_runs(), parameters.kernels, parameters.biases, num_frozen
     )
     return Gradients(
-        _all_rows(row_parts, (tokens.shape[1], tokens.dtype), groups),
-        groups.at_assignments(_all_rows(weight_parts, (1, "float32"), groups)[:, 0]),
+        _join(row_parts, num_behind, tokens.shape[1], tokens.dtype),
+        groups.at_assignments(_join(weight_parts, num_behind, 1, "float32")[:, 0]),
         Parameters(
             gradients[: len(parameters.kernels)],
             gradients[len(parameters.kernels) :],
@@ -65,11 +69,11 @@ def backward(setting, step, tokens, row_weights, parameters, groups, outputs, sa
 
 
 class _Run(NamedTuple):
-    """Neighbouring groups: the sizes and experts of all, and all their rows."""
+    """Neighbouring groups: the sizes and experts of all, and how many rows they have together."""
 
     sizes: list
     experts: list
-    rows: slice
+    num_rows: Any
 
     def products(self, parameters):
         def project(rows, number):
@@ -96,33 +100,33 @@ class _Run(NamedTuple):
 
 
 def _runs(setting, groups):
-    """All groups in runs; groups of unknown size by themselves.
+    """All groups in runs, and the number of rows behind them; groups of unknown size by themselves.
 
     On a CPU a run has up to `CPU_RUN_ROWS` rows, or one group. On a GPU all groups are one run: the
     fewer kernels are launched, the better.
     """
     longest = CPU_RUN_ROWS if setting.platform == "cpu" else float("inf")
-    start = end = 0
-    sizes: list = []
-    experts: list = []
-    are_known = backend.knows_sizes()
-    for expert, size in enumerate(backend.unstack_sizes(groups.sizes)):
+    *all_sizes, num_behind = backend.unstack_sizes(groups.sizes, groups.num_rows())
+    if not backend.knows_sizes():
+        return [_Run([size], [expert], size) for expert, size in enumerate(all_sizes)], num_behind
+    runs: list = []
+    for expert, size in enumerate(all_sizes):
         # An operation on zero rows would cost as much as on a few.
-        if are_known and size == 0:
+        if size == 0:
             continue
-        if sizes and not (are_known and end - start + size <= longest):
-            yield _Run(sizes, experts, slice(start, end))
-            start, sizes, experts = end, [], []
-        sizes.append(size)
-        experts.append(expert)
-        end = end + size
-    if sizes:
-        yield _Run(sizes, experts, slice(start, end))
+        if runs and runs[-1].num_rows + size <= longest:
+            sizes, experts, num_rows = runs[-1]
+            runs[-1] = _Run([*sizes, size], [*experts, expert], num_rows + size)
+        else:
+            runs.append(_Run([size], [expert], size))
+    return runs, num_behind
 
 
-def _all_rows(parts, width_and_dtype, groups):
-    """All rows, where `parts` holds those of each run; padding is zero."""
-    width, dtype = width_and_dtype
-    computed = sum(ops.shape(part)[0] for part in parts)
-    padding = ops.zeros((groups.num_rows() - computed, width), dtype)
-    return ops.concatenate([*parts, padding])
+def _split(values, runs, num_behind):
+    """The part of each run, and that behind all, of values of all rows."""
+    return backend.split_rows(values, [*(run.num_rows for run in runs), num_behind])
+
+
+def _join(parts, num_behind, width, dtype):
+    """Values of all rows, where `parts` holds those of each run; padding is zero."""
+    return ops.concatenate([*parts, ops.zeros((num_behind, width), dtype)])
