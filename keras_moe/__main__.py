@@ -17,7 +17,7 @@ from keras_moe import inspection, report, summary
 from keras_moe._internal import saved_models
 from keras_moe._internal.batches import check_ids
 from keras_moe._internal.command_line import OneLineParser, one_line_errors, stating
-from keras_moe._internal.validation import fits
+from keras_moe._internal.tensor_checks import fits
 
 
 def main(arguments=None):

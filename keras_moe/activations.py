@@ -3,7 +3,7 @@
 from keras import ops
 
 from keras_moe._internal.serialization import register
-from keras_moe._internal.validation import check_is_float, check_numbers
+from keras_moe._internal.tensor_checks import check_is_float, check_numbers
 
 
 @register

@@ -4,18 +4,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keras_moe._internal.tensor_checks import check_counts, check_experts, check_rank, host_values
 from keras_moe._internal.validation import (
-    check_counts,
-    check_experts,
     check_list,
     check_not_negative,
     check_positive_integer,
-    check_rank,
     check_scalar,
     check_share,
     check_text,
     check_top_k,
-    host_values,
 )
 
 PROBLEM, HINT = "problem", "hint"

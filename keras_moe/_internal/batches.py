@@ -5,7 +5,22 @@ import contextlib
 import keras
 
 from keras_moe._internal.command_line import cause
-from keras_moe._internal.validation import check_batches, dtype_of, is_of, shortened
+from keras_moe._internal.tensor_checks import is_of
+from keras_moe._internal.validation import dtype_of, shortened
+
+
+def check_batches(name, batches):
+    """Batches, and not one of them."""
+    rule = f"`{name}` must be a list of batches, or another iterable."
+    if hasattr(batches, "shape"):
+        raise ValueError(
+            f"{rule} Received: one array of shape {tuple(batches.shape)}. Pass `[array]`."
+        )
+    if not hasattr(batches, "__iter__") or isinstance(batches, (str, bytes, dict)):
+        raise TypeError(
+            f"{rule} Received: {name}={shortened(batches)} (of type {type(batches).__name__}). "
+            "Pass `[inputs]`."
+        )
 
 
 def check_list_of_batches(name, batches):

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe._internal.validation import check_tensor
+from keras_moe._internal.tensor_checks import check_tensor
 
 
 def reseeded(initializer, *keys):

@@ -3,16 +3,8 @@
 Shapes and dtypes are known without the device. What is None or symbolic in a shape fits any size.
 """
 
-from keras_moe._internal.validation import (
-    check_is_float,
-    check_routing,
-    check_tensor,
-    check_top_k,
-    dtype_of,
-    is_of,
-    is_whole,
-    shortened,
-)
+from keras_moe._internal.tensor_checks import check_is_float, check_tensor, is_of
+from keras_moe._internal.validation import check_routing, check_top_k, dtype_of, is_whole, shortened
 
 # Axes, and what kind of dtype it is.
 _OF_ROUTINGS = {

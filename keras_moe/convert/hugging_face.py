@@ -8,7 +8,8 @@ import keras
 import numpy as np
 
 from keras_moe._internal.parameters import parameters_of
-from keras_moe._internal.validation import check_choice, check_numbers, is_whole, shortened
+from keras_moe._internal.tensor_checks import check_numbers
+from keras_moe._internal.validation import check_choice, is_whole, shortened
 from keras_moe.convert.hugging_face_families import (
     FAMILIES,
     check_computes_as,

@@ -14,7 +14,7 @@ from keras_moe._internal.keras_internals import (
     set_state,
 )
 from keras_moe._internal.saved_state import load_draws, save_draws
-from keras_moe._internal.validation import fits
+from keras_moe._internal.tensor_checks import fits
 from keras_moe.convert.keras_hub_families import Family
 from keras_moe.layers import GatedExperts, MixtureOfExperts
 from keras_moe.ops.plans import GroupedPlan

@@ -6,9 +6,9 @@ from keras import ops as keras_ops
 from keras_moe import backend, ops
 from keras_moe._internal.serialization import Configured, register
 from keras_moe._internal.shape_checks import check_fields
+from keras_moe._internal.tensor_checks import check_divides
 from keras_moe._internal.validation import (
     check_choice,
-    check_divides,
     check_flag,
     check_positive_integer,
     check_positive_number,

@@ -5,13 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from keras_moe._internal.shape_checks import check_shapes, known
-from keras_moe._internal.validation import (
-    check_is_integer,
-    check_mask,
-    check_rank,
-    is_whole,
-    shortened,
-)
+from keras_moe._internal.tensor_checks import check_is_integer, check_mask, check_rank
+from keras_moe._internal.validation import is_whole, shortened
 
 _SEEN = {"keys": "BMHN", "values": "BMHN", "mask": "BM"}
 _CONTEXT = {"context_keys": "BSHN", "context_values": "BSHN", "context_mask": "BS"}

@@ -6,10 +6,10 @@ from keras_moe._internal.keras_objects import get_activation
 from keras_moe._internal.named_arguments import NamedArguments
 from keras_moe._internal.serialization import register
 from keras_moe._internal.shape_checks import check_activated, check_inputs_shape
+from keras_moe._internal.tensor_checks import check_float_inputs
 from keras_moe._internal.validation import (
     check_computes_in_floats,
     check_flag,
-    check_float_inputs,
     check_positive_integer,
 )
 

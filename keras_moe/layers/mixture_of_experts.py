@@ -8,17 +8,19 @@ from keras import ops as keras_ops
 from keras_moe import backend, losses, ops, routers
 from keras_moe._internal.serialization import config_of, register, resolve
 from keras_moe._internal.shape_checks import check_inputs_shape
-from keras_moe._internal.validation import (
-    check_computes_in_floats,
-    check_flag,
+from keras_moe._internal.tensor_checks import (
     check_float_inputs,
     check_host_numbers,
     check_is_float,
     check_mask,
-    check_not_negative,
     check_tensor,
-    check_training,
     fits,
+)
+from keras_moe._internal.validation import (
+    check_computes_in_floats,
+    check_flag,
+    check_not_negative,
+    check_training,
     is_whole,
     shortened,
 )

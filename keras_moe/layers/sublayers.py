@@ -6,7 +6,8 @@ import warnings
 import keras
 
 from keras_moe._internal.parameters import parameters_of
-from keras_moe._internal.validation import fits, shortened
+from keras_moe._internal.tensor_checks import fits
+from keras_moe._internal.validation import shortened
 
 
 def build_and_measure(name, layer, inputs_shape):

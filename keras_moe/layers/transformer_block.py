@@ -8,15 +8,17 @@ from keras import ops
 from keras_moe._internal.saved_state import load_draws, save_draws
 from keras_moe._internal.serialization import config_of, resolve
 from keras_moe._internal.shape_checks import check_inputs_shape
-from keras_moe._internal.validation import (
-    check_computes_in_floats,
+from keras_moe._internal.tensor_checks import (
     check_float_inputs,
-    check_fraction,
     check_host_integers,
     check_host_numbers,
     check_mask,
-    check_positive_integer,
     check_tensor,
+)
+from keras_moe._internal.validation import (
+    check_computes_in_floats,
+    check_fraction,
+    check_positive_integer,
     check_training,
 )
 from keras_moe.layers.expert_bank import check_takes_tokens

@@ -7,7 +7,8 @@ from keras import ops
 
 from keras_moe._internal.serialization import register
 from keras_moe._internal.shape_checks import check_inputs_shape
-from keras_moe._internal.validation import check_flag, check_rank, check_size, is_whole
+from keras_moe._internal.tensor_checks import check_rank, check_size
+from keras_moe._internal.validation import check_flag, is_whole
 from keras_moe.layers.decoder_checks import (
     as_position,
     check_cache,

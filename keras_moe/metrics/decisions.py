@@ -3,7 +3,7 @@
 from keras import ops
 
 from keras_moe._internal.shape_checks import check_fields
-from keras_moe._internal.validation import fits
+from keras_moe._internal.tensor_checks import fits
 from keras_moe.ops.balance import masked_mean, router_entropy
 from keras_moe.ops.routing import take_scores
 

@@ -3,13 +3,8 @@
 from keras import ops
 
 from keras_moe._internal.shape_checks import check_fields
-from keras_moe._internal.validation import (
-    check_counts,
-    check_is_integer,
-    check_positive_integer,
-    fits,
-    host_values,
-)
+from keras_moe._internal.tensor_checks import check_counts, check_is_integer, fits, host_values
+from keras_moe._internal.validation import check_positive_integer
 from keras_moe.ops.selection import chosen_experts, existing
 
 

@@ -2,14 +2,8 @@
 
 from keras import ops
 
-from keras_moe._internal.validation import (
-    check_counts,
-    check_positive_integer,
-    check_rank,
-    check_tensor,
-    host_values,
-    shortened,
-)
+from keras_moe._internal.tensor_checks import check_counts, check_rank, check_tensor, host_values
+from keras_moe._internal.validation import check_positive_integer, shortened
 
 
 def load_imbalance(counts):

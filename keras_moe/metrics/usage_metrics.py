@@ -9,7 +9,8 @@ from keras import ops
 from keras_moe._internal.named_arguments import NamedArguments
 from keras_moe._internal.serialization import register
 from keras_moe._internal.shape_checks import check_fields
-from keras_moe._internal.validation import check_is_float, check_name, check_positive_integer
+from keras_moe._internal.tensor_checks import check_is_float
+from keras_moe._internal.validation import check_name, check_positive_integer
 from keras_moe.metrics.usage import (
     dead_experts,
     dropped_fraction,

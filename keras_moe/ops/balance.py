@@ -3,7 +3,7 @@
 from keras import ops
 
 from keras_moe._internal.shape_checks import check_fields
-from keras_moe._internal.validation import (
+from keras_moe._internal.tensor_checks import (
     check_divides,
     check_is_float,
     check_is_number,

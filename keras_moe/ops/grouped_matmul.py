@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from keras_moe._internal.validation import (
+from keras_moe._internal.tensor_checks import (
     check_is_float,
     check_is_integer,
     check_numbers,

@@ -17,12 +17,10 @@ from keras_moe._internal.shape_checks import (
     known,
     num_experts_of,
 )
+from keras_moe._internal.tensor_checks import check_divides, check_is_integer, check_size
 from keras_moe._internal.validation import (
-    check_divides,
-    check_is_integer,
     check_positive_integer,
     check_positive_number,
-    check_size,
     check_top_k,
     is_whole,
     shortened,

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_moe._internal.shape_checks import check_fields, check_scores, check_selected
+from keras_moe._internal.tensor_checks import check_experts, check_mask
 from keras_moe._internal.validation import (
     check_choice,
-    check_experts,
     check_flag,
     check_function,
-    check_mask,
     check_positive_number,
     check_top_k,
     shortened,

@@ -4,11 +4,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal.serialization import register
-from keras_moe._internal.validation import (
-    check_positive_integer,
-    check_seed,
-    check_top_k,
-)
+from keras_moe._internal.validation import check_positive_integer, check_seed, check_top_k
 from keras_moe.ops import make_routing
 from keras_moe.ops.selection import chosen_experts, existing
 from keras_moe.routers.router import Router

@@ -9,21 +9,23 @@ from keras_moe import backend
 from keras_moe._internal.named_arguments import NamedArguments
 from keras_moe._internal.saved_state import load_draws, save_draws
 from keras_moe._internal.shape_checks import check_fields
-from keras_moe._internal.validation import (
+from keras_moe._internal.tensor_checks import (
     check_divides,
     check_host_integers,
     check_host_numbers,
     check_is_float,
     check_is_integer,
     check_mask,
-    check_method,
-    check_positive_integer,
     check_replayed,
     check_tensor,
     check_token_ids,
-    check_training,
     fits,
     host_values,
+)
+from keras_moe._internal.validation import (
+    check_method,
+    check_positive_integer,
+    check_training,
     shortened,
 )
 from keras_moe.ops import Routing, plan_groups

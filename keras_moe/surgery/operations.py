@@ -7,13 +7,8 @@ from keras import ops
 
 from keras_moe._internal.batches import check_list_of_batches
 from keras_moe._internal.keras_internals import forget_compiled, forget_old_weights
-from keras_moe._internal.validation import (
-    check_choice,
-    check_top_k,
-    host_values,
-    is_whole,
-    shortened,
-)
+from keras_moe._internal.tensor_checks import host_values
+from keras_moe._internal.validation import check_choice, check_top_k, is_whole, shortened
 from keras_moe.inspection import moe_layers
 from keras_moe.routers.group_limited import GroupLimitedRouter
 from keras_moe.surgery import measuring

@@ -4,12 +4,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe._internal.validation import (
-    check_experts,
-    check_positive_integer,
-    host_values,
-    shortened,
-)
+from keras_moe._internal.tensor_checks import check_experts, host_values
+from keras_moe._internal.validation import check_positive_integer, shortened
 from keras_moe.ops.routing import Routing
 
 # A table of experts and experts or labels holds so many squared: 400 MB.

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from keras_moe._internal.validation import check_counts
+from keras_moe._internal.tensor_checks import check_counts
 from keras_moe.metrics import router_saturation
 from keras_moe.visualization.panels import count_on, heat_map, one_panel_a_layer
 from keras_moe.visualization.sources import as_tensors, by_layer, routings
