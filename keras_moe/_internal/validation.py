@@ -1,8 +1,8 @@
 """Checks of arguments: each error states the rule, what was received, and the fix.
 
 What is known without the device is checked before anything is computed: types, shapes (see
-`tensor_checks`), and the values of numbers. Checks of numbers return them as Python's own, which can
-be saved.
+`tensor_checks`), and the values of numbers. Checks of numbers return them as Python's own, which
+can be saved.
 """
 
 import difflib
