@@ -144,7 +144,7 @@ ERRORS = [
     (
         {"loss_weights": {"z": (1,)}},
         f"`loss_weights` must be one of {', '.join(map(repr, sorted(losses.BY_NAME)))}. "
-        "Received: loss_weights='z'. Pass one of them.",
+        "Received: loss_weights='z'. Did you mean 'router_z'?",
     ),
     (
         {"capacity_factors": (0,)},
