@@ -306,11 +306,10 @@ def test_a_monitor_after_an_evaluation_that_was_interrupted_counts_anew():
     assert usage(history) == about(expected)
 
 
-def test_two_monitors_count_alike():
-    first, second = ExpertMonitor(), ExpertMonitor()
-    model = model_of(routed())
-    history = fit(model, second, monitor=first, epochs=3)
-    assert usage(history)["val_moe_load_imbalance"] == about(0.0)
+@pytest.mark.parametrize("validation", [True, False])
+def test_a_second_monitor_is_refused_as_it_would_find_no_counts(validation):
+    with pytest.raises(ValueError, match="must have one `ExpertMonitor`"):
+        fit(model_of(routed()), ExpertMonitor(), validation=validation)
 
 
 def test_a_context_counts_and_ends_with_any_exit():

@@ -143,6 +143,11 @@ def test_what_lora_has_learned_is_converted(tmp_path):
     assert_close(ops.convert_to_numpy(again(TOKENS)), ops.convert_to_numpy(layer(TOKENS)))
 
 
+def in_integers(folder):
+    weights = safetensors_numpy.load_file(folder / "model.safetensors")
+    return {name: value.astype("int8") for name, value in weights.items()}
+
+
 def test_what_cannot_be_converted_is_refused_with_a_reason(tmp_path):
     model_of("qwen3_moe").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -158,6 +163,11 @@ def test_what_cannot_be_converted_is_refused_with_a_reason(tmp_path):
             lambda: convert.from_hugging_face(tmp_path, 0, {**config, "moe_intermediate_size": 5}),
             "of shape",
         ),
+        (
+            lambda: convert.from_hugging_face(tmp_path, 0, {**config, "quantization_config": {}}),
+            "of a model that is not quantized",
+        ),
+        (lambda: convert.from_hugging_face(in_integers(tmp_path), 0, config), "of int8"),
         (
             lambda: convert.to_hugging_face(convert.from_hugging_face(tmp_path, 0), 0, "gpt_oss"),
             "without `router.bias`",

@@ -210,3 +210,12 @@ def test_a_mixture_is_not_searched_for_dense_layers():
     mixture = layers.MixtureOfExperts(bank, keras_moe.routers.TopKRouter(1, 1))
     with pytest.raises(ValueError, match="dense feed-forward"):
         keras_moe.upcycle(keras.Sequential([keras.Input((D,)), mixture]))
+
+
+def test_layers_that_look_like_a_feed_forward_and_stay_dense_are_named():
+    inputs = x = keras.Input((4,))
+    for number, activation in enumerate((keras.layers.Activation("relu"), keras.layers.ReLU())):
+        x = keras.layers.Dense(4)(activation(keras.layers.Dense(8, name=f"up_{number}")(x)))
+    with pytest.warns(UserWarning, match=r"stay dense: \['up_1'\]"):
+        model = keras_moe.upcycle(keras.Model(inputs, x))
+    assert list(inspection.moe_layers(model)) == ["up_0_experts"]

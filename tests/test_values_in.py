@@ -916,7 +916,7 @@ METHODS = {
         (lambda v: routed_by(select=v), [lambda self: 1, lambda self, s: None, lambda self, s: s]),
         (lambda v: routed_by(call=lambda self, tokens, **kwargs: v), [None, "x", (1, 2)]),
         (lambda v: own(routers.Router, route=v)(E), [lambda self, tokens: routing()]),
-        (lambda v: own(OfOnesOwn, top_k=v)(E, routing())(normal(T, D)), [None]),
+        (lambda v: own(OfOnesOwn, top_k=v)(E, routing())(normal(T, D)), [None, 9, "a"]),
     ],
     "call of a bank of one's own": [
         (served_by, [lambda self, tokens: tokens, lambda self, tokens, plan: None]),

@@ -72,7 +72,7 @@ def _refuse_shape(name, shape, axes, sizes):
     raise ValueError(
         f"`{name}` must have the shape ({', '.join(axes)}{',' * (len(axes) == 1)}). "
         f"Received: {name}.shape={tuple(shape)}{' with ' * bool(here)}{', '.join(here)}. "
-        "Change one of them: what belongs together has the same tokens and experts."
+        "Change one of them: what belongs together has the same sizes."
     )
 
 

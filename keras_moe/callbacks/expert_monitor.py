@@ -124,7 +124,13 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
         training = self._read_counts() if self._training is None else self._training
         test = self._test or {}
         if logs is not None:
-            logs.update(self._logs(training))
+            of_training = self._logs(training)
+            if not of_training.keys().isdisjoint(logs):
+                raise ValueError(
+                    "A model must have one `ExpertMonitor`, which resets the counters that it has "
+                    "read. Received: a second one. Leave one of them out."
+                )
+            logs.update(of_training)
             logs.update({f"val_{key}": value for key, value in self._logs(test).items()})
         for split, usages, shares in (
             ("train", training, self.shares),

@@ -8,8 +8,8 @@ import keras
 import numpy as np
 
 from keras_moe._internal.parameters import parameters_of
-from keras_moe._internal.tensor_checks import check_numbers
-from keras_moe._internal.validation import check_choice, is_whole, shortened
+from keras_moe._internal.tensor_checks import check_numbers, is_of
+from keras_moe._internal.validation import check_choice, dtype_of, is_whole, shortened
 from keras_moe.convert.hugging_face_families import (
     FAMILIES,
     check_computes_as,
@@ -40,8 +40,8 @@ def from_hugging_face(source, layer, config=None, into=None, **kwargs):
         The layer, built.
 
     Raises:
-        ValueError: If the model is of another family, a weight is missing, such as those of
-            quantized files, a shape does not fit, or `into` computes something else.
+        ValueError: If the model is of another family or quantized, a weight is missing, a shape
+            does not fit, or `into` computes something else.
 
     Example:
 
@@ -57,6 +57,11 @@ def from_hugging_face(source, layer, config=None, into=None, **kwargs):
             f"{shortened(config)} (of type {type(config).__name__}). Pass `model.config.to_dict()`."
         )
     check_choice("model_type", config.get("model_type"), tuple(FAMILIES))
+    if config.get("quantization_config") is not None:
+        raise ValueError(
+            "The weights must be floats, of a model that is not quantized. Received: a config with "
+            "`quantization_config`. Dequantize the model first."
+        )
     if into is None:
         with _reading(config):
             mixture = mixture_of(config, **kwargs)
@@ -249,5 +254,10 @@ def _assign(variable, value, name):
             "The shapes of the layer must be those of the model. Received: "
             f"{name!r} of shape {value.shape} for `{variable.path}` of shape "
             f"{tuple(variable.shape)}. Pass the config of the model, and a layer that is like it."
+        )
+    if not is_of("float", value):
+        raise ValueError(
+            "The weights must be floats, of a model that is not quantized. Received: "
+            f"{name!r} of {dtype_of(value)}. Dequantize the model first."
         )
     variable.assign(value)

@@ -281,11 +281,17 @@ class MixtureOfExperts(Recomputable):
         return self.call(*args, **kwargs)
 
     def _plan(self, routing, sequence_length, training):
-        if self.capacity is None:
-            return self.router.plan(routing)
-        return self.router.plan(
-            routing, **self.capacity.limits(routing, sequence_length, training, self._capacity_seed)
-        )
+        limits = {}
+        if self.capacity is not None:
+            limits = self.capacity.limits(routing, sequence_length, training, self._capacity_seed)
+        plan = self.router.plan(routing, **limits)
+        if not hasattr(plan, "dropped_fraction"):
+            raise TypeError(
+                "`plan` of a router must return a plan, such as `ops.plan_groups` makes. Received: "
+                f"an object of type {type(plan).__name__} from `{type(self.router).__name__}`. "
+                "Return `super().plan(routing, **limits)`."
+            )
+        return plan
 
     def _shared(self, inputs, mask):
         arguments = {"mask": mask} if self._shared_arguments else {}

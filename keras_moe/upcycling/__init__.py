@@ -1,5 +1,7 @@
 """Dense models become mixtures of experts."""
 
+import warnings
+
 import keras
 import numpy as np
 
@@ -19,7 +21,7 @@ from keras_moe.layers.gated_experts import GatedExperts
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.routers.top_k import TopKRouter
 from keras_moe.upcycling.experts import expert_weights
-from keras_moe.upcycling.feed_forwards import feed_forwards
+from keras_moe.upcycling.feed_forwards import feed_forwards, overlooked
 from keras_moe.upcycling.rewriting import rewrite
 
 
@@ -170,6 +172,12 @@ def _choose(model, select):
     names = [feed_forward.name for feed_forward in found]
     if select is None:
         wanted = set(names)
+        if left := overlooked(model, found):
+            warnings.warn(
+                f"These layers stay dense: {left}. Between each and the `Dense` layer that leads "
+                "back stands something else than dropout or a `keras.layers.Activation`.",
+                stacklevel=3,
+            )
     elif callable(select):
         check_function("select", select, "name")
         wanted = {name for name in names if select(name)}

@@ -102,6 +102,25 @@ def _in_graph(model):
             yield FeedForward(up.name, up, down, None, activation, (*layers, down))
 
 
+def overlooked(model, found):
+    """Names of `Dense` layers from D to H features that lead to one back to D by other layers."""
+    known = {id(feed_forward.up) for feed_forward in found}
+    names = []
+    for part in model._flatten_layers():
+        if not isinstance(part, (Functional, keras.Sequential)):
+            continue
+        following = _following_layers(part)
+        for up in part.layers:
+            between = down = following.get(id(up))
+            while down is not None and not _is_dense(down):
+                down = following.get(id(down))
+            if down is None or down is between or id(up) in known or not _is_dense(up):
+                continue
+            if _fit(up, down):
+                names.append(up.name)
+    return names
+
+
 _Activation = keras.layers.Activation
 
 
