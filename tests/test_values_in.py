@@ -97,6 +97,12 @@ def fed(**wrong):
     return ops.grouped_feed_forward(**{**arguments, **wrong})
 
 
+def of_integers():
+    """A cache with keys that are none."""
+    cache = decoder().make_cache(1, 4)
+    return {**cache, "keys": keras.ops.cast(cache["keys"], "int32")}
+
+
 def made(**wrong):
     """A routing of one's own."""
     arguments = {"indices": np.zeros((T, E), "int32"), "weights": LOGITS, "probs": LOGITS}
@@ -122,6 +128,11 @@ def own(base, **members):
 def routed_by(**members):
     router = own(routers.TopKRouter, **members)(E, K, balancer="loss_free", use_bias=True)
     return router(normal(T, D), training=True)
+
+
+def built_with(returned):
+    loss = own(losses.LoadBalance, build=lambda self, layer: returned)
+    return moe(router_losses=[loss()])(normal(T, D))
 
 
 def served_by(call):
@@ -845,6 +856,8 @@ METHODS = {
     ],
     "a loss of one's own": [
         (lambda v: Loss(v)(routing()), [None, "big", LOGITS[0], np.zeros((1,))]),
+        (lambda v: Loss(v)(routing()), [True, np.ones((), "int32")]),
+        (built_with, [None, 3]),
         (lambda v: moe(router_losses=[Loss(v)])(normal(T, D), training=True), [None, LOGITS[0]]),
     ],
     "a bank and its plan": [
@@ -953,7 +966,7 @@ METHODS = {
     "cache": [
         (
             lambda v: decoder()(normal(1, 2, D), cache=v, position=0),
-            [{}, {"mask": np.ones((1, 4), bool)}, [1], decoder().make_cache(2, 4)],
+            [{}, {"mask": np.ones((1, 4), bool)}, [1], decoder().make_cache(2, 4), of_integers()],
         ),
     ],
     "context": [

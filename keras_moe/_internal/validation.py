@@ -106,7 +106,7 @@ def closest(value, names):
     if not letters:
         return None
     related = [each for each in by_letters if letters in each or each in letters]
-    nearest = difflib.get_close_matches(letters, by_letters, n=1)
+    nearest = difflib.get_close_matches(letters, by_letters, n=1, cutoff=0.65)
     nearest = nearest or difflib.get_close_matches(letters, related, n=1, cutoff=0)
     return by_letters[nearest[0]] if nearest else None
 

@@ -8,8 +8,13 @@ from keras_moe._internal.shape_checks import check_shapes, known
 from keras_moe._internal.tensor_checks import check_is_integer, check_mask, check_rank
 from keras_moe._internal.validation import is_whole, shortened
 
-_SEEN = {"keys": "BMHN", "values": "BMHN", "mask": "BM"}
-_CONTEXT = {"context_keys": "BSHN", "context_values": "BSHN", "context_mask": "BS"}
+# Axes, and what kind of dtype it is.
+_SEEN = {"keys": ("BMHN", "float"), "values": ("BMHN", "float"), "mask": ("BM", "mask")}
+_CONTEXT = {
+    "context_keys": ("BSHN", "float"),
+    "context_values": ("BSHN", "float"),
+    "context_mask": ("BS", "mask"),
+}
 
 
 def check_has_context(cross_attention, given):
@@ -67,7 +72,7 @@ def _check_tensors(block, inputs, cache):
             f"type {type(cache).__name__} without {missing}. Make one by `make_cache`."
         )
     check_shapes(
-        {f"cache[{name!r}]": (cache[name], letters) for name, letters in axes.items()},
+        {f"cache[{name!r}]": (cache[name], *fitting) for name, fitting in axes.items()},
         H=block.num_heads,
         **known(B=inputs.shape[0], N=inputs.shape[2] // block.num_heads),
     )

@@ -32,7 +32,7 @@ from keras_moe.layers.misplaced_arguments import PLACES, check_place
 from keras_moe.layers.mixture_state import load_state, save_state
 from keras_moe.layers.recomputation import Recomputable, effects_once
 from keras_moe.layers.sublayers import accepted_arguments, build_and_measure
-from keras_moe.losses.router_loss import check_is_scalar
+from keras_moe.losses.router_loss import check_is_loss, check_is_scalar
 from keras_moe.ops.sizes import at_least
 
 
@@ -198,7 +198,9 @@ class MixtureOfExperts(Recomputable):
         built, self.loss_states = [], []
         for loss in self.router_losses:
             before = {id(variable) for variable in self.variables}
-            built.append(loss.build(self))
+            of_layer = loss.build(self)
+            check_is_loss(of_layer, f"`{type(loss).__name__}.build`")
+            built.append(of_layer)
             self.loss_states.append(
                 [variable for variable in self.variables if id(variable) not in before]
             )

@@ -3,7 +3,8 @@
 import numbers
 
 from keras_moe._internal.serialization import Configured
-from keras_moe._internal.validation import check_not_negative
+from keras_moe._internal.tensor_checks import is_of
+from keras_moe._internal.validation import check_not_negative, dtype_of
 
 
 class RouterLoss(Configured):
@@ -54,6 +55,14 @@ class RouterLoss(Configured):
         return {"weight": self.weight}
 
 
+def check_is_loss(loss, made_by):
+    if not isinstance(loss, RouterLoss):
+        raise TypeError(
+            f"{made_by} must return the loss of a layer. Received: an object of type "
+            f"{type(loss).__name__}. Return `self`, or a copy of it."
+        )
+
+
 def check_is_scalar(loss, value):
     """The value of a loss, which is one number."""
     shape = () if isinstance(value, numbers.Real) else getattr(value, "shape", None)
@@ -62,5 +71,11 @@ def check_is_scalar(loss, value):
         raise ValueError(
             f"A router loss must be one number. Received: a value of {received} from "
             f"`{type(loss).__name__}.compute`. Return, for example, its `keras.ops.mean`."
+        )
+    if isinstance(value, bool) or (hasattr(value, "dtype") and not is_of("float", value)):
+        received = "bool" if isinstance(value, bool) else dtype_of(value)
+        raise TypeError(
+            f"A router loss must be a float. Received: a value of {received} from "
+            f"`{type(loss).__name__}.compute`. An integer has no gradient: compute in float32."
         )
     return value
