@@ -109,10 +109,8 @@ def summary(model, print_fn=print):
     if not any(sum(layer.counts) for layer in layers):
         print_fn("")
         print_fn(
-            "The counters are empty: they count in training, and a monitor resets them. Run "
-            "`with inspection.count_in_evaluation(model): model.evaluate(...)` before. If the "
-            "model was evaluated without it, compile it again first: what is compiled does not "
-            "change."
+            "The counters are empty: they count in training, and a monitor resets them. To count: "
+            "`with keras_moe.inspection.count_in_evaluation(model): model.evaluate(...)`."
         )
 
 
