@@ -38,6 +38,11 @@ T, D, H, E, K = 64, 8, 16, 4, 2
 OPTIONS = {"features": D, "hidden": H, "top_k": K, "gated": False, "activation": "gelu"}
 
 
+# `test_layer_compares_skews_and_number_of_tokens` times a compiled step on every backend. These
+# programs time others in the same way, and would take half a minute each.
+where_nothing_is_compiled = pytest.mark.one_backend("torch")
+
+
 @pytest.fixture(autouse=True)
 def scratch(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "RESULTS", tmp_path / "results")
@@ -96,6 +101,7 @@ def test_layer_takes_gated_experts_in_low_precision():
     assert keras.config.dtype_policy().name == "mixed_bfloat16"
 
 
+@where_nothing_is_compiled
 def test_model_trains_whole_transformers():
     rows = model.main(["--smoke"])
     assert written("model")["rows"] == rows
@@ -124,6 +130,7 @@ def test_the_models_differ_by_router_and_idle_experts_only():
     assert sizes[1] - sizes[0] == model.BLOCKS * (router + second_bias)
 
 
+@where_nothing_is_compiled
 def test_monitoring_is_timed_against_layers_that_count_nothing():
     rows = monitoring.main(["--smoke"])
     assert_timed(rows)
@@ -211,6 +218,7 @@ def test_peers_agree_or_say_why_they_are_not_timed():
             assert by_name[name]["max_difference"] <= 1e-5
 
 
+@where_nothing_is_compiled
 @pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning")
 def test_a_model_of_keras_hub_is_timed_before_and_after():
     pytest.importorskip("keras_hub")
