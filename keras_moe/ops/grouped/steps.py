@@ -93,9 +93,8 @@ def feed_forward_step(activation, widths, clip=None, up_shift=0.0):
         clip: with a gate, limit of its projection from above and of the other one on both sides.
         up_shift: with a gate, what is added to the other projection.
     """
-    if (
-        backend.knows_shapes()
-    ):  # otherwise a compiler may read this, which cannot ask for signatures
+    # Where shapes are unknown a compiler may read this, which cannot ask for signatures.
+    if backend.knows_shapes():
         check_function("activation", activation, "x")
     *ups, down = range(len(widths))
 
