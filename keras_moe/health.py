@@ -227,7 +227,10 @@ def judge_heavy_losses(router_losses, weights, total):
         return None
     text = f"{' and '.join(name for name, *_ in heavy)} is at least half of the loss, {total:.3g}."
     usual = heavy[0][2]
-    fix = f"The router learns balance instead of the task: give it a weight of about {usual:g}."
+    fix = (
+        "The router may learn balance instead of the task: try a weight of about "
+        f"{usual:g}, if the load stays even with it."
+    )
     return Finding(HINT, text, fix)
 
 
