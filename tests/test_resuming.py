@@ -24,8 +24,10 @@ def compiled(*parts):
             [x, keras.ops.cast(part(keras.layers.LayerNormalization()(x)), "float32")]
         )
     model = keras.Model(inputs, x)
-    # All of them take minutes to compile; the trainings with callbacks are compiled.
-    model.compile(keras.optimizers.Adam(0.01), "mse", run_eagerly=True)
+    # TensorFlow takes minutes to trace all of them; the trainings with callbacks are traced. JAX must
+    # compile them: one by one its operations round by where their arrays happen to lie.
+    eager = keras.backend.backend() == "tensorflow"
+    model.compile(keras.optimizers.Adam(0.01), "mse", run_eagerly=eager)
     return model
 
 
