@@ -24,8 +24,8 @@ def compiled(*parts):
             [x, keras.ops.cast(part(keras.layers.LayerNormalization()(x)), "float32")]
         )
     model = keras.Model(inputs, x)
-    # TensorFlow takes minutes to trace all of them; the trainings with callbacks are traced. JAX must
-    # compile them: one by one its operations round by where their arrays happen to lie.
+    # TensorFlow takes minutes to trace all of them; the trainings with callbacks are traced. JAX
+    # compiles: operations one by one round by where their arrays happen to lie.
     eager = keras.backend.backend() == "tensorflow"
     model.compile(keras.optimizers.Adam(0.01), "mse", run_eagerly=eager)
     return model
