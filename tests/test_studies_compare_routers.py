@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("matplotlib")
 
-pytestmark = pytest.mark.one_backend("tensorflow")
+pytestmark = pytest.mark.one_backend("torch")
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "studies"))
 
