@@ -130,6 +130,11 @@ def routed_by(**members):
     return router(normal(T, D), training=True)
 
 
+def planned_by(plan):
+    router = own(routers.TopKRouter, plan=plan)
+    return moe(router=router(E, K))(normal(T, D))
+
+
 def built_with(returned):
     loss = own(losses.LoadBalance, build=lambda self, layer: returned)
     return moe(router_losses=[loss()])(normal(T, D))
@@ -930,6 +935,7 @@ METHODS = {
         (lambda v: routed_by(call=lambda self, tokens, **kwargs: v), [None, "x", (1, 2)]),
         (lambda v: own(routers.Router, route=v)(E), [lambda self, tokens: routing()]),
         (lambda v: own(OfOnesOwn, top_k=v)(E, routing())(normal(T, D)), [None, 9, "a"]),
+        (planned_by, [lambda self, routing: None, lambda self, routing: routing]),
     ],
     "call of a bank of one's own": [
         (served_by, [lambda self, tokens: tokens, lambda self, tokens, plan: None]),

@@ -184,6 +184,16 @@ def check_bank_call(bank, tokens, plan):
         )
 
 
+def check_planned(router, plan):
+    """What the `plan` of a router returned, which may be one of the user's own."""
+    if not hasattr(plan, "dropped_fraction"):
+        raise TypeError(
+            "`plan` of a router must return a plan, such as `ops.plan_groups` makes. Received: "
+            f"an object of type {type(plan).__name__} from `{type(router).__name__}`. "
+            "Return `super().plan(routing, **limits)`."
+        )
+
+
 def check_served(bank, tokens, outputs):
     """What the `call` of a bank returned, which may be one of the user's own."""
     name = f"{type(bank).__name__}.call(...)"

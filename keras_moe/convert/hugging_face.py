@@ -60,7 +60,7 @@ def from_hugging_face(source, layer, config=None, into=None, **kwargs):
     if config.get("quantization_config") is not None:
         raise ValueError(
             "The weights must be floats, of a model that is not quantized. Received: a config with "
-            "`quantization_config`. Dequantize the model first."
+            "`quantization_config`. Dequantize the weights, and leave that entry out."
         )
     if into is None:
         with _reading(config):

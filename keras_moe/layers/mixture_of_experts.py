@@ -7,7 +7,7 @@ from keras import ops as keras_ops
 
 from keras_moe import backend, losses, ops, routers
 from keras_moe._internal.serialization import config_of, register, resolve
-from keras_moe._internal.shape_checks import check_inputs_shape
+from keras_moe._internal.shape_checks import check_inputs_shape, check_planned
 from keras_moe._internal.tensor_checks import (
     check_float_inputs,
     check_host_numbers,
@@ -287,12 +287,7 @@ class MixtureOfExperts(Recomputable):
         if self.capacity is not None:
             limits = self.capacity.limits(routing, sequence_length, training, self._capacity_seed)
         plan = self.router.plan(routing, **limits)
-        if not hasattr(plan, "dropped_fraction"):
-            raise TypeError(
-                "`plan` of a router must return a plan, such as `ops.plan_groups` makes. Received: "
-                f"an object of type {type(plan).__name__} from `{type(self.router).__name__}`. "
-                "Return `super().plan(routing, **limits)`."
-            )
+        check_planned(self.router, plan)
         return plan
 
     def _shared(self, inputs, mask):

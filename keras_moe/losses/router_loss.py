@@ -56,6 +56,7 @@ class RouterLoss(Configured):
 
 
 def check_is_loss(loss, made_by):
+    """What the `build` of a loss returned, which may be one of the user's own."""
     if not isinstance(loss, RouterLoss):
         raise TypeError(
             f"{made_by} must return the loss of a layer. Received: an object of type "
