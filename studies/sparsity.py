@@ -48,7 +48,7 @@ TOP_K = 2
 # A tenth of a run, and of another seed than any run.
 TRIAL_EPOCHS, TRIAL_SEED = 1, 1000
 LEARNING_RATES = (5e-3, 2.5e-3, 1e-2, 2e-2)
-BALANCE_WEIGHTS = (1e-2, 1e-3, 1e-4)
+BALANCE_WEIGHTS = (1e-2, 1e-3, 1e-1)
 
 
 def main(arguments=None):
