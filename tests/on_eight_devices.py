@@ -115,7 +115,8 @@ def one_device():
     return on(None, trained)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+# One device a batch by both names would compile the same once more.
+@pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if mesh != "8x1"])
 def test_fit_gives_what_one_device_gives(one_device, mesh):
     def compare(path, actual, expected):
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5, err_msg=str(path))

@@ -40,7 +40,7 @@ OPTIONS = {"features": D, "hidden": H, "top_k": K, "gated": False, "activation":
 
 # `test_layer_compares_skews_and_number_of_tokens` times a compiled step on every backend. These
 # programs time others in the same way, and would take half a minute each.
-where_nothing_is_compiled = pytest.mark.one_backend("torch")
+where_nothing_is_compiled = pytest.mark.backends("torch")
 
 
 @pytest.fixture(autouse=True)

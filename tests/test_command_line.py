@@ -91,7 +91,7 @@ def test_a_file_that_is_no_model_is_told(tmp_path, capsys):
     assert "error: argument model: " in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.one_backend("torch")
+@pytest.mark.backends("torch")
 def test_layers_of_the_users_own_are_imported_first(tmp_path, monkeypatch):
     source = (
         "import keras\n"

@@ -21,6 +21,10 @@ FUNCTIONS = {"report": "reporting", "summary": "inspection", "upcycle": "upcycli
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+# JAX would compile each operation of such a program by itself.
+of_many_operations = pytest.mark.backends("tensorflow", "torch")
+
+
 def blocks(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
@@ -80,6 +84,7 @@ def test_the_site_has_every_page_and_every_public_part():
             assert f"::: keras_moe.{FUNCTIONS.get(name, name)}" in reference, name
 
 
+@of_many_operations
 def test_the_guide_to_routers_makes_layers_and_a_router():
     names = run("docs/routers.md")
     routing = names["NearestRouter"](8)(keras.random.normal((5, 4)))
@@ -93,6 +98,7 @@ def test_the_page_on_reliability_pads_to_few_lengths():
     np.testing.assert_array_equal(pad(np.ones((1, 6))), [[1, 1, 1, 1, 1, 1, 0, 0]])
 
 
+@of_many_operations
 @pytest.mark.parametrize("document", ["capacity", "generating", "metrics", "surgery", "upcycling"])
 def test_guides_that_need_nothing_run(document, capsys):
     names = run(f"docs/{document}.md")
@@ -100,6 +106,7 @@ def test_guides_that_need_nothing_run(document, capsys):
     assert capsys.readouterr().out.count("[") >= 1
 
 
+@of_many_operations
 def test_the_search_of_the_guide_to_tuning_finds_a_layer(tmp_path, monkeypatch, capsys):
     pytest.importorskip("keras_tuner")
     monkeypatch.chdir(tmp_path)
@@ -110,6 +117,7 @@ def test_the_search_of_the_guide_to_tuning_finds_a_layer(tmp_path, monkeypatch, 
     keras.backend.clear_session()
 
 
+@of_many_operations
 def test_the_guide_to_seeing_experts_trains_and_draws(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     pytest.importorskip("matplotlib")
@@ -119,13 +127,13 @@ def test_the_guide_to_seeing_experts_trains_and_draws(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == written
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="Keras splits weights on JAX only")
+@pytest.mark.backends("jax")
 def test_the_guide_to_many_devices_sets_a_distribution():
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     run_in_a_process("".join(blocks("docs/scaling.md")), XLA_FLAGS=flags)
 
 
-@pytest.mark.skipif(BACKEND == "jax", reason="for the other backends")
+@pytest.mark.backends("tensorflow", "torch")
 def test_the_guide_to_replicas_trains_on_its_backends():
     first, *others = blocks("docs/replicas.md")
     of_backend = others[:1] if BACKEND == "tensorflow" else others[1:]
@@ -135,6 +143,7 @@ def test_the_guide_to_replicas_trains_on_its_backends():
     run_in_a_process("".join([first, *of_backend]), **of_torchrun)
 
 
+@of_many_operations
 def test_the_recipes_for_parts_of_ones_own_run_and_are_short():
     names = run("docs/extending.md")
     assert names["layer"].expert_counts.shape == (8,)

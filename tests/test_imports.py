@@ -75,7 +75,7 @@ def test_the_package_imports_nothing_but_itself_and_the_backend_of_keras():
     assert {name.split(".")[2].partition("_")[0] for name in backends} == {BACKEND}
 
 
-@pytest.mark.one_backend("torch")
+@pytest.mark.backends("torch")
 def test_another_backend_is_refused_with_the_way_out():
     done = run("import keras_moe", backend="numpy")
     assert done.returncode != 0

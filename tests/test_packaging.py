@@ -11,7 +11,7 @@ import zipfile
 import pytest
 
 # Python files and data, the same under every backend.
-pytestmark = pytest.mark.one_backend("torch")
+pytestmark = pytest.mark.backends("torch")
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = sorted(

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from conftest import MODES, assert_close, compiled, to_numpy
+from conftest import BACKEND, MODES, assert_close, compiled, gradients, to_numpy
 from layer_checks import normal
 
 from keras_moe import inspection, layers, routers
@@ -69,6 +69,26 @@ def test_integers_are_the_nearest_of_each_expert(model):
     values, scale = to_numpy((bank.down_kernel, bank.down_scale))
     assert values.dtype == "int8" and scale.shape == (E, 1, D)
     assert np.all(np.abs(values * scale - kernel) <= 0.5001 * scale)
+
+
+@pytest.mark.parametrize("block", [1, 5 * H, 2**19] if BACKEND == "torch" else [None])
+def test_outputs_and_gradients_are_those_of_the_integers_as_floats(model, block, monkeypatch):
+    if BACKEND == "torch":
+        monkeypatch.setattr("keras_moe.backend.torch.CPU_BLOCK", block)
+    bank, x = bank_of(model), normal(64, D)
+    bank.quantize("int8")
+    floats = model_of(type(bank)(E, H))  # with the same router
+    for name in ("gate", "up", "down"):
+        if hasattr(bank, f"{name}_kernel"):
+            values, scale = (getattr(bank, f"{name}_{part}") for part in ("kernel", "scale"))
+            getattr(bank_of(floats), f"{name}_kernel").assign(to_numpy(values) * to_numpy(scale))
+
+    def loss_of(model):
+        return lambda x: keras.ops.sum(keras.ops.square(model(x)))
+
+    (actual,), (expected,) = (gradients(loss_of(each), [x]) for each in (model, floats))
+    assert_close(to_numpy(model(x)), to_numpy(floats(x)))
+    assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("block_size", [24, 128, None])

@@ -16,8 +16,8 @@ import keras_moe  # noqa: E402
 import keras_moe.__main__  # noqa: E402
 from keras_moe import layers, routers  # noqa: E402
 
-# What the page does once it is written.
-of_the_page = pytest.mark.one_backend("torch")
+# What is made of arrays that are recorded already, and what the page does once it is written.
+of_the_page = pytest.mark.backends("torch")
 EVIL = "<script>window.broken = true</script>"
 
 
@@ -84,6 +84,7 @@ def test_the_choices_of_each_token_are_on_the_page(tmp_path):
     np.testing.assert_array_equal(weights, [100, 100, 0, 100, 0, 0])
 
 
+@of_the_page
 def test_layers_have_their_own_labels_and_tokens(tmp_path):
     model = one_hot_model("first", "second")
     words = {"first": ["red green", "blue red"], "second": ["uno dos", "tres uno"]}
@@ -95,6 +96,7 @@ def test_layers_have_their_own_labels_and_tokens(tmp_path):
     assert first["labels"] is None and "warm" in html
 
 
+@of_the_page
 @pytest.mark.parametrize("argument", ["labels", "tokens"])
 def test_a_layer_that_the_model_does_not_have_is_named(argument, tmp_path):
     message = rf"`{argument}` as a dict must .* \['third'\]. Choose from \['first'\]"
@@ -102,6 +104,7 @@ def test_a_layer_that_the_model_does_not_have_is_named(argument, tmp_path):
         written(tmp_path, one_hot_model("first"), ids([1]), **{argument: {"third": ["a"]}})
 
 
+@of_the_page
 def test_integer_data_are_shown_as_they_are_and_texts_are_split():
     from keras_moe.reporting.texts import token_texts
 
@@ -113,6 +116,7 @@ def test_integer_data_are_shown_as_they_are_and_texts_are_split():
     assert token_texts(None, data, 0, 2) == []
 
 
+@of_the_page
 def test_the_layers_are_measured(tmp_path):
     model = one_hot_model("only")
     _, html = written(tmp_path, model, ids([1, 1, 1, 1], [4, 4, 4, 4]), ["a", "b"])
@@ -125,6 +129,7 @@ def balanced(repeat=20):
     return np.tile(ids([1, 2, 3, 4], [4, 3, 2, 1]), (1, repeat))
 
 
+@of_the_page
 @pytest.mark.parametrize(
     "data, expected",
     [
@@ -137,6 +142,7 @@ def test_verdicts_are_plain_words(tmp_path, data, expected):
     assert verdicts(html)[0].startswith(expected)
 
 
+@of_the_page
 def test_an_untrained_router_is_said_to_have_no_preference(tmp_path):
     experts = layers.FeedForwardExperts(E, 8)
     inputs = keras.Input((None,), dtype="int32")
@@ -146,6 +152,7 @@ def test_an_untrained_router_is_said_to_have_no_preference(tmp_path):
     assert "new: The router has no preference: all experts are about equally probable." in html
 
 
+@of_the_page
 def test_a_model_without_experts_says_so(tmp_path):
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     path, html = written(tmp_path, model, np.zeros((2, 3), "float32"))
@@ -155,6 +162,7 @@ def test_a_model_without_experts_says_so(tmp_path):
         assert page.run("document.getElementById('text-section').hidden")
 
 
+@of_the_page
 def test_data_of_any_structure_and_of_no_token_layout_are_reported(tmp_path):
     left, right = keras.Input((E,), name="left"), keras.Input((E,), name="right")
     added = keras.layers.Add()([left, right])
@@ -165,6 +173,7 @@ def test_data_of_any_structure_and_of_no_token_layout_are_reported(tmp_path):
     assert data_of(html)[0]["experts"] == [0, 1, 2, 3]
 
 
+@of_the_page
 def test_what_comes_from_data_is_text_and_never_markup(tmp_path):
     model = one_hot_model("first")
     words = [[EVIL, "</script>", "$x_$", "<!--"] * 20] * 2
@@ -181,6 +190,7 @@ def test_what_comes_from_data_is_text_and_never_markup(tmp_path):
 ACTIVE = "a\u202eb\x1b[31m\nc\x00\u2066\u200d"
 
 
+@of_the_page
 def test_control_characters_stand_as_text_in_the_page_and_on_the_terminal(tmp_path, capsys):
     name, documents = ACTIVE.replace("\x00", ""), balanced()
     model = one_hot_model(name)
@@ -347,6 +357,7 @@ MISTAKES = {
 }
 
 
+@of_the_page
 @pytest.mark.parametrize("message", MISTAKES)
 def test_a_mistake_is_told_with_the_way_out(message, tmp_path):
     with pytest.raises(ValueError) as error:

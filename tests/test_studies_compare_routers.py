@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("matplotlib")
 
-pytestmark = pytest.mark.one_backend("torch")
+pytestmark = pytest.mark.backends("torch")
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "studies"))
 

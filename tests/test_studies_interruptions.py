@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("tensorflow_datasets")
 
-pytestmark = pytest.mark.one_backend("torch")
+pytestmark = pytest.mark.backends("torch")
 
 STUDIES = pathlib.Path(__file__).parents[1] / "studies"
 sys.path.insert(0, str(STUDIES))

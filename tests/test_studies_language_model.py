@@ -15,7 +15,7 @@ pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("matplotlib")
 pytest.importorskip("sentencepiece")
 
-pytestmark = pytest.mark.one_backend("jax")
+pytestmark = pytest.mark.backends("torch")
 
 STUDIES = pathlib.Path(__file__).parents[1] / "studies"
 sys.path.insert(0, str(STUDIES))
@@ -240,7 +240,7 @@ print(json.dumps(tests.perplexity(language_model.main(arguments))))
 """
 
 
-@pytest.mark.skipif(keras.backend.backend() != "jax", reason="Keras splits weights on JAX only")
+@pytest.mark.backends("jax")
 def test_experts_on_two_of_four_devices_learn_the_same(trained, tmp_path):
     paths = [str(STUDIES.parent), str(STUDIES), str(pathlib.Path(__file__).parent)]
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"

@@ -11,7 +11,7 @@ pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("matplotlib")
 pytest.importorskip("sentencepiece")
 
-pytestmark = pytest.mark.one_backend("torch")
+pytestmark = pytest.mark.backends("torch")
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "studies"))
 

@@ -18,6 +18,8 @@ pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
+pytestmark = pytest.mark.backends("tensorflow")
+
 STUDIES = pathlib.Path(__file__).parents[1] / "studies"
 sys.path.insert(0, str(STUDIES))
 
@@ -65,7 +67,6 @@ def test_compare_trains_reports_and_saves(trained):
     assert text_classification.main(predict) == "space"
 
 
-@pytest.mark.one_backend("tensorflow")
 def test_a_model_that_was_trained_on_another_backend_predicts(trained):
     script = STUDIES / "text_classification.py"
     run = subprocess.run(

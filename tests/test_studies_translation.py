@@ -26,7 +26,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sentencepiece")
 pytest.importorskip("sacrebleu")
 
-pytestmark = pytest.mark.one_backend("torch")
+pytestmark = pytest.mark.backends("torch")
 
 STUDIES = pathlib.Path(__file__).parents[1] / "studies"
 sys.path.insert(0, str(STUDIES))

@@ -22,7 +22,7 @@ from made_up_text import made_up_text  # noqa: E402
 
 # KerasTuner asks the current thread for its name in an old way.
 pytestmark = [
-    pytest.mark.one_backend("torch"),
+    pytest.mark.backends("torch"),
     pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\):DeprecationWarning"),
 ]
 

@@ -87,7 +87,7 @@ def test_an_evaluation_alone_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.one_backend("torch")
+@pytest.mark.backends("torch")
 def test_it_works_without_tensorflow(tmp_path):
     code = (
         "import sys; sys.modules['tensorflow'] = None\n"

@@ -347,7 +347,7 @@ def test_a_table_needs_finished_trials_that_were_measured():
         tuner.pareto_table(finished((1, 1)), cost="step_seconds")
 
 
-@pytest.mark.one_backend("torch")
+@pytest.mark.backends("torch")
 def test_without_keras_tuner_the_error_names_the_extra():
     code = "import sys; sys.modules['keras_tuner'] = None; import keras_moe.tuner"
     done = subprocess.run(
@@ -362,7 +362,7 @@ def test_without_keras_tuner_the_error_names_the_extra():
     )
 
 
-@pytest.mark.one_backend("torch")
+@pytest.mark.backends("torch")
 def test_help_on_the_package_does_without_optional_parts():
     code = (
         "import sys; sys.modules['keras_tuner'] = sys.modules['matplotlib'] = None\n"

@@ -51,7 +51,7 @@ DRAW = {
 }
 
 
-@pytest.mark.one_backend("torch")
+@pytest.mark.backends("torch")
 @pytest.mark.parametrize("draw", DRAW.values(), ids=DRAW)
 @pytest.mark.parametrize("num_experts", [4, 256])
 def test_every_plot_draws_any_number_of_experts_and_layers(draw, num_experts):

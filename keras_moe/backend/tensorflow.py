@@ -113,7 +113,8 @@ def multiply_groups(
         rows: (R, D), or (R, H) if `transposed`.
         sizes: list of one size, R.
         experts: list of one number, that of the expert.
-        kernel_of: function from an expert to its kernel (D, H) in the dtype of the rows.
+        kernel_of: function from an expert to its kernel (D, H): int8 with a `scale`, and in the dtype
+            of the rows without.
         width: H, or D if `transposed`. Not used.
         bias: (E, H) or None.
         transposed: whether to multiply by the transposed kernel.
@@ -125,7 +126,8 @@ def multiply_groups(
     (expert,) = experts
     if scale is not None and transposed:
         rows *= tf.cast(scale[expert], rows.dtype)
-    product = tf.matmul(rows, kernel_of(expert), transpose_b=transposed)
+    kernel = tf.cast(kernel_of(expert), rows.dtype)
+    product = tf.matmul(rows, kernel, transpose_b=transposed)
     if scale is not None and not transposed:
         product *= tf.cast(scale[expert], rows.dtype)
     return product if bias is None else product + tf.cast(bias[expert], rows.dtype)

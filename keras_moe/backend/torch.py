@@ -7,6 +7,10 @@ import torch
 from keras import ops
 
 
+# So many integers of a kernel become floats at a time: they are multiplied while they are in the cache.
+CPU_BLOCK = 2**19
+
+
 def compiles_static_shapes():
     """PyTorch runs eagerly here, or records slices as they are: shapes may depend on data."""
     return False
@@ -181,7 +185,8 @@ def multiply_groups(
         rows: (R, D), or (R, H) if `transposed`.
         sizes: list of the sizes of the groups.
         experts: list of the expert of each group.
-        kernel_of: function from an expert to its kernel (D, H) in the dtype of the rows.
+        kernel_of: function from an expert to its kernel (D, H): int8 with a `scale`, and in the dtype
+            of the rows without.
         width: H, or D if `transposed`.
         bias: (E, H) or None.
         transposed: whether to multiply by the transposed kernel.
@@ -194,18 +199,19 @@ def multiply_groups(
         bias = bias.to(rows.dtype)
 
     def multiply(part, expert, output=None):
-        factor = kernel_of(expert)
-        of_columns = None if scale is None else scale[expert].to(rows.dtype)
-        if transposed:
-            part = part if scale is None else part * of_columns
-            return torch.mm(part, factor.mT, out=output)
-        of_outputs = None if bias is None else bias[expert]
-        if scale is None and bias is not None:
-            return torch.addmm(of_outputs, part, factor, out=output)
-        product = torch.mm(part, factor, out=output)
+        kernel, of_outputs = kernel_of(expert), None if bias is None else bias[expert]
         if scale is not None:
+            of_columns = scale[expert].to(rows.dtype)
+            if transposed:
+                return _multiply_integers(part * of_columns, kernel, transposed, output)
+            product = _multiply_integers(part, kernel, transposed, output)
             product = torch.mul(product, of_columns, out=output)
-        return product if bias is None else torch.add(product, of_outputs, out=output)
+            return product if bias is None else torch.add(product, of_outputs, out=output)
+        if transposed:
+            return torch.mm(part, kernel.mT, out=output)
+        if bias is None:
+            return torch.mm(part, kernel, out=output)
+        return torch.addmm(of_outputs, part, kernel, out=output)
 
     if not knows_sizes():
         (expert,) = experts
@@ -214,6 +220,25 @@ def multiply_groups(
     for expert, part, output in zip(experts, rows.split(sizes), outputs.split(sizes)):
         multiply(part, expert, output)
     return outputs
+
+
+def _multiply_integers(rows, kernel, transposed, output):
+    """`rows @ kernel` into `output`, or with the transposed kernel; the kernel is int8 (D, H)."""
+    # Sums over blocks are rounded after each, which bfloat16 and float16 would show.
+    in_blocks = rows.device.type == "cpu" and rows.dtype == torch.float32 and not _is_traced()
+    if not in_blocks:
+        kernel = kernel.to(rows.dtype)
+        return torch.mm(rows, kernel.mT if transposed else kernel, out=output)
+    length = max(1, CPU_BLOCK // kernel.shape[1])
+    blocks = (block.to(rows.dtype) for block in kernel.split(length))
+    if transposed:
+        for block, columns in zip(blocks, output.split(length, 1)):
+            torch.mm(rows, block.mT, out=columns)
+        return output
+    output.zero_()
+    for block, columns in zip(blocks, rows.split(length, 1)):
+        output.addmm_(columns, block)
+    return output
 
 
 def stack_gradients(runs, kernels, biases, num_frozen=0):

@@ -92,6 +92,8 @@ class _Run(NamedTuple):
             kernel, scale = kernel
 
         def kernel_of(expert):
+            if scale is not None:
+                return kernel[expert]
             return floats(kernel, lambda stacked: stacked[expert], rows.dtype)
 
         return backend.multiply_groups(

@@ -113,6 +113,8 @@ def feed_forward_step(activation, widths, clip=None, up_shift=0.0):
         activated = activation(values)
         check_activated(activated, values)
         # An activation may compute in float32; products need one dtype.
+        if activated.dtype == values.dtype:  # a cast is an operation of a program, even if idle
+            return activated
         return ops.cast(activated, values.dtype)
 
     def forward(rows, products, keep):
