@@ -185,8 +185,8 @@ def multiply_groups(
         rows: (R, D), or (R, H) if `transposed`.
         sizes: list of the sizes of the groups.
         experts: list of the expert of each group.
-        kernel_of: function from an expert to its kernel (D, H): int8 with a `scale`, and in the dtype
-            of the rows without.
+        kernel_of: function from an expert to its kernel (D, H): int8 where there is a `scale`,
+            otherwise in the dtype of the rows.
         width: H, or D if `transposed`.
         bias: (E, H) or None.
         transposed: whether to multiply by the transposed kernel.
