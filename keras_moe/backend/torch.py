@@ -6,7 +6,7 @@ import keras
 import torch
 from keras import ops
 
-# So many integers of a kernel become floats at a time, to be multiplied while they are in the cache.
+# So many integers of a kernel become floats at a time, which are multiplied while in the cache.
 CPU_BLOCK = 2**19
 
 
