@@ -56,4 +56,6 @@ def __getattr__(name):
             return importlib.import_module(f"keras_moe.{name}")
         except ImportError as error:  # `help` and `hasattr` expect this one.
             raise AttributeError(str(error)) from error
-    raise AttributeError(f"module 'keras_moe' has no attribute {name!r}")
+    homes = [part for part in __all__ if name in getattr(globals()[part], "__all__", ())]
+    hint = "".join(f". It is `keras_moe.{part}.{name}`" for part in homes)
+    raise AttributeError(f"module 'keras_moe' has no attribute {name!r}{hint}")

@@ -138,4 +138,6 @@ def _way_out(identifier, base, names):
         if base is keras.Layer:
             return "Make one layer of them: `keras.Sequential([...])`."
         return "Put layers into a bank: `layers.LayerExperts([...])`."
+    if base is keras.Layer:
+        return "Pass a Keras layer."
     return f"Make an instance of a subclass of `{base.__name__}`."

@@ -21,3 +21,7 @@ __all__ = [
     "TransformerEncoderBlock",
     "ZeroComputationExperts",
 ]
+
+
+def __dir__():
+    return __all__

@@ -61,3 +61,7 @@ __all__ = [
     "top_k_indices",
     "top_k_routing",
 ]
+
+
+def __dir__():
+    return __all__
