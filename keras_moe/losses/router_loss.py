@@ -24,6 +24,8 @@ class RouterLoss(Configured):
     balances = False
     # The weight it usually has, below a thousandth of which it has no effect; None if any will do.
     usual_weight: float | None = None
+    # Its value, before the weight, where all experts serve alike.
+    value_at_balance = 0.0
 
     def __init__(self, weight):
         weight = check_not_negative("weight", weight)
