@@ -1,4 +1,8 @@
-"""Sparse Mixture-of-Experts layers for Keras that cost what the active experts cost."""
+"""Sparse Mixture-of-Experts layers for Keras that cost what the active experts cost.
+
+Begin with `layers.MixtureOfExperts`: it takes a bank of experts from `layers`, a router from
+`routers` and auxiliary losses from `losses`. `callbacks.ExpertMonitor` logs what the experts do.
+"""
 
 import importlib
 

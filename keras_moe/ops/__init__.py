@@ -1,3 +1,5 @@
+"""Pure functions on tensors: routing, plans, grouped products and losses."""
+
 from keras_moe.ops.assignments import Assignments, Choices
 from keras_moe.ops.balance import (
     agreement,
