@@ -19,6 +19,7 @@ class RouterLoss(Configured):
             own, which `callbacks.RouterLossSchedule` changes in training.
     """
 
+    _always_shown = ("weight",)
     per_sequence = False
     # Whether it spreads the load over the experts.
     balances = False
