@@ -1,4 +1,8 @@
-"""Sparse Mixture-of-Experts layers for Keras that cost what the active experts cost."""
+"""Sparse Mixture-of-Experts layers for Keras that cost what the active experts cost.
+
+Begin with `layers.MixtureOfExperts`: it takes a bank of experts from `layers`, a router from
+`routers` and auxiliary losses from `losses`. `callbacks.ExpertMonitor` logs what the experts do.
+"""
 
 import importlib
 
@@ -56,4 +60,6 @@ def __getattr__(name):
             return importlib.import_module(f"keras_moe.{name}")
         except ImportError as error:  # `help` and `hasattr` expect this one.
             raise AttributeError(str(error)) from error
-    raise AttributeError(f"module 'keras_moe' has no attribute {name!r}")
+    homes = [part for part in __all__ if name in getattr(globals()[part], "__all__", ())]
+    hint = "".join(f". It is `keras_moe.{part}.{name}`" for part in homes)
+    raise AttributeError(f"module 'keras_moe' has no attribute {name!r}{hint}")

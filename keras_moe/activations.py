@@ -25,3 +25,7 @@ def quick_gelu(x):
 
 
 __all__ = ["quick_gelu"]
+
+
+def __dir__():
+    return __all__

@@ -182,3 +182,10 @@ def _check_layout_map(layout_map, experts=None, data=None, devices=None):
             f"experts={experts!r}, data={data!r}, devices={shortened(devices)} with a mesh of the "
             f"shape {tuple(mesh.shape)}. Leave them out."
         )
+
+
+__all__ = ["ExpertParallel", "expert_parallel"]
+
+
+def __dir__():
+    return __all__

@@ -1,5 +1,6 @@
 """Verdicts on experts and routers in plain words, each with what to try."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,8 @@ CERTAIN = 0.05
 EXPLODED_LOGIT = 30.0
 # Weights of a balancing loss, as multiples of its usual one.
 WEAK_WEIGHT, HEAVY_WEIGHT = 1e-3, 10.0
+# What it adds to its value at an even load, as a share of the rest of the loss.
+HEAVY_SHARE = 0.1
 # Fewer assignments an expert are not enough to call it dead.
 ENOUGH = 20
 
@@ -198,16 +201,18 @@ def judge_weak_loss(loss, weight):
     return Finding(HINT, text, f"Give it a weight of about {usual:g}, or leave it out.")
 
 
-def judge_heavy_losses(router_losses, weights, total):
-    """A finding, if balancing is most of the total loss, or None.
+def judge_heavy_losses(router_losses, weights, total, values=None):
+    """A finding, if balancing is a large part of what training can still lower, or None.
 
-    A loss such as `LoadBalance` is never below its weight, which adds nothing but shows what it
-    weighs.
+    `LoadBalance` is 1 at an even load, so its weight is a constant part of the loss. It has no
+    gradient and is no sign of a heavy loss: only what is above it counts.
 
     Args:
         router_losses: the losses of the layer.
         weights: the weight that each has now.
         total: the loss of the model.
+        values: the mean of each loss before its weight, over about the steps of `total`. None, or
+            NaN in their place, if they were not measured: nothing is found then.
     """
     check_list("router_losses", router_losses)
     check_list("weights", weights)
@@ -218,18 +223,28 @@ def judge_heavy_losses(router_losses, weights, total):
             "There must be a weight for each loss. Received: "
             f"{len(weights)} weights for {len(router_losses)} losses. Pass those of one layer."
         )
-    heavy = [
-        (f"{type(loss).__name__}(weight={weight:g})", weight, usual)
-        for loss, weight in zip(router_losses, weights)
-        if (usual := _usual_weight(loss)) is not None and weight >= HEAVY_WEIGHT * usual
+    judged = [
+        (loss, weight, value)
+        for loss, weight, value in zip(router_losses, weights, _values_of(values, router_losses))
+        if _usual_weight(loss) is not None
     ]
-    if total is None or not heavy or sum(weight for _, weight, _ in heavy) < 0.5 * abs(total):
+    heavy = [each for each in judged if each[1] >= HEAVY_WEIGHT * _usual_weight(each[0])]
+    if total is None or not heavy:
         return None
-    text = f"{' and '.join(name for name, *_ in heavy)} is at least half of the loss, {total:.3g}."
-    usual = heavy[0][2]
+    constant = sum(weight * loss.value_at_balance for loss, weight, _ in judged)
+    excess = sum(weight * (value - loss.value_at_balance) for loss, weight, value in heavy)
+    rest = total - constant
+    # NaN is in no order.
+    if not excess >= HEAVY_SHARE * abs(rest) > 0:
+        return None
+    names = " and ".join(f"{type(loss).__name__}(weight={weight:g})" for loss, weight, _ in heavy)
+    text = (
+        f"{names} is {excess:.3g} of a loss of {rest:.3g}, not counting the constant "
+        f"{constant:.3g} that it is at an even load."
+    )
     fix = (
         "The router may learn balance instead of the task: try a weight of about "
-        f"{usual:g}, if the load stays even with it."
+        f"{_usual_weight(heavy[0][0]):g}, if the load stays even with it."
     )
     return Finding(HINT, text, fix)
 
@@ -237,6 +252,19 @@ def judge_heavy_losses(router_losses, weights, total):
 def _check_load(counts, top_k):
     check_counts("counts", counts)
     check_top_k(top_k, len(counts))
+
+
+def _values_of(values, router_losses):
+    """The values of losses as numbers; NaN where they were not measured."""
+    if values is None:
+        return [math.nan] * len(router_losses)
+    check_list("values", values)
+    if len(values) != len(router_losses):
+        raise ValueError(
+            "There must be a value for each loss. Received: "
+            f"{len(values)} values for {len(router_losses)} losses. Pass those of one layer."
+        )
+    return [check_scalar("values", value) for value in values]
 
 
 def _usual_weight(loss):
@@ -262,3 +290,7 @@ __all__ = [
     "not_a_number",
     "spread",
 ]
+
+
+def __dir__():
+    return __all__

@@ -246,7 +246,7 @@ CONSTRUCTORS = {
         ValueError,
         "`shared_expert` must be an instance of `Layer`. Received: "
         "shared_expert=<built-in function abs> (of type builtin_function_or_method). "
-        "Make an instance of a subclass of `Layer`.",
+        "Pass a Keras layer.",
     ),
     "feedforward is a bank": (
         lambda: layers.TransformerEncoderBlock(2, layers.FeedForwardExperts(E, 8)),
@@ -258,7 +258,7 @@ CONSTRUCTORS = {
         lambda: layers.TransformerEncoderBlock(2, "moe"),
         ValueError,
         "`feedforward` must be an instance of `Layer`. Received: feedforward='moe' (of type str). "
-        "Make an instance of a subclass of `Layer`.",
+        "Pass a Keras layer.",
     ),
     "activation with weights": (
         lambda: layers.FeedForwardExperts(E, 8, activation=keras.layers.PReLU(name="prelu")),

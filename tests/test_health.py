@@ -114,7 +114,7 @@ def test_batches_are_counted_where_several_are_one_execution():
     heavy.compile("adam", "mse", steps_per_execution=4)
     for batches in (4, 8):
         ((step, _, finding),), _ = watched(heavy, *clustered(0, batches * BATCH), ExpertHealth())
-        assert step == batches and "at least half of the loss" in finding.text
+        assert step == batches and "not counting the constant 100 " in finding.text
 
 
 @of_counts
@@ -185,7 +185,7 @@ def test_exploding_logits_are_told():
     "weight, text",
     [
         (1e-7, "LoadBalance(weight=1e-07) is too weak to have any effect."),
-        (100.0, "LoadBalance(weight=100) is at least half of the loss, "),
+        (100.0, "LoadBalance(weight=100) is 0."),
         (1e-2, None),
         (0, None),
     ],
@@ -297,5 +297,35 @@ def test_who_may_have_fewer_experts_can_collapse_as_well(router):
 
 def test_a_loss_is_heavy_by_the_weight_it_has_now():
     found = [losses.LoadBalance(1.0)]
-    assert health.judge_heavy_losses(found, [0.0], 1.0) is None
-    assert "LoadBalance(weight=1)" in health.judge_heavy_losses(found, [1.0], 1.0).text
+    assert health.judge_heavy_losses(found, [0.0], 1.0, [3.0]) is None
+    assert "LoadBalance(weight=1)" in health.judge_heavy_losses(found, [1.0], 3.5, [3.0]).text
+
+
+def test_the_constant_part_of_a_loss_is_not_heavy():
+    found = [losses.LoadBalance(1.0), losses.RouterZ()]
+    # The task has a loss of 0.1; an even load, one that is not, and one that was not measured.
+    assert health.judge_heavy_losses(found, [1.0, 0.001], 1.1, [1.0, 2.0]) is None
+    assert health.judge_heavy_losses(found, [1.0, 0.001], 1.3, [1.2, 2.0]) is not None
+    assert health.judge_heavy_losses(found, [1.0, 0.001], 1.3) is None
+    with pytest.raises(ValueError, match="a value for each loss. Received: 1 values for 2 losses"):
+        health.judge_heavy_losses(found, [1.0, 0.001], 1.3, [1.2])
+
+
+@pytest.mark.parametrize("first", [ExpertHealth, ExpertMonitor])
+@pytest.mark.parametrize("validation_split", [0.0, 0.25])
+def test_a_heavy_loss_is_found_beside_a_monitor(first, validation_split):
+    watchdog, monitor = ExpertHealth(), ExpertMonitor()
+    order = [watchdog, monitor] if first is ExpertHealth else [monitor, watchdog]
+    model = model_of(expert_layer(router_losses=[losses.LoadBalance(100.0)]))
+    options = {"validation_split": validation_split, "batch_size": BATCH, "verbose": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model.fit(*clustered(0, 4 * BATCH), callbacks=order, **options)
+    ((_, _, finding),) = watchdog.findings
+    assert "not counting the constant 100 " in finding.text
+
+
+def test_a_heavy_weight_is_no_heavy_loss_where_the_load_is_even():
+    layer = expert_layer(routers.DenseRouter(), [losses.LoadBalance(100.0)])
+    findings, _ = watched(model_of(layer), *clustered(0, 4 * BATCH), ExpertHealth())
+    assert not findings

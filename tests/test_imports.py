@@ -28,6 +28,7 @@ LEVELS = {
     "plain_text": 0,
     "saved_state": 0,
     "keras_objects": 0,
+    "misplaced_arguments": 0,
     "named_arguments": 0,
     "tensor_checks": -1,
     "validation": -2,

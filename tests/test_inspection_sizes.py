@@ -1,11 +1,13 @@
 """What a model is made of: active parameters by who serves a token, whatever the router."""
 
 import keras
+import numpy as np
 import pytest
-from layer_checks import D, E, moe
+from layer_checks import D, E, moe, normal
 
 import keras_moe
 from keras_moe import inspection, routers
+from keras_moe.callbacks import ExpertMonitor
 
 EXPERT = 2 * D * 16 + 16 + D
 
@@ -65,3 +67,24 @@ def test_summary_is_refused_before_it_prints(capsys):
 def test_names_of_the_former_module_are_found_in_the_function():
     for name in ("LayerSummary", "count_parameters", "summarize"):
         assert getattr(keras_moe.summary, name) is getattr(inspection, name)
+
+
+@pytest.mark.parametrize("validation_split", [0.0, 0.5])
+def test_summary_has_the_last_epoch_after_a_monitor(validation_split):
+    model = keras.Sequential([keras.Input((D,)), moe(name="moe"), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    monitor = ExpertMonitor()
+    options = {"epochs": 2, "validation_split": validation_split, "verbose": 0}
+    model.fit(normal(16, D), normal(16, 1), callbacks=[monitor], **options)
+    (found,) = inspection.summarize(model)
+    counts = np.array(found.counts)
+    assert counts.sum() == 16 * (1 - validation_split) * found.top_k
+    np.testing.assert_allclose(counts / counts.sum(), monitor.shares["moe"][-1], rtol=1e-6)
+    # What is counted after it replaces it.
+    with inspection.count_in_evaluation(model):
+        model(normal(3, D))
+    assert sum(inspection.summarize(model)[0].counts) == 3 * found.top_k
+    # An evaluation under the monitor does as well.
+    inspection.moe_layers(model)["moe"].reset_counts()
+    model.evaluate(normal(5, D), normal(5, 1), callbacks=[monitor], verbose=0)
+    assert sum(inspection.summarize(model)[0].counts) == 5 * found.top_k

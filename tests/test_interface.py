@@ -27,6 +27,60 @@ def test_dir_shows_what_is_public():
         assert getattr(keras_moe, name) is not None
 
 
+def test_dir_of_a_part_shows_what_is_public():
+    for name in dir(keras_moe):
+        part = getattr(keras_moe, name)
+        if inspect.ismodule(part):
+            assert dir(part) == sorted(part.__all__), name
+
+
+def test_what_is_looked_for_in_the_package_is_told_where_it_is():
+    place = "It is `keras_moe.layers.MixtureOfExperts`"
+    with pytest.raises(AttributeError, match=f"no attribute 'MixtureOfExperts'. {place}"):
+        _ = keras_moe.MixtureOfExperts
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'$"):
+        _ = keras_moe.Nothing
+
+
+@pytest.mark.parametrize(
+    "call, rule",
+    [
+        (lambda: layers.GatedExperts(4, 8, top_k=2), "`top_k` is an argument of the router"),
+        (lambda: layers.GatedExperts(4, 8, router="top_k"), "`router` is an argument of the layer"),
+        (lambda: routers.TopKRouter(hidden_dim=8), "`hidden_dim` is an argument of the bank"),
+        (
+            lambda: routers.TopKRouter(capacity_factor=1),
+            "`capacity_factor` is an argument of the l",
+        ),
+    ],
+)
+def test_arguments_of_another_part_are_told_where_they_belong(call, rule):
+    with pytest.raises(TypeError, match=rule):
+        call()
+    # Where it is the part's own, it stays.
+    assert routers.ExpertChoiceRouter(4, capacity_factor=1.0).capacity_factor == 1.0
+
+
+def test_layers_that_share_a_bank_have_inputs_of_one_width():
+    experts = layers.FeedForwardExperts(4, 8)
+    layers.MixtureOfExperts(experts)(normal(3, D))
+    assert layers.MixtureOfExperts(experts)(normal(5, D)).shape == (5, D)
+    with pytest.raises(ValueError, match=f"which was built for {D} features. Make a new bank"):
+        layers.MixtureOfExperts(experts)(normal(3, 2 * D))
+
+
+class Called(routers.Router):
+    top_k = 1
+
+    def call(self, tokens, mask=None, training=None):
+        return tokens
+
+
+def test_a_router_with_a_call_in_place_of_a_route_is_told():
+    with pytest.raises(NotImplementedError, match="Called must implement `route"):
+        moe(router=Called())(normal(3, D))
+
+
 @pytest.mark.parametrize("router_class", ROUTERS)
 def test_a_router_takes_the_number_of_experts_of_its_layer(router_class):
     router = unbound(router_class)

@@ -159,7 +159,9 @@ MISTAKES = {
     "Shares must have the axes time and expert. Received: shape (4,). Pass one row for each "
     "epoch.": lambda: visualization.shares_over_time([1, 1, 1, 1]),
     "The experts of tokens must be integers (T, K). Received: shape (6, 2) of float64. Pass "
-    "`routing.indices`.": lambda: visualization.coactivation(INDICES.astype("float64")),
+    "`routing.indices`, or what `inspection.record_routings(model, batches)` returns.": lambda: (
+        visualization.coactivation(INDICES.astype("float64"))
+    ),
     "There must be one label for each token, or for each of equally long documents. Received: "
     "labels.shape=(4,) for 6 tokens. Flatten the labels, and repeat those of documents that differ "
     "in length.": lambda: visualization.specialization(INDICES, [0, 1, 2, 3]),

@@ -48,9 +48,12 @@ def _spelled_out(cls):
 class Configured(NamedArguments):
     """Abstract: an object without weights that its config describes, `get_config()`.
 
-    It is shown as the call that makes it, without what is the default anyway. Layers are shown as
-    Keras shows them.
+    It is shown as the call that makes it, without most of what is the default anyway. Layers are
+    shown as Keras shows them.
     """
+
+    # Arguments that are shown at their default, too.
+    _always_shown: tuple[str, ...] = ()
 
     def get_config(self):
         raise NotImplementedError(f"{type(self).__name__} must implement `get_config`.")
@@ -64,7 +67,7 @@ class Configured(NamedArguments):
         shown = [
             f"{name}={config[name]!r}"
             for name, parameter in inspect.signature(type(self)).parameters.items()
-            if name in config and config[name] != parameter.default
+            if name in config and (name in self._always_shown or config[name] != parameter.default)
         ]
         return f"{type(self).__name__}({', '.join(shown)})"
 
@@ -138,4 +141,6 @@ def _way_out(identifier, base, names):
         if base is keras.Layer:
             return "Make one layer of them: `keras.Sequential([...])`."
         return "Put layers into a bank: `layers.LayerExperts([...])`."
+    if base is keras.Layer:
+        return "Pass a Keras layer."
     return f"Make an instance of a subclass of `{base.__name__}`."

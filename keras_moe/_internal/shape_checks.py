@@ -167,7 +167,7 @@ def check_bank_call(bank, tokens, plan):
     if not hasattr(plan, "dispatch"):
         received = "no plan" if plan is None else f"an object of type {type(plan).__name__}"
         raise TypeError(
-            f"A bank of experts needs a plan, which says whom each expert serves. Received: "
+            "A bank of experts needs a plan, which says which tokens each expert serves. Received: "
             f"{received}. Put the bank into a `MixtureOfExperts` and call that, or pass "
             "`plan=router.plan(router(tokens))`."
         )

@@ -5,3 +5,7 @@ from keras_moe.callbacks.expert_monitor import ExpertMonitor
 from keras_moe.callbacks.router_loss_schedule import RouterLossSchedule
 
 __all__ = ["ExpertHealth", "ExpertMonitor", "RouterLossSchedule"]
+
+
+def __dir__():
+    return __all__

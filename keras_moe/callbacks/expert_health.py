@@ -29,8 +29,8 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
     - dead experts, without a token for three times as many looks;
     - a router with weights that are not a number, or that have grown so large that each choice is
       absolute;
-    - a `losses.LoadBalance` whose weight is too small to matter, or so large that it is most of
-      the loss.
+    - a `losses.LoadBalance` whose weight is too small to matter, or so large that what it adds
+      for an uneven load is a large part of the loss.
 
     Each warning is given once a layer, as a Python `UserWarning`, and kept in `findings`, a list
     of `(step, layer name, health.Finding)`.
@@ -187,7 +187,19 @@ class _Watch:
 
 
 def _judge_heavy_losses(layer, total):
-    return health.judge_heavy_losses(layer.router_losses, layer.loss_weights_in_force, total)
+    weights, values = layer.loss_weights_in_force, _mean_losses(layer)
+    return health.judge_heavy_losses(layer.router_losses, weights, total, values)
+
+
+def _mean_losses(layer):
+    """What each router loss was in the epoch, before its weight, or None."""
+    if not layer.built:
+        return None
+    calls = float(_read(layer.call_count))
+    if calls:
+        return list(_read(layer.router_loss_totals) / calls)
+    # An `ExpertMonitor` before this callback has reset the counters.
+    return None if layer.last_losses is None else list(layer.last_losses)
 
 
 def _read(weight):

@@ -107,6 +107,8 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
 
     def on_test_begin(self, logs=None):
         self._training = self._read_counts()
+        if self._is_training:
+            self._keep_last(self._training)
         if not isinstance(self.model.test_function, _CountedStep):
             self.model.test_function = _CountedStep(self.model)
 
@@ -118,10 +120,14 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
         if logs is not None:
             logs.update(self._logs(self._test))
         if not self._is_training:
+            self._keep_last(self._test)
             self._retrace_evaluation()
 
     def on_epoch_end(self, epoch, logs=None):
-        training = self._read_counts() if self._training is None else self._training
+        training = self._training
+        if training is None:
+            training = self._read_counts()
+            self._keep_last(training)
         test = self._test or {}
         if logs is not None:
             of_training = self._logs(training)
@@ -153,6 +159,12 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
                 usages[name] = _usage(layer, self._metrics)
                 layer.reset_counts()
         return usages
+
+    def _keep_last(self, usages):
+        """For `summary` and `ExpertHealth`, which find the counters empty."""
+        layers = moe_layers(self.model)
+        for name, usage in usages.items():
+            layers[name].last_counts, layers[name].last_losses = usage.counts, usage.losses
 
     def _logs(self, usages):
         return {
@@ -211,6 +223,8 @@ _MEASURES = {
 class _Usage(NamedTuple):
     numbers: dict
     shares: Any
+    counts: Any
+    losses: Any
 
 
 def _by_name(metrics):
@@ -251,7 +265,8 @@ def _usage(layer, own_metrics):
     losses = ops.convert_to_numpy(layer.router_loss_totals.value / _calls(layer))
     numbers.update(zip(_loss_names(layer.router_losses), losses))
     shares = ops.convert_to_numpy(metrics.expert_share(counts))
-    return _Usage({key: float(value) for key, value in numbers.items()}, shares)
+    numbers = {key: float(value) for key, value in numbers.items()}
+    return _Usage(numbers, shares, counts, losses)
 
 
 def _calls(layer):

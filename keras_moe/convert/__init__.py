@@ -4,3 +4,7 @@ from keras_moe.convert.hugging_face import from_hugging_face, to_hugging_face
 from keras_moe.convert.in_place import restore, sparsify
 
 __all__ = ["from_hugging_face", "restore", "sparsify", "to_hugging_face"]
+
+
+def __dir__():
+    return __all__

@@ -17,3 +17,7 @@ __all__ = [
     "summarize",
     "summary",
 ]
+
+
+def __dir__():
+    return __all__

@@ -36,7 +36,8 @@ class LayerSummary(NamedTuple):
       `routers.DenseRouter`. With `routers.SoftRouter` it is 1, as if there were as many slots as
       tokens: the cost is that of the slots, however many tokens they are mixed from.
     - `flops`: of one token, forward, at two for each active parameter.
-    - `counts`: assignments per expert since the counters were last reset.
+    - `counts`: assignments per expert since the counters were last reset, or in the epoch before
+      that, if they are empty.
     """
 
     name: str
@@ -75,8 +76,9 @@ def summary(model, print_fn=print):
 
     Below the parameters of the model, a table has one row for each MoE layer. `parameters`,
     `active` and `FLOPs a token` are those of `inspection.LayerSummary`. `busiest` is the load of
-    the busiest expert, where 1 is an equal share, and `dead` the number of experts without a token,
-    both since the counters were last reset. `engine` is that of `inspection.LayerDescription`.
+    the busiest expert, where 1 is an equal share, and `dead` the number of experts without a token:
+    in the last epoch that an `ExpertMonitor` watched, in all of a training without one.
+    `engine` is that of `inspection.LayerDescription`.
 
     Args:
         model: a built Keras model.
@@ -109,7 +111,7 @@ def summary(model, print_fn=print):
     if not any(sum(layer.counts) for layer in layers):
         print_fn("")
         print_fn(
-            "The counters are empty: they count in training, and a monitor resets them. To count: "
+            "Nothing was counted yet: experts are counted in training. To count in evaluation: "
             "`with keras_moe.inspection.count_in_evaluation(model): model.evaluate(...)`."
         )
 
@@ -143,7 +145,10 @@ def _summary(name, layer):
     num_experts, router = layer.experts.num_experts, layer.router
     parameters, experts = map(_count, (layer, layer.experts))
     active = parameters - experts + round(experts * router.mean_top_k / num_experts)
-    counts = ops.convert_to_numpy(layer.expert_counts.value).tolist()
+    counts = ops.convert_to_numpy(layer.expert_counts.value)
+    if not counts.any() and layer.last_counts is not None:
+        counts = layer.last_counts
+    counts = counts.tolist()
     return LayerSummary(name, num_experts, router.max_top_k, parameters, active, 2 * active, counts)
 
 

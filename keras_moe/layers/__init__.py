@@ -1,3 +1,5 @@
+"""`MixtureOfExperts`, the banks of experts that it takes, and Transformer blocks around it."""
+
 from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.feed_forward_experts import FeedForwardExperts
@@ -21,3 +23,7 @@ __all__ = [
     "TransformerEncoderBlock",
     "ZeroComputationExperts",
 ]
+
+
+def __dir__():
+    return __all__

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_moe import backend
+from keras_moe._internal.misplaced_arguments import ON_BANK, check_place
 from keras_moe._internal.named_arguments import NamedArguments
 from keras_moe._internal.serialization import resolve
 from keras_moe._internal.shape_checks import check_bank_call, check_served
@@ -28,7 +29,10 @@ class ExpertBank(NamedArguments, keras.layers.Layer):
         num_experts: number of experts, E.
     """
 
+    _refused_arguments = tuple(ON_BANK)
+
     def __init__(self, num_experts, **kwargs):
+        check_place(self, ON_BANK, kwargs)
         # Keras would cast the float32 combine weights inside the plan to the compute dtype. Banks
         # cast what they want cast.
         super().__init__(autocast=False, **kwargs)

@@ -6,6 +6,7 @@ import keras
 from keras import ops as keras_ops
 
 from keras_moe import backend, losses, ops, routers
+from keras_moe._internal.misplaced_arguments import ON_LAYER, check_place
 from keras_moe._internal.serialization import config_of, register, resolve
 from keras_moe._internal.shape_checks import check_inputs_shape, check_planned
 from keras_moe._internal.tensor_checks import (
@@ -28,7 +29,6 @@ from keras_moe.layers import expert_bank
 from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import check_takes_tokens
 from keras_moe.layers.masks import mask_of
-from keras_moe.layers.misplaced_arguments import PLACES, check_place
 from keras_moe.layers.mixture_state import load_state, save_state
 from keras_moe.layers.recomputation import Recomputable, effects_once
 from keras_moe.layers.sublayers import accepted_arguments, build_and_measure
@@ -103,8 +103,7 @@ class MixtureOfExperts(Recomputable):
 
     # Whether its own `get_config` has the experts, and not that of a block around it.
     has_own_config = True
-    _refused_arguments = tuple(PLACES)
-    _refused_arguments = tuple(PLACES)
+    _refused_arguments = tuple(ON_LAYER)
 
     def __init__(
         self,
@@ -116,7 +115,7 @@ class MixtureOfExperts(Recomputable):
         gated_shared_expert=False,
         **kwargs,
     ):
-        check_place(kwargs)
+        check_place(self, ON_LAYER, kwargs)
         super().__init__(**kwargs)
         check_computes_in_floats(self)
         backend.separate_losses(self)
@@ -168,6 +167,9 @@ class MixtureOfExperts(Recomputable):
         self.supports_masking = True
         # `inspection.count_in_evaluation` turns this on. Otherwise inference writes to no weight.
         self.counts_in_evaluation = False
+        # Arrays of the counts (E,) and the mean of each router loss, of the last epoch after which
+        # `callbacks.ExpertMonitor` has reset the counters.
+        self.last_counts = self.last_losses = None
         # A function of routings and tokens (T, D), which `inspection.recording.listening` sets.
         self.routing_listener = None
 
@@ -175,6 +177,7 @@ class MixtureOfExperts(Recomputable):
         check_inputs_shape(inputs_shape)
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: inputs_shape[-1]})
         tokens_shape = (None, inputs_shape[-1])
+        self._check_shared_bank(inputs_shape)
         for sublayer in (self.router, self.experts):
             if not sublayer.built:
                 sublayer.build(tokens_shape)
@@ -192,6 +195,16 @@ class MixtureOfExperts(Recomputable):
         self.router_entropy_total = self._counter("router_entropy_total", ())
         self.call_count = self._counter("call_count", ())
         self._build_losses()
+
+    def _check_shared_bank(self, inputs_shape):
+        """Another layer may have built the bank."""
+        width = ((self.experts.get_build_config() or {}).get("input_shape") or (None,))[-1]
+        if width not in (None, inputs_shape[-1]):
+            raise ValueError(
+                "Layers that share a bank of experts must have inputs of one width. Received: "
+                f"inputs.shape={tuple(inputs_shape)} for `{self.experts.name}`, which was built "
+                f"for {width} features. Make a new bank for each layer."
+            )
 
     def _build_losses(self):
         """Build the losses; stateful ones are copied, one per layer, and have weights in it."""

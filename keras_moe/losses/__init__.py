@@ -48,3 +48,7 @@ __all__ = [
     "SequenceLoadBalance",
     "get",
 ]
+
+
+def __dir__():
+    return __all__

@@ -36,6 +36,7 @@ class LoadBalance(RouterLoss):
 
     balances = True
     usual_weight = 1e-2
+    value_at_balance = 1.0
 
     def __init__(self, weight=1e-2):
         super().__init__(weight)

@@ -19,11 +19,14 @@ class RouterLoss(Configured):
             own, which `callbacks.RouterLossSchedule` changes in training.
     """
 
+    _always_shown = ("weight",)
     per_sequence = False
     # Whether it spreads the load over the experts.
     balances = False
     # The weight it usually has, below a thousandth of which it has no effect; None if any will do.
     usual_weight: float | None = None
+    # Its value, before the weight, where all experts serve alike.
+    value_at_balance = 0.0
 
     def __init__(self, weight):
         weight = check_not_negative("weight", weight)

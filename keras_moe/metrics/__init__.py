@@ -59,3 +59,7 @@ __all__ = [
     "unserved_fraction",
     "utilization_quantiles",
 ]
+
+
+def __dir__():
+    return __all__

@@ -1,3 +1,5 @@
+"""Pure functions on tensors: routing, plans, grouped products and losses."""
+
 from keras_moe.ops.assignments import Assignments, Choices
 from keras_moe.ops.balance import (
     agreement,
@@ -61,3 +63,7 @@ __all__ = [
     "top_k_indices",
     "top_k_routing",
 ]
+
+
+def __dir__():
+    return __all__

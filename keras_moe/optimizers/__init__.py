@@ -3,3 +3,7 @@
 from keras_moe.optimizers.muon import Muon
 
 __all__ = ["Muon"]
+
+
+def __dir__():
+    return __all__

@@ -47,10 +47,16 @@ def token_texts(tokens, arrays, positions, num_documents):
         )
     size = max(length // positions, 1)
     return [
-        " ".join(map(str, document[place * size : (place + 1) * size]))
+        " ".join(map(_as_text, document[place * size : (place + 1) * size]))
         for document in documents
         for place in range(positions)
     ]
+
+
+def _as_text(token):
+    """What is written for a token: of an array (N, L, 1) or a nested list, without brackets."""
+    parts = keras.tree.flatten(token.tolist() if hasattr(token, "tolist") else token)
+    return " ".join(map(str, parts))
 
 
 def _from_data(arrays, positions, num_documents):

@@ -87,3 +87,7 @@ __all__ = [
     "VMoERouter",
     "get",
 ]
+
+
+def __dir__():
+    return __all__

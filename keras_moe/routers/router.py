@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe import backend
+from keras_moe._internal.misplaced_arguments import ON_ROUTER, check_place
 from keras_moe._internal.named_arguments import NamedArguments
 from keras_moe._internal.saved_state import load_draws, save_draws
 from keras_moe._internal.shape_checks import check_fields
@@ -63,6 +64,8 @@ class Router(NamedArguments, keras.layers.Layer):
     # Whether the norm of the kernel changes no logit.
     normalizes_kernel = False
 
+    _refused_arguments = tuple(ON_ROUTER)
+
     def __new__(cls, *args, **kwargs):
         router = super().__new__(cls, *args, **kwargs)
         # Not through Keras, which would track the layers in it.
@@ -70,6 +73,7 @@ class Router(NamedArguments, keras.layers.Layer):
         return router
 
     def __init__(self, num_experts=None, **kwargs):
+        check_place(self, ON_ROUTER, kwargs)
         dtype = kwargs.pop("dtype", None)
         if dtype is not None and str(getattr(dtype, "name", dtype)) != "float32":
             raise ValueError(
@@ -86,6 +90,8 @@ class Router(NamedArguments, keras.layers.Layer):
         self._known_arguments = set(inspect.signature(self.route).parameters)
 
     def _post_build(self):
+        if type(self).route is Router.route:
+            raise _no_route(self)
         for name in self._made_by_build():
             if getattr(self, name, None) is None:
                 raise ValueError(
@@ -206,10 +212,7 @@ class Router(NamedArguments, keras.layers.Layer):
             )
 
     def route(self, tokens, mask, training):
-        raise NotImplementedError(
-            f"{type(self).__name__} must implement `route(tokens, mask, training)` and return an "
-            "`ops.Routing`."
-        )
+        raise _no_route(self)
 
     @property
     def max_top_k(self):
@@ -281,4 +284,11 @@ def routing_spec(num_tokens, num_experts, top_k):
         counts=keras.KerasTensor((num_experts,), "int32"),
         dropped=keras.KerasTensor((), "float32"),
         load=keras.KerasTensor((num_experts,), "float32"),
+    )
+
+
+def _no_route(router):
+    return NotImplementedError(
+        f"{type(router).__name__} must implement `route(tokens, mask, training)` and return an "
+        "`ops.Routing`."
     )

@@ -3,3 +3,7 @@
 from keras_moe.surgery.operations import Surgery, merge_experts, prune_experts, set_top_k
 
 __all__ = ["Surgery", "merge_experts", "prune_experts", "set_top_k"]
+
+
+def __dir__():
+    return __all__

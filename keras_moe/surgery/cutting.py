@@ -89,6 +89,8 @@ def _cut_counts(layer, experts):
         new = layer._counter("expert_counts", counts.shape)
     new.assign(counts)
     set_state(layer, "expert_counts", new)
+    if layer.last_counts is not None:
+        layer.last_counts = layer.last_counts[experts]
 
 
 def _is_variable_of(layer):

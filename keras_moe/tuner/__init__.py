@@ -27,3 +27,7 @@ __all__ = [
     "format_table",
     "pareto_table",
 ]
+
+
+def __dir__():
+    return __all__

@@ -10,3 +10,7 @@ from keras_moe.visualization.labels import specialization
 from keras_moe.visualization.training import settling, shares_over_time
 
 __all__ = ["coactivation", "confidence", "settling", "shares_over_time", "specialization"]
+
+
+def __dir__():
+    return __all__

@@ -137,7 +137,8 @@ def _routing(value, num_experts):
     if value.ndim != 2 or not value.size or not np.issubdtype(value.dtype, np.integer):
         raise ValueError(
             "The experts of tokens must be integers (T, K). "
-            f"Received: shape {value.shape} of {value.dtype}. Pass `routing.indices`."
+            f"Received: shape {value.shape} of {value.dtype}. Pass `routing.indices`, or what "
+            "`inspection.record_routings(model, batches)` returns."
         )
     if num_experts is not None:
         check_positive_integer("num_experts", num_experts)
