@@ -2,6 +2,8 @@
 
 import importlib
 
+# First, as it says whether Keras has a backend that the package runs on.
+import keras_moe.backend  # noqa: F401
 from keras_moe import (
     activations,
     callbacks,

@@ -140,9 +140,47 @@ def built_with(returned):
     return moe(router_losses=[loss()])(normal(T, D))
 
 
-def served_by(call):
-    bank = own(layers.ExpertBank, call=call, compute_output_shape=lambda self, shape: shape)
-    return moe(bank(E))(normal(T, D))
+def served_by(call=lambda self, tokens, plan: tokens, shape=lambda self, shape: shape):
+    bank = own(layers.ExpertBank, call=call, compute_output_shape=shape)
+    return moe(bank(E), shared_expert=keras.layers.Identity())(normal(T, D))
+
+
+def without_constructor(base):
+    """An object of a class that forgets `super().__init__()`."""
+    return own(base, __init__=lambda self: None)()
+
+
+def of_kind(module, base):
+    """The exported classes of a kind."""
+    exported = [getattr(module, name) for name in module.__all__]
+    return [each for each in exported if inspect.isclass(each) and issubclass(each, base)]
+
+
+def begun(callback):
+    callback.set_model(keras.Sequential([keras.Input((D,)), moe()]))
+    callback.on_train_begin()
+
+
+def telling_its_shape(function):
+    """A layer that tells the shape of its inputs for that of its outputs."""
+    members = {
+        "call": lambda self, inputs: function(inputs),
+        "build": lambda self, shape: None,
+        "compute_output_shape": lambda self, shape: shape,
+    }
+    return own(keras.layers.Layer, **members)()
+
+
+def advised(**advice):
+    """A layer whose parts give some advice, by the name of the part."""
+    members = {
+        name: {"balance_advice": lambda self, *weight, text=text: text}
+        for name, text in advice.items()
+    }
+    balancer = own(balancers.LossFreeBias, **members.get("balancer", {}))()
+    router = own(routers.TopKRouter, **members.get("router", {}))(balancer=balancer)
+    loss = own(losses.LoadBalance, **members.get("loss", {}))()
+    return moe(router=router, router_losses=[loss]).balance_advice()
 
 
 def changing(function):
@@ -478,6 +516,15 @@ FUNCTIONS = {
     "metrics.unserved_fraction": [
         (lambda v: metrics.unserved_fraction(v, ops.plan_groups(routing())), [None]),
         (lambda v: metrics.unserved_fraction(routing(), v), [None, routing()]),
+        (
+            lambda v: metrics.unserved_fraction(
+                routing(), ops.plan_groups(routing())._replace(**v)
+            ),
+            [
+                {"groups": None},
+                {"groups": ops.plan_groups(ops.top_k_routing(LOGITS[:3], K)).groups},
+            ],
+        ),
     ],
     "metrics.expert_saliency": [
         (lambda v: metrics.expert_saliency(moe(router=v), normal(T, D)), ["soft", "expert_choice"]),
@@ -610,6 +657,7 @@ PLOTS = {
 }
 
 GROUPED = ops.plan_groups(routing())
+TO_ONE_EXPERT = ops.plan_groups(ops.top_k_routing(LOGITS[:, :1], 1))
 CHOSEN = ops.plan_expert_choice(ops.expert_choice_routing(logits(), 1.0))
 CHOICES = ops.expert_choice_routing(logits(), 1.0).details
 SLOTS = ops.plan_soft(ops.soft_routing(logits(), E))
@@ -683,6 +731,17 @@ NOT_OF_TOKENS = [
     routers.TopKRouter(E),
     *map(changing, [lambda x: [x, x], lambda x: x[..., 0], lambda x: x[:, :1]]),
 ]
+# Not what a layer returns that tells the shape of its inputs.
+NOT_AS_TOLD = [
+    lambda x: keras.ops.cast(x, "int32"),
+    lambda x: x > 0,
+    lambda x: None,
+    lambda x: [x],
+    lambda x: 1.0,
+    lambda x: x[:0],
+    lambda x: x[..., :1],
+]
+NO_SCALARS = [None, "a", [1.0], True, np.ones(2, "f4"), np.ones((), "int32")]
 LARGE = np.arange(10000.0).reshape(100, 100)
 BAD_FLAGS = ["no", "False", 1, 0, 0.0, [True], NAN]
 BAD_SEEDS = ["0", 1.5, -1, True, NAN, [1], 2**40]
@@ -918,6 +977,92 @@ METHODS = {
         (lambda v: layers.FeedForwardExperts(E, 2, kernel_regularizer=v), BAD_REGULARIZERS),
         (lambda v: layers.FeedForwardExperts(E, 2, bias_regularizer=v), BAD_REGULARIZERS),
         (lambda v: routers.TopKRouter(E, kernel_regularizer=v), BAD_REGULARIZERS),
+    ],
+    "what a regularizer returns": [
+        (
+            lambda v, make=make, name=name: built(make(E, 3, **{name: returning(v)})).losses,
+            NO_SCALARS,
+        )
+        for make, name in (
+            (layers.FeedForwardExperts, "kernel_regularizer"),
+            (layers.FeedForwardExperts, "bias_regularizer"),
+            (routers.TopKRouter, "kernel_regularizer"),
+        )
+    ],
+    "what a layer of tokens returns": [
+        (lambda v: moe(shared_expert=telling_its_shape(v))(normal(2, 3, D)), NOT_AS_TOLD),
+        (lambda v: encoder(telling_its_shape(v))(normal(2, 3, D)), NOT_AS_TOLD),
+        (
+            lambda v: layers.LayerExperts([telling_its_shape(v)])(normal(T, D), TO_ONE_EXPERT),
+            NOT_AS_TOLD,
+        ),
+    ],
+    "a constructor that calls no other": [
+        (lambda v: moe(router=without_constructor(v)), of_kind(routers, routers.Router)),
+        (lambda v: moe(without_constructor(v)), of_kind(layers, layers.ExpertBank)),
+        (lambda v: losses.get(without_constructor(v)), of_kind(losses, losses.RouterLoss)),
+        (
+            lambda v: balancers.get(without_constructor(v)),
+            of_kind(routers, routers.SelectionBalancer),
+        ),
+        (lambda v: moe(capacity_factor=without_constructor(v)), [layers.Capacity]),
+        (lambda v: begun(without_constructor(v)), of_kind(callbacks, keras.callbacks.Callback)),
+        (
+            lambda v: without_constructor(v).update_state(routing()),
+            of_kind(metrics, keras.metrics.Metric),
+        ),
+    ],
+    "advice of a part of one's own": [
+        (lambda v: advised(loss=v), [None, 3, ["a"]]),
+        (lambda v: advised(router=v), [3, ["a"]]),
+        (lambda v: advised(balancer=v), [3, ["a"]]),
+    ],
+    "logits of a router of one's own": [
+        (
+            lambda v, base=base: own(base, logits=v)(E)(normal(T, D)),
+            [
+                lambda self, tokens: None,
+                lambda self, tokens, mask, training: None,
+                lambda self, tokens, mask, training: logits(),
+                lambda self, tokens, mask, training: (1, 2),
+                lambda self, tokens, mask, training: (logits(), None),
+                lambda self, tokens, real, training: (logits()[:, :3], mask()),
+            ],
+        )
+        for base in of_kind(routers, routers.LogitRouter)
+        if base not in ABSTRACT
+    ],
+    "kernel_shape of a router of one's own": [
+        (
+            lambda v: own(routers.TopKRouter, kernel_shape=v)(E)(normal(T, D)),
+            [
+                lambda self: (D, E),
+                lambda self, features: None,
+                lambda self, features: "ab",
+                lambda self, features: (E, features),
+                lambda self, features: (features, 4.0),
+                lambda self, features: (features, 0),
+            ],
+        ),
+    ],
+    "shape that a bank of one's own tells": [
+        (
+            lambda v: served_by(shape=lambda self, shape: v(shape)),
+            [
+                lambda shape: None,
+                lambda shape: 5,
+                lambda shape: "ab",
+                lambda shape: (2,),
+                lambda shape: (*shape[:-1], None),
+                lambda shape: (*shape[:-1], D + 1),
+            ],
+        ),
+        (
+            lambda v: built(own(layers.FeedForwardExperts, compute_output_shape=v)(E, 3))(
+                normal(T, D), ops.plan_groups(routing())
+            ),
+            [lambda self, shape: (*shape[:-1], D + 1)],
+        ),
     ],
     "layers of tokens": [
         (lambda v: moe(shared_expert=v)(normal(2, 3, D)), NOT_OF_TOKENS),

@@ -55,6 +55,24 @@ def check_is_number(name, tensor):
     _check_is_of("number", name, tensor, "a tensor of numbers", "Cast it, for example to float32.")
 
 
+def check_is_scalar(what, value, source):
+    """What a function of the user's own returned as a loss: one float."""
+    shape = () if isinstance(value, numbers.Real) else getattr(value, "shape", None)
+    if shape is None or len(shape):
+        received = f"type {type(value).__name__}" if shape is None else f"shape {tuple(shape)}"
+        raise ValueError(
+            f"{what} must be one number. Received: a value of {received} from {source}. Return, "
+            "for example, its `keras.ops.mean`."
+        )
+    if isinstance(value, bool) or (hasattr(value, "dtype") and not is_of("float", value)):
+        received = "bool" if isinstance(value, bool) else dtype_of(value)
+        raise TypeError(
+            f"{what} must be a float. Received: a value of {received} from {source}. An integer "
+            "has no gradient: compute in float32."
+        )
+    return value
+
+
 def check_is_integer(name, tensor):
     fix = "Pass whole numbers, for example of int32."
     _check_is_of("int", name, tensor, "an integer tensor", fix)

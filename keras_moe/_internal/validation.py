@@ -88,9 +88,14 @@ def check_share(name, value):
 def check_choice(name, value, choices):
     if not isinstance(value, str) or value not in choices:
         raise ValueError(
-            f"`{name}` must be one of {', '.join(map(repr, choices))}. Received: "
+            f"`{name}` must be one of {listed(choices)}. Received: "
             f"{name}={shortened(value)}. {propose(value, choices)}"
         )
+
+
+def listed(values):
+    """Values as a message lists them."""
+    return ", ".join(map(repr, values))
 
 
 def propose(value, names):

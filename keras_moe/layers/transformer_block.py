@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_moe._internal.saved_state import load_draws, save_draws
 from keras_moe._internal.serialization import config_of, resolve
-from keras_moe._internal.shape_checks import check_inputs_shape
+from keras_moe._internal.shape_checks import check_inputs_shape, check_returned
 from keras_moe._internal.tensor_checks import (
     check_float_inputs,
     check_host_integers,
@@ -128,6 +128,7 @@ class TransformerBlock(Recomputable):
         arguments = {"mask": mask, "training": training, "token_ids": token_ids}
         accepted = {name: arguments[name] for name in self._feedforward_arguments}
         branch = self.feedforward(self._feedforward_norm(hidden), **accepted)
+        check_returned("feedforward", branch, hidden.shape)
         return self._add(hidden, branch, training)
 
     def save_own_variables(self, store):

@@ -75,6 +75,7 @@ class GroupedPlan(NamedTuple):
 
     def served(self):
         """Which tokens have a row, (T,) bool."""
+        check_groups(self.groups)
         return self.groups.served()
 
     def dropped_fraction(self, counts):

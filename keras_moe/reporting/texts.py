@@ -39,12 +39,6 @@ def token_texts(tokens, arrays, positions, num_documents):
                 )
         documents = [text.split() if isinstance(text, str) else list(text) for text in tokens]
         length = _length(arrays, positions)
-    if len(documents) != num_documents:
-        raise ValueError(
-            "`tokens` must have an entry for each document. "
-            f"Received: {len(documents)} entries for {num_documents} documents. "
-            "Pass the tokens of these documents, in their order."
-        )
     size = max(length // positions, 1)
     return [
         " ".join(map(str, document[place * size : (place + 1) * size]))
