@@ -152,6 +152,7 @@ def exploded(how):
 
 def collapsed(counts, advice):
     check_counts("counts", counts)
+    check_text("advice", advice)
     if not np.any(counts):
         raise ValueError(
             "Experts must have work to collapse. Received: counts that are all 0. Judge loads that "
@@ -171,6 +172,8 @@ def dead(experts, num_experts, advice):
     experts = np.asarray(host_values(experts))
     check_rank("experts", experts, ("N",))
     check_experts("experts", experts[:, None], num_experts)
+    check_text("advice", advice)
+    experts = np.unique(experts)
     listed = ", ".join(str(expert) for expert in experts[:10])
     if len(experts) > 10:
         listed += f" and {len(experts) - 10} more"
@@ -211,7 +214,7 @@ def judge_heavy_losses(router_losses, weights, total):
     """
     check_list("router_losses", router_losses)
     check_list("weights", weights)
-    weights = [check_scalar("weights", weight) for weight in weights]
+    weights = [check_not_negative("weights", check_scalar("weights", each)) for each in weights]
     total = None if total is None else check_scalar("total", total)
     if len(router_losses) != len(weights):
         raise ValueError(
@@ -223,7 +226,8 @@ def judge_heavy_losses(router_losses, weights, total):
         for loss, weight in zip(router_losses, weights)
         if (usual := _usual_weight(loss)) is not None and weight >= HEAVY_WEIGHT * usual
     ]
-    if total is None or not heavy or sum(weight for _, weight, _ in heavy) < 0.5 * abs(total):
+    share = sum(weight for _, weight, _ in heavy)
+    if total is None or not heavy or not share >= 0.5 * abs(total):  # nor if the total is NaN
         return None
     text = f"{' and '.join(name for name, *_ in heavy)} is at least half of the loss, {total:.3g}."
     usual = heavy[0][2]

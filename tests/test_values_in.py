@@ -542,6 +542,7 @@ FUNCTIONS = {
     "health.dead": [
         (lambda v: health.dead(v, E, ""), ["12", 3, None, [E], [0.5]]),
         (lambda v: health.dead([0], v, ""), BAD_SIZES),
+        (lambda v: health.dead([0], E, v), [None, 3]),
     ],
     "health.exploded": [(health.exploded, [None, 3])],
     "health.judge_drops": [(health.judge_drops, [-0.1, 7.0, NAN, INF, None, "0.1"])],
@@ -555,10 +556,16 @@ FUNCTIONS = {
     ],
     "health.judge_heavy_losses": [
         (lambda v: health.judge_heavy_losses(v, [0.1], 1.0), [[None], [], None]),
-        (lambda v: health.judge_heavy_losses([losses.LoadBalance()], v, 1.0), [["a"], None]),
+        (
+            lambda v: health.judge_heavy_losses([losses.LoadBalance()], v, 1.0),
+            [["a"], None, [NAN], [-1.0]],
+        ),
         (lambda v: health.judge_heavy_losses([losses.LoadBalance()], [0.1], v), ["big"]),
     ],
-    "health.collapsed": [(lambda v: health.collapsed(v, ""), [*BAD_COUNTS, [0, 0]])],
+    "health.collapsed": [
+        (lambda v: health.collapsed(v, ""), [*BAD_COUNTS, [0, 0]]),
+        (lambda v: health.collapsed([1, 2], v), [None, 3]),
+    ],
     "health.is_enough": [(health.is_enough, BAD_COUNTS)],
 }
 
@@ -1080,6 +1087,9 @@ METHODS = {
         (lambda v: routed_by(call=lambda self, tokens, **kwargs: v), [None, "x", (1, 2)]),
         (lambda v: own(routers.Router, route=v)(E), [lambda self, tokens: routing()]),
         (lambda v: own(OfOnesOwn, top_k=v)(E, routing())(normal(T, D)), [None, 9, "a"]),
+        (lambda v: built(own(OfOnesOwn, max_top_k=v)(E)), [None, 9, "a"]),
+        (lambda v: built(own(OfOnesOwn, min_top_k=v)(E)), [None, 9, "a"]),
+        (lambda v: built(own(OfOnesOwn, mean_top_k=v)(E)), [None, 0, "a"]),
         (planned_by, [lambda self, routing: None, lambda self, routing: routing]),
     ],
     "call of a bank of one's own": [

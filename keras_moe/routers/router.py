@@ -25,6 +25,7 @@ from keras_moe._internal.tensor_checks import (
 from keras_moe._internal.validation import (
     check_method,
     check_positive_integer,
+    check_positive_number,
     check_top_k,
     check_training,
     shortened,
@@ -93,8 +94,10 @@ class Router(NamedArguments, keras.layers.Layer):
                     f"`{type(self).__name__}` without it. Set it in `__init__`, or call "
                     "`super().build(tokens_shape)` in its `build`."
                 )
-        if "top_k" in self._made_by_build():
-            check_top_k(self.top_k, self.num_experts, type(self).__name__)
+        is_fixed = type(self).max_top_k is Router.max_top_k
+        for name in ("top_k" if is_fixed else "max_top_k", "min_top_k"):
+            check_top_k(getattr(self, name), self.num_experts, type(self).__name__, name)
+        check_positive_number("mean_top_k", self.mean_top_k)
         super()._post_build()
 
     def _made_by_build(self):
