@@ -47,9 +47,9 @@ BAD_COUNTS = [
     [],
     ["a", "b"],
 ]
-NO_MASK = [None, np.ones(T, "float32"), np.ones(T - 1, bool)]
+NO_MASK = [None, np.ones(T, "float32"), np.ones(T - 1, bool), keras.layers.Dense(3)]
 BAD_MASKS = [np.ones((1, T), "float32"), np.ones((1, 3), bool), [[True] * T], [["a"] * T]]
-BAD_MASKS.append(np.array([["a"] * T]))
+BAD_MASKS += [np.array([["a"] * T]), keras.layers.Dense(3)]
 BAD_INDICES = [[[0, E]], [[-2, 0]], [[0.0, 1.0]], [0, 1], [[[0, 1]]]]
 # Functions of one tensor that are no activations, and functions of other arguments.
 NOT_ELEMENTWISE = [
@@ -404,6 +404,7 @@ FUNCTIONS = {
     ],
     "ops.expert_capacity": [
         (lambda v: ops.expert_capacity(v, E, K, 1.0), [-1, 8.0, np.float32(8), True, "8", None]),
+        (lambda v: ops.expert_capacity(v, E, K, 1.0), [int]),
         (lambda v: ops.expert_capacity(T, v, K, 1.0), BAD_SIZES),
         (lambda v: ops.expert_capacity(T, E, v, 1.0), [*BAD_SIZES, E + 1]),
         (lambda v: ops.expert_capacity(T, E, K, v), BAD_NUMBERS),
@@ -493,7 +494,7 @@ FUNCTIONS = {
     ],
     "metrics.dropped_fraction": [
         (lambda v: metrics.dropped_fraction(0, v), BAD_COUNTS),
-        (lambda v: metrics.dropped_fraction(v, [1, 2]), [-1, NAN, INF, 7, [1], None, "1"]),
+        (lambda v: metrics.dropped_fraction(v, [1, 2]), [-1, NAN, INF, 7, [1], None, "1", 1j]),
     ],
     "metrics.count_table": [
         (lambda v: metrics.count_table(routing(), v, 2), [[0] * 5, [2] * T, [-1] * T, [0.0] * T]),
@@ -646,7 +647,7 @@ PLOTS = {
         (lambda v: visualization.coactivation(np.array(v)), visualized),
         (lambda v: visualization.coactivation(np.array([[0, 1]]), v), [*BAD_SIZES, 1, 10**9]),
         (visualization.coactivation, [[[0, 1], [2]], np.zeros((0, 2), int), [[0, 10**9]]]),
-        (lambda v: visualization.coactivation([routing()], v), [E - 1, E + 1, "4"]),
+        (lambda v: visualization.coactivation([routing()], v), [E - 1, E + 1, "4", LOGITS]),
     ],
     "visualization.confidence": [
         (lambda v: visualization.confidence(np.array(v)), [[0.5, 0.5], [[NAN, 1.0]], [[7.0]]]),
@@ -676,8 +677,9 @@ BANKS = [
     lambda: layers.ZeroComputationExperts(bank(), num_zero=1),
 ]
 BAD_SHAPES = [5, "x", (None, None), (None, 0), (None, 2.5), (None, -8)]
-BAD_TRAINING = ["yes", "", 3, 0.0, [True]]
-BAD_LENGTHS = [0, -1, 2.5, "2", True, 4, tensor(1.5)]
+A_LAYER = keras.layers.Dense(3)  # It has a dtype, as tensors have.
+BAD_TRAINING = ["yes", "", 3, 0.0, [True], A_LAYER, tensor([True, False])]
+BAD_LENGTHS = [0, -1, 2.5, "2", True, 4, tensor(1.5), int, np.array([3]), TEXTS]
 ROUTERS = [
     router
     for name in routers.__all__
@@ -738,6 +740,10 @@ NOT_OF_TOKENS = [
     routers.TopKRouter(E),
     *map(changing, [lambda x: [x, x], lambda x: x[..., 0], lambda x: x[:, :1]]),
 ]
+OF_A_LAYER = ["inputs", "mask", "training", "return_routing", "token_ids", "indices"]
+OF_A_LAYER.append("router_inputs")
+OF_A_BLOCK = ["inputs", "mask", "training", "token_ids"]
+OF_A_ROUTER = ["tokens", "mask", "training", "sequence_length", "token_ids", "indices"]
 # Not what a layer returns that tells the shape of its inputs.
 NOT_AS_TOLD = [
     lambda x: keras.ops.cast(x, "int32"),
@@ -878,7 +884,7 @@ METHODS = {
         (lambda v: moe()(normal(1, T, D), mask=v), BAD_MASKS),
         (
             lambda v: routers.TopKRouter(E)(normal(T, D), mask=v[0]),
-            [m for m in BAD_MASKS if len(m)],
+            BAD_MASKS[:-1],
         ),
         (lambda v: encoder()(normal(1, T, D), mask=v), BAD_MASKS),
     ],
@@ -942,6 +948,19 @@ METHODS = {
         (lambda v: moe(shared_expert=v), [bank()]),
         (lambda v: layers.LayerExperts([v]), [bank(), keras.layers.LSTM(D)]),
         (lambda v: moe(layers.LayerExperts([v]))(normal(T, D)), [keras.layers.Embedding(4, D)]),
+    ],
+    "arguments of a layer in arrays of texts": [
+        (lambda v: moe()(**{"inputs": normal(T, D), v: TEXTS}), OF_A_LAYER),
+        (lambda v: encoder()(**{"inputs": normal(1, T, D), v: TEXTS}), OF_A_BLOCK),
+        (lambda v: routers.TopKRouter(E)(**{"tokens": normal(T, D), v: TEXTS}), OF_A_ROUTER),
+    ],
+    "mask of a context and a cache": [
+        (
+            lambda v: decoder()(
+                normal(1, 2, D), cache=decoder().make_cache(1, 4), position=0, context_mask=v
+            ),
+            [np.ones((1, 2), bool)],
+        ),
     ],
     "inputs": [
         (lambda v: moe()(v), [None, [normal(T, D), normal(T, D)], np.zeros((T, 0), "f4")]),

@@ -120,12 +120,8 @@ def check_divides(name, length, num_tokens):
     """A sequence length against the number of tokens; what is a tensor is not checked."""
     if length is None:
         return
-    if is_tensor(length):
-        check_is_integer(name, length)
-        return
-    if is_symbol(length):
-        return
-    check_positive_integer(name, length)
+    if not is_symbol(length):
+        check_size(name, length)
     if is_whole(num_tokens) and num_tokens % length:
         raise ValueError(
             f"`{name}` must divide the number of tokens. Received: {name}={length}, {num_tokens} "
@@ -183,10 +179,11 @@ def check_host_integers(name, values):
         check_is_integer(name, values)
 
 
-def check_host_numbers(name, values):
+def check_host_numbers(**arrays):
     """Numbers, if they are in an array: see `check_host_integers`."""
-    if isinstance(values, np.ndarray):
-        check_numbers(name, values)
+    for name, values in arrays.items():
+        if isinstance(values, np.ndarray):
+            check_numbers(name, values)
 
 
 def host_values(values):
@@ -209,7 +206,7 @@ def host_values(values):
 def check_mask(mask, inputs_shape, name="mask", of="inputs"):
     """A mask has the shape of the inputs without the feature axis; None fits any size."""
     rule = f"`{name}` must be a tensor of bools, or of integers."
-    if not hasattr(mask, "dtype"):
+    if not is_tensor(mask):
         raise TypeError(f"{rule} Received: {name}={shortened(mask)}. Pass `ids != 0`, say.")
     mask_shape, leading = tuple(mask.shape), tuple(inputs_shape)[:-1]
     if not fits(mask_shape, leading):

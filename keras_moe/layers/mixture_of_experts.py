@@ -236,7 +236,8 @@ class MixtureOfExperts(Recomputable):
         check_training(kwargs.get("training"))
         if args:
             check_tensor("inputs", args[0])
-            check_host_numbers("inputs", args[0])
+            check_host_numbers(inputs=args[0])
+        check_host_numbers(**kwargs)
         return super().__call__(*args, **kwargs)
 
     @effects_once

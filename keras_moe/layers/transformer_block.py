@@ -56,11 +56,10 @@ class TransformerBlock(Recomputable):
         # Checked here, because Keras turns arrays into tensors before `call`.
         check_training(kwargs.get("training"))
         check_host_integers("token_ids", kwargs.get("token_ids"))
-        for name in ("mask", "context", "context_mask"):
-            check_host_numbers(name, kwargs.get(name))
+        check_host_numbers(**kwargs)
         inputs: Any = args[0] if args else kwargs.get("inputs")
         check_tensor("inputs", inputs)
-        check_host_numbers("inputs", inputs)
+        check_host_numbers(inputs=inputs)
         self._check_features(inputs.shape)
         return super().__call__(*args, **kwargs)
 

@@ -32,7 +32,7 @@ def token_texts(tokens, arrays, positions, num_documents):
                 f"{tokens.dtype}. Pass for each document a list of strings."
             )
         for text in tokens:
-            if not hasattr(text, "__iter__"):
+            if not hasattr(text, "__iter__") or getattr(text, "shape", None) == ():
                 raise ValueError(
                     "Each entry of `tokens` must be a text or a list of strings. "
                     f"Received: {shortened(text)}. Put it into a list."

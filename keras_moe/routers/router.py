@@ -133,8 +133,10 @@ class Router(NamedArguments, keras.layers.Layer):
         # Checked here, because Keras turns arrays into tensors before `call`.
         self.check_arrays(**kwargs)
         check_training(kwargs.get("training"))
+        check_host_numbers(**kwargs)
         if args:
             check_tensor("tokens", args[0])
+            check_host_numbers(tokens=args[0])
         routing = super().__call__(*args, **kwargs)
         tokens = args[0] if args else kwargs["tokens"]
         check_fields(routing, T=tokens.shape[0], E=self.num_experts)
@@ -143,7 +145,7 @@ class Router(NamedArguments, keras.layers.Layer):
     def check_arrays(self, indices=None, token_ids=None, mask=None, **others):
         """Check the arguments of a call that are not tensors yet; `call` checks the rest."""
         check_host_integers("token_ids", token_ids)
-        check_host_numbers("mask", mask)
+        check_host_numbers(mask=mask)
         array = host_values(indices)
         if array is not None and array.ndim == 2 and "indices" in self._known_arguments:
             check_replayed(array, self.num_experts)

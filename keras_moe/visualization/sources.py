@@ -126,6 +126,8 @@ def _array(name, value):
 
 
 def _routing(value, num_experts):
+    if num_experts is not None:
+        check_positive_integer("num_experts", num_experts)
     if isinstance(value, Routing):
         if num_experts not in (None, len(value.counts)):
             raise ValueError(
@@ -139,8 +141,6 @@ def _routing(value, num_experts):
             "The experts of tokens must be integers (T, K). "
             f"Received: shape {value.shape} of {value.dtype}. Pass `routing.indices`."
         )
-    if num_experts is not None:
-        check_positive_integer("num_experts", num_experts)
     check_experts("indices", value, num_experts)
     check_can_be_drawn("num_experts", num_experts or int(value.max()) + 1)
     counts = np.bincount(value[value >= 0], minlength=num_experts or 0)
