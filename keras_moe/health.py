@@ -171,7 +171,7 @@ def dead(experts, num_experts, advice):
     check_positive_integer("num_experts", num_experts)
     experts = np.asarray(host_values(experts))
     check_rank("experts", experts, ("N",))
-    check_experts("experts", experts[:, None], num_experts)
+    check_experts("experts", experts[:, None], num_experts, least=0)
     check_text("advice", advice)
     experts = np.unique(experts)
     listed = ", ".join(str(expert) for expert in experts[:10])

@@ -541,7 +541,7 @@ FUNCTIONS = {
         (lambda v: health.judge_load([100] * E, K, v), [None, 3]),
     ],
     "health.dead": [
-        (lambda v: health.dead(v, E, ""), ["12", 3, None, [E], [0.5]]),
+        (lambda v: health.dead(v, E, ""), ["12", 3, None, [E], [0.5], [-1]]),
         (lambda v: health.dead([0], v, ""), BAD_SIZES),
         (lambda v: health.dead([0], E, v), [None, 3]),
     ],
@@ -652,6 +652,7 @@ PLOTS = {
     "visualization.confidence": [
         (lambda v: visualization.confidence(np.array(v)), [[0.5, 0.5], [[NAN, 1.0]], [[7.0]]]),
         (lambda v: visualization.confidence(np.array(v)), [[[-0.5, 0.5]], [[1, 0]], [["a"]]]),
+        (visualization.confidence, forged("probs", "mask")),
     ],
     "visualization.shares_over_time": [
         (visualization.shares_over_time, [[1, 2], [[-1, 2]], [[NAN, 1.0]], [], {}]),
@@ -725,6 +726,7 @@ BAD_INITIALIZERS = [
     lambda shape, dtype=None: np.ones(3, "f4"),
     lambda shape, dtype=None: None,
     lambda shape, dtype=None: "a",
+    lambda shape, dtype=None: np.full(shape, "a"),
     keras.regularizers.L2(),
 ]
 BAD_REGULARIZERS = [*OTHER_OBJECTS, "l3", lambda: 1.0, keras.initializers.Zeros(), np.ones(3)]
@@ -1069,6 +1071,12 @@ METHODS = {
                 lambda self, features: (features, 4.0),
                 lambda self, features: (features, 0),
             ],
+        ),
+    ],
+    "build of a bank of one's own": [
+        (
+            lambda v: built(own(layers.FeedForwardExperts, build=v)(E, 3)),
+            [lambda self, shape: None],
         ),
     ],
     "shape that a bank of one's own tells": [

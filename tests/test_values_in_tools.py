@@ -115,6 +115,8 @@ TOOLS = {
                 (normal(2, D), normal(2, D)),
                 [normal(2, D + 1)],
                 [[normal(2, D), normal(2, D)]],
+                [],
+                iter([]),
                 [None],
                 ["a"],
                 [{"x": normal(2, D)}],

@@ -143,7 +143,7 @@ def check_counts(name, counts, axes=("E",)):
         )
 
 
-def check_experts(name, indices, num_experts=None):
+def check_experts(name, indices, num_experts=None, least=-1):
     """Experts of tokens (T, K), -1 for none: in range, if they are on the host."""
     array = host_values(indices)
     check_is_integer(name, indices if array is None else array)
@@ -151,10 +151,11 @@ def check_experts(name, indices, num_experts=None):
     if array is None:
         return
     limit = np.inf if num_experts is None else num_experts
-    if ((array < -1) | (array >= limit)).any():
+    if ((array < least) | (array >= limit)).any():
         experts = "0 and up" if num_experts is None else f"from 0 to {num_experts - 1}"
+        experts += ", or -1 for none" * -least
         raise ValueError(
-            f"`{name}` must be experts {experts}, or -1 for none. Received: experts from "
+            f"`{name}` must be experts {experts}. Received: experts from "
             f"{array.min()} to {array.max()}. Pass the `indices` of a routing."
         )
 

@@ -199,6 +199,17 @@ def check_scalar(name, value):
         ) from error
 
 
+def check_has(what, layer, names):
+    """What a layer must have when it is built: the user's class may override `build`."""
+    for name in names:
+        if getattr(layer, name, None) is None:
+            raise ValueError(
+                f"{what} must have `{name}` when it is built. Received: a `{type(layer).__name__}` "
+                "without it. Set it in `__init__`, or call `super().build(tokens_shape)` in its "
+                "`build`."
+            )
+
+
 def check_computes_in_floats(layer):
     """A layer with kernels, which cannot learn in integers."""
     if not keras.backend.is_float_dtype(layer.compute_dtype):

@@ -42,8 +42,9 @@ class ExpertBank(NamedArguments, keras.layers.Layer):
     def __call__(self, tokens, plan=None, **kwargs):
         check_bank_call(self, tokens, plan)
         outputs = super().__call__(tokens, plan, **kwargs)
-        tells_width = overrides(self, "compute_output_shape")
-        width = width_of(self, tuple(tokens.shape)) if tells_width else None
+        width = None
+        if overrides(self, "compute_output_shape"):
+            width = width_of(self, (None, tokens.shape[-1]))  # the number of tokens may be a symbol
         check_served(self, tokens, outputs, width)
         return outputs
 

@@ -23,6 +23,7 @@ from keras_moe._internal.tensor_checks import (
     host_values,
 )
 from keras_moe._internal.validation import (
+    check_has,
     check_method,
     check_positive_integer,
     check_positive_number,
@@ -87,13 +88,7 @@ class Router(NamedArguments, keras.layers.Layer):
         self._known_arguments = set(inspect.signature(self.route).parameters)
 
     def _post_build(self):
-        for name in self._made_by_build():
-            if getattr(self, name, None) is None:
-                raise ValueError(
-                    f"A router must have `{name}` when it is built. Received: a "
-                    f"`{type(self).__name__}` without it. Set it in `__init__`, or call "
-                    "`super().build(tokens_shape)` in its `build`."
-                )
+        check_has("A router", self, self._made_by_build())
         is_fixed = type(self).max_top_k is Router.max_top_k
         for name in ("top_k" if is_fixed else "max_top_k", "min_top_k"):
             check_top_k(getattr(self, name), self.num_experts, type(self).__name__, name)
