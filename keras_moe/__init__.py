@@ -6,6 +6,8 @@ Begin with `layers.MixtureOfExperts`: it takes a bank of experts from `layers`, 
 
 import importlib
 
+# First, as it says whether Keras has a backend that the package runs on.
+import keras_moe.backend  # noqa: F401
 from keras_moe import (
     activations,
     callbacks,

@@ -15,7 +15,7 @@ import numpy as np
 
 from keras_moe import inspection, report, summary
 from keras_moe._internal import saved_models
-from keras_moe._internal.batches import check_ids
+from keras_moe._internal.batches import check_inputs
 from keras_moe._internal.command_line import OneLineParser, one_line_errors, stating
 from keras_moe._internal.tensor_checks import fits
 
@@ -184,9 +184,10 @@ def _check_inputs(model, data):
         raise ValueError(
             "`--data` must hold what the model takes: numbers of these shapes by the names of "
             f"inputs, {inputs}. Received: {given} of "
-            f"{sorted({str(array.dtype) for array in arrays.values()})}. Change the file."
+            f"{' and '.join(sorted({str(array.dtype) for array in arrays.values()}))}. Change the "
+            "file."
         )
-    check_ids("--data", data, model)
+    check_inputs("--data", data, model)
 
 
 if __name__ == "__main__":

@@ -155,6 +155,7 @@ def exploded(how):
 
 def collapsed(counts, advice):
     check_counts("counts", counts)
+    check_text("advice", advice)
     if not np.any(counts):
         raise ValueError(
             "Experts must have work to collapse. Received: counts that are all 0. Judge loads that "
@@ -173,7 +174,9 @@ def dead(experts, num_experts, advice):
     check_positive_integer("num_experts", num_experts)
     experts = np.asarray(host_values(experts))
     check_rank("experts", experts, ("N",))
-    check_experts("experts", experts[:, None], num_experts)
+    check_experts("experts", experts[:, None], num_experts, least=0)
+    check_text("advice", advice)
+    experts = np.unique(experts)
     listed = ", ".join(str(expert) for expert in experts[:10])
     if len(experts) > 10:
         listed += f" and {len(experts) - 10} more"
@@ -216,7 +219,7 @@ def judge_heavy_losses(router_losses, weights, total, values=None):
     """
     check_list("router_losses", router_losses)
     check_list("weights", weights)
-    weights = [check_scalar("weights", weight) for weight in weights]
+    weights = [check_not_negative("weights", check_scalar("weights", each)) for each in weights]
     total = None if total is None else check_scalar("total", total)
     if len(router_losses) != len(weights):
         raise ValueError(

@@ -298,8 +298,8 @@ ERRORS = {
         lambda: (block := make_block(cross_attention=True))(
             X, context=X, cache=block.make_cache(B, L, X), position=0
         ),
-        "The cache holds the context already. Received: cache and context. "
-        "Pass `context` and `context_mask` to `make_cache` only.",
+        "`context` and `context_mask` must be left out with a cache, which holds them. Received: "
+        "cache and context. Pass them to `make_cache` only.",
     ),
     "full": (
         lambda: (block := make_block())(X, cache=block.make_cache(B, L), position=1),

@@ -268,7 +268,7 @@ def test_users_can_read_the_engine():
 
 def test_the_engine_of_a_layer_that_is_not_built_is_not_known():
     model = keras.Sequential([moe(name="moe")])
-    with pytest.raises(ValueError, match=r"whose layers \['moe'\] are not. Call it on some data"):
+    with pytest.raises(ValueError, match=r"whose layers 'moe' are not. Call it on some data"):
         inspection.describe(model)
 
 

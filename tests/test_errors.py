@@ -135,9 +135,9 @@ CONSTRUCTORS = {
     ),
     "a loss without a weight": (
         lambda: moe(router_losses=[Weightless()]),
-        ValueError,
-        "A router loss must have a weight. Received: a `Weightless` without one. "
-        "Call `super().__init__(weight)` in its `__init__`.",
+        TypeError,
+        "`__init__` of `Weightless` must call that of its base class, `RouterLoss`. Received: an "
+        "object without `weight`. Call `super().__init__(weight, ...)` in it, first of all.",
     ),
     "experts is a class": (
         lambda: layers.MixtureOfExperts(layers.LayerExperts),

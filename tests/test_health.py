@@ -298,6 +298,7 @@ def test_who_may_have_fewer_experts_can_collapse_as_well(router):
 def test_a_loss_is_heavy_by_the_weight_it_has_now():
     found = [losses.LoadBalance(1.0)]
     assert health.judge_heavy_losses(found, [0.0], 1.0, [3.0]) is None
+    assert health.judge_heavy_losses(found, [1.0], float("nan"), [3.0]) is None
     assert "LoadBalance(weight=1)" in health.judge_heavy_losses(found, [1.0], 3.5, [3.0]).text
 
 

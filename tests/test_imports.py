@@ -51,9 +51,9 @@ LEVELS = {
 TOP = 6
 
 
-def run(code, backend=BACKEND):
+def run(*arguments, backend=BACKEND):
     return subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning:keras_moe", "-c", code],
+        [sys.executable, "-W", "error::DeprecationWarning:keras_moe", *arguments],
         env={**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -62,10 +62,11 @@ def run(code, backend=BACKEND):
 
 def test_the_package_imports_nothing_but_itself_and_the_backend_of_keras():
     done = run(
+        "-c",
         "import sys, keras\n"
         "before = set(sys.modules)\n"
         "import keras_moe\n"
-        "print(*set(sys.modules) - before)"
+        "print(*set(sys.modules) - before)",
     )
     assert done.returncode == 0, done.stderr
     new = done.stdout.split()
@@ -77,14 +78,25 @@ def test_the_package_imports_nothing_but_itself_and_the_backend_of_keras():
 
 
 @pytest.mark.backends("torch")
-def test_another_backend_is_refused_with_the_way_out():
-    done = run("import keras_moe", backend="numpy")
-    assert done.returncode != 0
-    assert done.stderr.strip().splitlines()[-1] == (
+@pytest.mark.parametrize(
+    "backend, received",
+    [
+        ("numpy", "keras.backend.backend()='numpy'"),
+        ("foo", "KERAS_BACKEND='foo' (Unable to import backend : foo)"),
+    ],
+)
+def test_another_backend_is_refused_with_the_way_out(backend, received):
+    said = (
         "ImportError: keras_moe runs on the Keras backends tensorflow, jax, torch. "
-        "Received: keras.backend.backend()='numpy'. "
-        "Set KERAS_BACKEND to one of them before keras is imported."
+        f"Received: {received}. "
+        "Set KERAS_BACKEND to one of them, which is installed, before keras is imported."
     )
+    imported = run("-c", "import keras_moe", backend=backend)
+    assert imported.returncode != 0
+    assert imported.stderr.strip().splitlines()[-1] == said
+    called = run("-m", "keras_moe", "inspect", "model.keras", backend=backend)
+    assert called.returncode != 0
+    assert said in called.stderr and len(called.stderr.splitlines()) == 1
 
 
 def imports(path):

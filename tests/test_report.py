@@ -99,7 +99,7 @@ def test_layers_have_their_own_labels_and_tokens(tmp_path):
 @of_the_page
 @pytest.mark.parametrize("argument", ["labels", "tokens"])
 def test_a_layer_that_the_model_does_not_have_is_named(argument, tmp_path):
-    message = rf"`{argument}` as a dict must .* \['third'\]. Choose from \['first'\]"
+    message = rf"`{argument}` as a dict must .* 'third'. Choose from 'first'"
     with pytest.raises(ValueError, match=message):
         written(tmp_path, one_hot_model("first"), ids([1]), **{argument: {"third": ["a"]}})
 
@@ -345,14 +345,14 @@ def test_many_tokens_are_drawn_as_they_come_into_view(tmp_path):
 
 MISTAKES = {
     "`data` must hold at least one document, and as many in each of its arrays. Received: arrays "
-    "of [0] documents. Pass what the model takes, with a batch axis.": (np.zeros((0, 3), "int32"),),
-    "There must be one label for each document. Received: 1 labels for 2 documents. "
-    "Pass the labels of these documents, in their order.": (
+    "of 0 documents. Pass what the model takes, with a batch axis.": (np.zeros((0, 3), "int32"),),
+    "`labels` must be a sequence with an entry for each document. Received: 1 entries for 2 "
+    "documents. Pass those of these documents, in their order.": (
         balanced(),
         ["a"],
     ),
-    "`tokens` must have an entry for each document. Received: 1 entries for 2 documents. "
-    "Pass the tokens of these documents, in their order.": (
+    "`tokens` must be a sequence with an entry for each document. Received: 1 entries for 2 "
+    "documents. Pass those of these documents, in their order.": (
         balanced(),
         None,
         ["a b"],

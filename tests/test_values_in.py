@@ -47,9 +47,9 @@ BAD_COUNTS = [
     [],
     ["a", "b"],
 ]
-NO_MASK = [None, np.ones(T, "float32"), np.ones(T - 1, bool)]
+NO_MASK = [None, np.ones(T, "float32"), np.ones(T - 1, bool), keras.layers.Dense(3)]
 BAD_MASKS = [np.ones((1, T), "float32"), np.ones((1, 3), bool), [[True] * T], [["a"] * T]]
-BAD_MASKS.append(np.array([["a"] * T]))
+BAD_MASKS += [np.array([["a"] * T]), keras.layers.Dense(3)]
 BAD_INDICES = [[[0, E]], [[-2, 0]], [[0.0, 1.0]], [0, 1], [[[0, 1]]]]
 # Functions of one tensor that are no activations, and functions of other arguments.
 NOT_ELEMENTWISE = [
@@ -140,9 +140,47 @@ def built_with(returned):
     return moe(router_losses=[loss()])(normal(T, D))
 
 
-def served_by(call):
-    bank = own(layers.ExpertBank, call=call, compute_output_shape=lambda self, shape: shape)
-    return moe(bank(E))(normal(T, D))
+def served_by(call=lambda self, tokens, plan: tokens, shape=lambda self, shape: shape):
+    bank = own(layers.ExpertBank, call=call, compute_output_shape=shape)
+    return moe(bank(E), shared_expert=keras.layers.Identity())(normal(T, D))
+
+
+def without_constructor(base):
+    """An object of a class that forgets `super().__init__()`."""
+    return own(base, __init__=lambda self: None)()
+
+
+def of_kind(module, base):
+    """The exported classes of a kind."""
+    exported = [getattr(module, name) for name in module.__all__]
+    return [each for each in exported if inspect.isclass(each) and issubclass(each, base)]
+
+
+def begun(callback):
+    callback.set_model(keras.Sequential([keras.Input((D,)), moe()]))
+    callback.on_train_begin()
+
+
+def telling_its_shape(function):
+    """A layer that tells the shape of its inputs for that of its outputs."""
+    members = {
+        "call": lambda self, inputs: function(inputs),
+        "build": lambda self, shape: None,
+        "compute_output_shape": lambda self, shape: shape,
+    }
+    return own(keras.layers.Layer, **members)()
+
+
+def advised(**advice):
+    """A layer whose parts give some advice, by the name of the part."""
+    members = {
+        name: {"balance_advice": lambda self, *weight, text=text: text}
+        for name, text in advice.items()
+    }
+    balancer = own(balancers.LossFreeBias, **members.get("balancer", {}))()
+    router = own(routers.TopKRouter, **members.get("router", {}))(balancer=balancer)
+    loss = own(losses.LoadBalance, **members.get("loss", {}))()
+    return moe(router=router, router_losses=[loss]).balance_advice()
 
 
 def changing(function):
@@ -366,6 +404,7 @@ FUNCTIONS = {
     ],
     "ops.expert_capacity": [
         (lambda v: ops.expert_capacity(v, E, K, 1.0), [-1, 8.0, np.float32(8), True, "8", None]),
+        (lambda v: ops.expert_capacity(v, E, K, 1.0), [int]),
         (lambda v: ops.expert_capacity(T, v, K, 1.0), BAD_SIZES),
         (lambda v: ops.expert_capacity(T, E, v, 1.0), [*BAD_SIZES, E + 1]),
         (lambda v: ops.expert_capacity(T, E, K, v), BAD_NUMBERS),
@@ -455,7 +494,7 @@ FUNCTIONS = {
     ],
     "metrics.dropped_fraction": [
         (lambda v: metrics.dropped_fraction(0, v), BAD_COUNTS),
-        (lambda v: metrics.dropped_fraction(v, [1, 2]), [-1, NAN, INF, 7, [1], None, "1"]),
+        (lambda v: metrics.dropped_fraction(v, [1, 2]), [-1, NAN, INF, 7, [1], None, "1", 1j]),
     ],
     "metrics.count_table": [
         (lambda v: metrics.count_table(routing(), v, 2), [[0] * 5, [2] * T, [-1] * T, [0.0] * T]),
@@ -478,6 +517,15 @@ FUNCTIONS = {
     "metrics.unserved_fraction": [
         (lambda v: metrics.unserved_fraction(v, ops.plan_groups(routing())), [None]),
         (lambda v: metrics.unserved_fraction(routing(), v), [None, routing()]),
+        (
+            lambda v: metrics.unserved_fraction(
+                routing(), ops.plan_groups(routing())._replace(**v)
+            ),
+            [
+                {"groups": None},
+                {"groups": ops.plan_groups(ops.top_k_routing(LOGITS[:3], K)).groups},
+            ],
+        ),
     ],
     "metrics.expert_saliency": [
         (lambda v: metrics.expert_saliency(moe(router=v), normal(T, D)), ["soft", "expert_choice"]),
@@ -493,8 +541,9 @@ FUNCTIONS = {
         (lambda v: health.judge_load([100] * E, K, v), [None, 3]),
     ],
     "health.dead": [
-        (lambda v: health.dead(v, E, ""), ["12", 3, None, [E], [0.5]]),
+        (lambda v: health.dead(v, E, ""), ["12", 3, None, [E], [0.5], [-1]]),
         (lambda v: health.dead([0], v, ""), BAD_SIZES),
+        (lambda v: health.dead([0], E, v), [None, 3]),
     ],
     "health.exploded": [(health.exploded, [None, 3])],
     "health.judge_drops": [(health.judge_drops, [-0.1, 7.0, NAN, INF, None, "0.1"])],
@@ -508,10 +557,16 @@ FUNCTIONS = {
     ],
     "health.judge_heavy_losses": [
         (lambda v: health.judge_heavy_losses(v, [0.1], 1.0), [[None], [], None]),
-        (lambda v: health.judge_heavy_losses([losses.LoadBalance()], v, 1.0), [["a"], None]),
+        (
+            lambda v: health.judge_heavy_losses([losses.LoadBalance()], v, 1.0),
+            [["a"], None, [NAN], [-1.0]],
+        ),
         (lambda v: health.judge_heavy_losses([losses.LoadBalance()], [0.1], v), ["big"]),
     ],
-    "health.collapsed": [(lambda v: health.collapsed(v, ""), [*BAD_COUNTS, [0, 0]])],
+    "health.collapsed": [
+        (lambda v: health.collapsed(v, ""), [*BAD_COUNTS, [0, 0]]),
+        (lambda v: health.collapsed([1, 2], v), [None, 3]),
+    ],
     "health.is_enough": [(health.is_enough, BAD_COUNTS)],
 }
 
@@ -592,11 +647,12 @@ PLOTS = {
         (lambda v: visualization.coactivation(np.array(v)), visualized),
         (lambda v: visualization.coactivation(np.array([[0, 1]]), v), [*BAD_SIZES, 1, 10**9]),
         (visualization.coactivation, [[[0, 1], [2]], np.zeros((0, 2), int), [[0, 10**9]]]),
-        (lambda v: visualization.coactivation([routing()], v), [E - 1, E + 1, "4"]),
+        (lambda v: visualization.coactivation([routing()], v), [E - 1, E + 1, "4", LOGITS]),
     ],
     "visualization.confidence": [
         (lambda v: visualization.confidence(np.array(v)), [[0.5, 0.5], [[NAN, 1.0]], [[7.0]]]),
         (lambda v: visualization.confidence(np.array(v)), [[[-0.5, 0.5]], [[1, 0]], [["a"]]]),
+        (visualization.confidence, forged("probs", "mask")),
     ],
     "visualization.shares_over_time": [
         (visualization.shares_over_time, [[1, 2], [[-1, 2]], [[NAN, 1.0]], [], {}]),
@@ -610,6 +666,7 @@ PLOTS = {
 }
 
 GROUPED = ops.plan_groups(routing())
+TO_ONE_EXPERT = ops.plan_groups(ops.top_k_routing(LOGITS[:, :1], 1))
 CHOSEN = ops.plan_expert_choice(ops.expert_choice_routing(logits(), 1.0))
 CHOICES = ops.expert_choice_routing(logits(), 1.0).details
 SLOTS = ops.plan_soft(ops.soft_routing(logits(), E))
@@ -621,8 +678,9 @@ BANKS = [
     lambda: layers.ZeroComputationExperts(bank(), num_zero=1),
 ]
 BAD_SHAPES = [5, "x", (None, None), (None, 0), (None, 2.5), (None, -8)]
-BAD_TRAINING = ["yes", "", 3, 0.0, [True]]
-BAD_LENGTHS = [0, -1, 2.5, "2", True, 4, tensor(1.5)]
+A_LAYER = keras.layers.Dense(3)  # It has a dtype, as tensors have.
+BAD_TRAINING = ["yes", "", 3, 0.0, [True], A_LAYER, tensor([True, False])]
+BAD_LENGTHS = [0, -1, 2.5, "2", True, 4, tensor(1.5), int, np.array([3]), TEXTS]
 ROUTERS = [
     router
     for name in routers.__all__
@@ -668,6 +726,7 @@ BAD_INITIALIZERS = [
     lambda shape, dtype=None: np.ones(3, "f4"),
     lambda shape, dtype=None: None,
     lambda shape, dtype=None: "a",
+    lambda shape, dtype=None: np.full(shape, "a"),
     keras.regularizers.L2(),
 ]
 BAD_REGULARIZERS = [*OTHER_OBJECTS, "l3", lambda: 1.0, keras.initializers.Zeros(), np.ones(3)]
@@ -683,6 +742,21 @@ NOT_OF_TOKENS = [
     routers.TopKRouter(E),
     *map(changing, [lambda x: [x, x], lambda x: x[..., 0], lambda x: x[:, :1]]),
 ]
+OF_A_LAYER = ["inputs", "mask", "training", "return_routing", "token_ids", "indices"]
+OF_A_LAYER.append("router_inputs")
+OF_A_BLOCK = ["inputs", "mask", "training", "token_ids"]
+OF_A_ROUTER = ["tokens", "mask", "training", "sequence_length", "token_ids", "indices"]
+# Not what a layer returns that tells the shape of its inputs.
+NOT_AS_TOLD = [
+    lambda x: keras.ops.cast(x, "int32"),
+    lambda x: x > 0,
+    lambda x: None,
+    lambda x: [x],
+    lambda x: 1.0,
+    lambda x: x[:0],
+    lambda x: x[..., :1],
+]
+NO_SCALARS = [None, "a", [1.0], True, np.ones(2, "f4"), np.ones((), "int32")]
 LARGE = np.arange(10000.0).reshape(100, 100)
 BAD_FLAGS = ["no", "False", 1, 0, 0.0, [True], NAN]
 BAD_SEEDS = ["0", 1.5, -1, True, NAN, [1], 2**40]
@@ -812,7 +886,7 @@ METHODS = {
         (lambda v: moe()(normal(1, T, D), mask=v), BAD_MASKS),
         (
             lambda v: routers.TopKRouter(E)(normal(T, D), mask=v[0]),
-            [m for m in BAD_MASKS if len(m)],
+            BAD_MASKS[:-1],
         ),
         (lambda v: encoder()(normal(1, T, D), mask=v), BAD_MASKS),
     ],
@@ -877,6 +951,19 @@ METHODS = {
         (lambda v: layers.LayerExperts([v]), [bank(), keras.layers.LSTM(D)]),
         (lambda v: moe(layers.LayerExperts([v]))(normal(T, D)), [keras.layers.Embedding(4, D)]),
     ],
+    "arguments of a layer in arrays of texts": [
+        (lambda v: moe()(**{"inputs": normal(T, D), v: TEXTS}), OF_A_LAYER),
+        (lambda v: encoder()(**{"inputs": normal(1, T, D), v: TEXTS}), OF_A_BLOCK),
+        (lambda v: routers.TopKRouter(E)(**{"tokens": normal(T, D), v: TEXTS}), OF_A_ROUTER),
+    ],
+    "mask of a context and a cache": [
+        (
+            lambda v: decoder()(
+                normal(1, 2, D), cache=decoder().make_cache(1, 4), position=0, context_mask=v
+            ),
+            [np.ones((1, 2), bool)],
+        ),
+    ],
     "inputs": [
         (lambda v: moe()(v), [None, [normal(T, D), normal(T, D)], np.zeros((T, 0), "f4")]),
         (lambda v: moe()(v), [np.array([["a"] * D])]),
@@ -919,6 +1006,98 @@ METHODS = {
         (lambda v: layers.FeedForwardExperts(E, 2, bias_regularizer=v), BAD_REGULARIZERS),
         (lambda v: routers.TopKRouter(E, kernel_regularizer=v), BAD_REGULARIZERS),
     ],
+    "what a regularizer returns": [
+        (
+            lambda v, make=make, name=name: built(make(E, 3, **{name: returning(v)})).losses,
+            NO_SCALARS,
+        )
+        for make, name in (
+            (layers.FeedForwardExperts, "kernel_regularizer"),
+            (layers.FeedForwardExperts, "bias_regularizer"),
+            (routers.TopKRouter, "kernel_regularizer"),
+        )
+    ],
+    "what a layer of tokens returns": [
+        (lambda v: moe(shared_expert=telling_its_shape(v))(normal(2, 3, D)), NOT_AS_TOLD),
+        (lambda v: encoder(telling_its_shape(v))(normal(2, 3, D)), NOT_AS_TOLD),
+        (
+            lambda v: layers.LayerExperts([telling_its_shape(v)])(normal(T, D), TO_ONE_EXPERT),
+            NOT_AS_TOLD,
+        ),
+    ],
+    "a constructor that calls no other": [
+        (lambda v: moe(router=without_constructor(v)), of_kind(routers, routers.Router)),
+        (lambda v: moe(without_constructor(v)), of_kind(layers, layers.ExpertBank)),
+        (lambda v: losses.get(without_constructor(v)), of_kind(losses, losses.RouterLoss)),
+        (
+            lambda v: balancers.get(without_constructor(v)),
+            of_kind(routers, routers.SelectionBalancer),
+        ),
+        (lambda v: moe(capacity_factor=without_constructor(v)), [layers.Capacity]),
+        (lambda v: begun(without_constructor(v)), of_kind(callbacks, keras.callbacks.Callback)),
+        (
+            lambda v: without_constructor(v).update_state(routing()),
+            of_kind(metrics, keras.metrics.Metric),
+        ),
+    ],
+    "advice of a part of one's own": [
+        (lambda v: advised(loss=v), [None, 3, ["a"]]),
+        (lambda v: advised(router=v), [3, ["a"]]),
+        (lambda v: advised(balancer=v), [3, ["a"]]),
+    ],
+    "logits of a router of one's own": [
+        (
+            lambda v, base=base: own(base, logits=v)(E)(normal(T, D)),
+            [
+                lambda self, tokens: None,
+                lambda self, tokens, mask, training: None,
+                lambda self, tokens, mask, training: logits(),
+                lambda self, tokens, mask, training: (1, 2),
+                lambda self, tokens, mask, training: (logits(), None),
+                lambda self, tokens, real, training: (logits()[:, :3], mask()),
+            ],
+        )
+        for base in of_kind(routers, routers.LogitRouter)
+        if base not in ABSTRACT
+    ],
+    "kernel_shape of a router of one's own": [
+        (
+            lambda v: own(routers.TopKRouter, kernel_shape=v)(E)(normal(T, D)),
+            [
+                lambda self: (D, E),
+                lambda self, features: None,
+                lambda self, features: "ab",
+                lambda self, features: (E, features),
+                lambda self, features: (features, 4.0),
+                lambda self, features: (features, 0),
+            ],
+        ),
+    ],
+    "build of a bank of one's own": [
+        (
+            lambda v: built(own(layers.FeedForwardExperts, build=v)(E, 3)),
+            [lambda self, shape: None],
+        ),
+    ],
+    "shape that a bank of one's own tells": [
+        (
+            lambda v: served_by(shape=lambda self, shape: v(shape)),
+            [
+                lambda shape: None,
+                lambda shape: 5,
+                lambda shape: "ab",
+                lambda shape: (2,),
+                lambda shape: (*shape[:-1], None),
+                lambda shape: (*shape[:-1], D + 1),
+            ],
+        ),
+        (
+            lambda v: built(own(layers.FeedForwardExperts, compute_output_shape=v)(E, 3))(
+                normal(T, D), ops.plan_groups(routing())
+            ),
+            [lambda self, shape: (*shape[:-1], D + 1)],
+        ),
+    ],
     "layers of tokens": [
         (lambda v: moe(shared_expert=v)(normal(2, 3, D)), NOT_OF_TOKENS),
         (lambda v: encoder(v)(normal(2, 3, D)), NOT_OF_TOKENS),
@@ -935,6 +1114,9 @@ METHODS = {
         (lambda v: routed_by(call=lambda self, tokens, **kwargs: v), [None, "x", (1, 2)]),
         (lambda v: own(routers.Router, route=v)(E), [lambda self, tokens: routing()]),
         (lambda v: own(OfOnesOwn, top_k=v)(E, routing())(normal(T, D)), [None, 9, "a"]),
+        (lambda v: built(own(OfOnesOwn, max_top_k=v)(E)), [None, 9, "a"]),
+        (lambda v: built(own(OfOnesOwn, min_top_k=v)(E)), [None, 9, "a"]),
+        (lambda v: built(own(OfOnesOwn, mean_top_k=v)(E)), [None, 0, "a"]),
         (planned_by, [lambda self, routing: None, lambda self, routing: routing]),
     ],
     "call of a bank of one's own": [

@@ -33,6 +33,21 @@ MIXTRAL = {
 }
 
 
+DEEPSEEK = {
+    "model_type": "deepseek_v3",
+    "n_routed_experts": E,
+    "num_experts_per_tok": 2,
+    "hidden_size": D,
+    "moe_intermediate_size": 3,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "hidden_act": "silu",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+}
+
+
 def sparse():
     return keras.Sequential([keras.Input((D,)), moe(name="moe")])
 
@@ -99,6 +114,9 @@ TOOLS = {
             [
                 (normal(2, D), normal(2, D)),
                 [normal(2, D + 1)],
+                [[normal(2, D), normal(2, D)]],
+                [],
+                iter([]),
                 [None],
                 ["a"],
                 [{"x": normal(2, D)}],
@@ -137,6 +155,13 @@ TOOLS = {
             [*NOT_MIXTRAL[:3], {"router": routers.TopKRouter(top_k=1)}],
         ),
         (lambda v: convert.from_hugging_face({}, 0, {**MIXTRAL, "hidden_act": v}), ["foo"]),
+        *(
+            (
+                lambda v, field=field: convert.from_hugging_face({}, 0, {**DEEPSEEK, field: v}),
+                [None, "x", -1],
+            )
+            for field in DEEPSEEK
+        ),
         (
             lambda v: convert.from_hugging_face(of_mixtral(v), 0, MIXTRAL),
             [np.full((E, D), "a")],
@@ -209,6 +234,21 @@ def test_a_report_refuses_labels_that_are_none(labels, tmp_path):
 def test_a_report_refuses_data_that_are_none(data, tmp_path):
     pytest.importorskip("matplotlib")
     is_refused(lambda v: report(of_ids(), v, path=tmp_path / "page.html"), data)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ([normal(2, D), normal(2, D)],),
+        (normal(2, D + 1),),
+        (np.array([["a"] * D] * 2),),
+        (normal(2, D), [1]),
+        (normal(2, D), None, "text"),
+    ],
+)
+def test_a_report_of_a_model_without_experts_refuses(arguments, tmp_path):
+    pytest.importorskip("matplotlib")
+    is_refused(lambda v: report(dense(), *v, path=tmp_path / "page.html"), arguments)
 
 
 def test_a_report_names_labels_in_their_shape(tmp_path):

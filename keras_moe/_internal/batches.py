@@ -34,12 +34,17 @@ def check_list_of_batches(name, batches):
         )
 
 
-def check_ids(name, inputs, model):
-    """Integers for the inputs of a model that are integers: frameworks cast floats in silence."""
+def check_inputs(name, inputs, model):
+    """Inputs that Keras would take in silence: some too many, and floats where ids belong."""
     wanted = getattr(model, "inputs", None) or ()
     arrays = keras.tree.flatten(inputs)
     if isinstance(inputs, dict):
         arrays = [inputs.get(tensor.name) for tensor in wanted]
+    if wanted and len(arrays) > len(wanted):
+        raise ValueError(
+            f"`{name}` must hold what the model takes: {len(wanted)} inputs. Received: "
+            f"{len(arrays)} arrays, {', '.join(map(_described, arrays))}. Leave the others out."
+        )
     for tensor, array in zip(wanted, arrays):
         if hasattr(array, "dtype") and is_of("int", tensor) and not is_of("mask", array):
             raise ValueError(
@@ -51,7 +56,7 @@ def check_ids(name, inputs, model):
 @contextlib.contextmanager
 def running(model, name, number, inputs):
     """A context that runs a model on a batch; what it cannot run on is named."""
-    check_ids(name, inputs, model)
+    check_inputs(name, inputs, model)
     try:
         yield
     except Exception as error:

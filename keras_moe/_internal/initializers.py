@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe._internal.tensor_checks import check_tensor
+from keras_moe._internal.tensor_checks import check_is_number
 
 
 def reseeded(initializer, *keys):
@@ -22,7 +22,7 @@ def reseeded(initializer, *keys):
 def initial(initializer, shape, dtype=None):
     """The values of an initializer. Keras does not see to it on all backends that they fit."""
     value = initializer(shape, dtype=dtype)
-    check_tensor("initializer(shape, dtype)", value)
+    check_is_number("initializer(shape, dtype)", value)
     if tuple(value.shape) != tuple(shape):
         raise ValueError(
             "An initializer must return a tensor of the shape that it is given. Received: the "

@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_moe._internal.tensor_checks import check_is_scalar
 from keras_moe._internal.validation import check_function, propose, shortened
 
 
@@ -22,6 +23,18 @@ def get_regularizer(name, identifier):
     if identifier is None:
         return None
     return _function("a regularizer", keras.regularizers, name, identifier, "weight")
+
+
+def returning_scalars(regularizer):
+    """The regularizer for a weight, with a check of what it returns; None without one."""
+    if regularizer is None:
+        return None
+
+    def regularize(weight):
+        value = check_is_scalar("A regularizer", regularizer(weight), shortened(regularizer))
+        return keras.ops.convert_to_tensor(value)
+
+    return regularize
 
 
 # Where the functions of a kind have a class, those of no other.

@@ -1,4 +1,4 @@
-"""Arguments of constructors that are misspelt: the error names the one that was meant."""
+"""Arguments of constructors that are misspelt, and constructors that were not called."""
 
 import inspect
 from typing import Any
@@ -52,3 +52,22 @@ def _of_base(cls):
 
 def _is_spelled_out(cls):
     return hasattr(cls.__init__, "__signature__")
+
+
+def check_is_made(instance):
+    """Refuse an object whose class, the user's, does not call the constructor of its base here.
+
+    Each constructor of this package keeps its first argument under its name.
+    """
+    package = __name__.partition(".")[0]
+    for base in type(instance).__mro__:
+        if base.__module__.partition(".")[0] != package or "__init__" not in vars(base):
+            continue
+        _, first, *_ = inspect.signature(vars(base)["__init__"]).parameters
+        if not hasattr(instance, first):
+            raise TypeError(
+                f"`__init__` of `{type(instance).__name__}` must call that of its base class, "
+                f"`{base.__name__}`. Received: an object without `{first}`. Call "
+                f"`super().__init__({first}, ...)` in it, first of all."
+            )
+        return

@@ -5,8 +5,8 @@ import weakref
 
 import keras
 
-from keras_moe._internal.named_arguments import NamedArguments
-from keras_moe._internal.validation import propose, shortened
+from keras_moe._internal.named_arguments import NamedArguments, check_is_made
+from keras_moe._internal.validation import listed, propose, shortened
 
 PACKAGE = "keras_moe"
 
@@ -96,13 +96,14 @@ def resolve(argument, identifier, base, by_name=None, **defaults):
     if isinstance(identifier, str) and identifier in by_name:
         return by_name[identifier](**defaults)
     if isinstance(identifier, base):
+        check_is_made(identifier)
         if isinstance(identifier, keras.Layer):
             note_part(identifier)
         return identifier
     names = sorted(by_name)
     rule = f"`{argument}` must be an instance of `{base.__name__}`"
     if names:
-        rule += f" or one of the names {', '.join(map(repr, names))}"
+        rule += f" or one of the names {listed(names)}"
     raise ValueError(
         f"{rule}. Received: {argument}={shortened(identifier)} (of type "
         f"{type(identifier).__name__}). {_way_out(identifier, base, names)}"

@@ -194,10 +194,53 @@ def check_planned(router, plan):
         )
 
 
-def check_served(bank, tokens, outputs):
-    """What the `call` of a bank returned, which may be one of the user's own."""
+def check_served(bank, tokens, outputs, width):
+    """What the `call` of a bank returned, which may be one of the user's own.
+
+    Args:
+        bank: the bank.
+        tokens: what it was called with.
+        outputs: what it returned.
+        width: features that its `compute_output_shape` tells, None where it does not.
+    """
     name = f"{type(bank).__name__}.call(...)"
-    check_shapes({name: (outputs, "TD", "float")}, **known(T=tokens.shape[0]))
+    check_shapes({name: (outputs, "TD", "float")}, **known(T=tokens.shape[0], D=width))
+
+
+def check_returned(name, outputs, shape):
+    """What a layer of the user's inside of ours returned: floats of the shape that it told."""
+    check_is_float(f"{name}(inputs)", outputs)
+    pairs = [(a, b) for a, b in zip(outputs.shape, shape) if type(a) is type(b) is int]
+    if len(outputs.shape) != len(shape) or any(a != b for a, b in pairs):
+        raise ValueError(
+            f"`{name}` must return what it was built for. Received: {name}(inputs).shape="
+            f"{tuple(outputs.shape)}, not {tuple(shape)}. Let its `compute_output_shape` tell the "
+            "shape that its `call` returns."
+        )
+
+
+def check_kernel_shape(router, shape, features):
+    """What the `kernel_shape` of a router returned, which may be one of the user's own."""
+    is_shape = isinstance(shape, (tuple, list)) and len(shape) == 2
+    if not is_shape or shape[0] != features or not is_whole(shape[1]) or shape[1] < 1:
+        raise ValueError(
+            "`kernel_shape(features)` must be `(features, width)`, two positive integers. "
+            f"Received: {shortened(shape)} from `{type(router).__name__}` for {features} features. "
+            "Return, for example, `features, self.num_experts`."
+        )
+    return tuple(shape)
+
+
+def check_logits(router, returned, num_tokens):
+    """What the `logits` of a router returned, which may be one of the user's own."""
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise TypeError(
+            "`logits` of a router must return a pair, logits (T, E) and a mask (T,). Received: an "
+            f"object of type {type(returned).__name__} from `{type(router).__name__}`. Return "
+            "`ops.clean_logits(logits, mask)`."
+        )
+    tensors = {"logits": (returned[0], "TE", "float"), "mask": (returned[1], "T", "mask")}
+    check_shapes(tensors, **known(T=num_tokens, E=router.num_logits))
 
 
 def _axes_of_weights(groups):

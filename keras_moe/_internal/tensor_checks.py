@@ -55,6 +55,24 @@ def check_is_number(name, tensor):
     _check_is_of("number", name, tensor, "a tensor of numbers", "Cast it, for example to float32.")
 
 
+def check_is_scalar(what, value, source):
+    """What a function of the user's own returned as a loss: one float."""
+    shape = () if isinstance(value, numbers.Real) else getattr(value, "shape", None)
+    if shape is None or len(shape):
+        received = f"type {type(value).__name__}" if shape is None else f"shape {tuple(shape)}"
+        raise ValueError(
+            f"{what} must be one number. Received: a value of {received} from {source}. Return, "
+            "for example, its `keras.ops.mean`."
+        )
+    if isinstance(value, bool) or (hasattr(value, "dtype") and not is_of("float", value)):
+        received = "bool" if isinstance(value, bool) else dtype_of(value)
+        raise TypeError(
+            f"{what} must be a float. Received: a value of {received} from {source}. An integer "
+            "has no gradient: compute in float32."
+        )
+    return value
+
+
 def check_is_integer(name, tensor):
     fix = "Pass whole numbers, for example of int32."
     _check_is_of("int", name, tensor, "an integer tensor", fix)
@@ -102,12 +120,8 @@ def check_divides(name, length, num_tokens):
     """A sequence length against the number of tokens; what is a tensor is not checked."""
     if length is None:
         return
-    if is_tensor(length):
-        check_is_integer(name, length)
-        return
-    if is_symbol(length):
-        return
-    check_positive_integer(name, length)
+    if not is_symbol(length):
+        check_size(name, length)
     if is_whole(num_tokens) and num_tokens % length:
         raise ValueError(
             f"`{name}` must divide the number of tokens. Received: {name}={length}, {num_tokens} "
@@ -129,7 +143,7 @@ def check_counts(name, counts, axes=("E",)):
         )
 
 
-def check_experts(name, indices, num_experts=None):
+def check_experts(name, indices, num_experts=None, least=-1):
     """Experts of tokens (T, K), -1 for none: in range, if they are on the host."""
     array = host_values(indices)
     check_is_integer(name, indices if array is None else array)
@@ -137,10 +151,11 @@ def check_experts(name, indices, num_experts=None):
     if array is None:
         return
     limit = np.inf if num_experts is None else num_experts
-    if ((array < -1) | (array >= limit)).any():
+    if ((array < least) | (array >= limit)).any():
         experts = "0 and up" if num_experts is None else f"from 0 to {num_experts - 1}"
+        experts += ", or -1 for none" * -least
         raise ValueError(
-            f"`{name}` must be experts {experts}, or -1 for none. Received: experts from "
+            f"`{name}` must be experts {experts}. Received: experts from "
             f"{array.min()} to {array.max()}. Pass the `indices` of a routing."
         )
 
@@ -165,10 +180,11 @@ def check_host_integers(name, values):
         check_is_integer(name, values)
 
 
-def check_host_numbers(name, values):
+def check_host_numbers(**arrays):
     """Numbers, if they are in an array: see `check_host_integers`."""
-    if isinstance(values, np.ndarray):
-        check_numbers(name, values)
+    for name, values in arrays.items():
+        if isinstance(values, np.ndarray):
+            check_numbers(name, values)
 
 
 def host_values(values):
@@ -191,7 +207,7 @@ def host_values(values):
 def check_mask(mask, inputs_shape, name="mask", of="inputs"):
     """A mask has the shape of the inputs without the feature axis; None fits any size."""
     rule = f"`{name}` must be a tensor of bools, or of integers."
-    if not hasattr(mask, "dtype"):
+    if not is_tensor(mask):
         raise TypeError(f"{rule} Received: {name}={shortened(mask)}. Pass `ids != 0`, say.")
     mask_shape, leading = tuple(mask.shape), tuple(inputs_shape)[:-1]
     if not fits(mask_shape, leading):

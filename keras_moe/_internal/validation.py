@@ -29,7 +29,9 @@ def check_positive_integer(name, value):
 
 def is_symbol(size):
     """Whether a size is a symbol of PyTorch: an index, as integers are, of an unknown value."""
-    return hasattr(size, "__index__") and not isinstance(size, numbers.Integral)
+    # Arrays and the types of integers have it too.
+    is_value = not isinstance(size, (type, numbers.Integral)) and not hasattr(size, "shape")
+    return is_value and hasattr(size, "__index__")
 
 
 def check_top_k(top_k, num_experts, router="TopKRouter", name="top_k"):
@@ -88,9 +90,14 @@ def check_share(name, value):
 def check_choice(name, value, choices):
     if not isinstance(value, str) or value not in choices:
         raise ValueError(
-            f"`{name}` must be one of {', '.join(map(repr, choices))}. Received: "
+            f"`{name}` must be one of {listed(choices)}. Received: "
             f"{name}={shortened(value)}. {propose(value, choices)}"
         )
+
+
+def listed(values):
+    """Values as a message lists them."""
+    return ", ".join(map(repr, values))
 
 
 def propose(value, names):
@@ -192,6 +199,17 @@ def check_scalar(name, value):
         ) from error
 
 
+def check_has(what, layer, names):
+    """What a layer must have when it is built: the user's class may override `build`."""
+    for name in names:
+        if getattr(layer, name, None) is None:
+            raise ValueError(
+                f"{what} must have `{name}` when it is built. Received: a `{type(layer).__name__}` "
+                "without it. Set it in `__init__`, or call `super().build(tokens_shape)` in its "
+                "`build`."
+            )
+
+
 def check_computes_in_floats(layer):
     """A layer with kernels, which cannot learn in integers."""
     if not keras.backend.is_float_dtype(layer.compute_dtype):
@@ -251,7 +269,7 @@ def check_training(training):
     """The flag of a call: True, False or None; texts and lists would count as True."""
     if training is None or training is True or training is False:
         return
-    if is_tensor(training) and not isinstance(training, np.ndarray):
+    if is_tensor(training) and not isinstance(training, np.ndarray) and not len(training.shape):
         return
     check_flag("training", training, optional=True)
 
@@ -267,7 +285,9 @@ def dtype_of(tensor):
 
 
 def is_tensor(value):
-    return hasattr(value, "dtype") and not isinstance(value, np.generic)
+    # Layers have a dtype, but no shape.
+    is_one = hasattr(value, "shape") and hasattr(value, "dtype")
+    return is_one and not isinstance(value, (type, np.generic))
 
 
 def _plain(name, value):
@@ -277,7 +297,8 @@ def _plain(name, value):
             f"`{name}` must fit into float32, whose largest number is {_LARGEST:.2g}. Received: "
             f"{name}={shortened(value)}. Pass a smaller one."
         )
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
+    # Frameworks take integers of 64 bits.
+    return int(value) if is_whole(value) and value < 2**63 else float(value)
 
 
 def shortened(value, length=80):

@@ -54,18 +54,28 @@ their own:
 """
 
 import importlib
+import os
 from typing import Any
-
-import keras
 
 _SUPPORTED = ("tensorflow", "jax", "torch")
 
-if keras.backend.backend() not in _SUPPORTED:
-    raise ImportError(
-        f"keras_moe runs on the Keras backends {', '.join(_SUPPORTED)}. "
-        f"Received: keras.backend.backend()={keras.backend.backend()!r}. "
-        "Set KERAS_BACKEND to one of them before keras is imported."
+
+def _refused(received):
+    # With its name, Python says it in one line where the package is run as a program.
+    return ImportError(
+        f"keras_moe runs on the Keras backends {', '.join(_SUPPORTED)}. Received: {received}. "
+        "Set KERAS_BACKEND to one of them, which is installed, before keras is imported.",
+        name="keras_moe",
     )
+
+
+try:
+    import keras
+except (ImportError, ValueError) as error:
+    raise _refused(f"KERAS_BACKEND={os.environ.get('KERAS_BACKEND')!r} ({error})") from error
+
+if keras.backend.backend() not in _SUPPORTED:
+    raise _refused(f"keras.backend.backend()={keras.backend.backend()!r}")
 
 # Experts in several processes, each with some of them.
 _processes: Any = None

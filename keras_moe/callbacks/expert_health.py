@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe import health
-from keras_moe._internal.named_arguments import NamedArguments
+from keras_moe._internal.named_arguments import NamedArguments, check_is_made
 from keras_moe._internal.validation import check_flag, check_positive_integer
 from keras_moe.inspection import moe_layers
 
@@ -77,6 +77,7 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
         self._step = self._next_look = 0
 
     def on_train_begin(self, logs=None):
+        check_is_made(self)
         self.findings = []
         self._step = self._next_look = 0
         self._told = set()

@@ -9,7 +9,7 @@ import keras
 from keras import ops
 
 from keras_moe import metrics
-from keras_moe._internal.named_arguments import NamedArguments
+from keras_moe._internal.named_arguments import NamedArguments, check_is_made
 from keras_moe._internal.validation import check_flag, check_model, shortened
 from keras_moe.inspection import count_in_evaluation, moe_layers
 
@@ -83,6 +83,7 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
 
     def set_model(self, model):
         check_model(model)
+        check_is_made(self)
         super().set_model(model)
         self._training = self._test = None
         self._is_training = False

@@ -3,7 +3,7 @@
 import keras
 
 from keras_moe import losses
-from keras_moe._internal.named_arguments import NamedArguments
+from keras_moe._internal.named_arguments import NamedArguments, check_is_made
 from keras_moe._internal.validation import check_choice, check_function, shortened
 from keras_moe.inspection import moe_layers
 
@@ -38,6 +38,7 @@ class RouterLossSchedule(NamedArguments, keras.callbacks.Callback):
         self.loss = loss
 
     def on_train_begin(self, logs=None):
+        check_is_made(self)
         if not self._scheduled():
             raise ValueError(
                 "The model must have a MoE layer with the loss that is scheduled. Received: "

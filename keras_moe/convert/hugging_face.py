@@ -9,9 +9,10 @@ import numpy as np
 
 from keras_moe._internal.parameters import parameters_of
 from keras_moe._internal.tensor_checks import check_numbers, is_of
-from keras_moe._internal.validation import check_choice, dtype_of, is_whole, shortened
+from keras_moe._internal.validation import check_choice, dtype_of, is_whole, listed, shortened
 from keras_moe.convert.hugging_face_families import (
     FAMILIES,
+    Fields,
     check_computes_as,
     config_like,
     mixture_of,
@@ -56,6 +57,7 @@ def from_hugging_face(source, layer, config=None, into=None, **kwargs):
             "`config` must be the content of `config.json`, a dict. Received: "
             f"{shortened(config)} (of type {type(config).__name__}). Pass `model.config.to_dict()`."
         )
+    config = Fields(config)
     check_choice("model_type", config.get("model_type"), tuple(FAMILIES))
     if config.get("quantization_config") is not None:
         raise ValueError(
@@ -164,9 +166,9 @@ def _check_nothing_left(mixture, rules):
     left = [w.path for w in own if id(w) not in written]
     if left:
         raise ValueError(
-            f"The family must have a place for all weights of the layer. Received: {left}, which "
-            "it has none for. Choose another `family`, or a layer like those of "
-            "`from_hugging_face`."
+            "The family must have a place for all weights of the layer. Received: "
+            f"{listed(left)}, which it has none for. Choose another `family`, or a layer like "
+            "those of `from_hugging_face`."
         )
 
 

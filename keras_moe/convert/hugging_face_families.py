@@ -1,14 +1,65 @@
 """The MoE blocks of Hugging Face's models: names of their weights, and our layer for them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import keras
 
 from keras_moe import activations, losses, routers
-from keras_moe._internal.validation import shortened
+from keras_moe._internal.validation import (
+    check_flag,
+    check_fraction,
+    check_not_negative,
+    check_positive_integer,
+    check_positive_number,
+    shortened,
+)
 from keras_moe.convert.rules import Rule
 from keras_moe.layers import GatedExperts, GatedFeedForward, MixtureOfExperts
+
+
+class Fields(Mapping):
+    """The fields of a config, checked where they are read; null stands for none."""
+
+    def __init__(self, config):
+        self._config = config
+
+    def __getitem__(self, name):
+        value = self._config[name]
+        if value is None:
+            raise KeyError(name)
+        return _CHECKS[name](name, value) if name in _CHECKS else value
+
+    def __iter__(self):
+        return iter(self._config)
+
+    def __len__(self):
+        return len(self._config)
+
+
+_CHECKS = {
+    **dict.fromkeys(
+        (
+            "hidden_size",
+            "intermediate_size",
+            "moe_intermediate_size",
+            "n_group",
+            "n_routed_experts",
+            "n_shared_experts",
+            "num_experts",
+            "num_experts_per_tok",
+            "num_local_experts",
+            "shared_expert_intermediate_size",
+            "topk_group",
+        ),
+        check_positive_integer,
+    ),
+    "norm_topk_prob": check_flag,
+    "routed_scaling_factor": check_positive_number,
+    "router_aux_loss_coef": check_not_negative,
+    "router_jitter_noise": check_fraction,
+    "swiglu_limit": check_positive_number,
+}
 
 
 class Family(NamedTuple):

@@ -67,8 +67,8 @@ def token_mask(attention_mask, leading):
 class RelaidExperts(GatedExperts):
     """Gated experts whose weights are laid out in files as those of another bank."""
 
-    def __init__(self, *args, rules, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, num_experts, *args, rules, **kwargs):
+        super().__init__(num_experts, *args, **kwargs)
         self._rules = rules
 
     def save_own_variables(self, store):

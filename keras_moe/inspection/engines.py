@@ -5,6 +5,7 @@ from typing import NamedTuple
 import keras
 
 from keras_moe import backend
+from keras_moe._internal.validation import listed
 from keras_moe.inspection.finding import moe_layers
 from keras_moe.ops.platforms import named_platform
 
@@ -64,7 +65,8 @@ def describe(model):
     if unbuilt:
         raise ValueError(
             "The model must be built: the engine depends on the sizes of its weights. Received: "
-            f"model {model.name!r} whose layers {unbuilt} are not. Call it on some data first."
+            f"model {model.name!r} whose layers {listed(unbuilt)} are not. Call it on some data "
+            "first."
         )
     return [
         LayerDescription(

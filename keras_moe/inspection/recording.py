@@ -42,10 +42,16 @@ def recorded(model, batches, name):
     """`record_routings` of batches that have a name in errors."""
     layers = moe_layers(model)
     routings: dict[str, list] = {name: [] for name in layers}
+    number = -1
     with listening({layer: _recorder(routings[name]) for name, layer in layers.items()}):
         for number, batch in enumerate(batches):
             with running(model, name, number, batch):
                 model(batch, training=False)
+    if number < 0:
+        raise ValueError(
+            f"`{name}` must hold a batch at least. Received: none. Pass a list: a generator is "
+            "empty once it was read."
+        )
     return routings
 
 

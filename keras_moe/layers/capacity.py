@@ -4,6 +4,7 @@ import keras
 from keras import ops as keras_ops
 
 from keras_moe import backend, ops
+from keras_moe._internal.named_arguments import check_is_made
 from keras_moe._internal.serialization import Configured, register
 from keras_moe._internal.shape_checks import check_fields
 from keras_moe._internal.tensor_checks import check_divides
@@ -88,7 +89,10 @@ class Capacity(Configured):
         """A `Capacity` from one, a config, a number, which is its factor, or None for no limit."""
         if isinstance(identifier, dict):
             identifier = keras.saving.deserialize_keras_object(identifier)
-        if identifier is None or isinstance(identifier, cls):
+        if identifier is None:
+            return None
+        if isinstance(identifier, cls):
+            check_is_made(identifier)
             return identifier
         return cls(identifier)
 

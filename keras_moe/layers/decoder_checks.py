@@ -54,10 +54,11 @@ def check_cache(block, inputs, context, context_mask, cache, position):
     if cache is None:
         check_context(block, context, context_mask, inputs.shape[0])
         return
-    if context is not None:
+    if context is not None or context_mask is not None:
         raise ValueError(
-            "The cache holds the context already. Received: cache and context. "
-            "Pass `context` and `context_mask` to `make_cache` only."
+            "`context` and `context_mask` must be left out with a cache, which holds them. "
+            f"Received: cache and {'context' if context_mask is None else 'context_mask'}. "
+            "Pass them to `make_cache` only."
         )
     _check_tensors(block, inputs, cache)
     _check_position(position, inputs.shape[1], cache["mask"].shape[1])

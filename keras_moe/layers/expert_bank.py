@@ -16,6 +16,7 @@ from keras_moe._internal.validation import (
     check_positive_integer,
     shortened,
 )
+from keras_moe.layers.sublayers import overrides, width_of
 from keras_moe.ops.platforms import PLATFORMS
 
 
@@ -45,7 +46,10 @@ class ExpertBank(NamedArguments, keras.layers.Layer):
     def __call__(self, tokens, plan=None, **kwargs):
         check_bank_call(self, tokens, plan)
         outputs = super().__call__(tokens, plan, **kwargs)
-        check_served(self, tokens, outputs)
+        width = None
+        if overrides(self, "compute_output_shape"):
+            width = width_of(self, (None, tokens.shape[-1]))  # the number of tokens may be a symbol
+        check_served(self, tokens, outputs, width)
         return outputs
 
     def call(self, tokens, plan):

@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_moe._internal.parameters import parameters_of
 from keras_moe._internal.serialization import config_of, note_part, register
-from keras_moe._internal.shape_checks import check_inputs_shape
+from keras_moe._internal.shape_checks import check_inputs_shape, check_returned
 from keras_moe._internal.validation import shortened
 from keras_moe.layers.expert_bank import ExpertBank, check_engine_question, check_takes_tokens
 from keras_moe.layers.sublayers import are_alike, build_and_measure, check_takes_axes
@@ -79,7 +79,7 @@ class LayerExperts(ExpertBank):
         rows = plan.dispatch(self._compute(tokens))
         learnt = {id(variable) for variable in parameters_of(self)}
         variables = [each for each in self.non_trainable_variables if id(each) not in learnt]
-        functions = [_as_function(layer, variables, self._compute) for layer in self.layers]
+        functions = [_as_function(layer, variables, self._serve) for layer in self.layers]
         # Compiled loops allow no writes to variables and no stored losses: both are passed through.
         state = [ops.convert_to_tensor(variable) for variable in variables]
         state.append(ops.zeros((), "float32"))
@@ -91,6 +91,11 @@ class LayerExperts(ExpertBank):
             variable.assign(value)
         self.add_loss(loss)
         return plan.combine(rows)
+
+    def _serve(self, layer, rows):
+        output = layer(rows)
+        check_returned("layers", output, (rows.shape[0], self._width))
+        return self._compute(output)
 
     def _as_one_function(self):
         """The experts as one function of their weights, or None."""
@@ -105,7 +110,7 @@ class LayerExperts(ExpertBank):
         def function(weights, rows):
             mapping = zip(first.variables, weights)
             with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
-                output = self._compute(first(rows))
+                output = self._serve(first, rows)
             losses = [ops.cast(loss, "float32") for loss in scope.losses]
             return output, sum(losses, ops.zeros((), "float32"))
 
@@ -125,7 +130,7 @@ class LayerExperts(ExpertBank):
         return {**super().get_config(), "layers": [config_of(layer) for layer in self.layers]}
 
 
-def _as_function(layer, variables, compute):
+def _as_function(layer, variables, serve):
     """A layer as a function of rows and of a state: values of variables, and a loss behind them."""
     place = {id(variable): index for index, variable in enumerate(variables)}
     own, learnt = [], []
@@ -140,7 +145,7 @@ def _as_function(layer, variables, compute):
         # Not `stateless_call`, which leaves out what `__call__` does: dtypes, the training flag,
         # activity regularizers. Losses of weights reach the model through the layer itself.
         with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
-            output = compute(layer(rows))
+            output = serve(layer, rows)
         state = list(state)
         for variable, index in own:
             state[index] = scope.get_current_value(variable)

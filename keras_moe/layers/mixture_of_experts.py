@@ -8,7 +8,7 @@ from keras import ops as keras_ops
 from keras_moe import backend, losses, ops, routers
 from keras_moe._internal.misplaced_arguments import ON_LAYER, check_place
 from keras_moe._internal.serialization import config_of, register, resolve
-from keras_moe._internal.shape_checks import check_inputs_shape, check_planned
+from keras_moe._internal.shape_checks import check_inputs_shape, check_planned, check_returned
 from keras_moe._internal.tensor_checks import (
     check_float_inputs,
     check_host_numbers,
@@ -21,6 +21,7 @@ from keras_moe._internal.validation import (
     check_computes_in_floats,
     check_flag,
     check_not_negative,
+    check_text,
     check_training,
     is_whole,
     shortened,
@@ -31,8 +32,8 @@ from keras_moe.layers.expert_bank import check_takes_tokens
 from keras_moe.layers.masks import mask_of
 from keras_moe.layers.mixture_state import load_state, save_state
 from keras_moe.layers.recomputation import Recomputable, effects_once
-from keras_moe.layers.sublayers import accepted_arguments, build_and_measure
-from keras_moe.losses.router_loss import check_is_loss, check_is_scalar
+from keras_moe.layers.sublayers import accepted_arguments, build_and_measure, width_of
+from keras_moe.losses.router_loss import check_is_loss, check_value
 from keras_moe.ops.sizes import at_least
 
 
@@ -249,7 +250,8 @@ class MixtureOfExperts(Recomputable):
         check_training(kwargs.get("training"))
         if args:
             check_tensor("inputs", args[0])
-            check_host_numbers("inputs", args[0])
+            check_host_numbers(inputs=args[0])
+        check_host_numbers(**kwargs)
         return super().__call__(*args, **kwargs)
 
     @effects_once
@@ -306,6 +308,7 @@ class MixtureOfExperts(Recomputable):
     def _shared(self, inputs, mask):
         arguments = {"mask": mask} if self._shared_arguments else {}
         shared = self.shared_expert(inputs, **arguments)
+        check_returned("shared_expert", shared, (*inputs.shape[:-1], self._shared_width))
         if self.shared_gate is not None:
             shared = shared * self.shared_gate(inputs)
         if mask is not None:
@@ -319,7 +322,7 @@ class MixtureOfExperts(Recomputable):
             for index, loss in enumerate(self.router_losses):
                 extra = {"sequence_length": sequence_length} if loss.per_sequence else {}
                 compute = loss.compute if training else loss.evaluate
-                values.append(check_is_scalar(loss, compute(routing, **extra)))
+                values.append(check_value(loss, compute(routing, **extra)))
                 if training:
                     weighted = self.router_loss_weights[index] * values[-1]
                     # Keras adds it to the other losses, which have this dtype.
@@ -385,6 +388,8 @@ class MixtureOfExperts(Recomputable):
         by_router = self.router.balance_advice()
         if by_router is not None:
             advice.append(by_router)
+        for text in advice:
+            check_text("balance_advice(...)", text)
         if not advice:
             return "Nothing balances the load: add `losses.LoadBalance()` to its `router_losses`."
         return (
@@ -429,20 +434,21 @@ class MixtureOfExperts(Recomputable):
             counter.assign(keras_ops.zeros(counter.shape))
 
     def _build_shared_expert(self, inputs_shape):
-        routed = self.experts.compute_output_shape(inputs_shape)
+        routed = width_of(self.experts, inputs_shape)
         shared = build_and_measure("shared_expert", self.shared_expert, inputs_shape)
-        if shared[-1] != routed[-1]:
+        if shared[-1] != routed:
             raise ValueError(
                 "The shared expert must return as many features as the routed experts. Received: "
-                f"{shared[-1]} features from shared_expert, {routed[-1]} from experts. "
-                f"End the shared expert with a layer of width {routed[-1]}."
+                f"{shared[-1]} features from shared_expert, {routed} from experts. "
+                f"End the shared expert with a layer of width {routed}."
             )
+        self._shared_width = shared[-1]
         if self.shared_gate is not None and not self.shared_gate.built:
             self.shared_gate.build(inputs_shape)
 
     def compute_output_shape(self, inputs_shape):
         check_inputs_shape(inputs_shape)
-        return self.experts.compute_output_shape(inputs_shape)
+        return (*inputs_shape[:-1], width_of(self.experts, inputs_shape))
 
     def compute_output_spec(
         self,

@@ -13,7 +13,7 @@ from keras_moe._internal.lora import (
     factors_for,
     forget_corrections,
 )
-from keras_moe._internal.validation import check_choice, shortened
+from keras_moe._internal.validation import check_choice, check_has, shortened
 from keras_moe.layers.expert_bank import ExpertBank, check_is_built
 from keras_moe.layers.kernel_adapters import groups_of_rows, low_rank, quantized
 from keras_moe.ops.grouped.records import Packed, Quantized
@@ -32,6 +32,10 @@ class StackedExperts(ExpertBank, Adaptable):
     def __init__(self, num_experts, **kwargs):
         super().__init__(num_experts, **kwargs)
         self.processes: Any = None
+
+    def _post_build(self):
+        check_has("A bank", self, [f"{name}_kernel" for name in self._projections()])
+        super()._post_build()
 
     def _add_integers(self, name, shape):
         """The weights of a quantized kernel (E, D, H)."""

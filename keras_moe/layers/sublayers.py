@@ -24,14 +24,33 @@ def build_and_measure(name, layer, inputs_shape):
     """
     check_takes_axes(name, layer, len(inputs_shape))
     made = _build_and_measure(layer, inputs_shape)
+    _check_keeps_axes(
+        name,
+        layer,
+        made,
+        inputs_shape,
+        "Use layers of single tokens, such as `keras.layers.Dense`.",
+    )
+    return made
+
+
+def width_of(bank, tokens_shape):
+    """The features that a bank returns, which may be one of the user's own, as it tells them."""
+    made = bank.compute_output_shape(tokens_shape)
+    made = tuple(made) if isinstance(made, list) else made
+    _check_keeps_axes(
+        "experts", bank, made, tokens_shape, "Let `compute_output_shape` return what `call` makes."
+    )
+    return made[-1]
+
+
+def _check_keeps_axes(name, layer, made, inputs_shape, fix):
     is_one = isinstance(made, tuple) and all(isinstance(size, int | None) for size in made)
-    if not is_one or not made or not fits(made[:-1], inputs_shape[:-1]):
+    if not is_one or not made or not fits(made[:-1], tuple(inputs_shape)[:-1]):
         raise ValueError(
             f"`{name}` must be a layer of tokens, which keeps all axes but the last. Received: "
-            f"`{layer.name}`, which makes {shortened(made)} of {tuple(inputs_shape)}. Use layers "
-            "of single tokens, such as `keras.layers.Dense`."
+            f"`{layer.name}`, which makes {shortened(made)} of {tuple(inputs_shape)}. {fix}"
         )
-    return made
 
 
 def check_takes_axes(name, layer, num_axes):
@@ -52,7 +71,7 @@ def _build_and_measure(layer, inputs_shape):
     A layer with sublayers often has nothing but `__init__` and `call`. Such a one can neither be
     built nor measured by a shape; a symbolic call does both.
     """
-    tells_shapes = _overrides(layer, "build") and _overrides(layer, "compute_output_shape")
+    tells_shapes = overrides(layer, "build") and overrides(layer, "compute_output_shape")
     if not tells_shapes:
         outputs = layer(keras.KerasTensor(inputs_shape, layer.compute_dtype))
         return tuple(outputs.shape) if hasattr(outputs, "shape") else outputs
@@ -124,5 +143,6 @@ def _has_state(layer):
     return any(id(variable) not in parameters for variable in layer.variables)
 
 
-def _overrides(layer, method):
+def overrides(layer, method):
+    """Whether a layer has a method of its own in place of one of `keras.Layer`."""
     return getattr(type(layer), method) is not getattr(keras.Layer, method)

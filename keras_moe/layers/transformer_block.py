@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_moe._internal.saved_state import load_draws, save_draws
 from keras_moe._internal.serialization import config_of, resolve
-from keras_moe._internal.shape_checks import check_inputs_shape
+from keras_moe._internal.shape_checks import check_inputs_shape, check_returned
 from keras_moe._internal.tensor_checks import (
     check_float_inputs,
     check_host_integers,
@@ -56,11 +56,10 @@ class TransformerBlock(Recomputable):
         # Checked here, because Keras turns arrays into tensors before `call`.
         check_training(kwargs.get("training"))
         check_host_integers("token_ids", kwargs.get("token_ids"))
-        for name in ("mask", "context", "context_mask"):
-            check_host_numbers(name, kwargs.get(name))
+        check_host_numbers(**kwargs)
         inputs: Any = args[0] if args else kwargs.get("inputs")
         check_tensor("inputs", inputs)
-        check_host_numbers("inputs", inputs)
+        check_host_numbers(inputs=inputs)
         self._check_features(inputs.shape)
         return super().__call__(*args, **kwargs)
 
@@ -128,6 +127,7 @@ class TransformerBlock(Recomputable):
         arguments = {"mask": mask, "training": training, "token_ids": token_ids}
         accepted = {name: arguments[name] for name in self._feedforward_arguments}
         branch = self.feedforward(self._feedforward_norm(hidden), **accepted)
+        check_returned("feedforward", branch, hidden.shape)
         return self._add(hidden, branch, training)
 
     def save_own_variables(self, store):

@@ -8,6 +8,7 @@ from keras_moe._internal.shape_checks import check_inputs_shape
 from keras_moe._internal.validation import is_whole, shortened
 from keras_moe.layers import expert_bank
 from keras_moe.layers.expert_bank import ExpertBank
+from keras_moe.layers.sublayers import width_of
 from keras_moe.ops.assignments import Choices
 from keras_moe.ops.groups import ChosenGroups
 
@@ -75,7 +76,7 @@ class ZeroComputationExperts(ExpertBank):
         if not self.experts.built:
             self.experts.build(tokens_shape)
         features = tokens_shape[-1]
-        width = self.experts.compute_output_shape(tokens_shape)[-1]
+        width = width_of(self.experts, tokens_shape)
         if width != features:
             raise ValueError(
                 "Identity needs experts that return as many features as they are given. Received: "

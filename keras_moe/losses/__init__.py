@@ -23,14 +23,10 @@ def get(identifier):
     """A router loss from an instance, a config, or a name in `BY_NAME`.
 
     Raises:
-        ValueError: If `identifier` is none of these, or a loss without a weight.
+        ValueError: If `identifier` is none of these.
+        TypeError: If it is a loss whose constructor did not call that of its base.
     """
     loss = resolve("router_losses", identifier, RouterLoss, BY_NAME)
-    if not hasattr(loss, "weight"):
-        raise ValueError(
-            f"A router loss must have a weight. Received: a `{type(loss).__name__}` without one. "
-            "Call `super().__init__(weight)` in its `__init__`."
-        )
     extra = {"sequence_length": None} if loss.per_sequence else {}
     check_method(loss, "compute", "routing", **extra)
     return loss

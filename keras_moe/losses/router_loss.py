@@ -1,10 +1,8 @@
 """The interface every router loss has."""
 
-import numbers
-
 from keras_moe._internal.serialization import Configured
-from keras_moe._internal.tensor_checks import is_of
-from keras_moe._internal.validation import check_not_negative, dtype_of
+from keras_moe._internal.tensor_checks import check_is_scalar
+from keras_moe._internal.validation import check_not_negative
 
 
 class RouterLoss(Configured):
@@ -33,7 +31,7 @@ class RouterLoss(Configured):
         self.weight = weight
 
     def __call__(self, routing, **kwargs):
-        return self.weight * check_is_scalar(self, self.compute(routing, **kwargs))
+        return self.weight * check_value(self, self.compute(routing, **kwargs))
 
     def compute(self, routing):
         raise NotImplementedError(f"{type(self).__name__} must implement `compute(routing)`.")
@@ -67,19 +65,6 @@ def check_is_loss(loss, made_by):
         )
 
 
-def check_is_scalar(loss, value):
-    """The value of a loss, which is one number."""
-    shape = () if isinstance(value, numbers.Real) else getattr(value, "shape", None)
-    if shape is None or len(shape):
-        received = f"type {type(value).__name__}" if shape is None else f"shape {tuple(shape)}"
-        raise ValueError(
-            f"A router loss must be one number. Received: a value of {received} from "
-            f"`{type(loss).__name__}.compute`. Return, for example, its `keras.ops.mean`."
-        )
-    if isinstance(value, bool) or (hasattr(value, "dtype") and not is_of("float", value)):
-        received = "bool" if isinstance(value, bool) else dtype_of(value)
-        raise TypeError(
-            f"A router loss must be a float. Received: a value of {received} from "
-            f"`{type(loss).__name__}.compute`. An integer has no gradient: compute in float32."
-        )
-    return value
+def check_value(loss, value):
+    """The value of a loss, which may be one of the user's own."""
+    return check_is_scalar("A router loss", value, f"`{type(loss).__name__}.compute`")

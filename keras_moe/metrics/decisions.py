@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from keras_moe._internal.shape_checks import check_fields
+from keras_moe._internal.shape_checks import check_fields, check_shapes, known
 from keras_moe._internal.tensor_checks import fits
 from keras_moe.ops.balance import masked_mean, router_entropy
 from keras_moe.ops.routing import take_scores
@@ -41,7 +41,9 @@ def unserved_fraction(routing, plan):
             "`plan` must be a plan. Received: an object of type "
             f"{type(plan).__name__}. Pass `router.plan(routing)`."
         )
-    unserved = ops.logical_not(plan.served())
+    served = plan.served()
+    check_shapes({"plan.served()": (served, "T", "mask")}, **known(T=routing.mask.shape[0]))
+    unserved = ops.logical_not(served)
     return masked_mean(ops.cast(unserved, "float32"), routing.mask)
 
 

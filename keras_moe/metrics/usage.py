@@ -3,7 +3,7 @@
 from keras import ops
 
 from keras_moe._internal.tensor_checks import check_counts, check_rank, check_tensor, host_values
-from keras_moe._internal.validation import check_positive_integer, shortened
+from keras_moe._internal.validation import check_positive_integer, check_scalar, shortened
 
 
 def load_imbalance(counts):
@@ -91,7 +91,7 @@ def dropped_fraction(dropped, counts):
     number = host_values(dropped)
     check_rank("dropped", dropped if number is None else number, ())
     if number is not None:
-        number = float(number)
+        number = check_scalar("dropped", number)
         known = host_values(counts)
         if not 0 <= number <= (float("inf") if known is None else known.sum()):
             raise ValueError(

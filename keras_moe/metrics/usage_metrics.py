@@ -6,7 +6,7 @@ In `model.fit` use `callbacks.ExpertMonitor`: a layer cannot own a Keras metric 
 import keras
 from keras import ops
 
-from keras_moe._internal.named_arguments import NamedArguments
+from keras_moe._internal.named_arguments import NamedArguments, check_is_made
 from keras_moe._internal.serialization import register
 from keras_moe._internal.shape_checks import check_fields
 from keras_moe._internal.tensor_checks import check_is_float
@@ -41,6 +41,7 @@ class _UsageMetric(NamedArguments, keras.metrics.Metric):
             ValueError: If the routing has another number of experts or a weight is given.
             TypeError: If it is no routing.
         """
+        check_is_made(self)
         if y_pred is not None and not hasattr(routing, "counts"):
             raise TypeError(
                 "Usage metrics must be given routings, and not targets and outputs. Received: one "

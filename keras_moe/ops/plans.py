@@ -17,11 +17,16 @@ from keras_moe._internal.shape_checks import (
     known,
     num_experts_of,
 )
-from keras_moe._internal.tensor_checks import check_divides, check_is_integer, check_size
+from keras_moe._internal.tensor_checks import (
+    check_divides,
+    check_is_integer,
+    check_size,
+)
 from keras_moe._internal.validation import (
     check_positive_integer,
     check_positive_number,
     check_top_k,
+    is_symbol,
     is_whole,
     shortened,
 )
@@ -75,6 +80,7 @@ class GroupedPlan(NamedTuple):
 
     def served(self):
         """Which tokens have a row, (T,) bool."""
+        check_groups(self.groups)
         return self.groups.served()
 
     def dropped_fraction(self, counts):
@@ -180,12 +186,7 @@ def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
     """
     if hasattr(num_tokens, "dtype"):
         check_is_integer("num_tokens", num_tokens)
-    # Sizes may be symbols of PyTorch, which are indices as integers are.
-    elif (
-        isinstance(num_tokens, bool)
-        or not hasattr(num_tokens, "__index__")
-        or (is_whole(num_tokens) and num_tokens < 0)
-    ):
+    elif not is_symbol(num_tokens) and (not is_whole(num_tokens) or num_tokens < 0):
         raise ValueError(
             "`num_tokens` must be an integer of at least 0. Received: "
             f"num_tokens={shortened(num_tokens)}. Pass how many tokens there are."

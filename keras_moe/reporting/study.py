@@ -6,7 +6,8 @@ import keras
 import numpy as np
 
 from keras_moe import health, metrics
-from keras_moe._internal.validation import shortened
+from keras_moe._internal.batches import running
+from keras_moe._internal.validation import listed, shortened
 from keras_moe.inspection import has_moe_layers, moe_layers, summarize
 from keras_moe.inspection.recording import recorded
 from keras_moe.reporting.texts import positions_of, token_texts
@@ -50,27 +51,18 @@ def study(model, data, labels, tokens):
     if len(sizes) != 1 or not min(sizes):
         raise ValueError(
             "`data` must hold at least one document, and as many in each of its arrays. Received: "
-            f"arrays of {sorted(sizes)} documents. Pass what the model takes, with a batch axis."
+            f"arrays of {listed(sorted(sizes))} documents. Pass what the model takes, with a batch "
+            "axis."
         )
     num_documents = sizes.pop()
     layers = moe_layers(model) if has_moe_layers(model) else {}
-    labels, tokens = _by_layer("labels", labels, layers), _by_layer("tokens", tokens, layers)
-    for given in (*labels.values(), *tokens.values()):
-        if given is not None and not _is_sequence(given):
-            raise ValueError(
-                "`labels` and `tokens` must be sequences with an entry for each document. "
-                f"Received: {shortened(given)}. Pass a list or an array."
-            )
-    for given in labels.values():
-        if given is not None and len(given) != num_documents:
-            raise ValueError(
-                "There must be one label for each document. "
-                f"Received: {len(given)} labels for {num_documents} documents. "
-                "Pass the labels of these documents, in their order."
-            )
-    if not layers:
-        return Study(num_documents, [])
+    labels = _by_layer("labels", labels, layers, num_documents)
+    tokens = _by_layer("tokens", tokens, layers, num_documents)
     batches = list(_batches(arrays, num_documents))
+    if not layers:
+        with running(model, "data", 0, batches[0]):  # nothing else would tell whether it can
+            model(batches[0], training=False)
+        return Study(num_documents, [])
     by_name = recorded(model, batches, "data")
     # The first call of a layer that is called several times: its tokens are those of the data.
     called = {
@@ -102,15 +94,23 @@ def _is_sequence(values):
     return sized and getattr(values, "shape", None) != ()
 
 
-def _by_layer(argument, values, layers):
-    """Dict from the name of each layer to what is given for it."""
+def _by_layer(argument, values, layers, num_documents):
+    """Dict from the name of each layer to what is given for it, an entry for each document."""
+    for given in values.values() if isinstance(values, dict) else [values]:
+        if given is not None and (not _is_sequence(given) or len(given) != num_documents):
+            received = f"{len(given)} entries" if _is_sequence(given) else shortened(given)
+            raise ValueError(
+                f"`{argument}` must be a sequence with an entry for each document. Received: "
+                f"{received} for {num_documents} documents. Pass those of these documents, in "
+                "their order."
+            )
     if not isinstance(values, dict):
         return dict.fromkeys(layers, values)
     unknown = sorted(values.keys() - layers.keys())
     if unknown:
         raise ValueError(
-            f"`{argument}` as a dict must have names of MoE layers for keys. Received: {unknown}. "
-            f"Choose from {list(layers)}."
+            f"`{argument}` as a dict must have names of MoE layers for keys. Received: "
+            f"{listed(unknown)}. Choose from {listed(layers)}."
         )
     return {name: values.get(name) for name in layers}
 

@@ -32,19 +32,13 @@ def token_texts(tokens, arrays, positions, num_documents):
                 f"{tokens.dtype}. Pass for each document a list of strings."
             )
         for text in tokens:
-            if not hasattr(text, "__iter__"):
+            if not hasattr(text, "__iter__") or getattr(text, "shape", None) == ():
                 raise ValueError(
                     "Each entry of `tokens` must be a text or a list of strings. "
                     f"Received: {shortened(text)}. Put it into a list."
                 )
         documents = [text.split() if isinstance(text, str) else list(text) for text in tokens]
         length = _length(arrays, positions)
-    if len(documents) != num_documents:
-        raise ValueError(
-            "`tokens` must have an entry for each document. "
-            f"Received: {len(documents)} entries for {num_documents} documents. "
-            "Pass the tokens of these documents, in their order."
-        )
     size = max(length // positions, 1)
     return [
         " ".join(map(_as_text, document[place * size : (place + 1) * size]))

@@ -52,7 +52,7 @@ class BalancedAssignmentRouter(LogitRouter):
         self.top_k = 1
 
     def route(self, tokens, mask, training):
-        logits, mask = self.logits(tokens, mask, training)
+        logits, mask = self.checked_logits(tokens, mask, training)
 
         def select(scores):
             if not training:

@@ -48,7 +48,7 @@ class DenseRouter(LogitRouter):
         self.top_k = num_experts
 
     def route(self, tokens, mask, training):
-        logits, mask = self.logits(tokens, mask, training)
+        logits, mask = self.checked_logits(tokens, mask, training)
         probs = softmax(logits)
         experts = ops.arange(self.num_experts, dtype="int32")
         indices = ops.broadcast_to(experts, ops.shape(probs))

@@ -58,7 +58,7 @@ class ExpertChoiceRouter(LogitRouter):
         return min(self.capacity_factor, self.num_experts)
 
     def route(self, tokens, mask, training, sequence_length=None):
-        logits, mask = self.logits(tokens, mask, training)
+        logits, mask = self.checked_logits(tokens, mask, training)
         return expert_choice_routing(logits, self.capacity_factor, mask, sequence_length)
 
     def plan(self, routing, **capacity):

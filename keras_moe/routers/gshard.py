@@ -57,7 +57,7 @@ class GShardRouter(LogitRouter):
         self.top_k = 2
 
     def route(self, tokens, mask, training):
-        logits, mask = self.logits(tokens, mask, training)
+        logits, mask = self.checked_logits(tokens, mask, training)
         probs = softmax(logits)
         indices = top_k_indices(probs, 2)
         weights = distribution(take_scores(probs, indices))

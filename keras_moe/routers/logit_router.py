@@ -5,7 +5,11 @@ from keras import ops
 
 from keras_moe._internal.initializers import Checked
 from keras_moe._internal.keras_internals import own_variables
-from keras_moe._internal.keras_objects import get_initializer, get_regularizer
+from keras_moe._internal.keras_objects import (
+    get_initializer,
+    get_regularizer,
+    returning_scalars,
+)
 from keras_moe._internal.lora import (
     Adaptable,
     adaptable_from_config,
@@ -14,7 +18,13 @@ from keras_moe._internal.lora import (
     forget_corrections,
 )
 from keras_moe._internal.saved_state import load_draws, save_draws
-from keras_moe._internal.shape_checks import check_inputs_shape, check_shapes, known
+from keras_moe._internal.shape_checks import (
+    check_inputs_shape,
+    check_kernel_shape,
+    check_logits,
+    check_shapes,
+    known,
+)
 from keras_moe._internal.validation import (
     check_fraction,
     check_method,
@@ -57,6 +67,8 @@ class LogitRouter(Router, Adaptable):
         seed = check_seed("seed", seed)
         super().__init__(num_experts, **kwargs)
         check_method(self, "project", "tokens")
+        check_method(self, "logits", "tokens", "mask", "training")
+        check_method(self, "kernel_shape", "features")
         self.input_jitter = input_jitter
         self.logit_noise = logit_noise
         if kernel_initializer is None:
@@ -69,7 +81,9 @@ class LogitRouter(Router, Adaptable):
     def build(self, tokens_shape):
         check_inputs_shape(tokens_shape)
         self.input_spec = keras.layers.InputSpec(axes={-1: tokens_shape[-1]})
-        self.kernel = self._add_kernel("kernel", self.kernel_shape(tokens_shape[-1]))
+        features = tokens_shape[-1]
+        shape = check_kernel_shape(self, self.kernel_shape(features), features)
+        self.kernel = self._add_kernel("kernel", shape)
 
     def _post_build(self):
         # Behind all that subclasses build, as where LoRA is enabled later: optimizers go by order.
@@ -81,8 +95,13 @@ class LogitRouter(Router, Adaptable):
         has_kernel = not self._projects_otherwise()
         return [*super()._made_by_build(), *(["kernel"] if has_kernel else [])]
 
+    @property
+    def num_logits(self):
+        """Logits of a token; E, unless experts have several."""
+        return self.num_experts
+
     def kernel_shape(self, features):
-        return features, self.num_experts
+        return features, self.num_logits
 
     def project(self, tokens):
         """Logits (T, E) of tokens (T, D), without noise."""
@@ -158,18 +177,25 @@ class LogitRouter(Router, Adaptable):
             tokens = tokens * (1 + self.input_jitter * noise)
         logits = self.project(tokens)
         if self._overrides_project():
-            sizes = known(T=tokens.shape[0])
+            sizes = known(T=tokens.shape[0], E=self.num_logits)
             check_shapes({"project(tokens)": (logits, "TE", "float")}, **sizes)
         if training and self.logit_noise:
             logits = logits + self.logit_noise * self._noise(draws.normal, logits)
         return clean_logits(logits, mask)
+
+    def checked_logits(self, tokens, mask, training):
+        """What `logits` returns."""
+        returned = self.logits(tokens, mask, training)
+        if type(self).logits is not LogitRouter.logits:
+            check_logits(self, returned, tokens.shape[0])
+        return returned
 
     def _add_kernel(self, name, shape, initializer=None):
         return self.add_weight(
             name=name,
             shape=shape,
             initializer=Checked(initializer or self.kernel_initializer),
-            regularizer=self.kernel_regularizer,
+            regularizer=returning_scalars(self.kernel_regularizer),
         )
 
     def _noise(self, draw, like):

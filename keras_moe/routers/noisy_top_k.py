@@ -59,7 +59,7 @@ class NoisyTopKRouter(LogitRouter):
         )
 
     def route(self, tokens, mask, training):
-        clean, mask = self.logits(tokens, mask, training)
+        clean, mask = self.checked_logits(tokens, mask, training)
         noisy, load = clean, None
         if training:
             deviation = ops.softplus(ops.matmul(tokens, self.noise_kernel)) + 0.01

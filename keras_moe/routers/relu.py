@@ -99,7 +99,7 @@ class ReLURouter(LogitRouter):
         return 1
 
     def route(self, tokens, mask, training):
-        logits, mask = self.logits(tokens, mask, training)
+        logits, mask = self.checked_logits(tokens, mask, training)
         scores = ops.relu(logits)
         indices = top_k_indices(scores, self.max_top_k)
         weights = take_scores(scores, indices)

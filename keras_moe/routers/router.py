@@ -24,8 +24,10 @@ from keras_moe._internal.tensor_checks import (
     host_values,
 )
 from keras_moe._internal.validation import (
+    check_has,
     check_method,
     check_positive_integer,
+    check_positive_number,
     check_top_k,
     check_training,
     shortened,
@@ -92,15 +94,11 @@ class Router(NamedArguments, keras.layers.Layer):
     def _post_build(self):
         if type(self).route is Router.route:
             raise _no_route(self)
-        for name in self._made_by_build():
-            if getattr(self, name, None) is None:
-                raise ValueError(
-                    f"A router must have `{name}` when it is built. Received: a "
-                    f"`{type(self).__name__}` without it. Set it in `__init__`, or call "
-                    "`super().build(tokens_shape)` in its `build`."
-                )
-        if "top_k" in self._made_by_build():
-            check_top_k(self.top_k, self.num_experts, type(self).__name__)
+        check_has("A router", self, self._made_by_build())
+        is_fixed = type(self).max_top_k is Router.max_top_k
+        for name in ("top_k" if is_fixed else "max_top_k", "min_top_k"):
+            check_top_k(getattr(self, name), self.num_experts, type(self).__name__, name)
+        check_positive_number("mean_top_k", self.mean_top_k)
         super()._post_build()
 
     def _made_by_build(self):
@@ -136,8 +134,10 @@ class Router(NamedArguments, keras.layers.Layer):
         # Checked here, because Keras turns arrays into tensors before `call`.
         self.check_arrays(**kwargs)
         check_training(kwargs.get("training"))
+        check_host_numbers(**kwargs)
         if args:
             check_tensor("tokens", args[0])
+            check_host_numbers(tokens=args[0])
         routing = super().__call__(*args, **kwargs)
         tokens = args[0] if args else kwargs["tokens"]
         check_fields(routing, T=tokens.shape[0], E=self.num_experts)
@@ -146,7 +146,7 @@ class Router(NamedArguments, keras.layers.Layer):
     def check_arrays(self, indices=None, token_ids=None, mask=None, **others):
         """Check the arguments of a call that are not tensors yet; `call` checks the rest."""
         check_host_integers("token_ids", token_ids)
-        check_host_numbers("mask", mask)
+        check_host_numbers(mask=mask)
         array = host_values(indices)
         if array is not None and array.ndim == 2 and "indices" in self._known_arguments:
             check_replayed(array, self.num_experts)

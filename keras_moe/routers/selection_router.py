@@ -92,9 +92,7 @@ class SelectionRouter(LogitRouter):
         return top_k_indices(scores, self.top_k)
 
     def route(self, tokens, mask, training, indices=None):
-        logits, mask = self.logits(tokens, mask, training)
-        if self._overrides_project():
-            check_shapes({"project(tokens)": (logits, "TE")}, E=self.num_experts)
+        logits, mask = self.checked_logits(tokens, mask, training)
         if self.use_bias:
             logits = logits + self.bias
         if indices is not None:

@@ -56,7 +56,7 @@ class SinkhornRouter(LogitRouter):
         self.iterations = iterations
 
     def route(self, tokens, mask, training):
-        logits, mask = self.logits(tokens, mask, training)
+        logits, mask = self.checked_logits(tokens, mask, training)
 
         def select(scores):
             if training:

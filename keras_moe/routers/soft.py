@@ -59,14 +59,15 @@ class SoftRouter(LogitRouter):
         super().build(tokens_shape)
         self.scale = self.add_weight(name="scale", shape=(), initializer="ones")
 
-    def kernel_shape(self, features):
-        return features, self.num_experts * self.slots
+    @property
+    def num_logits(self):
+        return self.num_experts * self.slots
 
     def project(self, tokens):
         return along_units(tokens, self.scale * unit(self.kernel, axis=0))
 
     def route(self, tokens, mask, training, sequence_length=None):
-        logits, mask = self.logits(tokens, mask, training)
+        logits, mask = self.checked_logits(tokens, mask, training)
         return soft_routing(logits, self.num_experts, mask, sequence_length)
 
     def plan(self, routing, **capacity):

@@ -60,7 +60,7 @@ class TopPRouter(LogitRouter):
         return 1
 
     def route(self, tokens, mask, training):
-        logits, mask = self.logits(tokens, mask, training)
+        logits, mask = self.checked_logits(tokens, mask, training)
         probs = softmax(logits)
         indices = top_k_indices(probs, self.top_k)
         weights = take_scores(probs, indices)

@@ -51,7 +51,7 @@ class VMoERouter(LogitRouter):
         self.noise_std = noise_std
 
     def route(self, tokens, mask, training):
-        clean, mask = self.logits(tokens, mask, training)
+        clean, mask = self.checked_logits(tokens, mask, training)
         noisy, load = clean, None
         if training and self.noise_std:
             deviation = self.noise_std / self.num_experts

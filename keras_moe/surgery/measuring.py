@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal.batches import running
+from keras_moe._internal.validation import listed
 from keras_moe.inspection import moe_layers
 from keras_moe.inspection.recording import listening
 from keras_moe.ops.routing import count_assignments
@@ -21,8 +22,9 @@ def check_batch(batch):
     if not 1 <= len(parts) <= 3 or len(sizes) != 1:
         raise ValueError(
             "A batch must be inputs, or a tuple of inputs, targets and weights of as many "
-            f"examples. Received: {len(parts)} parts, arrays of {sorted(sizes, key=str)} examples. "
-            "Pass `data=[inputs]` or `data=[(inputs, targets), ...]`."
+            f"examples. Received: {len(parts)} parts, arrays of "
+            f"{listed(sorted(sizes, key=str))} examples. Pass `data=[inputs]` or "
+            "`data=[(inputs, targets), ...]`."
         )
 
 

@@ -8,7 +8,7 @@ from keras import ops
 from keras_moe._internal.batches import check_list_of_batches
 from keras_moe._internal.keras_internals import forget_compiled, forget_old_weights
 from keras_moe._internal.tensor_checks import host_values
-from keras_moe._internal.validation import check_choice, check_top_k, is_whole, shortened
+from keras_moe._internal.validation import check_choice, check_top_k, is_whole, listed, shortened
 from keras_moe.inspection import moe_layers
 from keras_moe.routers.group_limited import GroupLimitedRouter
 from keras_moe.surgery import measuring
@@ -220,8 +220,8 @@ def _layers(model, given, argument):
     unknown = sorted(set(given) - set(layers))
     if unknown or not given:
         raise ValueError(
-            f"`{argument}` must name MoE layers of the model. Received: {unknown}. "
-            f"The model has {list(layers)}."
+            f"`{argument}` must name MoE layers of the model. Received: "
+            f"{listed(unknown) or 'an empty dict'}. The model has {listed(layers)}."
         )
     return {name: layer for name, layer in layers.items() if name in given}
 
@@ -275,7 +275,7 @@ def _as_scores(name, values):
     array = host_values(ops.convert_to_numpy(values) if hasattr(values, "shape") else values)
     if array is None or array.dtype.kind not in "biuf" or not np.isfinite(array).all():
         raise ValueError(
-            f"`by` must be {', '.join(map(repr, MEASURES))} or scores that are finite numbers. "
+            f"`by` must be {listed(MEASURES)} or scores that are finite numbers. "
             f"Received: by={shortened(values)} for {name!r}. Pass one for each expert, higher for "
             "those to keep."
         )

@@ -13,6 +13,7 @@ from keras_moe._internal.validation import (
     check_name,
     check_positive_number,
     check_scalar,
+    listed,
 )
 from keras_moe.inspection import summarize
 
@@ -105,8 +106,9 @@ class WithinBudget(NamedArguments, keras_tuner.Objective):
         if not self.has_value(logs):
             # Fatal to KerasTuner, which would otherwise go on with the next trial.
             raise keras_tuner.errors.FatalValueError(
-                f"The logs must have {self.loss!r} and {self.cost!r}. Received: {sorted(logs)}. "
-                "Give `search` validation data and `callbacks=[tuner.CostMonitor()]`."
+                f"The logs must have {self.loss!r} and {self.cost!r}. Received: "
+                f"{listed(sorted(logs)) or 'nothing'}. Give `search` validation data and "
+                "`callbacks=[tuner.CostMonitor()]`."
             )
         cost, loss = (check_scalar(name, logs[name]) for name in (self.cost, self.loss))
         score = (1 + loss / (1 + abs(loss))) / 2

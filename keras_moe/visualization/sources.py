@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe._internal.shape_checks import check_fields
 from keras_moe._internal.tensor_checks import check_experts, host_values
 from keras_moe._internal.validation import check_positive_integer, shortened
 from keras_moe.ops.routing import Routing
@@ -92,6 +93,8 @@ def _joined(value):
     if isinstance(value, Routing):
         value = [value]
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], Routing):
+        for routing in value:
+            check_fields(routing, "indices", "weights", "probs", "logits", "mask", "counts")
         value = [Routing(*map(ops.convert_to_numpy, routing[:7])) for routing in value]
         shapes = [(routing.indices.shape, routing.probs.shape) for routing in value]
         widths = {(tuple(indices[1:]), tuple(probs[1:])) for indices, probs in shapes}
@@ -126,6 +129,8 @@ def _array(name, value):
 
 
 def _routing(value, num_experts):
+    if num_experts is not None:
+        check_positive_integer("num_experts", num_experts)
     if isinstance(value, Routing):
         if num_experts not in (None, len(value.counts)):
             raise ValueError(
@@ -140,8 +145,6 @@ def _routing(value, num_experts):
             f"Received: shape {value.shape} of {value.dtype}. Pass `routing.indices`, or what "
             "`inspection.record_routings(model, batches)` returns."
         )
-    if num_experts is not None:
-        check_positive_integer("num_experts", num_experts)
     check_experts("indices", value, num_experts)
     check_can_be_drawn("num_experts", num_experts or int(value.max()) + 1)
     counts = np.bincount(value[value >= 0], minlength=num_experts or 0)
