@@ -280,7 +280,7 @@ def test_a_search_keeps_to_its_budget_and_goes_on_where_it_stopped(tmp_path):
 def test_a_search_without_the_monitor_stops_and_says_why(tmp_path):
     search = search_in(tmp_path, FirstRandom(tuner.WithinBudget(1e6), max_trials=2))
     message = (
-        "The logs must have 'val_loss' and 'active_flops'. Received: ['loss', 'val_loss']. "
+        "The logs must have 'val_loss' and 'active_flops'. Received: 'loss', 'val_loss'. "
         "Give `search` validation data and `callbacks=[tuner.CostMonitor()]`."
     )
     with pytest.raises(ValueError, match=re.escape(message)):

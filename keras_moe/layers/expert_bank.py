@@ -46,9 +46,10 @@ class ExpertBank(NamedArguments, keras.layers.Layer):
     def __call__(self, tokens, plan=None, **kwargs):
         check_bank_call(self, tokens, plan)
         outputs = super().__call__(tokens, plan, **kwargs)
-        width = None
-        if overrides(self, "compute_output_shape"):
-            width = width_of(self, (None, tokens.shape[-1]))  # the number of tokens may be a symbol
+        width, features = None, tokens.shape[-1]
+        # The number of tokens may be a symbol, and where PyTorch traces all sizes are tensors.
+        if isinstance(features, int) and overrides(self, "compute_output_shape"):
+            width = width_of(self, (None, features))
         check_served(self, tokens, outputs, width)
         return outputs
 
