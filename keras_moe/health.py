@@ -211,7 +211,7 @@ def judge_heavy_losses(router_losses, weights, total, values=None):
     gradient and is no sign of a heavy loss: only what is above it counts.
 
     Args:
-        router_losses: the losses of the layer.
+        router_losses: the losses of all MoE layers of a model, one behind another.
         weights: the weight that each has now.
         total: the loss of the model.
         values: the mean of each loss before its weight, over about the steps of `total`. None, or
@@ -226,12 +226,12 @@ def judge_heavy_losses(router_losses, weights, total, values=None):
             "There must be a weight for each loss. Received: "
             f"{len(weights)} weights for {len(router_losses)} losses. Pass those of one layer."
         )
-    judged = [
+    judged = list(zip(router_losses, weights, _values_of(values, router_losses)))
+    heavy = [
         (loss, weight, value)
-        for loss, weight, value in zip(router_losses, weights, _values_of(values, router_losses))
-        if _usual_weight(loss) is not None
+        for loss, weight, value in judged
+        if (usual := _usual_weight(loss)) is not None and weight >= HEAVY_WEIGHT * usual
     ]
-    heavy = [each for each in judged if each[1] >= HEAVY_WEIGHT * _usual_weight(each[0])]
     if total is None or not heavy:
         return None
     constant = sum(weight * loss.value_at_balance for loss, weight, _ in judged)
@@ -240,10 +240,10 @@ def judge_heavy_losses(router_losses, weights, total, values=None):
     # NaN is in no order.
     if not excess >= HEAVY_SHARE * abs(rest) > 0:
         return None
-    names = " and ".join(f"{type(loss).__name__}(weight={weight:g})" for loss, weight, _ in heavy)
+    names = dict.fromkeys(f"{type(loss).__name__}(weight={weight:g})" for loss, weight, _ in heavy)
     text = (
-        f"{names} is {excess:.3g} of a loss of {rest:.3g}, not counting the constant "
-        f"{constant:.3g} that it is at an even load."
+        f"{' and '.join(names)} is {excess:.3g} of a loss of {rest:.3g}, not counting the constant "
+        f"{constant:.3g} of balancing losses at an even load."
     )
     fix = (
         "The router may learn balance instead of the task: try a weight of about "

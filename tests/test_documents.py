@@ -98,8 +98,13 @@ def test_the_page_on_reliability_pads_to_few_lengths():
     np.testing.assert_array_equal(pad(np.ones((1, 6))), [[1, 1, 1, 1, 1, 1, 0, 0]])
 
 
-@of_many_operations
-@pytest.mark.parametrize("document", ["capacity", "generating", "metrics", "surgery", "upcycling"])
+OF_MANY_OPERATIONS = ["capacity", "generating", "surgery", "upcycling"]
+
+
+@pytest.mark.parametrize(
+    "document",
+    ["metrics", *(pytest.param(page, marks=of_many_operations) for page in OF_MANY_OPERATIONS)],
+)
 def test_guides_that_need_nothing_run(document, capsys):
     names = run(f"docs/{document}.md")
     assert names["model"].count_params() > 0
@@ -143,7 +148,6 @@ def test_the_guide_to_replicas_trains_on_its_backends():
     run_in_a_process("".join([first, *of_backend]), **of_torchrun)
 
 
-@of_many_operations
 def test_the_recipes_for_parts_of_ones_own_run_and_are_short():
     names = run("docs/extending.md")
     assert names["layer"].expert_counts.shape == (8,)

@@ -114,7 +114,7 @@ def test_batches_are_counted_where_several_are_one_execution():
     heavy.compile("adam", "mse", steps_per_execution=4)
     for batches in (4, 8):
         ((step, _, finding),), _ = watched(heavy, *clustered(0, batches * BATCH), ExpertHealth())
-        assert step == batches and "not counting the constant 100 " in finding.text
+        assert step == batches and "not counting the constant 100 of" in finding.text
 
 
 @of_counts
@@ -126,7 +126,6 @@ def test_training_stops_when_asked_to():
     assert batches == STEPS
 
 
-@of_counts
 def test_balancing_losses_get_heavier_once_when_asked_to():
     router = routers.TopKRouter(EXPERTS, kernel_initializer="zeros", trainable=False)
     for rebalance, factor in ((True, 10), (False, 1)):
@@ -173,7 +172,6 @@ def test_a_router_that_is_not_a_number_is_told():
     assert findings[0][0] == 2
 
 
-@of_counts
 def test_exploding_logits_are_told():
     model = model_of(expert_layer(router_losses=()), keras.optimizers.Adam(5.0))
     findings, _ = watched(model, *clustered(0), ExpertHealth())
@@ -323,7 +321,7 @@ def test_a_heavy_loss_is_found_beside_a_monitor(first, validation_split):
         warnings.simplefilter("ignore", UserWarning)
         model.fit(*clustered(0, 4 * BATCH), callbacks=order, **options)
     ((_, _, finding),) = watchdog.findings
-    assert "not counting the constant 100 " in finding.text
+    assert "not counting the constant 100 of" in finding.text
 
 
 def test_a_heavy_weight_is_no_heavy_loss_where_the_load_is_even():

@@ -119,7 +119,6 @@ def test_integer_data_are_shown_as_they_are_and_texts_are_split():
     assert token_texts(None, data, 0, 2) == []
 
 
-@of_the_page
 def test_the_layers_are_measured(tmp_path):
     model = one_hot_model("only")
     _, html = written(tmp_path, model, ids([1, 1, 1, 1], [4, 4, 4, 4]), ["a", "b"])
@@ -145,7 +144,6 @@ def test_verdicts_are_plain_words(tmp_path, data, expected):
     assert verdicts(html)[0].startswith(expected)
 
 
-@of_the_page
 def test_an_untrained_router_is_said_to_have_no_preference(tmp_path):
     experts = layers.FeedForwardExperts(E, 8)
     inputs = keras.Input((None,), dtype="int32")
@@ -165,7 +163,6 @@ def test_a_model_without_experts_says_so(tmp_path):
         assert page.run("document.getElementById('text-section').hidden")
 
 
-@of_the_page
 def test_data_of_any_structure_and_of_no_token_layout_are_reported(tmp_path):
     left, right = keras.Input((E,), name="left"), keras.Input((E,), name="right")
     added = keras.layers.Add()([left, right])

@@ -1,8 +1,10 @@
 """Activations, initializers and regularizers: instances, configs, names and functions of Keras."""
 
+import numbers
+
 import keras
 
-from keras_moe._internal.tensor_checks import check_is_scalar
+from keras_moe._internal.tensor_checks import check_is_float
 from keras_moe._internal.validation import check_function, propose, shortened
 
 
@@ -25,16 +27,26 @@ def get_regularizer(name, identifier):
     return _function("a regularizer", keras.regularizers, name, identifier, "weight")
 
 
-def returning_scalars(regularizer):
-    """The regularizer for a weight, with a check of what it returns; None without one."""
-    if regularizer is None:
-        return None
+class CheckedRegularizer(keras.regularizers.Regularizer):
+    """A regularizer with a check of what it returns: a float, or several, which Keras adds up."""
 
-    def regularize(weight):
-        value = check_is_scalar("A regularizer", regularizer(weight), shortened(regularizer))
-        return keras.ops.convert_to_tensor(value)
+    def __init__(self, regularizer):
+        self.regularizer = regularizer
 
-    return regularize
+    @classmethod
+    def of(cls, regularizer):
+        """One for a weight; None without a regularizer."""
+        return None if regularizer is None else cls(regularizer)
+
+    def __call__(self, weight):
+        value = self.regularizer(weight)
+        if isinstance(value, numbers.Real):
+            return keras.ops.convert_to_tensor(float(value), weight.dtype)
+        check_is_float(f"{shortened(self.regularizer)}(weight)", value)
+        return value
+
+    def get_config(self):
+        return {"regularizer": keras.regularizers.serialize(self.regularizer)}
 
 
 # Where the functions of a kind have a class, those of no other.

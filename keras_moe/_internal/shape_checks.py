@@ -210,6 +210,8 @@ def check_served(bank, tokens, outputs, width):
 def check_returned(name, outputs, shape):
     """What a layer of the user's inside of ours returned: floats of the shape that it told."""
     check_is_float(f"{name}(inputs)", outputs)
+    if getattr(outputs.shape, "rank", 0) is None:  # TensorFlow does not know it
+        return
     pairs = [(a, b) for a, b in zip(outputs.shape, shape) if type(a) is type(b) is int]
     if len(outputs.shape) != len(shape) or any(a != b for a, b in pairs):
         raise ValueError(
@@ -222,17 +224,17 @@ def check_returned(name, outputs, shape):
 def check_kernel_shape(router, shape, features):
     """What the `kernel_shape` of a router returned, which may be one of the user's own."""
     is_shape = isinstance(shape, (tuple, list)) and len(shape) == 2
-    if not is_shape or shape[0] != features or not is_whole(shape[1]) or shape[1] < 1:
+    if not is_shape or not all(is_whole(size) and size > 0 for size in shape):
         raise ValueError(
-            "`kernel_shape(features)` must be `(features, width)`, two positive integers. "
+            "`kernel_shape(features)` must be two positive integers. "
             f"Received: {shortened(shape)} from `{type(router).__name__}` for {features} features. "
             "Return, for example, `features, self.num_experts`."
         )
     return tuple(shape)
 
 
-def check_logits(router, returned, num_tokens):
-    """What the `logits` of a router returned, which may be one of the user's own."""
+def check_logits(router, returned, num_tokens, num_logits):
+    """What the `logits` of a router returned, or its `project`, which may be the user's own."""
     if not isinstance(returned, tuple) or len(returned) != 2:
         raise TypeError(
             "`logits` of a router must return a pair, logits (T, E) and a mask (T,). Received: an "
@@ -240,7 +242,7 @@ def check_logits(router, returned, num_tokens):
             "`ops.clean_logits(logits, mask)`."
         )
     tensors = {"logits": (returned[0], "TE", "float"), "mask": (returned[1], "T", "mask")}
-    check_shapes(tensors, **known(T=num_tokens, E=router.num_logits))
+    check_shapes(tensors, **known(T=num_tokens, E=num_logits))
 
 
 def _axes_of_weights(groups):

@@ -122,7 +122,7 @@ def check_divides(name, length, num_tokens):
         return
     if not is_symbol(length):
         check_size(name, length)
-    if is_whole(num_tokens) and num_tokens % length:
+    if is_whole(num_tokens) and is_whole(length) and num_tokens % length:
         raise ValueError(
             f"`{name}` must divide the number of tokens. Received: {name}={length}, {num_tokens} "
             "tokens. Pass the length of the padded sequences."
@@ -153,7 +153,8 @@ def check_experts(name, indices, num_experts=None, least=-1):
     limit = np.inf if num_experts is None else num_experts
     if ((array < least) | (array >= limit)).any():
         experts = "0 and up" if num_experts is None else f"from 0 to {num_experts - 1}"
-        experts += ", or -1 for none" * -least
+        if least < 0:
+            experts += ", or -1 for none"
         raise ValueError(
             f"`{name}` must be experts {experts}. Received: experts from "
             f"{array.min()} to {array.max()}. Pass the `indices` of a routing."

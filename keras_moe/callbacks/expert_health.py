@@ -2,6 +2,7 @@
 
 import collections
 import warnings
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -82,6 +83,7 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
         self._step = self._next_look = 0
         self._told = set()
         self._watches = {}
+        self._losses_before = {}
         for name, layer in moe_layers(self.model).items():
             for loss, weight in zip(layer.router_losses, layer.loss_weights_in_force):
                 self._tell(name, "weak loss", health.judge_weak_loss(loss, weight))
@@ -89,8 +91,10 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         # `ExpertMonitor` resets the counters between epochs.
         for name, layer in moe_layers(self.model).items():
-            if layer.built and name in self._watches:
-                self._watches[name].seen = _read(layer.expert_counts)
+            if layer.built:
+                self._losses_before[name] = _Losses.counted(layer)
+                if name in self._watches:
+                    self._watches[name].seen = _read(layer.expert_counts)
 
     # Not `on_train_batch_end`: a callback that defines it makes Keras wait for every batch.
     def on_train_batch_begin(self, batch, logs=None):
@@ -101,9 +105,22 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
         self._step += self.model.steps_per_execution
 
     def on_epoch_end(self, epoch, logs=None):
-        loss = (logs or {}).get("loss")
+        losses, weights, values, added = [], [], [], {}
         for name, layer in moe_layers(self.model).items():
-            self._tell(name, "heavy loss", _judge_heavy_losses(layer, loss))
+            if not layer.built or not layer.router_losses:
+                continue
+            means = _Losses.counted(layer).means_since(self._losses_before.get(name))
+            if means is None:  # a monitor has reset the counters
+                means = layer.last_losses
+            if means is None:
+                continue
+            losses += layer.router_losses
+            weights += layer.loss_weights_in_force
+            values += list(means)
+            added[name] = np.dot(layer.loss_weights_in_force, means)
+        if added:
+            finding = health.judge_heavy_losses(losses, weights, (logs or {}).get("loss"), values)
+            self._tell(max(added, key=added.get), "heavy loss", finding)
 
     def _look(self):
         # Keras has this on JAX only.
@@ -187,20 +204,22 @@ class _Watch:
         return health.dead(dead, len(self._idle), layer.balance_advice()) if len(dead) else None
 
 
-def _judge_heavy_losses(layer, total):
-    weights, values = layer.loss_weights_in_force, _mean_losses(layer)
-    return health.judge_heavy_losses(layer.router_losses, weights, total, values)
+class _Losses(NamedTuple):
+    """What a layer has counted of its router losses, before their weights."""
 
+    totals: np.ndarray
+    calls: float
 
-def _mean_losses(layer):
-    """What each router loss was in the epoch, before its weight, or None."""
-    if not layer.built:
-        return None
-    calls = float(_read(layer.call_count))
-    if calls:
-        return list(_read(layer.router_loss_totals) / calls)
-    # An `ExpertMonitor` before this callback has reset the counters.
-    return None if layer.last_losses is None else list(layer.last_losses)
+    @classmethod
+    def counted(cls, layer):
+        return cls(_read(layer.router_loss_totals), float(_read(layer.call_count)))
+
+    def means_since(self, before):
+        """The mean of each, or None if nothing was counted since."""
+        if before is None or self.calls < before.calls:  # counters were reset in between
+            before = _Losses(np.zeros_like(self.totals), 0.0)
+        calls = self.calls - before.calls
+        return (self.totals - before.totals) / calls if calls else None
 
 
 def _read(weight):

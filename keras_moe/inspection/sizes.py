@@ -77,7 +77,7 @@ def summary(model, print_fn=print):
     Below the parameters of the model, a table has one row for each MoE layer. `parameters`,
     `active` and `FLOPs a token` are those of `inspection.LayerSummary`. `busiest` is the load of
     the busiest expert, where 1 is an equal share, and `dead` the number of experts without a token:
-    in the last epoch that an `ExpertMonitor` watched, in all of a training without one.
+    in the last epoch or evaluation that an `ExpertMonitor` watched, in all of a training without.
     `engine` is that of `inspection.LayerDescription`.
 
     Args:

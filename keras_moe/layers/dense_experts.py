@@ -6,10 +6,10 @@ from keras import ops
 from keras_moe import backend
 from keras_moe._internal.initializers import EachExpert, initial
 from keras_moe._internal.keras_objects import (
+    CheckedRegularizer,
     get_activation,
     get_initializer,
     get_regularizer,
-    returning_scalars,
 )
 from keras_moe._internal.shape_checks import check_inputs_shape
 from keras_moe._internal.validation import check_flag, check_positive_integer
@@ -73,7 +73,7 @@ class DenseExperts(StackedExperts):
                     name=f"{name}_kernel",
                     shape=shape,
                     initializer=EachExpert(self.kernel_initializer, stream, experts),
-                    regularizer=returning_scalars(self.kernel_regularizer),
+                    regularizer=CheckedRegularizer.of(self.kernel_regularizer),
                     autocast=False,  # or those of idle experts would be converted as well
                 )
                 setattr(self, f"{name}_kernel", kernel)
@@ -83,7 +83,7 @@ class DenseExperts(StackedExperts):
                     name=f"{name}_bias",
                     shape=(len(experts), fan_out),
                     initializer=_rows_of(self.bias_initializer, self.num_experts, experts),
-                    regularizer=returning_scalars(self.bias_regularizer),
+                    regularizer=CheckedRegularizer.of(self.bias_regularizer),
                     autocast=False,
                 )
             setattr(self, f"{name}_bias", bias)

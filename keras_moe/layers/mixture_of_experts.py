@@ -198,7 +198,9 @@ class MixtureOfExperts(Recomputable):
         self._build_losses()
 
     def _check_shared_bank(self, inputs_shape):
-        """Another layer may have built the bank."""
+        """Another layer may have made the weights of the bank."""
+        if not self.experts.weights:
+            return
         width = ((self.experts.get_build_config() or {}).get("input_shape") or (None,))[-1]
         if width not in (None, inputs_shape[-1]):
             raise ValueError(

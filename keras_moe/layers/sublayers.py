@@ -7,7 +7,7 @@ import keras
 
 from keras_moe._internal.parameters import parameters_of
 from keras_moe._internal.tensor_checks import fits
-from keras_moe._internal.validation import shortened
+from keras_moe._internal.validation import is_whole, shortened
 
 
 def build_and_measure(name, layer, inputs_shape):
@@ -36,8 +36,7 @@ def build_and_measure(name, layer, inputs_shape):
 
 def width_of(bank, tokens_shape):
     """The features that a bank returns, which may be one of the user's own, as it tells them."""
-    made = bank.compute_output_shape(tokens_shape)
-    made = tuple(made) if isinstance(made, list) else made
+    made = _as_tuple(bank.compute_output_shape(tokens_shape))
     _check_keeps_axes(
         "experts", bank, made, tokens_shape, "Let `compute_output_shape` return what `call` makes."
     )
@@ -45,7 +44,7 @@ def width_of(bank, tokens_shape):
 
 
 def _check_keeps_axes(name, layer, made, inputs_shape, fix):
-    is_one = isinstance(made, tuple) and all(isinstance(size, int | None) for size in made)
+    is_one = isinstance(made, tuple) and all(size is None or is_whole(size) for size in made)
     if not is_one or not made or not fits(made[:-1], tuple(inputs_shape)[:-1]):
         raise ValueError(
             f"`{name}` must be a layer of tokens, which keeps all axes but the last. Received: "
@@ -77,8 +76,12 @@ def _build_and_measure(layer, inputs_shape):
         return tuple(outputs.shape) if hasattr(outputs, "shape") else outputs
     if not layer.built:
         layer.build(inputs_shape)
-    shape = layer.compute_output_shape(inputs_shape)
-    return tuple(shape) if isinstance(shape, list) else shape
+    return _as_tuple(layer.compute_output_shape(inputs_shape))
+
+
+def _as_tuple(shape):
+    """A shape as Keras has it; TensorFlow's own is a `TensorShape`."""
+    return tuple(shape) if isinstance(shape, list) or hasattr(shape, "as_list") else shape
 
 
 def accepted_arguments(layer, names):

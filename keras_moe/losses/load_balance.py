@@ -70,7 +70,7 @@ class SequenceLoadBalance(RouterLoss):
     """
 
     balances = True
-
+    value_at_balance = 1.0
     per_sequence = True
 
     def __init__(self, weight=1e-4):
@@ -111,6 +111,7 @@ class GlobalLoadBalance(RouterLoss):
     """
 
     balances = True
+    value_at_balance = 1.0
 
     def __init__(self, weight=1e-2, accumulation_steps=1):
         super().__init__(weight)

@@ -6,9 +6,9 @@ from keras import ops
 from keras_moe._internal.initializers import Checked
 from keras_moe._internal.keras_internals import own_variables
 from keras_moe._internal.keras_objects import (
+    CheckedRegularizer,
     get_initializer,
     get_regularizer,
-    returning_scalars,
 )
 from keras_moe._internal.lora import (
     Adaptable,
@@ -95,13 +95,8 @@ class LogitRouter(Router, Adaptable):
         has_kernel = not self._projects_otherwise()
         return [*super()._made_by_build(), *(["kernel"] if has_kernel else [])]
 
-    @property
-    def num_logits(self):
-        """Logits of a token; E, unless experts have several."""
-        return self.num_experts
-
     def kernel_shape(self, features):
-        return features, self.num_logits
+        return features, self.num_experts
 
     def project(self, tokens):
         """Logits (T, E) of tokens (T, D), without noise."""
@@ -177,25 +172,29 @@ class LogitRouter(Router, Adaptable):
             tokens = tokens * (1 + self.input_jitter * noise)
         logits = self.project(tokens)
         if self._overrides_project():
-            sizes = known(T=tokens.shape[0], E=self.num_logits)
+            sizes = known(T=tokens.shape[0])
             check_shapes({"project(tokens)": (logits, "TE", "float")}, **sizes)
         if training and self.logit_noise:
             logits = logits + self.logit_noise * self._noise(draws.normal, logits)
         return clean_logits(logits, mask)
 
     def checked_logits(self, tokens, mask, training):
-        """What `logits` returns."""
+        """What `logits` returns, for the routes of this package."""
         returned = self.logits(tokens, mask, training)
-        if type(self).logits is not LogitRouter.logits:
-            check_logits(self, returned, tokens.shape[0])
+        if self._overrides_project() or type(self).logits is not LogitRouter.logits:
+            check_logits(self, returned, tokens.shape[0], self._num_logits())
         return returned
+
+    def _num_logits(self):
+        """Logits of a token."""
+        return self.num_experts
 
     def _add_kernel(self, name, shape, initializer=None):
         return self.add_weight(
             name=name,
             shape=shape,
             initializer=Checked(initializer or self.kernel_initializer),
-            regularizer=returning_scalars(self.kernel_regularizer),
+            regularizer=CheckedRegularizer.of(self.kernel_regularizer),
         )
 
     def _noise(self, draw, like):

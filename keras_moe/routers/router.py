@@ -95,15 +95,20 @@ class Router(NamedArguments, keras.layers.Layer):
         if type(self).route is Router.route:
             raise _no_route(self)
         check_has("A router", self, self._made_by_build())
-        is_fixed = type(self).max_top_k is Router.max_top_k
-        for name in ("top_k" if is_fixed else "max_top_k", "min_top_k"):
-            check_top_k(getattr(self, name), self.num_experts, type(self).__name__, name)
-        check_positive_number("mean_top_k", self.mean_top_k)
+        names = [name for name in ("max_top_k", "min_top_k") if self._overrides(name)]
+        for name in (*self._made_by_build(), *names):
+            if name.endswith("top_k"):
+                check_top_k(getattr(self, name), self.num_experts, type(self).__name__, name)
+        if self._overrides("mean_top_k"):
+            check_positive_number("mean_top_k", self.mean_top_k)
         super()._post_build()
 
     def _made_by_build(self):
         """Names of the attributes without which a built router cannot route."""
-        return ["top_k"] if type(self).max_top_k is Router.max_top_k else []
+        return [] if self._overrides("max_top_k") else ["top_k"]
+
+    def _overrides(self, name):
+        return getattr(type(self), name) is not getattr(Router, name)
 
     def bind(self, num_experts):
         """Set the number of experts of a router that has none; one that is set stays.
@@ -226,7 +231,7 @@ class Router(NamedArguments, keras.layers.Layer):
 
     @property
     def min_top_k(self):
-        """Fewest experts that serve a token; K, unless a subclass may do with fewer."""
+        """Fewest experts that serve a token, at least 1; K, unless a subclass may do with fewer."""
         return self.top_k
 
     def balance_advice(self):

@@ -59,8 +59,10 @@ class SoftRouter(LogitRouter):
         super().build(tokens_shape)
         self.scale = self.add_weight(name="scale", shape=(), initializer="ones")
 
-    @property
-    def num_logits(self):
+    def kernel_shape(self, features):
+        return features, self._num_logits()
+
+    def _num_logits(self):
         return self.num_experts * self.slots
 
     def project(self, tokens):
