@@ -162,6 +162,8 @@ def _read(path):
             # NumPy leaves a file open that it cannot read.
             with path.open("rb") as file:
                 loaded = np.load(file)
+                if isinstance(loaded, np.ndarray) != (path.suffix == ".npy"):
+                    raise ValueError(f"its content is not that of a {path.suffix}: rename it")
                 return loaded if path.suffix == ".npy" else dict(loaded)
     with stating(
         "A text file must be UTF-8.", repr(str(path)), "Save it as UTF-8, one document a line."

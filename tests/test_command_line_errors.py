@@ -53,6 +53,16 @@ def content(value):
     return lambda path: path.write_bytes(value)
 
 
+def named(ending, save):
+    """A file that NumPy wrote under another ending."""
+
+    def write(path):
+        save(path.with_suffix(ending), np.ones((2, 2)))
+        path.with_suffix(ending).rename(path)
+
+    return write
+
+
 def cut(name, share):
     def write(path):
         whole = pathlib.Path(name).read_bytes()
@@ -143,6 +153,8 @@ FILES = {
     "data of another kind": ("--data", "d.txt", content(b"1 2 3"), ".npy or .npz"),
     "empty archive": ("--data", "d.npz", content(b""), "numpy.save"),
     "no archive": ("--data", "d.npz", content(b"PK\x03\x04 cut"), "numpy.save"),
+    "an array named an archive": ("--data", "d.npz", named(".npy", np.save), "rename"),
+    "an archive named an array": ("--data", "d.npy", named(".npz", np.savez), "rename"),
     "scalar": ("--data", "d.npy", array(np.float32(1)), "what the model takes"),
     "rank 1": ("--data", "d.npy", array(np.ones(3, "float32")), "what the model takes"),
     "rank 2": ("--data", "d.npy", array(np.ones((3, D), "float32")), "what the model takes"),

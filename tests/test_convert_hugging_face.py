@@ -148,6 +148,11 @@ def in_integers(folder):
     return {name: value.astype("int8") for name, value in weights.items()}
 
 
+def without_expert(folder):
+    weights = safetensors_numpy.load_file(folder / "model.safetensors")
+    return {name: value for name, value in weights.items() if "experts.1.up" not in name}
+
+
 def test_what_cannot_be_converted_is_refused_with_a_reason(tmp_path):
     model_of("qwen3_moe").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -168,6 +173,7 @@ def test_what_cannot_be_converted_is_refused_with_a_reason(tmp_path):
             "of a model that is not quantized",
         ),
         (lambda: convert.from_hugging_face(in_integers(tmp_path), 0, config), "of int8"),
+        (lambda: convert.from_hugging_face(without_expert(tmp_path), 0, config), "without 'model"),
         (
             lambda: convert.to_hugging_face(convert.from_hugging_face(tmp_path, 0), 0, "gpt_oss"),
             "without `router.bias`",

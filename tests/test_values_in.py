@@ -120,6 +120,10 @@ class OfOnesOwn(routers.Router):
         return self.returned
 
 
+def takes_two(counts, others):
+    return 1.0
+
+
 def own(base, **members):
     """A class of one's own."""
     return type("OfOnesOwn", (base,), members)
@@ -756,7 +760,8 @@ NOT_AS_TOLD = [
     lambda x: x[:0],
     lambda x: x[..., :1],
 ]
-NO_SCALARS = [None, "a", [1.0], True, np.ones(2, "f4"), np.ones((), "int32")]
+NO_FLOATS = [None, "a", [1.0], True, np.ones((), "int32")]
+NO_SCALARS = [*NO_FLOATS, np.ones(2, "f4")]
 LARGE = np.arange(10000.0).reshape(100, 100)
 BAD_FLAGS = ["no", "False", 1, 0, 0.0, [True], NAN]
 BAD_SEEDS = ["0", 1.5, -1, True, NAN, [1], 2**40]
@@ -976,6 +981,7 @@ METHODS = {
     "metrics of a monitor": [
         (lambda v: callbacks.ExpertMonitor(metrics=v), [None, np.max, "max", [lambda c: 1.0]]),
         (lambda v: callbacks.ExpertMonitor(metrics=[v]), [metrics.load_imbalance, "max"]),
+        (lambda v: callbacks.ExpertMonitor(metrics=[v]), [takes_two]),
         (lambda v: callbacks.ExpertMonitor(metrics=[returning(0), v]), [returning(1)]),
         (lambda v: monitored(returning(v)), [None, "big", np.ones(2)]),
         (lambda v: compiled_metric(), [None]),
@@ -1009,7 +1015,7 @@ METHODS = {
     "what a regularizer returns": [
         (
             lambda v, make=make, name=name: built(make(E, 3, **{name: returning(v)})).losses,
-            NO_SCALARS,
+            NO_FLOATS,  # Keras adds up several
         )
         for make, name in (
             (layers.FeedForwardExperts, "kernel_regularizer"),
@@ -1117,12 +1123,27 @@ METHODS = {
         (lambda v: built(own(OfOnesOwn, max_top_k=v)(E)), [None, 9, "a"]),
         (lambda v: built(own(OfOnesOwn, min_top_k=v)(E)), [None, 9, "a"]),
         (lambda v: built(own(OfOnesOwn, mean_top_k=v)(E)), [None, 0, "a"]),
+        (lambda v: built(own(OfOnesOwn, causal=v)(E)), [None, "no", 1]),
+        (
+            lambda v: moe(router=own(OfOnesOwn, takes_capacity=v)(E), capacity_factor=1.0),
+            [None, "no", 1],
+        ),
+        (lambda v: own(OfOnesOwn, top_k=v)(E, routing())(normal(T, D)), [K + 1]),
         (planned_by, [lambda self, routing: None, lambda self, routing: routing]),
     ],
     "call of a bank of one's own": [
         (served_by, [lambda self, tokens: tokens, lambda self, tokens, plan: None]),
         (served_by, [lambda self, tokens, plan: tokens[:2], lambda self, tokens, plan: [tokens]]),
         (served_by, [lambda self, x, plan: x[:, 0], lambda self, x, plan: x > 0]),
+    ],
+    "limits of a capacity of one's own": [
+        (
+            lambda v: moe(capacity_factor=own(layers.Capacity, limits=v)(1.0))(normal(T, D)),
+            [lambda self, routing: {}, lambda self, *args: None, lambda self, *args: "3"],
+        ),
+    ],
+    "a loss of a layer given to compile": [
+        (lambda v: losses.LoadBalance()(normal(T, 1), v), [normal(T, 1)]),
     ],
     "compute of a loss of one's own": [
         (lambda v: losses.get(own(losses.RouterLoss, compute=v)(0.1)), [lambda self: 1.0]),

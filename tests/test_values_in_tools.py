@@ -187,11 +187,11 @@ TOOLS = {
         ),
         (
             lambda v: surgery.prune_experts(compiled(), [1] * E, 2, v),
-            [[(normal(2, D), NANS)], [(normal(2, D + 1), normal(2, D))]],
+            [[(normal(2, D), NANS)], [(normal(2, D + 1), normal(2, D))], [(normal(2, D), None)]],
         ),
         (lambda v: surgery.prune_experts(sparse(), [1] * E, v), [{}]),
     ],
-    "merge_experts": [(lambda v: surgery.merge_experts(sparse(), 2, v), [[NANS]])],
+    "merge_experts": [(lambda v: surgery.merge_experts(sparse(), 2, v), [[NANS], [NANS[:0]]])],
     "set_top_k": [
         (lambda v: surgery.set_top_k(sparse(), v), [0, E + 1, "2", None, {}, {"nope": 1}]),
     ],

@@ -54,16 +54,21 @@ def check_inputs(name, inputs, model):
 
 
 @contextlib.contextmanager
-def running(model, name, number, inputs):
-    """A context that runs a model on a batch; what it cannot run on is named."""
+def running(model, name, number, inputs, others=()):
+    """A context that runs a model on a batch; what it cannot run on is named.
+
+    Args:
+        others: the targets and weights behind the inputs, if it computes a loss.
+    """
     check_inputs(name, inputs, model)
+    batch = (inputs, *others) if others else inputs
     try:
         yield
     except Exception as error:
         raise ValueError(
             f"The model must run on `{name}`. Received: batch {number} of "
-            f"{keras.tree.map_structure(_described, inputs)} ({cause(error)}). "
-            "Pass inputs like those it was trained on."
+            f"{keras.tree.map_structure(_described, batch)} ({cause(error)}). "
+            f"Pass {'batches' if others else 'inputs'} like those it was trained on."
         ) from error
 
 

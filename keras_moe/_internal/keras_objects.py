@@ -40,7 +40,7 @@ class CheckedRegularizer(keras.regularizers.Regularizer):
 
     def __call__(self, weight):
         value = self.regularizer(weight)
-        if isinstance(value, numbers.Real):
+        if isinstance(value, numbers.Real) and not isinstance(value, bool):
             return keras.ops.convert_to_tensor(float(value), weight.dtype)
         check_is_float(f"{shortened(self.regularizer)}(weight)", value)
         return value

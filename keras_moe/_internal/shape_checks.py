@@ -221,14 +221,20 @@ def check_returned(name, outputs, shape):
         )
 
 
-def check_kernel_shape(router, shape, features):
-    """What the `kernel_shape` of a router returned, which may be one of the user's own."""
+def check_kernel_shape(router, shape, features, height):
+    """What the `kernel_shape` of a router returned, which may be one of the user's own.
+
+    Args:
+        height: the first size that it must have, or None for any.
+    """
     is_shape = isinstance(shape, (tuple, list)) and len(shape) == 2
-    if not is_shape or not all(is_whole(size) and size > 0 for size in shape):
+    is_shape = is_shape and all(is_whole(size) and size > 0 for size in shape)
+    if not is_shape or height not in (None, shape[0]):
         raise ValueError(
-            "`kernel_shape(features)` must be two positive integers. "
-            f"Received: {shortened(shape)} from `{type(router).__name__}` for {features} features. "
-            "Return, for example, `features, self.num_experts`."
+            "`kernel_shape(features)` must be two positive integers, of which the first is "
+            f"`features`, unless `project` is overridden. Received: {shortened(shape)} from "
+            f"`{type(router).__name__}` for {features} features. Return, for example, "
+            "`features, self.num_experts`."
         )
     return tuple(shape)
 

@@ -120,7 +120,8 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
             added[name] = np.dot(layer.loss_weights_in_force, means)
         if added:
             finding = health.judge_heavy_losses(losses, weights, (logs or {}).get("loss"), values)
-            self._tell(max(added, key=added.get), "heavy loss", finding)
+            most = max(added, key=lambda name: added[name])
+            self._tell(most, "heavy loss", finding)
 
     def _look(self):
         # Keras has this on JAX only.

@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_moe import metrics
 from keras_moe._internal.named_arguments import NamedArguments, check_is_made
-from keras_moe._internal.validation import check_flag, check_model, shortened
+from keras_moe._internal.validation import check_flag, check_function, check_model, shortened
 from keras_moe.inspection import count_in_evaluation, moe_layers
 
 
@@ -238,6 +238,7 @@ def _by_name(metrics):
     by_name: dict = {}
     for metric in metrics:
         name = _name_of(metric)
+        check_function("metrics", metric, "counts")
         if by_name.setdefault(name, metric) is not metric or name in _MEASURES:
             raise ValueError(
                 "Each of `metrics` must have a name of its own, which is its name in the logs. "

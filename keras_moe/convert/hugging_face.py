@@ -81,6 +81,7 @@ def from_hugging_face(source, layer, config=None, into=None, **kwargs):
             check_computes_as(mixture, config)
     with opened(source) as (read, names):
         prefix, rules = _layout_in(names, config["model_type"], layer)
+        _check_all_there(names, prefix, rules, mixture.experts.num_experts)
         for rule in rules:
             variables = [_variable(mixture, name) for name in rule.ours]
             for variable, value in zip(variables, _read(rule, prefix, mixture, read)):
@@ -195,6 +196,17 @@ def _layout_in(names, family, layer):
         f"layer={layer}, without {' and without '.join(map(repr, missing))}. Pass the number of a "
         "layer with experts, of a model that is not quantized."
     )
+
+
+def _check_all_there(names, prefix, rules, num_experts):
+    """`_layout_in` has looked for the weights of the first expert."""
+    wanted = (_name(prefix, rule, expert) for expert in range(num_experts) for rule in rules)
+    absent = next((name for name in wanted if name not in names), None)
+    if absent is not None:
+        raise ValueError(
+            f"The weights of all {num_experts} experts must be there. Received: weights without "
+            f"{absent!r}. Load all files of the model."
+        )
 
 
 def _name(prefix, rule, expert=0):

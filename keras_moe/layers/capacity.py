@@ -11,6 +11,7 @@ from keras_moe._internal.tensor_checks import check_divides
 from keras_moe._internal.validation import (
     check_choice,
     check_flag,
+    check_method,
     check_positive_integer,
     check_positive_number,
     check_training,
@@ -93,6 +94,7 @@ class Capacity(Configured):
             return None
         if isinstance(identifier, cls):
             check_is_made(identifier)
+            check_method(identifier, "limits", "routing", "sequence_length", "training", "seed")
             return identifier
         return cls(identifier)
 

@@ -90,12 +90,12 @@ def _check_position(position, length, room):
         check_is_integer("position", position)
         check_rank("position", position, ())
         return
-    if not is_whole(position):
+    if not is_whole(position) or position < 0:
         raise ValueError(
-            "`position` must be an integer. Received: "
+            "`position` must be an integer of at least 0. Received: "
             f"position={shortened(position)}. Pass the position of the first input, from 0."
         )
-    if is_whole(length) and is_whole(room) and not 0 <= position <= room - length:
+    if is_whole(length) and is_whole(room) and position > room - length:
         raise ValueError(
             f"The inputs must fit into the cache. Received: position={position}, "
             f"{length} tokens and a cache for {room}. Make a cache with a larger "

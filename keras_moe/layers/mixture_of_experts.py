@@ -156,7 +156,8 @@ class MixtureOfExperts(Recomputable):
                 name="shared_gate",
             )
         self.capacity = Capacity.get(capacity_factor)
-        if self.capacity is not None and not self.router.takes_capacity:
+        takes_capacity = check_flag("takes_capacity", self.router.takes_capacity)
+        if self.capacity is not None and not takes_capacity:
             raise ValueError(
                 "A capacity limits how many tokens choose an expert. Received: "
                 f"capacity_factor={shortened(capacity_factor)} with a "
@@ -303,6 +304,12 @@ class MixtureOfExperts(Recomputable):
         limits = {}
         if self.capacity is not None:
             limits = self.capacity.limits(routing, sequence_length, training, self._capacity_seed)
+            if not isinstance(limits, dict):
+                raise TypeError(
+                    "`limits` of a capacity must return a dict of arguments of `ops.plan_groups`. "
+                    f"Received: an object of type {type(limits).__name__} from "
+                    f"`{type(self.capacity).__name__}`. Return, for example, `{{'capacity': 4}}`."
+                )
         plan = self.router.plan(routing, **limits)
         check_planned(self.router, plan)
         return plan

@@ -30,7 +30,13 @@ class RouterLoss(Configured):
         weight = check_not_negative("weight", weight)
         self.weight = weight
 
-    def __call__(self, routing, **kwargs):
+    def __call__(self, routing, *args, **kwargs):
+        if args:
+            raise TypeError(
+                "A router loss takes a routing, not targets and outputs. Received: "
+                f"{1 + len(args)} arguments for a `{type(self).__name__}`. Pass it to a layer, "
+                "`MixtureOfExperts(experts, router_losses=[...])`, instead of to `compile`."
+            )
         return self.weight * check_value(self, self.compute(routing, **kwargs))
 
     def compute(self, routing):

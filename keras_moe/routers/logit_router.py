@@ -82,7 +82,8 @@ class LogitRouter(Router, Adaptable):
         check_inputs_shape(tokens_shape)
         self.input_spec = keras.layers.InputSpec(axes={-1: tokens_shape[-1]})
         features = tokens_shape[-1]
-        shape = check_kernel_shape(self, self.kernel_shape(features), features)
+        height = None if self._overrides_project() else features
+        shape = check_kernel_shape(self, self.kernel_shape(features), features, height)
         self.kernel = self._add_kernel("kernel", shape)
 
     def _post_build(self):

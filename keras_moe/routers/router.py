@@ -24,6 +24,7 @@ from keras_moe._internal.tensor_checks import (
     host_values,
 )
 from keras_moe._internal.validation import (
+    check_flag,
     check_has,
     check_method,
     check_positive_integer,
@@ -101,6 +102,7 @@ class Router(NamedArguments, keras.layers.Layer):
                 check_top_k(getattr(self, name), self.num_experts, type(self).__name__, name)
         if self._overrides("mean_top_k"):
             check_positive_number("mean_top_k", self.mean_top_k)
+        check_flag("causal", self.causal)
         super()._post_build()
 
     def _made_by_build(self):
@@ -145,7 +147,7 @@ class Router(NamedArguments, keras.layers.Layer):
             check_host_numbers(tokens=args[0])
         routing = super().__call__(*args, **kwargs)
         tokens = args[0] if args else kwargs["tokens"]
-        check_fields(routing, T=tokens.shape[0], E=self.num_experts)
+        check_fields(routing, T=tokens.shape[0], E=self.num_experts, K=self.max_top_k)
         return routing
 
     def check_arrays(self, indices=None, token_ids=None, mask=None, **others):

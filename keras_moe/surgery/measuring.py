@@ -26,6 +26,10 @@ def check_batch(batch):
             f"{listed(sorted(sizes, key=str))} examples. Pass `data=[inputs]` or "
             "`data=[(inputs, targets), ...]`."
         )
+    if sizes == {0}:
+        raise ValueError(
+            "A batch must have examples. Received: arrays of 0 examples. Leave the batch out."
+        )
 
 
 def inputs_of(batch):
@@ -41,7 +45,7 @@ def loss_on(model, data):
     losses, sizes = [], []
     for number, batch in enumerate(data):
         model.reset_metrics()
-        with running(model, "data", number, inputs_of(batch)):
+        with running(model, "data", number, batch[0], batch[1:]):
             losses.append(float(model.test_on_batch(*batch, return_dict=True)["loss"]))
         if not np.isfinite(losses[-1]):
             raise ValueError(

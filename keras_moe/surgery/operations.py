@@ -236,8 +236,8 @@ def _number(name, layer, keep):
         raise ValueError(
             "`keep` must be a share above 0 and up to 1, or a number of experts from the "
             f"`top_k` of the router up to all. Received: keep={shortened(keep)} for {name!r} with "
-            f"num_experts={num_experts}, top_k={least}. Pass another, or lower `top_k` first by "
-            "`surgery.set_top_k`."
+            f"num_experts={num_experts}, top_k={least}. Pass another, or make a token go to fewer "
+            "experts first, with most routers by `surgery.set_top_k`."
         )
     if isinstance(router, GroupLimitedRouter) and number % router.num_groups:
         raise ValueError(
