@@ -221,11 +221,7 @@ def judge_heavy_losses(router_losses, weights, total, values=None):
     check_list("weights", weights)
     weights = [check_not_negative("weights", check_scalar("weights", each)) for each in weights]
     total = None if total is None else check_scalar("total", total)
-    if len(router_losses) != len(weights):
-        raise ValueError(
-            "There must be a weight for each loss. Received: "
-            f"{len(weights)} weights for {len(router_losses)} losses. Pass those of one layer."
-        )
+    _check_one_each("weight", weights, router_losses)
     judged = list(zip(router_losses, weights, _values_of(values, router_losses)))
     heavy = [
         (loss, weight, value)
@@ -262,12 +258,16 @@ def _values_of(values, router_losses):
     if values is None:
         return [math.nan] * len(router_losses)
     check_list("values", values)
-    if len(values) != len(router_losses):
-        raise ValueError(
-            "There must be a value for each loss. Received: "
-            f"{len(values)} values for {len(router_losses)} losses. Pass those of one layer."
-        )
+    _check_one_each("value", values, router_losses)
     return [check_scalar("values", value) for value in values]
+
+
+def _check_one_each(what, given, router_losses):
+    if len(given) != len(router_losses):
+        raise ValueError(
+            f"There must be a {what} for each loss. Received: {len(given)} {what}s for "
+            f"{len(router_losses)} losses. Pass those of the same layers."
+        )
 
 
 def _usual_weight(loss):

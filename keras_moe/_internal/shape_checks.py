@@ -184,6 +184,16 @@ def check_bank_call(bank, tokens, plan):
         )
 
 
+def check_limits(capacity, limits):
+    """What the `limits` of a capacity returned, which may be one of the user's own."""
+    if not isinstance(limits, dict):
+        raise TypeError(
+            "`limits` of a capacity must return a dict of arguments of `ops.plan_groups`. "
+            f"Received: an object of type {type(limits).__name__} from "
+            f"`{type(capacity).__name__}`. Return, for example, `{{'capacity': 4}}`."
+        )
+
+
 def check_planned(router, plan):
     """What the `plan` of a router returned, which may be one of the user's own."""
     if not hasattr(plan, "dropped_fraction"):

@@ -186,6 +186,11 @@ def check_method(instance, name, *arguments, **by_name):
     )
 
 
+def overrides(instance, name, base):
+    """Whether its class has a method, property or attribute of its own in place of `base`'s."""
+    return getattr(type(instance), name) is not getattr(base, name)
+
+
 def check_scalar(name, value):
     """A number, or an array of one, as a float."""
     try:

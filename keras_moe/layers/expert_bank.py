@@ -14,9 +14,10 @@ from keras_moe._internal.validation import (
     check_flag,
     check_method,
     check_positive_integer,
+    overrides,
     shortened,
 )
-from keras_moe.layers.sublayers import overrides, width_of
+from keras_moe.layers.sublayers import width_of
 from keras_moe.ops.platforms import PLATFORMS
 
 
@@ -48,7 +49,7 @@ class ExpertBank(NamedArguments, keras.layers.Layer):
         outputs = super().__call__(tokens, plan, **kwargs)
         width, features = None, tokens.shape[-1]
         # The number of tokens may be a symbol, and where PyTorch traces all sizes are tensors.
-        if isinstance(features, int) and overrides(self, "compute_output_shape"):
+        if isinstance(features, int) and overrides(self, "compute_output_shape", keras.Layer):
             width = width_of(self, (None, features))
         check_served(self, tokens, outputs, width)
         return outputs
@@ -94,6 +95,19 @@ def get(identifier):
             "`layers.LayerExperts([...])`."
         )
     return resolve("experts", identifier, ExpertBank)
+
+
+def check_shared(bank, inputs_shape):
+    """A bank of which another layer may have made the weights, of another width."""
+    if not bank.weights:
+        return
+    width = ((bank.get_build_config() or {}).get("input_shape") or (None,))[-1]
+    if width not in (None, inputs_shape[-1]):
+        raise ValueError(
+            "Layers that share a bank of experts must have inputs of one width. Received: "
+            f"inputs.shape={tuple(inputs_shape)} for `{bank.name}`, which was built "
+            f"for {width} features. Make a new bank for each layer."
+        )
 
 
 def check_engine_question(bank, platform, static_shapes):

@@ -8,7 +8,12 @@ from keras import ops as keras_ops
 from keras_moe import backend, losses, ops, routers
 from keras_moe._internal.misplaced_arguments import ON_LAYER, check_place
 from keras_moe._internal.serialization import config_of, register, resolve
-from keras_moe._internal.shape_checks import check_inputs_shape, check_planned, check_returned
+from keras_moe._internal.shape_checks import (
+    check_inputs_shape,
+    check_limits,
+    check_planned,
+    check_returned,
+)
 from keras_moe._internal.tensor_checks import (
     check_float_inputs,
     check_host_numbers,
@@ -179,7 +184,7 @@ class MixtureOfExperts(Recomputable):
         check_inputs_shape(inputs_shape)
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: inputs_shape[-1]})
         tokens_shape = (None, inputs_shape[-1])
-        self._check_shared_bank(inputs_shape)
+        expert_bank.check_shared(self.experts, inputs_shape)
         for sublayer in (self.router, self.experts):
             if not sublayer.built:
                 sublayer.build(tokens_shape)
@@ -197,18 +202,6 @@ class MixtureOfExperts(Recomputable):
         self.router_entropy_total = self._counter("router_entropy_total", ())
         self.call_count = self._counter("call_count", ())
         self._build_losses()
-
-    def _check_shared_bank(self, inputs_shape):
-        """Another layer may have made the weights of the bank."""
-        if not self.experts.weights:
-            return
-        width = ((self.experts.get_build_config() or {}).get("input_shape") or (None,))[-1]
-        if width not in (None, inputs_shape[-1]):
-            raise ValueError(
-                "Layers that share a bank of experts must have inputs of one width. Received: "
-                f"inputs.shape={tuple(inputs_shape)} for `{self.experts.name}`, which was built "
-                f"for {width} features. Make a new bank for each layer."
-            )
 
     def _build_losses(self):
         """Build the losses; stateful ones are copied, one per layer, and have weights in it."""
@@ -304,12 +297,7 @@ class MixtureOfExperts(Recomputable):
         limits = {}
         if self.capacity is not None:
             limits = self.capacity.limits(routing, sequence_length, training, self._capacity_seed)
-            if not isinstance(limits, dict):
-                raise TypeError(
-                    "`limits` of a capacity must return a dict of arguments of `ops.plan_groups`. "
-                    f"Received: an object of type {type(limits).__name__} from "
-                    f"`{type(self.capacity).__name__}`. Return, for example, `{{'capacity': 4}}`."
-                )
+            check_limits(self.capacity, limits)
         plan = self.router.plan(routing, **limits)
         check_planned(self.router, plan)
         return plan

@@ -7,7 +7,7 @@ import keras
 
 from keras_moe._internal.parameters import parameters_of
 from keras_moe._internal.tensor_checks import fits
-from keras_moe._internal.validation import is_whole, shortened
+from keras_moe._internal.validation import is_whole, overrides, shortened
 
 
 def build_and_measure(name, layer, inputs_shape):
@@ -70,8 +70,7 @@ def _build_and_measure(layer, inputs_shape):
     A layer with sublayers often has nothing but `__init__` and `call`. Such a one can neither be
     built nor measured by a shape; a symbolic call does both.
     """
-    tells_shapes = overrides(layer, "build") and overrides(layer, "compute_output_shape")
-    if not tells_shapes:
+    if not all(overrides(layer, name, keras.Layer) for name in ("build", "compute_output_shape")):
         outputs = layer(keras.KerasTensor(inputs_shape, layer.compute_dtype))
         return tuple(outputs.shape) if hasattr(outputs, "shape") else outputs
     if not layer.built:
@@ -144,8 +143,3 @@ def _without_names(config):
 def _has_state(layer):
     parameters = {id(variable) for variable in parameters_of(layer)}
     return any(id(variable) not in parameters for variable in layer.variables)
-
-
-def overrides(layer, method):
-    """Whether a layer has a method of its own in place of one of `keras.Layer`."""
-    return getattr(type(layer), method) is not getattr(keras.Layer, method)

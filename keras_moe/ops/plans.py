@@ -17,11 +17,7 @@ from keras_moe._internal.shape_checks import (
     known,
     num_experts_of,
 )
-from keras_moe._internal.tensor_checks import (
-    check_divides,
-    check_is_integer,
-    check_size,
-)
+from keras_moe._internal.tensor_checks import check_divides, check_is_integer, check_size
 from keras_moe._internal.validation import (
     check_positive_integer,
     check_positive_number,

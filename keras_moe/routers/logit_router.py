@@ -5,11 +5,7 @@ from keras import ops
 
 from keras_moe._internal.initializers import Checked
 from keras_moe._internal.keras_internals import own_variables
-from keras_moe._internal.keras_objects import (
-    CheckedRegularizer,
-    get_initializer,
-    get_regularizer,
-)
+from keras_moe._internal.keras_objects import CheckedRegularizer, get_initializer, get_regularizer
 from keras_moe._internal.lora import (
     Adaptable,
     adaptable_from_config,
@@ -30,6 +26,7 @@ from keras_moe._internal.validation import (
     check_method,
     check_not_negative,
     check_seed,
+    overrides,
 )
 from keras_moe.ops import clean_logits, draws
 from keras_moe.routers.router import Router
@@ -123,7 +120,7 @@ class LogitRouter(Router, Adaptable):
         return self._overrides_project() and not self.projects_by_times_kernel
 
     def _overrides_project(self):
-        return type(self).project is not LogitRouter.project
+        return overrides(self, "project", LogitRouter)
 
     def add_factors(self, a_initializer="he_uniform", b_initializer="zeros"):
         self.kernel_lora_a, self.kernel_lora_b = factors_for(
@@ -182,7 +179,7 @@ class LogitRouter(Router, Adaptable):
     def checked_logits(self, tokens, mask, training):
         """What `logits` returns, for the routes of this package."""
         returned = self.logits(tokens, mask, training)
-        if self._overrides_project() or type(self).logits is not LogitRouter.logits:
+        if self._overrides_project() or overrides(self, "logits", LogitRouter):
             check_logits(self, returned, tokens.shape[0], self._num_logits())
         return returned
 

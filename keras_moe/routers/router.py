@@ -31,6 +31,7 @@ from keras_moe._internal.validation import (
     check_positive_number,
     check_top_k,
     check_training,
+    overrides,
     shortened,
 )
 from keras_moe.ops import Routing, plan_groups
@@ -93,24 +94,21 @@ class Router(NamedArguments, keras.layers.Layer):
         self._known_arguments = set(inspect.signature(self.route).parameters)
 
     def _post_build(self):
-        if type(self).route is Router.route:
+        if not overrides(self, "route", Router):
             raise _no_route(self)
         check_has("A router", self, self._made_by_build())
-        names = [name for name in ("max_top_k", "min_top_k") if self._overrides(name)]
+        names = [name for name in ("max_top_k", "min_top_k") if overrides(self, name, Router)]
         for name in (*self._made_by_build(), *names):
             if name.endswith("top_k"):
                 check_top_k(getattr(self, name), self.num_experts, type(self).__name__, name)
-        if self._overrides("mean_top_k"):
+        if overrides(self, "mean_top_k", Router):
             check_positive_number("mean_top_k", self.mean_top_k)
         check_flag("causal", self.causal)
         super()._post_build()
 
     def _made_by_build(self):
         """Names of the attributes without which a built router cannot route."""
-        return [] if self._overrides("max_top_k") else ["top_k"]
-
-    def _overrides(self, name):
-        return getattr(type(self), name) is not getattr(Router, name)
+        return [] if overrides(self, "max_top_k", Router) else ["top_k"]
 
     def bind(self, num_experts):
         """Set the number of experts of a router that has none; one that is set stays.
@@ -150,10 +148,9 @@ class Router(NamedArguments, keras.layers.Layer):
         check_fields(routing, T=tokens.shape[0], E=self.num_experts, K=self.max_top_k)
         return routing
 
-    def check_arrays(self, indices=None, token_ids=None, mask=None, **others):
+    def check_arrays(self, indices=None, token_ids=None, **others):
         """Check the arguments of a call that are not tensors yet; `call` checks the rest."""
         check_host_integers("token_ids", token_ids)
-        check_host_numbers(mask=mask)
         array = host_values(indices)
         if array is not None and array.ndim == 2 and "indices" in self._known_arguments:
             check_replayed(array, self.num_experts)
