@@ -18,27 +18,46 @@ from keras_moe.activations import quick_gelu
 from keras_moe.backend.jax_kernels.elementwise import apply_in_kernel, runs_in_kernels
 from keras_moe.ops.grouped.steps import Products, feed_forward_step
 
-
-def replaced(function):
-    return lambda x: apply_in_kernel(lambda x: (function(x),), x)[0]
+PLATFORMS = pytest.mark.parametrize("platform", ["gpu", "tpu"])
 
 
-def test_error_functions_are_exact_where_others_cancel():
+def replaced(platform, function):
+    return lambda x: apply_in_kernel(platform, lambda x: (function(x),), x)[0]
+
+
+@PLATFORMS
+def test_error_functions_are_exact_where_others_cancel(platform):
     x = np.linspace(-6, 6, 2001, dtype="float32")
     erf, erfc = np.vectorize(math.erf)(x), np.vectorize(math.erfc)(x)
-    assert_close(replaced(jax.lax.erf)(x), erf, 1, 4e-7)
-    np.testing.assert_allclose(replaced(jax.lax.erfc)(x), erfc, rtol=1e-5)
-    gelu = replaced(lambda x: jax.nn.gelu(x, approximate=False))(x)
+    assert_close(replaced(platform, jax.lax.erf)(x), erf, 1, 4e-7)
+    np.testing.assert_allclose(replaced(platform, jax.lax.erfc)(x), erfc, rtol=4e-6)
+    gelu = replaced(platform, lambda x: jax.nn.gelu(x, approximate=False))(x)
     assert_close(gelu, x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2, 1, 2e-6)
     tiny = np.float32(1e-20)
-    assert_close(replaced(jax.lax.erf)(tiny) / tiny, 2 / math.sqrt(math.pi), tolerance=1e-6)
+    assert_close(
+        replaced(platform, jax.lax.erf)(tiny) / tiny, 2 / math.sqrt(math.pi), tolerance=1e-6
+    )
 
 
-def test_expm1_is_exact_near_zero_and_far_from_it():
+@PLATFORMS
+def test_expm1_is_exact_near_zero_and_far_from_it(platform):
     x = np.float32([-90, -3, -1, -0.3, -1e-6, 0, 1e-20, 1e-4, 0.99, 1, 20, 80])
-    np.testing.assert_allclose(replaced(jnp.expm1)(x), np.expm1(x.astype("float64")), rtol=1e-5)
+    np.testing.assert_allclose(
+        replaced(platform, jnp.expm1)(x), np.expm1(x.astype("float64")), rtol=1e-5
+    )
 
 
+def test_exponentials_of_a_gpu_are_exact_to_a_part_of_their_argument():
+    x = np.linspace(-80, 80, 2001, dtype="float32")
+    exact = np.exp(x.astype("float64"))
+    np.testing.assert_allclose(replaced("gpu", jnp.exp)(x), exact, rtol=1e-5)
+    np.testing.assert_allclose(replaced("gpu", jax.nn.sigmoid)(x), exact / (1 + exact), rtol=1e-5)
+    ends = np.float32([-np.inf, -200, 200, np.inf])
+    np.testing.assert_array_equal(replaced("gpu", jnp.exp)(ends), [0, 0, np.inf, np.inf])
+    np.testing.assert_array_equal(replaced("gpu", jax.nn.sigmoid)(ends), [0, 0, 1, 1])
+
+
+@PLATFORMS
 @pytest.mark.parametrize(
     "function",
     [
@@ -46,24 +65,29 @@ def test_expm1_is_exact_near_zero_and_far_from_it():
         jax.nn.relu6,
         jax.lax.erf,
         jax.lax.erfc,
+        jax.lax.exp,
         jax.lax.expm1,
+        jax.lax.logistic,
         jax.lax.sign,
         lambda x: jnp.minimum(1.0, x),
         lambda x: jnp.maximum(x, 1.0),
     ],
 )
-def test_nan_is_not_lost(function):
+def test_nan_is_not_lost(function, platform):
     nan = jnp.float32(jnp.nan)
-    assert jnp.isnan(replaced(function)(nan))
+    assert jnp.isnan(replaced(platform, function)(nan))
     # On a CPU these keep NaN, but not on Triton.
-    assert not re.search(r"= (max|min|clamp) ", str(jax.make_jaxpr(replaced(function))(nan)))
+    assert not re.search(
+        r"= (max|min|clamp) ", str(jax.make_jaxpr(replaced(platform, function))(nan))
+    )
 
 
 ACTIVATIONS = ("relu", "gelu", "silu", "elu", "selu", "tanh", "sigmoid", "mish", "softplus")
 
 
+@PLATFORMS
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations_of_keras_and_their_gradients_run_in_kernels(name):
+def test_activations_of_keras_and_their_gradients_run_in_kernels(name, platform):
     activation = keras.activations.get(name)
 
     def both(x, upstream):
@@ -72,7 +96,7 @@ def test_activations_of_keras_and_their_gradients_run_in_kernels(name):
 
     assert runs_in_kernels(both, 2)
     x, upstream = np.random.default_rng(0).normal(size=(2, 8, 128)).astype("float32")
-    for result, expected in zip(apply_in_kernel(both, x, upstream), both(x, upstream)):
+    for result, expected in zip(apply_in_kernel(platform, both, x, upstream), both(x, upstream)):
         assert_close(result, expected, tolerance=2e-6)
 
 

@@ -62,6 +62,14 @@ def compile_once(function):
     return jax.jit(function, static_argnums=0)
 
 
+def trace_once(function):
+    """The function, whose trace is kept for equal arguments and put in line wherever it is called.
+
+    JAX traces the backward pass of a conditional's branch twice.
+    """
+    return jax.jit(function, inline=True)
+
+
 def vjp(function, inputs):
     """`function(*inputs)` and its pullback, for functions of tensors only."""
     return jax.vjp(function, *inputs)

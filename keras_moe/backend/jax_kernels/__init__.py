@@ -51,7 +51,9 @@ def grouped_products(platform, rows, kernels, biases, sizes, then, extras=(), tr
         anything.
     """
     num_inputs = len(kernels) + len(extras)
-    finish = functools.partial(apply_in_kernel, then) if runs_in_kernels(then, num_inputs) else None
+    finish = None
+    if runs_in_kernels(then, num_inputs):
+        finish = functools.partial(apply_in_kernel, platform, then)
     products = _bind_products(
         (rows, sizes, *kernels, *biases, *(extras if finish else ())),
         platform=platform,
@@ -89,7 +91,7 @@ def grouped_kernel_gradients(platform, lefts, right, sizes, kernel, bias, remake
     if remake is not None:
         function, remake = remake, None
         if runs_in_kernels(lambda *tiles: (function(*tiles),), len(lefts)):
-            remake = functools.partial(_remake_in_kernel, function)
+            remake = functools.partial(_remake_in_kernel, platform, function)
         else:
             lefts = (function(*lefts),)
     of_kernel, *of_bias = _bind_gradients(
@@ -102,8 +104,8 @@ def grouped_kernel_gradients(platform, lefts, right, sizes, kernel, bias, remake
     return of_kernel, of_bias[0].astype(bias.dtype) if of_bias else None
 
 
-def _remake_in_kernel(function, *tiles):
-    return apply_in_kernel(lambda *tiles: (function(*tiles),), *tiles)[0]
+def _remake_in_kernel(platform, function, *tiles):
+    return apply_in_kernel(platform, lambda *tiles: (function(*tiles),), *tiles)[0]
 
 
 def _bind(primitive, operands, **parameters):

@@ -61,6 +61,7 @@ def _run_on(setting, step, tokens, weights, parameters, groups):
         outputs, saved = engine.forward(setting, step, tokens, parameters, groups, keep)
         return ops.cast(groups.sum_rows(outputs, weights), tokens.dtype), (outputs, saved)
 
+    @backend.trace_once
     def backward(inputs, context, residuals, gradient):
         tokens, weights, trained = inputs
         groups, frozen = context
