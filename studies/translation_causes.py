@@ -60,6 +60,7 @@ CHANGES = {
     "balance 0.001": Setting(balance=0.001),
     "encoder only": Setting(sides=BOTH[:1]),
     "decoder only": Setting(sides=BOTH[1:]),
+    "32 experts, decoder only": Setting(experts=32, sides=BOTH[1:]),
     "half the learning rate": Setting(learning_rate=training.LEARNING_RATE / 2),
     "twice the learning rate": Setting(learning_rate=training.LEARNING_RATE * 2),
     "half of the data": Setting(part_of_data=0.5),
