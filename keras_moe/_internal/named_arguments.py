@@ -1,9 +1,16 @@
-"""Arguments of constructors that are misspelt, and constructors that were not called."""
+"""Arguments of constructors: misspelt, changed later to what they cannot be, or not given."""
 
+import functools
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from keras_moe._internal.validation import closest, shortened
+
+_PACKAGE = __name__.partition(".")[0]
+
+# Arguments of Keras's own classes that are worth showing.
+OF_KERAS = ("trainable", "dtype", "name")
 
 # What `keras.Layer` takes beside the arguments in its signature.
 _OF_LAYERS = ("input_shape", "input_dim")
@@ -18,12 +25,74 @@ class NamedArguments:
 
     # Those that the constructor refuses by itself, with a reason.
     _refused_arguments: tuple[str, ...] = ()
+    # Arguments that are attributes, checked whenever they are set: functions of the name and the
+    # value that return what is kept. Those of the bases count too.
+    _checks: dict = {}
+    # Those that weights were made for: they stay as they are once Keras has locked a layer's state.
+    _fixed: tuple[str, ...] = ()
 
     def __new__(cls, *args, **kwargs):
         if kwargs:
             _check_names(cls, kwargs)
         make: Any = super().__new__
         return make(cls) if make is object.__new__ else make(cls, *args, **kwargs)
+
+    def __setattr__(self, name, value):
+        checks, fixed, without_effect = _rules(type(self))
+        if name in checks:
+            value = checks[name](name, value)
+        if name in fixed and getattr(getattr(self, "_tracker", None), "locked", False):
+            _check_is_kept(self, name, value)
+        if name in without_effect:
+            raise TypeError(
+                f"`{type(self).__name__}` must have an attribute that is set. Received: "
+                f"{name}={shortened(value)}, which it would not use. "
+                f"{_meant(name, checks)} Parts of it have their own."
+            )
+        super().__setattr__(name, value)
+
+
+class Saved(NamedArguments):
+    """Abstract: a class that Keras saves by its config."""
+
+    @classmethod
+    def from_config(cls, config):
+        make: Any = super().from_config
+        return make(check_config(cls, config))
+
+
+@functools.cache
+def _rules(cls):
+    """Checks of attributes, the names of those that are fixed, and of arguments that are none."""
+    checks: dict = {}
+    fixed: set = set()
+    for base in reversed(cls.__mro__):
+        checks.update(vars(base).get("_checks", {}))
+        fixed.update(vars(base).get("_fixed", ()))
+    if not _is_spelled_out(cls) or cls.__module__.partition(".")[0] != _PACKAGE:
+        return checks, fixed, set()  # a class of the user's has attributes of its own
+    arguments = {*inspect.signature(cls.__init__).parameters, *cls._refused_arguments}
+    return checks, fixed, arguments - {*checks, *OF_KERAS}
+
+
+def _check_is_kept(instance, name, value):
+    old = getattr(instance, name, None)
+    if old is None or old is value or old == value:
+        return
+    raise TypeError(
+        f"`{name}` of a `{type(instance).__name__}` must stay as it is once its weights are made. "
+        f"Received: {name}={shortened(value)} in place of {shortened(old)}. Make another one."
+    )
+
+
+def check_config(cls, config):
+    """What an object is made of again."""
+    if not isinstance(config, Mapping):
+        raise TypeError(
+            f"`config` of a `{cls.__name__}` must be a dict. Received: config={shortened(config)} "
+            f"(of type {type(config).__name__}). Pass what its `get_config()` returned."
+        )
+    return config
 
 
 def _check_names(cls, arguments):
@@ -35,12 +104,15 @@ def _check_names(cls, arguments):
     known = {*own, *cls._refused_arguments, *(_of_base(cls) if rest else ())}
     for name, value in arguments.items():
         if name not in known:
-            meant = closest(name, own)
-            fix = f"Did you mean `{meant}`?" if meant else f"There are {', '.join(own)}."
             raise TypeError(
                 f"`{cls.__name__}` takes no argument `{name}`. Received: "
-                f"{name}={shortened(value)}. {fix}"
+                f"{name}={shortened(value)}. {_meant(name, own)}"
             )
+
+
+def _meant(name, names):
+    meant = closest(name, names)
+    return f"Did you mean `{meant}`?" if meant else f"There are {', '.join(names)}."
 
 
 def _of_base(cls):
@@ -59,9 +131,8 @@ def check_is_made(instance):
 
     Each constructor of this package keeps its first argument under its name.
     """
-    package = __name__.partition(".")[0]
     for base in type(instance).__mro__:
-        if base.__module__.partition(".")[0] != package or "__init__" not in vars(base):
+        if base.__module__.partition(".")[0] != _PACKAGE or "__init__" not in vars(base):
             continue
         _, first, *_ = inspect.signature(vars(base)["__init__"]).parameters
         if not hasattr(instance, first):

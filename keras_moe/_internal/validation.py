@@ -93,6 +93,7 @@ def check_choice(name, value, choices):
             f"`{name}` must be one of {listed(choices)}. Received: "
             f"{name}={shortened(value)}. {propose(value, choices)}"
         )
+    return value
 
 
 def listed(values):
@@ -132,6 +133,25 @@ def check_flag(name, value, optional=False):
             f"{name}={shortened(value)}. Pass one of them."
         )
     return bool(value)
+
+
+def optional(check):
+    """The check of what may be None too."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def check_instance(base):
+    """A check whether something is an object of a class."""
+
+    def check(name, value):
+        if not isinstance(value, base):
+            raise TypeError(
+                f"`{name}` must be an instance of `{base.__name__}`. Received: {name}="
+                f"{shortened(value)} (of type {type(value).__name__}). Make one."
+            )
+        return value
+
+    return check
 
 
 def check_seed(name, seed):
@@ -259,6 +279,7 @@ def check_list(name, values):
             f"`{name}` must be a list. Received: {name}={shortened(values)} (of type "
             f"{type(values).__name__}). Put it into a list."
         )
+    return values
 
 
 def check_routing(routing):

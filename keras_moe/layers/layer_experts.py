@@ -55,6 +55,9 @@ class LayerExperts(ExpertBank):
     network.
     """
 
+    _checks = {"layers": lambda name, value: _as_layers(value)}
+    _fixed = ("layers",)
+
     def __init__(self, layers, **kwargs):
         layers = _as_layers(layers)
         super().__init__(len(layers), **kwargs)

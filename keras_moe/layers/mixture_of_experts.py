@@ -25,10 +25,12 @@ from keras_moe._internal.tensor_checks import (
 from keras_moe._internal.validation import (
     check_computes_in_floats,
     check_flag,
+    check_instance,
     check_not_negative,
     check_text,
     check_training,
     is_whole,
+    optional,
     shortened,
 )
 from keras_moe.layers import expert_bank
@@ -110,6 +112,16 @@ class MixtureOfExperts(Recomputable):
     # Whether its own `get_config` has the experts, and not that of a block around it.
     has_own_config = True
     _refused_arguments = tuple(ON_LAYER)
+    _checks = {
+        "experts": check_instance(expert_bank.ExpertBank),
+        "router": check_instance(routers.Router),
+        "router_losses": lambda name, value: [losses.get(loss) for loss in _as_list(value)],
+        "shared_expert": optional(check_instance(keras.Layer)),
+        "gated_shared_expert": check_flag,
+        "capacity": lambda name, value: Capacity.get(value),
+        "counts_in_evaluation": check_flag,
+    }
+    _fixed = ("experts", "router", "router_losses", "gated_shared_expert")
 
     def __init__(
         self,
@@ -138,9 +150,9 @@ class MixtureOfExperts(Recomputable):
             )
         if router_losses is None:
             router_losses = self.router.default_losses
-        self.router_losses = [losses.get(loss) for loss in _as_list(router_losses)]
+        self.router_losses = router_losses
         self._initial_loss_weights = [loss.weight for loss in self.router_losses]
-        self.gated_shared_expert = check_flag("gated_shared_expert", gated_shared_expert)
+        self.gated_shared_expert = gated_shared_expert
         if shared_expert is not None:
             shared_expert = resolve("shared_expert", shared_expert, keras.Layer)
             check_takes_tokens("shared_expert", shared_expert)
@@ -160,7 +172,7 @@ class MixtureOfExperts(Recomputable):
                 dtype=_in_floats(self.dtype_policy),
                 name="shared_gate",
             )
-        self.capacity = Capacity.get(capacity_factor)
+        self.capacity = capacity_factor
         takes_capacity = check_flag("takes_capacity", self.router.takes_capacity)
         if self.capacity is not None and not takes_capacity:
             raise ValueError(

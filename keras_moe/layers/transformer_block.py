@@ -18,6 +18,7 @@ from keras_moe._internal.tensor_checks import (
 from keras_moe._internal.validation import (
     check_computes_in_floats,
     check_fraction,
+    check_instance,
     check_positive_integer,
     check_training,
 )
@@ -33,9 +34,14 @@ class TransformerBlock(Recomputable):
     Xiong et al. 2020 (arXiv:2002.04745): `x = x + dropout(branch(norm(x)))`.
     """
 
+    _checks = {
+        "num_heads": check_positive_integer,
+        "feedforward": check_instance(keras.Layer),
+        "dropout": check_fraction,
+    }
+    _fixed = ("num_heads", "feedforward")
+
     def __init__(self, num_heads, feedforward, dropout=0.0, **kwargs):
-        num_heads = check_positive_integer("num_heads", num_heads)
-        dropout = check_fraction("dropout", dropout)
         super().__init__(**kwargs)
         check_computes_in_floats(self)
         self.num_heads = num_heads

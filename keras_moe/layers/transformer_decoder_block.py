@@ -87,12 +87,15 @@ class TransformerDecoderBlock(TransformerBlock):
     the place of the normalisation; Su et al. 2021 (arXiv:2104.09864) for rotary positions.
     """
 
+    _checks = {"cross_attention": check_flag, "rotary": check_flag}
+    _fixed = ("cross_attention", "rotary")
+
     def __init__(
         self, num_heads, feedforward, dropout=0.0, cross_attention=False, rotary=True, **kwargs
     ):
         super().__init__(num_heads, feedforward, dropout, **kwargs)
-        self.cross_attention = check_flag("cross_attention", cross_attention)
-        self.rotary = check_flag("rotary", rotary)
+        self.cross_attention = cross_attention
+        self.rotary = rotary
         self.context_features: int | None = None
         for layer in self.feedforward._flatten_layers():
             if isinstance(layer, MixtureOfExperts):
@@ -257,12 +260,18 @@ def _reasons_not_to_be_causal(layer):
             f"{type(router).__name__} chooses the experts of a token by {leak}. "
             "Use a causal router, such as TopKRouter."
         )
-    if capacity is not None and not capacity.is_causal(router.max_top_k):
+    if capacity is not None and not _is_causal(capacity, router.max_top_k):
         yield (
             f"A capacity with priority={capacity.priority!r} and {router.max_top_k} experts per "
             f"token drops tokens for {leak}. Leave `capacity_factor` out, or use the priority "
             "'position' and one expert per token."
         )
+
+
+def _is_causal(capacity, top_k):
+    """What a capacity says, which may be one of the user's own."""
+    name = f"{type(capacity).__name__}.is_causal(...)"
+    return check_flag(name, capacity.is_causal(top_k))
 
 
 def _all_true(mask, like):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_moe._internal.bank_weights import BIASES, KERNELS
-from keras_moe._internal.named_arguments import NamedArguments
+from keras_moe._internal.named_arguments import Saved
 from keras_moe._internal.serialization import register
 from keras_moe._internal.validation import check_list, check_pattern
 
@@ -16,7 +16,7 @@ _STACKED = ((re.compile(KERNELS), 3), (re.compile(BIASES), 2))
 
 
 @register
-class Muon(NamedArguments, keras.optimizers.Muon):
+class Muon(Saved, keras.optimizers.Muon):
     """`keras.optimizers.Muon` that updates each expert's kernel as a matrix of its own.
 
     Keras's updates whatever has two axes by Muon, and all else by AdamW: of a bank, it takes the

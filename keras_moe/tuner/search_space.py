@@ -1,13 +1,14 @@
 """The values from which a search chooses each part of a MoE layer."""
 
 import itertools
+import weakref
 from collections.abc import Mapping
 
 import keras
 import keras_tuner
 
 from keras_moe import layers, losses, routers
-from keras_moe._internal.named_arguments import NamedArguments
+from keras_moe._internal.named_arguments import NamedArguments, check_is_made
 from keras_moe._internal.validation import (
     check_choice,
     check_function,
@@ -20,6 +21,9 @@ from keras_moe._internal.validation import (
 # Routers whose tokens all have K experts, so that the active size is known before the search.
 TAKE_TOP_K = ("cosine", "deepseek_v3", "noisy_top_k", "sinkhorn", "top_k")
 SET_TOP_K = ("balanced_assignment", "switch")
+
+# For each search, or trial of one, the values of the spaces that were sampled, by their names.
+_spaces: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 # Arguments of the layer that a space gives it.
 _CHOSEN = ("router", "router_losses", "capacity_factor")
@@ -106,6 +110,7 @@ class SearchSpace(NamedArguments):
             TypeError: If `hp` or `experts` is of another type.
             ValueError: If an argument is one that the space chooses.
         """
+        check_is_made(self)
         if not isinstance(hp, keras_tuner.HyperParameters):
             raise TypeError(
                 "`hp` must be a `keras_tuner.HyperParameters`. Received: an object of type "
@@ -116,6 +121,11 @@ class SearchSpace(NamedArguments):
                 "`experts` must be a function of (num_experts, hidden_dim). Received: a "
                 f"`{type(experts).__name__}`, made already. Pass its class."
             )
+        if isinstance(experts, type) and not issubclass(experts, layers.ExpertBank):
+            raise TypeError(
+                "`experts` must be a bank of experts, if it is a class. Received: "
+                f"{experts.__name__}. Pass, for example, `layers.GatedExperts`."
+            )
         check_function("experts", experts, "num_experts", "hidden_dim")
         for name in _CHOSEN:
             if name in kwargs:
@@ -123,6 +133,7 @@ class SearchSpace(NamedArguments):
                     f"`{name}` must be left to the space, which chooses it. Received: "
                     f"{name}={shortened(kwargs[name])}. Leave it out."
                 )
+        self._check_is_alone(hp)
         with hp.name_scope(self.name):
             num_experts = _choose(hp, "num_experts", self.num_experts)
             router = self._sample_router(hp, num_experts)
@@ -133,9 +144,24 @@ class SearchSpace(NamedArguments):
                 for loss, weights in self.loss_weights.items()
             ]
         bank = experts(num_experts, hidden_dim)
+        if not isinstance(bank, layers.ExpertBank):
+            raise TypeError(
+                "`experts` must return a bank of experts. Received: an object of type "
+                f"{type(bank).__name__}. Pass, for example, `layers.GatedExperts`."
+            )
         return layers.MixtureOfExperts(
             bank, router, router_losses, capacity_factor=capacity, **kwargs
         )
+
+    def _check_is_alone(self, hp):
+        """Refuse the name of another space: KerasTuner would give both the values of the first."""
+        values = repr(vars(self))
+        if _spaces.setdefault(hp, {}).setdefault(self.name, values) != values:
+            raise ValueError(
+                "Spaces of one search must have names that differ, unless their values are the "
+                f"same. Received: two of the name {self.name!r} with other values. Pass, for "
+                "example, `name='second_moe'`."
+            )
 
     def _sample_router(self, hp, num_experts):
         name = _choose(hp, "router", self.routers)
