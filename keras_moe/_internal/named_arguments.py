@@ -69,7 +69,7 @@ def _rules(cls):
     for base in reversed(cls.__mro__):
         checks.update(vars(base).get("_checks", {}))
         fixed.update(vars(base).get("_fixed", ()))
-    if not _is_spelled_out(cls) or cls.__module__.partition(".")[0] != _PACKAGE:
+    if cls.__module__.partition(".")[0] != _PACKAGE:
         return checks, fixed, set()  # a class of the user's has attributes of its own
     arguments = {*inspect.signature(cls.__init__).parameters, *cls._refused_arguments}
     return checks, fixed, arguments - {*checks, *OF_KERAS}
@@ -131,6 +131,8 @@ def check_is_made(instance):
 
     Each constructor of this package keeps its first argument under its name.
     """
+    if getattr(instance, "built", False):
+        return
     for base in type(instance).__mro__:
         if base.__module__.partition(".")[0] != _PACKAGE or "__init__" not in vars(base):
             continue

@@ -214,8 +214,8 @@ def overrides(instance, name, base):
 def check_scalar(name, value):
     """A number, or an array of one, as a float."""
     try:
-        if isinstance(value, (str, bytes)):
-            raise TypeError("a text")
+        if isinstance(value, (str, bytes, bool, np.bool_)):
+            raise TypeError("a text or a truth value")
         return float(value)
     except (TypeError, ValueError) as error:
         raise TypeError(

@@ -81,6 +81,7 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
         self.rebalance = rebalance
         self.findings = []
         self._step = self._next_look = 0
+        self._losses_before = {}
 
     def on_train_begin(self, logs=None):
         check_is_made(self)

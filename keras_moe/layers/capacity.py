@@ -67,7 +67,8 @@ class Capacity(Configured):
     """
 
     _checks = {
-        "factor": check_positive_number,
+        # By the name that it has as an argument of a layer.
+        "factor": lambda name, value: check_positive_number("capacity_factor", value),
         "minimum": check_positive_integer,
         "multiple_of": check_positive_integer,
         "evaluation_factor": optional(check_positive_number),

@@ -3,10 +3,10 @@
 import keras
 
 from keras_moe._internal.keras_objects import get_activation
-from keras_moe._internal.named_arguments import Saved
+from keras_moe._internal.named_arguments import Saved, check_is_made
 from keras_moe._internal.serialization import register
 from keras_moe._internal.shape_checks import check_activated, check_inputs_shape
-from keras_moe._internal.tensor_checks import check_float_inputs
+from keras_moe._internal.tensor_checks import check_float_inputs, check_host_numbers, check_tensor
 from keras_moe._internal.validation import (
     check_computes_in_floats,
     check_flag,
@@ -52,7 +52,7 @@ class GatedFeedForward(Saved, keras.layers.Layer):
         "activation": get_activation,
         "use_bias": check_flag,
     }
-    _fixed = ("hidden_dim", "use_bias")
+    _fixed = ("hidden_dim", "activation", "use_bias")
 
     def __init__(self, hidden_dim, activation="silu", use_bias=False, **kwargs):
         super().__init__(**kwargs)
@@ -75,6 +75,13 @@ class GatedFeedForward(Saved, keras.layers.Layer):
         )
         layer.build((None, features))
         return layer
+
+    def __call__(self, inputs, *args, **kwargs):
+        check_is_made(self)
+        # Checked here, because Keras turns arrays into tensors before `call`.
+        check_tensor("inputs", inputs)
+        check_host_numbers(inputs=inputs)
+        return super().__call__(inputs, *args, **kwargs)
 
     def call(self, inputs):
         check_float_inputs(inputs)

@@ -60,6 +60,8 @@ class LayerExperts(ExpertBank):
 
     def __init__(self, layers, **kwargs):
         layers = _as_layers(layers)
+        for layer in layers:
+            note_part(layer)
         super().__init__(len(layers), **kwargs)
         self.layers = layers
 
@@ -190,5 +192,4 @@ def _as_layers(layers):
     for layer in layers:
         check_takes_tokens("layers", layer)
         check_takes_axes("layers", layer, 2)
-        note_part(layer)
     return layers

@@ -7,6 +7,7 @@ from keras import ops as keras_ops
 
 from keras_moe import backend, losses, ops, routers
 from keras_moe._internal.misplaced_arguments import ON_LAYER, check_place
+from keras_moe._internal.named_arguments import check_is_made
 from keras_moe._internal.serialization import config_of, register, resolve
 from keras_moe._internal.shape_checks import (
     check_inputs_shape,
@@ -253,6 +254,7 @@ class MixtureOfExperts(Recomputable):
         )
 
     def __call__(self, *args, **kwargs):
+        check_is_made(self)
         # Checked here, because Keras turns arrays into tensors before `call`.
         self.router.check_arrays(**kwargs)
         check_training(kwargs.get("training"))

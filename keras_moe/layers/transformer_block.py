@@ -5,6 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_moe._internal.named_arguments import check_is_made
 from keras_moe._internal.saved_state import load_draws, save_draws
 from keras_moe._internal.serialization import config_of, resolve
 from keras_moe._internal.shape_checks import check_inputs_shape, check_returned
@@ -59,6 +60,7 @@ class TransformerBlock(Recomputable):
         )
 
     def __call__(self, *args, **kwargs):
+        check_is_made(self)
         # Checked here, because Keras turns arrays into tensors before `call`.
         check_training(kwargs.get("training"))
         check_host_integers("token_ids", kwargs.get("token_ids"))

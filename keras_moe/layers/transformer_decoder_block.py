@@ -1,13 +1,14 @@
 """A Transformer decoder block with any feed-forward layer, and a cache to decode with."""
 
 import warnings
+from collections.abc import Mapping
 
 import keras
 from keras import ops
 
 from keras_moe._internal.serialization import register
 from keras_moe._internal.shape_checks import check_inputs_shape
-from keras_moe._internal.tensor_checks import check_rank, check_size
+from keras_moe._internal.tensor_checks import check_host_numbers, check_rank, check_size
 from keras_moe._internal.validation import check_flag, is_whole
 from keras_moe.layers.decoder_checks import (
     as_position,
@@ -108,6 +109,8 @@ class TransformerDecoderBlock(TransformerBlock):
             check_rank("context", kwargs["context"], ("B", "S", "C"))
         if kwargs.get("position") is not None:
             kwargs["position"] = as_position(kwargs["position"])
+        if isinstance(kwargs.get("cache"), Mapping):
+            check_host_numbers(**kwargs["cache"])
         return super().__call__(*args, **kwargs)
 
     def build(self, inputs_shape, context_shape=None):

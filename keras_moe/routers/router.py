@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_moe import backend
 from keras_moe._internal.misplaced_arguments import ON_ROUTER, check_place
-from keras_moe._internal.named_arguments import Saved
+from keras_moe._internal.named_arguments import Saved, check_is_made
 from keras_moe._internal.saved_state import load_draws, save_draws
 from keras_moe._internal.shape_checks import check_fields
 from keras_moe._internal.tensor_checks import (
@@ -109,7 +109,8 @@ class Router(Saved, keras.layers.Layer):
                 check_top_k(getattr(self, name), self.num_experts, type(self).__name__, name)
         if overrides(self, "mean_top_k", Router):
             check_positive_number("mean_top_k", self.mean_top_k)
-        check_flag("causal", self.causal)
+        for name in ("causal", "normalizes_kernel"):
+            check_flag(name, getattr(self, name))
         super()._post_build()
 
     def _made_by_build(self):
@@ -136,6 +137,7 @@ class Router(Saved, keras.layers.Layer):
                 setattr(self, name, value)
 
     def __call__(self, *args, **kwargs):
+        check_is_made(self)
         if self.num_experts is None:
             raise ValueError(
                 "A router must know the number of experts before it is called. Received: "

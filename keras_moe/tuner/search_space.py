@@ -29,6 +29,34 @@ _spaces: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _CHOSEN = ("router", "router_losses", "capacity_factor")
 
 
+def _values(name, values):
+    if not isinstance(values, (list, tuple)) or not values:
+        raise ValueError(
+            f"`{name}` must be a list or tuple of the values to choose from. Received: "
+            f"{name}={shortened(values)}. Pass, for a fixed one, a tuple of one."
+        )
+    if len({repr(value) for value in values}) < len(values):
+        raise ValueError(
+            f"`{name}` must be values that differ. Received: {name}={shortened(values)}. Leave "
+            "out those that come twice."
+        )
+    return list(values)
+
+
+def _weights(name, values):
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            "`loss_weights` must be a dict from names of losses to weights to choose from. "
+            f"Received: loss_weights={shortened(values)}. Pass, for example, "
+            "`{'load_balance': (0.01, 0.1)}`."
+        )
+    return {
+        # Of one type, as KerasTuner wants them.
+        loss: [float(check_not_negative(name, weight)) for weight in _values(name, weights)]
+        for loss, weights in values.items()
+    }
+
+
 class SearchSpace(NamedArguments):
     """The values from which a search chooses each part of a MoE layer.
 
@@ -59,6 +87,12 @@ class SearchSpace(NamedArguments):
     (8, 32, 2)
     """
 
+    _checks = {
+        **dict.fromkeys(("active_width", "num_experts", "top_k", "routers"), _values),
+        "loss_weights": _weights,
+        "name": check_name,
+    }
+
     def __init__(
         self,
         active_width,
@@ -71,28 +105,15 @@ class SearchSpace(NamedArguments):
     ):
         if loss_weights is None:
             loss_weights = {"load_balance": (1e-2, 1e-3, 1e-1), "router_z": (1e-3,)}
-        if not isinstance(loss_weights, Mapping):
-            raise TypeError(
-                "`loss_weights` must be a dict from names of losses to weights to choose from. "
-                f"Received: loss_weights={shortened(loss_weights)}. Pass, for example, "
-                "`{'load_balance': (0.01, 0.1)}`."
-            )
-        self.active_width = _values("active_width", active_width)
-        self.num_experts = _values("num_experts", num_experts)
-        self.top_k = _values("top_k", top_k)
-        self.routers = _values("routers", routers)
-        self.loss_weights = {
-            loss: [
-                # Of one type, as KerasTuner wants them.
-                float(check_not_negative("loss_weights", weight))
-                for weight in _values("loss_weights", weights)
-            ]
-            for loss, weights in loss_weights.items()
-        }
+        self.active_width = active_width
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.routers = routers
+        self.loss_weights = loss_weights
         self.capacities = {
             str(factor): factor for factor in _values("capacity_factors", capacity_factors)
         }
-        self.name = check_name("name", name)
+        self.name = name
         self._check()
 
     def sample(self, hp, experts=layers.FeedForwardExperts, **kwargs):
@@ -111,6 +132,7 @@ class SearchSpace(NamedArguments):
             ValueError: If an argument is one that the space chooses.
         """
         check_is_made(self)
+        self._check()
         if not isinstance(hp, keras_tuner.HyperParameters):
             raise TypeError(
                 "`hp` must be a `keras_tuner.HyperParameters`. Received: an object of type "
@@ -193,20 +215,6 @@ class SearchSpace(NamedArguments):
                     f"Received: active_width={width}, top_k={top_k}. "
                     f"Pass a multiple of {top_k}, or leave this `top_k` out."
                 )
-
-
-def _values(name, values):
-    if not isinstance(values, (list, tuple)) or not values:
-        raise ValueError(
-            f"`{name}` must be a list or tuple of the values to choose from. Received: "
-            f"{name}={shortened(values)}. Pass, for a fixed one, a tuple of one."
-        )
-    if len({repr(value) for value in values}) < len(values):
-        raise ValueError(
-            f"`{name}` must be values that differ. Received: {name}={shortened(values)}. Leave "
-            "out those that come twice."
-        )
-    return list(values)
 
 
 def _choose(hp, name, values):

@@ -123,6 +123,11 @@ def _joined(value):
 
 def _array(name, value):
     """What is given as an array; lists must be as one is."""
+    if isinstance(value, keras.KerasTensor):
+        raise TypeError(
+            f"What is drawn must have values. Received: {name} of a symbolic tensor. Pass what a "
+            "model returns."
+        )
     array = host_values(value)
     if isinstance(value, (list, tuple)) and array is not None and array.dtype.kind in "US":
         if not all(isinstance(each, (str, bytes)) for each in keras.tree.flatten(value)):
