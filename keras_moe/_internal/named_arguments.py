@@ -1,6 +1,5 @@
 """Arguments of constructors: misspelt, changed later to what they cannot be, or not given."""
 
-import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -27,9 +26,15 @@ class NamedArguments:
     _refused_arguments: tuple[str, ...] = ()
     # Arguments that are attributes, checked whenever they are set: functions of the name and the
     # value that return what is kept. Those of the bases count too.
-    _checks: dict = {}
+    _attribute_checks: dict = {}
     # Those that weights were made for: they stay as they are once Keras has locked a layer's state.
-    _fixed: tuple[str, ...] = ()
+    _fixed_attributes: tuple[str, ...] = ()
+    # What `_rules_of` makes of these.
+    _attribute_rules: tuple[dict, set, set] = ({}, set(), set())
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls._attribute_rules = _rules_of(cls)
 
     def __new__(cls, *args, **kwargs):
         if kwargs:
@@ -38,7 +43,7 @@ class NamedArguments:
         return make(cls) if make is object.__new__ else make(cls, *args, **kwargs)
 
     def __setattr__(self, name, value):
-        checks, fixed, without_effect = _rules(type(self))
+        checks, fixed, without_effect = self._attribute_rules
         if name in checks:
             value = checks[name](name, value)
         if name in fixed and getattr(getattr(self, "_tracker", None), "locked", False):
@@ -57,22 +62,28 @@ class Saved(NamedArguments):
 
     @classmethod
     def from_config(cls, config):
-        make: Any = super().from_config
-        return make(check_config(cls, config))
+        base: Any = super()
+        return base.from_config(check_config(cls, config))
 
 
-@functools.cache
-def _rules(cls):
+def _rules_of(cls):
     """Checks of attributes, the names of those that are fixed, and of arguments that are none."""
     checks: dict = {}
     fixed: set = set()
+    arguments = set(cls._refused_arguments)
     for base in reversed(cls.__mro__):
-        checks.update(vars(base).get("_checks", {}))
-        fixed.update(vars(base).get("_fixed", ()))
-    if cls.__module__.partition(".")[0] != _PACKAGE:
-        return checks, fixed, set()  # a class of the user's has attributes of its own
-    arguments = {*inspect.signature(cls.__init__).parameters, *cls._refused_arguments}
-    return checks, fixed, arguments - {*checks, *OF_KERAS}
+        own = vars(base)
+        checks.update(own.get("_attribute_checks", {}))
+        fixed.update(own.get("_fixed_attributes", ()))
+        if _is_ours(base) and "__init__" in own:
+            arguments.update(inspect.signature(own["__init__"]).parameters)
+    # A class of the user's has attributes of its own.
+    without_effect = arguments - {*checks, *OF_KERAS} if _is_ours(cls) else set()
+    return checks, fixed, without_effect
+
+
+def _is_ours(cls):
+    return cls.__module__.partition(".")[0] == _PACKAGE
 
 
 def _check_is_kept(instance, name, value):
@@ -134,7 +145,7 @@ def check_is_made(instance):
     if getattr(instance, "built", False):
         return
     for base in type(instance).__mro__:
-        if base.__module__.partition(".")[0] != _PACKAGE or "__init__" not in vars(base):
+        if not _is_ours(base) or "__init__" not in vars(base):
             continue
         _, first, *_ = inspect.signature(vars(base)["__init__"]).parameters
         if not hasattr(instance, first):

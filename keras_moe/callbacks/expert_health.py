@@ -66,7 +66,7 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
     []
     """
 
-    _checks = {
+    _attribute_checks = {
         "every": check_positive_integer,
         "patience": check_positive_integer,
         "stop": check_flag,

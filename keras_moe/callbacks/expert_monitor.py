@@ -71,7 +71,7 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
     >>> imbalance = history.history["moe_load_imbalance"]
     """
 
-    _checks = {"expert_shares": _check_shares}
+    _attribute_checks = {"expert_shares": _check_shares}
 
     def __init__(self, expert_shares=False, log_dir=None, metrics=()):
         super().__init__()

@@ -40,7 +40,7 @@ class RouterLossSchedule(NamedArguments, keras.callbacks.Callback):
     ... )
     """
 
-    _checks = {"schedule": _check_schedule, "loss": _check_loss}
+    _attribute_checks = {"schedule": _check_schedule, "loss": _check_loss}
 
     def __init__(self, schedule, loss="load_balance"):
         super().__init__()

@@ -66,7 +66,7 @@ class Capacity(Configured):
     (arXiv:2101.03961), eq. 3.
     """
 
-    _checks = {
+    _attribute_checks = {
         # By the name that it has as an argument of a layer.
         "factor": lambda name, value: check_positive_number("capacity_factor", value),
         "minimum": check_positive_integer,

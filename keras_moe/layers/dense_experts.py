@@ -31,7 +31,7 @@ class DenseExperts(StackedExperts):
     clip: float | None = None
     up_shift = 0.0
 
-    _checks = {
+    _attribute_checks = {
         "hidden_dim": check_positive_integer,
         "activation": get_activation,
         "use_bias": check_flag,
@@ -40,7 +40,7 @@ class DenseExperts(StackedExperts):
         "kernel_regularizer": get_regularizer,
         "bias_regularizer": get_regularizer,
     }
-    _fixed = ("hidden_dim", "use_bias")
+    _fixed_attributes = ("hidden_dim", "use_bias")
 
     def __init__(
         self,

@@ -33,8 +33,8 @@ class ExpertBank(Saved, keras.layers.Layer):
 
     _refused_arguments = tuple(ON_BANK)
 
-    _checks = {"num_experts": check_positive_integer}
-    _fixed = ("num_experts",)
+    _attribute_checks = {"num_experts": check_positive_integer}
+    _fixed_attributes: tuple[str, ...] = ("num_experts",)
 
     def __init__(self, num_experts, **kwargs):
         check_place(self, ON_BANK, kwargs)

@@ -52,7 +52,7 @@ class GatedExperts(DenseExperts):
 
     up_names = ("gate", "up")
 
-    _checks = {
+    _attribute_checks = {
         "clip": optional(partial(check_positive_number, example=7.0)),
         "up_shift": check_not_negative,
     }

@@ -47,12 +47,12 @@ class GatedFeedForward(Saved, keras.layers.Layer):
     Reference: Shazeer 2020 (arXiv:2002.05202), eq. 6.
     """
 
-    _checks = {
+    _attribute_checks = {
         "hidden_dim": check_positive_integer,
         "activation": get_activation,
         "use_bias": check_flag,
     }
-    _fixed = ("hidden_dim", "activation", "use_bias")
+    _fixed_attributes = ("hidden_dim", "activation", "use_bias")
 
     def __init__(self, hidden_dim, activation="silu", use_bias=False, **kwargs):
         super().__init__(**kwargs)

@@ -55,8 +55,8 @@ class LayerExperts(ExpertBank):
     network.
     """
 
-    _checks = {"layers": lambda name, value: _as_layers(value)}
-    _fixed = ("layers",)
+    _attribute_checks = {"layers": lambda name, value: _as_layers(value)}
+    _fixed_attributes = ("layers",)
 
     def __init__(self, layers, **kwargs):
         layers = _as_layers(layers)

@@ -113,7 +113,7 @@ class MixtureOfExperts(Recomputable):
     # Whether its own `get_config` has the experts, and not that of a block around it.
     has_own_config = True
     _refused_arguments = tuple(ON_LAYER)
-    _checks = {
+    _attribute_checks = {
         "experts": check_instance(expert_bank.ExpertBank),
         "router": check_instance(routers.Router),
         "router_losses": lambda name, value: [losses.get(loss) for loss in _as_list(value)],
@@ -122,7 +122,7 @@ class MixtureOfExperts(Recomputable):
         "capacity": lambda name, value: Capacity.get(value),
         "counts_in_evaluation": check_flag,
     }
-    _fixed = ("experts", "router", "router_losses", "gated_shared_expert")
+    _fixed_attributes = ("experts", "router", "router_losses", "gated_shared_expert")
 
     def __init__(
         self,

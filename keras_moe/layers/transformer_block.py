@@ -35,12 +35,12 @@ class TransformerBlock(Recomputable):
     Xiong et al. 2020 (arXiv:2002.04745): `x = x + dropout(branch(norm(x)))`.
     """
 
-    _checks = {
+    _attribute_checks = {
         "num_heads": check_positive_integer,
         "feedforward": check_instance(keras.Layer),
         "dropout": check_fraction,
     }
-    _fixed = ("num_heads", "feedforward")
+    _fixed_attributes = ("num_heads", "feedforward")
 
     def __init__(self, num_heads, feedforward, dropout=0.0, **kwargs):
         super().__init__(**kwargs)

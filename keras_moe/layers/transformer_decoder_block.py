@@ -88,8 +88,8 @@ class TransformerDecoderBlock(TransformerBlock):
     the place of the normalisation; Su et al. 2021 (arXiv:2104.09864) for rotary positions.
     """
 
-    _checks = {"cross_attention": check_flag, "rotary": check_flag}
-    _fixed = ("cross_attention", "rotary")
+    _attribute_checks = {"cross_attention": check_flag, "rotary": check_flag}
+    _fixed_attributes = ("cross_attention", "rotary")
 
     def __init__(
         self, num_heads, feedforward, dropout=0.0, cross_attention=False, rotary=True, **kwargs

@@ -65,11 +65,11 @@ class ZeroComputationExperts(ExpertBank):
     (arXiv:2509.01322), section 2.1.
     """
 
-    _checks = {
+    _attribute_checks = {
         "experts": check_instance(ExpertBank),
         **dict.fromkeys(("num_zero", "num_identity", "num_constant"), _check_number),
     }
-    _fixed = tuple(_checks)
+    _fixed_attributes = tuple(_attribute_checks)
 
     def __init__(self, experts, num_zero=0, num_identity=0, num_constant=0, **kwargs):
         experts = expert_bank.get(experts)

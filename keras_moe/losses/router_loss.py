@@ -26,7 +26,7 @@ class RouterLoss(Configured):
     # Its value, before the weight, where all experts serve alike.
     value_at_balance = 0.0
 
-    _checks = {"weight": check_not_negative}
+    _attribute_checks = {"weight": check_not_negative}
 
     def __init__(self, weight):
         self.weight = weight

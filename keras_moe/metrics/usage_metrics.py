@@ -23,7 +23,7 @@ from keras_moe.metrics.usage import (
 class _UsageMetric(Saved, keras.metrics.Metric):
     """Abstract: accumulates a statistic of the counts of each routing."""
 
-    _checks = {"num_experts": check_positive_integer}
+    _attribute_checks = {"num_experts": check_positive_integer}
 
     def __init__(self, num_experts, name=None, dtype=None):
         if name is not None:
@@ -148,7 +148,7 @@ class DeadExpertsOverWindow(_UsageMetric):
     >>> dead = float(metric.result())
     """
 
-    _checks = {"window": check_positive_integer}
+    _attribute_checks = {"window": check_positive_integer}
 
     def __init__(self, num_experts, window=100, name=None, dtype=None):
         super().__init__(num_experts, name, dtype)

@@ -51,7 +51,7 @@ class Muon(Saved, keras.optimizers.Muon):
     (arXiv:2502.16982), for experts as matrices and for the scale.
     """
 
-    _checks = {
+    _attribute_checks = {
         "learning_rate": lambda name, value: value,  # Keras's own check
         "exclude_layers": optional(_check_patterns),
     }

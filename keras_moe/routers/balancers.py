@@ -35,7 +35,7 @@ class SelectionBalancer(Configured):
             of the optimizer.
     """
 
-    _checks = {"accumulation_steps": check_positive_integer}
+    _attribute_checks = {"accumulation_steps": check_positive_integer}
 
     def __init__(self, accumulation_steps=1):
         self.accumulation_steps = accumulation_steps
@@ -78,7 +78,7 @@ class LossFreeBias(SelectionBalancer):
     section 2.1.2. Subtracting the mean is not in the papers.
     """
 
-    _checks = {"rate": partial(check_positive_number, example=0.001)}
+    _attribute_checks = {"rate": partial(check_positive_number, example=0.001)}
 
     def __init__(self, rate=1e-3, accumulation_steps=1):
         super().__init__(accumulation_steps)
@@ -125,7 +125,7 @@ class QuantileBias(SelectionBalancer):
     Reference: the quantile balancing of Megatron-Core, whose dual variable beta is minus this bias.
     """
 
-    _checks = {"momentum": check_fraction}
+    _attribute_checks = {"momentum": check_fraction}
 
     def __init__(self, momentum=0.0, accumulation_steps=1):
         super().__init__(accumulation_steps)

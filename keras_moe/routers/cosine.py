@@ -42,8 +42,8 @@ class CosineRouter(SelectionRouter):
     normalizes_kernel = True
     projects_by_times_kernel = True
 
-    _checks = {"projection_dim": check_positive_integer}
-    _fixed = ("projection_dim",)
+    _attribute_checks = {"projection_dim": check_positive_integer}
+    _fixed_attributes = ("projection_dim",)
 
     def __init__(self, num_experts=None, projection_dim=256, **kwargs):
         super().__init__(num_experts, **kwargs)

@@ -47,7 +47,7 @@ class ExpertChoiceRouter(LogitRouter):
     default_losses = ()
     takes_capacity = False
 
-    _checks = {"capacity_factor": check_positive_number}
+    _attribute_checks = {"capacity_factor": check_positive_number}
 
     def __init__(self, num_experts=None, capacity_factor=2.0, **kwargs):
         super().__init__(num_experts, **kwargs)

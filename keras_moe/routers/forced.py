@@ -50,12 +50,12 @@ class ForcedRouter(Router):
 
     default_losses = ()
 
-    _checks = {
+    _attribute_checks = {
         "top_k": check_positive_integer,
         "pattern": partial(check_choice, choices=PATTERNS),
         "seed": check_seed,
     }
-    _fixed = ("seed",)
+    _fixed_attributes = ("seed",)
 
     def __init__(self, num_experts=None, top_k=2, pattern="round_robin", seed=None, **kwargs):
         super().__init__(num_experts, **kwargs)

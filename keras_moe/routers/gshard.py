@@ -45,7 +45,7 @@ class GShardRouter(LogitRouter):
     Mesh TensorFlow.
     """
 
-    _checks = {"threshold": check_positive_number}
+    _attribute_checks = {"threshold": check_positive_number}
 
     def __init__(self, num_experts=None, threshold=0.2, **kwargs):
         super().__init__(num_experts, **kwargs)

@@ -60,12 +60,12 @@ class HashRouter(Router):
 
     default_losses = ()
 
-    _checks = {
+    _attribute_checks = {
         "top_k": check_positive_integer,
         "vocabulary_size": _check_vocabulary_size,
         "seed": check_seed,
     }
-    _fixed = ("top_k", "vocabulary_size", "seed")
+    _fixed_attributes = ("top_k", "vocabulary_size", "seed")
 
     def __init__(self, num_experts=None, vocabulary_size=None, top_k=1, seed=0, **kwargs):
         super().__init__(num_experts, **kwargs)

@@ -48,7 +48,7 @@ class LogitRouter(Router, Adaptable):
 
     # Whether a `project` that is overridden multiplies by `times_kernel`, and so has LoRA.
     projects_by_times_kernel = False
-    _checks = {
+    _attribute_checks = {
         "input_jitter": check_fraction,
         "logit_noise": check_not_negative,
         "kernel_initializer": get_initializer,

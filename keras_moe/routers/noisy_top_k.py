@@ -47,7 +47,7 @@ class NoisyTopKRouter(LogitRouter):
 
     default_losses = ("importance_variation", "load_variation")
 
-    _checks = {"top_k": check_positive_integer}
+    _attribute_checks = {"top_k": check_positive_integer}
 
     def __init__(self, num_experts=None, top_k=2, **kwargs):
         super().__init__(num_experts, **kwargs)

@@ -68,7 +68,7 @@ class ReLURouter(LogitRouter):
 
     default_losses = ()
 
-    _checks = {
+    _attribute_checks = {
         "top_k": check_positive_integer,
         "growth": _check_growth,
         "initial_strength": partial(check_positive_number, example=1e-8),

@@ -70,8 +70,8 @@ class Router(Saved, keras.layers.Layer):
     normalizes_kernel = False
 
     _refused_arguments = tuple(ON_ROUTER)
-    _checks = {"num_experts": optional(check_positive_integer)}
-    _fixed = ("num_experts",)
+    _attribute_checks = {"num_experts": optional(check_positive_integer)}
+    _fixed_attributes: tuple[str, ...] = ("num_experts",)
 
     def __new__(cls, *args, **kwargs):
         router = super().__new__(cls, *args, **kwargs)

@@ -41,7 +41,7 @@ class SelectionRouter(LogitRouter):
         use_bias: whether a learned bias (E,) is added to the logits.
     """
 
-    _checks = {
+    _attribute_checks = {
         "top_k": check_positive_integer,
         "score": partial(check_choice, choices=SCORES),
         "renormalize": partial(check_flag, optional=True),
@@ -50,7 +50,7 @@ class SelectionRouter(LogitRouter):
         "balancer": optional(lambda name, value: balancers.get(value)),
         "updates_selection_bias": check_flag,
     }
-    _fixed = ("use_bias", "balancer")
+    _fixed_attributes: tuple[str, ...] = ("use_bias", "balancer")
 
     def __init__(
         self,

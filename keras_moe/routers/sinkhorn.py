@@ -48,7 +48,7 @@ class SinkhornRouter(LogitRouter):
     causal = False
     default_losses = ()
 
-    _checks = {"top_k": check_positive_integer, "iterations": check_positive_integer}
+    _attribute_checks = {"top_k": check_positive_integer, "iterations": check_positive_integer}
 
     def __init__(self, num_experts=None, top_k=1, iterations=8, **kwargs):
         super().__init__(num_experts, **kwargs)

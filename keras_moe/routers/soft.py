@@ -49,8 +49,8 @@ class SoftRouter(LogitRouter):
     takes_capacity = False
     normalizes_kernel = True
 
-    _checks = {"slots": check_positive_integer}
-    _fixed = ("slots",)
+    _attribute_checks = {"slots": check_positive_integer}
+    _fixed_attributes = ("slots",)
 
     def __init__(self, num_experts=None, slots=1, **kwargs):
         super().__init__(num_experts, **kwargs)

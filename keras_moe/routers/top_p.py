@@ -47,7 +47,7 @@ class TopPRouter(LogitRouter):
     Reference: Huang et al. 2024 (arXiv:2403.07652), eq. 4 and 5.
     """
 
-    _checks = {"threshold": partial(check_fraction, fix="Pass, for example, 0.4.")}
+    _attribute_checks = {"threshold": partial(check_fraction, fix="Pass, for example, 0.4.")}
 
     def __init__(self, num_experts=None, threshold=0.4, max_top_k=None, **kwargs):
         super().__init__(num_experts, **kwargs)

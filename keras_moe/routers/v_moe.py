@@ -43,7 +43,7 @@ class VMoERouter(LogitRouter):
 
     default_losses = ("importance_variation", "load_variation")
 
-    _checks = {"top_k": check_positive_integer, "noise_std": check_not_negative}
+    _attribute_checks = {"top_k": check_positive_integer, "noise_std": check_not_negative}
 
     def __init__(self, num_experts=None, top_k=2, noise_std=1.0, **kwargs):
         super().__init__(num_experts, **kwargs)

@@ -86,7 +86,7 @@ class WithinBudget(NamedArguments, keras_tuner.Objective):
     True
     """
 
-    _checks = {
+    _attribute_checks = {
         "budget": partial(check_positive_number, example=100_000),
         "cost": check_name,
         "loss": check_name,

@@ -87,7 +87,7 @@ class SearchSpace(NamedArguments):
     (8, 32, 2)
     """
 
-    _checks = {
+    _attribute_checks = {
         **dict.fromkeys(("active_width", "num_experts", "top_k", "routers"), _values),
         "loss_weights": _weights,
         "name": check_name,
