@@ -375,6 +375,15 @@ def test_a_tuner_refuses():
         is_refused(*case.values)
     sampled("moe", "second_moe")
     search = hp()
+    for number, scope in enumerate(("encoder", "decoder"), 1):
+        with search.name_scope(scope):
+            tuner.SearchSpace((8 * number,)).sample(search)
+    search.Boolean("wide")
+    for number, wide in enumerate((True, False), 1):
+        with search.conditional_scope("wide", [wide]):
+            if search.get("wide") == wide:
+                tuner.SearchSpace((8 * number,)).sample(search)
+    search = hp()
     for _ in range(2):  # as where the function that builds a model makes the space
         tuner.SearchSpace((8, 16), capacity_factors=(None, 1.0)).sample(search)
 

@@ -50,9 +50,9 @@ class NamedArguments:
             _check_is_kept(self, name, value)
         if name in without_effect:
             raise TypeError(
-                f"`{type(self).__name__}` must have an attribute that is set. Received: "
-                f"{name}={shortened(value)}, which it would not use. "
-                f"{_meant(name, checks)} Parts of it have their own."
+                f"`{name}` must be given to a constructor, or set on what has it. Received: "
+                f"{name}={shortened(value)} for a `{type(self).__name__}`, which would have no "
+                f"effect. {_meant(name, checks)}"
             )
         super().__setattr__(name, value)
 

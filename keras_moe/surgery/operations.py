@@ -236,10 +236,10 @@ def _number(name, layer, keep):
     least = max(router.min_top_k, router.get_config().get("top_k", 1))
     if least == num_experts > 1 and number != num_experts:
         raise ValueError(
-            "A router must leave experts out for some of them to be spare. Received: "
-            f"keep={shortened(keep)} for {name!r} with a `{type(router).__name__}`, by which every "
-            "token may go to all experts. Give the layer another router, such as "
-            "`routers.TopKRouter`, and train it before."
+            "Each token must choose some of the experts, so that the others can be cut. Received: "
+            f"keep={shortened(keep)} for {name!r} with a `{type(router).__name__}`, where a token "
+            "may go to all. Make the model with a router such as `routers.TopKRouter`, and train "
+            "it, first."
         )
     if not is_whole(number) or not least <= number <= num_experts:
         raise ValueError(

@@ -22,7 +22,7 @@ from keras_moe._internal.validation import (
 TAKE_TOP_K = ("cosine", "deepseek_v3", "noisy_top_k", "sinkhorn", "top_k")
 SET_TOP_K = ("balanced_assignment", "switch")
 
-# For each search, or trial of one, the values of the spaces that were sampled, by their names.
+# For each search, or trial of one, the values of the spaces that were sampled, by their places.
 _spaces: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 # Arguments of the layer that a space gives it.
@@ -177,8 +177,10 @@ class SearchSpace(NamedArguments):
 
     def _check_is_alone(self, hp):
         """Refuse the name of another space: KerasTuner would give both the values of the first."""
-        values = repr(vars(self))
-        if _spaces.setdefault(hp, {}).setdefault(self.name, values) != values:
+        # Within other scopes of names or conditions, KerasTuner keeps them apart.
+        conditions = [each.get_config() for each in hp._conditions]
+        place, values = repr([*hp._name_scopes, self.name, conditions]), repr(vars(self))
+        if _spaces.setdefault(hp, {}).setdefault(place, values) != values:
             raise ValueError(
                 "Spaces of one search must have names that differ, unless their values are the "
                 f"same. Received: two of the name {self.name!r} with other values. Pass, for "
