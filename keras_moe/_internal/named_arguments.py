@@ -57,15 +57,6 @@ class NamedArguments:
         super().__setattr__(name, value)
 
 
-class Saved(NamedArguments):
-    """Abstract: a class that Keras saves by its config."""
-
-    @classmethod
-    def from_config(cls, config):
-        base: Any = super()
-        return base.from_config(check_config(cls, config))
-
-
 def _rules_of(cls):
     """Checks of attributes, the names of those that are fixed, and of arguments that are none."""
     checks: dict = {}
@@ -135,6 +126,15 @@ def _of_base(cls):
 
 def _is_spelled_out(cls):
     return hasattr(cls.__init__, "__signature__")
+
+
+class Saved(NamedArguments):
+    """Abstract: a class that Keras saves by its config."""
+
+    @classmethod
+    def from_config(cls, config):
+        base: Any = super()
+        return base.from_config(check_config(cls, config))
 
 
 def check_is_made(instance):
