@@ -260,6 +260,12 @@ def fitted(block):
     return block
 
 
+def setting(layer, **attributes):
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    return layer
+
+
 def decode(position):
     block = decoder()
     return block(normal(1, 2, D), cache=block.make_cache(1, 4), position=position)
@@ -1267,6 +1273,13 @@ METHODS = {
             ),
             ["no", None, 1],
         ),
+    ],
+    "draws of a layer that was made without": [
+        (
+            lambda v: setting(moe(), capacity=v)(normal(2, D), training=True),
+            [layers.Capacity(1.0, priority="random")],
+        ),
+        (lambda v: setting(encoder(), dropout=v)(normal(1, 2, D), training=True), [0.5]),
     ],
     "gated feed-forward": [
         (layers.GatedFeedForward(3), [None, "x", [[1.0] * D], np.full((2, D), "a"), normal(D)]),

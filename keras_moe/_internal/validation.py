@@ -165,6 +165,16 @@ def check_seed(name, seed):
     return int(seed)
 
 
+def check_has_draws(what, generator):
+    """What random draws need, which a layer that is made without them does not have."""
+    if not isinstance(generator, keras.random.SeedGenerator):
+        raise ValueError(
+            f"{what} must be asked for when a layer is made, so that it has random draws. "
+            f"Received: {shortened(generator)} for a `keras.random.SeedGenerator`. Make another "
+            "layer."
+        )
+
+
 def check_model(model):
     if not isinstance(model, keras.Layer):
         raise TypeError(

@@ -13,6 +13,7 @@ from keras_moe._internal.tensor_checks import check_divides
 from keras_moe._internal.validation import (
     check_choice,
     check_flag,
+    check_has_draws,
     check_method,
     check_positive_integer,
     check_positive_number,
@@ -148,6 +149,7 @@ class Capacity(Configured):
             best = ops.top_k_indices(routing.probs, 1)
             return ops.take_scores(routing.probs, best)[:, 0]
         if self.priority == "random":
+            check_has_draws("A random priority", seed)
             return keras.random.uniform(keras_ops.shape(routing.mask), seed=seed)
         return None
 

@@ -19,6 +19,7 @@ from keras_moe._internal.tensor_checks import (
 from keras_moe._internal.validation import (
     check_computes_in_floats,
     check_fraction,
+    check_has_draws,
     check_instance,
     check_positive_integer,
     check_training,
@@ -126,6 +127,7 @@ class TransformerBlock(Recomputable):
 
     def _add(self, hidden, branch, training):
         if training and self.dropout:
+            check_has_draws("`dropout`", self._seed_generator)
             branch = draws.dropout(branch, self.dropout, self._seed_generator)
         # The feed-forward layer may compute in another dtype.
         return hidden + ops.cast(branch, hidden.dtype)

@@ -73,7 +73,9 @@ class _TotalUsageMetric(_UsageMetric):
 
     def __init__(self, num_experts, name=None, dtype=None):
         super().__init__(num_experts, name, dtype)
-        self.counts = self.add_variable((num_experts,), "zeros", dtype="float32", name="counts")
+        self.counts = self.add_variable(
+            (self.num_experts,), "zeros", dtype="float32", name="counts"
+        )
         self.dropped = self.add_variable((), "zeros", dtype="float32", name="dropped")
 
     def _remember(self, counts, dropped):
@@ -154,7 +156,7 @@ class DeadExpertsOverWindow(_UsageMetric):
         super().__init__(num_experts, name, dtype)
         self.window = window
         # Batches since the last assignment of each expert.
-        self.idle = self.add_variable((num_experts,), "zeros", dtype="float32", name="idle")
+        self.idle = self.add_variable((self.num_experts,), "zeros", dtype="float32", name="idle")
 
     def _remember(self, counts, dropped):
         self.idle.assign(ops.where(counts > 0, 0.0, self.idle + 1.0))

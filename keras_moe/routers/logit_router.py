@@ -74,10 +74,10 @@ class LogitRouter(Router, Adaptable):
         self.input_jitter = input_jitter
         self.logit_noise = logit_noise
         if kernel_initializer is None:
-            kernel_initializer = keras.initializers.RandomNormal(stddev=0.02, seed=seed)
+            kernel_initializer = keras.initializers.RandomNormal(stddev=0.02, seed=self.seed)
         self.kernel_initializer = kernel_initializer
         self.kernel_regularizer = kernel_regularizer
-        self._noise_seed = keras.random.SeedGenerator(seed)
+        self._noise_seed = keras.random.SeedGenerator(self.seed)
 
     def build(self, tokens_shape):
         check_inputs_shape(tokens_shape)
