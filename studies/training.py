@@ -11,7 +11,7 @@ LABEL_SMOOTHING = 0.1
 WARM_UP = 400
 
 
-def fit(model, train, validation, epochs, folder, log_dir=None):
+def fit(model, train, validation, epochs, folder, log_dir=None, learning_rate=LEARNING_RATE):
     """Train to the last epoch, from where an earlier call with the same `folder` got to.
 
     Args:
@@ -21,11 +21,12 @@ def fit(model, train, validation, epochs, folder, log_dir=None):
         epochs: number of epochs in all.
         folder: see `resuming.fit`.
         log_dir: folder for TensorBoard, or None.
+        learning_rate: the highest, after warm-up.
 
     Returns:
         See `resuming.fit`.
     """
-    compile_for_training(model, epochs * len(train))
+    compile_for_training(model, epochs * len(train), learning_rate)
     monitors = []
     if inspection.has_moe_layers(model):
         monitors.append(callbacks.ExpertMonitor(log_dir=log_dir))
@@ -39,10 +40,10 @@ def fit(model, train, validation, epochs, folder, log_dir=None):
     )
 
 
-def compile_for_training(model, steps):
+def compile_for_training(model, steps, learning_rate=LEARNING_RATE):
     warm_up = min(WARM_UP, steps // 10)
     schedule = keras.optimizers.schedules.CosineDecay(
-        0.0, steps - warm_up, warmup_target=LEARNING_RATE, warmup_steps=warm_up
+        0.0, steps - warm_up, warmup_target=learning_rate, warmup_steps=warm_up
     )
     model.compile(
         optimizer=keras.optimizers.Adam(schedule, beta_2=0.98, global_clipnorm=1.0),

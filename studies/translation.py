@@ -24,6 +24,7 @@ import training
 import training_curves
 from bilingual_embedding import bilingual_embedding
 from command_line import check_numbers, parser_of
+from comparison_table import interval
 from datasets import pairs
 from output_folder import claim
 from piece_kinds import KINDS, frequent_pieces, ids_by_layer, kind_of_each, usage_by_kind
@@ -37,7 +38,7 @@ from whole_files import saved_files, whole, write_json
 from writing import write
 
 import keras_moe
-from keras_moe import layers, routers
+from keras_moe import layers, losses, routers
 
 
 class Size(typing.NamedTuple):
@@ -52,6 +53,7 @@ class Size(typing.NamedTuple):
 FULL = Size(4000, 128, 256, blocks=2, shapes=Shapes((24, 32, 48), 1024), pairs=None)
 SMOKE = Size(300, 8, 8, blocks=1, shapes=Shapes((64,), 512), pairs=256)
 DROPOUT = 0.1
+TWIN = "dense twin"
 MODEL_FILES = ("model.keras", "subwords.model", "shapes.json")
 
 
@@ -82,7 +84,7 @@ def main(arguments=None):
     embedding = bilingual_embedding(train, len(subwords), size.features)
     feedforwards = {"mixture of experts": expert_feedforward}
     if options.compare:
-        feedforwards["dense twin"] = twin_feedforward
+        feedforwards[TWIN] = twin_feedforward
     unfinished = options.output / "unfinished" / settings_name(options)
     results, histories = {}, {}
     for name, feedforward in feedforwards.items():
@@ -126,6 +128,7 @@ def parse_options(arguments):
     )
     parser = parser_of(__doc__, "bible_es_en", data, experts=8, units="sentences")
     parser.add_argument("--top-k", type=int, default=2, help="experts that serve each piece")
+    parser.add_argument("--balance", type=float, default=0.01, help="weight of the balance loss")
     parser.add_argument("--moe-every", type=int, default=1, help="every n-th block has experts")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--beams", type=int, default=4, help="1 writes greedily")
@@ -147,8 +150,8 @@ def size_of(options):
 
 def settings_name(options):
     """A name for all that a run depends on: another command does not go on with this one's."""
-    names = ("dataset", "experts", "top_k", "moe_every", "epochs", "beams", "seeds", "compare")
-    settings = [getattr(options, name) for name in names]
+    names = ["dataset", "experts", "top_k", "balance", "moe_every", "epochs", "beams"]
+    settings = [getattr(options, name) for name in (*names, "seeds", "compare")]
     return resuming.digest(size_of(options), DROPOUT, *settings)
 
 
@@ -159,7 +162,8 @@ def cut(split, number):
 def expert_feedforward(options, size):
     return layers.MixtureOfExperts(
         layers.FeedForwardExperts(options.experts, size.hidden_dim),
-        router=routers.TopKRouter(options.experts, top_k=options.top_k),
+        routers.TopKRouter(top_k=options.top_k),
+        [losses.LoadBalance(options.balance), "router_z"],
         name="experts",
     )
 
@@ -214,9 +218,21 @@ def print_report(report, usage):
         print(f"{name:<25} {shown:>15} {chrf.mean():>6.2f} {greedy.mean():>12.2f}", end=" ")
         print(f"{speed.mean():>9.0f} {result['parameters']:>12,}", end=" ")
         print(f"{result['active_parameters']:>12,}")
+    if TWIN in report["results"]:
+        print_differences(*(result["runs"] for result in report["results"].values()))
     memory = report["translation memory"]
     print(f"{'translation memory':<25} {memory['bleu']:>15.2f} {memory['chrf']:>6.2f}")
     print_usage(usage)
+
+
+def print_differences(runs, twin_runs):
+    """Of runs with one seed: the mean and half of its 95% interval."""
+    differences = {
+        key: [run["beams"][key] - twin["beams"][key] for run, twin in zip(runs, twin_runs)]
+        for key in ("bleu", "chrf")
+    }
+    bleu, chrf = (interval(values) for values in differences.values())
+    print(f"{'difference':<25} BLEU {bleu}, chrF {chrf}")
 
 
 def save(model, subwords, shapes, output):

@@ -37,6 +37,7 @@ import piece_kinds  # noqa: E402
 import resuming  # noqa: E402
 import training  # noqa: E402
 import translation  # noqa: E402
+import translation_causes  # noqa: E402
 import translation_scores  # noqa: E402
 from bilingual_embedding import bilingual_embedding  # noqa: E402
 from datasets import bible, debian, libreoffice_help, pairs  # noqa: E402
@@ -351,7 +352,12 @@ def test_compare_trains_reports_saves_and_translates(made_up_data, tmp_path, cap
     assert report["translation memory"] == translation_scores.scores(
         memory, made_up_data.test.targets
     )
-    assert "Share of the tokens each expert serves" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Share of the tokens each expert serves" in shown
+    bleu, chrf = (
+        sparse["runs"][0]["beams"][key] - dense["runs"][0]["beams"][key] for key in ("bleu", "chrf")
+    )
+    assert f"BLEU {bleu:+.4f}, chrF {chrf:+.4f}" in shown
     assert json.loads((output / "results.json").read_text()) == report
     for plot in ("learning_curves", "experts_by_kind", "experts_by_layer"):
         assert (output / f"{plot}.png").stat().st_size > 1000
@@ -378,6 +384,25 @@ def test_compare_trains_reports_saves_and_translates(made_up_data, tmp_path, cap
     (output / "subwords.model").unlink()
     with pytest.raises(FileNotFoundError, match="without subwords.model. Train one first"):
         translation.main(["--translate", "rey", "--output", str(output)])
+
+
+def test_each_cause_is_compared_with_its_own_dense_model(
+    made_up_data, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(translation, "SMOKE", translation.SMOKE._replace(vocabulary=40))
+    changes = ["none", "encoder only", "half of the data"]
+    command = ["--smoke", "--output", str(tmp_path), "--changes", *changes, "--seeds"]
+    results = translation_causes.main([*command, "0"])
+    runs = [results[name][0] for name in changes]
+    # The two have the dense model's data and learning rate, so it was trained once.
+    assert runs[0]["dense"] == runs[1]["dense"] != runs[2]["dense"]
+    assert len({run["loss"] for run in runs}) == 3
+    shown = capsys.readouterr().out
+    assert shown.count("dense, seed 0") == 2 and shown.count("mixture, seed 0") == 3
+    assert f"{runs[0]['loss'] - runs[0]['dense']:+.4f}" in shown
+
+    assert translation_causes.main([*command, "0"]) == results
+    assert "seed 0, Setting" not in capsys.readouterr().out
 
 
 def page_data(path):

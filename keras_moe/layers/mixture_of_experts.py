@@ -5,7 +5,7 @@ import math
 import keras
 from keras import ops as keras_ops
 
-from keras_moe import backend, losses, ops, routers
+from keras_moe import backend, routers
 from keras_moe._internal.misplaced_arguments import ON_LAYER, check_place
 from keras_moe._internal.named_arguments import check_is_made
 from keras_moe._internal.serialization import config_of, register, resolve
@@ -27,10 +27,7 @@ from keras_moe._internal.validation import (
     check_computes_in_floats,
     check_flag,
     check_instance,
-    check_not_negative,
-    check_text,
     check_training,
-    is_whole,
     optional,
     shortened,
 )
@@ -40,13 +37,13 @@ from keras_moe.layers.expert_bank import check_takes_tokens
 from keras_moe.layers.masks import mask_of
 from keras_moe.layers.mixture_state import load_state, save_state
 from keras_moe.layers.recomputation import Recomputable, effects_once
+from keras_moe.layers.routing_account import RoutingAccount
 from keras_moe.layers.sublayers import accepted_arguments, build_and_measure, width_of
-from keras_moe.losses.router_loss import check_is_loss, check_value
 from keras_moe.ops.sizes import at_least
 
 
 @register
-class MixtureOfExperts(Recomputable):
+class MixtureOfExperts(RoutingAccount, Recomputable):
     """Sends each token to a few experts, and costs what those few cost.
 
     A drop-in for the feed-forward layer of a Transformer, or for a `Dense` layer anywhere. All
@@ -116,13 +113,11 @@ class MixtureOfExperts(Recomputable):
     _attribute_checks = {
         "experts": check_instance(expert_bank.ExpertBank),
         "router": check_instance(routers.Router),
-        "router_losses": lambda name, value: [losses.get(loss) for loss in _as_list(value)],
         "shared_expert": optional(check_instance(keras.Layer)),
         "gated_shared_expert": check_flag,
         "capacity": lambda name, value: Capacity.get(value),
-        "counts_in_evaluation": check_flag,
     }
-    _fixed_attributes = ("experts", "router", "router_losses", "gated_shared_expert")
+    _fixed_attributes = ("experts", "router", "gated_shared_expert")
 
     def __init__(
         self,
@@ -149,10 +144,7 @@ class MixtureOfExperts(Recomputable):
                 "Leave `num_experts`, the first argument of the router, out, or give both the same "
                 "number. How many experts serve a token is `top_k`."
             )
-        if router_losses is None:
-            router_losses = self.router.default_losses
-        self.router_losses = router_losses
-        self._initial_loss_weights = [loss.weight for loss in self.router_losses]
+        self._take_losses(self.router.default_losses if router_losses is None else router_losses)
         self.gated_shared_expert = gated_shared_expert
         if shared_expert is not None:
             shared_expert = resolve("shared_expert", shared_expert, keras.Layer)
@@ -185,11 +177,6 @@ class MixtureOfExperts(Recomputable):
         # Of the layer, so that Keras carries its state through compiled steps.
         self._capacity_seed = keras.random.SeedGenerator() if self.capacity else None
         self.supports_masking = True
-        # `inspection.count_in_evaluation` turns this on. Otherwise inference writes to no weight.
-        self.counts_in_evaluation = False
-        # Arrays of the counts (E,) and the mean of each router loss, of the last epoch after which
-        # `callbacks.ExpertMonitor` has reset the counters.
-        self.last_counts = self.last_losses = None
         # A function of routings and tokens (T, D), which `inspection.recording.listening` sets.
         self.routing_listener = None
 
@@ -203,55 +190,7 @@ class MixtureOfExperts(Recomputable):
                 sublayer.build(tokens_shape)
         if self.shared_expert is not None:
             self._build_shared_expert(inputs_shape)
-        num_losses = len(self.router_losses)
-        self.router_loss_weights = self._state(
-            "router_loss_weights",
-            (num_losses,),
-            lambda shape, dtype: keras_ops.array(self._initial_loss_weights, dtype),
-        )
-        self.expert_counts = self._counter("expert_counts", (self.experts.num_experts,))
-        self.dropped_count = self._counter("dropped_count", ())
-        self.router_loss_totals = self._counter("router_loss_totals", (num_losses,))
-        self.router_entropy_total = self._counter("router_entropy_total", ())
-        self.call_count = self._counter("call_count", ())
-        self._build_losses()
-
-    def _build_losses(self):
-        """Build the losses; stateful ones are copied, one per layer, and have weights in it."""
-        built, self.loss_states = [], []
-        for loss in self.router_losses:
-            before = {id(variable) for variable in self.variables}
-            of_layer = loss.build(self)
-            check_is_loss(of_layer, f"`{type(loss).__name__}.build`")
-            built.append(of_layer)
-            self.loss_states.append(
-                [variable for variable in self.variables if id(variable) not in before]
-            )
-        self.router_losses = built
-
-    def _counter(self, name, shape):
-        # Under `tf.distribute` each replica counts alone, and reading gives the sum, which
-        # `add_weight` cannot express.
-        return keras.Variable(
-            "zeros",
-            shape=shape,
-            dtype="float32",
-            trainable=False,
-            autocast=False,
-            aggregation="sum",
-            synchronization="on_read",
-            name=name,
-        )
-
-    def _state(self, name, shape, initializer="zeros"):
-        return self.add_weight(
-            name=name,
-            shape=shape,
-            initializer=initializer,
-            dtype="float32",
-            trainable=False,
-            autocast=False,
-        )
+        self._build_account(self.experts.num_experts)
 
     def __call__(self, *args, **kwargs):
         check_is_made(self)
@@ -326,20 +265,6 @@ class MixtureOfExperts(Recomputable):
             shared = keras_ops.where(keras_ops.expand_dims(mask, -1), shared, 0)
         return keras_ops.cast(shared, self.compute_dtype)
 
-    def _account(self, routing, sequence_length, training):
-        """Add the losses and count, as `callbacks.ExpertMonitor` will report."""
-        if training or self.counts_in_evaluation:
-            values = []
-            for index, loss in enumerate(self.router_losses):
-                extra = {"sequence_length": sequence_length} if loss.per_sequence else {}
-                compute = loss.compute if training else loss.evaluate
-                values.append(check_value(loss, compute(routing, **extra)))
-                if training:
-                    weighted = self.router_loss_weights[index] * values[-1]
-                    # Keras adds it to the other losses, which have this dtype.
-                    self.add_loss(keras_ops.cast(weighted, keras.config.floatx()))
-            self._count(routing, values, training)
-
     def _check_call(self, inputs, mask, router_inputs):
         check_float_inputs(inputs)
         if mask is not None:
@@ -363,86 +288,11 @@ class MixtureOfExperts(Recomputable):
         zero = keras_ops.zeros((), tokens.dtype)
         return keras_ops.where(keras_ops.expand_dims(mask, 1), tokens, zero), mask
 
-    def _count(self, routing, loss_values, training):
-        own_counts = keras_ops.cast(routing.counts, "float32")
-        counted = [
-            (self.expert_counts, own_counts),
-            (self.dropped_count, routing.dropped * keras_ops.sum(own_counts)),
-            (self.router_entropy_total, ops.router_entropy(routing)),
-            (self.call_count, keras_ops.ones((), "float32")),
-        ]
-        if loss_values:
-            counted.append((self.router_loss_totals, keras_ops.stack(loss_values)))
-        counters, values = zip(*counted)
-        if training:  # A process may evaluate alone, and would wait for the others.
-            values = backend.sum_of_counts(values)
-        for counter, value in zip(counters, values):
-            counter.assign_add(value)
-
     def save_own_variables(self, store):
         save_state(self, store)
 
     def load_own_variables(self, store):
         load_state(self, store)
-
-    @property
-    def loss_weights_in_force(self):
-        """The weight that each router loss has now, a list of floats."""
-        if not self.built:
-            return list(self._initial_loss_weights)
-        return keras_ops.convert_to_numpy(self.router_loss_weights).tolist()
-
-    def balance_advice(self):
-        """What to try where the experts' load is uneven, by what balances it in this layer."""
-        weighted = zip(self.router_losses, self.loss_weights_in_force)
-        advice = [loss.balance_advice(weight) for loss, weight in weighted if loss.balances]
-        by_router = self.router.balance_advice()
-        if by_router is not None:
-            advice.append(by_router)
-        for text in advice:
-            check_text("balance_advice(...)", text)
-        if not advice:
-            return "Nothing balances the load: add `losses.LoadBalance()` to its `router_losses`."
-        return (
-            f"{' '.join(advice)} A lower learning rate in the first steps and `logit_noise` in the "
-            "router help as well."
-        )
-
-    def set_router_loss_weight(self, index, weight):
-        """Give a loss of the layer another weight. Nothing is compiled again.
-
-        Args:
-            index: which of the `router_losses`.
-            weight: number of at least 0.
-
-        Raises:
-            ValueError: If there is no such loss, or the weight is negative or not finite.
-        """
-        weight = check_not_negative("weight", weight)
-        if not is_whole(index) or not 0 <= index < len(self.router_losses):
-            raise ValueError(
-                "`index` must be the place of a loss in `router_losses`. Received: "
-                f"index={shortened(index)} for {len(self.router_losses)} losses. Count them from 0."
-            )
-        weights = self.loss_weights_in_force
-        weights[index] = weight
-        if self.built:
-            self.router_loss_weights.assign(weights)
-        else:
-            self._initial_loss_weights = weights
-
-    def reset_counts(self):
-        """Set everything that was counted back to zero; before the layer is built nothing was."""
-        if not self.built:
-            return
-        for counter in (
-            self.expert_counts,
-            self.dropped_count,
-            self.router_loss_totals,
-            self.router_entropy_total,
-            self.call_count,
-        ):
-            counter.assign(keras_ops.zeros(counter.shape))
 
     def _build_shared_expert(self, inputs_shape):
         routed = width_of(self.experts, inputs_shape)
@@ -512,13 +362,3 @@ def _sequence_length(shape):
     Never 0: where there are no tokens there are no sequences, and not any number of them.
     """
     return at_least(1, math.prod(shape[1:-1])) if len(shape) > 2 else None
-
-
-def _as_list(router_losses):
-    if not isinstance(router_losses, (list, tuple)):
-        raise TypeError(
-            "`router_losses` must be a list or tuple of losses or names. Received: "
-            f"router_losses={shortened(router_losses)} (of type {type(router_losses).__name__}). "
-            "Put it into a list, or pass `()` for none."
-        )
-    return list(router_losses)
