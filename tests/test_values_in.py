@@ -13,7 +13,18 @@ from fractions import Fraction
 import keras
 import numpy as np
 import pytest
-from layer_checks import ABSTRACT, CASES, D, E, array, constructor_arguments, moe, normal, plain
+from layer_checks import (
+    ABSTRACT,
+    CASES,
+    OF_KERAS,
+    D,
+    E,
+    array,
+    constructor_arguments,
+    moe,
+    normal,
+    plain,
+)
 
 from keras_moe import (
     activations,
@@ -24,6 +35,7 @@ from keras_moe import (
     losses,
     metrics,
     ops,
+    optimizers,
     routers,
     visualization,
 )
@@ -246,6 +258,12 @@ def attending():
 def fitted(block):
     block.build((None, 3, D))
     return block
+
+
+def setting(layer, **attributes):
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    return layer
 
 
 def decode(position):
@@ -478,7 +496,7 @@ FUNCTIONS = {
     "ops.plan_soft": [
         (ops.plan_soft, [None, routing(), ops.expert_choice_routing(logits(), 1.0)]),
     ],
-    "ops.platform": [(lambda v: ops.platform(v).__enter__(), ["xpu", None, 1, ["cpu"]])],
+    "ops.platform": [(ops.platform, ["xpu", None, 1, ["cpu"]])],
     "metrics.load_imbalance": [(metrics.load_imbalance, BAD_COUNTS)],
     "metrics.load_entropy": [(metrics.load_entropy, BAD_COUNTS)],
     "metrics.dead_experts": [(metrics.dead_experts, BAD_COUNTS)],
@@ -550,7 +568,7 @@ FUNCTIONS = {
         (lambda v: health.dead([0], E, v), [None, 3]),
     ],
     "health.exploded": [(health.exploded, [None, 3])],
-    "health.judge_drops": [(health.judge_drops, [-0.1, 7.0, NAN, INF, None, "0.1"])],
+    "health.judge_drops": [(health.judge_drops, [True, -0.1, 7.0, NAN, INF, None, "0.1"])],
     "health.judge_router": [
         (lambda v: health.judge_router(v, 1.0), [-0.1, 7.0, NAN, INF, None, "0.1"]),
         (lambda v: health.judge_router(0.5, v), [-1.0, None, "1"]),
@@ -643,10 +661,17 @@ PLOTS = {
             lambda v: visualization.specialization(np.array([[0], [1]]), v),
             [[0.5, 1.5], [None, None], [NAN, 0], ["a", 1], [-1, -1], [0, 10**9], {0: 1}],
         ),
-        (lambda v: visualization.specialization(np.array([[0], [1]]), [0, 1], v), ["ab", 3]),
+        (
+            lambda v: visualization.specialization(np.array([[0], [1]]), [0, 1], v),
+            ["ab", 3, [None, "b"]],
+        ),
         (lambda v: visualization.specialization(np.array([[0], [1]]), [0, 1], num_experts=v), [1]),
     ],
     "visualization.coactivation": [
+        (
+            lambda v: visualization.coactivation(routing()._replace(**v)),
+            [{"indices": tensor([[0, E]] * T)}, {"counts": tensor([-1] * E)}],
+        ),
         (visualization.coactivation, [[routing(), ops.top_k_routing(LOGITS[:, :3], K)]]),
         (lambda v: visualization.coactivation(np.array(v)), visualized),
         (lambda v: visualization.coactivation(np.array([[0, 1]]), v), [*BAD_SIZES, 1, 10**9]),
@@ -657,6 +682,11 @@ PLOTS = {
         (lambda v: visualization.confidence(np.array(v)), [[0.5, 0.5], [[NAN, 1.0]], [[7.0]]]),
         (lambda v: visualization.confidence(np.array(v)), [[[-0.5, 0.5]], [[1, 0]], [["a"]]]),
         (visualization.confidence, forged("probs", "mask")),
+        (
+            lambda v: visualization.confidence(routing()._replace(probs=tensor(LOGITS * 0 + v))),
+            [NAN, 2.0, -1.0],
+        ),
+        (visualization.confidence, [keras.Input((E,))]),
     ],
     "visualization.shares_over_time": [
         (visualization.shares_over_time, [[1, 2], [[-1, 2]], [[NAN, 1.0]], [], {}]),
@@ -1193,6 +1223,67 @@ METHODS = {
         (lambda v: attending()(normal(1, 2, D), context=v), [normal(1, 5, D), keras.Input((6,))]),
         (lambda v: attending().make_cache(1, 4, context=v), [normal(1, 5, D)]),
     ],
+    "attributes of a layer that is built": [
+        (
+            lambda v, name=name: setattr(built(moe()), name, v),
+            [None, "x", keras.layers.Dense(3), make()],
+        )
+        for name, make in (("router", lambda: routers.TopKRouter(E)), ("experts", bank))
+    ]
+    + [
+        (
+            lambda v: built(moe()).__setattr__(*v),
+            [("router_losses", ["load_balance"]), ("top_k", 2)],
+        ),
+        (
+            lambda v: built(moe()).__setattr__(*v),
+            [("gated_shared_expert", True), ("num_experts", E)],
+        ),
+        (lambda v: setattr(built(moe()).experts, "hidden_dim", v), [5]),
+        (lambda v: setattr(built(moe()).router, "top_k", v), [0, E + 1, "2"]),
+        (lambda v: setattr(built(moe()).router, "num_experts", v), [E + 1]),
+    ],
+    "a loss in place of a function of Keras": [
+        (
+            lambda v: layers.FeedForwardExperts(E, 3, **{v: losses.RouterZ()}),
+            ["activation", "kernel_initializer", "kernel_regularizer"],
+        ),
+    ],
+    "flags of a loss": [
+        (
+            lambda v: moe(router_losses=[own(losses.LoadBalance, **v)()]),
+            [{"per_sequence": "x"}, {"balances": 1}, {"usual_weight": "x"}],
+        ),
+        (
+            lambda v: moe(router_losses=[own(losses.LoadBalance, **v)()]),
+            [{"value_at_balance": "x"}],
+        ),
+    ],
+    "layers without their constructor, alone": [
+        (
+            lambda v: without_constructor(v)(normal(2, D)),
+            [layers.MixtureOfExperts, layers.GatedFeedForward, routers.TopKRouter],
+        ),
+        (lambda v: without_constructor(v)(normal(1, 2, D)), [layers.TransformerEncoderBlock]),
+    ],
+    "whether a capacity is causal": [
+        (
+            lambda v: layers.TransformerDecoderBlock(
+                2, moe(capacity_factor=own(layers.Capacity, is_causal=lambda self, top_k: v)(1.0))
+            ),
+            ["no", None, 1],
+        ),
+    ],
+    "draws of a layer that was made without": [
+        (
+            lambda v: setting(moe(), capacity=v)(normal(2, D), training=True),
+            [layers.Capacity(1.0, priority="random")],
+        ),
+        (lambda v: setting(encoder(), dropout=v)(normal(1, 2, D), training=True), [0.5]),
+    ],
+    "gated feed-forward": [
+        (layers.GatedFeedForward(3), [None, "x", [[1.0] * D], np.full((2, D), "a"), normal(D)]),
+    ],
     "position": [
         (decode, [True, -2, 1.5, 3, 4, NAN, "0"]),
         (decode, [np.int64(3), np.array(-2), np.float32(0), np.bool_(True)]),
@@ -1288,6 +1379,42 @@ def test_a_misspelt_argument_is_answered_with_the_one_that_was_meant(cls):
     for name in constructor_arguments(cls):
         with pytest.raises(TypeError, match=f"takes no argument.*Did you mean `{name}`"):
             cls(**{name[:-1]: 1})
+
+
+@pytest.mark.parametrize("cls", CASES)
+def test_an_attribute_keeps_the_rules_of_its_argument(cls):
+    for name in constructor_arguments(cls).keys() - {*OF_KERAS}:
+        is_refused(lambda v, name=name: setattr(plain(cls), name, v), object())
+
+
+SAVED = [cls for cls in (*CASES, *ABSTRACT, optimizers.Muon) if hasattr(cls, "from_config")]
+
+
+@pytest.mark.parametrize("cls", SAVED)
+@pytest.mark.parametrize("config", [None, [1], "config", 3])
+def test_a_config_is_a_dict(cls, config):
+    is_refused(cls.from_config, config)
+
+
+def test_a_subclass_has_attributes_of_its_own():
+    class Mine(layers.MixtureOfExperts):
+        def __init__(self, top_k=2, capacity_factor=None, **kwargs):
+            super().__init__(layers.FeedForwardExperts(E, 3), **kwargs)
+            self.top_k, self.num_experts, self.capacity_factor = top_k, E, capacity_factor
+
+    class Router(routers.TopKRouter):
+        def __init__(self, num_experts=None, **kwargs):
+            super().__init__(num_experts, **kwargs)
+            self.top_k, self.hidden_dim = np.int64(3), 9
+
+    layer = Mine(router=Router())
+    layer(normal(2, D))
+    assert layer.router.top_k == 3
+    layer.router.logit_noise = layer.router.input_jitter = 0
+    layer.router.top_k, layer.capacity, layer.experts.activation = 1, 2.0, "relu"
+    layer.capacity.factor, layer.note = 1.5, "any other attribute"
+    assert layer(normal(2, D)).shape == (2, D)
+    assert layer.router.get_config()["top_k"] == 1 and layer.capacity.factor == 1.5
 
 
 def test_a_subclass_takes_arguments_of_its_own():

@@ -104,6 +104,9 @@ def pruned(by="usage", data=(), **kwargs):
     return surgery.prune_experts(model, by, keep=2, data=data)
 
 
+# Experts choose, or tokens go to all of them.
+CHOOSE_ALL = ["expert_choice", "dense"]
+
 TOOLS = {
     "has_moe_layers": [(inspection.has_moe_layers, NO_MODELS)],
     "record_routings": [
@@ -136,7 +139,7 @@ TOOLS = {
     "sparsify": [(convert.sparsify, NO_MODELS)],
     "restore": [(convert.restore, NO_MODELS)],
     "to_hugging_face": [
-        (lambda v: convert.to_hugging_face(v, 0, "mixtral"), [None, sparse()]),
+        (lambda v: convert.to_hugging_face(v, 0, "mixtral"), [None, sparse(), moe()]),
         (lambda v: convert.to_hugging_face(gated(), v, "mixtral"), [-1, "0", 1.0, True]),
         # Weights that the family has no place for would be lost.
         (
@@ -148,7 +151,7 @@ TOOLS = {
     "from_hugging_face": [
         (lambda v: convert.from_hugging_face({}, v, MIXTRAL), [-1, "0", 1.0, True]),
         (lambda v: convert.from_hugging_face({}, 0, v), ["mixtral", 3, {"model_type": "mixtral"}]),
-        (lambda v: convert.from_hugging_face({}, 0, MIXTRAL, into=v), ["moe", sparse()]),
+        (lambda v: convert.from_hugging_face({}, 0, MIXTRAL, into=v), ["moe", sparse(), moe()]),
         (lambda v: convert.from_hugging_face({}, 0, MIXTRAL, gated(), name=v), ["b"]),
         (
             lambda v: convert.from_hugging_face(of_mixtral(), 0, MIXTRAL, gated(**v)),
@@ -190,10 +193,12 @@ TOOLS = {
             [[(normal(2, D), NANS)], [(normal(2, D + 1), normal(2, D))], [(normal(2, D), None)]],
         ),
         (lambda v: surgery.prune_experts(sparse(), [1] * E, v), [{}]),
+        (lambda v: pruned([1] * E, router=v), [*CHOOSE_ALL, routers.ReLURouter(top_k=3)]),
     ],
     "merge_experts": [(lambda v: surgery.merge_experts(sparse(), 2, v), [[NANS], [NANS[:0]]])],
     "set_top_k": [
         (lambda v: surgery.set_top_k(sparse(), v), [0, E + 1, "2", None, {}, {"nope": 1}]),
+        (lambda v: surgery.set_top_k(moe(router=v), 1), CHOOSE_ALL),
     ],
 }
 
@@ -201,6 +206,17 @@ TOOLS = {
 @pytest.mark.parametrize("call, value", cases(TOOLS))
 def test_a_tool_refuses(call, value):
     is_refused(call, value)
+
+
+def test_a_context_is_entered_again():
+    model = sparse()
+    (layer,) = model.layers
+    counting = inspection.count_in_evaluation(model)
+    for _ in range(2):
+        with counting, counting:
+            model(normal(2, D))
+        assert not layer.counts_in_evaluation
+    assert np.sum(keras.ops.convert_to_numpy(layer.expert_counts)) == 8
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b'{"model_type": "mixtral"}'])
@@ -273,6 +289,20 @@ def test_a_tuner_refuses():
         callback.set_model(sparse())
         return callback
 
+    def sampled(*names):
+        """Spaces of these names, which differ in their values, in one search."""
+        search = hp()
+        for number, name in enumerate(names, 1):
+            tuner.SearchSpace((8 * number,), name=name).sample(search)
+
+    def priced(cost):
+        search = type("Tuner", (), {"oracle": oracle("val_loss", 3)})
+        tuner.pareto_table(search, cost)
+
+    def without_constructor(*bases):
+        return type("OfOnesOwn", bases, {"__init__": lambda self: None})()
+
+    oracle = keras_tuner.oracles.RandomSearchOracle
     row = tuner.ParetoRow("a", 1.0, 2.0, True, {})
     calls = {
         "fields of a row": [
@@ -289,6 +319,34 @@ def test_a_tuner_refuses():
         "experts": [(lambda v: tuner.SearchSpace((8,)).sample(hp(), v), [None, lambda n: n])],
         "experts made already": [
             (lambda v: tuner.SearchSpace((8,)).sample(hp(), v), [layers.FeedForwardExperts(E, 4)]),
+        ],
+        "classes that make no bank": [
+            (
+                lambda v: tuner.SearchSpace((8,)).sample(hp(), v),
+                [keras.layers.Dense, layers.MixtureOfExperts, lambda n, h: keras.layers.Dense(h)],
+            ),
+        ],
+        "two spaces of one name": [(lambda v: sampled(*v), [("moe", "moe")])],
+        "values of a space, later": [
+            (lambda v: setattr(tuner.SearchSpace((8,)), *v), [("top_k", 3), ("name", None)]),
+            (
+                lambda v: setattr(tuner.SearchSpace((8,)), *v),
+                [("capacity_factors", (1.0,)), ("loss_weights", 0.1)],
+            ),
+        ],
+        "subclasses": [
+            (lambda v: without_constructor(tuner.SearchSpace).sample(v), [hp()]),
+            (lambda v: without_constructor(tuner.WithinBudget).get_value(v), [{}]),
+            (
+                lambda v: without_constructor(tuner.DefaultsFirst, oracle).populate_space(v),
+                ["0"],
+            ),
+        ],
+        "bases of an oracle": [
+            (
+                lambda v: type("Mine", v, {})("val_loss", 3),
+                [(tuner.DefaultsFirst,), (oracle, tuner.DefaultsFirst)],
+            ),
         ],
         "chosen": [
             (
@@ -310,11 +368,24 @@ def test_a_tuner_refuses():
                 [("a",), (True,), (-1.0,), (0.1, 0.1), ()],
             ),
         ],
-        "search": [(tuner.pareto_table, [None, "search"])],
+        "search": [(tuner.pareto_table, [None, "search"]), (priced, [3, ["val_loss"], None])],
         "rows": [(tuner.format_table, [None, "rows", [1], [("a", 1.0, 2.0, True, {})]])],
     }
     for case in cases(calls):
         is_refused(*case.values)
+    sampled("moe", "second_moe")
+    search = hp()
+    for number, scope in enumerate(("encoder", "decoder"), 1):
+        with search.name_scope(scope):
+            tuner.SearchSpace((8 * number,)).sample(search)
+    search.Boolean("wide")
+    for number, wide in enumerate((True, False), 1):
+        with search.conditional_scope("wide", [wide]):
+            if search.get("wide") == wide:
+                tuner.SearchSpace((8 * number,)).sample(search)
+    search = hp()
+    for _ in range(2):  # as where the function that builds a model makes the space
+        tuner.SearchSpace((8, 16), capacity_factors=(None, 1.0)).sample(search)
 
 
 @pytest.mark.parametrize("devices", ["cpu:0", 5, [None], ["gpu:99"]])

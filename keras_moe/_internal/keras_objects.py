@@ -4,6 +4,7 @@ import numbers
 
 import keras
 
+from keras_moe._internal.named_arguments import NamedArguments
 from keras_moe._internal.tensor_checks import check_is_float
 from keras_moe._internal.validation import check_function, propose, shortened
 
@@ -62,7 +63,7 @@ def _function(kind, module, name, identifier, *arguments, **by_name):
     except (TypeError, ValueError, AttributeError):
         function = None
     others = tuple(each for of, each in _CLASSES.items() if of is not module)
-    if function is None or isinstance(function, (type, keras.Layer, *others)):
+    if function is None or isinstance(function, (type, keras.Layer, NamedArguments, *others)):
         raise TypeError(
             f"`{name}` must be {kind} of Keras, its name, or a function of "
             f"({', '.join([*arguments, *by_name])}). Received: {name}={shortened(identifier)} (of "

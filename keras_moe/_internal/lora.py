@@ -9,6 +9,7 @@ from keras import ops
 from keras_moe._internal.initializers import Checked, EachExpert
 from keras_moe._internal.keras_internals import open_to_state
 from keras_moe._internal.keras_objects import get_initializer
+from keras_moe._internal.named_arguments import check_config
 from keras_moe._internal.validation import check_positive_integer, check_positive_number
 
 
@@ -80,8 +81,9 @@ class Adaptable:
         return config if self.lora_rank else {}
 
 
-def adaptable_from_config(make, config):
-    """The layer `make(config)` makes, with the `lora_config` in the config."""
+def adaptable_from_config(cls, make, config):
+    """The layer of a class that `make(config)` makes, with the `lora_config` in the config."""
+    check_config(cls, config)
     lora = {name: config[name] for name in ("lora_rank", "lora_alpha") if name in config}
     if lora.get("lora_rank") is not None:
         check_positive_integer("lora_rank", lora["lora_rank"])

@@ -1,9 +1,15 @@
-"""Arguments of constructors that are misspelt, and constructors that were not called."""
+"""Arguments of constructors: misspelt, changed later to what they cannot be, or not given."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from keras_moe._internal.validation import closest, shortened
+
+_PACKAGE = __name__.partition(".")[0]
+
+# Arguments of Keras's own classes that are worth showing.
+OF_KERAS = ("trainable", "dtype", "name")
 
 # What `keras.Layer` takes beside the arguments in its signature.
 _OF_LAYERS = ("input_shape", "input_dim")
@@ -18,12 +24,77 @@ class NamedArguments:
 
     # Those that the constructor refuses by itself, with a reason.
     _refused_arguments: tuple[str, ...] = ()
+    # Arguments that are attributes, checked whenever they are set: functions of the name and the
+    # value that return what is kept. Those of the bases count too.
+    _attribute_checks: dict = {}
+    # Those that weights were made for: they stay as they are once Keras has locked a layer's state.
+    _fixed_attributes: tuple[str, ...] = ()
+    # What `_rules_of` makes of these.
+    _attribute_rules: tuple[dict, set, set] = ({}, set(), set())
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls._attribute_rules = _rules_of(cls)
 
     def __new__(cls, *args, **kwargs):
         if kwargs:
             _check_names(cls, kwargs)
         make: Any = super().__new__
         return make(cls) if make is object.__new__ else make(cls, *args, **kwargs)
+
+    def __setattr__(self, name, value):
+        checks, fixed, without_effect = self._attribute_rules
+        if name in checks:
+            value = checks[name](name, value)
+        if name in fixed and getattr(getattr(self, "_tracker", None), "locked", False):
+            _check_is_kept(self, name, value)
+        if name in without_effect:
+            raise TypeError(
+                f"`{name}` must be given to a constructor, or set on what has it. Received: "
+                f"{name}={shortened(value)} for a `{type(self).__name__}`, which would have no "
+                f"effect. {_meant(name, checks)}"
+            )
+        super().__setattr__(name, value)
+
+
+def _rules_of(cls):
+    """Checks of attributes, the names of those that are fixed, and of arguments that are none."""
+    checks: dict = {}
+    fixed: set = set()
+    arguments = set(cls._refused_arguments)
+    for base in reversed(cls.__mro__):
+        own = vars(base)
+        checks.update(own.get("_attribute_checks", {}))
+        fixed.update(own.get("_fixed_attributes", ()))
+        if _is_ours(base) and "__init__" in own:
+            arguments.update(inspect.signature(own["__init__"]).parameters)
+    # A class of the user's has attributes of its own.
+    without_effect = arguments - {*checks, *OF_KERAS} if _is_ours(cls) else set()
+    return checks, fixed, without_effect
+
+
+def _is_ours(cls):
+    return cls.__module__.partition(".")[0] == _PACKAGE
+
+
+def _check_is_kept(instance, name, value):
+    old = getattr(instance, name, None)
+    if old is None or old is value or old == value:
+        return
+    raise TypeError(
+        f"`{name}` of a `{type(instance).__name__}` must stay as it is once its weights are made. "
+        f"Received: {name}={shortened(value)} in place of {shortened(old)}. Make another one."
+    )
+
+
+def check_config(cls, config):
+    """What an object is made of again."""
+    if not isinstance(config, Mapping):
+        raise TypeError(
+            f"`config` of a `{cls.__name__}` must be a dict. Received: config={shortened(config)} "
+            f"(of type {type(config).__name__}). Pass what its `get_config()` returned."
+        )
+    return config
 
 
 def _check_names(cls, arguments):
@@ -35,12 +106,15 @@ def _check_names(cls, arguments):
     known = {*own, *cls._refused_arguments, *(_of_base(cls) if rest else ())}
     for name, value in arguments.items():
         if name not in known:
-            meant = closest(name, own)
-            fix = f"Did you mean `{meant}`?" if meant else f"There are {', '.join(own)}."
             raise TypeError(
                 f"`{cls.__name__}` takes no argument `{name}`. Received: "
-                f"{name}={shortened(value)}. {fix}"
+                f"{name}={shortened(value)}. {_meant(name, own)}"
             )
+
+
+def _meant(name, names):
+    meant = closest(name, names)
+    return f"Did you mean `{meant}`?" if meant else f"There are {', '.join(names)}."
 
 
 def _of_base(cls):
@@ -54,14 +128,24 @@ def _is_spelled_out(cls):
     return hasattr(cls.__init__, "__signature__")
 
 
+class Saved(NamedArguments):
+    """Abstract: a class that Keras saves by its config."""
+
+    @classmethod
+    def from_config(cls, config):
+        base: Any = super()
+        return base.from_config(check_config(cls, config))
+
+
 def check_is_made(instance):
     """Refuse an object whose class, the user's, does not call the constructor of its base here.
 
     Each constructor of this package keeps its first argument under its name.
     """
-    package = __name__.partition(".")[0]
+    if getattr(instance, "built", False):
+        return
     for base in type(instance).__mro__:
-        if base.__module__.partition(".")[0] != package or "__init__" not in vars(base):
+        if not _is_ours(base) or "__init__" not in vars(base):
             continue
         _, first, *_ = inspect.signature(vars(base)["__init__"]).parameters
         if not hasattr(instance, first):

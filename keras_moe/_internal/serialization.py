@@ -5,13 +5,15 @@ import weakref
 
 import keras
 
-from keras_moe._internal.named_arguments import NamedArguments, check_is_made
+from keras_moe._internal.named_arguments import (
+    OF_KERAS,
+    NamedArguments,
+    check_config,
+    check_is_made,
+)
 from keras_moe._internal.validation import listed, propose, shortened
 
 PACKAGE = "keras_moe"
-
-# Arguments of Keras's own classes that are worth showing.
-_OF_KERAS = ("trainable", "dtype", "name")
 
 _register = keras.saving.register_keras_serializable(package=PACKAGE)
 
@@ -39,7 +41,7 @@ def _spelled_out(cls):
     base = next(base for base in cls.__mro__[1:] if "__init__" in vars(base))
     own = base.__module__.startswith(PACKAGE)
     for name, parameter in inspect.signature(base.__init__).parameters.items():
-        is_shown = name not in parameters and (own or name in _OF_KERAS)
+        is_shown = name not in parameters and (own or name in OF_KERAS)
         if is_shown and parameter.default is not parameter.empty:
             parameters[name] = parameter.replace(kind=parameter.KEYWORD_ONLY)
     return signature.replace(parameters=[*parameters.values(), rest])
@@ -60,7 +62,7 @@ class Configured(NamedArguments):
 
     @classmethod
     def from_config(cls, config):
-        return cls(**config)
+        return cls(**check_config(cls, config))
 
     def __repr__(self):
         config = self.get_config()

@@ -93,6 +93,7 @@ def check_choice(name, value, choices):
             f"`{name}` must be one of {listed(choices)}. Received: "
             f"{name}={shortened(value)}. {propose(value, choices)}"
         )
+    return value
 
 
 def listed(values):
@@ -134,6 +135,25 @@ def check_flag(name, value, optional=False):
     return bool(value)
 
 
+def optional(check):
+    """The check of what may be None too."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def check_instance(base):
+    """A check whether something is an object of a class."""
+
+    def check(name, value):
+        if not isinstance(value, base):
+            raise TypeError(
+                f"`{name}` must be an instance of `{base.__name__}`. Received: {name}="
+                f"{shortened(value)} (of type {type(value).__name__}). Make one."
+            )
+        return value
+
+    return check
+
+
 def check_seed(name, seed):
     if seed is None:
         return None
@@ -143,6 +163,16 @@ def check_seed(name, seed):
             f"{name}={shortened(seed)}. Pass, for example, 0."
         )
     return int(seed)
+
+
+def check_has_draws(what, generator):
+    """What random draws need, which a layer that is made without them does not have."""
+    if not isinstance(generator, keras.random.SeedGenerator):
+        raise ValueError(
+            f"{what} must be asked for when a layer is made, so that it has random draws. "
+            f"Received: {shortened(generator)} for a `keras.random.SeedGenerator`. Make another "
+            "layer."
+        )
 
 
 def check_model(model):
@@ -194,8 +224,8 @@ def overrides(instance, name, base):
 def check_scalar(name, value):
     """A number, or an array of one, as a float."""
     try:
-        if isinstance(value, (str, bytes)):
-            raise TypeError("a text")
+        if isinstance(value, (str, bytes, bool, np.bool_)):
+            raise TypeError("a text or a truth value")
         return float(value)
     except (TypeError, ValueError) as error:
         raise TypeError(
@@ -259,6 +289,7 @@ def check_list(name, values):
             f"`{name}` must be a list. Received: {name}={shortened(values)} (of type "
             f"{type(values).__name__}). Put it into a list."
         )
+    return values
 
 
 def check_routing(routing):

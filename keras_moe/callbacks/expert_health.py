@@ -66,16 +66,22 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
     []
     """
 
+    _attribute_checks = {
+        "every": check_positive_integer,
+        "patience": check_positive_integer,
+        "stop": check_flag,
+        "rebalance": check_flag,
+    }
+
     def __init__(self, every=10, patience=3, stop=False, rebalance=False):
-        every = check_positive_integer("every", every)
-        patience = check_positive_integer("patience", patience)
         super().__init__()
         self.every = every
         self.patience = patience
-        self.stop = check_flag("stop", stop)
-        self.rebalance = check_flag("rebalance", rebalance)
+        self.stop = stop
+        self.rebalance = rebalance
         self.findings = []
         self._step = self._next_look = 0
+        self._losses_before = {}
 
     def on_train_begin(self, logs=None):
         check_is_made(self)

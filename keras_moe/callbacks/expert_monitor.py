@@ -14,6 +14,15 @@ from keras_moe._internal.validation import check_flag, check_function, check_mod
 from keras_moe.inspection import count_in_evaluation, moe_layers
 
 
+def _check_shares(name, value):
+    if isinstance(value, (str, os.PathLike)):
+        raise ValueError(
+            f"`{name}` must be True or False. Received: {name}={value!r}. Pass a folder as "
+            f"`log_dir={value!r}`."
+        )
+    return check_flag(name, value)
+
+
 class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
     """Turns the assignment counts of every MoE layer into epoch logs.
 
@@ -62,16 +71,12 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
     >>> imbalance = history.history["moe_load_imbalance"]
     """
 
+    _attribute_checks = {"expert_shares": _check_shares}
+
     def __init__(self, expert_shares=False, log_dir=None, metrics=()):
         super().__init__()
-        if isinstance(expert_shares, (str, os.PathLike)):
-            raise ValueError(
-                "`expert_shares` must be True or False. Received: "
-                f"expert_shares={expert_shares!r}. Pass a folder as `log_dir={expert_shares!r}`."
-            )
         self._metrics = _by_name(metrics)
-        self.expert_shares = check_flag("expert_shares", expert_shares)
-        self.log_dir = log_dir
+        self.expert_shares = expert_shares
         self.shares, self.validation_shares = {}, {}
         self._training = self._test = None
         self._event_files = None

@@ -8,6 +8,18 @@ from keras_moe._internal.validation import check_choice, check_function, shorten
 from keras_moe.inspection import moe_layers
 
 
+def _check_schedule(name, value):
+    check_function(name, value, "epoch", "weight")
+    return value
+
+
+def _check_loss(name, value):
+    if isinstance(value, str):
+        check_choice(name, value, sorted(losses.BY_NAME))
+    losses.get(value)
+    return value
+
+
 class RouterLossSchedule(NamedArguments, keras.callbacks.Callback):
     """Sets the weight of a router loss at the start of each epoch, without compiling again.
 
@@ -28,12 +40,10 @@ class RouterLossSchedule(NamedArguments, keras.callbacks.Callback):
     ... )
     """
 
+    _attribute_checks = {"schedule": _check_schedule, "loss": _check_loss}
+
     def __init__(self, schedule, loss="load_balance"):
         super().__init__()
-        check_function("schedule", schedule, "epoch", "weight")
-        if isinstance(loss, str):
-            check_choice("loss", loss, sorted(losses.BY_NAME))
-        self._loss_class = type(losses.get(loss))
         self.schedule = schedule
         self.loss = loss
 
@@ -59,9 +69,10 @@ class RouterLossSchedule(NamedArguments, keras.callbacks.Callback):
 
     def _scheduled(self):
         """The layers with the loss, and its place in each."""
+        kind = type(losses.get(self.loss))
         return [
             (layer, index)
             for layer in moe_layers(self.model).values()
             for index, loss in enumerate(layer.router_losses)
-            if isinstance(loss, self._loss_class)
+            if isinstance(loss, kind)
         ]

@@ -145,6 +145,11 @@ def check_is_mixture(name, mixture):
             f"`{name}` must be a `layers.MixtureOfExperts`. Received: an object of type "
             f"{type(mixture).__name__}. Pass one of `inspection.moe_layers(model).values()`."
         )
+    if not mixture.built:
+        raise ValueError(
+            f"`{name}` must be built, so that it has weights. Received: {mixture!r}. Call it on "
+            "inputs, or build it, first."
+        )
 
 
 @contextlib.contextmanager

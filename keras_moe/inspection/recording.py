@@ -77,7 +77,7 @@ def count_in_evaluation(model):
     >>> int(keras.ops.sum(moe.expert_counts))
     16
     """
-    return _given("counts_in_evaluation", dict.fromkeys(moe_layers(model).values(), True))
+    return _Given("counts_in_evaluation", dict.fromkeys(moe_layers(model).values(), True))
 
 
 @contextlib.contextmanager
@@ -87,21 +87,26 @@ def listening(listeners):
     Args:
         listeners: dict from a layer to a function of an `ops.Routing` and of the tokens (T, D).
     """
-    with _given("routing_listener", listeners):
+    with _Given("routing_listener", listeners):
         yield
 
 
-@contextlib.contextmanager
-def _given(name, values):
+class _Given(contextlib.AbstractContextManager, contextlib.ContextDecorator):
     """Gives layers another value of an attribute, and the former one back after any exit."""
-    before = {layer: getattr(layer, name) for layer in values}
-    try:
+
+    def __init__(self, name, values):
+        self._name, self._values, self._before = name, values, []
+
+    def __enter__(self):
+        self._before.append({layer: getattr(layer, self._name) for layer in self._values})
+        self._set(self._values)
+
+    def __exit__(self, *error):
+        self._set(self._before.pop())
+
+    def _set(self, values):
         for layer, value in values.items():
-            setattr(layer, name, value)
-        yield
-    finally:
-        for layer, value in before.items():
-            setattr(layer, name, value)
+            setattr(layer, self._name, value)
 
 
 def _recorder(routings):

@@ -1,5 +1,7 @@
 """How many slots an expert has, and which tokens get them first."""
 
+from functools import partial
+
 import keras
 from keras import ops as keras_ops
 
@@ -11,10 +13,12 @@ from keras_moe._internal.tensor_checks import check_divides
 from keras_moe._internal.validation import (
     check_choice,
     check_flag,
+    check_has_draws,
     check_method,
     check_positive_integer,
     check_positive_number,
     check_training,
+    optional,
 )
 from keras_moe.ops.plans import MOST_ROWS
 from keras_moe.ops.sizes import at_least
@@ -63,6 +67,16 @@ class Capacity(Configured):
     (arXiv:2101.03961), eq. 3.
     """
 
+    _attribute_checks = {
+        # By the name that it has as an argument of a layer.
+        "factor": lambda name, value: check_positive_number("capacity_factor", value),
+        "minimum": check_positive_integer,
+        "multiple_of": check_positive_integer,
+        "evaluation_factor": optional(check_positive_number),
+        "priority": partial(check_choice, choices=PRIORITIES),
+        "per_sequence": check_flag,
+    }
+
     def __init__(
         self,
         factor,
@@ -72,18 +86,12 @@ class Capacity(Configured):
         priority="position",
         per_sequence=False,
     ):
-        factor = check_positive_number("capacity_factor", factor)
-        minimum = check_positive_integer("minimum", minimum)
-        multiple_of = check_positive_integer("multiple_of", multiple_of)
-        if evaluation_factor is not None:
-            evaluation_factor = check_positive_number("evaluation_factor", evaluation_factor)
-        check_choice("priority", priority, PRIORITIES)
         self.factor = factor
         self.minimum = minimum
         self.multiple_of = multiple_of
         self.evaluation_factor = evaluation_factor
         self.priority = priority
-        self.per_sequence = check_flag("per_sequence", per_sequence)
+        self.per_sequence = per_sequence
 
     @classmethod
     def get(cls, identifier):
@@ -141,6 +149,7 @@ class Capacity(Configured):
             best = ops.top_k_indices(routing.probs, 1)
             return ops.take_scores(routing.probs, best)[:, 0]
         if self.priority == "random":
+            check_has_draws("A random priority", seed)
             return keras.random.uniform(keras_ops.shape(routing.mask), seed=seed)
         return None
 

@@ -31,6 +31,17 @@ class DenseExperts(StackedExperts):
     clip: float | None = None
     up_shift = 0.0
 
+    _attribute_checks = {
+        "hidden_dim": check_positive_integer,
+        "activation": get_activation,
+        "use_bias": check_flag,
+        "kernel_initializer": get_initializer,
+        "bias_initializer": get_initializer,
+        "kernel_regularizer": get_regularizer,
+        "bias_regularizer": get_regularizer,
+    }
+    _fixed_attributes = ("hidden_dim", "use_bias")
+
     def __init__(
         self,
         num_experts,
@@ -43,16 +54,14 @@ class DenseExperts(StackedExperts):
         bias_regularizer=None,
         **kwargs,
     ):
-        num_experts = check_positive_integer("num_experts", num_experts)
-        hidden_dim = check_positive_integer("hidden_dim", hidden_dim)
         super().__init__(num_experts, **kwargs)
         self.hidden_dim = hidden_dim
-        self.activation = get_activation("activation", activation)
-        self.use_bias = check_flag("use_bias", use_bias)
-        self.kernel_initializer = get_initializer("kernel_initializer", kernel_initializer)
-        self.bias_initializer = get_initializer("bias_initializer", bias_initializer)
-        self.kernel_regularizer = get_regularizer("kernel_regularizer", kernel_regularizer)
-        self.bias_regularizer = get_regularizer("bias_regularizer", bias_regularizer)
+        self.activation = activation
+        self.use_bias = use_bias
+        self.kernel_initializer = kernel_initializer
+        self.bias_initializer = bias_initializer
+        self.kernel_regularizer = kernel_regularizer
+        self.bias_regularizer = bias_regularizer
 
     def build(self, tokens_shape):
         check_inputs_shape(tokens_shape)

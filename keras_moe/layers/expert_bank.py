@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_moe import backend
 from keras_moe._internal.misplaced_arguments import ON_BANK, check_place
-from keras_moe._internal.named_arguments import NamedArguments
+from keras_moe._internal.named_arguments import Saved
 from keras_moe._internal.serialization import resolve
 from keras_moe._internal.shape_checks import check_bank_call, check_served
 from keras_moe._internal.validation import (
@@ -21,7 +21,7 @@ from keras_moe.layers.sublayers import width_of
 from keras_moe.ops.platforms import PLATFORMS
 
 
-class ExpertBank(NamedArguments, keras.layers.Layer):
+class ExpertBank(Saved, keras.layers.Layer):
     """Abstract: E experts that serve the rows a plan gives them.
 
     A subclass implements `call(tokens, plan)`: tokens (T, D) in, each token's weighted and summed
@@ -33,6 +33,9 @@ class ExpertBank(NamedArguments, keras.layers.Layer):
 
     _refused_arguments = tuple(ON_BANK)
 
+    _attribute_checks = {"num_experts": check_positive_integer}
+    _fixed_attributes: tuple[str, ...] = ("num_experts",)
+
     def __init__(self, num_experts, **kwargs):
         check_place(self, ON_BANK, kwargs)
         # Keras would cast the float32 combine weights inside the plan to the compute dtype. Banks
@@ -41,7 +44,7 @@ class ExpertBank(NamedArguments, keras.layers.Layer):
         self.has_own_policy = kwargs.get("dtype") is not None
         check_computes_in_floats(self)
         backend.separate_losses(self)
-        self.num_experts = check_positive_integer("num_experts", num_experts)
+        self.num_experts = num_experts
         check_method(self, "call", "tokens", "plan")
 
     def __call__(self, tokens, plan=None, **kwargs):

@@ -1,7 +1,9 @@
 """A bank of gated feed-forward experts, as in today's language models."""
 
+from functools import partial
+
 from keras_moe._internal.serialization import register
-from keras_moe._internal.validation import check_not_negative, check_positive_number
+from keras_moe._internal.validation import check_not_negative, check_positive_number, optional
 from keras_moe.layers.dense_experts import DenseExperts
 
 
@@ -50,6 +52,11 @@ class GatedExperts(DenseExperts):
 
     up_names = ("gate", "up")
 
+    _attribute_checks = {
+        "clip": optional(partial(check_positive_number, example=7.0)),
+        "up_shift": check_not_negative,
+    }
+
     def __init__(
         self,
         num_experts,
@@ -61,10 +68,8 @@ class GatedExperts(DenseExperts):
         **kwargs,
     ):
         super().__init__(num_experts, hidden_dim, activation, use_bias, **kwargs)
-        if clip is not None:
-            clip = check_positive_number("clip", clip, example=7.0)
         self.clip = clip
-        self.up_shift = check_not_negative("up_shift", up_shift)
+        self.up_shift = up_shift
 
     def get_config(self):
         return {**super().get_config(), "clip": self.clip, "up_shift": self.up_shift}

@@ -3,10 +3,10 @@
 import keras
 
 from keras_moe._internal.keras_objects import get_activation
-from keras_moe._internal.named_arguments import NamedArguments
+from keras_moe._internal.named_arguments import Saved, check_is_made
 from keras_moe._internal.serialization import register
 from keras_moe._internal.shape_checks import check_activated, check_inputs_shape
-from keras_moe._internal.tensor_checks import check_float_inputs
+from keras_moe._internal.tensor_checks import check_float_inputs, check_host_numbers, check_tensor
 from keras_moe._internal.validation import (
     check_computes_in_floats,
     check_flag,
@@ -15,7 +15,7 @@ from keras_moe._internal.validation import (
 
 
 @register
-class GatedFeedForward(NamedArguments, keras.layers.Layer):
+class GatedFeedForward(Saved, keras.layers.Layer):
     """`(activation(x Wg) * (x Wu)) Wd` for all tokens: one expert of `GatedExperts` as a layer.
 
     It consists of three `Dense` layers, `gate`, `up` and `down`.
@@ -47,12 +47,19 @@ class GatedFeedForward(NamedArguments, keras.layers.Layer):
     Reference: Shazeer 2020 (arXiv:2002.05202), eq. 6.
     """
 
+    _attribute_checks = {
+        "hidden_dim": check_positive_integer,
+        "activation": get_activation,
+        "use_bias": check_flag,
+    }
+    _fixed_attributes = ("hidden_dim", "activation", "use_bias")
+
     def __init__(self, hidden_dim, activation="silu", use_bias=False, **kwargs):
         super().__init__(**kwargs)
         check_computes_in_floats(self)
-        self.hidden_dim = check_positive_integer("hidden_dim", hidden_dim)
-        self.activation = get_activation("activation", activation)
-        self.use_bias = check_flag("use_bias", use_bias)
+        self.hidden_dim = hidden_dim
+        self.activation = activation
+        self.use_bias = use_bias
         self.supports_masking = True
 
     def build(self, inputs_shape):
@@ -68,6 +75,13 @@ class GatedFeedForward(NamedArguments, keras.layers.Layer):
         )
         layer.build((None, features))
         return layer
+
+    def __call__(self, inputs, *args, **kwargs):
+        check_is_made(self)
+        # Checked here, because Keras turns arrays into tensors before `call`.
+        check_tensor("inputs", inputs)
+        check_host_numbers(inputs=inputs)
+        return super().__call__(inputs, *args, **kwargs)
 
     def call(self, inputs):
         check_float_inputs(inputs)

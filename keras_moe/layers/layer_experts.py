@@ -55,8 +55,13 @@ class LayerExperts(ExpertBank):
     network.
     """
 
+    _attribute_checks = {"layers": lambda name, value: _as_layers(value)}
+    _fixed_attributes = ("layers",)
+
     def __init__(self, layers, **kwargs):
         layers = _as_layers(layers)
+        for layer in layers:
+            note_part(layer)
         super().__init__(len(layers), **kwargs)
         self.layers = layers
 
@@ -187,5 +192,4 @@ def _as_layers(layers):
     for layer in layers:
         check_takes_tokens("layers", layer)
         check_takes_axes("layers", layer, 2)
-        note_part(layer)
     return layers

@@ -7,6 +7,7 @@ from keras import ops as keras_ops
 
 from keras_moe import backend, routers
 from keras_moe._internal.misplaced_arguments import ON_LAYER, check_place
+from keras_moe._internal.named_arguments import check_is_made
 from keras_moe._internal.serialization import config_of, register, resolve
 from keras_moe._internal.shape_checks import (
     check_inputs_shape,
@@ -25,7 +26,9 @@ from keras_moe._internal.tensor_checks import (
 from keras_moe._internal.validation import (
     check_computes_in_floats,
     check_flag,
+    check_instance,
     check_training,
+    optional,
     shortened,
 )
 from keras_moe.layers import expert_bank
@@ -107,6 +110,14 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
     # Whether its own `get_config` has the experts, and not that of a block around it.
     has_own_config = True
     _refused_arguments = tuple(ON_LAYER)
+    _attribute_checks = {
+        "experts": check_instance(expert_bank.ExpertBank),
+        "router": check_instance(routers.Router),
+        "shared_expert": optional(check_instance(keras.Layer)),
+        "gated_shared_expert": check_flag,
+        "capacity": lambda name, value: Capacity.get(value),
+    }
+    _fixed_attributes = ("experts", "router", "gated_shared_expert")
 
     def __init__(
         self,
@@ -134,7 +145,7 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
                 "number. How many experts serve a token is `top_k`."
             )
         self._take_losses(self.router.default_losses if router_losses is None else router_losses)
-        self.gated_shared_expert = check_flag("gated_shared_expert", gated_shared_expert)
+        self.gated_shared_expert = gated_shared_expert
         if shared_expert is not None:
             shared_expert = resolve("shared_expert", shared_expert, keras.Layer)
             check_takes_tokens("shared_expert", shared_expert)
@@ -154,7 +165,7 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
                 dtype=_in_floats(self.dtype_policy),
                 name="shared_gate",
             )
-        self.capacity = Capacity.get(capacity_factor)
+        self.capacity = capacity_factor
         takes_capacity = check_flag("takes_capacity", self.router.takes_capacity)
         if self.capacity is not None and not takes_capacity:
             raise ValueError(
@@ -182,6 +193,7 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
         self._build_account(self.experts.num_experts)
 
     def __call__(self, *args, **kwargs):
+        check_is_made(self)
         # Checked here, because Keras turns arrays into tensors before `call`.
         self.router.check_arrays(**kwargs)
         check_training(kwargs.get("training"))

@@ -4,7 +4,13 @@ import keras
 from keras import ops as keras_ops
 
 from keras_moe import backend, losses, ops
-from keras_moe._internal.validation import check_not_negative, check_text, is_whole, shortened
+from keras_moe._internal.validation import (
+    check_flag,
+    check_not_negative,
+    check_text,
+    is_whole,
+    shortened,
+)
 from keras_moe.losses.router_loss import check_is_loss, check_value
 
 
@@ -22,12 +28,18 @@ class RoutingAccount(keras.layers.Layer):
             the last epoch after which `callbacks.ExpertMonitor` has reset the counters.
     """
 
+    _attribute_checks = {
+        "router_losses": lambda name, value: [losses.get(loss) for loss in _as_list(value)],
+        "counts_in_evaluation": check_flag,
+    }
+    _fixed_attributes: tuple[str, ...] = ("router_losses",)
+
     counts_in_evaluation = False
     last_counts = None
     last_losses = None
 
     def _take_losses(self, router_losses):
-        self.router_losses = [losses.get(loss) for loss in _as_list(router_losses)]
+        self.router_losses = router_losses
         self._initial_loss_weights = [loss.weight for loss in self.router_losses]
 
     def _build_account(self, num_experts):

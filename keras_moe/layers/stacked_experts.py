@@ -229,7 +229,7 @@ class StackedExperts(ExpertBank, Adaptable):
 
     @classmethod
     def from_config(cls, config):
-        return adaptable_from_config(super().from_config, config)
+        return adaptable_from_config(cls, super().from_config, config)
 
 
 def _stored(integers):

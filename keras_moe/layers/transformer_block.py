@@ -5,6 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_moe._internal.named_arguments import check_is_made
 from keras_moe._internal.saved_state import load_draws, save_draws
 from keras_moe._internal.serialization import config_of, resolve
 from keras_moe._internal.shape_checks import check_inputs_shape, check_returned
@@ -18,6 +19,8 @@ from keras_moe._internal.tensor_checks import (
 from keras_moe._internal.validation import (
     check_computes_in_floats,
     check_fraction,
+    check_has_draws,
+    check_instance,
     check_positive_integer,
     check_training,
 )
@@ -33,9 +36,14 @@ class TransformerBlock(Recomputable):
     Xiong et al. 2020 (arXiv:2002.04745): `x = x + dropout(branch(norm(x)))`.
     """
 
+    _attribute_checks = {
+        "num_heads": check_positive_integer,
+        "feedforward": check_instance(keras.Layer),
+        "dropout": check_fraction,
+    }
+    _fixed_attributes = ("num_heads", "feedforward")
+
     def __init__(self, num_heads, feedforward, dropout=0.0, **kwargs):
-        num_heads = check_positive_integer("num_heads", num_heads)
-        dropout = check_fraction("dropout", dropout)
         super().__init__(**kwargs)
         check_computes_in_floats(self)
         self.num_heads = num_heads
@@ -53,6 +61,7 @@ class TransformerBlock(Recomputable):
         )
 
     def __call__(self, *args, **kwargs):
+        check_is_made(self)
         # Checked here, because Keras turns arrays into tensors before `call`.
         check_training(kwargs.get("training"))
         check_host_integers("token_ids", kwargs.get("token_ids"))
@@ -118,6 +127,7 @@ class TransformerBlock(Recomputable):
 
     def _add(self, hidden, branch, training):
         if training and self.dropout:
+            check_has_draws("`dropout`", self._seed_generator)
             branch = draws.dropout(branch, self.dropout, self._seed_generator)
         # The feed-forward layer may compute in another dtype.
         return hidden + ops.cast(branch, hidden.dtype)

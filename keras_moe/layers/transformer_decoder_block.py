@@ -1,13 +1,14 @@
 """A Transformer decoder block with any feed-forward layer, and a cache to decode with."""
 
 import warnings
+from collections.abc import Mapping
 
 import keras
 from keras import ops
 
 from keras_moe._internal.serialization import register
 from keras_moe._internal.shape_checks import check_inputs_shape
-from keras_moe._internal.tensor_checks import check_rank, check_size
+from keras_moe._internal.tensor_checks import check_host_numbers, check_rank, check_size
 from keras_moe._internal.validation import check_flag, is_whole
 from keras_moe.layers.decoder_checks import (
     as_position,
@@ -87,12 +88,15 @@ class TransformerDecoderBlock(TransformerBlock):
     the place of the normalisation; Su et al. 2021 (arXiv:2104.09864) for rotary positions.
     """
 
+    _attribute_checks = {"cross_attention": check_flag, "rotary": check_flag}
+    _fixed_attributes = ("cross_attention", "rotary")
+
     def __init__(
         self, num_heads, feedforward, dropout=0.0, cross_attention=False, rotary=True, **kwargs
     ):
         super().__init__(num_heads, feedforward, dropout, **kwargs)
-        self.cross_attention = check_flag("cross_attention", cross_attention)
-        self.rotary = check_flag("rotary", rotary)
+        self.cross_attention = cross_attention
+        self.rotary = rotary
         self.context_features: int | None = None
         for layer in self.feedforward._flatten_layers():
             if isinstance(layer, MixtureOfExperts):
@@ -105,6 +109,8 @@ class TransformerDecoderBlock(TransformerBlock):
             check_rank("context", kwargs["context"], ("B", "S", "C"))
         if kwargs.get("position") is not None:
             kwargs["position"] = as_position(kwargs["position"])
+        if isinstance(kwargs.get("cache"), Mapping):
+            check_host_numbers(**kwargs["cache"])
         return super().__call__(*args, **kwargs)
 
     def build(self, inputs_shape, context_shape=None):
@@ -257,12 +263,18 @@ def _reasons_not_to_be_causal(layer):
             f"{type(router).__name__} chooses the experts of a token by {leak}. "
             "Use a causal router, such as TopKRouter."
         )
-    if capacity is not None and not capacity.is_causal(router.max_top_k):
+    if capacity is not None and not _is_causal(capacity, router.max_top_k):
         yield (
             f"A capacity with priority={capacity.priority!r} and {router.max_top_k} experts per "
             f"token drops tokens for {leak}. Leave `capacity_factor` out, or use the priority "
             "'position' and one expert per token."
         )
+
+
+def _is_causal(capacity, top_k):
+    """What a capacity says, which may be one of the user's own."""
+    name = f"{type(capacity).__name__}.is_causal(...)"
+    return check_flag(name, capacity.is_causal(top_k))
 
 
 def _all_true(mask, like):

@@ -5,12 +5,21 @@ from keras import ops
 
 from keras_moe._internal.serialization import config_of, register
 from keras_moe._internal.shape_checks import check_inputs_shape
-from keras_moe._internal.validation import is_whole, shortened
+from keras_moe._internal.validation import check_instance, is_whole, shortened
 from keras_moe.layers import expert_bank
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.sublayers import width_of
 from keras_moe.ops.assignments import Choices
 from keras_moe.ops.groups import ChosenGroups
+
+
+def _check_number(name, value):
+    if not is_whole(value) or value < 0:
+        raise ValueError(
+            f"`{name}` must be a whole number of at least 0. Received: {name}={shortened(value)}. "
+            "Pass 0 for none."
+        )
+    return int(value)
 
 
 @register
@@ -56,16 +65,22 @@ class ZeroComputationExperts(ExpertBank):
     (arXiv:2509.01322), section 2.1.
     """
 
+    _attribute_checks = {
+        "experts": check_instance(ExpertBank),
+        **dict.fromkeys(("num_zero", "num_identity", "num_constant"), _check_number),
+    }
+    _fixed_attributes = tuple(_attribute_checks)
+
     def __init__(self, experts, num_zero=0, num_identity=0, num_constant=0, **kwargs):
         experts = expert_bank.get(experts)
-        numbers = (num_zero, num_identity, num_constant)
-        if not all(is_whole(number) and number >= 0 for number in numbers) or not sum(numbers):
+        given = {"num_zero": num_zero, "num_identity": num_identity, "num_constant": num_constant}
+        number = sum(_check_number(name, value) for name, value in given.items())
+        if not number:
             raise ValueError(
-                "Numbers of experts must be whole, 0 or more, and one of them more. Received: "
-                f"num_zero={shortened(num_zero)}, num_identity={shortened(num_identity)}, "
-                f"num_constant={shortened(num_constant)}. Use the bank of experts alone for none."
+                "There must be an expert without computation. Received: num_zero=0, "
+                "num_identity=0, num_constant=0. Use the bank of experts alone for none."
             )
-        super().__init__(experts.num_experts + sum(numbers), **kwargs)
+        super().__init__(experts.num_experts + number, **kwargs)
         self.experts = experts
         self.num_zero = num_zero
         self.num_identity = num_identity

@@ -1,7 +1,13 @@
 """Router losses: objects that turn a routing into a scalar that training adds to its loss."""
 
 from keras_moe._internal.serialization import resolve
-from keras_moe._internal.validation import check_method
+from keras_moe._internal.validation import (
+    check_flag,
+    check_method,
+    check_positive_number,
+    check_scalar,
+    optional,
+)
 from keras_moe.losses.load_balance import GlobalLoadBalance, LoadBalance, SequenceLoadBalance
 from keras_moe.losses.router_entropy import RouterEntropy
 from keras_moe.losses.router_loss import RouterLoss
@@ -29,6 +35,10 @@ def get(identifier):
     loss = resolve("router_losses", identifier, RouterLoss, BY_NAME)
     extra = {"sequence_length": None} if loss.per_sequence else {}
     check_method(loss, "compute", "routing", **extra)
+    for name in ("per_sequence", "balances"):
+        check_flag(name, getattr(loss, name))
+    optional(check_positive_number)("usual_weight", loss.usual_weight)
+    check_scalar("value_at_balance", loss.value_at_balance)
     return loss
 
 

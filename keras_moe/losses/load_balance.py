@@ -113,9 +113,10 @@ class GlobalLoadBalance(RouterLoss):
     balances = True
     value_at_balance = 1.0
 
+    _attribute_checks = {"accumulation_steps": check_positive_integer}
+
     def __init__(self, weight=1e-2, accumulation_steps=1):
         super().__init__(weight)
-        accumulation_steps = check_positive_integer("accumulation_steps", accumulation_steps)
         self.accumulation_steps = accumulation_steps
         self._counts = None
 

@@ -26,8 +26,9 @@ class RouterLoss(Configured):
     # Its value, before the weight, where all experts serve alike.
     value_at_balance = 0.0
 
+    _attribute_checks = {"weight": check_not_negative}
+
     def __init__(self, weight):
-        weight = check_not_negative("weight", weight)
         self.weight = weight
 
     def __call__(self, routing, *args, **kwargs):

@@ -6,7 +6,7 @@ In `model.fit` use `callbacks.ExpertMonitor`: a layer cannot own a Keras metric 
 import keras
 from keras import ops
 
-from keras_moe._internal.named_arguments import NamedArguments, check_is_made
+from keras_moe._internal.named_arguments import Saved, check_is_made
 from keras_moe._internal.serialization import register
 from keras_moe._internal.shape_checks import check_fields
 from keras_moe._internal.tensor_checks import check_is_float
@@ -20,11 +20,12 @@ from keras_moe.metrics.usage import (
 )
 
 
-class _UsageMetric(NamedArguments, keras.metrics.Metric):
+class _UsageMetric(Saved, keras.metrics.Metric):
     """Abstract: accumulates a statistic of the counts of each routing."""
 
+    _attribute_checks = {"num_experts": check_positive_integer}
+
     def __init__(self, num_experts, name=None, dtype=None):
-        num_experts = check_positive_integer("num_experts", num_experts)
         if name is not None:
             check_name("name", name)
         super().__init__(name=name, dtype=dtype)
@@ -61,7 +62,7 @@ class _UsageMetric(NamedArguments, keras.metrics.Metric):
                 f"{routing.counts.shape[0]} experts, num_experts={self.num_experts}. "
                 f"Make the metric with num_experts={routing.counts.shape[0]}."
             )
-        self.remember(ops.cast(routing.counts, "float32"), routing.dropped)
+        self._remember(ops.cast(routing.counts, "float32"), routing.dropped)
 
     def get_config(self):
         return {**super().get_config(), "num_experts": self.num_experts}
@@ -72,10 +73,12 @@ class _TotalUsageMetric(_UsageMetric):
 
     def __init__(self, num_experts, name=None, dtype=None):
         super().__init__(num_experts, name, dtype)
-        self.counts = self.add_variable((num_experts,), "zeros", dtype="float32", name="counts")
+        self.counts = self.add_variable(
+            (self.num_experts,), "zeros", dtype="float32", name="counts"
+        )
         self.dropped = self.add_variable((), "zeros", dtype="float32", name="dropped")
 
-    def remember(self, counts, dropped):
+    def _remember(self, counts, dropped):
         self.counts.assign_add(counts)
         self.dropped.assign_add(ops.cast(dropped, "float32") * ops.sum(counts))
 
@@ -147,14 +150,15 @@ class DeadExpertsOverWindow(_UsageMetric):
     >>> dead = float(metric.result())
     """
 
+    _attribute_checks = {"window": check_positive_integer}
+
     def __init__(self, num_experts, window=100, name=None, dtype=None):
-        window = check_positive_integer("window", window)
         super().__init__(num_experts, name, dtype)
         self.window = window
         # Batches since the last assignment of each expert.
-        self.idle = self.add_variable((num_experts,), "zeros", dtype="float32", name="idle")
+        self.idle = self.add_variable((self.num_experts,), "zeros", dtype="float32", name="idle")
 
-    def remember(self, counts, dropped):
+    def _remember(self, counts, dropped):
         self.idle.assign(ops.where(counts > 0, 0.0, self.idle + 1.0))
 
     def result(self):

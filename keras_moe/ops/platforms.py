@@ -13,7 +13,6 @@ PLATFORMS = ("cpu", "gpu", "tpu")
 _of_thread = threading.local()
 
 
-@contextlib.contextmanager
 def platform(name):
     """Trace for a platform that this process does not run on.
 
@@ -41,7 +40,11 @@ def platform(name):
     >>> outputs.shape
     (8, 16)
     """
-    check_choice("name", name, PLATFORMS)
+    return _named(check_choice("name", name, PLATFORMS))
+
+
+@contextlib.contextmanager
+def _named(name):
     outer, _of_thread.name = named_platform(), name
     try:
         yield

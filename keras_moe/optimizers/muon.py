@@ -6,17 +6,23 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_moe._internal.bank_weights import BIASES, KERNELS
-from keras_moe._internal.named_arguments import NamedArguments
+from keras_moe._internal.named_arguments import Saved
 from keras_moe._internal.serialization import register
-from keras_moe._internal.validation import check_list, check_pattern
+from keras_moe._internal.validation import check_list, check_pattern, optional
 
 # With the number of their axes. Other weights of three axes, such as those of attention, are no
 # stacks of matrices.
 _STACKED = ((re.compile(KERNELS), 3), (re.compile(BIASES), 2))
 
 
+def _check_patterns(name, value):
+    for pattern in check_list(name, value):
+        check_pattern(name, pattern)
+    return value
+
+
 @register
-class Muon(NamedArguments, keras.optimizers.Muon):
+class Muon(Saved, keras.optimizers.Muon):
     """`keras.optimizers.Muon` that updates each expert's kernel as a matrix of its own.
 
     Keras's updates whatever has two axes by Muon, and all else by AdamW: of a bank, it takes the
@@ -45,11 +51,12 @@ class Muon(NamedArguments, keras.optimizers.Muon):
     (arXiv:2502.16982), for experts as matrices and for the scale.
     """
 
+    _attribute_checks = {
+        "learning_rate": lambda name, value: value,  # Keras's own check
+        "exclude_layers": optional(_check_patterns),
+    }
+
     def __init__(self, learning_rate=0.001, *, exclude_layers=None, **kwargs):
-        if exclude_layers is not None:
-            check_list("exclude_layers", exclude_layers)
-            for pattern in exclude_layers:
-                check_pattern("exclude_layers", pattern)
         super().__init__(learning_rate=learning_rate, exclude_layers=exclude_layers, **kwargs)
 
     def _should_use_adamw(self, variable):

@@ -36,8 +36,15 @@ def svg_plots(layers):
         yield from _by_row(routings, labels, "Which expert serves which label")
         words = {layer.summary.name: _repeated(layer) for layer in layers}
         yield from _by_row(routings, words, "Which expert serves which token, most frequent first")
-        figure = visualization.confidence(routings)
-        yield "How sure the router is of its first choice", _svg(figure)
+        # The page says in words that a router computes no numbers.
+        sure = {
+            name: routing
+            for name, routing in routings.items()
+            if np.isfinite(routing.probs[routing.mask]).all()
+        }
+        if sure:
+            figure = visualization.confidence(sure)
+            yield "How sure the router is of its first choice", _svg(figure)
         several = {
             name: routing for name, routing in routings.items() if routing.indices.shape[1] > 1
         }

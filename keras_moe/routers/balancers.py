@@ -4,6 +4,7 @@ Axes: T tokens, E experts, K experts per token.
 """
 
 import math
+from functools import partial
 
 from keras import ops
 
@@ -34,8 +35,9 @@ class SelectionBalancer(Configured):
             of the optimizer.
     """
 
+    _attribute_checks = {"accumulation_steps": check_positive_integer}
+
     def __init__(self, accumulation_steps=1):
-        accumulation_steps = check_positive_integer("accumulation_steps", accumulation_steps)
         self.accumulation_steps = accumulation_steps
 
     def measure(self, routing, scores, bias):
@@ -76,9 +78,10 @@ class LossFreeBias(SelectionBalancer):
     section 2.1.2. Subtracting the mean is not in the papers.
     """
 
+    _attribute_checks = {"rate": partial(check_positive_number, example=0.001)}
+
     def __init__(self, rate=1e-3, accumulation_steps=1):
         super().__init__(accumulation_steps)
-        rate = check_positive_number("rate", rate, example=0.001)
         self.rate = rate
 
     def measure(self, routing, scores, bias):
@@ -122,9 +125,10 @@ class QuantileBias(SelectionBalancer):
     Reference: the quantile balancing of Megatron-Core, whose dual variable beta is minus this bias.
     """
 
+    _attribute_checks = {"momentum": check_fraction}
+
     def __init__(self, momentum=0.0, accumulation_steps=1):
         super().__init__(accumulation_steps)
-        momentum = check_fraction("momentum", momentum)
         self.momentum = momentum
 
     def measure(self, routing, scores, bias):

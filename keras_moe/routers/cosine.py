@@ -42,9 +42,11 @@ class CosineRouter(SelectionRouter):
     normalizes_kernel = True
     projects_by_times_kernel = True
 
+    _attribute_checks = {"projection_dim": check_positive_integer}
+    _fixed_attributes = ("projection_dim",)
+
     def __init__(self, num_experts=None, projection_dim=256, **kwargs):
         super().__init__(num_experts, **kwargs)
-        projection_dim = check_positive_integer("projection_dim", projection_dim)
         self.projection_dim = projection_dim
 
     def build(self, tokens_shape):

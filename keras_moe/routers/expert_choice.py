@@ -47,9 +47,10 @@ class ExpertChoiceRouter(LogitRouter):
     default_losses = ()
     takes_capacity = False
 
+    _attribute_checks = {"capacity_factor": check_positive_number}
+
     def __init__(self, num_experts=None, capacity_factor=2.0, **kwargs):
         super().__init__(num_experts, **kwargs)
-        capacity_factor = check_positive_number("capacity_factor", capacity_factor)
         self.capacity_factor = capacity_factor
         self.top_k = num_experts
 

@@ -1,10 +1,12 @@
 """Routing that ignores the tokens, for measurements."""
 
+from functools import partial
+
 import keras
 from keras import ops
 
 from keras_moe._internal.serialization import register
-from keras_moe._internal.validation import check_choice, check_seed, check_top_k
+from keras_moe._internal.validation import check_choice, check_positive_integer, check_seed
 from keras_moe.ops import draws, top_k_indices
 from keras_moe.routers.hash import fixed_routing
 from keras_moe.routers.router import Router
@@ -48,13 +50,18 @@ class ForcedRouter(Router):
 
     default_losses = ()
 
+    _attribute_checks = {
+        "top_k": check_positive_integer,
+        "pattern": partial(check_choice, choices=PATTERNS),
+        "seed": check_seed,
+    }
+    _fixed_attributes = ("seed",)
+
     def __init__(self, num_experts=None, top_k=2, pattern="round_robin", seed=None, **kwargs):
         super().__init__(num_experts, **kwargs)
-        top_k = check_top_k(top_k, num_experts, "ForcedRouter")
-        check_choice("pattern", pattern, PATTERNS)
         self.top_k = top_k
         self.pattern = pattern
-        self.seed = check_seed("seed", seed)
+        self.seed = seed
         self._draws = keras.random.SeedGenerator(seed)
 
     def build(self, tokens_shape):

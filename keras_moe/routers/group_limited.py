@@ -38,6 +38,9 @@ class GroupLimitedRouter(SelectionRouter):
     (arXiv:2405.04434) takes the best expert of a group instead of the sum of two.
     """
 
+    _attribute_checks = {"num_groups": check_positive_integer, "top_groups": check_positive_integer}
+    _fixed_attributes = ("num_groups", "top_groups")
+
     def __init__(
         self, num_experts=None, num_groups=4, top_groups=2, top_k=2, score="sigmoid", **kwargs
     ):

@@ -45,9 +45,10 @@ class GShardRouter(LogitRouter):
     Mesh TensorFlow.
     """
 
+    _attribute_checks = {"threshold": check_positive_number}
+
     def __init__(self, num_experts=None, threshold=0.2, **kwargs):
         super().__init__(num_experts, **kwargs)
-        threshold = check_positive_number("threshold", threshold)
         if num_experts == 1:
             raise ValueError(
                 "`GShardRouter` sends each token to two experts. Received: "

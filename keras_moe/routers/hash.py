@@ -4,12 +4,22 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal.serialization import register
-from keras_moe._internal.validation import check_positive_integer, check_seed, check_top_k
+from keras_moe._internal.validation import check_positive_integer, check_seed
 from keras_moe.ops import make_routing
 from keras_moe.ops.selection import chosen_experts, existing
 from keras_moe.routers.router import Router
 
 _MOST_IDS = 2**31 - 1
+
+
+def _check_vocabulary_size(name, value):
+    value = check_positive_integer(name, value)
+    if value > _MOST_IDS:
+        raise ValueError(
+            f"`{name}` must fit into int32, as token ids do. Received: {name}={value}. Pass at "
+            f"most {_MOST_IDS}."
+        )
+    return value
 
 
 @register
@@ -50,18 +60,18 @@ class HashRouter(Router):
 
     default_losses = ()
 
+    _attribute_checks = {
+        "top_k": check_positive_integer,
+        "vocabulary_size": _check_vocabulary_size,
+        "seed": check_seed,
+    }
+    _fixed_attributes = ("top_k", "vocabulary_size", "seed")
+
     def __init__(self, num_experts=None, vocabulary_size=None, top_k=1, seed=0, **kwargs):
         super().__init__(num_experts, **kwargs)
-        vocabulary_size = check_positive_integer("vocabulary_size", vocabulary_size)
-        if vocabulary_size > _MOST_IDS:
-            raise ValueError(
-                "`vocabulary_size` must fit into int32, as token ids do. Received: "
-                f"vocabulary_size={vocabulary_size}. Pass at most {_MOST_IDS}."
-            )
-        top_k = check_top_k(top_k, num_experts, "HashRouter")
         self.vocabulary_size = vocabulary_size
         self.top_k = top_k
-        self.seed = check_seed("seed", seed)
+        self.seed = seed
 
     def build(self, tokens_shape):
         self.table = self.add_weight(

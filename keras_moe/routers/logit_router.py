@@ -48,6 +48,13 @@ class LogitRouter(Router, Adaptable):
 
     # Whether a `project` that is overridden multiplies by `times_kernel`, and so has LoRA.
     projects_by_times_kernel = False
+    _attribute_checks = {
+        "input_jitter": check_fraction,
+        "logit_noise": check_not_negative,
+        "kernel_initializer": get_initializer,
+        "kernel_regularizer": get_regularizer,
+        "seed": check_seed,
+    }
 
     def __init__(
         self,
@@ -59,21 +66,18 @@ class LogitRouter(Router, Adaptable):
         seed=None,
         **kwargs,
     ):
-        input_jitter = check_fraction("input_jitter", input_jitter)
-        logit_noise = check_not_negative("logit_noise", logit_noise)
-        seed = check_seed("seed", seed)
         super().__init__(num_experts, **kwargs)
         check_method(self, "project", "tokens")
         check_method(self, "logits", "tokens", "mask", "training")
         check_method(self, "kernel_shape", "features")
+        self.seed = seed
         self.input_jitter = input_jitter
         self.logit_noise = logit_noise
         if kernel_initializer is None:
-            kernel_initializer = keras.initializers.RandomNormal(stddev=0.02, seed=seed)
-        self.kernel_initializer = get_initializer("kernel_initializer", kernel_initializer)
-        self.kernel_regularizer = get_regularizer("kernel_regularizer", kernel_regularizer)
-        self.seed = seed
-        self._noise_seed = keras.random.SeedGenerator(seed)
+            kernel_initializer = keras.initializers.RandomNormal(stddev=0.02, seed=self.seed)
+        self.kernel_initializer = kernel_initializer
+        self.kernel_regularizer = kernel_regularizer
+        self._noise_seed = keras.random.SeedGenerator(self.seed)
 
     def build(self, tokens_shape):
         check_inputs_shape(tokens_shape)
@@ -212,4 +216,4 @@ class LogitRouter(Router, Adaptable):
 
     @classmethod
     def from_config(cls, config):
-        return adaptable_from_config(super().from_config, config)
+        return adaptable_from_config(cls, super().from_config, config)

@@ -3,7 +3,7 @@
 from keras import ops
 
 from keras_moe._internal.serialization import register
-from keras_moe._internal.validation import check_top_k
+from keras_moe._internal.validation import check_positive_integer
 from keras_moe.ops import draws, make_routing, noisy_load, take_scores, top_k_indices
 from keras_moe.ops.scores import distribution, softmax
 from keras_moe.routers.logit_router import LogitRouter
@@ -47,9 +47,10 @@ class NoisyTopKRouter(LogitRouter):
 
     default_losses = ("importance_variation", "load_variation")
 
+    _attribute_checks = {"top_k": check_positive_integer}
+
     def __init__(self, num_experts=None, top_k=2, **kwargs):
         super().__init__(num_experts, **kwargs)
-        top_k = check_top_k(top_k, num_experts, "NoisyTopKRouter")
         self.top_k = top_k
 
     def build(self, tokens_shape):

@@ -1,14 +1,30 @@
 """Routing without top-k: every expert with a positive logit serves."""
 
+from functools import partial
+
 import keras
 from keras import ops
 
 from keras_moe import backend
 from keras_moe._internal.serialization import register
-from keras_moe._internal.validation import check_positive_number, check_top_k
+from keras_moe._internal.validation import (
+    check_positive_integer,
+    check_positive_number,
+    check_top_k,
+)
 from keras_moe.ops import make_routing, masked_mean, take_scores, top_k_indices
 from keras_moe.ops.scores import distribution
 from keras_moe.routers.logit_router import LogitRouter
+
+
+def _check_growth(name, value):
+    value = check_positive_number(name, value, example=1.2)
+    if not value > 1:
+        raise ValueError(
+            f"`{name}` must be above 1, or the loss could not adapt. Received: "
+            f"{name}={value!r}. Pass, for example, 1.2."
+        )
+    return value
 
 
 @register
@@ -52,6 +68,12 @@ class ReLURouter(LogitRouter):
 
     default_losses = ()
 
+    _attribute_checks = {
+        "top_k": check_positive_integer,
+        "growth": _check_growth,
+        "initial_strength": partial(check_positive_number, example=1e-8),
+    }
+
     def __init__(
         self, num_experts=None, top_k=2, max_top_k=None, growth=1.2, initial_strength=1e-8, **kwargs
     ):
@@ -66,13 +88,6 @@ class ReLURouter(LogitRouter):
                 "`max_top_k` must be at least `top_k`, the mean that the loss aims at. Received: "
                 f"max_top_k={max_top_k}, top_k={top_k}. Raise the one or lower the other."
             )
-        growth = check_positive_number("growth", growth, example=1.2)
-        if not growth > 1:
-            raise ValueError(
-                "`growth` must be above 1, or the loss could not adapt. Received: "
-                f"growth={growth!r}. Pass, for example, 1.2."
-            )
-        initial_strength = check_positive_number("initial_strength", initial_strength, example=1e-8)
         self.top_k = top_k
         self._max_top_k = max_top_k
         self.growth = growth

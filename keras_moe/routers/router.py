@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_moe import backend
 from keras_moe._internal.misplaced_arguments import ON_ROUTER, check_place
-from keras_moe._internal.named_arguments import NamedArguments
+from keras_moe._internal.named_arguments import Saved, check_is_made
 from keras_moe._internal.saved_state import load_draws, save_draws
 from keras_moe._internal.shape_checks import check_fields
 from keras_moe._internal.tensor_checks import (
@@ -31,13 +31,14 @@ from keras_moe._internal.validation import (
     check_positive_number,
     check_top_k,
     check_training,
+    optional,
     overrides,
     shortened,
 )
 from keras_moe.ops import Routing, plan_groups
 
 
-class Router(NamedArguments, keras.layers.Layer):
+class Router(Saved, keras.layers.Layer):
     """Abstract: decides which experts serve which token.
 
     A router is a layer of its own and always computes in float32, whatever the policy of the model
@@ -69,6 +70,8 @@ class Router(NamedArguments, keras.layers.Layer):
     normalizes_kernel = False
 
     _refused_arguments = tuple(ON_ROUTER)
+    _attribute_checks = {"num_experts": optional(check_positive_integer)}
+    _fixed_attributes: tuple[str, ...] = ("num_experts",)
 
     def __new__(cls, *args, **kwargs):
         router = super().__new__(cls, *args, **kwargs)
@@ -84,14 +87,17 @@ class Router(NamedArguments, keras.layers.Layer):
                 "A router always computes in float32, whatever the policy around it. "
                 f"Received: dtype={shortened(dtype)}. Leave `dtype` out."
             )
-        if num_experts is not None:
-            num_experts = check_positive_integer("num_experts", num_experts)
         super().__init__(dtype="float32", **kwargs)
         backend.separate_losses(self)
         self.num_experts = num_experts
         self.supports_masking = True
         check_method(self, "route", "tokens", "mask", "training")
         self._known_arguments = set(inspect.signature(self.route).parameters)
+
+    def __setattr__(self, name, value):
+        if name == "top_k" and value is not None:
+            value = check_top_k(value, getattr(self, "num_experts", None), type(self).__name__)
+        super().__setattr__(name, value)
 
     def _post_build(self):
         if not overrides(self, "route", Router):
@@ -103,7 +109,8 @@ class Router(NamedArguments, keras.layers.Layer):
                 check_top_k(getattr(self, name), self.num_experts, type(self).__name__, name)
         if overrides(self, "mean_top_k", Router):
             check_positive_number("mean_top_k", self.mean_top_k)
-        check_flag("causal", self.causal)
+        for name in ("causal", "normalizes_kernel"):
+            check_flag(name, getattr(self, name))
         super()._post_build()
 
     def _made_by_build(self):
@@ -130,6 +137,7 @@ class Router(NamedArguments, keras.layers.Layer):
                 setattr(self, name, value)
 
     def __call__(self, *args, **kwargs):
+        check_is_made(self)
         if self.num_experts is None:
             raise ValueError(
                 "A router must know the number of experts before it is called. Received: "

@@ -1,18 +1,21 @@
 """What routers that give each token its K best experts have in common."""
 
+from functools import partial
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_moe import backend
+from keras_moe._internal.named_arguments import check_config
 from keras_moe._internal.shape_checks import check_shapes
 from keras_moe._internal.validation import (
     check_choice,
     check_flag,
     check_method,
+    check_positive_integer,
     check_positive_number,
-    check_top_k,
+    optional,
 )
 from keras_moe.ops.routing import top_k_routing
 from keras_moe.ops.scores import SCORES
@@ -38,6 +41,17 @@ class SelectionRouter(LogitRouter):
         use_bias: whether a learned bias (E,) is added to the logits.
     """
 
+    _attribute_checks = {
+        "top_k": check_positive_integer,
+        "score": partial(check_choice, choices=SCORES),
+        "renormalize": partial(check_flag, optional=True),
+        "scaling_factor": check_positive_number,
+        "use_bias": check_flag,
+        "balancer": optional(lambda name, value: balancers.get(value)),
+        "updates_selection_bias": check_flag,
+    }
+    _fixed_attributes: tuple[str, ...] = ("use_bias", "balancer")
+
     def __init__(
         self,
         num_experts=None,
@@ -51,16 +65,13 @@ class SelectionRouter(LogitRouter):
     ):
         super().__init__(num_experts, **kwargs)
         check_method(self, "select", "scores")
-        top_k = check_top_k(top_k, num_experts, type(self).__name__)
-        check_choice("score", score, SCORES)
-        scaling_factor = check_positive_number("scaling_factor", scaling_factor)
         self.top_k = top_k
         self.score = score
-        self.renormalize = check_flag("renormalize", renormalize, optional=True)
+        self.renormalize = renormalize
         self.scaling_factor = scaling_factor
-        self.use_bias = check_flag("use_bias", use_bias)
+        self.use_bias = use_bias
         self.bias: Any = None
-        self.balancer: Any = None if balancer is None else balancers.get(balancer)
+        self.balancer: Any = balancer
         if self.balancer is not None:
             # No loss should work against the task.
             self.default_losses = ()
@@ -131,7 +142,7 @@ class SelectionRouter(LogitRouter):
 
     @classmethod
     def from_config(cls, config):
-        config = dict(config)
+        config = dict(check_config(cls, config))
         updates = config.pop("updates_selection_bias", True)
         router = super().from_config(config)
         router.updates_selection_bias = updates

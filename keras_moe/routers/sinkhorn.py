@@ -3,7 +3,7 @@
 from keras import ops
 
 from keras_moe._internal.serialization import register
-from keras_moe._internal.validation import check_positive_integer, check_top_k
+from keras_moe._internal.validation import check_positive_integer
 from keras_moe.ops import sinkhorn_plan, top_k_indices, top_k_routing
 from keras_moe.routers.logit_router import LogitRouter
 
@@ -48,10 +48,10 @@ class SinkhornRouter(LogitRouter):
     causal = False
     default_losses = ()
 
+    _attribute_checks = {"top_k": check_positive_integer, "iterations": check_positive_integer}
+
     def __init__(self, num_experts=None, top_k=1, iterations=8, **kwargs):
         super().__init__(num_experts, **kwargs)
-        top_k = check_top_k(top_k, num_experts, "SinkhornRouter")
-        iterations = check_positive_integer("iterations", iterations)
         self.top_k = top_k
         self.iterations = iterations
 

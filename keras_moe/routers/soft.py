@@ -49,9 +49,11 @@ class SoftRouter(LogitRouter):
     takes_capacity = False
     normalizes_kernel = True
 
+    _attribute_checks = {"slots": check_positive_integer}
+    _fixed_attributes = ("slots",)
+
     def __init__(self, num_experts=None, slots=1, **kwargs):
         super().__init__(num_experts, **kwargs)
-        slots = check_positive_integer("slots", slots)
         self.slots = slots
         self.top_k = 1
 

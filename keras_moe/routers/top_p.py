@@ -1,5 +1,7 @@
 """As many experts as a token needs."""
 
+from functools import partial
+
 from keras import ops
 
 from keras_moe._internal.serialization import register
@@ -45,9 +47,10 @@ class TopPRouter(LogitRouter):
     Reference: Huang et al. 2024 (arXiv:2403.07652), eq. 4 and 5.
     """
 
+    _attribute_checks = {"threshold": partial(check_fraction, fix="Pass, for example, 0.4.")}
+
     def __init__(self, num_experts=None, threshold=0.4, max_top_k=None, **kwargs):
         super().__init__(num_experts, **kwargs)
-        threshold = check_fraction("threshold", threshold, fix="Pass, for example, 0.4.")
         if max_top_k is None and num_experts is not None:
             max_top_k = min(4, num_experts)
         if max_top_k is not None:

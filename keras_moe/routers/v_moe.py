@@ -1,7 +1,7 @@
 """The router of vision mixtures: fixed noise and raw probabilities."""
 
 from keras_moe._internal.serialization import register
-from keras_moe._internal.validation import check_not_negative, check_top_k
+from keras_moe._internal.validation import check_not_negative, check_positive_integer
 from keras_moe.ops import draws, make_routing, noisy_load, take_scores, top_k_indices
 from keras_moe.ops.scores import softmax
 from keras_moe.routers.logit_router import LogitRouter
@@ -43,10 +43,10 @@ class VMoERouter(LogitRouter):
 
     default_losses = ("importance_variation", "load_variation")
 
+    _attribute_checks = {"top_k": check_positive_integer, "noise_std": check_not_negative}
+
     def __init__(self, num_experts=None, top_k=2, noise_std=1.0, **kwargs):
         super().__init__(num_experts, **kwargs)
-        top_k = check_top_k(top_k, num_experts, "VMoERouter")
-        noise_std = check_not_negative("noise_std", noise_std)
         self.top_k = top_k
         self.noise_std = noise_std
 

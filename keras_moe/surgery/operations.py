@@ -158,8 +158,9 @@ def set_top_k(model, top_k):
         config = router.get_config()
         if "top_k" not in config:
             raise ValueError(
-                "The router of a layer must give each token a fixed number of experts. Received: "
-                f"{name!r} with a `{type(router).__name__}`. Leave the layer out."
+                "The router of a layer must have a `top_k`, experts that each token chooses. "
+                f"Received: {name!r} with a `{type(router).__name__}`, which has none. Leave the "
+                "layer out, by a dict of the others, or make it with a `routers.TopKRouter`."
             )
         check_top_k(value, router.num_experts, type(router).__name__)
         type(router).from_config({**config, "top_k": value})  # It has rules of its own.
@@ -231,7 +232,15 @@ def _number(name, layer, keep):
     number = keep
     if not is_whole(keep) and isinstance(keep, float) and 0 < keep <= 1:
         number = int(np.ceil(keep * num_experts))
-    least = router.min_top_k
+    # Some aim at a mean that is above the least.
+    least = max(router.min_top_k, router.get_config().get("top_k", 1))
+    if least == num_experts > 1 and number != num_experts:
+        raise ValueError(
+            "Each token must choose some of the experts, so that the others can be cut. Received: "
+            f"keep={shortened(keep)} for {name!r} with a `{type(router).__name__}`, where a token "
+            "may go to all. Make the model with a router such as `routers.TopKRouter`, and train "
+            "it, first."
+        )
     if not is_whole(number) or not least <= number <= num_experts:
         raise ValueError(
             "`keep` must be a share above 0 and up to 1, or a number of experts from the "

@@ -3,11 +3,12 @@
 import math
 import time
 from collections.abc import Mapping
+from functools import partial
 
 import keras
 import keras_tuner
 
-from keras_moe._internal.named_arguments import NamedArguments
+from keras_moe._internal.named_arguments import NamedArguments, check_is_made
 from keras_moe._internal.validation import (
     check_model,
     check_name,
@@ -85,16 +86,20 @@ class WithinBudget(NamedArguments, keras_tuner.Objective):
     True
     """
 
+    _attribute_checks = {
+        "budget": partial(check_positive_number, example=100_000),
+        "cost": check_name,
+        "loss": check_name,
+    }
+
     def __init__(self, budget, cost="active_flops", loss="val_loss"):
-        check_positive_number("budget", budget, example=100_000)
-        check_name("cost", cost)
-        check_name("loss", loss)
-        super().__init__(name=f"{loss}_within_{cost}", direction="min")
         self.budget = budget
         self.cost = cost
         self.loss = loss
+        super().__init__(name=f"{loss}_within_{cost}", direction="min")
 
     def has_value(self, logs):
+        check_is_made(self)
         if not isinstance(logs, Mapping):
             raise TypeError(
                 "`logs` must be a dict of names to numbers. Received: an object of type "

@@ -5,7 +5,7 @@ import math
 import numbers
 from typing import NamedTuple
 
-from keras_moe._internal.validation import shortened
+from keras_moe._internal.validation import check_name, shortened
 
 # The largest number that the message to the chief can hold.
 _ALL = 2**31 - 1
@@ -40,6 +40,8 @@ def pareto_table(search, cost="active_flops", loss="val_loss"):
             "`search` must be a `keras_tuner.Tuner`. Received: an object of type "
             f"{type(search).__name__}. Pass the tuner, after its `search`."
         )
+    check_name("cost", cost)
+    check_name("loss", loss)
     trials = _finished(search.oracle)
     if not trials:
         raise ValueError("A table needs a finished trial. Received: none. Call `search` first.")

@@ -1,13 +1,14 @@
 """The values from which a search chooses each part of a MoE layer."""
 
 import itertools
+import weakref
 from collections.abc import Mapping
 
 import keras
 import keras_tuner
 
 from keras_moe import layers, losses, routers
-from keras_moe._internal.named_arguments import NamedArguments
+from keras_moe._internal.named_arguments import NamedArguments, check_is_made
 from keras_moe._internal.validation import (
     check_choice,
     check_function,
@@ -21,8 +22,39 @@ from keras_moe._internal.validation import (
 TAKE_TOP_K = ("cosine", "deepseek_v3", "noisy_top_k", "sinkhorn", "top_k")
 SET_TOP_K = ("balanced_assignment", "switch")
 
+# For each search, or trial of one, the values of the spaces that were sampled, by their places.
+_spaces: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
 # Arguments of the layer that a space gives it.
 _CHOSEN = ("router", "router_losses", "capacity_factor")
+
+
+def _values(name, values):
+    if not isinstance(values, (list, tuple)) or not values:
+        raise ValueError(
+            f"`{name}` must be a list or tuple of the values to choose from. Received: "
+            f"{name}={shortened(values)}. Pass, for a fixed one, a tuple of one."
+        )
+    if len({repr(value) for value in values}) < len(values):
+        raise ValueError(
+            f"`{name}` must be values that differ. Received: {name}={shortened(values)}. Leave "
+            "out those that come twice."
+        )
+    return list(values)
+
+
+def _weights(name, values):
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            "`loss_weights` must be a dict from names of losses to weights to choose from. "
+            f"Received: loss_weights={shortened(values)}. Pass, for example, "
+            "`{'load_balance': (0.01, 0.1)}`."
+        )
+    return {
+        # Of one type, as KerasTuner wants them.
+        loss: [float(check_not_negative(name, weight)) for weight in _values(name, weights)]
+        for loss, weights in values.items()
+    }
 
 
 class SearchSpace(NamedArguments):
@@ -55,6 +87,12 @@ class SearchSpace(NamedArguments):
     (8, 32, 2)
     """
 
+    _attribute_checks = {
+        **dict.fromkeys(("active_width", "num_experts", "top_k", "routers"), _values),
+        "loss_weights": _weights,
+        "name": check_name,
+    }
+
     def __init__(
         self,
         active_width,
@@ -67,28 +105,15 @@ class SearchSpace(NamedArguments):
     ):
         if loss_weights is None:
             loss_weights = {"load_balance": (1e-2, 1e-3, 1e-1), "router_z": (1e-3,)}
-        if not isinstance(loss_weights, Mapping):
-            raise TypeError(
-                "`loss_weights` must be a dict from names of losses to weights to choose from. "
-                f"Received: loss_weights={shortened(loss_weights)}. Pass, for example, "
-                "`{'load_balance': (0.01, 0.1)}`."
-            )
-        self.active_width = _values("active_width", active_width)
-        self.num_experts = _values("num_experts", num_experts)
-        self.top_k = _values("top_k", top_k)
-        self.routers = _values("routers", routers)
-        self.loss_weights = {
-            loss: [
-                # Of one type, as KerasTuner wants them.
-                float(check_not_negative("loss_weights", weight))
-                for weight in _values("loss_weights", weights)
-            ]
-            for loss, weights in loss_weights.items()
-        }
+        self.active_width = active_width
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.routers = routers
+        self.loss_weights = loss_weights
         self.capacities = {
             str(factor): factor for factor in _values("capacity_factors", capacity_factors)
         }
-        self.name = check_name("name", name)
+        self.name = name
         self._check()
 
     def sample(self, hp, experts=layers.FeedForwardExperts, **kwargs):
@@ -106,6 +131,8 @@ class SearchSpace(NamedArguments):
             TypeError: If `hp` or `experts` is of another type.
             ValueError: If an argument is one that the space chooses.
         """
+        check_is_made(self)
+        self._check()
         if not isinstance(hp, keras_tuner.HyperParameters):
             raise TypeError(
                 "`hp` must be a `keras_tuner.HyperParameters`. Received: an object of type "
@@ -116,6 +143,11 @@ class SearchSpace(NamedArguments):
                 "`experts` must be a function of (num_experts, hidden_dim). Received: a "
                 f"`{type(experts).__name__}`, made already. Pass its class."
             )
+        if isinstance(experts, type) and not issubclass(experts, layers.ExpertBank):
+            raise TypeError(
+                "`experts` must be a bank of experts, if it is a class. Received: "
+                f"{experts.__name__}. Pass, for example, `layers.GatedExperts`."
+            )
         check_function("experts", experts, "num_experts", "hidden_dim")
         for name in _CHOSEN:
             if name in kwargs:
@@ -123,6 +155,7 @@ class SearchSpace(NamedArguments):
                     f"`{name}` must be left to the space, which chooses it. Received: "
                     f"{name}={shortened(kwargs[name])}. Leave it out."
                 )
+        self._check_is_alone(hp)
         with hp.name_scope(self.name):
             num_experts = _choose(hp, "num_experts", self.num_experts)
             router = self._sample_router(hp, num_experts)
@@ -133,9 +166,26 @@ class SearchSpace(NamedArguments):
                 for loss, weights in self.loss_weights.items()
             ]
         bank = experts(num_experts, hidden_dim)
+        if not isinstance(bank, layers.ExpertBank):
+            raise TypeError(
+                "`experts` must return a bank of experts. Received: an object of type "
+                f"{type(bank).__name__}. Pass, for example, `layers.GatedExperts`."
+            )
         return layers.MixtureOfExperts(
             bank, router, router_losses, capacity_factor=capacity, **kwargs
         )
+
+    def _check_is_alone(self, hp):
+        """Refuse the name of another space: KerasTuner would give both the values of the first."""
+        # Within other scopes of names or conditions, KerasTuner keeps them apart.
+        conditions = [each.get_config() for each in hp._conditions]
+        place, values = repr([*hp._name_scopes, self.name, conditions]), repr(vars(self))
+        if _spaces.setdefault(hp, {}).setdefault(place, values) != values:
+            raise ValueError(
+                "Spaces of one search must have names that differ, unless their values are the "
+                f"same. Received: two of the name {self.name!r} with other values. Pass, for "
+                "example, `name='second_moe'`."
+            )
 
     def _sample_router(self, hp, num_experts):
         name = _choose(hp, "router", self.routers)
@@ -167,20 +217,6 @@ class SearchSpace(NamedArguments):
                     f"Received: active_width={width}, top_k={top_k}. "
                     f"Pass a multiple of {top_k}, or leave this `top_k` out."
                 )
-
-
-def _values(name, values):
-    if not isinstance(values, (list, tuple)) or not values:
-        raise ValueError(
-            f"`{name}` must be a list or tuple of the values to choose from. Received: "
-            f"{name}={shortened(values)}. Pass, for a fixed one, a tuple of one."
-        )
-    if len({repr(value) for value in values}) < len(values):
-        raise ValueError(
-            f"`{name}` must be values that differ. Received: {name}={shortened(values)}. Leave "
-            "out those that come twice."
-        )
-    return list(values)
 
 
 def _choose(hp, name, values):

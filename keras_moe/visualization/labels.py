@@ -1,5 +1,7 @@
 """Plots of what experts serve."""
 
+import numbers
+
 import numpy as np
 from keras import ops
 
@@ -78,6 +80,14 @@ def _grouped(labels, mask, names):
             raise TypeError(
                 "`names` must be a list of a name for each label. Received: "
                 f"names={shortened(names)} (of type {type(names).__name__}). Put it into a list."
+            )
+        names = names.tolist() if isinstance(names, np.ndarray) else names
+        wrong = [each for each in names or () if not isinstance(each, (str, numbers.Number))]
+        if wrong:
+            raise TypeError(
+                "`names` must be texts, or numbers. Received: "
+                f"{shortened(wrong[0])} (of type {type(wrong[0]).__name__}) in it. Pass the names "
+                "in one list."
             )
         if names is not None and highest >= len(names):
             raise ValueError(

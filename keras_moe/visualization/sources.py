@@ -5,7 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal.shape_checks import check_fields
-from keras_moe._internal.tensor_checks import check_experts, host_values
+from keras_moe._internal.tensor_checks import check_counts, check_experts, host_values
 from keras_moe._internal.validation import check_positive_integer, shortened
 from keras_moe.ops.routing import Routing
 
@@ -29,7 +29,7 @@ def routings(source, num_experts=None):
 def probabilities(source):
     """Dict of names to probabilities (T, E) of the real tokens."""
     return {
-        name: value.probs[value.mask] if isinstance(value, Routing) else _checked(value)
+        name: _checked(value.probs[value.mask] if isinstance(value, Routing) else value)
         for name, value in by_layer(source).items()
     }
 
@@ -37,9 +37,11 @@ def probabilities(source):
 def _checked(probs):
     fit = probs.ndim == 2 and probs.shape[1] and probs.dtype.kind == "f"
     if not fit or not ((probs >= 0) & (probs <= 1 + 1e-4)).all():
+        is_known = probs.dtype.kind == "f" and probs.size
+        values = f", from {probs.min()} to {probs.max()}" if is_known else ""
         raise ValueError(
             "Probabilities must be numbers from 0 to 1, (T, E). Received: "
-            f"shape {probs.shape} of {probs.dtype}. Pass `routing.probs`."
+            f"{probs.dtype} of shape {probs.shape}{values}. Pass `routing.probs` of a router."
         )
     return probs
 
@@ -96,6 +98,9 @@ def _joined(value):
         for routing in value:
             check_fields(routing, "indices", "weights", "probs", "logits", "mask", "counts")
         value = [Routing(*map(ops.convert_to_numpy, routing[:7])) for routing in value]
+        for routing in value:
+            check_counts("routing.counts", routing.counts)
+            check_experts("routing.indices", routing.indices[routing.mask], len(routing.counts))
         shapes = [(routing.indices.shape, routing.probs.shape) for routing in value]
         widths = {(tuple(indices[1:]), tuple(probs[1:])) for indices, probs in shapes}
         if len(widths) > 1:
@@ -118,6 +123,11 @@ def _joined(value):
 
 def _array(name, value):
     """What is given as an array; lists must be as one is."""
+    if isinstance(value, keras.KerasTensor):
+        raise TypeError(
+            f"What is drawn must have values. Received: {name} of a symbolic tensor. Pass what a "
+            "model returns."
+        )
     array = host_values(value)
     if isinstance(value, (list, tuple)) and array is not None and array.dtype.kind in "US":
         if not all(isinstance(each, (str, bytes)) for each in keras.tree.flatten(value)):
