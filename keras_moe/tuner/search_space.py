@@ -1,7 +1,6 @@
 """The values from which a search chooses each part of a MoE layer."""
 
 import itertools
-import weakref
 from collections.abc import Mapping
 
 import keras
@@ -21,9 +20,6 @@ from keras_moe._internal.validation import (
 # Routers whose tokens all have K experts, so that the active size is known before the search.
 TAKE_TOP_K = ("cosine", "deepseek_v3", "noisy_top_k", "sinkhorn", "top_k")
 SET_TOP_K = ("balanced_assignment", "switch")
-
-# For each search, or trial of one, the values of the spaces that were sampled, by their places.
-_spaces: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 # Arguments of the layer that a space gives it.
 _CHOSEN = ("router", "router_losses", "capacity_factor")
@@ -155,14 +151,13 @@ class SearchSpace(NamedArguments):
                     f"`{name}` must be left to the space, which chooses it. Received: "
                     f"{name}={shortened(kwargs[name])}. Leave it out."
                 )
-        self._check_is_alone(hp)
         with hp.name_scope(self.name):
-            num_experts = _choose(hp, "num_experts", self.num_experts)
+            num_experts = self._choose(hp, "num_experts", self.num_experts)
             router = self._sample_router(hp, num_experts)
-            hidden_dim = _choose(hp, "active_width", self.active_width) // router.max_top_k
-            capacity = self.capacities[_choose(hp, "capacity_factor", list(self.capacities))]
+            hidden_dim = self._choose(hp, "active_width", self.active_width) // router.max_top_k
+            capacity = self.capacities[self._choose(hp, "capacity_factor", list(self.capacities))]
             router_losses = [
-                losses.BY_NAME[loss](_choose(hp, f"{loss}_weight", weights))
+                losses.BY_NAME[loss](self._choose(hp, f"{loss}_weight", weights))
                 for loss, weights in self.loss_weights.items()
             ]
         bank = experts(num_experts, hidden_dim)
@@ -175,25 +170,29 @@ class SearchSpace(NamedArguments):
             bank, router, router_losses, capacity_factor=capacity, **kwargs
         )
 
-    def _check_is_alone(self, hp):
-        """Refuse the name of another space: KerasTuner would give both the values of the first."""
-        # Within other scopes of names or conditions, KerasTuner keeps them apart.
-        conditions = [each.get_config() for each in hp._conditions]
-        place, values = repr([*hp._name_scopes, self.name, conditions]), repr(vars(self))
-        if _spaces.setdefault(hp, {}).setdefault(place, values) != values:
+    def _choose(self, hp, name, values):
+        """The value that `hp` has for this name, within the scope of the space."""
+        if len(values) == 1:
+            choice = hp.Fixed(name, values[0])
+        else:
+            choice = hp.Choice(name, sorted(values), default=values[0])
+        # KerasTuner gives two of one name the values of the first. Those in other scopes end alike.
+        alike = [each for each in hp.space if each.name.endswith(f"{self.name}/{name}")]
+        if not any(sorted(values) == list(each.values) for each in alike):
             raise ValueError(
                 "Spaces of one search must have names that differ, unless their values are the "
-                f"same. Received: two of the name {self.name!r} with other values. Pass, for "
-                "example, `name='second_moe'`."
+                f"same. Received: two of the name {self.name!r} with other values of `{name}`. "
+                "Pass, for example, `name='second_moe'`."
             )
+        return choice
 
     def _sample_router(self, hp, num_experts):
-        name = _choose(hp, "router", self.routers)
+        name = self._choose(hp, "router", self.routers)
         open_routers = [router for router in self.routers if router in TAKE_TOP_K]
         if open_routers:
             with hp.conditional_scope("router", open_routers):
                 if name in open_routers:
-                    return _router(name, num_experts, _choose(hp, "top_k", self.top_k))
+                    return _router(name, num_experts, self._choose(hp, "top_k", self.top_k))
         return _router(name, num_experts)
 
     def _check(self):
@@ -217,12 +216,6 @@ class SearchSpace(NamedArguments):
                     f"Received: active_width={width}, top_k={top_k}. "
                     f"Pass a multiple of {top_k}, or leave this `top_k` out."
                 )
-
-
-def _choose(hp, name, values):
-    if len(values) == 1:
-        return hp.Fixed(name, values[0])
-    return hp.Choice(name, sorted(values), default=values[0])
 
 
 def _router(name, num_experts, top_k=None):
