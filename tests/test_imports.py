@@ -29,7 +29,7 @@ LEVELS = {
     "saved_state": 0,
     "keras_objects": 0,
     "misplaced_arguments": 0,
-    "named_arguments": 0,
+    "named_arguments": -1,
     "tensor_checks": -1,
     "validation": -2,
     "shape_checks": 0,

@@ -78,10 +78,16 @@ def test_experts_to_replay_have_a_row_for_each_token():
 
 
 @pytest.mark.parametrize(
-    "numbers", [{}, {"num_zero": -1}, {"num_identity": 1.5}, {"num_constant": True}]
+    ("numbers", "rule"),
+    [
+        ({}, "must be an expert without computation"),
+        ({"num_zero": -1}, "`num_zero` must be a whole number of at least 0"),
+        ({"num_identity": 1.5}, "`num_identity` must be a whole number of at least 0"),
+        ({"num_constant": True}, "`num_constant` must be a whole number of at least 0"),
+    ],
 )
-def test_experts_without_computation_are_counted_in_whole_numbers(numbers):
-    with pytest.raises(ValueError, match="Numbers of experts must be whole, 0 or more, and one"):
+def test_experts_without_computation_are_counted_in_whole_numbers(numbers, rule):
+    with pytest.raises(ValueError, match=rule):
         layers.ZeroComputationExperts(layers.FeedForwardExperts(2, 4), **numbers)
 
 
