@@ -121,10 +121,10 @@ def judge_router(entropy, largest_logit):
     if largest_logit > EXPLODED_LOGIT:
         return [exploded(f"reach {largest_logit:.0f}")]
     if entropy > INDIFFERENT:
-        text = "The router has no preference: all experts are about equally probable."
+        text = "The router hardly prefers an expert: the scores of a token are close to each other."
         fix = (
-            "Train longer, with sigmoid scores in particular. If it stays so, lower the weights of "
-            "the router losses, if there are any."
+            "Train on: scores are close at first, and those by a sigmoid for longer. If the loss "
+            "does not fall either, lower the weights of the router losses."
         )
         return [Finding(HINT, text, fix)]
     if entropy < CERTAIN:

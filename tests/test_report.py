@@ -150,7 +150,7 @@ def test_an_untrained_router_is_said_to_have_no_preference(tmp_path):
     outputs = layers.MixtureOfExperts(experts, name="new")(keras.layers.Embedding(9, 8)(inputs))
     model = keras.Model(inputs, outputs)
     _, html = written(tmp_path, model, balanced(5))
-    assert "new: The router has no preference: all experts are about equally probable." in html
+    assert "new: The router hardly prefers an expert: the scores of a token are close" in html
 
 
 @of_the_page

@@ -1242,6 +1242,23 @@ METHODS = {
         (lambda v: setattr(built(moe()).experts, "hidden_dim", v), [5]),
         (lambda v: setattr(built(moe()).router, "top_k", v), [0, E + 1, "2"]),
         (lambda v: setattr(built(moe()).router, "num_experts", v), [E + 1]),
+        (lambda v: setattr(built(moe()).router, "balancer", v), ["loss_free"]),
+        (lambda v: setattr(built(moe()).experts, "kernel_regularizer", v), ["l2"]),
+        (lambda v: setattr(built(moe()).router_losses[0], "weight", v), [5.0]),
+    ],
+    "attributes that others are computed from": [
+        (lambda v: setattr(moe(), "gated_shared_expert", v), [True]),
+        (lambda v: setattr(moe().router, "seed", v), [3]),
+        (
+            lambda v: setattr(layers.LayerExperts([keras.layers.Dense(D)]), "layers", v),
+            [[keras.layers.Dense(D), keras.layers.Dense(D)]],
+        ),
+        (lambda v: setattr(layers.ZeroComputationExperts(bank(), 1), "num_zero", v), [2]),
+        (lambda v: setattr(metrics.LoadImbalance(E), "num_experts", v), [E + 1]),
+    ],
+    "attributes that are weights": [
+        (lambda v: setattr(built(moe()).router, "kernel", v), [np.ones((D, E), "f4")]),
+        (lambda v: setattr(built(moe()), "expert_counts", v), [np.zeros(E)]),
     ],
     "a loss in place of a function of Keras": [
         (
@@ -1415,6 +1432,20 @@ def test_a_subclass_has_attributes_of_its_own():
     layer.capacity.factor, layer.note = 1.5, "any other attribute"
     assert layer(normal(2, D)).shape == (2, D)
     assert layer.router.get_config()["top_k"] == 1 and layer.capacity.factor == 1.5
+
+
+def test_parts_are_changed_before_the_layer_is_built():
+    layer = moe(router_losses=())
+    layer.router = routers.TopKRouter(top_k=1)
+    layer.shared_expert = keras.layers.Dense(D)
+    layer.router_losses = [losses.RouterZ(0.5), "load_balance"]
+    layer.router_losses[1].weight = 0.25
+    block = layers.TransformerEncoderBlock(2, moe())
+    block.feedforward = layer
+    assert block(normal(2, 3, D), training=True).shape == (2, 3, D)
+    assert layer.router.num_experts == E
+    np.testing.assert_allclose(layer.loss_weights_in_force, [0.5, 0.25])
+    assert len(block.losses) == 2
 
 
 def test_a_subclass_takes_arguments_of_its_own():

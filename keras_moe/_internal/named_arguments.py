@@ -4,6 +4,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import keras
+
 from keras_moe._internal.validation import closest, shortened
 
 _PACKAGE = __name__.partition(".")[0]
@@ -27,10 +29,14 @@ class NamedArguments:
     # Arguments that are attributes, checked whenever they are set: functions of the name and the
     # value that return what is kept. Those of the bases count too.
     _attribute_checks: dict = {}
-    # Those that weights were made for: they stay as they are once Keras has locked a layer's state.
+    # Those that others are computed from, which stay as they were given.
+    _kept_attributes: tuple[str, ...] = ()
+    # Those that weights were made for, which stay as they are once `_is_settled`.
     _fixed_attributes: tuple[str, ...] = ()
+    # What to do instead of setting one that stays.
+    _instead_of_setting = "Make another one."
     # What `_rules_of` makes of these.
-    _attribute_rules: tuple[dict, set, set] = ({}, set(), set())
+    _attribute_rules: tuple[dict, set, set, set] = ({}, set(), set(), set())
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -43,11 +49,12 @@ class NamedArguments:
         return make(cls) if make is object.__new__ else make(cls, *args, **kwargs)
 
     def __setattr__(self, name, value):
-        checks, fixed, without_effect = self._attribute_rules
+        checks, kept, fixed, without_effect = self._attribute_rules
         if name in checks:
             value = checks[name](name, value)
-        if name in fixed and getattr(getattr(self, "_tracker", None), "locked", False):
+        if name in kept or (name in fixed and self._is_settled()):
             _check_is_kept(self, name, value)
+        _check_keeps_weight(self, name, value)
         if name in without_effect:
             raise TypeError(
                 f"`{name}` must be given to a constructor, or set on what has it. Received: "
@@ -56,21 +63,27 @@ class NamedArguments:
             )
         super().__setattr__(name, value)
 
+    def _is_settled(self):
+        """Whether its weights are made: Keras has then locked the state of a layer."""
+        return getattr(getattr(self, "_tracker", None), "locked", False)
+
 
 def _rules_of(cls):
-    """Checks of attributes, the names of those that are fixed, and of arguments that are none."""
+    """Checks of attributes, the names of those that stay, and of arguments that are none."""
     checks: dict = {}
+    kept: set = set()
     fixed: set = set()
     arguments = set(cls._refused_arguments)
     for base in reversed(cls.__mro__):
         own = vars(base)
         checks.update(own.get("_attribute_checks", {}))
+        kept.update(own.get("_kept_attributes", ()))
         fixed.update(own.get("_fixed_attributes", ()))
         if _is_ours(base) and "__init__" in own:
             arguments.update(inspect.signature(own["__init__"]).parameters)
     # A class of the user's has attributes of its own.
     without_effect = arguments - {*checks, *OF_KERAS} if _is_ours(cls) else set()
-    return checks, fixed, without_effect
+    return checks, kept, fixed, without_effect
 
 
 def _is_ours(cls):
@@ -78,13 +91,25 @@ def _is_ours(cls):
 
 
 def _check_is_kept(instance, name, value):
-    old = getattr(instance, name, None)
-    if old is None or old is value or old == value:
+    old = getattr(instance, name, value)
+    if old is value or old == value:
         return
     raise TypeError(
-        f"`{name}` of a `{type(instance).__name__}` must stay as it is once its weights are made. "
-        f"Received: {name}={shortened(value)} in place of {shortened(old)}. Make another one."
+        f"`{name}` of a `{type(instance).__name__}` must stay as it is, as others depend on it. "
+        f"Received: {name}={shortened(value)} in place of {shortened(old)}. "
+        f"{instance._instead_of_setting}"
     )
+
+
+def _check_keeps_weight(instance, name, value):
+    """An array in the place of a weight would be neither trained nor saved."""
+    if isinstance(vars(instance).get(name), keras.Variable) and not (
+        value is None or isinstance(value, keras.Variable)
+    ):
+        raise TypeError(
+            f"`{name}` of a `{type(instance).__name__}` must stay a weight. Received: {name}="
+            f"{shortened(value)} (of type {type(value).__name__}). Call `{name}.assign(...)`."
+        )
 
 
 def check_config(cls, config):

@@ -27,7 +27,7 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
     Looks at every MoE layer for
 
     - a collapse: nearly all work goes to the same few experts, and it does not get better;
-    - dead experts, without a token for three times as many looks;
+    - dead experts, without a token for three times as many looks as a collapse;
     - a router with weights that are not a number, or that have grown so large that each choice is
       absolute;
     - a `losses.LoadBalance` whose weight is too small to matter, or so large that what it adds
@@ -43,7 +43,8 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
     Works with and without `ExpertMonitor`, in any order.
 
     Args:
-        every: training batches from look to look.
+        every: training batches from look to look. A look waits until 20 assignments an expert have
+            been counted, so small batches take longer.
         patience: looks that a collapse must last before it is reported.
         stop: whether a problem ends the training, one batch after the look.
         rebalance: whether a collapse or a dead expert makes the layer's balancing losses ten times

@@ -67,7 +67,6 @@ def from_hugging_face(source, layer, config=None, into=None, **kwargs):
     if into is None:
         with _reading(config):
             mixture = mixture_of(config, **kwargs)
-        _check_plain(mixture)
     else:
         check_is_mixture("into", into)
         if kwargs:
@@ -76,9 +75,9 @@ def from_hugging_face(source, layer, config=None, into=None, **kwargs):
                 f"{', '.join(kwargs)}. Leave them out."
             )
         mixture = into
-        _check_plain(mixture)
-        with _reading(config):
-            check_computes_as(mixture, config)
+    _check_plain(mixture)
+    with _reading(config):
+        check_computes_as(mixture, config)
     with opened(source) as (read, names):
         prefix, rules = _layout_in(names, config["model_type"], layer)
         _check_all_there(names, prefix, rules, mixture.experts.num_experts)

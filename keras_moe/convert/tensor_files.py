@@ -47,6 +47,12 @@ def config_of(source):
             f"{len(source)} weights without `config`. Pass `config=model.config.to_dict()`."
         )
     path = check_path("source", source)
+    if not path.exists():
+        raise ValueError(
+            "`source` must be a folder or file on this machine. Received: "
+            f"source={str(source)!r}, which is none. Download the model first, for example by "
+            "`huggingface_hub.snapshot_download`."
+        )
     path = (path.parent if path.suffix == ".safetensors" else path) / "config.json"
     if not path.exists():
         raise ValueError(

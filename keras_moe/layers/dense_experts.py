@@ -40,7 +40,14 @@ class DenseExperts(StackedExperts):
         "kernel_regularizer": get_regularizer,
         "bias_regularizer": get_regularizer,
     }
-    _fixed_attributes = ("hidden_dim", "use_bias")
+    _fixed_attributes = (
+        "hidden_dim",
+        "use_bias",
+        "kernel_initializer",
+        "bias_initializer",
+        "kernel_regularizer",
+        "bias_regularizer",
+    )
 
     def __init__(
         self,

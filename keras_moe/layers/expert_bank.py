@@ -12,6 +12,7 @@ from keras_moe._internal.validation import (
     check_choice,
     check_computes_in_floats,
     check_flag,
+    check_instance,
     check_method,
     check_positive_integer,
     overrides,
@@ -127,6 +128,13 @@ def check_is_built(bank):
             "A bank must be built before it is asked about its weights or what computes them. "
             f"Received: `{bank.name}`, which is not. Call it, or `build`, first."
         )
+
+
+def check_is_layer_of_tokens(name, value):
+    """What serves tokens by itself: a Keras layer that is no bank of experts."""
+    check_instance(keras.Layer)(name, value)
+    check_takes_tokens(name, value)
+    return value
 
 
 def check_takes_tokens(name, layer):

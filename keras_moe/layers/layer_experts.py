@@ -56,7 +56,7 @@ class LayerExperts(ExpertBank):
     """
 
     _attribute_checks = {"layers": lambda name, value: _as_layers(value)}
-    _fixed_attributes = ("layers",)
+    _kept_attributes = ("layers",)
 
     def __init__(self, layers, **kwargs):
         layers = _as_layers(layers)
@@ -181,7 +181,7 @@ def _as_layers(layers):
             raise TypeError(
                 "`layers` must be a list of Keras layers. "
                 f"Received: {shortened(layer)} (of type {type(layer).__name__}) in it. "
-                "Wrap a function in `keras.layers.Lambda`."
+                "Make an instance of a class, and wrap a function in `keras.layers.Lambda`."
             )
     if len({id(layer) for layer in layers}) < len(layers):
         raise ValueError(
@@ -192,4 +192,4 @@ def _as_layers(layers):
     for layer in layers:
         check_takes_tokens("layers", layer)
         check_takes_axes("layers", layer, 2)
-    return layers
+    return tuple(layers)

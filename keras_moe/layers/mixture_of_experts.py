@@ -33,7 +33,7 @@ from keras_moe._internal.validation import (
 )
 from keras_moe.layers import expert_bank
 from keras_moe.layers.capacity import Capacity
-from keras_moe.layers.expert_bank import check_takes_tokens
+from keras_moe.layers.expert_bank import check_is_layer_of_tokens
 from keras_moe.layers.masks import mask_of
 from keras_moe.layers.mixture_state import load_state, save_state
 from keras_moe.layers.recomputation import Recomputable, effects_once
@@ -113,11 +113,12 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
     _attribute_checks = {
         "experts": check_instance(expert_bank.ExpertBank),
         "router": check_instance(routers.Router),
-        "shared_expert": optional(check_instance(keras.Layer)),
+        "shared_expert": optional(check_is_layer_of_tokens),
         "gated_shared_expert": check_flag,
         "capacity": lambda name, value: Capacity.get(value),
     }
-    _fixed_attributes = ("experts", "router", "gated_shared_expert")
+    _kept_attributes = ("gated_shared_expert",)
+    _fixed_attributes = ("experts", "router", "shared_expert")
 
     def __init__(
         self,
@@ -136,20 +137,11 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
         self.experts = expert_bank.get(experts)
         self.experts.take_policy(self.dtype_policy)
         self.router = routers.get(router, num_experts=self.experts.num_experts)
-        if self.router.num_experts != self.experts.num_experts:
-            raise ValueError(
-                "Router and experts must have the same number of experts. Received: "
-                f"router.num_experts={self.router.num_experts}, "
-                f"experts.num_experts={self.experts.num_experts}. "
-                "Leave `num_experts`, the first argument of the router, out, or give both the same "
-                "number. How many experts serve a token is `top_k`."
-            )
-        self._take_losses(self.router.default_losses if router_losses is None else router_losses)
+        self._bind_router()
+        self.router_losses = self.router.default_losses if router_losses is None else router_losses
         self.gated_shared_expert = gated_shared_expert
         if shared_expert is not None:
             shared_expert = resolve("shared_expert", shared_expert, keras.Layer)
-            check_takes_tokens("shared_expert", shared_expert)
-            self._shared_arguments = accepted_arguments(shared_expert, ("mask",))
         elif gated_shared_expert:
             raise ValueError(
                 "Only a shared expert can be gated. Received: gated_shared_expert=True, "
@@ -183,6 +175,7 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
     def build(self, inputs_shape):
         check_inputs_shape(inputs_shape)
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: inputs_shape[-1]})
+        self._bind_router()
         tokens_shape = (None, inputs_shape[-1])
         expert_bank.check_shared(self.experts, inputs_shape)
         for sublayer in (self.router, self.experts):
@@ -191,6 +184,17 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
         if self.shared_expert is not None:
             self._build_shared_expert(inputs_shape)
         self._build_account(self.experts.num_experts)
+
+    def _bind_router(self):
+        self.router.bind(self.experts.num_experts)
+        if self.router.num_experts != self.experts.num_experts:
+            raise ValueError(
+                "Router and experts must have the same number of experts. Received: "
+                f"router.num_experts={self.router.num_experts}, "
+                f"experts.num_experts={self.experts.num_experts}. "
+                "Leave `num_experts`, the first argument of the router, out, or give both the same "
+                "number. How many experts serve a token is `top_k`."
+            )
 
     def __call__(self, *args, **kwargs):
         check_is_made(self)
@@ -304,6 +308,7 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
                 f"End the shared expert with a layer of width {routed}."
             )
         self._shared_width = shared[-1]
+        self._shared_arguments = accepted_arguments(self.shared_expert, ("mask",))
         if self.shared_gate is not None and not self.shared_gate.built:
             self.shared_gate.build(inputs_shape)
 

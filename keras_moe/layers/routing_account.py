@@ -18,7 +18,7 @@ class RoutingAccount(keras.layers.Layer):
     """Abstract: a layer with a `router`, which adds its losses and counts the assignments.
 
     Attributes:
-        router_losses: list of `losses.RouterLoss`.
+        router_losses: tuple of `losses.RouterLoss`.
         expert_counts: weight (E,), assignments of each expert in training since the last
             `reset_counts`. The other counters are `dropped_count`, `router_loss_totals`,
             `router_entropy_total` and `call_count`.
@@ -29,25 +29,25 @@ class RoutingAccount(keras.layers.Layer):
     """
 
     _attribute_checks = {
-        "router_losses": lambda name, value: [losses.get(loss) for loss in _as_list(value)],
+        "router_losses": lambda name, value: tuple(losses.get(loss) for loss in _as_list(value)),
         "counts_in_evaluation": check_flag,
     }
     _fixed_attributes: tuple[str, ...] = ("router_losses",)
 
+    router_losses: tuple
     counts_in_evaluation = False
     last_counts = None
     last_losses = None
-
-    def _take_losses(self, router_losses):
-        self.router_losses = router_losses
-        self._initial_loss_weights = [loss.weight for loss in self.router_losses]
+    # Weights that were set before the layer is built; None: those of the losses.
+    _early_loss_weights = None
 
     def _build_account(self, num_experts):
         num_losses = len(self.router_losses)
+        initial = self.loss_weights_in_force
         self.router_loss_weights = self.add_weight(
             name="router_loss_weights",
             shape=(num_losses,),
-            initializer=lambda shape, dtype: keras_ops.array(self._initial_loss_weights, dtype),
+            initializer=lambda shape, dtype: keras_ops.array(initial, dtype),
             dtype="float32",
             trainable=False,
             autocast=False,
@@ -66,11 +66,12 @@ class RoutingAccount(keras.layers.Layer):
             before = {id(variable) for variable in self.variables}
             of_layer = loss.build(self)
             check_is_loss(of_layer, f"`{type(loss).__name__}.build`")
+            of_layer.note_copied()
             built.append(of_layer)
             self.loss_states.append(
                 [variable for variable in self.variables if id(variable) not in before]
             )
-        self.router_losses = built
+        self.router_losses = tuple(built)
 
     def _counter(self, name, shape):
         # Under `tf.distribute` each replica counts alone, and reading gives the sum, which
@@ -120,7 +121,7 @@ class RoutingAccount(keras.layers.Layer):
     def loss_weights_in_force(self):
         """The weight that each router loss has now, a list of floats."""
         if not self.built:
-            return list(self._initial_loss_weights)
+            return self._early_loss_weights or [loss.weight for loss in self.router_losses]
         return keras_ops.convert_to_numpy(self.router_loss_weights).tolist()
 
     def balance_advice(self):
@@ -160,7 +161,7 @@ class RoutingAccount(keras.layers.Layer):
         if self.built:
             self.router_loss_weights.assign(weights)
         else:
-            self._initial_loss_weights = weights
+            self._early_loss_weights = weights
 
     def reset_counts(self):
         """Set everything that was counted back to zero; before the layer is built nothing was."""

@@ -20,11 +20,10 @@ from keras_moe._internal.validation import (
     check_computes_in_floats,
     check_fraction,
     check_has_draws,
-    check_instance,
     check_positive_integer,
     check_training,
 )
-from keras_moe.layers.expert_bank import check_takes_tokens
+from keras_moe.layers.expert_bank import check_is_layer_of_tokens
 from keras_moe.layers.recomputation import Recomputable
 from keras_moe.layers.sublayers import accepted_arguments, build_and_measure
 from keras_moe.ops import draws
@@ -38,7 +37,7 @@ class TransformerBlock(Recomputable):
 
     _attribute_checks = {
         "num_heads": check_positive_integer,
-        "feedforward": check_instance(keras.Layer),
+        "feedforward": check_is_layer_of_tokens,
         "dropout": check_fraction,
     }
     _fixed_attributes = ("num_heads", "feedforward")
@@ -48,8 +47,6 @@ class TransformerBlock(Recomputable):
         check_computes_in_floats(self)
         self.num_heads = num_heads
         self.feedforward = resolve("feedforward", feedforward, keras.Layer)
-        check_takes_tokens("feedforward", self.feedforward)
-        self.examine_feedforward()
         self.dropout = dropout
         self._seed_generator = draws.seeded_generator() if dropout else None
         self.supports_masking = True
@@ -110,6 +107,7 @@ class TransformerBlock(Recomputable):
         self._feedforward_norm = self._make_norm("feedforward_norm", inputs_shape)
         features = self._features = inputs_shape[-1]
         outputs_shape = build_and_measure("feedforward", self.feedforward, inputs_shape)
+        self.examine_feedforward()
         if outputs_shape[-1] != features:
             raise ValueError(
                 "`feedforward` must return as many features as it is given, for the residual. "

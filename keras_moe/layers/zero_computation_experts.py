@@ -69,7 +69,7 @@ class ZeroComputationExperts(ExpertBank):
         "experts": check_instance(ExpertBank),
         **dict.fromkeys(("num_zero", "num_identity", "num_constant"), _check_number),
     }
-    _fixed_attributes = tuple(_attribute_checks)
+    _kept_attributes = tuple(_attribute_checks)
 
     def __init__(self, experts, num_zero=0, num_identity=0, num_constant=0, **kwargs):
         experts = expert_bank.get(experts)

@@ -27,9 +27,19 @@ class RouterLoss(Configured):
     value_at_balance = 0.0
 
     _attribute_checks = {"weight": check_not_negative}
+    _fixed_attributes = ("weight",)
+    _instead_of_setting = "Call `set_router_loss_weight` of the layer."
+    _is_copied = False
 
     def __init__(self, weight):
         self.weight = weight
+
+    def note_copied(self):
+        """A layer that was built has copied the weight, and does not look at it again."""
+        self._is_copied = True
+
+    def _is_settled(self):
+        return self._is_copied
 
     def __call__(self, routing, *args, **kwargs):
         if args:

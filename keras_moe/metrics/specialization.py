@@ -38,7 +38,8 @@ def count_table(routing, groups, num_groups):
     if not fits(groups.shape, routing.mask.shape):
         raise ValueError(
             "`groups` must have one group for each token. Received: "
-            f"groups.shape={tuple(groups.shape)} for {routing.mask.shape[0]} tokens. Flatten them."
+            f"groups.shape={tuple(groups.shape)} for {routing.mask.shape[0]} tokens. Flatten "
+            "them, or repeat the group of each row for its tokens by `np.repeat`."
         )
     num_experts = routing.counts.shape[0]
     indices = existing(routing.indices, num_experts)

@@ -24,6 +24,7 @@ class _UsageMetric(Saved, keras.metrics.Metric):
     """Abstract: accumulates a statistic of the counts of each routing."""
 
     _attribute_checks = {"num_experts": check_positive_integer}
+    _kept_attributes = ("num_experts",)
 
     def __init__(self, num_experts, name=None, dtype=None):
         if name is not None:

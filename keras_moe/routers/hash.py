@@ -26,8 +26,8 @@ def _check_vocabulary_size(name, value):
 class HashRouter(Router):
     """Each word of the vocabulary has its experts, drawn at random and never changed.
 
-    Nothing is learned, so nothing collapses. The K experts of a token have the weight 1 / K. For
-    experts chosen in another way, by topic or by frequency, assign `router.table`.
+    Nothing is learned, so nothing collapses. The K experts of a token have the weight 1 / K. To
+    choose experts in another way, by topic or by frequency, call `router.table.assign(table)`.
 
     Args:
         num_experts: number of experts, E.

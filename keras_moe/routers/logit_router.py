@@ -55,6 +55,8 @@ class LogitRouter(Router, Adaptable):
         "kernel_regularizer": get_regularizer,
         "seed": check_seed,
     }
+    _kept_attributes = ("seed",)
+    _fixed_attributes: tuple[str, ...] = ("kernel_initializer", "kernel_regularizer")
 
     def __init__(
         self,

@@ -73,6 +73,7 @@ class ReLURouter(LogitRouter):
         "growth": _check_growth,
         "initial_strength": partial(check_positive_number, example=1e-8),
     }
+    _fixed_attributes = ("initial_strength",)
 
     def __init__(
         self, num_experts=None, top_k=2, max_top_k=None, growth=1.2, initial_strength=1e-8, **kwargs

@@ -159,6 +159,20 @@ def _assign(bank, weights):
             variable.assign(value)
 
 
+def _without_feed_forward(model):
+    """What a model has instead of dense feed-forward layers."""
+    if not model.built:
+        return f"model {model.name!r}, which is not built"
+    found = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.Dense)]
+    described = ", ".join(
+        f"{layer.name!r} from {layer.kernel.shape[0]} to {layer.units}"
+        f"{'' if layer.activation is keras.activations.linear else ' with an activation'}"
+        for layer in found
+        if layer.built
+    )
+    return f"model {model.name!r} with {described or 'no `Dense` layer'}"
+
+
 def _choose(model, select):
     found = feed_forwards(model)
     if not found:
@@ -166,8 +180,8 @@ def _choose(model, select):
             "The model must have dense feed-forward layers: a `Dense` layer from D to H features "
             "with an activation, then one from H to D without, side by side in a functional or "
             "sequential model, in a `keras.Sequential` that is an attribute of a layer, or in a "
-            f"Transformer block of KerasHub. Received: model {model.name!r} without any, or not "
-            "built. Build it, or put the two layers of other blocks into a `keras.Sequential`."
+            f"Transformer block of KerasHub. Received: {_without_feed_forward(model)}. Build a "
+            "model first, and put the two layers of other blocks into a `keras.Sequential`."
         )
     names = [feed_forward.name for feed_forward in found]
     if select is None:
