@@ -282,7 +282,8 @@ CONSTRUCTORS = {
         lambda: layers.LayerExperts([dense(), abs]),
         TypeError,
         "`layers` must be a list of Keras layers. Received: <built-in function abs> "
-        "(of type builtin_function_or_method) in it. Wrap a function in `keras.layers.Lambda`.",
+        "(of type builtin_function_or_method) in it. Make an instance of a class, and wrap a "
+        "function in `keras.layers.Lambda`.",
     ),
     "a layer twice": (
         lambda: layers.LayerExperts([SAME, SAME]),

@@ -182,4 +182,4 @@ def test_a_layer_has_the_losses_that_suit_its_router(name):
     expected = [classes for classes, names in by_losses.items() if name in names] or [()]
     layer = layers.MixtureOfExperts(layers.FeedForwardExperts(4, 8), router=name)
     assert [tuple(type(loss).__name__ for loss in layer.router_losses)] == expected
-    assert layers.MixtureOfExperts(layer.experts, name, router_losses=()).router_losses == []
+    assert layers.MixtureOfExperts(layer.experts, name, router_losses=()).router_losses == ()
