@@ -54,6 +54,7 @@ FULL = Size(4000, 128, 256, blocks=2, shapes=Shapes((24, 32, 48), 1024), pairs=N
 SMOKE = Size(300, 8, 8, blocks=1, shapes=Shapes((64,), 512), pairs=256)
 DROPOUT = 0.1
 TWIN = "dense twin"
+SIDES = ("encoder", "decoder")
 MODEL_FILES = ("model.keras", "subwords.model", "shapes.json")
 
 
@@ -130,6 +131,9 @@ def parse_options(arguments):
     parser.add_argument("--top-k", type=int, default=2, help="experts that serve each piece")
     parser.add_argument("--balance", type=float, default=0.01, help="weight of the balance loss")
     parser.add_argument("--moe-every", type=int, default=1, help="every n-th block has experts")
+    parser.add_argument(
+        "--sides", nargs="+", choices=SIDES, default=[*SIDES], help="which sides have experts"
+    )
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--beams", type=int, default=4, help="1 writes greedily")
     parser.add_argument(
@@ -150,7 +154,7 @@ def size_of(options):
 
 def settings_name(options):
     """A name for all that a run depends on: another command does not go on with this one's."""
-    names = ["dataset", "experts", "top_k", "balance", "moe_every", "epochs", "beams"]
+    names = ["dataset", "experts", "top_k", "balance", "moe_every", "sides", "epochs", "beams"]
     settings = [getattr(options, name) for name in (*names, "seeds", "compare")]
     return resuming.digest(size_of(options), DROPOUT, *settings)
 
@@ -177,10 +181,12 @@ def build_model(feedforward, vocabulary_size, options, size):
         moe_every(
             options.moe_every,
             size.blocks,
-            functools.partial(feedforward, options, size),
+            functools.partial(
+                feedforward if side in options.sides else twin_feedforward, options, size
+            ),
             functools.partial(twin_feedforward, options, size),
         )
-        for _ in ("encoder", "decoder")
+        for side in SIDES
     )
     model = Translator(vocabulary_size, size.features, encoder, decoder, dropout=DROPOUT)
     model.build({"source": (None, None), "target": (None, None)})

@@ -35,7 +35,6 @@ from whole_files import write_json
 from keras_moe import layers, losses, routers
 
 EPOCHS = 1
-BOTH = ("encoder", "decoder")
 
 
 class Setting(typing.NamedTuple):
@@ -44,7 +43,7 @@ class Setting(typing.NamedTuple):
     experts: int = 8
     top_k: int = 2
     balance: float = 0.01
-    sides: tuple[str, ...] = BOTH
+    sides: tuple[str, ...] = translation.SIDES
     learning_rate: float = training.LEARNING_RATE
     part_of_data: float = 1.0
 
@@ -58,9 +57,9 @@ CHANGES = {
     "32 narrow experts, 8 active": Setting(experts=32, top_k=8),
     "balance 0.1": Setting(balance=0.1),
     "balance 0.001": Setting(balance=0.001),
-    "encoder only": Setting(sides=BOTH[:1]),
-    "decoder only": Setting(sides=BOTH[1:]),
-    "32 experts, decoder only": Setting(experts=32, sides=BOTH[1:]),
+    "encoder only": Setting(sides=("encoder",)),
+    "decoder only": Setting(sides=("decoder",)),
+    "32 experts, decoder only": Setting(experts=32, sides=("decoder",)),
     "half the learning rate": Setting(learning_rate=training.LEARNING_RATE / 2),
     "twice the learning rate": Setting(learning_rate=training.LEARNING_RATE * 2),
     "half of the data": Setting(part_of_data=0.5),
@@ -142,7 +141,7 @@ class Study(typing.NamedTuple):
         size = self.size
         encoder, decoder = (
             [feedforward(setting, size, side in setting.sides) for _ in range(size.blocks)]
-            for side in BOTH
+            for side in translation.SIDES
         )
         tokens = len(self.subwords)
         model = Translator(tokens, size.features, encoder, decoder, dropout=translation.DROPOUT)

@@ -415,6 +415,9 @@ def test_every_second_block_has_experts():
     size = translation.SMOKE._replace(blocks=3)
     model = translation.build_model(translation.expert_feedforward, 12, options, size)
     assert list(inspection.moe_layers(model)) == ["encoder_2_experts", "decoder_2_experts"]
+    options = translation.parse_options(["--sides", "decoder"])
+    model = translation.build_model(translation.expert_feedforward, 12, options, size)
+    assert list(inspection.moe_layers(model)) == [f"decoder_{n}_experts" for n in (1, 2, 3)]
 
 
 def run_example(*arguments, backend=None, **kwargs):
