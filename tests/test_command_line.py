@@ -40,7 +40,7 @@ def test_inspect_prints_layers_sizes_and_costs(saved, capsys):
         *("moe", "2", "of", str(E), f"{layer:,}", f"{active:,}", f"{2 * active:,}", "-", "-"),
         *(ENGINE, "(cpu)"),
     ]
-    assert printed[-1].startswith("Nothing was counted yet: experts are counted in training")
+    assert printed[-1].startswith("No counts are here: experts are counted in training")
 
 
 def test_inspect_prints_counters(saved, capsys):

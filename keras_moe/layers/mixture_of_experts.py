@@ -118,7 +118,7 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
         "capacity": lambda name, value: Capacity.get(value),
     }
     _kept_attributes = ("gated_shared_expert",)
-    _fixed_attributes = ("experts", "router", "shared_expert")
+    _fixed_attributes = ("experts", "router")
 
     def __init__(
         self,

@@ -54,8 +54,8 @@ class GroupLimitedRouter(SelectionRouter):
                 "`num_groups` must divide `num_experts`, and `top_groups` groups must hold at "
                 f"least `top_k` experts. Received: num_experts={num_experts}, "
                 f"num_groups={num_groups}, top_groups={top_groups}, top_k={top_k}. "
-                "Choose fewer groups or more of them for a token, for example "
-                f"`routers.GroupLimitedRouter({num_experts}, num_groups=1, top_groups=1)`."
+                "Choose another number of experts, fewer groups, or more of them for a token, for "
+                f"example `routers.GroupLimitedRouter({num_experts}, num_groups=1, top_groups=1)`."
             )
         if top_groups > num_groups:
             raise ValueError(
