@@ -30,7 +30,7 @@ def test_error_functions_are_exact_where_others_cancel(platform):
     x = np.linspace(-6, 6, 2001, dtype="float32")
     erf, erfc = np.vectorize(math.erf)(x), np.vectorize(math.erfc)(x)
     assert_close(replaced(platform, jax.lax.erf)(x), erf, 1, 4e-7)
-    np.testing.assert_allclose(replaced(platform, jax.lax.erfc)(x), erfc, rtol=4e-6)
+    np.testing.assert_allclose(replaced(platform, jax.lax.erfc)(x), erfc, rtol=8e-6)
     gelu = replaced(platform, lambda x: jax.nn.gelu(x, approximate=False))(x)
     assert_close(gelu, x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2, 1, 2e-6)
     tiny = np.float32(1e-20)

@@ -64,6 +64,12 @@ def test_what_is_no_stack_is_trained_as_by_keras():
     }
 
 
+def test_the_learning_rate_may_become_a_schedule():
+    optimizer = optimizers.Muon(0.01)
+    optimizer.learning_rate = keras.optimizers.schedules.ExponentialDecay(0.5, 10, 0.9)
+    assert float(optimizer.learning_rate) == 0.5
+
+
 def test_a_model_is_trained_and_resumed(tmp_path):
     keras.utils.set_random_seed(0)
     inputs = keras.Input((D,))

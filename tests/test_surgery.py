@@ -228,6 +228,13 @@ def plain():
     return single()[0]
 
 
+def hashed():
+    router = routers.HashRouter(vocabulary_size=9)
+    layer = layers.MixtureOfExperts(layers.FeedForwardExperts(E, H), router, name="moe")
+    layer.build((None, D))
+    return layer
+
+
 ERRORS = {
     "too few": (lambda: surgery.prune_experts(plain(), np.ones(E), keep=1)),
     "share": (lambda: surgery.prune_experts(plain(), np.ones(E), keep=1.5)),
@@ -244,6 +251,7 @@ ERRORS = {
     "merge with LoRA": (lambda: surgery.merge_experts(with_lora(), data=[X])),
     "top_k": (lambda: surgery.set_top_k(plain(), E + 1)),
     "no top_k": (lambda: surgery.set_top_k(expert_choice(), 1)),
+    "a table": (lambda: surgery.set_top_k(hashed(), 3)),
 }
 
 

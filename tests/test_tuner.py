@@ -98,6 +98,12 @@ def test_layers_of_one_space_share_their_values_and_others_do_not():
     assert [layer.experts.num_experts for layer in (first, second, other)] == [8, 8, 4]
 
 
+def test_what_a_user_has_fixed_before_stays():
+    hp = keras_tuner.HyperParameters()
+    hp.Fixed("moe/num_experts", 8)
+    assert space().sample(hp).experts.num_experts == 8
+
+
 @pytest.mark.parametrize("name", TAKE_TOP_K + SET_TOP_K)
 def test_every_token_has_k_experts_whatever_the_router(name):
     router = space(routers=(name,), num_experts=(8,)).sample(hyperparameters()).router

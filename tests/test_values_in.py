@@ -4,6 +4,7 @@ Each is refused by a ValueError or TypeError that says what was received. A func
 fails the last test, unless it is one of those that take nothing but checked objects.
 """
 
+import copy
 import functools
 import inspect
 import json
@@ -1248,7 +1249,7 @@ METHODS = {
     ],
     "attributes that others are computed from": [
         (lambda v: setattr(moe(), "gated_shared_expert", v), [True]),
-        (lambda v: setattr(moe().router, "seed", v), [3]),
+        (lambda v: setattr(built(moe()).router, "seed", v), [3]),
         (
             lambda v: setattr(layers.LayerExperts([keras.layers.Dense(D)]), "layers", v),
             [[keras.layers.Dense(D), keras.layers.Dense(D)]],
@@ -1432,6 +1433,20 @@ def test_a_subclass_has_attributes_of_its_own():
     layer.capacity.factor, layer.note = 1.5, "any other attribute"
     assert layer(normal(2, D)).shape == (2, D)
     assert layer.router.get_config()["top_k"] == 1 and layer.capacity.factor == 1.5
+
+
+def test_a_copy_of_a_loss_in_a_layer_is_free():
+    own = losses.LoadBalance()
+    layer = moe(router_losses=[own])
+    layer.set_router_loss_weight(0, 0.5)
+    assert layer.loss_weights_in_force == [0.5]
+    layer.router_losses = [own, "router_z"]
+    built(layer)
+    np.testing.assert_allclose(layer.loss_weights_in_force, [0.01, 0.001])
+    is_refused(lambda v: setattr(own, "weight", v), 0.3)
+    for free in (copy.copy(own), copy.deepcopy(layer.router_losses[0])):
+        free.weight = 0.3
+        assert free.get_config()["weight"] == 0.3
 
 
 def test_parts_are_changed_before_the_layer_is_built():

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
@@ -17,11 +17,21 @@ OF_KERAS = ("trainable", "dtype", "name")
 _OF_LAYERS = ("input_shape", "input_dim")
 
 
+class _Rules(NamedTuple):
+    """What holds for the attributes of a class: checks by name, and names."""
+
+    checks: dict
+    kept: set
+    fixed: set
+    without_effect: set
+
+
 class NamedArguments:
     """Abstract: a class whose constructor refuses arguments by names that it does not have.
 
-    Before any other class in the bases. A constructor with `**kwargs` may take any, unless
-    `serialization.register` has spelled out what that is.
+    Attributes keep the rules of the arguments they come from. Before any other class in the bases.
+    A constructor with `**kwargs` may take any, unless `serialization.register` has spelled out what
+    that is.
     """
 
     # Those that the constructor refuses by itself, with a reason.
@@ -34,9 +44,9 @@ class NamedArguments:
     # Those that weights were made for, which stay as they are once `_is_settled`.
     _fixed_attributes: tuple[str, ...] = ()
     # What to do instead of setting one that stays.
-    _instead_of_setting = "Make another one."
+    _instead_of_setting = "Make another one, or pass it to the constructor."
     # What `_rules_of` makes of these.
-    _attribute_rules: tuple[dict, set, set, set] = ({}, set(), set(), set())
+    _attribute_rules = _Rules({}, set(), set(), set())
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -49,17 +59,18 @@ class NamedArguments:
         return make(cls) if make is object.__new__ else make(cls, *args, **kwargs)
 
     def __setattr__(self, name, value):
-        checks, kept, fixed, without_effect = self._attribute_rules
-        if name in checks:
-            value = checks[name](name, value)
-        if name in kept or (name in fixed and self._is_settled()):
+        rules = self._attribute_rules
+        if name in rules.checks:
+            value = rules.checks[name](name, value)
+        if name in rules.kept or (name in rules.fixed and self._is_settled()):
             _check_is_kept(self, name, value)
-        _check_keeps_weight(self, name, value)
-        if name in without_effect:
+        if not name.startswith("_"):
+            _check_keeps_weight(self, name, value)
+        if name in rules.without_effect:
             raise TypeError(
                 f"`{name}` must be given to a constructor, or set on what has it. Received: "
                 f"{name}={shortened(value)} for a `{type(self).__name__}`, which would have no "
-                f"effect. {_meant(name, checks)}"
+                f"effect. {_meant(name, rules.checks)}"
             )
         super().__setattr__(name, value)
 
@@ -69,7 +80,6 @@ class NamedArguments:
 
 
 def _rules_of(cls):
-    """Checks of attributes, the names of those that stay, and of arguments that are none."""
     checks: dict = {}
     kept: set = set()
     fixed: set = set()
@@ -83,7 +93,7 @@ def _rules_of(cls):
             arguments.update(inspect.signature(own["__init__"]).parameters)
     # A class of the user's has attributes of its own.
     without_effect = arguments - {*checks, *OF_KERAS} if _is_ours(cls) else set()
-    return checks, kept, fixed, without_effect
+    return _Rules(checks, kept, fixed, without_effect)
 
 
 def _is_ours(cls):

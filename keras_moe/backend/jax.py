@@ -63,7 +63,7 @@ def compile_once(function):
 
 
 def trace_once(function):
-    """The function, whose trace is kept for equal arguments and put in line wherever it is called.
+    """The function, whose trace is kept for arguments of equal shapes, and put in line.
 
     JAX traces the backward pass of a conditional's branch twice.
     """

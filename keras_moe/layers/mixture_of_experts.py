@@ -118,7 +118,7 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
         "capacity": lambda name, value: Capacity.get(value),
     }
     _kept_attributes = ("gated_shared_expert",)
-    _fixed_attributes = ("experts", "router")
+    _fixed_attributes = ("experts", "router", "shared_expert")
 
     def __init__(
         self,
@@ -142,12 +142,8 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
         self.gated_shared_expert = gated_shared_expert
         if shared_expert is not None:
             shared_expert = resolve("shared_expert", shared_expert, keras.Layer)
-        elif gated_shared_expert:
-            raise ValueError(
-                "Only a shared expert can be gated. Received: gated_shared_expert=True, "
-                "shared_expert=None. Pass a `shared_expert`, or leave `gated_shared_expert` out."
-            )
         self.shared_expert = shared_expert
+        self._check_what_is_gated()
         self.shared_gate = None
         if gated_shared_expert:
             self.shared_gate = _Gate(
@@ -176,6 +172,7 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
         check_inputs_shape(inputs_shape)
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: inputs_shape[-1]})
         self._bind_router()
+        self._check_what_is_gated()
         tokens_shape = (None, inputs_shape[-1])
         expert_bank.check_shared(self.experts, inputs_shape)
         for sublayer in (self.router, self.experts):
@@ -184,6 +181,13 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
         if self.shared_expert is not None:
             self._build_shared_expert(inputs_shape)
         self._build_account(self.experts.num_experts)
+
+    def _check_what_is_gated(self):
+        if self.gated_shared_expert and self.shared_expert is None:
+            raise ValueError(
+                "Only a shared expert can be gated. Received: gated_shared_expert=True, "
+                "shared_expert=None. Pass a `shared_expert`, or leave `gated_shared_expert` out."
+            )
 
     def _bind_router(self):
         self.router.bind(self.experts.num_experts)

@@ -4,6 +4,7 @@ import keras
 from keras import ops as keras_ops
 
 from keras_moe import backend, losses, ops
+from keras_moe._internal.named_arguments import Saved
 from keras_moe._internal.validation import (
     check_flag,
     check_not_negative,
@@ -14,7 +15,7 @@ from keras_moe._internal.validation import (
 from keras_moe.losses.router_loss import check_is_loss, check_value
 
 
-class RoutingAccount(keras.layers.Layer):
+class RoutingAccount(Saved, keras.layers.Layer):
     """Abstract: a layer with a `router`, which adds its losses and counts the assignments.
 
     Attributes:
@@ -38,8 +39,8 @@ class RoutingAccount(keras.layers.Layer):
     counts_in_evaluation = False
     last_counts = None
     last_losses = None
-    # Weights that were set before the layer is built; None: those of the losses.
-    _early_loss_weights = None
+    # Losses, and the weights that they were given before the layer is built.
+    _early_loss_weights: tuple = ((), [])
 
     def _build_account(self, num_experts):
         num_losses = len(self.router_losses)
@@ -66,7 +67,8 @@ class RoutingAccount(keras.layers.Layer):
             before = {id(variable) for variable in self.variables}
             of_layer = loss.build(self)
             check_is_loss(of_layer, f"`{type(loss).__name__}.build`")
-            of_layer.note_copied()
+            for each in (loss, of_layer):
+                each.note_copied()
             built.append(of_layer)
             self.loss_states.append(
                 [variable for variable in self.variables if id(variable) not in before]
@@ -121,7 +123,10 @@ class RoutingAccount(keras.layers.Layer):
     def loss_weights_in_force(self):
         """The weight that each router loss has now, a list of floats."""
         if not self.built:
-            return self._early_loss_weights or [loss.weight for loss in self.router_losses]
+            early_losses, weights = self._early_loss_weights
+            if early_losses and early_losses == self.router_losses:
+                return list(weights)
+            return [loss.weight for loss in self.router_losses]
         return keras_ops.convert_to_numpy(self.router_loss_weights).tolist()
 
     def balance_advice(self):
@@ -161,7 +166,7 @@ class RoutingAccount(keras.layers.Layer):
         if self.built:
             self.router_loss_weights.assign(weights)
         else:
-            self._early_loss_weights = weights
+            self._early_loss_weights = (self.router_losses, weights)
 
     def reset_counts(self):
         """Set everything that was counted back to zero; before the layer is built nothing was."""

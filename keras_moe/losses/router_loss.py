@@ -41,6 +41,10 @@ class RouterLoss(Configured):
     def _is_settled(self):
         return self._is_copied
 
+    def __getstate__(self):
+        """Of a copy, which no layer has taken yet."""
+        return {name: value for name, value in vars(self).items() if name != "_is_copied"}
+
     def __call__(self, routing, *args, **kwargs):
         if args:
             raise TypeError(

@@ -55,8 +55,7 @@ class LogitRouter(Router, Adaptable):
         "kernel_regularizer": get_regularizer,
         "seed": check_seed,
     }
-    _kept_attributes = ("seed",)
-    _fixed_attributes: tuple[str, ...] = ("kernel_initializer", "kernel_regularizer")
+    _fixed_attributes: tuple[str, ...] = ("kernel_initializer", "kernel_regularizer", "seed")
 
     def __init__(
         self,

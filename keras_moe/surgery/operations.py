@@ -130,7 +130,7 @@ def merge_experts(model, keep=0.5, data=()):
 def set_top_k(model, top_k):
     """Let each token go to another number of experts, in place, compiled functions included.
 
-    Weights that were divided by their sum still are.
+    Weights still sum to 1, if they did before.
 
     Args:
         model: a Keras model with MoE layers, or one such layer.
@@ -163,6 +163,12 @@ def set_top_k(model, top_k):
                 "layer out, by a dict of the others, or make it with a `routers.TopKRouter`."
             )
         check_top_k(value, router.num_experts, type(router).__name__)
+        if "top_k" in router._attribute_rules.fixed and value != router.top_k:
+            raise ValueError(
+                "The router of a layer must choose experts by scores. Received: "
+                f"{name!r} with a `{type(router).__name__}`, which has {router.top_k} for each "
+                "token in a table. Leave the layer out, by a dict of the others."
+            )
         type(router).from_config({**config, "top_k": value})  # It has rules of its own.
     for name, layer in layers.items():
         router = layer.router
@@ -233,8 +239,9 @@ def _number(name, layer, keep):
     if not is_whole(keep) and isinstance(keep, float) and 0 < keep <= 1:
         number = int(np.ceil(keep * num_experts))
     # Some aim at a mean that is above the least.
-    least = max(router.min_top_k, router.get_config().get("top_k", 1))
-    if least == num_experts > 1 and number != num_experts:
+    top_k = router.get_config().get("top_k")
+    least = max(router.min_top_k, top_k or 1)
+    if top_k is None and least == num_experts > 1 and number != num_experts:
         raise ValueError(
             "Each token must choose some of the experts, so that the others can be cut. Received: "
             f"keep={shortened(keep)} for {name!r} with a `{type(router).__name__}`, where a token "

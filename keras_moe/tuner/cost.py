@@ -91,6 +91,7 @@ class WithinBudget(NamedArguments, keras_tuner.Objective):
         "cost": check_name,
         "loss": check_name,
     }
+    _kept_attributes = ("cost", "loss")
 
     def __init__(self, budget, cost="active_flops", loss="val_loss"):
         self.budget = budget

@@ -128,7 +128,6 @@ class SearchSpace(NamedArguments):
             ValueError: If an argument is one that the space chooses.
         """
         check_is_made(self)
-        self._check()
         if not isinstance(hp, keras_tuner.HyperParameters):
             raise TypeError(
                 "`hp` must be a `keras_tuner.HyperParameters`. Received: an object of type "
@@ -176,9 +175,9 @@ class SearchSpace(NamedArguments):
             choice = hp.Fixed(name, values[0])
         else:
             choice = hp.Choice(name, sorted(values), default=values[0])
-        # KerasTuner gives two of one name the values of the first. Those in other scopes end alike.
+        # What was there before keeps its values, which may be fewer. Other scopes end alike.
         alike = [each for each in hp.space if each.name.endswith(f"{self.name}/{name}")]
-        if not any(sorted(values) == list(each.values) for each in alike):
+        if not any(set(each.values) <= set(values) for each in alike):
             raise ValueError(
                 "Spaces of one search must have names that differ, unless their values are the "
                 f"same. Received: two of the name {self.name!r} with other values of `{name}`. "

@@ -29,19 +29,20 @@ def routings(source, num_experts=None):
 def probabilities(source):
     """Dict of names to probabilities (T, E) of the real tokens."""
     return {
-        name: _checked(value.probs[value.mask] if isinstance(value, Routing) else value)
+        name: _checked(name, value.probs[value.mask] if isinstance(value, Routing) else value)
         for name, value in by_layer(source).items()
     }
 
 
-def _checked(probs):
+def _checked(name, probs):
     fit = probs.ndim == 2 and probs.shape[1] and probs.dtype.kind == "f"
     if not fit or not ((probs >= 0) & (probs <= 1 + 1e-4)).all():
         is_known = probs.dtype.kind == "f" and probs.size
         values = f", from {probs.min()} to {probs.max()}" if is_known else ""
         raise ValueError(
             "Probabilities must be numbers from 0 to 1, (T, E). Received: "
-            f"{probs.dtype} of shape {probs.shape}{values}. Pass `routing.probs` of a router."
+            f"{probs.dtype} of shape {probs.shape}{values}{f' for {name!r}' if name else ''}. Pass "
+            "`routing.probs` of a router, or leave it out."
         )
     return probs
 
