@@ -1244,6 +1244,7 @@ METHODS = {
         (lambda v: setattr(built(moe()).router, "top_k", v), [0, E + 1, "2"]),
         (lambda v: setattr(built(moe()).router, "num_experts", v), [E + 1]),
         (lambda v: setattr(built(moe()).router, "balancer", v), ["loss_free"]),
+        (lambda v: setattr(built(moe()).router, "causal", v), ["no"]),
         (lambda v: setattr(built(moe()).experts, "kernel_regularizer", v), ["l2"]),
         (lambda v: setattr(built(moe()).router_losses[0], "weight", v), [5.0]),
     ],

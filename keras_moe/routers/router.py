@@ -70,7 +70,7 @@ class Router(Saved, keras.layers.Layer):
     normalizes_kernel = False
 
     _refused_arguments = tuple(ON_ROUTER)
-    _attribute_checks = {"num_experts": optional(check_positive_integer)}
+    _attribute_checks = {"num_experts": optional(check_positive_integer), "causal": check_flag}
     _fixed_attributes: tuple[str, ...] = ("num_experts",)
 
     def __new__(cls, *args, **kwargs):
