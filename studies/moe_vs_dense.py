@@ -33,7 +33,6 @@ from courses import course, loss_at
 from datasets import pairs
 from id_batches import rows
 from output_folder import claim
-from sentence_batches import SentenceBatches
 from subwords import Subwords
 from twins import dense_feedforward, spread
 from vocabulary import Vocabulary
@@ -121,10 +120,7 @@ def translators(options):
     subwords = Subwords.train(
         [*parts[0].sources, *parts[0].targets], size.vocabulary, options.output / "cache"
     )
-    batches = [
-        SentenceBatches(subwords.encode(part.sources), subwords.encode(part.targets), size.shapes)
-        for part in parts
-    ]
+    batches = [translation.batches_of(subwords, part, size) for part in parts]
     embedding = bilingual_embedding(batches[0], len(subwords), size.features)
 
     def train(experts, seed):

@@ -71,10 +71,7 @@ def main(arguments=None):
     subwords = Subwords.train(
         [*data.train.sources, *data.train.targets], size.vocabulary, options.output
     )
-    train, validation = (
-        SentenceBatches(subwords.encode(split.sources), subwords.encode(split.targets), size.shapes)
-        for split in data[:2]
-    )
+    train, validation = (batches_of(subwords, split, size) for split in data[:2])
     if not len(train) or not len(validation):
         raise ValueError(
             f"No pair of `--dataset {options.dataset}` is short enough to train with. Received: "
@@ -161,6 +158,12 @@ def settings_name(options):
 
 def cut(split, number):
     return pairs.Pairs(split.sources[:number], split.targets[:number])
+
+
+def batches_of(subwords, split, size):
+    return SentenceBatches(
+        subwords.encode(split.sources), subwords.encode(split.targets), size.shapes
+    )
 
 
 def expert_feedforward(options, size):

@@ -28,11 +28,7 @@ from datasets import pairs
 from output_folder import claim
 from sentence_batches import SentenceBatches
 from subwords import Subwords
-from translator import Translator
-from twins import dense_feedforward
 from whole_files import write_json
-
-from keras_moe import layers, losses, routers
 
 EPOCHS = 1
 
@@ -112,7 +108,9 @@ class Study(typing.NamedTuple):
             [*train.sources, *train.targets], size.vocabulary, options.output / "cache"
         )
         folder = options.output / "runs" / resuming.digest(size, options.dataset, EPOCHS)
-        return cls(size, subwords, train, batches(subwords, validation, size), folder)
+        return cls(
+            size, subwords, train, translation.batches_of(subwords, validation, size), folder
+        )
 
     def loss(self, setting, seed, sparse):
         """The validation loss of a run that may be finished already."""
@@ -126,9 +124,10 @@ class Study(typing.NamedTuple):
         if not result.exists():
             print(f"\n{'mixture' if sparse else 'dense'}, seed {seed}, {setting}")
             number = int(setting.part_of_data * len(self.train.sources))
-            train = batches(self.subwords, translation.cut(self.train, number), self.size)
+            part = translation.cut(self.train, number)
+            train = translation.batches_of(self.subwords, part, self.size)
             keras.utils.set_random_seed(seed)
-            model = self.build(setting if sparse else setting._replace(sides=()), train)
+            model = self.build(setting, train, sparse)
             progress = folder / "progress"
             history = training.fit(
                 model, train, self.validation, EPOCHS, progress, None, setting.learning_rate
@@ -137,34 +136,15 @@ class Study(typing.NamedTuple):
             resuming.forget(progress)
         return json.loads(result.read_text(encoding="utf-8"))
 
-    def build(self, setting, train):
-        size = self.size
-        encoder, decoder = (
-            [feedforward(setting, size, side in setting.sides) for _ in range(size.blocks)]
-            for side in translation.SIDES
-        )
-        tokens = len(self.subwords)
-        model = Translator(tokens, size.features, encoder, decoder, dropout=translation.DROPOUT)
-        model.build({"source": (None, None), "target": (None, None)})
-        model.embedding.embeddings.assign(bilingual_embedding(train, tokens, size.features))
+    def build(self, setting, train, sparse):
+        # Of equal width, as two experts of the study are.
+        size = self.size._replace(hidden_dim=2 * self.size.hidden_dim // setting.top_k)
+        feedforward = translation.expert_feedforward if sparse else translation.twin_feedforward
+        options = argparse.Namespace(**setting._asdict(), moe_every=1)
+        model = translation.build_model(feedforward, len(self.subwords), options, size)
+        embedding = bilingual_embedding(train, len(self.subwords), size.features)
+        model.embedding.embeddings.assign(embedding)
         return model
-
-
-def batches(subwords, split, size):
-    sources, targets = subwords.encode(split.sources), subwords.encode(split.targets)
-    return SentenceBatches(sources, targets, size.shapes)
-
-
-def feedforward(setting, size, sparse):
-    # As `translation.py` has it, two experts of `hidden_dim`.
-    active = 2 * size.hidden_dim
-    if not sparse:
-        return dense_feedforward(1, active, size.features)
-    return layers.MixtureOfExperts(
-        layers.FeedForwardExperts(setting.experts, active // setting.top_k),
-        routers.TopKRouter(top_k=setting.top_k),
-        [losses.LoadBalance(setting.balance), "router_z"],
-    )
 
 
 def print_table(results):

@@ -35,6 +35,12 @@ def check_tensor(name, value):
         )
 
 
+def check_array(name, value):
+    """A tensor, or an array of numbers: Keras makes a tensor of it before a layer's `call`."""
+    check_tensor(name, value)
+    check_host_numbers(**{name: value})
+
+
 def check_numbers(name, values):
     """A tensor, or what can be made one: numbers, lists and arrays of them."""
     array = host_values(values)

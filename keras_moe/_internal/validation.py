@@ -202,11 +202,12 @@ def check_function(name, value, *arguments, **by_name):
     try:
         signature = inspect.signature(value)
     except (TypeError, ValueError):  # Some functions in C do not tell.
-        return
+        return value
     try:
         signature.bind(*arguments, **by_name)
     except TypeError as error:
         raise TypeError(f"{takes} Received: one of {signature} ({error}). {fix}") from error
+    return value
 
 
 def check_method(instance, name, *arguments, **by_name):

@@ -8,11 +8,6 @@ from keras_moe._internal.validation import check_choice, check_function, shorten
 from keras_moe.inspection import moe_layers
 
 
-def _check_schedule(name, value):
-    check_function(name, value, "epoch", "weight")
-    return value
-
-
 def _check_loss(name, value):
     if isinstance(value, str):
         check_choice(name, value, sorted(losses.BY_NAME))
@@ -40,7 +35,10 @@ class RouterLossSchedule(NamedArguments, keras.callbacks.Callback):
     ... )
     """
 
-    _attribute_checks = {"schedule": _check_schedule, "loss": _check_loss}
+    _attribute_checks = {
+        "schedule": lambda name, value: check_function(name, value, "epoch", "weight"),
+        "loss": _check_loss,
+    }
 
     def __init__(self, schedule, loss="load_balance"):
         super().__init__()

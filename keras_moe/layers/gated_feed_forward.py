@@ -6,7 +6,7 @@ from keras_moe._internal.keras_objects import get_activation
 from keras_moe._internal.named_arguments import Saved, check_is_made
 from keras_moe._internal.serialization import register
 from keras_moe._internal.shape_checks import check_activated, check_inputs_shape
-from keras_moe._internal.tensor_checks import check_float_inputs, check_host_numbers, check_tensor
+from keras_moe._internal.tensor_checks import check_array, check_float_inputs
 from keras_moe._internal.validation import (
     check_computes_in_floats,
     check_flag,
@@ -78,9 +78,7 @@ class GatedFeedForward(Saved, keras.layers.Layer):
 
     def __call__(self, inputs, *args, **kwargs):
         check_is_made(self)
-        # Checked here, because Keras turns arrays into tensors before `call`.
-        check_tensor("inputs", inputs)
-        check_host_numbers(inputs=inputs)
+        check_array("inputs", inputs)
         return super().__call__(inputs, *args, **kwargs)
 
     def call(self, inputs):

@@ -16,11 +16,11 @@ from keras_moe._internal.shape_checks import (
     check_returned,
 )
 from keras_moe._internal.tensor_checks import (
+    check_array,
     check_float_inputs,
     check_host_numbers,
     check_is_float,
     check_mask,
-    check_tensor,
     fits,
 )
 from keras_moe._internal.validation import (
@@ -206,8 +206,7 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
         self.router.check_arrays(**kwargs)
         check_training(kwargs.get("training"))
         if args:
-            check_tensor("inputs", args[0])
-            check_host_numbers(inputs=args[0])
+            check_array("inputs", args[0])
         check_host_numbers(**kwargs)
         return super().__call__(*args, **kwargs)
 

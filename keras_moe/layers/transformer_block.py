@@ -10,11 +10,11 @@ from keras_moe._internal.saved_state import load_draws, save_draws
 from keras_moe._internal.serialization import config_of, resolve
 from keras_moe._internal.shape_checks import check_inputs_shape, check_returned
 from keras_moe._internal.tensor_checks import (
+    check_array,
     check_float_inputs,
     check_host_integers,
     check_host_numbers,
     check_mask,
-    check_tensor,
 )
 from keras_moe._internal.validation import (
     check_computes_in_floats,
@@ -64,8 +64,7 @@ class TransformerBlock(Recomputable):
         check_host_integers("token_ids", kwargs.get("token_ids"))
         check_host_numbers(**kwargs)
         inputs: Any = args[0] if args else kwargs.get("inputs")
-        check_tensor("inputs", inputs)
-        check_host_numbers(inputs=inputs)
+        check_array("inputs", inputs)
         self._check_features(inputs.shape)
         return super().__call__(*args, **kwargs)
 

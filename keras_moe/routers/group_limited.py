@@ -45,8 +45,8 @@ class GroupLimitedRouter(SelectionRouter):
         self, num_experts=None, num_groups=4, top_groups=2, top_k=2, score="sigmoid", **kwargs
     ):
         super().__init__(num_experts, top_k=top_k, score=score, **kwargs)
-        num_groups = check_positive_integer("num_groups", num_groups)
-        top_groups = check_positive_integer("top_groups", top_groups)
+        self.num_groups = num_groups
+        self.top_groups = top_groups
         if num_experts is not None and (
             num_experts % num_groups or not top_k <= top_groups * num_experts // num_groups
         ):
@@ -62,8 +62,6 @@ class GroupLimitedRouter(SelectionRouter):
                 "`top_groups` must be at most `num_groups`. Received: "
                 f"top_groups={top_groups}, num_groups={num_groups}. Choose fewer for a token."
             )
-        self.num_groups = num_groups
-        self.top_groups = top_groups
 
     def select(self, scores):
         scores = group_limited_scores(scores, self.num_groups, self.top_groups)

@@ -79,7 +79,7 @@ class ReLURouter(LogitRouter):
         self, num_experts=None, top_k=2, max_top_k=None, growth=1.2, initial_strength=1e-8, **kwargs
     ):
         super().__init__(num_experts, **kwargs)
-        top_k = check_top_k(top_k, num_experts, "ReLURouter")
+        self.top_k = top_k
         if max_top_k is None and num_experts is not None:
             max_top_k = min(2 * top_k, num_experts)
         if max_top_k is not None:
@@ -89,7 +89,6 @@ class ReLURouter(LogitRouter):
                 "`max_top_k` must be at least `top_k`, the mean that the loss aims at. Received: "
                 f"max_top_k={max_top_k}, top_k={top_k}. Raise the one or lower the other."
             )
-        self.top_k = top_k
         self._max_top_k = max_top_k
         self.growth = growth
         self.initial_strength = initial_strength
