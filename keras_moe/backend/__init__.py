@@ -6,6 +6,7 @@ Everything else in the package is written with `keras.ops`. A backend module pro
 - `argmax(scores)`: the place of the first of the largest.
 - `compile_once(function)`: a function that need not be compiled at each call.
 - `trace_once(function)`: a function that need not be traced at each call, inside a program.
+- `as_one_program(function)`: a function whose operations are not compiled one by one.
 - `current_platform()`: the platform this process computes on, "cpu", "gpu" or "tpu".
 - `on_its_platform(functions, *operands)`: the function of the platform that is compiled for.
 - `differentiable(forward, backward, inputs, context)`: a function with its own gradient.
@@ -134,6 +135,7 @@ larger_size: Any = getattr(_module, "larger_size", keras.ops.maximum)
 is_exporting: Any = getattr(_module, "is_exporting", lambda: False)
 is_recomputing: Any = getattr(_module, "is_recomputing", lambda: False)
 may_recompute: Any = getattr(_module, "may_recompute", lambda: False)
+as_one_program: Any = getattr(_module, "as_one_program", lambda function: function)
 trace_once: Any = getattr(_module, "trace_once", lambda function: function)
 knows_shapes: Any = getattr(_module, "knows_shapes", lambda: True)
 num_replicas: Any = getattr(_module, "num_replicas", lambda: 1)

@@ -1,9 +1,13 @@
 """JAX primitives."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from keras_moe.backend import jax_kernels
+
+PLAIN_VALUES = (bool, int, float, str)
 
 
 def compiles_static_shapes():
@@ -68,6 +72,35 @@ def trace_once(function):
     JAX traces the backward pass of a conditional's branch twice.
     """
     return jax.jit(function, inline=True)
+
+
+def as_one_program(function):
+    """The function, compiled as a whole where it is called outside of any program.
+
+    JAX would compile each of its operations alone, for each shape: some hundred programs at the
+    first call of a layer. Only for calls with arrays and `PLAIN_VALUES`; others are as before.
+    """
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def program(structure, values, arrays):
+        arrays = iter(arrays)
+        leaves = [next(arrays) if value is None else value[1] for value in values]
+        args, kwargs = jax.tree.unflatten(structure, leaves)
+        return function(*args, **kwargs)
+
+    @functools.wraps(function)
+    def called(*args, **kwargs):
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+        others = [leaf for leaf in leaves if not isinstance(leaf, jax.Array)]
+        is_inside = any(isinstance(array, jax.core.Tracer) for array in arrays)
+        if is_inside or not all(type(value) in PLAIN_VALUES for value in others):
+            return function(*args, **kwargs)
+        # With its type: True equals 1.
+        values = (None if isinstance(leaf, jax.Array) else (type(leaf), leaf) for leaf in leaves)
+        return program(structure, tuple(values), arrays)
+
+    return called
 
 
 def vjp(function, inputs):

@@ -78,6 +78,7 @@ class Assignments(NamedTuple):
         """Which tokens have an assignment that is served, (T,) bool."""
         return ops.any(self.experts >= 0, axis=1)
 
+    @backend.as_one_program
     def sort(self):
         """The `Groups` of rows sorted by expert: inside one in the order of the assignments."""
         check_groups(self)
@@ -135,6 +136,7 @@ class Choices(NamedTuple):
         """Which tokens have a choice that is served, (T,) bool."""
         return self.sort().served()
 
+    @backend.as_one_program
     def sort(self):
         """The `ChosenGroups` of rows sorted by expert, of choices in the order of (B, E, C)."""
         check_groups(self)

@@ -2,6 +2,7 @@
 
 from keras import ops
 
+from keras_moe import backend
 from keras_moe._internal.shape_checks import check_fields
 from keras_moe._internal.tensor_checks import (
     check_divides,
@@ -14,6 +15,7 @@ from keras_moe._internal.tensor_checks import (
 from keras_moe.ops.selection import chosen_experts
 
 
+@backend.as_one_program
 def load_balance(routing):
     """Switch load-balance loss: `E * sum_e f_e * P_e`, 1 at balance.
 
@@ -32,6 +34,7 @@ def load_balance(routing):
     return agreement(routing.counts, masked_mean(routing.probs, routing.mask))
 
 
+@backend.as_one_program
 def sequence_load_balance(routing, sequence_length):
     """Mean over the sequences of the load-balance loss of each.
 
@@ -83,6 +86,7 @@ def agreement(counts, mean_probs):
     return mean_probs.shape[-1] * ops.sum(share * ops.convert_to_tensor(mean_probs), axis=-1)
 
 
+@backend.as_one_program
 def router_z(routing):
     """Router z-loss: mean of `logsumexp(logits) ** 2`, which keeps the logits small.
 
@@ -98,6 +102,7 @@ def router_z(routing):
     return masked_mean(ops.square(ops.logsumexp(routing.logits, axis=-1)), routing.mask)
 
 
+@backend.as_one_program
 def router_entropy(routing):
     """Mean over real tokens of the entropy of the scores, in nats; from 0 to `log E`.
 
@@ -114,6 +119,7 @@ def router_entropy(routing):
     return masked_mean(-ops.sum(probs * logs, axis=-1), routing.mask)
 
 
+@backend.as_one_program
 def squared_importance_variation(routing):
     """Squared coefficient of variation of the experts' summed scores: 0 at balance.
 
@@ -130,6 +136,7 @@ def squared_importance_variation(routing):
     return squared_variation(masked_mean(routing.probs, routing.mask))
 
 
+@backend.as_one_program
 def squared_load_variation(routing):
     """Squared coefficient of variation of the experts' load: 0 at balance.
 

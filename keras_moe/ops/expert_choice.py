@@ -17,6 +17,7 @@ from keras_moe.ops.sizes import at_least, at_most
 from keras_moe.ops.sorting import put
 
 
+@backend.as_one_program
 def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=None):
     """Each expert takes its `ceil(capacity_factor * S / E)` best tokens of each sequence.
 

@@ -164,6 +164,7 @@ def check_row_numbers(groups):
         )
 
 
+@backend.as_one_program
 def dispatch_rows(tokens, groups):
     """The rows of all groups, (R, D), from tokens (T, D); the gradient is `sum_rows`."""
 
@@ -176,6 +177,7 @@ def dispatch_rows(tokens, groups):
     return backend.differentiable(forward, backward, tokens, groups)
 
 
+@backend.as_one_program
 def collect_rows(rows, groups):
     """`sum_rows` without weights, (T, D), whose gradient is `dispatch_rows`."""
 
@@ -188,6 +190,7 @@ def collect_rows(rows, groups):
     return backend.differentiable(forward, backward, rows, groups)
 
 
+@backend.as_one_program
 def combine_rows(rows, weights, groups):
     """`sum_rows` with gradients for rows and weights that are gathers."""
 

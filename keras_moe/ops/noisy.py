@@ -5,11 +5,13 @@ Axes: T tokens, E experts, K experts per token.
 
 from keras import ops
 
+from keras_moe import backend
 from keras_moe._internal.shape_checks import check_noise
 from keras_moe._internal.validation import check_positive_number
 from keras_moe.ops.selection import chosen_experts, take_scores, top_k_indices
 
 
+@backend.as_one_program
 def noisy_load(clean, noisy, deviation, top_k, mask):
     """Expected assignments of each expert if its own noise were drawn again.
 

@@ -79,6 +79,7 @@ class GroupedPlan(NamedTuple):
         check_groups(self.groups)
         return self.groups.served()
 
+    @backend.as_one_program
     def dropped_fraction(self, counts):
         """Share of the assignments (E,) that have no row, a float32 scalar; 0 without any."""
         check_shapes({"counts": (counts, "E", "number")}, **known(E=num_experts_of(self.groups)))
@@ -146,6 +147,7 @@ def plan_groups(routing, capacity=None, first=None, sequence_length=None):
     return GroupedPlan(assignments.sort() if shards is None else assignments, routing.weights)
 
 
+@backend.as_one_program
 def _admit(assignments, capacity, first, sequence_length):
     """The assignments that find a slot in their expert."""
     num_tokens, top_k = ops.shape(assignments.experts)

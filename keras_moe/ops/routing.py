@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
+from keras_moe import backend
 from keras_moe._internal.shape_checks import check_fields, check_scores, check_selected
 from keras_moe._internal.tensor_checks import check_experts, check_mask
 from keras_moe._internal.validation import (
@@ -48,6 +49,7 @@ class Routing(NamedTuple):
     details: Any = ()
 
 
+@backend.as_one_program
 def make_routing(indices, weights, probs, logits, mask, counts=None, load=None, details=()):
     """A `Routing` in which padding has no weight and no count.
 
@@ -72,6 +74,7 @@ def make_routing(indices, weights, probs, logits, mask, counts=None, load=None, 
     return Routing(indices, weights, probs, logits, mask, counts, nothing, load, details)
 
 
+@backend.as_one_program
 def clean_logits(logits, mask=None):
     """Logits in float32 with zeros for padding, and a mask that is never None.
 

@@ -2,11 +2,14 @@
 
 from keras import ops
 
+from keras_moe import backend
+
 # Added to scores that could otherwise be zero: a router that pushed all of a token's scores there
 # would divide zero by zero, or escape the balance loss, whose gradient vanishes with the scores.
 SMALLEST_SCORE = 1e-7
 
 
+@backend.as_one_program
 def softmax(logits, axis=-1):
     """Softmax over the experts, or another axis, where one NaN makes all scores NaN.
 
@@ -16,11 +19,13 @@ def softmax(logits, axis=-1):
     return ops.exp(ops.log_softmax(logits, axis=axis))
 
 
+@backend.as_one_program
 def sigmoid(logits):
     """Each expert scored alone: DeepSeek-V3 (arXiv:2412.19437), eq. 15."""
     return ops.sigmoid(logits) + SMALLEST_SCORE
 
 
+@backend.as_one_program
 def sqrt_softplus(logits):
     """`sqrt(log(1 + exp(z)))`, which grows with the logit where a sigmoid saturates."""
     # Inside the root: its slope at zero is infinite.
@@ -30,6 +35,7 @@ def sqrt_softplus(logits):
 SCORES = {"softmax": softmax, "sigmoid": sigmoid, "sqrt_softplus": sqrt_softplus}
 
 
+@backend.as_one_program
 def distribution(scores):
     """Scores (T, E) as shares of their sum."""
     return scores / ops.maximum(ops.sum(scores, axis=-1, keepdims=True), 1e-20)

@@ -13,6 +13,7 @@ from keras_moe._internal.validation import check_positive_integer, check_top_k
 LOW = float(np.nextafter(np.finfo("float32").min, np.float32(0)))
 
 
+@backend.as_one_program
 def top_k_indices(scores, top_k):
     """The `top_k` experts of each token, best first; a tie goes to the lower index.
 
@@ -62,6 +63,7 @@ def best_places(scores, number):
     return ops.cast(places, "int32")
 
 
+@backend.as_one_program
 def group_limited_scores(scores, num_groups, top_groups):
     """Minus infinity for the experts outside a token's best groups.
 
@@ -101,6 +103,7 @@ def chosen_experts(indices, num_experts):
     return ops.any(ops.expand_dims(indices, -1) == experts, axis=1)
 
 
+@backend.as_one_program
 def existing(indices, num_experts, mask=None):
     """Indices (T, K) with -1 in the place of what is no expert, or where a mask (T,) is False."""
     known = ops.logical_and(indices >= 0, indices < num_experts)
@@ -109,6 +112,7 @@ def existing(indices, num_experts, mask=None):
     return ops.where(known, indices, -1)
 
 
+@backend.as_one_program
 def take_scores(scores, indices):
     """The scores (T, E) of the chosen experts (T, K), as (T, K); 0 where an index is -1.
 

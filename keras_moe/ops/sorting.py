@@ -8,6 +8,7 @@ from keras import ops
 from keras_moe import backend
 
 
+@backend.as_one_program
 def place_in_queue(queue, num_queues, turns=None):
     """How many entries of the same queue precede each entry, (N,) int32."""
     if turns is not None:
@@ -18,11 +19,13 @@ def place_in_queue(queue, num_queues, turns=None):
     return rank - ops.take(ops.cumsum(sizes) - sizes, queue)
 
 
+@backend.as_one_program
 def queue_sizes(queue, num_queues):
     """The length of each queue, (num_queues,) int32."""
     return ops.segment_sum(ops.ones_like(queue), queue, num_queues)
 
 
+@backend.as_one_program
 def sort_by_expert(expert_of_assignment, num_keys):
     """A stable order by expert or queue, and for each assignment its place in it.
 

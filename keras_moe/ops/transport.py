@@ -2,6 +2,7 @@
 
 from keras import ops
 
+from keras_moe import backend
 from keras_moe._internal.shape_checks import check_scores
 from keras_moe._internal.tensor_checks import check_mask
 from keras_moe._internal.validation import check_positive_integer
@@ -9,6 +10,7 @@ from keras_moe.ops.selection import take_scores, top_k_indices
 from keras_moe.ops.sorting import place_in_queue, put
 
 
+@backend.as_one_program
 def sinkhorn_plan(logits, mask, iterations):
     """The plan closest to the softmax whose experts all have the same load.
 
@@ -46,6 +48,7 @@ def sinkhorn_plan(logits, mask, iterations):
     return ops.where(real, rows - ops.logsumexp(rows, axis=1, keepdims=True), float("-inf"))
 
 
+@backend.as_one_program
 def balanced_assignment(scores, mask):
     """One expert for each token, none with more than `ceil(N / E)` tokens.
 

@@ -1,0 +1,81 @@
+"""Eager calls on JAX: few programs are compiled, and arguments mean what they mean elsewhere."""
+
+import keras
+import numpy as np
+import pytest
+from conftest import to_numpy
+from keras import ops
+
+from keras_moe import backend, layers
+
+pytestmark = pytest.mark.backends("jax")
+
+
+@pytest.fixture
+def programs():
+    """A list with an item for each program that was compiled."""
+    from jax import monitoring
+
+    compiled = []
+
+    def listen(event, seconds, **kwargs):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    monitoring.register_event_duration_secs_listener(listen)
+    yield compiled
+    monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("router", ["top_k", "expert_choice"])
+def test_the_first_call_of_a_layer_compiles_few_programs_and_the_next_none(router, programs):
+    layer = layers.MixtureOfExperts(layers.FeedForwardExperts(3, 5), router=router)
+    layer.build((7, 11))
+    x = ops.ones((7, 11))
+    programs.clear()
+    layer(x, training=True)
+    # Operation by operation they would be about a hundred.
+    assert 1 <= len(programs) < 50
+    programs.clear()
+    layer(x, training=True)
+    assert not programs
+
+
+def counting():
+    """A function, and a list with an item for each time that its code runs."""
+    runs = []
+
+    @backend.as_one_program
+    def function(x, value=None):
+        runs.append(value)
+        return x + isinstance(value, bool)
+
+    return function, runs
+
+
+def test_code_runs_once_for_each_shape_and_plain_value():
+    function, runs = counting()
+    for _ in range(2):
+        results = [
+            function(ops.zeros(shape), value)
+            for shape in ((2,), (3,))
+            for value in (None, 1, True, 1.0, "1")
+        ]
+    assert len(runs) == len(results) == 10
+    assert [float(result[0]) for result in results] == 2 * [0, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("value", [len, np.ones(2), keras.Variable([1.0]), object()])
+def test_other_arguments_are_seen_as_they_are_at_each_call(value):
+    function, runs = counting()
+    for _ in range(2):
+        np.testing.assert_array_equal(to_numpy(function(ops.zeros(2), value)), [0, 0])
+    assert len(runs) == 2 and all(run is value for run in runs)
+
+
+def test_inside_of_a_program_it_is_a_part_of_it():
+    import jax
+
+    function, runs = counting()
+    assert "jit" not in str(jax.make_jaxpr(function)(ops.zeros(2)))
+    assert len(runs) == 1
