@@ -239,7 +239,8 @@ CONSTRUCTORS = {
         lambda: moe(router_losses="load_balance"),
         TypeError,
         "`router_losses` must be a list or tuple of losses or names. Received: "
-        "router_losses='load_balance' (of type str). Put it into a list, or pass `()` for none.",
+        "router_losses='load_balance' (of type str). Pass, for example, "
+        "`[losses.LoadBalance(0.01)]`, or `()` for none.",
     ),
     "shared expert": (
         lambda: moe(shared_expert=abs),

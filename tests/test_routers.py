@@ -7,7 +7,7 @@ import reference
 from conftest import FAST_MODE, assert_close, compiled, to_numpy, to_tensors
 from keras import ops
 
-from keras_moe import layers, routers
+from keras_moe import layers, routers, surgery
 
 TOKENS = np.random.default_rng(0).normal(size=(16, 6)).astype("float32")
 
@@ -38,6 +38,23 @@ def test_a_router_is_a_matrix_product_and_a_routing(top_k):
     np.testing.assert_array_equal(routing.indices[mask], expected.indices[mask])
     np.testing.assert_array_equal(routing.counts, expected.counts)
     assert routing.dropped == 0
+
+
+def test_a_dense_mixture_is_a_sparse_one_of_all_experts_which_can_become_sparse(tmp_path):
+    def model_with(router):
+        experts = layers.FeedForwardExperts(4, 3)
+        return keras.Sequential([keras.Input((6,)), layers.MixtureOfExperts(experts, router)])
+
+    dense, sparse = model_with(routers.DenseRouter()), model_with(routers.TopKRouter(top_k=4))
+    dense.layers[-1].router.kernel.assign(np.random.default_rng(1).normal(size=(6, 4)))
+    dense.save_weights(tmp_path / "dense.weights.h5")
+    sparse.load_weights(tmp_path / "dense.weights.h5")
+    assert_close(to_numpy(sparse(TOKENS)), to_numpy(dense(TOKENS)), tolerance=1e-5)
+    with pytest.raises(TypeError, match="a `TopKRouter` has a `top_k` that can be set"):
+        dense.layers[-1].router.top_k = 1
+    with pytest.raises(ValueError, match="computes what a `DenseRouter` does"):
+        surgery.set_top_k(dense, 1)
+    surgery.set_top_k(sparse, 1)
 
 
 @pytest.mark.parametrize("policy", ["float16", "mixed_float16", "bfloat16", "mixed_bfloat16"])

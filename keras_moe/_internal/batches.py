@@ -43,7 +43,8 @@ def check_inputs(name, inputs, model):
     if wanted and len(arrays) > len(wanted):
         raise ValueError(
             f"`{name}` must hold what the model takes: {len(wanted)} inputs. Received: "
-            f"{len(arrays)} arrays, {', '.join(map(_described, arrays))}. Leave the others out."
+            f"{len(arrays)} arrays, {', '.join(map(_described, arrays))}. Leave the others out, "
+            "targets too."
         )
     for tensor, array in zip(wanted, arrays):
         if hasattr(array, "dtype") and is_of("int", tensor) and not is_of("mask", array):

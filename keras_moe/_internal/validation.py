@@ -194,7 +194,7 @@ def check_function(name, value, *arguments, **by_name):
     """
     listed = ", ".join([*arguments, *by_name])
     takes = f"`{name}` must be a function of ({listed})."
-    fix = f"Give it these arguments, as in `lambda {listed}: ...`."
+    fix = f"Give it these arguments, as in `lambda {listed}: ...`; others need a default."
     if not callable(value):
         raise TypeError(
             f"{takes} Received: {name}={shortened(value)} (of type {type(value).__name__}). {fix}"

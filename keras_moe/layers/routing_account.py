@@ -159,7 +159,7 @@ class RoutingAccount(Saved, keras.layers.Layer):
         if not is_whole(index) or not 0 <= index < len(self.router_losses):
             raise ValueError(
                 "`index` must be the place of a loss in `router_losses`. Received: "
-                f"index={shortened(index)} for {len(self.router_losses)} losses. Count them from 0."
+                f"index={shortened(index)} for {shortened(self.router_losses)}. Count from 0."
             )
         weights = self.loss_weights_in_force
         weights[index] = weight
@@ -187,6 +187,6 @@ def _as_list(router_losses):
         raise TypeError(
             "`router_losses` must be a list or tuple of losses or names. Received: "
             f"router_losses={shortened(router_losses)} (of type {type(router_losses).__name__}). "
-            "Put it into a list, or pass `()` for none."
+            "Pass, for example, `[losses.LoadBalance(0.01)]`, or `()` for none."
         )
     return list(router_losses)

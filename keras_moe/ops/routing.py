@@ -26,7 +26,8 @@ class Routing(NamedTuple):
     """The decision of a router, before any token moves.
 
     - `indices` (T, K) int32: the experts of each token, -1 in a place that is not used. Best first,
-      where tokens choose K of them; in the order of the experts, where K is E.
+      where tokens choose K of them; in the order of the experts, where K is E. Padding has any, of
+      weight zero.
     - `weights` (T, K) float32: their combine weights, zero for padding and unused places.
     - `probs` (T, E) float32: scores of all experts, a distribution over E.
     - `logits` (T, E) float32: what the scores were computed from.

@@ -13,7 +13,8 @@ class DenseRouter(LogitRouter):
     """All experts serve each token, weighted by a softmax: `y = sum_e p_e f_e(x)`.
 
     The cost is that of all experts. It is the reference whose cost sparse routers reduce, and the
-    best choice for a handful of small experts.
+    best choice for a handful of small experts. A `TopKRouter` with `top_k` as many as experts
+    computes the same, takes the same weights, and can choose fewer later.
 
     Args:
         num_experts: number of experts, E, and experts per token.
@@ -42,6 +43,9 @@ class DenseRouter(LogitRouter):
     """
 
     default_losses = ()
+
+    _fixed_attributes = ("top_k",)
+    _instead_of_setting = "Make another one; a `TopKRouter` has a `top_k` that can be set."
 
     def __init__(self, num_experts=None, **kwargs):
         super().__init__(num_experts, **kwargs)

@@ -130,7 +130,8 @@ def merge_experts(model, keep=0.5, data=()):
 def set_top_k(model, top_k):
     """Let each token go to another number of experts, in place, compiled functions included.
 
-    Weights still sum to 1, if they did before.
+    Weights still sum to 1, if they did before. With one expert for each token they are then the
+    constant 1: to train on, the router has only its own losses to learn from.
 
     Args:
         model: a Keras model with MoE layers, or one such layer.
@@ -160,7 +161,8 @@ def set_top_k(model, top_k):
             raise ValueError(
                 "The router of a layer must have a `top_k`, experts that each token chooses. "
                 f"Received: {name!r} with a `{type(router).__name__}`, which has none. Leave the "
-                "layer out, by a dict of the others, or make it with a `routers.TopKRouter`."
+                "layer out, by a dict of the others, or make it with a `routers.TopKRouter`, which "
+                "with `top_k=num_experts` computes what a `DenseRouter` does and loads its weights."
             )
         check_top_k(value, router.num_experts, type(router).__name__)
         if "top_k" in router._attribute_rules.fixed and value != router.top_k:
@@ -249,11 +251,12 @@ def _number(name, layer, keep):
             "it, first."
         )
     if not is_whole(number) or not least <= number <= num_experts:
+        meaning = f" ({number} of {num_experts})" if isinstance(number, int) else ""
         raise ValueError(
-            "`keep` must be a share above 0 and up to 1, or a number of experts from the "
-            f"`top_k` of the router up to all. Received: keep={shortened(keep)} for {name!r} with "
-            f"num_experts={num_experts}, top_k={least}. Pass another, or make a token go to fewer "
-            "experts first, with most routers by `surgery.set_top_k`."
+            "`keep` must be a share above 0 and up to 1, or a number of experts, and leave as many "
+            f"as the `top_k` of the router. Received: keep={shortened(keep)}{meaning} for {name!r} "
+            f"with num_experts={num_experts}, top_k={least}. Pass another, or make a token go to "
+            "fewer experts first, with most routers by `surgery.set_top_k`."
         )
     if isinstance(router, GroupLimitedRouter) and number % router.num_groups:
         raise ValueError(
