@@ -50,11 +50,6 @@ def test_what_is_logged_on_replicas_is_what_one_device_logs():
         np.testing.assert_allclose(two[key], values, rtol=1e-5, atol=1e-6, err_msg=key)
 
 
-def test_what_is_found_on_replicas_is_what_one_device_finds():
-    one, two = trained_on(1)["fit"]["found"], trained_on(2)["fit"]["found"]
-    assert two == one and one
-
-
 def test_a_layer_of_keras_that_waits_for_other_replicas_loses_no_router_loss():
     assert_equal(trained_on(2)["merged"], trained_on(1)["merged"], "plain", 2, same_batch=True)
 
