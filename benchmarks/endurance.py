@@ -122,7 +122,7 @@ class Watch(keras.callbacks.Callback):
 
 
 def not_finite(variables):
-    values = [keras.ops.convert_to_numpy(variable.value) for variable in variables]
+    values = [keras.ops.convert_to_numpy(variable) for variable in variables]
     return sum(int(np.sum(~np.isfinite(each.astype("float64")))) for each in values)
 
 

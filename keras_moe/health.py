@@ -170,17 +170,19 @@ def collapsed(counts, advice):
     return Finding(PROBLEM, text, advice)
 
 
-def dead(experts, num_experts, advice):
+def dead(experts, num_experts, advice, when="at all"):
     check_positive_integer("num_experts", num_experts)
     experts = np.asarray(host_values(experts))
     check_rank("experts", experts, ("N",))
     check_experts("experts", experts[:, None], num_experts, least=0)
     check_text("advice", advice)
+    check_text("when", when)
     experts = np.unique(experts)
     listed = ", ".join(str(expert) for expert in experts[:10])
     if len(experts) > 10:
         listed += f" and {len(experts) - 10} more"
-    text = f"{len(experts)} of {num_experts} experts serve no token at all: {listed}."
+    serve = "serves" if len(experts) == 1 else "serve"
+    text = f"{len(experts)} of {num_experts} experts {serve} no token {when}: {listed}."
     return Finding(PROBLEM, text, advice)
 
 

@@ -249,7 +249,7 @@ def expert_usage(model, ids, labels, num_classes, per_class=64):
             with inspection.count_in_evaluation(model):
                 model(documents, training=False)
         for name, layer in moe_layers(model).items():
-            usage[name].append(keras.ops.convert_to_numpy(layer.expert_counts.value))
+            usage[name].append(keras.ops.convert_to_numpy(layer.expert_counts))
             layer.reset_counts()
     return {name: np.array(counts) for name, counts in usage.items()}
 

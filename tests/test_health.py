@@ -135,6 +135,52 @@ def test_balancing_losses_get_heavier_once_when_asked_to():
 
 
 @of_counts
+def test_what_rebalancing_did_is_told_and_that_it_was_in_vain():
+    router = routers.TopKRouter(EXPERTS, kernel_initializer="zeros", trainable=False)
+    layer = expert_layer(router, [losses.LoadBalance(0.01), losses.RouterZ(0.001)])
+    watchdog = ExpertHealth(every=5, patience=2, rebalance=True)
+    findings, _ = watched(model_of(layer), *clustered(0), watchdog, epochs=2)
+    (first, _, collapse), (second, _, again), (third, _, dead) = findings
+    # As long after the change as the first was after the start, and nothing for a third time.
+    assert (first, second, third) == (10, 20, 35)
+    assert collapse.fix.startswith("The weight of its LoadBalance is now 0.1. If it does not rec")
+    assert again.text == collapse.text
+    assert dead.text.startswith("6 of 8 experts serve no token in 6 looks:")
+    for finding in (collapse, again, dead):
+        assert "ten times" not in finding.fix and "LoadBalance(0.1), a large weight" in finding.fix
+
+
+@of_counts
+def test_a_loss_that_is_off_is_not_rebalanced():
+    router = routers.TopKRouter(EXPERTS, kernel_initializer="zeros", trainable=False)
+    layer = expert_layer(router, [losses.LoadBalance(0.02)])
+    layer.set_router_loss_weight(0, 0.0)
+    findings, _ = watched(model_of(layer), *clustered(0), ExpertHealth(rebalance=True, stop=True))
+    assert "LoadBalance(0): give it a weight above 0." in findings[0][2].fix
+
+
+@of_counts
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_inputs_far_from_zero_collapse_until_they_are_centred(top_k):
+    x, y = clustered(0)
+    means = 6 * np.random.default_rng(0).normal(size=D).astype("float32")
+    normalization = keras.layers.Normalization()
+    normalization.adapt(x + means)
+    cases = [(means, None, True), (means, normalization, False)]
+    # The mean over a token's features is that of each feature only where these are the same.
+    cases += [(6, None, True), (6, keras.layers.LayerNormalization(), False)]
+    for mean, centred, goes_wrong in cases:
+        keras.utils.set_random_seed(0)
+        layer = expert_layer(routers.TopKRouter(top_k=top_k))
+        model = keras.Sequential([keras.Input((D,)), layer, keras.layers.Dense(1)])
+        if centred is not None:
+            model = keras.Sequential([keras.Input((D,)), centred, *model.layers])
+        model.compile(keras.optimizers.Adam(1e-2), "mse")
+        findings, _ = watched(model, x + mean, y, ExpertHealth(every=5, stop=True), epochs=2)
+        assert bool(findings) == goes_wrong, (mean, centred)
+
+
+@of_counts
 def test_what_is_remembered_does_not_grow_with_the_looks():
     layer = expert_layer()
     layer.build((None, D))
@@ -155,7 +201,22 @@ def test_dead_experts_are_told_after_a_longer_while():
     model = model_of(layer, keras.optimizers.SGD(0.0))
     findings, _ = watched(model, x, x[:, :1], ExpertHealth(every=5, patience=2))
     assert [(step, finding.text) for step, _, finding in findings] == [
-        (30, "1 of 4 experts serve no token at all: 3.")
+        (30, "1 of 4 experts serves no token in 6 looks: 3. At the last look 1 of 4 had none.")
+    ]
+
+
+@of_counts
+def test_dead_experts_are_told_again_when_others_join_them():
+    experts = layers.LayerExperts([keras.layers.Identity() for _ in range(E)])
+    router = routers.TopKRouter(E, 1, kernel_initializer=scaled_identity)
+    layer = moe(experts, router=router, router_losses=(), name="moe")
+    # Expert 3 never has anything to do, and 2 only for the first thirty batches.
+    x = np.eye(D, dtype="float32")[[0, 1, 2] * 10 * BATCH + [0, 1] * 20 * BATCH]
+    watchdog = ExpertHealth(every=10, patience=1)
+    findings, _ = watched(model_of(layer, keras.optimizers.SGD(0.0)), x, x[:, :1], watchdog)
+    assert [(step, finding.text) for step, _, finding in findings] == [
+        (30, "1 of 4 experts serves no token in 3 looks: 3. At the last look 1 of 4 had none."),
+        (60, "2 of 4 experts serve no token in 3 looks: 2, 3. At the last look 2 of 4 had none."),
     ]
 
 
@@ -222,6 +283,7 @@ TEXTS = {
     "The busiest expert does 2.8 times its fair share.": lambda: health.judge_load(
         [700, 100, 100, 100], 1, ""
     ),
+    "1 of 4 experts serves no token at all: 2.": lambda: health.judge_load([90, 110, 0, 90], 1, ""),
     "12 of 16 experts serve no token at all: 4, 5, 6, 7, 8, 9, 10, 11, 12, 13 and 2 more.": (
         lambda: health.judge_load([1000] * 4 + [0] * 12, 1, "")
     ),
@@ -255,7 +317,8 @@ ADVICE = {
     "by LoadBalance(0.02): give it ten times": lambda: moe(
         router_losses=[losses.LoadBalance(0.02), "router_z"]
     ),
-    "by OwnBalance(0.5): give it ten times": lambda: moe(router_losses=[OwnBalance(0.5)]),
+    "by LoadBalance(0.1), a large weight": lambda: moe(router_losses=[losses.LoadBalance(0.1)]),
+    "by OwnBalance(0.05): give it ten times": lambda: moe(router_losses=[OwnBalance(0.05)]),
     "by LossFreeBias(rate=0.001): raise the rate": lambda: moe(
         router=routers.TopKRouter(balancer="loss_free")
     ),
@@ -271,6 +334,7 @@ def test_the_advice_names_what_balances(text):
     layer = ADVICE[text]()
     assert text in layer.balance_advice()
     assert ("add `losses" in layer.balance_advice()) == ("add `losses" in text)
+    assert layer.balance_advice().startswith("Centre the inputs") != ("add `losses" in text)
 
 
 def test_the_advice_names_the_weight_in_force():

@@ -567,6 +567,7 @@ FUNCTIONS = {
         (lambda v: health.dead(v, E, ""), ["12", 3, None, [E], [0.5], [-1]]),
         (lambda v: health.dead([0], v, ""), BAD_SIZES),
         (lambda v: health.dead([0], E, v), [None, 3]),
+        (lambda v: health.dead([0], E, "", v), [None, 3]),
     ],
     "health.exploded": [(health.exploded, [None, 3])],
     "health.judge_drops": [(health.judge_drops, [True, -0.1, 7.0, NAN, INF, None, "0.1"])],

@@ -34,7 +34,8 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
       for an uneven load is a large part of the loss.
 
     Each warning is given once a layer, as a Python `UserWarning`, and kept in `findings`, a list
-    of `(step, layer name, health.Finding)`.
+    of `(step, layer name, health.Finding)`. Dead experts are told again when others have joined
+    them, and everything once more after `rebalance` has changed the layer.
 
     A look reads the counters and the router weights from the device: E and D x E numbers a layer.
     Nothing is read between looks, so training runs ahead. On JAX, where `fit` holds the state
@@ -48,7 +49,8 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
         patience: looks that a collapse must last before it is reported.
         stop: whether a problem ends the training, one batch after the look.
         rebalance: whether a collapse or a dead expert makes the layer's balancing losses ten times
-            as heavy, once.
+            as heavy, once. `layer.loss_weights_in_force` has the weights of now; the losses in
+            `router_losses` and the config keep those that they were made with.
 
     Raises:
         ValueError: If an argument is out of its range, or the model has no MoE layer.
@@ -89,11 +91,14 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
         self.findings = []
         self._step = self._next_look = 0
         self._told = set()
+        self._rebalanced = set()
         self._watches = {}
         self._losses_before = {}
         for name, layer in moe_layers(self.model).items():
             for loss, weight in zip(layer.router_losses, layer.loss_weights_in_force):
-                self._tell(name, "weak loss", health.judge_weak_loss(loss, weight))
+                finding = health.judge_weak_loss(loss, weight)
+                if self._is_new(name, "weak loss", finding):
+                    self._tell(name, finding)
 
     def on_epoch_begin(self, epoch, logs=None):
         # `ExpertMonitor` resets the counters between epochs.
@@ -128,7 +133,8 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
         if added:
             finding = health.judge_heavy_losses(losses, weights, (logs or {}).get("loss"), values)
             most = max(added, key=lambda name: added[name])
-            self._tell(most, "heavy loss", finding)
+            if self._is_new(most, "heavy loss", finding):
+                self._tell(most, finding)
 
     def _look(self):
         # Keras has this on JAX only.
@@ -139,15 +145,23 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
             if name not in self._watches:
                 self._watches[name] = _Watch(layer, self.patience)
                 continue
-            for kind, finding in self._watches[name].look(layer):
-                if self._tell(name, kind, finding) and kind in ("collapse", "dead"):
-                    self._act(name, layer)
+            for kind, finding, *about in self._watches[name].look(layer):
+                if self._is_new(name, kind, finding, *about):
+                    if kind in ("collapse", "dead"):
+                        finding = self._rebalance(name, layer, finding)
+                    self._tell(name, finding)
 
-    def _tell(self, name, kind, finding):
-        """Whether there is something new to report."""
-        if finding is None or (name, kind) in self._told:
+    def _is_new(self, name, kind, finding, about=(None,)):
+        """Whether there is a finding, about anything of which that was not told before."""
+        if finding is None:
             return False
-        self._told.add((name, kind))
+        # What is wrong with a layer in spite of rebalancing is worth telling again.
+        facts = {(name, name in self._rebalanced, kind, each) for each in about}
+        is_new = not facts <= self._told
+        self._told |= facts
+        return is_new
+
+    def _tell(self, name, finding):
         self.findings.append((self._step, name, finding))
         text = f"{name}, step {self._step}: {finding.text} {finding.fix}"
         if self.stop and finding.level == health.PROBLEM:
@@ -155,16 +169,25 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
             text += " Training stops here."
         # Names this module instead of a source line that says nothing to users.
         warnings.warn_explicit(text, UserWarning, __name__, self._step)
-        return True
 
-    def _act(self, name, layer):
-        if self.rebalance and (name, "act") not in self._told:
-            self._told.add((name, "act"))
-            for index, loss in enumerate(layer.router_losses):
-                weight = _read(layer.router_loss_weights)[index]
-                # In a resumed training it may have been raised before.
-                if loss.balances and weight < 9 * loss.weight:
-                    layer.set_router_loss_weight(index, 10 * weight)
+    def _rebalance(self, name, layer, finding):
+        """The finding, with what was done about it: balancing losses get heavier, once."""
+        if not self.rebalance or name in self._rebalanced:
+            return finding
+        done = []
+        for index, (loss, weight) in enumerate(
+            zip(layer.router_losses, layer.loss_weights_in_force)
+        ):
+            # In a resumed training it may have been raised before.
+            if loss.balances and 0 < weight < 9 * loss.weight:
+                layer.set_router_loss_weight(index, 10 * weight)
+                done.append(f"The weight of its {type(loss).__name__} is now {10 * weight:g}.")
+        if not done:
+            return finding
+        self._rebalanced.add(name)
+        self._watches[name].restart()
+        done.append(f"If it does not recover: {layer.balance_advice()}")
+        return finding._replace(fix=" ".join(done))
 
 
 class _Watch:
@@ -174,12 +197,16 @@ class _Watch:
         self.patience = patience
         self.seen = _read(layer.expert_counts)
         self._window = np.zeros_like(self.seen)
-        self._spreads: collections.deque = collections.deque(maxlen=patience)
-        self._idle: np.ndarray = np.zeros(len(self.seen), "int64")
         self._first_size = _router_size(layer.router)
+        self.restart()
+
+    def restart(self):
+        """Forget how long the load has been uneven."""
+        self._spreads: collections.deque = collections.deque(maxlen=self.patience)
+        self._idle: np.ndarray = np.zeros(len(self.seen), "int64")
 
     def look(self, layer):
-        """Yield pairs of a kind and a finding."""
+        """Yield a kind, a finding or None, and what it is about if there may be more of it."""
         yield "router", self._judge_router(layer.router)
         counts = _read(layer.expert_counts)
         # Counters that were reset in between start from zero.
@@ -187,7 +214,7 @@ class _Watch:
         self.seen = counts
         if health.is_enough(self._window):
             yield "collapse", self._judge_spread(layer)
-            yield "dead", self._judge_idle(layer)
+            yield "dead", *self._judge_idle(layer)
             self._window = np.zeros_like(counts)
 
     def _judge_router(self, router):
@@ -208,8 +235,14 @@ class _Watch:
 
     def _judge_idle(self, layer):
         self._idle = np.where(self._window > 0, 0, self._idle + 1)
-        dead = np.flatnonzero(self._idle >= _DEAD_PATIENCE * self.patience)
-        return health.dead(dead, len(self._idle), layer.balance_advice()) if len(dead) else None
+        looks = _DEAD_PATIENCE * self.patience
+        dead = np.flatnonzero(self._idle >= looks)
+        if not len(dead):
+            return None, ()
+        experts = len(self._idle)
+        finding = health.dead(dead, experts, layer.balance_advice(), f"in {looks} looks")
+        now = f"At the last look {np.sum(self._idle > 0)} of {experts} had none."
+        return finding._replace(text=f"{finding.text} {now}"), dead.tolist()
 
 
 class _Losses(NamedTuple):
@@ -231,7 +264,7 @@ class _Losses(NamedTuple):
 
 
 def _read(weight):
-    return ops.convert_to_numpy(weight.value).astype("float64")
+    return ops.convert_to_numpy(weight).astype("float64")
 
 
 def _router_size(router):

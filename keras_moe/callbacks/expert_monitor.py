@@ -264,7 +264,7 @@ def _name_of(metric):
 
 
 def _usage(layer, own_metrics):
-    counts = ops.convert_to_numpy(layer.expert_counts.value)
+    counts = ops.convert_to_numpy(layer.expert_counts)
     numbers = {name: measure(layer, counts) for name, measure in _MEASURES.items()}
     is_counted = counts.any()
     for name, metric in own_metrics.items():

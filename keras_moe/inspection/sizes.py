@@ -146,7 +146,7 @@ def _summary(name, layer):
     num_experts, router = layer.experts.num_experts, layer.router
     parameters, experts = map(_count, (layer, layer.experts))
     active = parameters - experts + round(experts * router.mean_top_k / num_experts)
-    counts = ops.convert_to_numpy(layer.expert_counts.value)
+    counts = ops.convert_to_numpy(layer.expert_counts)
     if not counts.any() and layer.last_counts is not None:
         counts = layer.last_counts
     counts = counts.tolist()

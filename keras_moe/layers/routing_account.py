@@ -141,8 +141,10 @@ class RoutingAccount(Saved, keras.layers.Layer):
         if not advice:
             return "Nothing balances the load: add `losses.LoadBalance()` to its `router_losses`."
         return (
-            f"{' '.join(advice)} A lower learning rate in the first steps and `logit_noise` in the "
-            "router help as well."
+            "Centre the inputs first, if their features have means far from zero: "
+            "`keras.layers.Normalization` or `BatchNormalization` before the layer, see "
+            f"`docs/routers.md`. {' '.join(advice)} A lower learning rate in the first steps and "
+            "`logit_noise` in the router help as well."
         )
 
     def set_router_loss_weight(self, index, weight):

@@ -4,6 +4,10 @@ from keras_moe._internal.serialization import Configured
 from keras_moe._internal.tensor_checks import check_is_scalar
 from keras_moe._internal.validation import check_not_negative
 
+# From 0.1 on, a larger weight is not the advice where the load is uneven. Layers keep weights in
+# float32, in which 0.1 may be a little less.
+_LARGE_WEIGHT = 0.0999
+
 
 class RouterLoss(Configured):
     """Abstract: a weighted scalar of a routing.
@@ -64,9 +68,15 @@ class RouterLoss(Configured):
     def balance_advice(self, weight):
         """What to try where the load is uneven in spite of the loss, which has this weight now."""
         weight = check_not_negative("weight", weight)
+        balanced = f"The load is balanced by {type(self).__name__}({weight:g})"
+        if not weight:
+            return f"{balanced}: give it a weight above 0."
+        if weight < _LARGE_WEIGHT:
+            return f"{balanced}: give it ten times the weight."
         return (
-            f"The load is balanced by {type(self).__name__}({weight:g}): give it ten times the "
-            "weight."
+            f"{balanced}, a large weight: with a larger one the router may learn balance instead "
+            "of the task. A selection bias balances without a loss: "
+            '`routers.TopKRouter(score="sigmoid", balancer="loss_free")`.'
         )
 
     def build(self, layer):

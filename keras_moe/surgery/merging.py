@@ -62,7 +62,7 @@ def merge(bank, groups, usage):
 def _merge_layers(bank, center, experts, shares):
     layers = [bank.layers[expert] for expert in experts]
     for index, weight in enumerate(bank.layers[center].weights):
-        values = [ops.convert_to_numpy(layer.weights[index].value) for layer in layers]
+        values = [ops.convert_to_numpy(layer.weights[index]) for layer in layers]
         weight.assign(np.tensordot(shares, np.stack(values), 1))
 
 
