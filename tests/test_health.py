@@ -79,8 +79,7 @@ def restart(model, seed):
 @of_counts
 def test_healthy_runs_are_never_flagged():
     model = model_of(expert_layer())
-    # Of rare false alarms many runs tell; no backend has more of them than another.
-    for seed in range(20 if keras.backend.backend() == "torch" else 4):
+    for seed in range(20):
         restart(model, seed)
         findings, _ = watched(model, *clustered(seed), ExpertHealth(every=5))
         assert not findings, f"seed {seed}"
