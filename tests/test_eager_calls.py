@@ -6,25 +6,25 @@ import pytest
 from conftest import to_numpy
 from keras import ops
 
+import keras_moe
 from keras_moe import backend, layers
 
 pytestmark = pytest.mark.backends("jax")
+jax = pytest.importorskip("jax")
 
 
 @pytest.fixture
 def programs():
     """A list with an item for each program that was compiled."""
-    from jax import monitoring
-
     compiled = []
 
     def listen(event, seconds, **kwargs):
         if event.endswith("backend_compile_duration"):
             compiled.append(event)
 
-    monitoring.register_event_duration_secs_listener(listen)
+    jax.monitoring.register_event_duration_secs_listener(listen)
     yield compiled
-    monitoring.unregister_event_duration_listener(listen)
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.mark.parametrize("router", ["top_k", "expert_choice"])
@@ -32,10 +32,11 @@ def test_the_first_call_of_a_layer_compiles_few_programs_and_the_next_none(route
     layer = layers.MixtureOfExperts(layers.FeedForwardExperts(3, 5), router=router)
     layer.build((7, 11))
     x = ops.ones((7, 11))
+    jax.clear_caches()
     programs.clear()
     layer(x, training=True)
-    # Operation by operation they would be about a hundred.
-    assert 1 <= len(programs) < 50
+    # Operation by operation they would be twice as many and more.
+    assert 1 <= len(programs) < 45
     programs.clear()
     layer(x, training=True)
     assert not programs
@@ -74,8 +75,23 @@ def test_other_arguments_are_seen_as_they_are_at_each_call(value):
 
 
 def test_inside_of_a_program_it_is_a_part_of_it():
-    import jax
-
     function, runs = counting()
     assert "jit" not in str(jax.make_jaxpr(function)(ops.zeros(2)))
     assert len(runs) == 1
+
+
+def test_a_size_may_be_an_array():
+    logits = ops.reshape(ops.arange(12.0), (4, 3)) % 5
+    values = []
+    for size in (2, ops.convert_to_tensor(2)):
+        routing = keras_moe.ops.expert_choice_routing(logits, 1.0, None, size)
+        values.append(to_numpy([routing, keras_moe.ops.sequence_load_balance(routing, size)]))
+    jax.tree.map(np.testing.assert_array_equal, *values)
+
+
+def test_a_routing_has_the_arrays_it_was_made_of():
+    indices, scores = ops.zeros((4, 1), "int32"), ops.ones((4, 3))
+    routing = keras_moe.ops.make_routing(
+        indices, scores[:, :1], scores, scores, ops.ones(4, "bool")
+    )
+    assert routing.indices is indices and routing.probs is scores

@@ -141,9 +141,9 @@ def test_what_rebalancing_did_is_told_and_that_it_was_in_vain():
     watchdog = ExpertHealth(every=5, patience=2, rebalance=True)
     findings, _ = watched(model_of(layer), *clustered(0), watchdog, epochs=2)
     (first, _, collapse), (second, _, again), (third, _, dead) = findings
-    # As long after the change as the first was after the start, and nothing for a third time.
-    assert (first, second, third) == (10, 20, 35)
-    assert collapse.fix.startswith("The weight of its LoadBalance is now 0.1. If it does not rec")
+    # Counted from the change on, and nothing for a third time.
+    assert (first, second, third) == (10, 20, 40)
+    assert collapse.fix.startswith("The weight of its LoadBalance is now 0.1. What else to try: ")
     assert again.text == collapse.text
     assert dead.text.startswith("6 of 8 experts serve no token in 6 looks:")
     for finding in (collapse, again, dead):
@@ -151,12 +151,17 @@ def test_what_rebalancing_did_is_told_and_that_it_was_in_vain():
 
 
 @of_counts
-def test_a_loss_that_is_off_is_not_rebalanced():
+@pytest.mark.parametrize(
+    "weight, advice",
+    [(0.0, "LoadBalance(0): give it a weight above 0."), (0.5, "LoadBalance(0.5), a large weight")],
+)
+def test_a_loss_that_is_off_or_large_is_not_rebalanced(weight, advice):
     router = routers.TopKRouter(EXPERTS, kernel_initializer="zeros", trainable=False)
-    layer = expert_layer(router, [losses.LoadBalance(0.02)])
-    layer.set_router_loss_weight(0, 0.0)
+    layer = expert_layer(router, [losses.LoadBalance(0.5)])
+    layer.set_router_loss_weight(0, weight)
     findings, _ = watched(model_of(layer), *clustered(0), ExpertHealth(rebalance=True, stop=True))
-    assert "LoadBalance(0): give it a weight above 0." in findings[0][2].fix
+    assert advice in findings[0][2].fix and "is now" not in findings[0][2].fix
+    assert layer.loss_weights_in_force == [weight]
 
 
 @of_counts
@@ -334,7 +339,7 @@ def test_the_advice_names_what_balances(text):
     layer = ADVICE[text]()
     assert text in layer.balance_advice()
     assert ("add `losses" in layer.balance_advice()) == ("add `losses" in text)
-    assert layer.balance_advice().startswith("Centre the inputs") != ("add `losses" in text)
+    assert ("centre them first" in layer.balance_advice()) != ("add `losses" in text)
 
 
 def test_the_advice_names_the_weight_in_force():

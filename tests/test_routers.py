@@ -50,8 +50,9 @@ def test_a_dense_mixture_is_a_sparse_one_of_all_experts_which_can_become_sparse(
     dense.save_weights(tmp_path / "dense.weights.h5")
     sparse.load_weights(tmp_path / "dense.weights.h5")
     assert_close(to_numpy(sparse(TOKENS)), to_numpy(dense(TOKENS)), tolerance=1e-5)
-    with pytest.raises(TypeError, match="a `TopKRouter` has a `top_k` that can be set"):
-        dense.layers[-1].router.top_k = 1
+    for router in (dense.layers[-1].router, routers.DenseRouter(4)):
+        with pytest.raises(TypeError, match="a `TopKRouter` has a `top_k` that can be set"):
+            router.top_k = 1
     with pytest.raises(ValueError, match="computes what a `DenseRouter` does"):
         surgery.set_top_k(dense, 1)
     surgery.set_top_k(sparse, 1)

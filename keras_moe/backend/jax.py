@@ -75,10 +75,12 @@ def trace_once(function):
 
 
 def as_one_program(function):
-    """The function, compiled as a whole where it is called outside of any program.
+    """The function, compiled as a whole where it is called with arrays and `PLAIN_VALUES`.
 
     JAX would compile each of its operations alone, for each shape: some hundred programs at the
-    first call of a layer. Only for calls with arrays and `PLAIN_VALUES`; others are as before.
+    first call of a layer. Each plain value has a program of its own, so none should change from
+    step to step. The function must depend on its arguments only, not on a scope or `floatx`. With
+    tracers, of a program or of a gradient, it is just called, and with scalars, which may be sizes.
     """
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -93,8 +95,12 @@ def as_one_program(function):
         leaves, structure = jax.tree.flatten((args, kwargs))
         arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
         others = [leaf for leaf in leaves if not isinstance(leaf, jax.Array)]
-        is_inside = any(isinstance(array, jax.core.Tracer) for array in arrays)
-        if is_inside or not all(type(value) in PLAIN_VALUES for value in others):
+        is_traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
+        has_scalar = any(
+            isinstance(value, jax.Array) and not value.ndim for value in (*args, *kwargs.values())
+        )
+        is_plain = all(type(value) in PLAIN_VALUES for value in others)
+        if is_traced or has_scalar or not is_plain:
             return function(*args, **kwargs)
         # With its type: True equals 1.
         values = (None if isinstance(leaf, jax.Array) else (type(leaf), leaf) for leaf in leaves)

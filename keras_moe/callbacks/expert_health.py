@@ -12,6 +12,7 @@ from keras_moe import health
 from keras_moe._internal.named_arguments import NamedArguments, check_is_made
 from keras_moe._internal.validation import check_flag, check_positive_integer
 from keras_moe.inspection import moe_layers
+from keras_moe.losses.router_loss import LARGE_WEIGHT
 
 # A collapse that recovers at this rate from look to look is not reported.
 _RECOVERY = 0.02
@@ -35,7 +36,7 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
 
     Each warning is given once a layer, as a Python `UserWarning`, and kept in `findings`, a list
     of `(step, layer name, health.Finding)`. Dead experts are told again when others have joined
-    them, and everything once more after `rebalance` has changed the layer.
+    them, and what is still wrong once more after `rebalance` has changed the layer.
 
     A look reads the counters and the router weights from the device: E and D x E numbers a layer.
     Nothing is read between looks, so training runs ahead. On JAX, where `fit` holds the state
@@ -49,8 +50,8 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
         patience: looks that a collapse must last before it is reported.
         stop: whether a problem ends the training, one batch after the look.
         rebalance: whether a collapse or a dead expert makes the layer's balancing losses ten times
-            as heavy, once. `layer.loss_weights_in_force` has the weights of now; the losses in
-            `router_losses` and the config keep those that they were made with.
+            as heavy, once, up to a weight of 1. `layer.loss_weights_in_force` has the present
+            weights; the losses in `router_losses` and the config keep the original ones.
 
     Raises:
         ValueError: If an argument is out of its range, or the model has no MoE layer.
@@ -145,11 +146,18 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
             if name not in self._watches:
                 self._watches[name] = _Watch(layer, self.patience)
                 continue
-            for kind, finding, *about in self._watches[name].look(layer):
-                if self._is_new(name, kind, finding, *about):
-                    if kind in ("collapse", "dead"):
-                        finding = self._rebalance(name, layer, finding)
+            # All of it, before a layer is changed by what is found first.
+            for kind, finding, about in list(self._watches[name].look(layer)):
+                if not self._is_new(name, kind, finding, about):
+                    continue
+                done = self._rebalance(name, layer) if kind in ("collapse", "dead") else []
+                if not done:
                     self._tell(name, finding)
+                    continue
+                fix = " ".join([*done, "What else to try:", layer.balance_advice()])
+                self._tell(name, finding._replace(fix=fix))
+                self._watches[name].restart()
+                break
 
     def _is_new(self, name, kind, finding, about=(None,)):
         """Whether there is a finding, about anything of which that was not told before."""
@@ -170,24 +178,21 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
         # Names this module instead of a source line that says nothing to users.
         warnings.warn_explicit(text, UserWarning, __name__, self._step)
 
-    def _rebalance(self, name, layer, finding):
-        """The finding, with what was done about it: balancing losses get heavier, once."""
+    def _rebalance(self, name, layer):
+        """Make balancing losses heavier, once, and say of each that it was done."""
+        done: list[str] = []
         if not self.rebalance or name in self._rebalanced:
-            return finding
-        done = []
+            return done
         for index, (loss, weight) in enumerate(
             zip(layer.router_losses, layer.loss_weights_in_force)
         ):
             # In a resumed training it may have been raised before.
-            if loss.balances and 0 < weight < 9 * loss.weight:
+            if loss.balances and 0 < weight < min(LARGE_WEIGHT, 9 * loss.weight):
                 layer.set_router_loss_weight(index, 10 * weight)
                 done.append(f"The weight of its {type(loss).__name__} is now {10 * weight:g}.")
-        if not done:
-            return finding
-        self._rebalanced.add(name)
-        self._watches[name].restart()
-        done.append(f"If it does not recover: {layer.balance_advice()}")
-        return finding._replace(fix=" ".join(done))
+        if done:
+            self._rebalanced.add(name)
+        return done
 
 
 class _Watch:
@@ -206,14 +211,14 @@ class _Watch:
         self._idle: np.ndarray = np.zeros(len(self.seen), "int64")
 
     def look(self, layer):
-        """Yield a kind, a finding or None, and what it is about if there may be more of it."""
-        yield "router", self._judge_router(layer.router)
+        """Yield a kind, a finding or None, and what it is about, if there may be more later."""
+        yield "router", self._judge_router(layer.router), (None,)
         counts = _read(layer.expert_counts)
         # Counters that were reset in between start from zero.
         self._window += counts - self.seen if (counts >= self.seen).all() else counts
         self.seen = counts
         if health.is_enough(self._window):
-            yield "collapse", self._judge_spread(layer)
+            yield "collapse", self._judge_spread(layer), (None,)
             yield "dead", *self._judge_idle(layer)
             self._window = np.zeros_like(counts)
 

@@ -4,9 +4,8 @@ from keras_moe._internal.serialization import Configured
 from keras_moe._internal.tensor_checks import check_is_scalar
 from keras_moe._internal.validation import check_not_negative
 
-# From 0.1 on, a larger weight is not the advice where the load is uneven. Layers keep weights in
-# float32, in which 0.1 may be a little less.
-_LARGE_WEIGHT = 0.0999
+# A weight of 0.1 or more should not grow. A little less, as layers keep 0.1 in float32.
+LARGE_WEIGHT = 0.0999
 
 
 class RouterLoss(Configured):
@@ -71,12 +70,11 @@ class RouterLoss(Configured):
         balanced = f"The load is balanced by {type(self).__name__}({weight:g})"
         if not weight:
             return f"{balanced}: give it a weight above 0."
-        if weight < _LARGE_WEIGHT:
+        if weight < LARGE_WEIGHT:
             return f"{balanced}: give it ten times the weight."
         return (
             f"{balanced}, a large weight: with a larger one the router may learn balance instead "
-            "of the task. A selection bias balances without a loss: "
-            '`routers.TopKRouter(score="sigmoid", balancer="loss_free")`.'
+            "of the task."
         )
 
     def build(self, layer):

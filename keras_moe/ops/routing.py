@@ -50,7 +50,6 @@ class Routing(NamedTuple):
     details: Any = ()
 
 
-@backend.as_one_program
 def make_routing(indices, weights, probs, logits, mask, counts=None, load=None, details=()):
     """A `Routing` in which padding has no weight and no count.
 
@@ -145,6 +144,7 @@ def top_k_routing(
     return make_routing(indices, weights * scale, probs, logits, mask)
 
 
+@backend.as_one_program
 def count_assignments(indices, mask, num_experts):
     """How many assignments each expert has.
 

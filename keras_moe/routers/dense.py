@@ -44,12 +44,13 @@ class DenseRouter(LogitRouter):
 
     default_losses = ()
 
-    _fixed_attributes = ("top_k",)
+    _kept_attributes = ("top_k",)
     _instead_of_setting = "Make another one; a `TopKRouter` has a `top_k` that can be set."
 
-    def __init__(self, num_experts=None, **kwargs):
-        super().__init__(num_experts, **kwargs)
-        self.top_k = num_experts
+    @property
+    def top_k(self):
+        """All experts."""
+        return self.num_experts
 
     def route(self, tokens, mask, training):
         logits, mask = self.checked_logits(tokens, mask, training)

@@ -48,11 +48,16 @@ class ExpertChoiceRouter(LogitRouter):
     takes_capacity = False
 
     _attribute_checks = {"capacity_factor": check_positive_number}
+    _kept_attributes = ("top_k",)
 
     def __init__(self, num_experts=None, capacity_factor=2.0, **kwargs):
         super().__init__(num_experts, **kwargs)
         self.capacity_factor = capacity_factor
-        self.top_k = num_experts
+
+    @property
+    def top_k(self):
+        """All experts, each of which may choose the token."""
+        return self.num_experts
 
     @property
     def mean_top_k(self):

@@ -160,9 +160,10 @@ def set_top_k(model, top_k):
         if "top_k" not in config:
             raise ValueError(
                 "The router of a layer must have a `top_k`, experts that each token chooses. "
-                f"Received: {name!r} with a `{type(router).__name__}`, which has none. Leave the "
-                "layer out, by a dict of the others, or make it with a `routers.TopKRouter`, which "
-                "with `top_k=num_experts` computes what a `DenseRouter` does and loads its weights."
+                f"Received: {name!r} with a `{type(router).__name__}`, which has none to set. "
+                "Leave the layer out, by a dict of the others, or make it with a "
+                "`routers.TopKRouter`, which with `top_k=num_experts` computes what a "
+                "`DenseRouter` does and loads its weights."
             )
         check_top_k(value, router.num_experts, type(router).__name__)
         if "top_k" in router._attribute_rules.fixed and value != router.top_k:
@@ -251,12 +252,12 @@ def _number(name, layer, keep):
             "it, first."
         )
     if not is_whole(number) or not least <= number <= num_experts:
-        meaning = f" ({number} of {num_experts})" if isinstance(number, int) else ""
+        meaning = f" ({number} of {num_experts})" if isinstance(keep, float) else ""
         raise ValueError(
-            "`keep` must be a share above 0 and up to 1, or a number of experts, and leave as many "
-            f"as the `top_k` of the router. Received: keep={shortened(keep)}{meaning} for {name!r} "
-            f"with num_experts={num_experts}, top_k={least}. Pass another, or make a token go to "
-            "fewer experts first, with most routers by `surgery.set_top_k`."
+            "`keep` must be a share above 0 and up to 1, or a number of experts, and at least the "
+            f"`top_k` of the router must be left. Received: keep={shortened(keep)}{meaning} for "
+            f"{name!r} with num_experts={num_experts}, top_k={least}. Pass another, or make a "
+            "token go to fewer experts first, with most routers by `surgery.set_top_k`."
         )
     if isinstance(router, GroupLimitedRouter) and number % router.num_groups:
         raise ValueError(
