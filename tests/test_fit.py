@@ -66,6 +66,7 @@ def assert_same_weights(one, other):
     ],
 )
 def test_a_model_trains_evaluates_and_predicts(model, jit_compile):
+    keras.utils.set_random_seed(0)
     model = compiled_model(model(), keras.optimizers.Adam(0.01), jit_compile=jit_compile)
     x, y = X[:20], Y[:20]  # the last batch has four samples
     history = model.fit(x, y, batch_size=8, epochs=3, verbose=0)
