@@ -84,6 +84,14 @@ def small_tiles(monkeypatch):
     forget()
 
 
+@pytest.fixture(autouse=True)
+def policy_of_before():
+    """Benchmarks set the policy of their process, and the next test may be any other."""
+    before = keras.config.dtype_policy()
+    yield
+    keras.config.set_dtype_policy(before)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_what_was_compiled():
     """JAX keeps every function it ever compiled, some gigabytes at the end of a suite."""

@@ -272,7 +272,6 @@ def test_missing_compilers_are_named_and_nothing_else_runs(monkeypatch, capsys):
 def test_a_step_is_compiled_for_a_tpu(monkeypatch, tmp_path, flags):
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     twin, mixture = ahead.main(["--smoke", *flags])["v5e"]
-    keras.config.set_dtype_policy("float32")
     assert (tmp_path / "ahead-v5e-smoke.json").exists()
     assert (twin["name"], mixture["name"]) == ("dense twin", "E=4")
     products = 3 * (3 if flags else 2)
@@ -288,7 +287,6 @@ def test_a_layer_is_compiled_for_several_tpus(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     wide = ["--tokens", "1024", "--features", "256", "--hidden", "256"]  # worth an overlap
     (row,) = topologies.main(["--smoke", "--top-k", "2", "--overlap", *wide])
-    keras.config.set_dtype_policy("float32")
     assert (tmp_path / "topologies-smoke.json").exists()
     assert (row["name"], row["chips"], row["experts"]) == ("v5e:2x2", 4, 4)
     # Rows go to the chips of their experts; nothing is gathered.

@@ -46,8 +46,6 @@ where_nothing_is_compiled = pytest.mark.backends("torch")
 @pytest.fixture(autouse=True)
 def scratch(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "RESULTS", tmp_path / "results")
-    yield
-    keras.config.set_dtype_policy("float32")
 
 
 def options(**changes):
