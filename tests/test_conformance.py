@@ -157,10 +157,8 @@ def test_the_examples_in_the_docstrings_run(module):
 
 @pytest.fixture
 def policy(request):
-    previous = keras.config.dtype_policy()
     keras.config.set_dtype_policy(request.param)
-    yield keras.config.dtype_policy()
-    keras.config.set_dtype_policy(previous)
+    return keras.config.dtype_policy()
 
 
 @pytest.mark.parametrize("policy", POLICIES, indirect=True)

@@ -50,8 +50,8 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
         patience: looks that a collapse must last before it is reported.
         stop: whether a problem ends the training, one batch after the look.
         rebalance: whether a collapse or a dead expert makes the layer's balancing losses ten times
-            as heavy, once, up to a weight of 1. `layer.loss_weights_in_force` has the present
-            weights; the losses in `router_losses` and the config keep the original ones.
+            as heavy, once, where their weight is below 0.1. `layer.loss_weights_in_force` has the
+            present weights; the losses in `router_losses` and the config keep the original ones.
 
     Raises:
         ValueError: If an argument is out of its range, or the model has no MoE layer.

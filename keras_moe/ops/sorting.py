@@ -8,7 +8,6 @@ from keras import ops
 from keras_moe import backend
 
 
-@backend.as_one_program
 def place_in_queue(queue, num_queues, turns=None):
     """How many entries of the same queue precede each entry, (N,) int32."""
     if turns is not None:
@@ -25,7 +24,6 @@ def queue_sizes(queue, num_queues):
     return ops.segment_sum(ops.ones_like(queue), queue, num_queues)
 
 
-@backend.as_one_program
 def sort_by_expert(expert_of_assignment, num_keys):
     """A stable order by expert or queue, and for each assignment its place in it.
 
