@@ -110,11 +110,11 @@ def test_batches_are_counted_where_several_are_one_execution():
     model.compile("adam", "mse", steps_per_execution=4)
     found, _ = watched(model, *clustered(0), ExpertHealth(stop=True))
     assert 30 <= found[0][0] <= 50
-    heavy = model_of(expert_layer(router_losses=[losses.LoadBalance(100.0)]))
+    heavy = model_of(expert_layer(router_losses=[losses.LoadBalance(1000.0)]))
     heavy.compile("adam", "mse", steps_per_execution=4)
     for batches in (4, 8):
         ((step, _, finding),), _ = watched(heavy, *clustered(0, batches * BATCH), ExpertHealth())
-        assert step == batches and "not counting the constant 100 of" in finding.text
+        assert step == batches and "not counting the constant 1e+03 of" in finding.text
 
 
 @of_counts
@@ -384,16 +384,16 @@ def test_the_constant_part_of_a_loss_is_not_heavy():
 def test_a_heavy_loss_is_found_beside_a_monitor(first, validation_split):
     watchdog, monitor = ExpertHealth(), ExpertMonitor()
     order = [watchdog, monitor] if first is ExpertHealth else [monitor, watchdog]
-    model = model_of(expert_layer(router_losses=[losses.LoadBalance(100.0)]))
+    model = model_of(expert_layer(router_losses=[losses.LoadBalance(1000.0)]))
     options = {"validation_split": validation_split, "batch_size": BATCH, "verbose": 0}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         model.fit(*clustered(0, 4 * BATCH), callbacks=order, **options)
     ((_, _, finding),) = watchdog.findings
-    assert "not counting the constant 100 of" in finding.text
+    assert "not counting the constant 1e+03 of" in finding.text
 
 
 def test_a_heavy_weight_is_no_heavy_loss_where_the_load_is_even():
-    layer = expert_layer(routers.DenseRouter(), [losses.LoadBalance(100.0)])
+    layer = expert_layer(routers.DenseRouter(), [losses.LoadBalance(1000.0)])
     findings, _ = watched(model_of(layer), *clustered(0, 4 * BATCH), ExpertHealth())
     assert not findings
