@@ -65,9 +65,8 @@ def main(arguments=None):
         return translate(options.translate, options.output, options.beams)
     claim(options.output)
     size = size_of(options)
-    data = pairs.ParallelDataset(
-        *(cut(split, size.pairs) for split in pairs.load(options.dataset, options.data_dir))
-    )
+    data = pairs.load(options.dataset, options.data_dir, options.reverse)
+    data = pairs.ParallelDataset(*(cut(split, size.pairs) for split in data))
     subwords = Subwords.train(
         [*data.train.sources, *data.train.targets], size.vocabulary, options.output
     )
@@ -125,6 +124,7 @@ def parse_options(arguments):
         "ted_hrlr_translate/pt_to_en"
     )
     parser = parser_of(__doc__, "bible_es_en", data, experts=8, units="sentences")
+    parser.add_argument("--reverse", action="store_true", help=pairs.REVERSE)
     parser.add_argument("--top-k", type=int, default=2, help="experts that serve each piece")
     parser.add_argument("--balance", type=float, default=0.01, help="weight of the balance loss")
     parser.add_argument("--moe-every", type=int, default=1, help="every n-th block has experts")
@@ -151,8 +151,8 @@ def size_of(options):
 
 def settings_name(options):
     """A name for all that a run depends on: another command does not go on with this one's."""
-    names = ["dataset", "experts", "top_k", "balance", "moe_every", "sides", "epochs", "beams"]
-    settings = [getattr(options, name) for name in (*names, "seeds", "compare")]
+    names = ["dataset", "reverse", "experts", "top_k", "balance", "moe_every", "sides"]
+    settings = [getattr(options, name) for name in (*names, "epochs", "beams", "seeds", "compare")]
     return resuming.digest(size_of(options), DROPOUT, *settings)
 
 

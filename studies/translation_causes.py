@@ -1,7 +1,7 @@
 """Why does a mixture gain little, or much, in translation? One thing is changed at a time.
 
     KERAS_BACKEND=jax python studies/translation_causes.py
-    KERAS_BACKEND=jax python studies/translation_causes.py --dataset libreoffice_help --seeds 0 1 2
+    KERAS_BACKEND=jax python studies/translation_causes.py --dataset libreoffice_help --reverse
     KERAS_BACKEND=jax python studies/translation_causes.py --changes none "32 experts"
 
 Trains the translators of `translation.py` for one epoch: the mixture of that study, and others
@@ -83,6 +83,7 @@ def parse_options(arguments):
     parser.add_argument("--changes", nargs="+", choices=CHANGES, default=[*CHANGES], metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
     parser.add_argument("--dataset", default="bible_es_en", help=", ".join(pairs.BUILT_IN))
+    parser.add_argument("--reverse", action="store_true", help=pairs.REVERSE)
     parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
     parser.add_argument("--smoke", action="store_true", help="tiny models on a few sentences")
     output = pathlib.Path("output_translation_causes")
@@ -102,12 +103,16 @@ class Study(typing.NamedTuple):
     @classmethod
     def prepare(cls, options):
         size = translation.size_of(options)
-        data = pairs.load(options.dataset, options.data_dir)
+        data = pairs.load(options.dataset, options.data_dir, options.reverse)
         train, validation = (translation.cut(split, size.pairs) for split in data[:2])
         subwords = Subwords.train(
             [*train.sources, *train.targets], size.vocabulary, options.output / "cache"
         )
-        folder = options.output / "runs" / resuming.digest(size, options.dataset, EPOCHS)
+        folder = (
+            options.output
+            / "runs"
+            / resuming.digest(size, options.dataset, options.reverse, EPOCHS)
+        )
         return cls(
             size, subwords, train, translation.batches_of(subwords, validation, size), folder
         )

