@@ -224,7 +224,7 @@ def test_a_package_that_is_missing_is_named(folder, capsys, monkeypatch):
         main(["report", "model.keras", "--data", "x.npy"])
     assert capsys.readouterr().err == (
         "error: ImportError: Plots need matplotlib, which is not installed. "
-        'Run `pip install "keras_moe[visualization]"`. Pass --debug to see the traceback.\n'
+        "Run `pip install matplotlib`. Pass --debug to see the traceback.\n"
     )
 
 

@@ -354,7 +354,7 @@ def test_a_table_needs_finished_trials_that_were_measured():
 
 
 @pytest.mark.backends("torch")
-def test_without_keras_tuner_the_error_names_the_extra():
+def test_without_keras_tuner_the_error_names_what_to_install():
     code = "import sys; sys.modules['keras_tuner'] = None; import keras_moe.tuner"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -364,7 +364,7 @@ def test_without_keras_tuner_the_error_names_the_extra():
     )
     assert done.stderr.strip().splitlines()[-1] == (
         "ImportError: `keras_moe.tuner` needs KerasTuner, which is not installed. "
-        'Run `pip install "keras_moe[tuner]"`.'
+        "Run `pip install keras-tuner`."
     )
 
 

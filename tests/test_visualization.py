@@ -186,6 +186,5 @@ def test_without_matplotlib_the_error_names_what_to_install(monkeypatch):
     with pytest.raises(ImportError) as error:
         importlib.reload(panels)
     assert str(error.value) == (
-        "Plots need matplotlib, which is not installed. "
-        'Run `pip install "keras_moe[visualization]"`.'
+        "Plots need matplotlib, which is not installed. Run `pip install matplotlib`."
     )

@@ -19,7 +19,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "`log_dir` needs TensorBoard and matplotlib, one of which is not installed. "
-        'Run `pip install "keras_moe[tensorboard]"`.'
+        "Run `pip install tensorboard matplotlib`."
     ) from error
 
 

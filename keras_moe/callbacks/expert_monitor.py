@@ -48,9 +48,10 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
     Args:
         expert_shares: whether each expert's share is logged as well, one key an expert.
         log_dir: folder for TensorBoard, or None. The numbers above are written to its folders
-            `train` and `validation`, which `keras.callbacks.TensorBoard` uses too, with the shares
-            as a histogram and as a heat map over epochs; each layer has its own group of cards.
-            Needs `pip install "keras_moe[tensorboard]"`.
+            `train` and `validation`, which `keras.callbacks.TensorBoard` uses too, as
+            `LAYER/load_imbalance` and so on, with the shares as the histogram `LAYER/shares` and
+            the heat map `LAYER/shares_over_time`; each layer has its own group of cards. Needs
+            `pip install tensorboard matplotlib`.
         metrics: list of functions of your own from the counts of a layer, a NumPy array (E,) of
             the assignments of each expert in the epoch, to a number. NaN is logged where nothing
             was counted.

@@ -14,6 +14,8 @@ class RouterLoss(Configured):
     A subclass implements `compute(routing)`, which returns the loss before its weight. One that
     judges sequences sets `per_sequence` and implements `compute(routing, sequence_length)`. One
     that spreads the load over the experts sets `balances`; advice about the layer then names it.
+    One that is not 0 where all experts serve alike sets `value_at_balance` to what it is there,
+    before its weight, so that this constant is not taken for a heavy loss.
 
     Args:
         weight: what the loss is multiplied by, at least 0. A layer copies it into a variable of its

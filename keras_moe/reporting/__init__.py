@@ -16,7 +16,7 @@ def report(model, data, labels=None, tokens=None, path="report.html"):
     Layers that see different tokens, as the encoder and decoder of a translator do, take their own
     `labels` and `tokens`: a dict of them by the name of the layer.
 
-    Needs matplotlib: `pip install "keras_moe[visualization]"`.
+    Needs matplotlib: `pip install matplotlib`.
 
     Args:
         model: a Keras model.

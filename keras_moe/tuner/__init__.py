@@ -1,6 +1,6 @@
 """Hyperparameter search for models with MoE layers, with KerasTuner.
 
-Needs KerasTuner: `pip install "keras_moe[tuner]"`. `SearchSpace` makes the layers, `CostMonitor`
+Needs KerasTuner: `pip install keras-tuner`. `SearchSpace` makes the layers, `CostMonitor`
 measures what they cost, `WithinBudget` is an objective that knows the cost, `DefaultsFirst` begins
 with what was picked by hand, and `pareto_table` shows what a lower loss costs.
 """
@@ -9,8 +9,7 @@ try:
     import keras_tuner  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "`keras_moe.tuner` needs KerasTuner, which is not installed. "
-        'Run `pip install "keras_moe[tuner]"`.'
+        "`keras_moe.tuner` needs KerasTuner, which is not installed. Run `pip install keras-tuner`."
     ) from error
 
 from keras_moe.tuner.cost import CostMonitor, WithinBudget

@@ -1,4 +1,4 @@
-"""Plots of what experts do. Needs matplotlib: `pip install "keras_moe[visualization]"`.
+"""Plots of what experts do. Needs matplotlib: `pip install matplotlib`.
 
 Every function returns a `matplotlib.figure.Figure` and takes what it draws in one of three forms:
 an array, a dict of arrays by the name of the layer, or what `inspection.record_routings(model,

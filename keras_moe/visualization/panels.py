@@ -10,8 +10,7 @@ try:
     from matplotlib.ticker import MaxNLocator
 except ImportError as error:
     raise ImportError(
-        "Plots need matplotlib, which is not installed. "
-        'Run `pip install "keras_moe[visualization]"`.'
+        "Plots need matplotlib, which is not installed. Run `pip install matplotlib`."
     ) from error
 
 PANEL_SIZE = (4.4, 3.4)
