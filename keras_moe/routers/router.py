@@ -212,7 +212,8 @@ class Router(Saved, keras.layers.Layer):
         if indices is not None and "indices" not in self._known_arguments:
             raise ValueError(
                 "Only routers that give each token its K best experts can replay `indices`. "
-                f"Received: indices for a `{type(self).__name__}`. Use `routers.TopKRouter`."
+                f"Received: indices for a `{type(self).__name__}`. Use `routers.TopKRouter`, or "
+                "give `route` of a router of your own an argument `indices`."
             )
         if indices is not None:
             check_is_integer("indices", indices)
