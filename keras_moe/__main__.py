@@ -39,7 +39,7 @@ def _parse(arguments):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
     inspecting = commands.add_parser("inspect", help="print layers, sizes and counters")
     inspecting.set_defaults(command=_inspect)
     reporting = commands.add_parser("report", help="write an HTML page about the experts")
@@ -69,7 +69,11 @@ def _parse(arguments):
         default=pathlib.Path("report.html"),
         help="HTML file to write; default: report.html",
     )
-    return parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        # By the command itself, whose help lists its arguments.
+        commands.choices[options.name].error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options
 
 
 def _file(name):

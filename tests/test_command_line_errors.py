@@ -275,6 +275,15 @@ def test_wrong_arguments_are_one_line(arguments, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_an_argument_of_another_name_is_answered_by_the_help_of_the_command(folder, capsys):
+    with pytest.raises(SystemExit):
+        main(["report", "model.keras", "--data", "x.npy", "--path", "page.html"])
+    assert capsys.readouterr().err == (
+        "error: unrecognized arguments: --path page.html. "
+        "`python -m keras_moe report --help` lists the arguments.\n"
+    )
+
+
 def test_a_traceback_is_shown_if_wanted(folder):
     with pytest.raises(ValueError, match="at least one `MixtureOfExperts` layer"):
         main(["inspect", "dense.keras", "--debug"])

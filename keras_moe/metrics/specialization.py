@@ -57,7 +57,8 @@ def count_table(routing, groups, num_groups):
 def mutual_information(table):
     """Mutual information of a token's group and its expert, in nats; 0 if independent.
 
-    At most the logarithm of the number of groups, or of experts.
+    At most the logarithm of the number of groups, or of experts. Divided by `math.log(2)` it is in
+    bits, as in the title of `visualization.specialization`.
 
     Args:
         table: (G, E) assignments of each group to each expert, as `count_table` gives.
