@@ -76,7 +76,7 @@ _COLUMNS = {
     "Busiest, × fair": lambda layer: f"{imbalance(layer.counts) + 1:.2f}",
     "Dead": lambda layer: f"{int((layer.counts == 0).sum())}",
     "Dropped": lambda layer: f"{layer.dropped:.1%}",
-    "Router entropy": lambda layer: f"{layer.entropy:.2f}",
+    "Router entropy / log E": lambda layer: f"{layer.entropy:.2f}",
     "Bits shared with labels": lambda layer: (
         "–" if layer.information is None else f"{layer.information:.2f}"
     ),

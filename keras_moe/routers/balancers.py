@@ -62,8 +62,8 @@ class LossFreeBias(SelectionBalancer):
     selection and keeps b near zero. There is no loss, so no gradient works against the task.
 
     Args:
-        rate: step of the bias. Scores are at most 1, so 0.001 is fine for long trainings; a few
-            hundred steps need 0.01.
+        rate: step of the bias. Raise it, for example to 0.01, where the load evens out too slowly,
+            and lower it where the load of evaluations goes up and down from epoch to epoch.
         accumulation_steps: micro-batches of an optimizer step.
 
     Raises:

@@ -22,7 +22,8 @@ def specialization(routings, labels, names=None, num_experts=None):
     label and expert in bits, and the entropy of the expert, its upper bound.
 
     Pass the labels of documents for subjects, those of tokens for parts of speech, and the tokens
-    themselves for words. Of many different strings the 30 most frequent are drawn.
+    themselves for words. Integers stand in their order, strings the most frequent first. Of many
+    different strings 30 are drawn; the title is over all.
 
     Args:
         routings: what `inspection.record_routings` returned, or (T, K) integer indices with -1 for
