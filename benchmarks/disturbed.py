@@ -107,7 +107,9 @@ def start(program, folder, shell='exec "$@"', unset=(), **environment):
     """The program's process in a folder; the shell runs it as `"$@"`."""
     command = [sys.executable, program.script, *program.arguments(folder)]
     keep = {name: value for name, value in os.environ.items() if name not in unset}
-    with open(folder / "log", "w") as log:
+    (folder / "log").write_text("")
+    # Two at once write to one log, each behind what the other has written.
+    with open(folder / "log", "a") as log:
         return subprocess.Popen(
             ["sh", "-c", shell, "sh", *command],
             cwd=folder,
