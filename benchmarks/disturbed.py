@@ -18,6 +18,8 @@ STUDIES = {
     "language_model": ["--experts", "4"],
     "moe_vs_dense": ["--experts", "4", "--tasks", "language_model", "classification"],
     "translation": ["--beams", "2", "--epochs", "4"],
+    "translation_causes": ["--changes", "none", "--seeds", "0"],
+    "sparsity": ["--models", "dense", "8 experts", "--seeds", "0"],
     "upcycling": ["--seeds", "0"],
     "pruning": ["--experts", "4", "--draws", "1"],
     "compare_routers": ["--seeds", "1", "--routers", "top_k", "--balancing", "nothing"],
