@@ -2,7 +2,6 @@
 
 import os
 import random
-import tempfile
 
 import hypothesis
 import keras
@@ -49,15 +48,6 @@ if BACKEND == "tensorflow":
 
 if BACKEND == "jax":
     import jax
-
-    # A model that is built again, here or in a process that a test starts, is compiled once.
-    compiled = tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_errors=True)
-    for name, value in (
-        ("jax_compilation_cache_dir", compiled.name),
-        ("jax_persistent_cache_min_compile_time_secs", 0.2),  # writing takes time, too
-    ):
-        os.environ[name.upper()] = str(value)
-        jax.config.update(name, value)
 
 
 def pytest_configure(config):
