@@ -108,14 +108,9 @@ class Study(typing.NamedTuple):
         subwords = Subwords.train(
             [*train.sources, *train.targets], size.vocabulary, options.output / "cache"
         )
-        folder = (
-            options.output
-            / "runs"
-            / resuming.digest(size, options.dataset, options.reverse, EPOCHS)
-        )
-        return cls(
-            size, subwords, train, translation.batches_of(subwords, validation, size), folder
-        )
+        name = resuming.digest(size, options.dataset, options.reverse, EPOCHS)
+        validation = translation.batches_of(subwords, validation, size)
+        return cls(size, subwords, train, validation, options.output / "runs" / name)
 
     def loss(self, setting, seed, sparse):
         """The validation loss of a run that may be finished already."""

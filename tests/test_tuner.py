@@ -364,7 +364,7 @@ def test_without_keras_tuner_the_error_names_what_to_install():
     )
     assert done.stderr.strip().splitlines()[-1] == (
         "ImportError: `keras_moe.tuner` needs KerasTuner, which is not installed. "
-        "Run `pip install keras-tuner`."
+        'Run `pip install "keras-tuner[bayesian]" six`.'
     )
 
 

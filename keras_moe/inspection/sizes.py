@@ -75,11 +75,11 @@ def summary(model, print_fn=print):
     """Print the size and the use of each MoE layer of a model: `model.summary()` for experts.
 
     Below the parameters of the model (those of `model.count_params()`, which counts the counters of
-    the layers as well), a table has one row for each MoE layer. `parameters`,
-    `active` and `FLOPs a token` are those of `inspection.LayerSummary`. `busiest` is the load of
-    the busiest expert, where 1 is an equal share, and `dead` the number of experts without a token:
-    in the last epoch or evaluation that an `ExpertMonitor` watched, in all of a training without.
-    `engine` is that of `inspection.LayerDescription`.
+    the layers as well), a table has one row for each MoE layer. `parameters`, `active` and
+    `FLOPs a token` are those of `inspection.LayerSummary`. `busiest` is the load of the busiest
+    expert, where 1 is an equal share, and `dead` the number of experts without a token: in the last
+    epoch or evaluation that an `ExpertMonitor` watched, in all of a training without. `engine` is
+    that of `inspection.LayerDescription`.
 
     Args:
         model: a built Keras model.
