@@ -37,13 +37,13 @@ CASES = tuple(Case(shape, *variant) for shape in SHAPES for variant in VARIANTS)
 
 
 def covering(number):
-    """Cases for the chip of this number: each shape once, and nearly all variants.
+    """Three cases for the chip of this number.
 
-    Over five chips every shape meets five variants.
+    Five chips meet each shape twice, the first one three times, and all variants.
     """
     return [
-        Case(shape, *VARIANTS[(3 * number + position) % len(VARIANTS)])
-        for position, shape in enumerate(SHAPES)
+        Case(SHAPES[place % len(SHAPES)], *VARIANTS[3 * place % len(VARIANTS)])
+        for place in range(3 * number, 3 * number + 3)
     ]
 
 

@@ -137,16 +137,14 @@ def test_monitoring_is_timed_against_layers_that_count_nothing():
     assert written("monitoring")["rows"] == rows
 
 
+@where_nothing_is_compiled
 def test_routers_are_timed_alone_and_as_a_share_of_the_step():
-    # Where a step is compiled, the rest takes a minute; `test_routers_catalogue.py` compiles it.
-    few = ["top_k", "cosine", "deepseek_v3", "sinkhorn", "switch", "gshard", "expert_choice"]
-    names = list(BY_NAME) if BACKEND == "torch" else few
-    rows = routers.main(["--smoke", "--routers", *names])
+    rows = routers.main(["--smoke", "--routers", *BY_NAME])
     assert written("routers")["rows"] == rows
     top_k = {row["name"]: row["top_k"] for row in rows}
-    assert list(top_k) == names
+    assert list(top_k) == list(BY_NAME)
     # Some names stand for a K, and experts that choose have none.
-    assert {top_k[name] for name in few[:4]} == {K}
+    assert {top_k[name] for name in ("top_k", "cosine", "deepseek_v3", "sinkhorn")} == {K}
     assert (top_k["switch"], top_k["gshard"], top_k["expert_choice"]) == (1, 2, E)
     for row in rows:
         assert 0 < row["routing_ms"] and 0 < row["step_ms"]
@@ -305,6 +303,7 @@ def in_this_process(monkeypatch, tmp_path):
         )
 
 
+@where_nothing_is_compiled
 def test_endurance_watches_numbers_experts_and_memory(in_this_process):
     rows = endurance.main(["--smoke"])
     assert written("endurance")["rows"] == rows

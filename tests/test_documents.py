@@ -111,7 +111,7 @@ def test_guides_that_need_nothing_run(document, capsys):
     assert capsys.readouterr().out.count("[") >= 1
 
 
-@of_many_operations
+@pytest.mark.backends("torch")  # it trains several models
 def test_the_search_of_the_guide_to_tuning_finds_a_layer(tmp_path, monkeypatch, capsys):
     pytest.importorskip("keras_tuner")
     monkeypatch.chdir(tmp_path)

@@ -16,6 +16,9 @@ import keras_moe  # noqa: E402
 import keras_moe.__main__  # noqa: E402
 from keras_moe import layers, routers  # noqa: E402
 
+# Each model here is one more that JAX compiles.
+pytestmark = pytest.mark.backends("tensorflow", "torch")
+on_each_backend = pytest.mark.backends("tensorflow", "jax", "torch")
 # What is made of arrays that are recorded already, and what the page does once it is written.
 of_the_page = pytest.mark.backends("torch")
 EVIL = "<script>window.broken = true</script>"
@@ -119,6 +122,7 @@ def test_integer_data_are_shown_as_they_are_and_texts_are_split():
     assert token_texts(None, data, 0, 2) == []
 
 
+@on_each_backend
 def test_the_layers_are_measured(tmp_path):
     model = one_hot_model("only")
     _, html = written(tmp_path, model, ids([1, 1, 1, 1], [4, 4, 4, 4]), ["a", "b"])
@@ -223,6 +227,7 @@ def test_a_layer_whose_tokens_are_not_laid_out_by_document_is_reported(tmp_path)
     assert data_of(html) == [] and "3 tokens routed" in html
 
 
+@on_each_backend
 @pytest.mark.parametrize("router", ["dense", "expert_choice", "soft", "top_p"])
 def test_every_kind_of_router_is_reported(tmp_path, router):
     inputs = keras.Input((6,), dtype="int32")

@@ -218,7 +218,8 @@ def assert_none_of_none(router, mode, capacity=None, router_losses=("load_balanc
     def function(x):
         return layer.stateless_call(trainable, state, x, training=True, return_losses=True)
 
-    for shape in [(0, 5, E), (2, 0, E), (0, E)]:
+    shapes = [(0, 5, E), (2, 0, E), (0, E)]
+    for shape in shapes[:1] if mode == "xla" else shapes:  # XLA compiles each anew, for a second
         outputs, state_after, losses = compiled(function, mode)(np.zeros(shape, "float32"))
         assert outputs.shape == shape
         assert all(np.isfinite(value).all() for value in [*state_after, *losses])
