@@ -25,9 +25,8 @@ MODES = {
 # eager call for each shape, which is slower than compiling it as a whole.
 FAST_MODE = "jit" if BACKEND == "jax" else "eager"
 
-# Hypothesis draws, by how long one shape takes to trace and to compile.
-EAGER_EXAMPLES = {"tensorflow": 8, "jax": 1, "torch": 15}[BACKEND]
-EXAMPLES = {"eager": EAGER_EXAMPLES, "graph": 3, "xla": 5, "jit": 5}
+# Hypothesis draws, by how long the compilation of one shape takes.
+EXAMPLES = {"eager": 1 if BACKEND == "jax" else 15, "graph": 5, "xla": 5, "jit": 5}
 
 # A test runs what it compiles once or twice, so XLA and LLVM compile in a hurry. For fused loops,
 # XLA's older emitter takes half the time of the one by MLIR.
