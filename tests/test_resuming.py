@@ -25,10 +25,14 @@ def programs_of_before(tmp_path_factory):
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
+    def keep_in(folder):
+        compilation_cache.reset_cache()
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+    before = jax.config.jax_compilation_cache_dir
+    keep_in(str(tmp_path_factory.mktemp("programs")))
     yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
+    keep_in(before)
 
 
 def compiled(*parts):
