@@ -13,13 +13,14 @@ from benchmarks.measure import in_fresh_process
 def in_observed_process(function, *arguments):
     """`function(*arguments, dump)`: `dump` is where XLA writes a file for each module it compiles.
 
-    Freed memory goes back to the system at once: what the process holds is what is in use.
+    JAX reads none from its cache. Freed memory goes back to the system at once: what the process
+    holds is what is in use.
     """
     before = dict(os.environ)
     with tempfile.TemporaryDirectory() as dump:
         flags = f"{before.get('XLA_FLAGS', '')} --xla_dump_to={dump} --xla_dump_hlo_as_text"
         limits = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "131072")
-        os.environ.update(XLA_FLAGS=flags, **limits)
+        os.environ.update(XLA_FLAGS=flags, JAX_ENABLE_COMPILATION_CACHE="0", **limits)
         try:
             return in_fresh_process(function, *arguments, dump)
         finally:

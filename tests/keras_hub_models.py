@@ -1,7 +1,6 @@
 """Tiny models of KerasHub with random weights, one of each family with MoE blocks."""
 
 import keras
-import keras_hub
 import numpy as np
 from keras import ops
 
@@ -72,6 +71,8 @@ FAMILIES = {
 
 def causal_lm(family, **kwargs):
     """A model whose experts and routers are far from zero, so that a mistake shows."""
+    import keras_hub  # where it is needed: for seconds
+
     keras.utils.set_random_seed(0)
     prefix, sizes = FAMILIES[family]
     backbone = getattr(keras_hub.models, f"{prefix}Backbone")(**sizes, **kwargs)

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import conftest
+import backends
 import keras
 import numpy as np
 
@@ -368,7 +368,7 @@ def gradients(layer, inputs, **kwargs):
         return keras.ops.sum(outputs * ramp) + sum(losses, 0.0)
 
     weights = layer.trainable_variables
-    values = conftest.gradients(objective, [inputs, *(array(weight) for weight in weights)])
+    values = backends.gradients(objective, [inputs, *(array(weight) for weight in weights)])
     return dict(zip(["inputs", *(weight.path for weight in weights)], values))
 
 

@@ -8,7 +8,7 @@ import jax
 import keras
 import numpy as np
 import pytest
-from conftest import assert_close
+from backends import assert_close
 
 from keras_moe import layers, losses, routers
 from keras_moe.callbacks import ExpertMonitor

@@ -17,6 +17,9 @@ TPU, GPU = chips.CHIPS["v5e"], chips.CHIPS["h100"]
 OPTIONS = {"features": 16, "hidden": 24, "experts": [4]}
 
 needs_jax = pytest.mark.skipif(BACKEND != "jax", reason="compiled with JAX")
+needs_libtpu = pytest.mark.skipif(
+    chips.missing("v5e") is not None, reason="libtpu is not installed"
+)
 
 
 def whole(*lines, others=""):
@@ -267,7 +270,8 @@ def test_missing_compilers_are_named_and_nothing_else_runs(monkeypatch, capsys):
 
 
 @needs_jax
-@pytest.mark.skipif(chips.missing("v5e") is not None, reason="libtpu is not installed")
+@needs_libtpu
+@pytest.mark.usefixtures("programs_not_kept")
 @pytest.mark.parametrize("flags", [[], ["--gated", "--dtype", "float32"]])
 def test_a_step_is_compiled_for_a_tpu(monkeypatch, tmp_path, flags):
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
@@ -282,7 +286,8 @@ def test_a_step_is_compiled_for_a_tpu(monkeypatch, tmp_path, flags):
 
 
 @needs_jax
-@pytest.mark.skipif(chips.missing("v5e") is not None, reason="libtpu is not installed")
+@needs_libtpu
+@pytest.mark.usefixtures("programs_not_kept")
 def test_a_layer_is_compiled_for_several_tpus(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     wide = ["--tokens", "1024", "--features", "256", "--hidden", "256"]  # worth an overlap

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import reference
-from conftest import FAST_MODE, MODES, assert_close, compiled, differentiated, to_numpy
+from backends import FAST_MODE, MODES, assert_close, compiled, differentiated, to_numpy
 from keras import ops
 from layer_checks import D, array, moe, normal
 

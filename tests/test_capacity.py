@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from conftest import FAST_MODE, compiled
+from backends import FAST_MODE, compiled
 from layer_checks import E, array, moe, one_hot, one_hot_router
 
 from keras_moe import layers

@@ -20,6 +20,7 @@ from benchmarks import ahead_matrix, chips  # noqa: E402
 TPUS = [name for name, chip in chips.CHIPS.items() if chip.platform == "tpu"]
 
 pytestmark = [
+    pytest.mark.usefixtures("programs_not_kept"),
     pytest.mark.skipif(keras.backend.backend() != "jax", reason="compiled with JAX"),
     pytest.mark.skipif(chips.missing("v5e") is not None, reason="libtpu is not installed"),
 ]

@@ -5,7 +5,7 @@ import json
 import keras
 import numpy as np
 import pytest
-from conftest import assert_close
+from backends import assert_close
 from keras import ops
 
 from keras_moe import convert

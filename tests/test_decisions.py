@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import FAST_MODE, MODES, assert_close, compiled, to_numpy
+from backends import FAST_MODE, MODES, assert_close, compiled, to_numpy
 from keras import ops
 from layer_checks import D, array, moe, normal
 

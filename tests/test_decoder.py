@@ -5,7 +5,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from conftest import BACKEND, FAST_MODE, compiled, gradients
+from backends import BACKEND, FAST_MODE, compiled, gradients
 from keras import ops
 from layer_checks import POLICIES, D, E, array, moe, normal, one_hot_router
 

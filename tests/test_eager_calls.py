@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from conftest import to_numpy
+from backends import to_numpy
 from keras import ops
 
 import keras_moe

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import reference
-from conftest import (
+from backends import (
     BACKEND,
     FAST_MODE,
     assert_close,

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import BACKEND, assert_close
+from backends import BACKEND, assert_close
 
 if BACKEND != "jax":
     pytest.skip("kernels of JAX", allow_module_level=True)

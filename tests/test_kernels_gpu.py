@@ -4,7 +4,7 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from conftest import BACKEND, assert_close
+from backends import BACKEND, assert_close
 
 if BACKEND != "jax":
     pytest.skip("kernels of JAX", allow_module_level=True)

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import reference
-from conftest import FAST_MODE, MODES, assert_close, compiled, gradients
+from backends import FAST_MODE, MODES, assert_close, compiled, gradients
 from keras import ops
 
 from keras_moe import losses

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import reference
-from conftest import MODES, assert_close, compiled
+from backends import MODES, assert_close, compiled
 from hypothesis import given
 from hypothesis import strategies as st
 from keras import ops

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from conftest import BACKEND, FAST_MODE, compiled
+from backends import BACKEND, FAST_MODE, compiled
 
 from keras_moe.ops import draws
 

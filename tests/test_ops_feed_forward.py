@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import BACKEND, KERNEL_MODES, MODES, assert_close, forget, gradients
+from backends import BACKEND, KERNEL_MODES, MODES, assert_close, forget, gradients
 from keras import ops
 
 from keras_moe import backend, layers

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import reference
-from conftest import (
+from backends import (
     BACKEND,
     EXAMPLES,
     FAST_MODE,

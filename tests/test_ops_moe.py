@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import pytest
 import reference
-from conftest import EXAMPLES, FAST_MODE, KERNEL_MODES, MODES, assert_close, differentiated, some
+from backends import EXAMPLES, FAST_MODE, KERNEL_MODES, MODES, assert_close, differentiated, some
 from drawn import MASKS, SKEWS, draw_mask
 from hypothesis import example, given, settings
 from hypothesis import strategies as st

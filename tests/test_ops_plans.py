@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import reference
-from conftest import EXAMPLES, FAST_MODE, MODES, assert_close, compiled, differentiated
+from backends import EXAMPLES, FAST_MODE, MODES, assert_close, compiled, differentiated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import reference
-from conftest import EXAMPLES, FAST_MODE, MODES, assert_close, compiled, differentiated, gradients
+from backends import EXAMPLES, FAST_MODE, MODES, assert_close, compiled, differentiated, gradients
 from drawn import MASKS, SKEWS, draw_logits, draw_mask
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st

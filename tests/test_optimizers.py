@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from conftest import assert_close, to_numpy
+from backends import assert_close, to_numpy
 from layer_checks import D, normal
 
 from keras_moe import layers, optimizers

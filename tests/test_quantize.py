@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from conftest import BACKEND, MODES, assert_close, compiled, gradients, to_numpy
+from backends import BACKEND, MODES, assert_close, compiled, gradients, to_numpy
 from layer_checks import normal
 
 from keras_moe import inspection, layers, routers

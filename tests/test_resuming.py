@@ -16,25 +16,6 @@ SAVED_AFTER, EPOCHS = 2, 4
 PASSING = ("router_loss_totals", "router_entropy_total", "call_count")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def programs_of_before(tmp_path_factory):
-    """A loaded model has the program of the saved one, which JAX reads instead of compiling it."""
-    if keras.backend.backend() != "jax":
-        yield
-        return
-    import jax
-    from jax.experimental.compilation_cache import compilation_cache
-
-    def keep_in(folder):
-        compilation_cache.reset_cache()
-        jax.config.update("jax_compilation_cache_dir", folder)
-
-    before = jax.config.jax_compilation_cache_dir
-    keep_in(str(tmp_path_factory.mktemp("programs")))
-    yield
-    keep_in(before)
-
-
 def compiled(*parts):
     """A model of residual branches, compiled."""
     x = inputs = keras.Input((3, D))

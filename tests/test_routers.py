@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import reference
-from conftest import FAST_MODE, assert_close, compiled, to_numpy, to_tensors
+from backends import FAST_MODE, assert_close, compiled, to_numpy, to_tensors
 from keras import ops
 
 from keras_moe import layers, routers, surgery

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import reference_routers as oracle
-from conftest import (
+from backends import (
     FAST_MODE,
     KERNEL_MODES,
     assert_close,

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import reference_routers as oracle
-from conftest import FAST_MODE, assert_close, compiled, gradients, to_numpy
+from backends import FAST_MODE, assert_close, compiled, gradients, to_numpy
 from keras import ops
 from layer_checks import D, E, array, moe, normal
 

@@ -18,7 +18,7 @@ import zipfile
 import keras
 import numpy as np
 import pytest
-from conftest import FAST_MODE, assert_close, compiled, to_numpy
+from backends import FAST_MODE, assert_close, compiled, to_numpy
 
 tf = pytest.importorskip("tensorflow")
 pytest.importorskip("tensorflow_datasets")
@@ -451,7 +451,7 @@ def test_a_killed_run_goes_on_with_the_same_command(monkeypatch, tmp_path):
     prepare_bible(tmp_path, monkeypatch)
     pairs.load("bible_es_en", tmp_path)
     output = tmp_path / "model"
-    command = ["--smoke", "--beams", "1", "--experts", "2", "--epochs", "12"]
+    command = ["--smoke", "--beams", "1", "--experts", "2", "--epochs", "4"]
     command += ["--data-dir", tmp_path, "--output", output]
     process = subprocess.Popen(
         example_command(*command), env=example_environment(), stdout=subprocess.DEVNULL
@@ -467,7 +467,7 @@ def test_a_killed_run_goes_on_with_the_same_command(monkeypatch, tmp_path):
 
     run = run_example(*command)
     assert run.returncode == 0, run.stderr
-    assert f"Going on after epoch {kept} of 12" in run.stdout
+    assert f"Going on after epoch {kept} of 4" in run.stdout
     assert (output / "model.keras").exists() and not (output / "unfinished").exists()
 
 

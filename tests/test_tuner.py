@@ -260,6 +260,7 @@ def test_the_first_trial_has_the_defaults_and_the_second_has_not(oracle, tmp_pat
     assert second.hyperparameters.values != values
 
 
+@pytest.mark.backends("torch")
 def test_a_search_keeps_to_its_budget_and_goes_on_where_it_stopped(tmp_path):
     flops = 2 * (64 + 4 * (16 * D + 4 + D))  # eight experts, four of them active, active width 16
     objective = tuner.WithinBudget(flops)

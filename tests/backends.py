@@ -1,0 +1,134 @@
+"""One interface to three backends: the modes to compute in, arrays in and arrays out."""
+
+import keras
+import numpy as np
+from keras import ops
+
+BACKEND = keras.backend.backend()
+
+# "eager" runs operation by operation, "graph" is tf.function without XLA.
+MODES = {
+    "tensorflow": ("eager", "graph", "xla"),
+    "jax": ("eager", "jit"),
+    "torch": ("eager",),
+}[BACKEND]
+
+# Where a test needs one answer and not the agreement of several: JAX compiles each operation of an
+# eager call for each shape, which is slower than compiling it as a whole.
+FAST_MODE = "jit" if BACKEND == "jax" else "eager"
+
+# Hypothesis draws, by how long the compilation of one shape takes.
+EXAMPLES = {"eager": 1 if BACKEND == "jax" else 15, "graph": 5, "xla": 5, "jit": 5}
+
+# One mode for each way to compute: "graph" runs the code of "eager".
+KERNEL_MODES = {"tensorflow": ("eager", "xla"), "jax": ("jit",), "torch": ("eager",)}[BACKEND]
+
+if BACKEND == "tensorflow":
+    import tensorflow as tf
+
+if BACKEND == "jax":
+    import jax
+
+
+def forget():
+    """JAX keeps every function it ever compiled."""
+    if BACKEND == "jax":
+        jax.clear_caches()
+
+
+def some(cases, mode):
+    """The cases; the first alone where each call compiles its loops anew."""
+    return list(cases)[:1] if (BACKEND, mode) == ("jax", "eager") else list(cases)
+
+
+def to_numpy(tree):
+    """All tensors of a structure as arrays. None stays None: a missing gradient is seen."""
+    return keras.tree.map_structure(
+        lambda leaf: None if leaf is None else ops.convert_to_numpy(leaf), tree
+    )
+
+
+def to_tensors(tree):
+    """All arrays of a structure as tensors; None stays None."""
+    return keras.tree.map_structure(
+        lambda leaf: None if leaf is None else ops.convert_to_tensor(leaf), tree
+    )
+
+
+def compiled(function, mode):
+    """`function`, from arrays to arrays, in one of `MODES`."""
+    return _on_arrays(_compile(function, mode))
+
+
+def differentiated(function, mode):
+    """From `function(inputs, *context) -> (scalar, aux)` to `(scalar, aux, gradients)`.
+
+    `inputs` is a list of float arrays; there is one gradient for each.
+    """
+    return _on_arrays(_compile(_GRADIENTS[BACKEND](function), mode))
+
+
+def gradients(function, inputs, mode=FAST_MODE):
+    """Gradients of the scalar `function(*inputs)`."""
+    return differentiated(lambda inputs: (function(*inputs), ()), mode)(inputs)[2]
+
+
+def assert_close(actual, expected, scale=None, tolerance=1e-5):
+    """Equal up to `tolerance` of the largest expected entry, or of `scale` where entries cancel."""
+    expected = np.asarray(expected, "float64")
+    assert np.shape(actual) == expected.shape
+    if scale is None:
+        scale = np.max(np.abs(expected), initial=0.0)
+    np.testing.assert_allclose(
+        np.asarray(actual, "float64"), expected, rtol=0, atol=tolerance * scale
+    )
+
+
+def _on_arrays(function):
+    return lambda *arrays: to_numpy(function(*to_tensors(arrays)))
+
+
+def _compile(function, mode):
+    if mode == "jit":
+        return jax.jit(function)
+    if mode in ("graph", "xla"):
+        # As in Keras, which never lets AutoGraph rewrite a layer.
+        return tf.function(function, jit_compile=mode == "xla", autograph=False)
+    return function
+
+
+def _tensorflow_gradients(function):
+    def value_and_gradients(inputs, *context):
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            value, aux = function(inputs, *context)
+        return value, aux, tape.gradient(value, inputs)
+
+    return value_and_gradients
+
+
+def _jax_gradients(function):
+    def value_and_gradients(inputs, *context):
+        both = jax.value_and_grad(function, has_aux=True)
+        (value, aux), gradients = both(inputs, *context)
+        return value, aux, gradients
+
+    return value_and_gradients
+
+
+def _torch_gradients(function):
+    import torch
+
+    def value_and_gradients(inputs, *context):
+        inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+        value, aux = function(inputs, *context)
+        return value, aux, list(torch.autograd.grad(value, inputs, allow_unused=True))
+
+    return value_and_gradients
+
+
+_GRADIENTS = {
+    "tensorflow": _tensorflow_gradients,
+    "jax": _jax_gradients,
+    "torch": _torch_gradients,
+}
