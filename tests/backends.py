@@ -41,6 +41,11 @@ def some(cases, mode):
     return list(cases)[:1] if (BACKEND, mode) == ("jax", "eager") else list(cases)
 
 
+def unless_compiled(cases, kept):
+    """The cases by name: all on PyTorch, those `kept` where compiling each takes ten seconds."""
+    return cases if BACKEND == "torch" else {name: cases[name] for name in kept}
+
+
 def to_numpy(tree):
     """All tensors of a structure as arrays. None stays None: a missing gradient is seen."""
     return keras.tree.map_structure(

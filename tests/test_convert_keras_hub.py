@@ -10,7 +10,7 @@ import weakref
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, assert_close
+from backends import BACKEND, assert_close, unless_compiled
 from keras import ops
 from keras_hub_models import FAMILIES, causal_lm, prompts
 
@@ -24,10 +24,7 @@ pytestmark = [
 ]
 ROOT = pathlib.Path(__file__).parents[1]
 LENGTH = 6
-# Conversion is the same on each backend, and where models are compiled a family takes ten seconds.
-each_family = pytest.mark.parametrize(
-    "family", FAMILIES if BACKEND == "torch" else ["mixtral", "gpt_oss"]
-)
+each_family = pytest.mark.parametrize("family", unless_compiled(FAMILIES, ["mixtral", "gpt_oss"]))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -93,6 +90,7 @@ def test_files_are_those_of_keras_hub_and_a_saved_model_is_sparse_again(
     assert_same_parameters(preset, blank.backbone)
 
 
+@pytest.mark.backends("torch")
 def test_a_saved_model_is_sparse_in_a_process_of_its_own(tmp_path):
     model = convert.sparsify(causal_lm("gpt_oss"))
     model.save(tmp_path / "model.keras")

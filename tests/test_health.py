@@ -379,8 +379,7 @@ def test_the_constant_part_of_a_loss_is_not_heavy():
         health.judge_heavy_losses(found, [1.0, 0.001], 1.3, [1.2])
 
 
-@pytest.mark.parametrize("first", [ExpertHealth, ExpertMonitor])
-@pytest.mark.parametrize("validation_split", [0.0, 0.25])
+@pytest.mark.parametrize("first, validation_split", [(ExpertHealth, 0.0), (ExpertMonitor, 0.25)])
 def test_a_heavy_loss_is_found_beside_a_monitor(first, validation_split):
     watchdog, monitor = ExpertHealth(), ExpertMonitor()
     order = [watchdog, monitor] if first is ExpertHealth else [monitor, watchdog]
