@@ -5,8 +5,8 @@
 
 Each measure starts from the same model. Experts are measured on training data and the loss is that
 of validation data, right after the surgery. "top-1" takes no expert out: one instead of two serves
-each token. The model and the data are those of the example
-`language_model.py`. Runs on the backend that KERAS_BACKEND names.
+each token; "top-3" and "top-4" let more serve it than in training. The model and the data are those
+of the study `language_model.py`. Runs on the backend that KERAS_BACKEND names.
 """
 
 import pathlib
@@ -26,7 +26,9 @@ from keras_moe import inspection, surgery
 
 # Short, so that many runs take minutes.
 FULL = language_model.FULL._replace(steps=80, epochs=3)
-MEASURES = ("contribution", "saliency", "usage", "chance", "merged", "top-1")
+TOP = "top-"
+NUMBERS = tuple(f"{TOP}{number}" for number in (1, 3, 4))
+MEASURES = ("contribution", "saliency", "usage", "chance", "merged", *NUMBERS)
 # So many batches of training data are measured on.
 BATCHES = 16
 
@@ -40,6 +42,7 @@ def main(arguments=None):
     progress = options.output / "progress" / digest(options, size)
     settings = language_model.parse_options(["--experts", str(options.experts)])
     results = {name: [] for name in ("all experts", *MEASURES)}
+    flops = {}
     for seed in range(options.seeds):
         print(f"\nseed {seed}")
         keras.utils.set_random_seed(seed)
@@ -49,15 +52,17 @@ def main(arguments=None):
             model.save(part)
         rows = np.random.default_rng(seed).permutation(data[0])[: BATCHES * options.batch_size]
         measured = np.array_split(rows[:, :-1], -(-len(rows) // options.batch_size))
+        flops["all experts"] = flops_of(model)
         results["all experts"].append(validate(model, data[1], options))
         for measure in MEASURES:
-            losses = [
-                validate(operate(measure, measured, draw, options), data[1], options)
-                for draw in range(options.draws if measure == "chance" else 1)
-            ]
+            losses = []
+            for draw in range(options.draws if measure == "chance" else 1):
+                other = operate(measure, measured, draw, options)
+                flops[measure] = flops_of(other)
+                losses.append(validate(other, data[1], options))
             results[measure].append(float(np.mean(losses)))
-        print_table(results)
-        write_json(options.output / "results.json", results)
+        print_table(results, flops)
+        write_json(options.output / "results.json", {"losses": results, "flops": flops})
     resuming.forget(progress)
     return results
 
@@ -83,8 +88,8 @@ def operate(measure, data, draw, options):
     if measure == "merged":
         surgery.merge_experts(model, options.keep, data)
         return model
-    if measure == "top-1":
-        surgery.set_top_k(model, 1)
+    if measure in NUMBERS:
+        surgery.set_top_k(model, int(measure.removeprefix(TOP)))
         return model
     by = measure
     if measure == "chance":
@@ -94,17 +99,22 @@ def operate(measure, data, draw, options):
     return model
 
 
+def flops_of(model):
+    """Of one token in all MoE layers, forward."""
+    return sum(layer.flops for layer in inspection.summarize(model))
+
+
 def validate(model, validation, options):
     ids, following = validation[:, :-1], validation[:, 1:]
     return float(model.evaluate(ids, following, batch_size=options.batch_size, verbose=0))
 
 
-def print_table(results):
+def print_table(results, flops):
     everything = results["all experts"]
-    print(f"\n{'':<12} {'validation loss':>20} {'rise':>20}")
+    print(f"\n{'':<12} {'validation loss':>20} {'rise':>20} {'FLOPs a token':>14}")
     for name, losses in results.items():
         rise = spread([loss - whole for loss, whole in zip(losses, everything)], "{:.4f}")
-        print(f"{name:<12} {spread(losses, '{:.4f}'):>20} {rise:>20}")
+        print(f"{name:<12} {spread(losses, '{:.4f}'):>20} {rise:>20} {flops[name]:>14,}")
 
 
 if __name__ == "__main__":

@@ -103,7 +103,12 @@ def main(arguments=None):
         results[name] = {"runs": runs, **count_parameters(model)}
 
     memory = scores(translation_memory(data.test.sources, data.train), data.test.targets)
-    report = {"dataset": options.dataset, "results": results, "translation memory": memory}
+    report = {
+        "dataset": options.dataset,
+        "reverse": options.reverse,
+        "results": results,
+        "translation memory": memory,
+    }
     usage = usage_by_kind(shown, subwords, validation)
     print_report(report, usage)
     save(shown, subwords, size.shapes, options.output)

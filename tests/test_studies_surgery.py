@@ -55,3 +55,5 @@ def test_each_measure_prunes_the_same_model(tmp_path, capsys):
     assert set(results) == {"all experts", *pruning.MEASURES}
     assert np.isfinite([*results.values()]).all()
     assert "saliency" in capsys.readouterr().out
+    flops = json.loads((tmp_path / "results.json").read_text())["flops"]
+    assert flops["top-1"] < flops["all experts"] < flops["top-3"] < flops["top-4"]
