@@ -4,6 +4,7 @@ The process that hands the tests out to others loads this file too, so Keras is 
 tests run only.
 """
 
+import gc
 import os
 import random
 import shutil
@@ -116,11 +117,17 @@ def draws_of_one_seed():
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_what_was_compiled():
-    """JAX keeps every function it ever compiled, some gigabytes at the end of a suite."""
+    """JAX keeps every function it ever compiled, some gigabytes at the end of a suite.
+
+    So does TensorFlow, whatever one does: Python need not look through it again for what is no
+    longer in use, which took seconds each time.
+    """
     from backends import forget
 
     yield
     forget()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
