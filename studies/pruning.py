@@ -26,9 +26,8 @@ from keras_moe import inspection, surgery
 
 # Short, so that many runs take minutes.
 FULL = language_model.FULL._replace(steps=80, epochs=3)
-TOP = "top-"
-NUMBERS = tuple(f"{TOP}{number}" for number in (1, 3, 4))
-MEASURES = ("contribution", "saliency", "usage", "chance", "merged", *NUMBERS)
+EXPERTS_A_TOKEN = {"top-1": 1, "top-3": 3, "top-4": 4}
+MEASURES = ("contribution", "saliency", "usage", "chance", "merged", *EXPERTS_A_TOKEN)
 # So many batches of training data are measured on.
 BATCHES = 16
 
@@ -88,8 +87,8 @@ def operate(measure, data, draw, options):
     if measure == "merged":
         surgery.merge_experts(model, options.keep, data)
         return model
-    if measure in NUMBERS:
-        surgery.set_top_k(model, int(measure.removeprefix(TOP)))
+    if measure in EXPERTS_A_TOKEN:
+        surgery.set_top_k(model, EXPERTS_A_TOKEN[measure])
         return model
     by = measure
     if measure == "chance":

@@ -7,7 +7,6 @@ tests run only.
 import gc
 import os
 import random
-import shutil
 import tempfile
 
 import hypothesis
@@ -19,12 +18,6 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 "
     "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 )
-
-# JAX reads a program that was compiled before, here or in a process that a test started.
-PROGRAMS = os.environ.get("JAX_COMPILATION_CACHE_DIR") is None and tempfile.mkdtemp()
-if PROGRAMS:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 hypothesis.settings.register_profile(
     "reproducible", deadline=None, derandomize=True, database=None, max_examples=30
@@ -39,11 +32,16 @@ def pytest_configure(config):
         "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
     ):
         config.addinivalue_line("filterwarnings", exception)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        share_programs(config)
 
 
-def pytest_unconfigure():
-    if PROGRAMS:
-        shutil.rmtree(PROGRAMS)
+def share_programs(config):
+    """JAX reads what a worker of this run, or a process that a test started, has compiled."""
+    folder = tempfile.TemporaryDirectory()
+    config.add_cleanup(folder.cleanup)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 def pytest_collection_modifyitems(config, items):
@@ -86,11 +84,14 @@ def programs_not_kept():
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
+    def keep(programs):
+        jax.config.update("jax_enable_compilation_cache", programs)
+        compilation_cache.reset_cache()
+
+    before = jax.config.jax_enable_compilation_cache
+    keep(False)
     yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
+    keep(before)
 
 
 @pytest.fixture(autouse=True)
@@ -119,8 +120,8 @@ def draws_of_one_seed():
 def forget_what_was_compiled():
     """JAX keeps every function it ever compiled, some gigabytes at the end of a suite.
 
-    So does TensorFlow, whatever one does: Python need not look through it again for what is no
-    longer in use, which took seconds each time.
+    TensorFlow cannot be made to forget. What it keeps is at least not searched for garbage again,
+    which took seconds each time.
     """
     from backends import forget
 
@@ -128,14 +129,3 @@ def forget_what_was_compiled():
     forget()
     gc.collect()
     gc.freeze()
-
-
-@pytest.fixture(autouse=True, scope="session")
-def traces_are_no_news():
-    """Each test traces its functions anew, which TensorFlow takes for a mistake."""
-    from backends import BACKEND
-
-    if BACKEND == "tensorflow":
-        import tensorflow as tf
-
-        tf.get_logger().setLevel("ERROR")

@@ -38,12 +38,6 @@ def with_every_bank():
     return keras.Model(inputs, keras.layers.Dense(2)(x))
 
 
-def with_one_bank():
-    """For a tracer that reads each line of Python: the other model takes it half a minute more."""
-    bank = layers.GatedExperts(E, 16)
-    return keras.Sequential([keras.Input((S, D)), layers.MixtureOfExperts(bank)])
-
-
 def batch(size):
     return np.random.default_rng(size).normal(size=(size, S, D)).astype("float32")
 
@@ -52,7 +46,7 @@ def batch(size):
 def test_a_program_serves_batches_of_sizes_not_seen_at_export(name, tmp_path):
     program = PROGRAMS[name]
     keras.utils.set_random_seed(0)
-    model = with_one_bank() if name == "torch.export strict" else with_every_bank()
+    model = with_every_bank()
     inputs = {str(size): batch(size) for size in BATCHES}
     expected = {size: to_numpy(model(value)) for size, value in inputs.items()}
     path = tmp_path / f"model{program.ending}"

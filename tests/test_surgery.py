@@ -82,11 +82,11 @@ OPERATIONS = {
     "prune, layers": ("layers", surgery.prune_experts),
     "merge, gated": ("gated", surgery.merge_experts),
 }
-TRAINED = unless_compiled(OPERATIONS, ["prune, layers"])
 
 
-@pytest.mark.parametrize("bank, operate", TRAINED.values(), ids=TRAINED)
-def test_models_with_fewer_experts_train_save_and_load(bank, operate, tmp_path):
+@pytest.mark.parametrize("operation", unless_compiled(OPERATIONS, ["prune, layers"]))
+def test_models_with_fewer_experts_train_save_and_load(operation, tmp_path):
+    bank, operate = OPERATIONS[operation]
     router_losses = [losses.GlobalLoadBalance(), losses.RouterZ()]
     layer = layers.MixtureOfExperts(BANKS[bank](), ROUTERS["biased"](), router_losses)
     model = keras.Sequential([keras.Input((D,)), layer])
