@@ -18,7 +18,7 @@ MODES = {
 FAST_MODE = "jit" if BACKEND == "jax" else "eager"
 
 # Hypothesis draws, by how long the compilation of one shape takes.
-EXAMPLES = {"eager": 1 if BACKEND == "jax" else 15, "graph": 5, "xla": 5, "jit": 5}
+EXAMPLES = {"eager": 1 if BACKEND == "jax" else 10, "graph": 5, "xla": 5, "jit": 5}
 
 # One mode for each way to compute: "graph" runs the code of "eager".
 KERNEL_MODES = {"tensorflow": ("eager", "xla"), "jax": ("jit",), "torch": ("eager",)}[BACKEND]

@@ -18,9 +18,13 @@ import pytest
 
 # Of KerasTuner.
 pytestmark = pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\):DeprecationWarning")
+BACKEND = keras.backend.backend()
 ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NOTEBOOKS = runpy.run_path(str(ROOT / "docs" / "notebooks.py"))
+
+# PyTorch runs each. The others compile each for ten seconds, so they share them.
+ON_TENSORFLOW = {"images", "router_of_your_own", "text_classification", "tuning"}
 
 # What the constants of an example become: all that are one integer must be here.
 SMOKE = {
@@ -92,6 +96,8 @@ def in_smoke_size(path):
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs_in_a_small_size(path, made_up_data, monkeypatch, tmp_path):
+    if BACKEND != "torch" and (BACKEND == "tensorflow") != (path.stem in ON_TENSORFLOW):
+        pytest.skip("runs on the other of the two")
     monkeypatch.chdir(tmp_path)
     tree = in_smoke_size(path)
     if path.stem == "many_devices":
@@ -103,7 +109,7 @@ def test_an_example_runs_in_a_small_size(path, made_up_data, monkeypatch, tmp_pa
 
 def run_on_four_devices(tree):
     """It sets the distribution of its process, and devices are counted when JAX starts."""
-    if keras.backend.backend() != "jax":
+    if BACKEND != "jax":
         pytest.skip("this example sets the backend JAX")
     done = subprocess.run(
         [sys.executable, "-W", "error", "-W", OF_KERAS, "-c", ast.unparse(tree)],

@@ -69,7 +69,6 @@ def test_a_saved_model_loads_with_its_weights_optimizer_and_counts(trained, tmp_
     for mine, yours in zip(trained.optimizer.variables, again.optimizer.variables, strict=True):
         np.testing.assert_array_equal(array(mine), array(yours), err_msg=mine.path)
     np.testing.assert_array_equal(array(again(TOKENS)), array(trained(TOKENS)))
-    again.fit(TOKENS, normal(2, 3), verbose=0)
 
 
 def test_saved_weights_load_into_a_model_of_the_same_code(trained, tmp_path):
