@@ -27,7 +27,7 @@ def parser_of(doc, dataset, data, experts, units="documents"):
     return parser
 
 
-def parse_comparison(arguments, doc, models, output):
+def parse_comparison(arguments, doc, models, output, sizes=()):
     """The options of a study that compares models with the first of them on manual pages.
 
     Args:
@@ -35,6 +35,7 @@ def parse_comparison(arguments, doc, models, output):
         doc: docstring of the study, whose first line describes it.
         models: names of the models.
         output: name of the default folder.
+        sizes: names of the sizes, the default one first.
     """
     first = next(iter(models))
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
@@ -42,6 +43,8 @@ def parse_comparison(arguments, doc, models, output):
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
     parser.add_argument("--dataset", default="manual_pages", help=datasets.HELP)
     parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
+    if sizes:
+        parser.add_argument("--size", choices=sizes, default=sizes[0], help="of the models")
     parser.add_argument("--smoke", action="store_true", help="tiny models on a few documents")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(output))
     options = parser.parse_args(arguments)
