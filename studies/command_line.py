@@ -44,7 +44,9 @@ def parse_comparison(arguments, doc, models, output, sizes=()):
     parser.add_argument("--dataset", default="manual_pages", help=datasets.HELP)
     parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
     if sizes:
-        parser.add_argument("--size", choices=sizes, default=sizes[0], help="of the models")
+        parser.add_argument(
+            "--size", choices=sizes, default=next(iter(sizes)), help="of the models"
+        )
     parser.add_argument("--smoke", action="store_true", help="tiny models on a few documents")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(output))
     options = parser.parse_args(arguments)

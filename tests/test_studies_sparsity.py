@@ -18,6 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "studies"))
 import comparison_table  # noqa: E402
 import datasets  # noqa: E402
 import sparsity  # noqa: E402
+import twins  # noqa: E402
 from datasets import manual_pages  # noqa: E402
 from made_up_text import made_up_text  # noqa: E402
 
@@ -61,6 +62,14 @@ def test_a_second_command_adds_seeds_and_trains_nothing_twice(small, tmp_path, m
         name: runs[0] for name, runs in first.items()
     }
     assert capsys.readouterr().out.count("equal time") == 2 * 2 * len(MODELS) - 2
+
+
+def test_models_for_a_gpu_have_25_million_active_weights():
+    study = sparsity.Study(sparsity.GPU, sparsity.GPU.subwords, *[None] * 4)
+    for name in MODELS:
+        model = study.make(name, sparsity.Settings())
+        looked_up = model.get_layer("embedding").count_params()
+        assert 25e6 < twins.count_parameters(model)["active_parameters"] - looked_up < 26e6
 
 
 def test_an_interval_covers_the_mean_of_two_seeds():
