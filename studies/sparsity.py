@@ -62,6 +62,8 @@ BALANCE_WEIGHTS = (1e-2, 1e-3, 1e-1)
 def main(arguments=None):
     options = parse_comparison(arguments, __doc__, MODELS, "output_sparsity", SIZES)
     claim(options.output)
+    if options.size == "gpu":
+        keras.config.set_dtype_policy("mixed_bfloat16")
     study = Study.prepare(options)
     ms_per_step = study.step_times()
     results: dict = {name: {} for name in options.models}
@@ -138,8 +140,6 @@ class Study(typing.NamedTuple):
 
     @classmethod
     def prepare(cls, options):
-        if options.size == "gpu":
-            keras.config.set_dtype_policy("mixed_bfloat16")
         size = SMOKE if options.smoke else SIZES[options.size]
         num_tokens, *parts = load_data(options, size)
         print(f"{parts[0][:, 1:].size:,} subwords to learn from, {size.steps * size.epochs} steps")
