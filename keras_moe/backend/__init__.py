@@ -4,6 +4,8 @@ Everything else in the package is written with `keras.ops`. A backend module pro
 
 - `compiles_static_shapes()`: whether the code being traced needs every shape fixed.
 - `argmax(scores)`: the place of the first of the largest.
+- `take_columns(matrix, columns)`: entries of each row of a matrix.
+- `count_integers(integers, number)`: how often each of the first integers is there.
 - `compile_once(function)`: a function that need not be compiled at each call.
 - `trace_once(function)`: a function that need not be traced at each call, inside a program.
 - `as_one_program(function)`: a function whose operations are not compiled one by one.
@@ -33,6 +35,7 @@ Each for some engines of `ops.grouped` only:
   dynamic.
 - `unstack_sizes(sizes, num_rows)`: sizes of groups one by one, where shapes are dynamic.
 - `split_rows(rows, sizes)`: the rows of each group, of such sizes.
+- `join_rows(parts)`: the way back.
 - `knows_sizes()`: whether these are known integers.
 
 And where several replicas or processes train one model; a backend without them has one:
@@ -84,6 +87,7 @@ _processes: Any = None
 if keras.backend.backend() == "torch":
     _processes = importlib.import_module("keras_moe.backend.torch_experts")
 
+_one_hot: Any = importlib.import_module("keras_moe.backend.one_hot")
 _module = importlib.import_module(f"keras_moe.backend.{keras.backend.backend()}")
 # Arrays that are spread over a mesh of devices.
 _sharding: Any = None
@@ -118,6 +122,7 @@ vjp = _module.vjp
 batched_product = _primitive("batched_product")
 grouped_kernel_gradients = _primitive("grouped_kernel_gradients")
 grouped_products = _primitive("grouped_products")
+join_rows = _primitive("join_rows")
 knows_sizes = _primitive("knows_sizes")
 multiply_groups = _primitive("multiply_groups")
 remakes_factors = _primitive("remakes_factors")
@@ -131,6 +136,8 @@ unstack_sizes = _primitive("unstack_sizes")
 expert_processes: Any = getattr(_processes, "expert_processes", lambda: None)
 split_experts = _primitive("split_experts", _processes)
 gather_over_replicas: Any = getattr(_module, "gather_over_replicas", lambda values: values)
+count_integers: Any = getattr(_module, "count_integers", _one_hot.count_integers)
+take_columns: Any = getattr(_module, "take_columns", _one_hot.take_columns)
 larger_size: Any = getattr(_module, "larger_size", keras.ops.maximum)
 is_exporting: Any = getattr(_module, "is_exporting", lambda: False)
 is_recomputing: Any = getattr(_module, "is_recomputing", lambda: False)

@@ -11,6 +11,9 @@ from tensorflow.compiler.tf2xla.python import xla
 
 from keras_moe._internal.keras_internals import current_model
 
+# Bytes from one place in memory to the next that shares its lines of the cache.
+CPU_CACHE_STRIDE = 4096
+
 
 def compiles_static_shapes():
     """Whether the current trace is compiled by XLA, which fixes every shape."""
@@ -99,6 +102,11 @@ def split_rows(rows, sizes):
     return [rows[start:end] for start, end in itertools.pairwise(bounds)]
 
 
+def join_rows(parts):
+    """Parts of rows (R, ...) one behind another, all of one dtype."""
+    return tf.concat(parts, 0)
+
+
 def knows_sizes():
     """Whether the entries of sizes are known integers."""
     return False
@@ -127,10 +135,19 @@ def multiply_groups(
     if scale is not None and transposed:
         rows *= tf.cast(scale[expert], rows.dtype)
     kernel = tf.cast(kernel_of(expert), rows.dtype)
-    product = tf.matmul(rows, kernel, transpose_b=transposed)
+    product = _multiply(rows, kernel, transposed)
     if scale is not None and not transposed:
         product *= tf.cast(scale[expert], rows.dtype)
     return product if bias is None else product + tf.cast(bias[expert], rows.dtype)
+
+
+def _multiply(rows, kernel, transposed):
+    width = kernel.shape[1]
+    collides = width * kernel.dtype.size % CPU_CACHE_STRIDE == 0
+    if transposed or not collides or current_platform() != "cpu":
+        return tf.matmul(rows, kernel, transpose_b=transposed)
+    # The rows of this kernel share the lines of a cache; those of a copy that is longer do not.
+    return tf.matmul(rows, tf.concat([kernel, kernel[:, :16]], 1))[:, :width]
 
 
 def stack_gradients(runs, kernels, biases, num_frozen=0):

@@ -156,6 +156,11 @@ def split_rows(rows, sizes):
     return rows.split(sizes)
 
 
+def join_rows(parts):
+    """Parts of rows (R, ...) one behind another, all of one dtype."""
+    return torch.cat(parts)  # Keras would convert each part, an operation of a program
+
+
 def knows_shapes():
     """Whether an integer in a shape is one: what is traced or compiled may have symbols there."""
     return knows_sizes()
@@ -204,8 +209,9 @@ def multiply_groups(
             if transposed:
                 return _multiply_integers(part * of_columns, kernel, transposed, output)
             product = _multiply_integers(part, kernel, transposed, output)
-            product = torch.mul(product, of_columns, out=output)
-            return product if bias is None else torch.add(product, of_outputs, out=output)
+            if bias is None:
+                return torch.mul(product, of_columns, out=output)
+            return torch.addcmul(of_outputs, product, of_columns, out=output)
         if transposed:
             return torch.mm(part, kernel.mT, out=output)
         if bias is None:
@@ -234,8 +240,9 @@ def _multiply_integers(rows, kernel, transposed, output):
         for block, columns in zip(blocks, output.split(length, 1)):
             torch.mm(rows, block.mT, out=columns)
         return output
-    output.zero_()
-    for block, columns in zip(blocks, rows.split(length, 1)):
+    first, *others = rows.split(length, 1)
+    torch.mm(first, next(blocks), out=output)
+    for block, columns in zip(blocks, others):
         output.addmm_(columns, block)
     return output
 
@@ -276,6 +283,24 @@ def stack_gradients(runs, kernels, biases, num_frozen=0):
         for expert in idle:
             whole[expert] = 0
     return gradients
+
+
+def take_columns(matrix, columns):
+    """Entries (T, K) of a matrix (T, E) at integer columns (T, K); 0 where none has that number."""
+    exists = _are_below(matrix.shape[1], columns)
+    taken = torch.gather(matrix, 1, torch.where(exists, columns, 0).to(torch.int64))
+    return torch.where(exists, taken, 0)
+
+
+def count_integers(integers, number):
+    """How often each of 0, 1, ..., `number` - 1 is in a vector of integers, (number,) int32."""
+    places = torch.where(_are_below(number, integers), integers, number).to(torch.int64)
+    counts = torch.zeros(number + 1, dtype=torch.int32, device=integers.device)
+    return counts.scatter_add(0, places, torch.ones_like(places, dtype=torch.int32))[:number]
+
+
+def _are_below(number, integers):
+    return (integers >= 0) & (integers < number)
 
 
 def has_grouped_products(platform, dtype, widths):

@@ -58,7 +58,8 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
     loss changes, and the output is zero.
 
     Args:
-        experts: bank of experts: `FeedForwardExperts`, `GatedExperts` or `LayerExperts`.
+        experts: bank of experts, required: `FeedForwardExperts`, `GatedExperts`, `LayerExperts` or
+            `ZeroComputationExperts`.
         router: a router, or the name of one in `routers.BY_NAME`, which then has its defaults. One
             that was made without a number of experts gets that of the bank.
         router_losses: losses of the routing, objects or names in `losses.BY_NAME`. None: the
@@ -66,12 +67,12 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
             router that balances by other means.
         shared_expert: Keras layer that serves every token, its output added to that of the chosen
             experts, or None. DeepSeekMoE (arXiv:2401.06066), section 3.2.
-        gated_shared_expert: whether the shared expert's output is multiplied by a gate of each
-            token, `sigmoid(x g)` with a learned g (D, 1), as in Qwen1.5-MoE and its successors.
         capacity_factor: None for no limit. A number gives each expert, in training,
             `ceil(capacity_factor * T * K / E)` slots for T tokens, at least 1; first choices are
             served before second ones, then earlier tokens before later ones. An assignment that
             finds no slot contributes zero. `Capacity` has further options.
+        gated_shared_expert: whether the shared expert's output is multiplied by a gate of each
+            token, `sigmoid(x g)` with a learned g (D, 1), as in Qwen1.5-MoE and its successors.
         **kwargs: arguments of a Keras layer, such as `name` and `dtype`. A `dtype` that quantizes,
             or a `keras.dtype_policies.DTypePolicyMap`, is handed to a bank made without one.
 
@@ -82,7 +83,7 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
 
     Call arguments:
         inputs: (batch, ..., D) float tensor with any number of leading axes.
-        mask: (batch, ...) bool tensor, False for padding. Taken from the inputs, if not given.
+        mask: (batch, ...) bool or integer tensor, False or 0 for padding. Taken from the inputs, if not given.
         training: whether router losses are added, router noise drawn and assignments counted.
         return_routing: whether the routing is returned as well.
         token_ids: (batch, ...) integer tensor of vocabulary ids, for `routers.HashRouter`.

@@ -156,6 +156,5 @@ def count_assignments(indices, mask, num_experts):
     Returns:
         (E,) int32.
     """
-    chosen = ops.expand_dims(indices, -1) == ops.arange(num_experts, dtype="int32")
-    chosen = ops.logical_and(chosen, ops.reshape(mask, (-1, 1, 1)))
-    return ops.sum(ops.cast(chosen, "int32"), axis=(0, 1))
+    served = ops.where(ops.expand_dims(mask, 1), indices, -1)
+    return backend.count_integers(ops.reshape(served, (-1,)), num_experts)

@@ -114,11 +114,7 @@ def existing(indices, num_experts, mask=None):
 
 @backend.as_one_program
 def take_scores(scores, indices):
-    """The scores (T, E) of the chosen experts (T, K), as (T, K); 0 where an index is -1.
-
-    A sum over one-hot rows: its gradient is a product, where that of a gather is a scatter.
-    """
+    """The scores (T, E) of the chosen experts (T, K), as (T, K); 0 where an index is -1."""
     check_shapes({"scores": (scores, "TE", "float"), "indices": (indices, "TK", "int")})
     check_experts("indices", indices, scores.shape[-1])
-    chosen = ops.expand_dims(indices, -1) == ops.arange(scores.shape[-1], dtype="int32")
-    return ops.sum(ops.where(chosen, ops.expand_dims(scores, 1), 0.0), axis=-1)
+    return backend.take_columns(ops.convert_to_tensor(scores), ops.convert_to_tensor(indices))

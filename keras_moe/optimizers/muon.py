@@ -25,8 +25,8 @@ def _check_patterns(name, value):
 class Muon(Saved, keras.optimizers.Muon):
     """`keras.optimizers.Muon` that updates each expert's kernel as a matrix of its own.
 
-    Keras's updates whatever has two axes by Muon, and all else by AdamW: of a bank, it takes the
-    stacked kernels (E, D, H) for no matrices, and the stacked biases (E, H) for one. This one
+    Keras's updates variables of two axes by Muon, and all others by AdamW. In a bank these are the
+    wrong ones: the stacked kernels (E, D, H) have three axes, the stacked biases (E, H) two. This one
     orthogonalizes the update of each expert's kernel and scales it by the size of that, and leaves
     biases to AdamW: a bank trains as E `Dense` layers would. All other variables are treated as
     Keras treats them.

@@ -59,6 +59,26 @@ class Router(Saved, keras.layers.Layer):
 
     Args:
         num_experts: number of experts, E. None: that of the layer the router is given to.
+        **kwargs: arguments of a Keras layer, such as `name`.
+
+    Raises:
+        TypeError: If an argument belongs to the layer or the bank.
+        ValueError: If `num_experts` is not positive, or `dtype` is not float32.
+        NotImplementedError: If the class has no `route`, when it is built.
+
+    Example:
+
+    >>> class NearestRouter(keras_moe.routers.Router):
+    ...     top_k = 2
+    ...     def build(self, tokens_shape):
+    ...         self.centres = self.add_weight(shape=(self.num_experts, tokens_shape[-1]))
+    ...     def route(self, tokens, mask, training):
+    ...         differences = keras.ops.expand_dims(tokens, 1) - self.centres
+    ...         closeness = -keras.ops.sum(differences**2, axis=-1)
+    ...         return keras_moe.ops.top_k_routing(closeness, self.top_k, mask)
+    >>> router = NearestRouter(num_experts=4)
+    >>> router(keras.random.normal((6, 16))).indices.shape
+    (6, 2)
     """
 
     causal = True
@@ -305,3 +325,7 @@ def _no_route(router):
         f"{type(router).__name__} must implement `route(tokens, mask, training)` and return an "
         "`ops.Routing`."
     )
+
+
+# Else `help` and completion would show that of `__new__`, which takes any arguments.
+Router.__new__.__signature__ = inspect.signature(Router.__init__)  # type: ignore[attr-defined]

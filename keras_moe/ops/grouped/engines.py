@@ -21,8 +21,8 @@ def choose(setting):
 
     | backend | platform | engine |
     | --- | --- | --- |
-    | JAX | TPU | `rows` through Pallas kernels; float16, symbolic sizes: `padded` |
-    | JAX | GPU | `rows` through Pallas-Triton kernels; symbolic sizes, before sm80: `padded` |
+    | JAX | TPU | `rows` through Pallas kernels; float16, integer kernels, symbolic sizes: `padded` |
+    | JAX | GPU | `rows` by Triton; before sm80, integer kernels, symbolic sizes: `padded` |
     | PyTorch | CUDA, sm90 or newer | `rows` for bfloat16 and widths that are multiples of 8 |
     | TensorFlow with XLA | GPU, TPU | `padded` |
     | JAX, TensorFlow with XLA | CPU | `tiles` |

@@ -45,8 +45,7 @@ class PaddedTiles(NamedTuple):
 def pad_tiles(sizes, num_rows, length):
     """The `PaddedTiles` of groups that stand one behind another.
 
-    There are `R // B + E` tiles at most, and never more than rows, where
-    their number is known.
+    There are `R // B + E` tiles at most, and never more than rows, where their number is known.
 
     Args:
         sizes: (E,) int32.

@@ -24,10 +24,8 @@ def supports(setting):
 def forward(setting, step, tokens, parameters, groups, keep):
     runs, num_behind = _runs(setting, groups)
     outputs, saved = [], []
-    for run, token_of_row in zip(runs, _split(groups.token_of_row(), runs, num_behind)):
-        output, of_run = step.forward(
-            backend.gather_rows(tokens, token_of_row), run.products(parameters), keep
-        )
+    for run, rows in zip(runs, _gather(tokens, groups.token_of_row(), runs, num_behind)):
+        output, of_run = step.forward(rows, run.products(parameters), keep)
         outputs.append(output)
         saved.append(of_run)
     return _join(outputs, num_behind, step.output_width, tokens.dtype), saved
@@ -37,20 +35,17 @@ def backward(setting, step, tokens, row_weights, parameters, groups, outputs, sa
     runs, num_behind = _runs(setting, groups)
     row_parts, weight_parts = [], []
     row_weights = ops.expand_dims(ops.cast(row_weights, tokens.dtype), 1)
-    of_all_rows = groups.token_of_row(), row_weights, outputs
-    parts = [_split(values, runs, num_behind) for values in of_all_rows]
+    token_of_row = groups.token_of_row()
+    gathered = [_gather(values, token_of_row, runs, num_behind) for values in (tokens, gradient)]
+    parts = [_split(values, runs, num_behind) for values in (row_weights, outputs)]
 
     def factors_of_runs():
-        for run, of_run, token_of_row, weights, outputs in zip(runs, saved, *parts):
-            output_gradient = backend.gather_rows(gradient, token_of_row)
+        for run, of_run, rows, of_outputs, weights, outputs in zip(runs, saved, *gathered, *parts):
             row_gradient, factors = step.backward(
-                backend.gather_rows(tokens, token_of_row),
-                run.products(parameters),
-                of_run,
-                output_gradient * weights,
+                rows, run.products(parameters), of_run, of_outputs * weights
             )
             row_parts.append(row_gradient)
-            weight_parts.append(row_sums(output_gradient, outputs))
+            weight_parts.append(row_sums(of_outputs, outputs))
             yield run.sizes, run.experts, factors
 
     num_frozen = len(parameters.frozen)
@@ -124,6 +119,18 @@ def _runs(setting, groups):
     return runs, num_behind
 
 
+def _gather(values, token_of_row, runs, num_behind):
+    """The rows of each run, from values of all tokens; an iterable.
+
+    Gathered run by run they stay in the cache. In a program of unknown sizes a run is one expert,
+    and one operation for all is faster.
+    """
+    if not backend.knows_sizes():
+        return _split(backend.gather_rows(values, token_of_row), runs, num_behind)
+    parts = _split(token_of_row, runs, num_behind)
+    return (backend.gather_rows(values, part) for part in parts[:-1])
+
+
 def _split(values, runs, num_behind):
     """The part of each run, and that behind all, of values of all rows."""
     return backend.split_rows(values, [*(run.num_rows for run in runs), num_behind])
@@ -131,4 +138,4 @@ def _split(values, runs, num_behind):
 
 def _join(parts, num_behind, width, dtype):
     """Values of all rows, where `parts` holds those of each run; padding is zero."""
-    return ops.concatenate([*parts, ops.zeros((num_behind, width), dtype)])
+    return backend.join_rows([*parts, ops.zeros((num_behind, width), dtype)])
