@@ -36,20 +36,28 @@ def parse_comparison(arguments, doc, models, output, sizes=()):
         models: names of the models.
         output: name of the default folder.
         sizes: names of the sizes, the default one first.
+
+    Raises:
+        SystemExit: If options do not fit.
     """
     first = next(iter(models))
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
-    parser.add_argument("--models", nargs="+", choices=models, default=[*models], metavar="MODEL")
+    parser.add_argument(
+        "--models", nargs="+", choices=models, default=[*models], metavar="MODEL",
+        help=f"{'; '.join(models)}. The first is always trained.",
+    )  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
     parser.add_argument("--dataset", default="manual_pages", help=datasets.HELP)
     parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
     if sizes:
-        parser.add_argument(
-            "--size", choices=sizes, default=next(iter(sizes)), help="of the models"
-        )
+        parser.add_argument("--size", choices=sizes, help=f"of the models; default: {[*sizes][0]}")
     parser.add_argument("--smoke", action="store_true", help="tiny models on a few documents")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(output))
     options = parser.parse_args(arguments)
+    if sizes:
+        if options.smoke and options.size:
+            parser.error("--smoke has a size of its own. Leave out --size.")
+        options.size = options.size or [*sizes][0]
     options.models = [first, *(name for name in options.models if name != first)]
     return options
 

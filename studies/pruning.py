@@ -82,7 +82,7 @@ def digest(options, size):
 
 
 def operate(measure, data, draw, options):
-    """The saved model with fewer experts."""
+    """The saved model after the operation that a measure names."""
     model = keras.saving.load_model(options.output / "model.keras")
     if measure == "merged":
         surgery.merge_experts(model, options.keep, data)

@@ -1,10 +1,26 @@
 """Training that an interruption does not end: the same call again goes on after it."""
 
 import hashlib
+import json
 import shutil
 
 import keras
 from training_journal import Journal
+from whole_files import write_json
+
+
+def once(folder, train):
+    """What `train(progress)` returns, which is computed once and kept in a folder.
+
+    Args:
+        folder: keeps the result, as JSON.
+        train: function of the folder that keeps what an interrupted training has done.
+    """
+    result, progress = folder / "result.json", folder / "progress"
+    if not result.exists():
+        write_json(result, train(progress))
+        forget(progress)
+    return json.loads(result.read_text(encoding="utf-8"))
 
 
 def fit(model, batches, epochs, folder, callbacks, **arguments):

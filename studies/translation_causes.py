@@ -12,7 +12,6 @@ same data, the same learning rate and the same seed, in validation loss. Finishe
 """
 
 import argparse
-import json
 import pathlib
 import typing
 
@@ -80,7 +79,10 @@ def main(arguments=None):
 
 def parse_options(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--changes", nargs="+", choices=CHANGES, default=[*CHANGES], metavar="NAME")
+    parser.add_argument(
+        "--changes", nargs="+", choices=CHANGES, default=[*CHANGES], metavar="NAME",
+        help="; ".join(CHANGES),
+    )  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
     parser.add_argument("--dataset", default="bible_es_en", help=", ".join(pairs.BUILT_IN))
     parser.add_argument("--reverse", action="store_true", help=pairs.REVERSE)
@@ -119,22 +121,20 @@ class Study(typing.NamedTuple):
             setting = Setting(
                 learning_rate=setting.learning_rate, part_of_data=setting.part_of_data
             )
-        folder = self.folder / resuming.digest(setting, seed, sparse)
-        result = folder / "result.json"
-        if not result.exists():
+
+        def train(progress):
             print(f"\n{'mixture' if sparse else 'dense'}, seed {seed}, {setting}")
             number = int(setting.part_of_data * len(self.train.sources))
             part = translation.cut(self.train, number)
-            train = translation.batches_of(self.subwords, part, self.size)
+            batches = translation.batches_of(self.subwords, part, self.size)
             keras.utils.set_random_seed(seed)
-            model = self.build(setting, train, sparse)
-            progress = folder / "progress"
+            model = self.build(setting, batches, sparse)
             history = training.fit(
-                model, train, self.validation, EPOCHS, progress, None, setting.learning_rate
+                model, batches, self.validation, EPOCHS, progress, None, setting.learning_rate
             )
-            write_json(result, history["val_loss"][-1])
-            resuming.forget(progress)
-        return json.loads(result.read_text(encoding="utf-8"))
+            return history["val_loss"][-1]
+
+        return resuming.once(self.folder / resuming.digest(setting, seed, sparse), train)
 
     def build(self, setting, train, sparse):
         # Of equal width, as two experts of the study are.

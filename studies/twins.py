@@ -37,6 +37,6 @@ def count_parameters(model):
 
 
 def spread(values, form):
-    """The mean of several runs and, if there are several, their standard deviation."""
+    """The mean of some runs and, if there are several, the standard deviation of these runs."""
     text = form.format(np.mean(values))
     return f"{text} +- {form.format(np.std(values))}" if len(values) > 1 else text

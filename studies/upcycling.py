@@ -42,7 +42,7 @@ from keras_moe import losses
 FULL = sparsity.FULL._replace(steps=150, epochs=4, validation_rows=512)
 SMOKE = sparsity.SMOKE._replace(steps=10)
 BATCH_SIZE = 16
-# What trials of `sparsity.py` found best.
+# The learning rate that the trials of `sparsity.py` choose, and a weak balance loss.
 LEARNING_RATE, BALANCE_WEIGHT = 1e-2, 1e-3
 
 

@@ -44,9 +44,11 @@ def some(cases, mode):
     return list(cases)[:1] if (BACKEND, mode) == ("jax", "eager") else list(cases)
 
 
-def unless_compiled(names, kept):
-    """Names of cases: all on PyTorch, those `kept` where compiling each takes ten seconds."""
-    return list(names) if BACKEND == "torch" else kept
+def unless_compiled(cases, kept):
+    """All cases on PyTorch; those `kept` where compiling each takes ten seconds."""
+    cases = list(cases)
+    assert all(case in cases for case in kept)
+    return cases if BACKEND == "torch" else kept
 
 
 def to_numpy(tree):

@@ -4,6 +4,7 @@ import gzip
 import pathlib
 import sys
 
+import keras
 import numpy as np
 import pytest
 
@@ -23,18 +24,18 @@ from datasets import manual_pages  # noqa: E402
 from made_up_text import made_up_text  # noqa: E402
 
 MODELS = (sparsity.DENSE, "8 experts")
+WIDE = "dense, 8 times as wide"
 
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """Arguments of the study with two models and two balance weights."""
+    """Arguments of the study with two models and one learning rate."""
     data = made_up_text((96, 48, 32), num_words=40)
     monkeypatch.setattr(datasets, "load", lambda name, data_dir=None: data)
     monkeypatch.setattr(sparsity, "SMOKE", sparsity.SMOKE._replace(subwords=40))
     monkeypatch.setattr(sparsity, "BATCH_SIZE", 8)
     monkeypatch.setattr(sparsity, "MODELS", {name: sparsity.MODELS[name] for name in MODELS})
     monkeypatch.setattr(sparsity, "LEARNING_RATES", sparsity.LEARNING_RATES[:1])
-    monkeypatch.setattr(sparsity, "BALANCE_WEIGHTS", sparsity.BALANCE_WEIGHTS[:2])
     return ["--smoke", "--output", str(tmp_path / "out"), "--seeds"]
 
 
@@ -64,12 +65,32 @@ def test_a_second_command_adds_seeds_and_trains_nothing_twice(small, tmp_path, m
     assert capsys.readouterr().out.count("equal time") == 2 * 2 * len(MODELS) - 2
 
 
-def test_models_for_a_gpu_have_25_million_active_weights():
+@pytest.mark.parametrize(
+    "name, millions",
+    [("dense", 25.7), ("8 experts", 25.8), ("64 narrow experts", 26.0), (WIDE, 143.3)],
+)
+def test_models_for_a_gpu_have_the_active_weights_that_docs_say(name, millions):
     study = sparsity.Study(sparsity.GPU, sparsity.GPU.subwords, *[None] * 4)
-    for name in MODELS:
-        model = study.make(name, sparsity.Settings())
-        looked_up = model.get_layer("embedding").count_params()
-        assert 25e6 < twins.count_parameters(model)["active_parameters"] - looked_up < 26e6
+    model = study.make(name)
+    looked_up = model.get_layer("embedding").count_params()
+    active = twins.count_parameters(model)["active_parameters"] - looked_up
+    assert round(active / 1e6, 1) == millions
+
+
+def test_models_for_a_gpu_compute_in_bfloat16_at_lower_rates(small, monkeypatch):
+    tiny = sparsity.SMOKE._replace(features=128, hidden_dim=8, blocks=1)
+    monkeypatch.setitem(sparsity.SIZES, "gpu", tiny)
+    results = sparsity.main([*small[1:], "0", "--size", "gpu"])
+    for runs in results.values():
+        assert np.isfinite(runs[0]["losses"]).all()
+        assert runs[0]["learning_rate"] == sparsity.LEARNING_RATES[0] / 2
+    assert keras.config.dtype_policy().name == "mixed_bfloat16"
+
+
+def test_a_smoke_test_has_one_size(small, capsys):
+    with pytest.raises(SystemExit):
+        sparsity.main([*small, "0", "--size", "gpu"])
+    assert "Leave out --size" in capsys.readouterr().err
 
 
 def test_an_interval_covers_the_mean_of_two_seeds():
