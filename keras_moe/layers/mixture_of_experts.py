@@ -83,7 +83,8 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
 
     Call arguments:
         inputs: (batch, ..., D) float tensor with any number of leading axes.
-        mask: (batch, ...) bool or integer tensor, False or 0 for padding. Taken from the inputs, if not given.
+        mask: (batch, ...) bool or integer tensor, False or 0 for padding. Taken from the inputs, if
+            not given.
         training: whether router losses are added, router noise drawn and assignments counted.
         return_routing: whether the routing is returned as well.
         token_ids: (batch, ...) integer tensor of vocabulary ids, for `routers.HashRouter`.

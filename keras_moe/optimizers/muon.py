@@ -26,10 +26,10 @@ class Muon(Saved, keras.optimizers.Muon):
     """`keras.optimizers.Muon` that updates each expert's kernel as a matrix of its own.
 
     Keras's updates variables of two axes by Muon, and all others by AdamW. In a bank these are the
-    wrong ones: the stacked kernels (E, D, H) have three axes, the stacked biases (E, H) two. This one
-    orthogonalizes the update of each expert's kernel and scales it by the size of that, and leaves
-    biases to AdamW: a bank trains as E `Dense` layers would. All other variables are treated as
-    Keras treats them.
+    wrong ones: the stacked kernels (E, D, H) have three axes, the stacked biases (E, H) two. This
+    one orthogonalizes the update of each expert's kernel, scales it by the size of that kernel, and
+    leaves biases to AdamW: a bank trains as E `Dense` layers would. All other variables are treated
+    as Keras treats them.
 
     Args:
         learning_rate: float, schedule or function, as of any optimizer of Keras.

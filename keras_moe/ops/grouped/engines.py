@@ -21,7 +21,7 @@ def choose(setting):
 
     | backend | platform | engine |
     | --- | --- | --- |
-    | JAX | TPU | `rows` through Pallas kernels; float16, integer kernels, symbolic sizes: `padded` |
+    | JAX | TPU | `rows` by Pallas; float16, integer kernels, symbolic sizes: `padded` |
     | JAX | GPU | `rows` by Triton; before sm80, integer kernels, symbolic sizes: `padded` |
     | PyTorch | CUDA, sm90 or newer | `rows` for bfloat16 and widths that are multiples of 8 |
     | TensorFlow with XLA | GPU, TPU | `padded` |

@@ -19,9 +19,9 @@ def supports(setting):
 def tile_length(num_rows, num_experts):
     """Rows of a tile, a power of two.
 
-    With B rows a tile, up to E * B rows are computed in vain, and R / B kernels are copied, two bytes
-    for each weight. Where a byte of memory costs as much as 240 multiplications and additions, as
-    on today's accelerators, both cost the least together at B = sqrt(480 * R / E).
+    With B rows a tile, up to E * B rows are computed in vain, and R / B kernels are copied, two
+    bytes for each weight. Where a byte of memory costs as much as 240 multiplications and
+    additions, as on today's accelerators, both cost the least together at B = sqrt(480 * R / E).
 
     Args:
         num_rows: an integer, or a tensor where it is not known at compile time.
