@@ -54,8 +54,8 @@ class Adaptable:
         if layer.lora_enabled:
             raise ValueError(
                 "LoRA can be enabled once for a layer. Received: "
-                f"rank={rank} for `{layer.name}`, which has rank {layer.lora_rank}. Save and load "
-                "the layer without it to begin anew."
+                f"rank={rank} for `{layer.name}`, which has rank {layer.lora_rank}. To begin "
+                "anew, save the weights and load them into a model that is built without LoRA."
             )
         if lora_alpha is not None:
             lora_alpha = check_positive_number("lora_alpha", lora_alpha)

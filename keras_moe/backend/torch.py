@@ -21,8 +21,8 @@ def current_platform():
 
 
 def on_its_platform(functions, *operands):
-    """`functions[platform](*operands)` for the platform of the operands."""
-    return functions[_platform_of(keras.tree.flatten(operands)[0].device)](*operands)
+    """`functions[platform](*operands)` for the platform of the first operand, a tensor."""
+    return functions[_platform_of(operands[0].device)](*operands)
 
 
 def _platform_of(device):

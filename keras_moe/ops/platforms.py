@@ -78,7 +78,7 @@ def on_platform(functions, *operands, name=None):
     Args:
         functions: dict from "cpu", "gpu" and "tpu" to functions whose results agree in structure,
             shapes and dtypes.
-        *operands: any structures of tensors.
+        *operands: a tensor, and any structures of tensors.
         name: the platform, where an enclosing `platform` names it.
     """
     if name is not None:

@@ -27,8 +27,9 @@ def check_can_cut(name, layer):
     router_fits = isinstance(layer.router, LogitRouter) and not isinstance(layer.router, SoftRouter)
     if not layer.built or not bank_fits or not router_fits:
         raise ValueError(
-            "A layer must be built and have a router with logits for its experts, which are "
-            "`FeedForwardExperts`, `GatedExperts` or `LayerExperts`. Received: "
+            "A layer must be built, its experts be `FeedForwardExperts`, `GatedExperts` or "
+            "`LayerExperts`, and its router have a kernel with a column for each of them, as "
+            "those that derive from `routers.SelectionRouter`. Received: "
             f"{name!r} with {' and '.join(parts)}{'' if layer.built else ', which is not built'}. "
             "Leave it out, or build the model first."
         )

@@ -160,7 +160,7 @@ def set_top_k(model, top_k):
         if "top_k" not in config:
             raise ValueError(
                 "The router of a layer must have a `top_k`, experts that each token chooses. "
-                f"Received: {name!r} with a `{type(router).__name__}`, which has none to set. "
+                f"Received: {name!r} with a `{type(router).__name__}`, whose config has none. "
                 "Leave the layer out, by a dict of the others, or make it with a "
                 "`routers.TopKRouter`, which with `top_k=num_experts` computes what a "
                 "`DenseRouter` does and loads its weights."
