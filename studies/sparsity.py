@@ -139,12 +139,8 @@ class Study(typing.NamedTuple):
         size = SMOKE if options.smoke else SIZES[options.size]
         num_tokens, *parts = load_data(options, size)
         print(f"{parts[0][:, 1:].size:,} subwords to learn from, {size.steps * size.epochs} steps")
-        folder = (
-            options.output
-            / "runs"
-            / resuming.digest(size, options.dataset, BATCH_SIZE, BALANCE_WEIGHT)
-        )
-        return cls(size, num_tokens, *parts, folder)
+        name = resuming.digest(size, options.dataset, BATCH_SIZE, BALANCE_WEIGHT)
+        return cls(size, num_tokens, *parts, options.output / "runs" / name)
 
     def step_times(self):
         models = {name: functools.partial(self.make, name) for name in MODELS}
