@@ -41,6 +41,7 @@ def parse_comparison(arguments, doc, models, output, sizes=()):
         SystemExit: If options do not fit.
     """
     first = next(iter(models))
+    default_size = next(iter(sizes), None)
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument(
         "--models", nargs="+", choices=models, default=[*models], metavar="MODEL",
@@ -50,14 +51,14 @@ def parse_comparison(arguments, doc, models, output, sizes=()):
     parser.add_argument("--dataset", default="manual_pages", help=datasets.HELP)
     parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
     if sizes:
-        parser.add_argument("--size", choices=sizes, help=f"of the models; default: {[*sizes][0]}")
+        parser.add_argument("--size", choices=sizes, help=f"of the models; default: {default_size}")
     parser.add_argument("--smoke", action="store_true", help="tiny models on a few documents")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(output))
     options = parser.parse_args(arguments)
     if sizes:
         if options.smoke and options.size:
             parser.error("--smoke has a size of its own. Leave out --size.")
-        options.size = options.size or [*sizes][0]
+        options.size = options.size or default_size
     options.models = [first, *(name for name in options.models if name != first)]
     return options
 

@@ -15,7 +15,6 @@ names.
 """
 
 import functools
-import json
 import pathlib
 import time
 import types
@@ -121,13 +120,14 @@ class Study(typing.NamedTuple):
 
     def run(self, name, seed, ms_per_step):
         """The course of the losses in the second half, with the loss before it."""
-        result = self.folder / f"{name}-{seed}.json"
-        if not result.exists():
+
+        def train(progress):
             dense, before = self.half_trained(seed)
             model = MODELS[name](dense, seed)
-            after = self.fit(name, model, seed, self.second)
-            write_json(result, {"before": before, "after": after, **count_parameters(model)})
-        run = json.loads(result.read_text(encoding="utf-8"))
+            after = self.fit(name, model, seed, self.second, progress)
+            return {"before": before, "after": after, **count_parameters(model)}
+
+        run = resuming.once(self.folder / f"{name}-{seed}", train)
         after = run.pop("after")
         return {**run, **course(after, self.size.steps, ms_per_step)}
 
@@ -135,25 +135,26 @@ class Study(typing.NamedTuple):
         """The dense model after the first half, and its loss."""
         keras.utils.set_random_seed(seed)
         model = self.make()
-        weights = self.folder / f"half-{seed}.weights.h5"
-        note = weights.with_suffix(".json")
-        if not note.exists():
-            loss = self.fit("first half", model, seed, self.first)[-1]
+        folder = self.folder / f"half-{seed}"
+        weights = folder / "model.weights.h5"
+
+        def train(progress):
+            loss = self.fit("first half", model, seed, self.first, progress)[-1]
             with whole(weights) as (part,):
                 model.save_weights(part)
-            write_json(note, loss)
-        model.load_weights(weights)
-        return model, json.loads(note.read_text(encoding="utf-8"))
+            return loss
 
-    def fit(self, name, model, seed, data):
+        loss = resuming.once(folder, train)
+        model.load_weights(weights)
+        return model, loss
+
+    def fit(self, name, model, seed, data, progress):
         """Losses by epoch."""
         print(f"\n{name}, seed {seed}")
-        progress = self.folder / f"progress {name}-{seed}"
         options = types.SimpleNamespace(batch_size=BATCH_SIZE)
         history = language_model.fit(
             model, (data, self.test), seed, self.size, options, progress, LEARNING_RATE
         )
-        resuming.forget(progress)
         return history["val_loss"]
 
 

@@ -74,7 +74,8 @@ def test_the_package_imports_nothing_but_itself_and_the_backend_of_keras():
     foreign = {name.partition(".")[0] for name in new} - set(sys.stdlib_module_names) - own
     assert foreign == {"keras_moe"}
     backends = {name for name in new if name.startswith("keras_moe.backend.")}
-    backends.remove("keras_moe.backend.one_hot")  # in Keras's own operations, for all
+    if BACKEND != "torch":
+        backends.remove("keras_moe.backend.one_hot")  # what the two that compile share
     assert {name.split(".")[2].partition("_")[0] for name in backends} == {BACKEND}
 
 

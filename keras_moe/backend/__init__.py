@@ -87,7 +87,6 @@ _processes: Any = None
 if keras.backend.backend() == "torch":
     _processes = importlib.import_module("keras_moe.backend.torch_experts")
 
-_one_hot: Any = importlib.import_module("keras_moe.backend.one_hot")
 _module = importlib.import_module(f"keras_moe.backend.{keras.backend.backend()}")
 # Arrays that are spread over a mesh of devices.
 _sharding: Any = None
@@ -110,6 +109,7 @@ def _primitive(name, module=_module):
 argmax = _module.argmax
 compile_once = _module.compile_once
 compiles_static_shapes = _module.compiles_static_shapes
+count_integers = _module.count_integers
 current_platform = _module.current_platform
 differentiable = _module.differentiable
 gather_rows = _module.gather_rows
@@ -117,6 +117,7 @@ has_grouped_products = _module.has_grouped_products
 lacks_stable_sort = _module.lacks_stable_sort
 on_its_platform = _module.on_its_platform
 sum_over_replicas = _module.sum_over_replicas
+take_columns = _module.take_columns
 vjp = _module.vjp
 
 batched_product = _primitive("batched_product")
@@ -136,8 +137,6 @@ unstack_sizes = _primitive("unstack_sizes")
 expert_processes: Any = getattr(_processes, "expert_processes", lambda: None)
 split_experts = _primitive("split_experts", _processes)
 gather_over_replicas: Any = getattr(_module, "gather_over_replicas", lambda values: values)
-count_integers: Any = getattr(_module, "count_integers", _one_hot.count_integers)
-take_columns: Any = getattr(_module, "take_columns", _one_hot.take_columns)
 larger_size: Any = getattr(_module, "larger_size", keras.ops.maximum)
 is_exporting: Any = getattr(_module, "is_exporting", lambda: False)
 is_recomputing: Any = getattr(_module, "is_recomputing", lambda: False)

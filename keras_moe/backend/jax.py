@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from keras_moe.backend import jax_kernels
+from keras_moe.backend.one_hot import count_integers as count_integers
+from keras_moe.backend.one_hot import take_columns as take_columns
 
 PLAIN_VALUES = (bool, int, float, str)
 

@@ -1,4 +1,4 @@
-"""Choices and counts as sums over one-hot rows, for all backends whose compilers never store these.
+"""Choices and counts as sums over one-hot rows, for backends whose compiler never stores these.
 
 The gradient of such a choice is a product, where that of a gather is a scatter.
 """

@@ -10,6 +10,8 @@ import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla
 
 from keras_moe._internal.keras_internals import current_model
+from keras_moe.backend.one_hot import count_integers as count_integers
+from keras_moe.backend.one_hot import take_columns as take_columns
 
 # Bytes from one place in memory to the next that shares its lines of the cache.
 CPU_CACHE_STRIDE = 4096
