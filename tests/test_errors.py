@@ -196,26 +196,26 @@ CONSTRUCTORS = {
         lambda: moe(router=routers.TopKRouter(top_k=5)),
         ValueError,
         "`top_k` must be at most `num_experts`: a token cannot go to more experts than there are. "
-        "Received: top_k=5, num_experts=4. Pass `top_k=4` or fewer to `routers.TopKRouter`.",
+        "Received: top_k=5, num_experts=4. Choose `top_k=4` or fewer for the `TopKRouter`.",
     ),
     "default router, one expert": (
         lambda: moe(layers.FeedForwardExperts(1, 8)),
         ValueError,
         "`top_k` must be at most `num_experts`: a token cannot go to more experts than there are. "
-        "Received: top_k=2, num_experts=1. Pass `top_k=1` or fewer to `routers.TopKRouter`.",
+        "Received: top_k=2, num_experts=1. Choose `top_k=1` or fewer for the `TopKRouter`.",
     ),
     "top_k": (
         lambda: routers.TopKRouter(E, 5),
         ValueError,
         "`top_k` must be at most `num_experts`: a token cannot go to more experts than there are. "
-        "Received: top_k=5, num_experts=4. Pass `top_k=4` or fewer to `routers.TopKRouter`.",
+        "Received: top_k=5, num_experts=4. Choose `top_k=4` or fewer for the `TopKRouter`.",
     ),
     "max_top_k of a top-p router": (
         lambda: routers.TopPRouter(E, max_top_k=5),
         ValueError,
         "`max_top_k` must be at most `num_experts`: a token cannot go to more experts than there "
         "are. Received: max_top_k=5, num_experts=4. "
-        "Pass `max_top_k=4` or fewer to `routers.TopPRouter`.",
+        "Choose `max_top_k=4` or fewer for the `TopPRouter`.",
     ),
     "max_top_k below top_k": (
         lambda: routers.ReLURouter(E, top_k=3, max_top_k=2),
@@ -316,7 +316,7 @@ CONSTRUCTORS = {
         lambda: ops.top_k_routing(normal(2, 3), 4),
         ValueError,
         "`top_k` must be at most `num_experts`: a token cannot go to more experts than there are. "
-        "Received: top_k=4, num_experts=3. Pass `top_k=3` or fewer to `routers.TopKRouter`.",
+        "Received: top_k=4, num_experts=3. Choose `top_k=3` or fewer for the `TopKRouter`.",
     ),
     "experts of a metric": (
         lambda: metrics.LoadEntropy(3).update_state(routers.TopKRouter(E)(normal(2, D))),

@@ -70,7 +70,7 @@ def test_names_of_the_former_module_are_found_in_the_function():
 
 
 @pytest.mark.parametrize("validation_split", [0.0, 0.5])
-def test_summary_has_the_last_epoch_after_a_monitor(validation_split):
+def test_summary_has_the_last_epoch_after_a_monitor(validation_split, tmp_path):
     model = keras.Sequential([keras.Input((D,)), moe(name="moe"), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
     monitor = ExpertMonitor()
@@ -80,6 +80,18 @@ def test_summary_has_the_last_epoch_after_a_monitor(validation_split):
     counts = np.array(found.counts)
     assert counts.sum() == 16 * (1 - validation_split) * found.top_k
     np.testing.assert_allclose(counts / counts.sum(), monitor.shares["moe"][-1], rtol=1e-6)
+    # So has a file of it, and a model that had other counts before it loaded the file.
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert inspection.summarize(loaded)[0].counts == found.counts
+    inspection.moe_layers(loaded)["moe"].last_counts = None
+    model.save_weights(tmp_path / "model.weights.h5")
+    loaded.load_weights(tmp_path / "model.weights.h5")
+    assert inspection.summarize(loaded)[0].counts == found.counts
+    untrained = keras.models.clone_model(model)
+    untrained.save_weights(tmp_path / "untrained.weights.h5")
+    loaded.load_weights(tmp_path / "untrained.weights.h5")
+    assert not any(inspection.summarize(loaded)[0].counts)
     # What is counted after it replaces it.
     with inspection.count_in_evaluation(model):
         model(normal(3, D))

@@ -140,7 +140,7 @@ ERRORS = [
     (
         {"top_k": (2, 8)},
         "`top_k` must be at most `num_experts`: a token cannot go to more experts than there are. "
-        "Received: top_k=8, num_experts=4. Pass `top_k=4` or fewer to `routers.TopKRouter`.",
+        "Received: top_k=8, num_experts=4. Choose `top_k=4` or fewer for the `TopKRouter`.",
     ),
     (
         {"loss_weights": {"router_z": (-1,)}},

@@ -40,7 +40,7 @@ def check_top_k(top_k, num_experts, router="TopKRouter", name="top_k"):
         raise ValueError(
             f"`{name}` must be at most `num_experts`: a token cannot go to more experts than "
             f"there are. Received: {name}={top_k}, num_experts={num_experts}. "
-            f"Pass `{name}={num_experts}` or fewer to `routers.{router}`."
+            f"Choose `{name}={num_experts}` or fewer for the `{router}`."
         )
     return int(top_k)
 

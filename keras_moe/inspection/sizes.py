@@ -112,8 +112,7 @@ def summary(model, print_fn=print):
     if not any(sum(layer.counts) for layer in layers):
         print_fn("")
         print_fn(
-            "No counts are here: experts are counted in training, and a monitor empties the "
-            "counters. To count in evaluation: "
+            "No counts are here: experts are counted in training. To count in evaluation: "
             "`with keras_moe.inspection.count_in_evaluation(model): model.evaluate(...)`."
         )
 

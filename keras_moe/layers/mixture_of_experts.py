@@ -52,7 +52,7 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
 
     In training the layer adds its router losses and counts the assignments of each expert in the
     weight `expert_counts` (E,). `callbacks.ExpertMonitor` reports them after each epoch, and begins
-    anew: those of the last epoch are in `last_counts`.
+    anew: those of the last epoch are in `last_counts`, which is saved.
 
     Padding is left out of everything: where `mask` is False no expert runs, nothing is counted, no
     loss changes, and the output is zero.

@@ -14,6 +14,8 @@ def save_state(layer, store):
     weights = layer.loss_weights_in_force
     for key, index in _weight_keys(layer):
         store[key] = np.array([layer.router_losses[index].weight, weights[index]], "float32")
+    if layer.last_counts is not None:
+        store["last_counts"] = layer.last_counts
     save_draws(layer, store)
 
 
@@ -46,6 +48,9 @@ def load_state(layer, store):
         # left.
         if initial == np.float32(layer.router_losses[index].weight):
             layer.set_router_loss_weight(index, float(weight))
+    counts = entries.get("last_counts")
+    has_counts = layer.built and _fits(layer.expert_counts, counts)
+    layer.last_counts = np.asarray(counts) if has_counts else None
 
 
 def _saved(layer):
