@@ -57,7 +57,10 @@ def parse_comparison(arguments, doc, models, output, sizes=()):
     options = parser.parse_args(arguments)
     if sizes:
         if options.smoke and options.size:
-            parser.error("--smoke has a size of its own. Leave out --size.")
+            parser.error(
+                "--smoke has a size of its own. Received: --smoke "
+                f"--size {options.size}. Leave out --size."
+            )
         options.size = options.size or default_size
     options.models = [first, *(name for name in options.models if name != first)]
     return options

@@ -4,6 +4,7 @@ import json
 import time
 
 import numpy as np
+import resuming
 from whole_files import write_json
 
 TIMED_ROUNDS = 30
@@ -25,19 +26,20 @@ def loss_at(run, seconds):
     return float(np.interp(seconds, run["seconds"], run["losses"], left=np.nan))
 
 
-def step_times(models, inputs, targets, path, clock=time.perf_counter):
+def step_times(models, inputs, targets, folder, clock=time.perf_counter):
     """Milliseconds of a training step of each model, in a dict like `models`.
 
     They take single steps in turns, so that what else the machine does slows all alike, and the
-    median of each counts. What was measured before stands in the file `path` and is not measured
-    again.
+    median of each counts. What was measured before, of the same models, stands in the folder and is
+    not measured again.
 
     Args:
         models: dict from names to functions that return a compiled model.
         inputs: of `train_on_batch`, as are `targets`.
-        path: JSON file.
+        folder: keeps the times.
         clock: function that returns seconds; `time.process_time` where others use the machine.
     """
+    path = folder / f"step_times-{resuming.digest(*models)}.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     models = {name: make() for name, make in models.items()}

@@ -56,17 +56,15 @@ TOP_K = 2
 TRIAL_EPOCHS, TRIAL_SEED = 1, 1000
 # For 64 features; Adam's best rate is the lower, the wider a model (Yang et al. 2022, table 3).
 LEARNING_RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
-# The default. Short runs do not choose it: for 32 experts they prefer less, which ends worse.
 BALANCE_WEIGHT = 1e-2
 
 
 def main(arguments=None):
     options = parse_comparison(arguments, __doc__, MODELS, "output_sparsity", SIZES)
     claim(options.output)
-    if options.size == "gpu":
-        keras.config.set_dtype_policy("mixed_bfloat16")
+    keras.config.set_dtype_policy("mixed_bfloat16" if options.size == "gpu" else "float32")
     study = Study.prepare(options)
-    ms_per_step = study.step_times()
+    ms_per_step = study.step_times(options.models)
     results: dict = {name: {} for name in options.models}
     for seed in options.seeds:
         for name in options.models:
@@ -139,13 +137,14 @@ class Study(typing.NamedTuple):
         size = SMOKE if options.smoke else SIZES[options.size]
         num_tokens, *parts = load_data(options, size)
         print(f"{parts[0][:, 1:].size:,} subwords to learn from, {size.steps * size.epochs} steps")
-        name = resuming.digest(size, options.dataset, BATCH_SIZE, BALANCE_WEIGHT)
+        policy = keras.config.dtype_policy().name
+        name = resuming.digest(size, options.dataset, BATCH_SIZE, BALANCE_WEIGHT, policy)
         return cls(size, num_tokens, *parts, options.output / "runs" / name)
 
-    def step_times(self):
-        models = {name: functools.partial(self.make, name) for name in MODELS}
+    def step_times(self, names):
+        models = {name: functools.partial(self.make, name) for name in names}
         rows = self.train[:BATCH_SIZE]
-        return step_times(models, rows[:, :-1], rows[:, 1:], self.folder / "step_times.json")
+        return step_times(models, rows[:, :-1], rows[:, 1:], self.folder)
 
     def make(self, name, learning_rate=LEARNING_RATES[0], steps=1):
         feedforwards = [MODELS[name](self.size) for _ in range(self.size.blocks)]

@@ -5,13 +5,13 @@
 
 All train on from the same weights, on the same data in the same order, with the same learning
 rates. The second half of training reads text that the first has not seen. The model, the data and
-the settings are those of the study `sparsity.py`, in smaller batches. The losses that are reported
-are those of the test split.
+the learning rate are those of the study `sparsity.py`; batches are smaller, and the balance loss is
+weaker. The losses that are reported are those of the test split.
 
 Times are steps times the processor time of a step, which is measured before training, in turns
-with the other models. Finished runs stay in --output, so that further models and seeds add to them,
-and an interrupted run resumes from the last finished epoch. Runs on the backend that KERAS_BACKEND
-names.
+with the other models. Finished runs stay in --output and are not trained again, and an interrupted
+run resumes from the last finished epoch. Table and `results.json` are those of the models and seeds
+of the last command. Runs on the backend that KERAS_BACKEND names.
 """
 
 import functools
@@ -69,7 +69,7 @@ def main(arguments=None):
     options = parse_comparison(arguments, __doc__, MODELS, "output_upcycling")
     claim(options.output)
     study = Study.prepare(options)
-    ms_per_step = study.step_times()
+    ms_per_step = study.step_times(options.models)
     results: dict = {}
     for seed in options.seeds:
         for name in options.models:
@@ -99,16 +99,15 @@ class Study(typing.NamedTuple):
         folder = options.output / "runs" / resuming.digest(*settings)
         return cls(size, num_tokens, train[::2], train[1::2], test, folder)
 
-    def step_times(self):
+    def step_times(self, names):
         def compiled(upcycle):
             model = upcycle(self.make(), 0)
             language_model.compile_for_training(model, 1)
             return model
 
-        models = {name: functools.partial(compiled, upcycle) for name, upcycle in MODELS.items()}
+        models = {name: functools.partial(compiled, MODELS[name]) for name in names}
         rows = self.first[:BATCH_SIZE]
-        path = self.folder / "step_times.json"
-        return step_times(models, rows[:, :-1], rows[:, 1:], path, time.process_time)
+        return step_times(models, rows[:, :-1], rows[:, 1:], self.folder, time.process_time)
 
     def make(self):
         size = self.size

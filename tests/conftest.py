@@ -62,9 +62,7 @@ def runs_elsewhere(item):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles so short that small groups need full tiles and a tail; runs of few groups; and, of
-    kernels, the copies that wide ones need.
-    """
+    """Tiles so short that small groups need full tiles and a tail, and runs of few groups."""
     from backends import BACKEND
 
     from keras_moe import backend
@@ -74,8 +72,6 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr("keras_moe.ops.grouped.tile_sizes.TILE_OVERHEAD", 1)
     monkeypatch.setattr("keras_moe.ops.grouped.padded.tile_length", lambda *_: 4)
     monkeypatch.setattr("keras_moe.ops.grouped.slices.CPU_RUN_ROWS", 8)
-    if BACKEND == "tensorflow":
-        monkeypatch.setattr("keras_moe.backend.tensorflow.CPU_CACHE_STRIDE", 8)
     if BACKEND == "jax":
         # It keeps what it traced by the function: this one has traced no other tiles.
         compute = run._run.__wrapped__

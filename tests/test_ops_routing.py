@@ -1,5 +1,6 @@
 """Routing as pure functions: who goes where, with which weight, and what the router learns."""
 
+import keras
 import numpy as np
 import pytest
 import reference
@@ -9,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_moe.ops import load_balance, router_z, top_k_indices, top_k_routing
+from keras_moe.ops import load_balance, router_z, take_scores, top_k_indices, top_k_routing
 
 
 @st.composite
@@ -163,3 +164,15 @@ def test_half_precision_logits_are_computed_on_in_float32(dtype):
         np.dtype("float32")
     }
     assert_close(routing.weights, reference.top_k_routing(logits, 2).weights)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int64"])
+def test_experts_may_be_integers_of_any_dtype(dtype):
+    logits = np.random.normal(size=(5, 4)).astype("float32")
+    best = np.argsort(-logits, axis=1)[:, :2].astype(dtype)
+    routing = top_k_routing(logits, 2, select=lambda scores: ops.convert_to_tensor(best))
+    assert keras.backend.standardize_dtype(routing.indices.dtype) == "int32"
+    expected = top_k_routing(logits, 2)
+    np.testing.assert_array_equal(routing.counts, expected.counts)
+    assert_close(routing.weights, ops.convert_to_numpy(expected.weights))
+    assert_close(take_scores(logits, best), np.take_along_axis(logits, best.astype("int64"), 1))

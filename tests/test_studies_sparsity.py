@@ -4,7 +4,6 @@ import gzip
 import pathlib
 import sys
 
-import keras
 import numpy as np
 import pytest
 
@@ -22,6 +21,8 @@ import sparsity  # noqa: E402
 import twins  # noqa: E402
 from datasets import manual_pages  # noqa: E402
 from made_up_text import made_up_text  # noqa: E402
+
+from keras_moe.layers import MixtureOfExperts  # noqa: E402
 
 MODELS = (sparsity.DENSE, "8 experts")
 WIDE = "dense, 8 times as wide"
@@ -80,17 +81,29 @@ def test_models_for_a_gpu_have_the_active_weights_that_docs_say(name, millions):
 def test_models_for_a_gpu_compute_in_bfloat16_at_lower_rates(small, monkeypatch):
     tiny = sparsity.SMOKE._replace(features=128, hidden_dim=8, blocks=1)
     monkeypatch.setitem(sparsity.SIZES, "gpu", tiny)
+    computes_in, make = set(), sparsity.Study.make
+
+    def spied(study, name, *args):
+        model = make(study, name, *args)
+        computes_in.update(
+            layer.compute_dtype
+            for layer in model._flatten_layers()
+            if isinstance(layer, MixtureOfExperts)
+        )
+        return model
+
+    monkeypatch.setattr(sparsity.Study, "make", spied)
     results = sparsity.main([*small[1:], "0", "--size", "gpu"])
     for runs in results.values():
         assert np.isfinite(runs[0]["losses"]).all()
         assert runs[0]["learning_rate"] == sparsity.LEARNING_RATES[0] / 2
-    assert keras.config.dtype_policy().name == "mixed_bfloat16"
+    assert computes_in == {"bfloat16"}
 
 
 def test_a_smoke_test_has_one_size(small, capsys):
     with pytest.raises(SystemExit):
         sparsity.main([*small, "0", "--size", "gpu"])
-    assert "Leave out --size" in capsys.readouterr().err
+    assert "Received: --smoke --size gpu. Leave out --size" in capsys.readouterr().err
 
 
 def test_an_interval_covers_the_mean_of_two_seeds():

@@ -34,13 +34,14 @@ def is_symbol(size):
     return is_value and hasattr(size, "__index__")
 
 
-def check_top_k(top_k, num_experts, router="TopKRouter", name="top_k"):
+def check_top_k(top_k, num_experts, router=None, name="top_k"):
     check_positive_integer(name, top_k)
     if num_experts is not None and top_k > num_experts:
+        place = f" for the `{router}`" if router else ""
         raise ValueError(
             f"`{name}` must be at most `num_experts`: a token cannot go to more experts than "
             f"there are. Received: {name}={top_k}, num_experts={num_experts}. "
-            f"Choose `{name}={num_experts}` or fewer for the `{router}`."
+            f"Choose `{name}={num_experts}` or fewer{place}."
         )
     return int(top_k)
 

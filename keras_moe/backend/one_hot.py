@@ -1,4 +1,4 @@
-"""Choices and counts as sums over one-hot rows, for backends whose compiler never stores these.
+"""Choices and counts as sums over one-hot rows, which a compiler never stores.
 
 The gradient of such a choice is a product, where that of a gather is a scatter.
 """
@@ -19,4 +19,4 @@ def count_integers(integers, number):
 
 
 def _one_hot(integers, number):
-    return ops.expand_dims(integers, -1) == ops.arange(number, dtype="int32")
+    return ops.expand_dims(ops.cast(integers, "int32"), -1) == ops.arange(number, dtype="int32")

@@ -13,9 +13,6 @@ from keras_moe._internal.keras_internals import current_model
 from keras_moe.backend.one_hot import count_integers as count_integers
 from keras_moe.backend.one_hot import take_columns as take_columns
 
-# Bytes from one place in memory to the next that shares its lines of the cache.
-CPU_CACHE_STRIDE = 4096
-
 
 def compiles_static_shapes():
     """Whether the current trace is compiled by XLA, which fixes every shape."""
@@ -137,19 +134,10 @@ def multiply_groups(
     if scale is not None and transposed:
         rows *= tf.cast(scale[expert], rows.dtype)
     kernel = tf.cast(kernel_of(expert), rows.dtype)
-    product = _multiply(rows, kernel, transposed)
+    product = tf.matmul(rows, kernel, transpose_b=transposed)
     if scale is not None and not transposed:
         product *= tf.cast(scale[expert], rows.dtype)
     return product if bias is None else product + tf.cast(bias[expert], rows.dtype)
-
-
-def _multiply(rows, kernel, transposed):
-    width = kernel.shape[1]
-    collides = width * kernel.dtype.size % CPU_CACHE_STRIDE == 0
-    if transposed or not collides or current_platform() != "cpu":
-        return tf.matmul(rows, kernel, transpose_b=transposed)
-    # The rows of this kernel share the lines of a cache; those of a copy that is longer do not.
-    return tf.matmul(rows, tf.concat([kernel, kernel[:, :16]], 1))[:, :width]
 
 
 def stack_gradients(runs, kernels, biases, num_frozen=0):

@@ -7,7 +7,7 @@ import torch
 from keras import ops
 
 # So many integers of a kernel become floats at a time, which are multiplied while in the cache.
-CPU_BLOCK = 2**19
+CPU_BLOCK = 2**18
 
 
 def compiles_static_shapes():
@@ -235,7 +235,7 @@ def _multiply_integers(rows, kernel, transposed, output):
         kernel = kernel.to(rows.dtype)
         return torch.mm(rows, kernel.mT if transposed else kernel, out=output)
     length = max(1, CPU_BLOCK // kernel.shape[1])
-    blocks = (block.to(rows.dtype) for block in kernel.split(length))
+    blocks = _float_blocks(kernel, length, rows.dtype)
     if transposed:
         for block, columns in zip(blocks, output.split(length, 1)):
             torch.mm(rows, block.mT, out=columns)
@@ -245,6 +245,16 @@ def _multiply_integers(rows, kernel, transposed, output):
     for block, columns in zip(blocks, others):
         output.addmm_(columns, block)
     return output
+
+
+def _float_blocks(kernel, length, dtype):
+    """Blocks of rows of an integer kernel, each valid until the next one.
+
+    They share one buffer, because new memory is not in the cache.
+    """
+    floats = kernel.new_empty((min(length, kernel.shape[0]), kernel.shape[1]), dtype=dtype)
+    for block in kernel.split(length):
+        yield floats[: block.shape[0]].copy_(block)
 
 
 def stack_gradients(runs, kernels, biases, num_frozen=0):

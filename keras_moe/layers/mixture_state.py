@@ -51,6 +51,7 @@ def load_state(layer, store):
     counts = entries.get("last_counts")
     has_counts = layer.built and _fits(layer.expert_counts, counts)
     layer.last_counts = np.asarray(counts) if has_counts else None
+    layer.last_losses = None
 
 
 def _saved(layer):

@@ -26,7 +26,8 @@ class RoutingAccount(Saved, keras.layers.Layer):
         counts_in_evaluation: whether evaluation counts as well, which
             `inspection.count_in_evaluation` turns on. Otherwise inference writes to no weight.
         last_counts, last_losses: arrays of the counts (E,) and of the mean of each router loss, of
-            the last epoch after which `callbacks.ExpertMonitor` has reset the counters.
+            the last epoch after which `callbacks.ExpertMonitor` has reset the counters. The counts
+            are saved.
     """
 
     _attribute_checks = {

@@ -137,6 +137,7 @@ def top_k_routing(
             check_function("select", select, "scores")
             raise
         check_selected(indices, scores.shape[0], top_k)
+        indices = ops.cast(indices, "int32")
     weights = take_scores(scores, indices)
     if renormalize or (renormalize is None and top_k > 1):
         weights = distribution(weights)
