@@ -137,7 +137,8 @@ CONSTRUCTORS = {
         lambda: moe(router_losses=[Weightless()]),
         TypeError,
         "`__init__` of `Weightless` must call that of its base class, `RouterLoss`. Received: an "
-        "object without `weight`. Call `super().__init__(weight, ...)` in it, first of all.",
+        "object for which it was not called. Call `super().__init__(weight, ...)` in it, first of "
+        "all.",
     ),
     "experts is a class": (
         lambda: layers.MixtureOfExperts(layers.LayerExperts),
@@ -316,7 +317,7 @@ CONSTRUCTORS = {
         lambda: ops.top_k_routing(normal(2, 3), 4),
         ValueError,
         "`top_k` must be at most `num_experts`: a token cannot go to more experts than there are. "
-        "Received: top_k=4, num_experts=3. Choose `top_k=3` or fewer for the `TopKRouter`.",
+        "Received: top_k=4, num_experts=3. Choose `top_k=3` or fewer.",
     ),
     "experts of a metric": (
         lambda: metrics.LoadEntropy(3).update_state(routers.TopKRouter(E)(normal(2, D))),

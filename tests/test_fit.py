@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from layer_checks import D, E, array, moe, normal, one_hot, one_hot_router
 
-from keras_moe import layers, routers
+from keras_moe import layers, losses, routers
 
 BACKEND = keras.backend.backend()
 JIT = [False] if BACKEND == "torch" else [True] if BACKEND == "jax" else [False, True]
@@ -103,6 +103,24 @@ def test_steps_per_execution_changes_no_step():
     counts = [array(model.get_layer("moe").expert_counts) for model in (one, two)]
     np.testing.assert_array_equal(*counts)
     assert counts[0].sum() == X.shape[0] * X.shape[1] * 2
+
+
+@pytest.mark.backends("tensorflow")
+@pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
+def test_the_end_of_data_of_unknown_length_is_no_step():
+    import tensorflow as tf
+
+    router = routers.TopKRouter(E, balancer=routers.LossFreeBias(accumulation_steps=3))
+    global_loss = losses.GlobalLoadBalance(accumulation_steps=2)
+    layer = moe(router=router, router_losses=[global_loss, "load_balance"])
+    model = compiled_model(keras.Sequential([layer]), jit_compile=False)
+    batches = tf.data.Dataset.from_tensor_slices((X[:6], Y[:6])).batch(2).filter(lambda x, y: True)
+    model.fit(batches, shuffle=False, verbose=0)
+    assert array(layer.call_count) == 3
+    assert array(layer.loss_states[0][1]) == 3
+    assert array(layer.router._measurements) == 0
+    balance = array(layer.router_loss_totals)[1] / array(layer.call_count)
+    assert 1 <= balance < E
 
 
 def test_two_accumulated_steps_are_one_step_on_both_batches():

@@ -21,6 +21,12 @@ def test_layers_are_found_inside_blocks_in_order():
     assert list(inspection.moe_layers(two_block_model())) == ["first", "second"]
 
 
+def test_layers_of_a_nested_model_are_in_its_order():
+    inputs = keras.Input((None, 8))
+    outer = keras.Model(inputs, moe(name="last")(two_block_model()(inputs)))
+    assert list(inspection.moe_layers(outer)) == ["first", "second", "last"]
+
+
 def test_routings_are_those_the_layer_returns():
     layer = moe(router=one_hot_router(top_k=2), name="moe")
     inputs = keras.Input((5, 8))

@@ -6,7 +6,8 @@ import pytest
 from backends import BACKEND, FAST_MODE, compiled
 from layer_checks import D, E, array, moe, normal
 
-from keras_moe import layers, ops, routers
+from keras_moe import layers, losses, ops, routers
+from keras_moe.ops import masked_mean
 
 X = normal(6, D)
 
@@ -40,6 +41,43 @@ class PairRouter(routers.LogitRouter):
         return ops.top_k_routing(keras.ops.max(pairs, -1), 2, mask=mask)
 
 
+class NearestRouter(routers.Router):
+    """It does not pass its mask on, and its config has no `top_k`."""
+
+    def __init__(self, num_experts=None, top_k=2, **kwargs):
+        super().__init__(num_experts, **kwargs)
+        self.top_k = top_k
+
+    def build(self, tokens_shape):
+        self.centres = self.add_weight(name="centres", shape=(self.num_experts, tokens_shape[-1]))
+
+    def route(self, tokens, mask, training):
+        return ops.top_k_routing(
+            keras.ops.matmul(tokens, keras.ops.transpose(self.centres)), self.top_k
+        )
+
+
+class StrongLoss(losses.RouterLoss):
+    def __init__(self, weight=1.0, power=2):
+        super().__init__(weight)
+        self.power = power
+
+    def compute(self, routing):
+        return masked_mean(keras.ops.sum(routing.probs**self.power, axis=1), routing.mask)
+
+
+class StrongBias(routers.LossFreeBias):
+    def __init__(self, strength=1.0):
+        super().__init__()
+        self.strength = strength
+
+
+class DoubleBank(layers.FeedForwardExperts):
+    def __init__(self, num_experts, hidden_dim, factor=2):
+        super().__init__(num_experts, hidden_dim)
+        self.factor = factor
+
+
 class EqualBank(layers.ExpertBank):
     """A bank without weights, whose shapes are what NumPy gives."""
 
@@ -56,6 +94,49 @@ class EqualBank(layers.ExpertBank):
 @pytest.mark.parametrize("router", [HiddenRouter, PairRouter])
 def test_a_router_has_a_kernel_of_any_shape(router):
     assert moe(router=router(E))(X).shape == X.shape
+
+
+def test_padding_is_left_out_where_a_router_does_not_pass_its_mask_on():
+    layer = moe(router=NearestRouter())
+    mask = np.array([True, True, False, True, False, False])
+    outputs, routing = layer(X, mask=mask, return_routing=True, training=True)
+    alone, of_real = layer(X[mask], return_routing=True)
+    np.testing.assert_allclose(array(outputs)[mask], array(alone), rtol=1e-5, atol=1e-6)
+    assert not array(outputs)[~mask].any() and not array(routing.weights)[~mask].any()
+    for name in ("counts", "load"):
+        np.testing.assert_array_equal(array(getattr(routing, name)), array(getattr(of_real, name)))
+    np.testing.assert_array_equal(array(routing.mask), mask)
+    np.testing.assert_array_equal(array(layer.expert_counts), array(of_real.counts))
+
+
+@pytest.mark.parametrize(
+    "layer, lost",
+    [
+        (lambda: moe(router=NearestRouter(top_k=1)), "top_k"),
+        (lambda: moe(router_losses=[StrongLoss(power=3)]), "power"),
+        (lambda: moe(router=routers.TopKRouter(balancer=StrongBias(2.0))), "strength"),
+        (lambda: moe(DoubleBank(E, 4, factor=3)), "factor"),
+    ],
+    ids=["router", "loss", "balancer", "bank"],
+)
+def test_what_a_config_would_lose_is_not_saved(layer, lost):
+    layer = layer()
+    assert layer(X).shape == X.shape and repr(layer.router_losses)
+    with pytest.raises(NotImplementedError, match=f'"{lost}": self.{lost}'):
+        layer.get_config()
+
+
+def test_a_config_may_come_from_a_base_of_ones_own():
+    class Whole(StrongLoss):
+        def get_config(self):
+            return {**super().get_config(), "power": self.power}
+
+    class Narrower(Whole):
+        def __init__(self, power=3):
+            super().__init__(0.5, power)
+
+    loss = Narrower()
+    assert loss.get_config() == {"weight": 0.5, "power": 3}
 
 
 def test_a_bank_without_weights_serves_layers_of_any_width():

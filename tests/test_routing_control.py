@@ -386,6 +386,22 @@ def test_the_weight_of_a_loss_is_scheduled_from_the_first_step_of_an_unbuilt_mod
     assert_close(array(model.layers[0].router_loss_weights), [0.5, 0.001])
 
 
+def test_a_schedule_is_of_a_loss_of_ones_own():
+    from keras_moe import callbacks
+
+    class Squared(losses.RouterLoss):
+        def compute(self, routing):
+            return keras.ops.sum(keras.ops.square(routing.probs))
+
+    model = keras.Sequential([moe(router_losses=["load_balance", Squared(0.1)])])
+    model.compile("sgd", "mse")
+    schedule = callbacks.RouterLossSchedule(lambda epoch, weight: 3 * weight, Squared(1.0))
+    model.fit(X, X, epochs=1, callbacks=[schedule], verbose=0)
+    assert_close(array(model.layers[0].router_loss_weights), [0.01, 0.3])
+    with pytest.raises(ValueError, match="For a class of your own pass an instance"):
+        callbacks.RouterLossSchedule(lambda epoch, weight: weight, "squared")
+
+
 def test_router_losses_are_counted_by_name_and_reset():
     layer = moe()
     layer(X, training=True)

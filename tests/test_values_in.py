@@ -162,9 +162,14 @@ def served_by(call=lambda self, tokens, plan: tokens, shape=lambda self, shape: 
     return moe(bank(E), shared_expert=keras.layers.Identity())(normal(T, D))
 
 
-def without_constructor(base):
-    """An object of a class that forgets `super().__init__()`."""
-    return own(base, __init__=lambda self: None)()
+def without_constructor(base, attribute=None):
+    """An object of a class that forgets `super().__init__()`, and may set an attribute."""
+
+    def initialize(self):
+        if attribute:
+            object.__setattr__(self, attribute, E)
+
+    return own(base, __init__=initialize)()
 
 
 def of_kind(module, base):
@@ -1066,6 +1071,7 @@ METHODS = {
     "a constructor that calls no other": [
         (lambda v: moe(router=without_constructor(v)), of_kind(routers, routers.Router)),
         (lambda v: moe(without_constructor(v)), of_kind(layers, layers.ExpertBank)),
+        (lambda v: moe(without_constructor(v, "num_experts")), [layers.ExpertBank]),
         (lambda v: losses.get(without_constructor(v)), of_kind(losses, losses.RouterLoss)),
         (
             lambda v: balancers.get(without_constructor(v)),

@@ -163,8 +163,42 @@ def _is_spelled_out(cls):
     return hasattr(cls.__init__, "__signature__")
 
 
+def of_package(cls, method):
+    """Whether a class has a method from this package, and not from a class of the user's."""
+    return _is_ours(next(base for base in cls.__mro__ if method in vars(base)))
+
+
+def check_config_is_whole(instance):
+    """Refuse to save an object of the user's class whose config would lack arguments."""
+    cls = type(instance)
+    if of_package(cls, "__init__") or not of_package(cls, "get_config"):
+        return
+    base = next(base for base in cls.__mro__ if _is_ours(base) and "__init__" in vars(base))
+    known = inspect.signature(vars(base)["__init__"]).parameters
+    lost = [
+        name
+        for name, parameter in inspect.signature(cls.__init__).parameters.items()
+        if name not in known and parameter.kind not in (parameter.VAR_POSITIONAL, _VAR_KEYWORD)
+    ]
+    if lost:
+        entries = ", ".join(f'"{name}": self.{name}' for name in lost)
+        raise NotImplementedError(
+            f"`get_config` of `{cls.__name__}` must return all arguments of its constructor, to "
+            f"be saved. Received: the one of `{base.__name__}`, without {', '.join(lost)}. Add "
+            f"`def get_config(self): return {{**super().get_config(), {entries}}}`."
+        )
+
+
+_VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
+
+
 class Saved(NamedArguments):
     """Abstract: a class that Keras saves by its config."""
+
+    def get_config(self):
+        check_config_is_whole(self)
+        base: Any = super()
+        return base.get_config()
 
     @classmethod
     def from_config(cls, config):
@@ -183,10 +217,11 @@ def check_is_made(instance):
         if not _is_ours(base) or "__init__" not in vars(base):
             continue
         _, first, *_ = inspect.signature(vars(base)["__init__"]).parameters
-        if not hasattr(instance, first):
+        is_layer_unmade = isinstance(instance, keras.Layer) and not hasattr(instance, "built")
+        if is_layer_unmade or not hasattr(instance, first):
             raise TypeError(
                 f"`__init__` of `{type(instance).__name__}` must call that of its base class, "
-                f"`{base.__name__}`. Received: an object without `{first}`. Call "
+                f"`{base.__name__}`. Received: an object for which it was not called. Call "
                 f"`super().__init__({first}, ...)` in it, first of all."
             )
         return

@@ -195,7 +195,7 @@ def check_function(name, value, *arguments, **by_name):
     """
     listed = ", ".join([*arguments, *by_name])
     takes = f"`{name}` must be a function of ({listed})."
-    fix = f"Give it these arguments, as in `lambda {listed}: ...`; others need a default."
+    fix = f"Give it these arguments, as in `def function({listed})`; others need a default."
     if not callable(value):
         raise TypeError(
             f"{takes} Received: {name}={shortened(value)} (of type {type(value).__name__}). {fix}"
@@ -242,8 +242,8 @@ def check_has(what, layer, names):
         if getattr(layer, name, None) is None:
             raise ValueError(
                 f"{what} must have `{name}` when it is built. Received: a `{type(layer).__name__}` "
-                "without it. Set it in `__init__`, or call `super().build(tokens_shape)` in its "
-                "`build`."
+                f"without it. Set `{name} = ...` in the class or in `__init__`; for a weight of "
+                "the base class call `super().build(tokens_shape)` in its `build`."
             )
 
 

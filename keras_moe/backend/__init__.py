@@ -16,6 +16,7 @@ Everything else in the package is written with `keras.ops`. A backend module pro
 - `gather_rows(tensor, indices)`: rows of a tensor by (possibly multi-dimensional) index.
 - `has_grouped_products(platform, dtype, widths)`: whether there are kernels for all rows at once.
 - `sum_over_replicas(values)`: the sum of what all data-parallel replicas have.
+- `after(tensor, value)`: a value that is computed only where the tensor is.
 - `larger_size(least, size)`: the larger of two sizes that may not be known while tracing.
 - `may_recompute()`: whether the present code may run again in the backward pass, unannounced.
 - `is_recomputing()`: whether it does so now.
@@ -137,6 +138,7 @@ unstack_sizes = _primitive("unstack_sizes")
 expert_processes: Any = getattr(_processes, "expert_processes", lambda: None)
 split_experts = _primitive("split_experts", _processes)
 gather_over_replicas: Any = getattr(_module, "gather_over_replicas", lambda values: values)
+after: Any = getattr(_module, "after", lambda tensor, value: value)
 larger_size: Any = getattr(_module, "larger_size", keras.ops.maximum)
 is_exporting: Any = getattr(_module, "is_exporting", lambda: False)
 is_recomputing: Any = getattr(_module, "is_recomputing", lambda: False)

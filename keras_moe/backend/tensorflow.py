@@ -238,6 +238,16 @@ def gather_over_replicas(values):
     return _across_replicas(values, lambda replica: replica.all_gather(values, axis=0))
 
 
+def after(tensor, value):
+    """A value that is computed only where the tensor is.
+
+    At the end of data of unknown length, TensorFlow without XLA runs what a step computes without a
+    batch.
+    """
+    with tf.control_dependencies([tensor]):
+        return tf.identity(value)
+
+
 def sum_of_counts(values):
     """`values`: what is added to counters is summed when they are read."""
     return values

@@ -4,13 +4,16 @@ import keras
 
 from keras_moe import losses
 from keras_moe._internal.named_arguments import NamedArguments, check_is_made
-from keras_moe._internal.validation import check_choice, check_function, shortened
+from keras_moe._internal.validation import check_function, listed, shortened
 from keras_moe.inspection import moe_layers
 
 
 def _check_loss(name, value):
-    if isinstance(value, str):
-        check_choice(name, value, sorted(losses.BY_NAME))
+    if isinstance(value, str) and value not in losses.BY_NAME:
+        raise ValueError(
+            f"`{name}` must be one of the names {listed(sorted(losses.BY_NAME))} or a loss. "
+            f"Received: {name}={shortened(value)}. For a class of your own pass an instance."
+        )
     losses.get(value)
     return value
 
@@ -21,7 +24,8 @@ class RouterLossSchedule(NamedArguments, keras.callbacks.Callback):
     Args:
         schedule: function of the epoch, from 0, and of the weight the loss was made with, which
             returns the weight for this epoch.
-        loss: name of the loss in `losses.BY_NAME`.
+        loss: name of the loss in `losses.BY_NAME`, or a loss of the same class, as for one of your
+            own.
 
     Raises:
         ValueError: If there is no such loss, the model has no MoE layer with it, or the schedule

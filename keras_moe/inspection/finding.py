@@ -2,6 +2,7 @@
 
 import os
 
+from keras_moe._internal.keras_internals import own_layers
 from keras_moe._internal.validation import check_model
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 
@@ -51,7 +52,17 @@ def has_moe_layers(model):
 
 def _layers(model):
     check_model(model)
-    return [layer for layer in model._flatten_layers() if isinstance(layer, MixtureOfExperts)]
+    return [layer for layer in _in_order(model, set()) if isinstance(layer, MixtureOfExperts)]
+
+
+def _in_order(layer, seen):
+    """A layer and all layers in it, each once. Keras has those of nested models in reverse."""
+    if id(layer) in seen:
+        return
+    seen.add(id(layer))
+    yield layer
+    for part in own_layers(layer):
+        yield from _in_order(part, seen)
 
 
 def _distinct_paths(layers):

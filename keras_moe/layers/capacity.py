@@ -155,6 +155,7 @@ class Capacity(Configured):
 
     def get_config(self):
         return {
+            **super().get_config(),
             "factor": self.factor,
             "minimum": self.minimum,
             "multiple_of": self.multiple_of,

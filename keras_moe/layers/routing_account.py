@@ -110,7 +110,7 @@ class RoutingAccount(Saved, keras.layers.Layer):
             (self.expert_counts, own_counts),
             (self.dropped_count, routing.dropped * keras_ops.sum(own_counts)),
             (self.router_entropy_total, ops.router_entropy(routing)),
-            (self.call_count, keras_ops.ones((), "float32")),
+            (self.call_count, backend.after(own_counts, keras_ops.ones((), "float32"))),
         ]
         if loss_values:
             counted.append((self.router_loss_totals, keras_ops.stack(loss_values)))

@@ -151,7 +151,7 @@ class GlobalLoadBalance(RouterLoss):
         before = keras_ops.where(is_first, 0.0, keras_ops.convert_to_tensor(self._counts))
         counts = backend.sum_over_replicas(keras_ops.cast(routing.counts, "float32"))
         self._counts.assign(before + counts)
-        self._steps.assign(self._steps + 1)
+        self._steps.assign(backend.after(counts, self._steps + 1))
         return ops.agreement(before + counts, ops.masked_mean(routing.probs, routing.mask))
 
     def get_config(self):

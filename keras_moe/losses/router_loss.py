@@ -84,7 +84,7 @@ class RouterLoss(Configured):
         return self
 
     def get_config(self):
-        return {"weight": self.weight}
+        return {**super().get_config(), "weight": self.weight}
 
 
 def check_is_loss(loss, made_by):

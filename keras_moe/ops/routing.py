@@ -74,6 +74,19 @@ def make_routing(indices, weights, probs, logits, mask, counts=None, load=None, 
     return Routing(indices, weights, probs, logits, mask, counts, nothing, load, details)
 
 
+def without_padding(routing, mask):
+    """A `Routing` of a user's router, which may not know about some or all of the padding."""
+    unknown = ops.logical_and(routing.mask, ops.logical_not(mask))
+    extra = count_assignments(routing.indices, unknown, routing.logits.shape[-1])
+    load = None if routing.load is None else routing.load - ops.cast(extra, "float32")
+    return routing._replace(
+        weights=ops.where(ops.expand_dims(mask, 1), routing.weights, 0.0),
+        mask=ops.logical_and(routing.mask, mask),
+        counts=routing.counts - ops.cast(extra, routing.counts.dtype),
+        load=load,
+    )
+
+
 @backend.as_one_program
 def clean_logits(logits, mask=None):
     """Logits in float32 with zeros for padding, and a mask that is never None.

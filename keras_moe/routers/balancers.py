@@ -51,7 +51,7 @@ class SelectionBalancer(Configured):
         return f"The load is balanced by the selection bias of {type(self).__name__}."
 
     def get_config(self):
-        return {"accumulation_steps": self.accumulation_steps}
+        return {**super().get_config(), "accumulation_steps": self.accumulation_steps}
 
 
 @register

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_moe import backend
 from keras_moe._internal.misplaced_arguments import ON_ROUTER, check_place
-from keras_moe._internal.named_arguments import Saved, check_is_made
+from keras_moe._internal.named_arguments import Saved, check_is_made, of_package
 from keras_moe._internal.saved_state import load_draws, save_draws
 from keras_moe._internal.shape_checks import check_fields
 from keras_moe._internal.tensor_checks import (
@@ -36,6 +36,7 @@ from keras_moe._internal.validation import (
     shortened,
 )
 from keras_moe.ops import Routing, plan_groups
+from keras_moe.ops.routing import without_padding
 
 
 class Router(Saved, keras.layers.Layer):
@@ -215,7 +216,11 @@ class Router(Saved, keras.layers.Layer):
             tokens = ops.where(ops.expand_dims(mask, 1), tokens, 0.0)
         known = {"sequence_length": sequence_length, "token_ids": token_ids, "indices": indices}
         known = {name: value for name, value in known.items() if name in self._known_arguments}
-        return self.route(tokens, mask, training, **known)
+        routing = self.route(tokens, mask, training, **known)
+        if mask is not None and not of_package(type(self), "route"):
+            check_fields(routing)
+            routing = without_padding(routing, mask)
+        return routing
 
     def _check_call(self, tokens, mask=None, sequence_length=None, token_ids=None, indices=None):
         check_is_float("tokens", tokens)

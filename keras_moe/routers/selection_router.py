@@ -138,7 +138,7 @@ class SelectionRouter(LogitRouter):
         check_shapes({"balancer.update(...)": (new_bias, "E", "float")}, E=self.num_experts)
         self.selection_bias.assign(ops.where(is_last, new_bias, old_bias))
         self._measured.assign(ops.where(is_last, 0.0, measured))
-        self._measurements.assign(ops.where(is_last, 0, count))
+        self._measurements.assign(backend.after(measured, ops.where(is_last, 0, count)))
 
     @classmethod
     def from_config(cls, config):
