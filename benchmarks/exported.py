@@ -103,6 +103,10 @@ def _parser():
 def on_one_core():
     """All threads of this process on one core, whatever number of them a runtime starts."""
     cores = os.sched_getaffinity(0)
+    if keras.backend.backend() == "torch":  # its threads would wait for each other
+        import torch
+
+        torch.set_num_threads(1)
     os.sched_setaffinity(0, {max(cores)})
     try:
         yield

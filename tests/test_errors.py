@@ -133,6 +133,12 @@ CONSTRUCTORS = {
         "A balancer is a part of a router. Received: router='loss_free'. "
         "Pass `router=routers.TopKRouter(balancer='loss_free')`.",
     ),
+    "a balancer of a rate as router": (
+        lambda: moe(router=routers.LossFreeBias(rate=0.01)),
+        ValueError,
+        "A balancer is a part of a router. Received: router=LossFreeBias(rate=0.01). "
+        "Pass `router=routers.TopKRouter(balancer=LossFreeBias(rate=0.01))`.",
+    ),
     "a loss without a weight": (
         lambda: moe(router_losses=[Weightless()]),
         TypeError,

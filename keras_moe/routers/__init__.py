@@ -52,7 +52,8 @@ def get(identifier, num_experts):
     Raises:
         ValueError: If `identifier` is none of these.
     """
-    if isinstance(identifier, str) and identifier in balancers.BY_NAME:
+    is_name = isinstance(identifier, str) and identifier in balancers.BY_NAME
+    if is_name or isinstance(identifier, SelectionBalancer):
         raise ValueError(
             f"A balancer is a part of a router. Received: router={identifier!r}. "
             f"Pass `router=routers.TopKRouter(balancer={identifier!r})`."
