@@ -174,7 +174,13 @@ class Router(Saved, keras.layers.Layer):
             check_host_numbers(tokens=args[0])
         routing = super().__call__(*args, **kwargs)
         tokens = args[0] if args else kwargs["tokens"]
-        check_fields(routing, T=tokens.shape[0], E=self.num_experts, K=self.max_top_k)
+        check_fields(routing, T=tokens.shape[0], E=self.num_experts)
+        if not fits(routing.indices.shape, (None, self.max_top_k)):
+            raise ValueError(
+                "`route` must choose `top_k` experts for each token (`max_top_k`, where a class "
+                f"has that). Received: routing.indices.shape={tuple(routing.indices.shape)} from a "
+                f"`{type(self).__name__}` with {self.max_top_k}. Change one of them."
+            )
         return routing
 
     def check_arrays(self, indices=None, token_ids=None, **others):
