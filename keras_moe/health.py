@@ -105,6 +105,9 @@ def judge_drops(dropped):
 def judge_router(entropy, largest_logit):
     """Findings about how the router decides.
 
+    A hint that it hardly prefers an expert above 0.995 of the largest entropy, and that it hardly
+    learns any more below 0.05 of it; a problem where a logit is larger than 30.
+
     Args:
         entropy: mean entropy of a token's probabilities over `log E`, from 0 to 1.
         largest_logit: largest absolute logit.
@@ -124,7 +127,7 @@ def judge_router(entropy, largest_logit):
         text = "The router hardly prefers an expert: the scores of a token are close to each other."
         fix = (
             "Train on: scores are close at first, and those by a sigmoid for longer. If the loss "
-            "does not fall either, lower the weights of the router losses."
+            "does not fall either, lower the weights of router losses, if the layer has any."
         )
         return [Finding(HINT, text, fix)]
     if entropy < CERTAIN:

@@ -45,7 +45,7 @@ def model_of(*moe_layers):
     return model
 
 
-def fit(model, *callbacks, validation=True, epochs=1, verbose=0, monitor=None):
+def fit(model, *callbacks, validation=True, epochs=1, verbose=0, monitor=None, **options):
     data = (VALIDATION, VALIDATION) if validation else None
     return model.fit(
         TRAINING,
@@ -56,6 +56,7 @@ def fit(model, *callbacks, validation=True, epochs=1, verbose=0, monitor=None):
         validation_data=data,
         verbose=verbose,
         callbacks=[monitor or ExpertMonitor(), *callbacks],
+        **options,
     ).history
 
 
@@ -222,6 +223,17 @@ def test_an_unbuilt_model_is_counted_from_its_first_batch():
     model = keras.Sequential([routed()])
     model.compile(keras.optimizers.SGD(0.0), "mse")
     assert usage(fit(model)) == about({**named(SKEWED, "moe"), **named(BALANCED, "val_moe")})
+
+
+def test_names_of_losses_are_those_that_keras_would_give():
+    class KLToUniform(losses.RouterLoss):
+        def compute(self, routing):
+            return keras.ops.sum(routing.probs)
+
+    model = keras.Sequential([moe(router_losses=[KLToUniform(0.1), "router_z"], name="moe")])
+    model.compile("sgd", "mse")
+    history = model.fit(normal(4, D), normal(4, D), callbacks=[ExpertMonitor()], verbose=0).history
+    assert {"moe_kl_to_uniform_loss", "moe_router_z_loss"} <= set(history)
 
 
 class Interruption(Exception):

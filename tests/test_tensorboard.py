@@ -16,7 +16,7 @@ import matplotlib.image  # noqa: E402
 from layer_checks import D, E, moe, normal  # noqa: E402
 from test_callbacks import fit, model_of, routed  # noqa: E402
 
-from keras_moe import layers  # noqa: E402
+from keras_moe import layers, visualization  # noqa: E402
 from keras_moe.callbacks import ExpertMonitor  # noqa: E402
 
 
@@ -64,6 +64,19 @@ def test_shares_over_time_are_an_image(logged):
         width, height, png = written["moe/shares_over_time"][1][1]
         image = matplotlib.image.imread(io.BytesIO(png))
         assert image.shape[:2] == (int(height), int(width))
+
+
+def test_the_image_of_a_resumed_training_begins_with_its_first_epoch(monkeypatch, tmp_path):
+    firsts, draw = [], visualization.shares_over_time
+
+    def spied(shares, first_epoch):
+        firsts.append(first_epoch)
+        return draw(shares, first_epoch)
+
+    monkeypatch.setattr(visualization, "shares_over_time", spied)
+    monitor = ExpertMonitor(log_dir=tmp_path)
+    fit(model_of(routed()), monitor=monitor, initial_epoch=3, epochs=5)
+    assert firsts == [3] * 4, "training and validation, two epochs"
 
 
 def test_the_number_of_tags_does_not_grow_with_experts(tmp_path):

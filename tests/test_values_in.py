@@ -697,6 +697,7 @@ PLOTS = {
     ],
     "visualization.shares_over_time": [
         (visualization.shares_over_time, [[1, 2], [[-1, 2]], [[NAN, 1.0]], [], {}]),
+        (lambda v: visualization.shares_over_time([[1, 2]], v), [-1, 0.5, None, "1", True]),
     ],
     "visualization.settling": [
         (visualization.settling, [None, {"moe": [1, 2]}, np.zeros((2, 2), int)]),

@@ -78,6 +78,12 @@ def test_shares_are_multiples_of_a_fair_share():
     np.testing.assert_allclose(image(drawn(figure)[0]), expected.T)
 
 
+def test_shares_of_a_resumed_training_begin_with_its_first_epoch():
+    axes, *_ = drawn(visualization.shares_over_time(np.ones((3, 4)), first_epoch=5))
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert {"5", "6", "7"} <= set(labels) and "0" not in labels
+
+
 def test_specialization_counts_choices_and_leaves_out_padding():
     indices = np.array([[0, 1], [0, 2], [3, -1], [3, 3], [1, 1]])
     axes = drawn(visualization.specialization(indices, [0, 0, 1, 1, -1], ["a", "b"]))[0]

@@ -55,7 +55,7 @@ class EventFiles:
         ]
         for layer, epochs in shares.items():
             summaries.append(histogram_pb(f"{as_text(layer)}/shares", epochs[-1]))
-            summaries.append(_image(f"{as_text(layer)}/shares_over_time", {layer: epochs}))
+            summaries.append(_image(layer, epochs, step + 1 - len(epochs)))
         writer = self._writer(split)
         for summary in summaries:
             writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
@@ -71,11 +71,12 @@ class EventFiles:
         return self._writers[split]
 
 
-def _image(tag, shares):
+def _image(layer, shares, first_epoch):
     file = io.BytesIO()
-    figure = visualization.shares_over_time(shares)
+    figure = visualization.shares_over_time({layer: shares}, first_epoch)
     figure.savefig(file, format="png", dpi=100)
     size = [str(round(100 * inches)).encode() for inches in figure.get_size_inches()]
     tensor = make_tensor_proto([*size, file.getvalue()])
     metadata = create_summary_metadata(None, None, converted_to_tensor=True)
+    tag = f"{as_text(layer)}/shares_over_time"
     return Summary(value=[Summary.Value(tag=tag, metadata=metadata, tensor=tensor)])

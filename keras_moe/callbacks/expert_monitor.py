@@ -292,11 +292,15 @@ def _number(name, value):
         ) from error
 
 
+# Between words, also behind an abbreviation: `KLDivergence` is `kl_divergence`, as in Keras.
+_WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+
+
 def _loss_names(router_losses):
     """`LoadBalance` is "load_balance_loss", and a second one "load_balance_loss_1"."""
     names: list[str] = []
     for loss in router_losses:
-        name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(loss).__name__).lower() + "_loss"
+        name = _WORDS.sub("_", type(loss).__name__).lower() + "_loss"
         same = sum(re.fullmatch(rf"{name}(_\d+)?", other) is not None for other in names)
         names.append(f"{name}_{same}" if same else name)
     return names

@@ -44,7 +44,7 @@ def svg_plots(layers):
         }
         if sure:
             figure = visualization.confidence(sure)
-            yield "How sure the router is of its first choice", _svg(figure)
+            yield "How sure the router is", _svg(figure)
         several = {
             name: routing for name, routing in routings.items() if routing.indices.shape[1] > 1
         }

@@ -77,6 +77,6 @@ def _draw_confidence(axes, probs):
         axes.axvline(highest.mean(), color="C1", label=f"mean {highest.mean():.1%}")
         axes.set_xlim(0, limit)
     axes.axvline(1 / probs.shape[1], color="grey", ls=":", label="chance")
-    axes.set(xlabel="probability of the first choice", ylabel="share of the tokens")
+    axes.set(xlabel="highest probability of a token", ylabel="share of the tokens")
     # Not `loc="best"`: on a busy machine the search takes so long that Matplotlib warns.
     axes.legend(loc="upper right")

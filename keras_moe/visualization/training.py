@@ -1,14 +1,17 @@
 """Plots of what changes while a model trains."""
 
+import functools
+
 import numpy as np
 
 from keras_moe._internal.tensor_checks import check_counts
+from keras_moe._internal.validation import is_whole, shortened
 from keras_moe.metrics import router_saturation
 from keras_moe.visualization.panels import count_on, heat_map, one_panel_a_layer
 from keras_moe.visualization.sources import as_tensors, by_layer, routings
 
 
-def shares_over_time(shares):
+def shares_over_time(shares, first_epoch=0):
     """How much of the work each expert does from epoch to epoch, in multiples of a fair share.
 
     Red is an expert with more than a fair share, blue one with less; the darkest blue is an eighth
@@ -17,9 +20,10 @@ def shares_over_time(shares):
     Args:
         shares: (time, E) counts or shares, or a dict of these by layer, such as
             `ExpertMonitor.shares`.
+        first_epoch: number of the first row, as for a training that was resumed.
 
     Raises:
-        ValueError: If an array has not two axes.
+        ValueError: If an array has not two axes, or `first_epoch` is no integer of at least 0.
 
     Returns:
         A `matplotlib.figure.Figure`.
@@ -29,6 +33,11 @@ def shares_over_time(shares):
     >>> shares = [[0.25, 0.25, 0.25, 0.25], [0.4, 0.3, 0.2, 0.1], [0.7, 0.3, 0.0, 0.0]]
     >>> figure = keras_moe.visualization.shares_over_time({"moe": shares})
     """
+    if not is_whole(first_epoch) or first_epoch < 0:
+        raise ValueError(
+            "`first_epoch` must be an integer of at least 0. Received: "
+            f"first_epoch={shortened(first_epoch)}. Pass the number of the first epoch in `shares`."
+        )
     layers = by_layer(shares)
     for array in layers.values():
         if array.ndim != 2:
@@ -37,10 +46,10 @@ def shares_over_time(shares):
                 f"Received: shape {array.shape}. Pass one row for each epoch."
             )
         check_counts("shares", array, ("time", "E"))
-    return one_panel_a_layer(layers, _draw_shares)
+    return one_panel_a_layer(layers, functools.partial(_draw_shares, first_epoch=first_epoch))
 
 
-def _draw_shares(axes, shares):
+def _draw_shares(axes, shares, first_epoch):
     share = shares / np.maximum(shares.sum(axis=1, keepdims=True), 1e-12)
     fair = np.clip(share * shares.shape[1], 1 / 8, 8)
     bar = heat_map(
@@ -49,6 +58,7 @@ def _draw_shares(axes, shares):
     bar.set_ticks([-3, -1, 0, 1, 3], labels=["⅛ or less", "½", "1", "2", "8 or more"])
     axes.set(xlabel="epoch", ylabel="expert")
     count_on(axes.xaxis)
+    axes.xaxis.set_major_formatter(lambda row, _: f"{first_epoch + row:.0f}")
     count_on(axes.yaxis)
 
 
