@@ -78,12 +78,15 @@ def without_padding(routing, mask):
     """A `Routing` of a user's router, which may not know about some or all of the padding."""
     unknown = ops.logical_and(routing.mask, ops.logical_not(mask))
     extra = count_assignments(routing.indices, unknown, routing.logits.shape[-1])
-    load = None if routing.load is None else routing.load - ops.cast(extra, "float32")
+
+    def without_extra(counts):
+        return counts if counts is None else counts - ops.cast(extra, counts.dtype)
+
     return routing._replace(
         weights=ops.where(ops.expand_dims(mask, 1), routing.weights, 0.0),
         mask=ops.logical_and(routing.mask, mask),
-        counts=routing.counts - ops.cast(extra, routing.counts.dtype),
-        load=load,
+        counts=without_extra(routing.counts),
+        load=without_extra(routing.load),
     )
 
 
