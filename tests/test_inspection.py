@@ -42,6 +42,26 @@ def test_routings_are_those_the_layer_returns():
     assert layer.routing_listener is None
 
 
+def test_what_keras_has_compiled_counts_inside_of_the_context_alone():
+    model = keras.Sequential([keras.Input((8,)), moe(name="moe")])
+    model.compile("sgd", "mse")
+    x = np.ones((4, 8), "float32")
+
+    def counted(compute):
+        model.layers[0].reset_counts()
+        compute()
+        return float(np.sum(keras.ops.convert_to_numpy(model.layers[0].expert_counts)))
+
+    for compute in (
+        lambda: model.evaluate(x, x, verbose=0),
+        lambda: model.predict(x, verbose=0),
+    ):
+        assert counted(compute) == 0
+        with inspection.count_in_evaluation(model):
+            assert counted(compute) == 4 * model.layers[0].router.top_k
+        assert counted(compute) == 0
+
+
 def test_a_failing_batch_leaves_the_model_as_it_was():
     model = two_block_model()
     with pytest.raises(ValueError):

@@ -11,7 +11,8 @@ from keras import ops
 from keras_moe import metrics
 from keras_moe._internal.named_arguments import NamedArguments, check_is_made
 from keras_moe._internal.validation import check_flag, check_function, check_model, shortened
-from keras_moe.inspection import count_in_evaluation, moe_layers
+from keras_moe.inspection import moe_layers
+from keras_moe.inspection.recording import Counting
 
 
 def _check_shares(name, value):
@@ -211,7 +212,7 @@ class _CountedStep:
             self._model.make_test_function()
             return self._model.test_function(*arguments)
         self.is_watched = False
-        with count_in_evaluation(self._model):
+        with Counting(self._model):
             return self._step(*arguments)
 
 

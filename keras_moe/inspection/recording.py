@@ -58,8 +58,9 @@ def recorded(model, batches, name):
 def count_in_evaluation(model):
     """A context in which the MoE layers of a model count in inference as they do in training.
 
-    They stop when the context ends, also by an exception. A function that was compiled inside keeps
-    counting, and one that was compiled outside does not count.
+    They stop when the context ends, also by an exception. `evaluate` and `predict` are traced anew
+    in it, and again behind it. Of functions that you compile yourself, those of the context count
+    whenever they are called, and others never.
 
     Args:
         model: a Keras model.
@@ -77,7 +78,7 @@ def count_in_evaluation(model):
     >>> int(keras.ops.sum(moe.expert_counts))
     16
     """
-    return _Given("counts_in_evaluation", dict.fromkeys(moe_layers(model).values(), True))
+    return _CountingAnew(model)
 
 
 @contextlib.contextmanager
@@ -107,6 +108,24 @@ class _Given(contextlib.AbstractContextManager, contextlib.ContextDecorator):
     def _set(self, values):
         for layer, value in values.items():
             setattr(layer, self._name, value)
+
+
+class Counting(_Given):
+    """Lets the MoE layers of a model count in inference, where it is traced for that."""
+
+    def __init__(self, model):
+        super().__init__("counts_in_evaluation", dict.fromkeys(moe_layers(model).values(), True))
+        self._model = model
+
+
+class _CountingAnew(Counting):
+    """Also makes Keras trace again what it has compiled, which counts or does not."""
+
+    def _set(self, values):
+        super()._set(values)
+        for function in ("test_function", "predict_function"):
+            if hasattr(self._model, function):
+                setattr(self._model, function, None)
 
 
 def _recorder(routings):

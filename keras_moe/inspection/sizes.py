@@ -113,8 +113,7 @@ def summary(model, print_fn=print):
         print_fn("")
         print_fn(
             "No counts are here: experts are counted in training. To count in evaluation: "
-            "`with keras_moe.inspection.count_in_evaluation(model): model.evaluate(...)`. A model "
-            "that was evaluated before must be compiled again first."
+            "`with keras_moe.inspection.count_in_evaluation(model): model.evaluate(...)`."
         )
 
 
