@@ -103,15 +103,28 @@ def _parser():
 def on_one_core():
     """All threads of this process on one core, whatever number of them a runtime starts."""
     cores = os.sched_getaffinity(0)
-    if keras.backend.backend() == "torch":  # its threads would wait for each other
-        import torch
-
-        torch.set_num_threads(1)
     os.sched_setaffinity(0, {max(cores)})
+    try:
+        with _one_thread_of_torch():
+            yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+@contextlib.contextmanager
+def _one_thread_of_torch():
+    """PyTorch with one thread, as several on one core would wait for each other."""
+    if keras.backend.backend() != "torch":
+        yield
+        return
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         yield
     finally:
-        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(threads)
 
 
 def race(program, num_tokens, options):

@@ -28,10 +28,9 @@ def print_comparison(results, baseline, **settings):
         perplexities = " / ".join(f"{np.exp(each):.1f}" for each in (loss, np.mean(in_time)))
         run = pairs[0][0]
         print(f"{name:<24} {len(runs):>5} {loss:>7.4f} {perplexities:>11}", end=" ")
-        print(
-            f"{interval(by_steps):>20} {interval(by_time):>20} {run['ms_per_step']:>6.0f}", end=" "
-        )
-        print(f"{run['parameters']:>11,} {run['active_parameters']:>9,}", end=" ")
+        print(f"{interval(by_steps):>20} {interval(by_time):>20}", end=" ")
+        print(f"{run['ms_per_step']:>6.0f} {run['parameters']:>11,}", end=" ")
+        print(f"{run['active_parameters']:>9,}", end=" ")
         print(*(f"{run[entry]:>8}" for entry in settings.values()))
 
 

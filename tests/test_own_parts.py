@@ -94,13 +94,10 @@ class EqualBank(layers.ExpertBank):
 def test_a_router_chooses_as_many_experts_as_it_says():
     class Fewer(NearestRouter):
         def route(self, tokens, mask, training):
-            return (
-                super()
-                .route(tokens, mask, training)
-                ._replace(
-                    indices=keras.ops.zeros((len(tokens), 1), "int32"),
-                    weights=keras.ops.ones((len(tokens), 1)),
-                )
+            routing = super().route(tokens, mask, training)
+            return routing._replace(
+                indices=keras.ops.zeros((len(tokens), 1), "int32"),
+                weights=keras.ops.ones((len(tokens), 1)),
             )
 
     with pytest.raises(ValueError, match=r"`top_k` experts.*\(6, 1\) from a `Fewer` with 2"):

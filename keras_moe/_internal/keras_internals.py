@@ -143,10 +143,12 @@ def names_below(path):
         yield
 
 
-def forget_compiled(model):
-    """Let a model trace its compiled functions again."""
-    functions = ["train_function", "test_function", "predict_function"]
-    functions.append("generate_function")  # of KerasHub
+# What Keras compiles of a model; the last one is of KerasHub.
+_COMPILED = ("train_function", "test_function", "predict_function", "generate_function")
+
+
+def forget_compiled(model, functions=_COMPILED):
+    """Let a model trace its compiled functions, or some of them, again."""
     for layer in model._flatten_layers():
         for function in functions:
             if getattr(layer, function, None) is not None:

@@ -175,11 +175,10 @@ def check_config_is_whole(instance):
         return
     base = next(base for base in cls.__mro__ if _is_ours(base) and "__init__" in vars(base))
     known = inspect.signature(vars(base)["__init__"]).parameters
-    lost = [
-        name
-        for name, parameter in inspect.signature(cls.__init__).parameters.items()
-        if name not in known and parameter.kind not in (parameter.VAR_POSITIONAL, _VAR_KEYWORD)
-    ]
+    taken = inspect.signature(cls.__init__).parameters.values()
+    rest = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = [parameter.name for parameter in taken if parameter.kind not in rest]
+    lost = [name for name in named if name not in known]
     if lost:
         entries = ", ".join(f'"{name}": self.{name}' for name in lost)
         raise NotImplementedError(
@@ -187,9 +186,6 @@ def check_config_is_whole(instance):
             f"be saved. Received: the one of `{base.__name__}`, without {', '.join(lost)}. Add "
             f"`def get_config(self): return {{**super().get_config(), {entries}}}`."
         )
-
-
-_VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
 
 
 class Saved(NamedArguments):

@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe._internal.batches import check_list_of_batches, running
+from keras_moe._internal.keras_internals import forget_compiled
 from keras_moe.inspection.finding import moe_layers
 
 
@@ -115,17 +116,18 @@ class Counting(_Given):
 
     def __init__(self, model):
         super().__init__("counts_in_evaluation", dict.fromkeys(moe_layers(model).values(), True))
-        self._model = model
 
 
 class _CountingAnew(Counting):
     """Also makes Keras trace again what it has compiled, which counts or does not."""
 
+    def __init__(self, model):
+        super().__init__(model)
+        self._model = model
+
     def _set(self, values):
         super()._set(values)
-        for function in ("test_function", "predict_function"):
-            if hasattr(self._model, function):
-                setattr(self._model, function, None)
+        forget_compiled(self._model, ("test_function", "predict_function"))
 
 
 def _recorder(routings):
