@@ -14,14 +14,14 @@ def expert_parallel(experts=None, data=None, devices=None, layout_map=None, proc
 
     On JAX the devices form a grid of `data` by `experts`. Each holds the kernels of every bank for
     E / `experts` of its E experts, and its share of each batch. Tokens are sent to the devices of
-    their experts, within a row of the grid, and back: see `docs/scaling.md`.
+    their experts, within a row of the grid, and back: see the guide to many devices.
 
     Set it before the model is made: `keras.distribution.set_distribution(...)`. `fit`, `evaluate`,
     `predict`, `save` and loading work as on one device, and give the same numbers. The size of a
     batch must be a multiple of `data * experts`.
 
     On PyTorch the processes of `torch.distributed` take the place of devices, and each runs a
-    training loop of yours: see `docs/replicas.md`.
+    training loop of yours: see the guide to replicas.
 
     Args:
         experts: devices that share the experts of a bank. It divides the number of experts of each.

@@ -65,6 +65,10 @@ def spread(counts, top_k):
 def judge_load(counts, top_k, advice):
     """Findings about who does the work.
 
+    A problem where experts have no token, or where the `spread` is below 0.1: a collapse. A hint
+    where the busiest expert does more than twice the mean, and where there are fewer than 20
+    assignments an expert, too few to judge.
+
     Args:
         counts: (E,) assignments per expert.
         top_k: experts per token.
@@ -127,7 +131,7 @@ def judge_router(entropy, largest_logit):
         text = "The router hardly prefers an expert: the scores of a token are close to each other."
         fix = (
             "Train on: scores are close at first, and those by a sigmoid for longer. If the loss "
-            "does not fall either, lower the weights of router losses, if the layer has any."
+            "does not fall either, the weights of router losses may be too large."
         )
         return [Finding(HINT, text, fix)]
     if entropy < CERTAIN:
@@ -242,15 +246,14 @@ def judge_heavy_losses(router_losses, weights, total, values=None):
     if not excess >= HEAVY_SHARE * abs(rest) > 0:
         return None
     names = dict.fromkeys(f"{type(loss).__name__}(weight={weight:g})" for loss, weight, _ in heavy)
-    text = (
-        f"{' and '.join(names)} is {excess:.3g} of a loss of {rest:.3g}, not counting the constant "
-        f"{constant:.3g} of balancing losses at an even load."
-    )
+    text = f"{' and '.join(names)} is {excess:.3g} of a loss of {rest:.3g}"
+    if constant:
+        text += f", not counting the constant {constant:.3g} of balancing losses at an even load"
     fix = (
         "The router may learn balance instead of the task: try a weight of about "
         f"{_usual_weight(heavy[0][0]):g}, if the load stays even with it."
     )
-    return Finding(HINT, text, fix)
+    return Finding(HINT, f"{text}.", fix)
 
 
 def _check_load(counts, top_k):

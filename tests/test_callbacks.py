@@ -126,6 +126,30 @@ def test_shares_of_all_epochs_are_kept():
     assert len(monitor.shares["moe"]) == 1 and not monitor.validation_shares
 
 
+def test_a_resumed_training_continues_the_shares_of_the_epochs_before():
+    monitor, one, even = ExpertMonitor(), [0.75, 0.25, 0, 0], [0.25] * 4
+    monitor.shares, monitor.validation_shares = {"moe": np.array([even] * 3)}, {"moe": [even]}
+    fit(model_of(routed()), monitor=monitor, initial_epoch=2, epochs=3)
+    np.testing.assert_allclose(monitor.shares["moe"], [even, even, one])
+    np.testing.assert_allclose(monitor.validation_shares["moe"], [even, [np.nan] * 4, even])
+    fit(model_of(routed()), monitor=monitor, initial_epoch=3, epochs=5)
+    np.testing.assert_allclose(monitor.shares["moe"], [even, even, one, one, one])
+    # Shares of too few epochs, or of other layers, are not those before.
+    fit(model_of(routed()), monitor=monitor, initial_epoch=6, epochs=7)
+    np.testing.assert_allclose(monitor.shares["moe"], [one])
+    monitor.shares = {"other": [one] * 9}
+    fit(model_of(routed()), monitor=monitor, initial_epoch=8, epochs=9)
+    assert monitor.shares.keys() == {"moe"} and len(monitor.shares["moe"]) == 1
+
+
+def test_epochs_without_validation_have_no_shares_of_it():
+    monitor = ExpertMonitor()
+    fit(model_of(routed()), monitor=monitor, epochs=4, validation_freq=2)
+    nothing, even = [np.nan] * 4, [0.25] * 4
+    expected = [nothing, even, nothing, even]
+    np.testing.assert_allclose(monitor.validation_shares["moe"], expected)
+
+
 def test_dropped_assignments_are_reported():
     history = fit(model_of(routed(capacity_factor=1.0)))  # room for one in each batch of four
     assert history["moe_dropped_fraction"] == about([(3 + 2) / 8])

@@ -12,6 +12,7 @@ import pytest
 from replicas_models import free_ports
 
 import keras_moe
+from keras_moe import routers
 
 BACKEND = keras.backend.backend()
 # Of KerasTuner.
@@ -98,6 +99,24 @@ def test_the_page_on_reliability_pads_to_few_lengths():
     np.testing.assert_array_equal(pad(np.ones((1, 6))), [[1, 1, 1, 1, 1, 1, 0, 0]])
 
 
+@pytest.mark.backends("jax", "torch")  # TensorFlow fixes the order of `fit` before
+def test_the_page_on_reliability_repeats_the_order_of_an_epoch(tmp_path):
+    seeding = run("docs/reliability.md")["SeedEachEpoch"]
+    x = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
+
+    def fit(model, **epochs):
+        model.fit(x, x[:, :1], batch_size=2, verbose=0, callbacks=[seeding()], **epochs)
+        return model
+
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dropout(0.5), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    model.save(tmp_path / "model.keras")
+    fit(fit(model, epochs=1), initial_epoch=1, epochs=3)
+    whole = fit(keras.saving.load_model(tmp_path / "model.keras"), epochs=3)
+    np.testing.assert_array_equal(whole.layers[-1].kernel, model.layers[-1].kernel)
+
+
 OF_MANY_OPERATIONS = ["capacity", "generating", "surgery", "upcycling"]
 
 
@@ -122,13 +141,20 @@ def test_the_search_of_the_guide_to_tuning_finds_a_layer(tmp_path, monkeypatch, 
     keras.backend.clear_session()
 
 
+def test_the_concepts_have_a_model_that_passes_its_mask_on():
+    model = run("docs/concepts.md")["model"]
+    assert keras.ops.sum(model.moe.expert_counts) == 0
+    model(np.array([[3, 7, 0, 0], [1, 2, 5, 9]]), training=True)
+    assert keras.ops.sum(model.moe.expert_counts) == 2 * 6
+
+
 @of_many_operations
 def test_the_guide_to_seeing_experts_trains_and_draws(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     run("docs/seeing_experts.md")
-    written = {"logs", "report.html", "shares_over_time.png", "experts_by_label.png"}
+    written = {"logs", "report.html", "shares_over_time.png", "experts_by_label.png", "shares.npz"}
     assert {path.name for path in tmp_path.iterdir()} == written
 
 
@@ -148,13 +174,28 @@ def test_the_guide_to_replicas_trains_on_its_backends():
     run_in_a_process("".join([first, *of_backend]), **of_torchrun)
 
 
-def test_the_recipes_for_parts_of_ones_own_run_and_are_short():
+def test_the_recipes_for_parts_of_ones_own_train_and_are_short(tmp_path):
     names = run("docs/extending.md")
     assert names["layer"].expert_counts.shape == (8,)
     assert max(len(recipe.splitlines()) for recipe in blocks("docs/extending.md")) <= 25
     bank = names["DeepExperts"](num_experts=4, hidden_dim=5)
     copy = names["DeepExperts"].from_config(bank.get_config())
     assert (copy.num_experts, copy.hidden_dim) == (4, 5)
+    mixture = keras_moe.layers.MixtureOfExperts
+    model = keras.Sequential(
+        [
+            keras.Input((16,)),
+            mixture(names["DeepExperts"](4, 5), names["PairedRouter"](top_k=1)),
+            mixture(names["DeepExperts"](4, 5), router_losses=[names["BusiestLoad"]()]),
+            mixture(
+                names["DeepExperts"](4, 5), routers.TopKRouter(balancer=names["router"].balancer)
+            ),
+        ]
+    )
+    model.compile("sgd", "mse")
+    model.fit(np.ones((4, 16)), np.ones((4, 16)), verbose=0)
+    model.save(tmp_path / "model.keras")
+    keras.saving.load_model(tmp_path / "model.keras")
 
 
 def test_every_page_with_code_is_run_here():

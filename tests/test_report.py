@@ -155,6 +155,10 @@ def test_an_untrained_router_is_said_to_have_no_preference(tmp_path):
     model = keras.Model(inputs, outputs)
     _, html = written(tmp_path, model, balanced(5))
     assert "new: The router hardly prefers an expert: the scores of a token are close" in html
+    # Nor is what it does in spite of it left out.
+    model.layers[-1].router.kernel.assign(1e-5 * np.eye(8, E)[:, ::-1])
+    _, html = written(tmp_path, model, np.full((2, 80), 3, "int32"))
+    assert [text[5:24] for text in verdicts(html)] == ["The experts have co", "The router hardly p"]
 
 
 @of_the_page

@@ -27,7 +27,7 @@ ON_LAYER = {
     **_OF_ROUTER,
     "aux_loss": (
         "layer by the name `router_losses`",
-        "router_losses=[losses.LoadBalance(weight={})]",
+        "router_losses=[losses.LoadBalance(weight=...)]",
     ),
     "capacity": ("layer by the name `capacity_factor`", "capacity_factor={}"),
 }

@@ -31,12 +31,13 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
     - dead experts, without a token for three times as many looks as a collapse;
     - a router with weights that are not a number, or that have grown so large that each choice is
       absolute;
-    - a `losses.LoadBalance` whose weight is too small to matter, or so large that what it adds
-      for an uneven load is a large part of the loss.
+    - a balancing loss with a `usual_weight`, such as `losses.LoadBalance`, whose weight is too
+      small to matter, or so large that what it adds for an uneven load is a large part of the loss.
 
     Each warning is given once a layer, as a Python `UserWarning`, and kept in `findings`, a list
     of `(step, layer name, health.Finding)`. Dead experts are told again when others have joined
-    them, and what is still wrong once more after `rebalance` has changed the layer.
+    them, unless the layer has collapsed, and what is still wrong once more after `rebalance` has
+    changed the layer.
 
     A look reads the counters and the router weights from the device: E and D x E numbers a layer.
     Nothing is read between looks, so training runs ahead. On JAX, where `fit` holds the state
@@ -91,7 +92,7 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
         check_is_made(self)
         self.findings = []
         self._step = self._next_look = 0
-        self._told = set()
+        self._told, self._advised = set(), set()
         self._rebalanced = set()
         self._watches = {}
         self._losses_before = {}
@@ -171,7 +172,10 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
 
     def _tell(self, name, finding):
         self.findings.append((self._step, name, finding))
-        text = f"{name}, step {self._step}: {finding.text} {finding.fix}"
+        is_known = (name, finding.fix) in self._advised
+        self._advised.add((name, finding.fix))
+        advice = "The advice is the same as before." if is_known else finding.fix
+        text = f"{name}, step {self._step}: {finding.text} {advice}"
         if self.stop and finding.level == health.PROBLEM:
             self.model.stop_training = True
             text += " Training stops here."
@@ -242,7 +246,8 @@ class _Watch:
         self._idle = np.where(self._window > 0, 0, self._idle + 1)
         looks = _DEAD_PATIENCE * self.patience
         dead = np.flatnonzero(self._idle >= looks)
-        if not len(dead):
+        # In a collapse most are dead, one after the other.
+        if not len(dead) or self._spreads[-1] < health.COLLAPSED:
             return None, ()
         experts = len(self._idle)
         finding = health.dead(dead, experts, layer.balance_advice(), f"in {looks} looks")

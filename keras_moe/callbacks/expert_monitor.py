@@ -6,6 +6,7 @@ import re
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_moe import metrics
@@ -40,11 +41,13 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
     - and one for each of `metrics`, by the name of the function
 
     They appear at the end of the progress bar and in `History`, and other callbacks can monitor
-    them: `EarlyStopping(monitor="val_mixture_of_experts_load_imbalance")`. Put the monitor first in
-    the list of callbacks.
+    them: `EarlyStopping(monitor="val_moe_load_imbalance", mode="min")` for a layer `"moe"`, with
+    `"max"` for `load_entropy`. Put the monitor first in the list of callbacks.
 
-    The attributes `shares` and `validation_shares` keep the share of each expert (epochs, E) in the
-    last `fit`, by layer, for `visualization.shares_over_time`.
+    The attributes `shares` and `validation_shares` are for `visualization.shares_over_time`: dicts
+    with the shares of the experts of each layer, a list of one array (E,) for each epoch. An epoch
+    without validation has NaN. `fit` begins them anew, but with an `initial_epoch` it continues
+    those of the epochs before, if the monitor has them.
 
     Args:
         expert_shares: whether each expert's share is logged as well, one key an expert.
@@ -80,6 +83,7 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
         self._metrics = _by_name(metrics)
         self.expert_shares = expert_shares
         self.shares, self.validation_shares = {}, {}
+        self._first_epoch, self._begins = 0, False
         self._training = self._test = None
         self._event_files = None
         if log_dir is not None:
@@ -101,7 +105,7 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
         if self._event_files is not None:
             # A training that was interrupted has left them open.
             self._event_files.close()
-        self.shares, self.validation_shares = {}, {}
+        self._begins = True
 
     def on_train_end(self, logs=None):
         self._is_training = False
@@ -110,6 +114,9 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
             self._event_files.close()
 
     def on_epoch_begin(self, epoch, logs=None):
+        if self._begins:
+            self._keep_shares_before(epoch)
+            self._begins = False
         self._read_counts()
         self._training = self._test = None
 
@@ -151,9 +158,24 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
             ("validation", test, self.validation_shares),
         ):
             for name, usage in usages.items():
-                shares.setdefault(name, []).append(usage.shares)
+                rows = shares.setdefault(name, [])
+                missing = epoch - self._first_epoch - len(rows)
+                rows += [np.full_like(usage.shares, np.nan)] * missing + [usage.shares]
             if usages and self._event_files is not None:
                 self._event_files.write(split, epoch, self._numbers(usages), shares)
+
+    def _keep_shares_before(self, epoch):
+        """Of former trainings, if this one continues them."""
+        kept = epoch - self._first_epoch
+        is_known = self.shares.keys() == moe_layers(self.model).keys()
+        if is_known and all(0 < kept <= len(rows) for rows in self.shares.values()):
+            self.shares, self.validation_shares = (
+                {name: list(rows[:kept]) for name, rows in shares.items()}
+                for shares in (self.shares, self.validation_shares)
+            )
+        else:
+            self.shares, self.validation_shares = {}, {}
+            self._first_epoch = epoch
 
     def _retrace_evaluation(self):
         """Whether a test function counts assignments is fixed when it is traced."""

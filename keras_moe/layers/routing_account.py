@@ -140,16 +140,18 @@ class RoutingAccount(Saved, keras.layers.Layer):
         for text in advice:
             check_text("balance_advice(...)", text)
         if not advice:
-            return "Nothing balances the load: add `losses.LoadBalance()` to its `router_losses`."
-        if by_router is None:
+            advice.append(
+                "Nothing balances the load: add `losses.LoadBalance()` to its `router_losses`."
+            )
+        elif by_router is None:
             advice.append(
                 "A selection bias balances without a loss: see `balancer` of `TopKRouter`."
             )
         return (
             "Do the features of the inputs have means far from zero? Then centre them first, by "
-            "`keras.layers.Normalization` or `BatchNormalization` before the layer "
-            f"(docs/routers.md). {' '.join(advice)} A lower learning rate in the first steps and "
-            "`logit_noise` in the router help as well."
+            "`keras.layers.Normalization` or `BatchNormalization` before the layer. "
+            f"{' '.join(advice)} A lower learning rate in the first steps and `logit_noise` in the "
+            "router help as well."
         )
 
     def set_router_loss_weight(self, index, weight):

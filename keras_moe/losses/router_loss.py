@@ -14,8 +14,10 @@ class RouterLoss(Configured):
     A subclass implements `compute(routing)`, which returns the loss before its weight. One that
     judges sequences sets `per_sequence` and implements `compute(routing, sequence_length)`. One
     that spreads the load over the experts sets `balances`; advice about the layer then names it.
-    One that is not 0 where all experts serve alike sets `value_at_balance` to what it is there,
-    before its weight, so that this constant is not taken for a heavy loss.
+    With `usual_weight` set as well, `callbacks.ExpertHealth` also warns of a weight below a
+    thousandth of it, and of ten times as much or more where that is a large part of the loss. One
+    that is not 0 where all experts serve alike sets `value_at_balance` to what it is there, before
+    its weight, so that this constant is not taken for a heavy loss.
 
     Args:
         weight: what the loss is multiplied by, at least 0. A layer copies it into a variable of its
@@ -69,7 +71,7 @@ class RouterLoss(Configured):
     def balance_advice(self, weight):
         """What to try where the load is uneven in spite of the loss, which has this weight now."""
         weight = check_not_negative("weight", weight)
-        balanced = f"The load is balanced by {type(self).__name__}({weight:g})"
+        balanced = f"The load is balanced by {type(self).__name__}(weight={weight:g})"
         if not weight:
             return f"{balanced}: give it a weight above 0."
         if weight < LARGE_WEIGHT:

@@ -48,8 +48,11 @@ def _verdicts(layers):
         yield _verdict("problem", "No experts.", _NO_LAYER)
     for layer in layers:
         name = layer.summary.name
+        fixes = []
         for finding in layer.findings:
-            yield _verdict(finding.level, f"{name}: {finding.text}", f"Try: {finding.fix}")
+            fix = "Try the same as above." if finding.fix in fixes else f"Try: {finding.fix}"
+            fixes.append(finding.fix)
+            yield _verdict(finding.level, f"{name}: {finding.text}", fix)
         if not layer.findings:
             share = layer.counts / layer.counts.sum()
             text = f"{name}: all {len(share)} experts work."

@@ -133,9 +133,6 @@ def _study_layer(layer, summary, routing, labels, texts):
     # A fixed router has no confidence to report.
     decides = isinstance(layer.router, LogitRouter) and len(probs)
     router = health.judge_router(entropy, largest) if decides else []
-    if entropy > health.INDIFFERENT:
-        # Without a preference, the first choice is random.
-        load = [finding for finding in load if finding.level == health.PROBLEM]
     findings = [*load, *health.judge_drops(routing.dropped), *router]
     information = None
     if not texts:  # the layer has no place for each document

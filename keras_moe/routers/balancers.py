@@ -63,7 +63,8 @@ class LossFreeBias(SelectionBalancer):
 
     Args:
         rate: step of the bias. Raise it, for example to 0.01, where the load evens out too slowly,
-            and lower it where the load of evaluations goes up and down from epoch to epoch.
+            and lower it where the load of evaluations then varies less from epoch to epoch. A
+            router that still learns varies it at any rate.
         accumulation_steps: micro-batches of an optimizer step.
 
     Raises:
@@ -94,7 +95,8 @@ class LossFreeBias(SelectionBalancer):
         return bias - ops.mean(bias)
 
     def balance_advice(self):
-        return f"The load is balanced by LossFreeBias(rate={self.rate:g}): raise the rate."
+        raised = f"raise the rate, for example to {10 * self.rate:g}"
+        return f"The load is balanced by LossFreeBias(rate={self.rate:g}): {raised}."
 
     def get_config(self):
         return {**super().get_config(), "rate": self.rate}

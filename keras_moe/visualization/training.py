@@ -19,7 +19,7 @@ def shares_over_time(shares, first_epoch=0):
 
     Args:
         shares: (time, E) counts or shares, or a dict of these by layer, such as
-            `ExpertMonitor.shares`.
+            `ExpertMonitor.shares`. A row of NaN stays empty.
         first_epoch: number of the first row, as for a training that was resumed.
 
     Raises:
@@ -45,7 +45,8 @@ def shares_over_time(shares, first_epoch=0):
                 "Shares must have the axes time and expert. "
                 f"Received: shape {array.shape}. Pass one row for each epoch."
             )
-        check_counts("shares", array, ("time", "E"))
+        is_empty = np.isnan(array).all(axis=1, keepdims=True) if array.dtype.kind == "f" else False
+        check_counts("shares", np.where(is_empty, 0, array), ("time", "E"))
     return one_panel_a_layer(layers, functools.partial(_draw_shares, first_epoch=first_epoch))
 
 
