@@ -7,6 +7,8 @@ from backends import BACKEND, MODES, assert_close, compiled, gradients, to_numpy
 from layer_checks import normal
 
 from keras_moe import inspection, layers, routers
+from keras_moe.ops.grouped import blocks
+from keras_moe.ops.grouped.records import Quantized
 
 # Keras asks each layer, and warns of those that cannot, such as its `InputLayer`.
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method")
@@ -167,11 +169,27 @@ def test_a_bank_with_a_policy_of_its_own_keeps_it():
     assert bank.quantization_mode is None
 
 
-def test_four_bits_compile():
+@pytest.mark.backends("tensorflow", "jax")
+@pytest.mark.parametrize("entries", [1, 5 * H, 2**19])
+def test_few_rows_are_multiplied_by_blocks_of_a_kernel(entries, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK_ENTRIES", entries)
+    rows, scale = normal(6, D), np.abs(normal(E, 1, H))
+    values = np.random.default_rng(0).integers(-127, 128, (E, D, H)).astype("int8")
+
+    def multiply(rows, values, scale, expert):
+        return blocks.multiply(rows, Quantized(values, scale), expert)
+
+    actual = compiled(multiply, MODES[-1])(rows, values, scale, np.int32(E - 1))
+    assert_close(actual, rows @ (values[-1] * scale[-1]))
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_experts_in_integers_compile(mode):
     bank = layers.GatedExperts(E, H)
     layer = layers.MixtureOfExperts(bank, routers.TopKRouter(E))
     layer.build((None, D))
-    bank.quantize("int4", config=keras.quantizers.Int4QuantizationConfig(block_size=24))
+    config = keras.quantizers.Int4QuantizationConfig(block_size=24) if mode == "int4" else None
+    bank.quantize(mode, config=config)
     outputs = {mode: compiled(layer, mode)(normal(16, D)) for mode in MODES}
     for each in outputs.values():
         assert_close(each, to_numpy(layer(normal(16, D))))

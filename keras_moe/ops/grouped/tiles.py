@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_moe import backend
-from keras_moe.ops.grouped import tile_sizes
-from keras_moe.ops.grouped.records import Gradients, Parameters
+from keras_moe.ops.grouped import blocks, tile_sizes
+from keras_moe.ops.grouped.records import Gradients, Parameters, Quantized
 from keras_moe.ops.grouped.steps import products_of
 from keras_moe.ops.groups import row_sums
 
@@ -128,6 +128,7 @@ class _Layout:
         self.sizes = groups.sizes
         self.tile_sizes = tile_sizes.tile_sizes(groups.num_rows(), groups.sizes.shape[0])
         self.padding = self.tile_sizes[-1]
+        self.has_few_rows = self.padding < blocks.MANY_ROWS
         self.num_rows = groups.num_rows() + self.padding
         self._ends = ops.cumsum(groups.sizes)
         self._token_of_row = ops.pad(groups.token_of_row(), (0, self.padding))
@@ -145,7 +146,7 @@ class _Layout:
 
         def group(number, carry):
             expert = ops.cast(ops.take(busy_first, number), "int32")
-            products = _products(parameters, expert, self.dtype)
+            products = _products(parameters, expert, self.dtype, self.has_few_rows)
             size = ops.take(self.sizes, expert)
             group_start = ops.take(self._ends, expert) - size
 
@@ -197,7 +198,7 @@ class _Tile(NamedTuple):
         )
 
 
-def _products(parameters, expert, dtype):
+def _products(parameters, expert, dtype, has_few_rows):
     """Products with the kernels of one expert. Cast per expert on use: idle ones are never cast."""
 
     def of_expert(parameter):
@@ -207,7 +208,11 @@ def _products(parameters, expert, dtype):
 
     def project(rows, number):
         kernel, bias = weights.of(number)
-        product = ops.matmul(rows, kernel)
+        of_all = parameters.all_kernels[number]
+        if has_few_rows and isinstance(of_all, Quantized):
+            product = blocks.multiply(rows, of_all, expert)
+        else:
+            product = ops.matmul(rows, kernel)
         return product if bias is None else product + bias
 
     def pull(gradient, number):

@@ -1,0 +1,49 @@
+"""Products of few rows with the integer kernel of one expert, for XLA on CPUs.
+
+XLA converts a whole kernel to floats before it multiplies. For few rows that takes longer than the
+product. Converted in blocks of some rows of the kernel, one after another, the floats stay in the
+cache.
+"""
+
+from keras import ops
+
+from keras_moe import backend
+
+# Entries of a block, 256 KB in float32.
+BLOCK_ENTRIES = 2**16
+
+# From so many rows on, the product takes longer than the conversion.
+MANY_ROWS = 33
+
+
+def multiply(rows, kernel, expert):
+    """`rows @ kernel[expert]`.
+
+    Args:
+        rows: (n, D) float tensor, n static.
+        kernel: (E, D, H), a `Quantized`.
+        expert: int32 scalar.
+
+    Returns:
+        (n, H) in the dtype of `rows`.
+    """
+    (num_rows, depth), width = rows.shape, kernel.shape[2]
+    # The sum of the products is read and written for each block, so a block is not shorter.
+    length = min(max(BLOCK_ENTRIES // width, num_rows), depth)
+    num_blocks, rest = divmod(depth, length)
+
+    def add_product(start, length, total):
+        columns = backend.slice_at(rows, (0, start), (num_rows, length))
+        block = backend.slice_at(kernel.values, (expert, start, 0), (1, length, width))
+        return total + ops.matmul(columns, ops.cast(ops.squeeze(block, 0), rows.dtype))
+
+    total = ops.fori_loop(
+        0,
+        num_blocks,
+        lambda number, total: add_product(number * length, length, total),
+        ops.zeros((num_rows, width), rows.dtype),
+    )
+    if rest:
+        total = add_product(num_blocks * length, rest, total)
+    scale = backend.slice_at(kernel.scale, (expert, 0, 0), (1, 1, width))
+    return total * ops.cast(ops.squeeze(scale, 0), rows.dtype)
