@@ -2,7 +2,8 @@
 
     KERAS_BACKEND=jax python -m benchmarks.counts
 
-Each contestant runs in a fresh process. The columns, all of one forward and backward pass:
+Each contestant runs in a fresh process; its matrix products are counted in this one. The columns,
+all of one forward and backward pass:
 
 - matmul_gflops: matrix products really executed, every trip of every loop, on JAX and PyTorch.
   TensorFlow offers no count; under XLA it runs the same blocks of rows as JAX.
@@ -37,7 +38,11 @@ def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(_parser(), arguments, steps=3)
     (num_tokens,) = options.tokens
-    rows = [in_observed_process(examine, arguments, E) for E in (None, *options.experts)]
+    rows = []
+    for num_experts in (None, *options.experts):
+        rows.append(in_observed_process(examine, arguments, num_experts))
+        flops = executed_flops(_contestant(num_experts, options), _inputs(options))
+        rows[-1]["matmul_gflops"] = flops and flops / 1e9
     for row in rows:
         if row["matmul_gflops"]:
             row["matmul_ratio"] = row["matmul_gflops"] / rows[0]["matmul_gflops"]
@@ -55,17 +60,13 @@ def _parser():
 def examine(arguments, num_experts, dump):
     """The row of one contestant; the dense twin has no `num_experts`."""
     options = parse(_parser(), arguments, steps=3)
-    if num_experts is None:
-        name, layer = "dense twin", contestants.dense_twin(options)
-    else:
-        name, layer = f"E={num_experts}", contestants.mixture(num_experts, options)
-    inputs = contestants.tokens(options.tokens[0], options)
+    layer, inputs = _contestant(num_experts, options), _inputs(options)
     step = compiled_step(layer, inputs, jit=not options.no_xla)
     compiled_before = compilations(dump)
     first, second = milliseconds(step), milliseconds(step)
     weights = sum(np.prod(weight.shape) for weight in layer.trainable_variables)
     row = {
-        "name": name,
+        "name": "dense twin" if num_experts is None else f"E={num_experts}",
         "gradients_mb": 4 * int(weights + inputs.size) / 1e6,
     }
     if BACKEND != "tensorflow":
@@ -79,8 +80,17 @@ def examine(arguments, num_experts, dump):
             row["busiest_low"], row["busiest_high"] = min(loads), max(loads)
     if BACKEND == "jax":
         row.update(cost_analysis(layer, inputs))
-    flops = executed_flops(layer, inputs)
-    return {**row, "matmul_gflops": flops and flops / 1e9}
+    return row
+
+
+def _contestant(num_experts, options):
+    if num_experts is None:
+        return contestants.dense_twin(options)
+    return contestants.mixture(num_experts, options)
+
+
+def _inputs(options):
+    return contestants.tokens(options.tokens[0], options)
 
 
 def _run(step, layer, seed, options):
