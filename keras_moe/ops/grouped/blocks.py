@@ -12,8 +12,8 @@ from keras_moe import backend
 # Entries of a block, 256 KB in float32.
 BLOCK_ENTRIES = 2**16
 
-# From so many rows on, the product takes longer than the conversion.
-MANY_ROWS = 33
+# With more rows the conversion is a small part of the work.
+MOST_ROWS = 32
 
 
 def multiply(rows, kernel, expert):
