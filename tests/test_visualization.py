@@ -73,8 +73,9 @@ def test_small_probabilities_fill_the_plot():
 
 
 def test_shares_are_multiples_of_a_fair_share():
-    figure = visualization.shares_over_time([[1, 1, 1, 1], [8, 4, 4, 0], [0, 0, 0, 0]])
-    expected = np.log2([[1, 1, 1, 1], [2, 1, 1, 1 / 8], [1 / 8] * 4])
+    rows = [[1, 1, 1, 1], [8, 4, 4, 0], [0, 0, 0, 0], [np.nan] * 4]
+    figure = visualization.shares_over_time(rows)
+    expected = np.log2([[1, 1, 1, 1], [2, 1, 1, 1 / 8], [1 / 8] * 4, [np.nan] * 4])
     np.testing.assert_allclose(image(drawn(figure)[0]), expected.T)
 
 

@@ -19,7 +19,7 @@ def shares_over_time(shares, first_epoch=0):
 
     Args:
         shares: (time, E) counts or shares, or a dict of these by layer, such as
-            `ExpertMonitor.shares`. A row of NaN stays empty.
+            `ExpertMonitor.shares`. A row of NaN is grey.
         first_epoch: number of the first row, as for a training that was resumed.
 
     Raises:
@@ -57,7 +57,7 @@ def _draw_shares(axes, shares, first_epoch):
         axes, np.log2(fair.T), "times a fair share", cmap="RdBu_r", vmin=-3, vmax=3, origin="lower"
     )
     bar.set_ticks([-3, -1, 0, 1, 3], labels=["⅛ or less", "½", "1", "2", "8 or more"])
-    axes.set(xlabel="epoch", ylabel="expert")
+    axes.set(xlabel="epoch", ylabel="expert", facecolor="silver")
     count_on(axes.xaxis)
     axes.xaxis.set_major_formatter(lambda row, _: f"{first_epoch + row:.0f}")
     count_on(axes.yaxis)
