@@ -2,8 +2,8 @@
 
     KERAS_BACKEND=jax python -m benchmarks.counts
 
-Each contestant runs in a fresh process; its matrix products are counted in this one. The columns,
-all of one forward and backward pass:
+Each contestant runs in a fresh process; its matrix products are counted in the process that starts
+them. The columns, all of one forward and backward pass:
 
 - matmul_gflops: matrix products really executed, every trip of every loop, on JAX and PyTorch.
   TensorFlow offers no count; under XLA it runs the same blocks of rows as JAX.

@@ -137,9 +137,14 @@ def test_a_resumed_training_continues_the_shares_of_the_epochs_before():
     # Shares of too few epochs, or of other layers, are not those before.
     fit(model_of(routed()), monitor=monitor, initial_epoch=6, epochs=7)
     np.testing.assert_allclose(monitor.shares["moe"], [one])
-    monitor.shares = {"other": [one] * 9}
+    for others in ({"other": [one] * 9}, {"moe": [[0.5, 0.5]] * 9}):
+        monitor.shares = others
+        fit(model_of(routed()), monitor=monitor, initial_epoch=8, epochs=9)
+        np.testing.assert_allclose(monitor.shares["moe"], [one])
+    # Those of a file begin with epoch 0, whenever this monitor began.
+    monitor.shares = {"moe": [even] * 8}
     fit(model_of(routed()), monitor=monitor, initial_epoch=8, epochs=9)
-    assert monitor.shares.keys() == {"moe"} and len(monitor.shares["moe"]) == 1
+    assert len(monitor.shares["moe"]) == 9
 
 
 def test_epochs_without_validation_have_no_shares_of_it():

@@ -154,7 +154,8 @@ def test_the_guide_to_seeing_experts_trains_and_draws(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     run("docs/seeing_experts.md")
-    written = {"logs", "report.html", "shares_over_time.png", "experts_by_label.png", "shares.npz"}
+    pictures = {"shares_over_time.png", "experts_by_label.png", "experts_by_word.png"}
+    written = {"logs", "report.html", "shares.npz"} | pictures
     assert {path.name for path in tmp_path.iterdir()} == written
 
 

@@ -83,6 +83,20 @@ def test_a_program_serves_sequences_of_lengths_not_seen_at_export():
         assert_close(to_numpy(program(inputs)), to_numpy(model(inputs)))
 
 
+@pytest.mark.backends("jax")
+def test_a_program_of_jax_serves_sequences_of_any_length():
+    import jax
+    from jax import export
+
+    model = layers.MixtureOfExperts(layers.FeedForwardExperts(E, 16))
+    model.build((None, None, D))
+    shape = (*export.symbolic_shape("batch, length"), D)
+    program = export.export(jax.jit(model))(jax.ShapeDtypeStruct(shape, "float32"))
+    for length in (1, 9):
+        inputs = np.random.default_rng(0).normal(size=(3, length, D)).astype("float32")
+        assert_close(to_numpy(program.call(inputs)), to_numpy(model(inputs)))
+
+
 @pytest.mark.skipif(BACKEND != "torch", reason="a compiler of PyTorch")
 def test_torch_compile_computes_the_same():
     import torch

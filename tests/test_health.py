@@ -52,8 +52,9 @@ def watched(model, x, y, watchdog, *others, **kwargs):
     told = [str(warning.message) for warning in caught if warning.category is UserWarning]
     expected, fixes = [], []
     for step, name, found in watchdog.findings:
-        fix = "The advice is the same as before." if found.fix in fixes else found.fix
-        fixes.append(found.fix)
+        is_known = (name, found.fix) in fixes
+        fix = "The advice is the same as before." if is_known else found.fix
+        fixes.append((name, found.fix))
         stops = " Training stops here." * (watchdog.stop and found.level == health.PROBLEM)
         expected.append(f"{name}, step {step}: {found.text} {fix}{stops}")
     assert told == expected
@@ -329,8 +330,11 @@ ADVICE = {
         router_losses=[losses.LoadBalance(0.1)]
     ),
     "by OwnBalance(weight=0.05): give it ten times": lambda: moe(router_losses=[OwnBalance(0.05)]),
-    "by LossFreeBias(rate=0.001): raise the rate": lambda: moe(
+    "by LossFreeBias(rate=0.001): raise the rate, for example to 0.01.": lambda: moe(
         router=routers.TopKRouter(balancer="loss_free")
+    ),
+    "by LossFreeBias(rate=0.01): raise the rate.": lambda: moe(
+        router=routers.TopKRouter(balancer=routers.LossFreeBias(0.01))
     ),
     "by QuantileBias(momentum=0): lower the momentum": lambda: moe(
         router=routers.TopKRouter(balancer="quantile")

@@ -170,7 +170,7 @@ def test_a_bank_with_a_policy_of_its_own_keeps_it():
 
 
 @pytest.mark.backends("tensorflow", "jax")
-@pytest.mark.parametrize("entries", [1, 5 * H, 2**19])
+@pytest.mark.parametrize("entries", [1, 9 * H, 2**19])
 def test_few_rows_are_multiplied_by_blocks_of_a_kernel(entries, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK_ENTRIES", entries)
     rows, scale = normal(6, D), np.abs(normal(E, 1, H))

@@ -151,14 +151,18 @@ def test_verdicts_are_plain_words(tmp_path, data, expected):
 def test_an_untrained_router_is_said_to_have_no_preference(tmp_path):
     experts = layers.FeedForwardExperts(E, 8)
     inputs = keras.Input((None,), dtype="int32")
-    outputs = layers.MixtureOfExperts(experts, name="new")(keras.layers.Embedding(9, 8)(inputs))
+    embedding, router = keras.layers.Embedding(9, 8), routers.TopKRouter(top_k=1)
+    outputs = layers.MixtureOfExperts(experts, router, name="new")(embedding(inputs))
     model = keras.Model(inputs, outputs)
     _, html = written(tmp_path, model, balanced(5))
     assert "new: The router hardly prefers an expert: the scores of a token are close" in html
-    # Nor is what it does in spite of it left out.
-    model.layers[-1].router.kernel.assign(1e-5 * np.eye(8, E)[:, ::-1])
-    _, html = written(tmp_path, model, np.full((2, 80), 3, "int32"))
-    assert [text[5:24] for text in verdicts(html)] == ["The experts have co", "The router hardly p"]
+    # Nor is the load left out, and what helps is said once.
+    embedding.embeddings.assign(np.eye(9, 8))
+    router.kernel.assign(1e-5 * np.eye(8, E))
+    _, html = written(tmp_path, model, np.repeat([0, 1, 2], [112, 32, 16]).reshape(2, 80))
+    texts = ["1 of 4 experts serv", "The busiest expert ", "The router hardly p"]
+    assert [text[5:24] for text in verdicts(html)] == texts
+    assert html.count("Try the same as above.") == 1
 
 
 @of_the_page

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from layer_checks import moe, normal, one_hot, one_hot_router  # noqa: E402
+from matplotlib.colors import to_rgba  # noqa: E402
 from test_inspection import two_block_model  # noqa: E402
 
 from keras_moe import inspection, visualization  # noqa: E402
@@ -76,7 +77,9 @@ def test_shares_are_multiples_of_a_fair_share():
     rows = [[1, 1, 1, 1], [8, 4, 4, 0], [0, 0, 0, 0], [np.nan] * 4]
     figure = visualization.shares_over_time(rows)
     expected = np.log2([[1, 1, 1, 1], [2, 1, 1, 1 / 8], [1 / 8] * 4, [np.nan] * 4])
-    np.testing.assert_allclose(image(drawn(figure)[0]), expected.T)
+    axes = drawn(figure)[0]
+    np.testing.assert_allclose(image(axes), expected.T)
+    assert axes.get_facecolor() == to_rgba("silver")  # behind what is NaN
 
 
 def test_shares_of_a_resumed_training_begin_with_its_first_epoch():

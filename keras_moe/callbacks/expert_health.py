@@ -36,8 +36,8 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
 
     Each warning is given once a layer, as a Python `UserWarning`, and kept in `findings`, a list
     of `(step, layer name, health.Finding)`. Dead experts are told again when others have joined
-    them, unless the layer has collapsed, and what is still wrong once more after `rebalance` has
-    changed the layer.
+    them, and what is still wrong once more after `rebalance` has changed the layer. In a collapse
+    dead experts are not told.
 
     A look reads the counters and the router weights from the device: E and D x E numbers a layer.
     Nothing is read between looks, so training runs ahead. On JAX, where `fit` holds the state

@@ -46,8 +46,9 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
 
     The attributes `shares` and `validation_shares` are for `visualization.shares_over_time`: dicts
     with the shares of the experts of each layer, a list of one array (E,) for each epoch. An epoch
-    without validation has NaN. `fit` begins them anew, but with an `initial_epoch` it continues
-    those of the epochs before, if the monitor has them.
+    without validation has NaN, if a later one has a validation. `fit` begins them anew, but with an
+    `initial_epoch` it continues those of the epochs before, if the monitor has them. Shares that
+    you assign begin with epoch 0.
 
     Args:
         expert_shares: whether each expert's share is logged as well, one key an expert.
@@ -83,7 +84,7 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
         self._metrics = _by_name(metrics)
         self.expert_shares = expert_shares
         self.shares, self.validation_shares = {}, {}
-        self._first_epoch, self._begins = 0, False
+        self._begins = False
         self._training = self._test = None
         self._event_files = None
         if log_dir is not None:
@@ -91,6 +92,15 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
             from keras_moe.callbacks.event_files import EventFiles
 
             self._event_files = EventFiles(log_dir)
+
+    @property
+    def shares(self):
+        """The share of each expert in training, a list of one array (E,) an epoch, by layer."""
+        return self._shares
+
+    @shares.setter
+    def shares(self, shares):
+        self._shares, self._first_epoch = shares, 0
 
     def set_model(self, model):
         check_model(model)
@@ -166,15 +176,18 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
 
     def _keep_shares_before(self, epoch):
         """Of former trainings, if this one continues them."""
-        kept = epoch - self._first_epoch
-        is_known = self.shares.keys() == moe_layers(self.model).keys()
-        if is_known and all(0 < kept <= len(rows) for rows in self.shares.values()):
-            self.shares, self.validation_shares = (
+        kept, layers = epoch - self._first_epoch, moe_layers(self.model)
+        is_continued = self.shares.keys() == layers.keys() and all(
+            0 < kept <= len(rows) and len(rows[0]) == layers[name].experts.num_experts
+            for name, rows in self.shares.items()
+        )
+        if is_continued:
+            self._shares, self.validation_shares = (
                 {name: list(rows[:kept]) for name, rows in shares.items()}
                 for shares in (self.shares, self.validation_shares)
             )
         else:
-            self.shares, self.validation_shares = {}, {}
+            self._shares, self.validation_shares = {}, {}
             self._first_epoch = epoch
 
     def _retrace_evaluation(self):

@@ -19,6 +19,9 @@ from keras_moe._internal.validation import (
 )
 from keras_moe.ops.selection import take_scores, top_k_indices
 
+# Scores are from 0 to 1: from this rate on, no larger one is named as an example.
+LARGE_RATE = 0.01
+
 
 class SelectionBalancer(Configured):
     """Abstract: from routings to a selection bias that evens out the load.
@@ -95,8 +98,8 @@ class LossFreeBias(SelectionBalancer):
         return bias - ops.mean(bias)
 
     def balance_advice(self):
-        raised = f"raise the rate, for example to {10 * self.rate:g}"
-        return f"The load is balanced by LossFreeBias(rate={self.rate:g}): {raised}."
+        raised = f", for example to {10 * self.rate:g}" if self.rate < LARGE_RATE else ""
+        return f"The load is balanced by LossFreeBias(rate={self.rate:g}): raise the rate{raised}."
 
     def get_config(self):
         return {**super().get_config(), "rate": self.rate}

@@ -7,7 +7,8 @@ Where to read, in the order of a batch:
 
 - `run`: chooses an engine, and makes the operation differentiable.
 - `engines`: which engine computes where, and the interface that all have.
-- `rows`, `padded`, `tiles`, `slices`: the engines, each of which feeds rows to a step.
+- `rows`, `padded`, `tiles`, `slices`: the engines, each of which feeds rows to a step; `blocks` has
+  the products of `tiles` with integer kernels where rows are few.
 - `steps`: the arithmetic of one expert on some of its rows, the same for all engines.
 - `records`: what passes between these.
 

@@ -12,8 +12,14 @@ from keras_moe import backend
 # Entries of a block, 256 KB in float32.
 BLOCK_ENTRIES = 2**16
 
-# With more rows the conversion is a small part of the work.
-MOST_ROWS = 32
+# Of all experts together. Each tile of an expert converts its kernel again: with more rows, that of
+# an expert with most of them would be converted too often.
+MOST_ROWS = 128
+
+
+def are_few(num_rows):
+    """Whether rows are multiplied so; their number may be unknown."""
+    return isinstance(num_rows, int) and num_rows <= MOST_ROWS
 
 
 def multiply(rows, kernel, expert):

@@ -128,7 +128,7 @@ class _Layout:
         self.sizes = groups.sizes
         self.tile_sizes = tile_sizes.tile_sizes(groups.num_rows(), groups.sizes.shape[0])
         self.padding = self.tile_sizes[-1]
-        self.has_few_rows = self.tile_sizes[-1] <= blocks.MOST_ROWS
+        self.has_few_rows = blocks.are_few(groups.num_rows())
         self.num_rows = groups.num_rows() + self.padding
         self._ends = ops.cumsum(groups.sizes)
         self._token_of_row = ops.pad(groups.token_of_row(), (0, self.padding))
