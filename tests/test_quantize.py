@@ -8,7 +8,6 @@ from layer_checks import normal
 
 from keras_moe import inspection, layers, routers
 from keras_moe.ops.grouped import blocks
-from keras_moe.ops.grouped.records import Quantized
 
 # Keras asks each layer, and warns of those that cannot, such as its `InputLayer`.
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method")
@@ -177,7 +176,7 @@ def test_few_rows_are_multiplied_by_blocks_of_a_kernel(entries, monkeypatch):
     values = np.random.default_rng(0).integers(-127, 128, (E, D, H)).astype("int8")
 
     def multiply(rows, values, scale, expert):
-        return blocks.multiply(rows, Quantized(values, scale), expert)
+        return blocks.multiply(rows, values, expert) * scale[-1]
 
     actual = compiled(multiply, MODES[-1])(rows, values, scale, np.int32(E - 1))
     assert_close(actual, rows @ (values[-1] * scale[-1]))

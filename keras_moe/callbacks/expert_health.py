@@ -92,7 +92,7 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
         check_is_made(self)
         self.findings = []
         self._step = self._next_look = 0
-        self._told, self._advised = set(), set()
+        self._told = set()
         self._rebalanced = set()
         self._watches = {}
         self._losses_before = {}
@@ -171,9 +171,9 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
         return is_new
 
     def _tell(self, name, finding):
+        known = [(of_layer, found.fix) for _, of_layer, found in self.findings]
         self.findings.append((self._step, name, finding))
-        is_known = (name, finding.fix) in self._advised
-        self._advised.add((name, finding.fix))
+        is_known = (name, finding.fix) in known
         advice = "The advice is the same as before." if is_known else finding.fix
         text = f"{name}, step {self._step}: {finding.text} {advice}"
         if self.stop and finding.level == health.PROBLEM:

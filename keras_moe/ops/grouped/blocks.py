@@ -22,25 +22,25 @@ def are_few(num_rows):
     return isinstance(num_rows, int) and num_rows <= MOST_ROWS
 
 
-def multiply(rows, kernel, expert):
-    """`rows @ kernel[expert]`.
+def multiply(rows, kernels, expert):
+    """`rows @ kernels[expert]`.
 
     Args:
         rows: (n, D) float tensor, n static.
-        kernel: (E, D, H), a `Quantized`.
+        kernels: (E, D, H) int8.
         expert: int32 scalar.
 
     Returns:
         (n, H) in the dtype of `rows`.
     """
-    (num_rows, depth), width = rows.shape, kernel.shape[2]
+    (num_rows, depth), width = rows.shape, kernels.shape[2]
     # The sum of the products is read and written for each block, so a block is not shorter.
     length = min(max(BLOCK_ENTRIES // width, num_rows), depth)
     num_blocks, rest = divmod(depth, length)
 
     def add_product(start, length, total):
         columns = backend.slice_at(rows, (0, start), (num_rows, length))
-        block = backend.slice_at(kernel.values, (expert, start, 0), (1, length, width))
+        block = backend.slice_at(kernels, (expert, start, 0), (1, length, width))
         return total + ops.matmul(columns, ops.cast(ops.squeeze(block, 0), rows.dtype))
 
     total = ops.fori_loop(
@@ -49,7 +49,4 @@ def multiply(rows, kernel, expert):
         lambda number, total: add_product(number * length, length, total),
         ops.zeros((num_rows, width), rows.dtype),
     )
-    if rest:
-        total = add_product(num_blocks * length, rest, total)
-    scale = backend.slice_at(kernel.scale, (expert, 0, 0), (1, 1, width))
-    return total * ops.cast(ops.squeeze(scale, 0), rows.dtype)
+    return add_product(num_blocks * length, rest, total) if rest else total

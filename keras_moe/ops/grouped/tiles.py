@@ -210,7 +210,8 @@ def _products(parameters, expert, dtype, has_few_rows):
         kernel, bias = weights.of(number)
         of_all = parameters.all_kernels[number]
         if has_few_rows and isinstance(of_all, Quantized):
-            product = blocks.multiply(rows, of_all, expert)
+            product = blocks.multiply(rows, of_all.values, expert)
+            product = product * ops.cast(of_expert(of_all.scale), dtype)
         else:
             product = ops.matmul(rows, kernel)
         return product if bias is None else product + bias
