@@ -2,16 +2,19 @@
 
     KERAS_BACKEND=jax python -m benchmarks.decode
 
-Forward only, without training. Against a dense layer of width K * H, against all experts run on all
-tokens, and against experts in integers.
+Forward only, without training. Against a dense layer of width K * H and against all experts run on
+all tokens; then experts in integers against those in floats. Each pass has new tokens, which other
+experts serve.
 """
+
+import itertools
 
 import keras
 
 from benchmarks.contestants import AllExperts, dense_twin, mixture, tokens
 from benchmarks.measure import interleave, print_table, summarise, write_json
 from benchmarks.options import describe, parse, parser
-from benchmarks.steps import compiled_step
+from benchmarks.steps import compiled_step, to_tensor
 
 
 def main(arguments=None):
@@ -20,16 +23,20 @@ def main(arguments=None):
     rows = []
     for num_experts in options.experts:
         layer = mixture(num_experts, options)
-        contestants = {
-            "dense twin": dense_twin(options),
-            "keras_moe": layer,
-            "all experts": AllExperts(layer),
-            **{mode: quantized(mode, num_experts, options) for mode in ("int8", "int4")},
+        integers = {mode: quantized(mode, num_experts, options) for mode in ("int8", "int4")}
+        races = {
+            "dense twin": {
+                "dense twin": dense_twin(options),
+                "keras_moe": layer,
+                "all experts": AllExperts(layer),
+            },
+            "keras_moe": {"keras_moe": layer, **integers},
         }
-        for num_tokens in options.tokens:
-            table = race(contestants, num_tokens, options)
+        for num_tokens, (baseline, contestants) in itertools.product(options.tokens, races.items()):
+            table = race(contestants, baseline, num_tokens, options)
             print_table(table, f"{describe(options)} E={num_experts} T={num_tokens}, forward")
-            rows += [{**row, "experts": num_experts, "tokens": num_tokens} for row in table]
+            about = {"against": baseline, "experts": num_experts, "tokens": num_tokens}
+            rows += [{**row, **about} for row in table]
     write_json(f"decode-{keras.backend.backend()}{options.tag}", options, rows)
     return rows
 
@@ -40,13 +47,17 @@ def quantized(mode, num_experts, options):
     return layer
 
 
-def race(contestants, num_tokens, options):
-    inputs = tokens(num_tokens, options)
-    steps = {
-        name: compiled_step(layer, inputs, backward=False, jit=not options.no_xla, training=False)
-        for name, layer in contestants.items()
-    }
-    return summarise(*interleave(steps, options.rounds), "dense twin")
+def race(contestants, baseline, num_tokens, options):
+    batches = [tokens(num_tokens, options, seed) for seed in range(options.rounds + 1)]
+    steps = {name: on_each(batches, layer, options) for name, layer in contestants.items()}
+    return summarise(*interleave(steps, options.rounds), baseline)
+
+
+def on_each(batches, layer, options):
+    """A function that runs a pass on the next batch at each call."""
+    step = compiled_step(layer, batches[0], backward=False, jit=not options.no_xla, training=False)
+    turns = itertools.cycle([to_tensor(layer, batch) for batch in batches])
+    return lambda: step(next(turns))
 
 
 if __name__ == "__main__":

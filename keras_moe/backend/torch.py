@@ -6,8 +6,7 @@ import keras
 import torch
 from keras import ops
 
-# So many integers of a kernel become floats at a time, which are multiplied while in the cache.
-CPU_BLOCK = 2**18
+from keras_moe.backend import torch_integers
 
 
 def compiles_static_shapes():
@@ -180,6 +179,13 @@ def argmax(scores):
     return torch.argmax(scores, -1).to(torch.int32)
 
 
+def int8_zeros(shape, dtype="int8"):
+    """Kernels (E, D, H) of zeros, laid out in memory as they are read."""
+    if current_platform() == "cpu" and torch_integers.multiplies_integers():
+        return torch_integers.zeros(shape)
+    return ops.zeros(shape, dtype)
+
+
 def multiply_groups(
     rows, sizes, experts, kernel_of, width, bias=None, transposed=False, scale=None
 ):
@@ -202,59 +208,37 @@ def multiply_groups(
     if bias is not None and bias.dtype != rows.dtype:  # an operation of a program, even if equal
         bias = bias.to(rows.dtype)
 
+    def scaled(product, expert, output):
+        of_columns = scale[expert].to(product.dtype)
+        if bias is None:
+            return torch.mul(product, of_columns, out=output)
+        return torch.addcmul(bias[expert], product, of_columns, out=output)
+
     def multiply(part, expert, output=None):
-        kernel, of_outputs = kernel_of(expert), None if bias is None else bias[expert]
+        kernel = kernel_of(expert)
         if scale is not None:
-            of_columns = scale[expert].to(rows.dtype)
             if transposed:
-                return _multiply_integers(part * of_columns, kernel, transposed, output)
-            product = _multiply_integers(part, kernel, transposed, output)
-            if bias is None:
-                return torch.mul(product, of_columns, out=output)
-            return torch.addcmul(of_outputs, product, of_columns, out=output)
+                part = part * scale[expert].to(rows.dtype)
+            product = torch_integers.multiply(part, kernel, transposed, output)
+            return product if transposed else scaled(product, expert, output)
         if transposed:
             return torch.mm(part, kernel.mT, out=output)
         if bias is None:
             return torch.mm(part, kernel, out=output)
-        return torch.addmm(of_outputs, part, kernel, out=output)
+        return torch.addmm(bias[expert], part, kernel, out=output)
 
     if not knows_sizes():
         (expert,) = experts
         return multiply(rows, expert)
+    if scale is not None and not transposed and torch_integers.are_few(rows, sizes):
+        products = torch_integers.multiply_few(rows, sizes, map(kernel_of, experts), width)
+        for expert, product in zip(experts, products.split(sizes)):
+            scaled(product, expert, product)
+        return products.to(rows.dtype)
     outputs = rows.new_empty((rows.shape[0], width))
     for expert, part, output in zip(experts, rows.split(sizes), outputs.split(sizes)):
         multiply(part, expert, output)
     return outputs
-
-
-def _multiply_integers(rows, kernel, transposed, output):
-    """`rows @ kernel` into `output`, or with the transposed kernel; the kernel is int8 (D, H)."""
-    # Sums over blocks are rounded after each, which bfloat16 and float16 would show.
-    in_blocks = rows.device.type == "cpu" and rows.dtype == torch.float32 and not _is_traced()
-    if not in_blocks:
-        kernel = kernel.to(rows.dtype)
-        return torch.mm(rows, kernel.mT if transposed else kernel, out=output)
-    length = max(1, CPU_BLOCK // kernel.shape[1])
-    blocks = _float_blocks(kernel, length, rows.dtype)
-    if transposed:
-        for block, columns in zip(blocks, output.split(length, 1)):
-            torch.mm(rows, block.mT, out=columns)
-        return output
-    first, *others = rows.split(length, 1)
-    torch.mm(first, next(blocks), out=output)
-    for block, columns in zip(blocks, others):
-        output.addmm_(columns, block)
-    return output
-
-
-def _float_blocks(kernel, length, dtype):
-    """Blocks of rows of an integer kernel, each valid until the next one.
-
-    They share one buffer, because new memory is not in the cache.
-    """
-    floats = kernel.new_empty((min(length, kernel.shape[0]), kernel.shape[1]), dtype=dtype)
-    for block in kernel.split(length):
-        yield floats[: block.shape[0]].copy_(block)
 
 
 def stack_gradients(runs, kernels, biases, num_frozen=0):
