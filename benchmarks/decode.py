@@ -3,8 +3,8 @@
     KERAS_BACKEND=jax python -m benchmarks.decode
 
 Forward only, without training. Against a dense layer of width K * H and against all experts run on
-all tokens; then experts in integers against those in floats. Each pass has new tokens, which other
-experts serve.
+all tokens; then experts in integers against those in floats. Each pass has new tokens, so other
+experts serve them.
 """
 
 import itertools

@@ -22,6 +22,9 @@ if os.environ.get("KERAS_BACKEND") == "jax":
     # Both cores are busy anyway, and code in one part is compiled with a tenth less work.
     os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 
+# All that is alive is searched for garbage after each file only: see `forget_what_was_compiled`.
+gc.set_threshold(*gc.get_threshold()[:2], 10**6)
+
 hypothesis.settings.register_profile(
     "reproducible", deadline=None, derandomize=True, database=None, max_examples=30
 )

@@ -1,5 +1,8 @@
 """Products with int8 kernels on PyTorch: of rows in digits, and of kernels in blocks."""
 
+import os
+import pathlib
+
 import numpy as np
 import pytest
 from backends import BACKEND, assert_close, to_numpy
@@ -16,10 +19,15 @@ from keras_moe.backend import torch_integers
 
 D, H, E = 70, 33, 5
 SIZES = [1, 16, 2]
+PROCESSOR = pathlib.Path("/proc/cpuinfo")
 
-needs_instructions = pytest.mark.skipif(
-    not torch_integers.multiplies_integers(), reason="needs VNNI instructions"
-)
+
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch):
+    """Processors that lack the instructions multiply slowly, and test the same."""
+    if not torch_integers.multiplies_integers():
+        monkeypatch.setattr(torch, "_int_mm", lambda a, b: (a.long() @ b.long()).int())
+        monkeypatch.setattr(torch_integers, "multiplies_integers", lambda: True)
 
 
 def integers(*shape):
@@ -28,92 +36,106 @@ def integers(*shape):
 
 def with_extremes(rows):
     """The first rows become zero, very large, very small, and small but for one entry."""
-    rows[:4] *= np.array([[0], [1e33], [1e-20], [1e-9]], "float32")
+    rows[:4] *= np.array([[0], [1e33], [1e-36], [1e-9]], "float32")
     rows[3, 0] = 1
     return rows
 
 
-def products_of_few(rows, sizes, kernels):
+def error_of(rows):
+    """The largest error of a number of each row, (R, 1): a unit is no subnormal number."""
+    largest = np.abs(rows).max(1, keepdims=True).astype("float64")
+    return 2.0**-22 * largest + 2 * np.finfo("float32").tiny
+
+
+def products_in_digits(rows, sizes, kernels):
+    digits = torch_integers.digits_of_groups(torch.from_numpy(rows), sizes)
     parts = map(torch.from_numpy, kernels)
-    return to_numpy(torch_integers.multiply_few(torch.from_numpy(rows), sizes, parts, H))
+    return np.concatenate([to_numpy(each.multiply(part)) for each, part in zip(digits, parts)])
 
 
 def test_digits_are_those_of_the_rows():
     rows = with_extremes(normal(9, D))
     digits, unit = map(to_numpy, torch_integers.to_digits(torch.from_numpy(rows)))
-    values = digits.reshape(D, 9, 4).astype("float64") @ np.array(torch_integers.PLACES) * unit.T
-    assert np.all(np.abs(values.T - rows) <= 2.0**-22 * np.abs(rows).max(1, keepdims=True))
+    values = digits.T.reshape(D, 9, 4).astype("float64") @ np.array(torch_integers.PLACES) * unit.T
+    assert np.all(np.abs(values.T - rows) <= error_of(rows))
 
 
-@needs_instructions
-def test_few_rows_times_integers():
-    rows, kernels = with_extremes(normal(sum(SIZES), D)), integers(len(SIZES), D, H)
+@pytest.mark.parametrize(("depth", "width"), [(D, H), (1, H), (D, 1), (2, 2), (1, 1)])
+def test_few_rows_times_integers(depth, width):
+    rows = with_extremes(normal(sum(SIZES), depth))
+    kernels = integers(len(SIZES), depth, width)
     parts = np.split(rows.astype("float64"), np.cumsum(SIZES)[:-1])
     expected = np.concatenate([part @ kernel for part, kernel in zip(parts, kernels)])
-    errors = np.abs(products_of_few(rows, SIZES, kernels) - expected)
-    assert np.all(errors <= 1e-6 * np.abs(expected).max(1, keepdims=True))
+    errors = np.abs(products_in_digits(rows, SIZES, kernels) - expected)
+    assert np.all(errors <= 127 * depth * error_of(rows))
 
 
-@needs_instructions
 def test_the_longest_sums_of_the_largest_integers_are_exact():
     depth = torch_integers.LONGEST_SUM
     rows, kernel = np.ones((1, depth), "float32"), np.full((1, depth, H), 127, "int8")
-    assert_close(products_of_few(rows, [1], kernel), np.full((1, H), 127.0 * depth))
+    assert_close(products_in_digits(rows, [1], kernel), np.full((1, H), 127.0 * depth))
 
 
-@needs_instructions
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_is_not_finite_stays_in_its_row(value):
     rows, kernels = normal(3, D), integers(1, D, H)
-    exact = products_of_few(rows, [3], kernels)
+    exact = products_in_digits(rows, [3], kernels)
     rows[1, 4] = value
-    actual = products_of_few(rows, [3], kernels)
+    actual = products_in_digits(rows, [3], kernels)
     assert not np.isfinite(actual[1]).any()
     np.testing.assert_array_equal(actual[[0, 2]], exact[[0, 2]])
 
 
-@needs_instructions
-def test_many_or_long_rows_are_not_few():
-    rows, most = torch.zeros(40, D), torch_integers.MOST_ROWS
-    assert torch_integers.are_few(rows, [1, most])
-    assert not torch_integers.are_few(rows, [1, most + 1])
-    assert not torch_integers.are_few(torch.zeros(2, torch_integers.LONGEST_SUM + 1), [2])
+def test_large_groups_long_rows_and_doubles_stay_floats():
+    most = torch_integers.MOST_ROWS
+
+    def in_digits(sizes, width=D, dtype=torch.float32):
+        rows = torch.zeros(sum(sizes), width, dtype=dtype)
+        return [each is not None for each in torch_integers.digits_of_groups(rows, sizes)]
+
+    assert in_digits([1, most + 1, most]) == [True, False, True]
+    assert in_digits([most + 1]) == [False]
+    assert in_digits([2], torch_integers.LONGEST_SUM + 1) == [False]
+    assert in_digits([2], dtype=torch.float64) == [False]
+
+
+@pytest.mark.skipif(not PROCESSOR.exists(), reason="Linux tells what a processor has")
+@pytest.mark.skipif("ONEDNN_MAX_CPU_ISA" in os.environ, reason="it may forbid instructions")
+def test_integers_are_multiplied_where_the_processor_can(monkeypatch):
+    monkeypatch.undo()
+    assert torch_integers.multiplies_integers() == ("avx512_vnni" in PROCESSOR.read_text())
 
 
 @pytest.mark.parametrize("entries", [1, 9 * D, 2**19])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("layout", ["rows", "columns"])
-def test_kernels_become_floats_in_blocks(entries, transposed, layout, monkeypatch):
+def test_kernels_become_floats_in_blocks(entries, transposed, monkeypatch):
     monkeypatch.setattr(torch_integers, "CPU_BLOCK", entries)
-    kernel = integers(D, H)
-    rows = normal(6, H if transposed else D)
-    stored = torch.from_numpy(np.array(kernel, order="F" if layout == "columns" else "C"))
-    assert stored.is_contiguous() == (layout == "rows")
+    kernel, rows = integers(D, H), normal(6, H if transposed else D)
     output = torch.empty(6, D if transposed else H)
-    torch_integers.multiply(torch.from_numpy(rows), stored, transposed, output)
+    torch_integers.multiply(torch.from_numpy(rows), torch.from_numpy(kernel), transposed, output)
     assert_close(to_numpy(output), rows @ (kernel.T if transposed else kernel))
 
 
-@needs_instructions
-def test_a_bank_stores_kernels_as_few_rows_read_them():
-    bank = layers.FeedForwardExperts(E, H)
-    bank.build((None, D))
-    bank.quantize("int8")
-    assert bank.up_kernel.shape == (E, D, H)
-    assert bank.up_kernel.value[0].mT.is_contiguous()
-
-
-@needs_instructions
 @pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
-def test_rows_in_digits_and_kernels_in_floats_give_the_same(dtype, monkeypatch):
+def test_a_layer_gives_the_same_with_digits_and_without(dtype, monkeypatch):
     bank = layers.FeedForwardExperts(E, H)
     layer = layers.MixtureOfExperts(bank, routers.TopKRouter(E), dtype=dtype)
     layer.build((None, D))
     bank.up_bias.assign(normal(E, H))
     bank.quantize("int8")
-    tokens = torch.from_numpy(normal(8, D))
+    tokens = torch.from_numpy(normal(40, D))  # some experts have few of them
+    multiplied = []
+    multiply = torch_integers.Digits.multiply
+
+    def counted(digits, kernel):
+        multiplied.append(digits)
+        return multiply(digits, kernel)
+
+    monkeypatch.setattr(torch_integers.Digits, "multiply", counted)
     in_digits = to_numpy(layer(tokens))
-    monkeypatch.setattr(torch_integers, "MOST_ROWS", 0)
+    assert 0 < len(multiplied) < 2 * E
+    monkeypatch.setattr(torch_integers, "multiplies_integers", lambda: False)
+    multiplied.clear()
     in_floats = to_numpy(layer(tokens))
-    assert in_digits.dtype == in_floats.dtype
+    assert not multiplied and in_digits.dtype == in_floats.dtype
     assert_close(in_digits, in_floats, tolerance=1e-5 if dtype == "float32" else 0.02)

@@ -20,7 +20,6 @@ Everything else in the package is written with `keras.ops`. A backend module pro
 - `larger_size(least, size)`: the larger of two sizes that may not be known while tracing.
 - `may_recompute()`: whether the present code may run again in the backward pass, unannounced.
 - `is_recomputing()`: whether it does so now.
-- `int8_zeros(shape, dtype)`: kernels of zeros, laid out in memory as they are read.
 - `knows_shapes()`: whether a size that is an integer is a known one.
 
 Each for some engines of `ops.grouped` only:
@@ -140,7 +139,6 @@ expert_processes: Any = getattr(_processes, "expert_processes", lambda: None)
 split_experts = _primitive("split_experts", _processes)
 gather_over_replicas: Any = getattr(_module, "gather_over_replicas", lambda values: values)
 after: Any = getattr(_module, "after", lambda tensor, value: value)
-int8_zeros: Any = getattr(_module, "int8_zeros", keras.ops.zeros)
 larger_size: Any = getattr(_module, "larger_size", keras.ops.maximum)
 is_exporting: Any = getattr(_module, "is_exporting", lambda: False)
 is_recomputing: Any = getattr(_module, "is_recomputing", lambda: False)

@@ -179,13 +179,6 @@ def argmax(scores):
     return torch.argmax(scores, -1).to(torch.int32)
 
 
-def int8_zeros(shape, dtype="int8"):
-    """Kernels (E, D, H) of zeros, laid out in memory as they are read."""
-    if current_platform() == "cpu" and torch_integers.multiplies_integers():
-        return torch_integers.zeros(shape)
-    return ops.zeros(shape, dtype)
-
-
 def multiply_groups(
     rows, sizes, experts, kernel_of, width, bias=None, transposed=False, scale=None
 ):
@@ -208,36 +201,34 @@ def multiply_groups(
     if bias is not None and bias.dtype != rows.dtype:  # an operation of a program, even if equal
         bias = bias.to(rows.dtype)
 
-    def scaled(product, expert, output):
-        of_columns = scale[expert].to(product.dtype)
+    def multiply(part, expert, output=None, digits=None):
+        kernel = kernel_of(expert)
+        if scale is None:
+            if transposed:
+                return torch.mm(part, kernel.mT, out=output)
+            if bias is None:
+                return torch.mm(part, kernel, out=output)
+            return torch.addmm(bias[expert], part, kernel, out=output)
+        of_columns = scale[expert].to(rows.dtype)
+        if transposed:
+            return torch_integers.multiply(part * of_columns, kernel, transposed, output)
+        if digits is None:
+            product = torch_integers.multiply(part, kernel, transposed, output)
+        else:
+            product = digits.multiply(kernel)
         if bias is None:
             return torch.mul(product, of_columns, out=output)
         return torch.addcmul(bias[expert], product, of_columns, out=output)
 
-    def multiply(part, expert, output=None):
-        kernel = kernel_of(expert)
-        if scale is not None:
-            if transposed:
-                part = part * scale[expert].to(rows.dtype)
-            product = torch_integers.multiply(part, kernel, transposed, output)
-            return product if transposed else scaled(product, expert, output)
-        if transposed:
-            return torch.mm(part, kernel.mT, out=output)
-        if bias is None:
-            return torch.mm(part, kernel, out=output)
-        return torch.addmm(bias[expert], part, kernel, out=output)
-
     if not knows_sizes():
         (expert,) = experts
         return multiply(rows, expert)
-    if scale is not None and not transposed and torch_integers.are_few(rows, sizes):
-        products = torch_integers.multiply_few(rows, sizes, map(kernel_of, experts), width)
-        for expert, product in zip(experts, products.split(sizes)):
-            scaled(product, expert, product)
-        return products.to(rows.dtype)
     outputs = rows.new_empty((rows.shape[0], width))
-    for expert, part, output in zip(experts, rows.split(sizes), outputs.split(sizes)):
-        multiply(part, expert, output)
+    digits = [None] * len(sizes)
+    if scale is not None and not transposed:
+        digits = torch_integers.digits_of_groups(rows, sizes)
+    for each in zip(rows.split(sizes), experts, outputs.split(sizes), digits):
+        multiply(*each)
     return outputs
 
 

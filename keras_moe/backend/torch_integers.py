@@ -1,26 +1,27 @@
 """Products of rows with the int8 kernel of one expert, for PyTorch.
 
-On a CPU PyTorch converts a kernel to floats before it multiplies, which takes longer than the
-product of few rows. Few rows become integers instead.
+On a CPU PyTorch converts a kernel to floats before it multiplies. For few rows that takes longer
+than the product itself, so the rows become integers instead.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import torch
 
-# So many integers of a kernel become floats at a time, which are multiplied while in the cache.
+# This many integers of a kernel become floats at once, so that they are multiplied in the cache.
 CPU_BLOCK = 2**18
 
-# Up to so many rows of an expert become integers. With more, converting the kernel is faster.
+# With more rows in a group, converting the kernel is faster.
 MOST_ROWS = 16
 
-# What the bytes of an integer of 32 bits are worth as digits in base 256; the highest is always 0.
+# What the bytes of an integer of 32 bits are worth as digits in base 256. The highest byte is 0.
 PLACES = (1, 2**8, 2**16, 0)
 
-# The digit below it is at most 127, whatever the lower ones are, from -128 to 127.
+# The highest integer: its third digit is 127, whatever the lower digits are, from -128 to 127.
 LARGEST = 127.49 * 2**16
 
-# Sums of products of digits and integers stay below 2**31.
+# Sums of so many products of a digit and an integer stay below 2**31.
 LONGEST_SUM = 2**16
 
 
@@ -31,8 +32,6 @@ def multiply(rows, kernel, transposed, output):
     if not in_blocks:
         kernel = kernel.to(rows.dtype)
         return torch.mm(rows, kernel.mT if transposed else kernel, out=output)
-    if not kernel.is_contiguous():  # blocks are parts of the memory
-        kernel, transposed = kernel.mT, not transposed
     length = max(1, CPU_BLOCK // kernel.shape[1])
     blocks = _float_blocks(kernel, length, rows.dtype)
     if transposed:
@@ -47,7 +46,7 @@ def multiply(rows, kernel, transposed, output):
 
 
 def _float_blocks(kernel, length, dtype):
-    """Blocks of rows of an integer matrix, each valid until the next one.
+    """Blocks of rows of an integer kernel, each valid until the next one.
 
     They share one buffer, because new memory is not in the cache.
     """
@@ -56,84 +55,80 @@ def _float_blocks(kernel, length, dtype):
         yield floats[: block.shape[0]].copy_(block)
 
 
-def are_few(rows, sizes):
-    """Whether `multiply_few` is for groups of these sizes."""
-    return (
+class Digits(NamedTuple):
+    """Rows as integers times a unit, and the integers as digits in base 256.
+
+    - `digits`: (4 n, D) int8, four of each row, from the lowest.
+    - `unit`: (n, 1) float32.
+    """
+
+    digits: Any
+    unit: Any
+
+    def multiply(self, kernel):
+        """`rows @ kernel`, float32 (n, H); the kernel is int8 (D, H)."""
+        places = _places(self.unit.shape[0]) * self.unit
+        return torch.mm(places, torch._int_mm(self.digits, kernel).float())
+
+
+def digits_of_groups(rows, sizes):
+    """The `Digits` of groups of rows; None for a group that is multiplied faster as floats.
+
+    They leave an error of at most 2**-22 of the largest number of a row; in rows without any above
+    1e-31, of 1e-38.
+
+    Args:
+        rows: (R, D) float.
+        sizes: list of the sizes of the groups, which stand one behind another.
+    """
+    suit = (
         rows.device.type == "cpu"
+        and rows.dtype != torch.float64
         and rows.shape[1] <= LONGEST_SUM
-        and max(sizes) <= MOST_ROWS
+        and min(sizes) <= MOST_ROWS
         and multiplies_integers()
     )
+    if not suit:
+        return [None] * len(sizes)
+    digits, unit = to_digits(rows.float())
+    parts = zip(sizes, digits.split([len(PLACES) * size for size in sizes]), unit.split(sizes))
+    return [Digits(*of_group) if size <= MOST_ROWS else None for size, *of_group in parts]
+
+
+def to_digits(rows):
+    """The `Digits` of all rows, float32 (R, D)."""
+    tiny, offset = _tensors(torch.finfo(torch.float32).tiny, 128.0 * sum(PLACES))
+    largest = torch.linalg.vector_norm(rows, torch.inf, 1, keepdim=True)
+    unit = torch.add(tiny, largest, alpha=1 / LARGEST)  # not 0, nor a subnormal number
+    # With 128 added to each digit, bytes are digits from 0 to 255, and flipping their highest bit
+    # takes 128 away. The bytes of an integer lie side by side: transposed, they are rows.
+    integers = torch.addcdiv(offset, rows, unit).mT.to(
+        torch.int32, memory_format=torch.contiguous_format
+    )
+    return Digits(integers.bitwise_xor_(128 * sum(PLACES)).view(torch.int8).mT, unit)
 
 
 @functools.cache
 def multiplies_integers():
     """Whether this processor multiplies int8 matrices, fast and without error.
 
-    Without VNNI instructions sums of two products saturate in PyTorch's kernels, also where
-    `ONEDNN_MAX_CPU_ISA` forbids those that the processor has.
+    Without VNNI instructions PyTorch's kernels saturate sums of two products. `ONEDNN_MAX_CPU_ISA`
+    can turn them off, so one product is computed.
     """
-    if not (torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()):
+    has_vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    if not (has_vnni() and torch.backends.mkldnn.is_available() and hasattr(torch, "_int_mm")):
         return False
     largest = torch.full((64, 64), 127, dtype=torch.int8, device="cpu")
-    return bool((torch._int_mm(largest, largest[:, :4]) == 64 * 127**2).all())
-
-
-def zeros(shape):
-    """Kernels (E, D, H) in the layout that `multiply_few` is fastest with: D changes first."""
-    num_experts, features, width = shape
-    return torch.zeros((num_experts, width, features), dtype=torch.int8).mT
-
-
-def multiply_few(rows, sizes, kernels, width):
-    """Groups of rows that stand one behind another, each times the int8 kernel of its expert.
-
-    Each number of a row is written in three digits, which leaves an error of 2**-22 of the largest
-    number of the row at most. Few operations, because each takes longer to start than to compute.
-
-    Args:
-        rows: (R, D) float.
-        sizes: list of the sizes of the groups.
-        kernels: iterable of the kernel of each group, int8 (D, H).
-        width: H.
-
-    Returns:
-        (R, H) float32.
-    """
-    digits, unit = to_digits(rows.float())
-    of_groups = digits.split([len(PLACES) * size for size in sizes], 1)
-    products = unit.new_empty((rows.shape[0], width))
-    for part, size, kernel, product in zip(of_groups, sizes, kernels, products.split(sizes)):
-        torch.mm(_places(size), torch._int_mm(kernel.mT, part).float().mT, out=product)
-    return products.mul_(unit)
-
-
-def to_digits(rows):
-    """Digits in base 256 of integers, which times a unit are the rows.
-
-    Args:
-        rows: (R, D) float32.
-
-    Returns:
-        digits: (D, 4 R) int8, those of a number from the lowest, then 0.
-        unit: (R, 1) float32.
-    """
-    unit = torch.linalg.vector_norm(rows, torch.inf, 1, keepdim=True).mul_(1 / LARGEST)
-    # With 128 added to each digit, bytes are digits from 0 to 255, and flipping their highest bit
-    # takes 128 away. A row of zeros has any digits, and the unit 0.
-    integers = torch.addcdiv(_offset(), rows, unit).mT.to(
-        torch.int32, memory_format=torch.contiguous_format
-    )
-    return integers.bitwise_xor_(128 * sum(PLACES)).view(torch.int8), unit
+    return bool((torch._int_mm(largest[:4], largest) == 64 * 127**2).all())
 
 
 @functools.cache
-def _offset():
-    return torch.tensor(128.0 * sum(PLACES), device="cpu")
+def _tensors(*numbers):
+    return [torch.tensor(number, device="cpu") for number in numbers]
 
 
 @functools.cache
 def _places(num_rows):
-    """What the digits of some rows are worth, (R, 4 R)."""
+    """What the digits of some rows are worth, (n, 4 n)."""
     places = torch.tensor([PLACES], dtype=torch.float32, device="cpu")
     return torch.kron(torch.eye(num_rows, device="cpu"), places)

@@ -5,7 +5,6 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.keras_internals import let_go
 from keras_moe._internal.lora import (
     Adaptable,
@@ -41,23 +40,20 @@ class StackedExperts(ExpertBank, Adaptable):
     def _add_integers(self, name, shape):
         """The weights of a quantized kernel (E, D, H)."""
         num_experts, features, width = shape
-        parts = [
-            ("kernel", shape, "int8", backend.int8_zeros),
-            ("scale", (num_experts, 1, width), "float32", "zeros"),
-        ]
+        parts = [("kernel", shape, "int8"), ("scale", (num_experts, 1, width), "float32")]
         if self.quantization_mode == "int4":
             groups = -(-features // (self._block_size() or features))
             of_groups = (num_experts, groups, width)
             parts = [
-                ("kernel", (num_experts, features, -(-width // 2)), "int8", "zeros"),
-                ("scale", of_groups, "float32", "zeros"),
-                ("zero", of_groups, "int8", "zeros"),
+                ("kernel", (num_experts, features, -(-width // 2)), "int8"),
+                ("scale", of_groups, "float32"),
+                ("zero", of_groups, "int8"),
             ]
-        for part, part_shape, dtype, initializer in parts:
+        for part, part_shape, dtype in parts:
             weight = self.add_weight(
                 name=f"{name}_{part}",
                 shape=part_shape,
-                initializer=initializer,
+                initializer="zeros",
                 dtype=dtype,
                 trainable=False,
                 autocast=False,
