@@ -74,8 +74,7 @@ class Digits(NamedTuple):
 def digits_of_groups(rows, sizes):
     """The `Digits` of groups of rows; None for a group that is multiplied faster as floats.
 
-    They leave an error of at most 2**-22 of the largest number of a row; in rows without any above
-    1e-31, of 1e-38.
+    The error of a number is below 2**-22 of the largest number of its row plus 3e-38.
 
     Args:
         rows: (R, D) float.
