@@ -133,8 +133,12 @@ def multiply_groups(
     (expert,) = experts
     if scale is not None and transposed:
         rows *= tf.cast(scale[expert], rows.dtype)
-    kernel = tf.cast(kernel_of(expert), rows.dtype)
-    product = tf.matmul(rows, kernel, transpose_b=transposed)
+    kernel = kernel_of(expert)
+    if scale is not None and not transposed:
+        # Of an expert without rows no integer becomes a float: the sums of its product are empty.
+        depth = tf.minimum(tf.shape(rows)[0], 1) * kernel.shape[0]
+        rows, kernel = rows[:, :depth], kernel[:depth]
+    product = tf.matmul(rows, tf.cast(kernel, rows.dtype), transpose_b=transposed)
     if scale is not None and not transposed:
         product *= tf.cast(scale[expert], rows.dtype)
     return product if bias is None else product + tf.cast(bias[expert], rows.dtype)
