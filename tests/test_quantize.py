@@ -6,7 +6,7 @@ import pytest
 from backends import BACKEND, MODES, assert_close, compiled, gradients, to_numpy, unless_compiled
 from layer_checks import normal
 
-from keras_moe import inspection, layers, routers
+from keras_moe import backend, inspection, layers, routers
 from keras_moe.ops.grouped import blocks
 
 # Keras asks each layer, and warns of those that cannot, such as its `InputLayer`.
@@ -180,6 +180,20 @@ def test_few_rows_are_multiplied_by_blocks_of_a_kernel(entries, monkeypatch):
 
     actual = compiled(multiply, MODES[-1])(rows, values, scale, np.int32(E - 1))
     assert_close(actual, rows @ (values[-1] * scale[-1]))
+
+
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("num_rows", [0, 3])
+def test_an_expert_without_rows_converts_one_row_of_its_kernel(num_rows):
+    kernel, rows, lengths = normal(D, H), normal(num_rows, D), []
+
+    def kernel_of(expert, length):
+        lengths.append(int(length))
+        return kernel[: int(length)]
+
+    products = backend.multiply_groups(rows, [num_rows], [0], kernel_of, H, converts=True)
+    assert lengths == [D if num_rows else 1]
+    assert_close(to_numpy(products), rows @ kernel)
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])

@@ -180,7 +180,15 @@ def argmax(scores):
 
 
 def multiply_groups(
-    rows, sizes, experts, kernel_of, width, bias=None, transposed=False, scale=None
+    rows,
+    sizes,
+    experts,
+    kernel_of,
+    width,
+    bias=None,
+    transposed=False,
+    scale=None,
+    converts=False,
 ):
     """Groups of rows that stand one behind another, each through the affine map of its expert.
 
@@ -194,6 +202,8 @@ def multiply_groups(
         bias: (E, H) or None.
         transposed: whether to multiply by the transposed kernel.
         scale: (E, 1, H) of the columns of the kernels, or None.
+        converts: whether the kernels are stored in another dtype than that of the rows. Not used:
+            experts without rows are no groups here.
 
     Returns:
         (R, H), or (R, D), in the dtype of the rows.

@@ -18,6 +18,9 @@ MOST_ROWS = 16
 # What the bytes of an integer of 32 bits are worth as digits in base 256. The highest byte is 0.
 PLACES = (1, 2**8, 2**16, 0)
 
+# Added to an integer, it adds 128 to each of the three digits.
+OFFSET = 128 * sum(PLACES)
+
 # The highest integer: its third digit is 127, whatever the lower digits are, from -128 to 127.
 LARGEST = 127.49 * 2**16
 
@@ -96,15 +99,15 @@ def digits_of_groups(rows, sizes):
 
 def to_digits(rows):
     """The `Digits` of all rows, float32 (R, D)."""
-    tiny, offset = _tensors(torch.finfo(torch.float32).tiny, 128.0 * sum(PLACES))
+    tiny, offset = _tensors()
     largest = torch.linalg.vector_norm(rows, torch.inf, 1, keepdim=True)
     unit = torch.add(tiny, largest, alpha=1 / LARGEST)  # not 0, nor a subnormal number
-    # With 128 added to each digit, bytes are digits from 0 to 255, and flipping their highest bit
-    # takes 128 away. The bytes of an integer lie side by side: transposed, they are rows.
+    # With the offset, bytes are digits from 0 to 255; flipping their highest bit takes 128 away.
+    # The bytes of an integer lie side by side: transposed, they are rows.
     integers = torch.addcdiv(offset, rows, unit).mT.to(
         torch.int32, memory_format=torch.contiguous_format
     )
-    return Digits(integers.bitwise_xor_(128 * sum(PLACES)).view(torch.int8).mT, unit)
+    return Digits(integers.bitwise_xor_(OFFSET).view(torch.int8).mT, unit)
 
 
 @functools.cache
@@ -122,7 +125,9 @@ def multiplies_integers():
 
 
 @functools.cache
-def _tensors(*numbers):
+def _tensors():
+    """The smallest unit, and the offset of the digits."""
+    numbers = (torch.finfo(torch.float32).tiny, float(OFFSET))
     return [torch.tensor(number, device="cpu") for number in numbers]
 
 

@@ -70,21 +70,21 @@ class Packed(NamedTuple):
         return self.values.dtype
 
     def floats(self, part, dtype):
-        """`part` of it as floats."""
+        """`part` of it as floats: of some experts, or the first row alone of one."""
         both = part(self.values)
         low = ops.bitwise_xor(ops.bitwise_and(both, _byte(15)), _byte(8)) - _byte(8)
         values = ops.stack([low, ops.right_shift(both, _byte(4))], axis=-1)
-        values = ops.reshape(values, (*both.shape[:-1], 2 * both.shape[-1]))
-        values = values[..., : self.scale.shape[2]]
-        return (ops.cast(values, dtype) - self._of_rows(part(self.zero), dtype)) * self._of_rows(
-            part(self.scale), dtype
+        *leading, num_rows, width = ops.shape(both)
+        values = ops.reshape(values, (*leading, num_rows, 2 * width))[..., : self.scale.shape[2]]
+        zero, scale = (
+            self._of_rows(ops.cast(part(each), dtype), num_rows) for each in (self.zero, self.scale)
         )
+        return (ops.cast(values, dtype) - zero) * scale
 
-    def _of_rows(self, of_groups, dtype):
-        of_groups = ops.cast(of_groups, dtype)
-        if of_groups.shape[-2] == 1:
+    def _of_rows(self, of_groups, num_rows):
+        if self.scale.shape[1] == 1:
             return of_groups
-        return ops.take(of_groups, self.group, axis=-2)
+        return ops.take(of_groups, self.group[:num_rows], axis=-2)
 
 
 QUANTIZED = (Quantized, Packed)

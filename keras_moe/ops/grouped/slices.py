@@ -82,17 +82,19 @@ class _Run(NamedTuple):
 
     def _multiply(self, rows, kernel, bias=None, transposed=False):
         width, scale = kernel.shape[1 if transposed else 2], None
+        converts = kernel.dtype != rows.dtype
         if isinstance(kernel, Quantized):
             # Scaling rows is cheaper than scaling kernels.
             kernel, scale = kernel
 
-        def kernel_of(expert):
-            if scale is not None:
-                return kernel[expert]
-            return floats(kernel, lambda stacked: stacked[expert], rows.dtype)
+        def kernel_of(expert, length=None):
+            def part(stacked):
+                return stacked[expert] if length is None else stacked[expert][:length]
+
+            return part(kernel) if scale is not None else floats(kernel, part, rows.dtype)
 
         return backend.multiply_groups(
-            rows, self.sizes, self.experts, kernel_of, width, bias, transposed, scale
+            rows, self.sizes, self.experts, kernel_of, width, bias, transposed, scale, converts
         )
 
 
