@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from backends import FAST_MODE, compiled
+from backends import FAST_MODE, assert_close, compiled
 from layer_checks import E, array, moe, one_hot, one_hot_router
 
 from keras_moe import layers
@@ -146,3 +146,16 @@ def test_a_capacity_for_experts_that_choose_is_refused():
         "A capacity limits how many tokens choose an expert. Received: capacity_factor=1.5 with a "
         "`ExpertChoiceRouter`, whose tokens do not choose. Leave `capacity_factor` out."
     )
+
+
+def test_experts_without_computation_have_no_limit():
+    bank = layers.ZeroComputationExperts(
+        layers.FeedForwardExperts(E - 2, 8), num_zero=1, num_identity=1
+    )
+    layer = moe(bank, router=one_hot_router(), router_losses=(), capacity_factor=1.0)
+    identity = E - 1
+    tokens = np.concatenate([one_hot(*[identity] * 10, *[0] * 6), np.ones((16, 2), "float32")], 1)
+    outputs, routing = layer(tokens, training=True, return_routing=True)
+    # Of the six tokens of the first expert, `ceil(16 / 4)` find a slot.
+    assert float(routing.dropped) == 2 / 16
+    assert_close(array(outputs)[:10], array(routing.weights)[:10] * tokens[:10])

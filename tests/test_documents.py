@@ -109,7 +109,14 @@ def test_the_page_on_reliability_repeats_the_order_of_an_epoch(tmp_path):
         return model
 
     keras.utils.set_random_seed(0)
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dropout(0.5), keras.layers.Dense(1)])
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Dropout(0.5),
+            keras.layers.Dropout(0.0),
+            keras.layers.Dense(1),
+        ]
+    )
     model.compile("sgd", "mse")
     model.save(tmp_path / "model.keras")
     fit(fit(model, epochs=1), initial_epoch=1, epochs=3)

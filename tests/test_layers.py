@@ -475,6 +475,15 @@ def test_combine_weights_sum_to_one_in_low_precision(bank):
     np.testing.assert_array_equal(outputs, np.ones_like(outputs))
 
 
+def test_a_bank_without_a_dtype_takes_that_of_the_layer():
+    inner = layers.GatedExperts(E - 1, 16)
+    layer = moe(layers.ZeroComputationExperts(inner, num_constant=1), dtype="mixed_bfloat16")
+    layer.build((None, D))
+    for bank in (layer.experts, inner):
+        assert bank.dtype_policy.name == "mixed_bfloat16"
+    assert keras.backend.standardize_dtype(inner.up_kernel.dtype) == "float32"
+
+
 def test_a_low_precision_parent_leaves_a_float32_bank_as_it_is():
     layer = moe(layers.FeedForwardExperts(E, 16, dtype="float32"), dtype="mixed_bfloat16")
     outputs = layer(normal(2, 3, D))

@@ -78,7 +78,12 @@ class ExpertBank(Saved, keras.layers.Layer):
         return ""
 
     def take_policy(self, policy):
-        """Take a policy of the layer around the bank that quantizes, or a map, if it is for it."""
+        """Take the `dtype` that the layer around the bank was made with, if it is for the bank."""
+
+    @property
+    def num_limited(self):
+        """How many experts, of the first ones, a capacity limits."""
+        return self.num_experts
 
     def _compute(self, tensor):
         return ops.cast(tensor, self.compute_dtype)

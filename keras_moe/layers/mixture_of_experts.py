@@ -38,7 +38,7 @@ from keras_moe.layers.masks import mask_of
 from keras_moe.layers.mixture_state import load_state, save_state
 from keras_moe.layers.recomputation import Recomputable, effects_once
 from keras_moe.layers.routing_account import RoutingAccount
-from keras_moe.layers.sublayers import accepted_arguments, build_and_measure, width_of
+from keras_moe.layers.sublayers import accepted_arguments, build_and_measure, in_floats, width_of
 from keras_moe.ops.sizes import at_least
 
 
@@ -70,11 +70,12 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
         capacity_factor: None for no limit. A number gives each expert, in training,
             `ceil(capacity_factor * T * K / E)` slots for T tokens, at least 1; first choices are
             served before second ones, then earlier tokens before later ones. An assignment that
-            finds no slot contributes zero. `Capacity` has further options.
+            finds no slot contributes zero. Experts without computation have no limit. `Capacity`
+            has further options.
         gated_shared_expert: whether the shared expert's output is multiplied by a gate of each
             token, `sigmoid(x g)` with a learned g (D, 1), as in Qwen1.5-MoE and its successors.
-        **kwargs: arguments of a Keras layer, such as `name` and `dtype`. A `dtype` that quantizes,
-            or a `keras.dtype_policies.DTypePolicyMap`, is handed to a bank made without one.
+        **kwargs: arguments of a Keras layer, such as `name` and `dtype`. A `dtype` is also that of
+            a bank made without one; the layers of `LayerExperts` keep theirs.
 
     Raises:
         ValueError: If an argument is out of its range, or router and bank disagree on the number
@@ -82,7 +83,8 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
         TypeError: If an argument belongs to the bank or the router.
 
     Call arguments:
-        inputs: (batch, ..., D) float tensor with any number of leading axes.
+        inputs: (batch, ..., D) float tensor with any number of leading axes. The axes between the
+            first and the last are a sequence; of (batch, D) the whole batch is one.
         mask: (batch, ...) bool or integer tensor, False or 0 for padding. Taken from the inputs, if
             not given.
         training: whether router losses are added, router noise drawn and assignments counted.
@@ -138,7 +140,8 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
         check_computes_in_floats(self)
         backend.separate_losses(self)
         self.experts = expert_bank.get(experts)
-        self.experts.take_policy(self.dtype_policy)
+        if kwargs.get("dtype") is not None:
+            self.experts.take_policy(self.dtype_policy)
         self.router = routers.get(router, num_experts=self.experts.num_experts)
         self._bind_router()
         self.router_losses = self.router.default_losses if router_losses is None else router_losses
@@ -153,7 +156,7 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
                 1,
                 "sigmoid",
                 use_bias=False,
-                dtype=_in_floats(self.dtype_policy),
+                dtype=in_floats(self.dtype_policy),
                 name="shared_gate",
             )
         self.capacity = capacity_factor
@@ -261,6 +264,8 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
         if self.capacity is not None:
             limits = self.capacity.limits(routing, sequence_length, training, self._capacity_seed)
             check_limits(self.capacity, limits)
+            if limits and self.experts.num_limited < self.experts.num_experts:
+                limits = {"num_limited": self.experts.num_limited, **limits}
         plan = self.router.plan(routing, **limits)
         check_planned(self.router, plan)
         return plan
@@ -353,13 +358,6 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
             "gated_shared_expert": self.gated_shared_expert,
             "capacity_factor": self.capacity and serialize(self.capacity),
         }
-
-
-def _in_floats(policy):
-    """The policy that a quantized one was made from; any other itself."""
-    if policy.quantization_mode is None:
-        return policy
-    return keras.dtype_policies.get(policy.name.rpartition("_from_")[2])
 
 
 class _Gate(keras.layers.Dense):

@@ -61,9 +61,7 @@ class StackedExperts(ExpertBank, Adaptable):
             setattr(self, f"{name}_{part}", weight)
 
     def take_policy(self, policy):
-        is_map = isinstance(policy, keras.dtype_policies.DTypePolicyMap)
-        is_for_parts = is_map or policy.quantization_mode is not None
-        if is_for_parts and not self.has_own_policy and not self.built:
+        if not self.has_own_policy and not self.built:
             self.dtype_policy = policy
 
     def _policy(self):

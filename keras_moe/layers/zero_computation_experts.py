@@ -8,7 +8,7 @@ from keras_moe._internal.shape_checks import check_inputs_shape
 from keras_moe._internal.validation import check_instance, is_whole, shortened
 from keras_moe.layers import expert_bank
 from keras_moe.layers.expert_bank import ExpertBank
-from keras_moe.layers.sublayers import width_of
+from keras_moe.layers.sublayers import in_floats, width_of
 from keras_moe.ops.assignments import Choices
 from keras_moe.ops.groups import ChosenGroups
 
@@ -28,7 +28,9 @@ class ZeroComputationExperts(ExpertBank):
 
     A token that needs no work goes to a zero expert, whose output is zero, to an identity expert,
     whose output is the token, or to a constant expert, `a x + b v` with a learned vector v and
-    `a, b = softmax(x W)`. None of them moves a row. So easy tokens cost less than hard ones.
+    `a, b = softmax(x W)`. None of them moves a row. So easy tokens cost less than hard ones. They
+    serve any number of tokens: a capacity limits the experts that compute. It is computed from the
+    number of all experts.
 
     The weights are those of the router. Use one that does not divide them by their sum, such as
     `TopKRouter(num_experts, renormalize=False)`, as in LongCat-Flash: otherwise the weight of a
@@ -128,6 +130,15 @@ class ZeroComputationExperts(ExpertBank):
 
     def engine_on(self, platform, static_shapes):
         return self.experts.engine_on(platform, static_shapes)
+
+    def take_policy(self, policy):
+        self.experts.take_policy(policy)
+        if not self.has_own_policy and not self.built:
+            self.dtype_policy = in_floats(policy)
+
+    @property
+    def num_limited(self):
+        return self.experts.num_limited
 
     @property
     def _computing(self):

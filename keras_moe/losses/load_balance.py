@@ -94,7 +94,7 @@ class GlobalLoadBalance(RouterLoss):
     Args:
         weight: what the loss is multiplied by.
         accumulation_steps: micro-batches of an optimizer step, the `gradient_accumulation_steps`
-            of the optimizer.
+            of the optimizer, times the calls of the layer in one pass.
 
     Raises:
         ValueError: If an argument is out of its range, or the loss is used outside of a layer,

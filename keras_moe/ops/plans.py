@@ -98,7 +98,7 @@ def _check_enough(rows, groups):
         )
 
 
-def plan_groups(routing, capacity=None, first=None, sequence_length=None):
+def plan_groups(routing, capacity=None, first=None, sequence_length=None, num_limited=None):
     """Sort the assignments of a routing by expert.
 
     Inside an expert all first choices stand before all second choices, each in the order of the
@@ -112,6 +112,7 @@ def plan_groups(routing, capacity=None, first=None, sequence_length=None):
         first: (T,) urgency of each token: where a capacity is set the most urgent tokens stand
             first. None: in the order of the tokens.
         sequence_length: where given, the capacity holds for each run of so many tokens alone.
+        num_limited: where given, the capacity holds for the first so many experts only.
 
     Returns:
         A `GroupedPlan`. Indices that are not an expert's belong to no group, like -1.
@@ -126,6 +127,8 @@ def plan_groups(routing, capacity=None, first=None, sequence_length=None):
             capacity = min(capacity, MOST_ROWS)
     if sequence_length is not None:
         check_divides("sequence_length", sequence_length, routing.mask.shape[0])
+    if num_limited is not None:
+        check_positive_integer("num_limited", num_limited)
     if first is not None:
         check_shapes({"routing.mask": (routing.mask, "T"), "first": (first, "T", "number")})
     # Whatever a router of the user's own returns, nothing is read or written out of range.
@@ -135,7 +138,7 @@ def plan_groups(routing, capacity=None, first=None, sequence_length=None):
     if capacity is not None:
 
         def admit(assignments, first):
-            return _admit(assignments, capacity, first, sequence_length)
+            return _admit(assignments, capacity, first, sequence_length, num_limited)
 
         is_split = shards is not None and splits_evenly(shards, assignments, sequence_length)
         assignments = (
@@ -148,7 +151,7 @@ def plan_groups(routing, capacity=None, first=None, sequence_length=None):
 
 
 @backend.as_one_program
-def _admit(assignments, capacity, first, sequence_length):
+def _admit(assignments, capacity, first, sequence_length, num_limited):
     """The assignments that find a slot in their expert."""
     num_tokens, top_k = ops.shape(assignments.experts)
     num_experts = assignments.num_experts
@@ -160,8 +163,11 @@ def _admit(assignments, capacity, first, sequence_length):
         queue = queue + num_queues * sequence
         num_queues = num_queues * at_least(1, -(-num_tokens // sequence_length))
     place = place_in_queue(queue, num_queues, _turns(first, num_tokens, top_k))
+    has_slot = place < capacity
+    if num_limited is not None:
+        has_slot = ops.logical_or(has_slot, expert_of_assignment >= num_limited)
     # Beyond the last expert: not served.
-    experts = ops.where(place < capacity, expert_of_assignment, num_experts)
+    experts = ops.where(has_slot, expert_of_assignment, num_experts)
     return Assignments.of(ops.transpose(ops.reshape(experts, (top_k, num_tokens))), num_experts)
 
 

@@ -30,12 +30,16 @@ class SelectionBalancer(Configured):
     its bias with the mean of the measurements. The bias of a step is fixed before the step, so that
     no token's experts depend on later tokens. Padding is not measured.
 
+    A layer that a model calls several times in a step, such as one whose weights are shared over
+    depth, measures at each call: multiply `accumulation_steps` by the number of calls, or the bias
+    changes between them.
+
     A subclass implements `measure(routing, scores, bias)` and `update(bias, measured)`; all but the
     scores (T, E) have length E. `measure` gathers what cannot be averaged over replicas.
 
     Args:
         accumulation_steps: micro-batches of an optimizer step, the `gradient_accumulation_steps`
-            of the optimizer.
+            of the optimizer, times the calls of the layer in one pass.
     """
 
     _attribute_checks = {"accumulation_steps": check_positive_integer}

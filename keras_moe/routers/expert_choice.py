@@ -12,7 +12,8 @@ class ExpertChoiceRouter(LogitRouter):
 
     The load is balanced by construction and needs no loss. A token is served by any number of
     experts, perhaps by none. Because tokens compete, a token's experts depend on later tokens: a
-    language model would see the future in training.
+    language model would see the future in training. Inputs (batch, D) are one sequence: there an
+    output depends on the whole batch, in `predict` too.
 
     Args:
         num_experts: number of experts, E.

@@ -13,7 +13,8 @@ class SoftRouter(LogitRouter):
 
     Everything is differentiable and no token is dropped, whatever the number of experts; the cost
     is that of `num_experts * slots` tokens a sequence. Each output depends on the whole sequence:
-    not for language models.
+    not for language models. Inputs (batch, D) are one sequence: there an output depends on the
+    whole batch, in `predict` too.
 
     Args:
         num_experts: number of experts, E.
