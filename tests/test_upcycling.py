@@ -159,6 +159,41 @@ def test_a_share_of_the_hidden_features_is_drawn_anew_in_each_expert():
     assert (down_same == (same & same[:1])).all() or down_same[0].all()
 
 
+L1, L2 = keras.regularizers.L1(0.1), keras.regularizers.L2(0.1)
+
+
+def pair(up=None, down=None, **both):
+    """A model of one feed-forward, with arguments of its layers."""
+    up = keras.layers.Dense(H, "relu", name="up", **both, **(up or {}))
+    down = keras.layers.Dense(D, name="down", **both, **(down or {}))
+    return randomized(keras.Sequential([keras.Input((D,)), up, down]))
+
+
+REGULARIZED = [
+    ({"kernel_regularizer": L2, "bias_regularizer": L1}, 1),
+    ({"kernel_regularizer": keras.regularizers.L1L2(0.1, 0.2)}, 2),
+]
+
+
+@pytest.mark.parametrize("arguments, granularity", REGULARIZED)
+def test_regularizers_add_what_they_added_to_the_dense_layers(arguments, granularity, tmp_path):
+    model = pair(**arguments)
+    model.compile("sgd", "mse")
+    expected = model.evaluate(X, X, verbose=0)
+    upcycled = keras_moe.upcycle(model, 8, granularity=granularity)
+    upcycled.save(tmp_path / "model.keras")
+    for each in (upcycled, keras.saving.load_model(tmp_path / "model.keras")):
+        np.testing.assert_allclose(each.evaluate(X, X, verbose=0), expected, rtol=1e-5)
+
+
+def test_experts_of_frozen_layers_are_frozen(tmp_path):
+    upcycled = keras_moe.upcycle(pair(trainable=False))
+    upcycled.save(tmp_path / "model.keras")
+    for each in (upcycled, keras.saving.load_model(tmp_path / "model.keras")):
+        (trained,) = each.trainable_variables
+        assert "router" in trained.path
+
+
 ERRORS = {
     "nothing found": (lambda: keras.Sequential([keras.Input((4,)), keras.layers.Dense(4)]), {}),
     "no such name": (block_model, {"select": ["block_9"]}),
@@ -168,6 +203,12 @@ ERRORS = {
     "every": (block_model, {"every": 3}),
     "share": (block_model, {"reinitialized": 1.0}),
     "top_k": (block_model, {"top_k": 9}),
+    "one is regularized": (lambda: pair(down={"kernel_regularizer": L2}), {}),
+    "a regularizer of another class": (lambda: pair(kernel_regularizer=lambda x: 0.0), {}),
+    "a bias in parts": (lambda: pair(bias_regularizer=L2), {"granularity": 2}),
+    "constraint": (lambda: pair(up={"kernel_constraint": "max_norm"}), {}),
+    "activity": (lambda: pair(up={"activity_regularizer": L2}), {}),
+    "one is frozen": (lambda: pair(up={"trainable": False}), {}),
 }
 
 

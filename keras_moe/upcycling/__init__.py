@@ -22,6 +22,7 @@ from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.routers.top_k import TopKRouter
 from keras_moe.upcycling.experts import expert_weights
 from keras_moe.upcycling.feed_forwards import feed_forwards, overlooked
+from keras_moe.upcycling.regularizers import bank_regularizer, check_penalties
 from keras_moe.upcycling.rewriting import rewrite
 
 
@@ -40,7 +41,10 @@ def upcycle(
 
     Each expert begins as a copy of the dense layer, or as one of `granularity` equal parts of it,
     and the router at random. What a model computes does not change at the start, as each token's
-    weights sum to 1, whichever copies it goes to; training makes the experts differ.
+    weights sum to 1, whichever copies it goes to; training makes the experts differ. `L1` and `L2`
+    regularizers, which must be the same in the dense layers, add to the loss what they did: their
+    factors are divided by the number of copies. The experts of frozen layers are frozen;
+    their router is new, and trains.
 
     These layers are found: `Dense` layers from D to H features with an activation, then back to D
     without, in a functional or sequential model, with dropout between them or without; a
@@ -74,8 +78,9 @@ def upcycle(
         functional or sequential model whose own `Dense` layers were replaced is a new one.
 
     Raises:
-        ValueError: If an argument is out of its range, the model has no such layers, or `select`
-            names none or others.
+        ValueError: If an argument is out of its range, the model has no such layers, `select` names
+            none or others; or if the dense layers of one place have different regularizers, or such
+            as cannot be divided, or constraints, or only some of them are frozen.
 
     Example:
 
@@ -119,18 +124,19 @@ def upcycle(
 
 
 def _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng):
-    up, gate = feed_forward.up, feed_forward.gate
-    denses = [dense for dense in (gate, up, feed_forward.down) if dense is not None]
+    up, denses = feed_forward.up, feed_forward.denses
+    copies = num_experts // granularity
     features, width = up.kernel.shape
-    experts = (FeedForwardExperts if gate is None else GatedExperts)(
+    experts = (FeedForwardExperts if feed_forward.gate is None else GatedExperts)(
         num_experts,
         width // granularity,
         feed_forward.activation,
         use_bias=any(dense.use_bias for dense in denses),
         kernel_initializer=up.kernel_initializer,
-        kernel_regularizer=up.kernel_regularizer,
-        bias_regularizer=up.bias_regularizer,
+        kernel_regularizer=bank_regularizer(denses, "kernel", copies),
+        bias_regularizer=bank_regularizer(denses, "bias", copies),
         dtype=up.dtype_policy,
+        trainable=up.trainable,
     )
     router = TopKRouter(
         num_experts,
@@ -236,13 +242,20 @@ def _check_layers(feed_forward, granularity):
             f"granularity={granularity} for {feed_forward.name!r} of width {width}. "
             "Pass a divisor, or choose other layers with `select`."
         )
-    denses = [feed_forward.gate, feed_forward.up, feed_forward.down]
-    for dense in denses:
-        if dense is not None and (dense.quantization_mode or dense.lora_enabled):
+    for dense in feed_forward.denses:
+        if dense.quantization_mode or dense.lora_enabled:
             raise ValueError(
                 "Layers must have plain kernels, neither quantized nor with LoRA. Received: "
                 f"{feed_forward.name!r} with such a kernel. Upcycle the model before that."
             )
+    trainable = {dense.name: dense.trainable for dense in feed_forward.denses}
+    if len(set(trainable.values())) > 1:
+        raise ValueError(
+            "The `Dense` layers must be frozen together or not at all: a bank of experts is one "
+            f"layer. Received: trainable={trainable} in {feed_forward.name!r}. Set `trainable` of "
+            "them to the same value."
+        )
+    check_penalties(feed_forward, granularity)
 
 
 __all__ = ["upcycle"]

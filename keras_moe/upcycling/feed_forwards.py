@@ -32,6 +32,10 @@ class FeedForward(NamedTuple):
     layers: tuple
     owner: Any = None
 
+    @property
+    def denses(self):
+        return [dense for dense in (self.gate, self.up, self.down) if dense is not None]
+
 
 def feed_forwards(model):
     """The dense feed-forward networks of a built model, in its order."""
