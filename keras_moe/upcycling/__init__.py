@@ -43,8 +43,8 @@ def upcycle(
     and the router at random. What a model computes does not change at the start, as each token's
     weights sum to 1, whichever copies it goes to; training makes the experts differ. `L1` and `L2`
     regularizers, which must be the same in the dense layers, add to the loss what they did: their
-    factors are divided by the number of copies. The experts of frozen layers are frozen;
-    their router is new, and trains.
+    factors are divided by the number of copies. The experts of frozen layers are frozen; their
+    router is new, and trains.
 
     These layers are found: `Dense` layers from D to H features with an activation, then back to D
     without, in a functional or sequential model, with dropout between them or without; a
