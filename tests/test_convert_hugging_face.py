@@ -8,7 +8,7 @@ import pytest
 from backends import assert_close
 from keras import ops
 
-from keras_moe import convert
+from keras_moe import convert, layers, routers
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -143,6 +143,19 @@ def test_what_lora_has_learned_is_converted(tmp_path):
     assert_close(ops.convert_to_numpy(again(TOKENS)), ops.convert_to_numpy(layer(TOKENS)))
 
 
+def deepseek(**kwargs):
+    model = model_of("deepseek_v3")
+    config = model.config.to_dict()
+    return convert.from_hugging_face(model.state_dict(), 0, config, **kwargs)
+
+
+def with_selection_bias(path):
+    router = routers.TopKRouter(renormalize=True, balancer="loss_free")
+    layer = convert.from_hugging_face(path, 0, router=router)
+    layer.router.selection_bias.assign(np.arange(E))
+    return layer
+
+
 def in_integers(folder):
     weights = safetensors_numpy.load_file(folder / "model.safetensors")
     return {name: value.astype("int8") for name, value in weights.items()}
@@ -181,6 +194,19 @@ def test_what_cannot_be_converted_is_refused_with_a_reason(tmp_path):
         (
             lambda: convert.from_hugging_face(tmp_path, 0, into=with_lora(tmp_path)),
             "neither quantized nor with LoRA",
+        ),
+        (lambda: deepseek(gated_shared_expert=True), "shared_gate"),
+        (
+            lambda: deepseek(capacity_factor=layers.Capacity(2.0, evaluation_factor=2.0)),
+            "evaluation_factor=2.0, not None",
+        ),
+        (
+            lambda: convert.from_hugging_face(tmp_path, 0, into=with_selection_bias(tmp_path)),
+            "selection_bias",
+        ),
+        (
+            lambda: convert.to_hugging_face(with_selection_bias(tmp_path), 0, "qwen3_moe"),
+            "selection_bias",
         ),
     ]
     for call, message in cases:

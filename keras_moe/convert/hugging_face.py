@@ -81,6 +81,7 @@ def from_hugging_face(source, layer, config=None, into=None, **kwargs):
     with opened(source) as (read, names):
         prefix, rules = _layout_in(names, config["model_type"], layer)
         _check_all_there(names, prefix, rules, mixture.experts.num_experts)
+        _check_nothing_left(mixture, rules)
         for rule in rules:
             variables = [_variable(mixture, name) for name in rule.ours]
             for variable, value in zip(variables, _read(rule, prefix, mixture, read)):
@@ -164,15 +165,18 @@ def _reading(config):
 
 
 def _check_nothing_left(mixture, rules):
-    """The family has a place for each weight: what has none would be lost without a word."""
+    """The family has a place for each weight: what has none would be lost, or stay as it was."""
     written = {id(_variable(mixture, name)) for rule in rules for name in rule.ours}
     # What LoRA has learned is written with the kernels.
     own = [w for w in parameters_of(mixture) if "_lora_" not in w.name]
+    bias = getattr(mixture.router, "selection_bias", None)
+    if bias is not None and np.any(keras.ops.convert_to_numpy(bias)):  # Zeros choose as none does.
+        own.append(bias)
     left = [w.path for w in own if id(w) not in written]
     if left:
         raise ValueError(
             "The family must have a place for all weights of the layer. Received: "
-            f"{listed(left)}, which it has none for. Choose another `family`, or a layer like "
+            f"{listed(left)}, which it has none for. Choose another family, or a layer like "
             "those of `from_hugging_face`."
         )
 

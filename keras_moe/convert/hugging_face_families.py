@@ -303,7 +303,8 @@ def check_computes_as(mixture, config):
     """Refuse a layer whose outputs are not those of the block of a config.
 
     Raises:
-        ValueError: If a part is of another class, or has other arguments.
+        ValueError: If a part is of another class or has other arguments, or a capacity holds
+            outside of training.
     """
     received = []
     parts = parts_of(config)
@@ -318,6 +319,8 @@ def check_computes_as(mixture, config):
                 for key, value in _arguments_of(wanted).items()
                 if given.get(key) != value
             ]
+    if mixture.capacity is not None and mixture.capacity.evaluation_factor is not None:
+        received.append(f"evaluation_factor={mixture.capacity.evaluation_factor}, not None")
     if received:
         raise ValueError(
             f"The layer must compute as {config['model_type']!r} does. Received: "
