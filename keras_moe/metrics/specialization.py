@@ -5,6 +5,7 @@ from keras import ops
 from keras_moe._internal.shape_checks import check_fields
 from keras_moe._internal.tensor_checks import check_counts, check_is_integer, fits, host_values
 from keras_moe._internal.validation import check_positive_integer
+from keras_moe.metrics.contributions import contributions
 from keras_moe.ops.selection import chosen_experts, existing
 
 
@@ -127,18 +128,5 @@ def expert_saliency(layer, inputs, mask=None, token_ids=None):
     tokens = ops.reshape(inputs, (-1, inputs.shape[-1]))
     if mask is not None:
         tokens = ops.where(ops.reshape(mask, (-1, 1)), tokens, 0.0)
-    num_experts = routing.counts.shape[0]
-    total = ops.zeros((num_experts + 1,), "float32")
-    for choice in range(routing.indices.shape[1]):
-        index = routing.indices[:, choice : choice + 1]
-        used = ops.logical_and(index >= 0, ops.expand_dims(routing.mask, 1))
-        expert = ops.where(used, index, num_experts)[:, 0]
-        alone = routing._replace(
-            indices=ops.where(used, index, -1),
-            weights=ops.ones_like(index, dtype="float32"),
-            counts=ops.segment_sum(ops.ones_like(expert), expert, num_experts + 1)[:num_experts],
-        )
-        output = layer.experts(tokens, layer.router.plan(alone))
-        norm = ops.sqrt(ops.sum(ops.square(ops.cast(output, "float32")), axis=-1))
-        total = total + ops.segment_sum(routing.weights[:, choice] * norm, expert, num_experts + 1)
-    return total[:num_experts] / ops.maximum(ops.cast(routing.counts, "float32"), 1.0)
+    counts = ops.cast(routing.counts, "float32")
+    return contributions(layer, routing, tokens) / ops.maximum(counts, 1.0)

@@ -11,7 +11,7 @@ from keras_moe._internal.batches import running
 from keras_moe._internal.validation import listed
 from keras_moe.inspection import moe_layers
 from keras_moe.inspection.recording import listening
-from keras_moe.ops.routing import count_assignments
+from keras_moe.metrics.contributions import contributions
 
 
 def check_batch(batch):
@@ -77,7 +77,7 @@ def contribution(model, data):
 
     `sum_t w_te ||f_e(x_t)||` over the tokens t that go to expert e.
     """
-    return _summed(model, data, _contributions)
+    return _summed(model, data, contributions)
 
 
 def similarity(model, data):
@@ -95,24 +95,6 @@ def _products(layer, routing, tokens):
     logits = routing.logits - ops.mean(routing.logits, axis=-1, keepdims=True)
     logits = ops.where(ops.expand_dims(routing.mask, 1), logits, 0.0)
     return ops.matmul(ops.transpose(logits), logits)
-
-
-def _contributions(layer, routing, tokens):
-    """Sum over the tokens of weight times norm of the output, (E,)."""
-    num_experts = layer.experts.num_experts
-    total = ops.zeros((num_experts,), "float32")
-    for choice in range(routing.indices.shape[-1]):
-        # Each choice alone and with weight 1: the outputs of single experts.
-        indices = routing.indices[:, choice : choice + 1]
-        used = ops.cast(ops.logical_and(indices >= 0, ops.expand_dims(routing.mask, 1)), "float32")
-        counts = count_assignments(indices, routing.mask, num_experts)
-        alone = routing._replace(indices=indices, weights=used, counts=counts)
-        outputs = ops.cast(layer.router.plan(alone).run(layer.experts, tokens), "float32")
-        norms = ops.sqrt(ops.sum(ops.square(outputs), axis=-1))
-        added = norms * routing.weights[:, choice] * used[:, 0]
-        chosen = indices == ops.arange(num_experts, dtype="int32")
-        total = total + ops.sum(ops.where(chosen, ops.expand_dims(added, 1), 0.0), axis=0)
-    return total
 
 
 def _summed(model, data, measure):
