@@ -84,6 +84,12 @@ def small_tiles(monkeypatch):
         monkeypatch.setattr(run, "_run", backend.compile_once(lambda *inputs: compute(*inputs)))
 
 
+@pytest.fixture
+def one_size_of_tiles(monkeypatch):
+    """Of large models: each size is compiled for each pass, and takes most of the time."""
+    monkeypatch.setattr("keras_moe.ops.grouped.tile_sizes.tile_sizes", lambda *_: (4,))
+
+
 @pytest.fixture(scope="module")
 def programs_not_kept():
     """What JAX compiles for devices that are not there, it cannot read."""

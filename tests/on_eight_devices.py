@@ -13,13 +13,13 @@ from backends import assert_close
 from keras_moe import layers, losses, routers
 from keras_moe.callbacks import ExpertMonitor
 from keras_moe.distribution import expert_parallel
-from keras_moe.ops.grouped import tile_sizes
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from benchmarks import scaling  # noqa: E402
 from benchmarks.collectives import collectives  # noqa: E402
 from benchmarks.steps import jax_function  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_size_of_tiles")
 E, B, S, D, H = 8, 16, 6, 8, 16
 MESHES = {
     "data_parallel": keras.distribution.DataParallel,
@@ -48,12 +48,6 @@ def distribution_of(name):
 def one_device_at_first():
     yield
     keras.distribution.set_distribution(None)
-
-
-@pytest.fixture(autouse=True)
-def one_size_of_tiles(monkeypatch):
-    """Each size is compiled for each pass, forward and backward, and takes most of the time."""
-    monkeypatch.setattr(tile_sizes, "tile_sizes", lambda *_: (4,))
 
 
 def on(mesh, function):
