@@ -6,7 +6,7 @@ import pytest
 from layer_checks import D, E, moe, normal
 
 import keras_moe
-from keras_moe import inspection, routers
+from keras_moe import inspection, layers, routers
 from keras_moe.callbacks import ExpertMonitor
 
 EXPERT = 2 * D * 16 + 16 + D
@@ -36,6 +36,27 @@ def test_active_parameters_are_those_of_the_experts_that_serve_a_token(router, s
     assert layer.flops == 2 * layer.active_parameters
     idle = (E - serving) * EXPERT
     assert inspection.count_parameters(model) == (model.count_params(), model.count_params() - idle)
+
+
+def with_zero_expert(bank):
+    return layers.ZeroComputationExperts(bank, num_zero=1)
+
+
+@pytest.mark.parametrize("wrap", [lambda bank: bank, with_zero_expert], ids=["bank", "wrapped"])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_experts_and_routers_that_layers_share_count_once(top_k, wrap):
+    bank, router = layers.FeedForwardExperts(E, 16), routers.TopKRouter(top_k=top_k)
+    sharing = [moe(wrap(bank), router=router) for _ in range(3)]
+    model = keras.Sequential([keras.Input((5, D)), *sharing])
+    total, active = inspection.count_parameters(model)
+    num_experts = sharing[0].experts.num_experts
+    idle = E * EXPERT * (1 - min(1, 3 * top_k / num_experts))
+    assert total == model.count_params() and total - active == round(idle)
+    # A row of the table is about its layer alone.
+    rows = inspection.summarize(model)
+    of_router = rows[0].parameters - E * EXPERT
+    expected = of_router + round(E * EXPERT * top_k / num_experts)
+    assert [row.active_parameters for row in rows] == [expected] * 3
 
 
 @pytest.mark.parametrize("frozen", ["layer", "experts"])

@@ -5,7 +5,6 @@ from typing import NamedTuple
 from keras import ops
 
 from keras_moe import metrics
-from keras_moe._internal.parameters import parameters_of
 from keras_moe._internal.plain_text import as_text
 from keras_moe._internal.validation import check_function, check_model
 from keras_moe.inspection.engines import describe
@@ -34,7 +33,8 @@ class LayerSummary(NamedTuple):
       K where tokens choose (with `routers.TopPRouter` that is the most), the target of
       `routers.ReLURouter`, the capacity factor of `routers.ExpertChoiceRouter`, all of
       `routers.DenseRouter`. With `routers.SoftRouter` it is 1, as if there were as many slots as
-      tokens: the cost is that of the slots, however many tokens they are mixed from.
+      tokens: the cost is that of the slots, however many tokens they are mixed from. Experts that
+      several layers share count in each of them.
     - `flops`: of one token, forward, at two for each active parameter.
     - `counts`: assignments per expert since the counters were last reset, or in the epoch before
       that, if they are empty.
@@ -68,7 +68,7 @@ def summarize(model):
     >>> layer.parameters, layer.active_parameters  # router 16 * 4, experts 2 * 16 * 32 each
     (4160, 2112)
     """
-    return [_summary(name, layer) for name, layer in moe_layers(model).items()]
+    return [_summary(name, layer) for name, layer in _built_layers(model).items()]
 
 
 def summary(model, print_fn=print):
@@ -120,6 +120,9 @@ def summary(model, print_fn=print):
 def count_parameters(model):
     """All parameters of a model, and those of them that work on one token.
 
+    Experts that several layers share count once. As many of them work on a token as these layers
+    choose together, and at most all.
+
     Args:
         model: a built Keras model, with MoE layers or without.
 
@@ -132,17 +135,29 @@ def count_parameters(model):
             f"A model must be built to count its parameters. Received: {model.name!r}, which is "
             "not. Call it on some data first."
         )
+    # By part, because layers may share a bank, and banks a layer.
+    active_shares: dict = {}
+    for layer in _built_layers(model).values() if has_moe_layers(model) else ():
+        share = layer.router.mean_top_k / layer.experts.num_experts
+        for part in layer.experts._flatten_layers():
+            active_shares[part] = min(1.0, active_shares.get(part, 0.0) + share)
+    idle = sum((1 - share) * _count_own(part) for part, share in active_shares.items())
     total = model.count_params()
-    summaries = summarize(model) if has_moe_layers(model) else []
-    return total, total - sum(layer.parameters - layer.active_parameters for layer in summaries)
+    return total, total - round(idle)
+
+
+def _built_layers(model):
+    layers = moe_layers(model)
+    for name, layer in layers.items():
+        if not layer.built:
+            raise ValueError(
+                f"A model must be built to count its parameters. Received: layer {name!r}, which "
+                "is not. Call the model on some data first."
+            )
+    return layers
 
 
 def _summary(name, layer):
-    if not layer.built:
-        raise ValueError(
-            f"A model must be built to count its parameters. Received: layer {name!r}, which is "
-            "not. Call the model on some data first."
-        )
     num_experts, router = layer.experts.num_experts, layer.router
     parameters, experts = map(_count, (layer, layer.experts))
     active = parameters - experts + round(experts * router.mean_top_k / num_experts)
@@ -169,13 +184,17 @@ def _row(layer, description):
 
 
 def _count(layer):
-    """How many parameters a layer has, those that were quantized included."""
-    parts = [part for part in layer._flatten_layers() if part.quantization_mode is not None]
-    integers = [each for part in parts for each in _integers_of(part)]
-    return sum(map(_size, [*parameters_of(layer), *integers]))
+    return sum(map(_count_own, layer._flatten_layers()))
+
+
+def _count_own(part):
+    """How many parameters a layer has outside of layers in it, frozen and quantized included."""
+    return sum(map(_size, [*part._trainable_variables, *_integers_of(part)]))
 
 
 def _integers_of(part):
+    if part.quantization_mode is None:
+        return []
     if isinstance(part, StackedExperts):
         return part.stacked_kernels()
     return [weight for weight in part._non_trainable_variables if weight.dtype == "int8"]
