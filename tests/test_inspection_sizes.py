@@ -85,11 +85,6 @@ def test_summary_is_refused_before_it_prints(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_names_of_the_former_module_are_found_in_the_function():
-    for name in ("LayerSummary", "count_parameters", "summarize"):
-        assert getattr(keras_moe.summary, name) is getattr(inspection, name)
-
-
 @pytest.mark.parametrize("validation_split", [0.0, 0.5])
 def test_summary_has_the_last_epoch_after_a_monitor(validation_split, tmp_path):
     model = keras.Sequential([keras.Input((D,)), moe(name="moe"), keras.layers.Dense(1)])

@@ -130,8 +130,8 @@ TOOLS = {
     "count_in_evaluation": [(inspection.count_in_evaluation, NO_MODELS)],
     "describe": [(inspection.describe, [*NO_MODELS, unbuilt()])],
     "Muon": [(lambda v: optimizers.Muon(exclude_layers=v), ["moe", 5, ["("], [3]])],
-    "count_parameters": [(summary.count_parameters, [*NO_MODELS, unbuilt()])],
-    "summarize": [(summary.summarize, [*NO_MODELS, unbuilt()])],
+    "count_parameters": [(inspection.count_parameters, [*NO_MODELS, unbuilt()])],
+    "summarize": [(inspection.summarize, [*NO_MODELS, unbuilt()])],
     "summary": [
         (lambda v: summary(sparse(), print_fn=v), [None, "print", lambda: None]),
         (summary, [*NO_MODELS, unbuilt()]),

@@ -205,9 +205,3 @@ def _size(weight):
     for length in weight.shape:
         size *= length
     return size
-
-
-# They were in a module `keras_moe.summary`, where code may still look for them.
-vars(summary).update(
-    LayerSummary=LayerSummary, count_parameters=count_parameters, summarize=summarize
-)
