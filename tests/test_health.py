@@ -249,6 +249,16 @@ def test_exploding_logits_are_told():
 
 
 @of_counts
+def test_only_what_differs_between_experts_explodes():
+    layer = expert_layer()
+    layer.build((None, D))
+    watch, kernel = expert_health._Watch(layer, patience=3), array(layer.router.kernel)
+    for grown, is_found in ((kernel + 1e3, False), (1e4 * kernel, True)):
+        layer.router.kernel.assign(grown)
+        assert (watch._judge_router(layer.router) is not None) == is_found
+
+
+@of_counts
 @pytest.mark.parametrize(
     "weight, text",
     [
@@ -298,9 +308,8 @@ TEXTS = {
     ),
     "12% of the assignments found no slot in their expert.": lambda: health.judge_drops(0.12),
     "The router computes what is not a number.": lambda: health.judge_router(0.5, np.nan),
-    "Router logits explode: they reach 99, which makes every choice absolute.": (
-        lambda: health.judge_router(0.5, 99.0)
-    ),
+    "Router logits explode: they reach 99 above the mean of their token, which makes every choice "
+    "absolute.": (lambda: health.judge_router(0.5, 99.0)),
     "The router is all but certain of every choice, so it hardly learns any more.": (
         lambda: health.judge_router(0.01, 9.0)
     ),

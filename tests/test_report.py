@@ -165,6 +165,38 @@ def test_an_untrained_router_is_said_to_have_no_preference(tmp_path):
     assert html.count("Try the same as above.") == 1
 
 
+class Nearest(routers.SelectionRouter):
+    """Logits are negative squared distances."""
+
+    def build(self, tokens_shape):
+        self.centres = self.add_weight(shape=(E, tokens_shape[-1]), initializer="identity")
+
+    def project(self, tokens):
+        return -keras.ops.sum((keras.ops.expand_dims(tokens, 1) - self.centres) ** 2, axis=-1)
+
+
+ALIGNED = {"kernel": np.eye(E, 256), "directions": np.eye(256, E)}
+ROUTERS = {
+    "distances": (Nearest, {}, None),
+    "cosine": (routers.CosineRouter, {**ALIGNED, "log_scale": np.log(60.0)}, None),
+    "cosine of NaN": (routers.CosineRouter, {**ALIGNED, "log_scale": np.nan}, "is not a number."),
+    "exploded": (routers.TopKRouter, {"kernel": 60 * np.eye(E)}, "Router logits explode"),
+    "infinite": (routers.TopKRouter, {"kernel": np.full((E, E), np.inf)}, "is not a number."),
+}
+
+
+@of_the_page
+@pytest.mark.parametrize("kind, weights, problem", ROUTERS.values(), ids=ROUTERS)
+def test_router_logits_explode_by_what_differs_between_experts(kind, weights, problem, tmp_path):
+    router = kind()
+    model = keras.Sequential([keras.Input((E,)), moe(router=router)])
+    for name, value in weights.items():
+        getattr(router, name).assign(value)
+    _, html = written(tmp_path, model, 10 * np.eye(E, dtype="float32"))
+    told = [text for text in ("Router logits explode", "is not a number.") if text in html]
+    assert told == [problem] * (problem is not None)
+
+
 @of_the_page
 def test_a_model_without_experts_says_so(tmp_path):
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])

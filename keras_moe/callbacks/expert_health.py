@@ -278,15 +278,17 @@ def _read(weight):
 
 
 def _router_size(router):
-    """Standard deviation of the largest logit for inputs with a variance of 1.
+    """Standard deviation of the largest logit above the mean, for inputs with a variance of 1.
 
     NaN if any weight of the router is, 0 if it has no kernel or its norm does not matter.
     """
     weights = [_read(weight) for weight in router.weights if "float" in weight.dtype]
     if not all(np.isfinite(weight).all() for weight in weights):
         return np.nan
-    kernel = None if router.normalizes_kernel else getattr(router, "kernel", None)
-    return 0.0 if kernel is None else np.linalg.norm(_read(kernel), axis=0).max()
+    kernel = getattr(router, "kernel", None)
+    if kernel is None:
+        return 0.0
+    return np.linalg.norm(health.above_mean(_read(kernel), router), axis=0).max()
 
 
 __all__ = ["ExpertHealth"]
