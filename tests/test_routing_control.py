@@ -386,6 +386,17 @@ def test_the_weight_of_a_loss_is_scheduled_from_the_first_step_of_an_unbuilt_mod
     assert_close(array(model.layers[0].router_loss_weights), [0.5, 0.001])
 
 
+def test_a_schedule_of_keras_sets_the_weight():
+    from keras_moe import callbacks
+
+    model = keras.Sequential([moe(router_losses=[losses.LoadBalance(0.5)])])
+    model.compile("sgd", "mse")
+    decay = keras.optimizers.schedules.CosineDecay(1.0, decay_steps=2)
+    schedule = callbacks.RouterLossSchedule(lambda epoch, weight: weight * decay(epoch))
+    model.fit(X, X, epochs=2, callbacks=[schedule], verbose=0)
+    assert_close(array(model.layers[0].router_loss_weights), [0.25])
+
+
 def test_a_schedule_is_of_a_loss_of_ones_own():
     from keras_moe import callbacks
 

@@ -4,7 +4,7 @@ import keras
 
 from keras_moe import losses
 from keras_moe._internal.named_arguments import NamedArguments, check_is_made
-from keras_moe._internal.validation import check_function, listed, shortened
+from keras_moe._internal.validation import check_function, check_scalar, listed, shortened
 from keras_moe.inspection import moe_layers
 
 
@@ -37,6 +37,10 @@ class RouterLossSchedule(NamedArguments, keras.callbacks.Callback):
     >>> balance_at_first = keras_moe.callbacks.RouterLossSchedule(
     ...     lambda epoch, weight: weight if epoch < 3 else 0.1 * weight
     ... )
+    >>> decay = keras.optimizers.schedules.CosineDecay(1.0, decay_steps=10)
+    >>> slowly_off = keras_moe.callbacks.RouterLossSchedule(
+    ...     lambda epoch, weight: weight * decay(epoch)
+    ... )
     """
 
     _attribute_checks = {
@@ -62,8 +66,9 @@ class RouterLossSchedule(NamedArguments, keras.callbacks.Callback):
         for layer, index in self._scheduled():
             weight = self.schedule(epoch, layer.router_losses[index].weight)
             try:
-                layer.set_router_loss_weight(index, weight)
-            except ValueError as error:
+                # Keras's schedules return tensors.
+                layer.set_router_loss_weight(index, check_scalar("weight", weight))
+            except (TypeError, ValueError) as error:
                 raise ValueError(
                     "A schedule must return a finite weight of at least 0. Received: "
                     f"{shortened(weight)} for {self.loss!r} in epoch {epoch}. Mend the schedule."
