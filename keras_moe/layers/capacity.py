@@ -42,7 +42,9 @@ class Capacity(Configured):
     otherwise later tokens take slots from earlier ones, and so leak to them in training.
 
     Args:
-        factor: 1.0 is enough for exactly balanced experts. Positive.
+        factor: 1.0 is enough for exactly balanced experts. Positive. With `routers.ReLURouter` and
+            `routers.TopPRouter` K is `max_top_k`, more than serve most tokens: multiply the factor
+            by the mean number of experts of a token over K, `top_k / max_top_k` for ReLU.
         minimum: least number of slots of an expert.
         multiple_of: the number of slots is rounded up to a multiple of this.
         evaluation_factor: the factor outside of training. None: no limit, so that what a token
