@@ -42,7 +42,9 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
 
     They appear at the end of the progress bar and in `History`, and other callbacks can monitor
     them: `EarlyStopping(monitor="val_moe_load_imbalance", mode="min")` for a layer `"moe"`, with
-    `"max"` for `load_entropy`. Put the monitor first in the list of callbacks.
+    `"max"` for `load_entropy`. Put the monitor first in the list of callbacks. `model.evaluate`
+    prints them too, but does not return them, as Keras gives callbacks a copy of its logs: a
+    callback behind the monitor can keep them, as below.
 
     The attributes `shares` and `validation_shares` are for `visualization.shares_over_time`: dicts
     with the shares of the experts of each layer, a list of one array (E,) for each epoch. An epoch
@@ -73,8 +75,13 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
     >>> model = keras.Sequential([keras.Input((16,)), moe, keras.layers.Dense(1)])
     >>> model.compile("adam", "mse")
     >>> x, y = keras.random.normal((64, 16)), keras.random.normal((64, 1))
-    >>> history = model.fit(x, y, callbacks=[keras_moe.callbacks.ExpertMonitor()], verbose=0)
+    >>> monitor = keras_moe.callbacks.ExpertMonitor()
+    >>> history = model.fit(x, y, callbacks=[monitor], verbose=0)
     >>> imbalance = history.history["moe_load_imbalance"]
+    >>> numbers = {}
+    >>> keep = keras.callbacks.LambdaCallback(on_test_end=numbers.update)
+    >>> loss = model.evaluate(x, y, callbacks=[monitor, keep], verbose=0)
+    >>> imbalance_of_evaluation = numbers["moe_load_imbalance"]
     """
 
     _attribute_checks = {"expert_shares": _check_shares}
