@@ -107,8 +107,8 @@ def judge_drops(dropped):
 
 
 @np.errstate(invalid="ignore")  # infinite logits become NaN, which is told
-def above_mean(logits, router):
-    """How far logits are above the mean of their token: only differences decide who is chosen.
+def logit_sizes(logits, router):
+    """How large logits are: above the mean of their token where only differences count.
 
     Zeros for a router that normalizes its kernel: it learns the scale of its logits on its own, and
     a large one is no explosion.
@@ -119,6 +119,8 @@ def above_mean(logits, router):
     """
     if router.normalizes_kernel:
         return 0.0 * logits  # NaN stays NaN
+    if not router.shift_invariant:
+        return np.abs(logits)
     return logits - np.mean(logits, axis=-1, keepdims=True)
 
 
@@ -126,12 +128,12 @@ def judge_router(entropy, largest_logit):
     """Findings about how the router decides.
 
     A hint that it hardly prefers an expert above 0.995 of the largest entropy, and that it hardly
-    learns any more below 0.05 of it; a problem where a logit is more than 30 above the mean of its
-    token.
+    learns any more below 0.05 of it; a problem where a logit is larger than 30.
 
     Args:
         entropy: mean entropy of a token's probabilities over `log E`, from 0 to 1.
-        largest_logit: largest of the logits above the mean of their token.
+        largest_logit: size of the largest logit, above the mean of its token where the router is
+            `shift_invariant`.
 
     Returns:
         List of `Finding`.
@@ -143,7 +145,7 @@ def judge_router(entropy, largest_logit):
     check_share("entropy", entropy)
     check_not_negative("largest_logit", largest_logit)
     if largest_logit > EXPLODED_LOGIT:
-        return [exploded(f"reach {largest_logit:.0f} above the mean of their token")]
+        return [exploded(f"reach {largest_logit:.0f}")]
     if entropy > INDIFFERENT:
         text = "The router hardly prefers an expert: the scores of a token are close to each other."
         fix = (

@@ -17,7 +17,10 @@ import keras
 import pytest
 
 # Of KerasTuner.
-pytestmark = pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\):DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\):DeprecationWarning"),
+    pytest.mark.usefixtures("one_size_of_tiles"),
+]
 BACKEND = keras.backend.backend()
 ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

@@ -308,8 +308,9 @@ TEXTS = {
     ),
     "12% of the assignments found no slot in their expert.": lambda: health.judge_drops(0.12),
     "The router computes what is not a number.": lambda: health.judge_router(0.5, np.nan),
-    "Router logits explode: they reach 99 above the mean of their token, which makes every choice "
-    "absolute.": (lambda: health.judge_router(0.5, 99.0)),
+    "Router logits explode: they reach 99, which makes every choice absolute.": (
+        lambda: health.judge_router(0.5, 99.0)
+    ),
     "The router is all but certain of every choice, so it hardly learns any more.": (
         lambda: health.judge_router(0.01, 9.0)
     ),

@@ -219,10 +219,29 @@ def test_parameters_are_counted_by_kernels_and_not_by_bytes():
     layer = layers.MixtureOfExperts(layers.GatedExperts(E, H))
     inputs = keras.Input((D,))
     model = keras.Model(inputs, layer(inputs))
-    (before,) = inspection.summarize(model)
+    (before,), counted = inspection.summarize(model), inspection.count_parameters(model)
     model.quantize("int4")
     (after,) = inspection.summarize(model)
     assert after.parameters == before.parameters
+    assert inspection.count_parameters(model) == counted
+
+
+@pytest.mark.parametrize("path", ["", "gated_experts"])
+def test_a_map_of_policies_reaches_a_bank_inside_of_another(path):
+    int8 = keras.dtype_policies.get("int8_from_float32")
+    policies = keras.dtype_policies.DTypePolicyMap("bfloat16", {f".*{path}.*": int8})
+    bank = layers.ZeroComputationExperts(layers.GatedExperts(E - 1, H), num_constant=1)
+    layer = layers.MixtureOfExperts(bank, routers.TopKRouter(E), dtype=policies)
+    assert layer(normal(4, D)).shape == (4, D)
+    assert bank.experts.quantization_mode == "int8"
+
+
+@pytest.mark.parametrize("of_bank", [None, "float32", "mixed_bfloat16"])
+def test_banks_inside_of_each_other_may_differ_in_dtype(of_bank):
+    inner = layers.LayerExperts([keras.layers.Dense(D) for _ in range(E - 1)])
+    bank = layers.ZeroComputationExperts(inner, num_identity=1, dtype=of_bank)
+    layer = layers.MixtureOfExperts(bank, dtype="mixed_bfloat16")
+    assert keras.backend.standardize_dtype(layer(normal(4, D)).dtype) == "bfloat16"
 
 
 def test_shared_experts_are_quantized_saved_and_loaded(tmp_path):

@@ -181,6 +181,12 @@ ROUTERS = {
     "cosine": (routers.CosineRouter, {**ALIGNED, "log_scale": np.log(60.0)}, None),
     "cosine of NaN": (routers.CosineRouter, {**ALIGNED, "log_scale": np.nan}, "is not a number."),
     "exploded": (routers.TopKRouter, {"kernel": 60 * np.eye(E)}, "Router logits explode"),
+    "offset": (routers.TopKRouter, {"kernel": np.full((E, E), 9.0)}, None),
+    "offset of sigmoids": (
+        lambda: routers.TopKRouter(score="sigmoid"),
+        {"kernel": np.full((E, E), 9.0)},
+        "Router logits explode",
+    ),
     "infinite": (routers.TopKRouter, {"kernel": np.full((E, E), np.inf)}, "is not a number."),
 }
 

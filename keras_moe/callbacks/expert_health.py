@@ -278,7 +278,7 @@ def _read(weight):
 
 
 def _router_size(router):
-    """Standard deviation of the largest logit above the mean, for inputs with a variance of 1.
+    """Standard deviation of the largest `logit_sizes`, for inputs with a variance of 1.
 
     NaN if any weight of the router is, 0 if it has no kernel or its norm does not matter.
     """
@@ -288,7 +288,7 @@ def _router_size(router):
     kernel = getattr(router, "kernel", None)
     if kernel is None:
         return 0.0
-    return np.linalg.norm(health.above_mean(_read(kernel), router), axis=0).max()
+    return np.linalg.norm(health.logit_sizes(_read(kernel), router), axis=0).max()
 
 
 __all__ = ["ExpertHealth"]

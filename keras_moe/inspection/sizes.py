@@ -142,7 +142,7 @@ def count_parameters(model):
         for part in layer.experts._flatten_layers():
             active_shares[part] = min(1.0, active_shares.get(part, 0.0) + share)
     idle = sum((1 - share) * _count_own(part) for part, share in active_shares.items())
-    total = model.count_params()
+    total = model.count_params() + sum(map(_count_unstored, active_shares))
     return total, total - round(idle)
 
 
@@ -190,6 +190,14 @@ def _count(layer):
 def _count_own(part):
     """How many parameters a layer has outside of layers in it, frozen and quantized included."""
     return sum(map(_size, [*part._trainable_variables, *_integers_of(part)]))
+
+
+def _count_unstored(part):
+    """How many more parameters a quantized layer has than numbers: two of four bits are one."""
+    if part.quantization_mode is None:
+        return 0
+    stored = [*part._trainable_variables, *part._non_trainable_variables]
+    return _count_own(part) - sum(map(_size, stored))
 
 
 def _integers_of(part):

@@ -74,8 +74,8 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
             has further options.
         gated_shared_expert: whether the shared expert's output is multiplied by a gate of each
             token, `sigmoid(x g)` with a learned g (D, 1), as in Qwen1.5-MoE and its successors.
-        **kwargs: arguments of a Keras layer, such as `name` and `dtype`. A `dtype` is also that of
-            a bank made without one; the layers of `LayerExperts` keep theirs.
+        **kwargs: arguments of a Keras layer, such as `name` and `dtype`. A bank that was made
+            without a `dtype` takes that of its first layer; `LayerExperts` keep theirs.
 
     Raises:
         ValueError: If an argument is out of its range, or router and bank disagree on the number

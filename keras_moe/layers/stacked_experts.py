@@ -62,6 +62,7 @@ class StackedExperts(ExpertBank, Adaptable):
 
     def take_policy(self, policy):
         if not self.has_own_policy and not self.built:
+            self.has_own_policy = True
             self.dtype_policy = policy
 
     def _policy(self):

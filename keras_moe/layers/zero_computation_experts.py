@@ -28,9 +28,9 @@ class ZeroComputationExperts(ExpertBank):
 
     A token that needs no work goes to a zero expert, whose output is zero, to an identity expert,
     whose output is the token, or to a constant expert, `a x + b v` with a learned vector v and
-    `a, b = softmax(x W)`. None of them moves a row. So easy tokens cost less than hard ones. They
-    serve any number of tokens: a capacity limits the experts that compute. It is computed from the
-    number of all experts.
+    `a, b = softmax(x W)`. None of them moves a row. So easy tokens cost less than hard ones. A
+    capacity, whose E counts all experts, limits those that compute; the others serve any number of
+    tokens.
 
     The weights are those of the router. Use one that does not divide them by their sum, such as
     `TopKRouter(num_experts, renormalize=False)`, as in LongCat-Flash: otherwise the weight of a
@@ -84,6 +84,8 @@ class ZeroComputationExperts(ExpertBank):
             )
         super().__init__(experts.num_experts + number, **kwargs)
         self.experts = experts
+        if self.has_own_policy:
+            self.experts.take_policy(self.dtype_policy)
         self.num_zero = num_zero
         self.num_identity = num_identity
         self.num_constant = num_constant
@@ -117,7 +119,8 @@ class ZeroComputationExperts(ExpertBank):
                 "router whose experts choose. Use, for example, `routers.TopKRouter`."
             )
         tokens = self._compute(tokens)
-        outputs = self.experts(tokens, plan._replace(groups=groups.of_first(self._computing)))
+        computing = plan._replace(groups=groups.of_first(self._computing))
+        outputs = self._compute(self.experts(tokens, computing))
         first_identity = self._computing + self.num_zero
         first_constant = first_identity + self.num_identity
         weight = groups.weight_at(plan.weights, first_identity, first_constant)
@@ -131,10 +134,14 @@ class ZeroComputationExperts(ExpertBank):
     def engine_on(self, platform, static_shapes):
         return self.experts.engine_on(platform, static_shapes)
 
+    def quantized_call(self, *args, **kwargs):
+        return self.call(*args, **kwargs)
+
     def take_policy(self, policy):
-        self.experts.take_policy(policy)
         if not self.has_own_policy and not self.built:
+            self.has_own_policy = True
             self.dtype_policy = in_floats(policy)
+            self.experts.take_policy(policy)
 
     @property
     def num_limited(self):

@@ -128,7 +128,7 @@ def _study_layer(layer, summary, routing, labels, texts):
     entropy = float(metrics.router_entropy(as_tensors(routing))) / np.log(
         max(summary.num_experts, 2)
     )
-    largest = health.above_mean(routing.logits[routing.mask], layer.router).max(initial=0)
+    largest = health.logit_sizes(routing.logits[routing.mask], layer.router).max(initial=0)
     load = health.judge_load(routing.counts, layer.router.min_top_k, layer.balance_advice())
     # A fixed router has no confidence to report.
     decides = isinstance(layer.router, LogitRouter) and len(probs)

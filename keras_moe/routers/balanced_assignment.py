@@ -46,6 +46,7 @@ class BalancedAssignmentRouter(LogitRouter):
 
     causal = False
     default_losses = ()
+    shift_invariant = False
 
     def __init__(self, num_experts=None, **kwargs):
         super().__init__(num_experts, **kwargs)

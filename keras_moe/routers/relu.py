@@ -67,6 +67,7 @@ class ReLURouter(LogitRouter):
     """
 
     default_losses = ()
+    shift_invariant = False
 
     _attribute_checks = {
         "top_k": check_positive_integer,

@@ -130,7 +130,7 @@ class Router(Saved, keras.layers.Layer):
                 check_top_k(getattr(self, name), self.num_experts, type(self).__name__, name)
         if overrides(self, "mean_top_k", Router):
             check_positive_number("mean_top_k", self.mean_top_k)
-        for name in ("causal", "normalizes_kernel"):
+        for name in ("causal", "normalizes_kernel", "shift_invariant"):
             check_flag(name, getattr(self, name))
         super()._post_build()
 
@@ -276,6 +276,11 @@ class Router(Saved, keras.layers.Layer):
     def balance_advice(self):
         """What to try where the load is uneven, if the router balances it by itself, or None."""
         return None
+
+    @property
+    def shift_invariant(self):
+        """Whether a number that is added to all logits of a token changes nothing."""
+        return True
 
     def plan(self, routing, **capacity):
         """The rows that move: see `ops.plan_groups` for the arguments of a capacity."""

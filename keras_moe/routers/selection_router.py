@@ -95,6 +95,10 @@ class SelectionRouter(LogitRouter):
         names = {"bias": self.use_bias, "selection_bias": self.balancer is not None}
         return [*super()._made_by_build(), *(name for name, is_used in names.items() if is_used)]
 
+    @property
+    def shift_invariant(self):
+        return self.score == "softmax"
+
     def balance_advice(self):
         return None if self.balancer is None else self.balancer.balance_advice()
 

@@ -63,8 +63,12 @@ class SinkhornRouter(LogitRouter):
                 scores = sinkhorn_plan(ops.stop_gradient(logits), mask, self.iterations)
             return top_k_indices(scores, self.top_k)
 
-        score = "sigmoid" if self.top_k == 1 else "softmax"
+        score = "softmax" if self.shift_invariant else "sigmoid"
         return top_k_routing(logits, self.top_k, mask, score, renormalize=False, select=select)
+
+    @property
+    def shift_invariant(self):
+        return self.top_k > 1
 
     def get_config(self):
         return {**super().get_config(), "top_k": self.top_k, "iterations": self.iterations}

@@ -70,7 +70,7 @@ class Packed(NamedTuple):
         return self.values.dtype
 
     def floats(self, part, dtype):
-        """`part` of it as floats: of some experts, or the first row alone of one."""
+        """As floats what `part` takes: some experts, or the first rows of one."""
         both = part(self.values)
         low = ops.bitwise_xor(ops.bitwise_and(both, _byte(15)), _byte(8)) - _byte(8)
         values = ops.stack([low, ops.right_shift(both, _byte(4))], axis=-1)
