@@ -86,7 +86,7 @@ def small_tiles(monkeypatch):
 
 @pytest.fixture
 def one_size_of_tiles(monkeypatch):
-    """Of large models: each size is compiled for each pass, and takes most of the time."""
+    """For large models, where compiling each size, forward and backward, takes most of the time."""
     monkeypatch.setattr("keras_moe.ops.grouped.tile_sizes.tile_sizes", lambda *_: (4,))
 
 

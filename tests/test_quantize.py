@@ -7,7 +7,7 @@ from backends import BACKEND, MODES, assert_close, compiled, gradients, to_numpy
 from layer_checks import normal
 
 from keras_moe import backend, inspection, layers, routers
-from keras_moe.ops.grouped import blocks
+from keras_moe.ops.grouped import blocks, records
 
 # Keras asks each layer, and warns of those that cannot, such as its `InputLayer`.
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method")
@@ -185,15 +185,17 @@ def test_few_rows_are_multiplied_by_blocks_of_a_kernel(entries, monkeypatch):
 @pytest.mark.backends("tensorflow")
 @pytest.mark.parametrize("num_rows", [0, 3])
 def test_an_expert_without_rows_converts_one_row_of_its_kernel(num_rows):
-    kernel, rows, lengths = normal(D, H), normal(num_rows, D), []
+    kernel, rows, lengths = normal(1, D, H), normal(num_rows, D), []
 
-    def kernel_of(expert, length):
-        lengths.append(int(length))
-        return kernel[: int(length)]
+    class Recorded(records.Kernels):
+        def of(self, expert, length=None):
+            lengths.append(int(length))
+            return super().of(expert, length)
 
-    products = backend.multiply_groups(rows, [num_rows], [0], kernel_of, H, converts=True)
+    kernels = Recorded(keras.ops.cast(kernel, "float64"), rows.dtype)
+    products = backend.multiply_groups(keras.ops.convert_to_tensor(rows), [num_rows], [0], kernels)
     assert lengths == [D if num_rows else 1]
-    assert_close(to_numpy(products), rows @ kernel)
+    assert_close(to_numpy(products), rows @ kernel[0])
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])

@@ -111,44 +111,30 @@ def knows_sizes():
     return False
 
 
-def multiply_groups(
-    rows,
-    sizes,
-    experts,
-    kernel_of,
-    width,
-    bias=None,
-    transposed=False,
-    scale=None,
-    converts=False,
-):
+def multiply_groups(rows, sizes, experts, kernels, bias=None, transposed=False):
     """One group of rows through the affine map of its expert.
 
     Args:
         rows: (R, D), or (R, H) if `transposed`.
         sizes: list of one size, R.
         experts: list of one number, that of the expert.
-        kernel_of: function from an expert to its kernel (D, H), or `kernel_of(expert, length)` to
-            the first rows of it: int8 where there is a `scale`, otherwise in the dtype of the rows.
-        width: H, or D if `transposed`. Not used.
+        kernels: `Kernels` of all experts.
         bias: (E, H) or None.
         transposed: whether to multiply by the transposed kernel.
-        scale: (E, 1, H) of the columns of the kernels, or None.
-        converts: whether the kernels are stored in another dtype than that of the rows.
 
     Returns:
         (R, H), or (R, D), in the dtype of the rows.
     """
-    (expert,) = experts
+    (expert,), scale = experts, kernels.scale
     if scale is not None and transposed:
         rows *= tf.cast(scale[expert], rows.dtype)
-    if converts and not transposed:
+    if kernels.converts and not transposed:
         # An operation on all of a kernel is too long for an expert without rows, of which decoding
         # has most: there only the first row is converted.
         length = tf.where(sizes[0] > 0, rows.shape[1], 1)
-        product = tf.matmul(rows[:, :length], tf.cast(kernel_of(expert, length), rows.dtype))
+        product = tf.matmul(rows[:, :length], tf.cast(kernels.of(expert, length), rows.dtype))
     else:
-        kernel = tf.cast(kernel_of(expert), rows.dtype)
+        kernel = tf.cast(kernels.of(expert), rows.dtype)
         product = tf.matmul(rows, kernel, transpose_b=transposed)
     if scale is not None and not transposed:
         product *= tf.cast(scale[expert], rows.dtype)

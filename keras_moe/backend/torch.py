@@ -179,40 +179,26 @@ def argmax(scores):
     return torch.argmax(scores, -1).to(torch.int32)
 
 
-def multiply_groups(
-    rows,
-    sizes,
-    experts,
-    kernel_of,
-    width,
-    bias=None,
-    transposed=False,
-    scale=None,
-    converts=False,
-):
+def multiply_groups(rows, sizes, experts, kernels, bias=None, transposed=False):
     """Groups of rows that stand one behind another, each through the affine map of its expert.
 
     Args:
         rows: (R, D), or (R, H) if `transposed`.
         sizes: list of the sizes of the groups.
         experts: list of the expert of each group.
-        kernel_of: function from an expert to its kernel (D, H): int8 where there is a `scale`,
-            otherwise in the dtype of the rows.
-        width: H, or D if `transposed`.
+        kernels: `Kernels` of all experts.
         bias: (E, H) or None.
         transposed: whether to multiply by the transposed kernel.
-        scale: (E, 1, H) of the columns of the kernels, or None.
-        converts: whether the kernels are stored in another dtype than that of the rows. Not used:
-            experts without rows are no groups here.
 
     Returns:
         (R, H), or (R, D), in the dtype of the rows.
     """
+    scale = kernels.scale
     if bias is not None and bias.dtype != rows.dtype:  # an operation of a program, even if equal
         bias = bias.to(rows.dtype)
 
     def multiply(part, expert, output=None, digits=None):
-        kernel = kernel_of(expert)
+        kernel = kernels.of(expert)
         if scale is None:
             if transposed:
                 return torch.mm(part, kernel.mT, out=output)
@@ -233,7 +219,7 @@ def multiply_groups(
     if not knows_sizes():
         (expert,) = experts
         return multiply(rows, expert)
-    outputs = rows.new_empty((rows.shape[0], width))
+    outputs = rows.new_empty((rows.shape[0], kernels.shape[1 if transposed else 2]))
     digits = [None] * len(sizes)
     if scale is not None and not transposed:
         digits = torch_integers.digits_of_groups(rows, sizes)

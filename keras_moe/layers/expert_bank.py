@@ -106,6 +106,13 @@ def get(identifier):
     return resolve("experts", identifier, ExpertBank)
 
 
+def in_floats(policy):
+    """The policy that a quantized one was made from; any other itself."""
+    if policy.quantization_mode is None:
+        return policy
+    return keras.dtype_policies.get(policy.name.rpartition("_from_")[2])
+
+
 def check_shared(bank, inputs_shape):
     """A bank of which another layer may have made the weights, of another width."""
     if not bank.weights:

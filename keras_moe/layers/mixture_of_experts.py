@@ -33,12 +33,12 @@ from keras_moe._internal.validation import (
 )
 from keras_moe.layers import expert_bank
 from keras_moe.layers.capacity import Capacity
-from keras_moe.layers.expert_bank import check_is_layer_of_tokens
+from keras_moe.layers.expert_bank import check_is_layer_of_tokens, in_floats
 from keras_moe.layers.masks import mask_of
 from keras_moe.layers.mixture_state import load_state, save_state
 from keras_moe.layers.recomputation import Recomputable, effects_once
 from keras_moe.layers.routing_account import RoutingAccount
-from keras_moe.layers.sublayers import accepted_arguments, build_and_measure, in_floats, width_of
+from keras_moe.layers.sublayers import accepted_arguments, build_and_measure, width_of
 from keras_moe.ops.sizes import at_least
 
 

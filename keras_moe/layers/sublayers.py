@@ -143,10 +143,3 @@ def _without_names(config):
 def _has_state(layer):
     parameters = {id(variable) for variable in parameters_of(layer)}
     return any(id(variable) not in parameters for variable in layer.variables)
-
-
-def in_floats(policy):
-    """The policy that a quantized one was made from; any other itself."""
-    if policy.quantization_mode is None:
-        return policy
-    return keras.dtype_policies.get(policy.name.rpartition("_from_")[2])

@@ -7,8 +7,8 @@ from keras_moe._internal.serialization import config_of, register
 from keras_moe._internal.shape_checks import check_inputs_shape
 from keras_moe._internal.validation import check_instance, is_whole, shortened
 from keras_moe.layers import expert_bank
-from keras_moe.layers.expert_bank import ExpertBank
-from keras_moe.layers.sublayers import in_floats, width_of
+from keras_moe.layers.expert_bank import ExpertBank, in_floats
+from keras_moe.layers.sublayers import width_of
 from keras_moe.ops.assignments import Choices
 from keras_moe.ops.groups import ChosenGroups
 

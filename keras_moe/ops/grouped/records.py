@@ -97,6 +97,44 @@ def floats(weights, part, dtype):
     return ops.cast(part(weights), dtype)
 
 
+class Kernels(NamedTuple):
+    """The kernels of a map, which `backend.multiply_groups` takes one expert at a time.
+
+    - `stored`: (E, D, H) tensor, `Quantized` or `Packed`.
+    - `dtype`: that of the rows.
+    """
+
+    stored: Any
+    dtype: Any
+
+    @property
+    def shape(self):
+        return self.stored.shape
+
+    @property
+    def scale(self):
+        """(E, 1, H) of the columns, or None. Scaling rows is cheaper than scaling kernels."""
+        return self.stored.scale if isinstance(self.stored, Quantized) else None
+
+    @property
+    def converts(self):
+        """Whether they are stored in another dtype than that of the rows."""
+        return self.stored.dtype != self.dtype
+
+    def of(self, expert, length=None):
+        """The kernel (D, H) of an expert, or the first rows of it.
+
+        It is int8 where there is a `scale`, otherwise in the dtype of the rows.
+        """
+
+        def part(stacked):
+            return stacked[expert] if length is None else stacked[expert][:length]
+
+        if self.scale is not None:
+            return part(self.stored.values)
+        return floats(self.stored, part, self.dtype)
+
+
 def _byte(number):
     return ops.convert_to_tensor(number, "int8")
 

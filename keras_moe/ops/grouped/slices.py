@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_moe import backend
-from keras_moe.ops.grouped.records import Gradients, Parameters, Quantized, floats
+from keras_moe.ops.grouped.records import Gradients, Kernels, Parameters
 from keras_moe.ops.grouped.steps import products_of
 from keras_moe.ops.groups import row_sums
 
@@ -81,21 +81,8 @@ class _Run(NamedTuple):
         return products_of(project, pull)
 
     def _multiply(self, rows, kernel, bias=None, transposed=False):
-        width, scale = kernel.shape[1 if transposed else 2], None
-        converts = kernel.dtype != rows.dtype
-        if isinstance(kernel, Quantized):
-            # Scaling rows is cheaper than scaling kernels.
-            kernel, scale = kernel
-
-        def kernel_of(expert, length=None):
-            def part(stacked):
-                return stacked[expert] if length is None else stacked[expert][:length]
-
-            return part(kernel) if scale is not None else floats(kernel, part, rows.dtype)
-
-        return backend.multiply_groups(
-            rows, self.sizes, self.experts, kernel_of, width, bias, transposed, scale, converts
-        )
+        kernels = Kernels(kernel, rows.dtype)
+        return backend.multiply_groups(rows, self.sizes, self.experts, kernels, bias, transposed)
 
 
 def _runs(setting, groups):
