@@ -1,6 +1,7 @@
 """Converts the examples to notebooks: `python docs/notebooks.py` writes docs/notebooks/.
 
 A string on its own in an example is a cell of prose, what is between two of them a cell of code.
+The site has a page of the same cells for each example, see `example_pages.py`.
 """
 
 import ast
@@ -22,7 +23,10 @@ def main():
 def notebook_of(source):
     """The text of the notebook (nbformat 4) of an example."""
     notebook = {
-        "cells": [_code(_install_line(source)), *_cells(source)],
+        "cells": [
+            _code_cell(_install_line(source)),
+            *(_prose_cell(text) if prose else _code_cell(text) for prose, text in _cells(source)),
+        ],
         "metadata": {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}
         },
@@ -30,6 +34,13 @@ def notebook_of(source):
         "nbformat_minor": 4,
     }
     return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+
+
+def page_of(source):
+    """The Markdown of an example."""
+    return "\n\n".join(
+        text if prose else f"```python\n{text}\n```" for prose, text in _cells(source)
+    )
 
 
 def is_prose(node):
@@ -48,19 +59,24 @@ def _install_line(source):
 
 
 def _cells(source):
+    """Yield whether a cell is prose, and its text."""
     lines = source.splitlines()
     title, _, rest = ast.get_docstring(ast.parse(source)).partition("\n")
     prose = [node for node in ast.parse(source).body if is_prose(node)]
     ends = [node.lineno - 1 for node in prose[1:]] + [len(lines)]
     for node, end in zip(prose, ends):
         text = node.value.value.strip() if node is not prose[0] else f"# {title}\n{rest}"
-        yield {"cell_type": "markdown", "metadata": {}, "source": text.splitlines(keepends=True)}
+        yield True, text
         code = "\n".join(lines[node.end_lineno : end]).strip("\n")
         if code:
-            yield _code(code)
+            yield False, code
 
 
-def _code(text):
+def _prose_cell(text):
+    return {"cell_type": "markdown", "metadata": {}, "source": text.splitlines(keepends=True)}
+
+
+def _code_cell(text):
     return {
         "cell_type": "code",
         "execution_count": None,

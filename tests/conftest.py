@@ -128,6 +128,32 @@ def draws_of_one_seed():
     np.random.seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def data_is_not_tuned():
+    """TensorFlow tunes datasets in threads that sleep longer and longer.
+
+    Where an iterator is deleted late, as by the search for garbage after a file, that waits for its
+    thread to wake up: up to 20 seconds.
+    """
+    from backends import BACKEND
+
+    if BACKEND != "tensorflow":
+        yield
+        return
+    import tensorflow as tf
+
+    iterate = tf.data.Dataset.__iter__
+
+    def iterate_untuned(dataset):
+        options = tf.data.Options()
+        options.autotune.enabled = False
+        return iterate(dataset.with_options(options))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tf.data.Dataset, "__iter__", iterate_untuned)
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_what_was_compiled():
     """JAX keeps every function it ever compiled, some gigabytes at the end of a suite.

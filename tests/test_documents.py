@@ -78,6 +78,7 @@ def test_the_start_page_trains_saves_and_loads(tmp_path, monkeypatch):
 def test_the_site_has_every_page_and_every_public_part():
     site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    pages |= {f"examples/{path.stem}.md" for path in (ROOT / "examples").glob("*.py")}
     assert pages == set(re.findall(r"[\w/]+\.md", site))
     reference = "".join(path.read_text("utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
     for name in dir(keras_moe):

@@ -153,10 +153,15 @@ def test_a_notebook_holds_the_code_of_its_example(path):
     assert notebook["nbformat"] == 4
     install, *cells = notebook["cells"]
     assert len(install["source"]) == 1 and install["source"][0].startswith("!pip install ")
-    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert_all_code(
+        ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"), source
+    )
+
+
+def assert_all_code(cells, source):
     expected = ast.parse(source)
     expected.body = [node for node in expected.body if not NOTEBOOKS["is_prose"](node)]
-    assert ast.dump(ast.parse(code)) == ast.dump(expected)
+    assert ast.dump(ast.parse("\n".join(cells))) == ast.dump(expected)
 
 
 def test_there_is_a_notebook_for_each_example_and_no_other():
@@ -164,8 +169,16 @@ def test_there_is_a_notebook_for_each_example_and_no_other():
     assert {path.stem for path in notebooks} == {path.stem for path in EXAMPLES}
 
 
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_a_page_of_the_site_holds_the_code_of_its_example(path):
+    source = path.read_text(encoding="utf-8")
+    page = NOTEBOOKS["page_of"](source)
+    assert page.startswith("# ")
+    assert_all_code(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL), source)
+
+
 def test_the_readme_lists_each_example_with_its_number_of_lines():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `examples/(\w+)\.py` \|.*\| (\d+) \|$", readme, flags=re.MULTILINE)
+    rows = re.findall(r"^\| \[`examples/(\w+)\.py`\].*\| (\d+) \|$", readme, flags=re.MULTILINE)
     lines = {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES}
     assert {name: int(number) for name, number in rows} == lines

@@ -44,9 +44,21 @@ def batch(size):
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_serves_batches_of_sizes_not_seen_at_export(name, tmp_path):
-    program = PROGRAMS[name]
     keras.utils.set_random_seed(0)
-    model = with_every_bank()
+    assert_serves(with_every_bank(), PROGRAMS[name], tmp_path)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="LiteRT is written from TensorFlow")
+def test_experts_in_int8_go_to_litert(tmp_path):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((S, D))
+    outputs = layers.MixtureOfExperts(layers.FeedForwardExperts(E, 16))(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(2)(outputs))
+    model.quantize("int8", filters="experts")
+    assert_serves(model, PROGRAMS["litert"], tmp_path)
+
+
+def assert_serves(model, program, tmp_path):
     inputs = {str(size): batch(size) for size in BATCHES}
     expected = {size: to_numpy(model(value)) for size, value in inputs.items()}
     path = tmp_path / f"model{program.ending}"

@@ -169,6 +169,14 @@ def test_a_loss_that_is_off_or_large_is_not_rebalanced(weight, advice):
 
 
 @of_counts
+def test_a_weight_is_large_by_what_is_usual_for_its_loss():
+    router = routers.TopKRouter(EXPERTS, kernel_initializer="zeros", trainable=False)
+    layer = expert_layer(router, [LargeBalance(0.5)])
+    findings, _ = watched(model_of(layer), *clustered(0), ExpertHealth(rebalance=True, stop=True))
+    assert findings[0][2].fix.startswith("The weight of its LargeBalance is now 5. ")
+
+
+@of_counts
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_inputs_far_from_zero_collapse_until_they_are_centred(top_k):
     x, y = clustered(0)
@@ -331,6 +339,10 @@ class OwnBalance(losses.RouterLoss):
     balances = True
 
 
+class LargeBalance(losses.LoadBalance):
+    usual_weight = 1.0
+
+
 ADVICE = {
     "add `losses.LoadBalance()`": lambda: moe(router_losses=["router_z"]),
     "by LoadBalance(weight=0.02): give it ten times": lambda: moe(
@@ -340,6 +352,8 @@ ADVICE = {
         router_losses=[losses.LoadBalance(0.1)]
     ),
     "by OwnBalance(weight=0.05): give it ten times": lambda: moe(router_losses=[OwnBalance(0.05)]),
+    "by LargeBalance(weight=5): give it ten times": lambda: moe(router_losses=[LargeBalance(5.0)]),
+    "by LargeBalance(weight=10), a large weight": lambda: moe(router_losses=[LargeBalance(10.0)]),
     "by LossFreeBias(rate=0.001): raise the rate, for example to 0.01.": lambda: moe(
         router=routers.TopKRouter(balancer="loss_free")
     ),
@@ -358,7 +372,7 @@ def test_the_advice_names_what_balances(text):
     layer = ADVICE[text]()
     assert text in layer.balance_advice()
     assert ("add `losses" in layer.balance_advice()) == ("add `losses" in text)
-    assert "centre them first" in layer.balance_advice()
+    assert "have means far from zero, centre them, by" in layer.balance_advice()
 
 
 def test_the_advice_names_the_weight_in_force():

@@ -71,6 +71,15 @@ def test_values_of_a_trial_reach_the_layer():
     assert [loss.weight for loss in layer.router_losses] == [0.0]
 
 
+def test_losses_of_ones_own_join_those_of_the_space():
+    searched = space(loss_weights={"router_z": (0.001,)})
+    layer = searched.sample(hyperparameters(), router_losses=[losses.LoadBalance(0.05)])
+    assert [(type(loss), loss.weight) for loss in layer.router_losses] == [
+        (losses.RouterZ, 0.001),
+        (losses.LoadBalance, 0.05),
+    ]
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 @pytest.mark.parametrize("num_experts", [4, 8])
 def test_the_active_size_depends_on_the_active_width_alone(num_experts, top_k):
@@ -149,8 +158,9 @@ ERRORS = [
     ),
     (
         {"loss_weights": {"z": (1,)}},
-        f"`loss_weights` must be one of {', '.join(map(repr, sorted(losses.BY_NAME)))}. "
-        "Received: loss_weights='z'. Did you mean 'router_z'?",
+        f"`loss_weights` must be of losses among {', '.join(map(repr, sorted(losses.BY_NAME)))}. "
+        "Received: the name 'z'. Did you mean 'router_z'? A loss of your own goes to "
+        "`sample(..., router_losses=[...])`.",
     ),
     (
         {"capacity_factors": (0,)},

@@ -262,3 +262,14 @@ def test_layers_that_look_like_a_feed_forward_and_stay_dense_are_named():
     with pytest.warns(UserWarning, match=r"stay dense: \['up_1'\]"):
         model = keras_moe.upcycle(keras.Model(inputs, x))
     assert list(inspection.moe_layers(model)) == ["up_0_experts"]
+
+
+def test_keras_sets_the_seed_of_routers_that_are_given_none():
+    kernels = []
+    for _ in range(2):
+        keras.utils.set_random_seed(1)
+        model = keras_moe.upcycle(graph_model(1), num_experts=4, reinitialized=0.25)
+        (layer,) = inspection.moe_layers(model).values()
+        kernels.append([array(layer.router.kernel), array(layer.experts.up_kernel)])
+    for first, second in zip(*kernels):
+        np.testing.assert_array_equal(first, second)

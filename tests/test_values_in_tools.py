@@ -13,6 +13,7 @@ from keras_moe import (
     convert,
     inspection,
     layers,
+    losses,
     optimizers,
     report,
     routers,
@@ -351,7 +352,13 @@ def test_a_tuner_refuses():
         "chosen": [
             (
                 lambda v: tuner.SearchSpace((8,)).sample(hp(), **v),
-                [{"router": "soft"}, {"router_losses": ()}, {"capacity_factor": 1.0}],
+                [{"router": "soft"}, {"capacity_factor": 1.0}],
+            ),
+        ],
+        "losses besides": [
+            (
+                lambda v: tuner.SearchSpace((8,)).sample(hp(), router_losses=v),
+                [None, "load_balance", losses.LoadBalance(), [1]],
             ),
         ],
         "logs": [

@@ -12,7 +12,6 @@ from keras_moe import health
 from keras_moe._internal.named_arguments import NamedArguments, check_is_made
 from keras_moe._internal.validation import check_flag, check_positive_integer
 from keras_moe.inspection import moe_layers
-from keras_moe.losses.router_loss import LARGE_WEIGHT
 
 # A collapse that recovers at this rate from look to look is not reported.
 _RECOVERY = 0.02
@@ -51,8 +50,10 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
         patience: looks that a collapse must last before it is reported.
         stop: whether a problem ends the training, one batch after the look.
         rebalance: whether a collapse or a dead expert makes the layer's balancing losses ten times
-            as heavy, once, where their weight is below 0.1. `layer.loss_weights_in_force` has the
-            present weights; the losses in `router_losses` and the config keep the original ones.
+            as heavy, once, where their weight is below ten times the usual one: 0.1 for
+            `losses.LoadBalance` and losses without a `usual_weight`. `layer.loss_weights_in_force`
+            has the present weights; the losses in `router_losses` and the config keep the original
+            ones.
 
     Raises:
         ValueError: If an argument is out of its range, or the model has no MoE layer.
@@ -191,7 +192,7 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
             zip(layer.router_losses, layer.loss_weights_in_force)
         ):
             # In a resumed training it may have been raised before.
-            if loss.balances and 0 < weight < min(LARGE_WEIGHT, 9 * loss.weight):
+            if loss.balances and 0 < weight < min(loss.large_weight, 9 * loss.weight):
                 layer.set_router_loss_weight(index, 10 * weight)
                 done.append(f"The weight of its {type(loss).__name__} is now {10 * weight:g}.")
         if done:

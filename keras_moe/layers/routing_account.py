@@ -148,10 +148,10 @@ class RoutingAccount(Saved, keras.layers.Layer):
                 "A selection bias balances without a loss: see `balancer` of `TopKRouter`."
             )
         return (
-            "Do the features of the inputs have means far from zero? Then centre them first, by "
-            "`keras.layers.Normalization` or `BatchNormalization` before the layer. "
-            f"{' '.join(advice)} A lower learning rate in the first steps and `logit_noise` in the "
-            "router help as well."
+            f"{' '.join(advice)} If the features of the layer's inputs have means far from zero, "
+            "centre them, by `keras.layers.Normalization` or `BatchNormalization` before the "
+            "layer. A lower learning rate in the first steps and `logit_noise` in the router help "
+            "as well."
         )
 
     def set_router_loss_weight(self, index, weight):

@@ -4,8 +4,11 @@ from keras_moe._internal.serialization import Configured
 from keras_moe._internal.tensor_checks import check_is_scalar
 from keras_moe._internal.validation import check_not_negative
 
-# A weight of 0.1 or more should not grow. A little less, as layers keep 0.1 in float32.
-LARGE_WEIGHT = 0.0999
+# A weight of so many times the usual one should not grow. A little less, as layers keep weights in
+# float32.
+_LARGE = 9.99
+# That of `LoadBalance`, for a loss that does not say.
+_USUAL_WEIGHT = 1e-2
 
 
 class RouterLoss(Configured):
@@ -14,8 +17,9 @@ class RouterLoss(Configured):
     A subclass implements `compute(routing)`, which returns the loss before its weight. One that
     judges sequences sets `per_sequence` and implements `compute(routing, sequence_length)`. One
     that spreads the load over the experts sets `balances`; advice about the layer then names it.
-    With `usual_weight` set as well, `callbacks.ExpertHealth` also warns of a weight below a
-    thousandth of it, and of ten times as much or more where that is a large part of the loss. One
+    With `usual_weight` set as well, advice calls ten times as much a large weight, and
+    `callbacks.ExpertHealth` also warns of a weight below a thousandth of it, and of a large one
+    where that is a large part of the loss. One
     that is not 0 where all experts serve alike sets `value_at_balance` to what it is there, before
     its weight, so that this constant is not taken for a heavy loss.
 
@@ -68,13 +72,18 @@ class RouterLoss(Configured):
         """The loss outside of training: no state changes."""
         return self.compute(routing, **kwargs)
 
+    @property
+    def large_weight(self):
+        """From which on a weight should not grow: ten times the usual one, 0.1 if there is none."""
+        return _LARGE * (self.usual_weight or _USUAL_WEIGHT)
+
     def balance_advice(self, weight):
         """What to try where the load is uneven in spite of the loss, which has this weight now."""
         weight = check_not_negative("weight", weight)
         balanced = f"The load is balanced by {type(self).__name__}(weight={weight:g})"
         if not weight:
             return f"{balanced}: give it a weight above 0."
-        if weight < LARGE_WEIGHT:
+        if weight < self.large_weight:
             return f"{balanced}: give it ten times the weight."
         return (
             f"{balanced}, a large weight: with a larger one the router may learn balance instead "

@@ -11,9 +11,12 @@ from keras_moe._internal.named_arguments import NamedArguments, check_is_made
 from keras_moe._internal.validation import (
     check_choice,
     check_function,
+    check_list,
     check_name,
     check_not_negative,
     check_positive_integer,
+    listed,
+    propose,
     shortened,
 )
 
@@ -22,7 +25,7 @@ TAKE_TOP_K = ("cosine", "deepseek_v3", "noisy_top_k", "sinkhorn", "top_k")
 SET_TOP_K = ("balanced_assignment", "switch")
 
 # Arguments of the layer that a space gives it.
-_CHOSEN = ("router", "router_losses", "capacity_factor")
+_CHOSEN = ("router", "capacity_factor")
 
 
 def _values(name, values):
@@ -112,12 +115,14 @@ class SearchSpace(NamedArguments):
         self.name = name
         self._check()
 
-    def sample(self, hp, experts=layers.FeedForwardExperts, **kwargs):
+    def sample(self, hp, experts=layers.FeedForwardExperts, router_losses=(), **kwargs):
         """A layer of the values that `hp` has in this trial.
 
         Args:
             hp: the `keras_tuner.HyperParameters` that a model-building function is given.
             experts: function of `num_experts` and `hidden_dim` that makes the bank of experts.
+            router_losses: losses besides those in `loss_weights`, such as one of your own whose
+                weight is `hp.Choice("weight", ...)`.
             **kwargs: further arguments of the layer, such as `name` and `shared_expert`.
 
         Returns:
@@ -144,6 +149,7 @@ class SearchSpace(NamedArguments):
                 f"{experts.__name__}. Pass, for example, `layers.GatedExperts`."
             )
         check_function("experts", experts, "num_experts", "hidden_dim")
+        check_list("router_losses", router_losses)
         for name in _CHOSEN:
             if name in kwargs:
                 raise ValueError(
@@ -155,7 +161,7 @@ class SearchSpace(NamedArguments):
             router = self._sample_router(hp, num_experts)
             hidden_dim = self._choose(hp, "active_width", self.active_width) // router.max_top_k
             capacity = self.capacities[self._choose(hp, "capacity_factor", list(self.capacities))]
-            router_losses = [
+            searched = [
                 losses.BY_NAME[loss](self._choose(hp, f"{loss}_weight", weights))
                 for loss, weights in self.loss_weights.items()
             ]
@@ -166,7 +172,7 @@ class SearchSpace(NamedArguments):
                 f"{type(bank).__name__}. Pass, for example, `layers.GatedExperts`."
             )
         return layers.MixtureOfExperts(
-            bank, router, router_losses, capacity_factor=capacity, **kwargs
+            bank, router, [*searched, *router_losses], capacity_factor=capacity, **kwargs
         )
 
     def _choose(self, hp, name, values):
@@ -203,7 +209,13 @@ class SearchSpace(NamedArguments):
             for combination in itertools.product(self.num_experts, top_k):
                 self._check_width(_router(name, *combination).max_top_k)
         for loss in self.loss_weights:
-            check_choice("loss_weights", loss, sorted(losses.BY_NAME))
+            names = sorted(losses.BY_NAME)
+            if loss not in names:
+                raise ValueError(
+                    f"`loss_weights` must be of losses among {listed(names)}. Received: the name "
+                    f"{shortened(loss)}. {propose(loss, names)} A loss of your own goes to "
+                    "`sample(..., router_losses=[...])`."
+                )
         for capacity in self.capacities.values():
             layers.Capacity.get(capacity)
 

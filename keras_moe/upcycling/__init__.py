@@ -1,5 +1,6 @@
 """Dense models become mixtures of experts."""
 
+import random
 import warnings
 
 import keras
@@ -70,7 +71,7 @@ def upcycle(
             it, or after its first `Dense`. None: all.
         every: n for every n-th of them, beginning with the n-th.
         router_losses: as in `layers.MixtureOfExperts`.
-        seed: integer, or None.
+        seed: integer. None draws one from Keras's, which `keras.utils.set_random_seed` sets.
 
     Returns:
         The model, with a `layers.MixtureOfExperts` for each of the layers, called
@@ -113,7 +114,7 @@ def upcycle(
         )
     for feed_forward in chosen:
         _check_layers(feed_forward, granularity)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(random.randrange(2**32) if seed is None else seed)
     mixtures = []
     for feed_forward in chosen:
         mixture = _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng)
