@@ -28,8 +28,8 @@ INDIFFERENT = 0.995
 CERTAIN = 0.05
 # exp(30) is as far as float32 keeps a second choice apart from nothing.
 EXPLODED_LOGIT = 30.0
-# Weights of a balancing loss, as multiples of its usual one.
-WEAK_WEIGHT, HEAVY_WEIGHT = 1e-3, 10.0
+# Weights of a balancing loss, as multiples of its usual one; advice goes up to ten times that.
+WEAK_WEIGHT, HEAVY_WEIGHT = 1e-3, 10.01
 # What it adds to its value at an even load, as a share of the rest of the loss.
 HEAVY_SHARE = 0.1
 # Fewer assignments an expert are not enough to call it dead.
@@ -241,7 +241,8 @@ def judge_heavy_losses(router_losses, weights, total, values=None):
     Args:
         router_losses: the losses of all MoE layers of a model, one behind another.
         weights: the weight that each has now.
-        total: the loss of the model.
+        total: the loss of the model: the largest of all epochs, as any loss is large beside that of
+            a task that is learned.
         values: the mean of each loss before its weight, over about the steps of `total`. None, or
             NaN in their place, if they were not measured: nothing is found then.
     """
@@ -265,7 +266,7 @@ def judge_heavy_losses(router_losses, weights, total, values=None):
     if not excess >= HEAVY_SHARE * abs(rest) > 0:
         return None
     names = dict.fromkeys(f"{type(loss).__name__}(weight={weight:g})" for loss, weight, _ in heavy)
-    text = f"{' and '.join(names)} is {excess:.3g} of a loss of {rest:.3g}"
+    text = f"{' and '.join(names)} is {excess:.3g} of a loss of up to {rest:.3g}"
     if constant:
         text += f", not counting the constant {constant:.3g} of balancing losses at an even load"
     fix = (

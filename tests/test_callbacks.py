@@ -259,10 +259,13 @@ def test_names_of_losses_are_those_that_keras_would_give():
         def compute(self, routing):
             return keras.ops.sum(routing.probs)
 
-    model = keras.Sequential([moe(router_losses=[KLToUniform(0.1), "router_z"], name="moe")])
+    class SpreadLoss(KLToUniform):
+        pass
+
+    model = keras.Sequential([moe(router_losses=[KLToUniform(0.1), SpreadLoss(0.1)], name="moe")])
     model.compile("sgd", "mse")
     history = model.fit(normal(4, D), normal(4, D), callbacks=[ExpertMonitor()], verbose=0).history
-    assert {"moe_kl_to_uniform_loss", "moe_router_z_loss"} <= set(history)
+    assert {"moe_kl_to_uniform_loss", "moe_spread_loss"} <= set(history)
 
 
 class Interruption(Exception):

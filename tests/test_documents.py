@@ -100,13 +100,25 @@ def test_the_page_on_reliability_pads_to_few_lengths():
     np.testing.assert_array_equal(pad(np.ones((1, 6))), [[1, 1, 1, 1, 1, 1, 0, 0]])
 
 
-@pytest.mark.backends("jax", "torch")  # TensorFlow fixes the order of `fit` before
-def test_the_page_on_reliability_repeats_the_order_of_an_epoch(tmp_path):
-    seeding = run("docs/reliability.md")["SeedEachEpoch"]
+@pytest.mark.parametrize(
+    "shuffled_by", ["data", pytest.param("fit", marks=pytest.mark.backends("jax", "torch"))]
+)
+def test_the_page_on_reliability_repeats_the_order_of_an_epoch(shuffled_by, tmp_path):
+    names = run("docs/reliability.md")
     x = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
 
-    def fit(model, **epochs):
-        model.fit(x, x[:, :1], batch_size=2, verbose=0, callbacks=[seeding()], **epochs)
+    def fit(model, epochs, initial_epoch=0):
+        if shuffled_by == "data":
+            data = {"x": names["Shuffled"](x, x[:, :1], 2, initial_epoch)}
+        else:
+            data = {"x": x, "y": x[:, :1], "batch_size": 2}
+        model.fit(
+            **data,
+            epochs=epochs,
+            initial_epoch=initial_epoch,
+            callbacks=[names["SeedEachEpoch"]()],
+            verbose=0,
+        )
         return model
 
     keras.utils.set_random_seed(0)

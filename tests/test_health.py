@@ -411,6 +411,29 @@ def test_a_loss_of_ones_own_is_judged_by_the_weight_it_says_is_usual():
     assert "Overload(weight=50) is 51 of" in found.text and "of about 0.01" in found.fix
 
 
+def test_ten_times_the_usual_weight_is_not_heavy():
+    found = [losses.LoadBalance(0.1)]
+    weight = float(np.float32(0.1))  # as a layer keeps it
+    assert health.judge_heavy_losses(found, [weight], 0.2, [2.0]) is None
+    assert health.judge_heavy_losses(found, [2 * weight], 0.2, [2.0]) is not None
+
+
+@of_counts
+def test_a_loss_is_not_heavy_because_the_task_is_learned():
+    layer = expert_layer(router_losses=[losses.LoadBalance(1.0)])
+    watchdog = ExpertHealth()
+    watchdog.set_model(model_of(layer))
+    watchdog.on_train_begin()
+    for loss, value, expected in ((9.0, 1.0, 0), (1.1, 1.05, 0), (6.0, 5.0, 1)):
+        layer.router_loss_totals.assign([value])
+        layer.call_count.assign(1.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            watchdog.on_epoch_end(0, {"loss": loss})
+        layer.reset_counts()
+        assert len(watchdog.findings) == expected
+
+
 def test_the_constant_part_of_a_loss_is_not_heavy():
     found = [losses.LoadBalance(1.0), losses.RouterZ()]
     # The task has a loss of 0.1; an even load, one that is not, and one that was not measured.

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from layer_checks import D, E, array, gradients, moe, normal, one_hot, one_hot_router
 
+import keras_moe
 from keras_moe import layers, losses, routers
 
 BACKEND = keras.backend.backend()
@@ -252,6 +253,83 @@ def test_any_layers_learn_inside_fit(jit_compile):
     assert history.history["loss"][-1] < history.history["loss"][0]
     for weight, value in zip(layer.experts.trainable_weights, before):
         assert (array(weight) != value).any(), weight.path
+
+
+@compiled
+def test_mixtures_inside_of_experts_count_and_balance_their_own_tokens(jit_compile):
+    skip_unless_it_compiles(jit_compile)
+    inner = layers.MixtureOfExperts(layers.FeedForwardExperts(2, 4), "switch", ["load_balance"])
+    bank = layers.LayerExperts([keras.Sequential([inner]), keras.layers.Dense(D)])
+    layer = moe(bank, router=routers.TopKRouter(top_k=1), router_losses=())
+    fit_once(layer, normal(20, D), jit_compile)
+    assert array(inner.expert_counts).sum() == array(layer.expert_counts)[0] > 0
+
+
+class WithMetric(keras.layers.Dense):
+    def __init__(self):
+        super().__init__(D)
+        self.metric = keras.metrics.Sum(name="seen")
+
+    def call(self, inputs):
+        self.metric.update_state(keras.ops.ones(()))
+        return super().call(inputs)
+
+
+@pytest.mark.backends("tensorflow", "torch")  # on JAX Keras itself fails with such a layer
+@pytest.mark.parametrize(
+    "host",
+    [
+        lambda: moe(shared_expert=WithMetric()),
+        lambda: layers.TransformerEncoderBlock(2, WithMetric()),
+        lambda: moe(layers.LayerExperts([WithMetric()]), router=routers.TopKRouter(top_k=1)),
+    ],
+)
+def test_metrics_of_a_layer_inside_are_updated(host):
+    model = keras.Sequential([keras.Input((3, D)), host()])
+    model.compile("sgd", "mse", jit_compile=False)
+    history = model.fit(normal(4, 3, D), normal(4, 3, D), batch_size=2, verbose=0).history
+    assert history["seen"] == [2.0]
+
+
+def test_a_layer_inside_may_write_its_own_kernel():
+    normalized = keras.layers.SpectralNormalization(keras.layers.Dense(D), power_iterations=20)
+    layer = moe(shared_expert=normalized)
+    layer(normal(4, D), training=True)
+    assert abs(np.linalg.norm(array(normalized.layer.kernel), 2) - 1) < 0.05
+    experts = layers.LayerExperts([keras.layers.SpectralNormalization(keras.layers.Dense(D))])
+    with pytest.raises(ValueError, match="must not write its trainable weights in a call"):
+        moe(experts, router=routers.TopKRouter(top_k=1))(normal(4, D), training=True)
+
+
+@compiled
+def test_experts_that_were_alike_may_become_different(jit_compile):
+    skip_unless_it_compiles(jit_compile)
+    dense = [keras.layers.Dense(D) for _ in range(2)]
+    layer = moe(layers.LayerExperts(dense), router=routers.TopKRouter(top_k=1))
+    model = keras.Sequential([keras.Input((D,)), layer])
+    dense[0].enable_lora(2)
+    dense[1].activation = keras.activations.relu
+    model.compile(jit_compile=jit_compile)
+    x = normal(8, D)
+    with keras_moe.ops.platform("gpu"):
+        outputs = model.predict(x, verbose=0)
+    routing = layer(x, return_routing=True)[1]
+    chosen, weights = array(routing.indices)[:, 0], array(routing.weights)
+    expected = np.stack([array(dense[e](token[None]))[0] for e, token in zip(chosen, x)])
+    np.testing.assert_allclose(outputs, weights * expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_set", ["when made", "later"])
+def test_a_frozen_layer_moves_no_bias(is_set):
+    frozen = {"trainable": False} if is_set == "when made" else {}
+    router = routers.TopKRouter(E, balancer="loss_free")
+    layer = layers.MixtureOfExperts(layers.FeedForwardExperts(E, 4), router, **frozen)
+    if is_set == "later":
+        layer.trainable = False
+    layer(normal(8, D), training=True)
+    assert not array(router.selection_bias).any()
+    block = layers.TransformerEncoderBlock(2, keras.layers.Dense(D), **frozen)
+    assert block.feedforward.trainable == (not frozen)
 
 
 @compiled

@@ -39,6 +39,17 @@ def bank_of(model):
     return model.layers[-1].experts
 
 
+def test_kernels_stay_frozen_when_a_model_is_thawed(model):
+    bank = bank_of(model)
+    bank.enable_lora(RANK)
+    model.layers[-1].router.enable_lora(RANK)
+    trained_paths = [weight.path for weight in model.trainable_variables]
+    model.trainable = False
+    assert not model.trainable_variables
+    model.trainable = True
+    assert [weight.path for weight in model.trainable_variables] == trained_paths
+
+
 def test_nothing_changes_before_training_and_only_factors_after(model):
     bank, x = bank_of(model), array(normal(8, D))
     before = to_numpy(model(x))

@@ -155,3 +155,29 @@ def test_checkpoint_of_torch(make):
     plain = step(lambda layer, inputs: layer(inputs, training=True))
     for again, each in zip(step(checkpointed), plain):
         assert_close(again, each, scale=max(1.0, np.max(np.abs(each), initial=0.0)))
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("make", [mixture, block])
+@pytest.mark.parametrize("told", [{}, {"training": False}], ids=["not told", "told"])
+def test_checkpoint_of_torch_without_training(make, told):
+    import torch
+
+    layer = make()
+    inputs = keras.ops.convert_to_tensor(normal(2, LENGTH, D)).requires_grad_()
+    layer(inputs)  # builds it
+
+    def gradient(call):
+        return torch.autograd.grad(call(layer, inputs).sum(), inputs)[0]
+
+    expected = gradient(lambda layer, inputs: layer(inputs, **told))
+    for trained_before in (False, True):
+        if trained_before:
+            layer(inputs.detach(), training=True)
+            expected = gradient(lambda layer, inputs: layer(inputs, **told))
+        again = gradient(
+            lambda layer, inputs: torch.utils.checkpoint.checkpoint(
+                layer, inputs, use_reentrant=False, **told
+            )
+        )
+        assert_close(to_numpy(again), to_numpy(expected))

@@ -1518,9 +1518,11 @@ def test_a_routing_of_ones_own_cannot_reach_out_of_range(index):
 def test_a_position_in_a_tensor_is_moved_to_where_there_is_room(position, nearest):
     block, x = decoder(), normal(1, 2, D)
     cache = block.make_cache(1, 4)
-    _, moved = block(x, cache=cache, position=tensor(position, "int32"))
+    outputs, moved = block(x, cache=cache, position=tensor(position, "int32"))
     seen = array(moved["mask"])[0]
     np.testing.assert_array_equal(np.flatnonzero(seen), [nearest, nearest + 1])
+    expected, _ = block(x, cache=cache, position=nearest)
+    np.testing.assert_allclose(array(outputs), array(expected), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(

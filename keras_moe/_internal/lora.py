@@ -14,7 +14,7 @@ from keras_moe._internal.validation import check_positive_integer, check_positiv
 
 
 class Adaptable:
-    """What layers with LoRA have in common. Behind `keras.Layer` in the bases of a class.
+    """What layers with LoRA have in common. Before a `keras.Layer` in the bases of a class.
 
     A subclass implements `add_factors(a_initializer, b_initializer)`, which `build` calls as well
     where there is a `lora_rank`, and puts `lora_config` into its own.
@@ -23,6 +23,19 @@ class Adaptable:
     lora_rank: Any = None
     lora_alpha: Any = None
     lora_enabled = False
+    # Names of the kernels that factors correct.
+    _corrected: tuple = ()
+
+    @property
+    def trainable(self):
+        return keras.Layer.trainable.fget(self)
+
+    @trainable.setter
+    def trainable(self, value):
+        # Keras sets it for all weights. A corrected kernel has no gradient, only weight decay.
+        keras.Layer.trainable.fset(self, value)
+        for name in self._corrected:
+            getattr(self, name).trainable = False
 
     def enable_lora(self, rank, lora_alpha=None, a_initializer="he_uniform", b_initializer="zeros"):
         """Freeze each kernel and train a correction of low rank for it.
@@ -103,6 +116,7 @@ def factors_for(layer, name, shape, a_initializer, b_initializer, stream=0):
     """
     *experts, fan_in, fan_out = shape
     getattr(layer, name).trainable = False
+    layer._corrected = (*layer._corrected, name)
     rank = layer.lora_rank
 
     def each(initializer):

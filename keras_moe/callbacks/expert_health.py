@@ -93,6 +93,7 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
         check_is_made(self)
         self.findings = []
         self._step = self._next_look = 0
+        self._largest_loss = 0.0
         self._told = set()
         self._rebalanced = set()
         self._watches = {}
@@ -134,7 +135,8 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
             values += list(means)
             added[name] = np.dot(layer.loss_weights_in_force, means)
         if added:
-            finding = health.judge_heavy_losses(losses, weights, (logs or {}).get("loss"), values)
+            self._largest_loss = max(self._largest_loss, (logs or {}).get("loss", 0.0))
+            finding = health.judge_heavy_losses(losses, weights, self._largest_loss, values)
             most = max(added, key=lambda name: added[name])
             if self._is_new(most, "heavy loss", finding):
                 self._tell(most, finding)

@@ -340,10 +340,10 @@ _WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
 
 def _loss_names(router_losses):
-    """`LoadBalance` is "load_balance_loss", and a second one "load_balance_loss_1"."""
+    """`LoadBalance` or `LoadBalanceLoss` is "load_balance_loss"; a second one ends with "_1"."""
     names: list[str] = []
     for loss in router_losses:
-        name = _WORDS.sub("_", type(loss).__name__).lower() + "_loss"
+        name = _WORDS.sub("_", type(loss).__name__).lower().removesuffix("_loss") + "_loss"
         same = sum(re.fullmatch(rf"{name}(_\d+)?", other) is not None for other in names)
         names.append(f"{name}_{same}" if same else name)
     return names

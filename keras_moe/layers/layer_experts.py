@@ -3,12 +3,19 @@
 import keras
 from keras import ops
 
+from keras_moe import backend
 from keras_moe._internal.parameters import parameters_of
 from keras_moe._internal.serialization import config_of, note_part, register
 from keras_moe._internal.shape_checks import check_inputs_shape, check_returned
 from keras_moe._internal.validation import shortened
 from keras_moe.layers.expert_bank import ExpertBank, check_engine_question, check_takes_tokens
-from keras_moe.layers.sublayers import are_alike, build_and_measure, check_takes_axes
+from keras_moe.layers.mixture_of_experts import MixtureOfExperts
+from keras_moe.layers.sublayers import (
+    accepted_arguments,
+    are_alike,
+    build_and_measure,
+    check_takes_axes,
+)
 from keras_moe.ops.grouped.functions import Alike, engine_of, map_groups
 
 
@@ -19,7 +26,8 @@ class LayerExperts(ExpertBank):
     Only the layers that serve a token run on it. Each layer sees rows (n, D) and must return rows
     (n, D') with the same D' for all experts. Under XLA the rows come in tiles that are padded with
     zeros, so a layer that looks across rows, as `BatchNormalization` does in training, sees those
-    zeros, and an activity regularizer counts once a tile.
+    zeros, and an activity regularizer counts once a tile. A mixture of experts as an expert, or
+    inside of one whose `call` has a `mask`, is told which rows are padding.
 
     For experts of one shape `FeedForwardExperts` and `GatedExperts` are faster. On a GPU or TPU
     XLA runs tiles of 64 rows one after the other, unless all layers are alike (one class, one
@@ -32,7 +40,8 @@ class LayerExperts(ExpertBank):
 
     Raises:
         TypeError: If `layers` is not a list of Keras layers.
-        ValueError: If it is empty, holds a layer twice, or the layers disagree on D'.
+        ValueError: If it is empty, holds a layer twice, or the layers disagree on D', or one writes
+            its trainable weights in a call, as `keras.layers.SpectralNormalization` does.
 
     Call arguments:
         tokens: (T, D) float tensor.
@@ -77,39 +86,42 @@ class LayerExperts(ExpertBank):
                 "End each expert with a layer of the same width."
             )
         self._width = widths[0]
-        self._are_alike = are_alike(self.layers)
 
     def call(self, tokens, plan):
         plan = plan.sort()
         rows = plan.dispatch(self._compute(tokens))
         learnt = {id(variable) for variable in parameters_of(self)}
         variables = [each for each in self.non_trainable_variables if id(each) not in learnt]
+        variables += self.metrics_variables
         functions = [_as_function(layer, variables, self._serve) for layer in self.layers]
         # Compiled loops allow no writes to variables and no stored losses: both are passed through.
-        state = [ops.convert_to_tensor(variable) for variable in variables]
+        # PyTorch assigns in place, what the gradient may need.
+        state = [ops.copy(variable) for variable in variables]
         state.append(ops.zeros((), "float32"))
-        rows, state = map_groups(
-            functions, rows, plan.groups.sizes, self._width, state, self._as_one_function()
-        )
+        alike = self._as_one_function() if backend.compiles_static_shapes() else None
+        rows, state = map_groups(functions, rows, plan.groups.sizes, self._width, state, alike)
         *values, loss = state
         for variable, value in zip(variables, values):
             variable.assign(value)
         self.add_loss(loss)
         return plan.combine(rows)
 
-    def _serve(self, layer, rows):
-        output = layer(rows)
+    def _serve(self, layer, rows, inside=None):
+        if inside is not None and _takes_mask(layer):
+            output = layer(rows, mask=inside)
+        else:
+            output = layer(rows)
         check_returned("layers", output, (rows.shape[0], self._width))
         return self._compute(output)
 
     def _as_one_function(self):
         """The experts as one function of their weights, or None."""
-        if not self._are_alike:
+        if not are_alike(self.layers):
             return None
         first = self.layers[0]
 
         def weights():
-            variables = zip(*(layer.variables for layer in self.layers))
+            variables = zip(*(layer.variables for layer in self.layers), strict=True)
             return [ops.stack([each.value for each in of_experts]) for of_experts in variables]
 
         def function(weights, rows):
@@ -123,7 +135,7 @@ class LayerExperts(ExpertBank):
 
     def engine_on(self, platform, static_shapes):
         check_engine_question(self, platform, static_shapes)
-        return engine_of(self._are_alike, platform, static_shapes)
+        return engine_of(are_alike(self.layers), platform, static_shapes)
 
     def compute_output_shape(self, tokens_shape):
         check_inputs_shape(tokens_shape)
@@ -136,21 +148,26 @@ class LayerExperts(ExpertBank):
 
 
 def _as_function(layer, variables, serve):
-    """A layer as a function of rows and of a state: values of variables, and a loss behind them."""
+    """A layer as a function of rows, a state, and which rows are no padding, or None if all.
+
+    The state are values of variables, and a loss behind them.
+    """
     place = {id(variable): index for index, variable in enumerate(variables)}
     own, learnt = [], []
-    for variable in layer.variables:
+    for variable in (*layer.variables, *layer.metrics_variables):
         if id(variable) in place:
             own.append((variable, place[id(variable)]))
         else:
             learnt.append((variable, ops.convert_to_tensor(variable)))
 
-    def function(rows, state):
+    def function(rows, state, inside):
         mapping = [*learnt, *((variable, state[index]) for variable, index in own)]
         # Not `stateless_call`, which leaves out what `__call__` does: dtypes, the training flag,
         # activity regularizers. Losses of weights reach the model through the layer itself.
         with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
-            output = serve(layer, rows)
+            before = [scope.get_current_value(variable) for variable, _ in learnt]
+            output = serve(layer, rows, inside)
+        _check_not_written(layer, scope, learnt, before)
         state = list(state)
         for variable, index in own:
             state[index] = scope.get_current_value(variable)
@@ -159,6 +176,22 @@ def _as_function(layer, variables, serve):
         return output, state
 
     return function
+
+
+def _check_not_written(layer, scope, learnt, before):
+    for (variable, _), value in zip(learnt, before):
+        if scope.get_current_value(variable) is not value:
+            raise ValueError(
+                "An expert of `LayerExperts` must not write its trainable weights in a call. "
+                f"Received: `{layer.name}`, which writes {variable.path!r}. Make that weight "
+                "`trainable=False`, or use the layer outside of the experts."
+            )
+
+
+def _takes_mask(layer):
+    """Whether a layer has use for a mask of its rows: it holds a mixture, which counts tokens."""
+    holds_mixture = any(isinstance(part, MixtureOfExperts) for part in layer._flatten_layers())
+    return holds_mixture and bool(accepted_arguments(layer, ("mask",)))
 
 
 def _as_layers(layers):

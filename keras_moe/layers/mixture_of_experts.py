@@ -38,7 +38,12 @@ from keras_moe.layers.masks import mask_of
 from keras_moe.layers.mixture_state import load_state, save_state
 from keras_moe.layers.recomputation import Recomputable, effects_once
 from keras_moe.layers.routing_account import RoutingAccount
-from keras_moe.layers.sublayers import accepted_arguments, build_and_measure, width_of
+from keras_moe.layers.sublayers import (
+    accepted_arguments,
+    build_and_measure,
+    freeze_parts,
+    width_of,
+)
 from keras_moe.ops.sizes import at_least
 
 
@@ -171,6 +176,7 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
         # Of the layer, so that Keras carries its state through compiled steps.
         self._capacity_seed = keras.random.SeedGenerator() if self.capacity else None
         self.supports_masking = True
+        freeze_parts(self)
         # A function of routings and tokens (T, D), which `inspection.recording.listening` sets.
         self.routing_listener = None
 

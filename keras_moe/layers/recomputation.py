@@ -26,7 +26,8 @@ class Recomputable(Saved, keras.layers.Layer):
 def effects_once(call):
     """The `call` of a layer, for what computes it again without telling, as PyTorch does.
 
-    The last call of the layer in training is the one that is computed again.
+    The last call of the layer in training is the one that is computed again, if the layer is not
+    told that it is not training, nor was called since without being told.
     """
 
     @functools.wraps(call)
@@ -35,14 +36,19 @@ def effects_once(call):
         if in_stateless_scope() or not backend.may_recompute():
             return call(layer, *args, **arguments)
         if backend.is_recomputing():
-            before, again, training = vars(layer)["_last_call"]
+            last = None if training is False else vars(layer).get("_last_call")
+            if last is None:
+                return call(layer, *args, **arguments)
+            before, again, training = last
             with again(), keras.StatelessScope(before, collect_losses=True):
                 return call(layer, *args, **{**arguments, "training": training})
         if not training:
+            if training is None:
+                object.__setattr__(layer, "_last_call", None)
             return call(layer, *args, **arguments)
         with keras.StatelessScope(collect_losses=True) as scope:
             outputs = call(layer, *args, **arguments)
-        updates = [(each, scope.get_current_value(each)) for each in layer.non_trainable_variables]
+        updates = [(each, scope.get_current_value(each)) for each in _written_by(layer)]
         updates = [(variable, value) for variable, value in updates if value is not None]
         before = [(variable, ops.copy(variable.value)) for variable, _ in updates]
         # Not through Keras, which would track the variables.
@@ -55,7 +61,8 @@ def effects_once(call):
 
 def _recomputed(layer, call, *args, **kwargs):
     """`call(*args, **kwargs)`, of which only what comes in and out is kept for the gradient."""
-    trained, state = layer.trainable_variables, layer.non_trainable_variables
+    trained = layer.trainable_variables
+    state = [*layer.non_trainable_variables, *layer.metrics_variables]
     leaves = keras.tree.flatten((args, kwargs))
     places = [place for place, leaf in enumerate(leaves) if _may_have_gradient(leaf)]
     with stored_dtypes():
@@ -86,6 +93,11 @@ def _recomputed(layer, call, *args, **kwargs):
     updates = zip((state[number] for number in changed), results[num_outputs:])
     _take_effect(layer, updates, results[num_outputs + len(changed) :])
     return keras.tree.pack_sequence_as(found["structure"], results[:num_outputs])
+
+
+def _written_by(layer):
+    """The variables that a call may write; `SpectralNormalization` writes kernels."""
+    return [*layer.variables, *layer.metrics_variables]
 
 
 def _take_effect(layer, updates, losses):

@@ -19,7 +19,7 @@ from keras_moe.layers.kernel_adapters import groups_of_rows, low_rank, quantized
 from keras_moe.ops.grouped.records import Packed, Quantized
 
 
-class StackedExperts(ExpertBank, Adaptable):
+class StackedExperts(Adaptable, ExpertBank):
     """Abstract: a bank whose projections have kernels (E, D, H), and may have biases (E, H).
 
     A subclass names its up projections in `up_names`, and has the weights `{name}_kernel` and

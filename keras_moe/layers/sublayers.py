@@ -10,6 +10,16 @@ from keras_moe._internal.tensor_checks import fits
 from keras_moe._internal.validation import is_whole, overrides, shortened
 
 
+def freeze_parts(layer):
+    """Freeze the parts of a layer that was made with `trainable=False`, as setting it does.
+
+    Keras stores the flag before there are parts, and a frozen router must not move its bias.
+    """
+    if not layer.trainable:
+        # TensorFlow leaves out setting an attribute to what it is.
+        keras.Layer.trainable.fset(layer, False)
+
+
 def build_and_measure(name, layer, inputs_shape):
     """Build a layer of tokens, if it is not built, and return the shape of its outputs.
 

@@ -25,7 +25,7 @@ from keras_moe._internal.validation import (
 )
 from keras_moe.layers.expert_bank import check_is_layer_of_tokens
 from keras_moe.layers.recomputation import Recomputable
-from keras_moe.layers.sublayers import accepted_arguments, build_and_measure
+from keras_moe.layers.sublayers import accepted_arguments, build_and_measure, freeze_parts
 from keras_moe.ops import draws
 
 
@@ -49,6 +49,7 @@ class TransformerBlock(Recomputable):
         self.feedforward = resolve("feedforward", feedforward, keras.Layer)
         self.dropout = dropout
         self._seed_generator = draws.seeded_generator() if dropout else None
+        freeze_parts(self)
         self.supports_masking = True
 
     def examine_feedforward(self):

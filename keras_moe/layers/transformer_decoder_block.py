@@ -153,6 +153,7 @@ class TransformerDecoderBlock(TransformerBlock):
         inputs, mask = self._without_padding(inputs, mask)
         positions = ops.arange(ops.shape(inputs)[1], dtype="int32")
         if cache is not None:
+            position = _where_there_is_room(cache["keys"], inputs, position)
             positions = positions + ops.cast(position, "int32")
         states = self._attention_norm(inputs)
         memory = self._remember(states, mask, positions)
@@ -283,7 +284,15 @@ def _all_true(mask, like):
 
 def _write(remembered, new, position):
     """Put `new` (B, L, ...) at `position` of `remembered` (B, M, ...)."""
-    if not is_whole(position):
-        last = ops.shape(remembered)[1] - ops.shape(new)[1]
-        position = ops.clip(ops.cast(position, "int32"), 0, last)
     return ops.slice_update(remembered, [0, position] + [0] * (len(new.shape) - 2), new)
+
+
+def _where_there_is_room(remembered, new, position):
+    """The place for `new` (B, L, ...) in `remembered` (B, M, ...) that is nearest to a position.
+
+    An integer was checked before; what a tensor holds is known to the device only.
+    """
+    if is_whole(position):
+        return position
+    last = ops.shape(remembered)[1] - ops.shape(new)[1]
+    return ops.clip(ops.cast(position, "int32"), 0, last)

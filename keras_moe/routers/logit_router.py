@@ -32,7 +32,7 @@ from keras_moe.ops import clean_logits, draws
 from keras_moe.routers.router import Router
 
 
-class LogitRouter(Router, Adaptable):
+class LogitRouter(Adaptable, Router):
     """Abstract: a router whose logits are learned; linear, unless a subclass overrides `project`.
 
     Args:

@@ -53,7 +53,8 @@ def map_groups(functions, rows, sizes, output_width, state, alike=None):
     function sees rows of zeros behind its own.
 
     Args:
-        functions: E functions `(rows (n, D), state) -> (rows (n, D'), state)`.
+        functions: E functions `(rows (n, D), state, inside) -> (rows (n, D'), state)`; `inside`
+            (n,) is False for rows of zeros, or None.
         rows: (R, D) rows grouped by expert.
         sizes: (E,) int32 sizes of the groups; rows behind the last group are padding.
         output_width: D'.
@@ -82,12 +83,12 @@ def _map_slices(functions, output_width, rows, sizes, state):
     parts = backend.split_rows(rows, [*sizes, num_behind])
     for function, size, part in zip(functions, sizes, parts):
         if backend.is_exporting():
-            outputs.append(function(part, state)[0])
+            outputs.append(function(part, state, None)[0])
             continue
         # A function without rows runs on one row of zeros and its effects are discarded: all its
         # gradients exist then, and no NaN statistics of an empty batch enter the state.
         spare = ops.maximum(1 - size, 0)
-        output, new = function(ops.pad(part, ((0, spare), (0, 0))), state)
+        output, new = function(ops.pad(part, ((0, spare), (0, 0))), state, None)
         state = [ops.where(size > 0, *values) for values in zip(new, state)]
         outputs.append(output[:size])
     padding = ops.zeros((num_behind, output_width), outputs[0].dtype)
@@ -97,15 +98,15 @@ def _map_slices(functions, output_width, rows, sizes, state):
 def _scan_tiles(functions, output_width, rows, sizes, state):
     tiles = pad_tiles(sizes, ops.shape(rows)[0], SCAN_ROWS)
 
-    def skip(tile_rows, state):
+    def skip(tile_rows, state, inside):
         return ops.zeros((SCAN_ROWS, output_width), tile_rows.dtype), state
 
     def step(state, tile):
-        expert, tile_rows = tile
-        output, state = ops.switch(expert, [*functions, skip], tile_rows, state)
+        expert, inside, tile_rows = tile
+        output, state = ops.switch(expert, [*functions, skip], tile_rows, state, inside)
         return state, output
 
-    state, outputs = backend.scan(step, state, (tiles.expert, tiles.cut(rows)))
+    state, outputs = backend.scan(step, state, (tiles.expert, tiles.inside, tiles.cut(rows)))
     return tiles.join(outputs), state
 
 
