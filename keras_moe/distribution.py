@@ -73,8 +73,12 @@ def expert_parallel(experts=None, data=None, devices=None, layout_map=None, proc
         layout_map = keras.distribution.LayoutMap(_mesh(experts, data, devices))
     else:
         _check_layout_map(layout_map, experts, data, devices)
-    layout_map[KERNELS] = ("expert", None, None)
-    layout_map[BIASES] = ("expert", None)
+        given, layout_map = layout_map, keras.distribution.LayoutMap(layout_map.device_mesh)
+        for path in given:
+            layout_map[path] = given[path]
+    for path, axes in ((KERNELS, ("expert", None, None)), (BIASES, ("expert", None))):
+        if path not in list(layout_map):  # `in` alone is always true
+            layout_map[path] = axes
     return ExpertParallel(layout_map)
 
 

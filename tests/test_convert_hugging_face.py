@@ -161,6 +161,14 @@ def in_integers(folder):
     return {name: value.astype("int8") for name, value in weights.items()}
 
 
+def in_torch(folder, dtype):
+    import torch
+
+    weights = safetensors_numpy.load_file(folder / "model.safetensors")
+    dtype = getattr(torch, dtype)
+    return {name: torch.from_numpy(value).to(dtype) for name, value in weights.items()}
+
+
 def without_expert(folder):
     weights = safetensors_numpy.load_file(folder / "model.safetensors")
     return {name: value for name, value in weights.items() if "experts.1.up" not in name}
@@ -186,6 +194,12 @@ def test_what_cannot_be_converted_is_refused_with_a_reason(tmp_path):
             "of a model that is not quantized",
         ),
         (lambda: convert.from_hugging_face(in_integers(tmp_path), 0, config), "of int8"),
+        (lambda: convert.from_hugging_face(in_torch(tmp_path, "int8"), 0, config), "of int8"),
+        (lambda: convert.from_hugging_face(in_torch(tmp_path, "bool"), 0, config), "of bool"),
+        (
+            lambda: convert.from_hugging_face(in_torch(tmp_path, "float8_e4m3fn"), 0, config),
+            "scales of its own",
+        ),
         (lambda: convert.from_hugging_face(without_expert(tmp_path), 0, config), "without 'model"),
         (
             lambda: convert.to_hugging_face(convert.from_hugging_face(tmp_path, 0), 0, "gpt_oss"),

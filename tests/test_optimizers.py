@@ -64,6 +64,16 @@ def test_what_is_no_stack_is_trained_as_by_keras():
     }
 
 
+def test_constant_experts_are_vectors_of_their_own():
+    bank = layers.ZeroComputationExperts(layers.FeedForwardExperts(E, H), num_constant=2)
+    bank.build((None, D))
+    (constants,) = [each for each in bank.trainable_variables if "constant" in each.path]
+    assert constants.shape == (2, D)
+    optimizer = optimizers.Muon(0.1)
+    optimizer.build([constants])
+    assert optimizer.adam_velocities[0] is not None
+
+
 def test_the_learning_rate_may_become_a_schedule():
     optimizer = optimizers.Muon(0.01)
     optimizer.learning_rate = keras.optimizers.schedules.ExponentialDecay(0.5, 10, 0.9)

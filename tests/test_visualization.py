@@ -91,6 +91,7 @@ def test_shares_of_a_resumed_training_begin_with_its_first_epoch():
 def test_specialization_counts_choices_and_leaves_out_padding():
     indices = np.array([[0, 1], [0, 2], [3, -1], [3, 3], [1, 1]])
     axes = drawn(visualization.specialization(indices, [0, 0, 1, 1, -1], ["a", "b"]))[0]
+    visualization.specialization(indices, np.array([0, 0, 1, 1, 2], "uint8"), ["a", "b", "c"])
     np.testing.assert_allclose(image(axes), [[0.5, 0.25, 0.25, 0], [0, 0, 0, 1]])
     assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b"]
     assert axes.get_title() == "0.99 of 1.84 bits in common"

@@ -7,3 +7,5 @@ Regular expressions for whole paths. The first axis of these weights is the expe
 KERNELS = r"(.*/)?(up|gate|down)_(kernel|scale|lora_a|lora_b)"
 # (E, H).
 BIASES = r"(.*/)?(up|gate|down)_bias"
+# (C, D), of the constant experts of `ZeroComputationExperts`, which are on every device.
+CONSTANTS = r"(.*/)?constant"

@@ -36,7 +36,16 @@ def opened(source):
             ):
                 file = stack.enter_context(safe_open(path, framework="numpy"))
             files.update(dict.fromkeys(file.keys(), file))
-        yield lambda name: files[name].get_tensor(name), set(files)
+
+        def read(name):
+            with stating(
+                "The weights must be float32, float16 or bfloat16.",
+                f"{name!r}, which NumPy cannot hold",
+                "Convert the model before, for example by `model.float()` and `save_pretrained`.",
+            ):
+                return files[name].get_tensor(name)
+
+        yield read, set(files)
 
 
 def config_of(source):
@@ -68,10 +77,18 @@ def config_of(source):
 
 
 def as_array(tensor):
-    if hasattr(tensor, "detach"):  # of PyTorch; NumPy has no bfloat16, float32 holds it
-        tensor = tensor.detach().cpu()
-        return tensor.float().numpy() if tensor.dtype.itemsize < 4 else tensor.numpy()
-    return np.asarray(tensor)
+    if not hasattr(tensor, "detach"):
+        return np.asarray(tensor)
+    tensor = tensor.detach().cpu()  # of PyTorch
+    if tensor.is_floating_point() and tensor.dtype.itemsize < 4:
+        if tensor.dtype.itemsize < 2:
+            raise ValueError(
+                "The weights must be float32, float16 or bfloat16. Received: a tensor of "
+                f"{tensor.dtype}, which has scales of its own. Convert the model before, for "
+                "example by `model.float()`."
+            )
+        tensor = tensor.float()  # NumPy has no bfloat16
+    return tensor.numpy()
 
 
 def _paths(path):

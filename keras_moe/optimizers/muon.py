@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 
 import keras
 
-from keras_moe._internal.bank_weights import BIASES, KERNELS
+from keras_moe._internal.bank_weights import BIASES, CONSTANTS, KERNELS
 from keras_moe._internal.named_arguments import Saved
 from keras_moe._internal.serialization import register
 from keras_moe._internal.validation import check_list, check_pattern, optional
 
 # With the number of their axes. Other weights of three axes, such as those of attention, are no
 # stacks of matrices.
-_STACKED = ((re.compile(KERNELS), 3), (re.compile(BIASES), 2))
+_STACKED = ((re.compile(KERNELS), 3), (re.compile(BIASES), 2), (re.compile(CONSTANTS), 2))
 
 
 def _check_patterns(name, value):
@@ -28,8 +28,8 @@ class Muon(Saved, keras.optimizers.Muon):
     Keras's updates variables of two axes by Muon, and all others by AdamW. In a bank these are the
     wrong ones: the stacked kernels (E, D, H) have three axes, the stacked biases (E, H) two. This
     one orthogonalizes the update of each expert's kernel, scales it by the size of that kernel, and
-    leaves biases to AdamW: a bank trains as E `Dense` layers would. All other variables are treated
-    as Keras treats them.
+    leaves biases and constant experts to AdamW: a bank trains as E `Dense` layers would. All other
+    variables are treated as Keras treats them.
 
     Args:
         learning_rate: float, schedule or function, as of any optimizer of Keras.

@@ -74,7 +74,8 @@ def as_labels(labels):
             "Labels must be integers or strings. Received: labels of "
             f"{labels.dtype}. Number them, or turn each into a text."
         )
-    return labels
+    # -1 stands for padding.
+    return labels.astype("int64") if labels.dtype.kind in "iu" else labels
 
 
 def each_token(labels, num_tokens, shape=None):
