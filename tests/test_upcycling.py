@@ -132,6 +132,44 @@ def test_a_sequential_model_stays_one(granularity):
     np.testing.assert_allclose(model.predict(X, verbose=0), expected, rtol=1e-5, atol=1e-6)
 
 
+def squared(targets, outputs):
+    return keras.ops.mean(keras.ops.square(keras.ops.subtract(targets, outputs)), axis=-1)
+
+
+def test_a_model_stays_compiled_with_what_has_no_name_for_saving():
+    class Constant(keras.optimizers.schedules.LearningRateSchedule):
+        def __call__(self, step):
+            return 0.1
+
+        def get_config(self):
+            return {}
+
+    inputs = keras.Input((D,))
+    hidden = keras.layers.Dense(H, "relu")(inputs)
+    outputs = [keras.layers.Dense(D)(hidden), keras.layers.Dense(1, name="side")(inputs)]
+    model = keras.Model(inputs, outputs)
+    optimizer = keras.optimizers.SGD(Constant())
+    model.compile(
+        keras.optimizers.LossScaleOptimizer(optimizer),
+        loss=[squared, lambda targets, outputs: squared(targets, outputs)],
+        loss_weights=[1.0, 3.0],
+        weighted_metrics=[[keras.metrics.MeanMetricWrapper(squared, name="own")], []],
+        run_eagerly=True,
+    )
+    targets = [X, X[:, :1]]
+    model.evaluate(X, targets, verbose=0)
+    model.optimizer.build(model.trainable_variables)
+    upcycled = keras_moe.upcycle(model, num_experts=2)
+    anew = upcycled.optimizer.inner_optimizer
+    assert anew is not optimizer and type(anew._learning_rate) is Constant
+    assert upcycled.run_eagerly
+    logs = upcycled.test_on_batch(2 * X, targets, return_dict=True)
+    first, side = (squared(*pair) for pair in zip(targets, upcycled(2 * X)))
+    assert logs["loss"] == pytest.approx(array(first).mean() + 3 * array(side).mean(), rel=1e-5)
+    own = next(logs[name] for name in logs if name.endswith("own"))
+    assert own == pytest.approx(array(first).mean(), rel=1e-5), "nothing is left of the old model"
+
+
 def names_after(**arguments):
     return list(inspection.moe_layers(keras_moe.upcycle(graph_model(blocks=4), 2, **arguments)))
 

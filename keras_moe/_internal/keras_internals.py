@@ -155,6 +155,15 @@ def forget_compiled(model, functions=_COMPILED):
                 setattr(layer, function, None)
 
 
+def compile_like(model, other):
+    """Compile a model as another is that will not be used again, with its losses and metrics."""
+    if other.compiled:
+        other.reset_metrics()
+        # It scales the loss already, where that was wanted.
+        optimizer = {"optimizer": other.optimizer, "auto_scale_loss": False}
+        model.compile(**{**other._compile_config.config, **optimizer})
+
+
 def forget_old_weights(model):
     """Make a model work with the weights that its layers hold now, where some were replaced.
 
@@ -165,8 +174,18 @@ def forget_old_weights(model):
     for layer in model._flatten_layers():
         optimizer = getattr(layer, "optimizer", None)
         if optimizer is not None and optimizer.built:
-            layer.optimizer = type(optimizer).from_config(optimizer.get_config())
+            layer.optimizer = _anew(optimizer)
             layer.optimizer.build(layer.trainable_variables)
+            if getattr(layer, "compiled", False):  # Else the old one would keep its memory.
+                layer._compile_config.config["optimizer"] = layer.optimizer
+
+
+def _anew(optimizer):
+    """An optimizer at its beginning. Classes of the user's in it need not be registered."""
+    optimizers = [optimizer, getattr(optimizer, "inner_optimizer", optimizer)]
+    parts = [*optimizers, *(each._learning_rate for each in optimizers)]
+    with keras.saving.custom_object_scope({type(part).__name__: type(part) for part in parts}):
+        return type(optimizer).from_config(optimizer.get_config())
 
 
 def _index(items, item):
@@ -176,6 +195,7 @@ def _index(items, item):
 __all__ = [
     "Functional",
     "calls_of",
+    "compile_like",
     "current_call",
     "current_model",
     "forget_compiled",

@@ -5,7 +5,12 @@ from typing import Any
 import keras
 
 from keras_moe._internal import replacing
-from keras_moe._internal.keras_internals import forget_old_weights, own_layers, set_state
+from keras_moe._internal.keras_internals import (
+    compile_like,
+    forget_old_weights,
+    own_layers,
+    set_state,
+)
 from keras_moe._internal.serialization import register
 from keras_moe.layers.transformer_block import TransformerBlock
 from keras_moe.upcycling.feed_forwards import is_graph
@@ -95,10 +100,16 @@ class _Rewriting:
         if all(rewritten[id(layer)] is layer for layer in model.layers):
             return model
         removed = {key for key, stand_in in self.stand_ins.items() if stand_in is None}
-        if isinstance(model, keras.Sequential):
-            return self._sequential(model, rewritten, removed)
+        make = self._sequential if isinstance(model, keras.Sequential) else self._functional
+        new = make(model, rewritten, removed)
+        compile_like(new, model)
+        return new
+
+    def _functional(self, model, rewritten, removed):
+        # Of a compiled model Keras would copy losses and metrics too, which not all can be.
+        not_compiled = keras.Model(model.input, model.output, name=model.name)
         return keras.models.clone_model(
-            model,
+            not_compiled,
             # Operations such as `+` are none of its layers, and stay as they are.
             clone_function=lambda layer: (
                 layer if id(layer) in removed else rewritten.get(id(layer), layer)
@@ -113,7 +124,4 @@ class _Rewriting:
             keras.Input(batch_shape=x.shape, dtype=x.dtype, name=x.name) for x in model.inputs
         ]
         layers = [rewritten[id(layer)] for layer in model.layers if id(layer) not in removed]
-        new = keras.Sequential([*inputs, *layers], name=model.name, trainable=model.trainable)
-        if model.compiled:
-            new.compile_from_config(model.get_compile_config())
-        return new
+        return keras.Sequential([*inputs, *layers], name=model.name, trainable=model.trainable)
