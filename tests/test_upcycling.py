@@ -294,10 +294,15 @@ def test_a_mixture_is_not_searched_for_dense_layers():
 
 
 def test_layers_that_look_like_a_feed_forward_and_stay_dense_are_named():
+    between = [["relu"], [keras.layers.ReLU()], ["relu", "tanh"], ["relu", "tanh", "gelu"]]
     inputs = x = keras.Input((4,))
-    for number, activation in enumerate((keras.layers.Activation("relu"), keras.layers.ReLU())):
-        x = keras.layers.Dense(4)(activation(keras.layers.Dense(8, name=f"up_{number}")(x)))
-    with pytest.warns(UserWarning, match=r"stay dense: \['up_1'\]"):
+    for number, activations in enumerate(between):
+        x = keras.layers.Dense(8, name=f"up_{number}")(x)
+        for activation in activations:
+            is_name = isinstance(activation, str)
+            x = (keras.layers.Activation(activation) if is_name else activation)(x)
+        x = keras.layers.Dense(4)(x)
+    with pytest.warns(UserWarning, match=r"stay dense: \['up_1', 'up_2', 'up_3'\]"):
         model = keras_moe.upcycle(keras.Model(inputs, x))
     assert list(inspection.moe_layers(model)) == ["up_0_experts"]
 

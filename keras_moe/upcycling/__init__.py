@@ -196,7 +196,8 @@ def _choose(model, select):
         if left := overlooked(model, found):
             warnings.warn(
                 f"These layers stay dense: {left}. Between each and the `Dense` layer that leads "
-                "back stands something else than dropout or a `keras.layers.Activation`.",
+                "back stands something else than dropout and one activation, its own or a "
+                "`keras.layers.Activation`.",
                 stacklevel=3,
             )
     elif callable(select):

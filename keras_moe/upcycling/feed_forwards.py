@@ -93,17 +93,19 @@ def _in_attributes(layer):
 def _in_graph(model):
     """Feed-forwards of layers that follow one another."""
     following = _following_layers(model)
-    for up in model.layers:
-        layers, activation = [up], getattr(up, "activation", None)
+    for up in filter(_is_dense, model.layers):
+        layers = [up]
         while isinstance(following.get(id(layers[-1])), (keras.layers.Dropout, _Activation)):
             layers.append(following[id(layers[-1])])
-            if isinstance(layers[-1], _Activation):
-                activation = layers[-1].activation if _is_linear(up) else None
         down = following.get(id(layers[-1]))
-        if activation in (None, keras.activations.linear):
-            continue
-        if _is_dense(up) and _is_dense(down) and _fit(up, down):
-            yield FeedForward(up.name, up, down, None, activation, (*layers, down))
+        activations = [
+            layer.activation
+            for layer in layers
+            if not isinstance(layer, keras.layers.Dropout) and not _is_linear(layer)
+        ]
+        # Experts have one.
+        if len(activations) == 1 and _is_dense(down) and _fit(up, down):
+            yield FeedForward(up.name, up, down, None, activations[0], (*layers, down))
 
 
 def overlooked(model, found):
@@ -155,8 +157,8 @@ def _is_dense(layer):
     return type(layer) is keras.layers.Dense and layer.built
 
 
-def _is_linear(dense):
-    return getattr(dense, "activation", None) is keras.activations.linear
+def _is_linear(layer):
+    return layer.activation is keras.activations.linear
 
 
 def _fit(up, down):
