@@ -202,7 +202,7 @@ L1, L2 = keras.regularizers.L1(0.1), keras.regularizers.L2(0.1)
 
 def pair(up=None, down=None, **both):
     """A model of one feed-forward, with arguments of its layers."""
-    up = keras.layers.Dense(H, "relu", name="up", **both, **(up or {}))
+    up = keras.layers.Dense(H, **{"activation": "relu", "name": "up", **both, **(up or {})})
     down = keras.layers.Dense(D, name="down", **both, **(down or {}))
     return randomized(keras.Sequential([keras.Input((D,)), up, down]))
 
@@ -244,6 +244,7 @@ ERRORS = {
     "one is regularized": (lambda: pair(down={"kernel_regularizer": L2}), {}),
     "a regularizer of another class": (lambda: pair(kernel_regularizer=lambda x: 0.0), {}),
     "a bias in parts": (lambda: pair(bias_regularizer=L2), {"granularity": 2}),
+    "a softmax in parts": (lambda: pair(up={"activation": "softmax"}), {"granularity": 2}),
     "constraint": (lambda: pair(up={"kernel_constraint": "max_norm"}), {}),
     "activity": (lambda: pair(up={"activity_regularizer": L2}), {}),
     "one is frozen": (lambda: pair(up={"trainable": False}), {}),

@@ -81,7 +81,8 @@ def upcycle(
     Raises:
         ValueError: If an argument is out of its range, the model has no such layers, `select` names
             none or others; or if the dense layers of one place have different regularizers, or such
-            as cannot be divided, or constraints, or only some of them are frozen.
+            as cannot be divided, or constraints, or only some of them are frozen; or if layers are
+            split whose activation mixes features, such as softmax.
 
     Example:
 
@@ -236,6 +237,17 @@ def _check(num_experts, top_k, granularity, reinitialized, every):
         )
 
 
+def _acts_on_parts(activation, width, granularity):
+    """Whether an activation makes the same of a part of the features as of all, unlike softmax."""
+    features = np.random.default_rng(0).normal(size=(4, width)).astype("float32")
+    part = width // granularity
+    of_all, of_part = (
+        keras.ops.convert_to_numpy(activation(keras.ops.convert_to_tensor(each)))
+        for each in (features, features[:, :part])
+    )
+    return np.allclose(of_all[:, :part], of_part, atol=1e-6)
+
+
 def _check_layers(feed_forward, granularity):
     width = feed_forward.up.units
     if width % granularity:
@@ -243,6 +255,14 @@ def _check_layers(feed_forward, granularity):
             "`granularity` must divide the hidden width of each layer. Received: "
             f"granularity={granularity} for {feed_forward.name!r} of width {width}. "
             "Pass a divisor, or choose other layers with `select`."
+        )
+    if granularity > 1 and not _acts_on_parts(feed_forward.activation, width, granularity):
+        raise ValueError(
+            "The activation of a layer that is split must treat each hidden feature by itself, so "
+            "that the parts compute what the whole did. Received: "
+            f"granularity={granularity} for {feed_forward.name!r} with "
+            f"activation={shortened(feed_forward.activation)}. Pass granularity=1, or choose other "
+            "layers with `select`."
         )
     for dense in feed_forward.denses:
         if dense.quantization_mode or dense.lora_enabled:
