@@ -114,6 +114,15 @@ def test_layers_may_end_with_different_numbers_of_experts():
     assert tuple(model.predict(X, verbose=0).shape) == X.shape
 
 
+def test_layers_that_are_left_alone_are_neither_measured_nor_checked():
+    # Contributions are those of experts that tokens choose, and here experts choose.
+    bank = layers.FeedForwardExperts(E, H)
+    others = [layers.MixtureOfExperts(bank, routers.ExpertChoiceRouter(E)) for _ in range(2)]
+    model = keras.Sequential([keras.Input((D,)), single()[0], *others])
+    surgery.prune_experts(model, "saliency", keep={"moe": 3}, data=[X])
+    assert [layer.experts.num_experts for layer in model.layers] == [3, E, E]
+
+
 def test_experts_that_are_layers_merge():
     first, *others = BANKS["layers"]().layers
     bank = layers.LayerExperts([first, *others])

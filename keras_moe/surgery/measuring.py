@@ -9,7 +9,6 @@ from keras import ops
 
 from keras_moe._internal.batches import running
 from keras_moe._internal.validation import listed
-from keras_moe.inspection import moe_layers
 from keras_moe.inspection.recording import listening
 from keras_moe.metrics.contributions import contributions
 
@@ -57,38 +56,44 @@ def loss_on(model, data):
     return float(np.average(losses, weights=sizes))
 
 
-def usage(model, data):
+def usage(model, layers, data):
     """How many tokens of the data go to each expert, (E,) for each layer by name."""
-    return _summed(model, data, lambda layer, routing, tokens: ops.cast(routing.counts, "float32"))
+    (counts,) = _summed(model, layers, data, _counts)
+    return counts
 
 
-def saliency(model, data):
+def saliency(model, layers, data):
     """Mean over its tokens of what each expert adds to them, (E,) for each layer by name.
 
     `mean_t w_te ||f_e(x_t)||` over the tokens t that go to expert e. 0 without tokens. Lasby et
     al. 2025, REAP (arXiv:2510.13999), eq. 9.
     """
-    sums, counts = contribution(model, data), usage(model, data)
-    return {name: sums[name] / np.maximum(counts[name], 1.0) for name in sums}
+    sums, counts = _summed(model, layers, data, contributions, _counts)
+    return {name: sums[name] / np.maximum(counts[name], 1.0) for name in layers}
 
 
-def contribution(model, data):
+def contribution(model, layers, data):
     """What each expert adds to all its tokens together, (E,) for each layer by name.
 
     `sum_t w_te ||f_e(x_t)||` over the tokens t that go to expert e.
     """
-    return _summed(model, data, contributions)
+    (sums,) = _summed(model, layers, data, contributions)
+    return sums
 
 
-def similarity(model, data):
-    """Correlation of the logits of two experts over the tokens, (E, E) for each layer by name.
+def usage_and_similarity(model, layers, data):
+    """`usage`, and the correlation of the logits of two experts over the tokens, (E, E).
 
     Without what all logits of a token share, which changes no softmax. Li et al. 2024
     (arXiv:2310.01334), section 3.2, compares logits too.
     """
-    products = _summed(model, data, _products)
+    counts, products = _summed(model, layers, data, _counts, _products)
     norms = {name: np.sqrt(np.maximum(np.diag(each), 1e-12)) for name, each in products.items()}
-    return {name: products[name] / np.outer(norms[name], norms[name]) for name in products}
+    return counts, {name: products[name] / np.outer(norms[name], norms[name]) for name in layers}
+
+
+def _counts(layer, routing, tokens):
+    return ops.cast(routing.counts, "float32")
 
 
 def _products(layer, routing, tokens):
@@ -97,17 +102,17 @@ def _products(layer, routing, tokens):
     return ops.matmul(ops.transpose(logits), logits)
 
 
-def _summed(model, data, measure):
-    """The sum of a measure over the data, a float64 array for each layer by name."""
-    layers = moe_layers(model)
-    totals = {name: 0.0 for name in layers}
+def _summed(model, layers, data, *measures):
+    """The sum of each measure over the data, a float64 array for each of the layers by name."""
+    totals = [dict.fromkeys(layers, 0.0) for _ in measures]
     finite = dict.fromkeys(layers, True)
 
     def listener(name, layer):
         def add(routing, tokens):
             finite[name] &= _is_finite(routing)
-            value = ops.convert_to_numpy(measure(layer, routing, tokens))
-            totals[name] = totals[name] + value.astype("float64")
+            for total, measure in zip(totals, measures):
+                value = ops.convert_to_numpy(measure(layer, routing, tokens))
+                total[name] = total[name] + value.astype("float64")
 
         return add
 

@@ -120,7 +120,7 @@ def merge_experts(model, keep=0.5, data=()):
     _check_data(data, "merge_experts")
     for name, layer in layers.items():
         check_can_merge(name, layer.experts)
-    used, alike = measuring.usage(model, data), measuring.similarity(model, data)
+    used, alike = measuring.usage_and_similarity(model, layers, data)
     groups = {name: centers_of(used[name], alike[name], numbers[name]) for name in layers}
     chosen = {name: np.array(sorted(each)) for name, each in groups.items()}
     merges = {name: (groups[name], used[name]) for name in layers}
@@ -198,7 +198,7 @@ def _operate(model, layers, chosen, merges, data):
 def _plan(model, keep, data):
     """Layers, how many experts of each stay, and the data as a list."""
     layers = _layers(model, keep, "keep")
-    _check_not_shared(model)
+    _check_not_shared(model, layers)
     numbers = {}
     for name, layer in layers.items():
         check_can_cut(name, layer)
@@ -210,12 +210,12 @@ def _plan(model, keep, data):
     return layers, numbers, data
 
 
-def _check_not_shared(model):
+def _check_not_shared(model, layers):
     seen: dict[int, str] = {}
     for name, layer in moe_layers(model).items():
         for part in (layer.router, layer.experts):
             other = seen.setdefault(id(part), name)
-            if other != name:
+            if other != name and (name in layers or other in layers):
                 raise ValueError(
                     "Each layer must have a router and a bank of its own. Received: "
                     f"{other!r} and {name!r}, which share `{part.name}`. Make the model without "
@@ -272,7 +272,8 @@ def _scores(model, by, layers, data):
     if isinstance(by, str):
         check_choice("by", by, list(MEASURES))
         _check_data(data, f"by={by!r}")
-        scores = {name: _as_scores(name, of) for name, of in MEASURES[by](model, data).items()}
+        measured = MEASURES[by](model, layers, data)
+        scores = {name: _as_scores(name, of) for name, of in measured.items()}
         if by == "usage" and not any(score.any() for score in scores.values()):
             _check_data((), "by='usage'")
         return scores
