@@ -215,6 +215,32 @@ def test_an_evaluation_without_the_monitor_counts_nothing_after_one_with_it():
     assert array(layer.expert_counts).sum() == 0
 
 
+class Evaluates(keras.callbacks.Callback):
+    """Evaluates behind each epoch, on its own."""
+
+    def __init__(self, *callbacks):
+        super().__init__()
+        self._callbacks = callbacks
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.evaluate(VALIDATION, VALIDATION, callbacks=[*self._callbacks], verbose=0)
+
+
+def test_validation_counts_behind_evaluations_without_the_monitor():
+    layer = routed()
+    model = model_of(layer)
+    history = fit(model, Evaluates(), epochs=2)
+    assert usage(history) == about({**named(SKEWED, "moe"), **named(BALANCED, "val_moe")})
+    assert array(layer.expert_counts).sum() == 0
+
+
+def test_a_model_keeps_a_test_step_of_its_own():
+    model = model_of(routed())
+    own_step = model.test_step = functools.partial(model.test_step)
+    assert evaluated(model, ExpertMonitor()) == about(named(BALANCED, "moe"))
+    assert model.test_step is own_step
+
+
 def test_two_layers_have_logs_of_their_own():
     forget = keras.layers.Rescaling(0.0)  # equal scores: every token goes to the first expert
     logs = usage(fit(model_of(routed("first"), forget, routed("second"))))

@@ -1,6 +1,7 @@
 """The private names of Keras that have no public one, in one place."""
 
 import contextlib
+import functools
 
 import keras
 from keras.src.backend.common.global_state import get_global_attribute, set_global_attribute
@@ -164,6 +165,23 @@ def compile_like(model, other):
         model.compile(**{**other._compile_config.config, **optimizer})
 
 
+def test_function_of_its_own(model):
+    """Another test function of a compiled model, which shares no trace with the present one.
+
+    JAX gives functions of the same method the same trace, so this one is made of another method.
+    """
+    present, own_step = model.test_function, vars(model).get("test_step")
+    model.test_step = functools.partial(model.test_step)
+    try:
+        model.make_test_function(force=True)
+        return model.test_function
+    finally:
+        model.test_function = present
+        del model.test_step
+        if own_step is not None:  # which the user has given this model
+            model.test_step = own_step
+
+
 def forget_old_weights(model):
     """Make a model work with the weights that its layers hold now, where some were replaced.
 
@@ -213,4 +231,5 @@ __all__ = [
     "remove_sublayers",
     "set_state",
     "stored_dtypes",
+    "test_function_of_its_own",
 ]

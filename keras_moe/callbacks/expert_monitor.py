@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe import metrics
+from keras_moe._internal.keras_internals import test_function_of_its_own
 from keras_moe._internal.named_arguments import NamedArguments, check_is_made
 from keras_moe._internal.validation import check_flag, check_function, check_model, shortened
 from keras_moe.inspection import moe_layers
@@ -115,7 +116,6 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
         super().set_model(model)
         self._training = self._test = None
         self._is_training = False
-        self._retrace_evaluation()
 
     def on_train_begin(self, logs=None):
         self._is_training = True
@@ -126,7 +126,6 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         self._is_training = False
-        self._retrace_evaluation()
         if self._event_files is not None:
             self._event_files.close()
 
@@ -153,7 +152,6 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
             logs.update(self._logs(self._test))
         if not self._is_training:
             self._keep_last(self._test)
-            self._retrace_evaluation()
 
     def on_epoch_end(self, epoch, logs=None):
         training = self._training
@@ -197,10 +195,6 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
             self._shares, self.validation_shares = {}, {}
             self._first_epoch = epoch
 
-    def _retrace_evaluation(self):
-        """Whether a test function counts assignments is fixed when it is traced."""
-        self.model.test_function = None
-
     def _read_counts(self):
         """What was counted since the last call: a `_Usage` by the name of the layer."""
         usages = {}
@@ -235,27 +229,25 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
 
 
 class _CountedStep:
-    """The test function of a model, during which assignments are counted.
+    """The test function of a model, and one that counts assignments, for steps that are watched.
 
-    Keras tells callbacks nothing of an evaluation that is interrupted. So counting is on within a
-    step only, and only if the monitor has announced the step: an evaluation without monitor, after
-    one that was interrupted, gets a test function that does not count.
+    Whether a function counts is fixed when it is traced, so there are two. Keras tells callbacks
+    nothing of an evaluation that is interrupted or has no monitor. So the monitor announces each
+    step, and all others are left as they were.
     """
 
     def __init__(self, model):
         self.is_watched = False
         self._model = model
         self._step = model.test_function
+        self._counting_step = test_function_of_its_own(model)
 
     def __call__(self, *arguments):
         if not self.is_watched:
-            # JAX gives functions of the same method the same trace, as long as one of them lives.
-            self._step = self._model.test_function = None
-            self._model.make_test_function()
-            return self._model.test_function(*arguments)
+            return self._step(*arguments)
         self.is_watched = False
         with Counting(self._model):
-            return self._step(*arguments)
+            return self._counting_step(*arguments)
 
 
 # What is logged of every layer: functions of the layer and of its counts (E,).
