@@ -234,6 +234,18 @@ def test_validation_counts_behind_evaluations_without_the_monitor():
     assert array(layer.expert_counts).sum() == 0
 
 
+def test_a_monitor_is_in_one_call_at_a_time():
+    model, monitor = model_of(routed()), ExpertMonitor()
+    data = (VALIDATION, VALIDATION)
+    for inner, validation in ((ExpertMonitor(), None), (monitor, None), (monitor, data)):
+        with pytest.raises(ValueError, match="must have one `ExpertMonitor`, in one call"):
+            callbacks = [Evaluates(inner), monitor]
+            model.fit(*data, validation_data=validation, callbacks=callbacks, verbose=0)
+    # What was interrupted is over, and behind the monitor its counts are read already.
+    history = fit(model, Evaluates(monitor), monitor=monitor, epochs=2)
+    assert usage(history) == about({**named(SKEWED, "moe"), **named(BALANCED, "val_moe")})
+
+
 def test_a_model_keeps_a_test_step_of_its_own():
     model = model_of(routed())
     own_step = model.test_step = functools.partial(model.test_step)

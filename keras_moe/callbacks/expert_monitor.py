@@ -93,7 +93,7 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
         self.expert_shares = expert_shares
         self.shares, self.validation_shares = {}, {}
         self._begins = False
-        self._training = self._test = None
+        self._training = self._test = self._resets = None
         self._event_files = None
         if log_dir is not None:
             # Here, so that the package can be imported without TensorBoard.
@@ -114,18 +114,16 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
         check_model(model)
         check_is_made(self)
         super().set_model(model)
-        self._training = self._test = None
-        self._is_training = False
+        self._training = self._test = self._resets = None
 
     def on_train_begin(self, logs=None):
-        self._is_training = True
         if self._event_files is not None:
             # A training that was interrupted has left them open.
             self._event_files.close()
         self._begins = True
 
     def on_train_end(self, logs=None):
-        self._is_training = False
+        self._resets = None
         if self._event_files is not None:
             self._event_files.close()
 
@@ -135,11 +133,13 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
             self._begins = False
         self._read_counts()
         self._training = self._test = None
+        self._resets = self._resets_so_far()
 
     def on_test_begin(self, logs=None):
-        self._training = self._read_counts()
         if self._is_training:
-            self._keep_last(self._training)
+            self._training = self._read_training()
+        else:
+            self._read_counts()
         if not isinstance(self.model.test_function, _CountedStep):
             self.model.test_function = _CountedStep(self.model)
 
@@ -156,17 +156,10 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         training = self._training
         if training is None:
-            training = self._read_counts()
-            self._keep_last(training)
+            training = self._read_training()
         test = self._test or {}
         if logs is not None:
-            of_training = self._logs(training)
-            if not of_training.keys().isdisjoint(logs):
-                raise ValueError(
-                    "A model must have one `ExpertMonitor`, which resets the counters that it has "
-                    "read. Received: a second one. Leave one of them out."
-                )
-            logs.update(of_training)
+            logs.update(self._logs(training))
             logs.update({f"val_{key}": value for key, value in self._logs(test).items()})
         for split, usages, shares in (
             ("train", training, self.shares),
@@ -194,6 +187,27 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
         else:
             self._shares, self.validation_shares = {}, {}
             self._first_epoch = epoch
+
+    @property
+    def _is_training(self):
+        return self._resets is not None
+
+    def _resets_so_far(self):
+        return sum(layer.resets for layer in moe_layers(self.model).values())
+
+    def _read_training(self):
+        """What was counted since the epoch began, unless others have read and reset it."""
+        if self._resets != self._resets_so_far():
+            raise ValueError(
+                "A model must have one `ExpertMonitor`, in one call of `fit` or `evaluate` at a "
+                "time, which resets the counters that it has read. Received: counters that were "
+                "reset within an epoch, by a second monitor or by an `evaluate` with a monitor "
+                "that a callback makes. Leave the other monitor out, or put this one before the "
+                "callback."
+            )
+        usages = self._read_counts()
+        self._keep_last(usages)
+        return usages
 
     def _read_counts(self):
         """What was counted since the last call: a `_Usage` by the name of the layer."""

@@ -23,6 +23,7 @@ class RoutingAccount(Saved, keras.layers.Layer):
         expert_counts: weight (E,), assignments of each expert in training since the last
             `reset_counts`. The other counters are `dropped_count`, `router_loss_totals`,
             `router_entropy_total` and `call_count`.
+        resets: how often `reset_counts` has set them back, so that readers can tell.
         counts_in_evaluation: whether evaluation counts as well, which
             `inspection.count_in_evaluation` turns on. Otherwise inference writes to no weight.
         last_counts, last_losses: arrays of the counts (E,) and of the mean of each router loss, of
@@ -40,6 +41,7 @@ class RoutingAccount(Saved, keras.layers.Layer):
     counts_in_evaluation = False
     last_counts = None
     last_losses = None
+    resets = 0
     # Losses, and the weights that they were given before the layer is built.
     _early_loss_weights: tuple = ((), [])
 
@@ -181,6 +183,7 @@ class RoutingAccount(Saved, keras.layers.Layer):
         """Set everything that was counted back to zero; before the layer is built nothing was."""
         if not self.built:
             return
+        self.resets += 1
         for counter in (
             self.expert_counts,
             self.dropped_count,
