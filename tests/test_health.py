@@ -457,6 +457,18 @@ def test_a_heavy_loss_is_found_beside_a_monitor(first, validation_split):
     assert "not counting the constant 1e+03 of" in finding.text
 
 
+@of_counts
+def test_counts_from_before_a_reset_make_no_loss_heavy():
+    layer = expert_layer(router_losses=[losses.LoadBalance(1.0)])
+    model = model_of(layer)
+    layer.call_count.assign(3.0)  # of losses of 0, in a training without a monitor
+    # The counters pass where they were before the monitor of this one resets them.
+    watchdog = ExpertHealth()
+    options = {"batch_size": BATCH, "verbose": 0}
+    model.fit(*clustered(0, 4 * BATCH), callbacks=[watchdog, ExpertMonitor()], **options)
+    assert not watchdog.findings
+
+
 def test_a_heavy_weight_is_no_heavy_loss_where_the_load_is_even():
     layer = expert_layer(routers.DenseRouter(), [losses.LoadBalance(1000.0)])
     findings, _ = watched(model_of(layer), *clustered(0, 4 * BATCH), ExpertHealth())

@@ -87,7 +87,7 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
         self.rebalance = rebalance
         self.findings = []
         self._step = self._next_look = 0
-        self._losses_before = {}
+        self._before = {}
 
     def on_train_begin(self, logs=None):
         check_is_made(self)
@@ -97,7 +97,7 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
         self._told = set()
         self._rebalanced = set()
         self._watches = {}
-        self._losses_before = {}
+        self._before = {}
         for name, layer in moe_layers(self.model).items():
             for loss, weight in zip(layer.router_losses, layer.loss_weights_in_force):
                 finding = health.judge_weak_loss(loss, weight)
@@ -105,12 +105,12 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
                     self._tell(name, finding)
 
     def on_epoch_begin(self, epoch, logs=None):
-        # `ExpertMonitor` resets the counters between epochs.
+        # What was counted or loaded between epochs is no part of this one.
         for name, layer in moe_layers(self.model).items():
             if layer.built:
-                self._losses_before[name] = _Losses.counted(layer)
+                self._before[name] = _Counted.by(layer)
                 if name in self._watches:
-                    self._watches[name].seen = _read(layer.expert_counts)
+                    self._watches[name].seen = self._before[name]
 
     # Not `on_train_batch_end`: a callback that defines it makes Keras wait for every batch.
     def on_train_batch_begin(self, batch, logs=None):
@@ -125,9 +125,9 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
         for name, layer in moe_layers(self.model).items():
             if not layer.built or not layer.router_losses:
                 continue
-            means = _Losses.counted(layer).means_since(self._losses_before.get(name))
-            if means is None:  # a monitor has reset the counters
-                means = layer.last_losses
+            counted = _Counted.by(layer).since(self._before.get(name))
+            # Where a monitor has read and reset the counters, it has kept the means.
+            means = counted.losses / counted.calls if counted.calls else layer.last_losses
             if means is None:
                 continue
             losses += layer.router_losses
@@ -207,27 +207,26 @@ class _Watch:
 
     def __init__(self, layer, patience):
         self.patience = patience
-        self.seen = _read(layer.expert_counts)
-        self._window = np.zeros_like(self.seen)
+        self.seen = _Counted.by(layer)
+        self._window = np.zeros_like(self.seen.assignments)
         self._first_size = _router_size(layer.router)
         self.restart()
 
     def restart(self):
         """Forget how long the load has been uneven."""
         self._spreads: collections.deque = collections.deque(maxlen=self.patience)
-        self._idle: np.ndarray = np.zeros(len(self.seen), "int64")
+        self._idle: np.ndarray = np.zeros(len(self._window), "int64")
 
     def look(self, layer):
         """Yield a kind, a finding or None, and what it is about, if there may be more later."""
         yield "router", self._judge_router(layer.router), (None,)
-        counts = _read(layer.expert_counts)
-        # Counters that were reset in between start from zero.
-        self._window += counts - self.seen if (counts >= self.seen).all() else counts
-        self.seen = counts
+        counted = _Counted.by(layer)
+        self._window += counted.since(self.seen).assignments
+        self.seen = counted
         if health.is_enough(self._window):
             yield "collapse", self._judge_spread(layer), (None,)
             yield "dead", *self._judge_idle(layer)
-            self._window = np.zeros_like(counts)
+            self._window = np.zeros_like(self._window)
 
     def _judge_router(self, router):
         size = _router_size(router)
@@ -258,22 +257,25 @@ class _Watch:
         return finding._replace(text=f"{finding.text} {now}"), dead.tolist()
 
 
-class _Losses(NamedTuple):
-    """What a layer has counted of its router losses, before their weights."""
+class _Counted(NamedTuple):
+    """What a layer has counted since its counters were reset for the last time."""
 
-    totals: np.ndarray
+    resets: int
     calls: float
+    assignments: np.ndarray
+    losses: np.ndarray
 
     @classmethod
-    def counted(cls, layer):
-        return cls(_read(layer.router_loss_totals), float(_read(layer.call_count)))
+    def by(cls, layer):
+        counters = (layer.call_count, layer.expert_counts, layer.router_loss_totals)
+        return cls(layer.resets, *map(_read, counters))
 
-    def means_since(self, before):
-        """The mean of each, or None if nothing was counted since."""
-        if before is None or self.calls < before.calls:  # counters were reset in between
-            before = _Losses(np.zeros_like(self.totals), 0.0)
-        calls = self.calls - before.calls
-        return (self.totals - before.totals) / calls if calls else None
+    def since(self, before):
+        """What was counted later, of which what a reset has taken is not known."""
+        # Weights of an earlier time, loaded in between, bring fewer calls.
+        if before is None or self.resets != before.resets or self.calls < before.calls:
+            return self
+        return _Counted(self.resets, *(now - then for now, then in zip(self[1:], before[1:])))
 
 
 def _read(weight):
