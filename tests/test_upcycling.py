@@ -317,3 +317,22 @@ def test_keras_sets_the_seed_of_routers_that_are_given_none():
         kernels.append([array(layer.router.kernel), array(layer.experts.up_kernel)])
     for first, second in zip(*kernels):
         np.testing.assert_array_equal(first, second)
+
+
+def sequential(**kwargs):
+    return keras.Sequential(
+        [keras.Input((D,)), keras.layers.Dense(H, "relu"), keras.layers.Dense(D)], **kwargs
+    )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: sequential(trainable=False), sequential, lambda: graph_model(1)],
+    ids=["made frozen", "sequential", "functional"],
+)
+def test_of_a_frozen_model_only_the_new_routers_train(make):
+    model = make()
+    model.trainable = False
+    upcycled = keras_moe.upcycle(model, num_experts=4)
+    (layer,) = inspection.moe_layers(upcycled).values()
+    assert [weight.path for weight in upcycled.trainable_variables] == [layer.router.kernel.path]

@@ -20,6 +20,7 @@ from keras_moe._internal.validation import (
 from keras_moe.layers.feed_forward_experts import FeedForwardExperts
 from keras_moe.layers.gated_experts import GatedExperts
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
+from keras_moe.layers.sublayers import freeze_parts
 from keras_moe.routers.top_k import TopKRouter
 from keras_moe.upcycling.experts import expert_weights
 from keras_moe.upcycling.feed_forwards import feed_forwards, overlooked
@@ -115,6 +116,8 @@ def upcycle(
         )
     for feed_forward in chosen:
         _check_layers(feed_forward, granularity)
+    for layer in model._flatten_layers():
+        freeze_parts(layer)
     rng = np.random.default_rng(random.randrange(2**32) if seed is None else seed)
     mixtures = []
     for feed_forward in chosen:

@@ -124,4 +124,4 @@ class _Rewriting:
             keras.Input(batch_shape=x.shape, dtype=x.dtype, name=x.name) for x in model.inputs
         ]
         layers = [rewritten[id(layer)] for layer in model.layers if id(layer) not in removed]
-        return keras.Sequential([*inputs, *layers], name=model.name, trainable=model.trainable)
+        return keras.Sequential([*inputs, *layers], name=model.name)
