@@ -149,8 +149,8 @@ def judge_router(entropy, largest_logit):
     if entropy > INDIFFERENT:
         text = "The router hardly prefers an expert: the scores of a token are close to each other."
         fix = (
-            "Train on: scores are close at first, and those by a sigmoid for longer. If the loss "
-            "does not fall either, router losses, if the layer has any, may weigh too much."
+            "Train longer, as scores are close at first. If the loss does not fall either, router "
+            "losses, if the layer has any, may weigh too much."
         )
         return [Finding(HINT, text, fix)]
     if entropy < CERTAIN:

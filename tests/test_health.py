@@ -352,6 +352,7 @@ ADVICE = {
         router_losses=[losses.LoadBalance(0.1)]
     ),
     "by OwnBalance(weight=0.05): give it ten times": lambda: moe(router_losses=[OwnBalance(0.05)]),
+    "by OwnBalance(weight=0.5): give it ten times": lambda: moe(router_losses=[OwnBalance(0.5)]),
     "by LargeBalance(weight=5): give it ten times": lambda: moe(router_losses=[LargeBalance(5.0)]),
     "by LargeBalance(weight=10), a large weight": lambda: moe(router_losses=[LargeBalance(10.0)]),
     "by LossFreeBias(rate=0.001): raise the rate, for example to 0.01.": lambda: moe(

@@ -148,14 +148,18 @@ def test_verdicts_are_plain_words(tmp_path, data, expected):
     assert verdicts(html)[0].startswith(expected)
 
 
-def test_an_untrained_router_is_said_to_have_no_preference(tmp_path):
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_an_untrained_router_is_said_to_have_no_preference_unless_scores_are_sigmoids(
+    score, tmp_path
+):
     experts = layers.FeedForwardExperts(E, 8)
     inputs = keras.Input((None,), dtype="int32")
-    embedding, router = keras.layers.Embedding(9, 8), routers.TopKRouter(top_k=1)
+    embedding, router = keras.layers.Embedding(9, 8), routers.TopKRouter(top_k=1, score=score)
     outputs = layers.MixtureOfExperts(experts, router, name="new")(embedding(inputs))
     model = keras.Model(inputs, outputs)
     _, html = written(tmp_path, model, balanced(5))
-    assert "new: The router hardly prefers an expert: the scores of a token are close" in html
+    said = "new: The router hardly prefers an expert: the scores of a token are close" in html
+    assert said == (score == "softmax")
     # Nor is the load left out, and what helps is said once.
     embedding.embeddings.assign(np.eye(9, 8))
     router.kernel.assign(1e-5 * np.eye(8, E))

@@ -50,9 +50,9 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
         patience: looks that a collapse must last before it is reported.
         stop: whether a problem ends the training, one batch after the look.
         rebalance: whether a collapse or a dead expert makes the layer's balancing losses ten times
-            as heavy, once, where their weight is below ten times the usual one: 0.1 for
-            `losses.LoadBalance` and losses without a `usual_weight`. `layer.loss_weights_in_force`
-            has the present weights; the losses in `router_losses` and the config keep the original
+            as heavy, once, where their weight is below ten times the usual one, 0.1 for
+            `losses.LoadBalance`, or a loss has no `usual_weight`. `layer.loss_weights_in_force` has
+            the present weights; the losses in `router_losses` and the config keep the original
             ones.
 
     Raises:

@@ -1,5 +1,7 @@
 """The interface every router loss has."""
 
+import math
+
 from keras_moe._internal.serialization import Configured
 from keras_moe._internal.tensor_checks import check_is_scalar
 from keras_moe._internal.validation import check_not_negative
@@ -7,8 +9,6 @@ from keras_moe._internal.validation import check_not_negative
 # A weight of so many times the usual one should not grow. A little less, as layers keep weights in
 # float32.
 _LARGE = 9.99
-# That of `LoadBalance`, for a loss that does not say.
-_USUAL_WEIGHT = 1e-2
 
 
 class RouterLoss(Configured):
@@ -74,8 +74,8 @@ class RouterLoss(Configured):
 
     @property
     def large_weight(self):
-        """From which on a weight should not grow: ten times the usual one, 0.1 if there is none."""
-        return _LARGE * (self.usual_weight or _USUAL_WEIGHT)
+        """From which on a weight should not grow: ten times the usual one, if that is known."""
+        return math.inf if self.usual_weight is None else _LARGE * self.usual_weight
 
     def balance_advice(self, weight):
         """What to try where the load is uneven in spite of the loss, which has this weight now."""

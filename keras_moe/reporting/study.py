@@ -133,6 +133,9 @@ def _study_layer(layer, summary, routing, labels, texts):
     # A fixed router has no confidence to report.
     decides = isinstance(layer.router, LogitRouter) and len(probs)
     router = health.judge_router(entropy, largest) if decides else []
+    if not layer.router.shift_invariant:
+        # Sigmoids are close to each other, however decided the router is: hints are about entropy.
+        router = [finding for finding in router if finding.level == health.PROBLEM]
     findings = [*load, *health.judge_drops(routing.dropped), *router]
     information = None
     if not texts:  # the layer has no place for each document
