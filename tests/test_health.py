@@ -420,6 +420,19 @@ def test_ten_times_the_usual_weight_is_not_heavy():
 
 
 @of_counts
+@pytest.mark.parametrize("logs", [None, {}, {"loss": float("nan")}])
+def test_no_loss_is_heavy_where_that_of_the_model_is_not_known(logs):
+    layer = expert_layer(router_losses=[losses.LoadBalance(1.0)])
+    watchdog = ExpertHealth()
+    watchdog.set_model(model_of(layer))
+    watchdog.on_train_begin()
+    layer.router_loss_totals.assign([1.2])
+    layer.call_count.assign(1.0)
+    watchdog.on_epoch_end(0, logs)
+    assert not watchdog.findings
+
+
+@of_counts
 def test_a_loss_is_not_heavy_because_the_task_is_learned():
     layer = expert_layer(router_losses=[losses.LoadBalance(1.0)])
     watchdog = ExpertHealth()

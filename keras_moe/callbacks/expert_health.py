@@ -93,7 +93,7 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
         check_is_made(self)
         self.findings = []
         self._step = self._next_look = 0
-        self._largest_loss = 0.0
+        self._largest_loss = np.nan
         self._told = set()
         self._rebalanced = set()
         self._watches = {}
@@ -135,7 +135,7 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
             values += list(means)
             added[name] = np.dot(layer.loss_weights_in_force, means)
         if added:
-            self._largest_loss = max(self._largest_loss, (logs or {}).get("loss", 0.0))
+            self._largest_loss = np.fmax(self._largest_loss, (logs or {}).get("loss", np.nan))
             finding = health.judge_heavy_losses(losses, weights, self._largest_loss, values)
             most = max(added, key=lambda name: added[name])
             if self._is_new(most, "heavy loss", finding):

@@ -19,9 +19,9 @@ class RouterLoss(Configured):
     that spreads the load over the experts sets `balances`; advice about the layer then names it.
     With `usual_weight` set as well, advice calls ten times as much a large weight, and
     `callbacks.ExpertHealth` also warns of a weight below a thousandth of it, and of more than ten
-    times as much where that is a large part of the loss. One
-    that is not 0 where all experts serve alike sets `value_at_balance` to what it is there, before
-    its weight, so that this constant is not taken for a heavy loss.
+    times as much where that is a large part of the loss. One that is not 0 where all experts serve
+    alike sets `value_at_balance` to what it is there, before its weight, so that this constant is
+    not taken for a heavy loss.
 
     Args:
         weight: what the loss is multiplied by, at least 0. A layer copies it into a variable of its
