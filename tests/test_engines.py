@@ -24,7 +24,7 @@ from test_ops_moe import Config, build, check_against_oracle, draw_batch
 from keras_moe import inspection, layers, ops, routers
 from keras_moe.backend import current_platform, has_grouped_products
 from keras_moe.ops import grouped_matmul
-from keras_moe.ops.grouped import engines, padded, rows, slices, tiles
+from keras_moe.ops.grouped import engines, rows, slices
 from keras_moe.ops.grouped.records import Setting
 from keras_moe.ops.platforms import named_platform
 
@@ -32,10 +32,11 @@ from keras_moe.ops.platforms import named_platform
 # other tests run those of CPUs.
 ENGINES = {
     "jax": [("rows", "tpu"), ("rows", "gpu"), ("padded", "gpu")],
-    "tensorflow": [("padded", "gpu"), ("slices", "gpu")],
+    "tensorflow": [("padded", "gpu"), ("slices", "gpu"), ("loop", "cpu")],
     "torch": [("rows", "gpu"), ("slices", "gpu")],
 }[BACKEND]
-BY_NAME = {"rows": rows, "padded": padded, "tiles": tiles, "slices": slices}
+BY_NAME = {engines.name_of(engine): engine for engine in engines.ENGINES}
+DYNAMIC = ("slices", "loop")
 
 
 if current_platform() != "cpu":  # kernels are interpreted on a CPU only
@@ -48,7 +49,7 @@ def mode(request, monkeypatch, small_tiles):
     name, platform = request.param
     monkeypatch.setattr(engines, "choose", lambda setting: BY_NAME[name])
     with ops.platform(platform):
-        yield "xla" if BACKEND == "tensorflow" and name != "slices" else FAST_MODE
+        yield "xla" if BACKEND == "tensorflow" and name not in DYNAMIC else FAST_MODE
 
 
 # Widths are multiples of 8, as PyTorch's grouped_mm wants them.
@@ -213,6 +214,17 @@ def test_the_engine_follows_from_the_setting(case, names):
     for platform, name in zip(PLATFORMS, names):
         engine = engines.choose(Setting(platform, static_shapes, dtype, (64, 128, 64)))
         assert engines.name_of(engine) == name
+
+
+@pytest.mark.backends("tensorflow")
+def test_few_rows_go_to_a_loop_on_a_cpu():
+    def engine(num_rows, platform="cpu", is_quantized=False):
+        setting = Setting(platform, False, "float32", (64, 128, 64), 8, num_rows, is_quantized)
+        return engines.name_of(engines.choose(setting))
+
+    assert engine(0) == engine(32) == engine(128, is_quantized=True) == "loop"
+    assert engine(33) == engine(129, is_quantized=True) == engine(8, "gpu") == "slices"
+    assert engine(None) == engine(None, is_quantized=True) == "slices"
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="of PyTorch's grouped_mm")

@@ -198,6 +198,39 @@ def test_an_expert_without_rows_converts_one_row_of_its_kernel(num_rows):
     assert_close(to_numpy(products), rows @ kernel[0])
 
 
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_few_rows_convert_the_kernels_of_their_experts_alone(mode, monkeypatch):
+    converted, of = set(), records.Kernels.of
+
+    def recorded(self, expert, length=None):
+        converted.add(int(expert))
+        return of(self, expert, length)
+
+    monkeypatch.setattr(records.Kernels, "of", recorded)
+    layer = layers.MixtureOfExperts(layers.FeedForwardExperts(8, H), routers.TopKRouter(top_k=1))
+    layer.build((None, D))
+    layer.experts.quantize(mode)
+    token = normal(1, D)
+    layer(token)
+    assert converted == {int(keras.ops.argmax(layer.router(token).probs))}
+
+
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("block", [1, 5, D])
+@pytest.mark.parametrize("run", ["eager", "graph"])
+def test_kernels_that_are_converted_in_blocks_give_the_same_product(block, run, monkeypatch):
+    from keras_moe.backend import tensorflow
+
+    layer = layers.MixtureOfExperts(layers.GatedExperts(E, H, use_bias=True))
+    layer.build((None, D))
+    layer.experts.quantize("int8")
+    tokens = normal(7, D)
+    expected = to_numpy(layer(tokens))
+    monkeypatch.setattr(tensorflow, "CPU_BLOCK", block * H)
+    assert_close(compiled(layer, run)(tokens), expected)
+
+
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_experts_in_integers_compile(mode):
     bank = layers.GatedExperts(E, H)

@@ -34,6 +34,9 @@ Each for some engines of `ops.grouped` only:
 - `batched_product(left, right)`: float32 products of matrices, where shapes are static.
 - `multiply_groups`, `stack_gradients`: affine maps of slices, and their gradients, where shapes are
   dynamic.
+- `loop_over_groups(function, sizes, buffers)`: rows group by group, in a loop over those that have
+  some.
+- `loops_over_groups()`: whether there is such a loop.
 - `unstack_sizes(sizes, num_rows)`: sizes of groups one by one, where shapes are dynamic.
 - `split_rows(rows, sizes)`: the rows of each group, of such sizes.
 - `join_rows(parts)`: the way back.
@@ -124,6 +127,7 @@ vjp = _module.vjp
 batched_product = _primitive("batched_product")
 grouped_kernel_gradients = _primitive("grouped_kernel_gradients")
 grouped_products = _primitive("grouped_products")
+loop_over_groups = _primitive("loop_over_groups")
 join_rows = _primitive("join_rows")
 knows_sizes = _primitive("knows_sizes")
 multiply_groups = _primitive("multiply_groups")
@@ -143,6 +147,7 @@ larger_size: Any = getattr(_module, "larger_size", keras.ops.maximum)
 is_exporting: Any = getattr(_module, "is_exporting", lambda: False)
 is_recomputing: Any = getattr(_module, "is_recomputing", lambda: False)
 may_recompute: Any = getattr(_module, "may_recompute", lambda: False)
+loops_over_groups: Any = getattr(_module, "loops_over_groups", lambda: False)
 as_one_program: Any = getattr(_module, "as_one_program", lambda function: function)
 trace_once: Any = getattr(_module, "trace_once", lambda function: function)
 knows_shapes: Any = getattr(_module, "knows_shapes", lambda: True)

@@ -13,6 +13,12 @@ from keras_moe._internal.keras_internals import current_model
 from keras_moe.backend.one_hot import count_integers as count_integers
 from keras_moe.backend.one_hot import take_columns as take_columns
 
+# So many entries of a kernel are converted at once, to be multiplied in the cache.
+CPU_BLOCK = 2**17
+
+# Of large kernels a block is larger, as each takes some operations.
+MOST_BLOCKS = 64
+
 
 def compiles_static_shapes():
     """Whether the current trace is compiled by XLA, which fixes every shape."""
@@ -117,7 +123,7 @@ def multiply_groups(rows, sizes, experts, kernels, bias=None, transposed=False):
     Args:
         rows: (R, D), or (R, H) if `transposed`.
         sizes: list of one size, R.
-        experts: list of one number, that of the expert.
+        experts: list of one number, that of the expert; a tensor in `loop_over_groups`.
         kernels: `Kernels` of all experts.
         bias: (E, H) or None.
         transposed: whether to multiply by the transposed kernel.
@@ -125,20 +131,70 @@ def multiply_groups(rows, sizes, experts, kernels, bias=None, transposed=False):
     Returns:
         (R, H), or (R, D), in the dtype of the rows.
     """
-    (expert,), scale = experts, kernels.scale
+    (size,), (expert,), scale = sizes, experts, kernels.scale
     if scale is not None and transposed:
         rows *= tf.cast(scale[expert], rows.dtype)
-    if kernels.converts and not transposed:
-        # An operation on all of a kernel is too long for an expert without rows, of which decoding
-        # has most: there only the first row is converted.
-        length = tf.where(sizes[0] > 0, rows.shape[1], 1)
-        product = tf.matmul(rows[:, :length], tf.cast(kernels.of(expert, length), rows.dtype))
-    else:
+    if transposed or not kernels.converts:
         kernel = tf.cast(kernels.of(expert), rows.dtype)
         product = tf.matmul(rows, kernel, transpose_b=transposed)
+    elif tf.is_tensor(expert):
+        product = _product_in_blocks(rows, kernels.of(expert))
+    else:
+        # An operation on all of a kernel is too long for an expert without rows: there only the
+        # first row is converted.
+        length = tf.where(size > 0, rows.shape[1], 1)
+        product = tf.matmul(rows[:, :length], tf.cast(kernels.of(expert, length), rows.dtype))
     if scale is not None and not transposed:
         product *= tf.cast(scale[expert], rows.dtype)
     return product if bias is None else product + tf.cast(bias[expert], rows.dtype)
+
+
+def _product_in_blocks(rows, kernel):
+    """`rows @ kernel`, where blocks of the kernel are converted in turn, and stay in the cache."""
+    length, width = kernel.shape
+    # Sums over blocks are rounded after each, which bfloat16 and float16 would show.
+    in_one = rows.dtype != tf.float32
+    block = length if in_one else max(CPU_BLOCK // width, length // MOST_BLOCKS, 1)
+    lengths = [min(block, length - start) for start in range(0, length, block)]
+    products: list = []
+    for part, of_kernel in zip(tf.split(rows, lengths, 1), tf.split(kernel, lengths)):
+        # Blocks that are converted side by side would not stay in the cache.
+        with tf.control_dependencies(products[-1:]):
+            of_kernel = tf.cast(of_kernel, rows.dtype)
+        products.append(tf.matmul(part, of_kernel))
+    return tf.add_n(products)
+
+
+def loops_over_groups():
+    """Whether few rows are computed in a `loop_over_groups`: unless XLA fixes every shape."""
+    return not compiles_static_shapes()
+
+
+def loop_over_groups(function, sizes, buffers):
+    """Fill buffers group by group, in a loop over the groups that have rows.
+
+    Args:
+        function: `function(group, start, end)` returns the rows from `start` to `end` of each
+            buffer, which are those of the group; all arguments are integer tensors.
+        sizes: (G,) integers, the sizes of groups that stand one behind another.
+        buffers: list of tensors (R, ...).
+
+    Returns:
+        The list of filled buffers.
+    """
+    ends = tf.cumsum(sizes)
+    busy = tf.where(sizes > 0)[:, 0]
+    number = tf.shape(busy)[0]
+
+    def body(i, *buffers):
+        group = busy[i]
+        start, end = ends[group] - sizes[group], ends[group]
+        where = tf.expand_dims(tf.range(start, end), 1)
+        parts = zip(buffers, function(group, start, end))
+        return i + 1, *(tf.tensor_scatter_nd_update(buffer, where, part) for buffer, part in parts)
+
+    _, *buffers = tf.while_loop(lambda i, *_: i < number, body, (0, *buffers))
+    return buffers
 
 
 def stack_gradients(runs, kernels, biases, num_frozen=0):

@@ -200,6 +200,8 @@ def multiply_groups(rows, sizes, experts, kernels, bias=None, transposed=False):
     def multiply(part, expert, output=None, digits=None):
         kernel = kernels.of(expert)
         if scale is None:
+            if kernel.dtype != rows.dtype:
+                kernel = kernel.to(rows.dtype)
             if transposed:
                 return torch.mm(part, kernel.mT, out=output)
             if bias is None:

@@ -11,9 +11,9 @@ An engine is a module of this folder with one interface:
 Rows behind the last group are padding. No engine promises what it returns for them.
 """
 
-from keras_moe.ops.grouped import padded, rows, slices, tiles
+from keras_moe.ops.grouped import loop, padded, rows, slices, tiles
 
-ENGINES = (rows, padded, tiles, slices)
+ENGINES = (rows, padded, tiles, loop, slices)
 
 
 def choose(setting):
@@ -27,7 +27,7 @@ def choose(setting):
     | TensorFlow with XLA | GPU, TPU | `padded` |
     | JAX, TensorFlow with XLA | CPU | `tiles` |
     | PyTorch | CPU, and GPU otherwise | `slices` |
-    | TensorFlow without XLA | all | `slices` |
+    | TensorFlow without XLA | all | `slices`; few rows on a CPU, if their number is known: `loop` |
     """
     return next(engine for engine in ENGINES if engine.supports(setting))
 

@@ -12,7 +12,8 @@ class Setting(NamedTuple):
     - `static_shapes`: whether all shapes are fixed at compile time, as under XLA.
     - `dtype`: that of the tokens, a string.
     - `widths`: the width of the tokens, then the width that each kernel maps to.
-    - `knows_num_rows`: whether the number of rows is an integer, and not a symbol.
+    - `num_experts`: an integer.
+    - `num_rows`: an integer, infinite for any large one, or None where it is a symbol.
     - `is_quantized`: whether some kernels are integers.
     """
 
@@ -20,7 +21,8 @@ class Setting(NamedTuple):
     static_shapes: bool
     dtype: str
     widths: tuple
-    knows_num_rows: bool = True
+    num_experts: int = 1
+    num_rows: float | None = float("inf")
     is_quantized: bool = False
 
 
@@ -124,15 +126,15 @@ class Kernels(NamedTuple):
     def of(self, expert, length=None):
         """The kernel (D, H) of an expert, or the first rows of it.
 
-        It is int8 where there is a `scale`, otherwise in the dtype of the rows.
+        In the dtype it is stored in, and without its `scale`; `Packed` in the dtype of the rows.
         """
 
         def part(stacked):
             return stacked[expert] if length is None else stacked[expert][:length]
 
-        if self.scale is not None:
-            return part(self.stored.values)
-        return floats(self.stored, part, self.dtype)
+        if isinstance(self.stored, Packed):
+            return self.stored.floats(part, self.dtype)
+        return part(self.stored if self.scale is None else self.stored.values)
 
 
 def _byte(number):

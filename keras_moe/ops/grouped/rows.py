@@ -13,7 +13,7 @@ from keras_moe.ops.grouped.steps import Products, Remade
 
 def supports(setting):
     # The grids of kernels are integers, and their factors are floats.
-    fits = setting.knows_num_rows and not setting.is_quantized
+    fits = setting.num_rows is not None and not setting.is_quantized
     return fits and backend.has_grouped_products(setting.platform, setting.dtype, setting.widths)
 
 

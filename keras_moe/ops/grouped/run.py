@@ -41,12 +41,14 @@ def _run(step_and_platform, tokens, weights, parameters, groups):
 
 def setting_of(platform, tokens, parameters, groups):
     """The `Setting` of a grouped operation on a platform."""
+    num_rows = groups.num_rows()
     return Setting(
         platform=platform,
         static_shapes=backend.compiles_static_shapes(),
         dtype=keras.backend.standardize_dtype(tokens.dtype),
         widths=(tokens.shape[-1], *(kernel.shape[-1] for kernel in parameters.all_kernels)),
-        knows_num_rows=isinstance(groups.num_rows(), int),
+        num_experts=groups.sizes.shape[0],
+        num_rows=num_rows if isinstance(num_rows, int) else None,
         is_quantized=any(isinstance(kernel, QUANTIZED) for kernel in parameters.frozen),
     )
 

@@ -63,7 +63,14 @@ def backward(setting, step, tokens, row_weights, parameters, groups, outputs, sa
     )
 
 
-class _Run(NamedTuple):
+def saved_of_runs(setting, groups, saved):
+    """What a forward pass would have saved for each run, from tensors of all rows."""
+    runs, num_behind = _runs(setting, groups)
+    parts = [_split(values, runs, num_behind) for values in saved]
+    return [[part[number] for part in parts] for number in range(len(runs))]
+
+
+class Run(NamedTuple):
     """Neighbouring groups: the sizes and experts of all, and how many rows they have together."""
 
     sizes: list
@@ -94,7 +101,7 @@ def _runs(setting, groups):
     longest = CPU_RUN_ROWS if setting.platform == "cpu" else float("inf")
     *all_sizes, num_behind = backend.unstack_sizes(groups.sizes, groups.num_rows())
     if not backend.knows_sizes():
-        return [_Run([size], [expert], size) for expert, size in enumerate(all_sizes)], num_behind
+        return [Run([size], [expert], size) for expert, size in enumerate(all_sizes)], num_behind
     runs: list = []
     for expert, size in enumerate(all_sizes):
         # An operation on zero rows would cost as much as on a few.
@@ -102,9 +109,9 @@ def _runs(setting, groups):
             continue
         if runs and runs[-1].num_rows + size <= longest:
             sizes, experts, num_rows = runs[-1]
-            runs[-1] = _Run([*sizes, size], [*experts, expert], num_rows + size)
+            runs[-1] = Run([*sizes, size], [*experts, expert], num_rows + size)
         else:
-            runs.append(_Run([size], [expert], size))
+            runs.append(Run([size], [expert], size))
     return runs, num_behind
 
 
