@@ -134,9 +134,10 @@ def test_a_resumed_training_continues_the_shares_of_the_epochs_before():
     np.testing.assert_allclose(monitor.validation_shares["moe"], [even, [np.nan] * 4, even])
     fit(model_of(routed()), monitor=monitor, initial_epoch=3, epochs=5)
     np.testing.assert_allclose(monitor.shares["moe"], [even, even, one, one, one])
-    # Shares of too few epochs, or of other layers, are not those before.
+    # An epoch that was not watched has none.
     fit(model_of(routed()), monitor=monitor, initial_epoch=6, epochs=7)
-    np.testing.assert_allclose(monitor.shares["moe"], [one])
+    np.testing.assert_allclose(monitor.shares["moe"], [even, even, *[one] * 3, [np.nan] * 4, one])
+    # Shares of other layers are not those before.
     for others in ({"other": [one] * 9}, {"moe": [[0.5, 0.5]] * 9}):
         monitor.shares = others
         fit(model_of(routed()), monitor=monitor, initial_epoch=8, epochs=9)

@@ -358,7 +358,10 @@ ADVICE = {
     "by LossFreeBias(rate=0.001): raise the rate, for example to 0.01.": lambda: moe(
         router=routers.TopKRouter(balancer="loss_free")
     ),
-    "by LossFreeBias(rate=0.01): raise the rate.": lambda: moe(
+    "by LossFreeBias(rate=0.003): raise the rate, for example to 0.01.": lambda: moe(
+        router=routers.TopKRouter(balancer=routers.LossFreeBias(0.003))
+    ),
+    "by LossFreeBias(rate=0.01): lower the rate if the load jumps": lambda: moe(
         router=routers.TopKRouter(balancer=routers.LossFreeBias(0.01))
     ),
     "by QuantileBias(momentum=0): lower the momentum": lambda: moe(

@@ -6,7 +6,7 @@ import pytest
 from backends import BACKEND, MODES, assert_close, compiled, gradients, to_numpy, unless_compiled
 from layer_checks import normal
 
-from keras_moe import backend, inspection, layers, routers
+from keras_moe import inspection, layers, routers
 from keras_moe.ops.grouped import blocks, records
 
 # Keras asks each layer, and warns of those that cannot, such as its `InputLayer`.
@@ -183,29 +183,13 @@ def test_few_rows_are_multiplied_by_blocks_of_a_kernel(entries, monkeypatch):
 
 
 @pytest.mark.backends("tensorflow")
-@pytest.mark.parametrize("num_rows", [0, 3])
-def test_an_expert_without_rows_converts_one_row_of_its_kernel(num_rows):
-    kernel, rows, lengths = normal(1, D, H), normal(num_rows, D), []
-
-    class Recorded(records.Kernels):
-        def of(self, expert, length=None):
-            lengths.append(int(length))
-            return super().of(expert, length)
-
-    kernels = Recorded(keras.ops.cast(kernel, "float64"), rows.dtype)
-    products = backend.multiply_groups(keras.ops.convert_to_tensor(rows), [num_rows], [0], kernels)
-    assert lengths == [D if num_rows else 1]
-    assert_close(to_numpy(products), rows @ kernel[0])
-
-
-@pytest.mark.backends("tensorflow")
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_few_rows_convert_the_kernels_of_their_experts_alone(mode, monkeypatch):
     converted, of = set(), records.Kernels.of
 
-    def recorded(self, expert, length=None):
+    def recorded(self, expert):
         converted.add(int(expert))
-        return of(self, expert, length)
+        return of(self, expert)
 
     monkeypatch.setattr(records.Kernels, "of", recorded)
     layer = layers.MixtureOfExperts(layers.FeedForwardExperts(8, H), routers.TopKRouter(top_k=1))
@@ -229,6 +213,34 @@ def test_kernels_that_are_converted_in_blocks_give_the_same_product(block, run, 
     expected = to_numpy(layer(tokens))
     monkeypatch.setattr(tensorflow, "CPU_BLOCK", block * H)
     assert_close(compiled(layer, run)(tokens), expected)
+
+
+@pytest.mark.backends("tensorflow")
+def test_a_program_for_batches_of_any_size_computes_few_and_many_rows():
+    import tensorflow as tf
+
+    keras.utils.set_random_seed(0)
+    layer = layers.MixtureOfExperts(layers.GatedExperts(3, 16))
+    layer.build((None, D))
+    layer.experts.quantize("int8")
+    layer.experts.enable_lora(2)
+    for variable in layer.experts.trainable_variables:
+        variable.assign(normal(*variable.shape))
+
+    def outputs_and_gradients(tokens):
+        variables = [variable.value for variable in layer.experts.trainable_variables]
+        with tf.GradientTape() as tape:
+            tape.watch(tokens)
+            outputs = layer(tokens)
+            loss = tf.reduce_sum(tf.sin(outputs))
+        return outputs, tape.gradient(loss, [tokens, *variables])
+
+    program = tf.function(outputs_and_gradients, input_signature=[tf.TensorSpec((None, D))])
+    for num_tokens in (0, 3, 100):
+        tokens = tf.constant(normal(num_tokens, D))
+        pairs = zip(*map(keras.tree.flatten, (program(tokens), outputs_and_gradients(tokens))))
+        for actual, expected in pairs:
+            assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])

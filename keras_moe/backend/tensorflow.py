@@ -134,16 +134,15 @@ def multiply_groups(rows, sizes, experts, kernels, bias=None, transposed=False):
     (size,), (expert,), scale = sizes, experts, kernels.scale
     if scale is not None and transposed:
         rows *= tf.cast(scale[expert], rows.dtype)
-    if transposed or not kernels.converts:
-        kernel = tf.cast(kernels.of(expert), rows.dtype)
+    kernel = kernels.of(expert)
+    if not kernels.converts:
         product = tf.matmul(rows, kernel, transpose_b=transposed)
-    elif tf.is_tensor(expert):
-        product = _product_in_blocks(rows, kernels.of(expert))
+    elif tf.is_tensor(expert) and not transposed:
+        product = _product_in_blocks(rows, kernel)
     else:
-        # An operation on all of a kernel is too long for an expert without rows: there only the
-        # first row is converted.
-        length = tf.where(size > 0, rows.shape[1], 1)
-        product = tf.matmul(rows[:, :length], tf.cast(kernels.of(expert, length), rows.dtype))
+        # LiteRT multiplies no rows by a constant, but not by what it has converted.
+        some = tf.pad(rows, ((0, tf.maximum(1 - size, 0)), (0, 0)))
+        product = tf.matmul(some, tf.cast(kernel, rows.dtype), transpose_b=transposed)[:size]
     if scale is not None and not transposed:
         product *= tf.cast(scale[expert], rows.dtype)
     return product if bias is None else product + tf.cast(bias[expert], rows.dtype)

@@ -50,8 +50,8 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
     The attributes `shares` and `validation_shares` are for `visualization.shares_over_time`: dicts
     with the shares of the experts of each layer, a list of one array (E,) for each epoch. An epoch
     without validation has NaN, if a later one has a validation. `fit` begins them anew, but with an
-    `initial_epoch` it continues those of the epochs before, if the monitor has them. Shares that
-    you assign begin with epoch 0.
+    `initial_epoch` it continues those of the epochs before, if the monitor has some; epochs that
+    it lacks have NaN. Shares that you assign begin with epoch 0.
 
     Args:
         expert_shares: whether each expert's share is logged as well, one key an expert.
@@ -176,7 +176,7 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
         """Of former trainings, if this one continues them."""
         kept, layers = epoch - self._first_epoch, moe_layers(self.model)
         is_continued = self.shares.keys() == layers.keys() and all(
-            0 < kept <= len(rows) and len(rows[0]) == layers[name].experts.num_experts
+            0 < kept and len(rows) and len(rows[0]) == layers[name].experts.num_experts
             for name, rows in self.shares.items()
         )
         if is_continued:

@@ -102,8 +102,11 @@ class LossFreeBias(SelectionBalancer):
         return bias - ops.mean(bias)
 
     def balance_advice(self):
-        raised = f", for example to {10 * self.rate:g}" if self.rate < LARGE_RATE else ""
-        return f"The load is balanced by LossFreeBias(rate={self.rate:g}): raise the rate{raised}."
+        if self.rate < LARGE_RATE:
+            advice = f"raise the rate, for example to {min(10 * self.rate, LARGE_RATE):g}"
+        else:
+            advice = "lower the rate if the load jumps from epoch to epoch, else raise it"
+        return f"The load is balanced by LossFreeBias(rate={self.rate:g}): {advice}."
 
     def get_config(self):
         return {**super().get_config(), "rate": self.rate}

@@ -27,7 +27,7 @@ def choose(setting):
     | TensorFlow with XLA | GPU, TPU | `padded` |
     | JAX, TensorFlow with XLA | CPU | `tiles` |
     | PyTorch | CPU, and GPU otherwise | `slices` |
-    | TensorFlow without XLA | all | `slices`; few rows on a CPU, if their number is known: `loop` |
+    | TensorFlow without XLA | all | `slices`; few rows on a CPU: `loop` |
     """
     return next(engine for engine in ENGINES if engine.supports(setting))
 

@@ -11,19 +11,38 @@ from keras_moe.ops.grouped import slices
 # With more rows for an expert, on average, it is faster to compute experts side by side.
 MOST_ROWS = 4
 
-# The same where kernels are converted, which is faster in a loop.
-MOST_ROWS_OF_INTEGERS = 16
+# The same where kernels are converted: those of experts without rows are not in a loop.
+MOST_CONVERTED_ROWS = 16
 
 
 def supports(setting):
     # The number of rows is asked last: `torch.export` fixes what it is compared with.
-    if setting.platform != "cpu" or setting.num_rows is None or not backend.loops_over_groups():
+    if setting.platform != "cpu" or not backend.loops_over_groups():
         return False
-    most = MOST_ROWS_OF_INTEGERS if setting.is_quantized else MOST_ROWS
-    return setting.num_rows <= most * setting.num_experts
+    if setting.num_rows is None:
+        return setting.converts
+    return setting.num_rows <= _most_rows(setting)
+
+
+def _most_rows(setting):
+    return setting.num_experts * (MOST_CONVERTED_ROWS if setting.converts else MOST_ROWS)
 
 
 def forward(setting, step, tokens, parameters, groups, keep):
+    arguments = setting, step, tokens, parameters, groups, keep
+    if setting.num_rows is not None:
+        return _in_loop(*arguments)
+    # A program for batches of any size, whose kernels are converted: it has both ways.
+    few = groups.num_rows() <= _most_rows(setting)
+    return ops.cond(few, lambda: _in_loop(*arguments), lambda: _side_by_side(*arguments))
+
+
+def _side_by_side(setting, step, tokens, parameters, groups, keep):
+    outputs, saved = slices.forward(setting, step, tokens, parameters, groups, keep)
+    return outputs, slices.join_saved(setting, groups, saved)
+
+
+def _in_loop(setting, step, tokens, parameters, groups, keep):
     rows = backend.gather_rows(tokens, groups.token_of_row())
     widths = [step.output_width, *(step.saved_widths if keep else ())]
 
@@ -32,13 +51,13 @@ def forward(setting, step, tokens, parameters, groups, keep):
         output, saved = step.forward(rows[start:end], products, keep)
         return [output, *saved]
 
-    buffers = [ops.zeros((setting.num_rows, width), setting.dtype) for width in widths]
+    buffers = [ops.zeros((groups.num_rows(), width), setting.dtype) for width in widths]
     outputs, *saved = backend.loop_over_groups(compute, groups.sizes, buffers)
     return outputs, saved
 
 
 def backward(setting, step, tokens, row_weights, parameters, groups, outputs, saved, gradient):
-    saved = slices.saved_of_runs(setting, groups, saved)
+    saved = slices.split_saved(setting, groups, saved)
     return slices.backward(
         setting, step, tokens, row_weights, parameters, groups, outputs, saved, gradient
     )

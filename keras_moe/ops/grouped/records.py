@@ -15,6 +15,7 @@ class Setting(NamedTuple):
     - `num_experts`: an integer.
     - `num_rows`: an integer, infinite for any large one, or None where it is a symbol.
     - `is_quantized`: whether some kernels are integers.
+    - `converts`: whether some kernels have another dtype than the tokens.
     """
 
     platform: str
@@ -24,6 +25,7 @@ class Setting(NamedTuple):
     num_experts: int = 1
     num_rows: float | None = float("inf")
     is_quantized: bool = False
+    converts: bool = False
 
 
 class Quantized(NamedTuple):
@@ -72,21 +74,21 @@ class Packed(NamedTuple):
         return self.values.dtype
 
     def floats(self, part, dtype):
-        """As floats what `part` takes: some experts, or the first rows of one."""
+        """`part` of it as floats."""
         both = part(self.values)
         low = ops.bitwise_xor(ops.bitwise_and(both, _byte(15)), _byte(8)) - _byte(8)
         values = ops.stack([low, ops.right_shift(both, _byte(4))], axis=-1)
-        *leading, num_rows, width = ops.shape(both)
-        values = ops.reshape(values, (*leading, num_rows, 2 * width))[..., : self.scale.shape[2]]
+        *leading, width = ops.shape(both)
+        values = ops.reshape(values, (*leading, 2 * width))[..., : self.scale.shape[2]]
         zero, scale = (
-            self._of_rows(ops.cast(part(each), dtype), num_rows) for each in (self.zero, self.scale)
+            self._of_rows(ops.cast(part(each), dtype)) for each in (self.zero, self.scale)
         )
         return (ops.cast(values, dtype) - zero) * scale
 
-    def _of_rows(self, of_groups, num_rows):
+    def _of_rows(self, of_groups):
         if self.scale.shape[1] == 1:
             return of_groups
-        return ops.take(of_groups, self.group[:num_rows], axis=-2)
+        return ops.take(of_groups, self.group, axis=-2)
 
 
 QUANTIZED = (Quantized, Packed)
@@ -123,18 +125,14 @@ class Kernels(NamedTuple):
         """Whether they are stored in another dtype than that of the rows."""
         return self.stored.dtype != self.dtype
 
-    def of(self, expert, length=None):
-        """The kernel (D, H) of an expert, or the first rows of it.
+    def of(self, expert):
+        """The kernel (D, H) of an expert, without its `scale`.
 
-        In the dtype it is stored in, and without its `scale`; `Packed` in the dtype of the rows.
+        It has the dtype it is stored in; that of the rows, where it is `Packed`.
         """
-
-        def part(stacked):
-            return stacked[expert] if length is None else stacked[expert][:length]
-
         if isinstance(self.stored, Packed):
-            return self.stored.floats(part, self.dtype)
-        return part(self.stored if self.scale is None else self.stored.values)
+            return self.stored.floats(lambda stacked: stacked[expert], self.dtype)
+        return (self.stored if self.scale is None else self.stored.values)[expert]
 
 
 def _byte(number):

@@ -49,6 +49,7 @@ def setting_of(platform, tokens, parameters, groups):
         widths=(tokens.shape[-1], *(kernel.shape[-1] for kernel in parameters.all_kernels)),
         num_experts=groups.sizes.shape[0],
         num_rows=num_rows if isinstance(num_rows, int) else None,
+        converts=any(kernel.dtype != tokens.dtype for kernel in parameters.all_kernels),
         is_quantized=any(isinstance(kernel, QUANTIZED) for kernel in parameters.frozen),
     )
 

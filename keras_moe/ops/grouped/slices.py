@@ -63,8 +63,14 @@ def backward(setting, step, tokens, row_weights, parameters, groups, outputs, sa
     )
 
 
-def saved_of_runs(setting, groups, saved):
-    """What a forward pass would have saved for each run, from tensors of all rows."""
+def join_saved(setting, groups, saved):
+    """What was saved of each run, as tensors of all rows."""
+    _, num_behind = _runs(setting, groups)
+    return [_join(parts, num_behind, parts[0].shape[1], setting.dtype) for parts in zip(*saved)]
+
+
+def split_saved(setting, groups, saved):
+    """The way back."""
     runs, num_behind = _runs(setting, groups)
     parts = [_split(values, runs, num_behind) for values in saved]
     return [[part[number] for part in parts] for number in range(len(runs))]
