@@ -218,13 +218,14 @@ def test_the_engine_follows_from_the_setting(case, names):
 
 @pytest.mark.backends("tensorflow")
 def test_few_rows_go_to_a_loop_on_a_cpu():
-    def engine(num_rows, platform="cpu", converts=False):
-        setting = Setting(platform, False, "float32", (64, 128, 64), 8, num_rows, converts=converts)
+    def engine(num_rows, platform="cpu", **kernels):
+        setting = Setting(platform, False, "float32", (64, 128, 64), 8, num_rows, **kernels)
         return engines.name_of(engines.choose(setting))
 
-    assert engine(0) == engine(32) == engine(128, converts=True) == "loop"
-    assert engine(33) == engine(129, converts=True) == engine(8, "gpu") == engine(None) == "slices"
-    assert engine(None, converts=True) == "loop"
+    assert engine(0) == engine(4) == engine(128, converts=True) == "loop"
+    assert engine(5) == engine(129, converts=True) == engine(4, "gpu") == "slices"
+    assert engine(None) == engine(None, converts=True) == "slices"
+    assert engine(None, converts=True, is_quantized=True) == "loop"
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="of PyTorch's grouped_mm")

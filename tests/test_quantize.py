@@ -6,8 +6,8 @@ import pytest
 from backends import BACKEND, MODES, assert_close, compiled, gradients, to_numpy, unless_compiled
 from layer_checks import normal
 
-from keras_moe import inspection, layers, routers
-from keras_moe.ops.grouped import blocks, records
+from keras_moe import backend, inspection, layers, routers
+from keras_moe.ops.grouped import blocks, loop, records
 
 # Keras asks each layer, and warns of those that cannot, such as its `InputLayer`.
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method")
@@ -187,9 +187,9 @@ def test_few_rows_are_multiplied_by_blocks_of_a_kernel(entries, monkeypatch):
 def test_few_rows_convert_the_kernels_of_their_experts_alone(mode, monkeypatch):
     converted, of = set(), records.Kernels.of
 
-    def recorded(self, expert):
+    def recorded(self, expert, length=None):
         converted.add(int(expert))
-        return of(self, expert)
+        return of(self, expert, length)
 
     monkeypatch.setattr(records.Kernels, "of", recorded)
     layer = layers.MixtureOfExperts(layers.FeedForwardExperts(8, H), routers.TopKRouter(top_k=1))
@@ -201,9 +201,10 @@ def test_few_rows_convert_the_kernels_of_their_experts_alone(mode, monkeypatch):
 
 
 @pytest.mark.backends("tensorflow")
-@pytest.mark.parametrize("block", [1, 5, D])
-@pytest.mark.parametrize("run", ["eager", "graph"])
-def test_kernels_that_are_converted_in_blocks_give_the_same_product(block, run, monkeypatch):
+@pytest.mark.parametrize(("block", "most_blocks"), [(1, D), (5, D), (1, 7), (D, D)])
+def test_kernels_that_are_converted_in_blocks_give_the_same_product(
+    block, most_blocks, monkeypatch
+):
     from keras_moe.backend import tensorflow
 
     layer = layers.MixtureOfExperts(layers.GatedExperts(E, H, use_bias=True))
@@ -212,12 +213,43 @@ def test_kernels_that_are_converted_in_blocks_give_the_same_product(block, run, 
     tokens = normal(7, D)
     expected = to_numpy(layer(tokens))
     monkeypatch.setattr(tensorflow, "CPU_BLOCK", block * H)
-    assert_close(compiled(layer, run)(tokens), expected)
+    monkeypatch.setattr(tensorflow, "MOST_BLOCKS", most_blocks)
+    assert_close(compiled(layer, "graph")(tokens), expected)
 
 
 @pytest.mark.backends("tensorflow")
-def test_a_program_for_batches_of_any_size_computes_few_and_many_rows():
+def test_sums_in_half_precision_are_not_rounded_block_by_block(monkeypatch):
+    from keras_moe.backend import tensorflow
+
+    layer = layers.MixtureOfExperts(layers.FeedForwardExperts(E, H), dtype="mixed_bfloat16")
+    tokens = normal(7, D)
+    expected = to_numpy(layer(tokens))
+    monkeypatch.setattr(tensorflow, "CPU_BLOCK", H)
+    np.testing.assert_array_equal(to_numpy(layer(tokens)), expected)
+
+
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("num_rows", [0, 3])
+def test_an_expert_without_rows_converts_one_row_of_its_kernel(num_rows):
+    kernel, rows, lengths = normal(1, D, H), normal(num_rows, D), []
+
+    class Recorded(records.Kernels):
+        def of(self, expert, length=None):
+            lengths.append(int(length))
+            return super().of(expert, length)
+
+    kernels = Recorded(keras.ops.cast(kernel, "float64"), rows.dtype)
+    products = backend.multiply_groups(keras.ops.convert_to_tensor(rows), [num_rows], [0], kernels)
+    assert lengths == [D if num_rows else 1]
+    assert_close(to_numpy(products), rows @ kernel[0])
+
+
+@pytest.mark.backends("tensorflow")
+def test_a_program_for_batches_of_any_size_computes_few_and_many_rows(monkeypatch):
     import tensorflow as tf
+
+    def spoiled(result):
+        return result[0] * np.nan, result[1]
 
     keras.utils.set_random_seed(0)
     layer = layers.MixtureOfExperts(layers.GatedExperts(3, 16))
@@ -235,12 +267,22 @@ def test_a_program_for_batches_of_any_size_computes_few_and_many_rows():
             loss = tf.reduce_sum(tf.sin(outputs))
         return outputs, tape.gradient(loss, [tokens, *variables])
 
-    program = tf.function(outputs_and_gradients, input_signature=[tf.TensorSpec((None, D))])
+    any_size = [tf.TensorSpec((None, D))]
+    program = tf.function(outputs_and_gradients, input_signature=any_size)
     for num_tokens in (0, 3, 100):
         tokens = tf.constant(normal(num_tokens, D))
         pairs = zip(*map(keras.tree.flatten, (program(tokens), outputs_and_gradients(tokens))))
         for actual, expected in pairs:
             assert_close(actual, expected)
+
+    # Which way few and many rows went, as both give the same.
+    monkeypatch.setattr(loop, "MOST_CONVERTED_ROWS", 3)
+    monkeypatch.setattr(
+        loop, "_side_by_side", lambda *arguments: spoiled(loop._in_loop(*arguments))
+    )
+    program = tf.function(layer, input_signature=any_size)
+    for num_tokens, is_spoiled in ((4, False), (5, True)):
+        assert np.isnan(to_numpy(program(normal(num_tokens, D)))).any() == is_spoiled
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])

@@ -134,15 +134,17 @@ def multiply_groups(rows, sizes, experts, kernels, bias=None, transposed=False):
     (size,), (expert,), scale = sizes, experts, kernels.scale
     if scale is not None and transposed:
         rows *= tf.cast(scale[expert], rows.dtype)
-    kernel = kernels.of(expert)
-    if not kernels.converts:
+    if transposed or not kernels.converts:
+        kernel = tf.cast(kernels.of(expert), rows.dtype)
         product = tf.matmul(rows, kernel, transpose_b=transposed)
-    elif tf.is_tensor(expert) and not transposed:
-        product = _product_in_blocks(rows, kernel)
+    elif tf.is_tensor(expert):
+        product = _product_in_blocks(rows, kernels.of(expert))
     else:
-        # LiteRT multiplies no rows by a constant, but not by what it has converted.
-        some = tf.pad(rows, ((0, tf.maximum(1 - size, 0)), (0, 0)))
-        product = tf.matmul(some, tf.cast(kernel, rows.dtype), transpose_b=transposed)[:size]
+        # An operation on all of a kernel is too long for an expert without rows: there only the
+        # first row is converted. LiteRT fails to multiply no rows by it, so there is one of zeros.
+        length = tf.where(size > 0, rows.shape[1], 1)
+        some = tf.pad(rows[:, :length], ((0, tf.maximum(1 - size, 0)), (0, 0)))
+        product = tf.matmul(some, tf.cast(kernels.of(expert, length), rows.dtype))[:size]
     if scale is not None and not transposed:
         product *= tf.cast(scale[expert], rows.dtype)
     return product if bias is None else product + tf.cast(bias[expert], rows.dtype)
@@ -150,6 +152,8 @@ def multiply_groups(rows, sizes, experts, kernels, bias=None, transposed=False):
 
 def _product_in_blocks(rows, kernel):
     """`rows @ kernel`, where blocks of the kernel are converted in turn, and stay in the cache."""
+    if kernel.dtype == rows.dtype:  # from integers of four bits
+        return tf.matmul(rows, kernel)
     length, width = kernel.shape
     # Sums over blocks are rounded after each, which bfloat16 and float16 would show.
     in_one = rows.dtype != tf.float32
@@ -165,8 +169,8 @@ def _product_in_blocks(rows, kernel):
 
 
 def loops_over_groups():
-    """Whether few rows are computed in a `loop_over_groups`: unless XLA fixes every shape."""
-    return not compiles_static_shapes()
+    """Whether there is a `loop_over_groups`."""
+    return True
 
 
 def loop_over_groups(function, sizes, buffers):

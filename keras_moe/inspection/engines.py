@@ -18,9 +18,9 @@ class LayerDescription(NamedTuple):
     - `dtype`: the compute dtype of the experts.
     - `platform`: "cpu", "gpu" or "tpu".
     - `engine`: "rows" (kernels for all rows at once), "padded" (one batched product over padded
-      tiles), "tiles" (a loop over tiles of rows) or "slices" (groups of their exact sizes; on
-      TensorFlow and a CPU, a few rows go through "loop", over the experts that have some); for
-      experts that are Keras layers "vectorized" (all tiles at once, each with a copy of its
+      tiles), "tiles" (a loop over tiles of rows) or "slices" (groups of their exact sizes; without
+      XLA and on a CPU TensorFlow serves few rows by "loop", over the experts that have some);
+      for experts that are Keras layers "vectorized" (all tiles at once, each with a copy of its
       weights), "scan" (one tile after another) or "slices".
     """
 

@@ -9,7 +9,7 @@ from keras_moe import backend
 from keras_moe.ops.grouped import slices
 
 # With more rows for an expert, on average, it is faster to compute experts side by side.
-MOST_ROWS = 4
+MOST_ROWS = 0.5
 
 # The same where kernels are converted: those of experts without rows are not in a loop.
 MOST_CONVERTED_ROWS = 16
@@ -17,10 +17,10 @@ MOST_CONVERTED_ROWS = 16
 
 def supports(setting):
     # The number of rows is asked last: `torch.export` fixes what it is compared with.
-    if setting.platform != "cpu" or not backend.loops_over_groups():
+    if setting.static_shapes or setting.platform != "cpu" or not backend.loops_over_groups():
         return False
     if setting.num_rows is None:
-        return setting.converts
+        return setting.is_quantized
     return setting.num_rows <= _most_rows(setting)
 
 
@@ -32,7 +32,7 @@ def forward(setting, step, tokens, parameters, groups, keep):
     arguments = setting, step, tokens, parameters, groups, keep
     if setting.num_rows is not None:
         return _in_loop(*arguments)
-    # A program for batches of any size, whose kernels are converted: it has both ways.
+    # A program for batches of any size, with integers as kernels: it has both ways.
     few = groups.num_rows() <= _most_rows(setting)
     return ops.cond(few, lambda: _in_loop(*arguments), lambda: _side_by_side(*arguments))
 

@@ -74,21 +74,21 @@ class Packed(NamedTuple):
         return self.values.dtype
 
     def floats(self, part, dtype):
-        """`part` of it as floats."""
+        """As floats what `part` takes: some experts, or the first rows of one."""
         both = part(self.values)
         low = ops.bitwise_xor(ops.bitwise_and(both, _byte(15)), _byte(8)) - _byte(8)
         values = ops.stack([low, ops.right_shift(both, _byte(4))], axis=-1)
-        *leading, width = ops.shape(both)
-        values = ops.reshape(values, (*leading, 2 * width))[..., : self.scale.shape[2]]
+        *leading, num_rows, width = ops.shape(both)
+        values = ops.reshape(values, (*leading, num_rows, 2 * width))[..., : self.scale.shape[2]]
         zero, scale = (
-            self._of_rows(ops.cast(part(each), dtype)) for each in (self.zero, self.scale)
+            self._of_rows(ops.cast(part(each), dtype), num_rows) for each in (self.zero, self.scale)
         )
         return (ops.cast(values, dtype) - zero) * scale
 
-    def _of_rows(self, of_groups):
+    def _of_rows(self, of_groups, num_rows):
         if self.scale.shape[1] == 1:
             return of_groups
-        return ops.take(of_groups, self.group, axis=-2)
+        return ops.take(of_groups, self.group[:num_rows], axis=-2)
 
 
 QUANTIZED = (Quantized, Packed)
@@ -125,14 +125,18 @@ class Kernels(NamedTuple):
         """Whether they are stored in another dtype than that of the rows."""
         return self.stored.dtype != self.dtype
 
-    def of(self, expert):
-        """The kernel (D, H) of an expert, without its `scale`.
+    def of(self, expert, length=None):
+        """The kernel (D, H) of an expert, or the first rows of it, without its `scale`.
 
         It has the dtype it is stored in; that of the rows, where it is `Packed`.
         """
+
+        def part(stacked):
+            return stacked[expert] if length is None else stacked[expert][:length]
+
         if isinstance(self.stored, Packed):
-            return self.stored.floats(lambda stacked: stacked[expert], self.dtype)
-        return (self.stored if self.scale is None else self.stored.values)[expert]
+            return self.stored.floats(part, self.dtype)
+        return part(self.stored if self.scale is None else self.stored.values)
 
 
 def _byte(number):
