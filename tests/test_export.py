@@ -56,12 +56,11 @@ def test_experts_in_int8_go_to_litert(tmp_path):
     model = keras.Model(inputs, keras.layers.Dense(2)(outputs))
     model.quantize("int8", filters="experts")
     equal = np.broadcast_to(batch(1)[:, :1], (64, S, D))  # one expert has no rows
-    assert_serves(model, PROGRAMS["litert"], tmp_path, [*map(batch, BATCHES), equal])
+    assert_serves(model, PROGRAMS["litert"], tmp_path, more=[equal])
 
 
-def assert_serves(model, program, tmp_path, inputs=None):
-    inputs = list(map(batch, BATCHES)) if inputs is None else inputs
-    inputs = {str(len(each)): each for each in inputs}
+def assert_serves(model, program, tmp_path, more=()):
+    inputs = {str(len(each)): each for each in (*map(batch, BATCHES), *more)}
     expected = {size: to_numpy(model(value)) for size, value in inputs.items()}
     path = tmp_path / f"model{program.ending}"
     program.export(model, str(path))

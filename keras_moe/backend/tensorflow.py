@@ -151,12 +151,14 @@ def multiply_groups(rows, sizes, experts, kernels, bias=None, transposed=False):
 
 
 def _product_in_blocks(rows, kernel):
-    """`rows @ kernel`, where blocks of the kernel are converted in turn, and stay in the cache."""
-    if kernel.dtype == rows.dtype:  # from integers of four bits
-        return tf.matmul(rows, kernel)
+    """`rows @ kernel`, where blocks of the kernel are converted in turn, and stay in the cache.
+
+    Not in a loop, as `ops.grouped.blocks` does under XLA: here a trip costs more than a block.
+    """
     length, width = kernel.shape
-    # Sums over blocks are rounded after each, which bfloat16 and float16 would show.
-    in_one = rows.dtype != tf.float32
+    # Integers of four bits are floats by now. Sums over blocks are rounded after each, which
+    # bfloat16 and float16 would show.
+    in_one = kernel.dtype == rows.dtype or rows.dtype != tf.float32
     block = length if in_one else max(CPU_BLOCK // width, length // MOST_BLOCKS, 1)
     lengths = [min(block, length - start) for start in range(0, length, block)]
     products: list = []
