@@ -12,7 +12,7 @@ from keras_moe._internal.validation import (
     is_whole,
     shortened,
 )
-from keras_moe.losses.router_loss import check_is_loss, check_value
+from keras_moe.losses.router_loss import check_value
 
 
 class RoutingAccount(Saved, keras.layers.Layer):
@@ -69,9 +69,6 @@ class RoutingAccount(Saved, keras.layers.Layer):
         for loss in self.router_losses:
             before = {id(variable) for variable in self.variables}
             of_layer = loss.build(self)
-            check_is_loss(of_layer, f"`{type(loss).__name__}.build`")
-            for each in (loss, of_layer):
-                each.note_copied()
             built.append(of_layer)
             self.loss_states.append(
                 [variable for variable in self.variables if id(variable) not in before]

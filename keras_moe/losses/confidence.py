@@ -1,8 +1,34 @@
-"""A loss for decided routers."""
+"""Losses for routers that are decided, but not by logits that explode."""
 
 from keras_moe import ops
 from keras_moe._internal.serialization import register
 from keras_moe.losses.router_loss import RouterLoss
+
+
+@register
+class RouterZ(RouterLoss):
+    """Keeps router logits small: mean over real tokens of `logsumexp(logits) ** 2`.
+
+    Args:
+        weight: Float, at least 0. Factor of the loss.
+
+    Raises:
+        ValueError: If `weight` is negative.
+
+    Example:
+
+    >>> loss = keras_moe.losses.RouterZ(weight=1e-3)
+    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
+    >>> value = loss(router(keras.random.normal((32, 64))))
+
+    Reference: Zoph et al. 2022, ST-MoE (arXiv:2202.08906), eq. 5.
+    """
+
+    def __init__(self, weight=1e-3):
+        super().__init__(weight)
+
+    def compute(self, routing):
+        return ops.router_z(routing)
 
 
 @register
@@ -13,7 +39,7 @@ class RouterEntropy(RouterLoss):
     more experts, and has no other reason to avoid it.
 
     Args:
-        weight: what the loss is multiplied by.
+        weight: Float, at least 0. Factor of the loss.
 
     Raises:
         ValueError: If `weight` is negative.
