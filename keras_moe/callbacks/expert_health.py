@@ -83,7 +83,7 @@ class ExpertHealth(keras.callbacks.Callback):
         self._step = self._next_look = 0
         self._largest_loss = np.nan
         self._reported, self._rebalanced = set(), set()
-        self._watches, self._before = {}, {}
+        self._watches = {}
         for name, layer in moe_layers(self.model).items():
             for loss, weight in zip(layer.router_losses, layer.loss_weights_in_force):
                 finding = health.judge_weak_loss(loss, weight)
@@ -92,11 +92,8 @@ class ExpertHealth(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         # What was counted or loaded between epochs is no part of this one.
-        for name, layer in moe_layers(self.model).items():
-            if layer.built:
-                self._before[name] = _Counted.by(layer)
-                if name in self._watches:
-                    self._watches[name].seen = self._before[name]
+        for _, layer, watch in self._watched():
+            watch.seen = watch.epoch_began = _Counted.by(layer)
 
     # Not `on_train_batch_end`: a callback that defines it makes Keras wait for every batch.
     def on_train_batch_begin(self, batch, logs=None):
@@ -108,13 +105,11 @@ class ExpertHealth(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         losses, weights, values, added = [], [], [], {}
-        for name, layer in moe_layers(self.model).items():
-            if not layer.built or not layer.router_losses:
-                continue
-            counted = _Counted.by(layer).since(self._before.get(name))
+        for name, layer, watch in self._watched():
+            counted = _Counted.by(layer).since(watch.epoch_began)
             # Where a monitor has read and reset the counters, it has kept the means.
             means = counted.losses / counted.calls if counted.calls else layer.last_losses
-            if means is None:
+            if means is None or not layer.router_losses:
                 continue
             losses += layer.router_losses
             weights += layer.loss_weights_in_force
@@ -130,18 +125,23 @@ class ExpertHealth(keras.callbacks.Callback):
     def _look(self):
         # Keras has this on JAX only.
         getattr(self.model, "jax_state_sync", lambda: None)()
-        for name, layer in moe_layers(self.model).items():
-            if not layer.built:
-                continue
-            if name not in self._watches:
-                self._watches[name] = _Watch(layer, self.patience)
-                continue
-            for kind, finding, about in self._watches[name].look(layer):
+        for name, layer, watch in self._watched():
+            for kind, finding, about in watch.look(layer):
                 if not self._is_new(name, kind, finding, about):
                     continue
                 if self.rebalance and kind != "router" and name not in self._rebalanced:
-                    finding = self._rebalance(name, layer, finding)
+                    finding = self._rebalance(name, layer, watch, finding)
                 self._report(name, finding)
+
+    def _watched(self):
+        """Return name, layer and `_Watch` of each layer that is built."""
+        watched = []
+        for name, layer in moe_layers(self.model).items():
+            if layer.built:
+                if name not in self._watches:
+                    self._watches[name] = _Watch(layer, self.patience)
+                watched.append((name, layer, self._watches[name]))
+        return watched
 
     def _is_new(self, name, kind, finding, about=(None,)):
         """Return whether a finding is about anything that was not reported before."""
@@ -165,7 +165,7 @@ class ExpertHealth(keras.callbacks.Callback):
         # Names this module instead of a source line that says nothing to users.
         warnings.warn_explicit(text, UserWarning, __name__, self._step)
 
-    def _rebalance(self, name, layer, finding):
+    def _rebalance(self, name, layer, watch, finding):
         """Make balancing losses heavier, and return the finding with that in its fix."""
         done = []
         for index, (loss, weight) in enumerate(
@@ -178,7 +178,7 @@ class ExpertHealth(keras.callbacks.Callback):
         if not done:
             return finding
         self._rebalanced.add(name)
-        self._watches[name].restart()
+        watch.restart()
         fix = " ".join([*done, "What else to try:", layer.balance_advice()])
         return finding._replace(fix=fix)
 
@@ -189,6 +189,8 @@ class _Watch:
     def __init__(self, layer, patience):
         self.patience = patience
         self.seen = _Counted.by(layer)
+        # A layer that the first batch has built counted all of it in this epoch.
+        self.epoch_began: _Counted | None = None
         self._window = np.zeros_like(self.seen.assignments)
         self._first_size = _router_size(layer.router)
         self.restart()

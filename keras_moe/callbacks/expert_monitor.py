@@ -178,10 +178,8 @@ class ExpertMonitor(keras.callbacks.Callback):
         if self._resets != self._count_resets():
             raise ValueError(
                 "A model must have one `ExpertMonitor`, in one call of `fit` or `evaluate` at a "
-                "time, which resets the counters that it has read. Received: counters that were "
-                "reset within an epoch, by a second monitor or by an `evaluate` with a monitor "
-                "that a callback makes. Leave the other monitor out, or put this one before the "
-                "callback."
+                "time: put it before a callback that evaluates with one. Received: counters that "
+                "were reset within an epoch"
             )
         return self._read_counts(keep=True)
 

@@ -134,8 +134,8 @@ class GlobalLoadBalance(RouterLoss):
     def compute(self, routing):
         if self._counts is None:
             raise ValueError(
-                "`GlobalLoadBalance` keeps its counts in a layer: pass it to `MixtureOfExperts` as "
-                "one of its `router_losses`. Received: a call outside of a layer"
+                "`GlobalLoadBalance` keeps its counts in a layer. Received: a call outside of one. "
+                "Pass it to `MixtureOfExperts` as one of its `router_losses`."
             )
         is_first = self._steps % self.accumulation_steps == 0
         before = keras_ops.where(is_first, 0.0, keras_ops.convert_to_tensor(self._counts))
