@@ -10,7 +10,7 @@ Everything else in the package is written with `keras.ops`. A backend module pro
 - `trace_once(function)`: a function that need not be traced at each call, inside a program.
 - `as_one_program(function)`: a function whose operations are not compiled one by one.
 - `current_platform()`: the platform this process computes on, "cpu", "gpu" or "tpu".
-- `on_its_platform(functions, *operands)`: the function of the platform that is compiled for.
+- `on_its_platform(function, *operands)`: a function, for the platform that is compiled for.
 - `differentiable(forward, backward, inputs, context)`: a function with its own gradient.
 - `vjp(function, inputs)`: value and pullback of a plain function, usable inside loops.
 - `gather_rows(tensor, indices)`: rows of a tensor by (possibly multi-dimensional) index.
@@ -32,8 +32,8 @@ Each for some engines of `ops.grouped` only:
 - `lacks_stable_sort()`: whether equals are sorted in any order.
 - `scan(step, carry, xs)`: a loop that can be differentiated, where shapes are static.
 - `batched_product(left, right)`: float32 products of matrices, where shapes are static.
-- `multiply_groups`, `stack_gradients`: affine maps of slices, and their gradients, where shapes are
-  dynamic.
+- `multiply_groups`, `stacked_gradients`: affine maps of slices, and their gradients, where shapes
+  are dynamic.
 - `loop_over_groups(function, sizes, buffers)`: rows group by group, in a loop over those that have
   some.
 - `loops_over_groups()`: whether there is such a loop.
@@ -136,7 +136,7 @@ scan = _primitive("scan")
 slice_at = _primitive("slice_at")
 sort = _primitive("sort")
 split_rows = _primitive("split_rows")
-stack_gradients = _primitive("stack_gradients")
+stacked_gradients = _primitive("stacked_gradients")
 unstack_sizes = _primitive("unstack_sizes")
 
 expert_processes: Any = getattr(_processes, "expert_processes", lambda: None)

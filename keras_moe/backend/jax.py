@@ -22,17 +22,18 @@ def current_platform():
     return jax.default_backend()
 
 
-def on_its_platform(functions, *operands):
-    """`functions[platform](*operands)` for the platform that is lowered for.
+def on_its_platform(function, *operands):
+    """`function(platform, *operands)` for the platform that is lowered for.
 
-    All functions are traced, and one is compiled.
+    It is traced for all platforms, and compiled for one.
     """
+    run_on = {name: functools.partial(function, name) for name in ("cpu", "gpu", "tpu")}
     return jax.lax.platform_dependent(
         *operands,
-        tpu=functions["tpu"],
-        cuda=functions["gpu"],
-        rocm=functions["gpu"],
-        default=functions["cpu"],
+        tpu=run_on["tpu"],
+        cuda=run_on["gpu"],
+        rocm=run_on["gpu"],
+        default=run_on["cpu"],
     )
 
 

@@ -31,12 +31,12 @@ def current_platform():
     return next((name for name in ("tpu", "gpu") if name.upper() in types), "cpu")
 
 
-def on_its_platform(functions, *operands):
-    """`functions[platform](*operands)` for the platform of the process.
+def on_its_platform(function, *operands):
+    """`function(platform, *operands)` for the platform of the process.
 
     TensorFlow does not tell for which device a function is traced.
     """
-    return functions[current_platform()](*operands)
+    return function(current_platform(), *operands)
 
 
 def differentiable(forward, backward, inputs, context):
@@ -153,7 +153,7 @@ def multiply_groups(rows, sizes, experts, kernels, bias=None, transposed=False):
 def _product_in_blocks(rows, kernel):
     """`rows @ kernel`, where blocks of the kernel are converted in turn, and stay in the cache.
 
-    Not in a loop, as `ops.grouped.blocks` does under XLA: here a trip costs more than a block.
+    Not in a loop, as `ops.grouped.tiles` does under XLA: here a trip costs more than a block.
     """
     length, width = kernel.shape
     # Integers of four bits are floats by now. Sums over blocks are rounded after each, which
@@ -202,29 +202,38 @@ def loop_over_groups(function, sizes, buffers):
     return buffers
 
 
-def stack_gradients(runs, kernels, biases, num_frozen=0):
-    """The gradients of kernels and biases.
+class StackedGradients:
+    """Gradients of stacked kernels and biases, of one expert after the other.
 
     Args:
-        runs: iterable of the sizes and experts of some groups, and for each of the kernels the rows
-            that its map took in and the gradients of those that it gave out. Each expert comes
-            once, by itself, in order.
-        kernels: list of tensors (E, D, H).
-        biases: tensors (E, H) of the first maps, of all or of none.
-        num_frozen: how many maps stand before those of the kernels.
-
-    Returns:
-        List of tensors like the kernels, then like the biases.
+        trained: list of a dict for each projection, which may have a "kernel" and a "bias".
     """
-    kernel_parts: list[list] = [[] for _ in kernels]
-    bias_parts: list[list] = [[] for _ in biases]
-    for _, _, factors in runs:
-        for parts, (rows, gradient), kernel in zip(kernel_parts, factors[num_frozen:], kernels):
-            parts.append(tf.cast(tf.matmul(rows, gradient, transpose_a=True), kernel.dtype))
-        for parts, (_, gradient), bias in zip(bias_parts, factors, biases):
-            total = tf.reduce_sum(tf.cast(gradient, "float32"), axis=0)
-            parts.append(tf.cast(total, bias.dtype))
-    return [tf.stack(parts) for parts in (*kernel_parts, *bias_parts)]
+
+    def __init__(self, trained):
+        self._trained = trained
+        self._parts = [{name: [] for name in of} for of in trained]
+
+    def add(self, sizes, experts, factors):
+        """Add the gradients of one expert; each expert comes once, by itself, in order.
+
+        Args:
+            sizes, experts: not used.
+            factors: for each projection its input rows, and the gradient of its output rows.
+        """
+        for (rows, gradient), of, parts in zip(factors, self._trained, self._parts):
+            if "kernel" in of:
+                product = tf.matmul(rows, gradient, transpose_a=True)
+                parts["kernel"].append(tf.cast(product, of["kernel"].dtype))
+            if "bias" in of:
+                total = tf.reduce_sum(tf.cast(gradient, "float32"), axis=0)
+                parts["bias"].append(tf.cast(total, of["bias"].dtype))
+
+    def result(self):
+        """The gradients in the structure of `trained`."""
+        return [{name: tf.stack(each) for name, each in of.items()} for of in self._parts]
+
+
+stacked_gradients = StackedGradients
 
 
 def argmax(scores):

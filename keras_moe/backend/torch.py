@@ -19,9 +19,9 @@ def current_platform():
     return _platform_of(keras.ops.convert_to_tensor(0).device)
 
 
-def on_its_platform(functions, *operands):
-    """`functions[platform](*operands)` for the platform of the first operand, a tensor."""
-    return functions[_platform_of(operands[0].device)](*operands)
+def on_its_platform(function, *operands):
+    """`function(platform, *operands)` for the platform of the first operand, a tensor."""
+    return function(_platform_of(operands[0].device), *operands)
 
 
 def _platform_of(device):
@@ -230,42 +230,54 @@ def multiply_groups(rows, sizes, experts, kernels, bias=None, transposed=False):
     return outputs
 
 
-def stack_gradients(runs, kernels, biases, num_frozen=0):
-    """The gradients of kernels and biases; those of experts without rows are zero.
+class StackedGradients:
+    """Gradients of stacked kernels and biases, put in place for some experts at a time.
 
     Args:
-        runs: iterable of the sizes and experts of some groups, and for each of the kernels the rows
-            that its map took in and the gradients of those that it gave out. No expert comes twice.
-        kernels: list of tensors (E, D, H).
-        biases: tensors (E, H) of the first maps, of all or of none.
-        num_frozen: how many maps stand before those of the kernels.
-
-    Returns:
-        List of tensors like the kernels, then like the biases; of `None` if all are frozen.
+        trained: list of a dict for each projection, which may have a "kernel" and a "bias".
     """
-    if not any(parameter.requires_grad for parameter in (*kernels, *biases)):
-        for _ in runs:
-            pass
-        return [None] * (len(kernels) + len(biases))
-    kernel_gradients = [torch.empty_like(kernel) for kernel in kernels]
-    bias_gradients = [torch.empty_like(bias) for bias in biases]
-    idle = set(range((kernels or biases)[0].shape[0]))
-    for sizes, experts, factors in runs:
-        idle.difference_update(experts)
-        for (rows, gradient), of_kernel in zip(factors[num_frozen:], kernel_gradients):
-            for expert, left, right in zip(experts, rows.split(sizes), gradient.split(sizes)):
-                if of_kernel.dtype == rows.dtype:
-                    torch.mm(left.T, right, out=of_kernel[expert])
-                else:  # `out` must have the dtype of the factors.
-                    of_kernel[expert] = torch.mm(left.T, right)
-        for (_, gradient), of_bias in zip(factors, bias_gradients):
-            for expert, part in zip(experts, gradient.split(sizes)):
-                torch.sum(part, 0, dtype=of_bias.dtype, out=of_bias[expert])
-    gradients = [*kernel_gradients, *bias_gradients]
-    for whole in gradients:
-        for expert in idle:
-            whole[expert] = 0
-    return gradients
+
+    def __init__(self, trained):
+        self._gradients = [
+            {
+                name: torch.empty_like(each) if each.requires_grad else None
+                for name, each in of.items()
+            }
+            for of in trained
+        ]
+        self._busy = set()
+
+    def add(self, sizes, experts, factors):
+        """Put the gradients of some experts in place; no expert comes twice.
+
+        Args:
+            sizes, experts: lists, of the groups of rows.
+            factors: for each projection its input rows, and the gradient of its output rows.
+        """
+        self._busy.update(experts)
+        for (rows, gradient), of in zip(factors, self._gradients):
+            kernel, bias = of.get("kernel"), of.get("bias")
+            if kernel is not None:
+                for expert, left, right in zip(experts, rows.split(sizes), gradient.split(sizes)):
+                    if kernel.dtype == rows.dtype:
+                        torch.mm(left.T, right, out=kernel[expert])
+                    else:  # `out` must have the dtype of the factors.
+                        kernel[expert] = torch.mm(left.T, right)
+            if bias is not None:
+                for expert, part in zip(experts, gradient.split(sizes)):
+                    torch.sum(part, 0, dtype=bias.dtype, out=bias[expert])
+
+    def result(self):
+        """The gradients in the structure of `trained`; those of experts without rows are zero."""
+        for of in self._gradients:
+            for gradient in of.values():
+                if gradient is not None:
+                    for expert in set(range(len(gradient))) - self._busy:
+                        gradient[expert] = 0
+        return self._gradients
+
+
+stacked_gradients = StackedGradients
 
 
 def take_columns(matrix, columns):
