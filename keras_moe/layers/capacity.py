@@ -20,8 +20,8 @@ from keras_moe._internal.validation import (
     check_training,
     optional,
 )
+from keras_moe.ops.assignments import at_least
 from keras_moe.ops.plans import MOST_ROWS
-from keras_moe.ops.sizes import at_least
 
 PRIORITIES = ("position", "probability", "random")
 

@@ -15,10 +15,9 @@ from keras_moe._internal.shape_checks import check_inputs_shape
 from keras_moe._internal.validation import check_flag, check_positive_integer
 from keras_moe.layers.expert_bank import check_engine_question
 from keras_moe.layers.stacked_experts import StackedExperts
-from keras_moe.ops.expert_parallel import serve_elsewhere
-from keras_moe.ops.feed_forward import grouped_feed_forward
-from keras_moe.ops.grouped import engines
-from keras_moe.ops.grouped.records import Setting
+from keras_moe.ops.feed_forward import _grouped_feed_forward
+from keras_moe.ops.grouped import engine_on
+from keras_moe.ops.grouped.records import Affine, Network
 
 
 class DenseExperts(StackedExperts):
@@ -109,27 +108,22 @@ class DenseExperts(StackedExperts):
             self.add_factors()
 
     def call(self, tokens, plan):
-        tokens = self._compute(tokens)
-        if self.processes is None:
-            return self._serve(tokens, plan)
-        return serve_elsewhere(self.processes, self._serve, tokens, plan)
-
-    def _serve(self, tokens, plan):
-        """The experts of this process, on tokens that are all theirs."""
-        *ups, down = self._stacked("kernel")
-        return grouped_feed_forward(
-            tokens,
-            plan.weights,
-            plan.groups,
-            self.activation,
-            ups,
-            down,
-            self._stacked("bias") if self.use_bias else [],
-            expert_axis=self._expert_axis(),
-            clip=self.clip,
-            up_shift=self.up_shift,
-            low_rank=self._low_rank(),
+        scale = self.lora_scale() if self.lora_enabled else None
+        network = Network(self.activation, self.clip, self.up_shift, scale)
+        return _grouped_feed_forward(
+            self._compute(tokens),
+            plan,
+            network,
+            self._affines(),
+            self._expert_axis(),
+            self.processes,
         )
+
+    def _affines(self):
+        low_rank = self._low_rank()
+        pairs = zip(low_rank.downs, low_rank.ups) if low_rank else [None] * 3
+        biases = self._stacked("bias") if self.use_bias else [None] * 3
+        return [Affine(*parts) for parts in zip(self._stacked("kernel"), biases, pairs)]
 
     def _expert_axis(self):
         return backend.mesh_axis(self.down_kernel) if backend.token_shards() else None
@@ -151,15 +145,7 @@ class DenseExperts(StackedExperts):
 
     def engine_on(self, platform, static_shapes):
         check_engine_question(self, platform, static_shapes)
-        kernels = self.stacked_kernels()
-        if self.lora_enabled:
-            kernels += [each for name in self._projections() for each in self._factors_of(name)]
-        widths = (kernels[0].shape[1], *(kernel.shape[2] for kernel in kernels))
-        is_quantized = self.quantization_mode is not None
-        setting = Setting(
-            platform, static_shapes, self.compute_dtype, widths, is_quantized=is_quantized
-        )
-        return engines.name_of(engines.choose(setting))
+        return engine_on(platform, static_shapes, self.compute_dtype, self._affines())
 
     def get_config(self):
         return {

@@ -44,7 +44,8 @@ from keras_moe.layers.sublayers import (
     freeze_parts,
     width_of,
 )
-from keras_moe.ops.sizes import at_least
+from keras_moe.ops.assignments import at_least
+from keras_moe.ops.soft import SoftPlan
 
 
 @register
@@ -252,7 +253,10 @@ class MixtureOfExperts(RoutingAccount, Recomputable):
         )
         plan = self._plan(routing, sequence_length, training)
         routing = routing._replace(dropped=plan.dropped_fraction(routing.counts))
-        outputs = plan.run(self.experts, tokens)
+        if isinstance(plan, SoftPlan):
+            outputs = plan.combine(self.experts(*plan.dispatch(tokens, self.experts.num_experts)))
+        else:
+            outputs = self.experts(tokens, plan)
         outputs = keras_ops.reshape(outputs, (*shape[:-1], outputs.shape[-1]))
         outputs = keras_ops.cast(outputs, self.compute_dtype)
         if self.shared_expert is not None:
