@@ -44,10 +44,11 @@ def _side_by_side(setting, step, tokens, parameters, groups, keep):
 
 def _in_loop(setting, step, tokens, parameters, groups, keep):
     rows = backend.gather_rows(tokens, groups.token_of_row())
+    projections = slices.stored(parameters, setting.dtype)
     widths = [step.output_width, *(step.saved_widths if keep else ())]
 
     def compute(expert, start, end):
-        products = slices.Run([end - start], [expert], end - start).products(parameters)
+        products = slices.Run([end - start], [expert], end - start).products(projections)
         output, saved = step.forward(rows[start:end], products, keep)
         return [output, *saved]
 
