@@ -10,7 +10,7 @@ each, C rows of a bucket.
 
 from keras import ops
 
-from keras_moe import backend
+from keras_moe.backend import backend
 from keras_moe.ops.assignments import Assignments
 from keras_moe.ops.grouped import run_grouped
 from keras_moe.ops.groups import Groups, collect_rows, dispatch_rows

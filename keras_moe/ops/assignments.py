@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.shape_checks import check_groups, check_shapes
 from keras_moe._internal.validation import check_positive_integer
+from keras_moe.backend import backend
 from keras_moe.ops.groups import ChosenGroups, Groups
 from keras_moe.ops.sizes import at_least
 from keras_moe.ops.sorting import queue_sizes, sort_by_expert

@@ -2,7 +2,6 @@
 
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.shape_checks import check_fields
 from keras_moe._internal.tensor_checks import (
     check_divides,
@@ -12,6 +11,7 @@ from keras_moe._internal.tensor_checks import (
     check_size,
     fits,
 )
+from keras_moe.backend import backend
 from keras_moe.ops.selection import chosen_experts
 
 

@@ -5,9 +5,9 @@ Axes: T tokens, E experts, C tokens an expert picks from each sequence, S tokens
 
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.shape_checks import check_details, check_fields
 from keras_moe._internal.tensor_checks import check_divides
+from keras_moe.backend import backend
 from keras_moe.ops.assignments import Choices, tokens_at
 from keras_moe.ops.plans import GroupedPlan, expert_capacity
 from keras_moe.ops.routing import clean_logits, make_routing

@@ -6,9 +6,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.shape_checks import check_groups
 from keras_moe._internal.validation import check_not_negative, check_positive_number, shortened
+from keras_moe.backend import backend
 from keras_moe.ops.assignments import Assignments, Choices
 from keras_moe.ops.grouped import feed_forward_step, low_rank_step, run_grouped
 from keras_moe.ops.grouped.records import QUANTIZED, Packed, Parameters

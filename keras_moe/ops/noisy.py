@@ -5,9 +5,9 @@ Axes: T tokens, E experts, K experts per token.
 
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.shape_checks import check_noise
 from keras_moe._internal.validation import check_positive_number
+from keras_moe.backend import backend
 from keras_moe.ops.selection import chosen_experts, take_scores, top_k_indices
 
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.shape_checks import (
     check_fields,
     check_groups,
@@ -26,6 +25,7 @@ from keras_moe._internal.validation import (
     is_whole,
     shortened,
 )
+from keras_moe.backend import backend
 from keras_moe.ops.assignments import Assignments, Choices
 from keras_moe.ops.groups import check_row_numbers, combine_rows, dispatch_rows
 from keras_moe.ops.selection import existing

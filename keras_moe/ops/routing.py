@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.shape_checks import check_fields, check_scores, check_selected
 from keras_moe._internal.tensor_checks import check_experts, check_mask
 from keras_moe._internal.validation import (
@@ -18,6 +17,7 @@ from keras_moe._internal.validation import (
     check_top_k,
     shortened,
 )
+from keras_moe.backend import backend
 from keras_moe.ops.scores import SCORES, distribution
 from keras_moe.ops.selection import take_scores, top_k_indices
 

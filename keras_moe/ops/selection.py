@@ -3,10 +3,10 @@
 import numpy as np
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.shape_checks import check_scores, check_shapes
 from keras_moe._internal.tensor_checks import check_experts
 from keras_moe._internal.validation import check_positive_integer, check_top_k
+from keras_moe.backend import backend
 
 # The second lowest float: below all other scores and above minus infinity. TensorFlow's argmax
 # begins from the lowest and therefore never finds it.

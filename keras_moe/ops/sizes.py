@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from keras_moe import backend
+from keras_moe.backend import backend
 
 
 def at_least(least, size):

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.shape_checks import check_details, check_is_bank, check_shapes, known
 from keras_moe._internal.tensor_checks import check_divides
 from keras_moe._internal.validation import check_positive_integer, is_whole
+from keras_moe.backend import backend
 from keras_moe.ops.assignments import Assignments
 from keras_moe.ops.groups import Groups
 from keras_moe.ops.plans import GroupedPlan

@@ -5,7 +5,7 @@ Axes: N assignments.
 
 from keras import ops
 
-from keras_moe import backend
+from keras_moe.backend import backend
 
 
 def place_in_queue(queue, num_queues, turns=None):

@@ -2,10 +2,10 @@
 
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.shape_checks import check_scores
 from keras_moe._internal.tensor_checks import check_mask
 from keras_moe._internal.validation import check_positive_integer
+from keras_moe.backend import backend
 from keras_moe.ops.selection import take_scores, top_k_indices
 from keras_moe.ops.sorting import place_in_queue, put
 

@@ -7,7 +7,7 @@ cache.
 
 from keras import ops
 
-from keras_moe import backend
+from keras_moe.backend import backend
 
 # Entries of a block, 256 KB in float32.
 BLOCK_ENTRIES = 2**16

@@ -5,7 +5,7 @@ import functools
 import keras
 from keras import ops
 
-from keras_moe import backend
+from keras_moe.backend import backend
 from keras_moe.ops.grouped import engines
 from keras_moe.ops.grouped.records import QUANTIZED, Setting
 from keras_moe.ops.platforms import PLATFORMS, named_platform, on_platform

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.shape_checks import check_activated
 from keras_moe._internal.validation import check_function
+from keras_moe.backend import backend
 
 
 class Products(NamedTuple):

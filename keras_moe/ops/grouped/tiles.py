@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_moe import backend
+from keras_moe.backend import backend
 from keras_moe.ops.grouped import blocks, tile_sizes
 from keras_moe.ops.grouped.records import Gradients, Parameters, Quantized
 from keras_moe.ops.grouped.steps import products_of
