@@ -280,63 +280,21 @@ class Backend:
     # Processes that share experts
 
     def expert_processes(self):
-        """The distribution that spreads experts over processes; None if each has all of them."""
+        """The `torch_experts.ExpertParallel` that is set; None if each process has all experts."""
         return None
 
     def split_experts(self, experts, data, process_group):
-        """Such a distribution, for `keras.distribution.set_distribution`."""
+        """An `ExpertParallel` for `keras.distribution.set_distribution`."""
         raise NotImplementedError
 
-    # Arrays that are spread over a mesh of devices, as by `keras.distribution`
+    # Arrays that are spread over a mesh of devices, as by `keras.distribution` on JAX
 
     def token_shards(self):
-        """How the tokens of a batch are spread; None where they are not.
-
-        The other primitives of this group are called only where they are.
-        """
+        """How the tokens of a batch are spread, a `jax_sharding.Shards`; None on one device."""
         return None
 
     def mesh_axis(self, variable):
         """The mesh axis that the first axis of a variable is split over, or None."""
-        raise NotImplementedError
-
-    def on_each_device(self, shards, function, arguments, axes):
-        """`function(*arguments)` of each device's parts of the arguments, as one output.
-
-        Args:
-            shards: the `token_shards()`.
-            function: from the parts of one device to tensors whose first axis is split as that of
-                tokens is.
-            arguments: trees of tensors.
-            axes: for each argument the mesh axes that its first axis is split over; None where
-                every device has all of it.
-        """
-        raise NotImplementedError
-
-    # Inside such a function, along a mesh axis
-
-    def gather_shards(self, tensor, axis):
-        """The parts of all devices, one after another on the first axis."""
-        raise NotImplementedError
-
-    def sum_and_scatter(self, tensor, axis):
-        """The sum over devices, of which each keeps its own part of the first axis."""
-        raise NotImplementedError
-
-    def sum_over_axis(self, tensor, axis):
-        """The sum over devices."""
-        raise NotImplementedError
-
-    def max_over_axis(self, tensor, axis):
-        """The largest over devices."""
-        raise NotImplementedError
-
-    def place_on_axis(self, axis):
-        """The position of this device, from 0."""
-        raise NotImplementedError
-
-    def exchange(self, tensor, axis):
-        """Part i of the first axis goes to device i; the result has a part from each device."""
         raise NotImplementedError
 
 

@@ -1,15 +1,11 @@
 """JAX primitives."""
 
 import functools
-import math
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import keras
-from jax.sharding import PartitionSpec
 
-from keras_moe.backend import jax_kernels
+from keras_moe.backend import jax_kernels, jax_sharding
 from keras_moe.backend.base import Backend
 
 PLAIN_VALUES = (bool, int, float, str)
@@ -117,74 +113,5 @@ class JaxBackend(Backend):
     def batched_product(self, left, right):
         return jnp.matmul(left, right, preferred_element_type=jnp.float32)
 
-    def token_shards(self):
-        distribution = keras.distribution.distribution()
-        if distribution is None or distribution.device_mesh.devices.size == 1:
-            return None
-        axes = getattr(distribution, "token_axes", (distribution.batch_dim_name,))
-        return Shards(distribution.device_mesh.backend_mesh, tuple(axes))
-
-    def mesh_axis(self, variable):
-        mesh = keras.distribution.distribution().device_mesh.backend_mesh
-        layout = getattr(variable, "_layout", None)
-        if layout is None or layout.device_mesh.backend_mesh != mesh:
-            raise ValueError(
-                "The distribution must be set before a layer is built: it decides where weights "
-                f"are. Received: {variable.path!r}, made "
-                f"{'before' if layout is None else 'under another one'}. Call "
-                "`keras.distribution.set_distribution(...)` first, then make the model or load it."
-            )
-        return layout.axes[0]
-
-    def on_each_device(self, shards, function, arguments, axes):
-        mapped = jax.shard_map(
-            function,
-            mesh=shards.mesh,
-            in_specs=tuple(map(PartitionSpec, axes)),
-            out_specs=PartitionSpec(shards.axes),
-            # Loops begin with zeros, which are the same everywhere, and continue with what is not.
-            check_vma=False,
-        )
-        return mapped(*arguments)
-
-    def gather_shards(self, tensor, axis):
-        return jax.lax.all_gather(tensor, axis, tiled=True)
-
-    def sum_and_scatter(self, tensor, axis):
-        return jax.lax.psum_scatter(tensor, axis, tiled=True)
-
-    def sum_over_axis(self, tensor, axis):
-        return jax.lax.psum(tensor, axis)
-
-    def max_over_axis(self, tensor, axis):
-        return jax.lax.pmax(tensor, axis)
-
-    def place_on_axis(self, axis):
-        return jax.lax.axis_index(axis)
-
-    def exchange(self, tensor, axis):
-        return jax.lax.all_to_all(tensor, axis, split_axis=0, concat_axis=0, tiled=True)
-
-
-class Shards(NamedTuple):
-    """The axes of a mesh that tokens are spread over, in this order.
-
-    Hashable, so that what is compiled for one mesh serves again.
-    """
-
-    mesh: Any
-    axes: tuple
-
-    @property
-    def number(self):
-        """How many parts the batch is split into."""
-        return math.prod(map(self.along, self.axes))
-
-    @property
-    def platform(self):
-        """That of the devices: "cpu", "gpu" or "tpu"."""
-        return self.mesh.devices.flat[0].platform
-
-    def along(self, axis):
-        """How many devices there are along an axis."""
-        return self.mesh.shape[axis]
+    token_shards = staticmethod(jax_sharding.token_shards)
+    mesh_axis = staticmethod(jax_sharding.mesh_axis)
