@@ -71,7 +71,7 @@ def small_tiles(monkeypatch):
     """Tiles so short that small groups need full tiles and a tail, and runs of few groups."""
     from backends import BACKEND
 
-    from keras_moe import backend
+    from keras_moe.backend import backend
     from keras_moe.ops.grouped import run
 
     monkeypatch.setattr("keras_moe.ops.grouped.tiles.tile_sizes", lambda *_: (2, 8))

@@ -22,7 +22,7 @@ from test_ops_feed_forward import network, signed_root
 from test_ops_moe import Config, build, check_against_oracle, draw_batch
 
 from keras_moe import inspection, layers, ops, routers
-from keras_moe.backend import current_platform, has_grouped_products
+from keras_moe.backend import backend
 from keras_moe.ops import grouped_matmul
 from keras_moe.ops.grouped import rows, run, slices
 from keras_moe.ops.grouped.records import Setting
@@ -39,8 +39,10 @@ BY_NAME = {run.name_of(engine): engine for engine in run.ENGINES}
 DYNAMIC = ("slices", "loop")
 
 
-if current_platform() != "cpu":  # kernels are interpreted on a CPU only
-    ENGINES = [(name, platform) for name, platform in ENGINES if platform == current_platform()]
+if backend.current_platform() != "cpu":  # kernels are interpreted on a CPU only
+    ENGINES = [
+        (name, platform) for name, platform in ENGINES if platform == backend.current_platform()
+    ]
 
 
 @pytest.fixture(params=ENGINES, ids="-".join)
@@ -122,7 +124,7 @@ def test_rows_behind_the_last_group_reach_nothing(mode):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_near_float32(dtype, mode):
     is_rows = run.choose(None) is rows and BACKEND == "jax"
-    if is_rows and not has_grouped_products(named_platform(), dtype, ()):
+    if is_rows and not backend.has_grouped_products(named_platform(), dtype, ()):
         pytest.skip("no kernels for this dtype")
     rng = np.random.default_rng(0)
     x = rng.normal(size=(13, 8)).astype("float32")
@@ -276,7 +278,7 @@ def test_users_can_read_the_engine():
         with ops.platform("gpu"):
             engines_of = tuple(layer.engine for layer in inspection.describe(model))
         assert engines_of == ("padded", "vectorized", "scan")
-    assert inspection.describe(model)[0].platform == current_platform()
+    assert inspection.describe(model)[0].platform == backend.current_platform()
 
 
 def test_the_engine_of_a_layer_that_is_not_built_is_not_known():

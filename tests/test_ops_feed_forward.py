@@ -8,8 +8,9 @@ import pytest
 from backends import BACKEND, KERNEL_MODES, MODES, assert_close, forget, gradients
 from keras import ops
 
-from keras_moe import backend, layers
+from keras_moe import layers
 from keras_moe.activations import quick_gelu
+from keras_moe.backend import backend
 from keras_moe.ops import grouped_feed_forward, plan_groups, top_k_routing
 from keras_moe.ops.grouped import run, tiles
 from keras_moe.ops.grouped.tiles import tile_sizes

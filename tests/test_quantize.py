@@ -6,7 +6,8 @@ import pytest
 from backends import BACKEND, MODES, assert_close, compiled, gradients, to_numpy, unless_compiled
 from layer_checks import normal
 
-from keras_moe import backend, inspection, layers, routers
+from keras_moe import inspection, layers, routers
+from keras_moe.backend import backend
 from keras_moe.ops.grouped import loop, records, tiles
 
 # Keras asks each layer, and warns of those that cannot, such as its `InputLayer`.

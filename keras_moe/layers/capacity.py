@@ -5,7 +5,7 @@ from functools import partial
 import keras
 from keras import ops as keras_ops
 
-from keras_moe import backend, ops
+from keras_moe import ops
 from keras_moe._internal.named_arguments import check_is_made
 from keras_moe._internal.serialization import Configured, register
 from keras_moe._internal.shape_checks import check_fields
@@ -20,6 +20,7 @@ from keras_moe._internal.validation import (
     check_training,
     optional,
 )
+from keras_moe.backend import backend
 from keras_moe.ops.assignments import at_least
 from keras_moe.ops.plans import MOST_ROWS
 

@@ -3,7 +3,6 @@
 import keras
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.initializers import EachExpert, initial
 from keras_moe._internal.keras_objects import (
     CheckedRegularizer,
@@ -13,6 +12,7 @@ from keras_moe._internal.keras_objects import (
 )
 from keras_moe._internal.shape_checks import check_inputs_shape
 from keras_moe._internal.validation import check_flag, check_positive_integer
+from keras_moe.backend import backend
 from keras_moe.layers.expert_bank import check_engine_question
 from keras_moe.layers.stacked_experts import StackedExperts
 from keras_moe.ops.feed_forward import _grouped_feed_forward

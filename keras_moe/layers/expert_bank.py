@@ -3,7 +3,6 @@
 import keras
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.misplaced_arguments import ON_BANK, check_place
 from keras_moe._internal.named_arguments import Saved
 from keras_moe._internal.serialization import resolve
@@ -18,6 +17,7 @@ from keras_moe._internal.validation import (
     overrides,
     shortened,
 )
+from keras_moe.backend import backend
 from keras_moe.layers.sublayers import width_of
 from keras_moe.ops.platforms import PLATFORMS
 

@@ -3,11 +3,11 @@
 import keras
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.parameters import parameters_of
 from keras_moe._internal.serialization import config_of, note_part, register
 from keras_moe._internal.shape_checks import check_inputs_shape, check_returned
 from keras_moe._internal.validation import shortened
+from keras_moe.backend import backend
 from keras_moe.layers.expert_bank import ExpertBank, check_engine_question, check_takes_tokens
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.sublayers import (

@@ -5,7 +5,7 @@ import math
 import keras
 from keras import ops as keras_ops
 
-from keras_moe import backend, routers
+from keras_moe import routers
 from keras_moe._internal.misplaced_arguments import ON_LAYER, check_place
 from keras_moe._internal.named_arguments import check_is_made
 from keras_moe._internal.serialization import config_of, register, resolve
@@ -31,6 +31,7 @@ from keras_moe._internal.validation import (
     optional,
     shortened,
 )
+from keras_moe.backend import backend
 from keras_moe.layers import expert_bank
 from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import check_is_layer_of_tokens, in_floats

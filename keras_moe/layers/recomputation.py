@@ -9,9 +9,9 @@ import functools
 import keras
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.keras_internals import current_call, in_stateless_scope, stored_dtypes
 from keras_moe._internal.named_arguments import Saved
+from keras_moe.backend import backend
 
 
 class Recomputable(Saved, keras.layers.Layer):

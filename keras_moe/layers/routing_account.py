@@ -3,7 +3,7 @@
 import keras
 from keras import ops as keras_ops
 
-from keras_moe import backend, losses, ops
+from keras_moe import losses, ops
 from keras_moe._internal.named_arguments import Saved
 from keras_moe._internal.validation import (
     check_flag,
@@ -12,6 +12,7 @@ from keras_moe._internal.validation import (
     is_whole,
     shortened,
 )
+from keras_moe.backend import backend
 from keras_moe.losses.router_loss import check_is_loss, check_value
 
 

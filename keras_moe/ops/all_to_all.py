@@ -10,7 +10,6 @@ each, C rows of a bucket.
 
 from keras import ops
 
-from keras_moe import backend
 from keras_moe.ops.assignments import Assignments
 from keras_moe.ops.grouped import run_grouped
 from keras_moe.ops.grouped.records import Parameters
@@ -38,15 +37,15 @@ def run_by_all_to_all(step, tokens, weights, parameters, experts, shards, axis, 
         buckets, local_expert = _buckets(groups, num_shards, *lengths.span(number))
 
         def run(tokens, weights, trained):
-            received = backend.exchange(dispatch_rows(tokens, buckets), axis)
-            expert = backend.exchange(local_expert, axis)
+            received = shards.exchange(dispatch_rows(tokens, buckets), axis)
+            expert = shards.exchange(local_expert, axis)
             # Outputs are weighted, and saved for the weights' gradient, on the device that computes
             # them, so that the receiving device need not save them.
-            weight = backend.exchange(buckets.weight_of_row(weights), axis)
+            weight = shards.exchange(buckets.weight_of_row(weights), axis)
             rows = Assignments.of(ops.expand_dims(expert, 1), num_local).sort()
             parameters = Parameters(trained, frozen)
             outputs = run_grouped(step, received, ops.expand_dims(weight, 1), parameters, rows)
-            return collect_rows(backend.exchange(outputs, axis), buckets)
+            return collect_rows(shards.exchange(outputs, axis), buckets)
 
         return run
 
@@ -54,7 +53,7 @@ def run_by_all_to_all(step, tokens, weights, parameters, experts, shards, axis, 
         groups, _ = context
         passes = lengths.passes_for(ops.max(_rows_by_shard(groups, num_shards)))
         # If one device needs a pass, all take part in it.
-        return backend.max_over_axis(passes, shards.axes)
+        return shards.max_over(passes, shards.axes)
 
     inputs, context = (tokens, weights, parameters.trained), (groups, parameters.frozen)
     return sum_passes(nth_pass, num_passes, inputs, context)

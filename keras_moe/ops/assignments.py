@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.checks import check_integer
+from keras_moe.backend import backend
 from keras_moe.ops.groups import ChosenGroups, Groups
 
 

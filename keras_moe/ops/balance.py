@@ -5,8 +5,8 @@ Axes: T tokens, E experts, K experts per token.
 
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.checks import check_mask, check_number, check_tensors
+from keras_moe.backend import backend
 from keras_moe.ops.assignments import check_sequence_length
 from keras_moe.ops.routing import check_routing
 from keras_moe.ops.selection import _take_scores, _top_k_indices, check_top_k, chosen_experts

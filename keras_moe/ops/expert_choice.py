@@ -6,8 +6,8 @@ sequence.
 
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.checks import check_number, check_tensors
+from keras_moe.backend import backend
 from keras_moe.ops.assignments import Choices, at_least, check_sequence_length, put, tokens_at
 from keras_moe.ops.plans import GroupedPlan, _expert_capacity
 from keras_moe.ops.routing import _make_routing, check_routing, clean_logits

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.checks import check_number
+from keras_moe.backend import backend
 from keras_moe.ops.assignments import Assignments, Choices
 from keras_moe.ops.grouped import run_grouped, step_of
 from keras_moe.ops.grouped.records import QUANTIZED, Affine, Network, Packed, Parameters

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
-from keras_moe import backend
+from keras_moe.backend import backend
 from keras_moe.ops.grouped import run_grouped
 from keras_moe.ops.grouped.records import Parameters
 from keras_moe.ops.groups import Groups

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.checks import check_integer, check_number, check_tensors
+from keras_moe.backend import backend
 from keras_moe.ops.assignments import (
     Assignments,
     Choices,

@@ -4,8 +4,8 @@ import contextlib
 import functools
 import threading
 
-from keras_moe import backend
 from keras_moe._internal.checks import check_choice
+from keras_moe.backend import backend
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.checks import (
     check_choice,
     check_indices,
@@ -15,6 +14,7 @@ from keras_moe._internal.checks import (
     check_number,
     check_tensors,
 )
+from keras_moe.backend import backend
 from keras_moe.ops.scores import SCORES, distribution
 from keras_moe.ops.selection import _take_scores, _top_k_indices, check_top_k
 

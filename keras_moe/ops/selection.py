@@ -3,8 +3,8 @@
 import numpy as np
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors
+from keras_moe.backend import backend
 
 # The second lowest float: below all other scores and above minus infinity. TensorFlow's argmax
 # begins from the lowest and therefore never finds it.

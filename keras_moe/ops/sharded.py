@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_moe import backend
+from keras_moe.backend import backend
 from keras_moe.ops.all_to_all import run_by_all_to_all
 from keras_moe.ops.assignments import Assignments
 from keras_moe.ops.grouped import run_grouped
@@ -47,9 +47,7 @@ def admit_by_shard(shards, admit, assignments, first):
     num_tokens = ops.shape(assignments.experts)[0]
     experts = _pad(assignments.experts, shards, -1)
     first = None if first is None else _pad(first, shards, 0)
-    experts, sizes = backend.on_each_device(
-        shards, on_device, (experts, first), (shards.axes, shards.axes)
-    )
+    experts, sizes = shards.on_each_device(on_device, (experts, first), (shards.axes, shards.axes))
     sizes = ops.sum(ops.reshape(sizes, (-1, num_experts)), axis=0)
     return Assignments(experts[:num_tokens], sizes)
 
@@ -94,20 +92,19 @@ def run_sharded(exchange, tokens, weights, parameters, assignments):
             )
         if tokens_cross:
             tokens, weights, *parts = (
-                backend.gather_shards(each, expert_axis) for each in (tokens, weights, *parts)
+                shards.gather(each, expert_axis) for each in (tokens, weights, *parts)
             )
         num_experts = parameters.num_experts
-        place = 0 if expert_axis is None else backend.place_on_axis(expert_axis)
+        place = 0 if expert_axis is None else shards.place_on(expert_axis)
         groups, weights = kind.sort_part(parts, weights, place * num_experts, num_experts)
         if expert_axis is None:
             return run_grouped(step, tokens, weights, parameters, groups)
         outputs = run_in_passes(step, tokens, weights, parameters, groups, lengths)
-        add = backend.sum_and_scatter if tokens_cross else backend.sum_over_axis
+        add = shards.sum_and_scatter if tokens_cross else shards.sum_over
         return add(outputs, expert_axis)
 
     with platform(platform_of_devices):
-        outputs = backend.on_each_device(
-            shards,
+        outputs = shards.on_each_device(
             on_device,
             (
                 _pad(tokens, shards, 0),

@@ -5,8 +5,8 @@ Axes: T tokens, of which N are real, E experts.
 
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.checks import check_integer, check_tensors
+from keras_moe.backend import backend
 from keras_moe.ops.assignments import place_in_queue, put
 from keras_moe.ops.selection import _take_scores, _top_k_indices
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from keras import ops
 
-from keras_moe import backend
+from keras_moe.backend import backend
 from keras_moe.ops.grouped.padded import tile_length
 from keras_moe.ops.grouped.padded_tiles import pad_tiles
 from keras_moe.ops.platforms import on_platform

@@ -5,7 +5,7 @@ As in decoding, when most experts have none: in `slices` even they cost their op
 
 from keras import ops
 
-from keras_moe import backend
+from keras_moe.backend import backend
 from keras_moe.ops.grouped import slices
 
 # With more rows for an expert, on average, it is faster to compute experts side by side.

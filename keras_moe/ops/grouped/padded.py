@@ -5,7 +5,7 @@ For XLA on devices that wait for the host, or run one product at a time, at each
 
 from keras import ops
 
-from keras_moe import backend
+from keras_moe.backend import backend
 from keras_moe.ops.grouped.padded_tiles import pad_tiles
 from keras_moe.ops.grouped.records import Gradients
 from keras_moe.ops.grouped.steps import products_of

@@ -6,7 +6,7 @@ product in the step, and cast the experts' weights tile by tile.
 
 from keras import ops
 
-from keras_moe import backend
+from keras_moe.backend import backend
 from keras_moe.ops.grouped.records import Gradients
 from keras_moe.ops.grouped.steps import Products, Remade
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_moe import backend
+from keras_moe.backend import backend
 from keras_moe.ops.grouped.records import Gradients, Kernels
 from keras_moe.ops.grouped.steps import products_of
 from keras_moe.ops.groups import row_sums

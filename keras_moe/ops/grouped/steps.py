@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from keras import ops
 
-from keras_moe import backend
+from keras_moe.backend import backend
 
 
 class Products(NamedTuple):

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe import backend
+from keras_moe.backend import backend
 from keras_moe.ops.grouped.records import Gradients, Quantized
 from keras_moe.ops.grouped.steps import products_of
 from keras_moe.ops.groups import row_sums
