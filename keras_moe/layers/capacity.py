@@ -3,9 +3,9 @@
 import keras
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.checks import check_choice, check_integer, check_number
 from keras_moe._internal.serialization import Configured, register
+from keras_moe.backend import backend
 from keras_moe.ops.assignments import at_least
 from keras_moe.ops.plans import MOST_ROWS, _expert_capacity
 from keras_moe.ops.selection import _take_scores, _top_k_indices

@@ -3,9 +3,9 @@
 import keras
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.checks import check_integer
 from keras_moe._internal.serialization import resolve
+from keras_moe.backend import backend
 
 
 class ExpertBank(keras.layers.Layer):

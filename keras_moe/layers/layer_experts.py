@@ -5,14 +5,14 @@ import warnings
 import keras
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.checks import check_instance
 from keras_moe._internal.keras_internals import parameters_of
 from keras_moe._internal.serialization import config_of, note_part, register
+from keras_moe.backend import backend
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.sublayers import accepted_arguments, build_and_measure, check_output
-from keras_moe.ops.grouped.functions import Alike, functions_engine, map_groups
+from keras_moe.ops.grouped.functions import Alike, engine_of, map_groups
 from keras_moe.ops.groups import combine_rows, dispatch_rows
 
 
@@ -145,7 +145,7 @@ class LayerExperts(ExpertBank):
         return Alike(function, weights)
 
     def engine_on(self, platform, static_shapes):
-        return functions_engine(_are_alike(self.layers), platform, static_shapes)
+        return engine_of(_are_alike(self.layers), platform, static_shapes)
 
     def compute_output_shape(self, tokens_shape):
         if self.built:

@@ -9,10 +9,11 @@ import math
 import keras
 from keras import ops as keras_ops
 
-from keras_moe import backend, losses, ops, routers
+from keras_moe import losses, ops, routers
 from keras_moe._internal.checks import check_tensors, shortened
 from keras_moe._internal.keras_internals import get_keras_mask
 from keras_moe._internal.serialization import config_of, register, resolve
+from keras_moe.backend import backend
 from keras_moe.layers import expert_bank, sublayers
 from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.recomputation import Recomputable, effects_once
@@ -185,7 +186,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
 
     def __call__(self, *args, **kwargs):
         # Keras turns arrays into tensors, whose numbers are not looked at.
-        self.router.check_replayed(kwargs.get("indices"))
+        self.router.check_arrays(indices=kwargs.get("indices"))
         return super().__call__(*args, **kwargs)
 
     @effects_once

@@ -118,9 +118,7 @@ class Projection:
         if self.zero is None:
             return Quantized(kernel, scale)
         group = _group_of_row(kernel.shape[1], self.bank.block_size())
-        return Packed(
-            kernel, scale, ops.convert_to_tensor(self.zero), ops.convert_to_tensor(group)
-        )
+        return Packed(kernel, scale, ops.convert_to_tensor(self.zero), ops.convert_to_tensor(group))
 
     def merged_kernel(self):
         """The kernels of all experts as floats (E, D, H), low-rank factors added: an array."""

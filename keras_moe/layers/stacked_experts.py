@@ -4,9 +4,9 @@ from typing import Any
 
 import keras
 
-from keras_moe import backend
 from keras_moe._internal.keras_internals import open_to_state
 from keras_moe._internal.lora import Adaptable, adaptable_from_config
+from keras_moe.backend import backend
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.projection import Projection
 from keras_moe.ops.feed_forward import _grouped_feed_forward

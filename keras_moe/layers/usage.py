@@ -4,9 +4,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe import backend, losses
 from keras_moe._internal.checks import check_number
 from keras_moe._internal.serialization import load_draws, save_draws
+from keras_moe.backend import backend
 from keras_moe.ops.balance import _router_entropy
 
 
