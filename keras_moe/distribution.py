@@ -2,8 +2,8 @@
 
 import keras
 
-from keras_moe import backend
 from keras_moe._internal.checks import check_integer, shortened
+from keras_moe.backend import backend
 
 AXES = ("data", "expert")
 

@@ -6,8 +6,9 @@ import pytest
 from backends import BACKEND, MODES, assert_close, compiled, gradients, to_numpy, unless_compiled
 from layer_checks import normal
 
-from keras_moe import backend, inspection, layers, routers
-from keras_moe.ops.grouped import blocks, loop, records
+from keras_moe import inspection, layers, routers
+from keras_moe.backend import backend
+from keras_moe.ops.grouped import loop, records, tiles
 
 # Keras asks each layer, and warns of those that cannot, such as its `InputLayer`.
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method")
@@ -171,12 +172,12 @@ def test_a_bank_with_a_policy_of_its_own_keeps_it():
 @pytest.mark.backends("tensorflow", "jax")
 @pytest.mark.parametrize("entries", [1, 9 * H, 2**19])
 def test_few_rows_are_multiplied_by_blocks_of_a_kernel(entries, monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK_ENTRIES", entries)
+    monkeypatch.setattr(tiles, "BLOCK_ENTRIES", entries)
     rows, scale = normal(6, D), np.abs(normal(E, 1, H))
     values = np.random.default_rng(0).integers(-127, 128, (E, D, H)).astype("int8")
 
     def multiply(rows, values, scale, expert):
-        return blocks.multiply(rows, values, expert) * scale[-1]
+        return tiles.multiply_in_blocks(rows, values, expert) * scale[-1]
 
     actual = compiled(multiply, MODES[-1])(rows, values, scale, np.int32(E - 1))
     assert_close(actual, rows @ (values[-1] * scale[-1]))

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import keras
 
-from keras_moe import backend
 from keras_moe._internal.validation import listed
+from keras_moe.backend import backend
 from keras_moe.inspection.finding import moe_layers
 from keras_moe.ops.platforms import named_platform
 

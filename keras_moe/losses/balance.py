@@ -2,12 +2,20 @@
 
 from typing import Any
 
-from keras import ops as keras_ops
+from keras import ops
 
-from keras_moe import backend, ops
 from keras_moe._internal.checks import check_integer
 from keras_moe._internal.serialization import register
+from keras_moe.backend import backend
 from keras_moe.losses.router_loss import RouterLoss
+from keras_moe.ops.balance import (
+    _agreement,
+    _load_balance,
+    _masked_mean,
+    _sequence_load_balance,
+    _squared_importance_variation,
+    _squared_load_variation,
+)
 
 
 @register
@@ -43,7 +51,7 @@ class LoadBalance(RouterLoss):
         super().__init__(weight)
 
     def compute(self, routing):
-        return ops.load_balance(routing)
+        return _load_balance(routing)
 
 
 @register
@@ -78,8 +86,8 @@ class SequenceLoadBalance(RouterLoss):
 
     def compute(self, routing, sequence_length=None):
         if sequence_length is None:
-            return ops.load_balance(routing)
-        return ops.sequence_load_balance(routing, sequence_length)
+            return _load_balance(routing)
+        return _sequence_load_balance(routing, sequence_length)
 
 
 @register
@@ -129,7 +137,7 @@ class GlobalLoadBalance(RouterLoss):
         return loss
 
     def evaluate(self, routing, **kwargs):
-        return ops.load_balance(routing)
+        return _load_balance(routing)
 
     def compute(self, routing):
         if self._counts is None:
@@ -138,11 +146,11 @@ class GlobalLoadBalance(RouterLoss):
                 "Pass it to `MixtureOfExperts` as one of its `router_losses`."
             )
         is_first = self._steps % self.accumulation_steps == 0
-        before = keras_ops.where(is_first, 0.0, keras_ops.convert_to_tensor(self._counts))
-        counts = backend.sum_over_replicas(keras_ops.cast(routing.counts, "float32"))
+        before = ops.where(is_first, 0.0, ops.convert_to_tensor(self._counts))
+        counts = backend.sum_over_replicas(ops.cast(routing.counts, "float32"))
         self._counts.assign(before + counts)
         self._steps.assign(backend.after(counts, self._steps + 1))
-        return ops.agreement(before + counts, ops.masked_mean(routing.probs, routing.mask))
+        return _agreement(before + counts, _masked_mean(routing.probs, routing.mask))
 
     def get_config(self):
         return {**super().get_config(), "accumulation_steps": self.accumulation_steps}
@@ -174,7 +182,7 @@ class ImportanceVariation(RouterLoss):
         super().__init__(weight)
 
     def compute(self, routing):
-        return ops.squared_importance_variation(routing)
+        return _squared_importance_variation(routing)
 
 
 @register
@@ -205,4 +213,4 @@ class LoadVariation(RouterLoss):
         super().__init__(weight)
 
     def compute(self, routing):
-        return ops.squared_load_variation(routing)
+        return _squared_load_variation(routing)

@@ -1,8 +1,8 @@
 """Losses for routers that are decided, but not by logits that explode."""
 
-from keras_moe import ops
 from keras_moe._internal.serialization import register
 from keras_moe.losses.router_loss import RouterLoss
+from keras_moe.ops.balance import _router_entropy, _router_z
 
 
 @register
@@ -28,7 +28,7 @@ class RouterZ(RouterLoss):
         super().__init__(weight)
 
     def compute(self, routing):
-        return ops.router_z(routing)
+        return _router_z(routing)
 
 
 @register
@@ -57,4 +57,4 @@ class RouterEntropy(RouterLoss):
         super().__init__(weight)
 
     def compute(self, routing):
-        return ops.router_entropy(routing)
+        return _router_entropy(routing)

@@ -5,7 +5,7 @@ from keras import ops
 from keras_moe._internal.shape_checks import check_fields, check_shapes, known
 from keras_moe._internal.tensor_checks import fits
 from keras_moe.ops.balance import masked_mean, router_entropy
-from keras_moe.ops.routing import take_scores
+from keras_moe.ops.selection import take_scores
 
 
 def router_confidence(routing):
