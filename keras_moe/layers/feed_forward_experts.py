@@ -17,9 +17,11 @@ class FeedForwardExperts(StackedExperts):
         hidden_dim: Integer. Hidden width of each expert, H.
         activation: String, function of one tensor, or Keras layer without weights.
         use_bias: Boolean. Whether both projections have a bias.
-        **kwargs: `kernel_initializer` of each expert's kernels, `bias_initializer`,
-            `kernel_regularizer` and `bias_regularizer` of the stacked weights, as in
-            `keras.layers.Dense`; `name`, `dtype` and other arguments of a Keras layer.
+        kernel_initializer: Initializer of each expert's kernels.
+        bias_initializer: Initializer of the biases.
+        kernel_regularizer: Regularizer of the stacked kernels, or None.
+        bias_regularizer: Regularizer of the stacked biases, or None.
+        **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
         ValueError: If `num_experts` or `hidden_dim` is not a positive integer.
@@ -46,8 +48,28 @@ class FeedForwardExperts(StackedExperts):
 
     projection_names = ("up", "down")
 
-    def __init__(self, num_experts, hidden_dim, activation="gelu", use_bias=True, **kwargs):
-        super().__init__(num_experts, activation, use_bias, **kwargs)
+    def __init__(
+        self,
+        num_experts,
+        hidden_dim,
+        activation="gelu",
+        use_bias=True,
+        kernel_initializer="glorot_uniform",
+        bias_initializer="zeros",
+        kernel_regularizer=None,
+        bias_regularizer=None,
+        **kwargs,
+    ):
+        super().__init__(
+            num_experts,
+            activation,
+            use_bias,
+            kernel_initializer,
+            bias_initializer,
+            kernel_regularizer,
+            bias_regularizer,
+            **kwargs,
+        )
         self.hidden_dim = check_integer("hidden_dim", hidden_dim)
 
     def widths(self, features):

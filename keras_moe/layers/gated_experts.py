@@ -21,7 +21,11 @@ class GatedExperts(StackedExperts):
         clip: Positive float or None. The gate's projection is clipped from above, the up projection
             on both sides.
         up_shift: Float of at least 0, added to the up projection; gpt-oss has 1.
-        **kwargs: Other arguments as in `FeedForwardExperts`.
+        kernel_initializer: Initializer of each expert's kernels.
+        bias_initializer: Initializer of the biases.
+        kernel_regularizer: Regularizer of the stacked kernels, or None.
+        bias_regularizer: Regularizer of the stacked biases, or None.
+        **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -57,9 +61,22 @@ class GatedExperts(StackedExperts):
         use_bias=False,
         clip=None,
         up_shift=0.0,
+        kernel_initializer="glorot_uniform",
+        bias_initializer="zeros",
+        kernel_regularizer=None,
+        bias_regularizer=None,
         **kwargs,
     ):
-        super().__init__(num_experts, activation, use_bias, **kwargs)
+        super().__init__(
+            num_experts,
+            activation,
+            use_bias,
+            kernel_initializer,
+            bias_initializer,
+            kernel_regularizer,
+            bias_regularizer,
+            **kwargs,
+        )
         self.hidden_dim = check_integer("hidden_dim", hidden_dim)
         self.clip = None if clip is None else check_number("clip", clip, above=0)
         self.up_shift = check_number("up_shift", up_shift)

@@ -30,12 +30,12 @@ class StackedExperts(Adaptable, ExpertBank):
     def __init__(
         self,
         num_experts,
-        activation=None,
-        use_bias=True,
-        kernel_initializer="glorot_uniform",
-        bias_initializer="zeros",
-        kernel_regularizer=None,
-        bias_regularizer=None,
+        activation,
+        use_bias,
+        kernel_initializer,
+        bias_initializer,
+        kernel_regularizer,
+        bias_regularizer,
         **kwargs,
     ):
         super().__init__(num_experts, **kwargs)

@@ -72,18 +72,18 @@ class RouterUsage(keras.layers.Layer):
                 # Keras adds it to the other losses, which have this dtype.
                 self.add_loss(ops.cast(weighted, keras.config.floatx()))
         counts = ops.cast(routing.counts, "float32")
-        counted = {
-            self.expert_counts: counts,
-            self.dropped_count: routing.dropped * ops.sum(counts),
-            self.router_entropy_total: _router_entropy(routing),
-            self.call_count: backend.after(counts, ops.ones((), "float32")),
-        }
+        counted = [
+            (self.expert_counts, counts),
+            (self.dropped_count, routing.dropped * ops.sum(counts)),
+            (self.router_entropy_total, _router_entropy(routing)),
+            (self.call_count, backend.after(counts, ops.ones((), "float32"))),
+        ]
         if values:
-            counted[self.router_loss_totals] = ops.stack(values)
-        added = list(counted.values())
+            counted.append((self.router_loss_totals, ops.stack(values)))
+        counters, added = zip(*counted)
         if training:  # A process may evaluate alone, and would wait for the others.
             added = backend.sum_of_counts(added)
-        for counter, value in zip(counted, added):
+        for counter, value in zip(counters, added):
             counter.assign_add(value)
 
     @property
