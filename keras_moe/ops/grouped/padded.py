@@ -7,7 +7,6 @@ from keras import ops
 
 from keras_moe.backend import backend
 from keras_moe.ops.grouped.padded_tiles import pad_tiles
-from keras_moe.ops.grouped.records import Gradients
 from keras_moe.ops.grouped.steps import products_of
 from keras_moe.ops.groups import row_sums
 
@@ -22,10 +21,7 @@ def tile_length(num_rows, num_experts):
     With B rows a tile, up to E * B rows are computed in vain, and R / B kernels are copied, two
     bytes for each weight. Where a byte of memory costs as much as 240 multiplications and
     additions, as on today's accelerators, both cost the least together at B = sqrt(480 * R / E).
-
-    Args:
-        num_rows: an integer, or a tensor where it is not known at compile time.
-        num_experts: an integer.
+    The number of rows is a tensor where it is not known at compile time.
     """
     mean = num_rows / num_experts if isinstance(num_rows, int) else 256
     return 2 ** min(max(round((480 * mean) ** 0.5).bit_length() - 1, 3), 9)
@@ -46,11 +42,10 @@ def backward(setting, step, tokens, row_weights, parameters, groups, outputs, sa
     row_gradient, factors = step.backward(
         tiles.cut(backend.gather_rows(tokens, token_of_row)),
         _products(parameters, tiles, setting.dtype),
-        # Not zeros, where an activation may have no derivative: NaN times 0 is NaN.
-        [tiles.fill(each, 1.0) for each in saved],
+        saved,
         tiles.cut(scaled),
     )
-    return Gradients(
+    return (
         tiles.join(row_gradient),
         groups.at_assignments(row_sums(output_gradient, outputs)[:, 0]),
         [
@@ -75,7 +70,10 @@ def _products(parameters, tiles, dtype):
     def project(rows, number):
         kernel, bias, _ = projections[number]
         product = ops.matmul(rows, kernel)
-        return product if bias is None else product + ops.expand_dims(bias, 1)
+        if bias is not None:
+            product = product + ops.expand_dims(bias, 1)
+        # Not zeros, where an activation may have no derivative: NaN times 0 is NaN.
+        return tiles.fill(product, 1.0)
 
     def pull(gradient, number):
         return ops.matmul(gradient, ops.transpose(projections[number].kernel, (0, 2, 1)))

@@ -1,4 +1,4 @@
-"""Records of grouped computation: weights, integers in place of kernels, and gradients."""
+"""Records of grouped computation: networks, projections, integers in place of kernels."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -185,6 +185,8 @@ class Parameters(NamedTuple):
     @classmethod
     def of(cls, projections):
         """The `Parameters` of a list of `Affine`."""
+        pairs = [each.low_rank for each in projections if each.low_rank is not None]
+        projections = [*projections, *(Affine(factor) for kind in zip(*pairs) for factor in kind)]
         trained: list = []
         frozen: list = []
         for kernel, bias, low_rank in projections:
@@ -192,12 +194,7 @@ class Parameters(NamedTuple):
             trained.append({} if bias is None else {"bias": bias})
             frozen.append({})
             (frozen if is_frozen else trained)[-1]["kernel"] = kernel
-        pairs = [each.low_rank for each in projections if each.low_rank is not None]
-        factors = [factor for kind in zip(*pairs) for factor in kind]
-        return cls(
-            trained + [{"kernel": factor} for factor in factors],
-            frozen + [{} for _ in factors],
-        )
+        return cls(trained, frozen)
 
     @property
     def projections(self):
@@ -214,16 +211,3 @@ class Parameters(NamedTuple):
             Affine(floats(kernel, part, dtype), None if bias is None else floats(bias, part, dtype))
             for kernel, bias, _ in self.projections
         ]
-
-
-class Gradients(NamedTuple):
-    """What a backward pass returns.
-
-    - `rows`: (R', D), R' >= R, of each row; anything past the last group.
-    - `weights`: of the combine weights, float32 in their shape.
-    - `trained`: in the structure of `Parameters.trained`.
-    """
-
-    rows: Any
-    weights: Any
-    trained: list

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_moe.backend import backend
-from keras_moe.ops.grouped.records import Gradients, Kernels
+from keras_moe.ops.grouped.records import Kernels
 from keras_moe.ops.grouped.steps import products_of
 from keras_moe.ops.groups import row_sums
 
@@ -49,7 +49,7 @@ def backward(setting, step, tokens, row_weights, parameters, groups, outputs, sa
         of_rows.append(row_gradient)
         of_weights.append(row_sums(of_outputs, outputs))
         of_experts.add(run.sizes, run.experts, factors)
-    return Gradients(
+    return (
         _join(of_rows, num_behind, tokens.shape[1], tokens.dtype),
         groups.at_assignments(_join(of_weights, num_behind, 1, "float32")[:, 0]),
         of_experts.result(),
