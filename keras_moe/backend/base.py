@@ -73,8 +73,10 @@ class Backend:
 
     # Gradients
 
-    def differentiable(self, forward, backward, inputs, context):
+    def differentiable(self, forward, backward, inputs, context, plain=None):
         """The output of `forward`, whose gradient for `inputs` is computed by `backward`.
+
+        Derivatives of the gradient are those of `plain`, which is slower.
 
         Args:
             forward: `forward(inputs, context, keep)` returns `(output, saved)`. Unless `keep`,
@@ -83,6 +85,8 @@ class Backend:
                 structure of `inputs`.
             inputs: structure of tensors.
             context: structure of tensors that have no gradient.
+            plain: `plain(inputs, context)` computes the output of operations that the framework
+                differentiates any number of times. None: `forward` does.
         """
         raise NotImplementedError
 

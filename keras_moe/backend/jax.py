@@ -65,17 +65,25 @@ class JaxBackend(Backend):
 
         return called
 
-    def differentiable(self, forward, backward, inputs, context):
+    def differentiable(self, forward, backward, inputs, context, plain=None):
+        plain = plain or (lambda inputs, context: forward(inputs, context, keep=False)[0])
+
+        def plain_gradient(inputs, context, upstream):
+            _, pullback = jax.vjp(lambda inputs: plain(inputs, context), inputs)
+            return pullback(upstream)[0]
+
         @jax.custom_vjp
         def function(inputs, context):
             return forward(inputs, context, keep=False)[0]
 
         def function_forward(inputs, context):
-            output, saved = forward(inputs, context, keep=True)
-            return output, (inputs, context, saved)
+            output, saved = forward(*jax.lax.stop_gradient((inputs, context)), keep=True)
+            return _derived_from(plain, output, inputs, context), (inputs, context, saved)
 
         def function_backward(residuals, upstream):
-            return backward(*residuals, upstream), None
+            gradient = backward(*jax.lax.stop_gradient((*residuals, upstream)))
+            inputs, context, _ = residuals
+            return _derived_from(plain_gradient, gradient, inputs, context, upstream), None
 
         function.defvjp(function_forward, function_backward)
         return function(inputs, context)
@@ -115,3 +123,17 @@ class JaxBackend(Backend):
 
     token_shards = staticmethod(jax_sharding.token_shards)
     mesh_axis = staticmethod(jax_sharding.mesh_axis)
+
+
+def _derived_from(plain, values, *operands):
+    """`values`, which are `plain(*operands)` and have the derivatives of that."""
+
+    @jax.custom_jvp
+    def derived(values, *operands):
+        return values
+
+    @derived.defjvp
+    def derivative(primals, tangents):
+        return primals[0], jax.jvp(plain, primals[1:], tangents[1:])[1]
+
+    return derived(values, *operands)

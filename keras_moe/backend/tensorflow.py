@@ -39,20 +39,41 @@ class TensorFlowBackend(Backend):
         with tf.control_dependencies([tensor]):
             return tf.identity(value)
 
-    def differentiable(self, forward, backward, inputs, context):
+    def differentiable(self, forward, backward, inputs, context, plain=None):
+        plain = plain or (lambda inputs, context: forward(inputs, context, keep=False)[0])
         # A variable would be taken for one that `forward` uses besides its inputs.
         context = tf.nest.map_structure(tf.convert_to_tensor, context)
 
+        def gradient_of_plain(upstream, *tensors):
+            with tf.GradientTape() as tape:
+                tape.watch(tensors)
+                output = plain(tf.nest.pack_sequence_as(inputs, tensors), context)
+            gradients = tape.gradient(output, tensors, upstream, unconnected_gradients="zero")
+            return [*map(tf.convert_to_tensor, gradients)]  # those of gathers are sparse
+
         @tf.custom_gradient
         def function(*tensors):
-            inputs_again = tf.nest.pack_sequence_as(inputs, tensors)
+            # Hidden from the tapes of second derivatives, which would record the loops.
+            hidden = tf.nest.pack_sequence_as(inputs, [*map(tf.stop_gradient, tensors)])
             # TensorFlow does not tell whether there will be a gradient.
-            output, saved = forward(inputs_again, context, keep=True)
+            output, saved = forward(hidden, context, keep=True)
 
-            def gradient(upstream):
-                return tuple(tf.nest.flatten(backward(inputs_again, context, saved, upstream)))
+            @tf.custom_gradient
+            def gradient(*upstream_and_tensors):
+                upstream = tf.stop_gradient(upstream_and_tensors[0])
+                gradients = tf.nest.flatten(backward(hidden, context, saved, upstream))
 
-            return output, gradient
+                def second(*cotangents):
+                    with tf.GradientTape() as tape:
+                        tape.watch(upstream_and_tensors)
+                        again = gradient_of_plain(*upstream_and_tensors)
+                    return tape.gradient(
+                        again, upstream_and_tensors, cotangents, unconnected_gradients="zero"
+                    )
+
+                return gradients, second
+
+            return output, lambda upstream: gradient(upstream, *tensors)
 
         return function(*map(tf.convert_to_tensor, tf.nest.flatten(inputs)))
 

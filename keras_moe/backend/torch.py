@@ -35,13 +35,16 @@ class TorchBackend(Backend):
     def on_its_platform(self, functions, *operands):
         return functions[_platform_of(operands[0].device)](*operands)
 
-    def differentiable(self, forward, backward, inputs, context):
+    def differentiable(self, forward, backward, inputs, context, plain=None):
+        plain = plain or (lambda inputs, context: forward(inputs, context, keep=False)[0])
+        if torch._C._are_functorch_transforms_active():  # as `Function.apply` finds out
+            return plain(inputs, context)
         tensors = keras.tree.flatten(inputs)
         # In the function gradients are always off, and `needs_input_grad` does not ask whether.
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         if self.is_exporting() or not keep:
             return forward(inputs, context, keep=False)[0]
-        return _Differentiable.apply(forward, backward, inputs, context, *tensors)
+        return _Differentiable.apply(forward, backward, plain, inputs, context, *tensors)
 
     def vjp(self, function, inputs):
         with torch.enable_grad():
@@ -233,11 +236,11 @@ class TorchBackend(Backend):
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, forward, backward, inputs, context, *tensors):
+    def forward(ctx, forward, backward, plain, inputs, context, *tensors):
         ctx.structure = keras.tree.map_structure(lambda _: 0, inputs)
         inputs = keras.tree.pack_sequence_as(ctx.structure, tensors)
         output, saved = forward(inputs, context, keep=True)
-        ctx.run_backward = backward
+        ctx.run_backward, ctx.plain = backward, plain
         ctx.context = context
         # All tensors in the list that PyTorch frees, and may offload or compute again.
         ctx.structure_of_saved = keras.tree.map_structure(lambda _: 0, saved)
@@ -245,14 +248,24 @@ class _Differentiable(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
         tensors = ctx.saved_tensors  # once: each access unpacks, and may compute again
         num_inputs = len(keras.tree.flatten(ctx.structure))
-        inputs = keras.tree.pack_sequence_as(ctx.structure, tensors[:num_inputs])
-        saved = keras.tree.pack_sequence_as(ctx.structure_of_saved, tensors[num_inputs:])
-        gradients = ctx.run_backward(inputs, ctx.context, saved, upstream)
-        return None, None, None, None, *keras.tree.flatten(gradients)
+        tensors, saved = tensors[:num_inputs], tensors[num_inputs:]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # `create_graph`
+            # Views: an input may depend on another, which autograd would follow.
+            tensors = [tensor.view_as(tensor) for tensor in tensors]
+            output = ctx.plain(keras.tree.pack_sequence_as(ctx.structure, tensors), ctx.context)
+            wanted = [tensor for tensor in tensors if tensor.requires_grad]
+            found = iter(
+                torch.autograd.grad(output, wanted, upstream, create_graph=True, allow_unused=True)
+            )
+            gradients = [next(found) if tensor.requires_grad else None for tensor in tensors]
+        else:
+            inputs = keras.tree.pack_sequence_as(ctx.structure, tensors)
+            saved = keras.tree.pack_sequence_as(ctx.structure_of_saved, saved)
+            gradients = keras.tree.flatten(ctx.run_backward(inputs, ctx.context, saved, upstream))
+        return None, None, None, None, None, *gradients
 
 
 def _is_traced():
