@@ -8,6 +8,7 @@ from keras import ops
 from keras_moe.backend import backend
 from keras_moe.ops.grouped import engines
 from keras_moe.ops.grouped.records import QUANTIZED, Setting
+from keras_moe.ops.grouped.steps import products_of
 from keras_moe.ops.platforms import PLATFORMS, named_platform, on_platform
 
 
@@ -79,5 +80,38 @@ def _run_on(setting, step, tokens, weights, parameters, groups):
             gradients.parameters._replace(frozen=[]),
         )
 
+    def plain(inputs, context):
+        tokens, weights, trained = inputs
+        groups, frozen = context
+        return run_plainly(step, tokens, weights, trained._replace(frozen=frozen), groups)
+
     trained, context = parameters._replace(frozen=[]), (groups, parameters.frozen)
-    return backend.differentiable(forward, backward, (tokens, weights, trained), context)
+    return backend.differentiable(forward, backward, (tokens, weights, trained), context, plain)
+
+
+def run_plainly(step, tokens, weights, parameters, groups):
+    """What `run_grouped` computes, for derivatives of any order: every row by all experts.
+
+    Each product is one of matrices (R, E D) and (E D, H). In each row of the first only the columns
+    of the row's expert are not zero.
+    """
+    parameters = parameters.take(lambda stacked: stacked, tokens.dtype)
+    ends = ops.cumsum(groups.sizes)
+    row = ops.expand_dims(ops.arange(groups.num_rows(), dtype="int32"), 1)
+    is_of_expert = ops.logical_and(row >= ends - groups.sizes, row < ends)
+    is_served = ops.any(is_of_expert, axis=1, keepdims=True)
+
+    def project(rows, number):
+        kernel, bias = parameters.of(number)
+        num_experts, depth, width = kernel.shape
+        spread = ops.where(ops.expand_dims(is_of_expert, 2), ops.expand_dims(rows, 1), 0.0)
+        spread = ops.reshape(spread, (-1, num_experts * depth))
+        product = ops.matmul(spread, ops.reshape(kernel, (num_experts * depth, width)))
+        if bias is not None:
+            product = product + ops.matmul(ops.cast(is_of_expert, bias.dtype), bias)
+        # Not zeros, where an activation may have no derivative: NaN times 0 is NaN.
+        return ops.where(is_served, product, 1.0)
+
+    rows = backend.gather_rows(tokens, groups.token_of_row())
+    outputs, _ = step.forward(rows, products_of(project, pull=None), keep=False)
+    return ops.cast(groups.sum_rows(outputs, weights), tokens.dtype)
