@@ -73,7 +73,8 @@ class TensorFlowBackend(Backend):
 
                 return gradients, second
 
-            return output, lambda upstream: gradient(upstream, *tensors)
+            # That of a gather of rows is sparse.
+            return output, lambda upstream: gradient(tf.convert_to_tensor(upstream), *tensors)
 
         return function(*map(tf.convert_to_tensor, tf.nest.flatten(inputs)))
 
