@@ -12,7 +12,9 @@ from keras_moe import layers
 from keras_moe.activations import quick_gelu
 from keras_moe.backend import backend
 from keras_moe.ops import grouped_feed_forward, plan_groups, top_k_routing
+from keras_moe.ops.feed_forward import _grouped_feed_forward
 from keras_moe.ops.grouped import run, tiles
+from keras_moe.ops.grouped.records import Affine, Network
 from keras_moe.ops.grouped.tiles import tile_sizes
 
 T, D, H, E, K = 13, 4, 6, 3, 2
@@ -228,5 +230,79 @@ def test_a_clipped_and_shifted_gate_is_that_of_gpt_oss(mode):
         hidden = gate * ops.sigmoid(1.702 * gate) * up
         return ops.sum(ops.square(product(hidden, down, biases[2])))
 
+    for gradient, expected in zip(gradients(grouped, inputs, mode), gradients(plain, inputs)):
+        assert_close(gradient, expected)
+
+
+OTHER_BANKS = {
+    # The widths of the projections, which of them have a bias, and a factor of low rank.
+    "linear": ([D, H], [True], None),
+    "linear, low rank": ([D, H], [True], 0.5),
+    "wider outputs, one bias": ([D, H, D + 3], [False, True], None),
+    "gate, low rank, no bias": ([D, H, H, D + 3], [False] * 3, 2.0),
+}
+
+
+@pytest.mark.parametrize("mode", KERNEL_MODES)
+@pytest.mark.parametrize("bank", OTHER_BANKS.values(), ids=list(OTHER_BANKS))
+def test_banks_may_have_other_projections(bank, mode, small_tiles):
+    widths, has_bias, scale = bank
+    generator, expert = np.random.default_rng(0), np.arange(T) % E
+
+    def normal(*shape):
+        return generator.standard_normal(shape).astype("float32")
+
+    depths = [D] * max(len(widths) - 2, 1) + [H] * (len(widths) > 2)
+    shapes = list(zip(depths, widths[1:]))
+    kernels = [normal(E, *shape) for shape in shapes]
+    biases = [normal(E, width) for (_, width), has in zip(shapes, has_bias) if has]
+    factors = []
+    if scale is not None:
+        factors = [(normal(E, depth, 2), normal(E, 2, width)) for depth, width in shapes]
+
+    def affines(kernels, biases, factors):
+        biases = iter(biases)
+        pairs = factors or [None] * len(kernels)
+        return [
+            Affine(kernel, next(biases) if has else None, pair)
+            for kernel, has, pair in zip(kernels, has_bias, pairs)
+        ]
+
+    routing = top_k_routing(10 * ops.one_hot(expert, E), 1, renormalize=True)
+
+    def grouped(tokens, *flat):
+        plan = plan_groups(routing)
+        projections = affines(*unflatten(flat))
+        network = Network(ops.gelu if len(widths) > 2 else None, low_rank_scale=scale)
+        return ops.sum(ops.sin(_grouped_feed_forward(tokens, plan, network, projections)))
+
+    def plain(tokens, *flat):
+        def product(rows, affine):
+            total = 0.0 if affine.bias is None else ops.take(affine.bias, expert, axis=0)
+            total = total + times(rows, affine.kernel)
+            if affine.low_rank is not None:
+                a, b = affine.low_rank
+                total = total + scale * times(times(rows, a), b)
+            return total
+
+        def times(rows, stacked):
+            return ops.einsum("td,tdh->th", rows, ops.take(stacked, expert, axis=0))
+
+        *ups, down = affines(*unflatten(flat))
+        hidden = [product(tokens, up) for up in ups]
+        rows = [tokens, *map(ops.gelu, hidden[:1])][-1]
+        if len(hidden) == 2:
+            rows = rows * hidden[1]
+        return ops.sum(ops.sin(product(rows, down)))
+
+    def unflatten(flat):
+        # A corrected kernel has no gradient.
+        some = list(flat) if scale is None else [*map(ops.convert_to_tensor, kernels), *flat]
+        of_kernels, rest = some[: len(kernels)], some[len(kernels) :]
+        of_biases, rest = rest[: len(biases)], rest[len(biases) :]
+        return of_kernels, of_biases, list(zip(rest[::2], rest[1::2]))
+
+    trained = [*(kernels if scale is None else []), *biases, *(f for pair in factors for f in pair)]
+    inputs = [normal(T, D), *trained]
     for gradient, expected in zip(gradients(grouped, inputs, mode), gradients(plain, inputs)):
         assert_close(gradient, expected)

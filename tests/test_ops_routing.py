@@ -12,13 +12,24 @@ from backends import (
     compiled,
     differentiated,
     gradients,
+    to_numpy,
 )
 from drawn import MASKS, SKEWS, draw_logits, draw_mask
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_moe.ops import load_balance, router_z, take_scores, top_k_indices, top_k_routing
+from keras_moe.ops import (
+    Routing,
+    grouped_feed_forward,
+    load_balance,
+    masked_mean,
+    plan_groups,
+    router_z,
+    take_scores,
+    top_k_indices,
+    top_k_routing,
+)
 
 
 @st.composite
@@ -162,3 +173,19 @@ def test_experts_may_be_integers_of_any_dtype(dtype):
     np.testing.assert_array_equal(routing.counts, expected.counts)
     assert_close(routing.weights, ops.convert_to_numpy(expected.weights))
     assert_close(take_scores(logits, best), np.take_along_axis(logits, best.astype("int64"), 1))
+
+
+def test_nested_lists_are_tensors():
+    logits, mask = [[0.0, 2.0, 1.0], [9.0, 0.0, 3.0]], [True, False]
+    routing = top_k_routing(logits, np.int64(2), mask, scale=np.float32(1.0))
+    np.testing.assert_array_equal(ops.convert_to_numpy(routing.counts), [0, 1, 1])
+    recorded = Routing(*(None if x is None else x.tolist() for x in to_numpy(routing[:8])))
+    assert_close(to_numpy(load_balance(recorded)), to_numpy(load_balance(routing)))
+    assert_close(to_numpy(masked_mean([1.0, 5.0], mask)), 1.0)
+    plan = plan_groups(recorded, capacity=np.array(1))
+    tokens = [[1.0, 2.0], [3.0, 4.0]]
+    outputs = plan.combine(ops.convert_to_numpy(plan.dispatch(tokens)).tolist())
+    assert_close(to_numpy(outputs), [tokens[0], [0.0, 0.0]])
+    kernels = np.tile(np.eye(2), (3, 1, 1)).tolist()
+    outputs = grouped_feed_forward(tokens, plan.weights, plan.groups, "linear", [kernels], kernels)
+    assert_close(to_numpy(outputs), [tokens[0], [0.0, 0.0]])

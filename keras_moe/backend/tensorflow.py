@@ -219,7 +219,7 @@ class _StackedGradients:
 
     def __init__(self, trained):
         self._trained = trained
-        self._parts = [{name: [] for name in of} for of in trained]
+        self._parts: list[dict[str, list]] = [{name: [] for name in of} for of in trained]
 
     def add(self, sizes, experts, factors):
         for (rows, gradient), of, parts in zip(factors, self._trained, self._parts):

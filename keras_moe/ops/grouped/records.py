@@ -107,11 +107,7 @@ def floats(weights, part, dtype):
 
 
 class Kernels(NamedTuple):
-    """The kernels of a projection, which `backend.multiply_groups` takes one expert at a time.
-
-    - `stored`: (E, D, H) tensor, `Quantized` or `Packed`.
-    - `dtype`: that of the rows.
-    """
+    """Stored kernels, of which `backend.multiply_groups` takes one at a time in a dtype of rows."""
 
     stored: Any
     dtype: Any
@@ -131,10 +127,7 @@ class Kernels(NamedTuple):
         return self.stored.dtype != self.dtype
 
     def of(self, expert, length=None):
-        """The kernel (D, H) of an expert, or the first rows of it, without its `scale`.
-
-        It has the dtype it is stored in; that of the rows, where it is `Packed`.
-        """
+        """The kernel (D, H) of an expert, or its first rows, as stored; floats if `Packed`."""
         if isinstance(self.stored, Packed):
             return self.stored.floats(lambda stacked: stacked[expert][:length], self.dtype)
         values = self.stored.values if isinstance(self.stored, Quantized) else self.stored

@@ -45,27 +45,24 @@ def engine_on(platform, static_shapes, dtype, projections):
 
 
 def run_grouped(step, tokens, weights, parameters, groups):
-    """Apply a step to every group of rows, and sum each token's rows by weight.
+    """Apply a step to every group of rows, and sum each token's rows by weight, (T, D').
 
-    Rows outside all groups are not computed: padded and dropped assignments cost nothing.
+    Rows outside all groups are not computed: padded and dropped assignments cost nothing. A step is
+    compiled once.
 
     Args:
-        step: a `Step`, hashable. The same one is compiled once.
+        step, parameters: a `Step`, and the `Parameters` of all experts.
         tokens: (T, D).
         weights: combine weights, (T, K) or those of choices (R,).
-        parameters: the `Parameters` of all experts.
         groups: an `ops.Groups` or an `ops.ChosenGroups`.
-
-    Returns:
-        (T, `step.output_width`) in the dtype of `tokens`.
     """
     return _run((step, named_platform()), tokens, weights, parameters, groups)
 
 
 @backend.compile_once
 def _run(step_and_platform, *operands):
-    step, _ = step_and_platform
-    return on_platform(functools.partial(_run_on, step), *operands)
+    step, name = step_and_platform
+    return on_platform(name, functools.partial(_run_on, step), *operands)
 
 
 def _run_on(step, platform, tokens, weights, parameters, groups):
