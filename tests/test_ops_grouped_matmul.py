@@ -63,7 +63,7 @@ def test_groups_of_all_kinds_equal_the_oracle(mode, small_tiles):
 
 @pytest.mark.parametrize("mode", KERNEL_MODES)
 def test_drawn_groups_and_shapes_equal_the_oracle(mode, small_tiles):
-    @settings(max_examples=EXAMPLES[mode])
+    @settings(max_examples=EXAMPLES[mode] // 2)
     @given(
         st.lists(st.integers(0, 20), min_size=1, max_size=5),
         st.tuples(st.integers(1, 5), st.integers(1, 5)),

@@ -5,14 +5,13 @@ meets many batches.
 """
 
 import functools
-import itertools
 from typing import NamedTuple
 
 import keras
 import numpy as np
 import pytest
 import reference
-from backends import EXAMPLES, FAST_MODE, KERNEL_MODES, assert_close, differentiated, some
+from backends import EXAMPLES, FAST_MODE, KERNEL_MODES, assert_close, differentiated
 from drawn import MASKS, SKEWS, draw_mask
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -199,7 +198,7 @@ def test_outputs_losses_counts_and_all_gradients_equal_the_oracle(mode, small_ti
     @example(Config(gated=True, capacity_factor=0.8), 0, np.nan)
     def check(config, seed, content):
         run, rng = build.__wrapped__(config, mode), np.random.default_rng(seed)
-        for skew, kind in some(itertools.product(SKEWS, MASKS), mode):
+        for skew, kind in zip((*SKEWS, "zipf"), MASKS):
             x, weights, upstream = draw_batch(config, rng, skew)
             mask = draw_mask(rng, config.num_tokens, kind)
             x[~mask] = content

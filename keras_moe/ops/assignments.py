@@ -39,7 +39,6 @@ class Assignments(NamedTuple):
         return cls(experts, queue_sizes(queue, num_experts + 1)[:num_experts])
 
     def axes(self):
-        """The axes of the fields, and those of the weights of a plan."""
         return "TK", "E", "TK"
 
     @property
@@ -101,7 +100,6 @@ class Choices(NamedTuple):
     mask: Any
 
     def axes(self):
-        """The axes of the fields, and those of the weights of a plan."""
         return "BEC", "BEC", "T", "BEC"
 
     @property
