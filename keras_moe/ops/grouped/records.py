@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
+from keras_moe.backend import backend
+
 
 class Setting(NamedTuple):
     """What an engine is chosen by.
@@ -129,9 +131,12 @@ class Kernels(NamedTuple):
     def of(self, expert, length=None):
         """The kernel (D, H) of an expert, or its first rows, as stored; floats if `Packed`."""
         if isinstance(self.stored, Packed):
-            return self.stored.floats(lambda stacked: stacked[expert][:length], self.dtype)
+            return self.stored.floats(
+                lambda stacked: backend.entry(stacked, expert)[:length], self.dtype
+            )
         values = self.stored.values if isinstance(self.stored, Quantized) else self.stored
-        return values[expert] if length is None else values[expert][:length]
+        kernel = backend.entry(values, expert)
+        return kernel if length is None else kernel[:length]
 
 
 class Network(NamedTuple):
