@@ -248,61 +248,49 @@ OTHER_BANKS = {
 def test_banks_may_have_other_projections(bank, mode, small_tiles):
     widths, has_bias, scale = bank
     generator, expert = np.random.default_rng(0), np.arange(T) % E
-
-    def normal(*shape):
-        return generator.standard_normal(shape).astype("float32")
-
-    depths = [D] * max(len(widths) - 2, 1) + [H] * (len(widths) > 2)
-    shapes = list(zip(depths, widths[1:]))
-    kernels = [normal(E, *shape) for shape in shapes]
-    biases = [normal(E, width) for (_, width), has in zip(shapes, has_bias) if has]
-    factors = []
-    if scale is not None:
-        factors = [(normal(E, depth, 2), normal(E, 2, width)) for depth, width in shapes]
-
-    def affines(kernels, biases, factors):
-        biases = iter(biases)
-        pairs = factors or [None] * len(kernels)
-        return [
-            Affine(kernel, next(biases) if has else None, pair)
-            for kernel, has, pair in zip(kernels, has_bias, pairs)
-        ]
-
+    shapes = list(zip([D] * max(len(widths) - 2, 1) + [H], widths[1:]))
+    kernels = [generator.normal(size=(E, *shape)).astype("float32") for shape in shapes]
     routing = top_k_routing(10 * ops.one_hot(expert, E), 1, renormalize=True)
 
+    def affines(flat):
+        """Projections of an iterator over what has a gradient: no kernel that is corrected."""
+        for kernel, has in zip(kernels, has_bias):
+            kernel = next(flat) if scale is None else ops.convert_to_tensor(kernel)
+            bias = next(flat) if has else None
+            yield Affine(kernel, bias, None if scale is None else (next(flat), next(flat)))
+
     def grouped(tokens, *flat):
-        plan = plan_groups(routing)
-        projections = affines(*unflatten(flat))
-        network = Network(ops.gelu if len(widths) > 2 else None, low_rank_scale=scale)
-        return ops.sum(ops.sin(_grouped_feed_forward(tokens, plan, network, projections)))
+        network = Network(ops.gelu if len(shapes) > 1 else None, low_rank_scale=scale)
+        projections = list(affines(iter(flat)))
+        outputs = _grouped_feed_forward(tokens, plan_groups(routing), network, projections)
+        return ops.sum(ops.sin(outputs))
 
     def plain(tokens, *flat):
-        def product(rows, affine):
-            total = 0.0 if affine.bias is None else ops.take(affine.bias, expert, axis=0)
-            total = total + times(rows, affine.kernel)
-            if affine.low_rank is not None:
-                a, b = affine.low_rank
-                total = total + scale * times(times(rows, a), b)
-            return total
-
         def times(rows, stacked):
             return ops.einsum("td,tdh->th", rows, ops.take(stacked, expert, axis=0))
 
-        *ups, down = affines(*unflatten(flat))
-        hidden = [product(tokens, up) for up in ups]
-        rows = [tokens, *map(ops.gelu, hidden[:1])][-1]
-        if len(hidden) == 2:
+        def project(rows, affine):
+            product = times(rows, affine.kernel)
+            if affine.bias is not None:
+                product = product + ops.take(affine.bias, expert, axis=0)
+            if affine.low_rank is not None:
+                a, b = affine.low_rank
+                product = product + scale * times(times(rows, a), b)
+            return product
+
+        *ups, down = affines(iter(flat))
+        rows, *hidden = [tokens, *(project(tokens, up) for up in ups)]
+        if hidden:
+            rows = ops.gelu(hidden[0])
+        if len(hidden) > 1:
             rows = rows * hidden[1]
-        return ops.sum(ops.sin(product(rows, down)))
+        return ops.sum(ops.sin(project(rows, down)))
 
-    def unflatten(flat):
-        # A corrected kernel has no gradient.
-        some = list(flat) if scale is None else [*map(ops.convert_to_tensor, kernels), *flat]
-        of_kernels, rest = some[: len(kernels)], some[len(kernels) :]
-        of_biases, rest = rest[: len(biases)], rest[len(biases) :]
-        return of_kernels, of_biases, list(zip(rest[::2], rest[1::2]))
-
-    trained = [*(kernels if scale is None else []), *biases, *(f for pair in factors for f in pair)]
-    inputs = [normal(T, D), *trained]
+    inputs = [(T, D)]
+    for (depth, width), has in zip(shapes, has_bias):
+        inputs += [(E, depth, width)] if scale is None else []
+        inputs += [(E, width)] if has else []
+        inputs += [] if scale is None else [(E, depth, 2), (E, 2, width)]
+    inputs = [generator.normal(size=shape).astype("float32") for shape in inputs]
     for gradient, expected in zip(gradients(grouped, inputs, mode), gradients(plain, inputs)):
         assert_close(gradient, expected)
