@@ -75,7 +75,7 @@ class Router(keras.layers.Layer):
     (6, 2)
     """
 
-    top_k: Any
+    top_k: Any = None
     causal = True
     # Losses of a `MixtureOfExperts` that is given none: names in `losses.BY_NAME`.
     default_losses: tuple = ("load_balance", "router_z")
@@ -117,6 +117,8 @@ class Router(keras.layers.Layer):
         """
         if self.num_experts is None:
             return
+        if self.max_top_k is None:
+            raise NotImplementedError(f"`{type(self).__name__}` must set `top_k`")
         if self.num_experts == 1 and self.max_top_k > 1:
             self.top_k = 1
         if self.max_top_k > self.num_experts:
@@ -139,7 +141,9 @@ class Router(keras.layers.Layer):
         check_indices("indices", array, self.num_experts)
         ordered = np.sort(array, axis=1)
         if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
-            raise ValueError("`indices` must be different experts. Received: one twice in a row")
+            raise ValueError(
+                "`indices` of a token must be different experts. Received: an expert twice"
+            )
 
     def call(
         self, tokens, mask=None, training=None, sequence_length=None, token_ids=None, indices=None
