@@ -5,7 +5,6 @@ import contextlib
 import keras
 import numpy as np
 import pytest
-import reference
 from backends import BACKEND, assert_close, to_numpy, to_tensors
 from keras import ops
 
@@ -17,22 +16,6 @@ NOISES = [{"input_jitter": 0.1}, {"logit_noise": 0.1}]
 
 def route(router, tokens=TOKENS, **kwargs):
     return to_numpy(router(to_tensors(tokens), **kwargs))
-
-
-def test_a_router_is_a_matrix_product_and_a_routing():
-    router = routers.TopKRouter(4, 2)
-    router.build(TOKENS.shape)
-    kernel = np.random.default_rng(1).normal(size=(6, 4)).astype("float32")
-    router.kernel.assign(kernel)
-    mask = np.arange(16) % 3 > 0
-    routing = route(router, mask=mask)
-    logits = TOKENS.astype("float64") @ kernel
-    expected = reference.top_k_routing(logits, 2, mask)
-    assert_close(routing.logits[mask], logits[mask])
-    assert_close(routing.weights, expected.weights)
-    np.testing.assert_array_equal(routing.indices[mask], expected.indices[mask])
-    np.testing.assert_array_equal(routing.counts, expected.counts)
-    assert routing.dropped == 0
 
 
 def test_a_dense_mixture_is_a_sparse_one_of_all_experts():

@@ -17,23 +17,23 @@ from keras import ops
 
 from keras_moe import layers, losses, routers
 
-IDENTITY = keras.initializers.Identity()
 
-
-def drawn(router_class, *arguments, **kwargs):
+def make(name, *arguments, **kwargs):
     # The kernel is the identity: tokens are logits.
-    return router_class(*arguments, kernel_initializer=IDENTITY, **kwargs)
+    identity = keras.initializers.Identity()
+    return getattr(routers, f"{name}Router")(*arguments, kernel_initializer=identity, **kwargs)
 
 
 def bias_of(num_experts):
     return np.linspace(-0.4, 0.3, num_experts).astype("float32")
 
 
-def biased(router, route):
+def biased(*arguments, **kwargs):
+    router = make(*arguments, score="sigmoid", balancer="loss_free", **kwargs)
     router.build((None, router.num_experts))
     router.selection_bias.assign(bias_of(router.num_experts))
     router.updates_selection_bias = False
-    return router, route
+    return router
 
 
 def hashed(e, k, s):
@@ -48,69 +48,64 @@ def forced(e, k, s):
     return routers.ForcedRouter(e, k), oracle.fixed((first + np.arange(k)) % e, e)
 
 
+def groups(e, k, s):
+    router = make("GroupLimited", 3 * e, num_groups=e, top_groups=k, top_k=k)
+    return router, oracle.top_k(k, "sigmoid", groups=(e, k))
+
+
+def biased_groups(e, k, s):
+    router = biased("GroupLimited", 2 * e, num_groups=e, top_groups=1, top_k=1)
+    return router, oracle.top_k(1, "sigmoid", groups=(e, 1), bias=bias_of(2 * e))
+
+
 # From E, K and the length of a sequence to a router and its oracle.
 CASES = {
-    "top_k": lambda e, k, s: (drawn(routers.TopKRouter, e, k), oracle.top_k(k)),
-    "switch": lambda e, k, s: (drawn(routers.TopKRouter, e, 1), oracle.top_k(1)),
+    "top_k": lambda e, k, s: (make("TopK", e, k), oracle.top_k(k)),
+    "switch": lambda e, k, s: (make("TopK", e, 1), oracle.top_k(1)),
     "not renormalized": lambda e, k, s: (
-        drawn(routers.TopKRouter, e, k, renormalize=False),
+        make("TopK", e, k, renormalize=False),
         oracle.top_k(k, renormalize=False),
     ),
     "sigmoid": lambda e, k, s: (
-        drawn(routers.TopKRouter, e, k, "sigmoid", scaling_factor=2.5),
+        make("TopK", e, k, "sigmoid", scaling_factor=2.5),
         oracle.top_k(k, "sigmoid", scale=2.5),
     ),
     "sqrt_softplus": lambda e, k, s: (
-        drawn(routers.TopKRouter, e, k, "sqrt_softplus"),
+        make("TopK", e, k, "sqrt_softplus"),
         oracle.top_k(k, "sqrt_softplus"),
     ),
-    "selection bias": lambda e, k, s: biased(
-        drawn(routers.TopKRouter, e, k, "sigmoid", balancer="loss_free"),
+    "selection bias": lambda e, k, s: (
+        biased("TopK", e, k),
         oracle.top_k(k, "sigmoid", bias=bias_of(e)),
     ),
-    "deepseek_v3": lambda e, k, s: (
-        drawn(routers.GroupLimitedRouter, 3 * e, num_groups=e, top_groups=k, top_k=k),
-        oracle.top_k(k, "sigmoid", groups=(e, k)),
-    ),
-    "groups and bias": lambda e, k, s: biased(
-        drawn(routers.GroupLimitedRouter, 2 * e, e, 1, top_k=1, balancer="loss_free"),
-        oracle.top_k(1, "sigmoid", groups=(e, 1), bias=bias_of(2 * e)),
-    ),
-    "noisy_top_k": lambda e, k, s: (drawn(routers.NoisyTopKRouter, e, k), oracle.top_k(k)),
-    "v_moe": lambda e, k, s: (
-        drawn(routers.VMoERouter, e, k),
-        oracle.top_k(k, renormalize=False),
-    ),
-    "gshard": lambda e, k, s: (drawn(routers.GShardRouter, e + 1), oracle.top_k(2)),
+    "deepseek_v3": groups,
+    "groups and bias": biased_groups,
+    "noisy_top_k": lambda e, k, s: (make("NoisyTopK", e, k), oracle.top_k(k)),
+    "v_moe": lambda e, k, s: (make("VMoE", e, k), oracle.top_k(k, renormalize=False)),
+    "gshard": lambda e, k, s: (make("GShard", e + 1), oracle.top_k(2)),
     "cosine": lambda e, k, s: (
-        drawn(routers.CosineRouter, e, projection_dim=e, top_k=k),
+        make("Cosine", e, projection_dim=e, top_k=k),
         oracle.of_directions(oracle.top_k(k), scale=2.0),
     ),
-    "top_p": lambda e, k, s: (
-        drawn(routers.TopPRouter, e, threshold=0.6, max_top_k=k),
-        oracle.top_p(0.6, k),
-    ),
-    "relu": lambda e, k, s: (drawn(routers.ReLURouter, e, 1, max_top_k=k), oracle.relu(k)),
-    "dense": lambda e, k, s: (drawn(routers.DenseRouter, e), oracle.dense),
+    "top_p": lambda e, k, s: (make("TopP", e, 0.6, max_top_k=k), oracle.top_p(0.6, k)),
+    "relu": lambda e, k, s: (make("ReLU", e, 1, max_top_k=k), oracle.relu(k)),
+    "dense": lambda e, k, s: (make("Dense", e), oracle.dense),
     "expert_choice": lambda e, k, s: (
-        drawn(routers.ExpertChoiceRouter, e, capacity_factor=0.75 * k),
+        make("ExpertChoice", e, 0.75 * k),
         oracle.expert_choice(0.75 * k, s),
     ),
     "soft": lambda e, k, s: (
-        drawn(routers.SoftRouter, e, slots=k),
+        make("Soft", e, slots=k),
         oracle.of_directions(oracle.soft_routing(k)),
     ),
-    "sinkhorn": lambda e, k, s: (drawn(routers.SinkhornRouter, e, k, 5), oracle.sinkhorn(5, k)),
-    "sinkhorn in evaluation": lambda e, k, s: (
-        drawn(routers.SinkhornRouter, e, 1),
-        oracle.top_k(1, "sigmoid"),
-    ),
+    "sinkhorn": lambda e, k, s: (make("Sinkhorn", e, k, 5), oracle.sinkhorn(5, k)),
+    "sinkhorn in evaluation": lambda e, k, s: (make("Sinkhorn", e), oracle.top_k(1, "sigmoid")),
     "balanced_assignment": lambda e, k, s: (
-        drawn(routers.BalancedAssignmentRouter, e),
+        make("BalancedAssignment", e),
         oracle.balanced_assignment,
     ),
     "balanced_assignment in evaluation": lambda e, k, s: (
-        drawn(routers.BalancedAssignmentRouter, e),
+        make("BalancedAssignment", e),
         oracle.top_k(1, "sigmoid"),
     ),
     "hash": hashed,

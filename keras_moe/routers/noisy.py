@@ -27,10 +27,7 @@ class NoisyTopKRouter(LogitRouter):
         **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
             `seed`, as in `TopKRouter`, and `name`.
 
-    Raises:
-        ValueError: If an argument is out of its range.
-
-    Call arguments and returns: as for `TopKRouter`, without `indices`.
+    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
 
     Example:
 
@@ -87,10 +84,7 @@ class VMoERouter(LogitRouter):
         **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
             `seed`, as in `TopKRouter`, and `name`.
 
-    Raises:
-        ValueError: If an argument is out of its range.
-
-    Call arguments and returns: as for `TopKRouter`, without `indices`.
+    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
 
     Example:
 
@@ -140,10 +134,7 @@ class GShardRouter(LogitRouter):
         **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
             `seed`, as in `TopKRouter`, and `name`.
 
-    Raises:
-        ValueError: If an argument is out of its range.
-
-    Call arguments and returns: as for `TopKRouter`, without `indices`.
+    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
 
     Example:
 

@@ -214,10 +214,7 @@ class CosineRouter(SelectionRouter):
         projection_dim: Integer. Width of the projection.
         **kwargs: The other arguments of `TopKRouter`.
 
-    Raises:
-        ValueError: If an argument is out of its range.
-
-    Call arguments and returns: as for `TopKRouter`.
+    Raises, call arguments and returns: as for `TopKRouter`.
 
     Example:
 
@@ -274,10 +271,7 @@ class GroupLimitedRouter(SelectionRouter):
         score: "sigmoid", "softmax" or "sqrt_softplus".
         **kwargs: The other arguments of `TopKRouter`.
 
-    Raises:
-        ValueError: If an argument is out of its range.
-
-    Call arguments and returns: as for `TopKRouter`.
+    Raises, call arguments and returns: as for `TopKRouter`.
 
     Example:
 

@@ -24,10 +24,7 @@ class DenseRouter(LogitRouter):
         **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
             `seed`, as in `TopKRouter`, and `name`.
 
-    Raises:
-        ValueError: If an argument is out of its range.
-
-    Call arguments and returns: as for `TopKRouter`, without `indices`.
+    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
 
     Example:
 
