@@ -89,12 +89,10 @@ def test_a_router_returns_what_it_promises():
             moe(router=router)(X)
 
 
-def test_a_router_with_its_own_names_is_trained_and_saved(tmp_path):
+def test_a_router_with_its_own_names_is_saved(tmp_path):
     layer = moe(router=NearestRouter(choices=1))
     assert layer.router.num_experts == moe(router=NearestRouter(E)).router.num_experts == E
     model = keras.Sequential([keras.Input((D,)), layer])
-    model.compile("adam", "mse")
-    model.fit(X, X, verbose=0)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_allclose(array(loaded(X)), array(model(X)), atol=1e-6)

@@ -77,6 +77,7 @@ def forced_counts(pattern, num_tokens=64, top_k=2):
     return routing.counts
 
 
+@pytest.mark.backends("tensorflow", "torch")  # JAX would compile each operation
 def test_forced_patterns_have_the_load_they_are_named_for():
     assert forced_counts("round_robin").tolist() == [32] * E
     assert forced_counts("one").tolist() == [64, 64, 0, 0]
@@ -128,6 +129,7 @@ def test_masks_are_found_in_compiled_calls_with_several_tensors():
         assert array(layer.expert_counts).sum() == 5 * 2
 
 
+@pytest.mark.backends("tensorflow", "torch")  # JAX would compile each operation
 def test_gshard_visits_the_second_expert_as_often_as_its_weight_deserves():
     router = routers.GShardRouter(
         2, threshold=0.5, kernel_initializer=keras.initializers.Identity(), seed=3
@@ -141,6 +143,7 @@ def test_gshard_visits_the_second_expert_as_often_as_its_weight_deserves():
     assert routing.counts.tolist() == [5000, visits.sum()]
 
 
+@pytest.mark.backends("tensorflow", "torch")  # JAX would compile each operation
 @pytest.mark.parametrize("name", ["noisy_top_k", "v_moe"])
 def test_noisy_routers_choose_anew_in_training_only(name):
     router = routers.get(name, num_experts=E)
@@ -194,18 +197,19 @@ def test_a_soft_mixture_equals_the_oracle_with_padding(slots):
 
 
 def test_a_relu_router_reaches_the_number_of_experts_it_is_told():
-    router = routers.ReLURouter(E, top_k=1, initial_strength=1e-2)
+    router = routers.ReLURouter(E, top_k=1, growth=1.3, initial_strength=1e-2)
     bank = layers.FeedForwardExperts(E, 8)
     layer = layers.MixtureOfExperts(bank, router=router, router_losses=())
     model = keras.Sequential([keras.Input((D,)), layer])
-    model.compile(keras.optimizers.Adam(0.01), "mse")
+    model.compile(keras.optimizers.Adam(0.02), "mse")
     x = normal(64, D) + 1  # a linear map of what is symmetric has half of its values above zero
-    model.fit(x, x, batch_size=64, epochs=45, verbose=0)
+    model.fit(x, x, batch_size=64, epochs=20, verbose=0)
     layer.reset_counts()
-    model.fit(x, x, batch_size=64, epochs=60, verbose=0)
-    assert 0.7 < array(layer.expert_counts).sum() / (60 * 64) < 1.3
+    model.fit(x, x, batch_size=64, epochs=20, verbose=0)
+    assert 0.7 < array(layer.expert_counts).sum() / (20 * 64) < 1.3
 
 
+@pytest.mark.backends("tensorflow", "torch")  # JAX would compile each operation
 def test_the_strength_of_a_relu_router_does_not_vanish_while_it_is_sparse_enough():
     router = routers.ReLURouter(E, top_k=2, initial_strength=1e-3)
     router.build((None, D))
