@@ -1,5 +1,6 @@
 """The interface to a framework."""
 
+import contextlib
 import itertools
 
 from keras import ops
@@ -48,6 +49,10 @@ class Backend:
         The first operand is a tensor. It may be traced for all platforms; one is compiled.
         """
         raise NotImplementedError
+
+    def without_autocast(self, tensor):
+        """A context in which no operation on a tensor computes in a smaller dtype than its own."""
+        return contextlib.nullcontext()
 
     # Programs
 
