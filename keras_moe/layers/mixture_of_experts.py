@@ -296,13 +296,12 @@ class MixtureOfExperts(RouterUsage, Recomputable):
     ):
         self._check_call(inputs, mask, router_inputs)
         outputs = keras.KerasTensor(self.compute_output_shape(inputs.shape), self.compute_dtype)
-        if not return_routing:
-            return outputs
         sizes = inputs.shape[:-1]
         num_tokens = None if None in sizes else math.prod(sizes)
-        tokens = keras.KerasTensor((num_tokens, inputs.shape[-1]), inputs.dtype)
+        features = (inputs if router_inputs is None else router_inputs).shape[-1]
+        tokens = keras.KerasTensor((num_tokens, features), inputs.dtype)
         routing = self.router.compute_output_spec(tokens, token_ids=token_ids, indices=indices)
-        return outputs, routing
+        return (outputs, routing) if return_routing else outputs
 
     def get_config(self):
         return {
