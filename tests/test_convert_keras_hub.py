@@ -152,7 +152,7 @@ def test_files_are_those_of_keras_hub_and_a_saved_model_is_sparse_again(family, 
 
 @on_one_backend
 def test_a_loaded_backbone_imports_keras_hub(tmp_path, monkeypatch):
-    """In a new process nobody has registered its classes."""
+    """A new process has not registered its classes."""
     convert.sparsify(causal_lm("gpt_oss")).backbone.save(tmp_path / "model.keras")
     monkeypatch.setitem(sys.modules, "keras_hub", None)
     with pytest.raises((ImportError, TypeError), match="import of keras_hub halted"):
