@@ -35,6 +35,7 @@ def _inputs_of(batch):
 def loss_on(model, data):
     """The loss of a compiled model on batches with targets, else None."""
     has_targets = all(isinstance(batch, (tuple, list)) and len(batch) > 1 for batch in data)
+    has_targets = has_targets and all(batch[1] is not None for batch in data)
     if not data or not has_targets or not getattr(model, "compiled", False):
         return None
     losses, sizes = [], []
