@@ -84,8 +84,12 @@ def set_state(layer, name, value):
     The new one takes the old one's place in the order of the layer's own.
     """
     old, tracker = getattr(layer, name), layer._tracker
-    stores = [store for _, store in tracker.config.values()]
-    places = [(store, _index(store, old)) for store in stores if _index(store, old) is not None]
+    places = [
+        (store, index)
+        for _, store in tracker.config.values()
+        for index, each in enumerate(store)
+        if each is old
+    ]
     was_locked = tracker.locked
     tracker.unlock()
     tracker.untrack(old)
@@ -187,10 +191,6 @@ def _fresh(optimizer):
     parts = [*optimizers, *(each._learning_rate for each in optimizers)]
     with keras.saving.custom_object_scope({type(part).__name__: type(part) for part in parts}):
         return type(optimizer).from_config(optimizer.get_config())
-
-
-def _index(items, item):
-    return next((index for index, each in enumerate(items) if each is item), None)
 
 
 __all__ = [
