@@ -82,7 +82,9 @@ class RelaidExperts(GatedExperts):
     def _floats(self, weight):
         """A weight as an array: files of KerasHub have no place for scales and factors."""
         name, _, part = weight.partition("_")
-        return self.merged_kernel(name) if part == "kernel" else _array(getattr(self, weight))
+        if part == "kernel":
+            return self.merged_kernel(name)
+        return ops.convert_to_numpy(getattr(self, weight))
 
     def load_own_variables(self, store):
         own: dict = {}
@@ -132,7 +134,7 @@ class CalledExperts(RelaidExperts):
 
     def save_own_variables(self, store):
         super().save_own_variables(store)
-        store[str(len(self._rules))] = _array(self.output_scale)
+        store[str(len(self._rules))] = ops.convert_to_numpy(self.output_scale)
 
     def load_own_variables(self, store):
         super().load_own_variables(store)
@@ -258,10 +260,6 @@ def _assign(layer, other):
     for weight, value in zip(layer.weights, other.weights):
         weight.assign(value)
     layer.trainable = other.trainable
-
-
-def _array(tensor):
-    return ops.convert_to_numpy(tensor)
 
 
 def _router_place(block, family):

@@ -1,7 +1,6 @@
 """Weights of other packages: reading them, and how they correspond to ours."""
 
 import json
-import os
 import pathlib
 from typing import NamedTuple
 
@@ -48,17 +47,13 @@ class Rule(NamedTuple):
 
 def read_config(source):
     """Return the content of the `config.json` of a folder or of a file's folder."""
-    if not isinstance(source, (str, os.PathLike)):
-        raise ValueError(
-            "`config` must be given where `source` is not a path: `model.config.to_dict()`. "
-            f"Received: source={shortened(source)}"
-        )
-    path = pathlib.Path(source)
     with stating(
-        "`source` must be a folder on this machine with a `config.json`, or a file in it.",
-        f"source={str(source)!r}",
-        "Download the model first, for example by `huggingface_hub.snapshot_download`.",
+        "`source` must be a folder on this machine with a `config.json`, or a file in it, or "
+        "`config` be given.",
+        f"source={shortened(source)}",
+        "Download a model first, for example by `huggingface_hub.snapshot_download`.",
     ):
+        path = pathlib.Path(source)
         folder = path.parent if path.suffix == ".safetensors" else path
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
