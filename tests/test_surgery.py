@@ -8,6 +8,7 @@ from backends import unless_compiled
 from layer_checks import array, normal
 
 from keras_moe import layers, losses, routers, surgery
+from keras_moe.surgery.cutting import merge
 
 on_one_backend = pytest.mark.backends("torch")
 D, H, E = 4, 8, 8
@@ -58,7 +59,9 @@ def names_and_shapes(layer):
 def test_experts_that_stay_compute_as_before():
     layer, weights = single()
     experts = np.array([1, 4, 6])
+    layer.expert_counts.assign(np.arange(E))
     prune(layer, experts)
+    np.testing.assert_array_equal(array(layer.expert_counts), experts)
     kept = {name: value[experts] for name, value in weights.items() if name != "kernel"}
     kept["kernel"] = weights["kernel"][:, experts]
     expected = reference.moe(X, kept, "gelu", top_k=2)
@@ -157,6 +160,7 @@ def test_equal_experts_merge_without_loss_though_their_hidden_features_are_shuff
             axis = 1 if name == "down_kernel" else -1
             value[1::2] = np.take(value[1::2], order, axis)
         getattr(layer.experts, name).assign(value)
+    merge(layer.experts, {expert: [expert, expert + 1] for expert in range(0, E, 2)}, np.ones(E))
     report = surgery.merge_experts(layer, keep=4, data=[normal(200, D)])
     assert report == ({"moe": [[0, 1], [2, 3], [4, 5], [6, 7]]}, None, None)
     for name, value in weights.items():

@@ -245,7 +245,14 @@ def test_a_share_of_the_hidden_features_is_drawn_again_by_the_seed_of_keras():
     assert len(np.unique(same, axis=0)) > 1, "other features in each expert"
 
 
-@pytest.mark.parametrize("make", [pair, lambda: graph_model(1)], ids=["sequential", "functional"])
+FROZEN = {
+    "sequential": pair,
+    "functional": lambda: graph_model(1),
+    "made frozen": lambda: keras.Sequential([keras.Input((D,)), *pair().layers], trainable=False),
+}
+
+
+@pytest.mark.parametrize("make", FROZEN.values(), ids=FROZEN)
 def test_of_frozen_layers_only_the_new_routers_train(make, tmp_path):
     model = make()
     model.trainable = False
@@ -275,7 +282,10 @@ def test_layers_that_look_like_a_feed_forward_and_stay_dense_are_named():
             is_name = isinstance(activation, str)
             x = (keras.layers.Activation(activation) if is_name else activation)(x)
         x = keras.layers.Dense(4)(x)
-    with pytest.warns(UserWarning, match=r"stay dense: \['up_1', 'up_2', 'up_3', 'own'\]"):
+    shared = keras.layers.Dense(8, "relu", name="shared")
+    x = keras.layers.Dense(4)(shared(keras.layers.Dense(4)(shared(x))))
+    named = r"stay dense: \['up_1', 'up_2', 'up_3', 'shared', 'own'\]"
+    with pytest.warns(UserWarning, match=named):
         model = keras_moe.upcycle(keras.Model(inputs, TwoDense()(x)))
     assert list(inspection.moe_layers(model)) == ["up_0_experts"]
     model = keras.Sequential([keras.Input((4,)), layers.MixtureOfExperts(model.layers[1].experts)])
