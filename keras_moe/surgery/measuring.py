@@ -10,7 +10,7 @@ from keras import ops
 from keras_moe._internal.batches import running
 from keras_moe._internal.validation import listed
 from keras_moe.inspection.recording import listening
-from keras_moe.metrics.contributions import contributions
+from keras_moe.metrics.specialization import contributions
 
 
 def check_batch(batch):
