@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 
-from keras_moe._internal.command_line import stating
+from keras_moe._internal.plain_text import stating
 from keras_moe._internal.validation import check_path
 
 
