@@ -56,7 +56,8 @@ def report(model, data, labels=None, tokens=None, path="report.html"):
     # Here, so that the package can be imported without matplotlib.
     from keras_moe.reporting import page, study
 
-    text = page.render(model.name, *study.study(model, data, labels, tokens))
+    num_documents, found = study.study(model, data, labels, tokens)
+    text = page.render(model.name, num_documents, found)
     part = path.with_name(f".{os.getpid()}.part")
     try:
         part.write_text(text, encoding="utf-8")

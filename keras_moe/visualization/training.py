@@ -24,7 +24,7 @@ def shares_over_time(shares, first_epoch=0):
         A `matplotlib.figure.Figure`.
 
     Raises:
-        ValueError: If an array does not have two axes.
+        ValueError: If an array does not have two axes, or a negative number.
 
     Example:
 
@@ -33,9 +33,10 @@ def shares_over_time(shares, first_epoch=0):
     """
     layers = by_layer(shares)
     for array in layers.values():
-        if array.ndim != 2:
+        if array.ndim != 2 or (array < 0).any():
             raise ValueError(
-                f"Shares must have the axes time and expert. Received: shape {array.shape}"
+                "Shares must be numbers (time, E) of at least 0, or NaN. "
+                f"Received: {array.dtype} of shape {array.shape}"
             )
     return one_panel_a_layer(layers, functools.partial(_draw_shares, first_epoch=first_epoch))
 
