@@ -2,9 +2,9 @@
 
 import keras
 
-from keras_moe import backend
 from keras_moe._internal.bank_weights import BIASES, KERNELS
 from keras_moe._internal.validation import check_positive_integer, shortened
+from keras_moe.backend import backend
 
 AXES = ("data", "expert")
 

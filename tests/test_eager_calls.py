@@ -7,7 +7,8 @@ from backends import to_numpy
 from keras import ops
 
 import keras_moe
-from keras_moe import backend, layers
+from keras_moe import layers
+from keras_moe.backend import backend
 
 pytestmark = pytest.mark.backends("jax")
 jax = pytest.importorskip("jax")

@@ -22,9 +22,9 @@ from test_ops_feed_forward import network, signed_root
 from test_ops_moe import Config, build, check_against_oracle, draw_batch
 
 from keras_moe import inspection, layers, ops, routers
-from keras_moe.backend import current_platform, has_grouped_products
+from keras_moe.backend import backend
 from keras_moe.ops import grouped_matmul
-from keras_moe.ops.grouped import engines, rows, slices
+from keras_moe.ops.grouped import rows, run, slices
 from keras_moe.ops.grouped.records import Setting
 from keras_moe.ops.platforms import named_platform
 
@@ -35,19 +35,21 @@ ENGINES = {
     "tensorflow": [("padded", "gpu"), ("slices", "gpu"), ("loop", "cpu")],
     "torch": [("rows", "gpu"), ("slices", "gpu")],
 }[BACKEND]
-BY_NAME = {engines.name_of(engine): engine for engine in engines.ENGINES}
+BY_NAME = {run.name_of(engine): engine for engine in run.ENGINES}
 DYNAMIC = ("slices", "loop")
 
 
-if current_platform() != "cpu":  # kernels are interpreted on a CPU only
-    ENGINES = [(name, platform) for name, platform in ENGINES if platform == current_platform()]
+if backend.current_platform() != "cpu":  # kernels are interpreted on a CPU only
+    ENGINES = [
+        (name, platform) for name, platform in ENGINES if platform == backend.current_platform()
+    ]
 
 
 @pytest.fixture(params=ENGINES, ids="-".join)
 def mode(request, monkeypatch, small_tiles):
     """The mode to compile in, where one engine computes on one platform."""
     name, platform = request.param
-    monkeypatch.setattr(engines, "choose", lambda setting: BY_NAME[name])
+    monkeypatch.setattr(run, "choose", lambda setting: BY_NAME[name])
     with ops.platform(platform):
         yield "xla" if BACKEND == "tensorflow" and name not in DYNAMIC else FAST_MODE
 
@@ -121,8 +123,8 @@ def test_rows_behind_the_last_group_reach_nothing(mode):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_near_float32(dtype, mode):
-    is_rows = engines.choose(None) is rows and BACKEND == "jax"
-    if is_rows and not has_grouped_products(named_platform(), dtype, ()):
+    is_rows = run.choose(None) is rows and BACKEND == "jax"
+    if is_rows and not backend.has_grouped_products(named_platform(), dtype, ()):
         pytest.skip("no kernels for this dtype")
     rng = np.random.default_rng(0)
     x = rng.normal(size=(13, 8)).astype("float32")
@@ -212,15 +214,15 @@ CHOICES = {
 def test_the_engine_follows_from_the_setting(case, names):
     _, static_shapes, dtype = case
     for platform, name in zip(PLATFORMS, names):
-        engine = engines.choose(Setting(platform, static_shapes, dtype, (64, 128, 64)))
-        assert engines.name_of(engine) == name
+        engine = run.choose(Setting(platform, static_shapes, dtype, (64, 128, 64)))
+        assert run.name_of(engine) == name
 
 
 @pytest.mark.backends("tensorflow")
 def test_few_rows_go_to_a_loop_on_a_cpu():
     def engine(num_rows, platform="cpu", **kernels):
         setting = Setting(platform, False, "float32", (64, 128, 64), 8, num_rows, **kernels)
-        return engines.name_of(engines.choose(setting))
+        return run.name_of(run.choose(setting))
 
     assert engine(0) == engine(4) == engine(128, converts=True) == "loop"
     assert engine(5) == engine(129, converts=True) == engine(4, "gpu") == "slices"
@@ -236,7 +238,7 @@ def test_grouped_mm_serves_new_gpus_where_it_is_one_kernel(monkeypatch):
 
     def engine(capability, dtype="bfloat16", widths=(64, 128, 64)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-        return engines.name_of(engines.choose(Setting("gpu", False, dtype, widths)))
+        return run.name_of(run.choose(Setting("gpu", False, dtype, widths)))
 
     assert engine((9, 0)) == engine((10, 0)) == "rows"
     assert engine((8, 9)) == engine((9, 0), "float32") == "slices"
@@ -276,7 +278,7 @@ def test_users_can_read_the_engine():
         with ops.platform("gpu"):
             engines_of = tuple(layer.engine for layer in inspection.describe(model))
         assert engines_of == ("padded", "vectorized", "scan")
-    assert inspection.describe(model)[0].platform == current_platform()
+    assert inspection.describe(model)[0].platform == backend.current_platform()
 
 
 def test_the_engine_of_a_layer_that_is_not_built_is_not_known():
@@ -421,7 +423,7 @@ def test_the_host_reads_no_size_where_grouped_mm_computes(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: read.append(self) or to_list(self))
 
     def reads(engine):
-        monkeypatch.setattr(engines, "choose", lambda setting: engine)
+        monkeypatch.setattr(run, "choose", lambda setting: engine)
         layer = layers.MixtureOfExperts(layers.FeedForwardExperts(4, 16), capacity_factor=1.0)
         layer.build((None, 6, 8))
         mask = torch.arange(12).reshape(2, 6) != 3

@@ -7,7 +7,7 @@ from backends import assert_close, to_numpy
 from layer_checks import D, array, normal
 
 from keras_moe import layers, routers
-from keras_moe.ops.grouped import engines, padded
+from keras_moe.ops.grouped import padded, run
 
 BACKEND = keras.backend.backend()
 
@@ -109,7 +109,7 @@ def test_a_step_computes_less_than_without(monkeypatch):
     import jax
 
     # Without a loop, whose trips are not counted.
-    monkeypatch.setattr(engines, "choose", lambda setting: padded)
+    monkeypatch.setattr(run, "choose", lambda setting: padded)
 
     def flops(lora):
         layer = layers.MixtureOfExperts(layers.GatedExperts(E, 64))

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_moe.ops import grouped_matmul
-from keras_moe.ops.grouped import tile_sizes
+from keras_moe.ops.grouped import tiles
 
 
 def weighted_sum(inputs, sizes, upstream):
@@ -84,7 +84,7 @@ def test_drawn_groups_and_shapes_equal_the_oracle(mode, small_tiles):
 @pytest.mark.parametrize("mode", KERNEL_MODES)
 def test_groups_around_the_real_tile_sizes_equal_the_oracle(mode):
     function = differentiated(weighted_sum, mode)
-    around = [[length - 1, length, length + 1] for length in tile_sizes.tile_sizes(1152, 3)]
+    around = [[length - 1, length, length + 1] for length in tiles.tile_sizes(1152, 3)]
     # The last tile of 49 rows reaches far past the end of all rows.
     for sizes in (*around, [402, 701, 49], [1152, 0, 0]):
         check_against_oracle(function, np.random.default_rng(1), 1152, sizes, shape=(2, 3))
@@ -96,7 +96,7 @@ def test_groups_around_the_real_tile_sizes_equal_the_oracle(mode):
     st.integers(0, 20),
 )
 def test_no_cover_is_cheaper_than_the_chosen_one(lengths, overhead):
-    covers = tile_sizes.cheapest_covers(tuple(lengths), overhead)
+    covers = tiles.cheapest_covers(tuple(lengths), overhead)
     price = np.array(lengths) + overhead
     choices = np.array(list(np.ndindex(*(3 * lengths[-1] // length + 2 for length in lengths))))
     for rows, cover in enumerate(covers.T):
@@ -107,12 +107,12 @@ def test_no_cover_is_cheaper_than_the_chosen_one(lengths, overhead):
 
 def test_there_are_few_sizes_of_blocks_and_one_holds_a_mean_group():
     for mean in range(1100):
-        sizes = tile_sizes.tile_sizes(8 * mean, 8)
+        sizes = tiles.tile_sizes(8 * mean, 8)
         assert len(sizes) == 3 and list(sizes) == sorted(set(sizes))
         assert 4 <= sizes[0] <= 32
         assert min(mean, 512) <= sizes[-1] < max(min(mean, 512), 32) + sizes[0]
         # Fewer experts have more tiles, not longer ones.
-        assert tile_sizes.tile_sizes(8 * mean, 2) == sizes
+        assert tiles.tile_sizes(8 * mean, 2) == sizes
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -93,6 +93,11 @@ def own_state(layer):
     return list(layer._non_trainable_variables)
 
 
+def parameters_of(layer):
+    """The variables of a layer and all layers in it that were created trainable, frozen or not."""
+    return [variable for part in layer._flatten_layers() for variable in part._trainable_variables]
+
+
 def calls_of(model):
     """The calls in a functional model, in order: (layer, input tensors, output tensors)."""
     depths = sorted(model._nodes_by_depth, reverse=True)
@@ -227,6 +232,7 @@ __all__ = [
     "own_layers",
     "own_state",
     "own_variables",
+    "parameters_of",
     "rebuild",
     "remove_sublayers",
     "set_state",

@@ -1,7 +1,6 @@
 """TensorFlow primitives."""
 
 import contextlib
-import itertools
 import threading
 
 import tensorflow as tf
@@ -10,8 +9,7 @@ import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla
 
 from keras_moe._internal.keras_internals import current_model
-from keras_moe.backend.one_hot import count_integers as count_integers
-from keras_moe.backend.one_hot import take_columns as take_columns
+from keras_moe.backend.base import Backend
 
 # So many entries of a kernel are converted at once, to be multiplied in the cache.
 CPU_BLOCK = 2**17
@@ -20,140 +18,185 @@ CPU_BLOCK = 2**17
 MOST_BLOCKS = 64
 
 
-def compiles_static_shapes():
-    """Whether the current trace is compiled by XLA, which fixes every shape."""
-    return tf.__internal__.get_enclosing_xla_context() is not None
+class TensorFlowBackend(Backend):
+    def compiles_static_shapes(self):
+        return tf.__internal__.get_enclosing_xla_context() is not None
 
+    def knows_sizes(self):
+        return False
 
-def current_platform():
-    """The platform of the process: that of its fastest device."""
-    types = {device.device_type for device in tf.config.list_logical_devices()}
-    return next((name for name in ("tpu", "gpu") if name.upper() in types), "cpu")
+    def current_platform(self):
+        types = {device.device_type for device in tf.config.list_logical_devices()}
+        return next((name for name in ("tpu", "gpu") if name.upper() in types), "cpu")
 
+    def on_its_platform(self, function, *operands):
+        # TensorFlow does not tell for which device a function is traced.
+        return function(self.current_platform(), *operands)
 
-def on_its_platform(functions, *operands):
-    """`functions[platform](*operands)` for the platform of the process.
+    def after(self, tensor, value):
+        # At the end of data of unknown length, TensorFlow without XLA runs what a step computes
+        # without a batch.
+        with tf.control_dependencies([tensor]):
+            return tf.identity(value)
 
-    TensorFlow does not tell for which device a function is traced.
-    """
-    return functions[current_platform()](*operands)
+    def differentiable(self, forward, backward, inputs, context, plain=None):
+        plain = plain or (lambda inputs, context: forward(inputs, context, keep=False)[0])
+        # A variable would be taken for one that `forward` uses besides its inputs.
+        context = tf.nest.map_structure(tf.convert_to_tensor, context)
 
+        def gradient_of_plain(upstream, *tensors):
+            with tf.GradientTape() as tape:
+                tape.watch(tensors)
+                output = plain(tf.nest.pack_sequence_as(inputs, tensors), context)
+            gradients = tape.gradient(output, tensors, upstream, unconnected_gradients="zero")
+            return [*map(tf.convert_to_tensor, gradients)]  # those of gathers are sparse
 
-def differentiable(forward, backward, inputs, context):
-    """The output of `forward`, whose gradient for `inputs` is computed by `backward`.
+        @tf.custom_gradient
+        def function(*tensors):
+            # Hidden from the tapes of second derivatives, which would record the loops.
+            hidden = tf.nest.pack_sequence_as(inputs, [*map(tf.stop_gradient, tensors)])
+            # TensorFlow does not tell whether there will be a gradient.
+            output, saved = forward(hidden, context, keep=True)
 
-    `forward(inputs, context, keep)` returns `(output, saved)`; where `keep` is False, there is no
-    backward pass, and nothing need be saved. `backward(inputs, context, saved, gradient)` returns
-    gradients in the structure of `inputs`. `inputs` and `context` are structures of tensors; those
-    of `context` have no gradient.
-    """
+            @tf.custom_gradient
+            def gradient(*upstream_and_tensors):
+                upstream = tf.stop_gradient(upstream_and_tensors[0])
+                gradients = tf.nest.flatten(backward(hidden, context, saved, upstream))
 
-    # A variable would be taken for one that `forward` uses besides its inputs.
-    context = tf.nest.map_structure(tf.convert_to_tensor, context)
+                def second(*cotangents):
+                    with tf.GradientTape() as tape:
+                        tape.watch(upstream_and_tensors)
+                        again = gradient_of_plain(*upstream_and_tensors)
+                    return tape.gradient(
+                        again, upstream_and_tensors, cotangents, unconnected_gradients="zero"
+                    )
 
-    @tf.custom_gradient
-    def function(*tensors):
-        inputs_again = tf.nest.pack_sequence_as(inputs, tensors)
-        # TensorFlow does not tell whether there will be a gradient.
-        output, saved = forward(inputs_again, context, keep=True)
+                return gradients, second
 
-        def gradient(upstream):
-            return tuple(tf.nest.flatten(backward(inputs_again, context, saved, upstream)))
+            return output, lambda upstream: gradient(upstream, *tensors)
 
-        return output, gradient
+        return function(*map(tf.convert_to_tensor, tf.nest.flatten(inputs)))
 
-    return function(*map(tf.convert_to_tensor, tf.nest.flatten(inputs)))
+    def vjp(self, function, inputs):
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            output = function(*inputs)
+        return output, lambda cotangent: tape.gradient(output, inputs, output_gradients=cotangent)
 
+    def gather_rows(self, tensor, indices):
+        return tf.gather(tensor, indices)
 
-def compile_once(function):
-    """The function itself: `tf.function` compiles what it is part of."""
-    return function
+    def sort(self, integers):
+        # `tf.sort` is made from `top_k`, which XLA compiles to a slower sort of pairs.
+        return xla.sort(integers)
 
+    def slice_at(self, tensor, start, shape):
+        # `tf.slice` wants a start that is known at compile time: where it depends on data,
+        # TensorFlow would silently turn the data into a constant and compile again for every batch.
+        return xla.dynamic_slice(tensor, tf.stack(start), tf.constant(shape))
 
-def vjp(function, inputs):
-    """`function(*inputs)` and its pullback, for functions of tensors only."""
-    with tf.GradientTape() as tape:
-        tape.watch(inputs)
-        output = function(*inputs)
+    def scan(self, step, carry, xs):
+        length = tf.shape(xs[0])[0]
+        outputs = tf.TensorArray(xs[-1].dtype, size=length)
 
-    def pullback(cotangent):
-        return tape.gradient(output, inputs, output_gradients=cotangent)
+        def body(i, carry, outputs):
+            carry, output = step(carry, [tf.gather(x, i) for x in xs])
+            return i + 1, carry, outputs.write(i, output)
 
-    return output, pullback
+        # Without a bound on the trips XLA cannot size the stack that the gradient needs.
+        _, carry, outputs = tf.while_loop(
+            lambda i, *_: i < length, body, (0, carry, outputs), maximum_iterations=length
+        )
+        return carry, outputs.stack()
 
+    def batched_product(self, left, right):
+        return tf.raw_ops.BatchMatMulV3(x=left, y=right, Tout=tf.float32)
 
-def gather_rows(tensor, indices):
-    """Rows of `tensor` (R, ...) at integer `indices` of any shape."""
-    return tf.gather(tensor, indices)
+    def unstack_sizes(self, sizes, num_rows):
+        return [*tf.unstack(sizes), num_rows - tf.reduce_sum(sizes)]
 
+    def join_rows(self, parts):
+        return tf.concat(parts, 0)
 
-def unstack_sizes(sizes, num_rows):
-    """The entries of `sizes` (E,) one by one, then how many of the rows are behind the last group.
+    def multiply_groups(self, rows, sizes, experts, kernels, bias=None, transposed=False):
+        (size,), (expert,), scale = sizes, experts, kernels.scale
+        if scale is not None and transposed:
+            rows *= tf.cast(scale[expert], rows.dtype)
+        if transposed or not kernels.converts:
+            kernel = tf.cast(kernels.of(expert), rows.dtype)
+            product = tf.matmul(rows, kernel, transpose_b=transposed)
+        elif tf.is_tensor(expert):
+            product = _product_in_blocks(rows, kernels.of(expert))
+        else:
+            # An operation on all of a kernel is too long for an expert without rows: there only the
+            # first row is converted. LiteRT fails to multiply no rows by it, so there is one of
+            # zeros.
+            length = tf.where(size > 0, rows.shape[1], 1)
+            some = tf.pad(rows[:, :length], ((0, tf.maximum(1 - size, 0)), (0, 0)))
+            product = tf.matmul(some, tf.cast(kernels.of(expert, length), rows.dtype))[:size]
+        if scale is not None and not transposed:
+            product *= tf.cast(scale[expert], rows.dtype)
+        return product if bias is None else product + tf.cast(bias[expert], rows.dtype)
 
-    They are sizes for `split_rows`, and bounds of slices.
-    """
-    return [*tf.unstack(sizes), num_rows - tf.reduce_sum(sizes)]
+    def stacked_gradients(self, trained):
+        return _StackedGradients(trained)
 
+    def loops_over_groups(self):
+        return True
 
-def split_rows(rows, sizes):
-    """The rows of each of the groups that stand one behind another, of all rows (R, ...).
+    def loop_over_groups(self, function, sizes, buffers):
+        ends = tf.cumsum(sizes)
+        busy = tf.where(sizes > 0)[:, 0]
+        number = tf.shape(busy)[0]
 
-    Args:
-        rows: (R, ...).
-        sizes: list of what `unstack_sizes` gave.
-    """
-    # ONNX and LiteRT split by constants only.
-    bounds = [0, *itertools.accumulate(sizes)]
-    return [rows[start:end] for start, end in itertools.pairwise(bounds)]
+        def body(i, *buffers):
+            group = busy[i]
+            start, end = ends[group] - sizes[group], ends[group]
+            where = tf.expand_dims(tf.range(start, end), 1)
+            parts = zip(buffers, function(group, start, end))
+            return i + 1, *(tf.tensor_scatter_nd_update(each, where, part) for each, part in parts)
 
+        _, *buffers = tf.while_loop(lambda i, *_: i < number, body, (0, *buffers))
+        return buffers
 
-def join_rows(parts):
-    """Parts of rows (R, ...) one behind another, all of one dtype."""
-    return tf.concat(parts, 0)
+    def num_replicas(self):
+        replica = tf.distribute.get_replica_context()
+        return 1 if replica is None else replica.num_replicas_in_sync
 
+    def sum_over_replicas(self, values):
+        return self._across_replicas(
+            values, lambda replica: replica.all_reduce(tf.distribute.ReduceOp.SUM, values)
+        )
 
-def knows_sizes():
-    """Whether the entries of sizes are known integers."""
-    return False
+    def gather_over_replicas(self, values):
+        return self._across_replicas(values, lambda replica: replica.all_gather(values, axis=0))
 
+    def _across_replicas(self, values, collective):
+        if self.num_replicas() == 1:
+            return values
+        try:
+            with _other_losses_kept():
+                return collective(tf.distribute.get_replica_context())
+        except RuntimeError as error:
+            if "merge_call" not in str(error):
+                raise
+            raise RuntimeError(
+                "Selection biases, `GlobalLoadBalance` and `ReLURouter` sum over all replicas in "
+                "the middle of a call. Received: a call in a `tf.function` or a loop within "
+                "`strategy.run`. Put `tf.function` around `strategy.run`, or use `LoadBalance`."
+            ) from error
 
-def multiply_groups(rows, sizes, experts, kernels, bias=None, transposed=False):
-    """One group of rows through the affine map of its expert.
-
-    Args:
-        rows: (R, D), or (R, H) if `transposed`.
-        sizes: list of one size, R.
-        experts: list of one number, that of the expert; a tensor in `loop_over_groups`.
-        kernels: `Kernels` of all experts.
-        bias: (E, H) or None.
-        transposed: whether to multiply by the transposed kernel.
-
-    Returns:
-        (R, H), or (R, D), in the dtype of the rows.
-    """
-    (size,), (expert,), scale = sizes, experts, kernels.scale
-    if scale is not None and transposed:
-        rows *= tf.cast(scale[expert], rows.dtype)
-    if transposed or not kernels.converts:
-        kernel = tf.cast(kernels.of(expert), rows.dtype)
-        product = tf.matmul(rows, kernel, transpose_b=transposed)
-    elif tf.is_tensor(expert):
-        product = _product_in_blocks(rows, kernels.of(expert))
-    else:
-        # An operation on all of a kernel is too long for an expert without rows: there only the
-        # first row is converted. LiteRT fails to multiply no rows by it, so there is one of zeros.
-        length = tf.where(size > 0, rows.shape[1], 1)
-        some = tf.pad(rows[:, :length], ((0, tf.maximum(1 - size, 0)), (0, 0)))
-        product = tf.matmul(some, tf.cast(kernels.of(expert, length), rows.dtype))[:size]
-    if scale is not None and not transposed:
-        product *= tf.cast(scale[expert], rows.dtype)
-    return product if bias is None else product + tf.cast(bias[expert], rows.dtype)
+    def separate_losses(self, layer):
+        # Keras keeps one list in each layer and empties it when a model is called. Replicas are
+        # traced in threads, and where one waits for the others in a collective operation, theirs
+        # would replace or join its losses.
+        layer._losses = _LossesOfThread()
 
 
 def _product_in_blocks(rows, kernel):
     """`rows @ kernel`, where blocks of the kernel are converted in turn, and stay in the cache.
 
-    Not in a loop, as `ops.grouped.blocks` does under XLA: here a trip costs more than a block.
+    Not in a loop, as `ops.grouped.tiles` does under XLA: here a trip costs more than a block.
     """
     length, width = kernel.shape
     # Integers of four bits are floats by now. Sums over blocks are rounded after each, which
@@ -170,163 +213,28 @@ def _product_in_blocks(rows, kernel):
     return tf.add_n(products)
 
 
-def loops_over_groups():
-    """Whether there is a `loop_over_groups`."""
-    return True
+class _StackedGradients:
+    """Gradients expert by expert; see `stacked_gradients`."""
 
+    def __init__(self, trained):
+        self._trained = trained
+        self._parts = [{name: [] for name in of} for of in trained]
 
-def loop_over_groups(function, sizes, buffers):
-    """Fill buffers group by group, in a loop over the groups that have rows.
+    def add(self, sizes, experts, factors):
+        for (rows, gradient), of, parts in zip(factors, self._trained, self._parts):
+            if "kernel" in of:
+                product = tf.matmul(rows, gradient, transpose_a=True)
+                parts["kernel"].append(tf.cast(product, of["kernel"].dtype))
+            if "bias" in of:
+                total = tf.reduce_sum(tf.cast(gradient, "float32"), axis=0)
+                parts["bias"].append(tf.cast(total, of["bias"].dtype))
 
-    Args:
-        function: `function(group, start, end)` returns the rows from `start` to `end` of each
-            buffer, which are those of the group; all arguments are integer tensors.
-        sizes: (G,) integers, the sizes of groups that stand one behind another.
-        buffers: list of tensors (R, ...).
-
-    Returns:
-        The list of filled buffers.
-    """
-    ends = tf.cumsum(sizes)
-    busy = tf.where(sizes > 0)[:, 0]
-    number = tf.shape(busy)[0]
-
-    def body(i, *buffers):
-        group = busy[i]
-        start, end = ends[group] - sizes[group], ends[group]
-        where = tf.expand_dims(tf.range(start, end), 1)
-        parts = zip(buffers, function(group, start, end))
-        return i + 1, *(tf.tensor_scatter_nd_update(buffer, where, part) for buffer, part in parts)
-
-    _, *buffers = tf.while_loop(lambda i, *_: i < number, body, (0, *buffers))
-    return buffers
-
-
-def stack_gradients(runs, kernels, biases, num_frozen=0):
-    """The gradients of kernels and biases.
-
-    Args:
-        runs: iterable of the sizes and experts of some groups, and for each of the kernels the rows
-            that its map took in and the gradients of those that it gave out. Each expert comes
-            once, by itself, in order.
-        kernels: list of tensors (E, D, H).
-        biases: tensors (E, H) of the first maps, of all or of none.
-        num_frozen: how many maps stand before those of the kernels.
-
-    Returns:
-        List of tensors like the kernels, then like the biases.
-    """
-    kernel_parts: list[list] = [[] for _ in kernels]
-    bias_parts: list[list] = [[] for _ in biases]
-    for _, _, factors in runs:
-        for parts, (rows, gradient), kernel in zip(kernel_parts, factors[num_frozen:], kernels):
-            parts.append(tf.cast(tf.matmul(rows, gradient, transpose_a=True), kernel.dtype))
-        for parts, (_, gradient), bias in zip(bias_parts, factors, biases):
-            total = tf.reduce_sum(tf.cast(gradient, "float32"), axis=0)
-            parts.append(tf.cast(total, bias.dtype))
-    return [tf.stack(parts) for parts in (*kernel_parts, *bias_parts)]
-
-
-def argmax(scores):
-    """Where the largest of the last axis is, int32; the first of equals."""
-    # Two plain reductions are faster than one of pairs, under XLA several times.
-    best = tf.reduce_max(scores, axis=-1, keepdims=True)
-    number = scores.shape[-1]
-    return tf.reduce_min(tf.where(scores >= best, tf.range(number), number), axis=-1)
-
-
-def has_grouped_products(platform, dtype, widths):
-    """TensorFlow has no grouped product."""
-    return False
-
-
-def batched_product(left, right):
-    """(N, D, H) float32, of (N, D, B) and (N, B, H) of any float dtype."""
-    return tf.raw_ops.BatchMatMulV3(x=left, y=right, Tout=tf.float32)
-
-
-def slice_at(tensor, start, shape):
-    """The part of `tensor` of a static `shape` that begins at the indices `start`."""
-    # `tf.slice` wants a start that is known at compile time: where it depends on data, TensorFlow
-    # would silently turn the data into a constant and compile again for every batch.
-    return xla.dynamic_slice(tensor, tf.stack(start), tf.constant(shape))
-
-
-def scan(step, carry, xs):
-    """`carry, y = step(carry, x)` along the first axis of `xs`: the last carry and all `y`.
-
-    Every `y` has the dtype of the last of `xs`.
-    """
-    length = tf.shape(xs[0])[0]
-    outputs = tf.TensorArray(xs[-1].dtype, size=length)
-
-    def body(i, carry, outputs):
-        carry, output = step(carry, [tf.gather(x, i) for x in xs])
-        return i + 1, carry, outputs.write(i, output)
-
-    # Without a bound on the trips XLA cannot size the stack that the gradient needs.
-    _, carry, outputs = tf.while_loop(
-        lambda i, *_: i < length, body, (0, carry, outputs), maximum_iterations=length
-    )
-    return carry, outputs.stack()
-
-
-def lacks_stable_sort():
-    """Whether equals are sorted in any order."""
-    return False
-
-
-def sort(integers):
-    """A vector of integers in ascending order."""
-    # `tf.sort` is made from `top_k`, which XLA compiles to a slower sort of pairs.
-    return xla.sort(integers)
-
-
-def num_replicas():
-    """How many replicas of a `tf.distribute` strategy share a step, an integer."""
-    replica = tf.distribute.get_replica_context()
-    return 1 if replica is None else replica.num_replicas_in_sync
-
-
-def sum_over_replicas(values):
-    """The sum of `values` over the replicas of a `tf.distribute` strategy."""
-    return _across_replicas(
-        values, lambda replica: replica.all_reduce(tf.distribute.ReduceOp.SUM, values)
-    )
-
-
-def gather_over_replicas(values):
-    """The rows of `values` (R, ...) of all replicas, one behind the other."""
-    return _across_replicas(values, lambda replica: replica.all_gather(values, axis=0))
-
-
-def after(tensor, value):
-    """A value that is computed only where the tensor is.
-
-    At the end of data of unknown length, TensorFlow without XLA runs what a step computes without a
-    batch.
-    """
-    with tf.control_dependencies([tensor]):
-        return tf.identity(value)
-
-
-def sum_of_counts(values):
-    """`values`: what is added to counters is summed when they are read."""
-    return values
-
-
-def separate_losses(layer):
-    """Give each replica a list of its own of the losses that `layer` adds.
-
-    Keras keeps one list in each layer and empties it when a model is called. Replicas are traced in
-    threads, and where one waits for the others in a collective operation, theirs would replace or
-    join its losses.
-    """
-    layer._losses = _LossesOfThread()
+    def result(self):
+        return [{name: tf.stack(each) for name, each in of.items()} for of in self._parts]
 
 
 class _LossesOfThread(threading.local):
-    """What Keras needs of a list of losses."""
+    """The methods that Keras needs of a list of losses."""
 
     def __init__(self):
         self._losses = []
@@ -344,27 +252,11 @@ class _LossesOfThread(threading.local):
         self._losses[index] = losses
 
 
-def _across_replicas(values, collective):
-    if num_replicas() == 1:
-        return values
-    try:
-        with _other_losses_kept():
-            return collective(tf.distribute.get_replica_context())
-    except RuntimeError as error:
-        if "merge_call" not in str(error):
-            raise
-        raise RuntimeError(
-            "Selection biases, `GlobalLoadBalance` and `ReLURouter` sum over all replicas in the "
-            "middle of a call. Received: a call inside of a `tf.function` or a loop inside of "
-            "`strategy.run`. Put `tf.function` around `strategy.run`, or use `LoadBalance`."
-        ) from error
-
-
 @contextlib.contextmanager
 def _other_losses_kept():
     """Keep the losses that other layers of the model have added on this replica so far.
 
-    Other replicas are traced inside of the context, with the same lists.
+    Other replicas are traced inside the context, with the same lists.
     """
     model = current_model()
     layers = () if model is None else model._flatten_layers()

@@ -122,19 +122,7 @@ class _MeanGradient(torch.autograd.Function):
 
 
 def split_experts(experts, data, process_group):
-    """Experts split over processes, for `keras.distribution.set_distribution`.
-
-    Args:
-        experts: number of processes that together hold all experts once, neighbours by rank. None:
-            all, or those of the process group.
-        data: how many times the experts exist. None: as often as there are processes for it.
-        process_group: group of the processes that share the experts with this one, which only
-            tokens on their way to experts use. Each process gives one, and all are of one size.
-            None: new ones.
-
-    Raises:
-        ValueError: If `torch.distributed` is not initialized, or numbers and processes do not fit.
-    """
+    """The `ExpertParallel` of `experts` neighbours by rank, or of the given process groups."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise ValueError(
             "`expert_parallel` needs processes that know each other. Received: no process group. "
@@ -147,17 +135,17 @@ def split_experts(experts, data, process_group):
     if rows is not None and experts not in (None, size):
         raise ValueError(
             "`experts` must be the size of the process group. Received: "
-            f"experts={experts}, a process group of {size}. Leave it out."
+            f"experts={experts}, a process group of {size}"
         )
     experts = experts or size
     if world % experts or data not in (None, world // experts):
         raise ValueError(
             "On PyTorch there must be `data * experts` processes. Received: "
-            f"experts={experts}, data={data}, {world} processes. Change one of them."
+            f"experts={experts}, data={data}, {world} processes"
         )
     if rows is None:
         rows = [range(first, first + experts) for first in range(0, world, experts)]
-    # Groups of their own: `DistributedDataParallel` talks at the same time.
+    # Groups of their own: `DistributedDataParallel` communicates at the same time.
     new_groups = torch.distributed.new_subgroups_by_enumeration
     replicas, _ = new_groups([list(column) for column in zip(*rows)])
     return ExpertParallel(process_group or new_groups(list(map(list, rows)))[0], replicas)
@@ -169,8 +157,7 @@ def _rows_of(process_group):
     own = tuple(torch.distributed.get_process_group_ranks(process_group))
     torch.distributed.all_gather_object(given, own)
     rows = sorted(set(given))
-    fits = len(set(map(len, rows))) == 1 and sorted(sum(rows, ())) == list(range(len(given)))
-    if not fits:
+    if len(set(map(len, rows))) > 1 or sorted(sum(rows, ())) != list(range(len(given))):
         raise ValueError(
             "Each process must be in one of the process groups, which are of one size. Received: "
             f"groups of the ranks {rows}. Make them with `torch.distributed.new_subgroups()`."

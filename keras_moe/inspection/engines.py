@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import keras
 
-from keras_moe import backend
+from keras_moe.backend import backend
 from keras_moe.inspection.finding import built_layers
 from keras_moe.ops.platforms import named_platform
 

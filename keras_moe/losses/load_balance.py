@@ -2,11 +2,12 @@
 
 from keras import ops as keras_ops
 
-from keras_moe import backend, ops
+from keras_moe import ops
 from keras_moe._internal.serialization import register
 from keras_moe._internal.validation import check_positive_integer, check_routing
+from keras_moe.backend import backend
 from keras_moe.losses.router_loss import RouterLoss
-from keras_moe.ops.sizes import at_least
+from keras_moe.ops.assignments import at_least
 
 
 @register

@@ -10,15 +10,15 @@ each, C rows of a bucket.
 
 from keras import ops
 
-from keras_moe import backend
 from keras_moe.ops.assignments import Assignments
 from keras_moe.ops.grouped import run_grouped
+from keras_moe.ops.grouped.records import Parameters
 from keras_moe.ops.groups import Groups, collect_rows, dispatch_rows
 from keras_moe.ops.passes import sum_passes
 
 
 def run_by_all_to_all(step, tokens, weights, parameters, experts, shards, axis, lengths):
-    """What the experts of all devices make of one device's tokens.
+    """The outputs (T, D') of the experts of all devices for one device's tokens.
 
     Args:
         step, tokens, weights, parameters: as for `run_grouped`, the parts of one device.
@@ -26,11 +26,8 @@ def run_by_all_to_all(step, tokens, weights, parameters, experts, shards, axis, 
         shards: the `backend.token_shards()`.
         axis: the mesh axis of the experts.
         lengths: the `Lengths` of the passes, in rows of all buckets together.
-
-    Returns:
-        (T, `step.output_width`) in the dtype of `tokens`.
     """
-    num_local = parameters.all_kernels[0].shape[0]
+    num_local = parameters.num_experts
     num_shards = shards.along(axis)
     lengths = lengths.split(num_shards)
     groups = Assignments.of(experts, num_local * num_shards).sort()
@@ -40,15 +37,15 @@ def run_by_all_to_all(step, tokens, weights, parameters, experts, shards, axis, 
         buckets, local_expert = _buckets(groups, num_shards, *lengths.span(number))
 
         def run(tokens, weights, trained):
-            received = backend.exchange(dispatch_rows(tokens, buckets), axis)
-            expert = backend.exchange(local_expert, axis)
+            received = shards.exchange(dispatch_rows(tokens, buckets), axis)
+            expert = shards.exchange(local_expert, axis)
             # Outputs are weighted, and saved for the weights' gradient, on the device that computes
             # them, so that the receiving device need not save them.
-            weight = backend.exchange(buckets.weight_of_row(weights), axis)
+            weight = shards.exchange(buckets.weight_of_row(weights), axis)
             rows = Assignments.of(ops.expand_dims(expert, 1), num_local).sort()
-            weights = ops.expand_dims(weight, 1)
-            outputs = run_grouped(step, received, weights, trained._replace(frozen=frozen), rows)
-            return collect_rows(backend.exchange(outputs, axis), buckets)
+            parameters = Parameters(trained, frozen)
+            outputs = run_grouped(step, received, ops.expand_dims(weight, 1), parameters, rows)
+            return collect_rows(shards.exchange(outputs, axis), buckets)
 
         return run
 
@@ -56,10 +53,10 @@ def run_by_all_to_all(step, tokens, weights, parameters, experts, shards, axis, 
         groups, _ = context
         passes = lengths.passes_for(ops.max(_rows_by_shard(groups, num_shards)))
         # If one device needs a pass, all take part in it.
-        return backend.max_over_axis(passes, shards.axes)
+        return shards.max_over(passes, shards.axes)
 
-    inputs = tokens, weights, parameters._replace(frozen=[])
-    return sum_passes(nth_pass, num_passes, inputs, (groups, parameters.frozen))
+    inputs, context = (tokens, weights, parameters.trained), (groups, parameters.frozen)
+    return sum_passes(nth_pass, num_passes, inputs, context)
 
 
 def _rows_by_shard(groups, num_shards):

@@ -12,7 +12,7 @@ import random
 import keras
 from keras import ops
 
-from keras_moe import backend
+from keras_moe.backend import backend
 
 
 def seeded_generator():

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
-from keras_moe import backend
+from keras_moe.backend import backend
 from keras_moe.ops.grouped import run_grouped
+from keras_moe.ops.grouped.records import Parameters
 from keras_moe.ops.groups import Groups
 from keras_moe.ops.platforms import keeping_platform
 
@@ -46,13 +47,10 @@ class Lengths(NamedTuple):
 
 
 def sum_passes(nth_pass, num_passes, inputs, context):
-    """The sum of all passes, at least one.
+    """The sum of all passes, at least one, with a gradient for the inputs.
 
-    Args:
-        nth_pass: function of a number and the context that returns a function of the inputs.
-        num_passes: function of the context, an integer tensor.
-        inputs: tuple of structures of tensors that have a gradient.
-        context: structure of tensors that have none.
+    `nth_pass(number, context)` returns a function of the inputs, and `num_passes(context)` an
+    integer tensor. Inputs are a tuple of structures of tensors, the context is a structure.
     """
 
     def forward(inputs, context, keep):
@@ -76,16 +74,7 @@ def sum_passes(nth_pass, num_passes, inputs, context):
 
 
 def run_in_passes(step, tokens, weights, parameters, groups, lengths):
-    """What `run_grouped` computes, in passes.
-
-    Args:
-        step, tokens, weights, parameters: as for `run_grouped`.
-        groups: an `ops.Groups`.
-        lengths: the `Lengths` of the passes.
-
-    Returns:
-        (T, `step.output_width`) in the dtype of `tokens`.
-    """
+    """`run_grouped` for an `ops.Groups`, in passes of the `lengths`."""
     if lengths.first >= groups.num_rows():
         return run_grouped(step, tokens, weights, parameters, groups)
 
@@ -93,15 +82,15 @@ def run_in_passes(step, tokens, weights, parameters, groups, lengths):
         groups, frozen = context
         part = _part(groups, *lengths.span(number))
         return lambda tokens, weights, trained: run_grouped(
-            step, tokens, weights, trained._replace(frozen=frozen), part
+            step, tokens, weights, Parameters(trained, frozen), part
         )
 
     def num_passes(context):
         groups, _ = context
         return lengths.passes_for(ops.sum(groups.sizes))
 
-    inputs = tokens, weights, parameters._replace(frozen=[])
-    return sum_passes(nth_pass, num_passes, inputs, (groups, parameters.frozen))
+    inputs, context = (tokens, weights, parameters.trained), (groups, parameters.frozen)
+    return sum_passes(nth_pass, num_passes, inputs, context)
 
 
 def _part(groups, start, length):

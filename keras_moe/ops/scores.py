@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from keras_moe import backend
+from keras_moe.backend import backend
 
 # Added to scores that could otherwise be zero: a router that pushed all of a token's scores there
 # would divide zero by zero, or escape the balance loss, whose gradient vanishes with the scores.

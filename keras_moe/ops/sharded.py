@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_moe import backend
+from keras_moe.backend import backend
 from keras_moe.ops.all_to_all import run_by_all_to_all
 from keras_moe.ops.assignments import Assignments
 from keras_moe.ops.grouped import run_grouped
@@ -32,20 +32,13 @@ from keras_moe.ops.platforms import platform
 
 
 def splits_evenly(shards, assignments, sequence_length):
-    """Whether no sequence has tokens on two devices; None stands for no sequences."""
+    """Whether no sequence, if there are any, has tokens on two devices."""
     num_tokens = ops.shape(assignments.experts)[0]
     return sequence_length is None or num_tokens % (shards.number * sequence_length) == 0
 
 
 def admit_by_shard(shards, admit, assignments, first):
-    """`admit(assignments, first)` of each device's own tokens.
-
-    Args:
-        shards: a `backend.token_shards()`.
-        admit: function from `Assignments` and the urgency of tokens, or None, to `Assignments`.
-        assignments: those of all tokens.
-        first: (T,) or None.
-    """
+    """`admit(assignments, first)` of each device's own tokens; `first` is (T,) or None."""
     num_experts = assignments.num_experts
 
     def on_device(experts, first):
@@ -54,15 +47,13 @@ def admit_by_shard(shards, admit, assignments, first):
     num_tokens = ops.shape(assignments.experts)[0]
     experts = _pad(assignments.experts, shards, -1)
     first = None if first is None else _pad(first, shards, 0)
-    experts, sizes = backend.on_each_device(
-        shards, on_device, (experts, first), (shards.axes, shards.axes)
-    )
+    experts, sizes = shards.on_each_device(on_device, (experts, first), (shards.axes, shards.axes))
     sizes = ops.sum(ops.reshape(sizes, (-1, num_experts)), axis=0)
     return Assignments(experts[:num_tokens], sizes)
 
 
 def _pad(tensor, shards, value):
-    """The tensor (T, ...) with padding behind, so that all devices have as many tokens."""
+    """The tensor (T, ...), padded so that all devices have as many tokens."""
     missing = -ops.shape(tensor)[0] % shards.number
     if not missing:
         return tensor
@@ -71,7 +62,7 @@ def _pad(tensor, shards, value):
 
 
 class Exchange(NamedTuple):
-    """What is the same for every batch.
+    """What is the same for every batch; hashable.
 
     - `step`: a `Step`.
     - `shards`: the `backend.token_shards()`.
@@ -87,16 +78,7 @@ class Exchange(NamedTuple):
 
 @backend.compile_once
 def run_sharded(exchange, tokens, weights, parameters, assignments):
-    """What `run_grouped` computes, of tokens and kernels that are spread over a mesh.
-
-    Args:
-        exchange: an `Exchange`.
-        tokens, weights, parameters: as for `run_grouped`; the weights of `Choices` as there.
-        assignments: `Assignments` or `Choices`, whose first axis is as long as that of the weights.
-
-    Returns:
-        (T, `step.output_width`) in the dtype of `tokens`.
-    """
+    """`run_grouped` for `Assignments` or `Choices` of tokens that are spread over a mesh."""
     step, shards, expert_axis, platform_of_devices = exchange
     kind = type(assignments)
     tokens_cross = expert_axis in shards.axes
@@ -110,20 +92,19 @@ def run_sharded(exchange, tokens, weights, parameters, assignments):
             )
         if tokens_cross:
             tokens, weights, *parts = (
-                backend.gather_shards(each, expert_axis) for each in (tokens, weights, *parts)
+                shards.gather(each, expert_axis) for each in (tokens, weights, *parts)
             )
-        num_experts = parameters.all_kernels[0].shape[0]
-        place = 0 if expert_axis is None else backend.place_on_axis(expert_axis)
+        num_experts = parameters.num_experts
+        place = 0 if expert_axis is None else shards.place_on(expert_axis)
         groups, weights = kind.sort_part(parts, weights, place * num_experts, num_experts)
         if expert_axis is None:
             return run_grouped(step, tokens, weights, parameters, groups)
         outputs = run_in_passes(step, tokens, weights, parameters, groups, lengths)
-        add = backend.sum_and_scatter if tokens_cross else backend.sum_over_axis
+        add = shards.sum_and_scatter if tokens_cross else shards.sum_over
         return add(outputs, expert_axis)
 
     with platform(platform_of_devices):
-        outputs = backend.on_each_device(
-            shards,
+        outputs = shards.on_each_device(
             on_device,
             (
                 _pad(tokens, shards, 0),

@@ -8,7 +8,6 @@ from functools import partial
 
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.serialization import Configured, register, resolve
 from keras_moe._internal.shape_checks import check_fields, check_shapes
 from keras_moe._internal.validation import (
@@ -17,6 +16,7 @@ from keras_moe._internal.validation import (
     check_positive_integer,
     check_positive_number,
 )
+from keras_moe.backend import backend
 from keras_moe.ops.selection import take_scores, top_k_indices
 
 # Scores are from 0 to 1: from this rate on, no larger one is named as an example.

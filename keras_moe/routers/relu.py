@@ -5,13 +5,13 @@ from functools import partial
 import keras
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.serialization import register
 from keras_moe._internal.validation import (
     check_positive_integer,
     check_positive_number,
     check_top_k,
 )
+from keras_moe.backend import backend
 from keras_moe.ops import make_routing, masked_mean, take_scores, top_k_indices
 from keras_moe.ops.scores import distribution
 from keras_moe.routers.logit_router import LogitRouter

@@ -5,7 +5,6 @@ import inspect
 import keras
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.misplaced_arguments import ON_ROUTER, check_place
 from keras_moe._internal.named_arguments import Saved, check_is_made, of_package
 from keras_moe._internal.saved_state import load_draws, save_draws
@@ -35,6 +34,7 @@ from keras_moe._internal.validation import (
     overrides,
     shortened,
 )
+from keras_moe.backend import backend
 from keras_moe.ops import Routing, plan_groups
 from keras_moe.ops.routing import without_padding
 

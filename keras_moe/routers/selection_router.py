@@ -6,7 +6,6 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import backend
 from keras_moe._internal.named_arguments import check_config
 from keras_moe._internal.shape_checks import check_shapes
 from keras_moe._internal.validation import (
@@ -17,6 +16,7 @@ from keras_moe._internal.validation import (
     check_positive_number,
     optional,
 )
+from keras_moe.backend import backend
 from keras_moe.ops.routing import top_k_routing
 from keras_moe.ops.scores import SCORES
 from keras_moe.ops.selection import existing, top_k_indices

@@ -1,8 +1,7 @@
 """Grouped products as JAX primitives, which become Pallas kernels when they are lowered.
 
-What is traced says only which products are asked for. The kernels of a platform are traced when
-a program is lowered for it, so those of other platforms cost nothing. On a CPU they are
-interpreted, for tests.
+A trace says only which products are wanted. The kernels of a platform are traced when a program is
+lowered for it, so those of other platforms cost nothing. On a CPU they are interpreted, for tests.
 """
 
 import functools
@@ -11,14 +10,14 @@ import importlib.util
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import Primitive
-from jax.interpreters import ad, mlir
+from jax.interpreters import mlir
 
 from keras_moe.backend.jax_kernels.elementwise import (
     apply_in_kernel,
     num_outputs,
     runs_in_kernels,
+    split,
     unchanged,
 )
 
@@ -32,24 +31,19 @@ def supports(platform, dtype):
     return platform != "gpu" or _has_triton()
 
 
+@functools.cache
+def _has_triton():
+    """Whether JAX has Triton, and no GPU of this process is older than Triton takes (sm80)."""
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return False
+    gpus = [device for device in jax.devices() if device.platform == "gpu"]
+    capabilities = [getattr(device, "compute_capability", "") for device in gpus]
+    # AMD's are names, not numbers.
+    return all(float(each) >= 8.0 for each in capabilities if each.replace(".", "").isdigit())
+
+
 def grouped_products(platform, rows, kernels, biases, sizes, then, extras=(), transposed=False):
-    """`then` of each product of all rows with the kernels of their experts, and of the extras.
-
-    Args:
-        platform: "tpu" or "gpu", whose kernels are used.
-        rows: (R, D) grouped by expert.
-        kernels: list of arrays (E, D, H), or (E, H, D) if `transposed`, of any float dtype.
-        biases: as many arrays (E, H), or none.
-        sizes: (E,) int32 sizes of the groups.
-        then: elementwise function of the products and the extras, which returns a tuple. It is
-            computed in float32 inside the kernel, if all of its operations can be.
-        extras: arrays (R, H).
-        transposed: whether to multiply by the transposed kernels.
-
-    Returns:
-        What `then` returns: a tuple of arrays (R, H), of which rows behind the last group may be
-        anything.
-    """
+    """See `Backend.grouped_products`."""
     num_inputs = len(kernels) + len(extras)
     finish = None
     if runs_in_kernels(then, num_inputs):
@@ -66,28 +60,8 @@ def grouped_products(platform, rows, kernels, biases, sizes, then, extras=(), tr
     return tuple(products) if finish else then(*products, *extras)
 
 
-def remakes_factors(platform):
-    """Whether `grouped_kernel_gradients` takes a function for its left factor.
-
-    A TPU kernel reads each left factor about once. One of a GPU reads it for every tile of the
-    other axis, so there the function would be computed many times.
-    """
-    return platform == "tpu"
-
-
 def grouped_kernel_gradients(platform, lefts, right, sizes, kernel, bias, remake=None):
-    """The gradient of a kernel (E, D, H), and that of a bias (E, H) or None.
-
-    Args:
-        platform: "tpu" or "gpu", whose kernels are used.
-        lefts: tuple of arrays (R, D): what was multiplied, or what `remake` makes it from.
-        right: (R, H) the gradient of the products.
-        sizes: (E,) int32 sizes of the groups.
-        kernel: (E, D, H), for its dtype.
-        bias: (E, H), for its dtype, or None.
-        remake: elementwise function of the `lefts`, or None. It is computed in float32 inside the
-            kernel, if all of its operations can be.
-    """
+    """See `Backend.grouped_kernel_gradients`."""
     if remake is not None:
         function, remake = remake, None
         if runs_in_kernels(lambda *tiles: (function(*tiles),), len(lefts)):
@@ -117,13 +91,12 @@ def _bind(primitive, operands, **parameters):
     return run(*operands)
 
 
-def _primitive(name, shapes, implementation, reference):
+def _primitive(name, shapes, implementation):
     """A primitive that a program lowers to `implementation`, for the platform it is lowered for."""
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_abstract_eval(shapes)
     primitive.def_impl(functools.partial(_compile_and_run, primitive))
-    ad.primitive_jvps[primitive] = functools.partial(_differentiate_again, reference)
 
     def lower(lowered_for, context, *operands, platform, **parameters):
         if context.avals_in[0].shape[0] == 0:  # Without rows there is no tile to compute.
@@ -157,19 +130,6 @@ def _compile_and_run(primitive, *operands, **parameters):
         return jax.jit(functools.partial(primitive.bind, **parameters))(*operands)
 
 
-def _differentiate_again(reference, operands, tangents, *, platform, **parameters):
-    """Second derivatives, for which there are no kernels."""
-    tangents = map(_as_array, operands, tangents)
-    return jax.jvp(functools.partial(reference, **parameters), tuple(operands), tuple(tangents))
-
-
-def _as_array(operand, tangent):
-    if not isinstance(tangent, ad.Zero):
-        return tangent
-    is_whole = jnp.issubdtype(operand.dtype, jnp.integer)
-    return np.zeros(operand.shape, jax.dtypes.float0 if is_whole else operand.dtype)
-
-
 def _zeros(shapes, *operands, **parameters):
     return [jnp.zeros(each.shape, each.dtype) for each in shapes(*operands, **parameters)]
 
@@ -179,19 +139,10 @@ def _shapes_of_products(rows, sizes, kernel, *others, num_outputs, transposed, *
     return [jax.core.ShapedArray((rows.shape[0], width), rows.dtype)] * num_outputs
 
 
-def _products(rows, sizes, *others, platform, num_kernels, num_biases, finish, **parameters):
-    kernels, others = others[:num_kernels], others[num_kernels:]
-    biases, extras = others[:num_biases], others[num_biases:]
-    return _kernels_of(platform).grouped_products(
-        rows,
-        kernels,
-        biases,
-        sizes,
-        finish=finish,
-        extras=extras,
-        transposed=parameters["transposed"],
-        interpret=parameters["interpret"],
-    )
+def _products(rows, sizes, *others, platform, num_kernels, num_biases, num_outputs, **parameters):
+    kernels, biases, extras = split(others, num_kernels, num_biases)
+    compute = _kernels_of(platform).grouped_products
+    return compute(rows, kernels, biases, sizes, extras=extras, **parameters)
 
 
 def _shapes_of_gradients(right, sizes, left, *lefts, dtype, with_bias, **parameters):
@@ -208,58 +159,9 @@ def _gradients(right, sizes, *lefts, platform, remake, **parameters):
     return [kernel] if bias is None else [kernel, bias.astype(kernel.dtype)]
 
 
-def _products_by_xla(rows, sizes, *others, num_kernels, num_biases, finish, transposed, **_):
-    kernels, others = others[:num_kernels], others[num_kernels:]
-    biases, extras = others[:num_biases], others[num_biases:]
-    products = [
-        jax.lax.ragged_dot(
-            rows,
-            (kernel.mT if transposed else kernel).astype(rows.dtype),
-            sizes,
-            preferred_element_type=jnp.float32,
-        )
-        for kernel in kernels
-    ]
-    if biases:
-        of_expert = _one_hot(rows, sizes)
-        products = [product + of_expert @ bias for product, bias in zip(products, biases)]
-    outputs = finish(*products, *(extra.astype(jnp.float32) for extra in extras))
-    return [output.astype(rows.dtype) for output in outputs]
-
-
-def _gradients_by_xla(right, sizes, *lefts, dtype, with_bias, remake):
-    factors = [left.astype(jnp.float32) for left in lefts]
-    left = factors[0] if remake is None else remake(*factors)
-    of_expert, right = _one_hot(right, sizes), right.astype(jnp.float32)
-    gradients = [jnp.einsum("re,rd,rh->edh", of_expert, left, right)]
-    if with_bias:
-        gradients.append(of_expert.T @ right)
-    return [gradient.astype(dtype) for gradient in gradients]
-
-
-def _one_hot(rows, sizes):
-    """(R, E) float32, zeros for rows behind the last group."""
-    ends = jnp.cumsum(sizes)
-    number = jnp.arange(rows.shape[0])[:, None]
-    return ((number >= ends - sizes) & (number < ends)).astype(jnp.float32)
-
-
-_bind_products = _primitive("grouped_products", _shapes_of_products, _products, _products_by_xla)
-_bind_gradients = _primitive(
-    "grouped_kernel_gradients", _shapes_of_gradients, _gradients, _gradients_by_xla
-)
-
-
 def _kernels_of(platform):
     return importlib.import_module(f"{__name__}.{platform}")
 
 
-@functools.cache
-def _has_triton():
-    """Whether JAX has Triton, and no GPU of this process is older than Triton takes (sm80)."""
-    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
-        return False
-    gpus = [device for device in jax.devices() if device.platform == "gpu"]
-    capabilities = [getattr(device, "compute_capability", "") for device in gpus]
-    # AMD tells names, not numbers.
-    return all(float(each) >= 8.0 for each in capabilities if each.replace(".", "").isdigit())
+_bind_products = _primitive("grouped_products", _shapes_of_products, _products)
+_bind_gradients = _primitive("grouped_kernel_gradients", _shapes_of_gradients, _gradients)

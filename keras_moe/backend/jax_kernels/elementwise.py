@@ -1,4 +1,4 @@
-"""Which functions can run inside a kernel, on the tiles that it has just computed."""
+"""Elementwise functions in kernels, on the tiles that these have just computed."""
 
 import functools
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
-# What the compilers of Pallas for TPUs (Mosaic) and for GPUs (Triton) both take in float32.
+# Operations that the compilers of Pallas for TPUs (Mosaic) and GPUs (Triton) take in float32.
 TAKEN = frozenset(
     """
     abs add add_any and atan2 broadcast_in_dim ceil convert_element_type cos div eq exp exp2 floor
@@ -27,7 +27,7 @@ _TILE = jax.ShapeDtypeStruct((8, 128), jnp.float32)
 
 
 def runs_in_kernels(function, num_inputs):
-    """Whether a function of tiles is elementwise and made of operations that kernels take."""
+    """Whether a function of tiles is elementwise, and kernels take its operations."""
     traced = jax.make_jaxpr(function)(*[_TILE] * num_inputs)
     return _is_taken(traced) and all(out.shape == _TILE.shape for out in traced.out_avals)
 
@@ -45,6 +45,15 @@ def num_outputs(function, num_inputs):
 def unchanged(*tiles):
     """The tiles themselves."""
     return tiles
+
+
+def split(operands, *counts):
+    """Consecutive parts of the operands of a kernel, of the lengths `counts`, and the rest."""
+    parts = []
+    for count in counts:
+        parts.append(operands[:count])
+        operands = operands[count:]
+    return *parts, operands
 
 
 def _is_taken(traced):
@@ -147,7 +156,7 @@ def _logistic(x):
     return 1.0 / (1.0 + _exp_by_exp2(-x))
 
 
-# What one of the compilers lacks.
+# Operations that one of the compilers lacks.
 _ALWAYS: dict[str, Callable] = {
     "copy": lambda x: x,
     "erf": _erf,

@@ -1,9 +1,8 @@
 """Grouped matrix products on GPUs: Pallas kernels that Triton compiles.
 
-Rows are sorted by expert: the group of expert e is the rows [ends[e] - sizes[e], ends[e]), with
-`ends = cumsum(sizes)`. Rows behind the last group are padding and may hold anything, NaN included.
 Every tile of rows belongs to one group: it begins at the group's first row or a multiple of the
-tile's length behind it. What it overruns is masked, so no two programs write the same row.
+tile's length after it. Rows that it overruns are masked, so no two programs write the same row.
+Rows after the last group may hold anything, NaN included.
 """
 
 import functools
@@ -15,15 +14,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from keras_moe.backend.jax_kernels.elementwise import unchanged
-from keras_moe.backend.jax_kernels.operands import split
+from keras_moe.backend.jax_kernels.elementwise import split, unchanged
 
 # Tiles of rows that share the tiles of a kernel while they are in the L2 cache.
 _BAND = 16
 
 
 class _Tile(NamedTuple):
-    """What a program computes: (rows, columns), in steps of `depth` along the contracted axis."""
+    """The tile of a program: (rows, columns), in steps of `depth` along the contracted axis."""
 
     rows: int
     columns: int
@@ -44,21 +42,9 @@ class _Span(NamedTuple):
 def grouped_products(
     rows, kernels, biases, sizes, *, transposed=False, finish=None, extras=(), interpret=False
 ):
-    """`finish(*(rows @ kernel of the group + bias, ...), *extras)`, tile by tile.
+    """See `Backend.grouped_products`; `finish` is computed on float32 tiles.
 
-    Args:
-        rows: (R, D) bfloat16, float16 or float32.
-        kernels: Arrays (E, D, H), or (E, H, D) if `transposed`, of one shape and any float dtype.
-            Each tile is converted to the dtype of the rows after it is read.
-        biases: One array (E, H) of any float dtype for each kernel, or ().
-        sizes: (E,) int32, rows of each group; their sum is at most R.
-        finish: From one float32 tile for each kernel and each extra to a tuple of tiles, built of
-            `elementwise.TAKEN`; None for the products themselves.
-        extras: Arrays (R, H) of the dtype of the rows.
-        interpret: Whether to run step by step on any device, for tests.
-
-    Returns:
-        A tuple of arrays (R, H) of the dtype of the rows; padded rows hold anything.
+    Each tile of a kernel is converted to the dtype of the rows after it is read.
     """
     count, depth = rows.shape
     experts, width = kernels[0].shape[0], kernels[0].shape[1 if transposed else 2]
@@ -85,18 +71,9 @@ def grouped_products(
 
 
 def grouped_kernel_gradient(left, right, sizes, *, dtype, with_bias=False, interpret=False):
-    """For each group the product of its rows of `left`, transposed, and its rows of `right`.
+    """For each group `left.T @ right` (E, D, H), and the sums (E, H) of `right` or None.
 
-    Args:
-        left: (R, D) bfloat16, float16 or float32.
-        right: (R, H), of the same dtype.
-        sizes: (E,) int32, rows of each group; their sum is at most R.
-        dtype: Dtype of the results; sums are in float32.
-        with_bias: Whether the sum of each group's rows of `right` is wanted, too.
-        interpret: Whether to run step by step on any device, for tests.
-
-    Returns:
-        (E, D, H), and (E, H) or None. Zeros where a group is empty.
+    They are summed in float32, and zero where a group is empty.
     """
     (count, depth), width, experts = left.shape, right.shape[1], sizes.shape[0]
     tile = _gradient_tile((count, depth, width, experts), left.dtype)
@@ -164,7 +141,7 @@ def _fit(size, most):
 def _visits(sizes, rows, tile):
     """The group of each tile of rows, its first row and the end of the group: three (V,) int32.
 
-    V is the most tiles that any sizes need. Tiles behind the last one begin where their group ends,
+    V is the most tiles that any sizes need. Tiles after the last one begin where their group ends,
     or later.
     """
     experts = sizes.shape[0]
@@ -226,7 +203,7 @@ def _products_kernel(
         for ref, result in zip(outputs, finish(*products, *tiles)):
             _store(ref, result, own, strip)
 
-    # Tiles behind the last one have nothing to do.
+    # Tiles after the last one have nothing to do.
     @pl.when(first < end)
     def _():
         zeros = jnp.zeros((tile.rows, size), jnp.float32)

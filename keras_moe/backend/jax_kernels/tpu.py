@@ -1,13 +1,9 @@
 """Grouped matrix products on TPUs: Pallas kernels that Mosaic compiles.
 
-Rows are sorted by expert: the group of expert e is the rows [ends[e] - sizes[e], ends[e]), with
-`ends = cumsum(sizes)`. Rows behind the last group are padding and may hold anything, NaN included.
-Rows are cut into tiles of a fixed height; a *visit* is one pair of a tile and a group that share
-rows. Visits run in the order of the groups. So the kernel of a group is read once, and a tile that
-several groups share stays in fast memory (VMEM) until each of them has written its own rows.
-
-Only what a group covers of a tile is computed: strips of rows that it covers, and at its borders
-smaller strips whose other rows are masked.
+The kernel of a group is read once, and a tile that several groups share stays in fast memory (VMEM)
+until each of them has written its own rows: see `tpu_visits`. Only the rows of a tile that a group
+covers are computed: in strips, and at its borders in smaller strips whose other rows are masked.
+Rows after the last group may hold anything, NaN included.
 """
 
 import functools
@@ -18,8 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from keras_moe.backend.jax_kernels.elementwise import num_outputs, unchanged
-from keras_moe.backend.jax_kernels.operands import split
+from keras_moe.backend.jax_kernels.elementwise import num_outputs, split, unchanged
 from keras_moe.backend.jax_kernels.tpu_tiles import gradient_tiles, product_tiles, this_chip
 from keras_moe.backend.jax_kernels.tpu_visits import (
     begins_group,
@@ -39,23 +34,9 @@ def supports(dtype):
 def grouped_products(
     rows, kernels, biases, sizes, *, transposed=False, finish=None, extras=(), interpret=False
 ):
-    """`finish(*(rows @ kernel of the group + bias), *extras)`, tile by tile.
+    """See `Backend.grouped_products`; `finish` is computed on float32 tiles.
 
-    Args:
-        rows: (R, D) bfloat16 or float32, grouped by expert.
-        kernels: arrays (E, D, H) of one float dtype, or (E, H, D) if `transposed`. They are
-            converted to the dtype of the rows tile by tile.
-        biases: as many arrays (E, H) of any float dtype, or none.
-        sizes: (E,) int32 sizes of the groups, of a sum of at most R.
-        transposed: whether to multiply by the transposed kernels.
-        finish: elementwise function of float32 tiles, one for each kernel and one for each of
-            `extras`. It returns a tuple of tiles. None returns the products.
-        extras: arrays (R, H) in the dtype of the rows.
-        interpret: whether to run on a CPU, for tests.
-
-    Returns:
-        A tuple of arrays (R, H) in the dtype of the rows, one for each tile that `finish` returns.
-        Rows behind the last group may be anything.
+    Kernels are converted to the dtype of the rows tile by tile.
     """
     finish = finish or unchanged
     kernels = [_readable(kernel, rows.dtype) for kernel in kernels]
@@ -181,20 +162,10 @@ def _products_kernel(*refs, tiles, depth, transposed, finish, counts):
 def grouped_kernel_gradient(
     left, right, sizes, *, dtype, with_bias=False, remake=None, interpret=False
 ):
-    """`left.T @ right` of each group, accumulated in float32.
+    """For each group `left.T @ right` (E, D, H), and the sums (E, H) of `right` or None.
 
-    Args:
-        left: (R, D) bfloat16 or float32, grouped by expert. With `remake` a tuple of such arrays,
-            and the left factor is `remake(*left)`.
-        right: (R, H) in the dtype of `left`.
-        sizes: (E,) int32 sizes of the groups, of a sum of at most R.
-        dtype: that of the result, any float.
-        with_bias: whether to sum the rows of `right`, too.
-        remake: elementwise function of one float32 tile for each array of `left`, or None.
-        interpret: whether to run on a CPU, for tests.
-
-    Returns:
-        (E, D, H), and the sums (E, H) or None. They are 0 for empty groups.
+    With `remake`, `left` is a tuple of arrays, and the left factor is `remake(*left)` of float32
+    tiles. Sums are in float32, and zero for empty groups.
     """
     lefts = (left,) if remake is None else left
     (num_rows, depth), columns, num_groups = lefts[0].shape, right.shape[1], sizes.shape[0]
@@ -258,7 +229,7 @@ def _gradient_kernel(*refs, tiles, remake, counts):
 
     def compute(first, num_rows, is_covered):
         here = pl.ds(first, num_rows)
-        # The first strip of a group overwrites what the group before left behind.
+        # The first strip of a group overwrites the sums of the group before.
         begins = is_first & (first <= start)
 
         def inside(values):

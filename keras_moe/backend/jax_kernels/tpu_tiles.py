@@ -8,14 +8,14 @@ from jax.experimental.pallas import tpu as pltpu
 # Registers are 128 lanes wide, and rows of a narrow dtype share them in groups of up to 16.
 _LANES, _SUBLANES = 128, 16
 _HEIGHTS = (512, 256, 128)
-# What one step of the grid costs, as memory traffic: about a third of a microsecond.
+# Cost of one step of the grid, as memory traffic: about a third of a microsecond.
 _STEP_BYTES = 300_000
 # Multiplications of numbers in one straight piece of program. They are some thousand instructions.
 _UNROLLED = 2**28
 
 
 class Chip(NamedTuple):
-    """What tiles depend on: fast memory (VMEM) in bytes, and cores that share a kernel's grid."""
+    """Fast memory (VMEM) in bytes, and the cores that share a kernel's grid."""
 
     vmem: int
     cores: int
@@ -115,7 +115,7 @@ def gradient_tiles(shape, row_bytes, gradient_bytes, *, num_lefts, chip):
         rows = tiles.rows * (num_lefts * depth_lanes + column_lanes) * row_bytes
         plane = depth_lanes * column_lanes
         sums = 4 * plane if gradient_bytes < 4 else 0
-        # Behind the rows stand their parts that are multiplied.
+        # The parts of rows that are multiplied take as much again.
         return 2 * (rows + plane * gradient_bytes) + rows * _passes(row_bytes) + sums
 
     def choices():
@@ -162,7 +162,7 @@ def _passes(row_bytes):
 
 
 def _slowness(height, num_tiles, chip):
-    """How much longer a kernel takes than its memory traffic tells.
+    """Time of a kernel, relative to that of its memory traffic.
 
     Cores without a tile wait for the others. The matrix unit loads kernels while it multiplies
     rows, and waits if these are few: about a third of the time with 128 rows on a v6e.

@@ -1,4 +1,4 @@
-"""Which rows TPU kernels visit, and in which order.
+"""The order in which TPU kernels visit rows.
 
 Rows are cut into tiles of a fixed height; a *visit* is one pair of a tile and a group that share
 rows. Visits run in the order of the groups, so those of one group, and those of one tile, follow
@@ -41,7 +41,7 @@ def plan_visits(sizes, num_rows, tile_rows, with_empty_groups=False):
     is_group = group[:, None] == jnp.arange(num_groups, dtype=jnp.int32)
     shift = first_tile - (visit_ends - lengths)
     tile = visit + jnp.sum(jnp.where(is_group, shift, 0), axis=1)
-    # Empty groups may start behind the last row, and unused visits are anywhere.
+    # Empty groups may start after the last row, and unused visits are anywhere.
     tile = jnp.clip(tile, 0, num_tiles - 1)
     return Visits(starts, ends, group, tile), jnp.maximum(visit_ends[-1], 1)
 
@@ -91,8 +91,8 @@ def for_each_strip(start, end, tiles, compute):
 
     def strip(index, _):
         first = pl.multiple_of(index * tiles.strip, tiles.strip)
-        behind = first + tiles.strip
-        is_covered = (start <= first) & (behind <= end)
+        past_end = first + tiles.strip
+        is_covered = (start <= first) & (past_end <= end)
 
         @pl.when(is_covered)
         def _covered():
@@ -100,7 +100,7 @@ def for_each_strip(start, end, tiles, compute):
 
         @pl.when(~is_covered)
         def _borders():
-            borders(jnp.maximum(start, first), jnp.minimum(end, behind))
+            borders(jnp.maximum(start, first), jnp.minimum(end, past_end))
 
     _loop(start, end, tiles.strip, strip)
 

@@ -1,15 +1,14 @@
 """Arbitrary functions on groups of rows: only the chosen function runs on each row."""
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 from keras import ops
 
-from keras_moe import backend
+from keras_moe.backend import backend
 from keras_moe.ops.grouped.padded import tile_length
 from keras_moe.ops.grouped.padded_tiles import pad_tiles
-from keras_moe.ops.platforms import PLATFORMS, named_platform, on_platform
+from keras_moe.ops.platforms import on_platform
 
 SCAN_ROWS = 64
 
@@ -18,7 +17,7 @@ class Alike(NamedTuple):
     """One function for all groups, which differ in their weights only.
 
     - `function(weights, rows (n, D)) -> (rows (n, D'), loss)`.
-    - `weights()`: list of tensors (E, ...), which are made where they are needed.
+    - `weights()`: list of tensors (E, ...), made where they are needed.
     """
 
     function: Callable
@@ -26,7 +25,7 @@ class Alike(NamedTuple):
 
 
 def engine_of(alike, platform, static_shapes):
-    """What `map_groups` does: "slices", "scan" or "vectorized".
+    """The way in which `map_groups` runs: "slices", "scan" or "vectorized".
 
     | shapes | platform | functions | |
     | --- | --- | --- | --- |
@@ -34,12 +33,6 @@ def engine_of(alike, platform, static_shapes):
     | static | CPU | any | `scan` over tiles, with a switch to the function of each |
     | static | GPU, TPU | alike | `vectorized` over tiles, with a copy of the weights for each |
     | static | GPU, TPU | different | `scan` |
-
-    Args:
-        alike: whether all functions are one, but for their weights.
-        platform: "cpu", "gpu" or "tpu", or None where it does not matter: unless shapes are static
-            and functions are alike.
-        static_shapes: whether all shapes are fixed at compile time, as under XLA.
     """
     if not static_shapes:
         return "slices"
@@ -47,16 +40,15 @@ def engine_of(alike, platform, static_shapes):
 
 
 def map_groups(functions, rows, sizes, output_width, state, alike=None):
-    """Apply function e to group e of the rows.
+    """Apply function e to group e of the rows (R, D), which are padding past the last group.
 
     Where shapes are fixed at compile time the rows are cut into tiles of one group each, and a
-    function sees rows of zeros behind its own.
+    function sees rows of zeros after its own.
 
     Args:
         functions: E functions `(rows (n, D), state, inside) -> (rows (n, D'), state)`; `inside`
             (n,) is False for rows of zeros, or None.
-        rows: (R, D) rows grouped by expert.
-        sizes: (E,) int32 sizes of the groups; rows behind the last group are padding.
+        rows, sizes: (R, D), and (E,) int32.
         output_width: D'.
         state: list of tensors, handed through the functions that run; the last is a float32 sum of
             losses.
@@ -65,16 +57,18 @@ def map_groups(functions, rows, sizes, output_width, state, alike=None):
     Returns:
         Rows (R, D'), zero at padding, and the state.
     """
-    run = {
-        "slices": functools.partial(_map_slices, functions, output_width),
-        "scan": functools.partial(_scan_tiles, functions, output_width),
-        "vectorized": functools.partial(_map_all_tiles, alike),
-    }
     static_shapes = backend.compiles_static_shapes()
-    if not static_shapes or alike is None:
-        return run[engine_of(alike, None, static_shapes)](rows, sizes, state)
-    by_platform = {name: run[engine_of(alike, name, True)] for name in PLATFORMS}
-    return on_platform(by_platform, rows, sizes, state, name=named_platform())
+
+    def run_on(platform, *operands):
+        engine = engine_of(alike, platform, static_shapes)
+        if engine == "vectorized":
+            return _map_all_tiles(alike, *operands)
+        run = _map_slices if engine == "slices" else _scan_tiles
+        return run(functions, output_width, *operands)
+
+    if static_shapes and alike is not None:
+        return on_platform(run_on, rows, sizes, state)
+    return run_on(None, rows, sizes, state)
 
 
 def _map_slices(functions, output_width, rows, sizes, state):

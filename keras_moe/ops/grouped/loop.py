@@ -5,7 +5,7 @@ As in decoding, when most experts have none: in `slices` even they cost their op
 
 from keras import ops
 
-from keras_moe import backend
+from keras_moe.backend import backend
 from keras_moe.ops.grouped import slices
 
 # With more rows for an expert, on average, it is faster to compute experts side by side.
@@ -44,10 +44,11 @@ def _side_by_side(setting, step, tokens, parameters, groups, keep):
 
 def _in_loop(setting, step, tokens, parameters, groups, keep):
     rows = backend.gather_rows(tokens, groups.token_of_row())
+    projections = slices.stored(parameters, setting.dtype)
     widths = [step.output_width, *(step.saved_widths if keep else ())]
 
     def compute(expert, start, end):
-        products = slices.Run([end - start], [expert], end - start).products(parameters)
+        products = slices.Run([end - start], [expert], end - start).products(projections)
         output, saved = step.forward(rows[start:end], products, keep)
         return [output, *saved]
 

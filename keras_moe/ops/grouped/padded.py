@@ -5,9 +5,9 @@ For XLA on devices that wait for the host, or run one product at a time, at each
 
 from keras import ops
 
-from keras_moe import backend
+from keras_moe.backend import backend
 from keras_moe.ops.grouped.padded_tiles import pad_tiles
-from keras_moe.ops.grouped.records import Gradients, Parameters
+from keras_moe.ops.grouped.records import Gradients
 from keras_moe.ops.grouped.steps import products_of
 from keras_moe.ops.groups import row_sums
 
@@ -53,16 +53,13 @@ def backward(setting, step, tokens, row_weights, parameters, groups, outputs, sa
     return Gradients(
         tiles.join(row_gradient),
         groups.at_assignments(row_sums(output_gradient, outputs)[:, 0]),
-        Parameters(
-            [
-                _sum_by_expert(tiles, _kernel_gradients(*pair), kernel)
-                for pair, kernel in zip(parameters.factors_of_kernels(factors), parameters.kernels)
-            ],
-            [
-                _sum_by_expert(tiles, ops.sum(ops.cast(right, "float32"), axis=1), bias)
-                for (_, right), bias in zip(factors, parameters.biases)
-            ],
-        ),
+        [
+            {
+                name: _sum_by_expert(tiles, _OF_TILES[name](*pair), parameter)
+                for name, parameter in trained.items()
+            }
+            for trained, pair in zip(parameters.trained, factors)
+        ],
     )
 
 
@@ -72,28 +69,26 @@ def _tiles(groups):
 
 
 def _products(parameters, tiles, dtype):
-    num_experts = parameters.all_kernels[0].shape[0]
-    expert = ops.minimum(tiles.expert, num_experts - 1)
-
-    def of_tiles(parameter):
-        return backend.gather_rows(parameter, expert)
-
-    weights = parameters.take(of_tiles, dtype)
+    expert = ops.minimum(tiles.expert, parameters.num_experts - 1)
+    projections = parameters.take(lambda weights: backend.gather_rows(weights, expert), dtype)
 
     def project(rows, number):
-        kernel, bias = weights.of(number)
+        kernel, bias, _ = projections[number]
         product = ops.matmul(rows, kernel)
         return product if bias is None else product + ops.expand_dims(bias, 1)
 
     def pull(gradient, number):
-        return ops.matmul(gradient, ops.transpose(weights.all_kernels[number], (0, 2, 1)))
+        return ops.matmul(gradient, ops.transpose(projections[number].kernel, (0, 2, 1)))
 
     return products_of(project, pull)
 
 
-def _kernel_gradients(left, right):
-    """(N, D, H) float32, of tiles (N, B, D) and (N, B, H)."""
-    return backend.batched_product(ops.transpose(left, (0, 2, 1)), right)
+# The gradients of each tile, float32, from the tiles (N, B, D) that were multiplied and the
+# gradients (N, B, H) of their products.
+_OF_TILES = {
+    "kernel": lambda left, right: backend.batched_product(ops.transpose(left, (0, 2, 1)), right),
+    "bias": lambda left, right: ops.sum(ops.cast(right, "float32"), axis=1),
+}
 
 
 def _sum_by_expert(tiles, parts, parameter):

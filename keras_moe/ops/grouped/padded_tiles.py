@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_moe import backend
+from keras_moe.backend import backend
 
 
 class PaddedTiles(NamedTuple):

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_moe import backend
-from keras_moe.ops.grouped.records import Gradients, Kernels, Parameters
+from keras_moe.backend import backend
+from keras_moe.ops.grouped.records import Gradients, Kernels
 from keras_moe.ops.grouped.steps import products_of
 from keras_moe.ops.groups import row_sums
 
@@ -23,9 +23,10 @@ def supports(setting):
 
 def forward(setting, step, tokens, parameters, groups, keep):
     runs, num_behind = _runs(setting, groups)
+    projections = stored(parameters, tokens.dtype)
     outputs, saved = [], []
     for run, rows in zip(runs, _gather(tokens, groups.token_of_row(), runs, num_behind)):
-        output, of_run = step.forward(rows, run.products(parameters), keep)
+        output, of_run = step.forward(rows, run.products(projections), keep)
         outputs.append(output)
         saved.append(of_run)
     return _join(outputs, num_behind, step.output_width, tokens.dtype), saved
@@ -33,34 +34,31 @@ def forward(setting, step, tokens, parameters, groups, keep):
 
 def backward(setting, step, tokens, row_weights, parameters, groups, outputs, saved, gradient):
     runs, num_behind = _runs(setting, groups)
-    row_parts, weight_parts = [], []
+    projections = stored(parameters, tokens.dtype)
     row_weights = ops.expand_dims(ops.cast(row_weights, tokens.dtype), 1)
     token_of_row = groups.token_of_row()
     gathered = [_gather(values, token_of_row, runs, num_behind) for values in (tokens, gradient)]
     parts = [_split(values, runs, num_behind) for values in (row_weights, outputs)]
-
-    def factors_of_runs():
-        for run, of_run, rows, of_outputs, weights, outputs in zip(runs, saved, *gathered, *parts):
-            row_gradient, factors = step.backward(
-                rows, run.products(parameters), of_run, of_outputs * weights
-            )
-            row_parts.append(row_gradient)
-            weight_parts.append(row_sums(of_outputs, outputs))
-            yield run.sizes, run.experts, factors
-
-    num_frozen = len(parameters.frozen)
-    # Each run's gradients can be put in place before the next one's are computed.
-    gradients = backend.stack_gradients(
-        factors_of_runs(), parameters.kernels, parameters.biases, num_frozen
-    )
+    of_rows, of_weights = [], []
+    # Each run's gradients are put in place before those of the next one are computed.
+    of_experts = backend.stacked_gradients(parameters.trained)
+    for run, of_run, rows, of_outputs, weights, outputs in zip(runs, saved, *gathered, *parts):
+        row_gradient, factors = step.backward(
+            rows, run.products(projections), of_run, of_outputs * weights
+        )
+        of_rows.append(row_gradient)
+        of_weights.append(row_sums(of_outputs, outputs))
+        of_experts.add(run.sizes, run.experts, factors)
     return Gradients(
-        _join(row_parts, num_behind, tokens.shape[1], tokens.dtype),
-        groups.at_assignments(_join(weight_parts, num_behind, 1, "float32")[:, 0]),
-        Parameters(
-            gradients[: len(parameters.kernels)],
-            gradients[len(parameters.kernels) :],
-        ),
+        _join(of_rows, num_behind, tokens.shape[1], tokens.dtype),
+        groups.at_assignments(_join(of_weights, num_behind, 1, "float32")[:, 0]),
+        of_experts.result(),
     )
+
+
+def stored(parameters, dtype):
+    """The `Kernels` and the bias, or None, of each projection."""
+    return [(Kernels(kernel, dtype), bias) for kernel, bias, _ in parameters.projections]
 
 
 def join_saved(setting, groups, saved):
@@ -70,7 +68,7 @@ def join_saved(setting, groups, saved):
 
 
 def split_saved(setting, groups, saved):
-    """The way back."""
+    """Inverse of `join_saved`."""
     runs, num_behind = _runs(setting, groups)
     parts = [_split(values, runs, num_behind) for values in saved]
     return [[part[number] for part in parts] for number in range(len(runs))]
@@ -83,23 +81,22 @@ class Run(NamedTuple):
     experts: list
     num_rows: Any
 
-    def products(self, parameters):
+    def products(self, projections):
+        """The `Products` of the rows of the run with what `stored` returns."""
+        sizes, experts, _ = self
+
         def project(rows, number):
-            kernel, bias = parameters.of(number)
-            return self._multiply(rows, kernel, bias)
+            return backend.multiply_groups(rows, sizes, experts, *projections[number])
 
         def pull(gradient, number):
-            return self._multiply(gradient, parameters.all_kernels[number], transposed=True)
+            kernels, _ = projections[number]
+            return backend.multiply_groups(gradient, sizes, experts, kernels, transposed=True)
 
         return products_of(project, pull)
 
-    def _multiply(self, rows, kernel, bias=None, transposed=False):
-        kernels = Kernels(kernel, rows.dtype)
-        return backend.multiply_groups(rows, self.sizes, self.experts, kernels, bias, transposed)
-
 
 def _runs(setting, groups):
-    """All groups in runs, and the number of rows behind them; groups of unknown size by themselves.
+    """All groups in runs, and the number of rows past them; groups of unknown size by themselves.
 
     On a CPU a run has up to `CPU_RUN_ROWS` rows, or one group. On a GPU all groups are one run: the
     fewer kernels are launched, the better.
@@ -134,7 +131,7 @@ def _gather(values, token_of_row, runs, num_behind):
 
 
 def _split(values, runs, num_behind):
-    """The part of each run, and that behind all, of values of all rows."""
+    """The part of each run, and that past all, of values of all rows."""
     return backend.split_rows(values, [*(run.num_rows for run in runs), num_behind])
 
 
