@@ -165,12 +165,13 @@ def _count(layer):
 
 def _count_own(part):
     """Parameters of a layer without those of its sublayers, frozen and quantized ones included."""
-    weights = list(part._trainable_variables)
+    shapes = [weight.shape for weight in part._trainable_variables]
     if isinstance(part, StackedExperts) and part.quantization_mode is not None:
-        weights += part.stacked_kernels()
+        shapes += [projection.shape for projection in part.projections.values()]
     elif part.quantization_mode is not None:
-        weights += [weight for weight in part._non_trainable_variables if weight.dtype == "int8"]
-    return sum(math.prod(weight.shape) for weight in weights)
+        integers = (each for each in part._non_trainable_variables if each.dtype == "int8")
+        shapes += [weight.shape for weight in integers]
+    return sum(map(math.prod, shapes))
 
 
 def _count_unstored(part):

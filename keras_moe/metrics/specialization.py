@@ -114,7 +114,7 @@ def contributions(layer, routing, tokens):
             weights=ops.cast(used, "float32"),
             counts=count_assignments(indices, routing.mask, num_experts),
         )
-        outputs = ops.cast(layer.router.plan(alone).run(layer.experts, tokens), "float32")
+        outputs = ops.cast(layer.experts(tokens, layer.router.plan(alone)), "float32")
         norms = ops.sqrt(ops.sum(ops.square(outputs), axis=-1))
         added = ops.expand_dims(norms * routing.weights[:, choice], 1)
         chosen = ops.logical_and(used, indices == ops.arange(num_experts, dtype="int32"))
