@@ -1,5 +1,6 @@
 """The interface to a framework."""
 
+import contextlib
 import itertools
 
 from keras import ops
@@ -48,6 +49,10 @@ class Backend:
         The first operand is a tensor. It may be traced for all platforms; one is compiled.
         """
         raise NotImplementedError
+
+    def without_autocast(self, tensor):
+        """A context in which no operation on a tensor computes in a smaller dtype than its own."""
+        return contextlib.nullcontext()
 
     # Programs
 
@@ -99,6 +104,10 @@ class Backend:
     def gather_rows(self, tensor, indices):
         """Rows of a tensor (R, ...) at integer indices of any shape, all of which exist."""
         raise NotImplementedError
+
+    def entry(self, stacked, number):
+        """Entry of a tensor (E, ...) by its number, an integer or an integer tensor."""
+        return stacked[number]
 
     def argmax(self, scores):
         """Index of the largest entry of the last axis, int32; the first of equals."""
@@ -248,8 +257,8 @@ class Backend:
         """Fill buffers group by group, in a loop over the groups that have rows.
 
         Args:
-            function: `function(group, start, end)` returns the rows from `start` to `end` of each
-                buffer, which are those of the group; all arguments are integer tensors.
+            function: `function(group, rows)` returns the rows of a group for each buffer, where
+                `rows` (n,) are their numbers; both are integer tensors.
             sizes: (G,) integers, the sizes of consecutive groups.
             buffers: list of tensors (R, ...).
 

@@ -73,7 +73,8 @@ class TensorFlowBackend(Backend):
 
                 return gradients, second
 
-            return output, lambda upstream: gradient(upstream, *tensors)
+            # That of a gather of rows is sparse.
+            return output, lambda upstream: gradient(tf.convert_to_tensor(upstream), *tensors)
 
         return function(*map(tf.convert_to_tensor, tf.nest.flatten(inputs)))
 
@@ -112,6 +113,19 @@ class TensorFlowBackend(Backend):
     def batched_product(self, left, right):
         return tf.raw_ops.BatchMatMulV3(x=left, y=right, Tout=tf.float32)
 
+    def entry(self, stacked, number):
+        if not tf.is_tensor(number):
+            return stacked[number]
+        # An index that is a tensor would take five operations, and a gather would copy.
+        begin = tf.reshape(number, (1,))
+        return tf.strided_slice(stacked, begin, begin, (1,), shrink_axis_mask=1)
+
+    def argmax(self, scores):
+        # As in the base class; Keras's reductions ask for empty axes, in further operations.
+        best = tf.reduce_max(scores, axis=-1, keepdims=True)
+        number = scores.shape[-1]
+        return tf.reduce_min(tf.where(scores >= best, tf.range(number), number), axis=-1)
+
     def unstack_sizes(self, sizes, num_rows):
         return [*tf.unstack(sizes), num_rows - tf.reduce_sum(sizes)]
 
@@ -121,7 +135,7 @@ class TensorFlowBackend(Backend):
     def multiply_groups(self, rows, sizes, experts, kernels, bias=None, transposed=False):
         (size,), (expert,), scale = sizes, experts, kernels.scale
         if scale is not None and transposed:
-            rows *= tf.cast(scale[expert], rows.dtype)
+            rows *= tf.cast(self.entry(scale, expert), rows.dtype)
         if transposed or not kernels.converts:
             kernel = tf.cast(kernels.of(expert), rows.dtype)
             product = tf.matmul(rows, kernel, transpose_b=transposed)
@@ -135,8 +149,10 @@ class TensorFlowBackend(Backend):
             some = tf.pad(rows[:, :length], ((0, tf.maximum(1 - size, 0)), (0, 0)))
             product = tf.matmul(some, tf.cast(kernels.of(expert, length), rows.dtype))[:size]
         if scale is not None and not transposed:
-            product *= tf.cast(scale[expert], rows.dtype)
-        return product if bias is None else product + tf.cast(bias[expert], rows.dtype)
+            product *= tf.cast(self.entry(scale, expert), rows.dtype)
+        if bias is None:
+            return product
+        return product + tf.cast(self.entry(bias, expert), rows.dtype)
 
     def stacked_gradients(self, trained):
         return _StackedGradients(trained)
@@ -146,15 +162,17 @@ class TensorFlowBackend(Backend):
 
     def loop_over_groups(self, function, sizes, buffers):
         ends = tf.cumsum(sizes)
+        starts = ends - sizes
         busy = tf.where(sizes > 0)[:, 0]
         number = tf.shape(busy)[0]
 
         def body(i, *buffers):
-            group = busy[i]
-            start, end = ends[group] - sizes[group], ends[group]
-            where = tf.expand_dims(tf.range(start, end), 1)
-            parts = zip(buffers, function(group, start, end))
-            return i + 1, *(tf.tensor_scatter_nd_update(each, where, part) for each, part in parts)
+            group = tf.gather(busy, i)
+            rows = tf.range(tf.gather(starts, group), tf.gather(ends, group))
+            parts, where = function(group, rows), tf.expand_dims(rows, 1)
+            return i + 1, *(
+                tf.tensor_scatter_nd_update(each, where, part) for each, part in zip(buffers, parts)
+            )
 
         _, *buffers = tf.while_loop(lambda i, *_: i < number, body, (0, *buffers))
         return buffers
@@ -218,7 +236,7 @@ class _StackedGradients:
 
     def __init__(self, trained):
         self._trained = trained
-        self._parts = [{name: [] for name in of} for of in trained]
+        self._parts: list[dict[str, list]] = [{name: [] for name in of} for of in trained]
 
     def add(self, sizes, experts, factors):
         for (rows, gradient), of, parts in zip(factors, self._trained, self._parts):

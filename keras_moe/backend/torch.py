@@ -35,6 +35,12 @@ class TorchBackend(Backend):
     def on_its_platform(self, function, *operands):
         return function(_platform_of(operands[0].device), *operands)
 
+    def without_autocast(self, tensor):
+        kind = tensor.device.type
+        if kind == "meta" or not torch.is_autocast_enabled(kind):
+            return super().without_autocast(tensor)
+        return torch.autocast(kind, enabled=False)
+
     def differentiable(self, forward, backward, inputs, context, plain=None):
         plain = plain or (lambda inputs, context: forward(inputs, context, keep=False)[0])
         if torch._C._are_functorch_transforms_active():  # as `Function.apply` finds out

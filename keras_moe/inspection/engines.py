@@ -35,8 +35,8 @@ def describe(model):
     """How each MoE layer of a model is computed on this machine.
 
     The engine follows from the backend, the platform, the dtype, and whether `model.compile` turned
-    XLA on; `ops.grouped.engines.choose` has the rule. To read it for a platform that is not here,
-    call this in the context `ops.platform`.
+    XLA on; `ops.grouped.run.choose` has the rule. To read it for a platform that is not here, call
+    this in the context `ops.platform`.
 
     Args:
         model: A built Keras model.

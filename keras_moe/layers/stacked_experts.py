@@ -5,7 +5,7 @@ from typing import Any
 import keras
 
 from keras_moe._internal.keras_internals import open_to_state
-from keras_moe._internal.lora import Adaptable, adaptable_from_config
+from keras_moe._internal.lora import Adaptable
 from keras_moe.backend import backend
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.projection import Projection
@@ -193,9 +193,4 @@ class StackedExperts(Adaptable, ExpertBank):
             "bias_initializer": keras.initializers.serialize(self.bias_initializer),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
             "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
-            **self.lora_config(),
         }
-
-    @classmethod
-    def from_config(cls, config):
-        return adaptable_from_config(cls, super().from_config, config)

@@ -18,13 +18,12 @@ from keras_moe.ops.passes import sum_passes
 
 
 def run_by_all_to_all(step, tokens, weights, parameters, experts, shards, axis, lengths):
-    """The outputs (T, D') of the experts of all devices for one device's tokens.
+    """`run_grouped` with the experts of all devices along a mesh axis, for one device's tokens.
 
     Args:
         step, tokens, weights, parameters: as for `run_grouped`, the parts of one device.
         experts: (T, K) int32 numbers of experts among those of all devices; -1 for none.
-        shards: the `backend.token_shards()`.
-        axis: the mesh axis of the experts.
+        shards, axis: the `backend.token_shards()`, and the mesh axis of the experts.
         lengths: the `Lengths` of the passes, in rows of all buckets together.
     """
     num_local = parameters.num_experts
@@ -67,9 +66,8 @@ def _rows_by_shard(groups, num_shards):
 def _buckets(groups, num_shards, start, length):
     """The rows of one pass: in each bucket `length` rows, from its row `start` on.
 
-    Returns:
-        `Groups` of these rows, without sizes, and the expert of each row among those of the device
-        it goes to, (n * C,) int32, -1 where a bucket is not full.
+    `Groups` of these rows, without sizes, and the expert of each row among those of the device it
+    goes to, (n * C,) int32, -1 where a bucket is not full.
     """
     sizes = _rows_by_shard(groups, num_shards)
     starts = ops.cumsum(sizes) - sizes

@@ -39,7 +39,6 @@ class Assignments(NamedTuple):
         return cls(experts, queue_sizes(queue, num_experts + 1)[:num_experts])
 
     def axes(self):
-        """The axes of the fields, and those of the weights of a plan."""
         return "TK", "E", "TK"
 
     @property
@@ -77,10 +76,10 @@ class Assignments(NamedTuple):
     @backend.as_one_program
     def sort(self):
         """The `Groups` of rows sorted by expert: inside one in the order of the assignments."""
-        num_tokens, top_k = ops.shape(self.experts)
+        (num_tokens, top_k), num_experts = ops.shape(self.experts), self.num_experts
         expert_of_assignment = self.choice_major()
-        order, rank = sort_by_expert(expert_of_assignment, self.num_experts + 1)
-        rows = ops.where(expert_of_assignment < self.num_experts, rank, -1)
+        order, rank = sort_by_expert(expert_of_assignment, num_experts + 1)
+        rows = ops.where(expert_of_assignment < num_experts, rank, -1)
         return Groups(
             sizes=self.sizes,
             assignment_of_row=order,
@@ -101,7 +100,6 @@ class Choices(NamedTuple):
     mask: Any
 
     def axes(self):
-        """The axes of the fields, and those of the weights of a plan."""
         return "BEC", "BEC", "T", "BEC"
 
     @property

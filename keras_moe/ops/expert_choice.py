@@ -83,7 +83,8 @@ def plan_expert_choice(routing):
 
 
 def _plan_expert_choice(routing):
-    choices = Choices(*routing.details, routing.mask)
+    place, is_valid = routing.details
+    choices = Choices(place, is_valid, routing.mask)
     expert = ops.expand_dims(ops.arange(choices.num_experts, dtype="int32"), 1)
     places = choices.tokens() * choices.num_experts + expert
     weights = ops.take(ops.reshape(routing.weights, (-1,)), places)

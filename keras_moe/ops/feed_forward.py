@@ -95,32 +95,24 @@ def grouped_feed_forward(
             f"Received: clip={clip}, up_shift={up_shift}, and one up kernel"
         )
     clip = None if clip is None else check_number("clip", clip, above=0)
-    scale, factors = None, [None] * len(kernels)
-    if low_rank is not None:
-        scale, factors = low_rank.scale, list(zip(low_rank.downs, low_rank.ups, strict=True))
-    biases = list(map(ops.convert_to_tensor, biases)) or [None] * len(kernels)
-    projections = [
-        Affine(kernel if isinstance(kernel, QUANTIZED) else ops.convert_to_tensor(kernel), *others)
-        for kernel, *others in zip(kernels, biases, factors, strict=True)
-    ]
-    tokens, weights = map(ops.convert_to_tensor, (tokens, weights))
-    _check_shapes(tokens, weights, groups, projections)
-    network = Network(keras.activations.get(activation), clip, up_shift, scale)
-    return _grouped_feed_forward(
-        tokens, GroupedPlan(groups, weights), network, projections, expert_axis
-    )
-
-
-def _check_shapes(tokens, weights, groups, projections):
-    names = ("gate", "up", "down")[-len(projections) :]
+    tokens, weights, *biases = map(ops.convert_to_tensor, (tokens, weights, *biases))
+    axes = ["EDH"] * (len(kernels) - 1) + ["EHO"]
     tensors = {"tokens": (tokens, "TD", "float")}
-    for name, (kernel, bias, _) in zip(names, projections):
-        axes = "EHO" if name == "down" else "EDH"
-        kind = () if isinstance(kernel, QUANTIZED) else ("float",)
-        tensors[f"{name}_kernel"] = (kernel, axes, *kind)
-        if bias is not None:
-            tensors[f"{name}_bias"] = (bias, axes[::2], "float")
+    for number, bias in enumerate(biases):
+        tensors[f"biases[{number}]"] = (bias, axes[number][::2], "float")
+    for number, kernel in enumerate(kernels):
+        is_float = not isinstance(kernel, QUANTIZED)
+        kernels[number] = ops.convert_to_tensor(kernel) if is_float else kernel
+        kind = "float" if is_float else "int"
+        tensors[f"kernels[{number}]"] = (kernels[number], axes[number], kind)
     check_groups(groups, weights, **tensors)
+    biases = biases or [None] * len(kernels)
+    factors = zip(low_rank.downs, low_rank.ups) if low_rank else [None] * len(kernels)
+    projections = [Affine(*parts) for parts in zip(kernels, biases, factors)]
+    scale = low_rank.scale if low_rank else None
+    network = Network(keras.activations.get(activation), clip, up_shift, scale)
+    plan = GroupedPlan(groups, weights)
+    return _grouped_feed_forward(tokens, plan, network, projections, expert_axis)
 
 
 def _grouped_feed_forward(tokens, plan, network, projections, expert_axis=None, processes=None):

@@ -162,10 +162,11 @@ def check_groups(groups, weights=None, **tensors):
             f"Received: an object of type {type(groups).__name__}"
         )
     *axes, axes_of_weights = groups.axes()
-    fields = {f"groups.{name}": each for name, each in zip(groups._fields, zip(groups, axes))}
+    for name, field, letters in zip(groups._fields, groups, axes):
+        tensors[f"groups.{name}"] = (field, letters)
     if weights is not None:
-        fields["weights"] = (weights, axes_of_weights, "float")
-    check_tensors(**fields, **tensors)
+        tensors["weights"] = (weights, axes_of_weights, "float")
+    check_tensors(**tensors)
 
 
 @backend.as_one_program

@@ -69,10 +69,9 @@ def keeping_platform(function):
     return traced_as_now
 
 
-def on_platform(function, *operands):
-    """`function(platform, *operands)` for the platform that is named, or else compiled for.
+def on_platform(name, function, *operands):
+    """`function(platform, *operands)` for the platform of a name, or None: that compiled for.
 
     The first operand is a tensor. Results of all platforms agree in structure, shapes and dtypes.
     """
-    name = named_platform()
     return function(name, *operands) if name else backend.on_its_platform(function, *operands)

@@ -85,9 +85,9 @@ def make_routing(indices, weights, probs, logits, mask, counts=None, load=None, 
     """
     routing = Routing(indices, weights, probs, logits, mask, counts, None, load)
     given = [name for name in _FIELDS if getattr(routing, name) is not None]
-    routing = check_routing(routing, *given)
-    check_indices("indices", indices, routing.probs.shape[-1])
-    return _make_routing(*routing[:6], routing.load, details)
+    indices, weights, probs, logits, mask, counts, _, load, _ = check_routing(routing, *given)
+    check_indices("indices", routing.indices, probs.shape[-1])
+    return _make_routing(indices, weights, probs, logits, mask, counts, load, details)
 
 
 def _make_routing(indices, weights, probs, logits, mask, counts=None, load=None, details=()):

@@ -1,8 +1,8 @@
-"""How a batch crosses devices: the only place where tokens are sent to other devices and back.
+"""Tokens and experts on a mesh of devices.
 
-Tokens are split over some axes of a mesh of devices, the data axes. Kernels are whole on every
-device, or their experts are split over one axis, the expert axis. Between the plan and the combined
-outputs the layer runs once for each device, on the tokens and the experts it has:
+Tokens are split over some axes of the mesh, the data axes. Kernels are whole on every device, or
+their experts are split over one axis, the expert axis. Between the plan and the combined outputs
+the layer runs once for each device, on the tokens and the experts it has:
 
 1. Where the expert axis splits tokens as well, the devices along it gather each other's tokens.
 2. Each device sorts the assignments of its own experts, and runs them: its loops and kernels skip

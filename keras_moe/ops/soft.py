@@ -89,20 +89,25 @@ class SoftPlan(NamedTuple):
                 "A plan must have as many slots for each expert of the bank that follows it. "
                 f"Received: {num_slots} slots, and a bank with num_experts={num_experts}"
             )
-        tokens = ops.reshape(tokens, (sequences, length, tokens.shape[-1]))
+        features = tokens.shape[-1]
+        tokens = ops.reshape(tokens, (sequences, length, features))
         slots = ops.einsum(f"bsm,bsd->{_order()}d", ops.cast(self.to_slots, tokens.dtype), tokens)
-        plan = _one_row_a_slot if _order() == "mb" else _assigned_slots
-        return (
-            ops.reshape(slots, (-1, tokens.shape[-1])),
-            plan(sequences, num_slots, num_experts),
-        )
+        number = ops.arange(sequences * num_slots, dtype="int32")
+        if _order() == "bm":
+            expert = number % num_slots // (num_slots // num_experts)
+            groups = Assignments.of(ops.expand_dims(expert, 1), num_experts)
+        else:
+            sizes = ops.zeros((num_experts,), "int32") + sequences * num_slots // num_experts
+            groups = Groups(sizes, number, ops.expand_dims(number, 1))
+        weights = ops.ones((sequences * num_slots, 1), "float32")
+        return ops.reshape(slots, (-1, features)), GroupedPlan(groups, weights)
 
     def combine(self, outputs):
         """Tokens (T, D') from the outputs (B * M, D') of the slots."""
         sequences, _, num_slots = ops.shape(self.back)
-        sizes, width = {"b": sequences, "m": num_slots}, outputs.shape[-1]
-        outputs = ops.reshape(outputs, (*(sizes[axis] for axis in _order()), width))
-        back = ops.cast(self.back, outputs.dtype)
+        sizes = (sequences, num_slots) if _order() == "bm" else (num_slots, sequences)
+        width, back = outputs.shape[-1], ops.cast(self.back, outputs.dtype)
+        outputs = ops.reshape(outputs, (*sizes, width))
         return ops.reshape(ops.einsum(f"bsm,{_order()}d->bsd", back, outputs), (-1, width))
 
     def served(self):
@@ -127,24 +132,5 @@ def _plan_soft(routing):
 
 
 def _order():
-    """The axes of slots: those of an expert follow one another, or where tokens are spread over
-    devices those of a sequence, which are where the sequence is."""
+    """The axes of slots, by expert; on a mesh of devices by sequence, which lie on one device."""
     return "mb" if backend.token_shards() is None else "bm"
-
-
-def _assigned_slots(sequences, num_slots, num_experts):
-    slot = ops.arange(sequences * num_slots, dtype="int32") % num_slots
-    experts = ops.expand_dims(slot // (num_slots // num_experts), 1)
-    weights = ops.ones_like(experts, dtype="float32")
-    return GroupedPlan(Assignments.of(experts, num_experts), weights)
-
-
-def _one_row_a_slot(sequences, num_slots, num_experts):
-    num_rows = sequences * num_slots
-    rows = ops.arange(num_rows, dtype="int32")
-    groups = Groups(
-        sizes=ops.zeros((num_experts,), "int32") + num_rows // num_experts,
-        assignment_of_row=rows,
-        rows_of_token=ops.expand_dims(rows, 1),
-    )
-    return GroupedPlan(groups, ops.ones((num_rows, 1), "float32"))

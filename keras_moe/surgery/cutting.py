@@ -13,10 +13,9 @@ from keras_moe._internal.keras_internals import (
     own_state,
     set_state,
 )
-from keras_moe.layers.stacked_experts import StackedExperts as DenseExperts
 from keras_moe.layers.layer_experts import LayerExperts
-from keras_moe.routers.logit_router import LogitRouter
-from keras_moe.routers.soft import SoftRouter
+from keras_moe.layers.stacked_experts import StackedExperts as DenseExperts
+from keras_moe.routers import LogitRouter, SoftRouter
 
 
 def check_can_cut(name, layer):

@@ -10,7 +10,7 @@ from keras_moe._internal.keras_internals import forget_compiled, forget_old_weig
 from keras_moe._internal.tensor_checks import host_values
 from keras_moe._internal.validation import check_choice, check_top_k, is_whole, listed, shortened
 from keras_moe.inspection import moe_layers
-from keras_moe.routers.group_limited import GroupLimitedRouter
+from keras_moe.routers import GroupLimitedRouter, HashRouter
 from keras_moe.surgery import measuring
 from keras_moe.surgery.cutting import check_can_cut, check_is_ours, cut
 from keras_moe.surgery.merging import centers_of, check_can_merge, merge
@@ -166,7 +166,7 @@ def set_top_k(model, top_k):
                 "`DenseRouter` does and loads its weights."
             )
         check_top_k(value, router.num_experts, type(router).__name__)
-        if "top_k" in router._attribute_rules.fixed and value != router.top_k:
+        if isinstance(router, HashRouter) and value != router.top_k:
             raise ValueError(
                 "The router of a layer must choose experts by scores. Received: "
                 f"{name!r} with a `{type(router).__name__}`, which has {router.top_k} for each "

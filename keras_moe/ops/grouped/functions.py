@@ -6,9 +6,8 @@ from typing import NamedTuple
 from keras import ops
 
 from keras_moe.backend import backend
-from keras_moe.ops.grouped.padded import tile_length
-from keras_moe.ops.grouped.padded_tiles import pad_tiles
-from keras_moe.ops.platforms import on_platform
+from keras_moe.ops.grouped.padded import pad_tiles, tile_length
+from keras_moe.ops.platforms import named_platform, on_platform
 
 SCAN_ROWS = 64
 
@@ -25,14 +24,11 @@ class Alike(NamedTuple):
 
 
 def engine_of(alike, platform, static_shapes):
-    """The way in which `map_groups` runs: "slices", "scan" or "vectorized".
+    """The way in which `map_groups` runs.
 
-    | shapes | platform | functions | |
-    | --- | --- | --- | --- |
-    | dynamic | any | any | `slices`: one call for each function |
-    | static | CPU | any | `scan` over tiles, with a switch to the function of each |
-    | static | GPU, TPU | alike | `vectorized` over tiles, with a copy of the weights for each |
-    | static | GPU, TPU | different | `scan` |
+    - "slices": one call for each function, where shapes may depend on data.
+    - "vectorized": over all tiles, each with a copy of the weights of its function.
+    - "scan": over tiles, with a switch to the function of each.
     """
     if not static_shapes:
         return "slices"
@@ -40,22 +36,18 @@ def engine_of(alike, platform, static_shapes):
 
 
 def map_groups(functions, rows, sizes, output_width, state, alike=None):
-    """Apply function e to group e of the rows (R, D), which are padding past the last group.
+    """Apply function e to group e of the rows (R, D); returns rows (R, D') and the state.
 
     Where shapes are fixed at compile time the rows are cut into tiles of one group each, and a
-    function sees rows of zeros after its own.
+    function sees rows of zeros after its own. Rows past the last group give zeros.
 
     Args:
         functions: E functions `(rows (n, D), state, inside) -> (rows (n, D'), state)`; `inside`
             (n,) is False for rows of zeros, or None.
-        rows, sizes: (R, D), and (E,) int32.
-        output_width: D'.
+        rows, sizes, output_width: (R, D), (E,) int32, and D'.
         state: list of tensors, handed through the functions that run; the last is a float32 sum of
             losses.
         alike: the same functions as one, an `Alike`, where they have no other state; or None.
-
-    Returns:
-        Rows (R, D'), zero at padding, and the state.
     """
     static_shapes = backend.compiles_static_shapes()
 
@@ -67,7 +59,7 @@ def map_groups(functions, rows, sizes, output_width, state, alike=None):
         return run(functions, output_width, *operands)
 
     if static_shapes and alike is not None:
-        return on_platform(run_on, rows, sizes, state)
+        return on_platform(named_platform(), run_on, rows, sizes, state)
     return run_on(None, rows, sizes, state)
 
 

@@ -1,9 +1,11 @@
-"""Records of grouped computation: weights, integers in place of kernels, and gradients."""
+"""Records of grouped computation: networks, projections, integers in place of kernels."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from keras import ops
+
+from keras_moe.backend import backend
 
 
 class Setting(NamedTuple):
@@ -107,11 +109,7 @@ def floats(weights, part, dtype):
 
 
 class Kernels(NamedTuple):
-    """The kernels of a projection, which `backend.multiply_groups` takes one expert at a time.
-
-    - `stored`: (E, D, H) tensor, `Quantized` or `Packed`.
-    - `dtype`: that of the rows.
-    """
+    """Stored kernels, of which `backend.multiply_groups` takes one at a time in a dtype of rows."""
 
     stored: Any
     dtype: Any
@@ -131,14 +129,14 @@ class Kernels(NamedTuple):
         return self.stored.dtype != self.dtype
 
     def of(self, expert, length=None):
-        """The kernel (D, H) of an expert, or the first rows of it, without its `scale`.
-
-        It has the dtype it is stored in; that of the rows, where it is `Packed`.
-        """
+        """The kernel (D, H) of an expert, or its first rows, as stored; floats if `Packed`."""
         if isinstance(self.stored, Packed):
-            return self.stored.floats(lambda stacked: stacked[expert][:length], self.dtype)
+            return self.stored.floats(
+                lambda stacked: backend.entry(stacked, expert)[:length], self.dtype
+            )
         values = self.stored.values if isinstance(self.stored, Quantized) else self.stored
-        return values[expert] if length is None else values[expert][:length]
+        kernel = backend.entry(values, expert)
+        return kernel if length is None else kernel[:length]
 
 
 class Network(NamedTuple):
@@ -185,6 +183,8 @@ class Parameters(NamedTuple):
     @classmethod
     def of(cls, projections):
         """The `Parameters` of a list of `Affine`."""
+        pairs = [each.low_rank for each in projections if each.low_rank is not None]
+        projections = [*projections, *(Affine(factor) for kind in zip(*pairs) for factor in kind)]
         trained: list = []
         frozen: list = []
         for kernel, bias, low_rank in projections:
@@ -192,12 +192,7 @@ class Parameters(NamedTuple):
             trained.append({} if bias is None else {"bias": bias})
             frozen.append({})
             (frozen if is_frozen else trained)[-1]["kernel"] = kernel
-        pairs = [each.low_rank for each in projections if each.low_rank is not None]
-        factors = [factor for kind in zip(*pairs) for factor in kind]
-        return cls(
-            trained + [{"kernel": factor} for factor in factors],
-            frozen + [{} for _ in factors],
-        )
+        return cls(trained, frozen)
 
     @property
     def projections(self):
@@ -214,16 +209,3 @@ class Parameters(NamedTuple):
             Affine(floats(kernel, part, dtype), None if bias is None else floats(bias, part, dtype))
             for kernel, bias, _ in self.projections
         ]
-
-
-class Gradients(NamedTuple):
-    """What a backward pass returns.
-
-    - `rows`: (R', D), R' >= R, of each row; anything past the last group.
-    - `weights`: of the combine weights, float32 in their shape.
-    - `trained`: in the structure of `Parameters.trained`.
-    """
-
-    rows: Any
-    weights: Any
-    trained: list

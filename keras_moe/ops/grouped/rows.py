@@ -7,7 +7,6 @@ product in the step, and cast the experts' weights tile by tile.
 from keras import ops
 
 from keras_moe.backend import backend
-from keras_moe.ops.grouped.records import Gradients
 from keras_moe.ops.grouped.steps import Products, Remade
 
 
@@ -31,7 +30,7 @@ def backward(setting, step, tokens, row_weights, parameters, groups, outputs, sa
         saved,
         output_gradient * ops.cast(ops.expand_dims(row_weights, 1), setting.dtype),
     )
-    return Gradients(
+    return (
         row_gradient,
         groups.weight_gradients(outputs, gradient),
         _gradients(setting, factors, parameters, groups.sizes),

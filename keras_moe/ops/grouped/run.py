@@ -5,8 +5,9 @@ An engine is a module of this folder with one interface:
 - `supports(setting)`: whether it can compute there.
 - `forward(setting, step, tokens, parameters, groups, keep) -> (outputs, saved)`: the outputs of
   all rows, (R', D') with R' >= R, and what the backward pass needs, any structure of tensors.
-- `backward(setting, step, tokens, row_weights, parameters, groups, outputs, saved, gradient)`:
-  the `Gradients`, from the gradient of each token, (T, D').
+- `backward(setting, step, tokens, row_weights, parameters, groups, outputs, saved, gradient)`: from
+  the gradient of each token, (T, D'), those of all rows, (R', D), those of the combine weights,
+  float32 in their shape, and those of `parameters.trained`.
 
 Rows past the last group are padding. No engine promises anything for them.
 """
@@ -19,25 +20,13 @@ from keras import ops
 from keras_moe.backend import backend
 from keras_moe.ops.grouped import loop, padded, rows, slices, tiles
 from keras_moe.ops.grouped.records import QUANTIZED, Parameters, Setting
-from keras_moe.ops.grouped.steps import products_of
 from keras_moe.ops.platforms import named_platform, on_platform
 
 ENGINES = (rows, padded, tiles, loop, slices)
 
 
 def choose(setting):
-    """The first engine that supports a `Setting`.
-
-    | backend | platform | engine |
-    | --- | --- | --- |
-    | JAX | TPU | `rows` by Pallas; float16, integer kernels, symbolic sizes: `padded` |
-    | JAX | GPU | `rows` by Triton; before sm80, integer kernels, symbolic sizes: `padded` |
-    | PyTorch | CUDA, sm90 or newer | `rows` for bfloat16 and widths that are multiples of 8 |
-    | TensorFlow with XLA | GPU, TPU | `padded` |
-    | JAX, TensorFlow with XLA | CPU | `tiles` |
-    | PyTorch | CPU, and GPU otherwise | `slices` |
-    | TensorFlow without XLA | all | `slices`; few rows on a CPU: `loop` |
-    """
+    """The first engine that supports a `Setting`; docs/accelerators.md has a table."""
     return next(engine for engine in ENGINES if engine.supports(setting))
 
 
@@ -56,34 +45,31 @@ def engine_on(platform, static_shapes, dtype, projections):
 
 
 def run_grouped(step, tokens, weights, parameters, groups):
-    """Apply a step to every group of rows, and sum each token's rows by weight.
+    """Apply a step to every group of rows, and sum each token's rows by weight, (T, D').
 
-    Rows outside all groups are not computed: padded and dropped assignments cost nothing.
+    Rows outside all groups are not computed: padded and dropped assignments cost nothing. A step is
+    compiled once.
 
     Args:
-        step: a `Step`, hashable. The same one is compiled once.
+        step, parameters: a `Step`, and the `Parameters` of all experts.
         tokens: (T, D).
         weights: combine weights, (T, K) or those of choices (R,).
-        parameters: the `Parameters` of all experts.
         groups: an `ops.Groups` or an `ops.ChosenGroups`.
-
-    Returns:
-        (T, `step.output_width`) in the dtype of `tokens`.
     """
     return _run((step, named_platform()), tokens, weights, parameters, groups)
 
 
 @backend.compile_once
 def _run(step_and_platform, *operands):
-    step, _ = step_and_platform
-    return on_platform(functools.partial(_run_on, step), *operands)
+    step, name = step_and_platform
+    return on_platform(name, functools.partial(_run_on, step), *operands)
 
 
 def _run_on(step, platform, tokens, weights, parameters, groups):
     setting = _setting(platform, tokens, parameters, groups)
     engine = choose(setting)
 
-    def forward(inputs, context, keep):
+    def forward(inputs, context, keep, engine=engine):
         tokens, weights, trained = inputs
         groups, frozen = context
         parameters = Parameters(trained, frozen)
@@ -94,57 +80,19 @@ def _run_on(step, platform, tokens, weights, parameters, groups):
     def backward(inputs, context, residuals, gradient):
         tokens, weights, trained = inputs
         groups, frozen = context
-        gradients = engine.backward(
-            setting,
-            step,
-            tokens,
-            groups.weight_of_row(weights),
-            Parameters(trained, frozen),
-            groups,
-            *residuals,
-            gradient,
+        parameters, row_weights = Parameters(trained, frozen), groups.weight_of_row(weights)
+        of_rows, of_weights, of_trained = engine.backward(
+            setting, step, tokens, row_weights, parameters, groups, *residuals, gradient
         )
-        return (
-            ops.cast(groups.sum_rows(gradients.rows), tokens.dtype),
-            ops.cast(gradients.weights, weights.dtype),
-            gradients.trained,
-        )
+        of_tokens = ops.cast(groups.sum_rows(of_rows), tokens.dtype)
+        return of_tokens, ops.cast(of_weights, weights.dtype), of_trained
 
+    # Derivatives of the gradient are those of an engine without loops.
     def plain(inputs, context):
-        tokens, weights, trained = inputs
-        groups, frozen = context
-        return _run_plainly(step, tokens, weights, Parameters(trained, frozen), groups)
+        return forward(inputs, context, keep=False, engine=padded)[0]
 
     inputs, context = (tokens, weights, parameters.trained), (groups, parameters.frozen)
     return backend.differentiable(forward, backward, inputs, context, plain)
-
-
-def _run_plainly(step, tokens, weights, parameters, groups):
-    """`run_grouped` for derivatives of any order: every row by all experts.
-
-    Each product is one of matrices (R, E D) and (E D, H). In each row of the first only the columns
-    of the row's expert are not zero.
-    """
-    projections = parameters.take(lambda stacked: stacked, tokens.dtype)
-    ends = ops.cumsum(groups.sizes)
-    row = ops.expand_dims(ops.arange(groups.num_rows(), dtype="int32"), 1)
-    is_of_expert = ops.logical_and(row >= ends - groups.sizes, row < ends)
-    is_served = ops.any(is_of_expert, axis=1, keepdims=True)
-
-    def project(rows, number):
-        kernel, bias, _ = projections[number]
-        num_experts, depth, width = kernel.shape
-        spread = ops.where(ops.expand_dims(is_of_expert, 2), ops.expand_dims(rows, 1), 0.0)
-        spread = ops.reshape(spread, (-1, num_experts * depth))
-        product = ops.matmul(spread, ops.reshape(kernel, (num_experts * depth, width)))
-        if bias is not None:
-            product = product + ops.matmul(ops.cast(is_of_expert, bias.dtype), bias)
-        # Not zeros, where an activation may have no derivative: NaN times 0 is NaN.
-        return ops.where(is_served, product, 1.0)
-
-    rows = backend.gather_rows(tokens, groups.token_of_row())
-    outputs, _ = step.forward(rows, products_of(project, pull=None), keep=False)
-    return ops.cast(groups.sum_rows(outputs, weights), tokens.dtype)
 
 
 def _setting(platform, tokens, parameters, groups):

@@ -33,10 +33,7 @@ class Products(NamedTuple):
 
 
 class Remade(NamedTuple):
-    """Rows that are `function(*inputs)`, elementwise, and need not exist as a tensor.
-
-    Without a function they are the one input.
-    """
+    """Rows that need not exist as a tensor: `function(*inputs)`, elementwise, or the one input."""
 
     function: Callable | None
     inputs: tuple
@@ -62,12 +59,7 @@ class Step(NamedTuple):
 
 
 def products_of(project, pull):
-    """`Products` that apply `then` to plain products.
-
-    Args:
-        project: function of rows and the number of a kernel, the affine map.
-        pull: function of a gradient and the number of a kernel, the product with its transpose.
-    """
+    """`Products` from the affine map and its pullback, of rows and the number of a kernel."""
 
     def multiply(rows, numbers, then):
         return then(*(project(rows, number) for number in numbers))
@@ -78,6 +70,8 @@ def products_of(project, pull):
     return Products(multiply, pull_then)
 
 
+# Equal networks share one step, and so what is compiled for it.
+@functools.lru_cache
 def step_of(network, widths):
     """The step of a `Network` whose projections have the output `widths`, a tuple."""
     activation, clip, up_shift, low_rank_scale = network
@@ -90,13 +84,11 @@ def step_of(network, widths):
     return step
 
 
-# Equal networks share one step, and so what is compiled for it.
 @functools.lru_cache
 def feed_forward_step(activation, widths, clip=None, up_shift=0.0):
-    """The step of `act(x W + b) V + c`, or `(act(x G) * (x U)) V` with a gate.
+    """The step of two or three projections, the gate first: see `Network`.
 
-    Only pre-activations are saved; activations are computed again. The kernels are, in the order of
-    `widths`, the gate if there is one, up and down.
+    Only pre-activations are saved; activations are computed again.
     """
     *ups, down = range(len(widths))
 

@@ -13,7 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe.backend import backend
-from keras_moe.ops.grouped.records import Gradients, Quantized
+from keras_moe.ops.grouped.records import Quantized
 from keras_moe.ops.grouped.steps import products_of
 from keras_moe.ops.groups import row_sums
 
@@ -43,35 +43,16 @@ def tile_dtype(setting):
     return "float32" if narrow and setting.platform == "cpu" else setting.dtype
 
 
-class _ForwardCarry(NamedTuple):
-    """What the loop over tiles writes: the outputs of all rows, and what is saved of them."""
-
-    outputs: Any
-    saved: list
-
-
-class _BackwardCarry(NamedTuple):
-    """What the loop over tiles writes and sums in the backward pass."""
-
-    row_gradients: Any
-    weight_gradients: Any
-    parameter_gradients: list
-
-
 def forward(setting, step, tokens, parameters, groups, keep):
     layout = _Layout(groups, tile_dtype(setting))
 
     def compute(tile, products, carry):
         outputs, saved = step.forward(tile.gather(tokens), products, keep)
-        return _ForwardCarry(
-            tile.write(carry.outputs, outputs), list(map(tile.write, carry.saved, saved))
-        )
+        return list(map(tile.write, carry, [outputs, *saved]))
 
-    buffers = _ForwardCarry(
-        layout.buffer(step.output_width),
-        [layout.buffer(width) for width in (step.saved_widths if keep else ())],
-    )
-    return tuple(layout.for_each_tile(parameters, compute, buffers))
+    widths = [step.output_width, *(step.saved_widths if keep else ())]
+    outputs, *saved = layout.for_each_tile(parameters, compute, list(map(layout.buffer, widths)))
+    return outputs, saved
 
 
 def backward(setting, step, tokens, row_weights, parameters, groups, outputs, saved, gradient):
@@ -79,6 +60,7 @@ def backward(setting, step, tokens, row_weights, parameters, groups, outputs, sa
     padded_weights = ops.expand_dims(ops.pad(row_weights, (0, layout.padding)), 1)
 
     def compute(tile, products, carry):
+        of_rows, of_weights, of_trained = carry
         output_gradient = tile.gather(gradient)
         row_gradient, factors = step.backward(
             tile.gather(tokens),
@@ -87,33 +69,26 @@ def backward(setting, step, tokens, row_weights, parameters, groups, outputs, sa
             [tile.read(buffer, past_end=1.0) for buffer in saved],
             output_gradient * tile.read(padded_weights),
         )
-        weight_gradient = row_sums(output_gradient, tile.read(outputs))
-        return _BackwardCarry(
-            tile.write(carry.row_gradients, row_gradient),
-            tile.write(carry.weight_gradients, weight_gradient),
+        return (
+            tile.write(of_rows, row_gradient),
+            tile.write(of_weights, row_sums(output_gradient, tile.read(outputs))),
             [
                 {
                     name: tile.add_to_expert(total, _OF_TILE[name](*pair))
                     for name, total in totals.items()
                 }
-                for totals, pair in zip(carry.parameter_gradients, factors)
+                for totals, pair in zip(of_trained, factors)
             ],
         )
 
-    sums = layout.for_each_tile(
-        parameters,
-        compute,
-        _BackwardCarry(
-            layout.buffer(tokens.shape[1]),
-            ops.zeros((layout.num_rows, 1), "float32"),
-            keras.tree.map_structure(_zeros_for_sum, parameters.trained),
-        ),
+    buffers = (
+        layout.buffer(tokens.shape[1]),
+        ops.zeros((layout.num_rows, 1), "float32"),
+        keras.tree.map_structure(_zeros_for_sum, parameters.trained),
     )
-    return Gradients(
-        sums.row_gradients,
-        groups.at_assignments(sums.weight_gradients[:, 0]),
-        keras.tree.map_structure(_like, sums.parameter_gradients, parameters.trained),
-    )
+    of_rows, of_weights, totals = layout.for_each_tile(parameters, compute, buffers)
+    of_trained = keras.tree.map_structure(_like, totals, parameters.trained)
+    return of_rows, groups.at_assignments(of_weights[:, 0]), of_trained
 
 
 class _Layout:
@@ -283,11 +258,8 @@ def tile_sizes(num_rows, num_experts):
     a power of two. Below 4 rows a product is bound by reading its kernel; from 32 on smaller tiles
     gain nothing, nor do larger ones from 512 on. None has more than an eighth of all rows: in the
     backward pass some seven intermediate values of a tile exist at once, which would be most of the
-    memory where experts are few.
-
-    Args:
-        num_rows: an integer, or a tensor where it is not known at compile time.
-        num_experts: an integer.
+    memory where experts are few. The number of rows is a tensor where it is not known at compile
+    time.
     """
     mean = num_rows // max(num_experts, 8) if isinstance(num_rows, int) else 256
     smallest = 2 ** min(max((mean // 8).bit_length() - 1, 2), 5)
@@ -297,15 +269,10 @@ def tile_sizes(num_rows, num_experts):
 
 @functools.lru_cache
 def cheapest_covers(sizes, overhead):
-    """How many tiles of each size cover a number of rows at the least cost.
+    """How many tiles of each size, for 0 rows, for 1 row and so on, cover them at the least cost.
 
-    Args:
-        sizes: tuple of the sizes of tiles, smallest first.
-        overhead: fixed cost of a tile, expressed in rows.
-
-    Returns:
-        (number of sizes, 3 * largest size) int32: how many tiles of each size for 0 rows, for 1 row
-        and so on.
+    An array (number of sizes, 3 * largest size) of int32. The sizes are a tuple, smallest first;
+    the overhead is the fixed cost of a tile, expressed in rows.
     """
     costs: list = [0]
     covers: list = [np.zeros(len(sizes), "int32")]
