@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_moe._internal.checks import shortened
-from keras_moe._internal.command_line import stating
+from keras_moe._internal.plain_text import stating
 
 
 class Rule(NamedTuple):

@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_moe._internal.batches import check_list_of_batches, running
 from keras_moe.inspection.recording import listening
-from keras_moe.metrics.contributions import contributions
+from keras_moe.metrics.specialization import contributions
 
 
 def checked_batches(data):

@@ -1,20 +1,11 @@
 """Verdicts on experts and routers in plain words, each with what to try."""
 
-import math
 from typing import NamedTuple
 
 import numpy as np
+from keras import ops
 
-from keras_moe._internal.tensor_checks import check_counts, check_experts, check_rank, host_values
-from keras_moe._internal.validation import (
-    check_list,
-    check_not_negative,
-    check_positive_integer,
-    check_scalar,
-    check_share,
-    check_text,
-    check_top_k,
-)
+from keras_moe._internal.checks import check_integer
 
 PROBLEM, HINT = "problem", "hint"
 
@@ -37,7 +28,12 @@ ENOUGH = 20
 
 
 class Finding(NamedTuple):
-    """`level` is "problem" or "hint"; `text` says what is the case and `fix` what to try."""
+    """A verdict.
+
+    - `level`: "problem" or "hint".
+    - `text`: what is the case.
+    - `fix`: what to try.
+    """
 
     level: str
     text: str
@@ -51,14 +47,17 @@ def spread(counts, top_k):
     the work of the others is a tenth of an expert.
 
     Args:
-        counts: (E,) assignments per expert.
-        top_k: experts per token, K.
+        counts: List or array, (E,). Assignments per expert.
+        top_k: Integer. Experts per token, K.
+
+    Returns:
+        Float.
     """
-    _check_load(counts, top_k)
-    share = np.asarray(counts, "float64") / max(np.sum(counts), 1)
-    effective = np.exp(-np.sum(share * np.log(np.where(share > 0, share, 1))))
-    if len(share) <= top_k:
+    counts, top_k = _as_counts(counts), check_integer("top_k", top_k)
+    if len(counts) <= top_k:
         return 1.0
+    share = counts / max(counts.sum(), 1)
+    effective = np.exp(-np.sum(share * np.log(np.where(share > 0, share, 1))))
     return float(np.clip((effective - top_k) / (len(share) - top_k), 0, 1))
 
 
@@ -70,16 +69,14 @@ def judge_load(counts, top_k, advice):
     assignments an expert, too few to judge.
 
     Args:
-        counts: (E,) assignments per expert.
-        top_k: experts per token.
-        advice: what to try where the load is uneven, the layer's `balance_advice()`.
+        counts: List or array, (E,). Assignments per expert.
+        top_k: Integer. Experts per token, K.
+        advice: String. What to try where the load is uneven: the layer's `balance_advice()`.
 
     Returns:
         List of `Finding`.
     """
-    _check_load(counts, top_k)
-    check_text("advice", advice)
-    counts = np.asarray(counts)
+    counts = _as_counts(counts)
     num_experts = len(counts)
     if not is_enough(counts):
         text = f"{int(counts.sum())} assignments are too few to judge {num_experts} experts."
@@ -97,8 +94,8 @@ def judge_load(counts, top_k, advice):
 
 
 def judge_drops(dropped):
-    """Findings about the share of assignments that found no slot, from 0 to 1."""
-    dropped = check_share("dropped", check_scalar("dropped", dropped))
+    """Findings about the share of assignments that found no slot, a float from 0 to 1."""
+    dropped = _share("dropped", dropped)
     if dropped <= DROPPED:
         return []
     text = f"{dropped:.0%} of the assignments found no slot in their expert."
@@ -106,7 +103,7 @@ def judge_drops(dropped):
     return [Finding(PROBLEM, text, fix)]
 
 
-@np.errstate(invalid="ignore")  # infinite logits become NaN, which is told
+@np.errstate(invalid="ignore")  # infinite logits become NaN, which is a finding
 def logit_sizes(logits, router):
     """How large logits are: above the mean of their token where only differences count.
 
@@ -114,8 +111,8 @@ def logit_sizes(logits, router):
     a large one is no explosion.
 
     Args:
-        logits: (T, E) logits, or a kernel (D, E) that they are linear in.
-        router: the `routers.Router` they are of.
+        logits: Logits (T, E), or a kernel (D, E) that they are linear in.
+        router: The `routers.Router` that computes them.
     """
     if router.normalizes_kernel:
         return 0.0 * logits  # NaN stays NaN
@@ -131,19 +128,16 @@ def judge_router(entropy, largest_logit):
     learns any more below 0.05 of it; a problem where a logit is larger than 30.
 
     Args:
-        entropy: mean entropy of a token's probabilities over `log E`, from 0 to 1.
-        largest_logit: size of the largest logit, above the mean of its token where the router is
-            `shift_invariant`.
+        entropy: Float from 0 to 1. Mean entropy of a token's probabilities over `log E`.
+        largest_logit: Float. Size of the largest logit, above the mean of its token where the
+            router is `shift_invariant`.
 
     Returns:
         List of `Finding`.
     """
-    largest_logit = check_scalar("largest_logit", largest_logit)
-    entropy = check_scalar("entropy", entropy)
     if not np.isfinite(largest_logit):
         return [not_a_number()]
-    check_share("entropy", entropy)
-    check_not_negative("largest_logit", largest_logit)
+    entropy = _share("entropy", entropy)
     if largest_logit > EXPLODED_LOGIT:
         return [exploded(f"reach {largest_logit:.0f}")]
     if entropy > INDIFFERENT:
@@ -161,6 +155,7 @@ def judge_router(entropy, largest_logit):
 
 
 def not_a_number():
+    """The finding that a router computes NaN."""
     text = "The router computes what is not a number."
     fix = (
         "Look for NaN in the inputs, lower the learning rate, clip gradients (`clipnorm=1.0`), and "
@@ -170,7 +165,7 @@ def not_a_number():
 
 
 def exploded(how):
-    check_text("how", how)
+    """The finding that logits are too large; `how` says by how much, after "they"."""
     text = f"Router logits explode: they {how}, which makes every choice absolute."
     fix = (
         "Raise the weight of `losses.RouterZ`, lower the learning rate, and normalise the inputs "
@@ -180,13 +175,7 @@ def exploded(how):
 
 
 def collapsed(counts, advice):
-    check_counts("counts", counts)
-    check_text("advice", advice)
-    if not np.any(counts):
-        raise ValueError(
-            "Experts must have work to collapse. Received: counts that are all 0. Judge loads that "
-            "`is_enough` calls so."
-        )
+    """The finding that few experts do the work, with the counts (E,), not all 0, that show it."""
     share = np.cumsum(np.sort(counts)[::-1]) / np.sum(counts)
     busy = int(np.argmax(share >= 0.9)) + 1
     text = (
@@ -197,12 +186,7 @@ def collapsed(counts, advice):
 
 
 def dead(experts, num_experts, advice, when="at all"):
-    check_positive_integer("num_experts", num_experts)
-    experts = np.asarray(host_values(experts))
-    check_rank("experts", experts, ("N",))
-    check_experts("experts", experts[:, None], num_experts, least=0)
-    check_text("advice", advice)
-    check_text("when", when)
+    """The finding that experts, a list of their numbers, serve no token."""
     experts = np.unique(experts)
     listed = ", ".join(str(expert) for expert in experts[:10])
     if len(experts) > 10:
@@ -213,7 +197,7 @@ def dead(experts, num_experts, advice, when="at all"):
 
 
 def is_enough(counts):
-    check_counts("counts", counts)
+    """Whether counts (E,) are large enough to judge the experts: 20 an expert."""
     return np.sum(counts) >= ENOUGH * len(counts)
 
 
@@ -221,11 +205,10 @@ def judge_weak_loss(loss, weight):
     """A finding, if a balancing loss is on but cannot matter, or None.
 
     Args:
-        loss: a router loss.
-        weight: the weight it has now.
+        loss: A `losses.RouterLoss`.
+        weight: Float. The weight it has now.
     """
     usual = _usual_weight(loss)
-    weight = check_not_negative("weight", check_scalar("weight", weight))
     if usual is None or not 0 < weight < WEAK_WEIGHT * usual:
         return None
     text = f"{type(loss).__name__}(weight={weight:g}) is too weak to have any effect."
@@ -239,19 +222,16 @@ def judge_heavy_losses(router_losses, weights, total, values=None):
     gradient and is no sign of a heavy loss: only what is above it counts.
 
     Args:
-        router_losses: the losses of all MoE layers of a model, one behind another.
-        weights: the weight that each has now.
-        total: the loss of the model: the largest of all epochs, as any loss is large beside that of
-            a task that is learned.
-        values: the mean of each loss before its weight, over about the steps of `total`. None, or
-            NaN in their place, if they were not measured: nothing is found then.
+        router_losses: List of `losses.RouterLoss`. Those of all MoE layers of a model.
+        weights: List of floats. The weight that each has now.
+        total: Float or None. The loss of the model: the largest of all epochs, as any loss is large
+            beside that of a task that is learned.
+        values: List of floats or None. The mean of each loss before its weight, over about the
+            steps of `total`. None, or NaN in their place, if they were not measured: nothing is
+            found then.
     """
-    check_list("router_losses", router_losses)
-    check_list("weights", weights)
-    weights = [check_not_negative("weights", check_scalar("weights", each)) for each in weights]
-    total = None if total is None else check_scalar("total", total)
-    _check_one_each("weight", weights, router_losses)
-    judged = list(zip(router_losses, weights, _values_of(values, router_losses)))
+    values = [np.nan] * len(router_losses) if values is None else values
+    judged = list(zip(router_losses, weights, values, strict=True))
     heavy = [
         (loss, weight, value)
         for loss, weight, value in judged
@@ -276,35 +256,22 @@ def judge_heavy_losses(router_losses, weights, total, values=None):
     return Finding(HINT, f"{text}.", fix)
 
 
-def _check_load(counts, top_k):
-    check_counts("counts", counts)
-    check_top_k(top_k, len(counts))
-
-
-def _values_of(values, router_losses):
-    """The values of losses as numbers; NaN where they were not measured."""
-    if values is None:
-        return [math.nan] * len(router_losses)
-    check_list("values", values)
-    _check_one_each("value", values, router_losses)
-    return [check_scalar("values", value) for value in values]
-
-
-def _check_one_each(what, given, router_losses):
-    if len(given) != len(router_losses):
-        raise ValueError(
-            f"There must be a {what} for each loss. Received: {len(given)} {what}s for "
-            f"{len(router_losses)} losses. Pass those of the same layers."
-        )
-
-
 def _usual_weight(loss):
-    if not hasattr(loss, "balances"):
-        raise TypeError(
-            "A loss must be a `losses.RouterLoss`. Received: an object of type "
-            f"{type(loss).__name__}. Pass one of the `router_losses` of a layer."
-        )
     return loss.usual_weight if loss.balances else None
+
+
+def _as_counts(counts):
+    """Counts as an array of floats (E,)."""
+    counts = ops.convert_to_numpy(counts).astype("float64")
+    if counts.ndim != 1 or not counts.size or not (counts >= 0).all():
+        raise ValueError(f"`counts` must be numbers (E,) of at least 0. Received: counts={counts}")
+    return counts
+
+
+def _share(name, value):
+    if not 0 <= value <= 1 + 1e-4:  # a little more is a rounding error
+        raise ValueError(f"`{name}` must be a share, from 0 to 1. Received: {name}={value}")
+    return float(value)
 
 
 __all__ = [
