@@ -39,7 +39,7 @@ class StackedExperts(Adaptable, ExpertBank):
         **kwargs,
     ):
         super().__init__(num_experts, **kwargs)
-        self.activation = keras.activations.get(activation)
+        self.activation: Any = keras.activations.get(activation)
         self.use_bias = use_bias
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
@@ -70,7 +70,7 @@ class StackedExperts(Adaptable, ExpertBank):
     def _check_activation(self):
         # A layer with weights would run outside of what is differentiated, and never be trained.
         if isinstance(self.activation, keras.Layer):
-            self.activation.build((None, self.widths(1)[0][1]))
+            self.activation(keras.KerasTensor((None, self.widths(1)[0][1])))
             if self.activation.weights:
                 raise ValueError(
                     "`activation` must have no weights. Received: "
