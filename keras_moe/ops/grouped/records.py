@@ -9,7 +9,7 @@ from keras_moe.backend import backend
 
 
 class Setting(NamedTuple):
-    """What an engine is chosen by.
+    """Grounds on which an engine is chosen.
 
     - `platform`: "cpu", "gpu" or "tpu", the one that is compiled for.
     - `static_shapes`: whether all shapes are fixed at compile time, as under XLA.
