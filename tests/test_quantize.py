@@ -102,7 +102,7 @@ def test_kernels_are_those_of_dense_in_int4(block_size):
     kernel = to_numpy(bank.up_kernel)
     config = keras.quantizers.Int4QuantizationConfig(block_size=block_size)
     bank.quantize("int4", config=config)
-    for of_expert, near in zip(kernel, bank.projections["up"].merged_kernel()):
+    for of_expert, near in zip(kernel, bank.projection("up").merged_kernel()):
         dense = keras.layers.Dense(7, use_bias=False)
         dense.build((None, D))
         dense.kernel.assign(of_expert)
