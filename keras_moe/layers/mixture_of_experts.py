@@ -220,7 +220,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         )
 
         # Plan: sort the assignments of tokens to experts by expert. A capacity may drop some.
-        plan = self.router.plan(routing, **self._limits(routing, sequence_length, training))
+        plan = self._plan(routing, sequence_length, training)
         routing = routing._replace(dropped=plan.dropped_fraction(routing.counts))
 
         # Compute: each expert computes its tokens; their outputs are weighted and summed.
@@ -250,14 +250,13 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         check_tensors(None, **given)
         return None if mask is None else keras_ops.cast(mask, "bool")
 
-    def _limits(self, routing, sequence_length, training):
-        """The arguments of `ops.plan_groups` for the capacity, if there is one."""
-        if self.capacity is None:
-            return {}
-        limits = self.capacity.limits(routing, sequence_length, training, self._capacity_seed)
-        if limits and self.experts.num_limited < self.experts.num_experts:
-            limits = {"num_limited": self.experts.num_limited, **limits}
-        return limits
+    def _plan(self, routing, sequence_length, training):
+        limits = {}
+        if self.capacity is not None:
+            limits = self.capacity.limits(routing, sequence_length, training, self._capacity_seed)
+            if limits and self.experts.num_limited < self.experts.num_experts:
+                limits = {"num_limited": self.experts.num_limited, **limits}
+        return self.router.plan(routing, **limits)
 
     def _compute_experts(self, tokens, plan):
         if not isinstance(plan, ops.SoftPlan):

@@ -45,11 +45,14 @@ class RouterUsage(keras.layers.Layer):
             trainable=False,
             autocast=False,
         )
-        self.expert_counts = _counter("expert_counts", (num_experts,))
-        self.dropped_count = _counter("dropped_count", ())
-        self.router_loss_totals = _counter("router_loss_totals", (num_losses,))
-        self.router_entropy_total = _counter("router_entropy_total", ())
-        self.call_count = _counter("call_count", ())
+        self.expert_counts = counter("expert_counts", (num_experts,))
+        self.dropped_count = counter("dropped_count", ())
+        self.router_loss_totals = counter("router_loss_totals", (num_losses,))
+        self.router_entropy_total = counter("router_entropy_total", ())
+        self.call_count = counter("call_count", ())
+        self._build_losses()
+
+    def _build_losses(self):
         # Stateful losses are copied, one per layer, and have their weights in it.
         built, self.loss_states = [], []
         for loss in self.router_losses:
@@ -196,7 +199,8 @@ class RouterUsage(keras.layers.Layer):
         return f"router_loss_{index}_{type(self.router_losses[index]).__name__}"
 
 
-def _counter(name, shape):
+def counter(name, shape):
+    """A variable (shape) that counts, float32."""
     # Under `tf.distribute` each replica counts alone, and reading gives the sum, which
     # `add_weight` cannot express.
     return keras.Variable(

@@ -1,13 +1,21 @@
-"""The load-balance loss of a batch, of each sequence, and of a global batch."""
+"""Losses that spread the load over the experts."""
 
-from keras import ops as keras_ops
+from typing import Any
 
-from keras_moe import ops
+from keras import ops
+
+from keras_moe._internal.checks import check_integer
 from keras_moe._internal.serialization import register
-from keras_moe._internal.validation import check_positive_integer, check_routing
 from keras_moe.backend import backend
 from keras_moe.losses.router_loss import RouterLoss
-from keras_moe.ops.assignments import at_least
+from keras_moe.ops.balance import (
+    _agreement,
+    _load_balance,
+    _masked_mean,
+    _sequence_load_balance,
+    _squared_importance_variation,
+    _squared_load_variation,
+)
 
 
 @register
@@ -21,7 +29,7 @@ class LoadBalance(RouterLoss):
     `top_k`, and is computed for each layer alone, so that layers cannot cancel each other.
 
     Args:
-        weight: what the loss is multiplied by.
+        weight: Float, at least 0. Factor of the loss.
 
     Raises:
         ValueError: If `weight` is negative.
@@ -43,7 +51,7 @@ class LoadBalance(RouterLoss):
         super().__init__(weight)
 
     def compute(self, routing):
-        return ops.load_balance(routing)
+        return _load_balance(routing)
 
 
 @register
@@ -51,12 +59,11 @@ class SequenceLoadBalance(RouterLoss):
     """Spreads the tokens of each sequence over the experts: the mean of their `LoadBalance`.
 
     Stricter than `LoadBalance`: experts cannot specialise on whole sequences. Give it a small
-    weight, and balance the batch as well. The layer says which tokens are one sequence: all axes of
-    its inputs between the first and the last. Outside of a layer all tokens are one, unless
-    `sequence_length` is given.
+    weight, and balance the batch as well. In a layer, a sequence is all axes of its inputs between
+    the first and the last. Elsewhere all tokens are one, unless `sequence_length` is given.
 
     Args:
-        weight: what the loss is multiplied by.
+        weight: Float, at least 0. Factor of the loss.
 
     Raises:
         ValueError: If `weight` is negative.
@@ -78,10 +85,9 @@ class SequenceLoadBalance(RouterLoss):
         super().__init__(weight)
 
     def compute(self, routing, sequence_length=None):
-        check_routing(routing)
         if sequence_length is None:
-            sequence_length = at_least(1, keras_ops.shape(routing.mask)[0])
-        return ops.sequence_load_balance(routing, sequence_length)
+            return _load_balance(routing)
+        return _sequence_load_balance(routing, sequence_length)
 
 
 @register
@@ -93,9 +99,10 @@ class GlobalLoadBalance(RouterLoss):
     probabilities `P` are those of this one, as only they have a gradient.
 
     Args:
-        weight: what the loss is multiplied by.
-        accumulation_steps: micro-batches of an optimizer step, the `gradient_accumulation_steps`
-            of the optimizer, times the calls of the layer in one pass.
+        weight: Float, at least 0. Factor of the loss.
+        accumulation_steps: Integer. Micro-batches of an optimizer step, the
+            `gradient_accumulation_steps` of the optimizer, times the calls of the layer in one
+            pass.
 
     Raises:
         ValueError: If an argument is out of its range, or the loss is used outside of a layer,
@@ -114,33 +121,23 @@ class GlobalLoadBalance(RouterLoss):
     balances = True
     value_at_balance = 1.0
 
-    _attribute_checks = {"accumulation_steps": check_positive_integer}
-
     def __init__(self, weight=1e-2, accumulation_steps=1):
         super().__init__(weight)
-        self.accumulation_steps = accumulation_steps
-        self._counts = None
+        self.accumulation_steps = check_integer("accumulation_steps", accumulation_steps)
+        self._counts: Any = None
+        self._steps: Any = None
 
     def build(self, layer):
-        if not hasattr(layer, "experts"):
-            raise TypeError(
-                "`layer` must be a `layers.MixtureOfExperts`, which keeps the counts. Received: an "
-                f"object of type {type(layer).__name__}. Pass the loss to a layer as one of its "
-                "`router_losses`, which builds it."
-            )
-        return type(self).from_config(self.get_config())._remembering_in(layer)
-
-    def _remembering_in(self, layer):
         counter = {"initializer": "zeros", "trainable": False, "autocast": False}
-        num_experts = layer.experts.num_experts
-        self._counts = layer.add_weight(
-            name="global_counts", shape=(num_experts,), dtype="float32", **counter
+        loss = type(self).from_config(self.get_config())
+        loss._counts = layer.add_weight(
+            name="global_counts", shape=(layer.experts.num_experts,), dtype="float32", **counter
         )
-        self._steps = layer.add_weight(name="global_steps", shape=(), dtype="int32", **counter)
-        return self
+        loss._steps = layer.add_weight(name="global_steps", shape=(), dtype="int32", **counter)
+        return loss
 
     def evaluate(self, routing, **kwargs):
-        return ops.load_balance(routing)
+        return _load_balance(routing)
 
     def compute(self, routing):
         if self._counts is None:
@@ -149,11 +146,71 @@ class GlobalLoadBalance(RouterLoss):
                 "Pass it to `MixtureOfExperts` as one of its `router_losses`."
             )
         is_first = self._steps % self.accumulation_steps == 0
-        before = keras_ops.where(is_first, 0.0, keras_ops.convert_to_tensor(self._counts))
-        counts = backend.sum_over_replicas(keras_ops.cast(routing.counts, "float32"))
+        before = ops.where(is_first, 0.0, ops.convert_to_tensor(self._counts))
+        counts = backend.sum_over_replicas(ops.cast(routing.counts, "float32"))
         self._counts.assign(before + counts)
         self._steps.assign(backend.after(counts, self._steps + 1))
-        return ops.agreement(before + counts, ops.masked_mean(routing.probs, routing.mask))
+        return _agreement(before + counts, _masked_mean(routing.probs, routing.mask))
 
     def get_config(self):
         return {**super().get_config(), "accumulation_steps": self.accumulation_steps}
+
+
+@register
+class ImportanceVariation(RouterLoss):
+    """Evens out the summed scores of the experts: their squared coefficient of variation.
+
+    Args:
+        weight: Float, at least 0. Factor of the loss.
+
+    Raises:
+        ValueError: If `weight` is negative.
+
+    Example:
+
+    >>> loss = keras_moe.losses.ImportanceVariation(weight=1e-2)
+    >>> router = keras_moe.routers.NoisyTopKRouter(num_experts=8)
+    >>> value = loss(router(keras.random.normal((32, 64))))
+
+    Reference: Shazeer et al. 2017 (arXiv:1701.06538), eq. 6 and 7, of the scores of all experts as
+    in V-MoE (arXiv:2106.05974), appendix A.1.
+    """
+
+    balances = True
+
+    def __init__(self, weight=1e-2):
+        super().__init__(weight)
+
+    def compute(self, routing):
+        return _squared_importance_variation(routing)
+
+
+@register
+class LoadVariation(RouterLoss):
+    """Evens out the load of the experts: its squared coefficient of variation.
+
+    Of a noisy router the load is the expected number of assignments, which has a gradient. Of any
+    other it is a count without one: use `LoadBalance` there.
+
+    Args:
+        weight: Float, at least 0. Factor of the loss.
+
+    Raises:
+        ValueError: If `weight` is negative.
+
+    Example:
+
+    >>> loss = keras_moe.losses.LoadVariation(weight=1e-2)
+    >>> router = keras_moe.routers.NoisyTopKRouter(num_experts=8)
+    >>> value = loss(router(keras.random.normal((32, 64)), training=True))
+
+    Reference: Shazeer et al. 2017 (arXiv:1701.06538), eq. 8 to 11.
+    """
+
+    balances = True
+
+    def __init__(self, weight=1e-2):
+        super().__init__(weight)
+
+    def compute(self, routing):
+        return _squared_load_variation(routing)

@@ -1,28 +1,23 @@
-"""Muon for stacked kernels."""
+"""Optimizers that update each expert's kernel in a stack as a matrix."""
 
 import re
-from typing import Any, NamedTuple
+from types import SimpleNamespace
 
 import keras
 
-from keras_moe._internal.bank_weights import BIASES, CONSTANTS, KERNELS
-from keras_moe._internal.named_arguments import Saved
+from keras_moe._internal.checks import shortened
 from keras_moe._internal.serialization import register
-from keras_moe._internal.validation import check_list, check_pattern, optional
 
-# With the number of their axes. Other weights of three axes, such as those of attention, are no
-# stacks of matrices.
-_STACKED = ((re.compile(KERNELS), 3), (re.compile(BIASES), 2), (re.compile(CONSTANTS), 2))
-
-
-def _check_patterns(name, value):
-    for pattern in check_list(name, value):
-        check_pattern(name, pattern)
-    return value
+# Paths of the stacked weights of a bank that are trained, by the number of their axes. Other
+# weights of three axes, such as those of attention, are no stacks of matrices.
+_STACKED = {
+    3: re.compile(r"(.*/)?(up|gate|down)_(kernel|lora_a|lora_b)"),
+    2: re.compile(r"(.*/)?((up|gate|down)_bias|constant)"),
+}
 
 
 @register
-class Muon(Saved, keras.optimizers.Muon):
+class Muon(keras.optimizers.Muon):
     """`keras.optimizers.Muon` that updates each expert's kernel as a matrix of its own.
 
     Keras's updates variables of two axes by Muon, and all others by AdamW. In a bank these are the
@@ -32,14 +27,13 @@ class Muon(Saved, keras.optimizers.Muon):
     variables are treated as Keras treats them.
 
     Args:
-        learning_rate: float, schedule or function, as of any optimizer of Keras.
-        exclude_layers: list of regular expressions; AdamW updates the variables in whose paths one
-            of them is found.
-        **kwargs: the other arguments of `keras.optimizers.Muon`.
+        learning_rate: Float, `keras.optimizers.schedules.LearningRateSchedule` or callable.
+        exclude_layers: List of strings, regular expressions. AdamW updates the variables in whose
+            paths one of them is found.
+        **kwargs: The other arguments of `keras.optimizers.Muon`.
 
     Raises:
-        TypeError: If `exclude_layers` is no list.
-        ValueError: If something in it is no regular expression.
+        TypeError: If `exclude_layers` is a string.
 
     Example:
 
@@ -51,18 +45,18 @@ class Muon(Saved, keras.optimizers.Muon):
     (arXiv:2502.16982), for experts as matrices and for the scale.
     """
 
-    _attribute_checks = {
-        "learning_rate": lambda name, value: value,  # Keras's own check
-        "exclude_layers": optional(_check_patterns),
-    }
-
     def __init__(self, learning_rate=0.001, *, exclude_layers=None, **kwargs):
+        if isinstance(exclude_layers, str):  # Keras would take each letter for an expression.
+            raise TypeError(
+                "`exclude_layers` must be a list of regular expressions. Received: "
+                f"exclude_layers={shortened(exclude_layers)}"
+            )
         super().__init__(learning_rate=learning_rate, exclude_layers=exclude_layers, **kwargs)
 
     def _should_use_adamw(self, variable):
-        for name, num_axes in _STACKED:
-            if len(variable.shape) == num_axes and name.fullmatch(variable.path):
-                variable = _OfOneExpert(variable.shape[1:], variable.path)
+        path = _STACKED.get(len(variable.shape))
+        if path is not None and path.fullmatch(variable.path):
+            variable = SimpleNamespace(shape=variable.shape[1:], path=variable.path)
         return super()._should_use_adamw(variable)
 
     def lr_adjust(self, x):
@@ -71,8 +65,8 @@ class Muon(Saved, keras.optimizers.Muon):
         return x * (max(x.shape[-2:]) ** 0.5 * self.rms_rate)
 
 
-class _OfOneExpert(NamedTuple):
-    """What Keras asks of a variable to decide on its update."""
+__all__ = ["Muon"]
 
-    shape: Any
-    path: str
+
+def __dir__():
+    return __all__
