@@ -37,7 +37,7 @@ class TorchBackend(Backend):
 
     def differentiable(self, forward, backward, inputs, context, plain=None):
         plain = plain or (lambda inputs, context: forward(inputs, context, keep=False)[0])
-        if torch._C._are_functorch_transforms_active():  # as `Function.apply` finds out
+        if _is_transformed():
             return plain(inputs, context)
         tensors = keras.tree.flatten(inputs)
         # In the function gradients are always off, and `needs_input_grad` does not ask whether.
@@ -270,6 +270,13 @@ class _Differentiable(torch.autograd.Function):
 
 def _is_traced():
     return torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
+def _is_transformed():
+    """Whether `torch.func` or forward-mode derivatives are in force; no public function tells."""
+    return not _is_traced() and (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def _platform_of(device):

@@ -115,6 +115,7 @@ class _MeanGradient(torch.autograd.Function):
         return kernel.view_as(kernel)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         mean = (gradient / torch.distributed.get_world_size()).contiguous()
         torch.distributed.all_reduce(mean, group=ctx.replicas)
