@@ -45,15 +45,21 @@ class Lengths(NamedTuple):
         return 1 + (ops.maximum(num_rows - self.first, 0) + self.further - 1) // self.further
 
 
-def sum_passes(nth_pass, num_passes, inputs, context):
+def sum_passes(pass_over, lengths, num_rows, num_passes, inputs, context):
     """The sum of all passes, at least one.
 
     Args:
-        nth_pass: function of a number and the context that returns a function of the inputs.
+        pass_over: function of a first row, a length and the context that returns a function of the
+            inputs.
+        lengths: the `Lengths` of the passes.
+        num_rows: the length of a pass over all rows.
         num_passes: function of the context, an integer tensor.
         inputs: tuple of structures of tensors that have a gradient.
         context: structure of tensors that have none.
     """
+
+    def nth_pass(number, context):
+        return pass_over(*lengths.span(number), context)
 
     def forward(inputs, context, keep):
         first = nth_pass(0, context)
@@ -71,8 +77,11 @@ def sum_passes(nth_pass, num_passes, inputs, context):
 
         return ops.fori_loop(1, num_passes(context), add, pullback(gradient))
 
-    forward, backward = map(keeping_platform, (forward, backward))
-    return backend.differentiable(forward, backward, inputs, context)
+    def plain(inputs, context):
+        return pass_over(0, num_rows, context)(*inputs)
+
+    forward, backward, plain = map(keeping_platform, (forward, backward, plain))
+    return backend.differentiable(forward, backward, inputs, context, plain)
 
 
 def run_in_passes(step, tokens, weights, parameters, groups, lengths):
@@ -89,9 +98,9 @@ def run_in_passes(step, tokens, weights, parameters, groups, lengths):
     if lengths.first >= groups.num_rows():
         return run_grouped(step, tokens, weights, parameters, groups)
 
-    def nth_pass(number, context):
+    def pass_over(start, length, context):
         groups, frozen = context
-        part = _part(groups, *lengths.span(number))
+        part = _part(groups, start, length)
         return lambda tokens, weights, trained: run_grouped(
             step, tokens, weights, trained._replace(frozen=frozen), part
         )
@@ -101,7 +110,8 @@ def run_in_passes(step, tokens, weights, parameters, groups, lengths):
         return lengths.passes_for(ops.sum(groups.sizes))
 
     inputs = tokens, weights, parameters._replace(frozen=[])
-    return sum_passes(nth_pass, num_passes, inputs, (groups, parameters.frozen))
+    context = groups, parameters.frozen
+    return sum_passes(pass_over, lengths, groups.num_rows(), num_passes, inputs, context)
 
 
 def _part(groups, start, length):
