@@ -41,8 +41,8 @@ class TensorFlowBackend(Backend):
 
     def differentiable(self, forward, backward, inputs, context, plain=None):
         plain = plain or (lambda inputs, context: forward(inputs, context, keep=False)[0])
-        # A variable would be taken for one that `forward` uses besides its inputs, and a tape watches
-        # what is read of one, frozen or not.
+        # A variable would be taken for one that `forward` uses besides its inputs, and tapes watch
+        # those that are frozen, too.
         context = tf.nest.map_structure(tf.stop_gradient, context)
         # `tf.vectorized_map` has no rows of different sizes. No function tells that it traces.
         if "loop_body" in tf.get_current_name_scope().split("/"):
