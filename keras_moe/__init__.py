@@ -13,7 +13,6 @@ from keras_moe import (
     callbacks,
     convert,
     distribution,
-    health,
     inspection,
     layers,
     losses,
@@ -23,7 +22,7 @@ from keras_moe import (
     routers,
     surgery,
 )
-from keras_moe.inspection import summary
+from keras_moe.inspection import health, summary
 from keras_moe.reporting import report
 from keras_moe.upcycling import upcycle
 

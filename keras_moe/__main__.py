@@ -9,32 +9,44 @@ The model is loaded on the backend that KERAS_BACKEND names, wherever it was sav
 import argparse
 import importlib
 import pathlib
-import zipfile
+import sys
+from typing import NoReturn
 
 import numpy as np
 
 from keras_moe import inspection, report, summary
 from keras_moe._internal import saved_models
-from keras_moe._internal.batches import check_inputs
-from keras_moe._internal.command_line import OneLineParser, one_line_errors, stating
-from keras_moe._internal.tensor_checks import fits
+from keras_moe._internal.plain_text import as_text, describe, stating
 
 
 def main(arguments=None):
     options = _parse(arguments)
-    with one_line_errors(options.debug):
+    try:
         for name in options.modules:
-            with stating(
-                "`--import` must name a module that Python can import.",
-                repr(name),
-                "Put its folder on PYTHONPATH, or mend the module.",
-            ):
+            with stating("`--import` must name a module that Python can import.", repr(name)):
                 importlib.import_module(name)
         options.command(options)
+    except Exception as error:
+        if options.debug:
+            raise
+        _fail(f"{describe(error).rstrip('.')}. Pass --debug to see the traceback.")
+
+
+def _fail(message) -> NoReturn:
+    """End the process with one line on standard error and exit code 2."""
+    print(f"error: {as_text(message)}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage before it."""
+
+    def error(self, message) -> NoReturn:
+        _fail(f"{message}. `{self.prog} --help` lists the arguments.")
 
 
 def _parse(arguments):
-    parser = OneLineParser(
+    parser = _OneLineParser(
         prog="python -m keras_moe",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -45,71 +57,39 @@ def _parse(arguments):
     reporting = commands.add_parser("report", help="write an HTML page about the experts")
     reporting.set_defaults(command=_report)
     for command in (inspecting, reporting):
-        command.add_argument("model", type=_model_file, help="a saved model, .keras")
+        command.add_argument("model", type=_file, help="a saved model, .keras")
         command.add_argument(
             "--import",
             dest="modules",
             action="append",
             default=[],
             metavar="MODULE",
-            help="Python module that registers layers of the model's own",
+            help="Python module that registers custom layers of the model",
         )
         command.add_argument("--debug", action="store_true", help="end errors in a traceback")
     reporting.add_argument(
         "--data",
         type=_file,
         required=True,
-        help="what the model takes: .npy of one array, or .npz of arrays by the names of inputs",
+        help="inputs of the model: .npy of one array, or .npz of arrays by the names of inputs",
     )
-    reporting.add_argument("--labels", type=_file, help="one a document: .npy, or lines of text")
-    reporting.add_argument("--tokens", type=_file, help="text with one document a line, to show")
+    reporting.add_argument(
+        "--labels", type=_file, help="one for each document: .npy, or lines of text"
+    )
+    reporting.add_argument("--tokens", type=_file, help="text to show, one document a line")
     reporting.add_argument(
         "--output",
-        type=_new_file,
+        type=pathlib.Path,
         default=pathlib.Path("report.html"),
         help="HTML file to write; default: report.html",
     )
-    options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        # By the command itself, whose help lists its arguments.
-        commands.choices[options.name].error(f"unrecognized arguments: {' '.join(unknown)}")
-    return options
+    return parser.parse_args(arguments)
 
 
 def _file(name):
     path = pathlib.Path(name)
     if not path.is_file():
-        # It may be a folder, a device or a pipe.
-        received = f"{name!r}, which is none" if path.exists() else f"there is no file {name!r}"
-        raise argparse.ArgumentTypeError(
-            f"a file must exist to be read. Received: {received}. Check the name"
-        )
-    return path
-
-
-def _model_file(name):
-    path = _file(name)
-    if not zipfile.is_zipfile(path):
-        raise argparse.ArgumentTypeError(
-            f"a model must be a whole file in Keras's own format. Received: {name!r}, which is "
-            'none. Write it by `model.save("....keras")`'
-        )
-    return path
-
-
-def _new_file(name):
-    path = pathlib.Path(name)
-    try:
-        is_place = "\0" not in name and path.parent.is_dir()
-        # A device or a pipe would be replaced by the file.
-        is_place = is_place and (path.is_file() or not path.exists())
-    except OSError:  # a name that is too long
-        is_place = False
-    if not is_place:
-        raise argparse.ArgumentTypeError(
-            f"a file in a folder that exists must be named. Received: {name!r}. Make the folder "
-            "first, or name another"
-        )
+        raise argparse.ArgumentTypeError(f"there must be a file. Received: {name!r}")
     return path
 
 
@@ -117,83 +97,36 @@ def _inspect(options):
     summary(saved_models.load(options.model))
 
 
-def _check_output(options):
-    """Refuse to write the page over a file that is read."""
-    for read in (options.model, options.data, options.labels, options.tokens):
-        if read is not None and options.output.exists() and options.output.samefile(read):
-            raise ValueError(
-                "`--output` must not be a file that is read: the page would replace it. Received: "
-                f"{str(options.output)!r} for both. Name another file."
-            )
-
-
 def _report(options):
-    _check_output(options)
-    # First what is quick to find wrong. A package that is missing is named by an error of its own.
-    importlib.import_module("keras_moe.visualization")
-    data = _read_data(options.data)
-    tokens = None if options.tokens is None else _read(options.tokens)
-    labels = None if options.labels is None else _read(options.labels)
+    read = (options.model, options.data, options.labels, options.tokens)
+    if options.output.resolve() in [path.resolve() for path in read if path is not None]:
+        raise ValueError(
+            "`--output` must not be a file that is read: the page would replace it. "
+            f"Received: {str(options.output)!r}"
+        )
+    data = _read_arrays(options.data)
+    labels, tokens = _read_entries(options.labels), _read_entries(options.tokens)
     model = saved_models.load(options.model)
     inspection.moe_layers(model)
-    _check_inputs(model, data)
+    print(f"The report is in {report(model, data, labels, tokens, options.output)}.")
+
+
+def _read_arrays(path):
     with stating(
-        "The model must run on the data, and the page be written.",
-        f"{str(options.data)!r} for {str(options.output)!r}",
-        "Pass data like those it was trained on, and a folder that can be written to.",
+        "Arrays must be numbers or strings in a whole .npy or .npz file, without pickled objects.",
+        repr(str(path)),
     ):
-        path = report(model, data, labels, tokens, options.output)
-    print(f"The report is in {path}.")
+        with path.open("rb") as file:  # NumPy leaves a file open that it cannot read.
+            loaded = np.load(file)
+            return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
 
 
-def _read_data(path):
-    if path.suffix not in (".npy", ".npz"):
-        raise ValueError(
-            f"`--data` must be a .npy or .npz file. Received: {str(path)!r}. Write it by "
-            "`numpy.save` or `numpy.savez`."
-        )
-    return _read(path)
-
-
-def _read(path):
+def _read_entries(path):
     """An array, a dict of arrays, or a list of lines, by the end of the file's name."""
-    if path.suffix in (".npy", ".npz"):
-        with stating(
-            "A .npy or .npz file must hold arrays of numbers or strings, without pickled objects.",
-            repr(str(path)),
-            "Write it by `numpy.save` or `numpy.savez`.",
-        ):
-            # NumPy leaves a file open that it cannot read.
-            with path.open("rb") as file:
-                loaded = np.load(file)
-                if isinstance(loaded, np.ndarray) != (path.suffix == ".npy"):
-                    raise ValueError(f"its content is not that of a {path.suffix}: rename it")
-                return loaded if path.suffix == ".npy" else dict(loaded)
-    with stating(
-        "A text file must be UTF-8.", repr(str(path)), "Save it as UTF-8, one document a line."
-    ):
+    if path is None or path.suffix in (".npy", ".npz"):
+        return path and _read_arrays(path)
+    with stating("A text file must be UTF-8, with one document a line.", repr(str(path))):
         return path.read_text(encoding="utf-8").splitlines()
-
-
-def _check_inputs(model, data):
-    """The data against the inputs of a model that says what they are."""
-    inputs = {tensor.name: tensor.shape for tensor in getattr(model, "inputs", None) or ()}
-    arrays = data
-    if not isinstance(data, dict):
-        arrays = dict.fromkeys(inputs, data) if len(inputs) == 1 else {"": data}
-    if not inputs:
-        return
-    given = {name: array.shape for name, array in arrays.items()}
-    fit = given.keys() == inputs.keys() and all(fits(given[n], inputs[n]) for n in given)
-    numbers = all(array.dtype.kind in "biuf" for array in arrays.values())
-    if not fit or not numbers:
-        raise ValueError(
-            "`--data` must hold what the model takes: numbers of these shapes by the names of "
-            f"inputs, {inputs}. Received: {given} of "
-            f"{' and '.join(sorted({str(array.dtype) for array in arrays.values()}))}. Change the "
-            "file."
-        )
-    check_inputs("--data", data, model)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,17 @@
 
 import keras
 
-from keras_moe._internal.bank_weights import BIASES, KERNELS
-from keras_moe._internal.validation import check_positive_integer, shortened
+from keras_moe._internal.checks import check_integer, shortened
 from keras_moe.backend import backend
 
 AXES = ("data", "expert")
+
+# Layouts of the stacked weights of banks, by the paths of these. Constant experts are whole on
+# every device.
+_LAYOUTS = {
+    r"(.*/)?(up|gate|down)_(kernel|scale|lora_a|lora_b)": ("expert", None, None),
+    r"(.*/)?(up|gate|down)_bias": ("expert", None),
+}
 
 
 def expert_parallel(experts=None, data=None, devices=None, layout_map=None, process_group=None):
@@ -24,17 +30,18 @@ def expert_parallel(experts=None, data=None, devices=None, layout_map=None, proc
     training loop of yours: see the guide to replicas.
 
     Args:
-        experts: devices that share the experts of a bank. It divides the number of experts of each.
-            On PyTorch None stands for all processes.
-        data: how many such groups there are. None: as many as the devices allow.
-        devices: list of devices, as `keras.distribution.list_devices()` names them. None: all.
+        experts: Integer. Devices that share the experts of a bank, a divisor of the number of
+            experts of each. None: all devices, divided by `data`.
+        data: Integer. Number of such groups. None: as many as the devices allow.
+        devices: List of strings, as `keras.distribution.list_devices()` names them. None: all.
         layout_map: `keras.distribution.LayoutMap` for other weights, whose device mesh begins with
             the axes "data" and "expert"; `experts`, `data` and `devices` are those of the mesh
-            then. It gains the layouts of the banks. None: all other weights are whole on every
+            then. The layouts of the banks are added. None: all other weights are whole on every
             device.
-        process_group: on PyTorch, the group of the processes that share the experts with this one,
-            which tokens on their way to experts use. Each process gives one, all of one size. None
-            makes new ones, of neighbours. `devices` and `layout_map` are for JAX alone.
+        process_group: On PyTorch, the `torch.distributed` group of the processes that share the
+            experts with this one, which tokens on their way to experts use. Each process gives
+            one, all of one size. None makes new ones, of neighbours. `devices` and `layout_map` are
+            for JAX alone.
 
     Returns:
         On JAX an `ExpertParallel`, which is a `keras.distribution.ModelParallel`. On PyTorch an
@@ -58,28 +65,32 @@ def expert_parallel(experts=None, data=None, devices=None, layout_map=None, proc
     name = keras.backend.backend()
     if name == "tensorflow":
         raise ValueError(
-            "`expert_parallel` needs JAX or PyTorch, as Keras splits no weights on TensorFlow. "
-            "Received: keras.backend.backend()='tensorflow'. Set KERAS_BACKEND=jax, or train all "
-            "experts on each device under `tf.distribute.MirroredStrategy`."
+            "`expert_parallel` needs JAX or PyTorch, as Keras splits no weights on TensorFlow: "
+            "train all experts on each device under `tf.distribute.MirroredStrategy`. Received: "
+            "keras.backend.backend()='tensorflow'"
         )
+    foreign = {"devices": devices, "layout_map": layout_map}
+    foreign = foreign if name == "torch" else {"process_group": process_group}
+    for argument, value in foreign.items():
+        if value is not None:
+            raise ValueError(
+                f"`{argument}` is for another backend. Received: {argument}={shortened(value)}"
+            )
+    experts = experts if experts is None else check_integer("experts", experts)
+    data = data if data is None else check_integer("data", data)
     if name == "torch":
-        _check_unused(name, devices=devices, layout_map=layout_map)
-        for argument, value in {"experts": experts, "data": data}.items():
-            if value is not None:
-                check_positive_integer(argument, value)
         return backend.split_experts(experts, data, process_group)
-    _check_unused(name, process_group=process_group)
-    if layout_map is None:
-        layout_map = keras.distribution.LayoutMap(_mesh(experts, data, devices))
-    else:
-        _check_layout_map(layout_map, experts, data, devices)
-        given, layout_map = layout_map, keras.distribution.LayoutMap(layout_map.device_mesh)
-        for path in given:
-            layout_map[path] = given[path]
-    for path, axes in ((KERNELS, ("expert", None, None)), (BIASES, ("expert", None))):
-        if path not in list(layout_map):  # `in` alone is always true
-            layout_map[path] = axes
-    return ExpertParallel(layout_map)
+    mesh = _mesh(experts, data, devices) if layout_map is None else layout_map.device_mesh
+    given = (experts, data, devices)
+    if layout_map is not None and given not in [(None, None, None), (*mesh.shape[1::-1], None)]:
+        raise ValueError(
+            "With a `layout_map` its device mesh sets the number of devices. Received: "
+            f"experts={experts}, data={data}, devices={shortened(devices)}"
+        )
+    layouts = keras.distribution.LayoutMap(mesh)
+    for path, axes in {**_LAYOUTS, **(layout_map or {})}.items():
+        layouts[path] = axes
+    return ExpertParallel(layouts)
 
 
 class ExpertParallel(keras.distribution.ModelParallel):
@@ -94,9 +105,13 @@ class ExpertParallel(keras.distribution.ModelParallel):
     token_axes = AXES
 
     def __init__(self, layout_map):
-        _check_layout_map(layout_map)
-        super().__init__(layout_map=layout_map, batch_dim_name="data")
         mesh = layout_map.device_mesh
+        if tuple(mesh.axis_names[:2]) != AXES:
+            raise ValueError(
+                "The device mesh of `layout_map` must begin with the axes 'data' and 'expert'. "
+                f"Received: axis_names={tuple(mesh.axis_names)}"
+            )
+        super().__init__(layout_map=layout_map, batch_dim_name="data")
         # A layout of Keras names one axis for the batch: this mesh has both as one.
         self._data_mesh = keras.distribution.DeviceMesh(
             (mesh.shape[0] * mesh.shape[1], *mesh.shape[2:]),
@@ -118,74 +133,24 @@ class ExpertParallel(keras.distribution.ModelParallel):
         num_shards = self.device_mesh.shape[1]
         if layout.axes[:1] == ("expert",) and variable.shape[0] % num_shards:
             raise ValueError(
-                "The expert axis of the mesh must divide the number of experts of a bank. "
-                f"Received: {variable.path!r} of shape {tuple(variable.shape)}, and an axis "
-                f"'expert' of {num_shards} devices. Change the number of experts, or that of "
-                "devices: `expert_parallel(experts=...)`."
+                "The devices of `expert_parallel(experts=...)` must divide the experts of a bank. "
+                f"Received: {variable.path!r} of shape {tuple(variable.shape)} for {num_shards} "
+                "devices"
             )
         return layout
 
 
-def _check_unused(name, **arguments):
-    given = [argument for argument, value in arguments.items() if value is not None]
-    if given:
-        unused = " or ".join(f"`{argument}`" for argument in arguments)
-        raise ValueError(
-            f"On {name} `expert_parallel` takes no {unused}. "
-            f"Received: {', '.join(f'{each}={arguments[each]!r}' for each in given)}. Leave it out."
-        )
-
-
 def _mesh(experts, data, devices):
-    check_positive_integer("experts", experts)
-    known = keras.distribution.list_devices()
-    devices = known if devices is None else devices
-    is_list = isinstance(devices, (list, tuple)) and len(devices)
-    if not is_list or not all(device in known for device in devices):
+    devices = list(devices or keras.distribution.list_devices())
+    takes_all = experts is None or data is None
+    experts = experts or max(1, len(devices) // (data or 1))
+    data = data or max(1, len(devices) // experts)
+    if data * experts > len(devices) or (takes_all and data * experts < len(devices)):
         raise ValueError(
-            "`devices` must be a list of some of `keras.distribution.list_devices()`. Received: "
-            f"devices={shortened(devices)}. There are {known}."
-        )
-    if data is None:
-        if len(devices) % experts:
-            raise ValueError(
-                "`experts` must divide the number of devices. Received: "
-                f"experts={experts}, {len(devices)} devices. Pass a divisor, or `data` to leave "
-                "devices out."
-            )
-        data = len(devices) // experts
-    check_positive_integer("data", data)
-    if data * experts > len(devices):
-        raise ValueError(
-            "There must be `data * experts` devices. Received: "
-            f"data={data}, experts={experts}, {len(devices)} devices. Lower one of them, or pass "
-            "more `devices`."
+            "`data * experts` must be the number of devices; if both are given, at most that. "
+            f"Received: data={data}, experts={experts}, {len(devices)} devices"
         )
     return keras.distribution.DeviceMesh((data, experts), AXES, devices[: data * experts])
-
-
-def _check_layout_map(layout_map, experts=None, data=None, devices=None):
-    if not isinstance(layout_map, keras.distribution.LayoutMap):
-        raise TypeError(
-            "`layout_map` must be a `keras.distribution.LayoutMap`. Received: "
-            f"layout_map={shortened(layout_map)} (of type {type(layout_map).__name__}). Make one "
-            "of a `keras.distribution.DeviceMesh` with the axes 'data' and 'expert'."
-        )
-    mesh = layout_map.device_mesh
-    if mesh is None or tuple(mesh.axis_names[:2]) != AXES:
-        names = None if mesh is None else tuple(mesh.axis_names)
-        raise ValueError(
-            "The device mesh of `layout_map` must begin with the axes 'data' and 'expert'. "
-            f"Received: axis_names={names}. Make it of, for example, "
-            "`keras.distribution.DeviceMesh((2, 4), ('data', 'expert'))`."
-        )
-    given = (experts, data, devices)
-    if given != (None, None, None) and given != (mesh.shape[1], mesh.shape[0], None):
-        raise ValueError(
-            "With a `layout_map` its device mesh sets the number of devices. Received: "
-            f"experts={experts!r}, data={data!r}, devices={shortened(devices)} with a mesh of the "
-            f"shape {tuple(mesh.shape)}. Leave them out."
-        )
 
 
 __all__ = ["ExpertParallel", "expert_parallel"]

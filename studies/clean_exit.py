@@ -39,7 +39,7 @@ def _message(error):
     # Sentences of this package say what was received.
     if not isinstance(error, OSError) and "Received:" not in str(error):
         return None
-    from keras_moe._internal.command_line import describe  # It imports Keras.
+    from keras_moe._internal.plain_text import describe  # It imports Keras.
 
     return describe(error)
 

@@ -8,21 +8,18 @@ import math
 
 import numpy as np
 import reference
-
-
-def _softmax(z):
-    return reference.softmax(z)
+from reference import softmax
 
 
 def _sigmoid(z):
     return 1 / (1 + np.exp(-z)) + 1e-7
 
 
-def _sqrt_softplus(z):
-    return np.sqrt(np.log1p(np.exp(z)))
-
-
-SCORES = {"softmax": _softmax, "sigmoid": _sigmoid, "sqrt_softplus": _sqrt_softplus}
+SCORES = {
+    "softmax": softmax,
+    "sigmoid": _sigmoid,
+    "sqrt_softplus": lambda z: np.sqrt(np.log1p(np.exp(z))),
+}
 
 
 def best(scores, k):
@@ -70,12 +67,12 @@ def top_k(k, score="softmax", renormalize=None, scale=1.0, bias=0.0, groups=None
 
 @token_by_token
 def dense(z):
-    return dict(enumerate(_softmax(z))), _softmax(z)
+    return dict(enumerate(softmax(z))), softmax(z)
 
 
 def top_p(threshold, k):
     def choose(z):
-        p = _softmax(z)
+        p = softmax(z)
         chosen, total = {}, 0.0
         for e in best(p, k):
             if total < threshold or not chosen:
@@ -101,7 +98,7 @@ def expert_choice(factor, length):
         num_tokens, num_experts = logits.shape
         probs = np.zeros(logits.shape)
         for t in np.flatnonzero(mask):
-            probs[t] = _softmax(logits[t].astype("float64"))
+            probs[t] = softmax(logits[t].astype("float64"))
         weights = np.zeros(logits.shape)
         for start in range(0, num_tokens, length):
             real = [t for t in range(start, start + length) if mask[t]]
@@ -128,7 +125,7 @@ def sinkhorn(iterations, k):
             plan /= plan.sum(axis=1, keepdims=True)
             plan *= len(real) / logits.shape[1] / plan.sum(axis=0, keepdims=True)
         for row, t in zip(plan / plan.sum(axis=1, keepdims=True), real):
-            scores = _sigmoid(logits[t].astype("float64")) if k == 1 else _softmax(logits[t])
+            scores = _sigmoid(logits[t].astype("float64")) if k == 1 else softmax(logits[t])
             for e in best(row, k):
                 weights[t, e] = scores[e]
             probs[t] = scores / sum(scores)
@@ -175,11 +172,11 @@ def soft(x, kernel, scale, experts, slots, mask):
     for m in range(kernel.shape[1]):
         if not len(real):
             continue
-        share = _softmax(logits[real, m])
+        share = softmax(logits[real, m])
         slot = sum(weight * x[t] for weight, t in zip(share, real))
         made = experts[m // slots](slot)
         for t in real:
-            outputs[t] += _softmax(logits[t])[m] * made
+            outputs[t] += softmax(logits[t])[m] * made
     return outputs
 
 
@@ -189,7 +186,7 @@ def soft_routing(slots):
     def route(logits, mask):
         weights, probs = np.zeros((2, len(logits), logits.shape[1] // slots))
         for t in np.flatnonzero(mask):
-            probs[t] = _softmax(logits[t]).reshape(-1, slots).sum(axis=1)
+            probs[t] = softmax(logits[t]).reshape(-1, slots).sum(axis=1)
             (expert,) = best(probs[t], 1)
             weights[t, expert] = probs[t, expert]
         return weights, probs

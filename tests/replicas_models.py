@@ -1,4 +1,4 @@
-"""What is trained on several replicas, in processes that tests start, and how it is compared."""
+"""Models that are trained on several replicas, in processes that tests start."""
 
 import json
 import os
@@ -104,7 +104,7 @@ GLOBAL_LAYERS = [*(f"balancer_{name}" for name in balancers.BY_NAME), "strength"
 
 
 def start(script, *args, **variables):
-    """A process that runs a script of this folder, and what it prints: output and errors."""
+    """A process that runs a script of this folder, and its output and errors."""
     # Files: a full pipe would stop a process that another one waits for.
     printed = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
     process = subprocess.Popen(

@@ -1,7 +1,7 @@
 """Training on replicas of `tf.distribute`, in a process that sets up its devices first.
 
-`python replicas_tensorflow.py REPLICAS` prints one JSON object: for each part, the loss, what a
-monitor logs and all weights of a model that was trained so. As a worker of several, which the
+`python replicas_tensorflow.py REPLICAS` prints one JSON object: for each part, the loss, the logs
+of a monitor and all weights of a model that was trained so. As a worker of several, which the
 environment variable TF_CONFIG describes, a process trains by a loop of its own.
 """
 
@@ -41,7 +41,7 @@ def fit(make_layers, x, batch_size):
 
 
 def step(strategy, make_layers, parts, run_step):
-    """A step of a loop of one's own, with one of the `parts` on each replica."""
+    """A step of a user's loop, with one of the `parts` on each replica."""
     model = model_of(make_layers)
     optimizer = keras.optimizers.SGD(0.05)
     optimizer.build(model.trainable_variables)
@@ -66,7 +66,7 @@ def step(strategy, make_layers, parts, run_step):
 
 
 def weights_of(model):
-    """The values of all weights; those on all replicas must be equal, but for counters."""
+    """The values of all weights, which are equal on all replicas, but for counters."""
     values = {}
     for layer in model.layers:
         for index, weight in enumerate(layer.weights):
@@ -100,7 +100,7 @@ def error_of(function, *args):
 
 
 def worker():
-    """What one of several workers, each with one replica, has in the end."""
+    """A step on one of several workers, each with one replica."""
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     with strategy.scope():
         results = {"split": step(strategy, global_layers, np.split(X, 2), run_traced)}
@@ -119,14 +119,11 @@ def mirrored(replicas):
     with strategy.scope():
         results = {
             "split": step(strategy, global_layers, np.split(X, replicas), run),
-            "few": step(strategy, some_layers, same, run),
             "merged": step(strategy, merged_layers, same, run),
+            "fit": fit(some_layers, np.concatenate(same), 4 * replicas),
+            "all": step(strategy, every_layer, same, run),
+            "xla": step(strategy, plain_layers, same, run_compiled),
         }
-        if replicas > 2:
-            return results
-        results["fit"] = fit(some_layers, np.concatenate(same), 4 * replicas)
-        results["all"] = step(strategy, every_layer, same, run)
-        results["xla"] = step(strategy, plain_layers, same, run_compiled)
         if replicas == 2:
             results["errors"] = {
                 layer.name: error_of(

@@ -87,7 +87,7 @@ def weights_of(model):
 
 
 def evaluated_alone(model, rank):
-    """What the first process logs while the others do something else."""
+    """Logs of the first process while the others do something else."""
     seen = {}
     if rank == 0:
         model.compile(loss="mse")
@@ -109,7 +109,7 @@ def data_parallelism(rank, size):
 
 
 def expert_parallelism(rank, size, folder, experts=None):
-    """What comes out of experts that were trained in several processes, and how many there are."""
+    """Outputs of experts that were trained in several processes, and their number."""
     data_parallel = itself
     if size > 1:
         distribution = expert_parallel(experts)
@@ -137,7 +137,7 @@ def expert_parallelism(rank, size, folder, experts=None):
 
 
 def groups_of_one_choice():
-    """What process groups of ranks that are no neighbours share."""
+    """Experts and gradients that process groups of ranks that are no neighbours share."""
     group, _ = torch.distributed.new_subgroups_by_enumeration([[0, 2], [1, 3]])
     distribution = expert_parallel(process_group=group)
     kernel = torch.ones((), requires_grad=True)
@@ -146,13 +146,12 @@ def groups_of_one_choice():
 
 
 def wrong_numbers():
-    """What is said where numbers and processes do not fit."""
+    """Errors where numbers and processes do not fit."""
     group, _ = torch.distributed.new_subgroups_by_enumeration([[0], [1, 2, 3]])
     return [
         errors_of(lambda: expert_parallel(3)),
         errors_of(lambda: expert_parallel(2, data=4)),
         errors_of(lambda: expert_parallel(2, process_group=torch.distributed.group.WORLD)),
-        errors_of(lambda: expert_parallel(0)),
         errors_of(lambda: expert_parallel(process_group=group)),
     ]
 

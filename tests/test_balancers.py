@@ -48,16 +48,14 @@ def test_one_step_of_the_quantile_bias_against_the_oracle(top_k):
 
 
 def test_momentum_keeps_a_share_of_the_old_bias():
-    router = make(routers.QuantileBias(momentum=0.75))
-    router(SKEWED, training=True)
-    slow = array(router.selection_bias)
-    router = make(routers.QuantileBias())
-    router(SKEWED, training=True)
-    assert_close(slow, 0.25 * array(router.selection_bias))
+    slow, fast = (make(routers.QuantileBias(momentum=share)) for share in (0.75, 0.0))
+    for router in (slow, fast):
+        router(SKEWED, training=True)
+    assert_close(array(slow.selection_bias), 0.25 * array(fast.selection_bias))
 
 
 def test_where_all_experts_serve_there_is_nothing_to_balance():
-    router = make(routers.QuantileBias(), top_k=E)
+    router = make("quantile", top_k=E)
     router(SKEWED, training=True)
     assert not array(router.selection_bias).any()
 
@@ -74,6 +72,7 @@ def test_a_batch_of_padding_moves_nothing(balancer):
 def test_a_bias_is_frozen_in_evaluation_and_when_told_to_be():
     router = make("loss_free")
     router(SKEWED)
+    router(SKEWED, training=True, indices=np.tile([[0, 1]], (T, 1)))
     router.updates_selection_bias = False
     router(SKEWED, training=True)
     router.updates_selection_bias, router.trainable = True, False
@@ -82,25 +81,6 @@ def test_a_bias_is_frozen_in_evaluation_and_when_told_to_be():
     router.trainable = True
     router(SKEWED, training=True)
     assert array(router.selection_bias).any()
-
-
-def test_nothing_of_a_frozen_layer_moves():
-    bank = layers.FeedForwardExperts(E, 4)
-    for router in (make("loss_free"), routers.ReLURouter(E, initial_strength=0.1)):
-        layer = layers.MixtureOfExperts(bank, router)
-        layer.trainable = False
-        layer.build((None, SKEWED.shape[1]))
-        before = [array(weight) for weight in router.weights]
-        layer(SKEWED, training=True)
-        for weight, value in zip(router.weights, before):
-            np.testing.assert_array_equal(array(weight), value)
-
-
-def test_a_bias_of_zero_changes_no_routing():
-    with_bias = to_numpy(make("loss_free")(SKEWED))
-    without = to_numpy(make(None)(SKEWED))
-    for one, other in zip(with_bias[:-1], without[:-1]):
-        np.testing.assert_array_equal(one, other)
 
 
 def test_a_bias_moves_the_selection_and_no_weight_of_the_chosen():
@@ -112,20 +92,26 @@ def test_a_bias_moves_the_selection_and_no_weight_of_the_chosen():
     assert_close(routing.weights, np.take_along_axis(scores, routing.indices, axis=1))
 
 
-@pytest.mark.parametrize("balancer", [routers.LossFreeBias, routers.QuantileBias])
-def test_accumulated_batches_are_measured_as_one_and_move_the_bias_once(balancer):
-    router = make(balancer(accumulation_steps=2))
-    router(SKEWED[:8], training=True)
-    assert not array(router.selection_bias).any()
-    router(SKEWED[8:], training=True)
-    halves = [make(balancer()) for _ in range(2)]
-    measured = []
-    for half, tokens in zip(halves, (SKEWED[:8], SKEWED[8:])):
-        routing = half(tokens, training=False)
-        scores = ops.sigmoid(routing.logits) + 1e-7
-        measured.append(half.balancer.measure(routing, scores, ops.zeros(E)))
-    expected = balancer().update(ops.zeros(E), (measured[0] + measured[1]) / 2)
-    assert_close(array(router.selection_bias), array(expected))
+def test_accumulated_batches_move_the_loss_free_bias_as_one_batch():
+    """Also where an expert has exactly the mean load, which three thirds of it may miss."""
+    whole, parts = make(routers.LossFreeBias()), make(routers.LossFreeBias(accumulation_steps=3))
+    for seed in range(4):
+        tokens = np.random.default_rng(seed).normal(size=(12, E)).astype("float32")
+        before = array(parts.selection_bias)
+        for part in np.split(tokens, 3):
+            np.testing.assert_array_equal(array(parts.selection_bias), before)
+            parts(part, training=True)
+        whole(tokens, training=True)
+        assert_close(array(parts.selection_bias), array(whole.selection_bias))
+
+
+def test_accumulated_batches_move_the_quantile_bias_to_the_mean_of_theirs():
+    parts, ones = make(routers.QuantileBias(accumulation_steps=2)), []
+    for tokens in (SKEWED[:8], SKEWED[8:]):
+        ones.append(make(routers.QuantileBias()))
+        for router in (parts, ones[-1]):
+            router(tokens, training=True)
+    assert_close(array(parts.selection_bias), sum(array(one.selection_bias) for one in ones) / 2)
 
 
 @pytest.mark.parametrize("balancer", [routers.LossFreeBias(0.02), routers.QuantileBias()])

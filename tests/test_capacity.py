@@ -139,15 +139,6 @@ def test_random_priority_serves_as_many_and_not_always_the_same():
     assert any(any(draw[8:]) for draw in draws)
 
 
-def test_a_capacity_for_experts_that_choose_is_refused():
-    with pytest.raises(ValueError) as error:
-        moe(router="expert_choice", capacity_factor=1.5)
-    assert str(error.value) == (
-        "A capacity limits how many tokens choose an expert. Received: capacity_factor=1.5 with a "
-        "`ExpertChoiceRouter`, whose tokens do not choose. Leave `capacity_factor` out."
-    )
-
-
 def test_experts_without_computation_have_no_limit():
     bank = layers.ZeroComputationExperts(
         layers.FeedForwardExperts(E - 2, 8), num_zero=1, num_identity=1

@@ -1,36 +1,50 @@
-"""The command line, on saved models."""
+"""The command line: its output, and one line with exit code 2 for whatever is wrong."""
 
 import importlib
 import os
 import pathlib
 import subprocess
 import sys
+import zipfile
 
 import keras
 import numpy as np
 import pytest
 from layer_checks import D, E, moe, normal
 
-from keras_moe import inspection
 from keras_moe.__main__ import main
-from keras_moe.callbacks import ExpertMonitor
 
+pytestmark = pytest.mark.backends("torch")
+on_each_backend = pytest.mark.backends("tensorflow", "jax", "torch")
 ENGINE = "tiles" if keras.backend.backend() == "jax" else "slices"
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "model.keras"
+    inputs = keras.Input((5, D), name="x")
+    keras.Model(inputs, keras.layers.Dense(2)(moe(name="moe")(inputs))).save(path)
+    return path
+
+
 @pytest.fixture
-def saved(tmp_path):
-    model = keras.Sequential([keras.Input((5, D)), moe(name="moe"), keras.layers.Dense(2)])
-    model.save(tmp_path / "model.keras")
-    return tmp_path / "model.keras"
+def folder(saved, tmp_path, monkeypatch):
+    """A model and good files, in the working directory."""
+    (tmp_path / "model.keras").write_bytes(saved.read_bytes())
+    np.save(tmp_path / "x.npy", normal(3, 5, D))
+    (tmp_path / "labels.txt").write_text("sport\nspace\nsport\n")
+    (tmp_path / "texts.txt").write_text("a b c d e\nf g h i j\nk l m n o\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-def test_inspect_prints_layers_sizes_and_costs(saved, capsys):
-    main(["inspect", str(saved)])
+@on_each_backend
+def test_inspect_prints_layers_sizes_and_costs(folder, capsys):
+    main(["inspect", "model.keras"])
     printed = capsys.readouterr().out.splitlines()
     router, expert, head = D * E, 2 * D * 16 + 16 + D, 2 * D + 2
     layer, active = router + E * expert, router + 2 * expert
-    model = keras.saving.load_model(saved)
+    model = keras.saving.load_model("model.keras")
     counters = model.count_params() - layer - head
     assert printed[0].endswith(
         f": {layer + head + counters:,} parameters, {active + head + counters:,} of them active "
@@ -41,58 +55,28 @@ def test_inspect_prints_layers_sizes_and_costs(saved, capsys):
         *(ENGINE, "(cpu)"),
     ]
     assert printed[-1].startswith("No counts are here: experts are counted in training")
-
-
-def test_inspect_prints_counters(saved, capsys):
-    model = keras.saving.load_model(saved)
-    model.layers[0].expert_counts.assign([6, 2, 0, 0])
-    model.save(saved)
-    main(["inspect", str(saved)])
+    model.get_layer("moe").expert_counts.assign([6, 2, 0, 0])
+    model.save("model.keras")
+    main(["inspect", "model.keras"])
     assert capsys.readouterr().out.splitlines()[-1].split()[-6:-2] == ["3.00", "x", "fair", "2"]
 
 
-def test_report_writes_a_page(saved, tmp_path, capsys):
+def test_report_writes_a_page(folder, capsys):
     pytest.importorskip("matplotlib")
-    np.save(tmp_path / "x.npy", normal(3, 5, D))
-    (tmp_path / "labels.txt").write_text("sport\nspace\nsport\n")
-    (tmp_path / "texts.txt").write_text("a b c d e\nf g h i j\nk l m n o\n")
-    page = tmp_path / "page.html"
-    files = ["--labels", "labels.txt", "--tokens", "texts.txt", "--output", "page.html"]
-    files = [name if name.startswith("--") else str(tmp_path / name) for name in files]
-    main(["report", str(saved), "--data", str(tmp_path / "x.npy"), *files])
-    assert capsys.readouterr().out == f"The report is in {page}.\n"
-    html = page.read_text()
-    assert '"texts":["a","b","c","d","e","f"' in html
-    assert '"labels":["sport","space","sport"]' in html
+    np.savez("x.npz", x=normal(3, 5, D))
+    model = keras.saving.load_model("model.keras")
+    keras.Model({"x": model.input}, model.output).save("by_name.keras")
+    for name, data in (("model.keras", "x.npy"), ("by_name.keras", "x.npz")):
+        files = ["--labels", "labels.txt", "--tokens", "texts.txt", "--output", "page.html"]
+        main(["report", name, "--data", data, *files])
+        assert capsys.readouterr().out == "The report is in page.html.\n"
+        html = pathlib.Path("page.html").read_text()
+        assert '"texts":["a","b","c","d","e","f"' in html
+        assert '"labels":["sport","space","sport"]' in html
+        os.unlink("page.html")
 
 
-def test_arrays_by_name_are_read(tmp_path):
-    pytest.importorskip("matplotlib")
-    left, right = keras.Input((D,), name="left"), keras.Input((D,), name="right")
-    outputs = moe()(keras.layers.Add()([left, right]))
-    keras.Model({"left": left, "right": right}, outputs).save(tmp_path / "model.keras")
-    np.savez(tmp_path / "x.npz", left=normal(2, D), right=normal(2, D))
-    model, data, page = (str(tmp_path / name) for name in ("model.keras", "x.npz", "page.html"))
-    main(["report", model, "--data", data, "--output", page])
-    assert "2 documents, 2 tokens routed" in (tmp_path / "page.html").read_text()
-
-
-def test_a_missing_file_is_told(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main(["inspect", "no_such.keras"])
-    assert "there is no file 'no_such.keras'" in capsys.readouterr().err
-
-
-def test_a_file_that_is_no_model_is_told(tmp_path, capsys):
-    path = tmp_path / "notes.keras"
-    path.write_text("no model")
-    with pytest.raises(SystemExit):
-        main(["inspect", str(path)])
-    assert "error: argument model: " in capsys.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.backends("torch")
-def test_layers_of_the_users_own_are_imported_first(tmp_path, monkeypatch):
+def test_custom_layers_are_imported_first(tmp_path, monkeypatch):
     source = (
         "import keras\n"
         "@keras.saving.register_keras_serializable('own')\n"
@@ -105,6 +89,7 @@ def test_layers_of_the_users_own_are_imported_first(tmp_path, monkeypatch):
     own = importlib.import_module("own_layers").Own()
     keras.Sequential([keras.Input((D,)), own, moe()]).save(tmp_path / "model.keras")
     root = pathlib.Path(__file__).parents[1]
+
     done = subprocess.run(
         [sys.executable, "-m", "keras_moe", "inspect", "model.keras", "--import", "own_layers"],
         env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{tmp_path}"},
@@ -116,10 +101,90 @@ def test_layers_of_the_users_own_are_imported_first(tmp_path, monkeypatch):
     assert f"2 of {E}" in done.stdout
 
 
-def test_a_summary_counts_what_was_trained():
-    model = keras.Sequential([keras.Input((D,)), moe(name="moe"), keras.layers.Dense(1)])
-    model.compile("sgd", "mse")
-    model.fit(normal(8, D), normal(8, 1), verbose=0)
-    assert sum(inspection.summarize(model)[0].counts) == 16
-    model.fit(normal(8, D), normal(8, 1), verbose=0, callbacks=[ExpertMonitor()])
-    assert sum(inspection.summarize(model)[0].counts) == 16, "of the epoch alone"
+def changed(old, new):
+    """Writes the model with another config."""
+
+    def write():
+        with zipfile.ZipFile("model.keras") as model, zipfile.ZipFile("m.keras", "w") as other:
+            for name in model.namelist():
+                text = model.read(name)
+                other.writestr(name, text.replace(old, new) if name == "config.json" else text)
+
+    return write
+
+
+def write(name, content):
+    return lambda: pathlib.Path(name).write_bytes(content)
+
+
+def nothing():
+    """The files are good, or missing."""
+
+
+EXPERTS, MORE, MANY = (b'"num_experts": %d' % number for number in (E, 7, 10**9))
+PICKLED = np.array([{}, None])
+DATA = "report model.keras --data"
+WRONG = {
+    "no command": (nothing, "", "required"),
+    "a missing model": (nothing, "inspect m.keras", "'m.keras'"),
+    "a missing file": (nothing, f"{DATA} d.npy", "'d.npy'"),
+    "no model": (write("m.keras", b"no model"), "inspect m.keras", "BadZipFile"),
+    "other experts": (changed(EXPERTS, MORE), "inspect m.keras", "Save it again"),
+    "a billion experts": (changed(EXPERTS, MANY), "inspect m.keras", "than its file"),
+    "an unknown class": (changed(b"FeedForwardEx", b"Ex"), "inspect m.keras", "by `--import`"),
+    "a pickle": (lambda: np.save("d.npy", PICKLED, True), f"{DATA} d.npy", "pickled objects"),
+    "text as data": (write("d.npy", b"1 2 3"), f"{DATA} d.npy", "a whole .npy or .npz file"),
+    "other sizes": (lambda: np.save("d.npy", normal(3, 5, D + 1)), f"{DATA} d.npy", "(3, 5, 9)"),
+    "other names": (lambda: np.savez("d.npz", y=normal(3, 5, D)), f"{DATA} d.npz", "'y'"),
+    "few labels": (write("l.txt", b"a\nb\n"), f"{DATA} x.npy --labels l.txt", "2 entries for 3"),
+    "latin-1": (write("l.txt", b"gr\xfc\xdfe\n" * 3), f"{DATA} x.npy --labels l.txt", "UTF-8"),
+    "no folder": (nothing, f"{DATA} x.npy --output no/page.html", "'no/page.html'"),
+    "a pipe": (lambda: os.mkfifo("pipe"), f"{DATA} x.npy --output pipe", "'pipe'"),
+    "a page over the data": (nothing, f"{DATA} x.npy --output ./x.npy", "would replace it"),
+    "no module": (nothing, "inspect model.keras --import no_such", "'no_such'"),
+    "a module that ends the process": (
+        write("ends.py", b"raise SystemExit(3)"),
+        "inspect model.keras --import ends",
+        "'ends'",
+    ),
+}
+
+
+@pytest.mark.parametrize("prepare, arguments, words", WRONG.values(), ids=WRONG)
+def test_whatever_is_wrong_is_one_line(prepare, arguments, words, folder, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    prepare()
+    before = sorted(os.listdir())
+    with pytest.raises(SystemExit) as end:
+        main(arguments.split())
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and printed.out == ""
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    assert words in printed.err
+    # Whatever is cut, the way out is there.
+    assert printed.err.endswith(("see the traceback.\n", "lists the arguments.\n"))
+    assert sorted(os.listdir()) == before, "something was left behind"
+    assert len(np.load("x.npy")) == 3
+
+
+def test_a_traceback_is_shown_if_wanted(folder):
+    keras.Sequential([keras.Input((D,)), keras.layers.Dense(1)]).save("dense.keras")
+    with pytest.raises(ValueError, match="at least one `MixtureOfExperts` layer"):
+        main(["inspect", "dense.keras", "--debug"])
+
+
+def test_a_full_disk_leaves_the_old_page(folder, monkeypatch):
+    pytest.importorskip("matplotlib")
+    pathlib.Path("page.html").write_text("old")
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    before = sorted(os.listdir())
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        main(f"{DATA} x.npy --output page.html --debug".split())
+    assert pathlib.Path("page.html").read_text() == "old"
+    assert sorted(os.listdir()) == before

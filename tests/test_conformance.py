@@ -28,7 +28,7 @@ from layer_checks import (
 )
 
 import keras_moe
-from keras_moe import losses, routers
+from keras_moe import routers
 from keras_moe._internal.keras_internals import get_keras_mask
 
 LAYERS = [cls for cls in CASES if issubclass(cls, keras.Layer)]
@@ -103,11 +103,6 @@ def test_it_is_shown_as_the_call_that_makes_it(cls):
     shown = repr(configured(cls))
     assert repr(eval(shown, {cls.__name__: cls})) == shown
     assert all(f"{name}={value!r}" in shown for name, value in CASES[cls].options().items())
-    given = dict(CASES[cls].required())
-    if issubclass(cls, losses.RouterLoss):
-        given["weight"] = plain(cls).weight
-    given = (f"{name}={value!r}" for name, value in given.items())
-    assert repr(plain(cls)) == f"{cls.__name__}({', '.join(given)})"
 
 
 @by_name(held_by_models())
@@ -132,7 +127,7 @@ def test_a_docstring_says_what_goes_in_what_comes_out_and_what_goes_wrong(cls):
         assert "Raises:" in text
     if issubclass(cls, keras.Layer):
         assert re.search(r"Call arguments:\n    \w+: \([\w, .]+\) ", text), "shapes of the call"
-        assert "Returns:" in text
+        assert "Returns:" in text or "Output shape:" in text
 
 
 class AnyBackend(doctest.OutputChecker):

@@ -1,11 +1,15 @@
-"""Looking into a model: its MoE layers by name, and the routings of given data."""
+"""Looking into a model: its MoE layers by name, their routings, sizes and costs."""
 
 import keras
 import numpy as np
 import pytest
-from layer_checks import moe, one_hot_router
+from layer_checks import D, E, array, moe, normal, one_hot_router
 
-from keras_moe import inspection, layers
+import keras_moe
+from keras_moe import inspection, layers, routers
+from keras_moe.callbacks import ExpertMonitor
+
+EXPERT = 2 * D * 16 + 16 + D
 
 
 def two_block_model():
@@ -17,14 +21,30 @@ def two_block_model():
     return keras.Model(inputs, hidden)
 
 
-def test_layers_are_found_inside_blocks_in_order():
-    assert list(inspection.moe_layers(two_block_model())) == ["first", "second"]
+class Tower(keras.Model):
+    """Two blocks whose MoE layers have the same name."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = [
+            layers.TransformerEncoderBlock(2, moe(name="experts"), name=f"block_{number}")
+            for number in range(2)
+        ]
+
+    def call(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
 
 
-def test_layers_of_a_nested_model_are_in_its_order():
+def test_layers_are_found_in_blocks_and_nested_models_in_order():
     inputs = keras.Input((None, 8))
     outer = keras.Model(inputs, moe(name="last")(two_block_model()(inputs)))
     assert list(inspection.moe_layers(outer)) == ["first", "second", "last"]
+    model = Tower()
+    model(np.zeros((1, 3, 8), "float32"))
+    # A path leaves out the common prefix.
+    assert list(inspection.moe_layers(model)) == ["block_0_experts", "block_1_experts"]
 
 
 def test_routings_are_those_the_layer_returns():
@@ -39,55 +59,131 @@ def test_routings_are_those_the_layer_returns():
             np.testing.assert_array_equal(
                 getattr(routing, name), keras.ops.convert_to_numpy(getattr(expected, name))
             )
+    # A batch that fails leaves the model as it was, too.
+    with pytest.raises(ValueError, match="batch 1 of"):
+        inspection.record_routings(model, [batches[0], np.zeros((2, 5, 7))])
     assert layer.routing_listener is None
 
 
-def test_what_keras_has_compiled_counts_inside_of_the_context_alone():
+@pytest.mark.backends("torch")
+def test_batches_that_would_be_silently_wrong_are_refused():
+    x = normal(2, 5, 8)
+    for wrong in (x, (x, x), [(x, x)]):  # rows or parts as batches, and targets as inputs
+        with pytest.raises(ValueError, match="`batches` must hold|`batches` must be a list"):
+            inspection.record_routings(two_block_model(), wrong)
+    ids = keras.Input((3,), dtype="int32")
+    model = keras.Model(ids, moe()(keras.layers.Embedding(9, D)(ids)))
+    with pytest.raises(ValueError, match="`batches` must hold integers"):
+        inspection.record_routings(model, [normal(2, 3)])
+
+
+def test_compiled_functions_count_in_the_context_alone():
     model = keras.Sequential([keras.Input((8,)), moe(name="moe")])
     model.compile("sgd", "mse")
     x = np.ones((4, 8), "float32")
+    counting = inspection.count_in_evaluation(model)
 
     def counted(compute):
         model.layers[0].reset_counts()
         compute()
-        return float(np.sum(keras.ops.convert_to_numpy(model.layers[0].expert_counts)))
+        return float(np.sum(array(model.layers[0].expert_counts)))
 
     for compute in (
         lambda: model.evaluate(x, x, verbose=0),
         lambda: model.predict(x, verbose=0),
     ):
         assert counted(compute) == 0
-        with inspection.count_in_evaluation(model):
+        with counting, counting:
             assert counted(compute) == 4 * model.layers[0].router.top_k
         assert counted(compute) == 0
 
 
-def test_a_failing_batch_leaves_the_model_as_it_was():
-    model = two_block_model()
-    with pytest.raises(ValueError):
-        inspection.record_routings(model, [np.zeros((2, 5, 7))])
-    assert all(layer.routing_listener is None for layer in inspection.moe_layers(model).values())
+# How many of the experts work on a token.
+SERVING = {
+    "top_k": ("top_k", 2),
+    "forced": (routers.ForcedRouter(E, top_k=3), 3),
+    "top_p": (routers.TopPRouter(E, max_top_k=3), 3),
+    "relu": (routers.ReLURouter(E, top_k=1, max_top_k=3), 1),
+    "dense": ("dense", E),
+    "expert_choice": (routers.ExpertChoiceRouter(E, capacity_factor=1.5), 1.5),
+    "expert_choice of all": (routers.ExpertChoiceRouter(E, capacity_factor=2.0 * E), E),
+    "soft": (routers.SoftRouter(E, slots=3), 1),
+    "balanced_assignment": ("balanced_assignment", 1),
+}
 
 
-def test_a_path_leaves_out_what_all_layers_have_in_front():
-    class Tower(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.blocks = [
-                layers.TransformerEncoderBlock(2, moe(name="experts"), name=f"block_{number}")
-                for number in range(2)
-            ]
-
-        def call(self, x):
-            for block in self.blocks:
-                x = block(x)
-            return x
-
-    model = Tower()
-    model(np.zeros((1, 3, 8), "float32"))
-    assert list(inspection.moe_layers(model)) == ["block_0_experts", "block_1_experts"]
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("router, serving", SERVING.values(), ids=SERVING)
+def test_active_parameters_are_those_of_the_experts_that_serve_a_token(router, serving):
+    model = keras.Sequential([keras.Input((5, D)), moe(router=router), keras.layers.Dense(2)])
+    (layer,) = inspection.summarize(model)
+    of_router = layer.parameters - E * EXPERT
+    assert layer.active_parameters == of_router + serving * EXPERT
+    assert layer.flops == 2 * layer.active_parameters
+    idle = (E - serving) * EXPERT
+    assert inspection.count_parameters(model) == (model.count_params(), model.count_params() - idle)
+    for part in (model.layers[0].experts, model.layers[0]):  # frozen, they cost the same
+        part.trainable = False
+        assert inspection.summarize(model) == [layer]
 
 
-def test_an_array_is_not_taken_for_a_list_of_batches():
-    with pytest.raises(ValueError, match=r"of shape \(2, 5, 8\). Pass `\[array\]`"):
-        inspection.record_routings(two_block_model(), np.zeros((2, 5, 8)))
+def with_zero_expert(bank):
+    return layers.ZeroComputationExperts(bank, num_zero=1)
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("wrap", [lambda bank: bank, with_zero_expert], ids=["bank", "wrapped"])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_experts_and_routers_that_layers_share_count_once(top_k, wrap):
+    bank, router = layers.FeedForwardExperts(E, 16), routers.TopKRouter(top_k=top_k)
+    sharing = [moe(wrap(bank), router=router) for _ in range(3)]
+    model = keras.Sequential([keras.Input((5, D)), *sharing])
+    total, active = inspection.count_parameters(model)
+    num_experts = sharing[0].experts.num_experts
+    idle = E * EXPERT * (1 - min(1, 3 * top_k / num_experts))
+    assert total == model.count_params() and total - active == round(idle)
+    # A row of the table is about its layer alone.
+    rows = inspection.summarize(model)
+    of_router = rows[0].parameters - E * EXPERT
+    expected = of_router + round(E * EXPERT * top_k / num_experts)
+    assert [row.active_parameters for row in rows] == [expected] * 3
+
+
+@pytest.mark.parametrize("validation_split", [0.0, 0.5])
+def test_summary_has_the_last_epoch_after_a_monitor(validation_split, tmp_path):
+    model = keras.Sequential([keras.Input((D,)), moe(name="moe"), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    model.fit(normal(8, D), normal(8, 1), verbose=0)
+    assert sum(inspection.summarize(model)[0].counts) == 16, "without a monitor, all of it"
+    monitor = ExpertMonitor()
+    options = {"epochs": 2, "validation_split": validation_split, "verbose": 0}
+    model.fit(normal(16, D), normal(16, 1), callbacks=[monitor], **options)
+    (found,) = inspection.summarize(model)
+    counts = np.array(found.counts)
+    assert counts.sum() == 16 * (1 - validation_split) * found.top_k
+    np.testing.assert_allclose(counts / counts.sum(), monitor.shares["moe"][-1], rtol=1e-6)
+    # So has a file of it, and a model that had other counts before it loaded the file.
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert inspection.summarize(loaded)[0].counts == found.counts
+    inspection.moe_layers(loaded)["moe"].last_counts = np.ones(E)
+    model.save_weights(tmp_path / "model.weights.h5")
+    loaded.load_weights(tmp_path / "model.weights.h5")
+    assert inspection.summarize(loaded)[0].counts == found.counts
+    untrained = keras.models.clone_model(model)
+    untrained.save_weights(tmp_path / "untrained.weights.h5")
+    loaded.load_weights(tmp_path / "untrained.weights.h5")
+    assert not any(inspection.summarize(loaded)[0].counts)
+    # Later counts replace it, and so does an evaluation under the monitor.
+    with inspection.count_in_evaluation(model):
+        model(normal(3, D))
+    assert sum(inspection.summarize(model)[0].counts) == 3 * found.top_k
+    inspection.moe_layers(model)["moe"].reset_counts()
+    model.evaluate(normal(5, D), normal(5, 1), callbacks=[monitor], verbose=0)
+    assert sum(inspection.summarize(model)[0].counts) == 5 * found.top_k
+
+
+def test_summary_is_refused_before_it_prints(capsys):
+    with pytest.raises(ValueError, match="must be built"):
+        keras_moe.summary(keras.Sequential([moe()]))
+    assert capsys.readouterr().out == ""

@@ -42,45 +42,6 @@ def test_what_is_looked_for_in_the_package_is_told_where_it_is():
         _ = keras_moe.Nothing
 
 
-@pytest.mark.parametrize(
-    "call, rule",
-    [
-        (lambda: layers.GatedExperts(4, 8, top_k=2), "`top_k` is an argument of the router"),
-        (lambda: layers.GatedExperts(4, 8, router="top_k"), "`router` is an argument of the layer"),
-        (lambda: routers.TopKRouter(hidden_dim=8), "`hidden_dim` is an argument of the bank"),
-        (
-            lambda: routers.TopKRouter(capacity_factor=1),
-            "`capacity_factor` is an argument of the l",
-        ),
-    ],
-)
-def test_arguments_of_another_part_are_told_where_they_belong(call, rule):
-    with pytest.raises(TypeError, match=rule):
-        call()
-    # Where it is the part's own, it stays.
-    assert routers.ExpertChoiceRouter(4, capacity_factor=1.0).capacity_factor == 1.0
-
-
-def test_layers_that_share_a_bank_have_inputs_of_one_width():
-    experts = layers.FeedForwardExperts(4, 8)
-    layers.MixtureOfExperts(experts)(normal(3, D))
-    assert layers.MixtureOfExperts(experts)(normal(5, D)).shape == (5, D)
-    with pytest.raises(ValueError, match=f"which was built for {D} features. Make a new bank"):
-        layers.MixtureOfExperts(experts)(normal(3, 2 * D))
-
-
-class Called(routers.Router):
-    top_k = 1
-
-    def call(self, tokens, mask=None, training=None):
-        return tokens
-
-
-def test_a_router_with_a_call_in_place_of_a_route_is_told():
-    with pytest.raises(NotImplementedError, match="Called must implement `route"):
-        moe(router=Called())(normal(3, D))
-
-
 @pytest.mark.parametrize("router_class", ROUTERS)
 def test_a_router_takes_the_number_of_experts_of_its_layer(router_class):
     router = unbound(router_class)
@@ -127,27 +88,6 @@ def test_a_layer_is_restored_with_its_router():
     assert restored.router.get_config() == layer.router.get_config()
 
 
-def test_signatures_are_spelled_out():
-    shown = inspect.signature(routers.TopKRouter).parameters
-    assert {"num_experts", "top_k", "kernel_initializer", "seed", "name"} <= set(shown)
-    shown = inspect.signature(layers.GatedExperts).parameters
-    assert (shown["activation"].default, shown["kernel_initializer"].default) == (
-        "silu",
-        "glorot_uniform",
-    )
-    for cls in CASES:
-        named = {*CASES[cls].required(), *CASES[cls].options()}
-        assert named <= set(inspect.signature(cls).parameters), cls
-
-
-def test_a_class_of_ones_own_has_its_own_signature():
-    class Mine(routers.TopKRouter):
-        def __init__(self, num_experts=None, mine=1, **kwargs):
-            super().__init__(num_experts, **kwargs)
-
-    assert list(inspect.signature(Mine).parameters) == ["num_experts", "mine", "kwargs"]
-
-
 def gini(counts):
     counts = np.sort(counts)
     ranks = np.arange(1, len(counts) + 1)
@@ -165,9 +105,3 @@ def test_a_metric_of_ones_own_is_logged():
     shares = [logs[f"moe_expert_share_{expert}"][0] for expert in range(E)]
     assert isinstance(value, float) and value == pytest.approx(gini(shares), abs=1e-6)
     assert "val_moe_gini" in logs
-
-
-@pytest.mark.parametrize("metric", ["gini", 3, object()])
-def test_a_metric_must_have_a_name(metric):
-    with pytest.raises(TypeError, match="must be functions from the counts"):
-        ExpertMonitor(metrics=[metric])

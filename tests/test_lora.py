@@ -7,42 +7,70 @@ from backends import assert_close, to_numpy
 from layer_checks import D, array, normal
 
 from keras_moe import layers, routers
-from keras_moe.ops.grouped import engines, padded
-
-BACKEND = keras.backend.backend()
+from keras_moe.ops.grouped import padded, run
 
 E, H, RANK = 4, 6, 2
-BANKS = {
-    "gated": lambda: layers.GatedExperts(E, H),
-    "biased": lambda: layers.FeedForwardExperts(E, H),
+MODELS = {
+    "gated, cosine": (lambda: layers.GatedExperts(E, H), lambda: routers.CosineRouter(E, 5)),
+    "biased, top-k": (
+        lambda: layers.FeedForwardExperts(E, H),
+        lambda: routers.TopKRouter(E, balancer="loss_free", use_bias=True, logit_noise=0.1),
+    ),
 }
 
 
-def model_of(bank):
+def model_of(make_bank, make_router):
     keras.utils.set_random_seed(0)
     inputs = keras.Input((D,))
-    return keras.Model(inputs, layers.MixtureOfExperts(bank)(inputs))
+    layer = layers.MixtureOfExperts(make_bank(), make_router(), name="moe")
+    return keras.Model(inputs, layer(inputs))
 
 
-def trained(model, epochs=2):
+def parts(model):
+    layer = model.get_layer("moe")
+    return layer.experts, layer.router
+
+
+def named(weights, ending):
+    return [weight for weight in weights if weight.name.endswith(ending)]
+
+
+@pytest.mark.parametrize("makes", MODELS.values(), ids=MODELS)
+def test_only_factors_train_and_a_file_has_the_corrected_kernels(makes, tmp_path):
+    model, x = model_of(*makes), array(normal(8, D))
+    before = to_numpy(model(x))
+    corrected = named(model.trainable_weights, "kernel")
+    rest = {weight.path for weight in model.trainable_weights} - {w.path for w in corrected}
+    for part in parts(model):
+        part.enable_lora(RANK, lora_alpha=6)
+    assert_close(to_numpy(model(x)), before)
+    factors = [weight for weight in model.trainable_weights if weight.path not in rest]
+    size = sum(np.prod(each.shape[:-2]) * RANK * sum(each.shape[-2:]) for each in corrected)
+    assert sum(np.prod(each.shape) for each in factors) == size
+    kernels = [to_numpy(each.value) for each in corrected]
     model.compile("adam", "mse")
-    model.fit(normal(8, D), normal(8, D), epochs=epochs, verbose=0)
-    return model
+    model.fit(x, normal(8, D), epochs=2, verbose=0)
+    for weight, kernel in zip(corrected, kernels):
+        np.testing.assert_array_equal(to_numpy(weight.value), kernel)
+    assert all(np.any(to_numpy(each.value)) for each in named(factors, "lora_b"))
+    outputs = to_numpy(model(x))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert_close(to_numpy(loaded(x)), outputs)
+    assert all(part.lora_rank == RANK for part in parts(loaded))
+    ups = named(loaded.trainable_weights, "lora_b")
+    assert len(ups) == len(corrected) and not any(np.any(to_numpy(each.value)) for each in ups)
+    # The weights fit a model without LoRA.
+    model.save_weights(tmp_path / "merged.weights.h5")
+    plain = model_of(*makes)
+    plain.load_weights(tmp_path / "merged.weights.h5")
+    assert_close(to_numpy(plain(x)), outputs)
 
 
-@pytest.fixture(params=BANKS)
-def model(request):
-    return model_of(BANKS[request.param]())
-
-
-def bank_of(model):
-    return model.layers[-1].experts
-
-
-def test_kernels_stay_frozen_when_a_model_is_thawed(model):
-    bank = bank_of(model)
-    bank.enable_lora(RANK)
-    model.layers[-1].router.enable_lora(RANK)
+def test_kernels_stay_frozen_when_a_model_is_thawed():
+    model = model_of(*MODELS["gated, cosine"])
+    for part in parts(model):
+        part.enable_lora(RANK)
     trained_paths = [weight.path for weight in model.trainable_variables]
     model.trainable = False
     assert not model.trainable_variables
@@ -50,66 +78,32 @@ def test_kernels_stay_frozen_when_a_model_is_thawed(model):
     assert [weight.path for weight in model.trainable_variables] == trained_paths
 
 
-def test_nothing_changes_before_training_and_only_factors_after(model):
-    bank, x = bank_of(model), array(normal(8, D))
-    before = to_numpy(model(x))
-    bank.enable_lora(RANK)
-    assert_close(to_numpy(model(x)), before)
-    kernels = {name: to_numpy(getattr(bank, f"{name}_kernel")) for name in bank._projections()}
-    biases = E * (H + D) if bank.use_bias else 0
-    factors = sum(E * RANK * (D + H) for _ in kernels)
-    assert sum(np.prod(weight.shape) for weight in bank.trainable_variables) == factors + biases
-    trained(model)
-    for name, kernel in kernels.items():
-        np.testing.assert_array_equal(to_numpy(getattr(bank, f"{name}_kernel")), kernel)
-    assert np.any(to_numpy(bank.down_lora_b))
-
-
-def test_outputs_are_those_of_corrected_kernels(model, tmp_path):
-    bank, x = bank_of(model), array(normal(8, D))
-    bank.enable_lora(RANK, lora_alpha=6)
-    outputs = to_numpy(trained(model)(x))
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert_close(to_numpy(loaded(x)), outputs)
-    assert bank_of(loaded).lora_rank == RANK and not np.any(to_numpy(bank_of(loaded).down_lora_b))
-    # The weights fit a model without LoRA.
-    model.save_weights(tmp_path / "merged.weights.h5")
-    plain = model_of(type(bank).from_config({**bank.get_config(), "lora_rank": None}))
-    plain.load_weights(tmp_path / "merged.weights.h5")
-    assert_close(to_numpy(plain(x)), outputs)
-
-
-def test_gradients_are_those_of_corrected_kernels(model):
+def test_gradients_are_those_of_corrected_kernels(tmp_path):
     """One step of descent on the factors equals one computed from full kernels."""
-    bank, x, y = bank_of(model), normal(8, D), normal(8, D)
-    bank.enable_lora(RANK, b_initializer="ones")
-    a, b = (to_numpy(weight) for weight in bank._factors_of("down"))
-    full = model_of(type(bank).from_config({**bank.get_config(), "lora_rank": None}))
-    full.set_weights(
-        [
-            bank.merged_kernel(weight.name[:-7])
-            if weight.name.endswith("_kernel")
-            else to_numpy(weight)
-            for weight in full.weights
-            for weight in [next(w for w in model.weights if w.path.split("/")[-1] == weight.name)]
-        ]
-    )
-    start = to_numpy(bank_of(full).down_kernel)
+    makes = MODELS["gated, cosine"]
+    model, x, y = model_of(*makes), normal(8, D), normal(8, D)
+    parts(model)[0].enable_lora(RANK, b_initializer="ones")
+    factors = [named(model.weights, f"down_lora_{letter}")[0] for letter in "ab"]
+    a, b = (to_numpy(each.value) for each in factors)
+    model.save_weights(tmp_path / "merged.weights.h5")
+    full = model_of(*makes)
+    full.load_weights(tmp_path / "merged.weights.h5")
+    (kernel,) = named(full.weights, "down_kernel")
+    start = to_numpy(kernel.value)
     for each in (model, full):
         each.compile(keras.optimizers.SGD(1.0), "mse")
         each.fit(x, y, batch_size=8, verbose=0)
-    descent = start - to_numpy(bank_of(full).down_kernel)
-    assert_close(a - to_numpy(bank.down_lora_a), descent @ np.swapaxes(b, 1, 2))
-    assert_close(b - to_numpy(bank.down_lora_b), np.swapaxes(a, 1, 2) @ descent)
+    descent = start - to_numpy(kernel.value)
+    assert_close(a - to_numpy(factors[0].value), descent @ np.swapaxes(b, 1, 2))
+    assert_close(b - to_numpy(factors[1].value), np.swapaxes(a, 1, 2) @ descent)
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="JAX counts what it compiles")
+@pytest.mark.backends("jax")  # which counts what it compiles
 def test_a_step_computes_less_than_without(monkeypatch):
     import jax
 
     # Without a loop, whose trips are not counted.
-    monkeypatch.setattr(engines, "choose", lambda setting: padded)
+    monkeypatch.setattr(run, "choose", lambda setting: padded)
 
     def flops(lora):
         layer = layers.MixtureOfExperts(layers.GatedExperts(E, 64))
@@ -126,59 +120,6 @@ def test_a_step_computes_less_than_without(monkeypatch):
         return step.lower(trained, normal(128, 32)).compile().cost_analysis()["flops"]
 
     assert flops(lora=True) < flops(lora=False)
-
-
-def test_errors_say_what_to_do():
-    bank = layers.GatedExperts(E, H)
-    with pytest.raises(ValueError, match="not yet built"):
-        bank.enable_lora(RANK)
-    bank.build((None, D))
-    with pytest.raises(ValueError, match="positive integer"):
-        bank.enable_lora(0)
-    bank.enable_lora(RANK)
-    with pytest.raises(ValueError, match="once"):
-        bank.enable_lora(RANK)
-
-
-ROUTERS = {
-    "top_k": lambda: routers.TopKRouter(E, balancer="loss_free", use_bias=True, logit_noise=0.1),
-    "cosine": lambda: routers.CosineRouter(E, projection_dim=5),
-}
-
-
-def routed_model(router):
-    keras.utils.set_random_seed(0)
-    inputs = keras.Input((D,))
-    layer = layers.MixtureOfExperts(layers.GatedExperts(E, H), router)
-    return keras.Model(inputs, layer(inputs))
-
-
-@pytest.mark.parametrize("make", ROUTERS.values(), ids=ROUTERS)
-def test_routers(make, tmp_path):
-    """Only factors train, outputs are those of the corrected kernel, and a file has that kernel."""
-    model, x = routed_model(make()), array(normal(8, D))
-    before = to_numpy(model(x))
-    router = model.layers[-1].router
-    rest = sum(np.prod(each.shape) for each in router.trainable_variables if each.name != "kernel")
-    router.enable_lora(RANK, lora_alpha=6)
-    assert_close(to_numpy(model(x)), before)
-    width = router.kernel.shape[1]
-    assert (
-        sum(np.prod(each.shape) for each in router.trainable_variables) == RANK * (D + width) + rest
-    )
-    kernel = to_numpy(router.kernel)
-    outputs = to_numpy(trained(model)(x))
-    np.testing.assert_array_equal(to_numpy(router.kernel), kernel)
-    assert np.any(to_numpy(router.kernel_lora_b))
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert_close(to_numpy(loaded(x)), outputs)
-    again = loaded.layers[-1].router
-    assert again.lora_rank == RANK and not np.any(to_numpy(again.kernel_lora_b))
-    model.save_weights(tmp_path / "merged.weights.h5")
-    plain = routed_model(make())
-    plain.load_weights(tmp_path / "merged.weights.h5")
-    assert_close(to_numpy(plain(x)), outputs)
 
 
 def test_a_router_without_products_says_so():

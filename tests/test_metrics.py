@@ -1,60 +1,60 @@
-"""Expert usage: pure functions of counts, and the Keras metrics of the same names."""
+"""Expert usage against the oracle, and decisions and specialization against loops over tokens."""
 
-import keras
 import numpy as np
 import pytest
 import reference
-from backends import MODES, assert_close, compiled
+from backends import FAST_MODE, MODES, assert_close, compiled, to_numpy
 from hypothesis import given
 from hypothesis import strategies as st
 from keras import ops
+from layer_checks import D, array, moe, normal
 
-from keras_moe import metrics
-from keras_moe.ops import top_k_routing
+from keras_moe import metrics, routers
+from keras_moe.ops import plan_groups, top_k_routing
 
-OF_COUNTS = ("load_imbalance", "load_entropy", "dead_experts", "expert_share")
-TOTALS = {
-    "load_imbalance": metrics.LoadImbalance,
-    "load_entropy": metrics.LoadEntropy,
-    "dead_experts": metrics.DeadExperts,
-    "dropped_fraction": metrics.DroppedFraction,
-    "expert_share": metrics.ExpertShare,
-}
-CLASSES = {**TOTALS, "dead_experts_over_window": metrics.DeadExpertsOverWindow}
+T, E, K = 20, 4, 2
 
-
-def expected_value(name, counts, dropped):
-    counts = [int(count) for count in counts]
-    if name == "dropped_fraction":
-        return reference.dropped_fraction(dropped, counts)
-    return getattr(reference, name)(counts)
-
-
-HAND_COMPUTED = [
-    # counts, imbalance, entropy, dead experts
+# counts, imbalance, entropy, dead experts
+BY_HAND = [
     ([5, 5, 5, 5], 0.0, 1.0, 0),
     ([8, 0, 0, 0], 3.0, 0.0, 3),
     ([4, 4, 0, 0], 1.0, 0.5, 2),
+    ([0, 0, 0, 0], 0.0, 0.0, 4),
     ([6, 2], 0.5, 0.811278124, 0),
-    ([0, 0, 0], 0.0, 0.0, 3),
     ([7], 0.0, 1.0, 0),
     ([0], 0.0, 0.0, 1),
 ]
 
 
-@pytest.mark.parametrize(("counts", "imbalance", "entropy", "dead"), HAND_COMPUTED)
-def test_usage_of_small_examples_is_what_a_hand_computes(counts, imbalance, entropy, dead):
-    counts = np.array(counts, "int32")
-    assert_close(ops.convert_to_numpy(metrics.load_imbalance(counts)), imbalance)
-    assert_close(ops.convert_to_numpy(metrics.load_entropy(counts)), entropy)
-    assert float(metrics.dead_experts(counts)) == dead
+@pytest.mark.parametrize(("counts", "imbalance", "entropy", "dead"), BY_HAND)
+def test_the_oracle_is_right_on_small_examples(counts, imbalance, entropy, dead):
     assert_close(reference.load_imbalance(counts), imbalance)
     assert_close(reference.load_entropy(counts), entropy, tolerance=1e-8)
+    assert reference.dead_experts(counts) == dead
+
+
+def expected_usage(counts, dropped):
+    share = np.array(reference.expert_share(counts))
+    mean = np.mean(counts) or 1.0
+    return {
+        "load_imbalance": reference.load_imbalance(counts),
+        "load_entropy": reference.load_entropy(counts),
+        "dead_experts": reference.dead_experts(counts),
+        "expert_share": share,
+        "load_variation": np.std(counts) / mean,
+        "max_share": share.max(),
+        "active_fraction": np.mean(np.array(counts) > 0),
+        "utilization_quantiles": np.quantile(share * len(share), [0, 0.25, 0.5, 0.75, 1]),
+        "dropped_fraction": reference.dropped_fraction(dropped, counts),
+    }
+
+
+OF_COUNTS = [name for name in expected_usage([1], 0) if name != "dropped_fraction"]
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("num_experts", [1, 2, 7])
-def test_usage_of_drawn_counts_equals_the_oracle(num_experts, mode):
+@pytest.mark.parametrize("num_experts", [1, 2, 4])
+def test_usage_equals_the_oracle(num_experts, mode):
     function = compiled(
         lambda counts, dropped: (
             *(getattr(metrics, name)(counts) for name in OF_COUNTS),
@@ -63,46 +63,73 @@ def test_usage_of_drawn_counts_equals_the_oracle(num_experts, mode):
         mode,
     )
 
-    @given(st.lists(st.integers(0, 10**6), min_size=num_experts, max_size=num_experts), st.data())
-    def check(counts, data):
-        dropped = data.draw(st.integers(0, sum(counts)))
+    def check(counts, dropped):
         results = function(np.array(counts, "int32"), np.float32(dropped))
-        for name, result in zip((*OF_COUNTS, "dropped_fraction"), results):
-            assert result.dtype == np.float32
+        expected = expected_usage(counts, dropped)
+        for (name, value), result in zip(expected.items(), results, strict=True):
+            assert result.dtype == np.float32, name
             # 1 is taken from the ratio of loads: what is left of a small imbalance is rounded.
-            scale = max(1.0, np.max(expected_value(name, counts, dropped)))
-            assert_close(result, expected_value(name, counts, dropped), scale=scale)
+            assert_close(result, value, scale=max(1.0, np.max(value)))
 
-    check()
+    for counts, *_ in BY_HAND:
+        if len(counts) == num_experts:
+            check(counts, sum(counts) // 2)
+
+    @given(st.lists(st.integers(0, 10**6), min_size=num_experts, max_size=num_experts), st.data())
+    def check_drawn(counts, data):
+        check(counts, data.draw(st.integers(0, sum(counts))))
+
+    check_drawn()
 
 
-def routing_of(logits, mask=None, dropped=0.0):
-    routing = top_k_routing(ops.convert_to_tensor(logits), 2, mask)
-    return routing._replace(dropped=ops.convert_to_tensor(dropped, "float32"))
-
-
-@pytest.mark.parametrize("name", TOTALS)
-def test_a_metric_sums_all_routings_since_its_last_reset(name):
-    rng = np.random.default_rng(0)
-    metric = TOTALS[name](num_experts=5)
-    for _ in range(2):
-        counts, dropped = np.zeros(5), 0.0
-        for num_tokens, fraction in ((7, 0.5), (20, 0.0), (3, 1 / 3)):
-            logits = rng.normal(size=(num_tokens, 5)) - np.arange(5.0) ** 2
-            logits = logits.astype("float32")
-            mask = np.arange(num_tokens) != 1
-            metric.update_state(routing_of(logits, ops.convert_to_tensor(mask), fraction))
-            batch = reference.top_k_routing(logits, 2, mask).counts
-            counts, dropped = counts + batch, dropped + fraction * np.sum(batch)
-        value = ops.convert_to_numpy(metric.result())
-        assert_close(value, expected_value(name, counts, dropped))
-        metric.reset_state()
+def test_lists_are_taken_for_tensors():
+    assert float(metrics.load_imbalance([4, 4, 0, 0])) == 1
+    assert float(metrics.dropped_fraction(2, [4, 4])) == 0.25
+    routing = routing_of(*draw())
+    labels = [t % 3 for t in range(T)]
     np.testing.assert_array_equal(
-        ops.convert_to_numpy(metric.result()), expected_value(name, [0] * 5, 0)
+        array(metrics.count_table(routing, labels, np.int64(3))),
+        array(metrics.count_table(routing, np.array(labels), 3)),
     )
 
 
-@pytest.mark.parametrize("window", [1, 2, 3, 6])
+TOTALS = {
+    "load_imbalance": metrics.LoadImbalance,
+    "load_entropy": metrics.LoadEntropy,
+    "dead_experts": metrics.DeadExperts,
+    "dropped_fraction": metrics.DroppedFraction,
+    "expert_share": metrics.ExpertShare,
+}
+
+
+def routing_of(logits, mask=None, dropped=0.0):
+    routing = top_k_routing(ops.convert_to_tensor(logits), K, mask)
+    return routing._replace(dropped=ops.convert_to_tensor(dropped, "float32"))
+
+
+def test_metrics_sum_all_routings_since_their_last_reset():
+    rng = np.random.default_rng(0)
+    made = {name: cls(num_experts=5) for name, cls in TOTALS.items()}
+    for _ in range(2):
+        counts, dropped = np.zeros(5), 0.0
+        for num_tokens, fraction in ((7, 0.5), (20, 0.0), (3, 1 / 3)):
+            logits = (rng.normal(size=(num_tokens, 5)) - np.arange(5.0) ** 2).astype("float32")
+            mask = np.arange(num_tokens) != 1
+            batch = reference.top_k_routing(logits, K, mask).counts
+            counts, dropped = counts + batch, dropped + fraction * np.sum(batch)
+            logits[1] = np.nan  # padding counts in no metric
+            for metric in made.values():
+                metric.update_state(routing_of(logits, ops.convert_to_tensor(mask), fraction))
+        expected = expected_usage([int(count) for count in counts], dropped)
+        for name, metric in made.items():
+            assert metric.name.startswith(name)
+            assert_close(array(metric.result()), expected[name])
+            metric.reset_state()
+    for name, metric in made.items():
+        np.testing.assert_array_equal(array(metric.result()), expected_usage([0] * 5, 0)[name])
+
+
+@pytest.mark.parametrize("window", [1, 3])
 def test_experts_are_dead_that_had_nothing_in_a_window_of_batches(window):
     rng = np.random.default_rng(window)
     batches = rng.integers(0, 9, (5, 5)) * (rng.random((5, 5)) < 0.3)
@@ -120,55 +147,104 @@ def test_experts_are_dead_that_had_nothing_in_a_window_of_batches(window):
     assert float(metric.result()) == 0
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_padding_counts_in_no_metric(name):
-    logits = np.random.default_rng(0).normal(size=(9, 5)).astype("float32")
-    padded = np.concatenate([logits, np.full((4, 5), np.nan, "float32")])
-    plain, masked = CLASSES[name](5), CLASSES[name](5)
-    plain.update_state(routing_of(logits))
-    masked.update_state(routing_of(padded, ops.arange(13) < 9))
-    np.testing.assert_array_equal(
-        ops.convert_to_numpy(masked.result()), ops.convert_to_numpy(plain.result())
-    )
+def draw(seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(T, E)).astype("float32"), rng.random(T) < 0.7
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_a_metric_survives_its_config(name):
-    metric = CLASSES[name](num_experts=5, name="mine")
-    restored = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(metric))
-    assert type(restored) is CLASSES[name]
-    assert restored.get_config() == metric.get_config()
-    assert restored.name == "mine" and restored.num_experts == 5
+def pairs(routing):
+    """Token and expert of each assignment."""
+    return [(t, e) for t in np.flatnonzero(routing.mask) for e in routing.indices[t] if e >= 0]
 
 
-def test_a_metric_is_named_after_its_function():
-    for name, metric in CLASSES.items():
-        assert metric(3).name.startswith(name)
+@pytest.mark.parametrize("mode", MODES)
+def test_decisions_and_tables_equal_loops_over_tokens(mode):
+    logits, mask = draw()
+    later, _ = draw(1)
+    groups = np.random.default_rng(2).integers(0, 3, T)
+
+    def function(logits, later, mask, groups):
+        routing, after = top_k_routing(logits, K, mask), top_k_routing(later, K, mask)
+        plan, table = plan_groups(routing, capacity=3), metrics.count_table(routing, groups, 3)
+        values = (
+            metrics.router_confidence(routing),
+            metrics.unserved_fraction(routing, plan),
+            metrics.router_saturation(routing, after),
+            metrics.coactivation(routing),
+            table,
+            metrics.mutual_information(table),
+        )
+        return values, routing, after, plan.groups.rows_of_token
+
+    values, routing, after, rows = compiled(function, mode)(logits, later, mask, groups)
+    confidence, unserved, saturation, together, table, information = values
+    real = np.flatnonzero(mask)
+    assert_close(confidence, np.mean([routing.probs[t].max() for t in real]))
+    assert_close(unserved, np.mean([(rows[t] < 0).all() for t in real]))
+    kept = [len(set(routing.indices[t]) & set(after.indices[t])) for t in real]
+    assert_close(saturation, sum(kept) / (K * len(real)))
+    expected = np.zeros((E, E))
+    for t in real:
+        for a in routing.indices[t]:
+            for b in routing.indices[t]:
+                expected[a, b] += 1
+    assert_close(together, expected / np.maximum(np.diag(expected)[:, None], 1))
+    expected = np.zeros((3, E))
+    for t, e in pairs(routing):
+        expected[groups[t], e] += 1
+    np.testing.assert_array_equal(table, expected)
+    joint = expected / expected.sum()
+    independent = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
+    there = joint > 0
+    assert_close(information, np.sum(joint[there] * np.log(joint[there] / independent[there])))
 
 
-def test_a_routing_of_another_number_of_experts_is_named():
-    with pytest.raises(ValueError) as error:
-        metrics.DeadExperts(num_experts=3).update_state(routing_of(np.zeros((2, 4), "float32")))
-    assert str(error.value) == (
-        "The routing must have as many experts as the metric. Received: 4 experts, num_experts=3. "
-        "Make the metric with num_experts=4."
-    )
+def test_information_is_all_or_nothing_at_its_ends():
+    information = compiled(metrics.mutual_information, FAST_MODE)
+    assert_close(information(np.eye(4) * 5), np.log(4))
+    assert_close(information(np.ones((4, 4))), 0.0, scale=1.0)
+    assert information(np.zeros((4, 4))) == 0
 
 
-def test_a_sample_weight_is_refused():
-    with pytest.raises(ValueError) as error:
-        metrics.DeadExperts(4).update_state(routing_of(np.zeros((2, 4), "float32")), [1.0, 1.0])
-    assert str(error.value) == (
-        "Usage metrics count assignments and take no weight. Received: sample_weight. "
-        "Mask tokens out at the router."
-    )
+@pytest.mark.parametrize("router", [routers.TopKRouter(E, K), routers.TopPRouter(E)])
+def test_saliency_is_the_mean_weight_times_norm_of_each_expert(router):
+    layer = moe(router=router)
+    x = normal(3, 5, D)
+    mask = np.arange(15).reshape(3, 5) % 4 > 0
+    saliency = array(metrics.expert_saliency(layer, x.tolist(), mask.tolist()))
+    _, routing = layer(x, mask=mask, return_routing=True)
+    routing = to_numpy(routing)
+    # All experts on all tokens.
+    tokens, dense = ops.convert_to_tensor(x.reshape(-1, D)), routers.DenseRouter(E)
+    everything = dense(tokens)
+    total, served = np.zeros(E), np.zeros(E)
+    for e in range(E):
+        weights = ops.convert_to_tensor(np.tile(np.eye(E, dtype="float32")[e], (15, 1)))
+        plan = dense.plan(everything._replace(weights=weights))
+        norms = np.linalg.norm(array(layer.experts(tokens, plan)), axis=1)
+        for t in np.flatnonzero(routing.mask & (routing.indices == e).any(axis=1)):
+            total[e] += routing.weights[t, list(routing.indices[t]).index(e)] * norms[t]
+            served[e] += 1
+    assert_close(saliency, total / np.maximum(served, 1), tolerance=1e-4)
 
 
-@pytest.mark.parametrize("num_experts", [0, -1, 2.0, None, True])
-def test_a_number_of_experts_that_is_none_is_named(num_experts):
-    with pytest.raises(ValueError) as error:
-        metrics.ExpertShare(num_experts)
-    assert str(error.value) == (
-        f"`num_experts` must be a positive integer. Received: num_experts={num_experts!r}. "
-        "Pass an integer of at least 1."
-    )
+def test_saliency_of_experts_that_a_hash_chooses():
+    layer = moe(router=routers.HashRouter(E, 20, top_k=1))
+    ids = np.arange(15).reshape(3, 5)
+    saliency = array(metrics.expert_saliency(layer, normal(3, 5, D), token_ids=ids))
+    assert (saliency > 0).sum() > 1
+
+
+@pytest.mark.parametrize("router", ["top_k", "expert_choice", "soft"])
+def test_a_plan_knows_whom_it_serves(router):
+    router = routers.get(router, num_experts=E)
+    tokens, mask = normal(6, D), np.arange(6) < 4
+    routing = router(tokens, mask=mask)
+    served = array(router.plan(routing).served())
+    outputs = array(moe(router=router)(tokens, mask=mask))
+    np.testing.assert_array_equal(served[mask], (outputs[mask] != 0).any(axis=1))
+    assert_close(metrics.unserved_fraction(routing, router.plan(routing)), 1 - served[:4].mean())
+
+
+def test_no_token_has_no_confidence():
+    assert float(metrics.router_confidence(routing_of(np.zeros((0, E), "float32")))) == 0

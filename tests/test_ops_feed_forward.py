@@ -1,19 +1,21 @@
-"""What `grouped_feed_forward` promises beside its values: dtypes, any activation, no waste."""
+"""Grouped feed-forward networks: dtypes, any activation, no waste. Their values: test_ops_moe."""
 
 import functools
 import re
 
 import numpy as np
 import pytest
-from backends import BACKEND, KERNEL_MODES, MODES, assert_close, forget, gradients
+from backends import BACKEND, KERNEL_MODES, assert_close, forget, gradients
 from keras import ops
 
 from keras_moe import layers
 from keras_moe.activations import quick_gelu
 from keras_moe.backend import backend
 from keras_moe.ops import grouped_feed_forward, plan_groups, top_k_routing
+from keras_moe.ops.feed_forward import _grouped_feed_forward
 from keras_moe.ops.grouped import run, tiles
-from keras_moe.ops.grouped.tile_sizes import tile_sizes
+from keras_moe.ops.grouped.records import Affine, Network
+from keras_moe.ops.grouped.tiles import tile_sizes
 
 T, D, H, E, K = 13, 4, 6, 3, 2
 
@@ -42,8 +44,8 @@ def network(activation, dtype="float32", stored_dtype=None, biases=2, widths=(D,
 
 
 @functools.cache
-def gradients_in_float32(activation):
-    return gradients(*network(activation))
+def gradients_in_float32():
+    return gradients(*network(ops.gelu))
 
 
 def signed_root(values):
@@ -54,7 +56,7 @@ def in_float32(values):
     return ops.gelu(ops.cast(values, "float32"))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", KERNEL_MODES)
 def test_a_slope_that_is_infinite_at_zero_spoils_no_gradient(mode, small_tiles):
     function, inputs = network(signed_root, biases=0)
     for gradient in gradients(function, inputs, mode):
@@ -62,21 +64,21 @@ def test_a_slope_that_is_infinite_at_zero_spoils_no_gradient(mode, small_tiles):
 
 
 @pytest.mark.parametrize("mode", KERNEL_MODES)
-@pytest.mark.parametrize("stored_dtype", [None, "float32"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("activation", [ops.gelu, in_float32])
+@pytest.mark.parametrize(
+    ("activation", "dtype", "stored_dtype"),
+    [(in_float32, "bfloat16", None), (ops.gelu, "float16", "float32")],
+)
 def test_gradients_in_half_precision_are_those_of_float32(activation, dtype, stored_dtype, mode):
     low = gradients(*network(activation, dtype, stored_dtype), mode)
-    for gradient, expected in zip(low, gradients_in_float32(activation)):
+    for gradient, expected in zip(low, gradients_in_float32()):
         assert_close(gradient, expected, tolerance=0.05)
 
 
-@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch has no tiles")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_tiles_may_compute_in_half_precision_as_on_accelerators(dtype, monkeypatch, small_tiles):
+@pytest.mark.backends("jax", "tensorflow")
+def test_tiles_may_compute_in_half_precision_as_on_accelerators(monkeypatch, small_tiles):
     monkeypatch.setattr(tiles, "tile_dtype", lambda setting: setting.dtype)
-    low = gradients(*network(ops.gelu, dtype, "float32"), KERNEL_MODES[-1])
-    for gradient, expected in zip(low, gradients_in_float32(ops.gelu)):
+    low = gradients(*network(ops.gelu, "bfloat16", "float32"), KERNEL_MODES[-1])
+    for gradient, expected in zip(low, gradients_in_float32()):
         assert_close(gradient, expected, tolerance=0.05)
 
 
@@ -102,7 +104,7 @@ def loss_of_half_precision():
     return loss, [[weight.value for weight in bank.trainable_variables]]
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="reads what JAX traces")
+@pytest.mark.backends("jax")
 def test_kernels_of_idle_experts_are_not_converted():
     import jax
 
@@ -120,7 +122,7 @@ def test_kernels_of_idle_experts_are_not_converted():
             assert f"f32[{size}]" in text and f"bf16[{size}]" not in text
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="reads what JAX traces")
+@pytest.mark.backends("jax")
 def test_products_on_cpus_are_those_of_float32(monkeypatch):
     import jax
 
@@ -133,7 +135,7 @@ def test_products_on_cpus_are_those_of_float32(monkeypatch):
     assert narrow_product.search(traced(jax.grad(loss), weights))
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="reads what JAX traces")
+@pytest.mark.backends("jax")
 def test_a_forward_pass_keeps_no_pre_activations():
     import jax
 
@@ -170,13 +172,7 @@ def test_nothing_is_kept_for_a_gradient_that_nobody_takes():
         assert not kept[-1]
 
 
-def test_there_is_a_bias_for_each_kernel_or_none():
-    function, inputs = network(ops.gelu, biases=1)
-    with pytest.raises(ValueError, match="a bias for each kernel, or none. Received: 1 biases, 2"):
-        function(*map(ops.convert_to_tensor, inputs))
-
-
-@pytest.mark.skipif(BACKEND != "jax", reason="only JAX compiles what runs eagerly")
+@pytest.mark.backends("jax")
 def test_a_layer_that_runs_eagerly_is_compiled_once():
     layer = layers.MixtureOfExperts(layers.FeedForwardExperts(E, H))
     x = np.ones((T, D), "float32")
@@ -186,17 +182,18 @@ def test_a_layer_that_runs_eagerly_is_compiled_once():
     assert run._run._cache_size() == compiled
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="XLA leaves out what nobody needs")
+@pytest.mark.backends("torch")
 def test_frozen_kernels_cost_no_gradients():
     function, inputs = network(ops.gelu)
     tokens, *parameters = map(ops.convert_to_tensor, inputs)
-    assert backend.stack_gradients([], parameters[:2], parameters[2:]) == [None] * 4
+    trained = [{"kernel": kernel} for kernel in parameters[:2]]
+    assert backend.stacked_gradients(trained).result() == [{"kernel": None}] * 2
     tokens.requires_grad_()
     function(tokens, *parameters).backward()
     assert tokens.grad is not None and all(parameter.grad is None for parameter in parameters)
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="of PyTorch's graph")
+@pytest.mark.backends("torch")
 def test_what_is_kept_for_the_gradient_is_freed_with_it():
     function, inputs = network(ops.gelu)
     loss = function(*(ops.convert_to_tensor(array).requires_grad_() for array in inputs))
@@ -233,5 +230,67 @@ def test_a_clipped_and_shifted_gate_is_that_of_gpt_oss(mode):
         hidden = gate * ops.sigmoid(1.702 * gate) * up
         return ops.sum(ops.square(product(hidden, down, biases[2])))
 
+    for gradient, expected in zip(gradients(grouped, inputs, mode), gradients(plain, inputs)):
+        assert_close(gradient, expected)
+
+
+OTHER_BANKS = {
+    # The widths of the projections, which of them have a bias, and a factor of low rank.
+    "linear": ([D, H], [True], None),
+    "linear, low rank": ([D, H], [True], 0.5),
+    "wider outputs, one bias": ([D, H, D + 3], [False, True], None),
+    "gate, low rank, no bias": ([D, H, H, D + 3], [False] * 3, 2.0),
+}
+
+
+@pytest.mark.parametrize("mode", KERNEL_MODES)
+@pytest.mark.parametrize("bank", OTHER_BANKS.values(), ids=list(OTHER_BANKS))
+def test_banks_may_have_other_projections(bank, mode, small_tiles):
+    widths, has_bias, scale = bank
+    generator, expert = np.random.default_rng(0), np.arange(T) % E
+    shapes = list(zip([D] * max(len(widths) - 2, 1) + [H], widths[1:]))
+    kernels = [generator.normal(size=(E, *shape)).astype("float32") for shape in shapes]
+    routing = top_k_routing(10 * ops.one_hot(expert, E), 1, renormalize=True)
+
+    def affines(flat):
+        """Projections of an iterator over what has a gradient: no kernel that is corrected."""
+        for kernel, has in zip(kernels, has_bias):
+            kernel = next(flat) if scale is None else ops.convert_to_tensor(kernel)
+            bias = next(flat) if has else None
+            yield Affine(kernel, bias, None if scale is None else (next(flat), next(flat)))
+
+    def grouped(tokens, *flat):
+        network = Network(ops.gelu if len(shapes) > 1 else None, low_rank_scale=scale)
+        projections = list(affines(iter(flat)))
+        outputs = _grouped_feed_forward(tokens, plan_groups(routing), network, projections)
+        return ops.sum(ops.sin(outputs))
+
+    def plain(tokens, *flat):
+        def times(rows, stacked):
+            return ops.einsum("td,tdh->th", rows, ops.take(stacked, expert, axis=0))
+
+        def project(rows, affine):
+            product = times(rows, affine.kernel)
+            if affine.bias is not None:
+                product = product + ops.take(affine.bias, expert, axis=0)
+            if affine.low_rank is not None:
+                a, b = affine.low_rank
+                product = product + scale * times(times(rows, a), b)
+            return product
+
+        *ups, down = affines(iter(flat))
+        rows, *hidden = [tokens, *(project(tokens, up) for up in ups)]
+        if hidden:
+            rows = ops.gelu(hidden[0])
+        if len(hidden) > 1:
+            rows = rows * hidden[1]
+        return ops.sum(ops.sin(project(rows, down)))
+
+    inputs = [(T, D)]
+    for (depth, width), has in zip(shapes, has_bias):
+        inputs += [(E, depth, width)] if scale is None else []
+        inputs += [(E, width)] if has else []
+        inputs += [] if scale is None else [(E, depth, 2), (E, 2, width)]
+    inputs = [generator.normal(size=shape).astype("float32") for shape in inputs]
     for gradient, expected in zip(gradients(grouped, inputs, mode), gradients(plain, inputs)):
         assert_close(gradient, expected)

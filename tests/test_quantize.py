@@ -8,7 +8,7 @@ from layer_checks import normal
 
 from keras_moe import inspection, layers, routers
 from keras_moe.backend import backend
-from keras_moe.ops.grouped import blocks, loop, records
+from keras_moe.ops.grouped import loop, records, tiles
 
 # Keras asks each layer, and warns of those that cannot, such as its `InputLayer`.
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method")
@@ -102,7 +102,7 @@ def test_kernels_are_those_of_dense_in_int4(block_size):
     kernel = to_numpy(bank.up_kernel)
     config = keras.quantizers.Int4QuantizationConfig(block_size=block_size)
     bank.quantize("int4", config=config)
-    for of_expert, near in zip(kernel, bank.merged_kernel("up")):
+    for of_expert, near in zip(kernel, bank.projections["up"].merged_kernel()):
         dense = keras.layers.Dense(7, use_bias=False)
         dense.build((None, D))
         dense.kernel.assign(of_expert)
@@ -172,12 +172,12 @@ def test_a_bank_with_a_policy_of_its_own_keeps_it():
 @pytest.mark.backends("tensorflow", "jax")
 @pytest.mark.parametrize("entries", [1, 9 * H, 2**19])
 def test_few_rows_are_multiplied_by_blocks_of_a_kernel(entries, monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK_ENTRIES", entries)
+    monkeypatch.setattr(tiles, "BLOCK_ENTRIES", entries)
     rows, scale = normal(6, D), np.abs(normal(E, 1, H))
     values = np.random.default_rng(0).integers(-127, 128, (E, D, H)).astype("int8")
 
     def multiply(rows, values, scale, expert):
-        return blocks.multiply(rows, values, expert) * scale[-1]
+        return tiles.multiply_in_blocks(rows, values, expert) * scale[-1]
 
     actual = compiled(multiply, MODES[-1])(rows, values, scale, np.int32(E - 1))
     assert_close(actual, rows @ (values[-1] * scale[-1]))
@@ -301,7 +301,7 @@ def test_experts_in_integers_compile(mode):
 def test_other_modes_say_what_there_is():
     bank = layers.GatedExperts(E, H)
     bank.build((None, D))
-    with pytest.raises(NotImplementedError, match="mixed_bfloat16"):
+    with pytest.raises(NotImplementedError, match="`mode` must be"):
         bank.quantize("float8")
 
 

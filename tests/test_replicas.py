@@ -34,11 +34,6 @@ def test_a_step_of_the_same_batch_on_two_replicas_is_that_of_one_device(layer):
 
 
 @pytest.mark.parametrize("layer", ["dense", "plain", *GLOBAL_LAYERS])
-def test_a_step_on_four_replicas_is_that_of_one_device(layer):
-    assert_equal(trained_on(4)["few"], trained_on(1)["few"], layer, 4, same_batch=True)
-
-
-@pytest.mark.parametrize("layer", ["dense", "plain", *GLOBAL_LAYERS])
 def test_fit_of_the_same_batch_on_two_replicas_is_that_of_one_device(layer):
     assert_equal(trained_on(2)["fit"], trained_on(1)["fit"], layer, 2, same_batch=True)
 
@@ -60,16 +55,15 @@ def test_a_step_that_xla_compiles_on_each_replica_is_that_of_one_device(layer):
 
 
 @pytest.mark.parametrize("layer", GLOBAL_LAYERS)
-def test_a_sum_over_replicas_inside_of_a_compiled_part_is_an_error_that_says_so(layer):
+def test_a_sum_over_replicas_in_a_compiled_part_is_an_error(layer):
     assert "Put `tf.function` around `strategy.run`" in trained_on(2)["errors"][layer]
 
 
-@pytest.mark.parametrize("replicas", [2, 4])
 @pytest.mark.parametrize("layer", GLOBAL_LAYERS)
-def test_a_batch_split_over_replicas_is_balanced_as_one(layer, replicas):
-    one, several = trained_on(1)["split"], trained_on(replicas)["split"]
+def test_a_batch_split_over_replicas_is_balanced_as_one(layer):
+    one, two = trained_on(1)["split"], trained_on(2)["split"]
     assert np.any(np.not_equal(one["weights"][f"{layer}/expert_counts/1"], 8 * 6 * 2 / 4))
-    assert_equal(several, one, layer, replicas, same_batch=False)
+    assert_equal(two, one, layer, 2, same_batch=False)
 
 
 def test_two_workers_balance_their_batch_as_one():

@@ -8,16 +8,24 @@ from backends import FAST_MODE, assert_close, compiled, gradients, to_numpy
 from keras import ops
 from layer_checks import D, E, array, moe, normal
 
-from keras_moe import inspection, layers, losses, metrics, routers
-from keras_moe.ops import balanced_assignment, sinkhorn_plan, top_k_routing
+from keras_moe import callbacks, inspection, layers, losses, metrics, routers
+from keras_moe.ops import balanced_assignment, sinkhorn_plan
 
 X = normal(3, 5, D)
 
 
-def test_replaying_recorded_experts_reproduces_the_outputs():
-    layer = moe(router=routers.TopKRouter(E, 2))
-    outputs, routing = layer(X, return_routing=True)
-    np.testing.assert_array_equal(array(layer(X, indices=routing.indices)), array(outputs))
+def test_a_recorded_routing_can_be_replayed_with_another_kernel():
+    """What reinforcement learning needs: the same experts under the new weights."""
+    layer = moe(router=routers.TopKRouter(E, 2), name="moe")
+    inputs = keras.Input((5, D))
+    model = keras.Model(inputs, layer(inputs))
+    outputs = array(layer(X))
+    (recorded,) = inspection.record_routings(model, [X])["moe"]
+    np.testing.assert_array_equal(array(layer(X, indices=recorded.indices)), outputs)
+    layer.router.kernel.assign(-array(layer.router.kernel))
+    _, routing = layer(X, indices=recorded.indices, return_routing=True)
+    np.testing.assert_array_equal(array(routing.indices), recorded.indices)
+    assert (array(layer.router(X.reshape(-1, D)).indices) != recorded.indices).any()
 
 
 def test_replayed_experts_are_weighed_by_live_scores_with_their_gradient():
@@ -40,74 +48,23 @@ def test_replayed_experts_are_weighed_by_live_scores_with_their_gradient():
     assert np.abs(gradient[:, [1, 3]]).max() > 0
 
 
-def test_a_recorded_routing_can_be_replayed_with_another_kernel():
-    """What reinforcement learning needs: the same experts under the new weights."""
-    layer = moe(router=routers.TopKRouter(E, 2), name="moe")
-    inputs = keras.Input((5, D))
-    model = keras.Model(inputs, layer(inputs))
-    (recorded,) = inspection.record_routings(model, [X])["moe"]
-    layer.router.kernel.assign(-array(layer.router.kernel))
-    _, routing = layer(X, indices=recorded.indices, return_routing=True)
-    np.testing.assert_array_equal(array(routing.indices), recorded.indices)
-    assert (array(layer.router(X.reshape(-1, D)).indices) != recorded.indices).any()
+def test_replayed_numbers_that_are_no_experts_are_not_served():
+    router = routers.TopKRouter(E, 2)
+    chosen = ops.convert_to_tensor(np.array([[3, E], [-7, 0], [2, -1]], "int32"))
+    routing = to_numpy(router(X[0, :3], indices=chosen))
+    np.testing.assert_array_equal(routing.indices, [[3, -1], [-1, 0], [2, -1]])
+    assert_close(routing.weights, [[1, 0], [0, 1], [1, 0]])
+    assert routing.counts.tolist() == [1, 0, 1, 1]
 
 
-def test_a_router_that_cannot_replay_says_so():
-    with pytest.raises(ValueError, match="can replay `indices`. Received: indices for a `TopP"):
-        routers.TopPRouter(E)(X[0], indices=np.zeros((5, 2), "int32"))
-
-
-def test_token_ids_are_as_many_as_tokens():
-    with pytest.raises(ValueError, match=r"\(3,\) for 5 tokens. Pass the ids of these"):
-        routers.HashRouter(E, 100)(X[0], token_ids=np.zeros((3,), "int32"))
-
-
-def test_experts_to_replay_are_those_of_as_many_tokens():
-    with pytest.raises(ValueError, match=r"Received: indices.shape=\(3, 2\), T=5, K=2. Pass the"):
-        routers.TopKRouter(E, 2)(X[0], indices=np.array([[0, 1]] * 3))
-
-
-def test_experts_to_replay_have_a_row_for_each_token():
-    with pytest.raises(ValueError) as error:
-        routers.TopKRouter(E, 2)(X[0], indices=np.zeros((1, 5, 2), "int32"))
-    assert (
-        "`indices` must have the shape (T, K), a row for each token. Received: "
-        "indices.shape=(1, 5, 2), T=5, K=2. Pass the `indices` of a routing of these tokens by "
-        "this router."
-    ) in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("numbers", "rule"),
-    [
-        ({}, "must be an expert without computation"),
-        ({"num_zero": -1}, "`num_zero` must be a whole number of at least 0"),
-        ({"num_identity": 1.5}, "`num_identity` must be a whole number of at least 0"),
-        ({"num_constant": True}, "`num_constant` must be a whole number of at least 0"),
-    ],
-)
-def test_experts_without_computation_are_counted_in_whole_numbers(numbers, rule):
-    with pytest.raises(ValueError, match=rule):
-        layers.ZeroComputationExperts(layers.FeedForwardExperts(2, 4), **numbers)
-
-
-@pytest.mark.parametrize("frozen", ["router", "experts"])
-def test_router_and_experts_are_frozen_apart(frozen):
+def test_router_and_experts_are_frozen_apart():
     layer = moe(router=routers.TopKRouter(E, 2))
-    model = keras.Sequential([keras.Input((5, D)), layer])
-    getattr(layer, frozen).trainable = False
-    model.compile("sgd", "mse")
-    before = {w.path: array(w) for w in layer.router.weights + layer.experts.weights}
-    model.fit(X, X + 1, verbose=0)
-    changed = {
-        w.path
-        for w in layer.router.weights + layer.experts.weights
-        if w.path in before and (array(w) != before[w.path]).any()
-    }
-    moving = layer.experts if frozen == "router" else layer.router
-    still = layer.router if frozen == "router" else layer.experts
-    assert changed & {w.path for w in moving.weights}
-    assert not changed & {w.path for w in still.weights}
+    layer.build(X.shape)
+    kernels = {layer.router: layer.router.kernel, layer.experts: layer.experts.up_kernel}
+    for frozen, moving in (kernels, reversed(kernels)):
+        frozen.trainable, moving.trainable = False, True
+        paths = {weight.path for weight in layer.trainable_variables}
+        assert kernels[moving].path in paths and kernels[frozen].path not in paths
 
 
 def forced_counts(pattern, num_tokens=64, top_k=2):
@@ -120,6 +77,7 @@ def forced_counts(pattern, num_tokens=64, top_k=2):
     return routing.counts
 
 
+@pytest.mark.backends("tensorflow", "torch")  # JAX would compile each operation
 def test_forced_patterns_have_the_load_they_are_named_for():
     assert forced_counts("round_robin").tolist() == [32] * E
     assert forced_counts("one").tolist() == [64, 64, 0, 0]
@@ -157,23 +115,6 @@ def test_a_hash_router_takes_a_table_of_ones_own_and_keeps_it_when_saved(tmp_pat
     assert array(layer.router.table).ravel().tolist() == [3, 3, 1, 0]
 
 
-def test_a_hash_router_without_ids_says_where_to_pass_them():
-    with pytest.raises(ValueError, match="goes by the ids of the tokens. Received: token_ids=None"):
-        moe(router=routers.HashRouter(E, 10))(X)
-
-
-def test_the_mask_of_an_embedding_is_used_where_token_ids_are_given_too():
-    ids = keras.Input((5,), dtype="int32")
-    embedded = keras.layers.Embedding(10, D, mask_zero=True)(ids)
-    block = layers.TransformerEncoderBlock(2, moe(router=routers.HashRouter(E, 10)))
-    model = keras.Model(ids, block(embedded, token_ids=ids))
-    batch = np.array([[1, 2, 3, 0, 0], [4, 5, 0, 0, 0]])
-    (routing,) = next(iter(inspection.record_routings(model, [batch]).values()))
-    np.testing.assert_array_equal(routing.mask, batch.ravel() > 0)
-    table = array(block.feedforward.router.table)
-    np.testing.assert_array_equal(routing.indices, table[batch.ravel()])
-
-
 def test_masks_are_found_in_compiled_calls_with_several_tensors():
     ids = keras.Input((5,), dtype="int32")
     embedded = keras.layers.Embedding(10, D, mask_zero=True)(ids)
@@ -188,6 +129,7 @@ def test_masks_are_found_in_compiled_calls_with_several_tensors():
         assert array(layer.expert_counts).sum() == 5 * 2
 
 
+@pytest.mark.backends("tensorflow", "torch")  # JAX would compile each operation
 def test_gshard_visits_the_second_expert_as_often_as_its_weight_deserves():
     router = routers.GShardRouter(
         2, threshold=0.5, kernel_initializer=keras.initializers.Identity(), seed=3
@@ -201,6 +143,7 @@ def test_gshard_visits_the_second_expert_as_often_as_its_weight_deserves():
     assert routing.counts.tolist() == [5000, visits.sum()]
 
 
+@pytest.mark.backends("tensorflow", "torch")  # JAX would compile each operation
 @pytest.mark.parametrize("name", ["noisy_top_k", "v_moe"])
 def test_noisy_routers_choose_anew_in_training_only(name):
     router = routers.get(name, num_experts=E)
@@ -253,25 +196,20 @@ def test_a_soft_mixture_equals_the_oracle_with_padding(slots):
     assert array(routing.counts).tolist() == [2 * slots] * 3
 
 
-def test_expert_choice_fills_every_place_exactly():
-    layer = moe(router=routers.ExpertChoiceRouter(E, capacity_factor=2.0))
-    _, routing = layer(normal(3, 8, D), return_routing=True)
-    assert array(routing.counts).tolist() == [3 * 4] * E
-
-
 def test_a_relu_router_reaches_the_number_of_experts_it_is_told():
-    router = routers.ReLURouter(E, top_k=1, initial_strength=1e-2)
+    router = routers.ReLURouter(E, top_k=1, growth=1.3, initial_strength=1e-2)
     bank = layers.FeedForwardExperts(E, 8)
     layer = layers.MixtureOfExperts(bank, router=router, router_losses=())
     model = keras.Sequential([keras.Input((D,)), layer])
-    model.compile(keras.optimizers.Adam(0.01), "mse")
+    model.compile(keras.optimizers.Adam(0.02), "mse")
     x = normal(64, D) + 1  # a linear map of what is symmetric has half of its values above zero
-    model.fit(x, x, batch_size=64, epochs=45, verbose=0)
+    model.fit(x, x, batch_size=64, epochs=20, verbose=0)
     layer.reset_counts()
-    model.fit(x, x, batch_size=64, epochs=60, verbose=0)
-    assert 0.7 < array(layer.expert_counts).sum() / (60 * 64) < 1.3
+    model.fit(x, x, batch_size=64, epochs=20, verbose=0)
+    assert 0.7 < array(layer.expert_counts).sum() / (20 * 64) < 1.3
 
 
+@pytest.mark.backends("tensorflow", "torch")  # JAX would compile each operation
 def test_the_strength_of_a_relu_router_does_not_vanish_while_it_is_sparse_enough():
     router = routers.ReLURouter(E, top_k=2, initial_strength=1e-3)
     router.build((None, D))
@@ -282,76 +220,38 @@ def test_the_strength_of_a_relu_router_does_not_vanish_while_it_is_sparse_enough
     assert array(router.strength) == np.float32(1e-3)
 
 
-def test_a_relu_router_regularises_what_its_limit_hides():
+def test_a_relu_router_regularises_what_its_limit_hides_unless_it_is_frozen():
     router = routers.ReLURouter(E, top_k=2, max_top_k=2, initial_strength=1e-3)
     router.build((None, D))
     router.kernel.assign(np.ones((D, E)))
-    router(np.ones((6, D), "float32"), training=True)
-    assert array(router.strength) > 1.1e-3
+    for trainable, strength in ((False, 1e-3), (True, 1.2e-3)):
+        router.trainable = trainable
+        router(np.ones((6, D), "float32"), training=True)
+        assert_close(array(router.strength), strength)
 
 
 def test_experts_without_computation_do_what_they_are_named_for():
-    bank = layers.FeedForwardExperts(2, 4)
-    bank = layers.ZeroComputationExperts(bank, num_zero=1, num_identity=1, num_constant=1)
-    router = routers.TopKRouter(5, 1, kernel_initializer=keras.initializers.Identity())
-    layer = layers.MixtureOfExperts(bank, router=router)
-    tokens = (5 * np.eye(5, dtype="float32"))[[2, 3, 4]]
-    layer.build(tokens.shape)
-    bank.constant.assign(np.ones((1, 5)))
-    bank.mixing_kernel.assign(np.zeros((5, 1, 2)))
-    outputs, routing = layer(tokens, return_routing=True)
-    weight = array(routing.weights)
-    expected = [0 * tokens[0], weight[1] * tokens[1], weight[2] * (tokens[2] + 1) / 2]
-    assert_close(array(outputs), np.array(expected))
-    assert array(routing.counts).tolist() == [0, 0, 1, 1, 1]
-
-
-def test_experts_that_compute_are_not_disturbed_by_those_that_do_not():
-    bank = layers.FeedForwardExperts(2, 4)
-    wide = layers.ZeroComputationExperts(bank, num_zero=1, num_identity=1)
-    layer = layers.MixtureOfExperts(wide, router=routers.TopKRouter(4, 2, renormalize=False))
+    """Experts 0 and 1 compute, then come one of zeros, one that is the identity, and a constant."""
+    bank = layers.FeedForwardExperts(2, 4, activation="tanh")
+    wide = layers.ZeroComputationExperts(bank, num_zero=1, num_identity=1, num_constant=1)
+    layer = layers.MixtureOfExperts(wide, router=routers.TopKRouter(top_k=3, renormalize=False))
     x = normal(20, D)
+    layer.build(x.shape)
+    wide.constant.assign(np.full((1, D), 3.0))
+    wide.mixing_kernel.assign(np.zeros((D, 1, 2)))
     outputs, routing = layer(x, return_routing=True)
-    indices, weights = array(routing.indices), array(routing.weights)
     up, down = array(bank.up_kernel), array(bank.down_kernel)
-    expected = np.zeros_like(x)
-    for t in range(20):
-        for e, weight in zip(indices[t], weights[t]):
-            if e < 2:
-                hidden = array(keras.activations.gelu(ops.convert_to_tensor(x[t] @ up[e])))
-                expected[t] += weight * (hidden @ down[e])
-            elif e == 3:
-                expected[t] += weight * x[t]
-    assert_close(array(outputs), expected, tolerance=1e-4)
-
-
-@keras.saving.register_keras_serializable("tests")
-class NearestRouter(routers.Router):
-    """A router of one's own: the experts whose centres are nearest."""
-
-    top_k = 2
-
-    def build(self, tokens_shape):
-        self.centres = self.add_weight(name="centres", shape=(self.num_experts, tokens_shape[-1]))
-
-    def route(self, tokens, mask, training):
-        differences = ops.expand_dims(tokens, 1) - self.centres
-        return top_k_routing(-ops.sum(ops.square(differences), axis=-1), self.top_k, mask)
-
-
-def test_a_router_of_ones_own_takes_a_dozen_lines(tmp_path):
-    layer = moe(router=NearestRouter(E))
-    model = keras.Sequential([keras.Input((5, D)), layer])
-    model.compile("adam", "mse")
-    model.fit(X, X, verbose=0)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    np.testing.assert_allclose(array(loaded(X)), array(model(X)), atol=1e-6)
+    expected, counts = np.zeros_like(x), np.zeros(5)
+    for t, (experts, weights) in enumerate(zip(array(routing.indices), array(routing.weights))):
+        for e, weight in zip(experts, weights):
+            counts[e] += 1
+            made = [np.tanh(x[t] @ up[e]) @ down[e]] if e < 2 else [0, x[t], (x[t] + 3.0) / 2]
+            expected[t] += weight * made[max(e - 2, 0)]
+    assert_close(array(outputs), expected)
+    np.testing.assert_array_equal(array(routing.counts), counts)
 
 
 def test_the_weight_of_a_loss_changes_in_training_and_nothing_is_compiled_again():
-    from keras_moe import callbacks
-
     traces = []
 
     @keras.saving.register_keras_serializable("tests")
@@ -376,41 +276,19 @@ def test_the_weight_of_a_loss_changes_in_training_and_nothing_is_compiled_again(
     assert array(layer.router_loss_weights).tolist() == [1.0, pytest.approx(1e-3)]
 
 
-def test_the_weight_of_a_loss_is_scheduled_from_the_first_step_of_an_unbuilt_model():
-    from keras_moe import callbacks
-
-    model = keras.Sequential([moe(router_losses=[losses.LoadBalance(0.01), "router_z"])])
-    model.compile("sgd", "mse")
-    schedule = callbacks.RouterLossSchedule(lambda epoch, weight: 50 * weight)
-    model.fit(X, X, epochs=1, callbacks=[schedule], verbose=0)
-    assert_close(array(model.layers[0].router_loss_weights), [0.5, 0.001])
-
-
-def test_a_schedule_of_keras_sets_the_weight():
-    from keras_moe import callbacks
-
-    model = keras.Sequential([moe(router_losses=[losses.LoadBalance(0.5)])])
-    model.compile("sgd", "mse")
-    decay = keras.optimizers.schedules.CosineDecay(1.0, decay_steps=2)
-    schedule = callbacks.RouterLossSchedule(lambda epoch, weight: weight * decay(epoch))
-    model.fit(X, X, epochs=2, callbacks=[schedule], verbose=0)
-    assert_close(array(model.layers[0].router_loss_weights), [0.25])
-
-
-def test_a_schedule_is_of_a_loss_of_ones_own():
-    from keras_moe import callbacks
-
+def test_a_schedule_of_keras_sets_the_weight_of_a_loss_of_ones_own_in_an_unbuilt_model():
     class Squared(losses.RouterLoss):
         def compute(self, routing):
-            return keras.ops.sum(keras.ops.square(routing.probs))
+            return ops.sum(ops.square(routing.probs))
 
     model = keras.Sequential([moe(router_losses=["load_balance", Squared(0.1)])])
     model.compile("sgd", "mse")
-    schedule = callbacks.RouterLossSchedule(lambda epoch, weight: 3 * weight, Squared(1.0))
-    model.fit(X, X, epochs=1, callbacks=[schedule], verbose=0)
+    decay = keras.optimizers.schedules.CosineDecay(6.0, decay_steps=2)
+    schedule = callbacks.RouterLossSchedule(
+        lambda epoch, weight: weight * decay(epoch), Squared(1.0)
+    )
+    model.fit(X, X, epochs=2, callbacks=[schedule], verbose=0)
     assert_close(array(model.layers[0].router_loss_weights), [0.01, 0.3])
-    with pytest.raises(ValueError, match="For a class of your own pass an instance"):
-        callbacks.RouterLossSchedule(lambda epoch, weight: weight, "squared")
 
 
 def test_router_losses_are_counted_by_name_and_reset():

@@ -146,3 +146,17 @@ def test_orbax_gives_the_experts_back(tmp_path):
     model.fit(x, x[:, :1], callbacks=[saves], verbose=0)
     loaded = keras.saving.load_model(tmp_path / "run")
     np.testing.assert_array_equal(array(loaded(x)), array(model(x)))
+
+
+SAVED = Path(__file__).parent / "saved"
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method")
+@pytest.mark.parametrize("name", sorted(path.stem for path in SAVED.glob("*.keras")))
+def test_a_model_saved_by_version_0_2_predicts_what_it_predicted(name):
+    """Every bank, router and block, int8, int4 and LoRA, saved on PyTorch."""
+    expected = np.load(SAVED / "expected.npz")
+    model = keras.saving.load_model(SAVED / f"{name}.keras", compile=False)
+    inputs = [expected["x"], expected["ids"]] if name == "routers" else expected["x"]
+    outputs = model.predict(inputs, verbose=0)
+    np.testing.assert_allclose(outputs, expected[name], rtol=1e-4, atol=1e-4)

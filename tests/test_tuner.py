@@ -1,7 +1,6 @@
 """Search spaces, costs and the table of trials, with KerasTuner itself."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +20,12 @@ from keras_moe.tuner.search_space import SET_TOP_K, TAKE_TOP_K  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
-# KerasTuner asks the current thread for its name in an old way.
-pytestmark = pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\):DeprecationWarning")
+# A search makes layers and reads logs, which are tested on each backend.
+pytestmark = [
+    pytest.mark.backends("torch"),
+    # KerasTuner asks the current thread for its name in an old way.
+    pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\):DeprecationWarning"),
+]
 
 
 def space(**changes):
@@ -63,29 +66,44 @@ def test_values_of_a_trial_reach_the_layer():
         capacity_factors=(2, None),
         loss_weights={"router_entropy": (0.1, 0)},
     )
-    layer = searched.sample(hyperparameters(**chosen), experts=layers.GatedExperts)
+    hp, more = hyperparameters(**chosen), [losses.LoadBalance(0.05)]
+    layer = searched.sample(hp, experts=layers.GatedExperts, router_losses=more)
     assert type(layer.experts) is layers.GatedExperts
     assert (layer.experts.num_experts, layer.experts.hidden_dim) == (8, 8)
     assert type(layer.router) is routers.SinkhornRouter and layer.router.top_k == 4
     assert layer.capacity is None
-    assert [loss.weight for loss in layer.router_losses] == [0.0]
-
-
-def test_losses_of_ones_own_join_those_of_the_space():
-    searched = space(loss_weights={"router_z": (0.001,)})
-    layer = searched.sample(hyperparameters(), router_losses=[losses.LoadBalance(0.05)])
     assert [(type(loss), loss.weight) for loss in layer.router_losses] == [
-        (losses.RouterZ, 0.001),
+        (losses.RouterEntropy, 0.0),
         (losses.LoadBalance, 0.05),
     ]
 
 
+def test_values_come_in_arrays_and_ranges():
+    searched = tuner.SearchSpace(
+        np.array([16, 32]),
+        num_experts=[np.int64(8), np.array(4)],
+        top_k=range(1, 3),
+        routers=np.array(["top_k", "switch"]),
+        loss_weights={"load_balance": np.logspace(-1, -3, 3)},
+        capacity_factors=np.array([1.25, 2.0], "float32"),
+    )
+    hp = hyperparameters()
+    layer = searched.sample(hp)
+    assert (layer.experts.num_experts, layer.router.top_k, layer.experts.hidden_dim) == (8, 1, 16)
+    assert layer.capacity.factor == 1.25 and layer.router_losses[0].weight == pytest.approx(0.1)
+    # What is saved in a file.
+    assert {type(value) for value in hp.values.values()} == {int, str, float}
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-@pytest.mark.parametrize("num_experts", [4, 8])
-def test_the_active_size_depends_on_the_active_width_alone(num_experts, top_k):
-    layer = space().sample(hyperparameters(num_experts=num_experts, top_k=top_k))
-    assert layer.experts.num_experts == num_experts
-    assert layer.experts.hidden_dim * layer.router.top_k == 16
+def test_the_active_size_depends_on_the_active_width_alone(top_k):
+    for num_experts in (4, 8):
+        layer = space().sample(hyperparameters(num_experts=num_experts, top_k=top_k))
+        assert layer.experts.num_experts == num_experts
+        assert layer.experts.hidden_dim * layer.router.top_k == 16
+    for width in (16, 20):
+        with pytest.raises(ValueError, match=f"divisible .* active_width={width}, top_k=3"):
+            space(active_width=(width,), top_k=(3,))
 
 
 def test_a_router_that_sets_its_own_k_is_not_asked_for_one():
@@ -105,6 +123,8 @@ def test_layers_of_one_space_share_their_values_and_others_do_not():
     first, second = (space().sample(hp) for _ in range(2))
     other = space(name="other").sample(hp)
     assert [layer.experts.num_experts for layer in (first, second, other)] == [8, 8, 4]
+    with pytest.raises(ValueError, match="different names, .* two spaces 'moe' .* `num_experts`"):
+        space(num_experts=(16, 32)).sample(hp)
 
 
 def test_what_a_user_has_fixed_before_stays():
@@ -120,60 +140,11 @@ def test_every_token_has_k_experts_whatever_the_router(name):
     assert (keras.ops.convert_to_numpy(routing.indices) >= 0).sum() == 16 * router.top_k
 
 
-ONE_OF_ROUTERS = ", ".join(map(repr, TAKE_TOP_K + SET_TOP_K))
-ERRORS = [
-    (
-        {"top_k": 2},
-        "`top_k` must be a list or tuple of the values to choose from. Received: top_k=2. "
-        "Pass, for a fixed one, a tuple of one.",
-    ),
-    (
-        {"num_experts": ()},
-        "`num_experts` must be a list or tuple of the values to choose from. Received: "
-        "num_experts=(). Pass, for a fixed one, a tuple of one.",
-    ),
-    (
-        {"active_width": (0,)},
-        "`active_width` must be a positive integer. Received: active_width=0. "
-        "Pass an integer of at least 1.",
-    ),
-    (
-        {"routers": ("relu",)},
-        f"`routers` must be one of {ONE_OF_ROUTERS}. Received: routers='relu'. Pass one of them.",
-    ),
-    (
-        {"top_k": (3,)},
-        "Each `active_width` must be divisible by each number of experts per token. Received: "
-        "active_width=16, top_k=3. Pass a multiple of 3, or leave this `top_k` out.",
-    ),
-    (
-        {"top_k": (2, 8)},
-        "`top_k` must be at most `num_experts`: a token cannot go to more experts than there are. "
-        "Received: top_k=8, num_experts=4. Choose `top_k=4` or fewer for the `TopKRouter`.",
-    ),
-    (
-        {"loss_weights": {"router_z": (-1,)}},
-        "`loss_weights` must be a finite number of at least 0. Received: loss_weights=-1. "
-        "Pass 0 to turn it off.",
-    ),
-    (
-        {"loss_weights": {"z": (1,)}},
-        f"`loss_weights` must be of losses among {', '.join(map(repr, sorted(losses.BY_NAME)))}. "
-        "Received: the name 'z'. Did you mean 'router_z'? A loss of your own goes to "
-        "`sample(..., router_losses=[...])`.",
-    ),
-    (
-        {"capacity_factors": (0,)},
-        "`capacity_factor` must be a finite number above 0. Received: capacity_factor=0. "
-        "Pass, for example, 1.25.",
-    ),
-]
-
-
-@pytest.mark.parametrize(("changes", "message"), ERRORS)
-def test_a_space_refuses_what_no_trial_could_use(changes, message):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        space(**changes)
+def test_a_capacity_is_chosen_by_a_name_that_a_later_process_knows():
+    factors = (None, layers.Capacity(1.25))
+    spaces = [tuner.SearchSpace((8,), capacity_factors=factors) for _ in range(2)]
+    assert list(spaces[0].capacities) == list(spaces[1].capacities)
+    assert not any("0x" in name for name in spaces[0].capacities)
 
 
 LOSSES = [-1e6, -1.0, 0.0, 0.1, 3.0, 1e6]
@@ -195,8 +166,6 @@ def test_a_budget_of_another_cost():
     assert not objective.has_value({"val_loss": 1.0, "step_seconds": 0.1})
     cheap, slow = ({"val_mse": 1.0, "step_seconds": seconds} for seconds in (0.5, 0.6))
     assert objective.get_value(cheap) < 1 < objective.get_value(slow)
-    with pytest.raises(ValueError, match="^`budget` must be a finite number above 0. Received: "):
-        tuner.WithinBudget(0)
 
 
 def test_the_monitor_times_steps_without_the_first(monkeypatch):
@@ -221,7 +190,7 @@ def test_the_monitor_times_steps_without_the_first(monkeypatch):
 def build(hp):
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((D,)), space().sample(hp), keras.layers.Dense(1)])
-    model.compile("adam", "mse", run_eagerly=keras.backend.backend() == "tensorflow")
+    model.compile("adam", "mse")
     return model
 
 
@@ -234,6 +203,10 @@ class FirstBayesian(tuner.DefaultsFirst, keras_tuner.oracles.BayesianOptimizatio
 
 
 class FirstHyperband(tuner.DefaultsFirst, keras_tuner.oracles.HyperbandOracle):
+    pass
+
+
+class WithoutEffect(keras_tuner.oracles.RandomSearchOracle, tuner.DefaultsFirst):
     pass
 
 
@@ -270,8 +243,12 @@ def test_the_first_trial_has_the_defaults_and_the_second_has_not(oracle, tmp_pat
     assert second.hyperparameters.values != values
 
 
-@pytest.mark.backends("torch")
-def test_a_search_keeps_to_its_budget_and_goes_on_where_it_stopped(tmp_path):
+def test_defaults_come_first_before_an_oracle_only():
+    with pytest.raises(TypeError, match="before an oracle .* RandomSearchOracle, DefaultsFirst"):
+        WithoutEffect("val_loss")
+
+
+def test_a_search_keeps_to_its_budget_and_resumes_where_it_stopped(tmp_path):
     flops = 2 * (64 + 4 * (16 * D + 4 + D))  # eight experts, four of them active, active width 16
     objective = tuner.WithinBudget(flops)
     search = search_in(tmp_path, FirstRandom(objective, max_trials=4, seed=3))
@@ -296,21 +273,18 @@ def test_a_search_keeps_to_its_budget_and_goes_on_where_it_stopped(tmp_path):
 
 def test_a_search_without_the_monitor_stops_and_says_why(tmp_path):
     search = search_in(tmp_path, FirstRandom(tuner.WithinBudget(1e6), max_trials=2))
-    message = (
-        "The logs must have 'val_loss' and 'active_flops'. Received: 'loss', 'val_loss'. "
-        "Give `search` validation data and `callbacks=[tuner.CostMonitor()]`."
-    )
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match="must contain 'val_loss' and 'active_flops'.*CostMonitor"):
         run(search, [])
 
 
-def finished(*points, status="COMPLETED"):
+def finished(*points):
     trials = {}
     for number, (cost, loss) in enumerate(points):
-        trial = Trial(hyperparameters(num_experts=number), str(number), status)
+        trial = Trial(hyperparameters(num_experts=number), str(number), "COMPLETED")
         for name, value in {"active_flops": cost, "val_loss": loss}.items():
             trial.metrics.update(name, value)
         trials[trial.trial_id] = trial
+    trials["failed"] = Trial(hyperparameters(), "failed", "FAILED")
     return SimpleNamespace(oracle=SimpleNamespace(trials=trials))
 
 
@@ -326,12 +300,13 @@ def test_efficient_trials_are_those_that_no_other_beats():
 
 
 class OfAWorker:
-    """What a worker of a distributed search has in the place of an oracle."""
+    """A worker of a distributed search, in the place of an oracle."""
 
     max_trials = None
 
     def __init__(self, search):
-        self._trials = search.oracle.trials.values()
+        trials = search.oracle.trials.values()
+        self._trials = [trial for trial in trials if trial.status == "COMPLETED"]
 
     def get_best_trials(self, num_trials):
         return [Trial.from_proto(trial.to_proto()) for trial in self._trials][:num_trials]
@@ -353,39 +328,16 @@ def test_the_table_as_text():
     ]
 
 
-def test_a_table_needs_finished_trials_that_were_measured():
-    with pytest.raises(ValueError, match="^A table needs a finished trial. Received: none. Call "):
-        tuner.pareto_table(finished((1, 1), status="FAILED"))
-    message = (
-        "Each trial must have measured what the table shows. Received: 'step_seconds', but only "
-        "active_flops, val_loss in trial 0. Give `search` `callbacks=[tuner.CostMonitor()]`."
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        tuner.pareto_table(finished((1, 1)), cost="step_seconds")
-
-
-@pytest.mark.backends("torch")
-def test_without_keras_tuner_the_error_names_what_to_install():
-    code = "import sys; sys.modules['keras_tuner'] = None; import keras_moe.tuner"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stderr.strip().splitlines()[-1] == (
-        "ImportError: `keras_moe.tuner` needs KerasTuner, which is not installed. "
-        'Run `pip install "keras-tuner[bayesian]" six`.'
-    )
-
-
-@pytest.mark.backends("torch")
 def test_help_on_the_package_does_without_optional_parts():
     code = (
         "import sys; sys.modules['keras_tuner'] = sys.modules['matplotlib'] = None\n"
         "import keras_moe, pydoc\n"
         "assert 'upcycle' in pydoc.render_doc(keras_moe)\n"
         "assert not hasattr(keras_moe, 'tuner')\n"
+        "try:\n"
+        "    import keras_moe.tuner\n"
+        "except ImportError as error:\n"
+        "    print(error)\n"
         "keras_moe.visualization"
     )
     done = subprocess.run(
@@ -394,11 +346,5 @@ def test_help_on_the_package_does_without_optional_parts():
         capture_output=True,
         text=True,
     )
+    assert 'Run `pip install "keras-tuner[bayesian]" six`.' in done.stdout
     assert "AttributeError: Plots need matplotlib" in done.stderr.strip().splitlines()[-1]
-
-
-def test_a_capacity_is_chosen_by_a_name_that_a_later_process_knows():
-    factors = (None, layers.Capacity(1.25))
-    spaces = [tuner.SearchSpace((8,), capacity_factors=factors) for _ in range(2)]
-    assert list(spaces[0].capacities) == list(spaces[1].capacities)
-    assert not any("0x" in name for name in spaces[0].capacities)

@@ -1,7 +1,6 @@
 """What tools for whole models take: their bad calls are refused before anything is done."""
 
 import json
-import os
 
 import keras
 import numpy as np
@@ -21,7 +20,6 @@ from keras_moe import (
     surgery,
     upcycle,
 )
-from keras_moe._internal import files
 
 NO_MODELS = [None, "model.keras", 3, keras.Sequential]
 NANS = np.full((2, D), np.nan, "float32")
@@ -402,10 +400,3 @@ def test_devices_that_do_not_exist_are_named(devices):
     from keras_moe import distribution
 
     is_refused(lambda v: distribution.expert_parallel(experts=1, devices=v), devices)
-
-
-def test_a_page_replaces_no_device_and_no_pipe(tmp_path):
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    is_refused(lambda path: files.write_whole(path, "text"), pipe)
-    assert pipe.is_fifo()

@@ -61,23 +61,6 @@ def remove_sublayers(layer, names):
             layer._tracker.untrack(sublayer)
 
 
-def rebuild(layer, shape):
-    """Build a layer anew whose sublayers are gone."""
-    layer._tracker.unlock()
-    layer.build(shape)
-
-
-def forget_old_layers(model):
-    """Let go of layers of a model that are gone, and of their weights."""
-    for layer in model._flatten_layers():
-        if hasattr(layer, "_torch_params"):  # PyTorch's list of all parameters in it
-            layer._track_variables()
-        frozen = getattr(layer, "_compiled_trainable_state", None)  # as a model was compiled
-        if frozen is not None:
-            frozen.clear()
-            frozen.update({part: part.trainable for part in layer._flatten_layers()})
-
-
 def own_layers(layer):
     """The sublayers of a layer itself, in the order in which it was given them."""
     return list(layer._layers)
@@ -88,9 +71,9 @@ def own_variables(layer):
     return layer._trainable_variables + layer._non_trainable_variables
 
 
-def own_state(layer):
-    """The variables of a layer itself that were not created trainable."""
-    return list(layer._non_trainable_variables)
+def parameters_of(layer):
+    """The variables of a layer and all layers in it that were created trainable, frozen or not."""
+    return [variable for part in layer._flatten_layers() for variable in part._trainable_variables]
 
 
 def calls_of(model):
@@ -106,8 +89,12 @@ def set_state(layer, name, value):
     The new one takes the old one's place in the order of the layer's own.
     """
     old, tracker = getattr(layer, name), layer._tracker
-    stores = [store for _, store in tracker.config.values()]
-    places = [(store, _index(store, old)) for store in stores if _index(store, old) is not None]
+    places = [
+        (store, index)
+        for _, store in tracker.config.values()
+        for index, each in enumerate(store)
+        if each is old
+    ]
     was_locked = tracker.locked
     tracker.unlock()
     tracker.untrack(old)
@@ -185,29 +172,30 @@ def test_function_of_its_own(model):
 def forget_old_weights(model):
     """Make a model work with the weights that its layers hold now, where some were replaced.
 
-    Compiled functions are traced again, and the optimizer of a compiled model begins anew.
+    Compiled functions are traced again, and the optimizer of a compiled model starts again.
     """
     forget_compiled(model)
-    forget_old_layers(model)
     for layer in model._flatten_layers():
+        if hasattr(layer, "_torch_params"):  # PyTorch's list of all parameters in it
+            layer._track_variables()
+        frozen = getattr(layer, "_compiled_trainable_state", None)  # as a model was compiled
+        if frozen is not None:
+            frozen.clear()
+            frozen.update({part: part.trainable for part in layer._flatten_layers()})
         optimizer = getattr(layer, "optimizer", None)
         if optimizer is not None and optimizer.built:
-            layer.optimizer = _anew(optimizer)
+            layer.optimizer = _fresh(optimizer)
             layer.optimizer.build(layer.trainable_variables)
             if getattr(layer, "compiled", False):  # Else the old one would keep its memory.
                 layer._compile_config.config["optimizer"] = layer.optimizer
 
 
-def _anew(optimizer):
-    """An optimizer at its beginning. Classes of the user's in it need not be registered."""
+def _fresh(optimizer):
+    """An optimizer without state. User-defined classes in it need not be registered."""
     optimizers = [optimizer, getattr(optimizer, "inner_optimizer", optimizer)]
     parts = [*optimizers, *(each._learning_rate for each in optimizers)]
     with keras.saving.custom_object_scope({type(part).__name__: type(part) for part in parts}):
         return type(optimizer).from_config(optimizer.get_config())
-
-
-def _index(items, item):
-    return next((index for index, each in enumerate(items) if each is item), None)
 
 
 __all__ = [
@@ -217,7 +205,6 @@ __all__ = [
     "current_call",
     "current_model",
     "forget_compiled",
-    "forget_old_layers",
     "forget_old_weights",
     "get_keras_mask",
     "in_stateless_scope",
@@ -225,9 +212,8 @@ __all__ = [
     "names_below",
     "open_to_state",
     "own_layers",
-    "own_state",
     "own_variables",
-    "rebuild",
+    "parameters_of",
     "remove_sublayers",
     "set_state",
     "stored_dtypes",

@@ -1,5 +1,6 @@
 """The interface to a framework."""
 
+import contextlib
 import itertools
 
 from keras import ops
@@ -42,12 +43,16 @@ class Backend:
         """The platform that this process computes on: "cpu", "gpu" or "tpu"."""
         raise NotImplementedError
 
-    def on_its_platform(self, functions, *operands):
-        """`functions[platform](*operands)` for the platform that is compiled for.
+    def on_its_platform(self, function, *operands):
+        """`function(platform, *operands)` for the platform that is compiled for.
 
-        The first operand is a tensor. All functions may be traced; one is compiled.
+        The first operand is a tensor. It may be traced for all platforms; one is compiled.
         """
         raise NotImplementedError
+
+    def without_autocast(self, tensor):
+        """A context in which no operation on a tensor computes in a smaller dtype than its own."""
+        return contextlib.nullcontext()
 
     # Programs
 
@@ -99,6 +104,10 @@ class Backend:
     def gather_rows(self, tensor, indices):
         """Rows of a tensor (R, ...) at integer indices of any shape, all of which exist."""
         raise NotImplementedError
+
+    def entry(self, stacked, number):
+        """Entry of a tensor (E, ...) by its number, an integer or an integer tensor."""
+        return stacked[number]
 
     def argmax(self, scores):
         """Index of the largest entry of the last axis, int32; the first of equals."""
@@ -226,19 +235,17 @@ class Backend:
         """
         raise NotImplementedError
 
-    def stack_gradients(self, runs, kernels, biases, num_frozen=0):
-        """The gradients of kernels and biases.
+    def stacked_gradients(self, trained):
+        """An object that collects gradients of stacked kernels and biases.
+
+        Its `add(sizes, experts, factors)` takes those of some groups; `factors` has for each
+        projection the rows that were multiplied, and the gradients of their products. No expert
+        comes twice; where sizes are not known each comes once, by itself, in order. Its `result()`
+        has the structure of `trained`, with None for what needs no gradient.
 
         Args:
-            runs: iterable of the sizes and experts of some groups, and for each of the kernels the
-                rows that were multiplied and the gradients of their products. No expert comes
-                twice. Where sizes are not known each comes once, by itself, in order.
-            kernels: list of tensors (E, D, H).
-            biases: tensors (E, H) of the first maps, of all or of none.
-            num_frozen: how many maps come before those of the kernels.
-
-        Returns:
-            List of tensors like the kernels, then like the biases; of `None` if all are frozen.
+            trained: list with a dict for each projection, which may have a "kernel" (E, D, H) and a
+                "bias" (E, H).
         """
         raise NotImplementedError
 
@@ -250,8 +257,8 @@ class Backend:
         """Fill buffers group by group, in a loop over the groups that have rows.
 
         Args:
-            function: `function(group, start, end)` returns the rows from `start` to `end` of each
-                buffer, which are those of the group; all arguments are integer tensors.
+            function: `function(group, rows)` returns the rows of a group for each buffer, where
+                `rows` (n,) are their numbers; both are integer tensors.
             sizes: (G,) integers, the sizes of consecutive groups.
             buffers: list of tensors (R, ...).
 

@@ -20,13 +20,14 @@ class JaxBackend(Backend):
     def current_platform(self):
         return jax.default_backend()
 
-    def on_its_platform(self, functions, *operands):
+    def on_its_platform(self, function, *operands):
+        run_on = {name: functools.partial(function, name) for name in ("cpu", "gpu", "tpu")}
         return jax.lax.platform_dependent(
             *operands,
-            tpu=functions["tpu"],
-            cuda=functions["gpu"],
-            rocm=functions["gpu"],
-            default=functions["cpu"],
+            tpu=run_on["tpu"],
+            cuda=run_on["gpu"],
+            rocm=run_on["gpu"],
+            default=run_on["cpu"],
         )
 
     def compile_once(self, function):

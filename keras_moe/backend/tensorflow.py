@@ -29,9 +29,9 @@ class TensorFlowBackend(Backend):
         types = {device.device_type for device in tf.config.list_logical_devices()}
         return next((name for name in ("tpu", "gpu") if name.upper() in types), "cpu")
 
-    def on_its_platform(self, functions, *operands):
+    def on_its_platform(self, function, *operands):
         # TensorFlow does not tell for which device a function is traced.
-        return functions[self.current_platform()](*operands)
+        return function(self.current_platform(), *operands)
 
     def after(self, tensor, value):
         # At the end of data of unknown length, TensorFlow without XLA runs what a step computes
@@ -77,7 +77,7 @@ class TensorFlowBackend(Backend):
 
                 return gradients, second
 
-            # The gradient of a gather comes as slices.
+            # That of a gather of rows is sparse.
             return output, lambda upstream: gradient(tf.convert_to_tensor(upstream), *tensors)
 
         return function(*map(tf.convert_to_tensor, tf.nest.flatten(inputs)))
@@ -128,6 +128,19 @@ class TensorFlowBackend(Backend):
     def batched_product(self, left, right):
         return tf.raw_ops.BatchMatMulV3(x=left, y=right, Tout=tf.float32)
 
+    def entry(self, stacked, number):
+        if not tf.is_tensor(number):
+            return stacked[number]
+        # An index that is a tensor would take five operations, and a gather would copy.
+        begin = tf.reshape(number, (1,))
+        return tf.strided_slice(stacked, begin, begin, (1,), shrink_axis_mask=1)
+
+    def argmax(self, scores):
+        # As in the base class; Keras's reductions ask for empty axes, in further operations.
+        best = tf.reduce_max(scores, axis=-1, keepdims=True)
+        number = scores.shape[-1]
+        return tf.reduce_min(tf.where(scores >= best, tf.range(number), number), axis=-1)
+
     def unstack_sizes(self, sizes, num_rows):
         return [*tf.unstack(sizes), num_rows - tf.reduce_sum(sizes)]
 
@@ -137,7 +150,7 @@ class TensorFlowBackend(Backend):
     def multiply_groups(self, rows, sizes, experts, kernels, bias=None, transposed=False):
         (size,), (expert,), scale = sizes, experts, kernels.scale
         if scale is not None and transposed:
-            rows *= tf.cast(scale[expert], rows.dtype)
+            rows *= tf.cast(self.entry(scale, expert), rows.dtype)
         if transposed or not kernels.converts:
             kernel = tf.cast(kernels.of(expert), rows.dtype)
             product = tf.matmul(rows, kernel, transpose_b=transposed)
@@ -151,34 +164,30 @@ class TensorFlowBackend(Backend):
             some = tf.pad(rows[:, :length], ((0, tf.maximum(1 - size, 0)), (0, 0)))
             product = tf.matmul(some, tf.cast(kernels.of(expert, length), rows.dtype))[:size]
         if scale is not None and not transposed:
-            product *= tf.cast(scale[expert], rows.dtype)
-        return product if bias is None else product + tf.cast(bias[expert], rows.dtype)
+            product *= tf.cast(self.entry(scale, expert), rows.dtype)
+        if bias is None:
+            return product
+        return product + tf.cast(self.entry(bias, expert), rows.dtype)
 
-    def stack_gradients(self, runs, kernels, biases, num_frozen=0):
-        kernel_parts: list[list] = [[] for _ in kernels]
-        bias_parts: list[list] = [[] for _ in biases]
-        for _, _, factors in runs:
-            for parts, (rows, gradient), kernel in zip(kernel_parts, factors[num_frozen:], kernels):
-                parts.append(tf.cast(tf.matmul(rows, gradient, transpose_a=True), kernel.dtype))
-            for parts, (_, gradient), bias in zip(bias_parts, factors, biases):
-                total = tf.reduce_sum(tf.cast(gradient, "float32"), axis=0)
-                parts.append(tf.cast(total, bias.dtype))
-        return [tf.stack(parts) for parts in (*kernel_parts, *bias_parts)]
+    def stacked_gradients(self, trained):
+        return _StackedGradients(trained)
 
     def loops_over_groups(self):
         return True
 
     def loop_over_groups(self, function, sizes, buffers):
         ends = tf.cumsum(sizes)
+        starts = ends - sizes
         busy = tf.where(sizes > 0)[:, 0]
         number = tf.shape(busy)[0]
 
         def body(i, *buffers):
-            group = busy[i]
-            start, end = ends[group] - sizes[group], ends[group]
-            where = tf.expand_dims(tf.range(start, end), 1)
-            parts = zip(buffers, function(group, start, end))
-            return i + 1, *(tf.tensor_scatter_nd_update(each, where, part) for each, part in parts)
+            group = tf.gather(busy, i)
+            rows = tf.range(tf.gather(starts, group), tf.gather(ends, group))
+            parts, where = function(group, rows), tf.expand_dims(rows, 1)
+            return i + 1, *(
+                tf.tensor_scatter_nd_update(each, where, part) for each, part in zip(buffers, parts)
+            )
 
         _, *buffers = tf.while_loop(lambda i, *_: i < number, body, (0, *buffers))
         return buffers
@@ -220,7 +229,7 @@ class TensorFlowBackend(Backend):
 def _product_in_blocks(rows, kernel):
     """`rows @ kernel`, where blocks of the kernel are converted in turn, and stay in the cache.
 
-    Not in a loop, as `ops.grouped.blocks` does under XLA: here a trip costs more than a block.
+    Not in a loop, as `ops.grouped.tiles` does under XLA: here a trip costs more than a block.
     """
     length, width = kernel.shape
     # Integers of four bits are floats by now. Sums over blocks are rounded after each, which
@@ -235,6 +244,26 @@ def _product_in_blocks(rows, kernel):
             of_kernel = tf.cast(of_kernel, rows.dtype)
         products.append(tf.matmul(part, of_kernel))
     return tf.add_n(products)
+
+
+class _StackedGradients:
+    """Gradients expert by expert; see `stacked_gradients`."""
+
+    def __init__(self, trained):
+        self._trained = trained
+        self._parts: list[dict[str, list]] = [{name: [] for name in of} for of in trained]
+
+    def add(self, sizes, experts, factors):
+        for (rows, gradient), of, parts in zip(factors, self._trained, self._parts):
+            if "kernel" in of:
+                product = tf.matmul(rows, gradient, transpose_a=True)
+                parts["kernel"].append(tf.cast(product, of["kernel"].dtype))
+            if "bias" in of:
+                total = tf.reduce_sum(tf.cast(gradient, "float32"), axis=0)
+                parts["bias"].append(tf.cast(total, of["bias"].dtype))
+
+    def result(self):
+        return [{name: tf.stack(each) for name, each in of.items()} for of in self._parts]
 
 
 class _LossesOfThread(threading.local):

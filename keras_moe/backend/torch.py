@@ -32,8 +32,14 @@ class TorchBackend(Backend):
     def current_platform(self):
         return _platform_of(ops.convert_to_tensor(0).device)
 
-    def on_its_platform(self, functions, *operands):
-        return functions[_platform_of(operands[0].device)](*operands)
+    def on_its_platform(self, function, *operands):
+        return function(_platform_of(operands[0].device), *operands)
+
+    def without_autocast(self, tensor):
+        kind = tensor.device.type
+        if kind == "meta" or not torch.is_autocast_enabled(kind):
+            return super().without_autocast(tensor)
+        return torch.autocast(kind, enabled=False)
 
     def differentiable(self, forward, backward, inputs, context, plain=None):
         plain = plain or (lambda inputs, context: forward(inputs, context, keep=False)[0])
@@ -176,30 +182,8 @@ class TorchBackend(Backend):
             multiply(*each)
         return outputs
 
-    def stack_gradients(self, runs, kernels, biases, num_frozen=0):
-        if not any(parameter.requires_grad for parameter in (*kernels, *biases)):
-            for _ in runs:
-                pass
-            return [None] * (len(kernels) + len(biases))
-        kernel_gradients = [torch.empty_like(kernel) for kernel in kernels]
-        bias_gradients = [torch.empty_like(bias) for bias in biases]
-        idle = set(range((kernels or biases)[0].shape[0]))
-        for sizes, experts, factors in runs:
-            idle.difference_update(experts)
-            for (rows, gradient), of_kernel in zip(factors[num_frozen:], kernel_gradients):
-                for expert, left, right in zip(experts, rows.split(sizes), gradient.split(sizes)):
-                    if of_kernel.dtype == rows.dtype:
-                        torch.mm(left.T, right, out=of_kernel[expert])
-                    else:  # `out` must have the dtype of the factors.
-                        of_kernel[expert] = torch.mm(left.T, right)
-            for (_, gradient), of_bias in zip(factors, bias_gradients):
-                for expert, part in zip(experts, gradient.split(sizes)):
-                    torch.sum(part, 0, dtype=of_bias.dtype, out=of_bias[expert])
-        gradients = [*kernel_gradients, *bias_gradients]
-        for whole in gradients:
-            for expert in idle:
-                whole[expert] = 0
-        return gradients
+    def stacked_gradients(self, trained):
+        return _StackedGradients(trained)
 
     def num_replicas(self):
         is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -266,6 +250,39 @@ class _Differentiable(torch.autograd.Function):
             saved = keras.tree.pack_sequence_as(ctx.structure_of_saved, saved)
             gradients = keras.tree.flatten(ctx.run_backward(inputs, ctx.context, saved, upstream))
         return None, None, None, None, None, *gradients
+
+
+class _StackedGradients:
+    """Gradients in place, those of experts without rows zero; see `stacked_gradients`."""
+
+    def __init__(self, trained):
+        self._gradients = [
+            {name: torch.empty_like(x) if x.requires_grad else None for name, x in of.items()}
+            for of in trained
+        ]
+        self._busy = set()
+
+    def add(self, sizes, experts, factors):
+        self._busy.update(experts)
+        for (rows, gradient), of in zip(factors, self._gradients):
+            kernel, bias = of.get("kernel"), of.get("bias")
+            if kernel is not None:
+                for expert, left, right in zip(experts, rows.split(sizes), gradient.split(sizes)):
+                    if kernel.dtype == rows.dtype:
+                        torch.mm(left.T, right, out=kernel[expert])
+                    else:  # `out` must have the dtype of the factors.
+                        kernel[expert] = torch.mm(left.T, right)
+            if bias is not None:
+                for expert, part in zip(experts, gradient.split(sizes)):
+                    torch.sum(part, 0, dtype=bias.dtype, out=bias[expert])
+
+    def result(self):
+        for of in self._gradients:
+            for gradient in of.values():
+                if gradient is not None:
+                    for expert in set(range(len(gradient))) - self._busy:
+                        gradient[expert] = 0
+        return self._gradients
 
 
 def _is_traced():

@@ -1,10 +1,10 @@
-"""Files that TensorBoard reads, written without TensorFlow."""
+"""Event files of TensorBoard, written without TensorFlow."""
 
 import io
+import pathlib
 import time
 
 from keras_moe._internal.plain_text import as_text
-from keras_moe._internal.validation import check_path
 
 try:
     from tensorboard.compat.proto.event_pb2 import Event
@@ -24,29 +24,22 @@ except ImportError as error:
 
 
 class EventFiles:
-    """One file for each split of the data, in folders of the names that Keras uses.
-
-    Args:
-        log_dir: the `--logdir` of TensorBoard.
-    """
+    """A file for each split of the data, in folders of the names that Keras uses."""
 
     def __init__(self, log_dir):
-        self.log_dir = check_path("log_dir", log_dir)
+        self.log_dir = pathlib.Path(log_dir)
         if self.log_dir.exists() and not self.log_dir.is_dir():
-            raise ValueError(
-                f"`log_dir` must be a folder. Received: {str(log_dir)!r}, which is none. "
-                "Name another."
-            )
+            raise ValueError(f"`log_dir` must be a folder. Received: log_dir={str(log_dir)!r}")
         self._writers = {}
 
     def write(self, split, step, numbers, shares):
-        """Write the numbers of one epoch.
+        """Write the numbers of an epoch.
 
         Args:
             split: "train" or "validation".
-            step: number of the epoch.
-            numbers: dict of layers to dicts of names to scalars.
-            shares: dict of layers to one array (E,) for each epoch so far.
+            step: Integer. Number of the epoch.
+            numbers: Dict of layers to dicts of names to scalars.
+            shares: Dict of layers to an array (E,) for each epoch so far.
         """
         summaries = [
             scalar_pb(f"{as_text(layer)}/{key}", value)
@@ -56,19 +49,16 @@ class EventFiles:
         for layer, epochs in shares.items():
             summaries.append(histogram_pb(f"{as_text(layer)}/shares", epochs[-1]))
             summaries.append(_image(layer, epochs, step + 1 - len(epochs)))
-        writer = self._writer(split)
+        if split not in self._writers:
+            self._writers[split] = EventFileWriter(str(self.log_dir / split))
         for summary in summaries:
-            writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
-        writer.flush()
+            event = Event(wall_time=time.time(), step=step, summary=summary)
+            self._writers[split].add_event(event)
+        self._writers[split].flush()
 
     def close(self):
         while self._writers:
             self._writers.popitem()[1].close()
-
-    def _writer(self, split):
-        if split not in self._writers:
-            self._writers[split] = EventFileWriter(str(self.log_dir / split))
-        return self._writers[split]
 
 
 def _image(layer, shares, first_epoch):

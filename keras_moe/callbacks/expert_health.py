@@ -8,10 +8,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe import health
-from keras_moe._internal.named_arguments import NamedArguments, check_is_made
-from keras_moe._internal.validation import check_flag, check_positive_integer
-from keras_moe.inspection import moe_layers
+from keras_moe._internal.checks import check_integer
+from keras_moe.inspection import health, moe_layers
 
 # A collapse that recovers at this rate from look to look is not reported.
 _RECOVERY = 0.02
@@ -21,7 +19,7 @@ _DEAD_PATIENCE = 3
 _GROWTH = 3.0
 
 
-class ExpertHealth(NamedArguments, keras.callbacks.Callback):
+class ExpertHealth(keras.callbacks.Callback):
     """Warns in plain words, with what to try, as soon as experts or routers go wrong.
 
     Looks at every MoE layer for
@@ -34,9 +32,8 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
       small to matter, or so large that what it adds for an uneven load is a large part of the loss.
 
     Each warning is given once a layer, as a Python `UserWarning`, and kept in `findings`, a list
-    of `(step, layer name, health.Finding)`. Dead experts are told again when others have joined
-    them, and what is still wrong once more after `rebalance` has changed the layer. In a collapse
-    dead experts are not told.
+    of `(step, layer name, health.Finding)`. It repeats when more experts die, and once if
+    `rebalance` has changed the layer in vain. In a collapse dead experts are not reported.
 
     A look reads the counters and the router weights from the device: E and D x E numbers a layer.
     Nothing is read between looks, so training runs ahead. On JAX, where `fit` holds the state
@@ -45,18 +42,18 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
     Works with and without `ExpertMonitor`, in any order.
 
     Args:
-        every: training batches from look to look. A look waits until 20 assignments an expert have
-            been counted, so small batches take longer.
-        patience: looks that a collapse must last before it is reported.
-        stop: whether a problem ends the training, one batch after the look.
-        rebalance: whether a collapse or a dead expert makes the layer's balancing losses ten times
-            as heavy, once, where their weight is below ten times the usual one, 0.1 for
+        every: Integer. Training batches from look to look. A look waits until 20 assignments an
+            expert have been counted, so small batches take longer.
+        patience: Integer. Looks that a collapse must last before it is reported.
+        stop: Boolean. Whether a problem ends the training, one batch after the look.
+        rebalance: Boolean. Whether a collapse or a dead expert makes the layer's balancing losses
+            ten times as heavy, once, where their weight is below ten times the usual one, 0.1 for
             `losses.LoadBalance`, or a loss has no `usual_weight`. `layer.loss_weights_in_force` has
             the present weights; the losses in `router_losses` and the config keep the original
             ones.
 
     Raises:
-        ValueError: If an argument is out of its range, or the model has no MoE layer.
+        ValueError: If `every` or `patience` is less than 1, or the model has no MoE layer.
 
     Example:
 
@@ -72,45 +69,30 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
     []
     """
 
-    _attribute_checks = {
-        "every": check_positive_integer,
-        "patience": check_positive_integer,
-        "stop": check_flag,
-        "rebalance": check_flag,
-    }
-
     def __init__(self, every=10, patience=3, stop=False, rebalance=False):
         super().__init__()
-        self.every = every
-        self.patience = patience
+        self.every = check_integer("every", every)
+        self.patience = check_integer("patience", patience)
         self.stop = stop
         self.rebalance = rebalance
         self.findings = []
-        self._step = self._next_look = 0
-        self._before = {}
 
     def on_train_begin(self, logs=None):
-        check_is_made(self)
         self.findings = []
         self._step = self._next_look = 0
         self._largest_loss = np.nan
-        self._told = set()
-        self._rebalanced = set()
+        self._reported, self._rebalanced = set(), set()
         self._watches = {}
-        self._before = {}
         for name, layer in moe_layers(self.model).items():
             for loss, weight in zip(layer.router_losses, layer.loss_weights_in_force):
                 finding = health.judge_weak_loss(loss, weight)
                 if self._is_new(name, "weak loss", finding):
-                    self._tell(name, finding)
+                    self._report(name, finding)
 
     def on_epoch_begin(self, epoch, logs=None):
         # What was counted or loaded between epochs is no part of this one.
-        for name, layer in moe_layers(self.model).items():
-            if layer.built:
-                self._before[name] = _Counted.by(layer)
-                if name in self._watches:
-                    self._watches[name].seen = self._before[name]
+        for _, layer, watch in self._watched():
+            watch.seen = watch.epoch_began = _Counted.by(layer)
 
     # Not `on_train_batch_end`: a callback that defines it makes Keras wait for every batch.
     def on_train_batch_begin(self, batch, logs=None):
@@ -122,13 +104,11 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         losses, weights, values, added = [], [], [], {}
-        for name, layer in moe_layers(self.model).items():
-            if not layer.built or not layer.router_losses:
-                continue
-            counted = _Counted.by(layer).since(self._before.get(name))
+        for name, layer, watch in self._watched():
+            counted = _Counted.by(layer).since(watch.epoch_began)
             # Where a monitor has read and reset the counters, it has kept the means.
             means = counted.losses / counted.calls if counted.calls else layer.last_losses
-            if means is None:
+            if means is None or not layer.router_losses:
                 continue
             losses += layer.router_losses
             weights += layer.loss_weights_in_force
@@ -139,42 +119,41 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
             finding = health.judge_heavy_losses(losses, weights, self._largest_loss, values)
             most = max(added, key=lambda name: added[name])
             if self._is_new(most, "heavy loss", finding):
-                self._tell(most, finding)
+                self._report(most, finding)
 
     def _look(self):
         # Keras has this on JAX only.
         getattr(self.model, "jax_state_sync", lambda: None)()
-        for name, layer in moe_layers(self.model).items():
-            if not layer.built:
-                continue
-            if name not in self._watches:
-                self._watches[name] = _Watch(layer, self.patience)
-                continue
-            # All of it, before a layer is changed by what is found first.
-            for kind, finding, about in list(self._watches[name].look(layer)):
+        for name, layer, watch in self._watched():
+            for kind, finding, about in watch.look(layer):
                 if not self._is_new(name, kind, finding, about):
                     continue
-                done = self._rebalance(name, layer) if kind in ("collapse", "dead") else []
-                if not done:
-                    self._tell(name, finding)
-                    continue
-                fix = " ".join([*done, "What else to try:", layer.balance_advice()])
-                self._tell(name, finding._replace(fix=fix))
-                self._watches[name].restart()
-                break
+                if self.rebalance and kind != "router" and name not in self._rebalanced:
+                    finding = self._rebalance(name, layer, watch, finding)
+                self._report(name, finding)
+
+    def _watched(self):
+        """Return name, layer and `_Watch` of each layer that is built."""
+        watched = []
+        for name, layer in moe_layers(self.model).items():
+            if layer.built:
+                if name not in self._watches:
+                    self._watches[name] = _Watch(layer, self.patience)
+                watched.append((name, layer, self._watches[name]))
+        return watched
 
     def _is_new(self, name, kind, finding, about=(None,)):
-        """Whether there is a finding, about anything of which that was not told before."""
+        """Return whether a finding is about anything that was not reported before."""
         if finding is None:
             return False
-        # What is wrong with a layer in spite of rebalancing is worth telling again.
+        # What is wrong with a layer in spite of rebalancing is worth another warning.
         facts = {(name, name in self._rebalanced, kind, each) for each in about}
-        is_new = not facts <= self._told
-        self._told |= facts
+        is_new = not facts <= self._reported
+        self._reported |= facts
         return is_new
 
-    def _tell(self, name, finding):
-        known = [(of_layer, found.fix) for _, of_layer, found in self.findings]
+    def _report(self, name, finding):
+        known = [(layer, found.fix) for _, layer, found in self.findings]
         self.findings.append((self._step, name, finding))
         is_known = (name, finding.fix) in known
         advice = "The advice is the same as before." if is_known else finding.fix
@@ -185,11 +164,9 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
         # Names this module instead of a source line that says nothing to users.
         warnings.warn_explicit(text, UserWarning, __name__, self._step)
 
-    def _rebalance(self, name, layer):
-        """Make balancing losses heavier, once, and say of each that it was done."""
-        done: list[str] = []
-        if not self.rebalance or name in self._rebalanced:
-            return done
+    def _rebalance(self, name, layer, watch, finding):
+        """Make balancing losses heavier, and return the finding with that in its fix."""
+        done = []
         for index, (loss, weight) in enumerate(
             zip(layer.router_losses, layer.loss_weights_in_force)
         ):
@@ -197,9 +174,12 @@ class ExpertHealth(NamedArguments, keras.callbacks.Callback):
             if loss.balances and 0 < weight < min(loss.large_weight, 9 * loss.weight):
                 layer.set_router_loss_weight(index, 10 * weight)
                 done.append(f"The weight of its {type(loss).__name__} is now {10 * weight:g}.")
-        if done:
-            self._rebalanced.add(name)
-        return done
+        if not done:
+            return finding
+        self._rebalanced.add(name)
+        watch.restart()
+        fix = " ".join([*done, "What else to try:", layer.balance_advice()])
+        return finding._replace(fix=fix)
 
 
 class _Watch:
@@ -208,6 +188,8 @@ class _Watch:
     def __init__(self, layer, patience):
         self.patience = patience
         self.seen = _Counted.by(layer)
+        # A layer that the first batch has built counted all of it in this epoch.
+        self.epoch_began: _Counted | None = None
         self._window = np.zeros_like(self.seen.assignments)
         self._first_size = _router_size(layer.router)
         self.restart()
@@ -218,15 +200,16 @@ class _Watch:
         self._idle: np.ndarray = np.zeros(len(self._window), "int64")
 
     def look(self, layer):
-        """Yield a kind, a finding or None, and what it is about, if there may be more later."""
-        yield "router", self._judge_router(layer.router), (None,)
+        """Return tuples of a kind, a finding or None, and the experts that it is about."""
+        found = [("router", self._judge_router(layer.router), (None,))]
         counted = _Counted.by(layer)
         self._window += counted.since(self.seen).assignments
         self.seen = counted
         if health.is_enough(self._window):
-            yield "collapse", self._judge_spread(layer), (None,)
-            yield "dead", *self._judge_idle(layer)
+            found.append(("collapse", self._judge_spread(layer), (None,)))
+            found.append(("dead", *self._judge_idle(layer)))
             self._window = np.zeros_like(self._window)
+        return found
 
     def _judge_router(self, router):
         size = _router_size(router)
@@ -258,7 +241,7 @@ class _Watch:
 
 
 class _Counted(NamedTuple):
-    """What a layer has counted since its counters were reset for the last time."""
+    """The counters of a layer, since they were reset."""
 
     resets: int
     calls: float
@@ -271,7 +254,7 @@ class _Counted(NamedTuple):
         return cls(layer.resets, *map(_read, counters))
 
     def since(self, before):
-        """What was counted later, of which what a reset has taken is not known."""
+        """Return what was counted after `before`; counts lost to a reset are not recovered."""
         # Weights of an earlier time, loaded in between, bring fewer calls.
         if before is None or self.resets != before.resets or self.calls < before.calls:
             return self
@@ -294,6 +277,3 @@ def _router_size(router):
     if kernel is None:
         return 0.0
     return np.linalg.norm(health.logit_sizes(_read(kernel), router), axis=0).max()
-
-
-__all__ = ["ExpertHealth"]

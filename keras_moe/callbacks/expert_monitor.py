@@ -1,7 +1,7 @@
 """The use of every expert in the logs of each epoch."""
 
+import collections
 import math
-import os
 import re
 from typing import Any, NamedTuple
 
@@ -10,23 +10,13 @@ import numpy as np
 from keras import ops
 
 from keras_moe import metrics
+from keras_moe._internal.checks import shortened
 from keras_moe._internal.keras_internals import test_function_of_its_own
-from keras_moe._internal.named_arguments import NamedArguments, check_is_made
-from keras_moe._internal.validation import check_flag, check_function, check_model, shortened
 from keras_moe.inspection import moe_layers
 from keras_moe.inspection.recording import Counting
 
 
-def _check_shares(name, value):
-    if isinstance(value, (str, os.PathLike)):
-        raise ValueError(
-            f"`{name}` must be True or False. Received: {name}={value!r}. Pass a folder as "
-            f"`log_dir={value!r}`."
-        )
-    return check_flag(name, value)
-
-
-class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
+class ExpertMonitor(keras.callbacks.Callback):
     """Turns the assignment counts of every MoE layer into epoch logs.
 
     For each `MixtureOfExperts` layer, with its name in front, and with `val_` before that for
@@ -45,27 +35,29 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
     them: `EarlyStopping(monitor="val_moe_load_imbalance", mode="min")` for a layer `"moe"`, with
     `"max"` for `load_entropy`. Put the monitor first in the list of callbacks. `model.evaluate`
     prints them too, but does not return them, as Keras gives callbacks a copy of its logs: a
-    callback behind the monitor can keep them, as below.
+    callback after the monitor can keep them, as below.
 
     The attributes `shares` and `validation_shares` are for `visualization.shares_over_time`: dicts
     with the shares of the experts of each layer, a list of one array (E,) for each epoch. An epoch
-    without validation has NaN, if a later one has a validation. `fit` begins them anew, but with an
+    without validation has NaN, if a later one has a validation. `fit` starts new ones, but with an
     `initial_epoch` it continues those of the epochs before, if the monitor has some; epochs that
     it lacks have NaN. Shares that you assign begin with epoch 0.
 
     Args:
-        expert_shares: whether each expert's share is logged as well, one key an expert.
-        log_dir: folder for TensorBoard, or None. The numbers above are written to its folders
-            `train` and `validation`, which `keras.callbacks.TensorBoard` uses too, as
+        expert_shares: Boolean. Whether each expert's share is logged as well, one key an expert.
+        log_dir: String or path. Folder for TensorBoard, or None. The numbers above are written to
+            its folders `train` and `validation`, which `keras.callbacks.TensorBoard` uses too, as
             `LAYER/load_imbalance` and so on, with the shares as the histogram `LAYER/shares` and
             the heat map `LAYER/shares_over_time`; each layer has its own group of cards. Needs
             `pip install tensorboard matplotlib`.
-        metrics: list of functions of your own from the counts of a layer, a NumPy array (E,) of
-            the assignments of each expert in the epoch, to a number. NaN is logged where nothing
-            was counted.
+        metrics: List of functions from the counts of a layer, a NumPy array (E,) of the
+            assignments of each expert in the epoch, to a number. NaN is logged where nothing was
+            counted.
 
     Raises:
-        ValueError: If the model has no `MixtureOfExperts` layer.
+        TypeError: If something in `metrics` is no function with a name.
+        ValueError: If the model has no `MixtureOfExperts` layer, two `metrics` have one name, or
+            another monitor resets the counters within an epoch.
         ImportError: If there is a `log_dir`, but no TensorBoard or no matplotlib.
 
     Example:
@@ -85,15 +77,15 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
     >>> imbalance_of_evaluation = numbers["moe_load_imbalance"]
     """
 
-    _attribute_checks = {"expert_shares": _check_shares}
-
     def __init__(self, expert_shares=False, log_dir=None, metrics=()):
         super().__init__()
-        self._metrics = _by_name(metrics)
         self.expert_shares = expert_shares
         self.shares, self.validation_shares = {}, {}
-        self._begins = False
-        self._training = self._test = self._resets = None
+        self._metrics = _by_name(metrics)
+        self._counted_step = None
+        # How often the counters had been reset when the epoch began; None outside of training.
+        self._resets = None
+        self._training = self._test = None
         self._event_files = None
         if log_dir is not None:
             # Here, so that the package can be imported without TensorBoard.
@@ -111,16 +103,8 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
         self._shares, self._first_epoch = shares, 0
 
     def set_model(self, model):
-        check_model(model)
-        check_is_made(self)
         super().set_model(model)
-        self._training = self._test = self._resets = None
-
-    def on_train_begin(self, logs=None):
-        if self._event_files is not None:
-            # A training that was interrupted has left them open.
-            self._event_files.close()
-        self._begins = True
+        self._resets = self._training = self._test = None
 
     def on_train_end(self, logs=None):
         self._resets = None
@@ -128,39 +112,36 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
             self._event_files.close()
 
     def on_epoch_begin(self, epoch, logs=None):
-        if self._begins:
+        if self._resets is None:
             self._keep_shares_before(epoch)
-            self._begins = False
         self._read_counts()
         self._training = self._test = None
-        self._resets = self._resets_so_far()
+        self._resets = self._count_resets()
 
     def on_test_begin(self, logs=None):
-        if self._is_training:
-            self._training = self._read_training()
-        else:
+        if self._resets is None:
             self._read_counts()
-        if not isinstance(self.model.test_function, _CountedStep):
-            self.model.test_function = _CountedStep(self.model)
+        else:
+            self._training = self._read_training()
+        step = self.model.test_function
+        if isinstance(step, _CountedStep):  # An evaluation was interrupted before the step.
+            self._counted_step = step
+        elif self._counted_step is None or self._counted_step.usual is not step:
+            self._counted_step = _CountedStep(self.model)
 
     def on_test_batch_begin(self, batch, logs=None):
-        self.model.test_function.is_watched = True
+        self.model.test_function = self._counted_step
 
     def on_test_end(self, logs=None):
-        self._test = self._read_counts()
+        self._test = self._read_counts(keep=self._resets is None)
         if logs is not None:
-            logs.update(self._logs(self._test))
-        if not self._is_training:
-            self._keep_last(self._test)
+            logs.update(_logs(self._test))
 
     def on_epoch_end(self, epoch, logs=None):
-        training = self._training
-        if training is None:
-            training = self._read_training()
+        training = self._read_training() if self._training is None else self._training
         test = self._test or {}
         if logs is not None:
-            logs.update(self._logs(training))
-            logs.update({f"val_{key}": value for key, value in self._logs(test).items()})
+            logs.update({**_logs(training), **_logs(test, "val_")})
         for split, usages, shares in (
             ("train", training, self.shares),
             ("validation", test, self.validation_shares),
@@ -170,10 +151,11 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
                 missing = epoch - self._first_epoch - len(rows)
                 rows += [np.full_like(usage.shares, np.nan)] * missing + [usage.shares]
             if usages and self._event_files is not None:
-                self._event_files.write(split, epoch, self._numbers(usages), shares)
+                numbers = {name: usage.numbers for name, usage in usages.items()}
+                self._event_files.write(split, epoch, numbers, shares)
 
     def _keep_shares_before(self, epoch):
-        """Of former trainings, if this one continues them."""
+        """Keep the shares of former trainings, if this one continues them."""
         kept, layers = epoch - self._first_epoch, moe_layers(self.model)
         is_continued = self.shares.keys() == layers.keys() and all(
             0 < kept and len(rows) and len(rows[0]) == layers[name].experts.num_experts
@@ -188,92 +170,51 @@ class ExpertMonitor(NamedArguments, keras.callbacks.Callback):
             self._shares, self.validation_shares = {}, {}
             self._first_epoch = epoch
 
-    @property
-    def _is_training(self):
-        return self._resets is not None
-
-    def _resets_so_far(self):
+    def _count_resets(self):
         return sum(layer.resets for layer in moe_layers(self.model).values())
 
     def _read_training(self):
-        """What was counted since the epoch began, unless others have read and reset it."""
-        if self._resets != self._resets_so_far():
+        """Return what was counted since the epoch began, unless others have reset it."""
+        if self._resets != self._count_resets():
             raise ValueError(
                 "A model must have one `ExpertMonitor`, in one call of `fit` or `evaluate` at a "
-                "time, which resets the counters that it has read. Received: counters that were "
-                "reset within an epoch, by a second monitor or by an `evaluate` with a monitor "
-                "that a callback makes. Leave the other monitor out, or put this one before the "
-                "callback."
+                "time: put it before a callback that evaluates with one. Received: counters that "
+                "were reset within an epoch"
             )
-        usages = self._read_counts()
-        self._keep_last(usages)
-        return usages
+        return self._read_counts(keep=True)
 
-    def _read_counts(self):
-        """What was counted since the last call: a `_Usage` by the name of the layer."""
+    def _read_counts(self, keep=False):
+        """Return a `_Usage` for each layer since the last call, and reset the counters.
+
+        `keep` leaves the counts for `summary` and `ExpertHealth`, which find the counters empty.
+        """
         usages = {}
         for name, layer in moe_layers(self.model).items():
             if layer.built:
-                usages[name] = _usage(layer, self._metrics)
+                usages[name] = self._usage(layer)
+                if keep:
+                    layer.last_counts, layer.last_losses = usages[name][2:]
                 layer.reset_counts()
         return usages
 
-    def _keep_last(self, usages):
-        """For `summary` and `ExpertHealth`, which find the counters empty."""
-        layers = moe_layers(self.model)
-        for name, usage in usages.items():
-            layers[name].last_counts, layers[name].last_losses = usage.counts, usage.losses
-
-    def _logs(self, usages):
-        return {
-            f"{name}_{key}": value
-            for name, numbers in self._numbers(usages).items()
-            for key, value in numbers.items()
+    def _usage(self, layer):
+        counts = ops.convert_to_numpy(layer.expert_counts)
+        shares = ops.convert_to_numpy(metrics.expert_share(counts))
+        calls = ops.maximum(layer.call_count.value, 1.0)
+        losses = ops.convert_to_numpy(layer.router_loss_totals.value / calls)
+        numbers = {
+            "load_imbalance": metrics.load_imbalance(counts),
+            "load_entropy": metrics.load_entropy(counts),
+            "dead_experts": metrics.dead_experts(counts),
+            "dropped_fraction": metrics.dropped_fraction(layer.dropped_count.value, counts),
+            "router_entropy": layer.router_entropy_total.value / calls,
         }
-
-    def _numbers(self, usages):
-        """What is logged of each layer, by its name."""
-        numbers = {}
-        for name, usage in usages.items():
-            numbers[name] = dict(usage.numbers)
-            if self.expert_shares:
-                shares = enumerate(usage.shares)
-                numbers[name].update({f"expert_share_{e}": float(share) for e, share in shares})
-        return numbers
-
-
-class _CountedStep:
-    """The test function of a model, and one that counts assignments, for steps that are watched.
-
-    Whether a function counts is fixed when it is traced, so there are two. Keras tells callbacks
-    nothing of an evaluation that is interrupted or has no monitor. So the monitor announces each
-    step, and all others are left as they were.
-    """
-
-    def __init__(self, model):
-        self.is_watched = False
-        self._model = model
-        self._step = model.test_function
-        self._counting_step = test_function_of_its_own(model)
-
-    def __call__(self, *arguments):
-        if not self.is_watched:
-            return self._step(*arguments)
-        self.is_watched = False
-        with Counting(self._model):
-            return self._counting_step(*arguments)
-
-
-# What is logged of every layer: functions of the layer and of its counts (E,).
-_MEASURES = {
-    "load_imbalance": lambda layer, counts: metrics.load_imbalance(counts),
-    "load_entropy": lambda layer, counts: metrics.load_entropy(counts),
-    "dead_experts": lambda layer, counts: metrics.dead_experts(counts),
-    "dropped_fraction": lambda layer, counts: metrics.dropped_fraction(
-        layer.dropped_count.value, counts
-    ),
-    "router_entropy": lambda layer, counts: layer.router_entropy_total.value / _calls(layer),
-}
+        for name, function in self._metrics.items():
+            numbers[name] = _number(name, function(counts)) if counts.any() else math.nan
+        numbers.update(zip(_loss_names(layer.router_losses), losses))
+        if self.expert_shares:
+            numbers.update({f"expert_share_{e}": share for e, share in enumerate(shares)})
+        return _Usage({key: float(value) for key, value in numbers.items()}, shares, counts, losses)
 
 
 class _Usage(NamedTuple):
@@ -283,76 +224,67 @@ class _Usage(NamedTuple):
     losses: Any
 
 
-def _by_name(metrics):
-    """The functions by their names, which no number that is logged anyway may have."""
-    if not isinstance(metrics, (list, tuple)):
-        raise TypeError(
-            "`metrics` must be a list of functions. Received: "
-            f"metrics={shortened(metrics)} (of type {type(metrics).__name__}). Pass `[function]`."
-        )
+class _CountedStep:
+    """A test function that counts the assignments of one step, then puts the usual one back.
+
+    Whether a function counts is fixed when it is traced, so there are two. Keras tells callbacks
+    nothing of an evaluation that is interrupted, so the monitor announces each step that counts.
+    """
+
+    def __init__(self, model):
+        self.usual = model.test_function
+        self._model = model
+        self._counting = test_function_of_its_own(model)
+
+    def __call__(self, *arguments):
+        self._model.test_function = self.usual
+        with Counting(self._model):
+            return self._counting(*arguments)
+
+
+def _logs(usages, prefix=""):
+    return {
+        f"{prefix}{name}_{key}": value
+        for name, usage in usages.items()
+        for key, value in usage.numbers.items()
+    }
+
+
+def _by_name(functions):
+    """Return user-defined metrics by the names that they have in the logs."""
     by_name: dict = {}
-    for metric in metrics:
-        name = _name_of(metric)
-        check_function("metrics", metric, "counts")
-        if by_name.setdefault(name, metric) is not metric or name in _MEASURES:
-            raise ValueError(
-                "Each of `metrics` must have a name of its own, which is its name in the logs. "
-                f"Received: a second {name!r}. Name the function otherwise, by `def`."
+    for function in functions:
+        name = getattr(function, "__name__", "")
+        if not callable(function) or not name.isidentifier():
+            raise TypeError(
+                "`metrics` must be functions from the counts (E,) of a layer to a number, with a "
+                f"name, which is theirs in the logs. Received: {shortened(function)}"
             )
+        if by_name.setdefault(name, function) is not function:
+            raise ValueError(f"`metrics` must have different names. Received: a second {name!r}")
     return by_name
 
 
-def _name_of(metric):
-    name = getattr(metric, "__name__", None)
-    if not callable(metric) or name is None or not name.isidentifier():
-        raise TypeError(
-            "`metrics` must be functions from the counts (E,) of a layer to a number. Received: "
-            f"{shortened(metric)} (of type {type(metric).__name__}). Write a function with `def`: "
-            "its name is the name in the logs."
-        )
-    return name
-
-
-def _usage(layer, own_metrics):
-    counts = ops.convert_to_numpy(layer.expert_counts)
-    numbers = {name: measure(layer, counts) for name, measure in _MEASURES.items()}
-    is_counted = counts.any()
-    for name, metric in own_metrics.items():
-        numbers[name] = _number(name, metric(counts)) if is_counted else math.nan
-    losses = ops.convert_to_numpy(layer.router_loss_totals.value / _calls(layer))
-    numbers.update(zip(_loss_names(layer.router_losses), losses))
-    shares = ops.convert_to_numpy(metrics.expert_share(counts))
-    numbers = {key: float(value) for key, value in numbers.items()}
-    return _Usage(numbers, shares, counts, losses)
-
-
-def _calls(layer):
-    return ops.maximum(layer.call_count.value, 1.0)
-
-
 def _number(name, value):
-    """What a function of the user's own returned, as a float."""
+    """Return the value of a user-defined metric as a float."""
     try:
         return float(value)
     except (TypeError, ValueError) as error:
         raise TypeError(
-            "`metrics` must be functions from the counts (E,) of a layer to a number. Received: "
-            f"{shortened(value)} (of type {type(value).__name__}) from {name!r}. Mend the function."
+            f"`metrics` must return a number. Received: {shortened(value)} from {name!r}"
         ) from error
 
 
-# Between words, also behind an abbreviation: `KLDivergence` is `kl_divergence`, as in Keras.
+# Between words, also after an abbreviation: `KLDivergence` is `kl_divergence`, as in Keras.
 _WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
 
 def _loss_names(router_losses):
     """`LoadBalance` or `LoadBalanceLoss` is "load_balance_loss"; a second one ends with "_1"."""
     names: list[str] = []
+    seen: collections.Counter = collections.Counter()
     for loss in router_losses:
         name = _WORDS.sub("_", type(loss).__name__).lower().removesuffix("_loss") + "_loss"
-        same = sum(re.fullmatch(rf"{name}(_\d+)?", other) is not None for other in names)
-        names.append(f"{name}_{same}" if same else name)
+        names.append(f"{name}_{seen[name]}" if seen[name] else name)
+        seen[name] += 1
     return names
-
-
-__all__ = ["ExpertMonitor"]

@@ -1,7 +1,7 @@
 """Models of other packages, with their weights."""
 
 from keras_moe.convert.hugging_face import from_hugging_face, to_hugging_face
-from keras_moe.convert.in_place import restore, sparsify
+from keras_moe.convert.keras_hub import restore, sparsify
 
 __all__ = ["from_hugging_face", "restore", "sparsify", "to_hugging_face"]
 

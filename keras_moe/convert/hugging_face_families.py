@@ -1,65 +1,22 @@
 """The MoE blocks of Hugging Face's models: names of their weights, and our layer for them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
-import keras
-
 from keras_moe import activations, losses, routers
-from keras_moe._internal.validation import (
-    check_flag,
-    check_fraction,
-    check_not_negative,
-    check_positive_integer,
-    check_positive_number,
-    shortened,
-)
-from keras_moe.convert.rules import Rule
+from keras_moe._internal.checks import check_choice, shortened
+from keras_moe.convert.weights import Rule
 from keras_moe.layers import GatedExperts, GatedFeedForward, MixtureOfExperts
 
 
-class Fields(Mapping):
-    """The fields of a config, checked where they are read; null stands for none."""
+class Config(dict):
+    """The entries of a `config.json` that are not null."""
 
-    def __init__(self, config):
-        self._config = config
-
-    def __getitem__(self, name):
-        value = self._config[name]
-        if value is None:
-            raise KeyError(name)
-        return _CHECKS[name](name, value) if name in _CHECKS else value
-
-    def __iter__(self):
-        return iter(self._config)
-
-    def __len__(self):
-        return len(self._config)
-
-
-_CHECKS = {
-    **dict.fromkeys(
-        (
-            "hidden_size",
-            "intermediate_size",
-            "moe_intermediate_size",
-            "n_group",
-            "n_routed_experts",
-            "n_shared_experts",
-            "num_experts",
-            "num_experts_per_tok",
-            "num_local_experts",
-            "shared_expert_intermediate_size",
-            "topk_group",
-        ),
-        check_positive_integer,
-    ),
-    "norm_topk_prob": check_flag,
-    "routed_scaling_factor": check_positive_number,
-    "router_aux_loss_coef": check_not_negative,
-    "router_jitter_noise": check_fraction,
-    "swiglu_limit": check_positive_number,
-}
+    def __missing__(self, name):
+        raise ValueError(
+            f"The config of a model of {self['model_type']!r} must have `{name}`. "
+            f"Received: {', '.join(self)}"
+        )
 
 
 class Family(NamedTuple):
@@ -67,8 +24,7 @@ class Family(NamedTuple):
 
     - `layouts`: pairs of the prefix of all names, with `{layer}` in it, and rules. The first is
       that of files; models in memory may have another.
-    - `make`: from a config, the content of `config.json`, and a dtype policy to arguments of a
-      `MixtureOfExperts`.
+    - `make`: from a `Config` and a dtype policy to arguments of a `MixtureOfExperts`.
     """
 
     layouts: tuple[tuple[str, tuple[Rule, ...]], ...]
@@ -78,15 +34,16 @@ class Family(NamedTuple):
 def _dense(theirs, ours):
     """Rules for linear layers, whose kernels are (outputs, inputs)."""
     return tuple(
-        Rule(f"{their}.weight", (f"{our}_kernel",), transposed=True)
+        Rule(f"{their}.weight", (f"{our}kernel",), transposed=True)
         for their, our in zip(theirs, ours)
     )
 
 
-_OURS = ("experts.gate", "experts.up", "experts.down")
 _MLP = "model.layers.{layer}.mlp."
+_OURS = ("experts.gate_", "experts.up_", "experts.down_")
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-_GATE = Rule("gate.weight", ("router.kernel",), transposed=True)
+_GATE = _dense(["gate"], ["router."])
+_SHARED_GATE = _dense(["shared_expert_gate"], ["shared_gate."])
 _BY_EXPERT = _dense([f"experts.{{expert}}.{name}" for name in _PROJECTIONS], _OURS)
 _STACKED = (
     Rule("experts.gate_up_proj", ("experts.gate_kernel", "experts.up_kernel"), transposed=True),
@@ -95,10 +52,8 @@ _STACKED = (
 
 
 def _shared(name):
-    return tuple(
-        Rule(f"{name}.{part}_proj.weight", (f"shared_expert.{part}.kernel",), transposed=True)
-        for part in ("gate", "up", "down")
-    )
+    ours = ("shared_expert.gate.", "shared_expert.up.", "shared_expert.down.")
+    return _dense([f"{name}.{projection}" for projection in _PROJECTIONS], ours)
 
 
 def _layouts(*others, by_expert=_BY_EXPERT, prefix=_MLP):
@@ -117,19 +72,28 @@ def _arguments(config, experts, router, shared_expert=None, **kwargs):
     }
 
 
+# Those that Keras and PyTorch compute alike under one name.
+_ACTIVATIONS = ("silu", "swish", "gelu", "relu", "relu6", "mish", "sigmoid", "tanh", "linear")
+
+
+def _activation(config):
+    return check_choice("hidden_act", config.get("hidden_act", "silu"), _ACTIVATIONS)
+
+
 def _num_experts(config):
     """The number of experts, whatever the family and the release call it."""
     names = ("num_experts", "num_local_experts", "n_routed_experts")
-    found = [config[name] for name in names if name in config]
-    if not found:
-        raise KeyError(" or ".join(map(repr, names)))
-    return found[0]
+    return config[next((name for name in names if name in config), names[0])]
 
 
 def _experts(config, width="moe_intermediate_size", **kwargs):
-    kwargs = {"activation": config.get("hidden_act", "silu"), **kwargs}
+    kwargs = {"activation": _activation(config), **kwargs}
     # All weights are assigned later; drawing them would take long.
     return GatedExperts(_num_experts(config), config[width], kernel_initializer="zeros", **kwargs)
+
+
+def _shared_expert(config, width, dtype):
+    return GatedFeedForward(width, _activation(config), dtype=dtype)
 
 
 def _top_k(config, **kwargs):
@@ -137,14 +101,11 @@ def _top_k(config, **kwargs):
 
 
 def _mixtral(config, dtype):
+    jitter = config.get("router_jitter_noise", 0.0)
     return _arguments(
         config,
         _experts(config, "intermediate_size", dtype=dtype),
-        _top_k(
-            config,
-            renormalize=True,
-            input_jitter=config.get("router_jitter_noise", 0.0),
-        ),
+        _top_k(config, renormalize=True, input_jitter=jitter),
     )
 
 
@@ -158,8 +119,7 @@ def _qwen3_moe(config, dtype, width="moe_intermediate_size", **kwargs):
 
 
 def _qwen2_moe(config, dtype):
-    width = config["shared_expert_intermediate_size"]
-    shared = GatedFeedForward(width, config["hidden_act"], dtype=dtype)
+    shared = _shared_expert(config, config["shared_expert_intermediate_size"], dtype)
     return _qwen3_moe(config, dtype, shared_expert=shared, gated_shared_expert=True)
 
 
@@ -168,7 +128,6 @@ def _olmoe(config, dtype):
 
 
 def _deepseek_v3(config, dtype):
-    shared_width = config["moe_intermediate_size"] * config["n_shared_experts"]
     router = routers.GroupLimitedRouter(
         _num_experts(config),
         num_groups=config["n_group"],
@@ -178,11 +137,12 @@ def _deepseek_v3(config, dtype):
         scaling_factor=config["routed_scaling_factor"],
         balancer="loss_free",
     )
+    shared_width = config["moe_intermediate_size"] * config["n_shared_experts"]
     return _arguments(
         config,
         _experts(config, dtype=dtype),
         router,
-        GatedFeedForward(shared_width, config["hidden_act"], dtype=dtype),
+        _shared_expert(config, shared_width, dtype),
     )
 
 
@@ -196,11 +156,9 @@ def _gpt_oss(config, dtype):
         up_shift=1.0,
         dtype=dtype,
     )
-    router = _top_k(config, renormalize=True, use_bias=True)
-    return _arguments(config, experts, router)
+    return _arguments(config, experts, _top_k(config, renormalize=True, use_bias=True))
 
 
-_SHARED_GATE = Rule("shared_expert_gate.weight", ("shared_gate.kernel",), transposed=True)
 _GPT_OSS = (
     Rule("router.weight", ("router.kernel",), transposed=True),
     Rule("router.bias", ("router.bias",)),
@@ -214,18 +172,18 @@ _GPT_OSS = (
 FAMILIES = {
     "mixtral": Family(
         _layouts(
-            _GATE,
+            *_GATE,
             by_expert=_dense([f"experts.{{expert}}.w{number}" for number in (1, 3, 2)], _OURS),
             prefix="model.layers.{layer}.block_sparse_moe.",
         ),
         _mixtral,
     ),
-    "qwen2_moe": Family(_layouts(_GATE, *_shared("shared_expert"), _SHARED_GATE), _qwen2_moe),
-    "qwen3_moe": Family(_layouts(_GATE), _qwen3_moe),
-    "olmoe": Family(_layouts(_GATE), _olmoe),
+    "qwen2_moe": Family(_layouts(*_GATE, *_shared("shared_expert"), *_SHARED_GATE), _qwen2_moe),
+    "qwen3_moe": Family(_layouts(*_GATE), _qwen3_moe),
+    "olmoe": Family(_layouts(*_GATE), _olmoe),
     "deepseek_v3": Family(
         _layouts(
-            _GATE,
+            *_GATE,
             Rule("gate.e_score_correction_bias", ("router.selection_bias",)),
             *_shared("shared_experts"),
         ),
@@ -235,40 +193,10 @@ FAMILIES = {
 }
 
 
-# Arguments of parts of a layer that change how it is called, begins or trains, not its outputs.
-_CHANGE_NO_OUTPUT = (
-    "name",
-    "trainable",
-    "dtype",
-    "kernel_initializer",
-    "bias_initializer",
-    "kernel_regularizer",
-    "bias_regularizer",
-    "input_jitter",
-    "logit_noise",
-    "seed",
-    "balancer",
-    "lora_rank",
-    "lora_alpha",
-)
-
-
-def parts_of(config, dtype=None):
-    """Arguments of our layer for the MoE block of a config."""
-    activation = config.get("hidden_act", "silu")
-    try:
-        keras.activations.get(activation)
-    except ValueError as error:
-        raise ValueError(
-            "`hidden_act` of the config must be an activation of Keras. Received: "
-            f"hidden_act={shortened(activation)}. Name one in the config, such as 'gelu'."
-        ) from error
-    return FAMILIES[config["model_type"]].make(config, dtype)
-
-
 def mixture_of(config, dtype=None, **kwargs):
     """Our layer for the MoE block of a config, built and without weights."""
-    mixture = MixtureOfExperts(**{**parts_of(config, dtype), "dtype": dtype, **kwargs})
+    arguments = FAMILIES[config["model_type"]].make(config, dtype)
+    mixture = MixtureOfExperts(**{**arguments, "dtype": dtype, **kwargs})
     mixture.build((None, None, config["hidden_size"]))
     return mixture
 
@@ -276,38 +204,36 @@ def mixture_of(config, dtype=None, **kwargs):
 def config_like(mixture, family):
     """The config of a family's model whose MoE blocks have the sizes of a layer.
 
-    It has what releases of the family choose among, as they choose it in this layer; the activation
-    is the same in all.
+    What releases of the family choose is as in this layer; the activation is the same in all.
     """
-    experts, router, shared = mixture.experts, mixture.router, mixture.shared_expert
+    experts, router = mixture.experts, mixture.router
     width = experts.hidden_dim
-    shared_width = getattr(shared, "hidden_dim", width)
-    return {
-        "model_type": family,
-        "num_experts": experts.num_experts,
-        "num_experts_per_tok": router.max_top_k,
-        "intermediate_size": width,
-        "moe_intermediate_size": width,
-        "shared_expert_intermediate_size": shared_width,
-        "n_shared_experts": max(shared_width // width, 1),
-        "hidden_act": "silu",
-        "norm_topk_prob": _renormalizes(router),
-        "routed_scaling_factor": getattr(router, "scaling_factor", 1.0),
-        "n_group": getattr(router, "num_groups", 1),
-        "topk_group": getattr(router, "top_groups", 1),
-        "swiglu_limit": experts.clip or 7.0,
-    }
+    shared_width = getattr(mixture.shared_expert, "hidden_dim", width)
+    return Config(
+        model_type=family,
+        num_experts=experts.num_experts,
+        num_experts_per_tok=router.max_top_k,
+        intermediate_size=width,
+        moe_intermediate_size=width,
+        shared_expert_intermediate_size=shared_width,
+        n_shared_experts=max(shared_width // width, 1),
+        norm_topk_prob=_renormalizes(router),
+        routed_scaling_factor=getattr(router, "scaling_factor", 1.0),
+        n_group=getattr(router, "num_groups", 1),
+        topk_group=getattr(router, "top_groups", 1),
+        swiglu_limit=experts.clip or 7.0,
+    )
+
+
+# Arguments of the parts of a layer that change how it begins or trains, not its outputs.
+_TRAINING = ("name", "trainable", "dtype", "seed", "balancer", "input_jitter", "logit_noise")
+_SUFFIXES = ("_initializer", "_regularizer", "lora_rank", "lora_alpha")
 
 
 def check_computes_as(mixture, config):
-    """Refuse a layer whose outputs are not those of the block of a config.
-
-    Raises:
-        ValueError: If a part is of another class or has other arguments, or a capacity holds
-            outside of training.
-    """
+    """Refuse a layer whose outputs are not those of the block of a config."""
     received = []
-    parts = parts_of(config)
+    parts = FAMILIES[config["model_type"]].make(config, None)
     for name in ("router", "experts", "shared_expert"):
         part, wanted = getattr(mixture, name), parts[name]
         if not isinstance(part, type(wanted)):
@@ -323,8 +249,8 @@ def check_computes_as(mixture, config):
         received.append(f"evaluation_factor={mixture.capacity.evaluation_factor}, not None")
     if received:
         raise ValueError(
-            f"The layer must compute as {config['model_type']!r} does. Received: "
-            f"{'; '.join(received)}. Make it with these arguments, or choose another model."
+            f"The layer must compute as {config['model_type']!r} does. "
+            f"Received: {'; '.join(received)}"
         )
 
 
@@ -332,10 +258,14 @@ def _arguments_of(part):
     config = part.get_config()
     if "renormalize" in config:
         config["renormalize"] = _renormalizes(part)
-    return {key: value for key, value in config.items() if key not in _CHANGE_NO_OUTPUT}
+    return {
+        key: value
+        for key, value in config.items()
+        if key not in _TRAINING and not key.endswith(_SUFFIXES)
+    }
 
 
 def _renormalizes(router):
-    """Whether weights are divided by their sum: None stands for whether there are several."""
+    """Whether weights are divided by their sum: None means whether there are several."""
     renormalize = getattr(router, "renormalize", None)
     return router.max_top_k > 1 if renormalize is None else renormalize

@@ -1,4 +1,4 @@
-"""The MoE blocks of KerasHub: where their weights are, and what of ours computes the same."""
+"""The MoE blocks of KerasHub: where their weights are, and which parts compute the same."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import keras
 
 from keras_moe import activations, losses, routers
-from keras_moe.convert.rules import Rule
+from keras_moe.convert.weights import Rule
 
 
 class Family(NamedTuple):
@@ -63,9 +63,15 @@ def _tanh_gelu(values):
     return keras.activations.gelu(values, approximate=True)
 
 
-_FUSED = (
-    Rule("_expert_feedforward_gate_dense", ("gate_kernel", "up_kernel")),
-    Rule("_expert_feedforward_output_dense", ("down_kernel",)),
+_QWEN = Family(
+    router="_sparse_feedforward_gate_dense",
+    experts="expert_bank",
+    weights=(
+        Rule("_expert_feedforward_gate_dense", ("gate_kernel", "up_kernel")),
+        Rule("_expert_feedforward_output_dense", ("down_kernel",)),
+    ),
+    make_router=lambda block: _renormalized(block, renormalize=block.norm_top_k_prob),
+    balance="router_aux_loss_coefficient",
 )
 
 # By the class of the block.
@@ -81,30 +87,15 @@ FAMILIES = {
         make_router=lambda block: _renormalized(block, input_jitter=block.router_jitter_noise),
         balance="router_aux_loss_coef",
     ),
-    "QwenSparseMoeBlock": Family(
-        router="_sparse_feedforward_gate_dense",
-        experts="expert_bank",
-        weights=_FUSED,
-        make_router=lambda block: _renormalized(block, renormalize=block.norm_top_k_prob),
-        shared="shared_expert_dense",
-        shared_gate="shared_expert_gate_dense",
-        balance="router_aux_loss_coefficient",
+    "QwenSparseMoeBlock": _QWEN._replace(
+        shared="shared_expert_dense", shared_gate="shared_expert_gate_dense"
     ),
-    "Qwen3SparseMoeBlock": Family(
-        router="_sparse_feedforward_gate_dense",
-        experts="expert_bank",
-        weights=_FUSED,
-        make_router=lambda block: _renormalized(block, renormalize=block.norm_top_k_prob),
-        balance="router_aux_loss_coefficient",
-    ),
-    "Qwen3_5MoeSparseMoeBlock": Family(
+    "Qwen3SparseMoeBlock": _QWEN,
+    "Qwen3_5MoeSparseMoeBlock": _QWEN._replace(
         router="_router_gate",
-        experts="expert_bank",
-        weights=_FUSED,
         make_router=_renormalized,
         shared="shared_expert",
         shared_gate="_shared_expert_gate",
-        balance="router_aux_loss_coefficient",
     ),
     "GptOssSparseMoeBlock": Family(
         router="router.router_dense",

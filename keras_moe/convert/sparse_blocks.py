@@ -1,4 +1,4 @@
-"""What takes the place of a MoE block of KerasHub."""
+"""The layers that take the place of a MoE block of KerasHub, and the exchange of the two."""
 
 import functools
 from collections.abc import Callable
@@ -9,15 +9,13 @@ from keras import ops
 from keras_moe._internal.keras_internals import (
     names_below,
     open_to_state,
-    rebuild,
     remove_sublayers,
     set_state,
 )
-from keras_moe._internal.saved_state import load_draws, save_draws
-from keras_moe._internal.tensor_checks import fits
+from keras_moe._internal.serialization import load_draws, save_draws
 from keras_moe.convert.keras_hub_families import Family
 from keras_moe.layers import GatedExperts, MixtureOfExperts
-from keras_moe.ops.plans import GroupedPlan
+from keras_moe.ops import GroupedPlan
 
 
 class ConvertedBlock:
@@ -35,7 +33,7 @@ class ConvertedBlock:
 
 
 class SparseBlock(ConvertedBlock):
-    """A block that is nothing but router and experts."""
+    """A block that consists of router and experts only."""
 
     def call(self, hidden_states, attention_mask=None, training=None):
         mask = token_mask(attention_mask, hidden_states.shape[:-1])
@@ -57,11 +55,17 @@ def token_mask(attention_mask, leading):
     if attention_mask is None:
         return None
     if len(attention_mask.shape) == 3:
-        if not fits(attention_mask.shape[1:2], attention_mask.shape[2:]):
+        _, length, keys = attention_mask.shape
+        if not _fit(length, keys):
             return None  # keys from a cache: tokens are those that are generated
         # A causal attention lets each token see itself, unless it is padding.
         attention_mask = ops.diagonal(attention_mask, axis1=1, axis2=2)
-    return ops.cast(attention_mask, "bool") if fits(attention_mask.shape, leading) else None
+    fits = all(map(_fit, attention_mask.shape, leading))
+    return ops.cast(attention_mask, "bool") if fits else None
+
+
+def _fit(size, other):
+    return size is None or other is None or size == other
 
 
 class RelaidExperts(GatedExperts):
@@ -72,23 +76,23 @@ class RelaidExperts(GatedExperts):
         self._rules = rules
 
     def save_own_variables(self, store):
-        # Files of KerasHub have no place for scales and factors.
-        own = {f"{name}_kernel": self.merged_kernel(name) for name in self._projections()}
-        if self.use_bias:
-            own.update(
-                {f"{n}_bias": _as_array(getattr(self, f"{n}_bias")) for n in self._projections()}
-            )
         for index, rule in enumerate(self._rules):
-            store[str(index)] = rule.join([own[name] for name in rule.ours])
+            store[str(index)] = rule.join([self._floats(name) for name in rule.ours])
+
+    def _floats(self, weight):
+        """A weight as an array: files of KerasHub have no place for scales and factors."""
+        name, _, part = weight.partition("_")
+        if part == "kernel":
+            return self.projections[name].merged_kernel()
+        return ops.convert_to_numpy(getattr(self, weight))
 
     def load_own_variables(self, store):
         own: dict = {}
         for index, rule in enumerate(self._rules):
             own.update(zip(rule.ours, rule.split(store[str(index)])))
         values: list = []
-        for name in self._projections():
-            kernel = own[f"{name}_kernel"]
-            values += self.integers_of(kernel)
+        for name, projection in self.projections.items():
+            values += projection.stored(own[f"{name}_kernel"])
             values += [own[f"{name}_bias"]] if self.use_bias else []
         super().load_own_variables({str(i): value for i, value in enumerate(values)})
 
@@ -96,7 +100,7 @@ class RelaidExperts(GatedExperts):
 class SparseRouter:
     """Mixed into the class of a router that a decoder calls before its experts.
 
-    It hands on what its projection, which is our router now, is to see.
+    It returns what its projection, now our router, is to see.
     """
 
     rms_norm: Any
@@ -130,7 +134,7 @@ class CalledExperts(RelaidExperts):
 
     def save_own_variables(self, store):
         super().save_own_variables(store)
-        store[str(len(self._rules))] = _as_array(self.output_scale)
+        store[str(len(self._rules))] = ops.convert_to_numpy(self.output_scale)
 
     def load_own_variables(self, store):
         super().load_own_variables(store)
@@ -168,18 +172,15 @@ def make_sparse(owner, block, family):
     with names_below(block.path):
         mixture.build((None, None, block.hidden_dim))
     _assign(mixture.router, getattr(router_owner, router_name))
-    for rule in family.weights:
-        for name, value in zip(rule.ours, rule.split(getattr(bank, rule.theirs).value)):
-            getattr(mixture.experts, name).assign(value)
-    if family.output_scale:
-        mixture.experts.output_scale.assign(getattr(bank, family.output_scale))
+    weights: dict = {}
+    bank.save_own_variables(weights)
+    mixture.experts.load_own_variables(weights)
     mixture.experts.trainable = bank.trainable
     if not block.trainable:  # the other value would be handed to all sublayers
         mixture.trainable = False
     if family.is_decoder:
-        old = [(router_owner, router_name), (block, family.experts)]
-        configs = [_made_again(getattr(holder, name)) for holder, name in old]
-        object.__setattr__(block, "_replaced_layers", configs)  # There is nothing to track.
+        makers = [_maker_of(getattr(router_owner, router_name)), _maker_of(bank)]
+        object.__setattr__(block, "_replaced_layers", makers)  # There is nothing to track.
         # A function, where Keras would save an attribute that is a layer.
         object.__setattr__(
             mixture.experts, "run_mixture", lambda tokens, seen: mixture(tokens, router_inputs=seen)
@@ -191,7 +192,7 @@ def make_sparse(owner, block, family):
         _assign(mixture.shared_gate, getattr(block, family.shared_gate))
         set_state(block, family.shared_gate, mixture.shared_gate)
     with open_to_state(block):
-        # Keras comes to names with an underscore last, and saves what has two under the first.
+        # Keras comes to names with an underscore last, and saves a layer of two names by the first.
         block._sparse_mixture = mixture
     mixed_in = ConvertedBlock if family.is_decoder else SparseBlock
     _change_class(block, (mixed_in,), family=family)
@@ -201,30 +202,26 @@ def make_dense(block):
     """Turn a `SparseBlock` back into the block of KerasHub that it was."""
     family, mixture = block.family, block._sparse_mixture
     router_owner, router_name = _router_place(block, family)
-    stacks: dict = {}
-    mixture.experts.save_own_variables(stacks)  # with what LoRA has learned
+    weights: dict = {}
+    mixture.experts.save_own_variables(weights)
     shared = getattr(block, family.shared) if family.shared else None
     if family.is_decoder:
         remove_sublayers(block, ["_sparse_mixture"])
-        object.__setattr__(router_owner, "__class__", router_owner.replaced)
-        places = [(router_owner, router_name), (block, family.experts)]
-        for (holder, name), make in zip(places, block._replaced_layers):
-            set_state(holder, name, make())
+        make_router, make_bank = block._replaced_layers
         object.__delattr__(block, "_replaced_layers")
+        object.__setattr__(router_owner, "__class__", router_owner.replaced)
+        set_state(router_owner, router_name, make_router())
+        set_state(block, family.experts, make_bank())
         object.__setattr__(block, "__class__", block.replaced)
     else:
         names = [name for name in (family.experts, family.shared, family.shared_gate) if name]
-        own = router_name if router_owner is block else family.router.partition(".")[0]
-        remove_sublayers(block, [*names, own, "_sparse_mixture"])
+        remove_sublayers(block, [*names, family.router.partition(".")[0], "_sparse_mixture"])
         object.__setattr__(block, "__class__", block.replaced)
-        rebuild(block, (None, None, block.hidden_dim))
-    router_owner, router_name = _router_place(block, family)
-    _assign(getattr(router_owner, router_name), mixture.router)
+        with open_to_state(block):
+            block.build((None, None, block.hidden_dim))
+    _assign(getattr(*_router_place(block, family)), mixture.router)
     bank = getattr(block, family.experts)
-    for index, rule in enumerate(family.weights):
-        getattr(bank, rule.theirs).assign(stacks[str(index)])
-    if family.output_scale:
-        getattr(bank, family.output_scale).assign(mixture.experts.output_scale)
+    bank.load_own_variables(weights)
     bank.trainable = mixture.experts.trainable
     if family.shared_gate:
         _assign(getattr(block, family.shared_gate), mixture.shared_gate)
@@ -265,34 +262,30 @@ def _assign(layer, other):
     layer.trainable = other.trainable
 
 
-def _as_array(tensor):
-    return ops.convert_to_numpy(tensor)
-
-
 def _router_place(block, family):
-    """The layer that has the router, and the name it has there."""
+    """The layer that holds the router, and the name it has there."""
     *owners, name = family.router.split(".")
     return functools.reduce(getattr, owners, block), name
 
 
-def _made_again(layer):
+def _maker_of(layer):
     """A function that makes a built layer like this one, which it does not keep."""
     cls, config, build_config = type(layer), layer.get_config(), layer.get_build_config()
-    path = layer.path
+    folder = layer.path.rpartition("/")[0]
 
     def make():
-        with names_below(path.rpartition("/")[0]):
-            again = cls.from_config(config)
-            again.build_from_config(build_config)
-        return again
+        with names_below(folder):
+            made = cls.from_config(config)
+            made.build_from_config(build_config)
+        return made
 
     return make
 
 
 def _change_class(layer, mixed_in, **members):
-    """Give a layer a subclass of its class, which it has as `replaced`."""
+    """Give a layer a subclass of its class, which it keeps as `replaced`."""
     cls = type(layer)
     members = {**members, "replaced": cls, "__module__": __name__}
-    # Under the old name: files of weights have it for layers in a list.
+    # Under the old name: files of weights use it for layers in a list.
     changed = type(cls.__name__, (*mixed_in, cls), members)
     object.__setattr__(layer, "__class__", changed)

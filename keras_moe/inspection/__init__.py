@@ -1,4 +1,4 @@
-"""Looking into a model: its MoE layers by name, their sizes, and what their routers decide."""
+"""Tools to look into a model: its MoE layers by name, their sizes, engines and routings."""
 
 from keras_moe.inspection.engines import LayerDescription, describe
 from keras_moe.inspection.finding import has_moe_layers, moe_layers

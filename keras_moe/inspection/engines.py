@@ -4,9 +4,8 @@ from typing import NamedTuple
 
 import keras
 
-from keras_moe._internal.validation import listed
 from keras_moe.backend import backend
-from keras_moe.inspection.finding import moe_layers
+from keras_moe.inspection.finding import built_layers
 from keras_moe.ops.platforms import named_platform
 
 
@@ -36,11 +35,11 @@ def describe(model):
     """How each MoE layer of a model is computed on this machine.
 
     The engine follows from the backend, the platform, the dtype, and whether `model.compile` turned
-    XLA on; `ops.grouped.engines.choose` has the rule. To read it for a platform that is not here,
-    call this inside `ops.platform`.
+    XLA on; `ops.grouped.run.choose` has the rule. To read it for a platform that is not here, call
+    this in the context `ops.platform`.
 
     Args:
-        model: a built Keras model.
+        model: A built Keras model.
 
     Returns:
         List of one `LayerDescription` for each MoE layer, in the order of the model.
@@ -59,16 +58,8 @@ def describe(model):
     >>> layer.router, layer.experts, layer.dtype
     ('TopKRouter', 'FeedForwardExperts', 'float32')
     """
-    layers = moe_layers(model)
     platform = named_platform() or backend.current_platform()
     static_shapes = backend.compiles_static_shapes() or _is_compiled_by_xla(model)
-    unbuilt = [name for name, layer in layers.items() if not layer.built]
-    if unbuilt:
-        raise ValueError(
-            "The model must be built: the engine depends on the sizes of its weights. Received: "
-            f"model {model.name!r} whose layers {listed(unbuilt)} are not. Call it on some data "
-            "first."
-        )
     return [
         LayerDescription(
             name=name,
@@ -78,7 +69,7 @@ def describe(model):
             platform=platform,
             engine=layer.experts.engine_on(platform, static_shapes),
         )
-        for name, layer in layers.items()
+        for name, layer in built_layers(model).items()
     ]
 
 

@@ -2,8 +2,10 @@
 
 import os
 
+import keras
+
+from keras_moe._internal.checks import check_instance
 from keras_moe._internal.keras_internals import own_layers
-from keras_moe._internal.validation import check_model
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 
 
@@ -13,14 +15,13 @@ def moe_layers(model):
     Paths leave out their common prefix, such as the name of the model.
 
     Args:
-        model: a Keras model.
+        model: A Keras model.
 
     Returns:
         Dict of names to `layers.MixtureOfExperts`, in the order of the model.
 
     Raises:
         ValueError: If the model has none.
-        TypeError: If it is no Keras model.
 
     Example:
 
@@ -35,7 +36,7 @@ def moe_layers(model):
     if not layers:
         raise ValueError(
             "The model must have at least one `MixtureOfExperts` layer. "
-            f"Received: model {model.name!r} without any. Add one, or leave this out."
+            f"Received: model {model.name!r} without any"
         )
     names = [layer.name for layer in layers]
     if len(set(names)) < len(names):
@@ -46,12 +47,24 @@ def moe_layers(model):
 
 
 def has_moe_layers(model):
-    """Whether a model has a `layers.MixtureOfExperts`."""
+    """Whether a Keras model has a `layers.MixtureOfExperts`."""
     return bool(_layers(model))
 
 
+def built_layers(model):
+    """`moe_layers` of a model whose layers must have their weights."""
+    layers = moe_layers(model)
+    unbuilt = [name for name, layer in layers.items() if not layer.built]
+    if unbuilt:
+        raise ValueError(
+            "The model must be built; call it on some data first. "
+            f"Received: model {model.name!r} with layers {unbuilt} that are not"
+        )
+    return layers
+
+
 def _layers(model):
-    check_model(model)
+    check_instance("model", model, keras.Layer)
     return [layer for layer in _in_order(model, set()) if isinstance(layer, MixtureOfExperts)]
 
 

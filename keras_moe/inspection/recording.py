@@ -1,4 +1,4 @@
-"""What the MoE layers of a model decide on given data."""
+"""Routings and counts of a model on given data."""
 
 import contextlib
 
@@ -11,11 +11,11 @@ from keras_moe.inspection.finding import moe_layers
 
 
 def record_routings(model, batches):
-    """What the routers of a model decide on some data, in inference.
+    """Routings of some data by all MoE layers of a model, in inference.
 
     Args:
-        model: a Keras model with MoE layers.
-        batches: iterable of inputs, each what `model(...)` takes.
+        model: A Keras model with MoE layers.
+        batches: Iterable of inputs, each as `model(...)` takes them.
 
     Returns:
         Dict from the name of each MoE layer to a list with one `ops.Routing` of NumPy arrays for
@@ -49,22 +49,26 @@ def recorded(model, batches, name):
             with running(model, name, number, batch):
                 model(batch, training=False)
     if number < 0:
-        raise ValueError(
-            f"`{name}` must hold a batch at least. Received: none. Pass a list: a generator is "
-            "empty once it was read."
-        )
+        raise ValueError(f"`{name}` must hold at least one batch. Received: none")
     return routings
+
+
+def _recorder(routings):
+    def record(routing, tokens):
+        routings.append(keras.tree.map_structure(ops.convert_to_numpy, routing))
+
+    return record
 
 
 def count_in_evaluation(model):
     """A context in which the MoE layers of a model count in inference as they do in training.
 
-    They stop when the context ends, also by an exception. `evaluate` and `predict` are traced anew
-    in it, and again behind it. Of functions that you compile yourself, those of the context count
-    whenever they are called, and others never.
+    They stop when the context ends, also by an exception. `evaluate` and `predict` are traced again
+    in it and after it. Functions that you compile yourself count whenever they are called, if they
+    were compiled in the context, and otherwise never.
 
     Args:
-        model: a Keras model.
+        model: A Keras model.
 
     Raises:
         ValueError: If the model has no MoE layer.
@@ -79,59 +83,40 @@ def count_in_evaluation(model):
     >>> int(keras.ops.sum(moe.expert_counts))
     16
     """
-    return _CountingAnew(model)
+    return Counting(model, traced_again=("test_function", "predict_function"))
 
 
 @contextlib.contextmanager
 def listening(listeners):
-    """Tells functions what MoE layers do, in eager calls.
+    """A context in which functions hear what MoE layers do in eager calls.
 
     Args:
-        listeners: dict from a layer to a function of an `ops.Routing` and of the tokens (T, D).
+        listeners: Dict from a layer to a function of an `ops.Routing` and of the tokens (T, D).
     """
-    with _Given("routing_listener", listeners):
+    for layer, listener in listeners.items():
+        layer.routing_listener = listener
+    try:
         yield
+    finally:
+        for layer in listeners:
+            layer.routing_listener = None
 
 
-class _Given(contextlib.AbstractContextManager, contextlib.ContextDecorator):
-    """Gives layers another value of an attribute, and the former one back after any exit."""
+class Counting(contextlib.ContextDecorator):
+    """Lets the MoE layers of a model count in inference, where it is traced in this context."""
 
-    def __init__(self, name, values):
-        self._name, self._values, self._before = name, values, []
+    def __init__(self, model, traced_again=()):
+        self._model, self._traced_again = model, traced_again
+        self._layers, self._before = list(moe_layers(model).values()), []
 
     def __enter__(self):
-        self._before.append({layer: getattr(layer, self._name) for layer in self._values})
-        self._set(self._values)
+        self._before.append([layer.counts_in_evaluation for layer in self._layers])
+        self._set([True] * len(self._layers))
 
     def __exit__(self, *error):
         self._set(self._before.pop())
 
-    def _set(self, values):
-        for layer, value in values.items():
-            setattr(layer, self._name, value)
-
-
-class Counting(_Given):
-    """Lets the MoE layers of a model count in inference, where it is traced for that."""
-
-    def __init__(self, model):
-        super().__init__("counts_in_evaluation", dict.fromkeys(moe_layers(model).values(), True))
-
-
-class _CountingAnew(Counting):
-    """Also makes Keras trace again what it has compiled, which counts or does not."""
-
-    def __init__(self, model):
-        super().__init__(model)
-        self._model = model
-
-    def _set(self, values):
-        super()._set(values)
-        forget_compiled(self._model, ("test_function", "predict_function"))
-
-
-def _recorder(routings):
-    def record(routing, tokens):
-        routings.append(keras.tree.map_structure(ops.convert_to_numpy, routing))
-
-    return record
+    def _set(self, counts):
+        for layer, value in zip(self._layers, counts):
+            layer.counts_in_evaluation = value
+        forget_compiled(self._model, self._traced_again)

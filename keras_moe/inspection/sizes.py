@@ -1,26 +1,17 @@
-"""What the MoE layers of a model are made of, and what they cost."""
+"""Sizes and costs of the MoE layers of a model."""
 
+import math
 from typing import NamedTuple
 
 from keras import ops
 
 from keras_moe import metrics
 from keras_moe._internal.plain_text import as_text
-from keras_moe._internal.validation import check_function, check_model
 from keras_moe.inspection.engines import describe
-from keras_moe.inspection.finding import has_moe_layers, moe_layers
+from keras_moe.inspection.finding import built_layers, has_moe_layers
 from keras_moe.layers.stacked_experts import StackedExperts
 
-_HEADER = (
-    "layer",
-    "experts",
-    "parameters",
-    "active",
-    "FLOPs a token",
-    "busiest",
-    "dead",
-    "engine",
-)
+_HEADER = ("layer", "experts", "parameters", "active", "FLOPs a token", "busiest", "dead", "engine")
 
 
 class LayerSummary(NamedTuple):
@@ -53,10 +44,10 @@ def summarize(model):
     """One `LayerSummary` for each MoE layer of a built model, in the order of the model.
 
     Args:
-        model: a Keras model.
+        model: A built Keras model.
 
     Raises:
-        ValueError: If the model has no MoE layer.
+        ValueError: If the model has no MoE layer, or one that is not built.
 
     Example:
 
@@ -68,7 +59,18 @@ def summarize(model):
     >>> layer.parameters, layer.active_parameters  # router 16 * 4, experts 2 * 16 * 32 each
     (4160, 2112)
     """
-    return [_summary(name, layer) for name, layer in _built_layers(model).items()]
+    return [_summary(name, layer) for name, layer in built_layers(model).items()]
+
+
+def _summary(name, layer):
+    num_experts, router = layer.experts.num_experts, layer.router
+    parameters, experts = map(_count, (layer, layer.experts))
+    active = parameters - experts + round(experts * router.mean_top_k / num_experts)
+    counts = ops.convert_to_numpy(layer.expert_counts)
+    if not counts.any() and layer.last_counts is not None:
+        counts = layer.last_counts
+    counts = counts.tolist()
+    return LayerSummary(name, num_experts, router.max_top_k, parameters, active, 2 * active, counts)
 
 
 def summary(model, print_fn=print):
@@ -82,8 +84,8 @@ def summary(model, print_fn=print):
     that of `inspection.LayerDescription`.
 
     Args:
-        model: a built Keras model.
-        print_fn: function that takes a string, called once for each line.
+        model: A built Keras model.
+        print_fn: Function of a string, called once for each line.
 
     Raises:
         ValueError: If the model has no MoE layer, or one that is not built.
@@ -99,7 +101,6 @@ def summary(model, print_fn=print):
     >>> lines[3].split()[:6]
     ['moe', '2', 'of', '4', '4,352', '2,208']
     """
-    check_function("print_fn", print_fn, "line")
     descriptions, layers = describe(model), summarize(model)
     total, active = count_parameters(model)
     print_fn(f"{as_text(model.name)}: {total:,} parameters, {active:,} of them active for a token")
@@ -117,57 +118,6 @@ def summary(model, print_fn=print):
         )
 
 
-def count_parameters(model):
-    """All parameters of a model, and those of them that work on one token.
-
-    Experts that several layers share count once. As many of them work on a token as these layers
-    choose together, and at most all.
-
-    Args:
-        model: a built Keras model, with MoE layers or without.
-
-    Returns:
-        Two integers.
-    """
-    check_model(model)
-    if not model.built:
-        raise ValueError(
-            f"A model must be built to count its parameters. Received: {model.name!r}, which is "
-            "not. Call it on some data first."
-        )
-    # By part, because layers may share a bank, and banks a layer.
-    active_shares: dict = {}
-    for layer in _built_layers(model).values() if has_moe_layers(model) else ():
-        share = layer.router.mean_top_k / layer.experts.num_experts
-        for part in layer.experts._flatten_layers():
-            active_shares[part] = min(1.0, active_shares.get(part, 0.0) + share)
-    idle = sum((1 - share) * _count_own(part) for part, share in active_shares.items())
-    total = model.count_params() + sum(map(_count_unstored, active_shares))
-    return total, total - round(idle)
-
-
-def _built_layers(model):
-    layers = moe_layers(model)
-    for name, layer in layers.items():
-        if not layer.built:
-            raise ValueError(
-                f"A model must be built to count its parameters. Received: layer {name!r}, which "
-                "is not. Call the model on some data first."
-            )
-    return layers
-
-
-def _summary(name, layer):
-    num_experts, router = layer.experts.num_experts, layer.router
-    parameters, experts = map(_count, (layer, layer.experts))
-    active = parameters - experts + round(experts * router.mean_top_k / num_experts)
-    counts = ops.convert_to_numpy(layer.expert_counts)
-    if not counts.any() and layer.last_counts is not None:
-        counts = layer.last_counts
-    counts = counts.tolist()
-    return LayerSummary(name, num_experts, router.max_top_k, parameters, active, 2 * active, counts)
-
-
 def _row(layer, description):
     used = sum(layer.counts) > 0
     busiest = float(metrics.load_imbalance(layer.counts)) + 1
@@ -183,13 +133,45 @@ def _row(layer, description):
     )
 
 
+def count_parameters(model):
+    """All parameters of a model, and those of them that work on one token.
+
+    Experts that several layers share count once. As many of them work on a token as these layers
+    choose together, and at most all.
+
+    Args:
+        model: A built Keras model, with MoE layers or without.
+
+    Returns:
+        Two integers.
+
+    Raises:
+        ValueError: If the model is not built.
+    """
+    # By part, because layers may share a bank, and banks a layer.
+    active_shares: dict = {}
+    for layer in built_layers(model).values() if has_moe_layers(model) else ():
+        share = layer.router.mean_top_k / layer.experts.num_experts
+        for part in layer.experts._flatten_layers():
+            active_shares[part] = min(1.0, active_shares.get(part, 0.0) + share)
+    idle = sum((1 - share) * _count_own(part) for part, share in active_shares.items())
+    total = model.count_params() + sum(map(_count_unstored, active_shares))
+    return total, total - round(idle)
+
+
 def _count(layer):
     return sum(map(_count_own, layer._flatten_layers()))
 
 
 def _count_own(part):
-    """How many parameters a layer has outside of layers in it, frozen and quantized included."""
-    return sum(map(_size, [*part._trainable_variables, *_integers_of(part)]))
+    """Parameters of a layer without those of its sublayers, frozen and quantized ones included."""
+    shapes = [weight.shape for weight in part._trainable_variables]
+    if isinstance(part, StackedExperts) and part.quantization_mode is not None:
+        shapes += [projection.shape for projection in part.projections.values()]
+    elif part.quantization_mode is not None:
+        integers = (each for each in part._non_trainable_variables if each.dtype == "int8")
+        shapes += [weight.shape for weight in integers]
+    return sum(map(math.prod, shapes))
 
 
 def _count_unstored(part):
@@ -197,19 +179,4 @@ def _count_unstored(part):
     if part.quantization_mode is None:
         return 0
     stored = [*part._trainable_variables, *part._non_trainable_variables]
-    return _count_own(part) - sum(map(_size, stored))
-
-
-def _integers_of(part):
-    if part.quantization_mode is None:
-        return []
-    if isinstance(part, StackedExperts):
-        return part.stacked_kernels()
-    return [weight for weight in part._non_trainable_variables if weight.dtype == "int8"]
-
-
-def _size(weight):
-    size = 1
-    for length in weight.shape:
-        size *= length
-    return size
+    return _count_own(part) - sum(math.prod(weight.shape) for weight in stored)

@@ -1,28 +1,14 @@
-"""How many slots an expert has, and which tokens get them first."""
-
-from functools import partial
+"""Capacity: how many slots an expert has, and which tokens get them first."""
 
 import keras
-from keras import ops as keras_ops
+from keras import ops
 
-from keras_moe import ops
-from keras_moe._internal.named_arguments import check_is_made
+from keras_moe._internal.checks import check_choice, check_integer, check_number
 from keras_moe._internal.serialization import Configured, register
-from keras_moe._internal.shape_checks import check_fields
-from keras_moe._internal.tensor_checks import check_divides
-from keras_moe._internal.validation import (
-    check_choice,
-    check_flag,
-    check_has_draws,
-    check_method,
-    check_positive_integer,
-    check_positive_number,
-    check_training,
-    optional,
-)
 from keras_moe.backend import backend
-from keras_moe.ops.plans import MOST_ROWS
-from keras_moe.ops.sizes import at_least
+from keras_moe.ops.assignments import at_least
+from keras_moe.ops.plans import MOST_ROWS, _expert_capacity
+from keras_moe.ops.selection import _take_scores, _top_k_indices
 
 PRIORITIES = ("position", "probability", "random")
 
@@ -43,18 +29,18 @@ class Capacity(Configured):
     otherwise later tokens take slots from earlier ones, and so leak to them in training.
 
     Args:
-        factor: 1.0 is enough for exactly balanced experts. Positive. With `routers.ReLURouter` and
-            `routers.TopPRouter` K is `max_top_k`, more than serve most tokens: multiply the factor
-            by the mean number of experts of a token over K, `top_k / max_top_k` for ReLU.
-        minimum: least number of slots of an expert.
-        multiple_of: the number of slots is rounded up to a multiple of this.
-        evaluation_factor: the factor outside of training. None: no limit, so that what a token
-            gets does not depend on what else is evaluated.
-        priority: who is served first among equal choices: "position", earlier tokens;
+        factor: Positive float. 1.0 is enough for exactly balanced experts. With
+            `routers.ReLURouter` and `routers.TopPRouter` K is `max_top_k`, more than serve most
+            tokens: multiply the factor by the mean number of experts of a token over K.
+        minimum: Integer. Least number of slots of an expert.
+        multiple_of: Integer. The number of slots is rounded up to a multiple of this.
+        evaluation_factor: Positive float, the factor outside of training. None: no limit, so that
+            what a token gets does not depend on what else is evaluated.
+        priority: String. Who is served first among equal choices: "position", earlier tokens;
             "probability", tokens with a larger best probability (batch-prioritised routing,
             arXiv:2106.05974, section 4.2); "random", so that late tokens fare as well as others.
-        per_sequence: whether T is a sequence and its tokens compete among themselves only. False:
-            T is the whole batch.
+        per_sequence: Boolean. Whether T is the length of a sequence and its tokens compete among
+            themselves only. False: T is the whole batch.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -70,16 +56,6 @@ class Capacity(Configured):
     (arXiv:2101.03961), eq. 3.
     """
 
-    _attribute_checks = {
-        # By the name that it has as an argument of a layer.
-        "factor": lambda name, value: check_positive_number("capacity_factor", value),
-        "minimum": check_positive_integer,
-        "multiple_of": check_positive_integer,
-        "evaluation_factor": optional(check_positive_number),
-        "priority": partial(check_choice, choices=PRIORITIES),
-        "per_sequence": check_flag,
-    }
-
     def __init__(
         self,
         factor,
@@ -89,56 +65,49 @@ class Capacity(Configured):
         priority="position",
         per_sequence=False,
     ):
-        self.factor = factor
-        self.minimum = minimum
-        self.multiple_of = multiple_of
+        # By the name that the number has as an argument of a layer.
+        self.factor = check_number("capacity_factor", factor, above=0)
+        self.minimum = check_integer("minimum", minimum)
+        self.multiple_of = check_integer("multiple_of", multiple_of)
+        if evaluation_factor is not None:
+            evaluation_factor = check_number("evaluation_factor", evaluation_factor, above=0)
         self.evaluation_factor = evaluation_factor
-        self.priority = priority
+        self.priority = check_choice("priority", priority, PRIORITIES)
         self.per_sequence = per_sequence
 
     @classmethod
     def get(cls, identifier):
-        """A `Capacity` from one, a config, a number, which is its factor, or None for no limit."""
+        """Return a `Capacity` from an instance, a config, a factor, or None for no limit."""
         if isinstance(identifier, dict):
             identifier = keras.saving.deserialize_keras_object(identifier)
-        if identifier is None:
-            return None
-        if isinstance(identifier, cls):
-            check_is_made(identifier)
-            check_method(identifier, "limits", "routing", "sequence_length", "training", "seed")
-            return identifier
-        return cls(identifier)
+        return identifier if identifier is None or isinstance(identifier, cls) else cls(identifier)
 
     def is_causal(self, top_k):
-        """Whether no later token can take a slot from an earlier one.
+        """Return whether no later token can take a slot from an earlier one.
 
-        With two choices it can: all first choices stand before all second ones.
+        With two choices it can: all first choices come before all second ones.
         """
-        check_positive_integer("top_k", top_k)
         return self.priority == "position" and top_k == 1
 
     def limits(self, routing, sequence_length, training, seed):
-        """The arguments that `ops.plan_groups` needs for this capacity.
+        """Return the arguments of `ops.plan_groups` for this capacity, a dict.
 
         Args:
-            routing: an `ops.Routing`.
-            sequence_length: tokens of a sequence, or None.
-            training: whether the factor is that of training.
-            seed: `keras.random.SeedGenerator` that the layer keeps, for a random priority.
+            routing: An `ops.Routing`.
+            sequence_length: Integer. Tokens of a sequence, or None.
+            training: Boolean. Whether the factor is that of training.
+            seed: `keras.random.SeedGenerator` of the layer, for a random priority.
         """
-        check_fields(routing, "indices", "probs", "mask", "counts")
-        check_training(training)
-        check_divides("sequence_length", sequence_length, routing.mask.shape[0])
         factor = self.factor if training else self.evaluation_factor
         if factor is None:
             return {}
-        num_tokens, top_k = keras_ops.shape(routing.indices)
+        num_tokens, top_k = ops.shape(routing.indices)
         shards = backend.token_shards()
         if shards is not None:
             num_tokens = -(-num_tokens // shards.number)
         sequence_length = sequence_length if self.per_sequence else None
         length = num_tokens if sequence_length is None else sequence_length
-        rows = ops.expert_capacity(length, routing.counts.shape[0], top_k, factor)
+        rows = _expert_capacity(length, routing.counts.shape[0], top_k, factor)
         rows = at_least(min(self.minimum, MOST_ROWS), rows)
         multiple_of = min(self.multiple_of, MOST_ROWS)
         return {
@@ -149,16 +118,14 @@ class Capacity(Configured):
 
     def _urgency(self, routing, seed):
         if self.priority == "probability":
-            best = ops.top_k_indices(routing.probs, 1)
-            return ops.take_scores(routing.probs, best)[:, 0]
+            best = _top_k_indices(routing.probs, 1)
+            return _take_scores(routing.probs, best)[:, 0]
         if self.priority == "random":
-            check_has_draws("A random priority", seed)
-            return keras.random.uniform(keras_ops.shape(routing.mask), seed=seed)
+            return keras.random.uniform(ops.shape(routing.mask), seed=seed)
         return None
 
     def get_config(self):
         return {
-            **super().get_config(),
             "factor": self.factor,
             "minimum": self.minimum,
             "multiple_of": self.multiple_of,

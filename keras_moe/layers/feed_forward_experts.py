@@ -1,36 +1,40 @@
-"""A bank of plain feed-forward experts."""
+"""A bank of feed-forward experts."""
 
+from keras_moe._internal.checks import check_integer
 from keras_moe._internal.serialization import register
-from keras_moe.layers.dense_experts import DenseExperts
+from keras_moe.layers.stacked_experts import StackedExperts
 
 
 @register
-class FeedForwardExperts(DenseExperts):
+class FeedForwardExperts(StackedExperts):
     """Experts of the form `activation(x W1 + b1) W2 + b2`.
 
     The kernels of all experts are stacked: `up_kernel` (E, D, H) and `down_kernel` (E, H, D),
-    `up_bias` (E, H) and `down_bias` (E, D). Each expert's kernel is initialised by itself.
+    `up_bias` (E, H) and `down_bias` (E, D). Each expert's kernel is initialized by itself.
 
     Args:
-        num_experts: number of experts, E.
-        hidden_dim: hidden width of each expert, H.
-        activation: name or function of one tensor, without weights.
-        use_bias: whether both projections have a bias.
-        kernel_initializer: of each expert's kernels.
-        bias_initializer: of the biases.
-        kernel_regularizer: of the stacked kernels, or None.
-        bias_regularizer: of the stacked biases, or None.
-        **kwargs: arguments of a Keras layer, such as `name` and `dtype`.
+        num_experts: Integer. Number of experts, E.
+        hidden_dim: Integer. Hidden width of each expert, H.
+        activation: String, function of one tensor, or Keras layer without weights.
+        use_bias: Boolean. Whether both projections have a bias.
+        kernel_initializer: Initializer of each expert's kernels.
+        bias_initializer: Initializer of the biases.
+        kernel_regularizer: Regularizer of the stacked kernels, or None.
+        bias_regularizer: Regularizer of the stacked biases, or None.
+        **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
         ValueError: If `num_experts` or `hidden_dim` is not a positive integer.
 
     Call arguments:
         tokens: (T, D) float tensor.
-        plan: an `ops.GroupedPlan`.
+        plan: An `ops.GroupedPlan`.
 
-    Returns:
-        (T, D): each token's expert outputs, weighted and summed.
+    Input shape:
+        (T, D).
+
+    Output shape:
+        (T, D): the weighted sum of each token's expert outputs.
 
     Example:
 
@@ -42,7 +46,34 @@ class FeedForwardExperts(DenseExperts):
     Reference: Shazeer et al. 2017 (arXiv:1701.06538), section 2.
     """
 
-    up_names = ("up",)
+    projection_names = ("up", "down")
 
-    def __init__(self, num_experts, hidden_dim, activation="gelu", use_bias=True, **kwargs):
-        super().__init__(num_experts, hidden_dim, activation, use_bias, **kwargs)
+    def __init__(
+        self,
+        num_experts,
+        hidden_dim,
+        activation="gelu",
+        use_bias=True,
+        kernel_initializer="glorot_uniform",
+        bias_initializer="zeros",
+        kernel_regularizer=None,
+        bias_regularizer=None,
+        **kwargs,
+    ):
+        super().__init__(
+            num_experts,
+            activation,
+            use_bias,
+            kernel_initializer,
+            bias_initializer,
+            kernel_regularizer,
+            bias_regularizer,
+            **kwargs,
+        )
+        self.hidden_dim = check_integer("hidden_dim", hidden_dim)
+
+    def widths(self, features):
+        return (features, self.hidden_dim), (self.hidden_dim, features)
+
+    def get_config(self):
+        return {**super().get_config(), "hidden_dim": self.hidden_dim}

@@ -1,43 +1,44 @@
-"""A bank of gated feed-forward experts, as in today's language models."""
+"""A bank of gated feed-forward experts."""
 
-from functools import partial
-
+from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import register
-from keras_moe._internal.validation import check_not_negative, check_positive_number, optional
-from keras_moe.layers.dense_experts import DenseExperts
+from keras_moe.layers.stacked_experts import StackedExperts
 
 
 @register
-class GatedExperts(DenseExperts):
+class GatedExperts(StackedExperts):
     """Experts of the form `(activation(x Wg) * (x Wu)) Wd`; "silu" makes it SwiGLU.
 
     The kernels of all experts are stacked: `gate_kernel` and `up_kernel` (E, D, H) and
     `down_kernel` (E, H, D); with biases `gate_bias` and `up_bias` (E, H) and `down_bias` (E, D).
 
     Args:
-        num_experts: number of experts, E.
-        hidden_dim: hidden width of each expert, H.
-        activation: name or function of one tensor, without weights, applied to the gate.
-        use_bias: whether the three projections have a bias.
-        clip: limit of what enters the product: the gate's projection is clipped from above, the
-            other one on both sides. None: no limit.
-        up_shift: number that is added to the up projection; gpt-oss has 1.
-        kernel_initializer: of each expert's kernels.
-        bias_initializer: of the biases.
-        kernel_regularizer: of the stacked kernels, or None.
-        bias_regularizer: of the stacked biases, or None.
-        **kwargs: arguments of a Keras layer, such as `name` and `dtype`.
+        num_experts: Integer. Number of experts, E.
+        hidden_dim: Integer. Hidden width of each expert, H.
+        activation: String, function of one tensor, or Keras layer without weights. Applied to the
+            gate.
+        use_bias: Boolean. Whether the three projections have a bias.
+        clip: Positive float or None. The gate's projection is clipped from above, the up projection
+            on both sides.
+        up_shift: Float of at least 0, added to the up projection; gpt-oss has 1.
+        kernel_initializer: Initializer of each expert's kernels.
+        bias_initializer: Initializer of the biases.
+        kernel_regularizer: Regularizer of the stacked kernels, or None.
+        bias_regularizer: Regularizer of the stacked biases, or None.
+        **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
-        ValueError: If `num_experts` or `hidden_dim` is not a positive integer, or `clip` is not a
-            positive number.
+        ValueError: If a number is out of its range.
 
     Call arguments:
         tokens: (T, D) float tensor.
-        plan: an `ops.GroupedPlan`.
+        plan: An `ops.GroupedPlan`.
 
-    Returns:
-        (T, D): each token's expert outputs, weighted and summed.
+    Input shape:
+        (T, D).
+
+    Output shape:
+        (T, D): the weighted sum of each token's expert outputs.
 
     Example:
 
@@ -50,12 +51,7 @@ class GatedExperts(DenseExperts):
     OpenAI 2025 (arXiv:2508.10925), section 2, for the limit and the shift.
     """
 
-    up_names = ("gate", "up")
-
-    _attribute_checks = {
-        "clip": optional(partial(check_positive_number, example=7.0)),
-        "up_shift": check_not_negative,
-    }
+    projection_names = ("gate", "up", "down")
 
     def __init__(
         self,
@@ -65,11 +61,33 @@ class GatedExperts(DenseExperts):
         use_bias=False,
         clip=None,
         up_shift=0.0,
+        kernel_initializer="glorot_uniform",
+        bias_initializer="zeros",
+        kernel_regularizer=None,
+        bias_regularizer=None,
         **kwargs,
     ):
-        super().__init__(num_experts, hidden_dim, activation, use_bias, **kwargs)
-        self.clip = clip
-        self.up_shift = up_shift
+        super().__init__(
+            num_experts,
+            activation,
+            use_bias,
+            kernel_initializer,
+            bias_initializer,
+            kernel_regularizer,
+            bias_regularizer,
+            **kwargs,
+        )
+        self.hidden_dim = check_integer("hidden_dim", hidden_dim)
+        self.clip = None if clip is None else check_number("clip", clip, above=0)
+        self.up_shift = check_number("up_shift", up_shift)
+
+    def widths(self, features):
+        return (features, self.hidden_dim), (features, self.hidden_dim), (self.hidden_dim, features)
 
     def get_config(self):
-        return {**super().get_config(), "clip": self.clip, "up_shift": self.up_shift}
+        return {
+            **super().get_config(),
+            "hidden_dim": self.hidden_dim,
+            "clip": self.clip,
+            "up_shift": self.up_shift,
+        }

@@ -1,39 +1,34 @@
-"""A dense gated feed-forward layer, for shared experts."""
+"""A dense gated feed-forward layer."""
 
 import keras
 
-from keras_moe._internal.keras_objects import get_activation
-from keras_moe._internal.named_arguments import Saved, check_is_made
+from keras_moe._internal.checks import check_integer
 from keras_moe._internal.serialization import register
-from keras_moe._internal.shape_checks import check_activated, check_inputs_shape
-from keras_moe._internal.tensor_checks import check_array, check_float_inputs
-from keras_moe._internal.validation import (
-    check_computes_in_floats,
-    check_flag,
-    check_positive_integer,
-)
 
 
 @register
-class GatedFeedForward(Saved, keras.layers.Layer):
+class GatedFeedForward(keras.layers.Layer):
     """`(activation(x Wg) * (x Wu)) Wd` for all tokens: one expert of `GatedExperts` as a layer.
 
-    It consists of three `Dense` layers, `gate`, `up` and `down`.
+    It consists of three `Dense` layers, `gate`, `up` and `down`, and serves as a shared expert.
 
     Args:
-        hidden_dim: width between the projections, H.
-        activation: name or function of one tensor, applied to the gate.
-        use_bias: whether the three projections have a bias.
-        **kwargs: arguments of a Keras layer, such as `name` and `dtype`.
+        hidden_dim: Integer. Width between the projections, H.
+        activation: String, function of one tensor, or Keras layer. Applied to the gate.
+        use_bias: Boolean. Whether the three projections have a bias.
+        **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
         ValueError: If `hidden_dim` is not a positive integer.
 
     Call arguments:
-        inputs: (..., D) float tensor.
+        inputs: (batch, ..., D) float tensor.
 
-    Returns:
-        (..., D).
+    Input shape:
+        (batch, ..., D).
+
+    Output shape:
+        (batch, ..., D).
 
     Example:
 
@@ -47,23 +42,14 @@ class GatedFeedForward(Saved, keras.layers.Layer):
     Reference: Shazeer 2020 (arXiv:2002.05202), eq. 6.
     """
 
-    _attribute_checks = {
-        "hidden_dim": check_positive_integer,
-        "activation": get_activation,
-        "use_bias": check_flag,
-    }
-    _fixed_attributes = ("hidden_dim", "activation", "use_bias")
-
     def __init__(self, hidden_dim, activation="silu", use_bias=False, **kwargs):
         super().__init__(**kwargs)
-        check_computes_in_floats(self)
-        self.hidden_dim = hidden_dim
-        self.activation = activation
+        self.hidden_dim = check_integer("hidden_dim", hidden_dim)
+        self.activation = keras.activations.get(activation)
         self.use_bias = use_bias
         self.supports_masking = True
 
     def build(self, inputs_shape):
-        check_inputs_shape(inputs_shape)
         features = inputs_shape[-1]
         self.gate = self._dense("gate", self.hidden_dim, features, self.activation)
         self.up = self._dense("up", self.hidden_dim, features)
@@ -76,26 +62,17 @@ class GatedFeedForward(Saved, keras.layers.Layer):
         layer.build((None, features))
         return layer
 
-    def __call__(self, inputs, *args, **kwargs):
-        check_is_made(self)
-        check_array("inputs", inputs)
-        return super().__call__(inputs, *args, **kwargs)
-
     def call(self, inputs):
-        check_float_inputs(inputs)
-        gate, up = self.gate(inputs), self.up(inputs)
-        check_activated(gate, up)
-        return self.down(gate * up)
+        return self.down(self.gate(inputs) * self.up(inputs))
 
     def quantized_call(self, *args, **kwargs):
         return self.call(*args, **kwargs)
 
     def compute_output_shape(self, inputs_shape):
-        check_inputs_shape(inputs_shape)
         return tuple(inputs_shape)
 
     def get_config(self):
-        # Keras quantizes the three, and a loaded layer must make them so.
+        # Keras quantizes the three layers, and a loaded layer must be built with their policy.
         policy = self.down.dtype_policy if self.built else self.dtype_policy
         return {
             **super().get_config(),

@@ -1,33 +1,30 @@
-"""A bank of any Keras layers."""
+"""A bank of Keras layers."""
+
+import warnings
 
 import keras
 from keras import ops
 
-from keras_moe._internal.parameters import parameters_of
+from keras_moe._internal.checks import check_instance
+from keras_moe._internal.keras_internals import parameters_of
 from keras_moe._internal.serialization import config_of, note_part, register
-from keras_moe._internal.shape_checks import check_inputs_shape, check_returned
-from keras_moe._internal.validation import shortened
 from keras_moe.backend import backend
-from keras_moe.layers.expert_bank import ExpertBank, check_engine_question, check_takes_tokens
+from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
-from keras_moe.layers.sublayers import (
-    accepted_arguments,
-    are_alike,
-    build_and_measure,
-    check_takes_axes,
-)
+from keras_moe.layers.sublayers import accepted_arguments, build_and_measure, check_output
 from keras_moe.ops.grouped.functions import Alike, engine_of, map_groups
+from keras_moe.ops.groups import combine_rows, dispatch_rows
 
 
 @register
 class LayerExperts(ExpertBank):
-    """Experts that are Keras layers or models, each different if wanted.
+    """Experts that are Keras layers or models; they may differ from each other.
 
     Only the layers that serve a token run on it. Each layer sees rows (n, D) and must return rows
     (n, D') with the same D' for all experts. Under XLA the rows come in tiles that are padded with
-    zeros, so a layer that looks across rows, as `BatchNormalization` does in training, sees those
-    zeros, and an activity regularizer counts once a tile. A mixture of experts as an expert, or
-    inside of one whose `call` has a `mask`, is told which rows are padding.
+    zeros, so a layer that looks across rows, such as `BatchNormalization` in training, sees those
+    zeros, and an activity regularizer counts once a tile. A mixture of experts as an expert, or in
+    an expert whose `call` has a `mask`, receives a mask of the padding.
 
     For experts of one shape `FeedForwardExperts` and `GatedExperts` are faster. On a GPU or TPU
     XLA runs tiles of 64 rows one after the other, unless all layers are alike (one class, one
@@ -35,20 +32,23 @@ class LayerExperts(ExpertBank):
     its expert's weights.
 
     Args:
-        layers: list of Keras layers, `keras.Sequential` or functional models.
-        **kwargs: arguments of a Keras layer, such as `name` and `dtype`.
+        layers: List of Keras layers, `keras.Sequential` or functional models.
+        **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
-        TypeError: If `layers` is not a list of Keras layers.
-        ValueError: If it is empty, holds a layer twice, or the layers disagree on D', or one writes
-            its trainable weights in a call, as `keras.layers.SpectralNormalization` does.
+        TypeError: If `layers` holds anything but Keras layers.
+        ValueError: If `layers` is empty or holds a layer twice, if the layers disagree on D', or
+            if one writes its trainable weights in a call, as `keras.layers.SpectralNormalization`.
 
     Call arguments:
         tokens: (T, D) float tensor.
-        plan: an `ops.GroupedPlan`.
+        plan: An `ops.GroupedPlan`.
 
-    Returns:
-        (T, D'): each token's expert outputs, weighted and summed.
+    Input shape:
+        (T, D).
+
+    Output shape:
+        (T, D'): the weighted sum of each token's expert outputs.
 
     Example:
 
@@ -64,38 +64,49 @@ class LayerExperts(ExpertBank):
     network.
     """
 
-    _attribute_checks = {"layers": lambda name, value: _as_layers(value)}
-    _kept_attributes = ("layers",)
-
     def __init__(self, layers, **kwargs):
-        layers = _as_layers(layers)
+        layers = tuple(
+            keras.saving.deserialize_keras_object(layer) if isinstance(layer, dict) else layer
+            for layer in layers
+        )
+        for layer in layers:
+            check_instance("layers", layer, keras.Layer)
+            if isinstance(layer, ExpertBank):
+                raise TypeError(
+                    "`layers` must be layers that are called with tokens alone. Received: "
+                    f"`{type(layer).__name__}`, a bank of experts. Wrap it: "
+                    "`MixtureOfExperts(experts)`."
+                )
+        if len({id(layer) for layer in layers}) < len(layers):
+            raise ValueError(
+                "`layers` must be different objects. Received: "
+                f"layers={[layer.name for layer in layers]}"
+            )
+        super().__init__(len(layers), **kwargs)
         for layer in layers:
             note_part(layer)
-        super().__init__(len(layers), **kwargs)
         self.layers = layers
 
     def build(self, tokens_shape):
-        check_inputs_shape(tokens_shape)
+        self._fix_width(tokens_shape)
         rows_shape = (None, tokens_shape[-1])
-        shapes = [build_and_measure("layers", layer, rows_shape) for layer in self.layers]
-        widths = [shape[-1] for shape in shapes]
+        widths = [build_and_measure("layers", layer, rows_shape)[-1] for layer in self.layers]
         if len(set(widths)) > 1:
             raise ValueError(
                 "All experts must return the same number of features. Received: "
-                f"{widths} features from {[layer.name for layer in self.layers]}. "
-                "End each expert with a layer of the same width."
+                f"{widths} features from {[layer.name for layer in self.layers]}"
             )
         self._width = widths[0]
 
     def call(self, tokens, plan):
         plan = plan.sort()
-        rows = plan.dispatch(self._compute(tokens))
-        learnt = {id(variable) for variable in parameters_of(self)}
-        variables = [each for each in self.non_trainable_variables if id(each) not in learnt]
+        rows = dispatch_rows(self._compute(tokens), plan.groups)
+        parameters = {id(variable) for variable in parameters_of(self)}
+        variables = [each for each in self.non_trainable_variables if id(each) not in parameters]
         variables += self.metrics_variables
         functions = [_as_function(layer, variables, self._serve) for layer in self.layers]
-        # Compiled loops allow no writes to variables and no stored losses: both are passed through.
-        # PyTorch assigns in place, what the gradient may need.
+        # Compiled loops allow neither writes to variables nor stored losses: both are passed
+        # through. PyTorch assigns in place, which would change a value the gradient needs.
         state = [ops.copy(variable) for variable in variables]
         state.append(ops.zeros((), "float32"))
         alike = self._as_one_function() if backend.compiles_static_shapes() else None
@@ -104,19 +115,19 @@ class LayerExperts(ExpertBank):
         for variable, value in zip(variables, values):
             variable.assign(value)
         self.add_loss(loss)
-        return plan.combine(rows)
+        return combine_rows(rows, plan.weights, plan.groups)
 
     def _serve(self, layer, rows, inside=None):
         if inside is not None and _takes_mask(layer):
             output = layer(rows, mask=inside)
         else:
             output = layer(rows)
-        check_returned("layers", output, (rows.shape[0], self._width))
+        check_output("layers", output, (rows.shape[0], self._width))
         return self._compute(output)
 
     def _as_one_function(self):
         """The experts as one function of their weights, or None."""
-        if not are_alike(self.layers):
+        if not _are_alike(self.layers):
             return None
         first = self.layers[0]
 
@@ -134,11 +145,9 @@ class LayerExperts(ExpertBank):
         return Alike(function, weights)
 
     def engine_on(self, platform, static_shapes):
-        check_engine_question(self, platform, static_shapes)
-        return engine_of(are_alike(self.layers), platform, static_shapes)
+        return engine_of(_are_alike(self.layers), platform, static_shapes)
 
     def compute_output_shape(self, tokens_shape):
-        check_inputs_shape(tokens_shape)
         if self.built:
             return (*tokens_shape[:-1], self._width)
         return self.layers[0].compute_output_shape(tokens_shape)
@@ -148,28 +157,33 @@ class LayerExperts(ExpertBank):
 
 
 def _as_function(layer, variables, serve):
-    """A layer as a function of rows, a state, and which rows are no padding, or None if all.
+    """A layer as a function of rows, state and a mask of the rows.
 
-    The state are values of variables, and a loss behind them.
+    The state is a list of values of `variables` and a sum of losses.
     """
     place = {id(variable): index for index, variable in enumerate(variables)}
-    own, learnt = [], []
+    state_of_layer, parameters = [], []
     for variable in (*layer.variables, *layer.metrics_variables):
         if id(variable) in place:
-            own.append((variable, place[id(variable)]))
+            state_of_layer.append((variable, place[id(variable)]))
         else:
-            learnt.append((variable, ops.convert_to_tensor(variable)))
+            parameters.append((variable, ops.convert_to_tensor(variable)))
 
     def function(rows, state, inside):
-        mapping = [*learnt, *((variable, state[index]) for variable, index in own)]
+        mapping = [*parameters, *((variable, state[index]) for variable, index in state_of_layer)]
         # Not `stateless_call`, which leaves out what `__call__` does: dtypes, the training flag,
         # activity regularizers. Losses of weights reach the model through the layer itself.
         with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
-            before = [scope.get_current_value(variable) for variable, _ in learnt]
+            before = [scope.get_current_value(variable) for variable, _ in parameters]
             output = serve(layer, rows, inside)
-        _check_not_written(layer, scope, learnt, before)
+        for (variable, _), value in zip(parameters, before):
+            if scope.get_current_value(variable) is not value:
+                raise ValueError(
+                    "An expert must not write its trainable weights in a call. Received: "
+                    f"`{layer.name}`, which writes {variable.path!r}"
+                )
         state = list(state)
-        for variable, index in own:
+        for variable, index in state_of_layer:
             state[index] = scope.get_current_value(variable)
         for loss in scope.losses:
             state[-1] = state[-1] + ops.cast(loss, "float32")
@@ -178,51 +192,54 @@ def _as_function(layer, variables, serve):
     return function
 
 
-def _check_not_written(layer, scope, learnt, before):
-    for (variable, _), value in zip(learnt, before):
-        if scope.get_current_value(variable) is not value:
-            raise ValueError(
-                "An expert of `LayerExperts` must not write its trainable weights in a call. "
-                f"Received: `{layer.name}`, which writes {variable.path!r}. Make that weight "
-                "`trainable=False`, or use the layer outside of the experts."
-            )
-
-
 def _takes_mask(layer):
-    """Whether a layer has use for a mask of its rows: it holds a mixture, which counts tokens."""
+    """Whether a layer needs a mask of its rows: it holds a mixture, which counts tokens."""
     holds_mixture = any(isinstance(part, MixtureOfExperts) for part in layer._flatten_layers())
     return holds_mixture and bool(accepted_arguments(layer, ("mask",)))
 
 
-def _as_layers(layers):
-    if not isinstance(layers, (list, tuple)):
-        raise TypeError(
-            "`layers` must be a list of Keras layers. "
-            f"Received: layers={shortened(layers)} (of type {type(layers).__name__}). "
-            "Pass `LayerExperts([layer, layer, ...])`."
-        )
-    layers = [
-        keras.saving.deserialize_keras_object(layer) if isinstance(layer, dict) else layer
-        for layer in layers
-    ]
-    if not layers:
-        raise ValueError(
-            "`layers` must hold at least one expert. Received: layers=[]. Pass one layer an expert."
-        )
-    for layer in layers:
-        if not isinstance(layer, keras.Layer):
-            raise TypeError(
-                "`layers` must be a list of Keras layers. "
-                f"Received: {shortened(layer)} (of type {type(layer).__name__}) in it. "
-                "Make an instance of a class, and wrap a function in `keras.layers.Lambda`."
-            )
-    if len({id(layer) for layer in layers}) < len(layers):
-        raise ValueError(
-            "`layers` must be different objects: a layer that is listed twice would be one expert "
-            f"with two places. Received: {[layer.name for layer in layers]}. Make a new layer "
-            "for each."
-        )
-    for layer in layers:
-        check_takes_tokens("layers", layer)
-        check_takes_axes("layers", layer, 2)
-    return tuple(layers)
+def _are_alike(layers):
+    """Whether built layers compute the same function, but for the values of their weights.
+
+    They have one class and configuration, weights of the same shapes, and no other state.
+    """
+    return len({_kind(layer) for layer in layers}) == 1 and not any(map(_has_state, layers))
+
+
+_FUNCTIONS = ("activation", "recurrent_activation", "function")
+
+
+def _kind(layer):
+    """A text of all that a layer computes; its identity, if that cannot be known."""
+    parts = list(layer._flatten_layers())
+    if any(type(part).__module__.partition(".")[0] != "keras" for part in parts):
+        return id(layer)  # the configuration of user-defined layers may be incomplete
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of lambdas, which are not saved here
+            config = keras.saving.serialize_keras_object(layer)
+    except (NotImplementedError, TypeError, ValueError):
+        return id(layer)
+    weights = [(variable.shape, variable.dtype) for variable in layer.variables]
+    # A configuration names functions, and different functions may have one name.
+    functions = [[id(vars(part).get(name)) for name in _FUNCTIONS] for part in parts]
+    dtypes = [part.dtype_policy.name for part in parts]
+    return repr((type(layer), _without_names(config), weights, functions, dtypes))
+
+
+def _without_names(config):
+    """A configuration without names and initializers, which do not change what is computed."""
+    if isinstance(config, dict):
+        return {
+            key: _without_names(value)
+            for key, value in config.items()
+            if key != "name" and not key.endswith("_initializer")
+        }
+    if isinstance(config, (list, tuple)):
+        return [_without_names(value) for value in config]
+    return config
+
+
+def _has_state(layer):
+    parameters = {id(variable) for variable in parameters_of(layer)}
+    return any(id(variable) not in parameters for variable in layer.variables)

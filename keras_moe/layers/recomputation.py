@@ -10,11 +10,10 @@ import keras
 from keras import ops
 
 from keras_moe._internal.keras_internals import current_call, in_stateless_scope, stored_dtypes
-from keras_moe._internal.named_arguments import Saved
 from keras_moe.backend import backend
 
 
-class Recomputable(Saved, keras.layers.Layer):
+class Recomputable(keras.layers.Layer):
     """Abstract: a layer that `keras.RematScope` may compute again, with its effects once."""
 
     def rematerialized_call(self, call, *args, **kwargs):

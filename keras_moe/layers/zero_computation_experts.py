@@ -1,30 +1,19 @@
-"""Experts that cost nothing: zero, identity and constant."""
+"""Zero, identity and constant experts."""
 
 import keras
 from keras import ops
 
+from keras_moe._internal.checks import check_integer
 from keras_moe._internal.serialization import config_of, register
-from keras_moe._internal.shape_checks import check_inputs_shape
-from keras_moe._internal.validation import check_instance, is_whole, shortened
 from keras_moe.layers import expert_bank
 from keras_moe.layers.expert_bank import ExpertBank, in_floats
-from keras_moe.layers.sublayers import width_of
 from keras_moe.ops.assignments import Choices
 from keras_moe.ops.groups import ChosenGroups
 
 
-def _check_number(name, value):
-    if not is_whole(value) or value < 0:
-        raise ValueError(
-            f"`{name}` must be a whole number of at least 0. Received: {name}={shortened(value)}. "
-            "Pass 0 for none."
-        )
-    return int(value)
-
-
 @register
 class ZeroComputationExperts(ExpertBank):
-    """A bank of experts, and behind them experts that do next to nothing.
+    """A bank of experts, followed by experts that do next to nothing.
 
     A token that needs no work goes to a zero expert, whose output is zero, to an identity expert,
     whose output is the token, or to a constant expert, `a x + b v` with a learned vector v and
@@ -34,26 +23,29 @@ class ZeroComputationExperts(ExpertBank):
 
     The weights are those of the router. Use one that does not divide them by their sum, such as
     `TopKRouter(num_experts, renormalize=False)`, as in LongCat-Flash: otherwise the weight of a
-    zero expert counts in that sum, as here.
+    zero expert counts in that sum.
 
     Args:
-        experts: the bank of experts that compute.
-        num_zero: number of zero experts.
-        num_identity: number of identity experts.
-        num_constant: number of constant experts.
-        **kwargs: arguments of a Keras layer, such as `name` and `dtype`.
+        experts: Bank of experts that compute.
+        num_zero: Integer. Number of zero experts.
+        num_identity: Integer. Number of identity experts.
+        num_constant: Integer. Number of constant experts.
+        **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
-        ValueError: If a number is negative or all are zero, the bank changes the number of
-            features, or experts choose tokens.
+        ValueError: If a number is negative or all are zero, or the bank changes the number of
+            features.
 
     Call arguments:
         tokens: (T, D) float tensor.
-        plan: an `ops.GroupedPlan` of all experts: first those that compute, then zero, identity
-            and constant ones.
+        plan: An `ops.GroupedPlan` of all experts: first those that compute, then zero, identity
+            and constant ones. Experts must not choose tokens.
 
-    Returns:
-        (T, D): each token's expert outputs, weighted and summed.
+    Input shape:
+        (T, D).
+
+    Output shape:
+        (T, D): the weighted sum of each token's expert outputs.
 
     Example:
 
@@ -67,20 +59,16 @@ class ZeroComputationExperts(ExpertBank):
     (arXiv:2509.01322), section 2.1.
     """
 
-    _attribute_checks = {
-        "experts": check_instance(ExpertBank),
-        **dict.fromkeys(("num_zero", "num_identity", "num_constant"), _check_number),
-    }
-    _kept_attributes = tuple(_attribute_checks)
-
     def __init__(self, experts, num_zero=0, num_identity=0, num_constant=0, **kwargs):
         experts = expert_bank.get(experts)
-        given = {"num_zero": num_zero, "num_identity": num_identity, "num_constant": num_constant}
-        number = sum(_check_number(name, value) for name, value in given.items())
+        num_zero = check_integer("num_zero", num_zero, minimum=0)
+        num_identity = check_integer("num_identity", num_identity, minimum=0)
+        num_constant = check_integer("num_constant", num_constant, minimum=0)
+        number = num_zero + num_identity + num_constant
         if not number:
             raise ValueError(
                 "There must be an expert without computation. Received: num_zero=0, "
-                "num_identity=0, num_constant=0. Use the bank of experts alone for none."
+                "num_identity=0, num_constant=0"
             )
         super().__init__(experts.num_experts + number, **kwargs)
         self.experts = experts
@@ -91,15 +79,15 @@ class ZeroComputationExperts(ExpertBank):
         self.num_constant = num_constant
 
     def build(self, tokens_shape):
-        check_inputs_shape(tokens_shape)
+        self._fix_width(tokens_shape)
         if not self.experts.built:
             self.experts.build(tokens_shape)
         features = tokens_shape[-1]
-        width = width_of(self.experts, tokens_shape)
+        width = self.experts.compute_output_shape(tokens_shape)[-1]
         if width != features:
             raise ValueError(
-                "Identity needs experts that return as many features as they are given. Received: "
-                f"{features} features in, {width} out. End each expert with width {features}."
+                "Experts next to identity experts must return as many features as they receive. "
+                f"Received: {features} features in, {width} out"
             )
         if self.num_constant:
             self.constant = self.add_weight(
@@ -112,16 +100,16 @@ class ZeroComputationExperts(ExpertBank):
             )
 
     def call(self, tokens, plan):
-        groups = plan.groups
+        groups, computing = plan.groups, self.experts.num_experts
         if isinstance(groups, (ChosenGroups, Choices)):
             raise ValueError(
-                "Experts without computation need tokens that choose them. Received: a plan of a "
-                "router whose experts choose. Use, for example, `routers.TopKRouter`."
+                "Experts without computation need a router whose tokens choose experts, such as "
+                "`TopKRouter`. Received: a plan of experts that choose tokens"
             )
         tokens = self._compute(tokens)
-        computing = plan._replace(groups=groups.of_first(self._computing))
-        outputs = self._compute(self.experts(tokens, computing))
-        first_identity = self._computing + self.num_zero
+        own_plan = plan._replace(groups=groups.of_first(computing))
+        outputs = self._compute(self.experts(tokens, own_plan))
+        first_identity = computing + self.num_zero
         first_constant = first_identity + self.num_identity
         weight = groups.weight_at(plan.weights, first_identity, first_constant)
         outputs = outputs + self._compute(weight) * tokens
@@ -130,6 +118,11 @@ class ZeroComputationExperts(ExpertBank):
             weight = self._compute(groups.weight_at(plan.weights, expert, expert + 1))
             outputs = outputs + weight * self._constant(tokens, number)
         return outputs
+
+    def _constant(self, tokens, number):
+        kernel = self._compute(self.mixing_kernel)[:, number]
+        shares = ops.softmax(ops.matmul(tokens, kernel), axis=-1)
+        return shares[:, :1] * tokens + shares[:, 1:] * self._compute(self.constant)[number]
 
     def engine_on(self, platform, static_shapes):
         return self.experts.engine_on(platform, static_shapes)
@@ -146,19 +139,6 @@ class ZeroComputationExperts(ExpertBank):
     @property
     def num_limited(self):
         return self.experts.num_limited
-
-    @property
-    def _computing(self):
-        return self.experts.num_experts
-
-    def _constant(self, tokens, number):
-        kernel = self._compute(self.mixing_kernel)[:, number]
-        shares = ops.softmax(ops.matmul(tokens, kernel), axis=-1)
-        return shares[:, :1] * tokens + shares[:, 1:] * self._compute(self.constant)[number]
-
-    def compute_output_shape(self, tokens_shape):
-        check_inputs_shape(tokens_shape)
-        return tuple(tokens_shape)
 
     def get_config(self):
         return {

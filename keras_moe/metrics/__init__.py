@@ -1,17 +1,12 @@
 """Expert usage, decisions and specialization: pure functions, and Keras metrics of usage."""
 
 from keras_moe.metrics.decisions import (
+    coactivation,
     router_confidence,
-    router_entropy,
     router_saturation,
     unserved_fraction,
 )
-from keras_moe.metrics.specialization import (
-    coactivation,
-    count_table,
-    expert_saliency,
-    mutual_information,
-)
+from keras_moe.metrics.specialization import count_table, expert_saliency, mutual_information
 from keras_moe.metrics.usage import (
     active_fraction,
     dead_experts,
@@ -32,6 +27,7 @@ from keras_moe.metrics.usage_metrics import (
     LoadEntropy,
     LoadImbalance,
 )
+from keras_moe.ops.balance import router_entropy
 
 __all__ = [
     "DeadExperts",

@@ -1,4 +1,4 @@
-"""Expert usage as Keras metrics, for loops of your own, updated with a routing.
+"""Expert usage as Keras metrics, for custom training loops, updated with a routing.
 
 In `model.fit` use `callbacks.ExpertMonitor`: a layer cannot own a Keras metric on every backend.
 """
@@ -6,11 +6,8 @@ In `model.fit` use `callbacks.ExpertMonitor`: a layer cannot own a Keras metric 
 import keras
 from keras import ops
 
-from keras_moe._internal.named_arguments import Saved, check_is_made
+from keras_moe._internal.checks import check_integer, check_tensors
 from keras_moe._internal.serialization import register
-from keras_moe._internal.shape_checks import check_fields
-from keras_moe._internal.tensor_checks import check_is_float
-from keras_moe._internal.validation import check_name, check_positive_integer
 from keras_moe.metrics.usage import (
     dead_experts,
     dropped_fraction,
@@ -20,50 +17,25 @@ from keras_moe.metrics.usage import (
 )
 
 
-class _UsageMetric(Saved, keras.metrics.Metric):
+class _UsageMetric(keras.metrics.Metric):
     """Abstract: accumulates a statistic of the counts of each routing."""
 
-    _attribute_checks = {"num_experts": check_positive_integer}
-    _kept_attributes = ("num_experts",)
-
     def __init__(self, num_experts, name=None, dtype=None):
-        if name is not None:
-            check_name("name", name)
         super().__init__(name=name, dtype=dtype)
-        self.num_experts = num_experts
+        self.num_experts = check_integer("num_experts", num_experts)
 
-    def update_state(self, routing, y_pred=None, sample_weight=None):
-        """Add the assignments of a routing. Padding is left out by the routing itself.
+    def update_state(self, routing):
+        """Add the assignments of a routing, in which padding does not count.
 
         Args:
-            routing: an `ops.Routing`.
-            y_pred, sample_weight: must be None.
+            routing: An `ops.Routing`.
 
         Raises:
-            ValueError: If the routing has another number of experts or a weight is given.
-            TypeError: If it is no routing.
+            ValueError: If the routing has another number of experts.
         """
-        check_is_made(self)
-        if y_pred is not None and not hasattr(routing, "counts"):
-            raise TypeError(
-                "Usage metrics must be given routings, and not targets and outputs. Received: one "
-                "among those of `compile`. Use `callbacks.ExpertMonitor`, which logs the usage of "
-                "each layer, or call `update_state` with a routing."
-            )
-        if y_pred is not None or sample_weight is not None:
-            raise ValueError(
-                "Usage metrics count assignments and take no weight. "
-                "Received: sample_weight. Mask tokens out at the router."
-            )
-        check_fields(routing, "counts")
-        check_is_float("routing.dropped", routing.dropped)
-        if routing.counts.shape[0] != self.num_experts:
-            raise ValueError(
-                "The routing must have as many experts as the metric. Received: "
-                f"{routing.counts.shape[0]} experts, num_experts={self.num_experts}. "
-                f"Make the metric with num_experts={routing.counts.shape[0]}."
-            )
-        self._remember(ops.cast(routing.counts, "float32"), routing.dropped)
+        counts = routing.counts
+        check_tensors({"E": self.num_experts}, **{"routing.counts": (counts, "E")})
+        self._add(ops.cast(counts, "float32"), ops.cast(routing.dropped, "float32"))
 
     def get_config(self):
         return {**super().get_config(), "num_experts": self.num_experts}
@@ -79,19 +51,19 @@ class _TotalUsageMetric(_UsageMetric):
         )
         self.dropped = self.add_variable((), "zeros", dtype="float32", name="dropped")
 
-    def _remember(self, counts, dropped):
+    def _add(self, counts, dropped):
         self.counts.assign_add(counts)
-        self.dropped.assign_add(ops.cast(dropped, "float32") * ops.sum(counts))
+        self.dropped.assign_add(dropped * ops.sum(counts))
 
 
 @register
 class LoadImbalance(_TotalUsageMetric):
-    """`metrics.load_imbalance` of all routings seen since the last reset.
+    """`metrics.load_imbalance` of all routings since the last reset.
 
     Args:
-        num_experts: number of experts, E.
-        name: name of the metric.
-        dtype: dtype of the metric.
+        num_experts: Integer. Number of experts, E.
+        name: String or None. Name of the metric.
+        dtype: String or None. Dtype of the metric.
 
     Example:
 
@@ -107,10 +79,7 @@ class LoadImbalance(_TotalUsageMetric):
 
 @register
 class LoadEntropy(_TotalUsageMetric):
-    """`metrics.load_entropy` of all routings seen since the last reset.
-
-    Args and example: as for `LoadImbalance`.
-    """
+    """`metrics.load_entropy` of all routings since a reset. Arguments as in `LoadImbalance`."""
 
     def result(self):
         return load_entropy(self.counts)
@@ -118,10 +87,7 @@ class LoadEntropy(_TotalUsageMetric):
 
 @register
 class DeadExperts(_TotalUsageMetric):
-    """`metrics.dead_experts` of all routings seen since the last reset.
-
-    Args and example: as for `LoadImbalance`.
-    """
+    """`metrics.dead_experts` of all routings since a reset. Arguments as in `LoadImbalance`."""
 
     def result(self):
         return dead_experts(self.counts)
@@ -129,18 +95,15 @@ class DeadExperts(_TotalUsageMetric):
 
 @register
 class DeadExpertsOverWindow(_UsageMetric):
-    """`metrics.dead_experts_over_window` of the routings seen since the last reset.
+    """`metrics.dead_experts_over_window` of the routings since the last reset.
 
     Each `update_state` is a batch.
 
     Args:
-        num_experts: number of experts, E.
-        window: number of batches without an assignment that make an expert count as dead.
-        name: name of the metric.
-        dtype: dtype of the metric.
-
-    Raises:
-        ValueError: If `num_experts` or `window` is not a positive integer.
+        num_experts: Integer. Number of experts, E.
+        window: Integer. Batches without an assignment after which an expert is dead.
+        name: String or None. Name of the metric.
+        dtype: String or None. Dtype of the metric.
 
     Example:
 
@@ -151,15 +114,13 @@ class DeadExpertsOverWindow(_UsageMetric):
     >>> dead = float(metric.result())
     """
 
-    _attribute_checks = {"window": check_positive_integer}
-
     def __init__(self, num_experts, window=100, name=None, dtype=None):
         super().__init__(num_experts, name, dtype)
-        self.window = window
+        self.window = check_integer("window", window)
         # Batches since the last assignment of each expert.
         self.idle = self.add_variable((self.num_experts,), "zeros", dtype="float32", name="idle")
 
-    def _remember(self, counts, dropped):
+    def _add(self, counts, dropped):
         self.idle.assign(ops.where(counts > 0, 0.0, self.idle + 1.0))
 
     def result(self):
@@ -171,10 +132,7 @@ class DeadExpertsOverWindow(_UsageMetric):
 
 @register
 class DroppedFraction(_TotalUsageMetric):
-    """`metrics.dropped_fraction` of all routings seen since the last reset.
-
-    Args and example: as for `LoadImbalance`.
-    """
+    """`metrics.dropped_fraction` of all routings since a reset. Arguments as in `LoadImbalance`."""
 
     def result(self):
         return dropped_fraction(self.dropped, self.counts)
@@ -182,10 +140,7 @@ class DroppedFraction(_TotalUsageMetric):
 
 @register
 class ExpertShare(_TotalUsageMetric):
-    """`metrics.expert_share`, (E,), of all routings seen since the last reset.
-
-    Args and example: as for `LoadImbalance`.
-    """
+    """`metrics.expert_share` of all routings since a reset. Arguments as in `LoadImbalance`."""
 
     def result(self):
         return expert_share(self.counts)

@@ -5,6 +5,7 @@ from keras_moe.ops.balance import (
     agreement,
     load_balance,
     masked_mean,
+    noisy_load,
     router_entropy,
     router_z,
     sequence_load_balance,
@@ -15,7 +16,6 @@ from keras_moe.ops.expert_choice import expert_choice_routing, plan_expert_choic
 from keras_moe.ops.feed_forward import grouped_feed_forward
 from keras_moe.ops.grouped_matmul import grouped_matmul
 from keras_moe.ops.groups import ChosenGroups, Groups
-from keras_moe.ops.noisy import noisy_load
 from keras_moe.ops.plans import GroupedPlan, expert_capacity, plan_groups
 from keras_moe.ops.platforms import platform
 from keras_moe.ops.routing import (

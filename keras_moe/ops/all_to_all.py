@@ -12,24 +12,21 @@ from keras import ops
 
 from keras_moe.ops.assignments import Assignments
 from keras_moe.ops.grouped import run_grouped
+from keras_moe.ops.grouped.records import Parameters
 from keras_moe.ops.groups import Groups, collect_rows, dispatch_rows
 from keras_moe.ops.passes import sum_passes
 
 
 def run_by_all_to_all(step, tokens, weights, parameters, experts, shards, axis, lengths):
-    """What the experts of all devices make of one device's tokens.
+    """`run_grouped` with the experts of all devices along a mesh axis, for one device's tokens.
 
     Args:
         step, tokens, weights, parameters: as for `run_grouped`, the parts of one device.
         experts: (T, K) int32 numbers of experts among those of all devices; -1 for none.
-        shards: the `backend.token_shards()`.
-        axis: the mesh axis of the experts.
+        shards, axis: the `backend.token_shards()`, and the mesh axis of the experts.
         lengths: the `Lengths` of the passes, in rows of all buckets together.
-
-    Returns:
-        (T, `step.output_width`) in the dtype of `tokens`.
     """
-    num_local = parameters.all_kernels[0].shape[0]
+    num_local = parameters.num_experts
     num_shards = shards.along(axis)
     lengths = lengths.split(num_shards)
     groups = Assignments.of(experts, num_local * num_shards).sort()
@@ -45,8 +42,8 @@ def run_by_all_to_all(step, tokens, weights, parameters, experts, shards, axis, 
             # them, so that the receiving device need not save them.
             weight = shards.exchange(buckets.weight_of_row(weights), axis)
             rows = Assignments.of(ops.expand_dims(expert, 1), num_local).sort()
-            weights = ops.expand_dims(weight, 1)
-            outputs = run_grouped(step, received, weights, trained._replace(frozen=frozen), rows)
+            parameters = Parameters(trained, frozen)
+            outputs = run_grouped(step, received, ops.expand_dims(weight, 1), parameters, rows)
             return collect_rows(shards.exchange(outputs, axis), buckets)
 
         return run
@@ -57,8 +54,7 @@ def run_by_all_to_all(step, tokens, weights, parameters, experts, shards, axis, 
         # If one device needs a pass, all take part in it.
         return shards.max_over(passes, shards.axes)
 
-    inputs = tokens, weights, parameters._replace(frozen=[])
-    context = groups, parameters.frozen
+    inputs, context = (tokens, weights, parameters.trained), (groups, parameters.frozen)
     return sum_passes(pass_over, lengths, groups.num_rows(), num_passes, inputs, context)
 
 
@@ -70,9 +66,8 @@ def _rows_by_shard(groups, num_shards):
 def _buckets(groups, num_shards, start, length):
     """The rows of one pass: in each bucket `length` rows, from its row `start` on.
 
-    Returns:
-        `Groups` of these rows, without sizes, and the expert of each row among those of the device
-        it goes to, (n * C,) int32, -1 where a bucket is not full.
+    `Groups` of these rows, without sizes, and the expert of each row among those of the device it
+    goes to, (n * C,) int32, -1 where a bucket is not full.
     """
     sizes = _rows_by_shard(groups, num_shards)
     starts = ops.cumsum(sizes) - sizes

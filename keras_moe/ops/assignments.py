@@ -1,4 +1,4 @@
-"""Assignments: which expert serves which token, before any row is sorted.
+"""Assignments: which expert serves which token, and how they are sorted by expert.
 
 There are two kinds, as of groups: those of tokens that choose experts, and of experts that choose
 tokens. Both have the interface that `sharded` needs:
@@ -15,12 +15,9 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_moe._internal.shape_checks import check_groups, check_shapes
-from keras_moe._internal.validation import check_positive_integer
+from keras_moe._internal.checks import check_integer
 from keras_moe.backend import backend
 from keras_moe.ops.groups import ChosenGroups, Groups
-from keras_moe.ops.sizes import at_least
-from keras_moe.ops.sorting import queue_sizes, sort_by_expert
 
 
 class Assignments(NamedTuple):
@@ -36,12 +33,13 @@ class Assignments(NamedTuple):
     @classmethod
     def of(cls, experts, num_experts):
         """Those to the first `num_experts` experts; any other number (T, K) stands for none."""
-        check_shapes({"experts": (experts, "TK", "int")})
-        check_positive_integer("num_experts", num_experts)
         served = ops.logical_and(experts >= 0, experts < num_experts)
         experts = ops.where(served, experts, -1)
         queue = ops.reshape(ops.where(served, experts, num_experts), (-1,))
         return cls(experts, queue_sizes(queue, num_experts + 1)[:num_experts])
+
+    def axes(self):
+        return "TK", "E", "TK"
 
     @property
     def num_experts(self):
@@ -57,10 +55,7 @@ class Assignments(NamedTuple):
         return cls.of(experts - first, number).sort(), weights
 
     def choice_major(self):
-        """The expert of each assignment, (N,), E where none serves it.
-
-        Assignment k * T + t is the k-th choice of token t.
-        """
+        """The expert of each assignment k * T + t, (N,), E where none serves it."""
         experts = ops.where(self.experts >= 0, self.experts, self.num_experts)
         return ops.reshape(ops.transpose(experts), (-1,))
 
@@ -70,7 +65,7 @@ class Assignments(NamedTuple):
         return Assignments(experts, self.sizes[:num_experts])
 
     def weight_at(self, weights, first, last):
-        """What a token's choices of the experts `first` to `last` - 1 weigh together, (T, 1)."""
+        """The sum of a token's weights for the experts `first` to `last` - 1, (T, 1)."""
         inside = ops.logical_and(self.experts >= first, self.experts < last)
         return ops.sum(ops.where(inside, weights, 0.0), axis=1, keepdims=True)
 
@@ -81,11 +76,10 @@ class Assignments(NamedTuple):
     @backend.as_one_program
     def sort(self):
         """The `Groups` of rows sorted by expert: inside one in the order of the assignments."""
-        check_groups(self)
-        num_tokens, top_k = ops.shape(self.experts)
+        (num_tokens, top_k), num_experts = ops.shape(self.experts), self.num_experts
         expert_of_assignment = self.choice_major()
-        order, rank = sort_by_expert(expert_of_assignment, self.num_experts + 1)
-        rows = ops.where(expert_of_assignment < self.num_experts, rank, -1)
+        order, rank = sort_by_expert(expert_of_assignment, num_experts + 1)
+        rows = ops.where(expert_of_assignment < num_experts, rank, -1)
         return Groups(
             sizes=self.sizes,
             assignment_of_row=order,
@@ -104,6 +98,9 @@ class Choices(NamedTuple):
     place: Any
     is_valid: Any
     mask: Any
+
+    def axes(self):
+        return "BEC", "BEC", "T", "BEC"
 
     @property
     def num_experts(self):
@@ -139,7 +136,6 @@ class Choices(NamedTuple):
     @backend.as_one_program
     def sort(self):
         """The `ChosenGroups` of rows sorted by expert, of choices in the order of (B, E, C)."""
-        check_groups(self)
         num_experts = self.num_experts
         expert = ops.expand_dims(ops.arange(num_experts, dtype="int32"), 1)
         expert = ops.reshape(ops.where(self.is_valid, expert, num_experts), (-1,))
@@ -157,3 +153,65 @@ def tokens_at(place, sequence_length):
     """The tokens at places (B, ...) of their sequences."""
     first = ops.arange(ops.shape(place)[0], dtype="int32") * sequence_length
     return place + ops.reshape(first, (-1, *[1] * (len(place.shape) - 1)))
+
+
+def at_least(least, size):
+    """The larger of two sizes; an integer stays one, so that shapes stay known."""
+    return max(least, size) if isinstance(size, int) else backend.larger_size(least, size)
+
+
+def check_size(name, size, minimum=1):
+    """Return a size as a Python integer; a tensor or a symbol as it is."""
+    is_known = backend.knows_shapes() and not ops.is_tensor(size)
+    return check_integer(name, size, minimum) if is_known else size
+
+
+def check_sequence_length(length, num_tokens):
+    """Return a length that divides the number of tokens, where both are known, or None."""
+    if length is None:
+        return None
+    length = check_size("sequence_length", length)
+    if isinstance(length, int) and isinstance(num_tokens, int) and num_tokens % length:
+        raise ValueError(
+            "`sequence_length` must divide the number of tokens. "
+            f"Received: sequence_length={length}, {num_tokens} tokens"
+        )
+    return length
+
+
+def place_in_queue(queue, num_queues, turns=None):
+    """How many entries of the same queue precede each entry, (N,) int32; `turns` is their order."""
+    if turns is not None:
+        places = place_in_queue(ops.take(queue, turns), num_queues)
+        return put(places, turns)
+    _, rank = sort_by_expert(queue, num_queues)
+    sizes = queue_sizes(queue, num_queues)
+    return rank - ops.take(ops.cumsum(sizes) - sizes, queue)
+
+
+@backend.as_one_program
+def queue_sizes(queue, num_queues):
+    """The length of each queue, (num_queues,) int32."""
+    return ops.segment_sum(ops.ones_like(queue), queue, num_queues)
+
+
+def sort_by_expert(expert_of_assignment, num_keys):
+    """A stable order of numbers (N,) from 0 to `num_keys` - 1, and the place of each in it."""
+    num_rows = ops.shape(expert_of_assignment)[0]
+    numbers = ops.arange(num_rows, dtype="int32")
+    fits = isinstance(num_rows, int) and num_keys * num_rows < 2**31
+    if (backend.compiles_static_shapes() and fits) or backend.lacks_stable_sort():
+        # Expert and number in one integer: XLA sorts plain integers several times as fast as
+        # pairs, and no two are equal.
+        order = backend.sort(expert_of_assignment * num_rows + numbers) % num_rows
+    else:
+        order = ops.cast(ops.argsort(expert_of_assignment), "int32")
+    return order, put(numbers, order)
+
+
+def put(values, places, size=None):
+    """(size,) zeros, or N of them, but `values` (N,) at their `places` (N,), which all differ."""
+    # `torch.vmap` writes only into what depends on its inputs.
+    zeros = ops.zeros_like(places) if size is None else ops.zeros((size,))
+    # Not `ops.scatter`, which on PyTorch adds one value after the other in Python.
+    return ops.scatter_update(ops.cast(zeros, values.dtype), ops.expand_dims(places, 1), values)

@@ -1,23 +1,20 @@
 """Expert choice: experts pick their tokens.
 
-Axes: T tokens, E experts, C tokens an expert picks from each sequence, S tokens of a sequence.
+Axes: T tokens, E experts, B sequences, C tokens an expert picks from each sequence, S tokens of a
+sequence.
 """
 
 from keras import ops
 
-from keras_moe._internal.shape_checks import check_details, check_fields
-from keras_moe._internal.tensor_checks import check_divides
+from keras_moe._internal.checks import check_number, check_tensors
 from keras_moe.backend import backend
-from keras_moe.ops.assignments import Choices, tokens_at
-from keras_moe.ops.plans import GroupedPlan, expert_capacity
-from keras_moe.ops.routing import clean_logits, make_routing
+from keras_moe.ops.assignments import Choices, at_least, check_sequence_length, put, tokens_at
+from keras_moe.ops.plans import GroupedPlan, _expert_capacity
+from keras_moe.ops.routing import _make_routing, check_routing, clean_logits
 from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import best_places
-from keras_moe.ops.sizes import at_least, at_most
-from keras_moe.ops.sorting import put
 
 
-@backend.as_one_program
 def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=None):
     """Each expert takes its `ceil(capacity_factor * S / E)` best tokens of each sequence.
 
@@ -26,10 +23,10 @@ def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=No
     none.
 
     Args:
-        logits: (T, E) tensor, computed on in float32.
-        capacity_factor: experts per token on average.
-        mask: (T,) bool tensor, False for padding, or None.
-        sequence_length: S, or None where all tokens are one sequence.
+        logits: Float tensor (T, E), computed on in float32.
+        capacity_factor: Positive float. Experts per token on average.
+        mask: Bool tensor (T,), False for padding, or None.
+        sequence_length: Integer or None. S; None where all tokens are one sequence.
 
     Returns:
         A `Routing` whose K is E, with unused places wherever an expert did not choose the token,
@@ -37,19 +34,26 @@ def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=No
         token that is chosen, and whether the choice counts.
     """
     logits, mask = clean_logits(logits, mask)
+    capacity_factor = check_number("capacity_factor", capacity_factor, above=0)
+    sequence_length = check_sequence_length(sequence_length, logits.shape[0])
+    return _expert_choice_routing(logits, capacity_factor, mask, sequence_length)
+
+
+@backend.as_one_program
+def _expert_choice_routing(logits, capacity_factor, mask, sequence_length=None):
     num_tokens, num_experts = ops.shape(logits)
-    check_divides("sequence_length", sequence_length, num_tokens)
     sequence_length = at_least(1, num_tokens) if sequence_length is None else sequence_length
     probs = softmax(logits)
-    capacity = expert_capacity(sequence_length, num_experts, 1, capacity_factor)
+    capacity = _expert_capacity(sequence_length, num_experts, 1, capacity_factor)
     # Padding adds no slots: its places in the static shapes stay empty.
     real = ops.reshape(ops.cast(mask, "int32"), (-1, sequence_length))
-    room = expert_capacity(ops.sum(real, axis=1), num_experts, 1, capacity_factor)
+    room = _expert_capacity(ops.sum(real, axis=1), num_experts, 1, capacity_factor)
     wish = ops.where(ops.expand_dims(mask, 1), ops.stop_gradient(probs), -1.0)
     wish = ops.reshape(wish, (-1, sequence_length, num_experts))
     # (B, E, C) places in the sequence.
     wish = ops.transpose(wish, (0, 2, 1))
-    place = best_places(wish, at_most(sequence_length, capacity))
+    are_known = isinstance(sequence_length, int) and isinstance(capacity, int)
+    place = best_places(wish, (min if are_known else ops.minimum)(sequence_length, capacity))
     in_room = ops.arange(ops.shape(place)[2], dtype="int32") < ops.reshape(room, (-1, 1, 1))
     experts = ops.arange(num_experts, dtype="int32")
     token = tokens_at(place, sequence_length)
@@ -59,7 +63,7 @@ def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=No
     taken = ops.reshape(ops.cast(is_valid, "int32"), (-1,))
     taken = put(taken, chosen, num_tokens * num_experts)
     taken = ops.reshape(taken, (num_tokens, num_experts)) > 0
-    return make_routing(
+    return _make_routing(
         indices=ops.where(taken, experts, -1),
         weights=ops.where(taken, probs, 0.0),
         probs=probs,
@@ -71,14 +75,18 @@ def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=No
 
 
 def plan_expert_choice(routing):
-    """The plan of `expert_choice_routing`: as many rows as there are choices."""
-    check_details(routing, "expert_choice_routing")
-    check_fields(routing, "weights", "mask")
+    """The plan of a routing of `expert_choice_routing`: as many rows as there are choices."""
+    routing = check_routing(routing, "weights", "mask")
     place, is_valid = map(ops.convert_to_tensor, routing.details)
+    check_tensors(place=(place, "BEC", "int"), is_valid=(is_valid, "BEC", "mask"))
+    return _plan_expert_choice(routing._replace(details=(place, is_valid)))
+
+
+def _plan_expert_choice(routing):
+    place, is_valid = routing.details
     choices = Choices(place, is_valid, routing.mask)
-    num_experts = choices.num_experts
-    expert = ops.expand_dims(ops.arange(num_experts, dtype="int32"), 1)
-    places = choices.tokens() * num_experts + expert
+    expert = ops.expand_dims(ops.arange(choices.num_experts, dtype="int32"), 1)
+    places = choices.tokens() * choices.num_experts + expert
     weights = ops.take(ops.reshape(routing.weights, (-1,)), places)
     plan = GroupedPlan(choices, weights)
     shards = backend.token_shards()

@@ -1,18 +1,21 @@
-"""The feed-forward network of one expert, plain or gated, as a grouped operation."""
+"""Feed-forward networks of all experts as one grouped operation.
+
+Axes: T tokens, D features, E experts, K experts per token, H hidden width, R rows (assignments
+sorted by expert).
+"""
 
 from typing import NamedTuple
 
 import keras
-import numpy as np
 from keras import ops
 
-from keras_moe._internal.shape_checks import check_groups
-from keras_moe._internal.validation import check_not_negative, check_positive_number, shortened
+from keras_moe._internal.checks import check_number
 from keras_moe.backend import backend
 from keras_moe.ops.assignments import Assignments, Choices
-from keras_moe.ops.grouped import feed_forward_step, low_rank_step, run_grouped
-from keras_moe.ops.grouped.records import QUANTIZED, Packed, Parameters
-from keras_moe.ops.groups import check_row_numbers
+from keras_moe.ops.grouped import run_grouped, step_of
+from keras_moe.ops.grouped.records import QUANTIZED, Affine, Network, Packed, Parameters
+from keras_moe.ops.groups import Groups, check_groups, combine_rows, dispatch_rows
+from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.platforms import named_platform
 from keras_moe.ops.sharded import Exchange, run_sharded
 
@@ -51,114 +54,114 @@ def grouped_feed_forward(
     again.
 
     Args:
-        tokens: (T, D) float tensor.
-        weights: (T, K) float32 combine weights.
-        groups: `ops.Groups` or `ops.ChosenGroups`, which rows belong to which expert and token. Or
+        tokens: Float tensor (T, D).
+        weights: Float tensor (T, K). Combine weights.
+        groups: `ops.Groups` or `ops.ChosenGroups`, which rows belong to which expert and token; or
             `ops.Assignments` or `ops.Choices`, which each device of a mesh sorts for itself.
-        activation: function of one tensor.
-        up_kernels: one or two tensors (E, D, H). With two, the first is the gate. Kernels and
-            biases are converted to the dtype of the tokens one expert at a time; their gradients
-            have the dtype they came in.
-        down_kernel: (E, H, D').
-        biases: one tensor (E, H) for each up kernel and one (E, D'), or none.
-        expert_axis: the mesh axis that splits the kernels' first axis, where there is one.
-        clip, up_shift: with a gate, `(act(min(x G, clip)) * (clipped(x U) + up_shift)) V`, where
-            `clipped` is from `-clip` to `clip`. None and 0 change nothing.
-        low_rank: a `LowRank`; the kernels are frozen then. None: there is no correction.
+        activation: Function of one tensor, or the name of one in Keras.
+        up_kernels: List of one or two float tensors (E, D, H). With two, the first is the gate.
+            Kernels and biases are converted to the dtype of the tokens one expert at a time; their
+            gradients have the dtype they came in.
+        down_kernel: Float tensor (E, H, D').
+        biases: List of a float tensor (E, H) for each up kernel and one (E, D'), or empty.
+        expert_axis: String or None. Mesh axis that splits the kernels' first axis.
+        clip: Float or None. With a gate the network is
+            `(act(min(x G, clip)) * (clipped(x U) + up_shift)) V`, where `clipped` is from `-clip`
+            to `clip`.
+        up_shift: Float. See `clip`.
+        low_rank: `LowRank` or None. Corrections of the kernels, which are frozen then.
 
     Returns:
-        (T, D') in the dtype of `tokens`. A token with no row is zero.
+        Tensor (T, D') in the dtype of `tokens`. A token with no row is zero.
 
     Raises:
         ValueError: If shapes do not fit, there are biases, but not one for each kernel, or there
             is a `clip` without a gate.
-        TypeError: If something is no tensor, no function, or no groups.
     """
-    _check(activation, up_kernels, biases, expert_axis, clip, up_shift, low_rank)
-    _check_shapes(tokens, weights, groups, up_kernels, down_kernel, biases)
-    tokens, weights, *kernels = map(_as_tensor, (tokens, weights, *up_kernels, down_kernel))
-    widths = tuple(kernel.shape[-1] for kernel in kernels)
-    step = feed_forward_step(activation, widths, clip, up_shift)
-    frozen = [kernel for kernel in kernels if low_rank or isinstance(kernel, QUANTIZED)]
-    trained = [] if frozen else kernels
-    if low_rank is not None:
-        step = low_rank_step(step, len(kernels), low_rank.scale)
-        trained = [*low_rank.downs, *low_rank.ups]
-    parameters = Parameters(trained, list(map(_as_tensor, biases)), frozen)
-    if isinstance(groups, (Assignments, Choices)):
-        if any(isinstance(kernel, Packed) for kernel in frozen):
-            raise ValueError(
-                "Experts in four bits must compute on one device. Received: their kernels under a "
-                '`keras.distribution`. Quantize to "int8", or without a distribution.'
-            )
-        shards = backend.token_shards()
-        exchange = Exchange(step, shards, expert_axis, named_platform() or shards.platform)
-        return run_sharded(exchange, tokens, weights, parameters, groups)
-    return run_grouped(step, tokens, weights, parameters, groups)
-
-
-def _check(activation, up_kernels, biases, expert_axis, clip, up_shift, low_rank):
-    if not callable(activation) or isinstance(activation, keras.Layer):
-        raise TypeError(
-            "`activation` must be a function of one tensor, without weights. Received: "
-            f"activation={shortened(activation)}. Pass, for example, `keras.ops.gelu`."
-        )
-    if not isinstance(expert_axis, (str, type(None))):
-        raise TypeError(
-            "`expert_axis` must be the name of a mesh axis. Received: "
-            f"expert_axis={shortened(expert_axis)}. Leave it out where no mesh splits the kernels."
-        )
-    if low_rank is not None and not isinstance(low_rank, LowRank):
-        raise TypeError(
-            "`low_rank` must be a `LowRank`. Received: an object of type "
-            f"{type(low_rank).__name__}. Leave it out for none."
-        )
-    if not isinstance(up_kernels, (list, tuple)) or len(up_kernels) not in (1, 2):
+    kernels = [*up_kernels, down_kernel]
+    if len(kernels) not in (2, 3):
         raise ValueError(
-            "`up_kernels` must be a list of one kernel, or of two: gate and up. Received: "
-            f"{_number_of(up_kernels)}. Put the kernels into a list."
+            "`up_kernels` must be a list of one kernel, or of two: gate and up. "
+            f"Received: {len(up_kernels)} of them"
         )
-    check_not_negative("up_shift", up_shift)
-    if clip is not None:
-        check_positive_number("clip", clip, example=7.0)
-    if len(up_kernels) == 1 and (clip is not None or up_shift):
+    if len(biases) not in (0, len(kernels)):
         raise ValueError(
-            "`clip` and `up_shift` must have a gate. Received: "
-            f"clip={clip}, up_shift={up_shift} and one up kernel, which has none. Leave them out."
+            "There must be a bias for each kernel, or none. "
+            f"Received: {len(biases)} biases, {len(kernels)} kernels"
         )
-    if not isinstance(biases, (list, tuple)):
-        raise TypeError(
-            "`biases` must be a list of tensors, which may be empty. Received: an object of type "
-            f"{type(biases).__name__}. Put them into a list."
-        )
-    if biases and len(biases) != len(up_kernels) + 1:
+    if len(kernels) == 2 and (clip is not None or up_shift):
         raise ValueError(
-            "There must be a bias for each kernel, or none. Received: "
-            f"{len(biases)} biases, {len(up_kernels) + 1} kernels. Pass zeros for those that are "
-            "missing."
+            "`clip` and `up_shift` need a gate. "
+            f"Received: clip={clip}, up_shift={up_shift}, and one up kernel"
         )
-
-
-def _check_shapes(tokens, weights, groups, up_kernels, down_kernel, biases):
-    # O are the features of the outputs.
-    axes = ["EDH"] * len(up_kernels) + ["EHO"]
+    clip = None if clip is None else check_number("clip", clip, above=0)
+    tokens, weights, *biases = map(ops.convert_to_tensor, (tokens, weights, *biases))
+    axes = ["EDH"] * (len(kernels) - 1) + ["EHO"]
     tensors = {"tokens": (tokens, "TD", "float")}
-    names = (*("gate", "up")[-len(up_kernels) :], "down")
-    for name, kernel, letters in zip(names, (*up_kernels, down_kernel), axes):
-        kind = "int" if isinstance(kernel, QUANTIZED) else "float"
-        tensors[f"{name} kernel"] = (kernel, letters, kind)
-    for name, bias, letters in zip(names, biases, axes):
-        tensors[f"{name} bias"] = (bias, letters[::2], "float")
+    for number, bias in enumerate(biases):
+        tensors[f"biases[{number}]"] = (bias, axes[number][::2], "float")
+    for number, kernel in enumerate(kernels):
+        is_float = not isinstance(kernel, QUANTIZED)
+        kernels[number] = ops.convert_to_tensor(kernel) if is_float else kernel
+        kind = "float" if is_float else "int"
+        tensors[f"kernels[{number}]"] = (kernels[number], axes[number], kind)
     check_groups(groups, weights, **tensors)
-    check_row_numbers(groups)
+    biases = biases or [None] * len(kernels)
+    factors = zip(low_rank.downs, low_rank.ups) if low_rank else [None] * len(kernels)
+    projections = [Affine(*parts) for parts in zip(kernels, biases, factors)]
+    scale = low_rank.scale if low_rank else None
+    network = Network(keras.activations.get(activation), clip, up_shift, scale)
+    plan = GroupedPlan(groups, weights)
+    return _grouped_feed_forward(tokens, plan, network, projections, expert_axis)
 
 
-def _as_tensor(values):
-    """What may be a NumPy array, and is a tensor or integers of a quantized kernel otherwise."""
-    return ops.convert_to_tensor(values) if isinstance(values, np.ndarray) else values
+def _grouped_feed_forward(tokens, plan, network, projections, expert_axis=None, processes=None):
+    """Each token through the networks of its experts, weighted and summed, (T, D').
+
+    Args:
+        tokens: (T, D).
+        plan: a `GroupedPlan`.
+        network: a `Network`.
+        projections: list of `Affine`, in the order of a forward pass.
+        expert_axis: the mesh axis that splits the experts, where there is one.
+        processes: a `backend.expert_processes()`, where each has some of the experts.
+    """
+    if processes is not None:
+        return _serve_in_processes(tokens, plan, network, projections, processes)
+    groups, weights = plan
+    step = step_of(network, tuple(kernel.shape[-1] for kernel, _, _ in projections))
+    parameters = Parameters.of(projections)
+    if not isinstance(groups, (Assignments, Choices)):
+        return run_grouped(step, tokens, weights, parameters, groups)
+    if any(isinstance(kernel, Packed) for kernel, _, _ in projections):
+        raise ValueError(
+            "Experts in four bits must compute on one device. Received: their kernels under a "
+            '`keras.distribution`. Quantize to "int8", or without a distribution.'
+        )
+    shards = backend.token_shards()
+    exchange = Exchange(step, shards, expert_axis, named_platform() or shards.platform)
+    return run_sharded(exchange, tokens, weights, parameters, groups)
 
 
-def _number_of(kernels):
-    if isinstance(kernels, (list, tuple)):
-        return f"{len(kernels)} of them"
-    return f"an object of type {type(kernels).__name__}"
+def _serve_in_processes(tokens, plan, network, projections, processes):
+    """Tokens go to the processes that hold their experts, and outputs come back."""
+
+    def serve(rows, experts):
+        # Sorted by the process they came from, and only then by expert.
+        order = ops.argsort(experts)
+        groups = Groups(
+            sizes=ops.segment_sum(ops.ones_like(experts), experts, num_own),
+            assignment_of_row=ops.cast(order, "int32"),
+            rows_of_token=ops.expand_dims(ops.cast(ops.argsort(order), "int32"), 1),
+        )
+        own_plan = GroupedPlan(groups, ops.ones((ops.shape(rows)[0], 1), "float32"))
+        return _grouped_feed_forward(rows, own_plan, network, projections)
+
+    groups, weights = plan
+    num_own = groups.sizes.shape[0] // processes.num_processes
+    rows = dispatch_rows(tokens, groups)
+    num_served = int(ops.sum(groups.sizes))
+    outputs = processes.serve(rows[:num_served], groups.sizes, serve)
+    # Rows past the last group are padding.
+    padding = ((0, ops.shape(rows)[0] - num_served), (0, 0))
+    return combine_rows(ops.pad(outputs, padding), weights, groups)

@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
+from keras_moe._internal.checks import check_tensors
 from keras_moe.backend import backend
 
 
 class Groups(NamedTuple):
     """The rows of each expert, where each token chose K experts.
 
-    - `sizes` (E,) int32: the groups stand one behind another, in the order of the experts. Rows
-      behind the last group are padding and are not computed.
+    - `sizes` (E,) int32: sizes of the groups, which follow one another in the order of the experts.
+      Rows past the last group are padding and are not computed.
     - `assignment_of_row` (R,) int32: which assignment each row is; `k * T + t` is the k-th choice
       of token t.
     - `rows_of_token` (T, K) int32: the rows of each token, -1 where there is none.
@@ -26,6 +27,10 @@ class Groups(NamedTuple):
     sizes: Any
     assignment_of_row: Any
     rows_of_token: Any
+
+    def axes(self):
+        """The axes of the fields, and those of the weights of a plan."""
+        return "E", "R", "TK", "TK"
 
     def num_rows(self):
         return ops.shape(self.assignment_of_row)[0]
@@ -61,7 +66,7 @@ class Groups(NamedTuple):
         return self._replace(sizes=sizes, rows_of_token=ops.where(rows < ops.sum(sizes), rows, -1))
 
     def weight_at(self, weights, first, last):
-        """What a token's choices of the experts `first` to `last` - 1 weigh together, (T, 1)."""
+        """The sum of a token's weights for the experts `first` to `last` - 1, (T, 1)."""
         ends = ops.cumsum(self.sizes)
         start = ends[first] - self.sizes[first] if first < ends.shape[0] else ends[-1]
         rows = self.rows_of_token
@@ -73,16 +78,10 @@ class Groups(NamedTuple):
         return ops.any(self.rows_of_token >= 0, axis=1)
 
     def sum_rows(self, rows, weights=None):
-        """For each token the weighted sum of its rows, in float32.
+        """For each token the float32 sum of its rows (R, D), weighted by weights (T, K) or by 1.
 
-        A gather, not a scatter: tokens are written once, in order, and need no atomic adds.
-
-        Args:
-            rows: (R, D) rows grouped by expert.
-            weights: (T, K) weight of each row of a token, or None for 1.
-
-        Returns:
-            (T, D), in the dtype of `rows`.
+        A gather, not a scatter: tokens are written once, in order, and need no atomic adds. The
+        result (T, D) has the dtype of `rows`.
         """
         total = 0.0
         for choice in range(self.rows_of_token.shape[1]):
@@ -110,6 +109,10 @@ class ChosenGroups(NamedTuple):
     row_of_choice: Any
     token_of_choice: Any
     mask: Any
+
+    def axes(self):
+        """The axes of the fields, and those of the weights of a plan."""
+        return "E", "R", "R", "R", "T", "R"
 
     def num_rows(self):
         return ops.shape(self.choice_of_row)[0]
@@ -151,17 +154,19 @@ class ChosenGroups(NamedTuple):
         return ops.cast(totals, rows.dtype)
 
 
-def check_row_numbers(groups):
-    """A row for each place of a token, where shapes are known and tokens choose."""
-    rows = getattr(groups, "assignment_of_row", None)
-    if rows is None or not backend.knows_shapes():
-        return
-    sizes = (rows.shape[0], *groups.rows_of_token.shape)
-    if all(isinstance(size, int) for size in sizes) and sizes[0] != sizes[1] * sizes[2]:
-        raise ValueError(
-            "`groups` must have a row for each of the K places of the T tokens. Received: "
-            f"{sizes[0]} rows, T={sizes[1]}, K={sizes[2]}. Take all fields from one plan."
+def check_groups(groups, weights=None, **tensors):
+    """Check that groups or assignments fit the weights of a plan, and other tensors."""
+    if not hasattr(groups, "axes"):
+        raise TypeError(
+            "`groups` must be one of the kinds of groups in `ops`, such as `plan.groups`. "
+            f"Received: an object of type {type(groups).__name__}"
         )
+    *axes, axes_of_weights = groups.axes()
+    for name, field, letters in zip(groups._fields, groups, axes):
+        tensors[f"groups.{name}"] = (field, letters)
+    if weights is not None:
+        tensors["weights"] = (weights, axes_of_weights, "float")
+    check_tensors(**tensors)
 
 
 @backend.as_one_program

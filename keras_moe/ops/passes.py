@@ -15,6 +15,7 @@ from keras import ops
 
 from keras_moe.backend import backend
 from keras_moe.ops.grouped import run_grouped
+from keras_moe.ops.grouped.records import Parameters
 from keras_moe.ops.groups import Groups
 from keras_moe.ops.platforms import keeping_platform
 
@@ -46,16 +47,11 @@ class Lengths(NamedTuple):
 
 
 def sum_passes(pass_over, lengths, num_rows, num_passes, inputs, context):
-    """The sum of all passes, at least one.
+    """The sum of all passes of the `lengths`, at least one, with derivatives for the inputs.
 
-    Args:
-        pass_over: function of a first row, a length and the context that returns a function of the
-            inputs.
-        lengths: the `Lengths` of the passes.
-        num_rows: the length of a pass over all rows.
-        num_passes: function of the context, an integer tensor.
-        inputs: tuple of structures of tensors that have a gradient.
-        context: structure of tensors that have none.
+    `pass_over(start, length, context)` returns a function of the inputs: `length` is `num_rows` for
+    all rows at once. `num_passes(context)` is an integer tensor. Inputs are a tuple of structures
+    of tensors, the context is a structure.
     """
 
     def nth_pass(number, context):
@@ -85,16 +81,7 @@ def sum_passes(pass_over, lengths, num_rows, num_passes, inputs, context):
 
 
 def run_in_passes(step, tokens, weights, parameters, groups, lengths):
-    """What `run_grouped` computes, in passes.
-
-    Args:
-        step, tokens, weights, parameters: as for `run_grouped`.
-        groups: an `ops.Groups`.
-        lengths: the `Lengths` of the passes.
-
-    Returns:
-        (T, `step.output_width`) in the dtype of `tokens`.
-    """
+    """`run_grouped` for an `ops.Groups`, in passes of the `lengths`."""
     if lengths.first >= groups.num_rows():
         return run_grouped(step, tokens, weights, parameters, groups)
 
@@ -102,15 +89,14 @@ def run_in_passes(step, tokens, weights, parameters, groups, lengths):
         groups, frozen = context
         part = _part(groups, start, length)
         return lambda tokens, weights, trained: run_grouped(
-            step, tokens, weights, trained._replace(frozen=frozen), part
+            step, tokens, weights, Parameters(trained, frozen), part
         )
 
     def num_passes(context):
         groups, _ = context
         return lengths.passes_for(ops.sum(groups.sizes))
 
-    inputs = tokens, weights, parameters._replace(frozen=[])
-    context = groups, parameters.frozen
+    inputs, context = (tokens, weights, parameters.trained), (groups, parameters.frozen)
     return sum_passes(pass_over, lengths, groups.num_rows(), num_passes, inputs, context)
 
 

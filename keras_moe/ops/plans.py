@@ -8,30 +8,20 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_moe._internal.shape_checks import (
-    check_fields,
-    check_groups,
-    check_is_bank,
-    check_shapes,
-    known,
-    num_experts_of,
-)
-from keras_moe._internal.tensor_checks import check_divides, check_is_integer, check_size
-from keras_moe._internal.validation import (
-    check_positive_integer,
-    check_positive_number,
-    check_top_k,
-    is_symbol,
-    is_whole,
-    shortened,
-)
+from keras_moe._internal.checks import check_integer, check_number, check_tensors
 from keras_moe.backend import backend
-from keras_moe.ops.assignments import Assignments, Choices
-from keras_moe.ops.groups import check_row_numbers, combine_rows, dispatch_rows
+from keras_moe.ops.assignments import (
+    Assignments,
+    Choices,
+    at_least,
+    check_sequence_length,
+    check_size,
+    place_in_queue,
+)
+from keras_moe.ops.groups import check_groups, combine_rows, dispatch_rows
+from keras_moe.ops.routing import check_routing
 from keras_moe.ops.selection import existing
 from keras_moe.ops.sharded import admit_by_shard, splits_evenly
-from keras_moe.ops.sizes import at_least
-from keras_moe.ops.sorting import place_in_queue
 
 # More than there can be, and small enough that twice as many fit into int32.
 MOST_ROWS = 2**30
@@ -58,44 +48,32 @@ class GroupedPlan(NamedTuple):
 
     def dispatch(self, tokens):
         """Rows grouped by expert, (N, D), from tokens (T, D)."""
+        tokens = ops.convert_to_tensor(tokens)
         check_groups(self.groups, tokens=(tokens, "TD", "float"))
-        check_row_numbers(self.groups)
-        return dispatch_rows(ops.convert_to_tensor(tokens), self.groups)
+        return dispatch_rows(tokens, self.groups)
 
     def combine(self, rows):
         """Tokens (T, D), each the weighted float32 sum of its rows; zero without any."""
-        check_groups(self.groups, self.weights, rows=(rows, "ND", "float"))
-        _check_enough(rows, self.groups)
         rows, weights = ops.convert_to_tensor(rows), ops.convert_to_tensor(self.weights)
+        check_groups(self.groups, weights, rows=(rows, "ND", "float"))
+        given, needed = rows.shape[0], self.groups.num_rows()
+        if isinstance(given, int) and isinstance(needed, int) and given < needed:
+            raise ValueError(
+                "`rows` must have a row for each assignment. "
+                f"Received: rows.shape={tuple(rows.shape)} for {needed} assignments"
+            )
         return combine_rows(rows, weights, self.groups)
-
-    def run(self, experts, tokens):
-        """What a bank of experts makes of tokens (T, D)."""
-        check_is_bank(experts)
-        return experts(tokens, self)
 
     def served(self):
         """Which tokens have a row, (T,) bool."""
-        check_groups(self.groups)
         return self.groups.served()
 
     @backend.as_one_program
     def dropped_fraction(self, counts):
         """Share of the assignments (E,) that have no row, a float32 scalar; 0 without any."""
-        check_shapes({"counts": (counts, "E", "number")}, **known(E=num_experts_of(self.groups)))
         assigned = ops.cast(ops.sum(counts), "float32")
         served = ops.cast(ops.sum(self.groups.sizes), "float32")
         return (assigned - served) / ops.maximum(assigned, 1.0)
-
-
-def _check_enough(rows, groups):
-    """A row for each assignment. A program that is traced may not know how many there are."""
-    given, needed = rows.shape[0], groups.num_rows()
-    if backend.knows_shapes() and is_whole(given) and is_whole(needed) and given < needed:
-        raise ValueError(
-            "`rows` must have a row for each assignment. Received: "
-            f"rows.shape={tuple(rows.shape)} for {needed} assignments. Pass all rows of `dispatch`."
-        )
 
 
 def plan_groups(routing, capacity=None, first=None, sequence_length=None, num_limited=None):
@@ -106,36 +84,44 @@ def plan_groups(routing, capacity=None, first=None, sequence_length=None, num_li
     2020, arXiv:2006.16668, algorithm 1). Padding and dropped assignments belong to no group.
 
     Args:
-        routing: an `ops.Routing`.
-        capacity: most rows of one expert, an integer or integer tensor, or None for all. Where a
+        routing: `ops.Routing`. Indices that are not an expert's belong to no group, like -1.
+        capacity: Integer, integer tensor or None. Most rows of one expert, None for all. Where a
             distribution spreads the tokens over devices, it holds for those of each device.
-        first: (T,) urgency of each token: where a capacity is set the most urgent tokens stand
-            first. None: in the order of the tokens.
-        sequence_length: where given, the capacity holds for each run of so many tokens alone.
-        num_limited: where given, the capacity holds for the first so many experts only.
+        first: Tensor (T,) or None. Urgency of each token: where a capacity is set the most urgent
+            tokens stand first. None: in the order of the tokens.
+        sequence_length: Integer or None. If given, the capacity holds for each run of so many
+            tokens alone.
+        num_limited: Integer or None. If given, the capacity holds for the first so many experts
+            only.
 
     Returns:
-        A `GroupedPlan`. Indices that are not an expert's belong to no group, like -1.
+        A `GroupedPlan`.
 
     Raises:
-        ValueError, TypeError: If a size is not positive or the indices are no integers.
+        ValueError: If a size is not positive.
+        TypeError: If the indices are no integers.
     """
-    check_fields(routing, "indices", "weights", "mask", "counts")
+    routing = check_routing(routing, "indices", "weights", "mask", "counts")
+    num_tokens = routing.mask.shape[0]
     if capacity is not None:
         capacity = check_size("capacity", capacity)
-        if is_whole(capacity):
-            capacity = min(capacity, MOST_ROWS)
-    if sequence_length is not None:
-        check_divides("sequence_length", sequence_length, routing.mask.shape[0])
-    if num_limited is not None:
-        check_positive_integer("num_limited", num_limited)
     if first is not None:
-        check_shapes({"routing.mask": (routing.mask, "T"), "first": (first, "T", "number")})
+        first = ops.convert_to_tensor(first)
+        check_tensors({"T": num_tokens}, first=(first, "T", "number"))
+    sequence_length = check_sequence_length(sequence_length, num_tokens)
+    if num_limited is not None:
+        num_limited = check_integer("num_limited", num_limited)
+    return _plan_groups(routing, capacity, first, sequence_length, num_limited)
+
+
+def _plan_groups(routing, capacity=None, first=None, sequence_length=None, num_limited=None):
     # Whatever a router of the user's own returns, nothing is read or written out of range.
     indices = existing(routing.indices, routing.counts.shape[0], routing.mask)
     assignments = Assignments(indices, routing.counts)
     shards = backend.token_shards()
     if capacity is not None:
+        if isinstance(capacity, int):
+            capacity = min(capacity, MOST_ROWS)
 
         def admit(assignments, first):
             return _admit(assignments, capacity, first, sequence_length, num_limited)
@@ -171,15 +157,24 @@ def _admit(assignments, capacity, first, sequence_length, num_limited):
     return Assignments.of(ops.transpose(ops.reshape(experts, (top_k, num_tokens))), num_experts)
 
 
+def _turns(first, num_tokens, top_k):
+    """The order in which assignments take their places, or None for that of their numbers."""
+    if first is None:
+        return None
+    urgent_first = ops.cast(ops.argsort(-ops.stop_gradient(first)), "int32")
+    choices = ops.expand_dims(ops.arange(top_k, dtype="int32"), 1)
+    return ops.reshape(choices * num_tokens + urgent_first, (-1,))
+
+
 def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
     """Slots of an expert: `ceil(factor * T * K / E)`, at least 1 and at most T * K.
 
     Args:
-        num_tokens: T, an integer or an integer tensor. Padding counts, so that the capacity does
-            not depend on the data.
-        num_experts: E.
-        top_k: K.
-        capacity_factor: positive float, read to three decimals or the nearest simple fraction;
+        num_tokens: Integer or integer tensor, T. Padding counts, so that the capacity does not
+            depend on the data.
+        num_experts: Integer, E.
+        top_k: Integer, K.
+        capacity_factor: Positive float, read to three decimals or the nearest simple fraction;
             1.0 is enough for exactly balanced experts.
 
     Returns:
@@ -188,16 +183,15 @@ def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
     Raises:
         ValueError: If an argument is out of its range.
     """
-    if hasattr(num_tokens, "dtype"):
-        check_is_integer("num_tokens", num_tokens)
-    elif not is_symbol(num_tokens) and (not is_whole(num_tokens) or num_tokens < 0):
-        raise ValueError(
-            "`num_tokens` must be an integer of at least 0. Received: "
-            f"num_tokens={shortened(num_tokens)}. Pass how many tokens there are."
-        )
-    check_positive_integer("num_experts", num_experts)
-    check_top_k(top_k, num_experts)
-    capacity_factor = check_positive_number("capacity_factor", capacity_factor)
+    return _expert_capacity(
+        check_size("num_tokens", num_tokens, minimum=0),
+        check_integer("num_experts", num_experts),
+        check_integer("top_k", top_k),
+        check_number("capacity_factor", capacity_factor, above=0),
+    )
+
+
+def _expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
     # In integers, which round the same way everywhere: in float32 a compiled quotient may end just
     # above a whole number, which gives one slot too many.
     factor = min(Fraction(float(capacity_factor)).limit_denominator(1000), num_experts)
@@ -206,12 +200,3 @@ def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
     whole, rest = num_tokens // share.denominator, num_tokens % share.denominator
     rows = whole * share.numerator - (-rest * share.numerator // share.denominator)
     return at_least(1, rows)
-
-
-def _turns(first, num_tokens, top_k):
-    """The order in which assignments take their places, or None for that of their numbers."""
-    if first is None:
-        return None
-    urgent_first = ops.cast(ops.argsort(-ops.stop_gradient(ops.convert_to_tensor(first))), "int32")
-    choices = ops.expand_dims(ops.arange(top_k, dtype="int32"), 1)
-    return ops.reshape(choices * num_tokens + urgent_first, (-1,))

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import threading
 
-from keras_moe._internal.validation import check_choice
+from keras_moe._internal.checks import check_choice
 from keras_moe.backend import backend
 
 PLATFORMS = ("cpu", "gpu", "tpu")
@@ -13,6 +13,7 @@ PLATFORMS = ("cpu", "gpu", "tpu")
 _of_thread = threading.local()
 
 
+@contextlib.contextmanager
 def platform(name):
     """Trace for a platform that this process does not run on.
 
@@ -26,10 +27,10 @@ def platform(name):
     is traced must be compiled for that platform, or for a CPU, which interprets it slowly.
 
     Args:
-        name: "cpu", "gpu" or "tpu".
+        name: String. `"cpu"`, `"gpu"` or `"tpu"`.
 
     Raises:
-        ValueError: If it is none of these.
+        ValueError: If `name` is none of these.
 
     Example:
 
@@ -40,11 +41,7 @@ def platform(name):
     >>> outputs.shape
     (8, 16)
     """
-    return _named(check_choice("name", name, PLATFORMS))
-
-
-@contextlib.contextmanager
-def _named(name):
+    check_choice("name", name, PLATFORMS)
     outer, _of_thread.name = named_platform(), name
     try:
         yield
@@ -53,7 +50,7 @@ def _named(name):
 
 
 def named_platform():
-    """What an enclosing `platform` names, or None."""
+    """The platform that an enclosing `platform` names, or None."""
     return getattr(_of_thread, "name", None)
 
 
@@ -72,15 +69,9 @@ def keeping_platform(function):
     return traced_as_now
 
 
-def on_platform(functions, *operands, name=None):
-    """`functions[platform](*operands)` for the platform that is compiled for.
+def on_platform(name, function, *operands):
+    """`function(platform, *operands)` for the platform of a name, or None: that compiled for.
 
-    Args:
-        functions: dict from "cpu", "gpu" and "tpu" to functions whose results agree in structure,
-            shapes and dtypes.
-        *operands: a tensor, and any structures of tensors.
-        name: the platform, where an enclosing `platform` names it.
+    The first operand is a tensor. Results of all platforms agree in structure, shapes and dtypes.
     """
-    if name is not None:
-        return functions[name](*operands)
-    return backend.on_its_platform(functions, *operands)
+    return function(name, *operands) if name else backend.on_its_platform(function, *operands)

@@ -7,19 +7,16 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_moe._internal.shape_checks import check_fields, check_scores, check_selected
-from keras_moe._internal.tensor_checks import check_experts, check_mask
-from keras_moe._internal.validation import (
+from keras_moe._internal.checks import (
     check_choice,
-    check_flag,
-    check_function,
-    check_positive_number,
-    check_top_k,
-    shortened,
+    check_indices,
+    check_mask,
+    check_number,
+    check_tensors,
 )
 from keras_moe.backend import backend
 from keras_moe.ops.scores import SCORES, distribution
-from keras_moe.ops.selection import take_scores, top_k_indices
+from keras_moe.ops.selection import _take_scores, _top_k_indices, check_top_k
 
 
 class Routing(NamedTuple):
@@ -50,21 +47,50 @@ class Routing(NamedTuple):
     details: Any = ()
 
 
+def check_routing(routing, *names):
+    """The routing, its fields of these names tensors that fit each other; the mask is of bools."""
+    fields = {name: ops.convert_to_tensor(getattr(routing, name)) for name in names}
+    check_tensors(**{name: (field, *_FIELDS[name]) for name, field in fields.items()})
+    if "mask" in fields:
+        fields["mask"] = ops.cast(fields["mask"], "bool")
+    return routing._replace(**fields)
+
+
+_FIELDS = {
+    "indices": ("TK", "int"),
+    "weights": ("TK", "float"),
+    "probs": ("TE", "float"),
+    "logits": ("TE", "float"),
+    "mask": ("T", "mask"),
+    "counts": ("E", "number"),
+    "load": ("E", "float"),
+}
+
+
 def make_routing(indices, weights, probs, logits, mask, counts=None, load=None, details=()):
     """A `Routing` in which padding has no weight and no count.
 
     Args:
-        indices, weights, probs, logits, mask, details: as in `Routing`.
-        counts: (E,) int32, or None to count the indices.
-        load: (E,) float32, or None for the counts.
+        indices: Integer tensor (T, K). The experts of each token, -1 for none.
+        weights: Float tensor (T, K). Their combine weights.
+        probs: Float tensor (T, E). Scores of all experts.
+        logits: Float tensor (T, E). What the scores were computed from.
+        mask: Bool tensor (T,), False for padding.
+        counts: Integer tensor (E,) or None. Assignments per expert; None counts the indices.
+        load: Float tensor (E,) or None. None takes the counts.
+        details: Tuple of tensors for a plan of your own.
+
+    Returns:
+        A `Routing`.
     """
-    check_experts("indices", indices, getattr(logits, "shape", (None,))[-1])
-    check_fields(Routing(indices, weights, probs, logits, mask, counts, None, load))
-    if not isinstance(details, tuple):
-        raise TypeError(
-            "`details` must be a tuple of tensors. Received: an object of type "
-            f"{type(details).__name__}. Pass `(tensor,)`, or leave it out."
-        )
+    routing = Routing(indices, weights, probs, logits, mask, counts, None, load)
+    given = [name for name in _FIELDS if getattr(routing, name) is not None]
+    indices, weights, probs, logits, mask, counts, _, load, _ = check_routing(routing, *given)
+    check_indices("indices", routing.indices, probs.shape[-1])
+    return _make_routing(indices, weights, probs, logits, mask, counts, load, details)
+
+
+def _make_routing(indices, weights, probs, logits, mask, counts=None, load=None, details=()):
     weights = ops.where(ops.expand_dims(mask, 1), weights, 0.0)
     if counts is None:
         counts = count_assignments(indices, mask, logits.shape[-1])
@@ -90,18 +116,32 @@ def without_padding(routing, mask):
     )
 
 
-@backend.as_one_program
 def clean_logits(logits, mask=None):
     """Logits in float32 with zeros for padding, and a mask that is never None.
 
     Padding may hold anything: a NaN there must not reach a gradient, so it is replaced before any
     score is computed, not masked afterwards.
+
+    Args:
+        logits: Float tensor (T, E).
+        mask: Bool tensor (T,), False for padding, or None.
+
+    Returns:
+        The logits (T, E) and the mask (T,), a bool tensor.
     """
-    check_scores("logits", logits)
+    logits = ops.convert_to_tensor(logits)
+    check_tensors(logits=(logits, "TE", "float"))
+    if mask is not None:
+        mask = ops.convert_to_tensor(mask)
+        check_mask(mask, logits.shape[:1])
+    return _clean_logits(logits, mask)
+
+
+@backend.as_one_program
+def _clean_logits(logits, mask):
     logits = ops.cast(logits, "float32")
     if mask is None:
         return logits, ops.ones(ops.shape(logits)[:1], "bool")
-    check_mask(mask, logits.shape, of="logits")
     mask = ops.cast(mask, "bool")
     return ops.where(ops.expand_dims(mask, 1), logits, 0.0), mask
 
@@ -117,14 +157,15 @@ def top_k_routing(
     softmax equals a softmax over the chosen logits (Mixtral, arXiv:2401.04088, section 2.1).
 
     Args:
-        logits: (T, E) tensor, computed on in float32.
-        top_k: experts per token, from 1 to E.
-        mask: (T,) bool tensor, False for padding, or None.
-        score: "softmax", "sigmoid" or "sqrt_softplus".
-        renormalize: whether the weights of a token are divided by their sum. None: if K > 1.
-        scale: what all weights are multiplied by.
-        select: function from scores (T, E) to indices (T, K), which sees no gradient. None: the
-            best scores.
+        logits: Float tensor (T, E), computed on in float32.
+        top_k: Integer. Experts per token, from 1 to E.
+        mask: Bool tensor (T,), False for padding, or None.
+        score: String. `"softmax"`, `"sigmoid"` or `"sqrt_softplus"`.
+        renormalize: Bool or None. Whether the weights of a token are divided by their sum. None:
+            if K > 1.
+        scale: Float. Factor of all weights.
+        select: Function from scores (T, E) to indices (T, K), which sees no gradient, or None for
+            the best scores.
 
     Returns:
         A `Routing`.
@@ -132,46 +173,31 @@ def top_k_routing(
     Raises:
         ValueError: If there is no such score, or `top_k` is not from 1 to E.
     """
-    check_scores("logits", logits)
-    check_choice("score", score, SCORES)
-    check_positive_number("scale", scale)
-    check_top_k(top_k, logits.shape[-1])
-    if select is not None and not callable(select):
-        raise TypeError(
-            "`select` must be a function of scores (T, E). Received: "
-            f"select={shortened(select)}. Leave it out for the best scores."
-        )
-    check_flag("renormalize", renormalize, optional=True)
     logits, mask = clean_logits(logits, mask)
+    check_choice("score", score, SCORES)
+    top_k = check_top_k(top_k, logits.shape[-1])
+    scale = check_number("scale", scale, above=0)
+    return _top_k_routing(logits, top_k, mask, score, renormalize, scale, select)
+
+
+def _top_k_routing(logits, top_k, mask, score="softmax", renormalize=None, scale=1.0, select=None):
     scores = SCORES[score](logits)
     if select is None:
-        indices = top_k_indices(scores, top_k)
+        indices = _top_k_indices(scores, top_k)
     else:
-        try:
-            indices = select(ops.stop_gradient(scores))
-        except TypeError:  # Not before: it is slow, for each call of a router.
-            check_function("select", select, "scores")
-            raise
-        check_selected(indices, scores.shape[0], top_k)
+        indices = ops.convert_to_tensor(select(ops.stop_gradient(scores)))
+        sizes = {"T": scores.shape[0], "K": top_k}
+        check_tensors(sizes, **{"select(scores)": (indices, "TK", "int")})
         indices = ops.cast(indices, "int32")
-    weights = take_scores(scores, indices)
+    weights = _take_scores(scores, indices)
     if renormalize or (renormalize is None and top_k > 1):
         weights = distribution(weights)
     probs = scores if score == "softmax" else distribution(scores)
-    return make_routing(indices, weights * scale, probs, logits, mask)
+    return _make_routing(indices, weights * scale, probs, logits, mask)
 
 
 @backend.as_one_program
 def count_assignments(indices, mask, num_experts):
-    """How many assignments each expert has.
-
-    Args:
-        indices: (T, K) int32; -1 for no expert.
-        mask: (T,) bool, False for padding.
-        num_experts: E.
-
-    Returns:
-        (E,) int32.
-    """
+    """How many assignments (T, K), -1 for none, each expert has from real tokens, (E,) int32."""
     served = ops.where(ops.expand_dims(mask, 1), indices, -1)
     return backend.count_integers(ops.reshape(served, (-1,)), num_experts)

@@ -11,7 +11,7 @@ SMALLEST_SCORE = 1e-7
 
 @backend.as_one_program
 def softmax(logits, axis=-1):
-    """Softmax over the experts, or another axis, where one NaN makes all scores NaN.
+    """Softmax along an axis, where one NaN makes all scores NaN.
 
     TensorFlow's own softmax on CPUs gives the other experts a score of 0 there, which would hide
     a broken router; and `ops.softmax` warns of a single expert.

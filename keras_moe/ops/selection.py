@@ -3,9 +3,7 @@
 import numpy as np
 from keras import ops
 
-from keras_moe._internal.shape_checks import check_scores, check_shapes
-from keras_moe._internal.tensor_checks import check_experts
-from keras_moe._internal.validation import check_positive_integer, check_top_k
+from keras_moe._internal.checks import check_indices, check_integer, check_tensors
 from keras_moe.backend import backend
 
 # The second lowest float: below all other scores and above minus infinity. TensorFlow's argmax
@@ -13,27 +11,42 @@ from keras_moe.backend import backend
 LOW = float(np.nextafter(np.finfo("float32").min, np.float32(0)))
 
 
-@backend.as_one_program
+def check_top_k(top_k, num_experts):
+    """Return a number of experts per token as a Python integer, from 1 to E."""
+    top_k = check_integer("top_k", top_k)
+    if top_k > num_experts:
+        raise ValueError(
+            "`top_k` must be at most the number of experts. "
+            f"Received: top_k={top_k}, {num_experts} experts"
+        )
+    return top_k
+
+
 def top_k_indices(scores, top_k):
     """The `top_k` experts of each token, best first; a tie goes to the lower index.
 
     NaN scores choose valid experts too: the output is NaN then, and nothing is read out of range.
 
     Args:
-        scores: (T, E) float32 tensor.
-        top_k: experts per token.
+        scores: Float tensor (T, E).
+        top_k: Integer. Experts per token.
 
     Returns:
-        (T, K) int32.
+        Tensor (T, K) of int32.
     """
+    scores = ops.convert_to_tensor(scores)
+    check_tensors(scores=(scores, "TE", "float"))
+    return _top_k_indices(scores, check_top_k(top_k, scores.shape[-1]))
+
+
+@backend.as_one_program
+def _top_k_indices(scores, top_k):
     # K rounds of argmax agree on ties and NaN on every backend, where top_k does not, and for a
     # few experts per token they are as fast.
-    check_scores("scores", scores)
     num_tokens, num_experts = scores.shape
-    check_top_k(top_k, num_experts)
     if num_tokens == 0:  # Keras cannot take the maximum of an empty axis.
         return ops.zeros((0, top_k), "int32")
-    scores = ops.stop_gradient(ops.convert_to_tensor(scores))
+    scores = ops.stop_gradient(scores)
     # NaN and minus infinity rank above the experts that are taken already.
     rest = ops.where(scores > LOW, scores, LOW)
     experts = ops.arange(num_experts, dtype="int32")
@@ -45,15 +58,7 @@ def top_k_indices(scores, top_k):
 
 
 def best_places(scores, number):
-    """Indices of the `number` largest along the last axis, best first; ties go to the lower index.
-
-    Args:
-        scores: (..., S) float32 tensor.
-        number: a size of at most S.
-
-    Returns:
-        (..., number) int32.
-    """
+    """Indices (..., number) of the largest of (..., S), best first; ties go to the lower index."""
     if backend.compiles_static_shapes():
         # XLA finds the largest without a sort of all.
         places = ops.top_k(scores, number)[1]
@@ -63,7 +68,6 @@ def best_places(scores, number):
     return ops.cast(places, "int32")
 
 
-@backend.as_one_program
 def group_limited_scores(scores, num_groups, top_groups):
     """Minus infinity for the experts outside a token's best groups.
 
@@ -72,27 +76,33 @@ def group_limited_scores(scores, num_groups, top_groups):
     makes scores negative, and an excluded expert would beat an admitted one.
 
     Args:
-        scores: (T, E) float32 tensor.
-        num_groups: number of groups of neighbouring experts; divides E.
-        top_groups: groups a token may choose from.
+        scores: Float tensor (T, E).
+        num_groups: Integer. Number of groups of neighbouring experts; divides E.
+        top_groups: Integer. Groups a token may choose from.
 
     Returns:
-        (T, E) float32.
+        Tensor (T, E) of the dtype of `scores`.
     """
-    check_scores("scores", scores)
-    check_positive_integer("num_groups", num_groups)
-    check_positive_integer("top_groups", top_groups)
+    scores = ops.convert_to_tensor(scores)
+    check_tensors(scores=(scores, "TE", "float"))
+    num_groups = check_integer("num_groups", num_groups)
+    top_groups = check_integer("top_groups", top_groups)
     if scores.shape[-1] % num_groups or top_groups > num_groups:
         raise ValueError(
             "`num_groups` must divide the number of experts, and `top_groups` be at most as many. "
             f"Received: {scores.shape[-1]} experts, num_groups={num_groups}, "
-            f"top_groups={top_groups}. Change one of them."
+            f"top_groups={top_groups}"
         )
+    return _group_limited_scores(scores, num_groups, top_groups)
+
+
+@backend.as_one_program
+def _group_limited_scores(scores, num_groups, top_groups):
     size = scores.shape[-1] // num_groups
-    grouped = ops.reshape(scores, (-1, num_groups, size))
-    best = top_k_indices(ops.reshape(grouped, (-1, size)), min(2, size))
-    flat = ops.sum(take_scores(ops.reshape(grouped, (-1, size)), best), axis=-1)
-    chosen = top_k_indices(ops.reshape(flat, (-1, num_groups)), top_groups)
+    grouped = ops.reshape(scores, (-1, size))
+    best = _top_k_indices(grouped, min(2, size))
+    of_groups = ops.sum(_take_scores(grouped, best), axis=-1)
+    chosen = _top_k_indices(ops.reshape(of_groups, (-1, num_groups)), top_groups)
     admitted = ops.repeat(chosen_experts(chosen, num_groups), size, axis=1)
     return ops.where(admitted, scores, float("-inf"))
 
@@ -112,9 +122,23 @@ def existing(indices, num_experts, mask=None):
     return ops.where(known, indices, -1)
 
 
-@backend.as_one_program
 def take_scores(scores, indices):
-    """The scores (T, E) of the chosen experts (T, K), as (T, K); 0 where an index is -1."""
-    check_shapes({"scores": (scores, "TE", "float"), "indices": (indices, "TK", "int")})
-    check_experts("indices", indices, scores.shape[-1])
-    return backend.take_columns(ops.convert_to_tensor(scores), ops.convert_to_tensor(indices))
+    """The scores of the chosen experts.
+
+    Args:
+        scores: Float tensor (T, E).
+        indices: Integer tensor (T, K), -1 for none.
+
+    Returns:
+        Tensor (T, K); 0 where an index is -1.
+    """
+    scores = ops.convert_to_tensor(scores)
+    check_indices("indices", indices, scores.shape[-1])
+    indices = ops.convert_to_tensor(indices)
+    check_tensors(scores=(scores, "TE", "float"), indices=(indices, "TK", "int"))
+    return _take_scores(scores, indices)
+
+
+@backend.as_one_program
+def _take_scores(scores, indices):
+    return backend.take_columns(scores, indices)

@@ -1,8 +1,8 @@
-"""How a batch crosses devices: the only place where tokens are sent to other devices and back.
+"""Tokens and experts on a mesh of devices.
 
-Tokens are split over some axes of a mesh of devices, the data axes. Kernels are whole on every
-device, or their experts are split over one axis, the expert axis. Between the plan and the combined
-outputs the layer runs once for each device, on the tokens and the experts it has:
+Tokens are split over some axes of the mesh, the data axes. Kernels are whole on every device, or
+their experts are split over one axis, the expert axis. Between the plan and the combined outputs
+the layer runs once for each device, on the tokens and the experts it has:
 
 1. Where the expert axis splits tokens as well, the devices along it gather each other's tokens.
 2. Each device sorts the assignments of its own experts, and runs them: its loops and kernels skip
@@ -32,20 +32,13 @@ from keras_moe.ops.platforms import platform
 
 
 def splits_evenly(shards, assignments, sequence_length):
-    """Whether no sequence has tokens on two devices; None stands for no sequences."""
+    """Whether no sequence, if there are any, has tokens on two devices."""
     num_tokens = ops.shape(assignments.experts)[0]
     return sequence_length is None or num_tokens % (shards.number * sequence_length) == 0
 
 
 def admit_by_shard(shards, admit, assignments, first):
-    """`admit(assignments, first)` of each device's own tokens.
-
-    Args:
-        shards: a `backend.token_shards()`.
-        admit: function from `Assignments` and the urgency of tokens, or None, to `Assignments`.
-        assignments: those of all tokens.
-        first: (T,) or None.
-    """
+    """`admit(assignments, first)` of each device's own tokens; `first` is (T,) or None."""
     num_experts = assignments.num_experts
 
     def on_device(experts, first):
@@ -60,7 +53,7 @@ def admit_by_shard(shards, admit, assignments, first):
 
 
 def _pad(tensor, shards, value):
-    """The tensor (T, ...) with padding behind, so that all devices have as many tokens."""
+    """The tensor (T, ...), padded so that all devices have as many tokens."""
     missing = -ops.shape(tensor)[0] % shards.number
     if not missing:
         return tensor
@@ -69,7 +62,7 @@ def _pad(tensor, shards, value):
 
 
 class Exchange(NamedTuple):
-    """What is the same for every batch.
+    """What is the same for every batch; hashable.
 
     - `step`: a `Step`.
     - `shards`: the `backend.token_shards()`.
@@ -85,16 +78,7 @@ class Exchange(NamedTuple):
 
 @backend.compile_once
 def run_sharded(exchange, tokens, weights, parameters, assignments):
-    """What `run_grouped` computes, of tokens and kernels that are spread over a mesh.
-
-    Args:
-        exchange: an `Exchange`.
-        tokens, weights, parameters: as for `run_grouped`; the weights of `Choices` as there.
-        assignments: `Assignments` or `Choices`, whose first axis is as long as that of the weights.
-
-    Returns:
-        (T, `step.output_width`) in the dtype of `tokens`.
-    """
+    """`run_grouped` for `Assignments` or `Choices` of tokens that are spread over a mesh."""
     step, shards, expert_axis, platform_of_devices = exchange
     kind = type(assignments)
     tokens_cross = expert_axis in shards.axes
@@ -110,7 +94,7 @@ def run_sharded(exchange, tokens, weights, parameters, assignments):
             tokens, weights, *parts = (
                 shards.gather(each, expert_axis) for each in (tokens, weights, *parts)
             )
-        num_experts = parameters.all_kernels[0].shape[0]
+        num_experts = parameters.num_experts
         place = 0 if expert_axis is None else shards.place_on(expert_axis)
         groups, weights = kind.sort_part(parts, weights, place * num_experts, num_experts)
         if expert_axis is None:

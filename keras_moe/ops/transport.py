@@ -1,16 +1,16 @@
-"""Balanced selection: assignments that give every expert its fair share of the tokens."""
+"""Balanced selection: assignments that give every expert its fair share of the tokens.
+
+Axes: T tokens, of which N are real, E experts.
+"""
 
 from keras import ops
 
-from keras_moe._internal.shape_checks import check_scores
-from keras_moe._internal.tensor_checks import check_mask
-from keras_moe._internal.validation import check_positive_integer
+from keras_moe._internal.checks import check_integer, check_tensors
 from keras_moe.backend import backend
-from keras_moe.ops.selection import take_scores, top_k_indices
-from keras_moe.ops.sorting import place_in_queue, put
+from keras_moe.ops.assignments import place_in_queue, put
+from keras_moe.ops.selection import _take_scores, _top_k_indices
 
 
-@backend.as_one_program
 def sinkhorn_plan(logits, mask, iterations):
     """The plan closest to the softmax whose experts all have the same load.
 
@@ -20,35 +20,42 @@ def sinkhorn_plan(logits, mask, iterations):
     (arXiv:1306.0895), algorithm 1; for routing Clark et al. 2022 (arXiv:2202.01169).
 
     Args:
-        logits: (T, E) float32 tensor.
-        mask: (T,) bool tensor, False for padding.
-        iterations: number of rounds.
+        logits: Float tensor (T, E).
+        mask: Bool tensor (T,), False for padding.
+        iterations: Integer. Number of rounds.
 
     Returns:
-        (T, E) float32 logarithm of the plan; minus infinity for padding.
+        Float32 tensor (T, E), the logarithm of the plan; minus infinity for padding.
     """
-    check_scores("logits", logits)
-    check_mask(mask, logits.shape)
-    check_positive_integer("iterations", iterations)
-    logits = ops.convert_to_tensor(logits)
+    logits, mask = _as_tensors(logits, mask)
+    return _sinkhorn_plan(logits, mask, check_integer("iterations", iterations))
+
+
+def _as_tensors(scores, mask):
+    scores, mask = ops.convert_to_tensor(scores), ops.convert_to_tensor(mask)
+    check_tensors(scores=(scores, "TE", "float"), mask=(mask, "T", "mask"))
+    return ops.cast(scores, "float32"), ops.cast(mask, "bool")
+
+
+@backend.as_one_program
+def _sinkhorn_plan(logits, mask, iterations):
     num_experts = logits.shape[-1]
     real = ops.expand_dims(mask, 1)
     num_real = ops.sum(ops.cast(mask, "float32"))
     target = ops.log(ops.maximum(num_real, 1.0) / num_experts)
 
     def scale(_, prices):
-        rows = ops.where(real, logits + prices, 0.0)
-        given = ops.where(real, rows - ops.logsumexp(rows, axis=1, keepdims=True), float("-inf"))
-        received = ops.logsumexp(given, axis=0)
+        received = ops.logsumexp(given(prices), axis=0)
         # An expert that receives nothing, not even rounding errors, keeps its price.
         return prices + ops.where(ops.isfinite(received), target - received, 0.0)
 
-    prices = ops.fori_loop(0, iterations, scale, ops.zeros((num_experts,), "float32"))
-    rows = ops.where(real, logits + prices, 0.0)
-    return ops.where(real, rows - ops.logsumexp(rows, axis=1, keepdims=True), float("-inf"))
+    def given(prices):
+        rows = ops.where(real, logits + prices, 0.0)
+        return ops.where(real, rows - ops.logsumexp(rows, axis=1, keepdims=True), float("-inf"))
+
+    return given(ops.fori_loop(0, iterations, scale, ops.zeros((num_experts,), "float32")))
 
 
-@backend.as_one_program
 def balanced_assignment(scores, mask):
     """One expert for each token, none with more than `ceil(N / E)` tokens.
 
@@ -59,14 +66,17 @@ def balanced_assignment(scores, mask):
     scores.
 
     Args:
-        scores: (T, E) float32 tensor; what is not finite counts as the lowest.
-        mask: (T,) bool tensor, False for padding.
+        scores: Float tensor (T, E); what is not finite counts as the lowest.
+        mask: Bool tensor (T,), False for padding.
 
     Returns:
-        (T,) int32; padding is given expert 0.
+        Int32 tensor (T,); padding is given expert 0.
     """
-    check_scores("scores", scores)
-    check_mask(mask, scores.shape)
+    return _balanced_assignment(*_as_tensors(scores, mask))
+
+
+@backend.as_one_program
+def _balanced_assignment(scores, mask):
     num_tokens, num_experts = ops.shape(scores)[0], scores.shape[-1]
     scores = ops.where(ops.isfinite(scores), scores, -3e38)
     num_real = ops.sum(ops.cast(mask, "int32"))
@@ -75,8 +85,8 @@ def balanced_assignment(scores, mask):
 
     def propose(open_to):
         wishes = ops.where(open_to, scores, float("-inf"))
-        choice = top_k_indices(wishes, 1)
-        return choice[:, 0], take_scores(wishes, choice)[:, 0]
+        choice = _top_k_indices(wishes, 1)
+        return choice[:, 0], _take_scores(wishes, choice)[:, 0]
 
     def turn_away(open_to, rejected):
         choice, offer = propose(open_to)

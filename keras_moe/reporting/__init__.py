@@ -1,7 +1,7 @@
-"""The page that shows what the experts of a model do on some data."""
+"""HTML page about the experts of a model on some data."""
 
-from keras_moe._internal.files import write_whole
-from keras_moe._internal.validation import check_path
+import os
+import pathlib
 
 
 def report(model, data, labels=None, tokens=None, path="report.html"):
@@ -10,8 +10,8 @@ def report(model, data, labels=None, tokens=None, path="report.html"):
     It opens without a network and shows verdicts with what to try, a table of the layers, plots,
     and the text coloured by the expert that served each token, with weights and probabilities under
     the mouse or the arrow keys. The model runs on all of the data, and all are shown: pass a few
-    hundred documents, not all you have. For a model without MoE layers
-    the page says that it has none.
+    hundred documents, not all you have. For a model without MoE layers the page says that it has
+    none.
 
     Layers that see different tokens, as the encoder and decoder of a translator do, take their own
     `labels` and `tokens`: a dict of them by the name of the layer.
@@ -19,15 +19,15 @@ def report(model, data, labels=None, tokens=None, path="report.html"):
     Needs matplotlib: `pip install matplotlib`.
 
     Args:
-        model: a Keras model.
-        data: all documents at once, as `model.predict` takes them: an array, or a list or dict of
-            arrays for a model with several inputs. `surgery` and `inspection` take lists of batches
-            instead.
-        labels: integers or strings, one for each document or (documents, positions), or None.
-        tokens: strings to show, for each document a list or a text that is split at blanks; None
-            shows integer data as they are. Where a layer sees fewer positions than there are
-            tokens, each position shows the neighbours it stands for.
-        path: file to write; it is whole or not there.
+        model: A Keras model.
+        data: Array or nested list, or a list or dict of arrays for a model with several inputs. All
+            documents at once, as `model.predict` takes them; `surgery` and `inspection` take lists
+            of batches instead.
+        labels: Integers or strings, one for each document or (documents, positions), or None.
+        tokens: Strings to show, for each document a list or a text that is split at blanks, or
+            None, which shows integer data as they are. Where a layer sees fewer positions than
+            there are tokens, each position shows the neighbours it stands for.
+        path: String or path. File to write; it is whole or not there.
 
     Returns:
         The path, a `pathlib.Path`.
@@ -47,17 +47,23 @@ def report(model, data, labels=None, tokens=None, path="report.html"):
     >>> data = keras.ops.convert_to_numpy(keras.random.randint((8, 10), 0, 100))
     >>> path = keras_moe.report(model, data, path=f"{tempfile.mkdtemp()}/report.html")
     """
-    path = check_path("path", path)
+    path = pathlib.Path(path)
+    # Before the model runs. A device or a pipe would be replaced by the file.
     if not path.parent.is_dir() or (path.exists() and not path.is_file()):
         raise ValueError(
-            "`path` must name a file in a folder that exists. Received: "
-            f"path={str(path)!r}. Make the folder first, or name another."
+            f"`path` must name a file in a folder that exists. Received: path={str(path)!r}"
         )
     # Here, so that the package can be imported without matplotlib.
     from keras_moe.reporting import page, study
 
-    found = study.study(model, data, labels, tokens)
-    write_whole(path, page.render(model.name, found))
+    num_documents, found = study.study(model, data, labels, tokens)
+    text = page.render(model.name, num_documents, found)
+    part = path.with_name(f".{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
 

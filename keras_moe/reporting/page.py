@@ -1,4 +1,4 @@
-"""From a study to HTML. Everything that comes from the model or the data is escaped here."""
+"""The page as HTML: all text from the model or the data is escaped here."""
 
 import html
 import json
@@ -8,8 +8,9 @@ from importlib import resources
 
 import numpy as np
 
+from keras_moe import metrics
 from keras_moe._internal.plain_text import as_text
-from keras_moe.reporting.study import imbalance
+from keras_moe.reporting.svg_plots import svg_plots
 
 _NO_LAYER = (
     "This model has no MixtureOfExperts layer, so there is nothing to see. "
@@ -18,18 +19,18 @@ _NO_LAYER = (
 _SYMBOLS = {"problem": "✖", "hint": "▲", "good": "✔"}
 
 
-def render(model_name, found):
-    """The whole page for a `Study`."""
+def render(model_name, num_documents, layers):
+    """The whole page for a list of `LayerStudy`."""
     template = string.Template(
         resources.files("keras_moe.reporting").joinpath("page.html").read_text(encoding="utf-8")
     )
     return template.substitute(
         title=_escape(f"Experts of {model_name}"),
-        subtitle=_subtitle(found),
-        verdicts="\n".join(_verdicts(found.layers)),
-        layers=_table(found.layers) if found.layers else "",
-        plots="\n".join(_plots(found.layers)),
-        data=_script_data(found),
+        subtitle=_subtitle(num_documents, layers),
+        verdicts="\n".join(_verdicts(layers)),
+        layers=_table(layers) if layers else "",
+        plots="\n".join(_plots(layers)),
+        data=_script_data(num_documents, layers),
     )
 
 
@@ -37,9 +38,9 @@ def _escape(text):
     return html.escape(as_text(text))
 
 
-def _subtitle(found):
-    tokens = max((int(layer.routing.mask.sum()) for layer in found.layers), default=0)
-    documents = f"{found.num_documents:,} document{'s' * (found.num_documents != 1)}"
+def _subtitle(num_documents, layers):
+    tokens = max((int(layer.routing.mask.sum()) for layer in layers), default=0)
+    documents = f"{num_documents:,} document{'s' * (num_documents != 1)}"
     return f"{documents}, {tokens:,} token{'s' * (tokens != 1)} routed"
 
 
@@ -54,45 +55,41 @@ def _verdicts(layers):
             fixes.append(finding.fix)
             yield _verdict(finding.level, f"{name}: {finding.text}", fix)
         if not layer.findings:
-            share = layer.counts / layer.counts.sum()
+            share = layer.routing.counts / layer.routing.counts.sum()
             text = f"{name}: all {len(share)} experts work."
             yield _verdict("good", text, f"Shares from {share.min():.1%} to {share.max():.1%}.")
 
 
 def _verdict(level, text, more):
+    more = re.sub("`([^`]+)`", r"<code>\1</code>", _escape(more))
     return (
         f'<li class="{level}"><span class="symbol" role="img" aria-label="{level}">'
-        f"{_SYMBOLS[level]}</span><p><strong>{_escape(text)}</strong> {_with_code(more)}</p>"
+        f"{_SYMBOLS[level]}</span><p><strong>{_escape(text)}</strong> {more}</p>"
     )
-
-
-def _with_code(text):
-    return re.sub("`([^`]+)`", r"<code>\1</code>", _escape(text))
-
-
-_COLUMNS = {
-    "Layer": lambda layer: _escape(layer.summary.name),
-    "Experts": lambda layer: f"{layer.summary.top_k} of {layer.summary.num_experts}",
-    "Parameters": lambda layer: f"{layer.summary.parameters:,}",
-    "active": lambda layer: f"{layer.summary.active_parameters:,}",
-    "Shares": lambda layer: _bars(layer.counts),
-    "Busiest, × fair": lambda layer: f"{imbalance(layer.counts) + 1:.2f}",
-    "Dead": lambda layer: f"{int((layer.counts == 0).sum())}",
-    "Dropped": lambda layer: f"{layer.dropped:.1%}",
-    "Router entropy / log E": lambda layer: f"{layer.entropy:.2f}",
-    "Bits shared with labels": lambda layer: (
-        "–" if layer.information is None else f"{layer.information:.2f}"
-    ),
-}
 
 
 def _table(layers):
-    head = "".join(f'<th scope="col">{name}</th>' for name in _COLUMNS)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{cell(layer)}</td>" for cell in _COLUMNS.values()) + "</tr>"
-        for layer in layers
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    rows = [_row(layer) for layer in layers]
+    head = "".join(f'<th scope="col">{name}</th>' for name in rows[0])
+    cells = ("".join(f"<td>{cell}</td>" for cell in row.values()) for row in rows)
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _row(layer):
+    summary, counts, shared = layer.summary, layer.routing.counts, layer.information
+    return {
+        "Layer": _escape(summary.name),
+        "Experts": f"{summary.top_k} of {summary.num_experts}",
+        "Parameters": f"{summary.parameters:,}",
+        "active": f"{summary.active_parameters:,}",
+        "Shares": _bars(counts),
+        "Busiest, × fair": f"{float(metrics.load_imbalance(counts)) + 1:.2f}",
+        "Dead": f"{int((counts == 0).sum())}",
+        "Dropped": f"{float(layer.routing.dropped):.1%}",
+        "Router entropy / log E": f"{layer.entropy:.2f}",
+        "Bits shared with labels": "–" if shared is None else f"{shared:.2f}",
+    }
 
 
 def _bars(counts):
@@ -109,9 +106,6 @@ def _bars(counts):
 
 
 def _plots(layers):
-    # Here, because a model without MoE layers can be reported without matplotlib.
-    from keras_moe.reporting.svg_plots import svg_plots
-
     for caption, svg in svg_plots(layers):
         caption = _escape(caption)
         yield (
@@ -120,9 +114,9 @@ def _plots(layers):
         )
 
 
-def _script_data(found):
-    layers = [_layer_data(layer, found.num_documents) for layer in found.layers if layer.texts]
-    text = json.dumps({"layers": layers}, ensure_ascii=False, separators=(",", ":"))
+def _script_data(num_documents, layers):
+    data = {"layers": [_layer_data(layer, num_documents) for layer in layers if layer.texts]}
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     # Inside a script element only its own end tag and comments mean anything.
     return text.replace("<", "\\u003c")
 
@@ -138,10 +132,9 @@ def _layer_data(layer, num_documents):
     chosen = np.take_along_axis(routing.probs, np.maximum(indices, 0), axis=1)
     return {
         "name": as_text(layer.summary.name),
-        "numExperts": layer.summary.num_experts,
         "topK": indices.shape[1],
         "positions": len(routing.mask) // num_documents,
-        "counts": layer.counts.tolist(),
+        "counts": routing.counts.tolist(),
         "texts": [as_text(text) for text in layer.texts],
         "labels": _document_labels(layer, num_documents),
         "padding": np.flatnonzero(~routing.mask).tolist(),

@@ -28,36 +28,31 @@ _STYLE = {
 
 def svg_plots(layers):
     """Pairs of a caption and an SVG for a list of `LayerStudy`."""
-    routings = {layer.summary.name: layer.routing for layer in layers if layer.counts.sum()}
-    if not routings:
-        return
+    layers = [layer for layer in layers if layer.routing.counts.sum()]
+    routings = {layer.summary.name: layer.routing for layer in layers}
     with matplotlib.rc_context(_STYLE):
-        labels = {layer.summary.name: layer.labels for layer in layers}
+        labels = [layer.labels for layer in layers]
         yield from _by_row(routings, labels, "Which expert serves which label")
-        words = {layer.summary.name: _repeated(layer) for layer in layers}
+        words = [_repeated(layer) for layer in layers]
         yield from _by_row(routings, words, "Which expert serves which token, most frequent first")
         # The page says in words that a router computes no numbers.
-        sure = {
-            name: routing
-            for name, routing in routings.items()
-            if np.isfinite(routing.probs[routing.mask]).all()
-        }
+        sure = _where(routings, lambda routing: np.isfinite(routing.probs[routing.mask]).all())
         if sure:
-            figure = visualization.confidence(sure)
-            yield "How sure the router is", _svg(figure)
-        several = {
-            name: routing for name, routing in routings.items() if routing.indices.shape[1] > 1
-        }
+            yield "How sure the router is", _svg(visualization.confidence(sure))
+        several = _where(routings, lambda routing: routing.indices.shape[1] > 1)
         if several:
-            figure = visualization.coactivation(several)
-            yield "Which experts serve the same tokens", _svg(figure)
+            yield "Which experts serve the same tokens", _svg(visualization.coactivation(several))
 
 
 def _by_row(routings, rows, caption):
-    for name, routing in routings.items():
-        if rows[name] is not None:
-            figure = visualization.specialization({name: routing}, rows[name])
+    for (name, routing), labels in zip(routings.items(), rows):
+        if labels is not None:
+            figure = visualization.specialization({name: routing}, labels)
             yield f"{caption}: {name}", _svg(figure)
+
+
+def _where(routings, condition):
+    return {name: routing for name, routing in routings.items() if condition(routing)}
 
 
 def _repeated(layer):

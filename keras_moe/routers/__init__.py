@@ -3,26 +3,15 @@
 from functools import partial
 
 from keras_moe._internal.serialization import resolve
-from keras_moe.routers import balancers
-from keras_moe.routers.balanced_assignment import BalancedAssignmentRouter
+from keras_moe.routers.balanced import BalancedAssignmentRouter, SinkhornRouter
 from keras_moe.routers.balancers import LossFreeBias, QuantileBias, SelectionBalancer
-from keras_moe.routers.cosine import CosineRouter
-from keras_moe.routers.dense import DenseRouter
-from keras_moe.routers.expert_choice import ExpertChoiceRouter
-from keras_moe.routers.forced import ForcedRouter
-from keras_moe.routers.group_limited import GroupLimitedRouter
-from keras_moe.routers.gshard import GShardRouter
-from keras_moe.routers.hash import HashRouter
+from keras_moe.routers.fixed import ForcedRouter, HashRouter
 from keras_moe.routers.logit_router import LogitRouter
-from keras_moe.routers.noisy_top_k import NoisyTopKRouter
-from keras_moe.routers.relu import ReLURouter
+from keras_moe.routers.noisy import GShardRouter, NoisyTopKRouter, VMoERouter
 from keras_moe.routers.router import Router
-from keras_moe.routers.selection_router import SelectionRouter
-from keras_moe.routers.sinkhorn import SinkhornRouter
-from keras_moe.routers.soft import SoftRouter
-from keras_moe.routers.top_k import TopKRouter
-from keras_moe.routers.top_p import TopPRouter
-from keras_moe.routers.v_moe import VMoERouter
+from keras_moe.routers.top_k import CosineRouter, GroupLimitedRouter, SelectionRouter, TopKRouter
+from keras_moe.routers.unchosen import DenseRouter, ExpertChoiceRouter, SoftRouter
+from keras_moe.routers.varying import ReLURouter, TopPRouter
 
 BY_NAME = {
     "balanced_assignment": BalancedAssignmentRouter,
@@ -43,21 +32,17 @@ BY_NAME = {
 
 
 def get(identifier, num_experts):
-    """A router from an instance, a config, or a name in `BY_NAME`.
+    """Return a router for a number of experts.
 
     Args:
-        identifier: a `Router`, a serialized one, or a name, which stands for its defaults.
-        num_experts: number of experts of a router that is given by name, or has none of its own.
+        identifier: A `Router`, a serialized one, or a name in `BY_NAME`, which stands for its
+            defaults.
+        num_experts: Integer. Number of experts of a router without one.
 
     Raises:
-        ValueError: If `identifier` is none of these.
+        TypeError: If `identifier` is none of these.
+        ValueError: If the number does not fit the arguments of the router.
     """
-    is_name = isinstance(identifier, str) and identifier in balancers.BY_NAME
-    if is_name or isinstance(identifier, SelectionBalancer):
-        raise ValueError(
-            f"A balancer is a part of a router. Received: router={identifier!r}. "
-            f"Pass `router=routers.TopKRouter(balancer={identifier!r})`."
-        )
     router = resolve("router", identifier, Router, BY_NAME, num_experts=num_experts)
     router.bind(num_experts)
     return router

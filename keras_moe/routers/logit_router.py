@@ -1,34 +1,13 @@
-"""What routers with a learned map from tokens to logits have in common."""
+"""Routers with a learned map from tokens to logits."""
 
 import keras
 from keras import ops
 
-from keras_moe._internal.initializers import Checked
+from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.keras_internals import own_variables
-from keras_moe._internal.keras_objects import CheckedRegularizer, get_initializer, get_regularizer
-from keras_moe._internal.lora import (
-    Adaptable,
-    adaptable_from_config,
-    corrected,
-    factors_for,
-    forget_corrections,
-)
-from keras_moe._internal.saved_state import load_draws, save_draws
-from keras_moe._internal.shape_checks import (
-    check_inputs_shape,
-    check_kernel_shape,
-    check_logits,
-    check_shapes,
-    known,
-)
-from keras_moe._internal.validation import (
-    check_fraction,
-    check_method,
-    check_not_negative,
-    check_seed,
-    overrides,
-)
-from keras_moe.ops import clean_logits, draws
+from keras_moe._internal.lora import Adaptable, factors_for
+from keras_moe._internal.serialization import load_draws, save_draws
+from keras_moe.ops import draws
 from keras_moe.routers.router import Router
 
 
@@ -36,26 +15,13 @@ class LogitRouter(Adaptable, Router):
     """Abstract: a router whose logits are learned; linear, unless a subclass overrides `project`.
 
     Args:
-        num_experts: number of experts, E.
-        input_jitter: in training the router, not the experts, sees its inputs multiplied by noise
-            uniform in `[1 - input_jitter, 1 + input_jitter]` (Switch uses 0.01). From 0 to below 1.
-        logit_noise: in training, standard deviation of normal noise added to the logits.
-        kernel_initializer: of the kernel (D, E). The default is normal with standard deviation
-            0.02; zeros would send every token to the same experts.
-        kernel_regularizer: of the kernel, or None.
-        seed: integer seed of the noise, or None.
+        num_experts, input_jitter, logit_noise, kernel_initializer, kernel_regularizer, seed: As in
+            `TopKRouter`.
+        **kwargs: `name` and `trainable`, as in any Keras layer.
     """
 
     # Whether a `project` that is overridden multiplies by `times_kernel`, and so has LoRA.
     projects_by_times_kernel = False
-    _attribute_checks = {
-        "input_jitter": check_fraction,
-        "logit_noise": check_not_negative,
-        "kernel_initializer": get_initializer,
-        "kernel_regularizer": get_regularizer,
-        "seed": check_seed,
-    }
-    _fixed_attributes: tuple[str, ...] = ("kernel_initializer", "kernel_regularizer", "seed")
 
     def __init__(
         self,
@@ -68,64 +34,62 @@ class LogitRouter(Adaptable, Router):
         **kwargs,
     ):
         super().__init__(num_experts, **kwargs)
-        check_method(self, "project", "tokens")
-        check_method(self, "logits", "tokens", "mask", "training")
-        check_method(self, "kernel_shape", "features")
-        self.seed = seed
-        self.input_jitter = input_jitter
-        self.logit_noise = logit_noise
+        self.input_jitter = check_number("input_jitter", input_jitter, below=1)
+        self.logit_noise = check_number("logit_noise", logit_noise)
+        self.seed = None if seed is None else check_integer("seed", seed, minimum=0)
         if kernel_initializer is None:
             kernel_initializer = keras.initializers.RandomNormal(stddev=0.02, seed=self.seed)
-        self.kernel_initializer = kernel_initializer
-        self.kernel_regularizer = kernel_regularizer
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self._noise_seed = keras.random.SeedGenerator(self.seed)
 
     def build(self, tokens_shape):
-        check_inputs_shape(tokens_shape)
-        self.input_spec = keras.layers.InputSpec(axes={-1: tokens_shape[-1]})
         features = tokens_shape[-1]
-        height = None if self._overrides_project() else features
-        shape = check_kernel_shape(self, self.kernel_shape(features), features, height)
-        self.kernel = self._add_kernel("kernel", shape)
+        self.input_spec = keras.layers.InputSpec(ndim=2, axes={-1: features})
+        self.kernel = self._add_kernel("kernel", self.kernel_shape(features))
 
     def _post_build(self):
-        # Behind all that subclasses build, as where LoRA is enabled later: optimizers go by order.
+        # After all that subclasses build, as where LoRA is enabled later: optimizers go by order.
         if self.lora_rank and not self.lora_enabled:
             self.add_factors()
         super()._post_build()
 
-    def _made_by_build(self):
-        has_kernel = not self._projects_otherwise()
-        return [*super()._made_by_build(), *(["kernel"] if has_kernel else [])]
-
     def kernel_shape(self, features):
+        """Return the shape of the kernel for tokens of a width."""
         return features, self.num_experts
 
     def project(self, tokens):
-        """Logits (T, E) of tokens (T, D), without noise."""
+        """Return logits (T, E) of tokens (T, D), without noise."""
         return self.times_kernel(tokens)
 
     def times_kernel(self, tokens):
-        """Tokens (T, D) times the kernel, with what LoRA has learned."""
+        """Return tokens (T, D) times the kernel, with LoRA's correction."""
         products = ops.matmul(tokens, self.kernel)
         if not self.lora_enabled:
             return products
         correction = ops.matmul(ops.matmul(tokens, self.kernel_lora_a), self.kernel_lora_b)
         return products + self.lora_scale() * correction
 
+    def logits(self, tokens, mask, training):
+        """Return logits (T, E) in float32, in training with noise, and the mask."""
+        if training and self.input_jitter:
+            noise = 2 * self._noise(draws.uniform, tokens) - 1
+            tokens = tokens * (1 + self.input_jitter * noise)
+        logits = ops.cast(self.project(tokens), "float32")
+        if training and self.logit_noise:
+            logits = logits + self.logit_noise * self._noise(draws.normal, logits)
+        return logits, mask
+
+    def _noise(self, draw, like):
+        """Return numbers of the shape of a tensor (R, C), from one of `ops.draws`."""
+        return draw(ops.shape(like), self._noise_seed)
+
     def check_takes_lora(self):
-        if self._projects_otherwise():
+        if not (type(self).project is LogitRouter.project or self.projects_by_times_kernel):
             raise NotImplementedError(
                 "LoRA corrects products with the kernel, and this router computes its logits in "
-                f"another way. Received: a `{type(self).__name__}`. Train its kernel: it is small."
+                f"another way. Received: a `{type(self).__name__}`"
             )
-
-    def _projects_otherwise(self):
-        """Whether the logits are no products with the kernel."""
-        return self._overrides_project() and not self.projects_by_times_kernel
-
-    def _overrides_project(self):
-        return overrides(self, "project", LogitRouter)
 
     def add_factors(self, a_initializer="he_uniform", b_initializer="zeros"):
         self.kernel_lora_a, self.kernel_lora_b = factors_for(
@@ -133,76 +97,45 @@ class LogitRouter(Adaptable, Router):
         )
         self.lora_enabled = True
 
-    def _factors(self):
-        return self.kernel_lora_a, self.kernel_lora_b
-
     def _saved_variables(self):
-        """The variables that a file has: all but the factors, which the kernel there includes."""
-        factors = {id(factor) for factor in self._factors()}
-        return [variable for variable in own_variables(self) if id(variable) not in factors]
+        """Return the variables in a file: all but factors, whose product is in the kernel there."""
+        factors = (self.kernel_lora_a, self.kernel_lora_b) if self.lora_enabled else ()
+        return [each for each in own_variables(self) if all(each is not f for f in factors)]
 
     def save_own_variables(self, store):
-        if not self.lora_enabled:
-            super().save_own_variables(store)
-            return
         for index, variable in enumerate(self._saved_variables()):
             value = ops.convert_to_numpy(variable)
-            if variable is self.kernel:
-                a, b = map(ops.convert_to_numpy, self._factors())
-                value = corrected(value, a, b, self.lora_scale())
+            if self.lora_enabled and variable is self.kernel:
+                a, b = map(ops.convert_to_numpy, (self.kernel_lora_a, self.kernel_lora_b))
+                value = value + self.lora_scale() * (a @ b)
             store[str(index)] = value
         save_draws(self, store)
 
     def load_own_variables(self, store):
-        if not self.lora_enabled:
-            super().load_own_variables(store)
-            return
         entries, variables = load_draws(self, store), self._saved_variables()
         if len(entries) != len(variables):
             raise ValueError(
-                f"`{self.name}` has {len(variables)} weights to load, besides its LoRA. Received: "
-                f"{len(entries)} in the file. Build the router with the arguments of the one that "
-                "was saved."
+                f"A router must be loaded from one with the same arguments. Received: "
+                f"{len(entries)} weights for `{self.name}`, which has {len(variables)}"
             )
         for index, variable in enumerate(variables):
             variable.assign(entries[str(index)])
-        forget_corrections([self._factors()])
-
-    def logits(self, tokens, mask, training):
-        """Logits (T, E) of tokens (T, D) with the noise of training, and a mask: `clean_logits`."""
-        if training and self.input_jitter:
-            noise = 2 * self._noise(draws.uniform, tokens) - 1
-            tokens = tokens * (1 + self.input_jitter * noise)
-        logits = self.project(tokens)
-        if self._overrides_project():
-            sizes = known(T=tokens.shape[0])
-            check_shapes({"project(tokens)": (logits, "TE", "float")}, **sizes)
-        if training and self.logit_noise:
-            logits = logits + self.logit_noise * self._noise(draws.normal, logits)
-        return clean_logits(logits, mask)
-
-    def checked_logits(self, tokens, mask, training):
-        """What `logits` returns, for the routes of this package."""
-        returned = self.logits(tokens, mask, training)
-        if self._overrides_project() or overrides(self, "logits", LogitRouter):
-            check_logits(self, returned, tokens.shape[0], self._num_logits())
-        return returned
-
-    def _num_logits(self):
-        """Logits of a token."""
-        return self.num_experts
+        if self.lora_enabled:
+            self.kernel_lora_b.assign(ops.zeros(self.kernel_lora_b.shape))
 
     def _add_kernel(self, name, shape, initializer=None):
-        return self.add_weight(
+        kernel = self.add_weight(
             name=name,
             shape=shape,
-            initializer=Checked(initializer or self.kernel_initializer),
-            regularizer=CheckedRegularizer.of(self.kernel_regularizer),
+            initializer=initializer or self.kernel_initializer,
+            regularizer=self.kernel_regularizer,
         )
-
-    def _noise(self, draw, like):
-        """Noise of the shape (R, C) of a tensor, from one of `ops.draws`."""
-        return draw(ops.shape(like), self._noise_seed)
+        if tuple(kernel.value.shape) != tuple(shape):  # Keras does not compare them
+            raise ValueError(
+                "`kernel_initializer` must return a tensor of the shape that it is given. "
+                f"Received: shape {tuple(kernel.value.shape)} for {tuple(shape)}"
+            )
+        return kernel
 
     def get_config(self):
         return {
@@ -212,9 +145,4 @@ class LogitRouter(Adaptable, Router):
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
             "seed": self.seed,
-            **self.lora_config(),
         }
-
-    @classmethod
-    def from_config(cls, config):
-        return adaptable_from_config(cls, super().from_config, config)

@@ -1,53 +1,34 @@
-"""The interface every router has."""
+"""The interface of every router."""
 
 import inspect
+from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
-from keras_moe._internal.misplaced_arguments import ON_ROUTER, check_place
-from keras_moe._internal.named_arguments import Saved, check_is_made, of_package
-from keras_moe._internal.saved_state import load_draws, save_draws
-from keras_moe._internal.shape_checks import check_fields
-from keras_moe._internal.tensor_checks import (
-    check_divides,
-    check_host_integers,
-    check_host_numbers,
-    check_is_float,
-    check_is_integer,
-    check_mask,
-    check_replayed,
-    check_tensor,
-    check_token_ids,
-    fits,
+from keras_moe._internal.checks import (
+    check_indices,
+    check_instance,
+    check_integer,
+    check_tensors,
     host_values,
 )
-from keras_moe._internal.validation import (
-    check_flag,
-    check_has,
-    check_method,
-    check_positive_integer,
-    check_positive_number,
-    check_top_k,
-    check_training,
-    optional,
-    overrides,
-    shortened,
-)
+from keras_moe._internal.serialization import PACKAGE, load_draws, save_draws
 from keras_moe.backend import backend
-from keras_moe.ops import Routing, plan_groups
-from keras_moe.ops.routing import without_padding
+from keras_moe.ops.plans import _plan_groups
+from keras_moe.ops.routing import Routing, without_padding
 
 
-class Router(Saved, keras.layers.Layer):
+class Router(keras.layers.Layer):
     """Abstract: decides which experts serve which token.
 
     A router is a layer of its own and always computes in float32, whatever the policy of the model
     around it: rounded scores select other experts. It can be used alone, without experts.
 
     A subclass implements `route(tokens, mask, training)`, which returns an `ops.Routing`, and sets
-    `top_k`, the number of experts per token. If `route` also has one of these arguments, the
-    caller's value is passed to it:
+    `top_k`, the number of experts per token. Tokens of padding are zeros in `route`, and `mask` is
+    False there. If `route` also has one of these arguments, the caller's value is passed to it:
 
     - `sequence_length`: number of tokens of each sequence; T is a multiple of it.
     - `token_ids`: (T,) integers, the vocabulary ids of the tokens.
@@ -59,13 +40,25 @@ class Router(Saved, keras.layers.Layer):
     and `min_top_k` if the number of experts differs between tokens.
 
     Args:
-        num_experts: number of experts, E. None: that of the layer the router is given to.
-        **kwargs: arguments of a Keras layer, such as `name`.
+        num_experts: Integer. Number of experts, E. None: that of the layer around the router.
+        **kwargs: `name` and `trainable`, as in any Keras layer.
 
     Raises:
-        TypeError: If an argument belongs to the layer or the bank.
         ValueError: If `num_experts` is not positive, or `dtype` is not float32.
-        NotImplementedError: If the class has no `route`, when it is built.
+
+    Call arguments:
+        tokens: (T, D) float tensor.
+        mask: (T,) bool tensor, False for padding, or None.
+        training: Boolean. Whether noise is added.
+        sequence_length: Integer. Length of each sequence in `tokens`, for routers that treat each
+            alone. None: all tokens are one sequence.
+        token_ids: Integer tensor with T entries, for routers that go by the token.
+        indices: (T, K) integer tensor of experts to replay: the router weighs them by its own
+            scores, with their gradient, instead of choosing. In a tensor, numbers that are no
+            expert's count as -1, for none; in an array they are refused.
+
+    Returns:
+        An `ops.Routing`.
 
     Example:
 
@@ -82,6 +75,7 @@ class Router(Saved, keras.layers.Layer):
     (6, 2)
     """
 
+    top_k: Any = None
     causal = True
     # Losses of a `MixtureOfExperts` that is given none: names in `losses.BY_NAME`.
     default_losses: tuple = ("load_balance", "router_z")
@@ -89,54 +83,22 @@ class Router(Saved, keras.layers.Layer):
     takes_capacity = True
     # Whether the norm of the kernel changes no logit.
     normalizes_kernel = False
-
-    _refused_arguments = tuple(ON_ROUTER)
-    _attribute_checks = {"num_experts": optional(check_positive_integer), "causal": check_flag}
-    _fixed_attributes: tuple[str, ...] = ("num_experts",)
-
-    def __new__(cls, *args, **kwargs):
-        router = super().__new__(cls, *args, **kwargs)
-        # Not through Keras, which would track the layers in it.
-        object.__setattr__(router, "_arguments", (args, kwargs))
-        return router
+    # Whether a number that is added to all logits of a token changes nothing.
+    shift_invariant: Any = True
 
     def __init__(self, num_experts=None, **kwargs):
-        check_place(self, ON_ROUTER, kwargs)
         dtype = kwargs.pop("dtype", None)
-        if dtype is not None and str(getattr(dtype, "name", dtype)) != "float32":
-            raise ValueError(
-                "A router always computes in float32, whatever the policy around it. "
-                f"Received: dtype={shortened(dtype)}. Leave `dtype` out."
-            )
+        if getattr(dtype, "name", dtype) not in (None, "float32"):
+            raise ValueError(f"A router always computes in float32. Received: dtype={dtype}")
         super().__init__(dtype="float32", **kwargs)
         backend.separate_losses(self)
+        if num_experts is not None:
+            num_experts = check_integer("num_experts", num_experts)
         self.num_experts = num_experts
         self.supports_masking = True
-        check_method(self, "route", "tokens", "mask", "training")
+        self.input_spec = keras.layers.InputSpec(ndim=2)
         self._known_arguments = set(inspect.signature(self.route).parameters)
-
-    def __setattr__(self, name, value):
-        if name == "top_k" and value is not None:
-            value = check_top_k(value, getattr(self, "num_experts", None), type(self).__name__)
-        super().__setattr__(name, value)
-
-    def _post_build(self):
-        if not overrides(self, "route", Router):
-            raise _no_route(self)
-        check_has("A router", self, self._made_by_build())
-        names = [name for name in ("max_top_k", "min_top_k") if overrides(self, name, Router)]
-        for name in (*self._made_by_build(), *names):
-            if name.endswith("top_k"):
-                check_top_k(getattr(self, name), self.num_experts, type(self).__name__, name)
-        if overrides(self, "mean_top_k", Router):
-            check_positive_number("mean_top_k", self.mean_top_k)
-        for name in ("causal", "normalizes_kernel", "shift_invariant"):
-            check_flag(name, getattr(self, name))
-        super()._post_build()
-
-    def _made_by_build(self):
-        """Names of the attributes without which a built router cannot route."""
-        return [] if overrides(self, "max_top_k", Router) else ["top_k"]
+        self._is_of_package = type(self).__module__.startswith(f"{PACKAGE}.")
 
     def bind(self, num_experts):
         """Set the number of experts of a router that has none; one that is set stays.
@@ -144,119 +106,105 @@ class Router(Saved, keras.layers.Layer):
         Raises:
             ValueError: If the number does not fit the other arguments.
         """
-        check_positive_integer("num_experts", num_experts)
-        if self.num_experts is not None:
+        if self.num_experts is None:
+            self.num_experts = check_integer("num_experts", num_experts)
+        self.check_num_experts()
+
+    def check_num_experts(self):
+        """Raise if the number of experts, once it is known, does not fit the other arguments.
+
+        Constructors end with it, and a subclass extends it. With one expert `top_k` becomes 1.
+        """
+        if self.num_experts is None:
             return
-        args, kwargs = self._arguments
-        parameters = list(inspect.signature(type(self).__init__).parameters)
-        if parameters[1:2] == ["num_experts"]:
-            args = args[1:]
-        # The new router checks its arguments; its values replace those that are None here.
-        bound = type(self)(*args, **{**kwargs, "num_experts": num_experts})
-        for name, value in vars(bound).items():
-            if getattr(self, name) is None and value is not None:
-                setattr(self, name, value)
+        if self.max_top_k is None:
+            raise NotImplementedError(f"`{type(self).__name__}` must set `top_k`")
+        if self.num_experts == 1 and self.max_top_k > 1:
+            self.top_k = 1
+        if self.max_top_k > self.num_experts:
+            raise ValueError(
+                "`top_k` must be at most `num_experts`. "
+                f"Received: top_k={self.max_top_k}, num_experts={self.num_experts}"
+            )
 
     def __call__(self, *args, **kwargs):
-        check_is_made(self)
         if self.num_experts is None:
-            raise ValueError(
-                "A router must know the number of experts before it is called. Received: "
-                f"`{type(self).__name__}` without `num_experts`. Pass `num_experts`, or give the "
-                "router to a `MixtureOfExperts` and use `layer.router`."
-            )
-        # Checked here, because Keras turns arrays into tensors before `call`.
-        self.check_arrays(**kwargs)
-        check_training(kwargs.get("training"))
-        check_host_numbers(**kwargs)
-        if args:
-            check_tensor("tokens", args[0])
-            check_host_numbers(tokens=args[0])
-        routing = super().__call__(*args, **kwargs)
-        tokens = args[0] if args else kwargs["tokens"]
-        check_fields(routing, T=tokens.shape[0], E=self.num_experts)
-        if not fits(routing.indices.shape, (None, self.max_top_k)):
-            raise ValueError(
-                "`route` must choose `top_k` experts for each token (`max_top_k`, where a class "
-                f"has that). Received: routing.indices.shape={tuple(routing.indices.shape)} from a "
-                f"`{type(self).__name__}` with {self.max_top_k}. Change one of them."
-            )
-        return routing
+            raise ValueError("A router that is called needs `num_experts`. Received: None")
+        self.check_arrays(**kwargs)  # here: Keras turns arrays into tensors before `call`
+        return super().__call__(*args, **kwargs)
 
-    def check_arrays(self, indices=None, token_ids=None, **others):
-        """Check the arguments of a call that are not tensors yet; `call` checks the rest."""
-        check_host_integers("token_ids", token_ids)
+    def check_arrays(self, indices=None, **others):
+        """Refuse experts to replay that do not exist or come twice, if they are on the host."""
         array = host_values(indices)
-        if array is not None and array.ndim == 2 and "indices" in self._known_arguments:
-            check_replayed(array, self.num_experts)
+        if array is None or array.ndim != 2:
+            return
+        check_indices("indices", array, self.num_experts)
+        ordered = np.sort(array, axis=1)
+        if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
+            raise ValueError(
+                "`indices` of a token must be different experts. Received: an expert twice"
+            )
 
     def call(
-        self,
-        tokens,
-        mask=None,
-        training=None,
-        sequence_length=None,
-        token_ids=None,
-        indices=None,
+        self, tokens, mask=None, training=None, sequence_length=None, token_ids=None, indices=None
     ):
-        """Route tokens.
-
-        Args:
-            tokens: (T, D) float tensor.
-            mask: (T,) bool tensor, False for padding, or None.
-            training: whether noise is added.
-            sequence_length: length of each sequence in `tokens`, for routers that treat each
-                alone; None where all tokens are one sequence.
-            token_ids: (T,) integer tensor, for routers that go by the token.
-            indices: (T, K) integer tensor of experts to replay: the router weighs them by its own
-                scores, with their gradient, instead of choosing. Those in a NumPy array are
-                checked; in a tensor what is no expert counts as -1, for none.
-
-        Returns:
-            An `ops.Routing`.
-        """
-        self._check_call(tokens, mask, sequence_length, token_ids, indices)
-        if mask is not None:
-            mask = ops.cast(mask, "bool")
+        # Arrays are tensors by now, and lists are not.
+        mask, token_ids, indices = (
+            None if each is None else ops.convert_to_tensor(each)
+            for each in (mask, token_ids, indices)
+        )
+        if token_ids is not None:
+            token_ids = ops.reshape(token_ids, (-1,))
+        self._check_call(tokens, mask, token_ids, indices)
+        if mask is None:
+            real = ops.ones(ops.shape(tokens)[:1], "bool")
+        else:
+            real = ops.cast(mask, "bool")
             # Padding may hold anything, NaN included, and its gradient must be zero.
-            tokens = ops.where(ops.expand_dims(mask, 1), tokens, 0.0)
+            tokens = ops.where(ops.expand_dims(real, 1), tokens, 0.0)
         known = {"sequence_length": sequence_length, "token_ids": token_ids, "indices": indices}
         known = {name: value for name, value in known.items() if name in self._known_arguments}
-        routing = self.route(tokens, mask, training, **known)
-        if mask is not None and not of_package(type(self), "route"):
-            check_fields(routing)
-            routing = without_padding(routing, mask)
+        with backend.without_autocast(tokens):
+            routing = self.route(tokens, real, training, **known)
+        if not self._is_of_package:
+            self._check_routing(routing, tokens.shape[0])
+            if mask is not None:
+                routing = without_padding(routing, real)
         return routing
 
-    def _check_call(self, tokens, mask=None, sequence_length=None, token_ids=None, indices=None):
-        check_is_float("tokens", tokens)
-        if len(tokens.shape) != 2:
-            raise ValueError(
-                "A router takes tokens (T, D). Received: "
-                f"tokens.shape={tuple(tokens.shape)}. Flatten all leading axes into one."
-            )
-        check_divides("sequence_length", sequence_length, tokens.shape[0])
-        if token_ids is not None:
-            check_token_ids(token_ids, tokens.shape[0])
+    def _check_call(self, tokens, mask=None, token_ids=None, indices=None):
+        tensors = {"tokens": (tokens, "TD", "float")}
         if mask is not None:
-            check_mask(mask, tokens.shape, of="tokens")
-        if indices is not None and "indices" not in self._known_arguments:
-            raise ValueError(
-                "Only routers that give each token its K best experts can replay `indices`. "
-                f"Received: indices for a `{type(self).__name__}`. Use `routers.TopKRouter`, or "
-                "give `route` of a router of your own an argument `indices`."
-            )
+            tensors["mask"] = (mask, "T", "mask")
+        if token_ids is not None:
+            tensors["token_ids"] = (token_ids, "T", "int")
         if indices is not None:
-            check_is_integer("indices", indices)
-        if indices is not None and not fits(indices.shape, (tokens.shape[0], self.max_top_k)):
-            raise ValueError(
-                "`indices` must have the shape (T, K), a row for each token. Received: "
-                f"indices.shape={tuple(indices.shape)}, T={tokens.shape[0]}, K={self.max_top_k}. "
-                "Pass the `indices` of a routing of these tokens by this router."
-            )
+            if "indices" not in self._known_arguments:
+                raise ValueError(
+                    "`indices` can be replayed by routers whose `route` takes them. "
+                    f"Received: indices for a `{type(self).__name__}`"
+                )
+            tensors["indices"] = (indices, "TK", "int")
+        check_tensors({"K": self.max_top_k}, **tensors)
+
+    def _check_routing(self, routing, num_tokens):
+        """Check what a route, or a part of one, written by a user returned."""
+        check_instance(f"{type(self).__name__}.route(...)", routing, Routing)
+        check_tensors(
+            {"T": num_tokens, "E": self.num_experts, "K": self.max_top_k},
+            indices=(routing.indices, "TK", "int"),
+            weights=(routing.weights, "TK", "float"),
+            probs=(routing.probs, "TE", "float"),
+            logits=(routing.logits, "TE", "float"),
+            mask=(routing.mask, "T", "mask"),
+            counts=(routing.counts, "E", "number"),
+        )
 
     def route(self, tokens, mask, training):
-        raise _no_route(self)
+        """Return the routing of tokens (T, D), zeros where the mask (T,) is False."""
+        raise NotImplementedError(
+            f"`{type(self).__name__}` must implement `route(tokens, mask, training)`"
+        )
 
     @property
     def max_top_k(self):
@@ -274,26 +222,12 @@ class Router(Saved, keras.layers.Layer):
         return self.top_k
 
     def balance_advice(self):
-        """What to try where the load is uneven, if the router balances it by itself, or None."""
+        """Return what to try where the load is uneven, if the router balances it, or None."""
         return None
 
-    @property
-    def shift_invariant(self):
-        """Whether a number that is added to all logits of a token changes nothing."""
-        return True
-
     def plan(self, routing, **capacity):
-        """The rows that move: see `ops.plan_groups` for the arguments of a capacity."""
-        return plan_groups(routing, **capacity)
-
-    def check_no_capacity(self, capacity):
-        """Refuse the arguments of a capacity, where tokens do not choose experts."""
-        if capacity:
-            raise ValueError(
-                "A capacity limits how many tokens choose an expert, and must not be given where "
-                f"they do not. Received: {', '.join(capacity)} for a `{type(self).__name__}`. "
-                "Leave it out."
-            )
+        """Return the rows that move: see `ops.plan_groups` for the arguments of a capacity."""
+        return _plan_groups(routing, **capacity)
 
     def save_own_variables(self, store):
         super().save_own_variables(store)
@@ -306,42 +240,30 @@ class Router(Saved, keras.layers.Layer):
         """Do nothing: a router computes in float32. Keras calls this for every layer."""
 
     def rematerialized_call(self, call, *args, **kwargs):
-        """The call itself: the layer around the router computes it again with itself."""
+        """Return the call itself: the layer around the router recomputes it with itself."""
         return call
 
     def compute_mask(self, tokens, mask=None):
         return None
 
-    def compute_output_spec(self, tokens, mask=None, training=None, **known):
-        self._check_call(tokens, mask, **known)
-        return routing_spec(tokens.shape[0], self.num_experts, self.max_top_k)
+    def compute_output_spec(
+        self, tokens, mask=None, training=None, sequence_length=None, token_ids=None, indices=None
+    ):
+        self._check_call(tokens, mask, indices=indices)
+        of_choices = (tokens.shape[0], self.max_top_k)
+        of_experts = (tokens.shape[0], self.num_experts)
+        return Routing(
+            indices=keras.KerasTensor(of_choices, "int32"),
+            weights=keras.KerasTensor(of_choices, "float32"),
+            probs=keras.KerasTensor(of_experts, "float32"),
+            logits=keras.KerasTensor(of_experts, "float32"),
+            mask=keras.KerasTensor(of_choices[:1], "bool"),
+            counts=keras.KerasTensor(of_experts[1:], "int32"),
+            dropped=keras.KerasTensor((), "float32"),
+            load=keras.KerasTensor(of_experts[1:], "float32"),
+        )
 
     def get_config(self):
         config = super().get_config()
         del config["dtype"]
         return {**config, "num_experts": self.num_experts}
-
-
-def routing_spec(num_tokens, num_experts, top_k):
-    """The shapes and dtypes of a routing, for symbolic calls."""
-    return Routing(
-        indices=keras.KerasTensor((num_tokens, top_k), "int32"),
-        weights=keras.KerasTensor((num_tokens, top_k), "float32"),
-        probs=keras.KerasTensor((num_tokens, num_experts), "float32"),
-        logits=keras.KerasTensor((num_tokens, num_experts), "float32"),
-        mask=keras.KerasTensor((num_tokens,), "bool"),
-        counts=keras.KerasTensor((num_experts,), "int32"),
-        dropped=keras.KerasTensor((), "float32"),
-        load=keras.KerasTensor((num_experts,), "float32"),
-    )
-
-
-def _no_route(router):
-    return NotImplementedError(
-        f"{type(router).__name__} must implement `route(tokens, mask, training)` and return an "
-        "`ops.Routing`."
-    )
-
-
-# Else `help` and completion would show that of `__new__`, which takes any arguments.
-Router.__new__.__signature__ = inspect.signature(Router.__init__)  # type: ignore[attr-defined]

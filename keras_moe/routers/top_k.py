@@ -1,7 +1,149 @@
-"""The router of most sparse models: the K experts with the best scores."""
+"""Routers that give each token its K best experts."""
 
-from keras_moe._internal.serialization import register
-from keras_moe.routers.selection_router import SelectionRouter
+import math
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe._internal.checks import check_choice, check_integer, check_number, check_tensors
+from keras_moe._internal.initializers import reseeded
+from keras_moe._internal.serialization import config_of, register
+from keras_moe.backend import backend
+from keras_moe.ops.routing import _top_k_routing
+from keras_moe.ops.scores import SCORES, along_units, unit
+from keras_moe.ops.selection import _group_limited_scores, _top_k_indices, existing
+from keras_moe.routers import balancers
+from keras_moe.routers.logit_router import LogitRouter
+
+
+class SelectionRouter(LogitRouter):
+    """Abstract: scores, an optional selection bias, and the best experts by their sum.
+
+    The bias affects which experts are chosen, never their weights. A subclass may override
+    `project(tokens)`, for other logits, or `select(scores)`, for another choice.
+
+    Args: as in `TopKRouter`.
+    """
+
+    def __init__(
+        self,
+        num_experts=None,
+        top_k=2,
+        score="softmax",
+        renormalize=None,
+        scaling_factor=1.0,
+        balancer=None,
+        use_bias=False,
+        input_jitter=0.0,
+        logit_noise=0.0,
+        kernel_initializer=None,
+        kernel_regularizer=None,
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(
+            num_experts,
+            input_jitter,
+            logit_noise,
+            kernel_initializer,
+            kernel_regularizer,
+            seed,
+            **kwargs,
+        )
+        self.top_k = check_integer("top_k", top_k)
+        self.score = check_choice("score", score, SCORES)
+        self.renormalize = renormalize if renormalize is None else bool(renormalize)
+        self.scaling_factor = check_number("scaling_factor", scaling_factor, above=0)
+        self.balancer: Any = None if balancer is None else balancers.get(balancer)
+        if self.balancer is not None:
+            # No loss should work against the task.
+            self.default_losses = ()
+        self.use_bias = bool(use_bias)
+        self.bias: Any = None
+        self.selection_bias: Any = None
+        # Set to False to freeze the bias alone; `trainable` freezes all of the router.
+        self.updates_selection_bias = True
+        self.check_num_experts()
+
+    def build(self, tokens_shape):
+        super().build(tokens_shape)
+        if self.use_bias:
+            self.bias = self.add_weight(name="bias", shape=(self.num_experts,), initializer="zeros")
+        if self.balancer is not None:
+            state = {"initializer": "zeros", "trainable": False, "shape": (self.num_experts,)}
+            self.selection_bias = self.add_weight(name="selection_bias", **state)
+            self._measured = self.add_weight(name="measured", **state)
+            self._measurements = self.add_weight(
+                name="measurements", **{**state, "shape": (), "dtype": "int32"}
+            )
+
+    @property
+    def shift_invariant(self):
+        return self.score == "softmax"
+
+    def balance_advice(self):
+        return None if self.balancer is None else self.balancer.balance_advice()
+
+    def select(self, scores):
+        """Return indices (T, K) of the experts with the best scores (T, E)."""
+        return _top_k_indices(scores, self.top_k)
+
+    def route(self, tokens, mask, training, indices=None):
+        logits, mask = self.logits(tokens, mask, training)
+        if self.use_bias:
+            logits = logits + self.bias
+
+        def select(scores):
+            if indices is not None:
+                return existing(ops.cast(indices, "int32"), self.num_experts)
+            return self.select(scores if self.balancer is None else scores + self.selection_bias)
+
+        routing = _top_k_routing(
+            logits, self.top_k, mask, self.score, self.renormalize, self.scaling_factor, select
+        )
+        is_measured = self.balancer is not None and indices is None and training
+        if is_measured and self.trainable and self.updates_selection_bias:
+            self._balance(routing)
+        return routing
+
+    def _balance(self, routing):
+        scores = ops.stop_gradient(SCORES[self.score](routing.logits))
+        old_bias = ops.convert_to_tensor(self.selection_bias)
+        measured = self.balancer.measure(routing, scores, old_bias)
+        check_tensors({"E": self.num_experts}, **{"balancer.measure(...)": (measured, "E")})
+        # Replicas and micro-batches of one optimizer step are one batch.
+        replicas = backend.num_replicas()
+        measured = self._measured + backend.sum_over_replicas(measured)
+        count = self._measurements + replicas
+        is_last = count >= self.balancer.accumulation_steps * replicas
+        mean = measured / ops.cast(count, "float32")
+        new_bias = self.balancer.update(old_bias, mean)
+        check_tensors({"E": self.num_experts}, **{"balancer.update(...)": (new_bias, "E")})
+        self.selection_bias.assign(ops.where(is_last, new_bias, old_bias))
+        self._measured.assign(ops.where(is_last, 0.0, measured))
+        self._measurements.assign(backend.after(measured, ops.where(is_last, 0, count)))
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        updates = config.pop("updates_selection_bias", True)
+        router = super().from_config(config)
+        router.updates_selection_bias = updates
+        return router
+
+    def get_config(self):
+        frozen = {} if self.updates_selection_bias else {"updates_selection_bias": False}
+        return {
+            **super().get_config(),
+            "top_k": self.top_k,
+            "score": self.score,
+            "renormalize": self.renormalize,
+            "scaling_factor": self.scaling_factor,
+            "balancer": config_of(self.balancer),
+            "use_bias": self.use_bias,
+            **frozen,
+        }
 
 
 @register
@@ -15,24 +157,27 @@ class TopKRouter(SelectionRouter):
     is the router of DeepSeek-V3 (arXiv:2412.19437) without its groups.
 
     Args:
-        num_experts: number of experts, E.
-        top_k: experts per token, K, from 1 to E.
+        num_experts: Integer. Number of experts, E. None: that of the layer around the router.
+        top_k: Integer. Experts per token, K, at most E. With a single expert it becomes 1.
         score: "softmax", "sigmoid" or "sqrt_softplus".
-        renormalize: whether the weights of a token are divided by their sum. None: if K > 1. With
-            softmax, K = 1 and True every weight is 1, and the router learns from its losses only.
-        scaling_factor: what all weights are multiplied by.
+        renormalize: Boolean. Whether the weights of a token are divided by their sum. None: if
+            K > 1. With softmax, K = 1 and True every weight is 1, and the router learns from its
+            losses only.
+        scaling_factor: Float. All weights are multiplied by it.
         balancer: "loss_free", "quantile", or a `LossFreeBias` or `QuantileBias`, which balance the
             load by a selection bias instead of a loss. None: no selection bias.
-        use_bias: whether a learned bias (E,) is added to the logits, as in gpt-oss.
-        input_jitter: in training the router, not the experts, sees its inputs multiplied by noise
-            uniform in `[1 - input_jitter, 1 + input_jitter]` (Switch uses 0.01). From 0 to below 1.
-        logit_noise: in training, standard deviation of normal noise added to the logits.
-        kernel_initializer: of the kernel (D, E). The default is normal with standard deviation
-            0.02; zeros would send every token to the same experts.
-        kernel_regularizer: of the kernel, or None. `keras.regularizers.OrthogonalRegularizer(
-            mode="columns")` keeps the experts' directions apart (arXiv:2506.14038).
-        seed: integer seed of the noise, or None.
-        **kwargs: `name` and the other arguments of a Keras layer. `dtype` is always float32.
+        use_bias: Boolean. Whether a learned bias (E,) is added to the logits, as in gpt-oss.
+        input_jitter: Float from 0 to below 1. In training the router, not the experts, sees its
+            inputs multiplied by noise uniform in `[1 - input_jitter, 1 + input_jitter]` (Switch
+            uses 0.01).
+        logit_noise: Float. In training, standard deviation of normal noise added to the logits.
+        kernel_initializer: Initializer of the kernel (D, E). The default is normal with standard
+            deviation 0.02; zeros would send every token to the same experts.
+        kernel_regularizer: Regularizer of the kernel, or None.
+            `keras.regularizers.OrthogonalRegularizer(mode="columns")` keeps the experts' directions
+            apart (arXiv:2506.14038).
+        seed: Integer seed of the noise, or None.
+        **kwargs: `name` and `trainable`, as in any Keras layer. `dtype` is always float32.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -40,7 +185,7 @@ class TopKRouter(SelectionRouter):
     Call arguments:
         tokens: (T, D) float tensor.
         mask: (T,) bool tensor, False for padding, or None.
-        training: whether jitter and noise are applied and the balancer works.
+        training: Boolean. Whether jitter and noise are applied and the balancer works.
         indices: (T, K) integer tensor of experts to replay: they are weighed by the live scores,
             so the router keeps its gradient.
 
@@ -54,3 +199,121 @@ class TopKRouter(SelectionRouter):
     >>> routing.indices.shape, routing.probs.shape
     ((32, 2), (32, 8))
     """
+
+
+@register
+class CosineRouter(SelectionRouter):
+    """Logits are cosines between a projection of the token and a direction of each expert.
+
+    The norms of tokens and experts do not count, which keeps tokens from gathering around the
+    directions of experts. `logits = scale * cos(x W, direction_e)` with a learned scale that starts
+    at 2 and is at most 100.
+
+    Args:
+        num_experts: Integer. Number of experts, E.
+        projection_dim: Integer. Width of the projection.
+        **kwargs: The other arguments of `TopKRouter`.
+
+    Raises, call arguments and returns: as for `TopKRouter`.
+
+    Example:
+
+    >>> router = keras_moe.routers.CosineRouter(num_experts=8, projection_dim=16)
+    >>> router(keras.random.normal((32, 64))).indices.shape
+    (32, 2)
+
+    Reference: Chi et al. 2022, X-MoE (arXiv:2204.09179), eq. 5 and 6; scale and cap as in Tutel.
+    """
+
+    normalizes_kernel = True
+    projects_by_times_kernel = True
+
+    def __init__(self, num_experts=None, projection_dim=256, **kwargs):
+        super().__init__(num_experts, **kwargs)
+        self.projection_dim = check_integer("projection_dim", projection_dim)
+
+    def build(self, tokens_shape):
+        super().build(tokens_shape)
+        self.directions = self._add_kernel(
+            "directions",
+            (self.projection_dim, self.num_experts),
+            reseeded(self.kernel_initializer, 1),
+        )
+        self.log_scale = self.add_weight(
+            name="log_scale", shape=(), initializer=keras.initializers.Constant(math.log(2.0))
+        )
+
+    def kernel_shape(self, features):
+        return features, self.projection_dim
+
+    def project(self, tokens):
+        scale = ops.exp(ops.minimum(self.log_scale, math.log(100.0)))
+        directions = scale * unit(self.directions, axis=0)
+        return along_units(self.times_kernel(tokens), directions)
+
+    def get_config(self):
+        return {**super().get_config(), "projection_dim": self.projection_dim}
+
+
+@register
+class GroupLimitedRouter(SelectionRouter):
+    """Each token goes to its best experts out of its best groups of experts.
+
+    Where each group of neighbouring experts lives on a device of its own, a token visits few
+    devices. A group is as good as the sum of its two best scores, bias included.
+
+    Args:
+        num_experts: Integer. Number of experts, E.
+        num_groups: Integer. Number of groups; divides E.
+        top_groups: Integer. Groups a token may choose from; they must hold at least `top_k`
+            experts.
+        top_k: Integer. Experts per token, K.
+        score: "sigmoid", "softmax" or "sqrt_softplus".
+        **kwargs: The other arguments of `TopKRouter`.
+
+    Raises, call arguments and returns: as for `TopKRouter`.
+
+    Example:
+
+    >>> router = keras_moe.routers.GroupLimitedRouter(
+    ...     num_experts=16, num_groups=4, top_groups=2, top_k=4, balancer="loss_free"
+    ... )
+    >>> router(keras.random.normal((32, 64))).indices.shape
+    (32, 4)
+
+    Reference: DeepSeek-V3 (arXiv:2412.19437), section 2.1.2, node-limited routing; DeepSeek-V2
+    (arXiv:2405.04434) takes the best expert of a group instead of the sum of two.
+    """
+
+    def __init__(
+        self, num_experts=None, num_groups=4, top_groups=2, top_k=2, score="sigmoid", **kwargs
+    ):
+        super().__init__(None, top_k, score, **kwargs)
+        self.num_groups = check_integer("num_groups", num_groups)
+        self.top_groups = check_integer("top_groups", top_groups)
+        if num_experts is not None:
+            self.bind(num_experts)
+
+    def check_num_experts(self):
+        super().check_num_experts()
+        number = self.num_experts
+        if number is None:
+            return
+        admitted = self.top_groups * number // self.num_groups
+        if number % self.num_groups or not self.top_k <= admitted <= number:
+            raise ValueError(
+                "`num_groups` must divide `num_experts`, and `top_groups` of them hold at least "
+                f"`top_k` experts. Received: num_experts={number}, num_groups={self.num_groups}, "
+                f"top_groups={self.top_groups}, top_k={self.top_k}"
+            )
+
+    def select(self, scores):
+        scores = _group_limited_scores(scores, self.num_groups, self.top_groups)
+        return _top_k_indices(scores, self.top_k)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_groups": self.num_groups,
+            "top_groups": self.top_groups,
+        }

@@ -1,69 +1,71 @@
-"""Leaves a MoE layer with some of its experts, and a router that fits.
+"""Experts of a MoE layer, merged or taken out, and a router that fits.
 
-Axes: E experts.
+Axes: E experts, D features, H hidden width.
 """
 
 import numpy as np
 from keras import ops
 
-from keras_moe._internal.keras_internals import (
-    let_go,
-    names_below,
-    open_to_state,
-    own_state,
-    set_state,
-)
-from keras_moe.layers.dense_experts import DenseExperts
-from keras_moe.layers.layer_experts import LayerExperts
-from keras_moe.routers.logit_router import LogitRouter
-from keras_moe.routers.soft import SoftRouter
+from keras_moe._internal.keras_internals import let_go, names_below, open_to_state, set_state
+from keras_moe.layers import LayerExperts
+from keras_moe.layers.stacked_experts import StackedExperts
+from keras_moe.layers.usage import counter
+from keras_moe.routers import LogitRouter, SoftRouter
 
 
 def check_can_cut(name, layer):
-    """Refuse a layer of which it is not known how its experts are taken out."""
-    parts = [type(part).__name__ for part in (layer.router, layer.experts)]
-    bank_fits = isinstance(layer.experts, (DenseExperts, LayerExperts))
+    """Refuse a layer whose experts this module cannot take out."""
+    bank, router = layer.experts, layer.router
+    bank_fits = isinstance(bank, (StackedExperts, LayerExperts))
+    is_split = getattr(bank, "processes", None) is not None
     # The logits of a soft router are those of slots: tokens choose no experts.
-    router_fits = isinstance(layer.router, LogitRouter) and not isinstance(layer.router, SoftRouter)
-    if not layer.built or not bank_fits or not router_fits:
+    router_fits = isinstance(router, LogitRouter) and not isinstance(router, SoftRouter)
+    if not layer.built or not bank_fits or not router_fits or is_split:
         raise ValueError(
-            "A layer must be built, its experts be `FeedForwardExperts`, `GatedExperts` or "
-            "`LayerExperts`, and its router have a kernel with a column for each of them, as "
-            "those that derive from `routers.SelectionRouter`. Received: "
-            f"{name!r} with {' and '.join(parts)}{'' if layer.built else ', which is not built'}. "
-            "Leave it out, or build the model first."
+            "A layer must be built, in one process, its experts `FeedForwardExperts`, "
+            "`GatedExperts` or `LayerExperts`, and its router must have a column of a kernel for "
+            "each of them, as those that derive from `routers.SelectionRouter`. Received: "
+            f"{name!r} (built={layer.built}) with {type(bank).__name__} and {type(router).__name__}"
         )
     check_is_ours(name, layer)
-    if getattr(layer.experts, "processes", None) is not None:
-        raise ValueError(
-            "The experts of a layer must be in one process. Received: "
-            f"{name!r}, spread over several. Save the model and load it in one."
-        )
 
 
 def check_is_ours(name, layer):
-    """Refuse a layer whose numbers stand in the config of a block of another package."""
+    """Refuse a layer whose numbers are in the config of a block of another package."""
     if not layer.has_own_config:
         raise ValueError(
             "The numbers of experts and of `top_k` of a converted model are those of its config, "
-            f"and cannot change. Received: {name!r}, made by `convert.sparsify`. "
-            "Make the model with other numbers instead."
+            f"and cannot change. Received: {name!r}, made by `convert.sparsify`"
         )
 
 
+def router_like(router, **changes):
+    """A router that differs from another in some arguments, not built."""
+    config = {**router.get_config(), **changes}
+    if config.get("max_top_k") is not None:
+        config["max_top_k"] = min(config["max_top_k"], config["num_experts"])
+    try:
+        return type(router).from_config(config)
+    except (TypeError, ValueError) as error:
+        reason = error.__context__ or error  # Keras puts the whole config into its own.
+        raise ValueError(
+            f"A `{type(router).__name__}` must take its new numbers. Received: {changes} ({reason})"
+        ) from error
+
+
 def cut(layer, experts):
-    """Keep some experts of a built layer, in place.
+    """Keep some experts of a built `MixtureOfExperts`, in place.
 
     Args:
-        layer: a `MixtureOfExperts`.
+        layer: the layer.
         experts: integer array of the numbers of those that stay, ascending.
     """
-    if len(experts) == layer.experts.num_experts:
-        return
-    router = _cut_router(layer.router, experts)
     bank = layer.experts
+    if len(experts) == bank.num_experts:
+        return
+    router = router_like(layer.router, num_experts=len(experts))
+    tokens_shape = (None, layer.input_spec.axes[-1])
     with names_below(layer.path):
-        tokens_shape = (None, layer.input_spec.axes[-1])
         router.build(tokens_shape)
         _take_weights(layer.router, router, experts)
         if isinstance(bank, LayerExperts):
@@ -74,43 +76,109 @@ def cut(layer, experts):
             bank = type(bank).from_config({**bank.get_config(), "num_experts": len(experts)})
             bank.build(tokens_shape)
             _take_weights(layer.experts, bank, experts)
-        _cut_counts(layer, experts)
-    set_state(layer, "router", router)
-    set_state(layer, "experts", bank)
-    with names_below(layer.path), open_to_state(layer):
-        for loss in layer.router_losses:
-            for variable in filter(_is_variable_of(layer), vars(loss).values()):
+        set_state(layer, "router", router)
+        set_state(layer, "experts", bank)
+        counts = ops.convert_to_numpy(layer.expert_counts)[experts]
+        set_state(layer, "expert_counts", counter("expert_counts", counts.shape))
+        layer.expert_counts.assign(counts)
+        with open_to_state(layer):
+            for variable in sum(layer.loss_states, []):
                 let_go(layer, variable)
-        layer._build_losses()
-
-
-def _cut_counts(layer, experts):
-    counts = ops.convert_to_numpy(layer.expert_counts)[experts]
-    with open_to_state(layer):
-        new = layer._counter("expert_counts", counts.shape)
-    new.assign(counts)
-    set_state(layer, "expert_counts", new)
+            layer._build_losses()
     if layer.last_counts is not None:
         layer.last_counts = layer.last_counts[experts]
-
-
-def _is_variable_of(layer):
-    own = {id(variable) for variable in own_state(layer)}
-    return lambda value: id(value) in own
-
-
-def _cut_router(router, experts):
-    config = {**router.get_config(), "num_experts": len(experts)}
-    if config.get("max_top_k") is not None:
-        config["max_top_k"] = min(config["max_top_k"], len(experts))
-    return type(router).from_config(config)
 
 
 def _take_weights(old, new, experts):
     """Give a layer the weights of another that has more experts."""
     for theirs, mine in zip(old.weights, new.weights, strict=True):
-        value = ops.convert_to_numpy(ops.cast(theirs.value, "float32"))
+        value = _array(theirs)
         for axis, (before, after) in enumerate(zip(theirs.shape, mine.shape, strict=True)):
             if before != after:
                 value = np.take(value, experts, axis)
         mine.assign(value)
+
+
+def check_can_merge(name, bank):
+    """Refuse experts whose weights cannot be averaged."""
+    if isinstance(bank, LayerExperts):
+        shapes = {tuple(tuple(w.shape) for w in layer.weights) for layer in bank.layers}
+        fits = len(shapes) == 1
+    else:
+        fits = not bank.lora_enabled and bank.quantization_mode is None
+    if not fits:
+        raise ValueError(
+            "Experts must have weights of the same shapes to be averaged, and neither LoRA nor "
+            f"quantized kernels. Received: {name!r}. Prune them, or merge before that."
+        )
+
+
+def groups_of(usage, similarity, number):
+    """Groups of experts around the most used ones.
+
+    Args:
+        usage: (E,) array.
+        similarity: (E, E) array.
+        number: how many groups.
+
+    Returns:
+        Dict from the center of each group to the list of its experts, both ascending.
+    """
+    centers = np.sort(np.argsort(-usage, kind="stable")[:number])
+    groups = {int(center): [int(center)] for center in centers}
+    for expert in range(len(usage)):
+        if expert not in groups:
+            groups[int(centers[np.argmax(similarity[expert, centers])])].append(expert)
+    return {center: sorted(experts) for center, experts in groups.items()}
+
+
+def merge(bank, groups, usage):
+    """Put the average of each group, weighted by usage, in the place of its center."""
+    groups = {center: experts for center, experts in groups.items() if len(experts) > 1}
+    shares = {center: usage[experts] + 1e-6 for center, experts in groups.items()}  # All may be 0.
+    shares = {center: each / each.sum() for center, each in shares.items()}
+    if isinstance(bank, LayerExperts):
+        for center, experts in groups.items():
+            for weights in zip(*(bank.layers[expert].weights for expert in experts)):
+                mean = np.tensordot(shares[center], list(map(_array, weights)), 1)
+                weights[experts.index(center)].assign(mean)
+        return
+    stacks = {weight.name: _array(weight) for weight in bank.weights}
+    views = [_by_feature(name, stack) for name, stack in stacks.items() if name != "down_bias"]
+    for center, experts in groups.items():
+        features = {e: np.concatenate([view[e] for view in views], axis=1) for e in experts}
+        orders = [_match(features[center], features[expert]) for expert in experts]
+        for view in views:
+            matched = [view[expert][order] for expert, order in zip(experts, orders)]
+            view[center] = np.tensordot(shares[center], matched, 1)
+        if "down_bias" in stacks:
+            stacks["down_bias"][center] = shares[center] @ stacks["down_bias"][experts]
+    for weight in bank.weights:
+        weight.assign(stacks[weight.name])
+
+
+def _by_feature(name, stack):
+    """A view of the weights of all experts, (E, H, ...)."""
+    if stack.ndim == 2:
+        return stack[:, :, None]
+    return stack if name == "down_kernel" else np.swapaxes(stack, 1, 2)
+
+
+def _match(to, features):
+    """Which hidden feature of an expert is most like each of another's: the best pairs first."""
+    unit_to, unit = (
+        each / (np.linalg.norm(each, axis=1, keepdims=True) + 1e-12) for each in (to, features)
+    )
+    alike = unit_to @ unit.T
+    order: dict[int, int] = {}
+    taken = set()
+    for flat in np.argsort(-alike, axis=None, kind="stable").tolist():
+        row, column = divmod(flat, len(to))
+        if row not in order and column not in taken:
+            order[row] = column
+            taken.add(column)
+    return np.array([order[row] for row in range(len(to))])
+
+
+def _array(variable):
+    return np.array(ops.convert_to_numpy(ops.cast(variable.value, "float32")))

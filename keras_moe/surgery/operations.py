@@ -1,33 +1,34 @@
 """Fewer experts in a trained model: pruned or merged."""
 
+import math
+import operator
 from typing import Any, NamedTuple
 
 import numpy as np
 from keras import ops
 
-from keras_moe._internal.batches import check_list_of_batches
+from keras_moe._internal.checks import check_choice, check_number, shortened
 from keras_moe._internal.keras_internals import forget_compiled, forget_old_weights
-from keras_moe._internal.tensor_checks import host_values
-from keras_moe._internal.validation import check_choice, check_top_k, is_whole, listed, shortened
 from keras_moe.inspection import moe_layers
-from keras_moe.routers.group_limited import GroupLimitedRouter
+from keras_moe.routers import HashRouter
 from keras_moe.surgery import measuring
-from keras_moe.surgery.cutting import check_can_cut, check_is_ours, cut
-from keras_moe.surgery.merging import centers_of, check_can_merge, merge
-
-MEASURES = {
-    "usage": measuring.usage,
-    "saliency": measuring.saliency,
-    "contribution": measuring.contribution,
-}
+from keras_moe.surgery.cutting import (
+    check_can_cut,
+    check_can_merge,
+    check_is_ours,
+    cut,
+    groups_of,
+    merge,
+    router_like,
+)
 
 
 class Surgery(NamedTuple):
-    """What was done to a model.
+    """The changes to a model.
 
     - `experts`: dict from the name of each layer to a list with, for each expert it has now, the
       numbers of those it was made of; merged ones have several.
-    - `loss_before`, `loss_after`: on the data, or None where the model is not compiled or the data
+    - `loss_before`, `loss_after`: on the data, or None if the model is not compiled or the data
       have no targets.
     """
 
@@ -40,18 +41,19 @@ def prune_experts(model, by="usage", keep=0.5, data=()):
     """Take the least important experts out of a model, in place.
 
     Routers lose the columns of those experts, and choose among the others; nothing else changes.
-    Compiled models can train on at once, with an optimizer that starts anew.
+    Compiled models can train on at once, with an optimizer that starts again.
 
     Args:
-        model: a built Keras model with MoE layers, or one such layer.
-        by: "usage": how many tokens of the data an expert serves; "saliency": how much it adds to
-            a token it serves, its weight times the norm of its output, on average (REAP);
-            "contribution": the same, summed over its tokens; or scores (E,), higher for those to
-            keep, or a dict of them by the name of the layer.
-        keep: how many experts stay in each layer: a number, a share from above 0 to 1, which is
-            rounded up, or a dict of these by the name of the layer, as in
-            `inspection.moe_layers`. Layers that are not in a dict keep all.
-        data: list of batches, also where there is one: each inputs, or a tuple of inputs, targets
+        model: Keras model. A built model with MoE layers, or one such layer.
+        by: String, array or dict. `"usage"`: how many tokens of the data an expert serves;
+            `"saliency"`: how much it adds to a token it serves, its weight times the norm of its
+            output, on average (REAP); `"contribution"`: the same, summed over its tokens; or scores
+            (E,), higher for those to keep, or a dict of them by the name of the layer.
+        keep: Number or dict. How many experts stay in each layer: a float from above 0 to 1 is a
+            share, which is rounded up, any other whole number a number; or a dict of these by the
+            name of the layer, as in `inspection.moe_layers`. Layers that are not in a dict keep
+            all.
+        data: List of batches, also where there is one: each inputs, or a tuple of inputs, targets
             and weights. `report` takes all documents in one array instead.
 
     Returns:
@@ -93,9 +95,9 @@ def merge_experts(model, keep=0.5, data=()):
     two were matched.
 
     Args:
-        model: a built Keras model with MoE layers, or one such layer.
-        keep: as in `prune_experts`.
-        data: as in `prune_experts`.
+        model: Keras model. A built model with MoE layers, or one such layer.
+        keep: Number or dict. As in `prune_experts`.
+        data: List of batches. As in `prune_experts`.
 
     Returns:
         A `Surgery`.
@@ -117,12 +119,11 @@ def merge_experts(model, keep=0.5, data=()):
     Reference: Li et al. 2024, M-SMoE (arXiv:2310.01334), section 3, without its decomposition.
     """
     layers, numbers, data = _plan(model, keep, data)
-    _check_data(data, "merge_experts")
     for name, layer in layers.items():
         check_can_merge(name, layer.experts)
     used, alike = measuring.usage_and_similarity(model, layers, data)
-    groups = {name: centers_of(used[name], alike[name], numbers[name]) for name in layers}
-    chosen = {name: np.array(sorted(each)) for name, each in groups.items()}
+    groups = {name: groups_of(used[name], alike[name], numbers[name]) for name in layers}
+    chosen = {name: np.array(list(each)) for name, each in groups.items()}
     merges = {name: (groups[name], used[name]) for name in layers}
     return _operate(model, layers, chosen, merges, data)
 
@@ -134,9 +135,9 @@ def set_top_k(model, top_k):
     constant 1: to train on, the router has only its own losses to learn from.
 
     Args:
-        model: a Keras model with MoE layers, or one such layer.
-        top_k: experts per token, K, or a dict of these by the name of the layer, as in
-            `inspection.moe_layers`. Layers that are not in a dict keep theirs.
+        model: Keras model. A model with MoE layers, or one such layer.
+        top_k: Integer or dict. Experts per token, K, or a dict of these by the name of the layer,
+            as in `inspection.moe_layers`. Layers that are not in a dict keep theirs.
 
     Raises:
         ValueError: If a router does not choose a fixed number, or has fewer experts.
@@ -152,32 +153,24 @@ def set_top_k(model, top_k):
     1
     """
     layers = _layers(model, top_k, "top_k")
+    changed = {}
     for name, layer in layers.items():
         check_is_ours(name, layer)
         router = layer.router
+        if "top_k" not in router.get_config() or isinstance(router, HashRouter):
+            raise ValueError(
+                "The router of a layer must choose `top_k` experts by their scores. Received: "
+                f"{name!r} with a `{type(router).__name__}`. Leave the layer out, by a dict of the "
+                "others; a `TopKRouter(top_k=num_experts)` computes as a `DenseRouter` does, and "
+                "loads its weights."
+            )
         value = top_k[name] if isinstance(top_k, dict) else top_k
-        config = router.get_config()
-        if "top_k" not in config:
-            raise ValueError(
-                "The router of a layer must have a `top_k`, experts that each token chooses. "
-                f"Received: {name!r} with a `{type(router).__name__}`, whose config has none. "
-                "Leave the layer out, by a dict of the others, or make it with a "
-                "`routers.TopKRouter`, which with `top_k=num_experts` computes what a "
-                "`DenseRouter` does and loads its weights."
-            )
-        check_top_k(value, router.num_experts, type(router).__name__)
-        if "top_k" in router._attribute_rules.fixed and value != router.top_k:
-            raise ValueError(
-                "The router of a layer must choose experts by scores. Received: "
-                f"{name!r} with a `{type(router).__name__}`, which has {router.top_k} for each "
-                "token in a table. Leave the layer out, by a dict of the others."
-            )
-        type(router).from_config({**config, "top_k": value})  # It has rules of its own.
+        changed[name] = router_like(router, top_k=value).top_k  # The constructor checks it.
     for name, layer in layers.items():
         router = layer.router
         if getattr(router, "renormalize", False) is None:
             router.renormalize = router.top_k > 1
-        router.top_k = top_k[name] if isinstance(top_k, dict) else top_k
+        router.top_k = changed[name]
     forget_compiled(model)
 
 
@@ -198,19 +191,6 @@ def _operate(model, layers, chosen, merges, data):
 def _plan(model, keep, data):
     """Layers, how many experts of each stay, and the data as a list."""
     layers = _layers(model, keep, "keep")
-    _check_not_shared(model, layers)
-    numbers = {}
-    for name, layer in layers.items():
-        check_can_cut(name, layer)
-        numbers[name] = _number(name, layer, keep[name] if isinstance(keep, dict) else keep)
-    check_list_of_batches("data", data)
-    data = list(data)
-    for batch in data:
-        measuring.check_batch(batch)
-    return layers, numbers, data
-
-
-def _check_not_shared(model, layers):
     seen: dict[int, str] = {}
     for name, layer in moe_layers(model).items():
         for part in (layer.router, layer.experts):
@@ -218,94 +198,61 @@ def _check_not_shared(model, layers):
             if other != name and (name in layers or other in layers):
                 raise ValueError(
                     "Each layer must have a router and a bank of its own. Received: "
-                    f"{other!r} and {name!r}, which share `{part.name}`. Make the model without "
-                    "sharing, and give it the weights."
+                    f"{other!r} and {name!r}, which share `{part.name}`"
                 )
+    numbers = {}
+    for name, layer in layers.items():
+        check_can_cut(name, layer)
+        numbers[name] = _number(name, layer, keep[name] if isinstance(keep, dict) else keep)
+        router_like(layer.router, num_experts=numbers[name])  # It has rules, such as for groups.
+    return layers, numbers, measuring.checked_batches(data)
 
 
 def _layers(model, given, argument):
     layers = moe_layers(model)
     if not isinstance(given, dict):
         return layers
-    unknown = sorted(set(given) - set(layers))
-    if unknown or not given:
+    if not given or set(given) - set(layers):
         raise ValueError(
-            f"`{argument}` must name MoE layers of the model. Received: "
-            f"{listed(unknown) or 'an empty dict'}. The model has {listed(layers)}."
+            f"`{argument}` must name MoE layers of the model, {', '.join(layers)}. "
+            f"Received: {argument}={shortened(given)}"
         )
     return {name: layer for name, layer in layers.items() if name in given}
 
 
 def _number(name, layer, keep):
     num_experts, router = layer.experts.num_experts, layer.router
-    number = keep
-    if not is_whole(keep) and isinstance(keep, float) and 0 < keep <= 1:
-        number = int(np.ceil(keep * num_experts))
-    # Some aim at a mean that is above the least.
-    top_k = router.get_config().get("top_k")
-    least = max(router.min_top_k, top_k or 1)
-    if top_k is None and least == num_experts > 1 and number != num_experts:
+    try:
+        number = operator.index(keep)
+    except TypeError:
+        share = check_number("keep", keep, above=0)
+        # A share of float32, or such as 0.07, may be a little larger than meant.
+        number = math.ceil(share * num_experts - 1e-5) if share <= 1 else share
+    # Some routers aim at a mean that is above the least.
+    least = max(router.min_top_k, router.get_config().get("top_k") or 1)
+    if not least <= number <= num_experts or number != int(number):
         raise ValueError(
-            "Each token must choose some of the experts, so that the others can be cut. Received: "
-            f"keep={shortened(keep)} for {name!r} with a `{type(router).__name__}`, where a token "
-            "may go to all. Make the model with a router such as `routers.TopKRouter`, and train "
-            "it, first."
-        )
-    if not is_whole(number) or not least <= number <= num_experts:
-        meaning = f" ({number} of {num_experts})" if isinstance(keep, float) else ""
-        raise ValueError(
-            "`keep` must be a share above 0 and up to 1, or a number of experts, and at least the "
-            f"`top_k` of the router must be left. Received: keep={shortened(keep)}{meaning} for "
-            f"{name!r} with num_experts={num_experts}, top_k={least}. Pass another, or make a "
-            "token go to fewer experts first, with most routers by `surgery.set_top_k`."
-        )
-    if isinstance(router, GroupLimitedRouter) and number % router.num_groups:
-        raise ValueError(
-            "`keep` must be a multiple of the groups of a router. Received: "
-            f"keep={keep!r}, {number} experts, for {name!r} with {router.num_groups} groups. "
-            f"Pass, for example, {router.num_groups * (number // router.num_groups + 1)}."
+            "`keep` must be a share up to 1 or a number of experts, and leave at least the `top_k` "
+            f"of the router. Received: keep={shortened(keep)} for {name!r} with "
+            f"num_experts={num_experts}, top_k={least}. See `surgery.set_top_k`."
         )
     return int(number)
 
 
 def _scores(model, by, layers, data):
     if isinstance(by, str):
-        check_choice("by", by, list(MEASURES))
-        _check_data(data, f"by={by!r}")
-        measured = MEASURES[by](model, layers, data)
-        scores = {name: _as_scores(name, of) for name, of in measured.items()}
-        if by == "usage" and not any(score.any() for score in scores.values()):
-            _check_data((), "by='usage'")
-        return scores
+        check_choice("by", by, measuring.MEASURES)
+        return measuring.importance(by, model, layers, data)
     if isinstance(by, dict):
         _layers(model, by, "by")
-    scores = by if isinstance(by, dict) else {name: by for name in layers}
-    scores = {name: _as_scores(name, value) for name, value in scores.items()}
+    scores = {}
     for name, layer in layers.items():
-        shape = scores[name].shape if name in scores else None
-        if shape != (layer.experts.num_experts,):
+        given = by.get(name) if isinstance(by, dict) else by
+        scores[name] = np.asarray(ops.convert_to_numpy(given), "float64")
+        num_experts = layer.experts.num_experts
+        if scores[name].shape != (num_experts,) or np.isnan(scores[name]).any():
             raise ValueError(
-                "`by` must have one score for each expert of each layer. Received: shape "
-                f"{shape} for {name!r} with num_experts={layer.experts.num_experts}. "
-                f"{'Did you mean `keep`?' if shape == () else 'Pass a dict of arrays (E,).'}"
+                f"`by` must be one of {', '.join(measuring.MEASURES)}, or numbers for the "
+                f"{num_experts} experts of {name!r}. Received: by={shortened(given)}"
             )
     return scores
-
-
-def _as_scores(name, values):
-    array = host_values(ops.convert_to_numpy(values) if hasattr(values, "shape") else values)
-    if array is None or array.dtype.kind not in "biuf" or not np.isfinite(array).all():
-        raise ValueError(
-            f"`by` must be {listed(MEASURES)} or scores that are finite numbers. "
-            f"Received: by={shortened(values)} for {name!r}. Pass one for each expert, higher for "
-            "those to keep."
-        )
-    return array.astype("float64")
-
-
-def _check_data(data, what):
-    if not data:
-        raise ValueError(
-            f"Experts must be measured on data. Received: {what} and no data. "
-            "Pass `data=[inputs]` or `data=[(inputs, targets), ...]`."
-        )

@@ -15,9 +15,8 @@ except ImportError as error:
     ) from error
 
 from keras_moe.tuner.cost import CostMonitor, WithinBudget
-from keras_moe.tuner.defaults_first import DefaultsFirst
 from keras_moe.tuner.pareto import ParetoRow, format_table, pareto_table
-from keras_moe.tuner.search_space import SearchSpace
+from keras_moe.tuner.search_space import DefaultsFirst, SearchSpace
 
 __all__ = [
     "CostMonitor",

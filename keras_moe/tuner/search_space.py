@@ -1,78 +1,41 @@
 """The values from which a search chooses each part of a MoE layer."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Sequence
+from functools import partial
 
-import keras
 import keras_tuner
+import numpy as np
 
 from keras_moe import layers, losses, routers
-from keras_moe._internal.named_arguments import NamedArguments, check_is_made
-from keras_moe._internal.validation import (
-    check_choice,
-    check_function,
-    check_list,
-    check_name,
-    check_not_negative,
-    check_positive_integer,
-    listed,
-    propose,
-    shortened,
-)
+from keras_moe._internal.checks import check_choice, check_integer, check_number, shortened
 
 # Routers whose tokens all have K experts, so that the active size is known before the search.
 TAKE_TOP_K = ("cosine", "deepseek_v3", "noisy_top_k", "sinkhorn", "top_k")
 SET_TOP_K = ("balanced_assignment", "switch")
 
-# Arguments of the layer that a space gives it.
-_CHOSEN = ("router", "capacity_factor")
 
-
-def _values(name, values):
-    if not isinstance(values, (list, tuple)) or not values:
-        raise ValueError(
-            f"`{name}` must be a list or tuple of the values to choose from. Received: "
-            f"{name}={shortened(values)}. Pass, for a fixed one, a tuple of one."
-        )
-    if len({repr(value) for value in values}) < len(values):
-        raise ValueError(
-            f"`{name}` must be values that differ. Received: {name}={shortened(values)}. Leave "
-            "out those that come twice."
-        )
-    return list(values)
-
-
-def _weights(name, values):
-    if not isinstance(values, Mapping):
-        raise TypeError(
-            "`loss_weights` must be a dict from names of losses to weights to choose from. "
-            f"Received: loss_weights={shortened(values)}. Pass, for example, "
-            "`{'load_balance': (0.01, 0.1)}`."
-        )
-    return {
-        # Of one type, as KerasTuner wants them.
-        loss: [float(check_not_negative(name, weight)) for weight in _values(name, weights)]
-        for loss, weights in values.items()
-    }
-
-
-class SearchSpace(NamedArguments):
+class SearchSpace:
     """The values from which a search chooses each part of a MoE layer.
 
-    The first value of a tuple is the one picked by hand: `DefaultsFirst` tries these first. A tuple
-    of one value is fixed. An expert is `active_width / K` wide, so that neither the number of
-    experts nor `top_k` changes what the experts cost; the router's share grows with E.
+    The first of the values of an argument is the one picked by hand: `DefaultsFirst` tries these
+    first. A single value is fixed. An expert is `active_width / K` wide, so that neither the number
+    of experts nor `top_k` changes what the experts cost; the router's share grows with E.
+
+    Values come as a list, tuple, range or array.
 
     Args:
-        active_width: widths K * H of the experts of a token together, each divisible by each K.
-        num_experts: numbers of experts, E.
-        top_k: experts per token, K. "switch" and "balanced_assignment" have one, whatever it is.
-        routers: names of those whose tokens all have K experts: "cosine", "deepseek_v3",
+        active_width: Integers. Widths K * H of the experts of a token together, each divisible by
+            each K.
+        num_experts: Integers. Numbers of experts, E.
+        top_k: Integers. Experts per token, K. "switch" and "balanced_assignment" have one, whatever
+            it is.
+        routers: Strings. Routers whose tokens all have K experts: "cosine", "deepseek_v3",
             "noisy_top_k", "sinkhorn", "top_k", "balanced_assignment" and "switch".
-        loss_weights: dict of names in `losses.BY_NAME` to weights.
-        capacity_factors: capacities, as in `layers.MixtureOfExperts`; None is no limit.
-        name: what the names of the hyperparameters begin with. Layers that are tuned independently
-            need spaces of different names.
+        loss_weights: Dict of names in `losses.BY_NAME` to floats, their weights.
+        capacity_factors: Capacities, as in `layers.MixtureOfExperts`; None is no limit.
+        name: String with which the names of the hyperparameters begin. Layers that are tuned
+            independently need spaces of different names.
 
     Raises:
         ValueError: If a value is out of its range, or some do not go together.
@@ -86,12 +49,6 @@ class SearchSpace(NamedArguments):
     (8, 32, 2)
     """
 
-    _attribute_checks = {
-        **dict.fromkeys(("active_width", "num_experts", "top_k", "routers"), _values),
-        "loss_weights": _weights,
-        "name": check_name,
-    }
-
     def __init__(
         self,
         active_width,
@@ -104,92 +61,62 @@ class SearchSpace(NamedArguments):
     ):
         if loss_weights is None:
             loss_weights = {"load_balance": (1e-2, 1e-3, 1e-1), "router_z": (1e-3,)}
-        self.active_width = active_width
-        self.num_experts = num_experts
-        self.top_k = top_k
-        self.routers = routers
-        self.loss_weights = loss_weights
-        self.capacities = {
-            str(factor): factor for factor in _values("capacity_factors", capacity_factors)
+        self.active_width = _values("active_width", active_width, check_integer)
+        self.num_experts = _values("num_experts", num_experts, check_integer)
+        self.top_k = _values("top_k", top_k, check_integer)
+        self.routers = _values(
+            "routers", routers, partial(check_choice, choices=TAKE_TOP_K + SET_TOP_K)
+        )
+        self.loss_weights = {
+            check_choice("loss_weights", loss, losses.BY_NAME): _values(
+                "loss_weights", weights, check_number
+            )
+            for loss, weights in loss_weights.items()
         }
+        capacity_factors = _values("capacity_factors", capacity_factors)
+        for factor in capacity_factors:
+            layers.Capacity.get(factor)
+        # By names, as KerasTuner knows neither None nor objects.
+        self.capacities = {str(factor): factor for factor in capacity_factors}
         self.name = name
-        self._check()
+        for choices in itertools.product(self.routers, self.num_experts, self.top_k):
+            top_k = _router(*choices).top_k
+            for width in self.active_width:
+                if width % top_k:
+                    raise ValueError(
+                        "Each `active_width` must be divisible by each number of experts per "
+                        f"token. Received: active_width={width}, top_k={top_k}"
+                    )
 
     def sample(self, hp, experts=layers.FeedForwardExperts, router_losses=(), **kwargs):
-        """A layer of the values that `hp` has in this trial.
+        """Return a layer of the values that `hp` has in this trial.
 
         Args:
-            hp: the `keras_tuner.HyperParameters` that a model-building function is given.
-            experts: function of `num_experts` and `hidden_dim` that makes the bank of experts.
-            router_losses: losses besides those in `loss_weights`, such as one of your own whose
+            hp: `keras_tuner.HyperParameters` that a model-building function is given.
+            experts: Function of `num_experts` and `hidden_dim` that returns a bank of experts.
+            router_losses: Losses besides those in `loss_weights`, such as one of your own whose
                 weight is `hp.Choice("weight", ...)`.
-            **kwargs: further arguments of the layer, such as `name` and `shared_expert`.
+            **kwargs: Further arguments of the layer, such as `name` and `shared_expert`.
 
         Returns:
             A new `layers.MixtureOfExperts`. Layers of one space have the same values in a trial.
-
-        Raises:
-            TypeError: If `hp` or `experts` is of another type.
-            ValueError: If an argument is one that the space chooses.
         """
-        check_is_made(self)
-        if not isinstance(hp, keras_tuner.HyperParameters):
-            raise TypeError(
-                "`hp` must be a `keras_tuner.HyperParameters`. Received: an object of type "
-                f"{type(hp).__name__}. Pass what the model-building function is given."
-            )
-        if isinstance(experts, keras.Layer):
-            raise TypeError(
-                "`experts` must be a function of (num_experts, hidden_dim). Received: a "
-                f"`{type(experts).__name__}`, made already. Pass its class."
-            )
-        if isinstance(experts, type) and not issubclass(experts, layers.ExpertBank):
-            raise TypeError(
-                "`experts` must be a bank of experts, if it is a class. Received: "
-                f"{experts.__name__}. Pass, for example, `layers.GatedExperts`."
-            )
-        check_function("experts", experts, "num_experts", "hidden_dim")
-        check_list("router_losses", router_losses)
-        for name in _CHOSEN:
-            if name in kwargs:
-                raise ValueError(
-                    f"`{name}` must be left to the space, which chooses it. Received: "
-                    f"{name}={shortened(kwargs[name])}. Leave it out."
-                )
         with hp.name_scope(self.name):
             num_experts = self._choose(hp, "num_experts", self.num_experts)
             router = self._sample_router(hp, num_experts)
-            hidden_dim = self._choose(hp, "active_width", self.active_width) // router.max_top_k
+            hidden_dim = self._choose(hp, "active_width", self.active_width) // router.top_k
             capacity = self.capacities[self._choose(hp, "capacity_factor", list(self.capacities))]
             searched = [
                 losses.BY_NAME[loss](self._choose(hp, f"{loss}_weight", weights))
                 for loss, weights in self.loss_weights.items()
             ]
-        bank = experts(num_experts, hidden_dim)
-        if not isinstance(bank, layers.ExpertBank):
-            raise TypeError(
-                "`experts` must return a bank of experts. Received: an object of type "
-                f"{type(bank).__name__}. Pass, for example, `layers.GatedExperts`."
-            )
         return layers.MixtureOfExperts(
-            bank, router, [*searched, *router_losses], capacity_factor=capacity, **kwargs
+            experts(num_experts, hidden_dim),
+            router,
+            [*searched, *router_losses],
+            capacity_factor=capacity,
+            **kwargs,
         )
-
-    def _choose(self, hp, name, values):
-        """The value that `hp` has for this name, within the scope of the space."""
-        if len(values) == 1:
-            choice = hp.Fixed(name, values[0])
-        else:
-            choice = hp.Choice(name, sorted(values), default=values[0])
-        # What was there before keeps its values, which may be fewer. Other scopes end alike.
-        alike = [each for each in hp.space if each.name.endswith(f"{self.name}/{name}")]
-        if not any(set(each.values) <= set(values) for each in alike):
-            raise ValueError(
-                "Spaces of one search must have names that differ, unless their values are the "
-                f"same. Received: two of the name {self.name!r} with other values of `{name}`. "
-                "Pass, for example, `name='second_moe'`."
-            )
-        return choice
 
     def _sample_router(self, hp, num_experts):
         name = self._choose(hp, "router", self.routers)
@@ -200,36 +127,69 @@ class SearchSpace(NamedArguments):
                     return _router(name, num_experts, self._choose(hp, "top_k", self.top_k))
         return _router(name, num_experts)
 
-    def _check(self):
-        for width in self.active_width:
-            check_positive_integer("active_width", width)
-        for name in self.routers:
-            check_choice("routers", name, TAKE_TOP_K + SET_TOP_K)
-            top_k = self.top_k if name in TAKE_TOP_K else (None,)
-            for combination in itertools.product(self.num_experts, top_k):
-                self._check_width(_router(name, *combination).max_top_k)
-        for loss in self.loss_weights:
-            names = sorted(losses.BY_NAME)
-            if loss not in names:
-                raise ValueError(
-                    f"`loss_weights` must be of losses among {listed(names)}. Received: the name "
-                    f"{shortened(loss)}. {propose(loss, names)} A loss of your own goes to "
-                    "`sample(..., router_losses=[...])`."
-                )
-        for capacity in self.capacities.values():
-            layers.Capacity.get(capacity)
-
-    def _check_width(self, top_k):
-        for width in self.active_width:
-            if width % top_k:
-                raise ValueError(
-                    "Each `active_width` must be divisible by each number of experts per token. "
-                    f"Received: active_width={width}, top_k={top_k}. "
-                    f"Pass a multiple of {top_k}, or leave this `top_k` out."
-                )
+    def _choose(self, hp, name, values):
+        """Return the value that `hp` has for a name in the scope of the space."""
+        if len(values) == 1:
+            choice = hp.Fixed(name, values[0])
+        else:
+            choice = hp.Choice(name, sorted(values), default=values[0])
+        # A hyperparameter that is there already keeps its values. Other scopes end alike.
+        alike = [each for each in hp.space if each.name.endswith(f"{self.name}/{name}")]
+        if not any(set(each.values) <= set(values) for each in alike):
+            raise ValueError(
+                "Spaces of one search must have different names, unless their values are the same. "
+                f"Received: two spaces {self.name!r} with other values of `{name}`"
+            )
+        return choice
 
 
-def _router(name, num_experts, top_k=None):
+class DefaultsFirst(keras_tuner.Oracle):
+    """Abstract: a mixin before an oracle, whose first trial then has the default values.
+
+    So the best trial is never worse than what was picked by hand.
+
+    Raises:
+        TypeError: If it does not come before an oracle among the bases of a class.
+
+    Example:
+
+    >>> import keras_tuner
+    >>> class Oracle(keras_moe.tuner.DefaultsFirst, keras_tuner.oracles.RandomSearchOracle):
+    ...     pass
+    >>> # search = keras_tuner.Tuner(Oracle(objective, max_trials=10), build_model)
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if super().populate_space.__func__ is keras_tuner.Oracle.populate_space:
+            raise TypeError(
+                "`DefaultsFirst` must come before an oracle among the bases of a class. Received: "
+                f"{', '.join(base.__name__ for base in type(self).__bases__)}"
+            )
+
+    def populate_space(self, trial_id):
+        answer = super().populate_space(trial_id)
+        if self.trials or answer["status"] != "RUNNING":
+            return answer
+        first = keras_tuner.HyperParameters()
+        first.merge(self.get_space())
+        # Hyperband stores its own state among the hyperparameters.
+        own = {key: value for key, value in answer["values"].items() if key.startswith("tuner/")}
+        return {**answer, "values": {**first.values, **own}}
+
+
+def _values(name, values, check=None):
+    """Return values to choose from as a list of Python's own."""
+    if isinstance(values, str) or not isinstance(values, (Sequence, np.ndarray)) or not len(values):
+        raise ValueError(
+            f"`{name}` must be a list, tuple, range or array of the values to choose from. "
+            f"Received: {name}={shortened(values)}"
+        )
+    values = [value.item() if hasattr(value, "item") else value for value in values]
+    return values if check is None else [check(name, value) for value in values]
+
+
+def _router(name, num_experts, top_k=1):
+    given = {"top_k": top_k} if name in TAKE_TOP_K else {}
     classes: dict = routers.BY_NAME
-    given = {} if top_k is None else {"top_k": top_k}
     return classes[name](num_experts=num_experts, **given)

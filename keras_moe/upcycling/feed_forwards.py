@@ -1,26 +1,27 @@
-"""Finds the dense feed-forward networks of a model.
+"""Search for the dense feed-forward networks of a model.
 
 One is a `Dense` layer from D to H features with an activation, then one back to D without. There
 are three places: layers that follow one another in a functional or sequential model; a `Sequential`
 in an attribute of another layer; and the Transformer blocks of KerasHub, by their attributes.
 """
 
+import collections
 from typing import Any, NamedTuple
 
 import keras
 
 from keras_moe._internal.keras_internals import Functional, calls_of, own_layers
-from keras_moe._internal.replacing import sublayers
-from keras_moe.layers.mixture_of_experts import MixtureOfExperts
+from keras_moe.layers import MixtureOfExperts
+from keras_moe.upcycling.rewriting import is_graph, sublayers
 
 
 class FeedForward(NamedTuple):
     """A dense feed-forward network of a model.
 
     - `name`: of its first `Dense`, or of the layer that holds it.
-    - `up`, `down`, `gate`: `Dense` layers; `gate` is None, if there is none.
-    - `activation`: function of the hidden features, of the gate where there is one.
-    - `layers`: what the mixture stands for, and in whose place it comes: the first of them.
+    - `up`, `down`, `gate`: `Dense` layers; `gate` may be None.
+    - `activation`: function of the hidden features, of the gate if there is one.
+    - `layers`: the layers that the mixture replaces; it comes in the place of the first.
     - `owner`: the block of KerasHub that holds it, or None.
     """
 
@@ -45,16 +46,8 @@ def feed_forwards(model):
     return list(found.values())
 
 
-def is_graph(layer):
-    """Whether Keras makes the layer from a list or graph of layers, which can be rewritten.
-
-    A subclass may keep its layers elsewhere too, as those of KerasHub do.
-    """
-    return type(layer) in (Functional, keras.Sequential)
-
-
 def _search(layer, name, is_fixed):
-    """Feed-forwards in a layer; `is_fixed` tells that no other layer can take its place."""
+    """Feed-forwards in a layer; `is_fixed` if no other layer can take its place."""
     if isinstance(layer, MixtureOfExperts):
         return
     if is_graph(layer):
@@ -95,9 +88,10 @@ def _in_graph(model):
     following = _following_layers(model)
     for up in filter(_is_dense, model.layers):
         layers = [up]
-        while isinstance(following.get(id(layers[-1])), (keras.layers.Dropout, _Activation)):
-            layers.append(following[id(layers[-1])])
-        down = following.get(id(layers[-1]))
+        down = following.get(id(up))
+        while isinstance(down, (keras.layers.Dropout, keras.layers.Activation)):
+            layers.append(down)
+            down = following.get(id(down))
         activations = [
             layer.activation
             for layer in layers
@@ -108,26 +102,24 @@ def _in_graph(model):
             yield FeedForward(up.name, up, down, None, activations[0], (*layers, down))
 
 
-def overlooked(model, found):
-    """Names of `Dense` layers from D to H features that lead to one back to D by other layers."""
-    known = {id(feed_forward.up) for feed_forward in found}
-    names = []
-    for part in model._flatten_layers():
-        if not isinstance(part, (Functional, keras.Sequential)):
-            continue
-        following = _following_layers(part)
-        for up in part.layers:
-            between = down = following.get(id(up))
-            while down is not None and not _is_dense(down):
-                down = following.get(id(down))
-            if down is None or down is between or id(up) in known or not _is_dense(up):
-                continue
-            if _fit(up, down):
-                names.append(up.name)
-    return names
+def left_dense(model, found):
+    """Names of other `Dense` layers from D to H > D features in a layer with one back to D."""
+    known = {id(dense) for feed_forward in found for dense in feed_forward.denses}
+    names = {}
+    for owner in _owners(model):
+        denses = list(filter(_is_dense, own_layers(owner)))
+        for up in denses:
+            widens = up.kernel.shape[1] > up.kernel.shape[0]
+            if widens and id(up) not in known and any(_fit(up, down) for down in denses):
+                names[id(up)] = up.name
+    return list(names.values())
 
 
-_Activation = keras.layers.Activation
+def _owners(layer):
+    yield layer
+    for sublayer in own_layers(layer):
+        if not isinstance(sublayer, MixtureOfExperts):
+            yield from _owners(sublayer)
 
 
 def _following_layers(model):
@@ -135,10 +127,7 @@ def _following_layers(model):
     if isinstance(model, keras.Sequential):
         return {id(a): b for a, b in zip(model.layers, model.layers[1:])}
     calls = calls_of(model)
-    once = {id(layer) for layer, *_ in calls}
-    for layer in {id(layer): layer for layer, *_ in calls}.values():
-        if sum(layer is other for other, *_ in calls) > 1:
-            once.discard(id(layer))
+    times = collections.Counter(id(layer) for layer, *_ in calls)
     users: dict[int, list] = {}
     for layer, inputs, _ in calls:
         for tensor in inputs:
@@ -148,7 +137,7 @@ def _following_layers(model):
     for layer, _, outputs in calls:
         mine = [user for tensor in outputs for user in users.get(id(tensor), [])]
         is_last = any(id(tensor) in last for tensor in outputs)
-        if len(mine) == 1 and not is_last and {id(layer), id(mine[0])} <= once:
+        if len(mine) == 1 and not is_last and times[id(layer)] == times[id(mine[0])] == 1:
             following[id(layer)] = mine[0]
     return following
 

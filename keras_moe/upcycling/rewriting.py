@@ -1,24 +1,23 @@
-"""Puts mixtures in the place of dense feed-forward networks."""
+"""Mixtures in the place of dense feed-forward networks, in models that save and load."""
 
 from typing import Any
 
 import keras
 
-from keras_moe._internal import replacing
 from keras_moe._internal.keras_internals import (
+    Functional,
     compile_like,
     forget_old_weights,
     own_layers,
     set_state,
 )
-from keras_moe._internal.serialization import register
+from keras_moe._internal.serialization import PACKAGE, register
 from keras_moe.layers.transformer_block import TransformerBlock
-from keras_moe.upcycling.feed_forwards import is_graph
 
 
 @register
 class Ones(keras.layers.Layer):
-    """What a gate is multiplied by, where the gate has become the whole network."""
+    """The factor of a gate that has become the whole network."""
 
     def call(self, inputs):
         return keras.ops.ones_like(inputs)
@@ -38,10 +37,10 @@ def rewrite(model, mixtures):
     gated = []
     for feed_forward, mixture in mixtures:
         for layer in feed_forward.layers:
-            stand_ins[id(layer)] = None  # It goes away.
+            stand_ins[id(layer)] = None
         stand_ins[id(feed_forward.layers[0])] = mixture
         if feed_forward.gate is not None:
-            # Its block still applies the activation to the gate, and multiplies by what is up.
+            # Its block still applies the activation to the gate, and multiplies by `up`.
             dtype = feed_forward.up.dtype_policy.name
             stand_ins[id(feed_forward.up)] = Ones(dtype=dtype, name=feed_forward.up.name)
             gated.append(feed_forward.owner)
@@ -51,9 +50,25 @@ def rewrite(model, mixtures):
         set_state(block, "activation", keras.activations.linear)
         rewriting.changes.append((block, ["activation"]))
     if rewriting.changes:
-        replacing.record(model, rewriting.changes)
+        _record(model, rewriting.changes)
     forget_old_weights(model)
     return model
+
+
+def is_graph(layer):
+    """Whether Keras makes the layer from a list or graph of layers, which can be rewritten.
+
+    A subclass may keep its layers elsewhere too, as those of KerasHub do.
+    """
+    return type(layer) in (Functional, keras.Sequential)
+
+
+def sublayers(layer):
+    """Pairs of a name and a Keras layer for the attributes of a layer that are one."""
+    # PyTorch keeps modules apart from other attributes.
+    names = [*vars(layer), *vars(layer).get("_modules", ())]
+    pairs = [(name, getattr(layer, name)) for name in names]
+    return [(name, value) for name, value in pairs if isinstance(value, keras.Layer)]
 
 
 class _Rewriting:
@@ -82,7 +97,7 @@ class _Rewriting:
 
     def _attributes(self, layer):
         names = []
-        for name, sublayer in replacing.sublayers(layer):
+        for name, sublayer in sublayers(layer):
             rewritten = self.of(sublayer)
             if rewritten is not sublayer:
                 set_state(layer, name, rewritten)
@@ -125,3 +140,81 @@ class _Rewriting:
         ]
         layers = [rewritten[id(layer)] for layer in model.layers if id(layer) not in removed]
         return keras.Sequential([*inputs, *layers], name=model.name)
+
+
+def _record(root, changes):
+    """Put attributes of layers into the config of a model: those of its classes lack them.
+
+    Args:
+        root: a Keras model.
+        changes: list of pairs of a layer of the model and the names of its attributes. They hold
+            Keras layers now, or functions that can be serialized.
+    """
+    paths = {id(layer): path for path, layer in _walk(root)}
+    cls = type(root)
+    if not isinstance(root, _WithReplacements):
+        if cls not in _CLASSES:
+            members = {"_original_class": cls, "__module__": __name__}
+            changed = type("WithReplacements", (_WithReplacements, cls), members)
+            _CLASSES[cls] = _register(changed)
+        root.__class__ = _CLASSES[cls]
+        object.__setattr__(root, "_replaced", [])  # There is nothing for Keras to track.
+    root._replaced.extend((paths[id(layer)], tuple(names)) for layer, names in changes)
+
+
+class _WithReplacements:
+    """Mixed into the class of a model whose layers were given other sublayers."""
+
+    _original_class: type
+    _replaced: list
+
+    def get_config(self):
+        serialize = keras.saving.serialize_keras_object
+        replaced = []
+        for path, names in self._replaced:
+            layer = _layer_at(self, path)
+            attributes = {name: serialize(getattr(layer, name)) for name in names}
+            replaced.append({"path": list(path), "attributes": attributes})
+        changed, self.__class__ = type(self), self._original_class
+        try:
+            original = serialize(self)
+        finally:
+            self.__class__ = changed
+        original.pop("compile_config", None)
+        return {"model": original, "replaced": replaced}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        revive = keras.saving.deserialize_keras_object
+        model = revive(config["model"], custom_objects=custom_objects)
+        changes = []
+        for replaced in config["replaced"]:
+            layer = _layer_at(model, replaced["path"])
+            for name, value in replaced["attributes"].items():
+                set_state(layer, name, revive(value, custom_objects=custom_objects))
+            changes.append((layer, replaced["attributes"]))
+        _record(model, changes)
+        return model
+
+
+# One name for all models; the config says which one it is.
+_register = keras.saving.register_keras_serializable(PACKAGE, "WithReplacements")
+_register(_WithReplacements)
+_CLASSES: dict = {}
+
+
+def _walk(layer, path=()):
+    """Pairs of a path and a layer for each layer in a model, itself included.
+
+    A path holds the place of each layer among the sublayers of its parent. It is the same in a
+    model that was made from the same config.
+    """
+    yield path, layer
+    for index, sublayer in enumerate(own_layers(layer)):
+        yield from _walk(sublayer, (*path, index))
+
+
+def _layer_at(root, path):
+    for index in path:
+        root = own_layers(root)[index]
+    return root

@@ -1,8 +1,8 @@
 """Plots of what experts do. Needs matplotlib: `pip install matplotlib`.
 
-Every function returns a `matplotlib.figure.Figure` and takes what it draws in one of three forms:
-an array, a dict of arrays by the name of the layer, or what `inspection.record_routings(model,
-batches)` returns. Each layer has a panel of its own.
+Every function returns a `matplotlib.figure.Figure` and takes its data in one of three forms: an
+array or nested list, a dict of arrays by the name of the layer, or the result of
+`inspection.record_routings(model, batches)`. Each layer has a panel of its own.
 """
 
 from keras_moe.visualization.decisions import coactivation, confidence

@@ -12,22 +12,21 @@ def coactivation(routings, num_experts=None):
     """Which experts serve the same tokens: share of the row's tokens that the column serves too.
 
     Args:
-        routings: what `inspection.record_routings` returned, or (T, K) integer indices with -1 for
-            no expert, or a dict of these by layer.
-        num_experts: E, for arrays; by default the highest index and one.
-
-    Raises:
-        ValueError: If the indices are not integers (T, K).
+        routings: The result of `inspection.record_routings`, or integer indices (T, K) with -1
+            for no expert, or a dict of these by layer.
+        num_experts: Integer or None. E, for arrays; by default the highest index plus one.
 
     Returns:
         A `matplotlib.figure.Figure`.
+
+    Raises:
+        ValueError: If the indices are not integers (T, K).
 
     Example:
 
     >>> router = keras_moe.routers.TopKRouter(num_experts=8)
     >>> routing = router(keras.random.normal((32, 64)))
-    >>> indices = keras.ops.convert_to_numpy(routing.indices)
-    >>> figure = keras_moe.visualization.coactivation(indices, num_experts=8)
+    >>> figure = keras_moe.visualization.coactivation(routing.indices, num_experts=8)
 
     Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.2.
     """
@@ -35,7 +34,7 @@ def coactivation(routings, num_experts=None):
 
 
 def _draw_coactivation(axes, routing):
-    share = ops.convert_to_numpy(metrics.coactivation(sources.as_tensors(routing))).copy()
+    share = ops.convert_to_numpy(metrics.coactivation(routing)).copy()
     np.fill_diagonal(share, np.nan)  # every expert is always together with itself
     heat_map(axes, share, "share of the row's tokens", vmin=0)
     axes.set(xlabel="also served by expert", ylabel="served by expert")
@@ -50,20 +49,20 @@ def confidence(routings):
     one that gives other experts no weight.
 
     Args:
-        routings: what `inspection.record_routings` returned, or probabilities (T, E), or a dict of
+        routings: The result of `inspection.record_routings`, or probabilities (T, E), or a dict of
             these by layer.
-
-    Raises:
-        ValueError: If there is no layer.
 
     Returns:
         A `matplotlib.figure.Figure`.
+
+    Raises:
+        ValueError: If there is no layer, or an array does not hold probabilities.
 
     Example:
 
     >>> router = keras_moe.routers.TopKRouter(num_experts=8)
     >>> routing = router(keras.random.normal((32, 64)))
-    >>> figure = keras_moe.visualization.confidence(keras.ops.convert_to_numpy(routing.probs))
+    >>> figure = keras_moe.visualization.confidence(routing.probs)
     """
     return one_panel_a_layer(sources.probabilities(routings), _draw_confidence)
 

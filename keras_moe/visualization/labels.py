@@ -1,18 +1,16 @@
-"""Plots of what experts serve."""
-
-import numbers
+"""Plots of the labels that experts serve."""
 
 import numpy as np
 from keras import ops
 
 from keras_moe import metrics
 from keras_moe._internal.plain_text import as_text
-from keras_moe._internal.validation import shortened
+from keras_moe.visualization import sources
 from keras_moe.visualization.panels import PANEL_SIZE, count_on, heat_map, one_panel_a_layer
-from keras_moe.visualization.sources import as_tensors, check_can_be_drawn, each_token
-from keras_moe.visualization.sources import routings as routings_of
 
 MAX_ROWS = 30
+# A table of more labels needs more memory than a figure is worth.
+MAX_LABELS = 10_000
 
 
 def specialization(routings, labels, names=None, num_experts=None):
@@ -22,32 +20,31 @@ def specialization(routings, labels, names=None, num_experts=None):
     label and expert in bits, and the entropy of the expert, its upper bound.
 
     Pass the labels of documents for subjects, those of tokens for parts of speech, and the tokens
-    themselves for words. Integers stand in their order, strings the most frequent first. Of many
-    different strings 30 are drawn; the title is over all.
+    themselves for words. Integers stand in their order, strings the most frequent first. The first
+    30 are drawn; the title is over all.
 
     Args:
-        routings: what `inspection.record_routings` returned, or (T, K) integer indices with -1 for
-            no expert, or a dict of these by layer.
-        labels: integers or strings, one for each token, padding included, or one for each of
+        routings: The result of `inspection.record_routings`, or integer indices (T, K) with -1
+            for no expert, or a dict of these by layer.
+        labels: Integers or strings, one for each token, padding included, or one for each of
             equally long documents. Negative integers are left out.
-        names: names of integer labels, or None.
-        num_experts: E, for arrays; by default the highest index and one.
-
-    Raises:
-        ValueError: If labels and tokens do not fit.
+        names: List of strings or None. Names of integer labels.
+        num_experts: Integer or None. E, for arrays; by default the highest index plus one.
 
     Returns:
         A `matplotlib.figure.Figure`.
 
+    Raises:
+        ValueError: If labels, names and tokens do not fit.
+
     Example:
 
-    >>> import numpy as np
-    >>> indices = np.array([[0, 1], [0, 2], [3, 1], [3, 2]])
+    >>> indices = [[0, 1], [0, 2], [3, 1], [3, 2]]
     >>> figure = keras_moe.visualization.specialization(indices, ["red", "red", "blue", "blue"])
     """
     tables = {
         name: label_table(routing, labels, names)
-        for name, routing in routings_of(routings, num_experts).items()
+        for name, routing in sources.routings(routings, num_experts).items()
     }
     shown = min(max(len(rows) for _, rows in tables.values()), MAX_ROWS)
     width, height = PANEL_SIZE
@@ -56,52 +53,28 @@ def specialization(routings, labels, names=None, num_experts=None):
 
 def label_table(routing, labels, names=None):
     """Assignments (labels, E), and the names of the labels in the order to draw."""
-    groups, rows = _grouped(each_token(labels, len(routing.mask)), routing.mask, names)
-    routing = routing._replace(mask=routing.mask & (groups >= 0))
-    table = metrics.count_table(as_tensors(routing), np.maximum(groups, 0), len(rows))
+    labels = sources.labels_of_tokens(labels, len(routing.mask))
+    if labels.dtype.kind == "i":
+        groups, rows = np.where(routing.mask, labels, -1), _names_up_to(labels[routing.mask], names)
+    else:
+        groups, rows = _most_frequent_first(labels, routing.mask)
+    routing = routing._replace(mask=groups >= 0)
+    table = metrics.count_table(routing, np.maximum(groups, 0), max(len(rows), 1))
     return ops.convert_to_numpy(table), rows
 
 
-def bits_in_common(table):
-    """Mutual information of the label and the expert, in bits."""
-    return float(metrics.mutual_information(ops.convert_to_tensor(table)) / np.log(2))
-
-
-def _grouped(labels, mask, names):
-    """Integers that stand for labels, -1 for padding, and the names of these integers."""
-    if np.issubdtype(labels.dtype, np.integer):
-        highest = int(labels.max(initial=-1, where=mask))
-        if highest < 0:
-            raise ValueError(
-                "There must be a label to draw. Received: none of 0 and above for a token that is "
-                "not padding. Negative labels are left out."
-            )
-        check_can_be_drawn("a label of", highest)
-        if names is not None and not isinstance(names, (list, tuple, np.ndarray)):
-            raise TypeError(
-                "`names` must be a list of a name for each label. Received: "
-                f"names={shortened(names)} (of type {type(names).__name__}). Put it into a list."
-            )
-        names = names.tolist() if isinstance(names, np.ndarray) else names
-        wrong = [each for each in names or () if not isinstance(each, (str, numbers.Number))]
-        if wrong:
-            raise TypeError(
-                "`names` must be texts, or numbers. Received: "
-                f"{shortened(wrong[0])} (of type {type(wrong[0]).__name__}) in it. Pass the names "
-                "in one list."
-            )
-        if names is not None and highest >= len(names):
-            raise ValueError(
-                "`names` must have a name for each label. Received: "
-                f"{len(names)} names, and labels up to {highest}. Name them all."
-            )
-        rows = [str(n) for n in (range(highest + 1) if names is None else names)]
-        return np.where(mask, labels, -1), rows
-    if names is not None:
+def _names_up_to(labels, names):
+    highest = int(labels.max(initial=-1))
+    limit = MAX_LABELS if names is None else len(names)
+    if not 0 <= highest < limit:
         raise ValueError(
-            "`names` must be those of integer labels. Received: names, and labels of "
-            f"{labels.dtype}. Leave `names` out, or pass the number of each label."
+            f"Labels must be integers from 0 to {limit - 1}, with negative ones left out. "
+            f"Received: a highest label of {highest}"
         )
+    return [str(name) for name in (range(highest + 1) if names is None else names)]
+
+
+def _most_frequent_first(labels, mask):
     groups = np.full(len(labels), -1)
     values, found, sizes = np.unique(
         labels[mask].astype(str), return_inverse=True, return_counts=True
@@ -109,6 +82,11 @@ def _grouped(labels, mask, names):
     order = np.argsort(-sizes, kind="stable")
     groups[mask] = np.argsort(order)[found]
     return groups, list(values[order])
+
+
+def bits_in_common(table):
+    """Mutual information of the label and the expert, in bits."""
+    return float(metrics.mutual_information(table) / np.log(2))
 
 
 def _expert_bits(table):

@@ -1,4 +1,4 @@
-"""What the plots share: one panel for each layer, axes that suit any number of experts."""
+"""Figures with one panel for each layer, and axes that suit any number of experts."""
 
 import math
 

@@ -6,16 +6,14 @@ B rows of a tile.
 Where to read, in the order of a batch:
 
 - `run`: chooses an engine, and makes the operation differentiable.
-- `engines`: which engine computes where, and the interface that all have.
-- `rows`, `padded`, `tiles`, `slices`: the engines, each of which feeds rows to a step; `blocks` has
-  the products of `tiles` with integer kernels where rows are few.
+- `rows`, `padded`, `tiles`, `slices`, `loop`: the engines, each of which feeds rows to a step.
 - `steps`: the arithmetic of one expert on some of its rows, the same for all engines.
 - `records`: what passes between these.
 
 `functions` applies any functions to groups of rows, for experts that are Keras layers.
 """
 
-from keras_moe.ops.grouped.run import run_grouped
-from keras_moe.ops.grouped.steps import feed_forward_step, low_rank_step, product_step
+from keras_moe.ops.grouped.run import engine_on, run_grouped
+from keras_moe.ops.grouped.steps import product_step, step_of
 
-__all__ = ["feed_forward_step", "low_rank_step", "product_step", "run_grouped"]
+__all__ = ["engine_on", "product_step", "run_grouped", "step_of"]

@@ -1,15 +1,13 @@
 """Arbitrary functions on groups of rows: only the chosen function runs on each row."""
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 from keras import ops
 
 from keras_moe.backend import backend
-from keras_moe.ops.grouped.padded import tile_length
-from keras_moe.ops.grouped.padded_tiles import pad_tiles
-from keras_moe.ops.platforms import PLATFORMS, named_platform, on_platform
+from keras_moe.ops.grouped.padded import pad_tiles, tile_length
+from keras_moe.ops.platforms import named_platform, on_platform
 
 SCAN_ROWS = 64
 
@@ -18,7 +16,7 @@ class Alike(NamedTuple):
     """One function for all groups, which differ in their weights only.
 
     - `function(weights, rows (n, D)) -> (rows (n, D'), loss)`.
-    - `weights()`: list of tensors (E, ...), which are made where they are needed.
+    - `weights()`: list of tensors (E, ...), made where they are needed.
     """
 
     function: Callable
@@ -26,20 +24,11 @@ class Alike(NamedTuple):
 
 
 def engine_of(alike, platform, static_shapes):
-    """What `map_groups` does: "slices", "scan" or "vectorized".
+    """The way in which `map_groups` runs.
 
-    | shapes | platform | functions | |
-    | --- | --- | --- | --- |
-    | dynamic | any | any | `slices`: one call for each function |
-    | static | CPU | any | `scan` over tiles, with a switch to the function of each |
-    | static | GPU, TPU | alike | `vectorized` over tiles, with a copy of the weights for each |
-    | static | GPU, TPU | different | `scan` |
-
-    Args:
-        alike: whether all functions are one, but for their weights.
-        platform: "cpu", "gpu" or "tpu", or None where it does not matter: unless shapes are static
-            and functions are alike.
-        static_shapes: whether all shapes are fixed at compile time, as under XLA.
+    - "slices": one call for each function, where shapes may depend on data.
+    - "vectorized": over all tiles, each with a copy of the weights of its function.
+    - "scan": over tiles, with a switch to the function of each.
     """
     if not static_shapes:
         return "slices"
@@ -47,34 +36,31 @@ def engine_of(alike, platform, static_shapes):
 
 
 def map_groups(functions, rows, sizes, output_width, state, alike=None):
-    """Apply function e to group e of the rows.
+    """Apply function e to group e of the rows (R, D); returns rows (R, D') and the state.
 
     Where shapes are fixed at compile time the rows are cut into tiles of one group each, and a
-    function sees rows of zeros behind its own.
+    function sees rows of zeros after its own. Rows past the last group give zeros.
 
     Args:
         functions: E functions `(rows (n, D), state, inside) -> (rows (n, D'), state)`; `inside`
             (n,) is False for rows of zeros, or None.
-        rows: (R, D) rows grouped by expert.
-        sizes: (E,) int32 sizes of the groups; rows behind the last group are padding.
-        output_width: D'.
+        rows, sizes, output_width: (R, D), (E,) int32, and D'.
         state: list of tensors, handed through the functions that run; the last is a float32 sum of
             losses.
         alike: the same functions as one, an `Alike`, where they have no other state; or None.
-
-    Returns:
-        Rows (R, D'), zero at padding, and the state.
     """
-    run = {
-        "slices": functools.partial(_map_slices, functions, output_width),
-        "scan": functools.partial(_scan_tiles, functions, output_width),
-        "vectorized": functools.partial(_map_all_tiles, alike),
-    }
     static_shapes = backend.compiles_static_shapes()
-    if not static_shapes or alike is None:
-        return run[engine_of(alike, None, static_shapes)](rows, sizes, state)
-    by_platform = {name: run[engine_of(alike, name, True)] for name in PLATFORMS}
-    return on_platform(by_platform, rows, sizes, state, name=named_platform())
+
+    def run_on(platform, *operands):
+        engine = engine_of(alike, platform, static_shapes)
+        if engine == "vectorized":
+            return _map_all_tiles(alike, *operands)
+        run = _map_slices if engine == "slices" else _scan_tiles
+        return run(functions, output_width, *operands)
+
+    if static_shapes and alike is not None:
+        return on_platform(named_platform(), run_on, rows, sizes, state)
+    return run_on(None, rows, sizes, state)
 
 
 def _map_slices(functions, output_width, rows, sizes, state):

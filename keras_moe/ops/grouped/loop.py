@@ -43,12 +43,15 @@ def _side_by_side(setting, step, tokens, parameters, groups, keep):
 
 
 def _in_loop(setting, step, tokens, parameters, groups, keep):
-    rows = backend.gather_rows(tokens, groups.token_of_row())
+    token_of_row = groups.token_of_row()
+    projections = slices.stored(parameters, setting.dtype)
     widths = [step.output_width, *(step.saved_widths if keep else ())]
 
-    def compute(expert, start, end):
-        products = slices.Run([end - start], [expert], end - start).products(parameters)
-        output, saved = step.forward(rows[start:end], products, keep)
+    def compute(expert, rows):
+        tokens_of_rows = backend.gather_rows(tokens, backend.gather_rows(token_of_row, rows))
+        # The size of a group is needed where its expert is an integer only.
+        products = slices.Run([None], [expert], None).products(projections)
+        output, saved = step.forward(tokens_of_rows, products, keep)
         return [output, *saved]
 
     buffers = [ops.zeros((groups.num_rows(), width), setting.dtype) for width in widths]

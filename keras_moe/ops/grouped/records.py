@@ -1,12 +1,15 @@
-"""What passes between a grouped operation and its engines."""
+"""Records of grouped computation: networks, projections, integers in place of kernels."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from keras import ops
 
+from keras_moe.backend import backend
+
 
 class Setting(NamedTuple):
-    """What is known before anything is computed.
+    """What an engine is chosen by.
 
     - `platform`: "cpu", "gpu" or "tpu", the one that is compiled for.
     - `static_shapes`: whether all shapes are fixed at compile time, as under XLA.
@@ -94,6 +97,10 @@ class Packed(NamedTuple):
 QUANTIZED = (Quantized, Packed)
 
 
+def _byte(number):
+    return ops.convert_to_tensor(number, "int8")
+
+
 def floats(weights, part, dtype):
     """`part` of stacked weights, such as one expert's, in a float dtype."""
     if isinstance(weights, QUANTIZED):
@@ -102,11 +109,7 @@ def floats(weights, part, dtype):
 
 
 class Kernels(NamedTuple):
-    """The kernels of a map, which `backend.multiply_groups` takes one expert at a time.
-
-    - `stored`: (E, D, H) tensor, `Quantized` or `Packed`.
-    - `dtype`: that of the rows.
-    """
+    """Stored kernels, of which `backend.multiply_groups` takes one at a time in a dtype of rows."""
 
     stored: Any
     dtype: Any
@@ -126,62 +129,83 @@ class Kernels(NamedTuple):
         return self.stored.dtype != self.dtype
 
     def of(self, expert, length=None):
-        """The kernel (D, H) of an expert, or the first rows of it, without its `scale`.
-
-        It has the dtype it is stored in; that of the rows, where it is `Packed`.
-        """
-
-        def part(stacked):
-            return stacked[expert] if length is None else stacked[expert][:length]
-
+        """The kernel (D, H) of an expert, or its first rows, as stored; floats if `Packed`."""
         if isinstance(self.stored, Packed):
-            return self.stored.floats(part, self.dtype)
-        return part(self.stored if self.scale is None else self.stored.values)
+            return self.stored.floats(
+                lambda stacked: backend.entry(stacked, expert)[:length], self.dtype
+            )
+        values = self.stored.values if isinstance(self.stored, Quantized) else self.stored
+        kernel = backend.entry(values, expert)
+        return kernel if length is None else kernel[:length]
 
 
-def _byte(number):
-    return ops.convert_to_tensor(number, "int8")
+class Network(NamedTuple):
+    """The network of every expert, but for its weights. Hashable: equal networks compile once.
+
+    One projection is `x W + b`; two are `act(x W + b) V + c`; three, of which the first is a gate,
+    are `(act(min(x G, clip)) * (clipped(x U) + up_shift)) V`.
+
+    - `activation`: function of one tensor, None for one projection.
+    - `clip`, `up_shift`: floats, with a gate; None and 0 change nothing.
+    - `low_rank_scale`: factor of all corrections of low rank, or None where there are none.
+    """
+
+    activation: Callable | None = None
+    clip: float | None = None
+    up_shift: float = 0.0
+    low_rank_scale: float | None = None
+
+
+class Affine(NamedTuple):
+    """A projection of all experts: `x W + b`, or `x W + b + scale (x A) B`.
+
+    - `kernel`: W, a tensor (E, D, H), `Quantized` or `Packed`.
+    - `bias`: a tensor (E, H), or None.
+    - `low_rank`: the tensors A (E, D, r) and B (E, r, H), beside which the kernel has no gradient,
+      or None.
+    """
+
+    kernel: Any
+    bias: Any = None
+    low_rank: Any = None
 
 
 class Parameters(NamedTuple):
-    """The weights of all experts, in the dtype they are stored in.
+    """All projections by number, and what has a gradient apart from what has none.
 
-    - `kernels`: list of tensors (E, D, H).
-    - `biases`: tensors (E, H) of the first kernels, of all or of none.
-    - `frozen`: list of kernels that have no gradient, tensors, `Quantized` or `Packed`. They are
-      numbered first, so the biases are theirs, where there are any.
+    Two lists with a dict for each number: it holds a "bias" where there is one, and the "kernel" in
+    one of them. After the projections come all A of low rank, then all B.
     """
 
-    kernels: list
-    biases: list
-    frozen: Any = ()
+    trained: list
+    frozen: list
+
+    @classmethod
+    def of(cls, projections):
+        """The `Parameters` of a list of `Affine`."""
+        pairs = [each.low_rank for each in projections if each.low_rank is not None]
+        projections = [*projections, *(Affine(factor) for kind in zip(*pairs) for factor in kind)]
+        trained: list = []
+        frozen: list = []
+        for kernel, bias, low_rank in projections:
+            is_frozen = low_rank is not None or isinstance(kernel, QUANTIZED)
+            trained.append({} if bias is None else {"bias": bias})
+            frozen.append({})
+            (frozen if is_frozen else trained)[-1]["kernel"] = kernel
+        return cls(trained, frozen)
 
     @property
-    def all_kernels(self):
-        return [*self.frozen, *self.kernels]
+    def projections(self):
+        """A list of `Affine`, by number."""
+        return [Affine(**one, **other) for one, other in zip(self.trained, self.frozen)]
 
-    def of(self, number):
-        """A kernel and its bias, which may be None."""
-        bias = self.biases[number] if number < len(self.biases) else None
-        return self.all_kernels[number], bias
+    @property
+    def num_experts(self):
+        return self.projections[0].kernel.shape[0]
 
     def take(self, part, dtype):
-        """`part` of every tensor in a float dtype; quantized kernels become floats there."""
-        return Parameters(*([floats(weights, part, dtype) for weights in each] for each in self))
-
-    def factors_of_kernels(self, factors):
-        """Of what a step gives for all kernels, that for those that have a gradient."""
-        return factors[len(self.frozen) :]
-
-
-class Gradients(NamedTuple):
-    """What a backward pass gives.
-
-    - `rows`: (R', D), R' >= R, of each row; anything behind the last group.
-    - `weights`: of the combine weights, float32 in their shape.
-    - `parameters`: like the `Parameters` without frozen kernels.
-    """
-
-    rows: Any
-    weights: Any
-    parameters: Parameters
+        """`part` of all projections in a float dtype; integers become floats there."""
+        return [
+            Affine(floats(kernel, part, dtype), None if bias is None else floats(bias, part, dtype))
+            for kernel, bias, _ in self.projections
+        ]

@@ -1,13 +1,12 @@
 """Engine that hands all rows at once to kernels for grouped products, for accelerators.
 
-Sizes of groups stay on the device. Where the kernels can, they add the bias, apply what the step
-puts behind a product, and cast the experts' weights tile by tile.
+Sizes of groups stay on the device. Where the kernels can, they add the bias, apply what follows a
+product in the step, and cast the experts' weights tile by tile.
 """
 
 from keras import ops
 
 from keras_moe.backend import backend
-from keras_moe.ops.grouped.records import Gradients, Parameters
 from keras_moe.ops.grouped.steps import Products, Remade
 
 
@@ -31,22 +30,24 @@ def backward(setting, step, tokens, row_weights, parameters, groups, outputs, sa
         saved,
         output_gradient * ops.cast(ops.expand_dims(row_weights, 1), setting.dtype),
     )
-    return Gradients(
+    return (
         row_gradient,
         groups.weight_gradients(outputs, gradient),
-        _parameter_gradients(setting, factors, parameters, groups.sizes),
+        _gradients(setting, factors, parameters, groups.sizes),
     )
 
 
 def _products(setting, parameters, sizes):
+    projections = parameters.projections
+
     def multiply(rows, numbers, then):
-        pairs = list(map(parameters.of, numbers))
-        kernels = [kernel for kernel, _ in pairs]
-        biases = [bias for _, bias in pairs if bias is not None]
+        kernels = [projections[number].kernel for number in numbers]
+        biases = [projections[number].bias for number in numbers]
+        biases = [bias for bias in biases if bias is not None]
         return backend.grouped_products(setting.platform, rows, kernels, biases, sizes, then)
 
     def pull(gradient, number, then, *extras):
-        kernels = [parameters.all_kernels[number]]
+        kernels = [projections[number].kernel]
         return backend.grouped_products(
             setting.platform, gradient, kernels, [], sizes, then, extras, transposed=True
         )
@@ -54,19 +55,24 @@ def _products(setting, parameters, sizes):
     return Products(multiply, pull, backend.remakes_factors(setting.platform))
 
 
-def _parameter_gradients(setting, factors, parameters, sizes):
-    kernels, biases = [], []
-    for number, (left, right) in enumerate(factors):
-        kernel, bias = parameters.of(number)
-        is_frozen = number < len(parameters.frozen)
-        if is_frozen and bias is None:
+def _gradients(setting, factors, parameters, sizes):
+    gradients: list = []
+    for trained, projection, (left, right) in zip(
+        parameters.trained, parameters.projections, factors
+    ):
+        gradients.append({})
+        if not trained:
             continue
         remade = left if isinstance(left, Remade) else Remade(None, (left,))
         of_kernel, of_bias = backend.grouped_kernel_gradients(
-            setting.platform, remade.inputs, right, sizes, kernel, bias, remade.function
+            setting.platform,
+            remade.inputs,
+            right,
+            sizes,
+            projection.kernel,
+            projection.bias,
+            remade.function,
         )
-        if not is_frozen:
-            kernels.append(of_kernel)
-        if bias is not None:
-            biases.append(of_bias)
-    return Parameters(kernels, biases)
+        both = {"kernel": of_kernel, "bias": of_bias}
+        gradients[-1].update({name: both[name] for name in trained})
+    return gradients

@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 from keras import ops
 
-from keras_moe._internal.shape_checks import check_activated
-from keras_moe._internal.validation import check_function
 from keras_moe.backend import backend
 
 
@@ -35,10 +33,7 @@ class Products(NamedTuple):
 
 
 class Remade(NamedTuple):
-    """Rows that are `function(*inputs)`, elementwise, and need not exist as a tensor.
-
-    Without a function they are the one input.
-    """
+    """Rows that need not exist as a tensor: `function(*inputs)`, elementwise, or the one input."""
 
     function: Callable | None
     inputs: tuple
@@ -64,12 +59,7 @@ class Step(NamedTuple):
 
 
 def products_of(project, pull):
-    """`Products` that apply `then` to what plain products give.
-
-    Args:
-        project: function of rows and the number of a kernel, the affine map.
-        pull: function of a gradient and the number of a kernel, the product with its transpose.
-    """
+    """`Products` from the affine map and its pullback, of rows and the number of a kernel."""
 
     def multiply(rows, numbers, then):
         return then(*(project(rows, number) for number in numbers))
@@ -82,20 +72,24 @@ def products_of(project, pull):
 
 # Equal networks share one step, and so what is compiled for it.
 @functools.lru_cache
+def step_of(network, widths):
+    """The step of a `Network` whose projections have the output `widths`, a tuple."""
+    activation, clip, up_shift, low_rank_scale = network
+    if len(widths) == 1:
+        step = product_step(*widths)
+    else:
+        step = feed_forward_step(activation, widths, clip, up_shift)
+    if low_rank_scale is not None:
+        step = low_rank_step(step, len(widths), low_rank_scale)
+    return step
+
+
+@functools.lru_cache
 def feed_forward_step(activation, widths, clip=None, up_shift=0.0):
-    """`act(x W + b) V + c`, or `(act(x G) * (x U)) V` with a gate.
+    """The step of two or three projections, the gate first: see `Network`.
 
     Only pre-activations are saved; activations are computed again.
-
-    Args:
-        activation: function of one tensor.
-        widths: tuple of the widths that the kernels map to, gate first, down last.
-        clip: with a gate, limit of its projection from above and of the other one on both sides.
-        up_shift: with a gate, what is added to the other projection.
     """
-    # Where shapes are unknown a compiler may read this, which cannot ask for signatures.
-    if backend.knows_shapes():
-        check_function("activation", activation, "x")
     *ups, down = range(len(widths))
 
     def hidden_of(*pre_activations):
@@ -111,7 +105,11 @@ def feed_forward_step(activation, widths, clip=None, up_shift=0.0):
 
     def _activate(values):
         activated = activation(values)
-        check_activated(activated, values)
+        if tuple(activated.shape) != tuple(values.shape):
+            raise ValueError(
+                "An activation must keep the shape of its input. Received: one that turned shape "
+                f"{tuple(values.shape)} into {tuple(activated.shape)}"
+            )
         # An activation may compute in float32; products need one dtype.
         if activated.dtype == values.dtype:  # a cast is an operation of a program, even if idle
             return activated
@@ -149,7 +147,7 @@ def feed_forward_step(activation, widths, clip=None, up_shift=0.0):
 
 @functools.lru_cache
 def product_step(width):
-    """One product with a kernel (E, D, `width`)."""
+    """The step of a single product."""
 
     def forward(rows, products, keep):
         (output,) = products.multiply(rows, [0], _unchanged)
@@ -167,12 +165,8 @@ def low_rank_step(step, num_kernels, scale):
     """A step whose kernels W each have a correction of low rank: `x W + scale (x A) B`.
 
     The corrections are products of their own: no full kernel is made, and only the factors of the
-    experts that have rows are touched. Hu et al. 2021 (arXiv:2106.09685), section 4.1.
-
-    Args:
-        step: a `Step` with `num_kernels` kernels. Behind them come all A, then all B.
-        num_kernels: an integer.
-        scale: a float.
+    experts that have rows are touched. After the kernels come all A, then all B. Hu et al. 2021
+    (arXiv:2106.09685), section 4.1.
     """
 
     def corrected(products):

@@ -5,15 +5,28 @@ group is covered by tiles of falling size. A tile may overrun its group: reads a
 zeros, or ones as pre-activations; writes are overwritten by the next group or land in padding.
 """
 
+import functools
 from typing import Any, NamedTuple
 
+import keras
+import numpy as np
 from keras import ops
 
 from keras_moe.backend import backend
-from keras_moe.ops.grouped import blocks, tile_sizes
-from keras_moe.ops.grouped.records import Gradients, Parameters, Quantized
+from keras_moe.ops.grouped.records import Quantized
 from keras_moe.ops.grouped.steps import products_of
 from keras_moe.ops.groups import row_sums
+
+# Fixed cost of a tile, expressed in rows: its kernels are read, and the sums of their gradients
+# read and written. Measured 25 on a CPU for kernels of 256 x 1024, and more for larger ones.
+TILE_OVERHEAD = 24
+
+# Of all experts together: with so few rows integer kernels are converted in blocks. Each tile of an
+# expert converts its kernel again: with more rows that would happen too often.
+MOST_BLOCK_ROWS = 128
+
+# Entries of a block of a kernel, 256 KB in float32.
+BLOCK_ENTRIES = 2**16
 
 
 def supports(setting):
@@ -21,7 +34,7 @@ def supports(setting):
 
 
 def tile_dtype(setting):
-    """What tiles are computed in.
+    """The dtype that tiles are computed in.
 
     For products of narrow floats XLA on CPUs converts each operand to float32, and rounds each
     result. So a whole tile is computed in float32 there, at least.
@@ -30,36 +43,16 @@ def tile_dtype(setting):
     return "float32" if narrow and setting.platform == "cpu" else setting.dtype
 
 
-class _ForwardCarry(NamedTuple):
-    """What the loop over tiles writes: the outputs of all rows, and what is saved of them."""
-
-    outputs: Any
-    saved: list
-
-
-class _BackwardCarry(NamedTuple):
-    """What the loop over tiles writes and sums in the backward pass."""
-
-    row_gradients: Any
-    weight_gradients: Any
-    kernel_gradients: list
-    bias_gradients: list
-
-
 def forward(setting, step, tokens, parameters, groups, keep):
     layout = _Layout(groups, tile_dtype(setting))
 
     def compute(tile, products, carry):
         outputs, saved = step.forward(tile.gather(tokens), products, keep)
-        return _ForwardCarry(
-            tile.write(carry.outputs, outputs), list(map(tile.write, carry.saved, saved))
-        )
+        return list(map(tile.write, carry, [outputs, *saved]))
 
-    buffers = _ForwardCarry(
-        layout.buffer(step.output_width),
-        [layout.buffer(width) for width in (step.saved_widths if keep else ())],
-    )
-    return tuple(layout.for_each_tile(parameters, compute, buffers))
+    widths = [step.output_width, *(step.saved_widths if keep else ())]
+    outputs, *saved = layout.for_each_tile(parameters, compute, list(map(layout.buffer, widths)))
+    return outputs, saved
 
 
 def backward(setting, step, tokens, row_weights, parameters, groups, outputs, saved, gradient):
@@ -67,6 +60,7 @@ def backward(setting, step, tokens, row_weights, parameters, groups, outputs, sa
     padded_weights = ops.expand_dims(ops.pad(row_weights, (0, layout.padding)), 1)
 
     def compute(tile, products, carry):
+        of_rows, of_weights, of_trained = carry
         output_gradient = tile.gather(gradient)
         row_gradient, factors = step.backward(
             tile.gather(tokens),
@@ -75,61 +69,42 @@ def backward(setting, step, tokens, row_weights, parameters, groups, outputs, sa
             [tile.read(buffer, past_end=1.0) for buffer in saved],
             output_gradient * tile.read(padded_weights),
         )
-        weight_gradient = row_sums(output_gradient, tile.read(outputs))
-        return _BackwardCarry(
-            tile.write(carry.row_gradients, row_gradient),
-            tile.write(carry.weight_gradients, weight_gradient),
+        return (
+            tile.write(of_rows, row_gradient),
+            tile.write(of_weights, row_sums(output_gradient, tile.read(outputs))),
             [
-                tile.add_to_expert(total, _narrow_first(*pair))
-                for total, pair in zip(
-                    carry.kernel_gradients, parameters.factors_of_kernels(factors)
-                )
-            ],
-            [
-                tile.add_to_expert(total, _column_sums(right))
-                for total, (_, right) in zip(carry.bias_gradients, factors)
+                {
+                    name: tile.add_to_expert(total, _OF_TILE[name](*pair))
+                    for name, total in totals.items()
+                }
+                for totals, pair in zip(of_trained, factors)
             ],
         )
 
-    sums = layout.for_each_tile(
-        parameters,
-        compute,
-        _BackwardCarry(
-            layout.buffer(tokens.shape[1]),
-            ops.zeros((layout.num_rows, 1), "float32"),
-            [ops.zeros(_narrow_shape(kernel), "float32") for kernel in parameters.kernels],
-            [ops.zeros(bias.shape, "float32") for bias in parameters.biases],
-        ),
+    buffers = (
+        layout.buffer(tokens.shape[1]),
+        ops.zeros((layout.num_rows, 1), "float32"),
+        keras.tree.map_structure(_zeros_for_sum, parameters.trained),
     )
-    return Gradients(
-        sums.row_gradients,
-        groups.at_assignments(sums.weight_gradients[:, 0]),
-        Parameters(
-            [
-                ops.cast(_upright(total, kernel), kernel.dtype)
-                for total, kernel in zip(sums.kernel_gradients, parameters.kernels)
-            ],
-            [
-                ops.cast(total, bias.dtype)
-                for total, bias in zip(sums.bias_gradients, parameters.biases)
-            ],
-        ),
-    )
+    of_rows, of_weights, totals = layout.for_each_tile(parameters, compute, buffers)
+    of_trained = keras.tree.map_structure(_like, totals, parameters.trained)
+    return of_rows, groups.at_assignments(of_weights[:, 0]), of_trained
 
 
 class _Layout:
     """Where groups and tiles lie; sizes are computed once for a pass.
 
-    Behind the rows of all groups is padding for a tile that overruns the last one.
+    After the rows of all groups comes padding for a tile that overruns the last one.
     """
 
     def __init__(self, groups, dtype):
         self.dtype = dtype
         self.sizes = groups.sizes
-        self.tile_sizes = tile_sizes.tile_sizes(groups.num_rows(), groups.sizes.shape[0])
+        num_rows = groups.num_rows()
+        self.tile_sizes = tile_sizes(num_rows, groups.sizes.shape[0])
         self.padding = self.tile_sizes[-1]
-        self.has_few_rows = blocks.are_few(groups.num_rows())
-        self.num_rows = groups.num_rows() + self.padding
+        self.in_blocks = isinstance(num_rows, int) and num_rows <= MOST_BLOCK_ROWS
+        self.num_rows = num_rows + self.padding
         self._ends = ops.cumsum(groups.sizes)
         self._token_of_row = ops.pad(groups.token_of_row(), (0, self.padding))
 
@@ -146,7 +121,7 @@ class _Layout:
 
         def group(number, carry):
             expert = ops.cast(ops.take(busy_first, number), "int32")
-            products = _products(parameters, expert, self.dtype, self.has_few_rows)
+            products = _products(parameters, expert, self.dtype, self.in_blocks)
             size = ops.take(self.sizes, expert)
             group_start = ops.take(self._ends, expert) - size
 
@@ -198,28 +173,54 @@ class _Tile(NamedTuple):
         )
 
 
-def _products(parameters, expert, dtype, has_few_rows):
+def _products(parameters, expert, dtype, in_blocks):
     """Products with the kernels of one expert. Cast per expert on use: idle ones are never cast."""
 
     def of_expert(parameter):
         return _at(parameter, expert)
 
-    weights = parameters.take(of_expert, dtype)
+    projections = parameters.take(of_expert, dtype)
+    stored = [kernel for kernel, _, _ in parameters.projections]
 
     def project(rows, number):
-        kernel, bias = weights.of(number)
-        of_all = parameters.all_kernels[number]
-        if has_few_rows and isinstance(of_all, Quantized):
-            product = blocks.multiply(rows, of_all.values, expert)
-            product = product * ops.cast(of_expert(of_all.scale), dtype)
+        kernel, bias, _ = projections[number]
+        if in_blocks and isinstance(stored[number], Quantized):
+            values, scale = stored[number]
+            product = multiply_in_blocks(rows, values, expert) * ops.cast(of_expert(scale), dtype)
         else:
             product = ops.matmul(rows, kernel)
         return product if bias is None else product + bias
 
     def pull(gradient, number):
-        return ops.matmul(gradient, ops.transpose(weights.all_kernels[number]))
+        return ops.matmul(gradient, ops.transpose(projections[number].kernel))
 
     return products_of(project, pull)
+
+
+def multiply_in_blocks(rows, kernels, expert):
+    """`rows @ kernels[expert]` of few rows (n, D), n static, with int8 kernels (E, D, H).
+
+    XLA converts a whole kernel to floats before it multiplies. For few rows that takes longer than
+    the product. Converted in blocks of some rows of the kernel, one after another, the floats stay
+    in the cache.
+    """
+    (num_rows, depth), width = rows.shape, kernels.shape[2]
+    # The sum of the products is read and written for each block, so a block is not shorter.
+    length = min(max(BLOCK_ENTRIES // width, num_rows), depth)
+    num_blocks, rest = divmod(depth, length)
+
+    def add_product(start, length, total):
+        columns = backend.slice_at(rows, (0, start), (num_rows, length))
+        block = backend.slice_at(kernels, (expert, start, 0), (1, length, width))
+        return total + ops.matmul(columns, ops.cast(ops.squeeze(block, 0), rows.dtype))
+
+    total = ops.fori_loop(
+        0,
+        num_blocks,
+        lambda number, total: add_product(number * length, length, total),
+        ops.zeros((num_rows, width), rows.dtype),
+    )
+    return add_product(num_blocks * length, rest, total) if rest else total
 
 
 # On CPUs XLA computes A^T B at half the speed where A is wider than B. Such gradients are summed
@@ -231,17 +232,60 @@ def _narrow_first(*factors):
     return ops.matmul(ops.transpose(left), right)
 
 
-def _narrow_shape(kernel):
-    experts, *shape = kernel.shape
-    return experts, *sorted(shape)
+def _zeros_for_sum(parameter):
+    experts, *shape = parameter.shape
+    return ops.zeros((experts, *sorted(shape)), "float32")
 
 
-def _upright(total, kernel):
-    return total if total.shape == kernel.shape else ops.transpose(total, (0, 2, 1))
+def _like(total, parameter):
+    """The sum of a parameter's gradients, with its axes and dtype."""
+    upright = total if total.shape == parameter.shape else ops.transpose(total, (0, 2, 1))
+    return ops.cast(upright, parameter.dtype)
 
 
-def _column_sums(values):
-    return ops.sum(ops.cast(values, "float32"), axis=0)
+# The gradients of a tile, from the rows that were multiplied and the gradients of their products.
+_OF_TILE = {
+    "kernel": _narrow_first,
+    "bias": lambda left, right: ops.sum(ops.cast(right, "float32"), axis=0),
+}
+
+
+def tile_sizes(num_rows, num_experts):
+    """The sizes of tiles, smallest first.
+
+    Each is compiled, forward and backward, so there are few: one that holds a mean group, one of
+    three quarters of it, for groups around the mean, and for the rest one of an eighth, down to
+    a power of two. Below 4 rows a product is bound by reading its kernel; from 32 on smaller tiles
+    gain nothing, nor do larger ones from 512 on. None has more than an eighth of all rows: in the
+    backward pass some seven intermediate values of a tile exist at once, which would be most of the
+    memory where experts are few. The number of rows is a tensor where it is not known at compile
+    time.
+    """
+    mean = num_rows // max(num_experts, 8) if isinstance(num_rows, int) else 256
+    smallest = 2 ** min(max((mean // 8).bit_length() - 1, 2), 5)
+    largest = max(-(-min(mean, 512) // smallest), 8) * smallest
+    return smallest, 3 * largest // 4 // smallest * smallest, largest
+
+
+@functools.lru_cache
+def cheapest_covers(sizes, overhead):
+    """How many tiles of each size, for 0 rows, for 1 row and so on, cover them at the least cost.
+
+    An array (number of sizes, 3 * largest size) of int32. The sizes are a tuple, smallest first;
+    the overhead is the fixed cost of a tile, expressed in rows.
+    """
+    costs: list = [0]
+    covers: list = [np.zeros(len(sizes), "int32")]
+    for rows in range(1, 3 * sizes[-1]):
+        cost, last = min(
+            (costs[max(rows - size, 0)] + size + overhead, number)
+            for number, size in enumerate(sizes)
+        )
+        cover = covers[max(rows - sizes[last], 0)].copy()
+        cover[last] += 1
+        costs.append(cost)
+        covers.append(cover)
+    return np.stack(covers, axis=1)
 
 
 def _cover(size, lengths, compute_at, carry):
@@ -251,7 +295,7 @@ def _cover(size, lengths, compute_at, carry):
     num_longest = ops.maximum(size // longest - 2, 0)
     rest = size - num_longest * longest
     start = 0
-    covers = tile_sizes.cheapest_covers(lengths, tile_sizes.TILE_OVERHEAD)
+    covers = cheapest_covers(lengths, TILE_OVERHEAD)
     for length, trips_by_rest in zip(reversed(lengths), reversed(covers)):
         trips = ops.take(ops.convert_to_tensor(trips_by_rest), rest)
         if length == longest:

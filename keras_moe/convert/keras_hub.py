@@ -1,0 +1,167 @@
+"""Sparse experts in models of KerasHub, in place, and how such models are saved."""
+
+import sys
+from typing import Any
+
+import keras
+
+from keras_moe._internal.checks import check_instance
+from keras_moe._internal.keras_internals import forget_old_weights, own_layers
+from keras_moe._internal.serialization import PACKAGE
+from keras_moe.convert.keras_hub_families import FAMILIES, family_of
+from keras_moe.convert.sparse_blocks import ConvertedBlock, make_dense, make_sparse
+
+
+def sparsify(model):
+    """Let the MoE blocks of a KerasHub model compute only the experts that are chosen.
+
+    KerasHub computes every expert for every token. Afterwards each block computes with a
+    `layers.MixtureOfExperts` of the same weights, so that all tools of this package work on it.
+    Blocks are converted one after the other, and their old weights are freed. The model remains the
+    same object, with the same outputs, `generate`, `fit` and files of weights; padding is not
+    routed if KerasHub passes its mask to the block.
+
+    A model that is saved is sparse when it is loaded, in a process that has imported `keras_moe`.
+    An optimizer starts again.
+
+    Args:
+        model: Keras model. A model of KerasHub, such as a `CausalLM` or a `Backbone`, or one that
+            contains it. Of several models in each other, the outermost.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If the model has no MoE block that is known here, or one that is quantized.
+
+    Example:
+
+    >>> model = keras_hub.models.MixtralCausalLM.from_preset(preset)  # doctest: +SKIP
+    >>> keras_moe.convert.sparsify(model).generate("Keras is")  # doctest: +SKIP
+    """
+    check_instance("model", model, keras.Layer)
+    # A backbone has its decoder layers in its graph and in a list.
+    found = {
+        id(block): (owner, block)
+        for owner in model._flatten_layers()
+        for block in own_layers(owner)
+        if family_of(block)
+    }
+    if not found and not _sparse_blocks(model):
+        raise ValueError(
+            f"`model` must have a MoE block of KerasHub: {', '.join(FAMILIES)}. "
+            f"Received: model={model!r}"
+        )
+    for _, block in found.values():
+        _check_not_quantized(block)
+    for owner, block in found.values():
+        make_sparse(owner, block, family_of(block))
+    _finish(model, _mark)
+    return model
+
+
+def restore(model):
+    """Give a model that `sparsify` has converted the blocks of KerasHub again, in place.
+
+    Args:
+        model: Keras model. As for `sparsify`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If the model has no block that was converted.
+
+    Example:
+
+    >>> keras_moe.convert.restore(model).save_to_preset("preset")  # doctest: +SKIP
+    """
+    check_instance("model", model, keras.Layer)
+    blocks = _sparse_blocks(model)
+    if not blocks:
+        raise ValueError(
+            f"`model` must have been converted by `sparsify`. Received: model={model!r}"
+        )
+    for block in blocks:
+        # The experts may be integers: KerasHub gets their floats.
+        _check_not_quantized(block, but=block._sparse_mixture.experts)
+    for block in blocks:
+        make_dense(block)
+    _finish(model, _unmark)
+    return model
+
+
+def _sparse_blocks(model):
+    return [layer for layer in model._flatten_layers() if isinstance(layer, ConvertedBlock)]
+
+
+def _check_not_quantized(block, but=None):
+    for layer in block._flatten_layers():
+        if layer is not but and layer.quantization_mode is not None:
+            raise ValueError(
+                "A model must be made sparse, or restored, before it is quantized. Received: "
+                f"layer {layer.path!r} in {layer.quantization_mode!r}"
+            )
+
+
+def _finish(model, mark):
+    """Update everything that holds the old weights, and the classes of backbones."""
+    forget_old_weights(model)
+    backbone = sys.modules["keras_hub"].models.Backbone
+    for layer in list(model._flatten_layers()):
+        if isinstance(layer, backbone):
+            mark(layer)
+
+
+class SparseBackbone:
+    """Mixed into the class of a backbone: its config tells that it was made sparse.
+
+    KerasHub makes all blocks of a backbone from a few numbers of its config. This one also has the
+    name of its class there.
+    """
+
+    replaced: Any
+
+    def get_config(self):
+        name = keras.saving.get_registered_name(self.replaced)
+        return {**self.replaced.get_config(self), "sparsified": name}
+
+    @classmethod
+    def from_config(cls, config):
+        import keras_hub  # noqa: F401 registers its classes
+
+        config = dict(config)
+        replaced = keras.saving.get_registered_object(config.pop("sparsified"))
+        return sparsify(replaced.from_config(config))
+
+    def save_to_preset(self, *args, **kwargs):
+        """Save a preset, which KerasHub loads as its own."""
+        _unmark(self)
+        try:
+            self.save_to_preset(*args, **kwargs)
+        finally:
+            _mark(self)
+
+
+# One name for all backbones; the config says which one it is.
+_register = keras.saving.register_keras_serializable(PACKAGE, "SparseBackbone")
+_register(SparseBackbone)
+_CLASSES: dict = {}
+
+
+def _mark(backbone):
+    """Let a backbone be saved as a sparse one."""
+    cls = type(backbone)
+    if issubclass(cls, SparseBackbone):
+        return
+    if cls not in _CLASSES:
+        members = {"replaced": cls, "__module__": __name__}
+        # Under the old name: in files of weights, layers are called by that of their class.
+        _CLASSES[cls] = _register(type(cls.__name__, (SparseBackbone, cls), members))
+    object.__setattr__(backbone, "__class__", _CLASSES[cls])
+
+
+def _unmark(backbone):
+    """Let a backbone be saved as the one that it is in KerasHub."""
+    if isinstance(backbone, SparseBackbone):
+        object.__setattr__(backbone, "__class__", backbone.replaced)

@@ -1,0 +1,110 @@
+"""Weights of other packages: reading them, and how they correspond to ours."""
+
+import json
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+
+from keras_moe._internal.checks import shortened
+from keras_moe._internal.plain_text import stating
+
+
+class Rule(NamedTuple):
+    """One weight of theirs, and the one or two of ours that it holds.
+
+    - `theirs`: its name. With `{expert}` in it there is one for each expert.
+    - `ours`: names of our weights. Two of them share the axis of the outputs.
+    - `transposed`: whether its last two axes are (outputs, inputs).
+    - `interleaved`: whether two of ours alternate; else each is one half.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    transposed: bool = False
+    interleaved: bool = False
+
+    def split(self, theirs):
+        """Return our weights, from an array or tensor of theirs."""
+        if self.transposed:
+            theirs = np.swapaxes(theirs, -1, -2)
+        if len(self.ours) == 1:
+            return [theirs]
+        if self.interleaved:
+            return [theirs[..., ::2], theirs[..., 1::2]]
+        half = theirs.shape[-1] // 2
+        return [theirs[..., :half], theirs[..., half:]]
+
+    def join(self, ours):
+        """Return their weight, from arrays of ours."""
+        joined = ours[0]
+        if len(ours) > 1 and self.interleaved:
+            joined = np.stack(ours, axis=-1).reshape(*joined.shape[:-1], -1)
+        elif len(ours) > 1:
+            joined = np.concatenate(ours, axis=-1)
+        return np.ascontiguousarray(np.swapaxes(joined, -1, -2) if self.transposed else joined)
+
+
+def read_config(source):
+    """Return the content of the `config.json` of a folder or of a file's folder."""
+    with stating(
+        "`source` must be a folder on this machine with a `config.json`, or a file in it, or "
+        "`config` be given.",
+        f"source={shortened(source)}",
+        "Download a model first, for example by `huggingface_hub.snapshot_download`.",
+    ):
+        path = pathlib.Path(source)
+        folder = path.parent if path.suffix == ".safetensors" else path
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def tensor_reader(source):
+    """Return a function from a name to its array of floats, and all names.
+
+    Args:
+        source: path of a `.safetensors` file or of a folder of them, of which one tensor at a time
+            is read; or a mapping of names to arrays or tensors.
+    """
+    if hasattr(source, "keys"):
+        get, names = source.__getitem__, set(source.keys())
+    else:
+        files = _open_files(pathlib.Path(source))
+        get, names = lambda name: files[name].get_tensor(name), set(files)
+
+    def read(name):
+        with stating(
+            "Weights must be floats of at least 16 bits, of a model that is not quantized.",
+            repr(name),
+            "Dequantize the model first, for example by `model.float()` and `save_pretrained`.",
+        ):
+            return _floats(get(name))
+
+    return read, names
+
+
+def _open_files(path):
+    """Return a dict from the name of each tensor to the file that holds it."""
+    # Here, so that the package can be imported without it.
+    from safetensors import safe_open
+
+    files = {}
+    with stating(
+        "Weights must be in whole `.safetensors` files.",
+        f"source={str(path)!r}",
+        "Download them again.",
+    ):
+        for each in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+            file = safe_open(each, framework="numpy")
+            files.update(dict.fromkeys(file.keys(), file))
+    return files
+
+
+def _floats(tensor):
+    tensor = tensor if hasattr(tensor, "dtype") else np.asarray(tensor)
+    # Fewer bits have scales beside them.
+    if not any(f"float{bits}" in str(tensor.dtype) for bits in (16, 32, 64)):
+        raise TypeError(f"its dtype is {tensor.dtype}")
+    if hasattr(tensor, "detach"):  # PyTorch
+        tensor = tensor.detach().cpu()
+        tensor = tensor.float() if "bfloat16" in str(tensor.dtype) else tensor  # NumPy has none
+    return np.asarray(tensor)

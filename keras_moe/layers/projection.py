@@ -1,0 +1,202 @@
+"""Projections: stacked kernels and biases of a bank, with quantization and low-rank factors.
+
+Axes: E experts, D input features, H output features, r rank.
+"""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_moe._internal.initializers import EachExpert
+from keras_moe._internal.keras_internals import let_go
+from keras_moe._internal.lora import factors_for
+from keras_moe.ops.grouped.records import Affine, Packed, Quantized
+
+# In the order in which they are saved.
+_STORED = ("kernel", "scale", "zero", "bias")
+
+
+class Projection:
+    """One affine map of each expert, whose kernels are stacked: (E, D, H).
+
+    The weights are the bank's, by names such as `up_kernel` and `up_bias`. With "int8" the kernel
+    holds integers, and `scale` (E, 1, H) multiplies them. With "int4" a byte of the kernel holds
+    two integers, and `scale` and `zero` (E, G, H) are those of G groups of rows.
+    """
+
+    def __init__(self, bank, name, stream):
+        self.bank = bank
+        self.name = name
+        self.stream = stream  # Kernels of one shape are drawn from different seeds.
+        self.kernel = self.bias = self.scale = self.zero = self.lora_a = self.lora_b = None
+
+    def build(self, fan_in, fan_out, experts):
+        """Add the weights, for the experts of this process, a range."""
+        bank, shape = self.bank, (len(experts), fan_in, fan_out)
+        if bank.quantization_mode is not None:
+            self.add_integers(shape)
+        else:
+            self._add(
+                "kernel",
+                shape,
+                initializer=EachExpert(bank.kernel_initializer, self.stream, experts),
+                regularizer=bank.kernel_regularizer,
+            )
+        if bank.use_bias:
+
+            def initialize(shape, dtype=None):
+                every_bias = bank.bias_initializer((bank.num_experts, *shape[1:]), dtype=dtype)
+                return every_bias[experts.start : experts.stop]
+
+            regularizer = bank.bias_regularizer
+            self._add("bias", (len(experts), fan_out), initialize, regularizer=regularizer)
+        else:
+            setattr(bank, f"{self.name}_bias", None)
+
+    def _add(self, part, shape, initializer="zeros", **kwargs):
+        # Cast one expert at a time where it is used, not as a whole by Keras.
+        weight = self.bank.add_weight(
+            name=f"{self.name}_{part}",
+            shape=shape,
+            initializer=initializer,
+            autocast=False,
+            **kwargs,
+        )
+        self._set(part, weight)
+
+    def _set(self, part, weight):
+        setattr(self, part, weight)
+        setattr(self.bank, f"{self.name}_{part}", weight)
+
+    def add_integers(self, shape):
+        """Add the weights of a quantized kernel of a shape (E, D, H)."""
+        num_experts, fan_in, fan_out = shape
+        if self.bank.quantization_mode == "int8":
+            self._add("kernel", shape, dtype="int8", trainable=False)
+            self._add("scale", (num_experts, 1, fan_out), dtype="float32", trainable=False)
+            return
+        num_groups = -(-fan_in // (self.bank.block_size() or fan_in))
+        packed = (num_experts, fan_in, -(-fan_out // 2))
+        self._add("kernel", packed, dtype="int8", trainable=False)
+        for part, dtype in (("scale", "float32"), ("zero", "int8")):
+            shape_of_groups = (num_experts, num_groups, fan_out)
+            self._add(part, shape_of_groups, dtype=dtype, trainable=False)
+
+    def add_factors(self, a_initializer, b_initializer):
+        """Add low-rank factors A (E, D, r) and B (E, r, H); the kernel is frozen."""
+        factors = factors_for(
+            self.bank, f"{self.name}_kernel", self.shape, a_initializer, b_initializer, self.stream
+        )
+        for part, factor in zip(("lora_a", "lora_b"), factors):
+            self._set(part, factor)
+
+    @property
+    def shape(self):
+        """(E, D, H) of the kernel, whatever it is stored in."""
+        fan_out = (self.kernel if self.scale is None else self.scale).shape[2]
+        return (*self.kernel.shape[:2], fan_out)
+
+    def tensors(self):
+        """The projection as tensors, in the dtypes they are stored in."""
+        if self.bank.quantization_mode is None:
+            kernel = self._tensor(self.kernel)
+        else:
+            kernel = self._quantized()
+        low_rank = None
+        if self.lora_a is not None:
+            low_rank = (self._tensor(self.lora_a), self._tensor(self.lora_b))
+        return Affine(kernel, self._tensor(self.bias), low_rank)
+
+    def _tensor(self, weight):
+        if weight is None:
+            return None
+        tensor, processes = ops.convert_to_tensor(weight), self.bank.processes
+        return tensor if processes is None else processes.mean_gradient(tensor)
+
+    def _quantized(self):
+        kernel, scale = map(ops.convert_to_tensor, (self.kernel, self.scale))
+        if self.zero is None:
+            return Quantized(kernel, scale)
+        group = _group_of_row(kernel.shape[1], self.bank.block_size())
+        return Packed(kernel, scale, ops.convert_to_tensor(self.zero), ops.convert_to_tensor(group))
+
+    def merged_kernel(self):
+        """The kernels of all experts as floats (E, D, H), low-rank factors added: an array."""
+        if self.bank.quantization_mode is None:
+            kernel = self._whole(self.kernel)
+        else:
+            kernel = ops.convert_to_numpy(self._quantized().floats(lambda all: all, "float32"))
+        if self.lora_a is None:
+            return kernel
+        a, b, scale = self._whole(self.lora_a), self._whole(self.lora_b), self.bank.lora_scale()
+        # One expert at a time: the sum is float32.
+        return np.stack([(k + scale * (u @ v)).astype(k.dtype) for k, u, v in zip(kernel, a, b)])
+
+    def _whole(self, weight):
+        processes = self.bank.processes
+        return ops.convert_to_numpy(weight if processes is None else processes.whole(weight))
+
+    def stored(self, kernel):
+        """Arrays to store for float kernels (E, D, H): the kernel, scale and zero point."""
+        mode, block_size = self.bank.quantization_mode, self.bank.block_size()
+        if mode is None:
+            return [kernel]
+        kernel = np.asarray(kernel, "float32")
+        convert = _to_int8 if mode == "int8" else lambda one: _to_int4(one, block_size)
+        return [np.stack(parts) for parts in zip(*map(convert, kernel))]
+
+    def set_kernel(self, kernel):
+        """Store float kernels (E, D, H), as integers if the bank is quantized."""
+        for part, value in zip(_STORED, self.stored(kernel)):
+            getattr(self, part).assign(value)
+        self.forget_factors()
+
+    def forget_factors(self):
+        """Make the low-rank correction zero."""
+        if self.lora_b is not None:
+            self.lora_b.assign(ops.zeros(self.lora_b.shape))
+
+    def take_kernel(self):
+        """Remove the float kernel from the bank and return it, `merged_kernel`."""
+        kernel = self.merged_kernel()
+        let_go(self.bank, self.kernel)
+        return kernel
+
+    def weights(self):
+        """The variables that are saved, in order."""
+        weights = (getattr(self, part) for part in _STORED)
+        return [weight for weight in weights if weight is not None]
+
+    def save(self):
+        """Arrays for a checkpoint, which always contains all experts, factors merged."""
+        values = [self._whole(weight) for weight in self.weights()]
+        if self.lora_a is not None:
+            stored = self.stored(self.merged_kernel())
+            values[: len(stored)] = stored
+        return values
+
+
+def _group_of_row(num_rows, block_size):
+    """The quantization group of each row of a kernel, int32; without blocks there is one."""
+    return np.arange(num_rows, dtype="int32") // (block_size or num_rows)
+
+
+def _to_int8(kernel):
+    scale = np.maximum(np.abs(kernel).max(0, keepdims=True), 1e-7) / 127
+    return np.rint(kernel / scale).astype("int8"), scale.astype("float32")
+
+
+def _to_int4(kernel, block_size):
+    if block_size is None:
+        scale = np.maximum(np.abs(kernel).max(0, keepdims=True), 1e-7) / 7
+        values, zero = np.rint(kernel / scale).astype("int8"), np.zeros(scale.shape, "int8")
+    else:
+        # As in the `Dense` layer of Keras.
+        values, scale, zero = map(
+            ops.convert_to_numpy,
+            keras.quantizers.abs_max_quantize_grouped_with_zero_point(
+                kernel, block_size=block_size, to_numpy=True
+            ),
+        )
+    packed, _, _ = keras.quantizers.pack_int4(values, axis=-1)
+    return ops.convert_to_numpy(packed), scale.astype("float32"), zero

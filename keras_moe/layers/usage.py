@@ -1,0 +1,230 @@
+"""Router losses and usage counters of a layer with a router."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_moe._internal.checks import check_number
+from keras_moe._internal.serialization import load_draws, save_draws
+from keras_moe.backend import backend
+from keras_moe.ops.balance import _router_entropy
+
+
+class RouterUsage(keras.layers.Layer):
+    """Abstract: a layer with a `router` that adds router losses and counts assignments.
+
+    Attributes:
+        router_losses: Tuple of `losses.RouterLoss`.
+        expert_counts: Weight (E,). Assignments of each expert in training since the last
+            `reset_counts`. The other counters are `dropped_count`, `router_loss_totals`,
+            `router_entropy_total` and `call_count`.
+        resets: Integer. Number of calls of `reset_counts`, by which readers notice them.
+        counts_in_evaluation: Boolean. Whether evaluation counts as well, which
+            `inspection.count_in_evaluation` turns on. Otherwise inference writes to no weight.
+        last_counts, last_losses: Arrays. The counts (E,) and the mean of each router loss of the
+            last epoch after which `callbacks.ExpertMonitor` reset the counters. The counts are
+            saved.
+    """
+
+    router_losses: tuple
+    counts_in_evaluation = False
+    last_counts = None
+    last_losses = None
+    resets = 0
+    # Losses, and weights that were set for them before the layer was built.
+    _early_loss_weights: tuple = ((), [])
+
+    def _build_usage(self, num_experts):
+        num_losses = len(self.router_losses)
+        initial = self.loss_weights_in_force
+        self.router_loss_weights = self.add_weight(
+            name="router_loss_weights",
+            shape=(num_losses,),
+            initializer=lambda shape, dtype: ops.array(initial, dtype),
+            dtype="float32",
+            trainable=False,
+            autocast=False,
+        )
+        self.expert_counts = counter("expert_counts", (num_experts,))
+        self.dropped_count = counter("dropped_count", ())
+        self.router_loss_totals = counter("router_loss_totals", (num_losses,))
+        self.router_entropy_total = counter("router_entropy_total", ())
+        self.call_count = counter("call_count", ())
+        self._build_losses()
+
+    def _build_losses(self):
+        # Stateful losses are copied, one per layer, and have their weights in it.
+        built, self.loss_states = [], []
+        for loss in self.router_losses:
+            before = {id(variable) for variable in self.variables}
+            built.append(loss.build(self))
+            added = [variable for variable in self.variables if id(variable) not in before]
+            self.loss_states.append(added)
+        self.router_losses = tuple(built)
+
+    def _add_losses_and_count(self, routing, sequence_length, training):
+        if not (training or self.counts_in_evaluation):
+            return
+        values = []
+        for index, loss in enumerate(self.router_losses):
+            extra = {"sequence_length": sequence_length} if loss.per_sequence else {}
+            compute = loss.compute if training else loss.evaluate
+            values.append(_scalar(loss, compute(routing, **extra)))
+            if training:
+                weighted = self.router_loss_weights[index] * values[-1]
+                # Keras adds it to the other losses, which have this dtype.
+                self.add_loss(ops.cast(weighted, keras.config.floatx()))
+        counts = ops.cast(routing.counts, "float32")
+        counted = [
+            (self.expert_counts, counts),
+            (self.dropped_count, routing.dropped * ops.sum(counts)),
+            (self.router_entropy_total, _router_entropy(routing)),
+            (self.call_count, backend.after(counts, ops.ones((), "float32"))),
+        ]
+        if values:
+            counted.append((self.router_loss_totals, ops.stack(values)))
+        counters, added = zip(*counted)
+        if training:  # A process may evaluate alone, and would wait for the others.
+            added = backend.sum_of_counts(added)
+        for counter, value in zip(counters, added):
+            counter.assign_add(value)
+
+    @property
+    def loss_weights_in_force(self):
+        """The present weight of each router loss, a list of floats."""
+        if self.built:
+            return ops.convert_to_numpy(self.router_loss_weights).tolist()
+        early_losses, weights = self._early_loss_weights
+        if early_losses and early_losses == self.router_losses:
+            return list(weights)
+        return [loss.weight for loss in self.router_losses]
+
+    def set_router_loss_weight(self, index, weight):
+        """Set the weight of a router loss. Nothing is compiled again.
+
+        Args:
+            index: Integer. Place of the loss in `router_losses`.
+            weight: Float of at least 0.
+
+        Raises:
+            IndexError: If there is no such loss.
+            ValueError: If the weight is negative or not finite.
+        """
+        weights = self.loss_weights_in_force
+        weights[index] = check_number("weight", weight)
+        if self.built:
+            self.router_loss_weights.assign(weights)
+        else:
+            self._early_loss_weights = (self.router_losses, weights)
+
+    def balance_advice(self):
+        """Return advice for an uneven load, by what balances it in this layer: a string."""
+        weighted = zip(self.router_losses, self.loss_weights_in_force)
+        advice = [loss.balance_advice(weight) for loss, weight in weighted if loss.balances]
+        by_router = self.router.balance_advice()
+        if by_router is not None:
+            advice.append(by_router)
+        if not advice:
+            advice.append(
+                "Nothing balances the load: add `losses.LoadBalance()` to its `router_losses`."
+            )
+        elif by_router is None:
+            advice.append(
+                "A selection bias balances without a loss: see `balancer` of `TopKRouter`."
+            )
+        return (
+            f"{' '.join(advice)} If the features of the layer's inputs have means far from zero, "
+            "centre them, by `keras.layers.Normalization` or `BatchNormalization` before the "
+            "layer. A lower learning rate in the first steps and `logit_noise` in the router help "
+            "as well."
+        )
+
+    def reset_counts(self):
+        """Set all counters to zero."""
+        if not self.built:
+            return
+        self.resets += 1
+        for counter in (
+            self.expert_counts,
+            self.dropped_count,
+            self.router_loss_totals,
+            self.router_entropy_total,
+            self.call_count,
+        ):
+            counter.assign(ops.zeros(counter.shape))
+
+    def save_own_variables(self, store):
+        # Without the totals that `ExpertMonitor` resets each epoch and that training does not read.
+        for key, variable in self._saved_variables().items():
+            store[key] = ops.convert_to_numpy(variable)
+        for index, weight in enumerate(self.loss_weights_in_force):
+            initial = self.router_losses[index].weight
+            store[f"{self._loss_key(index)}_weight"] = np.array([initial, weight], "float32")
+        if self.last_counts is not None:
+            store["last_counts"] = self.last_counts
+        save_draws(self, store)
+
+    def load_own_variables(self, store):
+        entries = load_draws(self, store)
+        if self.built != ("expert_counts" in entries):
+            raise ValueError(
+                f"The weights of a mixture must be loaded into a mixture that is built. Received: "
+                f"{sorted(entries) or 'no weights'} for `{self.name}`, which is "
+                f"{'' if self.built else 'not '}built. `upcycle` converts dense layers."
+            )
+        for key, variable in self._saved_variables().items():
+            # A checkpoint fits a layer with other losses: those keep their own state.
+            if key in ("expert_counts", "dropped_count") or _fits(variable, entries.get(key)):
+                variable.assign(entries[key])
+        for index, loss in enumerate(self.router_losses):
+            initial, weight = entries.get(f"{self._loss_key(index)}_weight", (None, None))
+            # A weight set in the constructor wins over one that a schedule left in the file.
+            if initial == np.float32(loss.weight):
+                self.set_router_loss_weight(index, float(weight))
+        counts = entries.get("last_counts")
+        has_counts = self.built and _fits(self.expert_counts, counts)
+        self.last_counts = np.asarray(counts) if has_counts else None
+        self.last_losses = None
+
+    def _saved_variables(self):
+        if not self.built:
+            return {}
+        saved = {each.name: each for each in (self.expert_counts, self.dropped_count)}
+        for index, states in enumerate(self.loss_states):
+            for number, variable in enumerate(states):
+                saved[f"{self._loss_key(index)}_state_{number}"] = variable
+        return saved
+
+    def _loss_key(self, index):
+        return f"router_loss_{index}_{type(self.router_losses[index]).__name__}"
+
+
+def counter(name, shape):
+    """A variable (shape) that counts, float32."""
+    # Under `tf.distribute` each replica counts alone, and reading gives the sum, which
+    # `add_weight` cannot express.
+    return keras.Variable(
+        "zeros",
+        shape=shape,
+        dtype="float32",
+        trainable=False,
+        autocast=False,
+        aggregation="sum",
+        synchronization="on_read",
+        name=name,
+    )
+
+
+def _scalar(loss, value):
+    """The value of a loss, which may be user-defined: a vector would be added up silently."""
+    value = ops.convert_to_tensor(value)
+    if len(value.shape) or not keras.backend.is_float_dtype(value.dtype):
+        raise ValueError(
+            "A router loss must compute one float. Received: a tensor of shape "
+            f"{tuple(value.shape)} and dtype {value.dtype} from `{type(loss).__name__}`"
+        )
+    return value
+
+
+def _fits(variable, entry):
+    return entry is not None and tuple(entry.shape) == tuple(variable.shape)

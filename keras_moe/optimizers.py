@@ -1,0 +1,72 @@
+"""Optimizers that update each expert's kernel in a stack as a matrix."""
+
+import re
+from types import SimpleNamespace
+
+import keras
+
+from keras_moe._internal.checks import shortened
+from keras_moe._internal.serialization import register
+
+# Paths of the stacked weights of a bank that are trained, by the number of their axes. Other
+# weights of three axes, such as those of attention, are no stacks of matrices.
+_STACKED = {
+    3: re.compile(r"(.*/)?(up|gate|down)_(kernel|lora_a|lora_b)"),
+    2: re.compile(r"(.*/)?((up|gate|down)_bias|constant)"),
+}
+
+
+@register
+class Muon(keras.optimizers.Muon):
+    """`keras.optimizers.Muon` that updates each expert's kernel as a matrix of its own.
+
+    Keras's updates variables of two axes by Muon, and all others by AdamW. In a bank these are the
+    wrong ones: the stacked kernels (E, D, H) have three axes, the stacked biases (E, H) two. This
+    one orthogonalizes the update of each expert's kernel, scales it by the size of that kernel, and
+    leaves biases and constant experts to AdamW: a bank trains as E `Dense` layers would. All other
+    variables are treated as Keras treats them.
+
+    Args:
+        learning_rate: Float, `keras.optimizers.schedules.LearningRateSchedule` or callable.
+        exclude_layers: List of strings, regular expressions. AdamW updates the variables in whose
+            paths one of them is found.
+        **kwargs: The other arguments of `keras.optimizers.Muon`.
+
+    Raises:
+        TypeError: If `exclude_layers` is a string.
+
+    Example:
+
+    >>> bank = keras_moe.layers.GatedExperts(num_experts=8, hidden_dim=32)
+    >>> model = keras.Sequential([keras.Input((16,)), keras_moe.layers.MixtureOfExperts(bank)])
+    >>> model.compile(keras_moe.optimizers.Muon(0.02, exclude_layers=["router"]), "mse")
+
+    References: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/); Liu et al. 2025
+    (arXiv:2502.16982), for experts as matrices and for the scale.
+    """
+
+    def __init__(self, learning_rate=0.001, *, exclude_layers=None, **kwargs):
+        if isinstance(exclude_layers, str):  # Keras would take each letter for an expression.
+            raise TypeError(
+                "`exclude_layers` must be a list of regular expressions. Received: "
+                f"exclude_layers={shortened(exclude_layers)}"
+            )
+        super().__init__(learning_rate=learning_rate, exclude_layers=exclude_layers, **kwargs)
+
+    def _should_use_adamw(self, variable):
+        path = _STACKED.get(len(variable.shape))
+        if path is not None and path.fullmatch(variable.path):
+            variable = SimpleNamespace(shape=variable.shape[1:], path=variable.path)
+        return super()._should_use_adamw(variable)
+
+    def lr_adjust(self, x):
+        if len(x.shape) == 2 or self.rms_rate is None:
+            return super().lr_adjust(x)
+        return x * (max(x.shape[-2:]) ** 0.5 * self.rms_rate)
+
+
+__all__ = ["Muon"]
+
+
+def __dir__():
+    return __all__

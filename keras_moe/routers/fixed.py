@@ -1,0 +1,175 @@
+"""Routers that learn nothing: a table of token ids, and patterns for measurements."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_moe._internal.checks import check_choice, check_integer
+from keras_moe._internal.serialization import register
+from keras_moe.ops import draws
+from keras_moe.ops.routing import _make_routing
+from keras_moe.ops.selection import _top_k_indices, chosen_experts, existing
+from keras_moe.routers.router import Router
+
+PATTERNS = ("round_robin", "random", "zipf", "one")
+
+
+@register
+class HashRouter(Router):
+    """Each word of the vocabulary has its experts, drawn at random and never changed.
+
+    Nothing is learned, so nothing collapses. The K experts of a token have the weight 1 / K. To
+    choose experts in another way, by topic or by frequency, call `router.table.assign(table)`.
+
+    Args:
+        num_experts: Integer. Number of experts, E.
+        vocabulary_size: Integer. Number of token ids, required. Any integer is an id, modulo this:
+            larger ones start again from 0, -1 is the last. Beyond int32 the last 32 bits count.
+        top_k: Integer. Experts per token, K, at most E.
+        seed: Integer seed of the table (vocabulary_size, K).
+        **kwargs: `name` and `trainable`, as in any Keras layer.
+
+    Raises:
+        ValueError: If an argument is out of its range, or `token_ids` are missing in a call.
+
+    Call arguments:
+        tokens: (T, D) float tensor.
+        mask: (T,) bool tensor, False for padding, or None.
+        token_ids: Integer tensor with T entries.
+
+    Returns:
+        An `ops.Routing`.
+
+    Example:
+
+    >>> router = keras_moe.routers.HashRouter(num_experts=8, vocabulary_size=1000)
+    >>> ids = keras.ops.arange(32)
+    >>> router(keras.random.normal((32, 64)), token_ids=ids).indices.shape
+    (32, 1)
+
+    Reference: Roller et al. 2021, Hash layers (arXiv:2106.04426), section 3.1, random hash.
+    """
+
+    default_losses = ()
+
+    def __init__(self, num_experts=None, vocabulary_size=None, top_k=1, seed=0, **kwargs):
+        super().__init__(num_experts, **kwargs)
+        self.vocabulary_size = check_integer("vocabulary_size", vocabulary_size)
+        self.top_k = check_integer("top_k", top_k)
+        self.seed = seed if seed is None else check_integer("seed", seed, minimum=0)
+        self.check_num_experts()
+
+    def build(self, tokens_shape):
+        self.table = self.add_weight(
+            name="table",
+            shape=(self.vocabulary_size, self.top_k),
+            initializer=self._draw_table,
+            dtype="int32",
+            trainable=False,
+        )
+
+    def _draw_table(self, shape, dtype=None):
+        draws = np.random.default_rng(self.seed).random((shape[0], self.num_experts))
+        return ops.convert_to_tensor(np.argsort(draws, axis=1)[:, : shape[1]], dtype)
+
+    def compute_output_spec(self, tokens, *args, **kwargs):
+        _check_has_ids(kwargs.get("token_ids"))
+        return super().compute_output_spec(tokens, *args, **kwargs)
+
+    def route(self, tokens, mask, training, token_ids=None):
+        _check_has_ids(token_ids)
+        ids = ops.cast(token_ids, "int32") % self.vocabulary_size
+        indices = existing(ops.take(self.table, ids, axis=0), self.num_experts)
+        return _fixed_routing(indices, mask, self.num_experts)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "vocabulary_size": self.vocabulary_size,
+            "top_k": self.top_k,
+            "seed": self.seed,
+        }
+
+
+@register
+class ForcedRouter(Router):
+    """Routes by a fixed pattern, to measure what the layer costs under that load.
+
+    - "round_robin": token t goes to experts t K, t K + 1, ..., modulo E: exact balance
+    - "random": K experts at random
+    - "zipf": at random, expert e with a probability proportional to 1 / (e + 1)
+    - "one": all tokens to the first K experts
+
+    Args:
+        num_experts: Integer. Number of experts, E.
+        top_k: Integer. Experts per token, K, at most E. They have the weight 1 / K.
+        pattern: String, one of the above.
+        seed: Integer seed of the draws, or None.
+        **kwargs: `name` and `trainable`, as in any Keras layer.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Call arguments:
+        tokens: (T, D) float tensor; only T matters.
+        mask: (T,) bool tensor, False for padding, or None.
+
+    Returns:
+        An `ops.Routing`.
+
+    Example:
+
+    >>> router = keras_moe.routers.ForcedRouter(num_experts=4, pattern="round_robin")
+    >>> routing = router(keras.random.normal((32, 64)))
+    >>> keras.ops.convert_to_numpy(routing.counts).tolist()
+    [16, 16, 16, 16]
+    """
+
+    default_losses = ()
+
+    def __init__(self, num_experts=None, top_k=2, pattern="round_robin", seed=None, **kwargs):
+        super().__init__(num_experts, **kwargs)
+        self.top_k = check_integer("top_k", top_k)
+        self.pattern = check_choice("pattern", pattern, PATTERNS)
+        self.seed = seed if seed is None else check_integer("seed", seed, minimum=0)
+        self._draws = keras.random.SeedGenerator(self.seed)
+        self.check_num_experts()
+
+    def route(self, tokens, mask, training):
+        indices = self._indices(ops.shape(tokens)[0])
+        return _fixed_routing(indices, mask, self.num_experts)
+
+    def _indices(self, num_tokens):
+        choices = ops.arange(self.top_k, dtype="int32")
+        if self.pattern == "one":
+            return ops.zeros((num_tokens, 1), "int32") + choices
+        if self.pattern == "round_robin":
+            first = ops.expand_dims(ops.arange(num_tokens, dtype="int32"), 1) * self.top_k
+            return (first + choices) % self.num_experts
+        # The best of log p + Gumbel noise are draws without replacement.
+        shape = (num_tokens, self.num_experts)
+        noise = -ops.log(-ops.log(draws.uniform(shape, self._draws)))
+        if self.pattern == "zipf":
+            noise = noise - ops.log(ops.arange(1, self.num_experts + 1, dtype="float32"))
+        return _top_k_indices(noise, self.top_k)
+
+    def get_config(self):
+        config = super().get_config()
+        return {**config, "top_k": self.top_k, "pattern": self.pattern, "seed": self.seed}
+
+
+def _check_has_ids(token_ids):
+    if token_ids is None:
+        raise ValueError("`HashRouter` needs the ids of the tokens. Received: token_ids=None")
+
+
+def _fixed_routing(indices, mask, num_experts):
+    """Return a routing to given experts (T, K) with equal weights."""
+    num_tokens, top_k = ops.shape(indices)
+    return _make_routing(
+        indices=indices,
+        weights=ops.full((num_tokens, top_k), 1 / top_k, "float32"),
+        probs=ops.cast(chosen_experts(indices, num_experts), "float32") / top_k,
+        logits=ops.zeros((num_tokens, num_experts), "float32"),
+        mask=mask,
+    )

@@ -1,0 +1,176 @@
+"""Routers whose choices are random in training."""
+
+from keras import ops
+
+from keras_moe._internal.checks import check_integer, check_number
+from keras_moe._internal.serialization import register
+from keras_moe.ops import draws
+from keras_moe.ops.balance import _noisy_load
+from keras_moe.ops.routing import _make_routing
+from keras_moe.ops.scores import distribution, softmax
+from keras_moe.ops.selection import _take_scores, _top_k_indices
+from keras_moe.routers.logit_router import LogitRouter
+
+
+@register
+class NoisyTopKRouter(LogitRouter):
+    """Top-k routing with noise of a learned size for each token and expert.
+
+    `H = x W + N(0, 1) * (softplus(x W_noise) + 0.01)` in training, `x W` in evaluation; the weights
+    are a softmax over the K largest of H. The noise makes the load a smooth function, which
+    `losses.LoadVariation` evens out.
+
+    Args:
+        num_experts: Integer. Number of experts, E.
+        top_k: Integer. Experts per token, K, at most E. With 1 the weight is the probability among
+            all experts, as the softmax over one alone would be 1 and have no gradient.
+        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
+            `seed`, as in `TopKRouter`, and `name`.
+
+    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
+
+    Example:
+
+    >>> router = keras_moe.routers.NoisyTopKRouter(num_experts=8)
+    >>> router(keras.random.normal((32, 64)), training=True).indices.shape
+    (32, 2)
+
+    Reference: Shazeer et al. 2017 (arXiv:1701.06538), eq. 3 to 5 and 8 to 10. The smallest noise is
+    that of tensor2tensor.
+    """
+
+    default_losses = ("importance_variation", "load_variation")
+
+    def __init__(self, num_experts=None, top_k=2, **kwargs):
+        super().__init__(num_experts, **kwargs)
+        self.top_k = check_integer("top_k", top_k)
+        self.check_num_experts()
+
+    def build(self, tokens_shape):
+        super().build(tokens_shape)
+        self.noise_kernel = self.add_weight(
+            name="noise_kernel", shape=self.kernel.shape, initializer="zeros"
+        )
+
+    def route(self, tokens, mask, training):
+        clean, mask = self.logits(tokens, mask, training)
+        noisy, load = clean, None
+        if training:
+            deviation = ops.softplus(ops.matmul(tokens, self.noise_kernel)) + 0.01
+            noisy = clean + deviation * self._noise(draws.normal, clean)
+            load = _noisy_load(clean, noisy, deviation, self.top_k, mask)
+        scores = softmax(noisy)
+        indices = _top_k_indices(scores, self.top_k)
+        weights = _take_scores(scores, indices)
+        if self.top_k > 1:
+            weights = distribution(weights)
+        return _make_routing(indices, weights, softmax(clean), clean, mask, load=load)
+
+    def get_config(self):
+        return {**super().get_config(), "top_k": self.top_k}
+
+
+@register
+class VMoERouter(LogitRouter):
+    """Top-k of a softmax whose logits have normal noise of deviation `noise_std / E` in training.
+
+    The weights are the noisy probabilities themselves, not divided by their sum. `probs`, and with
+    them `losses.ImportanceVariation`, are without noise.
+
+    Args:
+        num_experts: Integer. Number of experts, E.
+        top_k: Integer. Experts per token, K, at most E.
+        noise_std: Float. Standard deviation of the noise times E.
+        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
+            `seed`, as in `TopKRouter`, and `name`.
+
+    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
+
+    Example:
+
+    >>> router = keras_moe.routers.VMoERouter(num_experts=8)
+    >>> router(keras.random.normal((32, 64)), training=True).indices.shape
+    (32, 2)
+
+    Reference: Riquelme et al. 2021 (arXiv:2106.05974), section 2.2 and appendix A.
+    """
+
+    default_losses = ("importance_variation", "load_variation")
+
+    def __init__(self, num_experts=None, top_k=2, noise_std=1.0, **kwargs):
+        super().__init__(num_experts, **kwargs)
+        self.top_k = check_integer("top_k", top_k)
+        self.noise_std = check_number("noise_std", noise_std)
+        self.check_num_experts()
+
+    def route(self, tokens, mask, training):
+        clean, mask = self.logits(tokens, mask, training)
+        noisy, load = clean, None
+        if training and self.noise_std:
+            deviation = self.noise_std / self.num_experts
+            noisy = clean + deviation * self._noise(draws.normal, clean)
+            load = _noisy_load(clean, noisy, deviation, self.top_k, mask)
+        scores = softmax(noisy)
+        indices = _top_k_indices(scores, self.top_k)
+        weights = _take_scores(scores, indices)
+        return _make_routing(indices, weights, softmax(clean), clean, mask, load=load)
+
+    def get_config(self):
+        return {**super().get_config(), "top_k": self.top_k, "noise_std": self.noise_std}
+
+
+@register
+class GShardRouter(LogitRouter):
+    """Two experts per token; in training the second serves only as often as its weight deserves.
+
+    The two best probabilities are divided by their sum. In training the second expert is kept with
+    probability `min(1, weight / threshold)`: a second expert that hardly counts is not worth a
+    slot. In evaluation it always serves, so that results are deterministic; Mesh TensorFlow draws
+    there too.
+
+    Args:
+        num_experts: Integer of at least 2. Number of experts, E.
+        threshold: Float above 0. Weight from which on the second expert always serves.
+        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
+            `seed`, as in `TopKRouter`, and `name`.
+
+    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
+
+    Example:
+
+    >>> router = keras_moe.routers.GShardRouter(num_experts=8)
+    >>> router(keras.random.normal((32, 64)), training=True).indices.shape
+    (32, 2)
+
+    Reference: Lepikhin et al. 2020 (arXiv:2006.16668), section 2.2; the threshold is that of
+    Mesh TensorFlow.
+    """
+
+    top_k = 2
+
+    def __init__(self, num_experts=None, threshold=0.2, **kwargs):
+        super().__init__(num_experts, **kwargs)
+        self.threshold = check_number("threshold", threshold, above=0)
+        self.check_num_experts()
+
+    def check_num_experts(self):
+        if self.num_experts == 1:
+            raise ValueError(
+                "`GShardRouter` sends each token to two experts. Received: num_experts=1"
+            )
+
+    def route(self, tokens, mask, training):
+        logits, mask = self.logits(tokens, mask, training)
+        probs = softmax(logits)
+        indices = _top_k_indices(probs, 2)
+        weights = distribution(_take_scores(probs, indices))
+        if training:
+            second = ops.stop_gradient(weights[:, 1:])
+            kept = self._noise(draws.uniform, second) * self.threshold < second
+            kept = ops.concatenate([ops.ones_like(kept), kept], axis=1)
+            indices = ops.where(kept, indices, -1)
+            weights = ops.where(kept, weights, 0.0)
+        return _make_routing(indices, weights, probs, logits, mask)
+
+    def get_config(self):
+        return {**super().get_config(), "threshold": self.threshold}

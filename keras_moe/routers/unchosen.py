@@ -1,0 +1,187 @@
+"""Routers whose tokens do not choose: all experts serve, experts choose, or slots mix tokens."""
+
+from keras import ops
+
+from keras_moe._internal.checks import check_integer, check_number
+from keras_moe._internal.serialization import register
+from keras_moe.ops.expert_choice import _expert_choice_routing, _plan_expert_choice
+from keras_moe.ops.routing import _make_routing
+from keras_moe.ops.scores import along_units, softmax, unit
+from keras_moe.ops.soft import _plan_soft, _soft_routing
+from keras_moe.routers.logit_router import LogitRouter
+
+
+@register
+class DenseRouter(LogitRouter):
+    """All experts serve each token, weighted by a softmax: `y = sum_e p_e f_e(x)`.
+
+    The cost is that of all experts. It is the reference whose cost sparse routers reduce, and the
+    best choice for a handful of small experts. A `TopKRouter` with `top_k` as many as experts
+    computes the same, takes the same weights, and can choose fewer later.
+
+    Args:
+        num_experts: Integer. Number of experts, E, and experts per token.
+        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
+            `seed`, as in `TopKRouter`, and `name`.
+
+    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
+
+    Example:
+
+    >>> router = keras_moe.routers.DenseRouter(num_experts=4)
+    >>> router(keras.random.normal((32, 64))).weights.shape
+    (32, 4)
+
+    References: Jacobs et al. 1991, "Adaptive mixtures of local experts"; Jordan and Jacobs 1994,
+    "Hierarchical mixtures of experts and the EM algorithm".
+    """
+
+    default_losses = ()
+
+    @property
+    def top_k(self):
+        """All experts."""
+        return self.num_experts
+
+    def route(self, tokens, mask, training):
+        logits, mask = self.logits(tokens, mask, training)
+        probs = softmax(logits)
+        experts = ops.arange(self.num_experts, dtype="int32")
+        indices = ops.broadcast_to(experts, ops.shape(probs))
+        counts = ops.zeros_like(experts) + ops.sum(ops.cast(mask, "int32"))
+        return _make_routing(indices, probs, probs, logits, mask, counts=counts)
+
+
+@register
+class ExpertChoiceRouter(LogitRouter):
+    """Each expert takes the same number of best tokens of each sequence.
+
+    The load is balanced by construction and needs no loss. A token is served by any number of
+    experts, perhaps by none. Because tokens compete, a token's experts depend on later tokens: a
+    language model would see the future in training. Inputs (batch, D) are one sequence: there an
+    output depends on the whole batch, in `predict` too.
+
+    Args:
+        num_experts: Integer. Number of experts, E.
+        capacity_factor: Float above 0. Experts per token on average. An expert takes
+            `ceil(capacity_factor * S / E)` of the S real tokens of a sequence.
+        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
+            `seed`, as in `TopKRouter`, and `name`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Call arguments:
+        tokens: (T, D) float tensor.
+        mask: (T,) bool tensor, False for padding, or None.
+        sequence_length: Integer. Tokens in each sequence. None: all are one.
+        training: Boolean. Whether noise is drawn.
+
+    Returns:
+        An `ops.Routing` whose K is E: place e is expert e, or -1 if it did not choose the token.
+
+    Example:
+
+    >>> router = keras_moe.routers.ExpertChoiceRouter(num_experts=8, capacity_factor=2.0)
+    >>> routing = router(keras.random.normal((32, 64)))
+    >>> keras.ops.convert_to_numpy(routing.counts).tolist()
+    [8, 8, 8, 8, 8, 8, 8, 8]
+
+    Reference: Zhou et al. 2022 (arXiv:2202.09368), section 3.2.
+    """
+
+    causal = False
+    default_losses = ()
+    takes_capacity = False
+
+    def __init__(self, num_experts=None, capacity_factor=2.0, **kwargs):
+        super().__init__(num_experts, **kwargs)
+        self.capacity_factor = check_number("capacity_factor", capacity_factor, above=0)
+
+    @property
+    def top_k(self):
+        """All experts, each of which may choose the token."""
+        return self.num_experts
+
+    @property
+    def mean_top_k(self):
+        return min(self.capacity_factor, self.num_experts)
+
+    def route(self, tokens, mask, training, sequence_length=None):
+        logits, mask = self.logits(tokens, mask, training)
+        return _expert_choice_routing(logits, self.capacity_factor, mask, sequence_length)
+
+    def plan(self, routing, **capacity):
+        return _plan_expert_choice(routing, **capacity)
+
+    def get_config(self):
+        return {**super().get_config(), "capacity_factor": self.capacity_factor}
+
+
+@register
+class SoftRouter(LogitRouter):
+    """Each expert serves a few slots of each sequence, each a weighted mean of its tokens.
+
+    Everything is differentiable and no token is dropped, whatever the number of experts; the cost
+    is that of `num_experts * slots` tokens a sequence. Each output depends on the whole sequence:
+    not for language models. Inputs (batch, D) are one sequence: there an output depends on the
+    whole batch, in `predict` too.
+
+    Args:
+        num_experts: Integer. Number of experts, E.
+        slots: Integer. Slots of each expert for each sequence, P.
+        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
+            `seed`, as in `TopKRouter`, and `name`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Call arguments:
+        tokens: (T, D) float tensor.
+        mask: (T,) bool tensor, False for padding, or None.
+        sequence_length: Integer. Tokens in each sequence. None: all are one.
+        training: Boolean. Whether noise is drawn.
+
+    Returns:
+        An `ops.Routing` that names for each token the one expert it takes most from; all serve it.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
+    >>> layer = keras_moe.layers.MixtureOfExperts(experts, router="soft")
+    >>> layer(keras.random.normal((2, 10, 16))).shape
+    (2, 10, 16)
+
+    Reference: Puigcerver et al. 2023 (arXiv:2308.00951), eq. 1 to 3 and, for the unit norms and the
+    scale, section 2.3.
+    """
+
+    top_k = 1
+    causal = False
+    default_losses = ()
+    takes_capacity = False
+    normalizes_kernel = True
+
+    def __init__(self, num_experts=None, slots=1, **kwargs):
+        super().__init__(num_experts, **kwargs)
+        self.slots = check_integer("slots", slots)
+
+    def build(self, tokens_shape):
+        super().build(tokens_shape)
+        self.scale = self.add_weight(name="scale", shape=(), initializer="ones")
+
+    def kernel_shape(self, features):
+        return features, self.num_experts * self.slots
+
+    def project(self, tokens):
+        return along_units(tokens, self.scale * unit(self.kernel, axis=0))
+
+    def route(self, tokens, mask, training, sequence_length=None):
+        logits, mask = self.logits(tokens, mask, training)
+        return _soft_routing(logits, self.num_experts, mask, sequence_length)
+
+    def plan(self, routing, **capacity):
+        return _plan_soft(routing, **capacity)
+
+    def get_config(self):
+        return {**super().get_config(), "slots": self.slots}

@@ -1,0 +1,181 @@
+"""Routers that give tokens different numbers of experts."""
+
+import keras
+from keras import ops
+
+from keras_moe._internal.checks import check_integer, check_number
+from keras_moe._internal.serialization import register
+from keras_moe.backend import backend
+from keras_moe.ops.balance import _masked_mean
+from keras_moe.ops.routing import _make_routing
+from keras_moe.ops.scores import distribution, softmax
+from keras_moe.ops.selection import _take_scores, _top_k_indices
+from keras_moe.routers.logit_router import LogitRouter
+
+
+@register
+class TopPRouter(LogitRouter):
+    """A token goes to its best experts until their probabilities add up to `threshold`.
+
+    Weights are the probabilities themselves. An undecided router uses many experts;
+    `losses.RouterEntropy` penalizes indecision. Shapes are those of `max_top_k`; a place that is
+    not used costs nothing in the experts.
+
+    Args:
+        num_experts: Integer. Number of experts, E.
+        threshold: Float from 0 to below 1. Sum of probabilities that is enough. At least one expert
+            serves each token.
+        max_top_k: Integer. Most experts per token, K, at most E. None: 4, or E if that is less.
+        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
+            `seed`, as in `TopKRouter`, and `name`.
+
+    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
+
+    Example:
+
+    >>> router = keras_moe.routers.TopPRouter(num_experts=8, threshold=0.4)
+    >>> router(keras.random.normal((32, 64))).indices.shape
+    (32, 4)
+
+    Reference: Huang et al. 2024 (arXiv:2403.07652), eq. 4 and 5.
+    """
+
+    min_top_k = 1
+
+    def __init__(self, num_experts=None, threshold=0.4, max_top_k=None, **kwargs):
+        super().__init__(num_experts, **kwargs)
+        self.threshold = check_number("threshold", threshold, below=1)
+        self.top_k = max_top_k if max_top_k is None else check_integer("max_top_k", max_top_k)
+        self.check_num_experts()
+
+    def check_num_experts(self):
+        if self.top_k is None and self.num_experts is not None:
+            self.top_k = min(4, self.num_experts)
+        super().check_num_experts()
+
+    def route(self, tokens, mask, training):
+        logits, mask = self.logits(tokens, mask, training)
+        probs = softmax(logits)
+        indices = _top_k_indices(probs, self.top_k)
+        weights = _take_scores(probs, indices)
+        before = ops.cumsum(ops.stop_gradient(weights), axis=1) - ops.stop_gradient(weights)
+        needed = before < self.threshold
+        needed = ops.logical_or(needed, ops.arange(self.top_k) == 0)
+        indices = ops.where(needed, indices, -1)
+        return _make_routing(indices, ops.where(needed, weights, 0.0), probs, logits, mask)
+
+    def get_config(self):
+        config = super().get_config()
+        return {**config, "threshold": self.threshold, "max_top_k": self.max_top_k}
+
+
+@register
+class ReLURouter(LogitRouter):
+    """The weights are `relu(logits)`: continuous, and zero for experts that do not serve.
+
+    In training the router adds an L1 loss of its weights, whose strength it adapts until `top_k`
+    experts serve a token on average: it grows by `growth` while there are more and shrinks while
+    there are fewer. The loss weights each expert by its load, so that it also balances: no other
+    balance loss is needed.
+
+    Args:
+        num_experts: Integer. Number of experts, E.
+        top_k: Integer. Experts per token on average that the loss aims at.
+        max_top_k: Integer. Most experts per token, K; if more than K are above zero, the best K
+            serve. None: twice `top_k`. The cost of moving rows grows with it, used or not.
+        growth: Float above 1. Factor by which the strength of the loss changes in a step.
+        initial_strength: Float above 0. Strength of the loss at first.
+        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
+            `seed`, as in `TopKRouter`, and `name`.
+
+    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
+
+    Example:
+
+    >>> router = keras_moe.routers.ReLURouter(num_experts=8, top_k=2)
+    >>> router(keras.random.normal((32, 64))).weights.shape
+    (32, 4)
+
+    Reference: Wang et al. 2024, ReMoE (arXiv:2412.14711), eq. 5 to 9.
+    """
+
+    default_losses = ()
+    shift_invariant = False
+    max_top_k = None
+    min_top_k = 1
+
+    def __init__(
+        self, num_experts=None, top_k=2, max_top_k=None, growth=1.2, initial_strength=1e-8, **kwargs
+    ):
+        super().__init__(num_experts, **kwargs)
+        self.top_k = check_integer("top_k", top_k)
+        if max_top_k is not None:
+            self.max_top_k = check_integer("max_top_k", max_top_k)
+        self.growth = check_number("growth", growth, above=1)
+        self.initial_strength = check_number("initial_strength", initial_strength, above=0)
+        self.check_num_experts()
+
+    def check_num_experts(self):
+        if self.max_top_k is None and self.num_experts is not None:
+            self.max_top_k = min(2 * self.top_k, self.num_experts)
+        super().check_num_experts()
+        if self.num_experts == 1:
+            self.top_k = 1
+        if self.max_top_k is not None and self.max_top_k < self.top_k:
+            raise ValueError(
+                "`max_top_k` must be at least `top_k`, the mean that the loss aims at. "
+                f"Received: max_top_k={self.max_top_k}, top_k={self.top_k}"
+            )
+
+    def build(self, tokens_shape):
+        super().build(tokens_shape)
+        self.strength = self.add_weight(
+            name="strength",
+            shape=(),
+            initializer=keras.initializers.Constant(self.initial_strength),
+            trainable=False,
+        )
+
+    def balance_advice(self):
+        return f"The loss of the router balances the load: raise its growth of {self.growth:g}."
+
+    def route(self, tokens, mask, training):
+        logits, mask = self.logits(tokens, mask, training)
+        scores = ops.relu(logits)
+        indices = _top_k_indices(scores, self.max_top_k)
+        weights = _take_scores(scores, indices)
+        # `not <=` instead of `>`: a NaN score stays visible.
+        indices = ops.where(ops.logical_not(weights <= 0), indices, -1)
+        routing = _make_routing(indices, weights, distribution(scores), logits, mask)
+        if training:
+            self._add_sparsity_loss(routing, scores)
+        return routing
+
+    def _add_sparsity_loss(self, routing, scores):
+        # Over all scores above zero: those beyond `max_top_k` must shrink as well.
+        serves = ops.logical_and(scores > 0, ops.expand_dims(routing.mask, 1))
+        serves_or_real = ops.concatenate([serves, ops.expand_dims(routing.mask, 1)], axis=1)
+        totals = backend.sum_over_replicas(ops.sum(ops.cast(serves_or_real, "float32"), axis=0))
+        num_serving, num_real = totals[:-1], totals[-1]
+        load = num_serving / ops.maximum(num_real, 1.0)
+        share = load * self.num_experts / self.top_k
+        mean_scores = _masked_mean(scores, routing.mask)
+        # A tensor of its own: PyTorch needs the old value for the gradient, after the assignment.
+        strength = self.strength + 0.0
+        self.add_loss(strength * ops.sum(ops.stop_gradient(share) * mean_scores))
+        if not self.trainable:
+            return
+        error = ops.sign(ops.sum(load) - self.top_k)
+        error = ops.where(num_real > 0, error, 0.0)
+        changed = strength * ops.power(self.growth, error)
+        # Below its initial value it has no effect and takes long to recover.
+        self.strength.assign(ops.maximum(changed, self.initial_strength))
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "top_k": self.top_k,
+            "max_top_k": self.max_top_k,
+            "growth": self.growth,
+            "initial_strength": self.initial_strength,
+        }
