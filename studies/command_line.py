@@ -5,7 +5,7 @@ import pathlib
 
 import datasets
 
-from keras_moe._internal.validation import check_positive_integer
+from keras_moe._internal.checks import check_integer as check_positive_integer
 
 
 def parser_of(doc, dataset, data, experts, units="documents"):

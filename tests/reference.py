@@ -163,7 +163,7 @@ def expert_share(counts):
 
 
 def grouped_matmul(rows, kernels, sizes):
-    """Rows of group e times kernel e; rows behind the last group are zero."""
+    """Rows of group e times kernel e; rows past the last group are zero."""
     output = np.zeros((len(rows), kernels.shape[2]))
     row = 0
     for kernel, size in zip(kernels, sizes):

@@ -3,7 +3,6 @@
 import importlib
 import os
 import pathlib
-import subprocess
 import sys
 import zipfile
 
@@ -76,7 +75,7 @@ def test_report_writes_a_page(folder, capsys):
         os.unlink("page.html")
 
 
-def test_custom_layers_are_imported_first(tmp_path, monkeypatch):
+def test_custom_layers_are_imported_first(folder, monkeypatch, capsys):
     source = (
         "import keras\n"
         "@keras.saving.register_keras_serializable('own')\n"
@@ -84,21 +83,14 @@ def test_custom_layers_are_imported_first(tmp_path, monkeypatch):
         "    def call(self, x):\n"
         "        return x\n"
     )
-    (tmp_path / "own_layers.py").write_text(source)
-    monkeypatch.syspath_prepend(tmp_path)
+    (folder / "own_layers.py").write_text(source)
+    monkeypatch.syspath_prepend(folder)
     own = importlib.import_module("own_layers").Own()
-    keras.Sequential([keras.Input((D,)), own, moe()]).save(tmp_path / "model.keras")
-    root = pathlib.Path(__file__).parents[1]
-
-    done = subprocess.run(
-        [sys.executable, "-m", "keras_moe", "inspect", "model.keras", "--import", "own_layers"],
-        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{tmp_path}"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"2 of {E}" in done.stdout
+    keras.Sequential([keras.Input((D,)), own, moe()]).save("model.keras")
+    monkeypatch.delitem(sys.modules, "own_layers")
+    monkeypatch.delitem(keras.saving.get_custom_objects(), "own>Own")
+    main(["inspect", "model.keras", "--import", "own_layers"])
+    assert f"2 of {E}" in capsys.readouterr().out
 
 
 def changed(old, new):

@@ -105,7 +105,7 @@ def test_sizes_that_count_too_many_rows_read_none_past_the_last(mode):
     assert_close(output, reference.grouped_matmul(inputs, kernels, [4, 5, 0]))
 
 
-def test_rows_behind_the_last_group_reach_nothing(mode):
+def test_rows_past_the_last_group_reach_nothing(mode):
     rng = np.random.default_rng(0)
     inputs = [rng.normal(size=(11, 8)), rng.normal(size=(3, 8, 16))]
     inputs = [array.astype("float32") for array in inputs]

@@ -1,5 +1,6 @@
 """ExpertHealth: a collapsed run is found early, a healthy one never; every verdict and its fix."""
 
+import random
 import warnings
 
 import keras
@@ -69,7 +70,7 @@ class CountBatches(keras.callbacks.Callback):
 
 def restart(model, seed):
     """New weights and a new optimizer state without a new compilation."""
-    keras.utils.set_random_seed(seed)
+    random.seed(seed)  # not by Keras, which would load TensorFlow
     fresh = model_of(expert_layer())
     model.set_weights(fresh.get_weights())
     for variable in model.optimizer.variables:
@@ -80,7 +81,7 @@ def restart(model, seed):
 @of_counts
 def test_healthy_runs_are_never_flagged():
     model = model_of(expert_layer())
-    for seed in range(4):
+    for seed in range(6):
         restart(model, seed)
         findings, _ = watched(model, *clustered(seed), ExpertHealth(every=5))
         assert not findings, f"seed {seed}"
@@ -111,10 +112,6 @@ def test_batches_are_counted_where_several_are_one_execution():
     model = model_of(collapsed_layer(), steps_per_execution=4)
     found, _ = watched(model, *clustered(0), ExpertHealth(stop=True))
     assert 30 <= found[0][0] <= 50
-    heavy = model_of(expert_layer(router_losses=[losses.LoadBalance(1e3)]), steps_per_execution=4)
-    for batches in (4, 8):
-        ((step, _, finding),), _ = watched(heavy, *clustered(0, batches * BATCH), ExpertHealth())
-        assert step == batches and "not counting the constant 1e+03 of" in finding.text
 
 
 def test_rebalancing_is_done_once_and_reported_if_it_was_in_vain():
@@ -167,7 +164,7 @@ def test_inputs_far_from_zero_collapse_until_they_are_centred():
     cases = [(1, means, None), (1, means, normalization)]
     cases += [(2, 6, None), (2, 6, keras.layers.LayerNormalization())]
     for top_k, mean, centred in cases:
-        keras.utils.set_random_seed(0)
+        random.seed(0)
         layer = expert_layer(routers.TopKRouter(top_k=top_k))
         parts = [keras.Input((D,)), centred, layer, keras.layers.Dense(1)]
         model = keras.Sequential([part for part in parts if part is not None])
@@ -224,10 +221,12 @@ def test_a_useless_weight_is_found(weight, text):
     assert all(finding.text.startswith(text) for _, _, finding in findings)
 
 
-@pytest.mark.parametrize("first, validation_split", [(ExpertHealth, 0.0), (ExpertMonitor, 0.25)])
-def test_a_heavy_loss_is_found_beside_a_monitor(first, validation_split):
+@pytest.mark.parametrize(
+    "is_first, validation_split", [pytest.param(True, 0.0, marks=of_counts), (False, 0.25)]
+)
+def test_a_heavy_loss_is_found_beside_a_monitor(is_first, validation_split):
     watchdog, monitor = ExpertHealth(), ExpertMonitor()
-    order = [watchdog, monitor] if first is ExpertHealth else [monitor, watchdog]
+    order = [watchdog, monitor] if is_first else [monitor, watchdog]
     model = model_of(expert_layer(router_losses=[losses.LoadBalance(1000.0)]))
     options = {"validation_split": validation_split, "batch_size": BATCH, "verbose": 0}
     with warnings.catch_warnings():

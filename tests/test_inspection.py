@@ -149,7 +149,9 @@ def test_experts_and_routers_that_layers_share_count_once(top_k, wrap):
     assert [row.active_parameters for row in rows] == [expected] * 3
 
 
-@pytest.mark.parametrize("validation_split", [0.0, 0.5])
+@pytest.mark.parametrize(
+    "validation_split", [pytest.param(0.0, marks=pytest.mark.backends("torch")), 0.5]
+)
 def test_summary_has_the_last_epoch_after_a_monitor(validation_split, tmp_path):
     model = keras.Sequential([keras.Input((D,)), moe(name="moe"), keras.layers.Dense(1)])
     model.compile("sgd", "mse")

@@ -146,7 +146,7 @@ def test_a_forward_pass_keeps_no_pre_activations():
     assert buffer in traced(jax.grad(loss), weights)
 
 
-def test_nothing_is_kept_for_a_gradient_that_nobody_takes():
+def test_nothing_is_saved_for_a_gradient_that_is_not_taken():
     kept = []
 
     def forward(inputs, context, keep):
@@ -194,7 +194,7 @@ def test_frozen_kernels_cost_no_gradients():
 
 
 @pytest.mark.backends("torch")
-def test_what_is_kept_for_the_gradient_is_freed_with_it():
+def test_what_is_saved_for_the_gradient_is_freed_with_it():
     function, inputs = network(ops.gelu)
     loss = function(*(ops.convert_to_tensor(array).requires_grad_() for array in inputs))
     node = loss.grad_fn

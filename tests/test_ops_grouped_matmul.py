@@ -70,8 +70,8 @@ def test_drawn_groups_and_shapes_equal_the_oracle(mode, small_tiles):
         st.integers(0, 9),
         st.randoms(use_true_random=False),
     )
-    def check(sizes, shape, num_behind, shuffler):
-        num_rows = max(sum(sizes) + num_behind, 1)
+    def check(sizes, shape, num_padding, shuffler):
+        num_rows = max(sum(sizes) + num_padding, 1)
         function = differentiated(weighted_sum, mode)
         for _ in range(3):
             rng = np.random.default_rng(shuffler.randrange(2**32))

@@ -62,7 +62,7 @@ def build(config, mode):
             return_losses=True,
         )
         loss = sum(router_losses)
-        # Padding may give anything to the layers behind it: its output must not be used.
+        # Padding may give anything to later layers: its output must not be used.
         used = outputs * upstream
         if mask is not None:
             used = ops.where(ops.expand_dims(mask, 1), used, 0.0)

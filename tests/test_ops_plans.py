@@ -117,7 +117,7 @@ def test_a_capacity_with_room_for_all_gives_the_plan_without_one():
         np.testing.assert_array_equal(getattr(dropless.groups, name), getattr(roomy.groups, name))
 
 
-def test_combine_reads_no_row_that_belongs_to_nobody():
+def test_combine_reads_no_padded_row():
     indices, mask = np.array([[0], [0], [0]], "int32"), np.array([True, False, True])
 
     def combine(indices, mask, rows):

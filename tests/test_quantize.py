@@ -102,7 +102,7 @@ def test_kernels_are_those_of_dense_in_int4(block_size):
     kernel = to_numpy(bank.up_kernel)
     config = keras.quantizers.Int4QuantizationConfig(block_size=block_size)
     bank.quantize("int4", config=config)
-    for of_expert, near in zip(kernel, bank.projections["up"].merged_kernel()):
+    for of_expert, near in zip(kernel, bank.projection("up").merged_kernel()):
         dense = keras.layers.Dense(7, use_bias=False)
         dense.build((None, D))
         dense.kernel.assign(of_expert)
@@ -265,7 +265,7 @@ def test_a_program_for_batches_of_any_size_computes_few_and_many_rows(monkeypatc
         with tf.GradientTape() as tape:
             tape.watch(tokens)
             outputs = layer(tokens)
-            loss = tf.reduce_sum(tf.sin(outputs))
+            loss = tf.reduce_sum(tf.sin(outputs / 100))  # of some hundred
         return outputs, tape.gradient(loss, [tokens, *variables])
 
     any_size = [tf.TensorSpec((None, D))]

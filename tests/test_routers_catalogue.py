@@ -288,7 +288,7 @@ def test_no_tokens_give_no_outputs(name, capacity, mode):
         return layer.stateless_call(trainable, state, x, training=True, return_losses=True)
 
     shapes = [(0, 5, E), (2, 0, E), (0, E)]
-    for shape in shapes[:1] if mode == "xla" else shapes:  # XLA compiles each anew, for a second
+    for shape in shapes[:1] if mode == "xla" else shapes:  # XLA takes a second for each
         outputs, state_after, losses_after = compiled(function, mode)(np.zeros(shape, "float32"))
         assert outputs.shape == shape
         assert all(np.isfinite(value).all() for value in [*state_after, *losses_after])

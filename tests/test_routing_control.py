@@ -15,7 +15,7 @@ X = normal(3, 5, D)
 
 
 def test_a_recorded_routing_can_be_replayed_with_another_kernel():
-    """What reinforcement learning needs: the same experts under the new weights."""
+    """Reinforcement learning needs the same experts under new weights."""
     layer = moe(router=routers.TopKRouter(E, 2), name="moe")
     inputs = keras.Input((5, D))
     model = keras.Model(inputs, layer(inputs))
@@ -101,7 +101,7 @@ def test_the_same_word_has_the_same_experts_in_every_batch():
     assert_close(first.weights, np.full((4, 2), 0.5))
 
 
-def test_a_hash_router_takes_a_table_of_ones_own_and_keeps_it_when_saved(tmp_path):
+def test_a_hash_router_takes_another_table_and_saves_it(tmp_path):
     router = routers.HashRouter(E, vocabulary_size=4)
     layer = moe(router=router)
     ids, x = keras.Input((5,), dtype="int32"), keras.Input((5, D))
@@ -276,7 +276,7 @@ def test_the_weight_of_a_loss_changes_in_training_and_nothing_is_compiled_again(
     assert array(layer.router_loss_weights).tolist() == [1.0, pytest.approx(1e-3)]
 
 
-def test_a_schedule_of_keras_sets_the_weight_of_a_loss_of_ones_own_in_an_unbuilt_model():
+def test_a_schedule_of_keras_sets_the_weight_of_a_user_written_loss_before_it_is_built():
     class Squared(losses.RouterLoss):
         def compute(self, routing):
             return ops.sum(ops.square(routing.probs))

@@ -86,7 +86,8 @@ def config_of(part):
 
 def _check_is_whole(part, config):
     """A user's subclass that inherits our `get_config` would be loaded without its arguments."""
-    if not type(part).get_config.__module__.startswith(PACKAGE):
+    # Code that is run by `exec` has no module.
+    if not str(type(part).get_config.__module__).startswith(PACKAGE):
         return
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = list(inspect.signature(type(part).__init__).parameters.values())[1:]

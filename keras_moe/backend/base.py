@@ -106,7 +106,7 @@ class Backend:
         raise NotImplementedError
 
     def entry(self, stacked, number):
-        """Entry of a tensor (E, ...) by its number, an integer or an integer tensor."""
+        """Entry of a tensor (E, ...) by its number, an integer tensor."""
         return stacked[number]
 
     def argmax(self, scores):

@@ -1,6 +1,7 @@
 """TensorFlow primitives."""
 
 import contextlib
+import operator
 import threading
 
 import tensorflow as tf
@@ -129,8 +130,6 @@ class TensorFlowBackend(Backend):
         return tf.raw_ops.BatchMatMulV3(x=left, y=right, Tout=tf.float32)
 
     def entry(self, stacked, number):
-        if not tf.is_tensor(number):
-            return stacked[number]
         # An index that is a tensor would take five operations, and a gather would copy.
         begin = tf.reshape(number, (1,))
         return tf.strided_slice(stacked, begin, begin, (1,), shrink_axis_mask=1)
@@ -149,8 +148,9 @@ class TensorFlowBackend(Backend):
 
     def multiply_groups(self, rows, sizes, experts, kernels, bias=None, transposed=False):
         (size,), (expert,), scale = sizes, experts, kernels.scale
+        entry = self.entry if tf.is_tensor(expert) else operator.getitem
         if scale is not None and transposed:
-            rows *= tf.cast(self.entry(scale, expert), rows.dtype)
+            rows *= tf.cast(entry(scale, expert), rows.dtype)
         if transposed or not kernels.converts:
             kernel = tf.cast(kernels.of(expert), rows.dtype)
             product = tf.matmul(rows, kernel, transpose_b=transposed)
@@ -164,10 +164,10 @@ class TensorFlowBackend(Backend):
             some = tf.pad(rows[:, :length], ((0, tf.maximum(1 - size, 0)), (0, 0)))
             product = tf.matmul(some, tf.cast(kernels.of(expert, length), rows.dtype))[:size]
         if scale is not None and not transposed:
-            product *= tf.cast(self.entry(scale, expert), rows.dtype)
+            product *= tf.cast(entry(scale, expert), rows.dtype)
         if bias is None:
             return product
-        return product + tf.cast(self.entry(bias, expert), rows.dtype)
+        return product + tf.cast(entry(bias, expert), rows.dtype)
 
     def stacked_gradients(self, trained):
         return _StackedGradients(trained)

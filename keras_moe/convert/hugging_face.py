@@ -177,9 +177,8 @@ def _value(mixture, name):
     """An array; a kernel of the bank as floats, with its LoRA."""
     variable = _variable(mixture, name)
     if name.startswith("experts.") and name.endswith("_kernel"):
-        return mixture.experts.projections[
-            name.removeprefix("experts.").removesuffix("_kernel")
-        ].merged_kernel()
+        projection = name.removeprefix("experts.").removesuffix("_kernel")
+        return mixture.experts.projection(projection).merged_kernel()
     return keras.ops.convert_to_numpy(variable)
 
 

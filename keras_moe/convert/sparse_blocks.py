@@ -83,7 +83,7 @@ class RelaidExperts(GatedExperts):
         """A weight as an array: files of KerasHub have no place for scales and factors."""
         name, _, part = weight.partition("_")
         if part == "kernel":
-            return self.projections[name].merged_kernel()
+            return self.projection(name).merged_kernel()
         return ops.convert_to_numpy(getattr(self, weight))
 
     def load_own_variables(self, store):
@@ -91,9 +91,9 @@ class RelaidExperts(GatedExperts):
         for index, rule in enumerate(self._rules):
             own.update(zip(rule.ours, rule.split(store[str(index)])))
         values: list = []
-        for name, projection in self.projections.items():
-            values += projection.stored(own[f"{name}_kernel"])
-            values += [own[f"{name}_bias"]] if self.use_bias else []
+        for projection in self.projections:
+            values += projection.stored(own[f"{projection.name}_kernel"])
+            values += [own[f"{projection.name}_bias"]] if self.use_bias else []
         super().load_own_variables({str(i): value for i, value in enumerate(values)})
 
 

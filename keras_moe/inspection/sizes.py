@@ -167,7 +167,7 @@ def _count_own(part):
     """Parameters of a layer without those of its sublayers, frozen and quantized ones included."""
     shapes = [weight.shape for weight in part._trainable_variables]
     if isinstance(part, StackedExperts) and part.quantization_mode is not None:
-        shapes += [projection.shape for projection in part.projections.values()]
+        shapes += [projection.shape for projection in part.projections]
     elif part.quantization_mode is not None:
         integers = (each for each in part._non_trainable_variables if each.dtype == "int8")
         shapes += [weight.shape for weight in integers]

@@ -3,6 +3,8 @@
 Axes: E experts, D input features, H output features, r rank.
 """
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -28,7 +30,12 @@ class Projection:
         self.bank = bank
         self.name = name
         self.stream = stream  # Kernels of one shape are drawn from different seeds.
-        self.kernel = self.bias = self.scale = self.zero = self.lora_a = self.lora_b = None
+        self.kernel: Any = None
+        self.bias: Any = None
+        self.scale: Any = None
+        self.zero: Any = None
+        self.lora_a: Any = None
+        self.lora_b: Any = None
 
     def build(self, fan_in, fan_out, experts):
         """Add the weights, for the experts of this process, a range."""

@@ -39,7 +39,7 @@ class StackedExperts(Adaptable, ExpertBank):
         **kwargs,
     ):
         super().__init__(num_experts, **kwargs)
-        self.activation = keras.activations.get(activation)
+        self.activation: Any = keras.activations.get(activation)
         self.use_bias = use_bias
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
@@ -48,7 +48,11 @@ class StackedExperts(Adaptable, ExpertBank):
         # Processes that share the experts, each with some of them; None where each has all.
         self.processes: Any = None
         names = enumerate(self.projection_names)
-        self.projections = {name: Projection(self, name, stream) for stream, name in names}
+        self.projections = tuple(Projection(self, name, stream) for stream, name in names)
+
+    def projection(self, name):
+        """Return a projection by its name."""
+        return self.projections[self.projection_names.index(name)]
 
     def widths(self, features):
         """Return a pair (D, H) for each projection."""
@@ -62,15 +66,16 @@ class StackedExperts(Adaptable, ExpertBank):
         if self.processes is not None:
             experts = self.processes.own_experts(self.num_experts)
         self._is_quantized = self.quantization_mode is not None
-        for projection, widths in zip(self.projections.values(), self.widths(tokens_shape[-1])):
-            projection.build(*widths, experts)
+        for projection, widths in zip(self.projections, self.widths(tokens_shape[-1])):
+            fan_in, fan_out = widths
+            projection.build(fan_in, fan_out, experts)
         if self.lora_rank:
             self.add_factors()
 
     def _check_activation(self):
         # A layer with weights would run outside of what is differentiated, and never be trained.
         if isinstance(self.activation, keras.Layer):
-            self.activation.build((None, self.widths(1)[0][1]))
+            self.activation(keras.KerasTensor((None, self.widths(1)[0][1])))
             if self.activation.weights:
                 raise ValueError(
                     "`activation` must have no weights. Received: "
@@ -78,12 +83,12 @@ class StackedExperts(Adaptable, ExpertBank):
                 )
 
     def call(self, tokens, plan):
-        kernel = next(iter(self.projections.values())).kernel
+        kernel = self.projections[0].kernel
         return _grouped_feed_forward(
             self._compute(tokens),
             plan,
             self._network(),
-            [projection.tensors() for projection in self.projections.values()],
+            [projection.tensors() for projection in self.projections],
             expert_axis=backend.mesh_axis(kernel) if backend.token_shards() else None,
             processes=self.processes,
         )
@@ -96,7 +101,7 @@ class StackedExperts(Adaptable, ExpertBank):
         return (*tokens_shape[:-1], self.widths(tokens_shape[-1])[-1][1])
 
     def engine_on(self, platform, static_shapes):
-        projections = [projection.tensors() for projection in self.projections.values()]
+        projections = [projection.tensors() for projection in self.projections]
         return engine_on(platform, static_shapes, self.compute_dtype, projections)
 
     def take_policy(self, policy):
@@ -105,7 +110,7 @@ class StackedExperts(Adaptable, ExpertBank):
             self.dtype_policy = policy
 
     def add_factors(self, a_initializer="he_uniform", b_initializer="zeros"):
-        for projection in self.projections.values():
+        for projection in self.projections:
             projection.add_factors(a_initializer, b_initializer)
         self.lora_enabled = True
 
@@ -134,7 +139,7 @@ class StackedExperts(Adaptable, ExpertBank):
                 f"`{self.name}`, split over {self.processes.num_processes} processes. "
                 "Save the model and quantize it in one process."
             )
-        projections = self.projections.values()
+        projections = self.projections
         with open_to_state(self):
             kernels = [projection.take_kernel() for projection in projections]
             self._is_quantized = True
@@ -163,12 +168,12 @@ class StackedExperts(Adaptable, ExpertBank):
         return None if block_size == -1 else block_size
 
     def save_own_variables(self, store):
-        values = [value for each in self.projections.values() for value in each.save()]
+        values = [value for each in self.projections for value in each.save()]
         for index, value in enumerate(values):
             store[str(index)] = value
 
     def load_own_variables(self, store):
-        weights = [weight for each in self.projections.values() for weight in each.weights()]
+        weights = [weight for each in self.projections for weight in each.weights()]
         if len(store.keys()) != len(weights):
             raise ValueError(
                 f"`{self.name}` has {len(weights)} weights to load. Received: {len(store.keys())} "
@@ -180,7 +185,7 @@ class StackedExperts(Adaptable, ExpertBank):
             own = slice(experts.start, experts.stop)
         for index, weight in enumerate(weights):
             weight.assign(store[str(index)][own])
-        for projection in self.projections.values():
+        for projection in self.projections:
             projection.forget_factors()
 
     def get_config(self):

@@ -32,7 +32,7 @@ class Assignments(NamedTuple):
 
     @classmethod
     def of(cls, experts, num_experts):
-        """Those to the first `num_experts` experts; any other number (T, K) stands for none."""
+        """Those to the first `num_experts` experts; any other number (T, K) is none."""
         served = ops.logical_and(experts >= 0, experts < num_experts)
         experts = ops.where(served, experts, -1)
         queue = ops.reshape(ops.where(served, experts, num_experts), (-1,))

@@ -79,7 +79,7 @@ class GroupedPlan(NamedTuple):
 def plan_groups(routing, capacity=None, first=None, sequence_length=None, num_limited=None):
     """Sort the assignments of a routing by expert.
 
-    Inside an expert all first choices stand before all second choices, each in the order of the
+    Inside an expert all first choices come before all second choices, each in the order of the
     tokens; an expert with a capacity serves the first so many of them (GShard, Lepikhin et al.
     2020, arXiv:2006.16668, algorithm 1). Padding and dropped assignments belong to no group.
 
@@ -88,7 +88,7 @@ def plan_groups(routing, capacity=None, first=None, sequence_length=None, num_li
         capacity: Integer, integer tensor or None. Most rows of one expert, None for all. Where a
             distribution spreads the tokens over devices, it holds for those of each device.
         first: Tensor (T,) or None. Urgency of each token: where a capacity is set the most urgent
-            tokens stand first. None: in the order of the tokens.
+            tokens come first. None: in the order of the tokens.
         sequence_length: Integer or None. If given, the capacity holds for each run of so many
             tokens alone.
         num_limited: Integer or None. If given, the capacity holds for the first so many experts
@@ -115,7 +115,7 @@ def plan_groups(routing, capacity=None, first=None, sequence_length=None, num_li
 
 
 def _plan_groups(routing, capacity=None, first=None, sequence_length=None, num_limited=None):
-    # Whatever a router of the user's own returns, nothing is read or written out of range.
+    # Whatever a user-defined router returns, nothing is read or written out of range.
     indices = existing(routing.indices, routing.counts.shape[0], routing.mask)
     assignments = Assignments(indices, routing.counts)
     shards = backend.token_shards()

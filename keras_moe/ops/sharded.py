@@ -62,7 +62,7 @@ def _pad(tensor, shards, value):
 
 
 class Exchange(NamedTuple):
-    """What is the same for every batch; hashable.
+    """Setting of an exchange, the same for every batch; hashable.
 
     - `step`: a `Step`.
     - `shards`: the `backend.token_shards()`.

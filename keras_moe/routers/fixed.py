@@ -160,7 +160,7 @@ class ForcedRouter(Router):
 
 def _check_has_ids(token_ids):
     if token_ids is None:
-        raise ValueError("`HashRouter` needs the ids of the tokens. Received: token_ids=None")
+        raise ValueError("`HashRouter` goes by the ids of the tokens. Received: token_ids=None")
 
 
 def _fixed_routing(indices, mask, num_experts):

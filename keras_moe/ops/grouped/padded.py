@@ -1,7 +1,7 @@
 """Engine without a loop: one batched product over padded tiles, each with a copy of its kernel.
 
 For XLA on devices that wait for the host, or run one product at a time, at each trip of a loop.
-What is missing in a tile is padding. Axes: R rows, E experts, N tiles of B rows.
+A tile that is not full has padding. Axes: R rows, E experts, N tiles of B rows.
 """
 
 from typing import Any, NamedTuple

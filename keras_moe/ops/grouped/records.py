@@ -9,7 +9,7 @@ from keras_moe.backend import backend
 
 
 class Setting(NamedTuple):
-    """What an engine is chosen by.
+    """Grounds on which an engine is chosen.
 
     - `platform`: "cpu", "gpu" or "tpu", the one that is compiled for.
     - `static_shapes`: whether all shapes are fixed at compile time, as under XLA.
@@ -108,34 +108,26 @@ def floats(weights, part, dtype):
     return ops.cast(part(weights), dtype)
 
 
-class Kernels(NamedTuple):
-    """Stored kernels, of which `backend.multiply_groups` takes one at a time in a dtype of rows."""
+class Kernels:
+    """Stored kernels, of which `backend.multiply_groups` takes one at a time.
 
-    stored: Any
-    dtype: Any
+    - `shape`: (E, D, H).
+    - `dtype`: that of the rows.
+    - `converts`: whether they are stored in another dtype.
+    - `scale`: (E, 1, H) of the columns, or None. Scaling rows is cheaper than scaling kernels.
+    """
 
-    @property
-    def shape(self):
-        return self.stored.shape
-
-    @property
-    def scale(self):
-        """(E, 1, H) of the columns, or None. Scaling rows is cheaper than scaling kernels."""
-        return self.stored.scale if isinstance(self.stored, Quantized) else None
-
-    @property
-    def converts(self):
-        """Whether they are stored in another dtype than that of the rows."""
-        return self.stored.dtype != self.dtype
+    def __init__(self, stored, dtype):
+        self.stored, self.dtype, self.shape = stored, dtype, stored.shape
+        self.converts = stored.dtype != dtype
+        self.scale = stored.scale if isinstance(stored, Quantized) else None
 
     def of(self, expert, length=None):
         """The kernel (D, H) of an expert, or its first rows, as stored; floats if `Packed`."""
         if isinstance(self.stored, Packed):
-            return self.stored.floats(
-                lambda stacked: backend.entry(stacked, expert)[:length], self.dtype
-            )
-        values = self.stored.values if isinstance(self.stored, Quantized) else self.stored
-        kernel = backend.entry(values, expert)
+            return self.stored.floats(lambda stacked: stacked[expert][:length], self.dtype)
+        values = self.stored if self.scale is None else self.stored.values
+        kernel = values[expert] if isinstance(expert, int) else backend.entry(values, expert)
         return kernel if length is None else kernel[:length]
 
 

@@ -37,11 +37,7 @@ def name_of(engine):
 
 def engine_on(platform, static_shapes, dtype, projections):
     """The name of the engine that computes a list of `Affine` for many rows of a dtype."""
-    kernels = [kernel for kernel, _, _ in Parameters.of(projections).projections]
-    widths = (kernels[0].shape[1], *(kernel.shape[-1] for kernel in kernels))
-    is_quantized = any(isinstance(kernel, QUANTIZED) for kernel in kernels)
-    setting = Setting(platform, static_shapes, dtype, widths, is_quantized=is_quantized)
-    return name_of(choose(setting))
+    return name_of(choose(_setting(platform, static_shapes, dtype, Parameters.of(projections))))
 
 
 def run_grouped(step, tokens, weights, parameters, groups):
@@ -66,7 +62,10 @@ def _run(step_and_platform, *operands):
 
 
 def _run_on(step, platform, tokens, weights, parameters, groups):
-    setting = _setting(platform, tokens, parameters, groups)
+    num_rows, dtype = groups.num_rows(), keras.backend.standardize_dtype(tokens.dtype)
+    setting = _setting(platform, backend.compiles_static_shapes(), dtype, parameters)._replace(
+        num_experts=groups.sizes.shape[0], num_rows=num_rows if isinstance(num_rows, int) else None
+    )
     engine = choose(setting)
 
     def forward(inputs, context, keep, engine=engine):
@@ -95,16 +94,13 @@ def _run_on(step, platform, tokens, weights, parameters, groups):
     return backend.differentiable(forward, backward, inputs, context, plain)
 
 
-def _setting(platform, tokens, parameters, groups):
-    num_rows = groups.num_rows()
+def _setting(platform, static_shapes, dtype, parameters):
     kernels = [kernel for kernel, _, _ in parameters.projections]
     return Setting(
-        platform=platform,
-        static_shapes=backend.compiles_static_shapes(),
-        dtype=keras.backend.standardize_dtype(tokens.dtype),
-        widths=(tokens.shape[-1], *(kernel.shape[-1] for kernel in kernels)),
-        num_experts=groups.sizes.shape[0],
-        num_rows=num_rows if isinstance(num_rows, int) else None,
-        converts=any(kernel.dtype != tokens.dtype for kernel in kernels),
+        platform,
+        static_shapes,
+        dtype,
+        widths=(kernels[0].shape[1], *(kernel.shape[-1] for kernel in kernels)),
+        converts=any(keras.backend.standardize_dtype(each.dtype) != dtype for each in kernels),
         is_quantized=any(isinstance(kernel, QUANTIZED) for kernel in kernels),
     )
