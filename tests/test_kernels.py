@@ -65,7 +65,7 @@ def spans(sizes):
 
 
 def product(rows, kernel, bias, sizes):
-    """What one kernel gives for all rows of groups, in float64."""
+    """The product of all rows of groups with one kernel, in float64."""
     rows, kernel, bias = exact(rows), exact(jnp.asarray(kernel, rows.dtype)), exact(bias)
     return np.concatenate([rows[s] @ kernel[e] + bias[e] for e, s in enumerate(spans(sizes))])
 

@@ -84,7 +84,7 @@ def test_a_training_equals_the_plain_one(make, mode, jit_compile):
 
 
 def test_remat_of_a_stateless_call():
-    """What `keras.remat` wants is a function without effects."""
+    """`keras.remat` takes functions without effects."""
     layer = mixture()
     layer.build((None, LENGTH, D))
     layer(normal(2, LENGTH, D))  # builds the shared expert

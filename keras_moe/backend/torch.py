@@ -240,13 +240,14 @@ class _Differentiable(torch.autograd.Function):
         tensors, saved = tensors[:num_inputs], tensors[num_inputs:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # `create_graph`
             # Views: an input may depend on another, which autograd would follow.
-            tensors = [tensor.view_as(tensor) for tensor in tensors]
+            tensors = [
+                each.view_as(each) if each.requires_grad else each.detach().requires_grad_()
+                for each in tensors
+            ]
             output = ctx.plain(keras.tree.pack_sequence_as(ctx.structure, tensors), ctx.context)
-            wanted = [tensor for tensor in tensors if tensor.requires_grad]
-            found = iter(
-                torch.autograd.grad(output, wanted, upstream, create_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(
+                output, tensors, upstream, create_graph=True, allow_unused=True
             )
-            gradients = [next(found) if tensor.requires_grad else None for tensor in tensors]
         else:
             inputs = keras.tree.pack_sequence_as(ctx.structure, tensors)
             saved = keras.tree.pack_sequence_as(ctx.structure_of_saved, saved)

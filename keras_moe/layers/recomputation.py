@@ -33,8 +33,9 @@ def _recomputed(layer, call, *args, **kwargs):
     again, found = current_call(), {}
 
     def function(*tensors):
-        inputs = dict(zip(places, tensors[len(trained) :]))
-        inputs = [inputs.get(place, leaf) for place, leaf in enumerate(leaves)]
+        inputs = list(leaves)
+        for place, tensor in zip(places, tensors[len(trained) :]):
+            inputs[place] = tensor
         args_again, kwargs_again = keras.tree.pack_sequence_as((args, kwargs), inputs)
         mapping = zip([*trained, *state], [*tensors[: len(trained)], *values])
         with again(), keras.StatelessScope(mapping, collect_losses=True) as scope:
