@@ -248,6 +248,13 @@ def test_transformations_of_torch():
     gradients = torch.func.grad(lambda values: torch.sum(call([x, *values]) ** 2))(values)
     for each, gradient in zip(gradients, torch.autograd.grad(loss(x), values)):
         assert_close(each.detach(), gradient)
+    layer.experts.trainable = False
+    x.requires_grad_()
+    (slope,) = torch.autograd.grad(loss(x), x, create_graph=True)
+    again = torch.autograd.grad(torch.sum(slope * direction), x)[0]
+    assert_close(again, exact)
+    assert not any(variable.value.requires_grad for variable in layer.experts.variables)
+    slope, x = slope.detach(), x.detach()
     with torch.autograd.forward_ad.dual_level(), torch.no_grad():
         dual = loss(torch.autograd.forward_ad.make_dual(x, direction))
         change = torch.autograd.forward_ad.unpack_dual(dual).tangent
