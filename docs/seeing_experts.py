@@ -1,4 +1,4 @@
-"""Draws the plots of this folder's `seeing_experts.md` anew, in a few minutes.
+"""Draws the plots of this folder's `seeing_experts.md`, in a few minutes.
 
     python docs/seeing_experts.py
 
