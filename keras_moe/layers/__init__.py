@@ -6,6 +6,7 @@ from keras_moe.layers.feed_forward_experts import FeedForwardExperts
 from keras_moe.layers.gated_experts import GatedExperts
 from keras_moe.layers.gated_feed_forward import GatedFeedForward
 from keras_moe.layers.layer_experts import LayerExperts
+from keras_moe.layers.linear_experts import LinearExperts
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.transformer_decoder_block import TransformerDecoderBlock
 from keras_moe.layers.transformer_encoder_block import TransformerEncoderBlock
@@ -18,6 +19,7 @@ __all__ = [
     "GatedExperts",
     "GatedFeedForward",
     "LayerExperts",
+    "LinearExperts",
     "MixtureOfExperts",
     "TransformerDecoderBlock",
     "TransformerEncoderBlock",

@@ -60,9 +60,10 @@ class ExpertBank(keras.layers.Layer):
     def _compute(self, tensor):
         return ops.cast(tensor, self.compute_dtype)
 
-    def _fix_width(self, tokens_shape):
-        """Let Keras refuse tokens of another width, as from a second layer that shares the bank."""
-        self.input_spec = keras.layers.InputSpec(ndim=2, axes={-1: tokens_shape[-1]})
+    def _fix_shape(self, tokens_shape):
+        """Let Keras refuse tokens of another shape, as from a second layer that shares the bank."""
+        axes = dict(enumerate(tokens_shape[1:], start=1))
+        self.input_spec = keras.layers.InputSpec(ndim=len(tokens_shape), axes=axes)
 
 
 def get(identifier):

@@ -59,7 +59,12 @@ class StackedExperts(Adaptable, ExpertBank):
         raise NotImplementedError
 
     def build(self, tokens_shape):
-        self._fix_width(tokens_shape)
+        if len(tokens_shape) > 2:
+            raise ValueError(
+                "Experts with stacked kernels take tokens (T, D). Received: tokens of shape "
+                f"{tuple(tokens_shape[1:])}. Use `LayerExperts` for whole samples"
+            )
+        self._fix_shape(tokens_shape)
         self._check_activation()
         self.processes = backend.expert_processes()
         experts = range(self.num_experts)

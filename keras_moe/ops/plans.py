@@ -68,6 +68,11 @@ class GroupedPlan(NamedTuple):
         """Which tokens have a row, (T,) bool."""
         return self.groups.served()
 
+    def by_assignment(self):
+        """The plan of tokens that were repeated K times, each with one choice of weight 1."""
+        ones = ops.ones_like(ops.reshape(self.weights, (-1, 1)))
+        return GroupedPlan(self.groups.by_assignment(), ones)
+
     @backend.as_one_program
     def dropped_fraction(self, counts):
         """Share of the assignments (E,) that have no row, a float32 scalar; 0 without any."""
