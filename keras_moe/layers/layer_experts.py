@@ -125,6 +125,10 @@ class LayerExperts(ExpertBank):
         outputs = combine_rows(rows, plan.weights, plan.groups)
         return ops.reshape(outputs, (-1, *self._output_shape))
 
+    def compute_all(self, tokens):
+        # Each layer is called once, with all tokens.
+        return ops.stack([self._compute(layer(tokens)) for layer in self.layers], axis=1)
+
     def _serve(self, layer, rows, inside=None):
         """Apply a layer to flat rows (n, D), which it sees in their own shape."""
         rows = ops.reshape(rows, (-1, *self._row_shape))

@@ -165,8 +165,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         self.token_axes = token_axes and check_integer("token_axes", token_axes)
         self.supports_masking = True
         sublayers.freeze_parts(self)
-        # Set by `inspection`: a function of routing and tokens, and experts (T, K) to replay.
-        self.routing_listener = None
+        # Experts (T, K) to replay, which `inspection` sets.
         self.replayed_indices = None
 
     def build(self, inputs_shape, router_inputs_shape=None):
@@ -227,28 +226,15 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         router_inputs=None,
         return_expert_outputs=False,
     ):
-        # Flatten: (batch, ..., D) inputs are T = batch * ... tokens. Padding becomes zero.
-        shape = keras_ops.shape(inputs)
-        leading = shape[: len(shape) - len(self._token_shape(inputs.shape))]
-        sequence_length = _sequence_length(leading)
+        # Flatten: inputs (batch, ..., D) are T = batch * ... tokens. Padding becomes zero.
         mask = self._check_call(inputs, mask, router_inputs)
-        tokens, token_mask = self._flatten(inputs, mask), None
-        router_tokens = tokens if router_inputs is None else self._flatten(router_inputs, mask)
-        router_tokens = _as_vectors(router_tokens)
-        if mask is not None:
-            token_mask = keras_ops.reshape(mask, (-1,))
-        if indices is None:
-            indices = self.replayed_indices
+        leading = self._leading(inputs)
+        sequence_length = _sequence_length(leading)
+        tokens = self._flatten(inputs, mask)
 
         # Route: the router chooses K experts for each token, and weights for their outputs.
-        routing = self.router(
-            router_tokens,
-            mask=token_mask,
-            training=training,
-            sequence_length=sequence_length,
-            token_ids=token_ids,
-            indices=indices,
-        )
+        seen = tokens if router_inputs is None else self._flatten(router_inputs, mask)
+        routing = self._route(seen, mask, sequence_length, training, token_ids, indices)
 
         # Plan: sort the assignments of tokens to experts by expert. A capacity may drop some.
         plan = self._plan(routing, sequence_length, training)
@@ -266,12 +252,11 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         outputs = keras_ops.reshape(outputs, (*leading, *outputs.shape[1:]))
         outputs = keras_ops.cast(outputs, self.compute_dtype)
         if self.shared_expert is not None:
-            outputs = outputs + self._compute_shared(keras_ops.reshape(tokens, shape), mask)
+            same = keras_ops.reshape(tokens, keras_ops.shape(inputs))
+            outputs = outputs + self._compute_shared(same, mask)
 
         # Account: in training, add the router losses and count the assignments.
-        self._add_losses_and_count(routing, sequence_length, training)
-        if self.routing_listener is not None:
-            self.routing_listener(routing, tokens)
+        self._account(tokens, routing, sequence_length, training)
         returned = [outputs, *([routing] if return_routing else [])]
         returned += [expert_outputs] if return_expert_outputs else []
         return tuple(returned) if len(returned) > 1 else outputs
@@ -295,6 +280,21 @@ class MixtureOfExperts(RouterUsage, Recomputable):
             given["mask"] = (mask, axes, "mask")
         check_tensors(None, **given)
         return None if mask is None else keras_ops.cast(mask, "bool")
+
+    def _leading(self, inputs):
+        """The sizes of the axes that count tokens."""
+        shape = keras_ops.shape(inputs)
+        return shape[: len(shape) - len(self._token_shape(inputs.shape))]
+
+    def _route(self, tokens, mask, sequence_length, training, token_ids=None, indices=None):
+        return self.router(
+            keras_ops.reshape(tokens, (-1, math.prod(tokens.shape[1:]))),
+            mask=None if mask is None else keras_ops.reshape(mask, (-1,)),
+            training=training,
+            sequence_length=sequence_length,
+            token_ids=token_ids,
+            indices=self.replayed_indices if indices is None else indices,
+        )
 
     def _plan(self, routing, sequence_length, training):
         limits = {}
@@ -396,11 +396,6 @@ def _zero_padding(values, mask):
     for _ in range(len(values.shape) - len(mask.shape)):
         mask = keras_ops.expand_dims(mask, -1)
     return keras_ops.where(mask, values, keras_ops.zeros((), values.dtype))
-
-
-def _as_vectors(tokens):
-    """Tokens (T, D) of whole samples (T, ...)."""
-    return keras_ops.reshape(tokens, (-1, math.prod(tokens.shape[1:])))
 
 
 def _weighted_sum(expert_outputs, weights):
