@@ -1,8 +1,7 @@
 """A training step of the layer compiles for TPUs that are not there.
 
-Every chip meets three cases of `benchmarks.ahead_matrix`: a shape, one of the dtypes, gated or not,
-with a capacity or without. Together they meet every shape at least twice, and every variant. The
-complete matrix, several hundred compilations:
+Every chip meets two cases of `benchmarks.ahead_matrix`; together they meet every shape and every
+combination of dtype, gate and capacity. The complete matrix, several hundred compilations:
 
     KERAS_BACKEND=jax python -m benchmarks.ahead --matrix --chip v4 v5e v5p v6e tpu7x
 """
@@ -31,7 +30,7 @@ pytestmark = [
     [
         pytest.param(chip, case, id=f"{chip} {case}")
         for number, chip in enumerate(TPUS)
-        for case in ahead_matrix.covering(number)
+        for case in ahead_matrix.covering(number)[:2]
     ],
 )
 def test_a_training_step_compiles(chip, case):

@@ -236,11 +236,13 @@ def test_grouped_mm_serves_new_gpus_where_it_is_one_kernel(monkeypatch):
 
     def engine(capability, dtype="bfloat16", widths=(64, 128, 64)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        run.choose.cache_clear()
         return run.name_of(run.choose(Setting("gpu", False, dtype, widths)))
 
     assert engine((9, 0)) == engine((10, 0)) == "rows"
     assert engine((8, 9)) == engine((9, 0), "float32") == "slices"
     assert engine((9, 0), widths=(64, 100, 64)) == "slices"
+    run.choose.cache_clear()
 
 
 def test_users_can_read_the_engine():

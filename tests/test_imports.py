@@ -1,4 +1,4 @@
-"""What importing the package brings in, and which part of it may import which."""
+"""Modules that importing the package brings in, and which part of it may import which."""
 
 import ast
 import os
@@ -15,40 +15,21 @@ PACKAGE = ROOT / "keras_moe"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FRAMEWORKS = {"tensorflow", "jax", "jaxlib", "torch", "tensorflow_probability", "triton"}
 
-# A part imports from parts of a lower number only; a part that is not named stands on top.
-LEVELS = {
-    "keras_internals": -1,
-    "backend": 0,
-    "bank_weights": 0,
-    "batches": 1,
-    "command_line": 0,
-    "files": 0,
-    "initializers": 0,
-    "parameters": 0,
-    "plain_text": 0,
-    "saved_state": 0,
-    "keras_objects": 0,
-    "misplaced_arguments": 0,
-    "named_arguments": -1,
-    "tensor_checks": -1,
-    "validation": -2,
-    "shape_checks": 0,
-    "lora": 1,
-    "serialization": 1,
-    "activations": 2,
-    "ops": 1,
-    "replacing": 2,
-    "routers": 2,
-    "losses": 2,
-    "metrics": 2,
-    "optimizers": 2,
-    "layers": 3,
-    "inspection": 4,
-    "health": 5,
-    "visualization": 5,
-    "__main__": 7,
-}
-TOP = 6
+# A part imports from those above it only; one that is not named, such as a tool, from all but the
+# last.
+PARTS = [
+    ("checks", "keras_internals", "plain_text"),
+    ("backend", "initializers", "serialization"),
+    ("batches", "lora", "ops"),
+    ("activations", "losses", "metrics", "optimizers", "routers"),
+    ("layers",),
+    ("inspection", "saved_models"),
+    ("visualization",),
+    (),
+    ("__main__",),
+]
+LEVELS = {name: level for level, names in enumerate(PARTS) for name in names}
+TOOLS = PARTS.index(())
 
 
 def run(*arguments, backend=BACKEND):
@@ -73,10 +54,8 @@ def test_the_package_imports_nothing_but_itself_and_the_backend_of_keras():
     own = {BACKEND, "numpy"} | ({"jaxlib"} if BACKEND == "jax" else set())
     foreign = {name.partition(".")[0] for name in new} - set(sys.stdlib_module_names) - own
     assert foreign == {"keras_moe"}
-    backends = {name for name in new if name.startswith("keras_moe.backend.")}
-    if BACKEND != "torch":
-        backends.remove("keras_moe.backend.one_hot")  # what the two that compile share
-    assert {name.split(".")[2].partition("_")[0] for name in backends} == {BACKEND}
+    backends = {name.split(".")[2] for name in new if name.startswith("keras_moe.backend.")}
+    assert {name.partition("_")[0] for name in backends} == {"base", BACKEND}
 
 
 @pytest.mark.backends("torch")
@@ -88,17 +67,16 @@ def test_the_package_imports_nothing_but_itself_and_the_backend_of_keras():
     ],
 )
 def test_another_backend_is_refused_with_the_way_out(backend, received):
-    said = (
+    message = (
         "ImportError: keras_moe runs on the Keras backends tensorflow, jax, torch. "
         f"Received: {received}. "
         "Set KERAS_BACKEND to one of them, which is installed, before keras is imported."
     )
     imported = run("-c", "import keras_moe", backend=backend)
-    assert imported.returncode != 0
-    assert imported.stderr.strip().splitlines()[-1] == said
+    assert imported.returncode != 0 and imported.stderr.strip().splitlines()[-1] == message
     called = run("-m", "keras_moe", "inspect", "model.keras", backend=backend)
-    assert called.returncode != 0
-    assert said in called.stderr and len(called.stderr.splitlines()) == 1
+    assert called.returncode != 0 and message in called.stderr
+    assert len(called.stderr.splitlines()) == 1
 
 
 def imports(path):
@@ -111,37 +89,21 @@ def imports(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def part_of(path):
-    return part(path.relative_to(PACKAGE).with_suffix("").parts)
-
-
 def part(names):
     """The part that a module belongs to, by its names below the package."""
     return names[1] if names[0] == "_internal" and len(names) > 1 else names[0]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_frameworks_are_named_in_the_backend_folder_only(path):
-    found = {name.partition(".")[0] for name in imports(path)} & FRAMEWORKS
-    assert found <= ({framework_of(path)} if part_of(path) == "backend" else set())
-
-
-def framework_of(path):
-    """The framework of `backend/jax.py` and of `backend/jax_kernels/`."""
-    return path.relative_to(PACKAGE / "backend").parts[0].removesuffix(".py").partition("_")[0]
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_part_imports_from_lower_parts_only(path):
-    here = part_of(path)
-    if here == "__init__":
-        return
-    own = {part(name.split(".")[1:]) for name in imports(path) if name.startswith("keras_moe.")}
-    for other in own - {here}:
-        assert LEVELS.get(other, TOP) < LEVELS.get(here, TOP), f"{here} imports {other}"
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_private_names_of_keras_are_in_one_file_only(path):
-    private = "keras.src" in path.read_text()
-    assert private == (part_of(path) == "keras_internals")
+@pytest.mark.backends("torch")
+def test_a_part_imports_from_lower_parts_and_no_framework():
+    for path in FILES:
+        names = path.relative_to(PACKAGE).with_suffix("").parts
+        here, imported = part(names), list(imports(path))
+        # The framework of `backend/jax.py` and of `backend/jax_kernels/`.
+        allowed = {names[1].partition("_")[0]} if here == "backend" else set()
+        assert {name.partition(".")[0] for name in imported} & FRAMEWORKS <= allowed, path
+        private = "keras.src" in path.read_text()
+        assert private == (here == "keras_internals"), path
+        own = {part(name.split(".")[1:]) for name in imported if name.startswith("keras_moe.")}
+        for other in own - {here} if here != "__init__" else ():
+            assert LEVELS.get(other, TOOLS) < LEVELS.get(here, TOOLS), f"{here} imports {other}"

@@ -1,4 +1,4 @@
-"""Functions inside kernels: which run there, and what stands for missing operations."""
+"""Functions in kernels: which run there, and replacements of missing operations."""
 
 import math
 import re

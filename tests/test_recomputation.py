@@ -1,14 +1,15 @@
 """Gradient checkpointing: equal to the plain step in all it computes and in all it changes."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
-from backends import assert_close, to_numpy
+from backends import BACKEND, assert_close, gradients, to_numpy
 from layer_checks import normal
 
 from keras_moe import layers, routers
 
-BACKEND = keras.backend.backend()
 D, H, E, LENGTH = 8, 16, 4, 6
 
 
@@ -32,6 +33,12 @@ def block(**kwargs):
     return layers.TransformerEncoderBlock(2, mixture(), dropout=0.2, **kwargs)
 
 
+def balanced(**kwargs):
+    return layers.MixtureOfExperts(
+        layers.FeedForwardExperts(E, H), routers.TopKRouter(E, balancer="loss_free"), **kwargs
+    )
+
+
 def model_of(make, mode):
     keras.utils.set_random_seed(3)
     ids = keras.Input((LENGTH,), dtype="int32")
@@ -42,12 +49,12 @@ def model_of(make, mode):
         scope = keras.RematScope(mode, layer_names=["recomputed"])
     with scope:
         layer = make(name="recomputed")
-    hidden = layer(hidden)
-    return keras.Model(ids, keras.layers.Dense(1)(hidden)), layer
+    return keras.Model(ids, keras.layers.Dense(1)(layer(hidden)))
 
 
+@functools.cache
 def trained(make, mode, jit_compile):
-    model, layer = model_of(make, mode)
+    model = model_of(make, mode)
     model.compile(keras.optimizers.SGD(0.01), "mse", jit_compile=jit_compile)
     generator = np.random.default_rng(0)
     x = generator.integers(0, 20, (8, LENGTH)).astype("int32")
@@ -56,7 +63,19 @@ def trained(make, mode, jit_compile):
     return history.history["loss"], [to_numpy(each) for each in model.variables]
 
 
-def check_equal(make, mode, jit_compile):
+CASES = [
+    (mixture, "list_of_layers", "auto"),
+    (block, "list_of_layers", "auto"),
+    (balanced, "full", "auto"),
+    (balanced, "larger_than", "auto"),
+]
+if BACKEND == "tensorflow":  # the others have one way to compile
+    CASES.append((balanced, "list_of_layers", True))
+
+
+@pytest.mark.parametrize("make, mode, jit_compile", CASES)
+def test_a_training_equals_the_plain_one(make, mode, jit_compile):
+    """Losses, weights, counters, the selection bias and the states of random draws."""
     losses, variables = trained(make, None, jit_compile)
     losses_again, variables_again = trained(make, mode, jit_compile)
     assert_close(np.array(losses_again), np.array(losses))
@@ -64,48 +83,8 @@ def check_equal(make, mode, jit_compile):
         assert_close(again, each, scale=1.0)
 
 
-@pytest.mark.parametrize("make", [mixture, block])
-def test_a_training_equals_the_plain_one(make):
-    """Losses, weights, counters, the selection bias and the states of random draws."""
-    check_equal(make, "list_of_layers", "auto")
-
-
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="the others have one way to compile")
-def test_a_training_under_xla_equals_the_plain_one():
-    check_equal(balanced, "list_of_layers", True)
-
-
-@pytest.mark.parametrize("mode", ["full", "larger_than"])
-def test_other_scopes(mode):
-    check_equal(balanced, mode, "auto")
-
-
-def balanced(**kwargs):
-    return layers.MixtureOfExperts(
-        layers.FeedForwardExperts(E, H), routers.TopKRouter(E, balancer="loss_free"), **kwargs
-    )
-
-
-def gradients_of(function, tensors):
-    if BACKEND == "jax":
-        import jax
-
-        return jax.jit(jax.grad(lambda tensors: function(*tensors)))(tensors)
-    if BACKEND == "tensorflow":
-        import tensorflow as tf
-
-        with tf.GradientTape() as tape:
-            tape.watch(tensors)
-            loss = function(*tensors)
-        return tape.gradient(loss, tensors)
-    import torch
-
-    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
-    return torch.autograd.grad(function(*tensors), tensors)
-
-
 def test_remat_of_a_stateless_call():
-    """What `keras.remat` wants is a function without effects."""
+    """`keras.remat` takes functions without effects."""
     layer = mixture()
     layer.build((None, LENGTH, D))
     layer(normal(2, LENGTH, D))  # builds the shared expert
@@ -124,15 +103,22 @@ def test_remat_of_a_stateless_call():
         outputs, extra = remat(call)(*weights, inputs)
         return keras.ops.sum(outputs**2) + extra
 
-    tensors = [keras.ops.copy(variable.value) for variable in layer.trainable_variables]
-    tensors.append(keras.ops.convert_to_tensor(normal(2, LENGTH, D)))
-    plain = gradients_of(lambda *tensors: loss(lambda call: call, *tensors), tensors)
-    again = gradients_of(lambda *tensors: loss(keras.remat, *tensors), tensors)
-    for one, other in zip(to_numpy(list(again)), to_numpy(list(plain))):
+    weights = to_numpy([variable.value for variable in layer.trainable_variables])
+    plain, again = (
+        gradients(functools.partial(loss, remat), [*weights, normal(2, LENGTH, D)])
+        for remat in (lambda call: call, keras.remat)
+    )
+    for one, other in zip(again, plain):
         assert_close(one, other)
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="of PyTorch")
+def checkpointed(layer, inputs, **kwargs):
+    from torch.utils.checkpoint import checkpoint
+
+    return checkpoint(layer, inputs, use_reentrant=False, **kwargs)
+
+
+@pytest.mark.backends("torch")
 @pytest.mark.parametrize("make", [mixture, block])
 def test_checkpoint_of_torch(make):
     import torch
@@ -143,16 +129,13 @@ def test_checkpoint_of_torch(make):
         inputs = keras.ops.convert_to_tensor(normal(4, LENGTH, D)).requires_grad_()
         layer(inputs)
         for _ in range(2):
-            outputs = call(layer, inputs)
+            outputs = call(layer, inputs, training=True)
             loss = (outputs**2).sum() + sum(layer.losses)
             weights = [variable.value for variable in layer.trainable_variables]
             gradients = torch.autograd.grad(loss, [inputs, *weights])
         return to_numpy([outputs, loss, *gradients, *map(to_numpy, layer.variables)])
 
-    def checkpointed(layer, inputs):
-        return torch.utils.checkpoint.checkpoint(layer, inputs, use_reentrant=False, training=True)
-
-    plain = step(lambda layer, inputs: layer(inputs, training=True))
+    plain = step(lambda layer, inputs, **kwargs: layer(inputs, **kwargs))
     for again, each in zip(step(checkpointed), plain):
         assert_close(again, each, scale=max(1.0, np.max(np.abs(each), initial=0.0)))
 
@@ -168,16 +151,10 @@ def test_checkpoint_of_torch_without_training(make, told):
     layer(inputs)  # builds it
 
     def gradient(call):
-        return torch.autograd.grad(call(layer, inputs).sum(), inputs)[0]
+        return torch.autograd.grad(call(layer, inputs, **told).sum(), inputs)[0]
 
-    expected = gradient(lambda layer, inputs: layer(inputs, **told))
-    for trained_before in (False, True):
-        if trained_before:
+    for is_trained in (False, True):
+        if is_trained:
             layer(inputs.detach(), training=True)
-            expected = gradient(lambda layer, inputs: layer(inputs, **told))
-        again = gradient(
-            lambda layer, inputs: torch.utils.checkpoint.checkpoint(
-                layer, inputs, use_reentrant=False, **told
-            )
-        )
-        assert_close(to_numpy(again), to_numpy(expected))
+        expected = gradient(lambda layer, inputs, **told: layer(inputs, **told))
+        assert_close(to_numpy(gradient(checkpointed)), to_numpy(expected))

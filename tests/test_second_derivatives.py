@@ -1,17 +1,19 @@
-"""Second derivatives equal those of a plain formula, and a gradient penalty trains."""
+"""Second derivatives: equal to those of a plain formula, and a gradient penalty trains."""
 
 import numpy as np
 import pytest
-from backends import BACKEND, MODES, _compile, _on_arrays, assert_close
+from backends import BACKEND, FAST_MODE, MODES, assert_close, compiled, to_numpy
 from keras import ops
+from layer_checks import normal
 
 from keras_moe import layers, routers
+from keras_moe.backend import backend
 
 T, D, H, E = 6, 4, 5, 3
 
 
-def first_gradients(function, inputs):
-    """Gradients of a scalar function of a list of tensors, which can be differentiated."""
+def derivatives(function, inputs):
+    """Gradients of a scalar function of a list of tensors, which have derivatives again."""
     if BACKEND == "jax":
         import jax
 
@@ -25,82 +27,251 @@ def first_gradients(function, inputs):
         return tape.gradient(value, inputs)
     import torch
 
-    if not any(tensor.requires_grad for tensor in inputs):
-        inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    inputs = [each if each.requires_grad else each.requires_grad_() for each in inputs]
     return list(torch.autograd.grad(function(inputs), inputs, create_graph=True))
 
 
-def second_derivatives(function):
-    """From lists of arrays to the product of all second derivatives with some directions."""
+def along(function, directions):
+    """The product of all second derivatives with directions, a function of a list of tensors."""
 
-    def along(inputs, directions):
-        def slope(inputs):
-            gradients = first_gradients(function, inputs)
-            return sum(ops.sum(g * d) for g, d in zip(gradients, directions))
+    def slope(inputs):
+        pairs = zip(derivatives(function, inputs), directions)
+        return sum(ops.sum(gradient * direction) for gradient, direction in pairs)
 
-        return first_gradients(slope, inputs)
-
-    return along
+    return lambda inputs: derivatives(slope, inputs)
 
 
-def bank(gated):
-    cls = layers.GatedExperts if gated else layers.FeedForwardExperts
-    return cls(E, H, activation="tanh", use_bias=True)
-
-
-def mixture(router, gated):
-    layer = layers.MixtureOfExperts(bank(gated), router)
+def mixture(bank=layers.FeedForwardExperts, router=None, **kwargs):
+    experts = bank(E, H, activation="tanh", use_bias=True)
+    layer = layers.MixtureOfExperts(experts, router or routers.TopKRouter(E, 2), **kwargs)
     layer.build((None, D))
     return layer
 
 
-def plain(layer, x, values):
-    """The layer as a formula, on other values of its weights."""
+def stateless(layer):
+    """The layer as a function of tokens and the values of its trainable weights."""
+    state = [variable.value for variable in layer.non_trainable_variables]
+    return lambda inputs, **kwargs: layer.stateless_call(inputs[1:], state, inputs[0], **kwargs)[0]
+
+
+def drawn_inputs(layer):
+    shapes = [(T, D), *(variable.shape for variable in layer.trainable_variables)]
+    return [normal(*shape, seed=number) for number, shape in enumerate(shapes)]
+
+
+def formula(layer, inputs):
+    """The same of every expert for every token, weighted by a dense matrix."""
     names = [variable.path.split("/")[-1] for variable in layer.trainable_variables]
-    print(names)
+    x, weights = inputs[0], dict(zip(names, inputs[1:]))
+    probs = ops.softmax(x @ weights["kernel"])
+    if isinstance(layer.router, routers.TopKRouter):
+        probs = probs * ops.sum(ops.one_hot(ops.top_k(probs, 2)[1], E), axis=1)
+        probs = probs / ops.sum(probs, axis=1, keepdims=True)
+
+    def project(rows, name):
+        kernel, bias = weights[f"{name}_kernel"], weights[f"{name}_bias"]
+        return ops.einsum("tex,exy->tey", rows, kernel) + bias
+
+    rows = ops.repeat(ops.expand_dims(x, 1), E, axis=1)
+    up = project(rows, "up")
+    hidden = ops.tanh(project(rows, "gate")) * up if "gate_kernel" in weights else ops.tanh(up)
+    return ops.einsum("te,ted->td", probs, project(hidden, "down"))
+
+
+# JAX compiles what runs eagerly operation by operation.
+CASES = [
+    *(("top_k", layers.GatedExperts, mode) for mode in MODES),
+    ("dense", layers.FeedForwardExperts, FAST_MODE),
+]
+
+
+@pytest.mark.parametrize("router, bank, mode", CASES)
+def test_they_are_those_of_a_formula(router, bank, mode):
+    layer = mixture(bank, routers.DenseRouter(E) if router == "dense" else None)
+    inputs, call = drawn_inputs(layer), stateless(layer)
+    directions = [normal(*each.shape) for each in inputs]
+
+    def ours(inputs, directions):
+        return along(lambda inputs: ops.sum(call(inputs) ** 3), directions)(inputs)
+
+    def theirs(inputs, directions):
+        return along(lambda inputs: ops.sum(formula(layer, inputs) ** 3), directions)(inputs)
+
+    actual = compiled(ours, mode)(inputs, directions)
+    for each, expected in zip(actual, compiled(theirs, FAST_MODE)(inputs, directions)):
+        assert np.any(expected)
+        assert_close(each, expected, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["int8", "low rank", "layers"])
+def test_they_are_differences_of_gradients(kind):
+    layer = mixture()
+    if kind == "int8":
+        layer.experts.quantize("int8")
+    elif kind == "low rank":
+        layer.experts.enable_lora(2)
+    else:
+        keras_layers = [layers.GatedFeedForward(H) for _ in range(E)]
+        layer = layers.MixtureOfExperts(layers.LayerExperts(keras_layers))
+        layer.build((None, D))
+    inputs, call, mask = drawn_inputs(layer), stateless(layer), np.arange(T) < 4
+    inputs[0][~mask] = np.nan
+    directions, step = [normal(*each.shape) for each in inputs], 1e-3
+
+    def loss(inputs):
+        return ops.sum(call(inputs, mask=ops.convert_to_tensor(mask)) ** 2)
+
+    def moved(sign):
+        places = [each + sign * step * way for each, way in zip(inputs, directions)]
+        return compiled(lambda inputs: derivatives(loss, inputs), FAST_MODE)(places)
+
+    mode = FAST_MODE if kind == "int8" else MODES[-1]
+    actual = compiled(lambda inputs, ways: along(loss, ways)(inputs), mode)
+    for each, high, low in zip(actual(inputs, directions), moved(1), moved(-1)):
+        assert_close(each, (high - low) / (2 * step), tolerance=1e-2)
+
+
+def test_a_gradient_penalty_trains():
+    """Small slopes of the outputs: the loss of a plain formula falls along."""
+    layer = mixture()
+    values, x, y = drawn_inputs(layer)[1:], normal(T, D), normal(T, D, seed=1)
+    call = stateless(layer)
+
+    def loss(values, x, y, network):
+        def error(inputs):
+            return ops.mean((network([*inputs, *values]) - y) ** 2)
+
+        return error([x]) + 10 * ops.sum(derivatives(error, [x])[0] ** 2)
+
+    def step(values, x, y):
+        slopes = derivatives(lambda values: loss(values, x, y, call), values)
+        return [value - 0.02 * slope for value, slope in zip(values, slopes)]
+
+    def theirs(values, x, y):
+        return loss(values, x, y, lambda inputs: formula(layer, inputs))
+
+    mode = "graph" if BACKEND == "tensorflow" else FAST_MODE
+    step, theirs = compiled(step, mode), compiled(theirs, mode)
+    losses = []
+    for _ in range(20):
+        losses.append(theirs(values, x, y))
+        values = step(values, x, y)
+    assert all(np.diff(losses) < 0) and losses[-1] < 0.5 * losses[0]
+
+
+def cube(x, w):
+    """`(x w)^3` by loops, and derivatives that are not those of the loops."""
+
+    def forward(inputs, number, keep):
+        x, w = inputs
+        return ops.fori_loop(0, number, lambda i, y: y * x * w, ops.ones_like(x)), [x * w]
+
+    def backward(inputs, number, saved, gradient):
+        x, w = inputs
+        of_product = 3 * saved[0] ** 2 * gradient
+        return of_product * w, ops.sum(of_product * x)
+
+    def plain(inputs, number):
+        x, w = inputs
+        return (x * w) ** 3
+
+    number = ops.convert_to_tensor(3, "int32")
+    return backend.differentiable(forward, backward, (x, w), number, plain)
+
+
+def in_a_loop(x, w):
+    if BACKEND != "jax":
+        return cube(cube(x, w), w)
+    import jax
+
+    return jax.lax.scan(lambda carry, _: (cube(carry, w), None), x, None, length=2)[0]
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("router", ["top_k", "dense"])
-def test_it(mode, gated, router):
-    layer = mixture(
-        routers.TopKRouter(E, 2) if router == "top_k" else routers.DenseRouter(E), gated
-    )
-    rng = np.random.default_rng(0)
-    values = [rng.normal(size=v.shape).astype("float32") for v in layer.trainable_variables]
-    inputs = [rng.normal(size=(T, D)).astype("float32"), *values]
-    directions = [rng.normal(size=each.shape).astype("float32") for each in inputs]
-    names = [v.path.split("/")[-1] for v in layer.trainable_variables]
-    state = [v.value for v in layer.non_trainable_variables]
+def test_a_custom_gradient_has_derivatives_of_any_order(mode):
+    x, w = np.array([0.5, 0.8], "float32"), np.array(0.9, "float32")
 
-    def ours(inputs):
-        x, *values = inputs
-        y, _ = layer.stateless_call(values, state, x)
-        return ops.sum(y**3)
+    def third(function):
+        def penalty(function):
+            return lambda inputs: sum(ops.sum(each**2) for each in derivatives(function, inputs))
 
-    def formula(inputs):
-        x, *values = inputs
-        w = dict(zip(names, values))
-        probs = ops.softmax(x @ w["kernel"])
-        if router == "top_k":
-            indices = ops.top_k(probs, 2)[1]
-            chosen = ops.sum(ops.one_hot(indices, E), axis=1)
-            weights = probs * chosen
-            weights = weights / ops.sum(weights, axis=-1, keepdims=True)
-        else:
-            weights = probs
-        hidden = ops.einsum("td,edh->teh", x, w["up_kernel"]) + w["up_bias"]
-        if gated:
-            gate = ops.einsum("td,edh->teh", x, w["gate_kernel"]) + w["gate_bias"]
-            hidden = ops.tanh(gate) * hidden
-        else:
-            hidden = ops.tanh(hidden)
-        y = ops.einsum("teh,ehd->ted", hidden, w["down_kernel"]) + w["down_bias"]
-        return ops.sum(ops.einsum("ted,te->td", y, weights) ** 3)
+        loss = penalty(penalty(lambda inputs: ops.sum(function(*inputs))))
+        return compiled(lambda *inputs: derivatives(loss, list(inputs)), mode)(x, w)
 
-    expected = _on_arrays(second_derivatives(formula))(inputs, directions)
-    actual = _on_arrays(_compile(second_derivatives(ours), mode))(inputs, directions)
-    for name, one, other in zip(["x", *names], actual, expected):
-        print(name, np.abs(one - other).max(), np.abs(other).max())
-        assert_close(one, other, tolerance=1e-4)
+    for each, expected in zip(third(in_a_loop), third(lambda x, w: (x * w) ** 9 * w**3)):
+        assert_close(each, expected)
+
+
+def test_vectorized_map():
+    call, inputs = mixture(), normal(2, T, D)
+    output = compiled(lambda inputs: ops.vectorized_map(call, inputs), FAST_MODE)(inputs)
+    for each, part in zip(output, inputs):
+        assert_close(each, to_numpy(call(part)))
+
+
+@pytest.mark.backends("jax")
+def test_transformations_of_jax():
+    import jax
+
+    layer = mixture()
+
+    def loss(x):
+        return ops.sum(layer(x) ** 2)
+
+    x = normal(2, T, D)
+    gradients, hessian = jax.jit(jax.vmap(jax.grad(loss)))(x), jax.jit(jax.hessian(loss))(x[0])
+    for gradient, part in zip(gradients, x):
+        assert_close(gradient, jax.jit(jax.grad(loss))(part))
+    direction = normal(T, D, seed=1)
+    expected = jax.jit(lambda x: along(lambda inputs: loss(*inputs), [direction])([x]))(x[0])
+    assert_close(ops.tensordot(hessian, direction, 2), expected[0], tolerance=1e-4)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(layer, (x[0],), (direction,))
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_transformations_of_torch():
+    import torch
+
+    layer, x, direction = mixture(), torch.from_numpy(normal(T, D)), torch.from_numpy(normal(T, D))
+
+    def loss(x):
+        return torch.sum(layer(x) ** 2)
+
+    exact = torch.autograd.functional.vhp(loss, x, direction)[1]
+    assert_close(torch.tensordot(torch.func.hessian(loss)(x).detach(), direction), exact)
+    slope = torch.autograd.functional.jacobian(loss, x)
+    assert_close(torch.vmap(torch.func.grad(loss))(x[None])[0].detach(), slope)
+    # Not `torch.func.functional_call`: it replaces parameters, which Keras's layers do not read.
+    values, call = [variable.value for variable in layer.trainable_variables], stateless(layer)
+    gradients = torch.func.grad(lambda values: torch.sum(call([x, *values]) ** 2))(values)
+    for each, gradient in zip(gradients, torch.autograd.grad(loss(x), values)):
+        assert_close(each.detach(), gradient)
+    layer.experts.trainable = False
+    x.requires_grad_()
+    (slope,) = torch.autograd.grad(loss(x), x, create_graph=True)
+    again = torch.autograd.grad(torch.sum(slope * direction), x)[0]
+    assert_close(again, exact)
+    assert not any(variable.value.requires_grad for variable in layer.experts.variables)
+    slope, x = slope.detach(), x.detach()
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        dual = loss(torch.autograd.forward_ad.make_dual(x, direction))
+        change = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    assert_close(change, torch.sum(slope * direction))
+
+
+@pytest.mark.backends("tensorflow")
+def test_transformations_of_tensorflow():
+    import tensorflow as tf
+
+    layer, x, direction = mixture(), tf.constant(normal(T, D)), tf.constant(normal(T, D))
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(x)
+        output = layer(x)
+        change = tf.reduce_sum(output * direction)
+    jacobian = tape.jacobian(output, x)
+    assert_close(tf.tensordot(direction, jacobian, 2), tape.gradient(change, x))
+    with pytest.raises(NotImplementedError, match="use two tapes"):
+        with tf.autodiff.ForwardAccumulator(x, direction):
+            layer(x)

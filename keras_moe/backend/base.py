@@ -9,8 +9,8 @@ from keras import ops
 class Backend:
     """Abstract: the primitives that need a framework's own calls. All else is `keras.ops`.
 
-    A primitive that a framework need not implement has a default. One without is needed by all, or
-    by the engines of `ops.grouped` that run on the framework.
+    A primitive without a default is needed by all, or by the engines of `ops.grouped` that run on
+    the framework.
     """
 
     # What is computed, or traced to be compiled
@@ -81,7 +81,8 @@ class Backend:
     def differentiable(self, forward, backward, inputs, context, plain=None):
         """The output of `forward`, whose gradient for `inputs` is computed by `backward`.
 
-        Derivatives of the gradient are those of `plain`, which is slower.
+        Derivatives of the gradient are those of `plain`, which is slower; so are all derivatives
+        and the output in `torch.func`, in `tf.vectorized_map`, and in forward mode on PyTorch.
 
         Args:
             forward: `forward(inputs, context, keep)` returns `(output, saved)`. Unless `keep`,

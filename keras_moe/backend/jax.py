@@ -4,6 +4,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from keras_moe.backend import jax_kernels, jax_sharding
 from keras_moe.backend.base import Backend
@@ -127,14 +129,47 @@ class JaxBackend(Backend):
 
 
 def _derived_from(plain, values, *operands):
-    """`values`, which are `plain(*operands)` and have the derivatives of that."""
+    """`values`, which are `plain(*operands)` and have the derivatives of that.
 
-    @jax.custom_jvp
-    def derived(values, *operands):
-        return values
+    A primitive: the rule of a `custom_jvp` gets lost where JAX splits the body of a loop.
+    """
+    values, structure = jax.tree.flatten(values)
+    operands, structure_of_operands = jax.tree.flatten(operands)
 
-    @derived.defjvp
-    def derivative(primals, tangents):
-        return primals[0], jax.jvp(plain, primals[1:], tangents[1:])[1]
+    def flat(*operands):
+        return jax.tree.leaves(plain(*jax.tree.unflatten(structure_of_operands, operands)))
 
-    return derived(values, *operands)
+    derived = _derived.bind(*values, *operands, plain=flat, number=len(values))
+    return jax.tree.unflatten(structure, derived)
+
+
+def _derivative(arguments, tangents, plain, number):
+    operands, tangents = arguments[number:], tangents[number:]
+    moving = [place for place, each in enumerate(tangents) if not isinstance(each, ad.Zero)]
+
+    def of_moving(*some):
+        varied = dict(zip(moving, some))
+        return plain(*(varied.get(place, each) for place, each in enumerate(operands)))
+
+    some, tangents = [operands[place] for place in moving], [tangents[place] for place in moving]
+    values = _derived.bind(*arguments, plain=plain, number=number)
+    return values, jax.jvp(of_moving, some, tangents)[1]
+
+
+def _batched(arguments, axes, plain, number):
+    size = next(each.shape[axis] for each, axis in zip(arguments, axes) if axis is not None)
+    arguments = [batching.bdim_at_front(*each, size) for each in zip(arguments, axes)]
+    return _derived.bind(*arguments, plain=jax.vmap(plain), number=number), [0] * number
+
+
+def _values(*arguments, plain, number):
+    return arguments[:number]
+
+
+_derived = Primitive("derived")
+_derived.multiple_results = True
+_derived.def_impl(_values)
+_derived.def_abstract_eval(_values)
+mlir.register_lowering(_derived, mlir.lower_fun(_values))
+ad.primitive_jvps[_derived] = _derivative
+batching.primitive_batchers[_derived] = _batched

@@ -42,19 +42,23 @@ class TensorFlowBackend(Backend):
 
     def differentiable(self, forward, backward, inputs, context, plain=None):
         plain = plain or (lambda inputs, context: forward(inputs, context, keep=False)[0])
-        # A variable would be taken for one that `forward` uses besides its inputs.
-        context = tf.nest.map_structure(tf.convert_to_tensor, context)
+        # A variable would be taken for one that `forward` uses besides its inputs, and tapes watch
+        # those that are frozen, too.
+        context = tf.nest.map_structure(tf.stop_gradient, context)
+        # `tf.vectorized_map` has no rows of different sizes. No function tells that it traces.
+        if "loop_body" in tf.get_current_name_scope().split("/"):
+            return plain(inputs, context)
 
         def gradient_of_plain(upstream, *tensors):
             with tf.GradientTape() as tape:
                 tape.watch(tensors)
                 output = plain(tf.nest.pack_sequence_as(inputs, tensors), context)
             gradients = tape.gradient(output, tensors, upstream, unconnected_gradients="zero")
-            return [*map(tf.convert_to_tensor, gradients)]  # those of gathers are sparse
+            return [*map(tf.convert_to_tensor, gradients)]
 
         @tf.custom_gradient
         def function(*tensors):
-            # Hidden from the tapes of second derivatives, which would record the loops.
+            # Other tapes would record the loops, which have no gradient.
             hidden = tf.nest.pack_sequence_as(inputs, [*map(tf.stop_gradient, tensors)])
             # TensorFlow does not tell whether there will be a gradient.
             output, saved = forward(hidden, context, keep=True)
@@ -83,7 +87,18 @@ class TensorFlowBackend(Backend):
         with tf.GradientTape() as tape:
             tape.watch(inputs)
             output = function(*inputs)
-        return output, lambda cotangent: tape.gradient(output, inputs, output_gradients=cotangent)
+
+        def pullback(cotangent):
+            gradients = tape.gradient(output, inputs, output_gradients=cotangent)
+            if any(gradient is None for gradient in gradients):
+                raise NotImplementedError(
+                    "Activations of experts must have a gradient that a `tf.GradientTape` records. "
+                    "Received: none. Under `tf.autodiff.ForwardAccumulator`, where tapes record "
+                    "nothing, use two tapes instead."
+                )
+            return gradients
+
+        return output, pullback
 
     def gather_rows(self, tensor, indices):
         return tf.gather(tensor, indices)

@@ -45,7 +45,7 @@ class TorchBackend(Backend):
 
     def differentiable(self, forward, backward, inputs, context, plain=None):
         plain = plain or (lambda inputs, context: forward(inputs, context, keep=False)[0])
-        if torch._C._are_functorch_transforms_active():  # as `Function.apply` finds out
+        if _is_transformed():
             return plain(inputs, context)
         tensors = keras.tree.flatten(inputs)
         # In the function gradients are always off, and `needs_input_grad` does not ask whether.
@@ -240,13 +240,14 @@ class _Differentiable(torch.autograd.Function):
         tensors, saved = tensors[:num_inputs], tensors[num_inputs:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # `create_graph`
             # Views: an input may depend on another, which autograd would follow.
-            tensors = [tensor.view_as(tensor) for tensor in tensors]
+            tensors = [
+                each.view_as(each) if each.requires_grad else each.detach().requires_grad_()
+                for each in tensors
+            ]
             output = ctx.plain(keras.tree.pack_sequence_as(ctx.structure, tensors), ctx.context)
-            wanted = [tensor for tensor in tensors if tensor.requires_grad]
-            found = iter(
-                torch.autograd.grad(output, wanted, upstream, create_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(
+                output, tensors, upstream, create_graph=True, allow_unused=True
             )
-            gradients = [next(found) if tensor.requires_grad else None for tensor in tensors]
         else:
             inputs = keras.tree.pack_sequence_as(ctx.structure, tensors)
             saved = keras.tree.pack_sequence_as(ctx.structure_of_saved, saved)
@@ -289,6 +290,13 @@ class _StackedGradients:
 
 def _is_traced():
     return torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
+def _is_transformed():
+    """Whether `torch.func` or forward-mode derivatives are in force; no public function tells."""
+    return not _is_traced() and (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def _platform_of(device):

@@ -31,22 +31,19 @@ class ExpertParallel:
         if num_experts % self.num_processes:
             raise ValueError(
                 "The number of processes must divide the number of experts. Received: "
-                f"num_experts={num_experts}, {self.num_processes} processes. Change one of them."
+                f"num_experts={num_experts}, {self.num_processes} processes"
             )
         share = num_experts // self.num_processes
         return range(self._rank * share, (self._rank + 1) * share)
 
     def serve(self, rows, sizes, function):
-        """What the experts of all processes make of rows.
+        """Outputs (R, D') of the experts of all processes, for rows (R, D) grouped by expert.
 
         Args:
-            rows: (R, D), grouped by expert.
+            rows: (R, D).
             sizes: (E,) integers, the sizes of the groups, R together.
-            function: `function(rows, experts)` serves rows (R', D) by the experts of this process;
-                `experts` (R',) are their numbers among those.
-
-        Returns:
-            (R, D').
+            function: `function(rows, experts)` computes rows (R', D) that are sent here; `experts`
+                (R',) are their numbers among the experts of this process.
         """
         to_each = sizes.to(torch.int64).reshape(self.num_processes, -1)
         from_each = torch.empty_like(to_each)
@@ -58,9 +55,9 @@ class ExpertParallel:
         return _Exchange.apply(function(received, experts), back, there, self.process_group)
 
     def mean_gradient(self, kernel):
-        """The kernel, whose gradient is averaged over all processes, as those of other weights are.
+        """The kernel, whose gradient is averaged over all processes, as that of other weights is.
 
-        It already adds up over the tokens of the processes that share the experts.
+        It is summed already over the tokens of the processes that share the experts.
         """
         return _MeanGradient.apply(kernel, self._replicas)
 
@@ -115,6 +112,7 @@ class _MeanGradient(torch.autograd.Function):
         return kernel.view_as(kernel)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         mean = (gradient / torch.distributed.get_world_size()).contiguous()
         torch.distributed.all_reduce(mean, group=ctx.replicas)

@@ -15,7 +15,7 @@ CPU_BLOCK = 2**18
 # With more rows in a group, converting the kernel is faster.
 MOST_ROWS = 16
 
-# What the bytes of an integer of 32 bits are worth as digits in base 256. The highest byte is 0.
+# Values of the bytes of an integer of 32 bits, as digits in base 256. The highest byte is 0.
 PLACES = (1, 2**8, 2**16, 0)
 
 # Added to an integer, it adds 128 to each of the three digits.
@@ -81,7 +81,7 @@ def digits_of_groups(rows, sizes):
 
     Args:
         rows: (R, D) float.
-        sizes: list of the sizes of the groups, which stand one behind another.
+        sizes: list of the sizes of consecutive groups.
     """
     suit = (
         rows.device.type == "cpu"
@@ -133,6 +133,6 @@ def _tensors():
 
 @functools.cache
 def _places(num_rows):
-    """What the digits of some rows are worth, (n, 4 n)."""
+    """The values of the digits of n rows, (n, 4 n)."""
     places = torch.tensor([PLACES], dtype=torch.float32, device="cpu")
     return torch.kron(torch.eye(num_rows, device="cpu"), places)

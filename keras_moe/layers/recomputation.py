@@ -1,7 +1,7 @@
 """Gradient checkpointing: layers that are computed twice, whose effects happen once.
 
-A layer that counts, draws random numbers, moves a bias or adds losses is no function of its inputs.
-Computed again in the backward pass it would do all of it again, from another state than before.
+A layer that counts, draws random numbers, moves a bias or adds losses is no function of its inputs:
+computed again in the backward pass, it would do all of that again, from another state.
 """
 
 import functools
@@ -22,59 +22,22 @@ class Recomputable(keras.layers.Layer):
         return functools.partial(_recomputed, self, call) if is_in_scope else call
 
 
-def effects_once(call):
-    """The `call` of a layer, for what computes it again without telling, as PyTorch does.
-
-    The last call of the layer in training is the one that is computed again, if the layer is not
-    told that it is not training, nor was called since without being told.
-    """
-
-    @functools.wraps(call)
-    def called(layer, *args, training=None, **kwargs):
-        arguments = {**kwargs, "training": training}
-        if in_stateless_scope() or not backend.may_recompute():
-            return call(layer, *args, **arguments)
-        if backend.is_recomputing():
-            last = None if training is False else vars(layer).get("_last_call")
-            if last is None:
-                return call(layer, *args, **arguments)
-            before, again, training = last
-            with again(), keras.StatelessScope(before, collect_losses=True):
-                return call(layer, *args, **{**arguments, "training": training})
-        if not training:
-            if training is None:
-                object.__setattr__(layer, "_last_call", None)
-            return call(layer, *args, **arguments)
-        with keras.StatelessScope(collect_losses=True) as scope:
-            outputs = call(layer, *args, **arguments)
-        updates = [(each, scope.get_current_value(each)) for each in _written_by(layer)]
-        updates = [(variable, value) for variable, value in updates if value is not None]
-        before = [(variable, ops.copy(variable.value)) for variable, _ in updates]
-        # Not through Keras, which would track the variables.
-        object.__setattr__(layer, "_last_call", (before, current_call(), training))
-        _take_effect(layer, updates, scope.losses)
-        return outputs
-
-    return called
-
-
 def _recomputed(layer, call, *args, **kwargs):
-    """`call(*args, **kwargs)`, of which only what comes in and out is kept for the gradient."""
+    """`call(*args, **kwargs)`, of which only inputs and outputs are kept for the gradient."""
     trained = layer.trainable_variables
     state = [*layer.non_trainable_variables, *layer.metrics_variables]
     leaves = keras.tree.flatten((args, kwargs))
-    places = [place for place, leaf in enumerate(leaves) if _may_have_gradient(leaf)]
+    places = [place for place, leaf in enumerate(leaves) if _is_float(leaf)]
     with stored_dtypes():
-        weights = [ops.convert_to_tensor(variable) for variable in trained]
-        values = [ops.convert_to_tensor(variable) for variable in state]
+        weights, values = (list(map(ops.convert_to_tensor, each)) for each in (trained, state))
     again, found = current_call(), {}
 
     def function(*tensors):
         inputs = list(leaves)
-        for place, tensor in zip(places, tensors[len(weights) :]):
+        for place, tensor in zip(places, tensors[len(trained) :]):
             inputs[place] = tensor
         args_again, kwargs_again = keras.tree.pack_sequence_as((args, kwargs), inputs)
-        mapping = zip([*trained, *state], [*tensors[: len(weights)], *values])
+        mapping = zip([*trained, *state], [*tensors[: len(trained)], *values])
         with again(), keras.StatelessScope(mapping, collect_losses=True) as scope:
             before = list(map(scope.get_current_value, state))
             outputs = call(*args_again, **kwargs_again)
@@ -84,19 +47,49 @@ def _recomputed(layer, call, *args, **kwargs):
         updates = [ops.stop_gradient(after[number]) for number in found["changed"]]
         return [*keras.tree.flatten(outputs), *updates, *scope.losses]
 
-    inputs = [leaves[place] for place in places]
-    results = list(keras.remat(function)(*weights, *inputs))
-    num_outputs, changed = len(keras.tree.flatten(found["structure"])), found["changed"]
-    for number in changed:  # PyTorch assigns in place
-        values[number] = ops.copy(values[number])
-    updates = zip((state[number] for number in changed), results[num_outputs:])
-    _take_effect(layer, updates, results[num_outputs + len(changed) :])
-    return keras.tree.pack_sequence_as(found["structure"], results[:num_outputs])
+    results = iter(keras.remat(function)(*weights, *(leaves[place] for place in places)))
+    outputs = keras.tree.map_structure(lambda _: next(results), found["structure"])
+    for number in found["changed"]:
+        values[number] = ops.copy(values[number])  # PyTorch assigns in place
+    _take_effect(layer, [(state[number], next(results)) for number in found["changed"]], results)
+    return outputs
 
 
-def _written_by(layer):
-    """The variables that a call may write; `SpectralNormalization` writes kernels."""
-    return [*layer.variables, *layer.metrics_variables]
+def effects_once(call):
+    """The `call` of a layer, for `torch.utils.checkpoint`, which calls layers again unannounced.
+
+    What is called again is taken for the last call in training: it begins from the same state, and
+    has no effects. The layer keeps that state, unless it was called since without `training`.
+    """
+
+    @functools.wraps(call)
+    def called(layer, *args, training=None, **kwargs):
+        run = functools.partial(call, layer, *args, **kwargs)
+        if in_stateless_scope() or not backend.may_recompute():
+            return run(training=training)
+        if backend.is_recomputing():
+            last = None if training is False else vars(layer).get("_last_call")
+            if last is None:
+                return run(training=training)
+            before, again, training = last
+            with again(), keras.StatelessScope(before, collect_losses=True):
+                return run(training=training)
+        if not training:
+            if training is None:
+                vars(layer)["_last_call"] = None
+            return run(training=training)
+        with keras.StatelessScope(collect_losses=True) as scope:
+            outputs = run(training=training)
+        # `SpectralNormalization` writes kernels.
+        written = [*layer.variables, *layer.metrics_variables]
+        updates = [(variable, scope.get_current_value(variable)) for variable in written]
+        updates = [(variable, value) for variable, value in updates if value is not None]
+        before = [(variable, ops.copy(variable.value)) for variable, _ in updates]
+        vars(layer)["_last_call"] = before, current_call(), training  # not tracked by Keras
+        _take_effect(layer, updates, scope.losses)
+        return outputs
+
+    return called
 
 
 def _take_effect(layer, updates, losses):
@@ -106,7 +99,5 @@ def _take_effect(layer, updates, losses):
         layer.add_loss(loss)
 
 
-def _may_have_gradient(leaf):
-    if not keras.ops.is_tensor(leaf):
-        return False
-    return keras.backend.is_float_dtype(leaf.dtype)
+def _is_float(leaf):
+    return ops.is_tensor(leaf) and keras.backend.is_float_dtype(leaf.dtype)

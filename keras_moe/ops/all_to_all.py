@@ -31,9 +31,9 @@ def run_by_all_to_all(step, tokens, weights, parameters, experts, shards, axis, 
     lengths = lengths.split(num_shards)
     groups = Assignments.of(experts, num_local * num_shards).sort()
 
-    def nth_pass(number, context):
+    def pass_over(start, length, context):
         groups, frozen = context
-        buckets, local_expert = _buckets(groups, num_shards, *lengths.span(number))
+        buckets, local_expert = _buckets(groups, num_shards, start, length)
 
         def run(tokens, weights, trained):
             received = shards.exchange(dispatch_rows(tokens, buckets), axis)
@@ -55,7 +55,7 @@ def run_by_all_to_all(step, tokens, weights, parameters, experts, shards, axis, 
         return shards.max_over(passes, shards.axes)
 
     inputs, context = (tokens, weights, parameters.trained), (groups, parameters.frozen)
-    return sum_passes(nth_pass, num_passes, inputs, context)
+    return sum_passes(pass_over, lengths, groups.num_rows(), num_passes, inputs, context)
 
 
 def _rows_by_shard(groups, num_shards):

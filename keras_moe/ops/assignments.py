@@ -187,7 +187,7 @@ def place_in_queue(queue, num_queues, turns=None):
     """How many entries of the same queue precede each entry, (N,) int32; `turns` is their order."""
     if turns is not None:
         places = place_in_queue(ops.take(queue, turns), num_queues)
-        return put(places, turns, ops.shape(queue)[0])
+        return put(places, turns)
     _, rank = sort_by_expert(queue, num_queues)
     sizes = queue_sizes(queue, num_queues)
     return rank - ops.take(ops.cumsum(sizes) - sizes, queue)
@@ -210,10 +210,12 @@ def sort_by_expert(expert_of_assignment, num_keys):
         order = backend.sort(expert_of_assignment * num_rows + numbers) % num_rows
     else:
         order = ops.cast(ops.argsort(expert_of_assignment), "int32")
-    return order, put(numbers, order, num_rows)
+    return order, put(numbers, order)
 
 
-def put(values, places, size):
-    """(size,) zeros, but `values` (N,) at their `places` (N,), no two of which are equal."""
+def put(values, places, size=None):
+    """(size,) zeros, or N of them, but `values` (N,) at their `places` (N,), which all differ."""
+    # `torch.vmap` writes only into what depends on its inputs.
+    zeros = ops.zeros_like(places) if size is None else ops.zeros((size,))
     # Not `ops.scatter`, which on PyTorch adds one value after the other in Python.
-    return ops.scatter_update(ops.zeros((size,), values.dtype), ops.expand_dims(places, 1), values)
+    return ops.scatter_update(ops.cast(zeros, values.dtype), ops.expand_dims(places, 1), values)

@@ -46,12 +46,16 @@ class Lengths(NamedTuple):
         return 1 + (ops.maximum(num_rows - self.first, 0) + self.further - 1) // self.further
 
 
-def sum_passes(nth_pass, num_passes, inputs, context):
-    """The sum of all passes, at least one, with a gradient for the inputs.
+def sum_passes(pass_over, lengths, num_rows, num_passes, inputs, context):
+    """The sum of all passes of the `lengths`, at least one, with derivatives for the inputs.
 
-    `nth_pass(number, context)` returns a function of the inputs, and `num_passes(context)` an
-    integer tensor. Inputs are a tuple of structures of tensors, the context is a structure.
+    `pass_over(start, length, context)` returns a function of the inputs: `length` is `num_rows` for
+    all rows at once. `num_passes(context)` is an integer tensor. Inputs are a tuple of structures
+    of tensors, the context is a structure.
     """
+
+    def nth_pass(number, context):
+        return pass_over(*lengths.span(number), context)
 
     def forward(inputs, context, keep):
         first = nth_pass(0, context)
@@ -69,8 +73,11 @@ def sum_passes(nth_pass, num_passes, inputs, context):
 
         return ops.fori_loop(1, num_passes(context), add, pullback(gradient))
 
-    forward, backward = map(keeping_platform, (forward, backward))
-    return backend.differentiable(forward, backward, inputs, context)
+    def plain(inputs, context):
+        return pass_over(0, num_rows, context)(*inputs)
+
+    forward, backward, plain = map(keeping_platform, (forward, backward, plain))
+    return backend.differentiable(forward, backward, inputs, context, plain)
 
 
 def run_in_passes(step, tokens, weights, parameters, groups, lengths):
@@ -78,9 +85,9 @@ def run_in_passes(step, tokens, weights, parameters, groups, lengths):
     if lengths.first >= groups.num_rows():
         return run_grouped(step, tokens, weights, parameters, groups)
 
-    def nth_pass(number, context):
+    def pass_over(start, length, context):
         groups, frozen = context
-        part = _part(groups, *lengths.span(number))
+        part = _part(groups, start, length)
         return lambda tokens, weights, trained: run_grouped(
             step, tokens, weights, Parameters(trained, frozen), part
         )
@@ -90,7 +97,7 @@ def run_in_passes(step, tokens, weights, parameters, groups, lengths):
         return lengths.passes_for(ops.sum(groups.sizes))
 
     inputs, context = (tokens, weights, parameters.trained), (groups, parameters.frozen)
-    return sum_passes(nth_pass, num_passes, inputs, context)
+    return sum_passes(pass_over, lengths, groups.num_rows(), num_passes, inputs, context)
 
 
 def _part(groups, start, length):

@@ -5,7 +5,6 @@ import functools
 import threading
 
 from keras_moe._internal.checks import check_choice
-from keras_moe.backend import backend
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 
@@ -67,11 +66,3 @@ def keeping_platform(function):
             return function(*arguments, **keywords)
 
     return traced_as_now
-
-
-def on_platform(name, function, *operands):
-    """`function(platform, *operands)` for the platform of a name, or None: that compiled for.
-
-    The first operand is a tensor. Results of all platforms agree in structure, shapes and dtypes.
-    """
-    return function(name, *operands) if name else backend.on_its_platform(function, *operands)

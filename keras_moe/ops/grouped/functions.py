@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_moe.backend import backend
 from keras_moe.ops.grouped.padded import pad_tiles, tile_length
-from keras_moe.ops.platforms import named_platform, on_platform
+from keras_moe.ops.platforms import named_platform
 
 SCAN_ROWS = 64
 
@@ -58,9 +58,10 @@ def map_groups(functions, rows, sizes, output_width, state, alike=None):
         run = _map_slices if engine == "slices" else _scan_tiles
         return run(functions, output_width, *operands)
 
-    if static_shapes and alike is not None:
-        return on_platform(named_platform(), run_on, rows, sizes, state)
-    return run_on(None, rows, sizes, state)
+    platform = named_platform()
+    if platform or not static_shapes or alike is None:
+        return run_on(platform, rows, sizes, state)
+    return backend.on_its_platform(run_on, rows, sizes, state)
 
 
 def _map_slices(functions, output_width, rows, sizes, state):

@@ -20,11 +20,12 @@ from keras import ops
 from keras_moe.backend import backend
 from keras_moe.ops.grouped import loop, padded, rows, slices, tiles
 from keras_moe.ops.grouped.records import QUANTIZED, Parameters, Setting
-from keras_moe.ops.platforms import named_platform, on_platform
+from keras_moe.ops.platforms import named_platform
 
 ENGINES = (rows, padded, tiles, loop, slices)
 
 
+@functools.lru_cache
 def choose(setting):
     """The first engine that supports a `Setting`; docs/accelerators.md has a table."""
     return next(engine for engine in ENGINES if engine.supports(setting))
@@ -57,8 +58,9 @@ def run_grouped(step, tokens, weights, parameters, groups):
 
 @backend.compile_once
 def _run(step_and_platform, *operands):
-    step, name = step_and_platform
-    return on_platform(name, functools.partial(_run_on, step), *operands)
+    step, platform = step_and_platform
+    run_on = functools.partial(_run_on, step)
+    return run_on(platform, *operands) if platform else backend.on_its_platform(run_on, *operands)
 
 
 def _run_on(step, platform, tokens, weights, parameters, groups):

@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_moe.backend import backend
 from keras_moe.ops.grouped.records import Kernels
-from keras_moe.ops.grouped.steps import products_of
+from keras_moe.ops.grouped.steps import Products
 from keras_moe.ops.groups import row_sums
 
 # So many rows outweigh the overhead of a call on a CPU, and still fit into the cache.
@@ -82,16 +82,16 @@ class Run(NamedTuple):
 
     def products(self, projections):
         """The `Products` of the rows of the run with what `stored` returns."""
-        sizes, experts, _ = self
+        groups, times = self[:2], backend.multiply_groups
 
-        def project(rows, number):
-            return backend.multiply_groups(rows, sizes, experts, *projections[number])
+        def multiply(rows, numbers, then):
+            return then(*(times(rows, *groups, *projections[number]) for number in numbers))
 
-        def pull(gradient, number):
+        def pull(gradient, number, then, *extras):
             kernels, _ = projections[number]
-            return backend.multiply_groups(gradient, sizes, experts, kernels, transposed=True)
+            return then(times(gradient, *groups, kernels, transposed=True), *extras)
 
-        return products_of(project, pull)
+        return Products(multiply, pull)
 
 
 class _Layout:
