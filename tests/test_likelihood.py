@@ -40,9 +40,7 @@ def test_gaussian_likelihoods_are_those_of_numpy(scale, normalized):
         terms = terms + 2 * log_scales + np.log(2 * np.pi)
     pred = packed(weights, outputs)
     expected = -log_sum_exp(pred[..., 0].astype("float64") - 0.5 * terms.sum(-1))
-    loss = losses.MixtureNegativeLogLikelihood(
-        scale=scale, normalized=normalized, reduction="none"
-    )
+    loss = losses.MixtureNegativeLogLikelihood(scale=scale, normalized=normalized, reduction="none")
     np.testing.assert_allclose(to_numpy(loss(target, pred)), expected, rtol=1e-5)
 
 

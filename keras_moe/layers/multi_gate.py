@@ -7,7 +7,7 @@ chooses for a token.
 import keras
 from keras import ops
 
-from keras_moe import routers
+from keras_moe import losses, routers
 from keras_moe._internal.checks import check_integer
 from keras_moe._internal.serialization import config_of, register
 from keras_moe.backend import backend
@@ -99,6 +99,9 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
         self.shared_output = shared_output
         if shared_output and task_experts is None:
             raise ValueError("`shared_output=True` needs `task_experts`")
+        if router_losses is not None:
+            router_losses = tuple(losses.get(loss) for loss in router_losses)
+        self.router_losses = router_losses
         # The banks that each router chooses from, in the order of its experts.
         own = [()] * num_tasks if task_experts is None else [(bank,) for bank in self.task_experts]
         banks = [(self.experts, *of_task) for of_task in own]
@@ -116,7 +119,6 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
             )
             for of_task, router_of_task, name in zip(banks, _routers(router, len(names)), names)
         ]
-        self.router_losses = router_losses
         self.supports_masking = True
 
     def build(self, inputs_shape):
@@ -204,7 +206,7 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
             "num_tasks": self.num_tasks,
             "router": [config_of(task.router) for task in self.tasks],
             "task_experts": None if banks is None else [config_of(bank) for bank in banks],
-            "router_losses": self.router_losses and [config_of(e) for e in self.router_losses],
+            "router_losses": self.router_losses and list(map(config_of, self.router_losses)),
             "shared_output": self.shared_output,
             "task_names": self.task_names,
         }

@@ -34,7 +34,8 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         scale: Positive float, the standard deviation of all Gaussians, or None to learn it.
         normalized: Boolean. Whether a Gaussian has its normalizing constant. False, with a scale of
             1, is the competitive error of Jacobs et al., eq. 1.3.
-        reduction, name, dtype: As in `keras.losses.Loss`.
+        name: String. Name of the loss.
+        **kwargs: `reduction` and `dtype`, as in `keras.losses.Loss`.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -67,11 +68,10 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         distribution="gaussian",
         scale=1.0,
         normalized=True,
-        reduction="sum_over_batch_size",
         name="mixture_negative_log_likelihood",
-        dtype=None,
+        **kwargs,
     ):
-        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        super().__init__(name=name, **kwargs)
         self.distribution = check_choice("distribution", distribution, ("gaussian", "categorical"))
         self.scale = None if scale is None else check_number("scale", scale, above=0)
         self.normalized = normalized
