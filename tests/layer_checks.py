@@ -108,14 +108,41 @@ class RoutedByFirstFeature(keras.layers.Layer):
         return {**super().get_config(), "router": router}
 
 
-def _bank_options():
-    return dict(
+@keras.saving.register_keras_serializable("tests")
+class SumOfTasks(keras.layers.Layer):
+    """The sum of what a layer of several tasks returns."""
+
+    def __init__(self, layer, **kwargs):
+        super().__init__(**kwargs)
+        if isinstance(layer, dict):
+            layer = keras.saving.deserialize_keras_object(layer)
+        self.layer = layer
+        self.supports_masking = True
+
+    def build(self, inputs_shape):
+        if not self.layer.built:
+            self.layer.build(inputs_shape)
+
+    def call(self, inputs, mask=None, training=None):
+        return sum(self.layer(inputs, mask=mask, training=training))
+
+    def compute_output_shape(self, inputs_shape):
+        return inputs_shape
+
+    def get_config(self):
+        layer = keras.saving.serialize_keras_object(self.layer)
+        return {**super().get_config(), "layer": layer}
+
+
+def _bank_options(without=None):
+    options = dict(
         activation="tanh",
         kernel_initializer="he_normal",
         bias_initializer="ones",
         kernel_regularizer="l2",
         bias_regularizer="l1",
     )
+    return {name: value for name, value in options.items() if name != without}
 
 
 def _usage_metric(**options):
@@ -140,6 +167,8 @@ def _logit_router(required=lambda: {"num_experts": E}, **options):
             kernel_initializer="he_normal",
             kernel_regularizer="l2",
             seed=7,
+            hidden_dim=5,
+            temperature=2.0,
             **options,
         ),
         lambda router: moe(router=router, router_losses=()),
@@ -171,12 +200,12 @@ def _balancer(**options):
 CASES = {
     layers.FeedForwardExperts: Case(
         lambda: dict(num_experts=E, hidden_dim=16),
-        lambda: dict(_bank_options(), use_bias=False),
+        lambda: dict(_bank_options(), use_bias=False, output_dim=D),
         moe,
     ),
     layers.GatedExperts: Case(
         lambda: dict(num_experts=E, hidden_dim=16),
-        lambda: dict(_bank_options(), use_bias=True, clip=0.5, up_shift=1.0),
+        lambda: dict(_bank_options(), use_bias=True, clip=0.5, up_shift=1.0, output_dim=D),
         moe,
     ),
     layers.GatedFeedForward: Case(
@@ -188,6 +217,22 @@ CASES = {
         lambda: dict(layers=[keras.layers.Dense(D), keras.layers.Dense(D, "tanh")]),
         layer=lambda bank: moe(bank, router_losses=()),
     ),
+    layers.LinearExperts: Case(
+        lambda: dict(num_experts=E, output_dim=D),
+        lambda: {**_bank_options(without="activation"), "use_bias": False},
+        moe,
+    ),
+    layers.MultiGateMixtureOfExperts: Case(
+        lambda: dict(experts=layers.FeedForwardExperts(E, 16), num_tasks=2),
+        lambda: dict(
+            router=routers.TopKRouter(top_k=1),
+            task_experts=[layers.LinearExperts(2, D), layers.LinearExperts(1, D)],
+            router_losses=["router_z"],
+            shared_output=True,
+            task_names=["like", "rating"],
+        ),
+        lambda layer: SumOfTasks(layer),
+    ),
     layers.MixtureOfExperts: Case(
         lambda: dict(experts=layers.FeedForwardExperts(E, 16)),
         lambda: dict(
@@ -196,6 +241,7 @@ CASES = {
             shared_expert=keras.layers.Dense(D),
             gated_shared_expert=True,
             capacity_factor=1.5,
+            token_axes=2,
         ),
         lambda layer: layer,
     ),
@@ -243,7 +289,7 @@ CASES = {
     ),
     routers.HashRouter: Case(
         lambda: dict(num_experts=E, vocabulary_size=10),
-        lambda: dict(top_k=3, seed=7),
+        lambda: dict(top_k=3, seed=7, score="sigmoid"),
         RoutedByFirstFeature,
     ),
     routers.LossFreeBias: _balancer(rate=0.1),
@@ -255,6 +301,14 @@ CASES = {
     losses.LoadVariation: _router_loss(),
     losses.RouterEntropy: _router_loss(),
     losses.RouterZ: _router_loss(),
+    losses.MixtureNegativeLogLikelihood: Case(
+        options=lambda: dict(
+            distribution="categorical",
+            scale=0.5,
+            normalized=False,
+            name="mine",
+        )
+    ),
     metrics.LoadImbalance: _usage_metric(),
     metrics.LoadEntropy: _usage_metric(),
     metrics.DeadExperts: _usage_metric(),

@@ -140,7 +140,7 @@ def load_entropy(counts):
 
 
 def dead_experts(counts):
-    return sum(count == 0 for count in counts)
+    return sum(count <= 1e-3 * sum(counts) / len(counts) for count in counts)
 
 
 def dead_experts_over_window(batches, window):

@@ -31,6 +31,7 @@ import keras_moe
 from keras_moe import routers
 from keras_moe._internal.keras_internals import get_keras_mask
 
+OF_KERAS = (keras.Layer, keras.losses.Loss, keras.metrics.Metric)
 LAYERS = [cls for cls in CASES if issubclass(cls, keras.Layer)]
 FILES = [
     info.name
@@ -98,7 +99,7 @@ def test_a_class_is_registered_under_the_name_of_the_package(cls):
     assert keras.saving.serialize_keras_object(again) == serialized
 
 
-@by_name([cls for cls in with_config() if not issubclass(cls, (keras.Layer, keras.metrics.Metric))])
+@by_name([cls for cls in with_config() if not issubclass(cls, OF_KERAS)])
 def test_it_is_shown_as_the_call_that_makes_it(cls):
     shown = repr(configured(cls))
     assert repr(eval(shown, {cls.__name__: cls})) == shown

@@ -244,7 +244,7 @@ def test_counts_from_before_a_reset_and_even_loads_make_no_loss_heavy():
     # The counters pass where they were before the monitor of this one resets them.
     findings, _ = watched(model, *clustered(0, 4 * BATCH), ExpertHealth(), ExpertMonitor())
     assert not findings
-    layer = expert_layer(routers.DenseRouter(), [losses.LoadBalance(1000.0)])
+    layer = expert_layer(routers.ForcedRouter(), [losses.LoadBalance(1000.0)])
     findings, _ = watched(model_of(layer), *clustered(0, 4 * BATCH), ExpertHealth())
     assert not findings
 

@@ -2,7 +2,7 @@
 
 from keras_moe.inspection.engines import LayerDescription, describe
 from keras_moe.inspection.finding import has_moe_layers, moe_layers
-from keras_moe.inspection.recording import count_in_evaluation, record_routings
+from keras_moe.inspection.recording import count_in_evaluation, record_routings, replaying
 from keras_moe.inspection.sizes import LayerSummary, count_parameters, summarize, summary
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "has_moe_layers",
     "moe_layers",
     "record_routings",
+    "replaying",
     "summarize",
     "summary",
 ]

@@ -10,12 +10,13 @@ from keras_moe._internal.keras_internals import forget_compiled
 from keras_moe.inspection.finding import moe_layers
 
 
-def record_routings(model, batches):
-    """Routings of some data by all MoE layers of a model, in inference.
+def record_routings(model, batches, training=False):
+    """Routings of some data by all MoE layers of a model.
 
     Args:
         model: A Keras model with MoE layers.
         batches: Iterable of inputs, each as `model(...)` takes them.
+        training: Boolean. Whether the model is called as in training, with the noise of routers.
 
     Returns:
         Dict from the name of each MoE layer to a list with one `ops.Routing` of NumPy arrays for
@@ -36,10 +37,10 @@ def record_routings(model, batches):
     (8, 2)
     """
     check_list_of_batches("batches", batches)
-    return recorded(model, batches, "batches")
+    return recorded(model, batches, "batches", training)
 
 
-def recorded(model, batches, name):
+def recorded(model, batches, name, training=False):
     """`record_routings` of batches that have a name in errors."""
     layers = moe_layers(model)
     routings: dict[str, list] = {name: [] for name in layers}
@@ -47,7 +48,7 @@ def recorded(model, batches, name):
     with listening({layer: _recorder(routings[name]) for name, layer in layers.items()}):
         for number, batch in enumerate(batches):
             with running(model, name, number, batch):
-                model(batch, training=False)
+                model(batch, training=training)
     if number < 0:
         raise ValueError(f"`{name}` must hold at least one batch. Received: none")
     return routings
@@ -100,6 +101,51 @@ def listening(listeners):
     finally:
         for layer in listeners:
             layer.routing_listener = None
+
+
+@contextlib.contextmanager
+def replaying(model, routings):
+    """A context in which the MoE layers of a model use recorded choices of experts.
+
+    Weights come from the live scores, with their gradient, as with `indices` in a call of a layer.
+    So a policy is trained on the experts that it used when it acted (router replay). A function
+    that is compiled in the context keeps these choices.
+
+    Args:
+        model: A Keras model.
+        routings: Dict from the name of an MoE layer to an `ops.Routing`, or to its `indices`
+            (T, K), of the batch that the model is called on. A layer without an entry chooses as
+            usual.
+
+    Raises:
+        ValueError: If a name is not that of an MoE layer.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
+    >>> moe = keras_moe.layers.MixtureOfExperts(experts, name="moe")
+    >>> model = keras.Sequential([keras.Input((16,)), moe])
+    >>> inputs = keras.random.normal((8, 16))
+    >>> (routing,) = keras_moe.inspection.record_routings(model, [inputs])["moe"]
+    >>> with keras_moe.inspection.replaying(model, {"moe": routing}):
+    ...     outputs = model(inputs, training=True)
+    """
+    layers = moe_layers(model)
+    unknown = set(routings) - set(layers)
+    if unknown:
+        raise ValueError(
+            f"`routings` must have names of MoE layers, {sorted(layers)}. "
+            f"Received: {sorted(unknown)}"
+        )
+    for name, routing in routings.items():
+        indices = getattr(routing, "indices", routing)
+        layers[name].router.check_arrays(indices=indices)
+        layers[name].replayed_indices = indices
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.replayed_indices = None
 
 
 class Counting(contextlib.ContextDecorator):

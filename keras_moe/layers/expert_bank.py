@@ -6,6 +6,8 @@ from keras import ops
 from keras_moe._internal.checks import check_integer
 from keras_moe._internal.serialization import resolve
 from keras_moe.backend import backend
+from keras_moe.ops.assignments import Assignments
+from keras_moe.ops.plans import GroupedPlan
 
 
 class ExpertBank(keras.layers.Layer):
@@ -29,6 +31,17 @@ class ExpertBank(keras.layers.Layer):
         backend.separate_losses(self)
         self.num_experts = check_integer("num_experts", num_experts)
         self.has_own_policy = kwargs.get("dtype") is not None
+
+    def compute_all(self, tokens):
+        """Return the outputs (T, E, ...) of all experts for each token (T, ...)."""
+        num_tokens, num_experts = ops.shape(tokens)[0], self.num_experts
+        experts = ops.broadcast_to(
+            ops.arange(num_experts, dtype="int32"), (num_tokens, num_experts)
+        )
+        plan = GroupedPlan(Assignments.of(experts, num_experts), ops.ones_like(experts, "float32"))
+        plan = plan.by_assignment() if backend.token_shards() else plan.sort().by_assignment()
+        outputs = self(ops.repeat(tokens, num_experts, axis=0), plan)
+        return ops.reshape(outputs, (-1, num_experts, *outputs.shape[1:]))
 
     def compute_output_shape(self, tokens_shape):
         return tuple(tokens_shape)
@@ -60,9 +73,10 @@ class ExpertBank(keras.layers.Layer):
     def _compute(self, tensor):
         return ops.cast(tensor, self.compute_dtype)
 
-    def _fix_width(self, tokens_shape):
-        """Let Keras refuse tokens of another width, as from a second layer that shares the bank."""
-        self.input_spec = keras.layers.InputSpec(ndim=2, axes={-1: tokens_shape[-1]})
+    def _fix_shape(self, tokens_shape):
+        """Let Keras refuse tokens of another shape, as from a second layer that shares the bank."""
+        axes = dict(enumerate(tokens_shape[1:], start=1))
+        self.input_spec = keras.layers.InputSpec(ndim=len(tokens_shape), axes=axes)
 
 
 def get(identifier):

@@ -9,14 +9,15 @@ from keras_moe.layers.stacked_experts import StackedExperts
 class FeedForwardExperts(StackedExperts):
     """Experts of the form `activation(x W1 + b1) W2 + b2`.
 
-    The kernels of all experts are stacked: `up_kernel` (E, D, H) and `down_kernel` (E, H, D),
-    `up_bias` (E, H) and `down_bias` (E, D). Each expert's kernel is initialized by itself.
+    The kernels of all experts are stacked: `up_kernel` (E, D, H) and `down_kernel` (E, H, D'),
+    `up_bias` (E, H) and `down_bias` (E, D'). Each expert's kernel is initialized by itself.
 
     Args:
         num_experts: Integer. Number of experts, E.
         hidden_dim: Integer. Hidden width of each expert, H.
         activation: String, function of one tensor, or Keras layer without weights.
         use_bias: Boolean. Whether both projections have a bias.
+        output_dim: Integer. Number of output features, D'. None: as many as the inputs have.
         kernel_initializer: Initializer of each expert's kernels.
         bias_initializer: Initializer of the biases.
         kernel_regularizer: Regularizer of the stacked kernels, or None.
@@ -34,7 +35,7 @@ class FeedForwardExperts(StackedExperts):
         (T, D).
 
     Output shape:
-        (T, D): the weighted sum of each token's expert outputs.
+        (T, D'): the weighted sum of each token's expert outputs.
 
     Example:
 
@@ -54,6 +55,7 @@ class FeedForwardExperts(StackedExperts):
         hidden_dim,
         activation="gelu",
         use_bias=True,
+        output_dim=None,
         kernel_initializer="glorot_uniform",
         bias_initializer="zeros",
         kernel_regularizer=None,
@@ -71,9 +73,14 @@ class FeedForwardExperts(StackedExperts):
             **kwargs,
         )
         self.hidden_dim = check_integer("hidden_dim", hidden_dim)
+        self.output_dim = output_dim and check_integer("output_dim", output_dim)
 
     def widths(self, features):
-        return (features, self.hidden_dim), (self.hidden_dim, features)
+        return (features, self.hidden_dim), (self.hidden_dim, self.output_dim or features)
 
     def get_config(self):
-        return {**super().get_config(), "hidden_dim": self.hidden_dim}
+        return {
+            **super().get_config(),
+            "hidden_dim": self.hidden_dim,
+            "output_dim": self.output_dim,
+        }

@@ -10,7 +10,7 @@ class GatedExperts(StackedExperts):
     """Experts of the form `(activation(x Wg) * (x Wu)) Wd`; "silu" makes it SwiGLU.
 
     The kernels of all experts are stacked: `gate_kernel` and `up_kernel` (E, D, H) and
-    `down_kernel` (E, H, D); with biases `gate_bias` and `up_bias` (E, H) and `down_bias` (E, D).
+    `down_kernel` (E, H, D'); with biases `gate_bias` and `up_bias` (E, H) and `down_bias` (E, D').
 
     Args:
         num_experts: Integer. Number of experts, E.
@@ -21,6 +21,7 @@ class GatedExperts(StackedExperts):
         clip: Positive float or None. The gate's projection is clipped from above, the up projection
             on both sides.
         up_shift: Float of at least 0, added to the up projection; gpt-oss has 1.
+        output_dim: Integer. Number of output features, D'. None: as many as the inputs have.
         kernel_initializer: Initializer of each expert's kernels.
         bias_initializer: Initializer of the biases.
         kernel_regularizer: Regularizer of the stacked kernels, or None.
@@ -38,7 +39,7 @@ class GatedExperts(StackedExperts):
         (T, D).
 
     Output shape:
-        (T, D): the weighted sum of each token's expert outputs.
+        (T, D'): the weighted sum of each token's expert outputs.
 
     Example:
 
@@ -61,6 +62,7 @@ class GatedExperts(StackedExperts):
         use_bias=False,
         clip=None,
         up_shift=0.0,
+        output_dim=None,
         kernel_initializer="glorot_uniform",
         bias_initializer="zeros",
         kernel_regularizer=None,
@@ -80,9 +82,11 @@ class GatedExperts(StackedExperts):
         self.hidden_dim = check_integer("hidden_dim", hidden_dim)
         self.clip = None if clip is None else check_number("clip", clip, above=0)
         self.up_shift = check_number("up_shift", up_shift)
+        self.output_dim = output_dim and check_integer("output_dim", output_dim)
 
     def widths(self, features):
-        return (features, self.hidden_dim), (features, self.hidden_dim), (self.hidden_dim, features)
+        up = (features, self.hidden_dim)
+        return up, up, (self.hidden_dim, self.output_dim or features)
 
     def get_config(self):
         return {
@@ -90,4 +94,5 @@ class GatedExperts(StackedExperts):
             "hidden_dim": self.hidden_dim,
             "clip": self.clip,
             "up_shift": self.up_shift,
+            "output_dim": self.output_dim,
         }

@@ -1,5 +1,6 @@
 """A bank of Keras layers."""
 
+import math
 import warnings
 
 import keras
@@ -21,7 +22,8 @@ class LayerExperts(ExpertBank):
     """Experts that are Keras layers or models; they may differ from each other.
 
     Only the layers that serve a token run on it. Each layer sees rows (n, D) and must return rows
-    (n, D') with the same D' for all experts. Under XLA the rows come in tiles that are padded with
+    (n, D') with the same D' for all experts; in a mixture with `token_axes`, rows are whole samples
+    (n, ...). Under XLA the rows come in tiles that are padded with
     zeros, so a layer that looks across rows, such as `BatchNormalization` in training, sees those
     zeros, and an activity regularizer counts once a tile. A mixture of experts as an expert, or in
     an expert whose `call` has a `mask`, receives a mask of the padding.
@@ -41,7 +43,7 @@ class LayerExperts(ExpertBank):
             if one writes its trainable weights in a call, as `keras.layers.SpectralNormalization`.
 
     Call arguments:
-        tokens: (T, D) float tensor.
+        tokens: (T, D) float tensor, or (T, ...) of samples.
         plan: An `ops.GroupedPlan`.
 
     Input shape:
@@ -88,19 +90,23 @@ class LayerExperts(ExpertBank):
         self.layers = layers
 
     def build(self, tokens_shape):
-        self._fix_width(tokens_shape)
-        rows_shape = (None, tokens_shape[-1])
-        widths = [build_and_measure("layers", layer, rows_shape)[-1] for layer in self.layers]
-        if len(set(widths)) > 1:
+        self._fix_shape(tokens_shape)
+        rows_shape = (None, *tokens_shape[1:])
+        num_kept = None if len(rows_shape) == 2 else 1
+        shapes = [
+            build_and_measure("layers", layer, rows_shape, num_kept)[1:] for layer in self.layers
+        ]
+        if len(set(shapes)) > 1 or None in (*rows_shape[1:], *shapes[0]):
             raise ValueError(
-                "All experts must return the same number of features. Received: "
-                f"{widths} features from {[layer.name for layer in self.layers]}"
+                "All experts must return rows of one known shape. Received: shapes "
+                f"{shapes} from {[layer.name for layer in self.layers]}, inputs {rows_shape}"
             )
-        self._width = widths[0]
+        self._row_shape, self._output_shape = rows_shape[1:], shapes[0]
 
     def call(self, tokens, plan):
         plan = plan.sort()
-        rows = dispatch_rows(self._compute(tokens), plan.groups)
+        tokens = ops.reshape(self._compute(tokens), (-1, math.prod(self._row_shape)))
+        rows = dispatch_rows(tokens, plan.groups)
         parameters = {id(variable) for variable in parameters_of(self)}
         variables = [each for each in self.non_trainable_variables if id(each) not in parameters]
         variables += self.metrics_variables
@@ -110,20 +116,28 @@ class LayerExperts(ExpertBank):
         state = [ops.copy(variable) for variable in variables]
         state.append(ops.zeros((), "float32"))
         alike = self._as_one_function() if backend.compiles_static_shapes() else None
-        rows, state = map_groups(functions, rows, plan.groups.sizes, self._width, state, alike)
+        width = math.prod(self._output_shape)
+        rows, state = map_groups(functions, rows, plan.groups.sizes, width, state, alike)
         *values, loss = state
         for variable, value in zip(variables, values):
             variable.assign(value)
         self.add_loss(loss)
-        return combine_rows(rows, plan.weights, plan.groups)
+        outputs = combine_rows(rows, plan.weights, plan.groups)
+        return ops.reshape(outputs, (-1, *self._output_shape))
+
+    def compute_all(self, tokens):
+        # Each layer is called once, with all tokens.
+        return ops.stack([self._compute(layer(tokens)) for layer in self.layers], axis=1)
 
     def _serve(self, layer, rows, inside=None):
-        if inside is not None and _takes_mask(layer):
+        """Apply a layer to flat rows (n, D), which it sees in their own shape."""
+        rows = ops.reshape(rows, (-1, *self._row_shape))
+        if inside is not None and len(self._row_shape) == 1 and _takes_mask(layer):
             output = layer(rows, mask=inside)
         else:
             output = layer(rows)
-        check_output("layers", output, (rows.shape[0], self._width))
-        return self._compute(output)
+        check_output("layers", output, (rows.shape[0], *self._output_shape))
+        return ops.reshape(self._compute(output), (-1, math.prod(self._output_shape)))
 
     def _as_one_function(self):
         """The experts as one function of their weights, or None."""
@@ -149,7 +163,7 @@ class LayerExperts(ExpertBank):
 
     def compute_output_shape(self, tokens_shape):
         if self.built:
-            return (*tokens_shape[:-1], self._width)
+            return (tokens_shape[0], *self._output_shape)
         return self.layers[0].compute_output_shape(tokens_shape)
 
     def get_config(self):

@@ -10,7 +10,7 @@ import keras
 from keras import ops as keras_ops
 
 from keras_moe import losses, ops, routers
-from keras_moe._internal.checks import check_tensors, shortened
+from keras_moe._internal.checks import check_integer, check_tensors, shortened
 from keras_moe._internal.keras_internals import get_keras_mask
 from keras_moe._internal.serialization import config_of, register, resolve
 from keras_moe.backend import backend
@@ -19,6 +19,7 @@ from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.recomputation import Recomputable, effects_once
 from keras_moe.layers.usage import RouterUsage
 from keras_moe.ops.assignments import at_least
+from keras_moe.ops.plans import _plan_groups
 
 
 @register
@@ -52,6 +53,9 @@ class MixtureOfExperts(RouterUsage, Recomputable):
             assignment without a slot contributes zero. Experts without computation have no limit.
         gated_shared_expert: Boolean. Whether the shared expert's output is multiplied by a gate of
             each token, `sigmoid(x g)` with a learned g (D, 1), as in Qwen1.5-MoE.
+        token_axes: Integer. Number of leading axes that count tokens; the others are the shape of
+            one. 1: each sample of a batch, such as an image (height, width, channels), is routed as
+            a whole, to experts in `LayerExperts`. None: all axes but the last.
         **kwargs: Arguments of a Keras layer, such as `name` and `dtype`. A bank without a `dtype`
             of its own takes that of its first layer; `LayerExperts` keep theirs.
 
@@ -72,13 +76,19 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         indices: (T, K) integer tensor of experts to replay instead of choosing, such as the
             `indices` of a recorded routing, -1 for none. Weights come from the live scores. The
             numbers in an array are checked; in a tensor, those that are no expert's count as -1.
-        router_inputs: (batch, ..., D'') float tensor that the router sees instead of `inputs`.
+        router_inputs: (batch, ..., D'') float tensor that the router sees instead of `inputs`, such
+            as wider features (LatentMoE), or a summary of a whole sample.
+        return_expert_outputs: Boolean. Whether the outputs of the single experts are returned as
+            well, before they are weighted and summed.
 
     Input shape:
         (batch, ..., D).
 
     Output shape:
-        (batch, ..., D'), with the experts' D'; with `return_routing=True` also an `ops.Routing`.
+        (batch, ..., D'), with the experts' D'. With `return_routing=True` also an `ops.Routing`.
+        With `return_expert_outputs=True` also (batch, ..., K, D'), in the order of the routing's
+        `indices`, zero where an assignment is padding or dropped; its sum over K, weighted by the
+        routing's `weights`, is the first output without a shared expert.
 
     Example:
 
@@ -103,6 +113,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         shared_expert=None,
         capacity_factor=None,
         gated_shared_expert=False,
+        token_axes=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -151,38 +162,52 @@ class MixtureOfExperts(RouterUsage, Recomputable):
                 dtype=expert_bank.in_floats(self.dtype_policy),
                 name="shared_gate",
             )
+        self.token_axes = token_axes and check_integer("token_axes", token_axes)
         self.supports_masking = True
         sublayers.freeze_parts(self)
-        # A function of routing and tokens (T, D), which `inspection` sets to record them.
-        self.routing_listener = None
+        # Experts (T, K) to replay, which `inspection` sets.
+        self.replayed_indices = None
 
     def build(self, inputs_shape, router_inputs_shape=None):
-        if len(inputs_shape) < 2 or inputs_shape[-1] is None:
-            raise ValueError(
-                "`inputs` must have the shape (batch, ..., features), features known. Received: "
-                f"inputs.shape={tuple(inputs_shape)}"
-            )
-        self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: inputs_shape[-1]})
-        router_features = (router_inputs_shape or inputs_shape)[-1]
+        token_shape = self._token_shape(inputs_shape)
+        axes = {axis - len(token_shape): size for axis, size in enumerate(token_shape)}
+        self.input_spec = keras.layers.InputSpec(min_ndim=len(token_shape) + 1, axes=axes)
         if not self.router.built:
-            self.router.build((None, router_features))
+            seen = token_shape
+            if router_inputs_shape is not None:
+                seen = self._token_shape(router_inputs_shape)
+            self.router.build((None, math.prod(seen)))
         if not self.experts.built:
-            self.experts.build((None, inputs_shape[-1]))
+            self.experts.build((None, *token_shape))
         if self.shared_expert is not None:
             self._build_shared_expert(inputs_shape)
         self._build_usage(self.experts.num_experts)
 
     def _build_shared_expert(self, inputs_shape):
-        shape = sublayers.build_and_measure("shared_expert", self.shared_expert, inputs_shape)
-        width = self.compute_output_shape(inputs_shape)[-1]
-        if shape[-1] != width:
+        shape = sublayers.build_and_measure(
+            "shared_expert", self.shared_expert, inputs_shape, self.token_axes
+        )
+        expected = self.compute_output_shape(inputs_shape)
+        num_axes = len(inputs_shape) - len(self._token_shape(inputs_shape))
+        if tuple(shape[num_axes:]) != tuple(expected[num_axes:]):
             raise ValueError(
                 "`shared_expert` must return as many features as `experts`. Received: "
-                f"{shape[-1]} features from shared_expert, {width} from experts"
+                f"shape {tuple(shape)} from shared_expert, {tuple(expected)} from experts"
             )
         self._shared_arguments = sublayers.accepted_arguments(self.shared_expert, ("mask",))
         if self.shared_gate is not None and not self.shared_gate.built:
             self.shared_gate.build(inputs_shape)
+
+    def _token_shape(self, inputs_shape):
+        """The shape of one token of inputs."""
+        num_axes = len(inputs_shape) - 1 if self.token_axes is None else self.token_axes
+        shape = tuple(inputs_shape[num_axes:])
+        if None in shape or not shape or not num_axes:
+            raise ValueError(
+                "`inputs` must have at least one axis of tokens and a known shape of each token. "
+                f"Received: inputs.shape={tuple(inputs_shape)}, token_axes={self.token_axes}"
+            )
+        return shape
 
     def __call__(self, *args, **kwargs):
         # Keras turns arrays into tensors, whose numbers are not looked at.
@@ -199,56 +224,77 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         token_ids=None,
         indices=None,
         router_inputs=None,
+        return_expert_outputs=False,
     ):
-        # Flatten: (batch, ..., D) inputs are T = batch * ... tokens. Padding becomes zero.
-        shape = keras_ops.shape(inputs)
-        sequence_length = _sequence_length(shape)
+        # Flatten: inputs (batch, ..., D) are T = batch * ... tokens. Padding becomes zero.
         mask = self._check_call(inputs, mask, router_inputs)
-        tokens, token_mask = _flatten(inputs, mask), None
-        router_tokens = tokens if router_inputs is None else _flatten(router_inputs, mask)
-        if mask is not None:
-            token_mask = keras_ops.reshape(mask, (-1,))
+        leading = self._leading(inputs)
+        sequence_length = _sequence_length(leading)
+        tokens = self._flatten(inputs, mask)
 
         # Route: the router chooses K experts for each token, and weights for their outputs.
-        routing = self.router(
-            router_tokens,
-            mask=token_mask,
-            training=training,
-            sequence_length=sequence_length,
-            token_ids=token_ids,
-            indices=indices,
-        )
+        seen = tokens if router_inputs is None else self._flatten(router_inputs, mask)
+        routing = self._route(seen, mask, sequence_length, training, token_ids, indices)
 
         # Plan: sort the assignments of tokens to experts by expert. A capacity may drop some.
         plan = self._plan(routing, sequence_length, training)
         routing = routing._replace(dropped=plan.dropped_fraction(routing.counts))
 
         # Compute: each expert computes its tokens; their outputs are weighted and summed.
-        outputs = self._compute_experts(tokens, plan)
-        outputs = keras_ops.reshape(outputs, (*shape[:-1], outputs.shape[-1]))
+        if return_expert_outputs:
+            expert_outputs = self._compute_separately(tokens, routing, plan)
+            outputs = _weighted_sum(expert_outputs, routing.weights)
+            expert_outputs = keras_ops.reshape(
+                expert_outputs, (*leading, *expert_outputs.shape[1:])
+            )
+        else:
+            outputs = self._compute_experts(tokens, plan)
+        outputs = keras_ops.reshape(outputs, (*leading, *outputs.shape[1:]))
         outputs = keras_ops.cast(outputs, self.compute_dtype)
         if self.shared_expert is not None:
-            outputs = outputs + self._compute_shared(keras_ops.reshape(tokens, shape), mask)
+            same = keras_ops.reshape(tokens, keras_ops.shape(inputs))
+            outputs = outputs + self._compute_shared(same, mask)
 
         # Account: in training, add the router losses and count the assignments.
-        self._add_losses_and_count(routing, sequence_length, training)
-        if self.routing_listener is not None:
-            self.routing_listener(routing, tokens)
-        return (outputs, routing) if return_routing else outputs
+        self._account(tokens, routing, sequence_length, training)
+        returned = [outputs, *([routing] if return_routing else [])]
+        returned += [expert_outputs] if return_expert_outputs else []
+        return tuple(returned) if len(returned) > 1 else outputs
 
     def _check_call(self, inputs, mask, router_inputs):
         """Check the shapes of a call, and return the mask as bools, or None."""
+        num_axes = len(inputs.shape) - len(self._token_shape(inputs.shape))
         # Keras passes a mask on by itself only if the inputs are the only tensor of a call.
-        mask = get_keras_mask(inputs) if mask is None else mask
-        axes = "abcdefghij"[: len(inputs.shape) - 1]
-        given = {"inputs": (inputs, f"{axes}D", "float")}
+        if mask is None:
+            mask = get_keras_mask(inputs)
+            if mask is not None and len(mask.shape) != num_axes:
+                mask = None  # of parts of a sample, which only its experts could use
+        letters = "abcdefghij"
+        axes, sample = letters[:num_axes], letters[num_axes : len(inputs.shape)].upper()
+        given = {"inputs": (inputs, axes + sample, "float")}
         if router_inputs is not None:
-            given["router_inputs"] = (router_inputs, f"{axes}R", "float")
+            own = "RSTUVW"[: len(router_inputs.shape) - num_axes]
+            given["router_inputs"] = (router_inputs, axes + own, "float")
         if mask is not None:
             mask = keras_ops.convert_to_tensor(mask)
             given["mask"] = (mask, axes, "mask")
         check_tensors(None, **given)
         return None if mask is None else keras_ops.cast(mask, "bool")
+
+    def _leading(self, inputs):
+        """The sizes of the axes that count tokens."""
+        shape = keras_ops.shape(inputs)
+        return shape[: len(shape) - len(self._token_shape(inputs.shape))]
+
+    def _route(self, tokens, mask, sequence_length, training, token_ids=None, indices=None):
+        return self.router(
+            keras_ops.reshape(tokens, (-1, math.prod(tokens.shape[1:]))),
+            mask=None if mask is None else keras_ops.reshape(mask, (-1,)),
+            training=training,
+            sequence_length=sequence_length,
+            token_ids=token_ids,
+            indices=self.replayed_indices if indices is None else indices,
+        )
 
     def _plan(self, routing, sequence_length, training):
         limits = {}
@@ -257,6 +303,26 @@ class MixtureOfExperts(RouterUsage, Recomputable):
             if limits and self.experts.num_limited < self.experts.num_experts:
                 limits = {"num_limited": self.experts.num_limited, **limits}
         return self.router.plan(routing, **limits)
+
+    def _flatten(self, inputs, mask):
+        """Tokens (T, ...) of inputs, zero where a mask (batch, ...) is False."""
+        if mask is not None:
+            # Padding may hold anything, NaN included, which no product with a zero weight removes.
+            inputs = _zero_padding(inputs, mask)
+        return keras_ops.reshape(inputs, (-1, *self._token_shape(inputs.shape)))
+
+    def _compute_separately(self, tokens, routing, plan):
+        """Outputs (T, K, D') of the assignments, zero where one is not served."""
+        if isinstance(plan, ops.SoftPlan):
+            raise ValueError(
+                "`return_expert_outputs` needs a router that assigns tokens to experts. Received: "
+                f"`{type(self.router).__name__}`, whose experts mix tokens"
+            )
+        if not isinstance(plan.groups, (ops.Groups, ops.Assignments)):
+            plan = _plan_groups(routing)  # of experts that choose: as if tokens chose the same
+        top_k = routing.indices.shape[1]
+        outputs = self.experts(keras_ops.repeat(tokens, top_k, axis=0), plan.by_assignment())
+        return keras_ops.reshape(outputs, (-1, top_k, *outputs.shape[1:]))
 
     def _compute_experts(self, tokens, plan):
         if not isinstance(plan, ops.SoftPlan):
@@ -271,17 +337,15 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         shared = keras_ops.cast(shared, self.compute_dtype)
         if self.shared_gate is not None:
             shared = shared * self.shared_gate(inputs)
-        if mask is not None:
-            shared = keras_ops.where(keras_ops.expand_dims(mask, -1), shared, 0)
-        return shared
+        return shared if mask is None else _zero_padding(shared, mask)
 
     def quantized_call(self, *args, **kwargs):
         return self.call(*args, **kwargs)
 
     def compute_output_shape(self, inputs_shape, router_inputs_shape=None):
-        tokens_shape = (None, inputs_shape[-1])
-        width = self.experts.compute_output_shape(tokens_shape)[-1]
-        return (*inputs_shape[:-1], width)
+        token_shape = self._token_shape(inputs_shape)
+        outputs_shape = self.experts.compute_output_shape((None, *token_shape))
+        return (*inputs_shape[: len(inputs_shape) - len(token_shape)], *outputs_shape[1:])
 
     def compute_output_spec(
         self,
@@ -292,15 +356,22 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         token_ids=None,
         indices=None,
         router_inputs=None,
+        return_expert_outputs=False,
     ):
         self._check_call(inputs, mask, router_inputs)
-        outputs = keras.KerasTensor(self.compute_output_shape(inputs.shape), self.compute_dtype)
-        sizes = inputs.shape[:-1]
+        shape = self.compute_output_shape(inputs.shape)
+        outputs = keras.KerasTensor(shape, self.compute_dtype)
+        num_axes = len(inputs.shape) - len(self._token_shape(inputs.shape))
+        sizes = inputs.shape[:num_axes]
         num_tokens = None if None in sizes else math.prod(sizes)
-        features = (inputs if router_inputs is None else router_inputs).shape[-1]
-        tokens = keras.KerasTensor((num_tokens, features), inputs.dtype)
+        seen = self._token_shape((inputs if router_inputs is None else router_inputs).shape)
+        tokens = keras.KerasTensor((num_tokens, math.prod(seen)), inputs.dtype)
         routing = self.router.compute_output_spec(tokens, token_ids=token_ids, indices=indices)
-        return (outputs, routing) if return_routing else outputs
+        returned = [outputs, *([routing] if return_routing else [])]
+        if return_expert_outputs:
+            shape = (*sizes, routing.indices.shape[1], *shape[num_axes:])
+            returned.append(keras.KerasTensor(shape, self.compute_dtype))
+        return tuple(returned) if len(returned) > 1 else outputs
 
     def get_config(self):
         return {
@@ -311,6 +382,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
             "shared_expert": config_of(self.shared_expert),
             "gated_shared_expert": self.gated_shared_expert,
             "capacity_factor": config_of(self.capacity),
+            "token_axes": self.token_axes,
         }
 
 
@@ -319,15 +391,21 @@ class _Gate(keras.layers.Dense):
         """Do nothing: it has one column. Keras calls this for every layer."""
 
 
-def _flatten(inputs, mask):
-    """Tokens (T, D) of inputs (batch, ..., D), zero where a mask (batch, ...) is False."""
-    if mask is not None:
-        # Padding may hold anything, NaN included, which no product with a zero weight removes.
-        zero = keras_ops.zeros((), inputs.dtype)
-        inputs = keras_ops.where(keras_ops.expand_dims(mask, -1), inputs, zero)
-    return keras_ops.reshape(inputs, (-1, inputs.shape[-1]))
+def _zero_padding(values, mask):
+    """Values (batch, ..., ...), zero where a mask (batch, ...) is False."""
+    for _ in range(len(values.shape) - len(mask.shape)):
+        mask = keras_ops.expand_dims(mask, -1)
+    return keras_ops.where(mask, values, keras_ops.zeros((), values.dtype))
 
 
-def _sequence_length(shape):
-    """Tokens between the first axis and the last, at least 1; None where each row is a token."""
-    return at_least(1, math.prod(shape[1:-1])) if len(shape) > 2 else None
+def _weighted_sum(expert_outputs, weights):
+    """(T, ...), the float32 sums of outputs (T, K, ...) by weights (T, K)."""
+    outputs = keras_ops.cast(expert_outputs, "float32")
+    for _ in range(len(outputs.shape) - 2):
+        weights = keras_ops.expand_dims(weights, -1)
+    return keras_ops.sum(outputs * weights, axis=1)
+
+
+def _sequence_length(leading):
+    """Tokens of a sequence, all axes but the first, at least 1; None where each is a token."""
+    return at_least(1, math.prod(leading[1:])) if len(leading) > 1 else None

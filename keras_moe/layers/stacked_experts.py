@@ -9,7 +9,7 @@ from keras_moe._internal.lora import Adaptable
 from keras_moe.backend import backend
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.projection import Projection
-from keras_moe.ops.feed_forward import _grouped_feed_forward
+from keras_moe.ops.feed_forward import _all_experts, _grouped_feed_forward
 from keras_moe.ops.grouped import engine_on
 from keras_moe.ops.grouped.records import Network
 
@@ -59,7 +59,12 @@ class StackedExperts(Adaptable, ExpertBank):
         raise NotImplementedError
 
     def build(self, tokens_shape):
-        self._fix_width(tokens_shape)
+        if len(tokens_shape) > 2:
+            raise ValueError(
+                "Experts with stacked kernels take tokens (T, D). Received: tokens of shape "
+                f"{tuple(tokens_shape[1:])}. Use `LayerExperts` for whole samples"
+            )
+        self._fix_shape(tokens_shape)
         self._check_activation()
         self.processes = backend.expert_processes()
         experts = range(self.num_experts)
@@ -92,6 +97,12 @@ class StackedExperts(Adaptable, ExpertBank):
             expert_axis=backend.mesh_axis(kernel) if backend.token_shards() else None,
             processes=self.processes,
         )
+
+    def compute_all(self, tokens):
+        if backend.token_shards() or self.processes is not None:
+            return super().compute_all(tokens)
+        projections = [projection.tensors() for projection in self.projections]
+        return _all_experts(self._compute(tokens), self._network(), projections)
 
     def _network(self):
         scale = self.lora_scale() if self.lora_enabled else None

@@ -17,13 +17,14 @@ def freeze_parts(layer):
         keras.Layer.trainable.fset(layer, False)
 
 
-def build_and_measure(name, layer, inputs_shape):
+def build_and_measure(name, layer, inputs_shape, num_kept=None):
     """Build a layer, if it is not built, and return the shape of its output.
 
     Args:
         name: Name of the argument that the layer was passed as, for the message.
         layer: Any Keras layer.
         inputs_shape: (batch, ..., D).
+        num_kept: Number of leading axes that it must keep. None: all but the last.
 
     Raises:
         ValueError: If the output is not one tensor with the leading axes of the inputs.
@@ -40,19 +41,18 @@ def build_and_measure(name, layer, inputs_shape):
         # A layer of `__init__` and `call` only: a symbolic call builds and measures it.
         outputs = layer(keras.KerasTensor(inputs_shape, layer.compute_dtype))
         shape = getattr(outputs, "shape", None)
-    leading = tuple(inputs_shape)[:-1]
+    leading = tuple(inputs_shape)[: -1 if num_kept is None else num_kept]
     # Several outputs have a list of shapes, or a dict.
     try:
         shape = tuple(shape)
-        fits = len(shape) == len(inputs_shape) and all(
-            size is None or int(size) > 0 for size in shape
-        )
+        has_rank = len(shape) == len(inputs_shape) or (num_kept is not None and len(shape) > 1)
+        fits = has_rank and all(size is None or int(size) > 0 for size in shape)
     except TypeError:
         fits = False
     if not fits or any(None not in pair and pair[0] != pair[1] for pair in zip(shape, leading)):
         raise ValueError(
-            f"`{name}` must keep all axes but the last. Received: layer `{layer.name}`, which "
-            f"makes {shape} of {tuple(inputs_shape)}"
+            f"`{name}` must keep the axes {leading} of its inputs. Received: layer "
+            f"`{layer.name}`, which makes {shape} of {tuple(inputs_shape)}"
         )
     return shape
 

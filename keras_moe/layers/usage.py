@@ -1,5 +1,7 @@
 """Router losses and usage counters of a layer with a router."""
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -31,6 +33,8 @@ class RouterUsage(keras.layers.Layer):
     last_counts = None
     last_losses = None
     resets = 0
+    # A function of a routing and the tokens, which `inspection` sets to record them.
+    routing_listener: Any = None
     # Losses, and weights that were set for them before the layer was built.
     _early_loss_weights: tuple = ((), [])
 
@@ -62,9 +66,14 @@ class RouterUsage(keras.layers.Layer):
             self.loss_states.append(added)
         self.router_losses = tuple(built)
 
+    def _account(self, tokens, routing, sequence_length, training):
+        """Add losses and count assignments in training, and tell the listener."""
+        if training or self.counts_in_evaluation:
+            self._add_losses_and_count(routing, sequence_length, training)
+        if self.routing_listener is not None:
+            self.routing_listener(routing, tokens)
+
     def _add_losses_and_count(self, routing, sequence_length, training):
-        if not (training or self.counts_in_evaluation):
-            return
         values = []
         for index, loss in enumerate(self.router_losses):
             extra = {"sequence_length": sequence_length} if loss.per_sequence else {}

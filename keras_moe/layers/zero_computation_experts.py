@@ -79,7 +79,7 @@ class ZeroComputationExperts(ExpertBank):
         self.num_constant = num_constant
 
     def build(self, tokens_shape):
-        self._fix_width(tokens_shape)
+        self._fix_shape(tokens_shape)
         if not self.experts.built:
             self.experts.build(tokens_shape)
         features = tokens_shape[-1]

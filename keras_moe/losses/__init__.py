@@ -1,4 +1,4 @@
-"""Router losses: objects that turn a routing into a scalar that training adds to its loss."""
+"""Router losses, which training adds to its loss, and the likelihood of a mixture."""
 
 from keras_moe._internal.serialization import resolve
 from keras_moe.losses.balance import (
@@ -9,6 +9,7 @@ from keras_moe.losses.balance import (
     SequenceLoadBalance,
 )
 from keras_moe.losses.confidence import RouterEntropy, RouterZ
+from keras_moe.losses.likelihood import MixtureNegativeLogLikelihood, pack_mixture
 from keras_moe.losses.router_loss import RouterLoss
 
 BY_NAME = {
@@ -37,11 +38,13 @@ __all__ = [
     "ImportanceVariation",
     "LoadBalance",
     "LoadVariation",
+    "MixtureNegativeLogLikelihood",
     "RouterEntropy",
     "RouterLoss",
     "RouterZ",
     "SequenceLoadBalance",
     "get",
+    "pack_mixture",
 ]
 
 

@@ -42,15 +42,17 @@ def load_entropy(counts):
 
 
 def dead_experts(counts):
-    """Number of experts without a single assignment.
+    """Number of experts with less than a thousandth of the mean, such as no assignment.
 
     Args:
-        counts: Tensor or list, (E,). Assignments per expert.
+        counts: Tensor or list, (E,). Assignments per expert, or shares of the combine weight.
 
     Returns:
         Scalar, float32.
     """
-    return ops.sum(ops.cast(as_counts(counts) == 0, "float32"))
+    counts = as_counts(counts)
+    # All are dead where nothing was assigned.
+    return ops.sum(ops.cast(counts <= 1e-3 * ops.mean(counts), "float32"))
 
 
 def dead_experts_over_window(counts, window=100):

@@ -73,6 +73,10 @@ class Assignments(NamedTuple):
         """Which tokens have an assignment that is served, (T,) bool."""
         return ops.any(self.experts >= 0, axis=1)
 
+    def by_assignment(self):
+        """The same, where token t * K + k is the k-th choice of token t, (T * K, 1)."""
+        return self._replace(experts=ops.reshape(self.experts, (-1, 1)))
+
     @backend.as_one_program
     def sort(self):
         """The `Groups` of rows sorted by expert: inside one in the order of the assignments."""

@@ -14,6 +14,7 @@ from keras_moe.backend import backend
 from keras_moe.ops.assignments import Assignments, Choices
 from keras_moe.ops.grouped import run_grouped, step_of
 from keras_moe.ops.grouped.records import QUANTIZED, Affine, Network, Packed, Parameters
+from keras_moe.ops.grouped.steps import products_of
 from keras_moe.ops.groups import Groups, check_groups, combine_rows, dispatch_rows
 from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.platforms import named_platform
@@ -141,6 +142,22 @@ def _grouped_feed_forward(tokens, plan, network, projections, expert_axis=None, 
     shards = backend.token_shards()
     exchange = Exchange(step, shards, expert_axis, named_platform() or shards.platform)
     return run_sharded(exchange, tokens, weights, parameters, groups)
+
+
+def _all_experts(tokens, network, projections):
+    """The outputs (T, E, D') of all experts for each token (T, D): products of whole stacks."""
+
+    step = step_of(network, tuple(kernel.shape[-1] for kernel, _, _ in projections))
+    stacks = Parameters.of(projections).take(lambda stack: stack, tokens.dtype)
+
+    def project(rows, number):
+        kernel, bias, _ = stacks[number]
+        products = ops.matmul(rows, kernel)
+        return products if bias is None else products + ops.expand_dims(bias, 1)
+
+    rows = ops.expand_dims(tokens, 0)
+    outputs, _ = step.forward(rows, products_of(project, pull=None), keep=False)
+    return ops.transpose(outputs, (1, 0, 2))
 
 
 def _serve_in_processes(tokens, plan, network, projections, processes):

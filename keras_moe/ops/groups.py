@@ -77,6 +77,15 @@ class Groups(NamedTuple):
         """Which tokens have a row, (T,) bool."""
         return ops.any(self.rows_of_token >= 0, axis=1)
 
+    def by_assignment(self):
+        """The same rows, where token t * K + k is the k-th choice of token t, (T * K, 1)."""
+        num_tokens, top_k = ops.shape(self.rows_of_token)
+        choice, token = self.assignment_of_row // num_tokens, self.assignment_of_row % num_tokens
+        return self._replace(
+            assignment_of_row=token * top_k + choice,
+            rows_of_token=ops.reshape(self.rows_of_token, (-1, 1)),
+        )
+
     def sum_rows(self, rows, weights=None):
         """For each token the float32 sum of its rows (R, D), weighted by weights (T, K) or by 1.
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_moe._internal.checks import check_integer, check_number, check_tensors
+from keras_moe._internal.checks import check_integer, check_number, check_tensors, is_kind
 from keras_moe.backend import backend
 from keras_moe.ops.assignments import (
     Assignments,
@@ -68,12 +68,17 @@ class GroupedPlan(NamedTuple):
         """Which tokens have a row, (T,) bool."""
         return self.groups.served()
 
+    def by_assignment(self):
+        """The plan of tokens that were repeated K times, each with one choice of weight 1."""
+        ones = ops.ones_like(ops.reshape(self.weights, (-1, 1)))
+        return GroupedPlan(self.groups.by_assignment(), ones)
+
     @backend.as_one_program
     def dropped_fraction(self, counts):
         """Share of the assignments (E,) that have no row, a float32 scalar; 0 without any."""
         assigned = ops.cast(ops.sum(counts), "float32")
         served = ops.cast(ops.sum(self.groups.sizes), "float32")
-        return (assigned - served) / ops.maximum(assigned, 1.0)
+        return ops.maximum(assigned - served, 0.0) / ops.maximum(assigned, 1.0)
 
 
 def plan_groups(routing, capacity=None, first=None, sequence_length=None, num_limited=None):
@@ -118,6 +123,8 @@ def _plan_groups(routing, capacity=None, first=None, sequence_length=None, num_l
     # Whatever a user-defined router returns, nothing is read or written out of range.
     indices = existing(routing.indices, routing.counts.shape[0], routing.mask)
     assignments = Assignments(indices, routing.counts)
+    if is_kind("float", routing.counts):  # sums of weights
+        assignments = Assignments.of(indices, routing.counts.shape[0])
     shards = backend.token_shards()
     if capacity is not None:
         if isinstance(capacity, int):

@@ -15,7 +15,7 @@ from keras_moe._internal.checks import (
     check_tensors,
 )
 from keras_moe.backend import backend
-from keras_moe.ops.scores import SCORES, distribution
+from keras_moe.ops.scores import SCORES, SMALLEST_SCORE, distribution
 from keras_moe.ops.selection import _take_scores, _top_k_indices, check_top_k
 
 
@@ -29,7 +29,8 @@ class Routing(NamedTuple):
     - `probs` (T, E) float32: scores of all experts, a distribution over E.
     - `logits` (T, E) float32: what the scores were computed from.
     - `mask` (T,) bool: False for padding.
-    - `counts` (E,) int32: assignments per expert, padding excluded, before any drop.
+    - `counts` (E,) int32: assignments per expert, padding excluded, before any drop. float32 where
+      all experts serve all tokens: then the combine weight of each, scaled to the same sum.
     - `dropped` () float32: share of the assignments that found no slot in their expert.
     - `load` (E,) float32: `counts`; for noisy routers a smooth, differentiable estimate of the
       load.
@@ -194,6 +195,18 @@ def _top_k_routing(logits, top_k, mask, score="softmax", renormalize=None, scale
         weights = distribution(weights)
     probs = scores if score == "softmax" else distribution(scores)
     return _make_routing(indices, weights * scale, probs, logits, mask)
+
+
+def weighted_counts(indices, weights, mask):
+    """Counts (E,), float32, where all experts serve all tokens: shares of the combine weight.
+
+    They sum to T * E, like assignments, and have no gradient.
+    """
+    num_experts = indices.shape[1]
+    weights = ops.stop_gradient(ops.where(ops.expand_dims(mask, 1), weights, 0.0))
+    totals = ops.segment_sum(ops.reshape(weights, (-1,)), ops.reshape(indices, (-1,)), num_experts)
+    assigned = num_experts * ops.sum(ops.cast(mask, "float32"))
+    return totals * (assigned / ops.maximum(ops.sum(totals), SMALLEST_SCORE))
 
 
 @backend.as_one_program

@@ -1,4 +1,4 @@
-"""Routers that learn nothing: a table of token ids, and patterns for measurements."""
+"""Routers whose choice is not learned: a table of token ids, and patterns for measurements."""
 
 import keras
 import numpy as np
@@ -7,7 +7,8 @@ from keras import ops
 from keras_moe._internal.checks import check_choice, check_integer
 from keras_moe._internal.serialization import register
 from keras_moe.ops import draws
-from keras_moe.ops.routing import _make_routing
+from keras_moe.ops.routing import _make_routing, _top_k_routing
+from keras_moe.ops.scores import SCORES
 from keras_moe.ops.selection import _top_k_indices, chosen_experts, existing
 from keras_moe.routers.router import Router
 
@@ -18,8 +19,9 @@ PATTERNS = ("round_robin", "random", "zipf", "one")
 class HashRouter(Router):
     """Each word of the vocabulary has its experts, drawn at random and never changed.
 
-    Nothing is learned, so nothing collapses. The K experts of a token have the weight 1 / K. To
-    choose experts in another way, by topic or by frequency, call `router.table.assign(table)`.
+    The choice is not learned, so nothing collapses. The K experts of a token have the weight 1 / K,
+    or with a `score` learned weights. To choose experts in another way, by topic or by frequency,
+    call `router.table.assign(table)`.
 
     Args:
         num_experts: Integer. Number of experts, E.
@@ -27,6 +29,8 @@ class HashRouter(Router):
             larger ones start again from 0, -1 is the last. Beyond int32 the last 32 bits count.
         top_k: Integer. Experts per token, K, at most E.
         seed: Integer seed of the table (vocabulary_size, K).
+        score: String. "softmax", "sigmoid" or "sqrt_softplus": the experts of the table are weighed
+            by scores of a learned kernel (D, E), as in DeepSeek-V4. None: all alike.
         **kwargs: `name` and `trainable`, as in any Keras layer.
 
     Raises:
@@ -52,14 +56,23 @@ class HashRouter(Router):
 
     default_losses = ()
 
-    def __init__(self, num_experts=None, vocabulary_size=None, top_k=1, seed=0, **kwargs):
+    def __init__(
+        self, num_experts=None, vocabulary_size=None, top_k=1, seed=0, score=None, **kwargs
+    ):
         super().__init__(num_experts, **kwargs)
         self.vocabulary_size = check_integer("vocabulary_size", vocabulary_size)
         self.top_k = check_integer("top_k", top_k)
         self.seed = seed if seed is None else check_integer("seed", seed, minimum=0)
+        self.score = None if score is None else check_choice("score", score, SCORES)
         self.check_num_experts()
 
     def build(self, tokens_shape):
+        if self.score is not None:
+            self.kernel = self.add_weight(
+                name="kernel",
+                shape=(tokens_shape[-1], self.num_experts),
+                initializer=keras.initializers.RandomNormal(stddev=0.02, seed=self.seed),
+            )
         self.table = self.add_weight(
             name="table",
             shape=(self.vocabulary_size, self.top_k),
@@ -80,7 +93,10 @@ class HashRouter(Router):
         _check_has_ids(token_ids)
         ids = ops.cast(token_ids, "int32") % self.vocabulary_size
         indices = existing(ops.take(self.table, ids, axis=0), self.num_experts)
-        return _fixed_routing(indices, mask, self.num_experts)
+        if self.score is None:
+            return _fixed_routing(indices, mask, self.num_experts)
+        logits = ops.matmul(tokens, self.kernel)
+        return _top_k_routing(logits, self.top_k, mask, self.score, select=lambda scores: indices)
 
     def get_config(self):
         return {
@@ -88,6 +104,7 @@ class HashRouter(Router):
             "vocabulary_size": self.vocabulary_size,
             "top_k": self.top_k,
             "seed": self.seed,
+            "score": self.score,
         }
 
 

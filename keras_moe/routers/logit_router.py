@@ -15,8 +15,8 @@ class LogitRouter(Adaptable, Router):
     """Abstract: a router whose logits are learned; linear, unless a subclass overrides `project`.
 
     Args:
-        num_experts, input_jitter, logit_noise, kernel_initializer, kernel_regularizer, seed: As in
-            `TopKRouter`.
+        num_experts, input_jitter, logit_noise, kernel_initializer, kernel_regularizer, seed,
+            hidden_dim, temperature: As in `TopKRouter`.
         **kwargs: `name` and `trainable`, as in any Keras layer.
     """
 
@@ -31,6 +31,8 @@ class LogitRouter(Adaptable, Router):
         kernel_initializer=None,
         kernel_regularizer=None,
         seed=None,
+        hidden_dim=None,
+        temperature=1.0,
         **kwargs,
     ):
         super().__init__(num_experts, **kwargs)
@@ -41,11 +43,24 @@ class LogitRouter(Adaptable, Router):
             kernel_initializer = keras.initializers.RandomNormal(stddev=0.02, seed=self.seed)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.hidden_dim = hidden_dim and check_integer("hidden_dim", hidden_dim)
+        self.temperature = check_number("temperature", temperature, above=0)
         self._noise_seed = keras.random.SeedGenerator(self.seed)
 
     def build(self, tokens_shape):
         features = tokens_shape[-1]
         self.input_spec = keras.layers.InputSpec(ndim=2, axes={-1: features})
+        if self.hidden_dim:
+            self.hidden_kernel = self.add_weight(
+                name="hidden_kernel",
+                shape=(features, self.hidden_dim),
+                initializer=keras.initializers.GlorotUniform(self.seed),
+                regularizer=self.kernel_regularizer,
+            )
+            self.hidden_bias = self.add_weight(
+                name="hidden_bias", shape=(self.hidden_dim,), initializer="zeros"
+            )
+            features = self.hidden_dim
         self.kernel = self._add_kernel("kernel", self.kernel_shape(features))
 
     def _post_build(self):
@@ -75,10 +90,18 @@ class LogitRouter(Adaptable, Router):
         if training and self.input_jitter:
             noise = 2 * self._noise(draws.uniform, tokens) - 1
             tokens = tokens * (1 + self.input_jitter * noise)
-        logits = ops.cast(self.project(tokens), "float32")
+        logits = ops.cast(self.project(self.hidden(tokens)), "float32")
+        if self.temperature != 1:
+            logits = logits / self.temperature
         if training and self.logit_noise:
             logits = logits + self.logit_noise * self._noise(draws.normal, logits)
         return logits, mask
+
+    def hidden(self, tokens):
+        """Return what is projected of tokens (T, D): a hidden layer (T, H), or the tokens."""
+        if not self.hidden_dim:
+            return tokens
+        return ops.relu(ops.matmul(tokens, self.hidden_kernel) + self.hidden_bias)
 
     def _noise(self, draw, like):
         """Return numbers of the shape of a tensor (R, C), from one of `ops.draws`."""
@@ -145,4 +168,6 @@ class LogitRouter(Adaptable, Router):
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
             "seed": self.seed,
+            "hidden_dim": self.hidden_dim,
+            "temperature": self.temperature,
         }

@@ -56,7 +56,7 @@ class NoisyTopKRouter(LogitRouter):
         clean, mask = self.logits(tokens, mask, training)
         noisy, load = clean, None
         if training:
-            deviation = ops.softplus(ops.matmul(tokens, self.noise_kernel)) + 0.01
+            deviation = ops.softplus(ops.matmul(self.hidden(tokens), self.noise_kernel)) + 0.01
             noisy = clean + deviation * self._noise(draws.normal, clean)
             load = _noisy_load(clean, noisy, deviation, self.top_k, mask)
         scores = softmax(noisy)

@@ -17,7 +17,7 @@ from keras_moe._internal.checks import (
 from keras_moe._internal.serialization import PACKAGE, load_draws, save_draws
 from keras_moe.backend import backend
 from keras_moe.ops.plans import _plan_groups
-from keras_moe.ops.routing import Routing, without_padding
+from keras_moe.ops.routing import Routing, weighted_counts, without_padding
 
 
 class Router(keras.layers.Layer):
@@ -81,6 +81,8 @@ class Router(keras.layers.Layer):
     default_losses: tuple = ("load_balance", "router_z")
     # Whether tokens choose experts, so that an expert may be chosen by too many.
     takes_capacity = True
+    # Whether all experts serve each token, so that only the weights tell which ones it uses.
+    serves_all: Any = False
     # Whether the norm of the kernel changes no logit.
     normalizes_kernel = False
     # Whether a number that is added to all logits of a token changes nothing.
@@ -166,6 +168,9 @@ class Router(keras.layers.Layer):
         known = {name: value for name, value in known.items() if name in self._known_arguments}
         with backend.without_autocast(tokens):
             routing = self.route(tokens, real, training, **known)
+        if self.serves_all and indices is None:
+            counts = weighted_counts(routing.indices, routing.weights, real)
+            routing = routing._replace(counts=counts)
         if not self._is_of_package:
             self._check_routing(routing, tokens.shape[0])
             if mask is not None:
@@ -258,7 +263,9 @@ class Router(keras.layers.Layer):
             probs=keras.KerasTensor(of_experts, "float32"),
             logits=keras.KerasTensor(of_experts, "float32"),
             mask=keras.KerasTensor(of_choices[:1], "bool"),
-            counts=keras.KerasTensor(of_experts[1:], "int32"),
+            counts=keras.KerasTensor(
+                of_experts[1:], "float32" if self.serves_all and indices is None else "int32"
+            ),
             dropped=keras.KerasTensor((), "float32"),
             load=keras.KerasTensor(of_experts[1:], "float32"),
         )

@@ -79,6 +79,10 @@ class SelectionRouter(LogitRouter):
             )
 
     @property
+    def serves_all(self):
+        return self.top_k == self.num_experts > 1
+
+    @property
     def shift_invariant(self):
         return self.score == "softmax"
 
@@ -177,6 +181,9 @@ class TopKRouter(SelectionRouter):
             `keras.regularizers.OrthogonalRegularizer(mode="columns")` keeps the experts' directions
             apart (arXiv:2506.14038).
         seed: Integer seed of the noise, or None.
+        hidden_dim: Integer or None. Width H of a hidden layer with ReLU before the kernel, which
+            then is (H, E).
+        temperature: Float above 0. Logits are divided by it: scores are sharper below 1.
         **kwargs: `name` and `trainable`, as in any Keras layer. `dtype` is always float32.
 
     Raises:

@@ -37,6 +37,7 @@ class DenseRouter(LogitRouter):
     """
 
     default_losses = ()
+    serves_all = True
 
     @property
     def top_k(self):

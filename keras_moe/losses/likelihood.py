@@ -1,0 +1,169 @@
+"""The likelihood of a mixture: experts that compete, as in the mixtures of 1991.
+
+Axes: K experts of a sample, D target features or classes, D' outputs of an expert.
+"""
+
+import math
+
+import keras
+from keras import ops
+
+from keras_moe._internal.checks import check_choice, check_number
+from keras_moe._internal.serialization import register
+
+# The logarithm of a weight of zero, finite so that no gradient is NaN.
+_LOG_ZERO = -1e9
+
+
+@register
+class MixtureNegativeLogLikelihood(keras.losses.Loss):
+    """`-log sum_k w_k p_k(y)`, where each expert k predicts a distribution of the target y.
+
+    A squared error of the summed output makes experts cooperate, and predicts the mean of all
+    answers. This loss makes them compete: the expert that explains a sample best gets most of its
+    gradient, so experts specialize, and each may give another answer.
+
+    Predictions are made by `losses.pack_mixture` from a routing and the outputs of its experts. The
+    weights of a sample should sum to 1, as those of `DenseRouter`, or of a `TopKRouter` with at
+    least two experts, do.
+
+    Args:
+        distribution: String. "gaussian": outputs are means (D), with `scale=None` followed by
+            logarithms of standard deviations (D). "categorical": outputs are logits of D classes,
+            and targets are class numbers.
+        scale: Positive float, the standard deviation of all Gaussians, or None to learn it.
+        normalized: Boolean. Whether a Gaussian has its normalizing constant. False, with a scale of
+            1, is the competitive error of Jacobs et al., eq. 1.3.
+        name: String. Name of the loss.
+        **kwargs: `reduction` and `dtype`, as in `keras.losses.Loss`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Call arguments:
+        y_true: (batch, ..., D) float tensor, or (batch, ...) integer tensor of classes.
+        y_pred: (batch, ..., K, 1 + D') float tensor of `losses.pack_mixture`.
+
+    Returns:
+        Scalar, float32, or (batch, ...) without a reduction.
+
+    Example:
+
+    >>> experts = keras_moe.layers.LinearExperts(num_experts=2, output_dim=1)
+    >>> layer = keras_moe.layers.MixtureOfExperts(experts, router="dense")
+    >>> inputs = keras.Input((4,))
+    >>> _, routing, outputs = layer(inputs, return_routing=True, return_expert_outputs=True)
+    >>> model = keras.Model(inputs, keras_moe.losses.pack_mixture(routing, outputs))
+    >>> loss = keras_moe.losses.MixtureNegativeLogLikelihood(scale=0.1)
+    >>> model.compile("adam", loss)
+    >>> loss.mean(model(keras.random.normal((32, 4)))).shape
+    (32, 1)
+
+    References: Jacobs et al. 1991, "Adaptive mixtures of local experts", eq. 1.3; Bishop 1994,
+    "Mixture density networks", for learned scales.
+    """
+
+    def __init__(
+        self,
+        distribution="gaussian",
+        scale=1.0,
+        normalized=True,
+        name="mixture_negative_log_likelihood",
+        **kwargs,
+    ):
+        super().__init__(name=name, **kwargs)
+        self.distribution = check_choice("distribution", distribution, ("gaussian", "categorical"))
+        self.scale = None if scale is None else check_number("scale", scale, above=0)
+        self.normalized = normalized
+
+    def call(self, y_true, y_pred):
+        return -ops.logsumexp(self._log_joint(y_true, y_pred), axis=-1)
+
+    def responsibilities(self, y_true, y_pred):
+        """Return each expert's posterior probability for a sample, (batch, ..., K)."""
+        return ops.softmax(self._log_joint(y_true, y_pred), axis=-1)
+
+    def mean(self, y_pred):
+        """Return the mean of the mixture, (batch, ..., D); of classes their probabilities."""
+        return self._average(y_pred, self._parameters(y_pred)[0])
+
+    def variance(self, y_pred):
+        """Return the variance of each target feature, or of each class, (batch, ..., D)."""
+        means, log_scales = self._parameters(y_pred)
+        mean = self._average(y_pred, means)
+        if log_scales is None:
+            return mean * (1 - mean)
+        return self._average(y_pred, ops.square(means - ops.expand_dims(mean, -2))) + (
+            self._average(y_pred, ops.exp(2 * log_scales))
+        )
+
+    def mode(self, y_pred):
+        """Return the mean of the expert with the highest peak (batch, ..., D), or the class."""
+        means, log_scales = self._parameters(y_pred)
+        if log_scales is None:
+            return ops.argmax(self.mean(y_pred), axis=-1)
+        peaks = _log_weights(y_pred) - ops.sum(log_scales, axis=-1)
+        best = ops.one_hot(ops.argmax(peaks, axis=-1), means.shape[-2], dtype=means.dtype)
+        return ops.sum(ops.expand_dims(best, -1) * means, axis=-2)
+
+    def _log_joint(self, y_true, y_pred):
+        """Logarithms of `w_k p_k(y)`, (batch, ..., K)."""
+        y_pred = ops.convert_to_tensor(y_pred, "float32")
+        if self.distribution == "categorical":
+            logs = ops.log_softmax(y_pred[..., 1:], axis=-1)
+            classes = ops.cast(ops.convert_to_tensor(y_true), "int32")
+            chosen = ops.one_hot(classes, logs.shape[-1], dtype=logs.dtype)
+            # Only the chosen class: minus infinity times zero is NaN.
+            chosen = ops.expand_dims(chosen, -2)
+            return _log_weights(y_pred) + ops.sum(ops.where(chosen > 0, logs, 0.0), axis=-1)
+        means, log_scales = self._parameters(y_pred)
+        targets = ops.expand_dims(ops.convert_to_tensor(y_true, "float32"), -2)
+        distances = ops.square((targets - means) / ops.exp(log_scales))
+        if self.normalized:
+            distances = distances + 2 * log_scales + math.log(2 * math.pi)
+        return _log_weights(y_pred) - 0.5 * ops.sum(distances, axis=-1)
+
+    def _parameters(self, y_pred):
+        """Means (batch, ..., K, D) and logarithms of scales, None of classes."""
+        outputs = ops.convert_to_tensor(y_pred, "float32")[..., 1:]
+        if self.distribution == "categorical":
+            return ops.softmax(outputs, axis=-1), None
+        if self.scale is not None:
+            return outputs, ops.full_like(outputs, math.log(self.scale))
+        return tuple(ops.split(outputs, 2, axis=-1))
+
+    def _average(self, y_pred, values):
+        weights = ops.exp(_log_weights(y_pred))
+        return ops.sum(ops.expand_dims(weights, -1) * values, axis=-2)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "distribution": self.distribution,
+            "scale": self.scale,
+            "normalized": self.normalized,
+        }
+
+
+def pack_mixture(routing, expert_outputs):
+    """Combine weights and expert outputs in one tensor, the prediction of a mixture.
+
+    A Keras loss receives one tensor for each output. The first entry of each expert is the
+    logarithm of its weight.
+
+    Args:
+        routing: `ops.Routing` of T tokens.
+        expert_outputs: (batch, ..., K, D') float tensor, with T tokens. Only the size of the batch
+            may be unknown.
+
+    Returns:
+        (batch, ..., K, 1 + D') float32 tensor.
+    """
+    weights = ops.reshape(routing.weights, (-1, *expert_outputs.shape[1:-1]))
+    logs = ops.log(ops.where(weights > 0, weights, 1.0))
+    logs = ops.expand_dims(ops.where(weights > 0, logs, _LOG_ZERO), -1)
+    return ops.concatenate([logs, ops.cast(expert_outputs, "float32")], axis=-1)
+
+
+def _log_weights(y_pred):
+    return ops.cast(y_pred[..., 0], "float32")

@@ -1,0 +1,329 @@
+"""Many tasks, whole samples, outputs of single experts, and routers of other features."""
+
+import keras
+import numpy as np
+import pytest
+from backends import FAST_MODE, MODES, assert_close, compiled, gradients, to_numpy
+from keras import ops
+from layer_checks import D, E, array, moe, normal
+
+from keras_moe import callbacks, inspection, layers, routers
+
+WIDE = keras.initializers.RandomNormal(stddev=1.0, seed=0)
+BANKS = {
+    "feed-forward": lambda: layers.FeedForwardExperts(E, 16, output_dim=5),
+    "gated": lambda: layers.GatedExperts(E, 16, use_bias=True, clip=1.0, output_dim=5),
+    "linear": lambda: layers.LinearExperts(E, 5),
+    "layers": lambda: layers.LayerExperts([keras.layers.Dense(5, "tanh") for _ in range(E)]),
+}
+ROUTERS = {
+    "dense": lambda: routers.DenseRouter(kernel_initializer=WIDE),
+    "top-2": lambda: routers.TopKRouter(top_k=2, kernel_initializer=WIDE),
+}
+by_bank = pytest.mark.parametrize("bank", BANKS)
+by_router = pytest.mark.parametrize("router", ROUTERS)
+
+
+# Outputs of single experts
+
+
+@by_bank
+@pytest.mark.parametrize("router", [*ROUTERS, "expert choice", "relu"])
+@pytest.mark.parametrize("mode", MODES[-1:])
+def test_single_outputs_are_those_of_the_experts_and_sum_to_the_output(bank, router, mode):
+    made = {
+        **ROUTERS,
+        "expert choice": lambda: routers.ExpertChoiceRouter(kernel_initializer=WIDE),
+        "relu": lambda: routers.ReLURouter(kernel_initializer=WIDE),
+    }
+    layer = moe(BANKS[bank](), router=made[router]())
+    x, mask = normal(2, 5, D), np.arange(5) < np.array([[5], [3]])
+    layer.build(x.shape)
+
+    def call(x, mask):
+        arguments = {"mask": mask, "return_routing": True}
+        return layer(x, **arguments, return_expert_outputs=True), layer(x, mask=mask)
+
+    (outputs, routing, single), alone = compiled(call, mode)(x, mask)
+    assert_close(outputs, alone)
+    weights = routing.weights.reshape(*single.shape[:-1], 1)
+    assert_close((weights * single).sum(-2), alone)
+    indices = routing.indices.reshape(single.shape[:-1])
+    every = array(layer.experts.compute_all(ops.convert_to_tensor(x.reshape(-1, D))))
+    every = every.reshape(2, 5, E, 5)
+    served = (indices >= 0) & mask[..., None]
+    expected = np.take_along_axis(every, np.maximum(indices, 0)[..., None], axis=2)
+    assert_close(single, np.where(served[..., None], expected, 0.0))
+
+
+def test_single_outputs_of_dropped_assignments_are_zero():
+    layer = moe(router=ROUTERS["top-2"](), capacity_factor=0.5)
+    outputs, routing, single = layer(
+        normal(8, D), training=True, return_routing=True, return_expert_outputs=True
+    )
+    dropped = (array(single) == 0).all(-1)
+    assert dropped.mean() == pytest.approx(float(routing.dropped)) and dropped.any()
+    weights = array(routing.weights)[..., None]
+    assert_close((weights * array(single)).sum(1), array(outputs))
+
+
+def test_single_outputs_have_gradients_of_a_plain_formula():
+    layer = moe(layers.LinearExperts(E, 3), router=ROUTERS["top-2"]())
+    x = normal(6, D)
+    _, routing = layer(x, return_routing=True)
+    indices, kernel = array(routing.indices), array(layer.experts.up_kernel)
+    factor = normal(6, 2, 3, seed=1)
+
+    def objective(x):
+        return ops.sum(layer(x, return_expert_outputs=True)[1] * ops.convert_to_tensor(factor))
+
+    (gradient,) = gradients(objective, [x])
+    assert_close(gradient, np.einsum("tko,tkdo->td", factor, kernel[indices]))
+
+
+def test_soft_slots_have_no_single_outputs():
+    with pytest.raises(ValueError, match="assigns tokens to experts"):
+        moe(router="soft")(normal(2, 3, D), return_expert_outputs=True)
+
+
+# Routers that see other features
+
+
+def test_a_router_of_other_features_is_built_saved_and_loaded(tmp_path):
+    inputs, seen = keras.Input((None, D)), keras.Input((None, 3))
+    layer = moe(router=ROUTERS["top-2"]())
+    outputs, routing = layer(inputs, router_inputs=seen, return_routing=True)
+    model = keras.Model([inputs, seen], [outputs, routing.indices])
+    assert layer.router.kernel.shape == (3, E)
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    x, z = normal(2, 4, D), normal(2, 4, 3)
+    outputs, indices = model.predict([x, z], verbose=0)
+    assert_close(again.predict([x, z], verbose=0)[0], outputs)
+    chosen = array(layer.router(z.reshape(-1, 3)).indices)
+    np.testing.assert_array_equal(indices, chosen)
+
+
+def test_a_latent_mixture_computes_in_fewer_features_than_its_router_sees():
+    x = normal(2, 4, D)
+    down, up = keras.layers.Dense(3, use_bias=False), keras.layers.Dense(D, use_bias=False)
+    layer = moe(layers.FeedForwardExperts(E, 6))
+    outputs = up(layer(down(x), router_inputs=x))
+    assert outputs.shape == x.shape and layer.experts.up_kernel.shape == (E, 3, 6)
+    assert layer.router.kernel.shape == (D, E)
+
+
+# Whole samples
+
+
+def convolutional():
+    return keras.Sequential(
+        [
+            keras.layers.Conv2D(4, 3, activation="relu"),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(5),
+        ]
+    )
+
+
+@pytest.mark.parametrize("mode", MODES[-1:])
+def test_whole_samples_go_to_the_expert_that_is_chosen_for_them(mode, tmp_path):
+    router = routers.TopKRouter(top_k=1, kernel_initializer=WIDE)
+    bank = layers.LayerExperts([convolutional() for _ in range(3)])
+    layer = moe(bank, router=router, token_axes=1, shared_expert=convolutional())
+    images = normal(6, 6, 6, 2)
+    inputs = keras.Input(images.shape[1:])
+    outputs, routing = layer(inputs, return_routing=True)
+    model = keras.Model(inputs, [outputs, routing.indices, routing.weights])
+    outputs, indices, weights = compiled(model, mode)(images)
+    assert outputs.shape == (6, 5) and router.kernel.shape == (72, 3)
+    shared = array(layer.shared_expert(images))
+    for image, expert, weight, output, rest in zip(images, indices, weights, outputs, shared):
+        expected = weight * array(bank.layers[expert[0]](image[None]))[0]
+        assert_close(output, expected + rest)
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert_close(again.predict(images, verbose=0)[0], outputs)
+
+
+def test_whole_samples_keep_their_shape_learn_and_leave_padding_out():
+    bank = layers.LayerExperts([keras.layers.Conv1D(2, 3, padding="same") for _ in range(3)])
+    layer = moe(bank, router=ROUTERS["top-2"](), token_axes=1)
+    series = normal(4, 7, 2)
+    series[1] = np.nan
+    outputs, routing = layer(series, mask=np.arange(4) != 1, return_routing=True)
+    assert outputs.shape == (4, 7, 2) and (array(outputs)[1] == 0).all()
+    assert array(routing.counts).sum() == 6
+    model = keras.Sequential([keras.Input((7, 2)), moe(bank, router="dense", token_axes=1)])
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    x = normal(16, 7, 2)
+    history = model.fit(x, x[:, :, ::-1], epochs=5, verbose=0).history["loss"]
+    assert history[-1] < history[0]
+
+
+# Many tasks
+
+
+@by_bank
+@pytest.mark.parametrize("router", [*ROUTERS, "both"])
+def test_each_task_is_a_mixture_over_the_shared_bank(bank, router):
+    made = [ROUTERS["dense"](), ROUTERS["top-2"]()]
+    made = made if router == "both" else ROUTERS[router]()
+    layer = layers.MultiGateMixtureOfExperts(BANKS[bank](), 2, made)
+    x, mask = normal(3, 4, D), np.arange(4) < np.array([[4], [2], [0]])
+    outputs = compiled(lambda x, mask: layer(x, mask=mask), FAST_MODE)
+    layer.build(x.shape)
+    x[~mask] = np.nan
+    for output, task in zip(outputs(x, mask), layer.tasks):
+        assert_close(output, array(task(x, mask=mask)))
+        assert (output[~mask] == 0).all()
+
+
+@by_router
+def test_gradients_of_tasks_are_those_of_mixtures(router):
+    layer = layers.MultiGateMixtureOfExperts(BANKS["gated"](), 2, ROUTERS[router]())
+    x = normal(9, D)
+    layer.build(x.shape)
+
+    def together(x, *weights):
+        state = [variable.value for variable in layer.non_trainable_variables]
+        outputs, _ = layer.stateless_call(list(weights), state, x)
+        return sum(ops.sum(ops.sin((1 + n) * output)) for n, output in enumerate(outputs))
+
+    def apart(x, *weights):
+        mapping = list(zip(layer.trainable_variables, weights))
+        with keras.StatelessScope(state_mapping=mapping):
+            outputs = [task(x) for task in layer.tasks]
+        return sum(ops.sum(ops.sin((1 + n) * output)) for n, output in enumerate(outputs))
+
+    values = [x, *map(array, layer.trainable_variables)]
+    for one, other in zip(gradients(together, values), gradients(apart, values)):
+        assert_close(one, other, scale=max(np.abs(other).max(), 1e-3))
+
+
+@by_router
+def test_each_expert_computes_a_token_at_most_once(router, monkeypatch):
+    rows = []
+    bank = layers.LinearExperts(E, 5)
+    call, every = type(bank).call, type(bank).compute_all
+
+    def counted(self, tokens, plan):
+        rows.append(int(ops.sum(plan.groups.sizes)))
+        return call(self, tokens, plan)
+
+    def counted_all(self, tokens):
+        rows.append(E * len(tokens))
+        return every(self, tokens)
+
+    layer = layers.MultiGateMixtureOfExperts(bank, 3, ROUTERS[router]())
+    x = normal(9, D)
+    layer(x)
+    monkeypatch.setattr(layers.LinearExperts, "call", counted)
+    monkeypatch.setattr(layers.LinearExperts, "compute_all", counted_all)
+    layer(x)
+    chosen = [array(task.router(x).indices) for task in layer.tasks]
+    distinct = sum(len(set(row)) for row in np.concatenate(chosen, axis=1).tolist())
+    assert rows == [distinct] and distinct <= E * len(x)
+
+
+@by_router
+def test_layered_extraction_is_that_of_a_plain_model(router):
+    own = [layers.FeedForwardExperts(2, 6) for _ in range(2)]
+    layer = layers.MultiGateMixtureOfExperts(
+        layers.FeedForwardExperts(3, 6), 2, ROUTERS[router](), own, shared_output=True
+    )
+    inputs = [normal(5, D, seed=seed) for seed in range(3)]
+    outputs = layer([ops.convert_to_tensor(each) for each in inputs])
+    shared = array(layer.experts.compute_all(ops.convert_to_tensor(inputs[-1])))
+    of_tasks = [array(b.compute_all(ops.convert_to_tensor(x))) for b, x in zip(own, inputs)]
+    banks = [[shared, of_tasks[0]], [shared, of_tasks[1]], [shared, *of_tasks]]
+    for output, task, seen, bank in zip(outputs, layer.tasks, inputs, banks):
+        routing = task.router(seen)
+        experts = np.concatenate(bank, axis=1)
+        taken = np.take_along_axis(experts, array(routing.indices)[..., None], axis=1)
+        assert_close(array(output), (array(routing.weights)[..., None] * taken).sum(1))
+
+
+def test_blocks_of_layered_extraction_are_stacked_trained_logged_and_saved(tmp_path):
+    def block(name, shared_output):
+        return layers.MultiGateMixtureOfExperts(
+            layers.FeedForwardExperts(2, 6),
+            2,
+            task_experts=[layers.FeedForwardExperts(1, 6) for _ in range(2)],
+            shared_output=shared_output,
+            task_names=["like", "rating"],
+            name=name,
+        )
+
+    inputs = keras.Input((D,))
+    like, rating = block("second", False)(block("first", True)(inputs))
+    heads = [keras.layers.Dense(1, name=f"head_{n}")(each) for n, each in enumerate((like, rating))]
+    model = keras.Model(inputs, heads)
+    model.compile("adam", "mse")
+    x, y = normal(32, D), normal(32, 1)
+    logs = model.fit(x, [y, y], verbose=0, callbacks=[callbacks.ExpertMonitor()]).history
+    assert {"first_like_load_imbalance", "second_rating_load_entropy"} <= set(logs)
+    assert list(inspection.moe_layers(model)) == [
+        "first_like",
+        "first_rating",
+        "first_shared",
+        "second_like",
+        "second_rating",
+    ]
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert len(again.weights) == len(model.weights)
+    for one, other in zip(model.predict(x, verbose=0), again.predict(x, verbose=0)):
+        assert_close(other, one)
+
+
+# Dense gates, hidden gates, replay
+
+
+def test_a_collapsed_dense_gate_is_seen_in_the_logs():
+    collapsed = keras.initializers.Constant([[20.0, 0, 0, 0]] + [[0.0] * 4] * (D - 1))
+    router = routers.DenseRouter(kernel_initializer=collapsed)
+    model = keras.Sequential([keras.Input((D,)), moe(router=router, name="moe")])
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    x = np.abs(normal(16, D)) + 1
+    logs = model.fit(x, x, verbose=0, callbacks=[callbacks.ExpertMonitor()]).history
+    assert logs["moe_load_imbalance"][0] > 2.9 and logs["moe_load_entropy"][0] < 0.05
+    assert logs["moe_dead_experts"] == [3.0] and logs["moe_dropped_fraction"] == [0.0]
+
+
+def test_a_gate_may_have_a_hidden_layer_and_a_temperature():
+    router = routers.TopKRouter(E, top_k=2, hidden_dim=5, temperature=0.5)
+    x = normal(6, D)
+    routing = to_numpy(router(x)._asdict())
+    kernels = [array(w) for w in (router.hidden_kernel, router.hidden_bias, router.kernel)]
+    logits = 2 * np.maximum(x @ kernels[0] + kernels[1], 0) @ kernels[2]
+    assert_close(routing["logits"], logits)
+    np.testing.assert_array_equal(routing["indices"], np.argsort(-logits, axis=1)[:, :2])
+
+
+def test_recorded_choices_are_replayed_in_a_whole_model():
+    model = keras.Sequential([keras.Input((3, D)), moe(name="a"), moe(name="b")])
+    x = normal(2, 3, D)
+    recorded = {k: v[0] for k, v in inspection.record_routings(model, [x]).items()}
+    before = array(model(x))
+    for layer in model.layers:
+        layer.router.kernel.assign(-array(layer.router.kernel))
+    with inspection.replaying(model, recorded):
+        again = inspection.record_routings(model, [x], training=True)
+    for name, routing in recorded.items():
+        np.testing.assert_array_equal(again[name][0].indices, routing.indices)
+        assert (again[name][0].weights != routing.weights).any(), "weights are live"
+    assert (array(model(x)) != before).any()
+    with pytest.raises(ValueError, match="names of MoE layers"):
+        with inspection.replaying(model, {"c": recorded["a"]}):
+            pass
+
+
+def test_hash_routing_may_learn_its_weights():
+    router = routers.HashRouter(E, 10, top_k=2, score="sigmoid")
+    x, ids = normal(6, D), np.arange(6)
+    routing = router(x, token_ids=ids)
+    np.testing.assert_array_equal(array(routing.indices), array(router.table)[ids])
+    scores = 1 / (1 + np.exp(-x @ array(router.kernel)))
+    taken = np.take_along_axis(scores, array(routing.indices), axis=1)
+    assert_close(array(routing.weights), taken / taken.sum(1, keepdims=True))
