@@ -8,16 +8,16 @@ from keras.src.backend.common.global_state import get_global_attribute, set_glob
 
 # Keras keeps the masks of traced tensors apart from them on JAX, so only its own function finds
 # them. It has been in this module from Keras 3.10 on.
-from keras.src.backend.common.masking import get_keras_mask
+from keras.src.backend.common.masking import get_keras_mask as get_keras_mask
 
 # Whether updates of variables are collected instead of made.
-from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.backend.common.stateless_scope import in_stateless_scope as in_stateless_scope
 
 # In which variables are read in the dtype that a layer computes in.
 from keras.src.backend.common.variables import AutocastScope, get_autocast_scope
 
 # The class of models made of symbolic tensors, which has no public name.
-from keras.src.models.functional import Functional
+from keras.src.models.functional import Functional as Functional
 
 
 def current_model():
@@ -196,26 +196,3 @@ def _fresh(optimizer):
     parts = [*optimizers, *(each._learning_rate for each in optimizers)]
     with keras.saving.custom_object_scope({type(part).__name__: type(part) for part in parts}):
         return type(optimizer).from_config(optimizer.get_config())
-
-
-__all__ = [
-    "Functional",
-    "calls_of",
-    "compile_like",
-    "current_call",
-    "current_model",
-    "forget_compiled",
-    "forget_old_weights",
-    "get_keras_mask",
-    "in_stateless_scope",
-    "let_go",
-    "names_below",
-    "open_to_state",
-    "own_layers",
-    "own_variables",
-    "parameters_of",
-    "remove_sublayers",
-    "set_state",
-    "stored_dtypes",
-    "test_function_of_its_own",
-]

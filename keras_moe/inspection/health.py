@@ -105,17 +105,9 @@ def judge_drops(dropped):
 
 @np.errstate(invalid="ignore")  # infinite logits become NaN, which is a finding
 def logit_sizes(logits, router):
-    """How large logits are: above the mean of their token where only differences count.
-
-    Zeros for a router that normalizes its kernel: it learns the scale of its logits on its own, and
-    a large one is no explosion.
-
-    Args:
-        logits: Logits (T, E), or a kernel (D, E) that they are linear in.
-        router: The `routers.Router` that computes them.
-    """
+    """How large logits (T, E), or a kernel (D, E) of them, are: by what differs between experts."""
     if router.normalizes_kernel:
-        return 0.0 * logits  # NaN stays NaN
+        return 0.0 * logits  # It learns their scale; NaN stays NaN.
     if not router.shift_invariant:
         return np.abs(logits)
     return logits - np.mean(logits, axis=-1, keepdims=True)
@@ -208,7 +200,7 @@ def judge_weak_loss(loss, weight):
         loss: A `losses.RouterLoss`.
         weight: Float. The weight it has now.
     """
-    usual = _usual_weight(loss)
+    usual = loss.usual_weight
     if usual is None or not 0 < weight < WEAK_WEIGHT * usual:
         return None
     text = f"{type(loss).__name__}(weight={weight:g}) is too weak to have any effect."
@@ -227,17 +219,17 @@ def judge_heavy_losses(router_losses, weights, total, values=None):
         total: Float or None. The loss of the model: the largest of all epochs, as any loss is large
             beside that of a task that is learned.
         values: List of floats or None. The mean of each loss before its weight, over about the
-            steps of `total`. None, or NaN in their place, if they were not measured: nothing is
-            found then.
+            steps of `total`. None or NaN if they were not measured: nothing is found then.
     """
-    values = [np.nan] * len(router_losses) if values is None else values
+    if total is None or values is None:
+        return None
     judged = list(zip(router_losses, weights, values, strict=True))
     heavy = [
         (loss, weight, value)
         for loss, weight, value in judged
-        if (usual := _usual_weight(loss)) is not None and weight >= HEAVY_WEIGHT * usual
+        if loss.usual_weight is not None and weight >= HEAVY_WEIGHT * loss.usual_weight
     ]
-    if total is None or not heavy:
+    if not heavy:
         return None
     constant = sum(weight * loss.value_at_balance for loss, weight, _ in judged)
     excess = sum(weight * (value - loss.value_at_balance) for loss, weight, value in heavy)
@@ -251,13 +243,9 @@ def judge_heavy_losses(router_losses, weights, total, values=None):
         text += f", not counting the constant {constant:.3g} of balancing losses at an even load"
     fix = (
         "The router may learn balance instead of the task: try a weight of about "
-        f"{_usual_weight(heavy[0][0]):g}, if the load stays even with it."
+        f"{heavy[0][0].usual_weight:g}, if the load stays even with it."
     )
     return Finding(HINT, f"{text}.", fix)
-
-
-def _usual_weight(loss):
-    return loss.usual_weight if loss.balances else None
 
 
 def _as_counts(counts):

@@ -1,15 +1,16 @@
 """Router losses: objects that turn a routing into a scalar that training adds to its loss."""
 
 from keras_moe._internal.serialization import resolve
-from keras_moe.losses.balance import (
+from keras_moe.losses.router_losses import (
     GlobalLoadBalance,
     ImportanceVariation,
     LoadBalance,
     LoadVariation,
+    RouterEntropy,
+    RouterLoss,
+    RouterZ,
     SequenceLoadBalance,
 )
-from keras_moe.losses.confidence import RouterEntropy, RouterZ
-from keras_moe.losses.router_loss import RouterLoss
 
 BY_NAME = {
     "global_load_balance": GlobalLoadBalance,
