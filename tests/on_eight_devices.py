@@ -21,27 +21,23 @@ from benchmarks.steps import jax_function  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_size_of_tiles")
 E, B, S, D, H = 8, 16, 6, 8, 16
-MESHES = {
-    "data_parallel": keras.distribution.DataParallel,
-    "8x1": lambda: expert_parallel(1),
-    "4x2": lambda: expert_parallel(2),
-    "2x4": lambda: expert_parallel(4),
-    "1x8": lambda: expert_parallel(8),
-}
 # A mesh whose axis of experts does not split the batch: what users of `ModelParallel` may have.
 MODEL_AXIS = "model_axis"
 
 
 def distribution_of(name):
+    """A distribution by its name; "2x4" splits the data in two and the experts in four."""
     if name is None:
         return None
+    if name == "data_parallel":
+        return keras.distribution.DataParallel()
     if name == MODEL_AXIS:
         mesh = keras.distribution.DeviceMesh((2, 4), ("batch", "model"))
         layout_map = keras.distribution.LayoutMap(mesh)
         layout_map[".*(up|gate|down)_kernel"] = ("model", None, None)
         layout_map[".*(up|gate|down)_bias"] = ("model", None)
         return keras.distribution.ModelParallel(layout_map=layout_map)
-    return MESHES[name]()
+    return expert_parallel(int(name[-1]))
 
 
 @pytest.fixture(autouse=True)
@@ -202,10 +198,9 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 def test_every_kind_of_layer_gives_what_it_gives_on_one_device(layer):
-    expected = on(None, pass_of(LAYERS[layer]))
-    assert_same(on("2x4", pass_of(LAYERS[layer])), expected)
+    assert_same(on("2x4", pass_of(layer)), on(None, pass_of(layer)))
 
 
 def test_experts_may_be_split_over_an_axis_that_does_not_split_the_batch():
@@ -383,7 +378,6 @@ def layout_map(names):
     return keras.distribution.LayoutMap(keras.distribution.DeviceMesh((2, 4), names))
 
 
-EARLY = "set before a layer is built"
 ERRORS = {
     "experts do not divide the devices": (lambda: expert_parallel(3), "experts=3, 8 devices"),
     "too few devices": (lambda: expert_parallel(4, data=4), "data=4, experts=4, 8 devices"),
@@ -399,17 +393,15 @@ ERRORS = {
         lambda: layer_in(distribution := expert_parallel(4), 6, distribution),
         "up_kernel' of shape (6, 8, 16) for 4 devices",
     ),
-    "built before": (lambda: layer_in(expert_parallel(4)), EARLY),
     "built under another": (
         lambda: layer_in(expert_parallel(4), built_in=expert_parallel(2)),
-        EARLY,
+        "set before a layer is built",
     ),
 }
 
 
-@pytest.mark.parametrize("case", ERRORS)
-def test_a_wrong_setting_is_one_error(case):
-    function, message = ERRORS[case]
+@pytest.mark.parametrize("function, message", ERRORS.values(), ids=ERRORS)
+def test_a_wrong_setting_is_one_error(function, message):
     with pytest.raises(ValueError) as error:
         function()
     # Keras adds where it was called, and with what.

@@ -128,7 +128,7 @@ WRONG = {
     "text as data": (write("d.npy", b"1 2 3"), f"{DATA} d.npy", "a whole .npy or .npz file"),
     "other sizes": (lambda: np.save("d.npy", normal(3, 5, D + 1)), f"{DATA} d.npy", "(3, 5, 9)"),
     "other names": (lambda: np.savez("d.npz", y=normal(3, 5, D)), f"{DATA} d.npz", "'y'"),
-    "few labels": (write("l.txt", b"a\nb\n"), f"{DATA} x.npy --labels l.txt", "2 entries for 3"),
+    "few labels": (write("l.txt", b"a\nb\n"), f"{DATA} x.npy --labels l.txt", "2 entries"),
     "latin-1": (write("l.txt", b"gr\xfc\xdfe\n" * 3), f"{DATA} x.npy --labels l.txt", "UTF-8"),
     "no folder": (nothing, f"{DATA} x.npy --output no/page.html", "'no/page.html'"),
     "a pipe": (lambda: os.mkfifo("pipe"), f"{DATA} x.npy --output pipe", "'pipe'"),

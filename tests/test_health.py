@@ -6,7 +6,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from layer_checks import D, E, array, moe
+from layer_checks import D, E, array, moe, one_hot_router
 
 from keras_moe import health, layers, losses, routers
 from keras_moe.callbacks import ExpertHealth, ExpertMonitor
@@ -68,21 +68,11 @@ class CountBatches(keras.callbacks.Callback):
         self.count += 1
 
 
-def restart(model, seed):
-    """New weights and a new optimizer state without a new compilation."""
-    random.seed(seed)  # not by Keras, which would load TensorFlow
-    fresh = model_of(expert_layer())
-    model.set_weights(fresh.get_weights())
-    for variable in model.optimizer.variables:
-        if "learning_rate" not in variable.path:
-            variable.assign(keras.ops.zeros(variable.shape, variable.dtype))
-
-
 @of_counts
 def test_healthy_runs_are_never_flagged():
-    model = model_of(expert_layer())
-    for seed in range(6):
-        restart(model, seed)
+    for seed in range(4):
+        random.seed(seed)  # not by Keras, which would load TensorFlow
+        model = model_of(expert_layer())
         findings, _ = watched(model, *clustered(seed), ExpertHealth(every=5))
         assert not findings, f"seed {seed}"
 
@@ -155,29 +145,24 @@ def test_a_loss_is_rebalanced_unless_it_is_off_or_large(loss, weight, after, adv
 
 
 @of_counts
-def test_inputs_far_from_zero_collapse_until_they_are_centred():
+@pytest.mark.parametrize("is_centred", [False, True])
+def test_inputs_far_from_zero_collapse_unless_they_are_centred(is_centred):
     x, y = clustered(0)
-    means = 6 * np.random.default_rng(0).normal(size=D).astype("float32")
-    normalization = keras.layers.Normalization()
-    normalization.adapt(x + means)
-    # The mean over a token's features is that of each feature only where these are the same.
-    cases = [(1, means, None), (1, means, normalization)]
-    cases += [(2, 6, None), (2, 6, keras.layers.LayerNormalization())]
-    for top_k, mean, centred in cases:
-        random.seed(0)
-        layer = expert_layer(routers.TopKRouter(top_k=top_k))
-        parts = [keras.Input((D,)), centred, layer, keras.layers.Dense(1)]
-        model = keras.Sequential([part for part in parts if part is not None])
-        model.compile(keras.optimizers.Adam(1e-2), "mse")
-        findings, _ = watched(model, x + mean, y, ExpertHealth(every=5, stop=True), epochs=2)
-        assert bool(findings) == (centred is None), (top_k, mean, centred)
+    x += 6 * np.random.default_rng(0).normal(size=D).astype("float32")
+    centre = keras.layers.Normalization() if is_centred else keras.layers.Identity()
+    if is_centred:
+        centre.adapt(x)
+    random.seed(0)
+    layer = expert_layer(routers.TopKRouter(top_k=1))
+    model = model_of(keras.Sequential([centre, layer]))
+    findings, _ = watched(model, x, y, ExpertHealth(every=5, stop=True), epochs=2)
+    assert bool(findings) != is_centred
 
 
 @of_counts
 def test_dead_experts_are_reported_after_a_while_and_when_others_join_them():
     experts = layers.LayerExperts([keras.layers.Identity() for _ in range(E)])
-    router = routers.TopKRouter(E, 1, kernel_initializer=scaled_identity)
-    layer = moe(experts, router=router, router_losses=(), name="moe")
+    layer = moe(experts, router=one_hot_router(), router_losses=(), name="moe")
     # Expert 3 never has anything to do, and 2 only for the first thirty batches.
     x = np.eye(D, dtype="float32")[[0, 1, 2] * 10 * BATCH + [0, 1] * 20 * BATCH]
     watchdog = ExpertHealth(every=10, patience=1)
@@ -186,11 +171,6 @@ def test_dead_experts_are_reported_after_a_while_and_when_others_join_them():
         (30, "1 of 4 experts serves no token in 3 looks: 3. At the last look 1 of 4 had none."),
         (60, "2 of 4 experts serve no token in 3 looks: 2, 3. At the last look 2 of 4 had none."),
     ]
-
-
-@keras.saving.register_keras_serializable("tests")
-def scaled_identity(shape, dtype=None):
-    return 10 * keras.ops.eye(*shape, dtype=dtype)
 
 
 def test_a_router_of_nan_and_exploding_logits_are_found():
@@ -210,7 +190,6 @@ def test_a_router_of_nan_and_exploding_logits_are_found():
     [
         (1e-7, "LoadBalance(weight=1e-07) is too weak to have any effect."),
         (100.0, "LoadBalance(weight=100) is 0."),
-        (1e-2, None),
         (0, None),
     ],
 )
@@ -327,37 +306,28 @@ def test_verdicts_of_numbers():
         health.judge_router(2.0, 9.0)
 
 
-def with_losses(*router_losses):
-    return lambda: moe(router_losses=router_losses)
-
-
-def with_balancer(balancer):
-    return lambda: moe(router=routers.TopKRouter(balancer=balancer))
-
-
 ADVICE = {
-    "add `losses.LoadBalance()`": with_losses("router_z"),
-    "by LoadBalance(weight=0.02): give it ten times": with_losses(
-        losses.LoadBalance(0.02), "router_z"
-    ),
-    "by LoadBalance(weight=0.1), a large weight": with_losses(losses.LoadBalance(0.1)),
-    "by OwnBalance(weight=0.5): give it ten times": with_losses(OwnBalance(0.5)),
-    "by LargeBalance(weight=10), a large weight": with_losses(LargeBalance(10.0)),
-    "by LossFreeBias(rate=0.003): raise the rate, for example to 0.01.": with_balancer(
+    "add `losses.LoadBalance()`": ["router_z"],
+    "by LoadBalance(weight=0.02): give it ten times": [losses.LoadBalance(0.02), "router_z"],
+    "by LoadBalance(weight=0.1), a large weight": [losses.LoadBalance(0.1)],
+    "by OwnBalance(weight=0.5): give it ten times": [OwnBalance(0.5)],
+    "by LargeBalance(weight=10), a large weight": [LargeBalance(10.0)],
+    "by LossFreeBias(rate=0.003): raise the rate, for example to 0.01.": (
         routers.LossFreeBias(0.003)
     ),
-    "by LossFreeBias(rate=0.01): lower the rate if the load jumps": with_balancer(
-        routers.LossFreeBias(0.01)
-    ),
-    "by QuantileBias(momentum=0): lower the momentum": with_balancer("quantile"),
-    "The loss of the router balances": lambda: moe(router="relu"),
+    "by LossFreeBias(rate=0.01): lower the rate if the load jumps": routers.LossFreeBias(0.01),
+    "by QuantileBias(momentum=0): lower the momentum": "quantile",
 }
 
 
 @of_counts
 def test_the_advice_names_what_balances():
-    for text, make in ADVICE.items():
-        advice = make().balance_advice()
+    assert "The loss of the router balances" in moe(router="relu").balance_advice()
+    for text, balancing in ADVICE.items():
+        is_loss = isinstance(balancing, list)
+        router = routers.TopKRouter(balancer=None if is_loss else balancing)
+        layer = moe(router=router, router_losses=balancing if is_loss else None)
+        advice = layer.balance_advice()
         assert text in advice
         assert ("add `losses" in advice) == ("add `losses" in text)
         assert "have means far from zero, centre them, by" in advice

@@ -81,7 +81,6 @@ def test_compiled_functions_count_in_the_context_alone():
     model = keras.Sequential([keras.Input((8,)), moe(name="moe")])
     model.compile("sgd", "mse")
     x = np.ones((4, 8), "float32")
-    counting = inspection.count_in_evaluation(model)
 
     def counted(compute):
         model.layers[0].reset_counts()
@@ -93,7 +92,7 @@ def test_compiled_functions_count_in_the_context_alone():
         lambda: model.predict(x, verbose=0),
     ):
         assert counted(compute) == 0
-        with counting, counting:
+        with inspection.count_in_evaluation(model), inspection.count_in_evaluation(model):
             assert counted(compute) == 4 * model.layers[0].router.top_k
         assert counted(compute) == 0
 

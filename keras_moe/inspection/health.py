@@ -43,8 +43,7 @@ class Finding(NamedTuple):
 def spread(counts, top_k):
     """How far the load is from a collapse onto K experts, 0, to balance, 1.
 
-    Counts experts by the exponential of the entropy of their shares, so that one with a tenth of
-    the work of the others is a tenth of an expert.
+    Experts are counted by the exponential of the entropy of their shares.
 
     Args:
         counts: List or array, (E,). Assignments per expert.
@@ -64,9 +63,9 @@ def spread(counts, top_k):
 def judge_load(counts, top_k, advice):
     """Findings about who does the work.
 
-    A problem where experts have no token, or where the `spread` is below 0.1: a collapse. A hint
-    where the busiest expert does more than twice the mean, and where there are fewer than 20
-    assignments an expert, too few to judge.
+    A problem where experts have no token, or where the `spread` is below 0.1, a collapse; a hint
+    where the busiest expert does more than twice the mean, or where fewer than 20 assignments an
+    expert are too few to judge.
 
     Args:
         counts: List or array, (E,). Assignments per expert.
@@ -148,33 +147,30 @@ def judge_router(entropy, largest_logit):
 
 def not_a_number():
     """The finding that a router computes NaN."""
-    text = "The router computes what is not a number."
-    fix = (
+    return Finding(
+        PROBLEM,
+        "The router computes what is not a number.",
         "Look for NaN in the inputs, lower the learning rate, clip gradients (`clipnorm=1.0`), and "
-        "in float16 use `keras.optimizers.LossScaleOptimizer`."
+        "in float16 use `keras.optimizers.LossScaleOptimizer`.",
     )
-    return Finding(PROBLEM, text, fix)
 
 
 def exploded(how):
     """The finding that logits are too large; `how` says by how much, after "they"."""
-    text = f"Router logits explode: they {how}, which makes every choice absolute."
-    fix = (
+    return Finding(
+        PROBLEM,
+        f"Router logits explode: they {how}, which makes every choice absolute.",
         "Raise the weight of `losses.RouterZ`, lower the learning rate, and normalise the inputs "
-        "of the layer (`keras.layers.LayerNormalization`)."
+        "of the layer (`keras.layers.LayerNormalization`).",
     )
-    return Finding(PROBLEM, text, fix)
 
 
 def collapsed(counts, advice):
     """The finding that few experts do the work, with the counts (E,), not all 0, that show it."""
     share = np.cumsum(np.sort(counts)[::-1]) / np.sum(counts)
     busy = int(np.argmax(share >= 0.9)) + 1
-    text = (
-        f"The experts have collapsed: {share[busy - 1]:.0%} of the work goes to {busy} of "
-        f"{len(counts)}."
-    )
-    return Finding(PROBLEM, text, advice)
+    work = f"{share[busy - 1]:.0%} of the work goes to {busy} of {len(counts)}"
+    return Finding(PROBLEM, f"The experts have collapsed: {work}.", advice)
 
 
 def dead(experts, num_experts, advice, when="at all"):
@@ -194,12 +190,7 @@ def is_enough(counts):
 
 
 def judge_weak_loss(loss, weight):
-    """A finding, if a balancing loss is on but cannot matter, or None.
-
-    Args:
-        loss: A `losses.RouterLoss`.
-        weight: Float. The weight it has now.
-    """
+    """A finding, if a `losses.RouterLoss` is on but its present weight cannot matter, or None."""
     usual = loss.usual_weight
     if usual is None or not 0 < weight < WEAK_WEIGHT * usual:
         return None
@@ -210,8 +201,7 @@ def judge_weak_loss(loss, weight):
 def judge_heavy_losses(router_losses, weights, total, values=None):
     """A finding, if balancing is a large part of what training can still lower, or None.
 
-    `LoadBalance` is 1 at an even load, so its weight is a constant part of the loss. It has no
-    gradient and is no sign of a heavy loss: only what is above it counts.
+    Only what is above the value of a loss at an even load counts: that is constant.
 
     Args:
         router_losses: List of `losses.RouterLoss`. Those of all MoE layers of a model.

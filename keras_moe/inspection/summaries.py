@@ -85,11 +85,11 @@ class LayerSummary(NamedTuple):
     - `name`: its name in the model.
     - `num_experts`, `top_k`: experts, and how many of them serve a token at most.
     - `parameters`, `active_parameters`: all that are trained, and those of them that work on one
-      token; experts that differ in size count with their mean. How many experts work on a token is
-      K where tokens choose (with `routers.TopPRouter` that is the most), the target of
-      `routers.ReLURouter`, the capacity factor of `routers.ExpertChoiceRouter`, all of
-      `routers.DenseRouter`, and 1 with `routers.SoftRouter`, as if there were as many slots as
-      tokens. Experts that several layers share count in each of them.
+      token; experts that differ in size count with their mean. K experts work on a token (with
+      `routers.TopPRouter` at most), with `routers.ReLURouter` its target, with
+      `routers.ExpertChoiceRouter` the capacity factor, with `routers.DenseRouter` all, and with
+      `routers.SoftRouter` 1, as if there were as many slots as tokens. Experts that several layers
+      share count in each of them.
     - `flops`: of one token, forward, at two for each active parameter.
     - `counts`: assignments per expert since the counters were last reset, or in the epoch before
       that, if they are empty.

@@ -86,8 +86,8 @@ def _of_layers(argument, values, layers, num_documents):
         if name not in layers or not fits:
             raise ValueError(
                 f"`{argument}` must be a list with an entry for each of {num_documents} documents, "
-                f"or a dict of such lists for the layers {list(layers)}. "
-                f"Received: {argument}={shortened(values)}"
+                f"or a dict of such lists for layers in {list(layers)}. Received: "
+                f"{len(given) if is_list else 'no'} entries, {argument}={shortened(values)}"
             )
     return {name: of_layers.get(name) for name in layers}
 
