@@ -45,8 +45,8 @@ def run_in_page(path, code, dark=False):
         command += ["--virtual-time-budget=60000"]
         command += ["--blink-settings=preferredColorScheme=0"] * dark
         done = subprocess.run(
-            [*command, page.as_uri()], stdout=subprocess.PIPE, text=True, timeout=120
+            [*command, page.as_uri()], capture_output=True, text=True, timeout=120
         )
     answer = json.loads(urllib.parse.unquote(re.search("<body>(.*)</body>", done.stdout).group(1)))
-    assert answer["errors"] == []
+    assert not answer["errors"], answer["errors"]
     return answer["found"]

@@ -17,20 +17,10 @@ about = functools.partial(pytest.approx, abs=1e-6)
 
 # Of one logit of 10 and three of 0.
 ENTROPY = np.log(np.exp(10) + 3) - 10 * np.exp(10) / (np.exp(10) + 3)
-BALANCED = {
-    "load_imbalance": 0.0,
-    "load_entropy": 1.0,
-    "dead_experts": 0,
-    "dropped_fraction": 0,
-    "router_entropy": ENTROPY,
-}
-SKEWED = {
-    "load_imbalance": 6 / 2 - 1,
-    "load_entropy": -(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(4),
-    "dead_experts": 2,
-    "dropped_fraction": 0,
-    "router_entropy": ENTROPY,
-}
+COMMON = {"dropped_fraction": 0, "router_entropy": ENTROPY}
+BALANCED = {"load_imbalance": 0.0, "load_entropy": 1.0, "dead_experts": 0, **COMMON}
+SKEWED_ENTROPY = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(4)
+SKEWED = {"load_imbalance": 2.0, "load_entropy": SKEWED_ENTROPY, "dead_experts": 2, **COMMON}
 
 
 def named(logs, prefix):
@@ -64,15 +54,12 @@ def usage(history):
     return {key: values[-1] for key, values in history.items() if key not in ("loss", "val_loss")}
 
 
-class LastTestLogs(keras.callbacks.Callback):
-    def on_test_end(self, logs=None):
-        self.logs = {key: value for key, value in logs.items() if key != "loss"}
-
-
 def evaluated(model, *callbacks, **options):
-    last = LastTestLogs()
+    """Logs of an evaluation without the loss."""
+    logs = {}
+    last = keras.callbacks.LambdaCallback(on_test_end=logs.update)
     model.evaluate(VALIDATION, VALIDATION, callbacks=[*callbacks, last], verbose=0, **options)
-    return last.logs
+    return {key: value for key, value in logs.items() if key != "loss"}
 
 
 def test_training_and_validation_are_reported_exactly_for_each_epoch(capsys):
@@ -144,8 +131,10 @@ def test_shares_of_all_epochs_are_kept_and_a_resumed_training_continues_them():
     assert len(monitor.shares["moe"]) == 9
 
 
-def test_dropped_assignments_are_reported():
-    history = fit(model_of(routed(capacity_factor=1.0)))  # a slot for one in each batch of four
+def test_dropped_assignments_are_reported_of_a_model_that_its_first_batch_builds():
+    model = keras.Sequential([routed(capacity_factor=1.0)])  # a slot for one in each batch of four
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    history = fit(model)
     assert history["moe_dropped_fraction"] == about([(3 + 2) / 8])
     assert history["val_moe_dropped_fraction"] == [0.0]
     assert history["moe_load_imbalance"] == about([2.0]), "counted before any drop"
@@ -169,21 +158,15 @@ def test_only_evaluations_with_the_monitor_count():
     assert before.sum() == 1
 
 
-class Evaluates(keras.callbacks.Callback):
-    """Evaluates at the end of each epoch."""
-
-    def __init__(self, *callbacks):
-        super().__init__()
-        self._callbacks = callbacks
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.model.evaluate(VALIDATION, VALIDATION, callbacks=[*self._callbacks], verbose=0)
+def evaluates(model, *callbacks):
+    """A callback that evaluates at the end of each epoch."""
+    return keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: evaluated(model, *callbacks))
 
 
 def test_evaluations_without_the_monitor_leave_training_and_validation_alone():
     layer = routed()
     model, monitor = model_of(layer), ExpertMonitor()
-    for callbacks in ([monitor, Evaluates()], [Evaluates(), monitor]):
+    for callbacks in ([monitor, evaluates(model)], [evaluates(model), monitor]):
         assert usage(fit(model, *callbacks, epochs=2)) == about(BOTH)
         assert array(layer.expert_counts).sum() == 0
 
@@ -193,12 +176,12 @@ def test_a_monitor_is_in_one_call_at_a_time():
     refused = pytest.raises(ValueError, match="must have one `ExpertMonitor`, in one call")
     for inner, validation in ((ExpertMonitor(), False), (monitor, False), (monitor, True)):
         with refused:
-            fit(model, Evaluates(inner), monitor, validation=validation)
+            fit(model, evaluates(model, inner), monitor, validation=validation)
     for validation in (True, False):
         with refused:
             fit(model, monitor, ExpertMonitor(), validation=validation)
     # What was interrupted is over, and after the monitor its counts are read already.
-    assert usage(fit(model, monitor, Evaluates(monitor), epochs=2)) == about(BOTH)
+    assert usage(fit(model, monitor, evaluates(model, monitor), epochs=2)) == about(BOTH)
 
 
 def test_two_layers_of_one_name_inside_other_models_have_logs_of_their_own():
@@ -215,39 +198,22 @@ def test_two_layers_of_one_name_inside_other_models_have_logs_of_their_own():
     assert logs == about(expected)
 
 
-def test_an_unbuilt_model_is_counted_from_its_first_batch():
-    model = keras.Sequential([routed()])
-    model.compile(keras.optimizers.SGD(0.0), "mse")
-    assert usage(fit(model)) == about(BOTH)
-
-
 class Interruption(Exception):
     pass
 
 
-class Interrupts(keras.callbacks.Callback):
-    """Raises in the hook of this name, the second time that it is called."""
+def interrupt_evaluation(model, place, monitor):
+    """Break an evaluation off in the step, or in a hook of the second batch."""
 
-    def __init__(self, hook):
-        super().__init__()
-        self.calls = 0
-        setattr(self, hook, self._raise)
-
-    def _raise(self, *arguments, **kwargs):
-        self.calls += 1
-        if self.calls == 2:
+    def interrupt(batch, logs):
+        if place == "step" or batch == 1:
             raise Interruption
 
-
-def broken_loss(y_true, y_pred):
-    raise Interruption
-
-
-def interrupt_evaluation(model, place, monitor):
     if place == "step":
-        model.compile("sgd", broken_loss)
+        model.compile("sgd", interrupt)
+    stops = keras.callbacks.LambdaCallback(**{place: interrupt})
     with pytest.raises(Interruption):
-        evaluated(model, monitor, Interrupts(place), batch_size=2)
+        evaluated(model, monitor, stops, batch_size=2)
     # On JAX Keras leaves a model without its variables there, whatever its layers.
     getattr(model, "jax_state_sync", lambda: None)()
 
