@@ -35,13 +35,11 @@ def expert_parallel(experts=None, data=None, devices=None, layout_map=None, proc
         data: Integer. Number of such groups. None: as many as the devices allow.
         devices: List of strings, as `keras.distribution.list_devices()` names them. None: all.
         layout_map: `keras.distribution.LayoutMap` for other weights, whose device mesh begins with
-            the axes "data" and "expert"; `experts`, `data` and `devices` are those of the mesh
-            then. The layouts of the banks are added. None: all other weights are whole on every
-            device.
+            the axes "data" and "expert" and sets `experts`, `data` and `devices`. None: all other
+            weights are whole on every device.
         process_group: On PyTorch, the `torch.distributed` group of the processes that share the
-            experts with this one, which tokens on their way to experts use. Each process gives
-            one, all of one size. None makes new ones, of neighbours. `devices` and `layout_map` are
-            for JAX alone.
+            experts with this one. Each process gives one, all of one size. None makes new ones, of
+            neighbours. `devices` and `layout_map` are for JAX alone.
 
     Returns:
         On JAX an `ExpertParallel`, which is a `keras.distribution.ModelParallel`. On PyTorch an
@@ -70,10 +68,8 @@ def expert_parallel(experts=None, data=None, devices=None, layout_map=None, proc
         )
     foreign = (devices, layout_map) if name == "torch" else (process_group,)
     if any(each is not None for each in foreign):
-        raise ValueError(
-            "`devices` and `layout_map` are for JAX, `process_group` is for PyTorch. "
-            f"Received: {shortened(foreign)} on {name}"
-        )
+        rule = "`devices` and `layout_map` are for JAX, `process_group` is for PyTorch"
+        raise ValueError(f"{rule}. Received: {shortened(foreign)} on {name}")
     experts = experts if experts is None else check_integer("experts", experts)
     data = data if data is None else check_integer("data", data)
     if name == "torch":

@@ -144,7 +144,7 @@ def test_whatever_is_wrong_is_one_line(prepare, arguments, words, folder, capsys
 
 def test_a_traceback_is_shown_if_wanted(folder):
     keras.Sequential([keras.Input((D,)), keras.layers.Dense(1)]).save("dense.keras")
-    with pytest.raises(ValueError, match="at least one `MixtureOfExperts` layer"):
+    with pytest.raises(ValueError, match="must have a `MixtureOfExperts` layer"):
         main(["inspect", "dense.keras", "--debug"])
 
 

@@ -42,13 +42,15 @@ def collapsed_layer(router_losses=()):
     return expert_layer(router, router_losses)
 
 
-def watched(model, x, y, watchdog, *others, **kwargs):
-    """The findings, and how many batches were trained."""
-    batches = CountBatches()
+def watched(model, x, y, *callbacks, **kwargs):
+    """The findings of the watchdog among the callbacks, and how many batches were trained."""
+    (watchdog,) = (each for each in callbacks if isinstance(each, ExpertHealth))
+    batches = []
+    count = keras.callbacks.LambdaCallback(on_train_batch_begin=lambda *_: batches.append(1))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         options = {"batch_size": BATCH, "shuffle": False, "verbose": 0, **kwargs}
-        model.fit(x, y, callbacks=[*others, watchdog, batches], **options)
+        model.fit(x, y, callbacks=[*callbacks, count], **options)
     told = [str(warning.message) for warning in caught if warning.category is UserWarning]
     expected, fixes = [], []
     for step, name, found in watchdog.findings:
@@ -58,14 +60,7 @@ def watched(model, x, y, watchdog, *others, **kwargs):
         stops = " Training stops here." * (watchdog.stop and found.level == health.PROBLEM)
         expected.append(f"{name}, step {step}: {found.text} {fix}{stops}")
     assert told == expected
-    return watchdog.findings, batches.count
-
-
-class CountBatches(keras.callbacks.Callback):
-    count = 0
-
-    def on_train_batch_begin(self, batch, logs=None):
-        self.count += 1
+    return watchdog.findings, len(batches)
 
 
 @of_counts
@@ -90,10 +85,8 @@ def test_a_collapsed_run_is_flagged_within_fifty_steps():
 @of_counts
 def test_short_epochs_change_nothing():
     model = model_of(collapsed_layer())
-    options = {"epochs": 6, "batch_size": 32}
-    findings, batches = watched(
-        model, *clustered(0, 7 * 32), ExpertHealth(), ExpertMonitor(), **options
-    )
+    callbacks, options = (ExpertMonitor(), ExpertHealth()), {"epochs": 6, "batch_size": 32}
+    findings, batches = watched(model, *clustered(0, 7 * 32), *callbacks, **options)
     assert findings[0][0] <= 50 and batches == 42
 
 
@@ -201,18 +194,18 @@ def test_a_useless_weight_is_found(weight, text):
 
 
 @pytest.mark.parametrize(
-    "is_first, validation_split", [pytest.param(True, 0.0, marks=of_counts), (False, 0.25)]
+    "kinds, validation_split",
+    [
+        pytest.param([ExpertHealth, ExpertMonitor], 0.0, marks=of_counts),
+        ([ExpertMonitor, ExpertHealth], 0.25),
+    ],
 )
-def test_a_heavy_loss_is_found_beside_a_monitor(is_first, validation_split):
-    watchdog, monitor = ExpertHealth(), ExpertMonitor()
-    order = [watchdog, monitor] if is_first else [monitor, watchdog]
+def test_a_heavy_loss_is_found_beside_a_monitor(kinds, validation_split):
     model = model_of(expert_layer(router_losses=[losses.LoadBalance(1000.0)]))
-    options = {"validation_split": validation_split, "batch_size": BATCH, "verbose": 0}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        model.fit(*clustered(0, 4 * BATCH), callbacks=order, **options)
-    ((_, _, finding),) = watchdog.findings
-    assert "not counting the constant 1e+03 of" in finding.text
+    callbacks = [kind() for kind in kinds]
+    options = {"validation_split": validation_split}
+    ((_, _, found),), _ = watched(model, *clustered(0, 4 * BATCH), *callbacks, **options)
+    assert "not counting the constant 1e+03 of" in found.text
 
 
 @of_counts
@@ -221,7 +214,7 @@ def test_counts_from_before_a_reset_and_even_loads_make_no_loss_heavy():
     model = model_of(layer)
     layer.call_count.assign(3.0)  # of losses of 0, in a training without a monitor
     # The counters pass where they were before the monitor of this one resets them.
-    findings, _ = watched(model, *clustered(0, 4 * BATCH), ExpertHealth(), ExpertMonitor())
+    findings, _ = watched(model, *clustered(0, 4 * BATCH), ExpertMonitor(), ExpertHealth())
     assert not findings
     layer = expert_layer(routers.DenseRouter(), [losses.LoadBalance(1000.0)])
     findings, _ = watched(model_of(layer), *clustered(0, 4 * BATCH), ExpertHealth())

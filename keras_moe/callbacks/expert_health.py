@@ -46,8 +46,7 @@ class ExpertHealth(keras.callbacks.Callback):
         rebalance: Boolean. Whether a collapse or a dead expert makes the layer's balancing losses
             ten times as heavy, once, where their weight is below ten times the usual one, 0.1 for
             `losses.LoadBalance`, or a loss has no `usual_weight`. `layer.loss_weights_in_force` has
-            the present weights; the losses in `router_losses` and the config keep the original
-            ones.
+            the present weights.
 
     Raises:
         ValueError: If `every` or `patience` is less than 1, or the model has no MoE layer.
@@ -55,9 +54,8 @@ class ExpertHealth(keras.callbacks.Callback):
     Example:
 
     >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
-    >>> model = keras.Sequential([
-    ...     keras.Input((16,)), keras_moe.layers.MixtureOfExperts(experts), keras.layers.Dense(1)
-    ... ])
+    >>> moe = keras_moe.layers.MixtureOfExperts(experts)
+    >>> model = keras.Sequential([keras.Input((16,)), moe, keras.layers.Dense(1)])
     >>> model.compile("adam", "mse")
     >>> x, y = keras.random.normal((64, 16)), keras.random.normal((64, 1))
     >>> watchdog = keras_moe.callbacks.ExpertHealth(stop=True)

@@ -57,9 +57,8 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     Example:
 
-    >>> moe = keras_moe.layers.MixtureOfExperts(
-    ...     keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32), name="moe"
-    ... )
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
+    >>> moe = keras_moe.layers.MixtureOfExperts(experts, name="moe")
     >>> model = keras.Sequential([keras.Input((16,)), moe, keras.layers.Dense(1)])
     >>> model.compile("adam", "mse")
     >>> x, y = keras.random.normal((64, 16)), keras.random.normal((64, 1))

@@ -33,8 +33,7 @@ def moe_layers(model):
     layers = _layers(model)
     if not layers:
         raise ValueError(
-            "The model must have at least one `MixtureOfExperts` layer. "
-            f"Received: model {model.name!r} without any"
+            f"The model must have a `MixtureOfExperts` layer. Received: {model.name!r} without one"
         )
     names = [layer.name for layer in layers]
     if len(set(names)) < len(names):

@@ -115,8 +115,7 @@ def logit_sizes(logits, router):
 def judge_router(entropy, largest_logit):
     """Findings about how the router decides.
 
-    A hint that it hardly prefers an expert above 0.995 of the largest entropy, and that it hardly
-    learns any more below 0.05 of it; a problem where a logit is larger than 30.
+    Hints above 0.995 and below 0.05 of the largest entropy; a problem where a logit is above 30.
 
     Args:
         entropy: Float from 0 to 1. Mean entropy of a token's probabilities over `log E`.

@@ -72,8 +72,8 @@ def check_list_of_batches(name, batches):
 @contextlib.contextmanager
 def running(model, name, number, inputs, others=()):
     """Run a model on a batch that is named in errors; `others` are its targets and weights."""
-    _check_inputs(model, name, inputs)
     try:
+        _check_inputs(getattr(model, "inputs", None) or (), inputs)
         yield
     except Exception as error:
         raise ValueError(
@@ -82,22 +82,16 @@ def running(model, name, number, inputs, others=()):
         ) from error
 
 
-def _check_inputs(model, name, inputs):
-    """Refuse inputs that Keras takes in silence: some too many, and floats where ids belong."""
-    wanted = getattr(model, "inputs", None) or ()
+def _check_inputs(wanted, inputs):
+    """Refuse what Keras takes in silence: more than the inputs, and floats where ids belong."""
     arrays = keras.tree.flatten(inputs)
     if isinstance(inputs, dict):
         arrays = [inputs.get(tensor.name) for tensor in wanted]
     if wanted and len(arrays) > len(wanted):
-        raise ValueError(
-            f"`{name}` must hold what the model takes, {len(wanted)} inputs without targets. "
-            f"Received: {_described(arrays)}"
-        )
+        raise ValueError(f"{len(arrays)} arrays for {len(wanted)} inputs")
     for tensor, array in zip(wanted, arrays):
         if hasattr(array, "dtype") and is_kind("int", tensor) and not is_kind("mask", array):
-            raise ValueError(
-                f"`{name}` must hold integers for {tensor.name!r}. Received: {array.dtype}"
-            )
+            raise TypeError(f"{array.dtype} in the place of the integers {tensor.name!r}")
 
 
 def _described(batch):

@@ -24,10 +24,9 @@ class LayerDescription(NamedTuple):
     - `dtype`: the compute dtype of the experts.
     - `platform`: "cpu", "gpu" or "tpu".
     - `engine`: "rows" (kernels for all rows at once), "padded" (one batched product over padded
-      tiles), "tiles" (a loop over tiles of rows), "slices" (groups of their exact sizes) or, for
-      few rows on a CPU on TensorFlow without XLA, "loop" (over the experts that have some);
-      for experts that are Keras layers "vectorized" (all tiles at once, each with a copy of its
-      weights), "scan" (one tile after another) or "slices".
+      tiles), "tiles" (a loop over tiles of rows), "slices" (groups of their exact sizes) or "loop"
+      (for few rows on TensorFlow); for experts that are Keras layers "vectorized" (all tiles at
+      once, each with a copy of its weights), "scan" (one tile after another) or "slices".
     """
 
     name: str

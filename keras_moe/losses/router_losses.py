@@ -95,8 +95,7 @@ class LoadBalance(RouterLoss):
     `f_e` is expert e's share of all assignments over all K choices, before any drop; `P_e` is its
     mean probability. Padding counts in neither. The gradient flows through `P` only.
 
-    Implementations differ in this loss. This one divides `f` by K, so the same weight serves every
-    `top_k`, and is computed for each layer alone, so that layers cannot cancel each other.
+    It does not grow with K, as in some implementations, and is computed for each layer alone.
 
     Args:
         weight: Float, at least 0. Factor of the loss.
@@ -128,9 +127,9 @@ class LoadBalance(RouterLoss):
 class SequenceLoadBalance(RouterLoss):
     """Spreads the tokens of each sequence over the experts: the mean of their `LoadBalance`.
 
-    Stricter than `LoadBalance`: experts cannot specialise on whole sequences. Give it a small
-    weight, and balance the batch as well. In a layer, a sequence is all axes of its inputs between
-    the first and the last. Elsewhere all tokens are one, unless `sequence_length` is given.
+    Give it a small weight, and balance the batch as well. In a layer, a sequence is all axes of its
+    inputs between the first and the last. Elsewhere all tokens are one, unless `sequence_length` is
+    given.
 
     Args:
         weight: Float, at least 0. Factor of the loss.
@@ -162,17 +161,15 @@ class SequenceLoadBalance(RouterLoss):
 
 @register
 class GlobalLoadBalance(RouterLoss):
-    """`LoadBalance` with the assignments counted over all replicas and accumulated batches.
+    """`LoadBalance` of the batch of an optimizer step, as small batches are hard to balance.
 
-    Small batches are hard to balance and need not be: what matters is the batch of an optimizer
-    step. The shares `f` are those of all micro-batches so far in the step, on all replicas; the
+    The shares `f` are those of all micro-batches so far in the step, on all replicas; the
     probabilities `P` are those of this one, as only they have a gradient.
 
     Args:
         weight: Float, at least 0. Factor of the loss.
-        accumulation_steps: Integer. Micro-batches of an optimizer step, the
-            `gradient_accumulation_steps` of the optimizer, times the calls of the layer in one
-            pass.
+        accumulation_steps: Integer. The `gradient_accumulation_steps` of the optimizer, times the
+            calls of the layer in one pass.
 
     Raises:
         ValueError: If an argument is out of its range, or the loss is used outside of a layer,
@@ -316,8 +313,7 @@ class RouterZ(RouterLoss):
 class RouterEntropy(RouterLoss):
     """Keeps routers decided: mean over real tokens of the entropy of the scores, in nats.
 
-    A router that chooses by a threshold, as `routers.TopPRouter` does, pays for indecision with
-    more experts, and has no other reason to avoid it.
+    For a router that chooses by a threshold, as `routers.TopPRouter` does.
 
     Args:
         weight: Float, at least 0. Factor of the loss.

@@ -1,9 +1,6 @@
 """Hyperparameter search for models with MoE layers, with KerasTuner.
 
-Needs KerasTuner: `pip install "keras-tuner[bayesian]" six`. `SearchSpace` makes the layers,
-`CostMonitor` measures what they cost, `WithinBudget` is an objective that knows the cost,
-`DefaultsFirst` begins with what was picked by hand, and `pareto_table` shows what a lower loss
-costs.
+Needs KerasTuner: `pip install "keras-tuner[bayesian]" six`.
 """
 
 try:

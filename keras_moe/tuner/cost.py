@@ -43,9 +43,8 @@ class CostMonitor(keras.callbacks.Callback):
 class WithinBudget(keras_tuner.Objective):
     """The least loss under a budget: any trial above it is worse than every trial within it.
 
-    The score within the budget grows with the loss from 0 to 1; above the budget, the cost as a
-    multiple of the budget is added, so that the search learns what is cheaper. KerasTuner averages
-    the scores of a trial's executions, not their losses: compare losses by `pareto_table`.
+    The score grows with the loss from 0 to 1; above the budget, the cost as a multiple of it is
+    added. KerasTuner averages the scores of a trial's executions: compare losses by `pareto_table`.
 
     Args:
         budget: Float, greater than 0. Highest cost.

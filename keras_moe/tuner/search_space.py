@@ -182,10 +182,8 @@ class DefaultsFirst(keras_tuner.Oracle):
 def _values(name, values, check=None):
     """Return values to choose from as a list of Python's own."""
     if isinstance(values, str) or not isinstance(values, (Sequence, np.ndarray)) or not len(values):
-        raise ValueError(
-            f"`{name}` must be a list, tuple, range or array of the values to choose from. "
-            f"Received: {name}={shortened(values)}"
-        )
+        received = f"{name}={shortened(values)}"
+        raise ValueError(f"`{name}` must be a list of values to choose from. Received: {received}")
     values = [value.item() if hasattr(value, "item") else value for value in values]
     return values if check is None else [check(name, value) for value in values]
 

@@ -45,10 +45,8 @@ def _routing(value, num_experts):
     if isinstance(value, Routing):
         return value
     if value.ndim != 2 or not value.size or value.dtype.kind not in "iu":
-        raise ValueError(
-            "The experts of tokens must be integers (T, K). "
-            f"Received: {value.dtype} of shape {value.shape}"
-        )
+        received = f"{value.dtype} of shape {value.shape}"
+        raise ValueError(f"The experts of tokens must be integers (T, K). Received: {received}")
     if num_experts is None:
         num_experts = max(int(value.max()) + 1, 1)
     check_indices("indices", value, check_integer("num_experts", num_experts))
@@ -64,10 +62,8 @@ def probabilities_by_layer(source):
         found[name] = value = value.probs[value.mask] if isinstance(value, Routing) else value
         is_table = value.ndim == 2 and value.shape[1] and value.dtype.kind == "f"
         if not is_table or not ((value >= 0) & (value <= 1 + 1e-4)).all():
-            raise ValueError(
-                "Probabilities must be floats from 0 to 1, (T, E). "
-                f"Received: {value.dtype} of shape {value.shape}"
-            )
+            received = f"{value.dtype} of shape {value.shape}"
+            raise ValueError(f"Probabilities must be floats (T, E) in [0, 1]. Received: {received}")
     return found
 
 

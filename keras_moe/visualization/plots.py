@@ -60,8 +60,7 @@ def _draw_coactivation(axes, routing):
 def confidence(routings):
     """How sure the router is: the highest probability of each token, as a histogram.
 
-    The dotted line is chance, 1 / E: a peak there means a router without a preference, a peak at 1
-    one that gives other experts no weight.
+    The dotted line is chance, 1 / E: a peak there means a router without a preference.
 
     Args:
         routings: The result of `inspection.record_routings`, or probabilities (T, E), or a dict of
@@ -100,17 +99,14 @@ def specialization(routings, labels, names=None, num_experts=None):
     """Which expert serves which kind of token: each row is a label, each column an expert.
 
     Colours are the share of the label's assignments. The title gives the mutual information of
-    label and expert in bits, and the entropy of the expert, its upper bound.
-
-    Pass the labels of documents for subjects, those of tokens for parts of speech, and the tokens
-    themselves for words. Integers stand in their order, strings the most frequent first. The first
-    30 are drawn; the title is over all.
+    label and expert in bits, and the entropy of the expert, its upper bound. Integers stand in
+    their order, strings the most frequent first. The first 30 are drawn; the title is over all.
 
     Args:
         routings: The result of `inspection.record_routings`, or integer indices (T, K) with -1
             for no expert, or a dict of these by layer.
-        labels: Integers or strings, one for each token, padding included, or one for each of
-            equally long documents. Negative integers are left out.
+        labels: Integers or strings, such as subjects of documents or words: one for each token,
+            padding included, or one for each of equally long documents. Negative ones are left out.
         names: List of strings or None. Names of integer labels.
         num_experts: Integer or None. E, for arrays; by default the highest index plus one.
 
@@ -161,10 +157,7 @@ def label_table(routing, labels, names=None):
         highest = int(groups.max())
         limit = MAX_LABELS if names is None else len(names)
         if not 0 <= highest < limit:
-            raise ValueError(
-                f"Labels must be integers from 0 to {limit - 1}, with negative ones left out. "
-                f"Received: a highest label of {highest}"
-            )
+            raise ValueError(f"Labels must be from 0 to {limit - 1}. Received: at most {highest}")
         rows = [str(name) for name in (range(highest + 1) if names is None else names)]
     else:
         values, found, sizes = np.unique(real.astype(str), return_inverse=True, return_counts=True)
@@ -221,10 +214,8 @@ def shares_over_time(shares, first_epoch=0):
     layers = by_layer(shares)
     for array in layers.values():
         if array.ndim != 2 or (array < 0).any():
-            raise ValueError(
-                "Shares must be numbers (time, E) of at least 0, or NaN. "
-                f"Received: {array.dtype} of shape {array.shape}"
-            )
+            received = f"{array.dtype} of shape {array.shape}"
+            raise ValueError(f"Shares must be (time, E), at least 0 or NaN. Received: {received}")
     return one_panel_a_layer(layers, functools.partial(_draw_shares, first_epoch=first_epoch))
 
 
@@ -242,10 +233,9 @@ def _draw_shares(axes, shares, first_epoch):
 
 
 def settling(checkpoints, num_experts=None):
-    """How routing settles: the share of choices that stay, from checkpoint to checkpoint.
+    """How routing settles: the share of choices in the checkpoint before, and in the last one.
 
-    Compares each checkpoint with the one before and with the last one, on the same tokens. The
-    dotted line is the share that two unrelated routings would have in common.
+    The dotted line is the share that two unrelated routings would have in common.
 
     Args:
         checkpoints: List of at least two results of `inspection.record_routings` on the same data,
@@ -270,9 +260,7 @@ def settling(checkpoints, num_experts=None):
     recorded = [routings_by_layer(checkpoint, num_experts) for checkpoint in checkpoints]
     if len(recorded) < 2 or any(moment.keys() != recorded[0].keys() for moment in recorded):
         received = [list(moment) for moment in recorded]
-        raise ValueError(
-            f"`checkpoints` must be two or more of the same layers. Received: layers {received}"
-        )
+        raise ValueError(f"`checkpoints` must be two or more of one model. Received: {received}")
     layers = {name: [moment[name] for moment in recorded] for name in recorded[0]}
     return one_panel_a_layer(layers, _draw_settling)
 
