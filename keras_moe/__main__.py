@@ -100,8 +100,7 @@ def _report(options):
             "`--output` must not be a file that is read: the page would replace it. "
             f"Received: {str(options.output)!r}"
         )
-    data = _read_arrays(options.data)
-    labels, tokens = _read_entries(options.labels), _read_entries(options.tokens)
+    data, labels, tokens = map(_read, (options.data, options.labels, options.tokens))
     model = _load_model(options.model)
     inspection.moe_layers(model)
     print(f"The report is in {report(model, data, labels, tokens, options.output)}.")
@@ -137,24 +136,19 @@ def _check_sizes(config, most):
             _check_sizes(part, most)
 
 
-def _read_arrays(path):
-    with stating(
-        "Arrays must be numbers or strings in a whole .npy or .npz file, without pickled objects.",
-        repr(str(path)),
-    ):
-        with path.open("rb") as file:  # NumPy leaves a file open that it cannot read.
-            loaded = np.load(file)
-            return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
-
-
-def _read_entries(path):
+def _read(path):
     """An array, a dict of arrays, or a list of lines, by the end of the file's name."""
     if path is None:
         return None
-    if path.suffix in (".npy", ".npz"):
-        return _read_arrays(path)
-    with stating("A text file must be UTF-8, with one document a line.", repr(str(path))):
-        return path.read_text(encoding="utf-8").splitlines()
+    with stating(
+        "A file must be a whole .npy or .npz without pickled objects, or lines of UTF-8 text.",
+        repr(str(path)),
+    ):
+        if path.suffix not in (".npy", ".npz"):
+            return path.read_text(encoding="utf-8").splitlines()
+        with path.open("rb") as file:  # NumPy leaves a file open that it cannot read.
+            loaded = np.load(file)
+            return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,9 @@ def watched(model, x, y, *callbacks, **kwargs):
     """The findings of the watchdog among the callbacks, and how many batches were trained."""
     (watchdog,) = (each for each in callbacks if isinstance(each, ExpertHealth))
     batches = []
-    count = keras.callbacks.LambdaCallback(on_train_batch_begin=lambda *_: batches.append(1))
+    count = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: batches.append(batch)
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         options = {"batch_size": BATCH, "shuffle": False, "verbose": 0, **kwargs}
