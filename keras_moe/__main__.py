@@ -8,15 +8,22 @@ The model is loaded on the backend that KERAS_BACKEND names, wherever it was sav
 
 import argparse
 import importlib
+import json
+import math
 import pathlib
 import sys
+import warnings
+import zipfile
 from typing import NoReturn
 
+import keras
 import numpy as np
 
 from keras_moe import inspection, report, summary
-from keras_moe._internal import saved_models
 from keras_moe._internal.plain_text import as_text, describe, stating
+
+# Arguments of layers that ask for at least as many weights.
+_SIZES = ("num_experts", "hidden_dim", "units")
 
 
 def main(arguments=None):
@@ -53,11 +60,11 @@ def _parse(arguments):
     )
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
     inspecting = commands.add_parser("inspect", help="print layers, sizes and counters")
-    inspecting.set_defaults(command=_inspect)
+    inspecting.set_defaults(command=lambda options: summary(_load_model(options.model)))
     reporting = commands.add_parser("report", help="write an HTML page about the experts")
     reporting.set_defaults(command=_report)
     for command in (inspecting, reporting):
-        command.add_argument("model", type=_file, help="a saved model, .keras")
+        command.add_argument("model", type=pathlib.Path, help="a saved model, .keras")
         command.add_argument(
             "--import",
             dest="modules",
@@ -69,14 +76,14 @@ def _parse(arguments):
         command.add_argument("--debug", action="store_true", help="end errors in a traceback")
     reporting.add_argument(
         "--data",
-        type=_file,
+        type=pathlib.Path,
         required=True,
         help="inputs of the model: .npy of one array, or .npz of arrays by the names of inputs",
     )
     reporting.add_argument(
-        "--labels", type=_file, help="one for each document: .npy, or lines of text"
+        "--labels", type=pathlib.Path, help="one for each document: .npy, or lines of text"
     )
-    reporting.add_argument("--tokens", type=_file, help="text to show, one document a line")
+    reporting.add_argument("--tokens", type=pathlib.Path, help="text to show, one document a line")
     reporting.add_argument(
         "--output",
         type=pathlib.Path,
@@ -86,17 +93,6 @@ def _parse(arguments):
     return parser.parse_args(arguments)
 
 
-def _file(name):
-    path = pathlib.Path(name)
-    if not path.is_file():
-        raise argparse.ArgumentTypeError(f"there must be a file. Received: {name!r}")
-    return path
-
-
-def _inspect(options):
-    summary(saved_models.load(options.model))
-
-
 def _report(options):
     read = (options.model, options.data, options.labels, options.tokens)
     if options.output.resolve() in [path.resolve() for path in read if path is not None]:
@@ -104,29 +100,55 @@ def _report(options):
             "`--output` must not be a file that is read: the page would replace it. "
             f"Received: {str(options.output)!r}"
         )
-    data = _read_arrays(options.data)
-    labels, tokens = _read_entries(options.labels), _read_entries(options.tokens)
-    model = saved_models.load(options.model)
+    data, labels, tokens = map(_read, (options.data, options.labels, options.tokens))
+    model = _load_model(options.model)
     inspection.moe_layers(model)
     print(f"The report is in {report(model, data, labels, tokens, options.output)}.")
 
 
-def _read_arrays(path):
+def _load_model(path):
     with stating(
-        "Arrays must be numbers or strings in a whole .npy or .npz file, without pickled objects.",
+        "A model must be a whole file of `model.save` that this version of Keras can load.",
+        repr(str(path)),
+        "Save it again with this version, or name the module of its custom classes by `--import`.",
+    ):
+        with zipfile.ZipFile(path) as archive:
+            config = json.loads(archive.read("config.json"))
+            num_bytes = sum(entry.file_size for entry in archive.infolist())
+        # Of the narrowest weights, int4, a byte holds two.
+        _check_sizes(config, max(2 * num_bytes, 1_000_000))
+        with warnings.catch_warnings():
+            # Weights that Keras does not find it leaves as they were initialized.
+            warnings.filterwarnings("error", "Skipping nested container|A total of")
+            return keras.saving.load_model(path, compile=False)
+
+
+def _check_sizes(config, most):
+    """Refuse a config of more weights than there are in the file: they would fill the memory."""
+    parts = config
+    if isinstance(config, dict):
+        parts = config.values()
+        sizes = [config[name] for name in _SIZES if isinstance(config.get(name), (int, float))]
+        if math.prod(sizes) > most:
+            raise ValueError(f"A model cannot have more weights than its file. Received: {sizes}")
+    for part in parts:
+        if isinstance(part, (dict, list)):
+            _check_sizes(part, most)
+
+
+def _read(path):
+    """An array, a dict of arrays, or a list of lines, by the end of the file's name."""
+    if path is None:
+        return None
+    with stating(
+        "A file must be a whole .npy or .npz without pickled objects, or lines of UTF-8 text.",
         repr(str(path)),
     ):
+        if path.suffix not in (".npy", ".npz"):
+            return path.read_text(encoding="utf-8").splitlines()
         with path.open("rb") as file:  # NumPy leaves a file open that it cannot read.
             loaded = np.load(file)
             return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
-
-
-def _read_entries(path):
-    """An array, a dict of arrays, or a list of lines, by the end of the file's name."""
-    if path is None or path.suffix in (".npy", ".npz"):
-        return path and _read_arrays(path)
-    with stating("A text file must be UTF-8, with one document a line.", repr(str(path))):
-        return path.read_text(encoding="utf-8").splitlines()
 
 
 if __name__ == "__main__":

@@ -19,15 +19,15 @@ def expert_parallel(experts=None, data=None, devices=None, layout_map=None, proc
     """A distribution that splits tokens over all devices, and experts over some of them.
 
     On JAX the devices form a grid of `data` by `experts`. Each holds the kernels of every bank for
-    E / `experts` of its E experts, and its share of each batch. Tokens are sent to the devices of
-    their experts, within a row of the grid, and back: see the guide to many devices.
-
-    Set it before the model is made: `keras.distribution.set_distribution(...)`. `fit`, `evaluate`,
-    `predict`, `save` and loading work as on one device, and give the same numbers. The size of a
-    batch must be a multiple of `data * experts`.
+    E / `experts` of its E experts, and its share of each batch, whose size must be a multiple of
+    `data * experts`. Tokens are sent to the devices of their experts, within a row of the grid, and
+    back: see the guide to many devices. `fit`, `evaluate`, `predict`, `save` and loading work as on
+    one device, and give the same numbers.
 
     On PyTorch the processes of `torch.distributed` take the place of devices, and each runs a
     training loop of yours: see the guide to replicas.
+
+    Set it before the model is made: `keras.distribution.set_distribution(...)`.
 
     Args:
         experts: Integer. Devices that share the experts of a bank, a divisor of the number of
@@ -35,13 +35,11 @@ def expert_parallel(experts=None, data=None, devices=None, layout_map=None, proc
         data: Integer. Number of such groups. None: as many as the devices allow.
         devices: List of strings, as `keras.distribution.list_devices()` names them. None: all.
         layout_map: `keras.distribution.LayoutMap` for other weights, whose device mesh begins with
-            the axes "data" and "expert"; `experts`, `data` and `devices` are those of the mesh
-            then. The layouts of the banks are added. None: all other weights are whole on every
-            device.
+            the axes "data" and "expert" and sets `experts`, `data` and `devices`. None: all other
+            weights are whole on every device.
         process_group: On PyTorch, the `torch.distributed` group of the processes that share the
-            experts with this one, which tokens on their way to experts use. Each process gives
-            one, all of one size. None makes new ones, of neighbours. `devices` and `layout_map` are
-            for JAX alone.
+            experts with this one. Each process gives one, all of one size. None makes new ones, of
+            neighbours. `devices` and `layout_map` are for JAX alone.
 
     Returns:
         On JAX an `ExpertParallel`, which is a `keras.distribution.ModelParallel`. On PyTorch an
@@ -65,17 +63,13 @@ def expert_parallel(experts=None, data=None, devices=None, layout_map=None, proc
     name = keras.backend.backend()
     if name == "tensorflow":
         raise ValueError(
-            "`expert_parallel` needs JAX or PyTorch, as Keras splits no weights on TensorFlow: "
-            "train all experts on each device under `tf.distribute.MirroredStrategy`. Received: "
-            "keras.backend.backend()='tensorflow'"
+            "Keras splits no weights on TensorFlow: train all experts on each device, under "
+            "`tf.distribute.MirroredStrategy`. Received: keras.backend.backend()='tensorflow'"
         )
-    foreign = {"devices": devices, "layout_map": layout_map}
-    foreign = foreign if name == "torch" else {"process_group": process_group}
-    for argument, value in foreign.items():
-        if value is not None:
-            raise ValueError(
-                f"`{argument}` is for another backend. Received: {argument}={shortened(value)}"
-            )
+    foreign = (devices, layout_map) if name == "torch" else (process_group,)
+    if any(each is not None for each in foreign):
+        rule = "`devices` and `layout_map` are for JAX, `process_group` is for PyTorch"
+        raise ValueError(f"{rule}. Received: {shortened(foreign)} on {name}")
     experts = experts if experts is None else check_integer("experts", experts)
     data = data if data is None else check_integer("data", data)
     if name == "torch":
@@ -84,8 +78,8 @@ def expert_parallel(experts=None, data=None, devices=None, layout_map=None, proc
     given = (experts, data, devices)
     if layout_map is not None and given not in [(None, None, None), (*mesh.shape[1::-1], None)]:
         raise ValueError(
-            "With a `layout_map` its device mesh sets the number of devices. Received: "
-            f"experts={experts}, data={data}, devices={shortened(devices)}"
+            "With a `layout_map` its device mesh sets the number of devices. "
+            f"Received: experts={experts}, data={data}, devices={shortened(devices)}"
         )
     layouts = keras.distribution.LayoutMap(mesh)
     for path, axes in {**_LAYOUTS, **(layout_map or {})}.items():
@@ -94,9 +88,7 @@ def expert_parallel(experts=None, data=None, devices=None, layout_map=None, proc
 
 
 class ExpertParallel(keras.distribution.ModelParallel):
-    """`keras.distribution.ModelParallel` that splits a batch over two axes, "data" and "expert".
-
-    Made by `expert_parallel`.
+    """`keras.distribution.ModelParallel` whose axes "data" and "expert" split a batch.
 
     Args:
         layout_map: `keras.distribution.LayoutMap` whose device mesh begins with these axes.
@@ -134,8 +126,7 @@ class ExpertParallel(keras.distribution.ModelParallel):
         if layout.axes[:1] == ("expert",) and variable.shape[0] % num_shards:
             raise ValueError(
                 "The devices of `expert_parallel(experts=...)` must divide the experts of a bank. "
-                f"Received: {variable.path!r} of shape {tuple(variable.shape)} for {num_shards} "
-                "devices"
+                f"Received: {variable.path!r} of shape {variable.shape} for {num_shards} devices"
             )
         return layout
 

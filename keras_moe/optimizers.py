@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import keras
 
-from keras_moe._internal.checks import shortened
 from keras_moe._internal.serialization import register
 
 # Paths of the stacked weights of a bank that are trained, by the number of their axes. Other
@@ -20,11 +19,9 @@ _STACKED = {
 class Muon(keras.optimizers.Muon):
     """`keras.optimizers.Muon` that updates each expert's kernel as a matrix of its own.
 
-    Keras's updates variables of two axes by Muon, and all others by AdamW. In a bank these are the
-    wrong ones: the stacked kernels (E, D, H) have three axes, the stacked biases (E, H) two. This
-    one orthogonalizes the update of each expert's kernel, scales it by the size of that kernel, and
-    leaves biases and constant experts to AdamW: a bank trains as E `Dense` layers would. All other
-    variables are treated as Keras treats them.
+    Keras's updates variables of two axes by Muon, and all others by AdamW, but the stacked kernels
+    (E, D, H) of a bank have three axes, and its biases (E, H) two. With this one a bank trains as E
+    `Dense` layers would. All other variables are treated as Keras treats them.
 
     Args:
         learning_rate: Float, `keras.optimizers.schedules.LearningRateSchedule` or callable.
@@ -47,10 +44,7 @@ class Muon(keras.optimizers.Muon):
 
     def __init__(self, learning_rate=0.001, *, exclude_layers=None, **kwargs):
         if isinstance(exclude_layers, str):  # Keras would take each letter for an expression.
-            raise TypeError(
-                "`exclude_layers` must be a list of regular expressions. Received: "
-                f"exclude_layers={shortened(exclude_layers)}"
-            )
+            raise TypeError(f"`exclude_layers` must be a list. Received: {exclude_layers!r}")
         super().__init__(learning_rate=learning_rate, exclude_layers=exclude_layers, **kwargs)
 
     def _should_use_adamw(self, variable):

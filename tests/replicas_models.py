@@ -21,11 +21,9 @@ X = np.random.default_rng(0).normal(size=(8, LENGTH, FEATURES)) + [2, 1, 0, 0]
 X = X.astype("float32")
 
 
-def loss_layers():
-    """A layer for each registered loss; of a noisy router, where each has a gradient."""
-    for name, loss in losses.BY_NAME.items():
-        router = routers.NoisyTopKRouter(EXPERTS, seed=3)
-        yield moe(f"loss_{name}", router, [loss(weight=0.5)])
+def moe(name, router, router_losses=None):
+    bank = layers.FeedForwardExperts(EXPERTS, 8)
+    return layers.MixtureOfExperts(bank, router, router_losses, name=name)
 
 
 def balancer_layers():
@@ -35,8 +33,13 @@ def balancer_layers():
         yield moe(f"balancer_{name}", router, [losses.RouterZ(0.5)])
 
 
-def router_layers():
-    """A layer for each registered router, with the losses that it has by default."""
+def every_layer():
+    """A layer for each registered loss, balancer and router."""
+    for name, loss in losses.BY_NAME.items():
+        # Of a noisy router each has a gradient.
+        router = routers.NoisyTopKRouter(EXPERTS, seed=3)
+        yield moe(f"loss_{name}", router, [loss(weight=0.5)])
+    yield from balancer_layers()
     for name in routers.BY_NAME:
         yield moe(f"router_{name}", routers.get(name, EXPERTS))
 
@@ -63,13 +66,8 @@ def some_layers():
     return [*plain_layers(), *global_layers()]
 
 
-def every_layer():
-    return [*loss_layers(), *balancer_layers(), *router_layers()]
-
-
-def moe(name, router, router_losses=None):
-    bank = layers.FeedForwardExperts(EXPERTS, 8)
-    return layers.MixtureOfExperts(bank, router, router_losses, name=name)
+EVERY_LAYER = [layer.name for layer in every_layer()]
+GLOBAL_LAYERS = [layer.name for layer in global_layers()]
 
 
 def model_of(make_layers):
@@ -95,12 +93,6 @@ COUNTERS = {
     "call_count",
     "global_counts",
 }
-EVERY_LAYER = [
-    *(f"loss_{name}" for name in losses.BY_NAME),
-    *(f"balancer_{name}" for name in balancers.BY_NAME),
-    *(f"router_{name}" for name in routers.BY_NAME),
-]
-GLOBAL_LAYERS = [*(f"balancer_{name}" for name in balancers.BY_NAME), "strength", "global"]
 
 
 def start(script, *args, **variables):

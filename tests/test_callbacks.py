@@ -17,20 +17,10 @@ about = functools.partial(pytest.approx, abs=1e-6)
 
 # Of one logit of 10 and three of 0.
 ENTROPY = np.log(np.exp(10) + 3) - 10 * np.exp(10) / (np.exp(10) + 3)
-BALANCED = {
-    "load_imbalance": 0.0,
-    "load_entropy": 1.0,
-    "dead_experts": 0,
-    "dropped_fraction": 0,
-    "router_entropy": ENTROPY,
-}
-SKEWED = {
-    "load_imbalance": 6 / 2 - 1,
-    "load_entropy": -(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(4),
-    "dead_experts": 2,
-    "dropped_fraction": 0,
-    "router_entropy": ENTROPY,
-}
+COMMON = {"dropped_fraction": 0, "router_entropy": ENTROPY}
+BALANCED = {"load_imbalance": 0.0, "load_entropy": 1.0, "dead_experts": 0, **COMMON}
+SKEWED_ENTROPY = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(4)
+SKEWED = {"load_imbalance": 2.0, "load_entropy": SKEWED_ENTROPY, "dead_experts": 2, **COMMON}
 
 
 def named(logs, prefix):
@@ -51,19 +41,12 @@ def model_of(*moe_layers):
     return model
 
 
-def fit(model, *callbacks, validation=True, epochs=1, verbose=0, monitor=None, **options):
+def fit(model, *callbacks, validation=True, **options):
+    """The history of a training under callbacks, by default a monitor."""
     data = (VALIDATION, VALIDATION) if validation else None
-    return model.fit(
-        TRAINING,
-        TRAINING,
-        batch_size=4,
-        shuffle=False,
-        epochs=epochs,
-        validation_data=data,
-        verbose=verbose,
-        callbacks=[monitor or ExpertMonitor(), *callbacks],
-        **options,
-    ).history
+    options = {"batch_size": 4, "shuffle": False, "verbose": 0, "validation_data": data, **options}
+    callbacks = callbacks or [ExpertMonitor()]
+    return model.fit(TRAINING, TRAINING, callbacks=list(callbacks), **options).history
 
 
 def usage(history):
@@ -71,21 +54,18 @@ def usage(history):
     return {key: values[-1] for key, values in history.items() if key not in ("loss", "val_loss")}
 
 
-class LastTestLogs(keras.callbacks.Callback):
-    def on_test_end(self, logs=None):
-        self.logs = {key: value for key, value in logs.items() if key != "loss"}
-
-
-def evaluated(model, *callbacks):
-    last = LastTestLogs()
-    model.evaluate(VALIDATION, VALIDATION, callbacks=[*callbacks, last], verbose=0)
-    return last.logs
+def evaluated(model, *callbacks, **options):
+    """Logs of an evaluation without the loss."""
+    logs = {}
+    last = keras.callbacks.LambdaCallback(on_test_end=logs.update)
+    model.evaluate(VALIDATION, VALIDATION, callbacks=[*callbacks, last], verbose=0, **options)
+    return {key: value for key, value in logs.items() if key != "loss"}
 
 
 def test_training_and_validation_are_reported_exactly_for_each_epoch(capsys):
     model, stopping = model_of(routed()), keras.callbacks.EarlyStopping("val_moe_dead_experts")
     stopping.patience, stopping.mode = 1, "min"
-    history = fit(model, stopping, epochs=9, verbose=1)
+    history = fit(model, ExpertMonitor(), stopping, epochs=9, verbose=1)
     assert usage(history) == about(BOTH)
     for key, values in history.items():
         assert len(values) == 2, "other callbacks see the logs"
@@ -93,7 +73,7 @@ def test_training_and_validation_are_reported_exactly_for_each_epoch(capsys):
         assert type(values[0]) is float
     last = capsys.readouterr().out.splitlines()[-1]
     assert "moe_load_imbalance: 2.0000" in last and "val_moe_load_imbalance: 0.0000" in last
-    history = fit(model, validation=False, monitor=ExpertMonitor(expert_shares=True))
+    history = fit(model, ExpertMonitor(expert_shares=True), validation=False)
     shares = {f"expert_share_{e}": share for e, share in enumerate((0.75, 0.25, 0, 0))}
     assert usage(history) == about(named({**SKEWED, **shares}, "moe"))
 
@@ -126,33 +106,35 @@ def test_each_router_loss_is_reported_by_its_name_before_its_weight():
 def test_shares_of_all_epochs_are_kept_and_a_resumed_training_continues_them():
     model, monitor, one, even = model_of(routed()), ExpertMonitor(), [0.75, 0.25, 0, 0], [0.25] * 4
     nothing = [np.nan] * 4
-    fit(model, monitor=monitor, epochs=4, validation_freq=2)
+    fit(model, monitor, epochs=4, validation_freq=2)
     np.testing.assert_allclose(monitor.shares["moe"], [one] * 4)
     np.testing.assert_allclose(monitor.validation_shares["moe"], [nothing, even, nothing, even])
-    fit(model, monitor=monitor, validation=False)
+    fit(model, monitor, validation=False)
     assert len(monitor.shares["moe"]) == 1 and not monitor.validation_shares
     monitor.shares, monitor.validation_shares = {"moe": np.array([even] * 3)}, {"moe": [even]}
-    fit(model, monitor=monitor, initial_epoch=2, epochs=3)
+    fit(model, monitor, initial_epoch=2, epochs=3)
     np.testing.assert_allclose(monitor.shares["moe"], [even, even, one])
     np.testing.assert_allclose(monitor.validation_shares["moe"], [even, nothing, even])
-    fit(model, monitor=monitor, initial_epoch=3, epochs=5)
+    fit(model, monitor, initial_epoch=3, epochs=5)
     np.testing.assert_allclose(monitor.shares["moe"], [even, even, one, one, one])
     # An epoch that was not watched has none.
-    fit(model, monitor=monitor, initial_epoch=6, epochs=7)
+    fit(model, monitor, initial_epoch=6, epochs=7)
     np.testing.assert_allclose(monitor.shares["moe"], [even, even, *[one] * 3, nothing, one])
     # Shares of other layers are not those before.
     for others in ({"other": [one] * 9}, {"moe": [[0.5, 0.5]] * 9}):
         monitor.shares = others
-        fit(model, monitor=monitor, initial_epoch=8, epochs=9)
+        fit(model, monitor, initial_epoch=8, epochs=9)
         np.testing.assert_allclose(monitor.shares["moe"], [one])
     # Those of a file begin with epoch 0, whenever this monitor began.
     monitor.shares = {"moe": [even] * 8}
-    fit(model, monitor=monitor, initial_epoch=8, epochs=9)
+    fit(model, monitor, initial_epoch=8, epochs=9)
     assert len(monitor.shares["moe"]) == 9
 
 
-def test_dropped_assignments_are_reported():
-    history = fit(model_of(routed(capacity_factor=1.0)))  # a slot for one in each batch of four
+def test_dropped_assignments_are_reported_of_a_model_that_its_first_batch_builds():
+    model = keras.Sequential([routed(capacity_factor=1.0)])  # a slot for one in each batch of four
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    history = fit(model)
     assert history["moe_dropped_fraction"] == about([(3 + 2) / 8])
     assert history["val_moe_dropped_fraction"] == [0.0]
     assert history["moe_load_imbalance"] == about([2.0]), "counted before any drop"
@@ -176,46 +158,30 @@ def test_only_evaluations_with_the_monitor_count():
     assert before.sum() == 1
 
 
-class Evaluates(keras.callbacks.Callback):
-    """Evaluates at the end of each epoch."""
-
-    def __init__(self, *callbacks):
-        super().__init__()
-        self._callbacks = callbacks
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.model.evaluate(VALIDATION, VALIDATION, callbacks=[*self._callbacks], verbose=0)
+def evaluates(model, *callbacks):
+    """A callback that evaluates at the end of each epoch."""
+    return keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: evaluated(model, *callbacks))
 
 
 def test_evaluations_without_the_monitor_leave_training_and_validation_alone():
     layer = routed()
     model, monitor = model_of(layer), ExpertMonitor()
-    for callbacks in ([monitor, Evaluates()], [Evaluates(), monitor]):
-        history = model.fit(
-            TRAINING,
-            TRAINING,
-            epochs=2,
-            validation_data=(VALIDATION, VALIDATION),
-            callbacks=callbacks,
-            verbose=0,
-        ).history
-        assert usage(history) == about(BOTH)
+    for callbacks in ([monitor, evaluates(model)], [evaluates(model), monitor]):
+        assert usage(fit(model, *callbacks, epochs=2)) == about(BOTH)
         assert array(layer.expert_counts).sum() == 0
 
 
 def test_a_monitor_is_in_one_call_at_a_time():
-    model, monitor, data = model_of(routed()), ExpertMonitor(), (VALIDATION, VALIDATION)
+    model, monitor = model_of(routed()), ExpertMonitor()
     refused = pytest.raises(ValueError, match="must have one `ExpertMonitor`, in one call")
-    for inner, validation in ((ExpertMonitor(), None), (monitor, None), (monitor, data)):
+    for inner, validation in ((ExpertMonitor(), False), (monitor, False), (monitor, True)):
         with refused:
-            callbacks = [Evaluates(inner), monitor]
-            model.fit(*data, validation_data=validation, callbacks=callbacks, verbose=0)
+            fit(model, evaluates(model, inner), monitor, validation=validation)
     for validation in (True, False):
         with refused:
-            fit(model, ExpertMonitor(), validation=validation)
+            fit(model, monitor, ExpertMonitor(), validation=validation)
     # What was interrupted is over, and after the monitor its counts are read already.
-    history = fit(model, Evaluates(monitor), monitor=monitor, epochs=2)
-    assert usage(history) == about(BOTH)
+    assert usage(fit(model, monitor, evaluates(model, monitor), epochs=2)) == about(BOTH)
 
 
 def test_two_layers_of_one_name_inside_other_models_have_logs_of_their_own():
@@ -232,68 +198,31 @@ def test_two_layers_of_one_name_inside_other_models_have_logs_of_their_own():
     assert logs == about(expected)
 
 
-def test_an_unbuilt_model_is_counted_from_its_first_batch():
-    model = keras.Sequential([routed()])
-    model.compile(keras.optimizers.SGD(0.0), "mse")
-    assert usage(fit(model)) == about(BOTH)
-
-
 class Interruption(Exception):
     pass
 
 
-class Interrupts(keras.callbacks.Callback):
-    """Raises in the hook of this name, the second time that it is called."""
+def interrupt_evaluation(model, place, monitor):
+    """Break an evaluation off in the step, or in a hook of the second batch."""
 
-    def __init__(self, hook):
-        super().__init__()
-        self.calls = 0
-        setattr(self, hook, self._raise)
-
-    def _raise(self, *arguments, **kwargs):
-        self.calls += 1
-        if self.calls == 2:
+    def interrupt(batch, logs):
+        if place == "step" or batch == 1:
             raise Interruption
 
-
-class OwnData(keras.utils.PyDataset):
-    """Data of which the second batch cannot be read."""
-
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, index):
-        if index:
-            raise Interruption
-        return VALIDATION[:2], VALIDATION[:2]
+    if place == "step":
+        model.compile("sgd", interrupt)
+    stops = keras.callbacks.LambdaCallback(**{place: interrupt})
+    with pytest.raises(Interruption):
+        evaluated(model, monitor, stops, batch_size=2)
+    # On JAX Keras leaves a model without its variables there, whatever its layers.
+    getattr(model, "jax_state_sync", lambda: None)()
 
 
-class BreaksInTheStep(keras.losses.Loss):
-    def call(self, y_true, y_pred):
-        raise Interruption
-
-
-def interrupted_evaluation(model, place):
-    """An evaluation with a monitor that ends in the middle."""
-    kwargs = {"callbacks": [ExpertMonitor()], "verbose": 0}
-    if place == "data":
-        model.evaluate(OwnData(), **kwargs)
-    elif place == "step":
-        model.compile("sgd", BreaksInTheStep())
-        model.evaluate(VALIDATION, VALIDATION, **kwargs)
-    else:
-        kwargs["callbacks"].append(Interrupts(place))
-        model.evaluate(VALIDATION, VALIDATION, batch_size=2, **kwargs)
-
-
-@pytest.mark.parametrize("place", ["on_test_batch_begin", "on_test_batch_end", "data", "step"])
+@pytest.mark.parametrize("place", ["on_test_batch_begin", "on_test_batch_end", "step"])
 def test_nothing_counts_after_an_evaluation_that_was_interrupted(place):
     model = model_of(routed())
     layer = model.layers[0]
-    with pytest.raises(Exception):  # noqa: B017 - TensorFlow wraps what the data raises
-        interrupted_evaluation(model, place)
-    # On JAX Keras leaves a model without its variables there, whatever its layers.
-    getattr(model, "jax_state_sync", lambda: None)()
+    interrupt_evaluation(model, place, ExpertMonitor())
     assert not layer.counts_in_evaluation
     before = array(layer.expert_counts)
     model.predict(VALIDATION, verbose=0)
@@ -301,9 +230,8 @@ def test_nothing_counts_after_an_evaluation_that_was_interrupted(place):
     if place == "step":
         model.compile(keras.optimizers.SGD(0.0), "mse")
     model.evaluate(VALIDATION, VALIDATION, batch_size=1, verbose=0)
-    model.test_on_batch(VALIDATION, VALIDATION)
-    counted = array(layer.expert_counts) - before
     # A step that was announced and never made counts the next one.
+    counted = array(layer.expert_counts) - before
     assert counted.sum() <= (place == "on_test_batch_begin")
     assert evaluated(model, ExpertMonitor()) == about(named(BALANCED, "moe"))
     assert usage(fit(model, epochs=2)) == about(BOTH)
@@ -312,12 +240,7 @@ def test_nothing_counts_after_an_evaluation_that_was_interrupted(place):
 def test_an_evaluation_that_was_interrupted_before_a_step_may_be_followed_by_any():
     model, monitor = model_of(routed()), ExpertMonitor()
     for next_monitor in (monitor, ExpertMonitor()):
-        with pytest.raises(Interruption):
-            stops = Interrupts("on_test_batch_begin")
-            model.evaluate(
-                VALIDATION, VALIDATION, batch_size=2, callbacks=[monitor, stops], verbose=0
-            )
-        getattr(model, "jax_state_sync", lambda: None)()
+        interrupt_evaluation(model, "on_test_batch_begin", monitor)
         assert evaluated(model, next_monitor) == about(named(BALANCED, "moe"))
         assert evaluated(model) == {} and not array(model.layers[0].expert_counts).any()
 

@@ -59,7 +59,7 @@ def start(port, number):
 def test_what_a_backend_cannot_split_is_an_error():
     wrong, message = {
         "tensorflow": ({}, "Keras splits no weights on TensorFlow"),
-        "torch": ({"devices": ["cpu:0"]}, "`devices` is for another backend"),
+        "torch": ({"devices": ["cpu:0"]}, "`devices` and `layout_map` are for JAX"),
     }[BACKEND]
     with pytest.raises(ValueError, match=message):
         expert_parallel(4, **wrong)

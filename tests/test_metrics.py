@@ -26,11 +26,11 @@ BY_HAND = [
 ]
 
 
-@pytest.mark.parametrize(("counts", "imbalance", "entropy", "dead"), BY_HAND)
-def test_the_oracle_is_right_on_small_examples(counts, imbalance, entropy, dead):
-    assert_close(reference.load_imbalance(counts), imbalance)
-    assert_close(reference.load_entropy(counts), entropy, tolerance=1e-8)
-    assert reference.dead_experts(counts) == dead
+def test_the_oracle_is_right_on_small_examples():
+    for counts, imbalance, entropy, dead in BY_HAND:
+        assert_close(reference.load_imbalance(counts), imbalance)
+        assert_close(reference.load_entropy(counts), entropy, tolerance=1e-8)
+        assert reference.dead_experts(counts) == dead
 
 
 def expected_usage(counts, dropped):
@@ -85,12 +85,8 @@ def test_usage_equals_the_oracle(num_experts, mode):
 def test_lists_are_taken_for_tensors():
     assert float(metrics.load_imbalance([4, 4, 0, 0])) == 1
     assert float(metrics.dropped_fraction(2, [4, 4])) == 0.25
-    routing = routing_of(*draw())
-    labels = [t % 3 for t in range(T)]
-    np.testing.assert_array_equal(
-        array(metrics.count_table(routing, labels, np.int64(3))),
-        array(metrics.count_table(routing, np.array(labels), 3)),
-    )
+    table = metrics.count_table(routing_of(*draw()), [0, 1, -1, 2] * 5, np.int64(3))
+    assert 0 < np.sum(array(table)) < K * T, "-1 counts for no group"
 
 
 TOTALS = {
@@ -125,13 +121,11 @@ def test_metrics_sum_all_routings_since_their_last_reset():
             assert metric.name.startswith(name)
             assert_close(array(metric.result()), expected[name])
             metric.reset_state()
-    for name, metric in made.items():
-        np.testing.assert_array_equal(array(metric.result()), expected_usage([0] * 5, 0)[name])
+            assert not array(metric.counts).any() and not array(metric.dropped)
 
 
-@pytest.mark.parametrize("window", [1, 3])
-def test_experts_are_dead_that_had_nothing_in_a_window_of_batches(window):
-    rng = np.random.default_rng(window)
+def test_experts_are_dead_that_had_nothing_in_a_window_of_batches():
+    rng, window = np.random.default_rng(3), 3
     batches = rng.integers(0, 9, (5, 5)) * (rng.random((5, 5)) < 0.3)
     batches[:, 4] = 0
     metric = metrics.DeadExpertsOverWindow(num_experts=5, window=window)
@@ -148,13 +142,7 @@ def test_experts_are_dead_that_had_nothing_in_a_window_of_batches(window):
 
 
 def draw(seed=0):
-    rng = np.random.default_rng(seed)
-    return rng.normal(size=(T, E)).astype("float32"), rng.random(T) < 0.7
-
-
-def pairs(routing):
-    """Token and expert of each assignment."""
-    return [(t, e) for t in np.flatnonzero(routing.mask) for e in routing.indices[t] if e >= 0]
+    return normal(T, E, seed=seed), np.random.default_rng(seed).random(T) < 0.7
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -183,17 +171,15 @@ def test_decisions_and_tables_equal_loops_over_tokens(mode):
     assert_close(unserved, np.mean([(rows[t] < 0).all() for t in real]))
     kept = [len(set(routing.indices[t]) & set(after.indices[t])) for t in real]
     assert_close(saturation, sum(kept) / (K * len(real)))
-    expected = np.zeros((E, E))
+    pairs, of_groups = np.zeros((E, E)), np.zeros((3, E))
     for t in real:
         for a in routing.indices[t]:
+            of_groups[groups[t], a] += 1
             for b in routing.indices[t]:
-                expected[a, b] += 1
-    assert_close(together, expected / np.maximum(np.diag(expected)[:, None], 1))
-    expected = np.zeros((3, E))
-    for t, e in pairs(routing):
-        expected[groups[t], e] += 1
-    np.testing.assert_array_equal(table, expected)
-    joint = expected / expected.sum()
+                pairs[a, b] += 1
+    assert_close(together, pairs / np.maximum(np.diag(pairs)[:, None], 1))
+    np.testing.assert_array_equal(table, of_groups)
+    joint = of_groups / of_groups.sum()
     independent = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
     there = joint > 0
     assert_close(information, np.sum(joint[there] * np.log(joint[there] / independent[there])))

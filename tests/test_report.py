@@ -1,5 +1,6 @@
 """The HTML report: its numbers and words, and its behaviour in a real browser."""
 
+import functools
 import json
 import re
 
@@ -9,7 +10,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from browser import open_page  # noqa: E402
+from browser import run_in_page  # noqa: E402
 from layer_checks import E, moe, one_hot, one_hot_router, wide_identity  # noqa: E402
 
 import keras_moe  # noqa: E402
@@ -101,10 +102,7 @@ def test_layers_have_their_own_labels_and_tokens(tmp_path):
     assert first["labels"] is None and "warm" in html
 
 
-LABELS = [["a"], [["a"], ["b"], ["c"]], "ab", [0.5, 1.5], np.eye(2, 80, dtype=int)[:, :3]]
-
-
-@pytest.mark.parametrize("labels", [*LABELS, {"third": ["a", "b"]}])
+@pytest.mark.parametrize("labels", [["a"], "ab", [0.5, 1.5], {"third": ["a", "b"]}])
 def test_labels_that_do_not_fit_are_refused(labels, tmp_path):
     with pytest.raises(ValueError, match="[Ll]abel"):
         written(tmp_path, one_hot_model("first"), balanced(), labels)
@@ -112,7 +110,7 @@ def test_labels_that_do_not_fit_are_refused(labels, tmp_path):
 
 
 def test_integer_data_are_shown_as_they_are_and_texts_are_split():
-    from keras_moe.reporting.texts import token_texts
+    from keras_moe.reporting.study import token_texts
 
     data = np.array([[5, 6, 7, 8], [9, 1, 0, 0]])
     assert token_texts(None, data, 4, 2) == ["5", "6", "7", "8", "9", "1", "0", "0"]
@@ -125,16 +123,12 @@ def test_integer_data_are_shown_as_they_are_and_texts_are_split():
     assert token_texts(None, data, 0, 2) == []
 
 
-@pytest.mark.parametrize(
-    "data, expected",
-    [
-        (np.ones((2, 80), int), "only: The experts have collapsed: 100% of the work goes to 2"),
-        ([[1]], "only: 2 assignments are too few to judge 4 experts."),
-    ],
-)
-def test_verdicts_are_plain_words(tmp_path, data, expected):
-    _, html = written(tmp_path, one_hot_model("only"), data)
-    assert verdicts(html)[0].startswith(expected)
+def test_verdicts_are_plain_words(tmp_path):
+    _, html = written(tmp_path, one_hot_model("only"), np.ones((2, 80), int))
+    collapse = "only: The experts have collapsed: 100% of the work goes to 2 of 4."
+    assert verdicts(html)[0] == collapse
+    _, html = written(tmp_path, one_hot_model("only"), [[1]])
+    assert verdicts(html)[0] == "only: 2 assignments are too few to judge 4 experts."
 
 
 def untrained(router):
@@ -152,32 +146,21 @@ def test_an_untrained_router_has_no_preference(tmp_path):
     model.layers[2].router.kernel.assign(1e-5 * np.eye(8, E))
     _, html = written(tmp_path, model, np.repeat([0, 1, 2], [112, 32, 16]).reshape(2, 80))
     texts = ["1 of 4 experts serv", "The busiest expert ", "The router hardly p"]
-    assert [text[5:24] for text in verdicts(html)] == texts
+    assert [text.removeprefix("new: ")[:19] for text in verdicts(html)] == texts
     assert html.count("Try the same as above.") == 1
     # Sigmoids are close to each other without a verdict.
     model = untrained(routers.TopKRouter(top_k=1, score="sigmoid"))
     assert "hardly prefers" not in written(tmp_path, model, balanced(5))[1]
 
 
-class Nearest(routers.SelectionRouter):
-    """Logits are negative squared distances."""
-
-    def build(self, tokens_shape):
-        self.centres = self.add_weight(shape=(E, tokens_shape[-1]), initializer="identity")
-
-    def project(self, tokens):
-        return -keras.ops.sum((keras.ops.expand_dims(tokens, 1) - self.centres) ** 2, axis=-1)
-
-
 ALIGNED = {"kernel": np.eye(E, 256), "directions": np.eye(256, E)}
 ROUTERS = {
-    "distances": (Nearest, {}, None),
     "cosine": (routers.CosineRouter, {**ALIGNED, "log_scale": np.log(60.0)}, None),
     "cosine of NaN": (routers.CosineRouter, {**ALIGNED, "log_scale": np.nan}, "is not a number."),
     "exploded": (routers.TopKRouter, {"kernel": 60 * np.eye(E)}, "Router logits explode"),
     "offset": (routers.TopKRouter, {"kernel": np.full((E, E), 9.0)}, None),
-    "offset of sigmoids": (
-        lambda: routers.TopKRouter(score="sigmoid"),
+    "sigmoids": (
+        functools.partial(routers.TopKRouter, score="sigmoid"),
         {"kernel": np.full((E, E), 9.0)},
         "Router logits explode",
     ),
@@ -200,9 +183,7 @@ def test_a_page_about_a_model_without_experts_has_no_text(tmp_path):
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     path, html = written(tmp_path, model, np.zeros((2, 3), "float32"))
     assert "This model has no MixtureOfExperts layer, so there is nothing to see." in html
-    with open_page(path) as page:
-        assert not page.errors
-        assert page.run("document.getElementById('text-section').hidden")
+    assert run_in_page(path, "return document.getElementById('text-section').hidden")
 
 
 def test_data_of_any_structure_and_of_no_token_layout_are_reported(tmp_path):
@@ -224,12 +205,8 @@ def test_text_from_data_is_never_markup(tmp_path):
     words = [[EVIL, "</script>", "$x_$", "<!--"] * 20] * 2
     path, html = written(tmp_path, model, balanced(), [EVIL, "</svg>"], words)
     assert EVIL not in html
-    with open_page(path) as page:
-        assert not page.errors
-        assert page.run("window.broken") is None
-        assert page.run("document.querySelector('.token').textContent") == EVIL
-        assert page.run("document.querySelector('.document b').textContent") == EVIL
-        assert page.run("document.querySelectorAll('figure svg').length") == 4
+    code = "return [window.broken, texts('.token')[0], texts('b')[0], all('figure svg').length]"
+    assert run_in_page(path, code) == [None, EVIL, EVIL, 4]
 
 
 ACTIVE = "a\u202eb\x1b[31m\nc\x00\u2066\u200d"
@@ -267,12 +244,8 @@ def test_a_token_without_an_expert_is_shown_and_padding_is_not(tmp_path):
     outputs = moe(router=router, router_losses=())(keras.layers.Masking()(inputs))
     x = one_hot(0, 0, 0) * np.array([[1.0], [-1.0], [0.0]], "float32")
     path, _ = written(tmp_path, keras.Model(inputs, outputs), x[None], tokens=["yes no padding"])
-    with open_page(path) as page:
-        shown = page.run("[...document.querySelectorAll('.token')].map(token => token.textContent)")
-        assert shown == ["yes", "no"]
-        page.move_mouse_to(".unserved")
-        assert page.run("hover.textContent") == "nono expert serves it"
-        assert not page.errors
+    found = run_in_page(path, "point('.unserved'); return [...texts('.token'), hover.textContent]")
+    assert found == ["yes", "no", "nono expert serves it"]
 
 
 @pytest.fixture(scope="module")
@@ -283,76 +256,83 @@ def page_path(tmp_path_factory):
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_can_be_read_on_its_background(page_path, dark):
-    with open_page(page_path, dark) as page:
-        contrasts = page.run(
-            """[...document.querySelectorAll('.token, #verdicts strong, td, figcaption')].map(e => {
-              const numbers = c => c.match(/[\\d.]+/g).map(Number);
-              const light = c => { const [r, g, b] = numbers(c).map(v => v / 255).map(
-                v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-                return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-              let back = e;
-              while (getComputedStyle(back).backgroundColor === 'rgba(0, 0, 0, 0)')
-                back = back.parentElement;
-              const [a, b] = [getComputedStyle(e).color, getComputedStyle(back).backgroundColor]
-                .map(light);
-              return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05); })"""
-        )
-        assert len(contrasts) > 100 and min(contrasts) > 4.5
-        assert not page.errors
+    contrasts = run_in_page(
+        page_path,
+        """
+        const light = (colour) => {
+          const [r, g, b] = colour.match(/[\\d.]+/g).map((v) => Number(v) / 255).map(
+            (v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+          return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+        };
+        return all(".token, #verdicts strong, td, figcaption").map((element) => {
+          let back = element;
+          while (getComputedStyle(back).backgroundColor === "rgba(0, 0, 0, 0)")
+            back = back.parentElement;
+          const [a, b] = [getComputedStyle(element).color, getComputedStyle(back).backgroundColor]
+            .map(light);
+          return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+        });
+        """,
+        dark,
+    )
+    assert len(contrasts) > 100 and min(contrasts) > 4.5
 
 
 def test_the_filter_filters(page_path):
-    with open_page(page_path) as page:
-        everything = page.run("document.querySelectorAll('.token').length")
-        assert page.run("document.querySelectorAll('.other').length") == 0
-        page.run("expertSelect.value = 2; expertSelect.dispatchEvent(new Event('change'))")
-        assert page.run(
-            "[...document.querySelectorAll('.token:not(.other)')].every(token =>"
-            " choicesOf(Number(token.dataset.index)).some(choice => choice.expert === 2))"
-        )
-        assert 0 < page.run("document.querySelectorAll('.other').length") < everything
-        count = page.run("layer().counts[2]")
-        assert page.run("document.getElementById('matches').textContent").startswith(f"{count:,} ")
-        page.run("layerSelect.value = 1; layerSelect.dispatchEvent(new Event('change'))")
-        assert page.run("layer().name") == "second"
-        assert page.run("document.querySelectorAll('.other').length") == 0
-        assert not page.errors
+    before, served, others, matches, count, name, after = run_in_page(
+        page_path,
+        """
+        const others = () => all(".other").length, found = [others()];
+        choose(expertSelect, 2);
+        found.push(all(".token:not(.other)").every((token) =>
+          choicesOf(Number(token.dataset.index)).some((choice) => choice.expert === 2)));
+        found.push(others() / all(".token").length, texts("#matches")[0], layer().counts[2]);
+        choose(layerSelect, 1);
+        return [...found, layer().name, others()];
+        """,
+    )
+    assert before == after == 0 and served and 0 < others < 1
+    assert matches.startswith(f"{count:,} ") and name == "second"
 
 
 def test_mouse_and_keyboard_reach_every_token(page_path):
-    with open_page(page_path) as page:
-        assert page.run("hover.hidden")
-        page.move_mouse_to(".token:nth-child(3)")
-        shown = page.run("hover.textContent")
-        assert shown.startswith("3expert 2weight ") and "probability 100%" in shown
-        page.move_mouse_to("h1")
-        assert page.run("hover.hidden")
-        page.run("document.querySelector('.token').focus()")
-        for _ in range(399):
-            page.press("ArrowRight")
-        assert page.run("document.activeElement.dataset.index") == "399"
-        page.press("ArrowRight")
-        assert page.run("document.activeElement.dataset.index") == "400", "the next document"
-        page.press("ArrowLeft")
-        page.press("Enter")
-        assert page.run("expertSelect.value") == "3"
-        assert not page.run("hover.hidden")
-        page.press("Escape")
-        assert page.run("hover.hidden")
-        assert not page.errors
+    hidden, shown, away, last, following, expert, focused, escaped = run_in_page(
+        page_path,
+        """
+        const index = () => document.activeElement.dataset.index, found = [hover.hidden];
+        point(".token:nth-child(3)");
+        found.push(hover.textContent);
+        send(text, new MouseEvent("mouseout"));
+        found.push(hover.hidden);
+        all(".token")[0].focus();
+        for (let i = 0; i < 399; i++) press("ArrowRight");
+        found.push(index());
+        press("ArrowRight");
+        found.push(index());
+        press("ArrowLeft");
+        press("Enter");
+        found.push(expertSelect.value, hover.hidden);
+        press("Escape");
+        return [...found, hover.hidden];
+        """,
+    )
+    assert hidden and away and not focused and escaped
+    assert shown.startswith("3expert 2weight ") and "probability 100%" in shown
+    assert (last, following, expert) == ("399", "400", "3"), "400 is in the next document"
 
 
 def test_many_tokens_are_drawn_as_they_come_into_view(tmp_path):
     data = np.tile(balanced(125), (100, 1))  # 100,000 tokens
     path, _ = written(tmp_path, one_hot_model("only"), data)
-    with open_page(path) as page:
-        assert page.run("layer().texts.length") == 100_000
-        assert 0 < page.run("document.querySelectorAll('.token').length") < 5_000
-        last = "document.querySelector('.block:last-child')"
-        page.run(
-            f"{last}.scrollIntoView(); new Promise(done => {{ const look = () =>"
-            f"{last}.firstChild ? done() : setTimeout(look, 20); look(); }})"
-        )
-        assert page.run(f"{last}.querySelector('.token:last-child').dataset.index") == "99999"
-        assert page.run("document.querySelectorAll('.token').length") < 10_000
-        assert not page.errors
+    total, first, last, drawn = run_in_page(
+        path,
+        """
+        const drawn = () => all(".token").length, found = [layer().texts.length, drawn()];
+        const last = all(".block:last-child")[0];
+        last.scrollIntoView();
+        while (!last.firstChild) await new Promise((done) => setTimeout(done, 20));
+        return [...found, all(".block:last-child .token").at(-1).dataset.index, drawn()];
+        """,
+    )
+    assert (total, last) == (100_000, "99999")
+    assert 0 < first < 5_000 and drawn < 10_000

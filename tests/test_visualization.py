@@ -1,8 +1,6 @@
 """Plots: the numbers they show, and that they draw with few and many experts and layers."""
 
-import importlib
 import io
-import sys
 
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ from matplotlib.colors import to_rgba  # noqa: E402
 from test_inspection import two_block_model  # noqa: E402
 
 from keras_moe import inspection, visualization  # noqa: E402
-from keras_moe.visualization import labels  # noqa: E402
+from keras_moe.visualization.plots import MAX_ROWS  # noqa: E402
 
 # Arrays are drawn by NumPy; routings of a model are drawn on each backend.
 of_arrays = pytest.mark.backends("torch")
@@ -40,37 +38,33 @@ def rows_of(axes):
 
 
 def titles(figure):
-    return [axes.get_title() for axes in figure.axes if axes.get_title()]
+    """Names of the layers."""
+    return [axes.get_title().split(" ")[0] for axes in figure.axes if axes.get_title()]
 
 
-DRAW = {
-    "shares": lambda e, names: visualization.shares_over_time(
-        {n: np.random.default_rng(0).random((5, e)) for n in names}
-    ),
-    "specialization": lambda e, names: visualization.specialization(
-        {n: draws(e) for n in names}, np.arange(60) % 3, num_experts=e
-    ),
-    "coactivation": lambda e, names: visualization.coactivation({n: draws(e) for n in names}, e),
-    "confidence": lambda e, names: visualization.confidence(
-        {n: np.random.default_rng(0).dirichlet(np.ones(e), 60) for n in names}
-    ),
-    "settling": lambda e, names: visualization.settling(
-        [{n: draws(e, seed) for n in names} for seed in range(3)], e
-    ),
-}
+def plots(num_experts, names):
+    """Each plot of random data, with a panel for each name."""
+    random = np.random.default_rng(0)
+    indices, before = ({n: draws(num_experts, seed) for n in names} for seed in (0, 1))
+    return [
+        visualization.shares_over_time({n: random.random((5, num_experts)) for n in names}),
+        visualization.specialization(indices, np.arange(60) % 3, num_experts=num_experts),
+        visualization.coactivation(indices, num_experts),
+        visualization.settling([before, indices, indices], num_experts),
+        visualization.confidence({n: random.dirichlet(np.ones(num_experts), 60) for n in names}),
+    ]
 
 
 @of_arrays
-@pytest.mark.parametrize("draw", DRAW.values(), ids=DRAW)
-def test_every_plot_draws_any_number_of_experts_and_layers(draw):
+def test_every_plot_draws_any_number_of_experts_and_layers():
     names = [f"layer_{n}" for n in range(4)]
-    figure = draw(4, names)
-    drawn(figure)
-    assert [title.split(" ")[0] for title in titles(figure)] == names
-    axes, *colours = drawn(draw(256, ["$a_only$"]))
-    assert len(colours) <= 1 and len(axes.get_xticks()) < 15
-    if draw is DRAW["confidence"]:
-        assert axes.get_xlim()[1] < 0.2, "small probabilities fill the plot"
+    for figure in plots(4, names):
+        drawn(figure)
+        assert titles(figure) == names
+    for figure in plots(256, ["$a_only$"]):
+        axes, *colours = drawn(figure)
+        assert len(colours) <= 1 and len(axes.get_xticks()) < 15
+    assert axes.get_xlim()[1] < 0.2, "small probabilities fill the plot of confidence"
 
 
 @of_arrays
@@ -99,21 +93,17 @@ def test_specialization_counts_choices_and_leaves_out_padding():
 
 
 @of_arrays
-@pytest.mark.parametrize(
-    "documents", [["sport", "space"], [["sport"], ["space"]], [["sport"] * 2, ["space"] * 2]]
-)
-def test_labels_of_documents_are_those_of_their_tokens(documents):
-    axes = drawn(visualization.specialization([[0], [0], [1], [1]], documents))[0]
-    assert axes.get_title() == "1.00 of 1.00 bits in common"
+def test_labels_of_documents_are_those_of_their_tokens():
+    for documents in (["sport", "space"], [["sport"], ["space"]], [["sport"] * 2, ["space"] * 2]):
+        figure = visualization.specialization([[0], [0], [1], [1]], documents)
+        assert figure.axes[0].get_title() == "1.00 of 1.00 bits in common"
 
 
 @of_arrays
-@pytest.mark.parametrize(
-    "wrong", [[0, 1, 2], np.eye(2, dtype=int), [0.5, 1.5], [None, None], [-1, -1], [0, 20_000]]
-)
-def test_labels_that_do_not_fit_are_refused(wrong):
-    with pytest.raises(ValueError, match="[Ll]abels? "):
-        visualization.specialization(np.zeros((8, 2), int), wrong)
+def test_labels_that_do_not_fit_are_refused():
+    for wrong in ([0, 1, 2], np.eye(2, dtype=int), [0.5, 1.5], [None, None], [-1, -1], [0, 20_000]):
+        with pytest.raises(ValueError, match="[Ll]abels? "):
+            visualization.specialization(np.zeros((8, 2), int), wrong)
 
 
 @of_arrays
@@ -121,7 +111,7 @@ def test_the_most_frequent_strings_stand_on_top_and_the_rest_is_left_out():
     words = ["rare"] + ["often"] * 3 + [f"once_{n}" for n in range(50)]
     axes = drawn(visualization.specialization(draws(4, tokens=54), words))[0]
     assert rows_of(axes)[0] == "often"
-    assert len(image(axes)) == labels.MAX_ROWS
+    assert len(image(axes)) == MAX_ROWS
 
 
 @of_arrays
@@ -136,8 +126,7 @@ def test_settling_compares_choices_whatever_their_order():
     moments = [[[0, 1], [2, 3]], [[1, 0], [0, 1]], [[0, 1], [0, 1]]]
     axes = drawn(visualization.settling(moments, num_experts=4))[0]
     to_last, to_previous, chance = (line.get_ydata() for line in axes.get_lines())
-    np.testing.assert_allclose(to_last, [0.5, 1.0])
-    np.testing.assert_allclose(to_previous, [0.5, 1.0])
+    np.testing.assert_allclose([to_last, to_previous], [[0.5, 1.0]] * 2)
     assert chance[0] == 0.5
 
 
@@ -152,20 +141,11 @@ def test_confidence_is_the_highest_probability_of_real_tokens():
 def test_recorded_routings_are_drawn_as_they_are():
     recorded = inspection.record_routings(two_block_model(), [normal(2, 5, 8), normal(2, 5, 8)])
     figures = [
-        visualization.specialization(recorded, np.arange(4)),
         visualization.coactivation(recorded),
+        visualization.specialization(recorded, np.arange(4)),
         visualization.confidence(recorded),
         visualization.settling([recorded, recorded]),
     ]
     for figure in figures:
-        drawn(figure)
-        assert [title.split(" ")[0] for title in titles(figure)] == ["first", "second"]
-    assert image(figures[1].axes[0]).shape == (4, 4), "experts without a token have a place"
-
-
-@of_arrays
-def test_without_matplotlib_the_error_names_the_package_to_install(monkeypatch):
-    panels = sys.modules["keras_moe.visualization.panels"]
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match="Run `pip install matplotlib`"):
-        importlib.reload(panels)
+        assert titles(figure) == ["first", "second"]
+    assert image(figures[0].axes[0]).shape == (4, 4), "experts without a token have a place"

@@ -6,18 +6,17 @@ import functools
 import keras
 from keras.src.backend.common.global_state import get_global_attribute, set_global_attribute
 
-# Keras keeps the masks of traced tensors apart from them on JAX, so only its own function finds
-# them. It has been in this module from Keras 3.10 on.
-from keras.src.backend.common.masking import get_keras_mask
+# On JAX only this finds the masks of traced tensors. Here from Keras 3.10 on.
+from keras.src.backend.common.masking import get_keras_mask as get_keras_mask
 
 # Whether updates of variables are collected instead of made.
-from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.backend.common.stateless_scope import in_stateless_scope as in_stateless_scope
 
 # In which variables are read in the dtype that a layer computes in.
 from keras.src.backend.common.variables import AutocastScope, get_autocast_scope
 
 # The class of models made of symbolic tensors, which has no public name.
-from keras.src.models.functional import Functional
+from keras.src.models.functional import Functional as Functional
 
 
 def current_model():
@@ -27,11 +26,7 @@ def current_model():
 
 
 def current_call():
-    """A function that enters the present call again, after it has ended.
-
-    In it layers infer what they infer now, such as whether this is training, and variables are read
-    in the same dtype.
-    """
+    """A context to enter the present call again: with its `training` and dtype of variables."""
     call, autocast = get_global_attribute("current_call_ctx"), get_autocast_scope()
 
     @contextlib.contextmanager
@@ -84,10 +79,7 @@ def calls_of(model):
 
 
 def set_state(layer, name, value):
-    """Set an attribute of a built layer to another sublayer or variable; the old one is let go.
-
-    The new one takes the old one's place in the order of the layer's own.
-    """
+    """Put another sublayer or variable in the place of a built layer's attribute."""
     old, tracker = getattr(layer, name), layer._tracker
     places = [
         (store, index)
@@ -153,10 +145,8 @@ def compile_like(model, other):
 
 
 def test_function_of_its_own(model):
-    """Another test function of a compiled model, which shares no trace with the present one.
-
-    JAX gives functions of the same method the same trace, so this one is made of another method.
-    """
+    """Another test function of a compiled model, which shares no trace with the present one."""
+    # JAX gives functions of the same method the same trace.
     present, own_step = model.test_function, vars(model).get("test_step")
     model.test_step = functools.partial(model.test_step)
     try:
@@ -170,10 +160,7 @@ def test_function_of_its_own(model):
 
 
 def forget_old_weights(model):
-    """Make a model work with the weights that its layers hold now, where some were replaced.
-
-    Compiled functions are traced again, and the optimizer of a compiled model starts again.
-    """
+    """Trace a model again, and start its optimizer again, where weights were replaced."""
     forget_compiled(model)
     for layer in model._flatten_layers():
         if hasattr(layer, "_torch_params"):  # PyTorch's list of all parameters in it
@@ -196,26 +183,3 @@ def _fresh(optimizer):
     parts = [*optimizers, *(each._learning_rate for each in optimizers)]
     with keras.saving.custom_object_scope({type(part).__name__: type(part) for part in parts}):
         return type(optimizer).from_config(optimizer.get_config())
-
-
-__all__ = [
-    "Functional",
-    "calls_of",
-    "compile_like",
-    "current_call",
-    "current_model",
-    "forget_compiled",
-    "forget_old_weights",
-    "get_keras_mask",
-    "in_stateless_scope",
-    "let_go",
-    "names_below",
-    "open_to_state",
-    "own_layers",
-    "own_variables",
-    "parameters_of",
-    "remove_sublayers",
-    "set_state",
-    "stored_dtypes",
-    "test_function_of_its_own",
-]

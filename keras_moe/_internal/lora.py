@@ -12,8 +12,7 @@ from keras_moe._internal.keras_internals import open_to_state
 class Adaptable:
     """Abstract: a layer with LoRA. Before a `keras.Layer` in the bases of a class.
 
-    A subclass implements `add_factors(a_initializer, b_initializer)`, and calls it after all its
-    weights are built where `lora_rank` is set.
+    A subclass implements `add_factors`, and calls it at the end of `build` if `lora_rank` is set.
     """
 
     lora_rank: Any = None
@@ -57,9 +56,9 @@ class Adaptable:
         rank = check_integer("rank", rank)
         alpha = rank if lora_alpha is None else check_number("lora_alpha", lora_alpha, above=0)
         if not layer.built or layer.lora_enabled:
-            state = "has LoRA" if layer.built else "is not built"
             raise ValueError(
-                f"`enable_lora` takes a built layer without LoRA. Received: a layer that {state}"
+                "`enable_lora` takes a built layer without LoRA. "
+                f"Received: built={layer.built}, lora_enabled={layer.lora_enabled}"
             )
         self.check_takes_lora()
         initializers = map(keras.initializers.get, (a_initializer, b_initializer))

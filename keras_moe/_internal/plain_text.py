@@ -48,3 +48,9 @@ def stating(rule, received, fix="") -> Iterator[None]:
         raise ValueError(
             f"{rule} Received: {received} ({describe(error, longest=300)}). {fix}".strip()
         ) from error
+
+
+def table(rows):
+    """Lines of a table of texts, with the first column to the left and the others to the right."""
+    first, *others = (max(map(len, column)) for column in zip(*rows))
+    return ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows]

@@ -35,16 +35,10 @@ _shared: weakref.WeakSet = weakref.WeakSet()
 
 
 def resolve(argument, identifier, base, by_name=None, **defaults):
-    """Return the object that a pluggable argument stands for.
+    """Return the object that a pluggable argument stands for: an instance, a config or a name.
 
     Keras does not revive nested objects of a config, so every pluggable argument goes through here.
-
-    Args:
-        argument: name of the constructor argument, for errors.
-        identifier: an instance of `base`, a config made by `keras.saving`, or a name.
-        base: class that the object must be an instance of.
-        by_name: dict from names to classes.
-        **defaults: arguments of a class that is given by name.
+    `by_name` has the classes by name, and `defaults` their arguments.
     """
     if isinstance(identifier, dict):
         identifier = keras.saving.deserialize_keras_object(identifier)
@@ -115,15 +109,12 @@ def load_draws(layer, store):
         if key in entries:
             # Each backend has its own integer type for it.
             generator.state.assign(ops.cast(np.asarray(entries[key]), generator.state.dtype))
-    return {key: entry for key, entry in entries.items() if not key.startswith(_PREFIX)}
-
-
-_PREFIX = "draws_"
+    return {key: entry for key, entry in entries.items() if not key.startswith("draws_")}
 
 
 def _generators(layer):
     return [
-        (_PREFIX + name.lstrip("_"), value)
+        (f"draws_{name.lstrip('_')}", value)
         for name, value in vars(layer).items()
         if isinstance(value, keras.random.SeedGenerator)
     ]

@@ -4,23 +4,16 @@ import io
 import pathlib
 import time
 
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.histogram.summary_v2 import histogram_pb
+from tensorboard.plugins.image.metadata import create_summary_metadata
+from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.util.tensor_util import make_tensor_proto
+
+from keras_moe import visualization
 from keras_moe._internal.plain_text import as_text
-
-try:
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.plugins.histogram.summary_v2 import histogram_pb
-    from tensorboard.plugins.image.metadata import create_summary_metadata
-    from tensorboard.plugins.scalar.summary_v2 import scalar_pb
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
-    from tensorboard.util.tensor_util import make_tensor_proto
-
-    from keras_moe import visualization
-except ImportError as error:
-    raise ImportError(
-        "`log_dir` needs TensorBoard and matplotlib, one of which is not installed. "
-        "Run `pip install tensorboard matplotlib`."
-    ) from error
 
 
 class EventFiles:
@@ -33,14 +26,7 @@ class EventFiles:
         self._writers = {}
 
     def write(self, split, step, numbers, shares):
-        """Write the numbers of an epoch.
-
-        Args:
-            split: "train" or "validation".
-            step: Integer. Number of the epoch.
-            numbers: Dict of layers to dicts of names to scalars.
-            shares: Dict of layers to an array (E,) for each epoch so far.
-        """
+        """Write the numbers of an epoch by layer and name, and the shares so far by layer."""
         summaries = [
             scalar_pb(f"{as_text(layer)}/{key}", value)
             for layer, values in numbers.items()

@@ -35,11 +35,8 @@ class ExpertHealth(keras.callbacks.Callback):
     of `(step, layer name, health.Finding)`. It repeats when more experts die, and once if
     `rebalance` has changed the layer in vain. In a collapse dead experts are not reported.
 
-    A look reads the counters and the router weights from the device: E and D x E numbers a layer.
-    Nothing is read between looks, so training runs ahead. On JAX, where `fit` holds the state
-    itself, a look also hands it back to the model: no copy, but some microseconds for each weight.
-
-    Works with and without `ExpertMonitor`, in any order.
+    A look reads the counters and the router weights from the device, E and D x E numbers a layer;
+    between looks training runs ahead. Works with and without `ExpertMonitor`, in any order.
 
     Args:
         every: Integer. Training batches from look to look. A look waits until 20 assignments an
@@ -49,8 +46,7 @@ class ExpertHealth(keras.callbacks.Callback):
         rebalance: Boolean. Whether a collapse or a dead expert makes the layer's balancing losses
             ten times as heavy, once, where their weight is below ten times the usual one, 0.1 for
             `losses.LoadBalance`, or a loss has no `usual_weight`. `layer.loss_weights_in_force` has
-            the present weights; the losses in `router_losses` and the config keep the original
-            ones.
+            the present weights.
 
     Raises:
         ValueError: If `every` or `patience` is less than 1, or the model has no MoE layer.
@@ -58,9 +54,8 @@ class ExpertHealth(keras.callbacks.Callback):
     Example:
 
     >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
-    >>> model = keras.Sequential([
-    ...     keras.Input((16,)), keras_moe.layers.MixtureOfExperts(experts), keras.layers.Dense(1)
-    ... ])
+    >>> moe = keras_moe.layers.MixtureOfExperts(experts)
+    >>> model = keras.Sequential([keras.Input((16,)), moe, keras.layers.Dense(1)])
     >>> model.compile("adam", "mse")
     >>> x, y = keras.random.normal((64, 16)), keras.random.normal((64, 1))
     >>> watchdog = keras_moe.callbacks.ExpertHealth(stop=True)
@@ -85,26 +80,29 @@ class ExpertHealth(keras.callbacks.Callback):
         self._watches = {}
         for name, layer in moe_layers(self.model).items():
             for loss, weight in zip(layer.router_losses, layer.loss_weights_in_force):
-                finding = health.judge_weak_loss(loss, weight)
-                if self._is_new(name, "weak loss", finding):
-                    self._report(name, finding)
+                self._report(name, "weak loss", health.judge_weak_loss(loss, weight))
 
     def on_epoch_begin(self, epoch, logs=None):
         # What was counted or loaded between epochs is no part of this one.
-        for _, layer, watch in self._watched():
-            watch.seen = watch.epoch_began = _Counted.by(layer)
+        for _, watch in self._watched():
+            watch.seen = watch.epoch_began = _Counted.by(watch.layer)
 
     # Not `on_train_batch_end`: a callback that defines it makes Keras wait for every batch.
     def on_train_batch_begin(self, batch, logs=None):
         if self._step >= self._next_look:
-            self._look()
+            # Keras has this on JAX only.
+            getattr(self.model, "jax_state_sync", lambda: None)()
+            for name, watch in self._watched():
+                for found in watch.look():
+                    self._report(name, *found)
             self._next_look = self._step + self.every
         # Called once for the batches of one execution.
         self._step += self.model.steps_per_execution
 
     def on_epoch_end(self, epoch, logs=None):
         losses, weights, values, added = [], [], [], {}
-        for name, layer, watch in self._watched():
+        for name, watch in self._watched():
+            layer = watch.layer
             counted = _Counted.by(layer).since(watch.epoch_began)
             # Where a monitor has read and reset the counters, it has kept the means.
             means = counted.losses / counted.calls if counted.calls else layer.last_losses
@@ -117,42 +115,24 @@ class ExpertHealth(keras.callbacks.Callback):
         if added:
             self._largest_loss = np.fmax(self._largest_loss, (logs or {}).get("loss", np.nan))
             finding = health.judge_heavy_losses(losses, weights, self._largest_loss, values)
-            most = max(added, key=lambda name: added[name])
-            if self._is_new(most, "heavy loss", finding):
-                self._report(most, finding)
-
-    def _look(self):
-        # Keras has this on JAX only.
-        getattr(self.model, "jax_state_sync", lambda: None)()
-        for name, layer, watch in self._watched():
-            for kind, finding, about in watch.look(layer):
-                if not self._is_new(name, kind, finding, about):
-                    continue
-                if self.rebalance and kind != "router" and name not in self._rebalanced:
-                    finding = self._rebalance(name, layer, watch, finding)
-                self._report(name, finding)
+            self._report(max(added, key=lambda name: added[name]), "heavy loss", finding)
 
     def _watched(self):
-        """Return name, layer and `_Watch` of each layer that is built."""
-        watched = []
+        """Return the name and the `_Watch` of each layer that is built."""
         for name, layer in moe_layers(self.model).items():
-            if layer.built:
-                if name not in self._watches:
-                    self._watches[name] = _Watch(layer, self.patience)
-                watched.append((name, layer, self._watches[name]))
-        return watched
+            if layer.built and name not in self._watches:
+                self._watches[name] = _Watch(layer, self.patience)
+        return self._watches.items()
 
-    def _is_new(self, name, kind, finding, about=(None,)):
-        """Return whether a finding is about anything that was not reported before."""
-        if finding is None:
-            return False
+    def _report(self, name, kind, finding, about=(None,)):
+        """Warn of a finding, or None, if it is about anything that was not reported before."""
         # What is wrong with a layer in spite of rebalancing is worth another warning.
         facts = {(name, name in self._rebalanced, kind, each) for each in about}
-        is_new = not facts <= self._reported
+        if finding is None or facts <= self._reported:
+            return
         self._reported |= facts
-        return is_new
-
-    def _report(self, name, finding):
+        if self.rebalance and kind in ("collapse", "dead") and name not in self._rebalanced:
+            finding = self._rebalance(name, finding)
         known = [(layer, found.fix) for _, layer, found in self.findings]
         self.findings.append((self._step, name, finding))
         is_known = (name, finding.fix) in known
@@ -164,12 +144,12 @@ class ExpertHealth(keras.callbacks.Callback):
         # Names this module instead of a source line that says nothing to users.
         warnings.warn_explicit(text, UserWarning, __name__, self._step)
 
-    def _rebalance(self, name, layer, watch, finding):
+    def _rebalance(self, name, finding):
         """Make balancing losses heavier, and return the finding with that in its fix."""
-        done = []
-        for index, (loss, weight) in enumerate(
-            zip(layer.router_losses, layer.loss_weights_in_force)
-        ):
+        watch, done = self._watches[name], []
+        layer = watch.layer
+        for index, weight in enumerate(layer.loss_weights_in_force):
+            loss = layer.router_losses[index]
             # In a resumed training it may have been raised before.
             if loss.balances and 0 < weight < min(loss.large_weight, 9 * loss.weight):
                 layer.set_router_loss_weight(index, 10 * weight)
@@ -186,6 +166,7 @@ class _Watch:
     """The state of one layer between two looks."""
 
     def __init__(self, layer, patience):
+        self.layer = layer
         self.patience = patience
         self.seen = _Counted.by(layer)
         # A layer that the first batch has built counted all of it in this epoch.
@@ -199,35 +180,34 @@ class _Watch:
         self._spreads: collections.deque = collections.deque(maxlen=self.patience)
         self._idle: np.ndarray = np.zeros(len(self._window), "int64")
 
-    def look(self, layer):
-        """Return tuples of a kind, a finding or None, and the experts that it is about."""
-        found = [("router", self._judge_router(layer.router), (None,))]
-        counted = _Counted.by(layer)
+    def look(self):
+        """Return tuples of a kind, a finding or None, and perhaps the experts that it is about."""
+        found = [("router", self._judge_router())]
+        counted = _Counted.by(self.layer)
         self._window += counted.since(self.seen).assignments
         self.seen = counted
         if health.is_enough(self._window):
-            found.append(("collapse", self._judge_spread(layer), (None,)))
-            found.append(("dead", *self._judge_idle(layer)))
+            found += [("collapse", self._judge_spread()), ("dead", *self._judge_idle())]
             self._window = np.zeros_like(self._window)
         return found
 
-    def _judge_router(self, router):
-        size = _router_size(router)
+    def _judge_router(self):
+        size = _router_size(self.layer.router)
         if not np.isfinite(size):
             return health.not_a_number()
         if size > max(health.EXPLODED_LOGIT, _GROWTH * self._first_size):
             return health.exploded(f"spread by {size:.0f} for inputs of size 1")
         return None
 
-    def _judge_spread(self, layer):
+    def _judge_spread(self):
         latest = self._spreads
-        latest.append(health.spread(self._window, layer.router.min_top_k))
+        latest.append(health.spread(self._window, self.layer.router.min_top_k))
         recovers = latest[-1] - latest[0] > _RECOVERY * (self.patience - 1)
         if len(latest) < self.patience or max(latest) >= health.COLLAPSED or recovers:
             return None
-        return health.collapsed(self._window, layer.balance_advice())
+        return health.collapsed(self._window, self.layer.balance_advice())
 
-    def _judge_idle(self, layer):
+    def _judge_idle(self):
         self._idle = np.where(self._window > 0, 0, self._idle + 1)
         looks = _DEAD_PATIENCE * self.patience
         dead = np.flatnonzero(self._idle >= looks)
@@ -235,7 +215,7 @@ class _Watch:
         if not len(dead) or self._spreads[-1] < health.COLLAPSED:
             return None, ()
         experts = len(self._idle)
-        finding = health.dead(dead, experts, layer.balance_advice(), f"in {looks} looks")
+        finding = health.dead(dead, experts, self.layer.balance_advice(), f"in {looks} looks")
         now = f"At the last look {np.sum(self._idle > 0)} of {experts} had none."
         return finding._replace(text=f"{finding.text} {now}"), dead.tolist()
 

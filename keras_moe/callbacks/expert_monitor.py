@@ -1,9 +1,7 @@
 """The use of every expert in the logs of each epoch."""
 
-import collections
 import math
 import re
-from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -13,7 +11,7 @@ from keras_moe import metrics
 from keras_moe._internal.checks import shortened
 from keras_moe._internal.keras_internals import test_function_of_its_own
 from keras_moe.inspection import moe_layers
-from keras_moe.inspection.recording import Counting
+from keras_moe.inspection.recording import counting
 
 
 class ExpertMonitor(keras.callbacks.Callback):
@@ -34,37 +32,33 @@ class ExpertMonitor(keras.callbacks.Callback):
     They appear at the end of the progress bar and in `History`, and other callbacks can monitor
     them: `EarlyStopping(monitor="val_moe_load_imbalance", mode="min")` for a layer `"moe"`, with
     `"max"` for `load_entropy`. Put the monitor first in the list of callbacks. `model.evaluate`
-    prints them too, but does not return them, as Keras gives callbacks a copy of its logs: a
-    callback after the monitor can keep them, as below.
+    prints them too, but does not return them: a callback after the monitor can keep them, as below.
 
     The attributes `shares` and `validation_shares` are for `visualization.shares_over_time`: dicts
-    with the shares of the experts of each layer, a list of one array (E,) for each epoch. An epoch
-    without validation has NaN, if a later one has a validation. `fit` starts new ones, but with an
-    `initial_epoch` it continues those of the epochs before, if the monitor has some; epochs that
-    it lacks have NaN. Shares that you assign begin with epoch 0.
+    with the shares of the experts of each layer, a list of one array (E,) for each epoch, NaN for
+    an epoch that was not watched or had no validation. `fit` starts new ones, but with an
+    `initial_epoch` it continues those of the epochs before, if the monitor has some. Shares that
+    you assign begin with epoch 0.
 
     Args:
         expert_shares: Boolean. Whether each expert's share is logged as well, one key an expert.
         log_dir: String or path. Folder for TensorBoard, or None. The numbers above are written to
             its folders `train` and `validation`, which `keras.callbacks.TensorBoard` uses too, as
             `LAYER/load_imbalance` and so on, with the shares as the histogram `LAYER/shares` and
-            the heat map `LAYER/shares_over_time`; each layer has its own group of cards. Needs
-            `pip install tensorboard matplotlib`.
+            the heat map `LAYER/shares_over_time`. Needs `pip install tensorboard matplotlib`.
         metrics: List of functions from the counts of a layer, a NumPy array (E,) of the
             assignments of each expert in the epoch, to a number. NaN is logged where nothing was
             counted.
 
     Raises:
-        TypeError: If something in `metrics` is no function with a name.
-        ValueError: If the model has no `MixtureOfExperts` layer, two `metrics` have one name, or
-            another monitor resets the counters within an epoch.
+        ValueError: If `metrics` are not functions of different names, the model has no
+            `MixtureOfExperts` layer, or another monitor resets the counters within an epoch.
         ImportError: If there is a `log_dir`, but no TensorBoard or no matplotlib.
 
     Example:
 
-    >>> moe = keras_moe.layers.MixtureOfExperts(
-    ...     keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32), name="moe"
-    ... )
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
+    >>> moe = keras_moe.layers.MixtureOfExperts(experts, name="moe")
     >>> model = keras.Sequential([keras.Input((16,)), moe, keras.layers.Dense(1)])
     >>> model.compile("adam", "mse")
     >>> x, y = keras.random.normal((64, 16)), keras.random.normal((64, 1))
@@ -81,10 +75,16 @@ class ExpertMonitor(keras.callbacks.Callback):
         super().__init__()
         self.expert_shares = expert_shares
         self.shares, self.validation_shares = {}, {}
-        self._metrics = _by_name(metrics)
+        self._metrics = {getattr(function, "__name__", ""): function for function in metrics}
+        if len(self._metrics) < len(metrics) or not all(map(str.isidentifier, self._metrics)):
+            raise ValueError(
+                "`metrics` must be functions of different names, which are theirs in the logs. "
+                f"Received: metrics={shortened(metrics)}"
+            )
         self._counted_step = None
         # How often the counters had been reset when the epoch began; None outside of training.
         self._resets = None
+        # Numbers and shares of the layers in this epoch.
         self._training = self._test = None
         self._event_files = None
         if log_dir is not None:
@@ -134,40 +134,36 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     def on_test_end(self, logs=None):
         self._test = self._read_counts(keep=self._resets is None)
-        if logs is not None:
-            logs.update(_logs(self._test))
+        logs.update(_logs(self._test[0]))
 
     def on_epoch_end(self, epoch, logs=None):
-        training = self._read_training() if self._training is None else self._training
-        test = self._test or {}
-        if logs is not None:
-            logs.update({**_logs(training), **_logs(test, "val_")})
-        for split, usages, shares in (
+        training = self._training or self._read_training()
+        test: tuple = self._test or ({}, {})
+        logs.update({**_logs(training[0]), **_logs(test[0], "val_")})
+        for split, (numbers, shares), so_far in (
             ("train", training, self.shares),
             ("validation", test, self.validation_shares),
         ):
-            for name, usage in usages.items():
-                rows = shares.setdefault(name, [])
+            for name, row in shares.items():
+                rows = so_far.setdefault(name, [])
                 missing = epoch - self._first_epoch - len(rows)
-                rows += [np.full_like(usage.shares, np.nan)] * missing + [usage.shares]
-            if usages and self._event_files is not None:
-                numbers = {name: usage.numbers for name, usage in usages.items()}
-                self._event_files.write(split, epoch, numbers, shares)
+                rows += [np.full_like(row, np.nan)] * missing + [row]
+            if numbers and self._event_files is not None:
+                self._event_files.write(split, epoch, numbers, so_far)
 
     def _keep_shares_before(self, epoch):
         """Keep the shares of former trainings, if this one continues them."""
         kept, layers = epoch - self._first_epoch, moe_layers(self.model)
-        is_continued = self.shares.keys() == layers.keys() and all(
+        if self.shares.keys() == layers.keys() and all(
             0 < kept and len(rows) and len(rows[0]) == layers[name].experts.num_experts
             for name, rows in self.shares.items()
-        )
-        if is_continued:
+        ):
             self._shares, self.validation_shares = (
                 {name: list(rows[:kept]) for name, rows in shares.items()}
                 for shares in (self.shares, self.validation_shares)
             )
         else:
-            self._shares, self.validation_shares = {}, {}
+            self.shares, self.validation_shares = {}, {}
             self._first_epoch = epoch
 
     def _count_resets(self):
@@ -184,18 +180,18 @@ class ExpertMonitor(keras.callbacks.Callback):
         return self._read_counts(keep=True)
 
     def _read_counts(self, keep=False):
-        """Return a `_Usage` for each layer since the last call, and reset the counters.
+        """Return the numbers and the shares of each layer since the last call, and reset them.
 
         `keep` leaves the counts for `summary` and `ExpertHealth`, which find the counters empty.
         """
-        usages = {}
+        numbers, shares = {}, {}
         for name, layer in moe_layers(self.model).items():
             if layer.built:
-                usages[name] = self._usage(layer)
+                numbers[name], shares[name], counts, losses = self._usage(layer)
                 if keep:
-                    layer.last_counts, layer.last_losses = usages[name][2:]
+                    layer.last_counts, layer.last_losses = counts, losses
                 layer.reset_counts()
-        return usages
+        return numbers, shares
 
     def _usage(self, layer):
         counts = ops.convert_to_numpy(layer.expert_counts)
@@ -210,18 +206,11 @@ class ExpertMonitor(keras.callbacks.Callback):
             "router_entropy": layer.router_entropy_total.value / calls,
         }
         for name, function in self._metrics.items():
-            numbers[name] = _number(name, function(counts)) if counts.any() else math.nan
+            numbers[name] = function(counts) if counts.any() else math.nan
         numbers.update(zip(_loss_names(layer.router_losses), losses))
         if self.expert_shares:
             numbers.update({f"expert_share_{e}": share for e, share in enumerate(shares)})
-        return _Usage({key: float(value) for key, value in numbers.items()}, shares, counts, losses)
-
-
-class _Usage(NamedTuple):
-    numbers: dict
-    shares: Any
-    counts: Any
-    losses: Any
+        return {key: float(value) for key, value in numbers.items()}, shares, counts, losses
 
 
 class _CountedStep:
@@ -238,41 +227,16 @@ class _CountedStep:
 
     def __call__(self, *arguments):
         self._model.test_function = self.usual
-        with Counting(self._model):
+        with counting(self._model):
             return self._counting(*arguments)
 
 
-def _logs(usages, prefix=""):
+def _logs(numbers, prefix=""):
     return {
         f"{prefix}{name}_{key}": value
-        for name, usage in usages.items()
-        for key, value in usage.numbers.items()
+        for name, of_layer in numbers.items()
+        for key, value in of_layer.items()
     }
-
-
-def _by_name(functions):
-    """Return user-defined metrics by the names that they have in the logs."""
-    by_name: dict = {}
-    for function in functions:
-        name = getattr(function, "__name__", "")
-        if not callable(function) or not name.isidentifier():
-            raise TypeError(
-                "`metrics` must be functions from the counts (E,) of a layer to a number, with a "
-                f"name, which is theirs in the logs. Received: {shortened(function)}"
-            )
-        if by_name.setdefault(name, function) is not function:
-            raise ValueError(f"`metrics` must have different names. Received: a second {name!r}")
-    return by_name
-
-
-def _number(name, value):
-    """Return the value of a user-defined metric as a float."""
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"`metrics` must return a number. Received: {shortened(value)} from {name!r}"
-        ) from error
 
 
 # Between words, also after an abbreviation: `KLDivergence` is `kl_divergence`, as in Keras.
@@ -281,10 +245,9 @@ _WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
 def _loss_names(router_losses):
     """`LoadBalance` or `LoadBalanceLoss` is "load_balance_loss"; a second one ends with "_1"."""
-    names: list[str] = []
-    seen: collections.Counter = collections.Counter()
-    for loss in router_losses:
-        name = _WORDS.sub("_", type(loss).__name__).lower().removesuffix("_loss") + "_loss"
-        names.append(f"{name}_{seen[name]}" if seen[name] else name)
-        seen[name] += 1
-    return names
+    names = [
+        _WORDS.sub("_", type(loss).__name__).lower().removesuffix("_loss") + "_loss"
+        for loss in router_losses
+    ]
+    earlier = [names[:place].count(name) for place, name in enumerate(names)]
+    return [f"{name}_{number}" if number else name for name, number in zip(names, earlier)]

@@ -47,10 +47,7 @@ class RouterLossSchedule(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         if not self._scheduled():
-            raise ValueError(
-                "The model must have a MoE layer with the scheduled loss. Received: "
-                f"loss={self.loss!r}, model {self.model.name!r} without it"
-            )
+            raise ValueError(f"The model must have the router loss. Received: loss={self.loss!r}")
 
     def on_epoch_begin(self, epoch, logs=None):
         for layer, index in self._scheduled():

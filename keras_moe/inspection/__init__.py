@@ -1,9 +1,15 @@
 """Tools to look into a model: its MoE layers by name, their sizes, engines and routings."""
 
-from keras_moe.inspection.engines import LayerDescription, describe
 from keras_moe.inspection.finding import has_moe_layers, moe_layers
 from keras_moe.inspection.recording import count_in_evaluation, record_routings, replaying
-from keras_moe.inspection.sizes import LayerSummary, count_parameters, summarize, summary
+from keras_moe.inspection.summaries import (
+    LayerDescription,
+    LayerSummary,
+    count_parameters,
+    describe,
+    summarize,
+    summary,
+)
 
 __all__ = [
     "LayerDescription",

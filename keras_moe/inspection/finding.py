@@ -26,21 +26,20 @@ def moe_layers(model):
     Example:
 
     >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
-    >>> model = keras.Sequential([
-    ...     keras.Input((16,)), keras_moe.layers.MixtureOfExperts(experts, name="moe")
-    ... ])
-    >>> list(keras_moe.inspection.moe_layers(model))
+    >>> moe = keras_moe.layers.MixtureOfExperts(experts, name="moe")
+    >>> list(keras_moe.inspection.moe_layers(keras.Sequential([keras.Input((16,)), moe])))
     ['moe']
     """
     layers = _layers(model)
     if not layers:
         raise ValueError(
-            "The model must have at least one `MixtureOfExperts` layer. "
-            f"Received: model {model.name!r} without any"
+            f"The model must have a `MixtureOfExperts` layer. Received: {model.name!r} without one"
         )
     names = [layer.name for layer in layers]
     if len(set(names)) < len(names):
-        names = _distinct_paths(layers)
+        paths = [layer.path.split("/") for layer in layers]
+        shared = len(os.path.commonprefix(paths))
+        names = ["_".join(path[shared:] or path[-1:]) for path in paths]
     if len(set(names)) < len(names):
         names = [f"{name}_{number}" for number, name in enumerate(names)]
     return dict(zip(names, layers))
@@ -57,8 +56,7 @@ def built_layers(model):
     unbuilt = [name for name, layer in layers.items() if not layer.built]
     if unbuilt:
         raise ValueError(
-            "The model must be built; call it on some data first. "
-            f"Received: model {model.name!r} with layers {unbuilt} that are not"
+            f"The model must be built; call it on some data first. Received: {unbuilt} unbuilt"
         )
     return layers
 
@@ -76,9 +74,3 @@ def _in_order(layer, seen):
     yield layer
     for part in own_layers(layer):
         yield from _in_order(part, seen)
-
-
-def _distinct_paths(layers):
-    paths = [layer.path.split("/") for layer in layers]
-    shared = os.path.commonprefix(paths)
-    return ["_".join(path[len(shared) :] or path[-1:]) for path in paths]

@@ -43,8 +43,7 @@ class Finding(NamedTuple):
 def spread(counts, top_k):
     """How far the load is from a collapse onto K experts, 0, to balance, 1.
 
-    Counts experts by the exponential of the entropy of their shares, so that one with a tenth of
-    the work of the others is a tenth of an expert.
+    Experts are counted by the exponential of the entropy of their shares.
 
     Args:
         counts: List or array, (E,). Assignments per expert.
@@ -64,9 +63,9 @@ def spread(counts, top_k):
 def judge_load(counts, top_k, advice):
     """Findings about who does the work.
 
-    A problem where experts have no token, or where the `spread` is below 0.1: a collapse. A hint
-    where the busiest expert does more than twice the mean, and where there are fewer than 20
-    assignments an expert, too few to judge.
+    A problem where experts have no token, or where the `spread` is below 0.1, a collapse; a hint
+    where the busiest expert does more than twice the mean, or where fewer than 20 assignments an
+    expert are too few to judge.
 
     Args:
         counts: List or array, (E,). Assignments per expert.
@@ -105,17 +104,9 @@ def judge_drops(dropped):
 
 @np.errstate(invalid="ignore")  # infinite logits become NaN, which is a finding
 def logit_sizes(logits, router):
-    """How large logits are: above the mean of their token where only differences count.
-
-    Zeros for a router that normalizes its kernel: it learns the scale of its logits on its own, and
-    a large one is no explosion.
-
-    Args:
-        logits: Logits (T, E), or a kernel (D, E) that they are linear in.
-        router: The `routers.Router` that computes them.
-    """
+    """How large logits (T, E), or a kernel (D, E) of them, are: by what differs between experts."""
     if router.normalizes_kernel:
-        return 0.0 * logits  # NaN stays NaN
+        return 0.0 * logits  # It learns their scale; NaN stays NaN.
     if not router.shift_invariant:
         return np.abs(logits)
     return logits - np.mean(logits, axis=-1, keepdims=True)
@@ -124,8 +115,7 @@ def logit_sizes(logits, router):
 def judge_router(entropy, largest_logit):
     """Findings about how the router decides.
 
-    A hint that it hardly prefers an expert above 0.995 of the largest entropy, and that it hardly
-    learns any more below 0.05 of it; a problem where a logit is larger than 30.
+    Hints above 0.995 and below 0.05 of the largest entropy; a problem where a logit is above 30.
 
     Args:
         entropy: Float from 0 to 1. Mean entropy of a token's probabilities over `log E`.
@@ -156,33 +146,30 @@ def judge_router(entropy, largest_logit):
 
 def not_a_number():
     """The finding that a router computes NaN."""
-    text = "The router computes what is not a number."
-    fix = (
+    return Finding(
+        PROBLEM,
+        "The router computes what is not a number.",
         "Look for NaN in the inputs, lower the learning rate, clip gradients (`clipnorm=1.0`), and "
-        "in float16 use `keras.optimizers.LossScaleOptimizer`."
+        "in float16 use `keras.optimizers.LossScaleOptimizer`.",
     )
-    return Finding(PROBLEM, text, fix)
 
 
 def exploded(how):
     """The finding that logits are too large; `how` says by how much, after "they"."""
-    text = f"Router logits explode: they {how}, which makes every choice absolute."
-    fix = (
+    return Finding(
+        PROBLEM,
+        f"Router logits explode: they {how}, which makes every choice absolute.",
         "Raise the weight of `losses.RouterZ`, lower the learning rate, and normalise the inputs "
-        "of the layer (`keras.layers.LayerNormalization`)."
+        "of the layer (`keras.layers.LayerNormalization`).",
     )
-    return Finding(PROBLEM, text, fix)
 
 
 def collapsed(counts, advice):
     """The finding that few experts do the work, with the counts (E,), not all 0, that show it."""
     share = np.cumsum(np.sort(counts)[::-1]) / np.sum(counts)
     busy = int(np.argmax(share >= 0.9)) + 1
-    text = (
-        f"The experts have collapsed: {share[busy - 1]:.0%} of the work goes to {busy} of "
-        f"{len(counts)}."
-    )
-    return Finding(PROBLEM, text, advice)
+    work = f"{share[busy - 1]:.0%} of the work goes to {busy} of {len(counts)}"
+    return Finding(PROBLEM, f"The experts have collapsed: {work}.", advice)
 
 
 def dead(experts, num_experts, advice, when="at all"):
@@ -202,13 +189,8 @@ def is_enough(counts):
 
 
 def judge_weak_loss(loss, weight):
-    """A finding, if a balancing loss is on but cannot matter, or None.
-
-    Args:
-        loss: A `losses.RouterLoss`.
-        weight: Float. The weight it has now.
-    """
-    usual = _usual_weight(loss)
+    """A finding, if a `losses.RouterLoss` is on but its present weight cannot matter, or None."""
+    usual = loss.usual_weight
     if usual is None or not 0 < weight < WEAK_WEIGHT * usual:
         return None
     text = f"{type(loss).__name__}(weight={weight:g}) is too weak to have any effect."
@@ -218,8 +200,7 @@ def judge_weak_loss(loss, weight):
 def judge_heavy_losses(router_losses, weights, total, values=None):
     """A finding, if balancing is a large part of what training can still lower, or None.
 
-    `LoadBalance` is 1 at an even load, so its weight is a constant part of the loss. It has no
-    gradient and is no sign of a heavy loss: only what is above it counts.
+    Only what is above the value of a loss at an even load counts: that is constant.
 
     Args:
         router_losses: List of `losses.RouterLoss`. Those of all MoE layers of a model.
@@ -227,17 +208,17 @@ def judge_heavy_losses(router_losses, weights, total, values=None):
         total: Float or None. The loss of the model: the largest of all epochs, as any loss is large
             beside that of a task that is learned.
         values: List of floats or None. The mean of each loss before its weight, over about the
-            steps of `total`. None, or NaN in their place, if they were not measured: nothing is
-            found then.
+            steps of `total`. None or NaN if they were not measured: nothing is found then.
     """
-    values = [np.nan] * len(router_losses) if values is None else values
+    if total is None or values is None:
+        return None
     judged = list(zip(router_losses, weights, values, strict=True))
     heavy = [
         (loss, weight, value)
         for loss, weight, value in judged
-        if (usual := _usual_weight(loss)) is not None and weight >= HEAVY_WEIGHT * usual
+        if loss.usual_weight is not None and weight >= HEAVY_WEIGHT * loss.usual_weight
     ]
-    if total is None or not heavy:
+    if not heavy:
         return None
     constant = sum(weight * loss.value_at_balance for loss, weight, _ in judged)
     excess = sum(weight * (value - loss.value_at_balance) for loss, weight, value in heavy)
@@ -251,13 +232,9 @@ def judge_heavy_losses(router_losses, weights, total, values=None):
         text += f", not counting the constant {constant:.3g} of balancing losses at an even load"
     fix = (
         "The router may learn balance instead of the task: try a weight of about "
-        f"{_usual_weight(heavy[0][0]):g}, if the load stays even with it."
+        f"{heavy[0][0].usual_weight:g}, if the load stays even with it."
     )
     return Finding(HINT, f"{text}.", fix)
-
-
-def _usual_weight(loss):
-    return loss.usual_weight if loss.balances else None
 
 
 def _as_counts(counts):

@@ -5,8 +5,9 @@ import contextlib
 import keras
 from keras import ops
 
-from keras_moe._internal.batches import check_list_of_batches, running
+from keras_moe._internal.checks import is_kind
 from keras_moe._internal.keras_internals import forget_compiled
+from keras_moe._internal.plain_text import describe
 from keras_moe.inspection.finding import moe_layers
 
 
@@ -29,9 +30,8 @@ def record_routings(model, batches, training=False):
     Example:
 
     >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
-    >>> model = keras.Sequential([
-    ...     keras.Input((16,)), keras_moe.layers.MixtureOfExperts(experts, name="moe")
-    ... ])
+    >>> moe = keras_moe.layers.MixtureOfExperts(experts, name="moe")
+    >>> model = keras.Sequential([keras.Input((16,)), moe])
     >>> routings = keras_moe.inspection.record_routings(model, [keras.random.normal((8, 16))])
     >>> routings["moe"][0].indices.shape
     (8, 2)
@@ -43,9 +43,15 @@ def record_routings(model, batches, training=False):
 def recorded(model, batches, name, training=False):
     """`record_routings` of batches that have a name in errors."""
     layers = moe_layers(model)
-    routings: dict[str, list] = {name: [] for name in layers}
+    routings: dict[str, list] = {layer_name: [] for layer_name in layers}
+
+    def recorder(layer_name):
+        return lambda routing, tokens: routings[layer_name].append(
+            keras.tree.map_structure(ops.convert_to_numpy, routing)
+        )
+
     number = -1
-    with listening({layer: _recorder(routings[name]) for name, layer in layers.items()}):
+    with listening({layer: recorder(layer_name) for layer_name, layer in layers.items()}):
         for number, batch in enumerate(batches):
             with running(model, name, number, batch):
                 model(batch, training=training)
@@ -54,11 +60,61 @@ def recorded(model, batches, name, training=False):
     return routings
 
 
-def _recorder(routings):
-    def record(routing, tokens):
-        routings.append(keras.tree.map_structure(ops.convert_to_numpy, routing))
+def check_list_of_batches(name, batches):
+    """Refuse one batch, whose rows or parts would be taken for batches."""
+    parts = batches if isinstance(batches, tuple) else [batches]
+    if any(hasattr(part, "shape") for part in parts):
+        raise ValueError(
+            f"`{name}` must be a list of batches, as in `[inputs]` or `[(inputs, targets)]`. "
+            f"Received: one batch, {_described(batches)}"
+        )
 
-    return record
+
+@contextlib.contextmanager
+def running(model, name, number, inputs, others=()):
+    """Run a model on a batch that is named in errors; `others` are its targets and weights."""
+    try:
+        _check_inputs(getattr(model, "inputs", None) or (), inputs)
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"The model must run on `{name}`. Received: batch {number} of "
+            f"{_described((inputs, *others) if others else inputs)} ({describe(error, 300)})"
+        ) from error
+
+
+def _check_inputs(wanted, inputs):
+    """Refuse what Keras takes in silence: more than the inputs, and floats where ids belong."""
+    arrays = keras.tree.flatten(inputs)
+    if isinstance(inputs, dict):
+        arrays = [inputs.get(tensor.name) for tensor in wanted]
+    if wanted and len(arrays) > len(wanted):
+        raise ValueError(f"{len(arrays)} arrays for {len(wanted)} inputs")
+    for tensor, array in zip(wanted, arrays):
+        if hasattr(array, "dtype") and is_kind("int", tensor) and not is_kind("mask", array):
+            raise TypeError(f"{array.dtype} in the place of the integers {tensor.name!r}")
+
+
+def _described(batch):
+    return keras.tree.map_structure(
+        lambda leaf: f"{leaf.dtype} {tuple(leaf.shape)}" if hasattr(leaf, "dtype") else leaf, batch
+    )
+
+
+@contextlib.contextmanager
+def listening(listeners):
+    """A context in which functions hear what MoE layers do in eager calls.
+
+    Args:
+        listeners: Dict from a layer to a function of an `ops.Routing` and of the tokens (T, D).
+    """
+    for layer, listener in listeners.items():
+        layer.routing_listener = listener
+    try:
+        yield
+    finally:
+        for layer in listeners:
+            layer.routing_listener = None
 
 
 def count_in_evaluation(model):
@@ -84,23 +140,22 @@ def count_in_evaluation(model):
     >>> int(keras.ops.sum(moe.expert_counts))
     16
     """
-    return Counting(model, traced_again=("test_function", "predict_function"))
+    return counting(model, traced_again=("test_function", "predict_function"))
 
 
 @contextlib.contextmanager
-def listening(listeners):
-    """A context in which functions hear what MoE layers do in eager calls.
-
-    Args:
-        listeners: Dict from a layer to a function of an `ops.Routing` and of the tokens (T, D).
-    """
-    for layer, listener in listeners.items():
-        layer.routing_listener = listener
+def counting(model, traced_again=()):
+    """A context in which MoE layers count in inference, where the model is traced in it."""
+    before = {layer: layer.counts_in_evaluation for layer in moe_layers(model).values()}
     try:
+        for layer in before:
+            layer.counts_in_evaluation = True
+        forget_compiled(model, traced_again)
         yield
     finally:
-        for layer in listeners:
-            layer.routing_listener = None
+        for layer, counts in before.items():
+            layer.counts_in_evaluation = counts
+        forget_compiled(model, traced_again)
 
 
 @contextlib.contextmanager
@@ -146,23 +201,3 @@ def replaying(model, routings):
     finally:
         for layer in layers.values():
             layer.replayed_indices = None
-
-
-class Counting(contextlib.ContextDecorator):
-    """Lets the MoE layers of a model count in inference, where it is traced in this context."""
-
-    def __init__(self, model, traced_again=()):
-        self._model, self._traced_again = model, traced_again
-        self._layers, self._before = list(moe_layers(model).values()), []
-
-    def __enter__(self):
-        self._before.append([layer.counts_in_evaluation for layer in self._layers])
-        self._set([True] * len(self._layers))
-
-    def __exit__(self, *error):
-        self._set(self._before.pop())
-
-    def _set(self, counts):
-        for layer, value in zip(self._layers, counts):
-            layer.counts_in_evaluation = value
-        forget_compiled(self._model, self._traced_again)

@@ -1,16 +1,17 @@
 """Router losses, which training adds to its loss, and the likelihood of a mixture."""
 
 from keras_moe._internal.serialization import resolve
-from keras_moe.losses.balance import (
+from keras_moe.losses.likelihood import MixtureNegativeLogLikelihood, pack_mixture
+from keras_moe.losses.router_losses import (
     GlobalLoadBalance,
     ImportanceVariation,
     LoadBalance,
     LoadVariation,
+    RouterEntropy,
+    RouterLoss,
+    RouterZ,
     SequenceLoadBalance,
 )
-from keras_moe.losses.confidence import RouterEntropy, RouterZ
-from keras_moe.losses.likelihood import MixtureNegativeLogLikelihood, pack_mixture
-from keras_moe.losses.router_loss import RouterLoss
 
 BY_NAME = {
     "global_load_balance": GlobalLoadBalance,

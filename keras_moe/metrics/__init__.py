@@ -2,12 +2,20 @@
 
 from keras_moe.metrics.decisions import (
     coactivation,
+    count_table,
+    expert_saliency,
+    mutual_information,
     router_confidence,
     router_saturation,
     unserved_fraction,
 )
-from keras_moe.metrics.specialization import count_table, expert_saliency, mutual_information
 from keras_moe.metrics.usage import (
+    DeadExperts,
+    DeadExpertsOverWindow,
+    DroppedFraction,
+    ExpertShare,
+    LoadEntropy,
+    LoadImbalance,
     active_fraction,
     dead_experts,
     dead_experts_over_window,
@@ -18,14 +26,6 @@ from keras_moe.metrics.usage import (
     load_variation,
     max_share,
     utilization_quantiles,
-)
-from keras_moe.metrics.usage_metrics import (
-    DeadExperts,
-    DeadExpertsOverWindow,
-    DroppedFraction,
-    ExpertShare,
-    LoadEntropy,
-    LoadImbalance,
 )
 from keras_moe.ops.balance import router_entropy
 

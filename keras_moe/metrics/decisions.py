@@ -1,10 +1,15 @@
-"""How routers decide: functions of a routing."""
+"""Decisions of routers and specialization of experts: functions of a routing.
+
+Axes: T tokens, E experts, K experts per token, G groups of tokens.
+"""
 
 from keras import ops
 
-from keras_moe._internal.checks import check_tensors
+from keras_moe._internal.checks import check_indices, check_integer, check_tensors
+from keras_moe.metrics.usage import as_counts
 from keras_moe.ops.balance import masked_mean
-from keras_moe.ops.selection import chosen_experts, take_scores
+from keras_moe.ops.routing import count_assignments
+from keras_moe.ops.selection import chosen_experts, existing, take_scores
 
 
 def router_confidence(routing):
@@ -22,9 +27,7 @@ def router_confidence(routing):
 
 
 def unserved_fraction(routing, plan):
-    """Share of the real tokens that no expert serves.
-
-    These are tokens whose assignments were all dropped, or that no expert chose.
+    """Share of the real tokens whose assignments were all dropped, or that no expert chose.
 
     Args:
         routing: An `ops.Routing`.
@@ -33,9 +36,8 @@ def unserved_fraction(routing, plan):
     Returns:
         Scalar, float32; 0 where every token is padding.
     """
-    served = plan.served()
-    check_tensors({"T": routing.mask.shape[0]}, **{"plan.served()": (served, "T")})
-    return masked_mean(ops.cast(ops.logical_not(served), "float32"), routing.mask)
+    unserved = ops.logical_not(plan.served())
+    return masked_mean(ops.cast(unserved, "float32"), routing.mask)
 
 
 def router_saturation(before, after):
@@ -46,8 +48,7 @@ def router_saturation(before, after):
         after: The routing of the same tokens at a later one.
 
     Returns:
-        Scalar, float32; 1 where nothing changed, about K / E where nothing is left, 0 where every
-        token is padding.
+        Scalar, float32; 1 if nothing changed, about K / E if nothing is left, 0 if all is padding.
 
     Raises:
         ValueError: If the routings differ in their numbers of tokens or experts.
@@ -73,7 +74,7 @@ def coactivation(routing):
 
     Returns:
         (E, E) float32: the share of the tokens of the row's expert that the column's expert serves
-        too. The diagonal is 1, or 0 for an expert without tokens.
+        too; 0 for an expert without tokens.
 
     Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.2.
     """
@@ -81,3 +82,103 @@ def coactivation(routing):
     chosen = ops.cast(ops.logical_and(chosen, ops.expand_dims(routing.mask, 1)), "float32")
     together = ops.matmul(ops.transpose(chosen), chosen)
     return together / ops.maximum(ops.expand_dims(ops.sum(chosen, axis=0), 1), 1.0)
+
+
+def count_table(routing, groups, num_groups):
+    """Assignments of each expert from each group of tokens.
+
+    Args:
+        routing: An `ops.Routing`.
+        groups: Integer tensor or list, (T,). The group of each token, such as a label or a token
+            id, from 0 to `num_groups` - 1, or -1 for none.
+        num_groups: Integer. Number of groups, G.
+
+    Returns:
+        (G, E) float32.
+
+    Raises:
+        ValueError: If there is not one group for each token, or a list or NumPy array has one out
+            of range; in a tensor such a token counts for no group.
+    """
+    num_groups = check_integer("num_groups", num_groups)
+    check_indices("groups", groups, num_groups)
+    groups = ops.convert_to_tensor(groups)
+    check_tensors({"T": routing.mask.shape[0]}, groups=(groups, "T", "int"))
+    num_experts = routing.counts.shape[0]
+    indices = existing(routing.indices, num_experts)
+    groups = ops.expand_dims(ops.cast(groups, "int32"), 1)
+    known = ops.logical_and(groups >= 0, groups < num_groups)
+    used = ops.logical_and(indices >= 0, ops.expand_dims(routing.mask, 1))
+    cells = num_groups * num_experts
+    cell = ops.where(ops.logical_and(used, known), groups * num_experts + indices, cells)
+    cell = ops.reshape(cell, (-1,))
+    table = ops.segment_sum(ops.ones_like(cell, dtype="float32"), cell, cells + 1)
+    return ops.reshape(table[:-1], (num_groups, num_experts))
+
+
+def mutual_information(table):
+    """Mutual information of a token's group and its expert, in nats.
+
+    Args:
+        table: Tensor or list, (G, E). Assignments of each group to each expert, as `count_table`
+            returns them.
+
+    Returns:
+        Scalar, float32: 0 if independent or without assignments, at most the logarithm of G or E.
+    """
+    table = as_counts(table, "GE", "table")
+    joint = table / ops.maximum(ops.sum(table), 1.0)
+    rows, columns = ops.sum(joint, axis=1, keepdims=True), ops.sum(joint, axis=0, keepdims=True)
+    ratio = joint / ops.where(joint > 0, rows * columns, 1.0)
+    return ops.sum(joint * ops.log(ops.where(joint > 0, ratio, 1.0)))
+
+
+def expert_saliency(layer, inputs, mask=None, token_ids=None):
+    """Saliency of each expert, for pruning: mean over its tokens of weight times norm of output.
+
+    Args:
+        layer: A `layers.MixtureOfExperts` whose tokens choose experts.
+        inputs: Float tensor or list. Inputs of the layer.
+        mask: Tensor or list of bools, or None. Mask of the inputs.
+        token_ids: Integers or None. Those that a `routers.HashRouter` needs.
+
+    Returns:
+        (E,) float32; 0 for an expert without tokens.
+
+    Raises:
+        ValueError: If the tokens of the layer do not choose their experts.
+
+    Reference: Lasby et al. 2025, REAP (arXiv:2510.13999), eq. 9.
+    """
+    if not layer.router.takes_capacity:
+        router = type(layer.router).__name__
+        raise ValueError(f"The tokens of `layer` must choose their experts. Received: a `{router}`")
+    inputs = ops.convert_to_tensor(inputs)
+    tokens = ops.reshape(inputs, (-1, inputs.shape[-1]))
+    if mask is not None:
+        mask = ops.convert_to_tensor(mask)
+        tokens = ops.where(ops.reshape(ops.cast(mask, "bool"), (-1, 1)), tokens, 0.0)
+    _, routing = layer(inputs, mask=mask, token_ids=token_ids, return_routing=True)
+    counts = ops.cast(routing.counts, "float32")
+    return contributions(layer, routing, tokens) / ops.maximum(counts, 1.0)
+
+
+def contributions(layer, routing, tokens):
+    """Sum over the tokens (T, D) of each expert of weight times norm of its output, (E,)."""
+    num_experts = layer.experts.num_experts
+    total = ops.zeros((num_experts,), "float32")
+    for choice in range(routing.indices.shape[-1]):
+        # Each choice alone and with weight 1: the outputs of single experts.
+        indices = routing.indices[:, choice : choice + 1]
+        used = ops.logical_and(indices >= 0, ops.expand_dims(routing.mask, 1))
+        alone = routing._replace(
+            indices=indices,
+            weights=ops.cast(used, "float32"),
+            counts=count_assignments(indices, routing.mask, num_experts),
+        )
+        outputs = ops.cast(layer.experts(tokens, layer.router.plan(alone)), "float32")
+        norms = ops.sqrt(ops.sum(ops.square(outputs), axis=-1))
+        added = ops.expand_dims(norms * routing.weights[:, choice], 1)
+        chosen = ops.logical_and(used, indices == ops.arange(num_experts, dtype="int32"))
+        total = total + ops.sum(ops.where(chosen, added, 0.0), axis=0)
+    return total

@@ -1,38 +1,40 @@
-"""Expert usage: pure functions of assignment counts."""
+"""Expert usage: pure functions of assignment counts, and Keras metrics for custom training loops.
+
+In `model.fit` use `callbacks.ExpertMonitor`: a layer cannot own a Keras metric on every backend.
+"""
 
 import math
 
+import keras
 from keras import ops
 
 from keras_moe._internal.checks import check_integer, check_tensors, host_values
+from keras_moe._internal.serialization import register
 
 
 def load_imbalance(counts):
-    """Load of the busiest expert above the mean: `max / mean - 1`.
-
-    0 at balance, E - 1 if one expert has everything, 0 without assignments. Also known as MaxVio,
-    Wang et al. 2024 (arXiv:2408.15664), eq. 4.
+    """Load of the busiest expert above the mean: `max / mean - 1`, also known as MaxVio.
 
     Args:
         counts: Tensor or list, (E,). Assignments per expert.
 
     Returns:
-        Scalar, float32.
+        Scalar, float32: 0 at balance or without assignments, E - 1 if one expert has everything.
+
+    Reference: Wang et al. 2024 (arXiv:2408.15664), eq. 4.
     """
     counts = as_counts(counts)
     return ops.maximum(ops.max(counts) / _or_one(ops.mean(counts)) - 1.0, 0.0)
 
 
 def load_entropy(counts):
-    """Entropy of the shares, divided by `log E`: 1 at balance, 0 if one expert has everything.
-
-    1 for a single expert, 0 without assignments.
+    """Entropy of the shares, divided by `log E`.
 
     Args:
         counts: Tensor or list, (E,). Assignments per expert.
 
     Returns:
-        Scalar, float32.
+        Scalar, float32: 1 at balance, 0 if one of several has everything or without assignments.
     """
     share = expert_share(counts)
     num_experts = share.shape[0]
@@ -58,15 +60,12 @@ def dead_experts(counts):
 def dead_experts_over_window(counts, window=100):
     """Number of experts without a single assignment in the last `window` batches.
 
-    One batch may miss an expert by chance; many in a row do not. 0 before there are `window`
-    batches.
-
     Args:
         counts: Tensor or list, (N, E). Assignments per expert in N batches, in the order of time.
         window: Integer. Number of batches.
 
     Returns:
-        Scalar, float32.
+        Scalar, float32; 0 before there are `window` batches.
     """
     counts, window = as_counts(counts, "NE"), check_integer("window", window)
     if counts.shape[0] < window:
@@ -75,26 +74,26 @@ def dead_experts_over_window(counts, window=100):
 
 
 def dropped_fraction(dropped, counts):
-    """Share of the assignments that were dropped for lack of a slot; 0 without assignments.
+    """Share of the assignments that were dropped for lack of a slot.
 
     Args:
         dropped: Scalar. Number of dropped assignments.
         counts: Tensor or list, (E,). Assignments per expert, before any drop.
 
     Returns:
-        Scalar, float32.
+        Scalar, float32; 0 without assignments.
     """
     return ops.convert_to_tensor(dropped, "float32") / _or_one(ops.sum(as_counts(counts)))
 
 
 def expert_share(counts):
-    """Each expert's share of the assignments; they sum to 1, or are 0 without assignments.
+    """Each expert's share of the assignments.
 
     Args:
         counts: Tensor or list, (E,). Assignments per expert.
 
     Returns:
-        (E,) float32.
+        (E,) float32; 0 without assignments.
     """
     counts = as_counts(counts)
     return counts / _or_one(ops.sum(counts))
@@ -140,8 +139,6 @@ def active_fraction(counts):
 def utilization_quantiles(counts, quantiles=(0.0, 0.25, 0.5, 0.75, 1.0)):
     """Quantiles over the experts of the load relative to its mean: all 1 at balance.
 
-    Five numbers describe the load of any number of experts.
-
     Args:
         counts: Tensor or list, (E,). Assignments per expert.
         quantiles: Floats from 0, the idlest expert, to 1, the busiest.
@@ -159,14 +156,142 @@ def utilization_quantiles(counts, quantiles=(0.0, 0.25, 0.5, 0.75, 1.0)):
 def as_counts(counts, axes="E", name="counts"):
     """Counts as a float32 tensor, checked: their axes and, on the host, their sign."""
     array = host_values(counts)
-    if array is not None:
-        if not (array >= 0).all():
-            raise ValueError(f"`{name}` must be numbers of at least 0. Received: {array.min()}")
-        counts = array
-    check_tensors(**{name: (counts, axes, "number")})
-    return ops.convert_to_tensor(counts, "float32")
+    if array is not None and not (array >= 0).all():
+        raise ValueError(f"`{name}` must be numbers of at least 0. Received: {array.min()}")
+    counts = ops.convert_to_tensor(counts, "float32")
+    check_tensors(**{name: (counts, axes)})
+    return counts
 
 
 def _or_one(values):
     """Values to divide by: 1 in the place of 0."""
     return ops.where(values > 0, values, 1.0)
+
+
+class _UsageMetric(keras.metrics.Metric):
+    """Abstract: accumulates a statistic of the counts of each routing."""
+
+    def __init__(self, num_experts, name=None, dtype=None):
+        super().__init__(name=name, dtype=dtype)
+        self.num_experts = check_integer("num_experts", num_experts)
+
+    def update_state(self, routing):
+        """Add the assignments of a routing, in which padding does not count.
+
+        Args:
+            routing: An `ops.Routing`.
+
+        Raises:
+            ValueError: If the routing has another number of experts.
+        """
+        counts = routing.counts
+        check_tensors({"E": self.num_experts}, **{"routing.counts": (counts, "E")})
+        self._add(ops.cast(counts, "float32"), ops.cast(routing.dropped, "float32"))
+
+    def get_config(self):
+        return {**super().get_config(), "num_experts": self.num_experts}
+
+
+class _TotalUsageMetric(_UsageMetric):
+    """Abstract: sums the counts of routings."""
+
+    def __init__(self, num_experts, name=None, dtype=None):
+        super().__init__(num_experts, name, dtype)
+        self.counts = self.add_variable(
+            (self.num_experts,), "zeros", dtype="float32", name="counts"
+        )
+        self.dropped = self.add_variable((), "zeros", dtype="float32", name="dropped")
+
+    def _add(self, counts, dropped):
+        self.counts.assign_add(counts)
+        self.dropped.assign_add(dropped * ops.sum(counts))
+
+
+@register
+class LoadImbalance(_TotalUsageMetric):
+    """`metrics.load_imbalance` of all routings since the last reset.
+
+    Args:
+        num_experts: Integer. Number of experts, E.
+        name: String or None. Name of the metric.
+        dtype: String or None. Dtype of the metric.
+
+    Example:
+
+    >>> metric = keras_moe.metrics.LoadImbalance(num_experts=8)
+    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
+    >>> metric.update_state(router(keras.random.normal((32, 64))))
+    >>> imbalance = float(metric.result())
+    """
+
+    def result(self):
+        return load_imbalance(self.counts)
+
+
+@register
+class LoadEntropy(_TotalUsageMetric):
+    """`metrics.load_entropy` of all routings since a reset. Arguments as in `LoadImbalance`."""
+
+    def result(self):
+        return load_entropy(self.counts)
+
+
+@register
+class DeadExperts(_TotalUsageMetric):
+    """`metrics.dead_experts` of all routings since a reset. Arguments as in `LoadImbalance`."""
+
+    def result(self):
+        return dead_experts(self.counts)
+
+
+@register
+class DeadExpertsOverWindow(_UsageMetric):
+    """`metrics.dead_experts_over_window` of the routings since the last reset.
+
+    Each `update_state` is a batch.
+
+    Args:
+        num_experts: Integer. Number of experts, E.
+        window: Integer. Batches without an assignment after which an expert is dead.
+        name: String or None. Name of the metric.
+        dtype: String or None. Dtype of the metric.
+
+    Example:
+
+    >>> metric = keras_moe.metrics.DeadExpertsOverWindow(num_experts=8, window=2)
+    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
+    >>> for _ in range(3):
+    ...     metric.update_state(router(keras.random.normal((32, 64))))
+    >>> dead = float(metric.result())
+    """
+
+    def __init__(self, num_experts, window=100, name=None, dtype=None):
+        super().__init__(num_experts, name, dtype)
+        self.window = check_integer("window", window)
+        # Batches since the last assignment of each expert.
+        self.idle = self.add_variable((self.num_experts,), "zeros", dtype="float32", name="idle")
+
+    def _add(self, counts, dropped):
+        self.idle.assign(ops.where(counts > 0, 0.0, self.idle + 1.0))
+
+    def result(self):
+        return ops.sum(ops.cast(self.idle >= self.window, "float32"))
+
+    def get_config(self):
+        return {**super().get_config(), "window": self.window}
+
+
+@register
+class DroppedFraction(_TotalUsageMetric):
+    """`metrics.dropped_fraction` of all routings since a reset. Arguments as in `LoadImbalance`."""
+
+    def result(self):
+        return dropped_fraction(self.dropped, self.counts)
+
+
+@register
+class ExpertShare(_TotalUsageMetric):
+    """`metrics.expert_share` of all routings since a reset. Arguments as in `LoadImbalance`."""
+
+    def result(self):
+        return expert_share(self.counts)

@@ -9,9 +9,7 @@ def report(model, data, labels=None, tokens=None, path="report.html"):
 
     It opens without a network and shows verdicts with what to try, a table of the layers, plots,
     and the text coloured by the expert that served each token, with weights and probabilities under
-    the mouse or the arrow keys. The model runs on all of the data, and all are shown: pass a few
-    hundred documents, not all you have. For a model without MoE layers the page says that it has
-    none.
+    the mouse or the arrow keys. All of the data are shown: pass a few hundred documents.
 
     Layers that see different tokens, as the encoder and decoder of a translator do, take their own
     `labels` and `tokens`: a dict of them by the name of the layer.

@@ -1,22 +1,39 @@
 """The page as HTML: all text from the model or the data is escaped here."""
 
 import html
+import io
 import json
 import re
 import string
+import warnings
 from importlib import resources
 
+import matplotlib
 import numpy as np
 
-from keras_moe import metrics
+from keras_moe import metrics, visualization
 from keras_moe._internal.plain_text import as_text
-from keras_moe.reporting.svg_plots import svg_plots
 
 _NO_LAYER = (
     "This model has no MixtureOfExperts layer, so there is nothing to see. "
     "Put `keras_moe.layers.MixtureOfExperts(...)` in place of a feed-forward layer."
 )
 _SYMBOLS = {"problem": "✖", "hint": "▲", "good": "✔"}
+# A colour that nothing else has: it becomes the text colour of the page, dark or light.
+_INK = "#010203"
+_STYLE = {
+    "axes.edgecolor": _INK,
+    "axes.facecolor": "none",
+    "axes.labelcolor": _INK,
+    "figure.facecolor": "none",
+    "font.size": 9,
+    "legend.framealpha": 0,
+    "savefig.facecolor": "none",
+    "svg.fonttype": "none",
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
 
 
 def render(model_name, num_documents, layers):
@@ -106,12 +123,44 @@ def _bars(counts):
 
 
 def _plots(layers):
-    for caption, svg in svg_plots(layers):
-        caption = _escape(caption)
-        yield (
-            f'<figure><div role="img" aria-label="{caption}">{svg}</div>'
-            f"<figcaption>{caption}</figcaption></figure>"
-        )
+    layers = [layer for layer in layers if layer.routing.counts.sum()]
+    by_row = [("label", layer, layer.labels) for layer in layers]
+    by_row += [("token, most frequent first", layer, _repeated(layer)) for layer in layers]
+    routings = {layer.summary.name: layer.routing for layer in layers}
+    # The page says in words that a router computes no numbers.
+    sure = {name: r for name, r in routings.items() if np.isfinite(r.probs[r.mask]).all()}
+    several = {name: r for name, r in routings.items() if r.indices.shape[1] > 1}
+    with matplotlib.rc_context(_STYLE):
+        for kind, layer, rows in by_row:
+            if rows is not None:
+                plot = visualization.specialization({layer.summary.name: layer.routing}, rows)
+                yield _figure(f"Which expert serves which {kind}: {layer.summary.name}", plot)
+        if sure:
+            yield _figure("How sure the router is", visualization.confidence(sure))
+        if several:
+            plot = visualization.coactivation(several)
+            yield _figure("Which experts serve the same tokens", plot)
+
+
+def _repeated(layer):
+    """The texts of the tokens, if they repeat often enough to be types."""
+    real = [text for text, is_real in zip(layer.texts, layer.routing.mask) if is_real]
+    return np.array(layer.texts) if 0 < 2 * len(set(real)) <= len(real) else None
+
+
+def _figure(caption, plot):
+    """A plot as SVG with a caption."""
+    file, caption = io.StringIO(), _escape(caption)
+    with warnings.catch_warnings():
+        # The browser has the glyphs that the fonts of matplotlib lack.
+        warnings.filterwarnings("ignore", message="Glyph")
+        plot.savefig(file, format="svg", dpi=144, metadata={"Date": None})
+    svg = file.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    return (
+        f'<figure><div role="img" aria-label="{caption}">{svg.replace(_INK, "currentColor")}</div>'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
 
 
 def _script_data(num_documents, layers):

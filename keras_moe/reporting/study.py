@@ -9,14 +9,12 @@ import numpy as np
 from keras import ops
 
 from keras_moe import metrics
-from keras_moe._internal.batches import running
 from keras_moe._internal.checks import shortened
 from keras_moe.inspection import has_moe_layers, health, moe_layers, summarize
-from keras_moe.inspection.recording import recorded
-from keras_moe.reporting.texts import token_texts
+from keras_moe.inspection.recording import recorded, running
 from keras_moe.routers.logit_router import LogitRouter
-from keras_moe.visualization.labels import bits_in_common, label_table
-from keras_moe.visualization.sources import by_layer, labels_of_tokens
+from keras_moe.visualization.panels import by_layer
+from keras_moe.visualization.plots import bits_in_common, label_table, labels_of_tokens
 
 BATCH_SIZE = 32
 
@@ -44,9 +42,12 @@ def study(model, data, labels, tokens):
         )
     num_documents = sizes.pop()
     layers = moe_layers(model) if has_moe_layers(model) else {}
-    labels = _by_layer("labels", labels, layers, num_documents)
-    tokens = _by_layer("tokens", tokens, layers, num_documents)
-    batches = list(_batches(arrays, num_documents))
+    labels = _of_layers("labels", labels, layers, num_documents)
+    tokens = _of_layers("tokens", tokens, layers, num_documents)
+    batches = [
+        keras.tree.map_structure(operator.itemgetter(slice(start, start + BATCH_SIZE)), arrays)
+        for start in range(0, num_documents, BATCH_SIZE)
+    ]
     if not layers:
         with running(model, "data", 0, batches[0]):  # nothing else would show whether it can
             model(batches[0], training=False)
@@ -76,33 +77,54 @@ def _as_arrays(data):
     return np.asarray(data)
 
 
-def _by_layer(argument, values, layers, num_documents):
+def _of_layers(argument, values, layers, num_documents):
     """Dict from the name of each layer to its labels or tokens, an entry for each document."""
-    for given in values.values() if isinstance(values, dict) else [values]:
-        if given is not None and _length(given) != num_documents:
+    of_layers = values if isinstance(values, dict) else dict.fromkeys(layers, values)
+    for name, given in of_layers.items():
+        is_list = hasattr(given, "__len__") and not isinstance(given, str)
+        fits = given is None or (is_list and len(given) == num_documents)
+        if name not in layers or not fits:
             raise ValueError(
-                f"`{argument}` must be a list with an entry for each document. Received: "
-                f"{_length(given)} entries for {num_documents} documents, {shortened(given)}"
+                f"`{argument}` must be a list with an entry for each of {num_documents} documents, "
+                f"or a dict of such lists for layers in {list(layers)}. Received: "
+                f"{len(given) if is_list else 'no'} entries, {argument}={shortened(values)}"
             )
-    if not isinstance(values, dict):
-        return dict.fromkeys(layers, values)
-    if not values.keys() <= layers.keys():
-        raise ValueError(
-            f"`{argument}` as a dict must have names of MoE layers for keys, of {list(layers)}. "
-            f"Received: {list(values)}"
-        )
-    return {name: values.get(name) for name in layers}
+    return {name: of_layers.get(name) for name in layers}
 
 
-def _length(values):
-    is_list = not isinstance(values, str) and hasattr(values, "__len__")
-    return len(values) if is_list and getattr(values, "shape", None) != () else "no"
+def token_texts(tokens, arrays, positions, num_documents):
+    """One string for each token of a layer, documents one after the other.
+
+    `positions` are those that the layer has in each document; 0 if its tokens are not laid out so.
+    """
+    if not positions:
+        return []
+    if tokens is None:
+        documents, length = _from_data(arrays, positions, num_documents)
+    else:
+        documents = [text.split() if isinstance(text, str) else list(text) for text in tokens]
+        lengths = [array.shape[1] for array in keras.tree.flatten(arrays) if array.ndim > 1]
+        length = max([length for length in lengths if length % positions == 0], default=positions)
+    size = max(length // positions, 1)
+    return [
+        " ".join(map(_as_text, document[place * size : (place + 1) * size]))
+        for document in documents
+        for place in range(positions)
+    ]
 
 
-def _batches(arrays, num_documents):
-    for start in range(0, num_documents, BATCH_SIZE):
-        part = slice(start, start + BATCH_SIZE)
-        yield keras.tree.map_structure(operator.itemgetter(part), arrays)
+def _as_text(token):
+    """The text of a token; of an array (N, L, 1) or a nested list without brackets."""
+    parts = keras.tree.flatten(token.tolist() if hasattr(token, "tolist") else token)
+    return " ".join(map(str, parts))
+
+
+def _from_data(arrays, positions, num_documents):
+    """Integers as they are; else the number of the position."""
+    for array in keras.tree.flatten(arrays):
+        if array.ndim == 2 and np.issubdtype(array.dtype, np.integer):
+            return array.tolist(), array.shape[1]
+    return [[f"#{place}" for place in range(positions)]] * num_documents, positions
 
 
 def _study(layer, summary, routing, labels, texts):

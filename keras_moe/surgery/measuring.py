@@ -7,9 +7,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe._internal.batches import check_list_of_batches, running
-from keras_moe.inspection.recording import listening
-from keras_moe.metrics.specialization import contributions
+from keras_moe.inspection.recording import check_list_of_batches, listening, running
+from keras_moe.metrics.decisions import contributions
 
 
 def checked_batches(data):

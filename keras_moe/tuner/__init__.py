@@ -1,9 +1,6 @@
 """Hyperparameter search for models with MoE layers, with KerasTuner.
 
-Needs KerasTuner: `pip install "keras-tuner[bayesian]" six`. `SearchSpace` makes the layers,
-`CostMonitor` measures what they cost, `WithinBudget` is an objective that knows the cost,
-`DefaultsFirst` begins with what was picked by hand, and `pareto_table` shows what a lower loss
-costs.
+Needs KerasTuner: `pip install "keras-tuner[bayesian]" six`.
 """
 
 try:
@@ -14,8 +11,13 @@ except ImportError as error:
         'Run `pip install "keras-tuner[bayesian]" six`.'
     ) from error
 
-from keras_moe.tuner.cost import CostMonitor, WithinBudget
-from keras_moe.tuner.pareto import ParetoRow, format_table, pareto_table
+from keras_moe.tuner.cost import (
+    CostMonitor,
+    ParetoRow,
+    WithinBudget,
+    format_table,
+    pareto_table,
+)
 from keras_moe.tuner.search_space import DefaultsFirst, SearchSpace
 
 __all__ = [

@@ -1,12 +1,14 @@
-"""The cost of a trial, and an objective under a budget of it."""
+"""The cost of a trial, an objective under a budget of it, and a table of all trials."""
 
 import math
 import time
+from typing import NamedTuple
 
 import keras
 import keras_tuner
 
 from keras_moe._internal.checks import check_number
+from keras_moe._internal.plain_text import table
 from keras_moe.inspection import summarize
 
 
@@ -41,9 +43,8 @@ class CostMonitor(keras.callbacks.Callback):
 class WithinBudget(keras_tuner.Objective):
     """The least loss under a budget: any trial above it is worse than every trial within it.
 
-    The score within the budget grows with the loss from 0 to 1; above the budget, the cost as a
-    multiple of the budget is added, so that the search learns what is cheaper. KerasTuner averages
-    the scores of a trial's executions, not their losses: compare losses by `pareto_table`.
+    The score grows with the loss from 0 to 1; above the budget, the cost as a multiple of it is
+    added. KerasTuner averages the scores of a trial's executions: compare losses by `pareto_table`.
 
     Args:
         budget: Float, greater than 0. Highest cost.
@@ -82,3 +83,60 @@ class WithinBudget(keras_tuner.Objective):
         cost, loss = float(logs[self.cost]), float(logs[self.loss])
         score = (1 + loss / (1 + abs(loss))) / 2
         return score if cost <= self.budget else score + cost / self.budget
+
+
+class ParetoRow(NamedTuple):
+    """One trial: `efficient` if no other has a loss as low at a cost as low."""
+
+    trial: str
+    cost: float
+    loss: float
+    efficient: bool
+    values: dict
+
+
+def pareto_table(search, cost="active_flops", loss="val_loss"):
+    """Return what a lower loss costs: all finished trials, the cheapest first.
+
+    Args:
+        search: `keras_tuner.Tuner` after `search`, whose callbacks had a `CostMonitor`.
+        cost: String. Name in the logs of what is spent.
+        loss: String. Name in the logs of what is minimised.
+
+    Returns:
+        List of one `ParetoRow` for each finished trial; `format_table` makes it text.
+
+    Raises:
+        ValueError: If a trial has no such value in its logs.
+    """
+    oracle = search.oracle
+    if hasattr(oracle, "trials"):
+        trials = [trial for trial in oracle.trials.values() if trial.status == "COMPLETED"]
+    else:  # A worker of a distributed search asks its chief, by a message of 32 bits.
+        trials = oracle.get_best_trials(oracle.max_trials or 2**31 - 1)
+    points = []
+    for trial in trials:
+        spent, value = (float(trial.metrics.get_best_value(name)) for name in (cost, loss))
+        points.append((spent, value, trial))
+    rows, least = [], math.inf
+    for spent, value, trial in sorted(points, key=lambda point: point[:2]):
+        values = dict(trial.hyperparameters.values)
+        rows.append(ParetoRow(trial.trial_id, spent, value, value < least, values))
+        least = min(least, value)
+    return rows
+
+
+def format_table(rows):
+    """Return a `pareto_table` as text, one line a trial; `*` marks the efficient ones.
+
+    Args:
+        rows: List of `ParetoRow`.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row.values))
+    lines = [["", "trial", "cost", "loss", *names]]
+    for row in rows:
+        values = [row.values.get(name, "-") for name in names]
+        texts = [f"{each:.4g}" if isinstance(each, float) else str(each) for each in values]
+        mark = "*" if row.efficient else ""
+        lines.append([mark, row.trial, f"{row.cost:,.6g}", f"{row.loss:.4f}", *texts])
+    return "\n".join(table(lines))

@@ -18,11 +18,10 @@ SET_TOP_K = ("balanced_assignment", "switch")
 class SearchSpace:
     """The values from which a search chooses each part of a MoE layer.
 
-    The first of the values of an argument is the one picked by hand: `DefaultsFirst` tries these
-    first. A single value is fixed. An expert is `active_width / K` wide, so that neither the number
-    of experts nor `top_k` changes what the experts cost; the router's share grows with E.
-
-    Values come as a list, tuple, range or array.
+    Values come as a list, tuple, range or array. The first of an argument is the one picked by
+    hand, which `DefaultsFirst` tries first, and a single one is fixed. An expert is
+    `active_width / K` wide, so that neither the number of experts nor `top_k` changes what the
+    experts cost.
 
     Args:
         active_width: Integers. Widths K * H of the experts of a token together, each divisible by
@@ -79,14 +78,15 @@ class SearchSpace:
         # By names, as KerasTuner knows neither None nor objects.
         self.capacities = {str(factor): factor for factor in capacity_factors}
         self.name = name
-        for choices in itertools.product(self.routers, self.num_experts, self.top_k):
-            top_k = _router(*choices).top_k
-            for width in self.active_width:
-                if width % top_k:
-                    raise ValueError(
-                        "Each `active_width` must be divisible by each number of experts per "
-                        f"token. Received: active_width={width}, top_k={top_k}"
-                    )
+        for *router, width in itertools.product(
+            self.routers, self.num_experts, self.top_k, self.active_width
+        ):
+            top_k = _router(*router).top_k
+            if width % top_k:
+                raise ValueError(
+                    "Each `active_width` must be divisible by each number of experts per token. "
+                    f"Received: active_width={width}, top_k={top_k}"
+                )
 
     def sample(self, hp, experts=layers.FeedForwardExperts, router_losses=(), **kwargs):
         """Return a layer of the values that `hp` has in this trial.
@@ -137,7 +137,7 @@ class SearchSpace:
         alike = [each for each in hp.space if each.name.endswith(f"{self.name}/{name}")]
         if not any(set(each.values) <= set(values) for each in alike):
             raise ValueError(
-                "Spaces of one search must have different names, unless their values are the same. "
+                "Spaces of one search with other values must have different names. "
                 f"Received: two spaces {self.name!r} with other values of `{name}`"
             )
         return choice
@@ -162,9 +162,10 @@ class DefaultsFirst(keras_tuner.Oracle):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if super().populate_space.__func__ is keras_tuner.Oracle.populate_space:
+            bases = ", ".join(base.__name__ for base in type(self).__bases__)
             raise TypeError(
-                "`DefaultsFirst` must come before an oracle among the bases of a class. Received: "
-                f"{', '.join(base.__name__ for base in type(self).__bases__)}"
+                "`DefaultsFirst` must come before an oracle among the bases of a class. "
+                f"Received: {bases}"
             )
 
     def populate_space(self, trial_id):
@@ -181,10 +182,8 @@ class DefaultsFirst(keras_tuner.Oracle):
 def _values(name, values, check=None):
     """Return values to choose from as a list of Python's own."""
     if isinstance(values, str) or not isinstance(values, (Sequence, np.ndarray)) or not len(values):
-        raise ValueError(
-            f"`{name}` must be a list, tuple, range or array of the values to choose from. "
-            f"Received: {name}={shortened(values)}"
-        )
+        received = f"{name}={shortened(values)}"
+        raise ValueError(f"`{name}` must be a list of values to choose from. Received: {received}")
     values = [value.item() if hasattr(value, "item") else value for value in values]
     return values if check is None else [check(name, value) for value in values]
 

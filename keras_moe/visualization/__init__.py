@@ -5,9 +5,13 @@ array or nested list, a dict of arrays by the name of the layer, or the result o
 `inspection.record_routings(model, batches)`. Each layer has a panel of its own.
 """
 
-from keras_moe.visualization.decisions import coactivation, confidence
-from keras_moe.visualization.labels import specialization
-from keras_moe.visualization.training import settling, shares_over_time
+from keras_moe.visualization.plots import (
+    coactivation,
+    confidence,
+    settling,
+    shares_over_time,
+    specialization,
+)
 
 __all__ = ["coactivation", "confidence", "settling", "shares_over_time", "specialization"]
 

@@ -1,20 +1,70 @@
-"""Figures with one panel for each layer, and axes that suit any number of experts."""
+"""Arrays, lists or recorded routings by layer, and figures with one panel for each layer."""
 
 import math
 
-from keras_moe._internal.plain_text import as_text
+import matplotlib
+import numpy as np
+from keras import ops
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-try:
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-except ImportError as error:
-    raise ImportError(
-        "Plots need matplotlib, which is not installed. Run `pip install matplotlib`."
-    ) from error
+from keras_moe._internal.checks import check_indices, check_integer
+from keras_moe._internal.plain_text import as_text
+from keras_moe.ops.routing import Routing
 
 PANEL_SIZE = (4.4, 3.4)
 MAX_COLUMNS = 3
+
+
+def by_layer(source):
+    """Dict of names to arrays or routings; the name of a lone array is the empty string."""
+    named = source if isinstance(source, dict) else {"": source}
+    if not named:
+        raise ValueError("There must be a layer to draw. Received: {}")
+    return {name: _joined(value) for name, value in named.items()}
+
+
+def _joined(value):
+    """One routing for a list of them, else an array."""
+    routings = [value] if isinstance(value, Routing) else value
+    if not isinstance(routings, (list, tuple)) or not isinstance(next(iter(routings), 0), Routing):
+        return ops.convert_to_numpy(value)
+    fields = zip(*(map(ops.convert_to_numpy, routing[:7]) for routing in routings))
+    *of_tokens, counts, dropped = fields
+    sizes = [max(each.sum(), 1) for each in counts]
+    of_all = [np.sum(counts, axis=0), np.average(dropped, weights=sizes)]
+    return Routing(*[*map(np.concatenate, of_tokens), *of_all])
+
+
+def routings_by_layer(source, num_experts=None):
+    """Dict of names to routings; those of indices have no probabilities."""
+    return {name: _routing(value, num_experts) for name, value in by_layer(source).items()}
+
+
+def _routing(value, num_experts):
+    if isinstance(value, Routing):
+        return value
+    if value.ndim != 2 or not value.size or value.dtype.kind not in "iu":
+        received = f"{value.dtype} of shape {value.shape}"
+        raise ValueError(f"The experts of tokens must be integers (T, K). Received: {received}")
+    if num_experts is None:
+        num_experts = max(int(value.max()) + 1, 1)
+    check_indices("indices", value, check_integer("num_experts", num_experts))
+    counts = np.bincount(value[value >= 0], minlength=num_experts)
+    mask = (value >= 0).any(axis=1)
+    return Routing(value.astype("int32"), None, None, None, mask, counts, None)
+
+
+def probabilities_by_layer(source):
+    """Dict of names to probabilities (T, E) of the real tokens."""
+    found = by_layer(source)
+    for name, value in found.items():
+        found[name] = value = value.probs[value.mask] if isinstance(value, Routing) else value
+        is_table = value.ndim == 2 and value.shape[1] and value.dtype.kind == "f"
+        if not is_table or not ((value >= 0) & (value <= 1 + 1e-4)).all():
+            received = f"{value.dtype} of shape {value.shape}"
+            raise ValueError(f"Probabilities must be floats (T, E) in [0, 1]. Received: {received}")
+    return found
 
 
 def one_panel_a_layer(layers, draw, panel_size=PANEL_SIZE):

@@ -1,21 +1,91 @@
-"""Losses that spread the load over the experts."""
+"""Router losses: for an even load, and for routers that are decided but not extreme."""
 
+import math
 from typing import Any
 
 from keras import ops
 
-from keras_moe._internal.checks import check_integer
-from keras_moe._internal.serialization import register
+from keras_moe._internal.checks import check_integer, check_number
+from keras_moe._internal.serialization import Configured, register
 from keras_moe.backend import backend
-from keras_moe.losses.router_loss import RouterLoss
 from keras_moe.ops.balance import (
     _agreement,
     _load_balance,
     _masked_mean,
+    _router_entropy,
+    _router_z,
     _sequence_load_balance,
     _squared_importance_variation,
     _squared_load_variation,
 )
+
+# From this multiple of the usual weight on, a weight should not grow. A little less than ten times,
+# as layers keep weights in float32.
+_LARGE = 9.99
+
+
+class RouterLoss(Configured):
+    """Abstract: a weighted scalar of a routing.
+
+    A subclass implements `compute(routing)`, which returns the loss before its weight, one float.
+    One that judges sequences sets `per_sequence` and implements
+    `compute(routing, sequence_length)`. One that spreads the load over the experts sets `balances`;
+    advice about the layer then names it.
+
+    With `usual_weight` set as well, advice calls ten times as much a large weight, and
+    `callbacks.ExpertHealth` warns of a weight below a thousandth of it, and of more than ten times
+    as much where that is a large part of the loss, not counting `value_at_balance`, the value
+    before the weight at an even load.
+
+    Args:
+        weight: Float, at least 0. Factor of the loss. A layer copies it into a variable of its own,
+            which `callbacks.RouterLossSchedule` changes in training.
+
+    Raises:
+        ValueError: If `weight` is not a finite number of at least 0.
+    """
+
+    per_sequence = False
+    balances = False
+    usual_weight: float | None = None
+    value_at_balance = 0.0
+
+    def __init__(self, weight):
+        self.weight = check_number("weight", weight)
+
+    def __call__(self, routing, **kwargs):
+        return self.weight * self.compute(routing, **kwargs)
+
+    def compute(self, routing):
+        raise NotImplementedError(f"{type(self).__name__} must implement `compute(routing)`.")
+
+    def evaluate(self, routing, **kwargs):
+        """Return the loss outside of training, where no state changes."""
+        return self.compute(routing, **kwargs)
+
+    @property
+    def large_weight(self):
+        """The weight that should not grow: ten times the usual one, if that is known."""
+        return math.inf if self.usual_weight is None else _LARGE * self.usual_weight
+
+    def balance_advice(self, weight):
+        """Return what to try where the load is uneven in spite of the loss with this weight."""
+        balanced = f"The load is balanced by {type(self).__name__}(weight={weight:g})"
+        if not weight:
+            return f"{balanced}: give it a weight above 0."
+        if weight < self.large_weight:
+            return f"{balanced}: give it ten times the weight."
+        return (
+            f"{balanced}, a large weight: with a larger one the router may learn balance instead "
+            "of the task."
+        )
+
+    def build(self, layer):
+        """Return the loss for a layer: itself, or a copy with its state in weights of `layer`."""
+        return self
+
+    def get_config(self):
+        return {**super().get_config(), "weight": self.weight}
 
 
 @register
@@ -25,8 +95,7 @@ class LoadBalance(RouterLoss):
     `f_e` is expert e's share of all assignments over all K choices, before any drop; `P_e` is its
     mean probability. Padding counts in neither. The gradient flows through `P` only.
 
-    Implementations differ in this loss. This one divides `f` by K, so the same weight serves every
-    `top_k`, and is computed for each layer alone, so that layers cannot cancel each other.
+    It does not grow with K, as in some implementations, and is computed for each layer alone.
 
     Args:
         weight: Float, at least 0. Factor of the loss.
@@ -58,9 +127,9 @@ class LoadBalance(RouterLoss):
 class SequenceLoadBalance(RouterLoss):
     """Spreads the tokens of each sequence over the experts: the mean of their `LoadBalance`.
 
-    Stricter than `LoadBalance`: experts cannot specialise on whole sequences. Give it a small
-    weight, and balance the batch as well. In a layer, a sequence is all axes of its inputs between
-    the first and the last. Elsewhere all tokens are one, unless `sequence_length` is given.
+    Give it a small weight, and balance the batch as well. In a layer, a sequence is all axes of its
+    inputs between the first and the last. Elsewhere all tokens are one, unless `sequence_length` is
+    given.
 
     Args:
         weight: Float, at least 0. Factor of the loss.
@@ -92,17 +161,15 @@ class SequenceLoadBalance(RouterLoss):
 
 @register
 class GlobalLoadBalance(RouterLoss):
-    """`LoadBalance` with the assignments counted over all replicas and accumulated batches.
+    """`LoadBalance` of the batch of an optimizer step, as small batches are hard to balance.
 
-    Small batches are hard to balance and need not be: what matters is the batch of an optimizer
-    step. The shares `f` are those of all micro-batches so far in the step, on all replicas; the
+    The shares `f` are those of all micro-batches so far in the step, on all replicas; the
     probabilities `P` are those of this one, as only they have a gradient.
 
     Args:
         weight: Float, at least 0. Factor of the loss.
-        accumulation_steps: Integer. Micro-batches of an optimizer step, the
-            `gradient_accumulation_steps` of the optimizer, times the calls of the layer in one
-            pass.
+        accumulation_steps: Integer. The `gradient_accumulation_steps` of the optimizer, times the
+            calls of the layer in one pass.
 
     Raises:
         ValueError: If an argument is out of its range, or the loss is used outside of a layer,
@@ -214,3 +281,57 @@ class LoadVariation(RouterLoss):
 
     def compute(self, routing):
         return _squared_load_variation(routing)
+
+
+@register
+class RouterZ(RouterLoss):
+    """Keeps router logits small: mean over real tokens of `logsumexp(logits) ** 2`.
+
+    Args:
+        weight: Float, at least 0. Factor of the loss.
+
+    Raises:
+        ValueError: If `weight` is negative.
+
+    Example:
+
+    >>> loss = keras_moe.losses.RouterZ(weight=1e-3)
+    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
+    >>> value = loss(router(keras.random.normal((32, 64))))
+
+    Reference: Zoph et al. 2022, ST-MoE (arXiv:2202.08906), eq. 5.
+    """
+
+    def __init__(self, weight=1e-3):
+        super().__init__(weight)
+
+    def compute(self, routing):
+        return _router_z(routing)
+
+
+@register
+class RouterEntropy(RouterLoss):
+    """Keeps routers decided: mean over real tokens of the entropy of the scores, in nats.
+
+    For a router that chooses by a threshold, as `routers.TopPRouter` does.
+
+    Args:
+        weight: Float, at least 0. Factor of the loss.
+
+    Raises:
+        ValueError: If `weight` is negative.
+
+    Example:
+
+    >>> loss = keras_moe.losses.RouterEntropy(weight=1e-4)
+    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
+    >>> value = loss(router(keras.random.normal((32, 64))))
+
+    Reference: Huang et al. 2024 (arXiv:2403.07652), eq. 6.
+    """
+
+    def __init__(self, weight=1e-4):
+        super().__init__(weight)
+
+    def compute(self, routing):
+        return _router_entropy(routing)

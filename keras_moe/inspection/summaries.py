@@ -1,17 +1,81 @@
-"""Sizes and costs of the MoE layers of a model."""
+"""Engines, sizes and costs of the MoE layers of a model."""
 
 import math
 from typing import NamedTuple
 
+import keras
 from keras import ops
 
 from keras_moe import metrics
-from keras_moe._internal.plain_text import as_text
-from keras_moe.inspection.engines import describe
+from keras_moe._internal.plain_text import as_text, table
+from keras_moe.backend import backend
 from keras_moe.inspection.finding import built_layers, has_moe_layers
 from keras_moe.layers.stacked_experts import StackedExperts
+from keras_moe.ops.platforms import named_platform
 
 _HEADER = ("layer", "experts", "parameters", "active", "FLOPs a token", "busiest", "dead", "engine")
+
+
+class LayerDescription(NamedTuple):
+    """How a MoE layer of a model is computed; all are strings.
+
+    - `name`: its name in the model.
+    - `router`, `experts`: their classes.
+    - `dtype`: the compute dtype of the experts.
+    - `platform`: "cpu", "gpu" or "tpu".
+    - `engine`: "rows" (kernels for all rows at once), "padded" (one batched product over padded
+      tiles), "tiles" (a loop over tiles of rows), "slices" (groups of their exact sizes) or "loop"
+      (for few rows on TensorFlow); for experts that are Keras layers "vectorized" (all tiles at
+      once, each with a copy of its weights), "scan" (one tile after another) or "slices".
+    """
+
+    name: str
+    router: str
+    experts: str
+    dtype: str
+    platform: str
+    engine: str
+
+
+def describe(model):
+    """How each MoE layer of a model is computed on this machine.
+
+    The engine follows from the backend, the platform, the dtype, and whether `model.compile` turned
+    XLA on. To read it for a platform that is not here, call this in the context `ops.platform`.
+
+    Args:
+        model: A built Keras model.
+
+    Returns:
+        List of one `LayerDescription` for each MoE layer, in the order of the model.
+
+    Raises:
+        ValueError: If the model has no MoE layer, or one that is not built.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
+    >>> moe = keras_moe.layers.MixtureOfExperts(experts, name="moe")
+    >>> model = keras.Sequential([keras.Input((16,)), moe])
+    >>> with keras_moe.ops.platform("cpu"):
+    ...     (layer,) = keras_moe.inspection.describe(model)
+    >>> layer.router, layer.experts, layer.dtype
+    ('TopKRouter', 'FeedForwardExperts', 'float32')
+    """
+    platform = named_platform() or backend.current_platform()
+    is_tensorflow = keras.backend.backend() == "tensorflow"
+    by_xla = is_tensorflow and bool(getattr(model, "jit_compile", False))
+    return [
+        LayerDescription(
+            name=name,
+            router=type(layer.router).__name__,
+            experts=type(layer.experts).__name__,
+            dtype=layer.experts.compute_dtype,
+            platform=platform,
+            engine=layer.experts.engine_on(platform, backend.compiles_static_shapes() or by_xla),
+        )
+        for name, layer in built_layers(model).items()
+    ]
 
 
 class LayerSummary(NamedTuple):
@@ -20,12 +84,11 @@ class LayerSummary(NamedTuple):
     - `name`: its name in the model.
     - `num_experts`, `top_k`: experts, and how many of them serve a token at most.
     - `parameters`, `active_parameters`: all that are trained, and those of them that work on one
-      token; experts that differ in size count with their mean. How many experts work on a token is
-      K where tokens choose (with `routers.TopPRouter` that is the most), the target of
-      `routers.ReLURouter`, the capacity factor of `routers.ExpertChoiceRouter`, all of
-      `routers.DenseRouter`. With `routers.SoftRouter` it is 1, as if there were as many slots as
-      tokens: the cost is that of the slots, however many tokens they are mixed from. Experts that
-      several layers share count in each of them.
+      token; experts that differ in size count with their mean. K experts work on a token (with
+      `routers.TopPRouter` at most), with `routers.ReLURouter` its target, with
+      `routers.ExpertChoiceRouter` the capacity factor, with `routers.DenseRouter` all, and with
+      `routers.SoftRouter` 1, as if there were as many slots as tokens. Experts that several layers
+      share count in each of them.
     - `flops`: of one token, forward, at two for each active parameter.
     - `counts`: assignments per expert since the counters were last reset, or in the epoch before
       that, if they are empty.
@@ -52,10 +115,8 @@ def summarize(model):
     Example:
 
     >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32, use_bias=False)
-    >>> model = keras.Sequential([
-    ...     keras.Input((16,)), keras_moe.layers.MixtureOfExperts(experts, name="moe")
-    ... ])
-    >>> layer = keras_moe.inspection.summarize(model)[0]
+    >>> moe = keras_moe.layers.MixtureOfExperts(experts, name="moe")
+    >>> layer = keras_moe.inspection.summarize(keras.Sequential([keras.Input((16,)), moe]))[0]
     >>> layer.parameters, layer.active_parameters  # router 16 * 4, experts 2 * 16 * 32 each
     (4160, 2112)
     """
@@ -76,12 +137,11 @@ def _summary(name, layer):
 def summary(model, print_fn=print):
     """Print the size and the use of each MoE layer of a model: `model.summary()` for experts.
 
-    Below the parameters of the model (those of `model.count_params()`, which counts the counters of
-    the layers as well), a table has one row for each MoE layer. `parameters`, `active` and
-    `FLOPs a token` are those of `inspection.LayerSummary`. `busiest` is the load of the busiest
-    expert, where 1 is an equal share, and `dead` the number of experts without a token: in the last
-    epoch or evaluation that an `ExpertMonitor` watched, in all of a training without. `engine` is
-    that of `inspection.LayerDescription`.
+    Below the parameters of the model, those of `model.count_params()`, a table has one row for each
+    MoE layer. `parameters`, `active` and `FLOPs a token` are those of `inspection.LayerSummary`.
+    `busiest` is the load of the busiest expert, where 1 is an equal share, and `dead` the number of
+    experts without a token: in the last epoch or evaluation that an `ExpertMonitor` watched, in all
+    of a training without. `engine` is that of `inspection.LayerDescription`.
 
     Args:
         model: A built Keras model.
@@ -93,29 +153,26 @@ def summary(model, print_fn=print):
     Example:
 
     >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
-    >>> model = keras.Sequential([
-    ...     keras.Input((16,)), keras_moe.layers.MixtureOfExperts(experts, name="moe")
-    ... ])
+    >>> moe = keras_moe.layers.MixtureOfExperts(experts, name="moe")
     >>> lines = []
-    >>> keras_moe.summary(model, print_fn=lines.append)
+    >>> keras_moe.summary(keras.Sequential([keras.Input((16,)), moe]), print_fn=lines.append)
     >>> lines[3].split()[:6]
     ['moe', '2', 'of', '4', '4,352', '2,208']
     """
-    descriptions, layers = describe(model), summarize(model)
-    total, active = count_parameters(model)
-    print_fn(f"{as_text(model.name)}: {total:,} parameters, {active:,} of them active for a token")
-    print_fn("")
-    rows = [_HEADER, *map(_row, layers, descriptions)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for name, *cells in rows:
-        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
-        print_fn("  ".join([name.ljust(widths[0]), *cells]))
+    layers, (total, active) = summarize(model), count_parameters(model)
+    lines = [
+        f"{as_text(model.name)}: {total:,} parameters, {active:,} of them active for a token",
+        "",
+        *table([_HEADER, *map(_row, layers, describe(model))]),
+    ]
     if not any(sum(layer.counts) for layer in layers):
-        print_fn("")
-        print_fn(
+        lines += [
+            "",
             "No counts are here: experts are counted in training. To count in evaluation: "
-            "`with keras_moe.inspection.count_in_evaluation(model): model.evaluate(...)`."
-        )
+            "`with keras_moe.inspection.count_in_evaluation(model): model.evaluate(...)`.",
+        ]
+    for line in lines:
+        print_fn(line)
 
 
 def _row(layer, description):
@@ -166,11 +223,11 @@ def _count(layer):
 def _count_own(part):
     """Parameters of a layer without those of its sublayers, frozen and quantized ones included."""
     shapes = [weight.shape for weight in part._trainable_variables]
-    if isinstance(part, StackedExperts) and part.quantization_mode is not None:
-        shapes += [projection.shape for projection in part.projections]
-    elif part.quantization_mode is not None:
-        integers = (each for each in part._non_trainable_variables if each.dtype == "int8")
-        shapes += [weight.shape for weight in integers]
+    if part.quantization_mode is not None:
+        if isinstance(part, StackedExperts):
+            shapes += [projection.shape for projection in part.projections]
+        else:
+            shapes += [each.shape for each in part._non_trainable_variables if each.dtype == "int8"]
     return sum(map(math.prod, shapes))
 
 
