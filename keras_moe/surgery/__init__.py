@@ -1,4 +1,4 @@
-"""Fewer experts in a trained model: pruned or merged."""
+"""Fewer experts, or fewer for each token, in a trained model."""
 
 import math
 import operator
@@ -7,20 +7,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
+from keras_moe._internal.batches import check_list_of_batches
 from keras_moe._internal.checks import check_choice, check_number, shortened
 from keras_moe._internal.keras_internals import forget_compiled, forget_old_weights
 from keras_moe.inspection import moe_layers
 from keras_moe.routers import HashRouter
 from keras_moe.surgery import measuring
-from keras_moe.surgery.cutting import (
-    check_can_cut,
-    check_can_merge,
-    check_is_ours,
-    cut,
-    groups_of,
-    merge,
-    router_like,
-)
+from keras_moe.surgery.cutting import cut, groups_of, merge, obstacles, router_like
+
+__all__ = ["Surgery", "merge_experts", "prune_experts", "set_top_k"]
+
+
+def __dir__():
+    return __all__
 
 
 class Surgery(NamedTuple):
@@ -53,8 +52,7 @@ def prune_experts(model, by="usage", keep=0.5, data=()):
             share, which is rounded up, any other whole number a number; or a dict of these by the
             name of the layer, as in `inspection.moe_layers`. Layers that are not in a dict keep
             all.
-        data: List of batches, also where there is one: each inputs, or a tuple of inputs, targets
-            and weights. `report` takes all documents in one array instead.
+        data: List of batches: each inputs, or a tuple of inputs, targets and weights.
 
     Returns:
         A `Surgery`, with the loss before and after.
@@ -77,14 +75,13 @@ def prune_experts(model, by="usage", keep=0.5, data=()):
     References: Lasby et al. 2025 (arXiv:2510.13999); Muzio et al. 2024 (arXiv:2404.05089) for
     pruning by usage.
     """
-    layers, numbers, data = _plan(model, keep, data)
-    scores = _scores(model, by, layers, data)
-    chosen = {
+    layers, numbers, data = _plan(model, keep, data, merging=False)
+    groups = {}
+    for name, scores in _scores(model, by, layers, data).items():
         # Of experts with equal scores, the first stays.
-        name: np.sort(np.argsort(-scores[name], kind="stable")[: numbers[name]])
-        for name in layers
-    }
-    return _operate(model, layers, chosen, {}, data)
+        best = np.sort(np.argsort(-scores, kind="stable")[: numbers[name]])
+        groups[name] = {expert: [expert] for expert in best.tolist()}
+    return _operate(model, layers, groups, None, data)
 
 
 def merge_experts(model, keep=0.5, data=()):
@@ -118,14 +115,10 @@ def merge_experts(model, keep=0.5, data=()):
 
     Reference: Li et al. 2024, M-SMoE (arXiv:2310.01334), section 3, without its decomposition.
     """
-    layers, numbers, data = _plan(model, keep, data)
-    for name, layer in layers.items():
-        check_can_merge(name, layer.experts)
+    layers, numbers, data = _plan(model, keep, data, merging=True)
     used, alike = measuring.usage_and_similarity(model, layers, data)
     groups = {name: groups_of(used[name], alike[name], numbers[name]) for name in layers}
-    chosen = {name: np.array(list(each)) for name, each in groups.items()}
-    merges = {name: (groups[name], used[name]) for name in layers}
-    return _operate(model, layers, chosen, merges, data)
+    return _operate(model, layers, groups, used, data)
 
 
 def set_top_k(model, top_k):
@@ -155,14 +148,12 @@ def set_top_k(model, top_k):
     layers = _layers(model, top_k, "top_k")
     changed = {}
     for name, layer in layers.items():
-        check_is_ours(name, layer)
-        router = layer.router
-        if "top_k" not in router.get_config() or isinstance(router, HashRouter):
+        router, is_ours = layer.router, layer.has_own_config
+        if not is_ours or "top_k" not in router.get_config() or isinstance(router, HashRouter):
+            origin = f"a `{type(router).__name__}`" if is_ours else "made by `convert.sparsify`"
             raise ValueError(
-                "The router of a layer must choose `top_k` experts by their scores. Received: "
-                f"{name!r} with a `{type(router).__name__}`. Leave the layer out, by a dict of the "
-                "others; a `TopKRouter(top_k=num_experts)` computes as a `DenseRouter` does, and "
-                "loads its weights."
+                "The router of a layer must choose `top_k` experts by their scores, and have the "
+                f"number in its own config. Received: {name!r}, {origin}"
             )
         value = top_k[name] if isinstance(top_k, dict) else top_k
         changed[name] = router_like(router, top_k=value).top_k  # The constructor checks it.
@@ -174,38 +165,38 @@ def set_top_k(model, top_k):
     forget_compiled(model)
 
 
-def _operate(model, layers, chosen, merges, data):
+def _operate(model, layers, groups, used, data):
+    """Keep one expert of each group, merged with the others by usage if that is given."""
     before = measuring.loss_on(model, data)
-    for name, (groups, used) in merges.items():
-        merge(layers[name].experts, groups, used)
     for name, layer in layers.items():
-        cut(layer, chosen[name])
+        if used is not None:
+            merge(layer.experts, groups[name], used[name])
+        cut(layer, np.array(list(groups[name])))
     forget_old_weights(model)
-    made_of = {
-        name: [merges[name][0][expert] if name in merges else [expert] for expert in each.tolist()]
-        for name, each in chosen.items()
-    }
-    return Surgery(made_of, before, measuring.loss_on(model, data))
+    experts = {name: list(each.values()) for name, each in groups.items()}
+    return Surgery(experts, before, measuring.loss_on(model, data))
 
 
-def _plan(model, keep, data):
+def _plan(model, keep, data, merging):
     """Layers, how many experts of each stay, and the data as a list."""
     layers = _layers(model, keep, "keep")
-    seen: dict[int, str] = {}
-    for name, layer in moe_layers(model).items():
-        for part in (layer.router, layer.experts):
-            other = seen.setdefault(id(part), name)
-            if other != name and (name in layers or other in layers):
-                raise ValueError(
-                    "Each layer must have a router and a bank of its own. Received: "
-                    f"{other!r} and {name!r}, which share `{part.name}`"
-                )
+    parts = [part for each in moe_layers(model).values() for part in (each.router, each.experts)]
+    wrong = []
+    for name, layer in layers.items():
+        wrong += [f"{name!r}, {obstacle}" for obstacle in obstacles(layer, merging)]
+        if any(sum(part is own for part in parts) > 1 for own in (layer.router, layer.experts)):
+            wrong.append(f"{name!r}, which shares its router or bank with another layer")
+    if wrong:
+        raise ValueError(
+            "Layers must be built, in one process, with experts and a router of their own that "
+            f"can be cut. Received: {'; '.join(wrong)}"
+        )
     numbers = {}
     for name, layer in layers.items():
-        check_can_cut(name, layer)
         numbers[name] = _number(name, layer, keep[name] if isinstance(keep, dict) else keep)
         router_like(layer.router, num_experts=numbers[name])  # It has rules, such as for groups.
-    return layers, numbers, measuring.checked_batches(data)
+    check_list_of_batches("data", data)
+    return layers, numbers, list(data)
 
 
 def _layers(model, given, argument):
@@ -234,7 +225,7 @@ def _number(name, layer, keep):
         raise ValueError(
             "`keep` must be a share up to 1 or a number of experts, and leave at least the `top_k` "
             f"of the router. Received: keep={shortened(keep)} for {name!r} with "
-            f"num_experts={num_experts}, top_k={least}. See `surgery.set_top_k`."
+            f"num_experts={num_experts}, top_k={least}"
         )
     return int(number)
 
