@@ -27,19 +27,20 @@ def best(scores, k):
     return sorted(range(len(scores)), key=lambda e: (-scores[e], e))[:k]
 
 
+def routed(logits, mask, choose):
+    """Dense weights and scores, from `choose(t)`: the weights by expert, and the scores."""
+    weights, probs = np.zeros(logits.shape), np.zeros(logits.shape)
+    for t in np.flatnonzero(mask):
+        chosen, scores = choose(t)
+        for e, weight in chosen.items():
+            weights[t, e] = weight
+        probs[t] = scores / sum(scores) if sum(scores) else scores
+    return weights, probs
+
+
 def token_by_token(choose):
     """A router from `choose(z) -> (weights by expert, scores)` for one token's logits."""
-
-    def route(logits, mask):
-        weights, probs = np.zeros(logits.shape), np.zeros(logits.shape)
-        for t in np.flatnonzero(mask):
-            chosen, scores = choose(logits[t].astype("float64"))
-            for e, weight in chosen.items():
-                weights[t, e] = weight
-            probs[t] = scores / sum(scores) if sum(scores) else scores
-        return weights, probs
-
-    return route
+    return lambda logits, mask: routed(logits, mask, lambda t: choose(logits[t].astype("float64")))
 
 
 def top_k(k, score="softmax", renormalize=None, scale=1.0, bias=0.0, groups=None):
@@ -95,18 +96,15 @@ def expert_choice(factor, length):
     """Each expert, in each sequence of `length` tokens, takes its best real tokens."""
 
     def route(logits, mask):
-        num_tokens, num_experts = logits.shape
-        probs = np.zeros(logits.shape)
-        for t in np.flatnonzero(mask):
-            probs[t] = softmax(logits[t].astype("float64"))
-        weights = np.zeros(logits.shape)
-        for start in range(0, num_tokens, length):
-            real = [t for t in range(start, start + length) if mask[t]]
-            room = reference.expert_capacity(len(real), num_experts, 1, factor)
-            for e in range(num_experts):
-                for t in sorted(real, key=lambda t: (-probs[t, e], t))[:room]:
-                    weights[t, e] = probs[t, e]
-        return weights, probs
+        scores = {t: softmax(logits[t].astype("float64")) for t in np.flatnonzero(mask)}
+        chosen = {t: {} for t in scores}
+        for start in range(0, len(logits), length):
+            real = [t for t in scores if start <= t < start + length]
+            room = reference.expert_capacity(len(real), logits.shape[1], 1, factor)
+            for e in range(logits.shape[1]):
+                for t in sorted(real, key=lambda t: (-scores[t][e], t))[:room]:
+                    chosen[t][e] = scores[t][e]
+        return routed(logits, mask, lambda t: (chosen[t], scores[t]))
 
     return route
 
@@ -115,21 +113,19 @@ def sinkhorn(iterations, k):
     """Rows to 1 and columns to N / E in turn, of `exp(z)`; then the k best of the plan."""
 
     def route(logits, mask):
-        weights, probs = np.zeros(logits.shape), np.zeros(logits.shape)
         real = np.flatnonzero(mask)
-        if not len(real):
-            return weights, probs
         z = logits[real].astype("float64")
-        plan = np.exp(z - np.max(z))
-        for _ in range(iterations):
+        plan = np.exp(z - np.max(z, initial=-math.inf))
+        for _ in range(iterations if len(real) else 0):
             plan /= plan.sum(axis=1, keepdims=True)
             plan *= len(real) / logits.shape[1] / plan.sum(axis=0, keepdims=True)
-        for row, t in zip(plan / plan.sum(axis=1, keepdims=True), real):
-            scores = _sigmoid(logits[t].astype("float64")) if k == 1 else softmax(logits[t])
-            for e in best(row, k):
-                weights[t, e] = scores[e]
-            probs[t] = scores / sum(scores)
-        return weights, probs
+        rows = dict(zip(real, plan))
+
+        def choose(t):
+            scores = SCORES["sigmoid" if k == 1 else "softmax"](logits[t].astype("float64"))
+            return {e: scores[e] for e in best(rows[t], k)}, scores
+
+        return routed(logits, mask, choose)
 
     return route
 
@@ -153,12 +149,13 @@ def stable_assignment(logits, mask):
 
 
 def balanced_assignment(logits, mask):
-    weights, probs = np.zeros(logits.shape), np.zeros(logits.shape)
-    for t, e in stable_assignment(logits, mask).items():
+    experts = stable_assignment(logits, mask)
+
+    def choose(t):
         scores = _sigmoid(logits[t].astype("float64"))
-        weights[t, e] = scores[e]
-        probs[t] = scores / sum(scores)
-    return weights, probs
+        return {experts[t]: scores[experts[t]]}, scores
+
+    return routed(logits, mask, choose)
 
 
 def soft(x, kernel, scale, experts, slots, mask):
@@ -184,23 +181,22 @@ def soft_routing(slots):
     """The expert whose slots a token takes most from, and what it takes from each."""
 
     def route(logits, mask):
-        weights, probs = np.zeros((2, len(logits), logits.shape[1] // slots))
-        for t in np.flatnonzero(mask):
-            probs[t] = softmax(logits[t]).reshape(-1, slots).sum(axis=1)
-            (expert,) = best(probs[t], 1)
-            weights[t, expert] = probs[t, expert]
-        return weights, probs
+        def choose(t):
+            shares = softmax(logits[t]).reshape(-1, slots).sum(axis=1)
+            return {e: shares[e] for e in best(shares, 1)}, shares
+
+        return routed(logits[:, ::slots], mask, choose)
 
     return route
 
 
 def fixed(indices, num_experts):
     """Given experts (T, K), each with the weight 1 / K."""
+    chosen = np.array([np.isin(np.arange(num_experts), each) for each in indices])
+    chosen = chosen / indices.shape[1]
 
     def route(logits, mask):
-        weights = np.zeros((len(logits), num_experts))
-        for t in np.flatnonzero(mask):
-            weights[t, indices[t]] = 1 / len(indices[t])
+        weights = np.where(mask[:, None], chosen[: len(mask)], 0.0)
         return weights, weights
 
     return route
@@ -215,26 +211,18 @@ def of_directions(route, scale=1.0):
 
 def noisy_load(clean, noisy, deviation, k, mask):
     """Chance that an expert is among the best k of a token if its own noise is drawn again."""
-    num_experts = clean.shape[1]
-    load = np.zeros(num_experts)
+    load = np.zeros(clean.shape[1])
     for t in np.flatnonzero(mask):
-        for e in range(num_experts):
-            others = sorted((noisy[t, o] for o in range(num_experts) if o != e), reverse=True)
-            if k == num_experts:
-                load[e] += 1
-                continue
-            x = (clean[t, e] - others[k - 1]) / deviation[t, e]
+        for e in range(len(load)):
+            others = sorted(np.delete(noisy[t], e), reverse=True)
+            threshold = others[k - 1] if k < len(load) else -math.inf
+            x = (clean[t, e] - threshold) / deviation[t, e]
             load[e] += 0.5 * (1 + math.erf(x / math.sqrt(2)))
     return load
 
 
 def quantile_bias(scores, bias, k, mask):
     """Minus the (m + 1)-th largest margin of each expert, m its fair share of the tokens."""
-    real = np.flatnonzero(mask)
-    num_experts = scores.shape[1]
-    margins = np.zeros((len(real), num_experts))
-    for row, t in enumerate(real):
-        threshold = sorted(scores[t] + bias, reverse=True)[k]
-        margins[row] = scores[t] - threshold
-    share = len(real) * k // num_experts
-    return np.array([-sorted(margins[:, e], reverse=True)[share] for e in range(num_experts)])
+    thresholds = np.sort(scores + bias, axis=1)[:, ::-1][:, k : k + 1]
+    margins = np.sort((scores - thresholds)[mask], axis=0)[::-1]
+    return -margins[np.sum(mask) * k // scores.shape[1]]

@@ -11,6 +11,7 @@ from backends import BACKEND, assert_close, unless_compiled
 from keras import ops
 
 from keras_moe import convert, inspection, surgery
+from keras_moe._internal.keras_internals import parameters_of
 
 pytestmark = [
     # `compile` of KerasHub's models is their own, which Keras does not call while it loads.
@@ -92,11 +93,6 @@ def logits_of(model, inputs):
     return model.predict_on_batch(inputs)[inputs["padding_mask"].astype(bool)]
 
 
-def parameters_of(layer):
-    """All variables that were created trainable, also of a frozen layer."""
-    return [variable for part in layer._flatten_layers() for variable in part._trainable_variables]
-
-
 def assert_same_parameters(model, other, tolerance=0):
     for pair in zip(parameters_of(model), parameters_of(other), strict=True):
         assert_close(*map(ops.convert_to_numpy, pair), tolerance=tolerance)
@@ -112,11 +108,9 @@ def test_a_sparse_model_computes_generates_and_learns_as_before(family):
     before = logits_of(dense, inputs)
     assert_close(logits_of(sparse, inputs), before)
     if BACKEND == "torch":  # Eager calls take long to compile.
-        is_masked = family not in ("gpt_oss", "gemma4")  # The others give the block no mask.
-        routed = [
-            routings[0].mask for routings in inspection.record_routings(sparse, [inputs]).values()
-        ]
-        assert [mask.sum() for mask in routed] == [10 if is_masked else 12] * len(routed)
+        num_routed = 12 if family in ("gpt_oss", "gemma4") else 10  # These give it no mask.
+        for routings in inspection.record_routings(sparse, [inputs]).values():
+            assert routings[0].mask.sum() == num_routed
     prompt = prompts((3, 2), family)
     tokens, expected = (
         model.generate(prompt, stop_token_ids=None)["token_ids"] for model in (sparse, dense)
@@ -160,41 +154,30 @@ def test_a_loaded_backbone_imports_keras_hub(tmp_path, monkeypatch):
 
 
 def test_old_weights_are_freed():
-    def references(weights):
-        kept = [weakref.ref(weight) for weight in weights]
-        if BACKEND == "torch":  # whose tensors are copied
-            kept += [weakref.ref(weight.value) for weight in weights]
-        return kept
-
     model = causal_lm("mixtral")
-    (old,) = (
-        references(layer.expert_bank.weights)
-        for layer in model._flatten_layers()
-        if hasattr(layer, "expert_bank")
-    )
-    convert.sparsify(model)
-    gc.collect()
-    assert all(reference() is None for reference in old)
-    (old,) = (references(layer.weights) for layer in inspection.moe_layers(model).values())
-    convert.restore(model)
-    gc.collect()
-    assert all(reference() is None for reference in old)
+    for change in (convert.sparsify, convert.restore):
+        layers = [each for each in model._flatten_layers() if hasattr(each, "expert_bank")]
+        weights = [weight for layer in layers for weight in layer.expert_bank.weights]
+        old = [weakref.ref(weight) for weight in weights]
+        if BACKEND == "torch":  # whose tensors are copied
+            old += [weakref.ref(weight.value) for weight in weights]
+        del layers, weights
+        change(model)
+        gc.collect()
+        assert old and all(reference() is None for reference in old)
 
 
 @on_one_backend
-def test_lora_of_keras_hub_trains_its_factors_alone():
-    model = convert.sparsify(causal_lm("mixtral"))
-    model.backbone.enable_lora(2)
-    names = {variable.name for variable in model.backbone.trainable_variables}
-    assert names == {"lora_kernel_a", "lora_kernel_b"}
-
-
 def test_layers_that_are_frozen_remain_so():
     model = causal_lm("qwen_moe")
     model.backbone.transformer_layers[0].trainable = False
     count = len(model.trainable_variables)
     assert len(convert.sparsify(model).trainable_variables) == count
     assert len(convert.restore(model).trainable_variables) == count
+    model = convert.sparsify(causal_lm("mixtral"))
+    model.backbone.enable_lora(2)
+    names = {variable.name for variable in model.backbone.trainable_variables}
+    assert names == {"lora_kernel_a", "lora_kernel_b"}
 
 
 @on_one_backend
@@ -211,7 +194,7 @@ def test_a_model_is_converted_once_before_it_is_quantized_and_keeps_its_numbers(
     model = causal_lm("mixtral")
     block = model.backbone.transformer_layers[0]._sparse_moe_block
     block._sparse_feedforward_gate_dense.quantize("int8")
-    with pytest.raises(ValueError, match="before it is quantized"):
+    with pytest.raises(ValueError, match="before it is quantized or has LoRA"):
         convert.sparsify(model)
 
 

@@ -90,9 +90,7 @@ def test_a_router_returns_what_it_promises():
 
 
 def test_a_router_with_its_own_names_is_saved(tmp_path):
-    layer = moe(router=NearestRouter(choices=1))
-    assert layer.router.num_experts == moe(router=NearestRouter(E)).router.num_experts == E
-    model = keras.Sequential([keras.Input((D,)), layer])
+    model = keras.Sequential([keras.Input((D,)), moe(router=NearestRouter(choices=1))])
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_allclose(array(loaded(X)), array(model(X)), atol=1e-6)
@@ -113,9 +111,12 @@ def test_an_initializer_needs_no_config():
     assert len({float(kernel.flat[0]) for kernel in kernels}) == E + 2, "each has its own seed"
 
 
-@pytest.mark.parametrize("router", [HiddenRouter, PairRouter])
-def test_a_router_has_a_kernel_of_any_shape(router):
-    assert moe(router=router(E))(X).shape == X.shape
+def test_a_router_has_a_kernel_of_any_shape_and_a_bank_no_weights():
+    for router in (HiddenRouter(E), PairRouter(E)):
+        assert moe(router=router)(X).shape == X.shape
+    bank = EqualBank(E)
+    for width in (D, 3):
+        assert moe(bank, router_losses=())(X[:, :width]).shape == (6, width)
 
 
 def test_padding_is_left_out_where_a_router_does_not_pass_its_mask_on():
@@ -157,12 +158,6 @@ def test_what_a_config_would_lose_is_not_saved(make):
     assert layer(X).shape == X.shape
     with pytest.raises(NotImplementedError, match="without power"):
         layer.get_config()
-
-
-def test_a_bank_without_weights_serves_layers_of_any_width():
-    bank = EqualBank(E)
-    assert moe(bank, router_losses=())(X).shape == X.shape
-    assert moe(bank, router_losses=())(X[:, :3]).shape == (6, 3)
 
 
 def test_a_regularizer_returns_a_number_an_expert_or_none_of_its_own():

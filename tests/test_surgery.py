@@ -9,6 +9,7 @@ from layer_checks import array, normal
 
 from keras_moe import layers, losses, routers, surgery
 from keras_moe.surgery.cutting import merge
+from keras_moe.surgery.measuring import importance
 
 on_one_backend = pytest.mark.backends("torch")
 D, H, E = 4, 8, 8
@@ -114,12 +115,9 @@ def test_models_with_fewer_experts_train_save_and_load(operation, tmp_path):
 def test_layers_may_end_with_different_numbers_of_experts():
     keep = {"0": 3, "2": 0.5, "3": 2.0, "4": np.float32(0.5), "5": np.array(7), "6": 1.0}
     numbers = [3, E, 4, 2, 4, 7, E]
-    each = [
-        layers.MixtureOfExperts(BANKS["gated"](), name=str(index)) for index in range(len(numbers))
-    ]
+    each = [layers.MixtureOfExperts(BANKS["gated"](), name=str(index)) for index in range(7)]
     # Contributions are those of experts that tokens choose: this layer is left out.
-    bank, router = layers.FeedForwardExperts(E, H), routers.ExpertChoiceRouter(E)
-    other = layers.MixtureOfExperts(bank, router, name="other")
+    other = layers.MixtureOfExperts(BANKS["plain"](), routers.ExpertChoiceRouter(E))
     model = keras.Sequential([keras.Input((D,)), *each, other])
     surgery.prune_experts(model, "saliency", keep=keep, data=[X])
     assert [layer.experts.num_experts for layer in model.layers] == [*numbers, E]
@@ -138,13 +136,10 @@ def test_scores_are_counts_and_contributions():
     counts = run.routing.counts
     means = norms / np.maximum(counts, 1)
     for by, scores in {"usage": counts, "saliency": means, "contribution": norms}.items():
-        layer, _ = single()
-        for name, value in weights.items():
-            holder = layer.router if name == "kernel" else layer.experts
-            getattr(holder, name).assign(value)
-        report = surgery.prune_experts(layer, by, keep=3, data=[X[:16], X[16:]])
-        kept = np.sort(np.argsort(-scores, kind="stable")[:3])
-        assert report.experts["moe"] == [[expert] for expert in kept]
+        found = importance(by, layer, {"moe": layer}, [X[:16], X[16:]])["moe"]
+        np.testing.assert_allclose(found, scores, rtol=1e-5)
+    report = surgery.prune_experts(layer, "saliency", keep=3, data=[X])
+    assert sorted(report.experts["moe"]) == [[e] for e in sorted(np.argsort(-means)[:3])]
 
 
 @on_one_backend
@@ -186,9 +181,8 @@ def test_merged_experts_are_averaged_by_usage():
 def test_experts_that_are_layers_merge():
     layer = layers.MixtureOfExperts(BANKS["layers"]())
     layer.build((None, D))
-    first, *others = layer.experts.layers
-    for other in others:
-        other.set_weights(first.get_weights())
+    for other in layer.experts.layers[1:]:
+        other.set_weights(layer.experts.layers[0].get_weights())
     before = array(layer(X))
     surgery.merge_experts(layer, keep=2, data=[X])
     np.testing.assert_allclose(array(layer(X)), before, atol=1e-6)

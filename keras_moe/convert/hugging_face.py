@@ -1,21 +1,19 @@
 """MoE layers from models of Hugging Face, and back into their layout."""
 
 import functools
-from collections.abc import Mapping
 
 import keras
 import numpy as np
 
-from keras_moe._internal.checks import check_choice, check_instance, check_integer
+from keras_moe._internal.checks import check_choice, check_integer
 from keras_moe.convert.hugging_face_families import (
     FAMILIES,
     Config,
-    check_computes_as,
     config_like,
+    differences,
     mixture_of,
 )
-from keras_moe.convert.weights import read_config, tensor_reader
-from keras_moe.layers import MixtureOfExperts
+from keras_moe.convert.weights import check_plain, read_config, tensor_reader
 
 
 def from_hugging_face(source, layer, config=None, into=None, **kwargs):
@@ -48,28 +46,22 @@ def from_hugging_face(source, layer, config=None, into=None, **kwargs):
     >>> keras_moe.convert.from_hugging_face(path, layer=0)  # doctest: +SKIP
     <MixtureOfExperts name=mixture_of_experts, built=True>
     """
-    layer = check_integer("layer", layer, minimum=0)
-    config = check_instance("config", read_config(source) if config is None else config, Mapping)
+    config = read_config(source) if config is None else config
     config = Config({name: value for name, value in config.items() if value is not None})
     check_choice("model_type", config.get("model_type"), FAMILIES)
-    if into is None:
-        mixture = mixture_of(config, **kwargs)
-    elif kwargs:
+    if into is not None and kwargs:
         raise ValueError(
             f"`into` must be given without arguments of a new layer. Received: {', '.join(kwargs)}"
         )
-    else:
-        mixture = check_instance("into", into, MixtureOfExperts)
-    _check_plain(mixture)
-    check_computes_as(mixture, config)
+    mixture = mixture_of(config, **kwargs) if into is None else into
+    check_plain(mixture)
     read, names = tensor_reader(source)
     num_experts = mixture.experts.num_experts
     prefix, rules = _layout_in(names, config["model_type"], layer, num_experts)
-    _check_nothing_left(mixture, rules)
+    variables = _variables(mixture, rules, config)
     for rule in rules:
-        variables = [_variable(mixture, name) for name in rule.ours]
-        for variable, value in zip(variables, _read(rule, prefix, num_experts, read)):
-            variable.assign(value)
+        for name, value in zip(rule.ours, _read(rule, prefix, num_experts, read)):
+            variables[name].assign(value)
     return mixture
 
 
@@ -94,18 +86,15 @@ def to_hugging_face(mixture, layer, family):
     ...     mixture, layer=0, family="mixtral"
     ... )  # doctest: +SKIP
     """
-    check_instance("mixture", mixture, MixtureOfExperts)
     layer = check_integer("layer", layer, minimum=0)
     check_choice("family", family, FAMILIES)
-    for part in (mixture.router, mixture.shared_expert, mixture.shared_gate):
-        _check_plain(part)
+    check_plain(mixture, but=mixture.experts)
     prefix, rules = FAMILIES[family].layouts[0]
     prefix = prefix.format(layer=layer)
-    _check_nothing_left(mixture, rules)
-    check_computes_as(mixture, config_like(mixture, family))
+    variables = _variables(mixture, rules, config_like(mixture, family))
     arrays = {}
     for rule in rules:
-        ours = [_value(mixture, name) for name in rule.ours]
+        ours = [_value(mixture, name, variables[name]) for name in rule.ours]
         if "{expert}" not in rule.theirs:
             arrays[prefix + rule.theirs] = rule.join(ours)
             continue
@@ -115,45 +104,38 @@ def to_hugging_face(mixture, layer, family):
     return arrays
 
 
-def _check_nothing_left(mixture, rules):
-    """The family has a place for each weight: others would be lost, or stay as they were."""
-    placed = {id(_variable(mixture, name)) for rule in rules for name in rule.ours}
-    weights = [each for part in mixture._flatten_layers() for each in part._trainable_variables]
-    bias = getattr(mixture.router, "selection_bias", None)
-    if bias is not None and np.any(keras.ops.convert_to_numpy(bias)):  # Zeros choose as none does.
-        weights.append(bias)
-    # The factors of LoRA are written with the kernels.
-    left = [w.path for w in weights if id(w) not in placed and "_lora_" not in w.name]
-    if left:
+def _variables(mixture, rules, config):
+    """The variables in rules, by name, of a layer that is the block of a config and no more."""
+    wrong, placed = differences(mixture, config), {}
+    if not wrong:
+        names = [name for rule in rules for name in rule.ours]
+        placed = {name: functools.reduce(getattr, name.split("."), mixture) for name in names}
+        wrong += [f"no weight `{name}`" for name in names if placed[name] is None]
+        known = {id(variable) for variable in placed.values()}
+        weights = [each for part in mixture._flatten_layers() for each in part._trainable_variables]
+        bias = getattr(mixture.router, "selection_bias", None)
+        if bias is not None and np.any(keras.ops.convert_to_numpy(bias)):  # Zeros change no choice.
+            weights.append(bias)
+        # The factors of LoRA are written with the kernels.
+        more = [each for each in weights if id(each) not in known and "_lora_" not in each.name]
+        wrong += [f"a weight {each.path!r} without a place" for each in more]
+    if wrong:
         raise ValueError(
-            "The family must have a place for all weights of the layer. Received: a layer with "
-            f"{', '.join(left)}"
+            f"The layer must be a block of {config['model_type']!r}. Received: {'; '.join(wrong)}"
         )
-
-
-def _check_plain(part):
-    for layer in () if part is None else part._flatten_layers():
-        if layer.quantization_mode is not None or getattr(layer, "lora_enabled", False):
-            raise ValueError(
-                "The layer must have plain kernels, neither quantized nor with LoRA. Received: "
-                f"{layer.path!r} with such kernels. Convert before that."
-            )
+    return placed
 
 
 def _layout_in(names, family, layer, num_experts):
     """The prefix and the rules of the family's layout whose weights are all there."""
     missing = []
     for prefix, rules in FAMILIES[family].layouts:
-        prefix = prefix.format(layer=layer)
-        wanted = (
-            prefix + rule.theirs.format(expert=expert)
-            for expert in range(num_experts)
-            for rule in rules
-        )
-        absent = next((name for name in wanted if name not in names), None)
-        if absent is None:
+        prefix, experts = prefix.format(layer=layer), range(num_experts)
+        wanted = [prefix + rule.theirs.format(expert=e) for e in experts for rule in rules]
+        absent = [name for name in wanted if name not in names]
+        if not absent:
             return prefix, rules
-        missing.append(absent)
+        missing.append(absent[0])
     raise ValueError(
         f"A MoE block of {family!r} with {num_experts} experts must have all its weights. "
         f"Received: layer={layer}, without {' and without '.join(map(repr, missing))}"
@@ -173,22 +155,9 @@ def _read(rule, prefix, num_experts, read):
     return values
 
 
-def _value(mixture, name):
+def _value(mixture, name, variable):
     """An array; a kernel of the bank as floats, with its LoRA."""
-    variable = _variable(mixture, name)
-    if name.startswith("experts.") and name.endswith("_kernel"):
+    if name.endswith("_kernel"):
         projection = name.removeprefix("experts.").removesuffix("_kernel")
         return mixture.experts.projection(projection).merged_kernel()
     return keras.ops.convert_to_numpy(variable)
-
-
-def _variable(mixture, name):
-    try:
-        variable = functools.reduce(getattr, name.split("."), mixture)
-    except AttributeError:
-        variable = None
-    if variable is None:
-        raise ValueError(
-            f"The layer must have all weights of the family. Received: {mixture!r} without `{name}`"
-        )
-    return variable

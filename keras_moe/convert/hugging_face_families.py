@@ -22,8 +22,8 @@ class Config(dict):
 class Family(NamedTuple):
     """The MoE block of one family of models.
 
-    - `layouts`: pairs of the prefix of all names, with `{layer}` in it, and rules. The first is
-      that of files; models in memory may have another.
+    - `layouts`: pairs of the prefix of all names, with `{layer}` in it, and rules: that of files,
+      and that of models in memory, if it is another.
     - `make`: from a `Config` and a dtype policy to arguments of a `MixtureOfExperts`.
     """
 
@@ -61,15 +61,10 @@ def _layouts(*others, by_expert=_BY_EXPERT, prefix=_MLP):
     return (prefix, (*others, *by_expert)), (_MLP, (*others, *_STACKED))
 
 
-def _arguments(config, experts, router, shared_expert=None, **kwargs):
+def _arguments(config, experts, router, **kwargs):
     weight = config.get("router_aux_loss_coef")
-    return {
-        "experts": experts,
-        "router": router,
-        "router_losses": [losses.LoadBalance(weight)] if weight else [],
-        "shared_expert": shared_expert,
-        **kwargs,
-    }
+    router_losses = [losses.LoadBalance(weight)] if weight else []
+    return {"experts": experts, "router": router, "router_losses": router_losses, **kwargs}
 
 
 # Those that Keras and PyTorch compute alike under one name.
@@ -90,10 +85,6 @@ def _experts(config, width="moe_intermediate_size", **kwargs):
     kwargs = {"activation": _activation(config), **kwargs}
     # All weights are assigned later; drawing them would take long.
     return GatedExperts(_num_experts(config), config[width], kernel_initializer="zeros", **kwargs)
-
-
-def _shared_expert(config, width, dtype):
-    return GatedFeedForward(width, _activation(config), dtype=dtype)
 
 
 def _top_k(config, **kwargs):
@@ -119,7 +110,8 @@ def _qwen3_moe(config, dtype, width="moe_intermediate_size", **kwargs):
 
 
 def _qwen2_moe(config, dtype):
-    shared = _shared_expert(config, config["shared_expert_intermediate_size"], dtype)
+    width = config["shared_expert_intermediate_size"]
+    shared = GatedFeedForward(width, _activation(config), dtype=dtype)
     return _qwen3_moe(config, dtype, shared_expert=shared, gated_shared_expert=True)
 
 
@@ -137,13 +129,9 @@ def _deepseek_v3(config, dtype):
         scaling_factor=config["routed_scaling_factor"],
         balancer="loss_free",
     )
-    shared_width = config["moe_intermediate_size"] * config["n_shared_experts"]
-    return _arguments(
-        config,
-        _experts(config, dtype=dtype),
-        router,
-        _shared_expert(config, shared_width, dtype),
-    )
+    width = config["moe_intermediate_size"] * config["n_shared_experts"]
+    shared = GatedFeedForward(width, _activation(config), dtype=dtype)
+    return _arguments(config, _experts(config, dtype=dtype), router, shared_expert=shared)
 
 
 def _gpt_oss(config, dtype):
@@ -202,10 +190,7 @@ def mixture_of(config, dtype=None, **kwargs):
 
 
 def config_like(mixture, family):
-    """The config of a family's model whose MoE blocks have the sizes of a layer.
-
-    What releases of the family choose is as in this layer; the activation is the same in all.
-    """
+    """The config of the model of a family whose MoE blocks are as a layer, as far as they can."""
     experts, router = mixture.experts, mixture.router
     width = experts.hidden_dim
     shared_width = getattr(mixture.shared_expert, "hidden_dim", width)
@@ -230,28 +215,26 @@ _TRAINING = ("name", "trainable", "dtype", "seed", "balancer", "input_jitter", "
 _SUFFIXES = ("_initializer", "_regularizer", "lora_rank", "lora_alpha")
 
 
-def check_computes_as(mixture, config):
-    """Refuse a layer whose outputs are not those of the block of a config."""
-    received = []
+def differences(mixture, config):
+    """The reasons why the outputs of a layer are not those of the block of a config."""
+    found = []
     parts = FAMILIES[config["model_type"]].make(config, None)
     for name in ("router", "experts", "shared_expert"):
-        part, wanted = getattr(mixture, name), parts[name]
+        part, wanted = getattr(mixture, name), parts.get(name)
         if not isinstance(part, type(wanted)):
-            received.append(f"a `{type(part).__name__}` as {name}, not {type(wanted).__name__}")
+            found.append(f"a `{type(part).__name__}` as {name}, not {type(wanted).__name__}")
         elif wanted is not None:
             given = _arguments_of(part)
-            received += [
+            found += [
                 f"{key}={shortened(given.get(key))}, not {shortened(value)}"
                 for key, value in _arguments_of(wanted).items()
                 if given.get(key) != value
             ]
+    if mixture.gated_shared_expert != parts.get("gated_shared_expert", False):
+        found.append(f"gated_shared_expert={mixture.gated_shared_expert}")
     if mixture.capacity is not None and mixture.capacity.evaluation_factor is not None:
-        received.append(f"evaluation_factor={mixture.capacity.evaluation_factor}, not None")
-    if received:
-        raise ValueError(
-            f"The layer must compute as {config['model_type']!r} does. "
-            f"Received: {'; '.join(received)}"
-        )
+        found.append(f"evaluation_factor={mixture.capacity.evaluation_factor}, not None")
+    return found
 
 
 def _arguments_of(part):

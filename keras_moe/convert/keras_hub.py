@@ -5,24 +5,27 @@ from typing import Any
 
 import keras
 
-from keras_moe._internal.checks import check_instance
 from keras_moe._internal.keras_internals import forget_old_weights, own_layers
 from keras_moe._internal.serialization import PACKAGE
 from keras_moe.convert.keras_hub_families import FAMILIES, family_of
-from keras_moe.convert.sparse_blocks import ConvertedBlock, make_dense, make_sparse
+from keras_moe.convert.sparse_blocks import (
+    ConvertedBlock,
+    change_class,
+    change_class_back,
+    make_dense,
+    make_sparse,
+)
+from keras_moe.convert.weights import check_plain
 
 
 def sparsify(model):
     """Let the MoE blocks of a KerasHub model compute only the experts that are chosen.
 
     KerasHub computes every expert for every token. Afterwards each block computes with a
-    `layers.MixtureOfExperts` of the same weights, so that all tools of this package work on it.
-    Blocks are converted one after the other, and their old weights are freed. The model remains the
-    same object, with the same outputs, `generate`, `fit` and files of weights; padding is not
-    routed if KerasHub passes its mask to the block.
-
-    A model that is saved is sparse when it is loaded, in a process that has imported `keras_moe`.
-    An optimizer starts again.
+    `layers.MixtureOfExperts` of the same weights, and all tools of this package work on it. The
+    model remains the same object, with the same outputs, `generate`, `fit` and files of weights; an
+    optimizer starts again. Padding is not routed if KerasHub passes its mask to the block. A saved
+    model is sparse when it is loaded, in a process that has imported `keras_moe`.
 
     Args:
         model: Keras model. A model of KerasHub, such as a `CausalLM` or a `Backbone`, or one that
@@ -32,14 +35,14 @@ def sparsify(model):
         The model.
 
     Raises:
-        ValueError: If the model has no MoE block that is known here, or one that is quantized.
+        ValueError: If the model has no MoE block that is known here, or one that is quantized or
+            has LoRA.
 
     Example:
 
     >>> model = keras_hub.models.MixtralCausalLM.from_preset(preset)  # doctest: +SKIP
     >>> keras_moe.convert.sparsify(model).generate("Keras is")  # doctest: +SKIP
     """
-    check_instance("model", model, keras.Layer)
     # A backbone has its decoder layers in its graph and in a list.
     found = {
         id(block): (owner, block)
@@ -53,7 +56,7 @@ def sparsify(model):
             f"Received: model={model!r}"
         )
     for _, block in found.values():
-        _check_not_quantized(block)
+        check_plain(block)
     for owner, block in found.values():
         make_sparse(owner, block, family_of(block))
     _finish(model, _mark)
@@ -70,21 +73,19 @@ def restore(model):
         The model.
 
     Raises:
-        ValueError: If the model has no block that was converted.
+        ValueError: If the model has no block that was converted, or a router that is quantized or
+            has LoRA.
 
     Example:
 
     >>> keras_moe.convert.restore(model).save_to_preset("preset")  # doctest: +SKIP
     """
-    check_instance("model", model, keras.Layer)
     blocks = _sparse_blocks(model)
     if not blocks:
-        raise ValueError(
-            f"`model` must have been converted by `sparsify`. Received: model={model!r}"
-        )
+        raise ValueError(f"`model` must be one that `sparsify` converted. Received: {model!r}")
     for block in blocks:
-        # The experts may be integers: KerasHub gets their floats.
-        _check_not_quantized(block, but=block._sparse_mixture.experts)
+        # KerasHub gets the floats of experts, with their LoRA.
+        check_plain(block, but=block._sparse_mixture.experts)
     for block in blocks:
         make_dense(block)
     _finish(model, _unmark)
@@ -93,15 +94,6 @@ def restore(model):
 
 def _sparse_blocks(model):
     return [layer for layer in model._flatten_layers() if isinstance(layer, ConvertedBlock)]
-
-
-def _check_not_quantized(block, but=None):
-    for layer in block._flatten_layers():
-        if layer is not but and layer.quantization_mode is not None:
-            raise ValueError(
-                "A model must be made sparse, or restored, before it is quantized. Received: "
-                f"layer {layer.path!r} in {layer.quantization_mode!r}"
-            )
 
 
 def _finish(model, mark):
@@ -114,11 +106,7 @@ def _finish(model, mark):
 
 
 class SparseBackbone:
-    """Mixed into the class of a backbone: its config tells that it was made sparse.
-
-    KerasHub makes all blocks of a backbone from a few numbers of its config. This one also has the
-    name of its class there.
-    """
+    """Mixed into the class of a backbone: its config has the name of that class."""
 
     replaced: Any
 
@@ -146,22 +134,16 @@ class SparseBackbone:
 # One name for all backbones; the config says which one it is.
 _register = keras.saving.register_keras_serializable(PACKAGE, "SparseBackbone")
 _register(SparseBackbone)
-_CLASSES: dict = {}
 
 
 def _mark(backbone):
     """Let a backbone be saved as a sparse one."""
-    cls = type(backbone)
-    if issubclass(cls, SparseBackbone):
-        return
-    if cls not in _CLASSES:
-        members = {"replaced": cls, "__module__": __name__}
-        # Under the old name: in files of weights, layers are called by that of their class.
-        _CLASSES[cls] = _register(type(cls.__name__, (SparseBackbone, cls), members))
-    object.__setattr__(backbone, "__class__", _CLASSES[cls])
+    if not isinstance(backbone, SparseBackbone):
+        change_class(backbone, SparseBackbone)
+        _register(type(backbone))
 
 
 def _unmark(backbone):
     """Let a backbone be saved as the one that it is in KerasHub."""
     if isinstance(backbone, SparseBackbone):
-        object.__setattr__(backbone, "__class__", backbone.replaced)
+        change_class_back(backbone)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import keras
 
-from keras_moe import activations, losses, routers
+from keras_moe import activations, routers
 from keras_moe.convert.weights import Rule
 
 
@@ -23,8 +23,7 @@ class Family(NamedTuple):
     - `returns_weights`: whether it returns the weights of all experts beside the outputs, and not
       the logits.
     - `is_decoder`: whether it is a whole decoder layer, which calls its router and its experts one
-      after the other, with different inputs.
-    - `output_scale`: name of the bank's learned scale of each expert's output, if it has one.
+      after the other, with different inputs. Its bank has a learned scale of each output.
     """
 
     router: str
@@ -37,10 +36,6 @@ class Family(NamedTuple):
     balance: str | None = None
     returns_weights: bool = False
     is_decoder: bool = False
-    output_scale: str | None = None
-
-    def losses_of(self, block):
-        return [losses.LoadBalance(getattr(block, self.balance))] if self.balance else []
 
 
 class BareRouter(routers.TopKRouter):
@@ -126,7 +121,6 @@ FAMILIES = {
         make_router=lambda block: _renormalized(block, top_k=block.num_experts_per_token),
         gated={"activation": _tanh_gelu},
         is_decoder=True,
-        output_scale="per_expert_scale",
     ),
 }
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from keras import ops
 
+from keras_moe import losses
 from keras_moe._internal.keras_internals import (
     names_below,
     open_to_state,
@@ -19,17 +20,19 @@ from keras_moe.ops import GroupedPlan
 
 
 class ConvertedBlock:
-    """Mixed into the class of a block: computes with `_sparse_mixture`, a `MixtureOfExperts`.
+    """Mixed into the class of a block, which then computes with `_sparse_mixture`.
 
     The block remains the same object in the same place, now of a subclass of its class, for which
-    decoders of KerasHub look. Its router and its experts are replaced by those of our layer, which
-    are reached by their old names too: files of weights are those of KerasHub.
+    decoders of KerasHub look. Its router and its experts are replaced by those of our layer under
+    their old names, so files of weights are those of KerasHub.
     """
 
     family: Family
     replaced: type
     num_experts: int
     _sparse_mixture: MixtureOfExperts
+    # Of a decoder: functions that make its router and its experts.
+    _makers: list
 
 
 class SparseBlock(ConvertedBlock):
@@ -45,12 +48,9 @@ class SparseBlock(ConvertedBlock):
 
 
 def token_mask(attention_mask, leading):
-    """Which tokens are real, a bool tensor (batch, length), or None without a mask.
+    """Which tokens are real, a bool tensor of the shape `leading`, (batch, length), or None.
 
-    Args:
-        attention_mask: padding mask (batch, length), or mask (batch, length, keys) of a causal
-            attention; or None.
-        leading: the shape (batch, length).
+    An attention mask is (batch, length), or (batch, length, keys) for a causal attention, or None.
     """
     if attention_mask is None:
         return None
@@ -164,14 +164,14 @@ class ScaledMixture(BareMixture):
 
 
 def make_sparse(owner, block, family):
-    """Turn a block of a family of KerasHub, a sublayer of `owner`, into a `SparseBlock`."""
+    """Turn a block of a family of KerasHub, a sublayer of `owner`, into a `ConvertedBlock`."""
     layer = block if family.is_decoder else owner
     mixture = _mixture_like(block, family, name=f"{layer.name}_mixture")
     router_owner, router_name = _router_place(block, family)
-    bank = getattr(block, family.experts)
+    router, bank = getattr(router_owner, router_name), getattr(block, family.experts)
     with names_below(block.path):
         mixture.build((None, None, block.hidden_dim))
-    _assign(mixture.router, getattr(router_owner, router_name))
+    _assign(mixture.router, router)
     weights: dict = {}
     bank.save_own_variables(weights)
     mixture.experts.load_own_variables(weights)
@@ -179,13 +179,13 @@ def make_sparse(owner, block, family):
     if not block.trainable:  # the other value would be handed to all sublayers
         mixture.trainable = False
     if family.is_decoder:
-        makers = [_maker_of(getattr(router_owner, router_name)), _maker_of(bank)]
-        object.__setattr__(block, "_replaced_layers", makers)  # There is nothing to track.
+        makers = [_maker_of(router), _maker_of(bank)]
+        object.__setattr__(block, "_makers", makers)  # There is nothing to track.
         # A function, where Keras would save an attribute that is a layer.
         object.__setattr__(
             mixture.experts, "run_mixture", lambda tokens, seen: mixture(tokens, router_inputs=seen)
         )
-        _change_class(router_owner, (SparseRouter,))
+        change_class(router_owner, SparseRouter)
     set_state(router_owner, router_name, mixture.router)
     set_state(block, family.experts, mixture.experts)
     if family.shared_gate:
@@ -194,12 +194,11 @@ def make_sparse(owner, block, family):
     with open_to_state(block):
         # Keras comes to names with an underscore last, and saves a layer of two names by the first.
         block._sparse_mixture = mixture
-    mixed_in = ConvertedBlock if family.is_decoder else SparseBlock
-    _change_class(block, (mixed_in,), family=family)
+    change_class(block, ConvertedBlock if family.is_decoder else SparseBlock, family=family)
 
 
 def make_dense(block):
-    """Turn a `SparseBlock` back into the block of KerasHub that it was."""
+    """Turn a `ConvertedBlock` back into the block of KerasHub that it was."""
     family, mixture = block.family, block._sparse_mixture
     router_owner, router_name = _router_place(block, family)
     weights: dict = {}
@@ -207,16 +206,16 @@ def make_dense(block):
     shared = getattr(block, family.shared) if family.shared else None
     if family.is_decoder:
         remove_sublayers(block, ["_sparse_mixture"])
-        make_router, make_bank = block._replaced_layers
-        object.__delattr__(block, "_replaced_layers")
-        object.__setattr__(router_owner, "__class__", router_owner.replaced)
+        make_router, make_bank = block._makers
+        object.__delattr__(block, "_makers")
+        change_class_back(router_owner)
         set_state(router_owner, router_name, make_router())
         set_state(block, family.experts, make_bank())
-        object.__setattr__(block, "__class__", block.replaced)
+        change_class_back(block)
     else:
         names = [name for name in (family.experts, family.shared, family.shared_gate) if name]
         remove_sublayers(block, [*names, family.router.partition(".")[0], "_sparse_mixture"])
-        object.__setattr__(block, "__class__", block.replaced)
+        change_class_back(block)
         with open_to_state(block):
             block.build((None, None, block.hidden_dim))
     _assign(getattr(*_router_place(block, family)), mixture.router)
@@ -231,23 +230,23 @@ def make_dense(block):
 
 def _mixture_like(block, family, name):
     dtype = block.dtype_policy
-    bank = getattr(block, family.experts)
     make_experts = CalledExperts if family.is_decoder else RelaidExperts
-    make_mixture = ScaledMixture if family.output_scale else BareMixture
+    make_mixture = ScaledMixture if family.is_decoder else BareMixture
     (down,) = (rule.theirs for rule in family.weights if rule.ours == ("down_kernel",))
     experts = make_experts(
         block.num_experts,
-        getattr(bank, down).shape[1],
+        getattr(getattr(block, family.experts), down).shape[1],
         rules=family.weights,
         kernel_initializer="zeros",
         dtype=dtype,
         name="experts",
         **family.gated,
     )
+    balance = [losses.LoadBalance(getattr(block, family.balance))] if family.balance else []
     return make_mixture(
         experts,
         router=family.make_router(block),
-        router_losses=family.losses_of(block),
+        router_losses=balance,
         shared_expert=getattr(block, family.shared) if family.shared else None,
         gated_shared_expert=family.shared_gate is not None,
         dtype=dtype,
@@ -255,17 +254,17 @@ def _mixture_like(block, family, name):
     )
 
 
+def _router_place(block, family):
+    """The layer that holds the router, and the name it has there."""
+    *owners, name = family.router.split(".")
+    return functools.reduce(getattr, owners, block), name
+
+
 def _assign(layer, other):
     """Give a layer the weights of another that has as many, and its freezing."""
     for weight, value in zip(layer.weights, other.weights):
         weight.assign(value)
     layer.trainable = other.trainable
-
-
-def _router_place(block, family):
-    """The layer that holds the router, and the name it has there."""
-    *owners, name = family.router.split(".")
-    return functools.reduce(getattr, owners, block), name
 
 
 def _maker_of(layer):
@@ -282,10 +281,14 @@ def _maker_of(layer):
     return make
 
 
-def _change_class(layer, mixed_in, **members):
+def change_class(layer, mixed_in, **members):
     """Give a layer a subclass of its class, which it keeps as `replaced`."""
     cls = type(layer)
     members = {**members, "replaced": cls, "__module__": __name__}
     # Under the old name: files of weights use it for layers in a list.
-    changed = type(cls.__name__, (*mixed_in, cls), members)
+    changed = type(cls.__name__, (mixed_in, cls), members)
     object.__setattr__(layer, "__class__", changed)
+
+
+def change_class_back(layer):
+    object.__setattr__(layer, "__class__", layer.replaced)

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keras_moe._internal.checks import shortened
 from keras_moe._internal.plain_text import stating
 
 
@@ -45,17 +44,24 @@ class Rule(NamedTuple):
         return np.ascontiguousarray(np.swapaxes(joined, -1, -2) if self.transposed else joined)
 
 
+def check_plain(layer, but=None):
+    """Refuse a layer with kernels that are quantized or have LoRA, except in one sublayer."""
+    for part in layer._flatten_layers():
+        has_more = part.quantization_mode is not None or getattr(part, "lora_enabled", False)
+        if has_more and part is not but:
+            raise ValueError(
+                "A layer must be converted before it is quantized or has LoRA. "
+                f"Received: {part.path!r} with such kernels"
+            )
+
+
 def read_config(source):
     """Return the content of the `config.json` of a folder or of a file's folder."""
-    with stating(
-        "`source` must be a folder on this machine with a `config.json`, or a file in it, or "
-        "`config` be given.",
-        f"source={shortened(source)}",
-        "Download a model first, for example by `huggingface_hub.snapshot_download`.",
-    ):
-        path = pathlib.Path(source)
-        folder = path.parent if path.suffix == ".safetensors" else path
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if hasattr(source, "keys"):
+        raise ValueError("Weights by name must come with a `config`. Received: config=None")
+    path = pathlib.Path(source)
+    folder = path.parent if path.suffix == ".safetensors" else path
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def tensor_reader(source):
@@ -84,19 +90,11 @@ def tensor_reader(source):
 
 def _open_files(path):
     """Return a dict from the name of each tensor to the file that holds it."""
-    # Here, so that the package can be imported without it.
-    from safetensors import safe_open
+    from safetensors import safe_open  # here: the package does not require it
 
-    files = {}
-    with stating(
-        "Weights must be in whole `.safetensors` files.",
-        f"source={str(path)!r}",
-        "Download them again.",
-    ):
-        for each in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
-            file = safe_open(each, framework="numpy")
-            files.update(dict.fromkeys(file.keys(), file))
-    return files
+    paths = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    files = [safe_open(each, framework="numpy") for each in paths]
+    return {name: file for file in files for name in file.keys()}
 
 
 def _floats(tensor):

@@ -10,7 +10,7 @@ import keras
 from keras import ops as keras_ops
 
 from keras_moe import losses, ops, routers
-from keras_moe._internal.checks import check_integer, check_tensors, shortened
+from keras_moe._internal.checks import check_indices, check_integer, check_tensors, shortened
 from keras_moe._internal.keras_internals import get_keras_mask
 from keras_moe._internal.serialization import config_of, register, resolve
 from keras_moe.backend import backend
@@ -211,7 +211,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
 
     def __call__(self, *args, **kwargs):
         # Keras turns arrays into tensors, whose numbers are not looked at.
-        self.router.check_arrays(indices=kwargs.get("indices"))
+        check_indices("indices", kwargs.get("indices"), self.router.num_experts)
         return super().__call__(*args, **kwargs)
 
     @effects_once

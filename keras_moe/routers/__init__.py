@@ -3,8 +3,13 @@
 from functools import partial
 
 from keras_moe._internal.serialization import resolve
-from keras_moe.routers.balanced import BalancedAssignmentRouter, SinkhornRouter
-from keras_moe.routers.balancers import LossFreeBias, QuantileBias, SelectionBalancer
+from keras_moe.routers.balancers import (
+    BalancedAssignmentRouter,
+    LossFreeBias,
+    QuantileBias,
+    SelectionBalancer,
+    SinkhornRouter,
+)
 from keras_moe.routers.fixed import ForcedRouter, HashRouter
 from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.routers.noisy import GShardRouter, NoisyTopKRouter, VMoERouter

@@ -1,4 +1,4 @@
-"""Balancing without a loss, by the selection bias of a router.
+"""Balance without a loss: selection biases, and routers that match tokens and experts evenly.
 
 Axes: T tokens, E experts, K experts per token.
 """
@@ -10,7 +10,10 @@ from keras import ops
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import Configured, register, resolve
 from keras_moe.backend import backend
+from keras_moe.ops.routing import _top_k_routing
 from keras_moe.ops.selection import _take_scores, _top_k_indices
+from keras_moe.ops.transport import _balanced_assignment, _sinkhorn_plan
+from keras_moe.routers.logit_router import LogitRouter
 
 # Scores are from 0 to 1: from this rate on, no larger one is named as an example.
 LARGE_RATE = 0.01
@@ -23,27 +26,23 @@ class SelectionBalancer(Configured):
     its bias with the mean of the measurements. The bias of a step is fixed before the step, so that
     no token's experts depend on later tokens. Padding is not measured.
 
-    A layer that a model calls several times in a step, such as one whose weights are shared over
-    depth, measures at each call: multiply `accumulation_steps` by the number of calls, or the bias
-    changes between them.
-
     A subclass implements `measure(routing, scores, bias)` and `update(bias, measured)`; all but the
     scores (T, E) have length E. `measure` gathers what cannot be averaged over replicas.
 
     Args:
         accumulation_steps: Integer. Micro-batches of an optimizer step, the
             `gradient_accumulation_steps` of the optimizer, times the calls of the layer in one
-            pass.
+            pass, as where its weights are shared over depth.
     """
 
     def __init__(self, accumulation_steps=1):
         self.accumulation_steps = check_integer("accumulation_steps", accumulation_steps)
 
     def measure(self, routing, scores, bias):
-        raise NotImplementedError(f"`{type(self).__name__}` must implement `measure`")
+        raise NotImplementedError
 
     def update(self, bias, measured):
-        raise NotImplementedError(f"`{type(self).__name__}` must implement `update`")
+        raise NotImplementedError
 
     def balance_advice(self):
         """Return what to try where the load is uneven in spite of the bias."""
@@ -110,8 +109,7 @@ class QuantileBias(SelectionBalancer):
 
     A token needs more than its threshold, the (K+1)-th best of its biased scores, to choose an
     expert. The bias of an expert is such that its score is above the threshold for N K / E of the N
-    tokens: minus a quantile over the tokens. It needs no rate and follows the load within a few
-    steps.
+    tokens: minus a quantile over the tokens. It follows the load within a few steps.
 
     Args:
         momentum: Float from 0 to below 1. Share of the old bias that is kept.
@@ -167,3 +165,99 @@ BY_NAME = {"loss_free": LossFreeBias, "quantile": QuantileBias}
 def get(identifier):
     """Return a balancer from an instance, a config, "loss_free" or "quantile"."""
     return resolve("balancer", identifier, SelectionBalancer, BY_NAME)
+
+
+@register
+class SinkhornRouter(LogitRouter):
+    """In training, tokens choose from a plan in which all experts have the same load.
+
+    The plan decides which experts are chosen; weights are the scores themselves: a sigmoid of the
+    logit for `top_k=1`, a softmax over all experts otherwise. In evaluation tokens choose by the
+    logits. In training a token's experts depend on the whole batch, so later tokens leak a little.
+
+    Args:
+        num_experts: Integer. Number of experts, E.
+        top_k: Integer. Experts per token, K, at most E.
+        iterations: Integer. Rounds of the algorithm; fixed, so that it compiles.
+        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
+            `seed`, as in `TopKRouter`, and `name`.
+
+    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
+
+    Example:
+
+    >>> router = keras_moe.routers.SinkhornRouter(num_experts=8, top_k=1)
+    >>> router(keras.random.normal((32, 64)), training=True).indices.shape
+    (32, 1)
+
+    Reference: Clark et al. 2022 (arXiv:2202.01169), section 3.2 and appendix B.
+    """
+
+    causal = False
+    default_losses = ()
+
+    def __init__(self, num_experts=None, top_k=1, iterations=8, **kwargs):
+        super().__init__(num_experts, **kwargs)
+        self.top_k = check_integer("top_k", top_k)
+        self.iterations = check_integer("iterations", iterations)
+        self.check_num_experts()
+
+    @property
+    def shift_invariant(self):
+        return self.top_k > 1
+
+    def route(self, tokens, mask, training):
+        logits, mask = self.logits(tokens, mask, training)
+
+        def select(scores):
+            if training:
+                scores = _sinkhorn_plan(ops.stop_gradient(logits), mask, self.iterations)
+            return _top_k_indices(scores, self.top_k)
+
+        score = "softmax" if self.top_k > 1 else "sigmoid"
+        return _top_k_routing(logits, self.top_k, mask, score, renormalize=False, select=select)
+
+    def get_config(self):
+        return {**super().get_config(), "top_k": self.top_k, "iterations": self.iterations}
+
+
+@register
+class BalancedAssignmentRouter(LogitRouter):
+    """In training every expert has the same number of tokens, assigned by preference.
+
+    One expert per token, its weight the sigmoid of its logit. In evaluation a token goes to its
+    best expert, whatever the load. In training a token's expert depends on the whole batch. The
+    assignment is stable rather than optimal: see `ops.balanced_assignment`. BASE layers also add
+    the input times one minus the weight, as the residual connection around the layer does here.
+
+    Args:
+        num_experts: Integer. Number of experts, E.
+        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
+            `seed`, as in `TopKRouter`, and `name`.
+
+    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
+
+    Example:
+
+    >>> router = keras_moe.routers.BalancedAssignmentRouter(num_experts=4)
+    >>> routing = router(keras.random.normal((32, 64)), training=True)
+    >>> keras.ops.convert_to_numpy(routing.counts).tolist()
+    [8, 8, 8, 8]
+
+    Reference: Lewis et al. 2021, BASE layers (arXiv:2103.16716), section 3.
+    """
+
+    top_k = 1
+    causal = False
+    default_losses = ()
+    shift_invariant = False
+
+    def route(self, tokens, mask, training):
+        logits, mask = self.logits(tokens, mask, training)
+
+        def select(scores):
+            if not training:
+                return _top_k_indices(scores, 1)
+            return ops.expand_dims(_balanced_assignment(ops.stop_gradient(logits), mask), 1)
+
+        return _top_k_routing(logits, 1, mask, "sigmoid", renormalize=False, select=select)

@@ -20,8 +20,8 @@ class HashRouter(Router):
     """Each word of the vocabulary has its experts, drawn at random and never changed.
 
     The choice is not learned, so nothing collapses. The K experts of a token have the weight 1 / K,
-    or with a `score` learned weights. To choose experts in another way, by topic or by frequency,
-    call `router.table.assign(table)`.
+    or with a `score` learned weights. To choose experts by topic or by frequency, call
+    `router.table.assign(table)`.
 
     Args:
         num_experts: Integer. Number of experts, E.
@@ -33,16 +33,8 @@ class HashRouter(Router):
             by scores of a learned kernel (D, E), as in DeepSeek-V4. None: all alike.
         **kwargs: `name` and `trainable`, as in any Keras layer.
 
-    Raises:
-        ValueError: If an argument is out of its range, or `token_ids` are missing in a call.
-
-    Call arguments:
-        tokens: (T, D) float tensor.
-        mask: (T,) bool tensor, False for padding, or None.
-        token_ids: Integer tensor with T entries.
-
-    Returns:
-        An `ops.Routing`.
+    Raises, call arguments and returns: as for `TopKRouter`, with `token_ids`: Integer tensor with T
+    entries. Without `indices`.
 
     Example:
 
@@ -124,15 +116,7 @@ class ForcedRouter(Router):
         seed: Integer seed of the draws, or None.
         **kwargs: `name` and `trainable`, as in any Keras layer.
 
-    Raises:
-        ValueError: If an argument is out of its range.
-
-    Call arguments:
-        tokens: (T, D) float tensor; only T matters.
-        mask: (T,) bool tensor, False for padding, or None.
-
-    Returns:
-        An `ops.Routing`.
+    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
 
     Example:
 

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_moe._internal.checks import check_integer, check_number
+from keras_moe._internal.checks import check_integer, check_number, check_tensors
 from keras_moe._internal.keras_internals import own_variables
 from keras_moe._internal.lora import Adaptable, factors_for
 from keras_moe._internal.serialization import load_draws, save_draws
@@ -110,8 +110,8 @@ class LogitRouter(Adaptable, Router):
     def check_takes_lora(self):
         if not (type(self).project is LogitRouter.project or self.projects_by_times_kernel):
             raise NotImplementedError(
-                "LoRA corrects products with the kernel, and this router computes its logits in "
-                f"another way. Received: a `{type(self).__name__}`"
+                "A router with LoRA must compute its logits by products with the kernel. "
+                f"Received: a `{type(self).__name__}`"
             )
 
     def add_factors(self, a_initializer="he_uniform", b_initializer="zeros"):
@@ -138,8 +138,7 @@ class LogitRouter(Adaptable, Router):
         entries, variables = load_draws(self, store), self._saved_variables()
         if len(entries) != len(variables):
             raise ValueError(
-                f"A router must be loaded from one with the same arguments. Received: "
-                f"{len(entries)} weights for `{self.name}`, which has {len(variables)}"
+                f"`{self.name}` has {len(variables)} weights. Received: {len(entries)} in the file"
             )
         for index, variable in enumerate(variables):
             variable.assign(entries[str(index)])
@@ -153,11 +152,8 @@ class LogitRouter(Adaptable, Router):
             initializer=initializer or self.kernel_initializer,
             regularizer=self.kernel_regularizer,
         )
-        if tuple(kernel.value.shape) != tuple(shape):  # Keras does not compare them
-            raise ValueError(
-                "`kernel_initializer` must return a tensor of the shape that it is given. "
-                f"Received: shape {tuple(kernel.value.shape)} for {tuple(shape)}"
-            )
+        # Keras does not compare them.
+        check_tensors(dict(zip("DE", shape)), kernel_initializer=(kernel.value, "DE"))
         return kernel
 
     def get_config(self):

@@ -54,17 +54,10 @@ class NoisyTopKRouter(LogitRouter):
 
     def route(self, tokens, mask, training):
         clean, mask = self.logits(tokens, mask, training)
-        noisy, load = clean, None
+        deviation = None
         if training:
             deviation = ops.softplus(ops.matmul(self.hidden(tokens), self.noise_kernel)) + 0.01
-            noisy = clean + deviation * self._noise(draws.normal, clean)
-            load = _noisy_load(clean, noisy, deviation, self.top_k, mask)
-        scores = softmax(noisy)
-        indices = _top_k_indices(scores, self.top_k)
-        weights = _take_scores(scores, indices)
-        if self.top_k > 1:
-            weights = distribution(weights)
-        return _make_routing(indices, weights, softmax(clean), clean, mask, load=load)
+        return _route_with_noise(self, clean, deviation, mask, renormalize=self.top_k > 1)
 
     def get_config(self):
         return {**super().get_config(), "top_k": self.top_k}
@@ -105,18 +98,25 @@ class VMoERouter(LogitRouter):
 
     def route(self, tokens, mask, training):
         clean, mask = self.logits(tokens, mask, training)
-        noisy, load = clean, None
-        if training and self.noise_std:
-            deviation = self.noise_std / self.num_experts
-            noisy = clean + deviation * self._noise(draws.normal, clean)
-            load = _noisy_load(clean, noisy, deviation, self.top_k, mask)
-        scores = softmax(noisy)
-        indices = _top_k_indices(scores, self.top_k)
-        weights = _take_scores(scores, indices)
-        return _make_routing(indices, weights, softmax(clean), clean, mask, load=load)
+        deviation = self.noise_std / self.num_experts if training and self.noise_std else None
+        return _route_with_noise(self, clean, deviation, mask, renormalize=False)
 
     def get_config(self):
         return {**super().get_config(), "top_k": self.top_k, "noise_std": self.noise_std}
+
+
+def _route_with_noise(router, clean, deviation, mask, renormalize):
+    """Top-k of the softmax of logits with normal noise of a deviation, None for no noise."""
+    noisy, load = clean, None
+    if deviation is not None:
+        noisy = clean + deviation * router._noise(draws.normal, clean)
+        load = _noisy_load(clean, noisy, deviation, router.top_k, mask)
+    scores = softmax(noisy)
+    indices = _top_k_indices(scores, router.top_k)
+    weights = _take_scores(scores, indices)
+    if renormalize:
+        weights = distribution(weights)
+    return _make_routing(indices, weights, softmax(clean), clean, mask, load=load)
 
 
 @register
@@ -125,11 +125,10 @@ class GShardRouter(LogitRouter):
 
     The two best probabilities are divided by their sum. In training the second expert is kept with
     probability `min(1, weight / threshold)`: a second expert that hardly counts is not worth a
-    slot. In evaluation it always serves, so that results are deterministic; Mesh TensorFlow draws
-    there too.
+    slot. In evaluation it always serves; Mesh TensorFlow draws there too.
 
     Args:
-        num_experts: Integer of at least 2. Number of experts, E.
+        num_experts: Integer. Number of experts, E.
         threshold: Float above 0. Weight from which on the second expert always serves.
         **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
             `seed`, as in `TopKRouter`, and `name`.
@@ -153,16 +152,10 @@ class GShardRouter(LogitRouter):
         self.threshold = check_number("threshold", threshold, above=0)
         self.check_num_experts()
 
-    def check_num_experts(self):
-        if self.num_experts == 1:
-            raise ValueError(
-                "`GShardRouter` sends each token to two experts. Received: num_experts=1"
-            )
-
     def route(self, tokens, mask, training):
         logits, mask = self.logits(tokens, mask, training)
         probs = softmax(logits)
-        indices = _top_k_indices(probs, 2)
+        indices = _top_k_indices(probs, self.top_k)
         weights = distribution(_take_scores(probs, indices))
         if training:
             second = ops.stop_gradient(weights[:, 1:])

@@ -4,39 +4,29 @@ import inspect
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
-from keras_moe._internal.checks import (
-    check_indices,
-    check_instance,
-    check_integer,
-    check_tensors,
-    host_values,
-)
+from keras_moe._internal.checks import check_indices, check_integer, check_tensors
 from keras_moe._internal.serialization import PACKAGE, load_draws, save_draws
 from keras_moe.backend import backend
 from keras_moe.ops.plans import _plan_groups
-from keras_moe.ops.routing import Routing, weighted_counts, without_padding
+from keras_moe.ops.routing import _FIELDS, Routing, weighted_counts, without_padding
 
 
 class Router(keras.layers.Layer):
     """Abstract: decides which experts serve which token.
 
-    A router is a layer of its own and always computes in float32, whatever the policy of the model
-    around it: rounded scores select other experts. It can be used alone, without experts.
+    A router always computes in float32, whatever the policy of the model around it: rounded scores
+    select other experts. It can be used alone, without experts.
 
     A subclass implements `route(tokens, mask, training)`, which returns an `ops.Routing`, and sets
     `top_k`, the number of experts per token. Tokens of padding are zeros in `route`, and `mask` is
-    False there. If `route` also has one of these arguments, the caller's value is passed to it:
-
-    - `sequence_length`: number of tokens of each sequence; T is a multiple of it.
-    - `token_ids`: (T,) integers, the vocabulary ids of the tokens.
-    - `indices`: (T, K) experts to use instead of choosing.
+    False there. If `route` also has an argument `sequence_length`, `token_ids` or `indices`, the
+    caller's is passed to it.
 
     It sets `causal` to False if a token's experts depend on other tokens of the batch, which rules
-    it out for language models. It sets `default_losses` if it needs others than a balance loss and
-    a z-loss. It overrides `plan` if its tokens do not choose experts, and `max_top_k`, `mean_top_k`
+    it out for language models, and `default_losses` if it needs others than a balance loss and a
+    z-loss. It overrides `plan` if its tokens do not choose experts, and `max_top_k`, `mean_top_k`
     and `min_top_k` if the number of experts differs between tokens.
 
     Args:
@@ -52,7 +42,7 @@ class Router(keras.layers.Layer):
         training: Boolean. Whether noise is added.
         sequence_length: Integer. Length of each sequence in `tokens`, for routers that treat each
             alone. None: all tokens are one sequence.
-        token_ids: Integer tensor with T entries, for routers that go by the token.
+        token_ids: Integer tensor with T entries, the ids of the tokens in the vocabulary.
         indices: (T, K) integer tensor of experts to replay: the router weighs them by its own
             scores, with their gradient, instead of choosing. In a tensor, numbers that are no
             expert's count as -1, for none; in an array they are refused.
@@ -103,13 +93,9 @@ class Router(keras.layers.Layer):
         self._is_of_package = type(self).__module__.startswith(f"{PACKAGE}.")
 
     def bind(self, num_experts):
-        """Set the number of experts of a router that has none; one that is set stays.
-
-        Raises:
-            ValueError: If the number does not fit the other arguments.
-        """
+        """Set the number of experts of a router that has none; one that is set stays."""
         if self.num_experts is None:
-            self.num_experts = check_integer("num_experts", num_experts)
+            self.num_experts = int(num_experts)
         self.check_num_experts()
 
     def check_num_experts(self):
@@ -117,13 +103,9 @@ class Router(keras.layers.Layer):
 
         Constructors end with it, and a subclass extends it. With one expert `top_k` becomes 1.
         """
-        if self.num_experts is None:
-            return
-        if self.max_top_k is None:
-            raise NotImplementedError(f"`{type(self).__name__}` must set `top_k`")
         if self.num_experts == 1 and self.max_top_k > 1:
             self.top_k = 1
-        if self.max_top_k > self.num_experts:
+        if self.num_experts is not None and self.max_top_k > self.num_experts:
             raise ValueError(
                 "`top_k` must be at most `num_experts`. "
                 f"Received: top_k={self.max_top_k}, num_experts={self.num_experts}"
@@ -132,20 +114,9 @@ class Router(keras.layers.Layer):
     def __call__(self, *args, **kwargs):
         if self.num_experts is None:
             raise ValueError("A router that is called needs `num_experts`. Received: None")
-        self.check_arrays(**kwargs)  # here: Keras turns arrays into tensors before `call`
+        # Here, as Keras turns arrays into tensors before `call`.
+        check_indices("indices", kwargs.get("indices"), self.num_experts)
         return super().__call__(*args, **kwargs)
-
-    def check_arrays(self, indices=None, **others):
-        """Refuse experts to replay that do not exist or come twice, if they are on the host."""
-        array = host_values(indices)
-        if array is None or array.ndim != 2:
-            return
-        check_indices("indices", array, self.num_experts)
-        ordered = np.sort(array, axis=1)
-        if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
-            raise ValueError(
-                "`indices` of a token must be different experts. Received: an expert twice"
-            )
 
     def call(
         self, tokens, mask=None, training=None, sequence_length=None, token_ids=None, indices=None
@@ -157,7 +128,19 @@ class Router(keras.layers.Layer):
         )
         if token_ids is not None:
             token_ids = ops.reshape(token_ids, (-1,))
-        self._check_call(tokens, mask, token_ids, indices)
+        if indices is not None and "indices" not in self._known_arguments:
+            raise ValueError(
+                "`indices` can be replayed by routers whose `route` takes them. "
+                f"Received: indices for a `{type(self).__name__}`"
+            )
+        tensors = {
+            "tokens": (tokens, "TD", "float"),
+            "mask": (mask, "T", "mask"),
+            "token_ids": (token_ids, "T", "int"),
+            "indices": (indices, "TK", "int"),
+        }
+        given = {name: each for name, each in tensors.items() if each[0] is not None}
+        check_tensors({"K": self.max_top_k}, **given)
         if mask is None:
             real = ops.ones(ops.shape(tokens)[:1], "bool")
         else:
@@ -171,45 +154,18 @@ class Router(keras.layers.Layer):
         if self.serves_all and indices is None:
             counts = weighted_counts(routing.indices, routing.weights, real)
             routing = routing._replace(counts=counts)
-        if not self._is_of_package:
-            self._check_routing(routing, tokens.shape[0])
+        if not self._is_of_package:  # written by a user, at least in part
+            sizes = {"T": tokens.shape[0], "E": self.num_experts, "K": self.max_top_k}
+            wanted = {name: kind for name, kind in _FIELDS.items() if name != "load"}
+            fields = {name: (getattr(routing, name), *kind) for name, kind in wanted.items()}
+            check_tensors(sizes, **fields)
             if mask is not None:
                 routing = without_padding(routing, real)
         return routing
 
-    def _check_call(self, tokens, mask=None, token_ids=None, indices=None):
-        tensors = {"tokens": (tokens, "TD", "float")}
-        if mask is not None:
-            tensors["mask"] = (mask, "T", "mask")
-        if token_ids is not None:
-            tensors["token_ids"] = (token_ids, "T", "int")
-        if indices is not None:
-            if "indices" not in self._known_arguments:
-                raise ValueError(
-                    "`indices` can be replayed by routers whose `route` takes them. "
-                    f"Received: indices for a `{type(self).__name__}`"
-                )
-            tensors["indices"] = (indices, "TK", "int")
-        check_tensors({"K": self.max_top_k}, **tensors)
-
-    def _check_routing(self, routing, num_tokens):
-        """Check what a route, or a part of one, written by a user returned."""
-        check_instance(f"{type(self).__name__}.route(...)", routing, Routing)
-        check_tensors(
-            {"T": num_tokens, "E": self.num_experts, "K": self.max_top_k},
-            indices=(routing.indices, "TK", "int"),
-            weights=(routing.weights, "TK", "float"),
-            probs=(routing.probs, "TE", "float"),
-            logits=(routing.logits, "TE", "float"),
-            mask=(routing.mask, "T", "mask"),
-            counts=(routing.counts, "E", "number"),
-        )
-
     def route(self, tokens, mask, training):
         """Return the routing of tokens (T, D), zeros where the mask (T,) is False."""
-        raise NotImplementedError(
-            f"`{type(self).__name__}` must implement `route(tokens, mask, training)`"
-        )
+        raise NotImplementedError
 
     @property
     def max_top_k(self):
@@ -254,7 +210,6 @@ class Router(keras.layers.Layer):
     def compute_output_spec(
         self, tokens, mask=None, training=None, sequence_length=None, token_ids=None, indices=None
     ):
-        self._check_call(tokens, mask, indices=indices)
         of_choices = (tokens.shape[0], self.max_top_k)
         of_experts = (tokens.shape[0], self.num_experts)
         return Routing(

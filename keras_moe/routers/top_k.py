@@ -156,9 +156,7 @@ class TopKRouter(SelectionRouter):
 
     With softmax scores and `top_k=1` the combine weight is the probability itself, so that the
     router learns from the task (Switch Transformer, Fedus et al. 2021, arXiv:2101.03961). With
-    more, the chosen scores are divided by their sum (Mixtral, Jiang et al. 2024,
-    arXiv:2401.04088). With `score="sigmoid"`, `scaling_factor=2.5` and `balancer="loss_free"` this
-    is the router of DeepSeek-V3 (arXiv:2412.19437) without its groups.
+    more, the chosen scores are divided by their sum (Mixtral, Jiang et al. 2024, arXiv:2401.04088).
 
     Args:
         num_experts: Integer. Number of experts, E. None: that of the layer around the router.
@@ -212,9 +210,8 @@ class TopKRouter(SelectionRouter):
 class CosineRouter(SelectionRouter):
     """Logits are cosines between a projection of the token and a direction of each expert.
 
-    The norms of tokens and experts do not count, which keeps tokens from gathering around the
-    directions of experts. `logits = scale * cos(x W, direction_e)` with a learned scale that starts
-    at 2 and is at most 100.
+    `logits = scale * cos(x W, direction_e)` with a learned scale that starts at 2 and is at most
+    100: norms do not count, which keeps tokens from gathering around the directions of experts.
 
     Args:
         num_experts: Integer. Number of experts, E.

@@ -15,9 +15,9 @@ from keras_moe.routers.logit_router import LogitRouter
 class DenseRouter(LogitRouter):
     """All experts serve each token, weighted by a softmax: `y = sum_e p_e f_e(x)`.
 
-    The cost is that of all experts. It is the reference whose cost sparse routers reduce, and the
-    best choice for a handful of small experts. A `TopKRouter` with `top_k` as many as experts
-    computes the same, takes the same weights, and can choose fewer later.
+    The cost is that of all experts: the best choice for a handful of small ones. A `TopKRouter`
+    with as many `top_k` as experts computes the same, takes the same weights, and can choose fewer
+    later.
 
     Args:
         num_experts: Integer. Number of experts, E, and experts per token.
@@ -58,9 +58,9 @@ class ExpertChoiceRouter(LogitRouter):
     """Each expert takes the same number of best tokens of each sequence.
 
     The load is balanced by construction and needs no loss. A token is served by any number of
-    experts, perhaps by none. Because tokens compete, a token's experts depend on later tokens: a
-    language model would see the future in training. Inputs (batch, D) are one sequence: there an
-    output depends on the whole batch, in `predict` too.
+    experts, perhaps by none. A token's experts depend on later tokens: a language model would see
+    the future in training. Inputs (batch, D) are one sequence: there an output depends on the whole
+    batch, in `predict` too.
 
     Args:
         num_experts: Integer. Number of experts, E.
@@ -69,14 +69,8 @@ class ExpertChoiceRouter(LogitRouter):
         **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
             `seed`, as in `TopKRouter`, and `name`.
 
-    Raises:
-        ValueError: If an argument is out of its range.
-
-    Call arguments:
-        tokens: (T, D) float tensor.
-        mask: (T,) bool tensor, False for padding, or None.
-        sequence_length: Integer. Tokens in each sequence. None: all are one.
-        training: Boolean. Whether noise is drawn.
+    Raises and call arguments: as for `TopKRouter`, with `sequence_length`: Integer. Tokens in each
+    sequence; None: all are one. Without `indices`.
 
     Returns:
         An `ops.Routing` whose K is E: place e is expert e, or -1 if it did not choose the token.
@@ -123,10 +117,9 @@ class ExpertChoiceRouter(LogitRouter):
 class SoftRouter(LogitRouter):
     """Each expert serves a few slots of each sequence, each a weighted mean of its tokens.
 
-    Everything is differentiable and no token is dropped, whatever the number of experts; the cost
-    is that of `num_experts * slots` tokens a sequence. Each output depends on the whole sequence:
-    not for language models. Inputs (batch, D) are one sequence: there an output depends on the
-    whole batch, in `predict` too.
+    Everything is differentiable and no token is dropped; the cost is that of `num_experts * slots`
+    tokens a sequence. Each output depends on the whole sequence: not for language models. Inputs
+    (batch, D) are one sequence: there an output depends on the whole batch, in `predict` too.
 
     Args:
         num_experts: Integer. Number of experts, E.
@@ -134,14 +127,8 @@ class SoftRouter(LogitRouter):
         **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
             `seed`, as in `TopKRouter`, and `name`.
 
-    Raises:
-        ValueError: If an argument is out of its range.
-
-    Call arguments:
-        tokens: (T, D) float tensor.
-        mask: (T,) bool tensor, False for padding, or None.
-        sequence_length: Integer. Tokens in each sequence. None: all are one.
-        training: Boolean. Whether noise is drawn.
+    Raises and call arguments: as for `TopKRouter`, with `sequence_length`: Integer. Tokens in each
+    sequence; None: all are one. Without `indices`.
 
     Returns:
         An `ops.Routing` that names for each token the one expert it takes most from; all serve it.

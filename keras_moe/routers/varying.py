@@ -73,10 +73,9 @@ class TopPRouter(LogitRouter):
 class ReLURouter(LogitRouter):
     """The weights are `relu(logits)`: continuous, and zero for experts that do not serve.
 
-    In training the router adds an L1 loss of its weights, whose strength it adapts until `top_k`
-    experts serve a token on average: it grows by `growth` while there are more and shrinks while
-    there are fewer. The loss weights each expert by its load, so that it also balances: no other
-    balance loss is needed.
+    In training the router adds an L1 loss of its weights, whose strength grows by `growth` while
+    more than `top_k` experts serve a token on average and shrinks while there are fewer. The loss
+    weights each expert by its load, so no other balance loss is needed.
 
     Args:
         num_experts: Integer. Number of experts, E.
@@ -123,7 +122,7 @@ class ReLURouter(LogitRouter):
             self.top_k = 1
         if self.max_top_k is not None and self.max_top_k < self.top_k:
             raise ValueError(
-                "`max_top_k` must be at least `top_k`, the mean that the loss aims at. "
+                "`max_top_k` must be at least `top_k`. "
                 f"Received: max_top_k={self.max_top_k}, top_k={self.top_k}"
             )
 

@@ -1,9 +1,249 @@
 """Fewer experts, or fewer for each token, in a trained model."""
 
-from keras_moe.surgery.operations import Surgery, merge_experts, prune_experts, set_top_k
+import math
+import operator
+from typing import Any, NamedTuple
+
+import numpy as np
+from keras import ops
+
+from keras_moe._internal.checks import check_choice, check_number, shortened
+from keras_moe._internal.keras_internals import forget_compiled, forget_old_weights
+from keras_moe.inspection import moe_layers
+from keras_moe.inspection.recording import check_list_of_batches
+from keras_moe.routers import HashRouter
+from keras_moe.surgery import measuring
+from keras_moe.surgery.cutting import cut, groups_of, merge, obstacles, router_like
 
 __all__ = ["Surgery", "merge_experts", "prune_experts", "set_top_k"]
 
 
 def __dir__():
     return __all__
+
+
+class Surgery(NamedTuple):
+    """The changes to a model.
+
+    - `experts`: dict from the name of each layer to a list with, for each expert it has now, the
+      numbers of those it was made of; merged ones have several.
+    - `loss_before`, `loss_after`: on the data, or None if the model is not compiled or the data
+      have no targets.
+    """
+
+    experts: dict
+    loss_before: Any = None
+    loss_after: Any = None
+
+
+def prune_experts(model, by="usage", keep=0.5, data=()):
+    """Take the least important experts out of a model, in place.
+
+    Routers lose the columns of those experts, and choose among the others; nothing else changes.
+    Compiled models can train on at once, with an optimizer that starts again.
+
+    Args:
+        model: Keras model. A built model with MoE layers, or one such layer.
+        by: String, array or dict. `"usage"`: how many tokens of the data an expert serves;
+            `"saliency"`: how much it adds to a token it serves, its weight times the norm of its
+            output, on average (REAP); `"contribution"`: the same, summed over its tokens; or scores
+            (E,), higher for those to keep, or a dict of them by the name of the layer.
+        keep: Number or dict. How many experts stay in each layer: a float from above 0 to 1 is a
+            share, which is rounded up, any other whole number a number; or a dict of these by the
+            name of the layer, as in `inspection.moe_layers`. Layers that are not in a dict keep
+            all.
+        data: List of batches: each inputs, or a tuple of inputs, targets and weights.
+
+    Returns:
+        A `Surgery`, with the loss before and after.
+
+    Raises:
+        ValueError: If an argument is out of its range, fewer than `top_k` experts would stay, data
+            are missing, or it is not known how to cut a router or bank.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=8, hidden_dim=32)
+    >>> model = keras.Sequential([
+    ...     keras.Input((16,)), keras_moe.layers.MixtureOfExperts(experts, name="moe")
+    ... ])
+    >>> data = [keras.random.normal((64, 16))]
+    >>> surgery = keras_moe.surgery.prune_experts(model, by="saliency", keep=4, data=data)
+    >>> model.get_layer("moe").experts.num_experts, len(surgery.experts["moe"])
+    (4, 4)
+
+    References: Lasby et al. 2025 (arXiv:2510.13999); Muzio et al. 2024 (arXiv:2404.05089) for
+    pruning by usage.
+    """
+    layers, numbers, data = _plan(model, keep, data, merging=False)
+    groups = {}
+    for name, scores in _scores(model, by, layers, data).items():
+        # Of experts with equal scores, the first stays.
+        best = np.sort(np.argsort(-scores, kind="stable")[: numbers[name]])
+        groups[name] = {expert: [expert] for expert in best.tolist()}
+    return _operate(model, layers, groups, None, data)
+
+
+def merge_experts(model, keep=0.5, data=()):
+    """Merge similar experts of a model into one, in place.
+
+    The most used experts stay; each of the others is merged into the most similar of these, by the
+    router's logits over the tokens. Weights are averaged by usage, after the hidden features of the
+    two were matched.
+
+    Args:
+        model: Keras model. A built model with MoE layers, or one such layer.
+        keep: Number or dict. As in `prune_experts`.
+        data: List of batches. As in `prune_experts`.
+
+    Returns:
+        A `Surgery`.
+
+    Raises:
+        ValueError: As in `prune_experts`, or if experts that are layers differ in their shapes.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=8, hidden_dim=32)
+    >>> model = keras.Sequential([
+    ...     keras.Input((16,)), keras_moe.layers.MixtureOfExperts(experts, name="moe")
+    ... ])
+    >>> data = [keras.random.normal((64, 16))]
+    >>> surgery = keras_moe.surgery.merge_experts(model, keep=4, data=data)
+    >>> sorted(sum(surgery.experts["moe"], []))
+    [0, 1, 2, 3, 4, 5, 6, 7]
+
+    Reference: Li et al. 2024, M-SMoE (arXiv:2310.01334), section 3, without its decomposition.
+    """
+    layers, numbers, data = _plan(model, keep, data, merging=True)
+    used, alike = measuring.usage_and_similarity(model, layers, data)
+    groups = {name: groups_of(used[name], alike[name], numbers[name]) for name in layers}
+    return _operate(model, layers, groups, used, data)
+
+
+def set_top_k(model, top_k):
+    """Let each token go to another number of experts, in place, compiled functions included.
+
+    Weights still sum to 1, if they did before. With one expert for each token they are then the
+    constant 1: to train on, the router has only its own losses to learn from.
+
+    Args:
+        model: Keras model. A model with MoE layers, or one such layer.
+        top_k: Integer or dict. Experts per token, K, or a dict of these by the name of the layer,
+            as in `inspection.moe_layers`. Layers that are not in a dict keep theirs.
+
+    Raises:
+        ValueError: If a router does not choose a fixed number, or has fewer experts.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=8, hidden_dim=32)
+    >>> model = keras.Sequential([
+    ...     keras.Input((16,)), keras_moe.layers.MixtureOfExperts(experts, name="moe")
+    ... ])
+    >>> keras_moe.surgery.set_top_k(model, 1)
+    >>> model.get_layer("moe").router.top_k
+    1
+    """
+    layers = _layers(model, top_k, "top_k")
+    changed = {}
+    for name, layer in layers.items():
+        router, is_ours = layer.router, layer.has_own_config
+        if not is_ours or "top_k" not in router.get_config() or isinstance(router, HashRouter):
+            origin = f"a `{type(router).__name__}`" if is_ours else "made by `convert.sparsify`"
+            raise ValueError(
+                "The router of a layer must choose `top_k` experts by their scores, and have the "
+                f"number in its own config. Received: {name!r}, {origin}"
+            )
+        value = top_k[name] if isinstance(top_k, dict) else top_k
+        changed[name] = router_like(router, top_k=value).top_k  # The constructor checks it.
+    for name, layer in layers.items():
+        router = layer.router
+        if getattr(router, "renormalize", False) is None:
+            router.renormalize = router.top_k > 1
+        router.top_k = changed[name]
+    forget_compiled(model)
+
+
+def _operate(model, layers, groups, used, data):
+    """Keep one expert of each group, merged with the others by usage if that is given."""
+    before = measuring.loss_on(model, data)
+    for name, layer in layers.items():
+        if used is not None:
+            merge(layer.experts, groups[name], used[name])
+        cut(layer, np.array(list(groups[name])))
+    forget_old_weights(model)
+    experts = {name: list(each.values()) for name, each in groups.items()}
+    return Surgery(experts, before, measuring.loss_on(model, data))
+
+
+def _plan(model, keep, data, merging):
+    """Layers, how many experts of each stay, and the data as a list."""
+    layers = _layers(model, keep, "keep")
+    parts = [part for each in moe_layers(model).values() for part in (each.router, each.experts)]
+    wrong = []
+    for name, layer in layers.items():
+        wrong += [f"{name!r}, {obstacle}" for obstacle in obstacles(layer, merging)]
+        if any(sum(part is own for part in parts) > 1 for own in (layer.router, layer.experts)):
+            wrong.append(f"{name!r}, which shares its router or bank with another layer")
+    if wrong:
+        raise ValueError(
+            "Layers must be built, in one process, with experts and a router of their own that "
+            f"can be cut. Received: {'; '.join(wrong)}"
+        )
+    numbers = {}
+    for name, layer in layers.items():
+        numbers[name] = _number(name, layer, keep[name] if isinstance(keep, dict) else keep)
+        router_like(layer.router, num_experts=numbers[name])  # It has rules, such as for groups.
+    check_list_of_batches("data", data)
+    return layers, numbers, list(data)
+
+
+def _layers(model, given, argument):
+    layers = moe_layers(model)
+    if not isinstance(given, dict):
+        return layers
+    if not given or set(given) - set(layers):
+        raise ValueError(
+            f"`{argument}` must name MoE layers of the model, {', '.join(layers)}. "
+            f"Received: {argument}={shortened(given)}"
+        )
+    return {name: layer for name, layer in layers.items() if name in given}
+
+
+def _number(name, layer, keep):
+    num_experts, router = layer.experts.num_experts, layer.router
+    try:
+        number = operator.index(keep)
+    except TypeError:
+        share = check_number("keep", keep, above=0)
+        # A share of float32, or such as 0.07, may be a little larger than meant.
+        number = math.ceil(share * num_experts - 1e-5) if share <= 1 else share
+    # Some routers aim at a mean that is above the least.
+    least = max(router.min_top_k, router.get_config().get("top_k") or 1)
+    if not least <= number <= num_experts or number != int(number):
+        raise ValueError(
+            "`keep` must be a share up to 1 or a number of experts, and leave at least the `top_k` "
+            f"of the router. Received: keep={shortened(keep)} for {name!r} with "
+            f"num_experts={num_experts}, top_k={least}"
+        )
+    return int(number)
+
+
+def _scores(model, by, layers, data):
+    if isinstance(by, str):
+        check_choice("by", by, measuring.MEASURES)
+        return measuring.importance(by, model, layers, data)
+    if isinstance(by, dict):
+        _layers(model, by, "by")
+    scores = {}
+    for name, layer in layers.items():
+        given = by.get(name) if isinstance(by, dict) else by
+        scores[name] = np.asarray(ops.convert_to_numpy(given), "float64")
+        num_experts = layer.experts.num_experts
+        if scores[name].shape != (num_experts,) or np.isnan(scores[name]).any():
+            raise ValueError(
+                f"`by` must be one of {', '.join(measuring.MEASURES)}, or numbers for the "
+                f"{num_experts} experts of {name!r}. Received: by={shortened(given)}"
+            )
+    return scores

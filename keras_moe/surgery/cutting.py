@@ -13,30 +13,28 @@ from keras_moe.layers.usage import counter
 from keras_moe.routers import LogitRouter, SoftRouter
 
 
-def check_can_cut(name, layer):
-    """Refuse a layer whose experts this module cannot take out."""
+def obstacles(layer, merging):
+    """Why experts of a layer cannot be taken out or merged."""
     bank, router = layer.experts, layer.router
-    bank_fits = isinstance(bank, (StackedExperts, LayerExperts))
-    is_split = getattr(bank, "processes", None) is not None
-    # The logits of a soft router are those of slots: tokens choose no experts.
-    router_fits = isinstance(router, LogitRouter) and not isinstance(router, SoftRouter)
-    if not layer.built or not bank_fits or not router_fits or is_split:
-        raise ValueError(
-            "A layer must be built, in one process, its experts `FeedForwardExperts`, "
-            "`GatedExperts` or `LayerExperts`, and its router must have a column of a kernel for "
-            "each of them, as those that derive from `routers.SelectionRouter`. Received: "
-            f"{name!r} (built={layer.built}) with {type(bank).__name__} and {type(router).__name__}"
-        )
-    check_is_ours(name, layer)
-
-
-def check_is_ours(name, layer):
-    """Refuse a layer whose numbers are in the config of a block of another package."""
+    if not layer.built:
+        yield "which is not built"
     if not layer.has_own_config:
-        raise ValueError(
-            "The numbers of experts and of `top_k` of a converted model are those of its config, "
-            f"and cannot change. Received: {name!r}, made by `convert.sparsify`"
-        )
+        yield "made by `convert.sparsify`: the config of its model has the numbers"
+    if getattr(bank, "processes", None) is not None:
+        yield "whose experts are split over processes"
+    # The logits of a soft router are those of slots: tokens choose no experts.
+    if not isinstance(router, LogitRouter) or isinstance(router, SoftRouter):
+        yield f"with a `{type(router).__name__}`, which has no column of a kernel for each expert"
+    if not isinstance(bank, (StackedExperts, LayerExperts)):
+        yield f"with `{type(bank).__name__}`"
+    elif not merging:
+        return
+    elif isinstance(bank, StackedExperts) and (bank.lora_enabled or bank.quantization_mode):
+        yield "whose kernels have LoRA or are quantized"
+    elif isinstance(bank, LayerExperts):
+        shapes = {tuple(tuple(w.shape) for w in layer.weights) for layer in bank.layers}
+        if len(shapes) > 1:
+            yield "whose experts differ in the shapes of their weights"
 
 
 def router_like(router, **changes):
@@ -46,27 +44,19 @@ def router_like(router, **changes):
         config["max_top_k"] = min(config["max_top_k"], config["num_experts"])
     try:
         return type(router).from_config(config)
-    except (TypeError, ValueError) as error:
-        reason = error.__context__ or error  # Keras puts the whole config into its own.
-        raise ValueError(
-            f"A `{type(router).__name__}` must take its new numbers. Received: {changes} ({reason})"
-        ) from error
+    except TypeError as error:  # Keras puts the whole config into its own.
+        raise error.__context__ or error from None
 
 
 def cut(layer, experts):
-    """Keep some experts of a built `MixtureOfExperts`, in place.
-
-    Args:
-        layer: the layer.
-        experts: integer array of the numbers of those that stay, ascending.
-    """
+    """Keep some experts of a built `MixtureOfExperts`, an ascending array of numbers, in place."""
     bank = layer.experts
     if len(experts) == bank.num_experts:
         return
     router = router_like(layer.router, num_experts=len(experts))
     tokens_shape = (None, layer.input_spec.axes[-1])
     with names_below(layer.path):
-        router.build(tokens_shape)
+        router.build((None, layer.router.input_spec.axes[-1]))
         _take_weights(layer.router, router, experts)
         if isinstance(bank, LayerExperts):
             config = {**bank.get_config(), "layers": [bank.layers[index] for index in experts]}
@@ -99,31 +89,8 @@ def _take_weights(old, new, experts):
         mine.assign(value)
 
 
-def check_can_merge(name, bank):
-    """Refuse experts whose weights cannot be averaged."""
-    if isinstance(bank, LayerExperts):
-        shapes = {tuple(tuple(w.shape) for w in layer.weights) for layer in bank.layers}
-        fits = len(shapes) == 1
-    else:
-        fits = not bank.lora_enabled and bank.quantization_mode is None
-    if not fits:
-        raise ValueError(
-            "Experts must have weights of the same shapes to be averaged, and neither LoRA nor "
-            f"quantized kernels. Received: {name!r}. Prune them, or merge before that."
-        )
-
-
 def groups_of(usage, similarity, number):
-    """Groups of experts around the most used ones.
-
-    Args:
-        usage: (E,) array.
-        similarity: (E, E) array.
-        number: how many groups.
-
-    Returns:
-        Dict from the center of each group to the list of its experts, both ascending.
-    """
+    """Groups around the most used experts: a dict from each of these to its group, ascending."""
     centers = np.sort(np.argsort(-usage, kind="stable")[:number])
     groups = {int(center): [int(center)] for center in centers}
     for expert in range(len(usage)):

@@ -7,35 +7,17 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe.inspection.recording import check_list_of_batches, listening, running
+from keras_moe.inspection.recording import listening, running
 from keras_moe.metrics.decisions import contributions
-
-
-def checked_batches(data):
-    """Data as a list of batches: inputs, or tuples of inputs, targets and weights."""
-    check_list_of_batches("data", data)
-    data = list(data)
-    for number, batch in enumerate(data):
-        leaves = keras.tree.flatten(batch)
-        sizes = {leaf.shape[0] for leaf in leaves if len(getattr(leaf, "shape", ()))}
-        if len(sizes) != 1 or sizes == {0}:
-            raise ValueError(
-                "A batch of `data` must hold inputs, or inputs, targets and weights of as many "
-                f"examples, at least one. Received: batch {number} of {sorted(sizes)} examples"
-            )
-    return data
-
-
-def _inputs_of(batch):
-    """The inputs of a batch that may have targets and weights."""
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 def loss_on(model, data):
     """The loss of a compiled model on batches with targets, else None."""
-    has_targets = all(isinstance(batch, (tuple, list)) and len(batch) > 1 for batch in data)
-    has_targets = has_targets and all(batch[1] is not None for batch in data)
-    if not data or not has_targets or not getattr(model, "compiled", False):
+    have_targets = [
+        isinstance(batch, (tuple, list)) and len(batch) > 1 and batch[1] is not None
+        for batch in data
+    ]
+    if not data or not all(have_targets) or not getattr(model, "compiled", False):
         return None
     losses, sizes = [], []
     for number, batch in enumerate(data):
@@ -68,7 +50,7 @@ def importance(by, model, layers, data):
 def usage_and_similarity(model, layers, data):
     """The usage, and the correlation of the logits of two experts over the tokens, (E, E).
 
-    Without what all logits of a token share, which changes no softmax. Li et al. 2024
+    What all logits of a token share changes no softmax, and is taken out. Li et al. 2024
     (arXiv:2310.01334), section 3.2, compares logits too.
     """
     counts, products = _summed(model, layers, data, _counts, _products)
@@ -104,8 +86,9 @@ def _summed(model, layers, data, *measures):
 
     with listening({layer: listener(name, layer) for name, layer in layers.items()}):
         for number, batch in enumerate(data):
-            with running(model, "data", number, _inputs_of(batch)):
-                model(_inputs_of(batch), training=False)
+            inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+            with running(model, "data", number, inputs):
+                model(inputs, training=False)
     if not_finite or not any(np.any(total) for total in totals[0].values()):
         wrong = f", NaN or infinite logits in {sorted(not_finite)}" if not_finite else ""
         raise ValueError(

@@ -6,13 +6,13 @@ import warnings
 
 import keras
 import numpy as np
+from keras import ops
 
-from keras_moe._internal.checks import check_instance, check_integer, check_number, shortened
+from keras_moe._internal.checks import check_integer, check_number, shortened
 from keras_moe._internal.keras_internals import names_below
 from keras_moe.layers import FeedForwardExperts, GatedExperts, MixtureOfExperts
 from keras_moe.layers.sublayers import freeze_parts
 from keras_moe.routers import TopKRouter
-from keras_moe.upcycling.experts import bank_regularizer, check_penalties, expert_weights
 from keras_moe.upcycling.feed_forwards import feed_forwards, left_dense
 from keras_moe.upcycling.rewriting import rewrite
 
@@ -35,16 +35,15 @@ def upcycle(
     Each expert begins as a copy of the dense layer, or as one of `granularity` equal parts of it,
     and the router at random. The outputs of a model do not change at the start, as each token's
     weights sum to 1, whichever copies it goes to; training makes the experts differ. `L1` and `L2`
-    regularizers, which must be the same in the dense layers, add to the loss what they did: their
-    factors are divided by the number of copies. The experts of frozen layers are frozen; their
-    router is new, and trains.
+    regularizers, which must be the same in the dense layers, add to the loss what they did. The
+    experts of frozen layers are frozen; their router is new, and trains.
 
     These layers are found: `Dense` layers from D to H features with an activation, then back to D
     without, in a functional or sequential model, with dropout between them or without; a
     `keras.Sequential` of such two in an attribute of another layer, as of our Transformer blocks;
     and those of KerasHub's Transformer blocks (Bert, GPT-2, Llama, Mistral, Qwen and others).
-    Dropout between the two is removed, because experts have none. A warning names `Dense` layers
-    that look like such two and stay dense.
+    Dropout between the two is removed. A warning names `Dense` layers that look like such two and
+    stay dense.
 
     With parts, the columns of the router's kernel that belong to one copy are equal, so that a
     token first goes to all parts of its best copies. With `top_k=granularity` it costs what the
@@ -99,35 +98,35 @@ def upcycle(
     (arXiv:2410.07524), section 3.2, for parts and equal columns, there called virtual groups;
     Nakamura et al. 2025 (arXiv:2502.19261), section 3.2, for partly re-initialised copies.
     """
-    check_instance("model", model, keras.Layer)
     num_experts = check_integer("num_experts", num_experts)
-    top_k = check_integer("top_k", top_k)
     granularity = check_integer("granularity", granularity)
     reinitialized = check_number("reinitialized", reinitialized, below=1)
     every = check_integer("every", every)
     if num_experts % granularity or top_k % granularity:
         raise ValueError(
-            "`granularity` must divide `num_experts` and `top_k`: a copy of the dense layer is "
-            "complete with all its parts, and not equal to it without some. Received: "
-            f"granularity={granularity}, num_experts={num_experts}, top_k={top_k}"
+            "`granularity` must divide `num_experts` and `top_k`: a copy is complete with all its "
+            f"parts only. Received: granularity={granularity}, num_experts={num_experts}, "
+            f"top_k={top_k}"
         )
-    selected = _select(model, select)
-    chosen = selected[every - 1 :: every]
-    if not chosen:
+    chosen = _select(model, select, every)
+    obstacles = [
+        f"{feed_forward.name!r} with {obstacle}"
+        for feed_forward in chosen
+        for obstacle in _obstacles(feed_forward, granularity)
+    ]
+    if obstacles:
         raise ValueError(
-            "`every` must be at most the number of layers that are chosen from. "
-            f"Received: every={every} for {len(selected)}"
+            f"Experts must be able to do what the dense layers do. Received: {'; '.join(obstacles)}"
         )
-    for feed_forward in chosen:
-        _check_layers(feed_forward, granularity)
-        check_penalties(feed_forward, granularity)
     for layer in model._flatten_layers():
         freeze_parts(layer)
     rng = np.random.default_rng(random.randrange(2**32) if seed is None else seed)
     mixtures = []
     for feed_forward in chosen:
         mixture = _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng)
-        weights = expert_weights(feed_forward, num_experts, granularity, reinitialized, rng)
+        weights = _expert_weights(feed_forward, num_experts, granularity)
+        if reinitialized:
+            _draw_again(weights, reinitialized, rng)
         for name, value in weights.items():
             if getattr(mixture.experts, name) is not None:
                 getattr(mixture.experts, name).assign(value)
@@ -135,15 +134,13 @@ def upcycle(
     return rewrite(model, mixtures)
 
 
-def _select(model, select):
+def _select(model, select, every):
     found = feed_forwards(model)
     if not found:
         raise ValueError(
             "`model` must be built and have dense feed-forward layers: a `Dense` layer from D to H "
-            "features with an activation, then one from H to D without, side by side in a "
-            "functional or sequential model, in a `keras.Sequential` that is an attribute of a "
-            f"layer, or in a Transformer block of KerasHub. Received: model={shortened(model)}. "
-            "Put the two layers of other blocks into a `keras.Sequential`."
+            "features with an activation, then one back to D without, side by side in a model or "
+            f"in a `keras.Sequential` inside a layer. Received: model={shortened(model)}"
         )
     names = [feed_forward.name for feed_forward in found]
     if select is None:
@@ -151,9 +148,8 @@ def _select(model, select):
         if left := left_dense(model, found):
             warnings.warn(
                 f"These layers stay dense: {left}. Each is in a layer with a `Dense` layer back to "
-                "as many features, but they are not called side by side in a model or in a "
-                "`keras.Sequential`, with only dropout and one activation between them: its own "
-                "or a `keras.layers.Activation`.",
+                "as many features, but they are not side by side in a model or a "
+                "`keras.Sequential`, with only dropout and one activation between them.",
                 stacklevel=3,
             )
     elif callable(select):
@@ -162,48 +158,71 @@ def _select(model, select):
         wanted = [name for name in names if re.search(select, name)]
     else:
         wanted = list(select)
-    if not wanted or any(name not in names for name in wanted):
+    chosen = [feed_forward for feed_forward in found if feed_forward.name in wanted]
+    chosen = chosen[every - 1 :: every]
+    if not chosen or any(name not in names for name in wanted):
         raise ValueError(
-            "`select` must choose among the dense feed-forward layers of the model. Received: "
-            f"select={shortened(select)} for a model with {names}"
+            "`select` and `every` must choose among the dense feed-forward layers of the model. "
+            f"Received: select={shortened(select)}, every={every} for a model with {names}"
         )
-    return [feed_forward for feed_forward in found if feed_forward.name in wanted]
+    return chosen
 
 
-def _check_layers(feed_forward, granularity):
-    name, width = feed_forward.name, feed_forward.up.units
+def _obstacles(feed_forward, granularity):
+    """What a bank of experts could not take over: outputs or the loss would change."""
+    denses, width = feed_forward.denses, feed_forward.up.units
     if width % granularity:
-        raise ValueError(
-            "`granularity` must divide the hidden width of each layer. Received: "
-            f"granularity={granularity} for {name!r} of width {width}"
-        )
-    if granularity > 1 and not _acts_on_parts(feed_forward.activation, width // granularity):
-        raise ValueError(
-            "The activation of a layer that is split must treat each hidden feature by itself. "
-            f"Received: granularity={granularity} for {name!r} with "
-            f"activation={shortened(feed_forward.activation)}"
-        )
-    if any(dense.quantization_mode or dense.lora_enabled for dense in feed_forward.denses):
-        raise ValueError(
-            "Layers must have plain kernels, neither quantized nor with LoRA. Received: "
-            f"{name!r} with such a kernel. Upcycle the model before that."
-        )
-    trainable = {dense.name: dense.trainable for dense in feed_forward.denses}
-    if len(set(trainable.values())) > 1:
-        raise ValueError(
-            "The `Dense` layers must be frozen together or not at all: a bank of experts is one "
-            f"layer. Received: trainable={trainable} in {name!r}"
-        )
+        yield f"granularity={granularity}, which does not divide the hidden width, {width}"
+    elif granularity > 1 and not _treats_features_alone(feed_forward.activation):
+        activation = shortened(feed_forward.activation)
+        yield f"granularity={granularity}, but activation={activation} mixes hidden features"
+    if any(dense.quantization_mode or dense.lora_enabled for dense in denses):
+        yield "quantized kernels or LoRA"
+    if len({dense.trainable for dense in denses}) > 1:
+        yield "frozen `Dense` layers beside trainable ones"
+    for layer in feed_forward.layers:
+        if any(part.activity_regularizer for part in layer._flatten_layers()):
+            yield f"an `activity_regularizer` of `{layer.name}`"
+    if any(dense.kernel_constraint or dense.bias_constraint for dense in denses):
+        yield "a constraint"
+    for kind in ("kernel", "bias"):
+        regularizers = _regularizers(denses, kind)
+        if not all(type(each) in _SUMS for each in regularizers):
+            yield f"a `{kind}_regularizer` other than `L1`, `L2` or `L1L2`"
+        elif len(set(map(_factors, regularizers))) > 1:
+            yield f"different `{kind}_regularizer`s"
+    if granularity > 1 and _bank_regularizer(denses, "bias", copies=1):
+        # The squares of the parts' shares of the last bias do not add up to its square.
+        yield f"a `bias_regularizer` with granularity={granularity}"
 
 
-def _acts_on_parts(activation, part):
-    """Whether an activation computes a part of the features as it does in the whole."""
-    features = np.random.default_rng(0).normal(size=(4, 2 * part)).astype("float32")
-    of_all, of_part = (
-        keras.ops.convert_to_numpy(activation(keras.ops.convert_to_tensor(each)))
-        for each in (features, features[:, :part])
+def _treats_features_alone(activation):
+    features = np.random.default_rng(0).normal(size=(4, 8)).astype("float32")
+    of_all, of_half = (
+        ops.convert_to_numpy(activation(ops.convert_to_tensor(each)))
+        for each in (features, features[:, :4])
     )
-    return np.allclose(of_all[:, :part], of_part, atol=1e-6)
+    return np.allclose(of_all[:, :4], of_half, atol=1e-6)
+
+
+# Sums over the elements, or none.
+_SUMS = (type(None), keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2)
+
+
+def _regularizers(denses, kind):
+    having = [dense for dense in denses if kind == "kernel" or dense.use_bias]
+    return [getattr(dense, f"{kind}_regularizer") for dense in having]
+
+
+def _factors(regularizer):
+    """Those of the L1 norm and of the squared L2 norm."""
+    return tuple(float(getattr(regularizer, name, 0.0)) for name in ("l1", "l2"))
+
+
+def _bank_regularizer(denses, kind, copies):
+    """A regularizer of so many copies that adds to the loss what that of the dense layers does."""
+    l1, l2 = next(map(_factors, _regularizers(denses, kind)), (0.0, 0.0))
+    return keras.regularizers.L1L2(l1 / copies, l2 / copies) if l1 or l2 else None
 
 
 def _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng):
@@ -216,8 +235,8 @@ def _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng):
         feed_forward.activation,
         use_bias=any(dense.use_bias for dense in denses),
         kernel_initializer=up.kernel_initializer,
-        kernel_regularizer=bank_regularizer(denses, "kernel", copies),
-        bias_regularizer=bank_regularizer(denses, "bias", copies),
+        kernel_regularizer=_bank_regularizer(denses, "kernel", copies),
+        bias_regularizer=_bank_regularizer(denses, "bias", copies),
         dtype=up.dtype_policy,
         trainable=up.trainable,
     )
@@ -236,6 +255,49 @@ def _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng):
     with names_below((feed_forward.layers[0].path or "").rpartition("/")[0]):
         mixture.build((None, features))
     # Parts of one copy have equal columns.
-    kernel = keras.ops.convert_to_numpy(router.kernel)[:, ::granularity]
+    kernel = ops.convert_to_numpy(router.kernel)[:, ::granularity]
     router.kernel.assign(np.repeat(kernel, granularity, axis=1))
     return mixture
+
+
+def _expert_weights(feed_forward, num_experts, granularity):
+    """Stacked weights of experts, float32 arrays by the names of a bank's.
+
+    Expert `c * G + g` gets the g-th of G equal parts of the hidden features of copy c. The bias of
+    the output is divided among the parts, so that the sum of G parts is the whole network.
+    """
+    parts = {}
+    for name in ("gate", "up"):
+        dense = getattr(feed_forward, name)
+        if dense is not None:
+            parts[f"{name}_kernel"] = np.split(_array(dense.kernel), granularity, axis=1)
+            parts[f"{name}_bias"] = np.split(_bias(dense), granularity)
+    down = feed_forward.down
+    parts["down_kernel"] = np.split(_array(down.kernel), granularity)
+    parts["down_bias"] = [_bias(down) / granularity] * granularity
+    copies = num_experts // granularity
+    return {name: np.stack(each * copies) for name, each in parts.items()}
+
+
+def _draw_again(weights, share, rng):
+    """Draw a share of the hidden features of each expert again, others in each.
+
+    With the mean and the standard deviation of the old ones: Drop-Upcycling, section 3.2.
+    """
+    num_experts, width, _ = weights["down_kernel"].shape
+    for expert in range(num_experts):
+        chosen = rng.permutation(width)[: round(share * width)]
+        for name, value in weights.items():
+            if name.endswith("kernel") and len(chosen):
+                # Hidden features are the rows of `down_kernel`, columns elsewhere.
+                kernel = value[expert] if name == "down_kernel" else value[expert].T
+                old = kernel[chosen]
+                kernel[chosen] = rng.normal(old.mean(), old.std(), old.shape)
+
+
+def _bias(dense):
+    return _array(dense.bias) if dense.use_bias else np.zeros(dense.units, "float32")
+
+
+def _array(variable):
+    return ops.convert_to_numpy(ops.cast(variable.value, "float32"))

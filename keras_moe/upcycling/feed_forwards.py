@@ -123,7 +123,7 @@ def _owners(layer):
 
 
 def _following_layers(model):
-    """From the id of each layer to the only layer that takes its outputs, if there is just one."""
+    """From the id of each layer to the layer that takes its outputs, if there is just one."""
     if isinstance(model, keras.Sequential):
         return {id(a): b for a, b in zip(model.layers, model.layers[1:])}
     calls = calls_of(model)

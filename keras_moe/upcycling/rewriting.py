@@ -24,14 +24,10 @@ class Ones(keras.layers.Layer):
 
 
 def rewrite(model, mixtures):
-    """The model with mixtures instead of feed-forwards.
+    """The model with mixtures instead of feed-forwards, from pairs of both.
 
     Functional and sequential models that contain one are replaced by new models with the same other
     layers; everything else changes in place.
-
-    Args:
-        model: a built Keras model.
-        mixtures: list of pairs of a `FeedForward` and a built `MixtureOfExperts`.
     """
     stand_ins: dict[int, Any] = {}
     gated = []
@@ -56,10 +52,8 @@ def rewrite(model, mixtures):
 
 
 def is_graph(layer):
-    """Whether Keras makes the layer from a list or graph of layers, which can be rewritten.
-
-    A subclass may keep its layers elsewhere too, as those of KerasHub do.
-    """
+    """Whether a layer is nothing but a list or graph of layers, which can be rewritten."""
+    # A subclass may keep its layers elsewhere too, as those of KerasHub do.
     return type(layer) in (Functional, keras.Sequential)
 
 
@@ -72,13 +66,10 @@ def sublayers(layer):
 
 
 class _Rewriting:
-    """Replaces layers of a model, from the inside out.
-
-    Args:
-        stand_ins: dict from the id of a layer to the layer in its place, None for none.
-    """
+    """Replaces layers of a model, from the inside out."""
 
     def __init__(self, stand_ins):
+        # From the id of a layer to the layer in its place, None for none.
         self.stand_ins = stand_ins
         # For blocks whose own config lacks the change: pairs of a layer and names of attributes.
         self.changes: list = []
@@ -91,8 +82,8 @@ class _Rewriting:
             nothing = keras.layers.Identity(name=layer.name, dtype=layer.dtype_policy.name)
             return self.stand_ins[id(layer)] or nothing
         if id(layer) not in self._done:
-            rewritten = self._graph(layer) if is_graph(layer) else self._attributes(layer)
-            self._done[id(layer)] = rewritten
+            rewrite = self._graph if is_graph(layer) else self._attributes
+            self._done[id(layer)] = rewrite(layer)
         return self._done[id(layer)]
 
     def _attributes(self, layer):
@@ -115,49 +106,34 @@ class _Rewriting:
         if all(rewritten[id(layer)] is layer for layer in model.layers):
             return model
         removed = {key for key, stand_in in self.stand_ins.items() if stand_in is None}
-        make = self._sequential if isinstance(model, keras.Sequential) else self._functional
-        new = make(model, rewritten, removed)
+        if isinstance(model, keras.Sequential):
+            (x,) = model.inputs
+            inputs = keras.Input(batch_shape=x.shape, dtype=x.dtype, name=x.name)
+            layers = [rewritten[id(layer)] for layer in model.layers if id(layer) not in removed]
+            new = keras.Sequential([inputs, *layers], name=model.name)
+        else:
+            new = keras.models.clone_model(
+                # Of a compiled model Keras would copy losses and metrics too, which not all can be.
+                keras.Model(model.input, model.output, name=model.name),
+                # Operations such as `+` are none of its layers, and stay as they are.
+                clone_function=lambda layer: (
+                    layer if id(layer) in removed else rewritten.get(id(layer), layer)
+                ),
+                call_function=lambda layer, *args, **kwargs: (
+                    args[0] if id(layer) in removed else layer(*args, **kwargs)
+                ),
+            )
         compile_like(new, model)
         return new
 
-    def _functional(self, model, rewritten, removed):
-        # Of a compiled model Keras would copy losses and metrics too, which not all can be.
-        not_compiled = keras.Model(model.input, model.output, name=model.name)
-        return keras.models.clone_model(
-            not_compiled,
-            # Operations such as `+` are none of its layers, and stay as they are.
-            clone_function=lambda layer: (
-                layer if id(layer) in removed else rewritten.get(id(layer), layer)
-            ),
-            call_function=lambda layer, *args, **kwargs: (
-                args[0] if id(layer) in removed else layer(*args, **kwargs)
-            ),
-        )
-
-    def _sequential(self, model, rewritten, removed):
-        inputs = [
-            keras.Input(batch_shape=x.shape, dtype=x.dtype, name=x.name) for x in model.inputs
-        ]
-        layers = [rewritten[id(layer)] for layer in model.layers if id(layer) not in removed]
-        return keras.Sequential([*inputs, *layers], name=model.name)
-
 
 def _record(root, changes):
-    """Put attributes of layers into the config of a model: those of its classes lack them.
-
-    Args:
-        root: a Keras model.
-        changes: list of pairs of a layer of the model and the names of its attributes. They hold
-            Keras layers now, or functions that can be serialized.
-    """
+    """Put attributes into the config of a model: pairs of a layer in it and names of its own."""
     paths = {id(layer): path for path, layer in _walk(root)}
-    cls = type(root)
     if not isinstance(root, _WithReplacements):
-        if cls not in _CLASSES:
-            members = {"_original_class": cls, "__module__": __name__}
-            changed = type("WithReplacements", (_WithReplacements, cls), members)
-            _CLASSES[cls] = _register(changed)
-        root.__class__ = _CLASSES[cls]
+        cls = type(root)
+        members = {"_original_class": cls, "__module__": __name__}
+        root.__class__ = _register(type("WithReplacements", (_WithReplacements, cls), members))
         object.__setattr__(root, "_replaced", [])  # There is nothing for Keras to track.
     root._replaced.extend((paths[id(layer)], tuple(names)) for layer, names in changes)
 
@@ -200,7 +176,6 @@ class _WithReplacements:
 # One name for all models; the config says which one it is.
 _register = keras.saving.register_keras_serializable(PACKAGE, "WithReplacements")
 _register(_WithReplacements)
-_CLASSES: dict = {}
 
 
 def _walk(layer, path=()):
