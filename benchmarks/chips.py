@@ -11,32 +11,23 @@ import pathlib
 from typing import NamedTuple
 
 TARGETS = pathlib.Path(__file__).parent / "targets"
-_GPU_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 
 class Chip(NamedTuple):
-    """What a chip does at most, per second.
+    """What a chip does at most, per second: FLOP/s of products, bytes/s of main memory.
 
-    Attributes:
-        platform: "tpu" or "cuda".
-        topology: its name, to the compiler, in a system of one or a few.
-        half: FLOP/s of products in bfloat16 or float16.
-        float32_default: FLOP/s of float32 products as JAX computes them by default: in one bfloat16
-            pass on TPUs, as TF32 on NVIDIA cards.
-        float32_highest: the same in full precision: six passes on TPUs, no tensor cores on cards.
-        memory: bytes/s from and to the main memory (HBM).
-        launch: seconds that the shortest kernel takes; 0 where one program holds them all.
-        wait: seconds that the device idles while the host reads a condition.
+    Float32 is multiplied by default in one bfloat16 pass on TPUs, and as TF32 on NVIDIA cards; in
+    full precision in six passes, and without tensor cores.
     """
 
     platform: str
-    topology: str
+    topology: str  # of a system of one chip or a few
     half: float
     float32_default: float
     float32_highest: float
     memory: float
-    launch: float = 0.0
-    wait: float = 0.0
+    launch: float = 0.0  # seconds of the shortest kernel; 0 where one program holds them all
+    wait: float = 0.0  # seconds that the device idles while the host reads a condition
 
 
 def _tpu(topology, half, memory):
@@ -57,7 +48,7 @@ def missing(name):
     """What must be installed to compile for a chip, or None."""
     if CHIPS[name].platform == "tpu":
         return None if _installed("libtpu") else "jax[tpu], the extra `ahead` of keras_moe"
-    return None if any(map(_installed, _GPU_PLUGINS)) else "jax[cuda13]"
+    return None if _installed("jax_cuda13_plugin") else "jax[cuda13]"
 
 
 def sharding(name):
@@ -73,15 +64,8 @@ def sharding(name):
 
 def devices(topology, platform="tpu", /, **options):
     """The devices of a topology, such as "v5e:4x4", which need not be there."""
-    _prepare()
-    from jax.experimental import topologies
-
-    return topologies.get_topology_desc(topology, platform, **options).devices
-
-
-def _prepare():
-    """Keep compilers from looking for a device, and from locking each other out."""
     import jax
+    from jax.experimental import topologies
 
     # The CUDA plugin refuses to load where no driver is, unless JAX runs on the CPU.
     jax.config.update("jax_platforms", "cpu")
@@ -90,6 +74,7 @@ def _prepare():
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    return topologies.get_topology_desc(topology, platform, **options).devices
 
 
 def _installed(module):

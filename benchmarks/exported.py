@@ -8,7 +8,7 @@ core. Programs with different numbers of experts take turns; the ratio is that t
 are those of the processor, which other programs on the machine change little.
 """
 
-import contextlib
+import functools
 import os
 import pathlib
 import tempfile
@@ -20,7 +20,7 @@ import keras
 
 from benchmarks import runtimes
 from benchmarks.contestants import mixture, tokens
-from benchmarks.measure import interleave, print_table, summarise, write_json
+from benchmarks.measure import BACKEND, interleave, publish, summarise
 from benchmarks.options import describe, parse, parser
 
 
@@ -75,77 +75,47 @@ PROGRAMS = {
         "torch.export strict": Program(".pt2", "torch", by_torch(strict=True)),
         "torch.export": Program(".pt2", "torch", by_torch(strict=False)),
     },
-}[keras.backend.backend()]
+}[BACKEND]
 
 
 def main(arguments=None):
-    options = parse(_parser(), arguments, experts=[2, 4])
-    rows = []
-    for num_tokens in options.tokens:
-        for name in options.programs:
-            with on_one_core():
-                table = race(PROGRAMS[name], num_tokens, options)
-            print_table(table, f"{name}, {describe(options)} T={num_tokens}")
-            rows += [{**row, "program": name, "tokens": num_tokens} for row in table]
-    write_json(f"exported-{keras.backend.backend()}{options.tag}", options, rows)
-    return rows
-
-
-def _parser():
     # `tf2onnx` lacks the error function of the exact GELU.
     defaults = {"tokens": [4096], "experts": [4, 32], "activation": "silu", "rounds": 9}
     options = parser(__doc__, **defaults)
     options.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS))
-    return options
+    options = parse(options, arguments, experts=[2, 4])
+    rows = []
+    for num_tokens in options.tokens:
+        for name in options.programs:
+            table = race(PROGRAMS[name], num_tokens, options)
+            rows += [{**row, "program": name, "tokens": num_tokens} for row in table]
+    return publish(f"exported-{BACKEND}", describe(options), options, rows)
 
 
-@contextlib.contextmanager
 def on_one_core():
     """All threads of this process on one core, whatever number of them a runtime starts."""
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(cores)})
-    try:
-        with _one_thread_of_torch():
-            yield
-    finally:
-        os.sched_setaffinity(0, cores)
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    if BACKEND == "torch":
+        import torch
 
-
-@contextlib.contextmanager
-def _one_thread_of_torch():
-    """PyTorch with one thread, as several on one core would wait for each other."""
-    if keras.backend.backend() != "torch":
-        yield
-        return
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)  # several on one core would wait for each other
 
 
 def race(program, num_tokens, options):
-    inputs = tokens(num_tokens, options)
+    inputs, runs = tokens(num_tokens, options), {}
     with tempfile.TemporaryDirectory() as folder:
-        runs = {}
         for num_experts in options.experts:
             path = os.path.join(folder, f"{num_experts}{program.ending}")
-            model = model_of(num_experts, options)
+            x = keras.Input((options.features,))
+            model = keras.Model(x, mixture(num_experts, options)(x))
             model(inputs[:2])  # Keras exports what was called
             program.export(model, path)
-            runs[num_experts] = runtimes.LOADERS[program.runtime](path)
-        contestants = {f"E={n}": lambda run=run: run(inputs) for n, run in runs.items()}
-        times = interleave(contestants, options.rounds, time.process_time)
-    return summarise(*times, next(iter(contestants)))
-
-
-def model_of(num_experts, options):
-    inputs = keras.Input((options.features,))
-    return keras.Model(inputs, mixture(num_experts, options)(inputs))
+            run = runtimes.LOADERS[program.runtime](path)
+            runs[f"E={num_experts}"] = functools.partial(run, inputs)
+        times = interleave(runs, options.rounds, time.process_time)
+    return summarise(*times, next(iter(runs)))
 
 
 if __name__ == "__main__":
+    on_one_core()
     main()

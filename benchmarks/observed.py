@@ -34,11 +34,7 @@ def compilations(dump):
 
 
 def resident_mb(field="VmRSS"):
-    """Megabytes of the process in memory, or with "VmHWM" the most there were.
-
-    Raises:
-        OSError: If the system does not tell; Linux does.
-    """
+    """Megabytes of the process in memory, or with "VmHWM" the most there were, on Linux."""
     gc.collect()
     for line in pathlib.Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
@@ -47,10 +43,5 @@ def resident_mb(field="VmRSS"):
 
 
 def growth_kb(resident, calls):
-    """Kilobytes by which memory grows in 1,000 calls: a line through what is in `resident`.
-
-    Args:
-        resident: megabytes, one after each `calls` calls.
-        calls: an integer.
-    """
+    """Growth in 1,000 calls: a line through megabytes in memory, one after each `calls` calls."""
     return 1e3 * float(np.polyfit(np.arange(len(resident)) * calls / 1e3, resident, 1)[0])

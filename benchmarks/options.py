@@ -42,6 +42,7 @@ def parse(parser, arguments, **smoke):
         parser.set_defaults(**{**_SMOKE, **smoke})
     options = parser.parse_args(arguments)
     options.activation = options.activation or ("silu" if options.gated else "gelu")
+    options.xla = keras.backend.backend() != "torch" and not options.no_xla
     keras.utils.set_random_seed(0)
     mixed = options.dtype != "float32"
     keras.config.set_dtype_policy(f"mixed_{options.dtype}" if mixed else "float32")

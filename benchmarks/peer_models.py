@@ -1,6 +1,7 @@
 """A whole model of KerasHub before and after `convert.sparsify`: a training step, `generate`."""
 
-import keras
+import functools
+
 import numpy as np
 
 from benchmarks.measure import interleave, summarise
@@ -15,12 +16,18 @@ def race(num_experts, num_tokens, options):
     models = {DENSE: mixtral(num_experts, options), SPARSE: mixtral(num_experts, options)}
     models[SPARSE].set_weights(models[DENSE].get_weights())
     convert.sparsify(models[SPARSE])
-    batch = prompts(max(1, num_tokens // LENGTH), LENGTH)
+    batch_size = max(1, num_tokens // LENGTH)
+    batch, prompt = prompts(batch_size, LENGTH), prompts(batch_size, PROMPT)
     logits = [model.predict_on_batch(batch) for model in models.values()]
     difference = float(np.max(np.abs(logits[0] - logits[1])))
     rows = []
-    for what, run in (("fit step", train), ("generate", generate)):
-        runs = {name: run(model, batch) for name, model in models.items()}
+    for what in ("fit step", "generate"):
+        runs = {}
+        for name, model in models.items():
+            if what == "fit step":
+                runs[name] = functools.partial(model.train_on_batch, batch, batch["token_ids"])
+            else:
+                runs[name] = functools.partial(model.generate, prompt, stop_token_ids=None)
         table = summarise(*interleave(runs, options.rounds), SPARSE)
         rows += [{**row, "what": what, "max_difference": difference} for row in table]
     return rows
@@ -40,8 +47,7 @@ def mixtral(num_experts, options):
         top_k=options.top_k,
     )
     model = MixtralCausalLM(backbone, preprocessor=None)
-    has_xla = keras.backend.backend() != "torch" and not options.no_xla
-    model.compile("sgd", sampler="greedy", jit_compile=has_xla)
+    model.compile("sgd", sampler="greedy", jit_compile=options.xla)
     return model
 
 
@@ -49,12 +55,3 @@ def prompts(batch_size, real_length):
     ids = np.random.default_rng(0).integers(1, VOCABULARY, (batch_size, LENGTH))
     mask = np.broadcast_to(np.arange(LENGTH) < real_length, ids.shape).astype("int32")
     return {"token_ids": ids * mask, "padding_mask": mask}
-
-
-def train(model, batch):
-    return lambda: model.train_on_batch(batch, batch["token_ids"])
-
-
-def generate(model, batch):
-    prompt = prompts(len(batch["token_ids"]), PROMPT)
-    return lambda: model.generate(prompt, stop_token_ids=None)

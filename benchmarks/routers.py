@@ -11,49 +11,42 @@ import keras
 from keras import ops
 
 from benchmarks.contestants import mixture_of, tokens
-from benchmarks.measure import interleave, print_table, summarise, write_json
+from benchmarks.measure import BACKEND, interleave, publish, summarise
 from benchmarks.options import describe, parse, parser
 from benchmarks.steps import compiled_step
 from keras_moe import routers
 
 
 def main(arguments=None):
-    options = parse(_parser(), arguments)
+    options = parser(__doc__, experts=[64])
+    names = sorted(routers.BY_NAME)
+    options.add_argument("--routers", nargs="+", default=names, choices=names)
+    options = parse(options, arguments)
     rows = []
     for num_experts in options.experts:
         for num_tokens in options.tokens:
             inputs = tokens(num_tokens, options)
-            table = [race(name, num_experts, inputs, options) for name in options.routers]
-            print_table(table, f"{describe(options)} E={num_experts} T={num_tokens}")
-            rows += [{**row, "experts": num_experts, "tokens": num_tokens} for row in table]
-    write_json(f"routers-{keras.backend.backend()}{options.tag}", options, rows)
-    return rows
+            for name in options.routers:
+                row = race(router_by_name(name, num_experts, options), inputs, options)
+                about = {"name": name, "experts": num_experts, "tokens": num_tokens}
+                rows.append({**about, **row})
+    return publish(f"routers-{BACKEND}", describe(options), options, rows)
 
 
-def _parser():
-    options = parser(__doc__, experts=[64])
-    names = sorted(routers.BY_NAME)
-    options.add_argument("--routers", nargs="+", default=names, choices=names)
-    return options
-
-
-def race(name, num_experts, inputs, options):
-    router = router_by_name(name, num_experts, options)
+def race(router, inputs, options):
     layer = mixture_of(router, options)
-    contestants = {"routing": RoutingAlone(router), "step": layer}
     steps = {
-        key: compiled_step(contestant, inputs, jit=not options.no_xla)
-        for key, contestant in contestants.items()
+        name: compiled_step(contestant, inputs, jit=options.xla)
+        for name, contestant in {"routing": RoutingAlone(router), "step": layer}.items()
     }
     routing, step = summarise(*interleave(steps, options.rounds), "step")
     return {
-        "name": name,
         "top_k": router.max_top_k,
         "routing_ms": routing["ms"],
         "step_ms": step["ms"],
-        **{
-            f"share{end}_%": round(100 * routing[f"ratio{end}"], 1) for end in ("", "_low", "_high")
-        },
+        "share_%": round(100 * routing["ratio"], 1),
+        "share_low_%": round(100 * routing["ratio_low"], 1),
+        "share_high_%": round(100 * routing["ratio_high"], 1),
     }
 
 

@@ -1,10 +1,7 @@
 """A training step of the layer compiles for TPUs that are not there.
 
 Every chip meets three cases of `benchmarks.ahead_matrix`: a shape, one of the dtypes, gated or not,
-with a capacity or without. Together they meet every shape at least twice, and every variant. The
-complete matrix, several hundred compilations:
-
-    KERAS_BACKEND=jax python -m benchmarks.ahead --matrix --chip v4 v5e v5p v6e tpu7x
+with a capacity or without. Together they meet every shape at least twice, and every variant.
 """
 
 import pathlib
