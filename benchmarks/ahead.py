@@ -35,9 +35,7 @@ import collections
 import sys
 
 from benchmarks import chips, contestants, roofline
-from benchmarks.measure import BACKEND, publish
-from benchmarks.options import describe, parse, parser
-from benchmarks.step_ahead import compile_step
+from benchmarks.measure import BACKEND, describe, parse, parser, publish
 
 
 def main(arguments=None):
@@ -77,7 +75,7 @@ def run(chip, options):
 
 def examine(build, chip, sharding, options):
     """The numbers of one contestant."""
-    compiled, seconds = compile_step(build, options, sharding)
+    compiled, seconds = chips.compile_step(build, options, sharding)
     facts = chips.CHIPS[chip]
     work = roofline.work(compiled.as_text(), facts)
     return {

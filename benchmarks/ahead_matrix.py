@@ -5,7 +5,7 @@ import itertools
 
 import keras
 
-from benchmarks import contestants, step_ahead
+from benchmarks import chips, contestants
 
 # T, D, H, E, K: odd widths, widths that no tile divides, a wide network, fewer rows than experts.
 SHAPES = (
@@ -48,9 +48,5 @@ def compile_case(case, sharding):
         router = contestants.skewed_router(num_experts, options)
         return contestants.mixture_of(router, options, capacity_factor=capacity_factor)
 
-    before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
-    try:
-        step_ahead.compile_step(build, options, sharding)
-    finally:
-        keras.config.set_dtype_policy(before)
+    chips.compile_step(build, options, sharding)

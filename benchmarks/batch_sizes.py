@@ -21,9 +21,8 @@ import sys
 import keras
 import numpy as np
 
-from benchmarks.measure import BACKEND, milliseconds, publish
+from benchmarks.measure import BACKEND, milliseconds, parse, parser, publish
 from benchmarks.observed import compilations, growth_kb, in_observed_process, resident_mb
-from benchmarks.options import parse, parser
 from benchmarks.tagger import MIXTURE, compiled_tagger, feedforwards, texts
 from keras_moe.inspection.recording import listening
 

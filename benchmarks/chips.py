@@ -1,14 +1,20 @@
-"""Chips that programs are compiled for, whether or not one is there, and what they can do at most.
+"""Chips that steps are compiled for, whether or not one is there, and what they can do at most.
 
 Peaks are those of what JAX calls a device: on TPU v4 and tpu7x one of the two cores of a chip, and
 so half of what its data sheet says. Sources: Google's pages on each TPU; NVIDIA's data sheet of the
 H100 SXM, whose 989 TFLOP/s no card holds at its power limit, and of which 800 are taken here.
 """
 
+import contextlib
 import importlib.util
 import os
 import pathlib
+import time
 from typing import NamedTuple
+
+import keras
+
+from benchmarks.steps import jax_pass
 
 TARGETS = pathlib.Path(__file__).parent / "targets"
 
@@ -75,6 +81,49 @@ def devices(topology, platform="tpu", /, **options):
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     return topologies.get_topology_desc(topology, platform, **options).devices
+
+
+def compile_step(build, options, sharding):
+    """One forward and backward pass of the layer `build()`, compiled for a device that need not be
+    there, and the seconds of tracing and compiling it. `sharding` is from `benchmarks.chips`.
+    """
+    with keras.StatelessScope(initialize_variables=False):
+        layer = build()
+    start = time.perf_counter()
+    with _on_device_of(sharding):
+        lowered = lowered_step(
+            layer, options.tokens[0], options, lambda variable: sharding, sharding
+        )
+        return lowered.compile(), time.perf_counter() - start
+
+
+def lowered_step(layer, num_tokens, options, sharding_of, data_sharding):
+    """The pass of a layer whose variables have no values."""
+    import jax
+
+    trainable, fixed = (
+        [
+            jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding_of(variable))
+            for variable in variables
+        ]
+        for variables in (layer.trainable_variables, layer.non_trainable_variables)
+    )
+    shape = (num_tokens, options.features)
+    x = jax.ShapeDtypeStruct(shape, layer.compute_dtype, sharding=data_sharding)
+    return jax_pass(layer).lower(trainable, x, fixed, x)
+
+
+def _on_device_of(sharding):
+    """A context that tells kernels which TPU they are compiled for, as its own process would."""
+    import jax
+
+    (device,) = sharding.device_set
+    if device.platform != "tpu":
+        return contextlib.nullcontext()
+    abstract = jax.sharding.AbstractDevice(device.device_kind, device.num_cores, "tpu")
+    return jax.sharding.use_abstract_mesh(
+        jax.sharding.AbstractMesh((), (), (), abstract_device=abstract)
+    )
 
 
 def _installed(module):

@@ -21,9 +21,8 @@ import keras
 import numpy as np
 
 from benchmarks import contestants
-from benchmarks.measure import BACKEND, publish
+from benchmarks.measure import BACKEND, describe, parse, parser, publish
 from benchmarks.observed import compilations, in_observed_process, resident_mb
-from benchmarks.options import describe, parse, parser
 from benchmarks.steps import compiled_step, jax_function, to_tensor
 
 

@@ -10,8 +10,7 @@ experts serve them.
 import itertools
 
 from benchmarks.contestants import AllExperts, DenseTwin, mixture, tokens
-from benchmarks.measure import BACKEND, interleave, publish, summarise
-from benchmarks.options import describe, parse, parser
+from benchmarks.measure import BACKEND, describe, interleave, parse, parser, publish, summarise
 from benchmarks.steps import compiled_step, to_tensor
 
 

@@ -20,8 +20,7 @@ import keras
 
 from benchmarks import runtimes
 from benchmarks.contestants import mixture, tokens
-from benchmarks.measure import BACKEND, interleave, publish, summarise
-from benchmarks.options import describe, parse, parser
+from benchmarks.measure import BACKEND, describe, interleave, parse, parser, publish, summarise
 
 
 class Program(typing.NamedTuple):

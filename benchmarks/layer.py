@@ -14,8 +14,16 @@ import itertools
 import sys
 
 from benchmarks import contestants
-from benchmarks.measure import BACKEND, in_fresh_process, interleave, publish, summarise
-from benchmarks.options import describe, parse, parser
+from benchmarks.measure import (
+    BACKEND,
+    describe,
+    in_fresh_process,
+    interleave,
+    parse,
+    parser,
+    publish,
+    summarise,
+)
 from benchmarks.steps import compiled_step
 
 SKEWS = ("balanced", "zipf", "all-to-one")

@@ -11,8 +11,7 @@ import resource
 import keras
 import numpy as np
 
-from benchmarks.measure import BACKEND, milliseconds, publish
-from benchmarks.options import parse, parser
+from benchmarks.measure import BACKEND, milliseconds, parse, parser, publish
 from benchmarks.steps import compiled_step
 
 

@@ -13,8 +13,7 @@ import keras
 import numpy as np
 
 from benchmarks.contestants import contest
-from benchmarks.measure import BACKEND, interleave, publish, summarise
-from benchmarks.options import describe, parse, parser
+from benchmarks.measure import BACKEND, describe, interleave, parse, parser, publish, summarise
 from keras_moe import layers
 
 BLOCKS, HEADS, WORDS, CLASSES = 2, 4, 1000, 20

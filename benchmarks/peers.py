@@ -9,19 +9,22 @@ that is not installed, or that does not run here is not timed; its row says why.
 time by ours: above 1 it is slower.
 """
 
+import functools
 import itertools
 
 import keras
 import numpy as np
 
-from benchmarks import peer_models
 from benchmarks.contestants import mixture, tokens
-from benchmarks.measure import BACKEND, interleave, publish, summarise
-from benchmarks.options import describe, parse, parser
+from benchmarks.measure import BACKEND, describe, interleave, parse, parser, publish, summarise
 from benchmarks.rivals import RIVALS
 from benchmarks.steps import compiled_step, to_tensor
+from keras_moe import convert
 
 TOLERANCE = 1e-5
+# Of the whole models.
+VOCABULARY, LENGTH, PROMPT, LAYERS = 1000, 64, 48, 2
+DENSE, SPARSE = "KerasHub Mixtral model", "the same, sparsified"
 
 
 def main(arguments=None):
@@ -32,7 +35,7 @@ def main(arguments=None):
     options = parse(options, arguments)
     rows = []
     for num_experts, num_tokens in itertools.product(options.experts, options.tokens):
-        table = (peer_models.race if options.models else race)(num_experts, num_tokens, options)
+        table = (race_models if options.models else race)(num_experts, num_tokens, options)
         rows += [{**row, "experts": num_experts, "tokens": num_tokens} for row in table]
     what = "a whole model" if options.models else "forward+backward"
     return publish(f"peers-{BACKEND}", f"{describe(options)}, {what}", options, rows)
@@ -73,6 +76,52 @@ def infer(layer, inputs):
     """Outputs in inference."""
     outputs = layer(to_tensor(layer, inputs), training=False)
     return keras.ops.convert_to_numpy(keras.ops.cast(outputs, "float32"))
+
+
+def race_models(num_experts, num_tokens, options):
+    """Rows for a step of training on about so many tokens, and for generating from them."""
+    models = {DENSE: mixtral(num_experts, options), SPARSE: mixtral(num_experts, options)}
+    models[SPARSE].set_weights(models[DENSE].get_weights())
+    convert.sparsify(models[SPARSE])
+    batch_size = max(1, num_tokens // LENGTH)
+    batch, prompt = prompts(batch_size, LENGTH), prompts(batch_size, PROMPT)
+    logits = [model.predict_on_batch(batch) for model in models.values()]
+    difference = float(np.max(np.abs(logits[0] - logits[1])))
+    rows = []
+    for what in ("fit step", "generate"):
+        runs = {}
+        for name, model in models.items():
+            if what == "fit step":
+                runs[name] = functools.partial(model.train_on_batch, batch, batch["token_ids"])
+            else:
+                runs[name] = functools.partial(model.generate, prompt, stop_token_ids=None)
+        table = summarise(*interleave(runs, options.rounds), SPARSE)
+        rows += [{**row, "what": what, "max_difference": difference} for row in table]
+    return rows
+
+
+def mixtral(num_experts, options):
+    from keras_hub.models import MixtralBackbone, MixtralCausalLM
+
+    backbone = MixtralBackbone(
+        vocabulary_size=VOCABULARY,
+        num_layers=LAYERS,
+        num_query_heads=4,
+        num_key_value_heads=2,
+        hidden_dim=options.features,
+        intermediate_dim=options.hidden,
+        num_experts=num_experts,
+        top_k=options.top_k,
+    )
+    model = MixtralCausalLM(backbone, preprocessor=None)
+    model.compile("sgd", sampler="greedy", jit_compile=options.xla)
+    return model
+
+
+def prompts(batch_size, real_length):
+    ids = np.random.default_rng(0).integers(1, VOCABULARY, (batch_size, LENGTH))
+    mask = np.broadcast_to(np.arange(LENGTH) < real_length, ids.shape).astype("int32")
+    return {"token_ids": ids * mask, "padding_mask": mask}
 
 
 if __name__ == "__main__":

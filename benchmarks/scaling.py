@@ -22,8 +22,7 @@ import keras
 import numpy as np
 
 from benchmarks import contestants
-from benchmarks.measure import BACKEND, in_fresh_process, publish
-from benchmarks.options import describe, parse, parser
+from benchmarks.measure import BACKEND, describe, in_fresh_process, parse, parser, publish
 from keras_moe import routers
 
 NUM_DEVICES = (1, 2, 4, 8)
@@ -75,7 +74,9 @@ def examine(kind, number, num_tokens, options):
         if kind == "data"
         else expert_parallel(number, devices=devices)
     )
-    layer = contestants.mixture_of(balanced_router(options), options)
+    # Its kernel sends each of `balanced_tokens` where its first features are largest.
+    router = routers.TopKRouter(*options.experts, options.top_k, kernel_initializer="identity")
+    layer = contestants.mixture_of(router, options)
     function, (trainable, x, fixed, weight) = jax_function(
         layer, balanced_tokens(num_tokens, options), backward=True, training=True
     )
@@ -105,16 +106,6 @@ def placed(x):
 
     layout = keras.distribution.distribution().get_data_layout(x.shape)
     return jax.device_put(x, layout.backend_layout)
-
-
-def balanced_router(options):
-    """A router that sends each of `balanced_tokens` where its first features are largest."""
-    (num_experts,) = options.experts
-
-    def kernel(shape, dtype=None):
-        return keras.ops.convert_to_tensor(np.eye(*shape), dtype)
-
-    return routers.TopKRouter(num_experts, options.top_k, kernel_initializer=kernel)
 
 
 def balanced_tokens(num_tokens, options):

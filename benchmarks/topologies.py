@@ -25,9 +25,7 @@ import keras
 
 from benchmarks import chips, contestants
 from benchmarks.collectives import megabytes, products_meanwhile
-from benchmarks.measure import publish
-from benchmarks.options import describe, parse, parser
-from benchmarks.step_ahead import lowered_step
+from benchmarks.measure import describe, parse, parser, publish
 
 # Bytes/s that a chip receives along one axis of its network, from both sides: 1,600 Gbit/s over
 # four links (https://cloud.google.com/tpu/docs/v5e), and 4,800 over six
@@ -103,7 +101,7 @@ def compile_for(distribution, num_tokens, options):
             variable._layout = distribution.get_variable_layout(variable)
         data_layout = distribution.get_data_layout((num_tokens, options.features))
         with distribution.scope():
-            lowered = lowered_step(
+            lowered = chips.lowered_step(
                 layer, num_tokens, options, sharding_of, data_layout.backend_layout
             )
     return lowered.compile(ASYNCHRONOUS if options.overlap else None)

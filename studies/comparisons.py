@@ -17,12 +17,8 @@ TIMED_ROUNDS = 30
 
 def dense_feedforward(top_k, hidden_dim, features):
     """As wide as the experts that serve one token, together."""
-    return keras.Sequential(
-        [
-            keras.layers.Dense(top_k * hidden_dim, activation="gelu"),
-            keras.layers.Dense(features),
-        ]
-    )
+    up = keras.layers.Dense(top_k * hidden_dim, activation="gelu")
+    return keras.Sequential([up, keras.layers.Dense(features)])
 
 
 def count_parameters(model):
@@ -89,13 +85,10 @@ def step_times(make, names, rows, folder, clock=time.perf_counter):
 
 
 def print_runs(title, models, columns):
-    """A table of runs by model.
+    """A table of lists of runs by model.
 
-    Args:
-        title: heading of the names.
-        models: dict from names to lists of runs, dicts.
-        columns: dict from headings to a form, or function of all values, and an entry of a run, or
-            function of it.
+    `columns` maps headings to a form, or a function of all values, and to an entry of a run, or a
+    function of it.
     """
     lines = [[title, *columns]]
     for name, runs in models.items():

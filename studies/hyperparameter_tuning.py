@@ -180,11 +180,13 @@ def draw(report, path):
     """Loss against cost: the trials, their Pareto front, the budget, the layer picked by hand."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    trials = [tuner.ParetoRow(**trial) for trial in report["trials"]]
-    axes.plot([trial.cost for trial in trials], [trial.loss for trial in trials], "C0o", alpha=0.5)
-    front = [trial for trial in trials if trial.efficient]
-    costs, losses = [trial.cost for trial in front], [trial.loss for trial in front]
-    axes.step(costs, losses, "C0", where="post", label="Pareto front of the trials")
+    trials = report["trials"]
+    front = [trial for trial in trials if trial["efficient"]]
+    (costs, losses), steps = (
+        zip(*((trial["cost"], trial["loss"]) for trial in each)) for each in (trials, front)
+    )
+    axes.plot(costs, losses, "C0o", alpha=0.5)
+    axes.step(*steps, "C0", where="post", label="Pareto front of the trials")
     for (name, result), marker in zip(report["results"].items(), ("C3s", "C2*")):
         axes.plot(result["cost"], result["loss"], marker, markersize=10, label=name)
     axes.axvline(report["budget"], color="gray", linestyle="--", label="budget")

@@ -93,14 +93,9 @@ def main(arguments=None):
 def parse_options(arguments):
     parser = parser_of(__doc__, "language_model", datasets.TEXTS)
     parser.add_argument("--experts", type=positive, default=16)
+    parser.add_argument("--compare", action="store_true", help="train dense models as well")
     parser.add_argument(
-        "--expert-parallel",
-        type=int,
-        metavar="DEVICES",
-        help="devices that share the experts, on JAX; the batch is split over all devices",
-    )
-    parser.add_argument(
-        "--compare", action="store_true", help="train a dense model of equal active size as well"
+        "--expert-parallel", type=int, metavar="N", help="so many devices share the experts, on JAX"
     )
     return parser.parse_args(arguments)
 

@@ -92,14 +92,8 @@ def parse_options(arguments):
     parser = parser_of(__doc__, None, datasets.TEXTS)
     parser.add_argument("--experts", type=positive, default=8)
     parser.add_argument("--epochs", type=positive, default=6)
-    parser.add_argument(
-        "--compare",
-        action="store_true",
-        help="train a dense model of equal active size and a logistic regression as well",
-    )
-    parser.add_argument(
-        "--report", action="store_true", help="write a page about the experts to --output"
-    )
+    parser.add_argument("--compare", action="store_true", help="train dense models as well")
+    parser.add_argument("--report", action="store_true", help="write a page about the experts")
     parser.add_argument("--predict", metavar="TEXT", help="classify with the model in --output")
     options = parser.parse_args(arguments)
     options.output = options.output or pathlib.Path("text_classifier") / options.dataset
@@ -122,13 +116,8 @@ def load(name, data_dir, size):
         for split in data[:3]
     ]
     vocabulary = Vocabulary.learn(splits[0].texts, size.words, size.length)
-    arrays = [
-        (
-            vocabulary.encode(split.texts),
-            keras.utils.to_categorical(split.labels, len(data.class_names)),
-        )
-        for split in splits
-    ]
+    labels = (keras.utils.to_categorical(each.labels, len(data.class_names)) for each in splits)
+    arrays = [*zip((vocabulary.encode(split.texts) for split in splits), labels)]
     return Data(vocabulary, splits, arrays, data.class_names)
 
 

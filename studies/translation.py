@@ -65,7 +65,9 @@ def main(arguments=None):
     train, validation = (batches_of(subwords, split, size) for split in splits[:2])
     print(f"{train.left_out} pairs of more than {size.shapes.lengths[-1]} pieces are left out.")
     setting = Setting(experts=options.experts, sides=tuple(options.sides))
-    unfinished = options.output / "unfinished" / settings_name(options, size)
+    settings = (options.dataset, setting, options.epochs, options.beams, options.seeds)
+    digest = resuming.digest(size, DROPOUT, options.compare, *settings)
+    unfinished = options.output / "unfinished" / digest
     results: dict = {}
     histories: dict = {}
     for name in (MIXTURE, TWIN) if options.compare else (MIXTURE,):
@@ -103,16 +105,8 @@ def parse_options(arguments):
     )
     parser.add_argument("--epochs", type=positive, default=6)
     parser.add_argument("--beams", type=positive, default=4)
-    parser.add_argument(
-        "--compare", action="store_true", help="train a dense model of equal active size as well"
-    )
+    parser.add_argument("--compare", action="store_true", help="train dense models as well")
     return parser.parse_args(arguments)
-
-
-def settings_name(options, size):
-    """A name for all that a run depends on: another command does not resume this one's."""
-    names = ("dataset", "experts", "sides", "epochs", "beams", "seeds", "compare")
-    return resuming.digest(size, DROPOUT, *(getattr(options, name) for name in names))
 
 
 def load_data(name, options, size, reverse=False):

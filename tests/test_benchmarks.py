@@ -24,11 +24,9 @@ from benchmarks import (  # noqa: E402
     memory,
     model,
     peers,
-    routers,
     tagger,
 )
 from benchmarks.rivals import ANY, RIVALS, Rival  # noqa: E402
-from keras_moe.routers import BY_NAME  # noqa: E402
 
 BACKEND = keras.backend.backend()
 T, D, H, E, K = 64, 8, 16, 4, 2
@@ -121,19 +119,6 @@ def test_exported_programs_with_more_experts_are_timed_against_those_with_few():
     rows = run(exported, "--programs", program)
     assert [(row["program"], row["name"]) for row in rows] == [(program, "E=2"), (program, "E=4")]
     assert rows[0]["ratio"] == 1.0
-
-
-@where_nothing_is_compiled
-def test_routers_are_timed_alone_and_as_a_share_of_the_step():
-    rows = run(routers, "--routers", *BY_NAME)
-    top_k = {row["name"]: row["top_k"] for row in rows}
-    assert list(top_k) == list(BY_NAME)
-    # Some names stand for a K, and experts that choose have none.
-    assert {top_k[name] for name in ("top_k", "cosine", "deepseek_v3", "sinkhorn")} == {K}
-    assert (top_k["switch"], top_k["gshard"], top_k["expert_choice"]) == (1, 2, E)
-    for row in rows:
-        assert 0 < row["routing_ms"] and 0 < row["step_ms"]
-        assert 0 < row["share_low_%"] <= row["share_%"] <= row["share_high_%"]
 
 
 @where_nothing_is_compiled
@@ -262,7 +247,7 @@ def test_the_embedding_of_the_tagger_is_that_of_keras():
 
 @pytest.mark.backends("jax", "torch")
 def test_batches_of_all_sizes_are_counted_with_and_without_buckets():
-    calls = batch_sizes.CALLS if BACKEND == "torch" else ["predict"]
+    calls = ["train", "layer"] if BACKEND == "torch" else ["predict"]
     rows = run(batch_sizes, "--calls", *calls)
     assert [(row["name"], row["lengths"]) for row in rows] == [
         (call, lengths) for call in calls for lengths in ("all", "buckets")

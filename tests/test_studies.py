@@ -1,10 +1,7 @@
 """Each study in its small size, on made-up text that needs no network."""
 
 import json
-import os
 import pathlib
-import signal
-import subprocess
 import sys
 
 import keras
@@ -14,6 +11,7 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "studies"))
 
 import compare_routers
+import comparisons
 import hyperparameter_tuning
 import language_model
 import moe_vs_dense
@@ -30,27 +28,14 @@ pytestmark = [
     pytest.mark.backends("torch"),
     pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\):DeprecationWarning"),
 ]
-TESTS = pathlib.Path(__file__).parent
-FOLDERS = (TESTS.parent, TESTS.parent / "studies", TESTS)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def made_up_data():
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_made_up_data(monkeypatch)
+        monkeypatch.setattr(comparisons, "TIMED_ROUNDS", 2)
         yield
-
-
-def run_python(code, **environment):
-    """A process that has made-up data."""
-    prelude = "from made_up_text import use_made_up_data\nimport pytest, signal\n"
-    prelude += "use_made_up_data(pytest.MonkeyPatch())\n"
-    return subprocess.run(
-        [sys.executable, "-c", prelude + code],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, FOLDERS)), **environment},
-        capture_output=True,
-        text=True,
-    )
 
 
 def written(folder):
@@ -81,26 +66,20 @@ def test_language_models_are_compared(trained):
     assert not (folder / "progress").exists()
 
 
-KILLED_IN_THE_SECOND_EPOCH = """
-import os, language_model, resuming
-
-class Killed(resuming.Journal):
+class EndsInTheSecondEpoch(resuming.Journal):
     def on_train_batch_end(self, batch, logs=None):
         super().on_train_batch_end(batch, logs)
         if (len(self.epochs), batch) == (1, 5):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-resuming.Journal = Killed
-language_model.main({!r})
-"""
+            raise KeyboardInterrupt
 
 
-def test_a_killed_command_resumes(trained, tmp_path, capsys):
+def test_an_interrupted_command_resumes(trained, tmp_path, monkeypatch, capsys):
     arguments = [*SMALL_LANGUAGE_MODEL, "--output", str(tmp_path)]
     other = tmp_path / "progress" / "another command"
     other.mkdir(parents=True)
-    ended = run_python(KILLED_IN_THE_SECOND_EPOCH.format(arguments))
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(resuming, "Journal", EndsInTheSecondEpoch)
+        language_model.main(arguments)
     ((run,),) = language_model.main(arguments)["results"].values()
     assert "Resuming after epoch 1 of 2." in capsys.readouterr().out
     # The order of the data and the optimizer are resumed as well.
