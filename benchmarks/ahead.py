@@ -68,7 +68,8 @@ def run(chip, options):
         # Work that loops hide would make a layer look cheap.
         known = not row["dynamic_loops"]
         row["ratio"] = row["bound_ms"] / rows[0]["bound_ms"] if known else None
-        row["scratch_ratio"] = row["scratch_mb"] / rows[0]["scratch_mb"]
+        scratch = rows[0]["scratch_mb"]
+        row["scratch_ratio"] = row["scratch_mb"] / scratch if scratch else None
     title = f"{chip}, {describe(options)} T={options.tokens[0]}, forward+backward"
     return publish(f"ahead-{chip}", title, options, rows)
 
