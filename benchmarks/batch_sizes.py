@@ -16,7 +16,6 @@ process that calls the model of `benchmarks.tagger`, with one mixture, by `train
 
 import functools
 import itertools
-import sys
 
 import keras
 import numpy as np
@@ -27,33 +26,28 @@ from benchmarks.tagger import MIXTURE, compiled_tagger, feedforwards, texts
 from keras_moe.inspection.recording import listening
 
 CALLS = ("train", "predict", "layer")
+PADDED = (False, True)
 
 
 def main(arguments=None):
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parse(arguments)
+    options = parser(__doc__, tokens=[64], features=16, hidden=32, experts=[8])
+    options.add_argument("--calls", nargs="+", default=CALLS, choices=CALLS)
+    options.add_argument("--passes", type=int, default=20)
+    options.add_argument("--buckets", type=int, nargs="+", default=[8, 16, 32, 64])
+    options = parse(options, arguments, tokens=[4], buckets=[2, 4], passes=4)
     title = (
         f"{BACKEND}{' without XLA' * options.no_xla}, batches of 1 to {options.tokens[0]} tokens"
     )
     rows = []
-    for call, padded in itertools.product(options.calls, (False, True)):
-        rows.append(in_observed_process(examine, arguments, call, padded))
+    for call, padded in itertools.product(options.calls, PADDED):
+        rows.append(in_observed_process(examine, options, call, padded))
         # Compilation takes long: what is measured is kept, should a later row be interrupted.
         publish(f"batch_sizes-{BACKEND}", title, options, rows)
     return rows
 
 
-def _parse(arguments):
-    options = parser(__doc__, tokens=[64], features=16, hidden=32, experts=[8])
-    options.add_argument("--calls", nargs="+", default=CALLS, choices=CALLS)
-    options.add_argument("--passes", type=int, default=20)
-    options.add_argument("--buckets", type=int, nargs="+", default=[8, 16, 32, 64])
-    return parse(options, arguments, tokens=[4], buckets=[2, 4], passes=4)
-
-
-def examine(arguments, call, padded, dump):
+def examine(options, call, padded, dump):
     """The row of one call."""
-    options = _parse(arguments)
     (num_tokens,) = options.tokens
     mixture, _ = feedforwards(MIXTURE, options)
     model = compiled_tagger([mixture], options)

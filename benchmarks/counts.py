@@ -15,7 +15,6 @@ them. The columns, all of one forward and backward pass:
 """
 
 import pathlib
-import sys
 
 import keras
 import numpy as np
@@ -27,12 +26,13 @@ from benchmarks.steps import compiled_step, jax_function, to_tensor
 
 
 def main(arguments=None):
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parse(arguments)
+    options = parser(__doc__)
+    options.add_argument("--steps", type=int, default=100)
+    options = parse(options, arguments, steps=3)
     inputs = contestants.tokens(*options.tokens, options)
     rows = []
     for name, build in contestants.contest(options).items():
-        row = in_observed_process(examine, arguments, name)
+        row = in_observed_process(examine, options, name)
         flops = executed_flops(build(), inputs)
         rows.append({**row, "matmul_gflops": flops and flops / 1e9})
         if flops:
@@ -41,15 +41,8 @@ def main(arguments=None):
     return publish(f"counts-{BACKEND}", title, options, rows)
 
 
-def _parse(arguments):
-    options = parser(__doc__)
-    options.add_argument("--steps", type=int, default=100)
-    return parse(options, arguments, steps=3)
-
-
-def examine(arguments, name, dump):
+def examine(options, name, dump):
     """The row of one contestant."""
-    options = _parse(arguments)
     layer = contestants.contest(options)[name]()
     inputs = contestants.tokens(*options.tokens, options)
     step = compiled_step(layer, inputs, jit=options.xla)

@@ -16,8 +16,6 @@ each of T tokens; give one T and one E. The columns:
 - compiled, compiled_later: programs of XLA in the first epoch, and after it.
 """
 
-import sys
-
 import keras
 import numpy as np
 
@@ -30,30 +28,24 @@ POLICIES = ("mixed_bfloat16", "mixed_float16", "bfloat16")
 
 
 def main(arguments=None):
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parse(arguments)
-    contests = [(policy, MIXTURE) for policy in options.policies]
-    title, rows = f"{BACKEND}{' without XLA' * options.no_xla}, {options.steps} steps", []
-    for contest in [*contests, (options.policies[0], TWIN)]:
-        rows.append(in_observed_process(endure, arguments, *contest))
-        # Each takes long: what is measured is kept, should a later one be interrupted.
-        publish(f"endurance-{BACKEND}", title, options, rows)
-    return rows
-
-
-def _parse(arguments):
     options = parser(__doc__, tokens=[128], features=16, hidden=32, experts=[8])
     options.add_argument("--policies", nargs="+", default=POLICIES, choices=POLICIES)
     options.add_argument("--steps", type=int, default=10_000)
     options.add_argument("--epoch", type=int, default=500, help="steps of an epoch")
     options.add_argument("--length", type=int, default=16, help="tokens of one text")
     smoke = {"policies": ["mixed_float16"], "steps": 16, "epoch": 4, "length": 8}
-    return parse(options, arguments, **smoke)
+    options = parse(options, arguments, **smoke)
+    contests = [(policy, MIXTURE) for policy in options.policies]
+    title, rows = f"{BACKEND}{' without XLA' * options.no_xla}, {options.steps} steps", []
+    for contest in [*contests, (options.policies[0], TWIN)]:
+        rows.append(in_observed_process(endure, options, *contest))
+        # Each takes long: what is measured is kept, should a later one be interrupted.
+        publish(f"endurance-{BACKEND}", title, options, rows)
+    return rows
 
 
-def endure(arguments, policy, name, dump):
+def endure(options, policy, name, dump):
     """The row of one contestant."""
-    options = _parse(arguments)
     keras.config.set_dtype_policy(policy)
     model = compiled_tagger(feedforwards(name, options), options)
     batch_size = options.tokens[0] // options.length

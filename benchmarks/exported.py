@@ -8,13 +8,13 @@ core. Programs with different numbers of experts take turns; the ratio is that t
 are those of the processor, which other programs on the machine change little.
 """
 
-import functools
 import os
 import pathlib
 import tempfile
 import time
 import typing
 from collections.abc import Callable
+from functools import partial
 
 import keras
 
@@ -31,23 +31,17 @@ class Program(typing.NamedTuple):
     export: Callable
 
 
-def by_keras(**kwargs):
-    def export(model, path):
-        model.export(path, verbose=False, **kwargs)
-
-    return export
+def by_keras(model, path, **kwargs):
+    model.export(path, verbose=False, **kwargs)
 
 
-def by_torch(strict):
-    def export(model, path):
-        import torch
+def by_torch(model, path, strict):
+    import torch
 
-        sizes = [({0: torch.export.Dim("batch", min=1)},)]
-        example = (torch.ones(2, *model.input_shape[1:]),)
-        program = torch.export.export(model.eval(), example, dynamic_shapes=sizes, strict=strict)
-        torch.export.save(program, path)
-
-    return export
+    sizes = [({0: torch.export.Dim("batch", min=1)},)]
+    example = (torch.ones(2, *model.input_shape[1:]),)
+    program = torch.export.export(model.eval(), example, dynamic_shapes=sizes, strict=strict)
+    torch.export.save(program, path)
 
 
 def by_jax(model, path):
@@ -60,19 +54,19 @@ def by_jax(model, path):
     pathlib.Path(path).write_bytes(program.serialize())
 
 
-SAVED_MODEL = Program("", "saved_model", by_keras())
-ONNX = Program(".onnx", "onnx", by_keras(format="onnx"))
+SAVED_MODEL = Program("", "saved_model", by_keras)
+ONNX = Program(".onnx", "onnx", partial(by_keras, format="onnx"))
 PROGRAMS = {
     "tensorflow": {
         "saved_model": SAVED_MODEL,
         "onnx": ONNX,
-        "litert": Program(".tflite", "litert", by_keras(format="litert")),
+        "litert": Program(".tflite", "litert", partial(by_keras, format="litert")),
     },
     "jax": {"saved_model": SAVED_MODEL, "jax.export": Program(".jax", "jax", by_jax)},
     "torch": {
         "onnx": ONNX,
-        "torch.export strict": Program(".pt2", "torch", by_torch(strict=True)),
-        "torch.export": Program(".pt2", "torch", by_torch(strict=False)),
+        "torch.export strict": Program(".pt2", "torch", partial(by_torch, strict=True)),
+        "torch.export": Program(".pt2", "torch", partial(by_torch, strict=False)),
     },
 }[BACKEND]
 
@@ -110,7 +104,7 @@ def race(program, num_tokens, options):
             model(inputs[:2])  # Keras exports what was called
             program.export(model, path)
             run = runtimes.LOADERS[program.runtime](path)
-            runs[f"E={num_experts}"] = functools.partial(run, inputs)
+            runs[f"E={num_experts}"] = partial(run, inputs)
         times = interleave(runs, options.rounds, time.process_time)
     return summarise(*times, next(iter(runs)))
 

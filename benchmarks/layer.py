@@ -11,7 +11,6 @@ ratio of all.
 """
 
 import itertools
-import sys
 
 from benchmarks import contestants
 from benchmarks.measure import (
@@ -30,25 +29,20 @@ SKEWS = ("balanced", "zipf", "all-to-one")
 
 
 def main(arguments=None):
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parse(arguments)
+    options = parser(__doc__)
+    options.add_argument("--skew", nargs="+", default=["balanced"], choices=SKEWS)
+    options.add_argument("--processes", type=int, default=3, help="take the middle of so many")
+    options = parse(options, arguments, processes=1)
     if options.processes == 1:
-        rows = run(arguments)
+        rows = run(options)
     else:
-        rows = middle([in_fresh_process(run, arguments) for _ in range(options.processes)])
+        rows = middle([in_fresh_process(run, options) for _ in range(options.processes)])
     title = f"{describe(options)}, middle of {options.processes} processes"
     return publish(f"layer-{BACKEND}", title, options, rows)
 
 
-def _parse(arguments):
-    options = parser(__doc__)
-    options.add_argument("--skew", nargs="+", default=["balanced"], choices=SKEWS)
-    options.add_argument("--processes", type=int, default=3, help="take the middle of so many")
-    return parse(options, arguments, processes=1)
-
-
-def run(arguments):
-    options, rows = _parse(arguments), []
+def run(options):
+    rows = []
     for backward in (False, True):
         direction = "forward+backward" if backward else "forward"
         for num_tokens, num_experts in itertools.product(options.tokens, options.experts):

@@ -53,19 +53,21 @@ def parser(description, **defaults):
 
 
 def parse(parser, arguments, **smoke):
-    """The options, with the seed and the dtype policy set.
-
-    `smoke` holds what `--smoke` changes besides the shared options.
-    """
+    """The options. `smoke` holds what `--smoke` changes besides the shared options."""
     if parser.parse_known_args(arguments)[0].smoke:
         parser.set_defaults(**{**_SMOKE, **smoke})
     options = parser.parse_args(arguments)
     options.activation = options.activation or ("silu" if options.gated else "gelu")
     options.xla = BACKEND != "torch" and not options.no_xla
+    settle(options)
+    return options
+
+
+def settle(options):
+    """Set the seed and the dtype policy of a process."""
     keras.utils.set_random_seed(0)
     mixed = options.dtype != "float32"
     keras.config.set_dtype_policy(f"mixed_{options.dtype}" if mixed else "float32")
-    return options
 
 
 def describe(options):
@@ -143,11 +145,11 @@ def publish(name, title, options, rows):
     return rows
 
 
-def in_fresh_process(function, *arguments):
-    """`function(*arguments)`, both of which must be picklable."""
+def in_fresh_process(function, options, *arguments):
+    """`function(options, *arguments)`, all of which must be picklable."""
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
+    with concurrent.futures.ProcessPoolExecutor(1, context, settle, [options]) as pool:
+        return pool.submit(function, options, *arguments).result()
 
 
 def milliseconds(run, clock=time.perf_counter):

@@ -1,6 +1,6 @@
 """Other MoE blocks with the weights of one of ours, a `MixtureOfExperts` of gated experts."""
 
-import functools
+from functools import partial
 
 import keras
 from keras import ops
@@ -111,13 +111,7 @@ ANY = ("tensorflow", "jax", "torch")
 RIVALS = {
     "KerasHub Mixtral": (ANY, keras_hub_mixtral),
     "KerasHub Qwen3-MoE": (ANY, keras_hub_qwen3_moe),
-    "Transformers Qwen3-MoE, eager": (
-        ("torch",),
-        functools.partial(transformers_qwen3_moe, "eager"),
-    ),
-    "Transformers Qwen3-MoE, grouped_mm": (
-        ("torch",),
-        functools.partial(transformers_qwen3_moe, "grouped_mm"),
-    ),
+    "Transformers, eager": (("torch",), partial(transformers_qwen3_moe, "eager")),
+    "Transformers, grouped_mm": (("torch",), partial(transformers_qwen3_moe, "grouped_mm")),
     "jax.lax.ragged_dot": (("jax",), sorted_rows),
 }

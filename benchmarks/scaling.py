@@ -16,7 +16,6 @@ eight times `--tokens`, however many devices share them. Loads are balanced. The
 """
 
 import os
-import sys
 
 import keras
 import numpy as np
@@ -29,21 +28,16 @@ NUM_DEVICES = (1, 2, 4, 8)
 
 
 def main(arguments=None):
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parse(arguments)
+    defaults = {"tokens": [1024], "experts": [8]}
+    options = parse(parser(__doc__, **defaults), arguments, tokens=[64], experts=[8])
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={max(NUM_DEVICES)}"
-    rows = in_fresh_process(examine_all, arguments)
+    rows = in_fresh_process(examine_all, options)
     title = f"{describe(options)} T={options.tokens[0]}, forward+backward, each device"
     return publish(f"scaling-{BACKEND}", title, options, rows)
 
 
-def _parse(arguments):
-    return parse(parser(__doc__, tokens=[1024], experts=[8]), arguments, tokens=[64], experts=[8])
-
-
-def examine_all(arguments):
-    options = _parse(arguments)
+def examine_all(options):
     (tokens,) = options.tokens
     rows = []
     for scale in ("weak", "strong"):
