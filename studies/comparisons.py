@@ -103,14 +103,7 @@ def print_runs(title, models, columns):
         print(f"{first:<{widths[0]}}", *cells, sep="  ", flush=True)
 
 
-def count(values):
-    return str(len(values))
-
-
-def perplexity(losses):
-    return f"{np.exp(np.mean(losses)):.1f}"
-
-
+# Columns of tables.
 PARAMETERS = {
     "ms a step": ("{:.0f}", "ms_per_step"),
     "parameters": ("{:,.0f}", "parameters"),
@@ -121,9 +114,13 @@ PARAMETERS = {
 def print_comparison(results, **further):
     """A table of runs by model and seed against those of the first model.
 
-    Differences are those of runs with one seed; after +-, half of a 95% interval. Equal time is
-    what the first model took.
+    Differences are those of runs with one seed; after +-, half of a 95% interval. Perplexities are
+    those of the mean loss. Equal time is what the first model took.
     """
+
+    def perplexity(losses):
+        return f"{np.exp(np.mean(losses)):.1f}"
+
     baseline, models = next(iter(results.values())), {}
     for name, runs in results.items():
         models[name] = []
@@ -133,7 +130,7 @@ def print_comparison(results, **further):
             differences = {"by steps": loss - end, "by time": then - end}
             models[name].append({**run, "loss": loss, "then": then, **differences})
     columns = {
-        "seeds": (count, "loss"),
+        "seeds": (lambda losses: str(len(losses)), "loss"),
         "loss": ("{:.4f}", "loss"),
         "perplexity": (perplexity, "loss"),
         "equal steps": (interval, "by steps"),

@@ -138,15 +138,11 @@ def print_losses(task, models):
             compared[name].append({**run, "loss": loss, "gain": gain, "then": then})
     columns = {
         "loss, equal steps": ("{:.4f}", "loss"),
-        "against dense": (span, "gain"),
+        "against dense": (lambda gains: f"{min(gains):+.4f} to {max(gains):+.4f}", "gain"),
         "loss at that time": ("{:.4f}", "then"),
         "ms a step": ("{:.0f}", "ms_per_step"),
     }
     print_runs(task, compared, columns)
-
-
-def span(values):
-    return f"{min(values):+.4f} to {max(values):+.4f}"
 
 
 if __name__ == "__main__":

@@ -57,7 +57,9 @@ def main(arguments=None):
             for draw in range(options.draws if measure == "chance" else 1):
                 other = operate(measure, measured, draw, options)
                 losses.append(validate(other, data[1]))
-            run = {"loss": float(np.mean(losses)), "flops": flops_of(other)}
+            # Of one token in all MoE layers, forward.
+            flops = sum(layer.flops for layer in inspection.summarize(other))
+            run = {"loss": float(np.mean(losses)), "flops": flops}
             results[measure].append(run)
             run["rise"] = run["loss"] - results["all experts"][seed]["loss"]
         print_runs("", results, COLUMNS)
@@ -90,11 +92,6 @@ def operate(measure, data, draw, options):
     else:
         surgery.prune_experts(model, measure, options.keep, data)
     return model
-
-
-def flops_of(model):
-    """Of one token in all MoE layers, forward."""
-    return sum(layer.flops for layer in inspection.summarize(model))
 
 
 def validate(model, validation):

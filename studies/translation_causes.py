@@ -17,7 +17,7 @@ import keras
 import resuming
 import translation
 from command_line import parser_of
-from comparisons import count, interval, print_runs
+from comparisons import interval, print_runs
 from files import claim, write_json
 from translation import Setting
 
@@ -104,7 +104,7 @@ def trained(options):
 def print_losses(results):
     """Differences are those of runs with one seed; after +-, half of a 95% interval."""
     columns = {
-        "seeds": (count, "mixture"),
+        "seeds": (lambda losses: str(len(losses)), "mixture"),
         "mixture": ("{:.4f}", "mixture"),
         "dense": ("{:.4f}", "dense"),
         "difference": (interval, lambda run: run["mixture"] - run["dense"]),

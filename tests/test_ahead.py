@@ -158,18 +158,6 @@ def test_loops_count_with_their_trips_if_they_are_known():
     assert work(start, loop, others=LOOP, chip=TPU).waits == 0
 
 
-def test_of_a_branch_the_dearest_side_counts():
-    others = LOOP.replace("%test (p.1", "%none (p.1").replace("ROOT %c = pred[] constant(true)", "")
-    branch = (
-        "ROOT %r = (f32[8]) conditional(%i, %a, %a), branch_computations={%none, %body}",
-        "ROOT %r = (f32[8]) conditional(%i, %a, %a), true_computation=%body, "
-        "false_computation=%none",
-    )
-    for line in branch:
-        done = work("%i = s32[] parameter(0)", "%a = (f32[8]) parameter(1)", line, others=others)
-        assert done.kernels == 1 and done.bytes == 64
-
-
 def test_a_program_of_the_real_compiler():
     import jax
     import jax.numpy as jnp

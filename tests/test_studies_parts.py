@@ -356,23 +356,18 @@ def test_the_bible_is_split_by_chapter_and_cleaned(monkeypatch, tmp_path):
         assert target == " ".join(map(TRANSLATIONS.get, source.split()))
 
 
-def help_pages(language, pages):
-    """What `read_members` returns; texts of each page by id."""
-    return {
-        f"./usr/share/libreoffice/help/{language}/text/{page}": "".join(
-            f'<div><h1 id="{key}">\n<a></a>{text}</h1></div><p>not this</p>'
-            for key, text in texts.items()
-        ).encode("utf-8")
-        for page, texts in pages.items()
-    }
-
-
 def test_help_is_aligned_by_page_and_id(monkeypatch, tmp_path):
-    portuguese = {f"{n}.html": {"a": f"Abra o <b>menu</b> {n}", "b": "igual"} for n in range(200)}
-    english = {f"{n}.html": {"a": f"Open the menu {n}", "b": "igual"} for n in range(200)}
-    portuguese["200.html"] = {"a": "f(x) = 1 código", "c": "Abra o menu 1", "d": "sem par aqui"}
-    english["200.html"] = {"a": "f(x) = 1 code", "c": "Open the menu 1"}
-    pages = {"pt": help_pages("pt-BR", portuguese), "en": help_pages("en-US", english)}
+    texts = {("pt", n): {"a": f"Abra o <b>menu</b> {n}", "b": "igual"} for n in range(200)}
+    texts |= {("en", n): {"a": f"Open the menu {n}", "b": "igual"} for n in range(200)}
+    texts["pt", 200] = {"a": "f(x) = 1 código", "c": "Abra o menu 1", "d": "sem par aqui"}
+    texts["en", 200] = {"a": "f(x) = 1 code", "c": "Open the menu 1"}
+    pages: dict = {"pt": {}, "en": {}}
+    for (language, number), by_id in texts.items():
+        page = "".join(
+            f'<div><h1 id="{n}">\n{text}</h1></div><p>no</p>' for n, text in by_id.items()
+        )
+        path = f"./usr/share/libreoffice/help/{language}/text/{number}.html"
+        pages[language][path] = page.encode("utf-8")
     monkeypatch.setattr(libreoffice_help, "fetch_packages", lambda names, folder: ["pt", "en"])
     monkeypatch.setattr(libreoffice_help, "read_members", lambda path, suffix: pages[path])
     data = datasets.load_pairs("libreoffice_help", tmp_path)
@@ -415,12 +410,19 @@ def test_manual_pages_are_labelled_and_a_page_is_in_one_split(monkeypatch, tmp_p
     assert set(labels) == {"en", "de", "pt"} and len(labels) == 120
 
 
-def test_wheels_are_checked_before_they_are_opened(monkeypatch, tmp_path):
-    def download(command, cwd, **kwargs):
-        pathlib.Path(cwd, "made_up-1.0-py3-none-any.whl").write_bytes(b"another file")
-        return subprocess.CompletedProcess(command, 0, "", "")
+@pytest.fixture
+def downloaded(monkeypatch):
+    """Programs that download a file of their own, or fail."""
 
-    monkeypatch.setattr(downloads.subprocess, "run", download)
+    def run(command, cwd, **kwargs):
+        name = "made-up_1_all.deb" if "apt-get" in command else "made_up-1.0-py3-none-any.whl"
+        pathlib.Path(cwd, name).write_bytes(b"package")
+        return subprocess.CompletedProcess(command, "none" in command, "", "no route to host")
+
+    monkeypatch.setattr(downloads.subprocess, "run", run)
+
+
+def test_wheels_are_checked_before_they_are_opened(downloaded, tmp_path):
     with pytest.raises(ValueError, match="must be those with the digests.*'00'.*Delete"):
         downloads.read_from_wheel("made-up==1.0", "00", "member", tmp_path)
     assert not list(tmp_path.iterdir()), "it is not kept"
@@ -429,20 +431,10 @@ def test_wheels_are_checked_before_they_are_opened(monkeypatch, tmp_path):
         downloads.read_from_wheel("made-up==1.0", "00", "member", tmp_path)
 
 
-def test_a_download_that_fails_shows_what_the_program_said(monkeypatch, tmp_path):
-    failed = subprocess.CompletedProcess([], 100, "", "no route to host")
-    monkeypatch.setattr(downloads.subprocess, "run", lambda *args, **kwargs: failed)
+def test_debian_packages_are_checked_before_they_are_opened(downloaded, tmp_path):
     with pytest.raises(ConnectionError, match="apt-get download.*no route to host"):
-        downloads.fetch_packages(["made-up"], tmp_path)
+        downloads.fetch_packages(["none"], tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def test_debian_packages_are_checked_before_they_are_opened(monkeypatch, tmp_path):
-    def download(command, cwd, **kwargs):
-        pathlib.Path(cwd, "made-up_1_all.deb").write_bytes(b"package")
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(downloads.subprocess, "run", download)
     (package,) = downloads.fetch_packages(["made-up"], tmp_path)
     assert downloads.fetch_packages(["made-up"], tmp_path) == [package]
     package.write_bytes(b"pack")
@@ -450,17 +442,17 @@ def test_debian_packages_are_checked_before_they_are_opened(monkeypatch, tmp_pat
         downloads.fetch_packages(["made-up"], tmp_path)
 
 
-@pytest.mark.parametrize("other_was_faster", [True, False])
-def test_data_that_another_run_prepares_meanwhile_are_taken(other_was_faster):
+def test_data_that_another_run_prepares_meanwhile_are_taken():
     class Builder:
+        def __init__(self, ready):
+            self.ready = ready
+
         def download_and_prepare(self):
             raise OSError("Directory not empty")
 
         def is_prepared(self):
-            return other_was_faster
+            return self.ready
 
-    if other_was_faster:
-        assert isinstance(datasets.prepared(Builder), Builder)
-    else:
-        with pytest.raises(OSError, match="not empty"):
-            datasets.prepared(Builder)
+    assert datasets.prepared(lambda: Builder(True)).ready
+    with pytest.raises(OSError, match="not empty"):
+        datasets.prepared(lambda: Builder(False))
