@@ -16,52 +16,50 @@ process that calls the model of `benchmarks.tagger`, with one mixture, by `train
 
 import functools
 import itertools
-import sys
 
 import keras
 import numpy as np
 
-from benchmarks.measure import milliseconds, print_table, write_json
+from benchmarks.measure import BACKEND, milliseconds, parse, parser, publish
 from benchmarks.observed import compilations, growth_kb, in_observed_process, resident_mb
-from benchmarks.options import parse, parser
 from benchmarks.tagger import MIXTURE, compiled_tagger, feedforwards, texts
 from keras_moe.inspection.recording import listening
 
-BACKEND = keras.backend.backend()
 CALLS = ("train", "predict", "layer")
+PADDED = (False, True)
 
 
 def main(arguments=None):
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parse(arguments)
-    rows = []
-    for call, padded in itertools.product(options.calls, (False, True)):
-        rows.append(in_observed_process(examine, arguments, call, padded))
-        # Compilation takes long: what is measured is kept, should a later row be interrupted.
-        write_json(f"batch_sizes-{BACKEND}{options.tag}", options, rows)
-    xla = " without XLA" if options.no_xla else ""
-    print_table(rows, f"{BACKEND}{xla}, batches of 1 to {options.tokens[0]} tokens")
-    return rows
-
-
-def _parse(arguments):
     options = parser(__doc__, tokens=[64], features=16, hidden=32, experts=[8])
     options.add_argument("--calls", nargs="+", default=CALLS, choices=CALLS)
     options.add_argument("--passes", type=int, default=20)
     options.add_argument("--buckets", type=int, nargs="+", default=[8, 16, 32, 64])
-    return parse(options, arguments, tokens=[4], buckets=[2, 4], passes=4)
+    options = parse(options, arguments, tokens=[4], buckets=[2, 4], passes=4)
+    title = (
+        f"{BACKEND}{' without XLA' * options.no_xla}, batches of 1 to {options.tokens[0]} tokens"
+    )
+    rows = []
+    for call, padded in itertools.product(options.calls, PADDED):
+        rows.append(in_observed_process(examine, options, call, padded))
+        # Compilation takes long: what is measured is kept, should a later row be interrupted.
+        publish(f"batch_sizes-{BACKEND}", title, options, rows)
+    return rows
 
 
-def examine(arguments, call, padded, dump):
+def examine(options, call, padded, dump):
     """The row of one call."""
-    options = _parse(arguments)
-    (num_tokens,), (num_experts,) = options.tokens, options.experts
-    mixture, _ = feedforwards(MIXTURE, num_experts, options)
+    (num_tokens,) = options.tokens
+    mixture, _ = feedforwards(MIXTURE, options)
     model = compiled_tagger([mixture], options)
-    run = {"train": _train, "predict": _predict, "layer": _call}[call](model, mixture)
+    run = {
+        "train": model.train_on_batch,
+        "predict": lambda ids, classes: model.predict_on_batch(ids),
+        "layer": functools.partial(call_layer, mixture, model.layers[1]),
+    }[call]
     compiled, resident, times, traces = [compilations(dump)], [resident_mb()], [], []
     with listening({mixture: lambda *_: traces.append(call)}):
-        for batches in _passes(options, padded):
+        for number in range(options.passes):
+            batches = batches_of(number, padded, options)
             times += [milliseconds(functools.partial(run, *batch)) for batch in batches]
             compiled.append(compilations(dump))
             resident.append(resident_mb())
@@ -79,15 +77,14 @@ def examine(arguments, call, padded, dump):
     return row
 
 
-def _passes(options, padded):
-    """For each pass a list of batches: texts and their classes, (1, length) each."""
-    generator, (longest,) = np.random.default_rng(0), options.tokens
-    for number in range(options.passes):
-        lengths = generator.permutation(longest) + 1
-        batches = [texts(1, length, seed=number) for length in lengths]
-        if padded:
-            batches = [[pad(each, options.buckets) for each in batch] for batch in batches]
-        yield batches
+def batches_of(number, padded, options):
+    """For one pass a list of batches: texts and their classes, (1, length) each."""
+    (longest,) = options.tokens
+    lengths = np.random.default_rng(number).permutation(longest) + 1
+    batches = [texts(1, length, seed=number) for length in lengths]
+    if padded:
+        batches = [[pad(each, options.buckets) for each in batch] for batch in batches]
+    return batches
 
 
 def pad(ids, buckets):
@@ -96,24 +93,12 @@ def pad(ids, buckets):
     return np.pad(ids, ((0, 0), (0, length - ids.shape[1])))
 
 
-def _train(model, layer):
-    return model.train_on_batch
-
-
-def _predict(model, layer):
-    return lambda ids, classes: model.predict_on_batch(ids)
-
-
-def _call(model, layer):
-    # The model's own embedding and mask, as it would meet them.
-    embedding = model.layers[1]
-    values = keras.ops.convert_to_numpy(embedding.embeddings)
-
-    def call(ids, classes):
-        tokens = keras.ops.convert_to_tensor(values[ids])
-        keras.ops.convert_to_numpy(layer(tokens, mask=keras.ops.convert_to_tensor(ids != 0)))
-
-    return call
+def call_layer(layer, embedding, ids, classes):
+    """Call a layer with the model's own embedding and mask, as it would meet them."""
+    # By NumPy, so that nothing but the layer is compiled.
+    tokens = keras.ops.convert_to_numpy(embedding.embeddings)[ids]
+    mask = keras.ops.convert_to_tensor(ids != 0)
+    keras.ops.convert_to_numpy(layer(keras.ops.convert_to_tensor(tokens), mask=mask))
 
 
 if __name__ == "__main__":

@@ -1,42 +1,39 @@
-"""Chips that programs are compiled for, whether or not one is there, and what they can do at most.
+"""Chips that steps are compiled for, whether or not one is there, and what they can do at most.
 
 Peaks are those of what JAX calls a device: on TPU v4 and tpu7x one of the two cores of a chip, and
 so half of what its data sheet says. Sources: Google's pages on each TPU; NVIDIA's data sheet of the
 H100 SXM, whose 989 TFLOP/s no card holds at its power limit, and of which 800 are taken here.
 """
 
+import contextlib
 import importlib.util
 import os
 import pathlib
+import time
 from typing import NamedTuple
 
+import keras
+
+from benchmarks.steps import jax_pass
+
 TARGETS = pathlib.Path(__file__).parent / "targets"
-_GPU_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 
 class Chip(NamedTuple):
-    """What a chip does at most, per second.
+    """What a chip does at most, per second: FLOP/s of products, bytes/s of main memory.
 
-    Attributes:
-        platform: "tpu" or "cuda".
-        topology: its name, to the compiler, in a system of one or a few.
-        half: FLOP/s of products in bfloat16 or float16.
-        float32_default: FLOP/s of float32 products as JAX computes them by default: in one bfloat16
-            pass on TPUs, as TF32 on NVIDIA cards.
-        float32_highest: the same in full precision: six passes on TPUs, no tensor cores on cards.
-        memory: bytes/s from and to the main memory (HBM).
-        launch: seconds that the shortest kernel takes; 0 where one program holds them all.
-        wait: seconds that the device idles while the host reads a condition.
+    Float32 is multiplied by default in one bfloat16 pass on TPUs, and as TF32 on NVIDIA cards; in
+    full precision in six passes, and without tensor cores.
     """
 
     platform: str
-    topology: str
+    topology: str  # of a system of one chip or a few
     half: float
     float32_default: float
     float32_highest: float
     memory: float
-    launch: float = 0.0
-    wait: float = 0.0
+    launch: float = 0.0  # seconds of the shortest kernel; 0 where one program holds them all
+    wait: float = 0.0  # seconds that the device idles while the host reads a condition
 
 
 def _tpu(topology, half, memory):
@@ -57,7 +54,7 @@ def missing(name):
     """What must be installed to compile for a chip, or None."""
     if CHIPS[name].platform == "tpu":
         return None if _installed("libtpu") else "jax[tpu], the extra `ahead` of keras_moe"
-    return None if any(map(_installed, _GPU_PLUGINS)) else "jax[cuda13]"
+    return None if _installed("jax_cuda13_plugin") else "jax[cuda13]"
 
 
 def sharding(name):
@@ -73,15 +70,8 @@ def sharding(name):
 
 def devices(topology, platform="tpu", /, **options):
     """The devices of a topology, such as "v5e:4x4", which need not be there."""
-    _prepare()
-    from jax.experimental import topologies
-
-    return topologies.get_topology_desc(topology, platform, **options).devices
-
-
-def _prepare():
-    """Keep compilers from looking for a device, and from locking each other out."""
     import jax
+    from jax.experimental import topologies
 
     # The CUDA plugin refuses to load where no driver is, unless JAX runs on the CPU.
     jax.config.update("jax_platforms", "cpu")
@@ -90,6 +80,50 @@ def _prepare():
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    return topologies.get_topology_desc(topology, platform, **options).devices
+
+
+def compile_step(build, options, sharding):
+    """One forward and backward pass of the layer `build()`, compiled for a device that need not be
+    there, and the seconds of tracing and compiling it. `sharding` is from `benchmarks.chips`.
+    """
+    with keras.StatelessScope(initialize_variables=False):
+        layer = build()
+    start = time.perf_counter()
+    with _on_device_of(sharding):
+        lowered = lowered_step(
+            layer, options.tokens[0], options, lambda variable: sharding, sharding
+        )
+        return lowered.compile(), time.perf_counter() - start
+
+
+def lowered_step(layer, num_tokens, options, sharding_of, data_sharding):
+    """The pass of a layer whose variables have no values."""
+    import jax
+
+    trainable, fixed = (
+        [
+            jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding_of(variable))
+            for variable in variables
+        ]
+        for variables in (layer.trainable_variables, layer.non_trainable_variables)
+    )
+    shape = (num_tokens, options.features)
+    x = jax.ShapeDtypeStruct(shape, layer.compute_dtype, sharding=data_sharding)
+    return jax_pass(layer).lower(trainable, x, fixed, x)
+
+
+def _on_device_of(sharding):
+    """A context that tells kernels which TPU they are compiled for, as its own process would."""
+    import jax
+
+    (device,) = sharding.device_set
+    if device.platform != "tpu":
+        return contextlib.nullcontext()
+    abstract = jax.sharding.AbstractDevice(device.device_kind, device.num_cores, "tpu")
+    return jax.sharding.use_abstract_mesh(
+        jax.sharding.AbstractMesh((), (), (), abstract_device=abstract)
+    )
 
 
 def _installed(module):

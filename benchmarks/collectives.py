@@ -10,15 +10,18 @@ _LINE = re.compile(
     r"|collective-permute)(?P<start>-start)?\("
 )
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+_COLUMNS = {
+    "gather_mb": "all-gather",
+    "scatter_mb": "reduce-scatter",
+    "to_all_mb": "all-to-all",
+    "permute_mb": "collective-permute",
+    "reduce_mb": "all-reduce",
+}
 
 
 class Collective(NamedTuple):
-    """One collective operation.
-
-    - `kind`: its name in XLA, such as "all-gather".
-    - `shapes`: of all its results on one device.
-    - `bytes`: what one device receives, where devices pass data on in a ring.
-    - `operation`: the name of the operation it was made for.
+    """One collective operation: its name in XLA, the shapes of its results on one device, the bytes
+    that a device receives if devices pass data on in a ring, and the operation it was made for.
     """
 
     kind: str
@@ -44,7 +47,6 @@ def collectives(text):
         elif match["start"] and kind != "all-reduce":
             arrays = [(dtype, shape) for dtype, shape in arrays if shape]  # without flags
             arrays = arrays[len(arrays) // 2 :]  # operands stand before results
-        size = sum(_BYTES[dtype] * math.prod(shape) for dtype, shape in arrays)
         number = 2 if kind == "collective-permute" else _group_size(line)
         if number == 1:
             continue
@@ -55,22 +57,22 @@ def collectives(text):
             "reduce-scatter": number - 1,
             "all-to-all": (number - 1) / number,
         }.get(kind, 1)
+        size = factor * sum(_BYTES[dtype] * math.prod(shape) for dtype, shape in arrays)
         shapes = [shape for _, shape in arrays]
-        found.append(Collective(kind, shapes, factor * size, name[1] if name else ""))
+        found.append(Collective(kind, shapes, size, name[1] if name else ""))
     return found
 
 
-def bytes_by_kind(text):
-    """Dict of kinds of collectives to what one device receives by all of a kind.
+def megabytes(text):
+    """What one device receives by all collectives of a kind, a dict of columns.
 
     Those of further passes are left out: with balanced loads their loops have no trips.
     """
-    totals: dict = {}
-    for collective in collectives(text):
-        if "while/body" in collective.operation:
-            continue
-        totals[collective.kind] = totals.get(collective.kind, 0) + collective.bytes
-    return totals
+    found = [each for each in collectives(text) if "while/body" not in each.operation]
+    return {
+        column: sum(each.bytes for each in found if each.kind == kind) / 1e6
+        for column, kind in _COLUMNS.items()
+    }
 
 
 def products_meanwhile(text):
@@ -91,14 +93,11 @@ def products_meanwhile(text):
 
 def _group_size(line):
     """How many devices take part together."""
-    lists = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
-    if lists:
+    if lists := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return lists[1].count(",") + 1
-    table = re.search(r"replica_groups=\[\d+,(\d+)\]<=", line)
-    if table:
+    if table := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
         return int(table[1])
-    mesh = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
-    if mesh:
+    if mesh := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
         return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", mesh[2]))
     raise ValueError(f"A collective without groups that are known here: {line.strip()[:300]}")

@@ -11,15 +11,15 @@ def mixture(num_experts, options, skew="balanced"):
     return mixture_of(skewed_router(num_experts, options, skew), options)
 
 
-def mixture_of(router, options, shared_expert=None):
+def mixture_of(router, options, **kwargs):
     bank = layers.GatedExperts if options.gated else layers.FeedForwardExperts
     experts = bank(router.num_experts, options.hidden, activation=options.activation)
-    layer = layers.MixtureOfExperts(experts, router=router, shared_expert=shared_expert)
+    layer = layers.MixtureOfExperts(experts, router, **kwargs)
     layer.build((None, options.features))
     return layer
 
 
-def skewed_router(num_experts, options, skew):
+def skewed_router(num_experts, options, skew="balanced"):
     """A router of unit-variance tokens whose load leans to low-numbered experts.
 
     One feature of the tokens, which `tokens` sets to 1, carries the lean.
@@ -46,26 +46,31 @@ def tokens(num_tokens, options, seed=0):
     return values.astype("float32")
 
 
-def dense_twin(options):
-    layer = DenseTwin(options.top_k * options.hidden, options.activation, options.gated)
-    layer.build((None, options.features))
-    return layer
+def contest(options):
+    """Functions that build the dense twin and a mixture of each number of experts, by name."""
+    builders = {"dense twin": lambda: DenseTwin(options)}
+    for number in options.experts:
+        builders[f"E={number}"] = lambda number=number: mixture(number, options)
+    return builders
 
 
 class DenseTwin(keras.layers.Layer):
     """One feed-forward network as wide as the experts that serve a token, together."""
 
-    def __init__(self, width, activation, gated):
+    def __init__(self, options):
         super().__init__()
         self.supports_masking = True
         # As in the banks, gated networks have no biases.
-        self.up = keras.layers.Dense(width, None if gated else activation, use_bias=not gated)
-        self.gate = keras.layers.Dense(width, activation, use_bias=False) if gated else None
+        use_bias, activation = not options.gated, options.activation
+        width = options.top_k * options.hidden
+        self.up = keras.layers.Dense(width, activation if use_bias else None, use_bias)
+        self.gate = None if use_bias else keras.layers.Dense(width, activation, use_bias)
+        self.down = keras.layers.Dense(options.features, use_bias=use_bias)
+        self.build((None, options.features))
 
     def build(self, shape):
-        self.down = keras.layers.Dense(shape[-1], use_bias=self.up.use_bias)
         self.up.build(shape)
-        self.down.build((*shape[:-1], self.up.units))
+        self.down.build((None, self.up.units))
         if self.gate is not None:
             self.gate.build(shape)
 
@@ -94,17 +99,17 @@ class AllExperts(keras.layers.Layer):
         weights = ops.sum(chosen * ops.expand_dims(routing.weights, -1), axis=1)
         # One copy for each expert: XLA is slow where it broadcasts inside a product.
         copies = ops.broadcast_to(x, (bank.num_experts, *x.shape))
-        pre_activations = [self._project(copies, name) for name in bank.up_names]
-        hidden = bank.activation(pre_activations[0])
-        if len(pre_activations) == 2:
-            hidden = hidden * pre_activations[1]
+        hidden = self._project(copies, "up")
+        if hasattr(bank, "gate_kernel"):
+            hidden = bank.activation(self._project(copies, "gate")) * hidden
+        else:
+            hidden = bank.activation(hidden)
         outputs = self._project(hidden, "down")
         return ops.einsum("etd,te->td", outputs, ops.cast(weights, self.compute_dtype))
 
     def _project(self, x, name):
         bank = self.mixture.experts
-        kernel = ops.cast(getattr(bank, f"{name}_kernel"), self.compute_dtype)
-        outputs = ops.matmul(x, kernel)
+        outputs = ops.matmul(x, ops.cast(getattr(bank, f"{name}_kernel"), self.compute_dtype))
         if bank.use_bias:
             bias = ops.cast(getattr(bank, f"{name}_bias"), self.compute_dtype)
             outputs = outputs + ops.expand_dims(bias, 1)

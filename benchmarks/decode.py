@@ -9,11 +9,8 @@ experts serve them.
 
 import itertools
 
-import keras
-
-from benchmarks.contestants import AllExperts, dense_twin, mixture, tokens
-from benchmarks.measure import interleave, print_table, summarise, write_json
-from benchmarks.options import describe, parse, parser
+from benchmarks.contestants import AllExperts, DenseTwin, mixture, tokens
+from benchmarks.measure import BACKEND, describe, interleave, parse, parser, publish, summarise
 from benchmarks.steps import compiled_step, to_tensor
 
 
@@ -23,39 +20,26 @@ def main(arguments=None):
     rows = []
     for num_experts in options.experts:
         layer = mixture(num_experts, options)
-        integers = {mode: quantized(mode, num_experts, options) for mode in ("int8", "int4")}
+        integers = {mode: mixture(num_experts, options) for mode in ("int8", "int4")}
+        for mode, quantized in integers.items():
+            quantized.experts.quantize(mode)
+        everything = {"dense twin": DenseTwin(options), "all experts": AllExperts(layer)}
         races = {
-            "dense twin": {
-                "dense twin": dense_twin(options),
-                "keras_moe": layer,
-                "all experts": AllExperts(layer),
-            },
+            "dense twin": {**everything, "keras_moe": layer},
             "keras_moe": {"keras_moe": layer, **integers},
         }
         for num_tokens, (baseline, contestants) in itertools.product(options.tokens, races.items()):
-            table = race(contestants, baseline, num_tokens, options)
-            print_table(table, f"{describe(options)} E={num_experts} T={num_tokens}, forward")
+            batches = [tokens(num_tokens, options, seed) for seed in range(options.rounds + 1)]
+            steps = {name: on_each(batches, each, options) for name, each in contestants.items()}
             about = {"against": baseline, "experts": num_experts, "tokens": num_tokens}
+            table = summarise(*interleave(steps, options.rounds), baseline)
             rows += [{**row, **about} for row in table]
-    write_json(f"decode-{keras.backend.backend()}{options.tag}", options, rows)
-    return rows
-
-
-def quantized(mode, num_experts, options):
-    layer = mixture(num_experts, options)
-    layer.experts.quantize(mode)
-    return layer
-
-
-def race(contestants, baseline, num_tokens, options):
-    batches = [tokens(num_tokens, options, seed) for seed in range(options.rounds + 1)]
-    steps = {name: on_each(batches, layer, options) for name, layer in contestants.items()}
-    return summarise(*interleave(steps, options.rounds), baseline)
+    return publish(f"decode-{BACKEND}", f"{describe(options)}, forward", options, rows)
 
 
 def on_each(batches, layer, options):
     """A function that runs a pass on the next batch at each call."""
-    step = compiled_step(layer, batches[0], backward=False, jit=not options.no_xla, training=False)
+    step = compiled_step(layer, batches[0], backward=False, jit=options.xla, training=False)
     turns = itertools.cycle([to_tensor(layer, batch) for batch in batches])
     return lambda: step(next(turns))
 

@@ -11,131 +11,90 @@ each of T tokens; give one T and one E. The columns:
 - not_finite: numbers in weights and optimizer that were not finite at the end of any epoch.
 - dead_experts: the most that any layer had in any epoch.
 - least_share: the least used expert of the last epoch, by its fair share.
-- warnings: what `callbacks.ExpertHealth` had to say.
-- loss_scale: the last one of `keras.optimizers.LossScaleOptimizer`, with mixed_float16.
 - warm_mb, last_mb: the memory that is resident after the first two epochs, and in the end.
 - kb_per_1000: by how much it grows in 1,000 steps after the first two epochs, a line through all.
 - compiled, compiled_later: programs of XLA in the first epoch, and after it.
 """
 
-import sys
-import time
-
 import keras
 import numpy as np
 
-from benchmarks.measure import print_table, write_json
+from benchmarks.measure import BACKEND, parse, parser, publish
 from benchmarks.observed import compilations, growth_kb, in_observed_process, resident_mb
-from benchmarks.options import parse, parser
 from benchmarks.tagger import MIXTURE, TWIN, compiled_tagger, feedforwards, texts
 from keras_moe import callbacks
 
-BACKEND = keras.backend.backend()
 POLICIES = ("mixed_bfloat16", "mixed_float16", "bfloat16")
 
 
 def main(arguments=None):
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parse(arguments)
-    contests = [(policy, MIXTURE) for policy in options.policies]
-    contests.append((options.policies[0], TWIN))
-    rows = []
-    for contest in contests:
-        rows.append(in_observed_process(endure, arguments, *contest))
-        # Each takes long: what is measured is kept, should a later one be interrupted.
-        write_json(f"endurance-{BACKEND}{options.tag}", options, rows)
-    print_table(rows, f"{BACKEND}{' without XLA' if options.no_xla else ''}, {options.steps} steps")
-    return rows
-
-
-def _parse(arguments):
     options = parser(__doc__, tokens=[128], features=16, hidden=32, experts=[8])
     options.add_argument("--policies", nargs="+", default=POLICIES, choices=POLICIES)
     options.add_argument("--steps", type=int, default=10_000)
     options.add_argument("--epoch", type=int, default=500, help="steps of an epoch")
     options.add_argument("--length", type=int, default=16, help="tokens of one text")
     smoke = {"policies": ["mixed_float16"], "steps": 16, "epoch": 4, "length": 8}
-    return parse(options, arguments, **smoke)
+    options = parse(options, arguments, **smoke)
+    contests = [(policy, MIXTURE) for policy in options.policies]
+    title, rows = f"{BACKEND}{' without XLA' * options.no_xla}, {options.steps} steps", []
+    for contest in [*contests, (options.policies[0], TWIN)]:
+        rows.append(in_observed_process(endure, options, *contest))
+        # Each takes long: what is measured is kept, should a later one be interrupted.
+        publish(f"endurance-{BACKEND}", title, options, rows)
+    return rows
 
 
-def endure(arguments, policy, name, dump):
+def endure(options, policy, name, dump):
     """The row of one contestant."""
-    options = _parse(arguments)
     keras.config.set_dtype_policy(policy)
-    (num_tokens,), (num_experts,) = options.tokens, options.experts
-    model = compiled_tagger(feedforwards(name, num_experts, options), options)
-    batch_size = num_tokens // options.length
+    model = compiled_tagger(feedforwards(name, options), options)
+    batch_size = options.tokens[0] // options.length
     ids, classes = texts(options.epoch * batch_size, options.length)
     watch = Watch(dump)
     watched = [watch]
-    health = callbacks.ExpertHealth(every=100)
     if name == MIXTURE:
-        watched = [callbacks.ExpertMonitor(expert_shares=True), health, watch]
-    history = model.fit(
-        ids,
-        classes,
-        batch_size=batch_size,
-        epochs=options.steps // options.epoch,
-        callbacks=watched,
-        verbose=0,
-    ).history
-    losses, epochs = history["loss"], watch.epochs
+        monitor = callbacks.ExpertMonitor(expert_shares=True)
+        watched = [monitor, callbacks.ExpertHealth(every=100), watch]
+    epochs = options.steps // options.epoch
+    history = model.fit(ids, classes, batch_size, epochs, callbacks=watched, verbose=0).history
+    losses, resident, compiled, broken = history["loss"], *zip(*watch.epochs)
     row = {
         "name": name,
         "policy": policy,
         "steps": len(losses) * options.epoch,
-        "ms": 1e3 * float(np.median([each["s"] for each in epochs[1:]])) / options.epoch,
         "loss_first": losses[0],
         "loss_last": losses[-1],
-        "not_finite": sum(each["not_finite"] for each in epochs),
-        **_memory([each["mb"] for each in epochs], options.epoch),
-        "compiled": epochs[0]["compiled"],
-        "compiled_later": epochs[-1]["compiled"] - epochs[0]["compiled"],
+        "not_finite": sum(broken),
+        "warm_mb": resident[1],
+        "last_mb": resident[-1],
+        "kb_per_1000": growth_kb(resident[1:], options.epoch),
+        "compiled": compiled[0],
+        "compiled_later": compiled[-1] - compiled[0],
     }
-    if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
-        row["loss_scale"] = int(keras.ops.convert_to_numpy(model.optimizer.dynamic_scale))
     if name == MIXTURE:
-        row.update(_use(history, num_experts), warnings=len(health.findings))
+        dead = [value for key, values in history.items() if "dead" in key for value in values]
+        shares = [values[-1] for key, values in history.items() if "_expert_share_" in key]
+        row["dead_experts"] = int(max(dead))
+        row["least_share"] = options.experts[0] * min(shares)
     return row
 
 
 class Watch(keras.callbacks.Callback):
-    """Keeps what the process and the model hold at the end of each epoch."""
+    """Keeps resident memory, compilations, and how many numbers are not finite by epoch."""
 
     def __init__(self, dump):
         super().__init__()
         self.dump = dump
         self.epochs = []
 
-    def on_epoch_begin(self, epoch, logs=None):
-        self.start = time.perf_counter()
-
     def on_epoch_end(self, epoch, logs=None):
-        self.epochs.append(
-            {
-                "s": time.perf_counter() - self.start,
-                "mb": resident_mb(),
-                "compiled": compilations(self.dump),
-                "not_finite": not_finite(self.model.variables + self.model.optimizer.variables),
-            }
-        )
+        broken = not_finite(self.model.variables + self.model.optimizer.variables)
+        self.epochs.append((resident_mb(), compilations(self.dump), broken))
 
 
 def not_finite(variables):
     values = [keras.ops.convert_to_numpy(variable) for variable in variables]
     return sum(int(np.sum(~np.isfinite(each.astype("float64")))) for each in values)
-
-
-def _memory(resident, steps):
-    """Resident memory after the first two epochs, in the end, and the slope between."""
-    warm = resident[1:]
-    return {"warm_mb": warm[0], "last_mb": warm[-1], "kb_per_1000": growth_kb(warm, steps)}
-
-
-def _use(history, num_experts):
-    dead = [value for key, values in history.items() if "dead" in key for value in values]
-    shares = [values[-1] for key, values in history.items() if "_expert_share_" in key]
-    return {"dead_experts": int(max(dead)), "least_share": num_experts * min(shares)}
 
 
 if __name__ == "__main__":

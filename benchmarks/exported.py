@@ -8,20 +8,19 @@ core. Programs with different numbers of experts take turns; the ratio is that t
 are those of the processor, which other programs on the machine change little.
 """
 
-import contextlib
 import os
 import pathlib
 import tempfile
 import time
 import typing
 from collections.abc import Callable
+from functools import partial
 
 import keras
 
 from benchmarks import runtimes
 from benchmarks.contestants import mixture, tokens
-from benchmarks.measure import interleave, print_table, summarise, write_json
-from benchmarks.options import describe, parse, parser
+from benchmarks.measure import BACKEND, describe, interleave, parse, parser, publish, summarise
 
 
 class Program(typing.NamedTuple):
@@ -32,23 +31,17 @@ class Program(typing.NamedTuple):
     export: Callable
 
 
-def by_keras(**kwargs):
-    def export(model, path):
-        model.export(path, verbose=False, **kwargs)
-
-    return export
+def by_keras(model, path, **kwargs):
+    model.export(path, verbose=False, **kwargs)
 
 
-def by_torch(strict):
-    def export(model, path):
-        import torch
+def by_torch(model, path, strict):
+    import torch
 
-        sizes = [({0: torch.export.Dim("batch", min=1)},)]
-        example = (torch.ones(2, *model.input_shape[1:]),)
-        program = torch.export.export(model.eval(), example, dynamic_shapes=sizes, strict=strict)
-        torch.export.save(program, path)
-
-    return export
+    sizes = [({0: torch.export.Dim("batch", min=1)},)]
+    example = (torch.ones(2, *model.input_shape[1:]),)
+    program = torch.export.export(model.eval(), example, dynamic_shapes=sizes, strict=strict)
+    torch.export.save(program, path)
 
 
 def by_jax(model, path):
@@ -61,91 +54,61 @@ def by_jax(model, path):
     pathlib.Path(path).write_bytes(program.serialize())
 
 
-SAVED_MODEL = Program("", "saved_model", by_keras())
-ONNX = Program(".onnx", "onnx", by_keras(format="onnx"))
+SAVED_MODEL = Program("", "saved_model", by_keras)
+ONNX = Program(".onnx", "onnx", partial(by_keras, format="onnx"))
 PROGRAMS = {
     "tensorflow": {
         "saved_model": SAVED_MODEL,
         "onnx": ONNX,
-        "litert": Program(".tflite", "litert", by_keras(format="litert")),
+        "litert": Program(".tflite", "litert", partial(by_keras, format="litert")),
     },
     "jax": {"saved_model": SAVED_MODEL, "jax.export": Program(".jax", "jax", by_jax)},
     "torch": {
         "onnx": ONNX,
-        "torch.export strict": Program(".pt2", "torch", by_torch(strict=True)),
-        "torch.export": Program(".pt2", "torch", by_torch(strict=False)),
+        "torch.export strict": Program(".pt2", "torch", partial(by_torch, strict=True)),
+        "torch.export": Program(".pt2", "torch", partial(by_torch, strict=False)),
     },
-}[keras.backend.backend()]
+}[BACKEND]
 
 
 def main(arguments=None):
-    options = parse(_parser(), arguments, experts=[2, 4])
-    rows = []
-    for num_tokens in options.tokens:
-        for name in options.programs:
-            with on_one_core():
-                table = race(PROGRAMS[name], num_tokens, options)
-            print_table(table, f"{name}, {describe(options)} T={num_tokens}")
-            rows += [{**row, "program": name, "tokens": num_tokens} for row in table]
-    write_json(f"exported-{keras.backend.backend()}{options.tag}", options, rows)
-    return rows
-
-
-def _parser():
     # `tf2onnx` lacks the error function of the exact GELU.
     defaults = {"tokens": [4096], "experts": [4, 32], "activation": "silu", "rounds": 9}
     options = parser(__doc__, **defaults)
     options.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS))
-    return options
+    options = parse(options, arguments, experts=[2, 4])
+    rows = []
+    for num_tokens in options.tokens:
+        for name in options.programs:
+            table = race(PROGRAMS[name], num_tokens, options)
+            rows += [{**row, "program": name, "tokens": num_tokens} for row in table]
+    return publish(f"exported-{BACKEND}", describe(options), options, rows)
 
 
-@contextlib.contextmanager
 def on_one_core():
     """All threads of this process on one core, whatever number of them a runtime starts."""
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(cores)})
-    try:
-        with _one_thread_of_torch():
-            yield
-    finally:
-        os.sched_setaffinity(0, cores)
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    if BACKEND == "torch":
+        import torch
 
-
-@contextlib.contextmanager
-def _one_thread_of_torch():
-    """PyTorch with one thread, as several on one core would wait for each other."""
-    if keras.backend.backend() != "torch":
-        yield
-        return
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)  # several on one core would wait for each other
 
 
 def race(program, num_tokens, options):
-    inputs = tokens(num_tokens, options)
+    inputs, runs = tokens(num_tokens, options), {}
     with tempfile.TemporaryDirectory() as folder:
-        runs = {}
         for num_experts in options.experts:
             path = os.path.join(folder, f"{num_experts}{program.ending}")
-            model = model_of(num_experts, options)
+            x = keras.Input((options.features,))
+            model = keras.Model(x, mixture(num_experts, options)(x))
             model(inputs[:2])  # Keras exports what was called
             program.export(model, path)
-            runs[num_experts] = runtimes.LOADERS[program.runtime](path)
-        contestants = {f"E={n}": lambda run=run: run(inputs) for n, run in runs.items()}
-        times = interleave(contestants, options.rounds, time.process_time)
-    return summarise(*times, next(iter(contestants)))
-
-
-def model_of(num_experts, options):
-    inputs = keras.Input((options.features,))
-    return keras.Model(inputs, mixture(num_experts, options)(inputs))
+            run = runtimes.LOADERS[program.runtime](path)
+            runs[f"E={num_experts}"] = partial(run, inputs)
+        times = interleave(runs, options.rounds, time.process_time)
+    return summarise(*times, next(iter(runs)))
 
 
 if __name__ == "__main__":
+    on_one_core()
     main()

@@ -11,39 +11,34 @@ ratio of all.
 """
 
 import itertools
-import sys
-
-import keras
 
 from benchmarks import contestants
-from benchmarks.measure import in_fresh_process, interleave, print_table, summarise, write_json
-from benchmarks.options import describe, parse, parser
+from benchmarks.measure import (
+    BACKEND,
+    describe,
+    in_fresh_process,
+    interleave,
+    parse,
+    parser,
+    publish,
+    summarise,
+)
 from benchmarks.steps import compiled_step
 
 SKEWS = ("balanced", "zipf", "all-to-one")
 
 
 def main(arguments=None):
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = parse(_parser(), arguments, processes=1)
-    if options.processes == 1:
-        rows = run(options)
-    else:
-        rows = middle([in_fresh_process(_run, arguments) for _ in range(options.processes)])
-        print_table(rows, f"{describe(options)}, middle of {options.processes} processes")
-    write_json(f"layer-{keras.backend.backend()}{options.tag}", options, rows)
-    return rows
-
-
-def _parser():
     options = parser(__doc__)
     options.add_argument("--skew", nargs="+", default=["balanced"], choices=SKEWS)
     options.add_argument("--processes", type=int, default=3, help="take the middle of so many")
-    return options
-
-
-def _run(arguments):
-    return run(parse(_parser(), arguments))
+    options = parse(options, arguments, processes=1)
+    if options.processes == 1:
+        rows = run(options)
+    else:
+        rows = middle([in_fresh_process(run, options) for _ in range(options.processes)])
+    title = f"{describe(options)}, middle of {options.processes} processes"
+    return publish(f"layer-{BACKEND}", title, options, rows)
 
 
 def run(options):
@@ -52,7 +47,6 @@ def run(options):
         direction = "forward+backward" if backward else "forward"
         for num_tokens, num_experts in itertools.product(options.tokens, options.experts):
             table = race(num_tokens, num_experts, backward, options)
-            print_table(table, f"{describe(options)} T={num_tokens}, {direction}")
             rows += [{**row, "tokens": num_tokens, "pass": direction} for row in table]
     return rows
 
@@ -70,15 +64,14 @@ def middle(runs):
 def race(num_tokens, num_experts, backward, options):
     """Rows of the twin and of one number of experts: more of them would share its memory."""
     inputs = contestants.tokens(num_tokens, options)
-
-    def step(layer):
-        return compiled_step(layer, inputs, backward, jit=not options.no_xla)
-
-    steps, facts = {"dense twin": step(contestants.dense_twin(options))}, {"dense twin": {}}
+    layers, facts = {"dense twin": contestants.DenseTwin(options)}, {"dense twin": {}}
     for skew in options.skew:
         name = f"E={num_experts} {skew}"
-        steps[name] = step(contestants.mixture(num_experts, options, skew))
+        layers[name] = contestants.mixture(num_experts, options, skew)
         facts[name] = {"experts": num_experts, "skew": skew}
+    steps = {
+        name: compiled_step(layer, inputs, backward, options.xla) for name, layer in layers.items()
+    }
     rows = summarise(*interleave(steps, options.rounds), "dense twin")
     return [{**row, **facts[row["name"]]} for row in rows]
 

@@ -11,8 +11,7 @@ import resource
 import keras
 import numpy as np
 
-from benchmarks.measure import milliseconds, print_table, write_json
-from benchmarks.options import parse, parser
+from benchmarks.measure import BACKEND, milliseconds, parse, parser, publish
 from benchmarks.steps import compiled_step
 
 
@@ -34,9 +33,7 @@ def main(arguments=None):
         "page_faults": (after.ru_minflt - before.ru_minflt) / options.rounds,
         "system_ms": 1e3 * (after.ru_stime - before.ru_stime) / options.rounds,
     }
-    print_table([row], f"{keras.backend.backend()}, one write")
-    write_json(f"memory-{keras.backend.backend()}{options.tag}", options, [row])
-    return [row]
+    return publish(f"memory-{BACKEND}", f"{BACKEND}, one write", options, [row])
 
 
 if __name__ == "__main__":

@@ -12,51 +12,35 @@ import functools
 import keras
 import numpy as np
 
-from benchmarks.contestants import dense_twin, mixture
-from benchmarks.measure import interleave, print_table, summarise, write_json
-from benchmarks.options import describe, parse, parser
+from benchmarks.contestants import contest
+from benchmarks.measure import BACKEND, describe, interleave, parse, parser, publish, summarise
 from keras_moe import layers
 
 BLOCKS, HEADS, WORDS, CLASSES = 2, 4, 1000, 20
 
 
 def main(arguments=None):
-    options = parse(_parser(), arguments, length=8)
+    options = parser(__doc__)
+    options.add_argument("--length", type=int, default=256, help="tokens of one text")
+    options = parse(options, arguments, length=8)
     generator = np.random.default_rng(0)
     (num_tokens,) = options.tokens
     ids = generator.integers(0, WORDS, (num_tokens // options.length, options.length))
     batch = ids, generator.integers(0, CLASSES, len(ids))
-    models = {"dense twin": compiled_transformer(lambda: dense_twin(options), options)}
-    for num_experts in options.experts:
-        models[f"E={num_experts}"] = compiled_transformer(
-            lambda num_experts=num_experts: mixture(num_experts, options), options
-        )
-    steps = {
-        name: functools.partial(model.train_on_batch, *batch) for name, model in models.items()
-    }
+    steps = {}
+    for name, feedforward in contest(options).items():
+        model = transformer(feedforward, options)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.Adam(1e-4), loss, jit_compile=options.xla)
+        steps[name] = functools.partial(model.train_on_batch, *batch)
     rows = summarise(*interleave(steps, options.rounds), "dense twin")
-    print_table(rows, f"{describe(options)}, training step of {BLOCKS} blocks, batch {ids.shape}")
-    write_json(f"model-{keras.backend.backend()}{options.tag}", options, rows)
-    return rows
+    title = f"{describe(options)}, training step of {BLOCKS} blocks, batch {ids.shape}"
+    return publish(f"model-{BACKEND}", title, options, rows)
 
 
-def _parser():
-    options = parser(__doc__)
-    options.add_argument("--length", type=int, default=256, help="tokens of one text")
-    return options
-
-
-def compiled_transformer(feedforward, options):
-    model = transformer(feedforward, options.length, options)
-    xla = keras.backend.backend() != "torch" and not options.no_xla
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.Adam(1e-4), loss, jit_compile=xla)
-    return model
-
-
-def transformer(feedforward, length, options):
+def transformer(feedforward, options):
     """A classifier of texts with `feedforward()` in each of its blocks."""
-    ids = keras.Input((length,), dtype="int32")
+    ids = keras.Input((options.length,), dtype="int32")
     x = keras.layers.Embedding(WORDS, options.features)(ids)
     for _ in range(BLOCKS):
         x = layers.TransformerEncoderBlock(HEADS, feedforward())(x)

@@ -10,11 +10,11 @@ import numpy as np
 from benchmarks.measure import in_fresh_process
 
 
-def in_observed_process(function, *arguments):
-    """`function(*arguments, dump)`: `dump` is where XLA writes a file for each module it compiles.
+def in_observed_process(function, options, *arguments):
+    """`function(options, *arguments, dump)`.
 
-    JAX reads none from its cache. Freed memory goes back to the system at once: what the process
-    holds is what is in use.
+    `dump` is where XLA writes a file for each module it compiles. JAX reads none from its cache.
+    Freed memory goes back to the system at once: what the process holds is what is in use.
     """
     before = dict(os.environ)
     with tempfile.TemporaryDirectory() as dump:
@@ -22,7 +22,7 @@ def in_observed_process(function, *arguments):
         limits = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "131072")
         os.environ.update(XLA_FLAGS=flags, JAX_ENABLE_COMPILATION_CACHE="0", **limits)
         try:
-            return in_fresh_process(function, *arguments, dump)
+            return in_fresh_process(function, options, *arguments, dump)
         finally:
             os.environ.clear()
             os.environ.update(before)
@@ -34,11 +34,7 @@ def compilations(dump):
 
 
 def resident_mb(field="VmRSS"):
-    """Megabytes of the process in memory, or with "VmHWM" the most there were.
-
-    Raises:
-        OSError: If the system does not tell; Linux does.
-    """
+    """Megabytes of the process in memory, or with "VmHWM" the most there were, on Linux."""
     gc.collect()
     for line in pathlib.Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
@@ -47,10 +43,5 @@ def resident_mb(field="VmRSS"):
 
 
 def growth_kb(resident, calls):
-    """Kilobytes by which memory grows in 1,000 calls: a line through what is in `resident`.
-
-    Args:
-        resident: megabytes, one after each `calls` calls.
-        calls: an integer.
-    """
+    """Growth in 1,000 calls: a line through megabytes in memory, one after each `calls` calls."""
     return 1e3 * float(np.polyfit(np.arange(len(resident)) * calls / 1e3, resident, 1)[0])

@@ -1,22 +1,15 @@
 """Matrix products in an optimised program: their sizes and FLOPs, from shapes alone."""
 
-import itertools
 import math
 import re
 from typing import NamedTuple
-
-_LIBRARY = re.compile(r'custom_call_target="__cublas\$')
-_FLOATS = ("bf16", "f16", "f32")
 
 
 class Product(NamedTuple):
     """One matrix product, or several of one shape in one instruction.
 
-    Attributes:
-        flops: of all of them.
-        dtype: XLA's name of what is multiplied, such as "bf16".
-        sizes: sizes of the axes of the result, and of the axes summed over.
-        exact: whether float32 is multiplied in full precision.
+    `sizes` are those of the axes of the result and of the axes summed over; `exact` is whether
+    float32 is multiplied in full precision.
     """
 
     flops: int
@@ -26,56 +19,46 @@ class Product(NamedTuple):
 
 
 def products(instruction, computation, computations):
-    """The products of an instruction, those inside of a fusion included."""
-    if instruction.opcode in _READERS:
-        product = _READERS[instruction.opcode](instruction, computation.arrays(instruction))
-        return [product] if product else []
-    if instruction.opcode != "fusion":
+    """The products of an instruction, those in a fusion included."""
+    if instruction.opcode == "fusion":
+        inner = computations[instruction.called("calls")]
+        return [
+            product for each in inner.values() for product in products(each, inner, computations)
+        ]
+    read = {"dot": _dot, "convolution": _convolution, "custom-call": _custom_call}
+    if instruction.opcode not in read:
         return []
-    inner = computations[instruction.called("calls")]
-    return [product for each in inner.values() for product in products(each, inner, computations)]
+    product = read[instruction.opcode](instruction, computation.arrays(instruction))
+    return [product] if product else []
 
 
-def _dot(instruction, operands):
-    axes = _numbers(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
-    return _product(instruction, operands, [operands[0][0].shape[axis] for axis in axes])
+def _dot(instruction, operands, axes=r"lhs_contracting_dims=\{([\d,]*)\}"):
+    axes = re.findall(r"\d+", re.search(axes, instruction.attributes)[1])
+    return _product(instruction, operands, [operands[0][0].shape[int(axis)] for axis in axes])
 
 
 def _convolution(instruction, operands):
-    """On TPUs every product is one: the axis of a batch is a spatial one with a dilated window."""
+    """On TPUs every product is one.
+
+    A spatial axis may be one of rows, one that is summed over, or that of a batch, with a window
+    whose taps are void but for one: in each case the largest of its sizes is what it multiplies by.
+    """
     left, right, result = operands[0][0], operands[1][0], instruction.results[0]
-    of_left, of_right, of_result = re.search(
-        r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes
-    ).groups()
-    window = re.search(r"\bwindow=\{([^}]*)\}", instruction.attributes)
-    options = dict(re.findall(r"(\w+)=([\dx_]+)", window.group(1))) if window else {}
-    spatial = {name: sizes.split("x") for name, sizes in options.items()}
-    share = 1.0
-    for axis in range(len(spatial.get("size", ()))):
-        inside = left.shape[of_left.index(str(axis))]
-        outside = result.shape[of_result.index(str(axis))]
-        share *= _taps(inside, outside, {n: s[axis] for n, s in spatial.items()}) / outside
-    return _product(instruction, operands, [right.shape[of_right.index("i")]], share)
-
-
-def _taps(inside, outside, window):
-    """How often the window of one spatial axis meets an element that is neither padding nor gap."""
-    size, stride, gap, spread = (
-        int(window.get(name, 1)) for name in ("size", "stride", "lhs_dilate", "rhs_dilate")
-    )
-    first = -int(window.get("pad", "0_0").split("_")[0])
-    positions = (
-        first + output * stride + tap * spread
-        for output, tap in itertools.product(range(outside), range(size))
-    )
-    return sum(0 <= at <= (inside - 1) * gap and at % gap == 0 for at in positions)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
+    sizes = [
+        dict(zip(*pair)) for pair in zip(labels, (array.shape for array in (left, right, result)))
+    ]
+    summed = sizes[1]["i"]
+    flops = 2 * sizes[2]["b"] * sizes[2]["f"] * summed
+    for axis in filter(str.isdigit, labels[2]):
+        flops *= max(size[axis] for size in sizes)
+    return _product(instruction, operands, [summed])._replace(flops=flops)
 
 
 def _custom_call(instruction, operands):
     """A product of a library, or a kernel that multiplies grouped rows."""
-    if _LIBRARY.search(instruction.attributes):
-        axes = _numbers(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
-        return _product(instruction, operands, [operands[0][0].shape[axis] for axis in axes])
+    if 'custom_call_target="__cublas$' in instruction.attributes:
+        return _dot(instruction, operands, r'"lhs_contracting_dimensions":\[([^\]]*)\]')
     arrays = [array for operand in operands for array in operand]
     everything = [*arrays, *instruction.results]
     return _grouped(instruction.results, everything) or _grouped(arrays, everything)
@@ -94,14 +77,13 @@ def _grouped(stacks, arrays):
             found.append(Product(2 * math.prod(sizes), rows.dtype, sizes, True))
     if not found:
         return None
-    widest = max(found, key=lambda product: product.flops)
-    return widest._replace(flops=sum(product.flops for product in found))
+    return max(found)._replace(flops=sum(product.flops for product in found))
 
 
 def _rows_of(stack, arrays):
     """The longest array (R, A) for which there is an (R, B) too, of a stack (E, A, B)."""
     num_experts, *widths = stack.shape
-    rows = [array for array in arrays if len(array.shape) == 2 and array.dtype in _FLOATS]
+    rows = [a for a in arrays if len(a.shape) == 2 and a.dtype in ("bf16", "f16", "f32")]
     shapes = {array.shape for array in rows}
     rows = [
         array
@@ -113,18 +95,11 @@ def _rows_of(stack, arrays):
     return max(rows, key=lambda array: array.shape[0], default=None)
 
 
-def _product(instruction, operands, summed, share=1.0):
+def _product(instruction, operands, summed):
     result, dtypes = instruction.results[0], [operand[0].dtype for operand in operands[:2]]
     return Product(
-        round(2 * math.prod(result.shape) * math.prod(summed) * share),
+        2 * math.prod(result.shape) * math.prod(summed),
         "f32" if "f32" in dtypes else dtypes[0],
         (*result.shape, *summed),
         "operand_precision={highest" in instruction.attributes,
     )
-
-
-def _numbers(pattern, text):
-    return [int(number) for number in re.findall(r"\d+", re.search(pattern, text).group(1))]
-
-
-_READERS = {"dot": _dot, "convolution": _convolution, "custom-call": _custom_call}

@@ -9,7 +9,8 @@ import re
 from typing import NamedTuple
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+# The first word after a blank with a parenthesis is the operation; types and layouts have none.
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(([^)]*)\)(.*)$")
 _ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+\w*|c64|c128)\[([\d,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
@@ -30,19 +31,23 @@ class Array(NamedTuple):
 
     @property
     def bytes(self):
-        bits = 8 if self.dtype == "pred" else int(re.search(r"\d+", self.dtype).group())
+        bits = 8 if self.dtype == "pred" else int(re.search(r"\d+", self.dtype)[0])
         return math.prod(self.shape) * bits // 8
 
 
 class Instruction(NamedTuple):
-    """One instruction: its results flattened to arrays, and `attributes`, text behind operands."""
+    """One instruction: its results flattened to arrays, and what stands in and after `()`."""
 
     name: str
     opcode: str
     results: tuple
-    operands: tuple
+    inside: str
     attributes: str
     is_root: bool
+
+    @property
+    def operands(self):
+        return re.findall(r"%([\w.\-]+)", self.inside)
 
     @property
     def bytes(self):
@@ -55,16 +60,15 @@ class Instruction(NamedTuple):
     @property
     def branches(self):
         """Names of the computations of which a `conditional` runs one."""
-        listed = _BRANCHES.search(self.attributes)
-        if listed:
-            return re.findall(r"[\w.\-]+", listed.group(1))
+        if listed := _BRANCHES.search(self.attributes):
+            return re.findall(r"[\w.\-]+", listed[1])
         return [name for role, name in _CALLED.findall(self.attributes) if "_computation" in role]
 
     @property
     def trips(self):
         """How often a loop runs, or None where that depends on data."""
         known = _TRIPS.search(self.attributes)
-        return known and int(known.group(1))
+        return known and int(known[1])
 
 
 class Computation(dict):
@@ -75,11 +79,8 @@ class Computation(dict):
         return [self[name].results if name in self else () for name in instruction.operands]
 
     def parameter(self, number):
-        return next(
-            instruction
-            for instruction in self.values()
-            if instruction.opcode == "parameter" and instruction.attributes.startswith(f"{number})")
-        )
+        parameters = (each for each in self.values() if each.opcode == "parameter")
+        return next(each for each in parameters if each.inside == str(number))
 
     @property
     def root(self):
@@ -99,60 +100,19 @@ def read(text):
     """The computations of a program by name, and the name of the entry."""
     computations, entry, current = {}, None, None
     for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
-        head = _HEAD.match(line)
-        if head:
-            current = computations[head.group(2)] = Computation()
-            entry = head.group(2) if head.group(1) else entry
+        if head := _HEAD.match(line):
+            current = computations[head[2]] = Computation()
+            entry = head[2] if head[1] else entry
         elif line.startswith("}"):
             current = None
-        elif current is not None:
-            instruction = _instruction(line)
-            if instruction is not None:
-                current[instruction.name] = instruction
+        elif current is not None and (found := _INSTRUCTION.match(line)):
+            root, name, types, opcode, inside, attributes = found.groups()
+            arrays = tuple(_array(*found) for found in _ARRAY.findall(types))
+            current[name] = Instruction(name, opcode, arrays, inside, attributes, bool(root))
     return computations, entry
 
 
-def _instruction(line):
-    match = _INSTRUCTION.match(line)
-    if match is None:
-        return None
-    root, name, rest = match.groups()
-    if rest.startswith("("):
-        end = _closing(rest, 0) + 1
-    else:
-        end = rest.index(" ")
-    opcode, parenthesis, tail = rest[end:].strip().partition("(")
-    close = _closing(parenthesis + tail, 0) - 1
-    operands, attributes = tail[:close], tail[close + 1 :]
-    if opcode in ("parameter", "constant"):
-        operands, attributes = "", tail
-    return Instruction(
-        name,
-        opcode,
-        _arrays(rest[:end]),
-        tuple(re.findall(r"%([\w.\-]+)", operands)),
-        attributes,
-        bool(root),
-    )
-
-
-def _arrays(text):
-    return tuple(
-        Array(
-            dtype,
-            tuple(int(size) for size in sizes.split(",") if size),
-            # Memory spaces above 0 are those of the core: `S(1)` is VMEM.
-            not re.search(r"S\([1-9]", layout),
-        )
-        for dtype, sizes, layout in _ARRAY.findall(text)
-    )
-
-
-def _closing(text, start):
-    """Position of the parenthesis that closes the one at `start`."""
-    depth = 0
-    for position in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[position], 0)
-        if depth == 0:
-            return position
-    raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
+def _array(dtype, sizes, layout):
+    shape = tuple(int(size) for size in sizes.split(",") if size)
+    # Memory spaces above 0 are those of the core: `S(1)` is VMEM.
+    return Array(dtype, shape, not re.search(r"S\([1-9]", layout))

@@ -1,142 +1,97 @@
-"""Other MoE blocks, each as a Keras layer from (T, D) to (T, D) with the weights of one of ours."""
+"""Other MoE blocks with the weights of one of ours, a `MixtureOfExperts` of gated experts."""
+
+from functools import partial
 
 import keras
 from keras import ops
 
 
 class Rival(keras.layers.Layer):
-    """Abstract: another block.
+    """A layer from (T, D) to (T, D) that is `run(block, x, training)`."""
 
-    A subclass imports its package in `adopt`, which takes over the weights of `mixture`, a
-    `MixtureOfExperts` of gated experts without biases, and computes in `call`.
-    """
-
-    backends: tuple[str, ...] = ("tensorflow", "jax", "torch")
-
-    def __init__(self, mixture):
-        backend = keras.backend.backend()
-        if backend not in self.backends:
-            raise NotImplementedError(f"runs on {', '.join(self.backends)}, not on {backend}")
+    def __init__(self, block, run):
         super().__init__()
-        self.adopt(mixture)
+        self.block, self.run = block, run
         self.built = True
 
-    def adopt(self, mixture):
-        raise NotImplementedError(f"{type(self).__name__} must implement `adopt(mixture)`.")
-
-    def check(self, num_tokens):
-        """Raise an error if so many tokens are too many."""
+    def call(self, x, training=None):
+        return self.run(self.block, x, training)
 
     def compute_output_shape(self, shape):
         return shape
 
 
-class KerasHubMixtral(Rival):
-    def adopt(self, mixture):
-        from keras_hub.src.models.mixtral.mixtral_decoder import MixtralSparseMoeBlock
+def keras_hub_mixtral(mixture):
+    from keras_hub.src.models.mixtral.mixtral_decoder import MixtralSparseMoeBlock
 
-        bank = mixture.experts
-        self.block = MixtralSparseMoeBlock(
-            hidden_dim=bank.up_kernel.shape[1],
-            intermediate_dim=bank.hidden_dim,
-            num_experts=bank.num_experts,
-            top_k=mixture.router.top_k,
-        )
-        self.block.build((1, None, bank.up_kernel.shape[1]))
-        self.block._sparse_feedforward_gate_dense.kernel.assign(mixture.router.kernel)
-        theirs = self.block.expert_bank
-        theirs._expert_feedforward_gate_dense.assign(bank.gate_kernel)
-        theirs._expert_feedforward_intermediate_dense.assign(bank.up_kernel)
-        theirs._expert_feedforward_output_dense.assign(bank.down_kernel)
-
-    def call(self, x, training=None):
-        return ops.squeeze(self.block(ops.expand_dims(x, 0), training=training)[0], 0)
+    bank = mixture.experts
+    block = _keras_hub(MixtralSparseMoeBlock, mixture, intermediate_dim=bank.hidden_dim)
+    theirs = block.expert_bank
+    theirs._expert_feedforward_gate_dense.assign(bank.gate_kernel)
+    theirs._expert_feedforward_intermediate_dense.assign(bank.up_kernel)
+    theirs._expert_feedforward_output_dense.assign(bank.down_kernel)
+    return Rival(block, _as_one_sequence)
 
 
-class KerasHubQwen3Moe(KerasHubMixtral):
-    def adopt(self, mixture):
-        from keras_hub.src.models.qwen3_moe.qwen3_moe_decoder import Qwen3SparseMoeBlock
+def keras_hub_qwen3_moe(mixture):
+    from keras_hub.src.models.qwen3_moe.qwen3_moe_decoder import Qwen3SparseMoeBlock
 
-        bank = mixture.experts
-        self.block = Qwen3SparseMoeBlock(
-            hidden_dim=bank.up_kernel.shape[1],
-            moe_intermediate_dim=bank.hidden_dim,
-            num_experts=bank.num_experts,
-            top_k=mixture.router.top_k,
-            norm_top_k_prob=True,
-        )
-        self.block.build((1, None, bank.up_kernel.shape[1]))
-        self.block._sparse_feedforward_gate_dense.kernel.assign(mixture.router.kernel)
-        theirs = self.block.expert_bank
-        gate_up = ops.concatenate([bank.gate_kernel, bank.up_kernel], axis=-1)
-        theirs._expert_feedforward_gate_dense.assign(gate_up)
-        theirs._expert_feedforward_output_dense.assign(bank.down_kernel)
+    bank = mixture.experts
+    widths = {"moe_intermediate_dim": bank.hidden_dim, "norm_top_k_prob": True}
+    block = _keras_hub(Qwen3SparseMoeBlock, mixture, **widths)
+    theirs = block.expert_bank
+    gate_up = ops.concatenate([bank.gate_kernel, bank.up_kernel], axis=-1)
+    theirs._expert_feedforward_gate_dense.assign(gate_up)
+    theirs._expert_feedforward_output_dense.assign(bank.down_kernel)
+    return Rival(block, _as_one_sequence)
 
 
-class TransformersQwen3Moe(Rival):
+def _keras_hub(block, mixture, **widths):
+    """A block of KerasHub with the weights of our router."""
+    num_experts, features, _ = mixture.experts.up_kernel.shape
+    top_k = mixture.router.top_k
+    block = block(hidden_dim=features, num_experts=num_experts, top_k=top_k, **widths)
+    block.build((1, None, features))
+    block._sparse_feedforward_gate_dense.kernel.assign(mixture.router.kernel)
+    return block
+
+
+def _as_one_sequence(block, x, training):
+    return ops.squeeze(block(ops.expand_dims(x, 0), training=training)[0], 0)
+
+
+def transformers_qwen3_moe(implementation, mixture):
     """The block of Hugging Face, whose experts have several implementations."""
+    import torch
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-    backends = ("torch",)
-    implementation = "eager"
-
-    def adopt(self, mixture):
-        import torch
-        from transformers import Qwen3MoeConfig
-        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
-
-        bank = mixture.experts
-        block = Qwen3MoeSparseMoeBlock(
-            Qwen3MoeConfig(
-                hidden_size=bank.up_kernel.shape[1],
-                moe_intermediate_size=bank.hidden_dim,
-                num_experts=bank.num_experts,
-                num_experts_per_tok=mixture.router.top_k,
-                norm_topk_prob=True,
-                experts_implementation=self.implementation,
-            )
+    bank = mixture.experts
+    block = Qwen3MoeSparseMoeBlock(
+        Qwen3MoeConfig(
+            hidden_size=bank.up_kernel.shape[1],
+            moe_intermediate_size=bank.hidden_dim,
+            num_experts=bank.num_experts,
+            num_experts_per_tok=mixture.router.top_k,
+            norm_topk_prob=True,
+            experts_implementation=implementation,
         )
-        gate_up = ops.concatenate([bank.gate_kernel, bank.up_kernel], axis=-1)
-        with torch.no_grad():
-            block.gate.weight.copy_(mixture.router.kernel.value.T)
-            block.experts.gate_up_proj.copy_(gate_up.transpose(1, 2))
-            block.experts.down_proj.copy_(bank.down_kernel.value.transpose(1, 2))
-        self.block = keras.layers.TorchModuleWrapper(block)
-
-    def call(self, x, training=None):
-        return self.block(x[None], training=training)[0]
+    )
+    gate_up = ops.concatenate([bank.gate_kernel, bank.up_kernel], axis=-1)
+    with torch.no_grad():
+        block.gate.weight.copy_(mixture.router.kernel.value.T)
+        block.experts.gate_up_proj.copy_(gate_up.transpose(1, 2))
+        block.experts.down_proj.copy_(bank.down_kernel.value.transpose(1, 2))
+    return Rival(keras.layers.TorchModuleWrapper(block), lambda block, x, _: block(x[None])[0])
 
 
-class TransformersQwen3MoeGrouped(TransformersQwen3Moe):
-    implementation = "grouped_mm"
-
-
-class TransformersQwen3MoeBatched(TransformersQwen3Moe):
-    """Copies the kernels of its expert for every row."""
-
-    implementation = "batched_mm"
-    most_bytes = 2e9
-
-    def check(self, num_tokens):
-        config = self.block.module.experts.config
-        rows = num_tokens * config.num_experts_per_tok
-        copied = 4 * rows * 3 * config.hidden_size * config.moe_intermediate_size
-        if copied > self.most_bytes:
-            raise MemoryError(f"would copy {copied / 1e9:.0f} GB of kernels")
-
-
-class RaggedDot(Rival):
+def sorted_rows(mixture):
     """Sorted rows and `jax.lax.ragged_dot`, with our router and our weights."""
+    from jax.lax import ragged_dot
 
-    backends = ("jax",)
-
-    def adopt(self, mixture):
-        self.mixture = mixture
-
-    def call(self, x, training=None):
-        from jax.lax import ragged_dot
-
-        routing = self.mixture.router(x, training=training)
-        bank, top_k = self.mixture.experts, self.mixture.router.top_k
+    def run(mixture, x, training):
+        routing = mixture.router(x, training=training)
+        bank, top_k = mixture.experts, mixture.router.top_k
         order = ops.argsort(ops.reshape(routing.indices, (-1,)))
         rows = ops.take(x, order // top_k, axis=0)
         gate, up, down = (
@@ -148,12 +103,15 @@ class RaggedDot(Rival):
         outputs = ops.reshape(outputs, (-1, top_k, outputs.shape[-1]))
         return ops.sum(outputs * ops.expand_dims(routing.weights, -1), axis=1)
 
+    return Rival(mixture, run)
 
+
+ANY = ("tensorflow", "jax", "torch")
+# By name, the backends, and a function from our layer to theirs.
 RIVALS = {
-    "KerasHub Mixtral": KerasHubMixtral,
-    "KerasHub Qwen3-MoE": KerasHubQwen3Moe,
-    "Transformers Qwen3-MoE, eager": TransformersQwen3Moe,
-    "Transformers Qwen3-MoE, grouped_mm": TransformersQwen3MoeGrouped,
-    "Transformers Qwen3-MoE, batched_mm": TransformersQwen3MoeBatched,
-    "jax.lax.ragged_dot": RaggedDot,
+    "KerasHub Mixtral": (ANY, keras_hub_mixtral),
+    "KerasHub Qwen3-MoE": (ANY, keras_hub_qwen3_moe),
+    "Transformers, eager": (("torch",), partial(transformers_qwen3_moe, "eager")),
+    "Transformers, grouped_mm": (("torch",), partial(transformers_qwen3_moe, "grouped_mm")),
+    "jax.lax.ragged_dot": (("jax",), sorted_rows),
 }

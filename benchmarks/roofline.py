@@ -1,6 +1,6 @@
 """Lower bounds on the time and memory traffic of an optimised program, from its text.
 
-What they mean is said in `benchmarks.ahead`.
+`benchmarks.ahead` says what they mean.
 """
 
 from typing import NamedTuple
@@ -14,20 +14,16 @@ _FREE = (
 )
 # Calls that only tell the compiler something.
 _FREE_CALLS = ("ConcatBitcast", "AssumeGatherIndicesInBound")
+_VIEWS = ("bitcast", "reshape")
 _SLICES = ("slice", "dynamic-slice", "gather")
 
 
 class Work(NamedTuple):
-    """What a program, or a part of it, does.
+    """What a program, or a part of it, does. Kernels are bound by their products or their traffic.
 
-    Attributes:
-        seconds: of its kernels one after another, each bound by its products or its traffic.
-        bytes: read from and written to main memory, also by copies that run beside kernels.
-        flops: of its products.
-        kernels: how many run.
-        waits: how often the host must see data of the device to go on.
-        loops: how many loops stand in it whose trips depend on data.
-        products: tuple of the products that stand in it.
+    `bytes` are read from and written to main memory, also by copies that run beside kernels.
+    `waits` is how often the host must see data of the device, `loops` how many loops have trips
+    that depend on data.
     """
 
     seconds: float = 0.0
@@ -76,8 +72,9 @@ class _Reader:
             return self._host_waits(1) + max(branches, key=lambda branch: branch.bound(self.chip))
         if opcode in ("call", "async-start"):
             return self.total(instruction.called("to_apply") or instruction.called("calls"))
-        if opcode.endswith("-start"):
-            return Work(bytes=_copied(instruction))
+        if opcode.endswith("-start"):  # an asynchronous copy or slice
+            ends = instruction.results[:2]
+            return Work(bytes=min(end.bytes for end in ends) * sum(end.in_memory for end in ends))
         if any(f'"{target}"' in instruction.attributes for target in _FREE_CALLS):
             return Work()
         return self._kernel(instruction, computation)
@@ -96,20 +93,16 @@ class _Reader:
 
     def _kernel(self, instruction, computation):
         found = tuple(products(instruction, computation, self.computations))
-        if '"__cublas$' in instruction.attributes:  # Behind the result stands scratch memory.
+        if '"__cublas$' in instruction.attributes:  # after the result stands scratch memory
             instruction = instruction._replace(results=instruction.results[:1])
         traffic = self._written(instruction, computation)
         for position, operand in enumerate(computation.arrays(instruction)):
             if any(array.in_memory for array in operand):
                 traffic += self._read(instruction, position, computation)
         computing = sum(product.flops / self._peak(product) for product in found)
-        return Work(
-            seconds=max(computing, traffic / self.chip.memory, self.chip.launch),
-            bytes=traffic,
-            flops=sum(product.flops for product in found),
-            kernels=1,
-            products=found,
-        )
+        seconds = max(computing, traffic / self.chip.memory, self.chip.launch)
+        flops = sum(product.flops for product in found)
+        return Work(seconds, traffic, flops, kernels=1, products=found)
 
     def _peak(self, product):
         if product.dtype != "f32":
@@ -124,25 +117,24 @@ class _Reader:
         if instruction.opcode == "dynamic-update-slice" and position == 0:
             return 0
         if instruction.opcode == "fusion":
-            inner = self.computations[instruction.called("calls")]
+            inner = self._fused(instruction)
             return min(self._used(inner.parameter(position).name, inner), whole)
         return whole
 
     def _used(self, name, computation):
-        """Bytes that all users of an instruction inside a fusion need of it."""
-        total = 0
-        for user, position in computation.users(name):
-            if user.opcode in ("bitcast", "reshape"):
-                total += self._used(user.name, computation)
-            else:
-                total += self._read(user, position, computation)
-        return total
+        """Bytes that all users of an instruction in a fusion need of it."""
+        return sum(
+            self._used(user.name, computation)
+            if user.opcode in _VIEWS
+            else self._read(user, position, computation)
+            for user, position in computation.users(name)
+        )
 
     def _written(self, instruction, computation):
         """Bytes of the results in main memory: of what is updated in place only the update."""
         parts = [(instruction, computation)] * len(instruction.results)
         if instruction.opcode == "fusion":
-            inner = self.computations[instruction.called("calls")]
+            inner = self._fused(instruction)
             names = inner.root.operands if inner.root.opcode == "tuple" else [inner.root.name]
             parts = [(inner[name], inner) for name in names]
         return sum(
@@ -155,15 +147,12 @@ class _Reader:
         """Bytes that an instruction writes of its result."""
         if instruction.opcode == "dynamic-update-slice":
             return computation[instruction.operands[1]].bytes
-        if instruction.opcode in ("bitcast", "reshape"):
+        if instruction.opcode in _VIEWS:
             return self._changed(computation[instruction.operands[0]], computation)
         if instruction.opcode == "fusion":
-            inner = self.computations[instruction.called("calls")]
+            inner = self._fused(instruction)
             return self._changed(inner.root, inner)
         return instruction.bytes
 
-
-def _copied(instruction):
-    """Bytes of main memory that an asynchronous copy or slice reads and writes."""
-    ends = instruction.results[:2]
-    return min(end.bytes for end in ends) * sum(end.in_memory for end in ends)
+    def _fused(self, instruction):
+        return self.computations[instruction.called("calls")]

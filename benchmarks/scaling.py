@@ -16,63 +16,61 @@ eight times `--tokens`, however many devices share them. Loads are balanced. The
 """
 
 import os
-import sys
 
 import keras
 import numpy as np
 
 from benchmarks import contestants
-from benchmarks.measure import in_fresh_process, print_table, write_json
-from benchmarks.options import describe, parse, parser
+from benchmarks.measure import BACKEND, describe, in_fresh_process, parse, parser, publish
+from keras_moe import routers
 
 NUM_DEVICES = (1, 2, 4, 8)
 
 
 def main(arguments=None):
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parse(arguments)
-    before = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{before} --xla_force_host_platform_device_count={max(NUM_DEVICES)}"
-    try:
-        rows = in_fresh_process(examine_all, arguments)
-    finally:
-        os.environ["XLA_FLAGS"] = before
-    print_table(rows, f"{describe(options)} T={options.tokens[0]}, forward+backward, each device")
-    write_json(f"scaling-{keras.backend.backend()}{options.tag}", options, rows)
-    return rows
+    defaults = {"tokens": [1024], "experts": [8]}
+    options = parse(parser(__doc__, **defaults), arguments, tokens=[64], experts=[8])
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={max(NUM_DEVICES)}"
+    rows = in_fresh_process(examine_all, options)
+    title = f"{describe(options)} T={options.tokens[0]}, forward+backward, each device"
+    return publish(f"scaling-{BACKEND}", title, options, rows)
 
 
-def _parse(arguments):
-    return parse(parser(__doc__, tokens=[1024], experts=[8]), arguments, tokens=[64], experts=[8])
-
-
-def examine_all(arguments):
-    options = _parse(arguments)
+def examine_all(options):
     (tokens,) = options.tokens
     rows = []
     for scale in ("weak", "strong"):
         for kind in ("data", "expert"):
+            one: dict = {}
             for number in NUM_DEVICES:
                 total = tokens * (number if scale == "weak" else max(NUM_DEVICES))
                 row = examine(kind, number, total, options)
-                rows.append({"name": f"{scale} {kind} {number}", **row})
-                one = rows[-1 - NUM_DEVICES.index(number)]
+                one = one or row
                 share = number if scale == "strong" else 1
-                rows[-1]["ratio"] = row["gflops"] * share / one["gflops"]
+                ratios = {"ratio": row["gflops"] * share / one["gflops"]}
                 if scale == "weak":
-                    rows[-1]["temp_ratio"] = row["temp_mb"] / one["temp_mb"]
+                    ratios["temp_ratio"] = row["temp_mb"] / one["temp_mb"]
+                rows.append({"name": f"{scale} {kind} {number}", **row, **ratios})
     return rows
 
 
 def examine(kind, number, num_tokens, options):
     """The row of a layer on so many devices."""
-    from benchmarks.collectives import bytes_by_kind, collectives
+    from benchmarks.collectives import collectives, megabytes
     from benchmarks.device_flops import device_flops
     from benchmarks.steps import jax_function
+    from keras_moe.distribution import expert_parallel
 
-    distribution = distribution_of(kind, keras.distribution.list_devices()[:number])
-    keras.distribution.set_distribution(distribution)
-    layer = contestants.mixture_of(balanced_router(options), options)
+    devices = keras.distribution.list_devices()[:number]
+    keras.distribution.set_distribution(
+        keras.distribution.DataParallel(devices=devices)
+        if kind == "data"
+        else expert_parallel(number, devices=devices)
+    )
+    # Its kernel sends each of `balanced_tokens` where its first features are largest.
+    router = routers.TopKRouter(*options.experts, options.top_k, kernel_initializer="identity")
+    layer = contestants.mixture_of(router, options)
     function, (trainable, x, fixed, weight) = jax_function(
         layer, balanced_tokens(num_tokens, options), backward=True, training=True
     )
@@ -80,7 +78,6 @@ def examine(kind, number, num_tokens, options):
     compiled = function.lower(*arguments).compile()
     inside, outside = device_flops(function, arguments)
     text = compiled.as_text()
-    received = {kind: size / 1e6 for kind, size in bytes_by_kind(text).items()}
     widths = {options.features, options.hidden}
     kernels = sum(
         each.bytes
@@ -91,22 +88,10 @@ def examine(kind, number, num_tokens, options):
     keras.distribution.set_distribution(None)
     return {
         "gflops": float(np.max(inside) + outside / number) / 1e9,
-        "ratio": None,
-        "gather_mb": received.get("all-gather", 0.0),
-        "scatter_mb": received.get("reduce-scatter", 0.0),
-        "to_all_mb": received.get("all-to-all", 0.0),
-        "reduce_mb": received.get("all-reduce", 0.0),
+        **megabytes(text),
         "kernels_mb": kernels / 1e6,
         "temp_mb": compiled.memory_analysis().temp_size_in_bytes / 1e6,
     }
-
-
-def distribution_of(kind, devices):
-    from keras_moe.distribution import expert_parallel
-
-    if kind == "data":
-        return keras.distribution.DataParallel(devices=devices)
-    return expert_parallel(len(devices), devices=devices)
 
 
 def placed(x):
@@ -115,18 +100,6 @@ def placed(x):
 
     layout = keras.distribution.distribution().get_data_layout(x.shape)
     return jax.device_put(x, layout.backend_layout)
-
-
-def balanced_router(options):
-    """A router that sends each of `balanced_tokens` where its first features are largest."""
-    from keras_moe import routers
-
-    (num_experts,) = options.experts
-
-    def kernel(shape, dtype=None):
-        return keras.ops.convert_to_tensor(np.eye(*shape), dtype)
-
-    return routers.TopKRouter(num_experts, options.top_k, kernel_initializer=kernel)
 
 
 def balanced_tokens(num_tokens, options):

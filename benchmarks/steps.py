@@ -11,17 +11,13 @@ def compiled_step(layer, inputs, backward=True, jit=True, training=True):
 
     The backward pass computes the loss and the gradients of the inputs and of all weights, router
     losses included; without the loss a compiler would leave out the twin's last product. On PyTorch
-    the pass runs eagerly: Keras does not compile there by default.
-
-    Args:
-        layer: a built Keras layer.
-        inputs: NumPy array.
-        backward: whether gradients are computed.
-        jit: whether TensorFlow compiles with XLA; without it runs as a graph.
-        training: passed to the layer.
+    the pass runs eagerly: Keras does not compile there by default. Without `jit` TensorFlow runs
+    it as a graph.
     """
-    build = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}[keras.backend.backend()]
-    return build(layer, inputs, backward, jit, training)
+    x, weight = to_tensor(layer, inputs), cotangent(layer, inputs)
+    make = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}[keras.backend.backend()]
+    run = make(layer, x, weight, backward, jit, training)
+    return lambda x=x: run(x)
 
 
 def to_tensor(layer, inputs):
@@ -29,17 +25,15 @@ def to_tensor(layer, inputs):
     return keras.ops.cast(keras.ops.convert_to_tensor(inputs), layer.compute_dtype)
 
 
-def cotangent(shape, dtype):
+def cotangent(layer, inputs):
     """What the output is multiplied by to get a scalar: fixed, so that no gradient is trivial."""
-    values = np.random.default_rng(1).standard_normal(shape).astype("float32")
-    return keras.ops.cast(keras.ops.convert_to_tensor(values), dtype)
+    shape = layer.compute_output_shape(inputs.shape)
+    return to_tensor(layer, np.random.default_rng(1).standard_normal(shape).astype("float32"))
 
 
-def _tensorflow(layer, inputs, backward, jit, training):
+def _tensorflow(layer, x, weight, backward, jit, training):
     import tensorflow as tf
 
-    x = to_tensor(layer, inputs)
-    weight = cotangent(layer.compute_output_shape(x.shape), layer.compute_dtype)
     variables = [variable.value for variable in layer.trainable_variables]
 
     @tf.function(jit_compile=jit)
@@ -53,21 +47,16 @@ def _tensorflow(layer, inputs, backward, jit, training):
             loss += sum(layer.losses, 0.0)
         return [loss, tape.gradient(loss, [x, *variables])]
 
-    def run(x=x):
+    def run(x):
         result = step(x, weight)
         tf.reshape(tf.nest.flatten(result)[0], -1)[:1].numpy()  # waits, and copies little
 
     return run
 
 
-def jax_function(layer, inputs, backward, training):
-    """The jitted pass and its arguments, for timing as well as for cost analysis."""
+def jax_pass(layer, backward=True, training=True):
+    """A function of trainable values, inputs, other values and the cotangent."""
     import jax
-
-    x = to_tensor(layer, inputs)
-    weight = cotangent(layer.compute_output_shape(x.shape), layer.compute_dtype)
-    trainable = [variable.value for variable in layer.trainable_variables]
-    fixed = [variable.value for variable in layer.non_trainable_variables]
 
     def loss(trainable, x, fixed, weight):
         outputs, _, losses = layer.stateless_call(
@@ -78,36 +67,38 @@ def jax_function(layer, inputs, backward, training):
     def forward(trainable, x, fixed, weight):
         return layer.stateless_call(trainable, fixed, x, training=training)[0]
 
-    function = jax.value_and_grad(loss, argnums=(0, 1)) if backward else forward
-    return jax.jit(function), (trainable, x, fixed, weight)
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)) if backward else forward)
 
 
-def _jax(layer, inputs, backward, jit, training):
+def jax_function(layer, inputs, backward, training):
+    """`jax_pass` and its arguments, for timing as well as for analysis."""
+    trainable = [variable.value for variable in layer.trainable_variables]
+    fixed = [variable.value for variable in layer.non_trainable_variables]
+    arguments = (trainable, to_tensor(layer, inputs), fixed, cotangent(layer, inputs))
+    return jax_pass(layer, backward, training), arguments
+
+
+def _jax(layer, x, weight, backward, jit, training):
     import jax
 
-    function, (trainable, x, *others) = jax_function(layer, inputs, backward, training)
-    return lambda x=x: jax.block_until_ready(function(trainable, x, *others))
+    function, (trainable, _, fixed, _) = jax_function(layer, x, backward, training)
+    return lambda x: jax.block_until_ready(function(trainable, x, fixed, weight))
 
 
-def _torch(layer, inputs, backward, jit, training):
+def _torch(layer, x, weight, backward, jit, training):
     import torch
 
-    x = to_tensor(layer, inputs)
-    weight = cotangent(layer.compute_output_shape(x.shape), layer.compute_dtype)
     variables = [variable.value for variable in layer.trainable_variables]
 
-    def compute(x):
-        if not backward:
+    def run(x):
+        if backward:
+            inputs = x.detach().requires_grad_()
+            outputs = layer(inputs, training=training)
+            loss = (outputs * weight).float().sum() + sum(layer.losses, 0.0)
+            torch.autograd.grad(loss, [inputs, *variables])
+        else:
             with torch.no_grad():
                 layer(x, training=training)
-            return
-        inputs = x.detach().requires_grad_()
-        outputs = layer(inputs, training=training)
-        loss = (outputs * weight).float().sum() + sum(layer.losses, 0.0)
-        torch.autograd.grad(loss, [inputs, *variables])
-
-    def run(x=x):
-        compute(x)
         if x.is_cuda:
             torch.cuda.synchronize()
 

@@ -6,28 +6,24 @@ Without attention, which JAX does not compute in float16 on CPUs.
 import keras
 import numpy as np
 
-from benchmarks.contestants import dense_twin
-from keras_moe import layers, losses, routers
+from benchmarks.contestants import DenseTwin, mixture_of
+from keras_moe import losses, routers
 
 WORDS, CLASSES = 500, 16
 MIXTURE, TWIN = "mixture", "dense twin"
 
 
-def feedforwards(name, num_experts, options):
+def feedforwards(name, options):
     """Two layers: for a mixture one with a loss and one with a selection bias."""
     if name == TWIN:
-        return [dense_twin(options) for _ in range(2)]
+        return [DenseTwin(options) for _ in range(2)]
+    num_experts, top_k = options.experts[0], options.top_k
+    by_loss = routers.TopKRouter(num_experts, top_k)
     balancer = routers.LossFreeBias(rate=1e-3)
+    by_bias = routers.TopKRouter(num_experts, top_k, score="sigmoid", balancer=balancer)
     return [
-        layers.MixtureOfExperts(
-            layers.FeedForwardExperts(num_experts, options.hidden, activation=options.activation),
-            router=router,
-            router_losses=router_losses,
-        )
-        for router, router_losses in (
-            (routers.TopKRouter(top_k=options.top_k), [losses.LoadBalance(), "router_z"]),
-            (routers.TopKRouter(top_k=options.top_k, score="sigmoid", balancer=balancer), []),
-        )
+        mixture_of(by_loss, options, router_losses=[losses.LoadBalance(), "router_z"]),
+        mixture_of(by_bias, options, router_losses=[]),
     ]
 
 
@@ -52,9 +48,8 @@ def compiled_tagger(feedforwards, options):
         x = keras.layers.Add()([x, feedforward(keras.layers.LayerNormalization()(x))])
     x = keras.layers.LayerNormalization()(x)
     model = keras.Model(ids, keras.layers.Dense(CLASSES, dtype="float32")(x))
-    xla = keras.backend.backend() != "torch" and not options.no_xla
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.Adam(1e-3), loss, jit_compile=xla)
+    model.compile(keras.optimizers.Adam(1e-3), loss, jit_compile=options.xla)
     return model
 
 

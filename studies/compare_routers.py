@@ -9,22 +9,19 @@ same two of sixteen experts is trained with each method of balancing: which one 
 Runs on the backend that KERAS_BACKEND names.
 """
 
-import argparse
-import pathlib
-import time
 import typing
 
 import clean_exit  # noqa: F401
 import datasets
 import keras
 import numpy as np
+import plots
 import tensorflow as tf
-import training_curves
-from command_line import check_numbers
-from output_folder import claim
-from twins import spread
+from command_line import parser_of
+from comparisons import print_runs
+from files import claim, write_json
+from resuming import HAS_XLA, StepTimer
 from vocabulary import Vocabulary
-from whole_files import write_json
 
 from keras_moe import callbacks, layers, losses, routers
 
@@ -44,56 +41,69 @@ NUM_EXPERTS, BATCH_SIZE, LEARNING_RATE = 16, 64, 2e-3
 # The history has an entry for so many steps.
 STEPS_AN_ENTRY = 10
 
-# How a collapsed top-2 router is balanced: its selection bias, or losses.
+# How a collapsed top-2 router is balanced: its selection bias, or its losses.
 BALANCING = {
-    "nothing": {},
-    "load_balance 0.01": {"losses": [("load_balance", 0.01)]},
-    "load_balance 0.1": {"losses": [("load_balance", 0.1)]},
-    "global_load_balance 0.1": {"losses": [("global_load_balance", 0.1)]},
-    "sequence_load_balance 0.1": {"losses": [("sequence_load_balance", 0.1)]},
-    "importance_variation 0.1": {"losses": [("importance_variation", 0.1)]},
-    "router_z 0.001": {"losses": [("router_z", 0.001)]},
-    "loss_free bias": {"balancer": routers.LossFreeBias(rate=0.002)},
-    "quantile bias": {"balancer": routers.QuantileBias(momentum=0.9)},
+    "nothing": lambda: (None, []),
+    "load_balance 0.01": lambda: (None, [losses.LoadBalance(0.01)]),
+    "load_balance 0.1": lambda: (None, [losses.LoadBalance(0.1)]),
+    "global_load_balance 0.1": lambda: (None, [losses.GlobalLoadBalance(0.1)]),
+    "sequence_load_balance 0.1": lambda: (None, [losses.SequenceLoadBalance(0.1)]),
+    "importance_variation 0.1": lambda: (None, [losses.ImportanceVariation(0.1)]),
+    "router_z 0.001": lambda: (None, [losses.RouterZ(0.001)]),
+    "loss_free bias": lambda: (routers.LossFreeBias(rate=0.002), []),
+    "quantile bias": lambda: (routers.QuantileBias(momentum=0.9), []),
 }
 BALANCED = 0.5
+# Columns of the tables.
+OUTCOME = {
+    "test accuracy": ("{:.2%}", "test_accuracy"),
+    "imbalance: first": ("{:.2f}", lambda run: run["imbalance"][0]),
+    "middle": ("{:.2f}", lambda run: run["imbalance"][len(run["imbalance"]) // 2]),
+    "last": ("{:.2f}", lambda run: run["imbalance"][-1]),
+    "dead": ("{:.1f}", "dead_experts"),
+}
+COSTS = {"dropped": ("{:.1%}", "dropped_fraction"), "ms a step": ("{:.1f}", "ms_per_step")}
+RECOVERY = {
+    f"steps to {BALANCED}": (
+        lambda steps: "never" if None in steps else f"{np.mean(steps):.0f}",
+        lambda run: steps_to_balance(run["imbalance"]),
+    )
+}
 
 
 def main(arguments=None):
     options = parse_options(arguments)
-    check_numbers(options, "seeds")
     claim(options.output)
     size = SMOKE if options.smoke else FULL
     arrays, num_classes = load(size, options.data_dir)
     results: dict = {"routers": {}, "balancing": {}}
-    for name in options.routers:
-        runs = [run_router(name, seed, arrays, num_classes, size) for seed in range(options.seeds)]
-        results["routers"][name] = runs
-        print_router(name, runs, is_first=name == options.routers[0])
-    for name in options.balancing:
-        runs = [
-            run_collapsed(BALANCING[name], seed, arrays, num_classes, size)
-            for seed in range(options.seeds)
-        ]
-        results["balancing"][name] = runs
-        print_balancing(name, runs, is_first=name == options.balancing[0])
+    for title, names, make in (
+        ("routers", options.routers, routed),
+        ("balancing", options.balancing, collapsed),
+    ):
+        for name in names:
+            results[title][name] = []
+            for seed in range(options.seeds):
+                print(f"{name}, seed {seed}", flush=True)
+                keras.utils.set_random_seed(seed)
+                model = make(name, num_classes, size)
+                results[title][name].append(train(model, arrays, size))
+    print_runs("router", results["routers"], {**OUTCOME, **COSTS})
+    print_runs("collapsed, then", results["balancing"], {**OUTCOME, **RECOVERY})
     write_json(options.output / "results.json", results)
-    training_curves.imbalances(results, STEPS_AN_ENTRY, BALANCED, options.output / "imbalance.png")
+    drawn = {title: models for title, models in results.items() if models}
+    plots.courses(drawn, options.output / "imbalance.png", ["steps"], "imbalance", yscale="symlog")
     print(f"\nPicture and results are in {options.output}.")
     return results
 
 
 def parse_options(arguments):
     names = [*sorted(routers.BY_NAME), "hash"]
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = parser_of(__doc__, "output_routers", seeds=3)
     parser.add_argument("--routers", nargs="*", choices=names, default=names, metavar="ROUTER")
     parser.add_argument(
         "--balancing", nargs="*", choices=BALANCING, default=[*BALANCING], metavar="METHOD"
     )
-    parser.add_argument("--seeds", type=int, default=3, help="number of runs to average")
-    parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model on a few documents")
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("output_routers"))
     return parser.parse_args(arguments)
 
 
@@ -107,52 +117,42 @@ def load(size, data_dir):
     return [encoded(data.train), encoded(data.test)], len(data.class_names)
 
 
-def run_router(name, seed, arrays, num_classes, size):
-    keras.utils.set_random_seed(seed)
+def routed(name, num_classes, size):
+    """A model with a router and its default losses."""
     if name == "hash":
         router = routers.HashRouter(NUM_EXPERTS, size.words + 2, top_k=2)
     else:
         router = routers.get(name, num_experts=NUM_EXPERTS)
-    moe = moe_layer(router, None, size)
-    return train(build_model(moe, num_classes, size), arrays, size)
+    return build_model(router, None, num_classes, size)
 
 
-def run_collapsed(method, seed, arrays, num_classes, size):
-    keras.utils.set_random_seed(seed)
-    router = routers.TopKRouter(NUM_EXPERTS, balancer=method.get("balancer"))
-    router_losses = [losses.BY_NAME[name](weight) for name, weight in method.get("losses", [])]
-    model = build_model(moe_layer(router, router_losses, size), num_classes, size)
-    collapse(model, router)
-    return train(model, arrays, size)
+def collapsed(name, num_classes, size):
+    """A model whose router sends every token to the first two experts, with a method of balancing.
+
+    After a normalisation with an offset of 1 the features of a token sum to D. Two columns of the
+    kernel with 1 / D everywhere make a logit of exactly 1 from that, whatever the token; all other
+    logits are near 0.
+    """
+    balancer, router_losses = BALANCING[name]()
+    router = routers.TopKRouter(NUM_EXPERTS, balancer=balancer)
+    model = build_model(router, router_losses, num_classes, size)
+    (norm,) = (layer for layer in model._flatten_layers() if layer.name == "feedforward_norm")
+    norm.beta.assign(np.ones(norm.beta.shape))
+    kernel = 1e-3 * keras.ops.convert_to_numpy(router.kernel)
+    kernel[:, :2] = 1 / len(kernel)
+    router.kernel.assign(kernel)
+    return model
 
 
-def moe_layer(router, router_losses, size):
-    """With the losses that the router has by default, if they are None."""
+def build_model(router, router_losses, num_classes, size):
     bank = layers.FeedForwardExperts(NUM_EXPERTS, size.hidden_dim)
-    return layers.MixtureOfExperts(bank, router, router_losses, name="experts")
-
-
-def build_model(moe, num_classes, size):
+    moe = layers.MixtureOfExperts(bank, router, router_losses, name="experts")
     ids = keras.Input((size.length,), dtype="int32")
     words = keras.layers.Embedding(size.words + 2, size.features, mask_zero=True)(ids)
     block = layers.TransformerEncoderBlock(num_heads=4, feedforward=moe, dropout=0.1)
     hidden = keras.layers.LayerNormalization()(block(words, token_ids=ids))
     document = keras.layers.GlobalAveragePooling1D()(hidden)
     return keras.Model(ids, keras.layers.Dense(num_classes)(document))
-
-
-def collapse(model, router):
-    """Make the router send every token to the first two experts.
-
-    Behind a normalisation with an offset of 1 the features of a token sum to D. Two columns of the
-    kernel with 1 / D everywhere make a logit of exactly 1 from that, whatever the token; all other
-    logits are near 0.
-    """
-    (norm,) = (layer for layer in model._flatten_layers() if layer.name == "feedforward_norm")
-    norm.beta.assign(np.ones(norm.beta.shape))
-    kernel = 1e-3 * keras.ops.convert_to_numpy(router.kernel)
-    kernel[:, :2] = 1 / len(kernel)
-    router.kernel.assign(kernel)
 
 
 def train(model, arrays, size):
@@ -166,70 +166,26 @@ def train(model, arrays, size):
         optimizer=keras.optimizers.Adam(schedule),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
-        # PyTorch has no XLA.
-        jit_compile=keras.backend.backend() != "torch",
+        jit_compile=HAS_XLA,
     )
-    clock = Clock()
+    timer = StepTimer()
     history = model.fit(
         batches,
         epochs=size.steps // STEPS_AN_ENTRY,
         steps_per_epoch=STEPS_AN_ENTRY,
         shuffle=False,  # they are shuffled already
-        callbacks=[callbacks.ExpertMonitor(), clock],
+        callbacks=[callbacks.ExpertMonitor(), timer],
         verbose=0,
     ).history
     _, accuracy = model.evaluate(*test, verbose=0)
     return {
         "test_accuracy": float(accuracy),
         "imbalance": history["experts_load_imbalance"],
+        "steps": [*range(STEPS_AN_ENTRY, size.steps + 1, STEPS_AN_ENTRY)],
         "dead_experts": history["experts_dead_experts"][-1],
         "dropped_fraction": history["experts_dropped_fraction"][-1],
-        "ms_per_step": 1000 * float(np.median(clock.seconds[1:])) / STEPS_AN_ENTRY,
+        "ms_per_step": float(np.median(timer.ms_per_step[1:])),
     }
-
-
-class Clock(keras.callbacks.Callback):
-    """Seconds of each epoch."""
-
-    def on_train_begin(self, logs=None):
-        self.seconds = []
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self._begin = time.perf_counter()
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.seconds.append(time.perf_counter() - self._begin)
-
-
-def print_router(name, runs, is_first):
-    if is_first:
-        print(
-            f"\n{'router':<20} {'test accuracy':>17} {'imbalance: first':>17} {'middle':>7}", end=""
-        )
-        print(f" {'last':>7} {'dead':>5} {'dropped':>8} {'ms a step':>10}")
-    accuracy = spread([run["test_accuracy"] for run in runs], "{:.2%}")
-    trace = np.mean([run["imbalance"] for run in runs], axis=0)
-    dead, dropped, ms = (
-        np.mean([run[key] for run in runs])
-        for key in ("dead_experts", "dropped_fraction", "ms_per_step")
-    )
-    print(f"{name:<20} {accuracy:>17} {trace[0]:>17.2f} {trace[len(trace) // 2]:>7.2f}", end="")
-    print(f" {trace[-1]:>7.2f} {dead:>5.1f} {dropped:>8.1%} {ms:>10.1f}", flush=True)
-
-
-def print_balancing(name, runs, is_first):
-    if is_first:
-        print(f"\n{'collapsed, then':<26} {'test accuracy':>17} {'imbalance: first':>17}", end="")
-        print(f" {'last':>15} {'dead':>5} {f'steps to {BALANCED}':>14}")
-    accuracy = spread([run["test_accuracy"] for run in runs], "{:.2%}")
-    first = np.mean([run["imbalance"][0] for run in runs])
-    last = spread([run["imbalance"][-1] for run in runs], "{:.2f}")
-    dead = np.mean([run["dead_experts"] for run in runs])
-    steps = [steps_to_balance(run["imbalance"]) for run in runs]
-    steps = "never" if None in steps else f"{np.mean(steps):.0f}"
-    print(
-        f"{name:<26} {accuracy:>17} {first:>17.2f} {last:>15} {dead:>5.1f} {steps:>14}", flush=True
-    )
 
 
 def steps_to_balance(imbalance):

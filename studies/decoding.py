@@ -1,4 +1,4 @@
-"""Writing sequences with a model that remembers what it has read: greedily, or with beams.
+"""Beam search with a model that caches what it has read.
 
 A model takes part by two methods:
 
@@ -10,61 +10,53 @@ Axes: B batch, W beams, V vocabulary, M `max_length`.
 
 import keras
 from keras import ops
-from subwords import END, PADDING, START
+from resuming import HAS_XLA
+from subwords import END, PADDING, START, pad
 
 IMPOSSIBLE = -1e9
+# Sentences that are written side by side.
+ROWS = 64
+
+
+def write(model, subwords, texts, shapes, beams, rows=None):
+    """Translations of texts, in batches of fixed shapes.
+
+    A text longer than the largest of the shapes is cut off.
+    """
+    longest, rows = shapes.lengths[-1], rows or min(ROWS, len(texts))
+    sources = [row[:longest] for row in subwords.encode(texts)]
+    writer = Writer(model, longest + longest // 4, beams)
+    translations = [""] * len(texts)
+    for bucket, length in enumerate(shapes.lengths):
+        members = [n for n, row in enumerate(sources) if shapes.bucket(len(row)) == bucket]
+        for first in range(0, len(members), rows):
+            chosen = members[first : first + rows]
+            # Rows that fill a batch up say nothing, so that they are over at once.
+            filling = [[END]] * (rows - len(chosen))
+            written = writer.predict_on_batch(pad([sources[n] for n in chosen] + filling, length))
+            for n, text in zip(chosen, subwords.decode(written[: len(chosen)])):
+                translations[n] = text
+    return translations
 
 
 class Writer(keras.Model):
-    """Writes sequences by `predict_on_batch`, compiled once for each shape of its inputs.
+    """Writes sequences by `predict_on_batch`, compiled once for each shape of its inputs."""
 
-    Args:
-        model: what has `start` and `step`.
-        max_length: number of tokens to write at most, M.
-        beams: number of hypotheses that are followed, W.
-        length_penalty: hypotheses of the length n compete by their log probability divided by
-            `n ** length_penalty`.
-
-    Returns:
-        (B, M) int32: the best hypothesis of each row, up to and with `END`, then padding.
-    """
-
-    def __init__(self, model, max_length, beams=1, length_penalty=1.0):
+    def __init__(self, model, max_length, beams=1):
         super().__init__()
-        self.model = model
-        self.max_length = max_length
-        self.beams = beams
-        self.length_penalty = length_penalty
+        self.model, self.max_length, self.beams = model, max_length, beams
         self.built = True
-        # PyTorch's compiler would take longer than it saves.
-        self.jit_compile = keras.backend.backend() != "torch"
+        self.jit_compile = HAS_XLA
 
     def call(self, inputs):
-        if self.beams == 1:
-            return greedy_search(self.model, inputs, self.max_length)
-        return beam_search(self.model, inputs, self.max_length, self.beams, self.length_penalty)
+        return beam_search(self.model, inputs, self.max_length, self.beams)
 
 
-def greedy_search(model, inputs, max_length):
-    """The most likely token, again and again: (B, M)."""
-    cache = model.start(inputs, max_length)
-    batch_size = ops.shape(inputs)[0]
-    written = ops.full((batch_size, max_length), PADDING, dtype="int32")
-    last = ops.full((batch_size,), START, dtype="int32")
+def beam_search(model, inputs, max_length, beams):
+    """(B, M) int32: the hypothesis of the highest mean log probability, then padding.
 
-    def write(position, last, written, cache):
-        logits, cache = model.step(last, cache, position)
-        token = ops.where(_is_over(last), PADDING, ops.cast(ops.argmax(logits, -1), "int32"))
-        return position + 1, token, _put(written, token, position), cache
-
-    def goes_on(position, last, written, cache):
-        return ops.logical_and(position < max_length, ops.any(~_is_over(last)))
-
-    return ops.while_loop(goes_on, write, (_zero(), last, written, cache))[2]
-
-
-def beam_search(model, inputs, max_length, beams, length_penalty=1.0):
-    """The best of `beams` hypotheses that are written side by side: (B, M)."""
+    W hypotheses are written side by side.
+    """
     batch_size = ops.shape(inputs)[0]
     cache = keras.tree.map_structure(
         lambda tensor: ops.repeat(tensor, beams, axis=0), model.start(inputs, max_length)
@@ -76,12 +68,12 @@ def beam_search(model, inputs, max_length, beams, length_penalty=1.0):
     scores = ops.tile(ops.expand_dims(first, 0), (batch_size, 1))
     lengths = ops.zeros((batch_size, beams), "float32")
 
-    def write(position, last, written, scores, lengths, cache):
+    def write_one(position, last, written, scores, lengths, cache):
         logits, cache = model.step(last, cache, position)
         over = ops.reshape(_is_over(last), (-1, beams))
         lengths = lengths + ops.cast(~over, "float32")
         sums = ops.expand_dims(scores, -1) + _log_probabilities(logits, over)
-        ranks = sums / ops.expand_dims(lengths**length_penalty, -1)
+        ranks = sums / ops.expand_dims(lengths, -1)
         vocabulary = logits.shape[-1]
         _, chosen = ops.top_k(ops.reshape(ranks, (-1, beams * vocabulary)), beams)
         scores = ops.take_along_axis(ops.reshape(sums, (-1, beams * vocabulary)), chosen, axis=1)
@@ -92,14 +84,15 @@ def beam_search(model, inputs, max_length, beams, length_penalty=1.0):
         written, cache = keras.tree.map_structure(
             lambda tensor: ops.take(tensor, rows, axis=0), (written, cache)
         )
-        return position + 1, token, _put(written, token, position), scores, lengths, cache
+        written = ops.slice_update(written, [0, position], ops.expand_dims(token, 1))
+        return position + 1, token, written, scores, lengths, cache
 
     def goes_on(position, last, *_):
         return ops.logical_and(position < max_length, ops.any(~_is_over(last)))
 
-    state = (_zero(), last, written, scores, lengths, cache)
-    _, _, written, scores, lengths, _ = ops.while_loop(goes_on, write, state)
-    best = ops.argmax(scores / lengths**length_penalty, axis=-1)
+    state = (ops.zeros((), "int32"), last, written, scores, lengths, cache)
+    _, _, written, scores, lengths, _ = ops.while_loop(goes_on, write_one, state)
+    best = ops.argmax(scores / lengths, axis=-1)
     written = ops.reshape(written, (-1, beams, max_length))
     return ops.squeeze(ops.take_along_axis(written, ops.reshape(best, (-1, 1, 1)), axis=1), 1)
 
@@ -113,11 +106,3 @@ def _log_probabilities(logits, over):
 
 def _is_over(last):
     return ops.logical_or(ops.equal(last, END), ops.equal(last, PADDING))
-
-
-def _put(written, token, position):
-    return ops.slice_update(written, [0, position], ops.expand_dims(token, 1))
-
-
-def _zero():
-    return ops.zeros((), "int32")

@@ -3,39 +3,29 @@
     python studies/hyperparameter_tuning.py
     python studies/hyperparameter_tuning.py --trials 24
 
-The first trial is the layer picked by hand, so the best is never worse. The same command goes on
-with what an earlier run has found, also after an interruption; the second one above adds trials.
+The first trial is the layer picked by hand, so the best is never worse. The same command resumes
+what an earlier run has begun, also after an interruption; the second one above adds trials.
 
 Runs on the backend that KERAS_BACKEND names. The data are read with TensorFlow Datasets, which
 needs TensorFlow on every backend.
 """
 
-import argparse
 import json
 import pathlib
-import typing
 
 import clean_exit  # noqa: F401
-import datasets
 import keras
 import keras_tuner
-from command_line import check_numbers
+from command_line import parser_of, positive
+from comparisons import print_runs
+from files import claim, save_figure, write_json
 from matplotlib.figure import Figure
-from output_folder import claim
-from text_classification import LEARNING_RATE, Size, build_model, cut
-from vocabulary import Vocabulary
-from whole_files import save_figure, write_json
+from text_classification import LEARNING_RATE, Size, build_model, load
 
 from keras_moe import inspection, tuner
 
-
-class Setting(typing.NamedTuple):
-    size: Size
-    space: tuner.SearchSpace
-
-
-# The space says how wide experts are.
-FULL = Setting(
+# Sizes of the model, and the space, which says how wide experts are.
+FULL = (
     Size(10_000, 10_007, 128, 8, features=64, hidden_dim=None, documents=None),
     tuner.SearchSpace(
         active_width=(256, 64, 128, 512),
@@ -44,13 +34,15 @@ FULL = Setting(
         capacity_factors=(None, 1.25),
     ),
 )
-SMOKE = Setting(
+SMOKE = (
     Size(500, 251, 32, 4, features=16, hidden_dim=None, documents=128),
     tuner.SearchSpace(
         active_width=(16, 8, 32), num_experts=(4, 2), top_k=(2, 1), routers=("top_k", "switch")
     ),
 )
 BATCH_SIZE = 64
+# Most active FLOPs a token, as a multiple of those of the layer picked by hand.
+BUDGET = 1.1
 
 
 class Oracle(tuner.DefaultsFirst, keras_tuner.oracles.BayesianOptimizationOracle):
@@ -58,7 +50,7 @@ class Oracle(tuner.DefaultsFirst, keras_tuner.oracles.BayesianOptimizationOracle
 
 
 class Search(keras_tuner.Tuner):
-    """Each trial has draws of its own, so that an interrupted search goes on with the same ones."""
+    """Each trial has draws of its own, so that an interrupted search resumes with the same ones."""
 
     def run_trial(self, trial, *args, **kwargs):
         keras.utils.set_random_seed(int(trial.trial_id))
@@ -67,35 +59,33 @@ class Search(keras_tuner.Tuner):
 
 def main(arguments=None):
     options = parse_options(arguments)
-    check_numbers(options, "trials", "epochs", "seeds")
     claim(options.output)
     size, space = SMOKE if options.smoke else FULL
-    data = datasets.load(options.dataset, options.data_dir)
-    train, validation, test = (cut(split, size.documents) for split in data[:3])
-    vocabulary = Vocabulary.learn(train.texts, size.words, size.length)
-    ids = vocabulary.encode(train.texts)
+    data = load("reuters_r8", options.data_dir, size)
+    (ids, _), (validation_ids, _), (test_ids, _) = data.arrays
+    train, validation, test = (split.labels for split in data.splits)
     batch_size = min(BATCH_SIZE, len(ids))
     steps = len(ids) // batch_size
 
     def build(hp):
-        model = build_model(lambda: space.sample(hp), vocabulary, size, len(data.class_names))
+        model = build_model(lambda: space.sample(hp), data.vocabulary, size, len(data.class_names))
         rate = hp.Float("learning_rate", 3e-4, 1e-2, sampling="log", default=LEARNING_RATE)
         compile_for_training(model, rate, options.epochs * steps)
         return model
 
-    budget = options.budget * default_flops(space, size.features)
-    search = open_search(build, tuner.WithinBudget(budget), options)
+    by_hand = inspection.summarize(build(keras_tuner.HyperParameters()))[0]
+    search = open_search(build, tuner.WithinBudget(BUDGET * by_hand.flops), options)
     search.search(
         # Batches of one size are compiled once.
         ids[: steps * batch_size],
-        train.labels[: steps * batch_size],
+        train[: steps * batch_size],
         batch_size=batch_size,
         epochs=options.epochs,
-        validation_data=(vocabulary.encode(validation.texts), validation.labels),
+        validation_data=(validation_ids, validation),
         callbacks=[tuner.CostMonitor()],
         verbose=2,
     )
-    report = compare(search, vocabulary.encode(test.texts), test.labels)
+    report = compare(search, test_ids, test)
     print_report(report)
     folder = pathlib.Path(search.project_dir)
     write_json(folder / "results.json", report)
@@ -105,24 +95,11 @@ def main(arguments=None):
 
 
 def parse_options(arguments):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = parser_of(__doc__, "tuning", seeds=2)
     parser.add_argument(
-        "--dataset",
-        default="reuters_r8",
-        help=f"{', '.join(datasets.BUILT_IN)}, or any text classification data of TFDS",
+        "--trials", type=positive, default=12, help="those of earlier runs included"
     )
-    parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
-    parser.add_argument("--trials", type=int, default=12, help="those of earlier runs included")
-    parser.add_argument("--epochs", type=int, default=4, help="of each trial")
-    parser.add_argument("--seeds", type=int, default=2, help="runs that a trial is the mean of")
-    parser.add_argument(
-        "--budget",
-        type=float,
-        default=1.1,
-        help="most active FLOPs a token, as a multiple of those of the layer picked by hand",
-    )
-    parser.add_argument("--smoke", action="store_true", help="tiny models on a few documents")
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("tuning"))
+    parser.add_argument("--epochs", type=positive, default=4, help="of each trial")
     return parser.parse_args(arguments)
 
 
@@ -139,20 +116,12 @@ def compile_for_training(model, learning_rate, steps):
     model.optimizer.build(model.trainable_variables)
 
 
-def default_flops(space, features):
-    """Active FLOPs a token of the layer picked by hand."""
-    layer = space.sample(keras_tuner.HyperParameters())
-    return inspection.summarize(keras.Sequential([keras.Input((features,)), layer]))[0].flops
-
-
 def open_search(build, objective, options):
     """A new search, or the one that an earlier run with the same settings has begun."""
     # Four points at random, the default among them, before the oracle thinks.
     oracle = Oracle(objective, max_trials=options.trials, num_initial_points=4, seed=1)
     # Trials of other settings cannot be compared.
-    dataset = options.dataset.replace("/", "_")
-    settings = f"{dataset}-{options.epochs}_epochs-{options.seeds}_seeds"
-    project = f"{settings}-budget_{options.budget:g}{'-smoke' * options.smoke}"
+    project = f"{options.epochs}_epochs-{options.seeds}_seeds{'-smoke' * options.smoke}"
     try:
         search = Search(
             oracle,
@@ -164,11 +133,11 @@ def open_search(build, objective, options):
     except json.JSONDecodeError as error:
         raise ValueError(
             f"What an earlier run has found is damaged. Received: {error} in a file of "
-            f"{options.output / project}. Delete this folder, and the same command starts anew."
+            f"{options.output / project}. Delete this folder, and the same command starts again."
         ) from error
     done = len(oracle.end_order)
     if done:
-        print(f"Going on after {done} of {options.trials} trials, which an earlier run finished.")
+        print(f"Resuming after {done} of {options.trials} trials.")
     return search
 
 
@@ -176,29 +145,17 @@ def compare(search, ids, labels):
     """All trials, and how the one picked by hand and the best do on test documents."""
     rows = {row.trial: row for row in tuner.pareto_table(search)}
     default, budget = search.oracle.start_order[0], search.oracle.objective.budget
-    if default not in rows:
-        raise ValueError(
-            "The trial picked by hand must end, for the others to be compared with it. Received: "
-            f"trial {default}, which failed. Delete the folder {search.project_dir} and run again."
-        )
     # By their mean losses: the score of a trial is the mean of its runs' scores.
-    within = [row for row in rows.values() if row.cost <= budget]
-    if within:
-        label, best = "best within budget", min(within, key=lambda row: row.loss)
-    else:
-        label, best = "nearest to the budget", min(rows.values(), key=lambda row: row.cost)
-    chosen = {"picked by hand": default, label: best.trial}
-    test = {}
-    for trial_id in set(chosen.values()):
+    best = min((row for row in rows.values() if row.cost <= budget), key=lambda row: row.loss)
+    results = {}
+    for name, trial_id in {"picked by hand": default, "best within budget": best.trial}.items():
         model = search.load_model(search.oracle.get_trial(trial_id))
         loss, accuracy = model.evaluate(ids, labels, batch_size=BATCH_SIZE, verbose=0)
-        test[trial_id] = {"test_loss": float(loss), "test_accuracy": float(accuracy)}
+        test = {"test_loss": float(loss), "test_accuracy": float(accuracy)}
+        results[name] = {**rows[trial_id]._asdict(), **test}
     return {
         "budget": budget,
-        "results": {
-            name: {**rows[trial_id]._asdict(), **test[trial_id]}
-            for name, trial_id in chosen.items()
-        },
+        "results": results,
         "trials": [row._asdict() for row in rows.values()],
     }
 
@@ -206,10 +163,13 @@ def compare(search, ids, labels):
 def print_report(report):
     print("\nTrials by active FLOPs a token; * has the least validation loss at its cost")
     print(tuner.format_table([tuner.ParetoRow(**trial) for trial in report["trials"]]))
-    print(f"\n{'':22}{'active FLOPs':>15}{'validation loss':>17}{'test loss':>12}{'accuracy':>10}")
-    for name, result in report["results"].items():
-        print(f"{name:22}{result['cost']:>15,.0f}{result['loss']:>17.4f}", end="")
-        print(f"{result['test_loss']:>12.4f}{result['test_accuracy']:>10.2%}")
+    columns = {
+        "active FLOPs": ("{:,.0f}", "cost"),
+        "validation loss": ("{:.4f}", "loss"),
+        "test loss": ("{:.4f}", "test_loss"),
+        "accuracy": ("{:.2%}", "test_accuracy"),
+    }
+    print_runs("", {name: [result] for name, result in report["results"].items()}, columns)
     default, best = report["results"].values()
     change = {key: best[key] / default[key] - 1 for key in ("loss", "test_loss")}
     print(f"The best against the one picked by hand: validation loss {change['loss']:+.1%}")
@@ -220,11 +180,13 @@ def draw(report, path):
     """Loss against cost: the trials, their Pareto front, the budget, the layer picked by hand."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    trials = [tuner.ParetoRow(**trial) for trial in report["trials"]]
-    axes.plot([trial.cost for trial in trials], [trial.loss for trial in trials], "C0o", alpha=0.5)
-    front = [trial for trial in trials if trial.efficient]
-    costs, losses = [trial.cost for trial in front], [trial.loss for trial in front]
-    axes.step(costs, losses, "C0", where="post", label="Pareto front of the trials")
+    trials = report["trials"]
+    front = [trial for trial in trials if trial["efficient"]]
+    (costs, losses), steps = (
+        zip(*((trial["cost"], trial["loss"]) for trial in each)) for each in (trials, front)
+    )
+    axes.plot(costs, losses, "C0o", alpha=0.5)
+    axes.step(*steps, "C0", where="post", label="Pareto front of the trials")
     for (name, result), marker in zip(report["results"].items(), ("C3s", "C2*")):
         axes.plot(result["cost"], result["loss"], marker, markersize=10, label=name)
     axes.axvline(report["budget"], color="gray", linestyle="--", label="budget")

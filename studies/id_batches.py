@@ -8,45 +8,20 @@ import tensorflow as tf
 
 
 def rows(texts, length):
-    """(rows, length + 1) ids: the texts end to end, each row with the first id of the next.
-
-    Args:
-        texts: list of int32 arrays.
-        length: ids that a row goes on by.
-
-    Raises:
-        ValueError: If the texts fill no row.
-    """
+    """(rows, length + 1) ids: the texts end to end, each row with the first id of the next."""
     ids = np.concatenate(texts)
     number = (len(ids) - 1) // length
-    if number < 1:
-        raise ValueError(
-            f"The texts must fill a row of {length + 1} subwords. Received: {len(ids)} subwords. "
-            "Choose a larger data set."
-        )
     return np.lib.stride_tricks.sliding_window_view(ids, length + 1)[::length][:number]
 
 
 class Batches(keras.callbacks.Callback):
-    """Endless batches of rows. Among the callbacks, they begin where training begins.
+    """Endless batches of rows, in another order in each pass.
 
-    Args:
-        rows: (rows, length + 1) ids.
-        batch_size: rows of a batch.
-        steps: batches of an epoch.
-        seed: of the order, which is another one in each pass.
-
-    Raises:
-        ValueError: If there are fewer rows than a batch holds.
+    Among the callbacks, they begin where training begins. An epoch has `steps` batches.
     """
 
     def __init__(self, rows, batch_size, steps, seed):
         super().__init__()
-        if len(rows) < batch_size:
-            raise ValueError(
-                "There must be text for one batch at least. Received: "
-                f"{len(rows)} rows, batch_size={batch_size}. Pass a smaller --batch-size."
-            )
         self.rows, self.batch_size, self.steps, self.seed = rows, batch_size, steps, seed
         self._epoch = 0
 

@@ -2,8 +2,6 @@
 
     python studies/language_model.py
     python studies/language_model.py --compare --seeds 3
-    python studies/language_model.py --router switch --moe-every 2
-    python studies/language_model.py --generate "the space shuttle"
     KERAS_BACKEND=jax python studies/language_model.py --expert-parallel 4
 
 Runs on the backend that KERAS_BACKEND names. An interrupted run resumes from the last finished
@@ -12,24 +10,21 @@ TensorFlow on every backend.
 """
 
 import itertools
-import pathlib
 import typing
 
 import clean_exit  # noqa: F401
 import datasets
 import keras
 import numpy as np
+import plots
 import resuming
-import training_curves
-from command_line import check_numbers, parser_of
-from decoder_model import build_model, write
+from command_line import parser_of, positive
+from comparisons import PARAMETERS, count_parameters, dense_feedforward, print_runs
+from files import claim, write_json
 from id_batches import Batches, rows
-from output_folder import claim
-from subwords import END, Subwords
-from twins import count_parameters, dense_feedforward, moe_every, spread
-from whole_files import saved_files, whole, write_json
+from subwords import Subwords
 
-from keras_moe import callbacks, distribution, inspection, layers, routers
+from keras_moe import callbacks, distribution, inspection, layers
 
 
 class Size(typing.NamedTuple):
@@ -52,8 +47,8 @@ SMOKE = Size(
     100, 16, features=16, hidden_dim=16, blocks=2, documents=64, validation_rows=32,
     steps=10, epochs=2,
 )  # fmt: skip
+NUM_HEADS, BATCH_SIZE = 4, 32
 LEARNING_RATE, WARM_UP, LAST_RATE = 5e-3, 0.08, 0.05
-MODEL_FILES = ("model.keras", "subwords.model")
 SPARSE, DENSE = "mixture of experts", "dense twin"
 # Trained for as long as the mixture, in more steps if they are faster.
 DENSE_EQUAL_TIME = "dense twin, equal time"
@@ -61,102 +56,81 @@ DENSE_EQUAL_TIME = "dense twin, equal time"
 
 def main(arguments=None):
     options = parse_options(arguments)
-    check_numbers(options, "experts", "moe_every", "batch_size", "seeds")
-    if options.generate is not None:
-        return generate(options.generate, options.output, options.seed)
-    check_causal(options)
     claim(options.output)
     if options.expert_parallel is not None:
         # Before any model is made: it decides where weights are.
         keras.distribution.set_distribution(distribution.expert_parallel(options.expert_parallel))
     size = SMOKE if options.smoke else FULL
-    subwords, data = load_data(options, size)
+    num_tokens, data = load_data(options.dataset, options, size)
     print(f"{data[0].size:,} subwords to learn from, {size.steps * size.epochs} steps")
 
-    progress = options.output / "progress" / digest(options, size)
+    settings = (options.dataset, options.experts, options.seeds, options.compare)
+    progress = options.output / "progress" / resuming.digest(size, *settings)
     names = (SPARSE, DENSE, DENSE_EQUAL_TIME) if options.compare else (SPARSE,)
-    results, histories = {name: {"runs": []} for name in names}, {}
+    results: dict = {name: [] for name in names}
+    histories: dict = {}
     for seed, name in itertools.product(range(options.seeds), names):
         print(f"\n{name}, seed {seed}")
         keras.utils.set_random_seed(seed)
-        model = make_model(name, len(subwords), options, size)
+        model = make_model(num_tokens, size, options.experts, sparse=name == SPARSE)
         run_size = equal_time(size, results) if name == DENSE_EQUAL_TIME else size
-        history = fit(model, data, seed, run_size, options, progress / f"{name}-{seed}")
-        results[name]["runs"].append(summary(history))
-        results[name].update(count_parameters(model))
-        histories.setdefault(name, history)
-        if (seed, name) == (0, SPARSE):
-            save(model, subwords, options.output)
-    report = {"dataset": options.dataset, "router": options.router, "results": results}
-    print_report(report)
+        history = fit(model, data, seed, run_size, progress / f"{name}-{seed}")
+        results[name].append({**summary(history), **count_parameters(model)})
+        histories.setdefault(name, [history])
+    report = {"dataset": options.dataset, "results": results}
+    perplexity = {"validation perplexity": ("{:.2f}", "validation_perplexity")}
+    print_runs(
+        options.dataset, results, {**perplexity, "epochs": ("{:.1f}", "epochs"), **PARAMETERS}
+    )
     write_json(options.output / "results.json", report)
-    training_curves.learning_curves(histories, options.output / "learning_curves.png", "loss")
+    path = options.output / "learning_curves.png"
+    plots.courses({options.dataset: histories}, path, ["epochs"], "val_loss")
     resuming.forget(progress)
-    print(f"\nModel, plot and results are in {options.output}.")
+    print(f"\nPlot and results are in {options.output}.")
     return report
 
 
-def load_data(options, size):
-    """The subwords, and the rows of ids to learn from and to validate on."""
-    texts = datasets.load(options.dataset, options.data_dir)
-    train, validation = (split.texts[: size.documents] for split in texts[:2])
-    subwords = Subwords.train(train, size.subwords, options.output / "cache")
-    data = [rows(subwords.encode(split), size.length) for split in (train, validation)]
-    return subwords, (data[0], data[1][: size.validation_rows])
-
-
 def parse_options(arguments):
-    parser = parser_of(__doc__, "twenty_newsgroups", datasets.HELP, experts=16)
-    parser.add_argument("--router", default="top_k", help="name of a router of keras_moe")
-    parser.add_argument("--moe-every", type=int, default=1, help="every n-th block has experts")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser = parser_of(__doc__, "language_model", datasets.TEXTS)
+    parser.add_argument("--experts", type=positive, default=16)
+    parser.add_argument("--compare", action="store_true", help="train dense models as well")
     parser.add_argument(
-        "--expert-parallel",
-        type=int,
-        metavar="DEVICES",
-        help="devices that share the experts, on JAX; the batch is split over all devices",
+        "--expert-parallel", type=int, metavar="N", help="so many devices share the experts, on JAX"
     )
-    parser.add_argument(
-        "--compare", action="store_true", help="train a dense model of equal active size as well"
-    )
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("language_model"))
-    parser.add_argument(
-        "--generate", metavar="TEXT", help="go on with a text, by the model in --output"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="another one writes another text")
     return parser.parse_args(arguments)
 
 
-def check_causal(options):
-    """Refuse routers by which a token would learn of later ones, which it is to predict."""
-    router = routers.get(options.router, num_experts=options.experts)
-    if not router.causal:
-        raise ValueError(
-            "The router of a language model must choose the experts of a token without later "
-            f"tokens. Received: --router {options.router}. Take one such as top_k or switch."
-        )
+def load_data(dataset, options, size):
+    """The number of subwords, and the rows of ids to learn from and to validate on."""
+    texts = datasets.load(dataset, options.data_dir)
+    train, validation = (split.texts[: size.documents] for split in texts[:2])
+    subwords = Subwords.train(train, size.subwords, options.output / "cache")
+    data = [rows(subwords.encode(split), size.length) for split in (train, validation)]
+    return len(subwords), (data[0], data[1][: size.validation_rows])
 
 
-def digest(options, size):
-    """A name for what decides the course of training."""
-    names = ("dataset", "experts", "router", "moe_every", "batch_size", "seeds", "compare")
-    return resuming.digest(size, *(getattr(options, name) for name in names))
+def make_model(num_tokens, size, experts, sparse):
+    def mixture():
+        bank = layers.FeedForwardExperts(experts, size.hidden_dim)
+        return layers.MixtureOfExperts(bank, name="experts")
 
-
-def make_model(name, num_tokens, options, size):
-    def sparse():
-        bank = layers.FeedForwardExperts(options.experts, size.hidden_dim)
-        return layers.MixtureOfExperts(bank, options.router, name="experts")
-
-    # Of routers that give tokens more or fewer experts, the number they aim at.
-    top_k = round(sparse().router.mean_top_k)
+    top_k = mixture().router.max_top_k
 
     def dense():
         return dense_feedforward(top_k, size.hidden_dim, size.features)
 
-    with_experts = sparse if name == SPARSE else dense
-    feedforwards = moe_every(options.moe_every, size.blocks, with_experts, dense)
-    return build_model(num_tokens, size.length, size.features, feedforwards)
+    feedforwards = [mixture() if sparse else dense() for _ in range(size.blocks)]
+    return build_model(num_tokens, size, feedforwards)
+
+
+def build_model(num_tokens, size, feedforwards):
+    """A model from ids (batch, length) to the logits of the next ids, one block a feed-forward."""
+    ids = keras.Input((size.length,), dtype="int32")
+    hidden = keras.layers.Embedding(num_tokens, size.features, name="embedding")(ids)
+    for feedforward in feedforwards:
+        hidden = layers.TransformerDecoderBlock(NUM_HEADS, feedforward)(hidden)
+    hidden = keras.layers.LayerNormalization()(hidden)
+    return keras.Model(ids, keras.layers.Dense(num_tokens, dtype="float32")(hidden))
 
 
 def equal_time(size, results):
@@ -165,17 +139,17 @@ def equal_time(size, results):
     By the fastest epoch of each so far: whatever else a machine does only makes epochs slower.
     """
     sparse, dense = (
-        min(run["fastest_ms_per_step"] for run in results[name]["runs"]) for name in (SPARSE, DENSE)
+        min(run["fastest_ms_per_step"] for run in results[name]) for name in (SPARSE, DENSE)
     )
     return size._replace(epochs=max(1, round(size.epochs * sparse / dense)))
 
 
-def fit(model, data, seed, size, options, folder, learning_rate=LEARNING_RATE):
-    """Train, or go on training, and return the history from the first epoch on."""
-    train, validation = data
+def fit(model, data, seed, size, folder, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE, **how):
+    """Train on rows of ids, or resume training, and return the whole history."""
+    train, held_out = data
     compile_for_training(model, size.steps * size.epochs, learning_rate)
     monitors = [callbacks.ExpertMonitor()] if inspection.has_moe_layers(model) else []
-    batches = Batches(train, options.batch_size, size.steps, seed)
+    batches = Batches(train, batch_size, size.steps, seed)
     return resuming.fit(
         model,
         batches.dataset(),
@@ -183,8 +157,9 @@ def fit(model, data, seed, size, options, folder, learning_rate=LEARNING_RATE):
         folder,
         [*monitors, batches],
         steps_per_epoch=size.steps,
-        validation_data=(validation[:, :-1], validation[:, 1:]),
-        validation_batch_size=options.batch_size,
+        validation_data=(held_out[:, :-1], held_out[:, 1:]),
+        validation_batch_size=batch_size,
+        **how,
     )
 
 
@@ -196,8 +171,7 @@ def compile_for_training(model, steps, learning_rate=LEARNING_RATE):
     model.compile(
         optimizer=keras.optimizers.Adam(schedule, beta_2=0.99, clipnorm=1.0),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        # PyTorch has no XLA.
-        jit_compile=keras.backend.backend() != "torch",
+        jit_compile=resuming.HAS_XLA,
     )
 
 
@@ -208,44 +182,6 @@ def summary(history):
         "fastest_ms_per_step": float(np.min(history["ms_per_step"])),
         "epochs": len(history["val_loss"]),
     }
-
-
-def print_report(report):
-    print(
-        f"\n{report['dataset']}: {'validation perplexity':>28} {'epochs':>8} {'ms a step':>10}",
-        end=" ",
-    )
-    print(f"{'parameters':>12} {'active':>12}")
-    for name, result in report["results"].items():
-        perplexities = [run["validation_perplexity"] for run in result["runs"]]
-        perplexity = spread(perplexities, "{:.2f}")
-        epochs, ms = (
-            np.mean([run[key] for run in result["runs"]]) for key in ("epochs", "ms_per_step")
-        )
-        print(f"{name:<27} {perplexity:>20} {epochs:>8.1f} {ms:>10.0f}", end=" ")
-        print(f"{result['parameters']:>12,} {result['active_parameters']:>12,}")
-
-
-def save(model, subwords, output):
-    with whole(*(output / name for name in MODEL_FILES)) as parts:
-        model.save(parts[0])
-        subwords.save(parts[1])
-
-
-def generate(text, output, seed):
-    """Print and return a text that goes on from `text`, by a model saved under any backend."""
-    model_path, subwords_path = saved_files(output, *MODEL_FILES)
-    model = keras.saving.load_model(model_path, compile=False)
-    subwords = Subwords.load(subwords_path)
-    ids = np.concatenate([[END], subwords.encode([text])[0][:-1]])
-    if len(ids) >= model.input_shape[1]:
-        raise ValueError(
-            f"The text must leave room in the model's window of {model.input_shape[1]} subwords. "
-            f"Received: a text of {len(ids)}. Pass a shorter one."
-        )
-    (written,) = subwords.decode([write(model, ids, seed=seed)[1:]])
-    print(written)
-    return written
 
 
 if __name__ == "__main__":

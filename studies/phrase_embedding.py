@@ -12,15 +12,7 @@ class PhraseEmbedding(keras.layers.Layer):
     A document of 400 words is 50 phrases of 8, so attention and experts have an eighth of the
     positions. Words and pairs of neighbours, the latter hashed, are weighted as in TF-IDF with
     logarithmic counts, so the mean phrase is a linear map of a TF-IDF vector: the encoder adds to
-    what a linear classifier sees.
-
-    Args:
-        num_words: size of the vocabulary.
-        num_bigrams: number of embeddings that all bigrams share.
-        features: size of the embeddings, D.
-        phrase_length: words in a phrase; must divide the length.
-        word_dropout: share of the words and of the bigrams that training leaves out.
-        **kwargs: arguments of a Keras layer.
+    what a linear classifier sees. Training leaves out a share of the words, `word_dropout`.
 
     `salience` (num_words + 2,) holds the weight of each word: assign the inverse document
     frequencies before training.
@@ -40,11 +32,6 @@ class PhraseEmbedding(keras.layers.Layer):
         self.seed_generator = keras.random.SeedGenerator()
 
     def build(self, ids_shape):
-        if ids_shape[1] % self.phrase_length:
-            raise ValueError(
-                "`phrase_length` must divide the length of the documents. Received: "
-                f"phrase_length={self.phrase_length}, inputs.shape={tuple(ids_shape)}."
-            )
         initializer = keras.initializers.RandomNormal(stddev=1 / self.GAIN)
         self.words = self.add_weight(
             name="words", shape=(self.num_words + 2, self.features), initializer=initializer

@@ -1,47 +1,93 @@
-"""Training that an interruption does not end: the same call again goes on after it."""
+"""Training that resumes after an interruption, and results that are computed once."""
 
+import contextlib
 import hashlib
 import json
 import shutil
+import time
 
 import keras
-from training_journal import Journal
-from whole_files import write_json
+from files import whole, write_json
+from keras import ops
+
+HAS_XLA = keras.backend.backend() != "torch"
 
 
-def once(folder, train):
-    """What `train(progress)` returns, which is computed once and kept in a folder.
+class StepTimer(keras.callbacks.Callback):
+    """Keeps the milliseconds of a training step in each epoch, without validation."""
 
-    Args:
-        folder: keeps the result, as JSON.
-        train: function of the folder that keeps what an interrupted training has done.
+    def __init__(self):
+        super().__init__()
+        self.ms_per_step = []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._begin = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._end, self._steps = time.perf_counter(), batch + 1
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.ms_per_step.append(1000 * (self._end - self._begin) / self._steps)
+
+
+class Journal(StepTimer):
+    """Keeps the logs of every epoch, with `ms_per_step`, and the weights and random draws.
+
+    The file of the logs says how many epochs are finished. The weights of the next one stand beside
+    those of the last until it does. `history` has each log as a list of one number an epoch, and
+    the epochs.
     """
-    result, progress = folder / "result.json", folder / "progress"
-    if not result.exists():
-        write_json(result, train(progress))
-        forget(progress)
-    return json.loads(result.read_text(encoding="utf-8"))
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder, self.path = folder, folder / "journal.json"
+        kept = {"epochs": [], "draws": []}
+        if self.path.exists():
+            kept = json.loads(self.path.read_text(encoding="utf-8"))
+        self.epochs, self._draws = kept["epochs"], kept["draws"]
+
+    @property
+    def history(self):
+        # Names of layers that Keras has counted differ between processes.
+        names = set.intersection(*map(set, self.epochs)) if self.epochs else ()
+        logs = {name: [log[name] for log in self.epochs] for name in names}
+        return {**logs, "epochs": [*range(1, 1 + len(self.epochs))]}
+
+    def restore(self, model):
+        """Give the compiled model the state after the last epoch, if there is one."""
+        if self.epochs:
+            model.optimizer.build(model.trainable_variables)
+            model.load_weights(self._weights(len(self.epochs)))
+            for state, draws in zip(_states(model), self._draws, strict=True):
+                state.assign(ops.cast(draws, state.dtype))
+
+    def on_epoch_end(self, epoch, logs=None):
+        super().on_epoch_end(epoch, logs)
+        values = {name: float(value) for name, value in logs.items()}
+        self.epochs.append({**values, "ms_per_step": self.ms_per_step[-1]})
+        with whole(self._weights(epoch + 1)) as (part,):
+            self.model.save_weights(part)
+        draws = [ops.convert_to_numpy(state).tolist() for state in _states(self.model)]
+        write_json(self.path, {"epochs": self.epochs, "draws": draws})
+        for path in self.folder.glob("*.weights.h5"):
+            if path != self._weights(epoch + 1):
+                path.unlink()
+
+    def _weights(self, epoch):
+        return self.folder / f"epoch-{epoch}.weights.h5"
+
+
+def _states(model):
+    """States of the random draws of all layers, which Keras does not save."""
+    saved = {id(weight) for weight in model.weights}
+    return [variable for variable in model.variables if id(variable) not in saved]
 
 
 def fit(model, batches, epochs, folder, callbacks, **arguments):
     """`model.fit` to the last epoch, from where an earlier call with the same `folder` got to.
 
-    Weights, optimizer, logs and random draws go on, so that the result is that of a training that
-    was never interrupted.
-
-    Args:
-        model: a built and compiled model.
-        batches: what it learns from, as `fit` takes it.
-        epochs: number of epochs in all.
-        folder: keeps the weights of the last epoch and the logs of each.
-        callbacks: list of further callbacks.
-        **arguments: further arguments of `fit`.
-
-    Returns:
-        Dict from the name of each logged value to its values by epoch, with `ms_per_step`.
-
-    Raises:
-        ValueError: If what `folder` keeps is damaged.
+    Returns the history of a training that was never interrupted, with `ms_per_step`. The model is
+    built and compiled.
     """
     try:
         journal = Journal(folder)
@@ -49,11 +95,11 @@ def fit(model, batches, epochs, folder, callbacks, **arguments):
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"What an interrupted run left must be whole. Received: {folder} with {error}. "
-            "Delete this folder, and the same command trains anew."
+            "Delete this folder, and the same command trains again."
         ) from error
     done = len(journal.epochs)
     if done:
-        print(f"Going on after epoch {done} of {epochs}, which an earlier run finished.")
+        print(f"Resuming after epoch {done} of {epochs}.")
     model.fit(
         batches,
         epochs=epochs,
@@ -63,6 +109,18 @@ def fit(model, batches, epochs, folder, callbacks, **arguments):
         **arguments,
     )
     return journal.history
+
+
+def once(folder, train):
+    """What `train(progress)` returns, computed once and kept in a folder as JSON.
+
+    `progress` is the folder of what an interrupted training has done.
+    """
+    result, progress = folder / "result.json", folder / "progress"
+    if not result.exists():
+        write_json(result, train(progress))
+        forget(progress)
+    return json.loads(result.read_text(encoding="utf-8"))
 
 
 def digest(*settings):
@@ -79,5 +137,5 @@ def forget(folder):
     if folder.exists():
         folder.rename(rubbish)
         shutil.rmtree(rubbish)
-    if folder.parent.exists() and not any(folder.parent.iterdir()):
+    with contextlib.suppress(OSError):  # of others that stand there
         folder.parent.rmdir()

@@ -2,6 +2,7 @@
 
 import typing
 
+import keras
 import numpy as np
 import tensorflow as tf
 from subwords import START, pad
@@ -21,19 +22,16 @@ class Shapes(typing.NamedTuple):
         return max(1, self.pieces // self.lengths[bucket])
 
 
-class SentenceBatches:
-    """What `fit` reads: the pairs in another order each epoch, the same for the same epoch.
+class SentenceBatches(keras.callbacks.Callback):
+    """The pairs in another order each epoch, the same for the same epoch.
 
-    Pairs longer than the largest shape are left out, and counted in `left_out`. The last batch of
-    a shape is filled up with empty rows that weigh nothing, so that no further shape is compiled.
-
-    Args:
-        sources: list of rows of ids.
-        targets: list of rows of ids, as many.
-        shapes: `Shapes`.
+    Among the callbacks, they know which epoch it is. Pairs longer than the largest shape are left
+    out, and counted in `left_out`. The last batch of a shape is filled up with empty rows that
+    weigh nothing, so that no further shape is compiled.
     """
 
     def __init__(self, sources, targets, shapes):
+        super().__init__()
         self.sources = sources
         self.targets = targets
         self.shapes = shapes
@@ -44,6 +42,9 @@ class SentenceBatches:
             for number in range(len(shapes.lengths))
         ]
         self.left_out = buckets.count(None)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
 
     def __len__(self):
         return sum(

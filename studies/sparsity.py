@@ -12,9 +12,9 @@ are those of the test split. `--size gpu` trains models of 26 million active wei
 the wide dense one) in bfloat16, which read the pages four times.
 
 Times are steps times the time of a step, which is measured before training, in turns with the
-other models. Finished runs stay in --output and are not trained again, and an interrupted run goes
-on after its last epoch. Table, picture and `results.json` are those of the models and seeds of the
-last command.
+other models. Finished runs stay in --output and are not trained again, and an interrupted run
+resumes after its last epoch. Table, picture and `results.json` are those of the models and seeds of
+the last command.
 """
 
 import functools
@@ -26,17 +26,13 @@ import datasets
 import keras
 import language_model
 import numpy as np
+import plots
 import resuming
-import training_curves
-from command_line import parse_comparison
-from comparison_table import print_comparison
-from courses import course, step_times
-from decoder_model import build_model
-from id_batches import Batches, rows
-from output_folder import claim
+from command_line import parse_with_models, parser_of
+from comparisons import count_parameters, course, dense_feedforward, print_comparison, step_times
+from files import claim, write_json
+from id_batches import rows
 from subwords import Subwords
-from twins import count_parameters, dense_feedforward
-from whole_files import write_json
 
 from keras_moe import layers, losses, routers
 
@@ -50,6 +46,7 @@ GPU = language_model.Size(
 )  # fmt: skip
 SIZES = {"cpu": FULL, "gpu": GPU}
 SMOKE = language_model.SMOKE._replace(subwords=300, steps=2)
+DATASETS = ("manual_pages", "twenty_newsgroups", "reuters_r8")
 BATCH_SIZE = 64
 TOP_K = 2
 # A tenth of a run, and of another seed than any run.
@@ -57,21 +54,6 @@ TRIAL_EPOCHS, TRIAL_SEED = 1, 1000
 # For 64 features; Adam's best rate is the lower, the wider a model (Yang et al. 2022, table 3).
 LEARNING_RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
 BALANCE_WEIGHT = 1e-2
-
-
-def main(arguments=None):
-    options = parse_comparison(arguments, __doc__, MODELS, "output_sparsity", SIZES)
-    claim(options.output)
-    keras.config.set_dtype_policy("mixed_bfloat16" if options.size == "gpu" else "float32")
-    study = Study.prepare(options)
-    ms_per_step = study.step_times(options.models)
-    results: dict = {name: {} for name in options.models}
-    for seed in options.seeds:
-        for name in options.models:
-            results[name][seed] = study.run(name, seed, ms_per_step[name])
-            report(results, options.output)
-    print(f"\nPicture and results are in {options.output}.")
-    return results
 
 
 def dense(wider, size):
@@ -99,13 +81,39 @@ def router_losses():
     return [losses.LoadBalance(BALANCE_WEIGHT), "router_z"]
 
 
-DENSE = "dense"
 MODELS = {
-    DENSE: functools.partial(dense, 1),
+    "dense": functools.partial(dense, 1),
     **{f"{number} experts": functools.partial(mixture, number) for number in (8, 16, 32, 64)},
     "64 narrow experts": narrow_mixture,
     "dense, 8 times as wide": functools.partial(dense, 8),
 }
+
+
+def main(arguments=None):
+    parser = parser_of(__doc__, "output_sparsity", DATASETS, seeds=[0, 1, 2])
+    parser.add_argument("--size", choices=SIZES, default="cpu", help="of the models")
+    options = parse_with_models(parser, MODELS, arguments)
+    claim(options.output)
+    keras.config.set_dtype_policy("mixed_bfloat16" if options.size == "gpu" else "float32")
+    size = SMOKE if options.smoke else SIZES[options.size]
+    num_tokens, *parts = load_data(options, size)
+    print(f"{parts[0][:, 1:].size:,} subwords to learn from, {size.steps * size.epochs} steps")
+    policy = keras.config.dtype_policy().name
+    name = resuming.digest(size, options.dataset, BATCH_SIZE, BALANCE_WEIGHT, policy)
+    study = Study(size, num_tokens, *parts, options.output / "runs" / name)
+    ms_per_step = step_times(study.make, options.models, study.train[:BATCH_SIZE], study.folder)
+    results: dict = {}
+    for seed in options.seeds:
+        for name in options.models:
+            run = study.run(name, seed, ms_per_step[name])
+            results.setdefault(name, {})[seed] = run
+            write_json(options.output / "results.json", results)
+            drawn = {each: [*runs.values()] for each, runs in results.items()}
+            costs = ("steps", "FLOPs", "seconds")
+            plots.courses({options.dataset: drawn}, options.output / "sparsity.png", costs)
+            print_comparison(results, rate=("{:g}", "learning_rate"))
+    print(f"\nPicture and results are in {options.output}.")
+    return results
 
 
 def load_data(options, size):
@@ -132,36 +140,20 @@ class Study(typing.NamedTuple):
     test: np.ndarray
     folder: pathlib.Path
 
-    @classmethod
-    def prepare(cls, options):
-        size = SMOKE if options.smoke else SIZES[options.size]
-        num_tokens, *parts = load_data(options, size)
-        print(f"{parts[0][:, 1:].size:,} subwords to learn from, {size.steps * size.epochs} steps")
-        policy = keras.config.dtype_policy().name
-        name = resuming.digest(size, options.dataset, BATCH_SIZE, BALANCE_WEIGHT, policy)
-        return cls(size, num_tokens, *parts, options.output / "runs" / name)
-
-    def step_times(self, names):
-        models = {name: functools.partial(self.make, name) for name in names}
-        rows = self.train[:BATCH_SIZE]
-        return step_times(models, rows[:, :-1], rows[:, 1:], self.folder)
-
-    def make(self, name, learning_rate=LEARNING_RATES[0], steps=1):
+    def make(self, name):
         feedforwards = [MODELS[name](self.size) for _ in range(self.size.blocks)]
-        model = build_model(self.num_tokens, self.size.length, self.size.features, feedforwards)
-        language_model.compile_for_training(model, steps, learning_rate)
+        model = language_model.build_model(self.num_tokens, self.size, feedforwards)
+        language_model.compile_for_training(model, steps=1)
         return model
 
     def run(self, name, seed, ms_per_step):
         """The course of the losses of a model with the learning rate that suits it best."""
         rate = self.best_rate(name)
         by_epoch, parameters = self.train_once(name, seed, rate, self.size.epochs, self.test)
-        return {
-            **course(by_epoch, self.size.steps, ms_per_step),
-            "learning_rate": rate,
-            **parameters,
-            "flops_per_step": 6 * parameters["active_weights"] * BATCH_SIZE * self.size.length,
-        }
+        run = course(by_epoch, self.size.steps, ms_per_step)
+        flops_per_step = 6 * parameters["active_weights"] * BATCH_SIZE * self.size.length
+        run["FLOPs"] = [step * flops_per_step for step in run["steps"]]
+        return {**run, "learning_rate": rate, "flops_per_step": flops_per_step, **parameters}
 
     def best_rate(self, name):
         trial = functools.partial(self.train_once, name, TRIAL_SEED)
@@ -176,19 +168,11 @@ class Study(typing.NamedTuple):
         def train(progress):
             print(f"\n{name}, seed {seed}, {epochs} epochs, learning rate {learning_rate}")
             keras.utils.set_random_seed(seed)
-            model = self.make(name, learning_rate, self.size.steps * epochs)
-            batches = Batches(self.train, BATCH_SIZE, self.size.steps, seed)
-            history = resuming.fit(
-                model,
-                batches.dataset(),
-                epochs,
-                progress,
-                [batches],
-                steps_per_epoch=self.size.steps,
-                validation_data=(held_out[:, :-1], held_out[:, 1:]),
-                validation_batch_size=BATCH_SIZE,
-                verbose=2,
-            )
+            model = self.make(name)
+            history = language_model.fit(
+                model, (self.train, held_out), seed, self.size._replace(epochs=epochs), progress,
+                BATCH_SIZE, learning_rate, verbose=2,
+            )  # fmt: skip
             parameters = count_parameters(model)
             # Of the embedding a token takes one row, which costs nothing.
             looked_up = model.get_layer("embedding").count_params()
@@ -197,14 +181,6 @@ class Study(typing.NamedTuple):
 
         title = f"{name}-{seed}-{epochs}-{learning_rate}"
         return resuming.once(self.folder / title.replace(" ", "_"), train)
-
-
-def report(results, output):
-    """Print and draw what there is so far."""
-    results = {name: runs for name, runs in results.items() if runs}
-    write_json(output / "results.json", results)
-    training_curves.losses_by_cost(results, output / "sparsity.png")
-    print_comparison(results, DENSE, rate="learning_rate")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Text to pieces of words and back, with one vocabulary for both languages."""
+"""Text to pieces of words and back."""
 
 import hashlib
 import io
@@ -6,20 +6,15 @@ import pathlib
 
 import numpy as np
 import sentencepiece
-from whole_files import whole
+from files import whole
 
 PADDING, START, END, UNKNOWN = range(4)
 
 
 class Subwords:
-    """A sentencepiece vocabulary.
-
-    Args:
-        content: bytes of a sentencepiece model whose first four ids are those above.
-    """
+    """A sentencepiece vocabulary whose first four ids are those above, from its bytes."""
 
     def __init__(self, content):
-        self.content = content
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
 
     @classmethod
@@ -41,28 +36,9 @@ class Subwords:
                 unk_id=UNKNOWN,
                 minloglevel=2,
             )
-            cls(content.getvalue()).save(path)
-        return cls.load(path)
-
-    @classmethod
-    def load(cls, path):
-        """
-        Raises:
-            ValueError: If the file is no sentencepiece model.
-        """
-        try:
-            subwords = cls(pathlib.Path(path).read_bytes())
-            len(subwords)  # Of an empty file nothing but this is refused.
-            return subwords
-        except RuntimeError as error:
-            raise ValueError(
-                f"The vocabulary is damaged. Received: {path}, of which sentencepiece says: "
-                f"{error}. Delete it and train again."
-            ) from error
-
-    def save(self, path):
-        with whole(pathlib.Path(path)) as (part,):
-            part.write_bytes(self.content)
+            with whole(path) as (part,):
+                part.write_bytes(content.getvalue())
+        return cls(path.read_bytes())
 
     def __len__(self):
         return len(self._processor)
@@ -80,13 +56,9 @@ class Subwords:
 
 
 def _content(row):
-    ids = []
-    for index in map(int, row):
-        if index == END:
-            break
-        if index > UNKNOWN:
-            ids.append(index)
-    return ids
+    row = [int(index) for index in row]
+    end = row.index(END) if END in row else len(row)
+    return [index for index in row[:end] if index > UNKNOWN]
 
 
 def pad(rows, length):

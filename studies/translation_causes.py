@@ -11,38 +11,17 @@ same data, the same learning rate and the same seed, in validation loss. Finishe
 --output, so that further changes and seeds add to them.
 """
 
-import argparse
-import pathlib
-import typing
-
 import clean_exit  # noqa: F401
+import datasets
 import keras
-import numpy as np
 import resuming
-import training
 import translation
-from bilingual_embedding import bilingual_embedding
-from comparison_table import interval
-from datasets import pairs
-from output_folder import claim
-from sentence_batches import SentenceBatches
-from subwords import Subwords
-from whole_files import write_json
+from command_line import parser_of
+from comparisons import interval, print_runs
+from files import claim, write_json
+from translation import Setting
 
 EPOCHS = 1
-
-
-class Setting(typing.NamedTuple):
-    """What may be the cause. The width of the active experts is the same in all."""
-
-    experts: int = 8
-    top_k: int = 2
-    balance: float = 0.01
-    sides: tuple[str, ...] = translation.SIDES
-    learning_rate: float = training.LEARNING_RATE
-    part_of_data: float = 1.0
-
-
 CHANGES = {
     "none": Setting(),
     "4 experts": Setting(experts=4),
@@ -55,8 +34,8 @@ CHANGES = {
     "encoder only": Setting(sides=("encoder",)),
     "decoder only": Setting(sides=("decoder",)),
     "32 experts, decoder only": Setting(experts=32, sides=("decoder",)),
-    "half the learning rate": Setting(learning_rate=training.LEARNING_RATE / 2),
-    "twice the learning rate": Setting(learning_rate=training.LEARNING_RATE * 2),
+    "half the learning rate": Setting(learning_rate=translation.LEARNING_RATE / 2),
+    "twice the learning rate": Setting(learning_rate=translation.LEARNING_RATE * 2),
     "half of the data": Setting(part_of_data=0.5),
     "a quarter of the data": Setting(part_of_data=0.25),
 }
@@ -65,95 +44,72 @@ CHANGES = {
 def main(arguments=None):
     options = parse_options(arguments)
     claim(options.output)
-    study = Study.prepare(options)
-    results: dict = {name: {} for name in options.changes}
+    loss_of = trained(options)
+    results: dict = {}
     for seed in options.seeds:
         for name in options.changes:
-            twin = study.loss(CHANGES[name], seed, sparse=False)
-            loss = study.loss(CHANGES[name], seed, sparse=True)
-            results[name][seed] = {"loss": loss, "dense": twin}
+            losses = {
+                "dense": loss_of(CHANGES[name], seed, sparse=False),
+                "mixture": loss_of(CHANGES[name], seed, sparse=True),
+            }
+            results.setdefault(name, {})[seed] = losses
             write_json(options.output / "results.json", results)
-            print_table({name: runs for name, runs in results.items() if runs})
+            print_losses(results)
     return results
 
 
 def parse_options(arguments):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    output = "output_translation_causes"
+    parser = parser_of(__doc__, output, datasets.PAIRS, seeds=[0, 1, 2])
+    parser.add_argument("--reverse", action="store_true", help="into the source language")
     parser.add_argument(
         "--changes", nargs="+", choices=CHANGES, default=[*CHANGES], metavar="NAME",
         help="; ".join(CHANGES),
     )  # fmt: skip
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
-    parser.add_argument("--dataset", default="bible_es_en", help=", ".join(pairs.BUILT_IN))
-    parser.add_argument("--reverse", action="store_true", help=pairs.REVERSE)
-    parser.add_argument("--data-dir", help="folder that keeps the data; default: that of TFDS")
-    parser.add_argument("--smoke", action="store_true", help="tiny models on a few sentences")
-    output = pathlib.Path("output_translation_causes")
-    parser.add_argument("--output", type=pathlib.Path, default=output)
     return parser.parse_args(arguments)
 
 
-class Study(typing.NamedTuple):
-    """Data, and the folder that keeps what was computed."""
+def trained(options):
+    """A function of a setting, a seed and a kind of model that returns the validation loss."""
+    size = translation.SMOKE if options.smoke else translation.FULL
+    subwords, (pairs, validation, _) = translation.load_data(
+        options.dataset, options, size, options.reverse
+    )
+    validation = translation.batches_of(subwords, validation, size)
+    name = resuming.digest(size, options.dataset, options.reverse, EPOCHS)
 
-    size: translation.Size
-    subwords: Subwords
-    train: pairs.Pairs
-    validation: SentenceBatches
-    folder: pathlib.Path
-
-    @classmethod
-    def prepare(cls, options):
-        size = translation.size_of(options)
-        data = pairs.load(options.dataset, options.data_dir, options.reverse)
-        train, validation = (translation.cut(split, size.pairs) for split in data[:2])
-        subwords = Subwords.train(
-            [*train.sources, *train.targets], size.vocabulary, options.output / "cache"
-        )
-        name = resuming.digest(size, options.dataset, options.reverse, EPOCHS)
-        validation = translation.batches_of(subwords, validation, size)
-        return cls(size, subwords, train, validation, options.output / "runs" / name)
-
-    def loss(self, setting, seed, sparse):
-        """The validation loss of a run that may be finished already."""
+    def loss(setting, seed, sparse):
         if not sparse:
-            # What a dense model does not have does not tell one from another.
+            # In the rest dense models do not differ.
             setting = Setting(
                 learning_rate=setting.learning_rate, part_of_data=setting.part_of_data
             )
 
         def train(progress):
             print(f"\n{'mixture' if sparse else 'dense'}, seed {seed}, {setting}")
-            number = int(setting.part_of_data * len(self.train.sources))
-            part = translation.cut(self.train, number)
-            batches = translation.batches_of(self.subwords, part, self.size)
+            part = translation.cut(pairs, int(setting.part_of_data * len(pairs.sources)))
+            batches = translation.batches_of(subwords, part, size)
             keras.utils.set_random_seed(seed)
-            model = self.build(setting, batches, sparse)
-            history = training.fit(
-                model, batches, self.validation, EPOCHS, progress, None, setting.learning_rate
-            )
+            model = translation.build_model(setting, batches, len(subwords), size, sparse)
+            rate = setting.learning_rate
+            history = translation.fit(model, batches, validation, EPOCHS, progress, rate)
             return history["val_loss"][-1]
 
-        return resuming.once(self.folder / resuming.digest(setting, seed, sparse), train)
+        folder = options.output / "runs" / name / resuming.digest(setting, seed, sparse)
+        return resuming.once(folder, train)
 
-    def build(self, setting, train, sparse):
-        # Of equal width, as two experts of the study are.
-        size = self.size._replace(hidden_dim=2 * self.size.hidden_dim // setting.top_k)
-        feedforward = translation.expert_feedforward if sparse else translation.twin_feedforward
-        options = argparse.Namespace(**setting._asdict(), moe_every=1)
-        model = translation.build_model(feedforward, len(self.subwords), options, size)
-        embedding = bilingual_embedding(train, len(self.subwords), size.features)
-        model.embedding.embeddings.assign(embedding)
-        return model
+    return loss
 
 
-def print_table(results):
-    """Differences are those of runs with one seed; behind +-, half of a 95% interval."""
-    print(f"\n{'change':<28} {'seeds':>5} {'mixture':>8} {'dense':>8} {'difference':>20}")
-    for name, runs in results.items():
-        loss, dense = (np.array([run[of] for run in runs.values()]) for of in ("loss", "dense"))
-        print(f"{name:<28} {len(runs):>5} {loss.mean():>8.4f} {dense.mean():>8.4f}", end=" ")
-        print(f"{interval(loss - dense):>20}")
+def print_losses(results):
+    """Differences are those of runs with one seed; after +-, half of a 95% interval."""
+    columns = {
+        "seeds": (lambda losses: str(len(losses)), "mixture"),
+        "mixture": ("{:.4f}", "mixture"),
+        "dense": ("{:.4f}", "dense"),
+        "difference": (interval, lambda run: run["mixture"] - run["dense"]),
+    }
+    print_runs("change", {name: [*runs.values()] for name, runs in results.items()}, columns)
 
 
 if __name__ == "__main__":

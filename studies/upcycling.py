@@ -14,10 +14,8 @@ run resumes from the last finished epoch. Table and `results.json` are those of 
 of the last command. Runs on the backend that KERAS_BACKEND names.
 """
 
-import functools
 import pathlib
 import time
-import types
 import typing
 
 import clean_exit  # noqa: F401
@@ -26,13 +24,9 @@ import language_model
 import numpy as np
 import resuming
 import sparsity
-from command_line import parse_comparison
-from comparison_table import print_comparison
-from courses import course, step_times
-from decoder_model import build_model
-from output_folder import claim
-from twins import count_parameters, dense_feedforward
-from whole_files import whole, write_json
+from command_line import parse_with_models, parser_of
+from comparisons import count_parameters, course, dense_feedforward, print_comparison, step_times
+from files import claim, whole, write_json
 
 import keras_moe
 from keras_moe import losses
@@ -44,39 +38,37 @@ BATCH_SIZE = 16
 # The learning rate that the trials of `sparsity.py` choose, and a weak balance loss.
 LEARNING_RATE, BALANCE_WEIGHT = 1e-2, 1e-3
 
-
-def as_it_is(model, seed):
-    return model
-
-
-def upcycled(model, seed, num_experts, **kwargs):
-    router_losses = [losses.LoadBalance(BALANCE_WEIGHT), "router_z"]
-    return keras_moe.upcycle(model, num_experts, router_losses=router_losses, seed=seed, **kwargs)
-
-
-DENSE = "dense"
-# Two of 32 halves cost a token what the dense layer costs, and the router.
+# Arguments of `upcycle`. Two of 32 halves cost a token what the dense layer costs, and the router.
+HALVES = {"num_experts": 32, "granularity": 2}
 MODELS = {
-    DENSE: as_it_is,
-    "32 halves, half new": functools.partial(
-        upcycled, num_experts=32, granularity=2, reinitialized=0.5
-    ),
-    "32 halves": functools.partial(upcycled, num_experts=32, granularity=2),
+    "dense": None,
+    "32 halves, half new": {**HALVES, "reinitialized": 0.5},
+    "32 halves": HALVES,
 }
 
 
 def main(arguments=None):
-    options = parse_comparison(arguments, __doc__, MODELS, "output_upcycling")
+    parser = parser_of(__doc__, "output_upcycling", sparsity.DATASETS, seeds=[0, 1, 2])
+    options = parse_with_models(parser, MODELS, arguments)
     claim(options.output)
-    study = Study.prepare(options)
-    ms_per_step = study.step_times(options.models)
+    size = SMOKE if options.smoke else FULL
+    num_tokens, train, _, test = sparsity.load_data(options, size)
+    print(f"{train[:, 1:].size:,} subwords, {size.steps * size.epochs} steps each half")
+    settings = (size, options.dataset, BATCH_SIZE, LEARNING_RATE, BALANCE_WEIGHT)
+    folder = options.output / "runs" / resuming.digest(*settings)
+    study = Study(size, num_tokens, train[::2], train[1::2], test, folder)
+    ms_per_step = step_times(
+        study.compiled, options.models, study.first[:BATCH_SIZE], study.folder, time.process_time
+    )
     results: dict = {}
     for seed in options.seeds:
         for name in options.models:
             run = study.run(name, seed, ms_per_step[name])
             results.setdefault(name, {})[seed] = run
         write_json(options.output / "results.json", results)
-        print_table(results)
+        before = np.mean([run["before"] for run in results["dense"].values()])
+        print(f"\nloss of the dense model after the first half: {before:.4f}")
+        print_comparison(results)
     return results
 
 
@@ -90,24 +82,10 @@ class Study(typing.NamedTuple):
     test: np.ndarray
     folder: pathlib.Path
 
-    @classmethod
-    def prepare(cls, options):
-        size = SMOKE if options.smoke else FULL
-        num_tokens, train, _, test = sparsity.load_data(options, size)
-        print(f"{train[:, 1:].size:,} subwords, {size.steps * size.epochs} steps each half")
-        settings = (size, options.dataset, BATCH_SIZE, LEARNING_RATE, BALANCE_WEIGHT)
-        folder = options.output / "runs" / resuming.digest(*settings)
-        return cls(size, num_tokens, train[::2], train[1::2], test, folder)
-
-    def step_times(self, names):
-        def compiled(upcycle):
-            model = upcycle(self.make(), 0)
-            language_model.compile_for_training(model, 1)
-            return model
-
-        models = {name: functools.partial(compiled, MODELS[name]) for name in names}
-        rows = self.first[:BATCH_SIZE]
-        return step_times(models, rows[:, :-1], rows[:, 1:], self.folder, time.process_time)
+    def compiled(self, name):
+        model = upcycled(self.make(), name, seed=0)
+        language_model.compile_for_training(model, 1)
+        return model
 
     def make(self):
         size = self.size
@@ -115,14 +93,14 @@ class Study(typing.NamedTuple):
             dense_feedforward(sparsity.TOP_K, size.hidden_dim, size.features)
             for _ in range(size.blocks)
         ]
-        return build_model(self.num_tokens, size.length, size.features, feedforwards)
+        return language_model.build_model(self.num_tokens, size, feedforwards)
 
     def run(self, name, seed, ms_per_step):
         """The course of the losses in the second half, with the loss before it."""
 
         def train(progress):
             dense, before = self.half_trained(seed)
-            model = MODELS[name](dense, seed)
+            model = upcycled(dense, name, seed)
             after = self.fit(name, model, seed, self.second, progress)
             return {"before": before, "after": after, **count_parameters(model)}
 
@@ -150,17 +128,18 @@ class Study(typing.NamedTuple):
     def fit(self, name, model, seed, data, progress):
         """Losses by epoch."""
         print(f"\n{name}, seed {seed}")
-        options = types.SimpleNamespace(batch_size=BATCH_SIZE)
-        history = language_model.fit(
-            model, (data, self.test), seed, self.size, options, progress, LEARNING_RATE
-        )
-        return history["val_loss"]
+        return language_model.fit(
+            model, (data, self.test), seed, self.size, progress, BATCH_SIZE, LEARNING_RATE
+        )["val_loss"]
 
 
-def print_table(results):
-    before = np.mean([run["before"] for run in results[DENSE].values()])
-    print(f"\nloss of the dense model after the first half: {before:.4f}")
-    print_comparison(results, DENSE)
+def upcycled(model, name, seed):
+    """The dense model, or the mixture of `MODELS` that is made from it."""
+    arguments = MODELS[name]
+    if arguments is None:
+        return model
+    router_losses = [losses.LoadBalance(BALANCE_WEIGHT), "router_z"]
+    return keras_moe.upcycle(model, router_losses=router_losses, seed=seed, **arguments)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
 """Text to integers, the same on every backend."""
 
 import collections
-import json
 import math
-import pathlib
 import re
 
 import numpy as np
@@ -12,19 +10,16 @@ PADDING, UNKNOWN = 0, 1
 
 
 class Vocabulary:
-    """The words that a model knows, with how much each tells about its document.
+    """The words that a model knows, with the inverse document frequency of each as `salience`.
 
-    Args:
-        words: list of words; the first has the id 2, after padding and the unknown word.
-        salience: list of one weight a word, its inverse document frequency.
-        length: words a document keeps; the rest is cut off.
+    The first word has the id 2, after padding and the unknown word. Of a document the first
+    `length` words are kept.
     """
 
     def __init__(self, words, salience, length):
         self.words = words
         self.salience = salience
         self.length = length
-        self._ids = {word: index for index, word in enumerate(words, start=UNKNOWN + 1)}
 
     @classmethod
     def learn(cls, texts, size, length):
@@ -42,19 +37,12 @@ class Vocabulary:
 
     def encode(self, texts):
         """(number of texts, length) int32 ids. A text without a word is one unknown word."""
+        known = {word: index for index, word in enumerate(self.words, start=UNKNOWN + 1)}
         ids = np.full((len(texts), self.length), PADDING, "int32")
         for row, text in zip(ids, texts):
             words = split_words(text)[: self.length] or [""]
-            row[: len(words)] = [self._ids.get(word, UNKNOWN) for word in words]
+            row[: len(words)] = [known.get(word, UNKNOWN) for word in words]
         return ids
-
-    def save(self, path):
-        content = {"length": self.length, "words": self.words, "salience": self.salience}
-        pathlib.Path(path).write_text(json.dumps(content), encoding="utf-8")
-
-    @classmethod
-    def load(cls, path):
-        return cls(**json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
 
 
 def split_words(text):

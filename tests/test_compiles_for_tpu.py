@@ -1,9 +1,7 @@
 """A training step of the layer compiles for TPUs that are not there.
 
 Every chip meets two cases of `benchmarks.ahead_matrix`; together they meet every shape and every
-combination of dtype, gate and capacity. The complete matrix, several hundred compilations:
-
-    KERAS_BACKEND=jax python -m benchmarks.ahead --matrix --chip v4 v5e v5p v6e tpu7x
+combination of dtype, gate and capacity.
 """
 
 import pathlib

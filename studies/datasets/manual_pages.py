@@ -3,11 +3,9 @@
 import gzip
 import pathlib
 import re
-import zlib
 
-import tensorflow_datasets as tfds
-
-from .debian import fetch_packages, read_members
+from .builder import Builder, classified, split_of
+from .downloads import fetch_packages, read_members
 
 # Each page has a free licence of its own: GPL and BSD ones mostly; see the copyright files.
 PACKAGES = (
@@ -28,27 +26,15 @@ ESCAPE = re.compile(r"\\(\[[^]]*\]|\(..|\*\[[^]]*\]|\*\(..|\*.|s[-+]?\d+|.)")
 ARGUMENT = re.compile(r'"([^"]*)"?|(\S+)')
 
 
-class ManualPages(tfds.core.GeneratorBasedBuilder):
+class ManualPages(Builder):
     """Pages and the language they are in. All translations of a page are in one split."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    HOMEPAGE = "https://www.kernel.org/doc/man-pages/"
+    FEATURES = classified(LANGUAGES)
 
-    def _info(self):
-        return self.dataset_info_from_configs(
-            features=tfds.features.FeaturesDict(
-                {
-                    "text": tfds.features.Text(),
-                    "label": tfds.features.ClassLabel(names=LANGUAGES),
-                }
-            ),
-            supervised_keys=("text", "label"),
-            homepage="https://www.kernel.org/doc/man-pages/",
-        )
-
-    def _split_generators(self, dl_manager):
-        packages = fetch_packages(PACKAGES, dl_manager.download_dir / "debian")
+    def read(self, downloads):
         splits = {"train": {}, "validation": {}, "test": {}}
-        for package in packages:
+        for package in fetch_packages(PACKAGES, downloads / "debian"):
             for path, content in read_members(package, ".gz").items():
                 language, page = _language_and_page(path)
                 if page is None:
@@ -56,12 +42,9 @@ class ManualPages(tfds.core.GeneratorBasedBuilder):
                 text = plain_text(gzip.decompress(content).decode("utf-8", errors="replace"))
                 # Shorter ones only say on which page one should look.
                 if len(text) > 400:
-                    example = {"text": text, "label": language}
-                    splits[_split_of(page)][f"{language}/{page}"] = example
-        return {name: pages.items() for name, pages in splits.items()}
-
-    def _generate_examples(self, pages):
-        yield from pages
+                    row = {"text": text, "label": language}
+                    splits[split_of(page)][f"{language}/{page}"] = row
+        return splits
 
 
 def plain_text(source):
@@ -98,8 +81,3 @@ def _language_and_page(path):
         return None, None
     language = "en" if folder == "man" else folder[:2]
     return (language, name.removesuffix(".gz")) if language in LANGUAGES else (None, None)
-
-
-def _split_of(page):
-    part = zlib.crc32(page.encode("utf-8")) % 20
-    return {0: "test", 1: "validation"}.get(part, "train")

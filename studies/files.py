@@ -1,8 +1,30 @@
-"""Files that are whole or not there."""
+"""The folder of a study's output, and files that are whole or not there."""
 
 import contextlib
+import fcntl
 import json
 import os
+import tempfile
+
+# A file that is open stays locked until the process ends, however it ends.
+_CLAIMED: dict = {}
+
+
+def claim(folder):
+    """Make the folder if there is none, and keep other runs out of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()  # refused now, not after hours of training
+    if folder.resolve() in _CLAIMED:
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise OSError(
+            f"Only one run at a time may use a folder. Received: --output {folder}, in use."
+        ) from None
+    _CLAIMED[folder.resolve()] = handle
 
 
 @contextlib.contextmanager
@@ -10,10 +32,7 @@ def whole(*paths):
     """Paths to write to, one for each of `paths`, where the files appear once all are written.
 
     A run that is killed leaves no half of a file, and no set of old and new ones: the old ones but
-    the first are removed before the new ones appear.
-
-    Args:
-        *paths: `pathlib.Path`s in one folder, which is made if there is none.
+    the first are removed before the new ones appear. All are in one folder.
     """
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     # The name keeps its ending, by which Keras and Matplotlib choose the format.
@@ -30,24 +49,8 @@ def whole(*paths):
 
 
 def write_json(path, content):
-    """Write a file that is whole or not there."""
     with whole(path) as (part,):
         part.write_text(json.dumps(content, indent=2), encoding="utf-8")
-
-
-def saved_files(folder, *names):
-    """The paths of the files that a trained model consists of.
-
-    Raises:
-        FileNotFoundError: If one is missing.
-    """
-    missing = [name for name in names if not (folder / name).exists()]
-    if missing:
-        raise FileNotFoundError(
-            f"There is no whole model in the folder. Received: --output {folder}, without "
-            f"{', '.join(missing)}. Train one first: give the command without a text."
-        )
-    return [folder / name for name in names]
 
 
 def save_figure(figure, path):

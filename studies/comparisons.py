@@ -1,0 +1,142 @@
+"""Models against a dense baseline: parameters, time of a step, statistics over seeds, tables."""
+
+import functools
+import json
+import time
+
+import keras
+import numpy as np
+import resuming
+import scipy.stats
+from files import write_json
+
+from keras_moe import inspection
+
+TIMED_ROUNDS = 30
+
+
+def dense_feedforward(top_k, hidden_dim, features):
+    """As wide as the experts that serve one token, together."""
+    up = keras.layers.Dense(top_k * hidden_dim, activation="gelu")
+    return keras.Sequential([up, keras.layers.Dense(features)])
+
+
+def count_parameters(model):
+    """All parameters, and those that work on one token."""
+    total, active = inspection.count_parameters(model)
+    return {"parameters": total, "active_parameters": active}
+
+
+def spread(values, form):
+    """The mean of some runs and, where they differ, their standard deviation."""
+    text = form.format(np.mean(values))
+    return f"{text} +- {form.format(np.std(values))}" if np.ptp(values) else text
+
+
+def interval(values):
+    """The mean and half of the 95% confidence interval by Student's t."""
+    text = f"{np.mean(values):+.4f}"
+    if len(values) < 2:
+        return text
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
+    return f"{text} +- {half:.4f}"
+
+
+def course(losses, steps_an_epoch, ms_per_step):
+    """Validation losses by epoch, with the steps and the seconds of training they took."""
+    steps = [steps_an_epoch * (1 + epoch) for epoch in range(len(losses))]
+    seconds = [step * ms_per_step / 1000 for step in steps]
+    return {"losses": losses, "steps": steps, "seconds": seconds, "ms_per_step": ms_per_step}
+
+
+def loss_at(run, seconds):
+    """Loss of a run after so much training time, between two epochs by their line.
+
+    Before the end of the first epoch it is not known: NaN. The run goes on after that time, at a
+    higher learning rate than a run that ends there would have.
+    """
+    return float(np.interp(seconds, run["seconds"], run["losses"], left=np.nan))
+
+
+def step_times(make, names, rows, folder, clock=time.perf_counter):
+    """Milliseconds of a training step of each language model `make(name)`, a dict by name.
+
+    They take single steps in turns, so that what else the machine does slows all alike, and the
+    median of each counts. What was measured before, of the same models, is read from the folder.
+    """
+    path = folder / f"step_times-{resuming.digest(*names)}.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    steps = {
+        name: functools.partial(make(name).train_on_batch, rows[:, :-1], rows[:, 1:])
+        for name in names
+    }
+    times: dict = {name: [] for name in names}
+    for step in steps.values():
+        step()  # compiles
+    for _ in range(TIMED_ROUNDS):
+        for name, step in steps.items():
+            start = clock()
+            step()
+            times[name].append(1000 * (clock() - start))
+    medians = {name: float(np.median(each)) for name, each in times.items()}
+    write_json(path, medians)
+    return medians
+
+
+def print_runs(title, models, columns):
+    """A table of lists of runs by model.
+
+    `columns` maps headings to a form, or a function of all values, and to an entry of a run, or a
+    function of it.
+    """
+    lines = [[title, *columns]]
+    for name, runs in models.items():
+        lines.append([name])
+        for form, entry in columns.values():
+            values = [entry(run) if callable(entry) else run[entry] for run in runs]
+            lines[-1].append(form(values) if callable(form) else spread(values, form))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    print()
+    for first, *others in lines:
+        cells = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:]))
+        print(f"{first:<{widths[0]}}", *cells, sep="  ", flush=True)
+
+
+# Columns of tables.
+PARAMETERS = {
+    "ms a step": ("{:.0f}", "ms_per_step"),
+    "parameters": ("{:,.0f}", "parameters"),
+    "active": ("{:,.0f}", "active_parameters"),
+}
+
+
+def print_comparison(results, **further):
+    """A table of runs by model and seed against those of the first model.
+
+    Differences are those of runs with one seed; after +-, half of a 95% interval. Perplexities are
+    those of the mean loss. Equal time is what the first model took.
+    """
+
+    def perplexity(losses):
+        return f"{np.exp(np.mean(losses)):.1f}"
+
+    baseline, models = next(iter(results.values())), {}
+    for name, runs in results.items():
+        models[name] = []
+        for seed, run in runs.items():
+            end, seconds = baseline[seed]["losses"][-1], baseline[seed]["seconds"][-1]
+            loss, then = run["losses"][-1], loss_at(run, seconds)
+            differences = {"by steps": loss - end, "by time": then - end}
+            models[name].append({**run, "loss": loss, "then": then, **differences})
+    columns = {
+        "seeds": (lambda losses: str(len(losses)), "loss"),
+        "loss": ("{:.4f}", "loss"),
+        "perplexity": (perplexity, "loss"),
+        "equal steps": (interval, "by steps"),
+        "equal time": (interval, "by time"),
+        "perplexity then": (perplexity, "then"),
+        **PARAMETERS,
+        **further,
+    }
+    print_runs("", models, columns)

