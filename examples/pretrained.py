@@ -26,7 +26,7 @@ import tokenizers
 from keras import ops
 
 import keras_moe
-from keras_moe import inspection, losses, metrics
+from keras_moe import inspection, losses
 
 NUM_EXPERTS = 8
 NUM_ROWS = 60  # of each kind of text
@@ -172,8 +172,9 @@ def compile_and_evaluate(model):
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(1e-3), loss, sampler="greedy")
     for kind, rows in test.items():
-        value = model.evaluate(*inputs_and_targets(rows), batch_size=BATCH_SIZE, verbose=0)
-        print(f"{kind}: validation loss {value:.3f}")
+        batches = inputs_and_targets(rows)
+        values = model.evaluate(*batches, batch_size=BATCH_SIZE, verbose=0, return_dict=True)
+        print(f"{kind}: validation loss {values['loss']:.3f}")
 
 
 compile_and_evaluate(model)
@@ -221,7 +222,9 @@ The share of the assignments of each kind of text that each expert of the last m
 """
 
 for kind, rows in test.items():
-    name, routings = list(inspection.record_routings(model, [inputs_and_targets(rows)[0]]).items())[-1]
+    name, routings = list(inspection.record_routings(model, [inputs_and_targets(rows)[0]]).items())[
+        -1
+    ]
     counts = routings[0].counts
     print(f"{name}, {kind}, percent by expert:", *(f"{100 * n / counts.sum():.0f}" for n in counts))
 
