@@ -110,7 +110,8 @@ print(f"test perplexity: {math.exp(loss):.1f}")
 ## Writing
 
 `generate` reads each prompt once and keeps what the blocks computed of it; then one word follows
-another in a loop that is compiled as a whole. Below the temperature 1 likelier words come more often.
+another in a loop that is compiled as a whole. Below the temperature 1 likelier words come more
+often.
 """
 
 for prompt in ("the space shuttle", "in this game", "i believe that"):

@@ -9,7 +9,6 @@ from keras import ops
 
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe.layers.cached_attention import Decoding
-from keras_moe.layers.transformer_decoder_block import TransformerDecoderBlock
 
 # Tokens that are written between two updates of the progress bar.
 TOKENS_AT_ONCE = 64
