@@ -99,13 +99,6 @@ def test_of_padding_alone_losses_are_zero():
     assert not any(values.values())
 
 
-def test_of_one_sequence_the_sequence_loss_is_that_of_the_batch():
-    logits, mask = draw()
-    routing = top_k_routing(ops.convert_to_tensor(logits), 2, ops.convert_to_tensor(mask))
-    of_sequence = losses.SequenceLoadBalance(1.0)(routing, sequence_length=T)
-    assert_close(array(of_sequence), array(losses.LoadBalance(1.0)(routing)))
-
-
 def test_the_layer_tells_the_loss_what_a_sequence_is():
     layer = moe(router_losses=[losses.SequenceLoadBalance(1.0)])
     x = normal(3, 5, D)
@@ -134,16 +127,6 @@ def test_the_last_of_several_accumulated_batches_sees_the_shares_of_all():
             counts += routing.counts
             expected = E * np.sum(counts / counts.sum() * routing.probs.mean(axis=0))
             assert_close(value, expected)
-
-
-def test_a_global_loss_of_equal_batches_is_that_of_one_big_batch():
-    layer = moe(router_losses=[losses.GlobalLoadBalance(1.0, accumulation_steps=2)])
-    batch = normal(8, D)
-    for _ in range(2):
-        layer(batch, training=True)
-        last = array(layer.losses[0])
-    routing = layer.router(np.concatenate([batch, batch]))
-    assert_close(last, array(losses.LoadBalance(1.0)(routing)))
 
 
 def test_one_global_loss_in_two_layers_counts_for_each_alone():

@@ -12,7 +12,6 @@ import pytest
 from layer_checks import (
     ABSTRACT,
     CASES,
-    MODULES,
     POLICIES,
     D,
     array,
@@ -46,15 +45,6 @@ def by_name(classes):
 
 def test_every_exported_class_has_a_case():
     assert set(exported_classes()) == {*CASES, *ABSTRACT}
-
-
-PUBLIC = [keras_moe, keras_moe.inspection, keras_moe.ops, keras_moe.surgery, *MODULES]
-
-
-@pytest.mark.parametrize("module", PUBLIC, ids=lambda m: m.__name__)
-def test_every_name_of_the_public_surface_exists_and_stands_once(module):
-    assert all(hasattr(module, name) for name in module.__all__)
-    assert len(set(module.__all__)) == len(module.__all__)
 
 
 @by_name(CASES)

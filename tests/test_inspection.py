@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from layer_checks import D, E, array, moe, normal, one_hot_router
 
-import keras_moe
 from keras_moe import inspection, layers, routers
 from keras_moe.callbacks import ExpertMonitor
 
@@ -158,9 +157,3 @@ def test_summary_has_the_last_epoch_after_a_monitor(validation_split, tmp_path):
     inspection.moe_layers(model)["moe"].reset_counts()
     model.evaluate(normal(5, D), normal(5, 1), callbacks=[monitor], verbose=0)
     assert sum(inspection.summarize(model)[0].counts) == 5 * found.top_k
-
-
-def test_summary_is_refused_before_it_prints(capsys):
-    with pytest.raises(ValueError, match="must be built"):
-        keras_moe.summary(keras.Sequential([moe()]))
-    assert capsys.readouterr().out == ""

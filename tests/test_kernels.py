@@ -193,36 +193,6 @@ def test_products_alone_in_full_precision(module):
         assert "HIGHEST" in str(jax.make_jaxpr(function)(*inputs))
 
 
-@pytest.mark.parametrize(
-    "rows, tile, experts", [(1, 16, 3), (50, 16, 3), (64, 16, 1), (65, 32, 40)]
-)
-def test_visits_cover_every_row_once(rows, tile, experts):
-    rng = np.random.default_rng(rows + experts)
-    # One row in each group needs the most tiles.
-    most = np.zeros(experts, int)
-    most[: min(rows, experts)] = 1
-    most[0] += rows - np.sum(most)
-    for sizes in (most, rng.multinomial(rows, np.ones(experts) / experts), np.zeros(experts, int)):
-        seen = np.full(rows, -1)
-        for group, first, end in zip(*gpu._visits(jnp.asarray(sizes, "int32"), rows, tile)):
-            covered = np.arange(first, min(first + tile, end))
-            assert np.all(seen[covered] == -1)
-            seen[covered] = group
-        expected = np.repeat(np.arange(experts), sizes)
-        np.testing.assert_array_equal(
-            seen, np.pad(expected, (0, rows - sum(sizes)), constant_values=-1)
-        )
-
-
-@pytest.mark.parametrize("rows, columns", [(5, 3), (16, 2), (37, 4)])
-def test_every_program_has_its_own_tile(rows, columns):
-    places = jax.vmap(lambda program: gpu._place(program, rows, columns))(
-        jnp.arange(rows * columns)
-    )
-    expected = {(row, column) for row in range(rows) for column in range(columns)}
-    assert set(zip(*np.asarray(places).tolist())) == expected
-
-
 def test_tiles_fit_into_the_shared_memory_of_small_gpus():
     sizes = (1, 100, 20000)
     for shape in [(r, d, h, e) for r in sizes for d in sizes for h in sizes for e in (1, 8, 300)]:
@@ -289,10 +259,6 @@ def test_operations_lower_to_triton():
         platforms=["cuda"],
         disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")],
     )(jnp.ones((8, 16)), jnp.ones((2, 16, 16)), jnp.ones(2, "int32"))
-
-
-def test_dtypes_of_tpus():
-    assert [name for name in DTYPES if tpu.supports(name)] == ["float32", "bfloat16"]
 
 
 AXES = st.integers(1, 20_000)

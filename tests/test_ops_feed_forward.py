@@ -13,7 +13,7 @@ from keras_moe.activations import quick_gelu
 from keras_moe.backend import backend
 from keras_moe.ops import grouped_feed_forward, plan_groups, top_k_routing
 from keras_moe.ops.feed_forward import _grouped_feed_forward
-from keras_moe.ops.grouped import run, tiles
+from keras_moe.ops.grouped import tiles
 from keras_moe.ops.grouped.records import Affine, Network
 from keras_moe.ops.grouped.tiles import tile_sizes
 
@@ -170,16 +170,6 @@ def test_nothing_is_saved_for_a_gradient_that_is_not_taken():
         with torch.no_grad():
             double(x.requires_grad_())
         assert not kept[-1]
-
-
-@pytest.mark.backends("jax")
-def test_a_layer_that_runs_eagerly_is_compiled_once():
-    layer = layers.MixtureOfExperts(layers.FeedForwardExperts(E, H))
-    x = np.ones((T, D), "float32")
-    layer(x)
-    compiled = run._run._cache_size()
-    layer(x + 1)
-    assert run._run._cache_size() == compiled
 
 
 @pytest.mark.backends("torch")

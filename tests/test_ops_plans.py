@@ -77,46 +77,6 @@ def test_a_plan_equals_the_oracle_and_so_do_its_verbs_and_their_gradients(mode):
     check()
 
 
-def test_a_small_capacity_serves_first_choices_first_then_in_token_order():
-    # Two experts, room for three each. Tokens a to f, choices in the order of the queue:
-    #
-    #   first choices:   a:0  b:0  c:1  d:0  (e is padding)  f:0
-    #   second choices:  a:1  b:1  c:0  d:1  (e is padding)  f:1
-    #
-    #   expert 0: a b d | f c           f finds the room full, and c, a second choice, comes later
-    #   expert 1: c a b | d f           c has the first row though a stands before it in the batch
-    indices = np.array([[0, 1], [0, 1], [1, 0], [0, 1], [0, 1], [0, 1]], "int32")
-    mask = np.array([True, True, True, True, False, True])
-    a, b, c, d = range(4)
-
-    def plan_and_drop(indices, mask):
-        routing = make_routing(indices, ops.ones(indices.shape), mask, 2)
-        plan = plan_groups(routing, 3)
-        return plan.groups, plan.groups.token_of_row(), plan.dropped_fraction(routing.counts)
-
-    groups, token_of_row, dropped = compiled(plan_and_drop, FAST_MODE)(indices, mask)
-    np.testing.assert_array_equal(groups.sizes, [3, 3])
-    np.testing.assert_array_equal(token_of_row[:6], [a, b, d, c, a, b])
-    np.testing.assert_array_equal(
-        groups.rows_of_token, [[0, 4], [1, 5], [3, -1], [2, -1], [-1, -1], [-1, -1]]
-    )
-    assert_close(dropped, 4 / 10)
-
-
-def test_a_capacity_with_room_for_all_gives_the_plan_without_one():
-    rng = np.random.default_rng(0)
-    indices = np.array([rng.choice(5, 2, replace=False) for _ in range(20)], "int32")
-    mask = rng.random(20) < 0.7
-
-    def plans(indices, mask):
-        routing = make_routing(indices, ops.ones(indices.shape), mask, 5)
-        return plan_groups(routing), plan_groups(routing, 20)
-
-    dropless, roomy = compiled(plans, FAST_MODE)(indices, mask)
-    for name in ("sizes", "assignment_of_row", "rows_of_token"):
-        np.testing.assert_array_equal(getattr(dropless.groups, name), getattr(roomy.groups, name))
-
-
 def test_combine_reads_no_padded_row():
     indices, mask = np.array([[0], [0], [0]], "int32"), np.array([True, False, True])
 

@@ -7,7 +7,6 @@ from backends import BACKEND, MODES, assert_close, compiled, gradients, to_numpy
 from layer_checks import normal
 
 from keras_moe import inspection, layers, routers
-from keras_moe.backend import backend
 from keras_moe.ops.grouped import loop, records, tiles
 
 # Keras asks each layer, and warns of those that cannot, such as its `InputLayer`.
@@ -230,22 +229,6 @@ def test_sums_in_half_precision_are_not_rounded_block_by_block(monkeypatch):
 
 
 @pytest.mark.backends("tensorflow")
-@pytest.mark.parametrize("num_rows", [0, 3])
-def test_an_expert_without_rows_converts_one_row_of_its_kernel(num_rows):
-    kernel, rows, lengths = normal(1, D, H), normal(num_rows, D), []
-
-    class Recorded(records.Kernels):
-        def of(self, expert, length=None):
-            lengths.append(int(length))
-            return super().of(expert, length)
-
-    kernels = Recorded(keras.ops.cast(kernel, "float64"), rows.dtype)
-    products = backend.multiply_groups(keras.ops.convert_to_tensor(rows), [num_rows], [0], kernels)
-    assert lengths == [D if num_rows else 1]
-    assert_close(to_numpy(products), rows @ kernel[0])
-
-
-@pytest.mark.backends("tensorflow")
 def test_a_program_for_batches_of_any_size_computes_few_and_many_rows(monkeypatch):
     import tensorflow as tf
 
@@ -296,13 +279,6 @@ def test_experts_in_integers_compile(mode):
     outputs = {mode: compiled(layer, mode)(normal(16, D)) for mode in MODES}
     for each in outputs.values():
         assert_close(each, to_numpy(layer(normal(16, D))))
-
-
-def test_other_modes_say_what_there_is():
-    bank = layers.GatedExperts(E, H)
-    bank.build((None, D))
-    with pytest.raises(NotImplementedError, match="`mode` must be"):
-        bank.quantize("float8")
 
 
 def test_parameters_are_counted_by_kernels_and_not_by_bytes():

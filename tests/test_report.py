@@ -102,13 +102,6 @@ def test_layers_have_their_own_labels_and_tokens(tmp_path):
     assert first["labels"] is None and "warm" in html
 
 
-@pytest.mark.parametrize("labels", [["a"], "ab", [0.5, 1.5], {"third": ["a", "b"]}])
-def test_labels_that_do_not_fit_are_refused(labels, tmp_path):
-    with pytest.raises(ValueError, match="[Ll]abel"):
-        written(tmp_path, one_hot_model("first"), balanced(), labels)
-    assert not list(tmp_path.iterdir()), "nothing is half written"
-
-
 def test_integer_data_are_shown_as_they_are_and_texts_are_split():
     from keras_moe.reporting.study import token_texts
 

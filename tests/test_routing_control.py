@@ -236,18 +236,3 @@ def test_the_weight_of_a_loss_changes_in_training_and_nothing_is_compiled_again(
     balance = float(array(losses.LoadBalance(0.5)(layer(X, return_routing=True)[1])))
     assert_close(two - one, balance, tolerance=1e-3)
     assert array(layer.router_loss_weights).tolist() == [1.0, pytest.approx(1e-3)]
-
-
-def test_a_schedule_of_keras_sets_the_weight_of_a_user_written_loss_before_it_is_built():
-    class Squared(losses.RouterLoss):
-        def compute(self, routing):
-            return ops.sum(ops.square(routing.probs))
-
-    model = keras.Sequential([moe(router_losses=["load_balance", Squared(0.1)])])
-    model.compile("sgd", "mse")
-    decay = keras.optimizers.schedules.CosineDecay(6.0, decay_steps=2)
-    schedule = callbacks.RouterLossSchedule(
-        lambda epoch, weight: weight * decay(epoch), Squared(1.0)
-    )
-    model.fit(X, X, epochs=2, callbacks=[schedule], verbose=0)
-    assert_close(array(model.layers[0].router_loss_weights), [0.01, 0.3])
