@@ -83,6 +83,11 @@ def gradients(function, inputs, mode=FAST_MODE):
     return differentiated(lambda inputs: (function(*inputs), ()), mode)(inputs)[2]
 
 
+def saved_and_loaded(model, folder):
+    model.save(folder / "model.keras")
+    return keras.saving.load_model(folder / "model.keras")
+
+
 def assert_close(actual, expected, scale=None, tolerance=1e-5):
     """Equal up to `tolerance` of the largest expected entry, or of `scale` where entries cancel."""
     expected = np.asarray(expected, "float64")

@@ -1,16 +1,10 @@
 """Compiled programs as `benchmarks.ahead` reads them, and the bounds that follow."""
 
-import argparse
-import pathlib
-import sys
-
 import keras
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-
-from benchmarks import ahead, chips, measure, program, roofline, topologies  # noqa: E402
-from benchmarks.products import Product, products  # noqa: E402
+from benchmarks import ahead, chips, measure, program, roofline, topologies
+from benchmarks.products import Product, products
 
 TPU, GPU = chips.CHIPS["v5e"], chips.CHIPS["h100"]
 pytestmark = pytest.mark.backends("jax")
@@ -178,23 +172,6 @@ def test_a_program_of_the_real_compiler():
     trips = jax.ShapeDtypeStruct((), "int32")
     text = jax.jit(dynamic).lower(x, w, trips).compile().as_text()
     assert roofline.work(text, TPU).loops == 1
-
-
-@pytest.mark.parametrize(
-    "dtype, sizes, is_wide",
-    [
-        ("f32", (32, 24, 16), True),  # rows by kernels
-        ("f32", (2, 32, 16, 12), True),  # the axis summed over in two parts
-        ("f32", (4, 16, 24, 8), True),  # one product for each expert
-        ("f32", (32, 4, 16), False),  # tokens by the router's kernel
-        ("f32", (4, 24, 32), False),  # one-hot rows by rows: gradients of biases
-        ("bf16", (32, 24, 16), False),
-    ],
-)
-def test_float32_products_of_rows_are_told_from_the_routers(dtype, sizes, is_wide):
-    found = Product(1, dtype, sizes, exact=False)
-    options = argparse.Namespace(features=16, hidden=24, experts=[4])
-    assert ahead._is_wide(found, options) == is_wide
 
 
 @needs_libtpu

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from layer_checks import E, array, moe, one_hot, one_hot_router
 
-from keras_moe import inspection, layers, losses
+from keras_moe import layers, losses
 from keras_moe.callbacks import ExpertMonitor, RouterLossSchedule
 
 # The router sends a one-hot token to the expert of its one, and a learning rate of 0 keeps it so.
@@ -235,24 +235,6 @@ def test_nothing_counts_after_an_evaluation_that_was_interrupted(place):
     assert counted.sum() <= (place == "on_test_batch_begin")
     assert evaluated(model, ExpertMonitor()) == about(named(BALANCED, "moe"))
     assert usage(fit(model, epochs=2)) == about(BOTH)
-
-
-def test_an_evaluation_that_was_interrupted_before_a_step_may_be_followed_by_any():
-    model, monitor = model_of(routed()), ExpertMonitor()
-    for next_monitor in (monitor, ExpertMonitor()):
-        interrupt_evaluation(model, "on_test_batch_begin", monitor)
-        assert evaluated(model, next_monitor) == about(named(BALANCED, "moe"))
-        assert evaluated(model) == {} and not array(model.layers[0].expert_counts).any()
-
-
-def test_a_context_counts_and_ends_with_any_exit():
-    model = model_of(routed())
-    layer = model.layers[0]
-    with pytest.raises(Interruption), inspection.count_in_evaluation(model):
-        model(VALIDATION)
-        raise Interruption
-    model(VALIDATION)
-    np.testing.assert_array_equal(array(layer.expert_counts), [1, 1, 1, 1])
 
 
 @pytest.mark.parametrize(

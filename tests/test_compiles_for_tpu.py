@@ -4,15 +4,10 @@ Every chip meets two cases of `benchmarks.ahead_matrix`; together they meet ever
 combination of dtype, gate and capacity.
 """
 
-import pathlib
-import sys
-
 import keras
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-
-from benchmarks import ahead_matrix, chips  # noqa: E402
+from benchmarks import ahead_matrix, chips
 
 TPUS = [name for name, chip in chips.CHIPS.items() if chip.platform == "tpu"]
 

@@ -9,6 +9,7 @@ import re
 import keras
 import numpy as np
 import pytest
+from backends import saved_and_loaded
 from layer_checks import (
     ABSTRACT,
     CASES,
@@ -99,10 +100,10 @@ def test_it_is_shown_as_the_call_that_makes_it(cls):
 @by_name(held_by_models())
 def test_a_model_that_holds_it_is_saved_and_loaded(cls, tmp_path):
     model = holding_model(cls, configured(cls))
-    model.save(tmp_path / "model.keras")
-    again = keras.saving.load_model(tmp_path / "model.keras")
+    again = saved_and_loaded(model, tmp_path)
     x = normal(2, 5, D)
     np.testing.assert_array_equal(array(again(x)), array(model(x)))
+    assert [weight.path for weight in again.weights] == [weight.path for weight in model.weights]
     assert through_json(again.get_config()) == through_json(model.get_config())
 
 

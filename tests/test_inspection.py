@@ -73,6 +73,9 @@ def test_compiled_functions_count_in_the_context_alone():
         with inspection.count_in_evaluation(model), inspection.count_in_evaluation(model):
             assert counted(*call) == 4 * model.layers[0].router.top_k
         assert counted(*call) == 0
+    with pytest.raises(KeyError), inspection.count_in_evaluation(model):
+        raise KeyError
+    assert counted(model.predict, x) == 0
 
 
 # How many of the experts work on a token.

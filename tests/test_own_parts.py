@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, FAST_MODE, compiled
+from backends import BACKEND, FAST_MODE, compiled, saved_and_loaded
 from layer_checks import D, E, array, moe, normal
 
 from keras_moe import layers, losses, ops, routers
@@ -91,8 +91,7 @@ def test_a_router_returns_what_it_promises():
 
 def test_a_router_with_its_own_names_is_saved(tmp_path):
     model = keras.Sequential([keras.Input((D,)), moe(router=NearestRouter(choices=1))])
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    loaded = saved_and_loaded(model, tmp_path)
     np.testing.assert_allclose(array(loaded(X)), array(model(X)), atol=1e-6)
 
 

@@ -3,7 +3,16 @@
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, MODES, assert_close, compiled, gradients, to_numpy, unless_compiled
+from backends import (
+    BACKEND,
+    MODES,
+    assert_close,
+    compiled,
+    gradients,
+    saved_and_loaded,
+    to_numpy,
+    unless_compiled,
+)
 from layer_checks import normal
 
 from keras_moe import inspection, layers, routers
@@ -22,7 +31,9 @@ BANKS = {
 def model_of(bank):
     keras.utils.set_random_seed(0)
     inputs = keras.Input((D,))
-    return keras.Model(inputs, layers.MixtureOfExperts(bank)(inputs))
+    shared = layers.GatedFeedForward(16) if isinstance(bank, layers.GatedExperts) else None
+    layer = layers.MixtureOfExperts(bank, shared_expert=shared, gated_shared_expert=bool(shared))
+    return keras.Model(inputs, layer(inputs))
 
 
 def quantize(model, mode, block_size):
@@ -120,8 +131,7 @@ def test_lora_trains_on_integers(model, tmp_path, mode):
     first, last = model.fit(x, y, epochs=5, verbose=0).history["loss"][::4]
     assert last < first
     outputs = to_numpy(model(x))
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    loaded = saved_and_loaded(model, tmp_path)
     # Integers are rounded again after the correction is added.
     assert_close(to_numpy(loaded(x)), outputs, tolerance=0.05 if mode == "int8" else 0.5)
 
@@ -154,8 +164,7 @@ def test_a_bank_is_built_quantized_by_a_policy(name, is_of_layer, tmp_path):
     assert keras.backend.standardize_dtype(layer.shared_gate.kernel.dtype) == "float32"
     x = normal(4, D)
     bank.down_kernel.assign(np.full(bank.down_kernel.shape, 3, "int8"))
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    loaded = saved_and_loaded(model, tmp_path)
     again = loaded.layers[-1].experts
     assert again.quantization_mode == bank.quantization_mode
     np.testing.assert_array_equal(to_numpy(again.down_kernel), to_numpy(bank.down_kernel))
@@ -308,15 +317,3 @@ def test_banks_inside_of_each_other_may_differ_in_dtype(of_bank):
     bank = layers.ZeroComputationExperts(inner, num_identity=1, dtype=of_bank)
     layer = layers.MixtureOfExperts(bank, dtype="mixed_bfloat16")
     assert keras.backend.standardize_dtype(layer(normal(4, D)).dtype) == "bfloat16"
-
-
-def test_shared_experts_are_quantized_saved_and_loaded(tmp_path):
-    bank, shared = layers.GatedExperts(E, H), layers.GatedFeedForward(H)
-    inputs = keras.Input((D,))
-    layer = layers.MixtureOfExperts(bank, shared_expert=shared, gated_shared_expert=True)
-    model = keras.Model(inputs, layer(inputs))
-    model.quantize("int8")
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    x = normal(8, D)
-    assert_close(to_numpy(loaded(x)), to_numpy(model(x)))

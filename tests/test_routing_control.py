@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import reference_routers as oracle
-from backends import FAST_MODE, assert_close, compiled, gradients, to_numpy
+from backends import FAST_MODE, assert_close, compiled, gradients, saved_and_loaded, to_numpy
 from keras import ops
 from layer_checks import D, E, array, moe, normal
 
@@ -76,8 +76,7 @@ def test_a_hash_router_takes_another_table_and_saves_it(tmp_path):
     ids, x = keras.Input((5,), dtype="int32"), keras.Input((5, D))
     model = keras.Model([x, ids], layer(x, token_ids=ids))
     router.table.assign([[3], [3], [1], [0]])
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    loaded = saved_and_loaded(model, tmp_path)
     inputs = [X, np.tile([0, 1, 2, 3, 4], (3, 1))]
     np.testing.assert_allclose(array(loaded(inputs)), array(model(inputs)), atol=1e-6)
     (layer,) = inspection.moe_layers(loaded).values()

@@ -1,21 +1,16 @@
 """Each study in its small size, on made-up text that needs no network."""
 
 import json
-import pathlib
-import sys
-
-import keras
-import numpy as np
-import pytest
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "studies"))
 
 import compare_routers
 import comparisons
 import hyperparameter_tuning
+import keras
 import language_model
 import moe_vs_dense
+import numpy as np
 import pruning
+import pytest
 import resuming
 import sparsity
 import translation

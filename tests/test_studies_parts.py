@@ -12,19 +12,16 @@ import subprocess
 import sys
 import zipfile
 
-import keras
-import numpy as np
-import pytest
-from backends import to_numpy
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "studies"))
-
 import comparisons
 import datasets
 import decoding
 import files
+import keras
+import numpy as np
+import pytest
 import resuming
 import translation
+from backends import to_numpy
 from datasets import bible, downloads, libreoffice_help, manual_pages
 from id_batches import Batches
 from made_up_text import TRANSLATIONS, made_up_pairs

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import reference
-from backends import unless_compiled
+from backends import saved_and_loaded, unless_compiled
 from layer_checks import array, normal
 
 from keras_moe import layers, losses, routers, surgery
@@ -104,8 +104,7 @@ def test_models_with_fewer_experts_train_save_and_load(operation, tmp_path):
     after = model.evaluate(X, X, verbose=0)
     assert [report.loss_before, report.loss_after] == pytest.approx([before, after], rel=1e-5)
     model.fit(X, X, verbose=0)
-    model.save(tmp_path / "model.keras")
-    again = keras.saving.load_model(tmp_path / "model.keras")
+    again = saved_and_loaded(model, tmp_path)
     expected = model.predict(X, verbose=0)
     np.testing.assert_allclose(again.predict(X, verbose=0), expected, atol=1e-6)
     assert again.count_params() == model.count_params()

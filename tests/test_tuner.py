@@ -211,12 +211,6 @@ def test_the_first_trial_has_the_defaults_and_the_second_has_not(oracle, tmp_pat
     assert second.hyperparameters.values != values
 
 
-def test_defaults_come_first_before_an_oracle_only():
-    without_effect = type("WithoutEffect", (RandomSearch, tuner.DefaultsFirst), {})
-    with pytest.raises(TypeError, match="before an oracle .* RandomSearchOracle, DefaultsFirst"):
-        without_effect("val_loss")
-
-
 def test_a_search_keeps_to_its_budget_and_resumes_where_it_stopped(tmp_path):
     flops = 2 * (64 + 4 * (16 * D + 4 + D))  # eight experts, four of them active, active width 16
     objective, first_random = tuner.WithinBudget(flops), defaults_first(RandomSearch)

@@ -5,7 +5,7 @@ import functools
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, unless_compiled
+from backends import BACKEND, saved_and_loaded, unless_compiled
 from layer_checks import array, normal
 
 import keras_moe
@@ -78,11 +78,6 @@ def randomized(model):
     for weight in model.trainable_weights:
         weight.assign(rng.normal(size=weight.shape) * 0.5)
     return model
-
-
-def saved_and_loaded(model, folder):
-    model.save(folder / "model.keras")
-    return keras.saving.load_model(folder / "model.keras")
 
 
 def dense_kernels(model):
