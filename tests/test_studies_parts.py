@@ -1,7 +1,6 @@
 """What studies share: data, batches, translators, resuming, whole files, and how a study ends."""
 
 import contextlib
-import fcntl
 import gzip
 import hashlib
 import itertools
@@ -57,12 +56,6 @@ def test_a_study_ends_in_one_line(code):
     assert "".join(lines).startswith(ENDS[code][1])
 
 
-def test_a_bug_keeps_its_traceback():
-    code = [sys.executable, "-c", "import clean_exit; {}['key']"]
-    ended = subprocess.run(code, cwd=STUDIES, capture_output=True, text=True)
-    assert ended.returncode == 1 and "Traceback" in ended.stderr
-
-
 def test_files_of_a_set_are_replaced_together(tmp_path):
     paths = [tmp_path / "new" / name for name in ("model.keras", "words.json")]
     with files.whole(*paths) as parts:
@@ -74,16 +67,6 @@ def test_files_of_a_set_are_replaced_together(tmp_path):
         raise KeyboardInterrupt
     assert [path.read_text() for path in paths] == ["old", "old"]
     assert sorted(paths[0].parent.iterdir()) == sorted(paths)
-
-
-def test_a_folder_that_another_run_has_is_refused(tmp_path):
-    handle = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    with pytest.raises(OSError, match="Only one run at a time.*Received: --output"):
-        files.claim(tmp_path)
-    os.close(handle)
-    files.claim(tmp_path)
-    files.claim(tmp_path)
 
 
 # Training that resumes, and comparisons.
