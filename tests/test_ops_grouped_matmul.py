@@ -4,13 +4,7 @@ import keras
 import numpy as np
 import pytest
 import reference
-from backends import (
-    EXAMPLES,
-    FAST_MODE,
-    assert_close,
-    compiled,
-    differentiated,
-)
+from backends import EXAMPLES, FAST_MODE, assert_close, compiled, differentiated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops

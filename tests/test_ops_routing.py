@@ -4,14 +4,7 @@ import keras
 import numpy as np
 import pytest
 import reference
-from backends import (
-    EXAMPLES,
-    FAST_MODE,
-    assert_close,
-    compiled,
-    differentiated,
-    to_numpy,
-)
+from backends import EXAMPLES, FAST_MODE, assert_close, compiled, differentiated, to_numpy
 from drawn import MASKS, SKEWS, draw_logits, draw_mask
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st

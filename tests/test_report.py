@@ -247,30 +247,6 @@ def page_path(tmp_path_factory):
     return keras_moe.report(one_hot_model("first", "second"), balanced(100), path=path)
 
 
-@pytest.mark.parametrize("dark", [False, True])
-def test_text_can_be_read_on_its_background(page_path, dark):
-    contrasts = run_in_page(
-        page_path,
-        """
-        const light = (colour) => {
-          const [r, g, b] = colour.match(/[\\d.]+/g).map((v) => Number(v) / 255).map(
-            (v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-          return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-        };
-        return all(".token, #verdicts strong, td, figcaption").map((element) => {
-          let back = element;
-          while (getComputedStyle(back).backgroundColor === "rgba(0, 0, 0, 0)")
-            back = back.parentElement;
-          const [a, b] = [getComputedStyle(element).color, getComputedStyle(back).backgroundColor]
-            .map(light);
-          return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-        });
-        """,
-        dark,
-    )
-    assert len(contrasts) > 100 and min(contrasts) > 4.5
-
-
 def test_the_filter_filters(page_path):
     before, served, others, matches, count, name, after = run_in_page(
         page_path,

@@ -323,18 +323,6 @@ def route(router, tokens=TOKENS, **kwargs):
     return to_numpy(router(to_tensors(tokens), **kwargs))
 
 
-def test_a_dense_mixture_is_a_sparse_one_of_all_experts():
-    dense, sparse = routers.DenseRouter(4), routers.TopKRouter(4, 4)
-    expected = route(dense)
-    sparse.build(TOKENS.shape)
-    sparse.set_weights(dense.get_weights())
-    routing = route(sparse)
-    weights = np.take_along_axis(routing.weights, np.argsort(routing.indices, axis=1), axis=1)
-    assert_close(weights, expected.weights)
-    assert_close(routing.counts, expected.counts)
-    assert_close(routing.counts, 4 * expected.weights.sum(0))  # as all serve all, the weights
-
-
 def autocast():
     if BACKEND != "torch":
         return contextlib.nullcontext()

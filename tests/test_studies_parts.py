@@ -21,7 +21,7 @@ import pytest
 import resuming
 import translation
 from backends import to_numpy
-from datasets import bible, downloads, libreoffice_help, manual_pages
+from datasets import bible, downloads, manual_pages
 from id_batches import Batches
 from made_up_text import TRANSLATIONS, made_up_pairs
 from sentence_batches import SentenceBatches, Shapes
@@ -304,42 +304,6 @@ def test_the_bible_is_split_by_chapter_and_cleaned(monkeypatch, tmp_path):
     assert sorted(test.sources) == sorted([*split.sources[:4], *split.sources[80:84]])
     for source, target in zip(*test):
         assert target == " ".join(map(TRANSLATIONS.get, source.split()))
-
-
-def test_help_is_aligned_by_page_and_id(monkeypatch, tmp_path):
-    texts = {("pt", n): {"a": f"Abra o <b>menu</b> {n}", "b": "igual"} for n in range(200)}
-    texts |= {("en", n): {"a": f"Open the menu {n}", "b": "igual"} for n in range(200)}
-    texts["pt", 200] = {"a": "f(x) = 1 código", "c": "Abra o menu 1", "d": "sem par aqui"}
-    texts["en", 200] = {"a": "f(x) = 1 code", "c": "Open the menu 1"}
-    pages: dict = {"pt": {}, "en": {}}
-    for (language, number), by_id in texts.items():
-        page = "".join(
-            f'<div><h1 id="{n}">\n{text}</h1></div><p>no</p>' for n, text in by_id.items()
-        )
-        path = f"./usr/share/libreoffice/help/{language}/text/{number}.html"
-        pages[language][path] = page.encode("utf-8")
-    monkeypatch.setattr(libreoffice_help, "fetch_packages", lambda names, folder: ["pt", "en"])
-    monkeypatch.setattr(libreoffice_help, "read_members", lambda path, suffix: pages[path])
-    data = datasets.load_pairs("libreoffice_help", tmp_path)
-    found = [row for split in data for row in zip(*split)]
-    assert sorted(found) == sorted((f"Abra o menu {n}", f"Open the menu {n}") for n in range(200))
-    turned = datasets.load_pairs("libreoffice_help", tmp_path, reverse=True)
-    assert [(split.targets, split.sources) for split in turned] == [*map(tuple, data)]
-
-
-@pytest.mark.parametrize(
-    "source, text",
-    [
-        (".TH LS 1\n.SH NAME\nls \\- list", "NAME ls - list"),
-        (".BR printf (3),\n.I format", "printf(3), format"),
-        ('.BI "int " fd ;\n\\fBa\\fP \\(bu \\&b\\e', "int fd; a • b\\"),
-        (".TS\nl l.\na\tb\n.TE\nrest", "rest"),
-        (".de Sp\n.if t .sp\n..\nrest", "rest"),
-        ('.\\" a comment\n\'\\" t\n.\n.PP\ntext', "text"),
-    ],
-)
-def test_the_text_of_a_manual_page_has_no_roff(source, text):
-    assert manual_pages.plain_text(source) == text
 
 
 def test_manual_pages_are_labelled_and_a_page_is_in_one_split(monkeypatch, tmp_path):
