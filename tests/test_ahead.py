@@ -109,21 +109,6 @@ def test_an_instruction_moves_what_it_reads_and_writes():
     assert near.bytes == 9 * 4
 
 
-def test_a_kernel_takes_the_longer_of_products_and_traffic():
-    a, b = "%a = bf16[64,64] parameter(0)", "%b = bf16[64,64] parameter(1)"
-    dot = "ROOT %c = bf16[64,64] dot(%a, %b), lhs_contracting_dims={1}"
-    flops, traffic = 2 * 64**3, 3 * 2 * 64**2
-    fast_memory = TPU._replace(memory=1e30)
-    assert work(a, b, dot, chip=fast_memory).seconds == pytest.approx(flops / TPU.half)
-    assert work(a, b, dot).seconds == pytest.approx(traffic / TPU.memory)
-    assert work(a, b, dot, chip=GPU).seconds == GPU.launch
-    exact = [
-        line.replace("bf16", "f32") for line in (a, b, f"{dot}, operand_precision={{highest}}")
-    ]
-    in_full = work(*exact, chip=fast_memory)
-    assert in_full.seconds == pytest.approx(6 * flops / TPU.half)
-
-
 def test_a_program_of_the_real_compiler():
     import jax
     import jax.numpy as jnp

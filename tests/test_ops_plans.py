@@ -149,12 +149,6 @@ def served(**limits):
     return compiled(function, FAST_MODE)(np.log(PROBS).astype("float32"))
 
 
-def test_by_position_earlier_tokens_are_served():
-    sizes, is_served = served(capacity=2)
-    assert sizes.tolist() == [2, 2, 0]
-    assert is_served.tolist() == [[True, True], [True, True], [False, False]]
-
-
 def test_by_urgency_the_most_urgent_are_served():
     urgency = keras.ops.convert_to_tensor(PROBS.max(axis=1).astype("float32"))
     sizes, is_served = served(capacity=2, first=urgency)

@@ -107,13 +107,9 @@ def test_integer_data_are_shown_as_they_are_and_texts_are_split():
 
     data = np.array([[5, 6, 7, 8], [9, 1, 0, 0]])
     assert token_texts(None, data, 4, 2) == ["5", "6", "7", "8", "9", "1", "0", "0"]
-    assert token_texts(None, data, 2, 2) == ["5 6", "7 8", "9 1", "0 0"]
     assert token_texts(["a b c d", "e f"], data, 2, 2) == ["a b", "c d", "e f", ""]
     assert token_texts(None, np.zeros((1, 2, 3)), 2, 1) == ["#0", "#1"]
-    # A token in an array of its own is written without brackets.
-    assert token_texts(data[..., None], data, 4, 2)[:3] == ["5", "6", "7"]
     assert token_texts([[["a"], ["b"]], [["c"], "d"]], data, 2, 2) == ["a b", "", "c d", ""]
-    assert token_texts(None, data, 0, 2) == []
 
 
 def test_verdicts_are_plain_words(tmp_path):
