@@ -4,10 +4,8 @@ import pathlib
 
 import numpy as np
 import pytest
-from backends import BACKEND, run_python
+from backends import run_python
 from replicas_models import free_ports, results_of, start
-
-from keras_moe.distribution import expert_parallel
 
 CHECKS = pathlib.Path(__file__).with_name("on_eight_devices.py")
 
@@ -31,13 +29,3 @@ def test_two_processes_give_what_one_gives():
         np.testing.assert_allclose(result["loss"], alone["loss"], rtol=1e-5)
         for actual, expected in zip(result["state"], alone["state"], strict=True):
             np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.backends("tensorflow", "torch")
-def test_what_a_backend_cannot_split_is_an_error():
-    wrong, message = {
-        "tensorflow": ({}, "Keras splits no weights on TensorFlow"),
-        "torch": ({"devices": ["cpu:0"]}, "`devices` and `layout_map` are for JAX"),
-    }[BACKEND]
-    with pytest.raises(ValueError, match=message):
-        expert_parallel(4, **wrong)

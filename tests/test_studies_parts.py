@@ -1,18 +1,13 @@
 """What studies share: data, batches, translators, resuming, whole files, and how a study ends."""
 
-import contextlib
 import gzip
-import hashlib
 import itertools
 import os
 import pathlib
-import sqlite3
 import subprocess
 import sys
-import zipfile
 
 import comparisons
-import datasets
 import decoding
 import files
 import keras
@@ -21,7 +16,7 @@ import pytest
 import resuming
 import translation
 from backends import to_numpy
-from datasets import bible, downloads, manual_pages
+from datasets import downloads, manual_pages
 from id_batches import Batches
 from made_up_text import TRANSLATIONS, made_up_pairs
 from sentence_batches import SentenceBatches, Shapes
@@ -268,42 +263,6 @@ def test_words_are_near_their_translations(tmp_path):
 
 
 # Data.
-
-
-def put_wheel(folder, module, monkeypatch, members):
-    """A wheel with files of these names where TFDS keeps its downloads."""
-    wheel = folder / "made.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    monkeypatch.setattr(module, "SHA256", digest)
-    (folder / "downloads" / "wheels").mkdir(parents=True)
-    wheel.rename(folder / "downloads" / "wheels" / f"{digest}.whl")
-
-
-def test_the_bible_is_split_by_chapter_and_cleaned(monkeypatch, tmp_path):
-    (split,) = made_up_pairs((160,))
-    split.targets[8] = "(102:1) don`t go"
-    split.sources[9] = "pan " * 29
-    database = tmp_path / "bible.db"
-    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
-        connection.execute(
-            "create table bible (bbName, bNumber int, cNumber int, vNumber int, vText)"
-        )
-        for n, texts in enumerate(zip(*split)):
-            key = 1 + n // 40, 1 + n // 4 % 10, 1 + n % 4
-            for edition, text in zip((bible.SPANISH, bible.ENGLISH), texts):
-                connection.execute(
-                    "insert into bible values (?, ?, ?, ?, ?)", (edition, *key, text)
-                )
-    put_wheel(tmp_path, bible, monkeypatch, {bible.MEMBER: database.read_bytes()})
-    train, validation, test = datasets.load_pairs("bible_es_en", tmp_path)
-    assert [len(each.sources) for each in (train, validation, test)] == [36 * 4 - 1, 8, 8]
-    assert "don't go" in train.targets
-    assert sorted(test.sources) == sorted([*split.sources[:4], *split.sources[80:84]])
-    for source, target in zip(*test):
-        assert target == " ".join(map(TRANSLATIONS.get, source.split()))
 
 
 def test_manual_pages_are_labelled_and_a_page_is_in_one_split(monkeypatch, tmp_path):

@@ -202,19 +202,9 @@ def test_top_k_changes_in_compiled_prediction(top_k):
     np.testing.assert_allclose(again.predict(X, verbose=0), after, atol=1e-6)
 
 
-def with_lora():
-    layer = single()[0]
-    layer.experts.enable_lora(2)
-    return layer
-
-
 def shared_bank():
     bank = layers.FeedForwardExperts(E, H)
     return keras.Sequential([keras.Input((D,)), *(layers.MixtureOfExperts(bank) for _ in "ab")])
-
-
-def hashed():
-    return layers.MixtureOfExperts(BANKS["plain"](), routers.HashRouter(vocabulary_size=9))
 
 
 NANS = np.full_like(X, np.nan)
@@ -224,8 +214,6 @@ REFUSED = {
     "half a group": lambda: prune(single(router=ROUTERS["groups"]())[0], np.arange(5)),
     "a shared bank": lambda: surgery.prune_experts(shared_bank(), np.ones(E)),
     "slots": lambda: surgery.prune_experts(single(router=routers.SoftRouter(E))[0], np.ones(E)),
-    "merging LoRA": lambda: surgery.merge_experts(with_lora(), data=[X]),
-    "a table": lambda: surgery.set_top_k(hashed(), 3),
 }
 
 

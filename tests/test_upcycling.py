@@ -276,13 +276,9 @@ def test_layers_that_look_like_a_feed_forward_and_stay_dense_are_named():
 
 
 REFUSED = {
-    "parts that are left over": (pair, {"granularity": 2, "top_k": 3}),
-    "a width in parts": (pair, {"granularity": 3, "num_experts": 6, "top_k": 3}),
     "one is regularized": (lambda: pair(down={"kernel_regularizer": L2}), {}),
     "another regularizer": (lambda: pair(kernel_regularizer=lambda x: 0.0), {}),
     "a bias in parts": (lambda: pair(bias_regularizer=L2), {"granularity": 2}),
-    "a softmax in parts": (lambda: pair(up={"activation": "softmax"}), {"granularity": 2}),
-    "a constraint": (lambda: pair(up={"kernel_constraint": "max_norm"}), {}),
     "activity": (lambda: pair(up={"activity_regularizer": L2}), {}),
     "one is frozen": (lambda: pair(up={"trainable": False}), {}),
 }
