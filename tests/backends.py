@@ -26,6 +26,8 @@ FAST_MODE = "jit" if BACKEND == "jax" else "eager"
 # Hypothesis draws, by how long the compilation of one shape takes.
 EXAMPLES = {"eager": 1 if BACKEND == "jax" else 10, "graph": 5, "xla": 5, "jit": 5}
 
+# `jit_compile` where only the model matters: for TensorFlow, XLA takes seconds for each function.
+QUICK_JIT = "auto" if BACKEND == "jax" else False
 # One mode for each way to compute: "graph" runs the code of "eager".
 KERNEL_MODES = {"tensorflow": ("eager", "xla"), "jax": ("jit",), "torch": ("eager",)}[BACKEND]
 

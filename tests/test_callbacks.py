@@ -5,6 +5,7 @@ import functools
 import keras
 import numpy as np
 import pytest
+from backends import QUICK_JIT
 from layer_checks import E, array, moe, one_hot, one_hot_router
 
 from keras_moe import layers, losses
@@ -37,7 +38,7 @@ def routed(name="moe", **kwargs):
 
 def model_of(*moe_layers):
     model = keras.Sequential([keras.Input((E,)), *moe_layers])
-    model.compile(keras.optimizers.SGD(0.0), "mse")
+    model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=QUICK_JIT)
     return model
 
 
@@ -228,7 +229,7 @@ def test_nothing_counts_after_an_evaluation_that_was_interrupted(place):
     model.predict(VALIDATION, verbose=0)
     np.testing.assert_array_equal(array(layer.expert_counts), before)
     if place == "step":
-        model.compile(keras.optimizers.SGD(0.0), "mse")
+        model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=QUICK_JIT)
     model.evaluate(VALIDATION, VALIDATION, batch_size=1, verbose=0)
     # A step that was announced and never made counts the next one.
     counted = array(layer.expert_counts) - before

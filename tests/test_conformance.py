@@ -9,7 +9,7 @@ import re
 import keras
 import numpy as np
 import pytest
-from backends import saved_and_loaded
+from backends import saved_and_loaded, unless_compiled
 from layer_checks import (
     ABSTRACT,
     CASES,
@@ -145,7 +145,9 @@ def policy(request):
     return keras.config.dtype_policy()
 
 
-@pytest.mark.parametrize("policy", POLICIES, indirect=True)
+@pytest.mark.parametrize(
+    "policy", unless_compiled(POLICIES, ["mixed_float16", "bfloat16"]), indirect=True
+)
 @by_name(LAYERS)
 def test_symbolic_and_eager_calls_have_the_shape_and_dtype_of_the_policy(cls, policy):
     layer = CASES[cls].layer(plain(cls))

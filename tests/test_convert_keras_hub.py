@@ -7,7 +7,7 @@ import weakref
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, assert_close, saved_and_loaded, unless_compiled
+from backends import BACKEND, QUICK_JIT, assert_close, saved_and_loaded, unless_compiled
 from keras import ops
 
 from keras_moe import convert, inspection, surgery
@@ -74,7 +74,7 @@ def causal_lm(family):
         old = ops.convert_to_numpy(variable)
         variable.assign(old + 0.1 * value if is_scale else 0.5 * value)
     model = getattr(keras_hub.models, f"{prefix}CausalLM")(preprocessor=None, backbone=backbone)
-    model.compile(optimizer="sgd", sampler="greedy")
+    model.compile(optimizer="sgd", sampler="greedy", jit_compile=QUICK_JIT)
     return model
 
 

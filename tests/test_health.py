@@ -6,6 +6,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
+from backends import QUICK_JIT
 from layer_checks import D, E, array, moe, one_hot_router
 
 from keras_moe import health, layers, losses, routers
@@ -27,7 +28,8 @@ def clustered(seed, size=STEPS * BATCH):
 
 def model_of(layer, optimizer=None, **kwargs):
     model = keras.Sequential([keras.Input((D,)), layer, keras.layers.Dense(1)])
-    model.compile(optimizer or keras.optimizers.Adam(1e-2), "mse", **kwargs)
+    optimizer = optimizer or keras.optimizers.Adam(1e-2)
+    model.compile(optimizer, "mse", jit_compile=QUICK_JIT, **kwargs)
     return model
 
 

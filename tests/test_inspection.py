@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from backends import QUICK_JIT
 from layer_checks import D, E, array, moe, normal, one_hot_router
 
 from keras_moe import inspection, layers, routers
@@ -130,7 +131,7 @@ def test_experts_and_routers_that_layers_share_count_once(top_k, is_wrapped):
 )
 def test_summary_has_the_last_epoch_after_a_monitor(validation_split, tmp_path):
     model = keras.Sequential([keras.Input((D,)), moe(name="moe"), keras.layers.Dense(1)])
-    model.compile("sgd", "mse")
+    model.compile("sgd", "mse", jit_compile=QUICK_JIT)
     model.fit(normal(8, D), normal(8, 1), verbose=0)
     assert sum(inspection.summarize(model)[0].counts) == 16, "without a monitor, all of it"
     monitor = ExpertMonitor()

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import reference
-from backends import saved_and_loaded, unless_compiled
+from backends import QUICK_JIT, saved_and_loaded, unless_compiled
 from layer_checks import array, normal
 
 from keras_moe import layers, losses, routers, surgery
@@ -44,7 +44,7 @@ def single(experts=None, router=None, router_losses=None):
 
 def model_of(layer):
     model = keras.Sequential([keras.Input((D,)), layer])
-    model.compile("adam", "mse")
+    model.compile("adam", "mse", jit_compile=QUICK_JIT)
     return model
 
 

@@ -5,7 +5,7 @@ import functools
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, saved_and_loaded, unless_compiled
+from backends import BACKEND, QUICK_JIT, saved_and_loaded, unless_compiled
 from layer_checks import array, normal
 
 import keras_moe
@@ -100,7 +100,8 @@ CASES = {
 def test_an_upcycled_model_is_equal_at_first_and_saves_loads_and_trains(case, tmp_path):
     make, arguments = CASES[case]
     model = randomized(make())
-    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss, jit_compile=QUICK_JIT)
     expected = model.predict(IDS, verbose=0)
     upcycled = keras_moe.upcycle(model, seed=0, **arguments)
     scale = np.abs(expected).max()
@@ -162,7 +163,7 @@ PAIRS = {
 def test_a_sequential_model_stays_one_and_its_loss_the_same(case, tmp_path):
     arguments, granularity = PAIRS[case]
     model = pair(**arguments)
-    model.compile("sgd", "mse")
+    model.compile("sgd", "mse", jit_compile=QUICK_JIT)
     expected = model.evaluate(X, X, verbose=0)
     upcycled = keras_moe.upcycle(model, 8, granularity=granularity)
     assert [layer.name for layer in upcycled.layers] == ["up_experts"]
