@@ -47,11 +47,6 @@ def forget():
         jax.clear_caches()
 
 
-def some(cases, mode):
-    """The cases; the first alone where each call compiles its loops anew."""
-    return list(cases)[:1] if (BACKEND, mode) == ("jax", "eager") else list(cases)
-
-
 def unless_compiled(cases, kept):
     """All cases on PyTorch; those `kept` where compiling each takes ten seconds."""
     cases = list(cases)
