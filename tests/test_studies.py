@@ -170,12 +170,27 @@ def test_every_task_is_trained_with_and_without_experts(tmp_path):
     assert (tmp_path / "moe_vs_dense.png").exists() and not (tmp_path / "progress").exists()
 
 
-def test_a_search_is_never_worse_than_the_default(tmp_path):
+def test_an_interrupted_search_resumes_and_is_never_worse_than_the_default(tmp_path, monkeypatch):
+    class Interrupted(hyperparameter_tuning.tuner.CostMonitor):
+        def on_epoch_end(self, epoch, logs=None):
+            super().on_epoch_end(epoch, logs)
+            if list(tmp_path.glob("*/trial_1")):
+                raise KeyboardInterrupt
+
     arguments = ["--smoke", "--epochs", "1", "--seeds", "1", "--trials", "2"]
     arguments += ["--output", str(tmp_path)]
-    report = hyperparameter_tuning.main(arguments)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(hyperparameter_tuning.tuner, "CostMonitor", Interrupted)
+        hyperparameter_tuning.main(arguments)
     (folder,) = tmp_path.iterdir()
-    assert sorted(trial["trial"] for trial in report["trials"]) == ["0", "1"]
+    finished, interrupted = (folder / name / "trial.json" for name in ("trial_0", "trial_1"))
+    values = json.loads(interrupted.read_text())["hyperparameters"]["values"]
+    before = finished.read_bytes()
+    report = hyperparameter_tuning.main(arguments)
+    assert finished.read_bytes() == before
+    trials = {trial["trial"]: trial for trial in report["trials"]}
+    assert sorted(trials) == ["0", "1"]
+    assert trials["1"]["values"] == values, "the interrupted trial runs again"
     default, best = report["results"].values()
     assert default["trial"] == "0" and default["values"]["moe/num_experts"] == 4
     within = [trial for trial in report["trials"] if trial["cost"] <= report["budget"]]

@@ -234,8 +234,16 @@ def test_efficient_trials_are_those_that_no_other_beats():
     ]
 
 
-def test_the_table_as_text():
-    rows = tuner.pareto_table(finished((1000, 1.0), (65536, 3.0)))
+def test_the_table_as_text_is_the_same_in_a_worker_that_asks_its_chief():
+    search = finished((1000, 1.0), (65536, 3.0))
+    rows = tuner.pareto_table(search)
+    trials = [trial for trial in search.oracle.trials.values() if trial.status == "COMPLETED"]
+
+    def get_best_trials(number):
+        return [Trial.from_proto(trial.to_proto()) for trial in trials[:number]]
+
+    oracle = SimpleNamespace(max_trials=None, get_best_trials=get_best_trials)
+    assert tuner.pareto_table(SimpleNamespace(oracle=oracle)) == rows
     rows[1].values["rate"] = 0.001
     assert tuner.format_table(rows).splitlines() == [
         "   trial    cost    loss  moe/num_experts   rate",
