@@ -1,10 +1,16 @@
 """One interface to three backends: the modes to compute in, arrays in and arrays out."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import keras
 import numpy as np
 from keras import ops
 
 BACKEND = keras.backend.backend()
+ROOT = pathlib.Path(__file__).parents[1]
 
 # "eager" runs operation by operation, "graph" is tf.function without XLA.
 MODES = {
@@ -20,6 +26,8 @@ FAST_MODE = "jit" if BACKEND == "jax" else "eager"
 # Hypothesis draws, by how long the compilation of one shape takes.
 EXAMPLES = {"eager": 1 if BACKEND == "jax" else 10, "graph": 5, "xla": 5, "jit": 5}
 
+# `jit_compile` where only the model matters: for TensorFlow, XLA takes seconds for each function.
+QUICK_JIT = "auto" if BACKEND == "jax" else False
 # One mode for each way to compute: "graph" runs the code of "eager".
 KERNEL_MODES = {"tensorflow": ("eager", "xla"), "jax": ("jit",), "torch": ("eager",)}[BACKEND]
 
@@ -37,11 +45,6 @@ def forget():
     """JAX keeps every function it ever compiled."""
     if BACKEND == "jax":
         jax.clear_caches()
-
-
-def some(cases, mode):
-    """The cases; the first alone where each call compiles its loops anew."""
-    return list(cases)[:1] if (BACKEND, mode) == ("jax", "eager") else list(cases)
 
 
 def unless_compiled(cases, kept):
@@ -81,6 +84,21 @@ def differentiated(function, mode):
 def gradients(function, inputs, mode=FAST_MODE):
     """Gradients of the scalar `function(*inputs)`."""
     return differentiated(lambda inputs: (function(*inputs), ()), mode)(inputs)[2]
+
+
+def run_python(*arguments, **environment):
+    """What a process of this package printed, and how it ended."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def saved_and_loaded(model, folder):
+    model.save(folder / "model.keras")
+    return keras.saving.load_model(folder / "model.keras")
 
 
 def assert_close(actual, expected, scale=None, tolerance=1e-5):

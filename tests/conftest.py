@@ -66,6 +66,16 @@ def runs_elsewhere(item):
     return BACKEND not in marker.args
 
 
+def pytest_generate_tests(metafunc):
+    """A test of a `mode` runs in each of `KERNEL_MODES`, unless its file sets others."""
+    from backends import KERNEL_MODES
+
+    names = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    is_set = hasattr(metafunc.module, "mode") or any("mode" in name for name in names)
+    if "mode" in metafunc.fixturenames and not is_set:
+        metafunc.parametrize("mode", KERNEL_MODES)
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so short that small groups need full tiles and a tail, and runs of few groups."""

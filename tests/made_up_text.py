@@ -1,13 +1,7 @@
 """Documents of two topics, and sentence pairs, that need no network."""
 
-import pathlib
-import sys
-
-import numpy as np
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "studies"))
-
 import datasets
+import numpy as np
 
 TOPICS = {"space": "orbit moon rocket launch star", "cars": "engine wheel road brake driver"}
 TRANSLATIONS = {"rey": "king", "casa": "house", "agua": "water", "pan": "bread", "mano": "hand"}

@@ -1,16 +1,10 @@
 """Compiled programs as `benchmarks.ahead` reads them, and the bounds that follow."""
 
-import argparse
-import pathlib
-import sys
-
 import keras
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-
-from benchmarks import ahead, chips, measure, program, roofline, topologies  # noqa: E402
-from benchmarks.products import Product, products  # noqa: E402
+from benchmarks import ahead, ahead_matrix, chips, measure, program, roofline, topologies
+from benchmarks.products import Product, products
 
 TPU, GPU = chips.CHIPS["v5e"], chips.CHIPS["h100"]
 pytestmark = pytest.mark.backends("jax")
@@ -115,49 +109,6 @@ def test_an_instruction_moves_what_it_reads_and_writes():
     assert near.bytes == 9 * 4
 
 
-def test_a_kernel_takes_the_longer_of_products_and_traffic():
-    a, b = "%a = bf16[64,64] parameter(0)", "%b = bf16[64,64] parameter(1)"
-    dot = "ROOT %c = bf16[64,64] dot(%a, %b), lhs_contracting_dims={1}"
-    flops, traffic = 2 * 64**3, 3 * 2 * 64**2
-    fast_memory = TPU._replace(memory=1e30)
-    assert work(a, b, dot, chip=fast_memory).seconds == pytest.approx(flops / TPU.half)
-    assert work(a, b, dot).seconds == pytest.approx(traffic / TPU.memory)
-    assert work(a, b, dot, chip=GPU).seconds == GPU.launch
-    exact = [
-        line.replace("bf16", "f32") for line in (a, b, f"{dot}, operand_precision={{highest}}")
-    ]
-    in_full = work(*exact, chip=fast_memory)
-    assert in_full.seconds == pytest.approx(6 * flops / TPU.half)
-
-
-LOOP = """
-%body (p: (f32[8])) -> (f32[8]) {
-  %p = (f32[8]) parameter(0)
-  %g = f32[8] get-tuple-element(%p), index=0
-  %n = f32[8] negate(%g)
-  ROOT %t = (f32[8]) tuple(%n)
-}
-
-%test (p.1: (f32[8])) -> pred[] {
-  %p.1 = (f32[8]) parameter(0)
-  ROOT %c = pred[] constant(true)
-}
-"""
-
-
-def test_loops_count_with_their_trips_if_they_are_known():
-    start = "%a = (f32[8]) parameter(0)"
-    loop = "ROOT %w = (f32[8]) while(%a), condition=%test, body=%body"
-    known = f'{loop}, backend_config={{"known_trip_count":{{"n":"5"}}}}'
-    fixed = work(start, known, others=LOOP, chip=GPU)
-    assert (fixed.kernels, fixed.loops, fixed.waits) == (5, 0, 0)
-    assert fixed.bytes == 5 * 64 and fixed.seconds == pytest.approx(5 * GPU.launch)
-    dynamic = work(start, loop, others=LOOP, chip=GPU)
-    assert (dynamic.kernels, dynamic.loops, dynamic.waits) == (1, 1, 2)
-    assert dynamic.seconds == pytest.approx(GPU.launch + 2 * GPU.wait)
-    assert work(start, loop, others=LOOP, chip=TPU).waits == 0
-
-
 def test_a_program_of_the_real_compiler():
     import jax
     import jax.numpy as jnp
@@ -178,23 +129,6 @@ def test_a_program_of_the_real_compiler():
     trips = jax.ShapeDtypeStruct((), "int32")
     text = jax.jit(dynamic).lower(x, w, trips).compile().as_text()
     assert roofline.work(text, TPU).loops == 1
-
-
-@pytest.mark.parametrize(
-    "dtype, sizes, is_wide",
-    [
-        ("f32", (32, 24, 16), True),  # rows by kernels
-        ("f32", (2, 32, 16, 12), True),  # the axis summed over in two parts
-        ("f32", (4, 16, 24, 8), True),  # one product for each expert
-        ("f32", (32, 4, 16), False),  # tokens by the router's kernel
-        ("f32", (4, 24, 32), False),  # one-hot rows by rows: gradients of biases
-        ("bf16", (32, 24, 16), False),
-    ],
-)
-def test_float32_products_of_rows_are_told_from_the_routers(dtype, sizes, is_wide):
-    found = Product(1, dtype, sizes, exact=False)
-    options = argparse.Namespace(features=16, hidden=24, experts=[4])
-    assert ahead._is_wide(found, options) == is_wide
 
 
 @needs_libtpu
@@ -224,3 +158,22 @@ def test_a_layer_is_compiled_for_several_tpus(monkeypatch, tmp_path):
     assert row["to_all_mb"] > 0 and row["gather_mb"] == 0
     # The shared expert needs none of the rows that are on their way.
     assert int(row["meanwhile"].split()[0]) > 0
+
+
+TPUS = [name for name, chip in chips.CHIPS.items() if chip.platform == "tpu"]
+
+
+# Every chip meets two cases; together they meet every shape and every combination of dtype, gate
+# and capacity.
+@needs_libtpu
+@pytest.mark.usefixtures("programs_not_kept")
+@pytest.mark.parametrize(
+    "chip, case",
+    [
+        pytest.param(chip, case, id=f"{chip} {case}")
+        for number, chip in enumerate(TPUS)
+        for case in ahead_matrix.covering(number)[:2]
+    ],
+)
+def test_a_training_step_compiles(chip, case):
+    ahead_matrix.compile_case(case, chips.sharding(chip))

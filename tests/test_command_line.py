@@ -105,15 +105,11 @@ def nothing():
 
 DATA = "report model.keras --data"
 WRONG = {
-    "no command": (nothing, "", "required"),
     "a missing model": (nothing, "inspect m.keras", "'m.keras'"),
     "other experts": (lambda: write_config_with(7), "inspect m.keras", "Save it again"),
     "many experts": (lambda: write_config_with(10**9), "inspect m.keras", "than its file"),
-    "a pickle": (lambda: np.save("d.npy", np.array([{}]), True), f"{DATA} d.npy", "pickled"),
     "other sizes": (lambda: np.save("d.npy", normal(3, 5, D + 1)), f"{DATA} d.npy", "(3, 5, 9)"),
     "few labels": (write("l.txt", b"a\nb\n"), f"{DATA} x.npy --labels l.txt", "2 entries"),
-    "latin-1": (write("l.txt", b"gr\xfc\xdfe\n" * 3), f"{DATA} x.npy --labels l.txt", "UTF-8"),
-    "a pipe": (lambda: os.mkfifo("pipe"), f"{DATA} x.npy --output pipe", "'pipe'"),
     "a page over the data": (nothing, f"{DATA} x.npy --output ./x.npy", "would replace it"),
     "a module that ends the process": (
         write("ends.py", b"raise SystemExit(3)"),

@@ -7,7 +7,7 @@ import weakref
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, assert_close, unless_compiled
+from backends import BACKEND, QUICK_JIT, assert_close, saved_and_loaded, unless_compiled
 from keras import ops
 
 from keras_moe import convert, inspection, surgery
@@ -74,7 +74,7 @@ def causal_lm(family):
         old = ops.convert_to_numpy(variable)
         variable.assign(old + 0.1 * value if is_scale else 0.5 * value)
     model = getattr(keras_hub.models, f"{prefix}CausalLM")(preprocessor=None, backbone=backbone)
-    model.compile(optimizer="sgd", sampler="greedy")
+    model.compile(optimizer="sgd", sampler="greedy", jit_compile=QUICK_JIT)
     return model
 
 
@@ -133,8 +133,7 @@ def test_files_are_those_of_keras_hub_and_a_saved_model_is_sparse_again(family, 
     blank.load_weights(tmp_path / "sparse.weights.h5")
     assert_same_parameters(blank, causal_lm(family))
 
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    loaded = saved_and_loaded(model, tmp_path)
     assert_same_parameters(loaded, model)
     assert list(inspection.moe_layers(loaded)) == list(inspection.moe_layers(model))
 

@@ -6,7 +6,6 @@ import pytest
 from backends import to_numpy
 from keras import ops
 
-import keras_moe
 from keras_moe import layers
 from keras_moe.backend import backend
 
@@ -79,20 +78,3 @@ def test_inside_of_a_program_it_is_a_part_of_it():
     function, runs = counting()
     assert "jit" not in str(jax.make_jaxpr(function)(ops.zeros(2)))
     assert len(runs) == 1
-
-
-def test_a_size_may_be_an_array():
-    logits = ops.reshape(ops.arange(12.0), (4, 3)) % 5
-    values = []
-    for size in (2, ops.convert_to_tensor(2)):
-        routing = keras_moe.ops.expert_choice_routing(logits, 1.0, None, size)
-        values.append(to_numpy([routing, keras_moe.ops.sequence_load_balance(routing, size)]))
-    jax.tree.map(np.testing.assert_array_equal, *values)
-
-
-def test_a_routing_has_the_arrays_it_was_made_of():
-    indices, scores = ops.zeros((4, 1), "int32"), ops.ones((4, 3))
-    routing = keras_moe.ops.make_routing(
-        indices, scores[:, :1], scores, scores, ops.ones(4, "bool")
-    )
-    assert routing.indices is indices and routing.probs is scores

@@ -19,7 +19,9 @@ from backends import (
 from drawn import MASKS, SKEWS, draw_mask
 from keras import ops as keras_ops
 from layer_checks import moe
-from test_ops_feed_forward import network, signed_root
+from test_ops_feed_forward import check_bank, network, signed_root
+from test_ops_grouped_matmul import check_against_oracle as check_groups
+from test_ops_grouped_matmul import weighted_sum
 from test_ops_moe import Config, build, check_against_oracle, draw_batch
 
 from keras_moe import inspection, layers, ops, routers
@@ -86,44 +88,15 @@ def test_a_slope_that_is_infinite_at_zero_spoils_no_gradient(mode):
         assert np.isfinite(gradient).all()
 
 
-def test_no_rows_give_no_rows(mode):
-    inputs = [np.zeros((0, 8), "float32"), np.ones((2, 8, 16), "float32")]
-
-    def product(inputs):
-        output = grouped_matmul(*inputs, keras_ops.zeros((2,), "int32"))
-        return keras_ops.sum(output), output
-
-    _, output, gradient = differentiated(product, mode)(inputs)
-    assert output.shape == (0, 16) and not np.any(gradient[1])
-
-
-def test_sizes_that_count_too_many_rows_read_none_past_the_last(mode):
-    rng = np.random.default_rng(0)
+def test_groups_of_rows_equal_the_oracle(mode):
+    """Also without rows, with rows past the last group, and sizes that count too many."""
+    function, rng = differentiated(weighted_sum, mode), np.random.default_rng(0)
+    for num_rows, sizes in ((11, [3, 0, 2]), (0, [0, 0])):
+        check_groups(function, rng, num_rows, sizes, (8, 16))
     inputs, kernels = rng.normal(size=(9, 8)), rng.normal(size=(3, 8, 16))
     inputs, kernels = inputs.astype("float32"), kernels.astype("float32")
     output = compiled(grouped_matmul, mode)(inputs, kernels, np.array([4, 90, 7], "int32"))
     assert_close(output, reference.grouped_matmul(inputs, kernels, [4, 5, 0]))
-
-
-def test_rows_past_the_last_group_reach_nothing(mode):
-    rng = np.random.default_rng(0)
-    inputs = [rng.normal(size=(11, 8)), rng.normal(size=(3, 8, 16))]
-    inputs = [array.astype("float32") for array in inputs]
-    sizes, upstream = np.array([3, 0, 2], "int32"), np.ones((11, 16), "float32")
-
-    def first_rows(inputs, sizes, upstream):
-        output = grouped_matmul(*inputs, sizes)
-        first = keras_ops.expand_dims(keras_ops.arange(11) < 5, 1)
-        return keras_ops.sum(keras_ops.where(first, output * upstream, 0.0)), output
-
-    function = differentiated(first_rows, mode)
-    expected = function(inputs, sizes, upstream)
-    inputs[0][5:] = upstream[5:] = np.nan
-    for result, value in zip(
-        keras.tree.flatten(function(inputs, sizes, upstream)), keras.tree.flatten(expected)
-    ):
-        assert_close(result, value)
-    assert not np.any(expected[1][5:]) and not np.any(expected[2][0][5:])
 
 
 def layer_gradients(policy, mode):
@@ -168,33 +141,7 @@ ACTIVATIONS = [
 
 def test_any_activation_is_computed_inside_a_kernel_or_after_it(engine, mode):
     for activation in ACTIVATIONS if engine[0] == "rows" else ACTIVATIONS[:1]:
-        check_activation(activation, mode)
-
-
-def check_activation(activation, mode):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(9, 8)).astype("float32")
-    up = rng.normal(size=(2, 8, 16)).astype("float32")
-    down = rng.normal(size=(2, 16, 8)).astype("float32")
-    expert = np.arange(9) % 2
-
-    def grouped(x, up, down):
-        routing = ops.top_k_routing(keras_ops.one_hot(expert, 2), 1)
-        plan = ops.plan_groups(routing)
-        outputs = ops.grouped_feed_forward(
-            x, keras_ops.ones((9, 1)), plan.groups, activation, [up], down
-        )
-        return keras_ops.sum(outputs * keras_ops.sin(x))
-
-    def plain(x, up, down):
-        hidden = keras_ops.einsum("td,tdh->th", x, keras_ops.take(up, expert, axis=0))
-        down = keras_ops.take(down, expert, axis=0)
-        outputs = keras_ops.einsum("th,thd->td", activation(hidden), down)
-        return keras_ops.sum(outputs * keras_ops.sin(x))
-
-    inputs = [x, up, down]
-    for gradient, expected in zip(gradients(grouped, inputs, mode), gradients(plain, inputs)):
-        assert_close(gradient, expected)
+        check_bank((8, 16, 8), [False] * 2, None, {"activation": activation}, mode)
 
 
 PLATFORMS = ("cpu", "gpu", "tpu")

@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 from backends import assert_close, to_numpy
 
+from benchmarks.exported import PROGRAMS
 from keras_moe import layers, routers
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.exported import PROGRAMS  # noqa: E402
 
 BACKEND = keras.backend.backend()
 S, D, E = 3, 8, 3

@@ -143,18 +143,6 @@ def test_a_clone_has_the_same_layers_and_weights_of_its_own():
     assert (before != array(model(x))).any()
 
 
-def test_a_summary_counts_every_weight_once():
-    lines = []
-    model = functional()
-    model.summary(print_fn=lines.append, expand_nested=True)
-    text = "\n".join(map(str, lines))
-    trainable = D * E + E * (D * 16 + 16 + 16 * D + D)
-    assert "moe" in text and "MixtureOfExperts" in text
-    assert f"Trainable params: {trainable:,}" in text
-    assert f"Non-trainable params: {E + 7}" in text
-    assert model.count_params() == trainable + E + 7
-
-
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_two_hundred_steps_in_low_precision_stay_finite_and_learn(policy):
     previous = keras.config.dtype_policy()
@@ -207,27 +195,17 @@ def test_loads_that_change_from_step_to_step_compile_once(jit_compile):
     np.testing.assert_array_equal(counts, np.bincount(np.ravel(loads), minlength=E))
 
 
-def test_a_frozen_layer_keeps_its_weights():
-    model = keras.Sequential([keras.Input((3, D)), moe(name="moe"), keras.layers.Dense(D)])
-    layer = model.get_layer("moe")
-    layer.trainable = False
+def test_frozen_layers_and_experts_keep_their_weights():
+    layer, other = moe(), moe()
+    model = keras.Sequential([keras.Input((3, D)), layer, other, keras.layers.Dense(D)])
+    layer.trainable = other.experts.trainable = False
     assert layer.trainable_weights == []
-    before = [array(weight) for weight in layer.experts.weights + layer.router.weights]
-    dense = array(model.layers[-1].kernel)
+    frozen = [*layer.experts.weights, *layer.router.weights, *other.experts.weights]
+    learning = [other.router.kernel, model.layers[-1].kernel]
+    before = [array(weight) for weight in frozen + learning]
     compiled_model(model).fit(X, Y, verbose=0)
-    for weight, value in zip(layer.experts.weights + layer.router.weights, before):
-        np.testing.assert_array_equal(array(weight), value)
-    assert (array(model.layers[-1].kernel) != dense).any()
-
-
-def test_frozen_experts_leave_the_router_learning():
-    model = compiled_model(functional())
-    layer = model.get_layer("moe")
-    layer.experts.trainable = False
-    up, kernel = array(layer.experts.up_kernel), array(layer.router.kernel)
-    compiled_model(model).fit(X, Y, verbose=0)
-    np.testing.assert_array_equal(array(layer.experts.up_kernel), up)
-    assert (array(layer.router.kernel) != kernel).any()
+    for number, (weight, value) in enumerate(zip(frozen + learning, before)):
+        assert (array(weight) == value).all() == (number < len(frozen)), weight.path
 
 
 def test_frozen_layers_as_experts_are_no_state():
@@ -242,24 +220,6 @@ def test_frozen_layers_as_experts_are_no_state():
     assert not assigned
 
 
-def test_noise_of_the_router_is_drawn_in_training_only_and_follows_its_seed():
-    def losses(seed):
-        router = routers.TopKRouter(
-            E, input_jitter=0.5, logit_noise=1.0, kernel_initializer="ones", seed=seed
-        )
-        bank = layers.LayerExperts([keras.layers.Rescaling(float(e)) for e in range(E)])
-        model = keras.Sequential([keras.Input((3, D)), moe(bank, router=router)])
-        compiled_model(model, keras.optimizers.SGD(0.0))
-        history = model.fit(X, Y, batch_size=32, epochs=2, shuffle=False, verbose=0)
-        history = history.history["loss"]
-        return [*history, model.evaluate(X, Y, verbose=0), model.evaluate(X, Y, verbose=0)]
-
-    first, second, evaluated, again = losses(1)
-    assert first != second and evaluated == again
-    np.testing.assert_allclose(losses(1), [first, second, evaluated, again], rtol=1e-6)
-    assert losses(2)[0] != first
-
-
 @pytest.mark.skipif(BACKEND == "jax", reason="JAX has float64 only where a flag turned it on.")
 def test_router_losses_are_added_to_losses_of_float64():
     keras.config.set_floatx("float64")
@@ -272,16 +232,3 @@ def test_router_losses_are_added_to_losses_of_float64():
         keras.config.set_floatx("float32")
         keras.config.set_dtype_policy("float32")
     assert np.isfinite(losses).all()
-
-
-def test_a_layer_takes_inputs_of_the_width_it_was_built_for():
-    layer = moe()
-    layer(np.zeros((2, D), "float32"))
-    with pytest.raises(ValueError, match=f"axis -1.*value {D}"):
-        layer(np.zeros((2, D + 1), "float32"))
-
-
-def test_the_ids_a_hash_router_goes_by_are_missed_when_the_model_is_made():
-    layer = moe(router=routers.HashRouter(E, 10))
-    with pytest.raises(ValueError, match="goes by the ids of the tokens"):
-        layer(keras.Input((3, D)))

@@ -5,12 +5,12 @@ import re
 import keras
 import numpy as np
 import pytest
+from backends import BACKEND, QUICK_JIT
 from layer_checks import D, E, array, gradients, moe, normal, one_hot, one_hot_router
 
 import keras_moe
-from keras_moe import layers, losses, routers
+from keras_moe import layers, routers
 
-BACKEND = keras.backend.backend()
 compiled = pytest.mark.parametrize("jit_compile", [False, True], ids=["plain", "jit"])
 
 
@@ -43,20 +43,6 @@ def test_all_axes_but_the_last_are_tokens(leading):
     np.testing.assert_allclose(array(outputs).reshape(6, D), array(flat), rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "shape, capacity_factor", [((None, D), None), ((None, None, D), 1.0), ((D,), 1.0)], ids=str
-)
-def test_batch_and_sequence_sizes_may_be_unknown(shape, capacity_factor):
-    layer = moe(capacity_factor=capacity_factor)
-    inputs = keras.Input(shape)
-    model = keras.Model(inputs, layer(inputs))
-    assert model.output_shape == (None, *shape)
-    for batch, length in [(2, 4), (3, 7)]:
-        x = normal(batch, *[n or length for n in shape])
-        predicted = model.predict(x, batch_size=batch, verbose=0)
-    np.testing.assert_allclose(predicted, array(layer(x)), rtol=1e-5, atol=1e-6)
-
-
 def test_the_router_may_see_something_else_than_the_experts():
     layer = moe()
     inputs, seen = keras.Input((3, D)), keras.Input((3, D))
@@ -67,22 +53,6 @@ def test_the_router_may_see_something_else_than_the_experts():
     outputs = model.predict([x, other], verbose=0)
     np.testing.assert_allclose(outputs.reshape(6, D), array(expected), rtol=1e-5, atol=1e-6)
     assert not np.allclose(outputs, array(layer(x)), atol=1e-3)
-
-
-def test_no_tokens_give_no_outputs():
-    assert tuple(moe()(np.zeros((0, 3, D), "float32")).shape) == (0, 3, D)
-
-
-def test_one_expert_is_the_dense_layer():
-    bank = layers.FeedForwardExperts(1, 16, bias_initializer="ones")
-    layer = moe(bank, router=routers.TopKRouter(1, 1))
-    x = normal(3, 5, D)
-    outputs = array(layer(x))
-    up, up_bias, down, down_bias = (
-        weight[0] for weight in (bank.up_kernel, bank.up_bias, bank.down_kernel, bank.down_bias)
-    )
-    dense = keras.ops.matmul(keras.activations.gelu(keras.ops.matmul(x, up) + up_bias), down)
-    np.testing.assert_allclose(outputs, array(dense + down_bias), rtol=1e-5, atol=1e-6)
 
 
 def test_experts_may_change_the_number_of_features():
@@ -103,57 +73,10 @@ def test_an_explicit_mask_zeroes_padding_and_leaves_it_out_of_the_counts(as_dtyp
     assert (array(outputs)[~real] == 0).all() and (array(outputs)[real] != 0).all()
     assert array(routing.counts).sum() == array(layer.expert_counts).sum() == 4 * 2
     np.testing.assert_array_equal(array(routing.mask), real.ravel())
-
-
-def test_the_mask_of_an_embedding_is_used_and_passed_on():
-    embedding, layer = keras.layers.Embedding(9, D, mask_zero=True), moe()
-    inputs = keras.Input((None,), dtype="int32")
-    outputs, routing = layer(embedding(inputs), return_routing=True)
-    pooled = keras.layers.GlobalAveragePooling1D()(layer(embedding(inputs)))
-    model = keras.Model(inputs, [outputs, routing.counts, pooled])
-    tokens = np.array([[3, 4, 0, 0], [5, 6, 7, 8]])
-    outputs, counts, pooled = (array(value) for value in model(tokens))
-    assert counts.sum() == 6 * 2
-    assert (outputs[0, 2:] == 0).all()
-    np.testing.assert_allclose(pooled[0], outputs[0, :2].mean(0), rtol=1e-5, atol=1e-6)
-
-
-def test_a_batch_that_is_all_padding_gives_zeros_and_no_losses():
-    layer = moe()
-    layer.build((2, 3, D))
-    x, mask = np.full((2, 3, D), np.nan, "float32"), np.zeros((2, 3), bool)
-    assert (array(layer(x, mask=mask, training=True)) == 0).all()
-    assert [array(loss) for loss in layer.losses] == [0.0, 0.0]
-    values = gradients(layer, x, mask=mask, training=True)
-    assert all((value == 0).all() for value in values.values())
-
-
-@pytest.mark.parametrize("bank", [layers.FeedForwardExperts, layers.GatedExperts])
-def test_gradients_with_padding_are_those_without_it(bank):
-    layer = moe(bank(E, 16), shared_expert=keras.layers.Dense(D))
-    layer.build((2, 3, D))
-    x = normal(1, 3, D)
-    padded = np.concatenate([x, np.full((1, 2, D), np.nan, "float32")], axis=1)
-    mask = np.array([[True] * 3 + [False] * 2])
-    layer_gradients = gradients(moe_total(layer, 3), padded, mask=mask, training=True)
-    for path, expected in gradients(moe_total(layer, 3), x, training=True).items():
-        actual = layer_gradients[path]
-        if path == "inputs":
-            assert (actual[:, 3:] == 0).all()
-            actual = actual[:, :3]
-        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6, err_msg=path)
-
-
-class moe_total(keras.layers.Layer):
-    """The first tokens of a layer's outputs, so that objectives with and without padding agree."""
-
-    def __init__(self, layer, length):
-        super().__init__()
-        self.layer, self.length = layer, length
-        self.built = True
-
-    def call(self, inputs, mask=None, training=None):
-        return self.layer(inputs, mask=mask, training=training)[:, : self.length]
+    padded = np.where(real[..., None], normal(2, 3, D), np.nan).astype("float32")
+    values = gradients(layer, padded, mask=mask, training=True)
+    assert all(np.isfinite(value).all() for value in values.values())
+    assert not values["inputs"][~real].any() and values["inputs"][real].all()
 
 
 # Shared expert
@@ -197,7 +120,7 @@ def test_layers_that_only_have_a_call_are_built_and_trained(is_functional):
         layers.TransformerEncoderBlock(2, Customary(D)),
     ]
     model = keras.Sequential([keras.Input((3, D))] * is_functional + hosts)
-    model.compile("adam", "mse")
+    model.compile("adam", "mse", jit_compile=QUICK_JIT)
     model.fit(normal(4, 3, D), normal(4, 3, D), verbose=0)
     for host in hosts:
         assert host.compute_output_shape((4, 3, D)) == (4, 3, D)
@@ -220,7 +143,7 @@ def heterogeneous_experts():
 
 
 @compiled
-def test_experts_may_be_any_layers(jit_compile):
+def test_experts_may_be_any_layers_and_learn(jit_compile):
     skip_unless_it_compiles(jit_compile)
     bank = heterogeneous_experts()
     layer = moe(bank, router=one_hot_router(), router_losses=())
@@ -234,18 +157,12 @@ def test_experts_may_be_any_layers(jit_compile):
     for token, expert, weight, output in zip(x, indices[:, 0], weights[:, 0], outputs):
         expected = weight * array(bank.layers[expert](token[None]))[0]
         np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
-
-
-@compiled
-def test_any_layers_learn_inside_fit(jit_compile):
-    skip_unless_it_compiles(jit_compile)
-    layer = moe(heterogeneous_experts(), router=routers.TopKRouter(E, 3, seed=1))
-    model = keras.Sequential([keras.Input((D,)), layer])
+    model = keras.Sequential([inputs, layer])
     model.compile(keras.optimizers.Adam(0.01), "mse", jit_compile=jit_compile)
-    before = [array(weight) for weight in layer.experts.trainable_weights]
-    history = model.fit(normal(64, D), normal(64, D, seed=1), epochs=3, verbose=0)
-    assert history.history["loss"][-1] < history.history["loss"][0]
-    for weight, value in zip(layer.experts.trainable_weights, before):
+    before = [array(weight) for weight in bank.trainable_weights]
+    loss = model.fit(x, normal(7, D, seed=2), epochs=3, verbose=0).history["loss"]
+    assert loss[-1] < loss[0]
+    for weight, value in zip(bank.trainable_weights, before):
         assert (array(weight) != value).any(), weight.path
 
 
@@ -382,12 +299,8 @@ def test_the_loss_of_an_activation_inside_an_expert_counts_once(jit_compile):
     # Keras divides by the rows of a call: mean 1 for each used expert, or for each of its blocks.
     expected = 4.0 if jit_compile or BACKEND == "jax" else 2.0
     np.testing.assert_allclose(
-        fit_once(layer, x, jit_compile) - _mse(layer, x), expected, rtol=1e-5
+        fit_once(layer, x, jit_compile) - np.mean(array(layer(x)) ** 2), expected, rtol=1e-5
     )
-
-
-def _mse(layer, x):
-    return float(np.mean(array(layer(x)) ** 2))
 
 
 # Gradients
@@ -430,24 +343,16 @@ def _of_expert(bank, path, value, expert):
 @pytest.mark.parametrize(
     "initializer", ["glorot_uniform", "he_normal", "lecun_normal", "orthogonal"]
 )
-def test_each_kernel_starts_like_that_of_a_dense_layer(initializer):
+def test_each_kernel_starts_like_that_of_a_dense_layer_and_unlike_others(initializer):
     bank = layers.GatedExperts(3, 128, kernel_initializer=initializer)
     bank.build((None, 64))
-    for kernel in (bank.gate_kernel, bank.up_kernel, bank.down_kernel):
+    kernels = (bank.gate_kernel, bank.up_kernel, bank.down_kernel)
+    assert len({each.tobytes() for kernel in kernels for each in array(kernel)}) == 9
+    for kernel in kernels:
         dense = keras.layers.Dense(kernel.shape[2], kernel_initializer=initializer)
         dense.build((None, kernel.shape[1]))
         deviations = array(kernel).std(axis=(1, 2))
         np.testing.assert_allclose(deviations, array(dense.kernel).std(), rtol=0.05)
-
-
-@pytest.mark.parametrize("initializer", ["glorot_uniform", "orthogonal"])
-def test_no_two_kernels_start_alike(initializer):
-    bank = layers.GatedExperts(3, D, kernel_initializer=initializer)
-    bank.build((None, D))
-    kernels = np.concatenate(
-        [array(k) for k in (bank.gate_kernel, bank.up_kernel, bank.down_kernel)]
-    )
-    assert len({kernel.tobytes() for kernel in kernels}) == 9
 
 
 def test_initial_weights_follow_the_seed():
@@ -466,31 +371,18 @@ def test_initial_weights_follow_the_seed():
 # Names
 
 
-@pytest.mark.parametrize(
-    "bank, names",
-    [
-        (lambda: layers.FeedForwardExperts(E, 16), "up_kernel up_bias down_kernel down_bias"),
-        (lambda: layers.FeedForwardExperts(E, 16, use_bias=False), "up_kernel down_kernel"),
-        (lambda: layers.GatedExperts(E, 16), "gate_kernel up_kernel down_kernel"),
-        (
-            lambda: layers.GatedExperts(E, 16, use_bias=True),
-            "gate_kernel gate_bias up_kernel up_bias down_kernel down_bias",
-        ),
-    ],
-    ids=["feed_forward", "feed_forward_no_bias", "gated", "gated_bias"],
-)
-def test_weights_have_the_names_and_shapes_that_converters_rely_on(bank, names):
-    layer = moe(bank(), name="moe")
+def test_weights_have_the_names_and_shapes_that_converters_rely_on():
+    layer = moe(layers.GatedExperts(E, 16, use_bias=True), name="moe")
     layer.build((None, D))
-    shapes = {
-        "up_kernel": (E, D, 16),
+    of_experts = {
         "gate_kernel": (E, D, 16),
-        "down_kernel": (E, 16, D),
-        "up_bias": (E, 16),
         "gate_bias": (E, 16),
+        "up_kernel": (E, D, 16),
+        "up_bias": (E, 16),
+        "down_kernel": (E, 16, D),
         "down_bias": (E, D),
     }
-    expected = {f"{layer.experts.name}/{name}": shapes[name] for name in names.split()}
+    expected = {f"{layer.experts.name}/{name}": shape for name, shape in of_experts.items()}
     expected |= {
         f"{layer.router.name}/kernel": (D, E),
         "expert_counts": (E,),
@@ -505,27 +397,6 @@ def test_weights_have_the_names_and_shapes_that_converters_rely_on(bank, names):
 
 
 # Precision
-
-
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "bfloat16", "float16"])
-def test_experts_are_selected_in_float32_whatever_the_policy(policy):
-    dtype = keras.dtype_policies.get(policy).compute_dtype
-    x = array(keras.ops.cast(normal(8192, 32), dtype)).astype("float32")
-
-    def identities(policy):
-        experts = [keras.layers.Identity(dtype=policy) for _ in range(E)]
-        return moe(layers.LayerExperts(experts, dtype=policy), dtype=policy)
-
-    low, full = identities(policy), identities("float32")
-    for layer in (low, full):
-        layer.build(x.shape)
-    low.router.kernel.assign(full.router.kernel)
-    selected = array(low(x, return_routing=True)[1].indices)
-    np.testing.assert_array_equal(selected, array(full(x, return_routing=True)[1].indices))
-    kernel = keras.ops.cast(full.router.kernel, dtype)
-    rounded = array(keras.ops.matmul(keras.ops.cast(x, dtype), kernel))
-    other = np.argsort(-rounded.astype("float32"), axis=1, kind="stable")[:, :2]
-    assert (other != selected).any(), "the test would not notice rounded scores"
 
 
 @pytest.mark.parametrize(
@@ -589,45 +460,6 @@ def test_the_routing_is_an_output_of_functional_models():
         assert all(size in (None, actual) for size, actual in fixed), name
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_a_capacity_drops_what_finds_no_room_and_says_how_much(top_k):
-    layer = moe(router=one_hot_router(top_k), capacity_factor=1.0 / top_k)
-    x = one_hot(0, 0, 0, 0, 0, 0, 1, 2)  # room for two each
-    outputs, routing = layer(x, training=True, return_routing=True)
-    first = array(outputs).any(axis=1)
-    np.testing.assert_array_equal(first, [True, True, *[False] * 4, True, True])
-    dropped = {1: 4, 2: 4 + 7}[top_k]
-    np.testing.assert_allclose(array(routing.dropped), dropped / (8 * top_k), rtol=1e-6)
-    np.testing.assert_allclose(array(layer.dropped_count), dropped, rtol=1e-6)
-
-
-# Losses and counts
-
-
-def test_router_losses_are_added_in_training_only():
-    layer = moe(router_losses=[losses.LoadBalance(0.5), losses.RouterZ(0.25)])
-    x = normal(2, 3, D)
-    routing = layer(x, training=True, return_routing=True)[1]
-    added = [array(loss) for loss in layer.losses]
-    expected = [array(losses.LoadBalance(0.5)(routing)), array(losses.RouterZ(0.25)(routing))]
-    np.testing.assert_allclose(added, expected, rtol=1e-6)
-    for training in (False, None):
-        layer(x, training=training)
-        assert layer.losses == []
-
-
-def test_only_training_counts_and_a_reset_starts_over():
-    layer = moe(router=one_hot_router())
-    x = one_hot(0, 2, 2)
-    layer(x, training=True)
-    layer(x, training=True)
-    layer(x)
-    np.testing.assert_array_equal(array(layer.expert_counts), [2, 0, 4, 0])
-    assert not layer.expert_counts.trainable
-    layer.reset_counts()
-    np.testing.assert_array_equal(array(layer.expert_counts), np.zeros(E))
-
-
 # Transformer encoder block
 
 
@@ -649,19 +481,7 @@ def test_an_encoder_block_takes_any_feed_forward_layer(feedforward):
     assert (outputs != x).all(), "both branches are added"
     mask = np.arange(5) < np.array([[5], [3]])
     np.testing.assert_allclose(array(block(x, mask=mask))[0], outputs[0], rtol=1e-5, atol=1e-5)
-
-
-def test_an_encoder_block_hands_its_mask_to_attention_and_feed_forward():
-    block = layers.TransformerEncoderBlock(2, moe(name="moe"))
-    x = normal(1, 5, D)
-    mask = np.array([[True, True, True, False, False]])
-    outputs = array(block(x, mask=mask, training=True))
-    assert array(block.feedforward.expert_counts).sum() == 3 * 2
-    np.testing.assert_allclose(outputs[:, :3], array(block(x[:, :3])), rtol=1e-5, atol=1e-5)
-    assert np.abs(array(block(x))[:, :3] - outputs[:, :3]).max() > 1e-3, "unmasked it differs"
-
-
-def test_an_encoder_block_adds_the_router_losses_of_its_feed_forward():
-    block = layers.TransformerEncoderBlock(2, moe())
-    block(normal(2, 5, D), training=True)
-    assert len(block.losses) == 2
+    if hasattr(block.feedforward, "expert_counts"):
+        block.feedforward.reset_counts()
+        block(x, mask=mask, training=True)
+        assert array(block.feedforward.expert_counts).sum() == mask.sum() * 2

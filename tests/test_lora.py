@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from backends import assert_close, to_numpy
+from backends import assert_close, saved_and_loaded, to_numpy
 from layer_checks import D, normal
 
 from keras_moe import layers, routers
@@ -54,8 +54,7 @@ def test_only_factors_train_and_a_file_has_the_corrected_kernels(case, tmp_path)
         np.testing.assert_array_equal(to_numpy(weight.value), kernel)
     assert all(np.any(to_numpy(each.value)) for each in named(factors, "lora_b"))
     outputs = to_numpy(model(x))
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    loaded = saved_and_loaded(model, tmp_path)
     assert_close(to_numpy(loaded(x)), outputs)
     assert all(part.lora_rank == RANK for part in parts(loaded))
     ups = named(loaded.trainable_weights, "lora_b")
@@ -108,11 +107,3 @@ def test_a_step_computes_less_than_without(monkeypatch):
         return step.lower(trained, normal(128, 32)).compile().cost_analysis()["flops"]
 
     assert flops(lora=True) < flops(lora=False)
-
-
-def test_a_router_without_products_says_so():
-    router = routers.SoftRouter(E)
-    router.build((None, D))
-    with pytest.raises(NotImplementedError, match="SoftRouter"):
-        router.enable_lora(RANK)
-    assert not router.lora_enabled

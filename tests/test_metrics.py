@@ -82,13 +82,6 @@ def test_usage_equals_the_oracle(num_experts, mode):
     check_drawn()
 
 
-def test_lists_are_taken_for_tensors():
-    assert float(metrics.load_imbalance([4, 4, 0, 0])) == 1
-    assert float(metrics.dropped_fraction(2, [4, 4])) == 0.25
-    table = metrics.count_table(routing_of(*draw()), [0, 1, -1, 2] * 5, np.int64(3))
-    assert 0 < np.sum(array(table)) < K * T, "-1 counts for no group"
-
-
 TOTALS = {
     "load_imbalance": metrics.LoadImbalance,
     "load_entropy": metrics.LoadEntropy,

@@ -13,7 +13,7 @@ from keras_moe.activations import quick_gelu
 from keras_moe.backend import backend
 from keras_moe.ops import grouped_feed_forward, plan_groups, top_k_routing
 from keras_moe.ops.feed_forward import _grouped_feed_forward
-from keras_moe.ops.grouped import run, tiles
+from keras_moe.ops.grouped import tiles
 from keras_moe.ops.grouped.records import Affine, Network
 from keras_moe.ops.grouped.tiles import tile_sizes
 
@@ -56,14 +56,12 @@ def in_float32(values):
     return ops.gelu(ops.cast(values, "float32"))
 
 
-@pytest.mark.parametrize("mode", KERNEL_MODES)
 def test_a_slope_that_is_infinite_at_zero_spoils_no_gradient(mode, small_tiles):
     function, inputs = network(signed_root, biases=0)
     for gradient in gradients(function, inputs, mode):
         assert np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("mode", KERNEL_MODES)
 @pytest.mark.parametrize(
     ("activation", "dtype", "stored_dtype"),
     [(in_float32, "bfloat16", None), (ops.gelu, "float16", "float32")],
@@ -172,16 +170,6 @@ def test_nothing_is_saved_for_a_gradient_that_is_not_taken():
         assert not kept[-1]
 
 
-@pytest.mark.backends("jax")
-def test_a_layer_that_runs_eagerly_is_compiled_once():
-    layer = layers.MixtureOfExperts(layers.FeedForwardExperts(E, H))
-    x = np.ones((T, D), "float32")
-    layer(x)
-    compiled = run._run._cache_size()
-    layer(x + 1)
-    assert run._run._cache_size() == compiled
-
-
 @pytest.mark.backends("torch")
 def test_frozen_kernels_cost_no_gradients():
     function, inputs = network(ops.gelu)
@@ -206,53 +194,35 @@ def test_what_is_saved_for_the_gradient_is_freed_with_it():
         print(node.saved_tensors)
 
 
-@pytest.mark.parametrize("mode", KERNEL_MODES)
-def test_a_clipped_and_shifted_gate_is_that_of_gpt_oss(mode):
-    generator = np.random.default_rng(0)
-    shapes = [(T, D), (E, D, H), (E, D, H), (E, H, D), (E, H), (E, H), (E, D)]
-    inputs = [generator.standard_normal(shape).astype("float32") for shape in shapes]
-    expert = np.arange(T) % E
-    routing = top_k_routing(10 * ops.one_hot(expert, E), 1, renormalize=True)
-
-    def grouped(x, gate, up, down, *biases):
-        plan = plan_groups(routing)
-        arguments = plan.weights, plan.groups, quick_gelu, [gate, up], down, biases
-        return ops.sum(ops.square(grouped_feed_forward(x, *arguments, clip=0.5, up_shift=1.0)))
-
-    def plain(x, *parameters):
-        gate, up, down, *biases = (ops.take(tensor, expert, axis=0) for tensor in parameters)
-
-        def product(rows, kernel, bias):
-            return ops.squeeze(ops.matmul(ops.expand_dims(rows, 1), kernel), 1) + bias
-
-        gate = ops.minimum(product(x, gate, biases[0]), 0.5)
-        up = ops.clip(product(x, up, biases[1]), -0.5, 0.5) + 1.0
-        hidden = gate * ops.sigmoid(1.702 * gate) * up
-        return ops.sum(ops.square(product(hidden, down, biases[2])))
-
-    for gradient, expected in zip(gradients(grouped, inputs, mode), gradients(plain, inputs)):
-        assert_close(gradient, expected)
-
-
-OTHER_BANKS = {
-    # The widths of the projections, which of them have a bias, and a factor of low rank.
-    "linear": ([D, H], [True], None),
-    "linear, low rank": ([D, H], [True], 0.5),
-    "wider outputs, one bias": ([D, H, D + 3], [False, True], None),
-    "gate, low rank, no bias": ([D, H, H, D + 3], [False] * 3, 2.0),
+# The widths of the projections, which of them have a bias, a factor of low rank, and options.
+BANKS = {
+    "linear": ((D, H), [True], None, {}),
+    "linear, low rank": ((D, H), [True], 0.5, {}),
+    "wider outputs, one bias": ((D, H, D + 3), [False, True], None, {}),
+    "gate, low rank, no bias": ((D, H, H, D + 3), [False] * 3, 2.0, {}),
+    "gate of gpt-oss": (
+        (D, H, H, D),
+        [True] * 3,
+        None,
+        {"activation": quick_gelu, "clip": 0.5, "up_shift": 1.0},
+    ),
 }
 
 
-@pytest.mark.parametrize("mode", KERNEL_MODES)
-@pytest.mark.parametrize("bank", OTHER_BANKS.values(), ids=list(OTHER_BANKS))
-def test_banks_may_have_other_projections(bank, mode, small_tiles):
-    widths, has_bias, scale = bank
+@pytest.mark.parametrize("bank", BANKS.values(), ids=list(BANKS))
+def test_banks_equal_a_formula(bank, mode, small_tiles):
+    check_bank(*bank, mode)
+
+
+def check_bank(widths, has_bias, scale, options, mode):
+    """Gradients of a bank of any projections are those of one product for each row."""
     generator, expert = np.random.default_rng(0), np.arange(T) % E
+    options = {"activation": ops.gelu if len(widths) > 2 else None, **options}
 
     def normal(*shape):
         return (generator.normal(size=shape) / 2).astype("float32")
 
-    shapes = list(zip([D] * max(len(widths) - 2, 1) + [H], widths[1:]))
+    shapes = list(zip([widths[0]] * max(len(widths) - 2, 1) + [widths[1]], widths[1:]))
     kernels = [normal(E, *shape) for shape in shapes]
     routing = top_k_routing(10 * ops.one_hot(expert, E), 1, renormalize=True)
 
@@ -264,7 +234,7 @@ def test_banks_may_have_other_projections(bank, mode, small_tiles):
             yield Affine(kernel, bias, None if scale is None else (next(flat), next(flat)))
 
     def grouped(tokens, *flat):
-        network = Network(ops.gelu if len(shapes) > 1 else None, low_rank_scale=scale)
+        network = Network(low_rank_scale=scale, **options)
         projections = list(affines(iter(flat)))
         outputs = _grouped_feed_forward(tokens, plan_groups(routing), network, projections)
         return ops.sum(ops.sin(outputs))
@@ -284,13 +254,16 @@ def test_banks_may_have_other_projections(bank, mode, small_tiles):
 
         *ups, down = affines(iter(flat))
         rows, *hidden = [tokens, *(project(tokens, up) for up in ups)]
+        if "clip" in options:
+            clip, (gate, up) = options["clip"], hidden
+            hidden = ops.minimum(gate, clip), ops.clip(up, -clip, clip) + options["up_shift"]
         if hidden:
-            rows = ops.gelu(hidden[0])
+            rows = options["activation"](hidden[0])
         if len(hidden) > 1:
             rows = rows * hidden[1]
         return ops.sum(ops.sin(project(rows, down)))
 
-    inputs = [(T, D)]
+    inputs = [(T, widths[0])]
     for (depth, width), has in zip(shapes, has_bias):
         inputs += [(E, depth, width)] if scale is None else []
         inputs += [(E, width)] if has else []

@@ -4,14 +4,7 @@ import keras
 import numpy as np
 import pytest
 import reference
-from backends import (
-    EXAMPLES,
-    FAST_MODE,
-    KERNEL_MODES,
-    assert_close,
-    compiled,
-    differentiated,
-)
+from backends import EXAMPLES, FAST_MODE, assert_close, compiled, differentiated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
@@ -53,7 +46,6 @@ GROUP_SIZES = [
 ]
 
 
-@pytest.mark.parametrize("mode", KERNEL_MODES)
 def test_groups_of_all_kinds_equal_the_oracle(mode, small_tiles):
     # The sizes are data: one compilation serves them all.
     function = differentiated(weighted_sum, mode)
@@ -61,7 +53,6 @@ def test_groups_of_all_kinds_equal_the_oracle(mode, small_tiles):
         check_against_oracle(function, np.random.default_rng(0), 40, sizes)
 
 
-@pytest.mark.parametrize("mode", KERNEL_MODES)
 def test_drawn_groups_and_shapes_equal_the_oracle(mode, small_tiles):
     @settings(max_examples=EXAMPLES[mode] // 2)
     @given(
@@ -87,7 +78,6 @@ def test_no_rows_give_no_rows():
     check_against_oracle(function, np.random.default_rng(0), 0, [0, 0])
 
 
-@pytest.mark.parametrize("mode", KERNEL_MODES)
 def test_groups_around_the_real_tile_sizes_equal_the_oracle(mode):
     function = differentiated(weighted_sum, mode)
     around = [[length - 1, length, length + 1] for length in tiles.tile_sizes(1152, 3)]

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 import reference
-from backends import EXAMPLES, FAST_MODE, KERNEL_MODES, assert_close, differentiated
+from backends import EXAMPLES, FAST_MODE, assert_close, differentiated
 from drawn import MASKS, SKEWS, draw_mask
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -32,6 +32,7 @@ class Config(NamedTuple):
     capacity_factor: float | None = None
 
 
+pytestmark = pytest.mark.usefixtures("small_tiles")
 # With a mask everywhere the tests of one configuration share its compiled function.
 ALL = np.ones(Config().num_tokens, bool)
 
@@ -191,8 +192,7 @@ def test_the_gradients_of_the_oracle_equal_finite_differences(top_k, gated, capa
         assert_close(d_weights[name], numeric, tolerance=1e-7)
 
 
-@pytest.mark.parametrize("mode", KERNEL_MODES)
-def test_outputs_losses_counts_and_all_gradients_equal_the_oracle(mode, small_tiles):
+def test_outputs_losses_counts_and_all_gradients_equal_the_oracle(mode):
     @settings(max_examples=EXAMPLES[mode])
     @given(configs(), st.integers(0, 2**32), st.sampled_from([0.0, np.nan, np.inf, 1e30]))
     @example(Config(gated=True, capacity_factor=0.8), 0, np.nan)
@@ -208,8 +208,7 @@ def test_outputs_losses_counts_and_all_gradients_equal_the_oracle(mode, small_ti
     check()
 
 
-@pytest.mark.parametrize("mode", KERNEL_MODES)
-def test_one_expert_equals_a_dense_network(mode, small_tiles):
+def test_one_expert_equals_a_dense_network(mode):
     config = Config(num_experts=1, top_k=1, gated=True, activation="silu")
     x, weights, upstream = draw_batch(config, np.random.default_rng(0))
     outputs, _, _, _, _, d_weights = build(config, mode)(x, weights, upstream)
@@ -229,8 +228,7 @@ def test_one_expert_equals_a_dense_network(mode, small_tiles):
             assert_close(d_weights[name], gradient)
 
 
-@pytest.mark.parametrize("mode", KERNEL_MODES)
-def test_permuted_tokens_give_permuted_outputs(mode, small_tiles):
+def test_permuted_tokens_give_permuted_outputs(mode):
     rng = np.random.default_rng(0)
     x, weights, upstream = draw_batch(Config(), rng, "zipf")
     order, run = rng.permutation(len(x)), build(Config(), mode)
@@ -238,8 +236,7 @@ def test_permuted_tokens_give_permuted_outputs(mode, small_tiles):
     assert_same(permuted, run(x, weights, upstream, ALL), expected_tokens=order)
 
 
-@pytest.mark.parametrize("mode", KERNEL_MODES)
-def test_in_a_dropless_layer_batch_mates_do_not_matter(mode, small_tiles):
+def test_in_a_dropless_layer_batch_mates_do_not_matter(mode):
     rng, run = np.random.default_rng(0), build(Config(), mode)
     x, weights, upstream = draw_batch(Config(), rng, "zipf")
     alone = run(x, weights, upstream, ALL)
@@ -247,8 +244,7 @@ def test_in_a_dropless_layer_batch_mates_do_not_matter(mode, small_tiles):
     assert_close(run(others, weights, upstream, ALL)[0][:10], alone[0][:10])
 
 
-@pytest.mark.parametrize("mode", KERNEL_MODES)
-def test_appended_padding_of_any_content_changes_nothing(mode, small_tiles):
+def test_appended_padding_of_any_content_changes_nothing(mode):
     short = Config(num_tokens=16)
     x, weights, upstream = draw_batch(short, np.random.default_rng(0), "zipf")
     truncated = build(short, mode)(x, weights, upstream)
@@ -263,8 +259,7 @@ def test_appended_padding_of_any_content_changes_nothing(mode, small_tiles):
         assert not np.any(padded[0][16:]) and not np.any(padded[4][16:])
 
 
-@pytest.mark.parametrize("mode", KERNEL_MODES)
-def test_a_mask_in_the_middle_equals_the_truncated_input(mode, small_tiles):
+def test_a_mask_in_the_middle_equals_the_truncated_input(mode):
     rng = np.random.default_rng(1)
     x, weights, upstream = draw_batch(Config(), rng)
     mask = np.ones(24, bool)
@@ -274,8 +269,7 @@ def test_a_mask_in_the_middle_equals_the_truncated_input(mode, small_tiles):
     assert_same(masked, truncated, tokens=mask)
 
 
-@pytest.mark.parametrize("mode", KERNEL_MODES)
-def test_a_nan_token_spoils_its_own_output_only(mode, small_tiles):
+def test_a_nan_token_spoils_its_own_output_only(mode):
     rng, run = np.random.default_rng(0), build(Config(), mode)
     x, weights, upstream = draw_batch(Config(), rng)
     clean = run(x, weights, upstream, ALL)[0]
@@ -286,8 +280,7 @@ def test_a_nan_token_spoils_its_own_output_only(mode, small_tiles):
     assert_close(spoilt[others], clean[others])
 
 
-@pytest.mark.parametrize("mode", KERNEL_MODES)
-def test_a_broken_expert_spoils_its_own_tokens_and_gradients_only(mode, small_tiles):
+def test_a_broken_expert_spoils_its_own_tokens_and_gradients_only(mode):
     rng, run = np.random.default_rng(0), build(Config(), mode)
     x, weights, upstream = draw_batch(Config(), rng)
     clean = run(x, weights, upstream, ALL)
@@ -301,8 +294,7 @@ def test_a_broken_expert_spoils_its_own_tokens_and_gradients_only(mode, small_ti
         assert_close(d_weights[name][:3], clean[5][name][:3])
 
 
-@pytest.mark.parametrize("mode", KERNEL_MODES)
-def test_a_zero_router_uses_the_first_experts_alone_and_still_learns(mode, small_tiles):
+def test_a_zero_router_uses_the_first_experts_alone_and_still_learns(mode):
     x, weights, upstream = draw_batch(Config(), np.random.default_rng(0))
     weights["kernel"] = np.zeros_like(weights["kernel"])
     result = build(Config(), mode)(x, weights, upstream, ALL)

@@ -1,14 +1,17 @@
 """Plans: which assignments are served, in which row, and how rows become tokens again."""
 
+import keras
 import numpy as np
 import pytest
 import reference
-from backends import EXAMPLES, FAST_MODE, KERNEL_MODES, assert_close, compiled, differentiated
+from backends import EXAMPLES, FAST_MODE, assert_close, compiled, differentiated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
+from layer_checks import E, array, moe, one_hot, one_hot_router
 
-from keras_moe.ops import Routing, expert_capacity, plan_groups
+from keras_moe import layers
+from keras_moe.ops import Routing, expert_capacity, plan_groups, top_k_routing
 
 
 def make_routing(indices, weights, mask, num_experts):
@@ -35,7 +38,6 @@ def decisions(draw):
     return np.array(indices, "int32"), mask, num_experts, rng
 
 
-@pytest.mark.parametrize("mode", KERNEL_MODES)
 def test_a_plan_equals_the_oracle_and_so_do_its_verbs_and_their_gradients(mode):
     def weigh(inputs, indices, mask, capacity, upstream, num_experts):
         tokens, weights = inputs
@@ -77,46 +79,6 @@ def test_a_plan_equals_the_oracle_and_so_do_its_verbs_and_their_gradients(mode):
     check()
 
 
-def test_a_small_capacity_serves_first_choices_first_then_in_token_order():
-    # Two experts, room for three each. Tokens a to f, choices in the order of the queue:
-    #
-    #   first choices:   a:0  b:0  c:1  d:0  (e is padding)  f:0
-    #   second choices:  a:1  b:1  c:0  d:1  (e is padding)  f:1
-    #
-    #   expert 0: a b d | f c           f finds the room full, and c, a second choice, comes later
-    #   expert 1: c a b | d f           c has the first row though a stands before it in the batch
-    indices = np.array([[0, 1], [0, 1], [1, 0], [0, 1], [0, 1], [0, 1]], "int32")
-    mask = np.array([True, True, True, True, False, True])
-    a, b, c, d = range(4)
-
-    def plan_and_drop(indices, mask):
-        routing = make_routing(indices, ops.ones(indices.shape), mask, 2)
-        plan = plan_groups(routing, 3)
-        return plan.groups, plan.groups.token_of_row(), plan.dropped_fraction(routing.counts)
-
-    groups, token_of_row, dropped = compiled(plan_and_drop, FAST_MODE)(indices, mask)
-    np.testing.assert_array_equal(groups.sizes, [3, 3])
-    np.testing.assert_array_equal(token_of_row[:6], [a, b, d, c, a, b])
-    np.testing.assert_array_equal(
-        groups.rows_of_token, [[0, 4], [1, 5], [3, -1], [2, -1], [-1, -1], [-1, -1]]
-    )
-    assert_close(dropped, 4 / 10)
-
-
-def test_a_capacity_with_room_for_all_gives_the_plan_without_one():
-    rng = np.random.default_rng(0)
-    indices = np.array([rng.choice(5, 2, replace=False) for _ in range(20)], "int32")
-    mask = rng.random(20) < 0.7
-
-    def plans(indices, mask):
-        routing = make_routing(indices, ops.ones(indices.shape), mask, 5)
-        return plan_groups(routing), plan_groups(routing, 20)
-
-    dropless, roomy = compiled(plans, FAST_MODE)(indices, mask)
-    for name in ("sizes", "assignment_of_row", "rows_of_token"):
-        np.testing.assert_array_equal(getattr(dropless.groups, name), getattr(roomy.groups, name))
-
-
 def test_combine_reads_no_padded_row():
     indices, mask = np.array([[0], [0], [0]], "int32"), np.array([True, False, True])
 
@@ -131,31 +93,17 @@ def test_combine_reads_no_padded_row():
         np.testing.assert_array_equal(outputs, [[served], [0.0], [0.0]])
 
 
-CAPACITIES = [
-    # T, E, K, factor, and the capacity
-    (8, 4, 1, 1.0, 2),
-    (8, 4, 2, 1.0, 4),
-    (9, 4, 1, 1.0, 3),
-    (8, 4, 1, 1.25, 3),
-    (1, 64, 1, 1.0, 1),
-    (100, 64, 1, 0.001, 1),
-    (100, 64, 1, 0.00001, 1),
-    (10, 2, 2, 1.1, 11),
-    (10, 1, 1, 1.1, 10),
-    (1000, 3, 1, 0.3, 100),
-    (4096, 64, 2, 1.25, 160),
-    (1, 3, 3, 1.0, 1),
-    (7, 7, 3, 1.0, 3),
-]
+def test_the_capacity_is_rounded_up_and_at_least_one():
+    for *arguments, expected in (
+        (8, 4, 1, 1.25, 3),
+        (100, 64, 1, 1e-5, 1),
+        (10, 2, 2, 1.1, 11),
+        (10, 1, 1, 1.1, 10),
+        (4096, 64, 2, 1.25, 160),
+    ):
+        assert reference.expert_capacity(*arguments) == expert_capacity(*arguments) == expected
 
 
-@pytest.mark.parametrize("case", CAPACITIES)
-def test_the_capacity_is_rounded_up_and_at_least_one(case):
-    *arguments, expected = case
-    assert reference.expert_capacity(*arguments) == expert_capacity(*arguments) == expected
-
-
-@pytest.mark.parametrize("mode", KERNEL_MODES)
 def test_the_capacity_is_exact_where_the_number_of_tokens_is_a_tensor(mode):
     cases = [(1, 1, 1.1), (3, 1, 0.3), (7, 3, 1.0), (64, 2, 1.25), (6, 4, 4 / 3), (4, 1, 1e-5)]
 
@@ -179,3 +127,140 @@ def test_the_capacity_of_many_tokens_does_not_pass_32_bits():
     expected = expert_capacity(200_000, 64, 7, 1.999)
     actual = compiled(lambda n: expert_capacity(n, 64, 7, 1.999), FAST_MODE)(np.int32(200_000))
     assert actual == expected == 43_729
+
+
+# Two choices, three experts, two places each. Tokens from top to bottom:
+#
+#     token   probabilities     choices   first choice
+#     0       .6  .3  .1        0, 1      .6
+#     1       .7  .2  .1        0, 1      .7
+#     2       .8  .1  .1        0, 1      .8
+#
+# By position:     0 serves 0 and 1; then 1, second choices, serves 0 and 1. Dropped: both of 2.
+# By probability:  0 serves 2 and 1; then 1 serves 2 and 1. Dropped: both of 0.
+PROBS = np.array([[0.6, 0.3, 0.1], [0.7, 0.2, 0.1], [0.8, 0.15, 0.05]])
+
+
+def served(**limits):
+    def function(logits):
+        plan = plan_groups(top_k_routing(logits, 2), **limits)
+        return plan.groups.sizes, plan.groups.rows_of_token >= 0
+
+    return compiled(function, FAST_MODE)(np.log(PROBS).astype("float32"))
+
+
+def test_by_urgency_the_most_urgent_are_served():
+    urgency = keras.ops.convert_to_tensor(PROBS.max(axis=1).astype("float32"))
+    sizes, is_served = served(capacity=2, first=urgency)
+    assert sizes.tolist() == [2, 2, 0]
+    assert is_served.tolist() == [[False, False], [True, True], [True, True]]
+
+
+def test_first_choices_are_served_before_more_urgent_second_ones():
+    # Tokens 0 and 1 choose 0 then 1; token 2 chooses 1 then 0 and is the most urgent. One place:
+    # 0 serves token 1, the most urgent first choice, and 1 serves token 2.
+    probs = np.array([[0.6, 0.4], [0.7, 0.3], [0.1, 0.9]])
+
+    def function(logits):
+        routing = top_k_routing(logits, 2)
+        first = keras.ops.max(routing.probs, axis=-1)
+        return plan_groups(routing, capacity=1, first=first).groups.rows_of_token >= 0
+
+    is_served = compiled(function, FAST_MODE)(np.log(probs).astype("float32"))
+    assert is_served.tolist() == [[False, False], [True, False], [True, False]]
+
+
+def run(capacity, experts, training=True, mask=None):
+    """Which tokens (B, S) are served, each of which chooses one expert."""
+    layer = moe(
+        layers.FeedForwardExperts(E, 8, bias_initializer="ones"),
+        router=one_hot_router(),
+        router_losses=(),
+        capacity_factor=capacity,
+    )
+    tokens = np.stack([one_hot(*sequence) for sequence in experts])
+    tokens = np.concatenate([tokens, np.zeros_like(tokens)], axis=-1)
+    outputs, routing = layer(tokens, mask=mask, training=training, return_routing=True)
+    return array(outputs).any(axis=-1), float(routing.dropped)
+
+
+CROWDED = [[0, 0, 0, 0], [0, 1, 2, 3]]
+
+
+def test_a_number_limits_training_and_not_evaluation():
+    is_served, dropped = run(1.0, CROWDED)
+    assert is_served.tolist() == [[True, True, False, False], [False, True, True, True]]
+    assert dropped == 3 / 8
+    is_served, dropped = run(1.0, CROWDED, training=False)
+    assert is_served.all() and dropped == 0
+
+
+def test_evaluation_may_have_a_factor_of_its_own():
+    capacity = layers.Capacity(4.0, evaluation_factor=0.5)
+    assert run(capacity, CROWDED)[0].all()
+    is_served, _ = run(capacity, CROWDED, training=False)
+    assert is_served.tolist() == [[True, False, False, False], [False, True, True, True]]
+
+
+@pytest.mark.parametrize(
+    "options, room",
+    [
+        ({}, 1),
+        ({"minimum": 3}, 3),
+        ({"multiple_of": 2}, 2),
+        ({"minimum": 3, "multiple_of": 2}, 4),
+        ({"minimum": 9}, 5),
+    ],
+)
+def test_room_is_rounded_up_and_has_a_minimum(options, room):
+    is_served, _ = run(layers.Capacity(0.5, **options), CROWDED)
+    assert is_served[0].sum() + is_served[1, 0] == room
+
+
+def test_sequences_compete_among_themselves_only():
+    capacity = layers.Capacity(1.0, per_sequence=True)
+    is_served, _ = run(capacity, [[0, 0, 1, 1], [0, 0, 0, 1]])
+    assert is_served.tolist() == [[True, False, True, False], [True, False, False, True]]
+
+
+def test_padding_takes_no_room():
+    mask = np.array([[False, True, True, True], [True] * 4])
+    is_served, _ = run(
+        layers.Capacity(1.0, per_sequence=True), [[0, 0, 1, 2], [0, 1, 2, 3]], mask=mask
+    )
+    assert is_served.tolist() == [[False, True, True, True], [True] * 4]
+
+
+def test_random_priority_serves_as_many_and_not_always_the_same():
+    capacity = layers.Capacity(1.0, priority="random")
+    layer = moe(router=one_hot_router(), router_losses=(), capacity_factor=capacity)
+    tokens = np.concatenate([one_hot(*[0] * 16), np.zeros((16, 4), "float32")], axis=-1)
+    layer.build(tokens.shape)
+    trainable = [array(variable) for variable in layer.trainable_variables]
+
+    def step(state, trainable, tokens):
+        return layer.stateless_call(trainable, state, tokens, training=True)
+
+    step = compiled(step, FAST_MODE)
+    state = [keras.ops.convert_to_numpy(variable) for variable in layer.non_trainable_variables]
+    draws = set()
+    for _ in range(5):
+        outputs, state = step(state, trainable, tokens)
+        draws.add(tuple(outputs.any(axis=-1)))
+    assert len(draws) > 1
+    assert {sum(draw) for draw in draws} == {4}
+    # Not the first ones more often than the last: some draw serves a token of the second half.
+    assert any(any(draw[8:]) for draw in draws)
+
+
+def test_experts_without_computation_have_no_limit():
+    bank = layers.ZeroComputationExperts(
+        layers.FeedForwardExperts(E - 2, 8), num_zero=1, num_identity=1
+    )
+    layer = moe(bank, router=one_hot_router(), router_losses=(), capacity_factor=1.0)
+    identity = E - 1
+    tokens = np.concatenate([one_hot(*[identity] * 10, *[0] * 6), np.ones((16, 2), "float32")], 1)
+    outputs, routing = layer(tokens, training=True, return_routing=True)
+    # Of the six tokens of the first expert, `ceil(16 / 4)` find a slot.
+    assert float(routing.dropped) == 2 / 16
+    assert_close(array(outputs)[:10], array(routing.weights)[:10] * tokens[:10])

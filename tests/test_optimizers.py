@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from backends import assert_close, to_numpy
+from backends import assert_close, saved_and_loaded, to_numpy
 from layer_checks import D, normal
 
 from keras_moe import layers, optimizers
@@ -71,8 +71,7 @@ def test_a_model_is_trained_and_resumed(tmp_path):
     model.compile(optimizers.Muon(0.01), "mse")
     x, y = normal(16, D), normal(16, D)
     model.fit(x, y, epochs=2, verbose=0)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    loaded = saved_and_loaded(model, tmp_path)
     assert type(loaded.optimizer) is optimizers.Muon
     for each in (model, loaded):
         each.fit(x, y, verbose=0, shuffle=False)

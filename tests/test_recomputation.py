@@ -5,7 +5,7 @@ import functools
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, assert_close, gradients, to_numpy
+from backends import QUICK_JIT, assert_close, gradients, to_numpy
 from layer_checks import normal
 
 from keras_moe import layers, routers
@@ -65,12 +65,10 @@ def trained(make, mode, jit_compile):
 
 CASES = [
     (mixture, "list_of_layers", "auto"),
-    (block, "list_of_layers", "auto"),
-    (balanced, "full", "auto"),
-    (balanced, "larger_than", "auto"),
+    (block, "list_of_layers", QUICK_JIT),
+    (balanced, "full", QUICK_JIT),
+    (balanced, "larger_than", QUICK_JIT),
 ]
-if BACKEND == "tensorflow":  # the others have one way to compile
-    CASES.append((balanced, "list_of_layers", True))
 
 
 @pytest.mark.parametrize("make, mode, jit_compile", CASES)

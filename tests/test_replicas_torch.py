@@ -6,14 +6,7 @@ import tempfile
 import keras
 import numpy as np
 import pytest
-from replicas_models import (
-    EVERY_LAYER,
-    GLOBAL_LAYERS,
-    assert_equal,
-    free_ports,
-    results_of,
-    start,
-)
+from replicas_models import EVERY_LAYER, GLOBAL_LAYERS, assert_equal, free_ports, results_of, start
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "torch", reason="processes of torch.distributed"

@@ -6,6 +6,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
+from backends import QUICK_JIT, saved_and_loaded
 from layer_checks import CASES, D, E, array, configured, held_by_models, moe, normal
 
 from keras_moe import callbacks, layers, losses, routers
@@ -116,18 +117,14 @@ def test_a_training_with_a_callback_resumes(callback, tmp_path):
     keras.utils.set_random_seed(0)
     inputs = keras.Input((3, D))
     model = keras.Model(inputs, keras.layers.Dense(D)(moe()(inputs)))
-    model.compile(keras.optimizers.Adam(0.01), "mse")
+    jit_compile = "auto" if callback == "monitor" else QUICK_JIT
+    model.compile(keras.optimizers.Adam(0.01), "mse", jit_compile=jit_compile)
     assert_resumes(model, tmp_path, CALLBACKS[callback])
 
 
 def test_every_callback_is_resumed_here():
     known = {type(make()) for make in CALLBACKS.values()}
     assert {getattr(callbacks, name) for name in callbacks.__all__} <= known
-
-
-def saved_and_loaded(model, folder):
-    model.save(folder / "model.keras")
-    return keras.saving.load_model(folder / "model.keras")
 
 
 def raised(weight=0.3):

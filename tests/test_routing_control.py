@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import reference_routers as oracle
-from backends import FAST_MODE, assert_close, compiled, gradients, to_numpy
+from backends import FAST_MODE, assert_close, compiled, gradients, saved_and_loaded, to_numpy
 from keras import ops
 from layer_checks import D, E, array, moe, normal
 
@@ -76,8 +76,7 @@ def test_a_hash_router_takes_another_table_and_saves_it(tmp_path):
     ids, x = keras.Input((5,), dtype="int32"), keras.Input((5, D))
     model = keras.Model([x, ids], layer(x, token_ids=ids))
     router.table.assign([[3], [3], [1], [0]])
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    loaded = saved_and_loaded(model, tmp_path)
     inputs = [X, np.tile([0, 1, 2, 3, 4], (3, 1))]
     np.testing.assert_allclose(array(loaded(inputs)), array(model(inputs)), atol=1e-6)
     (layer,) = inspection.moe_layers(loaded).values()
@@ -236,18 +235,3 @@ def test_the_weight_of_a_loss_changes_in_training_and_nothing_is_compiled_again(
     balance = float(array(losses.LoadBalance(0.5)(layer(X, return_routing=True)[1])))
     assert_close(two - one, balance, tolerance=1e-3)
     assert array(layer.router_loss_weights).tolist() == [1.0, pytest.approx(1e-3)]
-
-
-def test_a_schedule_of_keras_sets_the_weight_of_a_user_written_loss_before_it_is_built():
-    class Squared(losses.RouterLoss):
-        def compute(self, routing):
-            return ops.sum(ops.square(routing.probs))
-
-    model = keras.Sequential([moe(router_losses=["load_balance", Squared(0.1)])])
-    model.compile("sgd", "mse")
-    decay = keras.optimizers.schedules.CosineDecay(6.0, decay_steps=2)
-    schedule = callbacks.RouterLossSchedule(
-        lambda epoch, weight: weight * decay(epoch), Squared(1.0)
-    )
-    model.fit(X, X, epochs=2, callbacks=[schedule], verbose=0)
-    assert_close(array(model.layers[0].router_loss_weights), [0.01, 0.3])

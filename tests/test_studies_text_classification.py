@@ -1,16 +1,11 @@
 """The first command of README, on made-up text that needs no network, and its parts."""
 
 import json
-import pathlib
-import sys
 
+import datasets
 import keras
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "studies"))
-
-import datasets
 import text_classification
 from made_up_text import made_up_text
 from phrase_embedding import PhraseEmbedding

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import reference
-from backends import unless_compiled
+from backends import QUICK_JIT, saved_and_loaded, unless_compiled
 from layer_checks import array, normal
 
 from keras_moe import layers, losses, routers, surgery
@@ -44,7 +44,7 @@ def single(experts=None, router=None, router_losses=None):
 
 def model_of(layer):
     model = keras.Sequential([keras.Input((D,)), layer])
-    model.compile("adam", "mse")
+    model.compile("adam", "mse", jit_compile=QUICK_JIT)
     return model
 
 
@@ -104,8 +104,7 @@ def test_models_with_fewer_experts_train_save_and_load(operation, tmp_path):
     after = model.evaluate(X, X, verbose=0)
     assert [report.loss_before, report.loss_after] == pytest.approx([before, after], rel=1e-5)
     model.fit(X, X, verbose=0)
-    model.save(tmp_path / "model.keras")
-    again = keras.saving.load_model(tmp_path / "model.keras")
+    again = saved_and_loaded(model, tmp_path)
     expected = model.predict(X, verbose=0)
     np.testing.assert_allclose(again.predict(X, verbose=0), expected, atol=1e-6)
     assert again.count_params() == model.count_params()
@@ -203,19 +202,9 @@ def test_top_k_changes_in_compiled_prediction(top_k):
     np.testing.assert_allclose(again.predict(X, verbose=0), after, atol=1e-6)
 
 
-def with_lora():
-    layer = single()[0]
-    layer.experts.enable_lora(2)
-    return layer
-
-
 def shared_bank():
     bank = layers.FeedForwardExperts(E, H)
     return keras.Sequential([keras.Input((D,)), *(layers.MixtureOfExperts(bank) for _ in "ab")])
-
-
-def hashed():
-    return layers.MixtureOfExperts(BANKS["plain"](), routers.HashRouter(vocabulary_size=9))
 
 
 NANS = np.full_like(X, np.nan)
@@ -225,8 +214,6 @@ REFUSED = {
     "half a group": lambda: prune(single(router=ROUTERS["groups"]())[0], np.arange(5)),
     "a shared bank": lambda: surgery.prune_experts(shared_bank(), np.ones(E)),
     "slots": lambda: surgery.prune_experts(single(router=routers.SoftRouter(E))[0], np.ones(E)),
-    "merging LoRA": lambda: surgery.merge_experts(with_lora(), data=[X]),
-    "a table": lambda: surgery.set_top_k(hashed(), 3),
 }
 
 

@@ -1,10 +1,6 @@
 """Files that ExpertMonitor writes for TensorBoard, read back by TensorBoard itself."""
 
 import io
-import os
-import pathlib
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -14,6 +10,7 @@ pytest.importorskip("tensorboard")
 pytest.importorskip("matplotlib")
 
 import matplotlib.image  # noqa: E402
+from backends import run_python  # noqa: E402
 from layer_checks import D, moe, normal  # noqa: E402
 from test_callbacks import fit, model_of, routed  # noqa: E402
 
@@ -104,12 +101,7 @@ files.close()
 
 
 def test_packages_that_are_missing_leave_the_rest_alone(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_OPTIONAL_PARTS, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-    )
+    done = run_python("-c", WITHOUT_OPTIONAL_PARTS, tmp_path)
     assert done.returncode == 0, done.stderr
     assert 'Run `pip install "keras-tuner[bayesian]" six`.' in done.stdout
     assert len(read(tmp_path / "train")) == 3, "events are written without TensorFlow"

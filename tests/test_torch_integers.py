@@ -53,13 +53,6 @@ def products_in_digits(rows, sizes, kernels):
     return np.concatenate([to_numpy(each.multiply(part)) for each, part in zip(digits, parts)])
 
 
-def test_digits_are_those_of_the_rows():
-    rows = with_extremes(normal(9, D))
-    digits, unit = map(to_numpy, torch_integers.to_digits(torch.from_numpy(rows)))
-    values = digits.T.reshape(D, 9, 4).astype("float64") @ np.array(torch_integers.PLACES) * unit.T
-    assert np.all(np.abs(values.T - rows) <= error_of(rows))
-
-
 @pytest.mark.parametrize(("depth", "width"), [(D, H), (1, H), (D, 1), (2, 2), (1, 1)])
 def test_few_rows_times_integers(depth, width):
     rows = with_extremes(normal(sum(SIZES), depth))

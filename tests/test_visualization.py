@@ -100,13 +100,6 @@ def test_labels_of_documents_are_those_of_their_tokens():
 
 
 @of_arrays
-def test_labels_that_do_not_fit_are_refused():
-    for wrong in ([0, 1, 2], np.eye(2, dtype=int), [0.5, 1.5], [None, None], [-1, -1], [0, 20_000]):
-        with pytest.raises(ValueError, match="[Ll]abels? "):
-            visualization.specialization(np.zeros((8, 2), int), wrong)
-
-
-@of_arrays
 def test_the_most_frequent_strings_stand_on_top_and_the_rest_is_left_out():
     words = ["rare"] + ["often"] * 3 + [f"once_{n}" for n in range(50)]
     axes = drawn(visualization.specialization(draws(4, tokens=54), words))[0]
