@@ -96,7 +96,7 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
         if task_experts is not None:
             banks = _one_for_each("task_experts", task_experts, num_tasks)
             self.task_experts = [expert_bank.get(bank) for bank in banks]
-        self.shared_output = shared_output
+        self.shared_output = bool(shared_output)
         if shared_output and task_experts is None:
             raise ValueError("`shared_output=True` needs `task_experts`")
         if router_losses is not None:
@@ -243,7 +243,7 @@ def _routers(router, number):
 
 
 def _flatten(task, inputs, mask):
-    mask = task._check_call(inputs, mask, None)
+    mask = task._check_call(inputs, mask)
     return task._flatten(inputs, mask), mask
 
 

@@ -74,7 +74,7 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         super().__init__(name=name, **kwargs)
         self.distribution = check_choice("distribution", distribution, ("gaussian", "categorical"))
         self.scale = None if scale is None else check_number("scale", scale, above=0)
-        self.normalized = normalized
+        self.normalized = bool(normalized)
 
     def call(self, y_true, y_pred):
         return -ops.logsumexp(self._log_joint(y_true, y_pred), axis=-1)

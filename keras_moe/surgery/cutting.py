@@ -39,13 +39,18 @@ def obstacles(layer, merging):
 
 def router_like(router, **changes):
     """A router that differs from another in some arguments, not built."""
-    config = {**router.get_config(), **changes}
+    config = router.get_config()
+    number = changes.get("num_experts", router.num_experts)
     if config.get("max_top_k") is not None:
-        config["max_top_k"] = min(config["max_top_k"], config["num_experts"])
+        config["max_top_k"] = min(config["max_top_k"], number)
+    config.update((key, value) for key, value in changes.items() if key in config)
     try:
-        return type(router).from_config(config)
+        changed = type(router).from_config(config)
     except TypeError as error:  # Keras puts the whole config into its own.
         raise error.__context__ or error from None
+    changed.num_experts = number  # for a subclass that has another name for it
+    changed.check_num_experts()
+    return changed
 
 
 def cut(layer, experts):
