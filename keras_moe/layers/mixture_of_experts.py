@@ -163,7 +163,9 @@ class MixtureOfExperts(RouterUsage, Recomputable):
                 dtype=expert_bank.in_floats(self.dtype_policy),
                 name="shared_gate",
             )
-        self.token_axes = token_axes and check_integer("token_axes", token_axes)
+        self.token_axes = token_axes
+        if token_axes is not None:
+            self.token_axes = check_integer("token_axes", token_axes)
         self.supports_masking = True
         sublayers.freeze_parts(self)
         # Experts (T, K) to replay, which `inspection` sets.

@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from keras_moe import losses, routers
-from keras_moe._internal.checks import check_integer
+from keras_moe._internal.checks import check_integer, check_tensors
 from keras_moe._internal.serialization import config_of, register
 from keras_moe.backend import backend
 from keras_moe.layers import expert_bank
@@ -48,7 +48,8 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
         **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
-        ValueError: If there is not one router, bank or name for each task.
+        ValueError: If there is not one router, bank or name for each task, or two are the same, or a router
+            is soft.
 
     Call arguments:
         inputs: (batch, ..., D) float tensor, or with `task_experts` a list of them: one for each
@@ -96,9 +97,14 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
         if task_experts is not None:
             banks = _one_for_each("task_experts", task_experts, num_tasks)
             self.task_experts = [expert_bank.get(bank) for bank in banks]
+        parts = [self.experts, *(self.task_experts or ())]
+        if len(set(map(id, parts))) < len(parts):
+            raise ValueError("`experts` and `task_experts` must be different objects")
         self.shared_output = bool(shared_output)
         if shared_output and task_experts is None:
             raise ValueError("`shared_output=True` needs `task_experts`")
+        if len(set(self.task_names)) < num_tasks:
+            raise ValueError(f"`task_names` must differ. Received: task_names={task_names}")
         if router_losses is not None:
             router_losses = tuple(losses.get(loss) for loss in router_losses)
         self.router_losses = router_losses
@@ -119,6 +125,8 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
             )
             for of_task, router_of_task, name in zip(banks, _routers(router, len(names)), names)
         ]
+        if any(isinstance(task.router, routers.SoftRouter) for task in self.tasks):
+            raise ValueError("`router` must choose experts. Received: a `SoftRouter`")
         self.supports_masking = True
 
     def build(self, inputs_shape):
@@ -155,6 +163,8 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
         # Keras makes a list of masks for a list of inputs.
         has_masks = isinstance(inputs, (list, tuple)) and isinstance(mask, (list, tuple))
         inputs, masks = self._by_task(inputs), mask if has_masks else [mask] * (self.num_tasks + 1)
+        axes = "abcdefghij"[: len(inputs[0].shape)]
+        check_tensors(**{f"inputs[{n}]": (each, axes, "float") for n, each in enumerate(inputs)})
         routed = [
             _route(task, each, of_task, training)
             for task, each, of_task in zip(self.tasks, inputs, masks)

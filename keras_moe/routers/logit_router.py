@@ -43,7 +43,9 @@ class LogitRouter(Adaptable, Router):
             kernel_initializer = keras.initializers.RandomNormal(stddev=0.02, seed=self.seed)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.hidden_dim = hidden_dim and check_integer("hidden_dim", hidden_dim)
+        self.hidden_dim = hidden_dim
+        if hidden_dim is not None:
+            self.hidden_dim = check_integer("hidden_dim", hidden_dim)
         self.temperature = check_number("temperature", temperature, above=0)
         self._noise_seed = keras.random.SeedGenerator(self.seed)
 
@@ -90,14 +92,14 @@ class LogitRouter(Adaptable, Router):
         if training and self.input_jitter:
             noise = 2 * self._noise(draws.uniform, tokens) - 1
             tokens = tokens * (1 + self.input_jitter * noise)
-        logits = ops.cast(self.project(self.hidden(tokens)), "float32")
+        logits = ops.cast(self.project(self._hidden(tokens)), "float32")
         if self.temperature != 1:
             logits = logits / self.temperature
         if training and self.logit_noise:
             logits = logits + self.logit_noise * self._noise(draws.normal, logits)
         return logits, mask
 
-    def hidden(self, tokens):
+    def _hidden(self, tokens):
         """Return what is projected of tokens (T, D): a hidden layer (T, H), or the tokens."""
         if not self.hidden_dim:
             return tokens

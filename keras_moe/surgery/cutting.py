@@ -32,9 +32,15 @@ def obstacles(layer, merging):
     elif isinstance(bank, StackedExperts) and (bank.lora_enabled or bank.quantization_mode):
         yield "whose kernels have LoRA or are quantized"
     elif isinstance(bank, LayerExperts):
-        shapes = {tuple(tuple(w.shape) for w in layer.weights) for layer in bank.layers}
-        if len(shapes) > 1:
-            yield "whose experts differ in the shapes of their weights"
+        if len(set(map(_kind, bank.layers))) > 1:
+            yield "whose experts differ in their layers, activations or shapes of weights"
+
+
+def _kind(layer):
+    parts = layer._flatten_layers()
+    names = (getattr(getattr(part, "activation", None), "__name__", "") for part in parts)
+    types = map(type, layer._flatten_layers())
+    return *zip(types, names), *(tuple(weight.shape) for weight in layer.weights)
 
 
 def router_like(router, **changes):
