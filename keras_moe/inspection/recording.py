@@ -9,6 +9,7 @@ from keras_moe._internal.checks import check_indices, is_kind
 from keras_moe._internal.keras_internals import forget_compiled
 from keras_moe._internal.plain_text import describe
 from keras_moe.inspection.finding import moe_layers
+from keras_moe.ops.routing import Routing
 
 
 def record_routings(model, batches, training=False):
@@ -193,7 +194,7 @@ def replaying(model, routings):
             f"Received: {sorted(unknown)}"
         )
     for name, routing in routings.items():
-        indices = getattr(routing, "indices", routing)
+        indices = routing.indices if isinstance(routing, Routing) else routing
         check_indices(f"routings[{name!r}]", indices, layers[name].router.num_experts)
         layers[name].replayed_indices = ops.convert_to_tensor(indices)
     try:

@@ -270,15 +270,16 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         """Check the shapes of a call, and return the mask as bools, or None."""
         num_axes = len(inputs.shape) - len(self._token_shape(inputs.shape))
         # Keras passes a mask on by itself only if the inputs are the only tensor of a call.
-        if mask is None:
-            mask = get_keras_mask(inputs)
+        of_inputs = get_keras_mask(inputs)
+        if mask is None or mask is of_inputs:
+            mask = of_inputs
             if mask is not None and len(mask.shape) != num_axes:
                 mask = None  # of parts of a sample, which only its experts could use
         letters = "abcdefghij"
         axes, sample = letters[:num_axes], letters[num_axes : len(inputs.shape)].upper()
         given = {"inputs": (inputs, axes + sample, "float")}
         if router_inputs is not None:
-            own = "RSTUVW"[: len(router_inputs.shape) - num_axes]
+            own = "RSTUVW"[: len(router_inputs.shape) - num_axes if self.token_axes else 1]
             given["router_inputs"] = (router_inputs, axes + own, "float")
         if mask is not None:
             mask = keras_ops.convert_to_tensor(mask)
