@@ -271,9 +271,9 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         num_axes = len(inputs.shape) - len(self._token_shape(inputs.shape))
         # Keras passes a mask on by itself only if the inputs are the only tensor of a call.
         of_inputs = get_keras_mask(inputs)
-        if mask is None or mask is of_inputs:
-            mask = of_inputs
-            if mask is not None and len(mask.shape) != num_axes:
+        if of_inputs is not None:
+            mask = of_inputs if mask is None else mask
+            if len(mask.shape) == len(of_inputs.shape) != num_axes:
                 mask = None  # of parts of a sample, which only its experts could use
         letters = "abcdefghij"
         axes, sample = letters[:num_axes], letters[num_axes : len(inputs.shape)].upper()

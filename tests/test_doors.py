@@ -1,0 +1,488 @@
+"""What is refused where a user's value enters the package, and unusual calls that work.
+
+Each row is a call and words of its message. Without its check the call would end in a wrong result
+without a word, or in an error that comes late or names no argument. Errors of the command line are
+in `test_command_line.py`.
+"""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+from backends import BACKEND
+from keras import ops as kops
+from layer_checks import D, E, moe, normal
+
+import keras_moe
+from keras_moe import callbacks as calls
+from keras_moe import convert, inspection, layers, losses, metrics, ops, routers, surgery
+from keras_moe import visualization as vis
+from keras_moe.inspection import health
+from keras_moe.ops.feed_forward import LowRank
+
+T = 6
+NAN = float("nan")
+X = normal(2, 5, D)
+MIXTRAL = {
+    "model_type": "mixtral",
+    "hidden_size": D,
+    "intermediate_size": 16,
+    "num_local_experts": E,
+    "num_experts_per_tok": 2,
+}
+
+
+def t(*shape):
+    return kops.convert_to_tensor(normal(*(shape or (T, D))))
+
+
+def ints(*shape):
+    return np.zeros(shape, "int32")
+
+
+def true(*shape):
+    return np.ones(shape, bool)
+
+
+def dense(units=D, **kwargs):
+    return keras.layers.Dense(units, **kwargs)
+
+
+def bank(num_experts=E, **kwargs):
+    return layers.FeedForwardExperts(num_experts, 16, **kwargs)
+
+
+def dense_experts(*units):
+    return layers.LayerExperts([dense(each) for each in units])
+
+
+def two_activations():
+    return layers.LayerExperts([dense(activation=name) for name in ("relu", "tanh", "tanh")])
+
+
+def built(layer):
+    layer.build((None, D))
+    return layer
+
+
+def lora(layer):
+    built(layer).experts.enable_lora(2)
+    return layer
+
+
+def load(source, target):
+    store = {}
+    built(source).save_own_variables(store)
+    built(target).load_own_variables(store)
+
+
+def routing(num_tokens=T, num_experts=E, top_k=2, **changes):
+    return ops.top_k_routing(t(num_tokens, num_experts), top_k)._replace(**changes)
+
+
+def plan(**kwargs):
+    return ops.plan_groups(routing(**kwargs))
+
+
+def model(**kwargs):
+    made = keras.Sequential([keras.Input((5, D)), moe(name="moe", **kwargs), dense(2)])
+    made.compile("sgd", "mse")
+    return made
+
+
+MODELS = {}
+
+
+def usual():
+    """One model for all rows, which do not change it."""
+    return MODELS.get("usual") or MODELS.setdefault("usual", model())
+
+
+def plain(activation="relu", **kwargs):
+    """A model with a dense feed-forward layer."""
+    return keras.Sequential(
+        [keras.Input((D,)), dense(16, activation=activation, **kwargs), dense()]
+    )
+
+
+def fitted(callback, **kwargs):
+    made = model(**kwargs) if kwargs else usual()
+    return made.fit(X, normal(2, 5, 2), verbose=0, callbacks=[callback])
+
+
+def ids_layer():
+    return moe(router=routers.HashRouter(E, 10))
+
+
+def of_samples(**kwargs):
+    return moe(dense_experts(D, D), token_axes=1)(X, **kwargs)
+
+
+def encode(feedforward=None, inputs=X, num_heads=2, **kwargs):
+    return layers.TransformerEncoderBlock(num_heads, feedforward or dense())(inputs, **kwargs)
+
+
+def decoder(**kwargs):
+    block = layers.TransformerDecoderBlock(2, dense(), **kwargs)
+    block(X, **({"context": t(2, 3, D)} if kwargs else {}))
+    return block
+
+
+def attending(**kwargs):
+    return decoder(cross_attention=True)(X, **kwargs)
+
+
+def decode(num_rows=2, length=1, position=0, **kwargs):
+    block = decoder()
+    cache = block.make_cache(2, 5)
+    return block(t(num_rows, length, D), cache=cache, position=position, **kwargs)
+
+
+def own(**changes):
+    """A router of a user, whose routing has something wrong."""
+    route = {"route": lambda *_: routing(**changes), "top_k": 2}
+    return moe(router=type("Own", (routers.Router,), route)(E), router_losses=())(t())
+
+
+class OwnLoss(losses.LoadBalance):
+    def compute(self, routing):
+        return routing.load
+
+
+class OwnBalancer(routers.SelectionBalancer):
+    def measure(self, routing, scores, bias):
+        return kops.sum(bias)
+
+
+def one_column(shape, dtype):
+    return kops.zeros((D, 1))
+
+
+def feed_forward(tokens=None, weights=None, groups=None, up=None, down=None, **kwargs):
+    tokens, weights = t() if tokens is None else tokens, t(T, 2) if weights is None else weights
+    kernels = up or [t(E, D, 16)], t(E, 16, D) if down is None else down
+    groups = groups or plan().groups
+    return ops.grouped_feed_forward(tokens, weights, groups, "relu", *kernels, **kwargs)
+
+
+def tasks(num_tasks=2, **kwargs):
+    return layers.MultiGateMixtureOfExperts(bank(), num_tasks, **kwargs)
+
+
+def of_task_banks(*shapes):
+    return tasks(task_experts=[bank(), bank()])([t(*shape) for shape in shapes])
+
+
+def likelihood(y_true, shape=(6, 3, 3), **kwargs):
+    return losses.MixtureNegativeLogLikelihood(**kwargs)(y_true, t(*shape))
+
+
+def replay(indices, router="top_k", name="moe"):
+    made = usual() if router == "top_k" else model(router=router)
+    with inspection.replaying(made, {name: indices}):
+        return made(X)
+
+
+def reported(x=None, path="r.html", **kwargs):
+    return keras_moe.report(usual(), normal(T, 5, D) if x is None else x, path=path, **kwargs)
+
+
+def hugging_face(layer=0, config=MIXTRAL, **kwargs):
+    mixture = built(layers.MixtureOfExperts(layers.GatedExperts(E, 16)))
+    weights = convert.to_hugging_face(mixture, 0, "mixtral")
+    return convert.from_hugging_face(weights, layer, config, **kwargs)
+
+
+# Constructors with arguments out of their range: the message begins with the name.
+ARGUMENTS = [
+    ("layers.MixtureOfExperts(bank(), {})", "capacity_factor=0", "capacity_factor='1'"),
+    ("layers.MixtureOfExperts(bank(), {})", "capacity_factor=NAN", "token_axes=0", "router=bank()"),
+    ("layers.FeedForwardExperts(hidden_dim=8, {})", "num_experts=0", "num_experts=4.5"),
+    ("layers.FeedForwardExperts(E, {})", "hidden_dim=0", "hidden_dim='8'"),
+    ("layers.GatedExperts(E, 8, {})", "clip=0", "up_shift=NAN", "output_dim=0"),
+    ("layers.LinearExperts(E, {})", "output_dim=0", "output_dim=2.5"),
+    ("layers.ZeroComputationExperts(bank(), {})", "num_zero=-1", "num_identity=0.5"),
+    ("layers.Capacity({})", "factor=0"),
+    ("layers.Capacity(1, {})", "minimum=0", "multiple_of=0", "evaluation_factor=0", "priority='x'"),
+    ("layers.TransformerEncoderBlock(feedforward=dense(), {})", "num_heads=0", "num_heads=1.5"),
+    ("layers.TransformerEncoderBlock(2, {})", "feedforward=bank"),
+    ("layers.TransformerEncoderBlock(2, dense(), {})", "dropout=1", "dropout=-0.1"),
+    ("layers.GatedFeedForward({})", "hidden_dim=0"),
+    ("tasks({})", "num_tasks=0", "num_tasks=2.5"),
+    ("routers.TopKRouter({})", "num_experts=0"),
+    ("routers.TopKRouter(E, {})", "top_k=0", "score='x'", "scaling_factor=0", "input_jitter=1"),
+    ("routers.TopKRouter(E, {})", "logit_noise=-1", "seed=1.5", "seed=-1", "temperature=0"),
+    ("routers.TopKRouter(E, {})", "temperature=NAN", "hidden_dim=0"),
+    ("routers.GroupLimitedRouter(8, {})", "num_groups=0", "top_groups=0"),
+    ("routers.GShardRouter(E, {})", "threshold=0"),
+    ("routers.TopPRouter(E, {})", "threshold=1.0"),
+    ("routers.ReLURouter(8, {})", "growth=1.0", "initial_strength=0"),
+    ("routers.HashRouter(E, {})", "vocabulary_size=0", "vocabulary_size=None"),
+    ("routers.HashRouter(E, 9, {})", "score='x'", "top_k=0", "seed=0.5"),
+    ("routers.ForcedRouter(E, {})", "pattern='x'", "top_k=0", "seed=-1"),
+    ("routers.CosineRouter(E, {})", "projection_dim=0"),
+    ("routers.SoftRouter(E, {})", "slots=0"),
+    ("routers.ExpertChoiceRouter(E, {})", "capacity_factor=-1"),
+    ("routers.SinkhornRouter(E, {})", "iterations=0", "top_k=0"),
+    ("routers.LossFreeBias({})", "rate=0", "accumulation_steps=0"),
+    ("routers.QuantileBias({})", "momentum=1.0"),
+    ("losses.LoadBalance({})", "weight=-1", "weight=NAN", "weight='0.1'"),
+    ("losses.GlobalLoadBalance({})", "accumulation_steps=0"),
+    ("losses.MixtureNegativeLogLikelihood({})", "distribution='x'", "scale=0"),
+    ("metrics.ExpertShare({})", "num_experts=0"),
+    ("metrics.DeadExpertsOverWindow(E, {})", "window=0"),
+    ("calls.ExpertHealth({})", "every=0", "patience=1.5"),
+    ("calls.RouterLossSchedule({})", "schedule=0.1"),
+    ("keras_moe.upcycle(plain(), {})", "num_experts=0", "every=0", "reinitialized=1.0"),
+    ("keras_moe.tuner.SearchSpace({})", "active_width='64'", "active_width=()"),
+    ("keras_moe.tuner.SearchSpace((8,), {})", "routers=('soft',)", "loss_weights={{'x': (1,)}}"),
+]
+
+REFUSED = [
+    ("of_samples(mask=true(2, 5))", "`mask` must have"),
+    ("of_samples(token_ids=ints(2, 5))", "`token_ids` must have"),
+    ("(lambda each: tasks(task_experts=[each, each]))(bank())", "different objects"),
+    (
+        "type('R', (routers.TopKRouter,), {'select': lambda self, x: x[:, :2]})(E)(t())",
+        "dtype of int",
+    ),
+    # Calls of layers.
+    ("moe()(ints(T, D))", "`inputs` must have a dtype of float"),
+    ("moe()(t(D))", "at least one axis of tokens"),
+    ("moe()(X, mask=true(2, 4))", "`mask` must have"),
+    ("moe()(X, mask=true(2, 1))", "`mask` must have"),
+    ("moe()(X, mask=true(2))", "`mask` must have"),
+    ("moe()(X, mask=true(5, 2))", "`mask` must have"),
+    ("moe()(X, mask=np.ones((2, 5)))", "bool or int"),
+    ("moe()(t(), indices=[[0, E]] * T)", "from 0 to 3"),
+    ("moe()(t(), indices=ints(9, 2))", "`indices` must have"),
+    ("moe()(t(), indices=ints(T, 3))", "`indices` must have"),
+    ("moe()(t(), indices=np.zeros((T, 2)))", "dtype of int"),
+    ("moe(router='soft')(t(), indices=ints(T, 1))", "replayed"),
+    ("ids_layer()(X, token_ids=ints(5, 2))", "`token_ids` must"),
+    ("ids_layer()(X, token_ids=ints(10))", "`token_ids` must"),
+    ("ids_layer()(t(), token_ids=np.zeros(T))", "dtype of int"),
+    ("ids_layer()(t())", "token_ids=None"),
+    ("moe()(X, router_inputs=t(5, 2, D))", "`router_inputs` must have"),
+    ("moe()(X, router_inputs=t(10, D))", "`router_inputs` must have"),
+    ("moe()(X, router_inputs=t(2, 5, 3, 2))", "`router_inputs` must have"),
+    ("moe()(t(), router_inputs=ints(T, D))", "dtype of float"),
+    ("moe(router='soft')(t(), return_expert_outputs=True)", "assigns tokens to experts"),
+    ("moe(token_axes=1)(X)", "Use `LayerExperts`"),
+    ("moe(token_axes=2)(t(2, D))", "known shape of each token"),
+    ("bank()(t(), plan(num_experts=2))", "`plan` must be of"),
+    ("bank()(t(), plan(num_tokens=4))", "`plan` must be of"),
+    ("routers.TopKRouter(E)(ints(T, D))", "dtype of float"),
+    ("routers.TopKRouter(E)(t(), mask=true(5))", "`mask` must have"),
+    ("routers.TopKRouter()(t())", "needs `num_experts`"),
+    ("encode(num_heads=3)", "divisible by `num_heads`"),
+    ("encode(inputs=ints(2, 5, D))", "dtype of float"),
+    ("encode(mask=true(2, 1))", "`mask` must have"),
+    ("encode(ids_layer(), token_ids=ints(5, 2))", "`token_ids` must"),
+    ("decoder()(X, context=t(2, 3, D))", "context"),
+    ("attending()", "takes a `context` if and only if"),
+    ("attending(context=t(2, 3, D), context_mask=true(2, 5))", "`context_mask` must have"),
+    ("layers.TransformerDecoderBlock(8, dense())(X)", "even number"),
+    ("decode(length=5, position=1)", "must fit into the cache"),
+    ("decode(position=-1)", "must fit into the cache"),
+    ("decode(position=1.7)", "`position` must be an integer"),
+    ("decode(num_rows=1)", "as many sequences"),
+    ("decoder()(t(2, 1, D), position=3)", "passed together"),
+    ("decode(context=t(2, 3, D))", "must be left out"),
+    ("decoder(cross_attention=True).make_cache(2, 5, t(3, 3, D))", "`context` must have"),
+    ("layers.TransformerDecoderBlock(2, dense()).make_cache(2, 5)", "must be built"),
+    ("of_task_banks((T, D), (T, D))", "one for each task"),
+    ("of_task_banks((T, D), (5, D), (T, D))", "`inputs[1]` must"),
+    ("of_task_banks((T, D), (T, 9), (T, D))", "`inputs[1]` must"),
+    ("tasks()([t(), t(), t()])", "with `task_experts`"),
+    ("tasks()(ints(T, D))", "dtype of float"),
+    ("replay(ints(10, 2), name='x')", "names of MoE layers"),
+    ("replay(ints(10, 2) + E)", "from 0 to 3"),
+    ("replay(ints(9, 2))", "`indices` must have"),
+    ("replay(ints(10, 1), router='soft')", "can be replayed"),
+    # Constructors, and what shows when a layer is built.
+    ("layers.MixtureOfExperts([dense()])", "`experts` must be"),
+    ("moe(router=routers.TopKRouter)", "`router` must be"),
+    ("moe(router=routers.TopKRouter(8))", "same number of experts"),
+    ("moe(router_losses='load_balance')", "must be a list"),
+    ("moe(router_losses=[keras.losses.MeanSquaredError()])", "`router_losses`"),
+    ("moe(shared_expert=lambda x: x)", "`shared_expert` must be"),
+    ("moe(shared_expert=keras.layers.GlobalAveragePooling1D())(X)", "must keep"),
+    ("moe(shared_expert=dense(1))(t())", "as many features"),
+    ("moe(gated_shared_expert=True)", "needs a `shared_expert`"),
+    ("moe(router='soft', capacity_factor=1.0)", "do not choose"),
+    ("moe(bank(activation=lambda x: x[:, :1]))(t())", "An activation must keep the shape"),
+    ("moe(bank(activation=keras.layers.PReLU()))(t())", "must have no weights"),
+    ("layers.LayerExperts([lambda x: x])", "`layers` must be"),
+    ("layers.LayerExperts([bank()])", "a bank of experts"),
+    ("layers.LayerExperts([usual().layers[1]] * 2)", "different objects"),
+    ("moe(dense_experts(D, 1))(t())", "one known shape"),
+    ("layers.ZeroComputationExperts(bank())", "must be an expert"),
+    ("moe(layers.ZeroComputationExperts(dense_experts(3), 1))(t())", "as they receive"),
+    ("moe(layers.ZeroComputationExperts(bank(), 1), 'expert_choice')(t())", "tokens choose"),
+    ("encode(dense(D + 1))", "for the residual"),
+    ("tasks(task_names=['a'])", "one for each task"),
+    ("tasks(task_names=['a', 'a'])", "must differ"),
+    ("tasks(router=['dense'])", "one for each task"),
+    ("tasks(router='soft')", "must choose experts"),
+    ("tasks(shared_output=True)", "needs `task_experts`"),
+    ("tasks(task_experts=[bank(output_dim=3), bank()])([t()] * 3)", "same number of features"),
+    ("routers.TopKRouter(2, 3)", "`top_k` must be at most"),
+    ("routers.TopKRouter(E, dtype='bfloat16')", "always computes in float32"),
+    ("routers.TopKRouter(E, balancer=losses.LoadBalance())", "`balancer` must"),
+    ("routers.TopKRouter(E, kernel_initializer=one_column)(t())", "`kernel_initializer` must have"),
+    ("routers.GroupLimitedRouter(E, num_groups=3)", "`num_groups` must divide"),
+    ("routers.GroupLimitedRouter(8, 4, 1, top_k=4)", "`top_groups`"),
+    ("routers.TopPRouter(E, max_top_k=5)", "must be at most"),
+    ("built(routers.SoftRouter(E)).enable_lora(2)", "with LoRA"),
+    ("moe().set_router_loss_weight(0, NAN)", "`weight` must be"),
+    ("losses.GlobalLoadBalance()(routing())", "outside of one"),
+    ("likelihood(t(6, 1))", "`y_true` must have"),
+    ("likelihood(t(1, 2))", "`y_true` must have"),
+    ("likelihood(ints(6, 2), distribution='categorical')", "`y_true`"),
+    ("likelihood(ints(1), distribution='categorical')", "`y_true`"),
+    ("likelihood(t(6, 2), (6, 3))", "`y_true` must have"),
+    ("losses.pack_mixture(routing(), t(2, 6, 2))", "each weight"),
+    ("keras_moe.optimizers.Muon(exclude_layers='router')", "list"),
+    ("keras_moe.distribution.expert_parallel(2)", "Received"),
+    # Parts of a user, where their results come in.
+    ("own(top_k=1)", "`indices` must have"),
+    ("own(num_experts=E + 1)", "must have the shape"),
+    ("own(num_tokens=T + 1)", "must have the shape"),
+    ("own(weights=ints(T, 2))", "`weights` must have a dtype"),
+    ("own(indices=t(T, 2))", "`indices` must have a dtype"),
+    ("own(counts=ints(1, E))", "`counts` must have the shape"),
+    ("own(load=t(E + 1))", "`load` must have the shape"),
+    ("moe(router_losses=[OwnLoss(1.0)])(t(), training=True)", "must compute one float"),
+    ("routers.TopKRouter(E, balancer=OwnBalancer())(t(), training=True)", "`balancer.measure"),
+    # Functions.
+    ("ops.clean_logits(t(6))", "`logits` must have"),
+    ("ops.clean_logits(ints(T, E))", "dtype of float"),
+    ("ops.clean_logits(t(T, E), true(5))", "`mask` must have"),
+    ("ops.top_k_routing(t(T, E), 5)", "`top_k` must be at most"),
+    ("ops.top_k_routing(t(T, E), 2, score='x')", "`score` must be one of"),
+    ("ops.top_k_routing(t(T, E), 2, scale=0)", "`scale` must be"),
+    ("ops.top_k_indices(ints(T, E), 2)", "dtype of float"),
+    ("ops.take_scores(t(T, E), ints(1, 1))", "`indices` must"),
+    ("ops.take_scores(t(T, E), ints(T, 1) + E)", "from 0 to 3"),
+    ("ops.group_limited_scores(t(T, E), 3, 1)", "`num_groups` must divide"),
+    ("ops.make_routing(ints(T, 1) + E, t(T, 1), t(T, E), t(T, E), true(T))", "from 0 to 3"),
+    ("ops.make_routing(ints(T, 1), t(T, 1), t(5, E), t(T, E), true(T))", "`probs` must have"),
+    ("plan(mask=true(5))", "`mask` must have"),
+    ("plan(counts=ints(1, E))", "`counts` must have"),
+    ("ops.plan_groups(routing(), 0)", "`capacity` must be"),
+    ("ops.plan_groups(routing(), 1, true(T, 1))", "`first` must have"),
+    ("ops.plan_groups(routing(), 1, sequence_length=4)", "divide the number"),
+    ("ops.plan_groups(routing(), 1, num_limited=0)", "`num_limited` must be"),
+    ("plan().dispatch(t(9, D))", "must have the shape"),
+    ("plan().combine(t(5, D))", "a row for each assignment"),
+    ("ops.expert_capacity(8, E, 2, 0)", "`capacity_factor` must be"),
+    ("ops.expert_capacity(8, E, 2.5, 1)", "`top_k` must be"),
+    ("ops.expert_choice_routing(t(T, E), 0)", "`capacity_factor` must be"),
+    ("ops.soft_routing(t(T, 6), 4)", "as many slots"),
+    ("ops.plan_soft(ops.soft_routing(t(T, 8), 4)).dispatch(t(), 3)", "as many slots"),
+    ("ops.grouped_matmul(t(6, 4), t(3, 4, 8), [2, 2, 4])", "`group_sizes` must"),
+    ("ops.grouped_matmul(t(6, 4), t(3, 4, 8), [2, -2, 4])", "`group_sizes`"),
+    ("ops.grouped_matmul(t(6, 4), t(3, 4, 8), [2, 4])", "`group_sizes`"),
+    ("ops.grouped_matmul(t(6, 4), t(3, 8, 4), [2, 2, 2])", "`kernels` must"),
+    ("feed_forward(down=t(E, D, 16))", "must have the shape"),
+    ("feed_forward(up=[t(8, D, 16)], down=t(8, 16, D))", "shape"),
+    ("feed_forward(up=[t(E, D, 16)] * 3)", "`up_kernels` must be"),
+    ("feed_forward(biases=[t(E, 16)])", "a bias for each kernel"),
+    ("feed_forward(biases=[t(16), t(D)])", "`biases[0]` must have"),
+    ("feed_forward(clip=1.0)", "need a gate"),
+    ("feed_forward(low_rank=LowRank([t(E, D, 2)], [t(E, 2, 16)], 1.0))", "factors for each kernel"),
+    ("feed_forward(weights=t(5, 2))", "must have the shape"),
+    ("feed_forward(groups=routing())", "kinds of groups"),
+    ("ops.load_balance(routing(mask=true(5)))", "`mask` must have"),
+    ("ops.sequence_load_balance(routing(), 4)", "divide the number"),
+    ("ops.agreement(np.ones((1, 4)), t(3, 4))", "must have the shape"),
+    ("ops.masked_mean(t(6, 3), true(3))", "`mask` must have"),
+    ("ops.noisy_load(t(T, E), t(T, E), 0, 2, true(T))", "`deviation` must be"),
+    ("ops.noisy_load(t(T, E), t(T, E), t(E), 2, true(T))", "`deviation`"),
+    ("ops.sinkhorn_plan(t(T, E), true(T), 0)", "`iterations` must be"),
+    ("ops.balanced_assignment(ints(T, E), true(T))", "dtype of float"),
+    ("ops.platform('cuda').__enter__()", "`name` must be one of"),
+    ("metrics.load_imbalance(np.ones((2, 4)))", "`counts` must have"),
+    ("metrics.load_entropy([-1, 2])", "at least 0"),
+    ("metrics.load_imbalance([NAN, 2])", "at least 0"),
+    ("metrics.dropped_fraction([1, 2], [1, 2])", "`dropped` must have"),
+    ("metrics.utilization_quantiles([1, 2], [25])", "from 0 to 1"),
+    ("metrics.LoadImbalance(8).update_state(routing())", "E=8"),
+    ("metrics.router_saturation(routing(1), routing(6))", "`before.indices`"),
+    ("metrics.count_table(routing(), [0] * 5, 2)", "`groups` must have"),
+    ("metrics.count_table(routing(), [9] * T, 5)", "from 0 to 4"),
+    ("metrics.expert_saliency(moe(router='soft'), t())", "choose"),
+    # Tools.
+    ("inspection.record_routings(usual(), normal(2, 5, D))", "list of batches"),
+    ("inspection.record_routings(usual(), [])", "at least one batch"),
+    ("inspection.record_routings(usual(), [normal(2, 5, 9)])", "batch 0"),
+    ("inspection.moe_layers(plain())", "must have a `MixtureOfExperts`"),
+    ("health.spread([[1, 2]], 1)", "must"),
+    ("health.judge_drops(5)", "must"),
+    ("reported(path='no/r.html')", "a folder that exists"),
+    ("reported([normal(6, 5, D)] * 2)", "Received"),
+    ("reported(labels=[1, 2])", "each of 6 documents"),
+    ("reported(labels=np.zeros(6))", "must be integers or strings"),
+    ("reported(tokens=['a b c d e'] * 5)", "each of 6 documents"),
+    ("vis.coactivation(normal(4, 2))", "must be integers (T, K)"),
+    ("vis.coactivation([[1, 9]], num_experts=4)", "from 0 to 3"),
+    ("vis.confidence(normal(4, 3))", "in [0, 1]"),
+    ("vis.specialization([[0, 1]] * 6, [1, 2, 3, 4])", "Labels must be"),
+    ("vis.shares_over_time([[-1.0, 2.0]])", "Shares must be"),
+    ("vis.settling([ints(4, 2)])", "two or more"),
+    ("surgery.prune_experts(usual(), keep=2.5, by=[1, 2, 3, 4])", "`keep` must be"),
+    ("surgery.prune_experts(usual(), keep=1, by=[1, 2, 3, 4])", "`top_k`"),
+    ("surgery.prune_experts(usual(), keep={'q': 2})", "must name MoE"),
+    ("surgery.prune_experts(usual(), by=np.ones(5))", "for the 4 experts"),
+    ("surgery.prune_experts(usual(), by=[1, 2, 3, NAN])", "for the 4"),
+    ("surgery.prune_experts(usual(), by='norm')", "`by` must be one of"),
+    ("surgery.prune_experts(usual())", "must be measured on `data`"),
+    ("surgery.merge_experts(lora(built(moe())), data=[normal()])", "LoRA"),
+    ("surgery.merge_experts(built(moe(two_activations())))", "layers, activations"),
+    ("surgery.set_top_k(usual(), 9)", "`top_k` must be at most"),
+    ("surgery.set_top_k(built(ids_layer()), 1)", "by their scores"),
+    ("keras_moe.upcycle(plain(), 2, 4)", "`top_k` must be at most"),
+    ("keras_moe.upcycle(plain(), 8, 2, granularity=3)", "`granularity` must"),
+    ("keras_moe.upcycle(plain('softmax'), 4, 2, granularity=2)", "softmax"),
+    ("keras_moe.upcycle(plain(kernel_constraint='non_neg'))", "able to do"),
+    ("keras_moe.upcycle(keras.Sequential([keras.Input((D,)), dense()]))", "`model`"),
+    ("keras_moe.upcycle(plain(), select='xyz')", "`select` and `every` must"),
+    ("hugging_face(layer=5)", "must have all its weights"),
+    ("hugging_face(config={'model_type': 'x'})", "`model_type` must"),
+    ("hugging_face(config={**MIXTRAL, 'num_local_experts': 3})", "Received"),
+    ("hugging_face(config=None)", "with a `config`"),
+    ("hugging_face(into=built(moe()))", "must be a block of"),
+    ("hugging_face(into=moe(), name='x')", "`into` must be"),
+    ("convert.sparsify(plain())", "must have a MoE block"),
+    ("convert.restore(plain())", "`sparsify` converted"),
+    ("keras_moe.tuner.SearchSpace((5,), top_k=(2,))", "divisible by"),
+    ("keras_moe.tuner.SearchSpace('64')", "`active_width` must be"),
+    ("keras_moe.tuner.SearchSpace((64,), routers=('soft',))", "`routers` must be"),
+    ("keras_moe.tuner.SearchSpace((64,), loss_weights={'x': (1,)})", "`loss_w"),
+    ("keras_moe.tuner.SearchSpace((8,), capacity_factors=(0,))", "`capacity_f"),
+    ("keras_moe.tuner.WithinBudget(0)", "must be"),
+    ("calls.RouterLossSchedule(0.1)", "`schedule` must be a function"),
+    ("calls.RouterLossSchedule(abs, losses.LoadBalance)", "instance of"),
+    ("fitted(calls.RouterLossSchedule(lambda e: -1))", "must be a finite"),
+    ("fitted(calls.RouterLossSchedule(abs), router_losses=['router_z'])", "the router loss"),
+    ("calls.ExpertMonitor(metrics=[lambda c: 1])", "different names"),
+    ("built(bank()).quantize('float8')", '`mode` must be "int8"'),
+    ("load(moe(shared_expert=None), moe(bank(8)))", "shape"),
+]
+REFUSED += [
+    (call.format(argument), f"`{argument.partition('=')[0]}`")
+    for call, *arguments in ARGUMENTS
+    for argument in arguments
+]
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("call, words", REFUSED, ids=[call for call, _ in REFUSED])
+def test_refused(call, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((TypeError, ValueError, NotImplementedError)) as error:
+        eval(call)
+    assert words in str(error.value)
