@@ -24,13 +24,8 @@ from keras_moe.ops.feed_forward import LowRank
 T = 6
 NAN = float("nan")
 X = normal(2, 5, D)
-MIXTRAL = {
-    "model_type": "mixtral",
-    "hidden_size": D,
-    "intermediate_size": 16,
-    "num_local_experts": E,
-    "num_experts_per_tok": 2,
-}
+MIXTRAL = {"model_type": "mixtral", "hidden_size": D, "intermediate_size": 16}
+MIXTRAL = {**MIXTRAL, "num_local_experts": E, "num_experts_per_tok": 2}
 
 
 def t(*shape):
@@ -145,18 +140,13 @@ def own(**changes):
     return moe(router=type("Own", (routers.Router,), route)(E), router_losses=())(t())
 
 
-class OwnLoss(losses.LoadBalance):
-    def compute(self, routing):
-        return routing.load
+def vector_loss():
+    return type("Own", (losses.LoadBalance,), {"compute": lambda _, routing: routing.load})()
 
 
-class OwnBalancer(routers.SelectionBalancer):
-    def measure(self, routing, scores, bias):
-        return kops.sum(bias)
-
-
-def one_column(shape, dtype):
-    return kops.zeros((D, 1))
+def measured(measure):
+    balancer = type("Own", (routers.SelectionBalancer,), {"measure": measure})()
+    return routers.TopKRouter(E, balancer=balancer)(t(), training=True)
 
 
 def feed_forward(tokens=None, weights=None, groups=None, up=None, down=None, **kwargs):
@@ -203,7 +193,6 @@ ARGUMENTS = [
     ("layers.GatedExperts(E, 8, {})", "clip=0", "up_shift=NAN", "output_dim=0"),
     ("layers.LinearExperts(E, {})", "output_dim=0", "output_dim=2.5"),
     ("layers.ZeroComputationExperts(bank(), {})", "num_zero=-1", "num_identity=0.5"),
-    ("layers.Capacity({})", "factor=0"),
     ("layers.Capacity(1, {})", "minimum=0", "multiple_of=0", "evaluation_factor=0", "priority='x'"),
     ("layers.TransformerEncoderBlock(feedforward=dense(), {})", "num_heads=0", "num_heads=1.5"),
     ("layers.TransformerEncoderBlock(2, {})", "feedforward=bank"),
@@ -236,23 +225,18 @@ ARGUMENTS = [
     ("calls.RouterLossSchedule({})", "schedule=0.1"),
     ("keras_moe.upcycle(plain(), {})", "num_experts=0", "every=0", "reinitialized=1.0"),
     ("keras_moe.tuner.SearchSpace({})", "active_width='64'", "active_width=()"),
-    ("keras_moe.tuner.SearchSpace((8,), {})", "routers=('soft',)", "loss_weights={{'x': (1,)}}"),
+    ("keras_moe.tuner.SearchSpace((8,), {})", "routers=('soft',)", "loss_weights=dict(x=[1])"),
 ]
 
 REFUSED = [
     ("of_samples(mask=true(2, 5))", "`mask` must have"),
     ("of_samples(token_ids=ints(2, 5))", "`token_ids` must have"),
     ("(lambda each: tasks(task_experts=[each, each]))(bank())", "different objects"),
-    (
-        "type('R', (routers.TopKRouter,), {'select': lambda self, x: x[:, :2]})(E)(t())",
-        "dtype of int",
-    ),
+    ("type('R', (routers.TopKRouter,), {'select': lambda _, x: x[:, :2]})(E)(t())", "dtype of int"),
     # Calls of layers.
     ("moe()(ints(T, D))", "`inputs` must have a dtype of float"),
     ("moe()(t(D))", "at least one axis of tokens"),
-    ("moe()(X, mask=true(2, 4))", "`mask` must have"),
     ("moe()(X, mask=true(2, 1))", "`mask` must have"),
-    ("moe()(X, mask=true(2))", "`mask` must have"),
     ("moe()(X, mask=true(5, 2))", "`mask` must have"),
     ("moe()(X, mask=np.ones((2, 5)))", "bool or int"),
     ("moe()(t(), indices=[[0, E]] * T)", "from 0 to 3"),
@@ -261,11 +245,9 @@ REFUSED = [
     ("moe()(t(), indices=np.zeros((T, 2)))", "dtype of int"),
     ("moe(router='soft')(t(), indices=ints(T, 1))", "replayed"),
     ("ids_layer()(X, token_ids=ints(5, 2))", "`token_ids` must"),
-    ("ids_layer()(X, token_ids=ints(10))", "`token_ids` must"),
     ("ids_layer()(t(), token_ids=np.zeros(T))", "dtype of int"),
     ("ids_layer()(t())", "token_ids=None"),
     ("moe()(X, router_inputs=t(5, 2, D))", "`router_inputs` must have"),
-    ("moe()(X, router_inputs=t(10, D))", "`router_inputs` must have"),
     ("moe()(X, router_inputs=t(2, 5, 3, 2))", "`router_inputs` must have"),
     ("moe()(t(), router_inputs=ints(T, D))", "dtype of float"),
     ("moe(router='soft')(t(), return_expert_outputs=True)", "assigns tokens to experts"),
@@ -274,7 +256,6 @@ REFUSED = [
     ("bank()(t(), plan(num_experts=2))", "`plan` must be of"),
     ("bank()(t(), plan(num_tokens=4))", "`plan` must be of"),
     ("routers.TopKRouter(E)(ints(T, D))", "dtype of float"),
-    ("routers.TopKRouter(E)(t(), mask=true(5))", "`mask` must have"),
     ("routers.TopKRouter()(t())", "needs `num_experts`"),
     ("encode(num_heads=3)", "divisible by `num_heads`"),
     ("encode(inputs=ints(2, 5, D))", "dtype of float"),
@@ -320,18 +301,17 @@ REFUSED = [
     ("moe(dense_experts(D, 1))(t())", "one known shape"),
     ("layers.ZeroComputationExperts(bank())", "must be an expert"),
     ("moe(layers.ZeroComputationExperts(dense_experts(3), 1))(t())", "as they receive"),
-    ("moe(layers.ZeroComputationExperts(bank(), 1), 'expert_choice')(t())", "tokens choose"),
+    ("moe(layers.ZeroComputationExperts(bank(), 1), router='expert_choice')(t())", "tokens ch"),
     ("encode(dense(D + 1))", "for the residual"),
     ("tasks(task_names=['a'])", "one for each task"),
     ("tasks(task_names=['a', 'a'])", "must differ"),
-    ("tasks(router=['dense'])", "one for each task"),
     ("tasks(router='soft')", "must choose experts"),
     ("tasks(shared_output=True)", "needs `task_experts`"),
     ("tasks(task_experts=[bank(output_dim=3), bank()])([t()] * 3)", "same number of features"),
     ("routers.TopKRouter(2, 3)", "`top_k` must be at most"),
     ("routers.TopKRouter(E, dtype='bfloat16')", "always computes in float32"),
     ("routers.TopKRouter(E, balancer=losses.LoadBalance())", "`balancer` must"),
-    ("routers.TopKRouter(E, kernel_initializer=one_column)(t())", "`kernel_initializer` must have"),
+    ("routers.TopKRouter(E, kernel_initializer=lambda s, dtype: t(D, 1))(t())", "`kernel_i"),
     ("routers.GroupLimitedRouter(E, num_groups=3)", "`num_groups` must divide"),
     ("routers.GroupLimitedRouter(8, 4, 1, top_k=4)", "`top_groups`"),
     ("routers.TopPRouter(E, max_top_k=5)", "must be at most"),
@@ -339,9 +319,7 @@ REFUSED = [
     ("moe().set_router_loss_weight(0, NAN)", "`weight` must be"),
     ("losses.GlobalLoadBalance()(routing())", "outside of one"),
     ("likelihood(t(6, 1))", "`y_true` must have"),
-    ("likelihood(t(1, 2))", "`y_true` must have"),
     ("likelihood(ints(6, 2), distribution='categorical')", "`y_true`"),
-    ("likelihood(ints(1), distribution='categorical')", "`y_true`"),
     ("likelihood(t(6, 2), (6, 3))", "`y_true` must have"),
     ("losses.pack_mixture(routing(), t(2, 6, 2))", "each weight"),
     ("keras_moe.optimizers.Muon(exclude_layers='router')", "list"),
@@ -349,27 +327,22 @@ REFUSED = [
     # Parts of a user, where their results come in.
     ("own(top_k=1)", "`indices` must have"),
     ("own(num_experts=E + 1)", "must have the shape"),
-    ("own(num_tokens=T + 1)", "must have the shape"),
-    ("own(weights=ints(T, 2))", "`weights` must have a dtype"),
     ("own(indices=t(T, 2))", "`indices` must have a dtype"),
     ("own(counts=ints(1, E))", "`counts` must have the shape"),
     ("own(load=t(E + 1))", "`load` must have the shape"),
-    ("moe(router_losses=[OwnLoss(1.0)])(t(), training=True)", "must compute one float"),
-    ("routers.TopKRouter(E, balancer=OwnBalancer())(t(), training=True)", "`balancer.measure"),
+    ("moe(router_losses=[vector_loss()])(t(), training=True)", "must compute one float"),
+    ("measured(lambda *_: t(1))", "`balancer.measure(...)` must have"),
     # Functions.
     ("ops.clean_logits(t(6))", "`logits` must have"),
-    ("ops.clean_logits(ints(T, E))", "dtype of float"),
     ("ops.clean_logits(t(T, E), true(5))", "`mask` must have"),
     ("ops.top_k_routing(t(T, E), 5)", "`top_k` must be at most"),
     ("ops.top_k_routing(t(T, E), 2, score='x')", "`score` must be one of"),
     ("ops.top_k_routing(t(T, E), 2, scale=0)", "`scale` must be"),
-    ("ops.top_k_indices(ints(T, E), 2)", "dtype of float"),
     ("ops.take_scores(t(T, E), ints(1, 1))", "`indices` must"),
     ("ops.take_scores(t(T, E), ints(T, 1) + E)", "from 0 to 3"),
     ("ops.group_limited_scores(t(T, E), 3, 1)", "`num_groups` must divide"),
     ("ops.make_routing(ints(T, 1) + E, t(T, 1), t(T, E), t(T, E), true(T))", "from 0 to 3"),
     ("ops.make_routing(ints(T, 1), t(T, 1), t(5, E), t(T, E), true(T))", "`probs` must have"),
-    ("plan(mask=true(5))", "`mask` must have"),
     ("plan(counts=ints(1, E))", "`counts` must have"),
     ("ops.plan_groups(routing(), 0)", "`capacity` must be"),
     ("ops.plan_groups(routing(), 1, true(T, 1))", "`first` must have"),
@@ -377,16 +350,12 @@ REFUSED = [
     ("ops.plan_groups(routing(), 1, num_limited=0)", "`num_limited` must be"),
     ("plan().dispatch(t(9, D))", "must have the shape"),
     ("plan().combine(t(5, D))", "a row for each assignment"),
-    ("ops.expert_capacity(8, E, 2, 0)", "`capacity_factor` must be"),
     ("ops.expert_capacity(8, E, 2.5, 1)", "`top_k` must be"),
-    ("ops.expert_choice_routing(t(T, E), 0)", "`capacity_factor` must be"),
     ("ops.soft_routing(t(T, 6), 4)", "as many slots"),
     ("ops.plan_soft(ops.soft_routing(t(T, 8), 4)).dispatch(t(), 3)", "as many slots"),
     ("ops.grouped_matmul(t(6, 4), t(3, 4, 8), [2, 2, 4])", "`group_sizes` must"),
-    ("ops.grouped_matmul(t(6, 4), t(3, 4, 8), [2, -2, 4])", "`group_sizes`"),
     ("ops.grouped_matmul(t(6, 4), t(3, 4, 8), [2, 4])", "`group_sizes`"),
     ("ops.grouped_matmul(t(6, 4), t(3, 8, 4), [2, 2, 2])", "`kernels` must"),
-    ("feed_forward(down=t(E, D, 16))", "must have the shape"),
     ("feed_forward(up=[t(8, D, 16)], down=t(8, 16, D))", "shape"),
     ("feed_forward(up=[t(E, D, 16)] * 3)", "`up_kernels` must be"),
     ("feed_forward(biases=[t(E, 16)])", "a bias for each kernel"),
@@ -395,18 +364,15 @@ REFUSED = [
     ("feed_forward(low_rank=LowRank([t(E, D, 2)], [t(E, 2, 16)], 1.0))", "factors for each kernel"),
     ("feed_forward(weights=t(5, 2))", "must have the shape"),
     ("feed_forward(groups=routing())", "kinds of groups"),
-    ("ops.load_balance(routing(mask=true(5)))", "`mask` must have"),
     ("ops.sequence_load_balance(routing(), 4)", "divide the number"),
     ("ops.agreement(np.ones((1, 4)), t(3, 4))", "must have the shape"),
     ("ops.masked_mean(t(6, 3), true(3))", "`mask` must have"),
     ("ops.noisy_load(t(T, E), t(T, E), 0, 2, true(T))", "`deviation` must be"),
     ("ops.noisy_load(t(T, E), t(T, E), t(E), 2, true(T))", "`deviation`"),
     ("ops.sinkhorn_plan(t(T, E), true(T), 0)", "`iterations` must be"),
-    ("ops.balanced_assignment(ints(T, E), true(T))", "dtype of float"),
     ("ops.platform('cuda').__enter__()", "`name` must be one of"),
     ("metrics.load_imbalance(np.ones((2, 4)))", "`counts` must have"),
     ("metrics.load_entropy([-1, 2])", "at least 0"),
-    ("metrics.load_imbalance([NAN, 2])", "at least 0"),
     ("metrics.dropped_fraction([1, 2], [1, 2])", "`dropped` must have"),
     ("metrics.utilization_quantiles([1, 2], [25])", "from 0 to 1"),
     ("metrics.LoadImbalance(8).update_state(routing())", "E=8"),
@@ -419,7 +385,6 @@ REFUSED = [
     ("inspection.record_routings(usual(), [])", "at least one batch"),
     ("inspection.record_routings(usual(), [normal(2, 5, 9)])", "batch 0"),
     ("inspection.moe_layers(plain())", "must have a `MixtureOfExperts`"),
-    ("health.spread([[1, 2]], 1)", "must"),
     ("health.judge_drops(5)", "must"),
     ("reported(path='no/r.html')", "a folder that exists"),
     ("reported([normal(6, 5, D)] * 2)", "Received"),
@@ -436,14 +401,12 @@ REFUSED = [
     ("surgery.prune_experts(usual(), keep=1, by=[1, 2, 3, 4])", "`top_k`"),
     ("surgery.prune_experts(usual(), keep={'q': 2})", "must name MoE"),
     ("surgery.prune_experts(usual(), by=np.ones(5))", "for the 4 experts"),
-    ("surgery.prune_experts(usual(), by=[1, 2, 3, NAN])", "for the 4"),
     ("surgery.prune_experts(usual(), by='norm')", "`by` must be one of"),
     ("surgery.prune_experts(usual())", "must be measured on `data`"),
-    ("surgery.merge_experts(lora(built(moe())), data=[normal()])", "LoRA"),
+    ("surgery.merge_experts(lora(moe()), data=[normal()])", "LoRA"),
     ("surgery.merge_experts(built(moe(two_activations())))", "layers, activations"),
     ("surgery.set_top_k(usual(), 9)", "`top_k` must be at most"),
     ("surgery.set_top_k(built(ids_layer()), 1)", "by their scores"),
-    ("keras_moe.upcycle(plain(), 2, 4)", "`top_k` must be at most"),
     ("keras_moe.upcycle(plain(), 8, 2, granularity=3)", "`granularity` must"),
     ("keras_moe.upcycle(plain('softmax'), 4, 2, granularity=2)", "softmax"),
     ("keras_moe.upcycle(plain(kernel_constraint='non_neg'))", "able to do"),
@@ -452,18 +415,13 @@ REFUSED = [
     ("hugging_face(layer=5)", "must have all its weights"),
     ("hugging_face(config={'model_type': 'x'})", "`model_type` must"),
     ("hugging_face(config={**MIXTRAL, 'num_local_experts': 3})", "Received"),
-    ("hugging_face(config=None)", "with a `config`"),
     ("hugging_face(into=built(moe()))", "must be a block of"),
     ("hugging_face(into=moe(), name='x')", "`into` must be"),
     ("convert.sparsify(plain())", "must have a MoE block"),
     ("convert.restore(plain())", "`sparsify` converted"),
     ("keras_moe.tuner.SearchSpace((5,), top_k=(2,))", "divisible by"),
-    ("keras_moe.tuner.SearchSpace('64')", "`active_width` must be"),
-    ("keras_moe.tuner.SearchSpace((64,), routers=('soft',))", "`routers` must be"),
-    ("keras_moe.tuner.SearchSpace((64,), loss_weights={'x': (1,)})", "`loss_w"),
     ("keras_moe.tuner.SearchSpace((8,), capacity_factors=(0,))", "`capacity_f"),
     ("keras_moe.tuner.WithinBudget(0)", "must be"),
-    ("calls.RouterLossSchedule(0.1)", "`schedule` must be a function"),
     ("calls.RouterLossSchedule(abs, losses.LoadBalance)", "instance of"),
     ("fitted(calls.RouterLossSchedule(lambda e: -1))", "must be a finite"),
     ("fitted(calls.RouterLossSchedule(abs), router_losses=['router_z'])", "the router loss"),
@@ -486,3 +444,92 @@ def test_refused(call, words, tmp_path, monkeypatch):
     with pytest.raises((TypeError, ValueError, NotImplementedError)) as error:
         eval(call)
     assert words in str(error.value)
+
+
+class OtherName(routers.TopKRouter):
+    """A router whose number of experts has another name."""
+
+    def __init__(self, number=None, **kwargs):
+        super().__init__(number, **kwargs)
+
+    def get_config(self):
+        config = super().get_config()
+        return {"number": config.pop("num_experts"), **config}
+
+
+def without_config(shape, dtype=None):
+    return 0.1 * kops.ones(shape, dtype)
+
+
+TRUE = np.bool_(True)
+LIST = [[1, 1, 1, 0, 0]] * 2
+TAKEN = [
+    "bank(np.int64(E), use_bias=TRUE)",
+    "layers.GatedExperts(np.array(4), np.array(8), output_dim=np.int8(3), use_bias=TRUE)",
+    "layers.Capacity(np.float32(1.5), per_sequence=TRUE)",
+    "routers.TopKRouter(np.int32(E), np.int8(2), renormalize=TRUE, temperature=np.array(2.0))",
+    "layers.TransformerDecoderBlock(2, dense(), cross_attention=TRUE, rotary=TRUE)",
+    "moe(shared_expert=dense(), gated_shared_expert=TRUE, capacity_factor=np.float32(2))",
+    "losses.MixtureNegativeLogLikelihood(scale=np.float32(0.5), normalized=TRUE)",
+    "moe()(X, mask=LIST, training=1)",
+    "moe()(X, np.asarray(LIST))",
+    "moe()(X, indices=[[0, 1]] * 10)",
+    "moe()(X, router_inputs=X.tolist())",
+    "ids_layer()(X, token_ids=LIST)",
+    "moe(bank(kernel_initializer=without_config, activation=keras.layers.LeakyReLU(0.1)))(X)",
+    "moe(router=routers.CosineRouter(E, kernel_initializer=without_config))(X)",
+    "moe(bank(1))(X)",
+    "moe(shared_expert=dense(dtype='bfloat16'))(X)",
+    "layers.TransformerEncoderBlock(2, moe()).build(np.array([2, 5, D]))",
+    "layers.GatedFeedForward(8).build(np.array([2, 5, D]))",
+    "decoder(cross_attention=True).make_cache(2, 5, normal(2, 3, D).tolist(), [[1, 1, 0]] * 2)",
+    "replay([[0, 1]] * 10), replay(kops.convert_to_tensor(ints(10, 2)))",
+    "likelihood(normal(6), (6, 3, 2))",
+    "likelihood(ints(6, 1), distribution='categorical')",
+    "ops.noisy_load(t(T, E), t(T, E), np.ones((T, E)).tolist(), 2, [True] * T)",
+    "ops.top_k_routing(normal(T, E).tolist(), 2, [True] * T)",
+    "surgery.prune_experts(model(router=OtherName()), keep=np.float32(0.5), by=[4, 3, 2, 1])",
+    "calls.RouterLossSchedule(keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9))",
+    "keras_moe.tuner.SearchSpace(np.array([64, 128]), num_experts=range(4, 9, 2))",
+]
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("call", TAKEN)
+def test_taken(call):
+    made = eval(call)
+    if hasattr(made, "get_config"):
+        json.dumps(made.get_config())
+
+
+@pytest.mark.backends("torch", "jax")
+def test_modules_of_the_framework_are_experts():
+    if BACKEND == "torch":
+        import torch
+
+        each = [keras.layers.TorchModuleWrapper(torch.nn.Linear(D, D)) for _ in range(4)]
+    else:
+        import jax
+
+        def call(kernel, inputs):
+            return inputs @ kernel
+
+        def init(key, inputs):
+            return jax.random.normal(key, (D, D))
+
+        each = [keras.layers.JaxLayer(call, init) for _ in range(4)]
+    layer = moe(layers.LayerExperts(each[:3]), shared_expert=each[3])
+    made = keras.Sequential([layer])
+    made.compile("sgd", "mse")
+    before = kops.convert_to_numpy(layer(X))
+    made.fit(X, X + 1, verbose=0)
+    assert np.abs(kops.convert_to_numpy(layer(X)) - before).max() > 1e-6
+
+
+@pytest.mark.backends("tensorflow")
+def test_a_layer_inside_may_lose_the_rank():
+    import tensorflow as tf
+
+    same = keras.layers.Lambda(lambda x: tf.py_function(tf.identity, [x], x.dtype), lambda s: s)
+    expected = kops.convert_to_numpy(moe(shared_expert=same)(X))
+    assert expected.shape == X.shape
