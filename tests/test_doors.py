@@ -5,6 +5,7 @@ without a word, or in an error that comes late or names no argument. Errors of t
 in `test_command_line.py`.
 """
 
+import functools
 import json
 
 import keras
@@ -15,10 +16,7 @@ from keras import ops as kops
 from layer_checks import D, E, moe, normal
 
 import keras_moe
-from keras_moe import callbacks as calls
-from keras_moe import convert, inspection, layers, losses, metrics, ops, routers, surgery
-from keras_moe import visualization as vis
-from keras_moe.inspection import health
+from keras_moe import convert, inspection, layers, losses, ops, routers, tuner
 from keras_moe.ops.feed_forward import LowRank
 
 T = 6
@@ -86,12 +84,10 @@ def model(**kwargs):
     return made
 
 
-MODELS = {}
-
-
+@functools.cache
 def usual():
     """One model for all rows, which do not change it."""
-    return MODELS.get("usual") or MODELS.setdefault("usual", model())
+    return model()
 
 
 def plain(activation="relu", **kwargs):
@@ -110,22 +106,14 @@ def ids_layer():
     return moe(router=routers.HashRouter(E, 10))
 
 
-def of_samples(**kwargs):
-    return moe(dense_experts(D, D), token_axes=1)(X, **kwargs)
-
-
 def encode(feedforward=None, inputs=X, num_heads=2, **kwargs):
     return layers.TransformerEncoderBlock(num_heads, feedforward or dense())(inputs, **kwargs)
 
 
-def decoder(**kwargs):
-    block = layers.TransformerDecoderBlock(2, dense(), **kwargs)
-    block(X, **({"context": t(2, 3, D)} if kwargs else {}))
+def decoder(cross_attention=False):
+    block = layers.TransformerDecoderBlock(2, dense(), cross_attention=cross_attention)
+    block(X, **({"context": t(2, 3, D)} if cross_attention else {}))
     return block
-
-
-def attending(**kwargs):
-    return decoder(cross_attention=True)(X, **kwargs)
 
 
 def decode(num_rows=2, length=1, position=0, **kwargs):
@@ -136,17 +124,22 @@ def decode(num_rows=2, length=1, position=0, **kwargs):
 
 def own(**changes):
     """A router of a user, whose routing has something wrong."""
-    route = {"route": lambda *_: routing(**changes), "top_k": 2}
-    return moe(router=type("Own", (routers.Router,), route)(E), router_losses=())(t())
+    router = own_part(routers.Router, E, route=lambda *_: routing(**changes), top_k=2)
+    return moe(router=router, router_losses=())(t())
 
 
-def vector_loss():
-    return type("Own", (losses.LoadBalance,), {"compute": lambda _, routing: routing.load})()
+def own_part(base, *args, **methods):
+    """An instance of a subclass."""
+    return type("Own", (base,), methods)(*args)
 
 
-def measured(measure):
-    balancer = type("Own", (routers.SelectionBalancer,), {"measure": measure})()
-    return routers.TopKRouter(E, balancer=balancer)(t(), training=True)
+def trained(**kwargs):
+    return moe(**kwargs)(t(), training=True)
+
+
+def balanced(**methods):
+    balancer = own_part(routers.SelectionBalancer, **methods)
+    return trained(router=routers.TopKRouter(E, balancer=balancer))
 
 
 def feed_forward(tokens=None, weights=None, groups=None, up=None, down=None, **kwargs):
@@ -197,7 +190,6 @@ ARGUMENTS = [
     ("layers.TransformerEncoderBlock(feedforward=dense(), {})", "num_heads=0", "num_heads=1.5"),
     ("layers.TransformerEncoderBlock(2, {})", "feedforward=bank"),
     ("layers.TransformerEncoderBlock(2, dense(), {})", "dropout=1", "dropout=-0.1"),
-    ("layers.GatedFeedForward({})", "hidden_dim=0"),
     ("tasks({})", "num_tasks=0", "num_tasks=2.5"),
     ("routers.TopKRouter({})", "num_experts=0"),
     ("routers.TopKRouter(E, {})", "top_k=0", "score='x'", "scaling_factor=0", "input_jitter=1"),
@@ -209,8 +201,6 @@ ARGUMENTS = [
     ("routers.ReLURouter(8, {})", "growth=1.0", "initial_strength=0"),
     ("routers.HashRouter(E, {})", "vocabulary_size=0", "vocabulary_size=None"),
     ("routers.HashRouter(E, 9, {})", "score='x'", "top_k=0", "seed=0.5"),
-    ("routers.ForcedRouter(E, {})", "pattern='x'", "top_k=0", "seed=-1"),
-    ("routers.CosineRouter(E, {})", "projection_dim=0"),
     ("routers.SoftRouter(E, {})", "slots=0"),
     ("routers.ExpertChoiceRouter(E, {})", "capacity_factor=-1"),
     ("routers.SinkhornRouter(E, {})", "iterations=0", "top_k=0"),
@@ -221,28 +211,24 @@ ARGUMENTS = [
     ("losses.MixtureNegativeLogLikelihood({})", "distribution='x'", "scale=0"),
     ("metrics.ExpertShare({})", "num_experts=0"),
     ("metrics.DeadExpertsOverWindow(E, {})", "window=0"),
-    ("calls.ExpertHealth({})", "every=0", "patience=1.5"),
-    ("calls.RouterLossSchedule({})", "schedule=0.1"),
-    ("keras_moe.upcycle(plain(), {})", "num_experts=0", "every=0", "reinitialized=1.0"),
-    ("keras_moe.tuner.SearchSpace({})", "active_width='64'", "active_width=()"),
-    ("keras_moe.tuner.SearchSpace((8,), {})", "routers=('soft',)", "loss_weights=dict(x=[1])"),
+    ("callbacks.ExpertHealth({})", "every=0", "patience=1.5"),
+    ("callbacks.RouterLossSchedule({})", "schedule=0.1"),
+    ("upcycle(plain(), {})", "num_experts=0", "every=0", "reinitialized=1.0"),
+    ("tuner.SearchSpace({})", "active_width='64'", "active_width=()"),
+    ("tuner.SearchSpace((8,), {})", "routers=('soft',)", "loss_weights=dict(x=[1])"),
 ]
 
 REFUSED = [
-    ("of_samples(mask=true(2, 5))", "`mask` must have"),
-    ("of_samples(token_ids=ints(2, 5))", "`token_ids` must have"),
+    ("moe(dense_experts(D, D), token_axes=1)(X, mask=true(2, 5))", "`mask` must have"),
     ("(lambda each: tasks(task_experts=[each, each]))(bank())", "different objects"),
-    ("type('R', (routers.TopKRouter,), {'select': lambda _, x: x[:, :2]})(E)(t())", "dtype of int"),
+    ("own_part(routers.TopKRouter, E, select=lambda _, x: x[:, :2])(t())", "dtype of int"),
     # Calls of layers.
     ("moe()(ints(T, D))", "`inputs` must have a dtype of float"),
     ("moe()(t(D))", "at least one axis of tokens"),
-    ("moe()(X, mask=true(2, 1))", "`mask` must have"),
     ("moe()(X, mask=true(5, 2))", "`mask` must have"),
     ("moe()(X, mask=np.ones((2, 5)))", "bool or int"),
     ("moe()(t(), indices=[[0, E]] * T)", "from 0 to 3"),
     ("moe()(t(), indices=ints(9, 2))", "`indices` must have"),
-    ("moe()(t(), indices=ints(T, 3))", "`indices` must have"),
-    ("moe()(t(), indices=np.zeros((T, 2)))", "dtype of int"),
     ("moe(router='soft')(t(), indices=ints(T, 1))", "replayed"),
     ("ids_layer()(X, token_ids=ints(5, 2))", "`token_ids` must"),
     ("ids_layer()(t(), token_ids=np.zeros(T))", "dtype of int"),
@@ -252,182 +238,126 @@ REFUSED = [
     ("moe()(t(), router_inputs=ints(T, D))", "dtype of float"),
     ("moe(router='soft')(t(), return_expert_outputs=True)", "assigns tokens to experts"),
     ("moe(token_axes=1)(X)", "Use `LayerExperts`"),
-    ("moe(token_axes=2)(t(2, D))", "known shape of each token"),
     ("bank()(t(), plan(num_experts=2))", "`plan` must be of"),
     ("bank()(t(), plan(num_tokens=4))", "`plan` must be of"),
     ("routers.TopKRouter(E)(ints(T, D))", "dtype of float"),
     ("routers.TopKRouter()(t())", "needs `num_experts`"),
-    ("encode(num_heads=3)", "divisible by `num_heads`"),
     ("encode(inputs=ints(2, 5, D))", "dtype of float"),
     ("encode(mask=true(2, 1))", "`mask` must have"),
-    ("encode(ids_layer(), token_ids=ints(5, 2))", "`token_ids` must"),
-    ("decoder()(X, context=t(2, 3, D))", "context"),
-    ("attending()", "takes a `context` if and only if"),
-    ("attending(context=t(2, 3, D), context_mask=true(2, 5))", "`context_mask` must have"),
-    ("layers.TransformerDecoderBlock(8, dense())(X)", "even number"),
+    ("decoder()(X, context=t(2, 3, D))", "if and only if"),
+    ("decoder(True)(X)", "takes a `context` if and only if"),
+    ("decoder(True)(X, context=t(2, 3, D), context_mask=true(2, 5))", "`context_mask` must"),
     ("decode(length=5, position=1)", "must fit into the cache"),
-    ("decode(position=-1)", "must fit into the cache"),
     ("decode(position=1.7)", "`position` must be an integer"),
     ("decode(num_rows=1)", "as many sequences"),
     ("decoder()(t(2, 1, D), position=3)", "passed together"),
     ("decode(context=t(2, 3, D))", "must be left out"),
-    ("decoder(cross_attention=True).make_cache(2, 5, t(3, 3, D))", "`context` must have"),
+    ("decoder(True).make_cache(2, 5, t(3, 3, D))", "`context` must have"),
     ("layers.TransformerDecoderBlock(2, dense()).make_cache(2, 5)", "must be built"),
     ("of_task_banks((T, D), (T, D))", "one for each task"),
     ("of_task_banks((T, D), (5, D), (T, D))", "`inputs[1]` must"),
-    ("of_task_banks((T, D), (T, 9), (T, D))", "`inputs[1]` must"),
     ("tasks()([t(), t(), t()])", "with `task_experts`"),
-    ("tasks()(ints(T, D))", "dtype of float"),
     ("replay(ints(10, 2), name='x')", "names of MoE layers"),
     ("replay(ints(10, 2) + E)", "from 0 to 3"),
-    ("replay(ints(9, 2))", "`indices` must have"),
     ("replay(ints(10, 1), router='soft')", "can be replayed"),
     # Constructors, and what shows when a layer is built.
     ("layers.MixtureOfExperts([dense()])", "`experts` must be"),
-    ("moe(router=routers.TopKRouter)", "`router` must be"),
     ("moe(router=routers.TopKRouter(8))", "same number of experts"),
     ("moe(router_losses='load_balance')", "must be a list"),
-    ("moe(router_losses=[keras.losses.MeanSquaredError()])", "`router_losses`"),
-    ("moe(shared_expert=lambda x: x)", "`shared_expert` must be"),
     ("moe(shared_expert=keras.layers.GlobalAveragePooling1D())(X)", "must keep"),
     ("moe(shared_expert=dense(1))(t())", "as many features"),
     ("moe(gated_shared_expert=True)", "needs a `shared_expert`"),
     ("moe(router='soft', capacity_factor=1.0)", "do not choose"),
     ("moe(bank(activation=lambda x: x[:, :1]))(t())", "An activation must keep the shape"),
     ("moe(bank(activation=keras.layers.PReLU()))(t())", "must have no weights"),
-    ("layers.LayerExperts([lambda x: x])", "`layers` must be"),
     ("layers.LayerExperts([bank()])", "a bank of experts"),
     ("layers.LayerExperts([usual().layers[1]] * 2)", "different objects"),
     ("moe(dense_experts(D, 1))(t())", "one known shape"),
-    ("layers.ZeroComputationExperts(bank())", "must be an expert"),
     ("moe(layers.ZeroComputationExperts(dense_experts(3), 1))(t())", "as they receive"),
     ("moe(layers.ZeroComputationExperts(bank(), 1), router='expert_choice')(t())", "tokens ch"),
     ("encode(dense(D + 1))", "for the residual"),
     ("tasks(task_names=['a'])", "one for each task"),
     ("tasks(task_names=['a', 'a'])", "must differ"),
     ("tasks(router='soft')", "must choose experts"),
-    ("tasks(shared_output=True)", "needs `task_experts`"),
     ("tasks(task_experts=[bank(output_dim=3), bank()])([t()] * 3)", "same number of features"),
-    ("routers.TopKRouter(2, 3)", "`top_k` must be at most"),
     ("routers.TopKRouter(E, dtype='bfloat16')", "always computes in float32"),
     ("routers.TopKRouter(E, balancer=losses.LoadBalance())", "`balancer` must"),
     ("routers.TopKRouter(E, kernel_initializer=lambda s, dtype: t(D, 1))(t())", "`kernel_i"),
-    ("routers.GroupLimitedRouter(E, num_groups=3)", "`num_groups` must divide"),
     ("routers.GroupLimitedRouter(8, 4, 1, top_k=4)", "`top_groups`"),
-    ("routers.TopPRouter(E, max_top_k=5)", "must be at most"),
-    ("built(routers.SoftRouter(E)).enable_lora(2)", "with LoRA"),
-    ("moe().set_router_loss_weight(0, NAN)", "`weight` must be"),
     ("losses.GlobalLoadBalance()(routing())", "outside of one"),
     ("likelihood(t(6, 1))", "`y_true` must have"),
     ("likelihood(ints(6, 2), distribution='categorical')", "`y_true`"),
-    ("likelihood(t(6, 2), (6, 3))", "`y_true` must have"),
     ("losses.pack_mixture(routing(), t(2, 6, 2))", "each weight"),
-    ("keras_moe.optimizers.Muon(exclude_layers='router')", "list"),
-    ("keras_moe.distribution.expert_parallel(2)", "Received"),
     # Parts of a user, where their results come in.
     ("own(top_k=1)", "`indices` must have"),
     ("own(num_experts=E + 1)", "must have the shape"),
     ("own(indices=t(T, 2))", "`indices` must have a dtype"),
     ("own(counts=ints(1, E))", "`counts` must have the shape"),
     ("own(load=t(E + 1))", "`load` must have the shape"),
-    ("moe(router_losses=[vector_loss()])(t(), training=True)", "must compute one float"),
-    ("measured(lambda *_: t(1))", "`balancer.measure(...)` must have"),
+    ("trained(router_losses=[own_part(losses.RouterZ, compute=lambda _, x: x.load)])", "one float"),
+    ("balanced(measure=lambda *_: t(1))", "`balancer.measure(...)` must have"),
     # Functions.
-    ("ops.clean_logits(t(6))", "`logits` must have"),
     ("ops.clean_logits(t(T, E), true(5))", "`mask` must have"),
     ("ops.top_k_routing(t(T, E), 5)", "`top_k` must be at most"),
     ("ops.top_k_routing(t(T, E), 2, score='x')", "`score` must be one of"),
-    ("ops.top_k_routing(t(T, E), 2, scale=0)", "`scale` must be"),
     ("ops.take_scores(t(T, E), ints(1, 1))", "`indices` must"),
-    ("ops.take_scores(t(T, E), ints(T, 1) + E)", "from 0 to 3"),
-    ("ops.group_limited_scores(t(T, E), 3, 1)", "`num_groups` must divide"),
     ("ops.make_routing(ints(T, 1) + E, t(T, 1), t(T, E), t(T, E), true(T))", "from 0 to 3"),
-    ("ops.make_routing(ints(T, 1), t(T, 1), t(5, E), t(T, E), true(T))", "`probs` must have"),
     ("plan(counts=ints(1, E))", "`counts` must have"),
     ("ops.plan_groups(routing(), 0)", "`capacity` must be"),
     ("ops.plan_groups(routing(), 1, true(T, 1))", "`first` must have"),
     ("ops.plan_groups(routing(), 1, sequence_length=4)", "divide the number"),
-    ("ops.plan_groups(routing(), 1, num_limited=0)", "`num_limited` must be"),
     ("plan().dispatch(t(9, D))", "must have the shape"),
     ("plan().combine(t(5, D))", "a row for each assignment"),
-    ("ops.expert_capacity(8, E, 2.5, 1)", "`top_k` must be"),
-    ("ops.soft_routing(t(T, 6), 4)", "as many slots"),
-    ("ops.plan_soft(ops.soft_routing(t(T, 8), 4)).dispatch(t(), 3)", "as many slots"),
     ("ops.grouped_matmul(t(6, 4), t(3, 4, 8), [2, 2, 4])", "`group_sizes` must"),
     ("ops.grouped_matmul(t(6, 4), t(3, 4, 8), [2, 4])", "`group_sizes`"),
     ("ops.grouped_matmul(t(6, 4), t(3, 8, 4), [2, 2, 2])", "`kernels` must"),
-    ("feed_forward(up=[t(8, D, 16)], down=t(8, 16, D))", "shape"),
-    ("feed_forward(up=[t(E, D, 16)] * 3)", "`up_kernels` must be"),
     ("feed_forward(biases=[t(E, 16)])", "a bias for each kernel"),
     ("feed_forward(biases=[t(16), t(D)])", "`biases[0]` must have"),
     ("feed_forward(clip=1.0)", "need a gate"),
     ("feed_forward(low_rank=LowRank([t(E, D, 2)], [t(E, 2, 16)], 1.0))", "factors for each kernel"),
     ("feed_forward(weights=t(5, 2))", "must have the shape"),
-    ("feed_forward(groups=routing())", "kinds of groups"),
-    ("ops.sequence_load_balance(routing(), 4)", "divide the number"),
-    ("ops.agreement(np.ones((1, 4)), t(3, 4))", "must have the shape"),
-    ("ops.masked_mean(t(6, 3), true(3))", "`mask` must have"),
     ("ops.noisy_load(t(T, E), t(T, E), 0, 2, true(T))", "`deviation` must be"),
     ("ops.noisy_load(t(T, E), t(T, E), t(E), 2, true(T))", "`deviation`"),
-    ("ops.sinkhorn_plan(t(T, E), true(T), 0)", "`iterations` must be"),
-    ("ops.platform('cuda').__enter__()", "`name` must be one of"),
     ("metrics.load_imbalance(np.ones((2, 4)))", "`counts` must have"),
     ("metrics.load_entropy([-1, 2])", "at least 0"),
     ("metrics.dropped_fraction([1, 2], [1, 2])", "`dropped` must have"),
-    ("metrics.utilization_quantiles([1, 2], [25])", "from 0 to 1"),
     ("metrics.LoadImbalance(8).update_state(routing())", "E=8"),
     ("metrics.router_saturation(routing(1), routing(6))", "`before.indices`"),
     ("metrics.count_table(routing(), [0] * 5, 2)", "`groups` must have"),
-    ("metrics.count_table(routing(), [9] * T, 5)", "from 0 to 4"),
-    ("metrics.expert_saliency(moe(router='soft'), t())", "choose"),
     # Tools.
     ("inspection.record_routings(usual(), normal(2, 5, D))", "list of batches"),
-    ("inspection.record_routings(usual(), [])", "at least one batch"),
     ("inspection.record_routings(usual(), [normal(2, 5, 9)])", "batch 0"),
     ("inspection.moe_layers(plain())", "must have a `MixtureOfExperts`"),
-    ("health.judge_drops(5)", "must"),
+    ("inspection.health.judge_drops(5)", "must be a share"),
     ("reported(path='no/r.html')", "a folder that exists"),
-    ("reported([normal(6, 5, D)] * 2)", "Received"),
+    ("reported([normal(6, 5, D)] * 2)", "2 arrays for 1 inputs"),
     ("reported(labels=[1, 2])", "each of 6 documents"),
     ("reported(labels=np.zeros(6))", "must be integers or strings"),
-    ("reported(tokens=['a b c d e'] * 5)", "each of 6 documents"),
-    ("vis.coactivation(normal(4, 2))", "must be integers (T, K)"),
-    ("vis.coactivation([[1, 9]], num_experts=4)", "from 0 to 3"),
-    ("vis.confidence(normal(4, 3))", "in [0, 1]"),
-    ("vis.specialization([[0, 1]] * 6, [1, 2, 3, 4])", "Labels must be"),
-    ("vis.shares_over_time([[-1.0, 2.0]])", "Shares must be"),
-    ("vis.settling([ints(4, 2)])", "two or more"),
+    ("visualization.coactivation(normal(4, 2))", "must be integers (T, K)"),
+    ("visualization.coactivation([[1, 9]], num_experts=4)", "from 0 to 3"),
     ("surgery.prune_experts(usual(), keep=2.5, by=[1, 2, 3, 4])", "`keep` must be"),
     ("surgery.prune_experts(usual(), keep=1, by=[1, 2, 3, 4])", "`top_k`"),
-    ("surgery.prune_experts(usual(), keep={'q': 2})", "must name MoE"),
     ("surgery.prune_experts(usual(), by=np.ones(5))", "for the 4 experts"),
-    ("surgery.prune_experts(usual(), by='norm')", "`by` must be one of"),
     ("surgery.prune_experts(usual())", "must be measured on `data`"),
     ("surgery.merge_experts(lora(moe()), data=[normal()])", "LoRA"),
     ("surgery.merge_experts(built(moe(two_activations())))", "layers, activations"),
-    ("surgery.set_top_k(usual(), 9)", "`top_k` must be at most"),
     ("surgery.set_top_k(built(ids_layer()), 1)", "by their scores"),
-    ("keras_moe.upcycle(plain(), 8, 2, granularity=3)", "`granularity` must"),
-    ("keras_moe.upcycle(plain('softmax'), 4, 2, granularity=2)", "softmax"),
-    ("keras_moe.upcycle(plain(kernel_constraint='non_neg'))", "able to do"),
-    ("keras_moe.upcycle(keras.Sequential([keras.Input((D,)), dense()]))", "`model`"),
-    ("keras_moe.upcycle(plain(), select='xyz')", "`select` and `every` must"),
+    ("upcycle(plain(), 8, 2, granularity=3)", "`granularity` must"),
+    ("upcycle(plain('softmax'), 4, 2, granularity=2)", "softmax"),
+    ("upcycle(plain(kernel_constraint='non_neg'))", "able to do"),
+    ("upcycle(keras.Sequential([keras.Input((D,)), dense()]))", "`model`"),
     ("hugging_face(layer=5)", "must have all its weights"),
-    ("hugging_face(config={'model_type': 'x'})", "`model_type` must"),
-    ("hugging_face(config={**MIXTRAL, 'num_local_experts': 3})", "Received"),
+    ("hugging_face(config={**MIXTRAL, 'num_local_experts': 3})", "must match"),
     ("hugging_face(into=built(moe()))", "must be a block of"),
-    ("hugging_face(into=moe(), name='x')", "`into` must be"),
     ("convert.sparsify(plain())", "must have a MoE block"),
-    ("convert.restore(plain())", "`sparsify` converted"),
-    ("keras_moe.tuner.SearchSpace((5,), top_k=(2,))", "divisible by"),
-    ("keras_moe.tuner.SearchSpace((8,), capacity_factors=(0,))", "`capacity_f"),
-    ("keras_moe.tuner.WithinBudget(0)", "must be"),
-    ("calls.RouterLossSchedule(abs, losses.LoadBalance)", "instance of"),
-    ("fitted(calls.RouterLossSchedule(lambda e: -1))", "must be a finite"),
-    ("fitted(calls.RouterLossSchedule(abs), router_losses=['router_z'])", "the router loss"),
-    ("calls.ExpertMonitor(metrics=[lambda c: 1])", "different names"),
+    ("tuner.SearchSpace((5,), top_k=(2,))", "divisible by"),
+    ("tuner.SearchSpace((8,), capacity_factors=(0,))", "`capacity_f"),
+    ("callbacks.RouterLossSchedule(abs, losses.LoadBalance)", "instance of"),
+    ("fitted(callbacks.RouterLossSchedule(lambda e: -1))", "must be a finite"),
+    ("fitted(callbacks.RouterLossSchedule(abs), router_losses=['router_z'])", "the router loss"),
+    ("callbacks.ExpertMonitor(metrics=[lambda c: 1])", "different names"),
     ("built(bank()).quantize('float8')", '`mode` must be "int8"'),
-    ("load(moe(shared_expert=None), moe(bank(8)))", "shape"),
+    ("load(moe(shared_expert=None), moe(bank(8)))", "must match"),
 ]
 REFUSED += [
     (call.format(argument), f"`{argument.partition('=')[0]}`")
@@ -436,13 +366,17 @@ REFUSED += [
 ]
 
 
+def evaluate(call):
+    return eval(call, {**vars(keras_moe), **globals(), "tuner": tuner, "LowRank": LowRank})
+
+
 @pytest.mark.backends("torch")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("call, words", REFUSED, ids=[call for call, _ in REFUSED])
 def test_refused(call, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((TypeError, ValueError, NotImplementedError)) as error:
-        eval(call)
+        evaluate(call)
     assert words in str(error.value)
 
 
@@ -455,10 +389,6 @@ class OtherName(routers.TopKRouter):
     def get_config(self):
         config = super().get_config()
         return {"number": config.pop("num_experts"), **config}
-
-
-def without_config(shape, dtype=None):
-    return 0.1 * kops.ones(shape, dtype)
 
 
 TRUE = np.bool_(True)
@@ -476,28 +406,29 @@ TAKEN = [
     "moe()(X, indices=[[0, 1]] * 10)",
     "moe()(X, router_inputs=X.tolist())",
     "ids_layer()(X, token_ids=LIST)",
-    "moe(bank(kernel_initializer=without_config, activation=keras.layers.LeakyReLU(0.1)))(X)",
-    "moe(router=routers.CosineRouter(E, kernel_initializer=without_config))(X)",
+    "moe(bank(kernel_initializer=lambda s, dtype: kops.ones(s)))(X)",
+    "moe(bank(activation=keras.layers.LeakyReLU(0.1)))(X)",
+    "moe(router=routers.CosineRouter(E, kernel_initializer=lambda s, dtype: kops.ones(s)))(X)",
     "moe(bank(1))(X)",
     "moe(shared_expert=dense(dtype='bfloat16'))(X)",
     "layers.TransformerEncoderBlock(2, moe()).build(np.array([2, 5, D]))",
     "layers.GatedFeedForward(8).build(np.array([2, 5, D]))",
-    "decoder(cross_attention=True).make_cache(2, 5, normal(2, 3, D).tolist(), [[1, 1, 0]] * 2)",
+    "decoder(True).make_cache(2, 5, normal(2, 3, D).tolist(), [[1, 1, 0]] * 2)",
     "replay([[0, 1]] * 10), replay(kops.convert_to_tensor(ints(10, 2)))",
     "likelihood(normal(6), (6, 3, 2))",
     "likelihood(ints(6, 1), distribution='categorical')",
     "ops.noisy_load(t(T, E), t(T, E), np.ones((T, E)).tolist(), 2, [True] * T)",
     "ops.top_k_routing(normal(T, E).tolist(), 2, [True] * T)",
     "surgery.prune_experts(model(router=OtherName()), keep=np.float32(0.5), by=[4, 3, 2, 1])",
-    "calls.RouterLossSchedule(keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9))",
-    "keras_moe.tuner.SearchSpace(np.array([64, 128]), num_experts=range(4, 9, 2))",
+    "callbacks.RouterLossSchedule(keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9))",
+    "tuner.SearchSpace(np.array([64, 128]), num_experts=range(4, 9, 2))",
 ]
 
 
 @pytest.mark.backends("torch")
 @pytest.mark.parametrize("call", TAKEN)
 def test_taken(call):
-    made = eval(call)
+    made = evaluate(call)
     if hasattr(made, "get_config"):
         json.dumps(made.get_config())
 
@@ -509,27 +440,10 @@ def test_modules_of_the_framework_are_experts():
 
         each = [keras.layers.TorchModuleWrapper(torch.nn.Linear(D, D)) for _ in range(4)]
     else:
-        import jax
-
-        def call(kernel, inputs):
-            return inputs @ kernel
-
-        def init(key, inputs):
-            return jax.random.normal(key, (D, D))
-
-        each = [keras.layers.JaxLayer(call, init) for _ in range(4)]
+        each = [keras.layers.JaxLayer(lambda w, x: x @ w, lambda *_: t(D, D)) for _ in range(4)]
     layer = moe(layers.LayerExperts(each[:3]), shared_expert=each[3])
     made = keras.Sequential([layer])
     made.compile("sgd", "mse")
     before = kops.convert_to_numpy(layer(X))
     made.fit(X, X + 1, verbose=0)
     assert np.abs(kops.convert_to_numpy(layer(X)) - before).max() > 1e-6
-
-
-@pytest.mark.backends("tensorflow")
-def test_a_layer_inside_may_lose_the_rank():
-    import tensorflow as tf
-
-    same = keras.layers.Lambda(lambda x: tf.py_function(tf.identity, [x], x.dtype), lambda s: s)
-    expected = kops.convert_to_numpy(moe(shared_expert=same)(X))
-    assert expected.shape == X.shape

@@ -157,7 +157,9 @@ class Router(keras.layers.Layer):
         if not self._is_of_package:  # written by a user, at least in part
             sizes = {"T": tokens.shape[0], "E": self.num_experts, "K": self.max_top_k}
             fields = {name: (getattr(routing, name), *kind) for name, kind in _FIELDS.items()}
-            check_tensors(sizes, **{k: field for k, field in fields.items() if field[0] is not None})
+            check_tensors(
+                sizes, **{k: field for k, field in fields.items() if field[0] is not None}
+            )
             if mask is not None:
                 routing = without_padding(routing, real)
         return routing
