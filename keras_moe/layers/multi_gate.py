@@ -4,6 +4,8 @@ Axes: T tokens, D features, E experts, K experts of a token, S places for the ex
 chooses for a token.
 """
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -48,8 +50,8 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
         **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
-        ValueError: If there is not one router, bank or name for each task, or two are the same, or a router
-            is soft.
+        ValueError: If there is not one router, bank or name for each task, banks or names are the same, or
+            a router is a `SoftRouter`.
 
     Call arguments:
         inputs: (batch, ..., D) float tensor, or with `task_experts` a list of them: one for each
@@ -93,7 +95,7 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
         self.task_names = _one_for_each("task_names", task_names, num_tasks) or [
             f"task_{number}" for number in range(num_tasks)
         ]
-        self.task_experts = None
+        self.task_experts: Any = None
         if task_experts is not None:
             banks = _one_for_each("task_experts", task_experts, num_tasks)
             self.task_experts = [expert_bank.get(bank) for bank in banks]
@@ -165,7 +167,7 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
         inputs, masks = self._by_task(inputs), mask if has_masks else [mask] * (self.num_tasks + 1)
         axes = "abcdefghij"[: len(inputs[0].shape)]
         check_tensors(**{f"inputs[{n}]": (each, axes, "float") for n, each in enumerate(inputs)})
-        routed = [
+        routed: list[Any] = [
             _route(task, each, of_task, training)
             for task, each, of_task in zip(self.tasks, inputs, masks)
         ]
@@ -176,7 +178,7 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
 
         # Compute: each bank computes for a token what any task chose of it. Combine: each task
         # sums these outputs by its own weights.
-        totals = [0.0] * len(self.tasks)
+        totals: list[Any] = [0.0] * len(self.tasks)
         banks = [*(self.task_experts or [None] * self.num_tasks), self.experts]
         for bank, bank_tokens in zip(banks, tokens_of_bank):
             if bank is None:

@@ -113,7 +113,7 @@ def grouped_feed_forward(
         tensors[f"kernels[{number}]"] = (kernels[number], axes[number], kind)
     check_groups(groups, weights, **tensors)
     biases = biases or [None] * len(kernels)
-    factors = [None] * len(kernels)
+    factors: list = [None] * len(kernels)
     if low_rank:
         factors = [tuple(map(ops.convert_to_tensor, each)) for each in zip(*low_rank[:2])]
     projections = [Affine(*parts) for parts in zip(kernels, biases, factors)]
