@@ -50,8 +50,8 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
         **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
-        ValueError: If there is not one router, bank or name for each task, banks or names are the same, or
-            a router is a `SoftRouter`.
+        ValueError: If there is not one router, bank or name for each task, two banks or names are
+            the same, or a router is a `SoftRouter`.
 
     Call arguments:
         inputs: (batch, ..., D) float tensor, or with `task_experts` a list of them: one for each
@@ -195,10 +195,10 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
 
         # Account: in training, each task adds its router losses and counts its assignments.
         returned = []
-        for task, each, (*accounted, sequence_length), total in zip(
+        for task, each, (tokens_of_task, routing, sequence_length), total in zip(
             self.tasks, inputs, routed, totals
         ):
-            task._account(*accounted, sequence_length, training)
+            task._account(tokens_of_task, routing, sequence_length, training)
             shape = (*ops.shape(each)[:-1], total.shape[-1])
             returned.append(ops.cast(ops.reshape(total, shape), self.compute_dtype))
         return returned
