@@ -360,7 +360,7 @@ REFUSED = [
     ("load(moe(shared_expert=None), moe(bank(8)))", "must match"),
 ]
 REFUSED += [
-    (call.format(argument), f"`{argument.partition('=')[0]}`")
+    (call.format(argument), f"`{argument.partition('=')[0]}` must be")
     for call, *arguments in ARGUMENTS
     for argument in arguments
 ]
