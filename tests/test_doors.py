@@ -440,7 +440,11 @@ def test_modules_of_the_framework_are_experts():
 
         each = [keras.layers.TorchModuleWrapper(torch.nn.Linear(D, D)) for _ in range(4)]
     else:
-        each = [keras.layers.JaxLayer(lambda w, x: x @ w, lambda *_: t(D, D)) for _ in range(4)]
+
+        def apply(params, inputs):
+            return inputs @ params
+
+        each = [keras.layers.JaxLayer(apply, lambda rng, inputs: t(D, D)) for _ in range(4)]
     layer = moe(layers.LayerExperts(each[:3]), shared_expert=each[3])
     made = keras.Sequential([layer])
     made.compile("sgd", "mse")
