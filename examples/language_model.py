@@ -20,8 +20,8 @@ os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", "torch"
 
 import keras
 import numpy as np
-from keras import ops
 
+import keras_moe
 from keras_moe import layers
 
 NUM_WORDS = 4_000
@@ -32,6 +32,7 @@ NUM_EXPERTS = 8
 NUM_ROWS = 20_000
 EPOCHS = 2
 BATCH_SIZE = 32
+NUM_WRITTEN = 45
 UNKNOWN = 0
 
 """
@@ -83,7 +84,7 @@ blocks = [layers.TransformerDecoderBlock(4, feedforward) for feedforward in moe]
 embedding = keras.layers.Embedding(len(vocabulary), FEATURES)
 normalize = keras.layers.LayerNormalization()
 to_logits = keras.layers.Dense(len(vocabulary), dtype="float32")
-ids = keras.Input((LENGTH,), dtype="int32")
+ids = keras.Input((None,), dtype="int32")
 hidden = embedding(ids)
 for block in blocks:
     hidden = block(hidden)
@@ -108,43 +109,15 @@ print(f"test perplexity: {math.exp(loss):.1f}")
 """
 ## Writing
 
-`make_cache` makes room for what each block computes of the words so far. The prompt is read at
-once, then one word follows another in a loop that is compiled as a whole. Adding Gumbel noise to
-logits and taking the best is the same as drawing from their probabilities; below the temperature 1
-likelier words come more often. The noise also rules out the mark for unknown words.
+`generate` reads each prompt once and keeps what the blocks computed of it; then one word follows
+another in a loop that is compiled as a whole. Below the temperature 1 likelier words come more
+often.
 """
 
-
-class Writer(keras.Model):
-    def step(self, ids, caches, position):
-        hidden, new = embedding(ids), []
-        for block, cache in zip(blocks, caches):
-            hidden, cache = block(hidden, cache=cache, position=position)
-            new.append(cache)
-        return to_logits(normalize(hidden))[:, -1], new
-
-    def call(self, inputs):
-        prompt, noise = inputs
-        (num_rows, start), length = prompt.shape, noise.shape[1]
-        caches = [block.make_cache(num_rows, length) for block in blocks]
-        logits, caches = self.step(prompt, caches, 0)
-        text = ops.concatenate([prompt, ops.zeros((num_rows, length - start), "int32")], axis=1)
-
-        def write(position, text, logits, caches):
-            drawn = ops.slice(noise, [0, position, 0], [num_rows, 1, len(vocabulary)])
-            word = ops.cast(ops.argmax(ops.expand_dims(logits / 0.7, 1) + drawn, -1), "int32")
-            text = ops.slice_update(text, [0, position], word)
-            return position + 1, text, *self.step(word, caches, position)
-
-        state = ops.full((), start, "int32"), text, logits, caches
-        return ops.while_loop(lambda position, *_: position < length, write, state)[1]
-
-
-writer, rng = Writer(), np.random.default_rng(0)
-writer.built = True  # by its layers: Keras need not run it once to build them
-for prompt in ("the space shuttle", "in this game", "i believe that"):  # of one length
-    row = [[id_of.get(word, UNKNOWN) for word in prompt.split()]] * 2
-    noise = rng.gumbel(size=(2, LENGTH, len(vocabulary))).astype("float32")
-    noise[..., UNKNOWN] = -1e9
-    for text in writer.predict_on_batch([np.array(row, "int32"), noise]):
-        print("-", " ".join(vocabulary[id] for id in text).split("\n")[0])
+for prompt in ("the space shuttle", "in this game", "i believe that"):
+    row = [id_of.get(word, UNKNOWN) for word in prompt.split()]
+    texts = keras_moe.generate(
+        model, [row, row], NUM_WRITTEN, temperature=0.7, stop_token=id_of["\n"], seed=0
+    )
+    for text in texts:
+        print("-", " ".join(vocabulary[id] for id in text[:-1]))

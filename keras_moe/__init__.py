@@ -22,6 +22,7 @@ from keras_moe import (
     routers,
     surgery,
 )
+from keras_moe.generation import generate
 from keras_moe.inspection import health, summary
 from keras_moe.reporting import report
 from keras_moe.upcycling import upcycle
@@ -33,6 +34,7 @@ __all__ = [
     "callbacks",
     "convert",
     "distribution",
+    "generate",
     "health",
     "inspection",
     "layers",

@@ -48,6 +48,7 @@ SMOKE = {
     "NUM_TOKENS": 512,
     "NUM_TRIALS": 2,
     "NUM_WORDS": 30,
+    "NUM_WRITTEN": 8,
     "PATCH": 2,
     "UNKNOWN": 0,
 }

@@ -78,6 +78,14 @@ def test_kernels_stay_frozen_when_a_model_is_thawed():
     assert [weight.path for weight in model.trainable_variables] == trained_paths
 
 
+def test_of_frozen_layers_the_factors_alone_train():
+    model = model_of("gated, cosine")
+    model.get_layer("moe").trainable = False
+    parts(model)[0].enable_lora(RANK)
+    assert all("_lora_" in weight.name for weight in model.trainable_weights)
+    assert len(model.trainable_weights) == 6
+
+
 @pytest.mark.backends("jax")  # which counts what it compiles
 def test_a_step_computes_less_than_without(monkeypatch):
     import jax

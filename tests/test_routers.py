@@ -26,8 +26,8 @@ def test_a_dense_mixture_is_a_sparse_one_of_all_experts():
     routing = route(sparse)
     weights = np.take_along_axis(routing.weights, np.argsort(routing.indices, axis=1), axis=1)
     assert_close(weights, expected.weights)
-    assert_close(routing.counts, expected.counts)
-    assert_close(routing.counts, 4 * expected.weights.sum(0))  # as all serve all, the weights
+    assert_close(expected.counts, 4 * expected.weights.sum(0))  # by weight, as all serve all
+    np.testing.assert_array_equal(routing.counts, 16)
 
 
 def autocast():

@@ -38,7 +38,7 @@ class Adaptable:
         `x W` becomes `x W + (lora_alpha / rank) (x A) B` with factors `A` (..., D, rank) and `B`
         (..., rank, H); no corrected kernel is made. Those of a bank are stacked by expert like its
         kernels, and only those of the chosen experts compute. Saving adds the corrections to the
-        kernels, as Keras does.
+        kernels, as Keras does. Of a frozen layer, the factors alone train.
 
         Args:
             rank: Integer. Rank of the corrections.
@@ -61,6 +61,10 @@ class Adaptable:
                 f"Received: built={layer.built}, lora_enabled={layer.lora_enabled}"
             )
         self.check_takes_lora()
+        if not layer.trainable:  # The factors of a frozen layer train, and nothing else of it.
+            layer.trainable = True
+            for weight in layer.weights:
+                weight.trainable = False
         initializers = map(keras.initializers.get, (a_initializer, b_initializer))
         self.lora_rank, self.lora_alpha = rank, alpha
         with open_to_state(layer):

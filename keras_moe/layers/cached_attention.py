@@ -48,3 +48,34 @@ def rotate(features, positions):
     first, second = ops.split(ops.cast(features, "float32"), 2, axis=-1)
     turned = [first * cosine - second * sine, second * cosine + first * sine]
     return ops.cast(ops.concatenate(turned, axis=-1), features.dtype)
+
+
+class Decoding:
+    """A context in which decoder blocks keep their caches, in the order in which they are called.
+
+    Args:
+        position: Integer tensor. The position of the first token of this pass.
+        mask: (B, L) bool tensor of this pass, False for padding.
+        length: Integer. Tokens that new caches have room for.
+        caches: List of caches of an earlier pass. None: new ones.
+    """
+
+    current: "Decoding | None" = None
+
+    def __init__(self, position, mask, length=None, caches=None):
+        self.position, self.mask, self.length = position, mask, length
+        self._earlier = None if caches is None else list(caches)
+        self.caches: list = []
+
+    def __enter__(self):
+        Decoding.current = self
+        return self
+
+    def __exit__(self, *error):
+        Decoding.current = None
+
+    def cache_of(self, block, inputs):
+        """The cache of a block that is called: of the earlier pass, or an empty one."""
+        if self._earlier is None:
+            return block.make_cache(ops.shape(inputs)[0], self.length)
+        return self._earlier[len(self.caches)]

@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_moe._internal.checks import check_tensors, is_kind
 from keras_moe._internal.serialization import register
-from keras_moe.layers.cached_attention import CachedAttention
+from keras_moe.layers.cached_attention import CachedAttention, Decoding
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.recomputation import effects_once
 from keras_moe.layers.transformer_block import TransformerBlock
@@ -130,6 +130,10 @@ class TransformerDecoderBlock(TransformerBlock):
         position=None,
         token_ids=None,
     ):
+        decoding = Decoding.current if cache is None else None
+        if decoding is not None:
+            cache, position = decoding.cache_of(self, inputs), decoding.position
+            mask = decoding.mask
         self._check_call(inputs, context, context_mask, cache, position)
         inputs, mask = self._without_padding(inputs, mask)
         positions = ops.arange(ops.shape(inputs)[1], dtype="int32")
@@ -149,6 +153,9 @@ class TransformerDecoderBlock(TransformerBlock):
             attended = self._attend_to_context(self._context_norm(hidden), seen, training)
             hidden = self._add(hidden, attended, training)
         outputs = self._add_feed_forward(hidden, mask, training, token_ids)
+        if decoding is not None:
+            decoding.caches.append(seen)
+            return outputs
         return outputs if cache is None else (outputs, seen)
 
     def _check_call(self, inputs, context, context_mask, cache, position):

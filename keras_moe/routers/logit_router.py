@@ -92,14 +92,14 @@ class LogitRouter(Adaptable, Router):
         if training and self.input_jitter:
             noise = 2 * self._noise(draws.uniform, tokens) - 1
             tokens = tokens * (1 + self.input_jitter * noise)
-        logits = ops.cast(self.project(self._hidden(tokens)), "float32")
+        logits = ops.cast(self.project(self.hidden_features(tokens)), "float32")
         if self.temperature != 1:
             logits = logits / self.temperature
         if training and self.logit_noise:
             logits = logits + self.logit_noise * self._noise(draws.normal, logits)
         return logits, mask
 
-    def _hidden(self, tokens):
+    def hidden_features(self, tokens):
         """Return what is projected of tokens (T, D): a hidden layer (T, H), or the tokens."""
         if not self.hidden_dim:
             return tokens

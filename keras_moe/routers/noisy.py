@@ -56,7 +56,9 @@ class NoisyTopKRouter(LogitRouter):
         clean, mask = self.logits(tokens, mask, training)
         deviation = None
         if training:
-            deviation = ops.softplus(ops.matmul(self._hidden(tokens), self.noise_kernel)) + 0.01
+            deviation = (
+                ops.softplus(ops.matmul(self.hidden_features(tokens), self.noise_kernel)) + 0.01
+            )
         return _route_with_noise(self, clean, deviation, mask, renormalize=self.top_k > 1)
 
     def get_config(self):

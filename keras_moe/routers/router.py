@@ -71,8 +71,8 @@ class Router(keras.layers.Layer):
     default_losses: tuple = ("load_balance", "router_z")
     # Whether tokens choose experts, so that an expert may be chosen by too many.
     takes_capacity = True
-    # Whether all experts serve each token, so that only the weights tell which ones it uses.
-    serves_all: Any = False
+    # Whether all experts serve each token, so that experts are counted by their weights.
+    serves_all = False
     # Whether the norm of the kernel changes no logit.
     normalizes_kernel = False
     # Whether a number that is added to all logits of a token changes nothing.

@@ -79,10 +79,6 @@ class SelectionRouter(LogitRouter):
             )
 
     @property
-    def serves_all(self):
-        return self.top_k == self.num_experts > 1
-
-    @property
     def shift_invariant(self):
         return self.score == "softmax"
 

