@@ -80,6 +80,8 @@ def check_tensors(sizes=None, **tensors):
     """
     sizes = {axis: size for axis, size in (sizes or {}).items() if isinstance(size, int)}
     for name, (tensor, axes, *kind) in tensors.items():
+        if getattr(getattr(tensor, "shape", ()), "rank", 0) is None:  # not known to TensorFlow
+            continue
         shape = tuple(getattr(tensor, "shape", ()))
         if len(shape) != len(axes) or not all(
             sizes.setdefault(axis, size) == size

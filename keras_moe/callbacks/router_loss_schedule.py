@@ -20,7 +20,7 @@ class RouterLossSchedule(keras.callbacks.Callback):
             same class.
 
     Raises:
-        TypeError: If there is no such loss.
+        TypeError: If there is no such loss, or the schedule is no function.
         ValueError: If the model has no MoE layer with the loss, or the schedule returns anything
             but a finite number of at least 0.
 
@@ -36,6 +36,8 @@ class RouterLossSchedule(keras.callbacks.Callback):
 
     def __init__(self, schedule, loss="load_balance"):
         super().__init__()
+        if not callable(schedule):
+            raise TypeError(f"`schedule` must be a function. Received: schedule={schedule!r}")
         self.schedule = schedule
         self.loss = loss
         self._class = type(losses.get(loss))

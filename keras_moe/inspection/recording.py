@@ -9,6 +9,7 @@ from keras_moe._internal.checks import check_indices, is_kind
 from keras_moe._internal.keras_internals import forget_compiled
 from keras_moe._internal.plain_text import describe
 from keras_moe.inspection.finding import moe_layers
+from keras_moe.ops.routing import Routing
 
 
 def record_routings(model, batches, training=False):
@@ -173,7 +174,7 @@ def replaying(model, routings):
             usual.
 
     Raises:
-        ValueError: If a name is not that of an MoE layer.
+        ValueError: If a name is not that of an MoE layer, or an expert does not exist.
 
     Example:
 
@@ -193,9 +194,9 @@ def replaying(model, routings):
             f"Received: {sorted(unknown)}"
         )
     for name, routing in routings.items():
-        indices = getattr(routing, "indices", routing)
-        check_indices("routings", indices, layers[name].router.num_experts)
-        layers[name].replayed_indices = indices
+        indices = routing.indices if isinstance(routing, Routing) else routing
+        check_indices(f"routings[{name!r}]", indices, layers[name].router.num_experts)
+        layers[name].replayed_indices = ops.convert_to_tensor(indices)
     try:
         yield
     finally:

@@ -73,7 +73,7 @@ class Capacity(Configured):
             evaluation_factor = check_number("evaluation_factor", evaluation_factor, above=0)
         self.evaluation_factor = evaluation_factor
         self.priority = check_choice("priority", priority, PRIORITIES)
-        self.per_sequence = per_sequence
+        self.per_sequence = bool(per_sequence)
 
     @classmethod
     def get(cls, identifier):

@@ -32,6 +32,17 @@ class ExpertBank(keras.layers.Layer):
         self.num_experts = check_integer("num_experts", num_experts)
         self.has_own_policy = kwargs.get("dtype") is not None
 
+    def __call__(self, tokens, plan, **kwargs):
+        # A plan of fewer experts or tokens would leave the others out.
+        given = self.num_experts, tokens.shape[0]
+        planned = plan.groups.num_experts, plan.groups.num_tokens
+        if any(None not in pair and pair[0] != pair[1] for pair in zip(given, planned)):
+            raise ValueError(
+                "`plan` must be of as many experts and tokens as the bank receives. Received: "
+                f"{planned} for {given}"
+            )
+        return super().__call__(tokens, plan, **kwargs)
+
     def compute_all(self, tokens):
         """Return the outputs (T, E, ...) of all experts for each token (T, ...)."""
         num_tokens, num_experts = ops.shape(tokens)[0], self.num_experts

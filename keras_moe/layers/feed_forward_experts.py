@@ -73,7 +73,9 @@ class FeedForwardExperts(StackedExperts):
             **kwargs,
         )
         self.hidden_dim = check_integer("hidden_dim", hidden_dim)
-        self.output_dim = output_dim and check_integer("output_dim", output_dim)
+        self.output_dim = output_dim
+        if output_dim is not None:
+            self.output_dim = check_integer("output_dim", output_dim)
 
     def widths(self, features):
         return (features, self.hidden_dim), (self.hidden_dim, self.output_dim or features)

@@ -82,7 +82,9 @@ class GatedExperts(StackedExperts):
         self.hidden_dim = check_integer("hidden_dim", hidden_dim)
         self.clip = None if clip is None else check_number("clip", clip, above=0)
         self.up_shift = check_number("up_shift", up_shift)
-        self.output_dim = output_dim and check_integer("output_dim", output_dim)
+        self.output_dim = output_dim
+        if output_dim is not None:
+            self.output_dim = check_integer("output_dim", output_dim)
 
     def widths(self, features):
         up = (features, self.hidden_dim)

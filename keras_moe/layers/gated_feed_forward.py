@@ -46,11 +46,11 @@ class GatedFeedForward(keras.layers.Layer):
         super().__init__(**kwargs)
         self.hidden_dim = check_integer("hidden_dim", hidden_dim)
         self.activation = keras.activations.get(activation)
-        self.use_bias = use_bias
+        self.use_bias = bool(use_bias)
         self.supports_masking = True
 
     def build(self, inputs_shape):
-        features = inputs_shape[-1]
+        features = int(inputs_shape[-1])
         self.gate = self._dense("gate", self.hidden_dim, features, self.activation)
         self.up = self._dense("up", self.hidden_dim, features)
         self.down = self._dense("down", features, self.hidden_dim)

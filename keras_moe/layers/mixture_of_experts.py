@@ -7,6 +7,7 @@ experts of a token.
 import math
 
 import keras
+import numpy as np
 from keras import ops as keras_ops
 
 from keras_moe import losses, ops, routers
@@ -150,7 +151,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
             )
         # Owned by the layer, so that Keras carries its state through compiled steps.
         self._capacity_seed = keras.random.SeedGenerator() if self.capacity else None
-        self.gated_shared_expert = gated_shared_expert
+        self.gated_shared_expert = bool(gated_shared_expert)
         self.shared_gate = None
         if gated_shared_expert:
             if shared_expert is None:
@@ -162,7 +163,9 @@ class MixtureOfExperts(RouterUsage, Recomputable):
                 dtype=expert_bank.in_floats(self.dtype_policy),
                 name="shared_gate",
             )
-        self.token_axes = token_axes and check_integer("token_axes", token_axes)
+        self.token_axes = token_axes
+        if token_axes is not None:
+            self.token_axes = check_integer("token_axes", token_axes)
         self.supports_masking = True
         sublayers.freeze_parts(self)
         # Experts (T, K) to replay, which `inspection` sets.
@@ -212,6 +215,8 @@ class MixtureOfExperts(RouterUsage, Recomputable):
     def __call__(self, *args, **kwargs):
         # Keras turns arrays into tensors, whose numbers are not looked at.
         check_indices("indices", kwargs.get("indices"), self.router.num_experts)
+        if isinstance(kwargs.get("router_inputs"), (list, tuple)):
+            kwargs["router_inputs"] = np.asarray(kwargs["router_inputs"])
         return super().__call__(*args, **kwargs)
 
     @effects_once
@@ -227,7 +232,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         return_expert_outputs=False,
     ):
         # Flatten: inputs (batch, ..., D) are T = batch * ... tokens. Padding becomes zero.
-        mask = self._check_call(inputs, mask, router_inputs)
+        mask = self._check_call(inputs, mask, router_inputs, token_ids)
         leading = self._leading(inputs)
         sequence_length = _sequence_length(leading)
         tokens = self._flatten(inputs, mask)
@@ -261,23 +266,26 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         returned += [expert_outputs] if return_expert_outputs else []
         return tuple(returned) if len(returned) > 1 else outputs
 
-    def _check_call(self, inputs, mask, router_inputs):
+    def _check_call(self, inputs, mask, router_inputs=None, token_ids=None):
         """Check the shapes of a call, and return the mask as bools, or None."""
         num_axes = len(inputs.shape) - len(self._token_shape(inputs.shape))
         # Keras passes a mask on by itself only if the inputs are the only tensor of a call.
-        if mask is None:
-            mask = get_keras_mask(inputs)
-            if mask is not None and len(mask.shape) != num_axes:
+        of_inputs = get_keras_mask(inputs)
+        if of_inputs is not None:
+            mask = of_inputs if mask is None else mask
+            if len(mask.shape) == len(of_inputs.shape) != num_axes:
                 mask = None  # of parts of a sample, which only its experts could use
         letters = "abcdefghij"
         axes, sample = letters[:num_axes], letters[num_axes : len(inputs.shape)].upper()
         given = {"inputs": (inputs, axes + sample, "float")}
         if router_inputs is not None:
-            own = "RSTUVW"[: len(router_inputs.shape) - num_axes]
+            own = "RSTUVW"[: len(router_inputs.shape) - num_axes if self.token_axes else 1]
             given["router_inputs"] = (router_inputs, axes + own, "float")
         if mask is not None:
             mask = keras_ops.convert_to_tensor(mask)
             given["mask"] = (mask, axes, "mask")
+        if token_ids is not None:
+            given["token_ids"] = (keras_ops.convert_to_tensor(token_ids), axes, "int")
         check_tensors(None, **given)
         return None if mask is None else keras_ops.cast(mask, "bool")
 
@@ -358,7 +366,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         router_inputs=None,
         return_expert_outputs=False,
     ):
-        self._check_call(inputs, mask, router_inputs)
+        self._check_call(inputs, mask, router_inputs, token_ids)
         shape = self.compute_output_shape(inputs.shape)
         outputs = keras.KerasTensor(shape, self.compute_dtype)
         num_axes = len(inputs.shape) - len(self._token_shape(inputs.shape))

@@ -4,11 +4,13 @@ Axes: T tokens, D features, E experts, K experts of a token, S places for the ex
 chooses for a token.
 """
 
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_moe import losses, routers
-from keras_moe._internal.checks import check_integer
+from keras_moe._internal.checks import check_integer, check_tensors
 from keras_moe._internal.serialization import config_of, register
 from keras_moe.backend import backend
 from keras_moe.layers import expert_bank
@@ -48,7 +50,8 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
         **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
-        ValueError: If there is not one router, bank or name for each task.
+        ValueError: If there is not one router, bank or name for each task, two banks or names are
+            the same, or a router is a `SoftRouter`.
 
     Call arguments:
         inputs: (batch, ..., D) float tensor, or with `task_experts` a list of them: one for each
@@ -92,13 +95,18 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
         self.task_names = _one_for_each("task_names", task_names, num_tasks) or [
             f"task_{number}" for number in range(num_tasks)
         ]
-        self.task_experts = None
+        self.task_experts: Any = None
         if task_experts is not None:
             banks = _one_for_each("task_experts", task_experts, num_tasks)
             self.task_experts = [expert_bank.get(bank) for bank in banks]
-        self.shared_output = shared_output
+        parts = [self.experts, *(self.task_experts or ())]
+        if len(set(map(id, parts))) < len(parts):
+            raise ValueError("`experts` and `task_experts` must be different objects")
+        self.shared_output = bool(shared_output)
         if shared_output and task_experts is None:
             raise ValueError("`shared_output=True` needs `task_experts`")
+        if len(set(self.task_names)) < num_tasks:
+            raise ValueError(f"`task_names` must differ. Received: task_names={task_names}")
         if router_losses is not None:
             router_losses = tuple(losses.get(loss) for loss in router_losses)
         self.router_losses = router_losses
@@ -119,6 +127,8 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
             )
             for of_task, router_of_task, name in zip(banks, _routers(router, len(names)), names)
         ]
+        if any(isinstance(task.router, routers.SoftRouter) for task in self.tasks):
+            raise ValueError("`router` must choose experts. Received: a `SoftRouter`")
         self.supports_masking = True
 
     def build(self, inputs_shape):
@@ -155,7 +165,9 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
         # Keras makes a list of masks for a list of inputs.
         has_masks = isinstance(inputs, (list, tuple)) and isinstance(mask, (list, tuple))
         inputs, masks = self._by_task(inputs), mask if has_masks else [mask] * (self.num_tasks + 1)
-        routed = [
+        axes = "abcdefghij"[: len(inputs[0].shape)]
+        check_tensors(**{f"inputs[{n}]": (each, axes, "float") for n, each in enumerate(inputs)})
+        routed: list[Any] = [
             _route(task, each, of_task, training)
             for task, each, of_task in zip(self.tasks, inputs, masks)
         ]
@@ -166,7 +178,7 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
 
         # Compute: each bank computes for a token what any task chose of it. Combine: each task
         # sums these outputs by its own weights.
-        totals = [0.0] * len(self.tasks)
+        totals: list[Any] = [0.0] * len(self.tasks)
         banks = [*(self.task_experts or [None] * self.num_tasks), self.experts]
         for bank, bank_tokens in zip(banks, tokens_of_bank):
             if bank is None:
@@ -183,10 +195,10 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
 
         # Account: in training, each task adds its router losses and counts its assignments.
         returned = []
-        for task, each, (*accounted, sequence_length), total in zip(
+        for task, each, (tokens_of_task, routing, sequence_length), total in zip(
             self.tasks, inputs, routed, totals
         ):
-            task._account(*accounted, sequence_length, training)
+            task._account(tokens_of_task, routing, sequence_length, training)
             shape = (*ops.shape(each)[:-1], total.shape[-1])
             returned.append(ops.cast(ops.reshape(total, shape), self.compute_dtype))
         return returned
@@ -243,7 +255,7 @@ def _routers(router, number):
 
 
 def _flatten(task, inputs, mask):
-    mask = task._check_call(inputs, mask, None)
+    mask = task._check_call(inputs, mask)
     return task._flatten(inputs, mask), mask
 
 

@@ -40,7 +40,7 @@ class StackedExperts(Adaptable, ExpertBank):
     ):
         super().__init__(num_experts, **kwargs)
         self.activation: Any = keras.activations.get(activation)
-        self.use_bias = use_bias
+        self.use_bias = bool(use_bias)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
@@ -80,7 +80,8 @@ class StackedExperts(Adaptable, ExpertBank):
     def _check_activation(self):
         # A layer with weights would run outside of what is differentiated, and never be trained.
         if isinstance(self.activation, keras.Layer):
-            self.activation(keras.KerasTensor((None, self.widths(1)[0][1])))
+            if not self.activation.built:
+                self.activation(keras.KerasTensor((None, self.widths(1)[0][1])))
             if self.activation.weights:
                 raise ValueError(
                     "`activation` must have no weights. Received: "

@@ -39,7 +39,7 @@ def build_and_measure(name, layer, inputs_shape, num_kept=None):
         shape = layer.compute_output_shape(inputs_shape)
     else:
         # A layer of `__init__` and `call` only: a symbolic call builds and measures it.
-        outputs = layer(keras.KerasTensor(inputs_shape, layer.compute_dtype))
+        outputs = _try(layer, inputs_shape)
         shape = getattr(outputs, "shape", None)
     leading = tuple(inputs_shape)[: -1 if num_kept is None else num_kept]
     # Several outputs have a list of shapes, or a dict.
@@ -55,6 +55,18 @@ def build_and_measure(name, layer, inputs_shape, num_kept=None):
             f"`{layer.name}`, which makes {shape} of {tuple(inputs_shape)}"
         )
     return shape
+
+
+def _try(layer, inputs_shape):
+    """What a layer makes of symbolic inputs; of zeros, if it is a module of PyTorch."""
+    inputs = keras.KerasTensor(inputs_shape, layer.compute_dtype)
+    try:
+        return layer(inputs)
+    except NotImplementedError:
+        zeros = keras.ops.zeros([size or 1 for size in inputs_shape], layer.compute_dtype)
+        shape = layer(zeros, training=False).shape
+        known = (None if size is None else made for size, made in zip(inputs_shape, shape))
+        return keras.KerasTensor((*known, *shape[len(inputs_shape) :]), layer.compute_dtype)
 
 
 def check_output(name, outputs, shape):

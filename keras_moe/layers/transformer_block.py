@@ -44,7 +44,7 @@ class TransformerBlock(Recomputable):
                 f"inputs.shape={tuple(inputs_shape)}, num_heads={self.num_heads}"
             )
         attention = cls(
-            self.num_heads, features // self.num_heads, dtype=self.dtype_policy, name=name
+            self.num_heads, int(features) // self.num_heads, dtype=self.dtype_policy, name=name
         )
         attention.build(inputs_shape, source_shape)
         return attention
@@ -72,10 +72,13 @@ class TransformerBlock(Recomputable):
         Without a mask, that of the inputs is used.
         """
         mask = get_keras_mask(inputs) if mask is None else mask
+        given = {"inputs": (inputs, "BLD", "float")}
+        if mask is not None:
+            mask = ops.convert_to_tensor(mask)
+            given[name] = (mask, "BL", "mask")
+        check_tensors(None, **given)
         if mask is None:
             return inputs, None
-        mask = ops.convert_to_tensor(mask)
-        check_tensors(None, inputs=(inputs, "BLD"), **{name: (mask, "BL", "mask")})
         mask = ops.cast(mask, "bool")
         # Padding may hold anything; a NaN there would pass through an attention weight of 0.
         return ops.where(ops.expand_dims(mask, -1), inputs, ops.zeros((), inputs.dtype)), mask

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe._internal.checks import check_tensors, is_kind
 from keras_moe._internal.serialization import register
 from keras_moe.layers.cached_attention import CachedAttention, Decoding
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
@@ -86,8 +87,8 @@ class TransformerDecoderBlock(TransformerBlock):
         self, num_heads, feedforward, dropout=0.0, cross_attention=False, rotary=True, **kwargs
     ):
         super().__init__(num_heads, feedforward, dropout, **kwargs)
-        self.cross_attention = cross_attention
-        self.rotary = rotary
+        self.cross_attention = bool(cross_attention)
+        self.rotary = bool(rotary)
         for layer in self.feedforward._flatten_layers():
             if isinstance(layer, MixtureOfExperts):
                 for reason in _reasons_not_to_be_causal(layer):
@@ -172,7 +173,14 @@ class TransformerDecoderBlock(TransformerBlock):
                 "`context` and `context_mask` must be left out with a `cache`, which holds them: "
                 "pass them to `make_cache`"
             )
-        room, length = cache["mask"].shape[1], inputs.shape[1]
+        if not isinstance(position, int) and not is_kind("int", ops.convert_to_tensor(position)):
+            raise TypeError(f"`position` must be an integer. Received: position={position}")
+        (batch_size, room), length = cache["mask"].shape, inputs.shape[1]
+        if None not in (batch_size, inputs.shape[0]) and batch_size != inputs.shape[0]:
+            raise ValueError(
+                "`cache` must be of as many sequences as `inputs`. Received: a cache of "
+                f"{batch_size}, inputs of {inputs.shape[0]}"
+            )
         known = all(isinstance(size, int) for size in (position, length, room))
         if known and not 0 <= position <= room - length:
             raise ValueError(
@@ -208,6 +216,9 @@ class TransformerDecoderBlock(TransformerBlock):
                 f"A block must be built before it makes a cache. Received: `{self.name}`, not built"
             )
         self._check_context(context is not None, context_mask is not None)
+        if context is not None:
+            context = ops.convert_to_tensor(context)
+            check_tensors({"B": batch_size}, context=(context, "BSC", "float"))
         shape = (batch_size, max_length, self.num_heads, self._attention.key_dim)
         cache = {name: ops.zeros(shape, self.compute_dtype) for name in ("keys", "values")}
         cache["mask"] = ops.zeros(shape[:2], "bool")

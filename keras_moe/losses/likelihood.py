@@ -8,7 +8,7 @@ import math
 import keras
 from keras import ops
 
-from keras_moe._internal.checks import check_choice, check_number
+from keras_moe._internal.checks import check_choice, check_number, check_tensors
 from keras_moe._internal.serialization import register
 
 # The logarithm of a weight of zero, finite so that no gradient is NaN.
@@ -38,10 +38,11 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         **kwargs: `reduction` and `dtype`, as in `keras.losses.Loss`.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range, or `y_true` does not fit `y_pred`.
 
     Call arguments:
-        y_true: (batch, ..., D) float tensor, or (batch, ...) integer tensor of classes.
+        y_true: (batch, ..., D) float tensor, or (batch, ...) integer tensor of classes,
+            where -1 counts as any class.
         y_pred: (batch, ..., K, 1 + D') float tensor of `losses.pack_mixture`.
 
     Returns:
@@ -74,7 +75,7 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         super().__init__(name=name, **kwargs)
         self.distribution = check_choice("distribution", distribution, ("gaussian", "categorical"))
         self.scale = None if scale is None else check_number("scale", scale, above=0)
-        self.normalized = normalized
+        self.normalized = bool(normalized)
 
     def call(self, y_true, y_pred):
         return -ops.logsumexp(self._log_joint(y_true, y_pred), axis=-1)
@@ -111,13 +112,14 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         y_pred = ops.convert_to_tensor(y_pred, "float32")
         if self.distribution == "categorical":
             logs = ops.log_softmax(y_pred[..., 1:], axis=-1)
-            classes = ops.cast(ops.convert_to_tensor(y_true), "int32")
+            classes = ops.cast(_targets(y_true, logs.shape[:-2]), "int32")
             chosen = ops.one_hot(classes, logs.shape[-1], dtype=logs.dtype)
             # Only the chosen class: minus infinity times zero is NaN.
             chosen = ops.expand_dims(chosen, -2)
             return _log_weights(y_pred) + ops.sum(ops.where(chosen > 0, logs, 0.0), axis=-1)
         means, log_scales = self._parameters(y_pred)
-        targets = ops.expand_dims(ops.convert_to_tensor(y_true, "float32"), -2)
+        wanted = (*means.shape[:-2], means.shape[-1])
+        targets = ops.expand_dims(ops.cast(_targets(y_true, wanted), "float32"), -2)
         distances = ops.square((targets - means) / ops.exp(log_scales))
         if self.normalized:
             distances = distances + 2 * log_scales + math.log(2 * math.pi)
@@ -145,6 +147,19 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         }
 
 
+def _targets(y_true, shape):
+    """Targets of a shape; as in Keras's own losses, a last axis of one may be there or not."""
+    targets = ops.convert_to_tensor(y_true)
+    rank = len(targets.shape)
+    if rank == len(shape) + 1 and targets.shape[-1] == 1:
+        targets = ops.squeeze(targets, -1)
+    elif rank == len(shape) - 1 and shape[-1] == 1:
+        targets = ops.expand_dims(targets, -1)
+    axes = "abcdefghij"[: len(shape)]
+    check_tensors(dict(zip(axes, shape)), y_true=(targets, axes))
+    return targets
+
+
 def pack_mixture(routing, expert_outputs):
     """Combine weights and expert outputs in one tensor, the prediction of a mixture.
 
@@ -158,7 +173,16 @@ def pack_mixture(routing, expert_outputs):
 
     Returns:
         (batch, ..., K, 1 + D') float32 tensor.
+
+    Raises:
+        ValueError: If the outputs are of another K.
     """
+    expert_outputs = ops.convert_to_tensor(expert_outputs)
+    if expert_outputs.shape[-2] != routing.weights.shape[-1]:
+        raise ValueError(
+            "`expert_outputs` must have an output for each weight of the routing. Received: shape "
+            f"{tuple(expert_outputs.shape)} for weights {tuple(routing.weights.shape)}"
+        )
     weights = ops.reshape(routing.weights, (-1, *expert_outputs.shape[1:-1]))
     logs = ops.log(ops.where(weights > 0, weights, 1.0))
     logs = ops.expand_dims(ops.where(weights > 0, logs, _LOG_ZERO), -1)

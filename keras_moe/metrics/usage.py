@@ -83,7 +83,9 @@ def dropped_fraction(dropped, counts):
     Returns:
         Scalar, float32; 0 without assignments.
     """
-    return ops.convert_to_tensor(dropped, "float32") / _or_one(ops.sum(as_counts(counts)))
+    dropped = ops.convert_to_tensor(dropped, "float32")
+    check_tensors(dropped=(dropped, ""))
+    return dropped / _or_one(ops.sum(as_counts(counts)))
 
 
 def expert_share(counts):

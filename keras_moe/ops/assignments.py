@@ -30,6 +30,14 @@ class Assignments(NamedTuple):
     experts: Any
     sizes: Any
 
+    @property
+    def num_experts(self):
+        return self.sizes.shape[0]
+
+    @property
+    def num_tokens(self):
+        return self.experts.shape[0]
+
     @classmethod
     def of(cls, experts, num_experts):
         """Those to the first `num_experts` experts; any other number (T, K) is none."""
@@ -40,10 +48,6 @@ class Assignments(NamedTuple):
 
     def axes(self):
         return "TK", "E", "TK"
-
-    @property
-    def num_experts(self):
-        return self.sizes.shape[0]
 
     @property
     def parts(self):
@@ -103,12 +107,16 @@ class Choices(NamedTuple):
     is_valid: Any
     mask: Any
 
-    def axes(self):
-        return "BEC", "BEC", "T", "BEC"
-
     @property
     def num_experts(self):
         return self.place.shape[1]
+
+    @property
+    def num_tokens(self):
+        return self.mask.shape[0]
+
+    def axes(self):
+        return "BEC", "BEC", "T", "BEC"
 
     @property
     def sizes(self):

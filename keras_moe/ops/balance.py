@@ -215,7 +215,8 @@ def noisy_load(clean, noisy, deviation, top_k, mask):
     clean, noisy, mask = map(ops.convert_to_tensor, (clean, noisy, mask))
     check_tensors(clean=(clean, "TE", "float"), noisy=(noisy, "TE", "float"))
     check_mask(mask, noisy.shape[:1])
-    if getattr(deviation, "shape", ()):
+    if isinstance(deviation, (list, tuple)) or len(getattr(deviation, "shape", ())):
+        deviation = ops.convert_to_tensor(deviation)
         check_tensors(noisy=(noisy, "TE"), deviation=(deviation, "TE", "float"))
     else:
         deviation = check_number("deviation", deviation, above=0)

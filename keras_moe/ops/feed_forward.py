@@ -90,6 +90,11 @@ def grouped_feed_forward(
             "There must be a bias for each kernel, or none. "
             f"Received: {len(biases)} biases, {len(kernels)} kernels"
         )
+    if low_rank and not len(low_rank.downs) == len(low_rank.ups) == len(kernels):
+        raise ValueError(
+            "`low_rank` must have factors for each kernel. Received: "
+            f"{len(low_rank.downs)} downs, {len(low_rank.ups)} ups, {len(kernels)} kernels"
+        )
     if len(kernels) == 2 and (clip is not None or up_shift):
         raise ValueError(
             "`clip` and `up_shift` need a gate. "
@@ -108,7 +113,9 @@ def grouped_feed_forward(
         tensors[f"kernels[{number}]"] = (kernels[number], axes[number], kind)
     check_groups(groups, weights, **tensors)
     biases = biases or [None] * len(kernels)
-    factors = zip(low_rank.downs, low_rank.ups) if low_rank else [None] * len(kernels)
+    factors: list = [None] * len(kernels)
+    if low_rank:
+        factors = [tuple(map(ops.convert_to_tensor, each)) for each in zip(*low_rank[:2])]
     projections = [Affine(*parts) for parts in zip(kernels, biases, factors)]
     scale = low_rank.scale if low_rank else None
     network = Network(keras.activations.get(activation), clip, up_shift, scale)

@@ -28,6 +28,14 @@ class Groups(NamedTuple):
     assignment_of_row: Any
     rows_of_token: Any
 
+    @property
+    def num_experts(self):
+        return self.sizes.shape[0]
+
+    @property
+    def num_tokens(self):
+        return self.rows_of_token.shape[0]
+
     def axes(self):
         """The axes of the fields, and those of the weights of a plan."""
         return "E", "R", "TK", "TK"
@@ -118,6 +126,14 @@ class ChosenGroups(NamedTuple):
     row_of_choice: Any
     token_of_choice: Any
     mask: Any
+
+    @property
+    def num_experts(self):
+        return self.sizes.shape[0]
+
+    @property
+    def num_tokens(self):
+        return self.mask.shape[0]
 
     def axes(self):
         """The axes of the fields, and those of the weights of a plan."""

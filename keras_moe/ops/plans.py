@@ -19,7 +19,7 @@ from keras_moe.ops.assignments import (
     place_in_queue,
 )
 from keras_moe.ops.groups import check_groups, combine_rows, dispatch_rows
-from keras_moe.ops.routing import check_routing
+from keras_moe.ops.routing import check_routing, count_assignments
 from keras_moe.ops.selection import existing
 from keras_moe.ops.sharded import admit_by_shard, splits_evenly
 
@@ -116,6 +116,9 @@ def plan_groups(routing, capacity=None, first=None, sequence_length=None, num_li
     sequence_length = check_sequence_length(sequence_length, num_tokens)
     if num_limited is not None:
         num_limited = check_integer("num_limited", num_limited)
+    # Those of a routing whose indices were replaced, or of a soft one, count something else.
+    counts = count_assignments(routing.indices, routing.mask, routing.counts.shape[0])
+    routing = routing._replace(counts=counts)
     return _plan_groups(routing, capacity, first, sequence_length, num_limited)
 
 

@@ -9,7 +9,7 @@ from keras import ops
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors
 from keras_moe._internal.serialization import PACKAGE, load_draws, save_draws
 from keras_moe.backend import backend
-from keras_moe.ops.plans import _plan_groups
+from keras_moe.ops.plans import _plan_groups, plan_groups
 from keras_moe.ops.routing import _FIELDS, Routing, weighted_counts, without_padding
 
 
@@ -156,9 +156,10 @@ class Router(keras.layers.Layer):
             routing = routing._replace(counts=counts)
         if not self._is_of_package:  # written by a user, at least in part
             sizes = {"T": tokens.shape[0], "E": self.num_experts, "K": self.max_top_k}
-            wanted = {name: kind for name, kind in _FIELDS.items() if name != "load"}
-            fields = {name: (getattr(routing, name), *kind) for name, kind in wanted.items()}
-            check_tensors(sizes, **fields)
+            fields = {name: (getattr(routing, name), *kind) for name, kind in _FIELDS.items()}
+            check_tensors(
+                sizes, **{k: field for k, field in fields.items() if field[0] is not None}
+            )
             if mask is not None:
                 routing = without_padding(routing, real)
         return routing
@@ -188,7 +189,9 @@ class Router(keras.layers.Layer):
 
     def plan(self, routing, **capacity):
         """Return the rows that move: see `ops.plan_groups` for the arguments of a capacity."""
-        return _plan_groups(routing, **capacity)
+        # A user's router may replace the indices of a routing, and not its counts.
+        plan = _plan_groups if self._is_of_package else plan_groups
+        return plan(routing, **capacity)
 
     def save_own_variables(self, store):
         super().save_own_variables(store)

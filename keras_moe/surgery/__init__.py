@@ -100,7 +100,8 @@ def merge_experts(model, keep=0.5, data=()):
         A `Surgery`.
 
     Raises:
-        ValueError: As in `prune_experts`, or if experts that are layers differ in their shapes.
+        ValueError: As in `prune_experts`, or if experts that are layers differ in more than the
+            values of their weights.
 
     Example:
 

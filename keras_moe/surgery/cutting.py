@@ -32,20 +32,31 @@ def obstacles(layer, merging):
     elif isinstance(bank, StackedExperts) and (bank.lora_enabled or bank.quantization_mode):
         yield "whose kernels have LoRA or are quantized"
     elif isinstance(bank, LayerExperts):
-        shapes = {tuple(tuple(w.shape) for w in layer.weights) for layer in bank.layers}
-        if len(shapes) > 1:
-            yield "whose experts differ in the shapes of their weights"
+        if len(set(map(_kind, bank.layers))) > 1:
+            yield "whose experts differ in their layers, activations or shapes of weights"
+
+
+def _kind(layer):
+    parts = layer._flatten_layers()
+    names = (getattr(getattr(part, "activation", None), "__name__", "") for part in parts)
+    types = map(type, layer._flatten_layers())
+    return *zip(types, names), *(tuple(weight.shape) for weight in layer.weights)
 
 
 def router_like(router, **changes):
     """A router that differs from another in some arguments, not built."""
-    config = {**router.get_config(), **changes}
+    config = router.get_config()
+    number = changes.get("num_experts", router.num_experts)
     if config.get("max_top_k") is not None:
-        config["max_top_k"] = min(config["max_top_k"], config["num_experts"])
+        config["max_top_k"] = min(config["max_top_k"], number)
+    config.update((key, value) for key, value in changes.items() if key in config)
     try:
-        return type(router).from_config(config)
+        changed = type(router).from_config(config)
     except TypeError as error:  # Keras puts the whole config into its own.
         raise error.__context__ or error from None
+    changed.num_experts = number  # for a subclass that has another name for it
+    changed.check_num_experts()
+    return changed
 
 
 def cut(layer, experts):

@@ -1,0 +1,450 @@
+"""What is refused where a user's value enters the package, and unusual calls that work.
+
+Each row is a call and words of its message. Without its check the call would end in a wrong result
+without a word, or in an error that comes late or names no argument. Errors of the command line are
+in `test_command_line.py`.
+"""
+
+import functools
+import json
+
+import keras
+import numpy as np
+import pytest
+from backends import BACKEND
+from keras import ops as kops
+from layer_checks import D, E, moe, normal
+
+import keras_moe
+from keras_moe import convert, inspection, layers, losses, ops, routers, tuner
+from keras_moe.ops.feed_forward import LowRank
+
+T = 6
+NAN = float("nan")
+X = normal(2, 5, D)
+MIXTRAL = {"model_type": "mixtral", "hidden_size": D, "intermediate_size": 16}
+MIXTRAL = {**MIXTRAL, "num_local_experts": E, "num_experts_per_tok": 2}
+
+
+def t(*shape):
+    return kops.convert_to_tensor(normal(*(shape or (T, D))))
+
+
+def ints(*shape):
+    return np.zeros(shape, "int32")
+
+
+def true(*shape):
+    return np.ones(shape, bool)
+
+
+def dense(units=D, **kwargs):
+    return keras.layers.Dense(units, **kwargs)
+
+
+def bank(num_experts=E, **kwargs):
+    return layers.FeedForwardExperts(num_experts, 16, **kwargs)
+
+
+def dense_experts(*units):
+    return layers.LayerExperts([dense(each) for each in units])
+
+
+def two_activations():
+    return layers.LayerExperts([dense(activation=name) for name in ("relu", "tanh", "tanh")])
+
+
+def built(layer):
+    layer.build((None, D))
+    return layer
+
+
+def lora(layer):
+    built(layer).experts.enable_lora(2)
+    return layer
+
+
+def load(source, target):
+    store = {}
+    built(source).save_own_variables(store)
+    built(target).load_own_variables(store)
+
+
+def routing(num_tokens=T, num_experts=E, top_k=2, **changes):
+    return ops.top_k_routing(t(num_tokens, num_experts), top_k)._replace(**changes)
+
+
+def plan(**kwargs):
+    return ops.plan_groups(routing(**kwargs))
+
+
+def model(**kwargs):
+    made = keras.Sequential([keras.Input((5, D)), moe(name="moe", **kwargs), dense(2)])
+    made.compile("sgd", "mse")
+    return made
+
+
+@functools.cache
+def usual():
+    """One model for all rows, which do not change it."""
+    return model()
+
+
+def plain(activation="relu", **kwargs):
+    """A model with a dense feed-forward layer."""
+    return keras.Sequential(
+        [keras.Input((D,)), dense(16, activation=activation, **kwargs), dense()]
+    )
+
+
+def fitted(callback, **kwargs):
+    made = model(**kwargs) if kwargs else usual()
+    return made.fit(X, normal(2, 5, 2), verbose=0, callbacks=[callback])
+
+
+def ids_layer():
+    return moe(router=routers.HashRouter(E, 10))
+
+
+def encode(feedforward=None, inputs=X, num_heads=2, **kwargs):
+    return layers.TransformerEncoderBlock(num_heads, feedforward or dense())(inputs, **kwargs)
+
+
+def decoder(cross_attention=False):
+    block = layers.TransformerDecoderBlock(2, dense(), cross_attention=cross_attention)
+    block(X, **({"context": t(2, 3, D)} if cross_attention else {}))
+    return block
+
+
+def decode(num_rows=2, length=1, position=0, **kwargs):
+    block = decoder()
+    cache = block.make_cache(2, 5)
+    return block(t(num_rows, length, D), cache=cache, position=position, **kwargs)
+
+
+def own(**changes):
+    """A router of a user, whose routing has something wrong."""
+    router = own_part(routers.Router, E, route=lambda *_: routing(**changes), top_k=2)
+    return moe(router=router, router_losses=())(t())
+
+
+def own_part(base, *args, **methods):
+    """An instance of a subclass."""
+    return type("Own", (base,), methods)(*args)
+
+
+def trained(**kwargs):
+    return moe(**kwargs)(t(), training=True)
+
+
+def balanced(**methods):
+    balancer = own_part(routers.SelectionBalancer, **methods)
+    return trained(router=routers.TopKRouter(E, balancer=balancer))
+
+
+def feed_forward(tokens=None, weights=None, groups=None, up=None, down=None, **kwargs):
+    tokens, weights = t() if tokens is None else tokens, t(T, 2) if weights is None else weights
+    kernels = up or [t(E, D, 16)], t(E, 16, D) if down is None else down
+    groups = groups or plan().groups
+    return ops.grouped_feed_forward(tokens, weights, groups, "relu", *kernels, **kwargs)
+
+
+def tasks(num_tasks=2, **kwargs):
+    return layers.MultiGateMixtureOfExperts(bank(), num_tasks, **kwargs)
+
+
+def of_task_banks(*shapes):
+    return tasks(task_experts=[bank(), bank()])([t(*shape) for shape in shapes])
+
+
+def likelihood(y_true, shape=(6, 3, 3), **kwargs):
+    return losses.MixtureNegativeLogLikelihood(**kwargs)(y_true, t(*shape))
+
+
+def replay(indices, router="top_k", name="moe"):
+    made = usual() if router == "top_k" else model(router=router)
+    with inspection.replaying(made, {name: indices}):
+        return made(X)
+
+
+def reported(x=None, path="r.html", **kwargs):
+    return keras_moe.report(usual(), normal(T, 5, D) if x is None else x, path=path, **kwargs)
+
+
+def hugging_face(layer=0, config=MIXTRAL, **kwargs):
+    mixture = built(layers.MixtureOfExperts(layers.GatedExperts(E, 16)))
+    weights = convert.to_hugging_face(mixture, 0, "mixtral")
+    return convert.from_hugging_face(weights, layer, config, **kwargs)
+
+
+# Constructors with arguments out of their range: the message begins with the name.
+ARGUMENTS = [
+    ("layers.MixtureOfExperts(bank(), {})", "capacity_factor=0", "capacity_factor='1'"),
+    ("layers.MixtureOfExperts(bank(), {})", "capacity_factor=NAN", "token_axes=0", "router=bank()"),
+    ("layers.FeedForwardExperts(hidden_dim=8, {})", "num_experts=0", "num_experts=4.5"),
+    ("layers.FeedForwardExperts(E, {})", "hidden_dim=0", "hidden_dim='8'"),
+    ("layers.GatedExperts(E, 8, {})", "clip=0", "up_shift=NAN", "output_dim=0"),
+    ("layers.LinearExperts(E, {})", "output_dim=0", "output_dim=2.5"),
+    ("layers.ZeroComputationExperts(bank(), {})", "num_zero=-1", "num_identity=0.5"),
+    ("layers.Capacity(1, {})", "minimum=0", "multiple_of=0", "evaluation_factor=0", "priority='x'"),
+    ("layers.TransformerEncoderBlock(feedforward=dense(), {})", "num_heads=0", "num_heads=1.5"),
+    ("layers.TransformerEncoderBlock(2, {})", "feedforward=bank"),
+    ("layers.TransformerEncoderBlock(2, dense(), {})", "dropout=1", "dropout=-0.1"),
+    ("tasks({})", "num_tasks=0", "num_tasks=2.5"),
+    ("routers.TopKRouter({})", "num_experts=0"),
+    ("routers.TopKRouter(E, {})", "top_k=0", "score='x'", "scaling_factor=0", "input_jitter=1"),
+    ("routers.TopKRouter(E, {})", "logit_noise=-1", "seed=1.5", "seed=-1", "temperature=0"),
+    ("routers.TopKRouter(E, {})", "temperature=NAN", "hidden_dim=0"),
+    ("routers.GroupLimitedRouter(8, {})", "num_groups=0", "top_groups=0"),
+    ("routers.GShardRouter(E, {})", "threshold=0"),
+    ("routers.TopPRouter(E, {})", "threshold=1.0"),
+    ("routers.ReLURouter(8, {})", "growth=1.0", "initial_strength=0"),
+    ("routers.HashRouter(E, {})", "vocabulary_size=0", "vocabulary_size=None"),
+    ("routers.HashRouter(E, 9, {})", "score='x'", "top_k=0", "seed=0.5"),
+    ("routers.ExpertChoiceRouter(E, {})", "capacity_factor=-1"),
+    ("routers.SinkhornRouter(E, {})", "iterations=0", "top_k=0"),
+    ("routers.LossFreeBias({})", "rate=0", "accumulation_steps=0"),
+    ("routers.QuantileBias({})", "momentum=1.0"),
+    ("losses.LoadBalance({})", "weight=-1", "weight=NAN", "weight='0.1'"),
+    ("losses.MixtureNegativeLogLikelihood({})", "distribution='x'", "scale=0"),
+    ("metrics.ExpertShare({})", "num_experts=0"),
+    ("metrics.DeadExpertsOverWindow(E, {})", "window=0"),
+    ("callbacks.ExpertHealth({})", "every=0", "patience=1.5"),
+    ("callbacks.RouterLossSchedule({})", "schedule=0.1"),
+    ("upcycle(plain(), {})", "num_experts=0", "every=0", "reinitialized=1.0"),
+    ("tuner.SearchSpace({})", "active_width='64'", "active_width=()"),
+    ("tuner.SearchSpace((8,), {})", "routers=('soft',)", "loss_weights=dict(x=[1])"),
+]
+
+REFUSED = [
+    ("moe(dense_experts(D, D), token_axes=1)(X, mask=true(2, 5))", "`mask` must have"),
+    ("(lambda each: tasks(task_experts=[each, each]))(bank())", "different objects"),
+    ("own_part(routers.TopKRouter, E, select=lambda _, x: x[:, :2])(t())", "dtype of int"),
+    # Calls of layers.
+    ("moe()(ints(T, D))", "`inputs` must have a dtype of float"),
+    ("moe()(t(D))", "at least one axis of tokens"),
+    ("moe()(X, mask=true(5, 2))", "`mask` must have"),
+    ("moe()(X, mask=np.ones((2, 5)))", "bool or int"),
+    ("moe()(t(), indices=[[0, E]] * T)", "from 0 to 3"),
+    ("moe()(t(), indices=ints(9, 2))", "`indices` must have"),
+    ("moe(router='soft')(t(), indices=ints(T, 1))", "replayed"),
+    ("ids_layer()(X, token_ids=ints(5, 2))", "`token_ids` must"),
+    ("ids_layer()(t(), token_ids=np.zeros(T))", "dtype of int"),
+    ("ids_layer()(t())", "token_ids=None"),
+    ("moe()(X, router_inputs=t(5, 2, D))", "`router_inputs` must have"),
+    ("moe()(X, router_inputs=t(2, 5, 3, 2))", "`router_inputs` must have"),
+    ("moe()(t(), router_inputs=ints(T, D))", "dtype of float"),
+    ("moe(router='soft')(t(), return_expert_outputs=True)", "assigns tokens to experts"),
+    ("moe(token_axes=1)(X)", "Use `LayerExperts`"),
+    ("bank()(t(), plan(num_experts=2))", "`plan` must be of"),
+    ("bank()(t(), plan(num_tokens=4))", "`plan` must be of"),
+    ("routers.TopKRouter(E)(ints(T, D))", "dtype of float"),
+    ("routers.TopKRouter()(t())", "needs `num_experts`"),
+    ("encode(inputs=ints(2, 5, D))", "dtype of float"),
+    ("encode(mask=true(2, 1))", "`mask` must have"),
+    ("decoder()(X, context=t(2, 3, D))", "if and only if"),
+    ("decoder(True)(X)", "takes a `context` if and only if"),
+    ("decoder(True)(X, context=t(2, 3, D), context_mask=true(2, 5))", "`context_mask` must"),
+    ("decode(length=5, position=1)", "must fit into the cache"),
+    ("decode(position=1.7)", "`position` must be an integer"),
+    ("decode(num_rows=1)", "as many sequences"),
+    ("decoder()(t(2, 1, D), position=3)", "passed together"),
+    ("decode(context=t(2, 3, D))", "must be left out"),
+    ("decoder(True).make_cache(2, 5, t(3, 3, D))", "`context` must have"),
+    ("layers.TransformerDecoderBlock(2, dense()).make_cache(2, 5)", "must be built"),
+    ("of_task_banks((T, D), (T, D))", "one for each task"),
+    ("of_task_banks((T, D), (5, D), (T, D))", "`inputs[1]` must"),
+    ("tasks()([t(), t(), t()])", "with `task_experts`"),
+    ("replay(ints(10, 2), name='x')", "names of MoE layers"),
+    ("replay(ints(10, 2) + E)", "from 0 to 3"),
+    ("replay(ints(10, 1), router='soft')", "can be replayed"),
+    # Constructors, and what shows when a layer is built.
+    ("layers.MixtureOfExperts([dense()])", "`experts` must be"),
+    ("moe(router=routers.TopKRouter(8))", "same number of experts"),
+    ("moe(router_losses='load_balance')", "must be a list"),
+    ("moe(shared_expert=keras.layers.GlobalAveragePooling1D())(X)", "must keep"),
+    ("moe(shared_expert=dense(1))(t())", "as many features"),
+    ("moe(gated_shared_expert=True)", "needs a `shared_expert`"),
+    ("moe(router='soft', capacity_factor=1.0)", "do not choose"),
+    ("moe(bank(activation=lambda x: x[:, :1]))(t())", "An activation must keep the shape"),
+    ("moe(bank(activation=keras.layers.PReLU()))(t())", "must have no weights"),
+    ("layers.LayerExperts([bank()])", "a bank of experts"),
+    ("layers.LayerExperts([usual().layers[1]] * 2)", "different objects"),
+    ("moe(dense_experts(D, 1))(t())", "one known shape"),
+    ("moe(layers.ZeroComputationExperts(dense_experts(3), 1))(t())", "as they receive"),
+    ("moe(layers.ZeroComputationExperts(bank(), 1), router='expert_choice')(t())", "tokens ch"),
+    ("encode(dense(D + 1))", "for the residual"),
+    ("tasks(task_names=['a'])", "one for each task"),
+    ("tasks(task_names=['a', 'a'])", "must differ"),
+    ("tasks(router='soft')", "must choose experts"),
+    ("tasks(task_experts=[bank(output_dim=3), bank()])([t()] * 3)", "same number of features"),
+    ("routers.TopKRouter(E, dtype='bfloat16')", "always computes in float32"),
+    ("routers.TopKRouter(E, balancer=losses.LoadBalance())", "`balancer` must"),
+    ("routers.TopKRouter(E, kernel_initializer=lambda s, dtype: t(D, 1))(t())", "`kernel_i"),
+    ("routers.GroupLimitedRouter(8, 4, 1, top_k=4)", "`top_groups`"),
+    ("losses.GlobalLoadBalance()(routing())", "outside of one"),
+    ("likelihood(t(6, 1))", "`y_true` must have"),
+    ("likelihood(ints(6, 2), distribution='categorical')", "`y_true`"),
+    ("losses.pack_mixture(routing(), t(2, 6, 2))", "each weight"),
+    # Parts of a user, where their results come in.
+    ("own(top_k=1)", "`indices` must have"),
+    ("own(num_experts=E + 1)", "must have the shape"),
+    ("own(indices=t(T, 2))", "`indices` must have a dtype"),
+    ("own(counts=ints(1, E))", "`counts` must have the shape"),
+    ("own(load=t(E + 1))", "`load` must have the shape"),
+    ("trained(router_losses=[own_part(losses.RouterZ, compute=lambda _, x: x.load)])", "one float"),
+    ("balanced(measure=lambda *_: t(1))", "`balancer.measure(...)` must have"),
+    # Functions.
+    ("ops.clean_logits(t(T, E), true(5))", "`mask` must have"),
+    ("ops.top_k_routing(t(T, E), 5)", "`top_k` must be at most"),
+    ("ops.top_k_routing(t(T, E), 2, score='x')", "`score` must be one of"),
+    ("ops.take_scores(t(T, E), ints(1, 1))", "`indices` must"),
+    ("ops.make_routing(ints(T, 1) + E, t(T, 1), t(T, E), t(T, E), true(T))", "from 0 to 3"),
+    ("plan(counts=ints(1, E))", "`counts` must have"),
+    ("ops.plan_groups(routing(), 0)", "`capacity` must be"),
+    ("ops.plan_groups(routing(), 1, true(T, 1))", "`first` must have"),
+    ("ops.plan_groups(routing(), 1, sequence_length=4)", "divide the number"),
+    ("plan().dispatch(t(9, D))", "must have the shape"),
+    ("plan().combine(t(5, D))", "a row for each assignment"),
+    ("ops.grouped_matmul(t(6, 4), t(3, 4, 8), [2, 2, 4])", "`group_sizes` must"),
+    ("ops.grouped_matmul(t(6, 4), t(3, 4, 8), [2, 4])", "`group_sizes`"),
+    ("ops.grouped_matmul(t(6, 4), t(3, 8, 4), [2, 2, 2])", "`kernels` must"),
+    ("feed_forward(biases=[t(E, 16)])", "a bias for each kernel"),
+    ("feed_forward(biases=[t(16), t(D)])", "`biases[0]` must have"),
+    ("feed_forward(clip=1.0)", "need a gate"),
+    ("feed_forward(low_rank=LowRank([t(E, D, 2)], [t(E, 2, 16)], 1.0))", "factors for each kernel"),
+    ("feed_forward(weights=t(5, 2))", "must have the shape"),
+    ("ops.noisy_load(t(T, E), t(T, E), 0, 2, true(T))", "`deviation` must be"),
+    ("ops.noisy_load(t(T, E), t(T, E), t(E), 2, true(T))", "`deviation`"),
+    ("metrics.load_imbalance(np.ones((2, 4)))", "`counts` must have"),
+    ("metrics.load_entropy([-1, 2])", "at least 0"),
+    ("metrics.dropped_fraction([1, 2], [1, 2])", "`dropped` must have"),
+    ("metrics.LoadImbalance(8).update_state(routing())", "E=8"),
+    ("metrics.router_saturation(routing(1), routing(6))", "`before.indices`"),
+    ("metrics.count_table(routing(), [0] * 5, 2)", "`groups` must have"),
+    # Tools.
+    ("inspection.record_routings(usual(), normal(2, 5, D))", "list of batches"),
+    ("inspection.record_routings(usual(), [normal(2, 5, 9)])", "batch 0"),
+    ("inspection.moe_layers(plain())", "must have a `MixtureOfExperts`"),
+    ("inspection.health.judge_drops(5)", "must be a share"),
+    ("reported(path='no/r.html')", "a folder that exists"),
+    ("reported([normal(6, 5, D)] * 2)", "2 arrays for 1 inputs"),
+    ("reported(labels=[1, 2])", "each of 6 documents"),
+    ("reported(labels=np.zeros(6))", "must be integers or strings"),
+    ("visualization.coactivation([[1, 9]], num_experts=4)", "from 0 to 3"),
+    ("surgery.prune_experts(usual(), keep=2.5, by=[1, 2, 3, 4])", "`keep` must be"),
+    ("surgery.prune_experts(usual(), keep=1, by=[1, 2, 3, 4])", "`top_k`"),
+    ("surgery.prune_experts(usual(), by=np.ones(5))", "for the 4 experts"),
+    ("surgery.prune_experts(usual())", "must be measured on `data`"),
+    ("surgery.merge_experts(lora(moe()), data=[normal()])", "LoRA"),
+    ("surgery.merge_experts(built(moe(two_activations())))", "layers, activations"),
+    ("surgery.set_top_k(built(ids_layer()), 1)", "by their scores"),
+    ("upcycle(plain(), 8, 2, granularity=3)", "`granularity` must"),
+    ("upcycle(plain('softmax'), 4, 2, granularity=2)", "softmax"),
+    ("upcycle(plain(kernel_constraint='non_neg'))", "able to do"),
+    ("upcycle(keras.Sequential([keras.Input((D,)), dense()]))", "`model`"),
+    ("hugging_face(layer=5)", "must have all its weights"),
+    ("hugging_face(config={**MIXTRAL, 'num_local_experts': 3})", "must match"),
+    ("hugging_face(into=built(moe()))", "must be a block of"),
+    ("convert.sparsify(plain())", "must have a MoE block"),
+    ("tuner.SearchSpace((5,), top_k=(2,))", "divisible by"),
+    ("tuner.SearchSpace((8,), capacity_factors=(0,))", "`capacity_f"),
+    ("callbacks.RouterLossSchedule(abs, losses.LoadBalance)", "instance of"),
+    ("fitted(callbacks.RouterLossSchedule(lambda e: -1))", "must be a finite"),
+    ("fitted(callbacks.RouterLossSchedule(abs), router_losses=['router_z'])", "the router loss"),
+    ("callbacks.ExpertMonitor(metrics=[lambda c: 1])", "different names"),
+    ("built(bank()).quantize('float8')", '`mode` must be "int8"'),
+    ("load(moe(shared_expert=None), moe(bank(8)))", "must match"),
+]
+REFUSED += [
+    (call.format(argument), f"`{argument.partition('=')[0]}` must be")
+    for call, *arguments in ARGUMENTS
+    for argument in arguments
+]
+
+
+def evaluate(call):
+    return eval(call, {**vars(keras_moe), **globals(), "tuner": tuner, "LowRank": LowRank})
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("call, words", REFUSED, ids=[call for call, _ in REFUSED])
+def test_refused(call, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((TypeError, ValueError, NotImplementedError)) as error:
+        evaluate(call)
+    assert words in str(error.value)
+
+
+class OtherName(routers.TopKRouter):
+    """A router whose number of experts has another name."""
+
+    def __init__(self, number=None, **kwargs):
+        super().__init__(number, **kwargs)
+
+    def get_config(self):
+        config = super().get_config()
+        return {"number": config.pop("num_experts"), **config}
+
+
+TRUE = np.bool_(True)
+LIST = [[1, 1, 1, 0, 0]] * 2
+TAKEN = [
+    "bank(np.int64(E), use_bias=TRUE)",
+    "layers.GatedExperts(np.array(4), np.array(8), output_dim=np.int8(3), use_bias=TRUE)",
+    "layers.Capacity(np.float32(1.5), per_sequence=TRUE)",
+    "routers.TopKRouter(np.int32(E), np.int8(2), renormalize=TRUE, temperature=np.array(2.0))",
+    "layers.TransformerDecoderBlock(2, dense(), cross_attention=TRUE, rotary=TRUE)",
+    "moe(shared_expert=dense(), gated_shared_expert=TRUE, capacity_factor=np.float32(2))",
+    "losses.MixtureNegativeLogLikelihood(scale=np.float32(0.5), normalized=TRUE)",
+    "moe()(X, mask=LIST, training=1)",
+    "moe()(X, np.asarray(LIST))",
+    "moe()(X, indices=[[0, 1]] * 10)",
+    "moe()(X, router_inputs=X.tolist())",
+    "ids_layer()(X, token_ids=LIST)",
+    "moe(bank(kernel_initializer=lambda s, dtype: kops.ones(s)))(X)",
+    "moe(bank(activation=keras.layers.LeakyReLU(0.1)))(X)",
+    "moe(router=routers.CosineRouter(E, kernel_initializer=lambda s, dtype: kops.ones(s)))(X)",
+    "moe(bank(1))(X)",
+    "moe(shared_expert=dense(dtype='bfloat16'))(X)",
+    "layers.TransformerEncoderBlock(2, moe()).build(np.array([2, 5, D]))",
+    "layers.GatedFeedForward(8).build(np.array([2, 5, D]))",
+    "decoder(True).make_cache(2, 5, normal(2, 3, D).tolist(), [[1, 1, 0]] * 2)",
+    "replay([[0, 1]] * 10), replay(kops.convert_to_tensor(ints(10, 2)))",
+    "likelihood(normal(6), (6, 3, 2))",
+    "likelihood(ints(6, 1), distribution='categorical')",
+    "ops.noisy_load(t(T, E), t(T, E), np.ones((T, E)).tolist(), 2, [True] * T)",
+    "ops.top_k_routing(normal(T, E).tolist(), 2, [True] * T)",
+    "surgery.prune_experts(model(router=OtherName()), keep=np.float32(0.5), by=[4, 3, 2, 1])",
+    "callbacks.RouterLossSchedule(keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9))",
+    "tuner.SearchSpace(np.array([64, 128]), num_experts=range(4, 9, 2))",
+]
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("call", TAKEN)
+def test_taken(call):
+    made = evaluate(call)
+    if hasattr(made, "get_config"):
+        json.dumps(made.get_config())
+
+
+@pytest.mark.backends("torch", "jax")
+def test_modules_of_the_framework_are_experts():
+    if BACKEND == "torch":
+        import torch
+
+        each = [keras.layers.TorchModuleWrapper(torch.nn.Linear(D, D)) for _ in range(4)]
+    else:
+
+        def apply(params, inputs):
+            return inputs @ params
+
+        each = [keras.layers.JaxLayer(apply, lambda rng, inputs: t(D, D)) for _ in range(4)]
+    layer = moe(layers.LayerExperts(each[:3]), shared_expert=each[3])
+    made = keras.Sequential([layer])
+    made.compile("sgd", "mse")
+    before = kops.convert_to_numpy(layer(X))
+    made.fit(X, X + 1, verbose=0)
+    assert np.abs(kops.convert_to_numpy(layer(X)) - before).max() > 1e-6
