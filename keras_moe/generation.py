@@ -188,7 +188,7 @@ def _check_agrees(model, state, prompts):
     row = max(range(len(prompts)), key=lambda row: len(prompts[row]))  # it has no padding
     whole = state["text"][row : row + 1, : state["position"]]
     expected = np.asarray(model.predict_on_batch(whole)[0, -1], "float32")
-    difference = np.max(np.abs(state["logits"][row] - expected))
+    difference = float(np.max(np.abs(state["logits"][row] - expected)))
     if difference > 0.05 * np.ptp(expected):
         raise ValueError(
             "The layers between decoder blocks must treat each position alone and alike, as tokens "
