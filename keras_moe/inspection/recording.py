@@ -5,7 +5,7 @@ import contextlib
 import keras
 from keras import ops
 
-from keras_moe._internal.checks import is_kind
+from keras_moe._internal.checks import check_indices, is_kind
 from keras_moe._internal.keras_internals import forget_compiled
 from keras_moe._internal.plain_text import describe
 from keras_moe.inspection.finding import moe_layers
@@ -194,7 +194,7 @@ def replaying(model, routings):
         )
     for name, routing in routings.items():
         indices = getattr(routing, "indices", routing)
-        layers[name].router.check_arrays(indices=indices)
+        check_indices("routings", indices, layers[name].router.num_experts)
         layers[name].replayed_indices = indices
     try:
         yield
