@@ -17,6 +17,7 @@ D, H, E = 64, 128, 16
 BANKS = {
     "gated": lambda **kwargs: layers.GatedExperts(E, H, **kwargs),
     "biased": lambda **kwargs: layers.FeedForwardExperts(E, H, **kwargs),
+    "linear": lambda **kwargs: layers.LinearExperts(E, H, **kwargs),
 }
 
 

@@ -45,7 +45,10 @@ def model_with_everything():
         ]
     )
     x = moe(mixed, router=routers.TopKRouter(3, 3, kernel_initializer="he_normal"))(x)
-    x = moe(router=routers.TopKRouter(E, 1), capacity_factor=1.0)(x)
+    narrow = keras.layers.Dense(3)(x)
+    x = moe(layers.LinearExperts(E, D), router=routers.TopKRouter(E, 1), capacity_factor=1.0)(
+        x, router_inputs=narrow
+    )
     x = keras.layers.GlobalAveragePooling1D()(x)
     return keras.Model(inputs, keras.layers.Dense(3, kernel_initializer=WIDE)(x))
 
@@ -117,6 +120,7 @@ def test_weights_fit_a_layer_with_other_losses_and_leave_their_weights_alone(tmp
 
 PARTS = {
     "feed-forward": lambda: layers.FeedForwardExperts(E, 16),
+    "linear": lambda: layers.LinearExperts(E, D),
     "layers": lambda: layers.LayerExperts([keras.layers.Dense(D) for _ in range(E)]),
     "zero": lambda: layers.ZeroComputationExperts(layers.GatedExperts(E - 1, 16), num_constant=1),
 }
