@@ -81,7 +81,8 @@ def test_outputs_and_gradients_are_those_of_the_integers_as_floats(model, most_r
         monkeypatch.setattr("keras_moe.backend.torch_integers.MOST_ROWS", most_rows)
     bank, x = bank_of(model), normal(64, D)
     bank.quantize("int8")
-    floats = model_of(type(bank)(E, D if isinstance(bank, layers.LinearExperts) else H))  # with the same router
+    width = D if isinstance(bank, layers.LinearExperts) else H
+    floats = model_of(type(bank)(E, width))  # with the same router
     for name in ("gate", "up", "down"):
         if hasattr(bank, f"{name}_kernel"):
             values, scale = (getattr(bank, f"{name}_{part}") for part in ("kernel", "scale"))
