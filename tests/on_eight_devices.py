@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 from backends import assert_close
+from layer_checks import SumOfTasks
 
 from benchmarks import scaling
 from benchmarks.collectives import collectives
@@ -178,6 +179,10 @@ LAYERS = {
     "per sequence": bank_of(capacity_factor=layers.Capacity(0.5, per_sequence=True)),
     "zero computation": lambda: layers.MixtureOfExperts(
         layers.ZeroComputationExperts(layers.FeedForwardExperts(E, H), 1, 1, 1)
+    ),
+    "linear": lambda: layers.MixtureOfExperts(layers.LinearExperts(E, D), "dense"),
+    "many tasks": lambda: SumOfTasks(
+        layers.MultiGateMixtureOfExperts(layers.GatedExperts(E, H), 2, ["top_k", "top_k"])
     ),
     "layers": lambda: layers.MixtureOfExperts(
         layers.LayerExperts([keras.layers.Dense(D) for _ in range(E)])

@@ -25,6 +25,7 @@ from benchmarks import (  # noqa: E402
     model,
     peers,
     tagger,
+    tasks,
 )
 from benchmarks.observed import in_observed_process  # noqa: E402
 from benchmarks.rivals import ANY, RIVALS, Rival  # noqa: E402
@@ -124,6 +125,17 @@ def test_exported_programs_with_more_experts_are_timed_against_those_with_few():
     rows = run(exported, "--programs", program)
     assert [(row["program"], row["name"]) for row in rows] == [(program, "E=2"), (program, "E=4")]
     assert rows[0]["ratio"] == 1.0
+
+
+@where_nothing_is_compiled
+def test_layers_of_many_tasks_are_timed_against_the_same_by_hand():
+    rows = run(tasks)
+    assert [row["name"] for row in rows] == [
+        *("MMoE by hand", "MMoE of keras_moe", "PLE by hand", "PLE of keras_moe"),
+        *("dense gates", "top-2 gates", "one network", "8 networks, top-1"),
+    ]
+    assert_timed(rows)
+    assert max(row.get("max_difference", 0.0) for row in rows) < 1e-5
 
 
 @where_nothing_is_compiled

@@ -133,7 +133,9 @@ def test_the_page_on_reliability_repeats_the_order_of_an_epoch(shuffled_by, tmp_
     np.testing.assert_array_equal(whole.layers[-1].kernel, model.layers[-1].kernel)
 
 
-OF_MANY_OPERATIONS = ["capacity", "generating", "surgery", "upcycling"]
+OF_MANY_OPERATIONS = [
+    *("capacity", "density", "generating", "many_tasks", "surgery", "upcycling"),
+]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ OF_MANY_OPERATIONS = ["capacity", "generating", "surgery", "upcycling"]
 def test_guides_that_need_nothing_run(document, capsys):
     names = run(f"docs/{document}.md")
     assert names["model"].count_params() > 0
-    assert capsys.readouterr().out.count("[") >= 1
+    assert capsys.readouterr().out.count("[") >= 1 or document == "density"
 
 
 @pytest.mark.backends("torch")  # it trains several models

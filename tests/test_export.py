@@ -33,6 +33,11 @@ def with_every_bank():
     different = layers.LayerExperts([keras.layers.Dense(D), small])
     bank = layers.ZeroComputationExperts(different, num_zero=1, num_identity=1, num_constant=1)
     x = layers.MixtureOfExperts(bank)(x)
+    narrow = layers.GatedExperts(E, 16, output_dim=5)
+    of_tasks = layers.MultiGateMixtureOfExperts(narrow, 2, ["dense", "top_k"])(x)
+    linear = layers.MixtureOfExperts(layers.LinearExperts(E, 4))
+    _, single = linear(x, router_inputs=of_tasks[0], return_expert_outputs=True)
+    x = keras.layers.Concatenate()([x, *of_tasks, keras.layers.Reshape((S, 8))(single)])
     return keras.Model(inputs, keras.layers.Dense(2)(x))
 
 

@@ -310,10 +310,11 @@ def test_the_loss_of_an_activation_inside_an_expert_counts_once(jit_compile):
     "bank",
     [
         lambda: layers.FeedForwardExperts(E, 16),
-        lambda: layers.GatedExperts(E, 16, use_bias=True),
+        lambda: layers.GatedExperts(E, 16, use_bias=True, output_dim=3),
+        lambda: layers.LinearExperts(E, 3),
         lambda: layers.LayerExperts([keras.layers.Dense(D) for _ in range(E)]),
     ],
-    ids=["feed_forward", "gated", "layer"],
+    ids=["feed_forward", "gated", "linear", "layer"],
 )
 def test_every_gradient_exists_and_is_zero_for_unused_experts(bank):
     layer = moe(bank(), router=one_hot_router())

@@ -12,6 +12,7 @@ from keras_moe.ops.grouped import padded, run
 E, H, RANK = 4, 6, 2
 MODELS = {
     "gated, cosine": (lambda: layers.GatedExperts(E, H), lambda: routers.CosineRouter(E, 5)),
+    "linear, dense": (lambda: layers.LinearExperts(E, D), lambda: routers.DenseRouter(E)),
     "biased, top-k": (
         lambda: layers.FeedForwardExperts(E, H),
         lambda: routers.TopKRouter(E, balancer="loss_free", use_bias=True, logit_noise=0.1),

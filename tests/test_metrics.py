@@ -43,7 +43,7 @@ def expected_usage(counts, dropped):
         "expert_share": share,
         "load_variation": np.std(counts) / mean,
         "max_share": share.max(),
-        "active_fraction": np.mean(np.array(counts) > 0),
+        "active_fraction": 1 - reference.dead_experts(counts) / len(counts),
         "utilization_quantiles": np.quantile(share * len(share), [0, 0.25, 0.5, 0.75, 1]),
         "dropped_fraction": reference.dropped_fraction(dropped, counts),
     }

@@ -42,7 +42,10 @@ def model_with_everything():
         ]
     )
     x = moe(mixed, router=routers.TopKRouter(3, 3, kernel_initializer="he_normal"))(x)
-    x = moe(router=routers.TopKRouter(E, 1), capacity_factor=1.0)(x)
+    narrow = keras.layers.Dense(3)(x)
+    x = moe(layers.LinearExperts(E, D), router=routers.TopKRouter(E, 1), capacity_factor=1.0)(
+        x, router_inputs=narrow
+    )
     x = keras.layers.GlobalAveragePooling1D()(x)
     return keras.Model(inputs, keras.layers.Dense(3, kernel_initializer=WIDE)(x))
 

@@ -18,6 +18,7 @@ X = normal(32, D)  # One batch of `fit`: another size would be compiled again.
 BANKS = {
     "plain": lambda: layers.FeedForwardExperts(E, H, bias_initializer="normal"),
     "gated": lambda: layers.GatedExperts(E, H, use_bias=True),
+    "linear": lambda: layers.LinearExperts(E, D, bias_initializer="normal"),
     "layers": lambda: layers.LayerExperts(
         [keras.Sequential([keras.layers.Dense(H, "relu"), keras.layers.Dense(D)]) for _ in range(E)]
     ),
@@ -87,6 +88,7 @@ def test_routers_lose_columns_and_nothing_else(router):
 OPERATIONS = {
     "prune, plain": ("plain", surgery.prune_experts),
     "prune, layers": ("layers", surgery.prune_experts),
+    "prune, linear": ("linear", surgery.prune_experts),
     "merge, gated": ("gated", surgery.merge_experts),
 }
 
@@ -174,6 +176,27 @@ def test_merged_experts_are_averaged_by_usage():
     expected = [np.average(bias[group], axis=0, weights=counts[group] + 1e-6) for group in groups]
     np.testing.assert_allclose(array(layer.experts.down_bias), expected, atol=1e-6)
     assert sorted(sum(groups, [])) == list(range(E))
+
+
+@on_one_backend
+def test_linear_experts_are_averaged_by_usage():
+    layer, weights = single(BANKS["linear"]())
+    counts = array(layer(X, return_routing=True)[1].counts)
+    groups = surgery.merge_experts(layer, keep=3, data=[X]).experts["moe"]
+    for name in ("up_kernel", "up_bias"):
+        of_groups = [(weights[name][group], counts[group] + 1e-6) for group in groups]
+        expected = [np.average(stack, axis=0, weights=shares) for stack, shares in of_groups]
+        np.testing.assert_allclose(array(getattr(layer.experts, name)), expected, atol=1e-6)
+
+
+@on_one_backend
+def test_experts_of_whole_samples_are_cut():
+    bank = layers.LayerExperts([keras.layers.Conv1D(D, 1) for _ in range(E)])
+    layer = layers.MixtureOfExperts(bank, routers.DenseRouter(), token_axes=1)
+    series = normal(4, 3, D)
+    layer.build(series.shape)
+    prune(layer, np.array([1, 4]))
+    assert layer(series).shape == series.shape
 
 
 @on_one_backend

@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_moe._internal.checks import check_integer
 from keras_moe.inspection import health, moe_layers
+from keras_moe.metrics.usage import is_dead
 
 # A collapse that recovers at this rate from look to look is not reported.
 _RECOVERY = 0.02
@@ -25,7 +26,7 @@ class ExpertHealth(keras.callbacks.Callback):
     Looks at every MoE layer for
 
     - a collapse: nearly all work goes to the same few experts, and it does not get better;
-    - dead experts, without a token for three times as many looks as a collapse;
+    - dead experts, by `metrics.dead_experts`, for three times as many looks as a collapse;
     - a router with weights that are not a number, or that have grown so large that each choice is
       absolute;
     - a balancing loss with a `usual_weight`, such as `losses.LoadBalance`, whose weight is too
@@ -208,7 +209,8 @@ class _Watch:
         return health.collapsed(self._window, self.layer.balance_advice())
 
     def _judge_idle(self):
-        self._idle = np.where(self._window > 0, 0, self._idle + 1)
+        idle = ops.convert_to_numpy(is_dead(self._window))
+        self._idle = np.where(idle, self._idle + 1, 0)
         looks = _DEAD_PATIENCE * self.patience
         dead = np.flatnonzero(self._idle >= looks)
         # In a collapse most are dead, one after the other.

@@ -22,7 +22,7 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     - `load_imbalance`: load of the busiest expert above the mean, 0 at balance
     - `load_entropy`: 1 at balance, 0 if one expert has everything
-    - `dead_experts`: number of experts without a single assignment in the epoch
+    - `dead_experts`: number of experts with less than a thousandth of the mean
     - `dropped_fraction`: share of the assignments that found no slot
     - `router_entropy`: of the scores of a token, in nats: `log E` undecided, 0 decided
     - `load_balance_loss`, ...: mean of each router loss by its name, before its weight

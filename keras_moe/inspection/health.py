@@ -6,6 +6,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal.checks import check_integer
+from keras_moe.metrics.usage import is_dead
 
 PROBLEM, HINT = "problem", "hint"
 
@@ -63,9 +64,9 @@ def spread(counts, top_k):
 def judge_load(counts, top_k, advice):
     """Findings about who does the work.
 
-    A problem where experts have no token, or where the `spread` is below 0.1, a collapse; a hint
-    where the busiest expert does more than twice the mean, or where fewer than 20 assignments an
-    expert are too few to judge.
+    A problem where experts are dead, as `metrics.dead_experts` counts them, or where the `spread`
+    is below 0.1, a collapse; a hint where the busiest expert does more than twice the mean, or
+    where fewer than 20 assignments an expert are too few to judge.
 
     Args:
         counts: List or array, (E,). Assignments per expert.
@@ -83,8 +84,9 @@ def judge_load(counts, top_k, advice):
     if spread(counts, top_k) < COLLAPSED:
         return [collapsed(counts, advice)]
     findings = []
-    if not counts.all():
-        findings.append(dead(np.flatnonzero(counts == 0), num_experts, advice))
+    idle = np.flatnonzero(ops.convert_to_numpy(is_dead(counts)))
+    if len(idle):
+        findings.append(dead(idle, num_experts, advice))
     busiest = counts.max() / counts.mean()
     if busiest - 1 > IMBALANCED:
         text = f"The busiest expert does {busiest:.1f} times its fair share."

@@ -90,8 +90,8 @@ class LayerSummary(NamedTuple):
       `routers.SoftRouter` 1, as if there were as many slots as tokens. Experts that several layers
       share count in each of them.
     - `flops`: of one token, forward, at two for each active parameter.
-    - `counts`: assignments per expert since the counters were last reset, or in the epoch before
-      that, if they are empty.
+    - `counts`: assignments per expert, or sums of their weights where all serve each token, since
+      the counters were last reset, or in the epoch before that, if they are empty.
     """
 
     name: str
@@ -139,8 +139,8 @@ def summary(model, print_fn=print):
 
     Below the parameters of the model, those of `model.count_params()`, a table has one row for each
     MoE layer. `parameters`, `active` and `FLOPs a token` are those of `inspection.LayerSummary`.
-    `busiest` is the load of the busiest expert, where 1 is an equal share, and `dead` the number of
-    experts without a token: in the last epoch or evaluation that an `ExpertMonitor` watched, in all
+    `busiest` is the load of the busiest expert, where 1 is an equal share, and `dead` that of
+    `metrics.dead_experts`: in the last epoch or evaluation that an `ExpertMonitor` watched, in all
     of a training without. `engine` is that of `inspection.LayerDescription`.
 
     Args:
@@ -185,7 +185,7 @@ def _row(layer, description):
         f"{layer.active_parameters:,}",
         f"{layer.flops:,}",
         f"{busiest:.2f} x fair" if used else "-",
-        str(layer.counts.count(0)) if used else "-",
+        f"{int(metrics.dead_experts(layer.counts))}" if used else "-",
         f"{description.engine or '-'} ({description.platform})",
     )
 

@@ -156,7 +156,7 @@ class LayerExperts(ExpertBank):
             losses = [ops.cast(loss, "float32") for loss in scope.losses]
             return output, sum(losses, ops.zeros((), "float32"))
 
-        return Alike(function, weights)
+        return Alike(function, weights, has_samples=len(self._row_shape) > 1)
 
     def engine_on(self, platform, static_shapes):
         return engine_of(_are_alike(self.layers), platform, static_shapes)

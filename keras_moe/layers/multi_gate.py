@@ -1,10 +1,11 @@
 """Many tasks: one bank of experts, and a router for each task.
 
-Axes: T tokens, D features, E experts, K experts of a token, S places for the experts that any task
-chooses for a token.
+Axes: T tokens, D features, E experts of a bank, K experts of a token, S places for the experts that
+any task chooses for a token.
 """
 
-from typing import Any
+import collections
+import itertools
 
 import keras
 from keras import ops
@@ -50,8 +51,7 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
         **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
-        ValueError: If there is not one router, bank or name for each task, two banks or names are
-            the same, or a router is a `SoftRouter`.
+        ValueError: If there is not one router, bank or name for each task.
 
     Call arguments:
         inputs: (batch, ..., D) float tensor, or with `task_experts` a list of them: one for each
@@ -90,134 +90,124 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.experts = expert_bank.get(experts)
         self.num_tasks = check_integer("num_tasks", num_tasks)
-        self.task_names = _one_for_each("task_names", task_names, num_tasks) or [
-            f"task_{number}" for number in range(num_tasks)
-        ]
-        self.task_experts: Any = None
-        if task_experts is not None:
-            banks = _one_for_each("task_experts", task_experts, num_tasks)
-            self.task_experts = [expert_bank.get(bank) for bank in banks]
-        parts = [self.experts, *(self.task_experts or ())]
-        if len(set(map(id, parts))) < len(parts):
+        self.experts = expert_bank.get(experts)
+        banks = _one_for_each("task_experts", task_experts, self.num_tasks)
+        self.task_experts = [expert_bank.get(bank) for bank in banks]
+        names = [f"task_{number}" for number in range(self.num_tasks)]
+        self.task_names = _one_for_each("task_names", task_names, self.num_tasks) or names
+        if len({id(bank) for bank in (self.experts, *self.task_experts)}) <= len(self.task_experts):
             raise ValueError("`experts` and `task_experts` must be different objects")
-        self.shared_output = bool(shared_output)
-        if shared_output and task_experts is None:
-            raise ValueError("`shared_output=True` needs `task_experts`")
-        if len(set(self.task_names)) < num_tasks:
+        if len(set(self.task_names)) < self.num_tasks:
             raise ValueError(f"`task_names` must differ. Received: task_names={task_names}")
-        if router_losses is not None:
-            router_losses = tuple(losses.get(loss) for loss in router_losses)
         self.router_losses = router_losses
-        # The banks that each router chooses from, in the order of its experts.
-        own = [()] * num_tasks if task_experts is None else [(bank,) for bank in self.task_experts]
-        banks = [(self.experts, *of_task) for of_task in own]
+        if router_losses is not None:
+            self.router_losses = tuple(losses.get(loss) for loss in router_losses)
+        self.shared_output = bool(shared_output)
+        if shared_output and not self.task_experts:
+            raise ValueError("`shared_output=True` needs `task_experts`")
+
+        # What each router chooses from: the shared experts, then those of its task.
+        chosen_from = [
+            [self.experts, *self.task_experts[number : number + 1]]
+            for number in range(self.num_tasks)
+        ]
         names = list(self.task_names)
         if shared_output:
-            banks.append((self.experts, *self.task_experts))
+            chosen_from.append([self.experts, *self.task_experts])
             names.append("shared")
         self.tasks = [
             MixtureOfExperts(
-                of_task[0] if len(of_task) == 1 else JoinedExperts(of_task),
-                router_of_task,
-                router_losses,
+                banks[0] if len(banks) == 1 else JoinedExperts(banks),
+                router,
+                self.router_losses,
                 name=f"{self.name}_{name}",
                 dtype=self.dtype_policy if kwargs.get("dtype") is not None else None,
             )
-            for of_task, router_of_task, name in zip(banks, _routers(router, len(names)), names)
+            for banks, router, name in zip(chosen_from, _routers(router, len(names)), names)
         ]
         if any(isinstance(task.router, routers.SoftRouter) for task in self.tasks):
             raise ValueError("`router` must choose experts. Received: a `SoftRouter`")
         self.supports_masking = True
 
     def build(self, inputs_shape):
-        shapes = self._by_task(inputs_shape, is_shape=True)
-        if not self.experts.built:
-            self.experts.build((None, shapes[-1][-1]))
-        for bank, shape in zip(self.task_experts or (), shapes):
+        *shapes, shared_shape = self._of_each_task(inputs_shape, is_list=_is_list_of_shapes)
+        widths = []
+        for bank, shape in [*zip(self.task_experts, shapes), (self.experts, shared_shape)]:
             if not bank.built:
                 bank.build((None, shape[-1]))
-        banks = [*(self.task_experts or ()), self.experts]
-        widths = [bank.compute_output_shape((None, shapes[-1][-1]))[-1] for bank in banks]
+            widths.append(bank.compute_output_shape((None, shape[-1]))[-1])
         if len(set(widths)) > 1:
             raise ValueError(
                 f"All banks must return the same number of features. Received: {widths}"
             )
-        for task, shape in zip(self.tasks, shapes):
+        for task, shape in zip(self.tasks, [*shapes, shared_shape]):
             task.experts.built = True  # its banks are
             task.build(shape)
 
-    def _by_task(self, inputs, is_shape=False):
-        """One input for each task, and one for the shared experts and the last router."""
-        single = is_shape and not isinstance(inputs[0], (list, tuple))
-        if single or not isinstance(inputs, (list, tuple)):
-            return [inputs] * (self.num_tasks + 1)
-        if len(inputs) != self.num_tasks + 1 or self.task_experts is None:
-            raise ValueError(
-                "`inputs` must be one tensor or, with `task_experts`, one for each task and one "
-                f"for the shared experts. Received: {len(inputs)} for {self.num_tasks} tasks"
-            )
-        return list(inputs)
-
     def call(self, inputs, mask=None, training=None):
-        # Route: the router of each task chooses among the experts of its banks.
-        # Keras makes a list of masks for a list of inputs.
+        # Flatten: tokens (T, D) of each task and, last, of the shared experts.
         has_masks = isinstance(inputs, (list, tuple)) and isinstance(mask, (list, tuple))
-        inputs, masks = self._by_task(inputs), mask if has_masks else [mask] * (self.num_tasks + 1)
+        inputs = self._of_each_task(inputs)
         axes = "abcdefghij"[: len(inputs[0].shape)]
         check_tensors(**{f"inputs[{n}]": (each, axes, "float") for n, each in enumerate(inputs)})
-        routed: list[Any] = [
-            _route(task, each, of_task, training)
-            for task, each, of_task in zip(self.tasks, inputs, masks)
-        ]
-        tokens = [tokens for tokens, _, _ in routed]
-        tokens_of_bank = [*tokens[: self.num_tasks], tokens[-1]]
-        if len(inputs) > len(self.tasks):  # there is no router for the input of shared experts
-            tokens_of_bank[-1] = _flatten(self.tasks[0], inputs[-1], masks[-1])[0]
+        masks = mask if has_masks else [mask] * len(inputs)
+        flat = [self._flatten(*each) for each in zip(inputs, masks)]
 
-        # Compute: each bank computes for a token what any task chose of it. Combine: each task
-        # sums these outputs by its own weights.
-        totals: list[Any] = [0.0] * len(self.tasks)
-        banks = [*(self.task_experts or [None] * self.num_tasks), self.experts]
-        for bank, bank_tokens in zip(banks, tokens_of_bank):
-            if bank is None:
-                continue
-            choices = {
-                number: _choices(task, bank, routing)
-                for number, (task, (_, routing, _)) in enumerate(zip(self.tasks, routed))
-                if _first_expert(task, bank) is not None
-            }
-            outputs, weights = _compute(bank, bank_tokens, list(choices.values()))
-            outputs = ops.cast(outputs, "float32")
-            for number, of_task in zip(choices, weights):
-                totals[number] = totals[number] + ops.einsum("ts,tsd->td", of_task, outputs)
+        # Route: the router of each task chooses among the shared experts and its own.
+        lengths = [_sequence_length(ops.shape(each)[:-1]) for each in inputs]
+        routings = [
+            task._route(tokens, mask, length, training)
+            for task, (tokens, mask), length in zip(self.tasks, flat, lengths)
+        ]
+
+        # Compute: each bank computes for a token the experts that any task chose, once.
+        # Combine: each task sums the outputs of its banks by its own weights.
+        choices = _choices_by_bank(self.tasks, routings)
+        totals: list = [0.0] * len(self.tasks)
+        for bank, (tokens, _) in [*zip(self.task_experts, flat), (self.experts, flat[-1])]:
+            outputs, places = _compute(bank, tokens, choices[bank])
+            for number, *choice in choices[bank]:
+                weights = _weights_at(places, *choice)
+                totals[number] += ops.einsum("ts,tsd->td", weights, outputs)
 
         # Account: in training, each task adds its router losses and counts its assignments.
-        returned = []
-        for task, each, (tokens_of_task, routing, sequence_length), total in zip(
-            self.tasks, inputs, routed, totals
-        ):
-            task._account(tokens_of_task, routing, sequence_length, training)
-            shape = (*ops.shape(each)[:-1], total.shape[-1])
-            returned.append(ops.cast(ops.reshape(total, shape), self.compute_dtype))
-        return returned
-
-    def compute_output_shape(self, inputs_shape):
-        shapes = self._by_task(inputs_shape, is_shape=True)
+        for task, (tokens, _), routing, length in zip(self.tasks, flat, routings, lengths):
+            task._account(tokens, routing, length, training)
+        shapes = [(*ops.shape(each)[:-1], totals[0].shape[-1]) for each in inputs]
         return [
-            (*shape[:-1], self.experts.compute_output_shape((None, shapes[-1][-1]))[-1])
-            for shape in shapes[: len(self.tasks)]
+            ops.cast(ops.reshape(total, shape), self.compute_dtype)
+            for total, shape in zip(totals, shapes)
         ]
 
+    def _of_each_task(self, values, is_list=lambda values: isinstance(values, (list, tuple))):
+        """Inputs or shapes: one for each task and, last, one for the shared experts."""
+        if not is_list(values):
+            return [values] * (self.num_tasks + 1)
+        if len(values) != self.num_tasks + 1 or not self.task_experts:
+            raise ValueError(
+                "`inputs` must be one tensor or, with `task_experts`, one for each task and one "
+                f"for the shared experts. Received: {len(values)} for {self.num_tasks} tasks"
+            )
+        return list(values)
+
+    def _flatten(self, inputs, mask):
+        """Tokens (T, D), zero where they are padding, and their mask."""
+        mask = self.tasks[0]._check_call(inputs, mask)
+        return self.tasks[0]._flatten(inputs, mask), mask
+
+    def compute_output_shape(self, inputs_shape):
+        shapes = self._of_each_task(inputs_shape, is_list=_is_list_of_shapes)
+        features = self.experts.compute_output_shape((None, shapes[-1][-1]))[-1]
+        return [(*shape[:-1], features) for shape in shapes[: len(self.tasks)]]
+
     def get_config(self):
-        banks = self.task_experts
         return {
             **super().get_config(),
             "experts": config_of(self.experts),
             "num_tasks": self.num_tasks,
             "router": [config_of(task.router) for task in self.tasks],
-            "task_experts": None if banks is None else [config_of(bank) for bank in banks],
+            "task_experts": [config_of(bank) for bank in self.task_experts] or None,
             "router_losses": self.router_losses and list(map(config_of, self.router_losses)),
             "shared_output": self.shared_output,
             "task_names": self.task_names,
@@ -240,7 +230,11 @@ def _one_for_each(name, values, number):
         raise ValueError(
             f"`{name}` must have one for each task. Received: {len(values)} for {number} tasks"
         )
-    return values
+    return values or []
+
+
+def _is_list_of_shapes(shapes):
+    return isinstance(shapes[0], (list, tuple))
 
 
 def _routers(router, number):
@@ -254,59 +248,44 @@ def _routers(router, number):
     return [router, *(type(router).from_config(dict(config)) for _ in range(number - 1))]
 
 
-def _flatten(task, inputs, mask):
-    mask = task._check_call(inputs, mask)
-    return task._flatten(inputs, mask), mask
+def _choices_by_bank(tasks, routings):
+    """For each bank a list of (number of a task, experts of the bank, weights).
 
-
-def _route(task, inputs, mask, training):
-    """The tokens of a task, their routing, and the length of a sequence."""
-    tokens, mask = _flatten(task, inputs, mask)
-    sequence_length = _sequence_length(task._leading(inputs))
-    return tokens, task._route(tokens, mask, sequence_length, training), sequence_length
-
-
-def _first_expert(task, bank):
-    """The number of a bank's first expert among those of a task, None if the task has not any."""
-    first = 0
-    for each in getattr(task.experts, "banks", [task.experts]):
-        if each is bank:
-            return first
-        first += each.num_experts
-    return None
-
-
-def _choices(task, bank, routing):
-    """The experts (T, K) of a bank that a task chose, others out of range, and their weights.
-
-    None for the experts if all serve, in order.
+    Experts are (T, K), numbered in the bank and out of range for those of other banks, or None if
+    all serve, in order. Weights are (T, K), or then (T, E).
     """
-    first = _first_expert(task, bank)
-    if isinstance(task.router, routers.DenseRouter):
-        return None, routing.weights[:, first : first + bank.num_experts]
-    return routing.indices - first, routing.weights
+    choices = collections.defaultdict(list)
+    for number, (task, routing) in enumerate(zip(tasks, routings)):
+        banks = getattr(task.experts, "banks", [task.experts])
+        ends = itertools.accumulate(bank.num_experts for bank in banks)
+        for bank, end in zip(banks, ends):
+            first = end - bank.num_experts
+            if isinstance(task.router, routers.DenseRouter):
+                choice = None, routing.weights[:, first:end]
+            else:
+                choice = routing.indices - first, routing.weights
+            choices[bank].append((number, *choice))
+    return choices
 
 
 def _compute(bank, tokens, choices):
-    """Outputs (T, S, D') of the experts that were chosen, and for each choice weights (T, S)."""
-    num_experts = bank.num_experts
-    if any(experts is None for experts, _ in choices):
-        outputs = bank.compute_all(tokens)
-        places = ops.expand_dims(ops.arange(num_experts, dtype="int32"), 0)
-    else:
-        chosen = [existing(experts, num_experts) for experts, _ in choices]
-        places = _without_repeats(ops.concatenate(chosen, axis=1))
-        plan = GroupedPlan(Assignments.of(places, num_experts), ops.ones_like(places, "float32"))
-        plan = plan.by_assignment()
-        if not backend.token_shards():
-            plan = plan.sort()
-        num_places = places.shape[1]
-        outputs = bank(ops.repeat(tokens, num_places, axis=0), plan)
-        outputs = ops.reshape(outputs, (-1, num_places, outputs.shape[-1]))
-    return outputs, [
-        weights if experts is None else _weights_at(places, experts, weights)
-        for experts, weights in choices
-    ]
+    """Outputs (T, S, D') of the experts that any task chose, float32, and their numbers (T, S).
+
+    An expert that several tasks chose for a token has one place; the others are -1.
+    """
+    if any(experts is None for _, experts, _ in choices):
+        places = ops.expand_dims(ops.arange(bank.num_experts, dtype="int32"), 0)
+        return ops.cast(bank.compute_all(tokens), "float32"), places
+    chosen = [existing(experts, bank.num_experts) for _, experts, _ in choices]
+    places = _without_repeats(ops.concatenate(chosen, axis=1))
+    plan = GroupedPlan(Assignments.of(places, bank.num_experts), ops.ones_like(places, "float32"))
+    plan = plan.by_assignment()
+    if not backend.token_shards():
+        plan = plan.sort()
+    num_places = places.shape[1]
+    outputs = bank(ops.repeat(tokens, num_places, axis=0), plan)
+    outputs = ops.reshape(outputs, (-1, num_places, outputs.shape[-1]))
+    return ops.cast(outputs, "float32"), places
 
 
 def _without_repeats(experts):
@@ -317,7 +296,9 @@ def _without_repeats(experts):
 
 
 def _weights_at(places, experts, weights):
-    """The weights (T, K) of experts (T, K) at the places (T, S) where these are, zero elsewhere."""
+    """The weights of a task's experts at their places, (T, S), zero elsewhere."""
+    if experts is None:
+        return weights
     matches = ops.expand_dims(places, 1) == ops.expand_dims(experts, 2)  # (T, K, S)
     matches = ops.logical_and(matches, ops.expand_dims(places >= 0, 1))
     return ops.sum(ops.where(matches, ops.expand_dims(weights, 2), 0.0), axis=1)

@@ -52,13 +52,20 @@ def dead_experts(counts):
     Returns:
         Scalar, float32.
     """
+    return ops.sum(ops.cast(is_dead(counts), "float32"))
+
+
+def is_dead(counts):
+    """Which experts have less than a thousandth of the mean, (E,) bool; all if there is nothing.
+
+    Not zero: where all experts serve all tokens, counts are sums of weights.
+    """
     counts = as_counts(counts)
-    # All are dead where nothing was assigned.
-    return ops.sum(ops.cast(counts <= 1e-3 * ops.mean(counts), "float32"))
+    return counts <= 1e-3 * ops.mean(counts)
 
 
 def dead_experts_over_window(counts, window=100):
-    """Number of experts without a single assignment in the last `window` batches.
+    """Number of experts that `dead_experts` counts in all of the last `window` batches.
 
     Args:
         counts: Tensor or list, (N, E). Assignments per expert in N batches, in the order of time.
@@ -127,15 +134,15 @@ def max_share(counts):
 
 
 def active_fraction(counts):
-    """Share of the experts that have an assignment.
+    """Share of the experts that are not dead, as `dead_experts` counts them.
 
     Args:
-        counts: Tensor or list, (E,). Assignments per expert.
+        counts: Tensor or list, (E,). Assignments per expert, or shares of the combine weight.
 
     Returns:
         Scalar, float32.
     """
-    return ops.mean(ops.cast(as_counts(counts) > 0, "float32"))
+    return 1.0 - ops.mean(ops.cast(is_dead(counts), "float32"))
 
 
 def utilization_quantiles(counts, quantiles=(0.0, 0.25, 0.5, 0.75, 1.0)):
@@ -254,7 +261,7 @@ class DeadExpertsOverWindow(_UsageMetric):
 
     Args:
         num_experts: Integer. Number of experts, E.
-        window: Integer. Batches without an assignment after which an expert is dead.
+        window: Integer. Batches in a row in which an expert must be dead.
         name: String or None. Name of the metric.
         dtype: String or None. Dtype of the metric.
 
@@ -270,11 +277,11 @@ class DeadExpertsOverWindow(_UsageMetric):
     def __init__(self, num_experts, window=100, name=None, dtype=None):
         super().__init__(num_experts, name, dtype)
         self.window = check_integer("window", window)
-        # Batches since the last assignment of each expert.
+        # Batches since each expert was last alive.
         self.idle = self.add_variable((self.num_experts,), "zeros", dtype="float32", name="idle")
 
     def _add(self, counts, dropped):
-        self.idle.assign(ops.where(counts > 0, 0.0, self.idle + 1.0))
+        self.idle.assign(ops.where(is_dead(counts), self.idle + 1.0, 0.0))
 
     def result(self):
         return ops.sum(ops.cast(self.idle >= self.window, "float32"))

@@ -43,8 +43,7 @@ class Assignments(NamedTuple):
         """Those to the first `num_experts` experts; any other number (T, K) is none."""
         served = ops.logical_and(experts >= 0, experts < num_experts)
         experts = ops.where(served, experts, -1)
-        queue = ops.reshape(ops.where(served, experts, num_experts), (-1,))
-        return cls(experts, queue_sizes(queue, num_experts + 1)[:num_experts])
+        return cls(experts, backend.count_integers(ops.reshape(experts, (-1,)), num_experts))
 
     def axes(self):
         return "TK", "E", "TK"

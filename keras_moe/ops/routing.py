@@ -204,7 +204,9 @@ def weighted_counts(indices, weights, mask):
     """
     num_experts = indices.shape[1]
     weights = ops.stop_gradient(ops.where(ops.expand_dims(mask, 1), weights, 0.0))
-    totals = ops.segment_sum(ops.reshape(weights, (-1,)), ops.reshape(indices, (-1,)), num_experts)
+    # Not `ops.segment_sum`, with which PyTorch exports a program for one size of batches.
+    is_expert = ops.expand_dims(indices, 2) == ops.arange(num_experts, dtype=indices.dtype)
+    totals = ops.sum(ops.where(is_expert, ops.expand_dims(weights, 2), 0.0), axis=(0, 1))
     assigned = num_experts * ops.sum(ops.cast(mask, "float32"))
     return totals * (assigned / ops.maximum(ops.sum(totals), SMALLEST_SCORE))
 

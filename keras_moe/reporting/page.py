@@ -102,7 +102,7 @@ def _row(layer):
         "active": f"{summary.active_parameters:,}",
         "Shares": _bars(counts),
         "Busiest, × fair": f"{float(metrics.load_imbalance(counts)) + 1:.2f}",
-        "Dead": f"{int((counts == 0).sum())}",
+        "Dead": f"{int(metrics.dead_experts(counts))}",
         "Dropped": f"{float(layer.routing.dropped):.1%}",
         "Router entropy / log E": f"{layer.entropy:.2f}",
         "Bits shared with labels": "–" if shared is None else f"{shared:.2f}",

@@ -180,8 +180,8 @@ class Router(keras.layers.Layer):
 
     @property
     def min_top_k(self):
-        """Fewest experts that serve a token, at least 1; K, unless a subclass may do with fewer."""
-        return self.top_k
+        """Fewest experts that do the work of a token; K, or 1 where the weights of all decide."""
+        return 1 if self.serves_all else self.top_k
 
     def balance_advice(self):
         """Return what to try where the load is uneven, if the router balances it, or None."""

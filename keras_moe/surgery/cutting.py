@@ -65,7 +65,8 @@ def cut(layer, experts):
     if len(experts) == bank.num_experts:
         return
     router = router_like(layer.router, num_experts=len(experts))
-    tokens_shape = (None, layer.input_spec.axes[-1])
+    axes = layer.input_spec.axes  # of a token, counted from the end
+    tokens_shape = (None, *(axes[axis] for axis in sorted(axes)))
     with names_below(layer.path):
         router.build((None, layer.router.input_spec.axes[-1]))
         _take_weights(layer.router, router, experts)
@@ -122,6 +123,11 @@ def merge(bank, groups, usage):
                 weights[experts.index(center)].assign(mean)
         return
     stacks = {weight.name: _array(weight) for weight in bank.weights}
+    if len(bank.projections) == 1:  # without hidden features, which could be matched
+        for center, experts in groups.items():
+            for stack in stacks.values():
+                stack[center] = np.tensordot(shares[center], stack[experts], 1)
+        groups = {}
     views = [_by_feature(name, stack) for name, stack in stacks.items() if name != "down_bias"]
     for center, experts in groups.items():
         features = {e: np.concatenate([view[e] for view in views], axis=1) for e in experts}

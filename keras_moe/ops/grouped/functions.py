@@ -10,6 +10,8 @@ from keras_moe.ops.grouped.padded import pad_tiles, tile_length
 from keras_moe.ops.platforms import named_platform
 
 SCAN_ROWS = 64
+# Longer programs would compile for a minute.
+MOST_UNROLLED = 64
 
 
 class Alike(NamedTuple):
@@ -17,10 +19,12 @@ class Alike(NamedTuple):
 
     - `function(weights, rows (n, D)) -> (rows (n, D'), loss)`.
     - `weights()`: list of tensors (E, ...), made where they are needed.
+    - `has_samples`: whether a row is a whole sample, which convolutions may see.
     """
 
     function: Callable
     weights: Callable
+    has_samples: bool
 
 
 def engine_of(alike, platform, static_shapes):
@@ -28,7 +32,9 @@ def engine_of(alike, platform, static_shapes):
 
     - "slices": one call for each function, where shapes may depend on data.
     - "vectorized": over all tiles, each with a copy of the weights of its function.
-    - "scan": over tiles, with a switch to the function of each.
+    - "scan": over tiles, with a switch to the function of each. On CPUs, tiles of whole samples
+      are unrolled instead if they are few: in a loop or a condition XLA computes the gradients of
+      convolutions four times as slowly.
     """
     if not static_shapes:
         return "slices"
@@ -55,6 +61,8 @@ def map_groups(functions, rows, sizes, output_width, state, alike=None):
         engine = engine_of(alike, platform, static_shapes)
         if engine == "vectorized":
             return _map_all_tiles(alike, *operands)
+        if engine == "scan" and alike is not None and _rows_unrolled(alike, rows, sizes):
+            return _unroll_tiles(alike, *operands)
         run = _map_slices if engine == "slices" else _scan_tiles
         return run(functions, output_width, *operands)
 
@@ -107,3 +115,27 @@ def _map_all_tiles(alike, rows, sizes, state):
     )
     loss = ops.sum(ops.where(tiles.expert < num_experts, losses, 0.0))
     return tiles.join(outputs), [*state[:-1], state[-1] + loss]
+
+
+def _unroll_tiles(alike, rows, sizes, state):
+    num_experts = sizes.shape[0]
+    tiles = pad_tiles(sizes, rows.shape[0], _rows_unrolled(alike, rows, sizes))
+    expert = ops.minimum(tiles.expert, num_experts - 1)
+    weights = [backend.gather_rows(weight, expert) for weight in alike.weights()]
+    tile_rows = tiles.cut(rows)
+    called = [
+        alike.function([weight[number] for weight in weights], tile_rows[number])
+        for number in range(tile_rows.shape[0])
+    ]
+    outputs, losses = map(ops.stack, zip(*called))
+    loss = ops.sum(ops.where(tiles.expert < num_experts, losses, 0.0))
+    return tiles.join(outputs), [*state[:-1], state[-1] + loss]
+
+
+def _rows_unrolled(alike, rows, sizes):
+    """Rows of a tile, about half of an even group, if so few tiles can be unrolled; else 0."""
+    num_rows, num_experts = rows.shape[0], sizes.shape[0]
+    if not alike.has_samples or not isinstance(num_rows, int):
+        return 0
+    length = max(num_rows // (2 * num_experts), 1)
+    return length if num_rows // length + num_experts <= MOST_UNROLLED else 0
