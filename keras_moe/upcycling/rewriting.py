@@ -19,6 +19,10 @@ from keras_moe.layers.transformer_block import TransformerBlock
 class Ones(keras.layers.Layer):
     """The factor of a gate that has become the whole network."""
 
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.built = True  # `quantize` asks, of a model that has not run yet
+
     def call(self, inputs):
         return keras.ops.ones_like(inputs)
 
