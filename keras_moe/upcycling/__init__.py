@@ -239,6 +239,7 @@ def _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng):
         bias_regularizer=_bank_regularizer(denses, "bias", copies),
         dtype=up.dtype_policy,
         trainable=up.trainable,
+        name="experts",  # as in converted models, for the `enable_lora` of KerasHub
     )
     router = TopKRouter(
         num_experts,
@@ -248,6 +249,7 @@ def _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng):
         kernel_initializer=keras.initializers.RandomNormal(
             stddev=0.02, seed=int(rng.integers(2**31))
         ),
+        name="router",
     )
     mixture = MixtureOfExperts(
         experts, router, router_losses, name=f"{feed_forward.name}_experts", dtype=up.dtype_policy
