@@ -88,7 +88,7 @@ def batches_of(number, padded, options):
 
 
 def pad(ids, buckets):
-    """Ids (batch, length) with zeros behind, up to the next length in `buckets`."""
+    """Ids (batch, length) with zeros after them, up to the next length in `buckets`."""
     length = min(bucket for bucket in buckets if bucket >= ids.shape[1])
     return np.pad(ids, ((0, 0), (0, length - ids.shape[1])))
 

@@ -156,7 +156,7 @@ def commands(scratch, data_dir):
     texts = {"data/bible_es_en": DATA}
     small = runpy.run_path(str(ROOT / "tests" / "test_examples.py"))["in_smoke_size"]
     for path in sorted((ROOT / "examples").glob("*.py")):
-        # Most examples draw anew in each run.
+        # Most examples draw again in each run.
         seeded = "import keras\nkeras.utils.set_random_seed(0)\n"
         text = ast.unparse(small(path)).replace("import keras\n", seeded, 1)
         texts[f"example/{path.stem}"] = text

@@ -40,7 +40,7 @@ UNKNOWN = 0
 """
 ## Text to rows of words
 
-All documents of a split become one long row of word ids, with an end mark behind each, which is cut
+All documents of a split become one long row of word ids, with an end mark after each, which is cut
 into rows of one length. A row is the input, and the same row one word later the target.
 """
 

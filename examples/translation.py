@@ -69,8 +69,9 @@ print(f"{len(train)} pairs to train with, {len(test)} for validation")
 """
 ## The model
 
-The decoder block attends to what the encoder block made of the Spanish words. Each has eight
-experts. The decoder knows by rotary positions how far words are apart; the encoder is told.
+The decoder block attends to the outputs of the encoder block for the Spanish words. Each has eight
+experts. The decoder knows by rotary positions how far words are apart; the encoder receives
+positions as embeddings.
 """
 
 experts = [layers.FeedForwardExperts(NUM_EXPERTS, HIDDEN) for _ in range(2)]

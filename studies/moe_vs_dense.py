@@ -103,7 +103,7 @@ def translators(options):
 
 
 def classifiers(options):
-    """As `language_models`, for classifiers, which are trained anew."""
+    """As `language_models`, for classifiers, which are trained again."""
     size = text_classification.SMOKE if options.smoke else text_classification.FULL
     data = text_classification.load("twenty_newsgroups", options.data_dir, size)
 

@@ -8,7 +8,7 @@ from keras import ops
 
 
 def reseeded(initializer, *keys):
-    """Return a copy whose seed is made of its own and integer keys, so that equal shapes differ."""
+    """Return a copy whose seed is derived from its own and integer keys, so that kernels differ."""
     seed = getattr(initializer, "seed", None)
     if not isinstance(seed, int):
         return initializer

@@ -25,7 +25,8 @@ class FeedForwardExperts(StackedExperts):
         **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
-        ValueError: If `num_experts` or `hidden_dim` is not a positive integer.
+        ValueError: If `num_experts`, `hidden_dim` or `output_dim` is not a positive integer, or
+            `activation` has weights.
 
     Call arguments:
         tokens: (T, D) float tensor.
@@ -73,9 +74,7 @@ class FeedForwardExperts(StackedExperts):
             **kwargs,
         )
         self.hidden_dim = check_integer("hidden_dim", hidden_dim)
-        self.output_dim = output_dim
-        if output_dim is not None:
-            self.output_dim = check_integer("output_dim", output_dim)
+        self.output_dim = None if output_dim is None else check_integer("output_dim", output_dim)
 
     def widths(self, features):
         return (features, self.hidden_dim), (self.hidden_dim, self.output_dim or features)

@@ -29,7 +29,7 @@ class GatedExperts(StackedExperts):
         **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
-        ValueError: If a number is out of its range.
+        ValueError: If a number is out of its range, or `activation` has weights.
 
     Call arguments:
         tokens: (T, D) float tensor.
@@ -82,9 +82,7 @@ class GatedExperts(StackedExperts):
         self.hidden_dim = check_integer("hidden_dim", hidden_dim)
         self.clip = None if clip is None else check_number("clip", clip, above=0)
         self.up_shift = check_number("up_shift", up_shift)
-        self.output_dim = output_dim
-        if output_dim is not None:
-            self.output_dim = check_integer("output_dim", output_dim)
+        self.output_dim = None if output_dim is None else check_integer("output_dim", output_dim)
 
     def widths(self, features):
         up = (features, self.hidden_dim)

@@ -23,10 +23,10 @@ class LayerExperts(ExpertBank):
 
     Only the layers that serve a token run on it. Each layer sees rows (n, D) and must return rows
     (n, D') with the same D' for all experts; in a mixture with `token_axes`, rows are whole samples
-    (n, ...). Under XLA the rows come in tiles that are padded with
-    zeros, so a layer that looks across rows, such as `BatchNormalization` in training, sees those
-    zeros, and an activity regularizer counts once a tile. A mixture of experts as an expert, or in
-    an expert whose `call` has a `mask`, receives a mask of the padding.
+    (n, ...). Under XLA the rows come in tiles that are padded with zeros, so a layer that looks
+    across rows, such as `BatchNormalization` in training, sees those zeros, and an activity
+    regularizer counts once a tile. A mixture of experts as an expert, or in an expert whose `call`
+    has a `mask`, receives a mask of the padding.
 
     For experts of one shape `FeedForwardExperts` and `GatedExperts` are faster. On a GPU or TPU
     XLA runs tiles of 64 rows one after the other, unless all layers are alike (one class, one
@@ -47,10 +47,10 @@ class LayerExperts(ExpertBank):
         plan: An `ops.GroupedPlan`.
 
     Input shape:
-        (T, D).
+        (T, D), or (T, ...) of samples.
 
     Output shape:
-        (T, D'): the weighted sum of each token's expert outputs.
+        (T, D'), or (T, ...) of samples: the weighted sum of each token's expert outputs.
 
     Example:
 

@@ -58,7 +58,7 @@ def build_and_measure(name, layer, inputs_shape, num_kept=None):
 
 
 def _try(layer, inputs_shape):
-    """What a layer makes of symbolic inputs; of zeros, if it is a module of PyTorch."""
+    """The output of a layer for symbolic inputs; for zeros, if it is a module of PyTorch."""
     inputs = keras.KerasTensor(inputs_shape, layer.compute_dtype)
     try:
         return layer(inputs)

@@ -153,7 +153,6 @@ def _grouped_feed_forward(tokens, plan, network, projections, expert_axis=None, 
 
 def _all_experts(tokens, network, projections):
     """The outputs (T, E, D') of all experts for each token (T, D): products of whole stacks."""
-
     step = step_of(network, tuple(kernel.shape[-1] for kernel, _, _ in projections))
     stacks = Parameters.of(projections).take(lambda stack: stack, tokens.dtype)
 

@@ -179,8 +179,8 @@ class SinkhornRouter(LogitRouter):
         num_experts: Integer. Number of experts, E.
         top_k: Integer. Experts per token, K, at most E.
         iterations: Integer. Rounds of the algorithm; fixed, so that it compiles.
-        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
-            `seed`, as in `TopKRouter`, and `name`.
+        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer`, `seed`,
+            `hidden_dim` and `temperature`, as in `TopKRouter`; `name` and `trainable`.
 
     Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
 
@@ -232,8 +232,8 @@ class BalancedAssignmentRouter(LogitRouter):
 
     Args:
         num_experts: Integer. Number of experts, E.
-        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
-            `seed`, as in `TopKRouter`, and `name`.
+        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer`, `seed`,
+            `hidden_dim` and `temperature`, as in `TopKRouter`; `name` and `trainable`.
 
     Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
 

@@ -43,9 +43,7 @@ class LogitRouter(Adaptable, Router):
             kernel_initializer = keras.initializers.RandomNormal(stddev=0.02, seed=self.seed)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.hidden_dim = hidden_dim
-        if hidden_dim is not None:
-            self.hidden_dim = check_integer("hidden_dim", hidden_dim)
+        self.hidden_dim = None if hidden_dim is None else check_integer("hidden_dim", hidden_dim)
         self.temperature = check_number("temperature", temperature, above=0)
         self._noise_seed = keras.random.SeedGenerator(self.seed)
 

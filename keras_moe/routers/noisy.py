@@ -24,8 +24,8 @@ class NoisyTopKRouter(LogitRouter):
         num_experts: Integer. Number of experts, E.
         top_k: Integer. Experts per token, K, at most E. With 1 the weight is the probability among
             all experts, as the softmax over one alone would be 1 and have no gradient.
-        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
-            `seed`, as in `TopKRouter`, and `name`.
+        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer`, `seed`,
+            `hidden_dim` and `temperature`, as in `TopKRouter`; `name` and `trainable`.
 
     Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
 
@@ -76,8 +76,8 @@ class VMoERouter(LogitRouter):
         num_experts: Integer. Number of experts, E.
         top_k: Integer. Experts per token, K, at most E.
         noise_std: Float. Standard deviation of the noise times E.
-        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
-            `seed`, as in `TopKRouter`, and `name`.
+        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer`, `seed`,
+            `hidden_dim` and `temperature`, as in `TopKRouter`; `name` and `trainable`.
 
     Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
 
@@ -132,8 +132,8 @@ class GShardRouter(LogitRouter):
     Args:
         num_experts: Integer. Number of experts, E.
         threshold: Float above 0. Weight from which on the second expert always serves.
-        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
-            `seed`, as in `TopKRouter`, and `name`.
+        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer`, `seed`,
+            `hidden_dim` and `temperature`, as in `TopKRouter`; `name` and `trainable`.
 
     Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
 

@@ -84,9 +84,9 @@ class Router(keras.layers.Layer):
             raise ValueError(f"A router always computes in float32. Received: dtype={dtype}")
         super().__init__(dtype="float32", **kwargs)
         backend.separate_losses(self)
-        if num_experts is not None:
-            num_experts = check_integer("num_experts", num_experts)
-        self.num_experts = num_experts
+        self.num_experts: Any = (
+            None if num_experts is None else check_integer("num_experts", num_experts)
+        )
         self.supports_masking = True
         self.input_spec = keras.layers.InputSpec(ndim=2)
         self._known_arguments = set(inspect.signature(self.route).parameters)

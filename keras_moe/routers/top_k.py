@@ -23,7 +23,10 @@ class SelectionRouter(LogitRouter):
     The bias affects which experts are chosen, never their weights. A subclass may override
     `project(tokens)`, for other logits, or `select(scores)`, for another choice.
 
-    Args: as in `TopKRouter`.
+    Args:
+        num_experts, top_k, score, renormalize, scaling_factor, balancer, use_bias, input_jitter,
+            logit_noise, kernel_initializer, kernel_regularizer, seed: As in `TopKRouter`.
+        **kwargs: `hidden_dim`, `temperature`, `name` and `trainable`, as in `TopKRouter`.
     """
 
     def __init__(

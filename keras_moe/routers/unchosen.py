@@ -21,8 +21,8 @@ class DenseRouter(LogitRouter):
 
     Args:
         num_experts: Integer. Number of experts, E, and experts per token.
-        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
-            `seed`, as in `TopKRouter`, and `name`.
+        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer`, `seed`,
+            `hidden_dim` and `temperature`, as in `TopKRouter`; `name` and `trainable`.
 
     Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
 
@@ -66,8 +66,8 @@ class ExpertChoiceRouter(LogitRouter):
         num_experts: Integer. Number of experts, E.
         capacity_factor: Float above 0. Experts per token on average. An expert takes
             `ceil(capacity_factor * S / E)` of the S real tokens of a sequence.
-        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
-            `seed`, as in `TopKRouter`, and `name`.
+        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer`, `seed`,
+            `hidden_dim` and `temperature`, as in `TopKRouter`; `name` and `trainable`.
 
     Raises and call arguments: as for `TopKRouter`, with `sequence_length`: Integer. Tokens in each
     sequence; None: all are one. Without `indices`.
@@ -124,8 +124,8 @@ class SoftRouter(LogitRouter):
     Args:
         num_experts: Integer. Number of experts, E.
         slots: Integer. Slots of each expert for each sequence, P.
-        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
-            `seed`, as in `TopKRouter`, and `name`.
+        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer`, `seed`,
+            `hidden_dim` and `temperature`, as in `TopKRouter`; `name` and `trainable`.
 
     Raises and call arguments: as for `TopKRouter`, with `sequence_length`: Integer. Tokens in each
     sequence; None: all are one. Without `indices`.

@@ -26,8 +26,8 @@ class TopPRouter(LogitRouter):
         threshold: Float from 0 to below 1. Sum of probabilities that is enough. At least one expert
             serves each token.
         max_top_k: Integer. Most experts per token, K, at most E. None: 4, or E if that is less.
-        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
-            `seed`, as in `TopKRouter`, and `name`.
+        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer`, `seed`,
+            `hidden_dim` and `temperature`, as in `TopKRouter`; `name` and `trainable`.
 
     Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
 
@@ -45,7 +45,7 @@ class TopPRouter(LogitRouter):
     def __init__(self, num_experts=None, threshold=0.4, max_top_k=None, **kwargs):
         super().__init__(num_experts, **kwargs)
         self.threshold = check_number("threshold", threshold, below=1)
-        self.top_k = max_top_k if max_top_k is None else check_integer("max_top_k", max_top_k)
+        self.top_k = None if max_top_k is None else check_integer("max_top_k", max_top_k)
         self.check_num_experts()
 
     def check_num_experts(self):
@@ -84,8 +84,8 @@ class ReLURouter(LogitRouter):
             serve. None: twice `top_k`. The cost of moving rows grows with it, used or not.
         growth: Float above 1. Factor by which the strength of the loss changes in a step.
         initial_strength: Float above 0. Strength of the loss at first.
-        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer` and
-            `seed`, as in `TopKRouter`, and `name`.
+        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer`, `seed`,
+            `hidden_dim` and `temperature`, as in `TopKRouter`; `name` and `trainable`.
 
     Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
 
@@ -108,8 +108,7 @@ class ReLURouter(LogitRouter):
     ):
         super().__init__(num_experts, **kwargs)
         self.top_k = check_integer("top_k", top_k)
-        if max_top_k is not None:
-            self.max_top_k = check_integer("max_top_k", max_top_k)
+        self.max_top_k = None if max_top_k is None else check_integer("max_top_k", max_top_k)
         self.growth = check_number("growth", growth, above=1)
         self.initial_strength = check_number("initial_strength", initial_strength, above=0)
         self.check_num_experts()

@@ -26,7 +26,7 @@ class Surgery(NamedTuple):
     """The changes to a model.
 
     - `experts`: dict from the name of each layer to a list with, for each expert it has now, the
-      numbers of those it was made of; merged ones have several.
+      numbers of the experts it comes from; merged ones have several.
     - `loss_before`, `loss_after`: on the data, or None if the model is not compiled or the data
       have no targets.
     """

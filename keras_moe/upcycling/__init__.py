@@ -169,7 +169,7 @@ def _select(model, select, every):
 
 
 def _obstacles(feed_forward, granularity):
-    """What a bank of experts could not take over: outputs or the loss would change."""
+    """Reasons why a bank of experts cannot take over: outputs or the loss would change."""
     denses, width = feed_forward.denses, feed_forward.up.units
     if width % granularity:
         yield f"granularity={granularity}, which does not divide the hidden width, {width}"

@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from keras_moe.backend.jax_kernels import supports
 from keras_moe.backend.jax_kernels.elementwise import num_outputs, split, unchanged
 from keras_moe.backend.jax_kernels.tpu_tiles import gradient_tiles, product_tiles, this_chip
 from keras_moe.backend.jax_kernels.tpu_visits import (
@@ -24,11 +25,6 @@ from keras_moe.backend.jax_kernels.tpu_visits import (
     plan_visits,
     rows_of_visit,
 )
-
-
-def supports(dtype):
-    """Whether the kernels take rows of this dtype."""
-    return jnp.dtype(dtype).name in ("bfloat16", "float32")
 
 
 def grouped_products(
@@ -169,7 +165,7 @@ def grouped_kernel_gradient(
     """
     lefts = (left,) if remake is None else left
     (num_rows, depth), columns, num_groups = lefts[0].shape, right.shape[1], sizes.shape[0]
-    written = jnp.dtype(dtype) if supports(dtype) else jnp.dtype(jnp.float32)
+    written = jnp.dtype(dtype) if supports("tpu", jnp.dtype(dtype).name) else jnp.dtype(jnp.float32)
     chip = this_chip()
     tiles = gradient_tiles(
         (num_rows, depth, columns),
@@ -290,4 +286,4 @@ def _keep(values, axis, start, end, others=0.0):
 
 def _readable(array, dtype):
     """The array, converted to `dtype` if kernels cannot read it as it is."""
-    return array if supports(array.dtype) else array.astype(dtype)
+    return array if supports("tpu", array.dtype.name) else array.astype(dtype)

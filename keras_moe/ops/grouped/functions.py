@@ -60,9 +60,11 @@ def map_groups(functions, rows, sizes, output_width, state, alike=None):
     def run_on(platform, *operands):
         engine = engine_of(alike, platform, static_shapes)
         if engine == "vectorized":
-            return _map_all_tiles(alike, *operands)
-        if engine == "scan" and alike is not None and _rows_unrolled(alike, rows, sizes):
-            return _unroll_tiles(alike, *operands)
+            length = tile_length(ops.shape(rows)[0], sizes.shape[0])
+            return _map_all_tiles(alike, ops.vectorized_map, length, *operands)
+        unrolled = _rows_unrolled(alike, rows, sizes) if engine == "scan" and alike else 0
+        if unrolled:
+            return _map_all_tiles(alike, _unrolled_map, unrolled, *operands)
         run = _map_slices if engine == "slices" else _scan_tiles
         return run(functions, output_width, *operands)
 
@@ -74,8 +76,8 @@ def map_groups(functions, rows, sizes, output_width, state, alike=None):
 
 def _map_slices(functions, output_width, rows, sizes, state):
     outputs = []
-    *sizes, num_behind = backend.unstack_sizes(sizes, ops.shape(rows)[0])
-    parts = backend.split_rows(rows, [*sizes, num_behind])
+    *sizes, num_padding = backend.unstack_sizes(sizes, ops.shape(rows)[0])
+    parts = backend.split_rows(rows, [*sizes, num_padding])
     for function, size, part in zip(functions, sizes, parts):
         if backend.is_exporting():
             outputs.append(function(part, state, None)[0])
@@ -86,7 +88,7 @@ def _map_slices(functions, output_width, rows, sizes, state):
         output, new = function(ops.pad(part, ((0, spare), (0, 0))), state, None)
         state = [ops.where(size > 0, *values) for values in zip(new, state)]
         outputs.append(output[:size])
-    padding = ops.zeros((num_behind, output_width), outputs[0].dtype)
+    padding = ops.zeros((num_padding, output_width), outputs[0].dtype)
     return ops.concatenate([*outputs, padding]), state
 
 
@@ -105,31 +107,24 @@ def _scan_tiles(functions, output_width, rows, sizes, state):
     return tiles.join(outputs), state
 
 
-def _map_all_tiles(alike, rows, sizes, state):
-    num_rows, num_experts = ops.shape(rows)[0], sizes.shape[0]
-    tiles = pad_tiles(sizes, num_rows, tile_length(num_rows, num_experts))
-    expert = ops.minimum(tiles.expert, num_experts - 1)
-    weights = [backend.gather_rows(weight, expert) for weight in alike.weights()]
-    outputs, losses = ops.vectorized_map(
-        lambda tile: alike.function(*tile), (weights, tiles.cut(rows))
-    )
-    loss = ops.sum(ops.where(tiles.expert < num_experts, losses, 0.0))
-    return tiles.join(outputs), [*state[:-1], state[-1] + loss]
-
-
-def _unroll_tiles(alike, rows, sizes, state):
+def _map_all_tiles(alike, apply, length, rows, sizes, state):
+    """Call the function on tiles of a length by `apply(function, (weights, tiles of rows))`."""
     num_experts = sizes.shape[0]
-    tiles = pad_tiles(sizes, rows.shape[0], _rows_unrolled(alike, rows, sizes))
+    tiles = pad_tiles(sizes, ops.shape(rows)[0], length)
     expert = ops.minimum(tiles.expert, num_experts - 1)
     weights = [backend.gather_rows(weight, expert) for weight in alike.weights()]
-    tile_rows = tiles.cut(rows)
-    called = [
-        alike.function([weight[number] for weight in weights], tile_rows[number])
-        for number in range(tile_rows.shape[0])
-    ]
-    outputs, losses = map(ops.stack, zip(*called))
+    outputs, losses = apply(lambda tile: alike.function(*tile), (weights, tiles.cut(rows)))
     loss = ops.sum(ops.where(tiles.expert < num_experts, losses, 0.0))
     return tiles.join(outputs), [*state[:-1], state[-1] + loss]
+
+
+def _unrolled_map(function, tiles):
+    weights, rows = tiles
+    called = [
+        function(([weight[number] for weight in weights], rows[number]))
+        for number in range(rows.shape[0])
+    ]
+    return map(ops.stack, zip(*called))
 
 
 def _rows_unrolled(alike, rows, sizes):
