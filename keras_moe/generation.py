@@ -1,13 +1,13 @@
 """Text written by a decoder, token by token.
 
-Axes: B texts, L length of the longest prompt, M length of the texts, V words of the vocabulary.
+Axes: B texts, L length of the longest prompt, V words of the vocabulary.
 """
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_moe._internal.checks import check_integer, check_number
+from keras_moe._internal.checks import check_integer, check_number, shortened
 from keras_moe.layers.cached_attention import Decoding
 
 # Tokens that are written between two updates of the progress bar.
@@ -40,7 +40,8 @@ def generate(
         temperature: Float. 0 takes the likeliest token. Otherwise tokens are drawn from
             `softmax(logits / temperature)`, among those that `top_k` and `top_p` leave.
         top_k: Integer or None. Only the K likeliest tokens are drawn.
-        top_p: Float or None. Only the likeliest tokens are drawn whose probabilities sum to P.
+        top_p: Float or None. Only the fewest likeliest tokens are drawn whose probabilities sum to
+            at least P.
         stop_token: Integer or None. A text ends with this token.
         seed: Integer or None. Seed of the draws.
         verbose: "auto", 0 or 1. Whether a progress bar is shown; "auto" shows it for long texts.
@@ -50,7 +51,7 @@ def generate(
 
     Raises:
         ValueError: If an argument is out of its range, the model has no decoder blocks, or
-            another layer depends on positions or on other tokens.
+            another layer depends on positions or on other tokens, or a block has cross-attention.
 
     Example:
 
@@ -72,16 +73,19 @@ def generate(
     temperature = check_number("temperature", temperature)
     top_k = None if top_k is None else check_integer("top_k", top_k)
     top_p = None if top_p is None else check_number("top_p", top_p, above=0)
-    prompts = [np.asarray(prompt, "int32") for prompt in prompts]
-    if not prompts or any(prompt.ndim != 1 or not len(prompt) for prompt in prompts):
+    if top_p is not None and top_p > 1:
+        raise ValueError(f"`top_p` must be at most 1. Received: top_p={top_p}")
+    prompts = [np.asarray(ops.convert_to_numpy(prompt)) for prompt in prompts]
+    if not prompts or any(each.ndim != 1 or each.dtype.kind not in "iu" for each in prompts):
         raise ValueError(
-            "`prompts` must be a list of lists of ids, each of at least one. "
-            f"Received: shapes {[prompt.shape for prompt in prompts]}"
+            "`prompts` must be a list of lists of integers, each of at least one. "
+            f"Received: {shortened(prompts)}"
         )
     start = max(map(len, prompts))
     text = np.zeros((len(prompts), start + num_tokens), "int32")
     real = np.zeros(text.shape, bool)
-    for row, prompt in enumerate(prompts):  # padding is in front, so that all write at one place
+    for row, prompt in enumerate(prompts):
+        # Padding goes in front, so that all texts continue at one position.
         text[row, start - len(prompt) : start] = prompt
         real[row, start - len(prompt) :] = True
 
@@ -98,13 +102,13 @@ def generate(
             size = (len(text), TOKENS_AT_ONCE, state["logits"].shape[-1])
             inputs["noise"] = rng.gumbel(size=size).astype("float32")
             inputs["temperature"] = np.float32(temperature)
-        if temperature and not top_k is top_p is None:
+        if temperature and (top_k is not None or top_p is not None):
             inputs["top_k"] = np.int32(top_k or state["logits"].shape[-1])
             inputs["top_p"] = np.float32(top_p or 1.0)
         state = writer.predict_on_batch(inputs)
-        if not writer.is_proved:
-            _check_agrees(model, state, prompts)
-            writer.is_proved = True
+        if not writer.was_compared:
+            _compare_with_whole_text(model, state, prompts)
+            writer.was_compared = True
         if shown:
             progress.update(int(state["position"]) - start)
     texts = [row[start - len(prompt) :] for row, prompt in zip(state["text"], prompts)]
@@ -114,8 +118,12 @@ def generate(
 
 def _writer_of(model):
     """The writer of a model, which keeps what is compiled."""
-    # Not as an attribute, which Keras would save with the model.
-    return model.__dict__.setdefault("_keras_moe_writer", _Writer(model))
+    writer = vars(model).get("_text_writer", lambda: None)()
+    if writer is None or writer.model is not model:  # of a model that was copied
+        writer = _Writer(model)
+        # In a function: Keras would save and load an attribute that is a layer.
+        vars(model)["_text_writer"] = lambda: writer
+    return writer
 
 
 class _Writer(keras.Model):
@@ -124,13 +132,13 @@ class _Writer(keras.Model):
     def __init__(self, model):
         super().__init__(name="writer", dtype="float32", autocast=False)
         self.model = model
-        self.is_proved = False
+        self.was_compared = False
         self.built = True
 
     def call(self, inputs):
         if "state" in inputs:
             return self._write(**inputs)
-        num_texts, length = ops.shape(inputs["room"])
+        length = ops.shape(inputs["room"])[1]
         logits, caches = self._step(inputs["ids"], Decoding(0, inputs["real"], length))
         return {"logits": logits, "caches": caches}
 
@@ -183,7 +191,7 @@ def _noisy(logits, noise, temperature, top_k=None, top_p=None):
     return logits + temperature * noise
 
 
-def _check_agrees(model, state, prompts):
+def _compare_with_whole_text(model, state, prompts):
     """Refuse a model that computes something else for a whole text than token by token."""
     row = max(range(len(prompts)), key=lambda row: len(prompts[row]))  # it has no padding
     whole = state["text"][row : row + 1, : state["position"]]

@@ -48,7 +48,16 @@ def test_the_likeliest_tokens_are_those_of_whole_passes(model, tmp_path):
         assert text.tolist() == best_continuation(model, prompt, 4)
     of_one = keras_moe.generate(model, PROMPTS, 4, temperature=1, top_k=1)
     assert [text.tolist() for text in of_one] == [text.tolist() for text in texts]
-    model.save(tmp_path / "model.keras")  # as it was before it wrote
+    model.save_weights(tmp_path / "model.weights.h5")  # as before it wrote
+    model.load_weights(tmp_path / "model.weights.h5")
+
+
+def test_another_number_of_experts_for_each_token_holds_for_texts_too():
+    model = model_of()
+    keras_moe.generate(model, PROMPTS, 2)
+    keras_moe.surgery.set_top_k(model, 1)
+    text = keras_moe.generate(model, PROMPTS, 4)[0]
+    assert text.tolist() == best_continuation(model, PROMPTS[0], 4)
 
 
 def test_a_text_ends_with_its_stop_token(model):

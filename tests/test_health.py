@@ -146,8 +146,14 @@ def test_dead_experts_are_reported_after_a_while_and_when_others_join_them():
     watchdog = ExpertHealth(every=10, patience=1)
     findings, _ = watched(model_of(layer, keras.optimizers.SGD(0.0)), x, x[:, :1], watchdog)
     assert [(step, finding.text) for step, _, finding in findings] == [
-        (30, "1 of 4 experts serves no token in 3 looks: 3. At the last look 1 of 4 had none."),
-        (60, "2 of 4 experts serve no token in 3 looks: 2, 3. At the last look 2 of 4 had none."),
+        (
+            30,
+            "1 of 4 experts is dead in 3 looks: 3. At the last look 1 of 4 were dead.",
+        ),
+        (
+            60,
+            "2 of 4 experts are dead in 3 looks: 2, 3. At the last look 2 of 4 were dead.",
+        ),
     ]
 
 
@@ -241,8 +247,8 @@ SPREADS = {
 }
 TEXTS = {
     "The busiest expert does 2.8 times": lambda: health.judge_load([700, 100, 100, 100], 1, ""),
-    "1 of 4 experts serves no token at all: 2.": lambda: health.judge_load([90, 110, 0, 90], 1, ""),
-    "12 of 16 experts serve no token at all: 4, 5, 6, 7, 8, 9, 10, 11, 12, 13 and 2 more.": (
+    "1 of 4 experts is dead: 2.": lambda: health.judge_load([90, 110, 0, 90], 1, ""),
+    "12 of 16 experts are dead: 4, 5, 6, 7, 8, 9, 10, 11, 12, 13 and 2 more.": (
         lambda: health.judge_load([1000] * 4 + [0] * 12, 1, "")
     ),
     "12% of the assignments found no slot in their expert.": lambda: health.judge_drops(0.12),

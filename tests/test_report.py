@@ -134,7 +134,7 @@ def test_an_untrained_router_has_no_preference(tmp_path):
     model.layers[1].embeddings.assign(np.eye(9, 8))
     model.layers[2].router.kernel.assign(1e-5 * np.eye(8, E))
     _, html = written(tmp_path, model, np.repeat([0, 1, 2], [112, 32, 16]).reshape(2, 80))
-    texts = ["1 of 4 experts serv", "The busiest expert ", "The router hardly p"]
+    texts = ["1 of 4 experts is d", "The busiest expert ", "The router hardly p"]
     assert [text.removeprefix("new: ")[:19] for text in verdicts(html)] == texts
     assert html.count("Try the same as above.") == 1
     # Sigmoids are close to each other without a verdict.

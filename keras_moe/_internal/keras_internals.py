@@ -130,6 +130,7 @@ _COMPILED = ("train_function", "test_function", "predict_function", "generate_fu
 def forget_compiled(model, functions=_COMPILED):
     """Let a model trace its compiled functions, or some of them, again."""
     for layer in model._flatten_layers():
+        vars(layer).pop("_text_writer", None)  # of `generate`
         for function in functions:
             if getattr(layer, function, None) is not None:
                 setattr(layer, function, None)

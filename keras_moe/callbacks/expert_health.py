@@ -217,8 +217,8 @@ class _Watch:
         if not len(dead) or self._spreads[-1] < health.COLLAPSED:
             return None, ()
         experts = len(self._idle)
-        finding = health.dead(dead, experts, self.layer.balance_advice(), f"in {looks} looks")
-        now = f"At the last look {np.sum(self._idle > 0)} of {experts} had none."
+        finding = health.dead(dead, experts, self.layer.balance_advice(), f" in {looks} looks")
+        now = f"At the last look {np.sum(self._idle > 0)} of {experts} were dead."
         return finding._replace(text=f"{finding.text} {now}"), dead.tolist()
 
 

@@ -174,14 +174,14 @@ def collapsed(counts, advice):
     return Finding(PROBLEM, f"The experts have collapsed: {work}.", advice)
 
 
-def dead(experts, num_experts, advice, when="at all"):
-    """The finding that experts, a list of their numbers, serve no token."""
+def dead(experts, num_experts, advice, when=""):
+    """The finding that experts, a list of their numbers, are dead as `metrics.is_dead` says."""
     experts = np.unique(experts)
     listed = ", ".join(str(expert) for expert in experts[:10])
     if len(experts) > 10:
         listed += f" and {len(experts) - 10} more"
-    serve = "serves" if len(experts) == 1 else "serve"
-    text = f"{len(experts)} of {num_experts} experts {serve} no token {when}: {listed}."
+    are = "is" if len(experts) == 1 else "are"
+    text = f"{len(experts)} of {num_experts} experts {are} dead{when}: {listed}."
     return Finding(PROBLEM, text, advice)
 
 

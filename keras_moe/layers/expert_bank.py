@@ -45,14 +45,17 @@ class ExpertBank(keras.layers.Layer):
 
     def compute_all(self, tokens):
         """Return the outputs (T, E, ...) of all experts for each token (T, ...)."""
-        num_tokens, num_experts = ops.shape(tokens)[0], self.num_experts
-        experts = ops.broadcast_to(
-            ops.arange(num_experts, dtype="int32"), (num_tokens, num_experts)
-        )
-        plan = GroupedPlan(Assignments.of(experts, num_experts), ops.ones_like(experts, "float32"))
+        numbers = ops.arange(self.num_experts, dtype="int32")
+        shape = (ops.shape(tokens)[0], self.num_experts)
+        return self.compute_each(tokens, ops.broadcast_to(numbers, shape))
+
+    def compute_each(self, tokens, experts):
+        """Return the outputs (T, S, ...) of experts (T, S), -1 for none, for tokens (T, ...)."""
+        assignments = Assignments.of(experts, self.num_experts)
+        plan = GroupedPlan(assignments, ops.ones_like(experts, "float32"))
         plan = plan.by_assignment() if backend.token_shards() else plan.sort().by_assignment()
-        outputs = self(ops.repeat(tokens, num_experts, axis=0), plan)
-        return ops.reshape(outputs, (-1, num_experts, *outputs.shape[1:]))
+        outputs = self(ops.repeat(tokens, experts.shape[1], axis=0), plan)
+        return ops.reshape(outputs, (-1, experts.shape[1], *outputs.shape[1:]))
 
     def compute_output_shape(self, tokens_shape):
         return tuple(tokens_shape)

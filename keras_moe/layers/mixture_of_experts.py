@@ -133,12 +133,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
             )
         if router_losses is None:
             router_losses = self.router.default_losses
-        elif not isinstance(router_losses, (list, tuple)):
-            raise TypeError(
-                "`router_losses` must be a list of losses or names. Received: "
-                f"router_losses={shortened(router_losses)}"
-            )
-        self.router_losses = tuple(losses.get(loss) for loss in router_losses)
+        self.router_losses = losses.get_list(router_losses)
         self.shared_expert = shared_expert
         if shared_expert is not None:
             self.shared_expert = resolve("shared_expert", shared_expert, keras.Layer)
@@ -154,8 +149,11 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         self.gated_shared_expert = bool(gated_shared_expert)
         self.shared_gate = None
         if gated_shared_expert:
-            if shared_expert is None:
-                raise ValueError("`gated_shared_expert=True` needs a `shared_expert`")
+            if shared_expert is None or token_axes is not None:
+                raise ValueError(
+                    "`gated_shared_expert=True` needs a `shared_expert`, and tokens that are "
+                    f"vectors. Received: shared_expert={shared_expert}, token_axes={token_axes}"
+                )
             self.shared_gate = _Gate(
                 1,
                 "sigmoid",
@@ -163,9 +161,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
                 dtype=expert_bank.in_floats(self.dtype_policy),
                 name="shared_gate",
             )
-        self.token_axes = token_axes
-        if token_axes is not None:
-            self.token_axes = check_integer("token_axes", token_axes)
+        self.token_axes = None if token_axes is None else check_integer("token_axes", token_axes)
         self.supports_masking = True
         sublayers.freeze_parts(self)
         # Experts (T, K) to replay, which `inspection` sets.
@@ -197,7 +193,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
                 "`shared_expert` must return as many features as `experts`. Received: "
                 f"shape {tuple(shape)} from shared_expert, {tuple(expected)} from experts"
             )
-        self._shared_arguments = sublayers.accepted_arguments(self.shared_expert, ("mask",))
+        self._shared_takes_mask = bool(sublayers.accepted_arguments(self.shared_expert, ("mask",)))
         if self.shared_gate is not None and not self.shared_gate.built:
             self.shared_gate.build(inputs_shape)
 
@@ -249,16 +245,16 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         if return_expert_outputs:
             expert_outputs = self._compute_separately(tokens, routing, plan)
             outputs = _weighted_sum(expert_outputs, routing.weights)
-            expert_outputs = keras_ops.reshape(
-                expert_outputs, (*leading, *expert_outputs.shape[1:])
-            )
+            expert_outputs = keras_ops.cast(expert_outputs, self.compute_dtype)
+            shape = (*leading, *expert_outputs.shape[1:])
+            expert_outputs = keras_ops.reshape(expert_outputs, shape)
         else:
             outputs = self._compute_experts(tokens, plan)
         outputs = keras_ops.reshape(outputs, (*leading, *outputs.shape[1:]))
         outputs = keras_ops.cast(outputs, self.compute_dtype)
         if self.shared_expert is not None:
-            same = keras_ops.reshape(tokens, keras_ops.shape(inputs))
-            outputs = outputs + self._compute_shared(same, mask)
+            clean = keras_ops.reshape(tokens, keras_ops.shape(inputs))
+            outputs = outputs + self._compute_shared(clean, mask)
 
         # Account: in training, add the router losses and count the assignments.
         self._account(tokens, routing, sequence_length, training)
@@ -339,7 +335,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         return plan.combine(self.experts(slots, slot_plan))
 
     def _compute_shared(self, inputs, mask):
-        arguments = {"mask": mask} if self._shared_arguments else {}
+        arguments = {"mask": mask} if self._shared_takes_mask else {}
         shared = self.shared_expert(inputs, **arguments)
         sublayers.check_output("shared_expert", shared, self.compute_output_shape(inputs.shape))
         shared = keras_ops.cast(shared, self.compute_dtype)

@@ -11,14 +11,11 @@ import keras
 from keras import ops
 
 from keras_moe import losses, routers
-from keras_moe._internal.checks import check_integer, check_tensors
+from keras_moe._internal.checks import check_integer, check_tensors, shortened
 from keras_moe._internal.serialization import config_of, register
-from keras_moe.backend import backend
 from keras_moe.layers import expert_bank
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts, _sequence_length
-from keras_moe.ops.assignments import Assignments
-from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.selection import existing
 
 
@@ -96,13 +93,12 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
         self.task_experts = [expert_bank.get(bank) for bank in banks]
         names = [f"task_{number}" for number in range(self.num_tasks)]
         self.task_names = _one_for_each("task_names", task_names, self.num_tasks) or names
-        if len({id(bank) for bank in (self.experts, *self.task_experts)}) <= len(self.task_experts):
+        all_banks = [self.experts, *self.task_experts]
+        if len(set(map(id, all_banks))) < len(all_banks):
             raise ValueError("`experts` and `task_experts` must be different objects")
-        if len(set(self.task_names)) < self.num_tasks:
-            raise ValueError(f"`task_names` must differ. Received: task_names={task_names}")
         self.router_losses = router_losses
         if router_losses is not None:
-            self.router_losses = tuple(losses.get(loss) for loss in router_losses)
+            self.router_losses = losses.get_list(router_losses)
         self.shared_output = bool(shared_output)
         if shared_output and not self.task_experts:
             raise ValueError("`shared_output=True` needs `task_experts`")
@@ -114,11 +110,13 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
         ]
         names = list(self.task_names)
         if shared_output:
-            chosen_from.append([self.experts, *self.task_experts])
+            chosen_from.append(all_banks)
             names.append("shared")
+        if len(set(names)) < len(names):
+            raise ValueError(f"`task_names` must differ. Received: {names}")
         self.tasks = [
             MixtureOfExperts(
-                banks[0] if len(banks) == 1 else JoinedExperts(banks),
+                banks[0] if len(banks) == 1 else _JoinedExperts(banks),
                 router,
                 self.router_losses,
                 name=f"{self.name}_{name}",
@@ -142,7 +140,7 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
                 f"All banks must return the same number of features. Received: {widths}"
             )
         for task, shape in zip(self.tasks, [*shapes, shared_shape]):
-            task.experts.built = True  # its banks are
+            task.experts.built = True  # its banks were built above
             task.build(shape)
 
     def call(self, inputs, mask=None, training=None):
@@ -152,6 +150,11 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
         axes = "abcdefghij"[: len(inputs[0].shape)]
         check_tensors(**{f"inputs[{n}]": (each, axes, "float") for n, each in enumerate(inputs)})
         masks = mask if has_masks else [mask] * len(inputs)
+        if len(masks) != len(inputs):
+            raise ValueError(
+                "`mask` must have one for each of the inputs. "
+                f"Received: {len(masks)} for {len(inputs)}"
+            )
         flat = [self._flatten(*each) for each in zip(inputs, masks)]
 
         # Route: the router of each task chooses among the shared experts and its own.
@@ -214,8 +217,8 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
         }
 
 
-class JoinedExperts(ExpertBank):
-    """Several banks seen as one, whose experts are numbered in their order."""
+class _JoinedExperts(ExpertBank):
+    """Several banks under one numbering, for routers and counters; it is never called."""
 
     def __init__(self, banks, **kwargs):
         super().__init__(sum(bank.num_experts for bank in banks), **kwargs)
@@ -226,9 +229,9 @@ class JoinedExperts(ExpertBank):
 
 
 def _one_for_each(name, values, number):
-    if values is not None and len(values) != number:
+    if values is not None and (isinstance(values, str) or len(values) != number):
         raise ValueError(
-            f"`{name}` must have one for each task. Received: {len(values)} for {number} tasks"
+            f"`{name}` must have one for each task, of {number}. Received: {shortened(values)}"
         )
     return values or []
 
@@ -240,7 +243,12 @@ def _is_list_of_shapes(shapes):
 def _routers(router, number):
     """A router, a name or a config for each task."""
     if isinstance(router, (list, tuple)):
-        return _one_for_each("router", router, number)
+        if len(router) != number:
+            raise ValueError(
+                "A list of `router` must have one for each task, and one for a shared output. "
+                f"Received: {len(router)}, not {number}"
+            )
+        return router
     if not isinstance(router, routers.Router):
         return [router] * number
     config = router.get_config()
@@ -278,14 +286,7 @@ def _compute(bank, tokens, choices):
         return ops.cast(bank.compute_all(tokens), "float32"), places
     chosen = [existing(experts, bank.num_experts) for _, experts, _ in choices]
     places = _without_repeats(ops.concatenate(chosen, axis=1))
-    plan = GroupedPlan(Assignments.of(places, bank.num_experts), ops.ones_like(places, "float32"))
-    plan = plan.by_assignment()
-    if not backend.token_shards():
-        plan = plan.sort()
-    num_places = places.shape[1]
-    outputs = bank(ops.repeat(tokens, num_places, axis=0), plan)
-    outputs = ops.reshape(outputs, (-1, num_places, outputs.shape[-1]))
-    return ops.cast(outputs, "float32"), places
+    return ops.cast(bank.compute_each(tokens, places), "float32"), places
 
 
 def _without_repeats(experts):

@@ -1,5 +1,6 @@
 """Router losses, which training adds to its loss, and the likelihood of a mixture."""
 
+from keras_moe._internal.checks import shortened
 from keras_moe._internal.serialization import resolve
 from keras_moe.losses.likelihood import MixtureNegativeLogLikelihood, pack_mixture
 from keras_moe.losses.router_losses import (
@@ -31,6 +32,20 @@ def get(identifier):
         TypeError: If `identifier` is none of these.
     """
     return resolve("router_losses", identifier, RouterLoss, BY_NAME)
+
+
+def get_list(identifiers):
+    """Return a tuple of router losses from a list of what `get` takes.
+
+    Raises:
+        TypeError: If it is no list, or `get` does not take one of them.
+    """
+    if not isinstance(identifiers, (list, tuple)):
+        raise TypeError(
+            "`router_losses` must be a list of losses or names. Received: "
+            f"router_losses={shortened(identifiers)}"
+        )
+    return tuple(map(get, identifiers))
 
 
 __all__ = [

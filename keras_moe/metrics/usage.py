@@ -60,12 +60,15 @@ def is_dead(counts):
 
     Not zero: where all experts serve all tokens, counts are sums of weights.
     """
-    counts = as_counts(counts)
-    return counts <= 1e-3 * ops.mean(counts)
+    return _is_dead(as_counts(counts))
+
+
+def _is_dead(counts):
+    return counts <= 1e-3 * ops.mean(counts, axis=-1, keepdims=True)
 
 
 def dead_experts_over_window(counts, window=100):
-    """Number of experts that `dead_experts` counts in all of the last `window` batches.
+    """Number of experts that `dead_experts` counts in each of the last `window` batches.
 
     Args:
         counts: Tensor or list, (N, E). Assignments per expert in N batches, in the order of time.
@@ -77,7 +80,8 @@ def dead_experts_over_window(counts, window=100):
     counts, window = as_counts(counts, "NE"), check_integer("window", window)
     if counts.shape[0] < window:
         return ops.zeros((), "float32")
-    return dead_experts(ops.sum(counts[-window:], axis=0))
+    dead = _is_dead(counts[-window:])
+    return ops.sum(ops.cast(ops.all(dead, axis=0), "float32"))
 
 
 def dropped_fraction(dropped, counts):
