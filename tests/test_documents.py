@@ -18,7 +18,12 @@ BACKEND = keras.backend.backend()
 # Of KerasTuner.
 pytestmark = pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\):DeprecationWarning")
 # Public as functions; the reference shows them with their module.
-FUNCTIONS = {"report": "reporting", "summary": "inspection", "upcycle": "upcycling"}
+FUNCTIONS = {
+    "generate": "generation",
+    "report": "reporting",
+    "summary": "inspection",
+    "upcycle": "upcycling",
+}
 ROOT = pathlib.Path(__file__).parents[1]
 
 
