@@ -1,7 +1,6 @@
 """TensorFlow primitives."""
 
 import contextlib
-import functools
 import operator
 import threading
 
@@ -34,17 +33,6 @@ class TensorFlowBackend(Backend):
     def on_its_platform(self, function, *operands):
         # TensorFlow does not tell for which device a function is traced.
         return function(self.current_platform(), *operands)
-
-    def as_one_program(self, function):
-        # An operation that runs eagerly takes longer than what it computes for few rows.
-        program = tf.function(function, reduce_retracing=True, autograph=False)
-
-        @functools.wraps(function)
-        def called(*args, **kwargs):
-            is_eager = tf.executing_eagerly() and not tf.distribute.has_strategy()
-            return (program if is_eager else function)(*args, **kwargs)
-
-        return called
 
     def after(self, tensor, value):
         # At the end of data of unknown length, TensorFlow without XLA runs what a step computes
