@@ -149,11 +149,8 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         self.gated_shared_expert = bool(gated_shared_expert)
         self.shared_gate = None
         if gated_shared_expert:
-            if shared_expert is None or token_axes is not None:
-                raise ValueError(
-                    "`gated_shared_expert=True` needs a `shared_expert`, and tokens that are "
-                    f"vectors. Received: shared_expert={shared_expert}, token_axes={token_axes}"
-                )
+            if shared_expert is None:
+                raise ValueError("`gated_shared_expert=True` needs a `shared_expert`")
             self.shared_gate = _Gate(
                 1,
                 "sigmoid",
@@ -194,6 +191,11 @@ class MixtureOfExperts(RouterUsage, Recomputable):
                 f"shape {tuple(shape)} from shared_expert, {tuple(expected)} from experts"
             )
         self._shared_takes_mask = bool(sublayers.accepted_arguments(self.shared_expert, ("mask",)))
+        if self.shared_gate is not None and len(expected) > num_axes + 1:
+            raise ValueError(
+                "`gated_shared_expert=True` needs tokens that are vectors. "
+                f"Received: outputs of shape {expected}, token_axes={self.token_axes}"
+            )
         if self.shared_gate is not None and not self.shared_gate.built:
             self.shared_gate.build(inputs_shape)
 
