@@ -66,8 +66,13 @@ def some_layers():
     return [*plain_layers(), *global_layers()]
 
 
-EVERY_LAYER = [layer.name for layer in every_layer()]
-GLOBAL_LAYERS = [layer.name for layer in global_layers()]
+# Names without layers: those would start TensorFlow before a process can set up its devices.
+GLOBAL_LAYERS = [*(f"balancer_{name}" for name in balancers.BY_NAME), "strength", "global"]
+EVERY_LAYER = [
+    *(f"loss_{name}" for name in losses.BY_NAME),
+    *(f"balancer_{name}" for name in balancers.BY_NAME),
+    *(f"router_{name}" for name in routers.BY_NAME),
+]
 
 
 def model_of(make_layers):

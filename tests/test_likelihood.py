@@ -111,8 +111,11 @@ def test_the_likelihood_finds_both_answers_where_a_squared_error_finds_their_mea
     keras.utils.set_random_seed(0)
     x, y = two_answers(256)
     inputs = keras.Input((1,))
-    layer = layers.MixtureOfExperts(layers.LinearExperts(2, 1), router, router_losses=())
+    layer = layers.MixtureOfExperts(
+        layers.LinearExperts(2, 1, kernel_initializer="zeros"), router, router_losses=()
+    )
     _, routing, outputs = layer(inputs, return_routing=True, return_expert_outputs=True)
+    layer.experts.up_bias.assign([[-0.5], [0.5]])  # equal experts would have equal gradients
     model = keras.Model(inputs, losses.pack_mixture(routing, outputs))
     loss = losses.MixtureNegativeLogLikelihood(scale=0.3)
     model.compile(keras.optimizers.Adam(0.05), loss)
