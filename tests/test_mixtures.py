@@ -3,7 +3,9 @@
 import keras
 import numpy as np
 import pytest
-from backends import FAST_MODE, MODES, assert_close, compiled, gradients, to_numpy
+from backends import BACKEND, FAST_MODE, MODES, assert_close, compiled, gradients, to_numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from keras import ops
 from layer_checks import D, E, array, moe, normal
 
@@ -25,6 +27,41 @@ by_router = pytest.mark.parametrize("router", ROUTERS)
 
 
 # Outputs of single experts
+
+
+@settings(max_examples=8 if BACKEND == "torch" else 3)
+@given(st.data())
+def test_options_together_compute_the_formula_in_any_dtype(data):
+    """Sample axes, a router of other features, widths and a mask, against plain NumPy."""
+    draw = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
+    k, dtype = draw(1, 2, E), draw("float32", "mixed_bfloat16", "float16")
+    token_axes, width, num_rows = draw(None, 1, 2), draw(1, 5), draw(1, 4)
+    layer = layers.MixtureOfExperts(
+        layers.LinearExperts(E, width, kernel_initializer=WIDE),
+        routers.TopKRouter(top_k=k, kernel_initializer=WIDE),
+        token_axes=token_axes,
+        dtype=dtype,
+    )
+    shape = (num_rows, D) if token_axes == 1 else (num_rows, 3, D)
+    x, z, mask = normal(*shape), normal(*shape[:-1], 3), np.arange(num_rows) < draw(0, 1, num_rows)
+    mask = np.broadcast_to(mask.reshape(-1, *[1] * (len(shape) - 2)), shape[:-1])
+    outputs, routing, single = layer(
+        x, mask=mask, router_inputs=z, return_routing=True, return_expert_outputs=True
+    )
+    kernel, bias = array(layer.experts.up_kernel), array(layer.experts.up_bias)
+    every = np.einsum("td,edf->tef", x.reshape(-1, D), kernel) + bias
+    logits = z.reshape(-1, 3) @ array(layer.router.kernel)
+    chosen = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    real = mask.reshape(-1)
+    np.testing.assert_array_equal(array(routing.indices)[real], chosen[real])
+    expected = np.take_along_axis(every, chosen[..., None], 1) * real[:, None, None]
+    tolerance = {"float32": 1e-5, "float16": 1e-2}.get(dtype, 0.05)
+    assert str(keras.backend.standardize_dtype(single.dtype)) == layer.compute_dtype
+    single = to_numpy(ops.cast(single, "float32")).reshape(expected.shape)
+    assert_close(single, expected, tolerance=tolerance, scale=1 + np.abs(expected).max())
+    weighted = np.sum(array(routing.weights)[..., None] * expected, axis=1)
+    outputs = to_numpy(ops.cast(outputs, "float32")).reshape(weighted.shape)
+    assert_close(outputs, weighted, tolerance=tolerance, scale=1 + np.abs(expected).max())
 
 
 @by_bank
