@@ -15,8 +15,9 @@ class LogitRouter(Adaptable, Router):
     """Abstract: a router whose logits are learned; linear, unless a subclass overrides `project`.
 
     Args:
-        num_experts, input_jitter, logit_noise, kernel_initializer, kernel_regularizer, seed,
-            hidden_dim, temperature: As in `TopKRouter`.
+        num_experts: Integer. Number of experts, E.
+        input_jitter: Float, as `logit_noise`, `kernel_initializer`, `kernel_regularizer`, `seed`,
+            `hidden_dim` and `temperature` an argument of `TopKRouter`, which describes it.
         **kwargs: `name` and `trainable`, as in any Keras layer.
     """
 

@@ -24,9 +24,9 @@ class SelectionRouter(LogitRouter):
     `project(tokens)`, for other logits, or `select(scores)`, for another choice.
 
     Args:
-        num_experts, top_k, score, renormalize, scaling_factor, balancer, use_bias, input_jitter,
-            logit_noise, kernel_initializer, kernel_regularizer, seed: As in `TopKRouter`.
-        **kwargs: `hidden_dim`, `temperature`, `name` and `trainable`, as in `TopKRouter`.
+        num_experts: Integer. Number of experts, E.
+        top_k: Integer. Experts per token, K, at most E.
+        **kwargs: Arguments of `TopKRouter`.
     """
 
     def __init__(
