@@ -36,7 +36,7 @@ def generate(
         model: Keras model from token ids (B, length), of any length, to logits (B, length, V), such
             as a functional model with `keras.Input((None,))`.
         prompts: List of lists of ids, or an integer array (B, L). Their lengths may differ.
-        num_tokens: Integer. Tokens to write, at most, after the longest prompt.
+        num_tokens: Integer. Tokens to write after each prompt, at most.
         temperature: Float. 0 takes the likeliest token. Otherwise tokens are drawn from
             `softmax(logits / temperature)`, among those that `top_k` and `top_p` leave.
         top_k: Integer or None. Only the K likeliest tokens are drawn.
@@ -75,6 +75,9 @@ def generate(
     top_p = None if top_p is None else check_number("top_p", top_p, above=0)
     if top_p is not None and top_p > 1:
         raise ValueError(f"`top_p` must be at most 1. Received: top_p={top_p}")
+    if not temperature and (top_k is not None or top_p is not None):
+        raise ValueError("`top_k` and `top_p` need a `temperature` above 0. Received: 0")
+    stop_token = -1 if stop_token is None else check_integer("stop_token", stop_token, minimum=0)
     prompts = [np.asarray(ops.convert_to_numpy(prompt)) for prompt in prompts]
     if not prompts or any(each.ndim != 1 or each.dtype.kind not in "iu" for each in prompts):
         raise ValueError(
@@ -91,23 +94,32 @@ def generate(
 
     writer = _writer_of(model)
     state = writer.predict_on_batch({"ids": text[:, :start], "real": real[:, :start], "room": text})
+    num_words = state["logits"].shape[-1]
+    if text.min() < 0 or text.max() >= num_words:
+        raise ValueError(
+            f"`prompts` must have ids from 0 to {num_words - 1}, as the model has scores. "
+            f"Received: ids from {text.min()} to {text.max()}"
+        )
+    sums = np.sum(state["logits"], axis=-1)
+    if temperature and np.all(state["logits"] >= 0) and np.allclose(sums, 1, atol=1e-3):
+        raise ValueError("`model` must return logits. Received: probabilities, as of a softmax")
     state |= {"text": text, "stopped": np.zeros(len(text), bool), "position": np.int32(start)}
     rng = np.random.default_rng(seed)
     progress = keras.utils.Progbar(num_tokens, unit_name="token")
     shown = num_tokens > TOKENS_AT_ONCE if verbose == "auto" else verbose
     while state["position"] < text.shape[1] and not np.all(state["stopped"]):
-        inputs = {"state": state, "stop_token": np.int32(-1 if stop_token is None else stop_token)}
+        inputs = {"state": state, "stop_token": np.int32(stop_token)}
         inputs["end"] = np.int32(min(state["position"] + TOKENS_AT_ONCE, text.shape[1]))
         if temperature:
-            size = (len(text), TOKENS_AT_ONCE, state["logits"].shape[-1])
+            size = (len(text), TOKENS_AT_ONCE, num_words)
             inputs["noise"] = rng.gumbel(size=size).astype("float32")
             inputs["temperature"] = np.float32(temperature)
         if temperature and (top_k is not None or top_p is not None):
-            inputs["top_k"] = np.int32(top_k or state["logits"].shape[-1])
+            inputs["top_k"] = np.int32(top_k or num_words)
             inputs["top_p"] = np.float32(top_p or 1.0)
         state = writer.predict_on_batch(inputs)
         if not writer.was_compared:
-            _compare_with_whole_text(model, state, prompts)
+            _compare_with_whole_text(writer, state, prompts)
             writer.was_compared = True
         if shown:
             progress.update(int(state["position"]) - start)
@@ -191,11 +203,12 @@ def _noisy(logits, noise, temperature, top_k=None, top_p=None):
     return logits + temperature * noise
 
 
-def _compare_with_whole_text(model, state, prompts):
+def _compare_with_whole_text(writer, state, prompts):
     """Refuse a model that computes something else for a whole text than token by token."""
     row = max(range(len(prompts)), key=lambda row: len(prompts[row]))  # it has no padding
     whole = state["text"][row : row + 1, : state["position"]]
-    expected = np.asarray(model.predict_on_batch(whole)[0, -1], "float32")
+    inputs = {"ids": whole, "real": np.ones(whole.shape, bool), "room": whole}
+    expected = writer.predict_on_batch(inputs)["logits"][0]
     difference = float(np.max(np.abs(state["logits"][row] - expected)))
     if difference > 0.05 * np.ptp(expected):
         raise ValueError(

@@ -18,12 +18,12 @@ class Positions(keras.layers.Layer):
         return inputs + keras.ops.cast(keras.ops.arange(length), inputs.dtype)[:, None]
 
 
-def model_of(*extra, **block):
+def model_of(*extra, mask_zero=False, **block):
     keras.utils.set_random_seed(0)
     hidden = ids = keras.Input((None,), dtype="int32")
     experts = layers.GatedExperts(4, 16)
     once = layers.TransformerDecoderBlock(2, layers.MixtureOfExperts(experts, name="moe"), **block)
-    for layer in (keras.layers.Embedding(V, 16), *extra, once, once):
+    for layer in (keras.layers.Embedding(V, 16, mask_zero=mask_zero), *extra, once, once):
         hidden = layer(hidden)
     return keras.Model(ids, keras.layers.Dense(V)(hidden))
 
@@ -84,9 +84,20 @@ def test_draws_follow_seed_and_probabilities(model):
     assert {int(text[1]) for text in few} == set(likely[:number].tolist())
 
 
+def test_an_id_of_padding_in_a_prompt_is_a_token():
+    masked, plain = model_of(mask_zero=True), model_of()
+    texts = keras_moe.generate(masked, [[3, 4, 0]], 2)
+    assert np.array_equal(texts, keras_moe.generate(plain, [[3, 4, 0]], 2))
+
+
 def test_a_model_that_counts_positions_elsewhere_is_refused():
     with pytest.raises(ValueError, match="each position alone"):
         keras_moe.generate(model_of(Positions()), PROMPTS, 2)
+    probabilities = keras.Sequential([model_of(), keras.layers.Softmax()])
+    with pytest.raises(ValueError, match="logits"):
+        keras_moe.generate(probabilities, PROMPTS, 2, temperature=1.0)
+    with pytest.raises((ValueError, IndexError), match="ids from 0 to 29|out of range"):
+        keras_moe.generate(model_of(), [[30]], 2)
     with pytest.raises(ValueError, match="TransformerDecoderBlock"):
         dense = [keras.Input((None,), dtype="int32"), keras.layers.Embedding(V, V)]
         keras_moe.generate(keras.Sequential(dense), PROMPTS, 2)
