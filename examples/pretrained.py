@@ -219,7 +219,7 @@ for prompt in PROMPTS:
 """
 ## Which expert serves which text
 
-The share that each expert of the first and of the last mixture has of each kind of text.
+How the tokens of each kind of text spread over the experts of the first and of the last mixture.
 """
 
 for kind, rows in test.items():

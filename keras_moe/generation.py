@@ -28,9 +28,10 @@ def generate(
     """Continue prompts with a model of `layers.TransformerDecoderBlock`s.
 
     The blocks keep the keys and values of earlier tokens, so that a token costs one token's work.
-    The loop is compiled once for each number of prompts and each length; on PyTorch it runs
-    eagerly. Every other layer of the model must treat each position alone and alike: one that adds
-    an embedding of positions is refused, as it would see each token at position 0.
+    The loop is compiled once for each number of prompts, length of the longest and number of
+    tokens; on PyTorch it runs eagerly. Every other layer of the model must treat each position
+    alone and alike: one that adds an embedding of positions is refused, as it would see each token
+    at position 0.
 
     Args:
         model: Keras model from token ids (B, length), of any length, to logits (B, length, V), such
@@ -75,11 +76,13 @@ def generate(
     top_p = None if top_p is None else check_number("top_p", top_p, above=0)
     if top_p is not None and top_p > 1:
         raise ValueError(f"`top_p` must be at most 1. Received: top_p={top_p}")
-    if not temperature and (top_k is not None or top_p is not None):
+    is_limited = top_k is not None or top_p is not None
+    if is_limited and not temperature:
         raise ValueError("`top_k` and `top_p` need a `temperature` above 0. Received: 0")
     stop_token = -1 if stop_token is None else check_integer("stop_token", stop_token, minimum=0)
     prompts = [np.asarray(ops.convert_to_numpy(prompt)) for prompt in prompts]
-    if not prompts or any(each.ndim != 1 or each.dtype.kind not in "iu" for each in prompts):
+    are_ids = [each.ndim == 1 and each.size and each.dtype.kind in "iu" for each in prompts]
+    if not prompts or not all(are_ids):
         raise ValueError(
             "`prompts` must be a list of lists of integers, each of at least one. "
             f"Received: {shortened(prompts)}"
@@ -114,7 +117,7 @@ def generate(
             size = (len(text), TOKENS_AT_ONCE, num_words)
             inputs["noise"] = rng.gumbel(size=size).astype("float32")
             inputs["temperature"] = np.float32(temperature)
-        if temperature and (top_k is not None or top_p is not None):
+        if is_limited:
             inputs["top_k"] = np.int32(top_k or num_words)
             inputs["top_p"] = np.float32(top_p or 1.0)
         state = writer.predict_on_batch(inputs)

@@ -112,7 +112,7 @@ def fit(model, batches, epochs, folder, callbacks, **arguments):
 
 
 def once(folder, train):
-    """What `train(progress)` returns, computed once and kept in a folder as JSON.
+    """Return `train(progress)`, which is computed once and kept in a folder as JSON.
 
     `progress` is the folder of what an interrupted training has done.
     """

@@ -6,8 +6,7 @@ from keras import ops
 from keras_moe._internal.checks import check_integer
 from keras_moe._internal.serialization import resolve
 from keras_moe.backend import backend
-from keras_moe.ops.assignments import Assignments
-from keras_moe.ops.plans import GroupedPlan
+from keras_moe.ops.plans import plan_experts
 
 
 class ExpertBank(keras.layers.Layer):
@@ -47,15 +46,19 @@ class ExpertBank(keras.layers.Layer):
         """Return the outputs (T, E, ...) of all experts for each token (T, ...)."""
         numbers = ops.arange(self.num_experts, dtype="int32")
         shape = (ops.shape(tokens)[0], self.num_experts)
-        return self.compute_each(tokens, ops.broadcast_to(numbers, shape))
+        plan = plan_experts(ops.broadcast_to(numbers, shape), self.num_experts)
+        return self.compute_each(tokens, plan)
 
-    def compute_each(self, tokens, experts):
-        """Return the outputs (T, S, ...) of experts (T, S), -1 for none, for tokens (T, ...)."""
-        assignments = Assignments.of(experts, self.num_experts)
-        plan = GroupedPlan(assignments, ops.ones_like(experts, "float32"))
-        plan = plan.by_assignment() if backend.token_shards() else plan.sort().by_assignment()
-        outputs = self(ops.repeat(tokens, experts.shape[1], axis=0), plan)
-        return ops.reshape(outputs, (-1, experts.shape[1], *outputs.shape[1:]))
+    def compute_each(self, tokens, plan):
+        """Return the outputs (T, K, ...) of the assignments of a plan, zero where one has no row.
+
+        Args:
+            tokens: (T, ...) float tensor.
+            plan: `ops.GroupedPlan` of K experts per token. Its weights are not used.
+        """
+        top_k = plan.weights.shape[1]
+        outputs = self(ops.repeat(tokens, top_k, axis=0), plan.by_assignment())
+        return ops.reshape(outputs, (-1, top_k, *outputs.shape[1:]))
 
     def compute_output_shape(self, tokens_shape):
         return tuple(tokens_shape)

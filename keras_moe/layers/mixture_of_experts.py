@@ -326,9 +326,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
             )
         if not isinstance(plan.groups, (ops.Groups, ops.Assignments)):
             plan = _plan_groups(routing)  # of experts that choose: as if tokens chose the same
-        top_k = routing.indices.shape[1]
-        outputs = self.experts(keras_ops.repeat(tokens, top_k, axis=0), plan.by_assignment())
-        return keras_ops.reshape(outputs, (-1, top_k, *outputs.shape[1:]))
+        return self.experts.compute_each(tokens, plan)
 
     def _compute_experts(self, tokens, plan):
         if not isinstance(plan, ops.SoftPlan):

@@ -16,6 +16,7 @@ from keras_moe._internal.serialization import config_of, register
 from keras_moe.layers import expert_bank
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts, _sequence_length
+from keras_moe.ops.plans import plan_experts
 from keras_moe.ops.selection import existing
 
 
@@ -286,7 +287,8 @@ def _compute(bank, tokens, choices):
         return ops.cast(bank.compute_all(tokens), "float32"), places
     chosen = [existing(experts, bank.num_experts) for _, experts, _ in choices]
     places = _without_repeats(ops.concatenate(chosen, axis=1))
-    return ops.cast(bank.compute_each(tokens, places), "float32"), places
+    outputs = bank.compute_each(tokens, plan_experts(places, bank.num_experts))
+    return ops.cast(outputs, "float32"), places
 
 
 def _without_repeats(experts):

@@ -142,8 +142,18 @@ def _plan_groups(routing, capacity=None, first=None, sequence_length=None, num_l
             if is_split
             else admit(assignments, first)
         )
+    return _plan_of(assignments, routing.weights)
+
+
+def plan_experts(experts, num_experts):
+    """The plan of experts (T, K), -1 for none, with weights of 1."""
+    return _plan_of(Assignments.of(experts, num_experts), ops.ones_like(experts, "float32"))
+
+
+def _plan_of(assignments, weights):
     # Under a distribution each device sorts those of its own tokens and experts.
-    return GroupedPlan(assignments.sort() if shards is None else assignments, routing.weights)
+    is_split = backend.token_shards() is not None
+    return GroupedPlan(assignments if is_split else assignments.sort(), weights)
 
 
 @backend.as_one_program
