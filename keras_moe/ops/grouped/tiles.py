@@ -86,7 +86,7 @@ def backward(setting, step, tokens, row_weights, parameters, groups, outputs, sa
 
 
 class _Layout:
-    """Where groups and tiles lie; sizes are computed once for a pass.
+    """Where groups and tiles lie; numbers of groups are computed once for a pass.
 
     After the rows of all groups comes padding for a tile that overruns the last one.
     """
@@ -95,10 +95,9 @@ class _Layout:
         self.dtype = dtype
         self.sizes = groups.sizes
         num_rows = groups.num_rows()
-        self.padding = tile_length(num_rows, groups.sizes.shape[0])
+        self.length = self.padding = tile_length(num_rows, groups.sizes.shape[0])
         self.in_blocks = isinstance(num_rows, int) and num_rows <= MOST_BLOCK_ROWS
         self.num_rows = num_rows + self.padding
-        self._ends = ops.cumsum(groups.sizes)
         self._token_of_row = ops.pad(groups.token_of_row(), (0, self.padding))
 
     def buffer(self, width):
@@ -110,35 +109,33 @@ class _Layout:
         # Reading the kernels of an expert costs as much as a few rows. For a few tokens, as in
         # decoding, most experts have none.
         has_rows = self.sizes > 0
-        busy_first, length = ops.argsort(ops.logical_not(has_rows)), self.padding
+        busy_first = ops.cast(ops.argsort(ops.logical_not(has_rows)), "int32")
+        ends = ops.cumsum(self.sizes)
+        num_tiles = (self.sizes + self.length - 1) // self.length
 
         def group(number, carry):
-            expert = ops.cast(ops.take(busy_first, number), "int32")
+            expert = backend.gather_rows(busy_first, number)
+            end = backend.gather_rows(ends, expert)
+            first = end - backend.gather_rows(self.sizes, expert)
             products = _products(parameters, expert, self.dtype, self.in_blocks)
-            size = ops.take(self.sizes, expert)
-            group_start = ops.take(self._ends, expert) - size
 
             def nth_tile(i, carry):
-                start = group_start + i * length
-                inside = ops.expand_dims(ops.arange(length, dtype="int32") < size - i * length, 1)
-                tokens = backend.slice_at(self._token_of_row, (start,), (length,))
-                tile = _Tile(expert, start, length, inside, tokens, self.dtype)
-                return compute(tile, products, carry)
+                start = first + i * self.length
+                rows = start + ops.arange(self.length, dtype="int32")
+                tokens = backend.slice_at(self._token_of_row, (start,), (self.length,))
+                inside = ops.expand_dims(rows < end, 1)
+                return compute(_Tile(expert, start, inside, tokens, self.dtype), products, carry)
 
-            return ops.fori_loop(0, (size + length - 1) // length, nth_tile, carry)
+            return ops.fori_loop(0, backend.gather_rows(num_tiles, expert), nth_tile, carry)
 
         return ops.fori_loop(0, ops.sum(ops.cast(has_rows, "int32")), group, carry)
 
 
 class _Tile(NamedTuple):
-    """Some rows of one expert: `length` is static, other numbers depend on data.
-
-    Everything that is read has the `dtype` that is computed in.
-    """
+    """Some rows of one expert. Everything that is read has the `dtype` that is computed in."""
 
     expert: Any
     start: Any
-    length: int
     inside: Any
     token_of_row: Any
     dtype: str
@@ -149,16 +146,16 @@ class _Tile(NamedTuple):
 
     def read(self, buffer, past_end=0.0):
         """The rows of a buffer, `past_end` past the end of the group."""
-        rows = backend.slice_at(buffer, (self.start, 0), (self.length, buffer.shape[1]))
+        rows = backend.slice_at(buffer, (self.start, 0), (self.inside.shape[0], buffer.shape[1]))
         return self._mask(rows, past_end)
 
     def write(self, buffer, rows):
-        return ops.slice_update(buffer, (self.start, 0), rows)
+        return backend.update_at(buffer, (self.start, 0), rows)
 
     def add_to_expert(self, stacked, part):
         """Add to the expert's entry of a tensor (E, ...), in place under XLA."""
         total = _at(stacked, self.expert) + ops.cast(part, stacked.dtype)
-        return ops.slice_update(stacked, _start(stacked, self.expert), ops.expand_dims(total, 0))
+        return backend.update_at(stacked, _start(stacked, self.expert), ops.expand_dims(total, 0))
 
     def _mask(self, rows, past_end):
         return ops.where(
@@ -246,12 +243,12 @@ _OF_TILE = {
 def tile_length(num_rows, num_experts):
     """Rows of a tile, a power of two: about half a mean group.
 
-    A longer tile has more padding, and each tile reads the kernels, and reads and writes the sums of
-    their gradients. There is one length, as each would be compiled, forward and backward. Below 4
-    rows a product is bound by reading its kernel; above 256 nothing is gained. No tile has more than
-    a sixteenth of all rows, unless they are few: in the backward pass some seven intermediate values
-    of a tile exist at once, which would be most of the memory where experts are few. The number of
-    rows is a tensor where it is not known at compile time.
+    A longer tile has more padding, and each tile reads the kernels, and reads and writes the sums
+    of their gradients. There is one length, as each would be compiled, forward and backward: three
+    were no faster. Below 4 rows a product is bound by reading its kernel; above 256 nothing is
+    gained. No tile has more than a sixteenth of all rows, unless they are few: in the backward pass
+    some seven intermediate values of a tile exist at once, which would be most of the memory where
+    experts are few. The number of rows is a tensor where it is not known at compile time.
     """
     mean = num_rows // max(num_experts, 8) if isinstance(num_rows, int) else 256
     return 2 ** min(max(mean.bit_length() - 2, 2), 8)
