@@ -241,17 +241,20 @@ _OF_TILE = {
 
 
 def tile_length(num_rows, num_experts):
-    """Rows of a tile, a power of two: about half a mean group.
+    """Rows of a tile, a power of two from 4 to 256.
 
-    A longer tile has more padding, and each tile reads the kernels, and reads and writes the sums
-    of their gradients. There is one length, as each would be compiled, forward and backward: three
-    were no faster. Below 4 rows a product is bound by reading its kernel; above 256 nothing is
-    gained. No tile has more than a sixteenth of all rows, unless they are few: in the backward pass
-    some seven intermediate values of a tile exist at once, which would be most of the memory where
-    experts are few. The number of rows is a tensor where it is not known at compile time.
+    Besides its rows a tile costs about as much as 24 more: its kernels are read, and the sums of
+    their gradients read and written. The last one of a group is half padding. Of L rows, all tiles
+    of a mean group cost `(mean / L + 1 / 2) * (L + 24)`, the least at `sqrt(48 * mean)`. Tiles of
+    one length only: each is compiled, forward and backward, and three were no faster.
+
+    No tile has more than an eighth of many rows: in the backward pass some seven intermediate
+    values of a tile exist at once, which would be most of the memory where experts are few. The
+    number of rows is a tensor where it is not known at compile time.
     """
     mean = num_rows // max(num_experts, 8) if isinstance(num_rows, int) else 256
-    return 2 ** min(max(mean.bit_length() - 2, 2), 8)
+    # The power of two that is nearest by its factor.
+    return 2 ** min(max(round((2 * 48 * mean) ** 0.5).bit_length() - 1, 2), 8)
 
 
 def _at(stacked, expert):
