@@ -16,7 +16,10 @@ class ReadableReference(griffe.Extension):
 
     def on_instance(self, *, obj, **kwargs):
         if obj.docstring is not None:
-            text = EXAMPLE.sub(lambda match: f"```pycon\n{match[0]}\n```", obj.docstring.value)
+            text = EXAMPLE.sub(
+                lambda match: f"```pycon\n{match[0]}\n```",
+                obj.docstring.value,
+            )
             text = CALL_ARGUMENTS.sub(_as_list, text)
             obj.docstring.value = SECTION.sub(r"**\1:**", text)
 
@@ -52,7 +55,12 @@ def _spell_out(cls):
         return
     *named, kwargs = own.parameters
     inherited = [
-        griffe.Parameter(each.name, kind=griffe.ParameterKind.keyword_only, default=each.default)
+        griffe.Parameter(
+            each.name,
+            annotation=each.annotation,
+            kind=griffe.ParameterKind.keyword_only,
+            default=each.default,
+        )
         for each in bases[0].parameters
         if each.default is not None and each.name not in own.parameters and each.name != "kwargs"
     ]
