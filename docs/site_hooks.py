@@ -7,32 +7,9 @@ import sys
 
 from mkdocs.structure.files import File
 
-DOCS = pathlib.Path(__file__).parent
-sys.path.insert(0, str(DOCS))
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from notebooks import ROOT, page_of  # noqa: E402
-
-IDENTIFIER = re.compile(r"^::: (keras_moe\.[\w.]+)$", flags=re.MULTILINE)
-# What is a link, a program or a heading stays; a name in a line of text becomes a link.
-NAME = re.compile(
-    r"<(a|pre|h[1-6]|autoref)\b.*?</\1>|<code>(?:keras_moe\.)?([\w.]+)(?:\(.*?\))?</code>",
-    flags=re.DOTALL,
-)
-
-
-def identifiers():
-    """Documented parts by the names that pages use, such as `TopKRouter` and `routers.TopKRouter`.
-
-    Functions have no short name: `summary` alone may be anything.
-    """
-    found = {}
-    for page in (DOCS / "api").glob("*.md"):
-        for identifier in IDENTIFIER.findall(page.read_text(encoding="utf-8")):
-            name = identifier.removeprefix("keras_moe.").replace("matmul.grouped_", "")
-            found[name] = identifier
-            last = name.split(".")[-1]
-            if last[0].isupper():
-                found[last] = identifier
-    return found
+from reference_links import link_names  # noqa: E402
 
 
 def on_files(files, config):
@@ -64,15 +41,4 @@ def on_page_markdown(markdown, config, **_):
 
 
 def on_page_content(html, page, **_):
-    """Link the first mention of each documented name on a page."""
-    names = identifiers()
-    seen = set(IDENTIFIER.findall(page.markdown))
-
-    def link(match):
-        identifier = names.get(match[2])
-        if identifier is None or identifier in seen:
-            return match[0]
-        seen.add(identifier)
-        return f'<autoref identifier="{identifier}">{match[0]}</autoref>'
-
-    return NAME.sub(link, html)
+    return link_names(html, page.markdown)
