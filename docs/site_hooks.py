@@ -11,6 +11,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from notebooks import ROOT, page_of  # noqa: E402
 from reference_links import link_names  # noqa: E402
 
+ALERT = re.compile(r"^> \[!(\w+)\]\n((?:>.*\n)+)", flags=re.MULTILINE)
+
 
 def on_files(files, config):
     for example in (ROOT / "examples").glob("*.py"):
@@ -35,9 +37,18 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, config, **_):
-    """Lead links to the files of examples to their pages, and fill in the address to clone."""
+    """Lead links to the files of examples to their pages, and fill in the address to clone.
+
+    Alerts are written as GitHub shows them, `> [!WARNING]`.
+    """
+    markdown = ALERT.sub(_admonition, markdown)
     markdown = re.sub(r"\(\.\./examples/(\w+)\.py\)", r"(examples/\1.md)", markdown)
     return markdown.replace("REPOSITORY_URL", config.repo_url or "REPOSITORY_URL")
+
+
+def _admonition(match):
+    text = re.sub(r"^> ?", "    ", match[2], flags=re.MULTILINE)
+    return f"!!! {match[1].lower()}\n\n{text}"
 
 
 def on_page_content(html, page, **_):

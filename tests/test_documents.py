@@ -165,7 +165,7 @@ def test_the_page_on_reliability_repeats_the_order_of_an_epoch(shuffled_by, tmp_
 
 
 OF_MANY_OPERATIONS = [
-    *("capacity", "density", "generating", "many_tasks", "surgery", "upcycling"),
+    *("capacity", "density", "generating", "many_tasks", "surgery", "tabular", "upcycling"),
 ]
 
 
@@ -227,7 +227,7 @@ def test_the_guide_to_replicas_trains_on_its_backends():
 def test_the_recipes_for_parts_of_ones_own_train_and_are_short(tmp_path):
     names = run("docs/extending.md")
     assert names["layer"].expert_counts.shape == (8,)
-    assert max(len(recipe.splitlines()) for recipe in blocks("docs/extending.md")) <= 28
+    assert max(len(recipe.splitlines()) for recipe in blocks("docs/extending.md")) <= 29
     bank = names["DeepExperts"](num_experts=4, hidden_dim=5)
     copy = names["DeepExperts"].from_config(bank.get_config())
     assert (copy.num_experts, copy.hidden_dim) == (4, 5)
