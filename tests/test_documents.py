@@ -110,11 +110,15 @@ def test_pages_link_the_first_mention_of_each_part():
 
 def test_names_in_guides_are_in_the_reference():
     parts = "layers|routers|losses|metrics|callbacks|inspection|visualization|tuner|surgery|convert"
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    guides = site[site.index("- Guides:") : site.index("- Examples and results:")]
     for path in (ROOT / "docs").glob("*.md"):
         text = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
         names = re.findall(rf"`(?:keras_moe\.)?((?:{parts})\.\w+)(?:\(.*?\))?`", text)
         missing = set(names) - set(IDENTIFIERS) - PLUMBING
         assert not missing, (path.name, missing)
+        spans = {span.removeprefix("keras_moe.") for span in re.findall(r"`([\w.]+)[`(]", text)}
+        assert spans & set(IDENTIFIERS) or path.name not in guides, path.name
 
 
 @of_many_operations
