@@ -7,25 +7,25 @@ REFERENCE = pathlib.Path(__file__).parent / "api"
 IDENTIFIER = re.compile(r"^::: (keras_moe\.[\w.]+)$", flags=re.MULTILINE)
 # Links, programs and headings stay as they are; a name in a line of text becomes a link.
 NAME = re.compile(
-    r"<(a|pre|h[1-6]|autoref)\b.*?</\1>|<code>(?:keras_moe\.)?([\w.]+)(?:\(.*?\))?</code>",
+    r"<(a|pre|h[1-6]|autoref)\b.*?</\1>|<code>([\w.]+)(?:\(.*?\))?</code>",
     flags=re.DOTALL,
 )
 
 
 def identifiers():
-    """Documented parts by the names that pages use, such as `TopKRouter` and `routers.TopKRouter`.
-
-    Functions have no short name: `summary` alone may be anything.
+    """Documented parts by the names that pages use: `keras_moe.routers.TopKRouter`,
+    `routers.TopKRouter` and `TopKRouter`, but only `keras_moe.summary`: `summary` may be anything.
     """
     found = {}
     for page in REFERENCE.glob("*.md"):
         for identifier in IDENTIFIER.findall(page.read_text(encoding="utf-8")):
-            name = identifier.removeprefix("keras_moe.")
-            name = name.replace("grouped_matmul.grouped_matmul", "grouped_matmul")
+            name = identifier.replace("grouped_matmul.grouped_matmul", "grouped_matmul")
+            _, *parts = name.split(".")
             found[name] = identifier
-            last = name.split(".")[-1]
-            if last[0].isupper():
-                found[last] = identifier
+            if len(parts) > 1:
+                found[".".join(parts)] = identifier
+            if parts[-1][0].isupper():
+                found[parts[-1]] = identifier
     return found
 
 
