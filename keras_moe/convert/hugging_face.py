@@ -94,7 +94,7 @@ def to_hugging_face(mixture, layer, family):
     variables = _variables(mixture, rules, config_like(mixture, family))
     arrays = {}
     for rule in rules:
-        ours = [_value(mixture, name, variables[name]) for name in rule.ours]
+        ours = [_value(mixture, family, name, variables[name]) for name in rule.ours]
         if "{expert}" not in rule.theirs:
             arrays[prefix + rule.theirs] = rule.join(ours)
             continue
@@ -155,9 +155,13 @@ def _read(rule, prefix, num_experts, read):
     return values
 
 
-def _value(mixture, name, variable):
+def _value(mixture, family, name, variable):
     """An array; a kernel of the bank as floats, with its LoRA."""
     if name.endswith("_kernel"):
         projection = name.removeprefix("experts.").removesuffix("_kernel")
-        return mixture.experts.projection(projection).merged_kernel()
-    return keras.ops.convert_to_numpy(variable)
+        value = mixture.experts.projection(projection).merged_kernel()
+    else:
+        value = keras.ops.convert_to_numpy(variable)
+    if name.startswith("experts.down_") and not FAMILIES[family].scales_weights:
+        value = value * getattr(mixture.router, "scaling_factor", 1.0)
+    return value
