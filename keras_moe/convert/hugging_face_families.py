@@ -25,8 +25,8 @@ class Family(NamedTuple):
     - `layouts`: pairs of the prefix of all names, with `{layer}` in it, and rules: that of files,
       and that of models in memory, if it is another.
     - `make`: from a `Config` and a dtype policy to arguments of a `MixtureOfExperts`.
-    - `scales_weights`: whether its config has the `scaling_factor` of the router. Elsewhere the last
-      kernels of the experts are multiplied by it.
+    - `scales_weights`: whether its config has the `scaling_factor` of the router. Without it the
+      last kernels of the experts are multiplied by this factor.
     """
 
     layouts: tuple[tuple[str, tuple[Rule, ...]], ...]

@@ -13,13 +13,13 @@ from keras_moe.layers import MixtureOfExperts
 def save_as_mixtral(model, path):
     """Save an upcycled Llama of KerasHub in a folder that Transformers loads as a Mixtral.
 
-    Writes `config.json` and `model.safetensors`, with the LoRA of experts in their kernels; needs
-    the package `safetensors`. Of parts of copies (`granularity`), the factor of the router goes into
-    the kernels. The tokenizer is the dense model's.
+    Writes `config.json` and `model.safetensors`, and needs the package `safetensors`. LoRA is added
+    to the kernels, which are multiplied by the scaling factor of the router (`granularity`).
+    The tokenizer is that of the dense model.
 
     Args:
-        model: Keras model. A `LlamaCausalLM`, `LlamaBackbone` or one of Llama 3, each block of which
-            has a mixture, of as many experts in all of them and with one K.
+        model: Keras model. A `LlamaCausalLM` or `LlamaBackbone`, or one of Llama 3, with a mixture
+            in each block, all with the same sizes and the same K.
         path: Path. Folder to write to.
 
     Raises:
