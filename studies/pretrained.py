@@ -85,7 +85,12 @@ def main(arguments=None):
     study = Study(size, dense, *load_rows(tokenizer, size, options.data_dir), folder)
     study.compare_starts(options.models)
     ms_per_step = step_times(
-        study.compiled, options.models, study.train[:BATCH_SIZE], folder, time.process_time
+        study.compiled,
+        options.models,
+        study.train[:BATCH_SIZE],
+        folder,
+        time.process_time,
+        rounds=10,
     )
     results: dict = {}
     for seed in options.seeds:
