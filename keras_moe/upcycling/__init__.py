@@ -42,8 +42,8 @@ def upcycle(
     without, in a functional or sequential model, with dropout between them or without; a
     `keras.Sequential` of such two in an attribute of another layer, as of our Transformer blocks;
     and those of KerasHub's Transformer blocks (Bert, GPT-2, Llama, Mistral, Qwen and others).
-    Dropout between the two is removed. A warning names `Dense` layers that look like such two and
-    stay dense.
+    Dropout between the two is removed. A warning says which `Dense` layers look like such two and
+    stay dense, and why.
 
     With parts, the columns of the router's kernel that belong to one copy are equal, so that a
     token first goes to all parts of its best copies. With `top_k=granularity` it costs what the
@@ -136,22 +136,19 @@ def upcycle(
 
 def _select(model, select, every):
     found = feed_forwards(model)
+    left = left_dense(model, found)
     if not found:
         raise ValueError(
             "`model` must be built and have dense feed-forward layers: a `Dense` layer from D to H "
             "features with an activation, then one back to D without, side by side in a model or "
             f"in a `keras.Sequential` inside a layer. Received: model={shortened(model)}"
+            f"{' with ' * bool(left)}{'; '.join(left)}"
         )
     names = [feed_forward.name for feed_forward in found]
     if select is None:
         wanted = names
-        if left := left_dense(model, found):
-            warnings.warn(
-                f"These layers stay dense: {left}. Each is in a layer with a `Dense` layer back to "
-                "as many features, but they are not side by side in a model or a "
-                "`keras.Sequential`, with only dropout and one activation between them.",
-                stacklevel=3,
-            )
+        if left:
+            warnings.warn(f"These layers stay dense: {'; '.join(left)}.", stacklevel=3)
     elif callable(select):
         wanted = list(filter(select, names))
     elif isinstance(select, str):
