@@ -33,6 +33,8 @@ class ExpertMonitor(keras.callbacks.Callback):
     them: `EarlyStopping(monitor="val_moe_load_imbalance", mode="min")` for a layer `"moe"`, with
     `"max"` for `load_entropy`. Put the monitor first in the list of callbacks. `model.evaluate`
     prints them too, but does not return them: a callback after the monitor can keep them, as below.
+    For a short progress line, put a progress bar before the monitor:
+    `callbacks=[keras.callbacks.ProgbarLogger(), monitor]`.
 
     The attributes `shares` and `validation_shares` are for `visualization.shares_over_time`: dicts
     with the shares of the experts of each layer, a list of one array (E,) for each epoch, NaN for
