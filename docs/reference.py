@@ -52,7 +52,12 @@ def _spell_out(cls):
         return
     *named, kwargs = own.parameters
     inherited = [
-        griffe.Parameter(each.name, kind=griffe.ParameterKind.keyword_only, default=each.default)
+        griffe.Parameter(
+            each.name,
+            annotation=each.annotation,
+            kind=griffe.ParameterKind.keyword_only,
+            default=each.default,
+        )
         for each in bases[0].parameters
         if each.default is not None and each.name not in own.parameters and each.name != "kwargs"
     ]

@@ -1,5 +1,6 @@
 """LoRA: frozen kernels with trained corrections of low rank."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -36,7 +37,13 @@ class Adaptable:
         for name in self._corrected:
             getattr(self, name).trainable = False
 
-    def enable_lora(self, rank, lora_alpha=None, a_initializer="he_uniform", b_initializer="zeros"):
+    def enable_lora(
+        self,
+        rank: int,
+        lora_alpha: float | None = None,
+        a_initializer: str | Callable = "he_uniform",
+        b_initializer: str | Callable = "zeros",
+    ) -> None:
         """Freeze each kernel and train a correction of low rank for it.
 
         `x W` becomes `x W + (lora_alpha / rank) (x A) B` with factors `A` (..., D, rank) and `B`
@@ -79,7 +86,7 @@ class Adaptable:
         for model in compiled_models_of(layer):  # Else `fit` fails, or trains what it did before.
             forget_old_weights(model)
 
-    def check_takes_lora(self):
+    def check_takes_lora(self) -> None:
         """Raise where corrections would have no effect."""
 
     def add_factors(self, a_initializer="he_uniform", b_initializer="zeros"):

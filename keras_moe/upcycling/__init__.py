@@ -3,6 +3,7 @@
 import random
 import re
 import warnings
+from collections.abc import Callable, Sequence
 
 import keras
 import numpy as np
@@ -20,16 +21,16 @@ __all__ = ["upcycle"]
 
 
 def upcycle(
-    model,
-    num_experts=8,
-    top_k=2,
-    granularity=1,
-    reinitialized=0.0,
-    select=None,
-    every=1,
-    router_losses=None,
-    seed=None,
-):
+    model: keras.Model,
+    num_experts: int = 8,
+    top_k: int = 2,
+    granularity: int = 1,
+    reinitialized: float = 0.0,
+    select: Sequence[str] | str | Callable | None = None,
+    every: int = 1,
+    router_losses: Sequence | None = None,
+    seed: int | None = None,
+) -> keras.Model:
     """Turn dense feed-forward layers of a model into mixtures of experts that start from them.
 
     Each expert begins as a copy of the dense layer, or as one of `granularity` equal parts of it,
