@@ -197,6 +197,10 @@ class Backend:
         """The part of a tensor that begins at indices `start`, of a static shape."""
         raise NotImplementedError
 
+    def update_at(self, tensor, start, part):
+        """The tensor, with a part of it, which begins at indices `start`, replaced."""
+        return ops.slice_update(tensor, start, part)
+
     def scan(self, step, carry, xs):
         """`carry, y = step(carry, x)` along the first axis of `xs`: the last carry and all `y`.
 
