@@ -23,29 +23,34 @@ def main(arguments=None):
     options = parser(__doc__)
     options.add_argument("--length", type=int, default=256, help="tokens of one text")
     options = parse(options, arguments, length=8)
-    generator = np.random.default_rng(0)
-    (num_tokens,) = options.tokens
-    ids = generator.integers(0, WORDS, (num_tokens // options.length, options.length))
-    batch = ids, generator.integers(0, CLASSES, len(ids))
-    steps = {}
+    batch, steps = batch_of(options), {}
     for name, feedforward in contest(options).items():
-        model = transformer(feedforward, options)
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile(keras.optimizers.Adam(1e-4), loss, jit_compile=options.xla)
+        model = compiled_transformer(feedforward, options, BLOCKS)
         steps[name] = functools.partial(model.train_on_batch, *batch)
     rows = summarise(*interleave(steps, options.rounds), "dense twin")
-    title = f"{describe(options)}, training step of {BLOCKS} blocks, batch {ids.shape}"
+    title = f"{describe(options)}, training step of {BLOCKS} blocks, batch {batch[0].shape}"
     return publish(f"model-{BACKEND}", title, options, rows)
 
 
-def transformer(feedforward, options):
+def batch_of(options):
+    """Texts and their classes."""
+    generator = np.random.default_rng(0)
+    (num_tokens,) = options.tokens
+    ids = generator.integers(0, WORDS, (num_tokens // options.length, options.length))
+    return ids, generator.integers(0, CLASSES, len(ids))
+
+
+def compiled_transformer(feedforward, options, blocks):
     """A classifier of texts with `feedforward()` in each of its blocks."""
     ids = keras.Input((options.length,), dtype="int32")
     x = keras.layers.Embedding(WORDS, options.features)(ids)
-    for _ in range(BLOCKS):
+    for _ in range(blocks):
         x = layers.TransformerEncoderBlock(HEADS, feedforward())(x)
     x = keras.layers.GlobalAveragePooling1D()(keras.layers.LayerNormalization()(x))
-    return keras.Model(ids, keras.layers.Dense(CLASSES, dtype="float32")(x))
+    model = keras.Model(ids, keras.layers.Dense(CLASSES, dtype="float32")(x))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(1e-4), loss, jit_compile=options.xla)
+    return model
 
 
 if __name__ == "__main__":

@@ -84,20 +84,13 @@ def small_tiles(monkeypatch):
     from keras_moe.backend import backend
     from keras_moe.ops.grouped import run
 
-    monkeypatch.setattr("keras_moe.ops.grouped.tiles.tile_sizes", lambda *_: (2, 8))
-    monkeypatch.setattr("keras_moe.ops.grouped.tiles.TILE_OVERHEAD", 1)
-    monkeypatch.setattr("keras_moe.ops.grouped.padded.tile_length", lambda *_: 4)
+    for engine in ("tiles", "padded"):
+        monkeypatch.setattr(f"keras_moe.ops.grouped.{engine}.tile_length", lambda *_: 4)
     monkeypatch.setattr("keras_moe.ops.grouped.slices.CPU_RUN_ROWS", 8)
     if BACKEND == "jax":
         # It keeps what it traced by the function: this one has traced no other tiles.
         compute = run._run.__wrapped__
         monkeypatch.setattr(run, "_run", backend.compile_once(lambda *inputs: compute(*inputs)))
-
-
-@pytest.fixture
-def one_size_of_tiles(monkeypatch):
-    """For large models, where compiling each size, forward and backward, takes most of the time."""
-    monkeypatch.setattr("keras_moe.ops.grouped.tiles.tile_sizes", lambda *_: (4,))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from keras_moe import layers, losses, routers
 from keras_moe.callbacks import ExpertMonitor
 from keras_moe.distribution import expert_parallel
 
-pytestmark = pytest.mark.usefixtures("one_size_of_tiles")
 E, B, S, D, H = 8, 16, 6, 8, 16
 # A mesh whose axis of experts does not split the batch: what users of `ModelParallel` may have.
 MODEL_AXIS = "model_axis"

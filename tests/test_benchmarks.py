@@ -19,6 +19,7 @@ from benchmarks import (  # noqa: E402
     decode,
     endurance,
     exported,
+    first_step,
     layer,
     measure,
     memory,
@@ -42,10 +43,11 @@ where_nothing_is_compiled = pytest.mark.backends("torch")
 def scratch(monkeypatch, tmp_path):
     """Results go to a folder of the test, and what has a process of its own stays in this one."""
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
-    for program in (endurance, batch_sizes):
+    for program in (endurance, batch_sizes, first_step):
         monkeypatch.setattr(
             program, "in_observed_process", lambda run, *arguments: run(*arguments, tmp_path)
         )
+    monkeypatch.setattr(first_step, "in_fresh_process", lambda run, *arguments: run(*arguments))
 
 
 def options(**changes):
@@ -70,6 +72,14 @@ def assert_timed(rows):
     for row in rows:
         assert row["ms"] > 0
         assert 0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+
+
+@where_nothing_is_compiled
+def test_first_calls_are_timed():
+    twin, mixture = run(first_step)
+    assert [twin["name"], mixture["name"]] == ["dense twin, 1 blocks", "E=4, 1 blocks"]
+    assert twin["first_step_ratio"] == twin["first_predict_ratio"] == 1
+    assert mixture["first_step_ratio"] == mixture["first_step_s"] / twin["first_step_s"] > 0
 
 
 def test_layers_are_compared(capsys):

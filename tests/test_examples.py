@@ -21,10 +21,7 @@ import pytest
 import tokenizers
 
 # Of KerasTuner.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\):DeprecationWarning"),
-    pytest.mark.usefixtures("one_size_of_tiles"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\):DeprecationWarning")
 BACKEND = keras.backend.backend()
 ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

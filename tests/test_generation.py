@@ -9,7 +9,6 @@ import keras_moe
 from keras_moe import layers
 
 V, PROMPTS = 30, [[3, 4, 5, 6], [7], [9, 8]]
-pytestmark = pytest.mark.usefixtures("one_size_of_tiles")
 
 
 class Positions(keras.layers.Layer):

@@ -15,7 +15,7 @@ from keras_moe.ops import grouped_feed_forward, plan_groups, top_k_routing
 from keras_moe.ops.feed_forward import _grouped_feed_forward
 from keras_moe.ops.grouped import tiles
 from keras_moe.ops.grouped.records import Affine, Network
-from keras_moe.ops.grouped.tiles import tile_sizes
+from keras_moe.ops.grouped.tiles import tile_length
 
 T, D, H, E, K = 13, 4, 6, 3, 2
 
@@ -138,7 +138,7 @@ def test_a_forward_pass_keeps_no_pre_activations():
     import jax
 
     loss, weights = loss_of_half_precision()
-    padding = tile_sizes(T * K, E)[-1]
+    padding = tile_length(T * K, E)
     buffer = f"f32[{T * K + padding},{H}]"
     assert buffer not in traced(loss, weights)
     assert buffer in traced(jax.grad(loss), weights)

@@ -11,7 +11,6 @@ from layer_checks import CASES, D, E, array, configured, held_by_models, moe, no
 
 from keras_moe import callbacks, layers, losses, routers
 
-pytestmark = pytest.mark.usefixtures("one_size_of_tiles")
 X, Y = normal(4, 3, D), normal(4, 3, D, seed=1)
 SAVED_AFTER, EPOCHS = 2, 3
 # Of the epoch under way; `ExpertMonitor` resets them, and nothing depends on them.

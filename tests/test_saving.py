@@ -11,7 +11,6 @@ from layer_checks import D, E, array, moe, normal
 
 from keras_moe import layers, losses, routers
 
-pytestmark = pytest.mark.usefixtures("one_size_of_tiles")
 WIDE = keras.initializers.RandomNormal(stddev=2.0)
 TOKENS = np.array([[3, 4, 5, 0, 0], [6, 7, 8, 2, 1]])
 

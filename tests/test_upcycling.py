@@ -274,8 +274,19 @@ def test_layers_that_look_like_a_feed_forward_and_stay_dense_are_named():
         x = keras.layers.Dense(4)(x)
     shared = keras.layers.Dense(8, "relu", name="shared")
     x = keras.layers.Dense(4)(shared(keras.layers.Dense(4)(shared(x))))
-    with pytest.warns(UserWarning, match=r"stay dense: \['up_1', 'up_2', 'shared', 'own'\]"):
-        model = keras_moe.upcycle(keras.Model(inputs, TwoDense()(x)))
+    x = keras.layers.Dense(8, "relu", name="active")(TwoDense(name="block")(x))
+    x = keras.layers.Dense(4, "relu", name="narrow")(x)
+    with pytest.warns(UserWarning, match="stay dense") as record:
+        model = keras_moe.upcycle(keras.Model(inputs, x))
+    told = str(record[0].message)
+    for name, reason in {
+        "up_1": "which `re_lu",
+        "up_2": "as its outputs do not go to one layer only, or",
+        "shared": "as its outputs do not go to one layer only, or",
+        "own": "which the code of `block` calls",
+        "active": "as `narrow` after it has an activation",
+    }.items():
+        assert f"`{name}`, {reason}" in told
     assert list(inspection.moe_layers(model)) == ["up_0_experts"]
 
 

@@ -96,6 +96,10 @@ class Backend:
         """
         raise NotImplementedError
 
+    def activation(self, function):
+        """The activation that experts compute for one of Keras."""
+        return function
+
     def vjp(self, function, inputs):
         """`function(*inputs)` and its pullback, also in loops. It depends on `inputs` only."""
         raise NotImplementedError
@@ -192,6 +196,10 @@ class Backend:
     def slice_at(self, tensor, start, shape):
         """The part of a tensor that begins at indices `start`, of a static shape."""
         raise NotImplementedError
+
+    def update_at(self, tensor, start, part):
+        """The tensor, with a part of it, which begins at indices `start`, replaced."""
+        return ops.slice_update(tensor, start, part)
 
     def scan(self, step, carry, xs):
         """`carry, y = step(carry, x)` along the first axis of `xs`: the last carry and all `y`.

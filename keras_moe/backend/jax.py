@@ -116,7 +116,11 @@ class JaxBackend(Backend):
         return platform == "tpu"
 
     def slice_at(self, tensor, start, shape):
-        return jax.lax.dynamic_slice(tensor, start, shape)
+        # By default a program would ask of each index whether it is negative.
+        return jax.lax.dynamic_slice(tensor, start, shape, allow_negative_indices=False)
+
+    def update_at(self, tensor, start, part):
+        return jax.lax.dynamic_update_slice(tensor, part, start, allow_negative_indices=False)
 
     def scan(self, step, carry, xs):
         return jax.lax.scan(step, carry, xs)

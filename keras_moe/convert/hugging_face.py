@@ -1,6 +1,9 @@
 """MoE layers from models of Hugging Face, and back into their layout."""
 
 import functools
+import os
+from collections.abc import Mapping
+from typing import Any
 
 import keras
 import numpy as np
@@ -14,9 +17,16 @@ from keras_moe.convert.hugging_face_families import (
     mixture_of,
 )
 from keras_moe.convert.weights import check_plain, read_config, tensor_reader
+from keras_moe.layers import MixtureOfExperts
 
 
-def from_hugging_face(source, layer, config=None, into=None, **kwargs):
+def from_hugging_face(
+    source: str | os.PathLike | Mapping,
+    layer: int,
+    config: dict | None = None,
+    into: MixtureOfExperts | None = None,
+    **kwargs: Any,
+) -> MixtureOfExperts:
     """The MoE block of a decoder layer of a Hugging Face model, as a `layers.MixtureOfExperts`.
 
     Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V3 and gpt-oss. Weights are read one expert at a
@@ -65,7 +75,7 @@ def from_hugging_face(source, layer, config=None, into=None, **kwargs):
     return mixture
 
 
-def to_hugging_face(mixture, layer, family):
+def to_hugging_face(mixture: MixtureOfExperts, layer: int, family: str) -> dict:
     """The weights of a MoE layer under the names and in the shapes of Hugging Face's files.
 
     Args:

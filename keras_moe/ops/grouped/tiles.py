@@ -1,25 +1,19 @@
 """Engine that loops over tiles of rows, for XLA on CPUs.
 
-A few sizes of tiles are compiled, each with a loop of its own whose trips depend on the data, and a
-group is covered by tiles of falling size. A tile may overrun its group: reads are masked, with
+There is one loop over the experts that have rows, and in it one over the tiles of such a group;
+their trips depend on the data. The last tile of a group may overrun it: reads are masked, with
 zeros, or ones as pre-activations; writes are overwritten by the next group or land in padding.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_moe.backend import backend
 from keras_moe.ops.grouped.records import Quantized
 from keras_moe.ops.grouped.steps import products_of
 from keras_moe.ops.groups import row_sums
-
-# Fixed cost of a tile, expressed in rows: its kernels are read, and the sums of their gradients
-# read and written. Measured 25 on a CPU for kernels of 256 x 1024, and more for larger ones.
-TILE_OVERHEAD = 24
 
 # Of all experts together: with so few rows integer kernels are converted in blocks. Each tile of an
 # expert converts its kernel again: with more rows that would happen too often.
@@ -92,7 +86,7 @@ def backward(setting, step, tokens, row_weights, parameters, groups, outputs, sa
 
 
 class _Layout:
-    """Where groups and tiles lie; sizes are computed once for a pass.
+    """Where groups and tiles lie; numbers of groups are computed once for a pass.
 
     After the rows of all groups comes padding for a tile that overruns the last one.
     """
@@ -101,11 +95,9 @@ class _Layout:
         self.dtype = dtype
         self.sizes = groups.sizes
         num_rows = groups.num_rows()
-        self.tile_sizes = tile_sizes(num_rows, groups.sizes.shape[0])
-        self.padding = self.tile_sizes[-1]
+        self.length = self.padding = tile_length(num_rows, groups.sizes.shape[0])
         self.in_blocks = isinstance(num_rows, int) and num_rows <= MOST_BLOCK_ROWS
         self.num_rows = num_rows + self.padding
-        self._ends = ops.cumsum(groups.sizes)
         self._token_of_row = ops.pad(groups.token_of_row(), (0, self.padding))
 
     def buffer(self, width):
@@ -117,35 +109,33 @@ class _Layout:
         # Reading the kernels of an expert costs as much as a few rows. For a few tokens, as in
         # decoding, most experts have none.
         has_rows = self.sizes > 0
-        busy_first = ops.argsort(ops.logical_not(has_rows))
+        busy_first = ops.cast(ops.argsort(ops.logical_not(has_rows)), "int32")
+        ends = ops.cumsum(self.sizes)
+        num_tiles = (self.sizes + self.length - 1) // self.length
 
         def group(number, carry):
-            expert = ops.cast(ops.take(busy_first, number), "int32")
+            expert = backend.gather_rows(busy_first, number)
+            end = backend.gather_rows(ends, expert)
+            first = end - backend.gather_rows(self.sizes, expert)
             products = _products(parameters, expert, self.dtype, self.in_blocks)
-            size = ops.take(self.sizes, expert)
-            group_start = ops.take(self._ends, expert) - size
 
-            def at(offset, length, carry):
-                start = group_start + offset
-                inside = ops.expand_dims(ops.arange(length, dtype="int32") < size - offset, 1)
-                tokens = backend.slice_at(self._token_of_row, (start,), (length,))
-                tile = _Tile(expert, start, length, inside, tokens, self.dtype)
-                return compute(tile, products, carry)
+            def nth_tile(i, carry):
+                start = first + i * self.length
+                rows = start + ops.arange(self.length, dtype="int32")
+                tokens = backend.slice_at(self._token_of_row, (start,), (self.length,))
+                inside = ops.expand_dims(rows < end, 1)
+                return compute(_Tile(expert, start, inside, tokens, self.dtype), products, carry)
 
-            return _cover(size, self.tile_sizes, at, carry)
+            return ops.fori_loop(0, backend.gather_rows(num_tiles, expert), nth_tile, carry)
 
         return ops.fori_loop(0, ops.sum(ops.cast(has_rows, "int32")), group, carry)
 
 
 class _Tile(NamedTuple):
-    """Some rows of one expert: `length` is static, other numbers depend on data.
-
-    Everything that is read has the `dtype` that is computed in.
-    """
+    """Some rows of one expert. Everything that is read has the `dtype` that is computed in."""
 
     expert: Any
     start: Any
-    length: int
     inside: Any
     token_of_row: Any
     dtype: str
@@ -156,16 +146,16 @@ class _Tile(NamedTuple):
 
     def read(self, buffer, past_end=0.0):
         """The rows of a buffer, `past_end` past the end of the group."""
-        rows = backend.slice_at(buffer, (self.start, 0), (self.length, buffer.shape[1]))
+        rows = backend.slice_at(buffer, (self.start, 0), (self.inside.shape[0], buffer.shape[1]))
         return self._mask(rows, past_end)
 
     def write(self, buffer, rows):
-        return ops.slice_update(buffer, (self.start, 0), rows)
+        return backend.update_at(buffer, (self.start, 0), rows)
 
     def add_to_expert(self, stacked, part):
         """Add to the expert's entry of a tensor (E, ...), in place under XLA."""
         total = _at(stacked, self.expert) + ops.cast(part, stacked.dtype)
-        return ops.slice_update(stacked, _start(stacked, self.expert), ops.expand_dims(total, 0))
+        return backend.update_at(stacked, _start(stacked, self.expert), ops.expand_dims(total, 0))
 
     def _mask(self, rows, past_end):
         return ops.where(
@@ -250,68 +240,21 @@ _OF_TILE = {
 }
 
 
-def tile_sizes(num_rows, num_experts):
-    """The sizes of tiles, smallest first.
+def tile_length(num_rows, num_experts):
+    """Rows of a tile, a power of two from 4 to 256.
 
-    Each is compiled, forward and backward, so there are few: one that holds a mean group, one of
-    three quarters of it, for groups around the mean, and for the rest one of an eighth, down to
-    a power of two. Below 4 rows a product is bound by reading its kernel; from 32 on smaller tiles
-    gain nothing, nor do larger ones from 512 on. None has more than an eighth of all rows: in the
-    backward pass some seven intermediate values of a tile exist at once, which would be most of the
-    memory where experts are few. The number of rows is a tensor where it is not known at compile
-    time.
+    Besides its rows a tile costs about as much as 24 more: its kernels are read, and the sums of
+    their gradients read and written. The last one of a group is half padding. Of L rows, all tiles
+    of a mean group cost `(mean / L + 1 / 2) * (L + 24)`, the least at `sqrt(48 * mean)`. Tiles of
+    one length only: each is compiled, forward and backward, and three were no faster.
+
+    No tile has more than an eighth of many rows: in the backward pass some seven intermediate
+    values of a tile exist at once, which would be most of the memory where experts are few. The
+    number of rows is a tensor where it is not known at compile time.
     """
     mean = num_rows // max(num_experts, 8) if isinstance(num_rows, int) else 256
-    smallest = 2 ** min(max((mean // 8).bit_length() - 1, 2), 5)
-    largest = max(-(-min(mean, 512) // smallest), 8) * smallest
-    return smallest, 3 * largest // 4 // smallest * smallest, largest
-
-
-@functools.lru_cache
-def cheapest_covers(sizes, overhead):
-    """How many tiles of each size, for 0 rows, for 1 row and so on, cover them at the least cost.
-
-    An array (number of sizes, 3 * largest size) of int32. The sizes are a tuple, smallest first;
-    the overhead is the fixed cost of a tile, expressed in rows.
-    """
-    costs: list = [0]
-    covers: list = [np.zeros(len(sizes), "int32")]
-    for rows in range(1, 3 * sizes[-1]):
-        cost, last = min(
-            (costs[max(rows - size, 0)] + size + overhead, number)
-            for number, size in enumerate(sizes)
-        )
-        cover = covers[max(rows - sizes[last], 0)].copy()
-        cover[last] += 1
-        costs.append(cost)
-        covers.append(cover)
-    return np.stack(covers, axis=1)
-
-
-def _cover(size, lengths, compute_at, carry):
-    """`carry = compute_at(offset, length, carry)` for tiles of falling length that cover rows."""
-    longest = lengths[-1]
-    # Near its end even a long group may be cheaper without the longest tile.
-    num_longest = ops.maximum(size // longest - 2, 0)
-    rest = size - num_longest * longest
-    start = 0
-    covers = cheapest_covers(lengths, TILE_OVERHEAD)
-    for length, trips_by_rest in zip(reversed(lengths), reversed(covers)):
-        trips = ops.take(ops.convert_to_tensor(trips_by_rest), rest)
-        if length == longest:
-            trips = trips + num_longest
-        # The offset depends on `i` even where `i` is always 0: XLA hoists what does not depend on
-        # the loop out of it, and would compute the tiles of all sizes.
-        carry = ops.fori_loop(
-            0,
-            trips,
-            lambda i, carry, start=start, length=length: compute_at(
-                start + i * length, length, carry
-            ),
-            carry,
-        )
-        start = start + trips * length
-    return carry
+    # The power of two that is nearest by its factor.
+    return 2 ** min(max(round((2 * 48 * mean) ** 0.5).bit_length() - 1, 2), 8)
 
 
 def _at(stacked, expert):
