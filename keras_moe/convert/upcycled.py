@@ -1,8 +1,10 @@
 """Upcycled models of KerasHub as models of Hugging Face."""
 
 import json
+import os
 import pathlib
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -10,7 +12,7 @@ from keras_moe.convert.hugging_face import to_hugging_face
 from keras_moe.layers import MixtureOfExperts
 
 
-def save_as_mixtral(model, path):
+def save_as_mixtral(model: keras.Model, path: str | os.PathLike) -> None:
     """Save an upcycled Llama of KerasHub in a folder that Transformers loads as a Mixtral.
 
     Writes `config.json` and `model.safetensors`, and needs the package `safetensors`. LoRA is added
