@@ -72,7 +72,7 @@ PROGRAMS = {
 
 
 def main(arguments=None):
-    # `tf2onnx` lacks the error function of the exact GELU.
+    # A cheap activation hides less of what idle experts cost.
     defaults = {"tokens": [4096], "experts": [4, 32], "activation": "silu", "rounds": 9}
     options = parser(__doc__, **defaults)
     options.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS))

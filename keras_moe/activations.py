@@ -3,10 +3,11 @@
 from keras import ops
 
 from keras_moe._internal.serialization import register
+from keras_moe._internal.types import Tensor
 
 
 @register
-def quick_gelu(x):
+def quick_gelu(x: Tensor) -> Tensor:
     """`x * sigmoid(1.702 x)`, the approximation of GELU that gpt-oss has in its gates.
 
     Args:

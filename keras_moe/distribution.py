@@ -1,5 +1,7 @@
 """Experts on many devices: expert parallelism for `keras.distribution`."""
 
+from typing import Any
+
 import keras
 
 from keras_moe._internal.checks import check_integer, shortened
@@ -15,7 +17,13 @@ _LAYOUTS = {
 }
 
 
-def expert_parallel(experts=None, data=None, devices=None, layout_map=None, process_group=None):
+def expert_parallel(
+    experts: int | None = None,
+    data: int | None = None,
+    devices: list[str] | None = None,
+    layout_map: keras.distribution.LayoutMap | None = None,
+    process_group: Any = None,
+) -> Any:
     """A distribution that splits tokens over all devices, and experts over some of them.
 
     On JAX the devices form a grid of `data` by `experts`. Each holds the kernels of every bank for
@@ -96,7 +104,7 @@ class ExpertParallel(keras.distribution.ModelParallel):
 
     token_axes = AXES
 
-    def __init__(self, layout_map):
+    def __init__(self, layout_map: keras.distribution.LayoutMap):
         mesh = layout_map.device_mesh
         if tuple(mesh.axis_names[:2]) != AXES:
             raise ValueError(
@@ -112,7 +120,7 @@ class ExpertParallel(keras.distribution.ModelParallel):
         )
 
     @property
-    def num_model_replicas(self):
+    def num_model_replicas(self) -> int:
         """Parts of a batch. Between processes each has its own part."""
         return self.device_mesh.shape[0] * self.device_mesh.shape[1]
 

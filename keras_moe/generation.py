@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal.checks import check_integer, check_number, shortened
+from keras_moe._internal.types import Tensor
 from keras_moe.layers.cached_attention import Decoding
 
 # Tokens that are written between two updates of the progress bar.
@@ -15,16 +16,16 @@ TOKENS_AT_ONCE = 64
 
 
 def generate(
-    model,
-    prompts,
-    num_tokens,
-    temperature=0.0,
-    top_k=None,
-    top_p=None,
-    stop_token=None,
-    seed=None,
-    verbose="auto",
-):
+    model: keras.Model,
+    prompts: list | Tensor,
+    num_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_token: int | None = None,
+    seed: int | None = None,
+    verbose: str | int = "auto",
+) -> list:
     """Continue prompts with a model of `layers.TransformerDecoderBlock`s.
 
     The blocks keep the keys and values of earlier tokens, so that a token costs one token's work.
@@ -88,8 +89,8 @@ def generate(
             f"Received: {shortened(prompts)}"
         )
     start = max(map(len, prompts))
-    text = np.zeros((len(prompts), start + num_tokens), "int32")
-    real = np.zeros(text.shape, bool)
+    text: np.ndarray = np.zeros((len(prompts), start + num_tokens), "int32")
+    real: np.ndarray = np.zeros(text.shape, bool)
     for row, prompt in enumerate(prompts):
         # Padding goes in front, so that all texts continue at one position.
         text[row, start - len(prompt) : start] = prompt

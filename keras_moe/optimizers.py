@@ -1,7 +1,9 @@
 """Optimizers that update each expert's kernel in a stack as a matrix."""
 
 import re
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import keras
 
@@ -42,7 +44,13 @@ class Muon(keras.optimizers.Muon):
     (arXiv:2502.16982), for experts as matrices and for the scale.
     """
 
-    def __init__(self, learning_rate=0.001, *, exclude_layers=None, **kwargs):
+    def __init__(
+        self,
+        learning_rate: float | Callable = 0.001,
+        *,
+        exclude_layers: Sequence[str] | None = None,
+        **kwargs: Any,
+    ):
         if isinstance(exclude_layers, str):  # Keras would take each letter for an expression.
             raise TypeError(f"`exclude_layers` must be a list. Received: {exclude_layers!r}")
         super().__init__(learning_rate=learning_rate, exclude_layers=exclude_layers, **kwargs)

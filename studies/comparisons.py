@@ -58,7 +58,7 @@ def loss_at(run, seconds):
     return float(np.interp(seconds, run["seconds"], run["losses"], left=np.nan))
 
 
-def step_times(make, names, rows, folder, clock=time.perf_counter):
+def step_times(make, names, rows, folder, clock=time.perf_counter, rounds=None):
     """Milliseconds of a training step of each language model `make(name)`, a dict by name.
 
     They take single steps in turns, so that what else the machine does slows all alike, and the
@@ -74,7 +74,7 @@ def step_times(make, names, rows, folder, clock=time.perf_counter):
     times: dict = {name: [] for name in names}
     for step in steps.values():
         step()  # compiles
-    for _ in range(TIMED_ROUNDS):
+    for _ in range(rounds or TIMED_ROUNDS):
         for name, step in steps.items():
             start = clock()
             step()

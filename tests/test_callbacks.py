@@ -74,6 +74,9 @@ def test_training_and_validation_are_reported_exactly_for_each_epoch(capsys):
         assert type(values[0]) is float
     last = capsys.readouterr().out.splitlines()[-1]
     assert "moe_load_imbalance: 2.0000" in last and "val_moe_load_imbalance: 0.0000" in last
+    history = fit(model, keras.callbacks.ProgbarLogger(), ExpertMonitor(), verbose=1)
+    assert usage(history) == about(BOTH)
+    assert "moe_" not in capsys.readouterr().out
     history = fit(model, ExpertMonitor(expert_shares=True), validation=False)
     shares = {f"expert_share_{e}": share for e, share in enumerate((0.75, 0.25, 0, 0))}
     assert usage(history) == about(named({**SKEWED, **shares}, "moe"))

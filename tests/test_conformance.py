@@ -193,6 +193,31 @@ def test_dir_shows_what_is_public():
             assert all(hasattr(part, name) for name in part.__all__), name
 
 
+def public_functions():
+    """Functions, and constructors and documented methods of classes."""
+    parts = [getattr(keras_moe, name) for name in dir(keras_moe)]
+    names = [(part, name) for part in parts for name in getattr(part, "__all__", ())]
+    for each in [*parts, *(getattr(part, name) for part, name in names)]:
+        if not inspect.isclass(each):
+            yield inspect.unwrap(each) if callable(each) else None
+            continue
+        for cls in each.__mro__:
+            for name, member in vars(cls).items() if "keras_moe" in cls.__module__ else ():
+                member = getattr(member, "__func__", getattr(member, "fget", member))
+                if name in ("__init__", "call") or not name.startswith("_") and member.__doc__:
+                    yield inspect.unwrap(member)
+
+
+@pytest.mark.backends("torch")
+def test_public_parameters_and_returns_have_types():
+    functions = {each for each in public_functions() if inspect.isfunction(each)}
+    assert len(functions) > 200
+    for function in functions:
+        names = {*inspect.signature(function).parameters, "return"} - {"self", "cls"}
+        untyped = names - function.__annotations__.keys()
+        assert untyped == ({"return"} if function.__name__ == "__init__" else set()), function
+
+
 @pytest.mark.parametrize("with_options", [True, False])
 @pytest.mark.parametrize("router_class", ROUTERS)
 def test_a_router_takes_the_number_of_experts_of_its_layer(router_class, with_options):

@@ -27,7 +27,7 @@ def with_every_bank():
     """A model of sequences that has each kind of bank once."""
     inputs = keras.Input((S, D))
     router = routers.TopKRouter(E, 2, score="sigmoid", balancer="loss_free")
-    gated = layers.GatedExperts(E, 16, use_bias=True)
+    gated = layers.GatedExperts(E, 16, "gelu", use_bias=True)
     x = layers.MixtureOfExperts(gated, router, shared_expert=keras.layers.Dense(D))(inputs)
     small = keras.Sequential([keras.layers.Dense(4, "relu"), keras.layers.Dense(D)])
     different = layers.LayerExperts([keras.layers.Dense(D), small])
@@ -51,15 +51,16 @@ def test_a_program_serves_batches_of_sizes_not_seen_at_export(name, tmp_path):
     assert_serves(with_every_bank(), PROGRAMS[name], tmp_path)
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="LiteRT is written from TensorFlow")
-def test_experts_in_int8_go_to_litert(tmp_path):
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("name", ["litert", "onnx"])
+def test_experts_in_int8_are_exported(name, tmp_path):
     keras.utils.set_random_seed(0)
     inputs = keras.Input((S, D))
     outputs = layers.MixtureOfExperts(layers.FeedForwardExperts(E, 16))(inputs)
     model = keras.Model(inputs, keras.layers.Dense(2)(outputs))
     model.quantize("int8", filters="experts")
     equal = np.broadcast_to(batch(1)[:, :1], (64, S, D))  # one expert has no rows
-    assert_serves(model, PROGRAMS["litert"], tmp_path, more=[equal])
+    assert_serves(model, PROGRAMS[name], tmp_path, more=[equal])
 
 
 def assert_serves(model, program, tmp_path, more=()):

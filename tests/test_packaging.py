@@ -130,6 +130,7 @@ class Mine(losses.RouterLoss):
         return routing.counts
 
 ops.top_k_routing(top_k=2)  # type: ignore[call-arg]
+layers.GatedExperts(num_experts="8", hidden_dim=16)  # type: ignore[arg-type]
 """
 
 

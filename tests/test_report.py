@@ -110,6 +110,7 @@ def test_integer_data_are_shown_as_they_are_and_texts_are_split():
     assert token_texts(["a b c d", "e f"], data, 2, 2) == ["a b", "c d", "e f", ""]
     assert token_texts(None, np.zeros((1, 2, 3)), 2, 1) == ["#0", "#1"]
     assert token_texts([[["a"], ["b"]], [["c"], "d"]], data, 2, 2) == ["a b", "", "c d", ""]
+    assert token_texts([["a", "  "]], data, 4, 1) == ["a", "␣␣", "", ""]
 
 
 def test_verdicts_are_plain_words(tmp_path):
@@ -240,7 +241,22 @@ def test_a_token_without_an_expert_is_shown_and_padding_is_not(tmp_path):
 @pytest.fixture(scope="module")
 def page_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "report.html"
-    return keras_moe.report(one_hot_model("first", "second"), balanced(100), path=path)
+    return keras_moe.report(one_hot_model("first", "second"), balanced(100), ["a", "b"], path=path)
+
+
+def test_documents_are_whole_and_colours_have_a_key(page_path):
+    labels, lengths, numbers, colours = run_in_page(
+        page_path,
+        """
+        all(".block").filter((block) => !block.firstChild).forEach(fill);
+        const documents = all(".document");
+        const first = (each) => each.style.getPropertyValue("--first");
+        return [texts("#text b"), documents.map((each) => each.querySelectorAll(".token").length),
+          texts("#key span"), [first(all("#key span")[0]), first(all(".token")[0])]];
+        """,
+    )
+    assert labels == ["a", "b"] and lengths == [400, 400] and numbers == ["0", "1", "2", "3"]
+    assert colours[0] == colours[1], "of expert 0"
 
 
 def test_the_filter_filters(page_path):
@@ -265,7 +281,7 @@ def test_mouse_and_keyboard_reach_every_token(page_path):
         page_path,
         """
         const index = () => document.activeElement.dataset.index, found = [hover.hidden];
-        point(".token:nth-child(3)");
+        point(".token:nth-of-type(3)");
         found.push(hover.textContent);
         send(text, new MouseEvent("mouseout"));
         found.push(hover.hidden);

@@ -9,10 +9,12 @@ import keras
 import language_model
 import moe_vs_dense
 import numpy as np
+import pretrained
 import pruning
 import pytest
 import resuming
 import sparsity
+import transformers
 import translation
 import translation_causes
 import upcycling
@@ -135,6 +137,31 @@ def test_upcycled_models_train_on_from_the_dense_one(tmp_path, monkeypatch):
     assert router < sparse["active_parameters"] - dense["active_parameters"] < 1.2 * router
     monkeypatch.setattr(language_model, "fit", None)
     assert upcycling.main(arguments) == results, "nothing is trained twice"
+
+
+def test_a_pretrained_model_trains_on(tmp_path, monkeypatch, capsys):
+    config = transformers.LlamaConfig(
+        vocab_size=128,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        rms_norm_eps=1e-5,
+    )
+    dense = transformers.LlamaForCausalLM(config)
+    monkeypatch.setattr(
+        pretrained, "load", lambda: (dense, lambda text: {"input_ids": [*text.encode()]})
+    )
+    arguments = ["--smoke", "--seeds", "0", "--output", str(tmp_path), "--models", "8 halves"]
+    results = pretrained.main(arguments)
+    assert list(results) == ["dense", "8 halves"]
+    assert "100.0% next tokens equal" in capsys.readouterr().out.partition("8 halves")[2]
+    assert all(
+        run["losses"][-1] < run["losses"][0] for runs in results.values() for run in runs.values()
+    )
+    monkeypatch.setattr(keras.Model, "fit", None)
+    assert pretrained.main(arguments) == results, "nothing is trained twice"
 
 
 def test_each_measure_prunes_the_same_model(tmp_path):

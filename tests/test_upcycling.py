@@ -127,7 +127,8 @@ BACKBONES = {
 @on_one_backend
 @pytest.mark.parametrize("name", BACKBONES)
 def test_backbones_of_keras_hub(name, tmp_path):
-    cls = getattr(pytest.importorskip("keras_hub").models, f"{name}Backbone")
+    keras_hub = pytest.importorskip("keras_hub")
+    cls = getattr(keras_hub.models, f"{name}Backbone")
     model = randomized(cls(**SIZES, **BACKBONES[name]))
     inputs = {"token_ids": IDS, "padding_mask": IDS > 2, "segment_ids": 0 * IDS}
     inputs = {each.name: inputs[each.name] for each in model.inputs}
@@ -136,7 +137,9 @@ def test_backbones_of_keras_hub(name, tmp_path):
     assert upcycled is model and isinstance(model, cls)
     assert not dense_kernels(model)
     again = saved_and_loaded(model, tmp_path)
-    for each in (model, again):
+    model.save_to_preset(str(tmp_path / "preset"))
+    preset = keras_hub.models.Backbone.from_preset(str(tmp_path / "preset"))
+    for each in (model, again, preset):
         for actual, wanted in zip(keras.tree.flatten(each(inputs)), expected, strict=True):
             np.testing.assert_allclose(array(actual), wanted, atol=1e-6 * np.abs(wanted).max())
     assert len(inspection.moe_layers(again)) == 2
@@ -271,8 +274,19 @@ def test_layers_that_look_like_a_feed_forward_and_stay_dense_are_named():
         x = keras.layers.Dense(4)(x)
     shared = keras.layers.Dense(8, "relu", name="shared")
     x = keras.layers.Dense(4)(shared(keras.layers.Dense(4)(shared(x))))
-    with pytest.warns(UserWarning, match=r"stay dense: \['up_1', 'up_2', 'shared', 'own'\]"):
-        model = keras_moe.upcycle(keras.Model(inputs, TwoDense()(x)))
+    x = keras.layers.Dense(8, "relu", name="active")(TwoDense(name="block")(x))
+    x = keras.layers.Dense(4, "relu", name="narrow")(x)
+    with pytest.warns(UserWarning, match="stay dense") as record:
+        model = keras_moe.upcycle(keras.Model(inputs, x))
+    told = str(record[0].message)
+    for name, reason in {
+        "up_1": "which `re_lu",
+        "up_2": "as its outputs do not go to one layer only, or",
+        "shared": "as its outputs do not go to one layer only, or",
+        "own": "which the code of `block` calls",
+        "active": "as `narrow` after it has an activation",
+    }.items():
+        assert f"`{name}`, {reason}" in told
     assert list(inspection.moe_layers(model)) == ["up_0_experts"]
 
 

@@ -1,12 +1,17 @@
 """LoRA: frozen kernels with trained corrections of low rank."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
 
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.initializers import EachExpert
-from keras_moe._internal.keras_internals import open_to_state
+from keras_moe._internal.keras_internals import (
+    compiled_models_of,
+    forget_old_weights,
+    open_to_state,
+)
 
 
 class Adaptable:
@@ -32,13 +37,22 @@ class Adaptable:
         for name in self._corrected:
             getattr(self, name).trainable = False
 
-    def enable_lora(self, rank, lora_alpha=None, a_initializer="he_uniform", b_initializer="zeros"):
+    def enable_lora(
+        self,
+        rank: int,
+        lora_alpha: float | None = None,
+        a_initializer: str | Callable = "he_uniform",
+        b_initializer: str | Callable = "zeros",
+    ) -> None:
         """Freeze each kernel and train a correction of low rank for it.
 
         `x W` becomes `x W + (lora_alpha / rank) (x A) B` with factors `A` (..., D, rank) and `B`
         (..., rank, H); no corrected kernel is made. Those of a bank are stacked by expert like its
         kernels, and only those of the chosen experts compute. Saving adds the corrections to the
-        kernels, as Keras does. Of a frozen layer, the factors alone train.
+        kernels, as Keras does. The optimizer of a compiled model starts again.
+
+        Of a frozen layer, the factors alone train. In a frozen model nothing does: freeze its
+        layers instead, `for layer in model.layers: layer.trainable = False`.
 
         Args:
             rank: Integer. Rank of the corrections.
@@ -69,8 +83,10 @@ class Adaptable:
         self.lora_rank, self.lora_alpha = rank, alpha
         with open_to_state(layer):
             self.add_factors(*initializers)
+        for model in compiled_models_of(layer):  # Else `fit` fails, or trains what it did before.
+            forget_old_weights(model)
 
-    def check_takes_lora(self):
+    def check_takes_lora(self) -> None:
         """Raise where corrections would have no effect."""
 
     def add_factors(self, a_initializer="he_uniform", b_initializer="zeros"):

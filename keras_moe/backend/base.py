@@ -96,6 +96,10 @@ class Backend:
         """
         raise NotImplementedError
 
+    def activation(self, function):
+        """The activation that experts compute for one of Keras."""
+        return function
+
     def vjp(self, function, inputs):
         """`function(*inputs)` and its pullback, also in loops. It depends on `inputs` only."""
         raise NotImplementedError

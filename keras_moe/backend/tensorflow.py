@@ -4,6 +4,7 @@ import contextlib
 import operator
 import threading
 
+import keras
 import tensorflow as tf
 
 # No public name leads to these operations; Keras imports them from here as well.
@@ -82,6 +83,9 @@ class TensorFlowBackend(Backend):
             return output, lambda upstream: gradient(tf.convert_to_tensor(upstream), *tensors)
 
         return function(*map(tf.convert_to_tensor, tf.nest.flatten(inputs)))
+
+    def activation(self, function):
+        return _gelu if function is keras.activations.gelu else function
 
     def vjp(self, function, inputs):
         with tf.GradientTape() as tape:
@@ -224,6 +228,13 @@ class TensorFlowBackend(Backend):
         # traced in threads, and where one waits for the others in a collective operation, theirs
         # would replace or join its losses.
         layer._losses = _LossesOfThread()
+
+
+def _gelu(x):
+    """The exact GELU by `erf`, as on PyTorch. `erfc` is slower, and `tf2onnx` cannot write it."""
+    values = tf.cast(x, "float32") if x.dtype.size < 4 else x
+    # In just these operations LiteRT finds its own GELU.
+    return tf.cast(0.5 * values * (1.0 + tf.math.erf(values * 0.5**0.5)), x.dtype)
 
 
 def _product_in_blocks(rows, kernel):

@@ -65,13 +65,15 @@ class ExpertHealth(keras.callbacks.Callback):
     []
     """
 
-    def __init__(self, every=10, patience=3, stop=False, rebalance=False):
+    def __init__(
+        self, every: int = 10, patience: int = 3, stop: bool = False, rebalance: bool = False
+    ):
         super().__init__()
         self.every = check_integer("every", every)
         self.patience = check_integer("patience", patience)
         self.stop = stop
         self.rebalance = rebalance
-        self.findings = []
+        self.findings: list = []
 
     def on_train_begin(self, logs=None):
         self.findings = []

@@ -1,7 +1,10 @@
 """The use of every expert in the logs of each epoch."""
 
 import math
+import os
 import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -33,6 +36,8 @@ class ExpertMonitor(keras.callbacks.Callback):
     them: `EarlyStopping(monitor="val_moe_load_imbalance", mode="min")` for a layer `"moe"`, with
     `"max"` for `load_entropy`. Put the monitor first in the list of callbacks. `model.evaluate`
     prints them too, but does not return them: a callback after the monitor can keep them, as below.
+    For a short progress line, put a progress bar before the monitor:
+    `callbacks=[keras.callbacks.ProgbarLogger(), monitor]`.
 
     The attributes `shares` and `validation_shares` are for `visualization.shares_over_time`: dicts
     with the shares of the experts of each layer, a list of one array (E,) for each epoch, NaN for
@@ -71,21 +76,28 @@ class ExpertMonitor(keras.callbacks.Callback):
     >>> imbalance_of_evaluation = numbers["moe_load_imbalance"]
     """
 
-    def __init__(self, expert_shares=False, log_dir=None, metrics=()):
+    def __init__(
+        self,
+        expert_shares: bool = False,
+        log_dir: str | os.PathLike | None = None,
+        metrics: Sequence[Callable] = (),
+    ):
         super().__init__()
         self.expert_shares = expert_shares
-        self.shares, self.validation_shares = {}, {}
+        self.shares: dict = {}
+        self.validation_shares: dict = {}
         self._metrics = {getattr(function, "__name__", ""): function for function in metrics}
         if len(self._metrics) < len(metrics) or not all(map(str.isidentifier, self._metrics)):
             raise ValueError(
                 "`metrics` must be functions of different names, which are theirs in the logs. "
                 f"Received: metrics={shortened(metrics)}"
             )
-        self._counted_step = None
+        self._counted_step: Any = None
         # How often the counters had been reset when the epoch began; None outside of training.
         self._resets = None
         # Numbers and shares of the layers in this epoch.
-        self._training = self._test = None
+        self._training: Any = None
+        self._test: Any = None
         self._event_files = None
         if log_dir is not None:
             # Here, so that the package can be imported without TensorBoard.
@@ -94,7 +106,7 @@ class ExpertMonitor(keras.callbacks.Callback):
             self._event_files = EventFiles(log_dir)
 
     @property
-    def shares(self):
+    def shares(self) -> dict[str, list]:
         """The share of each expert in training, a list of one array (E,) an epoch, by layer."""
         return self._shares
 

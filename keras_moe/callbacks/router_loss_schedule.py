@@ -1,12 +1,14 @@
 """Router losses whose weight changes while a model trains."""
 
 import inspect
+from collections.abc import Callable
 
 import keras
 
 from keras_moe import losses
 from keras_moe._internal.checks import check_number
 from keras_moe.inspection import moe_layers
+from keras_moe.losses.router_losses import RouterLoss
 
 
 class RouterLossSchedule(keras.callbacks.Callback):
@@ -34,7 +36,7 @@ class RouterLossSchedule(keras.callbacks.Callback):
     ... )
     """
 
-    def __init__(self, schedule, loss="load_balance"):
+    def __init__(self, schedule: Callable, loss: str | RouterLoss = "load_balance"):
         super().__init__()
         if not callable(schedule):
             raise TypeError(f"`schedule` must be a function. Received: schedule={schedule!r}")

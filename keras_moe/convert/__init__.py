@@ -2,8 +2,9 @@
 
 from keras_moe.convert.hugging_face import from_hugging_face, to_hugging_face
 from keras_moe.convert.keras_hub import restore, sparsify
+from keras_moe.convert.upcycled import save_as_mixtral
 
-__all__ = ["from_hugging_face", "restore", "sparsify", "to_hugging_face"]
+__all__ = ["from_hugging_face", "restore", "save_as_mixtral", "sparsify", "to_hugging_face"]
 
 
 def __dir__():

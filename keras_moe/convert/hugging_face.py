@@ -1,6 +1,9 @@
 """MoE layers from models of Hugging Face, and back into their layout."""
 
 import functools
+import os
+from collections.abc import Mapping
+from typing import Any
 
 import keras
 import numpy as np
@@ -14,9 +17,16 @@ from keras_moe.convert.hugging_face_families import (
     mixture_of,
 )
 from keras_moe.convert.weights import check_plain, read_config, tensor_reader
+from keras_moe.layers import MixtureOfExperts
 
 
-def from_hugging_face(source, layer, config=None, into=None, **kwargs):
+def from_hugging_face(
+    source: str | os.PathLike | Mapping,
+    layer: int,
+    config: dict | None = None,
+    into: MixtureOfExperts | None = None,
+    **kwargs: Any,
+) -> MixtureOfExperts:
     """The MoE block of a decoder layer of a Hugging Face model, as a `layers.MixtureOfExperts`.
 
     Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V3 and gpt-oss. Weights are read one expert at a
@@ -65,7 +75,7 @@ def from_hugging_face(source, layer, config=None, into=None, **kwargs):
     return mixture
 
 
-def to_hugging_face(mixture, layer, family):
+def to_hugging_face(mixture: MixtureOfExperts, layer: int, family: str) -> dict:
     """The weights of a MoE layer under the names and in the shapes of Hugging Face's files.
 
     Args:
@@ -94,7 +104,7 @@ def to_hugging_face(mixture, layer, family):
     variables = _variables(mixture, rules, config_like(mixture, family))
     arrays = {}
     for rule in rules:
-        ours = [_value(mixture, name, variables[name]) for name in rule.ours]
+        ours = [_value(mixture, family, name, variables[name]) for name in rule.ours]
         if "{expert}" not in rule.theirs:
             arrays[prefix + rule.theirs] = rule.join(ours)
             continue
@@ -155,9 +165,13 @@ def _read(rule, prefix, num_experts, read):
     return values
 
 
-def _value(mixture, name, variable):
+def _value(mixture, family, name, variable):
     """An array; a kernel of the bank as floats, with its LoRA."""
     if name.endswith("_kernel"):
         projection = name.removeprefix("experts.").removesuffix("_kernel")
-        return mixture.experts.projection(projection).merged_kernel()
-    return keras.ops.convert_to_numpy(variable)
+        value = mixture.experts.projection(projection).merged_kernel()
+    else:
+        value = keras.ops.convert_to_numpy(variable)
+    if name.startswith("experts.down_") and not FAMILIES[family].scales_weights:
+        value = value * getattr(mixture.router, "scaling_factor", 1.0)
+    return value

@@ -25,10 +25,13 @@ class Family(NamedTuple):
     - `layouts`: pairs of the prefix of all names, with `{layer}` in it, and rules: that of files,
       and that of models in memory, if it is another.
     - `make`: from a `Config` and a dtype policy to arguments of a `MixtureOfExperts`.
+    - `scales_weights`: whether its config has the `scaling_factor` of the router. Without it the
+      last kernels of the experts are multiplied by this factor.
     """
 
     layouts: tuple[tuple[str, tuple[Rule, ...]], ...]
     make: Callable
+    scales_weights: bool = False
 
 
 def _dense(theirs, ours):
@@ -88,6 +91,8 @@ def _experts(config, width="moe_intermediate_size", **kwargs):
 
 
 def _top_k(config, **kwargs):
+    scale = config.get("routed_scaling_factor", 1.0)
+    kwargs = {"scaling_factor": scale, **kwargs}
     return routers.TopKRouter(_num_experts(config), config["num_experts_per_tok"], **kwargs)
 
 
@@ -176,6 +181,7 @@ FAMILIES = {
             *_shared("shared_experts"),
         ),
         _deepseek_v3,
+        scales_weights=True,
     ),
     "gpt_oss": Family(((_MLP, _GPT_OSS),), _gpt_oss),
 }

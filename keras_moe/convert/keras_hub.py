@@ -18,7 +18,7 @@ from keras_moe.convert.sparse_blocks import (
 from keras_moe.convert.weights import check_plain
 
 
-def sparsify(model):
+def sparsify(model: keras.Model) -> keras.Model:
     """Let the MoE blocks of a KerasHub model compute only the experts that are chosen.
 
     KerasHub computes every expert for every token. Afterwards each block computes with a
@@ -63,7 +63,7 @@ def sparsify(model):
     return model
 
 
-def restore(model):
+def restore(model: keras.Model) -> keras.Model:
     """Give a model that `sparsify` has converted the blocks of KerasHub again, in place.
 
     Args:

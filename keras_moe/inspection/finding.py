@@ -9,7 +9,7 @@ from keras_moe._internal.keras_internals import own_layers
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 
 
-def moe_layers(model):
+def moe_layers(model: keras.Model) -> dict[str, MixtureOfExperts]:
     """The MoE layers of a model by name; by path or number, where two have the same name.
 
     Paths leave out their common prefix, such as the name of the model.
@@ -45,7 +45,7 @@ def moe_layers(model):
     return dict(zip(names, layers))
 
 
-def has_moe_layers(model):
+def has_moe_layers(model: keras.Model) -> bool:
     """Whether a Keras model has a `layers.MixtureOfExperts`."""
     return bool(_layers(model))
 

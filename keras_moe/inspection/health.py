@@ -1,11 +1,14 @@
 """Verdicts on experts and routers in plain words, each with what to try."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from keras import ops
 
 from keras_moe._internal.checks import check_integer
+from keras_moe._internal.types import Tensor
+from keras_moe.losses.router_losses import RouterLoss
 from keras_moe.metrics.usage import is_dead
 
 PROBLEM, HINT = "problem", "hint"
@@ -41,7 +44,7 @@ class Finding(NamedTuple):
     fix: str
 
 
-def spread(counts, top_k):
+def spread(counts: Tensor, top_k: int) -> float:
     """How far the load is from a collapse onto K experts, 0, to balance, 1.
 
     Experts are counted by the exponential of the entropy of their shares.
@@ -61,7 +64,7 @@ def spread(counts, top_k):
     return float(np.clip((effective - top_k) / (len(share) - top_k), 0, 1))
 
 
-def judge_load(counts, top_k, advice):
+def judge_load(counts: Tensor, top_k: int, advice: str) -> list[Finding]:
     """Findings about who does the work.
 
     A problem where experts are dead, as `metrics.dead_experts` counts them, or where the `spread`
@@ -94,7 +97,7 @@ def judge_load(counts, top_k, advice):
     return findings
 
 
-def judge_drops(dropped):
+def judge_drops(dropped: float) -> list[Finding]:
     """Findings about the share of assignments that found no slot, a float from 0 to 1."""
     dropped = _share("dropped", dropped)
     if dropped <= DROPPED:
@@ -114,7 +117,7 @@ def logit_sizes(logits, router):
     return logits - np.mean(logits, axis=-1, keepdims=True)
 
 
-def judge_router(entropy, largest_logit):
+def judge_router(entropy: float, largest_logit: float) -> list[Finding]:
     """Findings about how the router decides.
 
     Hints above 0.995 and below 0.05 of the largest entropy; a problem where a logit is above 30.
@@ -146,7 +149,7 @@ def judge_router(entropy, largest_logit):
     return []
 
 
-def not_a_number():
+def not_a_number() -> Finding:
     """The finding that a router computes NaN."""
     return Finding(
         PROBLEM,
@@ -156,7 +159,7 @@ def not_a_number():
     )
 
 
-def exploded(how):
+def exploded(how: str) -> Finding:
     """The finding that logits are too large; `how` says by how much, after "they"."""
     return Finding(
         PROBLEM,
@@ -166,7 +169,7 @@ def exploded(how):
     )
 
 
-def collapsed(counts, advice):
+def collapsed(counts: Tensor, advice: str) -> Finding:
     """The finding that few experts do the work, with the counts (E,), not all 0, that show it."""
     share = np.cumsum(np.sort(counts)[::-1]) / np.sum(counts)
     busy = int(np.argmax(share >= 0.9)) + 1
@@ -174,7 +177,7 @@ def collapsed(counts, advice):
     return Finding(PROBLEM, f"The experts have collapsed: {work}.", advice)
 
 
-def dead(experts, num_experts, advice, when=""):
+def dead(experts: Tensor, num_experts: int, advice: str, when: str = "") -> Finding:
     """The finding that experts, a list of their numbers, are dead as `metrics.is_dead` says."""
     experts = np.unique(experts)
     listed = ", ".join(str(expert) for expert in experts[:10])
@@ -185,12 +188,12 @@ def dead(experts, num_experts, advice, when=""):
     return Finding(PROBLEM, text, advice)
 
 
-def is_enough(counts):
+def is_enough(counts: Tensor) -> bool:
     """Whether counts (E,) are large enough to judge the experts: 20 an expert."""
     return np.sum(counts) >= ENOUGH * len(counts)
 
 
-def judge_weak_loss(loss, weight):
+def judge_weak_loss(loss: RouterLoss, weight: float) -> Finding | None:
     """A finding, if a `losses.RouterLoss` is on but its present weight cannot matter, or None."""
     usual = loss.usual_weight
     if usual is None or not 0 < weight < WEAK_WEIGHT * usual:
@@ -199,7 +202,12 @@ def judge_weak_loss(loss, weight):
     return Finding(HINT, text, f"Give it a weight of about {usual:g}, or leave it out.")
 
 
-def judge_heavy_losses(router_losses, weights, total, values=None):
+def judge_heavy_losses(
+    router_losses: Sequence,
+    weights: Sequence[float],
+    total: float | None,
+    values: Sequence[float] | None = None,
+) -> Finding | None:
     """A finding, if balancing is a large part of what training can still lower, or None.
 
     Only what is above the value of a loss at an even load counts: that is constant.

@@ -1,6 +1,7 @@
 """Routings and counts of a model on given data."""
 
 import contextlib
+from collections.abc import Iterable, Iterator
 
 import keras
 from keras import ops
@@ -12,7 +13,9 @@ from keras_moe.inspection.finding import moe_layers
 from keras_moe.ops.routing import Routing
 
 
-def record_routings(model, batches, training=False):
+def record_routings(
+    model: keras.Model, batches: Iterable, training: bool = False
+) -> dict[str, list[Routing]]:
     """Routings of some data by all MoE layers of a model.
 
     Args:
@@ -118,7 +121,7 @@ def listening(listeners):
             layer.routing_listener = None
 
 
-def count_in_evaluation(model):
+def count_in_evaluation(model: keras.Model) -> contextlib.AbstractContextManager:
     """A context in which the MoE layers of a model count in inference as they do in training.
 
     They stop when the context ends, also by an exception. `evaluate` and `predict` are traced again
@@ -160,7 +163,7 @@ def counting(model, traced_again=()):
 
 
 @contextlib.contextmanager
-def replaying(model, routings):
+def replaying(model: keras.Model, routings: dict) -> Iterator[None]:
     """A context in which the MoE layers of a model use recorded choices of experts.
 
     Weights come from the live scores, with their gradient, as with `indices` in a call of a layer.

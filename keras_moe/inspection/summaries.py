@@ -1,6 +1,7 @@
 """Engines, sizes and costs of the MoE layers of a model."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import keras
@@ -37,7 +38,7 @@ class LayerDescription(NamedTuple):
     engine: str
 
 
-def describe(model):
+def describe(model: keras.Model) -> list[LayerDescription]:
     """How each MoE layer of a model is computed on this machine.
 
     The engine follows from the backend, the platform, the dtype, and whether `model.compile` turned
@@ -103,7 +104,7 @@ class LayerSummary(NamedTuple):
     counts: list
 
 
-def summarize(model):
+def summarize(model: keras.Model) -> list[LayerSummary]:
     """One `LayerSummary` for each MoE layer of a built model, in the order of the model.
 
     Args:
@@ -134,7 +135,7 @@ def _summary(name, layer):
     return LayerSummary(name, num_experts, router.max_top_k, parameters, active, 2 * active, counts)
 
 
-def summary(model, print_fn=print):
+def summary(model: keras.Model, print_fn: Callable = print) -> None:
     """Print the size and the use of each MoE layer of a model: `model.summary()` for experts.
 
     Below the parameters of the model, those of `model.count_params()`, a table has one row for each
@@ -190,7 +191,7 @@ def _row(layer, description):
     )
 
 
-def count_parameters(model):
+def count_parameters(model: keras.Model) -> tuple[int, int]:
     """All parameters of a model, and those of them that work on one token.
 
     Experts that several layers share count once. As many of them work on a token as these layers

@@ -1,5 +1,7 @@
 """Capacity: how many slots an expert has, and which tokens get them first."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -8,6 +10,7 @@ from keras_moe._internal.serialization import Configured, register
 from keras_moe.backend import backend
 from keras_moe.ops.assignments import at_least
 from keras_moe.ops.plans import MOST_ROWS, _expert_capacity
+from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import _take_scores, _top_k_indices
 
 PRIORITIES = ("position", "probability", "random")
@@ -58,12 +61,12 @@ class Capacity(Configured):
 
     def __init__(
         self,
-        factor,
-        minimum=1,
-        multiple_of=1,
-        evaluation_factor=None,
-        priority="position",
-        per_sequence=False,
+        factor: float,
+        minimum: int = 1,
+        multiple_of: int = 1,
+        evaluation_factor: float | None = None,
+        priority: str = "position",
+        per_sequence: bool = False,
     ):
         # By the name that the number has as an argument of a layer.
         self.factor = check_number("capacity_factor", factor, above=0)
@@ -76,20 +79,26 @@ class Capacity(Configured):
         self.per_sequence = bool(per_sequence)
 
     @classmethod
-    def get(cls, identifier):
+    def get(cls, identifier: Any) -> "Capacity | None":
         """Return a `Capacity` from an instance, a config, a factor, or None for no limit."""
         if isinstance(identifier, dict):
             identifier = keras.saving.deserialize_keras_object(identifier)
         return identifier if identifier is None or isinstance(identifier, cls) else cls(identifier)
 
-    def is_causal(self, top_k):
+    def is_causal(self, top_k: int) -> bool:
         """Return whether no later token can take a slot from an earlier one.
 
         With two choices it can: all first choices come before all second ones.
         """
         return self.priority == "position" and top_k == 1
 
-    def limits(self, routing, sequence_length, training, seed):
+    def limits(
+        self,
+        routing: Routing,
+        sequence_length: int | None,
+        training: bool,
+        seed: keras.random.SeedGenerator,
+    ) -> dict:
         """Return the arguments of `ops.plan_groups` for this capacity, a dict.
 
         Args:

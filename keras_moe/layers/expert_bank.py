@@ -1,12 +1,16 @@
 """The interface of expert banks."""
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_moe._internal.checks import check_integer
 from keras_moe._internal.serialization import resolve
+from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
-from keras_moe.ops.plans import plan_experts
+from keras_moe.ops.plans import GroupedPlan, plan_experts
 
 
 class ExpertBank(keras.layers.Layer):
@@ -24,7 +28,7 @@ class ExpertBank(keras.layers.Layer):
         ValueError: If `num_experts` is not a positive integer.
     """
 
-    def __init__(self, num_experts, **kwargs):
+    def __init__(self, num_experts: int, **kwargs: Any):
         # Keras would cast the float32 weights of the plan to the compute dtype.
         super().__init__(autocast=False, **kwargs)
         backend.separate_losses(self)
@@ -42,14 +46,14 @@ class ExpertBank(keras.layers.Layer):
             )
         return super().__call__(tokens, plan, **kwargs)
 
-    def compute_all(self, tokens):
+    def compute_all(self, tokens: Tensor) -> Tensor:
         """Return the outputs (T, E, ...) of all experts for each token (T, ...)."""
         numbers = ops.arange(self.num_experts, dtype="int32")
         shape = (ops.shape(tokens)[0], self.num_experts)
         plan = plan_experts(ops.broadcast_to(numbers, shape), self.num_experts)
         return self.compute_each(tokens, plan)
 
-    def compute_each(self, tokens, plan):
+    def compute_each(self, tokens: Tensor, plan: GroupedPlan) -> Tensor:
         """Return the outputs (T, K, ...) of the assignments of a plan, zero where one has no row.
 
         Args:
@@ -66,11 +70,11 @@ class ExpertBank(keras.layers.Layer):
     def compute_output_spec(self, tokens, plan):
         return keras.KerasTensor(self.compute_output_shape(tokens.shape), self.compute_dtype)
 
-    def rematerialized_call(self, call, *args, **kwargs):
+    def rematerialized_call(self, call: Callable, *args: Any, **kwargs: Any) -> Any:
         """Return the call itself: the layer around the bank is recomputed with the bank in it."""
         return call
 
-    def engine_on(self, platform, static_shapes):
+    def engine_on(self, platform: str, static_shapes: bool) -> str:
         """Return the name of what computes a built bank, for people to read; "" if not known.
 
         Args:
@@ -79,11 +83,11 @@ class ExpertBank(keras.layers.Layer):
         """
         return ""
 
-    def take_policy(self, policy):
+    def take_policy(self, policy: keras.DTypePolicy) -> None:
         """Take the dtype policy of the layer around the bank, unless the bank has its own."""
 
     @property
-    def num_limited(self):
+    def num_limited(self) -> int:
         """Number of experts, the first ones, that a capacity limits."""
         return self.num_experts
 

@@ -1,5 +1,8 @@
 """A bank of gated feed-forward experts."""
 
+from collections.abc import Callable
+from typing import Any
+
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import register
 from keras_moe.layers.stacked_experts import StackedExperts
@@ -56,18 +59,18 @@ class GatedExperts(StackedExperts):
 
     def __init__(
         self,
-        num_experts,
-        hidden_dim,
-        activation="silu",
-        use_bias=False,
-        clip=None,
-        up_shift=0.0,
-        output_dim=None,
-        kernel_initializer="glorot_uniform",
-        bias_initializer="zeros",
-        kernel_regularizer=None,
-        bias_regularizer=None,
-        **kwargs,
+        num_experts: int,
+        hidden_dim: int,
+        activation: str | Callable = "silu",
+        use_bias: bool = False,
+        clip: float | None = None,
+        up_shift: float = 0.0,
+        output_dim: int | None = None,
+        kernel_initializer: str | Callable = "glorot_uniform",
+        bias_initializer: str | Callable = "zeros",
+        kernel_regularizer: str | Callable | None = None,
+        bias_regularizer: str | Callable | None = None,
+        **kwargs: Any,
     ):
         super().__init__(
             num_experts,

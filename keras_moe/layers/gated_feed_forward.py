@@ -1,9 +1,13 @@
 """A dense gated feed-forward layer."""
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 
 from keras_moe._internal.checks import check_integer
 from keras_moe._internal.serialization import register
+from keras_moe._internal.types import Tensor
 
 
 @register
@@ -42,7 +46,13 @@ class GatedFeedForward(keras.layers.Layer):
     Reference: Shazeer 2020 (arXiv:2002.05202), eq. 6.
     """
 
-    def __init__(self, hidden_dim, activation="silu", use_bias=False, **kwargs):
+    def __init__(
+        self,
+        hidden_dim: int,
+        activation: str | Callable = "silu",
+        use_bias: bool = False,
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
         self.hidden_dim = check_integer("hidden_dim", hidden_dim)
         self.activation = keras.activations.get(activation)
@@ -62,7 +72,7 @@ class GatedFeedForward(keras.layers.Layer):
         layer.build((None, features))
         return layer
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         return self.down(self.gate(inputs) * self.up(inputs))
 
     def quantized_call(self, *args, **kwargs):

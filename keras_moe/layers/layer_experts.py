@@ -2,6 +2,8 @@
 
 import math
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops
@@ -9,12 +11,14 @@ from keras import ops
 from keras_moe._internal.checks import check_instance
 from keras_moe._internal.keras_internals import parameters_of
 from keras_moe._internal.serialization import config_of, note_part, register
+from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.sublayers import accepted_arguments, build_and_measure, check_output
 from keras_moe.ops.grouped.functions import Alike, engine_of, map_groups
 from keras_moe.ops.groups import combine_rows, dispatch_rows
+from keras_moe.ops.plans import GroupedPlan
 
 
 @register
@@ -66,7 +70,7 @@ class LayerExperts(ExpertBank):
     network.
     """
 
-    def __init__(self, layers, **kwargs):
+    def __init__(self, layers: Sequence[keras.Layer], **kwargs: Any):
         layers = tuple(
             keras.saving.deserialize_keras_object(layer) if isinstance(layer, dict) else layer
             for layer in layers
@@ -103,7 +107,7 @@ class LayerExperts(ExpertBank):
             )
         self._row_shape, self._output_shape = rows_shape[1:], shapes[0]
 
-    def call(self, tokens, plan):
+    def call(self, tokens: Tensor, plan: GroupedPlan) -> Tensor:
         plan = plan.sort()
         tokens = ops.reshape(self._compute(tokens), (-1, math.prod(self._row_shape)))
         rows = dispatch_rows(tokens, plan.groups)

@@ -1,5 +1,8 @@
 """A bank of linear experts."""
 
+from collections.abc import Callable
+from typing import Any
+
 from keras_moe._internal.checks import check_integer
 from keras_moe._internal.serialization import register
 from keras_moe.layers.stacked_experts import StackedExperts
@@ -46,14 +49,14 @@ class LinearExperts(StackedExperts):
 
     def __init__(
         self,
-        num_experts,
-        output_dim,
-        use_bias=True,
-        kernel_initializer="glorot_uniform",
-        bias_initializer="zeros",
-        kernel_regularizer=None,
-        bias_regularizer=None,
-        **kwargs,
+        num_experts: int,
+        output_dim: int,
+        use_bias: bool = True,
+        kernel_initializer: str | Callable = "glorot_uniform",
+        bias_initializer: str | Callable = "zeros",
+        kernel_regularizer: str | Callable | None = None,
+        bias_regularizer: str | Callable | None = None,
+        **kwargs: Any,
     ):
         super().__init__(
             num_experts,

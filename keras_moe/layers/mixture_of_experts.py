@@ -5,6 +5,8 @@ experts of a token.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -14,13 +16,16 @@ from keras_moe import losses, ops, routers
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors, shortened
 from keras_moe._internal.keras_internals import get_keras_mask
 from keras_moe._internal.serialization import config_of, register, resolve
+from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.layers import expert_bank, sublayers
 from keras_moe.layers.capacity import Capacity
+from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.recomputation import Recomputable, effects_once
 from keras_moe.layers.usage import RouterUsage
 from keras_moe.ops.assignments import at_least
 from keras_moe.ops.plans import _plan_groups
+from keras_moe.routers.router import Router
 
 
 @register
@@ -108,14 +113,14 @@ class MixtureOfExperts(RouterUsage, Recomputable):
 
     def __init__(
         self,
-        experts,
-        router="top_k",
-        router_losses=None,
-        shared_expert=None,
-        capacity_factor=None,
-        gated_shared_expert=False,
-        token_axes=None,
-        **kwargs,
+        experts: ExpertBank,
+        router: str | Router = "top_k",
+        router_losses: Sequence | None = None,
+        shared_expert: keras.Layer | None = None,
+        capacity_factor: float | Capacity | None = None,
+        gated_shared_expert: bool = False,
+        token_axes: int | None = None,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         backend.separate_losses(self)
@@ -134,7 +139,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         if router_losses is None:
             router_losses = self.router.default_losses
         self.router_losses = losses.get_list(router_losses)
-        self.shared_expert = shared_expert
+        self.shared_expert: Any = shared_expert
         if shared_expert is not None:
             self.shared_expert = resolve("shared_expert", shared_expert, keras.Layer)
         self.capacity = Capacity.get(capacity_factor)
@@ -220,15 +225,15 @@ class MixtureOfExperts(RouterUsage, Recomputable):
     @effects_once
     def call(
         self,
-        inputs,
-        mask=None,
-        training=None,
-        return_routing=False,
-        token_ids=None,
-        indices=None,
-        router_inputs=None,
-        return_expert_outputs=False,
-    ):
+        inputs: Tensor,
+        mask: Tensor | None = None,
+        training: bool | None = None,
+        return_routing: bool = False,
+        token_ids: Tensor | None = None,
+        indices: Tensor | None = None,
+        router_inputs: Tensor | None = None,
+        return_expert_outputs: bool = False,
+    ) -> Tensor | tuple:
         # Flatten: inputs (batch, ..., D) are T = batch * ... tokens. Padding becomes zero.
         mask = self._check_call(inputs, mask, router_inputs, token_ids)
         leading = self._leading(inputs)

@@ -6,6 +6,8 @@ any task chooses for a token.
 
 import collections
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops
@@ -13,11 +15,13 @@ from keras import ops
 from keras_moe import losses, routers
 from keras_moe._internal.checks import check_integer, check_tensors, shortened
 from keras_moe._internal.serialization import config_of, register
+from keras_moe._internal.types import Tensor
 from keras_moe.layers import expert_bank
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts, _sequence_length
 from keras_moe.ops.plans import plan_experts
 from keras_moe.ops.selection import existing
+from keras_moe.routers.router import Router
 
 
 @register
@@ -78,14 +82,14 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
 
     def __init__(
         self,
-        experts,
-        num_tasks,
-        router="dense",
-        task_experts=None,
-        router_losses=None,
-        shared_output=False,
-        task_names=None,
-        **kwargs,
+        experts: ExpertBank,
+        num_tasks: int,
+        router: str | Router | Sequence = "dense",
+        task_experts: Sequence[ExpertBank] | None = None,
+        router_losses: Sequence | None = None,
+        shared_output: bool = False,
+        task_names: Sequence[str] | None = None,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.num_tasks = check_integer("num_tasks", num_tasks)
@@ -144,13 +148,15 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
             task.experts.built = True  # its banks were built above
             task.build(shape)
 
-    def call(self, inputs, mask=None, training=None):
+    def call(
+        self, inputs: Tensor | list, mask: Tensor | list | None = None, training: bool | None = None
+    ) -> list:
         # Flatten: tokens (T, D) of each task and, last, of the shared experts.
         has_masks = isinstance(inputs, (list, tuple)) and isinstance(mask, (list, tuple))
         inputs = self._of_each_task(inputs)
         axes = "abcdefghij"[: len(inputs[0].shape)]
         check_tensors(**{f"inputs[{n}]": (each, axes, "float") for n, each in enumerate(inputs)})
-        masks = mask if has_masks else [mask] * len(inputs)
+        masks: Any = mask if has_masks else [mask] * len(inputs)
         if len(masks) != len(inputs):
             raise ValueError(
                 "`mask` must have one for each of the inputs. "

@@ -1,17 +1,20 @@
 """Banks with stacked kernels: LoRA, quantization, processes and serialization."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 
 from keras_moe._internal.keras_internals import open_to_state
 from keras_moe._internal.lora import Adaptable
+from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.projection import Projection
 from keras_moe.ops.feed_forward import _all_experts, _grouped_feed_forward
 from keras_moe.ops.grouped import engine_on
 from keras_moe.ops.grouped.records import Network
+from keras_moe.ops.plans import GroupedPlan
 
 
 class StackedExperts(Adaptable, ExpertBank):
@@ -29,14 +32,14 @@ class StackedExperts(Adaptable, ExpertBank):
 
     def __init__(
         self,
-        num_experts,
-        activation,
-        use_bias,
-        kernel_initializer,
-        bias_initializer,
-        kernel_regularizer,
-        bias_regularizer,
-        **kwargs,
+        num_experts: int,
+        activation: str | Callable | None,
+        use_bias: bool,
+        kernel_initializer: str | Callable,
+        bias_initializer: str | Callable,
+        kernel_regularizer: str | Callable | None,
+        bias_regularizer: str | Callable | None,
+        **kwargs: Any,
     ):
         super().__init__(num_experts, **kwargs)
         self.activation: Any = keras.activations.get(activation)
@@ -50,11 +53,11 @@ class StackedExperts(Adaptable, ExpertBank):
         names = enumerate(self.projection_names)
         self.projections = tuple(Projection(self, name, stream) for stream, name in names)
 
-    def projection(self, name):
+    def projection(self, name: str) -> Projection:
         """Return a projection by its name."""
         return self.projections[self.projection_names.index(name)]
 
-    def widths(self, features):
+    def widths(self, features: int) -> Sequence[tuple[int, int]]:
         """Return a pair (D, H) for each projection."""
         raise NotImplementedError
 
@@ -88,7 +91,7 @@ class StackedExperts(Adaptable, ExpertBank):
                     f"activation={self.activation}. Use `LayerExperts` for such experts"
                 )
 
-    def call(self, tokens, plan):
+    def call(self, tokens: Tensor, plan: GroupedPlan) -> Tensor:
         kernel = self.projections[0].kernel
         return _grouped_feed_forward(
             self._compute(tokens),
@@ -126,7 +129,7 @@ class StackedExperts(Adaptable, ExpertBank):
             projection.add_factors(a_initializer, b_initializer)
         self.lora_enabled = True
 
-    def quantize(self, mode, type_check=True, config=None):
+    def quantize(self, mode: str, type_check: bool = True, config: Any = None) -> None:
         """Store the kernels as integers with scales; one expert at a time is cast to floats.
 
         Only the weights are quantized. "int8" has a scale for each output of each expert. "int4"
@@ -174,7 +177,7 @@ class StackedExperts(Adaptable, ExpertBank):
         is_map = isinstance(policy, keras.dtype_policies.DTypePolicyMap)
         return policy[self.path] if is_map and self.path else policy
 
-    def block_size(self):
+    def block_size(self) -> int | None:
         """Number of rows of a kernel that share a scale in "int4", None for all."""
         block_size = getattr(self._own_policy(), "block_size", -1)
         return None if block_size == -1 else block_size

@@ -1,5 +1,7 @@
 """Transformer blocks: normalization, attention, and any feed-forward layer."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -22,7 +24,9 @@ class TransformerBlock(Recomputable):
     Xiong et al. 2020 (arXiv:2002.04745): `x = x + dropout(branch(norm(x)))`.
     """
 
-    def __init__(self, num_heads, feedforward, dropout=0.0, **kwargs):
+    def __init__(
+        self, num_heads: int, feedforward: keras.Layer, dropout: float = 0.0, **kwargs: Any
+    ):
         super().__init__(**kwargs)
         self.num_heads = check_integer("num_heads", num_heads)
         self.feedforward = resolve("feedforward", feedforward, keras.Layer)
@@ -60,7 +64,7 @@ class TransformerBlock(Recomputable):
                 f"Received: {inputs_shape[-1]} features in, {outputs_shape[-1]} out"
             )
 
-    def examine_feedforward(self):
+    def examine_feedforward(self) -> None:
         """Find out which arguments the feed-forward layer takes; again, after it is replaced."""
         self._feedforward_arguments = accepted_arguments(
             self.feedforward, ("mask", "training", "token_ids")

@@ -2,6 +2,7 @@
 
 import operator
 import warnings
+from typing import Any
 
 import keras
 import numpy as np
@@ -9,6 +10,7 @@ from keras import ops
 
 from keras_moe._internal.checks import check_tensors, is_kind
 from keras_moe._internal.serialization import register
+from keras_moe._internal.types import Tensor
 from keras_moe.layers.cached_attention import CachedAttention, Decoding
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.recomputation import effects_once
@@ -84,7 +86,13 @@ class TransformerDecoderBlock(TransformerBlock):
     """
 
     def __init__(
-        self, num_heads, feedforward, dropout=0.0, cross_attention=False, rotary=True, **kwargs
+        self,
+        num_heads: int,
+        feedforward: keras.Layer,
+        dropout: float = 0.0,
+        cross_attention: bool = False,
+        rotary: bool = True,
+        **kwargs: Any,
     ):
         super().__init__(num_heads, feedforward, dropout, **kwargs)
         self.cross_attention = bool(cross_attention)
@@ -121,15 +129,15 @@ class TransformerDecoderBlock(TransformerBlock):
     @effects_once
     def call(
         self,
-        inputs,
-        mask=None,
-        context=None,
-        context_mask=None,
-        training=None,
-        cache=None,
-        position=None,
-        token_ids=None,
-    ):
+        inputs: Tensor,
+        mask: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        training: bool | None = None,
+        cache: dict | None = None,
+        position: int | Tensor | None = None,
+        token_ids: Tensor | None = None,
+    ) -> Tensor | tuple:
         decoding = Decoding.current if cache is None else None
         if decoding is not None:
             cache, position = decoding.cache_of(self, inputs), decoding.position
@@ -197,7 +205,13 @@ class TransformerDecoderBlock(TransformerBlock):
                 f"{'a' if mask_given else 'no'} context_mask"
             )
 
-    def make_cache(self, batch_size, max_length, context=None, context_mask=None):
+    def make_cache(
+        self,
+        batch_size: int,
+        max_length: int,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> dict:
         """Return an empty cache for sequences of up to `max_length` tokens.
 
         Args:

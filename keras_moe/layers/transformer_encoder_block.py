@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_moe._internal.serialization import register
+from keras_moe._internal.types import Tensor
 from keras_moe.layers.recomputation import effects_once
 from keras_moe.layers.transformer_block import TransformerBlock
 
@@ -60,7 +61,13 @@ class TransformerEncoderBlock(TransformerBlock):
         self._build_feed_forward(inputs_shape)
 
     @effects_once
-    def call(self, inputs, mask=None, training=None, token_ids=None):
+    def call(
+        self,
+        inputs: Tensor,
+        mask: Tensor | None = None,
+        training: bool | None = None,
+        token_ids: Tensor | None = None,
+    ) -> Tensor:
         inputs, mask = self._without_padding(inputs, mask)
         normed = self._attention_norm(inputs)
         attended = self._attention(

@@ -99,7 +99,7 @@ class RouterUsage(keras.layers.Layer):
             counter.assign_add(value)
 
     @property
-    def loss_weights_in_force(self):
+    def loss_weights_in_force(self) -> list[float]:
         """The present weight of each router loss, a list of floats."""
         if self.built:
             return ops.convert_to_numpy(self.router_loss_weights).tolist()
@@ -108,7 +108,7 @@ class RouterUsage(keras.layers.Layer):
             return list(weights)
         return [loss.weight for loss in self.router_losses]
 
-    def set_router_loss_weight(self, index, weight):
+    def set_router_loss_weight(self, index: int, weight: float) -> None:
         """Set the weight of a router loss. Nothing is compiled again.
 
         Args:
@@ -126,7 +126,7 @@ class RouterUsage(keras.layers.Layer):
         else:
             self._early_loss_weights = (self.router_losses, weights)
 
-    def balance_advice(self):
+    def balance_advice(self) -> str:
         """Return advice for an uneven load, by what balances it in this layer: a string."""
         weighted = zip(self.router_losses, self.loss_weights_in_force)
         advice = [loss.balance_advice(weight) for loss, weight in weighted if loss.balances]
@@ -148,7 +148,7 @@ class RouterUsage(keras.layers.Layer):
             "as well."
         )
 
-    def reset_counts(self):
+    def reset_counts(self) -> None:
         """Set all counters to zero."""
         if not self.built:
             return

@@ -1,14 +1,18 @@
 """Zero, identity and constant experts."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_moe._internal.checks import check_integer
 from keras_moe._internal.serialization import config_of, register
+from keras_moe._internal.types import Tensor
 from keras_moe.layers import expert_bank
 from keras_moe.layers.expert_bank import ExpertBank, in_floats
 from keras_moe.ops.assignments import Choices
 from keras_moe.ops.groups import ChosenGroups
+from keras_moe.ops.plans import GroupedPlan
 
 
 @register
@@ -59,7 +63,14 @@ class ZeroComputationExperts(ExpertBank):
     (arXiv:2509.01322), section 2.1.
     """
 
-    def __init__(self, experts, num_zero=0, num_identity=0, num_constant=0, **kwargs):
+    def __init__(
+        self,
+        experts: ExpertBank,
+        num_zero: int = 0,
+        num_identity: int = 0,
+        num_constant: int = 0,
+        **kwargs: Any,
+    ):
         experts = expert_bank.get(experts)
         num_zero = check_integer("num_zero", num_zero, minimum=0)
         num_identity = check_integer("num_identity", num_identity, minimum=0)
@@ -99,7 +110,7 @@ class ZeroComputationExperts(ExpertBank):
                 initializer=keras.initializers.RandomNormal(stddev=0.02),
             )
 
-    def call(self, tokens, plan):
+    def call(self, tokens: Tensor, plan: GroupedPlan) -> Tensor:
         groups, computing = plan.groups, self.experts.num_experts
         if isinstance(groups, (ChosenGroups, Choices)):
             raise ValueError(

@@ -1,5 +1,7 @@
 """Router losses, which training adds to its loss, and the likelihood of a mixture."""
 
+from typing import Any
+
 from keras_moe._internal.checks import shortened
 from keras_moe._internal.serialization import resolve
 from keras_moe.losses.likelihood import MixtureNegativeLogLikelihood, pack_mixture
@@ -25,7 +27,7 @@ BY_NAME = {
 }
 
 
-def get(identifier):
+def get(identifier: Any) -> RouterLoss:
     """Return a router loss from an instance, a config, or a name in `BY_NAME`.
 
     Raises:

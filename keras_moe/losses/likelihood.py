@@ -4,12 +4,15 @@ Axes: K experts of a sample, D target features or classes, D' outputs of an expe
 """
 
 import math
+from typing import Any
 
 import keras
 from keras import ops
 
 from keras_moe._internal.checks import check_choice, check_number, check_tensors
 from keras_moe._internal.serialization import register
+from keras_moe._internal.types import Tensor
+from keras_moe.ops.routing import Routing
 
 # The logarithm of a weight of zero, finite so that no gradient is NaN.
 _LOG_ZERO = -1e9
@@ -66,29 +69,29 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
 
     def __init__(
         self,
-        distribution="gaussian",
-        scale=1.0,
-        normalized=True,
-        name="mixture_negative_log_likelihood",
-        **kwargs,
+        distribution: str = "gaussian",
+        scale: float | None = 1.0,
+        normalized: bool = True,
+        name: str = "mixture_negative_log_likelihood",
+        **kwargs: Any,
     ):
         super().__init__(name=name, **kwargs)
         self.distribution = check_choice("distribution", distribution, ("gaussian", "categorical"))
         self.scale = None if scale is None else check_number("scale", scale, above=0)
         self.normalized = bool(normalized)
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         return -ops.logsumexp(self._log_joint(y_true, y_pred), axis=-1)
 
-    def responsibilities(self, y_true, y_pred):
+    def responsibilities(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """Return each expert's posterior probability for a sample, (batch, ..., K)."""
         return ops.softmax(self._log_joint(y_true, y_pred), axis=-1)
 
-    def mean(self, y_pred):
+    def mean(self, y_pred: Tensor) -> Tensor:
         """Return the mean of the mixture, (batch, ..., D); of classes their probabilities."""
         return self._average(y_pred, self._parameters(y_pred)[0])
 
-    def variance(self, y_pred):
+    def variance(self, y_pred: Tensor) -> Tensor:
         """Return the variance of each target feature, or of each class, (batch, ..., D)."""
         means, log_scales = self._parameters(y_pred)
         mean = self._average(y_pred, means)
@@ -98,7 +101,7 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
             self._average(y_pred, ops.exp(2 * log_scales))
         )
 
-    def mode(self, y_pred):
+    def mode(self, y_pred: Tensor) -> Tensor:
         """Return the mean of the expert with the highest peak (batch, ..., D), or the class."""
         means, log_scales = self._parameters(y_pred)
         if log_scales is None:
@@ -160,7 +163,7 @@ def _targets(y_true, shape):
     return targets
 
 
-def pack_mixture(routing, expert_outputs):
+def pack_mixture(routing: Routing, expert_outputs: Tensor) -> Tensor:
     """Combine weights and expert outputs in one tensor, the prediction of a mixture.
 
     A Keras loss receives one tensor for each output. The first entry of each expert is the

@@ -3,10 +3,12 @@
 import math
 from typing import Any
 
+import keras
 from keras import ops
 
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import Configured, register
+from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.balance import (
     _agreement,
@@ -18,6 +20,7 @@ from keras_moe.ops.balance import (
     _squared_importance_variation,
     _squared_load_variation,
 )
+from keras_moe.ops.routing import Routing
 
 # From this multiple of the usual weight on, a weight should not grow. A little less than ten times,
 # as layers keep weights in float32.
@@ -50,7 +53,7 @@ class RouterLoss(Configured):
     usual_weight: float | None = None
     value_at_balance = 0.0
 
-    def __init__(self, weight):
+    def __init__(self, weight: float):
         self.weight = check_number("weight", weight)
 
     def __call__(self, routing, **kwargs):
@@ -59,16 +62,16 @@ class RouterLoss(Configured):
     def compute(self, routing):
         raise NotImplementedError(f"{type(self).__name__} must implement `compute(routing)`.")
 
-    def evaluate(self, routing, **kwargs):
+    def evaluate(self, routing: Routing, **kwargs: Any) -> Tensor:
         """Return the loss outside of training, where no state changes."""
         return self.compute(routing, **kwargs)
 
     @property
-    def large_weight(self):
+    def large_weight(self) -> float:
         """The weight that should not grow: ten times the usual one, if that is known."""
         return math.inf if self.usual_weight is None else _LARGE * self.usual_weight
 
-    def balance_advice(self, weight):
+    def balance_advice(self, weight: float) -> str:
         """Return what to try where the load is uneven in spite of the loss with this weight."""
         balanced = f"The load is balanced by {type(self).__name__}(weight={weight:g})"
         if not weight:
@@ -80,7 +83,7 @@ class RouterLoss(Configured):
             "of the task."
         )
 
-    def build(self, layer):
+    def build(self, layer: keras.Layer) -> "RouterLoss":
         """Return the loss for a layer: itself, or a copy with its state in weights of `layer`."""
         return self
 
@@ -116,7 +119,7 @@ class LoadBalance(RouterLoss):
     usual_weight = 1e-2
     value_at_balance = 1.0
 
-    def __init__(self, weight=1e-2):
+    def __init__(self, weight: float = 1e-2):
         super().__init__(weight)
 
     def compute(self, routing):
@@ -150,7 +153,7 @@ class SequenceLoadBalance(RouterLoss):
     value_at_balance = 1.0
     per_sequence = True
 
-    def __init__(self, weight=1e-4):
+    def __init__(self, weight: float = 1e-4):
         super().__init__(weight)
 
     def compute(self, routing, sequence_length=None):
@@ -188,7 +191,7 @@ class GlobalLoadBalance(RouterLoss):
     balances = True
     value_at_balance = 1.0
 
-    def __init__(self, weight=1e-2, accumulation_steps=1):
+    def __init__(self, weight: float = 1e-2, accumulation_steps: int = 1):
         super().__init__(weight)
         self.accumulation_steps = check_integer("accumulation_steps", accumulation_steps)
         self._counts: Any = None
@@ -245,7 +248,7 @@ class ImportanceVariation(RouterLoss):
 
     balances = True
 
-    def __init__(self, weight=1e-2):
+    def __init__(self, weight: float = 1e-2):
         super().__init__(weight)
 
     def compute(self, routing):
@@ -276,7 +279,7 @@ class LoadVariation(RouterLoss):
 
     balances = True
 
-    def __init__(self, weight=1e-2):
+    def __init__(self, weight: float = 1e-2):
         super().__init__(weight)
 
     def compute(self, routing):
@@ -302,7 +305,7 @@ class RouterZ(RouterLoss):
     Reference: Zoph et al. 2022, ST-MoE (arXiv:2202.08906), eq. 5.
     """
 
-    def __init__(self, weight=1e-3):
+    def __init__(self, weight: float = 1e-3):
         super().__init__(weight)
 
     def compute(self, routing):
@@ -330,7 +333,7 @@ class RouterEntropy(RouterLoss):
     Reference: Huang et al. 2024 (arXiv:2403.07652), eq. 6.
     """
 
-    def __init__(self, weight=1e-4):
+    def __init__(self, weight: float = 1e-4):
         super().__init__(weight)
 
     def compute(self, routing):

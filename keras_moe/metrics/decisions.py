@@ -3,16 +3,20 @@
 Axes: T tokens, E experts, K experts per token, G groups of tokens.
 """
 
+import keras
 from keras import ops
 
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors
+from keras_moe._internal.types import Tensor
 from keras_moe.metrics.usage import as_counts
 from keras_moe.ops.balance import masked_mean
-from keras_moe.ops.routing import count_assignments
+from keras_moe.ops.plans import GroupedPlan
+from keras_moe.ops.routing import Routing, count_assignments
 from keras_moe.ops.selection import chosen_experts, existing, take_scores
+from keras_moe.ops.soft import SoftPlan
 
 
-def router_confidence(routing):
+def router_confidence(routing: Routing) -> Tensor:
     """Mean over real tokens of the highest probability: 1 / E undecided, 1 decided.
 
     Args:
@@ -26,7 +30,7 @@ def router_confidence(routing):
     return masked_mean(take_scores(routing.probs, best)[:, 0], routing.mask)
 
 
-def unserved_fraction(routing, plan):
+def unserved_fraction(routing: Routing, plan: GroupedPlan | SoftPlan) -> Tensor:
     """Share of the real tokens whose assignments were all dropped, or that no expert chose.
 
     Args:
@@ -40,7 +44,7 @@ def unserved_fraction(routing, plan):
     return masked_mean(ops.cast(unserved, "float32"), routing.mask)
 
 
-def router_saturation(before, after):
+def router_saturation(before: Routing, after: Routing) -> Tensor:
     """How far routing has settled: the share of a token's experts that it had before.
 
     Args:
@@ -66,7 +70,7 @@ def router_saturation(before, after):
     return ops.sum(ops.cast(kept, "float32")) / ops.maximum(total, 1.0)
 
 
-def coactivation(routing):
+def coactivation(routing: Routing) -> Tensor:
     """Which experts serve the same tokens.
 
     Args:
@@ -84,7 +88,7 @@ def coactivation(routing):
     return together / ops.maximum(ops.expand_dims(ops.sum(chosen, axis=0), 1), 1.0)
 
 
-def count_table(routing, groups, num_groups):
+def count_table(routing: Routing, groups: Tensor, num_groups: int) -> Tensor:
     """Assignments of each expert from each group of tokens.
 
     Args:
@@ -116,7 +120,7 @@ def count_table(routing, groups, num_groups):
     return ops.reshape(table[:-1], (num_groups, num_experts))
 
 
-def mutual_information(table):
+def mutual_information(table: Tensor) -> Tensor:
     """Mutual information of a token's group and its expert, in nats.
 
     Args:
@@ -133,7 +137,9 @@ def mutual_information(table):
     return ops.sum(joint * ops.log(ops.where(joint > 0, ratio, 1.0)))
 
 
-def expert_saliency(layer, inputs, mask=None, token_ids=None):
+def expert_saliency(
+    layer: keras.Layer, inputs: Tensor, mask: Tensor | None = None, token_ids: Tensor | None = None
+) -> Tensor:
     """Saliency of each expert, for pruning: mean over its tokens of weight times norm of output.
 
     Args:

@@ -4,15 +4,18 @@ In `model.fit` use `callbacks.ExpertMonitor`: a layer cannot own a Keras metric 
 """
 
 import math
+from collections.abc import Sequence
 
 import keras
 from keras import ops
 
 from keras_moe._internal.checks import check_integer, check_tensors, host_values
 from keras_moe._internal.serialization import register
+from keras_moe._internal.types import Tensor
+from keras_moe.ops.routing import Routing
 
 
-def load_imbalance(counts):
+def load_imbalance(counts: Tensor) -> Tensor:
     """Load of the busiest expert above the mean: `max / mean - 1`, also known as MaxVio.
 
     Args:
@@ -27,7 +30,7 @@ def load_imbalance(counts):
     return ops.maximum(ops.max(counts) / _or_one(ops.mean(counts)) - 1.0, 0.0)
 
 
-def load_entropy(counts):
+def load_entropy(counts: Tensor) -> Tensor:
     """Entropy of the shares, divided by `log E`.
 
     Args:
@@ -43,7 +46,7 @@ def load_entropy(counts):
     return -ops.sum(share * ops.log(_or_one(share))) / math.log(num_experts)
 
 
-def dead_experts(counts):
+def dead_experts(counts: Tensor) -> Tensor:
     """Number of experts with less than a thousandth of the mean, such as no assignment.
 
     Args:
@@ -67,7 +70,7 @@ def _is_dead(counts):
     return counts <= 1e-3 * ops.mean(counts, axis=-1, keepdims=True)
 
 
-def dead_experts_over_window(counts, window=100):
+def dead_experts_over_window(counts: Tensor, window: int = 100) -> Tensor:
     """Number of experts that `dead_experts` counts in each of the last `window` batches.
 
     Args:
@@ -84,7 +87,7 @@ def dead_experts_over_window(counts, window=100):
     return ops.sum(ops.cast(ops.all(dead, axis=0), "float32"))
 
 
-def dropped_fraction(dropped, counts):
+def dropped_fraction(dropped: float, counts: Tensor) -> Tensor:
     """Share of the assignments that were dropped for lack of a slot.
 
     Args:
@@ -99,7 +102,7 @@ def dropped_fraction(dropped, counts):
     return dropped / _or_one(ops.sum(as_counts(counts)))
 
 
-def expert_share(counts):
+def expert_share(counts: Tensor) -> Tensor:
     """Each expert's share of the assignments.
 
     Args:
@@ -112,7 +115,7 @@ def expert_share(counts):
     return counts / _or_one(ops.sum(counts))
 
 
-def load_variation(counts):
+def load_variation(counts: Tensor) -> Tensor:
     """Coefficient of variation of the load: its standard deviation over its mean, 0 at balance.
 
     Args:
@@ -125,7 +128,7 @@ def load_variation(counts):
     return ops.std(counts) / _or_one(ops.mean(counts))
 
 
-def max_share(counts):
+def max_share(counts: Tensor) -> Tensor:
     """Share of the assignments that the busiest expert has; 1 / E at balance.
 
     Args:
@@ -137,7 +140,7 @@ def max_share(counts):
     return ops.max(expert_share(counts))
 
 
-def active_fraction(counts):
+def active_fraction(counts: Tensor) -> Tensor:
     """Share of the experts that are not dead, as `dead_experts` counts them.
 
     Args:
@@ -149,7 +152,9 @@ def active_fraction(counts):
     return 1.0 - ops.mean(ops.cast(is_dead(counts), "float32"))
 
 
-def utilization_quantiles(counts, quantiles=(0.0, 0.25, 0.5, 0.75, 1.0)):
+def utilization_quantiles(
+    counts: Tensor, quantiles: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
+) -> Tensor:
     """Quantiles over the experts of the load relative to its mean: all 1 at balance.
 
     Args:
@@ -184,11 +189,11 @@ def _or_one(values):
 class _UsageMetric(keras.metrics.Metric):
     """Abstract: accumulates a statistic of the counts of each routing."""
 
-    def __init__(self, num_experts, name=None, dtype=None):
+    def __init__(self, num_experts: int, name: str | None = None, dtype: str | None = None):
         super().__init__(name=name, dtype=dtype)
         self.num_experts = check_integer("num_experts", num_experts)
 
-    def update_state(self, routing):
+    def update_state(self, routing: Routing) -> None:
         """Add the assignments of a routing, in which padding does not count.
 
         Args:
@@ -208,7 +213,7 @@ class _UsageMetric(keras.metrics.Metric):
 class _TotalUsageMetric(_UsageMetric):
     """Abstract: sums the counts of routings."""
 
-    def __init__(self, num_experts, name=None, dtype=None):
+    def __init__(self, num_experts: int, name: str | None = None, dtype: str | None = None):
         super().__init__(num_experts, name, dtype)
         self.counts = self.add_variable(
             (self.num_experts,), "zeros", dtype="float32", name="counts"
@@ -278,7 +283,9 @@ class DeadExpertsOverWindow(_UsageMetric):
     >>> dead = float(metric.result())
     """
 
-    def __init__(self, num_experts, window=100, name=None, dtype=None):
+    def __init__(
+        self, num_experts: int, window: int = 100, name: str | None = None, dtype: str | None = None
+    ):
         super().__init__(num_experts, name, dtype)
         self.window = check_integer("window", window)
         # Batches since each expert was last alive.

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_moe._internal.checks import check_integer
+from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.groups import ChosenGroups, Groups
 
@@ -39,7 +40,7 @@ class Assignments(NamedTuple):
         return self.experts.shape[0]
 
     @classmethod
-    def of(cls, experts, num_experts):
+    def of(cls, experts: Tensor, num_experts: int) -> "Assignments":
         """Those to the first `num_experts` experts; any other number (T, K) is none."""
         served = ops.logical_and(experts >= 0, experts < num_experts)
         experts = ops.where(served, experts, -1)
@@ -57,31 +58,31 @@ class Assignments(NamedTuple):
         (experts,) = parts
         return cls.of(experts - first, number).sort(), weights
 
-    def choice_major(self):
+    def choice_major(self) -> Tensor:
         """The expert of each assignment k * T + t, (N,), E where none serves it."""
         experts = ops.where(self.experts >= 0, self.experts, self.num_experts)
         return ops.reshape(ops.transpose(experts), (-1,))
 
-    def of_first(self, num_experts):
+    def of_first(self, num_experts: int) -> "Assignments":
         """The assignments to the first experts."""
         experts = ops.where(self.experts < num_experts, self.experts, -1)
         return Assignments(experts, self.sizes[:num_experts])
 
-    def weight_at(self, weights, first, last):
+    def weight_at(self, weights: Tensor, first: int, last: int) -> Tensor:
         """The sum of a token's weights for the experts `first` to `last` - 1, (T, 1)."""
         inside = ops.logical_and(self.experts >= first, self.experts < last)
         return ops.sum(ops.where(inside, weights, 0.0), axis=1, keepdims=True)
 
-    def served(self):
+    def served(self) -> Tensor:
         """Which tokens have an assignment that is served, (T,) bool."""
         return ops.any(self.experts >= 0, axis=1)
 
-    def by_assignment(self):
+    def by_assignment(self) -> "Assignments":
         """The same, where token t * K + k is the k-th choice of token t, (T * K, 1)."""
         return self._replace(experts=ops.reshape(self.experts, (-1, 1)))
 
     @backend.as_one_program
-    def sort(self):
+    def sort(self) -> Groups:
         """The `Groups` of rows sorted by expert: inside one in the order of the assignments."""
         (num_tokens, top_k), num_experts = ops.shape(self.experts), self.num_experts
         expert_of_assignment = self.choice_major()
@@ -135,17 +136,17 @@ class Choices(NamedTuple):
         )
         return cls(place, is_valid, mask).sort(), ops.reshape(weights, (-1,))
 
-    def tokens(self):
+    def tokens(self) -> Tensor:
         """The token of each choice, (B, E, C) int32."""
         length = ops.shape(self.mask)[0] // at_least(1, ops.shape(self.place)[0])
         return tokens_at(self.place, length)
 
-    def served(self):
+    def served(self) -> Tensor:
         """Which tokens have a choice that is served, (T,) bool."""
         return self.sort().served()
 
     @backend.as_one_program
-    def sort(self):
+    def sort(self) -> ChosenGroups:
         """The `ChosenGroups` of rows sorted by expert, of choices in the order of (B, E, C)."""
         num_experts = self.num_experts
         expert = ops.expand_dims(ops.arange(num_experts, dtype="int32"), 1)

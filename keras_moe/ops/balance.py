@@ -6,13 +6,14 @@ Axes: T tokens, E experts, K experts per token.
 from keras import ops
 
 from keras_moe._internal.checks import check_mask, check_number, check_tensors
+from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.assignments import check_sequence_length
-from keras_moe.ops.routing import check_routing
+from keras_moe.ops.routing import Routing, check_routing
 from keras_moe.ops.selection import _take_scores, _top_k_indices, check_top_k, chosen_experts
 
 
-def load_balance(routing):
+def load_balance(routing: Routing) -> Tensor:
     """Switch load-balance loss: `E * sum_e f_e * P_e`, 1 at balance.
 
     `f_e` is the share of all assignments that chose expert e, over all K choices and before any
@@ -34,7 +35,7 @@ def _load_balance(routing):
     return _agreement(routing.counts, _masked_mean(routing.probs, routing.mask))
 
 
-def sequence_load_balance(routing, sequence_length):
+def sequence_load_balance(routing: Routing, sequence_length: int) -> Tensor:
     """Mean over the sequences of the load-balance loss of each.
 
     DeepSeek-V3 (arXiv:2412.19437), eq. 17 to 20; 1 at balance. A sequence without a real token is
@@ -66,7 +67,7 @@ def _sequence_load_balance(routing, sequence_length):
     return ops.sum(losses) / ops.maximum(ops.sum(ops.cast(num_real > 0, "float32")), 1.0)
 
 
-def agreement(counts, mean_probs):
+def agreement(counts: Tensor, mean_probs: Tensor) -> Tensor:
     """`E * sum_e f_e * P_e` along the last axis; f, the shares of the counts, has no gradient.
 
     Args:
@@ -88,7 +89,7 @@ def _agreement(counts, mean_probs):
     return mean_probs.shape[-1] * ops.sum(share * mean_probs, axis=-1)
 
 
-def router_z(routing):
+def router_z(routing: Routing) -> Tensor:
     """Router z-loss: mean of `logsumexp(logits) ** 2`, which keeps the logits small.
 
     Zoph et al. 2022 (ST-MoE, arXiv:2202.08906), eq. 5.
@@ -107,7 +108,7 @@ def _router_z(routing):
     return _masked_mean(ops.square(ops.logsumexp(routing.logits, axis=-1)), routing.mask)
 
 
-def router_entropy(routing):
+def router_entropy(routing: Routing) -> Tensor:
     """Mean over real tokens of the entropy of the scores, in nats; from 0 to `log E`.
 
     Args:
@@ -127,7 +128,7 @@ def _router_entropy(routing):
     return _masked_mean(-ops.sum(probs * logs, axis=-1), routing.mask)
 
 
-def squared_importance_variation(routing):
+def squared_importance_variation(routing: Routing) -> Tensor:
     """Squared coefficient of variation of the experts' summed scores: 0 at balance.
 
     Shazeer et al. 2017 (arXiv:1701.06538), eq. 7, of the scores of all experts as in V-MoE
@@ -147,7 +148,7 @@ def _squared_importance_variation(routing):
     return squared_variation(_masked_mean(routing.probs, routing.mask))
 
 
-def squared_load_variation(routing):
+def squared_load_variation(routing: Routing) -> Tensor:
     """Squared coefficient of variation of the experts' load: 0 at balance.
 
     Shazeer et al. 2017 (arXiv:1701.06538), eq. 11. The load has a gradient where the router draws
@@ -175,7 +176,7 @@ def squared_variation(values):
     return variance / ops.maximum(ops.square(mean), 1e-10)
 
 
-def masked_mean(values, mask):
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over the real tokens.
 
     Args:
@@ -196,7 +197,9 @@ def _masked_mean(values, mask):
     return total / ops.maximum(ops.sum(ops.cast(mask, "float32")), 1.0)
 
 
-def noisy_load(clean, noisy, deviation, top_k, mask):
+def noisy_load(
+    clean: Tensor, noisy: Tensor, deviation: float | Tensor, top_k: int, mask: Tensor
+) -> Tensor:
     """Expected assignments of each expert if its own noise were drawn again.
 
     The probability that the logit of an expert, with new noise, is above that of the best K others:

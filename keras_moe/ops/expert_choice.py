@@ -7,15 +7,21 @@ sequence.
 from keras import ops
 
 from keras_moe._internal.checks import check_number, check_tensors
+from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.assignments import Choices, at_least, check_sequence_length, put, tokens_at
 from keras_moe.ops.plans import GroupedPlan, _expert_capacity
-from keras_moe.ops.routing import _make_routing, check_routing, clean_logits
+from keras_moe.ops.routing import Routing, _make_routing, check_routing, clean_logits
 from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import best_places
 
 
-def expert_choice_routing(logits, capacity_factor, mask=None, sequence_length=None):
+def expert_choice_routing(
+    logits: Tensor,
+    capacity_factor: float,
+    mask: Tensor | None = None,
+    sequence_length: int | None = None,
+) -> Routing:
     """Each expert takes its `ceil(capacity_factor * S / E)` best tokens of each sequence.
 
     S counts real tokens only. The score is a softmax over the experts, and also the weight. Zhou et
@@ -74,7 +80,7 @@ def _expert_choice_routing(logits, capacity_factor, mask, sequence_length=None):
     )
 
 
-def plan_expert_choice(routing):
+def plan_expert_choice(routing: Routing) -> GroupedPlan:
     """The plan of a routing of `expert_choice_routing`: as many rows as there are choices."""
     routing = check_routing(routing, "weights", "mask")
     place, is_valid = map(ops.convert_to_tensor, routing.details)

@@ -4,18 +4,20 @@ Axes: T tokens, D features, E experts, K experts per token, H hidden width, R ro
 sorted by expert).
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import keras
 from keras import ops
 
 from keras_moe._internal.checks import check_number
+from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.assignments import Assignments, Choices
 from keras_moe.ops.grouped import run_grouped, step_of
 from keras_moe.ops.grouped.records import QUANTIZED, Affine, Network, Packed, Parameters
 from keras_moe.ops.grouped.steps import products_of
-from keras_moe.ops.groups import Groups, check_groups, combine_rows, dispatch_rows
+from keras_moe.ops.groups import ChosenGroups, Groups, check_groups, combine_rows, dispatch_rows
 from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.platforms import named_platform
 from keras_moe.ops.sharded import Exchange, run_sharded
@@ -35,18 +37,18 @@ class LowRank(NamedTuple):
 
 
 def grouped_feed_forward(
-    tokens,
-    weights,
-    groups,
-    activation,
-    up_kernels,
-    down_kernel,
-    biases=(),
-    expert_axis=None,
-    clip=None,
-    up_shift=0.0,
-    low_rank=None,
-):
+    tokens: Tensor,
+    weights: Tensor,
+    groups: Groups | ChosenGroups | GroupedPlan,
+    activation: str | Callable,
+    up_kernels: Sequence[Tensor],
+    down_kernel: Tensor,
+    biases: Sequence[Tensor] = (),
+    expert_axis: str | None = None,
+    clip: float | None = None,
+    up_shift: float = 0.0,
+    low_rank: LowRank | None = None,
+) -> Tensor:
     """Each token through the feed-forward networks of its experts, weighted and summed.
 
     With one up kernel the network is `act(x W + b) V + c`; with two, gate and up, it is

@@ -3,12 +3,13 @@
 from keras import ops
 
 from keras_moe._internal.checks import check_tensors, host_values
+from keras_moe._internal.types import Tensor
 from keras_moe.ops.grouped import product_step, run_grouped
 from keras_moe.ops.grouped.records import Affine, Parameters
 from keras_moe.ops.groups import Groups
 
 
-def grouped_matmul(rows, kernels, group_sizes):
+def grouped_matmul(rows: Tensor, kernels: Tensor, group_sizes: Tensor) -> Tensor:
     """Multiply each group of rows by its own kernel.
 
     Row r of group e gives `rows[r] @ kernels[e]`. The groups follow one another; rows past the last

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_moe._internal.checks import check_tensors
+from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 
 
@@ -36,27 +37,27 @@ class Groups(NamedTuple):
     def num_tokens(self):
         return self.rows_of_token.shape[0]
 
-    def axes(self):
+    def axes(self) -> Any:
         """The axes of the fields, and those of the weights of a plan."""
         return "E", "R", "TK", "TK"
 
     def num_rows(self):
         return ops.shape(self.assignment_of_row)[0]
 
-    def token_of_row(self):
+    def token_of_row(self) -> Tensor:
         """The token each row is a copy of, (R,) int32."""
         return self.assignment_of_row % ops.shape(self.rows_of_token)[0]
 
-    def weight_of_row(self, weights):
+    def weight_of_row(self, weights: Tensor) -> Tensor:
         """The weight of each row, (R,), from weights (T, K)."""
         return ops.take(ops.reshape(ops.transpose(weights), (-1,)), self.assignment_of_row)
 
-    def at_assignments(self, values):
+    def at_assignments(self, values: Tensor) -> Tensor:
         """Values of rows (R,) as values of assignments (T, K), zero where there is no row."""
         picked = backend.gather_rows(values, ops.maximum(self.rows_of_token, 0))
         return ops.where(self.rows_of_token >= 0, picked, 0.0)
 
-    def weight_gradients(self, rows, gradient):
+    def weight_gradients(self, rows: Tensor, gradient: Tensor) -> Tensor:
         """For each weight the product of its row (R, D) and the gradient of its token, (T, K).
 
         The same gathers as those of `sum_rows`: a compiler may do both at once.
@@ -68,12 +69,12 @@ class Groups(NamedTuple):
             of_choices.append(ops.where(ops.expand_dims(row >= 0, 1), products, 0.0))
         return ops.concatenate(of_choices, axis=1)
 
-    def of_first(self, num_experts):
+    def of_first(self, num_experts: int) -> "Groups":
         """The groups of the first experts; the rows of the others are padding."""
         sizes, rows = self.sizes[:num_experts], self.rows_of_token
         return self._replace(sizes=sizes, rows_of_token=ops.where(rows < ops.sum(sizes), rows, -1))
 
-    def weight_at(self, weights, first, last):
+    def weight_at(self, weights: Tensor, first: int, last: int) -> Tensor:
         """The sum of a token's weights for the experts `first` to `last` - 1, (T, 1)."""
         ends = ops.cumsum(self.sizes)
         start = ends[first] - self.sizes[first] if first < ends.shape[0] else ends[-1]
@@ -81,11 +82,11 @@ class Groups(NamedTuple):
         inside = ops.logical_and(rows >= start, rows < (ends[last - 1] if last > first else start))
         return ops.sum(ops.where(inside, weights, 0.0), axis=1, keepdims=True)
 
-    def served(self):
+    def served(self) -> Tensor:
         """Which tokens have a row, (T,) bool."""
         return ops.any(self.rows_of_token >= 0, axis=1)
 
-    def by_assignment(self):
+    def by_assignment(self) -> "Groups":
         """The same rows, where token t * K + k is the k-th choice of token t, (T * K, 1)."""
         num_tokens, top_k = ops.shape(self.rows_of_token)
         choice, token = self.assignment_of_row // num_tokens, self.assignment_of_row % num_tokens
@@ -94,7 +95,7 @@ class Groups(NamedTuple):
             rows_of_token=ops.reshape(self.rows_of_token, (-1, 1)),
         )
 
-    def sum_rows(self, rows, weights=None):
+    def sum_rows(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
         """For each token the float32 sum of its rows (R, D), weighted by weights (T, K) or by 1.
 
         A gather, not a scatter: tokens are written once, in order, and need no atomic adds. The
@@ -135,37 +136,37 @@ class ChosenGroups(NamedTuple):
     def num_tokens(self):
         return self.mask.shape[0]
 
-    def axes(self):
+    def axes(self) -> Any:
         """The axes of the fields, and those of the weights of a plan."""
         return "E", "R", "R", "R", "T", "R"
 
     def num_rows(self):
         return ops.shape(self.choice_of_row)[0]
 
-    def token_of_row(self):
+    def token_of_row(self) -> Tensor:
         """The token each row is a copy of, (R,) int32."""
         return ops.take(self.token_of_choice, self.choice_of_row)
 
-    def weight_of_row(self, weights):
+    def weight_of_row(self, weights: Tensor) -> Tensor:
         """The weight of each row, (R,), from weights of the choices (R,)."""
         return ops.take(weights, self.choice_of_row)
 
-    def at_assignments(self, values):
+    def at_assignments(self, values: Tensor) -> Tensor:
         """Values of rows as values of choices, (R,), zero where there is no row."""
         picked = backend.gather_rows(values, ops.maximum(self.row_of_choice, 0))
         return ops.where(self.row_of_choice >= 0, picked, 0.0)
 
-    def weight_gradients(self, rows, gradient):
+    def weight_gradients(self, rows: Tensor, gradient: Tensor) -> Tensor:
         """For each weight the product of its row (R, D) and the gradient of its token, (R,)."""
         gradients = backend.gather_rows(gradient, self.token_of_row())
         return self.at_assignments(row_sums(gradients, rows[: self.num_rows()])[:, 0])
 
-    def served(self):
+    def served(self) -> Tensor:
         """Which tokens have a row, (T,) bool."""
         rows = ops.ones((self.num_rows(), 1), "float32")
         return self.sum_rows(rows)[:, 0] > 0.5
 
-    def sum_rows(self, rows, weights=None):
+    def sum_rows(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
         """For each token the weighted float32 sum of its rows; see `Groups.sum_rows`."""
         num_rows, num_tokens = self.num_rows(), ops.shape(self.mask)[0]
         picked = ops.cast(rows[:num_rows], "float32")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_moe._internal.checks import check_integer, check_number, check_tensors, is_kind
+from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.assignments import (
     Assignments,
@@ -19,7 +20,7 @@ from keras_moe.ops.assignments import (
     place_in_queue,
 )
 from keras_moe.ops.groups import check_groups, combine_rows, dispatch_rows
-from keras_moe.ops.routing import check_routing, count_assignments
+from keras_moe.ops.routing import Routing, check_routing, count_assignments
 from keras_moe.ops.selection import existing
 from keras_moe.ops.sharded import admit_by_shard, splits_evenly
 
@@ -39,20 +40,20 @@ class GroupedPlan(NamedTuple):
     groups: Any
     weights: Any
 
-    def sort(self):
+    def sort(self) -> "GroupedPlan":
         """The same plan, its rows sorted on one device, or on each the rows of all."""
         if isinstance(self.groups, Choices):
             return GroupedPlan(self.groups.sort(), ops.reshape(self.weights, (-1,)))
         is_sorted = not isinstance(self.groups, Assignments)
         return self if is_sorted else self._replace(groups=self.groups.sort())
 
-    def dispatch(self, tokens):
+    def dispatch(self, tokens: Tensor) -> Tensor:
         """Rows grouped by expert, (N, D), from tokens (T, D)."""
         tokens = ops.convert_to_tensor(tokens)
         check_groups(self.groups, tokens=(tokens, "TD", "float"))
         return dispatch_rows(tokens, self.groups)
 
-    def combine(self, rows):
+    def combine(self, rows: Tensor) -> Tensor:
         """Tokens (T, D), each the weighted float32 sum of its rows; zero without any."""
         rows, weights = ops.convert_to_tensor(rows), ops.convert_to_tensor(self.weights)
         check_groups(self.groups, weights, rows=(rows, "ND", "float"))
@@ -64,24 +65,30 @@ class GroupedPlan(NamedTuple):
             )
         return combine_rows(rows, weights, self.groups)
 
-    def served(self):
+    def served(self) -> Tensor:
         """Which tokens have a row, (T,) bool."""
         return self.groups.served()
 
-    def by_assignment(self):
+    def by_assignment(self) -> "GroupedPlan":
         """The plan of tokens that were repeated K times, each with one choice of weight 1."""
         ones = ops.ones_like(ops.reshape(self.weights, (-1, 1)))
         return GroupedPlan(self.groups.by_assignment(), ones)
 
     @backend.as_one_program
-    def dropped_fraction(self, counts):
+    def dropped_fraction(self, counts: Tensor) -> Tensor:
         """Share of the assignments (E,) that have no row, a float32 scalar; 0 without any."""
         assigned = ops.cast(ops.sum(counts), "float32")
         served = ops.cast(ops.sum(self.groups.sizes), "float32")
         return ops.maximum(assigned - served, 0.0) / ops.maximum(assigned, 1.0)
 
 
-def plan_groups(routing, capacity=None, first=None, sequence_length=None, num_limited=None):
+def plan_groups(
+    routing: Routing,
+    capacity: int | Tensor | None = None,
+    first: Tensor | None = None,
+    sequence_length: int | None = None,
+    num_limited: int | None = None,
+) -> GroupedPlan:
     """Sort the assignments of a routing by expert.
 
     Inside an expert all first choices come before all second choices, each in the order of the
@@ -186,7 +193,9 @@ def _turns(first, num_tokens, top_k):
     return ops.reshape(choices * num_tokens + urgent_first, (-1,))
 
 
-def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
+def expert_capacity(
+    num_tokens: int | Tensor, num_experts: int, top_k: int, capacity_factor: float
+) -> int | Tensor:
     """Slots of an expert: `ceil(factor * T * K / E)`, at least 1 and at most T * K.
 
     Args:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import threading
+from collections.abc import Iterator
 
 from keras_moe._internal.checks import check_choice
 
@@ -13,7 +14,7 @@ _of_thread = threading.local()
 
 
 @contextlib.contextmanager
-def platform(name):
+def platform(name: str) -> Iterator[None]:
     """Trace for a platform that this process does not run on.
 
     Which grouped computation is fastest depends on the device, so what is traced differs. JAX

@@ -3,6 +3,7 @@
 Axes: T tokens (all leading axes flattened), E experts, K experts per token.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from keras import ops
@@ -14,6 +15,7 @@ from keras_moe._internal.checks import (
     check_number,
     check_tensors,
 )
+from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.scores import SCORES, SMALLEST_SCORE, distribution
 from keras_moe.ops.selection import _take_scores, _top_k_indices, check_top_k
@@ -68,7 +70,16 @@ _FIELDS = {
 }
 
 
-def make_routing(indices, weights, probs, logits, mask, counts=None, load=None, details=()):
+def make_routing(
+    indices: Tensor,
+    weights: Tensor,
+    probs: Tensor,
+    logits: Tensor,
+    mask: Tensor,
+    counts: Tensor | None = None,
+    load: Tensor | None = None,
+    details: tuple = (),
+) -> Routing:
     """A `Routing` in which padding has no weight and no count.
 
     Args:
@@ -117,7 +128,7 @@ def without_padding(routing, mask):
     )
 
 
-def clean_logits(logits, mask=None):
+def clean_logits(logits: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Logits in float32 with zeros for padding, and a mask that is never None.
 
     Padding may hold anything: a NaN there must not reach a gradient, so it is replaced before any
@@ -148,8 +159,14 @@ def _clean_logits(logits, mask):
 
 
 def top_k_routing(
-    logits, top_k, mask=None, score="softmax", renormalize=None, scale=1.0, select=None
-):
+    logits: Tensor,
+    top_k: int,
+    mask: Tensor | None = None,
+    score: str = "softmax",
+    renormalize: bool | None = None,
+    scale: float = 1.0,
+    select: Callable | None = None,
+) -> Routing:
     """The `top_k` experts with the best scores.
 
     With softmax scores and `top_k=1` the weight is the probability itself (Switch, Fedus et al.

@@ -4,6 +4,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors
+from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 
 # The second lowest float: below all other scores and above minus infinity. TensorFlow's argmax
@@ -22,7 +23,7 @@ def check_top_k(top_k, num_experts):
     return top_k
 
 
-def top_k_indices(scores, top_k):
+def top_k_indices(scores: Tensor, top_k: int) -> Tensor:
     """The `top_k` experts of each token, best first; a tie goes to the lower index.
 
     NaN scores choose valid experts too: the output is NaN then, and nothing is read out of range.
@@ -68,7 +69,7 @@ def best_places(scores, number):
     return ops.cast(places, "int32")
 
 
-def group_limited_scores(scores, num_groups, top_groups):
+def group_limited_scores(scores: Tensor, num_groups: int, top_groups: int) -> Tensor:
     """Minus infinity for the experts outside a token's best groups.
 
     A group is as good as the sum of its two best experts. DeepSeek-V3 (arXiv:2412.19437),
@@ -122,7 +123,7 @@ def existing(indices, num_experts, mask=None):
     return ops.where(known, indices, -1)
 
 
-def take_scores(scores, indices):
+def take_scores(scores: Tensor, indices: Tensor) -> Tensor:
     """The scores of the chosen experts.
 
     Args:

@@ -9,16 +9,19 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_moe._internal.checks import check_integer, check_tensors
+from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.assignments import Assignments, at_least, check_sequence_length
 from keras_moe.ops.groups import Groups
 from keras_moe.ops.plans import GroupedPlan
-from keras_moe.ops.routing import _make_routing, clean_logits
+from keras_moe.ops.routing import Routing, _make_routing, clean_logits
 from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import _take_scores, _top_k_indices
 
 
-def soft_routing(logits, num_experts, mask=None, sequence_length=None):
+def soft_routing(
+    logits: Tensor, num_experts: int, mask: Tensor | None = None, sequence_length: int | None = None
+) -> Routing:
     """Each slot is a mean of the tokens of a sequence, each token a mean of the slots' outputs.
 
     Puigcerver et al. 2023, Soft MoE (arXiv:2308.00951), eq. 1 to 3.
@@ -81,7 +84,7 @@ class SoftPlan(NamedTuple):
     to_slots: Any
     back: Any
 
-    def dispatch(self, tokens, num_experts):
+    def dispatch(self, tokens: Tensor, num_experts: int) -> tuple[Tensor, GroupedPlan]:
         """Slots (B * M, D) from tokens (T, D), and the `GroupedPlan` of the slots as tokens."""
         sequences, length, num_slots = ops.shape(self.back)
         if isinstance(num_slots, int) and num_slots % num_experts:
@@ -95,14 +98,14 @@ class SoftPlan(NamedTuple):
         number = ops.arange(sequences * num_slots, dtype="int32")
         if _order() == "bm":
             expert = number % num_slots // (num_slots // num_experts)
-            groups = Assignments.of(ops.expand_dims(expert, 1), num_experts)
+            groups: Any = Assignments.of(ops.expand_dims(expert, 1), num_experts)
         else:
             sizes = ops.zeros((num_experts,), "int32") + sequences * num_slots // num_experts
             groups = Groups(sizes, number, ops.expand_dims(number, 1))
         weights = ops.ones((sequences * num_slots, 1), "float32")
         return ops.reshape(slots, (-1, features)), GroupedPlan(groups, weights)
 
-    def combine(self, outputs):
+    def combine(self, outputs: Tensor) -> Tensor:
         """Tokens (T, D') from the outputs (B * M, D') of the slots."""
         sequences, _, num_slots = ops.shape(self.back)
         sizes = (sequences, num_slots) if _order() == "bm" else (num_slots, sequences)
@@ -110,17 +113,17 @@ class SoftPlan(NamedTuple):
         outputs = ops.reshape(outputs, (*sizes, width))
         return ops.reshape(ops.einsum(f"bsm,{_order()}d->bsd", back, outputs), (-1, width))
 
-    def served(self):
+    def served(self) -> Tensor:
         """All tokens, (T,) bool."""
         sequences, length, _ = ops.shape(self.back)
         return ops.ones((sequences * length,), "bool")
 
-    def dropped_fraction(self, counts):
+    def dropped_fraction(self, counts: Tensor) -> Tensor:
         """0, a float32 scalar: every token is a part of every slot."""
         return ops.zeros((), "float32")
 
 
-def plan_soft(routing):
+def plan_soft(routing: Routing) -> SoftPlan:
     """The plan of a routing of `soft_routing`."""
     to_slots, back = map(ops.convert_to_tensor, routing.details)
     check_tensors(to_slots=(to_slots, "BSM", "float"), back=(back, "BSM", "float"))

@@ -6,12 +6,13 @@ Axes: T tokens, of which N are real, E experts.
 from keras import ops
 
 from keras_moe._internal.checks import check_integer, check_tensors
+from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.assignments import place_in_queue, put
 from keras_moe.ops.selection import _take_scores, _top_k_indices
 
 
-def sinkhorn_plan(logits, mask, iterations):
+def sinkhorn_plan(logits: Tensor, mask: Tensor, iterations: int) -> Tensor:
     """The plan closest to the softmax whose experts all have the same load.
 
     Rows and columns of `exp(logits)` are scaled in turn until each real token gives 1 and each
@@ -56,7 +57,7 @@ def _sinkhorn_plan(logits, mask, iterations):
     return given(ops.fori_loop(0, iterations, scale, ops.zeros((num_experts,), "float32")))
 
 
-def balanced_assignment(scores, mask):
+def balanced_assignment(scores: Tensor, mask: Tensor) -> Tensor:
     """One expert for each token, none with more than `ceil(N / E)` tokens.
 
     Tokens propose to their best expert, experts keep their best proposals, and rejected tokens

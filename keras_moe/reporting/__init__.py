@@ -2,9 +2,18 @@
 
 import os
 import pathlib
+from typing import Any
+
+import keras
 
 
-def report(model, data, labels=None, tokens=None, path="report.html"):
+def report(
+    model: keras.Model,
+    data: Any,
+    labels: Any = None,
+    tokens: Any = None,
+    path: str | os.PathLike = "report.html",
+) -> pathlib.Path:
     """Write one self-contained HTML page about the experts of a model.
 
     It opens without a network and shows verdicts with what to try, a table of the layers, plots,

@@ -116,7 +116,8 @@ def token_texts(tokens, arrays, positions, num_documents):
 def _as_text(token):
     """The text of a token; of an array (N, L, 1) or a nested list without brackets."""
     parts = keras.tree.flatten(token.tolist() if hasattr(token, "tolist") else token)
-    return " ".join(map(str, parts))
+    text = " ".join(map(str, parts))
+    return text if text.strip(" ") else "␣" * len(text)
 
 
 def _from_data(arrays, positions, num_documents):

@@ -1,6 +1,7 @@
 """Routers: layers that decide which experts serve which token."""
 
 from functools import partial
+from typing import Any
 
 from keras_moe._internal.serialization import resolve
 from keras_moe.routers.balancers import (
@@ -36,7 +37,7 @@ BY_NAME = {
 }
 
 
-def get(identifier, num_experts):
+def get(identifier: Any, num_experts: int | None) -> Router:
     """Return a router for a number of experts.
 
     Args:

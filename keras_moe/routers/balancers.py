@@ -4,6 +4,7 @@ Axes: T tokens, E experts, K experts per token.
 """
 
 import math
+from typing import Any
 
 from keras import ops
 
@@ -35,7 +36,7 @@ class SelectionBalancer(Configured):
             pass, as where its weights are shared over depth.
     """
 
-    def __init__(self, accumulation_steps=1):
+    def __init__(self, accumulation_steps: int = 1):
         self.accumulation_steps = check_integer("accumulation_steps", accumulation_steps)
 
     def measure(self, routing, scores, bias):
@@ -44,7 +45,7 @@ class SelectionBalancer(Configured):
     def update(self, bias, measured):
         raise NotImplementedError
 
-    def balance_advice(self):
+    def balance_advice(self) -> str:
         """Return what to try where the load is uneven in spite of the bias."""
         return f"The load is balanced by the selection bias of {type(self).__name__}."
 
@@ -77,7 +78,7 @@ class LossFreeBias(SelectionBalancer):
     section 2.1.2. Subtracting the mean is not in the papers.
     """
 
-    def __init__(self, rate=1e-3, accumulation_steps=1):
+    def __init__(self, rate: float = 1e-3, accumulation_steps: int = 1):
         super().__init__(accumulation_steps)
         self.rate = check_number("rate", rate, above=0)
 
@@ -127,7 +128,7 @@ class QuantileBias(SelectionBalancer):
     Reference: the quantile balancing of Megatron-Core, whose dual variable beta is minus this bias.
     """
 
-    def __init__(self, momentum=0.0, accumulation_steps=1):
+    def __init__(self, momentum: float = 0.0, accumulation_steps: int = 1):
         super().__init__(accumulation_steps)
         self.momentum = check_number("momentum", momentum, below=1)
 
@@ -196,7 +197,9 @@ class SinkhornRouter(LogitRouter):
     causal = False
     default_losses = ()
 
-    def __init__(self, num_experts=None, top_k=1, iterations=8, **kwargs):
+    def __init__(
+        self, num_experts: int | None = None, top_k: int = 1, iterations: int = 8, **kwargs: Any
+    ):
         super().__init__(num_experts, **kwargs)
         self.top_k = check_integer("top_k", top_k)
         self.iterations = check_integer("iterations", iterations)

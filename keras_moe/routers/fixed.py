@@ -1,5 +1,7 @@
 """Routers whose choice is not learned: a table of token ids, and patterns for measurements."""
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -49,7 +51,13 @@ class HashRouter(Router):
     default_losses = ()
 
     def __init__(
-        self, num_experts=None, vocabulary_size=None, top_k=1, seed=0, score=None, **kwargs
+        self,
+        num_experts: int | None = None,
+        vocabulary_size: int | None = None,
+        top_k: int = 1,
+        seed: int = 0,
+        score: str | None = None,
+        **kwargs: Any,
     ):
         super().__init__(num_experts, **kwargs)
         self.vocabulary_size = check_integer("vocabulary_size", vocabulary_size)
@@ -128,7 +136,14 @@ class ForcedRouter(Router):
 
     default_losses = ()
 
-    def __init__(self, num_experts=None, top_k=2, pattern="round_robin", seed=None, **kwargs):
+    def __init__(
+        self,
+        num_experts: int | None = None,
+        top_k: int = 2,
+        pattern: str = "round_robin",
+        seed: int | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(num_experts, **kwargs)
         self.top_k = check_integer("top_k", top_k)
         self.pattern = check_choice("pattern", pattern, PATTERNS)

@@ -1,5 +1,8 @@
 """Routers with a learned map from tokens to logits."""
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -7,6 +10,7 @@ from keras_moe._internal.checks import check_integer, check_number, check_tensor
 from keras_moe._internal.keras_internals import own_variables
 from keras_moe._internal.lora import Adaptable, factors_for
 from keras_moe._internal.serialization import load_draws, save_draws
+from keras_moe._internal.types import Tensor
 from keras_moe.ops import draws
 from keras_moe.routers.router import Router
 
@@ -26,15 +30,15 @@ class LogitRouter(Adaptable, Router):
 
     def __init__(
         self,
-        num_experts=None,
-        input_jitter=0.0,
-        logit_noise=0.0,
-        kernel_initializer=None,
-        kernel_regularizer=None,
-        seed=None,
-        hidden_dim=None,
-        temperature=1.0,
-        **kwargs,
+        num_experts: int | None = None,
+        input_jitter: float = 0.0,
+        logit_noise: float = 0.0,
+        kernel_initializer: str | Callable | None = None,
+        kernel_regularizer: str | Callable | None = None,
+        seed: int | None = None,
+        hidden_dim: int | None = None,
+        temperature: float = 1.0,
+        **kwargs: Any,
     ):
         super().__init__(num_experts, **kwargs)
         self.input_jitter = check_number("input_jitter", input_jitter, below=1)
@@ -70,15 +74,15 @@ class LogitRouter(Adaptable, Router):
             self.add_factors()
         super()._post_build()
 
-    def kernel_shape(self, features):
+    def kernel_shape(self, features: int) -> tuple[int, ...]:
         """Return the shape of the kernel for tokens of a width."""
         return features, self.num_experts
 
-    def project(self, tokens):
+    def project(self, tokens: Tensor) -> Tensor:
         """Return logits (T, E) of tokens (T, D), without noise."""
         return self.times_kernel(tokens)
 
-    def times_kernel(self, tokens):
+    def times_kernel(self, tokens: Tensor) -> Tensor:
         """Return tokens (T, D) times the kernel, with LoRA's correction."""
         products = ops.matmul(tokens, self.kernel)
         if not self.lora_enabled:
@@ -86,7 +90,7 @@ class LogitRouter(Adaptable, Router):
         correction = ops.matmul(ops.matmul(tokens, self.kernel_lora_a), self.kernel_lora_b)
         return products + self.lora_scale() * correction
 
-    def logits(self, tokens, mask, training):
+    def logits(self, tokens: Tensor, mask: Tensor, training: bool | None) -> tuple[Tensor, Tensor]:
         """Return logits (T, E) in float32, in training with noise, and the mask."""
         if training and self.input_jitter:
             noise = 2 * self._noise(draws.uniform, tokens) - 1
@@ -98,7 +102,7 @@ class LogitRouter(Adaptable, Router):
             logits = logits + self.logit_noise * self._noise(draws.normal, logits)
         return logits, mask
 
-    def hidden_features(self, tokens):
+    def hidden_features(self, tokens: Tensor) -> Tensor:
         """Return what is projected of tokens (T, D): a hidden layer (T, H), or the tokens."""
         if not self.hidden_dim:
             return tokens

@@ -1,5 +1,7 @@
 """Routers whose choices are random in training."""
 
+from typing import Any
+
 from keras import ops
 
 from keras_moe._internal.checks import check_integer, check_number
@@ -41,7 +43,7 @@ class NoisyTopKRouter(LogitRouter):
 
     default_losses = ("importance_variation", "load_variation")
 
-    def __init__(self, num_experts=None, top_k=2, **kwargs):
+    def __init__(self, num_experts: int | None = None, top_k: int = 2, **kwargs: Any):
         super().__init__(num_experts, **kwargs)
         self.top_k = check_integer("top_k", top_k)
         self.check_num_experts()
@@ -92,7 +94,9 @@ class VMoERouter(LogitRouter):
 
     default_losses = ("importance_variation", "load_variation")
 
-    def __init__(self, num_experts=None, top_k=2, noise_std=1.0, **kwargs):
+    def __init__(
+        self, num_experts: int | None = None, top_k: int = 2, noise_std: float = 1.0, **kwargs: Any
+    ):
         super().__init__(num_experts, **kwargs)
         self.top_k = check_integer("top_k", top_k)
         self.noise_std = check_number("noise_std", noise_std)
@@ -149,7 +153,7 @@ class GShardRouter(LogitRouter):
 
     top_k = 2
 
-    def __init__(self, num_experts=None, threshold=0.2, **kwargs):
+    def __init__(self, num_experts: int | None = None, threshold: float = 0.2, **kwargs: Any):
         super().__init__(num_experts, **kwargs)
         self.threshold = check_number("threshold", threshold, above=0)
         self.check_num_experts()

@@ -1,6 +1,7 @@
 """The interface of every router."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -8,8 +9,9 @@ from keras import ops
 
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors
 from keras_moe._internal.serialization import PACKAGE, load_draws, save_draws
+from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
-from keras_moe.ops.plans import _plan_groups, plan_groups
+from keras_moe.ops.plans import GroupedPlan, _plan_groups, plan_groups
 from keras_moe.ops.routing import _FIELDS, Routing, weighted_counts, without_padding
 
 
@@ -78,7 +80,7 @@ class Router(keras.layers.Layer):
     # Whether a number that is added to all logits of a token changes nothing.
     shift_invariant: Any = True
 
-    def __init__(self, num_experts=None, **kwargs):
+    def __init__(self, num_experts: int | None = None, **kwargs: Any):
         dtype = kwargs.pop("dtype", None)
         if getattr(dtype, "name", dtype) not in (None, "float32"):
             raise ValueError(f"A router always computes in float32. Received: dtype={dtype}")
@@ -92,13 +94,13 @@ class Router(keras.layers.Layer):
         self._known_arguments = set(inspect.signature(self.route).parameters)
         self._is_of_package = type(self).__module__.startswith(f"{PACKAGE}.")
 
-    def bind(self, num_experts):
+    def bind(self, num_experts: int) -> None:
         """Set the number of experts of a router that has none; one that is set stays."""
         if self.num_experts is None:
             self.num_experts = int(num_experts)
         self.check_num_experts()
 
-    def check_num_experts(self):
+    def check_num_experts(self) -> None:
         """Raise if the number of experts, once it is known, does not fit the other arguments.
 
         Constructors end with it, and a subclass extends it. With one expert `top_k` becomes 1.
@@ -119,8 +121,14 @@ class Router(keras.layers.Layer):
         return super().__call__(*args, **kwargs)
 
     def call(
-        self, tokens, mask=None, training=None, sequence_length=None, token_ids=None, indices=None
-    ):
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        training: bool | None = None,
+        sequence_length: int | None = None,
+        token_ids: Tensor | None = None,
+        indices: Tensor | None = None,
+    ) -> Routing:
         # Arrays are tensors by now, and lists are not.
         mask, token_ids, indices = (
             None if each is None else ops.convert_to_tensor(each)
@@ -164,30 +172,30 @@ class Router(keras.layers.Layer):
                 routing = without_padding(routing, real)
         return routing
 
-    def route(self, tokens, mask, training):
+    def route(self, tokens: Tensor, mask: Tensor, training: bool | None) -> Routing:
         """Return the routing of tokens (T, D), zeros where the mask (T,) is False."""
         raise NotImplementedError
 
     @property
-    def max_top_k(self):
+    def max_top_k(self) -> int:
         """Most experts that serve a token, the K of a routing; `top_k`, unless overridden."""
         return self.top_k
 
     @property
-    def mean_top_k(self):
+    def mean_top_k(self) -> float:
         """Experts that serve a token on average; K, unless a subclass aims at fewer."""
         return self.top_k
 
     @property
-    def min_top_k(self):
+    def min_top_k(self) -> int:
         """Fewest experts that do the work of a token; K, or 1 where the weights of all decide."""
         return 1 if self.serves_all else self.top_k
 
-    def balance_advice(self):
+    def balance_advice(self) -> str | None:
         """Return what to try where the load is uneven, if the router balances it, or None."""
         return None
 
-    def plan(self, routing, **capacity):
+    def plan(self, routing: Routing, **capacity: Any) -> GroupedPlan:
         """Return the rows that move: see `ops.plan_groups` for the arguments of a capacity."""
         # A user's router may replace the indices of a routing, and not its counts.
         plan = _plan_groups if self._is_of_package else plan_groups
@@ -200,10 +208,10 @@ class Router(keras.layers.Layer):
     def load_own_variables(self, store):
         super().load_own_variables(load_draws(self, store))
 
-    def quantize(self, mode, type_check=True, config=None):
+    def quantize(self, mode: str, type_check: bool = True, config: Any = None) -> None:
         """Do nothing: a router computes in float32. Keras calls this for every layer."""
 
-    def rematerialized_call(self, call, *args, **kwargs):
+    def rematerialized_call(self, call: Callable, *args: Any, **kwargs: Any) -> Any:
         """Return the call itself: the layer around the router recomputes it with itself."""
         return call
 

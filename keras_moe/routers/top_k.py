@@ -1,6 +1,7 @@
 """Routers that give each token its K best experts."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -9,6 +10,7 @@ from keras import ops
 from keras_moe._internal.checks import check_choice, check_integer, check_number, check_tensors
 from keras_moe._internal.initializers import reseeded
 from keras_moe._internal.serialization import config_of, register
+from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.routing import _top_k_routing
 from keras_moe.ops.scores import SCORES, along_units, unit
@@ -31,19 +33,19 @@ class SelectionRouter(LogitRouter):
 
     def __init__(
         self,
-        num_experts=None,
-        top_k=2,
-        score="softmax",
-        renormalize=None,
-        scaling_factor=1.0,
-        balancer=None,
-        use_bias=False,
-        input_jitter=0.0,
-        logit_noise=0.0,
-        kernel_initializer=None,
-        kernel_regularizer=None,
-        seed=None,
-        **kwargs,
+        num_experts: int | None = None,
+        top_k: int = 2,
+        score: str = "softmax",
+        renormalize: bool | None = None,
+        scaling_factor: float = 1.0,
+        balancer: str | balancers.SelectionBalancer | None = None,
+        use_bias: bool = False,
+        input_jitter: float = 0.0,
+        logit_noise: float = 0.0,
+        kernel_initializer: str | Callable | None = None,
+        kernel_regularizer: str | Callable | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
     ):
         super().__init__(
             num_experts,
@@ -88,7 +90,7 @@ class SelectionRouter(LogitRouter):
     def balance_advice(self):
         return None if self.balancer is None else self.balancer.balance_advice()
 
-    def select(self, scores):
+    def select(self, scores: Tensor) -> Tensor:
         """Return indices (T, K) of the experts with the best scores (T, E)."""
         return _top_k_indices(scores, self.top_k)
 
@@ -231,7 +233,7 @@ class CosineRouter(SelectionRouter):
     normalizes_kernel = True
     projects_by_times_kernel = True
 
-    def __init__(self, num_experts=None, projection_dim=256, **kwargs):
+    def __init__(self, num_experts: int | None = None, projection_dim: int = 256, **kwargs: Any):
         super().__init__(num_experts, **kwargs)
         self.projection_dim = check_integer("projection_dim", projection_dim)
 
@@ -289,7 +291,13 @@ class GroupLimitedRouter(SelectionRouter):
     """
 
     def __init__(
-        self, num_experts=None, num_groups=4, top_groups=2, top_k=2, score="sigmoid", **kwargs
+        self,
+        num_experts: int | None = None,
+        num_groups: int = 4,
+        top_groups: int = 2,
+        top_k: int = 2,
+        score: str = "sigmoid",
+        **kwargs: Any,
     ):
         super().__init__(None, top_k, score, **kwargs)
         self.num_groups = check_integer("num_groups", num_groups)

@@ -1,5 +1,7 @@
 """Routers whose tokens do not choose: all experts serve, experts choose, or slots mix tokens."""
 
+from typing import Any
+
 from keras import ops
 
 from keras_moe._internal.checks import check_integer, check_number
@@ -40,7 +42,7 @@ class DenseRouter(LogitRouter):
     serves_all = True
 
     @property
-    def top_k(self):
+    def top_k(self) -> int:
         """All experts."""
         return self.num_experts
 
@@ -89,12 +91,12 @@ class ExpertChoiceRouter(LogitRouter):
     default_losses = ()
     takes_capacity = False
 
-    def __init__(self, num_experts=None, capacity_factor=2.0, **kwargs):
+    def __init__(self, num_experts: int | None = None, capacity_factor: float = 2.0, **kwargs: Any):
         super().__init__(num_experts, **kwargs)
         self.capacity_factor = check_number("capacity_factor", capacity_factor, above=0)
 
     @property
-    def top_k(self):
+    def top_k(self) -> int:
         """All experts, each of which may choose the token."""
         return self.num_experts
 
@@ -150,7 +152,7 @@ class SoftRouter(LogitRouter):
     takes_capacity = False
     normalizes_kernel = True
 
-    def __init__(self, num_experts=None, slots=1, **kwargs):
+    def __init__(self, num_experts: int | None = None, slots: int = 1, **kwargs: Any):
         super().__init__(num_experts, **kwargs)
         self.slots = check_integer("slots", slots)
 

@@ -1,5 +1,7 @@
 """Routers that give tokens different numbers of experts."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -42,7 +44,13 @@ class TopPRouter(LogitRouter):
 
     min_top_k = 1
 
-    def __init__(self, num_experts=None, threshold=0.4, max_top_k=None, **kwargs):
+    def __init__(
+        self,
+        num_experts: int | None = None,
+        threshold: float = 0.4,
+        max_top_k: int | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(num_experts, **kwargs)
         self.threshold = check_number("threshold", threshold, below=1)
         self.top_k = None if max_top_k is None else check_integer("max_top_k", max_top_k)
@@ -100,11 +108,17 @@ class ReLURouter(LogitRouter):
 
     default_losses = ()
     shift_invariant = False
-    max_top_k = None
+    max_top_k: Any = None
     min_top_k = 1
 
     def __init__(
-        self, num_experts=None, top_k=2, max_top_k=None, growth=1.2, initial_strength=1e-8, **kwargs
+        self,
+        num_experts: int | None = None,
+        top_k: int = 2,
+        max_top_k: int | None = None,
+        growth: float = 1.2,
+        initial_strength: float = 1e-8,
+        **kwargs: Any,
     ):
         super().__init__(num_experts, **kwargs)
         self.top_k = check_integer("top_k", top_k)

@@ -2,13 +2,16 @@
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_moe._internal.checks import check_choice, check_number, shortened
 from keras_moe._internal.keras_internals import forget_compiled, forget_old_weights
+from keras_moe._internal.types import Tensor
 from keras_moe.inspection import moe_layers
 from keras_moe.inspection.recording import check_list_of_batches
 from keras_moe.routers import HashRouter
@@ -36,7 +39,12 @@ class Surgery(NamedTuple):
     loss_after: Any = None
 
 
-def prune_experts(model, by="usage", keep=0.5, data=()):
+def prune_experts(
+    model: keras.Layer,
+    by: str | Tensor | dict = "usage",
+    keep: float | dict = 0.5,
+    data: Sequence = (),
+) -> Surgery:
     """Take the least important experts out of a model, in place.
 
     Routers lose the columns of those experts, and choose among the others; nothing else changes.
@@ -84,7 +92,7 @@ def prune_experts(model, by="usage", keep=0.5, data=()):
     return _operate(model, layers, groups, None, data)
 
 
-def merge_experts(model, keep=0.5, data=()):
+def merge_experts(model: keras.Layer, keep: float | dict = 0.5, data: Sequence = ()) -> Surgery:
     """Merge similar experts of a model into one, in place.
 
     The most used experts stay; each of the others is merged into the most similar of these, by the
@@ -122,7 +130,7 @@ def merge_experts(model, keep=0.5, data=()):
     return _operate(model, layers, groups, used, data)
 
 
-def set_top_k(model, top_k):
+def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
     """Let each token go to another number of experts, in place, compiled functions included.
 
     Weights still sum to 1, if they did before. With one expert for each token they are then the

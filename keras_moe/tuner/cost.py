@@ -2,7 +2,8 @@
 
 import math
 import time
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import keras
 import keras_tuner
@@ -64,7 +65,7 @@ class WithinBudget(keras_tuner.Objective):
     True
     """
 
-    def __init__(self, budget, cost="active_flops", loss="val_loss"):
+    def __init__(self, budget: float, cost: str = "active_flops", loss: str = "val_loss"):
         super().__init__(name=f"{loss}_within_{cost}", direction="min")
         self.budget = check_number("budget", budget, above=0)
         self.cost = cost
@@ -95,7 +96,9 @@ class ParetoRow(NamedTuple):
     values: dict
 
 
-def pareto_table(search, cost="active_flops", loss="val_loss"):
+def pareto_table(
+    search: Any, cost: str = "active_flops", loss: str = "val_loss"
+) -> list[ParetoRow]:
     """Return what a lower loss costs: all finished trials, the cheapest first.
 
     Args:
@@ -126,7 +129,7 @@ def pareto_table(search, cost="active_flops", loss="val_loss"):
     return rows
 
 
-def format_table(rows):
+def format_table(rows: Sequence[ParetoRow]) -> str:
     """Return a `pareto_table` as text, one line a trial; `*` marks the efficient ones.
 
     Args:

@@ -1,8 +1,9 @@
 """The values from which a search chooses each part of a MoE layer."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import keras_tuner
 import numpy as np
@@ -50,13 +51,13 @@ class SearchSpace:
 
     def __init__(
         self,
-        active_width,
-        num_experts=(8, 4, 16),
-        top_k=(2, 1, 4),
-        routers=("top_k",),
-        loss_weights=None,
-        capacity_factors=(None,),
-        name="moe",
+        active_width: Sequence[int],
+        num_experts: Sequence[int] = (8, 4, 16),
+        top_k: Sequence[int] = (2, 1, 4),
+        routers: Sequence[str] = ("top_k",),
+        loss_weights: dict | None = None,
+        capacity_factors: Sequence = (None,),
+        name: str = "moe",
     ):
         if loss_weights is None:
             loss_weights = {"load_balance": (1e-2, 1e-3, 1e-1), "router_z": (1e-3,)}
@@ -88,7 +89,13 @@ class SearchSpace:
                     f"Received: active_width={width}, top_k={top_k}"
                 )
 
-    def sample(self, hp, experts=layers.FeedForwardExperts, router_losses=(), **kwargs):
+    def sample(
+        self,
+        hp: Any,
+        experts: Callable = layers.FeedForwardExperts,
+        router_losses: Sequence = (),
+        **kwargs: Any,
+    ) -> layers.MixtureOfExperts:
         """Return a layer of the values that `hp` has in this trial.
 
         Args:
@@ -159,7 +166,7 @@ class DefaultsFirst(keras_tuner.Oracle):
     >>> # search = keras_tuner.Tuner(Oracle(objective, max_trials=10), build_model)
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if super().populate_space.__func__ is keras_tuner.Oracle.populate_space:
             bases = ", ".join(base.__name__ for base in type(self).__bases__)

@@ -3,6 +3,7 @@
 import random
 import re
 import warnings
+from collections.abc import Callable, Sequence
 
 import keras
 import numpy as np
@@ -20,16 +21,16 @@ __all__ = ["upcycle"]
 
 
 def upcycle(
-    model,
-    num_experts=8,
-    top_k=2,
-    granularity=1,
-    reinitialized=0.0,
-    select=None,
-    every=1,
-    router_losses=None,
-    seed=None,
-):
+    model: keras.Model,
+    num_experts: int = 8,
+    top_k: int = 2,
+    granularity: int = 1,
+    reinitialized: float = 0.0,
+    select: Sequence[str] | str | Callable | None = None,
+    every: int = 1,
+    router_losses: Sequence | None = None,
+    seed: int | None = None,
+) -> keras.Model:
     """Turn dense feed-forward layers of a model into mixtures of experts that start from them.
 
     Each expert begins as a copy of the dense layer, or as one of `granularity` equal parts of it,
@@ -42,8 +43,8 @@ def upcycle(
     without, in a functional or sequential model, with dropout between them or without; a
     `keras.Sequential` of such two in an attribute of another layer, as of our Transformer blocks;
     and those of KerasHub's Transformer blocks (Bert, GPT-2, Llama, Mistral, Qwen and others).
-    Dropout between the two is removed. A warning names `Dense` layers that look like such two and
-    stay dense.
+    Dropout between the two is removed. A warning says which `Dense` layers look like such two and
+    stay dense, and why.
 
     With parts, the columns of the router's kernel that belong to one copy are equal, so that a
     token first goes to all parts of its best copies. With `top_k=granularity` it costs what the
@@ -136,22 +137,19 @@ def upcycle(
 
 def _select(model, select, every):
     found = feed_forwards(model)
+    left = left_dense(model, found)
     if not found:
         raise ValueError(
             "`model` must be built and have dense feed-forward layers: a `Dense` layer from D to H "
             "features with an activation, then one back to D without, side by side in a model or "
             f"in a `keras.Sequential` inside a layer. Received: model={shortened(model)}"
+            f"{' with ' * bool(left)}{'; '.join(left)}"
         )
     names = [feed_forward.name for feed_forward in found]
     if select is None:
         wanted = names
-        if left := left_dense(model, found):
-            warnings.warn(
-                f"These layers stay dense: {left}. Each is in a layer with a `Dense` layer back to "
-                "as many features, but they are not side by side in a model or a "
-                "`keras.Sequential`, with only dropout and one activation between them.",
-                stacklevel=3,
-            )
+        if left:
+            warnings.warn(f"These layers stay dense: {'; '.join(left)}.", stacklevel=3)
     elif callable(select):
         wanted = list(filter(select, names))
     elif isinstance(select, str):

@@ -87,32 +87,53 @@ def _in_graph(model):
     """Feed-forwards of layers that follow one another."""
     following = _following_layers(model)
     for up in filter(_is_dense, model.layers):
-        layers = [up]
-        down = following.get(id(up))
-        while isinstance(down, (keras.layers.Dropout, keras.layers.Activation)):
-            layers.append(down)
-            down = following.get(id(down))
-        activations = [
-            layer.activation
-            for layer in layers
-            if not isinstance(layer, keras.layers.Dropout) and not _is_linear(layer)
-        ]
+        layers, activations, down = _chain(up, following)
         # Experts have one.
         if len(activations) == 1 and _is_dense(down) and _fit(up, down):
             yield FeedForward(up.name, up, down, None, activations[0], (*layers, down))
 
 
+def _chain(up, following):
+    """A `Dense` layer with dropout and activations after it, its activations, and what follows."""
+    layers, after = [up], following.get(id(up))
+    while isinstance(after, (keras.layers.Dropout, keras.layers.Activation)):
+        layers.append(after)
+        after = following.get(id(after))
+    activations = [
+        layer.activation
+        for layer in layers
+        if not isinstance(layer, keras.layers.Dropout) and not _is_linear(layer)
+    ]
+    return layers, activations, after
+
+
 def left_dense(model, found):
-    """Names of other `Dense` layers from D to H > D features in a layer with one back to D."""
+    """Why each other `Dense` layer from D to H > D features beside one back to D stays dense."""
     known = {id(dense) for feed_forward in found for dense in feed_forward.denses}
-    names = {}
+    reasons: dict[int, str] = {}
     for owner in _owners(model):
         denses = list(filter(_is_dense, own_layers(owner)))
         for up in denses:
-            widens = up.kernel.shape[1] > up.kernel.shape[0]
-            if widens and id(up) not in known and any(_fit(up, down) for down in denses):
-                names[id(up)] = up.name
-    return list(names.values())
+            features, width = up.kernel.shape
+            back = any(tuple(down.kernel.shape) == (width, features) for down in denses)
+            if back and width > features and id(up) not in known:
+                reasons.setdefault(id(up), f"`{up.name}`, {_obstacle(owner, up)}")
+    return list(reasons.values())
+
+
+def _obstacle(owner, up):
+    if not is_graph(owner):
+        return f"which the code of `{owner.name}` calls"
+    _, activations, after = _chain(up, _following_layers(owner))
+    if after is None:
+        return "as its outputs do not go to one layer only, or one of the two is called twice"
+    if not _is_dense(after) or after.kernel.shape[1] != up.kernel.shape[0]:
+        return f"which `{after.name}` follows, not a `Dense` layer back to as many features"
+    if not _is_linear(after):
+        return f"as `{after.name}` after it has an activation"
+    if len(activations) != 1:
+        return f"which has {len(activations)} activations"
+    return f"which is inside `{owner.name}`, and nothing else can take its place"
 
 
 def _owners(layer):

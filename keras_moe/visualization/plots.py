@@ -2,12 +2,16 @@
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from keras import ops
+from matplotlib.figure import Figure
 
 from keras_moe import metrics
 from keras_moe._internal.plain_text import as_text
+from keras_moe._internal.types import Tensor
 from keras_moe.visualization.panels import (
     PANEL_SIZE,
     by_layer,
@@ -23,7 +27,7 @@ MAX_ROWS = 30
 MAX_LABELS = 10_000
 
 
-def coactivation(routings, num_experts=None):
+def coactivation(routings: dict | Tensor, num_experts: int | None = None) -> Figure:
     """Which experts serve the same tokens: share of the row's tokens that the column serves too.
 
     Args:
@@ -57,7 +61,7 @@ def _draw_coactivation(axes, routing):
     count_on(axes.yaxis)
 
 
-def confidence(routings):
+def confidence(routings: dict | Tensor) -> Figure:
     """How sure the router is: the highest probability of each token, as a histogram.
 
     The dotted line is chance, 1 / E: a peak there means a router without a preference.
@@ -95,7 +99,12 @@ def _draw_confidence(axes, probs):
     axes.legend(loc="upper right")
 
 
-def specialization(routings, labels, names=None, num_experts=None):
+def specialization(
+    routings: dict | Tensor,
+    labels: Any,
+    names: Sequence[str] | None = None,
+    num_experts: int | None = None,
+) -> Figure:
     """Which expert serves which kind of token: each row is a label, each column an expert.
 
     Colours are the share of the label's assignments. The title gives the mutual information of
@@ -189,7 +198,7 @@ def _shortened(text, length=24):
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
-def shares_over_time(shares, first_epoch=0):
+def shares_over_time(shares: dict | Tensor, first_epoch: int = 0) -> Figure:
     """How much of the work each expert does from epoch to epoch, in multiples of a fair share.
 
     Red is an expert with more than a fair share, blue one with less; the darkest blue is an eighth
@@ -232,7 +241,7 @@ def _draw_shares(axes, shares, first_epoch):
     count_on(axes.yaxis)
 
 
-def settling(checkpoints, num_experts=None):
+def settling(checkpoints: Sequence, num_experts: int | None = None) -> Figure:
     """How routing settles: the share of choices in the checkpoint before, and in the last one.
 
     The dotted line is the share that two unrelated routings would have in common.

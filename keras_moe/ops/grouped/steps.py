@@ -91,6 +91,7 @@ def feed_forward_step(activation, widths, clip=None, up_shift=0.0):
     Only pre-activations are saved; activations are computed again.
     """
     *ups, down = range(len(widths))
+    activation = backend.activation(activation)
 
     def hidden_of(*pre_activations):
         *gates, up = pre_activations

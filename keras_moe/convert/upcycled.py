@@ -1,0 +1,121 @@
+"""Upcycled models of KerasHub as models of Hugging Face."""
+
+import json
+import os
+import pathlib
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_moe.convert.hugging_face import to_hugging_face
+from keras_moe.layers import MixtureOfExperts
+
+
+def save_as_mixtral(model: keras.Model, path: str | os.PathLike) -> None:
+    """Save an upcycled Llama of KerasHub in a folder that Transformers loads as a Mixtral.
+
+    Writes `config.json` and `model.safetensors`, and needs the package `safetensors`. LoRA is added
+    to the kernels, which are multiplied by the scaling factor of the router (`granularity`).
+    The tokenizer is that of the dense model.
+
+    Args:
+        model: Keras model. A `LlamaCausalLM` or `LlamaBackbone`, or one of Llama 3, with a mixture
+            in each block, all with the same sizes and the same K.
+        path: Path. Folder to write to.
+
+    Raises:
+        ValueError: If the model is another one, is quantized or has dense blocks, its mixtures
+            differ, or one computes something else than the blocks of Mixtral.
+
+    Example:
+
+    >>> model = keras_moe.upcycle(llama, num_experts=4, top_k=2)  # doctest: +SKIP
+    >>> keras_moe.convert.save_as_mixtral(model, "sparse")  # doctest: +SKIP
+    >>> transformers.AutoModelForCausalLM.from_pretrained("sparse")  # doctest: +SKIP
+    """
+    import safetensors.numpy
+
+    backbone = getattr(model, "backbone", model)
+    config = _config(backbone)
+    embedding = backbone.token_embedding
+    arrays = {
+        "model.embed_tokens.weight": _array(embedding.embeddings),
+        "model.norm.weight": _array(backbone.layer_norm.scale),
+    }
+    if not embedding.tie_weights:
+        arrays["lm_head.weight"] = _array(embedding.reverse_embeddings).T
+    for number, block in enumerate(backbone.transformer_layers):
+        attention, prefix = block._self_attention_layer, f"model.layers.{number}."
+        for name in ("query", "key", "value"):
+            kernel = _array(getattr(attention, f"_{name}_dense").kernel)
+            theirs = f"{prefix}self_attn.{name[0]}_proj.weight"
+            arrays[theirs] = kernel.reshape(kernel.shape[0], -1).T
+        kernel = _array(attention._output_dense.kernel)
+        arrays[f"{prefix}self_attn.o_proj.weight"] = kernel.reshape(-1, kernel.shape[-1]).T
+        arrays[f"{prefix}input_layernorm.weight"] = _array(block._self_attention_layernorm.scale)
+        arrays[f"{prefix}post_attention_layernorm.weight"] = _array(
+            block._feedforward_layernorm.scale
+        )
+        arrays |= to_hugging_face(_mixtures(block)[0], number, "mixtral")
+    folder = pathlib.Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    safetensors.numpy.save_file(arrays, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def _config(backbone):
+    blocks = getattr(backbone, "transformer_layers", ())
+    of_blocks = [_mixtures(block) for block in blocks]
+    sizes = {
+        (mixture.experts.num_experts, mixture.router.max_top_k, mixture.experts.hidden_dim)
+        for mixtures in of_blocks
+        for mixture in mixtures
+    }
+    is_llama = any(cls.__name__ == "LlamaBackbone" for cls in type(backbone).__mro__)
+    if not is_llama or not all(of_blocks) or len(sizes) != 1:
+        dense = [block.name for block, mixtures in zip(blocks, of_blocks) if not mixtures]
+        raise ValueError(
+            "`model` must be a Llama of KerasHub with mixtures of the same sizes in all blocks; "
+            "`upcycle` gives them to the blocks that are still dense. "
+            f"Received: {type(backbone).__name__} with sizes {sizes} and the dense blocks {dense}"
+        )
+    quantized = [layer.path for layer in backbone._flatten_layers() if layer.quantization_mode]
+    if quantized:
+        raise ValueError(f"`model` must not be quantized. Received: int8 or int4 in {quantized}")
+    if getattr(backbone, "rope_frequency_adjustment_factor", None) is not None:
+        rope = {
+            "rope_type": "llama3",
+            "factor": backbone.rope_frequency_adjustment_factor,
+            "low_freq_factor": backbone.rope_low_freq_factor,
+            "high_freq_factor": backbone.rope_high_freq_factor,
+            "original_max_position_embeddings": backbone.rope_pretraining_sequence_length,
+        }
+    else:
+        rope = {"rope_type": "linear", "factor": backbone.rope_position_scaling_factor}
+    num_experts, top_k, width = sizes.pop()
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "vocab_size": backbone.vocabulary_size,
+        "num_hidden_layers": backbone.num_layers,
+        "num_attention_heads": backbone.num_query_heads,
+        "num_key_value_heads": backbone.num_key_value_heads,
+        "hidden_size": backbone.hidden_dim,
+        "intermediate_size": width,
+        "num_local_experts": num_experts,
+        "num_experts_per_tok": top_k,
+        "rms_norm_eps": backbone.layer_norm_epsilon,
+        "rope_parameters": {**rope, "rope_theta": backbone.rope_max_wavelength},
+        "sliding_window": None,
+        "tie_word_embeddings": backbone.token_embedding.tie_weights,
+    }
+
+
+def _mixtures(block):
+    return [layer for layer in block._flatten_layers() if isinstance(layer, MixtureOfExperts)]
+
+
+def _array(variable):
+    return ops.convert_to_numpy(variable)
