@@ -43,6 +43,8 @@ _DEEPSEEK = dict(
     qk_nope_head_dim=4,
     v_head_dim=4,
 )
+_LFM2 = dict(num_experts=E, num_dense_layers=0, layer_types=["full_attention"])
+_QWEN3_NEXT = dict(shared_expert_intermediate_size=5, layer_types=["full_attention"])
 
 # By `model_type`: the prefix of the classes, and arguments of the config.
 FAMILIES = {
@@ -52,12 +54,28 @@ FAMILIES = {
     "olmoe": ("Olmoe", dict(num_experts=E)),
     "deepseek_v3": ("DeepseekV3", _DEEPSEEK),
     "gpt_oss": ("GptOss", dict(num_local_experts=E, layer_types=["full_attention"])),
+    "minimax_m2": ("MiniMaxM2", dict(num_local_experts=E)),
+    "lfm2_moe": ("Lfm2Moe", _LFM2),
+    "minimax": ("MiniMax", dict(num_local_experts=E, layer_types=["full_attention"])),
+    "qwen3_next": ("Qwen3Next", dict(_QWEN3_NEXT, num_experts=E)),
+    "mellum": ("Mellum", dict(num_experts=E, norm_topk_prob=True)),
+    "flex_olmo": ("FlexOlmo", dict(num_experts=E)),
+    "deepseek_v32": ("DeepseekV32", dict(_DEEPSEEK, index_n_heads=2, index_head_dim=8)),
+    "dots1": ("Dots1", _DEEPSEEK),
+    "glm4_moe": ("Glm4Moe", _DEEPSEEK),
+    "glm4_moe_lite": ("Glm4MoeLite", dict(_DEEPSEEK, mlp_layer_types=["sparse"])),
+    "glm_moe_dsa": ("GlmMoeDsa", dict(_DEEPSEEK, index_n_heads=2, index_head_dim=8)),
+    "solar_open": ("SolarOpen", _DEEPSEEK),
 }
 TOKENS = np.random.default_rng(0).normal(size=(2, 5, D)).astype("float32")
 
 
 def array(tensor):
     return ops.convert_to_numpy(ops.cast(tensor, "float32"))
+
+
+def is_of_block(name):
+    return any(part in name for part in (".mlp.", ".block_sparse_moe.", ".feed_forward."))
 
 
 def model_of(family):
@@ -68,10 +86,10 @@ def model_of(family):
     torch.manual_seed(0)
     model = getattr(transformers, f"{prefix}ForCausalLM")(config)
     for name, tensor in model.state_dict().items():
-        if name.endswith("e_score_correction_bias"):
+        if name.endswith(("e_score_correction_bias", "expert_bias")):
             # Above zero: DeepSeek-V3 fills the scores of groups that are not chosen with zeros.
             tensor.copy_(torch.rand(tensor.shape))
-        elif ".mlp." in name:
+        elif is_of_block(name):
             tensor.copy_(torch.randn(tensor.shape))
     return model.eval()
 
@@ -80,7 +98,9 @@ def outputs_of(model):
     import torch
 
     with torch.no_grad():
-        outputs = model.model.layers[0].mlp(torch.tensor(TOKENS))
+        layer = model.model.layers[0]
+        outputs = getattr(layer, "feed_forward", None) or layer.mlp
+        outputs = outputs(torch.tensor(TOKENS))
     return (outputs[0] if isinstance(outputs, tuple) else outputs).numpy()
 
 
@@ -93,7 +113,7 @@ def test_a_layer_computes_as_the_block_and_goes_back(family, tmp_path):
     assert_close(array(layer(TOKENS)), outputs_of(model))
     again = convert.to_hugging_face(layer, 0, family)
     files = safetensors_numpy.load_file(tmp_path / "model.safetensors")
-    expected = {name: files[name] for name in files if ".mlp." in name or "moe" in name}
+    expected = {name: files[name] for name in files if is_of_block(name)}
     assert set(again) == set(expected)
     for name, value in expected.items():
         np.testing.assert_array_equal(again[name], value)
