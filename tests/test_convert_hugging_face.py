@@ -1,14 +1,16 @@
 """Layers from Hugging Face's models compute the same as their blocks, and go back unchanged."""
 
 import json
+import runpy
 
 import keras
 import numpy as np
 import pytest
-from backends import assert_close
+from backends import ROOT, assert_close
 from keras import ops
 
 from keras_moe import convert, layers, routers
+from keras_moe.convert import hugging_face_families
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 
@@ -123,6 +125,16 @@ def test_a_layer_computes_as_the_block_and_goes_back(family, tmp_path):
     other = convert.from_hugging_face(model.state_dict(), 0, config)
     for weight, expected in zip(other.weights, layer.weights):
         np.testing.assert_array_equal(array(weight), array(expected))
+
+
+@with_transformers
+def test_the_guide_names_every_family_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    guide = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in guide for name in hugging_face_families.FAMILIES)
+    if f"transformers {transformers.__version__}," in guide:
+        table = runpy.run_path(str(ROOT / "docs" / "hugging_face.py"))["table"]
+        assert "\n".join(table()) in guide
 
 
 MIXTRAL = dict(

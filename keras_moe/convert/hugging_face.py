@@ -19,8 +19,8 @@ from keras_moe.convert.weights import check_plain, read_config, tensor_reader
 def from_hugging_face(source, layer, config=None, into=None, **kwargs):
     """The MoE block of a decoder layer of a Hugging Face model, as a `layers.MixtureOfExperts`.
 
-    Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V3 and gpt-oss. Weights are read one expert at a
-    time; besides the layer's own, one stack of kernels is in memory. PyTorch is not needed, files
+    Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V3, GLM-4.5, gpt-oss, MiniMax-M2, LFM2-MoE and others:
+    the guide to conversion lists them. Weights are read one expert at a time; besides the layer's own, one stack of kernels is in memory. PyTorch is not needed, files
     need the package `safetensors`.
 
     Args:
