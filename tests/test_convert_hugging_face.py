@@ -197,6 +197,60 @@ def test_lora_is_converted(tmp_path):
         convert.from_hugging_face(tmp_path, 0, into=layer)
 
 
+def layer_of(model):
+    return convert.from_hugging_face(model.state_dict(), 0, model.config.to_dict())
+
+
+@with_transformers
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "lfm2_moe"])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it.
+def test_an_adapter_of_peft_goes_both_ways(family, tmp_path):
+    layer = layer_of(model_of(family))
+    with pytest.raises(ValueError, match="must have LoRA"):
+        convert.to_peft(layer, 0, family)
+    layer.experts.enable_lora(3, lora_alpha=5, b_initializer="normal")
+    arrays, config = convert.to_peft(layer, 0, family)
+    save_adapter(tmp_path, arrays, config)
+    expected = array(layer(TOKENS))
+    adapted = layer_of(model_of(family))
+    assert convert.from_peft(tmp_path, adapted, 0, family) is adapted
+    assert_close(array(adapted(TOKENS)), expected)
+    # Gate and up kernels of one A need no more than its rank.
+    again, config_again = convert.to_peft(adapted, 0, family)
+    assert config_again == config
+    for name, value in arrays.items():
+        np.testing.assert_array_equal(again[name], value)
+    peft = pytest.importorskip("peft")
+    model = peft.PeftModel.from_pretrained(model_of(family), tmp_path)
+    assert_close(outputs_of(model.base_model.model), expected)
+    targets = config["target_parameters"]
+    settings = peft.LoraConfig(
+        r=2, use_rslora=True, target_parameters=targets, init_lora_weights=False
+    )
+    model = peft.get_peft_model(model_of(family), settings)
+    model.save_pretrained(tmp_path / "theirs")
+    adapted = convert.from_peft(tmp_path / "theirs", layer_of(model_of(family)), 0, family)
+    assert_close(array(adapted(TOKENS)), outputs_of(model.base_model.model))
+
+
+def save_adapter(folder, arrays, config):
+    safetensors_numpy.save_file(arrays, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+@with_transformers
+def test_adapters_of_other_things_than_experts_are_refused(tmp_path):
+    layer = mixtral()
+    layer.experts.enable_lora(2)
+    arrays, config = convert.to_peft(layer, 0, "mixtral")
+    gate = "base_model.model.model.layers.0.mlp.gate.lora_A.weight"
+    changes = [({gate: np.zeros((2, D))}, {}, 0), ({}, {"use_dora": True}, 0), ({}, {}, 1)]
+    for more_arrays, more_config, number in changes:
+        save_adapter(tmp_path, {**arrays, **more_arrays}, {**config, **more_config})
+        with pytest.raises(ValueError, match="An adapter must be of stacked experts"):
+            convert.from_peft(tmp_path, mixtral(), number, "mixtral")
+
+
 OTHERS = [
     dict(experts={"activation": "gelu"}),
     dict(experts={"clip": 7.0}),
