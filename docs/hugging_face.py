@@ -17,7 +17,7 @@ FOLDER = pathlib.Path(transformers.__file__).parent / "models"
 
 
 def table():
-    """Rows of Markdown: what the block of a family shares with a converted one, and the families."""
+    """Rows of Markdown: what blocks share with a converted family, and their families."""
     blocks = {path.parent.name: parts_of(path) for path in sorted(FOLDER.glob("*/modeling_*.py"))}
     known = [blocks[name] for name in FAMILIES]
     rows = collections.defaultdict(list)

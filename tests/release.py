@@ -26,7 +26,9 @@ def run(*command, **kwargs):
 def main(tag=None):
     (version,) = re.findall(r'^__version__ = "(.*)"', text("keras_moe/__init__.py"), re.MULTILINE)
     if tag is not None:
-        assert tag == f"v{version}", f"The tag must be that of the version. Received: {tag}, {version}"
+        assert tag == f"v{version}", (
+            f"The tag must be that of the version. Received: {tag}, {version}"
+        )
         assert f"\n## {version}\n" in text("CHANGELOG.md"), f"CHANGELOG.md must have {version}"
     shutil.rmtree(ROOT / "dist", ignore_errors=True)
     run(sys.executable, "-m", "build", ROOT)

@@ -92,7 +92,7 @@ def restore(model):
     return model
 
 
-# By the paths of KerasHub's weights: heads of attention, and experts until `sparsify` replaces them.
+# By paths of KerasHub's weights: heads of attention, and experts before `sparsify`.
 _LAYOUTS = {
     r".*attention/query/kernel": (None, "model", None),
     r".*attention/query/bias": ("model", None),
@@ -104,13 +104,12 @@ _LAYOUTS = {
 def layout_map(mesh):
     """Layouts of KerasHub's MoE models for `distribution.expert_parallel`, on JAX.
 
-    Attention heads are split over the axis "model" of the mesh. Heads of keys and values, which are
-    few in these models, and all other weights are whole on every device. Experts are split over
-    "expert". Set the distribution before the model is made or loaded, and `sparsify` the model then.
+    Attention heads are split over the axis "model" of the mesh, experts over "expert". Heads of keys
+    and values, which are few in these models, and all other weights are whole on every device. Set the distribution before the model is made or loaded, and `sparsify` the model then.
 
     Args:
-        mesh: `keras.distribution.DeviceMesh` with the axes "data", "expert" and "model". The size of
-            the last one divides the number of query heads.
+        mesh: `keras.distribution.DeviceMesh` with the axes "data", "expert" and "model". The size
+            of the last one divides the number of query heads.
 
     Returns:
         A `keras.distribution.LayoutMap`.

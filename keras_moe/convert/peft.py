@@ -1,7 +1,7 @@
 """LoRA adapters of PEFT for the experts of a layer.
 
-PEFT adapts a stack of kernels (E, D, H) by two matrices, `lora_A` (E r, D) and `lora_B` (H, r E). Hugging
-Face keeps gate and up kernels in one stack, so there they share a `lora_A`.
+PEFT adapts a stack of kernels (E, D, H) by two matrices, `lora_A` (E r, D) and `lora_B` (H, r E).
+Hugging Face keeps gate and up kernels in one stack, so there they share a `lora_A`.
 """
 
 import math
@@ -18,13 +18,13 @@ from keras_moe.convert.weights import check_plain, read_config, tensor_reader
 def from_peft(source, mixture, layer, family):
     """Give the experts of a MoE layer the low-rank factors of a PEFT adapter, by `enable_lora`.
 
-    The outputs are those of the adapted block of Hugging Face. The adapter's weights outside of this
+    The outputs are those of the adapted block of Hugging Face. The adapter's weights outside this
     block, such as those of attention, are not read.
 
     Args:
         source: Path. Folder of an adapter, with `adapter_config.json` and `.safetensors` files.
-        mixture: `layers.MixtureOfExperts`. A built layer with the weights that were adapted, such as
-            one of `from_hugging_face`, without LoRA.
+        mixture: `layers.MixtureOfExperts`. A built layer without LoRA that has the weights that were
+            adapted, such as one of `from_hugging_face`.
         layer: Integer. Number of the decoder layer, from 0.
         family: String. The `model_type` of the model, such as `"mixtral"`.
 
