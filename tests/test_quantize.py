@@ -19,8 +19,8 @@ from layer_checks import normal
 from keras_moe import inspection, layers, routers
 from keras_moe.ops.grouped import loop, records, tiles
 
-# Keras asks each layer, and warns of those that cannot: 3.15 of its `InputLayer`, 3.16 of layers that
-# hold others.
+# Keras asks each layer, and warns of those that cannot: 3.15 of its `InputLayer`, 3.16 of layers
+# that hold others.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method"),
     pytest.mark.filterwarnings("ignore:.*they do not support quantization"),

@@ -104,8 +104,9 @@ _LAYOUTS = {
 def layout_map(mesh):
     """Layouts of KerasHub's MoE models for `distribution.expert_parallel`, on JAX.
 
-    Attention heads are split over the axis "model" of the mesh, experts over "expert". Heads of keys
-    and values, which are few in these models, and all other weights are whole on every device. Set the distribution before the model is made or loaded, and `sparsify` the model then.
+    Heads of attention are split over the axis "model" of the mesh, experts over "expert". Heads of
+    keys and values, which are few in these models, and all other weights are whole on every device.
+    Set the distribution before the model is made or loaded, and `sparsify` the model then.
 
     Args:
         mesh: `keras.distribution.DeviceMesh` with the axes "data", "expert" and "model". The size

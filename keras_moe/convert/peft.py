@@ -14,6 +14,9 @@ from keras_moe.convert.hugging_face import check_block
 from keras_moe.convert.hugging_face_families import FAMILIES, config_like
 from keras_moe.convert.weights import check_plain, read_config, tensor_reader
 
+# The first weights in rules for kernels of experts.
+_KERNELS = ("experts.gate_kernel", "experts.down_kernel")
+
 
 def from_peft(source, mixture, layer, family):
     """Give the experts of a MoE layer the low-rank factors of a PEFT adapter, by `enable_lora`.
@@ -23,7 +26,7 @@ def from_peft(source, mixture, layer, family):
 
     Args:
         source: Path. Folder of an adapter, with `adapter_config.json` and `.safetensors` files.
-        mixture: `layers.MixtureOfExperts`. A built layer without LoRA that has the weights that were
+        mixture: `layers.MixtureOfExperts`. A built layer without LoRA, with the weights that were
             adapted, such as one of `from_hugging_face`.
         layer: Integer. Number of the decoder layer, from 0.
         family: String. The `model_type` of the model, such as `"mixtral"`.
@@ -49,8 +52,8 @@ def from_peft(source, mixture, layer, family):
     changed = [name for name in ("use_dora", "rank_pattern", "alpha_pattern") if settings.get(name)]
     if odd or changed or not starts:
         raise ValueError(
-            "An adapter must be of stacked experts, without DoRA and patterns, and of nothing else in "
-            f"their block. Received: {sorted(own)}, {changed}, layer={layer}"
+            "An adapter must be of stacked experts, and of nothing else in their block, without DoRA "
+            f"and patterns. Received: {sorted(own)}, {changed}, layer={layer}"
         )
     bank, rank, alpha = mixture.experts, settings["r"], settings["lora_alpha"]
     bank.enable_lora(rank, alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha)
@@ -120,9 +123,6 @@ def _experts_of(mixture, layer, family):
     kernels = [rule for rule in rules if rule.ours[0] in _KERNELS]
     prefix = "base_model.model." + prefix.format(layer=layer) + "experts."
     return prefix, [rule._replace(transposed=False) for rule in kernels]
-
-
-_KERNELS = ("experts.gate_kernel", "experts.down_kernel")
 
 
 def _projections(bank, rule):
