@@ -1,4 +1,4 @@
-"""Lets the reference show whole signatures, examples as code, and arguments of calls as lists."""
+"""Lets the reference show whole signatures, examples as code, and other sections as text."""
 
 import re
 import textwrap
@@ -8,6 +8,7 @@ import griffe
 EXAMPLE = re.compile(r"^>>> .*(?:\n\S.*)*", flags=re.MULTILINE)
 CALL_ARGUMENTS = re.compile(r"^Call arguments:\n((?:    .*\n?)+)", flags=re.MULTILINE)
 ARGUMENT = re.compile(r"^(\w+):", flags=re.MULTILINE)
+TEXT = re.compile(r"^(Returns|Input shape|Output shape):\n((?:    .*\n?)+)", flags=re.MULTILINE)
 SECTION = re.compile(r"^(Example|References?):", flags=re.MULTILINE)
 
 
@@ -16,8 +17,12 @@ class ReadableReference(griffe.Extension):
 
     def on_instance(self, *, obj, **kwargs):
         if obj.docstring is not None:
-            text = EXAMPLE.sub(lambda match: f"```pycon\n{match[0]}\n```", obj.docstring.value)
+            text = EXAMPLE.sub(
+                lambda match: f"```pycon\n{match[0]}\n```",
+                obj.docstring.value,
+            )
             text = CALL_ARGUMENTS.sub(_as_list, text)
+            text = TEXT.sub(_as_text, text)
             obj.docstring.value = SECTION.sub(r"**\1:**", text)
 
     def on_package(self, *, pkg, **kwargs):
@@ -29,6 +34,10 @@ class ReadableReference(griffe.Extension):
 
 def _as_list(section):
     return "**Call arguments:**\n\n" + ARGUMENT.sub(r"- `\1`:", textwrap.dedent(section[1]))
+
+
+def _as_text(section):
+    return f"**{section[1]}:** {textwrap.dedent(section[2])}"
 
 
 def _classes(package):
@@ -52,7 +61,12 @@ def _spell_out(cls):
         return
     *named, kwargs = own.parameters
     inherited = [
-        griffe.Parameter(each.name, kind=griffe.ParameterKind.keyword_only, default=each.default)
+        griffe.Parameter(
+            each.name,
+            annotation=each.annotation,
+            kind=griffe.ParameterKind.keyword_only,
+            default=each.default,
+        )
         for each in bases[0].parameters
         if each.default is not None and each.name not in own.parameters and each.name != "kwargs"
     ]

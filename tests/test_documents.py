@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import runpy
 import subprocess
 import sys
 
@@ -17,14 +18,16 @@ from keras_moe import routers
 BACKEND = keras.backend.backend()
 # Of KerasTuner.
 pytestmark = pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\):DeprecationWarning")
-# Public as functions; the reference shows them with their module.
-FUNCTIONS = {
-    "generate": "generation",
-    "report": "reporting",
-    "summary": "inspection",
-    "upcycle": "upcycling",
-}
 ROOT = pathlib.Path(__file__).parents[1]
+LINKS = runpy.run_path(str(ROOT / "docs" / "reference_links.py"))
+IDENTIFIERS = LINKS["identifiers"]()
+# Public, and left out of the reference: what the package alone needs.
+PLUMBING = {
+    *("health.collapsed", "health.dead", "health.exploded", "health.is_enough"),
+    *("health.not_a_number", "health.spread", "losses.BY_NAME", "routers.BY_NAME"),
+    *("ops.Assignments", "ops.Choices", "ops.ChosenGroups", "ops.Groups", "ops.agreement"),
+    *("ops.clean_logits", "ops.take_scores"),
+}
 
 
 # JAX would compile each operation of such a program by itself.
@@ -57,8 +60,9 @@ def run_in_a_process(code, **variables):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_example_of_the_readme_trains():
-    names = run("README.md")
+@pytest.mark.parametrize("document", ["README.md", "docs/index.md"])
+def test_the_example_of_the_readme_and_the_home_page_trains(document):
+    names = run(document)
     model, monitor = names["model"], names["callbacks"].ExpertMonitor()
     ids = np.random.default_rng(0).integers(1, 20_000, (4, 6))
     history = model.fit(ids, np.arange(4), callbacks=[monitor], verbose=0).history
@@ -73,9 +77,9 @@ def test_files_that_documents_name_exist():
         assert not missing, document.name
 
 
-def test_the_start_page_trains_saves_and_loads(tmp_path, monkeypatch):
+def test_a_first_model_trains_saves_and_loads(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = run("docs/index.md")
+    names = run("docs/start.md")
     assert names["layer"].router.num_experts == 8
     assert (tmp_path / "model.keras").exists()
 
@@ -85,10 +89,36 @@ def test_the_site_has_every_page_and_every_public_part():
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     pages |= {f"examples/{path.stem}.md" for path in (ROOT / "examples").glob("*.py")}
     assert pages == set(re.findall(r"[\w/]+\.md", site))
-    reference = "".join(path.read_text("utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
-    for name in dir(keras_moe):
-        if not name.startswith("__"):
-            assert f"::: keras_moe.{FUNCTIONS.get(name, name)}" in reference, name
+    missing = set()
+    for name in set(dir(keras_moe)) - {"tuner", "__version__"}:
+        part = getattr(keras_moe, name)
+        inside = [f"{name}.{each}" for each in getattr(part, "__all__", ())]
+        missing |= {f"keras_moe.{each}" for each in ([name] if callable(part) else inside)}
+    missing -= IDENTIFIERS.keys()
+    assert missing == {f"keras_moe.{name}" for name in [*PLUMBING, "inspection.summary"]}
+
+
+def test_pages_link_the_first_mention_of_each_part():
+    html = (
+        "<h2><code>TopKRouter</code></h2><p><code>routers.TopKRouter(top_k=1)</code> <code>x</code>"
+    )
+    expected = '<autoref identifier="keras_moe.routers.TopKRouter"><code>'
+    linked = LINKS["link_names"](f"{html} <code>TopKRouter</code></p>", "# A page")
+    assert linked.count("autoref ") == 1 and expected + "routers.TopKRouter(top_k=1)" in linked
+    assert LINKS["link_names"](html, "::: keras_moe.routers.TopKRouter") == html
+
+
+def test_names_in_guides_are_in_the_reference():
+    parts = "layers|routers|losses|metrics|callbacks|inspection|visualization|tuner|surgery|convert"
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    guides = site[site.index("- Guides:") : site.index("- Examples and results:")]
+    for path in (ROOT / "docs").glob("*.md"):
+        text = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+        names = re.findall(rf"`(?:keras_moe\.)?((?:{parts})\.\w+)(?:\(.*?\))?`", text)
+        missing = set(names) - set(IDENTIFIERS) - PLUMBING
+        assert not missing, (path.name, missing)
+        linked = IDENTIFIERS.keys() & re.findall(r"`([\w.]+)[`(]", text)
+        assert linked or path.name not in guides, path.name
 
 
 @of_many_operations
@@ -139,7 +169,7 @@ def test_the_page_on_reliability_repeats_the_order_of_an_epoch(shuffled_by, tmp_
 
 
 OF_MANY_OPERATIONS = [
-    *("capacity", "density", "generating", "many_tasks", "surgery", "upcycling"),
+    *("capacity", "density", "generating", "many_tasks", "surgery", "tabular", "upcycling"),
 ]
 
 
@@ -201,7 +231,7 @@ def test_the_guide_to_replicas_trains_on_its_backends():
 def test_the_recipes_for_parts_of_ones_own_train_and_are_short(tmp_path):
     names = run("docs/extending.md")
     assert names["layer"].expert_counts.shape == (8,)
-    assert max(len(recipe.splitlines()) for recipe in blocks("docs/extending.md")) <= 25
+    assert max(len(recipe.splitlines()) for recipe in blocks("docs/extending.md")) <= 29
     bank = names["DeepExperts"](num_experts=4, hidden_dim=5)
     copy = names["DeepExperts"].from_config(bank.get_config())
     assert (copy.num_experts, copy.hidden_dim) == (4, 5)
@@ -222,8 +252,21 @@ def test_the_recipes_for_parts_of_ones_own_train_and_are_short(tmp_path):
     keras.saving.load_model(tmp_path / "model.keras")
 
 
+def test_custom_loops_train_on_their_backend():
+    others = {"tensorflow", "torch", "jax"} - {BACKEND}
+    is_foreign = re.compile(rf"import ({'|'.join(others)})\b")
+    names = {}
+    for code in blocks("docs/custom_loops.md"):
+        if not is_foreign.match(code):
+            exec(compile(code, "custom_loops", "exec"), names)
+    assert names["losses"][-1] < 0.5 * names["losses"][0]
+    assert names["counts"].sum() == 4 * 256 * 2  # epochs, tokens, experts of a token
+
+
 def test_every_page_with_code_is_run_here():
     pages = [path for path in (ROOT / "docs").glob("*.md") if blocks(path)]
+    lines = [line for path in pages for code in blocks(path) for line in code.splitlines()]
+    assert not [line for line in lines if len(line) > 76]
     tests = pathlib.Path(__file__).read_text(encoding="utf-8")
     assert not [page.name for page in pages if not re.search(rf"\b{page.stem}\b", tests)]
 

@@ -1,0 +1,55 @@
+"""Pages of the examples, links to the reference, the address of the repository: hooks of mkdocs."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+from mkdocs.structure.files import File
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from notebooks import ROOT, page_of  # noqa: E402
+from reference_links import link_names  # noqa: E402
+
+ALERT = re.compile(r"^> \[!(\w+)\]\n((?:>.*\n)+)", flags=re.MULTILINE)
+
+
+def on_files(files, config):
+    for example in (ROOT / "examples").glob("*.py"):
+        source = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "ruff",
+                "format",
+                "--line-length",
+                "76",
+                "-",
+            ],
+            input=example.read_text(encoding="utf-8"),
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout
+        page = File.generated(config, f"examples/{example.stem}.md", content=page_of(source))
+        files.append(page)
+    return files
+
+
+def on_page_markdown(markdown, config, **_):
+    """Lead links to the files of examples to their pages, and fill in the address to clone.
+
+    Alerts are written as GitHub shows them, `> [!WARNING]`.
+    """
+    markdown = ALERT.sub(_admonition, markdown)
+    markdown = re.sub(r"\(\.\./examples/(\w+)\.py\)", r"(examples/\1.md)", markdown)
+    return markdown.replace("REPOSITORY_URL", config.repo_url or "REPOSITORY_URL")
+
+
+def _admonition(match):
+    text = re.sub(r"^> ?", "    ", match[2], flags=re.MULTILINE)
+    return f"!!! {match[1].lower()}\n\n{text}"
+
+
+def on_page_content(html, page, **_):
+    return link_names(html, page.markdown)
