@@ -12,13 +12,15 @@ from layer_checks import SumOfTasks
 from benchmarks import scaling
 from benchmarks.collectives import collectives
 from benchmarks.steps import jax_function
-from keras_moe import layers, losses, routers
+from keras_moe import convert, layers, losses, routers
 from keras_moe.callbacks import ExpertMonitor
 from keras_moe.distribution import expert_parallel
 
 E, B, S, D, H = 8, 16, 6, 8, 16
 # A mesh whose axis of experts does not split the batch: what users of `ModelParallel` may have.
 MODEL_AXIS = "model_axis"
+# A mesh with an axis for heads of attention.
+KERAS_HUB = "keras_hub"
 
 
 def distribution_of(name):
@@ -33,6 +35,9 @@ def distribution_of(name):
         layout_map[".*(up|gate|down)_kernel"] = ("model", None, None)
         layout_map[".*(up|gate|down)_bias"] = ("model", None)
         return keras.distribution.ModelParallel(layout_map=layout_map)
+    if name == KERAS_HUB:
+        mesh = keras.distribution.DeviceMesh((2, 2, 2), ("data", "expert", "model"))
+        return expert_parallel(layout_map=convert.layout_map(mesh))
     return expert_parallel(int(name[-1]))
 
 
@@ -315,7 +320,8 @@ def test_large_kernels_begin_with_the_values_of_one_device(monkeypatch):
     def is_large(layout, shape):
         return len(shape) == 3
 
-    monkeypatch.setattr("keras.src.backend.jax.core.should_shard_at_init", is_large)
+    names = keras.Variable._initialize_with_initializer.__globals__
+    monkeypatch.setitem(names, "should_shard_at_init", is_large)
 
     def kernels():
         bank = layers.FeedForwardExperts(E, H, kernel_initializer=initializer)
@@ -375,3 +381,23 @@ def test_another_layout_is_combined_with_that_of_the_banks():
     model.compile("sgd", "mse")
     x = np.ones((B, D), "float32")
     model.fit(x, x, batch_size=B, verbose=0)
+
+
+def test_a_model_of_keras_hub_learns_on_a_mesh_with_an_axis_for_its_heads():
+    test_convert = pytest.importorskip("test_convert_keras_hub")
+
+    def trained():
+        model = convert.sparsify(test_convert.causal_lm("mixtral"))
+        inputs = test_convert.prompts([3, 4, 5, 6] * 2)
+        model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        model.fit(inputs, inputs["token_ids"], batch_size=8, epochs=2, shuffle=False, verbose=0)
+        weights = {weight.path: weight.value for weight in model.trainable_weights}
+        if keras.distribution.distribution() is not None:
+            sizes = {"attention/query/kernel": (8, 1, 4), "experts/gate_kernel": (2, 8, 6)}
+            for path, value in weights.items():
+                for end, size in sizes.items():
+                    assert not path.endswith(end) or value.addressable_shards[0].data.shape == size
+        return list(weights.values())
+
+    for actual, expected in zip(on(KERAS_HUB, trained), on(None, trained)):
+        assert_same(actual, expected)

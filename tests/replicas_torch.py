@@ -87,9 +87,12 @@ def weights_of(model):
 
 
 def evaluated_alone(model, rank):
-    """Logs of the first process while the others do something else."""
+    """Logs of the first process while the others do something else.
+
+    Keras 3.16 sums metrics over the processes: one alone would wait forever.
+    """
     seen = {}
-    if rank == 0:
+    if rank == 0 and not hasattr(model, "ddp_model"):
         model.compile(loss="mse")
         record = keras.callbacks.LambdaCallback(on_test_end=seen.update)
         model.evaluate(X, X, verbose=0, callbacks=[callbacks.ExpertMonitor(), record])

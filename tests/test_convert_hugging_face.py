@@ -1,15 +1,17 @@
 """Layers from Hugging Face's models compute the same as their blocks, and go back unchanged."""
 
 import json
+import runpy
 
 import keras
 import numpy as np
 import pytest
-from backends import assert_close
+from backends import ROOT, assert_close
 from keras import ops
 
 import keras_moe
 from keras_moe import convert, layers, routers
+from keras_moe.convert import hugging_face_families
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 
@@ -44,6 +46,8 @@ _DEEPSEEK = dict(
     qk_nope_head_dim=4,
     v_head_dim=4,
 )
+_LFM2 = dict(num_experts=E, num_dense_layers=0, layer_types=["full_attention"])
+_QWEN3_NEXT = dict(shared_expert_intermediate_size=5, layer_types=["full_attention"])
 
 # By `model_type`: the prefix of the classes, and arguments of the config.
 FAMILIES = {
@@ -53,12 +57,28 @@ FAMILIES = {
     "olmoe": ("Olmoe", dict(num_experts=E)),
     "deepseek_v3": ("DeepseekV3", _DEEPSEEK),
     "gpt_oss": ("GptOss", dict(num_local_experts=E, layer_types=["full_attention"])),
+    "minimax_m2": ("MiniMaxM2", dict(num_local_experts=E)),
+    "lfm2_moe": ("Lfm2Moe", _LFM2),
+    "minimax": ("MiniMax", dict(num_local_experts=E, layer_types=["full_attention"])),
+    "qwen3_next": ("Qwen3Next", dict(_QWEN3_NEXT, num_experts=E)),
+    "mellum": ("Mellum", dict(num_experts=E, norm_topk_prob=True)),
+    "flex_olmo": ("FlexOlmo", dict(num_experts=E)),
+    "deepseek_v32": ("DeepseekV32", dict(_DEEPSEEK, index_n_heads=2, index_head_dim=8)),
+    "dots1": ("Dots1", _DEEPSEEK),
+    "glm4_moe": ("Glm4Moe", _DEEPSEEK),
+    "glm4_moe_lite": ("Glm4MoeLite", dict(_DEEPSEEK, mlp_layer_types=["sparse"])),
+    "glm_moe_dsa": ("GlmMoeDsa", dict(_DEEPSEEK, index_n_heads=2, index_head_dim=8)),
+    "solar_open": ("SolarOpen", _DEEPSEEK),
 }
 TOKENS = np.random.default_rng(0).normal(size=(2, 5, D)).astype("float32")
 
 
 def array(tensor):
     return ops.convert_to_numpy(ops.cast(tensor, "float32"))
+
+
+def is_of_block(name):
+    return any(part in name for part in (".mlp.", ".block_sparse_moe.", ".feed_forward."))
 
 
 def model_of(family):
@@ -69,10 +89,10 @@ def model_of(family):
     torch.manual_seed(0)
     model = getattr(transformers, f"{prefix}ForCausalLM")(config)
     for name, tensor in model.state_dict().items():
-        if name.endswith("e_score_correction_bias"):
+        if name.endswith(("e_score_correction_bias", "expert_bias")):
             # Above zero: DeepSeek-V3 fills the scores of groups that are not chosen with zeros.
             tensor.copy_(torch.rand(tensor.shape))
-        elif ".mlp." in name:
+        elif is_of_block(name):
             tensor.copy_(torch.randn(tensor.shape))
     return model.eval()
 
@@ -81,7 +101,9 @@ def outputs_of(model):
     import torch
 
     with torch.no_grad():
-        outputs = model.model.layers[0].mlp(torch.tensor(TOKENS))
+        layer = model.model.layers[0]
+        outputs = getattr(layer, "feed_forward", None) or layer.mlp
+        outputs = outputs(torch.tensor(TOKENS))
     return (outputs[0] if isinstance(outputs, tuple) else outputs).numpy()
 
 
@@ -94,7 +116,7 @@ def test_a_layer_computes_as_the_block_and_goes_back(family, tmp_path):
     assert_close(array(layer(TOKENS)), outputs_of(model))
     again = convert.to_hugging_face(layer, 0, family)
     files = safetensors_numpy.load_file(tmp_path / "model.safetensors")
-    expected = {name: files[name] for name in files if ".mlp." in name or "moe" in name}
+    expected = {name: files[name] for name in files if is_of_block(name)}
     assert set(again) == set(expected)
     for name, value in expected.items():
         np.testing.assert_array_equal(again[name], value)
@@ -104,6 +126,16 @@ def test_a_layer_computes_as_the_block_and_goes_back(family, tmp_path):
     other = convert.from_hugging_face(model.state_dict(), 0, config)
     for weight, expected in zip(other.weights, layer.weights):
         np.testing.assert_array_equal(array(weight), array(expected))
+
+
+@with_transformers
+def test_the_guide_names_every_family_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    guide = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in guide for name in hugging_face_families.FAMILIES)
+    if f"transformers {transformers.__version__}," in guide:
+        table = runpy.run_path(str(ROOT / "docs" / "hugging_face.py"))["table"]
+        assert "\n".join(table()) in guide
 
 
 MIXTRAL = dict(
@@ -164,6 +196,60 @@ def test_lora_is_converted(tmp_path):
     assert_close(array(again(TOKENS)), array(layer(TOKENS)))
     with pytest.raises(ValueError, match="before it is quantized or has LoRA"):
         convert.from_hugging_face(tmp_path, 0, into=layer)
+
+
+def layer_of(model):
+    return convert.from_hugging_face(model.state_dict(), 0, model.config.to_dict())
+
+
+@with_transformers
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "lfm2_moe"])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it.
+def test_an_adapter_of_peft_goes_both_ways(family, tmp_path):
+    layer = layer_of(model_of(family))
+    with pytest.raises(ValueError, match="must have LoRA"):
+        convert.to_peft(layer, 0, family)
+    layer.experts.enable_lora(3, lora_alpha=5, b_initializer="normal")
+    arrays, config = convert.to_peft(layer, 0, family)
+    save_adapter(tmp_path, arrays, config)
+    expected = array(layer(TOKENS))
+    adapted = layer_of(model_of(family))
+    assert convert.from_peft(tmp_path, adapted, 0, family) is adapted
+    assert_close(array(adapted(TOKENS)), expected)
+    # Gate and up kernels of one A need no more than its rank.
+    again, config_again = convert.to_peft(adapted, 0, family)
+    assert config_again == config
+    for name, value in arrays.items():
+        np.testing.assert_array_equal(again[name], value)
+    peft = pytest.importorskip("peft")
+    model = peft.PeftModel.from_pretrained(model_of(family), tmp_path)
+    assert_close(outputs_of(model.base_model.model), expected)
+    targets = config["target_parameters"]
+    settings = peft.LoraConfig(
+        r=2, use_rslora=True, target_parameters=targets, init_lora_weights=False
+    )
+    model = peft.get_peft_model(model_of(family), settings)
+    model.save_pretrained(tmp_path / "theirs")
+    adapted = convert.from_peft(tmp_path / "theirs", layer_of(model_of(family)), 0, family)
+    assert_close(array(adapted(TOKENS)), outputs_of(model.base_model.model))
+
+
+def save_adapter(folder, arrays, config):
+    safetensors_numpy.save_file(arrays, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+@with_transformers
+def test_adapters_of_other_things_than_experts_are_refused(tmp_path):
+    layer = mixtral()
+    layer.experts.enable_lora(2)
+    arrays, config = convert.to_peft(layer, 0, "mixtral")
+    gate = "base_model.model.model.layers.0.mlp.gate.lora_A.weight"
+    changes = [({gate: np.zeros((2, D))}, {}, 0), ({}, {"use_dora": True}, 0), ({}, {}, 1)]
+    for more_arrays, more_config, number in changes:
+        save_adapter(tmp_path, {**arrays, **more_arrays}, {**config, **more_config})
+        with pytest.raises(ValueError, match="An adapter must be of stacked experts"):
+            convert.from_peft(tmp_path, mixtral(), number, "mixtral")
 
 
 OTHERS = [

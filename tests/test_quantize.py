@@ -19,8 +19,12 @@ from layer_checks import normal
 from keras_moe import inspection, layers, routers
 from keras_moe.ops.grouped import loop, records, tiles
 
-# Keras asks each layer, and warns of those that cannot, such as its `InputLayer`.
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method")
+# Keras asks each layer, and warns of those that cannot: 3.15 of its `InputLayer`, 3.16 of layers
+# that hold others.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method"),
+    pytest.mark.filterwarnings("ignore:.*they do not support quantization"),
+]
 
 D, H, E = 64, 128, 16
 BANKS = {
@@ -123,6 +127,22 @@ def test_kernels_are_those_of_dense_in_int4(block_size):
         dense.kernel.assign(of_expert)
         dense.quantize("int4", config=config)
         assert_close(near, to_numpy(dense(np.eye(D, dtype="float32"))))
+
+
+@pytest.mark.backends("torch")
+def test_a_bank_alone_is_quantized_as_keras_quantizes_a_layer():
+    bank = layers.GatedExperts(2, 7)
+    with pytest.raises(ValueError, match="isn't yet built"):
+        bank.quantize("int8")
+    bank.build((None, 2 * 128))
+    bank.quantize("int4")
+    assert bank.up_scale.shape == (2, 2, 7), "the default block of Keras has 128 rows"
+    with pytest.raises(ValueError, match="already quantized"):
+        bank.quantize("int8")
+    other = layers.GatedExperts(2, 7)
+    other.build((None, 128))
+    other.quantize(config=keras.quantizers.Int4QuantizationConfig(block_size=-1))
+    assert other.up_scale.shape == (2, 1, 7)
 
 
 @pytest.mark.parametrize("mode", unless_compiled(["int8", "int4"], ["int4"]))

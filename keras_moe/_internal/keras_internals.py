@@ -114,6 +114,20 @@ def open_to_state(layer):
         layer._tracker.lock()
 
 
+def quantization(layer, mode, config):
+    """The mode and the config to quantize a layer by, resolved and checked as Keras does it.
+
+    Up to 3.15 Keras does so around the `quantize` of each layer, later in its own layers only.
+    """
+    if hasattr(keras.quantizers, "QuantizationConfig"):  # Keras 3.10 has none.
+        from keras.src.quantizers.quantization_config import validate_and_resolve_config
+
+        config = validate_and_resolve_config(mode, config)
+        mode = config.mode
+    layer._check_quantize_args(mode, layer.compute_dtype)
+    return mode, config
+
+
 @contextlib.contextmanager
 def names_below(path):
     """Names of variables begin with a path, such as that of a layer, or with nothing for None."""

@@ -22,9 +22,24 @@ class ExpertParallel:
         self._replicas = replicas
         self._rank = torch.distributed.get_rank(process_group)
 
+    # What Keras 3.16 asks of a distribution.
+    batch_dim_name = None
+
     def get_tensor_layout(self, path):
         """None: outputs stay as they are. Keras asks every layer."""
         return None
+
+    def get_variable_layout(self, variable):
+        """None: each process makes its own weights."""
+        return None
+
+    @property
+    def device_mesh(self):
+        # `fit` would average no gradients: only Keras's own distributions tell it to.
+        raise ValueError(
+            "Split experts are trained and evaluated in a loop over `data_parallel(model)`, as the "
+            "guide to replicas shows. Received: a call of `fit` or `evaluate`"
+        )
 
     def own_experts(self, num_experts):
         """The numbers of the experts that this process holds, a range."""
@@ -164,6 +179,14 @@ def _rows_of(process_group):
 
 
 def expert_processes():
-    """The `ExpertParallel` that was set, or None."""
+    """The `ExpertParallel` that was set, or None if each process has all experts."""
     distribution = keras.distribution.distribution()
-    return distribution if isinstance(distribution, ExpertParallel) else None
+    if isinstance(distribution, ExpertParallel):
+        return distribution
+    if distribution is not None and not isinstance(distribution, keras.distribution.DataParallel):
+        raise ValueError(
+            "On PyTorch experts are split by `keras_moe.distribution.expert_parallel`, and copied "
+            "by `keras.distribution.DataParallel`. Received: a layer of experts under "
+            f"{distribution}"
+        )
+    return None

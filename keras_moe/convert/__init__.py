@@ -1,10 +1,20 @@
 """Models of other packages, with their weights."""
 
 from keras_moe.convert.hugging_face import from_hugging_face, to_hugging_face
-from keras_moe.convert.keras_hub import restore, sparsify
+from keras_moe.convert.keras_hub import layout_map, restore, sparsify
+from keras_moe.convert.peft import from_peft, to_peft
 from keras_moe.convert.upcycled import save_as_mixtral
 
-__all__ = ["from_hugging_face", "restore", "save_as_mixtral", "sparsify", "to_hugging_face"]
+__all__ = [
+    "from_hugging_face",
+    "from_peft",
+    "layout_map",
+    "restore",
+    "save_as_mixtral",
+    "sparsify",
+    "to_hugging_face",
+    "to_peft",
+]
 
 
 def __dir__():

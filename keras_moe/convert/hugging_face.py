@@ -29,9 +29,10 @@ def from_hugging_face(
 ) -> MixtureOfExperts:
     """The MoE block of a decoder layer of a Hugging Face model, as a `layers.MixtureOfExperts`.
 
-    Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V3 and gpt-oss. Weights are read one expert at a
-    time; besides the layer's own, one stack of kernels is in memory. PyTorch is not needed, files
-    need the package `safetensors`.
+    Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V3, GLM-4.5, gpt-oss, MiniMax-M2, LFM2-MoE and
+    others: the guide to conversion lists them. Weights are read one expert at a time; besides the
+    layer's own, one stack of kernels is in memory. PyTorch is not needed, files need the package
+    `safetensors`.
 
     Args:
         source: Path, or mapping of strings to tensors. Folder of a model with `config.json` and
@@ -68,7 +69,7 @@ def from_hugging_face(
     read, names = tensor_reader(source)
     num_experts = mixture.experts.num_experts
     prefix, rules = _layout_in(names, config["model_type"], layer, num_experts)
-    variables = _variables(mixture, rules, config)
+    variables = check_block(mixture, rules, config)
     for rule in rules:
         for name, value in zip(rule.ours, _read(rule, prefix, num_experts, read)):
             variables[name].assign(value)
@@ -101,7 +102,7 @@ def to_hugging_face(mixture: MixtureOfExperts, layer: int, family: str) -> dict:
     check_plain(mixture, but=mixture.experts)
     prefix, rules = FAMILIES[family].layouts[0]
     prefix = prefix.format(layer=layer)
-    variables = _variables(mixture, rules, config_like(mixture, family))
+    variables = check_block(mixture, rules, config_like(mixture, family))
     arrays = {}
     for rule in rules:
         ours = [_value(mixture, family, name, variables[name]) for name in rule.ours]
@@ -114,7 +115,7 @@ def to_hugging_face(mixture: MixtureOfExperts, layer: int, family: str) -> dict:
     return arrays
 
 
-def _variables(mixture, rules, config):
+def check_block(mixture, rules, config):
     """The variables in rules, by name, of a layer that is the block of a config and no more."""
     wrong, placed = differences(mixture, config), {}
     if not wrong:

@@ -43,11 +43,14 @@ def _dense(theirs, ours):
 
 
 _MLP = "model.layers.{layer}.mlp."
+_BLOCK = "model.layers.{layer}.block_sparse_moe."
+_FEED_FORWARD = "model.layers.{layer}.feed_forward."
 _OURS = ("experts.gate_", "experts.up_", "experts.down_")
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _GATE = _dense(["gate"], ["router."])
 _SHARED_GATE = _dense(["shared_expert_gate"], ["shared_gate."])
 _BY_EXPERT = _dense([f"experts.{{expert}}.{name}" for name in _PROJECTIONS], _OURS)
+_BY_NUMBER = _dense([f"experts.{{expert}}.w{number}" for number in (1, 3, 2)], _OURS)
 _STACKED = (
     Rule("experts.gate_up_proj", ("experts.gate_kernel", "experts.up_kernel"), transposed=True),
     Rule("experts.down_proj", ("experts.down_kernel",), transposed=True),
@@ -59,9 +62,13 @@ def _shared(name):
     return _dense([f"{name}.{projection}" for projection in _PROJECTIONS], ours)
 
 
-def _layouts(*others, by_expert=_BY_EXPERT, prefix=_MLP):
+def _layouts(*others, by_expert=_BY_EXPERT, prefix=_MLP, in_memory=_MLP):
     """The layout of files, and that of models in memory, whose experts are stacked."""
-    return (prefix, (*others, *by_expert)), (_MLP, (*others, *_STACKED))
+    return (prefix, (*others, *by_expert)), (in_memory, (*others, *_STACKED))
+
+
+def _bias(theirs):
+    return Rule(theirs, ("router.selection_bias",))
 
 
 def _arguments(config, experts, router, **kwargs):
@@ -139,6 +146,25 @@ def _deepseek_v3(config, dtype):
     return _arguments(config, _experts(config, dtype=dtype), router, shared_expert=shared)
 
 
+def _minimax_m2(config, dtype):
+    jitter = config.get("router_jitter_noise", 0.0)
+    router = _top_k(
+        config, score="sigmoid", renormalize=True, balancer="loss_free", input_jitter=jitter
+    )
+    return _arguments(config, _experts(config, "intermediate_size", dtype=dtype), router)
+
+
+def _lfm2_moe(config, dtype):
+    router = _top_k(
+        config,
+        score="sigmoid",
+        renormalize=config["norm_topk_prob"],
+        scaling_factor=config["routed_scaling_factor"],
+        balancer="loss_free",
+    )
+    return _arguments(config, _experts(config, dtype=dtype), router)
+
+
 def _gpt_oss(config, dtype):
     experts = _experts(
         config,
@@ -164,11 +190,7 @@ _GPT_OSS = (
 # By `model_type` of their config.
 FAMILIES = {
     "mixtral": Family(
-        _layouts(
-            *_GATE,
-            by_expert=_dense([f"experts.{{expert}}.w{number}" for number in (1, 3, 2)], _OURS),
-            prefix="model.layers.{layer}.block_sparse_moe.",
-        ),
+        _layouts(*_GATE, by_expert=_BY_NUMBER, prefix=_BLOCK),
         _mixtral,
     ),
     "qwen2_moe": Family(_layouts(*_GATE, *_shared("shared_expert"), *_SHARED_GATE), _qwen2_moe),
@@ -177,14 +199,40 @@ FAMILIES = {
     "deepseek_v3": Family(
         _layouts(
             *_GATE,
-            Rule("gate.e_score_correction_bias", ("router.selection_bias",)),
+            _bias("gate.e_score_correction_bias"),
             *_shared("shared_experts"),
         ),
         _deepseek_v3,
         scales_weights=True,
     ),
     "gpt_oss": Family(((_MLP, _GPT_OSS),), _gpt_oss),
+    "minimax_m2": Family(
+        _layouts(*_GATE, _bias("e_score_correction_bias"), by_expert=_BY_NUMBER, prefix=_BLOCK),
+        _minimax_m2,
+    ),
+    "lfm2_moe": Family(
+        _layouts(
+            *_GATE,
+            _bias("expert_bias"),
+            by_expert=_BY_NUMBER,
+            prefix=_FEED_FORWARD,
+            in_memory=_FEED_FORWARD,
+        ),
+        _lfm2_moe,
+        scales_weights=True,
+    ),
 }
+
+# Families whose block is that of another one.
+_ALIKE = {
+    "mixtral": ("minimax",),
+    "qwen2_moe": ("qwen3_next",),
+    "qwen3_moe": ("mellum",),
+    "olmoe": ("flex_olmo",),
+    "deepseek_v3": ("deepseek_v32", "dots1", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa")
+    + ("solar_open",),
+}
+FAMILIES.update({name: FAMILIES[family] for family in _ALIKE for name in _ALIKE[family]})
 
 
 def mixture_of(config, dtype=None, **kwargs):

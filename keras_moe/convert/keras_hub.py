@@ -92,6 +92,45 @@ def restore(model: keras.Model) -> keras.Model:
     return model
 
 
+# By paths of KerasHub's weights: heads of attention, and experts before `sparsify`.
+_LAYOUTS = {
+    r".*attention/query/kernel": (None, "model", None),
+    r".*attention/query/bias": ("model", None),
+    r".*attention/attention_output/kernel": ("model", None, None),
+    r".*experts/expert_feedforward_\w+_dense": ("expert", None, None),
+}
+
+
+def layout_map(mesh: keras.distribution.DeviceMesh) -> keras.distribution.LayoutMap:
+    """Layouts of KerasHub's MoE models for `distribution.expert_parallel`, on JAX.
+
+    Heads of attention are split over the axis "model" of the mesh, experts over "expert". Heads of
+    keys and values, which are few in these models, and all other weights are whole on every device.
+    Set the distribution before the model is made or loaded, and `sparsify` the model then.
+
+    Args:
+        mesh: `keras.distribution.DeviceMesh` with the axes "data", "expert" and "model". The size
+            of the last one divides the number of query heads.
+
+    Returns:
+        A `keras.distribution.LayoutMap`.
+
+    Example:
+
+    >>> mesh = keras.distribution.DeviceMesh(
+    ...     (2, 2, 2), ("data", "expert", "model")
+    ... )  # doctest: +SKIP
+    >>> layouts = keras_moe.convert.layout_map(mesh)  # doctest: +SKIP
+    >>> keras.distribution.set_distribution(
+    ...     keras_moe.distribution.expert_parallel(layout_map=layouts)
+    ... )  # doctest: +SKIP
+    """
+    layouts = keras.distribution.LayoutMap(mesh)
+    for path, axes in _LAYOUTS.items():
+        layouts[path] = axes
+    return layouts
+
+
 def _sparse_blocks(model):
     return [layer for layer in model._flatten_layers() if isinstance(layer, ConvertedBlock)]
 

@@ -55,13 +55,13 @@ def check_plain(layer, but=None):
             )
 
 
-def read_config(source):
-    """Return the content of the `config.json` of a folder or of a file's folder."""
+def read_config(source, name="config.json"):
+    """Return the content of a JSON file in a folder or a file's folder."""
     if hasattr(source, "keys"):
         raise ValueError("Weights by name must come with a `config`. Received: config=None")
     path = pathlib.Path(source)
     folder = path.parent if path.suffix == ".safetensors" else path
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
 def tensor_reader(source):

@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from keras_moe._internal.keras_internals import open_to_state
+from keras_moe._internal.keras_internals import open_to_state, quantization
 from keras_moe._internal.lora import Adaptable
 from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
@@ -129,7 +129,9 @@ class StackedExperts(Adaptable, ExpertBank):
             projection.add_factors(a_initializer, b_initializer)
         self.lora_enabled = True
 
-    def quantize(self, mode: str, type_check: bool = True, config: Any = None) -> None:
+    def quantize(
+        self, mode: str | None = None, type_check: bool = True, config: Any = None
+    ) -> None:
         """Store the kernels as integers with scales; one expert at a time is cast to floats.
 
         Only the weights are quantized. "int8" has a scale for each output of each expert. "int4"
@@ -137,13 +139,15 @@ class StackedExperts(Adaptable, ExpertBank):
         output, or as in "int8", as the `Dense` layer of Keras does.
 
         Args:
-            mode: String. "int8" or "int4".
+            mode: String. "int8" or "int4". None: that of `config`.
             type_check: Not used; Keras passes it.
-            config: Quantization config of Keras, for its `block_size`.
+            config: Quantization config of Keras, for its `block_size`. None: the default of `mode`.
 
         Raises:
             NotImplementedError: For any other mode, or if processes share the experts.
+            ValueError: If the bank is not built, or quantized already.
         """
+        mode, config = quantization(self, mode, config)
         if mode not in ("int8", "int4"):
             raise NotImplementedError(
                 f'`mode` must be "int8" or "int4". Received: mode={mode!r} for `{self.name}`'

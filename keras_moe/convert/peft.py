@@ -1,0 +1,160 @@
+"""LoRA adapters of PEFT for the experts of a layer.
+
+PEFT adapts a stack of kernels (E, D, H) by two matrices, `lora_A` (E r, D) and `lora_B` (H, r E).
+Hugging Face keeps gate and up kernels in one stack, so there they share a `lora_A`.
+"""
+
+import math
+import os
+
+import numpy as np
+from keras import ops
+
+from keras_moe._internal.checks import check_choice, check_integer
+from keras_moe.convert.hugging_face import check_block
+from keras_moe.convert.hugging_face_families import FAMILIES, config_like
+from keras_moe.convert.weights import check_plain, read_config, tensor_reader
+from keras_moe.layers import MixtureOfExperts
+
+# The first weights in rules for kernels of experts.
+_KERNELS = ("experts.gate_kernel", "experts.down_kernel")
+
+
+def from_peft(
+    source: str | os.PathLike, mixture: MixtureOfExperts, layer: int, family: str
+) -> MixtureOfExperts:
+    """Give the experts of a MoE layer the low-rank factors of a PEFT adapter, by `enable_lora`.
+
+    The outputs are those of the adapted block of Hugging Face. The adapter's weights outside this
+    block, such as those of attention, are not read.
+
+    Args:
+        source: Path. Folder of an adapter, with `adapter_config.json` and `.safetensors` files.
+        mixture: `layers.MixtureOfExperts`. A built layer without LoRA, with the weights that were
+            adapted, such as one of `from_hugging_face`.
+        layer: Integer. Number of the decoder layer, from 0.
+        family: String. The `model_type` of the model, such as `"mixtral"`.
+
+    Returns:
+        The layer.
+
+    Raises:
+        ValueError: If the layer is no block of the family, or the adapter has no factors of its
+            experts, adapts more of the block than the experts, or uses DoRA or ranks by pattern.
+
+    Example:
+
+    >>> keras_moe.convert.from_peft("adapter", mixture, 0, "mixtral")  # doctest: +SKIP
+    """
+    prefix, rules = _experts_of(mixture, layer, family)
+    settings = read_config(source, "adapter_config.json")
+    read, names = tensor_reader(source)
+    own = {name for name in names if name.startswith(prefix.removesuffix("experts."))}
+    starts = {name.removesuffix("lora_A.weight") for name in own if name.endswith("lora_A.weight")}
+    wanted = {start + f"lora_{letter}.weight" for start in starts for letter in "AB"}
+    odd = own ^ wanted | {start for start in starts if start.replace("base_layer.", "") != prefix}
+    changed = [name for name in ("use_dora", "rank_pattern", "alpha_pattern") if settings.get(name)]
+    if odd or changed or not starts:
+        raise ValueError(
+            "An adapter must be of stacked experts and nothing else of their block, without DoRA "
+            f"and patterns. Received: {sorted(own)}, {changed}, layer={layer}"
+        )
+    bank, rank, alpha = mixture.experts, settings["r"], settings["lora_alpha"]
+    bank.enable_lora(rank, alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha)
+    for start in starts:
+        a, b = (read(start + f"lora_{letter}.weight") for letter in "AB")
+        a = a.reshape(bank.num_experts, rank, -1).swapaxes(1, 2)
+        b = b.reshape(len(b), rank, bank.num_experts).transpose(2, 1, 0)
+        # Wrappers in each other do not say which kernel they adapt.
+        (rule,) = (rule for rule in rules if _shape(bank, rule) == (a.shape[1], b.shape[2]))
+        for projection, part in zip(_projections(bank, rule), rule.split(b)):
+            projection.lora_a.assign(a)
+            projection.lora_b.assign(part)
+    return mixture
+
+
+def to_peft(
+    mixture: MixtureOfExperts, layer: int, family: str
+) -> tuple[dict[str, np.ndarray], dict]:
+    """The low-rank factors of the experts of a MoE layer as a PEFT adapter.
+
+    Where the gate and up kernels have different factors `A`, the adapter has twice the rank.
+
+    Args:
+        mixture: `layers.MixtureOfExperts`. A built layer whose experts have LoRA.
+        layer: Integer. Number of the decoder layer, from 0.
+        family: String. The `model_type` of the model, such as `"mixtral"`.
+
+    Returns:
+        Dict of names to arrays, for a file `adapter_model.safetensors`; and a dict for
+        `adapter_config.json`, which is the same for layers of one rank.
+
+    Raises:
+        ValueError: If the layer is no block of the family, or its experts have no LoRA.
+
+    Example:
+
+    >>> arrays, config = keras_moe.convert.to_peft(mixture, 0, "mixtral")  # doctest: +SKIP
+    """
+    prefix, rules = _experts_of(mixture, layer, family)
+    bank = mixture.experts
+    if not bank.lora_enabled:
+        raise ValueError(f"The experts must have LoRA. Received: `{bank.name}` without")
+    factors = [_joined(_projections(bank, rule)) for rule in rules]
+    rank = max(a.shape[2] for a, _ in factors)
+    arrays, start = {}, prefix + "base_layer." * (len(rules) - 1)
+    for rule, (a, b) in zip(rules, factors):
+        more = rank - a.shape[2]
+        a = np.pad(a, [(0, 0), (0, 0), (0, more)])
+        b = rule.join([np.pad(each, [(0, 0), (0, more), (0, 0)]) for each in b])
+        arrays[f"{start}lora_A.weight"] = np.reshape(a.swapaxes(1, 2), (-1, a.shape[1]))
+        arrays[f"{start}lora_B.weight"] = np.reshape(b.transpose(2, 1, 0), (b.shape[2], -1))
+        start = start.removesuffix("base_layer.")
+    block = FAMILIES[family].layouts[-1][0].split(".")[-2]
+    return arrays, {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": bank.lora_scale() * rank,
+        "target_parameters": [f"{block}.{rule.theirs}" for rule in rules],
+    }
+
+
+def _experts_of(mixture, layer, family):
+    """The beginning of PEFT's names for the experts of a model in memory, and rules for (D, H)."""
+    layer = check_integer("layer", layer, minimum=0)
+    check_choice("family", family, FAMILIES)
+    check_plain(mixture, but=mixture.experts)
+    prefix, rules = FAMILIES[family].layouts[-1]
+    check_block(mixture, rules, config_like(mixture, family))
+    scale = getattr(mixture.router, "scaling_factor", 1.0)
+    if scale != 1 and not FAMILIES[family].scales_weights:
+        raise ValueError(
+            f"Adapters of {family!r} need a router that does not scale its weights. "
+            f"Received: scaling_factor={scale}"
+        )
+    kernels = [rule for rule in rules if rule.ours[0] in _KERNELS]
+    prefix = "base_model.model." + prefix.format(layer=layer) + "experts."
+    return prefix, [rule._replace(transposed=False) for rule in kernels]
+
+
+def _projections(bank, rule):
+    names = (name.removeprefix("experts.").removesuffix("_kernel") for name in rule.ours)
+    return [bank.projection(name) for name in names]
+
+
+def _shape(bank, rule):
+    _, fan_in, fan_out = _projections(bank, rule)[0].shape
+    return fan_in, fan_out * len(rule.ours)
+
+
+def _joined(projections):
+    """One A (E, D, r') for all projections, and a B (E, r', H) for each."""
+    a, b = (
+        [ops.convert_to_numpy(getattr(each, part)) for each in projections]
+        for part in ("lora_a", "lora_b")
+    )
+    if all(np.array_equal(each, a[0]) for each in a):
+        return a[0], b
+    empty = np.zeros_like(b[0])
+    blocks = [[each if i == j else empty for j in range(len(b))] for i, each in enumerate(b)]
+    return np.concatenate(a, axis=2), [np.concatenate(block, axis=1) for block in blocks]
