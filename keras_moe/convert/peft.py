@@ -52,8 +52,8 @@ def from_peft(source, mixture, layer, family):
     changed = [name for name in ("use_dora", "rank_pattern", "alpha_pattern") if settings.get(name)]
     if odd or changed or not starts:
         raise ValueError(
-            "An adapter must be of stacked experts and nothing else of their block, without DoRA and "
-            f"patterns. Received: {sorted(own)}, {changed}, layer={layer}"
+            "An adapter must be of stacked experts and nothing else of their block, without DoRA "
+            f"and patterns. Received: {sorted(own)}, {changed}, layer={layer}"
         )
     bank, rank, alpha = mixture.experts, settings["r"], settings["lora_alpha"]
     bank.enable_lora(rank, alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha)
