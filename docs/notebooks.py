@@ -1,7 +1,7 @@
 """Converts the examples to notebooks: `python docs/notebooks.py` writes docs/notebooks/.
 
 A string on its own in an example is a cell of prose, what is between two of them a cell of code.
-The site has a page of the same cells for each example, see `example_pages.py`.
+The site has a page of the same cells for each example, see `site_hooks.py`.
 """
 
 import ast
