@@ -9,6 +9,7 @@ deviation. Two of "4 halves" are as wide as the dense layer, two of "4 copies" t
 
 import functools
 import itertools
+import re
 import time
 
 import keras
@@ -47,7 +48,7 @@ def main(arguments=None):
             about[name] = {
                 "prompts": number,
                 "mode": mode,
-                "MB": round(sum(map(size, model.weights)) / 1e6, 1),
+                "MB": float(sum(map(size, model.weights))) / 1e6,
                 "difference": float(np.abs(logits - expected).max() / expected.std()),
             }
             runs[name] = functools.partial(model.generate, inputs, stop_token_ids=None)
@@ -87,7 +88,8 @@ def prompts(number, vocabulary):
 
 def size(weight):
     """Bytes of a weight."""
-    return np.prod(weight.shape) * (4 if "32" in weight.dtype else 1)
+    bits = int(re.search(r"\d+", weight.dtype)[0]) if weight.dtype != "bool" else 8
+    return np.prod(weight.shape) * bits / 8
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ def identifiers():
     found = {}
     for page in REFERENCE.glob("*.md"):
         for identifier in IDENTIFIER.findall(page.read_text(encoding="utf-8")):
+            # A function that is called as the module it is in.
             name = identifier.replace("grouped_matmul.grouped_matmul", "grouped_matmul")
             _, *parts = name.split(".")
             found[name] = identifier

@@ -5,9 +5,9 @@
     KERAS_BACKEND=jax python studies/pretrained.py --models dense "8 halves" --seeds 3 4
 
 Low-rank corrections (LoRA) of the feed-forward layers in the second half of SmolLM2, 135 million
-parameters, learn manual pages in seven languages that it hardly knows. All models have the same
-number of trained weights, but for routers. The learning rate of each is the better of two in short
-runs with a seed of their own. The losses that are reported are those of other pages.
+parameters, learn manual pages in seven languages that it hardly knows. All models have as many
+trained weights, within 2% and but for routers. The learning rate of each is the better of two in
+short runs with a seed of their own. The losses that are reported are those of other pages.
 
 Times are steps times the processor time of a step, which is measured before training, in turns
 with the other models. Finished runs stay in --output and are not trained again. Table and

@@ -20,6 +20,7 @@ from benchmarks import (  # noqa: E402
     endurance,
     exported,
     first_step,
+    generation,
     layer,
     measure,
     memory,
@@ -80,6 +81,24 @@ def test_first_calls_are_timed():
     assert [twin["name"], mixture["name"]] == ["dense twin, 1 blocks", "E=4, 1 blocks"]
     assert twin["first_step_ratio"] == twin["first_predict_ratio"] == 1
     assert mixture["first_step_ratio"] == mixture["first_step_s"] / twin["first_step_s"] > 0
+
+
+@pytest.mark.backends("jax")
+def test_lines_of_a_compiled_layer_are_counted():
+    small = first_step.parse(first_step.parser(""), ["--smoke"])
+    lines = [
+        in_observed_process(first_step.hlo_lines, small, name) for name in ("dense twin", "E=4")
+    ]
+    assert 50 < lines[0] < lines[1] < 5000
+
+
+@where_nothing_is_compiled
+@pytest.mark.filterwarnings("ignore")  # of Keras, about layers without kernels and `x.T`
+def test_generation_is_timed_and_starts_as_the_dense_model():
+    rows = run(generation, "--models", "4 halves", "--modes", "float32", "int8")
+    assert_timed(rows)
+    assert [row["mode"] for row in rows] == ["float32", "float32", "int8", "int8"]
+    assert rows[1]["difference"] < 1e-5 and rows[3]["MB"] < 0.5 * rows[1]["MB"]
 
 
 def test_layers_are_compared(capsys):

@@ -63,6 +63,17 @@ def test_experts_in_int8_are_exported(name, tmp_path):
     assert_serves(model, PROGRAMS[name], tmp_path, more=[equal])
 
 
+@pytest.mark.backends("tensorflow")
+def test_a_capacity_computed_at_inference_is_exported_to_onnx(tmp_path):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((S, D))
+    choosing = routers.ExpertChoiceRouter(capacity_factor=0.7)
+    x = layers.MixtureOfExperts(layers.FeedForwardExperts(E, 16), choosing)(inputs)
+    capacity = layers.Capacity(1.0, evaluation_factor=0.7, multiple_of=2)
+    x = layers.MixtureOfExperts(layers.FeedForwardExperts(E, 16), capacity_factor=capacity)(x)
+    assert_serves(keras.Model(inputs, x), PROGRAMS["onnx"], tmp_path, more=[batch(7)])
+
+
 def assert_serves(model, program, tmp_path, more=()):
     inputs = {str(len(each)): each for each in (*map(batch, BATCHES), *more)}
     expected = {size: to_numpy(model(value)) for size, value in inputs.items()}

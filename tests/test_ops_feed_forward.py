@@ -3,6 +3,7 @@
 import functools
 import re
 
+import keras
 import numpy as np
 import pytest
 from backends import BACKEND, KERNEL_MODES, assert_close, forget, gradients
@@ -64,7 +65,11 @@ def test_a_slope_that_is_infinite_at_zero_spoils_no_gradient(mode, small_tiles):
 
 @pytest.mark.parametrize(
     ("activation", "dtype", "stored_dtype"),
-    [(in_float32, "bfloat16", None), (ops.gelu, "float16", "float32")],
+    [
+        (in_float32, "bfloat16", None),
+        (ops.gelu, "float16", "float32"),
+        (keras.activations.gelu, "bfloat16", None),
+    ],
 )
 def test_gradients_in_half_precision_are_those_of_float32(activation, dtype, stored_dtype, mode):
     low = gradients(*network(activation, dtype, stored_dtype), mode)

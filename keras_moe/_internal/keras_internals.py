@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import gc
 
 import keras
 from keras.src.backend.common.global_state import get_global_attribute, set_global_attribute
@@ -173,13 +172,6 @@ def test_function_of_its_own(model):
         del model.test_step
         if own_step is not None:  # which the user has given this model
             model.test_step = own_step
-
-
-def compiled_models_of(layer):
-    """The compiled models that contain a layer. A layer does not know them."""
-    # Not `isinstance`, which imports lazy modules.
-    models = [each for each in gc.get_objects() if issubclass(type(each), keras.Model)]
-    return [model for model in models if model.compiled and layer in model._flatten_layers()]
 
 
 def forget_old_weights(model):

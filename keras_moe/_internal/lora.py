@@ -7,11 +7,7 @@ import keras
 
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.initializers import EachExpert
-from keras_moe._internal.keras_internals import (
-    compiled_models_of,
-    forget_old_weights,
-    open_to_state,
-)
+from keras_moe._internal.keras_internals import open_to_state
 
 
 class Adaptable:
@@ -49,7 +45,8 @@ class Adaptable:
         `x W` becomes `x W + (lora_alpha / rank) (x A) B` with factors `A` (..., D, rank) and `B`
         (..., rank, H); no corrected kernel is made. Those of a bank are stacked by expert like its
         kernels, and only those of the chosen experts compute. Saving adds the corrections to the
-        kernels, as Keras does. The optimizer of a compiled model starts again.
+        kernels, as Keras does. Compile the model afterwards, as
+        for Keras's layers: a step that was compiled before does not train the factors.
 
         Of a frozen layer, the factors alone train. In a frozen model nothing does: freeze its
         layers instead, `for layer in model.layers: layer.trainable = False`.
@@ -83,8 +80,6 @@ class Adaptable:
         self.lora_rank, self.lora_alpha = rank, alpha
         with open_to_state(layer):
             self.add_factors(*initializers)
-        for model in compiled_models_of(layer):  # Else `fit` fails, or trains what it did before.
-            forget_old_weights(model)
 
     def check_takes_lora(self) -> None:
         """Raise where corrections would have no effect."""

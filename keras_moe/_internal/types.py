@@ -2,5 +2,5 @@
 
 from typing import Any
 
-# A tensor of Keras's backend, or what `keras.ops.convert_to_tensor` makes one of.
+# A tensor of Keras's backend, or anything that `keras.ops.convert_to_tensor` accepts.
 Tensor = Any

@@ -102,10 +102,14 @@ def to_hugging_face(mixture: MixtureOfExperts, layer: int, family: str) -> dict:
     check_plain(mixture, but=mixture.experts)
     prefix, rules = FAMILIES[family].layouts[0]
     prefix = prefix.format(layer=layer)
-    variables = check_block(mixture, rules, config_like(mixture, family))
+    # Without a place in the config, the factor of the router goes into the kernels.
+    scales_kernels = not FAMILIES[family].scales_weights
+    but = ("scaling_factor",) if scales_kernels else ()
+    variables = check_block(mixture, rules, config_like(mixture, family), but)
+    scale = getattr(mixture.router, "scaling_factor", 1.0) if scales_kernels else 1.0
     arrays = {}
     for rule in rules:
-        ours = [_value(mixture, family, name, variables[name]) for name in rule.ours]
+        ours = [_value(mixture, name, variables[name], scale) for name in rule.ours]
         if "{expert}" not in rule.theirs:
             arrays[prefix + rule.theirs] = rule.join(ours)
             continue
@@ -115,9 +119,9 @@ def to_hugging_face(mixture: MixtureOfExperts, layer: int, family: str) -> dict:
     return arrays
 
 
-def check_block(mixture, rules, config):
+def check_block(mixture, rules, config, but=()):
     """The variables in rules, by name, of a layer that is the block of a config and no more."""
-    wrong, placed = differences(mixture, config), {}
+    wrong, placed = differences(mixture, config, but), {}
     if not wrong:
         names = [name for rule in rules for name in rule.ours]
         placed = {name: functools.reduce(getattr, name.split("."), mixture) for name in names}
@@ -166,13 +170,11 @@ def _read(rule, prefix, num_experts, read):
     return values
 
 
-def _value(mixture, family, name, variable):
+def _value(mixture, name, variable, scale):
     """An array; a kernel of the bank as floats, with its LoRA."""
     if name.endswith("_kernel"):
         projection = name.removeprefix("experts.").removesuffix("_kernel")
         value = mixture.experts.projection(projection).merged_kernel()
     else:
         value = keras.ops.convert_to_numpy(variable)
-    if name.startswith("experts.down_") and not FAMILIES[family].scales_weights:
-        value = value * getattr(mixture.router, "scaling_factor", 1.0)
-    return value
+    return value * scale if scale != 1 and name.startswith("experts.down_") else value

@@ -98,8 +98,6 @@ def _experts(config, width="moe_intermediate_size", **kwargs):
 
 
 def _top_k(config, **kwargs):
-    scale = config.get("routed_scaling_factor", 1.0)
-    kwargs = {"scaling_factor": scale, **kwargs}
     return routers.TopKRouter(_num_experts(config), config["num_experts_per_tok"], **kwargs)
 
 
@@ -229,8 +227,9 @@ _ALIKE = {
     "qwen2_moe": ("qwen3_next",),
     "qwen3_moe": ("mellum",),
     "olmoe": ("flex_olmo",),
-    "deepseek_v3": ("deepseek_v32", "dots1", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa")
-    + ("solar_open",),
+    "deepseek_v3": (
+        *("deepseek_v32", "dots1", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "solar_open"),
+    ),
 }
 FAMILIES.update({name: FAMILIES[family] for family in _ALIKE for name in _ALIKE[family]})
 
@@ -269,8 +268,11 @@ _TRAINING = ("name", "trainable", "dtype", "seed", "balancer", "input_jitter", "
 _SUFFIXES = ("_initializer", "_regularizer", "lora_rank", "lora_alpha")
 
 
-def differences(mixture, config):
-    """The reasons why the outputs of a layer are not those of the block of a config."""
+def differences(mixture, config, but=()):
+    """The reasons why the outputs of a layer are not those of the block of a config.
+
+    `but` holds names of arguments that may differ.
+    """
     found = []
     parts = FAMILIES[config["model_type"]].make(config, None)
     for name in ("router", "experts", "shared_expert"):
@@ -282,7 +284,7 @@ def differences(mixture, config):
             found += [
                 f"{key}={shortened(given.get(key))}, not {shortened(value)}"
                 for key, value in _arguments_of(wanted).items()
-                if given.get(key) != value
+                if given.get(key) != value and key not in but
             ]
     if mixture.gated_shared_expert != parts.get("gated_shared_expert", False):
         found.append(f"gated_shared_expert={mixture.gated_shared_expert}")

@@ -60,13 +60,19 @@ def from_peft(
             f"and patterns. Received: {sorted(own)}, {changed}, layer={layer}"
         )
     bank, rank, alpha = mixture.experts, settings["r"], settings["lora_alpha"]
+    factors = [[read(start + f"lora_{letter}.weight") for letter in "AB"] for start in starts]
+    # Wrappers in each other do not say which kernel they adapt.
+    by_shape = {_shapes(bank, rule, rank): rule for rule in rules}
+    wrong = [(a.shape, b.shape) for a, b in factors if (a.shape, b.shape) not in by_shape]
+    if wrong:
+        raise ValueError(
+            f"The factors of an adapter must have the shapes {[*by_shape]}. Received: {wrong}"
+        )
     bank.enable_lora(rank, alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha)
-    for start in starts:
-        a, b = (read(start + f"lora_{letter}.weight") for letter in "AB")
+    for a, b in factors:
+        rule = by_shape[a.shape, b.shape]
         a = a.reshape(bank.num_experts, rank, -1).swapaxes(1, 2)
         b = b.reshape(len(b), rank, bank.num_experts).transpose(2, 1, 0)
-        # Wrappers in each other do not say which kernel they adapt.
-        (rule,) = (rule for rule in rules if _shape(bank, rule) == (a.shape[1], b.shape[2]))
         for projection, part in zip(_projections(bank, rule), rule.split(b)):
             projection.lora_a.assign(a)
             projection.lora_b.assign(part)
@@ -126,12 +132,6 @@ def _experts_of(mixture, layer, family):
     check_plain(mixture, but=mixture.experts)
     prefix, rules = FAMILIES[family].layouts[-1]
     check_block(mixture, rules, config_like(mixture, family))
-    scale = getattr(mixture.router, "scaling_factor", 1.0)
-    if scale != 1 and not FAMILIES[family].scales_weights:
-        raise ValueError(
-            f"Adapters of {family!r} need a router that does not scale its weights. "
-            f"Received: scaling_factor={scale}"
-        )
     kernels = [rule for rule in rules if rule.ours[0] in _KERNELS]
     prefix = "base_model.model." + prefix.format(layer=layer) + "experts."
     return prefix, [rule._replace(transposed=False) for rule in kernels]
@@ -142,9 +142,11 @@ def _projections(bank, rule):
     return [bank.projection(name) for name in names]
 
 
-def _shape(bank, rule):
+def _shapes(bank, rule, rank):
+    """Those of `lora_A` and `lora_B`."""
     _, fan_in, fan_out = _projections(bank, rule)[0].shape
-    return fan_in, fan_out * len(rule.ours)
+    stacked = rank * bank.num_experts
+    return (stacked, fan_in), (fan_out * len(rule.ours), stacked)
 
 
 def _joined(projections):

@@ -84,6 +84,7 @@ def _config(backbone):
     quantized = [layer.path for layer in backbone._flatten_layers() if layer.quantization_mode]
     if quantized:
         raise ValueError(f"`model` must not be quantized. Received: int8 or int4 in {quantized}")
+    rope = None
     if getattr(backbone, "rope_frequency_adjustment_factor", None) is not None:
         rope = {
             "rope_type": "llama3",
@@ -92,8 +93,6 @@ def _config(backbone):
             "high_freq_factor": backbone.rope_high_freq_factor,
             "original_max_position_embeddings": backbone.rope_pretraining_sequence_length,
         }
-    else:
-        rope = {"rope_type": "linear", "factor": backbone.rope_position_scaling_factor}
     num_experts, top_k, width = sizes.pop()
     return {
         "architectures": ["MixtralForCausalLM"],
@@ -107,8 +106,12 @@ def _config(backbone):
         "num_local_experts": num_experts,
         "num_experts_per_tok": top_k,
         "rms_norm_eps": backbone.layer_norm_epsilon,
-        "rope_parameters": {**rope, "rope_theta": backbone.rope_max_wavelength},
+        "rope_theta": backbone.rope_max_wavelength,
+        # KerasHub computes nothing with its `rope_position_scaling_factor`.
+        "rope_scaling": rope,
         "sliding_window": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
         "tie_word_embeddings": backbone.token_embedding.tie_weights,
     }
 

@@ -8,7 +8,7 @@ from keras import ops
 from keras_moe._internal.checks import check_choice, check_integer, check_number
 from keras_moe._internal.serialization import Configured, register
 from keras_moe.backend import backend
-from keras_moe.ops.assignments import at_least
+from keras_moe.ops.assignments import at_least, ceil_divide
 from keras_moe.ops.plans import MOST_ROWS, _expert_capacity
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import _take_scores, _top_k_indices
@@ -113,14 +113,14 @@ class Capacity(Configured):
         num_tokens, top_k = ops.shape(routing.indices)
         shards = backend.token_shards()
         if shards is not None:
-            num_tokens = -(-num_tokens // shards.number)
+            num_tokens = ceil_divide(num_tokens, shards.number)
         sequence_length = sequence_length if self.per_sequence else None
         length = num_tokens if sequence_length is None else sequence_length
         rows = _expert_capacity(length, routing.counts.shape[0], top_k, factor)
         rows = at_least(min(self.minimum, MOST_ROWS), rows)
         multiple_of = min(self.multiple_of, MOST_ROWS)
         return {
-            "capacity": -(-rows // multiple_of) * multiple_of,
+            "capacity": ceil_divide(rows, multiple_of) * multiple_of,
             "first": self._urgency(routing, seed),
             "sequence_length": sequence_length,
         }

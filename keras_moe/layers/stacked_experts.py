@@ -65,7 +65,8 @@ class StackedExperts(Adaptable, ExpertBank):
         if len(tokens_shape) > 2:
             raise ValueError(
                 "Experts with stacked kernels take tokens (T, D). Received: tokens of shape "
-                f"{tuple(tokens_shape[1:])}. Use `LayerExperts` for whole samples"
+                f"{tuple(tokens_shape[1:])}. Use `LayerExperts` for whole samples, and "
+                "call a bank through a `MixtureOfExperts`"
             )
         self._fix_shape(tokens_shape)
         self._check_activation()

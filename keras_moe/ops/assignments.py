@@ -172,6 +172,11 @@ def at_least(least, size):
     return max(least, size) if isinstance(size, int) else backend.larger_size(least, size)
 
 
+def ceil_divide(size, divisor):
+    """The quotient of two sizes, rounded up. Not `-(-size // divisor)`: ONNX rounds it to zero."""
+    return (size + divisor - 1) // divisor
+
+
 def check_size(name, size, minimum=1):
     """Return a size as a Python integer; a tensor or a symbol as it is."""
     is_known = backend.knows_shapes() and not ops.is_tensor(size)

@@ -14,6 +14,7 @@ import keras
 from keras import ops
 
 from keras_moe.backend import backend
+from keras_moe.ops.assignments import ceil_divide
 from keras_moe.ops.grouped import run_grouped
 from keras_moe.ops.grouped.records import Parameters
 from keras_moe.ops.groups import Groups
@@ -29,11 +30,11 @@ class Lengths(NamedTuple):
     @classmethod
     def of_mean_share(cls, num_rows):
         """A thirty-second more than the mean share of the rows, then a quarter at a time."""
-        return cls(-(-33 * num_rows // 32), -(-num_rows // 4))
+        return cls(ceil_divide(33 * num_rows, 32), ceil_divide(num_rows, 4))
 
     def split(self, number):
         """As many passes for rows in so many buckets, each of which takes its part."""
-        return Lengths(-(-self.first // number), -(-self.further // number))
+        return Lengths(ceil_divide(self.first, number), ceil_divide(self.further, number))
 
     def span(self, number):
         """The first row of a pass, and its length; only the integer 0 is the first pass."""

@@ -15,6 +15,7 @@ from keras_moe.ops.assignments import (
     Assignments,
     Choices,
     at_least,
+    ceil_divide,
     check_sequence_length,
     check_size,
     place_in_queue,
@@ -174,7 +175,7 @@ def _admit(assignments, capacity, first, sequence_length, num_limited):
     if sequence_length is not None:
         sequence = ops.tile(token // sequence_length, (top_k,))
         queue = queue + num_queues * sequence
-        num_queues = num_queues * at_least(1, -(-num_tokens // sequence_length))
+        num_queues = num_queues * at_least(1, ceil_divide(num_tokens, sequence_length))
     place = place_in_queue(queue, num_queues, _turns(first, num_tokens, top_k))
     has_slot = place < capacity
     if num_limited is not None:
@@ -227,5 +228,5 @@ def _expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
     share = Fraction(factor) * top_k / num_experts
     # The whole parts separately: the product of all tokens with the numerator may exceed 32 bits.
     whole, rest = num_tokens // share.denominator, num_tokens % share.denominator
-    rows = whole * share.numerator - (-rest * share.numerator // share.denominator)
+    rows = whole * share.numerator + ceil_divide(rest * share.numerator, share.denominator)
     return at_least(1, rows)

@@ -51,7 +51,7 @@ def forward(setting, step, tokens, parameters, groups, keep):
 
 def backward(setting, step, tokens, row_weights, parameters, groups, outputs, saved, gradient):
     layout = _Layout(groups, tile_dtype(setting))
-    padded_weights = ops.expand_dims(ops.pad(row_weights, (0, layout.padding)), 1)
+    padded_weights = ops.expand_dims(ops.pad(row_weights, (0, layout.length)), 1)
 
     def compute(tile, products, carry):
         of_rows, of_weights, of_trained = carry
@@ -95,10 +95,10 @@ class _Layout:
         self.dtype = dtype
         self.sizes = groups.sizes
         num_rows = groups.num_rows()
-        self.length = self.padding = tile_length(num_rows, groups.sizes.shape[0])
+        self.length = tile_length(num_rows, groups.sizes.shape[0])
         self.in_blocks = isinstance(num_rows, int) and num_rows <= MOST_BLOCK_ROWS
-        self.num_rows = num_rows + self.padding
-        self._token_of_row = ops.pad(groups.token_of_row(), (0, self.padding))
+        self.num_rows = num_rows + self.length
+        self._token_of_row = ops.pad(groups.token_of_row(), (0, self.length))
 
     def buffer(self, width):
         """Zeros for all rows."""
@@ -244,16 +244,17 @@ def tile_length(num_rows, num_experts):
     """Rows of a tile, a power of two from 4 to 256.
 
     Besides its rows a tile costs about as much as 24 more: its kernels are read, and the sums of
-    their gradients read and written. The last one of a group is half padding. Of L rows, all tiles
-    of a mean group cost `(mean / L + 1 / 2) * (L + 24)`, the least at `sqrt(48 * mean)`. Tiles of
-    one length only: each is compiled, forward and backward, and three were no faster.
+    their gradients read and written (measured as 25 on a CPU, for kernels of 256 x 1024, and more
+    for larger ones). The last one of a group is half padding. Of L rows, all tiles of a mean group
+    cost `(mean / L + 1 / 2) * (L + 24)`, the least at `sqrt(48 * mean)`. Tiles have one length
+    only, because each length is compiled, forward and backward.
 
-    No tile has more than an eighth of many rows: in the backward pass some seven intermediate
-    values of a tile exist at once, which would be most of the memory where experts are few. The
-    number of rows is a tensor where it is not known at compile time.
+    From about 400 rows on no tile holds more than an eighth of them: in the backward pass some
+    seven intermediate values of a tile exist at once, which would be most of the memory where
+    experts are few. The number of rows is a tensor where it is not known at compile time.
     """
     mean = num_rows // max(num_experts, 8) if isinstance(num_rows, int) else 256
-    # The power of two that is nearest by its factor.
+    # The power of two that is nearest in ratio.
     return 2 ** min(max(round((2 * 48 * mean) ** 0.5).bit_length() - 1, 2), 8)
 
 
