@@ -11,6 +11,13 @@ import re
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "notebooks"
+# Colab opens a notebook without the repository that it is part of.
+SET_UP = """import pathlib
+
+if not pathlib.Path("../../setup.cfg").exists():
+    !git clone -q {url} keras_moe
+    %cd keras_moe/docs/notebooks
+!{install}"""
 
 
 def main():
@@ -24,7 +31,7 @@ def notebook_of(source):
     """The text of the notebook (nbformat 4) of an example."""
     notebook = {
         "cells": [
-            _code_cell(_install_line(source)),
+            _code_cell(SET_UP.format(url=repository_url(), install=_install_line(source))),
             *(_prose_cell(text) if prose else _code_cell(text) for prose, text in _cells(source)),
         ],
         "metadata": {
@@ -52,10 +59,17 @@ def is_prose(node):
     )
 
 
+def repository_url():
+    """The `repo_url` of the site, or a placeholder until a maintainer has set it."""
+    settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    found = re.search(r"^repo_url: (\S+)$", settings, flags=re.MULTILINE)
+    return found[1] if found else "REPOSITORY_URL"
+
+
 def _install_line(source):
-    """That of the docstring, as a shell command in the folder of the notebooks."""
+    """That of the docstring, in the folder of the notebooks."""
     (line,) = re.findall(r"^    (pip install .*)$", source, flags=re.MULTILINE)
-    return "!" + line.replace('".[', '"../..[')
+    return line.replace('".[', '"../..[')
 
 
 def _cells(source):

@@ -31,9 +31,18 @@ def on_files(files, config):
             check=True,
             text=True,
         ).stdout
-        page = File.generated(config, f"examples/{example.stem}.md", content=page_of(source))
-        files.append(page)
+        content = page_of(source) + _colab_link(example.stem, config.repo_url or "")
+        files.append(File.generated(config, f"examples/{example.stem}.md", content=content))
     return files
+
+
+def _colab_link(name, repository):
+    """The end of the page of an example, where the repository is on GitHub."""
+    _, on_github, owner_and_name = repository.partition("https://github.com/")
+    if not on_github:
+        return ""
+    address = f"https://colab.research.google.com/github/{owner_and_name.strip('/')}"
+    return f"\n\n[Run it in Colab]({address}/blob/main/docs/notebooks/{name}.ipynb)\n"
 
 
 def on_page_markdown(markdown, config, **_):
