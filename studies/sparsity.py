@@ -29,8 +29,15 @@ import numpy as np
 import plots
 import resuming
 from command_line import parse_with_models, parser_of
-from comparisons import count_parameters, course, dense_feedforward, print_comparison, step_times
-from files import claim, write_json
+from comparisons import (
+    count_parameters,
+    course,
+    dense_feedforward,
+    each_run,
+    print_comparison,
+    step_times,
+)
+from files import claim
 from id_batches import rows
 from subwords import Subwords
 
@@ -102,16 +109,11 @@ def main(arguments=None):
     name = resuming.digest(size, options.dataset, BATCH_SIZE, BALANCE_WEIGHT, policy)
     study = Study(size, num_tokens, *parts, options.output / "runs" / name)
     ms_per_step = step_times(study.make, options.models, study.train[:BATCH_SIZE], study.folder)
-    results: dict = {}
-    for seed in options.seeds:
-        for name in options.models:
-            run = study.run(name, seed, ms_per_step[name])
-            results.setdefault(name, {})[seed] = run
-            write_json(options.output / "results.json", results)
-            drawn = {each: [*runs.values()] for each, runs in results.items()}
-            costs = ("steps", "FLOPs", "seconds")
-            plots.courses({options.dataset: drawn}, options.output / "sparsity.png", costs)
-            print_comparison(results, rate=("{:g}", "learning_rate"))
+    for results in each_run(options, lambda name, seed: study.run(name, seed, ms_per_step[name])):
+        drawn = {name: [*runs.values()] for name, runs in results.items()}
+        costs = ("steps", "FLOPs", "seconds")
+        plots.courses({options.dataset: drawn}, options.output / "sparsity.png", costs)
+        print_comparison(results, rate=("{:g}", "learning_rate"))
     print(f"\nPicture and results are in {options.output}.")
     return results
 

@@ -25,8 +25,15 @@ import numpy as np
 import resuming
 import sparsity
 from command_line import parse_with_models, parser_of
-from comparisons import count_parameters, course, dense_feedforward, print_comparison, step_times
-from files import claim, whole, write_json
+from comparisons import (
+    count_parameters,
+    course,
+    dense_feedforward,
+    each_run,
+    print_comparison,
+    step_times,
+)
+from files import claim, whole
 
 import keras_moe
 from keras_moe import losses
@@ -60,12 +67,7 @@ def main(arguments=None):
     ms_per_step = step_times(
         study.compiled, options.models, study.first[:BATCH_SIZE], study.folder, time.process_time
     )
-    results: dict = {}
-    for seed in options.seeds:
-        for name in options.models:
-            run = study.run(name, seed, ms_per_step[name])
-            results.setdefault(name, {})[seed] = run
-        write_json(options.output / "results.json", results)
+    for results in each_run(options, lambda name, seed: study.run(name, seed, ms_per_step[name])):
         before = np.mean([run["before"] for run in results["dense"].values()])
         print(f"\nloss of the dense model after the first half: {before:.4f}")
         print_comparison(results)

@@ -45,8 +45,8 @@ class Adaptable:
         `x W` becomes `x W + (lora_alpha / rank) (x A) B` with factors `A` (..., D, rank) and `B`
         (..., rank, H); no corrected kernel is made. Those of a bank are stacked by expert like its
         kernels, and only those of the chosen experts compute. Saving adds the corrections to the
-        kernels, as Keras does. Compile the model afterwards, as
-        for Keras's layers: a step that was compiled before does not train the factors.
+        kernels, as Keras does. Compile the model afterwards, as for Keras's layers: a step that was
+        compiled before does not train the factors.
 
         Of a frozen layer, the factors alone train. In a frozen model nothing does: freeze its
         layers instead, `for layer in model.layers: layer.trainable = False`.

@@ -102,11 +102,10 @@ def to_hugging_face(mixture: MixtureOfExperts, layer: int, family: str) -> dict:
     check_plain(mixture, but=mixture.experts)
     prefix, rules = FAMILIES[family].layouts[0]
     prefix = prefix.format(layer=layer)
-    # Without a place in the config, the factor of the router goes into the kernels.
-    scales_kernels = not FAMILIES[family].scales_weights
-    but = ("scaling_factor",) if scales_kernels else ()
-    variables = check_block(mixture, rules, config_like(mixture, family), but)
-    scale = getattr(mixture.router, "scaling_factor", 1.0) if scales_kernels else 1.0
+    config = config_like(mixture, family)
+    variables = check_block(mixture, rules, config, but=("scaling_factor",))
+    # Without a place in the family's config, the factor of the router goes into the kernels.
+    scale = 1.0 if FAMILIES[family].scales_weights else config["routed_scaling_factor"]
     arrays = {}
     for rule in rules:
         ours = [_value(mixture, name, variables[name], scale) for name in rule.ours]

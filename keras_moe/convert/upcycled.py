@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe.convert.hugging_face import to_hugging_face
-from keras_moe.layers import MixtureOfExperts
+from keras_moe.inspection.finding import _layers
 
 
 def save_as_mixtral(model: keras.Model, path: str | os.PathLike) -> None:
@@ -40,24 +40,26 @@ def save_as_mixtral(model: keras.Model, path: str | os.PathLike) -> None:
     config = _config(backbone)
     embedding = backbone.token_embedding
     arrays = {
-        "model.embed_tokens.weight": _array(embedding.embeddings),
-        "model.norm.weight": _array(backbone.layer_norm.scale),
+        "model.embed_tokens.weight": ops.convert_to_numpy(embedding.embeddings),
+        "model.norm.weight": ops.convert_to_numpy(backbone.layer_norm.scale),
     }
     if not embedding.tie_weights:
-        arrays["lm_head.weight"] = _array(embedding.reverse_embeddings).T
+        arrays["lm_head.weight"] = ops.convert_to_numpy(embedding.reverse_embeddings).T
     for number, block in enumerate(backbone.transformer_layers):
         attention, prefix = block._self_attention_layer, f"model.layers.{number}."
         for name in ("query", "key", "value"):
-            kernel = _array(getattr(attention, f"_{name}_dense").kernel)
+            kernel = ops.convert_to_numpy(getattr(attention, f"_{name}_dense").kernel)
             theirs = f"{prefix}self_attn.{name[0]}_proj.weight"
             arrays[theirs] = kernel.reshape(kernel.shape[0], -1).T
-        kernel = _array(attention._output_dense.kernel)
+        kernel = ops.convert_to_numpy(attention._output_dense.kernel)
         arrays[f"{prefix}self_attn.o_proj.weight"] = kernel.reshape(-1, kernel.shape[-1]).T
-        arrays[f"{prefix}input_layernorm.weight"] = _array(block._self_attention_layernorm.scale)
-        arrays[f"{prefix}post_attention_layernorm.weight"] = _array(
+        arrays[f"{prefix}input_layernorm.weight"] = ops.convert_to_numpy(
+            block._self_attention_layernorm.scale
+        )
+        arrays[f"{prefix}post_attention_layernorm.weight"] = ops.convert_to_numpy(
             block._feedforward_layernorm.scale
         )
-        arrays |= to_hugging_face(_mixtures(block)[0], number, "mixtral")
+        arrays |= to_hugging_face(_layers(block)[0], number, "mixtral")
     folder = pathlib.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -67,7 +69,7 @@ def save_as_mixtral(model: keras.Model, path: str | os.PathLike) -> None:
 
 def _config(backbone):
     blocks = getattr(backbone, "transformer_layers", ())
-    of_blocks = [_mixtures(block) for block in blocks]
+    of_blocks = [_layers(block) for block in blocks]
     sizes = {
         (mixture.experts.num_experts, mixture.router.max_top_k, mixture.experts.hidden_dim)
         for mixtures in of_blocks
@@ -114,11 +116,3 @@ def _config(backbone):
         "eos_token_id": None,
         "tie_word_embeddings": backbone.token_embedding.tie_weights,
     }
-
-
-def _mixtures(block):
-    return [layer for layer in block._flatten_layers() if isinstance(layer, MixtureOfExperts)]
-
-
-def _array(variable):
-    return ops.convert_to_numpy(variable)

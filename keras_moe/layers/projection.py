@@ -12,6 +12,7 @@ from keras import ops
 from keras_moe._internal.initializers import EachExpert
 from keras_moe._internal.keras_internals import let_go
 from keras_moe._internal.lora import factors_for
+from keras_moe.ops.assignments import ceil_divide
 from keras_moe.ops.grouped.records import Affine, Packed, Quantized
 
 # In the order in which they are saved.
@@ -82,8 +83,8 @@ class Projection:
             self._add("kernel", shape, dtype="int8", trainable=False)
             self._add("scale", (num_experts, 1, fan_out), dtype="float32", trainable=False)
             return
-        num_groups = -(-fan_in // (self.bank.block_size() or fan_in))
-        packed = (num_experts, fan_in, -(-fan_out // 2))
+        num_groups = ceil_divide(fan_in, self.bank.block_size() or fan_in)
+        packed = (num_experts, fan_in, ceil_divide(fan_out, 2))
         self._add("kernel", packed, dtype="int8", trainable=False)
         for part, dtype in (("scale", "float32"), ("zero", "int8")):
             shape_of_groups = (num_experts, num_groups, fan_out)

@@ -44,7 +44,7 @@ class Lengths(NamedTuple):
 
     def passes_for(self, num_rows):
         """How many passes so many rows take, at least one. An integer tensor."""
-        return 1 + (ops.maximum(num_rows - self.first, 0) + self.further - 1) // self.further
+        return 1 + ceil_divide(ops.maximum(num_rows - self.first, 0), self.further)
 
 
 def sum_passes(pass_over, lengths, num_rows, num_passes, inputs, context):

@@ -8,7 +8,7 @@ from keras import ops
 from keras_moe._internal.checks import check_integer, check_tensors
 from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
-from keras_moe.ops.assignments import place_in_queue, put
+from keras_moe.ops.assignments import ceil_divide, place_in_queue, put
 from keras_moe.ops.selection import _take_scores, _top_k_indices
 
 
@@ -81,7 +81,7 @@ def _balanced_assignment(scores, mask):
     num_tokens, num_experts = ops.shape(scores)[0], scores.shape[-1]
     scores = ops.where(ops.isfinite(scores), scores, -3e38)
     num_real = ops.sum(ops.cast(mask, "int32"))
-    room = (num_real + num_experts - 1) // num_experts
+    room = ceil_divide(num_real, num_experts)
     experts = ops.arange(num_experts, dtype="int32")
 
     def propose(open_to):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_moe.backend import backend
+from keras_moe.ops.assignments import ceil_divide
 from keras_moe.ops.grouped.steps import products_of
 from keras_moe.ops.groups import row_sums
 
@@ -139,7 +140,7 @@ def pad_tiles(sizes, num_rows, length):
     num_tiles = num_rows // length + num_experts
     if isinstance(num_rows, int):
         num_tiles = min(num_rows, num_tiles)
-    tiles_of_expert = (sizes + length - 1) // length
+    tiles_of_expert = ceil_divide(sizes, length)
     last_tiles, ends = ops.cumsum(tiles_of_expert), ops.cumsum(sizes)
     first_tiles, starts = last_tiles - tiles_of_expert, ends - sizes
 

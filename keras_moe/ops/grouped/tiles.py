@@ -11,6 +11,7 @@ import keras
 from keras import ops
 
 from keras_moe.backend import backend
+from keras_moe.ops.assignments import ceil_divide
 from keras_moe.ops.grouped.records import Quantized
 from keras_moe.ops.grouped.steps import products_of
 from keras_moe.ops.groups import row_sums
@@ -111,7 +112,7 @@ class _Layout:
         has_rows = self.sizes > 0
         busy_first = ops.cast(ops.argsort(ops.logical_not(has_rows)), "int32")
         ends = ops.cumsum(self.sizes)
-        num_tiles = (self.sizes + self.length - 1) // self.length
+        num_tiles = ceil_divide(self.sizes, self.length)
 
         def group(number, carry):
             expert = backend.gather_rows(busy_first, number)
