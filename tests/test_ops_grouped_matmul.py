@@ -91,7 +91,7 @@ def test_groups_around_the_real_length_of_a_tile_equal_the_oracle(mode):
 def test_no_length_of_a_tile_is_much_cheaper_than_the_chosen_one():
     for mean in range(1100):
         length = tiles.tile_length(8 * mean, 8)
-        cost = {each: (mean / each + 0.5) * (each + 24) for each in (4, 8, 16, 32, 64, 128, 256)}
+        cost = {each: (mean / each + 0.5) * (each + 8) for each in (4, 8, 16, 32, 64, 128)}
         assert cost[length] <= 1.02 * min(cost.values())
         # Fewer experts have more tiles, not longer ones.
         assert tiles.tile_length(8 * mean, 2) == length

@@ -242,21 +242,21 @@ _OF_TILE = {
 
 
 def tile_length(num_rows, num_experts):
-    """Rows of a tile, a power of two from 4 to 256.
+    """Rows of a tile, a power of two from 4 to 128.
 
-    Besides its rows a tile costs about as much as 24 more: its kernels are read, and the sums of
-    their gradients read and written (measured as 25 on a CPU, for kernels of 256 x 1024, and more
-    for larger ones). The last one of a group is half padding. Of L rows, all tiles of a mean group
-    cost `(mean / L + 1 / 2) * (L + 24)`, the least at `sqrt(48 * mean)`. Tiles have one length
-    only, because each length is compiled, forward and backward.
+    Besides its rows a tile costs about as much as 8 more, as its kernels are read, and the sums of
+    their gradients read and written. The last tile of a group is half padding. In tiles of L rows
+    a mean group costs `(mean / L + 1 / 2) * (L + 8)`, the least at `4 * sqrt(mean)`. On a CPU no
+    power of two made a training step more than 5% faster (groups of 16 to 2,048 rows, kernels of
+    256 x 1024 and 512 x 2048). Tiles have one length only, because each length is compiled, forward and backward.
 
-    From about 400 rows on no tile holds more than an eighth of them: in the backward pass some
+    From 128 rows on no tile holds more than an eighth of them: in the backward pass some
     seven intermediate values of a tile exist at once, which would be most of the memory where
     experts are few. The number of rows is a tensor where it is not known at compile time.
     """
     mean = num_rows // max(num_experts, 8) if isinstance(num_rows, int) else 256
     # The power of two that is nearest in ratio.
-    return 2 ** min(max(round((2 * 48 * mean) ** 0.5).bit_length() - 1, 2), 8)
+    return 2 ** min(max(round((2 * 16 * mean) ** 0.5).bit_length() - 1, 2), 7)
 
 
 def _at(stacked, expert):
