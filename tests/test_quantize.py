@@ -17,7 +17,8 @@ from backends import (
 from layer_checks import normal
 
 from keras_moe import inspection, layers, routers
-from keras_moe.ops.grouped import loop, records, tiles
+from keras_moe.backend import backend
+from keras_moe.ops.grouped import loop, tiles
 
 # Keras asks each layer, and warns of those that cannot: 3.15 of its `InputLayer`, 3.16 of layers
 # that hold others.
@@ -221,13 +222,13 @@ def test_few_rows_are_multiplied_by_blocks_of_a_kernel(entries, monkeypatch):
 @pytest.mark.backends("tensorflow")
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_few_rows_convert_the_kernels_of_their_experts_alone(mode, monkeypatch):
-    converted, of = set(), records.Kernels.of
+    converted, times = set(), backend.multiply_groups
 
-    def recorded(self, expert, length=None):
-        converted.add(int(expert))
-        return of(self, expert, length)
+    def recorded(rows, sizes, experts, *others, **options):
+        converted.update(map(int, experts))
+        return times(rows, sizes, experts, *others, **options)
 
-    monkeypatch.setattr(records.Kernels, "of", recorded)
+    monkeypatch.setattr(backend, "multiply_groups", recorded)
     layer = layers.MixtureOfExperts(layers.FeedForwardExperts(8, H), routers.TopKRouter(top_k=1))
     layer.build((None, D))
     layer.experts.quantize(mode)

@@ -98,8 +98,9 @@ class JaxBackend(Backend):
         if tensor.shape[0] == 0:
             # There is no valid index, but a loop that never runs is traced all the same.
             return jnp.zeros((*indices.shape, *tensor.shape[1:]), tensor.dtype)
-        # Without the promise XLA clamps and masks every row.
-        return tensor.at[indices].get(mode="promise_in_bounds")
+        # Otherwise the program would ask of each index whether it is negative, and of each row
+        # whether it exists.
+        return tensor.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
     def sort(self, integers):
         return jax.lax.sort(integers)

@@ -155,7 +155,9 @@ class TensorFlowBackend(Backend):
         entry = self.entry if tf.is_tensor(expert) else operator.getitem
         if scale is not None and transposed:
             rows *= tf.cast(entry(scale, expert), rows.dtype)
-        if transposed or not kernels.converts:
+        if kernels.is_packed and (transposed or tf.is_tensor(expert)):
+            product = kernels.stored.multiply(rows, lambda stack: entry(stack, expert), transposed)
+        elif transposed or not kernels.converts:
             kernel = tf.cast(kernels.of(expert), rows.dtype)
             product = tf.matmul(rows, kernel, transpose_b=transposed)
         elif tf.is_tensor(expert):

@@ -12,7 +12,7 @@ from keras import ops
 
 from keras_moe.backend import backend
 from keras_moe.ops.assignments import ceil_divide
-from keras_moe.ops.grouped.records import Quantized
+from keras_moe.ops.grouped.records import Packed, Quantized
 from keras_moe.ops.grouped.steps import products_of
 from keras_moe.ops.groups import row_sums
 
@@ -178,11 +178,15 @@ def _products(parameters, expert, dtype, in_blocks):
         if in_blocks and isinstance(stored[number], Quantized):
             values, scale = stored[number]
             product = multiply_in_blocks(rows, values, expert) * ops.cast(of_expert(scale), dtype)
+        elif isinstance(stored[number], Packed):
+            product = stored[number].multiply(rows, of_expert)
         else:
             product = ops.matmul(rows, kernel)
         return product if bias is None else product + bias
 
     def pull(gradient, number):
+        if isinstance(stored[number], Packed):
+            return stored[number].multiply(gradient, of_expert, transposed=True)
         return ops.matmul(gradient, ops.transpose(projections[number].kernel))
 
     return products_of(project, pull)
