@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*they do not support quantization"),
 ]
 
-D, H, E = 64, 128, 16
+D, H, E = 64, 127, 16
 BANKS = {
     "gated": lambda **kwargs: layers.GatedExperts(E, H, **kwargs),
     "biased": lambda **kwargs: layers.FeedForwardExperts(E, H, **kwargs),
@@ -93,17 +93,20 @@ def test_integers_are_the_nearest_of_each_expert(model):
 
 
 @pytest.mark.parametrize("most_rows", [0, 16] if BACKEND == "torch" else [None])
-def test_outputs_and_gradients_are_those_of_the_integers_as_floats(model, most_rows, monkeypatch):
+@pytest.mark.parametrize(("mode", "block_size"), [("int8", None), ("int4", None), ("int4", 24)])
+def test_outputs_and_gradients_are_those_of_the_integers_as_floats(
+    model, mode, block_size, most_rows, monkeypatch
+):
     if BACKEND == "torch":
         monkeypatch.setattr("keras_moe.backend.torch_integers.MOST_ROWS", most_rows)
     bank, x = bank_of(model), normal(64, D)
-    bank.quantize("int8")
+    config = keras.quantizers.Int4QuantizationConfig(block_size=block_size)
+    bank.quantize(mode, config=config if mode == "int4" else None)
     width = D if isinstance(bank, layers.LinearExperts) else H
     floats = model_of(type(bank)(E, width))  # with the same router
-    for name in ("gate", "up", "down"):
-        if hasattr(bank, f"{name}_kernel"):
-            values, scale = (getattr(bank, f"{name}_{part}") for part in ("kernel", "scale"))
-            getattr(bank_of(floats), f"{name}_kernel").assign(to_numpy(values) * to_numpy(scale))
+    for projection in bank.projections:
+        name = f"{projection.name}_kernel"
+        getattr(bank_of(floats), name).assign(projection.merged_kernel())
 
     def loss_of(model):
         return lambda x: keras.ops.sum(keras.ops.square(model(x)))
@@ -221,7 +224,7 @@ def test_few_rows_are_multiplied_by_blocks_of_a_kernel(entries, monkeypatch):
 
 @pytest.mark.backends("tensorflow")
 @pytest.mark.parametrize("mode", ["int8", "int4"])
-def test_few_rows_convert_the_kernels_of_their_experts_alone(mode, monkeypatch):
+def test_few_rows_meet_the_kernels_of_their_experts_alone(mode, monkeypatch):
     converted, times = set(), backend.multiply_groups
 
     def recorded(rows, sizes, experts, *others, **options):

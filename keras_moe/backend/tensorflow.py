@@ -155,11 +155,11 @@ class TensorFlowBackend(Backend):
         entry = self.entry if tf.is_tensor(expert) else operator.getitem
         if scale is not None and transposed:
             rows *= tf.cast(entry(scale, expert), rows.dtype)
-        if kernels.is_packed and (transposed or tf.is_tensor(expert)):
-            product = kernels.stored.multiply(rows, lambda stack: entry(stack, expert), transposed)
-        elif transposed or not kernels.converts:
+        if transposed or not kernels.converts:
             kernel = tf.cast(kernels.of(expert), rows.dtype)
             product = tf.matmul(rows, kernel, transpose_b=transposed)
+        elif kernels.is_packed and tf.is_tensor(expert):
+            product = kernels.stored.multiply(rows, lambda stack: entry(stack, expert))
         elif tf.is_tensor(expert):
             product = _product_in_blocks(rows, kernels.of(expert))
         else:
@@ -245,10 +245,8 @@ def _product_in_blocks(rows, kernel):
     Not in a loop, as `ops.grouped.tiles` does under XLA: here a trip costs more than a block.
     """
     length, width = kernel.shape
-    # Integers of four bits are floats by now. Sums over blocks are rounded after each, which
-    # bfloat16 and float16 would show.
-    in_one = kernel.dtype == rows.dtype or rows.dtype != tf.float32
-    block = length if in_one else max(CPU_BLOCK // width, length // MOST_BLOCKS, 1)
+    # Sums over blocks are rounded after each, which bfloat16 and float16 would show.
+    block = length if rows.dtype != tf.float32 else max(CPU_BLOCK // width, length // MOST_BLOCKS, 1)
     lengths = [min(block, length - start) for start in range(0, length, block)]
     products: list = []
     for part, of_kernel in zip(tf.split(rows, lengths, 1), tf.split(kernel, lengths)):

@@ -153,8 +153,8 @@ class TorchBackend(Backend):
             bias = bias.to(rows.dtype)
 
         def multiply(part, expert, output=None, digits=None):
-            if kernels.is_packed:
-                product = kernels.stored.multiply(part, lambda stack: stack[expert], transposed)
+            if kernels.is_packed and not transposed:
+                product = kernels.stored.multiply(part, lambda stack: stack[expert])
                 return torch.add(product, 0 if bias is None else bias[expert], out=output)
             kernel = kernels.of(expert)
             if scale is None:

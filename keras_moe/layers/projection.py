@@ -31,7 +31,6 @@ class Projection:
         self.bank = bank
         self.name = name
         self.stream = stream  # Kernels of one shape are drawn from different seeds.
-        self.shape: Any = None  # (E, D, H) of the kernel, whatever it is stored in
         self.kernel: Any = None
         self.bias: Any = None
         self.scale: Any = None
@@ -41,8 +40,7 @@ class Projection:
 
     def build(self, fan_in, fan_out, experts):
         """Add the weights, for the experts of this process, a range."""
-        bank = self.bank
-        self.shape = shape = (len(experts), fan_in, fan_out)
+        bank, shape = self.bank, (len(experts), fan_in, fan_out)
         if bank.quantization_mode is not None:
             self.add_integers(shape)
         else:
@@ -86,7 +84,7 @@ class Projection:
             self._add("scale", (num_experts, 1, fan_out), dtype="float32", trainable=False)
             return
         num_groups = ceil_divide(fan_in, self.bank.block_size() or fan_in)
-        packed = (num_experts, ceil_divide(fan_in, 2), fan_out)
+        packed = (num_experts, fan_in, ceil_divide(fan_out, 2))
         self._add("kernel", packed, dtype="int8", trainable=False)
         for part, dtype in (("scale", "float32"), ("zero", "int8")):
             shape_of_groups = (num_experts, num_groups, fan_out)
@@ -99,6 +97,12 @@ class Projection:
         )
         for part, factor in zip(("lora_a", "lora_b"), factors):
             self._set(part, factor)
+
+    @property
+    def shape(self):
+        """(E, D, H) of the kernel, whatever it is stored in."""
+        fan_out = (self.kernel if self.scale is None else self.scale).shape[2]
+        return (*self.kernel.shape[:2], fan_out)
 
     def tensors(self):
         """The projection as tensors, in the dtypes they are stored in."""
@@ -121,7 +125,7 @@ class Projection:
         kernel, scale = map(ops.convert_to_tensor, (self.kernel, self.scale))
         if self.zero is None:
             return Quantized(kernel, scale)
-        group = _group_of_row(self.shape[1], self.bank.block_size())
+        group = _group_of_row(kernel.shape[1], self.bank.block_size())
         return Packed(kernel, scale, ops.convert_to_tensor(self.zero), ops.convert_to_tensor(group))
 
     def merged_kernel(self):
@@ -202,6 +206,5 @@ def _to_int4(kernel, block_size):
                 kernel, block_size=block_size, to_numpy=True
             ),
         )
-    middle = ceil_divide(len(values), 2)
-    low, high = values[:middle], np.pad(values[middle:], ((0, len(values) % 2), (0, 0)))
-    return (low & 15) | (high << 4), scale.astype("float32"), zero
+    packed, _, _ = keras.quantizers.pack_int4(values, axis=-1)
+    return ops.convert_to_numpy(packed), scale.astype("float32"), zero

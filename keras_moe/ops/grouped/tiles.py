@@ -252,7 +252,8 @@ def tile_length(num_rows, num_experts):
     their gradients read and written. The last tile of a group is half padding. In tiles of L rows
     a mean group costs `(mean / L + 1 / 2) * (L + 8)`, the least at `4 * sqrt(mean)`. On a CPU no
     power of two made a training step more than 5% faster (groups of 16 to 2,048 rows, kernels of
-    256 x 1024 and 512 x 2048). Tiles have one length only, because each length is compiled, forward and backward.
+    256 x 1024 and 512 x 2048). Tiles have one length only, because each length is compiled, forward
+    and backward.
 
     From 128 rows on no tile holds more than an eighth of them: in the backward pass some
     seven intermediate values of a tile exist at once, which would be most of the memory where
