@@ -155,7 +155,8 @@ class TorchBackend(Backend):
         def multiply(part, expert, output=None, digits=None):
             if kernels.is_packed and not transposed:
                 product = kernels.stored.multiply(part, lambda stack: stack[expert])
-                return torch.add(product, 0 if bias is None else bias[expert], out=output)
+                product = product if bias is None else product + bias[expert]
+                return product if output is None else output.copy_(product)
             kernel = kernels.of(expert)
             if scale is None:
                 if kernel.dtype != rows.dtype:
