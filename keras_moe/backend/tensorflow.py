@@ -246,7 +246,9 @@ def _product_in_blocks(rows, kernel):
     """
     length, width = kernel.shape
     # Sums over blocks are rounded after each, which bfloat16 and float16 would show.
-    block = length if rows.dtype != tf.float32 else max(CPU_BLOCK // width, length // MOST_BLOCKS, 1)
+    block = (
+        length if rows.dtype != tf.float32 else max(CPU_BLOCK // width, length // MOST_BLOCKS, 1)
+    )
     lengths = [min(block, length - start) for start in range(0, length, block)]
     products: list = []
     for part, of_kernel in zip(tf.split(rows, lengths, 1), tf.split(kernel, lengths)):
