@@ -131,7 +131,7 @@ def load_rows(tokenizer, size, data_dir):
 
 
 class Study(typing.NamedTuple):
-    """What makes the pretrained model, the data, and the folder that keeps what was computed."""
+    """A function that makes the pretrained model, the data, and a folder for results."""
 
     size: Size
     dense: typing.Callable

@@ -17,8 +17,7 @@ from backends import (
 from layer_checks import normal
 
 from keras_moe import inspection, layers, routers
-from keras_moe.backend import backend
-from keras_moe.ops.grouped import loop, tiles
+from keras_moe.ops.grouped import loop, records, tiles
 
 # Keras asks each layer, and warns of those that cannot: 3.15 of its `InputLayer`, 3.16 of layers
 # that hold others.
@@ -224,14 +223,19 @@ def test_few_rows_are_multiplied_by_blocks_of_a_kernel(entries, monkeypatch):
 
 @pytest.mark.backends("tensorflow")
 @pytest.mark.parametrize("mode", ["int8", "int4"])
-def test_few_rows_meet_the_kernels_of_their_experts_alone(mode, monkeypatch):
-    converted, times = set(), backend.multiply_groups
+def test_few_rows_convert_the_kernels_of_their_experts_alone(mode, monkeypatch):
+    converted, of, multiply = set(), records.Kernels.of, records.Kernels.multiply
 
-    def recorded(rows, sizes, experts, *others, **options):
-        converted.update(map(int, experts))
-        return times(rows, sizes, experts, *others, **options)
+    def recorded(self, expert, length=None):
+        converted.add(int(expert))
+        return of(self, expert, length)
 
-    monkeypatch.setattr(backend, "multiply_groups", recorded)
+    def recorded_multiply(self, rows, expert):
+        converted.add(int(expert))
+        return multiply(self, rows, expert)
+
+    monkeypatch.setattr(records.Kernels, "of", recorded)
+    monkeypatch.setattr(records.Kernels, "multiply", recorded_multiply)
     layer = layers.MixtureOfExperts(layers.FeedForwardExperts(8, H), routers.TopKRouter(top_k=1))
     layer.build((None, D))
     layer.experts.quantize(mode)

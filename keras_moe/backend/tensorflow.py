@@ -159,7 +159,7 @@ class TensorFlowBackend(Backend):
             kernel = tf.cast(kernels.of(expert), rows.dtype)
             product = tf.matmul(rows, kernel, transpose_b=transposed)
         elif kernels.is_packed and tf.is_tensor(expert):
-            product = kernels.stored.multiply(rows, lambda stack: entry(stack, expert))
+            product = kernels.multiply(rows, expert)
         elif tf.is_tensor(expert):
             product = _product_in_blocks(rows, kernels.of(expert))
         else:
@@ -245,10 +245,9 @@ def _product_in_blocks(rows, kernel):
     Not in a loop, as `ops.grouped.tiles` does under XLA: here a trip costs more than a block.
     """
     length, width = kernel.shape
-    # Sums over blocks are rounded after each, which bfloat16 and float16 would show.
-    block = (
-        length if rows.dtype != tf.float32 else max(CPU_BLOCK // width, length // MOST_BLOCKS, 1)
-    )
+    block = max(CPU_BLOCK // width, length // MOST_BLOCKS, 1)
+    if rows.dtype != tf.float32:
+        block = length  # sums are rounded after each block, which narrow floats would show
     lengths = [min(block, length - start) for start in range(0, length, block)]
     products: list = []
     for part, of_kernel in zip(tf.split(rows, lengths, 1), tf.split(kernel, lengths)):

@@ -154,7 +154,7 @@ class TorchBackend(Backend):
 
         def multiply(part, expert, output=None, digits=None):
             if kernels.is_packed and not transposed:
-                product = kernels.stored.multiply(part, lambda stack: stack[expert])
+                product = kernels.multiply(part, expert)
                 product = product if bias is None else product + bias[expert]
                 return product if output is None else output.copy_(product)
             kernel = kernels.of(expert)

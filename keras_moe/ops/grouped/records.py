@@ -138,7 +138,7 @@ class Kernels:
     - `shape`: (E, D, H).
     - `dtype`: that of the rows.
     - `converts`: whether they are stored in another dtype.
-    - `is_packed`: whether they are `Packed`, whose `multiply` is faster than a product with `of`.
+    - `is_packed`: whether they are `Packed`: `multiply` is then faster than a product with `of`.
     - `scale`: (E, 1, H) of the columns, or None. Scaling rows is cheaper than scaling kernels.
     """
 
@@ -151,10 +151,18 @@ class Kernels:
     def of(self, expert, length=None):
         """The kernel (D, H) of an expert, or its first rows, as stored; floats if `Packed`."""
         if self.is_packed:
-            return self.stored.floats(lambda stacked: stacked[expert][:length], self.dtype)
+            return self.stored.floats(lambda stack: _entry(stack, expert)[:length], self.dtype)
         values = self.stored if self.scale is None else self.stored.values
-        kernel = values[expert] if isinstance(expert, int) else backend.entry(values, expert)
+        kernel = _entry(values, expert)
         return kernel if length is None else kernel[:length]
+
+    def multiply(self, rows, expert):
+        """The product of rows and the kernel of an expert, if `Packed`."""
+        return self.stored.multiply(rows, lambda stack: _entry(stack, expert))
+
+
+def _entry(stack, expert):
+    return stack[expert] if isinstance(expert, int) else backend.entry(stack, expert)
 
 
 class Network(NamedTuple):
