@@ -82,15 +82,16 @@ def small_tiles(monkeypatch):
     from backends import BACKEND
 
     from keras_moe.backend import backend
-    from keras_moe.ops.grouped import run
+    from keras_moe.ops import experts
 
-    for engine in ("tiles", "padded"):
-        monkeypatch.setattr(f"keras_moe.ops.grouped.{engine}.tile_length", lambda *_: 4)
-    monkeypatch.setattr("keras_moe.ops.grouped.slices.CPU_RUN_ROWS", 8)
+    for place in ("ops.tiles", "backend.padded"):
+        monkeypatch.setattr(f"keras_moe.{place}.tile_length", lambda *_: 4)
+    if BACKEND == "torch":
+        monkeypatch.setattr("keras_moe.backend.torch_groups.CPU_RUN_ROWS", 8)
     if BACKEND == "jax":
         # It keeps what it traced by the function: this one has traced no other tiles.
-        compute = run._run.__wrapped__
-        monkeypatch.setattr(run, "_run", backend.compile_once(lambda *inputs: compute(*inputs)))
+        compute = experts._run.__wrapped__
+        monkeypatch.setattr(experts, "_run", backend.compile_once(lambda *inputs: compute(*inputs)))
 
 
 @pytest.fixture(scope="module")

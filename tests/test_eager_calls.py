@@ -46,7 +46,7 @@ def counting():
     """A function, and a list with an item for each time that its code runs."""
     runs = []
 
-    @backend.as_one_program
+    @backend.jit_when_eager
     def function(x, value=None):
         runs.append(value)
         return x + isinstance(value, bool)

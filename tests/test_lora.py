@@ -7,7 +7,7 @@ from backends import assert_close, saved_and_loaded, to_numpy
 from layer_checks import D, normal
 
 from keras_moe import layers, routers
-from keras_moe.ops.grouped import padded, run
+from keras_moe.backend import backend, padded
 
 E, H, RANK = 4, 6, 2
 MODELS = {
@@ -91,7 +91,10 @@ def test_a_step_computes_less_than_without(monkeypatch):
     import jax
 
     # Without a loop, whose trips are not counted.
-    monkeypatch.setattr(run, "choose", lambda setting: padded)
+    layout = backend.layout
+    monkeypatch.setattr(backend, "layout", lambda sizes, rows, _, __: layout(sizes, rows, "gpu"))
+    monkeypatch.setattr(backend, "product", lambda *arguments: padded.product(*arguments[:4]))
+    monkeypatch.setattr(backend, "outer", lambda *arguments: padded.outer(*arguments[:3]))
 
     def flops(lora):
         layer = layers.MixtureOfExperts(layers.GatedExperts(E, 64))

@@ -155,7 +155,7 @@ def test_decisions_and_tables_equal_loops_over_tokens(mode):
             table,
             metrics.mutual_information(table),
         )
-        return values, routing, after, plan.groups.rows_of_token
+        return values, routing, after, plan.rows
 
     values, routing, after, rows = compiled(function, mode)(logits, later, mask, groups)
     confidence, unserved, saturation, together, table, information = values

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_moe.ops import grouped_matmul
-from keras_moe.ops.grouped import tiles
+from keras_moe.ops import grouped_matmul, tiles
 
 
 def weighted_sum(inputs, sizes, upstream):

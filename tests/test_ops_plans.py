@@ -61,13 +61,13 @@ def test_a_plan_equals_the_oracle_and_so_do_its_verbs_and_their_gradients(mode):
         served = reference.queues(indices, mask, num_experts, capacity)
         in_order = [assignment for queue in served for assignment in queue]
         num_rows = len(in_order)
-        np.testing.assert_array_equal(plan.groups.sizes, [len(queue) for queue in served])
+        np.testing.assert_array_equal(plan.sizes, [len(queue) for queue in served])
         numbers = [k * len(mask) + t for t, k in in_order]
-        np.testing.assert_array_equal(plan.groups.assignment_of_row[:num_rows], numbers)
+        np.testing.assert_array_equal(plan.order[:num_rows], numbers)
         rows = np.full(indices.shape, -1)
         for row, assignment in enumerate(in_order):
             rows[assignment] = row
-        np.testing.assert_array_equal(plan.groups.rows_of_token, rows)
+        np.testing.assert_array_equal(plan.rows, rows)
 
         num_assigned = indices.shape[1] * np.sum(mask)
         assert_close(dropped, (num_assigned - num_rows) / max(num_assigned, 1))
@@ -144,14 +144,14 @@ PROBS = np.array([[0.6, 0.3, 0.1], [0.7, 0.2, 0.1], [0.8, 0.15, 0.05]])
 def served(**limits):
     def function(logits):
         plan = plan_groups(top_k_routing(logits, 2), **limits)
-        return plan.groups.sizes, plan.groups.rows_of_token >= 0
+        return plan.sizes, plan.rows >= 0
 
     return compiled(function, FAST_MODE)(np.log(PROBS).astype("float32"))
 
 
 def test_by_urgency_the_most_urgent_are_served():
     urgency = keras.ops.convert_to_tensor(PROBS.max(axis=1).astype("float32"))
-    sizes, is_served = served(capacity=2, first=urgency)
+    sizes, is_served = served(capacity=2, priority=urgency)
     assert sizes.tolist() == [2, 2, 0]
     assert is_served.tolist() == [[False, False], [True, True], [True, True]]
 
@@ -164,7 +164,7 @@ def test_first_choices_are_served_before_more_urgent_second_ones():
     def function(logits):
         routing = top_k_routing(logits, 2)
         first = keras.ops.max(routing.probs, axis=-1)
-        return plan_groups(routing, capacity=1, first=first).groups.rows_of_token >= 0
+        return plan_groups(routing, capacity=1, priority=first).rows >= 0
 
     is_served = compiled(function, FAST_MODE)(np.log(probs).astype("float32"))
     assert is_served.tolist() == [[False, False], [True, False], [True, False]]

@@ -17,7 +17,9 @@ from backends import (
 from layer_checks import normal
 
 from keras_moe import inspection, layers, routers
-from keras_moe.ops.grouped import loop, records, tiles
+from keras_moe.backend import backend
+from keras_moe.ops import tiles
+from keras_moe.ops.linears import Int8Kernel
 
 # Keras asks each layer, and warns of those that cannot: 3.15 of its `InputLayer`, 3.16 of layers
 # that hold others.
@@ -215,69 +217,33 @@ def test_few_rows_are_multiplied_by_blocks_of_a_kernel(entries, monkeypatch):
     values = np.random.default_rng(0).integers(-127, 128, (E, D, H)).astype("int8")
 
     def multiply(rows, values, scale, expert):
-        return tiles.multiply_in_blocks(rows, values, expert) * scale[-1]
+        return tiles._Blocks(Int8Kernel(values, scale), expert).multiply(rows, False)
 
     actual = compiled(multiply, MODES[-1])(rows, values, scale, np.int32(E - 1))
     assert_close(actual, rows @ (values[-1] * scale[-1]))
 
 
 @pytest.mark.backends("tensorflow")
-@pytest.mark.parametrize("mode", ["int8", "int4"])
-def test_few_rows_convert_the_kernels_of_their_experts_alone(mode, monkeypatch):
-    converted, of, multiply = set(), records.Kernels.of, records.Kernels.multiply
-
-    def recorded(self, expert, length=None):
-        converted.add(int(expert))
-        return of(self, expert, length)
-
-    def recorded_multiply(self, rows, expert):
-        converted.add(int(expert))
-        return multiply(self, rows, expert)
-
-    monkeypatch.setattr(records.Kernels, "of", recorded)
-    monkeypatch.setattr(records.Kernels, "multiply", recorded_multiply)
-    layer = layers.MixtureOfExperts(layers.FeedForwardExperts(8, H), routers.TopKRouter(top_k=1))
-    layer.build((None, D))
-    layer.experts.quantize(mode)
-    token = normal(1, D)
-    layer(token)
-    assert converted == {int(keras.ops.argmax(layer.router(token).probs))}
+def test_few_rows_compute_their_experts_alone():
+    sizes = keras.ops.array([0, 2, 0, 1], "int32")
+    assert [part.expert for part in backend.layout(sizes, 3, "cpu").parts] == [1, 3]
 
 
 @pytest.mark.backends("tensorflow")
-@pytest.mark.parametrize(("block", "most_blocks"), [(1, D), (5, D), (1, 7), (D, D)])
-def test_kernels_that_are_converted_in_blocks_give_the_same_product(
-    block, most_blocks, monkeypatch
-):
-    from keras_moe.backend import tensorflow
-
+@pytest.mark.parametrize("block", [1, 5, D])
+def test_kernels_that_are_converted_in_blocks_give_the_same_product(block, monkeypatch):
     layer = layers.MixtureOfExperts(layers.GatedExperts(E, H, use_bias=True))
     layer.build((None, D))
     layer.experts.quantize("int8")
     tokens = normal(7, D)
     expected = to_numpy(layer(tokens))
-    monkeypatch.setattr(tensorflow, "CPU_BLOCK", block * H)
-    monkeypatch.setattr(tensorflow, "MOST_BLOCKS", most_blocks)
+    monkeypatch.setattr(tiles, "BLOCK_ENTRIES", block * H)
     assert_close(compiled(layer, "graph")(tokens), expected)
 
 
 @pytest.mark.backends("tensorflow")
-def test_sums_in_half_precision_are_not_rounded_block_by_block(monkeypatch):
-    from keras_moe.backend import tensorflow
-
-    layer = layers.MixtureOfExperts(layers.FeedForwardExperts(E, H), dtype="mixed_bfloat16")
-    tokens = normal(7, D)
-    expected = to_numpy(layer(tokens))
-    monkeypatch.setattr(tensorflow, "CPU_BLOCK", H)
-    np.testing.assert_array_equal(to_numpy(layer(tokens)), expected)
-
-
-@pytest.mark.backends("tensorflow")
-def test_a_program_for_batches_of_any_size_computes_few_and_many_rows(monkeypatch):
+def test_a_program_for_batches_of_any_size_computes_few_and_many_rows():
     import tensorflow as tf
-
-    def spoiled(result):
-        return result[0] * np.nan, result[1]
 
     keras.utils.set_random_seed(0)
     layer = layers.MixtureOfExperts(layers.GatedExperts(3, 16))
@@ -302,15 +268,6 @@ def test_a_program_for_batches_of_any_size_computes_few_and_many_rows(monkeypatc
         pairs = zip(*map(keras.tree.flatten, (program(tokens), outputs_and_gradients(tokens))))
         for actual, expected in pairs:
             assert_close(actual, expected)
-
-    # Which way few and many rows went, as both give the same.
-    monkeypatch.setattr(loop, "MOST_CONVERTED_ROWS", 3)
-    monkeypatch.setattr(
-        loop, "_side_by_side", lambda *arguments: spoiled(loop._in_loop(*arguments))
-    )
-    program = tf.function(layer, input_signature=any_size)
-    for num_tokens, is_spoiled in ((4, False), (5, True)):
-        assert np.isnan(to_numpy(program(normal(num_tokens, D)))).any() == is_spoiled
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])

@@ -162,7 +162,7 @@ def test_a_gradient_penalty_trains():
 def cube(x, w):
     """`(x w)^3` by loops, and derivatives that are not those of the loops."""
 
-    def forward(inputs, number, keep):
+    def forward(inputs, number, save):
         x, w = inputs
         return ops.fori_loop(0, number, lambda i, y: y * x * w, ops.ones_like(x)), [x * w]
 

@@ -4,16 +4,17 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
-from keras_moe.backend import jax_kernels, jax_sharding
-from keras_moe.backend.base import Backend
+from keras_moe.backend import jax_derivatives, jax_products, jax_sharding, padded
+from keras_moe.backend.base import Backend, packed_order
+from keras_moe.backend.layouts import AllRows
 
 PLAIN_VALUES = (bool, int, float, str)
 
 
 class JaxBackend(Backend):
+    devices = jax_sharding.JaxDevices()
+
     def compiles_static_shapes(self):
         return True
 
@@ -34,11 +35,7 @@ class JaxBackend(Backend):
         # Outside `jit` JAX would compile each loop in it again at every call.
         return jax.jit(function, static_argnums=0)
 
-    def trace_once(self, function):
-        # JAX traces the backward pass of a conditional's branch twice.
-        return jax.jit(function, inline=True)
-
-    def as_one_program(self, function):
+    def jit_when_eager(self, function):
         # JAX would compile each operation alone, for each shape: some hundred programs at the first
         # call of a layer. Each plain value has a program of its own.
 
@@ -68,31 +65,34 @@ class JaxBackend(Backend):
 
         return called
 
-    def differentiable(self, forward, backward, inputs, context, plain=None):
-        plain = plain or (lambda inputs, context: forward(inputs, context, keep=False)[0])
+    differentiable = staticmethod(jax_derivatives.differentiable)
 
-        def plain_gradient(inputs, context, upstream):
-            _, pullback = jax.vjp(lambda inputs: plain(inputs, context), inputs)
-            return pullback(upstream)[0]
-
+    def attach_gradient(self, value, inputs, transpose):
         @jax.custom_vjp
-        def function(inputs, context):
-            return forward(inputs, context, keep=False)[0]
+        def function(value, inputs):
+            return value
 
-        def function_forward(inputs, context):
-            output, saved = forward(*jax.lax.stop_gradient((inputs, context)), keep=True)
-            return _derived_from(plain, output, inputs, context), (inputs, context, saved)
-
-        def function_backward(residuals, upstream):
-            gradient = backward(*jax.lax.stop_gradient((*residuals, upstream)))
-            inputs, context, _ = residuals
-            return _derived_from(plain_gradient, gradient, inputs, context, upstream), None
-
-        function.defvjp(function_forward, function_backward)
-        return function(inputs, context)
+        function.defvjp(
+            lambda value, inputs: (value, None), lambda _, gradient: (gradient, transpose(gradient))
+        )
+        return function(value, inputs)
 
     def vjp(self, function, inputs):
-        return jax.vjp(function, *inputs)
+        _, pullback, others = jax.vjp(function, *inputs, has_aux=True)
+        return others, pullback
+
+    def product(self, rows, kernels, sizes, transposed=False, platform="cpu"):
+        if jax_products.supports(platform, rows.dtype.name):
+            return jax_products.product(rows, kernels, sizes, transposed, platform)
+        return padded.product(rows, kernels, sizes, transposed)
+
+    def outer(self, left, right, sizes, dtype, platform="cpu"):
+        if jax_products.supports(platform, left.dtype.name):
+            return jax_products.outer(left, right, sizes, dtype, platform)
+        return padded.outer(left, right, sizes)
+
+    def layout(self, sizes, num_rows, platform, converts=False):
+        return None if platform == "cpu" else AllRows(self, sizes, num_rows, platform)
 
     def gather_rows(self, tensor, indices):
         if tensor.shape[0] == 0:
@@ -102,19 +102,11 @@ class JaxBackend(Backend):
         # whether it exists.
         return tensor.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
-    def sort(self, integers):
-        return jax.lax.sort(integers)
-
-    def has_grouped_products(self, platform, dtype, widths):
-        return jax_kernels.supports(platform, dtype)
-
-    grouped_products = staticmethod(jax_kernels.grouped_products)
-    grouped_kernel_gradients = staticmethod(jax_kernels.grouped_kernel_gradients)
-
-    def remakes_factors(self, platform):
-        # A TPU kernel reads each left factor about once. One of a GPU reads it for every tile of
-        # the other axis, and would compute the function as often.
-        return platform == "tpu"
+    def argsort(self, integers, bound):
+        if bound * integers.shape[0] >= 2**31:
+            return super().argsort(integers, bound)
+        # XLA sorts plain integers several times as fast as pairs.
+        return packed_order(jax.lax.sort, integers, bound)
 
     def slice_at(self, tensor, start, shape):
         # By default a program would ask of each index whether it is negative.
@@ -125,56 +117,3 @@ class JaxBackend(Backend):
 
     def scan(self, step, carry, xs):
         return jax.lax.scan(step, carry, xs)
-
-    def batched_product(self, left, right):
-        return jnp.matmul(left, right, preferred_element_type=jnp.float32)
-
-    token_shards = staticmethod(jax_sharding.token_shards)
-    mesh_axis = staticmethod(jax_sharding.mesh_axis)
-
-
-def _derived_from(plain, values, *operands):
-    """`values`, which are `plain(*operands)` and have the derivatives of that.
-
-    A primitive: the rule of a `custom_jvp` gets lost where JAX splits the body of a loop.
-    """
-    values, structure = jax.tree.flatten(values)
-    operands, structure_of_operands = jax.tree.flatten(operands)
-
-    def flat(*operands):
-        return jax.tree.leaves(plain(*jax.tree.unflatten(structure_of_operands, operands)))
-
-    derived = _derived.bind(*values, *operands, plain=flat, number=len(values))
-    return jax.tree.unflatten(structure, derived)
-
-
-def _derivative(arguments, tangents, plain, number):
-    operands, tangents = arguments[number:], tangents[number:]
-    moving = [place for place, each in enumerate(tangents) if not isinstance(each, ad.Zero)]
-
-    def of_moving(*some):
-        varied = dict(zip(moving, some))
-        return plain(*(varied.get(place, each) for place, each in enumerate(operands)))
-
-    some, tangents = [operands[place] for place in moving], [tangents[place] for place in moving]
-    values = _derived.bind(*arguments, plain=plain, number=number)
-    return values, jax.jvp(of_moving, some, tangents)[1]
-
-
-def _batched(arguments, axes, plain, number):
-    size = next(each.shape[axis] for each, axis in zip(arguments, axes) if axis is not None)
-    arguments = [batching.bdim_at_front(*each, size) for each in zip(arguments, axes)]
-    return _derived.bind(*arguments, plain=jax.vmap(plain), number=number), [0] * number
-
-
-def _values(*arguments, plain, number):
-    return arguments[:number]
-
-
-_derived = Primitive("derived")
-_derived.multiple_results = True
-_derived.def_impl(_values)
-_derived.def_abstract_eval(_values)
-mlir.register_lowering(_derived, mlir.lower_fun(_values))
-ad.primitive_jvps[_derived] = _derivative
-batching.primitive_batchers[_derived] = _batched

@@ -7,6 +7,8 @@ import jax
 import keras
 from jax.sharding import PartitionSpec
 
+from keras_moe.backend.devices import Devices
+
 
 class Shards(NamedTuple):
     """The axes of a mesh that tokens are spread over, in this order.
@@ -31,6 +33,18 @@ class Shards(NamedTuple):
     def along(self, axis):
         """How many devices there are along an axis."""
         return self.mesh.shape[axis]
+
+    def axis_of(self, variable):
+        """The axis that the first axis of a variable is split over, or None."""
+        layout = getattr(variable, "_layout", None)
+        if layout is None or layout.device_mesh.backend_mesh != self.mesh:
+            raise ValueError(
+                "The distribution must be set before a layer is built: it decides where weights "
+                f"are. Received: {variable.path!r}, made "
+                f"{'before' if layout is None else 'under another one'}. Call "
+                "`keras.distribution.set_distribution(...)` first, then make the model or load it."
+            )
+        return layout.axes[0]
 
     def on_each_device(self, function, arguments, axes):
         """`function(*arguments)` of each device's parts of the arguments, as one output.
@@ -77,24 +91,10 @@ class Shards(NamedTuple):
         return jax.lax.all_to_all(tensor, axis, split_axis=0, concat_axis=0, tiled=True)
 
 
-def token_shards():
-    """See `Backend.token_shards`."""
-    distribution = keras.distribution.distribution()
-    if distribution is None or distribution.device_mesh.devices.size == 1:
-        return None
-    axes = getattr(distribution, "token_axes", (distribution.batch_dim_name,))
-    return Shards(distribution.device_mesh.backend_mesh, tuple(axes))
-
-
-def mesh_axis(variable):
-    """See `Backend.mesh_axis`."""
-    mesh = keras.distribution.distribution().device_mesh.backend_mesh
-    layout = getattr(variable, "_layout", None)
-    if layout is None or layout.device_mesh.backend_mesh != mesh:
-        raise ValueError(
-            "The distribution must be set before a layer is built: it decides where weights are. "
-            f"Received: {variable.path!r}, made "
-            f"{'before' if layout is None else 'under another one'}. Call "
-            "`keras.distribution.set_distribution(...)` first, then make the model or load it."
-        )
-    return layout.axes[0]
+class JaxDevices(Devices):
+    def token_shards(self):
+        distribution = keras.distribution.distribution()
+        if distribution is None or distribution.device_mesh.devices.size == 1:
+            return None
+        axes = getattr(distribution, "token_axes", (distribution.batch_dim_name,))
+        return Shards(distribution.device_mesh.backend_mesh, tuple(axes))

@@ -8,10 +8,10 @@ from keras import ops
 from keras_moe._internal.checks import check_choice, check_integer, check_number
 from keras_moe._internal.serialization import Configured, register
 from keras_moe.backend import backend
-from keras_moe.ops.assignments import at_least, ceil_divide
-from keras_moe.ops.plans import MOST_ROWS, _expert_capacity
+from keras_moe.ops.plans import MOST_ROWS, GroupedPlan, limit, slots_of_expert
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import _take_scores, _top_k_indices
+from keras_moe.ops.sorting import at_least, ceil_divide
 
 PRIORITIES = ("position", "probability", "random")
 
@@ -92,40 +92,43 @@ class Capacity(Configured):
         """
         return self.priority == "position" and top_k == 1
 
-    def limits(
+    def admit(
         self,
+        plan: GroupedPlan,
         routing: Routing,
         sequence_length: int | None,
-        training: bool,
+        training: bool | None,
         seed: keras.random.SeedGenerator,
-    ) -> dict:
-        """Return the arguments of `ops.plan_groups` for this capacity, a dict.
+        num_capacity_limited: int | None = None,
+    ) -> GroupedPlan:
+        """Return the plan of the assignments that find a slot.
 
         Args:
-            routing: An `ops.Routing`.
+            plan: The `ops.GroupedPlan` of all assignments.
+            routing: The `ops.Routing` that it was made from.
             sequence_length: Integer. Tokens of a sequence, or None.
             training: Boolean. Whether the factor is that of training.
             seed: `keras.random.SeedGenerator` of the layer, for a random priority.
+            num_capacity_limited: Integer. Number of experts, the first ones, that have a limit.
+                None: all.
         """
         factor = self.factor if training else self.evaluation_factor
         if factor is None:
-            return {}
+            return plan
         num_tokens, top_k = ops.shape(routing.indices)
-        shards = backend.token_shards()
+        shards = backend.devices.token_shards()
         if shards is not None:
             num_tokens = ceil_divide(num_tokens, shards.number)
         sequence_length = sequence_length if self.per_sequence else None
         length = num_tokens if sequence_length is None else sequence_length
-        rows = _expert_capacity(length, routing.counts.shape[0], top_k, factor)
-        rows = at_least(min(self.minimum, MOST_ROWS), rows)
+        slots = slots_of_expert(length, routing.counts.shape[0], top_k, factor)
+        slots = at_least(min(self.minimum, MOST_ROWS), slots)
         multiple_of = min(self.multiple_of, MOST_ROWS)
-        return {
-            "capacity": ceil_divide(rows, multiple_of) * multiple_of,
-            "first": self._urgency(routing, seed),
-            "sequence_length": sequence_length,
-        }
+        slots = ceil_divide(slots, multiple_of) * multiple_of
+        priority = self._priorities(routing, seed)
+        return limit(plan, slots, priority, sequence_length, num_capacity_limited)
 
-    def _urgency(self, routing, seed):
+    def _priorities(self, routing, seed):
         if self.priority == "probability":
             best = _top_k_indices(routing.probs, 1)
             return _take_scores(routing.probs, best)[:, 0]

@@ -31,14 +31,14 @@ class ExpertBank(keras.layers.Layer):
     def __init__(self, num_experts: int, **kwargs: Any):
         # Keras would cast the float32 weights of the plan to the compute dtype.
         super().__init__(autocast=False, **kwargs)
-        backend.separate_losses(self)
+        backend.devices.separate_losses(self)
         self.num_experts = check_integer("num_experts", num_experts)
         self.has_own_policy = kwargs.get("dtype") is not None
 
     def __call__(self, tokens, plan, **kwargs):
         # A plan of fewer experts or tokens would leave the others out.
         given = self.num_experts, tokens.shape[0]
-        planned = plan.groups.num_experts, plan.groups.num_tokens
+        planned = plan.num_experts, plan.num_tokens
         if any(None not in pair and pair[0] != pair[1] for pair in zip(given, planned)):
             raise ValueError(
                 "`plan` must be of as many experts and tokens as the bank receives. Received: "
@@ -67,7 +67,7 @@ class ExpertBank(keras.layers.Layer):
     def compute_output_shape(self, tokens_shape):
         return tuple(tokens_shape)
 
-    def compute_output_spec(self, tokens, plan):
+    def compute_output_spec(self, tokens, plan, training=None):
         return keras.KerasTensor(self.compute_output_shape(tokens.shape), self.compute_dtype)
 
     def rematerialized_call(self, call: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -87,7 +87,7 @@ class ExpertBank(keras.layers.Layer):
         """Take the dtype policy of the layer around the bank, unless the bank has its own."""
 
     @property
-    def num_limited(self) -> int:
+    def num_capacity_limited(self) -> int:
         """Number of experts, the first ones, that a capacity limits."""
         return self.num_experts
 

@@ -51,7 +51,7 @@ class FeedForwardExperts(StackedExperts):
     Reference: Shazeer et al. 2017 (arXiv:1701.06538), section 2.
     """
 
-    projection_names = ("up", "down")
+    settings = ("activation",)
 
     def __init__(
         self,
@@ -80,7 +80,13 @@ class FeedForwardExperts(StackedExperts):
         self.output_dim = None if output_dim is None else check_integer("output_dim", output_dim)
 
     def widths(self, features):
-        return (features, self.hidden_dim), (self.hidden_dim, self.output_dim or features)
+        return {
+            "up": (features, self.hidden_dim),
+            "down": (self.hidden_dim, self.output_dim or features),
+        }
+
+    def network(self, rows, linear):
+        return linear("down", self.activation(linear("up", rows)))
 
     def get_config(self):
         return {

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from keras import ops
+
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import register
 from keras_moe.layers.stacked_experts import StackedExperts
@@ -55,7 +57,7 @@ class GatedExperts(StackedExperts):
     OpenAI 2025 (arXiv:2508.10925), section 2, for the limit and the shift.
     """
 
-    projection_names = ("gate", "up", "down")
+    settings = ("activation", "clip", "up_shift")
 
     def __init__(
         self,
@@ -89,7 +91,15 @@ class GatedExperts(StackedExperts):
 
     def widths(self, features):
         up = (features, self.hidden_dim)
-        return up, up, (self.hidden_dim, self.output_dim or features)
+        return {"gate": up, "up": up, "down": (self.hidden_dim, self.output_dim or features)}
+
+    def network(self, rows, linear):
+        gate, up = linear("gate", rows), linear("up", rows)
+        if self.clip is not None:
+            gate, up = ops.minimum(gate, self.clip), ops.clip(up, -self.clip, self.clip)
+        if self.up_shift:
+            up = up + self.up_shift
+        return linear("down", self.activation(gate) * up)
 
     def get_config(self):
         return {

@@ -16,9 +16,8 @@ from keras_moe.backend import backend
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.sublayers import accepted_arguments, build_and_measure, check_output
-from keras_moe.ops.grouped.functions import Alike, engine_of, map_groups
-from keras_moe.ops.groups import combine_rows, dispatch_rows
-from keras_moe.ops.plans import GroupedPlan
+from keras_moe.ops.layer_groups import Alike, engine_of, map_groups
+from keras_moe.ops.plans import GroupedPlan, combine, dispatch
 
 
 @register
@@ -95,7 +94,8 @@ class LayerExperts(ExpertBank):
 
     def build(self, tokens_shape):
         self._fix_shape(tokens_shape)
-        backend.expert_processes()  # Refuses distributions that would split weights of a layer.
+        # Refuses distributions that would split weights of a layer.
+        backend.devices.expert_processes()
         rows_shape = (None, *tokens_shape[1:])
         num_kept = None if len(rows_shape) == 2 else 1
         shapes = [
@@ -111,7 +111,7 @@ class LayerExperts(ExpertBank):
     def call(self, tokens: Tensor, plan: GroupedPlan) -> Tensor:
         plan = plan.sort()
         tokens = ops.reshape(self._compute(tokens), (-1, math.prod(self._row_shape)))
-        rows = dispatch_rows(tokens, plan.groups)
+        rows = dispatch(tokens, plan.without_weights())
         parameters = {id(variable) for variable in parameters_of(self)}
         variables = [each for each in self.non_trainable_variables if id(each) not in parameters]
         variables += self.metrics_variables
@@ -122,12 +122,12 @@ class LayerExperts(ExpertBank):
         state.append(ops.zeros((), "float32"))
         alike = self._as_one_function() if backend.compiles_static_shapes() else None
         width = math.prod(self._output_shape)
-        rows, state = map_groups(functions, rows, plan.groups.sizes, width, state, alike)
+        rows, state = map_groups(functions, rows, plan.sizes, width, state, alike)
         *values, loss = state
         for variable, value in zip(variables, values):
             variable.assign(value)
         self.add_loss(loss)
-        outputs = combine_rows(rows, plan.weights, plan.groups)
+        outputs = combine(rows, plan.weights, plan.without_weights())
         return ops.reshape(outputs, (-1, *self._output_shape))
 
     def compute_all(self, tokens):

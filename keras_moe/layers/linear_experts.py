@@ -45,7 +45,7 @@ class LinearExperts(StackedExperts):
     Reference: Jacobs et al. 1991, "Adaptive mixtures of local experts".
     """
 
-    projection_names = ("up",)
+    settings = ()
 
     def __init__(
         self,
@@ -71,7 +71,10 @@ class LinearExperts(StackedExperts):
         self.output_dim = check_integer("output_dim", output_dim)
 
     def widths(self, features):
-        return ((features, self.output_dim),)
+        return {"up": (features, self.output_dim)}
+
+    def network(self, rows, linear):
+        return linear("up", rows)
 
     def get_config(self):
         config = {**super().get_config(), "output_dim": self.output_dim}

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops as keras_ops
 
-from keras_moe import losses, ops, routers
+from keras_moe import losses, routers
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors, shortened
 from keras_moe._internal.keras_internals import get_keras_mask
 from keras_moe._internal.serialization import config_of, register, resolve
@@ -23,8 +23,7 @@ from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.recomputation import Recomputable, effects_once
 from keras_moe.layers.usage import RouterUsage
-from keras_moe.ops.assignments import at_least
-from keras_moe.ops.plans import _plan_groups
+from keras_moe.ops.sorting import at_least
 from keras_moe.routers.router import Router
 
 
@@ -123,7 +122,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        backend.separate_losses(self)
+        backend.devices.separate_losses(self)
         self.experts = expert_bank.get(experts)
         if kwargs.get("dtype") is not None:
             self.experts.take_policy(self.dtype_policy)
@@ -250,13 +249,13 @@ class MixtureOfExperts(RouterUsage, Recomputable):
 
         # Compute: each expert computes its tokens; their outputs are weighted and summed.
         if return_expert_outputs:
-            expert_outputs = self._compute_separately(tokens, routing, plan)
+            expert_outputs = plan.serve_each(self.experts, tokens, routing)
             outputs = _weighted_sum(expert_outputs, routing.weights)
             expert_outputs = keras_ops.cast(expert_outputs, self.compute_dtype)
             shape = (*leading, *expert_outputs.shape[1:])
             expert_outputs = keras_ops.reshape(expert_outputs, shape)
         else:
-            outputs = self._compute_experts(tokens, plan)
+            outputs = plan.serve(self.experts, tokens)
         outputs = keras_ops.reshape(outputs, (*leading, *outputs.shape[1:]))
         outputs = keras_ops.cast(outputs, self.compute_dtype)
         if self.shared_expert is not None:
@@ -308,12 +307,13 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         )
 
     def _plan(self, routing, sequence_length, training):
-        limits = {}
+        plan = self.router.plan(routing)
         if self.capacity is not None:
-            limits = self.capacity.limits(routing, sequence_length, training, self._capacity_seed)
-            if limits and self.experts.num_limited < self.experts.num_experts:
-                limits = {"num_limited": self.experts.num_limited, **limits}
-        return self.router.plan(routing, **limits)
+            limited = self.experts.num_capacity_limited
+            plan = self.capacity.admit(
+                plan, routing, sequence_length, training, self._capacity_seed, limited
+            )
+        return plan
 
     def _flatten(self, inputs, mask):
         """Tokens (T, ...) of inputs, zero where a mask (batch, ...) is False."""
@@ -321,23 +321,6 @@ class MixtureOfExperts(RouterUsage, Recomputable):
             # Padding may hold anything, NaN included, which no product with a zero weight removes.
             inputs = _zero_padding(inputs, mask)
         return keras_ops.reshape(inputs, (-1, *self._token_shape(inputs.shape)))
-
-    def _compute_separately(self, tokens, routing, plan):
-        """Outputs (T, K, D') of the assignments, zero where one is not served."""
-        if isinstance(plan, ops.SoftPlan):
-            raise ValueError(
-                "`return_expert_outputs` needs a router that assigns tokens to experts. Received: "
-                f"`{type(self.router).__name__}`, whose experts mix tokens"
-            )
-        if not isinstance(plan.groups, (ops.Groups, ops.Assignments)):
-            plan = _plan_groups(routing)  # of experts that choose: as if tokens chose the same
-        return self.experts.compute_each(tokens, plan)
-
-    def _compute_experts(self, tokens, plan):
-        if not isinstance(plan, ops.SoftPlan):
-            return self.experts(tokens, plan)
-        slots, slot_plan = plan.dispatch(tokens, self.experts.num_experts)
-        return plan.combine(self.experts(slots, slot_plan))
 
     def _compute_shared(self, inputs, mask):
         arguments = {"mask": mask} if self._shared_takes_mask else {}

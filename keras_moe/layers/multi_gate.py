@@ -20,7 +20,7 @@ from keras_moe.layers import expert_bank
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts, _sequence_length
 from keras_moe.ops.plans import plan_experts
-from keras_moe.ops.selection import existing
+from keras_moe.ops.selection import mask_invalid
 from keras_moe.routers.router import Router
 
 
@@ -291,7 +291,7 @@ def _compute(bank, tokens, choices):
     if any(experts is None for _, experts, _ in choices):
         places = ops.expand_dims(ops.arange(bank.num_experts, dtype="int32"), 0)
         return ops.cast(bank.compute_all(tokens), "float32"), places
-    chosen = [existing(experts, bank.num_experts) for _, experts, _ in choices]
+    chosen = [mask_invalid(experts, bank.num_experts) for _, experts, _ in choices]
     places = _without_repeats(ops.concatenate(chosen, axis=1))
     outputs = bank.compute_each(tokens, plan_experts(places, bank.num_experts))
     return ops.cast(outputs, "float32"), places

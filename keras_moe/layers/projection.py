@@ -12,24 +12,25 @@ from keras import ops
 from keras_moe._internal.initializers import EachExpert
 from keras_moe._internal.keras_internals import let_go
 from keras_moe._internal.lora import factors_for
-from keras_moe.ops.assignments import ceil_divide
-from keras_moe.ops.grouped.records import Affine, Packed, Quantized
+from keras_moe.ops.linears import Int4Kernel, Int8Kernel, Linear
+from keras_moe.ops.sorting import ceil_divide
 
 # In the order in which they are saved.
 _STORED = ("kernel", "scale", "zero", "bias")
 
 
 class Projection:
-    """One affine map of each expert, whose kernels are stacked: (E, D, H).
+    """One linear map of each expert, whose kernels are stacked (E, D, H), or a vector (E, H).
 
     The weights are the bank's, by names such as `up_kernel` and `up_bias`. With "int8" the kernel
     holds integers, and `scale` (E, 1, H) multiplies them. With "int4" a byte of the kernel holds
     two integers, and `scale` and `zero` (E, G, H) are those of G groups of rows.
     """
 
-    def __init__(self, bank, name, stream):
+    def __init__(self, bank, name, stream, is_vector=False):
         self.bank = bank
         self.name = name
+        self.is_vector = is_vector
         self.stream = stream  # Kernels of one shape are drawn from different seeds.
         self.kernel: Any = None
         self.bias: Any = None
@@ -38,9 +39,12 @@ class Projection:
         self.lora_a: Any = None
         self.lora_b: Any = None
 
-    def build(self, fan_in, fan_out, experts):
-        """Add the weights, for the experts of this process, a range."""
-        bank, shape = self.bank, (len(experts), fan_in, fan_out)
+    def build(self, widths, experts):
+        """Add the weights of these widths, for the experts of this process, a range."""
+        bank, shape = self.bank, (len(experts), *widths)
+        if self.is_vector:
+            self._add("kernel", shape, "ones")
+            return
         if bank.quantization_mode is not None:
             self.add_integers(shape)
         else:
@@ -56,15 +60,15 @@ class Projection:
                 every_bias = bank.bias_initializer((bank.num_experts, *shape[1:]), dtype=dtype)
                 return every_bias[experts.start : experts.stop]
 
-            regularizer = bank.bias_regularizer
-            self._add("bias", (len(experts), fan_out), initialize, regularizer=regularizer)
+            shape, regularizer = (len(experts), widths[-1]), bank.bias_regularizer
+            self._add("bias", shape, initialize, regularizer=regularizer)
         else:
             setattr(bank, f"{self.name}_bias", None)
 
     def _add(self, part, shape, initializer="zeros", **kwargs):
         # Cast one expert at a time where it is used, not as a whole by Keras.
         weight = self.bank.add_weight(
-            name=f"{self.name}_{part}",
+            name=self._weight_name(part),
             shape=shape,
             initializer=initializer,
             autocast=False,
@@ -74,7 +78,10 @@ class Projection:
 
     def _set(self, part, weight):
         setattr(self, part, weight)
-        setattr(self.bank, f"{self.name}_{part}", weight)
+        setattr(self.bank, self._weight_name(part), weight)
+
+    def _weight_name(self, part):
+        return self.name if self.is_vector else f"{self.name}_{part}"
 
     def add_integers(self, shape):
         """Add the weights of a quantized kernel of a shape (E, D, H)."""
@@ -105,15 +112,13 @@ class Projection:
         return (*self.kernel.shape[:2], fan_out)
 
     def tensors(self):
-        """The projection as tensors, in the dtypes they are stored in."""
-        if self.bank.quantization_mode is None:
-            kernel = self._tensor(self.kernel)
-        else:
-            kernel = self._quantized()
-        low_rank = None
-        if self.lora_a is not None:
-            low_rank = (self._tensor(self.lora_a), self._tensor(self.lora_b))
-        return Affine(kernel, self._tensor(self.bias), low_rank)
+        """The projection as a `Linear` of tensors, in the dtypes they are stored in."""
+        if self.is_vector:  # a map from one feature, whose input is 1
+            return Linear(ops.expand_dims(self._tensor(self.kernel), 1))
+        quantized = self.bank.quantization_mode is not None
+        kernel = self._quantized() if quantized else self._tensor(self.kernel)
+        others = (self.bias, self.lora_a, self.lora_b)
+        return Linear(kernel, *map(self._tensor, others))
 
     def _tensor(self, weight):
         if weight is None:
@@ -124,16 +129,18 @@ class Projection:
     def _quantized(self):
         kernel, scale = map(ops.convert_to_tensor, (self.kernel, self.scale))
         if self.zero is None:
-            return Quantized(kernel, scale)
+            return Int8Kernel(kernel, scale)
         group = _group_of_row(kernel.shape[1], self.bank.block_size())
-        return Packed(kernel, scale, ops.convert_to_tensor(self.zero), ops.convert_to_tensor(group))
+        return Int4Kernel(
+            kernel, scale, ops.convert_to_tensor(self.zero), ops.convert_to_tensor(group)
+        )
 
     def merged_kernel(self):
         """The kernels of all experts as floats (E, D, H), low-rank factors added: an array."""
-        if self.bank.quantization_mode is None:
+        if self.scale is None:
             kernel = self._whole(self.kernel)
         else:
-            kernel = ops.convert_to_numpy(self._quantized().floats(lambda all: all, "float32"))
+            kernel = ops.convert_to_numpy(self._quantized().floats("float32"))
         if self.lora_a is None:
             return kernel
         a, b, scale = self._whole(self.lora_a), self._whole(self.lora_b), self.bank.lora_scale()

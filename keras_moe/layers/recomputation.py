@@ -65,9 +65,10 @@ def effects_once(call):
     @functools.wraps(call)
     def called(layer, *args, training=None, **kwargs):
         run = functools.partial(call, layer, *args, **kwargs)
-        if in_stateless_scope() or not backend.may_recompute():
+        recomputation = backend.recomputation()
+        if in_stateless_scope() or recomputation is None:
             return run(training=training)
-        if backend.is_recomputing():
+        if recomputation == "running":
             last = None if training is False else vars(layer).get("_last_call")
             if last is None:
                 return run(training=training)

@@ -1,7 +1,9 @@
 """Banks with stacked kernels: LoRA, quantization, processes and serialization."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import keras
 
@@ -11,34 +13,72 @@ from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.projection import Projection
-from keras_moe.ops.feed_forward import _all_experts, _grouped_feed_forward
-from keras_moe.ops.grouped import engine_on
-from keras_moe.ops.grouped.records import Network
+from keras_moe.ops import draws
+from keras_moe.ops.devices import run_in_processes, run_on_mesh
+from keras_moe.ops.experts import engine_on, run_network, run_on_all
+from keras_moe.ops.networks import network_of
 from keras_moe.ops.plans import GroupedPlan
 
 
 class StackedExperts(Adaptable, ExpertBank):
-    """Abstract: experts of one shape, each of their projections stacked in one kernel (E, D, H).
+    """Abstract: experts of one shape, each of their kernels stacked in one weight (E, D, H).
 
-    A subclass names its projections in `projection_names`, in the order of a forward pass, and
-    implements `widths(features)`. With one projection an expert is an affine map, with two a
-    feed-forward network, with three a gated one.
+    An expert is a small network of linear maps. A subclass says how wide they are, and how they are
+    connected:
+
+    - `widths(features)` returns {name: (D, H)} in the order of a forward pass, for tokens of so
+      many features. A tuple (H,) declares a vector of each expert, which begins with ones.
+    - `network(rows, linear)` returns the outputs (n, D') of rows (n, D) of one or several experts,
+      one row each. `linear(name, rows)` is the linear map of a name with its bias; it is called
+      once for each name. `linear(name)` is a vector, (n, H) or (1, H). `linear.dropout(rows, rate)`
+      is dropout in training. Otherwise a network may use any differentiable `keras.ops` that treat
+      rows one by one, and no weights but its own.
+
+    The weights of a map are `{name}_kernel` (E, D, H) and, with `use_bias`, `{name}_bias` (E, H); a
+    vector is `{name}` (E, H). Low-rank adaptation, quantization, expert parallelism, saving and
+    export need nothing of the subclass.
+
+    Args:
+        num_experts: Integer. Number of experts, E.
+        activation: String, function of one tensor, Keras layer without weights, or None.
+        use_bias: Boolean. Whether each linear map has a bias.
+        kernel_initializer: Initializer of each expert's kernels.
+        bias_initializer: Initializer of the biases.
+        kernel_regularizer: Regularizer of the stacked kernels, or None.
+        bias_regularizer: Regularizer of the stacked biases, or None.
+        **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
+
+    Raises:
+        ValueError: If `num_experts` is not a positive integer, or `activation` has weights; when
+            it is built, if `network` does not call `linear` once for each name in `widths`.
+
+    Example:
+
+    >>> class ResidualExperts(keras_moe.layers.StackedExperts):
+    ...     def widths(self, features):
+    ...         return {"up": (features, 32), "middle": (32, 32), "down": (32, features)}
+    ...     def network(self, rows, linear):
+    ...         hidden = self.activation(linear("up", rows))
+    ...         hidden = hidden + self.activation(linear("middle", hidden))
+    ...         return linear("down", hidden)
+    >>> layer = keras_moe.layers.MixtureOfExperts(ResidualExperts(8, activation="silu"))
+    >>> layer(keras.random.normal((2, 10, 64))).shape
+    (2, 10, 64)
     """
 
-    projection_names: tuple[str, ...] = ()
-    # Settings of gated networks.
-    clip: float | None = None
-    up_shift = 0.0
+    # Names of all attributes that `network` reads. Banks whose settings are equal share a compiled
+    # program; without them each bank has its own.
+    settings: tuple[str, ...] | None = None
 
     def __init__(
         self,
         num_experts: int,
-        activation: str | Callable | None,
-        use_bias: bool,
-        kernel_initializer: str | Callable,
-        bias_initializer: str | Callable,
-        kernel_regularizer: str | Callable | None,
-        bias_regularizer: str | Callable | None,
+        activation: str | Callable | None = None,
+        use_bias: bool = True,
+        kernel_initializer: str | Callable = "glorot_uniform",
+        bias_initializer: str | Callable = "zeros",
+        kernel_regularizer: str | Callable | None = None,
+        bias_regularizer: str | Callable | None = None,
         **kwargs: Any,
     ):
         super().__init__(num_experts, **kwargs)
@@ -50,16 +90,19 @@ class StackedExperts(Adaptable, ExpertBank):
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
         # Processes that share the experts, each with some of them; None where each has all.
         self.processes: Any = None
-        names = enumerate(self.projection_names)
-        self.projections = tuple(Projection(self, name, stream) for stream, name in names)
+        self.projections: tuple[Projection, ...] = ()
+
+    def widths(self, features: int) -> dict[str, tuple[int, ...]]:
+        """Return {name: (D, H)} of all linear maps, and {name: (H,)} of vectors."""
+        raise NotImplementedError
+
+    def network(self, rows: Tensor, linear: Callable) -> Tensor:
+        """Return the outputs (n, D') of rows (n, D)."""
+        raise NotImplementedError
 
     def projection(self, name: str) -> Projection:
-        """Return a projection by its name."""
-        return self.projections[self.projection_names.index(name)]
-
-    def widths(self, features: int) -> Sequence[tuple[int, int]]:
-        """Return a pair (D, H) for each projection."""
-        raise NotImplementedError
+        """Return the projection of a built bank by its name."""
+        return next(each for each in self.projections if each.name == name)
 
     def build(self, tokens_shape):
         if len(tokens_shape) > 2:
@@ -69,56 +112,79 @@ class StackedExperts(Adaptable, ExpertBank):
                 "call a bank through a `MixtureOfExperts`"
             )
         self._fix_shape(tokens_shape)
-        self._check_activation()
-        self.processes = backend.expert_processes()
+        widths = self.widths(tokens_shape[-1])
+        self._check_activation(next(iter(widths.values()))[-1])
+        self._network = self._trace(tokens_shape[-1])
+        self._dropout_seed = draws.seeded_generator() if self._network.has_dropout else None
+        self.processes = backend.devices.expert_processes()
         experts = range(self.num_experts)
         if self.processes is not None:
             experts = self.processes.own_experts(self.num_experts)
         self._is_quantized = self.quantization_mode is not None
-        for projection, widths in zip(self.projections, self.widths(tokens_shape[-1])):
-            fan_in, fan_out = widths
-            projection.build(fan_in, fan_out, experts)
+        self.projections = tuple(
+            Projection(self, name, stream, is_vector=len(each) == 1)
+            for stream, (name, each) in enumerate(widths.items())
+        )
+        for projection, each in zip(self.projections, widths.values()):
+            projection.build(tuple(each), experts)
         if self.lora_rank:
             self.add_factors()
 
-    def _check_activation(self):
+    def _check_activation(self, width):
         # A layer with weights would run outside of what is differentiated, and never be trained.
         if isinstance(self.activation, keras.Layer):
             if not self.activation.built:
-                self.activation(keras.KerasTensor((None, self.widths(1)[0][1])))
+                self.activation(keras.KerasTensor((None, width)))
             if self.activation.weights:
                 raise ValueError(
                     "`activation` must have no weights. Received: "
                     f"activation={self.activation}. Use `LayerExperts` for such experts"
                 )
 
-    def call(self, tokens: Tensor, plan: GroupedPlan) -> Tensor:
-        kernel = self.projections[0].kernel
-        return _grouped_feed_forward(
-            self._compute(tokens),
-            plan,
-            self._network(),
-            [projection.tensors() for projection in self.projections],
-            expert_axis=backend.mesh_axis(kernel) if backend.token_shards() else None,
-            processes=self.processes,
-        )
+    def _function(self):
+        """The network as a hashable function, which does not keep the bank and its weights."""
+        owner = next(cls for cls in type(self).__mro__ if "network" in vars(cls))
+        names = vars(owner).get("settings")
+        if names is None:
+            return _WeakNetwork(weakref.ref(self))
+        return _SharedNetwork(owner, names, tuple(getattr(self, name) for name in names))
+
+    def call(self, tokens: Tensor, plan: GroupedPlan, training: bool | None = None) -> Tensor:
+        network, maps, key = self._network_in_force(), self._maps(), None
+        tokens, plan = self._compute(tokens), plan.with_rows()
+        if self._dropout_seed is not None and training:
+            key = draws.key(self._dropout_seed)
+        if self.processes is not None:
+            return run_in_processes(network, tokens, maps, plan, self.processes, key)
+        if plan.order is not None:
+            return run_network(network, tokens, maps, plan, key)
+        axis = backend.devices.token_shards().axis_of(self.projections[0].kernel)
+        return run_on_mesh(network, tokens, maps, plan, axis, key)
 
     def compute_all(self, tokens):
-        if backend.token_shards() or self.processes is not None:
+        is_spread = backend.devices.token_shards() or self.processes is not None
+        if is_spread or self._dropout_seed is not None:
             return super().compute_all(tokens)
-        projections = [projection.tensors() for projection in self.projections]
-        return _all_experts(self._compute(tokens), self._network(), projections)
+        return run_on_all(self._network_in_force(), self._compute(tokens), self._maps())
 
-    def _network(self):
+    def _maps(self):
+        return {projection.name: projection.tensors() for projection in self.projections}
+
+    def _network_in_force(self):
         scale = self.lora_scale() if self.lora_enabled else None
-        return Network(self.activation, self.clip, self.up_shift, scale)
+        return self._network._replace(function=self._function(), scale=scale)
 
     def compute_output_shape(self, tokens_shape):
-        return (*tokens_shape[:-1], self.widths(tokens_shape[-1])[-1][1])
+        network = self._network if self.built else self._trace(tokens_shape[-1])
+        return (*tokens_shape[:-1], network.output_width)
+
+    def _trace(self, features):
+        """The `Network` for tokens of so many features."""
+        widths = {name: (1, *each)[-2:] for name, each in self.widths(features).items()}
+        return network_of(self._function(), features, widths)
 
     def engine_on(self, platform, static_shapes):
-        projections = [projection.tensors() for projection in self.projections]
-        return engine_on(platform, static_shapes, self.compute_dtype, projections)
+        return engine_on(platform, static_shapes)
 
     def take_policy(self, policy):
         if not self.has_own_policy and not self.built:
@@ -126,7 +192,7 @@ class StackedExperts(Adaptable, ExpertBank):
             self.dtype_policy = policy
 
     def add_factors(self, a_initializer="he_uniform", b_initializer="zeros"):
-        for projection in self.projections:
+        for projection in self._kernels():
             projection.add_factors(a_initializer, b_initializer)
         self.lora_enabled = True
 
@@ -159,7 +225,7 @@ class StackedExperts(Adaptable, ExpertBank):
                 f"`{self.name}`, split over {self.processes.num_processes} processes. "
                 "Save the model and quantize it in one process."
             )
-        projections = self.projections
+        projections = self._kernels()
         with open_to_state(self):
             kernels = [projection.take_kernel() for projection in projections]
             self._is_quantized = True
@@ -172,6 +238,10 @@ class StackedExperts(Adaptable, ExpertBank):
             for projection, kernel in zip(projections, kernels):
                 projection.add_integers(kernel.shape)
                 projection.set_kernel(kernel)
+
+    def _kernels(self):
+        """The projections that are not vectors."""
+        return [projection for projection in self.projections if not projection.is_vector]
 
     def quantized_call(self, *args, **kwargs):
         return self.call(*args, **kwargs)
@@ -219,3 +289,25 @@ class StackedExperts(Adaptable, ExpertBank):
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
             "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
         }
+
+
+class _SharedNetwork(NamedTuple):
+    """The network of all banks of a class with the same settings."""
+
+    owner: type
+    names: tuple
+    values: tuple
+
+    def __call__(self, rows, linear):
+        settings: Any = types.SimpleNamespace(**dict(zip(self.names, self.values)))
+        network: Any = vars(self.owner)["network"]
+        return network(settings, rows, linear)
+
+
+class _WeakNetwork(NamedTuple):
+    """The network of one bank."""
+
+    bank: weakref.ref
+
+    def __call__(self, rows, linear):
+        return self.bank().network(rows, linear)  # type: ignore[union-attr]

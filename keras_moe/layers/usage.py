@@ -88,13 +88,13 @@ class RouterUsage(keras.layers.Layer):
             (self.expert_counts, counts),
             (self.dropped_count, routing.dropped * ops.sum(counts)),
             (self.router_entropy_total, _router_entropy(routing)),
-            (self.call_count, backend.after(counts, ops.ones((), "float32"))),
+            (self.call_count, backend.control_dependency(counts, ops.ones((), "float32"))),
         ]
         if values:
             counted.append((self.router_loss_totals, ops.stack(values)))
         counters, added = zip(*counted)
         if training:  # A process may evaluate alone, and would wait for the others.
-            added = backend.sum_of_counts(added)
+            added = backend.devices.sum_of_counts(added)
         for counter, value in zip(counters, added):
             counter.assign_add(value)
 

@@ -10,8 +10,6 @@ from keras_moe._internal.serialization import config_of, register
 from keras_moe._internal.types import Tensor
 from keras_moe.layers import expert_bank
 from keras_moe.layers.expert_bank import ExpertBank, in_floats
-from keras_moe.ops.assignments import Choices
-from keras_moe.ops.groups import ChosenGroups
 from keras_moe.ops.plans import GroupedPlan
 
 
@@ -111,22 +109,21 @@ class ZeroComputationExperts(ExpertBank):
             )
 
     def call(self, tokens: Tensor, plan: GroupedPlan) -> Tensor:
-        groups, computing = plan.groups, self.experts.num_experts
-        if isinstance(groups, (ChosenGroups, Choices)):
+        computing = self.experts.num_experts
+        if plan.places is not None:
             raise ValueError(
                 "Experts without computation need a router whose tokens choose experts, such as "
                 "`TopKRouter`. Received: a plan of experts that choose tokens"
             )
         tokens = self._compute(tokens)
-        own_plan = plan._replace(groups=groups.of_first(computing))
-        outputs = self._compute(self.experts(tokens, own_plan))
+        outputs = self._compute(self.experts(tokens, plan.of_first(computing)))
         first_identity = computing + self.num_zero
         first_constant = first_identity + self.num_identity
-        weight = groups.weight_at(plan.weights, first_identity, first_constant)
+        weight = plan.weight_at(first_identity, first_constant)
         outputs = outputs + self._compute(weight) * tokens
         for number in range(self.num_constant):
             expert = first_constant + number
-            weight = self._compute(groups.weight_at(plan.weights, expert, expert + 1))
+            weight = self._compute(plan.weight_at(expert, expert + 1))
             outputs = outputs + weight * self._constant(tokens, number)
         return outputs
 
@@ -148,8 +145,8 @@ class ZeroComputationExperts(ExpertBank):
             self.experts.take_policy(policy)
 
     @property
-    def num_limited(self):
-        return self.experts.num_limited
+    def num_capacity_limited(self):
+        return self.experts.num_capacity_limited
 
     def get_config(self):
         return {

@@ -217,9 +217,9 @@ class GlobalLoadBalance(RouterLoss):
             )
         is_first = self._steps % self.accumulation_steps == 0
         before = ops.where(is_first, 0.0, ops.convert_to_tensor(self._counts))
-        counts = backend.sum_over_replicas(ops.cast(routing.counts, "float32"))
+        counts = backend.devices.sum_over_replicas(ops.cast(routing.counts, "float32"))
         self._counts.assign(before + counts)
-        self._steps.assign(backend.after(counts, self._steps + 1))
+        self._steps.assign(backend.control_dependency(counts, self._steps + 1))
         return _agreement(before + counts, _masked_mean(routing.probs, routing.mask))
 
     def get_config(self):

@@ -12,7 +12,7 @@ from keras_moe.metrics.usage import as_counts
 from keras_moe.ops.balance import masked_mean
 from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.routing import Routing, count_assignments
-from keras_moe.ops.selection import chosen_experts, existing, take_scores
+from keras_moe.ops.selection import chosen_experts, mask_invalid, take_scores
 from keras_moe.ops.soft import SoftPlan
 
 
@@ -109,7 +109,7 @@ def count_table(routing: Routing, groups: Tensor, num_groups: int) -> Tensor:
     groups = ops.convert_to_tensor(groups)
     check_tensors({"T": routing.mask.shape[0]}, groups=(groups, "T", "int"))
     num_experts = routing.counts.shape[0]
-    indices = existing(routing.indices, num_experts)
+    indices = mask_invalid(routing.indices, num_experts)
     groups = ops.expand_dims(ops.cast(groups, "int32"), 1)
     known = ops.logical_and(groups >= 0, groups < num_groups)
     used = ops.logical_and(indices >= 0, ops.expand_dims(routing.mask, 1))

@@ -1,6 +1,5 @@
 """Pure functions on tensors: routing, plans, grouped products and losses."""
 
-from keras_moe.ops.assignments import Assignments, Choices
 from keras_moe.ops.balance import (
     agreement,
     load_balance,
@@ -13,9 +12,7 @@ from keras_moe.ops.balance import (
     squared_load_variation,
 )
 from keras_moe.ops.expert_choice import expert_choice_routing, plan_expert_choice
-from keras_moe.ops.feed_forward import grouped_feed_forward
-from keras_moe.ops.grouped_matmul import grouped_matmul
-from keras_moe.ops.groups import ChosenGroups, Groups
+from keras_moe.ops.grouped_matmul import grouped_matmul, grouped_outer
 from keras_moe.ops.plans import GroupedPlan, expert_capacity, plan_groups
 from keras_moe.ops.platforms import platform
 from keras_moe.ops.routing import (
@@ -29,11 +26,7 @@ from keras_moe.ops.soft import SoftPlan, plan_soft, soft_routing
 from keras_moe.ops.transport import balanced_assignment, sinkhorn_plan
 
 __all__ = [
-    "Assignments",
-    "Choices",
-    "ChosenGroups",
     "GroupedPlan",
-    "Groups",
     "Routing",
     "SoftPlan",
     "agreement",
@@ -42,8 +35,8 @@ __all__ = [
     "expert_capacity",
     "expert_choice_routing",
     "group_limited_scores",
-    "grouped_feed_forward",
     "grouped_matmul",
+    "grouped_outer",
     "load_balance",
     "make_routing",
     "masked_mean",

@@ -8,9 +8,9 @@ from keras import ops
 from keras_moe._internal.checks import check_mask, check_number, check_tensors
 from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
-from keras_moe.ops.assignments import check_sequence_length
 from keras_moe.ops.routing import Routing, check_routing
 from keras_moe.ops.selection import _take_scores, _top_k_indices, check_top_k, chosen_experts
+from keras_moe.ops.sorting import check_sequence_length
 
 
 def load_balance(routing: Routing) -> Tensor:
@@ -30,7 +30,7 @@ def load_balance(routing: Routing) -> Tensor:
     return _load_balance(check_routing(routing, "probs", "mask", "counts"))
 
 
-@backend.as_one_program
+@backend.jit_when_eager
 def _load_balance(routing):
     return _agreement(routing.counts, _masked_mean(routing.probs, routing.mask))
 
@@ -53,7 +53,7 @@ def sequence_load_balance(routing: Routing, sequence_length: int) -> Tensor:
     return _sequence_load_balance(routing, length)
 
 
-@backend.as_one_program
+@backend.jit_when_eager
 def _sequence_load_balance(routing, sequence_length):
     num_experts = routing.probs.shape[-1]
     by_sequence = (-1, sequence_length, num_experts)
@@ -103,7 +103,7 @@ def router_z(routing: Routing) -> Tensor:
     return _router_z(check_routing(routing, "logits", "mask"))
 
 
-@backend.as_one_program
+@backend.jit_when_eager
 def _router_z(routing):
     return _masked_mean(ops.square(ops.logsumexp(routing.logits, axis=-1)), routing.mask)
 
@@ -120,7 +120,7 @@ def router_entropy(routing: Routing) -> Tensor:
     return _router_entropy(check_routing(routing, "probs", "mask"))
 
 
-@backend.as_one_program
+@backend.jit_when_eager
 def _router_entropy(routing):
     probs = routing.probs
     # The logarithm of what is above zero only: the slope of p log p at 0 is infinite.
@@ -143,7 +143,7 @@ def squared_importance_variation(routing: Routing) -> Tensor:
     return _squared_importance_variation(check_routing(routing, "probs", "mask"))
 
 
-@backend.as_one_program
+@backend.jit_when_eager
 def _squared_importance_variation(routing):
     return squared_variation(_masked_mean(routing.probs, routing.mask))
 
@@ -163,7 +163,7 @@ def squared_load_variation(routing: Routing) -> Tensor:
     return _squared_load_variation(check_routing(routing, "load"))
 
 
-@backend.as_one_program
+@backend.jit_when_eager
 def _squared_load_variation(routing):
     return squared_variation(routing.load)
 
@@ -227,7 +227,7 @@ def noisy_load(
     return _noisy_load(clean, noisy, deviation, top_k, ops.cast(mask, "bool"))
 
 
-@backend.as_one_program
+@backend.jit_when_eager
 def _noisy_load(clean, noisy, deviation, top_k, mask):
     num_experts = noisy.shape[-1]
     if top_k == num_experts:

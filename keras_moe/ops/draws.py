@@ -49,11 +49,18 @@ def dropout(inputs, rate, seed):
     )
 
 
+def key(seed):
+    """A key (2,) int32 for `hashed`; the seed is a `SeedGenerator`."""
+    return keras.random.randint((2,), 0, 2**31 - 1, seed=seed)
+
+
 def _hashed(shape, seed):
-    rows, columns = shape
-    key = keras.random.randint((2,), 0, 2**31 - 1, seed=seed)
-    row = ops.expand_dims(ops.arange(rows, dtype="int32"), 1)
-    place = row * columns + ops.arange(columns, dtype="int32")
+    return hashed(ops.arange(shape[0], dtype="int32"), shape[1], key(seed))
+
+
+def hashed(rows, columns, key):
+    """Float32 numbers (n, columns) between 0 and 1, both excluded, for numbers of rows (n,)."""
+    place = ops.expand_dims(rows, 1) * columns + ops.arange(columns, dtype="int32")
     bits = _mix(_mix(place + key[0]) + key[1])
     # 23 bits and a half: each number is exact in float32, and none is 0 or 1.
     return (ops.cast(ops.bitwise_and(bits, 2**23 - 1), "float32") + 0.5) / 2**23

@@ -9,11 +9,11 @@ from keras import ops
 from keras_moe._internal.checks import check_number, check_tensors
 from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
-from keras_moe.ops.assignments import Choices, at_least, check_sequence_length, put, tokens_at
-from keras_moe.ops.plans import GroupedPlan, _expert_capacity
+from keras_moe.ops.plans import GroupedPlan, plan_choices, slots_of_expert, tokens_at
 from keras_moe.ops.routing import Routing, _make_routing, check_routing, clean_logits
 from keras_moe.ops.scores import softmax
-from keras_moe.ops.selection import best_places
+from keras_moe.ops.selection import top_tokens
+from keras_moe.ops.sorting import at_least, check_sequence_length, put
 
 
 def expert_choice_routing(
@@ -45,26 +45,26 @@ def expert_choice_routing(
     return _expert_choice_routing(logits, capacity_factor, mask, sequence_length)
 
 
-@backend.as_one_program
+@backend.jit_when_eager
 def _expert_choice_routing(logits, capacity_factor, mask, sequence_length=None):
     num_tokens, num_experts = ops.shape(logits)
     sequence_length = at_least(1, num_tokens) if sequence_length is None else sequence_length
     probs = softmax(logits)
-    capacity = _expert_capacity(sequence_length, num_experts, 1, capacity_factor)
+    capacity = slots_of_expert(sequence_length, num_experts, 1, capacity_factor)
     # Padding adds no slots: its places in the static shapes stay empty.
     real = ops.reshape(ops.cast(mask, "int32"), (-1, sequence_length))
-    room = _expert_capacity(ops.sum(real, axis=1), num_experts, 1, capacity_factor)
-    wish = ops.where(ops.expand_dims(mask, 1), ops.stop_gradient(probs), -1.0)
-    wish = ops.reshape(wish, (-1, sequence_length, num_experts))
+    slots = slots_of_expert(ops.sum(real, axis=1), num_experts, 1, capacity_factor)
+    preference = ops.where(ops.expand_dims(mask, 1), ops.stop_gradient(probs), -1.0)
+    preference = ops.reshape(preference, (-1, sequence_length, num_experts))
     # (B, E, C) places in the sequence.
-    wish = ops.transpose(wish, (0, 2, 1))
+    preference = ops.transpose(preference, (0, 2, 1))
     are_known = isinstance(sequence_length, int) and isinstance(capacity, int)
-    place = best_places(wish, (min if are_known else ops.minimum)(sequence_length, capacity))
-    in_room = ops.arange(ops.shape(place)[2], dtype="int32") < ops.reshape(room, (-1, 1, 1))
+    place = top_tokens(preference, (min if are_known else ops.minimum)(sequence_length, capacity))
+    in_slots = ops.arange(ops.shape(place)[2], dtype="int32") < ops.reshape(slots, (-1, 1, 1))
     experts = ops.arange(num_experts, dtype="int32")
     token = tokens_at(place, sequence_length)
     is_real = ops.reshape(ops.take(mask, ops.reshape(token, (-1,))), ops.shape(place))
-    is_valid = ops.logical_and(is_real, in_room)
+    is_valid = ops.logical_and(is_real, in_slots)
     chosen = ops.reshape(token * num_experts + ops.expand_dims(experts, 1), (-1,))
     taken = ops.reshape(ops.cast(is_valid, "int32"), (-1,))
     taken = put(taken, chosen, num_tokens * num_experts)
@@ -89,13 +89,13 @@ def plan_expert_choice(routing: Routing) -> GroupedPlan:
 
 
 def _plan_expert_choice(routing):
-    place, is_valid = routing.details
-    choices = Choices(place, is_valid, routing.mask)
-    expert = ops.expand_dims(ops.arange(choices.num_experts, dtype="int32"), 1)
-    places = choices.tokens() * choices.num_experts + expert
-    weights = ops.take(ops.reshape(routing.weights, (-1,)), places)
-    plan = GroupedPlan(choices, weights)
-    shards = backend.token_shards()
+    places, is_valid = routing.details
+    num_experts = places.shape[1]
+    expert = ops.expand_dims(ops.arange(num_experts, dtype="int32"), 1)
+    plan = plan_choices(ops.where(is_valid, expert, -1), None, places, routing.mask)
+    chosen = plan.token_of_choice() * num_experts + expert
+    plan = plan._replace(weights=ops.take(ops.reshape(routing.weights, (-1,)), chosen))
+    shards = backend.devices.token_shards()
     # Sequences that lie on two devices are chosen from by both: every device has the rows of all.
-    splits = shards is not None and ops.shape(choices.place)[0] % shards.number == 0
+    splits = shards is not None and ops.shape(places)[0] % shards.number == 0
     return plan if splits else plan.sort()

@@ -1,12 +1,14 @@
-"""Grouped matrix product: the primitive that other expert banks can be built from."""
+"""Grouped matrix products: two bilinear functions, each the transpose of the other."""
 
 from keras import ops
 
 from keras_moe._internal.checks import check_tensors, host_values
 from keras_moe._internal.types import Tensor
-from keras_moe.ops.grouped import product_step, run_grouped
-from keras_moe.ops.grouped.records import Affine, Parameters
-from keras_moe.ops.groups import Groups
+from keras_moe.backend import backend
+from keras_moe.ops.experts import run_network
+from keras_moe.ops.linears import Linear
+from keras_moe.ops.networks import network_of
+from keras_moe.ops.plans import GroupedPlan
 
 
 def grouped_matmul(rows: Tensor, kernels: Tensor, group_sizes: Tensor) -> Tensor:
@@ -41,13 +43,60 @@ def grouped_matmul(rows: Tensor, kernels: Tensor, group_sizes: Tensor) -> Tensor
 
     Reference: Gale et al. 2022, MegaBlocks (arXiv:2211.15841), section 4.
     """
-    on_host = host_values(group_sizes)
-    rows, kernels, sizes = map(ops.convert_to_tensor, (rows, kernels, group_sizes))
-    check_tensors(
-        rows=(rows, "ND", "float"),
-        kernels=(kernels, "EDH", "float"),
-        group_sizes=(sizes, "E", "int"),
+    rows, kernels = map(ops.convert_to_tensor, (rows, kernels))
+    check_tensors(rows=(rows, "ND", "float"), kernels=(kernels, "EDH", "float"))
+    sizes = _check_sizes(group_sizes, rows, kernels.shape[0])
+    number = ops.arange(ops.shape(rows)[0], dtype="int32")
+    is_served = ops.expand_dims(number < ops.sum(sizes), 1)
+    plan = GroupedPlan(
+        experts=ops.where(is_served, 0, -1),
+        weights=ops.ones((ops.shape(rows)[0], 1), "float32"),
+        sizes=sizes,
+        order=number,
+        rows=ops.where(is_served, ops.expand_dims(number, 1), -1),
     )
+    network = network_of(_product, kernels.shape[1], {"kernel": kernels.shape[1:]})
+    return run_network(network, rows, {"kernel": Linear(kernels)}, plan)
+
+
+def _product(rows, linear):
+    return linear("kernel", rows)
+
+
+def grouped_outer(left: Tensor, right: Tensor, group_sizes: Tensor) -> Tensor:
+    """Multiply the transpose of each group of left rows by its right rows.
+
+    Group e gives `left[group].T @ right[group]`, zeros if it is empty. It is the gradient of
+    `grouped_matmul` for its kernels; both have derivatives of any order.
+
+    Args:
+        left: Float tensor (N, D).
+        right: Float tensor (N, H).
+        group_sizes: Integer tensor or list (E,), as for `grouped_matmul`.
+
+    Returns:
+        Tensor (E, D, H), in the dtype of `left`.
+
+    Raises:
+        ValueError: As `grouped_matmul`.
+        TypeError: As `grouped_matmul`.
+
+    Example:
+
+    >>> left, right = keras.random.normal((6, 4)), keras.random.normal((6, 8))
+    >>> keras_moe.ops.grouped_outer(left, right, [2, 0, 4]).shape
+    (3, 4, 8)
+    """
+    left, right = map(ops.convert_to_tensor, (left, right))
+    check_tensors(left=(left, "ND", "float"), right=(right, "NH", "float"))
+    sizes = _check_sizes(group_sizes, left)
+    return ops.cast(backend.outer(left, right, sizes, left.dtype), left.dtype)
+
+
+def _check_sizes(group_sizes, rows, num_experts=None):
+    """Sizes (E,) int32 whose groups end with the rows."""
+    on_host, sizes = host_values(group_sizes), ops.convert_to_tensor(group_sizes)
+    check_tensors({"E": num_experts}, group_sizes=(sizes, "E", "int"))
     num_rows = ops.shape(rows)[0]
     if on_host is not None:
         is_too_large = isinstance(num_rows, int) and on_host.sum() > num_rows
@@ -56,16 +105,7 @@ def grouped_matmul(rows: Tensor, kernels: Tensor, group_sizes: Tensor) -> Tensor
                 "`group_sizes` must be 0 or more, and their sum at most the number of rows. "
                 f"Received: group_sizes={on_host.tolist()}, {num_rows} rows"
             )
-    sizes = _within(ops.cast(sizes, "int32"), ops.cast(num_rows, "int32"))
-    row_numbers = ops.arange(num_rows, dtype="int32")
-    computed = row_numbers < ops.sum(sizes)
-    groups = Groups(
-        sizes=sizes,
-        assignment_of_row=row_numbers,
-        rows_of_token=ops.expand_dims(ops.where(computed, row_numbers, -1), 1),
-    )
-    step, weights = product_step(kernels.shape[-1]), ops.ones((num_rows, 1), "float32")
-    return run_grouped(step, rows, weights, Parameters.of([Affine(kernels)]), groups)
+    return _within(ops.cast(sizes, "int32"), ops.cast(num_rows, "int32"))
 
 
 def _within(sizes, num_rows):

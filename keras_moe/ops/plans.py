@@ -1,6 +1,7 @@
-"""Plans: from a routing to the rows that move. Decided first; data moves afterwards.
+"""Plans: which expert serves which token, and how rows move there and back.
 
-Axes: T tokens, D features, E experts, K experts per token, N = T * K assignments, one row each.
+Axes: T tokens, D features, E experts, K experts per token, N assignments, one row each; with
+expert choice B sequences, and C tokens that an expert chooses of each.
 """
 
 from fractions import Fraction
@@ -11,84 +12,301 @@ from keras import ops
 from keras_moe._internal.checks import check_integer, check_number, check_tensors, is_kind
 from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
-from keras_moe.ops.assignments import (
-    Assignments,
-    Choices,
+from keras_moe.ops.routing import Routing, check_routing, count_assignments
+from keras_moe.ops.selection import mask_invalid
+from keras_moe.ops.sorting import (
     at_least,
     ceil_divide,
     check_sequence_length,
     check_size,
-    place_in_queue,
+    position_in_expert,
+    sort_by_expert,
 )
-from keras_moe.ops.groups import check_groups, combine_rows, dispatch_rows
-from keras_moe.ops.routing import Routing, check_routing, count_assignments
-from keras_moe.ops.selection import existing
-from keras_moe.ops.sharded import admit_by_shard, splits_evenly
 
 # More than there can be, and small enough that twice as many fit into int32.
 MOST_ROWS = 2**30
 
 
 class GroupedPlan(NamedTuple):
-    """Assignments sorted by expert, each a row: an immutable record with two verbs.
+    """Assignments of tokens to experts, and the rows of each expert: a record with two verbs.
 
-    - `groups`: `ops.Groups` or `ops.ChosenGroups`, the sizes of the groups and the maps between
-      rows and tokens. Where a distribution spreads the tokens over devices, `ops.Assignments`
-      or `ops.Choices`, which each device sorts for itself.
-    - `weights`: the float32 combine weights, (T, K) or one for each choice.
+    Where tokens choose experts, assignments are (T, K); their numbers are choice-major, `k * T + t`
+    for the k-th choice of token t. Where experts choose tokens, they are (B, E, C), and a token may
+    have any number of them.
+
+    - `experts` (T, K) or (B, E, C) int32: the expert of each assignment, -1 where none serves it.
+    - `weights`: float32 combine weights of the same shape.
+    - `sizes` (E,) int32: the number of rows of each expert.
+    - `places`: int32, the place of each assignment's token in its sequence, where experts choose;
+      else None.
+    - `mask` (T,) bool: False for padding, where experts choose; else None.
+    - `order` (N,) int32: the assignment of each row. Rows are sorted by expert, inside one in the
+      order of the assignments. Rows past the last group are padding and are not computed.
+    - `rows`: int32 of the shape of `experts`, the row of each assignment, -1 where there is none.
+
+    `order` and `rows` are None where a distribution spreads the tokens over devices, each of which
+    sorts its own.
     """
 
-    groups: Any
+    experts: Any
     weights: Any
+    sizes: Any
+    places: Any = None
+    mask: Any = None
+    order: Any = None
+    rows: Any = None
 
-    def sort(self) -> "GroupedPlan":
-        """The same plan, its rows sorted on one device, or on each the rows of all."""
-        if isinstance(self.groups, Choices):
-            return GroupedPlan(self.groups.sort(), ops.reshape(self.weights, (-1,)))
-        is_sorted = not isinstance(self.groups, Assignments)
-        return self if is_sorted else self._replace(groups=self.groups.sort())
+    @classmethod
+    def of(cls, experts: Tensor, weights: Tensor, num_experts: int) -> "GroupedPlan":
+        """The unsorted plan of experts (T, K); a number that is no expert's is none."""
+        experts = mask_invalid(experts, num_experts)
+        sizes = backend.count_integers(ops.reshape(experts, (-1,)), num_experts)
+        return cls(experts, weights, sizes)
+
+    @property
+    def num_experts(self):
+        return self.sizes.shape[0]
+
+    @property
+    def num_tokens(self):
+        return (self.experts if self.places is None else self.mask).shape[0]
+
+    # Two verbs
 
     def dispatch(self, tokens: Tensor) -> Tensor:
         """Rows grouped by expert, (N, D), from tokens (T, D)."""
         tokens = ops.convert_to_tensor(tokens)
-        check_groups(self.groups, tokens=(tokens, "TD", "float"))
-        return dispatch_rows(tokens, self.groups)
+        check_tensors({"T": self.num_tokens}, tokens=(tokens, "TD", "float"))
+        return dispatch(tokens, self.sort().without_weights())
 
     def combine(self, rows: Tensor) -> Tensor:
         """Tokens (T, D), each the weighted float32 sum of its rows; zero without any."""
         rows, weights = ops.convert_to_tensor(rows), ops.convert_to_tensor(self.weights)
-        check_groups(self.groups, weights, rows=(rows, "ND", "float"))
-        given, needed = rows.shape[0], self.groups.num_rows()
+        check_tensors(rows=(rows, "ND", "float"))
+        given, needed = rows.shape[0], self.num_rows()
         if isinstance(given, int) and isinstance(needed, int) and given < needed:
             raise ValueError(
                 "`rows` must have a row for each assignment. "
                 f"Received: rows.shape={tuple(rows.shape)} for {needed} assignments"
             )
-        return combine_rows(rows, weights, self.groups)
+        return combine(rows, weights, self.sort().without_weights())
 
-    def served(self) -> Tensor:
-        """Which tokens have a row, (T,) bool."""
-        return self.groups.served()
+    # Sorting
+
+    @backend.jit_when_eager
+    def sort(self) -> "GroupedPlan":
+        """The same plan with `order` and `rows`."""
+        if self.order is not None:
+            return self
+        expert = self._flat(ops.where(self.experts >= 0, self.experts, self.num_experts))
+        order, rank = sort_by_expert(expert, self.num_experts + 1)
+        rows = ops.where(expert < self.num_experts, rank, -1)
+        return self._replace(order=order, rows=self._unflat(rows))
+
+    def with_rows(self) -> "GroupedPlan":
+        """The sorted plan; on a mesh the plan as it is, as each device sorts its own part."""
+        return self if backend.devices.token_shards() is not None else self.sort()
+
+    def _flat(self, values):
+        """Values of assignments as a vector (N,), by their numbers."""
+        return ops.reshape(ops.transpose(values) if self.places is None else values, (-1,))
+
+    def _unflat(self, values):
+        """Inverse of `_flat`."""
+        shape = ops.shape(self.experts)
+        if self.places is not None:
+            return ops.reshape(values, shape)
+        return ops.transpose(ops.reshape(values, shape[::-1]))
+
+    # Rows, tokens and assignments of a sorted plan
+
+    def num_rows(self):
+        return ops.size(self.experts) if self.order is None else ops.shape(self.order)[0]
+
+    def token_of_row(self) -> Tensor:
+        """The token each row is a copy of, (N,) int32."""
+        if self.places is None:
+            return self.order % ops.shape(self.experts)[0]
+        return ops.take(self._flat(self.token_of_choice()), self.order)
+
+    def token_of_choice(self) -> Tensor:
+        """The token of each assignment (B, E, C) where experts choose."""
+        sequences = ops.shape(self.places)[0]
+        return tokens_at(self.places, ops.shape(self.mask)[0] // at_least(1, sequences))
+
+    def weight_of_row(self, weights: Tensor) -> Tensor:
+        """The weight of each row, (N,), from weights of assignments."""
+        return ops.take(self._flat(weights), self.order)
+
+    def at_assignments(self, values: Tensor) -> Tensor:
+        """Values of rows (N,) as values of assignments, zero where there is no row."""
+        picked = backend.gather_rows(values, ops.maximum(self.rows, 0))
+        return ops.where(self.rows >= 0, picked, 0.0)
+
+    def sum_rows(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+        """For each token the float32 sum of its rows (N, D), weighted by `weights` or by 1.
+
+        The result (T, D) has the dtype of `rows`.
+        """
+        by_token = self._gather_and_sum if self.places is None else self._scatter_sum
+        return ops.cast(by_token(rows, weights), rows.dtype)
+
+    def _gather_and_sum(self, rows, weights):
+        # A gather, not a scatter: tokens are written once, in order, and need no atomic adds.
+        total = 0.0
+        for choice in range(self.rows.shape[1]):
+            row = self.rows[:, choice]
+            picked = ops.cast(backend.gather_rows(rows, ops.maximum(row, 0)), "float32")
+            if weights is not None:
+                picked = picked * ops.cast(weights[:, choice : choice + 1], "float32")
+            # `where`, not a product: a row that was never computed may hold anything, even NaN.
+            total = total + ops.where(ops.expand_dims(row >= 0, 1), picked, 0.0)
+        return total
+
+    def _scatter_sum(self, rows, weights):
+        num_rows, num_tokens = self.num_rows(), ops.shape(self.mask)[0]
+        picked = ops.cast(rows[:num_rows], "float32")
+        if weights is not None:
+            row_weights = ops.cast(self.weight_of_row(weights), "float32")
+            picked = picked * ops.expand_dims(row_weights, 1)
+        served = ops.arange(num_rows, dtype="int32") < ops.sum(self.sizes)
+        # Unserved rows may hold anything: they go to a spare token that is sliced off below.
+        token = ops.where(served, self.token_of_row(), num_tokens)
+        return ops.segment_sum(picked, token, num_tokens + 1)[:num_tokens]
+
+    # Parts and summaries
+
+    def without_weights(self) -> "GroupedPlan":
+        """The plan as a structure of integers, which have no gradient."""
+        return self._replace(weights=None)
+
+    def of_first(self, num_experts: int) -> "GroupedPlan":
+        """The assignments to the first experts; the rows of the others are padding."""
+        is_served = self.experts < num_experts
+        rows = None if self.rows is None else ops.where(is_served, self.rows, -1)
+        experts = ops.where(is_served, self.experts, -1)
+        return self._replace(experts=experts, sizes=self.sizes[:num_experts], rows=rows)
+
+    def of_experts(self, first: Any, number: int) -> "GroupedPlan":
+        """The unsorted plan of `number` experts from `first` on, under numbers from 0."""
+        if self.places is None:
+            return GroupedPlan.of(self.experts - first, self.weights, number)
+        sequences, _, choices = ops.shape(self.experts)
+        experts, weights, places = (
+            backend.slice_at(each, (0, first, 0), (sequences, number, choices))
+            for each in (self.experts, self.weights, self.places)
+        )
+        own = ops.expand_dims(ops.arange(number, dtype="int32"), 1)
+        return plan_choices(ops.where(experts >= 0, own, -1), weights, places, self.mask)
 
     def by_assignment(self) -> "GroupedPlan":
         """The plan of tokens that were repeated K times, each with one choice of weight 1."""
-        ones = ops.ones_like(ops.reshape(self.weights, (-1, 1)))
-        return GroupedPlan(self.groups.by_assignment(), ones)
+        num_tokens, top_k = ops.shape(self.experts)
+        plan = self._replace(
+            experts=ops.reshape(self.experts, (-1, 1)),
+            weights=ops.ones_like(ops.reshape(self.weights, (-1, 1))),
+        )
+        if self.order is None:
+            return plan
+        choice, token = self.order // num_tokens, self.order % num_tokens
+        return plan._replace(order=token * top_k + choice, rows=ops.reshape(self.rows, (-1, 1)))
 
-    @backend.as_one_program
+    def weight_at(self, first: int, last: int) -> Tensor:
+        """The sum of a token's weights for the experts `first` to `last` - 1, (T, 1)."""
+        inside = ops.logical_and(self.experts >= first, self.experts < last)
+        return ops.sum(ops.where(inside, self.weights, 0.0), axis=1, keepdims=True)
+
+    def served(self) -> Tensor:
+        """Which tokens have a row, (T,) bool."""
+        if self.places is None:
+            return ops.any(self.experts >= 0, axis=1)
+        plan = self.sort()
+        return plan.sum_rows(ops.ones((plan.num_rows(), 1), "float32"))[:, 0] > 0.5
+
+    @backend.jit_when_eager
     def dropped_fraction(self, counts: Tensor) -> Tensor:
         """Share of the assignments (E,) that have no row, a float32 scalar; 0 without any."""
         assigned = ops.cast(ops.sum(counts), "float32")
-        served = ops.cast(ops.sum(self.groups.sizes), "float32")
+        served = ops.cast(ops.sum(self.sizes), "float32")
         return ops.maximum(assigned - served, 0.0) / ops.maximum(assigned, 1.0)
+
+    def serve(self, experts: Any, tokens: Tensor) -> Tensor:
+        """The outputs of a bank of experts for tokens (T, ...), combined."""
+        return experts(tokens, self)
+
+    def serve_each(self, experts: Any, tokens: Tensor, routing: Routing) -> Tensor:
+        """The outputs (T, K, ...) of the assignments of a routing, zero where one is not served."""
+        # Where experts choose, as if tokens chose the same.
+        plan = self if self.places is None else plan_routing(routing)
+        return experts.compute_each(tokens, plan)
+
+
+def plan_choices(experts, weights, places, mask):
+    """The unsorted plan of choices (B, E, C); `experts` is -1 where a choice is not served."""
+    sizes = ops.sum(ops.cast(experts >= 0, "int32"), axis=(0, 2))
+    return GroupedPlan(experts, weights, sizes, places, mask)
+
+
+def tokens_at(places, sequence_length):
+    """The tokens at places (B, ...) of their sequences."""
+    first = ops.arange(ops.shape(places)[0], dtype="int32") * sequence_length
+    return places + ops.reshape(first, (-1, *[1] * (len(places.shape) - 1)))
+
+
+@backend.jit_when_eager
+def dispatch(tokens, plan):
+    def forward(tokens, plan, save):
+        return backend.gather_rows(tokens, plan.token_of_row()), ()
+
+    def backward(tokens, plan, saved, gradient):
+        return plan.sum_rows(gradient)
+
+    return backend.differentiable(forward, backward, tokens, plan)
+
+
+@backend.jit_when_eager
+def collect(rows, plan):
+    """`sum_rows` without weights, (T, D), whose gradient is `dispatch`."""
+
+    def forward(rows, plan, save):
+        return plan.sum_rows(rows), ()
+
+    def backward(rows, plan, saved, gradient):
+        return backend.gather_rows(gradient, plan.token_of_row())
+
+    return backend.differentiable(forward, backward, rows, plan)
+
+
+@backend.jit_when_eager
+def combine(rows, weights, plan):
+    def forward(inputs, plan, save):
+        return plan.sum_rows(*inputs), ()
+
+    def backward(inputs, plan, saved, gradient):
+        rows, weights = inputs
+        row_gradient = backend.gather_rows(gradient, plan.token_of_row())
+        weight_gradient = row_sums(row_gradient, rows)
+        row_weights = ops.cast(plan.weight_of_row(weights), rows.dtype)
+        return (
+            row_gradient * ops.expand_dims(row_weights, 1),
+            ops.cast(plan.at_assignments(weight_gradient[:, 0]), weights.dtype),
+        )
+
+    return backend.differentiable(forward, backward, (rows, weights), plan)
+
+
+def row_sums(left, right):
+    """(N, 1) float32 sums of the products along the last axis."""
+    products = ops.cast(left, "float32") * ops.cast(right, "float32")
+    return ops.sum(products, axis=1, keepdims=True)
 
 
 def plan_groups(
     routing: Routing,
     capacity: int | Tensor | None = None,
-    first: Tensor | None = None,
+    priority: Tensor | None = None,
     sequence_length: int | None = None,
-    num_limited: int | None = None,
+    num_capacity_limited: int | None = None,
 ) -> GroupedPlan:
     """Sort the assignments of a routing by expert.
 
@@ -100,12 +318,12 @@ def plan_groups(
         routing: `ops.Routing`. Indices that are not an expert's belong to no group, like -1.
         capacity: Integer, integer tensor or None. Most rows of one expert, None for all. Where a
             distribution spreads the tokens over devices, it holds for those of each device.
-        first: Tensor (T,) or None. Urgency of each token: where a capacity is set the most urgent
-            tokens come first. None: in the order of the tokens.
+        priority: Tensor (T,) or None. Where a capacity is set, tokens of higher priority are served
+            first. None: in the order of the tokens.
         sequence_length: Integer or None. If given, the capacity holds for each run of so many
             tokens alone.
-        num_limited: Integer or None. If given, the capacity holds for the first so many experts
-            only.
+        num_capacity_limited: Integer or None. If given, the capacity holds for the first so many
+            experts only.
 
     Returns:
         A `GroupedPlan`.
@@ -118,80 +336,96 @@ def plan_groups(
     num_tokens = routing.mask.shape[0]
     if capacity is not None:
         capacity = check_size("capacity", capacity)
-    if first is not None:
-        first = ops.convert_to_tensor(first)
-        check_tensors({"T": num_tokens}, first=(first, "T", "number"))
+    if priority is not None:
+        priority = ops.convert_to_tensor(priority)
+        check_tensors({"T": num_tokens}, priority=(priority, "T", "number"))
     sequence_length = check_sequence_length(sequence_length, num_tokens)
-    if num_limited is not None:
-        num_limited = check_integer("num_limited", num_limited)
+    if num_capacity_limited is not None:
+        num_capacity_limited = check_integer("num_capacity_limited", num_capacity_limited)
     # Those of a routing whose indices were replaced, or of a soft one, count something else.
     counts = count_assignments(routing.indices, routing.mask, routing.counts.shape[0])
-    routing = routing._replace(counts=counts)
-    return _plan_groups(routing, capacity, first, sequence_length, num_limited)
-
-
-def _plan_groups(routing, capacity=None, first=None, sequence_length=None, num_limited=None):
-    # Whatever a user-defined router returns, nothing is read or written out of range.
-    indices = existing(routing.indices, routing.counts.shape[0], routing.mask)
-    assignments = Assignments(indices, routing.counts)
-    if is_kind("float", routing.counts):  # sums of weights
-        assignments = Assignments.of(indices, routing.counts.shape[0])
-    shards = backend.token_shards()
+    plan = plan_routing(routing._replace(counts=counts))
     if capacity is not None:
-        if isinstance(capacity, int):
-            capacity = min(capacity, MOST_ROWS)
+        plan = limit(plan, capacity, priority, sequence_length, num_capacity_limited)
+    return plan.with_rows()
 
-        def admit(assignments, first):
-            return _admit(assignments, capacity, first, sequence_length, num_limited)
 
-        is_split = shards is not None and splits_evenly(shards, assignments, sequence_length)
-        assignments = (
-            admit_by_shard(shards, admit, assignments, first)
-            if is_split
-            else admit(assignments, first)
-        )
-    return _plan_of(assignments, routing.weights)
+def plan_routing(routing):
+    """The unsorted plan of a routing, without a limit."""
+    num_experts = routing.counts.shape[0]
+    # Whatever a user-defined router returns, nothing is read or written out of range.
+    experts = mask_invalid(routing.indices, num_experts, routing.mask)
+    if is_kind("float", routing.counts):  # sums of weights
+        return GroupedPlan.of(experts, routing.weights, num_experts)
+    return GroupedPlan(experts, routing.weights, routing.counts)
 
 
 def plan_experts(experts, num_experts):
     """The plan of experts (T, K), -1 for none, with weights of 1."""
-    return _plan_of(Assignments.of(experts, num_experts), ops.ones_like(experts, "float32"))
+    return GroupedPlan.of(experts, ops.ones_like(experts, "float32"), num_experts)
 
 
-def _plan_of(assignments, weights):
-    # Under a distribution each device sorts those of its own tokens and experts.
-    is_split = backend.token_shards() is not None
-    return GroupedPlan(assignments if is_split else assignments.sort(), weights)
+def limit(plan, capacity, priority=None, sequence_length=None, num_capacity_limited=None):
+    """The unsorted plan of the assignments that find a slot; see `plan_groups`."""
+    if isinstance(capacity, int):
+        capacity = min(capacity, MOST_ROWS)
+
+    def admit(experts, priority):
+        return _admit(
+            experts, plan.num_experts, capacity, priority, sequence_length, num_capacity_limited
+        )
+
+    experts, shards = plan.experts, backend.devices.token_shards()
+    if shards is not None and _splits_evenly(shards, ops.shape(experts)[0], sequence_length):
+        padded = pad_to_shards(experts, shards, -1)
+        if priority is not None:
+            priority = pad_to_shards(priority, shards, 0)
+        admitted = shards.on_each_device(admit, (padded, priority), (shards.axes, shards.axes))
+        experts = admitted[: ops.shape(experts)[0]]
+    else:
+        experts = admit(experts, priority)
+    return GroupedPlan.of(experts, plan.weights, plan.num_experts)
 
 
-@backend.as_one_program
-def _admit(assignments, capacity, first, sequence_length, num_limited):
-    """The assignments that find a slot in their expert."""
-    num_tokens, top_k = ops.shape(assignments.experts)
-    num_experts = assignments.num_experts
-    expert_of_assignment = assignments.choice_major()
-    token = ops.arange(num_tokens, dtype="int32")
-    queue, num_queues = expert_of_assignment, num_experts + 1
+def _splits_evenly(shards, num_tokens, sequence_length):
+    """Whether no sequence, if there are any, has tokens on two devices."""
+    return sequence_length is None or num_tokens % (shards.number * sequence_length) == 0
+
+
+def pad_to_shards(tensor, shards, value):
+    """The tensor (T, ...), padded so that all devices have as many tokens."""
+    missing = -ops.shape(tensor)[0] % shards.number
+    if not missing:
+        return tensor
+    widths = ((0, missing), *[(0, 0)] * (len(tensor.shape) - 1))
+    return ops.pad(tensor, widths, constant_values=value)
+
+
+@backend.jit_when_eager
+def _admit(experts, num_experts, capacity, priority, sequence_length, num_capacity_limited):
+    """Experts (T, K) of the assignments that find a slot, -1 for the others."""
+    num_tokens, top_k = ops.shape(experts)
+    expert = ops.reshape(ops.transpose(experts), (-1,))
+    queue, num_queues = ops.where(expert >= 0, expert, num_experts), num_experts + 1
     if sequence_length is not None:
-        sequence = ops.tile(token // sequence_length, (top_k,))
-        queue = queue + num_queues * sequence
+        token = ops.arange(num_tokens, dtype="int32")
+        queue = queue + num_queues * ops.tile(token // sequence_length, (top_k,))
         num_queues = num_queues * at_least(1, ceil_divide(num_tokens, sequence_length))
-    place = place_in_queue(queue, num_queues, _turns(first, num_tokens, top_k))
-    has_slot = place < capacity
-    if num_limited is not None:
-        has_slot = ops.logical_or(has_slot, expert_of_assignment >= num_limited)
-    # Beyond the last expert: not served.
-    experts = ops.where(has_slot, expert_of_assignment, num_experts)
-    return Assignments.of(ops.transpose(ops.reshape(experts, (top_k, num_tokens))), num_experts)
+    position = position_in_expert(queue, num_queues, _turns(priority, num_tokens, top_k))
+    has_slot = position < capacity
+    if num_capacity_limited is not None:
+        has_slot = ops.logical_or(has_slot, expert >= num_capacity_limited)
+    admitted = ops.where(has_slot, expert, -1)
+    return ops.transpose(ops.reshape(admitted, (top_k, num_tokens)))
 
 
-def _turns(first, num_tokens, top_k):
-    """The order in which assignments take their places, or None for that of their numbers."""
-    if first is None:
+def _turns(priority, num_tokens, top_k):
+    """The order in which assignments take their slots, or None for that of their numbers."""
+    if priority is None:
         return None
-    urgent_first = ops.cast(ops.argsort(-ops.stop_gradient(first)), "int32")
+    best_first = ops.cast(ops.argsort(-ops.stop_gradient(priority)), "int32")
     choices = ops.expand_dims(ops.arange(top_k, dtype="int32"), 1)
-    return ops.reshape(choices * num_tokens + urgent_first, (-1,))
+    return ops.reshape(choices * num_tokens + best_first, (-1,))
 
 
 def expert_capacity(
@@ -213,7 +447,7 @@ def expert_capacity(
     Raises:
         ValueError: If an argument is out of its range.
     """
-    return _expert_capacity(
+    return slots_of_expert(
         check_size("num_tokens", num_tokens, minimum=0),
         check_integer("num_experts", num_experts),
         check_integer("top_k", top_k),
@@ -221,7 +455,8 @@ def expert_capacity(
     )
 
 
-def _expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
+def slots_of_expert(num_tokens, num_experts, top_k, capacity_factor):
+    """`expert_capacity` of arguments that were checked."""
     # In integers, which round the same way everywhere: in float32 a compiled quotient may end just
     # above a whole number, which gives one slot too many.
     factor = min(Fraction(float(capacity_factor)).limit_denominator(1000), num_experts)

@@ -149,7 +149,7 @@ def clean_logits(logits: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Te
     return _clean_logits(logits, mask)
 
 
-@backend.as_one_program
+@backend.jit_when_eager
 def _clean_logits(logits, mask):
     logits = ops.cast(logits, "float32")
     if mask is None:
@@ -228,7 +228,7 @@ def weighted_counts(indices, weights, mask):
     return totals * (assigned / ops.maximum(ops.sum(totals), SMALLEST_SCORE))
 
 
-@backend.as_one_program
+@backend.jit_when_eager
 def count_assignments(indices, mask, num_experts):
     """How many assignments (T, K), -1 for none, each expert has from real tokens, (E,) int32."""
     served = ops.where(ops.expand_dims(mask, 1), indices, -1)

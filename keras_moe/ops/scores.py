@@ -9,7 +9,7 @@ from keras_moe.backend import backend
 SMALLEST_SCORE = 1e-7
 
 
-@backend.as_one_program
+@backend.jit_when_eager
 def softmax(logits, axis=-1):
     """Softmax along an axis, where one NaN makes all scores NaN.
 
@@ -19,13 +19,13 @@ def softmax(logits, axis=-1):
     return ops.exp(ops.log_softmax(logits, axis=axis))
 
 
-@backend.as_one_program
+@backend.jit_when_eager
 def sigmoid(logits):
     """Each expert scored alone: DeepSeek-V3 (arXiv:2412.19437), eq. 15."""
     return ops.sigmoid(logits) + SMALLEST_SCORE
 
 
-@backend.as_one_program
+@backend.jit_when_eager
 def sqrt_softplus(logits):
     """`sqrt(log(1 + exp(z)))`, which grows with the logit where a sigmoid saturates."""
     # Inside the root: its slope at zero is infinite.
@@ -35,7 +35,7 @@ def sqrt_softplus(logits):
 SCORES = {"softmax": softmax, "sigmoid": sigmoid, "sqrt_softplus": sqrt_softplus}
 
 
-@backend.as_one_program
+@backend.jit_when_eager
 def distribution(scores):
     """Scores (T, E) as shares of their sum."""
     return scores / ops.maximum(ops.sum(scores, axis=-1, keepdims=True), 1e-20)

@@ -40,7 +40,7 @@ def top_k_indices(scores: Tensor, top_k: int) -> Tensor:
     return _top_k_indices(scores, check_top_k(top_k, scores.shape[-1]))
 
 
-@backend.as_one_program
+@backend.jit_when_eager
 def _top_k_indices(scores, top_k):
     # K rounds of argmax agree on ties and NaN on every backend, where top_k does not, and for a
     # few experts per token they are as fast.
@@ -58,7 +58,7 @@ def _top_k_indices(scores, top_k):
     return ops.stack(chosen, axis=1)
 
 
-def best_places(scores, number):
+def top_tokens(scores, number):
     """Indices (..., number) of the largest of (..., S), best first; ties go to the lower index."""
     if backend.compiles_static_shapes():
         # XLA finds the largest without a sort of all.
@@ -97,7 +97,7 @@ def group_limited_scores(scores: Tensor, num_groups: int, top_groups: int) -> Te
     return _group_limited_scores(scores, num_groups, top_groups)
 
 
-@backend.as_one_program
+@backend.jit_when_eager
 def _group_limited_scores(scores, num_groups, top_groups):
     size = scores.shape[-1] // num_groups
     grouped = ops.reshape(scores, (-1, size))
@@ -114,8 +114,8 @@ def chosen_experts(indices, num_experts):
     return ops.any(ops.expand_dims(indices, -1) == experts, axis=1)
 
 
-@backend.as_one_program
-def existing(indices, num_experts, mask=None):
+@backend.jit_when_eager
+def mask_invalid(indices, num_experts, mask=None):
     """Indices (T, K) with -1 in the place of what is no expert, or where a mask (T,) is False."""
     known = ops.logical_and(indices >= 0, indices < num_experts)
     if mask is not None:
@@ -140,6 +140,6 @@ def take_scores(scores: Tensor, indices: Tensor) -> Tensor:
     return _take_scores(scores, indices)
 
 
-@backend.as_one_program
+@backend.jit_when_eager
 def _take_scores(scores, indices):
     return backend.take_columns(scores, indices)

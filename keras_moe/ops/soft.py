@@ -11,12 +11,11 @@ from keras import ops
 from keras_moe._internal.checks import check_integer, check_tensors
 from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
-from keras_moe.ops.assignments import Assignments, at_least, check_sequence_length
-from keras_moe.ops.groups import Groups
 from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.routing import Routing, _make_routing, clean_logits
 from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import _take_scores, _top_k_indices
+from keras_moe.ops.sorting import at_least, check_sequence_length
 
 
 def soft_routing(
@@ -96,14 +95,20 @@ class SoftPlan(NamedTuple):
         tokens = ops.reshape(tokens, (sequences, length, features))
         slots = ops.einsum(f"bsm,bsd->{_order()}d", ops.cast(self.to_slots, tokens.dtype), tokens)
         number = ops.arange(sequences * num_slots, dtype="int32")
+        weights = ops.ones((sequences * num_slots, 1), "float32")
         if _order() == "bm":
             expert = number % num_slots // (num_slots // num_experts)
-            groups: Any = Assignments.of(ops.expand_dims(expert, 1), num_experts)
+            plan = GroupedPlan.of(ops.expand_dims(expert, 1), weights, num_experts)
         else:
-            sizes = ops.zeros((num_experts,), "int32") + sequences * num_slots // num_experts
-            groups = Groups(sizes, number, ops.expand_dims(number, 1))
-        weights = ops.ones((sequences * num_slots, 1), "float32")
-        return ops.reshape(slots, (-1, features)), GroupedPlan(groups, weights)
+            share = sequences * num_slots // num_experts
+            plan = GroupedPlan(
+                experts=ops.expand_dims(number // at_least(1, share), 1),
+                weights=weights,
+                sizes=ops.zeros((num_experts,), "int32") + share,
+                order=number,
+                rows=ops.expand_dims(number, 1),
+            )
+        return ops.reshape(slots, (-1, features)), plan
 
     def combine(self, outputs: Tensor) -> Tensor:
         """Tokens (T, D') from the outputs (B * M, D') of the slots."""
@@ -112,6 +117,18 @@ class SoftPlan(NamedTuple):
         width, back = outputs.shape[-1], ops.cast(self.back, outputs.dtype)
         outputs = ops.reshape(outputs, (*sizes, width))
         return ops.reshape(ops.einsum(f"bsm,{_order()}d->bsd", back, outputs), (-1, width))
+
+    def serve(self, experts: Any, tokens: Tensor) -> Tensor:
+        """The outputs of a bank of experts for tokens (T, ...), combined."""
+        slots, plan = self.dispatch(tokens, experts.num_experts)
+        return self.combine(experts(slots, plan))
+
+    def serve_each(self, experts: Any, tokens: Tensor, routing: Routing) -> Tensor:
+        """Refused: experts mix tokens, and no assignment has an output."""
+        raise ValueError(
+            "`return_expert_outputs` needs a router that assigns tokens to experts. Received: a "
+            "soft router, whose experts mix tokens"
+        )
 
     def served(self) -> Tensor:
         """All tokens, (T,) bool."""
@@ -136,4 +153,4 @@ def _plan_soft(routing):
 
 def _order():
     """The axes of slots, by expert; on a mesh of devices by sequence, which lie on one device."""
-    return "mb" if backend.token_shards() is None else "bm"
+    return "mb" if backend.devices.token_shards() is None else "bm"

@@ -8,8 +8,8 @@ from keras import ops
 from keras_moe._internal.checks import check_integer, check_tensors
 from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
-from keras_moe.ops.assignments import ceil_divide, place_in_queue, put
 from keras_moe.ops.selection import _take_scores, _top_k_indices
+from keras_moe.ops.sorting import ceil_divide, position_in_expert, put
 
 
 def sinkhorn_plan(logits: Tensor, mask: Tensor, iterations: int) -> Tensor:
@@ -38,7 +38,7 @@ def _as_tensors(scores, mask):
     return ops.cast(scores, "float32"), ops.cast(mask, "bool")
 
 
-@backend.as_one_program
+@backend.jit_when_eager
 def _sinkhorn_plan(logits, mask, iterations):
     num_experts = logits.shape[-1]
     real = ops.expand_dims(mask, 1)
@@ -76,25 +76,25 @@ def balanced_assignment(scores: Tensor, mask: Tensor) -> Tensor:
     return _balanced_assignment(*_as_tensors(scores, mask))
 
 
-@backend.as_one_program
+@backend.jit_when_eager
 def _balanced_assignment(scores, mask):
     num_tokens, num_experts = ops.shape(scores)[0], scores.shape[-1]
     scores = ops.where(ops.isfinite(scores), scores, -3e38)
     num_real = ops.sum(ops.cast(mask, "int32"))
-    room = ceil_divide(num_real, num_experts)
+    capacity = ceil_divide(num_real, num_experts)
     experts = ops.arange(num_experts, dtype="int32")
 
     def propose(open_to):
-        wishes = ops.where(open_to, scores, float("-inf"))
-        choice = _top_k_indices(wishes, 1)
-        return choice[:, 0], _take_scores(wishes, choice)[:, 0]
+        open_scores = ops.where(open_to, scores, float("-inf"))
+        choice = _top_k_indices(open_scores, 1)
+        return choice[:, 0], _take_scores(open_scores, choice)[:, 0]
 
     def turn_away(open_to, rejected):
         choice, offer = propose(open_to)
         best_first = ops.cast(ops.argsort(-offer), "int32")
         expert = ops.take(ops.where(mask, choice, num_experts), best_first)
-        place = place_in_queue(expert, num_experts + 1)
-        refused = ops.logical_and(place >= room, expert < num_experts)
+        place = position_in_expert(expert, num_experts + 1)
+        refused = ops.logical_and(place >= capacity, expert < num_experts)
         rejected = put(ops.cast(refused, "int32"), best_first, num_tokens)
         refusing = ops.logical_and(
             ops.expand_dims(rejected > 0, 1), ops.expand_dims(choice, 1) == experts

@@ -11,7 +11,7 @@ from keras_moe._internal.serialization import register
 from keras_moe.ops import draws
 from keras_moe.ops.routing import _make_routing, _top_k_routing
 from keras_moe.ops.scores import SCORES
-from keras_moe.ops.selection import _top_k_indices, chosen_experts, existing
+from keras_moe.ops.selection import _top_k_indices, chosen_experts, mask_invalid
 from keras_moe.routers.router import Router
 
 PATTERNS = ("round_robin", "random", "zipf", "one")
@@ -92,7 +92,7 @@ class HashRouter(Router):
     def route(self, tokens, mask, training, token_ids=None):
         _check_has_ids(token_ids)
         ids = ops.cast(token_ids, "int32") % self.vocabulary_size
-        indices = existing(ops.take(self.table, ids, axis=0), self.num_experts)
+        indices = mask_invalid(ops.take(self.table, ids, axis=0), self.num_experts)
         if self.score is None:
             return _fixed_routing(indices, mask, self.num_experts)
         logits = ops.matmul(tokens, self.kernel)

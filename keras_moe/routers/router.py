@@ -11,7 +11,7 @@ from keras_moe._internal.checks import check_indices, check_integer, check_tenso
 from keras_moe._internal.serialization import PACKAGE, load_draws, save_draws
 from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
-from keras_moe.ops.plans import GroupedPlan, _plan_groups, plan_groups
+from keras_moe.ops.plans import GroupedPlan, plan_groups, plan_routing
 from keras_moe.ops.routing import _FIELDS, Routing, weighted_counts, without_padding
 
 
@@ -85,7 +85,7 @@ class Router(keras.layers.Layer):
         if getattr(dtype, "name", dtype) not in (None, "float32"):
             raise ValueError(f"A router always computes in float32. Received: dtype={dtype}")
         super().__init__(dtype="float32", **kwargs)
-        backend.separate_losses(self)
+        backend.devices.separate_losses(self)
         self.num_experts: Any = (
             None if num_experts is None else check_integer("num_experts", num_experts)
         )
@@ -195,11 +195,10 @@ class Router(keras.layers.Layer):
         """Return what to try where the load is uneven, if the router balances it, or None."""
         return None
 
-    def plan(self, routing: Routing, **capacity: Any) -> GroupedPlan:
-        """Return the rows that move: see `ops.plan_groups` for the arguments of a capacity."""
+    def plan(self, routing: Routing) -> GroupedPlan:
+        """Return which expert serves which token; a capacity may drop some of it."""
         # A user's router may replace the indices of a routing, and not its counts.
-        plan = _plan_groups if self._is_of_package else plan_groups
-        return plan(routing, **capacity)
+        return plan_routing(routing) if self._is_of_package else plan_groups(routing)
 
     def save_own_variables(self, store):
         super().save_own_variables(store)

@@ -14,7 +14,7 @@ from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.routing import _top_k_routing
 from keras_moe.ops.scores import SCORES, along_units, unit
-from keras_moe.ops.selection import _group_limited_scores, _top_k_indices, existing
+from keras_moe.ops.selection import _group_limited_scores, _top_k_indices, mask_invalid
 from keras_moe.routers import balancers
 from keras_moe.routers.logit_router import LogitRouter
 
@@ -101,7 +101,7 @@ class SelectionRouter(LogitRouter):
 
         def select(scores):
             if indices is not None:
-                return existing(ops.cast(indices, "int32"), self.num_experts)
+                return mask_invalid(ops.cast(indices, "int32"), self.num_experts)
             return self.select(scores if self.balancer is None else scores + self.selection_bias)
 
         routing = _top_k_routing(
@@ -118,8 +118,8 @@ class SelectionRouter(LogitRouter):
         measured = self.balancer.measure(routing, scores, old_bias)
         check_tensors({"E": self.num_experts}, **{"balancer.measure(...)": (measured, "E")})
         # Replicas and micro-batches of one optimizer step are one batch.
-        replicas = backend.num_replicas()
-        measured = self._measured + backend.sum_over_replicas(measured)
+        replicas = backend.devices.num_replicas()
+        measured = self._measured + backend.devices.sum_over_replicas(measured)
         count = self._measurements + replicas
         is_last = count >= self.balancer.accumulation_steps * replicas
         mean = measured / ops.cast(count, "float32")
@@ -127,7 +127,9 @@ class SelectionRouter(LogitRouter):
         check_tensors({"E": self.num_experts}, **{"balancer.update(...)": (new_bias, "E")})
         self.selection_bias.assign(ops.where(is_last, new_bias, old_bias))
         self._measured.assign(ops.where(is_last, 0.0, measured))
-        self._measurements.assign(backend.after(measured, ops.where(is_last, 0, count)))
+        self._measurements.assign(
+            backend.control_dependency(measured, ops.where(is_last, 0, count))
+        )
 
     @classmethod
     def from_config(cls, config):

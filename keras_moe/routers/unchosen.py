@@ -108,8 +108,8 @@ class ExpertChoiceRouter(LogitRouter):
         logits, mask = self.logits(tokens, mask, training)
         return _expert_choice_routing(logits, self.capacity_factor, mask, sequence_length)
 
-    def plan(self, routing, **capacity):
-        return _plan_expert_choice(routing, **capacity)
+    def plan(self, routing):
+        return _plan_expert_choice(routing)
 
     def get_config(self):
         return {**super().get_config(), "capacity_factor": self.capacity_factor}
@@ -170,8 +170,8 @@ class SoftRouter(LogitRouter):
         logits, mask = self.logits(tokens, mask, training)
         return _soft_routing(logits, self.num_experts, mask, sequence_length)
 
-    def plan(self, routing, **capacity):
-        return _plan_soft(routing, **capacity)
+    def plan(self, routing):
+        return _plan_soft(routing)
 
     def get_config(self):
         return {**super().get_config(), "slots": self.slots}

@@ -167,7 +167,9 @@ class ReLURouter(LogitRouter):
         # Over all scores above zero: those beyond `max_top_k` must shrink as well.
         serves = ops.logical_and(scores > 0, ops.expand_dims(routing.mask, 1))
         serves_or_real = ops.concatenate([serves, ops.expand_dims(routing.mask, 1)], axis=1)
-        totals = backend.sum_over_replicas(ops.sum(ops.cast(serves_or_real, "float32"), axis=0))
+        totals = backend.devices.sum_over_replicas(
+            ops.sum(ops.cast(serves_or_real, "float32"), axis=0)
+        )
         num_serving, num_real = totals[:-1], totals[-1]
         load = num_serving / ops.maximum(num_real, 1.0)
         share = load * self.num_experts / self.top_k

@@ -1,4 +1,4 @@
-"""Grouped matrix products on GPUs: Pallas kernels that Triton compiles.
+"""Grouped products on GPUs: Pallas kernels that Triton compiles.
 
 Every tile of rows belongs to one group: it begins at the group's first row or a multiple of the
 tile's length after it. Rows that it overruns are masked, so no two programs write the same row.
@@ -14,8 +14,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from keras_moe.backend.jax_kernels.elementwise import split, unchanged
-
 # Tiles of rows that share the tiles of a kernel while they are in the L2 cache.
 _BAND = 16
 
@@ -28,8 +26,6 @@ class _Tile(NamedTuple):
     depth: int
     warps: int
     stages: int
-    # The columns are summed and finished in so many strips, one after the other.
-    strips: int = 1
 
 
 class _Span(NamedTuple):
@@ -39,93 +35,68 @@ class _Span(NamedTuple):
     mask: Any
 
 
-def grouped_products(
-    rows, kernels, biases, sizes, *, transposed=False, finish=None, extras=(), interpret=False
-):
-    """See `Backend.grouped_products`; `finish` is computed on float32 tiles.
-
-    Each tile of a kernel is converted to the dtype of the rows after it is read.
-    """
+def product(rows, kernels, sizes, *, transposed, interpret=False):
+    """See `jax_products`. Each tile of a kernel is converted to the dtype of the rows."""
     count, depth = rows.shape
-    experts, width = kernels[0].shape[0], kernels[0].shape[1 if transposed else 2]
-    tile = _product_tile(
-        (count, depth, width, experts), rows.dtype, kernels[0].dtype, len(kernels), len(extras)
-    )
-    finish = finish or unchanged
-    shape = jax.ShapeDtypeStruct((tile.rows, tile.columns // tile.strips), jnp.float32)
-    outputs = jax.eval_shape(finish, *[shape] * (len(kernels) + len(extras)))
+    experts, width = kernels.shape[0], kernels.shape[1 if transposed else 2]
+    tile = _product_tile((count, depth, width, experts), rows.dtype, kernels.dtype)
     visits = _visits(sizes, count, tile.rows)
     kernel = functools.partial(
-        _products_kernel,
-        counts=(len(kernels), len(biases), len(extras)),
-        tile=tile,
-        depth=depth,
-        width=width,
-        transposed=transposed,
-        finish=finish,
+        _product_kernel, tile=tile, depth=depth, width=width, transposed=transposed
     )
     programs = visits[0].shape[0] * pl.cdiv(width, tile.columns)
-    shapes = [jax.ShapeDtypeStruct((count, width), rows.dtype) for _ in outputs]
-    results = _call(kernel, programs, shapes, tile, interpret, "grouped_products")
-    return tuple(results(*visits, rows, *kernels, *biases, *extras))
+    shape = jax.ShapeDtypeStruct((count, width), rows.dtype)
+    call = _call(kernel, programs, shape, tile, interpret, "grouped_product")
+    return call(*visits, rows, kernels)
 
 
-def grouped_kernel_gradient(left, right, sizes, *, dtype, with_bias=False, interpret=False):
-    """For each group `left.T @ right` (E, D, H), and the sums (E, H) of `right` or None.
-
-    They are summed in float32, and zero where a group is empty.
-    """
+def outer(left, right, sizes, *, dtype, interpret=False):
+    """See `jax_products`. Sums are in float32, and zero where a group is empty."""
     (count, depth), width, experts = left.shape, right.shape[1], sizes.shape[0]
-    tile = _gradient_tile((count, depth, width, experts), left.dtype)
-    kernel = functools.partial(_gradient_kernel, tile=tile, depth=depth, width=width)
+    tile = _outer_tile((count, depth, width, experts), left.dtype)
+    kernel = functools.partial(_outer_kernel, tile=tile, depth=depth, width=width)
     programs = experts * pl.cdiv(depth, tile.rows) * pl.cdiv(width, tile.columns)
-    shapes = [jax.ShapeDtypeStruct((experts, depth, width), dtype)]
-    if with_bias:
-        shapes.append(jax.ShapeDtypeStruct((experts, width), dtype))
+    shape = jax.ShapeDtypeStruct((experts, depth, width), dtype)
     ends = jnp.cumsum(sizes, dtype=jnp.int32)
-    results = _call(kernel, programs, shapes, tile, interpret, "grouped_kernel_gradient")(
-        ends - sizes, ends, left, right
-    )
-    return results[0], results[1] if with_bias else None
+    call = _call(kernel, programs, shape, tile, interpret, "grouped_outer")
+    return call(ends - sizes, ends, left, right)
 
 
-def _call(kernel, programs, shapes, tile, interpret, name):
+def _call(kernel, programs, shape, tile, interpret, name):
     return pl.pallas_call(
         kernel,
         grid=(programs,),
-        out_shape=shapes,
+        out_shape=shape,
         compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name=name,
     )
 
 
-def _product_tile(shape, dtype, kernel_dtype, kernels, extras):
-    """The tile of `grouped_products` for `shape` (R, D, H, E).
+def _product_tile(shape, dtype, kernel_dtype):
+    """The tile of `product` for `shape` (R, D, H, E).
 
-    - Half precision: 128 rows, 128 columns of all kernels together, three stages of loads. That is
-      96 KB of shared memory, of the 99 KB that a program may have on the smallest GPUs; with eight
-      warps the sums take 64 registers a thread. Two programs share a multiprocessor of an H100:
-      one computes while the other finishes its tile.
+    - Half precision: 128 rows and columns, three stages of loads. That is 96 KB of shared memory,
+      of the 99 KB that a program may have on the smallest GPUs; with eight warps the sums take 64
+      registers a thread. Two programs share a multiprocessor of an H100: one computes while the
+      other finishes its tile.
     - float32 runs without tensor cores: what counts is 64 sums a thread in four warps, at a depth
       whose operands fit into the registers beside them; half of it beside converted operands.
     - Tiles of rows are no longer than half a mean group, as the last tile of a group is half empty.
-    - Extras need registers: strips let the compiler finish half of the sums at a time.
     """
     count, depth, width, experts = shape
     exact = dtype == jnp.float32
     converted = jnp.dtype(kernel_dtype) != jnp.dtype(dtype)
     rows = _fit(pl.cdiv(count, 2 * experts), 64 if exact and converted else 128)
-    columns = _fit(width, (64 if exact else 128) // pl.next_power_of_2(kernels))
+    columns = _fit(width, 64 if exact else 128)
     # Kernels of another dtype need more: a wider stage, or room for the converted tile beside it.
     most = min(128 // jnp.dtype(kernel_dtype).itemsize, 32 if converted else 64)
     steps = _fit(depth, 16 if exact else most)
-    warps = 4 if exact or rows * columns * kernels <= 64 * 128 else 8
-    return _Tile(rows, columns, steps, warps, 3, strips=2 if extras and columns > 16 else 1)
+    return _Tile(rows, columns, steps, 4 if exact or rows * columns <= 64 * 128 else 8, 3)
 
 
-def _gradient_tile(shape, dtype):
-    """The tile of `grouped_kernel_gradient`; rows are the contracted axis. See `_product_tile`."""
+def _outer_tile(shape, dtype):
+    """The tile of `outer`; rows are the contracted axis. See `_product_tile`."""
     count, depth, width, experts = shape
     exact = dtype == jnp.float32
     rows, columns = _fit(depth, 128), _fit(width, 64 if exact else 128)
@@ -169,83 +140,57 @@ def _place(program, rows, columns):
     return first + lax.rem(inside, height), lax.div(inside, height)
 
 
-def _products_kernel(
-    group_ref, first_ref, end_ref, rows_ref, *refs, counts, tile, depth, width, transposed, finish
+def _product_kernel(
+    group_ref,
+    first_ref,
+    end_ref,
+    rows_ref,
+    kernel_ref,
+    output_ref,
+    *,
+    tile,
+    depth,
+    width,
+    transposed,
 ):
-    kernels, biases, extras, outputs = split(refs, *counts)
     columns = pl.cdiv(width, tile.columns)
     visit, column = _place(pl.program_id(0), pl.num_programs(0) // columns, columns)
     group, first, end = group_ref[visit], first_ref[visit], end_ref[visit]
     own = _span(first, tile.rows, end)
-    size = tile.columns // tile.strips
-    strips = [_span(column * tile.columns + i * size, size, width) for i in range(tile.strips)]
+    column_span = _span(column * tile.columns, tile.columns, width)
 
-    def product(left, span, kernel_ref, strip):
-        if transposed:
-            right = _load(kernel_ref, strip, span, at=(group,))
-        else:
-            right = _load(kernel_ref, span, strip, at=(group,))
-        return _dot(left, right.astype(left.dtype), (1, 1 if transposed else 0))
-
-    def step(index, sums):
+    def step(index, total):
         span = _span(index * tile.depth, tile.depth, depth)
         left = _load(rows_ref, own, span)
-        return [
-            [total + product(left, span, ref, strip) for total, ref in zip(totals, kernels)]
-            for totals, strip in zip(sums, strips)
-        ]
-
-    def finish_strip(products, strip):
-        if biases:
-            rows = [_load(ref, strip, at=(group,)).astype(jnp.float32) for ref in biases]
-            products = [total + row[None, :] for total, row in zip(products, rows)]
-        tiles = [_load(ref, own, strip).astype(jnp.float32) for ref in extras]
-        for ref, result in zip(outputs, finish(*products, *tiles)):
-            _store(ref, result, own, strip)
+        spans = (column_span, span) if transposed else (span, column_span)
+        right = _load(kernel_ref, *spans, at=(group,)).astype(left.dtype)
+        return total + _dot(left, right, (1, 1 if transposed else 0))
 
     # Tiles after the last one have nothing to do.
     @pl.when(first < end)
     def _():
-        zeros = jnp.zeros((tile.rows, size), jnp.float32)
-        sums = [[zeros] * len(kernels)] * tile.strips
-        sums = lax.fori_loop(0, pl.cdiv(depth, tile.depth), step, sums)
-        for products, strip in zip(sums, strips):
-            finish_strip(products, strip)
+        total = jnp.zeros((tile.rows, tile.columns), jnp.float32)
+        total = lax.fori_loop(0, pl.cdiv(depth, tile.depth), step, total)
+        _store(output_ref, total, own, column_span)
 
 
-def _gradient_kernel(
-    start_ref, end_ref, left_ref, right_ref, gradient_ref, *bias_refs, tile, depth, width
-):
+def _outer_kernel(start_ref, end_ref, left_ref, right_ref, output_ref, *, tile, depth, width):
     rows, columns = pl.cdiv(depth, tile.rows), pl.cdiv(width, tile.columns)
     group = lax.div(pl.program_id(0), rows * columns)
     row, column = _place(lax.rem(pl.program_id(0), rows * columns), rows, columns)
     row_span = _span(row * tile.rows, tile.rows, depth)
     column_span = _span(column * tile.columns, tile.columns, width)
     start, end = start_ref[group], end_ref[group]
-    steps = lax.div(end - start + (tile.depth - 1), tile.depth)
-
-    def read(ref, index, span):
-        return _load(ref, _span(start + index * tile.depth, tile.depth, end), span)
 
     def step(index, total):
-        left, right = read(left_ref, index, row_span), read(right_ref, index, column_span)
+        span = _span(start + index * tile.depth, tile.depth, end)
+        left, right = _load(left_ref, span, row_span), _load(right_ref, span, column_span)
         return total + _dot(left, right, (0, 0))
 
+    steps = lax.div(end - start + (tile.depth - 1), tile.depth)
     total = jnp.zeros((tile.rows, tile.columns), jnp.float32)
     total = lax.fori_loop(0, steps, step, total)
-    _store(gradient_ref, total, row_span, column_span, at=(group,))
-
-    def bias_step(index, total):
-        return total + read(right_ref, index, column_span).astype(jnp.float32)
-
-    if bias_refs:
-        # Its rows were read just now, here and by the other programs of the group: most are in the
-        # L2 cache. Sums beside the products would cost registers in every program.
-        @pl.when(row == 0)
-        def _():
-            total = jnp.zeros((tile.depth, tile.columns), jnp.float32)
-            total = lax.fori_loop(0, steps, bias_step, total)
-            _store(bias_refs[0], jnp.sum(total, axis=0), column_span, at=(group,))
+    _store(output_ref, total, row_span, column_span, at=(group,))
 
 
 def _span(first, size, end):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from keras import ops
 
 from keras_moe.backend import backend
-from keras_moe.ops.grouped.padded import pad_tiles, tile_length
+from keras_moe.backend.padded import pad_tiles, tile_length
 from keras_moe.ops.platforms import named_platform
 
 SCAN_ROWS = 64
@@ -76,8 +76,7 @@ def map_groups(functions, rows, sizes, output_width, state, alike=None):
 
 def _map_slices(functions, output_width, rows, sizes, state):
     outputs = []
-    *sizes, num_padding = backend.unstack_sizes(sizes, ops.shape(rows)[0])
-    parts = backend.split_rows(rows, [*sizes, num_padding])
+    parts, (*sizes, num_padding) = backend.split_groups(rows, sizes)
     for function, size, part in zip(functions, sizes, parts):
         if backend.is_exporting():
             outputs.append(function(part, state, None)[0])

@@ -1,0 +1,40 @@
+"""The interface to replicas, processes and meshes of devices."""
+
+
+class Devices:
+    """One device. Backends override what they have of more.
+
+    Data-parallel replicas run the same code on parts of a batch. Processes on PyTorch may share
+    experts. On JAX arrays may be spread over a mesh, as by `keras.distribution`.
+    """
+
+    def num_replicas(self):
+        """How many data-parallel replicas run this code, an integer."""
+        return 1
+
+    def sum_over_replicas(self, values):
+        """The sum of what all replicas have."""
+        return values
+
+    def gather_over_replicas(self, values):
+        """The rows (R, ...) of all replicas, one after the other."""
+        return values
+
+    def sum_of_counts(self, values):
+        """A list of what is added to counters, summed over replicas unless reading them sums."""
+        return values
+
+    def separate_losses(self, layer):
+        """Give each replica its own list of the losses that a layer adds."""
+
+    def expert_processes(self):
+        """The `torch_experts.ExpertParallel` that is set; None if each process has all experts."""
+        return None
+
+    def split_experts(self, experts, data, process_group):
+        """An `ExpertParallel` for `keras.distribution.set_distribution`."""
+        raise NotImplementedError
+
+    def token_shards(self):
+        """How the tokens of a batch are spread, a `jax_sharding.Shards`; None on one device."""
+        return None

@@ -1,0 +1,191 @@
+"""The two bilinear functions of grouped products, as JAX primitives.
+
+    product(rows (R, D), kernels (E, D, H), sizes (E,)) -> (R, H)     each group by its kernel
+    outer(left (R, D), right (R, H), sizes (E,)) -> (E, D, H)         for each group left^T right
+
+Each is the transpose of the other, so that derivatives of any order, forward and reverse, are made
+of the two. They become kernels when a program is lowered for a platform. On a CPU, where kernels of
+another platform are interpreted for tests, they are loops over tiles.
+"""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+_DTYPES = {"tpu": ("bfloat16", "float32"), "gpu": ("bfloat16", "float16", "float32")}
+
+
+def supports(platform, dtype):
+    """Whether `product` and `outer` run on a platform, for a dtype of rows."""
+    if platform == "cpu":
+        return True
+    return dtype in _DTYPES[platform] and (platform != "gpu" or _has_triton())
+
+
+@functools.cache
+def _has_triton():
+    """Whether JAX has Triton, and no GPU of this process is older than Triton takes (sm80)."""
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return False
+    gpus = [device for device in jax.devices() if device.platform == "gpu"]
+    capabilities = [getattr(device, "compute_capability", "") for device in gpus]
+    # AMD's are names, not numbers.
+    return all(float(each) >= 8.0 for each in capabilities if each.replace(".", "").isdigit())
+
+
+def product(rows, kernels, sizes, transposed, platform):
+    return _product.bind(rows, kernels, sizes, transposed=transposed, platform=platform)
+
+
+def outer(left, right, sizes, dtype, platform):
+    return _outer.bind(left, right, sizes, dtype=jnp.dtype(dtype), platform=platform)
+
+
+def _implementations(platform):
+    if platform == "gpu":
+        from keras_moe.backend import jax_gpu
+
+        return jax_gpu.product, jax_gpu.outer
+    if platform == "tpu":
+        from keras_moe.backend import jax_tpu
+
+        return jax_tpu.product, jax_tpu.outer
+    return _product_in_tiles, _outer_in_tiles
+
+
+def _primitive(name, place, shape, transpose):
+    """A bilinear primitive, lowered to the implementation of the platform it is lowered for."""
+    primitive = Primitive(name)
+
+    def lower(lowered_for, context, *operands, platform, **parameters):
+        several = len(context.module_context.platforms) > 1
+        if context.avals_in[0].shape[0] == 0 or (several and platform != lowered_for):
+            # Without rows there is nothing to compute. A program for several platforms lowers each
+            # branch for all of them, though it runs on its own only.
+            def rule(*operands):
+                aval = shape(*operands, **parameters)
+                return jnp.zeros(aval.shape, aval.dtype)
+        elif lowered_for in (platform, "cpu"):
+            interpret = {} if platform == "cpu" else {"interpret": lowered_for == "cpu"}
+            rule = functools.partial(_implementations(platform)[place], **parameters, **interpret)
+        else:
+            raise NotImplementedError(
+                f"A program that is traced for {platform!r} must be compiled for it, or for a CPU, "
+                f"which interprets it. Received: a program that is compiled for {lowered_for!r}. "
+                "Leave out `keras_moe.ops.platform`, or name the platform that it runs on."
+            )
+        return mlir.lower_fun(rule, multiple_results=False)(context, *operands)
+
+    def compile_and_run(*operands, **parameters):
+        with jax.disable_jit(False):
+            return jax.jit(functools.partial(primitive.bind, **parameters))(*operands)
+
+    def one_by_one(operands, axes, **parameters):
+        size = next(each.shape[axis] for each, axis in zip(operands, axes) if axis is not None)
+        stacked = [batching.bdim_at_front(*each, size) for each in zip(operands, axes)]
+        return lax.map(lambda each: primitive.bind(*each, **parameters), tuple(stacked)), 0
+
+    primitive.def_impl(compile_and_run)
+    primitive.def_abstract_eval(lambda *operands, platform, **rest: shape(*operands, **rest))
+    for target in ("cpu", "tpu", "cuda", "rocm"):
+        rule = functools.partial(lower, "gpu" if target in ("cuda", "rocm") else target)
+        mlir.register_lowering(primitive, rule, platform=target)
+    ad.defjvp(
+        primitive,
+        lambda tangent, left, right, sizes, **rest: primitive.bind(tangent, right, sizes, **rest),
+        lambda tangent, left, right, sizes, **rest: primitive.bind(left, tangent, sizes, **rest),
+        None,
+    )
+    ad.primitive_transposes[primitive] = transpose
+    batching.primitive_batchers[primitive] = one_by_one
+    return primitive
+
+
+def _shape_of_product(rows, kernels, sizes, *, transposed):
+    width = kernels.shape[1 if transposed else 2]
+    return jax.core.ShapedArray((rows.shape[0], width), rows.dtype)
+
+
+def _shape_of_outer(left, right, sizes, *, dtype):
+    return jax.core.ShapedArray((sizes.shape[0], left.shape[1], right.shape[1]), dtype)
+
+
+def _transpose_of_product(upstream, rows, kernels, sizes, *, transposed, platform):
+    if ad.is_undefined_primal(rows):
+        return product(upstream, kernels, sizes, not transposed, platform), None, None
+    left, right = (upstream, rows) if transposed else (rows, upstream)
+    return None, outer(left, right, sizes, kernels.aval.dtype, platform), None
+
+
+def _transpose_of_outer(upstream, left, right, sizes, *, dtype, platform):
+    if ad.is_undefined_primal(left):
+        upstream = product(right, upstream, sizes, True, platform)
+        return upstream.astype(left.aval.dtype), None, None
+    upstream = product(left, upstream, sizes, False, platform)
+    return None, upstream.astype(right.aval.dtype), None
+
+
+_product = _primitive("grouped_product", 0, _shape_of_product, _transpose_of_product)
+_outer = _primitive("grouped_outer", 1, _shape_of_outer, _transpose_of_outer)
+
+
+# On CPUs: loops over tiles of one group, whose kernels are read in place. The last tile of a group
+# may overrun it: reads are masked, writes are overwritten by the next group or land in padding.
+
+
+def _for_each_tile(sizes, num_rows, body, carry):
+    """`carry = body(group, start, length, inside, carry)` for the tiles of every group."""
+    length = min(max(num_rows // sizes.shape[0], 1), 128)
+    ends = jnp.cumsum(sizes)
+
+    def of_group(group, carry):
+        end = ends[group]
+        first = end - sizes[group]
+
+        def of_tile(number, carry):
+            start = first + number * length
+            inside = (start + jnp.arange(length) < end)[:, None]
+            return body(group, start, length, inside, carry)
+
+        return lax.fori_loop(0, (sizes[group] + length - 1) // length, of_tile, carry)
+
+    return lax.fori_loop(0, sizes.shape[0], of_group, carry)
+
+
+def _cut(rows, start, length, inside):
+    part = lax.dynamic_slice(rows, (start, 0), (length, rows.shape[1]))
+    return jnp.where(inside, part, jnp.zeros((), rows.dtype))
+
+
+def _product_in_tiles(rows, kernels, sizes, *, transposed):
+    padded = jnp.pad(rows, ((0, 128), (0, 0)))
+
+    def body(group, start, length, inside, outputs):
+        kernel = lax.dynamic_index_in_dim(kernels, group, keepdims=False).astype(rows.dtype)
+        part = _cut(padded, start, length, inside) @ (kernel.T if transposed else kernel)
+        return lax.dynamic_update_slice(outputs, part, (start, 0))
+
+    width = kernels.shape[1 if transposed else 2]
+    outputs = jnp.zeros((padded.shape[0], width), rows.dtype)
+    outputs = _for_each_tile(sizes, rows.shape[0], body, outputs)[: rows.shape[0]]
+    is_served = jnp.arange(rows.shape[0]) < jnp.sum(sizes)
+    return jnp.where(is_served[:, None], outputs, jnp.zeros((), rows.dtype))
+
+
+def _outer_in_tiles(left, right, sizes, *, dtype):
+    left, right = (jnp.pad(each, ((0, 128), (0, 0))) for each in (left, right))
+
+    def body(group, start, length, inside, totals):
+        one, other = (_cut(each, start, length, inside) for each in (left, right))
+        total = lax.dynamic_index_in_dim(totals, group)
+        total += lax.dot(one.T, other, preferred_element_type=totals.dtype)
+        return lax.dynamic_update_slice(totals, total, (group, 0, 0))
+
+    exact = jnp.promote_types(left.dtype, jnp.float32)
+    totals = jnp.zeros((sizes.shape[0], left.shape[1], right.shape[1]), exact)
+    return _for_each_tile(sizes, left.shape[0] - 128, body, totals).astype(dtype)

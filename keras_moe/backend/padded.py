@@ -1,0 +1,123 @@
+"""Grouped products without a loop: batched products of padded tiles, each with its kernel.
+
+All operations are `keras.ops` that the framework differentiates any number of times, and all shapes
+are fixed. A tile that is not full has padding. Axes: R rows, E experts, N tiles of B rows.
+"""
+
+from typing import Any, NamedTuple
+
+from keras import ops
+
+
+def product(rows, kernels, sizes, transposed=False):
+    """Each group of rows (R, D) by its kernel (E, D, H), or by its transpose: (R, H)."""
+    tiles = pad_tiles(sizes, ops.shape(rows)[0], tile_length(ops.shape(rows)[0], sizes.shape[0]))
+    expert = ops.minimum(tiles.expert, sizes.shape[0] - 1)
+
+    def of_tiles(stack):
+        return ops.take(stack, expert, axis=0)
+
+    if hasattr(kernels, "floats"):  # integers
+        kernels = kernels.entry(of_tiles).floats(rows.dtype)
+    else:
+        kernels = ops.cast(of_tiles(kernels), rows.dtype)
+    if transposed:
+        kernels = ops.transpose(kernels, (0, 2, 1))
+    return tiles.join(ops.matmul(tiles.cut(rows), kernels))
+
+
+def outer(left, right, sizes):
+    """For each group `left^T right`, (E, D, H), of (R, D) and (R, H); float32."""
+    num_rows, num_experts = ops.shape(left)[0], sizes.shape[0]
+    tiles = pad_tiles(sizes, num_rows, tile_length(num_rows, num_experts))
+    parts = ops.matmul(ops.transpose(tiles.cut(left), (0, 2, 1)), tiles.cut(right))
+    parts = ops.cast(parts, "float32")
+    # Empty tiles are summed into a spare expert.
+    return ops.segment_sum(parts, tiles.expert, num_experts + 1)[:num_experts]
+
+
+def tile_length(num_rows, num_experts):
+    """Rows of a tile, a power of two.
+
+    With B rows a tile, up to E * B rows are computed in vain, and R / B kernels are copied, two
+    bytes for each weight. Where a byte of memory costs as much as 240 multiplications and
+    additions, as on today's accelerators, both cost the least together at B = sqrt(480 * R / E).
+    The number of rows is a tensor where it is not known at compile time.
+    """
+    mean = num_rows / num_experts if isinstance(num_rows, int) else 256
+    return 2 ** min(max(round((480 * mean) ** 0.5).bit_length() - 1, 3), 9)
+
+
+def expert_of_row(sizes, num_rows):
+    """The expert of each row, (R,) int32; E past the last group."""
+    return _interval(ops.arange(num_rows, dtype="int32"), ops.cumsum(sizes))
+
+
+class PaddedTiles(NamedTuple):
+    """Which rows are where. All shapes are fixed, whatever the loads.
+
+    - `expert` (N,) int32: the expert of each tile, E where a tile is empty.
+    - `row` (N, B) int32: the row at each place, 0 at padding.
+    - `inside` (N, B) bool: False at padding.
+    - `place_of_row` (R,) int32: the place of each row, counted over all tiles, 0 for rows past the
+      last group.
+    - `is_served` (R,) bool: False for rows past the last group.
+    """
+
+    expert: Any
+    row: Any
+    inside: Any
+    place_of_row: Any
+    is_served: Any
+
+    def cut(self, rows):
+        """Tiles (N, B, ...) of rows (R, ...), zeros at padding."""
+        return _where(self.inside, ops.take(rows, self.row, axis=0))
+
+    def join(self, tiles):
+        """Rows (R, ...) of tiles (N, B, ...), zeros past the last group."""
+        flat = ops.reshape(tiles, (-1, *tiles.shape[2:]))
+        return _where(self.is_served, ops.take(flat, self.place_of_row, axis=0))
+
+
+def pad_tiles(sizes, num_rows, length):
+    """The `PaddedTiles` of B rows of consecutive groups, whose sizes are (E,) int32.
+
+    There are `R // B + E` tiles at most, and never more than rows, where their number is known.
+    """
+    num_experts = sizes.shape[0]
+    num_tiles = num_rows // length + num_experts
+    if isinstance(num_rows, int):
+        num_tiles = min(num_rows, num_tiles)
+    tiles_of_expert = (sizes + length - 1) // length
+    last_tiles, ends = ops.cumsum(tiles_of_expert), ops.cumsum(sizes)
+    first_tiles, starts = last_tiles - tiles_of_expert, ends - sizes
+
+    tile = ops.arange(num_tiles, dtype="int32")
+    expert = _interval(tile, last_tiles)
+    known = ops.minimum(expert, num_experts - 1)
+    first_row = ops.take(starts, known) + (tile - ops.take(first_tiles, known)) * length
+    row = ops.expand_dims(first_row, 1) + ops.arange(length, dtype="int32")
+    inside = ops.logical_and(
+        row < ops.expand_dims(ops.take(ends, known), 1), ops.expand_dims(expert < num_experts, 1)
+    )
+
+    number = ops.arange(num_rows, dtype="int32")
+    expert_of_row = _interval(number, ends)
+    known = ops.minimum(expert_of_row, num_experts - 1)
+    place = ops.take(first_tiles, known) * length + number - ops.take(starts, known)
+    is_served = expert_of_row < num_experts
+    return PaddedTiles(
+        expert, ops.where(inside, row, 0), inside, ops.where(is_served, place, 0), is_served
+    )
+
+
+def _interval(values, ends):
+    """For each value the number of `ends` at or below it: the interval it lies in."""
+    below = ops.expand_dims(ends, 0) <= ops.expand_dims(values, 1)
+    return ops.sum(ops.cast(below, "int32"), axis=1)
+
+
+def _where(condition, values):
+    axes = range(len(condition.shape), len(values.shape))
+    return ops.where(ops.expand_dims(condition, list(axes)), values, ops.zeros((), values.dtype))

@@ -1,0 +1,272 @@
+"""Tokens and experts on many devices: gather tokens, compute, scatter outputs.
+
+On a mesh, tokens are split over some axes, the data axes. Kernels are whole on every device, or
+their experts are split over one axis, the expert axis. Each device runs its own experts:
+
+1. Where the expert axis splits tokens as well, the devices along it gather each other's tokens.
+2. Each device sorts the assignments of its own experts, and runs them: its loops and kernels skip
+   rows that it does not have.
+3. The devices along the expert axis sum their outputs, and each keeps the outputs of its tokens.
+
+Where K is small enough that less is sent, each token goes to the devices of its experts only, and
+its outputs come back (all-to-all). The backward pass is the same in reverse: gradients of outputs
+are gathered, those of tokens summed and scattered, those of kernels summed over the data axes. No
+kernel is sent anywhere. Processes on PyTorch exchange rows in the same way.
+
+A device that has some of the experts may be sent every token, or none. Shapes are fixed, but memory
+for the worst case would be that of all devices. So rows are computed in chunks: the first has
+buffers for little more than a mean share of the rows. What exceeds it goes through shorter chunks
+of a loop, often none. Only the first chunk saves anything for the backward pass; the others are
+computed again there.
+
+Axes: T tokens, E experts, K experts per token, R rows, n devices along the expert axis.
+"""
+
+from typing import NamedTuple
+
+import keras
+from keras import ops
+
+from keras_moe.backend import backend
+from keras_moe.ops.experts import run_network
+from keras_moe.ops.linears import Int4Kernel, Linear
+from keras_moe.ops.plans import (
+    GroupedPlan,
+    collect,
+    combine,
+    dispatch,
+    pad_to_shards,
+    plan_experts,
+)
+from keras_moe.ops.platforms import keeping_platform, named_platform, platform
+from keras_moe.ops.sorting import ceil_divide
+
+
+def run_on_mesh(network, tokens, maps, plan, expert_axis, key=None):
+    """`run_network` for the unsorted plan of tokens that are spread over a mesh.
+
+    `expert_axis` is the mesh axis that splits the first axis of the kernels, or None.
+    """
+    if any(isinstance(each.kernel, Int4Kernel) for each in maps.values()):
+        raise ValueError(
+            "Experts in four bits must compute on one device. Received: their kernels under a "
+            '`keras.distribution`. Quantize to "int8", or without a distribution.'
+        )
+    shards = backend.devices.token_shards()
+    target = named_platform() or shards.platform
+    return _run_on_mesh((network, shards, expert_axis, target), tokens, maps, plan, key)
+
+
+@backend.compile_once
+def _run_on_mesh(static, tokens, maps, plan, key):
+    network, shards, expert_axis, target = static
+    tokens_cross = expert_axis in shards.axes
+
+    def on_device(tokens, experts, weights, places, mask, maps, key):
+        plan = GroupedPlan(experts, weights, None, places, mask)
+        chunks = Chunks.of_mean_share(ops.size(experts))
+        num_experts = next(iter(maps.values())).kernel.shape[0]
+        if expert_axis is None:
+            return run_network(network, tokens, maps, plan.of_experts(0, num_experts).sort(), key)
+        if tokens_cross:
+            # Whether K rows of each token are fewer values than the tokens of all devices.
+            if places is None and chunks.first < shards.along(expert_axis) * ops.shape(tokens)[0]:
+                return _by_all_to_all(network, tokens, maps, plan, key, shards, expert_axis, chunks)
+            gathered = (tokens, experts, weights, places, mask)
+            tokens, experts, weights, places, mask = (
+                None if each is None else shards.gather(each, expert_axis) for each in gathered
+            )
+            plan = GroupedPlan(experts, weights, None, places, mask)
+        first = shards.place_on(expert_axis) * num_experts
+        plan = plan.of_experts(first, num_experts).sort()
+        outputs = _run_in_chunks(network, tokens, maps, plan, key, chunks)
+        add = shards.sum_and_scatter if tokens_cross else shards.sum_over
+        return add(outputs, expert_axis)
+
+    fields = (plan.experts, plan.weights, plan.places, plan.mask)
+    padded = [
+        None if each is None else pad_to_shards(each, shards, value)
+        for each, value in zip((tokens, *fields), (0, -1, 0, 0, 0))
+    ]
+    with platform(target):
+        outputs = shards.on_each_device(
+            on_device, (*padded, maps, key), (*[shards.axes] * 5, expert_axis, None)
+        )
+    return outputs[: ops.shape(tokens)[0]]
+
+
+class Chunks(NamedTuple):
+    """How many rows the first chunk takes, and each of those that may follow. Integers."""
+
+    first: int
+    further: int
+
+    @classmethod
+    def of_mean_share(cls, num_rows):
+        """A thirty-second more than the mean share of the rows, then a quarter at a time."""
+        return cls(ceil_divide(33 * num_rows, 32), ceil_divide(num_rows, 4))
+
+    def split(self, number):
+        """As many chunks for rows in so many buckets, each of which takes its part."""
+        return Chunks(ceil_divide(self.first, number), ceil_divide(self.further, number))
+
+    def span(self, number):
+        """The first row of a chunk, and its length; only the integer 0 is the first chunk."""
+        if isinstance(number, int) and number == 0:
+            return 0, self.first
+        return self.first + (number - 1) * self.further, self.further
+
+    def number_for(self, num_rows):
+        """How many chunks so many rows take, at least one. An integer tensor."""
+        return 1 + ceil_divide(ops.maximum(num_rows - self.first, 0), self.further)
+
+
+def _sum_chunks(run_chunk, chunks, num_chunks, tokens, maps, plan, key):
+    """The sum of `run_chunk(tokens, maps, plan, key, start, length)`, with derivatives.
+
+    `num_chunks(plan)` is an integer tensor. `length` is the number of rows for all rows at once.
+    """
+
+    def of_inputs(context, span):
+        plan, frozen, key = context
+
+        def run(tokens, weights, trained):
+            maps = {name: Linear(**trained[name], **frozen[name]) for name in trained}
+            outputs = run_chunk(tokens, maps, plan._replace(weights=weights), key, *span)
+            return outputs, outputs
+
+        return run
+
+    def forward(inputs, context, save):
+        first = of_inputs(context, chunks.span(0))
+        output, pullback = backend.vjp(first, inputs) if save else (first(*inputs)[0], ())
+
+        def add(number, total):
+            return total + of_inputs(context, chunks.span(number))(*inputs)[0]
+
+        return ops.fori_loop(1, num_chunks(context[0]), add, output), pullback
+
+    def backward(inputs, context, pullback, gradient):
+        def add(number, totals):
+            _, pullback = backend.vjp(of_inputs(context, chunks.span(number)), inputs)
+            return keras.tree.map_structure(ops.add, totals, pullback(gradient))
+
+        return ops.fori_loop(1, num_chunks(context[0]), add, pullback(gradient))
+
+    def reference(inputs, context):
+        return of_inputs(context, (0, context[0].num_rows()))(*inputs)[0]
+
+    forward, backward, reference = map(keeping_platform, (forward, backward, reference))
+    trained = {name: each.trained() for name, each in maps.items()}
+    frozen = {name: each.frozen() for name, each in maps.items()}
+    inputs, context = (tokens, plan.weights, trained), (plan.without_weights(), frozen, key)
+    return backend.differentiable(forward, backward, inputs, context, reference)
+
+
+def _run_in_chunks(network, tokens, maps, plan, key, chunks):
+    if chunks.first >= plan.num_rows():
+        return run_network(network, tokens, maps, plan, key)
+
+    def run_chunk(tokens, maps, plan, key, start, length):
+        return run_network(network, tokens, maps, _chunk(plan, start, length), key)
+
+    def num_chunks(plan):
+        return chunks.number_for(ops.sum(plan.sizes))
+
+    return _sum_chunks(run_chunk, chunks, num_chunks, tokens, maps, plan, key)
+
+
+def _chunk(plan, start, length):
+    """The plan of `length` rows from `start` on."""
+    ends = ops.cumsum(plan.sizes)
+    sizes = ops.clip(ends - start, 0, length) - ops.clip(ends - plan.sizes - start, 0, length)
+    rows = plan.rows - start
+    # The last chunk may overrun the rows.
+    order = ops.pad(plan.order, (0, length))
+    return plan._replace(
+        sizes=sizes,
+        order=backend.slice_at(order, (start,), (length,)),
+        rows=ops.where(ops.logical_and(rows >= 0, rows < length), rows, -1),
+    )
+
+
+def _by_all_to_all(network, tokens, maps, plan, key, shards, axis, chunks):
+    """Send each token to the devices of its experts, and to no other.
+
+    Rows sorted by expert are sorted by device as well. Each device has a bucket for each other one,
+    of little more than a mean share of its rows: shapes are fixed.
+    """
+    num_local = next(iter(maps.values())).kernel.shape[0]
+    num_shards = shards.along(axis)
+    chunks = chunks.split(num_shards)
+    plan = GroupedPlan.of(plan.experts, plan.weights, num_local * num_shards).sort()
+
+    def run_chunk(tokens, maps, plan, key, start, length):
+        buckets, local_expert = _buckets(plan, num_shards, start, length)
+        received = shards.exchange(dispatch(tokens, buckets.without_weights()), axis)
+        expert = shards.exchange(local_expert, axis)
+        # Outputs are weighted, and saved for the weights' gradient, on the device that computes
+        # them, so that the receiving device need not save them.
+        weight = shards.exchange(buckets.weight_of_row(plan.weights), axis)
+        rows = GroupedPlan.of(ops.expand_dims(expert, 1), ops.expand_dims(weight, 1), num_local)
+        outputs = run_network(network, received, maps, rows.sort(), key)
+        return collect(shards.exchange(outputs, axis), buckets.without_weights())
+
+    def num_chunks(plan):
+        number = chunks.number_for(ops.max(_rows_by_shard(plan, num_shards)))
+        # If one device needs a chunk, all take part in it.
+        return shards.max_over(number, shards.axes)
+
+    return _sum_chunks(run_chunk, chunks, num_chunks, tokens, maps, plan, key)
+
+
+def _rows_by_shard(plan, num_shards):
+    """How many rows go to each device, (n,) int32."""
+    return ops.sum(ops.reshape(plan.sizes, (num_shards, -1)), axis=1)
+
+
+def _buckets(plan, num_shards, start, length):
+    """The rows of one chunk: in each bucket `length` rows, from its row `start` on.
+
+    A plan of these rows, and the expert of each row among the experts of the device it goes to,
+    (n * length,) int32, -1 where a bucket is not full.
+    """
+    sizes = _rows_by_shard(plan, num_shards)
+    starts = ops.cumsum(sizes) - sizes
+    place = start + ops.arange(length, dtype="int32")
+    row = ops.expand_dims(starts, 1) + place
+    filled = place < ops.expand_dims(sizes, 1)
+    row = ops.minimum(row, plan.num_rows() - 1)
+
+    ends = ops.cumsum(plan.sizes)
+    expert = ops.sum(ops.cast(ops.expand_dims(row, -1) >= ends, "int32"), axis=-1)
+    local = ops.where(filled, expert % (plan.num_experts // num_shards), -1)
+
+    # The place of each token's rows among all buckets.
+    rows = plan.rows
+    shard = ops.sum(ops.cast(ops.expand_dims(rows, -1) >= ops.cumsum(sizes), "int32"), axis=-1)
+    shard = ops.minimum(shard, num_shards - 1)
+    place = rows - ops.take(starts, shard) - start
+    inside = ops.logical_and(rows >= 0, ops.logical_and(place >= 0, place < length))
+    buckets = plan._replace(
+        order=ops.take(plan.order, ops.reshape(row, (-1,))),
+        rows=ops.where(inside, shard * length + place, -1),
+    )
+    return buckets, ops.reshape(local, (-1,))
+
+
+def run_in_processes(network, tokens, maps, plan, processes, key=None):
+    """Tokens go to the processes that hold their experts, and outputs come back."""
+    num_own = plan.num_experts // processes.num_processes
+
+    def serve(rows, experts):
+        # Sorted by the process they came from, and only then by expert.
+        own = plan_experts(ops.expand_dims(experts, 1), num_own).sort()
+        return run_network(network, rows, maps, own, key)
+
+    rows = dispatch(tokens, plan.without_weights())
+    num_served = int(ops.sum(plan.sizes))
+    outputs = processes.serve(rows[:num_served], plan.sizes, serve)
+    # Rows past the last group are padding.
+    padding = ((0, ops.shape(rows)[0] - num_served), (0, 0))
+    return combine(ops.pad(outputs, padding), plan.weights, plan.without_weights())

@@ -1,0 +1,123 @@
+"""All experts on a batch: from tokens and a plan to the weighted sums of the experts' outputs.
+
+Here the network of an expert runs on the rows of all experts:
+
+- in tiles of one expert, inside a loop that XLA compiles for a CPU: `tiles`;
+- elsewhere on parts of the rows, made of grouped products: `parts`.
+
+Derivatives of their derived backward pass, and forward mode, are those of the network made of
+`backend.product`, which has derivatives of any order.
+
+Axes: T tokens, D features, E experts, R rows (assignments sorted by expert).
+"""
+
+import functools
+from typing import Any
+
+from keras import ops
+
+from keras_moe.backend import backend
+from keras_moe.backend.layouts import AllRows
+from keras_moe.ops import linears, parts, tiles
+from keras_moe.ops.linears import Linear
+from keras_moe.ops.networks import Network, Problem, dtype_of, forward_part
+from keras_moe.ops.platforms import named_platform
+
+
+def run_network(network: Network, tokens: Any, maps: dict, plan: Any, key: Any = None) -> Any:
+    """The weighted sums (T, D') of the outputs of each token's experts.
+
+    Rows outside all groups are not computed: padded and dropped assignments cost nothing.
+
+    Args:
+        network: a `Network`.
+        tokens: (T, D).
+        maps: the `Linear` maps of all experts, by name.
+        plan: a sorted `GroupedPlan`.
+        key: (2,) int32 for dropout, or None where there is none.
+    """
+    trained = {name: each.trained() for name, each in maps.items()}
+    frozen = {name: each.frozen() for name, each in maps.items()}
+    inputs, context = (tokens, plan.weights, trained), (plan.without_weights(), frozen, key)
+    return _run((network, named_platform()), inputs, context)
+
+
+@backend.compile_once
+def _run(network_and_platform, inputs, context):
+    network, platform = network_and_platform
+    run = functools.partial(_run_on, network)
+    if platform:
+        return run(platform, inputs, context)
+    return backend.on_its_platform(run, inputs, context)
+
+
+def _run_on(network, platform, inputs, context):
+    def forward(inputs, context, save):
+        problem = _problem(network, platform, inputs, context)
+        engine = parts if problem.layout else tiles
+        outputs, saved = engine.forward(problem, save)
+        tokens, weights, _ = inputs
+        return ops.cast(problem.plan.sum_rows(outputs, weights), tokens.dtype), (outputs, saved)
+
+    def backward(inputs, context, residuals, gradient):
+        tokens, weights, _ = inputs
+        problem = _problem(network, platform, inputs, context)
+        engine = parts if problem.layout else tiles
+        row_weights = problem.plan.weight_of_row(weights)
+        of_rows, of_weights, of_maps = engine.backward(problem, row_weights, *residuals, gradient)
+        of_tokens = ops.cast(problem.plan.sum_rows(of_rows), tokens.dtype)
+        of_weights = ops.cast(problem.plan.at_assignments(of_weights[:, 0]), weights.dtype)
+        return of_tokens, of_weights, of_maps
+
+    def reference(inputs, context):
+        (tokens, weights, trained), (plan, frozen, key) = inputs, context
+        part = AllRows(backend, plan.sizes, plan.num_rows(), platform)
+        rows = backend.gather_rows(tokens, plan.token_of_row())
+        outputs, _ = forward_part(network, rows, part, _maps(trained, frozen), key)
+        return ops.cast(plan.sum_rows(outputs, weights), tokens.dtype)
+
+    return backend.differentiable(forward, backward, inputs, context, reference)
+
+
+def engine_on(platform, static_shapes):
+    """The name of the engine for many rows, "tiles" or "parts"."""
+    return "tiles" if platform == "cpu" and static_shapes else "parts"
+
+
+def _problem(network, platform, inputs, context):
+    (tokens, _, trained), (plan, frozen, key) = inputs, context
+    maps = _maps(trained, frozen)
+    converts = any(dtype_of(each.kernel) != dtype_of(tokens) for each in maps.values())
+    layout = backend.layout(plan.sizes, plan.num_rows(), platform, converts)
+    return Problem(network, platform, tokens, maps, plan, key, layout)
+
+
+def _maps(trained, frozen):
+    return {name: Linear(**trained[name], **frozen[name]) for name in trained}
+
+
+def run_on_all(network, tokens, maps):
+    """The outputs (T, E, D') of all experts for each token (T, D): products of whole stacks."""
+    num_experts = next(iter(maps.values())).kernel.shape[0]
+    part = _AllTokens(tokens, num_experts)
+    outputs, _ = forward_part(network, part.rows, part, maps)
+    outputs = ops.reshape(outputs, (num_experts, -1, outputs.shape[1]))
+    return ops.transpose(outputs, (1, 0, 2))
+
+
+class _AllTokens:
+    """Every token once for each expert: equal groups, which are one batched product."""
+
+    def __init__(self, tokens, num_experts):
+        self.tokens, self.num_experts = tokens, num_experts
+        self.rows = ops.tile(tokens, (num_experts, 1))
+
+    def product(self, rows, kernels, bias=None, transposed=False):
+        if rows is self.rows:  # which need not be copied for each expert
+            batch = ops.expand_dims(self.tokens, 0)
+        else:
+            batch = ops.reshape(rows, (self.num_experts, -1, rows.shape[1]))
+        products = ops.matmul(batch, linears.as_floats(kernels, rows.dtype))
+        if bias is not None:
+            products = products + ops.expand_dims(ops.cast(bias, rows.dtype), 1)
+        return ops.reshape(products, (-1, products.shape[2]))

@@ -1,0 +1,193 @@
+"""Linear maps of all experts: kernels in floats or integers, biases, corrections of low rank.
+
+Axes: E experts, D input features, H output features, r rank.
+"""
+
+from typing import Any, NamedTuple
+
+from keras import ops
+
+
+class Linear(NamedTuple):
+    """A linear map of each expert: `x W + b`, or `x W + b + scale (x A) B`.
+
+    - `kernel`: W, a tensor (E, D, H), an `Int8Kernel` or an `Int4Kernel`.
+    - `bias`: a tensor (E, H), or None.
+    - `down`, `up`: A (E, D, r) and B (E, r, H), beside which the kernel has no gradient, or None.
+      Hu et al. 2021 (arXiv:2106.09685), section 4.1.
+    """
+
+    kernel: Any
+    bias: Any = None
+    down: Any = None
+    up: Any = None
+
+    def trained(self):
+        """The fields that have a gradient, a dict."""
+        fields = {name: value for name, value in self._asdict().items() if value is not None}
+        if self.down is not None or is_integer(self.kernel):
+            del fields["kernel"]
+        return fields
+
+    def frozen(self):
+        """The other fields, a dict."""
+        return {} if "kernel" in self.trained() else {"kernel": self.kernel}
+
+    def entry(self, take):
+        """What `take` returns of each tensor (E, ...), such as the entry of one expert."""
+        return Linear(*(None if each is None else part_of(each, take) for each in self))
+
+
+class Int8Kernel(NamedTuple):
+    """Kernels of all experts, or the kernel of one, as integers times a scale of each column.
+
+    - `values`: (E, D, H) int8.
+    - `scale`: (E, 1, H) float.
+    """
+
+    values: Any
+    scale: Any
+
+    @property
+    def shape(self):
+        return self.values.shape
+
+    @property
+    def dtype(self):
+        return self.values.dtype
+
+    def entry(self, take):
+        return Int8Kernel(take(self.values), take(self.scale))
+
+    def floats(self, dtype):
+        return ops.cast(self.values, dtype) * ops.cast(self.scale, dtype)
+
+    def multiply(self, rows, transposed=False):
+        """`rows` times the kernel (D, H) of one expert, or times its transpose."""
+        values, scale = ops.cast(self.values, rows.dtype), ops.cast(self.scale, rows.dtype)
+        if transposed:
+            return ops.matmul(rows * scale, ops.transpose(values))
+        return ops.matmul(rows, values) * scale
+
+
+class Int4Kernel(NamedTuple):
+    """Kernels as integers of 4 bits: `(integer - zero) * scale` of their group of rows.
+
+    - `values`: (E, D, ceil(H / 2)) int8; column 2 j is the lower half of column j.
+    - `scale`: (E, G, H) float, one for each group of rows.
+    - `zero`: (E, G, H) int8.
+    - `group`: (D,) int32, the group of each row.
+    """
+
+    values: Any
+    scale: Any
+    zero: Any
+    group: Any
+
+    @property
+    def shape(self):
+        return (*self.values.shape[:-1], self.scale.shape[-1])
+
+    @property
+    def dtype(self):
+        return self.values.dtype
+
+    def entry(self, take):
+        return Int4Kernel(take(self.values), take(self.scale), take(self.zero), self.group)
+
+    def floats(self, dtype):
+        return self._join(*self._even_and_odd(dtype))
+
+    def multiply(self, rows, transposed=False):
+        """`rows` times the kernel (D, H) of one expert, or times its transpose.
+
+        In two products, of even and of odd columns: XLA takes several times as long to join the
+        columns first.
+        """
+        even, odd = self._even_and_odd(rows.dtype)
+        if not transposed:
+            return self._join(ops.matmul(rows, even), ops.matmul(rows, odd))
+        of_even = ops.matmul(rows[:, ::2], ops.transpose(even))
+        return of_even + ops.matmul(rows[:, 1::2], ops.transpose(odd))
+
+    def _even_and_odd(self, dtype):
+        """The columns of even and of odd number, as floats."""
+        both = self.values
+        low = ops.bitwise_xor(ops.bitwise_and(both, _byte(15)), _byte(8)) - _byte(8)
+        high = ops.right_shift(both, _byte(4))[..., : self.scale.shape[-1] // 2]
+        zero, scale = (ops.cast(each, dtype) for each in (self.zero, self.scale))
+        return [
+            (ops.cast(values, dtype) - self._at_rows(zero[..., first::2]))
+            * self._at_rows(scale[..., first::2])
+            for first, values in enumerate((low, high))
+        ]
+
+    def _join(self, even, odd):
+        width = self.scale.shape[-1]
+        if width % 2:
+            odd = ops.pad(odd, [*[(0, 0)] * (len(odd.shape) - 1), (0, 1)])
+        joined = ops.stack([even, odd], axis=-1)
+        return ops.reshape(joined, (*ops.shape(even)[:-1], -1))[..., :width]
+
+    def _at_rows(self, of_groups):
+        if self.scale.shape[-2] == 1:
+            return of_groups
+        return ops.take(of_groups, self.group, axis=-2)
+
+
+def _byte(number):
+    return ops.convert_to_tensor(number, "int8")
+
+
+def is_integer(kernel):
+    return isinstance(kernel, (Int8Kernel, Int4Kernel))
+
+
+def part_of(weight, take):
+    """What `take` returns of a tensor (E, ...), or of each tensor of integer kernels."""
+    return weight.entry(take) if is_integer(weight) else take(weight)
+
+
+def as_floats(weight, dtype):
+    return weight.floats(dtype) if is_integer(weight) else ops.cast(weight, dtype)
+
+
+def multiply(rows, kernel, transposed=False):
+    """`rows` times the kernel (D, H) of one expert, or times its transpose."""
+    if is_integer(kernel):
+        return kernel.multiply(rows, transposed)
+    kernel = ops.cast(kernel, rows.dtype)
+    return ops.matmul(rows, ops.transpose(kernel) if transposed else kernel)
+
+
+# A linear map of some rows and its transpose. `part` has the products of these rows with the
+# kernels of their experts: see `networks`.
+
+
+def apply(linear, rows, part, scale):
+    output = part.product(rows, linear.kernel, linear.bias)
+    if linear.down is not None:
+        output = output + scale * part.product(part.product(rows, linear.down), linear.up)
+    return output
+
+
+def pull(linear, gradient, part, scale):
+    """The gradient of the rows, from the gradient of the output."""
+    of_rows = part.product(gradient, linear.kernel, transposed=True)
+    if linear.down is None:
+        return of_rows
+    low = part.product(scale * gradient, linear.up, transposed=True)
+    return of_rows + part.product(low, linear.down, transposed=True)
+
+
+def factors(linear, rows, gradient, part, scale):
+    """The left and right factor of the gradient of each trained field, a dict.
+
+    For each expert, the gradient of a kernel is the transposed left factor times the right one, and
+    the gradient of a bias is the sum of the right one.
+    """
+    found = {"kernel": (rows, gradient), "bias": (rows, gradient)}
+    if linear.down is not None:
+        found["down"] = (rows, part.product(scale * gradient, linear.up, transposed=True))
+        found["up"] = (part.product(rows, linear.down), scale * gradient)
+    return {name: found[name] for name in linear.trained()}

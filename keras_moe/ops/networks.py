@@ -1,0 +1,189 @@
+"""Networks of experts, and the derivative of a network on some rows.
+
+The network of an expert is a function `network(rows, linear)` of rows (n, D) that calls
+`linear(name, rows)` once for each of its linear maps. The forward pass saves what `linear` returns,
+and nothing else. The backward pass is derived: the network runs again with each linear map replaced
+by what was saved, and the framework differentiates what is between.
+
+A part of the rows has `product(rows, kernel, bias=None, transposed=False)`, the products of its
+rows with the kernels of their experts, and `row_numbers()`, (n,) int32 among all rows.
+
+Axes: T tokens, D features, n rows of a part.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+from keras_moe.backend import backend
+from keras_moe.ops import linears
+from keras_moe.ops.draws import hashed
+
+
+class Network(NamedTuple):
+    """The network of every expert, but for its weights. Hashable: equal networks compile once.
+
+    - `function`: `function(rows, linear)` returns the outputs of rows (n, D).
+    - `names`: of its linear maps in the order of their calls, a tuple.
+    - `saved_widths`: the widths of what is saved besides the output, a tuple.
+    - `output_width`: D'.
+    - `has_dropout`: whether it calls `linear.dropout`.
+    - `scale`: factor of all corrections of low rank, or None where there are none.
+    """
+
+    function: Callable
+    names: tuple
+    saved_widths: tuple
+    output_width: int
+    has_dropout: bool = False
+    scale: float | None = None
+
+    @property
+    def ends_linear(self):
+        """Whether the output is what the last of the linear maps returns."""
+        return len(self.saved_widths) < len(self.names)
+
+
+def network_of(function: Callable, features: int, widths: dict) -> Network:
+    """The `Network` of a function with linear maps of these widths, {name: (D, H)}."""
+    return _traced(function, features, tuple(sorted(widths.items())))
+
+
+class Problem(NamedTuple):
+    """What an engine computes.
+
+    - `network`: the `Network`.
+    - `platform`: "cpu", "gpu" or "tpu", the one that is compiled for.
+    - `tokens`: (T, D).
+    - `maps`: the `Linear` maps by name.
+    - `plan`: the `GroupedPlan`, without weights.
+    - `key`: (2,) int32 for dropout, or None where there is none.
+    - `layout`: the parts of the rows, see `backend.layouts`, or None for a loop over tiles.
+    """
+
+    network: Network
+    platform: str
+    tokens: Any
+    maps: dict
+    plan: Any
+    key: Any = None
+    layout: Any = None
+
+    def trained(self):
+        return {name: each.trained() for name, each in self.maps.items()}
+
+
+def dtype_of(tensor):
+    return keras.backend.standardize_dtype(tensor.dtype)
+
+
+class _Linear:
+    """What a network is called with: its linear maps, and dropout, on some rows.
+
+    `compute(name, rows)` returns the outputs of a linear map. Random numbers depend on a key and
+    the numbers of the rows: they are the same in the forward and in the backward pass.
+    """
+
+    def __init__(self, rows, compute, part=None, key=None):
+        self._rows, self._compute, self._part, self._key = rows, compute, part, key
+        self.num_dropouts = 0
+
+    def __call__(self, name, rows=None):
+        if rows is None:  # a vector of each expert
+            rows = ops.ones((ops.shape(self._rows)[0], 1), self._rows.dtype)
+        return self._compute(name, _like(rows, self._rows))
+
+    def dropout(self, rows, rate):
+        """Rows (n, H), each number set to 0 with the probability `rate`, or scaled, in training."""
+        self.num_dropouts += 1
+        if self._key is None or not rate:
+            return rows
+        key = self._key + self.num_dropouts
+        kept = hashed(self._part.row_numbers(), rows.shape[1], key) >= rate
+        return ops.where(kept, rows / (1 - rate), ops.zeros((), rows.dtype))
+
+
+@functools.lru_cache
+def _traced(function, features, widths):
+    found, widths, ends_linear, has_dropout = {}, dict(widths), False, False
+
+    def compute(name, rows):
+        if name not in widths or name in found:
+            raise ValueError(
+                "A network must call `linear` once with each name in `widths`. "
+                f"Received: {name!r}{' again' * (name in found)}, of {sorted(widths)}"
+            )
+        fan_in, fan_out = widths[name]
+        if len(rows.shape) != 2 or rows.shape[1] != fan_in:
+            raise ValueError(
+                f"`linear({name!r}, rows)` must have rows of {fan_in} features. "
+                f"Received: rows.shape={tuple(rows.shape)}"
+            )
+        found[name] = ops.zeros((ops.shape(rows)[0], fan_out), rows.dtype)
+        return found[name]
+
+    def trace(rows):
+        nonlocal ends_linear, has_dropout
+        found.clear()
+        linear = _Linear(rows, compute)
+        outputs = function(rows, linear)
+        ends_linear = bool(found) and outputs is found[list(found)[-1]]
+        has_dropout = linear.num_dropouts > 0
+        return outputs
+
+    # The public way to trace a function on any backend.
+    layer = keras.layers.Lambda(trace, dtype="float32", name="network")
+    shape = tuple(layer.compute_output_shape((8, features)))
+    if set(found) != set(widths) or len(shape) != 2 or shape[0] != 8:
+        raise ValueError(
+            "A network must call `linear` once with each name in `widths`, and return rows. "
+            f"Received: calls of {sorted(found)} of {sorted(widths)}, outputs of shape {shape} "
+            f"for rows of shape (8, {features})"
+        )
+    saved_widths = [widths[name][1] for name in found][: -1 if ends_linear else None]
+    return Network(function, tuple(found), tuple(saved_widths), shape[1], has_dropout)
+
+
+def forward_part(network, rows, part, maps, key=None):
+    """The outputs of some rows, and a list of what is saved of them."""
+    saved = []
+
+    def compute(name, values):
+        saved.append(linears.apply(maps[name], values, part, network.scale))
+        return saved[-1]
+
+    outputs = _like(network.function(rows, _Linear(rows, compute, part, key)), rows)
+    return outputs, saved[:-1] if network.ends_linear else saved
+
+
+def backward_part(network, rows, part, maps, saved, outputs, gradient, key=None):
+    """From the gradient of outputs: the gradient of rows, and the `factors` of each linear map."""
+    names, scale = network.names, network.scale
+    saved = [*saved, outputs] if network.ends_linear else saved
+
+    def run(rows, *saved):
+        given, inputs = dict(zip(names, saved)), {}
+
+        def compute(name, values):
+            inputs[name] = values
+            transpose = functools.partial(linears.pull, maps[name], part=part, scale=scale)
+            return backend.attach_gradient(given[name], values, transpose)
+
+        outputs = _like(network.function(rows, _Linear(rows, compute, part, key)), rows)
+        return outputs, [inputs[name] for name in names]
+
+    inputs, pullback = backend.vjp(run, (rows, *saved))
+    of_rows, *of_outputs = pullback(gradient)
+    return of_rows, {
+        name: linears.factors(maps[name], left, right, part, scale)
+        for name, left, right in zip(names, inputs, of_outputs)
+    }
+
+
+def _like(values, rows):
+    """Values in the dtype of the rows: an activation may compute in float32."""
+    # A cast is an operation of a program, even if idle.
+    return values if values.dtype == rows.dtype else ops.cast(values, rows.dtype)

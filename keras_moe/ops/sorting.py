@@ -1,0 +1,68 @@
+"""Sorting of assignments by expert, and sizes that may not be known while tracing."""
+
+import numbers
+
+from keras import ops
+
+from keras_moe._internal.checks import check_integer
+from keras_moe.backend import backend
+
+
+def at_least(least, size):
+    """The larger of two sizes; an integer stays one, so that shapes stay known."""
+    return max(least, size) if isinstance(size, int) else backend.larger_size(least, size)
+
+
+def ceil_divide(size, divisor):
+    """The quotient of two sizes, rounded up. Not `-(-size // divisor)`: ONNX rounds it to zero."""
+    return (size + divisor - 1) // divisor
+
+
+def check_size(name, size, minimum=1):
+    """Return a size as a Python integer; a tensor or a symbol as it is."""
+    return check_integer(name, size, minimum) if isinstance(size, numbers.Number) else size
+
+
+def check_sequence_length(length, num_tokens):
+    """Return a length that divides the number of tokens, where both are known, or None."""
+    if length is None:
+        return None
+    length = check_size("sequence_length", length)
+    if isinstance(length, int) and isinstance(num_tokens, int) and num_tokens % length:
+        raise ValueError(
+            "`sequence_length` must divide the number of tokens. "
+            f"Received: sequence_length={length}, {num_tokens} tokens"
+        )
+    return length
+
+
+def position_in_expert(expert, num_experts, order=None):
+    """How many entries of the same expert precede each entry (N,) int32.
+
+    `order` (N,) is a permutation in which the entries are counted, or None.
+    """
+    if order is not None:
+        return put(position_in_expert(ops.take(expert, order), num_experts), order)
+    _, rank = sort_by_expert(expert, num_experts)
+    sizes = count_by_expert(expert, num_experts)
+    return rank - ops.take(ops.cumsum(sizes) - sizes, expert)
+
+
+@backend.jit_when_eager
+def count_by_expert(expert, num_experts):
+    """The number of entries of each expert, (num_experts,) int32."""
+    return ops.segment_sum(ops.ones_like(expert), expert, num_experts)
+
+
+def sort_by_expert(expert, num_experts):
+    """A stable order of experts (N,) from 0 to `num_experts` - 1, and the rank of each entry."""
+    order = backend.argsort(expert, num_experts)
+    return order, put(ops.arange(ops.shape(expert)[0], dtype="int32"), order)
+
+
+def put(values, places, size=None):
+    """(size,) zeros, or N of them, but `values` (N,) at their `places` (N,), which all differ."""
+    # `torch.vmap` writes only into what depends on its inputs.
+    zeros = ops.zeros_like(places) if size is None else ops.zeros((size,))
+    # Not `ops.scatter`, which on PyTorch adds one value after the other in Python.
+    return ops.scatter_update(ops.cast(zeros, values.dtype), ops.expand_dims(places, 1), values)

@@ -1,0 +1,731 @@
+"""Networks of experts: products, engines, dtypes, any network, no waste. Layers: test_ops_moe."""
+
+import contextlib
+import functools
+import random
+import re
+
+import keras
+import numpy as np
+import pytest
+from backends import (
+    BACKEND,
+    FAST_MODE,
+    assert_close,
+    compiled,
+    differentiated,
+    forget,
+    gradients,
+    to_tensors,
+)
+from drawn import MASKS, SKEWS, draw_mask
+from keras import ops as keras_ops
+from layer_checks import moe
+from test_ops_moe import Config, build, check_against_oracle, draw_batch
+
+from keras_moe import inspection, layers, ops
+from keras_moe.activations import quick_gelu
+from keras_moe.backend import backend
+from keras_moe.ops import plan_groups, tiles, top_k_routing
+from keras_moe.ops.experts import run_network
+from keras_moe.ops.linears import Linear
+from keras_moe.ops.networks import network_of
+from keras_moe.ops.platforms import named_platform
+
+T, D, H, E, K = 13, 8, 16, 3, 2
+# Platforms whose products a CPU can run: kernels are interpreted. Other tests run those of CPUs.
+PLATFORMS = {"jax": ("cpu", "tpu", "gpu"), "tensorflow": ("cpu", "gpu"), "torch": ("cpu", "gpu")}
+PLATFORMS = PLATFORMS[BACKEND]
+if backend.current_platform() != "cpu":
+    PLATFORMS = (backend.current_platform(),)
+
+# The networks of tests, by the names of their linear maps, as functions of an activation.
+
+
+def feed_forward(activation=keras_ops.gelu):
+    return lambda rows, linear: linear("down", activation(linear("up", rows)))
+
+
+def gated(activation=keras_ops.silu, clip=None, up_shift=0.0):
+    def network(rows, linear):
+        gate, up = linear("gate", rows), linear("up", rows)
+        if clip is not None:
+            gate, up = keras_ops.minimum(gate, clip), keras_ops.clip(up, -clip, clip)
+        return linear("down", activation(gate) * (up + up_shift))
+
+    return network
+
+
+def residual(rows, linear):
+    """Three layers deep, normalised, with a residual and a second branch; not linear at its end."""
+    hidden = keras_ops.tanh(linear("up", rows)) * linear("scale")
+    hidden = hidden + keras_ops.tanh(linear("middle", hidden))
+    return rows + keras_ops.tanh(linear("down", hidden)) * linear("branch", rows)
+
+
+WIDTHS = {
+    "up": (D, H),
+    "gate": (D, H),
+    "middle": (H, H),
+    "scale": (1, H),
+    "down": (H, D),
+    "branch": (D, D),
+}
+
+
+def drawn(widths, biases=False, dtype="float32", low_rank=False):
+    """Weights of linear maps, a dict of dicts of arrays."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return (rng.normal(size=shape) / np.sqrt(shape[-2])).astype("float32")
+
+    weights = {}
+    for name, (depth, width) in widths.items():
+        weights[name] = {"kernel": normal(E, depth, width)}
+        if biases:
+            weights[name]["bias"] = normal(E, width)
+        if low_rank:
+            weights[name] |= {"down": normal(E, depth, 2), "up": normal(E, 2, width)}
+    return weights
+
+
+def problem(network, names, scale=None, dtype="float32", stored=None, **options):
+    """A loss of the outputs as a function of tokens and trained weights, these, and its formula."""
+    widths = {name: WIDTHS[name] for name in names}
+    weights = drawn(widths, low_rank=scale is not None, **options)
+    rng = np.random.default_rng(1)
+    tokens = rng.standard_normal((T, D)).astype("float32")
+    logits = rng.standard_normal((T, E)).astype("float32")
+    trained = {
+        name: [field for field in fields if scale is None or field != "kernel"]
+        for name, fields in weights.items()
+    }
+    inputs = [tokens, *(weights[name][field] for name in names for field in trained[name])]
+
+    def maps_of(flat):
+        flat = iter(flat)
+        for name in names:
+            varied = {field: next(flat) for field in trained[name]}
+            fields = {**to_tensors(weights[name]), **varied}
+            yield name, Linear(**{f: keras_ops.cast(v, stored or dtype) for f, v in fields.items()})
+
+    def computed(tokens, *flat):
+        plan = plan_groups(top_k_routing(keras_ops.convert_to_tensor(logits), K)).sort()
+        traced = network_of(network, D, widths)._replace(scale=scale)
+        tokens = keras_ops.cast(tokens, dtype)
+        outputs = run_network(traced, tokens, dict(maps_of(flat)), plan)
+        assert keras.backend.standardize_dtype(outputs.dtype) == dtype
+        return keras_ops.sum(keras_ops.sin(keras_ops.cast(outputs, "float32")))
+
+    def formula(tokens, *flat):
+        """Every token through every expert, one product for each."""
+        maps, routing = dict(maps_of(flat)), top_k_routing(keras_ops.convert_to_tensor(logits), K)
+        total = 0.0
+        for expert in range(E):
+
+            def linear(name, rows=None, expert=expert):
+                rows = keras_ops.ones((T, 1)) if rows is None else rows
+                kernel, bias, down, up = (x if x is None else x[expert] for x in maps[name])
+                output = rows @ kernel
+                output = output if bias is None else output + bias
+                return output if down is None else output + scale * (rows @ down) @ up
+
+            chosen = keras_ops.cast(routing.indices == expert, "float32") * routing.weights
+            weight = keras_ops.sum(chosen, axis=1, keepdims=True)
+            total = total + weight * network(tokens, linear)
+        return keras_ops.sum(keras_ops.sin(total))
+
+    return computed, inputs, formula
+
+
+NETWORKS = {
+    "linear": (lambda rows, linear: linear("up", rows), ["up"], {"biases": True}),
+    "linear, low rank": (lambda rows, linear: linear("up", rows), ["up"], {"scale": 0.5}),
+    "feed-forward": (feed_forward(), ["up", "down"], {"biases": True}),
+    "gated, low rank": (gated(), ["gate", "up", "down"], {"scale": 2.0}),
+    "gate of gpt-oss": (gated(quick_gelu, 0.5, 1.0), ["gate", "up", "down"], {"biases": True}),
+    "residual": (residual, ["up", "scale", "middle", "down", "branch"], {}),
+}
+
+
+@pytest.fixture(params=PLATFORMS)
+def platform(request, small_tiles):
+    with ops.platform(request.param):
+        yield request.param
+
+
+def mode_on(platform):
+    return "xla" if BACKEND == "tensorflow" and platform == "gpu" else FAST_MODE
+
+
+@pytest.mark.parametrize("case", NETWORKS.values(), ids=list(NETWORKS))
+def test_gradients_of_any_network_equal_a_formula(case, platform):
+    network, names, options = case
+    computed, inputs, formula = problem(network, names, **options)
+    actual = gradients(computed, inputs, mode_on(platform))
+    for gradient, expected in zip(actual, gradients(formula, inputs)):
+        assert_close(gradient, expected)
+
+
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("mode", ["graph", "xla"])
+def test_gradients_equal_a_formula_in_every_kind_of_program(mode, small_tiles):
+    for name in ("gated, low rank", "residual"):
+        network, names, options = NETWORKS[name]
+        computed, inputs, formula = problem(network, names, **options)
+        for gradient, expected in zip(
+            gradients(computed, inputs, mode), gradients(formula, inputs)
+        ):
+            assert_close(gradient, expected)
+
+
+@pytest.mark.backends("jax")
+def test_forward_mode_and_third_derivatives_equal_a_formula(small_tiles):
+    import jax
+
+    network, names, options = NETWORKS["residual"]
+    computed, inputs, formula = problem(network, names, **options)
+    directions = [np.cos(each) for each in inputs]
+
+    def third(function):
+        def squares(*inputs):
+            return sum((g**2).sum() for g in jax.grad(function, range(len(inputs)))(*inputs))
+
+        return jax.grad(lambda x: (jax.grad(squares)(x, *inputs[1:]) ** 2).sum())(inputs[0])
+
+    pairs = [
+        [jax.jvp(each, inputs, directions)[1] for each in (computed, formula)],
+        [
+            jax.jvp(jax.grad(each, range(len(inputs))), inputs, directions)[1]
+            for each in (computed, formula)
+        ],
+        [jax.jit(lambda function=each: third(function))() for each in (computed, formula)],
+    ]
+    for actual, expected in pairs:
+        for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+            assert_close(one, other, tolerance=1e-4)
+
+
+def signed_root(values):
+    return keras_ops.sign(values) * keras_ops.sqrt(keras_ops.abs(values))
+
+
+def test_a_slope_that_is_infinite_at_zero_spoils_no_gradient(platform):
+    computed, inputs, _ = problem(feed_forward(signed_root), ["up", "down"])
+    for gradient in gradients(computed, inputs, mode_on(platform)):
+        assert np.isfinite(gradient).all()
+
+
+def in_float32(values):
+    return keras_ops.gelu(keras_ops.cast(values, "float32"))
+
+
+@functools.cache
+def gradients_in_float32():
+    return gradients(*problem(feed_forward(), ["up", "down"], biases=True)[:2])
+
+
+@pytest.mark.parametrize(
+    ("activation", "dtype", "stored"),
+    [
+        (in_float32, "bfloat16", None),
+        (keras_ops.gelu, "float16", "float32"),
+        (keras.activations.gelu, "bfloat16", "float32"),
+    ],
+)
+def test_half_precision_is_near_float32(activation, dtype, stored, platform):
+    computed, inputs, _ = problem(
+        feed_forward(activation), ["up", "down"], dtype=dtype, stored=stored, biases=True
+    )
+    low = gradients(computed, inputs, mode_on(platform))
+    for gradient, expected in zip(low, gradients_in_float32()):
+        assert_close(gradient, expected, tolerance=0.1)
+
+
+PLAIN = Config(num_tokens=13, features=8, hidden_dim=16)
+CONFIGS = {
+    "plain": PLAIN,
+    "gated": PLAIN._replace(gated=True, activation="silu", use_bias=False, capacity_factor=0.8),
+    "one token": PLAIN._replace(num_tokens=1, num_experts=5, top_k=3, capacity_factor=0.3),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
+def test_layers_on_other_platforms_equal_the_oracle(config, platform):
+    run, rng = build.__wrapped__(config, mode_on(platform)), np.random.default_rng(0)
+    for skew, kind, content in zip((*SKEWS, "zipf"), MASKS, (np.nan, 0.0, np.inf, np.nan)):
+        x, weights, upstream = draw_batch(config, rng, skew)
+        mask = draw_mask(rng, config.num_tokens, kind)
+        x[~mask] = content
+        result = run(x, weights, upstream, mask)
+        check_against_oracle(config, result, x, weights, upstream, mask)
+
+
+SIZES = ([3, 0, 2], [11, 0, 0], [0, 0, 0], [1, 4, 6])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_products_equal_a_loop_over_groups(dtype, platform):
+    rng = np.random.default_rng(0)
+    rows, right = (rng.normal(size=(11, width)).astype("float32") for width in (D, H))
+    kernels = rng.normal(size=(3, D, H)).astype("float32")
+    tolerance = 1e-5 if dtype == "float32" else 2e-2
+
+    def both(rows, right, kernels, sizes):
+        rows, right, kernels = (keras_ops.cast(each, dtype) for each in (rows, right, kernels))
+        results = (
+            backend.product(rows, kernels, sizes, False, platform),
+            backend.product(right, kernels, sizes, True, platform),
+            backend.outer(rows, right, sizes, "float32", platform),
+        )
+        return [keras_ops.cast(each, "float32") for each in results]
+
+    function = compiled(both, mode_on(platform))
+    for sizes in SIZES:
+        # What is past the last group reaches nothing.
+        left, other = rows.copy(), right.copy()
+        left[sum(sizes) :] = other[sum(sizes) :] = np.nan
+        forward, transposed, outer = function(left, other, kernels, np.array(sizes, "int32"))
+        ends, served = np.cumsum(sizes), sum(sizes)
+        spans = [slice(end - size, end) for size, end in zip(sizes, ends)]
+        expected = np.concatenate([rows[s] @ kernels[e] for e, s in enumerate(spans)])
+        assert_close(forward[:served], expected, tolerance=tolerance)
+        expected = np.concatenate([right[s] @ kernels[e].T for e, s in enumerate(spans)])
+        assert_close(transposed[:served], expected, tolerance=tolerance)
+        expected = np.stack([rows[s].T @ right[s] for s in spans])
+        assert_close(outer, expected, tolerance=tolerance)
+
+
+def test_second_derivatives_of_both_products_equal_a_formula(platform):
+    rng = np.random.default_rng(0)
+    sizes, inputs = [3, 0, 2], [rng.normal(size=(5, D)), rng.normal(size=(3, D, H))]
+    inputs = [each.astype("float32") for each in inputs]
+    expert = np.repeat(np.arange(3), sizes)
+
+    def squared(product, outer):
+        def loss(rows, kernels):
+            products = keras_ops.tanh(product(rows, kernels))
+            return keras_ops.sum(keras_ops.tanh(outer(rows, products)) ** 3)
+
+        return loss
+
+    computed = squared(
+        lambda rows, kernels: ops.grouped_matmul(rows, kernels, sizes),
+        lambda left, right: ops.grouped_outer(left, right, sizes),
+    )
+    is_expert = np.eye(3, dtype="float32")[expert]
+    formula = squared(
+        lambda rows, kernels: keras_ops.einsum(
+            "rd,rdh->rh", rows, keras_ops.take(kernels, expert, axis=0)
+        ),
+        lambda left, right: keras_ops.einsum("rd,rh,re->edh", left, right, is_expert),
+    )
+    mode = mode_on(platform)
+    for actual, expected in zip(gradients(computed, inputs, mode), gradients(formula, inputs)):
+        assert_close(actual, expected)
+
+
+def test_the_engine_follows_from_the_platform_and_the_shapes():
+    sizes = keras_ops.ones((8,), "int32")
+
+    def layout(platform, num_rows=64, **options):
+        return type(backend.layout(sizes, num_rows, platform, **options)).__name__
+
+    if BACKEND == "jax":
+        assert layout("cpu") == "NoneType"
+        assert layout("gpu") == layout("tpu") == "AllRows"
+    elif BACKEND == "torch":
+        assert layout("cpu") == layout("gpu") == "Runs"
+    else:
+        import tensorflow as tf
+
+        found = []
+
+        def graph(jit_compile, *args, **options):
+            function = tf.function(
+                lambda: found.append(layout(*args, **options)), jit_compile=jit_compile
+            )
+            function()
+            return found.pop()
+
+        assert layout("cpu", 4) == "_Groups"
+        assert graph(True, "cpu") == "NoneType" and graph(True, "gpu") == "AllRows"
+        # Few rows go to a loop, more of them if kernels are converted.
+        assert graph(False, "cpu", 4) == graph(False, "cpu", 128, converts=True) == "NoneType"
+        assert graph(False, "cpu", 5) == graph(False, "cpu", 129, converts=True) == "_Groups"
+        assert graph(False, "gpu", 4) == graph(False, "cpu", tf.constant(9)) == "_Groups"
+
+
+@pytest.mark.backends("torch")
+def test_grouped_mm_serves_new_gpus_where_it_is_one_kernel(monkeypatch):
+    import torch
+
+    from keras_moe.backend.torch_groups import has_grouped_mm
+
+    class Cuda(torch.Tensor):
+        is_cuda = True
+
+    def served(capability, dtype=torch.bfloat16, width=128):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        rows = torch.ones((4, 64), dtype=dtype).as_subclass(Cuda)
+        return has_grouped_mm(rows, torch.ones((2, 64, width)))
+
+    assert served((9, 0)) and served((10, 0))
+    assert not served((8, 9)) and not served((9, 0), torch.float32)
+    assert not served((9, 0), width=100)
+
+
+@pytest.mark.backends("torch")
+def test_grouped_mm_computes_what_the_loop_computes_and_reads_no_size(monkeypatch):
+    import torch
+
+    from keras_moe.backend import torch_groups
+
+    read, to_list = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: read.append(self) or to_list(self))
+    layer = layers.MixtureOfExperts(layers.GatedExperts(4, 16, use_bias=True), capacity_factor=1.0)
+    layer.build((None, 6, 8))
+
+    def trained():
+        x = torch.arange(96.0).reshape(2, 6, 8).sin().requires_grad_()
+        outputs = layer(x, mask=torch.arange(12).reshape(2, 6) != 3, training=True)
+        outputs.square().sum().backward()
+        results = [outputs, x.grad, *(weight.value.grad for weight in layer.trainable_weights)]
+        for weight in layer.trainable_weights:
+            weight.value.grad = None
+        return [each.detach().clone() for each in results if each is not None]
+
+    with ops.platform("gpu"):
+        expected = trained()
+        assert len(read) == 2  # in the forward and in the backward pass
+        read.clear()
+        monkeypatch.setattr(torch_groups, "has_grouped_mm", lambda *tensors: True)
+        for actual, other in zip(trained(), expected):
+            assert_close(actual, other)
+    assert not read
+
+
+def test_users_can_read_the_engine():
+    dense = keras.layers.Dense
+    banks = {
+        "dense": None,
+        "alike": layers.LayerExperts([dense(8), dense(8)]),
+        "different": layers.LayerExperts([dense(8), dense(8, "relu")]),
+    }
+    model = keras.Sequential(
+        [keras.Input((6, 8)), *(moe(bank, name=name) for name, bank in banks.items())]
+    )
+
+    def engines_on(platform):
+        with ops.platform(platform):
+            described = inspection.describe(model)
+        assert [each.name for each in described] == list(banks)
+        assert {each.platform for each in described} == {platform}
+        return tuple(each.engine for each in described)
+
+    on_cpu, on_gpu = map(engines_on, ("cpu", "gpu"))
+    if BACKEND == "jax":
+        assert on_cpu == ("tiles", "scan", "scan") and on_gpu == ("parts", "vectorized", "scan")
+    else:
+        assert on_cpu == on_gpu == ("parts", "slices", "slices")
+    if BACKEND == "tensorflow":
+        model.compile(jit_compile=True)
+        assert engines_on("gpu") == ("parts", "vectorized", "scan")
+    assert inspection.describe(model)[0].platform == backend.current_platform()
+
+
+def test_a_platform_ends_with_its_context():
+    with contextlib.suppress(KeyError), ops.platform("tpu"), ops.platform("gpu"):
+        raise KeyError
+    assert named_platform() is None
+
+
+def loss_of_alike_layers(platform, x):
+    """Value, outputs and gradients of a loss, as a flat list of arrays."""
+    random.seed(0)
+
+    def expert():
+        return keras.Sequential(
+            [
+                keras.layers.Dense(16, "gelu", activity_regularizer=keras.regularizers.L2(0.1)),
+                keras.layers.Dense(8),
+            ]
+        )
+
+    bank = layers.LayerExperts([expert() for _ in range(3)])
+    layer = layers.MixtureOfExperts(bank, router_losses=())
+    layer.build((None, 8))
+    fixed = [keras_ops.convert_to_numpy(weight) for weight in layer.non_trainable_variables]
+    weights = [keras_ops.convert_to_numpy(weight) for weight in layer.trainable_variables]
+
+    def loss(inputs):
+        outputs, _, losses = layer.stateless_call(
+            inputs[1:], to_tensors(fixed), inputs[0], training=True, return_losses=True
+        )
+        # An activity regularizer counts once a tile: here an expert has one tile at most.
+        return keras_ops.sum(outputs * keras_ops.sin(outputs)) + sum(losses), outputs
+
+    with ops.platform(platform):
+        mode = "xla" if BACKEND == "tensorflow" else FAST_MODE
+        return keras.tree.flatten(differentiated(loss, mode)([x, *weights]))
+
+
+@pytest.mark.backends("jax", "tensorflow")
+def test_layers_that_are_alike_give_on_accelerators_what_they_give_on_a_cpu():
+    x = np.random.default_rng(0).normal(size=(20, 8)).astype("float32")
+    results = [loss_of_alike_layers(platform, x) for platform in ("cpu", "gpu")]
+    for one, other in zip(*results):
+        assert_close(one, other)
+
+
+class Secretive(keras.layers.Layer):
+    """A layer whose configuration does not tell everything."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def call(self, x):
+        return x * self.factor
+
+    def compute_output_shape(self, shape):
+        return shape
+
+    def get_config(self):
+        return super().get_config()
+
+
+def scaled(factor):
+    return lambda x: x * factor
+
+
+@pytest.mark.backends("torch")
+def test_layers_are_alike_if_only_their_weights_differ():
+    dense, normal = keras.layers.Dense, keras.initializers.HeNormal
+
+    def engine(*experts):
+        bank = layers.LayerExperts(experts)
+        bank.build((None, 4))
+        return bank.engine_on("gpu", True)
+
+    for experts in (
+        [dense(4), dense(4, name="b")],
+        [dense(4, kernel_initializer=normal(seed)) for seed in (1, 2)],
+    ):
+        assert engine(*experts) == "vectorized"
+    for experts in (
+        [dense(4, scaled(factor)) for factor in (1.0, 2.0)],  # closures of one name
+        [dense(4, dtype=dtype) for dtype in ("float32", "mixed_bfloat16")],
+        [Secretive(1.0), Secretive(2.0)],
+        [dense(4), dense(4, "relu")],
+        [dense(4), keras.layers.EinsumDense("ab,bc->ac", 4)],
+        [keras.layers.BatchNormalization() for _ in range(2)],
+        [keras.layers.Dropout(0.1, seed=1) for _ in range(2)],
+    ):
+        assert engine(*experts) == "scan"
+
+
+def training_step(dtype="mixed_bfloat16", bank=layers.FeedForwardExperts):
+    """A jitted training step of a layer, and the shapes of its arguments."""
+    import jax
+
+    layer = layers.MixtureOfExperts(bank(4, 128, dtype=dtype), dtype=dtype)
+    layer.build((None, 64))
+    trainable = [variable.value for variable in layer.trainable_variables]
+    fixed = [variable.value for variable in layer.non_trainable_variables]
+
+    def loss(trainable, x):
+        outputs, _, losses = layer.stateless_call(
+            trainable, fixed, x, training=True, return_losses=True
+        )
+        return keras_ops.sum(keras_ops.cast(outputs, "float32") ** 2) + sum(losses)
+
+    x = jax.ShapeDtypeStruct((64, 64), layer.compute_dtype)
+    return jax.jit(jax.value_and_grad(loss)), (trainable, x)
+
+
+def exported(platforms, *step):
+    """The text of a program that JAX exports."""
+    from jax import export
+
+    function, arguments = training_step(*step)
+    # JAX promises no future for Triton kernels in exported programs.
+    triton = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+    program = export.export(function, platforms=platforms, disabled_checks=[triton])
+    return program(*arguments).mlir_module()
+
+
+@pytest.mark.backends("jax")
+def test_an_exported_program_has_the_engine_of_its_platform():
+    for platform, kernel, other in (
+        ("tpu", "tpu_custom_call", "gpu.triton"),
+        ("cuda", "gpu.triton", "tpu_custom_call"),
+    ):
+        program = exported([platform])
+        assert kernel in program and other not in program
+        # On TPUs only a search for the tiles of groups is a loop.
+        assert ("stablehlo.while" in program) == ("searchsorted" in program) == (platform == "tpu")
+    program = exported(["cpu"])
+    assert "custom_call" not in program and "stablehlo.while" in program
+    program = exported(["cpu", "tpu", "cuda"])
+    for sign in ("tpu_custom_call", "gpu.triton", "stablehlo.while"):
+        assert sign in program
+
+
+@pytest.mark.backends("jax")
+def test_half_precision_of_an_exported_program_is_that_of_its_platform():
+    # float16 is not a dtype of kernels for TPUs, so products are XLA's there.
+    products = [
+        line for line in exported(["tpu"], "mixed_float16").splitlines() if "dot_general" in line
+    ]
+    experts = [line for line in products if "x64x128x" in line]
+    assert experts and all("xf16>, tensor<" in line for line in experts)
+
+
+@pytest.mark.backends("jax")
+def test_kernels_run_one_after_the_other_under_vmap():
+    import jax
+
+    rng = np.random.default_rng(0)
+    inputs, kernels = rng.normal(size=(2, 9, 8)), rng.normal(size=(3, 8, 4))
+    inputs, kernels = inputs.astype("float32"), kernels.astype("float32")
+    sizes = np.array([[4, 0, 5], [1, 6, 2]], "int32")
+    with ops.platform("tpu"):
+        product = jax.vmap(lambda rows, sizes: ops.grouped_matmul(rows, kernels, sizes))
+        outputs = jax.jit(product)(inputs, sizes)
+    for output, *arguments in zip(outputs, inputs, sizes):
+        assert_close(output, ops.grouped_matmul(arguments[0], kernels, arguments[1]))
+
+
+@pytest.mark.backends("jax")
+def test_second_derivatives_are_those_of_a_cpu_on_other_platforms():
+    import jax
+
+    layer = moe(layers.GatedExperts(3, 16, use_bias=True), capacity_factor=1.0)
+    layer.build((None, 8))
+    weights = [variable.value for variable in layer.trainable_variables]
+    fixed = [variable.value for variable in layer.non_trainable_variables]
+    x = np.random.default_rng(0).normal(size=(9, 8)).astype("float32")
+
+    def second_derivative(x):
+        def loss(x):
+            return keras_ops.sum(layer.stateless_call(weights, fixed, x)[0] ** 2)
+
+        return jax.jvp(jax.grad(loss), (x,), (keras_ops.cos(x),))[1]
+
+    expected = jax.jit(second_derivative)(x)
+    with ops.platform("gpu"):
+        assert_close(jax.jit(lambda x: second_derivative(x))(x), expected)
+
+
+@pytest.mark.backends("jax")
+def test_a_program_for_another_accelerator_than_it_was_traced_for_is_an_error():
+    function, arguments = training_step()
+    with ops.platform("tpu"):
+        traced = function.trace(*arguments)
+    with pytest.raises(NotImplementedError, match="traced for 'tpu' must be compiled for it"):
+        traced.lower(lowering_platforms=("cuda",))
+
+
+def traced(function, inputs):
+    """The text of what JAX traces."""
+    import jax
+
+    forget()
+    return str(jax.make_jaxpr(function)(*inputs))
+
+
+def loss_of_half_precision():
+    """The loss of a bank in mixed precision, as a function of its weights, and those."""
+    bank = layers.FeedForwardExperts(E, H, dtype="mixed_bfloat16")
+    bank.build((None, D))
+    scores = np.random.default_rng(0).standard_normal((T, E)).astype("float32")
+    plan = plan_groups(top_k_routing(keras_ops.convert_to_tensor(scores), K))
+
+    def loss(weights):
+        outputs, _ = bank.stateless_call(weights, [], keras_ops.ones((T, D), "bfloat16"), plan)
+        return keras_ops.sum(keras_ops.cast(outputs, "float32"))
+
+    return loss, [[weight.value for weight in bank.trainable_variables]]
+
+
+@pytest.mark.backends("jax")
+def test_kernels_of_idle_experts_are_not_converted():
+    import jax
+
+    loss, weights = loss_of_half_precision()
+    bare = traced(jax.grad(loss), weights)
+    layer = layers.MixtureOfExperts(
+        layers.FeedForwardExperts(E, H, dtype="mixed_bfloat16"), dtype="mixed_bfloat16"
+    )
+    layer.build((None, D))
+    inside = traced(layer, [np.ones((T, D), "float32")])
+    for text in (bare, inside):
+        assert "bf16[" in text
+        for shape in ([E, D, H], [E, H, D], [E, H], [E, D]):
+            size = ",".join(map(str, shape))
+            assert f"f32[{size}]" in text and f"bf16[{size}]" not in text
+
+
+@pytest.mark.backends("jax")
+def test_products_on_cpus_are_those_of_float32(monkeypatch):
+    import jax
+
+    if jax.default_backend() != "cpu":
+        pytest.skip("accelerators multiply in half precision")
+    loss, weights = loss_of_half_precision()
+    narrow_product = re.compile(r":bf16\[[0-9,]+\] = dot_general")
+    assert not narrow_product.search(traced(jax.grad(loss), weights))
+    monkeypatch.setattr(tiles, "tile_dtype", lambda dtype, platform: dtype)
+    assert narrow_product.search(traced(jax.grad(loss), weights))
+
+
+@pytest.mark.backends("jax")
+def test_a_forward_pass_keeps_no_pre_activations():
+    import jax
+
+    loss, weights = loss_of_half_precision()
+    padding = tiles.tile_length(T * K, E)
+    buffer = f"f32[{T * K + padding},{H}]"
+    assert buffer not in traced(loss, weights)
+    assert buffer in traced(jax.grad(loss), weights)
+
+
+def test_nothing_is_saved_for_a_gradient_that_is_not_taken():
+    kept = []
+
+    def forward(inputs, context, save):
+        kept.append(save)
+        return inputs[0] * 2.0, ()
+
+    def backward(inputs, context, saved, gradient):
+        return (gradient * 2.0,)
+
+    def double(x):
+        return keras_ops.sum(backend.differentiable(forward, backward, (x,), ()))
+
+    x = keras_ops.ones((3,))
+    double(x)
+    assert kept == [BACKEND == "tensorflow"]  # which does not tell
+    gradients(double, [np.ones(3, "float32")])
+    assert kept[-1]
+    if BACKEND == "torch":
+        import torch
+
+        with torch.no_grad():
+            double(x.requires_grad_())
+        assert not kept[-1]
+
+
+@pytest.mark.backends("torch")
+def test_what_is_saved_for_the_gradient_is_freed_with_it():
+    function, inputs, _ = problem(feed_forward(), ["up", "down"])
+    loss = function(*(keras_ops.convert_to_tensor(array).requires_grad_() for array in inputs))
+    node = loss.grad_fn
+    while "Differentiable" not in node.name():
+        node = node.next_functions[0][0]
+    assert len(node.saved_tensors) > len(inputs)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="already been freed"):
+        print(node.saved_tensors)
