@@ -19,7 +19,6 @@ from layer_checks import normal
 from keras_moe import inspection, layers, routers
 from keras_moe.backend import backend
 from keras_moe.ops import tiles
-from keras_moe.ops.linears import Int8Kernel
 
 # Keras asks each layer, and warns of those that cannot: 3.15 of its `InputLayer`, 3.16 of layers
 # that hold others.
@@ -217,7 +216,7 @@ def test_few_rows_are_multiplied_by_blocks_of_a_kernel(entries, monkeypatch):
     values = np.random.default_rng(0).integers(-127, 128, (E, D, H)).astype("int8")
 
     def multiply(rows, values, scale, expert):
-        return tiles._Blocks(Int8Kernel(values, scale), expert).multiply(rows, False)
+        return tiles._multiply_in_blocks(rows, values[expert]) * scale[-1]
 
     actual = compiled(multiply, MODES[-1])(rows, values, scale, np.int32(E - 1))
     assert_close(actual, rows @ (values[-1] * scale[-1]))

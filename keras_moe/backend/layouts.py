@@ -73,3 +73,25 @@ class _Totals:
 
     def result(self):
         return self._gradients
+
+
+class AllTokens:
+    """Every token once for each expert: equal groups, which are one batched product."""
+
+    def __init__(self, tokens, num_experts):
+        self.tokens, self.num_experts = tokens, num_experts
+        self.rows = ops.tile(tokens, (num_experts, 1))
+
+    def product(self, rows, kernels, bias=None, transposed=False):
+        if rows is self.rows:  # which need not be copied for each expert
+            batch = ops.expand_dims(self.tokens, 0)
+        else:
+            batch = ops.reshape(rows, (self.num_experts, -1, rows.shape[1]))
+        products = ops.matmul(batch, _floats(kernels, rows.dtype))
+        if bias is not None:
+            products = products + ops.expand_dims(ops.cast(bias, rows.dtype), 1)
+        return ops.reshape(products, (-1, products.shape[2]))
+
+
+def _floats(kernels, dtype):
+    return kernels.floats(dtype) if hasattr(kernels, "floats") else ops.cast(kernels, dtype)

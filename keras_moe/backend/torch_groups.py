@@ -42,11 +42,11 @@ class Runs:
 
     def __init__(self, sizes, num_rows, platform):
         self._in_one, self.sizes = platform == "gpu" and not is_traced(), sizes
+        self.parts: list = []
         if self._in_one:
             self.parts = [_Run(None, range(sizes.shape[0]), num_rows, sizes)]
             return
         *numbers, self._num_padding = sizes_on_host(sizes, num_rows)
-        self.parts: list = []
         start = 0
         for expert, size in enumerate(numbers):
             # An operation on zero rows would cost as much as on a few.
@@ -189,10 +189,10 @@ class _Totals:
                     self._gradients[name][field] = total
                     self._busy.update(run.experts)
                     continue
-                for expert, *pair in zip(run.experts, run.split(left), run.split(right)):
-                    if pair[0].shape[0] or is_traced():
+                for expert, rows, gradient in zip(run.experts, run.split(left), run.split(right)):
+                    if is_traced() or rows.shape[0]:
                         self._busy.add(expert)
-                        _add_group(field, *pair, total[expert])
+                        _add_group(field, rows, gradient, total[expert])
 
     def result(self):
         for fields in self._gradients.values():

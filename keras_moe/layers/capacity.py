@@ -8,7 +8,8 @@ from keras import ops
 from keras_moe._internal.checks import check_choice, check_integer, check_number
 from keras_moe._internal.serialization import Configured, register
 from keras_moe.backend import backend
-from keras_moe.ops.plans import MOST_ROWS, GroupedPlan, limit, slots_of_expert
+from keras_moe.ops.capacity import MOST_ROWS, limit, slots_of_expert
+from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import _take_scores, _top_k_indices
 from keras_moe.ops.sorting import at_least, ceil_divide

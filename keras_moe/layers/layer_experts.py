@@ -14,9 +14,9 @@ from keras_moe._internal.serialization import config_of, note_part, register
 from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.layers.expert_bank import ExpertBank
+from keras_moe.layers.layer_groups import Alike, engine_of, map_groups
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.sublayers import accepted_arguments, build_and_measure, check_output
-from keras_moe.ops.layer_groups import Alike, engine_of, map_groups
 from keras_moe.ops.plans import GroupedPlan, combine, dispatch
 
 

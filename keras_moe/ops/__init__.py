@@ -11,9 +11,10 @@ from keras_moe.ops.balance import (
     squared_importance_variation,
     squared_load_variation,
 )
+from keras_moe.ops.capacity import expert_capacity, plan_groups
 from keras_moe.ops.expert_choice import expert_choice_routing, plan_expert_choice
 from keras_moe.ops.grouped_matmul import grouped_matmul, grouped_outer
-from keras_moe.ops.plans import GroupedPlan, expert_capacity, plan_groups
+from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.platforms import platform
 from keras_moe.ops.routing import (
     Routing,

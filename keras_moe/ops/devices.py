@@ -22,8 +22,6 @@ computed again there.
 Axes: T tokens, E experts, K experts per token, R rows, n devices along the expert axis.
 """
 
-from typing import NamedTuple
-
 import keras
 from keras import ops
 
@@ -64,14 +62,14 @@ def _run_on_mesh(static, tokens, maps, plan, key):
 
     def on_device(tokens, experts, weights, places, mask, maps, key):
         plan = GroupedPlan(experts, weights, None, places, mask)
-        chunks = Chunks.of_mean_share(ops.size(experts))
+        lengths = _chunk_lengths(ops.size(experts))
         num_experts = next(iter(maps.values())).kernel.shape[0]
         if expert_axis is None:
             return run_network(network, tokens, maps, plan.of_experts(0, num_experts).sort(), key)
         if tokens_cross:
             # Whether K rows of each token are fewer values than the tokens of all devices.
-            if places is None and chunks.first < shards.along(expert_axis) * ops.shape(tokens)[0]:
-                return _by_all_to_all(network, tokens, maps, plan, key, shards, expert_axis, chunks)
+            if places is None and lengths[0] < shards.along(expert_axis) * ops.shape(tokens)[0]:
+                return _by_all_to_all(network, tokens, maps, plan, key, shards, expert_axis)
             gathered = (tokens, experts, weights, places, mask)
             tokens, experts, weights, places, mask = (
                 None if each is None else shards.gather(each, expert_axis) for each in gathered
@@ -79,7 +77,7 @@ def _run_on_mesh(static, tokens, maps, plan, key):
             plan = GroupedPlan(experts, weights, None, places, mask)
         first = shards.place_on(expert_axis) * num_experts
         plan = plan.of_experts(first, num_experts).sort()
-        outputs = _run_in_chunks(network, tokens, maps, plan, key, chunks)
+        outputs = _run_in_chunks(network, tokens, maps, plan, key, lengths)
         add = shards.sum_and_scatter if tokens_cross else shards.sum_over
         return add(outputs, expert_axis)
 
@@ -95,33 +93,31 @@ def _run_on_mesh(static, tokens, maps, plan, key):
     return outputs[: ops.shape(tokens)[0]]
 
 
-class Chunks(NamedTuple):
-    """How many rows the first chunk takes, and each of those that may follow. Integers."""
-
-    first: int
-    further: int
-
-    @classmethod
-    def of_mean_share(cls, num_rows):
-        """A thirty-second more than the mean share of the rows, then a quarter at a time."""
-        return cls(ceil_divide(33 * num_rows, 32), ceil_divide(num_rows, 4))
-
-    def split(self, number):
-        """As many chunks for rows in so many buckets, each of which takes its part."""
-        return Chunks(ceil_divide(self.first, number), ceil_divide(self.further, number))
-
-    def span(self, number):
-        """The first row of a chunk, and its length; only the integer 0 is the first chunk."""
-        if isinstance(number, int) and number == 0:
-            return 0, self.first
-        return self.first + (number - 1) * self.further, self.further
-
-    def number_for(self, num_rows):
-        """How many chunks so many rows take, at least one. An integer tensor."""
-        return 1 + ceil_divide(ops.maximum(num_rows - self.first, 0), self.further)
+# A chunk is a span of rows, the same for every device. `lengths` are those of the first and of each
+# further chunk, integers.
 
 
-def _sum_chunks(run_chunk, chunks, num_chunks, tokens, maps, plan, key):
+def _chunk_lengths(num_rows, num_buckets=1):
+    """A thirty-second more than the mean share of the rows, then a quarter at a time."""
+    lengths = ceil_divide(33 * num_rows, 32), ceil_divide(num_rows, 4)
+    return tuple(ceil_divide(length, num_buckets) for length in lengths)
+
+
+def _span(lengths, number):
+    """The first row of a chunk, and its length; only the integer 0 is the first chunk."""
+    first, further = lengths
+    if isinstance(number, int) and number == 0:
+        return 0, first
+    return first + (number - 1) * further, further
+
+
+def _number_of_chunks(lengths, num_rows):
+    """How many chunks so many rows take, at least one. An integer tensor."""
+    first, further = lengths
+    return 1 + ceil_divide(ops.maximum(num_rows - first, 0), further)
+
+
+def _sum_chunks(run_chunk, lengths, num_chunks, tokens, maps, plan, key):
     """The sum of `run_chunk(tokens, maps, plan, key, start, length)`, with derivatives.
 
     `num_chunks(plan)` is an integer tensor. `length` is the number of rows for all rows at once.
@@ -138,17 +134,17 @@ def _sum_chunks(run_chunk, chunks, num_chunks, tokens, maps, plan, key):
         return run
 
     def forward(inputs, context, save):
-        first = of_inputs(context, chunks.span(0))
+        first = of_inputs(context, _span(lengths, 0))
         output, pullback = backend.vjp(first, inputs) if save else (first(*inputs)[0], ())
 
         def add(number, total):
-            return total + of_inputs(context, chunks.span(number))(*inputs)[0]
+            return total + of_inputs(context, _span(lengths, number))(*inputs)[0]
 
         return ops.fori_loop(1, num_chunks(context[0]), add, output), pullback
 
     def backward(inputs, context, pullback, gradient):
         def add(number, totals):
-            _, pullback = backend.vjp(of_inputs(context, chunks.span(number)), inputs)
+            _, pullback = backend.vjp(of_inputs(context, _span(lengths, number)), inputs)
             return keras.tree.map_structure(ops.add, totals, pullback(gradient))
 
         return ops.fori_loop(1, num_chunks(context[0]), add, pullback(gradient))
@@ -163,17 +159,17 @@ def _sum_chunks(run_chunk, chunks, num_chunks, tokens, maps, plan, key):
     return backend.differentiable(forward, backward, inputs, context, reference)
 
 
-def _run_in_chunks(network, tokens, maps, plan, key, chunks):
-    if chunks.first >= plan.num_rows():
+def _run_in_chunks(network, tokens, maps, plan, key, lengths):
+    if lengths[0] >= plan.num_rows():
         return run_network(network, tokens, maps, plan, key)
 
     def run_chunk(tokens, maps, plan, key, start, length):
         return run_network(network, tokens, maps, _chunk(plan, start, length), key)
 
     def num_chunks(plan):
-        return chunks.number_for(ops.sum(plan.sizes))
+        return _number_of_chunks(lengths, ops.sum(plan.sizes))
 
-    return _sum_chunks(run_chunk, chunks, num_chunks, tokens, maps, plan, key)
+    return _sum_chunks(run_chunk, lengths, num_chunks, tokens, maps, plan, key)
 
 
 def _chunk(plan, start, length):
@@ -190,7 +186,7 @@ def _chunk(plan, start, length):
     )
 
 
-def _by_all_to_all(network, tokens, maps, plan, key, shards, axis, chunks):
+def _by_all_to_all(network, tokens, maps, plan, key, shards, axis):
     """Send each token to the devices of its experts, and to no other.
 
     Rows sorted by expert are sorted by device as well. Each device has a bucket for each other one,
@@ -198,7 +194,7 @@ def _by_all_to_all(network, tokens, maps, plan, key, shards, axis, chunks):
     """
     num_local = next(iter(maps.values())).kernel.shape[0]
     num_shards = shards.along(axis)
-    chunks = chunks.split(num_shards)
+    lengths = _chunk_lengths(ops.size(plan.experts), num_shards)
     plan = GroupedPlan.of(plan.experts, plan.weights, num_local * num_shards).sort()
 
     def run_chunk(tokens, maps, plan, key, start, length):
@@ -213,11 +209,11 @@ def _by_all_to_all(network, tokens, maps, plan, key, shards, axis, chunks):
         return collect(shards.exchange(outputs, axis), buckets.without_weights())
 
     def num_chunks(plan):
-        number = chunks.number_for(ops.max(_rows_by_shard(plan, num_shards)))
+        number = _number_of_chunks(lengths, ops.max(_rows_by_shard(plan, num_shards)))
         # If one device needs a chunk, all take part in it.
         return shards.max_over(number, shards.axes)
 
-    return _sum_chunks(run_chunk, chunks, num_chunks, tokens, maps, plan, key)
+    return _sum_chunks(run_chunk, lengths, num_chunks, tokens, maps, plan, key)
 
 
 def _rows_by_shard(plan, num_shards):

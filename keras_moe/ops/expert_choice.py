@@ -9,7 +9,8 @@ from keras import ops
 from keras_moe._internal.checks import check_number, check_tensors
 from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
-from keras_moe.ops.plans import GroupedPlan, plan_choices, slots_of_expert, tokens_at
+from keras_moe.ops.capacity import slots_of_expert
+from keras_moe.ops.plans import GroupedPlan, plan_choices, tokens_at
 from keras_moe.ops.routing import Routing, _make_routing, check_routing, clean_logits
 from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import top_tokens

@@ -4,27 +4,16 @@ Axes: T tokens, D features, E experts, K experts per token, N assignments, one r
 expert choice B sequences, and C tokens that an expert chooses of each.
 """
 
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_moe._internal.checks import check_integer, check_number, check_tensors, is_kind
+from keras_moe._internal.checks import check_tensors, is_kind
 from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
-from keras_moe.ops.routing import Routing, check_routing, count_assignments
+from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import mask_invalid
-from keras_moe.ops.sorting import (
-    at_least,
-    ceil_divide,
-    check_sequence_length,
-    check_size,
-    position_in_expert,
-    sort_by_expert,
-)
-
-# More than there can be, and small enough that twice as many fit into int32.
-MOST_ROWS = 2**30
+from keras_moe.ops.sorting import at_least, sort_by_expert
 
 
 class GroupedPlan(NamedTuple):
@@ -301,55 +290,6 @@ def row_sums(left, right):
     return ops.sum(products, axis=1, keepdims=True)
 
 
-def plan_groups(
-    routing: Routing,
-    capacity: int | Tensor | None = None,
-    priority: Tensor | None = None,
-    sequence_length: int | None = None,
-    num_capacity_limited: int | None = None,
-) -> GroupedPlan:
-    """Sort the assignments of a routing by expert.
-
-    Inside an expert all first choices come before all second choices, each in the order of the
-    tokens; an expert with a capacity serves the first so many of them (GShard, Lepikhin et al.
-    2020, arXiv:2006.16668, algorithm 1). Padding and dropped assignments belong to no group.
-
-    Args:
-        routing: `ops.Routing`. Indices that are not an expert's belong to no group, like -1.
-        capacity: Integer, integer tensor or None. Most rows of one expert, None for all. Where a
-            distribution spreads the tokens over devices, it holds for those of each device.
-        priority: Tensor (T,) or None. Where a capacity is set, tokens of higher priority are served
-            first. None: in the order of the tokens.
-        sequence_length: Integer or None. If given, the capacity holds for each run of so many
-            tokens alone.
-        num_capacity_limited: Integer or None. If given, the capacity holds for the first so many
-            experts only.
-
-    Returns:
-        A `GroupedPlan`.
-
-    Raises:
-        ValueError: If a size is not positive.
-        TypeError: If the indices are no integers.
-    """
-    routing = check_routing(routing, "indices", "weights", "mask", "counts")
-    num_tokens = routing.mask.shape[0]
-    if capacity is not None:
-        capacity = check_size("capacity", capacity)
-    if priority is not None:
-        priority = ops.convert_to_tensor(priority)
-        check_tensors({"T": num_tokens}, priority=(priority, "T", "number"))
-    sequence_length = check_sequence_length(sequence_length, num_tokens)
-    if num_capacity_limited is not None:
-        num_capacity_limited = check_integer("num_capacity_limited", num_capacity_limited)
-    # Those of a routing whose indices were replaced, or of a soft one, count something else.
-    counts = count_assignments(routing.indices, routing.mask, routing.counts.shape[0])
-    plan = plan_routing(routing._replace(counts=counts))
-    if capacity is not None:
-        plan = limit(plan, capacity, priority, sequence_length, num_capacity_limited)
-    return plan.with_rows()
-
-
 def plan_routing(routing):
     """The unsorted plan of a routing, without a limit."""
     num_experts = routing.counts.shape[0]
@@ -365,33 +305,6 @@ def plan_experts(experts, num_experts):
     return GroupedPlan.of(experts, ops.ones_like(experts, "float32"), num_experts)
 
 
-def limit(plan, capacity, priority=None, sequence_length=None, num_capacity_limited=None):
-    """The unsorted plan of the assignments that find a slot; see `plan_groups`."""
-    if isinstance(capacity, int):
-        capacity = min(capacity, MOST_ROWS)
-
-    def admit(experts, priority):
-        return _admit(
-            experts, plan.num_experts, capacity, priority, sequence_length, num_capacity_limited
-        )
-
-    experts, shards = plan.experts, backend.devices.token_shards()
-    if shards is not None and _splits_evenly(shards, ops.shape(experts)[0], sequence_length):
-        padded = pad_to_shards(experts, shards, -1)
-        if priority is not None:
-            priority = pad_to_shards(priority, shards, 0)
-        admitted = shards.on_each_device(admit, (padded, priority), (shards.axes, shards.axes))
-        experts = admitted[: ops.shape(experts)[0]]
-    else:
-        experts = admit(experts, priority)
-    return GroupedPlan.of(experts, plan.weights, plan.num_experts)
-
-
-def _splits_evenly(shards, num_tokens, sequence_length):
-    """Whether no sequence, if there are any, has tokens on two devices."""
-    return sequence_length is None or num_tokens % (shards.number * sequence_length) == 0
-
-
 def pad_to_shards(tensor, shards, value):
     """The tensor (T, ...), padded so that all devices have as many tokens."""
     missing = -ops.shape(tensor)[0] % shards.number
@@ -399,69 +312,3 @@ def pad_to_shards(tensor, shards, value):
         return tensor
     widths = ((0, missing), *[(0, 0)] * (len(tensor.shape) - 1))
     return ops.pad(tensor, widths, constant_values=value)
-
-
-@backend.jit_when_eager
-def _admit(experts, num_experts, capacity, priority, sequence_length, num_capacity_limited):
-    """Experts (T, K) of the assignments that find a slot, -1 for the others."""
-    num_tokens, top_k = ops.shape(experts)
-    expert = ops.reshape(ops.transpose(experts), (-1,))
-    queue, num_queues = ops.where(expert >= 0, expert, num_experts), num_experts + 1
-    if sequence_length is not None:
-        token = ops.arange(num_tokens, dtype="int32")
-        queue = queue + num_queues * ops.tile(token // sequence_length, (top_k,))
-        num_queues = num_queues * at_least(1, ceil_divide(num_tokens, sequence_length))
-    position = position_in_expert(queue, num_queues, _turns(priority, num_tokens, top_k))
-    has_slot = position < capacity
-    if num_capacity_limited is not None:
-        has_slot = ops.logical_or(has_slot, expert >= num_capacity_limited)
-    admitted = ops.where(has_slot, expert, -1)
-    return ops.transpose(ops.reshape(admitted, (top_k, num_tokens)))
-
-
-def _turns(priority, num_tokens, top_k):
-    """The order in which assignments take their slots, or None for that of their numbers."""
-    if priority is None:
-        return None
-    best_first = ops.cast(ops.argsort(-ops.stop_gradient(priority)), "int32")
-    choices = ops.expand_dims(ops.arange(top_k, dtype="int32"), 1)
-    return ops.reshape(choices * num_tokens + best_first, (-1,))
-
-
-def expert_capacity(
-    num_tokens: int | Tensor, num_experts: int, top_k: int, capacity_factor: float
-) -> int | Tensor:
-    """Slots of an expert: `ceil(factor * T * K / E)`, at least 1 and at most T * K.
-
-    Args:
-        num_tokens: Integer or integer tensor, T. Padding counts, so that the capacity does not
-            depend on the data.
-        num_experts: Integer, E.
-        top_k: Integer, K.
-        capacity_factor: Positive float, read to three decimals or the nearest simple fraction;
-            1.0 is enough for exactly balanced experts.
-
-    Returns:
-        An integer, or an int32 tensor where `num_tokens` is one.
-
-    Raises:
-        ValueError: If an argument is out of its range.
-    """
-    return slots_of_expert(
-        check_size("num_tokens", num_tokens, minimum=0),
-        check_integer("num_experts", num_experts),
-        check_integer("top_k", top_k),
-        check_number("capacity_factor", capacity_factor, above=0),
-    )
-
-
-def slots_of_expert(num_tokens, num_experts, top_k, capacity_factor):
-    """`expert_capacity` of arguments that were checked."""
-    # In integers, which round the same way everywhere: in float32 a compiled quotient may end just
-    # above a whole number, which gives one slot too many.
-    factor = min(Fraction(float(capacity_factor)).limit_denominator(1000), num_experts)
-    share = Fraction(factor) * top_k / num_experts
-    # The whole parts separately: the product of all tokens with the numerator may exceed 32 bits.
-    whole, rest = num_tokens // share.denominator, num_tokens % share.denominator
-    rows = whole * share.numerator + ceil_divide(rest * share.numerator, share.denominator)
-    return at_least(1, rows)

@@ -26,7 +26,7 @@ BLOCK_ENTRIES = 2**16
 
 
 def forward(problem, save):
-    layout, network = _Layout(problem), problem.network
+    network = problem.network
 
     def compute(tile, maps, carry):
         rows = tile.gather(problem.tokens)
@@ -34,13 +34,14 @@ def forward(problem, save):
         return list(map(tile.write, carry, [outputs, *(saved if save else ())]))
 
     widths = [network.output_width, *(network.saved_widths if save else ())]
-    outputs, *saved = layout.for_each_tile(compute, list(map(layout.buffer, widths)))
+    buffers = [_buffer(problem, width) for width in widths]
+    outputs, *saved = _for_each_tile(problem, compute, buffers)
     return outputs, saved
 
 
 def backward(problem, row_weights, outputs, saved, gradient):
-    layout = _Layout(problem)
-    padded_weights = ops.expand_dims(ops.pad(row_weights, (0, layout.length)), 1)
+    padding = (0, _length(problem))
+    padded_weights = ops.expand_dims(ops.pad(row_weights, padding), 1)
 
     def compute(tile, maps, carry):
         of_rows, of_weights, of_maps = carry
@@ -69,12 +70,25 @@ def backward(problem, row_weights, outputs, saved, gradient):
         )
 
     buffers = (
-        layout.buffer(problem.tokens.shape[1]),
-        ops.zeros((layout.num_rows, 1), "float32"),
+        _buffer(problem, problem.tokens.shape[1]),
+        ops.zeros((problem.plan.num_rows() + _length(problem), 1), "float32"),
         keras.tree.map_structure(_zeros_for_sum, problem.trained()),
     )
-    of_rows, of_weights, totals = layout.for_each_tile(compute, buffers)
+    of_rows, of_weights, totals = _for_each_tile(problem, compute, buffers)
     return of_rows, of_weights, keras.tree.map_structure(_like, totals, problem.trained())
+
+
+def _length(problem):
+    return tile_length(problem.plan.num_rows(), problem.plan.num_experts)
+
+
+def _dtype(problem):
+    return tile_dtype(dtype_of(problem.tokens), problem.platform)
+
+
+def _buffer(problem, width):
+    """Zeros for all rows, and for a tile that overruns the last group."""
+    return ops.zeros((problem.plan.num_rows() + _length(problem), width), _dtype(problem))
 
 
 def tile_dtype(dtype, platform):
@@ -86,62 +100,47 @@ def tile_dtype(dtype, platform):
     return "float32" if dtype in ("bfloat16", "float16") and platform == "cpu" else dtype
 
 
-class _Layout:
-    """Where groups and tiles lie; numbers of groups are computed once for a pass.
+def _for_each_tile(problem, compute, carry):
+    """`carry = compute(tile, maps, carry)` for the tiles of every expert with rows."""
+    sizes, length, dtype = problem.plan.sizes, _length(problem), _dtype(problem)
+    token_of_row = ops.pad(problem.plan.token_of_row(), (0, length))
+    # Reading the kernels of an expert costs as much as a few rows. For a few tokens, as in
+    # decoding, most experts have none.
+    has_rows = sizes > 0
+    busy_first = ops.cast(ops.argsort(ops.logical_not(has_rows)), "int32")
+    ends = ops.cumsum(sizes)
+    num_tiles = ceil_divide(sizes, length)
 
-    After the rows of all groups comes padding for a tile that overruns the last one.
-    """
+    def group(number, carry):
+        expert = backend.gather_rows(busy_first, number)
+        end = backend.gather_rows(ends, expert)
+        first = end - backend.gather_rows(sizes, expert)
+        maps = {name: _of_expert(problem, each, expert) for name, each in problem.maps.items()}
 
-    def __init__(self, problem):
-        self.dtype = tile_dtype(dtype_of(problem.tokens), problem.platform)
-        self.maps, self.sizes = problem.maps, problem.plan.sizes
-        num_rows = problem.plan.num_rows()
-        self.length = tile_length(num_rows, problem.plan.num_experts)
-        self.in_blocks = isinstance(num_rows, int) and num_rows <= MOST_BLOCK_ROWS
-        self.num_rows = num_rows + self.length
-        self._token_of_row = ops.pad(problem.plan.token_of_row(), (0, self.length))
+        def nth_tile(i, carry):
+            start = first + i * length
+            rows = start + ops.arange(length, dtype="int32")
+            tokens = backend.slice_at(token_of_row, (start,), (length,))
+            inside = ops.expand_dims(rows < end, 1)
+            return compute(_Tile(expert, start, inside, tokens, dtype), maps, carry)
 
-    def buffer(self, width):
-        """Zeros for all rows."""
-        return ops.zeros((self.num_rows, width), self.dtype)
+        return ops.fori_loop(0, backend.gather_rows(num_tiles, expert), nth_tile, carry)
 
-    def for_each_tile(self, compute, carry):
-        """`carry = compute(tile, maps, carry)` for the tiles of every expert with rows."""
-        # Reading the kernels of an expert costs as much as a few rows. For a few tokens, as in
-        # decoding, most experts have none.
-        has_rows = self.sizes > 0
-        busy_first = ops.cast(ops.argsort(ops.logical_not(has_rows)), "int32")
-        ends = ops.cumsum(self.sizes)
-        num_tiles = ceil_divide(self.sizes, self.length)
+    return ops.fori_loop(0, ops.sum(ops.cast(has_rows, "int32")), group, carry)
 
-        def group(number, carry):
-            expert = backend.gather_rows(busy_first, number)
-            end = backend.gather_rows(ends, expert)
-            first = end - backend.gather_rows(self.sizes, expert)
-            maps = {name: self._of_expert(each, expert) for name, each in self.maps.items()}
 
-            def nth_tile(i, carry):
-                start = first + i * self.length
-                rows = start + ops.arange(self.length, dtype="int32")
-                tokens = backend.slice_at(self._token_of_row, (start,), (self.length,))
-                inside = ops.expand_dims(rows < end, 1)
-                return compute(_Tile(expert, start, inside, tokens, self.dtype), maps, carry)
+def _of_expert(problem, linear, expert):
+    """The linear map of one expert. Cast per expert on use: idle ones are never cast."""
+    num_rows = problem.plan.num_rows()
+    in_blocks = isinstance(num_rows, int) and num_rows <= MOST_BLOCK_ROWS
 
-            return ops.fori_loop(0, backend.gather_rows(num_tiles, expert), nth_tile, carry)
+    def stored(weight):
+        entry = linears.part_of(weight, lambda stack: _at(stack, expert))
+        # Packed integers are multiplied faster as they are, and others for few rows.
+        stays = isinstance(entry, Int4Kernel) or (in_blocks and isinstance(entry, Int8Kernel))
+        return entry if stays else linears.as_floats(entry, _dtype(problem))
 
-        return ops.fori_loop(0, ops.sum(ops.cast(has_rows, "int32")), group, carry)
-
-    def _of_expert(self, linear, expert):
-        """The linear map of one expert. Cast per expert on use: idle ones are never cast."""
-
-        def stored(weight):
-            if isinstance(weight, Int8Kernel) and self.in_blocks:
-                return _Blocks(weight, expert)
-            entry = linears.part_of(weight, lambda stack: _at(stack, expert))
-            is_packed = isinstance(entry, Int4Kernel)  # is multiplied faster as it is
-            return entry if is_packed else linears.as_floats(entry, self.dtype)
-
-        return linears.Linear(*(None if each is None else stored(each) for each in linear))
+    return linears.Linear(*(None if each is None else stored(each) for each in linear))
 
 
 class _Tile(NamedTuple):
@@ -154,8 +153,8 @@ class _Tile(NamedTuple):
     dtype: str
 
     def product(self, rows, kernel, bias=None, transposed=False):
-        if isinstance(kernel, _Blocks):
-            products = kernel.multiply(rows, transposed)
+        if isinstance(kernel, Int8Kernel) and not transposed:
+            products = _multiply_in_blocks(rows, kernel.values) * ops.cast(kernel.scale, rows.dtype)
         else:
             products = linears.multiply(rows, kernel, transposed)
         return products if bias is None else products + bias
@@ -186,44 +185,33 @@ class _Tile(NamedTuple):
         )
 
 
-class _Blocks(NamedTuple):
-    """The int8 kernel of one expert, for few rows.
+def _multiply_in_blocks(rows, kernel):
+    """`rows @ kernel` of few rows (n, D), n static, with an int8 kernel (D, H).
 
     XLA converts a whole kernel to floats before it multiplies. For few rows that takes longer than
     the product. Converted in blocks of some rows of the kernel, one after another, the floats stay
     in the cache.
     """
+    (num_rows, depth), width = rows.shape, kernel.shape[1]
+    # The sum of the products is read and written for each block, so a block is not shorter.
+    length = min(max(BLOCK_ENTRIES // width, num_rows), depth)
+    num_blocks, rest = divmod(depth, length)
 
-    kernels: Int8Kernel
-    expert: Any
+    def add_product(start, length, total):
+        columns = backend.slice_at(rows, (0, start), (num_rows, length))
+        block = backend.slice_at(kernel, (start, 0), (length, width))
+        return total + ops.matmul(columns, ops.cast(block, rows.dtype))
 
-    def multiply(self, rows, transposed):
-        """`rows` (n, D), n static, times the kernel, or times its transpose."""
-        values, scale = self.kernels
-        scale = ops.cast(_at(scale, self.expert), rows.dtype)
-        if transposed:
-            kernel = ops.cast(_at(values, self.expert), rows.dtype)
-            return ops.matmul(rows * scale, ops.transpose(kernel))
-        (num_rows, depth), width = rows.shape, values.shape[2]
-        # The sum of the products is read and written for each block, so a block is not shorter.
-        length = min(max(BLOCK_ENTRIES // width, num_rows), depth)
-        num_blocks, rest = divmod(depth, length)
+    def nth_block(number, total):
+        return add_product(number * length, length, total)
 
-        def add_product(start, length, total):
-            columns = backend.slice_at(rows, (0, start), (num_rows, length))
-            block = backend.slice_at(values, (self.expert, start, 0), (1, length, width))
-            return total + ops.matmul(columns, ops.cast(ops.squeeze(block, 0), rows.dtype))
-
-        def nth_block(number, total):
-            return add_product(number * length, length, total)
-
-        total = ops.zeros((num_rows, width), rows.dtype)
-        if backend.compiles_static_shapes():
-            total = ops.fori_loop(0, num_blocks, nth_block, total)
-        else:  # a trip of TensorFlow's loops costs more than a block
-            for number in range(num_blocks):
-                total = nth_block(number, total)
-        return (add_product(num_blocks * length, rest, total) if rest else total) * scale
+    total = ops.zeros((num_rows, width), rows.dtype)
+    if backend.compiles_static_shapes():
+        total = ops.fori_loop(0, num_blocks, nth_block, total)
+    else:  # a trip of TensorFlow's loops costs more than a block
+        for number in range(num_blocks):
+            total = nth_block(number, total)
+    return add_product(num_blocks * length, rest, total) if rest else total
 
 
 def _of_tile(field, left, right):

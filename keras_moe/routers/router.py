@@ -11,7 +11,8 @@ from keras_moe._internal.checks import check_indices, check_integer, check_tenso
 from keras_moe._internal.serialization import PACKAGE, load_draws, save_draws
 from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
-from keras_moe.ops.plans import GroupedPlan, plan_groups, plan_routing
+from keras_moe.ops.capacity import plan_groups
+from keras_moe.ops.plans import GroupedPlan, plan_routing
 from keras_moe.ops.routing import _FIELDS, Routing, weighted_counts, without_padding
 
 
