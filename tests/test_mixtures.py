@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from keras import ops
 from layer_checks import D, E, array, moe, normal
 
-from keras_moe import callbacks, inspection, layers, routers
+from keras_moe import callbacks, inspection, layers, losses, routers
+from keras_moe._internal.keras_internals import get_keras_mask
 
 WIDE = keras.initializers.RandomNormal(stddev=1.0, seed=0)
 BANKS = {
@@ -121,6 +122,19 @@ def test_single_outputs_have_gradients_of_a_plain_formula():
 def test_soft_slots_have_no_single_outputs():
     with pytest.raises(ValueError, match="assigns tokens to experts"):
         moe(router="soft")(normal(2, 3, D), return_expert_outputs=True)
+
+
+def test_a_masked_density_counts_no_padding():
+    ids = keras.Input((5,), dtype="int32")
+    layer = moe(layers.LinearExperts(E, 1), router=ROUTERS["dense"]())
+    embedded = keras.layers.Embedding(9, D, mask_zero=True)(ids)
+    _, routing, single = layer(embedded, return_routing=True, return_expert_outputs=True)
+    model = keras.Model(ids, losses.pack_mixture(routing, single))
+    loss = losses.MixtureNegativeLogLikelihood()
+    model.compile("sgd", loss)
+    x, y = np.array([[3, 4, 5, 0, 0], [6, 7, 8, 2, 1]]), normal(2, 5, 1)
+    expected = array(loss.call(y, model(x)))[x > 0].mean()
+    assert model.evaluate(x, y, verbose=0) == pytest.approx(expected, rel=1e-5)
 
 
 # Routers that see other features
@@ -312,6 +326,18 @@ def test_blocks_of_layered_extraction_are_stacked_trained_logged_and_saved(tmp_p
     assert len(again.weights) == len(model.weights)
     for one, other in zip(model.predict(x, verbose=0), again.predict(x, verbose=0)):
         assert_close(other, one)
+
+
+def test_each_task_has_the_mask_of_its_own_input():
+    own = [layers.FeedForwardExperts(1, 6) for _ in range(2)]
+    layer = layers.MultiGateMixtureOfExperts(
+        layers.FeedForwardExperts(2, 6), 2, task_experts=own, shared_output=True
+    )
+    masks = [np.arange(4) < np.array([[length], [3]]) for length in (1, 2, 4)]
+    inputs = [keras.layers.Masking()(normal(2, 4, D) * mask[..., None]) for mask in masks]
+    outputs = layer(inputs)
+    for output, mask in zip(outputs, masks, strict=True):
+        np.testing.assert_array_equal(array(get_keras_mask(output)), mask)
 
 
 # Dense gates, hidden gates, replay

@@ -236,6 +236,9 @@ REFUSED = {
     "logits that are NaN": lambda: surgery.prune_experts(single()[0], data=[NANS]),
     "half a group": lambda: prune(single(router=ROUTERS["groups"]())[0], np.arange(5)),
     "a shared bank": lambda: surgery.prune_experts(shared_bank(), np.ones(E)),
+    "one task": lambda: surgery.prune_experts(
+        layers.MultiGateMixtureOfExperts(BANKS["plain"](), 1, "top_k"), np.ones(E)
+    ),
     "slots": lambda: surgery.prune_experts(single(router=routers.SoftRouter(E))[0], np.ones(E)),
 }
 

@@ -6,8 +6,9 @@ import functools
 import keras
 from keras.src.backend.common.global_state import get_global_attribute, set_global_attribute
 
-# On JAX only this finds the masks of traced tensors. Here from Keras 3.10 on.
+# On JAX only these find the masks of traced tensors. Here from Keras 3.10 on.
 from keras.src.backend.common.masking import get_keras_mask as get_keras_mask
+from keras.src.backend.common.masking import set_keras_mask as set_keras_mask
 
 # Whether updates of variables are collected instead of made.
 from keras.src.backend.common.stateless_scope import in_stateless_scope as in_stateless_scope

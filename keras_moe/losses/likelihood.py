@@ -189,7 +189,18 @@ def pack_mixture(routing: Routing, expert_outputs: Tensor) -> Tensor:
     weights = ops.reshape(routing.weights, (-1, *expert_outputs.shape[1:-1]))
     logs = ops.log(ops.where(weights > 0, weights, 1.0))
     logs = ops.expand_dims(ops.where(weights > 0, logs, _LOG_ZERO), -1)
-    return ops.concatenate([logs, ops.cast(expert_outputs, "float32")], axis=-1)
+    return _PackMixture(dtype="float32")(expert_outputs, logs)
+
+
+@register
+class _PackMixture(keras.layers.Layer):
+    """A concatenation through which the mask of the expert outputs goes on."""
+
+    def compute_mask(self, expert_outputs, previous_mask):
+        return None if previous_mask is None else previous_mask[..., 0]  # the same for all experts
+
+    def call(self, expert_outputs, logs):
+        return ops.concatenate([logs, expert_outputs], axis=-1)
 
 
 def _log_weights(y_pred):
