@@ -186,7 +186,6 @@ def test_guides_that_need_nothing_run(document, capsys):
 
 @pytest.mark.backends("torch")  # it trains several models
 def test_the_search_of_the_guide_to_tuning_finds_a_layer(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("keras_tuner")
     monkeypatch.chdir(tmp_path)
     changes = [("max_trials=12", "max_trials=2"), ("epochs=3", "epochs=1"), ("1024", "32")]
     names = run("docs/tuning.md", changes)
@@ -204,8 +203,6 @@ def test_the_concepts_have_a_model_that_passes_its_mask_on():
 
 @of_many_operations
 def test_the_guide_to_seeing_experts_trains_and_draws(tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard")
-    pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     run("docs/seeing_experts.md")
     pictures = {"shares_over_time.png", "experts_by_label.png", "experts_by_word.png"}
@@ -311,8 +308,8 @@ def test_every_page_with_code_is_run_here():
 
 @pytest.mark.filterwarnings("ignore:`compile\\(\\)` was not called:UserWarning")
 def test_the_guide_to_other_packages_converts_their_models(tmp_path, monkeypatch):
-    pytest.importorskip("keras_hub")
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     monkeypatch.chdir(tmp_path)
     config = transformers.MixtralConfig(
         vocab_size=16,

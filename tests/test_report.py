@@ -7,15 +7,12 @@ import re
 import keras
 import numpy as np
 import pytest
+from browser import run_in_page
+from layer_checks import E, moe, one_hot, one_hot_router, wide_identity
 
-pytest.importorskip("matplotlib")
-
-from browser import run_in_page  # noqa: E402
-from layer_checks import E, moe, one_hot, one_hot_router, wide_identity  # noqa: E402
-
-import keras_moe  # noqa: E402
-import keras_moe.__main__  # noqa: E402
-from keras_moe import layers, routers  # noqa: E402
+import keras_moe
+import keras_moe.__main__
+from keras_moe import layers, routers
 
 # Pages are made of NumPy arrays, whichever backend computes them.
 pytestmark = pytest.mark.backends("torch")
@@ -305,15 +302,18 @@ def test_mouse_and_keyboard_reach_every_token(page_path):
 def test_many_tokens_are_drawn_as_they_come_into_view(tmp_path):
     data = np.tile(balanced(125), (100, 1))  # 100,000 tokens
     path, _ = written(tmp_path, one_hot_model("only"), data)
-    total, first, last, drawn = run_in_page(
+    total, at_first, index, at_last = run_in_page(
         path,
         """
-        const drawn = () => all(".token").length, found = [layer().texts.length, drawn()];
-        const last = all(".block:last-child")[0];
+        const blocks = all(".block"), last = blocks.at(-1);
+        const drawn = () => blocks.map((block) => Boolean(block.firstChild)), found = [drawn()];
         last.scrollIntoView();
-        while (!last.firstChild) await new Promise((done) => setTimeout(done, 20));
-        return [...found, all(".block:last-child .token").at(-1).dataset.index, drawn()];
+        while (!last.firstChild) await new Promise(requestAnimationFrame);
+        const index = all(".block:last-child .token").at(-1).dataset.index;
+        return [layer().texts.length, ...found, index, drawn()];
         """,
     )
-    assert (total, last) == (100_000, "99999")
-    assert 0 < first < 5_000 and drawn < 10_000
+    assert (total, index) == (100_000, "99999")
+    # How many blocks near the window are drawn by now depends on the speed of the browser.
+    assert at_first[0] and not any(at_first[40:])
+    assert at_last[-1] and not any(at_last[40:-40])
