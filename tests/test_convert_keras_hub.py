@@ -62,7 +62,8 @@ del FAMILIES["gemma4"][1]["top_k"]
 
 def causal_lm(family):
     """A model whose experts and routers are far from zero, so that a mistake shows."""
-    keras_hub = pytest.importorskip("keras_hub")  # where it is needed: for seconds
+    import keras_hub  # where it is needed: for seconds
+
     keras.utils.set_random_seed(0)
     prefix, sizes = FAMILIES[family]
     backbone = getattr(keras_hub.models, f"{prefix}Backbone")(**sizes)

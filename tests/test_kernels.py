@@ -13,8 +13,6 @@ from backends import BACKEND, assert_close
 if BACKEND != "jax":
     pytest.skip("kernels of JAX", allow_module_level=True)
 
-pytest.importorskip("jax.experimental.pallas.tpu")
-
 import jax
 import jax.numpy as jnp
 import keras

@@ -383,9 +383,43 @@ def test_recorded_choices_are_replayed_in_a_whole_model():
         np.testing.assert_array_equal(again[name][0].indices, routing.indices)
         assert (again[name][0].weights != routing.weights).any(), "weights are live"
     assert (array(model(x)) != before).any()
-    with pytest.raises(ValueError, match="names of MoE layers"):
-        with inspection.replaying(model, {"c": recorded["a"]}):
-            pass
+
+
+def test_replay_reaches_compiled_functions_and_ends_with_its_context():
+    model = keras.Sequential([keras.Input((D,)), moe(name="a"), moe(name="b")])
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    x, first = normal(4, D), np.tile([[0, 1]], (4, 1))
+
+    def computed():
+        history = model.fit(x, x, verbose=0).history["loss"]
+        return [model.predict(x, verbose=0), model.evaluate(x, x, verbose=0), *history]
+
+    def assert_all_replay(*choices):
+        expected = model.layers[1](model.layers[0](x, indices=choices[0]), indices=choices[1])
+        outputs, *values = computed()
+        assert_close(outputs, array(expected))
+        assert_close(values[0], np.mean((array(expected) - x) ** 2))
+        assert values[1] != usual[2]
+
+    usual = computed()
+    with inspection.replaying(model, {"a": first, "b": first}):
+        assert_all_replay(first, first)
+        with inspection.replaying(model, {"b": first + 2}):
+            assert_all_replay(first, first + 2)
+        assert_all_replay(first, first)
+    for value, expected in zip(computed(), usual):
+        assert_close(value, expected)
+
+
+def test_a_replay_that_is_refused_changes_nothing():
+    model = keras.Sequential([keras.Input((D,)), moe(name="a"), moe(name="b")])
+    x, choices = normal(4, D), np.tile([[0, 1]], (4, 1))
+    before = array(model(x))
+    for wrong, rule in (({"b": choices + E}, "from 0 to"), ({"c": choices}, "names of MoE layers")):
+        with pytest.raises(ValueError, match=rule):
+            with inspection.replaying(model, {"a": choices, **wrong}):
+                pass
+        np.testing.assert_array_equal(array(model(x)), before)
 
 
 def test_hash_routing_may_learn_its_weights():

@@ -7,7 +7,7 @@ import reference
 from backends import QUICK_JIT, saved_and_loaded, unless_compiled
 from layer_checks import array, normal
 
-from keras_moe import layers, losses, routers, surgery
+from keras_moe import layers, losses, metrics, routers, surgery
 from keras_moe.surgery.cutting import merge
 from keras_moe.surgery.measuring import importance
 
@@ -141,6 +141,16 @@ def test_scores_are_counts_and_contributions():
         np.testing.assert_allclose(found, scores, rtol=1e-5)
     report = surgery.prune_experts(layer, "saliency", keep=3, data=[X])
     assert sorted(report.experts["moe"]) == [[e] for e in sorted(np.argsort(-means)[:3])]
+
+
+@on_one_backend
+def test_the_scores_of_experts_that_serve_every_sample_are_those_of_the_metric():
+    bank = layers.LayerExperts([keras.layers.Conv1D(3, 2, padding="same") for _ in range(E)])
+    layer = layers.MixtureOfExperts(bank, routers.DenseRouter(), token_axes=1)
+    series = normal(6, 5, D)
+    expected = array(metrics.expert_saliency(layer, series))
+    found = importance("saliency", layer, {"moe": layer}, [series[:2], series[2:]])["moe"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @on_one_backend

@@ -11,13 +11,23 @@ from keras.src.backend.common.masking import get_keras_mask as get_keras_mask
 from keras.src.backend.common.masking import set_keras_mask as set_keras_mask
 
 # Whether updates of variables are collected instead of made.
+from keras.src.backend.common.stateless_scope import get_stateless_scope
 from keras.src.backend.common.stateless_scope import in_stateless_scope as in_stateless_scope
+
+# Whether shapes alone are computed.
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 # In which variables are read in the dtype that a layer computes in.
 from keras.src.backend.common.variables import AutocastScope, get_autocast_scope
 
 # The class of models made of symbolic tensors, which has no public name.
 from keras.src.models.functional import Functional as Functional
+
+
+def drops_losses():
+    """Whether Keras drops added losses, as in a `stateless_call` that does not return them."""
+    is_computed = in_stateless_scope() and not in_symbolic_scope()
+    return is_computed and not get_stateless_scope().collect_losses
 
 
 def current_model():
