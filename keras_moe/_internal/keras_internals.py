@@ -47,15 +47,6 @@ def stored_dtypes():
     return AutocastScope(None)
 
 
-def remove_sublayers(layer, names):
-    """Take sublayers from a built layer, by the names of its attributes that hold them."""
-    with open_to_state(layer):
-        for name in names:
-            sublayer = getattr(layer, name)
-            delattr(layer, name)
-            layer._tracker.untrack(sublayer)
-
-
 def own_layers(layer):
     """The sublayers of a layer itself, in the order in which it was given them."""
     return list(layer._layers)

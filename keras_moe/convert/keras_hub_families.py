@@ -44,9 +44,6 @@ class BareRouter(routers.TopKRouter):
     def save_own_variables(self, store):
         keras.Layer.save_own_variables(self, store)
 
-    def load_own_variables(self, store):
-        keras.Layer.load_own_variables(self, store)
-
 
 def _renormalized(block, top_k=None, **kwargs):
     # All weights are assigned later; drawing them would take long.

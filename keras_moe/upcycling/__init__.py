@@ -10,12 +10,13 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal.checks import check_integer, check_number, shortened
-from keras_moe._internal.keras_internals import names_below
+from keras_moe._internal.keras_internals import names_below, set_state
+from keras_moe._internal.serialization import register
 from keras_moe.layers import FeedForwardExperts, GatedExperts, MixtureOfExperts
+from keras_moe.layers.replacement import record, replace
 from keras_moe.layers.sublayers import freeze_parts
 from keras_moe.routers import TopKRouter
 from keras_moe.upcycling.feed_forwards import feed_forwards, left_dense
-from keras_moe.upcycling.rewriting import rewrite
 
 __all__ = ["upcycle"]
 
@@ -122,7 +123,7 @@ def upcycle(
     for layer in model._flatten_layers():
         freeze_parts(layer)
     rng = np.random.default_rng(random.randrange(2**32) if seed is None else seed)
-    mixtures = []
+    replacements: dict = {}
     for feed_forward in chosen:
         mixture = _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng)
         weights = _expert_weights(feed_forward, num_experts, granularity)
@@ -131,8 +132,30 @@ def upcycle(
         for name, value in weights.items():
             if getattr(mixture.experts, name) is not None:
                 getattr(mixture.experts, name).assign(value)
-        mixtures.append((feed_forward, mixture))
-    return rewrite(model, mixtures)
+        replacements |= dict.fromkeys(feed_forward.layers)
+        replacements[feed_forward.layers[0]] = mixture
+        if feed_forward.gate is not None:
+            up = feed_forward.up
+            replacements[up] = Ones(dtype=up.dtype_policy.name, name=up.name)
+    model, changes = replace(model, replacements)
+    for block in (feed_forward.owner for feed_forward in chosen if feed_forward.gate is not None):
+        # The block still applies the activation to the gate, and multiplies by `up`.
+        set_state(block, "activation", keras.activations.linear)
+        changes.append((block, ["activation"]))
+    record(model, changes)
+    return model
+
+
+@register
+class Ones(keras.layers.Layer):
+    """The factor of a gate that has become the whole network."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.built = True  # `quantize` asks, of a model that has not run yet
+
+    def call(self, inputs):
+        return ops.ones_like(inputs)
 
 
 def _select(model, select, every):

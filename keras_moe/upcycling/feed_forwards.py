@@ -12,7 +12,7 @@ import keras
 
 from keras_moe._internal.keras_internals import Functional, calls_of, own_layers
 from keras_moe.layers import MixtureOfExperts
-from keras_moe.upcycling.rewriting import is_graph, sublayers
+from keras_moe.layers.replacement import is_graph, sublayers
 
 
 class FeedForward(NamedTuple):
