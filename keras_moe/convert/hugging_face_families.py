@@ -72,7 +72,7 @@ def _shared(name):
 
 
 def _layouts(*others, by_expert=_BY_EXPERT, prefix=_MLP, in_memory=_MLP):
-    """The layout of files, and that of models in memory, whose experts are stacked."""
+    """The layouts of files and of models in memory, whose experts are stacked."""
     return (prefix, (*others, *by_expert)), (in_memory, (*others, *_STACKED))
 
 
@@ -231,7 +231,7 @@ _SUFFIXES = ("_initializer", "_regularizer", "lora_rank", "lora_alpha")
 
 
 def differences(mixture, config, but=()):
-    """The reasons why the outputs of a layer are not those of the block of a config.
+    """Why a layer computes something else than the block of a config.
 
     `but` holds names of arguments that may differ.
     """

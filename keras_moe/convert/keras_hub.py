@@ -12,7 +12,7 @@ from keras_moe.layers.replacement import forget_converters, record, replace
 
 @keras.saving.register_keras_serializable(PACKAGE, "sparsify")
 def sparsify(model: keras.Model) -> keras.Model:
-    """Let the MoE blocks of a KerasHub model compute only the experts that are chosen.
+    """Make the MoE blocks of a KerasHub model compute only the chosen experts.
 
     KerasHub computes every expert for every token. Afterwards each block computes with a
     `layers.MixtureOfExperts` of the same weights, and all tools of this package work on it. The
@@ -59,7 +59,7 @@ def sparsify(model: keras.Model) -> keras.Model:
 
 
 def restore(model: keras.Model) -> keras.Model:
-    """Give a model that `sparsify` has converted the blocks of KerasHub again, in place.
+    """Undo `sparsify`, in place: the model has the blocks of KerasHub again.
 
     Args:
         model: Keras model. As for `sparsify`.
@@ -118,8 +118,7 @@ def layout_map(mesh: keras.distribution.DeviceMesh) -> keras.distribution.Layout
     ... )  # doctest: +SKIP
     """
     layouts = keras.distribution.LayoutMap(mesh)
-    for path, axes in _LAYOUTS.items():
-        layouts[path] = axes
+    layouts.update(_LAYOUTS)
     return layouts
 
 

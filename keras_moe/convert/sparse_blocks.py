@@ -10,7 +10,7 @@ from keras import ops
 from keras_moe import losses
 from keras_moe._internal.keras_internals import names_below
 from keras_moe._internal.serialization import load_draws, save_draws
-from keras_moe.convert.weights import check_plain
+from keras_moe.convert.weights import check_plain, floats_of
 from keras_moe.layers import GatedExperts, MixtureOfExperts
 from keras_moe.ops import GroupedPlan
 
@@ -70,7 +70,7 @@ def _fit(size, other):
 
 
 class RelaidExperts(GatedExperts):
-    """Gated experts whose weights are laid out in files as those of another bank."""
+    """Gated experts whose files have the layout of another bank."""
 
     def __init__(self, num_experts, *args, rules, **kwargs):
         super().__init__(num_experts, *args, **kwargs)
@@ -78,14 +78,8 @@ class RelaidExperts(GatedExperts):
 
     def save_own_variables(self, store):
         for index, rule in enumerate(self._rules):
-            store[str(index)] = rule.join([self._floats(name) for name in rule.ours])
-
-    def _floats(self, weight):
-        """A weight as an array: files of KerasHub have no place for scales and factors."""
-        name, _, part = weight.partition("_")
-        if part == "kernel":
-            return self.projection(name).merged_kernel()
-        return ops.convert_to_numpy(getattr(self, weight))
+            # Files of KerasHub have no place for scales and factors.
+            store[str(index)] = rule.join([floats_of(self, name) for name in rule.ours])
 
     def load_own_variables(self, store):
         own: dict = {}
@@ -200,7 +194,7 @@ def is_sparse(layer):
 
 
 def dense_layers(model):
-    """A dict from sparse layers of a model to those of KerasHub, which have their weights."""
+    """A dict from sparse layers of a model to KerasHub's own, with the same weights."""
     sparse = list(filter(is_sparse, model._flatten_layers()))
     for mixture in (each._sparse_mixture for each in sparse if hasattr(each, "_sparse_mixture")):
         # KerasHub gets the floats of experts, with their LoRA.

@@ -17,7 +17,7 @@ def save_as_mixtral(model: keras.Model, path: str | os.PathLike) -> None:
 
     Writes `config.json` and `model.safetensors`, and needs the package `safetensors`. LoRA is added
     to the kernels, which are multiplied by the scaling factor of the router (`granularity`).
-    The tokenizer is that of the dense model.
+    The dense model's tokenizer fits.
 
     Args:
         model: Keras model. A `LlamaCausalLM` or `LlamaBackbone`, or one of Llama 3, with a mixture

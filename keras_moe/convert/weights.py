@@ -1,10 +1,11 @@
-"""Weights of other packages: reading them, and how they correspond to ours."""
+"""Reading of weights in the layouts of other packages."""
 
 import json
 import pathlib
 from typing import NamedTuple
 
 import numpy as np
+from keras import ops
 
 from keras_moe._internal.plain_text import stating
 
@@ -42,6 +43,14 @@ class Rule(NamedTuple):
         elif len(ours) > 1:
             joined = np.concatenate(ours, axis=-1)
         return np.ascontiguousarray(np.swapaxes(joined, -1, -2) if self.transposed else joined)
+
+
+def floats_of(bank, name):
+    """A weight of a bank as an array; a kernel as floats, with its LoRA."""
+    projection, _, part = name.rpartition("_")
+    if part == "kernel":
+        return bank.projection(projection).merged_kernel()
+    return ops.convert_to_numpy(getattr(bank, name))
 
 
 def check_plain(layer, but=None):

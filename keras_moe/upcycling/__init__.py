@@ -43,7 +43,7 @@ def upcycle(
     These layers are found: `Dense` layers from D to H features with an activation, then back to D
     without, in a functional or sequential model, with dropout between them or without; a
     `keras.Sequential` of such two in an attribute of another layer, as of our Transformer blocks;
-    and those of KerasHub's Transformer blocks (Bert, GPT-2, Llama, Mistral, Qwen and others).
+    and in KerasHub's Transformer blocks (Bert, GPT-2, Llama, Mistral, Qwen and others).
     Dropout between the two is removed. A warning says which `Dense` layers look like such two and
     stay dense, and why.
 
@@ -236,12 +236,12 @@ def _regularizers(denses, kind):
 
 
 def _factors(regularizer):
-    """Those of the L1 norm and of the squared L2 norm."""
+    """Factors of the L1 norm and of the squared L2 norm."""
     return tuple(float(getattr(regularizer, name, 0.0)) for name in ("l1", "l2"))
 
 
 def _bank_regularizer(denses, kind, copies):
-    """A regularizer of so many copies that adds to the loss what that of the dense layers does."""
+    """A regularizer of so many copies that adds as much to the loss as the dense layers' own."""
     l1, l2 = next(map(_factors, _regularizers(denses, kind)), (0.0, 0.0))
     return keras.regularizers.L1L2(l1 / copies, l2 / copies) if l1 or l2 else None
 
