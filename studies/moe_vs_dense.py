@@ -16,7 +16,6 @@ resume when the same command is given again.
 
 import functools
 
-import clean_exit  # noqa: F401
 import keras
 import language_model
 import plots

@@ -9,7 +9,6 @@ each token; "top-3" and "top-4" let more serve it than in training. The model an
 of the study `language_model.py`. Runs on the backend that KERAS_BACKEND names.
 """
 
-import clean_exit  # noqa: F401
 import datasets
 import keras
 import language_model

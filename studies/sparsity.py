@@ -21,7 +21,6 @@ import functools
 import pathlib
 import typing
 
-import clean_exit  # noqa: F401
 import datasets
 import keras
 import language_model

@@ -13,7 +13,6 @@ import json
 import pathlib
 import typing
 
-import clean_exit  # noqa: F401
 import datasets
 import keras
 import numpy as np

@@ -12,7 +12,6 @@ TensorFlow Datasets, which needs TensorFlow on every backend.
 import json
 import typing
 
-import clean_exit  # noqa: F401
 import datasets
 import keras
 import numpy as np

@@ -11,7 +11,6 @@ same data, the same learning rate and the same seed, in validation loss. Finishe
 --output, so that further changes and seeds add to them.
 """
 
-import clean_exit  # noqa: F401
 import datasets
 import keras
 import resuming

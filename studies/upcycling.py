@@ -18,7 +18,6 @@ import pathlib
 import time
 import typing
 
-import clean_exit  # noqa: F401
 import keras
 import language_model
 import numpy as np
