@@ -118,7 +118,7 @@ class Study(typing.NamedTuple):
 
         def train(progress):
             loss = self.fit("first half", model, seed, self.first, progress)[-1]
-            with whole(weights) as (part,):
+            with whole(weights) as part:
                 model.save_weights(part)
             return loss
 
