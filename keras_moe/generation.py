@@ -1,4 +1,4 @@
-"""Text written by a decoder, token by token.
+"""Autoregressive sampling with a key-value cache.
 
 Axes: B texts, L length of the longest prompt, V words of the vocabulary.
 """
@@ -196,7 +196,7 @@ class _Writer(keras.Model):
 
 
 def _noisy(logits, noise, temperature, top_k=None, top_p=None):
-    """Logits (B, V) whose largest is a draw from their softmax, by Gumbel noise (B, V)."""
+    """Logits (B, V) plus Gumbel noise (B, V): the largest is a draw from their softmax."""
     if top_k is not None:
         ordered = ops.flip(ops.sort(logits, axis=-1), axis=-1)
         place = ops.arange(logits.shape[-1], dtype="int32")
@@ -208,7 +208,7 @@ def _noisy(logits, noise, temperature, top_k=None, top_p=None):
 
 
 def _compare_with_whole_text(writer, state, prompts):
-    """Refuse a model that computes something else for a whole text than token by token."""
+    """Refuse a model whose logits differ between a whole text and single tokens."""
     row = max(range(len(prompts)), key=lambda row: len(prompts[row]))  # it has no padding
     whole = state["text"][row : row + 1, : state["position"]]
     inputs = {"ids": whole, "real": np.ones(whole.shape, bool), "room": whole}
@@ -218,8 +218,7 @@ def _compare_with_whole_text(writer, state, prompts):
         raise ValueError(
             "The layers between decoder blocks must treat each position alone and alike, as tokens "
             "are computed one by one: rotary positions of the blocks do, an embedding of positions "
-            f"does not. Received: logits that differ by {difference:.2g} from those of the whole "
-            "text"
+            f"does not. Received: logits that differ by {difference:.2g} from the whole text's"
         )
 
 

@@ -1,4 +1,4 @@
-"""MoE layers from models of Hugging Face, and back into their layout."""
+"""Conversion of MoE layers from and to Hugging Face's layouts."""
 
 import functools
 import os
@@ -124,7 +124,7 @@ def layout_of(mixture, layer, family, number, but=()):
 
 
 def check_block(mixture, rules, config, but=()):
-    """The variables in rules, by name, of a layer that is the block of a config and no more."""
+    """The variables that rules name, of a layer that computes exactly the block of a config."""
     wrong, placed = differences(mixture, config, but), {}
     if not wrong:
         names = [name for rule in rules for name in rule.ours]
@@ -146,7 +146,7 @@ def check_block(mixture, rules, config, but=()):
 
 
 def _layout_in(names, family, layer, num_experts):
-    """The prefix and the rules of the family's layout whose weights are all there."""
+    """The prefix and the rules of the family's first layout without a missing weight."""
     missing = []
     for prefix, rules in FAMILIES[family].layouts:
         prefix, experts = prefix.format(layer=layer), range(num_experts)

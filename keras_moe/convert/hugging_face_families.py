@@ -1,4 +1,4 @@
-"""The MoE blocks of Hugging Face's models: names of their weights, and our layer for them."""
+"""MoE blocks of Hugging Face's model families: names of weights, and the equal layer."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -267,6 +267,6 @@ def _arguments_of(part):
 
 
 def _renormalizes(router):
-    """Whether weights are divided by their sum: None means whether there are several."""
+    """Whether weights are divided by their sum; None divides several."""
     renormalize = getattr(router, "renormalize", None)
     return router.max_top_k > 1 if renormalize is None else renormalize

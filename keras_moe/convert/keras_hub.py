@@ -1,4 +1,4 @@
-"""Sparse experts in models of KerasHub, in place, and how such models are saved."""
+"""Conversion of KerasHub models to sparse experts, and back."""
 
 import keras
 
@@ -131,7 +131,7 @@ def _backbones(model):
 
 @register
 class SparseBackbone(Configured):
-    """A backbone that version 0.2 has converted and saved."""
+    """Reads backbones that version 0.2 converted and saved."""
 
     @classmethod
     def from_config(cls, config):

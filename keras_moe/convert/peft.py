@@ -125,7 +125,7 @@ def to_peft(
 
 
 def _experts_of(mixture, layer, family):
-    """The beginning of PEFT's names for the experts of a model in memory, and rules for (D, H)."""
+    """The prefix of PEFT's names for the experts of a model in memory, and rules for (D, H)."""
     prefix, rules, _ = layout_of(mixture, layer, family, -1)
     kernels = [rule._replace(transposed=False) for rule in rules if rule.ours[0] in _KERNELS]
     return f"base_model.model.{prefix}experts.", kernels

@@ -1,4 +1,4 @@
-"""The layers that take the place of a MoE block of KerasHub, and the exchange of the two."""
+"""Sparse layers that replace MoE blocks of KerasHub."""
 
 import inspect
 import operator
@@ -16,9 +16,9 @@ from keras_moe.ops import GroupedPlan
 
 
 class SparseBlock:
-    """A block that computes with a mixture, mixed with the class that decoders of KerasHub expect.
+    """A block that computes with a mixture; mixed with the class that KerasHub's decoders expect.
 
-    Its router and its experts are also found under KerasHub's names, which files of weights use.
+    Its router and experts also have KerasHub's names, which files of weights use.
     """
 
     def __init__(self, block, family, mixture):
@@ -34,7 +34,7 @@ class SparseBlock:
         if family.shared:
             setattr(self, family.shared, mixture.shared_expert)
             setattr(self, family.shared_gate, mixture.shared_gate)
-        # Keras comes to names with an underscore last, and saves a layer of two names by the first.
+        # Keras saves a layer under its first name, and names with an underscore come last.
         self._sparse_mixture = mixture
         self.built = True
 
@@ -93,9 +93,9 @@ class RelaidExperts(GatedExperts):
 
 
 class SparseRouter(keras.Layer):
-    """A router that a decoder calls before its experts. It holds their mixture.
+    """A router that a decoder calls before its experts; it holds their mixture.
 
-    It returns the inputs of its projection, now our router.
+    It returns the inputs of the mixture's router.
     """
 
     def __init__(self, router, mixture):
@@ -113,9 +113,9 @@ class SparseRouter(keras.Layer):
 
 
 class CalledExperts(RelaidExperts):
-    """Experts that a decoder calls, with what the router is to see, and the mixture, with a plan.
+    """Experts that a decoder calls with inputs of the router, and the mixture with a plan.
 
-    The output of each is multiplied by a learned scale, which is the last of their weights.
+    A learned scale, the last weight, multiplies the outputs of each.
     """
 
     run_mixture: Callable
@@ -141,7 +141,7 @@ class CalledExperts(RelaidExperts):
 
 
 class BareMixture(MixtureOfExperts):
-    """A mixture that saves its layers and the draws of its router, and no counts."""
+    """A mixture that saves its layers and the random state of its router, but no counters."""
 
     has_own_config = False
 
@@ -153,7 +153,7 @@ class BareMixture(MixtureOfExperts):
 
 
 class ScaledMixture(BareMixture):
-    """A mixture of `CalledExperts`, whose scales multiply the weights of a token."""
+    """A mixture whose routing weights include the scales of `CalledExperts`."""
 
     def _plan(self, routing, sequence_length, training):
         experts = ops.maximum(routing.indices, 0)
@@ -163,9 +163,9 @@ class ScaledMixture(BareMixture):
 
 
 def sparse_layers(owner, block, family):
-    """A dict from layers of KerasHub to those that take their places: a block, or parts of one.
+    """A dict from KerasHub layers, a block or parts of one, to their replacements.
 
-    Each has a function `make_dense`, which returns the layer that it has replaced.
+    Each replacement has a function `make_dense`, which returns a layer like the replaced one.
     """
     layer = block if family.is_decoder else owner
     mixture = _mixture_like(block, family, name=f"{layer.name}_mixture")
@@ -203,7 +203,7 @@ def dense_layers(model):
 
 
 def _exchanged(dense, sparse, features, names=()):
-    """The sparse layer, with the weights of a dense one and a function that makes it again."""
+    """The sparse layer, with the weights of a dense one and a function that makes the dense one."""
     names = list(names)
     _give_weights(dense, sparse, names)
     unbuilt, folder = _unbuilt_like(dense), dense.path.rpartition("/")[0]
@@ -219,7 +219,7 @@ def _exchanged(dense, sparse, features, names=()):
 
 
 def _give_weights(source, target, names):
-    """Copy the weights of a layer and of sublayers by their paths, and what is frozen."""
+    """Copy weights and `trainable` of a layer and of sublayers, by their paths."""
     pairs = [(source, target)]
     for get in map(operator.attrgetter, names):
         pairs += zip(get(source)._flatten_layers(), get(target)._flatten_layers())
@@ -239,7 +239,7 @@ _ATTRIBUTES = {
 
 
 def _unbuilt_like(layer):
-    """A layer of KerasHub from the same arguments, of which its config lacks some."""
+    """A KerasHub layer from the same constructor arguments; its config lacks some."""
     cls, arguments = type(layer), {}
     for name in inspect.getfullargspec(cls.__init__).args[1:]:
         attribute = name if hasattr(layer, name) else _ATTRIBUTES[name]

@@ -1,4 +1,4 @@
-"""Upcycled models of KerasHub as models of Hugging Face."""
+"""Export of upcycled KerasHub models to Hugging Face."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Replacement of layers in built models, recorded in the configs of these."""
+"""Replacement of layers in built models, recorded in the models' configs."""
 
 from typing import Any
 
@@ -36,13 +36,13 @@ def replace(model, replacements):
 
 
 def is_graph(layer):
-    """Whether a layer is only a list or graph of layers, which can be made again."""
+    """Whether a layer is only a list or graph of layers, which can be rebuilt."""
     # A subclass, such as a model of KerasHub, may keep its layers elsewhere too.
     return type(layer) in (Functional, keras.Sequential)
 
 
 def sublayers(layer):
-    """Pairs of a name and a Keras layer for the attributes of a layer that are one."""
+    """Pairs of a name and a Keras layer, for all attributes that are layers."""
     # PyTorch keeps modules apart from other attributes.
     names = [*vars(layer), *vars(layer).get("_modules", ())]
     pairs = [(name, getattr(layer, name)) for name in names]
@@ -58,7 +58,7 @@ class _Replacement:
         self._done: dict[int, keras.Layer] = {}
 
     def of(self, layer):
-        """The layer that takes the place of a layer of the model; mostly itself."""
+        """The layer in the place of a layer of the model; mostly itself."""
         if layer in self.replacements:
             # The surrounding layer still calls the removed one.
             nothing = keras.layers.Identity(name=layer.name, dtype=layer.dtype_policy.name)

@@ -52,7 +52,7 @@ def study(model, data, labels, tokens):
         with running(model, "data", 0, batches[0]):  # nothing else would show whether it can
             model(batches[0], training=False)
         return num_documents, []
-    # The first call of a layer that is called several times: its tokens are those of the data.
+    # The first call of a layer that is called several times: it sees the tokens of the data.
     called = {
         name: routings[:: len(routings) // len(batches)]
         for name, routings in recorded(model, batches, "data").items()
@@ -114,14 +114,14 @@ def token_texts(tokens, arrays, positions, num_documents):
 
 
 def _as_text(token):
-    """The text of a token; of an array (N, L, 1) or a nested list without brackets."""
+    """The text of a token; arrays (N, L, 1) and nested lists without brackets."""
     parts = keras.tree.flatten(token.tolist() if hasattr(token, "tolist") else token)
     text = " ".join(map(str, parts))
     return text if text.strip(" ") else "␣" * len(text)
 
 
 def _from_data(arrays, positions, num_documents):
-    """Integers as they are; else the number of the position."""
+    """Integer data, else numbers of positions; and the length of a document."""
     for array in keras.tree.flatten(arrays):
         if array.ndim == 2 and np.issubdtype(array.dtype, np.integer):
             return array.tolist(), array.shape[1]

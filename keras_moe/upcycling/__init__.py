@@ -1,4 +1,4 @@
-"""Dense models become mixtures of experts."""
+"""Upcycling of dense models to mixtures of experts."""
 
 import random
 import re
@@ -190,7 +190,7 @@ def _select(model, select, every):
 
 
 def _obstacles(feed_forward, granularity):
-    """Reasons why a bank of experts cannot take over: outputs or the loss would change."""
+    """Reasons why a bank of experts would change outputs or the loss."""
     denses, width = feed_forward.denses, feed_forward.up.units
     if width % granularity:
         yield f"granularity={granularity}, which does not divide the hidden width, {width}"
@@ -241,7 +241,7 @@ def _factors(regularizer):
 
 
 def _bank_regularizer(denses, kind, copies):
-    """A regularizer of so many copies that adds as much to the loss as the dense layers' own."""
+    """A regularizer of the copies that adds as much to the loss as the dense layers' own."""
     l1, l2 = next(map(_factors, _regularizers(denses, kind)), (0.0, 0.0))
     return keras.regularizers.L1L2(l1 / copies, l2 / copies) if l1 or l2 else None
 
@@ -303,7 +303,7 @@ def _expert_weights(feed_forward, num_experts, granularity):
 
 
 def _draw_again(weights, share, rng):
-    """Draw a share of the hidden features of each expert again, others in each.
+    """Reinitialize a share of the hidden features of each expert, others in each.
 
     With the mean and the standard deviation of the old ones: Drop-Upcycling, section 3.2.
     """

@@ -126,7 +126,7 @@ def left_dense(model, found):
 
 
 def _obstacle(up, activations, after):
-    """Why a `Dense` layer and the layer after its activations are no feed-forward, or None."""
+    """Why a `Dense` layer and the layer after its activations are not converted, or None."""
     if after is None:
         return "as its outputs do not go to one layer only, or one of the two is called twice"
     if not _is_dense(after) or tuple(after.kernel.shape) != tuple(up.kernel.shape)[::-1]:

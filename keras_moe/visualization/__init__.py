@@ -1,7 +1,7 @@
 """Plots of what experts do. Needs matplotlib: `pip install matplotlib`.
 
-Every function returns a `matplotlib.figure.Figure` with a panel for each layer, and takes an array or
-nested list, a dict of arrays by the name of the layer, or the result of
+Every function returns a `matplotlib.figure.Figure` with a panel for each layer. It takes an array
+or nested list, a dict of arrays by the name of the layer, or the result of
 `inspection.record_routings(model, batches)`.
 """
 

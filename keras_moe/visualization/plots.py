@@ -88,9 +88,8 @@ def _draw_confidence(axes, probs):
     highest = probs.max(axis=1, initial=0)
     if len(highest):
         limit = min(1, 2 * highest.max())
-        axes.hist(
-            highest, np.linspace(0, limit, 41), weights=np.full(len(highest), 1 / len(highest))
-        )
+        each = np.full(len(highest), 1 / len(highest))
+        axes.hist(highest, bins=np.linspace(0, limit, 41), weights=each)
         axes.axvline(highest.mean(), color="C1", label=f"mean {highest.mean():.1%}")
         axes.set_xlim(0, limit)
     axes.axvline(1 / probs.shape[1], color="grey", ls=":", label="chance")
