@@ -11,7 +11,7 @@ import pytest
 from backends import BACKEND, QUICK_JIT, assert_close, saved_and_loaded, unless_compiled
 from keras import ops
 
-from keras_moe import convert, inspection, surgery
+from keras_moe import convert, inspection, surgery, upcycle
 from keras_moe._internal.keras_internals import parameters_of
 
 pytestmark = [
@@ -171,6 +171,16 @@ def test_models_that_version_0_2_has_changed_load_and_save(change, tmp_path):
             outputs = outputs[inputs["padding_mask"].astype(bool)]
         np.testing.assert_allclose(outputs, np.load(SAVED / "expected.npz")[change], atol=1e-5)
         assert inspection.has_moe_layers(each)
+
+
+@on_one_backend
+def test_a_converted_model_is_upcycled_and_loads_with_both_changes(tmp_path):
+    model, inputs = causal_lm("qwen3_moe"), prompts((6, 4))
+    expected = logits_of(model, inputs)
+    upcycle(convert.sparsify(model), num_experts=4)
+    for each in (model, saved_and_loaded(model, tmp_path)):
+        assert_close(logits_of(each, inputs), expected)
+        assert len(inspection.moe_layers(each)) == 2
 
 
 def test_old_weights_are_freed():

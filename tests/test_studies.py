@@ -107,21 +107,6 @@ def test_a_second_command_adds_seeds_and_trains_nothing_twice(few_models, tmp_pa
     }
 
 
-def test_models_for_a_gpu_compute_in_bfloat16_at_lower_rates(few_models, tmp_path, monkeypatch):
-    study = sparsity.Study(sparsity.GPU, sparsity.GPU.subwords, *[None] * 4)
-    model = study.make("dense")
-    looked_up = model.get_layer("embedding").count_params()
-    assert round((model.count_params() - looked_up) / 1e6, 1) == 25.7, "as docs say"
-    tiny = sparsity.SMOKE._replace(features=128, hidden_dim=8, blocks=1)
-    monkeypatch.setitem(sparsity.SIZES, "gpu", tiny)
-    monkeypatch.delitem(sparsity.MODELS, "dense")
-    arguments = ["--seeds", "0", "--size", "gpu", "--output", str(tmp_path)]
-    run = sparsity.main(arguments)["8 experts"][0]
-    assert np.isfinite(run["losses"]).all()
-    assert run["learning_rate"] == sparsity.LEARNING_RATES[0] / 2
-    assert keras.config.dtype_policy().name == "mixed_bfloat16"
-
-
 def test_upcycled_models_train_on_from_the_dense_one(tmp_path, monkeypatch):
     monkeypatch.setattr(upcycling, "BATCH_SIZE", 8)
     arguments = ["--smoke", "--seeds", "0", "--output", str(tmp_path), "--models", "32 halves"]
