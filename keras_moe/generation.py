@@ -1,4 +1,4 @@
-"""Text written by a decoder, token by token.
+"""Autoregressive sampling with a key-value cache.
 
 Axes: B texts, L length of the longest prompt, V words of the vocabulary.
 """
@@ -212,7 +212,7 @@ def _draw(logits, noise, temperature, top_k=None, top_p=None):
 
 
 def _compare_with_whole_text(writer, state, prompts):
-    """Refuse a model that computes something else for a whole text than token by token."""
+    """Refuse a model whose logits differ between a whole text and single tokens."""
     row = max(range(len(prompts)), key=lambda row: len(prompts[row]))  # it has no padding
     whole = state["text"][row : row + 1, : state["position"]]
     inputs = {"ids": whole, "real": np.ones(whole.shape, bool), "room": whole}
@@ -222,8 +222,7 @@ def _compare_with_whole_text(writer, state, prompts):
         raise ValueError(
             "The layers between decoder blocks must treat each position alone and alike, as tokens "
             "are computed one by one: rotary positions of the blocks do, an embedding of positions "
-            f"does not. Received: logits that differ by {difference:.2g} from those of the whole "
-            "text"
+            f"does not. Received: logits that differ by {difference:.2g} from the whole text's"
         )
 
 
