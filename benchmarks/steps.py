@@ -65,7 +65,7 @@ def jax_pass(layer, backward=True, training=True):
         return (outputs * weight).astype("float32").sum() + sum(losses, 0.0)
 
     def forward(trainable, x, fixed, weight):
-        return layer.stateless_call(trainable, fixed, x, training=training)[0]
+        return layer.stateless_call(trainable, fixed, x, training=training, return_losses=True)[0]
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)) if backward else forward)
 

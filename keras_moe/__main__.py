@@ -1,4 +1,4 @@
-"""Looks into saved models.
+"""Command line: summaries and reports of saved models.
 
     python -m keras_moe inspect model.keras
     python -m keras_moe report model.keras --data inputs.npy
@@ -22,7 +22,7 @@ import numpy as np
 from keras_moe import inspection, report, summary
 from keras_moe._internal.plain_text import as_text, describe, stating
 
-# Arguments of layers that ask for at least as many weights.
+# A layer has at least as many weights as the product of these arguments.
 _SIZES = ("num_experts", "hidden_dim", "units")
 
 
@@ -124,7 +124,7 @@ def _load_model(path):
 
 
 def _check_sizes(config, most):
-    """Refuse a config of more weights than there are in the file: they would fill the memory."""
+    """Refuse a config with more weights than the file, which would fill the memory."""
     parts = config
     if isinstance(config, dict):
         parts = config.values()
@@ -137,7 +137,7 @@ def _check_sizes(config, most):
 
 
 def _read(path):
-    """An array, a dict of arrays, or a list of lines, by the end of the file's name."""
+    """An array, a dict of arrays or a list of lines, by the file's suffix."""
     if path is None:
         return None
     with stating(

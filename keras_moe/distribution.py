@@ -90,8 +90,7 @@ def expert_parallel(
             f"Received: experts={experts}, data={data}, devices={shortened(devices)}"
         )
     layouts = keras.distribution.LayoutMap(mesh)
-    for path, axes in {**_LAYOUTS, **(layout_map or {})}.items():
-        layouts[path] = axes
+    layouts.update({**_LAYOUTS, **(layout_map or {})})
     return ExpertParallel(layouts)
 
 

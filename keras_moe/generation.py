@@ -1,4 +1,4 @@
-"""Text written by a decoder, token by token.
+"""Autoregressive sampling with a key-value cache.
 
 Axes: B texts, L length of the longest prompt, V words of the vocabulary.
 """
@@ -99,10 +99,11 @@ def generate(
     writer = _writer_of(model)
     state = writer.predict_on_batch({"ids": text[:, :start], "real": real[:, :start], "room": text})
     num_words = state["logits"].shape[-1]
-    if text.min() < 0 or text.max() >= num_words:
+    ids = np.concatenate(prompts)  # Those of `text` are cut to 32 bits.
+    if ids.min() < 0 or ids.max() >= num_words:
         raise ValueError(
             f"`prompts` must have ids from 0 to {num_words - 1}, as the model has scores. "
-            f"Received: ids from {text.min()} to {text.max()}"
+            f"Received: ids from {ids.min()} to {ids.max()}"
         )
     sums = np.sum(state["logits"], axis=-1)
     if temperature and np.all(state["logits"] >= 0) and np.allclose(sums, 1, atol=1e-3):
@@ -176,11 +177,13 @@ class _Writer(keras.Model):
 
         def write(state):
             position, logits = state["position"], state["logits"]
-            if noise is not None:
+            if noise is None:
+                token = ops.argmax(logits, axis=-1)
+            else:
                 size = (num_texts, 1, logits.shape[-1])
                 of_token = ops.slice(noise, (0, position - begin, 0), size)[:, 0]
-                logits = _noisy(logits, of_token, **sampling)
-            token = ops.cast(ops.argmax(logits, axis=-1), "int32")
+                token = _draw(logits, of_token, **sampling)
+            token = ops.cast(token, "int32")
             token = ops.where(state["stopped"], stop_token, token)[:, None]
             real = ops.ones_like(token, "bool")
             logits, caches = self._step(token, Decoding(position, real, caches=state["caches"]))
@@ -195,20 +198,21 @@ class _Writer(keras.Model):
         return ops.while_loop(is_unfinished, lambda state: (write(state),), (state,))[0]
 
 
-def _noisy(logits, noise, temperature, top_k=None, top_p=None):
-    """Logits (B, V) whose largest is a draw from their softmax, by Gumbel noise (B, V)."""
-    if top_k is not None:
-        ordered = ops.flip(ops.sort(logits, axis=-1), axis=-1)
-        place = ops.arange(logits.shape[-1], dtype="int32")
-        probs = ops.softmax(ops.where(place < top_k, ordered / temperature, -np.inf), axis=-1)
-        kept = ops.cumsum(probs, axis=-1) - probs < top_p
-        lowest = ops.min(ops.where(kept & (place < top_k), ordered, np.inf), axis=-1, keepdims=True)
-        logits = ops.where(logits < lowest, -np.inf, logits)
-    return logits + temperature * noise
+def _draw(logits, noise, temperature, top_k=None, top_p=None):
+    """Words (B,) from the softmax of logits (B, V), by Gumbel noise (B, V)."""
+    if top_k is None:
+        return ops.argmax(logits + temperature * noise, axis=-1)
+    order = ops.argsort(-logits, axis=-1)
+    logits = ops.take_along_axis(logits, order, axis=-1)
+    is_among = ops.arange(logits.shape[-1], dtype="int32") < top_k
+    probs = ops.softmax(ops.where(is_among, logits / temperature, -np.inf), axis=-1)
+    is_among = ops.logical_and(is_among, ops.cumsum(probs, axis=-1) - probs < top_p)
+    place = ops.argmax(ops.where(is_among, logits, -np.inf) + temperature * noise, axis=-1)
+    return ops.take_along_axis(order, ops.expand_dims(place, -1), axis=-1)[:, 0]
 
 
 def _compare_with_whole_text(writer, state, prompts):
-    """Refuse a model that computes something else for a whole text than token by token."""
+    """Refuse a model whose logits differ between a whole text and single tokens."""
     row = max(range(len(prompts)), key=lambda row: len(prompts[row]))  # it has no padding
     whole = state["text"][row : row + 1, : state["position"]]
     inputs = {"ids": whole, "real": np.ones(whole.shape, bool), "room": whole}
@@ -218,8 +222,7 @@ def _compare_with_whole_text(writer, state, prompts):
         raise ValueError(
             "The layers between decoder blocks must treat each position alone and alike, as tokens "
             "are computed one by one: rotary positions of the blocks do, an embedding of positions "
-            f"does not. Received: logits that differ by {difference:.2g} from those of the whole "
-            "text"
+            f"does not. Received: logits that differ by {difference:.2g} from the whole text's"
         )
 
 

@@ -11,7 +11,6 @@ Runs on the backend that KERAS_BACKEND names.
 
 import typing
 
-import clean_exit  # noqa: F401
 import datasets
 import keras
 import numpy as np

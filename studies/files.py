@@ -28,31 +28,26 @@ def claim(folder):
 
 
 @contextlib.contextmanager
-def whole(*paths):
-    """Paths to write to, one for each of `paths`, where the files appear once all are written.
+def whole(path):
+    """A path to write to; the file appears at `path` once it is written.
 
-    A run that is killed leaves no half of a file, and no set of old and new ones: the old ones but
-    the first are removed before the new ones appear. All are in one folder.
+    A run that is killed leaves no half of a file.
     """
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     # The name keeps its ending, by which Keras and Matplotlib choose the format.
-    parts = [path.with_name(f".{os.getpid()}-{path.name}") for path in paths]
+    part = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        yield parts
-        for path in paths[1:]:
-            path.unlink(missing_ok=True)
-        for part, path in zip(parts, paths):
-            part.replace(path)
+        yield part
+        part.replace(path)
     finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def write_json(path, content):
-    with whole(path) as (part,):
+    with whole(path) as part:
         part.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def save_figure(figure, path):
-    with whole(path) as (part,):
+    with whole(path) as part:
         figure.savefig(part, dpi=120)

@@ -13,7 +13,6 @@ needs TensorFlow on every backend.
 import json
 import pathlib
 
-import clean_exit  # noqa: F401
 import keras
 import keras_tuner
 from command_line import parser_of, positive

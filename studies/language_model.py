@@ -12,7 +12,6 @@ TensorFlow on every backend.
 import itertools
 import typing
 
-import clean_exit  # noqa: F401
 import datasets
 import keras
 import numpy as np

@@ -5,7 +5,6 @@ from keras import ops
 from vocabulary import UNKNOWN
 
 
-@keras.saving.register_keras_serializable("examples")
 class PhraseEmbedding(keras.layers.Layer):
     """(batch, length) word ids to (batch, length / phrase_length, features).
 
@@ -83,16 +82,6 @@ class PhraseEmbedding(keras.layers.Layer):
 
     def compute_output_shape(self, ids_shape):
         return ids_shape[0], ids_shape[1] // self.phrase_length, self.features
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "num_words": self.num_words,
-            "num_bigrams": self.num_bigrams,
-            "features": self.features,
-            "phrase_length": self.phrase_length,
-            "word_dropout": self.word_dropout,
-        }
 
 
 def _scale(vectors, weights):

@@ -22,7 +22,6 @@ import pathlib
 import time
 import typing
 
-import clean_exit  # noqa: F401
 import datasets
 import keras
 import keras_hub

@@ -9,7 +9,6 @@ each token; "top-3" and "top-4" let more serve it than in training. The model an
 of the study `language_model.py`. Runs on the backend that KERAS_BACKEND names.
 """
 
-import clean_exit  # noqa: F401
 import datasets
 import keras
 import language_model
@@ -48,7 +47,7 @@ def main(arguments=None):
         keras.utils.set_random_seed(seed)
         model = language_model.make_model(num_tokens, size, options.experts, sparse=True)
         language_model.fit(model, data, seed, size, progress / str(seed), BATCH_SIZE)
-        with whole(options.output / "model.keras") as (part,):
+        with whole(options.output / "model.keras") as part:
             model.save(part)
         rows = np.random.default_rng(seed).permutation(data[0])[: BATCHES * BATCH_SIZE]
         measured = np.array_split(rows[:, :-1], -(-len(rows) // BATCH_SIZE))

@@ -65,7 +65,7 @@ class Journal(StepTimer):
         super().on_epoch_end(epoch, logs)
         values = {name: float(value) for name, value in logs.items()}
         self.epochs.append({**values, "ms_per_step": self.ms_per_step[-1]})
-        with whole(self._weights(epoch + 1)) as (part,):
+        with whole(self._weights(epoch + 1)) as part:
             self.model.save_weights(part)
         draws = [ops.convert_to_numpy(state).tolist() for state in _states(self.model)]
         write_json(self.path, {"epochs": self.epochs, "draws": draws})

@@ -2,14 +2,12 @@
 
     KERAS_BACKEND=jax python studies/sparsity.py
     KERAS_BACKEND=jax python studies/sparsity.py --models dense "32 experts" --seeds 0 1 2 3 4
-    KERAS_BACKEND=jax python studies/sparsity.py --size gpu --models dense "32 experts"
 
 Trains small language models on manual pages in eight languages (10 million subwords, each seen at
 most once): a dense one; mixtures of 8 to 64 experts that cost the same for each token; one of many
 narrow experts beside a shared one; and a dense one with as many weights as the mixture of 16. The
 learning rate of each is chosen in short runs by the validation split. The losses that are reported
-are those of the test split. `--size gpu` trains models of 26 million active weights (143 million of
-the wide dense one) in bfloat16, which read the pages four times.
+are those of the test split.
 
 Times are steps times the time of a step, which is measured before training, in turns with the
 other models. Finished runs stay in --output and are not trained again, and an interrupted run
@@ -21,7 +19,6 @@ import functools
 import pathlib
 import typing
 
-import clean_exit  # noqa: F401
 import datasets
 import keras
 import language_model
@@ -47,18 +44,12 @@ FULL = language_model.Size(
     1024, 64, features=64, hidden_dim=128, blocks=2, documents=None, validation_rows=2048,
     steps=250, epochs=10,
 )  # fmt: skip
-GPU = language_model.Size(
-    1024, 512, features=512, hidden_dim=1024, blocks=8, documents=None, validation_rows=512,
-    steps=168, epochs=10,
-)  # fmt: skip
-SIZES = {"cpu": FULL, "gpu": GPU}
 SMOKE = language_model.SMOKE._replace(subwords=300, steps=2)
 DATASETS = ("manual_pages", "twenty_newsgroups", "reuters_r8")
 BATCH_SIZE = 64
 TOP_K = 2
 # A tenth of a run, and of another seed than any run.
 TRIAL_EPOCHS, TRIAL_SEED = 1, 1000
-# For 64 features; Adam's best rate is the lower, the wider a model (Yang et al. 2022, table 3).
 LEARNING_RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
 BALANCE_WEIGHT = 1e-2
 
@@ -98,15 +89,12 @@ MODELS = {
 
 def main(arguments=None):
     parser = parser_of(__doc__, "output_sparsity", DATASETS, seeds=[0, 1, 2])
-    parser.add_argument("--size", choices=SIZES, default="cpu", help="of the models")
     options = parse_with_models(parser, MODELS, arguments)
     claim(options.output)
-    keras.config.set_dtype_policy("mixed_bfloat16" if options.size == "gpu" else "float32")
-    size = SMOKE if options.smoke else SIZES[options.size]
+    size = SMOKE if options.smoke else FULL
     num_tokens, *parts = load_data(options, size)
     print(f"{parts[0][:, 1:].size:,} subwords to learn from, {size.steps * size.epochs} steps")
-    policy = keras.config.dtype_policy().name
-    name = resuming.digest(size, options.dataset, BATCH_SIZE, BALANCE_WEIGHT, policy)
+    name = resuming.digest(size, options.dataset, BATCH_SIZE, BALANCE_WEIGHT)
     study = Study(size, num_tokens, *parts, options.output / "runs" / name)
     ms_per_step = step_times(study.make, options.models, study.train[:BATCH_SIZE], study.folder)
     for results in each_run(options, lambda name, seed: study.run(name, seed, ms_per_step[name])):
@@ -159,9 +147,7 @@ class Study(typing.NamedTuple):
 
     def best_rate(self, name):
         trial = functools.partial(self.train_once, name, TRIAL_SEED)
-        scale = min(1, FULL.features / self.size.features)
-        rates = [scale * rate for rate in LEARNING_RATES]
-        ends = {rate: trial(rate, TRIAL_EPOCHS, self.validation)[0][-1] for rate in rates}
+        ends = {rate: trial(rate, TRIAL_EPOCHS, self.validation)[0][-1] for rate in LEARNING_RATES}
         return min(ends, key=ends.get)
 
     def train_once(self, name, seed, learning_rate, epochs, held_out):

@@ -36,7 +36,7 @@ class Subwords:
                 unk_id=UNKNOWN,
                 minloglevel=2,
             )
-            with whole(path) as (part,):
+            with whole(path) as part:
                 part.write_bytes(content.getvalue())
         return cls(path.read_bytes())
 

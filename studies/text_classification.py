@@ -2,18 +2,15 @@
 
     python studies/text_classification.py
     python studies/text_classification.py --compare --seeds 3
-    python studies/text_classification.py --predict "the goalie stopped every shot"
 
 Runs on the backend that KERAS_BACKEND names. The data are read with TensorFlow Datasets, which
 needs TensorFlow on every backend.
 """
 
 import functools
-import json
 import pathlib
 import typing
 
-import clean_exit  # noqa: F401
 import datasets
 import keras
 import numpy as np
@@ -21,7 +18,7 @@ import plots
 import tensorflow as tf
 from command_line import parser_of, positive
 from comparisons import PARAMETERS, count_parameters, dense_feedforward, print_runs
-from files import claim, save_figure, whole, write_json
+from files import claim, save_figure, write_json
 from phrase_embedding import PhraseEmbedding
 from resuming import HAS_XLA, StepTimer
 from vocabulary import Vocabulary, split_words
@@ -43,13 +40,10 @@ class Size(typing.NamedTuple):
 FULL = Size(40_000, 50_021, 400, 8, features=128, hidden_dim=256, documents=None)
 SMOKE = Size(500, 251, 32, 4, features=16, hidden_dim=16, documents=256)
 TOP_K, BATCH_SIZE, LEARNING_RATE, LABEL_SMOOTHING = 2, 64, 1e-3, 0.3
-MODEL_FILES = ("model.keras", "words.json")
 
 
 def main(arguments=None):
     options = parse_options(arguments)
-    if options.predict is not None:
-        return predict(options.predict, options.output)
     claim(options.output)
     size = SMOKE if options.smoke else FULL
     data = load(options.dataset, options.data_dir, size)
@@ -78,13 +72,12 @@ def main(arguments=None):
         print(f"TF-IDF logistic regression: {report['logistic_regression']:.2%}")
     shown = models["mixture of experts"]
     show_experts(shown, data, options.output / "experts_by_class.png")
-    save(shown, data, options.output)
     write_json(options.output / "results.json", report)
     path = options.output / "learning_curves.png"
     plots.courses({options.dataset: histories}, path, ["epochs"], "val_accuracy")
     if options.report:
         write_report(shown, data, options.output / "report.html")
-    print(f"\nModel, plots and results are in {options.output}.")
+    print(f"\nPlots and results are in {options.output}.")
     return report
 
 
@@ -94,7 +87,6 @@ def parse_options(arguments):
     parser.add_argument("--epochs", type=positive, default=6)
     parser.add_argument("--compare", action="store_true", help="train dense models as well")
     parser.add_argument("--report", action="store_true", help="write a page about the experts")
-    parser.add_argument("--predict", metavar="TEXT", help="classify with the model in --output")
     options = parser.parse_args(arguments)
     options.output = options.output or pathlib.Path("text_classifier") / options.dataset
     return options
@@ -151,7 +143,6 @@ def build_model(feedforward, vocabulary, size, num_classes):
     return keras.Model(ids, logits)
 
 
-@keras.saving.register_keras_serializable("examples")
 class Detached(keras.layers.Layer):
     """Identity without a gradient.
 
@@ -233,33 +224,12 @@ def show_experts(model, data, path, per_class=64):
     save_figure(visualization.specialization(routings, labels[shown], data.class_names), path)
 
 
-def save(model, data, output):
-    with whole(*(output / name for name in MODEL_FILES)) as parts:
-        model.save(parts[0])
-        write_json(parts[1], {"vocabulary": vars(data.vocabulary), "classes": data.class_names})
-
-
 def write_report(model, data, path, documents=300):
     """A page about the experts, with the first documents coloured by expert."""
     texts, labels = (column[:documents] for column in data.splits[2])
     words = [split_words(text)[: data.vocabulary.length] for text in texts]
     labels = np.array(data.class_names)[labels]
     keras_moe.report(model, data.vocabulary.encode(texts), labels, words, path)
-
-
-def predict(text, output):
-    """Print and return the most likely class, from a model saved under any backend."""
-    if not split_words(text):
-        raise ValueError(f"The text to classify must hold a word. Received: {text!r}.")
-    model_path, words_path = (output / name for name in MODEL_FILES)
-    words = json.loads(words_path.read_text(encoding="utf-8"))
-    model = keras.saving.load_model(model_path, compile=False)
-    logits = model(Vocabulary(**words["vocabulary"]).encode([text]), training=False)
-    probabilities = keras.ops.convert_to_numpy(keras.ops.softmax(logits))[0]
-    ranking = np.argsort(-probabilities)[:3]
-    for index in ranking:
-        print(f"{probabilities[index]:6.1%}  {words['classes'][index]}")
-    return words["classes"][ranking[0]]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ TensorFlow Datasets, which needs TensorFlow on every backend.
 import json
 import typing
 
-import clean_exit  # noqa: F401
 import datasets
 import keras
 import numpy as np
@@ -53,8 +52,6 @@ class Setting(typing.NamedTuple):
     top_k: int = 2
     balance: float = 0.01
     sides: tuple[str, ...] = SIDES
-    learning_rate: float = LEARNING_RATE
-    part_of_data: float = 1.0
 
 
 def main(arguments=None):
@@ -147,12 +144,12 @@ def build_model(setting, train, vocabulary_size, size, sparse):
     return model
 
 
-def fit(model, train, validation, epochs, folder, learning_rate=LEARNING_RATE):
+def fit(model, train, validation, epochs, folder):
     """Train on `SentenceBatches`, or resume training, and return the whole history."""
     steps = epochs * len(train)
     warm_up = min(WARM_UP, steps // 10)
     schedule = keras.optimizers.schedules.CosineDecay(
-        0.0, steps - warm_up, warmup_target=learning_rate, warmup_steps=warm_up
+        0.0, steps - warm_up, warmup_target=LEARNING_RATE, warmup_steps=warm_up
     )
     model.compile(
         optimizer=keras.optimizers.Adam(schedule, beta_2=0.98, global_clipnorm=1.0),

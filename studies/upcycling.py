@@ -18,7 +18,6 @@ import pathlib
 import time
 import typing
 
-import clean_exit  # noqa: F401
 import keras
 import language_model
 import numpy as np
@@ -119,7 +118,7 @@ class Study(typing.NamedTuple):
 
         def train(progress):
             loss = self.fit("first half", model, seed, self.first, progress)[-1]
-            with whole(weights) as (part,):
+            with whole(weights) as part:
                 model.save_weights(part)
             return loss
 

@@ -16,6 +16,7 @@ import numpy as np
 from keras_moe import callbacks, layers, losses, metrics, routers
 
 D, E = 8, 4
+LENGTH = 6
 POLICIES = ("float32", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
 MODULES = (layers, routers, losses, metrics, callbacks)
 ABSTRACT = (
@@ -225,7 +226,7 @@ CASES = {
     layers.MultiGateMixtureOfExperts: Case(
         lambda: dict(experts=layers.FeedForwardExperts(E, 16), num_tasks=2),
         lambda: dict(
-            router=routers.TopKRouter(top_k=1),
+            router=routers.TopKRouter(top_k=1, balancer="loss_free", logit_noise=0.5, seed=7),
             task_experts=[layers.LinearExperts(2, D), layers.LinearExperts(1, D)],
             router_losses=["router_z"],
             shared_output=True,
@@ -236,9 +237,9 @@ CASES = {
     layers.MixtureOfExperts: Case(
         lambda: dict(experts=layers.FeedForwardExperts(E, 16)),
         lambda: dict(
-            router=routers.TopKRouter(E, top_k=3),
+            router=routers.TopKRouter(E, top_k=3, balancer="loss_free", logit_noise=0.5, seed=7),
             router_losses=[losses.LoadBalance(0.5)],
-            shared_expert=keras.layers.Dense(D),
+            shared_expert=keras.layers.Dropout(0.3, seed=2),
             gated_shared_expert=True,
             capacity_factor=1.5,
             token_axes=2,
@@ -327,6 +328,13 @@ CASES = {
 }
 
 
+OF_LAYERS = [
+    cls
+    for cls in CASES
+    if issubclass(cls, keras.Layer) and cls.__module__.startswith(layers.__name__)
+]
+
+
 def exported_classes():
     """The public classes of the public modules."""
     for module in MODULES:
@@ -388,6 +396,29 @@ def holding_model(cls, instance):
     """A functional model over sequences of any length that holds `instance`."""
     inputs = keras.Input((None, D))
     return keras.Model(inputs, CASES[cls].layer(instance)(inputs))
+
+
+def every_output(layer, inputs):
+    """All outputs of a layer by name."""
+    if isinstance(layer, SumOfTasks):
+        return dict(zip(layer.layer.task_names + ["shared"], layer.layer(inputs)))
+    if not isinstance(layer, layers.MixtureOfExperts):
+        return {"outputs": layer(inputs)}
+    if isinstance(layer.router, routers.SoftRouter):  # Its experts mix tokens.
+        outputs, routing = layer(inputs, return_routing=True)
+        return {"outputs": outputs, "logits": routing.logits}
+    returned = layer(inputs, return_routing=True, return_expert_outputs=True)
+    outputs, routing, single = returned
+    fields = {name: getattr(routing, name) for name in ("indices", "weights", "probs", "logits")}
+    return {"outputs": outputs, "single": single, **fields}
+
+
+def learning_model(cls, instance):
+    """A model of ids, zero for padding, that ends in every output that has a row for each."""
+    ids = keras.Input((LENGTH,), dtype="int32")
+    hidden = keras.layers.Embedding(20, D, mask_zero=True)(ids)
+    outputs = every_output(CASES[cls].layer(instance), hidden)
+    return keras.Model(ids, {k: v for k, v in outputs.items() if len(v.shape) > 2})
 
 
 def normal(*shape, seed=0):

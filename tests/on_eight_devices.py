@@ -384,7 +384,7 @@ def test_another_layout_is_combined_with_that_of_the_banks():
 
 
 def test_a_model_of_keras_hub_learns_on_a_mesh_with_an_axis_for_its_heads():
-    test_convert = pytest.importorskip("test_convert_keras_hub")
+    import test_convert_keras_hub as test_convert
 
     def trained():
         model = convert.sparsify(test_convert.causal_lm("mixtral"))

@@ -61,7 +61,6 @@ def test_inspect_prints_layers_sizes_and_costs(folder, capsys):
 
 
 def test_report_writes_a_page(folder, capsys):
-    pytest.importorskip("matplotlib")
     np.savez("x.npz", x=normal(3, 5, D))
     model = keras.saving.load_model("model.keras")
     keras.Model({"x": model.input}, model.output).save("by_name.keras")
@@ -121,7 +120,6 @@ WRONG = {
 
 @pytest.mark.parametrize("prepare, arguments, words", WRONG.values(), ids=WRONG)
 def test_whatever_is_wrong_is_one_line(prepare, arguments, words, folder, capsys, monkeypatch):
-    pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setattr("sys.dont_write_bytecode", True)
     prepare()
@@ -145,7 +143,6 @@ def test_a_traceback_is_shown_if_wanted(folder):
 
 
 def test_a_full_disk_leaves_the_old_page(folder, monkeypatch):
-    pytest.importorskip("matplotlib")
     pathlib.Path("page.html").write_text("old")
 
     def full(*arguments):

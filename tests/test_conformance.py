@@ -9,19 +9,23 @@ import re
 import keras
 import numpy as np
 import pytest
-from backends import saved_and_loaded, unless_compiled
+from backends import BACKEND, QUICK_JIT, assert_close, saved_and_loaded, unless_compiled
 from layer_checks import (
     ABSTRACT,
     CASES,
+    LENGTH,
+    OF_LAYERS,
     POLICIES,
     D,
     E,
     array,
     configured,
     constructor_arguments,
+    every_output,
     exported_classes,
     held_by_models,
     holding_model,
+    learning_model,
     moe,
     normal,
     plain,
@@ -30,9 +34,10 @@ from layer_checks import (
 )
 
 import keras_moe
-from keras_moe import routers
+from keras_moe import layers, routers, surgery
 from keras_moe._internal.keras_internals import get_keras_mask
 from keras_moe.callbacks import ExpertMonitor
+from keras_moe.inspection import moe_layers, record_routings, replaying
 
 OF_KERAS = (keras.Layer, keras.losses.Loss, keras.metrics.Metric)
 LAYERS = [cls for cls in CASES if issubclass(cls, keras.Layer)]
@@ -71,7 +76,8 @@ def test_arguments_of_keras_layers_are_handed_on(cls):
     if not issubclass(cls, routers.Router):
         kwargs["dtype"] = "mixed_bfloat16"
     layer = cls.from_config(through_json(plain(cls, **kwargs).get_config()))
-    assert (layer.name, layer.trainable) == ("mine", False)
+    assert layer.name == "mine"
+    assert not any(part.trainable for part in layer._flatten_layers())
     assert layer.compute_dtype == ("bfloat16" if "dtype" in kwargs else "float32")
 
 
@@ -177,7 +183,111 @@ def test_padding_of_any_content_changes_no_real_token_and_its_mask_goes_on(cls):
     assert np.isfinite(outputs).all()
     np.testing.assert_allclose(array(layer(x[1:, :3])), outputs[1:, :3], rtol=1e-5, atol=1e-5)
     masked = keras.layers.Masking()(np.where(mask[..., None], x, 0.0))
-    np.testing.assert_array_equal(array(get_keras_mask(layer(masked))), mask)
+    for name, output in every_output(layer, masked).items():
+        kept = array(get_keras_mask(output))
+        assert kept.shape == output.shape[:-1], name
+        real = np.repeat(mask, kept.size // mask.size)
+        np.testing.assert_array_equal(kept.reshape(-1), real, err_msg=name)
+        if name != "indices":
+            loss = keras.losses.MeanSquaredError()(keras.ops.zeros_like(output), output)
+            np.testing.assert_allclose(array(loss), np.mean(array(output)[kept] ** 2), rtol=1e-5)
+
+
+# In models: each layer of `keras_moe.layers` with every output. `test_export.py` has programs.
+
+
+BLOCKS = [layers.TransformerDecoderBlock, layers.TransformerEncoderBlock]
+MIXTURES = [layers.MixtureOfExperts, layers.MultiGateMixtureOfExperts]
+IDS = np.random.default_rng(0).integers(1, 20, (8, LENGTH))
+
+
+@by_name([cls for cls in OF_LAYERS if cls not in BLOCKS])  # Their feed-forward layers keep theirs.
+def test_a_dtype_reaches_every_part(cls):
+    parts = configured(cls, dtype="mixed_bfloat16")._flatten_layers()
+    policies = [(part.name, part.dtype_policy.name) for part in parts if type(part) in OF_LAYERS]
+    assert {policy for _, policy in policies} == {"mixed_bfloat16"}, policies
+
+
+def fitted(model, ids, batch_size, accumulated=None, **kwargs):
+    """The loss of an epoch, and all values of the model after it."""
+    optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=accumulated)
+    model.compile(optimizer, "mse", jit_compile=QUICK_JIT, **kwargs)
+    targets = {name: normal(len(ids), *v.shape[1:]) for name, v in model.output.items()}
+    fit = model.fit(ids, targets, batch_size=batch_size, shuffle=False, verbose=0)
+    return fit.history["loss"], [array(variable) for variable in model.variables]
+
+
+MODES = {layers.MixtureOfExperts: "list_of_layers", layers.TransformerEncoderBlock: "larger_than"}
+
+
+@by_name(unless_compiled(OF_LAYERS, [*MIXTURES, *BLOCKS]))
+def test_recomputation_changes_nothing_and_frozen_weights_stay(cls):
+    """Losses, weights, counters, selection biases and the states of random draws."""
+    results = []
+    for mode in (None, MODES.get(cls, "full")):
+        keras.utils.set_random_seed(3)
+        with keras.RematScope(mode, output_size_threshold=10, layer_names=["recomputed"]):
+            instance = configured(cls, name="recomputed")
+        model = learning_model(cls, instance)
+        frozen = model.trainable_variables[1::2]
+        before = [array(weight) for weight in frozen]
+        for weight in frozen:
+            weight.trainable = False
+        results.append(fitted(model, np.where(IDS > 15, 0, IDS), batch_size=4))
+        assert all((array(weight) == value).all() for weight, value in zip(frozen, before))
+    (loss, values), (loss_again, values_again) = results
+    assert_close(loss_again, loss)
+    for again, value in zip(values_again, values, strict=True):
+        assert_close(again, value, scale=1.0)
+
+
+@by_name(unless_compiled(OF_LAYERS, MIXTURES))
+def test_two_accumulated_steps_in_one_execution_are_one_step_on_both_batches(cls):
+    in_one = {} if BACKEND == "torch" else {"steps_per_execution": 2}  # Keras refuses it there.
+    results = []
+    for arguments in ({"batch_size": 8}, {"batch_size": 4, "accumulated": 2, **in_one}):
+        keras.utils.set_random_seed(3)
+        model = learning_model(cls, plain(cls))
+        before = [array(weight) for weight in model.trainable_variables]
+        for layer in moe_layers(model).values():  # Router losses are no mean over the batch.
+            for index in range(len(layer.router_losses)):
+                layer.set_router_loss_weight(index, 0)
+        fitted(model, IDS, **arguments)
+        counts = [array(layer.expert_counts) for layer in moe_layers(model).values()]
+        results.append([*map(array, model.trainable_variables), *counts])
+        assert all((new != old).any() for new, old in zip(results[-1], before))
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@by_name(unless_compiled(held_by_models(), MIXTURES))
+def test_surgery_is_done_or_refused_before_anything_changes(cls, tmp_path):
+    model, x = holding_model(cls, plain(cls)), normal(2, LENGTH, D)
+    for weight in model.trainable_variables[::2]:
+        weight.trainable = False
+    trainable = {weight.path: weight.trainable for weight in model.weights}
+    before = array(model(x))
+    try:
+        surgery.prune_experts(model, keep=0.5, data=[x])
+    except ValueError:
+        np.testing.assert_array_equal(array(model(x)), before)
+    assert {weight.path: weight.trainable for weight in model.weights} == trainable
+    again = saved_and_loaded(model, tmp_path)
+    np.testing.assert_array_equal(array(again(x)), array(model(x)))
+
+
+@by_name(unless_compiled(OF_LAYERS, MIXTURES))
+def test_recorded_choices_are_replayed(cls):
+    model, x = holding_model(cls, configured(cls)), normal(2, LENGTH, D)
+    before = array(model(x))
+    recorded = {name: calls[0] for name, calls in record_routings(model, [x]).items()}
+    with replaying(model, recorded):
+        assert_close(array(model(x)), before)
+        for layer in moe_layers(model).values():
+            layer.router.kernel.assign(-array(layer.router.kernel))
+        again = record_routings(model, [x])
+    for name, routing in recorded.items():
+        np.testing.assert_array_equal(again[name][0].indices, routing.indices)
 
 
 ROUTERS = [each for each in CASES if issubclass(each, routers.Router)]

@@ -6,14 +6,13 @@ import runpy
 import keras
 import numpy as np
 import pytest
+import safetensors.numpy as safetensors_numpy
 from backends import ROOT, assert_close
 from keras import ops
 
 import keras_moe
 from keras_moe import convert, layers, routers
 from keras_moe.convert import hugging_face_families
-
-safetensors_numpy = pytest.importorskip("safetensors.numpy")
 
 # The models are of PyTorch, and take seconds to import.
 with_transformers = pytest.mark.backends("torch")
@@ -83,7 +82,9 @@ def is_of_block(name):
 
 def model_of(family):
     """A model with weights far from zero."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     prefix, sizes = FAMILIES[family]
     config = getattr(transformers, f"{prefix}Config")(**{**_SIZES, **sizes})
     torch.manual_seed(0)
@@ -130,7 +131,8 @@ def test_a_layer_computes_as_the_block_and_goes_back(family, tmp_path):
 
 @with_transformers
 def test_the_guide_names_every_family_of_transformers():
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     guide = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in guide for name in hugging_face_families.FAMILIES)
     if f"transformers {transformers.__version__}," in guide:
@@ -206,6 +208,8 @@ def layer_of(model):
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "lfm2_moe"])
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it.
 def test_an_adapter_of_peft_goes_both_ways(family, tmp_path):
+    import peft
+
     layer = layer_of(model_of(family))
     with pytest.raises(ValueError, match="must have LoRA"):
         convert.to_peft(layer, 0, family)
@@ -221,7 +225,6 @@ def test_an_adapter_of_peft_goes_both_ways(family, tmp_path):
     assert config_again == config
     for name, value in arrays.items():
         np.testing.assert_array_equal(again[name], value)
-    peft = pytest.importorskip("peft")
     model = peft.PeftModel.from_pretrained(model_of(family), tmp_path)
     assert_close(outputs_of(model.base_model.model), expected)
     targets = config["target_parameters"]
@@ -317,7 +320,9 @@ def test_weights_of_another_model_are_refused(tmp_path):
 @with_transformers
 @pytest.mark.parametrize("granularity", [1, 2])
 def test_an_upcycled_llama_is_a_mixtral_of_transformers(tmp_path, granularity):
-    keras_hub, transformers = pytest.importorskip("keras_hub"), pytest.importorskip("transformers")
+    import keras_hub
+    import transformers
+
     backbone = keras_hub.models.Llama3Backbone(
         vocabulary_size=16,
         num_layers=2,

@@ -3,6 +3,7 @@
 import gc
 import sys
 import weakref
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from backends import BACKEND, QUICK_JIT, assert_close, saved_and_loaded, unless_compiled
 from keras import ops
 
-from keras_moe import convert, inspection, surgery
+from keras_moe import convert, inspection, surgery, upcycle
 from keras_moe._internal.keras_internals import parameters_of
 
 pytestmark = [
@@ -62,7 +63,8 @@ del FAMILIES["gemma4"][1]["top_k"]
 
 def causal_lm(family):
     """A model whose experts and routers are far from zero, so that a mistake shows."""
-    keras_hub = pytest.importorskip("keras_hub")  # where it is needed: for seconds
+    import keras_hub  # where it is needed: for seconds
+
     keras.utils.set_random_seed(0)
     prefix, sizes = FAMILIES[family]
     backbone = getattr(keras_hub.models, f"{prefix}Backbone")(**sizes)
@@ -150,6 +152,36 @@ def test_a_loaded_backbone_imports_keras_hub(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "keras_hub", None)
     with pytest.raises((ImportError, TypeError), match="import of keras_hub halted"):
         keras.saving.load_model(tmp_path / "model.keras")
+
+
+SAVED = Path(__file__).parent / "saved" / "keras_hub"
+
+
+@on_one_backend
+@pytest.mark.parametrize("change", ["converted", "upcycled"])
+def test_models_that_version_0_2_has_changed_load_and_save(change, tmp_path):
+    pytest.importorskip("keras_hub")
+    model = keras.saving.load_model(SAVED / f"{change}.keras", compile=False)
+    inputs = prompts((6, 4))
+    if change == "upcycled":
+        ids = np.random.default_rng(0).integers(1, 12, (4, 6))
+        inputs = {"token_ids": ids, "padding_mask": (ids > 2).astype("int32")}
+    for each in (model, saved_and_loaded(model, tmp_path)):
+        outputs = each.predict_on_batch(inputs)
+        if change == "converted":
+            outputs = outputs[inputs["padding_mask"].astype(bool)]
+        np.testing.assert_allclose(outputs, np.load(SAVED / "expected.npz")[change], atol=1e-5)
+        assert inspection.has_moe_layers(each)
+
+
+@on_one_backend
+def test_a_converted_model_is_upcycled_and_loads_with_both_changes(tmp_path):
+    model, inputs = causal_lm("qwen3_moe"), prompts((6, 4))
+    expected = logits_of(model, inputs)
+    upcycle(convert.sparsify(model), num_experts=4)
+    for each in (model, saved_and_loaded(model, tmp_path)):
+        assert_close(logits_of(each, inputs), expected)
+        assert len(inspection.moe_layers(each)) == 2
 
 
 def test_old_weights_are_freed():

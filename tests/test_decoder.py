@@ -202,7 +202,7 @@ def test_a_capacity_is_warned_of_where_later_tokens_take_the_room_of_earlier_one
     limit, top_k, leaks
 ):
     router = routers.TopKRouter(E, top_k, kernel_initializer=keras.initializers.Identity())
-    layer = moe(router=router, capacity_factor=limit)
+    layer = moe(router=router, capacity_factor=limit, router_losses=())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         layers.TransformerDecoderBlock(2, layer)

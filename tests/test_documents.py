@@ -1,5 +1,6 @@
 """What README and guides show, run as it stands there: the blocks of a page are one program."""
 
+import functools
 import os
 import pathlib
 import re
@@ -13,7 +14,7 @@ import pytest
 from replicas_models import free_ports
 
 import keras_moe
-from keras_moe import routers
+from keras_moe import layers, losses, routers
 
 BACKEND = keras.backend.backend()
 # Of KerasTuner.
@@ -185,7 +186,6 @@ def test_guides_that_need_nothing_run(document, capsys):
 
 @pytest.mark.backends("torch")  # it trains several models
 def test_the_search_of_the_guide_to_tuning_finds_a_layer(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("keras_tuner")
     monkeypatch.chdir(tmp_path)
     changes = [("max_trials=12", "max_trials=2"), ("epochs=3", "epochs=1"), ("1024", "32")]
     names = run("docs/tuning.md", changes)
@@ -203,8 +203,6 @@ def test_the_concepts_have_a_model_that_passes_its_mask_on():
 
 @of_many_operations
 def test_the_guide_to_seeing_experts_trains_and_draws(tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard")
-    pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     run("docs/seeing_experts.md")
     pictures = {"shares_over_time.png", "experts_by_label.png", "experts_by_word.png"}
@@ -252,15 +250,52 @@ def test_the_recipes_for_parts_of_ones_own_train_and_are_short(tmp_path):
     keras.saving.load_model(tmp_path / "model.keras")
 
 
-def test_custom_loops_train_on_their_backend():
+@pytest.fixture(scope="module")
+def custom_loops():
     others = {"tensorflow", "torch", "jax"} - {BACKEND}
     is_foreign = re.compile(rf"import ({'|'.join(others)})\b")
     names = {}
     for code in blocks("docs/custom_loops.md"):
         if not is_foreign.match(code):
             exec(compile(code, "custom_loops", "exec"), names)
-    assert names["losses"][-1] < 0.5 * names["losses"][0]
-    assert names["counts"].sum() == 4 * 256 * 2  # epochs, tokens, experts of a token
+    return names
+
+
+def test_custom_loops_train_on_their_backend(custom_loops):
+    assert custom_loops["losses"][-1] < 0.5 * custom_loops["losses"][0]
+    assert custom_loops["counts"].sum() == 4 * 256 * 2  # epochs, tokens, experts of a token
+
+
+def test_a_train_step_of_your_own_trains_as_plain_fit(custom_loops):
+    initializer = keras.initializers.RandomNormal(stddev=0.1, seed=3)
+
+    def trained(model_class):
+        bank = layers.FeedForwardExperts(4, 32, kernel_initializer=initializer)
+        router = routers.TopKRouter(kernel_initializer=initializer)
+        layer = layers.MixtureOfExperts(bank, router, router_losses=[losses.LoadBalance(100)])
+        inputs = keras.Input((16,))
+        model = model_class(inputs, layer(inputs))
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        x = custom_loops["x"]
+        history = model.fit(x, x, batch_size=len(x), epochs=3, verbose=0).history
+        return [*history.values(), *map(keras.ops.convert_to_numpy, model.weights)]
+
+    plain, custom = trained(keras.Model), trained(custom_loops["Model"])
+    assert plain[0][0] > 90, "the loss has the router loss in it"
+    for expected, value in zip(plain, custom, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_router_losses_that_a_stateless_call_drops_are_warned_of(custom_loops):
+    model = custom_loops["model"]
+    state = [each.value for each in model.non_trainable_variables]
+    call = functools.partial(
+        model.stateless_call, [each.value for each in model.trainable_variables], state
+    )
+    with pytest.warns(UserWarning, match="router losses of `moe` are dropped"):
+        call(custom_loops["x"], training=True)
+    call(custom_loops["x"], training=True, return_losses=True)
+    call(custom_loops["x"], training=False)
 
 
 def test_every_page_with_code_is_run_here():
@@ -273,8 +308,8 @@ def test_every_page_with_code_is_run_here():
 
 @pytest.mark.filterwarnings("ignore:`compile\\(\\)` was not called:UserWarning")
 def test_the_guide_to_other_packages_converts_their_models(tmp_path, monkeypatch):
-    pytest.importorskip("keras_hub")
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     monkeypatch.chdir(tmp_path)
     config = transformers.MixtralConfig(
         vocab_size=16,

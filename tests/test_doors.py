@@ -277,6 +277,9 @@ REFUSED = [
     ("losses.GlobalLoadBalance()(routing())", "outside of one"),
     ("likelihood(t(6, 1))", "`y_true` must have"),
     ("likelihood(ints(6, 2), distribution='categorical')", "`y_true`"),
+    ("likelihood([0, 2], (2, 3, 3), distribution='categorical')", "from 0 to 1"),
+    ("likelihood(np.array([0.5]), (1, 3, 3), distribution='categorical')", "Received: 0.5"),
+    ("likelihood(t(6, 1), (6, 3, 3), scale=None, normalized=False)", "no lower bound"),
     ("losses.pack_mixture(routing(), t(2, 6, 2))", "each weight"),
     # Parts of a user, where their results come in.
     ("own(top_k=1)", "`indices` must have"),

@@ -1,5 +1,6 @@
 """Eager calls on JAX: few programs are compiled, and arguments mean what they mean elsewhere."""
 
+import jax
 import keras
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ from keras_moe import layers
 from keras_moe.backend import backend
 
 pytestmark = pytest.mark.backends("jax")
-jax = pytest.importorskip("jax")
 
 
 @pytest.fixture

@@ -39,24 +39,6 @@ def compiled_model(model, optimizer=None, **kwargs):
     return model
 
 
-def plain_moe():
-    """Without router losses, which are no mean over the batch. The same initial weights always."""
-    initializer = keras.initializers.GlorotUniform(3)
-    bank = layers.FeedForwardExperts(E, 16, kernel_initializer=initializer)
-    inputs = keras.Input((3, D))
-    layer = moe(bank, router=routers.TopKRouter(E, seed=5), router_losses=(), name="moe")
-    return keras.Model(inputs, layer(inputs))
-
-
-def values(model):
-    return [array(weight) for weight in model.trainable_variables]
-
-
-def assert_same_weights(one, other):
-    for mine, yours in zip(values(one), values(other), strict=True):
-        np.testing.assert_allclose(mine, yours, rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     "model, jit_compile",
     [
@@ -94,17 +76,6 @@ def test_router_losses_are_part_of_the_training_loss_and_not_of_the_validation_l
     np.testing.assert_allclose(history["val_loss"], mean_square, rtol=1e-5)
 
 
-@pytest.mark.skipif(BACKEND == "torch", reason="Keras refuses steps_per_execution on PyTorch")
-def test_steps_per_execution_changes_no_step():
-    one, two = compiled_model(plain_moe()), compiled_model(plain_moe(), steps_per_execution=2)
-    for model in (one, two):
-        model.fit(X, Y, batch_size=8, shuffle=False, verbose=0)
-    assert_same_weights(one, two)
-    counts = [array(model.get_layer("moe").expert_counts) for model in (one, two)]
-    np.testing.assert_array_equal(*counts)
-    assert counts[0].sum() == X.shape[0] * X.shape[1] * 2
-
-
 @pytest.mark.backends("tensorflow")
 @pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
 def test_the_end_of_data_of_unknown_length_is_no_step():
@@ -121,16 +92,6 @@ def test_the_end_of_data_of_unknown_length_is_no_step():
     assert array(layer.router._measurements) == 0
     balance = array(layer.router_loss_totals)[1] / array(layer.call_count)
     assert 1 <= balance < E
-
-
-def test_two_accumulated_steps_are_one_step_on_both_batches():
-    whole = compiled_model(plain_moe())
-    halves = compiled_model(plain_moe(), keras.optimizers.SGD(0.1, gradient_accumulation_steps=2))
-    before = values(whole)
-    whole.fit(X, Y, batch_size=32, shuffle=False, verbose=0)
-    halves.fit(X, Y, batch_size=16, shuffle=False, verbose=0)
-    assert_same_weights(whole, halves)
-    assert all((new != old).any() for new, old in zip(values(whole), before))
 
 
 def test_a_clone_has_the_same_layers_and_weights_of_its_own():

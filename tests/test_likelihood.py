@@ -1,9 +1,11 @@
 """The likelihood of a mixture against NumPy, its gradient, and what a density model learns."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
-from backends import gradients, to_numpy
+from backends import MODES, compiled, gradients, to_numpy
 from keras import ops
 from layer_checks import normal
 
@@ -29,8 +31,9 @@ def some_weights():
     return weights
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.1, 1e-6, None])
-@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize(
+    "scale, normalized", [(None, True), *itertools.product([1.0, 0.1, 1e-6], [True, False])]
+)
 def test_gaussian_likelihoods_are_those_of_numpy(scale, normalized):
     weights, means, target = some_weights(), normal(B, K, D), normal(B, D, seed=2)
     log_scales = np.full((B, K, D), np.log(scale)) if scale else 0.3 * normal(B, K, D, seed=3)
@@ -56,6 +59,18 @@ def test_categorical_likelihoods_moments_and_modes_are_those_of_numpy():
     np.testing.assert_allclose(to_numpy(loss.mean(pred)), mean, rtol=1e-5)
     np.testing.assert_allclose(to_numpy(loss.variance(pred)), mean * (1 - mean), atol=1e-6)
     np.testing.assert_array_equal(to_numpy(loss.mode(pred)), mean.argmax(-1))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_no_class_has_a_loss_of_nan(mode):
+    loss = losses.MixtureNegativeLogLikelihood("categorical", reduction="none")
+    pred = np.broadcast_to(packed(some_weights()[1:2], normal(1, K, 4)), (8, K, 5))
+    labels = np.array([0, 3, -1, 9, -7, 4, 0.5, np.nan], "float32")
+    values = compiled(loss, mode)(labels, pred)
+    assert np.isfinite(values[:2]).all() and abs(values[2]) < 1e-6
+    assert np.isnan(values[3:]).all()
+    integers = compiled(loss, mode)(np.array([0, 3, -1, 9, -7, 4], "int32"), pred[:6])
+    np.testing.assert_array_equal(integers, values[:6])
 
 
 def test_moments_and_modes_of_gaussians_are_those_of_draws():

@@ -1,5 +1,6 @@
 """Expert usage against the oracle, and decisions and specialization against loops over tokens."""
 
+import keras
 import numpy as np
 import pytest
 import reference
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from keras import ops
 from layer_checks import D, array, moe, normal
 
-from keras_moe import metrics, routers
+from keras_moe import layers, metrics, routers
 from keras_moe.ops import plan_groups, top_k_routing
 
 T, E, K = 20, 4, 2
@@ -185,7 +186,9 @@ def test_information_is_all_or_nothing_at_its_ends():
     assert information(np.zeros((4, 4))) == 0
 
 
-@pytest.mark.parametrize("router", [routers.TopKRouter(E, K), routers.TopPRouter(E)])
+@pytest.mark.parametrize(
+    "router", [routers.TopKRouter(E, K), routers.TopPRouter(E), routers.DenseRouter(E)]
+)
 def test_saliency_is_the_mean_weight_times_norm_of_each_expert(router):
     layer = moe(router=router)
     x = normal(3, 5, D)
@@ -212,6 +215,19 @@ def test_saliency_of_experts_that_a_hash_chooses():
     ids = np.arange(15).reshape(3, 5)
     saliency = array(metrics.expert_saliency(layer, normal(3, 5, D), token_ids=ids))
     assert (saliency > 0).sum() > 1
+
+
+def test_saliency_of_experts_of_whole_samples():
+    images, mask = normal(5, 4, 3, 2), np.arange(5) != 1
+    bank = layers.LayerExperts([keras.layers.Conv2D(6, 2, padding="same") for _ in range(E)])
+    layer = layers.MixtureOfExperts(bank, token_axes=1)
+    saliency = array(metrics.expert_saliency(layer, images, mask))
+    _, routing = to_numpy(layer(images, mask=mask, return_routing=True))
+    for e, expert in enumerate(bank.layers):
+        samples, places = np.nonzero((routing.indices == e) & routing.mask[:, None])
+        outputs = array(expert(images)).reshape(5, -1)[samples]
+        norms = np.linalg.norm(outputs, axis=1) * routing.weights[samples, places]
+        assert_close(saliency[e], norms.sum() / max(len(samples), 1))
 
 
 @pytest.mark.parametrize("router", ["top_k", "expert_choice", "soft"])

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from keras import ops
 from layer_checks import D, E, array, moe, normal
 
-from keras_moe import callbacks, inspection, layers, routers
+from keras_moe import callbacks, inspection, layers, losses, routers
+from keras_moe._internal.keras_internals import get_keras_mask
 
 WIDE = keras.initializers.RandomNormal(stddev=1.0, seed=0)
 BANKS = {
@@ -121,6 +122,19 @@ def test_single_outputs_have_gradients_of_a_plain_formula():
 def test_soft_slots_have_no_single_outputs():
     with pytest.raises(ValueError, match="assigns tokens to experts"):
         moe(router="soft")(normal(2, 3, D), return_expert_outputs=True)
+
+
+def test_a_masked_density_counts_no_padding():
+    ids = keras.Input((5,), dtype="int32")
+    layer = moe(layers.LinearExperts(E, 1), router=ROUTERS["dense"]())
+    embedded = keras.layers.Embedding(9, D, mask_zero=True)(ids)
+    _, routing, single = layer(embedded, return_routing=True, return_expert_outputs=True)
+    model = keras.Model(ids, losses.pack_mixture(routing, single))
+    loss = losses.MixtureNegativeLogLikelihood()
+    model.compile("sgd", loss)
+    x, y = np.array([[3, 4, 5, 0, 0], [6, 7, 8, 2, 1]]), normal(2, 5, 1)
+    expected = array(loss.call(y, model(x)))[x > 0].mean()
+    assert model.evaluate(x, y, verbose=0) == pytest.approx(expected, rel=1e-5)
 
 
 # Routers that see other features
@@ -314,6 +328,18 @@ def test_blocks_of_layered_extraction_are_stacked_trained_logged_and_saved(tmp_p
         assert_close(other, one)
 
 
+def test_each_task_has_the_mask_of_its_own_input():
+    own = [layers.FeedForwardExperts(1, 6) for _ in range(2)]
+    layer = layers.MultiGateMixtureOfExperts(
+        layers.FeedForwardExperts(2, 6), 2, task_experts=own, shared_output=True
+    )
+    masks = [np.arange(4) < np.array([[length], [3]]) for length in (1, 2, 4)]
+    inputs = [keras.layers.Masking()(normal(2, 4, D) * mask[..., None]) for mask in masks]
+    outputs = layer(inputs)
+    for output, mask in zip(outputs, masks, strict=True):
+        np.testing.assert_array_equal(array(get_keras_mask(output)), mask)
+
+
 # Dense gates, hidden gates, replay
 
 
@@ -357,9 +383,43 @@ def test_recorded_choices_are_replayed_in_a_whole_model():
         np.testing.assert_array_equal(again[name][0].indices, routing.indices)
         assert (again[name][0].weights != routing.weights).any(), "weights are live"
     assert (array(model(x)) != before).any()
-    with pytest.raises(ValueError, match="names of MoE layers"):
-        with inspection.replaying(model, {"c": recorded["a"]}):
-            pass
+
+
+def test_replay_reaches_compiled_functions_and_ends_with_its_context():
+    model = keras.Sequential([keras.Input((D,)), moe(name="a"), moe(name="b")])
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    x, first = normal(4, D), np.tile([[0, 1]], (4, 1))
+
+    def computed():
+        history = model.fit(x, x, verbose=0).history["loss"]
+        return [model.predict(x, verbose=0), model.evaluate(x, x, verbose=0), *history]
+
+    def assert_all_replay(*choices):
+        expected = model.layers[1](model.layers[0](x, indices=choices[0]), indices=choices[1])
+        outputs, *values = computed()
+        assert_close(outputs, array(expected))
+        assert_close(values[0], np.mean((array(expected) - x) ** 2))
+        assert values[1] != usual[2]
+
+    usual = computed()
+    with inspection.replaying(model, {"a": first, "b": first}):
+        assert_all_replay(first, first)
+        with inspection.replaying(model, {"b": first + 2}):
+            assert_all_replay(first, first + 2)
+        assert_all_replay(first, first)
+    for value, expected in zip(computed(), usual):
+        assert_close(value, expected)
+
+
+def test_a_replay_that_is_refused_changes_nothing():
+    model = keras.Sequential([keras.Input((D,)), moe(name="a"), moe(name="b")])
+    x, choices = normal(4, D), np.tile([[0, 1]], (4, 1))
+    before = array(model(x))
+    for wrong, rule in (({"b": choices + E}, "from 0 to"), ({"c": choices}, "names of MoE layers")):
+        with pytest.raises(ValueError, match=rule):
+            with inspection.replaying(model, {"a": choices, **wrong}):
+                pass
+        np.testing.assert_array_equal(array(model(x)), before)
 
 
 def test_hash_routing_may_learn_its_weights():

@@ -104,7 +104,6 @@ def test_a_wheel_installs_and_compiles(version, release, tmp_path):
 
 
 def test_an_installed_wheel_is_imported_and_writes_a_page(release, tmp_path):
-    pytest.importorskip("matplotlib")
     site = environment_with(release[1], sys.executable, tmp_path / "environment")
     code = (
         "import keras, numpy, keras_moe\n"

@@ -7,7 +7,6 @@ import comparisons
 import hyperparameter_tuning
 import keras
 import language_model
-import moe_vs_dense
 import numpy as np
 import pretrained
 import pruning
@@ -65,16 +64,15 @@ def test_translators_are_compared(tmp_path, capsys):
     assert not (tmp_path / "unfinished").exists()
 
 
-def test_each_cause_is_compared_with_its_own_dense_model(tmp_path, capsys):
-    changes = ["none", "decoder only", "half of the data"]
+def test_each_cause_is_compared_with_the_dense_model(tmp_path, capsys):
+    changes = ["none", "decoder only"]
     command = ["--smoke", "--output", str(tmp_path), "--seeds", "0", "--changes", *changes]
     results = translation_causes.main(command)
     runs = [results[name][0] for name in changes]
-    # The two have the dense model's data and learning rate, so it was trained once.
-    assert runs[0]["dense"] == runs[1]["dense"] != runs[2]["dense"]
-    assert len({run["mixture"] for run in runs}) == 3
+    assert runs[0]["dense"] == runs[1]["dense"], "it was trained once"
+    assert runs[0]["mixture"] != runs[1]["mixture"]
     shown = capsys.readouterr().out
-    assert shown.count("dense, seed 0") == 2 and shown.count("mixture, seed 0") == 3
+    assert shown.count("dense, seed 0") == 1 and shown.count("mixture, seed 0") == 2
     assert f"{runs[0]['mixture'] - runs[0]['dense']:+.4f}" in shown
 
 
@@ -107,21 +105,6 @@ def test_a_second_command_adds_seeds_and_trains_nothing_twice(few_models, tmp_pa
     assert {name: runs[0] for name, runs in second.items()} == {
         name: runs[0] for name, runs in first.items()
     }
-
-
-def test_models_for_a_gpu_compute_in_bfloat16_at_lower_rates(few_models, tmp_path, monkeypatch):
-    study = sparsity.Study(sparsity.GPU, sparsity.GPU.subwords, *[None] * 4)
-    model = study.make("dense")
-    looked_up = model.get_layer("embedding").count_params()
-    assert round((model.count_params() - looked_up) / 1e6, 1) == 25.7, "as docs say"
-    tiny = sparsity.SMOKE._replace(features=128, hidden_dim=8, blocks=1)
-    monkeypatch.setitem(sparsity.SIZES, "gpu", tiny)
-    monkeypatch.delitem(sparsity.MODELS, "dense")
-    arguments = ["--seeds", "0", "--size", "gpu", "--output", str(tmp_path)]
-    run = sparsity.main(arguments)["8 experts"][0]
-    assert np.isfinite(run["losses"]).all()
-    assert run["learning_rate"] == sparsity.LEARNING_RATES[0] / 2
-    assert keras.config.dtype_policy().name == "mixed_bfloat16"
 
 
 def test_upcycled_models_train_on_from_the_dense_one(tmp_path, monkeypatch):
@@ -183,18 +166,6 @@ def test_a_collapse_stays_until_it_is_balanced(monkeypatch, tmp_path):
     assert results["balancing"]["nothing"][0]["imbalance"] == [collapsed] * 2
     assert results["balancing"]["loss_free bias"][0]["imbalance"][-1] < collapsed / 2
     assert (tmp_path / "imbalance.png").exists()
-
-
-def test_every_task_is_trained_with_and_without_experts(tmp_path):
-    arguments = ["--smoke", "--experts", "4", "--seeds", "1", "--output", str(tmp_path)]
-    results = moe_vs_dense.main(arguments)
-    assert set(results) == set(moe_vs_dense.TASKS)
-    for models in results.values():
-        assert set(models) == {"dense", "4 experts"}
-        for (run,) in models.values():
-            assert np.isfinite(run["losses"]).all()
-            assert run["seconds"][-1] == run["steps"][-1] * run["ms_per_step"] / 1000
-    assert (tmp_path / "moe_vs_dense.png").exists() and not (tmp_path / "progress").exists()
 
 
 def test_an_interrupted_search_resumes_and_is_never_worse_than_the_default(tmp_path, monkeypatch):

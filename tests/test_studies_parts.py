@@ -1,11 +1,9 @@
-"""What studies share: data, batches, translators, resuming, whole files, and how a study ends."""
+"""What studies share: data, batches, translators, resuming, and whole files."""
 
 import gzip
 import itertools
-import os
 import pathlib
 import subprocess
-import sys
 
 import comparisons
 import decoding
@@ -24,44 +22,18 @@ from subwords import END, PADDING, START, Subwords, pad
 from translator import bilingual_embedding
 
 pytestmark = pytest.mark.backends("torch")
-STUDIES = pathlib.Path(__file__).parents[1] / "studies"
 
 
-# How a study ends.
-
-
-ENDS = {
-    "raise KeyboardInterrupt": (130, "error: interrupted. The same command, given again,"),
-    "raise RuntimeError('made up: No space left on device')": (2, "error: made up: No space left"),
-    "print('to a closed output'); sys.stdout.flush()": (0, ""),
-}
-
-
-@pytest.mark.parametrize("code", ENDS)
-def test_a_study_ends_in_one_line(code):
-    program = f"import os, sys, clean_exit; reader, writer = os.pipe(); {code}"
-    ended = subprocess.run(
-        ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": str(STUDIES)},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    lines = ended.stderr.splitlines()
-    assert (ended.returncode, len(lines)) == (ENDS[code][0], bool(ENDS[code][1])), ended.stderr
-    assert "".join(lines).startswith(ENDS[code][1])
-
-
-def test_files_of_a_set_are_replaced_together(tmp_path):
-    paths = [tmp_path / "new" / name for name in ("model.keras", "words.json")]
-    with files.whole(*paths) as parts:
-        for part, path in zip(parts, paths):
-            assert part.suffix == path.suffix
-            part.write_text("old")
-    with pytest.raises(KeyboardInterrupt), files.whole(*paths) as parts:
-        parts[0].write_text("half")
+def test_a_file_is_whole_or_the_old_one(tmp_path):
+    path = tmp_path / "new" / "model.keras"
+    with files.whole(path) as part:
+        assert part.suffix == path.suffix
+        part.write_text("old")
+    with pytest.raises(KeyboardInterrupt), files.whole(path) as part:
+        part.write_text("half")
         raise KeyboardInterrupt
-    assert [path.read_text() for path in paths] == ["old", "old"]
-    assert sorted(paths[0].parent.iterdir()) == sorted(paths)
+    assert path.read_text() == "old"
+    assert list(path.parent.iterdir()) == [path]
 
 
 # Training that resumes, and comparisons.

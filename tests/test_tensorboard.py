@@ -3,19 +3,15 @@
 import io
 
 import keras
+import matplotlib.image
 import numpy as np
 import pytest
+from backends import run_python
+from layer_checks import D, moe, normal
+from test_callbacks import fit, model_of, routed
 
-pytest.importorskip("tensorboard")
-pytest.importorskip("matplotlib")
-
-import matplotlib.image  # noqa: E402
-from backends import run_python  # noqa: E402
-from layer_checks import D, moe, normal  # noqa: E402
-from test_callbacks import fit, model_of, routed  # noqa: E402
-
-from keras_moe import layers, visualization  # noqa: E402
-from keras_moe.callbacks import ExpertMonitor  # noqa: E402
+from keras_moe import layers, visualization
+from keras_moe.callbacks import ExpertMonitor
 
 # What is written are the arrays and floats of the history, which is tested on each backend.
 pytestmark = pytest.mark.backends("torch")

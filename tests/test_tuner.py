@@ -4,16 +4,14 @@ import random
 from types import SimpleNamespace
 
 import keras
+import keras_tuner
 import numpy as np
 import pytest
+from keras_tuner.engine.trial import Trial
 from layer_checks import D, normal
 
-keras_tuner = pytest.importorskip("keras_tuner")
-
-from keras_tuner.engine.trial import Trial  # noqa: E402
-
-from keras_moe import layers, losses, routers, tuner  # noqa: E402
-from keras_moe.tuner.search_space import SET_TOP_K, TAKE_TOP_K  # noqa: E402
+from keras_moe import layers, losses, routers, tuner
+from keras_moe.tuner.search_space import SET_TOP_K, TAKE_TOP_K
 
 # A search makes layers and reads logs, which are tested on each backend.
 pytestmark = [

@@ -4,15 +4,12 @@ import io
 
 import numpy as np
 import pytest
+from layer_checks import moe, normal, one_hot, one_hot_router
+from matplotlib.colors import to_rgba
+from test_inspection import two_block_model
 
-pytest.importorskip("matplotlib")
-
-from layer_checks import moe, normal, one_hot, one_hot_router  # noqa: E402
-from matplotlib.colors import to_rgba  # noqa: E402
-from test_inspection import two_block_model  # noqa: E402
-
-from keras_moe import inspection, visualization  # noqa: E402
-from keras_moe.visualization.plots import MAX_ROWS  # noqa: E402
+from keras_moe import inspection, visualization
+from keras_moe.visualization.plots import MAX_ROWS
 
 # Arrays are drawn by NumPy; routings of a model are drawn on each backend.
 of_arrays = pytest.mark.backends("torch")

@@ -6,17 +6,18 @@ import functools
 import keras
 from keras.src.backend.common.global_state import get_global_attribute, set_global_attribute
 
-# On JAX only this finds the masks of traced tensors. Here from Keras 3.10 on.
+# On JAX only these find the masks of traced tensors. Here from Keras 3.10 on.
 from keras.src.backend.common.masking import get_keras_mask as get_keras_mask
-
-# Whether updates of variables are collected instead of made.
-from keras.src.backend.common.stateless_scope import in_stateless_scope as in_stateless_scope
-
-# In which variables are read in the dtype that a layer computes in.
-from keras.src.backend.common.variables import AutocastScope, get_autocast_scope
+from keras.src.backend.common.masking import set_keras_mask as set_keras_mask
 
 # The class of models made of symbolic tensors, which has no public name.
 from keras.src.models.functional import Functional as Functional
+
+
+def drops_losses():
+    """Whether Keras drops added losses, as in a `stateless_call` that does not return them."""
+    scope, symbolic = map(get_global_attribute, ("stateless_scope", "symbolic_scope"))
+    return scope is not None and symbolic is None and not scope.collect_losses
 
 
 def current_model():
@@ -26,34 +27,33 @@ def current_model():
 
 
 def current_call():
-    """A context to enter the present call again: with its `training` and dtype of variables."""
-    call, autocast = get_global_attribute("current_call_ctx"), get_autocast_scope()
-
-    @contextlib.contextmanager
-    def again():
-        outer = get_global_attribute("current_call_ctx")
-        set_global_attribute("current_call_ctx", call)
-        try:
-            with AutocastScope(autocast and autocast.dtype):
-                yield
-        finally:
-            set_global_attribute("current_call_ctx", outer)
-
-    return again
+    """A function that returns a context with the `training` and dtypes of the present call."""
+    names = ("current_call_ctx", "autocast_scope")
+    present = {name: get_global_attribute(name) for name in names}
+    return lambda: _global_state(**present)
 
 
 def stored_dtypes():
     """A context in which variables are read in the dtype they are stored in."""
-    return AutocastScope(None)
+    return _global_state(autocast_scope=None)
 
 
-def remove_sublayers(layer, names):
-    """Take sublayers from a built layer, by the names of its attributes that hold them."""
-    with open_to_state(layer):
-        for name in names:
-            sublayer = getattr(layer, name)
-            delattr(layer, name)
-            layer._tracker.untrack(sublayer)
+@contextlib.contextmanager
+def _global_state(**attributes):
+    """A context with other attributes of Keras's global state."""
+    outer = {name: get_global_attribute(name) for name in attributes}
+    for name, value in attributes.items():
+        set_global_attribute(name, value)
+    try:
+        yield
+    finally:
+        for name, value in outer.items():
+            set_global_attribute(name, value)
+
+
+def in_stateless_scope():
+    """Whether updates of variables are collected instead of made."""
+    return get_global_attribute("stateless_scope") is not None
 
 
 def own_layers(layer):

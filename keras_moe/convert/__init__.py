@@ -1,4 +1,4 @@
-"""Models of other packages, with their weights."""
+"""Conversion of models and weights from and to other packages."""
 
 from keras_moe.convert.hugging_face import from_hugging_face, to_hugging_face
 from keras_moe.convert.keras_hub import layout_map, restore, sparsify

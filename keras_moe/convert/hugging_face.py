@@ -1,4 +1,4 @@
-"""MoE layers from models of Hugging Face, and back into their layout."""
+"""Conversion of MoE layers from and to Hugging Face's layouts."""
 
 import functools
 import os
@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from keras_moe._internal.checks import check_choice, check_integer
+from keras_moe._internal.keras_internals import parameters_of
 from keras_moe.convert.hugging_face_families import (
     FAMILIES,
     Config,
@@ -16,7 +17,7 @@ from keras_moe.convert.hugging_face_families import (
     differences,
     mixture_of,
 )
-from keras_moe.convert.weights import check_plain, read_config, tensor_reader
+from keras_moe.convert.weights import check_plain, floats_of, read_config, tensor_reader
 from keras_moe.layers import MixtureOfExperts
 
 
@@ -80,7 +81,7 @@ def to_hugging_face(mixture: MixtureOfExperts, layer: int, family: str) -> dict:
     """The weights of a MoE layer under the names and in the shapes of Hugging Face's files.
 
     Args:
-        mixture: `layers.MixtureOfExperts`. A built layer like those of `from_hugging_face`.
+        mixture: `layers.MixtureOfExperts`. A built layer, such as one of `from_hugging_face`.
         layer: Integer. Number of the decoder layer, from 0.
         family: String. The `model_type` of the model, such as `"mixtral"`.
 
@@ -97,15 +98,9 @@ def to_hugging_face(mixture: MixtureOfExperts, layer: int, family: str) -> dict:
     ...     mixture, layer=0, family="mixtral"
     ... )  # doctest: +SKIP
     """
-    layer = check_integer("layer", layer, minimum=0)
-    check_choice("family", family, FAMILIES)
-    check_plain(mixture, but=mixture.experts)
-    prefix, rules = FAMILIES[family].layouts[0]
-    prefix = prefix.format(layer=layer)
-    config = config_like(mixture, family)
-    variables = check_block(mixture, rules, config, but=("scaling_factor",))
+    prefix, rules, variables = layout_of(mixture, layer, family, 0, but=("scaling_factor",))
     # Without a place in the family's config, the factor of the router goes into the kernels.
-    scale = 1.0 if FAMILIES[family].scales_weights else config["routed_scaling_factor"]
+    scale = 1.0 if FAMILIES[family].scales_weights else getattr(mixture.router, "scaling_factor", 1)
     arrays = {}
     for rule in rules:
         ours = [_value(mixture, name, variables[name], scale) for name in rule.ours]
@@ -118,15 +113,25 @@ def to_hugging_face(mixture: MixtureOfExperts, layer: int, family: str) -> dict:
     return arrays
 
 
+def layout_of(mixture, layer, family, number, but=()):
+    """The prefix and the rules of a layout of a family, and the variables of a layer by name."""
+    layer = check_integer("layer", layer, minimum=0)
+    check_choice("family", family, FAMILIES)
+    check_plain(mixture, but=mixture.experts)
+    prefix, rules = FAMILIES[family].layouts[number]
+    variables = check_block(mixture, rules, config_like(mixture, family), but)
+    return prefix.format(layer=layer), rules, variables
+
+
 def check_block(mixture, rules, config, but=()):
-    """The variables in rules, by name, of a layer that is the block of a config and no more."""
+    """The variables that rules name, of a layer that computes exactly the block of a config."""
     wrong, placed = differences(mixture, config, but), {}
     if not wrong:
         names = [name for rule in rules for name in rule.ours]
         placed = {name: functools.reduce(getattr, name.split("."), mixture) for name in names}
         wrong += [f"no weight `{name}`" for name in names if placed[name] is None]
         known = {id(variable) for variable in placed.values()}
-        weights = [each for part in mixture._flatten_layers() for each in part._trainable_variables]
+        weights = parameters_of(mixture)
         bias = getattr(mixture.router, "selection_bias", None)
         if bias is not None and np.any(keras.ops.convert_to_numpy(bias)):  # Zeros change no choice.
             weights.append(bias)
@@ -141,7 +146,7 @@ def check_block(mixture, rules, config, but=()):
 
 
 def _layout_in(names, family, layer, num_experts):
-    """The prefix and the rules of the family's layout whose weights are all there."""
+    """The prefix and the rules of the family's first layout without a missing weight."""
     missing = []
     for prefix, rules in FAMILIES[family].layouts:
         prefix, experts = prefix.format(layer=layer), range(num_experts)
@@ -170,10 +175,7 @@ def _read(rule, prefix, num_experts, read):
 
 
 def _value(mixture, name, variable, scale):
-    """An array; a kernel of the bank as floats, with its LoRA."""
-    if name.endswith("_kernel"):
-        projection = name.removeprefix("experts.").removesuffix("_kernel")
-        value = mixture.experts.projection(projection).merged_kernel()
-    else:
-        value = keras.ops.convert_to_numpy(variable)
+    if not name.startswith("experts."):
+        return keras.ops.convert_to_numpy(variable)
+    value = floats_of(mixture.experts, name.removeprefix("experts."))
     return value * scale if scale != 1 and name.startswith("experts.down_") else value

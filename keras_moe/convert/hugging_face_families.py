@@ -1,4 +1,4 @@
-"""The MoE blocks of Hugging Face's models: names of their weights, and our layer for them."""
+"""MoE blocks of Hugging Face's model families: names of weights, and the equal layer."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,16 +22,25 @@ class Config(dict):
 class Family(NamedTuple):
     """The MoE block of one family of models.
 
-    - `layouts`: pairs of the prefix of all names, with `{layer}` in it, and rules: that of files,
-      and that of models in memory, if it is another.
-    - `make`: from a `Config` and a dtype policy to arguments of a `MixtureOfExperts`.
+    - `layouts`: pairs of the prefix of all names, with `{layer}` in it, and rules: for files, and
+      for models in memory if they differ.
+    - `router`, `experts`: from a `Config` to arguments of our router and bank.
+    - `width`: name of the experts' hidden width in the config.
+    - `shared`: from a `Config` to the width of the shared expert, if there is one.
+    - `gated_shared`: whether the shared expert has a gate.
     - `scales_weights`: whether its config has the `scaling_factor` of the router. Without it the
       last kernels of the experts are multiplied by this factor.
+    - `router_class`: class of our router.
     """
 
     layouts: tuple[tuple[str, tuple[Rule, ...]], ...]
-    make: Callable
+    router: Callable
+    experts: Callable = lambda config: {}
+    width: str = "moe_intermediate_size"
+    shared: Callable | None = None
+    gated_shared: bool = False
     scales_weights: bool = False
+    router_class: type = routers.TopKRouter
 
 
 def _dense(theirs, ours):
@@ -63,117 +72,12 @@ def _shared(name):
 
 
 def _layouts(*others, by_expert=_BY_EXPERT, prefix=_MLP, in_memory=_MLP):
-    """The layout of files, and that of models in memory, whose experts are stacked."""
+    """The layouts of files and of models in memory, whose experts are stacked."""
     return (prefix, (*others, *by_expert)), (in_memory, (*others, *_STACKED))
 
 
 def _bias(theirs):
     return Rule(theirs, ("router.selection_bias",))
-
-
-def _arguments(config, experts, router, **kwargs):
-    weight = config.get("router_aux_loss_coef")
-    router_losses = [losses.LoadBalance(weight)] if weight else []
-    return {"experts": experts, "router": router, "router_losses": router_losses, **kwargs}
-
-
-# Those that Keras and PyTorch compute alike under one name.
-_ACTIVATIONS = ("silu", "swish", "gelu", "relu", "relu6", "mish", "sigmoid", "tanh", "linear")
-
-
-def _activation(config):
-    return check_choice("hidden_act", config.get("hidden_act", "silu"), _ACTIVATIONS)
-
-
-def _num_experts(config):
-    """The number of experts, whatever the family and the release call it."""
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    return config[next((name for name in names if name in config), names[0])]
-
-
-def _experts(config, width="moe_intermediate_size", **kwargs):
-    kwargs = {"activation": _activation(config), **kwargs}
-    # All weights are assigned later; drawing them would take long.
-    return GatedExperts(_num_experts(config), config[width], kernel_initializer="zeros", **kwargs)
-
-
-def _top_k(config, **kwargs):
-    return routers.TopKRouter(_num_experts(config), config["num_experts_per_tok"], **kwargs)
-
-
-def _mixtral(config, dtype):
-    jitter = config.get("router_jitter_noise", 0.0)
-    return _arguments(
-        config,
-        _experts(config, "intermediate_size", dtype=dtype),
-        _top_k(config, renormalize=True, input_jitter=jitter),
-    )
-
-
-def _qwen3_moe(config, dtype, width="moe_intermediate_size", **kwargs):
-    return _arguments(
-        config,
-        _experts(config, width, dtype=dtype),
-        _top_k(config, renormalize=config["norm_topk_prob"]),
-        **kwargs,
-    )
-
-
-def _qwen2_moe(config, dtype):
-    width = config["shared_expert_intermediate_size"]
-    shared = GatedFeedForward(width, _activation(config), dtype=dtype)
-    return _qwen3_moe(config, dtype, shared_expert=shared, gated_shared_expert=True)
-
-
-def _olmoe(config, dtype):
-    return _qwen3_moe(config, dtype, width="intermediate_size")
-
-
-def _deepseek_v3(config, dtype):
-    router = routers.GroupLimitedRouter(
-        _num_experts(config),
-        num_groups=config["n_group"],
-        top_groups=config["topk_group"],
-        top_k=config["num_experts_per_tok"],
-        renormalize=config["norm_topk_prob"],
-        scaling_factor=config["routed_scaling_factor"],
-        balancer="loss_free",
-    )
-    width = config["moe_intermediate_size"] * config["n_shared_experts"]
-    shared = GatedFeedForward(width, _activation(config), dtype=dtype)
-    return _arguments(config, _experts(config, dtype=dtype), router, shared_expert=shared)
-
-
-def _minimax_m2(config, dtype):
-    jitter = config.get("router_jitter_noise", 0.0)
-    router = _top_k(
-        config, score="sigmoid", renormalize=True, balancer="loss_free", input_jitter=jitter
-    )
-    return _arguments(config, _experts(config, "intermediate_size", dtype=dtype), router)
-
-
-def _lfm2_moe(config, dtype):
-    router = _top_k(
-        config,
-        score="sigmoid",
-        renormalize=config["norm_topk_prob"],
-        scaling_factor=config["routed_scaling_factor"],
-        balancer="loss_free",
-    )
-    return _arguments(config, _experts(config, dtype=dtype), router)
-
-
-def _gpt_oss(config, dtype):
-    experts = _experts(
-        config,
-        "intermediate_size",
-        activation=activations.quick_gelu,
-        use_bias=True,
-        clip=config.get("swiglu_limit", 7.0),
-        up_shift=1.0,
-        dtype=dtype,
-    )
-    return _arguments(config, experts, _top_k(config, renormalize=True, use_bias=True))
 
 
 _GPT_OSS = (
@@ -185,28 +89,64 @@ _GPT_OSS = (
     Rule("experts.down_proj_bias", ("experts.down_bias",)),
 )
 
+
+def _renormalized(config):
+    return {"renormalize": config["norm_topk_prob"]}
+
+
+def _jittered(config):
+    return {"renormalize": True, "input_jitter": config.get("router_jitter_noise", 0.0)}
+
+
+def _loss_free(config):
+    return {
+        "renormalize": config["norm_topk_prob"],
+        "scaling_factor": config["routed_scaling_factor"],
+        "balancer": "loss_free",
+    }
+
+
 # By `model_type` of their config.
 FAMILIES = {
     "mixtral": Family(
         _layouts(*_GATE, by_expert=_BY_NUMBER, prefix=_BLOCK),
-        _mixtral,
+        _jittered,
+        width="intermediate_size",
     ),
-    "qwen2_moe": Family(_layouts(*_GATE, *_shared("shared_expert"), *_SHARED_GATE), _qwen2_moe),
-    "qwen3_moe": Family(_layouts(*_GATE), _qwen3_moe),
-    "olmoe": Family(_layouts(*_GATE), _olmoe),
+    "qwen2_moe": Family(
+        _layouts(*_GATE, *_shared("shared_expert"), *_SHARED_GATE),
+        _renormalized,
+        shared=lambda config: config["shared_expert_intermediate_size"],
+        gated_shared=True,
+    ),
+    "qwen3_moe": Family(_layouts(*_GATE), _renormalized),
+    "olmoe": Family(_layouts(*_GATE), _renormalized, width="intermediate_size"),
     "deepseek_v3": Family(
-        _layouts(
-            *_GATE,
-            _bias("gate.e_score_correction_bias"),
-            *_shared("shared_experts"),
-        ),
-        _deepseek_v3,
+        _layouts(*_GATE, _bias("gate.e_score_correction_bias"), *_shared("shared_experts")),
+        lambda config: {
+            **_loss_free(config),
+            "num_groups": config["n_group"],
+            "top_groups": config["topk_group"],
+        },
+        shared=lambda config: config["moe_intermediate_size"] * config["n_shared_experts"],
         scales_weights=True,
+        router_class=routers.GroupLimitedRouter,
     ),
-    "gpt_oss": Family(((_MLP, _GPT_OSS),), _gpt_oss),
+    "gpt_oss": Family(
+        ((_MLP, _GPT_OSS),),
+        lambda config: {"renormalize": True, "use_bias": True},
+        lambda config: {
+            "activation": activations.quick_gelu,
+            "use_bias": True,
+            "clip": config.get("swiglu_limit", 7.0),
+            "up_shift": 1.0,
+        },
+        width="intermediate_size",
+    ),
     "minimax_m2": Family(
         _layouts(*_GATE, _bias("e_score_correction_bias"), by_expert=_BY_NUMBER, prefix=_BLOCK),
-        _minimax_m2,
+        lambda config: {**_jittered(config), "score": "sigmoid", "balancer": "loss_free"},
+        width="intermediate_size",
     ),
     "lfm2_moe": Family(
         _layouts(
@@ -216,34 +156,56 @@ FAMILIES = {
             prefix=_FEED_FORWARD,
             in_memory=_FEED_FORWARD,
         ),
-        _lfm2_moe,
+        lambda config: {**_loss_free(config), "score": "sigmoid"},
         scales_weights=True,
     ),
 }
 
-# Families whose block is that of another one.
+# Families with the block of another one.
 _ALIKE = {
-    "mixtral": ("minimax",),
-    "qwen2_moe": ("qwen3_next",),
-    "qwen3_moe": ("mellum",),
-    "olmoe": ("flex_olmo",),
-    "deepseek_v3": (
-        *("deepseek_v32", "dots1", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "solar_open"),
-    ),
+    "mixtral": "minimax",
+    "qwen2_moe": "qwen3_next",
+    "qwen3_moe": "mellum",
+    "olmoe": "flex_olmo",
+    "deepseek_v3": "deepseek_v32 dots1 glm4_moe glm4_moe_lite glm_moe_dsa solar_open",
 }
-FAMILIES.update({name: FAMILIES[family] for family in _ALIKE for name in _ALIKE[family]})
+FAMILIES.update({name: FAMILIES[like] for like in _ALIKE for name in _ALIKE[like].split()})
+
+# Keras and PyTorch compute them alike under one name.
+_ACTIVATIONS = ("silu", "swish", "gelu", "relu", "relu6", "mish", "sigmoid", "tanh", "linear")
+
+
+def parts_of(config, dtype=None):
+    """Arguments of our layer for the MoE block of a config."""
+    family = FAMILIES[config["model_type"]]
+    # Families and releases differ in the name.
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    num_experts = config[next((name for name in names if name in config), names[0])]
+    activation = check_choice("hidden_act", config.get("hidden_act", "silu"), _ACTIVATIONS)
+    # All weights are assigned later; drawing them would take long.
+    experts = {"activation": activation, "kernel_initializer": "zeros", **family.experts(config)}
+    shared = family.shared and GatedFeedForward(family.shared(config), activation, dtype=dtype)
+    weight = config.get("router_aux_loss_coef")
+    return {
+        "experts": GatedExperts(num_experts, config[family.width], dtype=dtype, **experts),
+        "router": family.router_class(
+            num_experts, top_k=config["num_experts_per_tok"], **family.router(config)
+        ),
+        "router_losses": [losses.LoadBalance(weight)] if weight else [],
+        "shared_expert": shared,
+        "gated_shared_expert": family.gated_shared,
+    }
 
 
 def mixture_of(config, dtype=None, **kwargs):
     """Our layer for the MoE block of a config, built and without weights."""
-    arguments = FAMILIES[config["model_type"]].make(config, dtype)
-    mixture = MixtureOfExperts(**{**arguments, "dtype": dtype, **kwargs})
+    mixture = MixtureOfExperts(**{**parts_of(config, dtype), "dtype": dtype, **kwargs})
     mixture.build((None, None, config["hidden_size"]))
     return mixture
 
 
 def config_like(mixture, family):
-    """The config of the model of a family whose MoE blocks are as a layer, as far as they can."""
+    """The config of a family whose MoE block comes closest to a layer."""
     experts, router = mixture.experts, mixture.router
     width = experts.hidden_dim
     shared_width = getattr(mixture.shared_expert, "hidden_dim", width)
@@ -269,14 +231,14 @@ _SUFFIXES = ("_initializer", "_regularizer", "lora_rank", "lora_alpha")
 
 
 def differences(mixture, config, but=()):
-    """The reasons why the outputs of a layer are not those of the block of a config.
+    """Why a layer computes something else than the block of a config.
 
     `but` holds names of arguments that may differ.
     """
     found = []
-    parts = FAMILIES[config["model_type"]].make(config, None)
+    parts = parts_of(config)
     for name in ("router", "experts", "shared_expert"):
-        part, wanted = getattr(mixture, name), parts.get(name)
+        part, wanted = getattr(mixture, name), parts[name]
         if not isinstance(part, type(wanted)):
             found.append(f"a `{type(part).__name__}` as {name}, not {type(wanted).__name__}")
         elif wanted is not None:
@@ -286,7 +248,7 @@ def differences(mixture, config, but=()):
                 for key, value in _arguments_of(wanted).items()
                 if given.get(key) != value and key not in but
             ]
-    if mixture.gated_shared_expert != parts.get("gated_shared_expert", False):
+    if mixture.gated_shared_expert != parts["gated_shared_expert"]:
         found.append(f"gated_shared_expert={mixture.gated_shared_expert}")
     if mixture.capacity is not None and mixture.capacity.evaluation_factor is not None:
         found.append(f"evaluation_factor={mixture.capacity.evaluation_factor}, not None")
@@ -305,6 +267,6 @@ def _arguments_of(part):
 
 
 def _renormalizes(router):
-    """Whether weights are divided by their sum: None means whether there are several."""
+    """Whether weights are divided by their sum; None divides several."""
     renormalize = getattr(router, "renormalize", None)
     return router.max_top_k > 1 if renormalize is None else renormalize

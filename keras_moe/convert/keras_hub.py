@@ -1,25 +1,18 @@
-"""Sparse experts in models of KerasHub, in place, and how such models are saved."""
-
-import sys
-from typing import Any
+"""Conversion of KerasHub models to sparse experts, and back."""
 
 import keras
 
-from keras_moe._internal.keras_internals import forget_old_weights, own_layers
-from keras_moe._internal.serialization import PACKAGE
+from keras_moe._internal.keras_internals import own_layers
+from keras_moe._internal.serialization import PACKAGE, Configured, register
 from keras_moe.convert.keras_hub_families import FAMILIES, family_of
-from keras_moe.convert.sparse_blocks import (
-    ConvertedBlock,
-    change_class,
-    change_class_back,
-    make_dense,
-    make_sparse,
-)
+from keras_moe.convert.sparse_blocks import dense_layers, is_sparse, sparse_layers
 from keras_moe.convert.weights import check_plain
+from keras_moe.layers.replacement import forget_converters, record, replace
 
 
+@keras.saving.register_keras_serializable(PACKAGE, "sparsify")
 def sparsify(model: keras.Model) -> keras.Model:
-    """Let the MoE blocks of a KerasHub model compute only the experts that are chosen.
+    """Make the MoE blocks of a KerasHub model compute only the chosen experts.
 
     KerasHub computes every expert for every token. Afterwards each block computes with a
     `layers.MixtureOfExperts` of the same weights, and all tools of this package work on it. The
@@ -43,28 +36,30 @@ def sparsify(model: keras.Model) -> keras.Model:
     >>> model = keras_hub.models.MixtralCausalLM.from_preset(preset)  # doctest: +SKIP
     >>> keras_moe.convert.sparsify(model).generate("Keras is")  # doctest: +SKIP
     """
-    # A backbone has its decoder layers in its graph and in a list.
-    found = {
-        id(block): (owner, block)
+    dense = {
+        block: owner
         for owner in model._flatten_layers()
         for block in own_layers(owner)
-        if family_of(block)
+        if family_of(block) and not any(map(is_sparse, own_layers(block)))
     }
-    if not found and not _sparse_blocks(model):
+    if not dense and not any(map(is_sparse, model._flatten_layers())):
         raise ValueError(
             f"`model` must have a MoE block of KerasHub: {', '.join(FAMILIES)}. "
             f"Received: model={model!r}"
         )
-    for _, block in found.values():
+    for block in dense:
         check_plain(block)
-    for owner, block in found.values():
-        make_sparse(owner, block, family_of(block))
-    _finish(model, _mark)
+    replacements: dict = {}
+    for block, owner in dense.items():
+        replacements |= sparse_layers(owner, block, family_of(block))
+    model, _ = replace(model, replacements)
+    for backbone in _backbones(model):
+        record(backbone, converters=[sparsify])
     return model
 
 
 def restore(model: keras.Model) -> keras.Model:
-    """Give a model that `sparsify` has converted the blocks of KerasHub again, in place.
+    """Undo `sparsify`, in place: the model has the blocks of KerasHub again.
 
     Args:
         model: Keras model. As for `sparsify`.
@@ -80,15 +75,12 @@ def restore(model: keras.Model) -> keras.Model:
 
     >>> keras_moe.convert.restore(model).save_to_preset("preset")  # doctest: +SKIP
     """
-    blocks = _sparse_blocks(model)
-    if not blocks:
+    replacements = dense_layers(model)
+    if not replacements:
         raise ValueError(f"`model` must be one that `sparsify` converted. Received: {model!r}")
-    for block in blocks:
-        # KerasHub gets the floats of experts, with their LoRA.
-        check_plain(block, but=block._sparse_mixture.experts)
-    for block in blocks:
-        make_dense(block)
-    _finish(model, _unmark)
+    model, _ = replace(model, replacements)
+    for backbone in _backbones(model):
+        forget_converters(backbone)
     return model
 
 
@@ -126,63 +118,25 @@ def layout_map(mesh: keras.distribution.DeviceMesh) -> keras.distribution.Layout
     ... )  # doctest: +SKIP
     """
     layouts = keras.distribution.LayoutMap(mesh)
-    for path, axes in _LAYOUTS.items():
-        layouts[path] = axes
+    layouts.update(_LAYOUTS)
     return layouts
 
 
-def _sparse_blocks(model):
-    return [layer for layer in model._flatten_layers() if isinstance(layer, ConvertedBlock)]
+def _backbones(model):
+    import keras_hub
+
+    cls = keras_hub.models.Backbone
+    return [layer for layer in model._flatten_layers() if isinstance(layer, cls)]
 
 
-def _finish(model, mark):
-    """Update everything that holds the old weights, and the classes of backbones."""
-    forget_old_weights(model)
-    backbone = sys.modules["keras_hub"].models.Backbone
-    for layer in list(model._flatten_layers()):
-        if isinstance(layer, backbone):
-            mark(layer)
-
-
-class SparseBackbone:
-    """Mixed into the class of a backbone: its config has the name of that class."""
-
-    replaced: Any
-
-    def get_config(self):
-        name = keras.saving.get_registered_name(self.replaced)
-        return {**self.replaced.get_config(self), "sparsified": name}
+@register
+class SparseBackbone(Configured):
+    """Reads backbones that version 0.2 converted and saved."""
 
     @classmethod
     def from_config(cls, config):
         import keras_hub  # noqa: F401 registers its classes
 
         config = dict(config)
-        replaced = keras.saving.get_registered_object(config.pop("sparsified"))
-        return sparsify(replaced.from_config(config))
-
-    def save_to_preset(self, *args, **kwargs):
-        """Save a preset, which KerasHub loads as its own."""
-        _unmark(self)
-        try:
-            self.save_to_preset(*args, **kwargs)
-        finally:
-            _mark(self)
-
-
-# One name for all backbones; the config says which one it is.
-_register = keras.saving.register_keras_serializable(PACKAGE, "SparseBackbone")
-_register(SparseBackbone)
-
-
-def _mark(backbone):
-    """Let a backbone be saved as a sparse one."""
-    if not isinstance(backbone, SparseBackbone):
-        change_class(backbone, SparseBackbone)
-        _register(type(backbone))
-
-
-def _unmark(backbone):
-    """Let a backbone be saved as the one that it is in KerasHub."""
-    if isinstance(backbone, SparseBackbone):
-        change_class_back(backbone)
+        original = keras.saving.get_registered_object(config.pop("sparsified"))
+        return sparsify(original.from_config(config))

@@ -1,4 +1,4 @@
-"""The MoE blocks of KerasHub: where their weights are, and which parts compute the same."""
+"""MoE blocks of KerasHub's model families: places of weights, and equal parts."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -39,13 +39,10 @@ class Family(NamedTuple):
 
 
 class BareRouter(routers.TopKRouter):
-    """Saves its weights only: in files it stands for a `Dense` layer, which has no draws."""
+    """A router that saves weights and no random state, as the `Dense` layer that it replaces."""
 
     def save_own_variables(self, store):
         keras.Layer.save_own_variables(self, store)
-
-    def load_own_variables(self, store):
-        keras.Layer.load_own_variables(self, store)
 
 
 def _renormalized(block, top_k=None, **kwargs):

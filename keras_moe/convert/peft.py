@@ -10,10 +10,9 @@ import os
 import numpy as np
 from keras import ops
 
-from keras_moe._internal.checks import check_choice, check_integer
-from keras_moe.convert.hugging_face import check_block
-from keras_moe.convert.hugging_face_families import FAMILIES, config_like
-from keras_moe.convert.weights import check_plain, read_config, tensor_reader
+from keras_moe.convert.hugging_face import layout_of
+from keras_moe.convert.hugging_face_families import FAMILIES
+from keras_moe.convert.weights import read_config, tensor_reader
 from keras_moe.layers import MixtureOfExperts
 
 # The first weights in rules for kernels of experts.
@@ -25,8 +24,8 @@ def from_peft(
 ) -> MixtureOfExperts:
     """Give the experts of a MoE layer the low-rank factors of a PEFT adapter, by `enable_lora`.
 
-    The outputs are those of the adapted block of Hugging Face. The adapter's weights outside this
-    block, such as those of attention, are not read.
+    The layer then computes as the adapted block of Hugging Face. Weights outside this block, such
+    as in attention, are not read.
 
     Args:
         source: Path. Folder of an adapter, with `adapter_config.json` and `.safetensors` files.
@@ -126,15 +125,10 @@ def to_peft(
 
 
 def _experts_of(mixture, layer, family):
-    """The beginning of PEFT's names for the experts of a model in memory, and rules for (D, H)."""
-    layer = check_integer("layer", layer, minimum=0)
-    check_choice("family", family, FAMILIES)
-    check_plain(mixture, but=mixture.experts)
-    prefix, rules = FAMILIES[family].layouts[-1]
-    check_block(mixture, rules, config_like(mixture, family))
-    kernels = [rule for rule in rules if rule.ours[0] in _KERNELS]
-    prefix = "base_model.model." + prefix.format(layer=layer) + "experts."
-    return prefix, [rule._replace(transposed=False) for rule in kernels]
+    """The prefix of PEFT's names for the experts of a model in memory, and rules for (D, H)."""
+    prefix, rules, _ = layout_of(mixture, layer, family, -1)
+    kernels = [rule._replace(transposed=False) for rule in rules if rule.ours[0] in _KERNELS]
+    return f"base_model.model.{prefix}experts.", kernels
 
 
 def _projections(bank, rule):
@@ -143,7 +137,7 @@ def _projections(bank, rule):
 
 
 def _shapes(bank, rule, rank):
-    """Those of `lora_A` and `lora_B`."""
+    """Shapes of `lora_A` and `lora_B`."""
     _, fan_in, fan_out = _projections(bank, rule)[0].shape
     stacked = rank * bank.num_experts
     return (stacked, fan_in), (fan_out * len(rule.ours), stacked)

@@ -1,49 +1,50 @@
-"""The layers that take the place of a MoE block of KerasHub, and the exchange of the two."""
+"""Sparse layers that replace MoE blocks of KerasHub."""
 
-import functools
+import inspect
+import operator
 from collections.abc import Callable
-from typing import Any
 
+import keras
 from keras import ops
 
 from keras_moe import losses
-from keras_moe._internal.keras_internals import (
-    names_below,
-    open_to_state,
-    remove_sublayers,
-    set_state,
-)
+from keras_moe._internal.keras_internals import names_below
 from keras_moe._internal.serialization import load_draws, save_draws
-from keras_moe.convert.keras_hub_families import Family
+from keras_moe.convert.weights import check_plain, floats_of
 from keras_moe.layers import GatedExperts, MixtureOfExperts
 from keras_moe.ops import GroupedPlan
 
 
-class ConvertedBlock:
-    """Mixed into the class of a block, which then computes with `_sparse_mixture`.
+class SparseBlock:
+    """A block that computes with a mixture; mixed with the class that KerasHub's decoders expect.
 
-    The block remains the same object in the same place, now of a subclass of its class, for which
-    decoders of KerasHub look. Its router and its experts are replaced by those of our layer under
-    their old names, so files of weights are those of KerasHub.
+    Its router and experts also have KerasHub's names, which files of weights use.
     """
 
-    family: Family
-    replaced: type
-    num_experts: int
-    _sparse_mixture: MixtureOfExperts
-    # Of a decoder: functions that make its router and its experts.
-    _makers: list
-
-
-class SparseBlock(ConvertedBlock):
-    """A block that consists of router and experts only."""
+    def __init__(self, block, family, mixture):
+        keras.Layer.__init__(self, name=block.name, dtype=block.dtype_policy)
+        self._returns_weights = family.returns_weights
+        holder, (*holders, router) = self, family.router.split(".")
+        for name in holders:
+            setattr(holder, name, keras.Layer(name=name))
+            holder = getattr(holder, name)
+            holder.built = True
+        setattr(holder, router, mixture.router)
+        setattr(self, family.experts, mixture.experts)
+        if family.shared:
+            setattr(self, family.shared, mixture.shared_expert)
+            setattr(self, family.shared_gate, mixture.shared_gate)
+        # Keras saves a layer under its first name, and names with an underscore come last.
+        self._sparse_mixture = mixture
+        self.built = True
 
     def call(self, hidden_states, attention_mask=None, training=None):
         mask = token_mask(attention_mask, hidden_states.shape[:-1])
         outputs, routing = self._sparse_mixture(hidden_states, mask=mask, return_routing=True)
-        if not self.family.returns_weights:
+        if not self._returns_weights:
             return outputs, routing.logits
-        chosen = ops.one_hot(routing.indices, self.num_experts, dtype="float32")
+        num_experts = self._sparse_mixture.experts.num_experts
+        chosen = ops.one_hot(routing.indices, num_experts, dtype="float32")
         return outputs, ops.sum(chosen * ops.expand_dims(routing.weights, -1), axis=1)
 
 
@@ -69,7 +70,7 @@ def _fit(size, other):
 
 
 class RelaidExperts(GatedExperts):
-    """Gated experts whose weights are laid out in files as those of another bank."""
+    """Gated experts whose files have the layout of another bank."""
 
     def __init__(self, num_experts, *args, rules, **kwargs):
         super().__init__(num_experts, *args, **kwargs)
@@ -77,14 +78,8 @@ class RelaidExperts(GatedExperts):
 
     def save_own_variables(self, store):
         for index, rule in enumerate(self._rules):
-            store[str(index)] = rule.join([self._floats(name) for name in rule.ours])
-
-    def _floats(self, weight):
-        """A weight as an array: files of KerasHub have no place for scales and factors."""
-        name, _, part = weight.partition("_")
-        if part == "kernel":
-            return self.projection(name).merged_kernel()
-        return ops.convert_to_numpy(getattr(self, weight))
+            # Files of KerasHub have no place for scales and factors.
+            store[str(index)] = rule.join([floats_of(self, name) for name in rule.ours])
 
     def load_own_variables(self, store):
         own: dict = {}
@@ -97,26 +92,30 @@ class RelaidExperts(GatedExperts):
         super().load_own_variables({str(i): value for i, value in enumerate(values)})
 
 
-class SparseRouter:
-    """Mixed into the class of a router that a decoder calls before its experts.
+class SparseRouter(keras.Layer):
+    """A router that a decoder calls before its experts; it holds their mixture.
 
-    It returns what its projection, now our router, is to see.
+    It returns the inputs of the mixture's router.
     """
 
-    rms_norm: Any
-    per_dim_scale: Any
-    _scalar_root_size: float
+    def __init__(self, router, mixture):
+        super().__init__(name=router.name, dtype=router.dtype_policy)
+        self.rms_norm = router.rms_norm
+        self.proj = mixture.router
+        self.per_dim_scale = router.per_dim_scale
+        self._sparse_mixture = mixture
+        self.built = True
 
     def call(self, x):
         normed = self.rms_norm(ops.reshape(x, (-1, x.shape[-1])))
-        normed = normed * ops.cast(self._scalar_root_size, normed.dtype)
+        normed = normed * ops.cast(x.shape[-1] ** -0.5, normed.dtype)
         return normed * ops.cast(self.per_dim_scale, normed.dtype)
 
 
 class CalledExperts(RelaidExperts):
-    """Experts that a decoder calls, with what the router is to see, and the mixture, with a plan.
+    """Experts that a decoder calls with inputs of the router, and the mixture with a plan.
 
-    The output of each is multiplied by a learned scale, which is the last of their weights.
+    A learned scale, the last weight, multiplies the outputs of each.
     """
 
     run_mixture: Callable
@@ -142,7 +141,7 @@ class CalledExperts(RelaidExperts):
 
 
 class BareMixture(MixtureOfExperts):
-    """A mixture that saves its layers and the draws of its router, and no counts."""
+    """A mixture that saves its layers and the random state of its router, but no counters."""
 
     has_own_config = False
 
@@ -154,7 +153,7 @@ class BareMixture(MixtureOfExperts):
 
 
 class ScaledMixture(BareMixture):
-    """A mixture of `CalledExperts`, whose scales multiply the weights of a token."""
+    """A mixture whose routing weights include the scales of `CalledExperts`."""
 
     def _plan(self, routing, sequence_length, training):
         experts = ops.maximum(routing.indices, 0)
@@ -163,69 +162,89 @@ class ScaledMixture(BareMixture):
         return super()._plan(scaled, sequence_length, training)
 
 
-def make_sparse(owner, block, family):
-    """Turn a block of a family of KerasHub, a sublayer of `owner`, into a `ConvertedBlock`."""
+def sparse_layers(owner, block, family):
+    """A dict from KerasHub layers, a block or parts of one, to their replacements.
+
+    Each replacement has a function `make_dense`, which returns a layer like the replaced one.
+    """
     layer = block if family.is_decoder else owner
     mixture = _mixture_like(block, family, name=f"{layer.name}_mixture")
-    router_owner, router_name = _router_place(block, family)
-    router, bank = getattr(router_owner, router_name), getattr(block, family.experts)
     with names_below(block.path):
         mixture.build((None, None, block.hidden_dim))
-    _assign(mixture.router, router)
-    weights: dict = {}
-    bank.save_own_variables(weights)
-    mixture.experts.load_own_variables(weights)
-    mixture.experts.trainable = bank.trainable
-    if not block.trainable:  # the other value would be handed to all sublayers
-        mixture.trainable = False
-    if family.is_decoder:
-        makers = [_maker_of(router), _maker_of(bank)]
-        object.__setattr__(block, "_makers", makers)  # There is nothing to track.
-        # A function, where Keras would save an attribute that is a layer.
-        object.__setattr__(
-            mixture.experts, "run_mixture", lambda tokens, seen: mixture(tokens, router_inputs=seen)
-        )
-        change_class(router_owner, SparseRouter)
-    set_state(router_owner, router_name, mixture.router)
-    set_state(block, family.experts, mixture.experts)
-    if family.shared_gate:
-        _assign(mixture.shared_gate, getattr(block, family.shared_gate))
-        set_state(block, family.shared_gate, mixture.shared_gate)
-    with open_to_state(block):
-        # Keras comes to names with an underscore last, and saves a layer of two names by the first.
-        block._sparse_mixture = mixture
-    change_class(block, ConvertedBlock if family.is_decoder else SparseBlock, family=family)
+    if not family.is_decoder:
+        cls = type(block)
+        # Under the old name: files of weights use it for layers in a list.
+        sparse_class = type(cls.__name__, (SparseBlock, cls), {"__module__": __name__})
+        sparse = sparse_class(block, family, mixture)
+        names = (family.router, family.experts, family.shared, family.shared_gate)
+        return {block: _exchanged(block, sparse, block.hidden_dim, filter(None, names))}
+    # A function, where Keras would save an attribute that is a layer.
+    mixture.experts.run_mixture = lambda tokens, seen: mixture(tokens, router_inputs=seen)
+    router, experts = block.moe_router, block.moe_expert_bank
+    sparse = SparseRouter(router, mixture)
+    return {
+        router: _exchanged(router, sparse, block.hidden_dim, ["rms_norm", "proj"]),
+        experts: _exchanged(experts, mixture.experts, block.hidden_dim),
+    }
 
 
-def make_dense(block):
-    """Turn a `ConvertedBlock` back into the block of KerasHub that it was."""
-    family, mixture = block.family, block._sparse_mixture
-    router_owner, router_name = _router_place(block, family)
-    weights: dict = {}
-    mixture.experts.save_own_variables(weights)
-    shared = getattr(block, family.shared) if family.shared else None
-    if family.is_decoder:
-        remove_sublayers(block, ["_sparse_mixture"])
-        make_router, make_bank = block._makers
-        object.__delattr__(block, "_makers")
-        change_class_back(router_owner)
-        set_state(router_owner, router_name, make_router())
-        set_state(block, family.experts, make_bank())
-        change_class_back(block)
-    else:
-        names = [name for name in (family.experts, family.shared, family.shared_gate) if name]
-        remove_sublayers(block, [*names, family.router.partition(".")[0], "_sparse_mixture"])
-        change_class_back(block)
-        with open_to_state(block):
-            block.build((None, None, block.hidden_dim))
-    _assign(getattr(*_router_place(block, family)), mixture.router)
-    bank = getattr(block, family.experts)
-    bank.load_own_variables(weights)
-    bank.trainable = mixture.experts.trainable
-    if family.shared_gate:
-        _assign(getattr(block, family.shared_gate), mixture.shared_gate)
-    if family.shared:
-        _assign(getattr(block, family.shared), shared)
+def is_sparse(layer):
+    """Whether a layer has replaced one of KerasHub."""
+    return hasattr(layer, "make_dense")
+
+
+def dense_layers(model):
+    """A dict from sparse layers of a model to KerasHub's own, with the same weights."""
+    sparse = list(filter(is_sparse, model._flatten_layers()))
+    for mixture in (each._sparse_mixture for each in sparse if hasattr(each, "_sparse_mixture")):
+        # KerasHub gets the floats of experts, with their LoRA.
+        check_plain(mixture, but=mixture.experts)
+    return {layer: layer.make_dense() for layer in sparse}
+
+
+def _exchanged(dense, sparse, features, names=()):
+    """The sparse layer, with the weights of a dense one and a function that makes the dense one."""
+    names = list(names)
+    _give_weights(dense, sparse, names)
+    unbuilt, folder = _unbuilt_like(dense), dense.path.rpartition("/")[0]
+
+    def make_dense():
+        with names_below(folder):
+            unbuilt.build((None, None, features))
+        _give_weights(sparse, unbuilt, names)
+        return unbuilt
+
+    sparse.make_dense = make_dense
+    return sparse
+
+
+def _give_weights(source, target, names):
+    """Copy weights and `trainable` of a layer and of sublayers, by their paths."""
+    pairs = [(source, target)]
+    for get in map(operator.attrgetter, names):
+        pairs += zip(get(source)._flatten_layers(), get(target)._flatten_layers())
+    for each, other in pairs:
+        weights: dict = {}
+        each.save_own_variables(weights)
+        other.load_own_variables(weights)
+        if other.trainable != each.trainable:  # It is handed to all sublayers.
+            other.trainable = each.trainable
+
+
+# Arguments of blocks that are attributes of another name.
+_ATTRIBUTES = {
+    "moe_intermediate_dim": "intermediate_dim",
+    "shared_expert_intermediate_dim": "intermediate_dim_shared",
+}
+
+
+def _unbuilt_like(layer):
+    """A KerasHub layer from the same constructor arguments; its config lacks some."""
+    cls, arguments = type(layer), {}
+    for name in inspect.getfullargspec(cls.__init__).args[1:]:
+        attribute = name if hasattr(layer, name) else _ATTRIBUTES[name]
+        arguments[name] = getattr(layer, attribute)
+    return cls(**arguments, name=layer.name, dtype=layer.dtype_policy)
 
 
 def _mixture_like(block, family, name):
@@ -252,43 +271,3 @@ def _mixture_like(block, family, name):
         dtype=dtype,
         name=name,
     )
-
-
-def _router_place(block, family):
-    """The layer that holds the router, and the name it has there."""
-    *owners, name = family.router.split(".")
-    return functools.reduce(getattr, owners, block), name
-
-
-def _assign(layer, other):
-    """Give a layer the weights of another that has as many, and its freezing."""
-    for weight, value in zip(layer.weights, other.weights):
-        weight.assign(value)
-    layer.trainable = other.trainable
-
-
-def _maker_of(layer):
-    """A function that makes a built layer like this one, which it does not keep."""
-    cls, config, build_config = type(layer), layer.get_config(), layer.get_build_config()
-    folder = layer.path.rpartition("/")[0]
-
-    def make():
-        with names_below(folder):
-            made = cls.from_config(config)
-            made.build_from_config(build_config)
-        return made
-
-    return make
-
-
-def change_class(layer, mixed_in, **members):
-    """Give a layer a subclass of its class, which it keeps as `replaced`."""
-    cls = type(layer)
-    members = {**members, "replaced": cls, "__module__": __name__}
-    # Under the old name: files of weights use it for layers in a list.
-    changed = type(cls.__name__, (mixed_in, cls), members)
-    object.__setattr__(layer, "__class__", changed)
-
-
-def change_class_back(layer):
-    object.__setattr__(layer, "__class__", layer.replaced)

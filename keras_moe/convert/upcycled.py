@@ -1,4 +1,4 @@
-"""Upcycled models of KerasHub as models of Hugging Face."""
+"""Export of upcycled KerasHub models to Hugging Face."""
 
 import json
 import os
@@ -17,7 +17,7 @@ def save_as_mixtral(model: keras.Model, path: str | os.PathLike) -> None:
 
     Writes `config.json` and `model.safetensors`, and needs the package `safetensors`. LoRA is added
     to the kernels, which are multiplied by the scaling factor of the router (`granularity`).
-    The tokenizer is that of the dense model.
+    The dense model's tokenizer fits.
 
     Args:
         model: Keras model. A `LlamaCausalLM` or `LlamaBackbone`, or one of Llama 3, with a mixture
@@ -47,18 +47,15 @@ def save_as_mixtral(model: keras.Model, path: str | os.PathLike) -> None:
         arrays["lm_head.weight"] = ops.convert_to_numpy(embedding.reverse_embeddings).T
     for number, block in enumerate(backbone.transformer_layers):
         attention, prefix = block._self_attention_layer, f"model.layers.{number}."
-        for name in ("query", "key", "value"):
+        for name in ("query", "key", "value", "output"):
             kernel = ops.convert_to_numpy(getattr(attention, f"_{name}_dense").kernel)
-            theirs = f"{prefix}self_attn.{name[0]}_proj.weight"
-            arrays[theirs] = kernel.reshape(kernel.shape[0], -1).T
-        kernel = ops.convert_to_numpy(attention._output_dense.kernel)
-        arrays[f"{prefix}self_attn.o_proj.weight"] = kernel.reshape(-1, kernel.shape[-1]).T
-        arrays[f"{prefix}input_layernorm.weight"] = ops.convert_to_numpy(
-            block._self_attention_layernorm.scale
-        )
-        arrays[f"{prefix}post_attention_layernorm.weight"] = ops.convert_to_numpy(
-            block._feedforward_layernorm.scale
-        )
+            rows = (-1, kernel.shape[-1]) if name == "output" else (len(kernel), -1)
+            arrays[f"{prefix}self_attn.{name[0]}_proj.weight"] = kernel.reshape(rows).T
+        for theirs, norm in (
+            ("input", block._self_attention_layernorm),
+            ("post_attention", block._feedforward_layernorm),
+        ):
+            arrays[f"{prefix}{theirs}_layernorm.weight"] = ops.convert_to_numpy(norm.scale)
         arrays |= to_hugging_face(_layers(block)[0], number, "mixtral")
     folder = pathlib.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,8 +108,6 @@ def _config(backbone):
         "rope_theta": backbone.rope_max_wavelength,
         # KerasHub computes nothing with its `rope_position_scaling_factor`.
         "rope_scaling": rope,
-        "sliding_window": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
+        **dict.fromkeys(("sliding_window", "bos_token_id", "eos_token_id")),
         "tie_word_embeddings": backbone.token_embedding.tie_weights,
     }

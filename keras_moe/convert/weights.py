@@ -1,16 +1,17 @@
-"""Weights of other packages: reading them, and how they correspond to ours."""
+"""Reading of weights in the layouts of other packages."""
 
 import json
 import pathlib
 from typing import NamedTuple
 
 import numpy as np
+from keras import ops
 
 from keras_moe._internal.plain_text import stating
 
 
 class Rule(NamedTuple):
-    """One weight of theirs, and the one or two of ours that it holds.
+    """One weight of another package, and the one or two of ours that it contains.
 
     - `theirs`: its name. With `{expert}` in it there is one for each expert.
     - `ours`: names of our weights. Two of them share the axis of the outputs.
@@ -24,7 +25,7 @@ class Rule(NamedTuple):
     interleaved: bool = False
 
     def split(self, theirs):
-        """Return our weights, from an array or tensor of theirs."""
+        """Split their weight, an array or tensor, into ours."""
         if self.transposed:
             theirs = np.swapaxes(theirs, -1, -2)
         if len(self.ours) == 1:
@@ -35,13 +36,21 @@ class Rule(NamedTuple):
         return [theirs[..., :half], theirs[..., half:]]
 
     def join(self, ours):
-        """Return their weight, from arrays of ours."""
+        """Join arrays of ours to their weight."""
         joined = ours[0]
         if len(ours) > 1 and self.interleaved:
             joined = np.stack(ours, axis=-1).reshape(*joined.shape[:-1], -1)
         elif len(ours) > 1:
             joined = np.concatenate(ours, axis=-1)
         return np.ascontiguousarray(np.swapaxes(joined, -1, -2) if self.transposed else joined)
+
+
+def floats_of(bank, name):
+    """A weight of a bank as an array; a kernel as floats, with its LoRA."""
+    projection, _, part = name.rpartition("_")
+    if part == "kernel":
+        return bank.projection(projection).merged_kernel()
+    return ops.convert_to_numpy(getattr(bank, name))
 
 
 def check_plain(layer, but=None):

@@ -1,7 +1,7 @@
 """Routings and counts of a model on given data."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import keras
 from keras import ops
@@ -105,20 +105,13 @@ def _described(batch):
     )
 
 
-@contextlib.contextmanager
 def listening(listeners):
     """A context in which functions hear what MoE layers do in eager calls.
 
     Args:
         listeners: Dict from a layer to a function of an `ops.Routing` and of the tokens (T, D).
     """
-    for layer, listener in listeners.items():
-        layer.routing_listener = listener
-    try:
-        yield
-    finally:
-        for layer in listeners:
-            layer.routing_listener = None
+    return _setting("routing_listener", listeners)
 
 
 def count_in_evaluation(model: keras.Model) -> contextlib.AbstractContextManager:
@@ -147,28 +140,38 @@ def count_in_evaluation(model: keras.Model) -> contextlib.AbstractContextManager
     return counting(model, traced_again=("test_function", "predict_function"))
 
 
-@contextlib.contextmanager
 def counting(model, traced_again=()):
     """A context in which MoE layers count in inference, where the model is traced in it."""
-    before = {layer: layer.counts_in_evaluation for layer in moe_layers(model).values()}
-    try:
-        for layer in before:
-            layer.counts_in_evaluation = True
-        forget_compiled(model, traced_again)
-        yield
-    finally:
-        for layer, counts in before.items():
-            layer.counts_in_evaluation = counts
-        forget_compiled(model, traced_again)
+    layers = moe_layers(model).values()
+    return _setting("counts_in_evaluation", dict.fromkeys(layers, True), model, traced_again)
 
 
 @contextlib.contextmanager
-def replaying(model: keras.Model, routings: dict) -> Iterator[None]:
+def _setting(name, values, model=None, traced_again=()):
+    """A context in which an attribute of some layers has other values, by the layer."""
+    before = {layer: getattr(layer, name) for layer in values}
+
+    def put(values):
+        for layer, value in values.items():
+            setattr(layer, name, value)
+        if model is not None:
+            forget_compiled(model, traced_again)
+
+    try:
+        put(values)
+        yield
+    finally:
+        put(before)
+
+
+def replaying(model: keras.Model, routings: dict) -> contextlib.AbstractContextManager:
     """A context in which the MoE layers of a model use recorded choices of experts.
 
     Weights come from the live scores, with their gradient, as with `indices` in a call of a layer.
-    So a policy is trained on the experts that it used when it acted (router replay). A function
-    that is compiled in the context keeps these choices.
+    So a policy is trained on the experts that it used when it acted (router replay). `fit`,
+    `evaluate` and `predict` are traced again in it and after it, so no callback of `fit` can enter
+    it. A function that you compile yourself keeps the choices it was compiled with. In a context
+    within another, layers without an entry keep the choices of the outer one.
 
     Args:
         model: A Keras model.
@@ -196,12 +199,10 @@ def replaying(model: keras.Model, routings: dict) -> Iterator[None]:
             f"`routings` must have names of MoE layers, {sorted(layers)}. "
             f"Received: {sorted(unknown)}"
         )
+    replayed = {}
     for name, routing in routings.items():
         indices = routing.indices if isinstance(routing, Routing) else routing
         check_indices(f"routings[{name!r}]", indices, layers[name].router.num_experts)
-        layers[name].replayed_indices = ops.convert_to_tensor(indices)
-    try:
-        yield
-    finally:
-        for layer in layers.values():
-            layer.replayed_indices = None
+        replayed[layers[name]] = ops.convert_to_tensor(indices)
+    functions = ("train_function", "test_function", "predict_function")
+    return _setting("replayed_indices", replayed, model, functions)

@@ -16,7 +16,12 @@ from keras_moe.backend import backend
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.layer_groups import Alike, engine_of, map_groups
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
-from keras_moe.layers.sublayers import accepted_arguments, build_and_measure, check_output
+from keras_moe.layers.sublayers import (
+    accepted_arguments,
+    build_and_measure,
+    check_output,
+    freeze_parts,
+)
 from keras_moe.ops.plans import GroupedPlan, combine, dispatch
 
 
@@ -91,6 +96,7 @@ class LayerExperts(ExpertBank):
         for layer in layers:
             note_part(layer)
         self.layers = layers
+        freeze_parts(self)
 
     def build(self, tokens_shape):
         self._fix_shape(tokens_shape)

@@ -14,10 +14,9 @@ from keras import ops as keras_ops
 
 from keras_moe import losses, routers
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors, shortened
-from keras_moe._internal.keras_internals import get_keras_mask
+from keras_moe._internal.keras_internals import get_keras_mask, set_keras_mask
 from keras_moe._internal.serialization import config_of, register, resolve
 from keras_moe._internal.types import Tensor
-from keras_moe.backend import backend
 from keras_moe.layers import expert_bank, sublayers
 from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import ExpertBank
@@ -122,7 +121,6 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        backend.devices.separate_losses(self)
         self.experts = expert_bank.get(experts)
         if kwargs.get("dtype") is not None:
             self.experts.take_policy(self.dtype_policy)
@@ -163,7 +161,6 @@ class MixtureOfExperts(RouterUsage, Recomputable):
                 name="shared_gate",
             )
         self.token_axes = None if token_axes is None else check_integer("token_axes", token_axes)
-        self.supports_masking = True
         sublayers.freeze_parts(self)
         # Experts (T, K) to replay, which `inspection` sets.
         self.replayed_indices = None
@@ -217,9 +214,36 @@ class MixtureOfExperts(RouterUsage, Recomputable):
     def __call__(self, *args, **kwargs):
         # Keras turns arrays into tensors, whose numbers are not looked at.
         check_indices("indices", kwargs.get("indices"), self.router.num_experts)
-        if isinstance(kwargs.get("router_inputs"), (list, tuple)):
-            kwargs["router_inputs"] = np.asarray(kwargs["router_inputs"])
-        return super().__call__(*args, **kwargs)
+        for name in ("router_inputs", "mask"):
+            if isinstance(kwargs.get(name), (list, tuple)):
+                kwargs[name] = np.asarray(kwargs[name])
+        returned = super().__call__(*args, **kwargs)
+        if isinstance(returned, tuple):
+            self._pass_mask_on(*returned)
+        return returned
+
+    def compute_mask(self, inputs, previous_mask):
+        if previous_mask is None:
+            return None
+        # One of parts of a sample goes on if the outputs have these parts.
+        num_axes = len(previous_mask.shape)
+        shape = tuple(self.compute_output_shape(inputs.shape))
+        is_kept = num_axes < len(shape) and shape[:num_axes] == tuple(inputs.shape[:num_axes])
+        return previous_mask if is_kept else None
+
+    def _pass_mask_on(self, outputs, *others):
+        """Give the mask of the outputs to a routing and to the outputs of single experts."""
+        mask = get_keras_mask(outputs)
+        num_axes = self.token_axes or len(outputs.shape) - 1
+        if mask is None or len(mask.shape) != num_axes:
+            return
+        for each in others:
+            if isinstance(each, ops.Routing):
+                for field in (each.indices, each.weights, each.probs, each.logits):
+                    set_keras_mask(field, keras_ops.reshape(mask, (-1,)))
+            else:  # An expert is one more axis, and losses take masks of all axes but the last.
+                mask_of_each = keras_ops.expand_dims(mask, -1)
+                set_keras_mask(each, keras_ops.repeat(mask_of_each, each.shape[num_axes], axis=-1))
 
     @effects_once
     def call(

@@ -9,23 +9,23 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-import keras
 from keras import ops
 
 from keras_moe import losses, routers
 from keras_moe._internal.checks import check_integer, check_tensors, shortened
 from keras_moe._internal.serialization import config_of, register
 from keras_moe._internal.types import Tensor
-from keras_moe.layers import expert_bank
+from keras_moe.layers import expert_bank, sublayers
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts, _sequence_length
+from keras_moe.layers.recomputation import Recomputable, effects_once
 from keras_moe.ops.plans import plan_experts
 from keras_moe.ops.selection import mask_invalid
 from keras_moe.routers.router import Router
 
 
 @register
-class MultiGateMixtureOfExperts(keras.layers.Layer):
+class MultiGateMixtureOfExperts(Recomputable):
     """Experts that tasks share, each task with a router of its own (MMoE).
 
     Tasks that agree use the same experts; tasks that conflict learn to use different ones. Each
@@ -120,7 +120,7 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
         if len(set(names)) < len(names):
             raise ValueError(f"`task_names` must differ. Received: {names}")
         self.tasks = [
-            MixtureOfExperts(
+            Task(
                 banks[0] if len(banks) == 1 else _JoinedExperts(banks),
                 router,
                 self.router_losses,
@@ -131,7 +131,7 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
         ]
         if any(isinstance(task.router, routers.SoftRouter) for task in self.tasks):
             raise ValueError("`router` must choose experts. Received: a `SoftRouter`")
-        self.supports_masking = True
+        sublayers.freeze_parts(self)
 
     def build(self, inputs_shape):
         *shapes, shared_shape = self._of_each_task(inputs_shape, is_list=_is_list_of_shapes)
@@ -148,20 +148,15 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
             task.experts.built = True  # its banks were built above
             task.build(shape)
 
+    @effects_once
     def call(
         self, inputs: Tensor | list, mask: Tensor | list | None = None, training: bool | None = None
     ) -> list:
         # Flatten: tokens (T, D) of each task and, last, of the shared experts.
-        has_masks = isinstance(inputs, (list, tuple)) and isinstance(mask, (list, tuple))
+        masks = self._masks(inputs, mask)
         inputs = self._of_each_task(inputs)
         axes = "abcdefghij"[: len(inputs[0].shape)]
         check_tensors(**{f"inputs[{n}]": (each, axes, "float") for n, each in enumerate(inputs)})
-        masks: Any = mask if has_masks else [mask] * len(inputs)
-        if len(masks) != len(inputs):
-            raise ValueError(
-                "`mask` must have one for each of the inputs. "
-                f"Received: {len(masks)} for {len(inputs)}"
-            )
         flat = [self._flatten(*each) for each in zip(inputs, masks)]
 
         # Route: the router of each task chooses among the shared experts and its own.
@@ -201,6 +196,20 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
             )
         return list(values)
 
+    def _masks(self, inputs, mask):
+        """A mask for each of `_of_each_task(inputs)`."""
+        number = self.num_tasks + 1
+        if not isinstance(inputs, (list, tuple)) or not isinstance(mask, (list, tuple)):
+            return [mask] * number
+        if len(mask) != number:
+            raise ValueError(
+                f"`mask` must have one for each of the inputs. Received: {len(mask)} for {number}"
+            )
+        return mask
+
+    def compute_mask(self, inputs, previous_mask):
+        return self._masks(inputs, previous_mask)[: len(self.tasks)]
+
     def _flatten(self, inputs, mask):
         """Tokens (T, D), zero where they are padding, and their mask."""
         mask = self.tasks[0]._check_call(inputs, mask)
@@ -224,12 +233,20 @@ class MultiGateMixtureOfExperts(keras.layers.Layer):
         }
 
 
+class Task(MixtureOfExperts):
+    """The router of a task, its losses and its counts; the layer around it calls the experts."""
+
+
 class _JoinedExperts(ExpertBank):
     """Several banks under one numbering, for routers and counters; it is never called."""
 
     def __init__(self, banks, **kwargs):
         super().__init__(sum(bank.num_experts for bank in banks), **kwargs)
         self.banks = list(banks)
+
+    def take_policy(self, policy):
+        for bank in self.banks:
+            bank.take_policy(policy)
 
     def compute_output_shape(self, tokens_shape):
         return self.banks[0].compute_output_shape(tokens_shape)

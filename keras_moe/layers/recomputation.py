@@ -5,16 +5,27 @@ computed again in the backward pass, it would do all of that again, from another
 """
 
 import functools
+from typing import Any
 
 import keras
 from keras import ops
 
-from keras_moe._internal.keras_internals import current_call, in_stateless_scope, stored_dtypes
+from keras_moe._internal.keras_internals import (
+    current_call,
+    get_keras_mask,
+    in_stateless_scope,
+    set_keras_mask,
+    stored_dtypes,
+)
 from keras_moe.backend import backend
 
 
 class Recomputable(keras.layers.Layer):
     """Abstract: a layer that `keras.RematScope` may compute again, with its effects once."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        backend.devices.separate_losses(self)
 
     def rematerialized_call(self, call, *args, **kwargs):
         # Keras's own wrapper fails with effects on JAX, and with `training` on TensorFlow.
@@ -35,6 +46,7 @@ def _recomputed(layer, call, *args, **kwargs):
     def function(*tensors):
         inputs = list(leaves)
         for place, tensor in zip(places, tensors[len(trained) :]):
+            set_keras_mask(tensor, get_keras_mask(leaves[place]))
             inputs[place] = tensor
         args_again, kwargs_again = keras.tree.pack_sequence_as((args, kwargs), inputs)
         mapping = zip([*trained, *state], [*tensors[: len(trained)], *values])

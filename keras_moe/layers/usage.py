@@ -1,5 +1,6 @@
 """Router losses and usage counters of a layer with a router."""
 
+import warnings
 from typing import Any
 
 import keras
@@ -7,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal.checks import check_number
+from keras_moe._internal.keras_internals import drops_losses
 from keras_moe._internal.serialization import load_draws, save_draws
 from keras_moe.backend import backend
 from keras_moe.ops.balance import _router_entropy
@@ -83,6 +85,12 @@ class RouterUsage(keras.layers.Layer):
                 weighted = self.router_loss_weights[index] * values[-1]
                 # Keras adds it to the other losses, which have this dtype.
                 self.add_loss(ops.cast(weighted, keras.config.floatx()))
+        if training and values and drops_losses():
+            warnings.warn(
+                f"The router losses of `{self.name}` are dropped: in training call "
+                "`stateless_call` with `return_losses=True`, and add what it returns to the loss.",
+                stacklevel=2,
+            )
         counts = ops.cast(routing.counts, "float32")
         counted = [
             (self.expert_counts, counts),

@@ -10,6 +10,7 @@ from keras_moe._internal.serialization import config_of, register
 from keras_moe._internal.types import Tensor
 from keras_moe.layers import expert_bank
 from keras_moe.layers.expert_bank import ExpertBank, in_floats
+from keras_moe.layers.sublayers import freeze_parts
 from keras_moe.ops.plans import GroupedPlan
 
 
@@ -86,6 +87,7 @@ class ZeroComputationExperts(ExpertBank):
         self.num_zero = num_zero
         self.num_identity = num_identity
         self.num_constant = num_constant
+        freeze_parts(self)
 
     def build(self, tokens_shape):
         self._fix_shape(tokens_shape)

@@ -7,9 +7,10 @@ import math
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
-from keras_moe._internal.checks import check_choice, check_number, check_tensors
+from keras_moe._internal.checks import check_choice, check_number, check_tensors, host_values
 from keras_moe._internal.serialization import register
 from keras_moe._internal.types import Tensor
 from keras_moe.ops.routing import Routing
@@ -36,7 +37,8 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
             and targets are class numbers.
         scale: Positive float, the standard deviation of all Gaussians, or None to learn it.
         normalized: Boolean. Whether a Gaussian has its normalizing constant. False, with a scale of
-            1, is the competitive error of Jacobs et al., eq. 1.3.
+            1, is the competitive error of Jacobs et al., eq. 1.3. A learned scale needs it: without
+            it the loss has no lower bound.
         name: String. Name of the loss.
         **kwargs: `reduction` and `dtype`, as in `keras.losses.Loss`.
 
@@ -45,7 +47,8 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
 
     Call arguments:
         y_true: (batch, ..., D) float tensor, or (batch, ...) integer tensor of classes,
-            where -1 counts as any class.
+            where -1 counts as any class. What is no class, such as 9 of 4 or 0.5, is refused in an
+            array; in a tensor, such as those of `fit`, the loss of its sample is NaN.
         y_pred: (batch, ..., K, 1 + D') float tensor of `losses.pack_mixture`.
 
     Returns:
@@ -79,6 +82,25 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         self.distribution = check_choice("distribution", distribution, ("gaussian", "categorical"))
         self.scale = None if scale is None else check_number("scale", scale, above=0)
         self.normalized = bool(normalized)
+        if distribution == "gaussian" and scale is None and not normalized:
+            raise ValueError(
+                "`normalized` must be True where the scale is learned, or the loss has no lower "
+                f"bound. Received: scale=None, normalized={normalized}"
+            )
+
+    def __call__(
+        self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None
+    ) -> Tensor:
+        # Keras turns arrays into tensors, whose numbers are not looked at.
+        values = host_values(y_true)
+        if self.distribution == "categorical" and values is not None:
+            wrong = values[~np.isin(values, _classes(y_pred))]
+            if wrong.size:
+                raise ValueError(
+                    f"`y_true` must have class numbers from 0 to {_classes(y_pred)[-1]}, or -1 for "
+                    f"any. Received: {wrong[0]}"
+                )
+        return super().__call__(y_true, y_pred, sample_weight)
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         return -ops.logsumexp(self._log_joint(y_true, y_pred), axis=-1)
@@ -115,11 +137,12 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         y_pred = ops.convert_to_tensor(y_pred, "float32")
         if self.distribution == "categorical":
             logs = ops.log_softmax(y_pred[..., 1:], axis=-1)
-            classes = ops.cast(_targets(y_true, logs.shape[:-2]), "int32")
-            chosen = ops.one_hot(classes, logs.shape[-1], dtype=logs.dtype)
+            targets = ops.cast(_targets(y_true, logs.shape[:-2]), "float32")
+            is_chosen = ops.equal(ops.expand_dims(targets, -1), _classes(y_pred))
             # Only the chosen class: minus infinity times zero is NaN.
-            chosen = ops.expand_dims(chosen, -2)
-            return _log_weights(y_pred) + ops.sum(ops.where(chosen > 0, logs, 0.0), axis=-1)
+            chosen = ops.where(ops.expand_dims(is_chosen[..., 1:], -2), logs, 0.0)
+            is_known = ops.expand_dims(ops.any(is_chosen, axis=-1), -1)
+            return ops.where(is_known, _log_weights(y_pred) + ops.sum(chosen, axis=-1), math.nan)
         means, log_scales = self._parameters(y_pred)
         wanted = (*means.shape[:-2], means.shape[-1])
         targets = ops.expand_dims(ops.cast(_targets(y_true, wanted), "float32"), -2)
@@ -148,6 +171,11 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
             "scale": self.scale,
             "normalized": self.normalized,
         }
+
+
+def _classes(y_pred):
+    """-1 for any class, and the numbers of all classes, float32."""
+    return np.arange(-1, y_pred.shape[-1] - 1, dtype="float32")
 
 
 def _targets(y_true, shape):
@@ -189,7 +217,18 @@ def pack_mixture(routing: Routing, expert_outputs: Tensor) -> Tensor:
     weights = ops.reshape(routing.weights, (-1, *expert_outputs.shape[1:-1]))
     logs = ops.log(ops.where(weights > 0, weights, 1.0))
     logs = ops.expand_dims(ops.where(weights > 0, logs, _LOG_ZERO), -1)
-    return ops.concatenate([logs, ops.cast(expert_outputs, "float32")], axis=-1)
+    return _PackMixture(dtype="float32")(expert_outputs, logs)
+
+
+@register
+class _PackMixture(keras.layers.Layer):
+    """A concatenation through which the mask of the expert outputs goes on."""
+
+    def compute_mask(self, expert_outputs, previous_mask):
+        return None if previous_mask is None else previous_mask[..., 0]  # the same for all experts
+
+    def call(self, expert_outputs, logs):
+        return ops.concatenate([logs, expert_outputs], axis=-1)
 
 
 def _log_weights(y_pred):

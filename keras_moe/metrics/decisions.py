@@ -160,31 +160,24 @@ def expert_saliency(
         router = type(layer.router).__name__
         raise ValueError(f"The tokens of `layer` must choose their experts. Received: a `{router}`")
     inputs = ops.convert_to_tensor(inputs)
-    tokens = ops.reshape(inputs, (-1, inputs.shape[-1]))
-    if mask is not None:
-        mask = ops.convert_to_tensor(mask)
-        tokens = ops.where(ops.reshape(ops.cast(mask, "bool"), (-1, 1)), tokens, 0.0)
+    mask = None if mask is None else ops.cast(ops.convert_to_tensor(mask), "bool")
     _, routing = layer(inputs, mask=mask, token_ids=token_ids, return_routing=True)
-    counts = ops.cast(routing.counts, "float32")
-    return contributions(layer, routing, tokens) / ops.maximum(counts, 1.0)
+    total = contributions(layer, routing, layer._flatten(inputs, mask))
+    return total / ops.maximum(ops.cast(served_tokens(routing), "float32"), 1.0)
+
+
+def served_tokens(routing):
+    """Number of tokens of each expert, (E,), where the counts of a dense gate sum its weights."""
+    return count_assignments(routing.indices, routing.mask, routing.counts.shape[0])
 
 
 def contributions(layer, routing, tokens):
-    """Sum over the tokens (T, D) of each expert of weight times norm of its output, (E,)."""
+    """Sum over the tokens (T, ...) of each expert of weight times norm of its output, (E,)."""
+    outputs = layer.experts.compute_each(tokens, layer.router.plan(routing))
+    squares = ops.square(ops.cast(outputs, "float32"))
+    norms = ops.sqrt(ops.sum(squares, axis=tuple(range(2, len(outputs.shape)))))
     num_experts = layer.experts.num_experts
-    total = ops.zeros((num_experts,), "float32")
-    for choice in range(routing.indices.shape[-1]):
-        # Each choice alone and with weight 1: the outputs of single experts.
-        indices = routing.indices[:, choice : choice + 1]
-        used = ops.logical_and(indices >= 0, ops.expand_dims(routing.mask, 1))
-        alone = routing._replace(
-            indices=indices,
-            weights=ops.cast(used, "float32"),
-            counts=count_assignments(indices, routing.mask, num_experts),
-        )
-        outputs = ops.cast(layer.experts(tokens, layer.router.plan(alone)), "float32")
-        norms = ops.sqrt(ops.sum(ops.square(outputs), axis=-1))
-        added = ops.expand_dims(norms * routing.weights[:, choice], 1)
-        chosen = ops.logical_and(used, indices == ops.arange(num_experts, dtype="int32"))
-        total = total + ops.sum(ops.where(chosen, added, 0.0), axis=0)
-    return total
+    # Unserved assignments, whose outputs are zero, go to a spare expert that is sliced off.
+    indices = mask_invalid(routing.indices, num_experts) % (num_experts + 1)
+    added = ops.reshape(norms * routing.weights, (-1,))
+    return ops.segment_sum(added, ops.reshape(indices, (-1,)), num_experts + 1)[:-1]

@@ -1,4 +1,4 @@
-"""The page as HTML: all text from the model or the data is escaped here."""
+"""HTML of the report. All text from the model or the data is escaped here."""
 
 import html
 import io
@@ -143,7 +143,7 @@ def _plots(layers):
 
 
 def _repeated(layer):
-    """The texts of the tokens, if they repeat often enough to be types."""
+    """The texts of the tokens, if they repeat often enough."""
     real = [text for text, is_real in zip(layer.texts, layer.routing.mask) if is_real]
     return np.array(layer.texts) if 0 < 2 * len(set(real)) <= len(real) else None
 

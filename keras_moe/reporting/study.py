@@ -42,8 +42,8 @@ def study(model, data, labels, tokens):
         )
     num_documents = sizes.pop()
     layers = moe_layers(model) if has_moe_layers(model) else {}
-    labels = _of_layers("labels", labels, layers, num_documents)
-    tokens = _of_layers("tokens", tokens, layers, num_documents)
+    labels = _for_each_layer("labels", labels, layers, num_documents)
+    tokens = _for_each_layer("tokens", tokens, layers, num_documents)
     batches = [
         keras.tree.map_structure(operator.itemgetter(slice(start, start + BATCH_SIZE)), arrays)
         for start in range(0, num_documents, BATCH_SIZE)
@@ -52,7 +52,7 @@ def study(model, data, labels, tokens):
         with running(model, "data", 0, batches[0]):  # nothing else would show whether it can
             model(batches[0], training=False)
         return num_documents, []
-    # The first call of a layer that is called several times: its tokens are those of the data.
+    # The first call of a layer that is called several times: it sees the tokens of the data.
     called = {
         name: routings[:: len(routings) // len(batches)]
         for name, routings in recorded(model, batches, "data").items()
@@ -77,10 +77,10 @@ def _as_arrays(data):
     return np.asarray(data)
 
 
-def _of_layers(argument, values, layers, num_documents):
+def _for_each_layer(argument, values, layers, num_documents):
     """Dict from the name of each layer to its labels or tokens, an entry for each document."""
-    of_layers = values if isinstance(values, dict) else dict.fromkeys(layers, values)
-    for name, given in of_layers.items():
+    by_name = values if isinstance(values, dict) else dict.fromkeys(layers, values)
+    for name, given in by_name.items():
         is_list = hasattr(given, "__len__") and not isinstance(given, str)
         fits = given is None or (is_list and len(given) == num_documents)
         if name not in layers or not fits:
@@ -89,7 +89,7 @@ def _of_layers(argument, values, layers, num_documents):
                 f"or a dict of such lists for layers in {list(layers)}. Received: "
                 f"{len(given) if is_list else 'no'} entries, {argument}={shortened(values)}"
             )
-    return {name: of_layers.get(name) for name in layers}
+    return {name: by_name.get(name) for name in layers}
 
 
 def token_texts(tokens, arrays, positions, num_documents):
@@ -114,14 +114,14 @@ def token_texts(tokens, arrays, positions, num_documents):
 
 
 def _as_text(token):
-    """The text of a token; of an array (N, L, 1) or a nested list without brackets."""
+    """The text of a token; arrays (N, L, 1) and nested lists without brackets."""
     parts = keras.tree.flatten(token.tolist() if hasattr(token, "tolist") else token)
     text = " ".join(map(str, parts))
     return text if text.strip(" ") else "␣" * len(text)
 
 
 def _from_data(arrays, positions, num_documents):
-    """Integers as they are; else the number of the position."""
+    """Integer data, else numbers of positions; and the length of a document."""
     for array in keras.tree.flatten(arrays):
         if array.ndim == 2 and np.issubdtype(array.dtype, np.integer):
             return array.tolist(), array.shape[1]

@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_moe._internal.keras_internals import let_go, names_below, open_to_state, set_state
 from keras_moe.layers import LayerExperts
+from keras_moe.layers.multi_gate import Task
 from keras_moe.layers.stacked_experts import StackedExperts
 from keras_moe.layers.usage import counter
 from keras_moe.routers import LogitRouter, SoftRouter
@@ -20,6 +21,8 @@ def obstacles(layer, merging):
         yield "which is not built"
     if not layer.has_own_config:
         yield "made by `convert.sparsify`: the config of its model has the numbers"
+    if isinstance(layer, Task):
+        yield "a task of a `MultiGateMixtureOfExperts`, which calls the experts for all its tasks"
     if getattr(bank, "processes", None) is not None:
         yield "whose experts are split over processes"
     # The logits of a soft router are those of slots: tokens choose no experts.
@@ -92,13 +95,14 @@ def cut(layer, experts):
 
 
 def _take_weights(old, new, experts):
-    """Give a layer the weights of another that has more experts."""
+    """Give a layer the weights of another that has more experts; frozen ones stay frozen."""
     for theirs, mine in zip(old.weights, new.weights, strict=True):
         value = _array(theirs)
         for axis, (before, after) in enumerate(zip(theirs.shape, mine.shape, strict=True)):
             if before != after:
                 value = np.take(value, experts, axis)
         mine.assign(value)
+        mine.trainable = theirs.trainable
 
 
 def groups_of(usage, similarity, number):

@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe.inspection.recording import listening, running
-from keras_moe.metrics.decisions import contributions
+from keras_moe.metrics.decisions import contributions, served_tokens
 
 
 def loss_on(model, data):
@@ -35,13 +35,14 @@ MEASURES = ("usage", "saliency", "contribution")
 def importance(by, model, layers, data):
     """One of `MEASURES` of each expert, (E,) for each layer by name.
 
-    Over the tokens t that go to expert e, "usage" is their number, "contribution" the sum of what
-    it adds to them, `w_te ||f_e(x_t)||`, and "saliency" the mean of that, 0 without tokens. Lasby
-    et al. 2025, REAP (arXiv:2510.13999), eq. 9.
+    Over the tokens t that go to expert e, "usage" is their number (its share of their weights
+    where all experts serve all tokens), "contribution" the sum of what it adds to them,
+    `w_te ||f_e(x_t)||`, and "saliency" the mean of that, 0 without tokens. Lasby et al. 2025, REAP
+    (arXiv:2510.13999), eq. 9.
     """
     if by == "usage":
         return _summed(model, layers, data, _counts)[0]
-    sums, counts = _summed(model, layers, data, contributions, _counts)
+    sums, counts = _summed(model, layers, data, contributions, _served)
     if by == "contribution":
         return sums
     return {name: sums[name] / np.maximum(counts[name], 1.0) for name in layers}
@@ -60,6 +61,10 @@ def usage_and_similarity(model, layers, data):
 
 def _counts(layer, routing, tokens):
     return ops.cast(routing.counts, "float32")
+
+
+def _served(layer, routing, tokens):
+    return served_tokens(routing)
 
 
 def _products(layer, routing, tokens):

@@ -1,4 +1,4 @@
-"""The cost of a trial, an objective under a budget of it, and a table of all trials."""
+"""Costs of trials, an objective under a budget, and a table of all trials."""
 
 import math
 import time
@@ -99,7 +99,7 @@ class ParetoRow(NamedTuple):
 def pareto_table(
     search: Any, cost: str = "active_flops", loss: str = "val_loss"
 ) -> list[ParetoRow]:
-    """Return what a lower loss costs: all finished trials, the cheapest first.
+    """Return all finished trials by cost, the cheapest first.
 
     Args:
         search: `keras_tuner.Tuner` after `search`, whose callbacks had a `CostMonitor`.

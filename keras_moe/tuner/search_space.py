@@ -1,4 +1,4 @@
-"""The values from which a search chooses each part of a MoE layer."""
+"""Search spaces of MoE layers."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -96,7 +96,7 @@ class SearchSpace:
         router_losses: Sequence = (),
         **kwargs: Any,
     ) -> layers.MixtureOfExperts:
-        """Return a layer of the values that `hp` has in this trial.
+        """Return a layer with the values of this trial.
 
         Args:
             hp: `keras_tuner.HyperParameters` that a model-building function is given.
@@ -135,7 +135,7 @@ class SearchSpace:
         return _router(name, num_experts)
 
     def _choose(self, hp, name, values):
-        """Return the value that `hp` has for a name in the scope of the space."""
+        """Return the trial's value for a name in the scope of the space."""
         if len(values) == 1:
             choice = hp.Fixed(name, values[0])
         else:
@@ -187,7 +187,7 @@ class DefaultsFirst(keras_tuner.Oracle):
 
 
 def _values(name, values, check=None):
-    """Return values to choose from as a list of Python's own."""
+    """Return values to choose from as a list of Python numbers."""
     if isinstance(values, str) or not isinstance(values, (Sequence, np.ndarray)) or not len(values):
         received = f"{name}={shortened(values)}"
         raise ValueError(f"`{name}` must be a list of values to choose from. Received: {received}")

@@ -1,4 +1,4 @@
-"""Dense models become mixtures of experts."""
+"""Upcycling of dense models to mixtures of experts."""
 
 import random
 import re
@@ -10,12 +10,13 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal.checks import check_integer, check_number, shortened
-from keras_moe._internal.keras_internals import names_below
+from keras_moe._internal.keras_internals import names_below, set_state
+from keras_moe._internal.serialization import register
 from keras_moe.layers import FeedForwardExperts, GatedExperts, MixtureOfExperts
+from keras_moe.layers.replacement import record, replace
 from keras_moe.layers.sublayers import freeze_parts
 from keras_moe.routers import TopKRouter
 from keras_moe.upcycling.feed_forwards import feed_forwards, left_dense
-from keras_moe.upcycling.rewriting import rewrite
 
 __all__ = ["upcycle"]
 
@@ -42,7 +43,7 @@ def upcycle(
     These layers are found: `Dense` layers from D to H features with an activation, then back to D
     without, in a functional or sequential model, with dropout between them or without; a
     `keras.Sequential` of such two in an attribute of another layer, as of our Transformer blocks;
-    and those of KerasHub's Transformer blocks (Bert, GPT-2, Llama, Mistral, Qwen and others).
+    and in KerasHub's Transformer blocks (Bert, GPT-2, Llama, Mistral, Qwen and others).
     Dropout between the two is removed. A warning says which `Dense` layers look like such two and
     stay dense, and why.
 
@@ -122,7 +123,7 @@ def upcycle(
     for layer in model._flatten_layers():
         freeze_parts(layer)
     rng = np.random.default_rng(random.randrange(2**32) if seed is None else seed)
-    mixtures = []
+    replacements: dict = {}
     for feed_forward in chosen:
         mixture = _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng)
         weights = _expert_weights(feed_forward, num_experts, granularity)
@@ -131,8 +132,30 @@ def upcycle(
         for name, value in weights.items():
             if getattr(mixture.experts, name) is not None:
                 getattr(mixture.experts, name).assign(value)
-        mixtures.append((feed_forward, mixture))
-    return rewrite(model, mixtures)
+        replacements |= dict.fromkeys(feed_forward.layers)
+        replacements[feed_forward.layers[0]] = mixture
+        if feed_forward.gate is not None:
+            up = feed_forward.up
+            replacements[up] = Ones(dtype=up.dtype_policy.name, name=up.name)
+    model, changes = replace(model, replacements)
+    for block in (feed_forward.owner for feed_forward in chosen if feed_forward.gate is not None):
+        # The block still applies the activation to the gate, and multiplies by `up`.
+        set_state(block, "activation", keras.activations.linear)
+        changes.append((block, ["activation"]))
+    record(model, changes)
+    return model
+
+
+@register
+class Ones(keras.layers.Layer):
+    """The factor of a gate that has become the whole network."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.built = True  # `quantize` asks, of a model that has not run yet
+
+    def call(self, inputs):
+        return ops.ones_like(inputs)
 
 
 def _select(model, select, every):
@@ -167,7 +190,7 @@ def _select(model, select, every):
 
 
 def _obstacles(feed_forward, granularity):
-    """Reasons why a bank of experts cannot take over: outputs or the loss would change."""
+    """Reasons why a bank of experts would change outputs or the loss."""
     denses, width = feed_forward.denses, feed_forward.up.units
     if width % granularity:
         yield f"granularity={granularity}, which does not divide the hidden width, {width}"
@@ -213,12 +236,12 @@ def _regularizers(denses, kind):
 
 
 def _factors(regularizer):
-    """Those of the L1 norm and of the squared L2 norm."""
+    """Factors of the L1 norm and of the squared L2 norm."""
     return tuple(float(getattr(regularizer, name, 0.0)) for name in ("l1", "l2"))
 
 
 def _bank_regularizer(denses, kind, copies):
-    """A regularizer of so many copies that adds to the loss what that of the dense layers does."""
+    """A regularizer of the copies that adds as much to the loss as the dense layers' own."""
     l1, l2 = next(map(_factors, _regularizers(denses, kind)), (0.0, 0.0))
     return keras.regularizers.L1L2(l1 / copies, l2 / copies) if l1 or l2 else None
 
@@ -280,7 +303,7 @@ def _expert_weights(feed_forward, num_experts, granularity):
 
 
 def _draw_again(weights, share, rng):
-    """Draw a share of the hidden features of each expert again, others in each.
+    """Reinitialize a share of the hidden features of each expert, others in each.
 
     With the mean and the standard deviation of the old ones: Drop-Upcycling, section 3.2.
     """

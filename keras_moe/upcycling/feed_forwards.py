@@ -12,7 +12,7 @@ import keras
 
 from keras_moe._internal.keras_internals import Functional, calls_of, own_layers
 from keras_moe.layers import MixtureOfExperts
-from keras_moe.upcycling.rewriting import is_graph, sublayers
+from keras_moe.layers.replacement import is_graph, sublayers
 
 
 class FeedForward(NamedTuple):
@@ -20,9 +20,9 @@ class FeedForward(NamedTuple):
 
     - `name`: of its first `Dense`, or of the layer that holds it.
     - `up`, `down`, `gate`: `Dense` layers; `gate` may be None.
-    - `activation`: function of the hidden features, of the gate if there is one.
+    - `activation`: function of the hidden features, or of the gate if there is one.
     - `layers`: the layers that the mixture replaces; it comes in the place of the first.
-    - `owner`: the block of KerasHub that holds it, or None.
+    - `owner`: the KerasHub block that holds it, or None.
     """
 
     name: str
@@ -73,7 +73,7 @@ def _in_attributes(layer):
     names = ("intermediate", "output", "gate")
     denses: list[Any] = [getattr(layer, f"_feedforward_{name}_dense", None) for name in names]
     up, down, gate = denses
-    if not _is_dense(up) or not _is_dense(down) or not _fit(up, down):
+    if not _is_dense(up) or not _is_dense(down) or _obstacle(up, [up.activation], down):
         return
     if gate is None:
         yield FeedForward(layer.name, up, down, None, up.activation, (up, down), layer)
@@ -88,8 +88,7 @@ def _in_graph(model):
     following = _following_layers(model)
     for up in filter(_is_dense, model.layers):
         layers, activations, down = _chain(up, following)
-        # Experts have one.
-        if len(activations) == 1 and _is_dense(down) and _fit(up, down):
+        if _obstacle(up, activations, down) is None:
             yield FeedForward(up.name, up, down, None, activations[0], (*layers, down))
 
 
@@ -117,23 +116,26 @@ def left_dense(model, found):
             features, width = up.kernel.shape
             back = any(tuple(down.kernel.shape) == (width, features) for down in denses)
             if back and width > features and id(up) not in known:
-                reasons.setdefault(id(up), f"`{up.name}`, {_obstacle(owner, up)}")
+                reason = f"which the code of `{owner.name}` calls"
+                if is_graph(owner):
+                    _, *chain = _chain(up, _following_layers(owner))
+                    inside = f"which is inside `{owner.name}`, and nothing else can take its place"
+                    reason = _obstacle(up, *chain) or inside
+                reasons.setdefault(id(up), f"`{up.name}`, {reason}")
     return list(reasons.values())
 
 
-def _obstacle(owner, up):
-    if not is_graph(owner):
-        return f"which the code of `{owner.name}` calls"
-    _, activations, after = _chain(up, _following_layers(owner))
+def _obstacle(up, activations, after):
+    """Why a `Dense` layer and the layer after its activations are not converted, or None."""
     if after is None:
         return "as its outputs do not go to one layer only, or one of the two is called twice"
-    if not _is_dense(after) or after.kernel.shape[1] != up.kernel.shape[0]:
+    if not _is_dense(after) or tuple(after.kernel.shape) != tuple(up.kernel.shape)[::-1]:
         return f"which `{after.name}` follows, not a `Dense` layer back to as many features"
     if not _is_linear(after):
         return f"as `{after.name}` after it has an activation"
     if len(activations) != 1:
-        return f"which has {len(activations)} activations"
-    return f"which is inside `{owner.name}`, and nothing else can take its place"
+        return f"which has {len(activations)} activations"  # experts have one
+    return None
 
 
 def _owners(layer):
@@ -169,8 +171,3 @@ def _is_dense(layer):
 
 def _is_linear(layer):
     return layer.activation is keras.activations.linear
-
-
-def _fit(up, down):
-    """Whether they lead from D features back to D, the last without an activation."""
-    return _is_linear(down) and tuple(down.kernel.shape) == tuple(up.kernel.shape)[::-1]

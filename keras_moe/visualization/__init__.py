@@ -1,8 +1,8 @@
 """Plots of what experts do. Needs matplotlib: `pip install matplotlib`.
 
-Every function returns a `matplotlib.figure.Figure` and takes its data in one of three forms: an
-array or nested list, a dict of arrays by the name of the layer, or the result of
-`inspection.record_routings(model, batches)`. Each layer has a panel of its own.
+Every function returns a `matplotlib.figure.Figure` with a panel for each layer. It takes an array
+or nested list, a dict of arrays by the name of the layer, or the result of
+`inspection.record_routings(model, batches)`.
 """
 
 from keras_moe.visualization.plots import (

@@ -37,7 +37,7 @@ def _joined(value):
 
 
 def routings_by_layer(source, num_experts=None):
-    """Dict of names to routings; those of indices have no probabilities."""
+    """Dict of names to routings, which have no probabilities if they come from indices."""
     return {name: _routing(value, num_experts) for name, value in by_layer(source).items()}
 
 
@@ -89,6 +89,7 @@ def heat_map(axes, values, colour_label, **kwargs):
     return axes.figure.colorbar(image, ax=axes, label=colour_label)
 
 
-def count_on(axis):
-    """Whole numbers along an axis, as many as there is room for."""
-    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+def count_on(*sides):
+    """Whole numbers along axes, as many as fit."""
+    for axis in sides:
+        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -1,4 +1,4 @@
-"""Plots of decisions: how routers decide, whom experts serve, and how both change in training."""
+"""Plots of routing: what routers decide, what experts serve, and how both change in training."""
 
 import functools
 import math
@@ -57,8 +57,7 @@ def _draw_coactivation(axes, routing):
     np.fill_diagonal(share, np.nan)  # every expert is always together with itself
     heat_map(axes, share, "share of the row's tokens", vmin=0)
     axes.set(xlabel="also served by expert", ylabel="served by expert")
-    count_on(axes.xaxis)
-    count_on(axes.yaxis)
+    count_on(axes.xaxis, axes.yaxis)
 
 
 def confidence(routings: dict | Tensor) -> Figure:
@@ -112,12 +111,11 @@ def specialization(
     their order, strings the most frequent first. The first 30 are drawn; the title is over all.
 
     Args:
-        routings: The result of `inspection.record_routings`, or integer indices (T, K) with -1
-            for no expert, or a dict of these by layer.
+        routings: As in `coactivation`.
         labels: Integers or strings, such as subjects of documents or words: one for each token,
             padding included, or one for each of equally long documents. Negative ones are left out.
         names: List of strings or None. Names of integer labels.
-        num_experts: Integer or None. E, for arrays; by default the highest index plus one.
+        num_experts: Integer or None. As in `coactivation`.
 
     Returns:
         A `matplotlib.figure.Figure`.
@@ -141,7 +139,7 @@ def specialization(
 
 
 def labels_of_tokens(labels, num_tokens):
-    """Integers or strings, one for each token; the label of a document is that of its tokens."""
+    """Integers or strings, one for each token, from labels of tokens or documents."""
     labels = ops.convert_to_numpy(labels)
     fits = labels.size and not num_tokens % labels.size
     fits = fits and labels.size in (math.prod(labels.shape[:1]), num_tokens)
@@ -236,9 +234,8 @@ def _draw_shares(axes, shares, first_epoch):
     )
     bar.set_ticks([-3, -1, 0, 1, 3], labels=["⅛ or less", "½", "1", "2", "8 or more"])
     axes.set(xlabel="epoch", ylabel="expert", facecolor="silver")
-    count_on(axes.xaxis)
+    count_on(axes.xaxis, axes.yaxis)
     axes.xaxis.set_major_formatter(lambda row, _: f"{first_epoch + row:.0f}")
-    count_on(axes.yaxis)
 
 
 def settling(checkpoints: Sequence, num_experts: int | None = None) -> Figure:
@@ -247,9 +244,8 @@ def settling(checkpoints: Sequence, num_experts: int | None = None) -> Figure:
     The dotted line is the share that two unrelated routings would have in common.
 
     Args:
-        checkpoints: List of at least two results of `inspection.record_routings` on the same data,
-            or of integer arrays (T, K), or of dicts of these.
-        num_experts: Integer or None. E, for arrays; by default the highest index plus one.
+        checkpoints: List of at least two routings on the same data, each as in `coactivation`.
+        num_experts: Integer or None. As in `coactivation`.
 
     Returns:
         A `matplotlib.figure.Figure`.

@@ -1,0 +1,217 @@
+"""Replacement of layers in built models, recorded in the models' configs."""
+
+from typing import Any
+
+import keras
+
+from keras_moe._internal.keras_internals import (
+    Functional,
+    compile_like,
+    forget_old_weights,
+    own_layers,
+    set_state,
+)
+from keras_moe._internal.serialization import PACKAGE
+from keras_moe.layers.transformer_block import TransformerBlock
+
+
+def replace(model, replacements):
+    """Replace layers of a built model.
+
+    Functional and sequential models that contain one become new models with the same other layers;
+    everything else changes in place.
+
+    Args:
+        model: Keras model.
+        replacements: dict from layers to the layers in their places, or to None, which removes one.
+
+    Returns:
+        The model, and a list for `record`: pairs of a layer whose config lacks a new sublayer, and
+        names of its attributes.
+    """
+    replacement = _Replacement(replacements)
+    model = replacement.of(model)
+    forget_old_weights(model)
+    return model, replacement.changes
+
+
+def is_graph(layer):
+    """Whether a layer is only a list or graph of layers, which can be rebuilt."""
+    # A subclass, such as a model of KerasHub, may keep its layers elsewhere too.
+    return type(layer) in (Functional, keras.Sequential)
+
+
+def sublayers(layer):
+    """Pairs of a name and a Keras layer, for all attributes that are layers."""
+    # PyTorch keeps modules apart from other attributes.
+    names = [*vars(layer), *vars(layer).get("_modules", ())]
+    pairs = [(name, getattr(layer, name)) for name in names]
+    return [(name, value) for name, value in pairs if isinstance(value, keras.Layer)]
+
+
+class _Replacement:
+    """Replaces layers of a model, from the inside out."""
+
+    def __init__(self, replacements):
+        self.replacements = replacements
+        self.changes: list = []
+        self._done: dict[int, keras.Layer] = {}
+
+    def of(self, layer):
+        """The layer in the place of a layer of the model; mostly itself."""
+        if layer in self.replacements:
+            # The surrounding layer still calls the removed one.
+            nothing = keras.layers.Identity(name=layer.name, dtype=layer.dtype_policy.name)
+            return self.replacements[layer] or nothing
+        if id(layer) not in self._done:
+            replace_in = self._graph if is_graph(layer) else self._attributes
+            self._done[id(layer)] = replace_in(layer)
+        return self._done[id(layer)]
+
+    def _attributes(self, layer):
+        names = []
+        for name, sublayer in sublayers(layer):
+            new = self.of(sublayer)
+            if new is not sublayer:
+                set_state(layer, name, new)
+                names.append(name)
+        for sublayer in own_layers(layer):
+            self.of(sublayer)
+        if isinstance(layer, TransformerBlock):
+            layer.examine_feedforward()
+        elif names:
+            self.changes.append((layer, names))
+        return layer
+
+    def _graph(self, model):
+        new = {layer: self.of(layer) for layer in model.layers}
+        if all(layer is other for layer, other in new.items()):
+            return model
+
+        def is_removed(layer):
+            return layer in new and self.replacements.get(layer, layer) is None
+
+        if isinstance(model, keras.Sequential):
+            (x,) = model.inputs
+            inputs = keras.Input(batch_shape=x.shape, dtype=x.dtype, name=x.name)
+            layers = [new[layer] for layer in model.layers if not is_removed(layer)]
+            made = keras.Sequential([inputs, *layers], name=model.name)
+        else:
+            made = keras.models.clone_model(
+                # Of a compiled model Keras would copy losses and metrics too, which not all can be.
+                keras.Model(model.input, model.output, name=model.name),
+                # Operations such as `+` are no layers, and stay as they are.
+                clone_function=lambda layer: layer if is_removed(layer) else new.get(layer, layer),
+                call_function=lambda layer, *args, **kwargs: (
+                    args[0] if is_removed(layer) else layer(*args, **kwargs)
+                ),
+            )
+        compile_like(made, model)
+        return made
+
+
+def record(model, changes=(), converters=()):
+    """Add changes to the config of a model.
+
+    Args:
+        model: Keras model.
+        changes: pairs of a layer in it and names of attributes, whose values are saved.
+        converters: registered functions, called with the model that the old config describes. Files
+            of weights are as without them.
+    """
+    paths = {id(layer): path for path, layer in _walk(model)}
+    old, before = _recorded(model)
+    changes = [(paths[id(layer)], tuple(names)) for layer, names in changes]
+    _set_record(model, old + changes, list(dict.fromkeys([*before, *converters])))
+
+
+def forget_converters(model):
+    """Remove converters from the config of a model."""
+    _set_record(model, _recorded(model)[0], [])
+
+
+def _recorded(model):
+    return vars(model).get("_record", ([], []))
+
+
+def _set_record(model, changes, converters):
+    cls = getattr(model, "_original_class", type(model))
+    if changes or converters:
+        # Files of weights use the name for layers in a list.
+        name = "WithReplacements" if changes else cls.__name__
+        members = {"_original_class": cls, "__module__": __name__}
+        cls = _register(type(name, (_WithReplacements, cls), members))
+    model.__class__ = cls
+    object.__setattr__(model, "_record", (changes, converters))  # Keras would track it.
+
+
+class _WithReplacements:
+    """Mixed into the class of a model whose layers were replaced."""
+
+    _original_class: Any
+    _record: tuple
+
+    def get_config(self):
+        serialize, (changes, converters) = keras.saving.serialize_keras_object, self._record
+        replaced = []
+        for path, names in changes:
+            layer = _layer_at(self, path)
+            attributes = {name: serialize(getattr(layer, name)) for name in names}
+            replaced.append({"path": list(path), "attributes": attributes})
+        recorded, self.__class__ = type(self), self._original_class
+        try:
+            original = serialize(self)
+        finally:
+            self.__class__ = recorded
+        original.pop("compile_config", None)
+        return {
+            "model": original,
+            "replaced": replaced,
+            "converters": list(map(serialize, converters)),
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        def revive(each):
+            return keras.saving.deserialize_keras_object(each, custom_objects=custom_objects)
+
+        model = revive(config["model"])
+        for converter in config.get("converters", ()):  # 0.2 had none.
+            revive(converter)(model)
+        for replaced in config["replaced"]:
+            layer = _layer_at(model, replaced["path"])
+            for name, value in replaced["attributes"].items():
+                set_state(layer, name, revive(value))
+            record(model, [(layer, replaced["attributes"])])
+        return model
+
+    def save_to_preset(self, *args, **kwargs):
+        """Save a preset of KerasHub. It loads without the converters."""
+        original, (_, converters) = self._original_class, self._record
+        forget_converters(self)
+        try:
+            original.save_to_preset(self, *args, **kwargs)
+        finally:
+            record(self, converters=converters)
+
+
+# One name for all models; the config says which one it is.
+_register = keras.saving.register_keras_serializable(PACKAGE, "WithReplacements")
+_register(_WithReplacements)
+
+
+def _walk(layer, path=()):
+    """Pairs of a path and a layer for each layer in a model, itself included.
+
+    A path holds the place of each layer among the sublayers of its parent. It is the same in a
+    model that was made from the same config.
+    """
+    yield path, layer
+    for index, sublayer in enumerate(own_layers(layer)):
+        yield from _walk(sublayer, (*path, index))
+
+
+def _layer_at(root, path):
+    for index in path:
+        root = own_layers(root)[index]
+    return root
