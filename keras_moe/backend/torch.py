@@ -150,7 +150,7 @@ class _Differentiable(torch.autograd.Function):
         inputs = keras.tree.pack_sequence_as(ctx.structure, tensors)
         output, saved = forward(inputs, context, save=True)
         ctx.run_backward, ctx.reference = backward, reference
-        ctx.context = context
+        ctx.context, ctx.was_traced = context, is_traced()
         # All tensors in the list that PyTorch frees, and may offload or compute again.
         ctx.structure_of_saved = keras.tree.map_structure(lambda _: 0, saved)
         ctx.save_for_backward(*tensors, *keras.tree.flatten(saved))
@@ -161,15 +161,19 @@ class _Differentiable(torch.autograd.Function):
         tensors = ctx.saved_tensors  # once: each access unpacks, and may compute again
         num_inputs = len(keras.tree.flatten(ctx.structure))
         tensors, saved = tensors[:num_inputs], tensors[num_inputs:]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # `create_graph`
+        create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        # Dynamo may trace one of the two passes only, and rows then lie in other parts.
+        if create_graph or is_traced() != ctx.was_traced:
             # Views: an input may depend on another, which autograd would follow.
             tensors = [
                 each.view_as(each) if each.requires_grad else each.detach().requires_grad_()
                 for each in tensors
             ]
-            output = ctx.reference(keras.tree.pack_sequence_as(ctx.structure, tensors), ctx.context)
+            with torch.enable_grad():
+                inputs = keras.tree.pack_sequence_as(ctx.structure, tensors)
+                output = ctx.reference(inputs, ctx.context)
             gradients = torch.autograd.grad(
-                output, tensors, upstream, create_graph=True, allow_unused=True
+                output, tensors, upstream, create_graph=create_graph, allow_unused=True
             )
         else:
             inputs = keras.tree.pack_sequence_as(ctx.structure, tensors)

@@ -22,6 +22,7 @@ from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.recomputation import Recomputable, effects_once
 from keras_moe.layers.usage import RouterUsage
+from keras_moe.ops.routing import Routing
 from keras_moe.ops.sorting import at_least
 from keras_moe.routers.router import Router
 
@@ -238,7 +239,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         if mask is None or len(mask.shape) != num_axes:
             return
         for each in others:
-            if isinstance(each, ops.Routing):
+            if isinstance(each, Routing):
                 for field in (each.indices, each.weights, each.probs, each.logits):
                     set_keras_mask(field, keras_ops.reshape(mask, (-1,)))
             else:  # An expert is one more axis, and losses take masks of all axes but the last.
