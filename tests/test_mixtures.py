@@ -327,7 +327,7 @@ def test_a_collapsed_dense_gate_is_seen_in_the_logs():
     assert logs["moe_load_imbalance"][0] > 2.9 and logs["moe_load_entropy"][0] < 0.05
     assert logs["moe_dead_experts"] == [3.0] and logs["moe_dropped_fraction"] == [0.0]
     lines = []
-    inspection.summary(model, print_fn=lines.append)
+    keras_moe.summary(model, print_fn=lines.append)
     assert lines[3].split()[-3] == "3"
     x = np.repeat(x, 8, axis=0)  # enough to judge
     with pytest.warns(UserWarning, match="experts have collapsed"):

@@ -7,6 +7,7 @@ from backends import BACKEND, FAST_MODE, compiled, saved_and_loaded
 from layer_checks import D, E, array, moe, normal
 
 from keras_moe import layers, losses, ops, routers
+from keras_moe.ops.expert_choice import expert_choice_routing
 
 X = normal(6, D)
 
@@ -34,7 +35,7 @@ class PairRouter(routers.LogitRouter):
     def kernel_shape(self, features):
         return features, 2 * self.num_experts
 
-    def route(self, tokens, mask, training):
+    def route(self, tokens, mask, training, **context):
         logits, mask = self.logits(tokens, mask, training)
         pairs = keras.ops.reshape(logits, (-1, self.num_experts, 2))
         return ops.top_k_routing(keras.ops.max(pairs, -1), 2, mask=mask)
@@ -51,7 +52,7 @@ class NearestRouter(routers.Router):
     def build(self, tokens_shape):
         self.centres = self.add_weight(name="centres", shape=(self.num_experts, tokens_shape[-1]))
 
-    def route(self, tokens, mask, training):
+    def route(self, tokens, mask, training, **context):
         differences = keras.ops.expand_dims(tokens, 1) - self.centres
         distances = keras.ops.sum(keras.ops.square(differences), axis=-1)
         return ops.top_k_routing(-distances, self.top_k)
@@ -159,14 +160,15 @@ def test_a_regularizer_returns_a_number_an_expert_or_none_of_its_own():
 
 
 def test_a_sequence_length_is_a_tensor():
+    mask = keras.ops.ones((6,), "bool")
     # What is compiled takes it for an unknown number.
     route = compiled(
-        lambda logits, length: ops.expert_choice_routing(logits, 1.0, None, length).counts,
+        lambda logits, length: expert_choice_routing(logits, 1.0, mask, length).counts,
         "eager" if BACKEND == "jax" else FAST_MODE,
     )
     np.testing.assert_array_equal(
         route(normal(6, E), np.array(3, "int32")),
-        array(ops.expert_choice_routing(normal(6, E), 1.0, None, 3).counts),
+        array(expert_choice_routing(normal(6, E), 1.0, mask, 3).counts),
     )
 
 

@@ -1,7 +1,6 @@
 """The private names of Keras that have no public one, in one place."""
 
 import contextlib
-import functools
 
 import keras
 from keras.src.backend.common.global_state import get_global_attribute, set_global_attribute
@@ -157,21 +156,6 @@ def compile_like(model, other):
         # It scales the loss already, where that was wanted.
         optimizer = {"optimizer": other.optimizer, "auto_scale_loss": False}
         model.compile(**{**other._compile_config.config, **optimizer})
-
-
-def test_function_of_its_own(model):
-    """Another test function of a compiled model, which shares no trace with the present one."""
-    # JAX gives functions of the same method the same trace.
-    present, own_step = model.test_function, vars(model).get("test_step")
-    model.test_step = functools.partial(model.test_step)
-    try:
-        model.make_test_function(force=True)
-        return model.test_function
-    finally:
-        model.test_function = present
-        del model.test_step
-        if own_step is not None:  # which the user has given this model
-            model.test_step = own_step
 
 
 def forget_old_weights(model):

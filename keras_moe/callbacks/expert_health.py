@@ -154,14 +154,14 @@ class ExpertHealth(keras.callbacks.Callback):
         for index, weight in enumerate(layer.loss_weights_in_force):
             loss = layer.router_losses[index]
             # In a resumed training it may have been raised before.
-            if loss.balances and 0 < weight < min(loss.large_weight, 9 * loss.weight):
+            if loss.balances and 0 < weight < 9 * loss.weight and not health.is_large(loss, weight):
                 layer.set_router_loss_weight(index, 10 * weight)
                 done.append(f"The weight of its {type(loss).__name__} is now {10 * weight:g}.")
         if not done:
             return finding
         self._rebalanced.add(name)
         watch.restart()
-        fix = " ".join([*done, "What else to try:", layer.balance_advice()])
+        fix = " ".join([*done, "What else to try:", health.balance_advice(layer)])
         return finding._replace(fix=fix)
 
 
@@ -208,7 +208,7 @@ class _Watch:
         recovers = latest[-1] - latest[0] > _RECOVERY * (self.patience - 1)
         if len(latest) < self.patience or max(latest) >= health.COLLAPSED or recovers:
             return None
-        return health.collapsed(self._window, self.layer.balance_advice())
+        return health.collapsed(self._window, health.balance_advice(self.layer))
 
     def _judge_idle(self):
         idle = ops.convert_to_numpy(is_dead(self._window))
@@ -219,7 +219,9 @@ class _Watch:
         if not len(dead) or self._spreads[-1] < health.COLLAPSED:
             return None, ()
         experts = len(self._idle)
-        finding = health.dead(dead, experts, self.layer.balance_advice(), f" in {looks} looks")
+        finding = health.dead(
+            dead, experts, health.balance_advice(self.layer), f" in {looks} looks"
+        )
         now = f"At the last look {np.sum(self._idle > 0)} of {experts} were dead."
         return finding._replace(text=f"{finding.text} {now}"), dead.tolist()
 

@@ -12,9 +12,8 @@ from keras import ops
 
 from keras_moe import metrics
 from keras_moe._internal.checks import shortened
-from keras_moe._internal.keras_internals import test_function_of_its_own
+from keras_moe._internal.keras_internals import forget_compiled
 from keras_moe.inspection import moe_layers
-from keras_moe.inspection.recording import counting
 
 
 class ExpertMonitor(keras.callbacks.Callback):
@@ -92,7 +91,8 @@ class ExpertMonitor(keras.callbacks.Callback):
                 "`metrics` must be functions of different names, which are theirs in the logs. "
                 f"Received: metrics={shortened(metrics)}"
             )
-        self._counted_step: Any = None
+        # The test function of the model that counts.
+        self._counting: Any = None
         # How often the counters had been reset when the epoch began; None outside of training.
         self._resets = None
         # Numbers and shares of the layers in this epoch.
@@ -115,11 +115,16 @@ class ExpertMonitor(keras.callbacks.Callback):
         self._shares, self._first_epoch = shares, 0
 
     def set_model(self, model):
+        if self._counting is not None:  # An evaluation or a training was interrupted.
+            self._count_evaluation(False)
+            self._forget_counting()
         super().set_model(model)
         self._resets = self._training = self._test = None
 
     def on_train_end(self, logs=None):
+        self._read_counts()  # of an evaluation by another callback
         self._resets = None
+        self._forget_counting()
         if self._event_files is not None:
             self._event_files.close()
 
@@ -135,16 +140,17 @@ class ExpertMonitor(keras.callbacks.Callback):
             self._read_counts()
         else:
             self._training = self._read_training()
-        step = self.model.test_function
-        if isinstance(step, _CountedStep):  # An evaluation was interrupted before the step.
-            self._counted_step = step
-        elif self._counted_step is None or self._counted_step.usual is not step:
-            self._counted_step = _CountedStep(self.model)
-
-    def on_test_batch_begin(self, batch, logs=None):
-        self.model.test_function = self._counted_step
+        self._count_evaluation(True)
+        if self._counting is None or self.model.test_function is not self._counting:
+            # Whether a function counts is fixed when it is traced.
+            forget_compiled(self.model, ["test_function"])
+            self.model.make_test_function()
+            self._counting = self.model.test_function
 
     def on_test_end(self, logs=None):
+        self._count_evaluation(False)
+        if self._resets is None:
+            self._forget_counting()
         self._test = self._read_counts(keep=self._resets is None)
         logs.update(_logs(self._test[0]))
 
@@ -177,6 +183,16 @@ class ExpertMonitor(keras.callbacks.Callback):
         else:
             self.shares, self.validation_shares = {}, {}
             self._first_epoch = epoch
+
+    def _count_evaluation(self, counts):
+        for layer in moe_layers(self.model).values():
+            layer.counts_in_evaluation = counts
+
+    def _forget_counting(self):
+        """Let evaluations without the monitor trace a function that does not count."""
+        if self._counting is not None and self.model.test_function is self._counting:
+            forget_compiled(self.model, ["test_function"])
+        self._counting = None
 
     def _count_resets(self):
         return sum(layer.resets for layer in moe_layers(self.model).values())
@@ -223,24 +239,6 @@ class ExpertMonitor(keras.callbacks.Callback):
         if self.expert_shares:
             numbers.update({f"expert_share_{e}": share for e, share in enumerate(shares)})
         return {key: float(value) for key, value in numbers.items()}, shares, counts, losses
-
-
-class _CountedStep:
-    """A test function that counts the assignments of one step, then puts the usual one back.
-
-    Whether a function counts is fixed when it is traced, so there are two. Keras tells callbacks
-    nothing of an evaluation that is interrupted, so the monitor announces each step that counts.
-    """
-
-    def __init__(self, model):
-        self.usual = model.test_function
-        self._model = model
-        self._counting = test_function_of_its_own(model)
-
-    def __call__(self, *arguments):
-        self._model.test_function = self.usual
-        with counting(self._model):
-            return self._counting(*arguments)
 
 
 def _logs(numbers, prefix=""):

@@ -18,7 +18,7 @@ from keras_moe.convert.sparse_blocks import (
 from keras_moe.convert.weights import check_plain
 
 
-def sparsify(model: keras.Model) -> keras.Model:
+def use_sparse_experts(model: keras.Model) -> keras.Model:
     """Let the MoE blocks of a KerasHub model compute only the experts that are chosen.
 
     KerasHub computes every expert for every token. Afterwards each block computes with a
@@ -41,7 +41,7 @@ def sparsify(model: keras.Model) -> keras.Model:
     Example:
 
     >>> model = keras_hub.models.MixtralCausalLM.from_preset(preset)  # doctest: +SKIP
-    >>> keras_moe.convert.sparsify(model).generate("Keras is")  # doctest: +SKIP
+    >>> keras_moe.convert.use_sparse_experts(model).generate("Keras is")  # doctest: +SKIP
     """
     # A backbone has its decoder layers in its graph and in a list.
     found = {
@@ -64,10 +64,10 @@ def sparsify(model: keras.Model) -> keras.Model:
 
 
 def restore(model: keras.Model) -> keras.Model:
-    """Give a model that `sparsify` has converted the blocks of KerasHub again, in place.
+    """Give a model that `use_sparse_experts` has converted the blocks of KerasHub again, in place.
 
     Args:
-        model: Keras model. As for `sparsify`.
+        model: Keras model. As for `use_sparse_experts`.
 
     Returns:
         The model.
@@ -82,7 +82,7 @@ def restore(model: keras.Model) -> keras.Model:
     """
     blocks = _sparse_blocks(model)
     if not blocks:
-        raise ValueError(f"`model` must be one that `sparsify` converted. Received: {model!r}")
+        raise ValueError(f"`use_sparse_experts` must have converted `model`. Received: {model!r}")
     for block in blocks:
         # KerasHub gets the floats of experts, with their LoRA.
         check_plain(block, but=block._sparse_mixture.experts)
@@ -92,7 +92,7 @@ def restore(model: keras.Model) -> keras.Model:
     return model
 
 
-# By paths of KerasHub's weights: heads of attention, and experts before `sparsify`.
+# By paths of KerasHub's weights: heads of attention, and experts before `use_sparse_experts`.
 _LAYOUTS = {
     r".*attention/query/kernel": (None, "model", None),
     r".*attention/query/bias": ("model", None),
@@ -106,7 +106,7 @@ def layout_map(mesh: keras.distribution.DeviceMesh) -> keras.distribution.Layout
 
     Heads of attention are split over the axis "model" of the mesh, experts over "expert". Heads of
     keys and values, which are few in these models, and all other weights are whole on every device.
-    Set the distribution before the model is made or loaded, and `sparsify` the model then.
+    Set the distribution before you make or load the model, and convert the model afterwards.
 
     Args:
         mesh: `keras.distribution.DeviceMesh` with the axes "data", "expert" and "model". The size
@@ -159,7 +159,7 @@ class SparseBackbone:
 
         config = dict(config)
         replaced = keras.saving.get_registered_object(config.pop("sparsified"))
-        return sparsify(replaced.from_config(config))
+        return use_sparse_experts(replaced.from_config(config))
 
     def save_to_preset(self, *args, **kwargs):
         """Save a preset, which KerasHub loads as its own."""

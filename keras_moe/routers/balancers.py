@@ -12,19 +12,16 @@ from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import Configured, register, resolve
 from keras_moe.backend import backend
 from keras_moe.ops.routing import _top_k_routing
-from keras_moe.ops.selection import _take_scores, _top_k_indices
-from keras_moe.ops.transport import _balanced_assignment, _sinkhorn_plan
+from keras_moe.ops.selection import take_scores, top_k_indices
+from keras_moe.ops.transport import balanced_assignment, sinkhorn_plan
 from keras_moe.routers.logit_router import LogitRouter
-
-# Scores are from 0 to 1: from this rate on, no larger one is named as an example.
-LARGE_RATE = 0.01
 
 
 class SelectionBalancer(Configured):
     """Abstract: from routings to a selection bias that evens out the load.
 
-    In training a router measures each batch, on each replica, and once an optimizer step updates
-    its bias with the mean of the measurements. The bias of a step is fixed before the step, so that
+    In training a router measures each batch on each replica, and updates its bias once an optimizer
+    step by the mean of the measurements. The bias of a step is fixed before the step, so that
     no token's experts depend on later tokens. Padding is not measured.
 
     A subclass implements `measure(routing, scores, bias)` and `update(bias, measured)`; all but the
@@ -44,10 +41,6 @@ class SelectionBalancer(Configured):
 
     def update(self, bias, measured):
         raise NotImplementedError
-
-    def balance_advice(self) -> str:
-        """Return what to try where the load is uneven in spite of the bias."""
-        return f"The load is balanced by the selection bias of {type(self).__name__}."
 
     def get_config(self):
         return {**super().get_config(), "accumulation_steps": self.accumulation_steps}
@@ -93,13 +86,6 @@ class LossFreeBias(SelectionBalancer):
         bias = bias + self.rate * ops.sign(missing)
         return bias - ops.mean(bias)
 
-    def balance_advice(self):
-        if self.rate < LARGE_RATE:
-            advice = f"raise the rate, for example to {min(10 * self.rate, LARGE_RATE):g}"
-        else:
-            advice = "lower the rate if the load jumps from epoch to epoch, else raise it"
-        return f"The load is balanced by LossFreeBias(rate={self.rate:g}): {advice}."
-
     def get_config(self):
         return {**super().get_config(), "rate": self.rate}
 
@@ -137,7 +123,7 @@ class QuantileBias(SelectionBalancer):
         if top_k == num_experts:
             return ops.zeros((num_experts,), "float32")
         biased = scores + bias
-        threshold = _take_scores(biased, _top_k_indices(biased, top_k + 1)[:, top_k:])
+        threshold = take_scores(biased, top_k_indices(biased, top_k + 1)[:, top_k:])
         margin = ops.where(ops.expand_dims(routing.mask, 1), scores - threshold, -math.inf)
         # The mean of the replicas' quantiles is not the quantile of all their tokens.
         margin = -ops.sort(-backend.gather_over_replicas(margin), axis=0)
@@ -152,20 +138,16 @@ class QuantileBias(SelectionBalancer):
         bias = self.momentum * bias + (1 - self.momentum) * measured
         return bias - ops.mean(bias)
 
-    def balance_advice(self):
-        momentum = f"QuantileBias(momentum={self.momentum:g})"
-        return f"The load is balanced by {momentum}: lower the momentum, or use larger batches."
-
     def get_config(self):
         return {**super().get_config(), "momentum": self.momentum}
 
 
-BY_NAME = {"loss_free": LossFreeBias, "quantile": QuantileBias}
+IDENTIFIERS = {"loss_free": LossFreeBias, "quantile": QuantileBias}
 
 
 def get(identifier):
     """Return a balancer from an instance, a config, "loss_free" or "quantile"."""
-    return resolve("balancer", identifier, SelectionBalancer, BY_NAME)
+    return resolve("balancer", identifier, SelectionBalancer, IDENTIFIERS)
 
 
 @register
@@ -180,8 +162,7 @@ class SinkhornRouter(LogitRouter):
         num_experts: Integer. Number of experts, E.
         top_k: Integer. Experts per token, K, at most E.
         iterations: Integer. Rounds of the algorithm; fixed, so that it compiles.
-        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer`, `seed`,
-            `hidden_dim` and `temperature`, as in `TopKRouter`; `name` and `trainable`.
+        **kwargs: Arguments of `LogitRouter`.
 
     Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
 
@@ -205,17 +186,13 @@ class SinkhornRouter(LogitRouter):
         self.iterations = check_integer("iterations", iterations)
         self.check_num_experts()
 
-    @property
-    def shift_invariant(self):
-        return self.top_k > 1
-
-    def route(self, tokens, mask, training):
+    def route(self, tokens, mask, training, **context):
         logits, mask = self.logits(tokens, mask, training)
 
         def select(scores):
             if training:
-                scores = _sinkhorn_plan(ops.stop_gradient(logits), mask, self.iterations)
-            return _top_k_indices(scores, self.top_k)
+                scores = sinkhorn_plan(ops.stop_gradient(logits), mask, self.iterations)
+            return top_k_indices(scores, self.top_k)
 
         score = "softmax" if self.top_k > 1 else "sigmoid"
         return _top_k_routing(logits, self.top_k, mask, score, renormalize=False, select=select)
@@ -230,13 +207,13 @@ class BalancedAssignmentRouter(LogitRouter):
 
     One expert per token, its weight the sigmoid of its logit. In evaluation a token goes to its
     best expert, whatever the load. In training a token's expert depends on the whole batch. The
-    assignment is stable rather than optimal: see `ops.balanced_assignment`. BASE layers also add
-    the input times one minus the weight, as the residual connection around the layer does here.
+    assignment is stable rather than optimal: no token and expert both prefer each other to their
+    assignment. BASE layers also add the input times one minus the weight, as the residual
+    connection around the layer does here.
 
     Args:
         num_experts: Integer. Number of experts, E.
-        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer`, `seed`,
-            `hidden_dim` and `temperature`, as in `TopKRouter`; `name` and `trainable`.
+        **kwargs: Arguments of `LogitRouter`.
 
     Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
 
@@ -253,14 +230,13 @@ class BalancedAssignmentRouter(LogitRouter):
     top_k = 1
     causal = False
     default_losses = ()
-    shift_invariant = False
 
-    def route(self, tokens, mask, training):
+    def route(self, tokens, mask, training, **context):
         logits, mask = self.logits(tokens, mask, training)
 
         def select(scores):
             if not training:
-                return _top_k_indices(scores, 1)
-            return ops.expand_dims(_balanced_assignment(ops.stop_gradient(logits), mask), 1)
+                return top_k_indices(scores, 1)
+            return ops.expand_dims(balanced_assignment(ops.stop_gradient(logits), mask), 1)
 
         return _top_k_routing(logits, 1, mask, "sigmoid", renormalize=False, select=select)

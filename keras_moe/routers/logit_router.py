@@ -19,10 +19,13 @@ class LogitRouter(Adaptable, Router):
     """Abstract: a router whose logits are learned; linear, unless a subclass overrides `project`.
 
     Args:
-        num_experts: Integer. Number of experts, E.
-        input_jitter: Float, as `logit_noise`, `kernel_initializer`, `kernel_regularizer`, `seed`,
-            `hidden_dim` and `temperature` an argument of `TopKRouter`, which describes it.
-        **kwargs: `name` and `trainable`, as in any Keras layer.
+        num_experts: Integer. Number of experts, E. None: the number of the layer around the router.
+        input_jitter, logit_noise, kernel_initializer, kernel_regularizer, seed, hidden_dim,
+            temperature: As in `TopKRouter`.
+        **kwargs: `name` and `trainable`, as in any Keras layer. `dtype` is always float32.
+
+    Raises:
+        ValueError: If an argument is out of its range.
     """
 
     # Whether a `project` that is overridden multiplies by `times_kernel`, and so has LoRA.

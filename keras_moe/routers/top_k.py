@@ -13,8 +13,8 @@ from keras_moe._internal.serialization import config_of, register
 from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.routing import _top_k_routing
-from keras_moe.ops.scores import SCORES, along_units, unit
-from keras_moe.ops.selection import _group_limited_scores, _top_k_indices, existing
+from keras_moe.ops.scores import SCORES, cosine_logits, l2_normalize
+from keras_moe.ops.selection import existing, group_limited_scores, top_k_indices
 from keras_moe.routers import balancers
 from keras_moe.routers.logit_router import LogitRouter
 
@@ -23,13 +23,15 @@ class SelectionRouter(LogitRouter):
     """Abstract: scores, an optional selection bias, and the best experts by their sum.
 
     The bias affects which experts are chosen, never their weights. A subclass may override
-    `project(tokens)`, for other logits, or `select(scores)`, for another choice.
+    `project(tokens)` for other logits, or `select(scores)` for another choice.
 
     Args:
         num_experts: Integer. Number of experts, E.
         top_k: Integer. Experts per token, K, at most E.
         **kwargs: Arguments of `TopKRouter`.
     """
+
+    replays_indices = True
 
     def __init__(
         self,
@@ -83,18 +85,11 @@ class SelectionRouter(LogitRouter):
                 name="measurements", **{**state, "shape": (), "dtype": "int32"}
             )
 
-    @property
-    def shift_invariant(self):
-        return self.score == "softmax"
-
-    def balance_advice(self):
-        return None if self.balancer is None else self.balancer.balance_advice()
-
     def select(self, scores: Tensor) -> Tensor:
         """Return indices (T, K) of the experts with the best scores (T, E)."""
-        return _top_k_indices(scores, self.top_k)
+        return top_k_indices(scores, self.top_k)
 
-    def route(self, tokens, mask, training, indices=None):
+    def route(self, tokens, mask, training, indices=None, **context):
         logits, mask = self.logits(tokens, mask, training)
         if self.use_bias:
             logits = logits + self.bias
@@ -230,7 +225,6 @@ class CosineRouter(SelectionRouter):
     Reference: Chi et al. 2022, X-MoE (arXiv:2204.09179), eq. 5 and 6; scale and cap as in Tutel.
     """
 
-    normalizes_kernel = True
     projects_by_times_kernel = True
 
     def __init__(self, num_experts: int | None = None, projection_dim: int = 256, **kwargs: Any):
@@ -253,8 +247,8 @@ class CosineRouter(SelectionRouter):
 
     def project(self, tokens):
         scale = ops.exp(ops.minimum(self.log_scale, math.log(100.0)))
-        directions = scale * unit(self.directions, axis=0)
-        return along_units(self.times_kernel(tokens), directions)
+        directions = scale * l2_normalize(self.directions, axis=0)
+        return cosine_logits(self.times_kernel(tokens), directions)
 
     def get_config(self):
         return {**super().get_config(), "projection_dim": self.projection_dim}
@@ -319,8 +313,8 @@ class GroupLimitedRouter(SelectionRouter):
             )
 
     def select(self, scores):
-        scores = _group_limited_scores(scores, self.num_groups, self.top_groups)
-        return _top_k_indices(scores, self.top_k)
+        scores = group_limited_scores(scores, self.num_groups, self.top_groups)
+        return top_k_indices(scores, self.top_k)
 
     def get_config(self):
         return {

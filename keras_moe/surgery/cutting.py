@@ -19,7 +19,7 @@ def obstacles(layer, merging):
     if not layer.built:
         yield "which is not built"
     if not layer.has_own_config:
-        yield "made by `convert.sparsify`: the config of its model has the numbers"
+        yield "made by `convert.use_sparse_experts`: the config of its model has the numbers"
     if getattr(bank, "processes", None) is not None:
         yield "whose experts are split over processes"
     # The logits of a soft router are those of slots: tokens choose no experts.
