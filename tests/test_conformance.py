@@ -106,11 +106,17 @@ def test_a_model_that_holds_it_is_saved_and_loaded(cls, tmp_path):
     assert through_json(again.get_config()) == through_json(model.get_config())
 
 
-@by_name(CASES)
-def test_a_docstring_says_what_goes_in_what_comes_out_and_what_goes_wrong(cls):
+def documentation(cls):
+    """A docstring, and those of the classes that it refers to."""
     text = inspect.getdoc(cls)
     for referred in re.findall(r"as (?:for|in) `(\w+)`", text):
-        text += inspect.getdoc(next(c for c in [*CASES, *ABSTRACT] if c.__name__ == referred))
+        text += documentation(next(c for c in [*CASES, *ABSTRACT] if c.__name__ == referred))
+    return text
+
+
+@by_name(CASES)
+def test_a_docstring_says_what_goes_in_what_comes_out_and_what_goes_wrong(cls):
+    text = documentation(cls)
     assert "Args:" in text and ">>> " in text
     documented = set(re.findall(r"^    (\w+): ", text, re.MULTILINE))
     assert documented >= set(constructor_arguments(cls))

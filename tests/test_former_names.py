@@ -31,8 +31,7 @@ def test_a_former_name_warns_once_and_is_not_listed(name):
     part, _, name = name.rpartition(".")
     module = importlib.import_module(f"keras_moe.{part}")
     assert name not in dir(module)
-    with pytest.raises(AttributeError, match="no attribute"):
-        module.no_such_name
+    assert not hasattr(module, "no_such_name")
 
 
 def test_former_functions_and_classes_compute_what_they_did():

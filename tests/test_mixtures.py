@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from keras import ops
 from layer_checks import D, E, array, moe, normal
 
+import keras_moe
 from keras_moe import callbacks, inspection, layers, routers
 
 WIDE = keras.initializers.RandomNormal(stddev=1.0, seed=0)

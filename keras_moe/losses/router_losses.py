@@ -71,10 +71,7 @@ class LoadBalance(RouterLoss):
 
     It does not grow with K, as in some implementations, and is computed for each layer alone.
 
-    Args:
-        weight: Float, at least 0. Factor of the loss.
-
-    Raises: as for `RouterLoss`.
+    Arguments and errors: as for `RouterLoss`.
 
     Example:
 
@@ -102,10 +99,7 @@ class SequenceLoadBalance(RouterLoss):
     inputs between the first and the last. Elsewhere all tokens are one, unless `sequence_length` is
     given. A sequence of padding alone is left out.
 
-    Args:
-        weight: Float, at least 0. Factor of the loss.
-
-    Raises: as for `RouterLoss`.
+    Arguments and errors: as for `RouterLoss`.
 
     Example:
 
@@ -189,10 +183,7 @@ class GlobalLoadBalance(RouterLoss):
 class ImportanceVariation(RouterLoss):
     """Evens out the summed scores of the experts: their squared coefficient of variation.
 
-    Args:
-        weight: Float, at least 0. Factor of the loss.
-
-    Raises: as for `RouterLoss`.
+    Arguments and errors: as for `RouterLoss`.
 
     Example:
 
@@ -220,10 +211,7 @@ class LoadVariation(RouterLoss):
     The load of a noisy router is the expected number of assignments, which has a gradient. The load
     of any other router is a count without a gradient: use `LoadBalance` there.
 
-    Args:
-        weight: Float, at least 0. Factor of the loss.
-
-    Raises: as for `RouterLoss`.
+    Arguments and errors: as for `RouterLoss`.
 
     Example:
 
@@ -247,10 +235,7 @@ class LoadVariation(RouterLoss):
 class RouterZ(RouterLoss):
     """Keeps router logits small: mean over real tokens of `logsumexp(logits) ** 2`.
 
-    Args:
-        weight: Float, at least 0. Factor of the loss.
-
-    Raises: as for `RouterLoss`.
+    Arguments and errors: as for `RouterLoss`.
 
     Example:
 
@@ -275,10 +260,7 @@ class RouterEntropy(RouterLoss):
 
     For a router that chooses by a threshold, as `routers.TopPRouter` does.
 
-    Args:
-        weight: Float, at least 0. Factor of the loss.
-
-    Raises: as for `RouterLoss`.
+    Arguments and errors: as for `RouterLoss`.
 
     Example:
 

@@ -12,7 +12,7 @@ from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import Configured, register, resolve
 from keras_moe.backend import backend
 from keras_moe.ops.routing import _top_k_routing
-from keras_moe.ops.selection import take_scores, top_k_indices
+from keras_moe.ops.selection import chosen_experts, take_scores, top_k_indices
 from keras_moe.ops.transport import balanced_assignment, sinkhorn_plan
 from keras_moe.routers.logit_router import LogitRouter
 
@@ -150,8 +150,34 @@ def get(identifier):
     return resolve("balancer", identifier, SelectionBalancer, IDENTIFIERS)
 
 
+class _MatchingRouter(LogitRouter):
+    """Abstract: in training, tokens and experts are matched by `match(logits, mask)`.
+
+    In training a token's experts depend on the whole batch, so later tokens leak a little. In
+    evaluation a token goes to its best experts. The weights are scores of the logits: a sigmoid for
+    K = 1, a softmax over all experts otherwise.
+    """
+
+    causal = False
+    default_losses = ()
+
+    def route(self, tokens, mask, training, **context):
+        logits, mask = self.logits(tokens, mask, training)
+
+        def select(scores):
+            scores = self.match(ops.stop_gradient(logits), mask) if training else scores
+            return top_k_indices(scores, self.top_k)
+
+        score = "softmax" if self.top_k > 1 else "sigmoid"
+        return _top_k_routing(logits, self.top_k, mask, score, renormalize=False, select=select)
+
+    def match(self, logits, mask):
+        """Return scores (T, E), whose best are the experts of a token."""
+        raise NotImplementedError
+
+
 @register
-class SinkhornRouter(LogitRouter):
+class SinkhornRouter(_MatchingRouter):
     """In training, tokens choose from a plan in which all experts have the same load.
 
     The plan decides which experts are chosen; weights are the scores themselves: a sigmoid of the
@@ -162,9 +188,9 @@ class SinkhornRouter(LogitRouter):
         num_experts: Integer. Number of experts, E.
         top_k: Integer. Experts per token, K, at most E.
         iterations: Integer. Rounds of the algorithm; fixed, so that it compiles.
-        **kwargs: Arguments of `LogitRouter`.
+        **kwargs: Other arguments, as in `LogitRouter`.
 
-    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
+    Raises, call arguments and returns: as for `Router`, without `indices`.
 
     Example:
 
@@ -175,9 +201,6 @@ class SinkhornRouter(LogitRouter):
     Reference: Clark et al. 2022 (arXiv:2202.01169), section 3.2 and appendix B.
     """
 
-    causal = False
-    default_losses = ()
-
     def __init__(
         self, num_experts: int | None = None, top_k: int = 1, iterations: int = 8, **kwargs: Any
     ):
@@ -186,23 +209,15 @@ class SinkhornRouter(LogitRouter):
         self.iterations = check_integer("iterations", iterations)
         self.check_num_experts()
 
-    def route(self, tokens, mask, training, **context):
-        logits, mask = self.logits(tokens, mask, training)
-
-        def select(scores):
-            if training:
-                scores = sinkhorn_plan(ops.stop_gradient(logits), mask, self.iterations)
-            return top_k_indices(scores, self.top_k)
-
-        score = "softmax" if self.top_k > 1 else "sigmoid"
-        return _top_k_routing(logits, self.top_k, mask, score, renormalize=False, select=select)
+    def match(self, logits, mask):
+        return sinkhorn_plan(logits, mask, self.iterations)
 
     def get_config(self):
         return {**super().get_config(), "top_k": self.top_k, "iterations": self.iterations}
 
 
 @register
-class BalancedAssignmentRouter(LogitRouter):
+class BalancedAssignmentRouter(_MatchingRouter):
     """In training every expert has the same number of tokens, assigned by preference.
 
     One expert per token, its weight the sigmoid of its logit. In evaluation a token goes to its
@@ -211,11 +226,7 @@ class BalancedAssignmentRouter(LogitRouter):
     assignment. BASE layers also add the input times one minus the weight, as the residual
     connection around the layer does here.
 
-    Args:
-        num_experts: Integer. Number of experts, E.
-        **kwargs: Arguments of `LogitRouter`.
-
-    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
+    Arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
 
     Example:
 
@@ -228,15 +239,7 @@ class BalancedAssignmentRouter(LogitRouter):
     """
 
     top_k = 1
-    causal = False
-    default_losses = ()
 
-    def route(self, tokens, mask, training, **context):
-        logits, mask = self.logits(tokens, mask, training)
-
-        def select(scores):
-            if not training:
-                return top_k_indices(scores, 1)
-            return ops.expand_dims(balanced_assignment(ops.stop_gradient(logits), mask), 1)
-
-        return _top_k_routing(logits, 1, mask, "sigmoid", renormalize=False, select=select)
+    def match(self, logits, mask):
+        assigned = ops.expand_dims(balanced_assignment(logits, mask), 1)
+        return ops.cast(chosen_experts(assigned, logits.shape[-1]), "float32")

@@ -31,7 +31,7 @@ class ForcedRouter(Router):
         seed: Integer seed of the draws, or None.
         **kwargs: `name` and `trainable`, as in any Keras layer.
 
-    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
+    Raises, call arguments and returns: as for `Router`, without `indices`.
 
     Example:
 

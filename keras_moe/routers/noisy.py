@@ -62,9 +62,9 @@ class NoisyTopKRouter(NoisyRouter):
         num_experts: Integer. Number of experts, E.
         top_k: Integer. Experts per token, K, at most E. With 1 the weight is the probability among
             all experts, as the softmax over one alone would be 1 and have no gradient.
-        **kwargs: Arguments of `LogitRouter`.
+        **kwargs: Other arguments, as in `LogitRouter`.
 
-    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
+    Raises, call arguments and returns: as for `Router`, without `indices`.
 
     Example:
 
@@ -101,9 +101,9 @@ class VMoERouter(NoisyRouter):
         num_experts: Integer. Number of experts, E.
         top_k: Integer. Experts per token, K, at most E.
         noise_std: Float. Standard deviation of the noise times E.
-        **kwargs: Arguments of `LogitRouter`.
+        **kwargs: Other arguments, as in `LogitRouter`.
 
-    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
+    Raises, call arguments and returns: as for `Router`, without `indices`.
 
     Example:
 
@@ -138,9 +138,9 @@ class GShardRouter(LogitRouter):
     Args:
         num_experts: Integer. Number of experts, E.
         threshold: Float above 0. Weight from which on the second expert always serves.
-        **kwargs: Arguments of `LogitRouter`.
+        **kwargs: Other arguments, as in `LogitRouter`.
 
-    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
+    Raises, call arguments and returns: as for `Router`, without `indices`.
 
     Example:
 

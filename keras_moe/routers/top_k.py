@@ -1,7 +1,6 @@
 """Routers that give each token its K best experts."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -42,22 +41,9 @@ class SelectionRouter(LogitRouter):
         scaling_factor: float = 1.0,
         balancer: str | balancers.SelectionBalancer | None = None,
         use_bias: bool = False,
-        input_jitter: float = 0.0,
-        logit_noise: float = 0.0,
-        kernel_initializer: str | Callable | None = None,
-        kernel_regularizer: str | Callable | None = None,
-        seed: int | None = None,
         **kwargs: Any,
     ):
-        super().__init__(
-            num_experts,
-            input_jitter,
-            logit_noise,
-            kernel_initializer,
-            kernel_regularizer,
-            seed,
-            **kwargs,
-        )
+        super().__init__(num_experts, **kwargs)
         self.top_k = check_integer("top_k", top_k)
         self.score = check_choice("score", score, SCORES)
         self.renormalize = renormalize if renormalize is None else bool(renormalize)
@@ -165,33 +151,10 @@ class TopKRouter(SelectionRouter):
         balancer: "loss_free", "quantile", or a `LossFreeBias` or `QuantileBias`, which balance the
             load by a selection bias instead of a loss. None: no selection bias.
         use_bias: Boolean. Whether a learned bias (E,) is added to the logits, as in gpt-oss.
-        input_jitter: Float from 0 to below 1. In training the router, not the experts, sees its
-            inputs multiplied by noise uniform in `[1 - input_jitter, 1 + input_jitter]` (Switch
-            uses 0.01).
-        logit_noise: Float. In training, standard deviation of normal noise added to the logits.
-        kernel_initializer: Initializer of the kernel (D, E). The default is normal with standard
-            deviation 0.02; zeros would send every token to the same experts.
-        kernel_regularizer: Regularizer of the kernel, or None.
-            `keras.regularizers.OrthogonalRegularizer(mode="columns")` keeps the experts' directions
-            apart (arXiv:2506.14038).
-        seed: Integer seed of the noise, or None.
-        hidden_dim: Integer or None. Width H of a hidden layer with ReLU before the kernel, which
-            then is (H, E).
-        temperature: Float above 0. Logits are divided by it: scores are sharper below 1.
-        **kwargs: `name` and `trainable`, as in any Keras layer. `dtype` is always float32.
+        **kwargs: Other arguments, as in `LogitRouter`.
 
-    Raises:
-        ValueError: If an argument is out of its range.
-
-    Call arguments:
-        tokens: (T, D) float tensor.
-        mask: (T,) bool tensor, False for padding, or None.
-        training: Boolean. Whether jitter and noise are applied and the balancer works.
-        indices: (T, K) integer tensor of experts to replay: they are weighed by the live scores,
-            so the router keeps its gradient.
-
-    Returns:
-        An `ops.Routing`.
+    Raises, call arguments and returns: as for `Router`. In training, jitter and noise are applied
+    and the balancer works.
 
     Example:
 

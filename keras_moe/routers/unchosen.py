@@ -21,11 +21,7 @@ class DenseRouter(LogitRouter):
     with as many `top_k` as experts computes the same, takes the same weights, and can choose fewer
     later.
 
-    Args:
-        num_experts: Integer. Number of experts, E, and experts per token.
-        **kwargs: Arguments of `LogitRouter`.
-
-    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
+    Arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
 
     Example:
 
@@ -67,7 +63,7 @@ class ExpertChoiceRouter(LogitRouter):
         num_experts: Integer. Number of experts, E.
         capacity_factor: Float above 0. Experts per token on average. An expert takes
             `ceil(capacity_factor * S / E)` of the S real tokens of a sequence.
-        **kwargs: Arguments of `LogitRouter`.
+        **kwargs: Other arguments, as in `LogitRouter`.
 
     Raises and call arguments: as for `TopKRouter`, with `sequence_length`: Integer. Tokens in each
     sequence; None: all are one. Without `indices`.
@@ -124,7 +120,7 @@ class SoftRouter(LogitRouter):
     Args:
         num_experts: Integer. Number of experts, E.
         slots: Integer. Slots of each expert for each sequence, P.
-        **kwargs: Arguments of `LogitRouter`.
+        **kwargs: Other arguments, as in `LogitRouter`.
 
     Raises and call arguments: as for `TopKRouter`, with `sequence_length`: Integer. Tokens in each
     sequence; None: all are one. Without `indices`.

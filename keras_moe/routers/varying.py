@@ -28,9 +28,9 @@ class TopPRouter(LogitRouter):
         threshold: Float from 0 to below 1. Sum of probabilities that is enough. At least one expert
             serves each token.
         max_top_k: Integer. Most experts per token, K, at most E. None: 4, or E if that is less.
-        **kwargs: Arguments of `LogitRouter`.
+        **kwargs: Other arguments, as in `LogitRouter`.
 
-    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
+    Raises, call arguments and returns: as for `Router`, without `indices`.
 
     Example:
 
@@ -91,9 +91,9 @@ class ReLURouter(LogitRouter):
             serve. None: twice `top_k`. The cost of moving rows grows with it, used or not.
         growth: Float above 1. Factor by which the strength of the loss changes in a step.
         initial_strength: Float above 0. Strength of the loss at first.
-        **kwargs: Arguments of `LogitRouter`.
+        **kwargs: Other arguments, as in `LogitRouter`.
 
-    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
+    Raises, call arguments and returns: as for `Router`, without `indices`.
 
     Example:
 
