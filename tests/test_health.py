@@ -149,11 +149,11 @@ def test_dead_experts_are_reported_after_a_while_and_when_others_join_them():
     assert [(step, finding.text) for step, _, finding in findings] == [
         (
             30,
-            "1 of 4 experts is dead in 3 looks: 3. At the last look 1 of 4 were dead.",
+            "1 of 4 experts is dead in 3 checks: 3. At the last check 1 of 4 were dead.",
         ),
         (
             60,
-            "2 of 4 experts are dead in 3 looks: 2, 3. At the last look 2 of 4 were dead.",
+            "2 of 4 experts are dead in 3 checks: 2, 3. At the last check 2 of 4 were dead.",
         ),
     ]
 

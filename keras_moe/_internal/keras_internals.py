@@ -1,6 +1,7 @@
 """The private names of Keras that have no public one, in one place."""
 
 import contextlib
+import functools
 
 import keras
 from keras.src.backend.common.global_state import get_global_attribute, set_global_attribute
@@ -128,7 +129,7 @@ def quantization(layer, mode, config):
 
 @contextlib.contextmanager
 def names_below(path):
-    """Names of variables begin with a path, such as that of a layer, or with nothing for None."""
+    """A context in which names of variables begin with a path, such as a layer's, or None."""
     with contextlib.ExitStack() as stack:
         for name in (path or "").split("/"):
             if name:
@@ -156,6 +157,17 @@ def compile_like(model, other):
         # It scales the loss already, where that was wanted.
         optimizer = {"optimizer": other.optimizer, "auto_scale_loss": False}
         model.compile(**{**other._compile_config.config, **optimizer})
+
+
+def renew_test_function(model):
+    """Make a test function that shares no trace with earlier ones."""
+    own_step = vars(model).get("test_step")  # which the user has given this model
+    # JAX gives functions of the same method the same trace.
+    model.test_step = functools.partial(model.test_step)
+    model.make_test_function(force=True)
+    del model.test_step
+    if own_step is not None:
+        model.test_step = own_step
 
 
 def forget_old_weights(model):

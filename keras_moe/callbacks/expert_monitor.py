@@ -12,7 +12,7 @@ from keras import ops
 
 from keras_moe import metrics
 from keras_moe._internal.checks import shortened
-from keras_moe._internal.keras_internals import forget_compiled
+from keras_moe._internal.keras_internals import forget_compiled, renew_test_function
 from keras_moe.inspection import moe_layers
 
 
@@ -31,18 +31,17 @@ class ExpertMonitor(keras.callbacks.Callback):
     - `expert_share_0`, ...: each expert's share, with `expert_shares=True`
     - and one for each of `metrics`, by the name of the function
 
-    They appear at the end of the progress bar and in `History`, and other callbacks can monitor
-    them: `EarlyStopping(monitor="val_moe_load_imbalance", mode="min")` for a layer `"moe"`, with
-    `"max"` for `load_entropy`. Put the monitor first in the list of callbacks. `model.evaluate`
-    prints them too, but does not return them: a callback after the monitor can keep them, as below.
-    For a short progress line, put a progress bar before the monitor:
-    `callbacks=[keras.callbacks.ProgbarLogger(), monitor]`.
+    They appear in the progress bar and in `History`, and other callbacks can monitor them:
+    `EarlyStopping(monitor="val_moe_load_imbalance", mode="min")` for a layer `"moe"`. Put the
+    monitor first in the list of callbacks, or, for a short progress line, after a progress bar:
+    `callbacks=[keras.callbacks.ProgbarLogger(), monitor]`. `model.evaluate` prints the numbers, but
+    does not return them: a callback after the monitor can keep them, as below.
 
     The attributes `shares` and `validation_shares` are for `visualization.shares_over_time`: dicts
     with the shares of the experts of each layer, a list of one array (E,) for each epoch, NaN for
-    an epoch that was not watched or had no validation. `fit` starts new ones, but with an
-    `initial_epoch` it continues those of the epochs before, if the monitor has some. Shares that
-    you assign begin with epoch 0.
+    an epoch without the monitor or without validation. `fit` starts new ones; with an
+    `initial_epoch` it continues the shares of the epochs before, if the monitor has some. Shares
+    that you assign begin with epoch 0.
 
     Args:
         expert_shares: Boolean. Whether each expert's share is logged as well, one key an expert.
@@ -51,8 +50,7 @@ class ExpertMonitor(keras.callbacks.Callback):
             `LAYER/load_imbalance` and so on, with the shares as the histogram `LAYER/shares` and
             the heat map `LAYER/shares_over_time`. Needs `pip install tensorboard matplotlib`.
         metrics: List of functions from the counts of a layer, a NumPy array (E,) of the
-            assignments of each expert in the epoch, to a number. NaN is logged where nothing was
-            counted.
+            assignments of each expert in the epoch, to a number. NaN is logged without counts.
 
     Raises:
         ValueError: If `metrics` are not functions of different names, the model has no
@@ -122,7 +120,7 @@ class ExpertMonitor(keras.callbacks.Callback):
         self._resets = self._training = self._test = None
 
     def on_train_end(self, logs=None):
-        self._read_counts()  # of an evaluation by another callback
+        self._reset_counts()  # Another callback may have evaluated.
         self._resets = None
         self._forget_counting()
         if self._event_files is not None:
@@ -131,20 +129,19 @@ class ExpertMonitor(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         if self._resets is None:
             self._keep_shares_before(epoch)
-        self._read_counts()
+        self._reset_counts()
         self._training = self._test = None
         self._resets = self._count_resets()
 
     def on_test_begin(self, logs=None):
         if self._resets is None:
-            self._read_counts()
+            self._reset_counts()
         else:
             self._training = self._read_training()
         self._count_evaluation(True)
         if self._counting is None or self.model.test_function is not self._counting:
             # Whether a function counts is fixed when it is traced.
-            forget_compiled(self.model, ["test_function"])
-            self.model.make_test_function()
+            renew_test_function(self.model)
             self._counting = self.model.test_function
 
     def on_test_end(self, logs=None):
@@ -194,6 +191,10 @@ class ExpertMonitor(keras.callbacks.Callback):
             forget_compiled(self.model, ["test_function"])
         self._counting = None
 
+    def _reset_counts(self):
+        for layer in moe_layers(self.model).values():
+            layer.reset_counts()
+
     def _count_resets(self):
         return sum(layer.resets for layer in moe_layers(self.model).values())
 
@@ -208,7 +209,7 @@ class ExpertMonitor(keras.callbacks.Callback):
         return self._read_counts(keep=True)
 
     def _read_counts(self, keep=False):
-        """Return the numbers and the shares of each layer since the last call, and reset them.
+        """Return the numbers and the shares of each layer since the last reset, and reset them.
 
         `keep` leaves the counts for `summary` and `ExpertHealth`, which find the counters empty.
         """

@@ -1,6 +1,6 @@
 """Verdicts on experts and routers in plain words, each with advice."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,59 +36,54 @@ ENOUGH = 20
 LARGE_RATE = 0.01
 
 
-class Facts(NamedTuple):
-    """Facts about a class of losses, routers or balancers.
-
-    - `usual_weight`: weight of a balancing loss that works, or None if it is unknown.
-    - `value_at_balance`: the loss before its weight at an even load.
-    - `normalizes_kernel`: whether rescaling the kernel of a router leaves its logits unchanged.
-    - `shift_invariant`: whether adding a number to all logits of a token changes nothing.
-    - `advice`: function of the object: what to try where the load is uneven in spite of it.
-    """
-
-    usual_weight: Any = None
-    value_at_balance: Any = 0.0
-    normalizes_kernel: Any = False
-    shift_invariant: Callable = lambda router: True
-    advice: Callable = lambda part: None
-
-
-def _advise_loss_free(bias):
-    fix = "lower the rate if the load jumps from epoch to epoch, else raise it"
-    if bias.rate < LARGE_RATE:
-        fix = f"raise the rate, for example to {min(10 * bias.rate, LARGE_RATE):g}"
-    return f"The load is balanced by LossFreeBias(rate={bias.rate:g}): {fix}."
-
-
-_FACTS = {
-    losses.LoadBalance: Facts(usual_weight=1e-2, value_at_balance=1.0),
-    losses.SequenceLoadBalance: Facts(value_at_balance=1.0),
-    losses.GlobalLoadBalance: Facts(value_at_balance=1.0),
-    routers.CosineRouter: Facts(
-        normalizes_kernel=True, shift_invariant=lambda router: router.score == "softmax"
-    ),
-    routers.SoftRouter: Facts(normalizes_kernel=True),
-    routers.SelectionRouter: Facts(shift_invariant=lambda router: router.score == "softmax"),
-    routers.SinkhornRouter: Facts(shift_invariant=lambda router: router.top_k > 1),
-    routers.BalancedAssignmentRouter: Facts(shift_invariant=lambda router: False),
-    routers.ReLURouter: Facts(
-        shift_invariant=lambda router: False,
-        advice=lambda router: (
+# Facts about losses, routers and balancers by class, for advice:
+# - the usual weight of a balancing loss, and its value before the weight at an even load;
+# - whether rescaling the kernel of a router leaves its logits unchanged, and whether a number that
+#   is added to all logits of a token changes nothing;
+# - advice for a load that is uneven in spite of a router or a balancer.
+_DEFAULTS = {
+    "usual_weight": None,
+    "value_at_balance": 0.0,
+    "normalizes_kernel": False,
+    "shift_invariant": True,
+    "advice": None,
+}
+_FACTS: dict = {
+    losses.LoadBalance: {"usual_weight": 1e-2, "value_at_balance": 1.0},
+    losses.SequenceLoadBalance: {"value_at_balance": 1.0},
+    losses.GlobalLoadBalance: {"value_at_balance": 1.0},
+    routers.CosineRouter: {"normalizes_kernel": True},
+    routers.SoftRouter: {"normalizes_kernel": True},
+    routers.SelectionRouter: {"shift_invariant": lambda router: router.score == "softmax"},
+    routers.SinkhornRouter: {"shift_invariant": lambda router: router.top_k > 1},
+    routers.BalancedAssignmentRouter: {"shift_invariant": False},
+    routers.ReLURouter: {
+        "shift_invariant": False,
+        "advice": lambda router: (
             f"The loss of the router balances the load: raise its growth of {router.growth:g}."
         ),
-    ),
-    routers.SelectionBalancer: Facts(
-        advice=lambda balancer: (
+    },
+    routers.SelectionBalancer: {
+        "advice": lambda balancer: (
             f"The load is balanced by the selection bias of {type(balancer).__name__}."
-        )
-    ),
-    routers.LossFreeBias: Facts(advice=_advise_loss_free),
-    routers.QuantileBias: Facts(
-        advice=lambda bias: (
+        ),
+    },
+    routers.LossFreeBias: {
+        "advice": lambda bias: (
+            f"The load is balanced by LossFreeBias(rate={bias.rate:g}): "
+            + (
+                f"raise the rate, for example to {min(10 * bias.rate, LARGE_RATE):g}."
+                if bias.rate < LARGE_RATE
+                else "lower the rate if the load jumps from epoch to epoch, else raise it."
+            )
+        ),
+    },
+    routers.QuantileBias: {
+        "advice": lambda bias: (
             f"The load is balanced by QuantileBias(momentum={bias.momentum:g}): lower the "
             "momentum, or use larger batches."
-        )
-    ),
+        ),
+    },
 }
 
 
@@ -96,8 +91,8 @@ def fact(part: Any, name: str) -> Any:
     """A fact about a loss, a router or a balancer; an attribute of a user-defined class wins."""
     if hasattr(part, name):
         return getattr(part, name)
-    facts = next((_FACTS[cls] for cls in type(part).__mro__ if cls in _FACTS), Facts())
-    value = getattr(facts, name)
+    tables = (_FACTS[cls] for cls in type(part).__mro__ if name in _FACTS.get(cls, ()))
+    value = next(tables, _DEFAULTS)[name]
     return value(part) if callable(value) else value
 
 

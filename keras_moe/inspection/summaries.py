@@ -197,7 +197,7 @@ def _count(layer):
 
 
 def _count_own(part):
-    """Parameters of a layer without those of its sublayers, frozen and quantized ones included."""
+    """Parameters of a layer without its sublayers, frozen and quantized ones included."""
     shapes = [weight.shape for weight in part._trainable_variables]
     if part.quantization_mode is not None:
         if isinstance(part, StackedExperts):

@@ -136,8 +136,8 @@ class SequenceLoadBalance(RouterLoss):
 class GlobalLoadBalance(RouterLoss):
     """`LoadBalance` of the batch of an optimizer step, as small batches are hard to balance.
 
-    The shares `f` are those of all micro-batches so far in the step, on all replicas; the
-    probabilities `P` are those of this one, as only they have a gradient.
+    The shares `f` count all micro-batches so far in the step, on all replicas. The probabilities
+    `P` come from this micro-batch alone, as only they have a gradient.
 
     Args:
         weight: Float, at least 0. Factor of the loss.

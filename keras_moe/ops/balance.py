@@ -11,6 +11,7 @@ from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import chosen_experts, take_scores, top_k_indices
 
 
+@backend.as_one_program
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over the real tokens.
 

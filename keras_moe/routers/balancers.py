@@ -48,15 +48,15 @@ class SelectionBalancer(Configured):
 
 @register
 class LossFreeBias(SelectionBalancer):
-    """Raises the bias of experts with less than the mean load, lowers that of the others.
+    """Raises the bias of experts below the mean load, and lowers the others.
 
     `b_e <- b_e + rate * sign(mean(c) - c_e)`, then the mean of b is subtracted, which changes no
     selection and keeps b near zero. There is no loss, so no gradient works against the task.
 
     Args:
-        rate: Float. Step of the bias. Raise it, for example to 0.01, where the load evens out too
-            slowly, and lower it where the load of evaluations then varies less from epoch to epoch.
-            A router that still learns varies it at any rate.
+        rate: Float. Step of the bias. Raise it, for example to 0.01, if the load evens out too
+            slowly. Lower it if that steadies the load of evaluations from epoch to epoch; it varies
+            at any rate while the router still learns.
         accumulation_steps: Integer. Micro-batches of an optimizer step.
 
     Raises:
@@ -95,13 +95,13 @@ class QuantileBias(SelectionBalancer):
     """Sets the bias so that each expert would have had its fair share of the last batch.
 
     A token needs more than its threshold, the (K+1)-th best of its biased scores, to choose an
-    expert. The bias of an expert is such that its score is above the threshold for N K / E of the N
-    tokens: minus a quantile over the tokens. It follows the load within a few steps.
+    expert. The bias of an expert, minus a quantile over the tokens, lifts its score above the
+    threshold for N K / E of the N tokens. It follows the load within a few steps.
 
     Args:
         momentum: Float from 0 to below 1. Share of the old bias that is kept.
         accumulation_steps: Integer. Micro-batches of an optimizer step. Their biases are averaged,
-            which is close to that of all their tokens if the micro-batches are alike.
+            which is close to the bias of all their tokens if the micro-batches are alike.
 
     Raises:
         ValueError: If an argument is out of its range.

@@ -22,6 +22,7 @@ class NoisyRouter(LogitRouter):
     """
 
     default_losses = ("importance_variation", "load_variation")
+    # Whether the weights are divided by their sum, if there are several.
     renormalizes = False
 
     def __init__(self, num_experts: int | None = None, top_k: int = 2, **kwargs: Any):
@@ -30,7 +31,7 @@ class NoisyRouter(LogitRouter):
         self.check_num_experts()
 
     def deviation(self, tokens):
-        """Standard deviation of the noise: a tensor (T, E) or a float, 0 for no noise."""
+        """Return the standard deviation of the noise: a tensor (T, E) or a float."""
         raise NotImplementedError
 
     def route(self, tokens, mask, training, **context):
@@ -43,7 +44,7 @@ class NoisyRouter(LogitRouter):
         scores = softmax(noisy)
         indices = top_k_indices(scores, self.top_k)
         weights = take_scores(scores, indices)
-        if self.renormalizes:
+        if self.renormalizes and self.top_k > 1:
             weights = distribution(weights)
         return _make_routing(indices, weights, softmax(clean), clean, mask, load=load)
 
@@ -76,15 +77,13 @@ class NoisyTopKRouter(NoisyRouter):
     in tensor2tensor.
     """
 
+    renormalizes = True
+
     def build(self, tokens_shape):
         super().build(tokens_shape)
         self.noise_kernel = self.add_weight(
             name="noise_kernel", shape=self.kernel.shape, initializer="zeros"
         )
-
-    @property
-    def renormalizes(self):
-        return self.top_k > 1
 
     def deviation(self, tokens):
         return ops.softplus(ops.matmul(self.hidden_features(tokens), self.noise_kernel)) + 0.01

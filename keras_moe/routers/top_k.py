@@ -141,7 +141,7 @@ class TopKRouter(SelectionRouter):
     more, the chosen scores are divided by their sum (Mixtral, Jiang et al. 2024, arXiv:2401.04088).
 
     Args:
-        num_experts: Integer. Number of experts, E. None: that of the layer around the router.
+        num_experts: Integer. Number of experts, E. None: the number of the layer around it.
         top_k: Integer. Experts per token, K, at most E. With a single expert it becomes 1.
         score: "softmax", "sigmoid" or "sqrt_softplus".
         renormalize: Boolean. Whether the weights of a token are divided by their sum. None: if
@@ -221,14 +221,13 @@ class CosineRouter(SelectionRouter):
 class GroupLimitedRouter(SelectionRouter):
     """Each token goes to its best experts out of its best groups of experts.
 
-    Where each group of neighbouring experts lives on a device of its own, a token visits few
-    devices. A group is as good as the sum of its two best scores, bias included.
+    If each group of neighbouring experts lives on one device, a token visits few devices. The score
+    of a group is the sum of its two best scores, bias included.
 
     Args:
         num_experts: Integer. Number of experts, E.
         num_groups: Integer. Number of groups; divides E.
-        top_groups: Integer. Groups a token may choose from; they must hold at least `top_k`
-            experts.
+        top_groups: Integer. Groups a token may choose from, with at least `top_k` experts together.
         top_k: Integer. Experts per token, K.
         score: "sigmoid", "softmax" or "sqrt_softplus".
         **kwargs: The other arguments of `TopKRouter`.

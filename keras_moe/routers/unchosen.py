@@ -17,9 +17,9 @@ from keras_moe.routers.logit_router import LogitRouter
 class DenseRouter(LogitRouter):
     """All experts serve each token, weighted by a softmax: `y = sum_e p_e f_e(x)`.
 
-    The cost is that of all experts: the best choice for a handful of small ones. A `TopKRouter`
-    with as many `top_k` as experts computes the same, takes the same weights, and can choose fewer
-    later.
+    Every expert computes every token: the best choice for a handful of small experts. A
+    `TopKRouter` with `top_k=num_experts` computes the same from the same weights, and can choose
+    fewer later.
 
     Arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
 
@@ -113,8 +113,8 @@ class ExpertChoiceRouter(LogitRouter):
 class SoftRouter(LogitRouter):
     """Each expert serves a few slots of each sequence, each a weighted mean of its tokens.
 
-    Everything is differentiable and no token is dropped; the cost is that of `num_experts * slots`
-    tokens a sequence. Each output depends on the whole sequence: not for language models. Inputs
+    Everything is differentiable and no token is dropped; the experts compute `num_experts * slots`
+    rows a sequence. Each output depends on the whole sequence: not for language models. Inputs
     (batch, D) are one sequence: there an output depends on the whole batch, in `predict` too.
 
     Args:

@@ -20,8 +20,8 @@ class TopPRouter(LogitRouter):
     """A token goes to its best experts until their probabilities add up to `threshold`.
 
     Weights are the probabilities themselves. An undecided router uses many experts;
-    `losses.RouterEntropy` penalizes indecision. Shapes are those of `max_top_k`; a place that is
-    not used costs nothing in the experts.
+    `losses.RouterEntropy` penalizes indecision. Shapes have K = `max_top_k`; unused places cost
+    nothing in the experts.
 
     Args:
         num_experts: Integer. Number of experts, E.
@@ -166,7 +166,7 @@ class ReLURouter(LogitRouter):
         load = num_serving / ops.maximum(num_real, 1.0)
         share = load * self.num_experts / self.top_k
         mean_scores = masked_mean(scores, routing.mask)
-        # A tensor of its own: PyTorch needs the old value for the gradient, after the assignment.
+        # A copy: PyTorch needs the old value for the gradient, after the assignment.
         strength = self.strength + 0.0
         self.add_loss(strength * ops.sum(ops.stop_gradient(share) * mean_scores))
         if not self.trainable:
