@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from keras_moe import callbacks, layers, losses, metrics, routers
-from keras_moe.routers.forced import ForcedRouter
+from keras_moe.routers.fixed import ForcedRouter
 
 D, E = 8, 4
 POLICIES = ("float32", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")

@@ -19,7 +19,7 @@ from replicas_models import EXPERTS, X, every_layer, global_layers, model_of  # 
 
 from keras_moe import callbacks, layers, losses, routers  # noqa: E402
 from keras_moe.distribution import expert_parallel  # noqa: E402
-from keras_moe.routers.forced import ForcedRouter  # noqa: E402
+from keras_moe.routers.fixed import ForcedRouter  # noqa: E402
 
 
 def idle_layers():

@@ -33,7 +33,7 @@ import keras_moe
 from keras_moe import routers
 from keras_moe._internal.keras_internals import get_keras_mask
 from keras_moe.callbacks import ExpertMonitor
-from keras_moe.routers.forced import ForcedRouter
+from keras_moe.routers.fixed import ForcedRouter
 
 OF_KERAS = (keras.Layer, keras.losses.Loss, keras.metrics.Metric)
 LAYERS = [cls for cls in CASES if issubclass(cls, keras.Layer)]
@@ -219,7 +219,7 @@ def public_functions():
 @pytest.mark.backends("torch")
 def test_public_parameters_and_returns_have_types():
     functions = {each for each in public_functions() if inspect.isfunction(each)}
-    assert len(functions) > 200
+    assert len(functions) > 150
     for function in functions:
         names = {*inspect.signature(function).parameters, "return"} - {"self", "cls"}
         untyped = names - function.__annotations__.keys()

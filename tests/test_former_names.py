@@ -39,6 +39,9 @@ def test_former_functions_and_classes_compute_what_they_did():
     assert float(former("metrics.max_share")(counts)) == 0.75
     assert float(former("metrics.active_fraction")(counts)) == 0.5
     assert float(former("metrics.load_variation")(counts)) == pytest.approx(np.std(counts) / 2)
+    batches = [[5, 0, 0], [0, 0, 1], [1, 0, 0]]
+    in_window = former("metrics.dead_experts_over_window")
+    assert [float(in_window(batches, window)) for window in (1, 2, 3, 4)] == [2, 1, 1, 0]
     quantiles = former("metrics.utilization_quantiles")(counts)
     np.testing.assert_allclose(array(quantiles), [0, 0, 0.5, 1.5, 3])
     routing = ops.top_k_routing(logits, 2)

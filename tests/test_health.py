@@ -11,7 +11,7 @@ from layer_checks import D, E, array, moe, one_hot_router
 
 from keras_moe import health, layers, losses, routers
 from keras_moe.callbacks import ExpertHealth, ExpertMonitor
-from keras_moe.routers.forced import ForcedRouter
+from keras_moe.routers.fixed import ForcedRouter
 
 EXPERTS, STEPS, BATCH = 8, 60, 16
 # Findings come from counts alone. Whether these arrive is tested on each backend.

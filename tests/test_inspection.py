@@ -8,7 +8,7 @@ from layer_checks import D, E, array, moe, normal, one_hot_router
 
 from keras_moe import inspection, layers, routers
 from keras_moe.callbacks import ExpertMonitor
-from keras_moe.routers.forced import ForcedRouter
+from keras_moe.routers.fixed import ForcedRouter
 
 EXPERT = 2 * D * 16 + 16 + D
 

@@ -19,7 +19,7 @@ from drawn import MASKS, SKEWS, draw_logits, draw_mask
 from keras import ops
 
 from keras_moe import layers, losses, routers
-from keras_moe.routers.forced import ForcedRouter
+from keras_moe.routers.fixed import ForcedRouter
 
 
 def make(name, *arguments, **kwargs):

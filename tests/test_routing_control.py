@@ -10,7 +10,7 @@ from layer_checks import D, E, array, moe, normal
 
 from keras_moe import callbacks, inspection, layers, losses, metrics, routers
 from keras_moe.ops.transport import balanced_assignment, sinkhorn_plan
-from keras_moe.routers.forced import ForcedRouter
+from keras_moe.routers.fixed import ForcedRouter
 
 X = normal(3, 5, D)
 

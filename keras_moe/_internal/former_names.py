@@ -18,6 +18,10 @@ FORMER = {
     "metrics.LoadEntropy": "functools.partial(metrics.UsageMetric, metrics.load_entropy)",
     "metrics.LoadImbalance": "functools.partial(metrics.UsageMetric, metrics.load_imbalance)",
     "metrics.active_fraction": "lambda counts: 1 - metrics.dead_experts(counts) / len(counts)",
+    "metrics.dead_experts_over_window": (
+        "lambda counts, window=100: (len(counts) >= window) * sum(map(all, zip(*("
+        "metrics.usage.is_dead(batch) for batch in counts[-window:]))))"
+    ),
     "metrics.load_variation": (
         "lambda counts: keras.ops.std(metrics.expert_share(counts)) * len(counts)"
     ),
@@ -48,7 +52,7 @@ FORMER = {
     "ops.squared_load_variation": "losses.LoadVariation(1.0)",
     "ops.take_scores": "ops.selection.take_scores",
     "routers.BY_NAME": "routers.IDENTIFIERS",
-    "routers.ForcedRouter": "routers.forced.ForcedRouter",
+    "routers.ForcedRouter": "routers.fixed.ForcedRouter",
 }
 
 

@@ -67,28 +67,8 @@ def is_dead(counts):
 
     Not zero: where all experts serve all tokens, counts are sums of weights.
     """
-    return _is_dead(as_counts(counts))
-
-
-def _is_dead(counts):
-    return counts <= 1e-3 * ops.mean(counts, axis=-1, keepdims=True)
-
-
-def dead_experts_over_window(counts: Tensor, window: int = 100) -> Tensor:
-    """Number of experts that `dead_experts` counts in each of the last `window` batches.
-
-    Args:
-        counts: Tensor or list, (N, E). Assignments per expert in N batches, in the order of time.
-        window: Integer. Number of batches.
-
-    Returns:
-        Scalar, float32; 0 before there are `window` batches.
-    """
-    counts, window = as_counts(counts, "NE"), check_integer("window", window)
-    if counts.shape[0] < window:
-        return ops.zeros((), "float32")
-    dead = _is_dead(counts[-window:])
-    return ops.sum(ops.cast(ops.all(dead, axis=0), "float32"))
+    counts = as_counts(counts)
+    return counts <= 1e-3 * ops.mean(counts)
 
 
 def dropped_fraction(dropped: float, counts: Tensor) -> Tensor:
@@ -135,43 +115,13 @@ def _or_one(values):
     return ops.where(values > 0, values, 1.0)
 
 
-class _RoutingMetric(keras.metrics.Metric):
-    """Abstract: accumulates counts (E,) of routings."""
-
-    def __init__(self, num_experts, name, dtype):
-        super().__init__(name=name, dtype=dtype)
-        self.num_experts = check_integer("num_experts", num_experts)
-        self.counts = self.add_variable(
-            (self.num_experts,), "zeros", dtype="float32", name="counts"
-        )
-
-    def update_state(self, routing: Routing) -> None:
-        """Add the assignments of a routing, in which padding does not count.
-
-        Args:
-            routing: An `ops.Routing`.
-
-        Raises:
-            ValueError: If the routing has another number of experts.
-        """
-        counts = routing.counts
-        check_tensors({"E": self.num_experts}, **{"routing.counts": (counts, "E")})
-        self._add(ops.cast(counts, "float32"), ops.cast(routing.dropped, "float32"))
-
-    def _add(self, counts, dropped):
-        self.counts.assign_add(counts)
-
-    def get_config(self):
-        return {**super().get_config(), "num_experts": self.num_experts}
-
-
 @register
-class UsageMetric(_RoutingMetric):
+class UsageMetric(keras.metrics.Metric):
     """A function of the counts of all routings since the last reset.
 
     Args:
         function: Function of counts (E,), a float32 tensor, that returns a tensor, such as
-            `metrics.load_imbalance`. Register one of yours with Keras to save the metric.
+            `metrics.load_imbalance`. Register yours with Keras if the metric is to be saved.
         num_experts: Integer. Number of experts, E.
         name: String or None. Name of the metric; None: the name of the function.
         dtype: String or None. Dtype of the metric.
@@ -190,45 +140,68 @@ class UsageMetric(_RoutingMetric):
     def __init__(
         self, function: Callable, num_experts: int, name: str | None = None, dtype: Any = None
     ):
-        super().__init__(num_experts, name or function.__name__, dtype)
+        super().__init__(name=name or function.__name__, dtype=dtype)
         self.function = function
+        self.num_experts = check_integer("num_experts", num_experts)
+        shape = (self.num_experts,)
+        self.counts = self.add_variable(shape, "zeros", dtype="float32", name="counts")
+
+    def update_state(self, routing: Routing) -> None:
+        """Add the assignments of a routing, in which padding does not count.
+
+        Args:
+            routing: An `ops.Routing`.
+
+        Raises:
+            ValueError: If the routing has another number of experts.
+        """
+        counts = routing.counts
+        check_tensors({"E": self.num_experts}, **{"routing.counts": (counts, "E")})
+        self._add(ops.cast(counts, "float32"), ops.cast(routing.dropped, "float32"))
+
+    def _add(self, counts, dropped):
+        self.counts.assign_add(counts)
 
     def result(self):
         return self.function(self.counts)
 
     def get_config(self):
         function = keras.saving.serialize_keras_object(self.function)
-        return {**super().get_config(), "function": function}
+        config = {**super().get_config(), "num_experts": self.num_experts}
+        return {**config, "function": function} if type(self) is UsageMetric else config
 
     @classmethod
     def from_config(cls, config):
-        return cls(keras.saving.deserialize_keras_object(config.pop("function")), **config)
+        if "function" in config:
+            function = keras.saving.deserialize_keras_object(config["function"])
+            config = {**config, "function": function}
+        return cls(**config)
 
 
 @register
-class DroppedFraction(_RoutingMetric):
+class DroppedFraction(UsageMetric):
     """`metrics.dropped_fraction` of all routings since the last reset.
 
     Arguments as in `UsageMetric`, without `function`.
     """
 
     def __init__(self, num_experts: int, name: str | None = None, dtype: Any = None):
-        super().__init__(num_experts, name, dtype)
+        super().__init__(self._fraction, num_experts, name or "dropped_fraction", dtype)
         self.dropped = self.add_variable((), "zeros", dtype="float32", name="dropped")
 
     def _add(self, counts, dropped):
         self.counts.assign_add(counts)
         self.dropped.assign_add(dropped * ops.sum(counts))
 
-    def result(self):
-        return dropped_fraction(self.dropped, self.counts)
+    def _fraction(self, counts):
+        return dropped_fraction(self.dropped, counts)
 
 
 @register
-class DeadExpertsOverWindow(_RoutingMetric):
-    """`metrics.dead_experts_over_window` of the routings since the last reset.
+class DeadExpertsOverWindow(UsageMetric):
+    """Number of experts that were dead in each of the last `window` batches.
 
-    Each `update_state` is a batch.
+    `metrics.dead_experts` counts which are dead. Each `update_state` is a batch.
 
     Args:
         num_experts: Integer. Number of experts, E.
@@ -248,15 +221,15 @@ class DeadExpertsOverWindow(_RoutingMetric):
     def __init__(
         self, num_experts: int, window: int = 100, name: str | None = None, dtype: Any = None
     ):
-        super().__init__(num_experts, name, dtype)
+        super().__init__(self._count, num_experts, name or "dead_experts_over_window", dtype)
         self.window = check_integer("window", window)
 
     def _add(self, counts, dropped):
         # Batches since each expert was last alive.
         self.counts.assign(ops.where(is_dead(counts), self.counts + 1.0, 0.0))
 
-    def result(self):
-        return ops.sum(ops.cast(self.counts >= self.window, "float32"))
+    def _count(self, idle):
+        return ops.sum(ops.cast(idle >= self.window, "float32"))
 
     def get_config(self):
         return {**super().get_config(), "window": self.window}

@@ -5,7 +5,6 @@ from typing import Any
 
 from keras_moe._internal.former_names import former_names
 from keras_moe._internal.serialization import resolve
-from keras_moe.routers import forced  # noqa: F401  # Files of 0.2 may have its router.
 from keras_moe.routers.balancers import (
     BalancedAssignmentRouter,
     LossFreeBias,
