@@ -171,9 +171,10 @@ def spread(counts: Tensor, top_k: int) -> float:
 def judge_load(counts: Tensor, top_k: int, advice: str) -> list[Finding]:
     """Findings about the load of the experts.
 
-    A problem where experts are dead, as `metrics.dead_experts` counts them, or in a collapse: the
-    entropy of the shares is close to that of K experts. A hint where the busiest expert does more
-    than twice the mean, or where fewer than 20 assignments an expert are too few to judge.
+    A problem where experts are dead, as `metrics.dead_experts` counts them, or in a collapse, where
+    the entropy of the shares is close to the entropy of K equal shares. A hint where the busiest
+    expert does more than twice the mean, or where fewer than 20 assignments an expert are too few
+    to judge.
 
     Args:
         counts: List or array, (E,). Assignments per expert.
@@ -318,8 +319,8 @@ def judge_heavy_losses(
     Args:
         router_losses: List of `losses.RouterLoss`, from all MoE layers of a model.
         weights: List of floats. The weight that each has now.
-        total: Float or None. The loss of the model: the largest of all epochs, as any loss is large
-            beside that of a task that is learned.
+        total: Float or None. The loss of the model: the largest of all epochs, as any balancing
+            loss is large beside the small loss of a task that has been learned.
         values: List of floats or None. The mean of each loss before its weight, over about the
             steps of `total`. None or NaN if they were not measured: nothing is found then.
     """

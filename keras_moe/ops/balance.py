@@ -59,8 +59,8 @@ def router_entropy(routing: Routing) -> Tensor:
 def noisy_load(clean, noisy, deviation, top_k, mask):
     """Expected assignments (E,) of each expert if its own noise were drawn again.
 
-    The probability that the logit of an expert, with new noise, is above that of the best K others:
-    a load with a gradient. Shazeer et al. 2017 (arXiv:1701.06538), eq. 8 to 10.
+    The probability that the logit of an expert, with new noise, is above the best K others: a load
+    with a gradient. Shazeer et al. 2017 (arXiv:1701.06538), eq. 8 to 10.
 
     Args:
         clean, noisy: Float tensors (T, E). Logits without and with noise.

@@ -169,7 +169,7 @@ class Router(keras.layers.Layer):
                 indices=indices,
             )
         check_fields(routing, {"T": tokens.shape[0], "E": self.num_experts, "K": self.max_top_k})
-        if routing.mask is not real:  # A user-defined router may not pass the mask on.
+        if mask is not None and routing.mask is not real:  # A subclass may not pass the mask on.
             routing = without_padding(routing, real)
         if self.serves_all and indices is None:
             counts = weighted_counts(routing.indices, routing.weights, real)
@@ -218,9 +218,7 @@ class Router(keras.layers.Layer):
     def compute_mask(self, tokens, mask=None):
         return None
 
-    def compute_output_spec(
-        self, tokens, mask=None, training=None, sequence_length=None, token_ids=None, indices=None
-    ):
+    def compute_output_spec(self, tokens, *args, indices=None, **kwargs):
         of_choices = (tokens.shape[0], self.max_top_k)
         of_experts = (tokens.shape[0], self.num_experts)
         return Routing(
