@@ -123,8 +123,9 @@ def decode(num_rows=2, length=1, position=0, **kwargs):
 
 
 def own(**changes):
-    """A router of a user, whose routing has something wrong."""
-    router = own_part(routers.Router, E, route=lambda *_, **__: routing(**changes), top_k=2)
+    """A router, in whatever module, whose routing has something wrong."""
+    parts = {"route": lambda *_, **__: routing(**changes), "__module__": "keras_moe.own"}
+    router = own_part(routers.Router, E, top_k=2, **parts)
     return moe(router=router, router_losses=())(t())
 
 

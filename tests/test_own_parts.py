@@ -62,6 +62,32 @@ class NearestRouter(routers.Router):
         return {"number": config.pop("num_experts"), **config, "choices": self.top_k}
 
 
+class NumberOfBatches(losses.RouterLoss):
+    """A loss with a state: how many batches its layer has trained on."""
+
+    def state_shapes(self, num_experts):
+        return {"batches": ((), "float32")}
+
+    def compute(self, routing, state):
+        if state is None:
+            return keras.ops.sum(routing.weights), None
+        return state[0], (state[0] + 1,)
+
+
+class ContextRouter(routers.Router):
+    """Chooses by the ids of tokens."""
+
+    top_k = 2
+
+    def build(self, tokens_shape):
+        pass
+
+    def route(self, tokens, mask, training, sequence_length, token_ids, indices):
+        self.seen = sequence_length, token_ids.shape, indices
+        logits = keras.ops.one_hot(token_ids % self.num_experts, self.num_experts)
+        return ops.top_k_routing(logits, 2, mask)
+
+
 class EqualBank(layers.ExpertBank):
     """A bank without weights, whose shapes are what NumPy gives."""
 
@@ -115,6 +141,29 @@ def test_padding_is_left_out_where_a_router_does_not_pass_its_mask_on():
         np.testing.assert_array_equal(array(getattr(routing, name)), array(getattr(of_real, name)))
     np.testing.assert_array_equal(array(routing.mask), mask)
     np.testing.assert_array_equal(array(layer.expert_counts), array(of_real.counts))
+
+
+def test_a_loss_with_a_state_has_one_in_each_layer_that_training_alone_changes():
+    loss = NumberOfBatches(1.0)
+    first, second = (moe(router_losses=[loss]) for _ in range(2))
+    for batches in range(3):
+        first(X, training=True)
+        assert [float(value) for value in first.losses] == [batches]
+    first.counts_in_evaluation = True
+    first(X)
+    second(X, training=True)
+    assert [float(value) for value in second.losses] == [0]
+    assert [float(layer.loss_states[0][0]) for layer in (first, second)] == [3, 1]
+    store = {}
+    first.save_own_variables(store)
+    second.load_own_variables(store)
+    assert float(second.loss_states[0][0]) == 3
+
+
+def test_a_router_is_given_the_length_of_sequences_ids_and_indices():
+    layer = moe(router=ContextRouter(E))
+    layer(normal(2, 3, D), token_ids=np.arange(6).reshape(2, 3))
+    assert layer.router.seen == (3, (6,), None)
 
 
 def with_power(base, *arguments):
