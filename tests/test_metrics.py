@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from keras import ops
 from layer_checks import D, array, moe, normal
 
-from keras_moe import metrics, routers
+from keras_moe import losses, metrics, routers
 from keras_moe.ops import plan_groups, top_k_routing
 
 T, E, K = 20, 4, 2
@@ -163,6 +163,22 @@ def test_decisions_and_tables_equal_loops_over_tokens(mode):
     independent = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
     there = joint > 0
     assert_close(information, np.sum(joint[there] * np.log(joint[there] / independent[there])))
+
+
+OF_ROUTINGS = [
+    *(metrics.router_confidence, metrics.router_entropy, metrics.coactivation),
+    lambda routing: metrics.router_saturation(routing, routing),
+    lambda routing: metrics.count_table(routing, [0] * T, 1),
+    *(cls(1.0) for cls in losses.IDENTIFIERS.values() if cls is not losses.GlobalLoadBalance),
+]
+
+
+@pytest.mark.backends("tensorflow", "torch")  # JAX would compile each operation
+@pytest.mark.parametrize("function", OF_ROUTINGS)
+def test_recorded_routings_of_numpy_arrays_are_measured(function):
+    logits, mask = draw()
+    routing = top_k_routing(logits, K, mask)
+    assert_close(to_numpy(function(to_numpy(routing))), to_numpy(function(routing)))
 
 
 def test_information_is_all_or_nothing_at_its_ends():

@@ -228,7 +228,7 @@ class LoadVariation(RouterLoss):
         super().__init__(weight)
 
     def compute(self, routing):
-        return _squared_variation(routing.load)
+        return _squared_variation(ops.convert_to_tensor(routing.load))
 
 
 @register

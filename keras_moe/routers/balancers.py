@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import Configured, register, resolve
+from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.routing import _top_k_routing
 from keras_moe.ops.selection import chosen_experts, take_scores, top_k_indices
@@ -150,7 +151,7 @@ def get(identifier):
     return resolve("balancer", identifier, SelectionBalancer, IDENTIFIERS)
 
 
-class _MatchingRouter(LogitRouter):
+class MatchingRouter(LogitRouter):
     """Abstract: in training, tokens and experts are matched by `match(logits, mask)`.
 
     In training a token's experts depend on the whole batch, so later tokens leak a little. In
@@ -171,13 +172,13 @@ class _MatchingRouter(LogitRouter):
         score = "softmax" if self.top_k > 1 else "sigmoid"
         return _top_k_routing(logits, self.top_k, mask, score, renormalize=False, select=select)
 
-    def match(self, logits, mask):
+    def match(self, logits: Tensor, mask: Tensor) -> Tensor:
         """Return scores (T, E), whose best are the experts of a token."""
         raise NotImplementedError
 
 
 @register
-class SinkhornRouter(_MatchingRouter):
+class SinkhornRouter(MatchingRouter):
     """In training, tokens choose from a plan in which all experts have the same load.
 
     The plan decides which experts are chosen; weights are the scores themselves: a sigmoid of the
@@ -217,7 +218,7 @@ class SinkhornRouter(_MatchingRouter):
 
 
 @register
-class BalancedAssignmentRouter(_MatchingRouter):
+class BalancedAssignmentRouter(MatchingRouter):
     """In training every expert has the same number of tokens, assigned by preference.
 
     One expert per token, its weight the sigmoid of its logit. In evaluation a token goes to its

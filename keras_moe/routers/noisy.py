@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import register
+from keras_moe._internal.types import Tensor
 from keras_moe.ops import draws
 from keras_moe.ops.balance import noisy_load
 from keras_moe.ops.routing import _make_routing
@@ -30,7 +31,7 @@ class NoisyRouter(LogitRouter):
         self.top_k = check_integer("top_k", top_k)
         self.check_num_experts()
 
-    def deviation(self, tokens):
+    def deviation(self, tokens: Tensor) -> Tensor | float:
         """Return the standard deviation of the noise: a tensor (T, E) or a float."""
         raise NotImplementedError
 
