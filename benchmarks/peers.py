@@ -3,7 +3,8 @@
     KERAS_BACKEND=torch python -m benchmarks.peers --experts 8 64
     KERAS_BACKEND=torch python -m benchmarks.peers --models --tokens 1024 --tag -models
 
-With `--models`, a whole model of KerasHub is measured before and after `convert.sparsify`.
+With `--models`, a whole model of KerasHub is measured before and after
+`convert.use_sparse_experts`.
 The packages come with the extra `bench`. A peer whose outputs differ from ours by more than 1e-5,
 that is not installed, or that does not run here is not timed; its row says why. The ratio is its
 time by ours: above 1 it is slower.
@@ -82,7 +83,7 @@ def race_models(num_experts, num_tokens, options):
     """Rows for a step of training on about so many tokens, and for generating from them."""
     models = {DENSE: mixtral(num_experts, options), SPARSE: mixtral(num_experts, options)}
     models[SPARSE].set_weights(models[DENSE].get_weights())
-    convert.sparsify(models[SPARSE])
+    convert.use_sparse_experts(models[SPARSE])
     batch_size = max(1, num_tokens // LENGTH)
     batch, prompt = prompts(batch_size, LENGTH), prompts(batch_size, PROMPT)
     logits = [model.predict_on_batch(batch) for model in models.values()]

@@ -23,7 +23,8 @@ from keras_moe import (
     surgery,
 )
 from keras_moe.generation import generate
-from keras_moe.inspection import health, summary
+from keras_moe.inspection import health
+from keras_moe.inspection.summaries import summary
 from keras_moe.reporting import report
 from keras_moe.upcycling import upcycle
 

@@ -10,7 +10,7 @@ import keras
 from keras_moe._internal.serialization import register
 
 # Paths of the stacked weights of a bank that are trained, by the number of their axes. Other
-# weights of three axes, such as those of attention, are no stacks of matrices.
+# weights of three axes, such as attention's, are no stacks of matrices.
 _STACKED = {
     3: re.compile(r"(.*/)?(up|gate|down)_(kernel|lora_a|lora_b)"),
     2: re.compile(r"(.*/)?((up|gate|down)_bias|constant)"),
@@ -19,7 +19,7 @@ _STACKED = {
 
 @register
 class Muon(keras.optimizers.Muon):
-    """`keras.optimizers.Muon` that updates each expert's kernel as a matrix of its own.
+    """`keras.optimizers.Muon` that updates each expert's kernel as one matrix.
 
     Keras's updates variables of two axes by Muon, and all others by AdamW, but the stacked kernels
     (E, D, H) of a bank have three axes, and its biases (E, H) two. With this one a bank trains as E

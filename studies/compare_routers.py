@@ -97,7 +97,7 @@ def main(arguments=None):
 
 
 def parse_options(arguments):
-    names = [*sorted(routers.BY_NAME), "hash"]
+    names = [*sorted(routers.IDENTIFIERS), "hash"]
     parser = parser_of(__doc__, "output_routers", seeds=3)
     parser.add_argument("--routers", nargs="*", choices=names, default=names, metavar="ROUTER")
     parser.add_argument(

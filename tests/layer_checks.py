@@ -14,6 +14,7 @@ import keras
 import numpy as np
 
 from keras_moe import callbacks, layers, losses, metrics, routers
+from keras_moe.routers.fixed import ForcedRouter
 
 D, E = 8, 4
 LENGTH = 6
@@ -146,9 +147,10 @@ def _bank_options(without=None):
     return {name: value for name, value in options.items() if name != without}
 
 
-def _usage_metric(**options):
+def _usage_metric(required=None, **options):
     return Case(
-        lambda: {"num_experts": E}, lambda: {"name": "usage", "dtype": "float64", **options}
+        lambda: {**(required or {}), "num_experts": E},
+        lambda: {"name": "usage", "dtype": "float64", **options},
     )
 
 
@@ -283,7 +285,7 @@ CASES = {
     routers.SoftRouter: _logit_router(slots=2),
     routers.TopPRouter: _logit_router(threshold=0.7, max_top_k=2),
     routers.VMoERouter: _logit_router(top_k=3, noise_std=0.5),
-    routers.ForcedRouter: Case(
+    ForcedRouter: Case(
         lambda: dict(num_experts=E),
         lambda: dict(top_k=3, pattern="random", seed=7),
         RoutedWeights,
@@ -310,12 +312,9 @@ CASES = {
             name="mine",
         )
     ),
-    metrics.LoadImbalance: _usage_metric(),
-    metrics.LoadEntropy: _usage_metric(),
-    metrics.DeadExperts: _usage_metric(),
+    metrics.UsageMetric: _usage_metric({"function": metrics.load_imbalance}),
     metrics.DeadExpertsOverWindow: _usage_metric(window=3),
     metrics.DroppedFraction: _usage_metric(),
-    metrics.ExpertShare: _usage_metric(),
     callbacks.ExpertHealth: Case(
         options=lambda: {"every": 5, "patience": 2, "stop": True, "rebalance": True}
     ),

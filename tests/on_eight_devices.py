@@ -387,7 +387,7 @@ def test_a_model_of_keras_hub_learns_on_a_mesh_with_an_axis_for_its_heads():
     import test_convert_keras_hub as test_convert
 
     def trained():
-        model = convert.sparsify(test_convert.causal_lm("mixtral"))
+        model = convert.use_sparse_experts(test_convert.causal_lm("mixtral"))
         inputs = test_convert.prompts([3, 4, 5, 6] * 2)
         model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
         model.fit(inputs, inputs["token_ids"], batch_size=8, epochs=2, shuffle=False, verbose=0)

@@ -28,19 +28,19 @@ def moe(name, router, router_losses=None):
 
 def balancer_layers():
     """A layer for each registered balancer."""
-    for name in balancers.BY_NAME:
+    for name in balancers.IDENTIFIERS:
         router = routers.TopKRouter(EXPERTS, balancer=name)
         yield moe(f"balancer_{name}", router, [losses.RouterZ(0.5)])
 
 
 def every_layer():
     """A layer for each registered loss, balancer and router."""
-    for name, loss in losses.BY_NAME.items():
+    for name, loss in losses.IDENTIFIERS.items():
         # Of a noisy router each has a gradient.
         router = routers.NoisyTopKRouter(EXPERTS, seed=3)
         yield moe(f"loss_{name}", router, [loss(weight=0.5)])
     yield from balancer_layers()
-    for name in routers.BY_NAME:
+    for name in routers.IDENTIFIERS:
         yield moe(f"router_{name}", routers.get(name, EXPERTS))
 
 
@@ -67,11 +67,11 @@ def some_layers():
 
 
 # Names without layers: those would start TensorFlow before a process can set up its devices.
-GLOBAL_LAYERS = [*(f"balancer_{name}" for name in balancers.BY_NAME), "strength", "global"]
+GLOBAL_LAYERS = [*(f"balancer_{name}" for name in balancers.IDENTIFIERS), "strength", "global"]
 EVERY_LAYER = [
-    *(f"loss_{name}" for name in losses.BY_NAME),
-    *(f"balancer_{name}" for name in balancers.BY_NAME),
-    *(f"router_{name}" for name in routers.BY_NAME),
+    *(f"loss_{name}" for name in losses.IDENTIFIERS),
+    *(f"balancer_{name}" for name in balancers.IDENTIFIERS),
+    *(f"router_{name}" for name in routers.IDENTIFIERS),
 ]
 
 

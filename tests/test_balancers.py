@@ -132,5 +132,5 @@ def test_the_smooth_load_equals_the_oracle():
     mask = rng.random(T) < 0.8
     tensors = [ops.convert_to_tensor(each.astype("float32")) for each in arrays]
     for top_k in (1, 2, E):
-        load = moe_ops.noisy_load(*tensors, top_k, ops.convert_to_tensor(mask))
+        load = moe_ops.balance.noisy_load(*tensors, top_k, ops.convert_to_tensor(mask))
         assert_close(array(load), oracle.noisy_load(*arrays, top_k, mask))

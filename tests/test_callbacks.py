@@ -223,22 +223,31 @@ def interrupt_evaluation(model, place, monitor):
 
 
 @pytest.mark.parametrize("place", ["on_test_batch_begin", "on_test_batch_end", "step"])
-def test_nothing_counts_after_an_evaluation_that_was_interrupted(place):
+def test_a_run_with_a_monitor_ends_an_evaluation_that_was_interrupted(place):
     model = model_of(routed())
     layer = model.layers[0]
     interrupt_evaluation(model, place, ExpertMonitor())
-    assert not layer.counts_in_evaluation
-    before = array(layer.expert_counts)
-    model.predict(VALIDATION, verbose=0)
-    np.testing.assert_array_equal(array(layer.expert_counts), before)
     if place == "step":
         model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=QUICK_JIT)
-    model.evaluate(VALIDATION, VALIDATION, batch_size=1, verbose=0)
-    # A step that was announced and never made counts the next one.
-    counted = array(layer.expert_counts) - before
-    assert counted.sum() <= (place == "on_test_batch_begin")
     assert evaluated(model, ExpertMonitor()) == about(named(BALANCED, "moe"))
+    assert not layer.counts_in_evaluation
+    model.predict(VALIDATION, verbose=0)
+    assert evaluated(model) == {}
+    assert not array(layer.expert_counts).any()
     assert usage(fit(model, epochs=2)) == about(BOTH)
+
+
+@pytest.mark.parametrize("validation", [True, False])
+def test_nothing_counts_after_a_training_that_was_interrupted(validation):
+    model = model_of(routed())
+    stops = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(model, ExpertMonitor(), stops, validation=validation)
+    getattr(model, "jax_state_sync", lambda: None)()
+    assert not model.layers[0].counts_in_evaluation
+    before = array(model.layers[0].expert_counts)
+    model.predict(VALIDATION, verbose=0)
+    np.testing.assert_array_equal(array(model.layers[0].expert_counts), before)
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def assert_same_parameters(model, other, tolerance=0):
 
 @pytest.mark.parametrize("family", unless_compiled(FAMILIES, ["mixtral"]))
 def test_a_sparse_model_computes_generates_and_learns_as_before(family):
-    dense, sparse = causal_lm(family), convert.sparsify(causal_lm(family))
+    dense, sparse = causal_lm(family), convert.use_sparse_experts(causal_lm(family))
     assert inspection.moe_layers(sparse)
     sizes = [sum(np.prod(v.shape) for v in parameters_of(model)) for model in (sparse, dense)]
     assert sizes[0] == sizes[1]
@@ -128,7 +128,7 @@ def test_a_sparse_model_computes_generates_and_learns_as_before(family):
 
 @pytest.mark.parametrize("family", unless_compiled(FAMILIES, ["gpt_oss"]))
 def test_files_are_those_of_keras_hub_and_a_saved_model_is_sparse_again(family, tmp_path):
-    model, blank = convert.sparsify(causal_lm(family)), causal_lm(family)
+    model, blank = convert.use_sparse_experts(causal_lm(family)), causal_lm(family)
     model.save_weights(tmp_path / "sparse.weights.h5")
     for variable in blank.trainable_variables:
         variable.assign(ops.zeros(variable.shape))
@@ -148,7 +148,7 @@ def test_files_are_those_of_keras_hub_and_a_saved_model_is_sparse_again(family, 
 @on_one_backend
 def test_a_loaded_backbone_imports_keras_hub(tmp_path, monkeypatch):
     """A new process has not registered its classes."""
-    convert.sparsify(causal_lm("gpt_oss")).backbone.save(tmp_path / "model.keras")
+    convert.use_sparse_experts(causal_lm("gpt_oss")).backbone.save(tmp_path / "model.keras")
     monkeypatch.setitem(sys.modules, "keras_hub", None)
     with pytest.raises((ImportError, TypeError), match="import of keras_hub halted"):
         keras.saving.load_model(tmp_path / "model.keras")
@@ -178,7 +178,7 @@ def test_models_that_version_0_2_has_changed_load_and_save(change, tmp_path):
 def test_a_converted_model_is_upcycled_and_loads_with_both_changes(tmp_path):
     model, inputs = causal_lm("qwen3_moe"), prompts((6, 4))
     expected = logits_of(model, inputs)
-    upcycle(convert.sparsify(model), num_experts=4)
+    upcycle(convert.use_sparse_experts(model), num_experts=4)
     for each in (model, saved_and_loaded(model, tmp_path)):
         assert_close(logits_of(each, inputs), expected)
         assert len(inspection.moe_layers(each)) == 2
@@ -186,7 +186,7 @@ def test_a_converted_model_is_upcycled_and_loads_with_both_changes(tmp_path):
 
 def test_old_weights_are_freed():
     model = causal_lm("mixtral")
-    for change in (convert.sparsify, convert.restore):
+    for change in (convert.use_sparse_experts, convert.restore):
         layers = [each for each in model._flatten_layers() if hasattr(each, "expert_bank")]
         weights = [weight for layer in layers for weight in layer.expert_bank.weights]
         old = [weakref.ref(weight) for weight in weights]
@@ -203,9 +203,9 @@ def test_layers_that_are_frozen_remain_so():
     model = causal_lm("qwen_moe")
     model.backbone.transformer_layers[0].trainable = False
     count = len(model.trainable_variables)
-    assert len(convert.sparsify(model).trainable_variables) == count
+    assert len(convert.use_sparse_experts(model).trainable_variables) == count
     assert len(convert.restore(model).trainable_variables) == count
-    model = convert.sparsify(causal_lm("mixtral"))
+    model = convert.use_sparse_experts(causal_lm("mixtral"))
     model.backbone.enable_lora(2)
     names = {variable.name for variable in model.backbone.trainable_variables}
     assert names == {"lora_kernel_a", "lora_kernel_b"}
@@ -213,27 +213,27 @@ def test_layers_that_are_frozen_remain_so():
 
 @on_one_backend
 def test_a_model_is_converted_once_before_it_is_quantized_and_keeps_its_numbers():
-    model = convert.sparsify(causal_lm("mixtral"))
+    model = convert.use_sparse_experts(causal_lm("mixtral"))
     (layer,) = inspection.moe_layers(model).values()
-    assert list(inspection.moe_layers(convert.sparsify(model)).values()) == [layer]
+    assert list(inspection.moe_layers(convert.use_sparse_experts(model)).values()) == [layer]
     for change in (
         lambda: surgery.set_top_k(model, 1),
         lambda: surgery.prune_experts(model, np.ones(4), keep=2),
     ):
-        with pytest.raises(ValueError, match="made by `convert.sparsify`"):
+        with pytest.raises(ValueError, match="made by `convert.use_sparse_experts`"):
             change()
     model = causal_lm("mixtral")
     block = model.backbone.transformer_layers[0]._sparse_moe_block
     block._sparse_feedforward_gate_dense.quantize("int8")
     with pytest.raises(ValueError, match="before it is quantized or has LoRA"):
-        convert.sparsify(model)
+        convert.use_sparse_experts(model)
 
 
 @on_one_backend
 @pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method")
 @pytest.mark.parametrize("change", ["quantize", "lora"])
 def test_files_and_restored_models_compute_as_the_experts(change, tmp_path):
-    model = convert.sparsify(causal_lm("mixtral"))
+    model = convert.use_sparse_experts(causal_lm("mixtral"))
     inputs = prompts((LENGTH, LENGTH))
     for layer in inspection.moe_layers(model).values():
         if change == "quantize":

@@ -11,6 +11,7 @@ from layer_checks import D, E, array, moe, one_hot_router
 
 from keras_moe import health, layers, losses, routers
 from keras_moe.callbacks import ExpertHealth, ExpertMonitor
+from keras_moe.routers.fixed import ForcedRouter
 
 EXPERTS, STEPS, BATCH = 8, 60, 16
 # Findings come from counts alone. Whether these arrive is tested on each backend.
@@ -148,11 +149,11 @@ def test_dead_experts_are_reported_after_a_while_and_when_others_join_them():
     assert [(step, finding.text) for step, _, finding in findings] == [
         (
             30,
-            "1 of 4 experts is dead in 3 looks: 3. At the last look 1 of 4 were dead.",
+            "1 of 4 experts is dead in 3 checks: 3. At the last check 1 of 4 were dead.",
         ),
         (
             60,
-            "2 of 4 experts are dead in 3 looks: 2, 3. At the last look 2 of 4 were dead.",
+            "2 of 4 experts are dead in 3 checks: 2, 3. At the last check 2 of 4 were dead.",
         ),
     ]
 
@@ -207,7 +208,7 @@ def test_counts_from_before_a_reset_and_even_loads_make_no_loss_heavy():
     # The counters pass where they were before the monitor of this one resets them.
     findings, _ = watched(model, *clustered(0, 4 * BATCH), ExpertMonitor(), ExpertHealth())
     assert not findings
-    layer = expert_layer(routers.ForcedRouter(), [losses.LoadBalance(1000.0)])
+    layer = expert_layer(ForcedRouter(), [losses.LoadBalance(1000.0)])
     findings, _ = watched(model_of(layer), *clustered(0, 4 * BATCH), ExpertHealth())
     assert not findings
 
@@ -287,16 +288,16 @@ ADVICE = {
 
 @of_counts
 def test_the_advice_names_what_balances():
-    assert "The loss of the router balances" in moe(router="relu").balance_advice()
+    assert "The loss of the router balances" in health.balance_advice(moe(router="relu"))
     for text, balancing in ADVICE.items():
         is_loss = isinstance(balancing, list)
         router = routers.TopKRouter(balancer=None if is_loss else balancing)
         layer = moe(router=router, router_losses=balancing if is_loss else None)
-        advice = layer.balance_advice()
+        advice = health.balance_advice(layer)
         assert text in advice
         assert ("add `losses" in advice) == ("add `losses" in text)
         assert "have means far from zero, centre them, by" in advice
     layer = moe(router_losses=[losses.LoadBalance(0.02)])
     layer.build((None, D))
     layer.set_router_loss_weight(0, 0.5)
-    assert "LoadBalance(weight=0.5)" in layer.balance_advice(), "the weight in force"
+    assert "LoadBalance(weight=0.5)" in health.balance_advice(layer), "the weight in force"

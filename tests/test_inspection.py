@@ -8,6 +8,7 @@ from layer_checks import D, E, array, moe, normal, one_hot_router
 
 from keras_moe import inspection, layers, routers
 from keras_moe.callbacks import ExpertMonitor
+from keras_moe.routers.fixed import ForcedRouter
 
 EXPERT = 2 * D * 16 + 16 + D
 
@@ -81,7 +82,7 @@ def test_compiled_functions_count_in_the_context_alone():
 # How many of the experts work on a token.
 SERVING = {
     "top_k": ("top_k", 2),
-    "forced": (routers.ForcedRouter(E, top_k=3), 3),
+    "forced": (ForcedRouter(E, top_k=3), 3),
     "top_p": (routers.TopPRouter(E, max_top_k=3), 3),
     "relu": (routers.ReLURouter(E, top_k=1, max_top_k=3), 1),
     "dense": ("dense", E),

@@ -248,10 +248,10 @@ def test_losses_of_small_examples_are_what_a_hand_computes():
 
 
 # The global loss works in a layer only.
-@pytest.mark.parametrize("name", sorted({*losses.BY_NAME} - {"global_load_balance"}))
+@pytest.mark.parametrize("name", sorted({*losses.IDENTIFIERS} - {"global_load_balance"}))
 def test_a_loss_is_proportional_to_its_weight_which_survives_its_config(name):
     whole, half, none = (
-        losses.get(keras.saving.serialize_keras_object(losses.BY_NAME[name](weight)))
+        losses.get(keras.saving.serialize_keras_object(losses.IDENTIFIERS[name](weight)))
         for weight in (np.float32(1), np.array(0.5), 0)
     )
     routing = top_k_routing(np.random.default_rng(0).normal(size=(9, 4)).astype("float32"), 1)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from keras import ops
 from layer_checks import D, E, array, moe, normal
 
+import keras_moe
 from keras_moe import callbacks, inspection, layers, losses, routers
 from keras_moe._internal.keras_internals import get_keras_mask
 
@@ -353,7 +354,7 @@ def test_a_collapsed_dense_gate_is_seen_in_the_logs():
     assert logs["moe_load_imbalance"][0] > 2.9 and logs["moe_load_entropy"][0] < 0.05
     assert logs["moe_dead_experts"] == [3.0] and logs["moe_dropped_fraction"] == [0.0]
     lines = []
-    inspection.summary(model, print_fn=lines.append)
+    keras_moe.summary(model, print_fn=lines.append)
     assert lines[3].split()[-3] == "3"
     x = np.repeat(x, 8, axis=0)  # enough to judge
     with pytest.warns(UserWarning, match="experts have collapsed"):

@@ -7,6 +7,7 @@ from backends import BACKEND, FAST_MODE, compiled, saved_and_loaded
 from layer_checks import D, E, array, moe, normal
 
 from keras_moe import layers, losses, ops, routers
+from keras_moe.ops.expert_choice import expert_choice_routing
 
 X = normal(6, D)
 
@@ -34,7 +35,7 @@ class PairRouter(routers.LogitRouter):
     def kernel_shape(self, features):
         return features, 2 * self.num_experts
 
-    def route(self, tokens, mask, training):
+    def route(self, tokens, mask, training, **context):
         logits, mask = self.logits(tokens, mask, training)
         pairs = keras.ops.reshape(logits, (-1, self.num_experts, 2))
         return ops.top_k_routing(keras.ops.max(pairs, -1), 2, mask=mask)
@@ -51,7 +52,7 @@ class NearestRouter(routers.Router):
     def build(self, tokens_shape):
         self.centres = self.add_weight(name="centres", shape=(self.num_experts, tokens_shape[-1]))
 
-    def route(self, tokens, mask, training):
+    def route(self, tokens, mask, training, **context):
         differences = keras.ops.expand_dims(tokens, 1) - self.centres
         distances = keras.ops.sum(keras.ops.square(differences), axis=-1)
         return ops.top_k_routing(-distances, self.top_k)
@@ -59,6 +60,32 @@ class NearestRouter(routers.Router):
     def get_config(self):
         config = super().get_config()
         return {"number": config.pop("num_experts"), **config, "choices": self.top_k}
+
+
+class NumberOfBatches(losses.RouterLoss):
+    """A loss with a state: how many batches its layer has trained on."""
+
+    def state_shapes(self, num_experts):
+        return {"batches": ((), "float32")}
+
+    def compute(self, routing, state):
+        if state is None:
+            return keras.ops.sum(routing.weights), None
+        return state[0], (state[0] + 1,)
+
+
+class ContextRouter(routers.Router):
+    """Chooses by the ids of tokens."""
+
+    top_k = 2
+
+    def build(self, tokens_shape):
+        pass
+
+    def route(self, tokens, mask, training, sequence_length, token_ids, indices):
+        self.seen = sequence_length, token_ids.shape, indices
+        logits = keras.ops.one_hot(token_ids % self.num_experts, self.num_experts)
+        return ops.top_k_routing(logits, 2, mask)
 
 
 class EqualBank(layers.ExpertBank):
@@ -116,6 +143,29 @@ def test_padding_is_left_out_where_a_router_does_not_pass_its_mask_on():
     np.testing.assert_array_equal(array(layer.expert_counts), array(of_real.counts))
 
 
+def test_a_loss_with_a_state_has_one_in_each_layer_that_training_alone_changes():
+    loss = NumberOfBatches(1.0)
+    first, second = (moe(router_losses=[loss]) for _ in range(2))
+    for batches in range(3):
+        first(X, training=True)
+        assert [float(value) for value in first.losses] == [batches]
+    first.counts_in_evaluation = True
+    first(X)
+    second(X, training=True)
+    assert [float(value) for value in second.losses] == [0]
+    assert [float(layer.loss_states[0][0]) for layer in (first, second)] == [3, 1]
+    store = {}
+    first.save_own_variables(store)
+    second.load_own_variables(store)
+    assert float(second.loss_states[0][0]) == 3
+
+
+def test_a_router_is_given_the_length_of_sequences_ids_and_indices():
+    layer = moe(router=ContextRouter(E))
+    layer(normal(2, 3, D), token_ids=np.arange(6).reshape(2, 3))
+    assert layer.router.seen == (3, (6,), None)
+
+
 def with_power(base, *arguments):
     """A class with an argument that its config lacks."""
 
@@ -159,14 +209,15 @@ def test_a_regularizer_returns_a_number_an_expert_or_none_of_its_own():
 
 
 def test_a_sequence_length_is_a_tensor():
+    mask = keras.ops.ones((6,), "bool")
     # What is compiled takes it for an unknown number.
     route = compiled(
-        lambda logits, length: ops.expert_choice_routing(logits, 1.0, None, length).counts,
+        lambda logits, length: expert_choice_routing(logits, 1.0, mask, length).counts,
         "eager" if BACKEND == "jax" else FAST_MODE,
     )
     np.testing.assert_array_equal(
         route(normal(6, E), np.array(3, "int32")),
-        array(ops.expert_choice_routing(normal(6, E), 1.0, None, 3).counts),
+        array(expert_choice_routing(normal(6, E), 1.0, mask, 3).counts),
     )
 
 

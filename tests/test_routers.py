@@ -19,6 +19,7 @@ from drawn import MASKS, SKEWS, draw_logits, draw_mask
 from keras import ops
 
 from keras_moe import layers, losses, routers
+from keras_moe.routers.fixed import ForcedRouter
 
 
 def make(name, *arguments, **kwargs):
@@ -48,7 +49,7 @@ def hashed(e, k, s):
 
 def forced(e, k, s):
     first = np.arange(100)[:, None] * k
-    return routers.ForcedRouter(e, k), oracle.fixed((first + np.arange(k)) % e, e)
+    return ForcedRouter(e, k), oracle.fixed((first + np.arange(k)) % e, e)
 
 
 def groups(e, k, s):
@@ -187,7 +188,7 @@ def test_a_router_of_any_size_equals_the_oracle_whatever_padding_holds(name, mod
 
 
 def test_no_router_is_left_out():
-    assert set(routers.BY_NAME) | {"hash", "forced"} <= set(CASES)
+    assert set(routers.IDENTIFIERS) | {"hash", "forced"} <= set(CASES)
 
 
 T, E, S = 12, 4, 4
@@ -246,7 +247,7 @@ def differences_of(expected, logits, mask, on_weights, on_probs, step=1e-5):
 def test_scores_without_preference_have_finite_gradients(name):
     """A router of zeros, whose experts are exactly balanced."""
     router, _ = CASES[name](E, 2, S)
-    balance = [losses.get(loss) for loss in losses.BY_NAME if loss != "global_load_balance"]
+    balance = [losses.get(loss) for loss in losses.IDENTIFIERS if loss != "global_load_balance"]
 
     def objective(inputs):
         routing = routing_of(router, inputs[0], None, S, training=False)
@@ -283,7 +284,7 @@ def test_no_tokens_are_routed(name):
 )
 def test_no_tokens_give_no_outputs(name, capacity, mode):
     layer = layers.MixtureOfExperts(
-        layers.FeedForwardExperts(E, 4), name, [*losses.BY_NAME], capacity_factor=capacity
+        layers.FeedForwardExperts(E, 4), name, [*losses.IDENTIFIERS], capacity_factor=capacity
     )
     layer.build((None, E))
     state = [ops.convert_to_tensor(v) for v in layer.non_trainable_variables]
@@ -404,7 +405,7 @@ def test_what_keras_layers_take_is_taken():
     assert router.get_config()["top_k"] == 2
 
 
-@pytest.mark.parametrize("name", routers.BY_NAME)
+@pytest.mark.parametrize("name", routers.IDENTIFIERS)
 def test_a_router_by_name_fits_its_layer(name):
     by_losses = {
         ("LoadBalance", "RouterZ"): ("cosine", "gshard", "switch", "top_k", "top_p"),

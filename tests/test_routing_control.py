@@ -9,7 +9,8 @@ from keras import ops
 from layer_checks import D, E, array, moe, normal
 
 from keras_moe import callbacks, inspection, layers, losses, metrics, routers
-from keras_moe.ops import balanced_assignment, sinkhorn_plan
+from keras_moe.ops.transport import balanced_assignment, sinkhorn_plan
+from keras_moe.routers.fixed import ForcedRouter
 
 X = normal(3, 5, D)
 
@@ -60,7 +61,7 @@ def test_replayed_numbers_that_are_no_experts_are_not_served():
 @pytest.mark.backends("tensorflow", "torch")  # JAX would compile each operation
 def test_forced_patterns_have_the_load_they_are_named_for():
     def counts(pattern, num_tokens=4000, top_k=1):
-        router = routers.ForcedRouter(E, top_k, pattern=pattern, seed=1)
+        router = ForcedRouter(E, top_k, pattern=pattern, seed=1)
         routing = to_numpy(router(np.zeros((num_tokens, D), "float32")))
         assert all(len(set(experts)) == top_k for experts in routing.indices)
         return routing.counts

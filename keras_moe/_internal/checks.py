@@ -100,11 +100,6 @@ def check_tensors(sizes=None, **tensors):
             )
 
 
-def check_mask(mask, shape):
-    """Check a mask of bools or integers for tokens of the shape (T,)."""
-    check_tensors({"T": shape[0]}, mask=(mask, "T", "mask"))
-
-
 def check_indices(name, indices, number):
     """Check indices of so many experts or groups, -1 for none, if they are on the host."""
     array = host_values(indices)

@@ -39,7 +39,7 @@ class EachExpert(keras.initializers.Initializer):
     def __call__(self, shape, dtype=None):
         each = (reseeded(self.initializer, self.stream, expert) for expert in self.experts)
         kernels = [initializer(shape[1:], dtype=dtype) for initializer in each]
-        if any(np.shape(kernel) != tuple(shape[1:]) for kernel in kernels):  # Keras does not look
+        if any(np.shape(kernel) != tuple(shape[1:]) for kernel in kernels):  # Keras does not check
             raise ValueError(
                 "`kernel_initializer` must return a tensor of the shape that it is given. "
                 f"Received: shape {np.shape(kernels[0])} for {tuple(shape[1:])}"

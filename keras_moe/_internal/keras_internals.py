@@ -129,7 +129,7 @@ def quantization(layer, mode, config):
 
 @contextlib.contextmanager
 def names_below(path):
-    """Names of variables begin with a path, such as that of a layer, or with nothing for None."""
+    """A context in which names of variables begin with a path, such as a layer's, or None."""
     with contextlib.ExitStack() as stack:
         for name in (path or "").split("/"):
             if name:
@@ -159,19 +159,15 @@ def compile_like(model, other):
         model.compile(**{**other._compile_config.config, **optimizer})
 
 
-def test_function_of_its_own(model):
-    """Another test function of a compiled model, which shares no trace with the present one."""
+def renew_test_function(model):
+    """Make a test function that shares no trace with earlier ones."""
+    own_step = vars(model).get("test_step")  # which the user has given this model
     # JAX gives functions of the same method the same trace.
-    present, own_step = model.test_function, vars(model).get("test_step")
     model.test_step = functools.partial(model.test_step)
-    try:
-        model.make_test_function(force=True)
-        return model.test_function
-    finally:
-        model.test_function = present
-        del model.test_step
-        if own_step is not None:  # which the user has given this model
-            model.test_step = own_step
+    model.make_test_function(force=True)
+    del model.test_step
+    if own_step is not None:
+        model.test_step = own_step
 
 
 def forget_old_weights(model):

@@ -12,42 +12,43 @@ from keras_moe._internal.checks import check_integer
 from keras_moe.inspection import health, moe_layers
 from keras_moe.metrics.usage import is_dead
 
-# A collapse that recovers at this rate from look to look is not reported.
+# A collapse that recovers at this rate from check to check is not reported.
 _RECOVERY = 0.02
-# A dead expert is reported after more looks than a collapse.
+# A dead expert is reported after more checks than a collapse.
 _DEAD_PATIENCE = 3
 # A kernel that was initialized this large has not exploded: it must also have grown so much.
 _GROWTH = 3.0
 
 
 class ExpertHealth(keras.callbacks.Callback):
-    """Warns in plain words, with what to try, as soon as experts or routers go wrong.
+    """Warns in plain words, with advice, as soon as experts or routers go wrong.
 
-    Looks at every MoE layer for
+    Checks every MoE layer for
 
     - a collapse: nearly all work goes to the same few experts, and it does not get better;
-    - dead experts, by `metrics.dead_experts`, for three times as many looks as a collapse;
+    - dead experts, as `metrics.dead_experts` counts them, in three times as many checks as a
+      collapse;
     - a router with weights that are not a number, or that have grown so large that each choice is
       absolute;
-    - a balancing loss with a `usual_weight`, such as `losses.LoadBalance`, whose weight is too
-      small to matter, or so large that what it adds for an uneven load is a large part of the loss.
+    - a balancing loss whose weight is too small to matter, or so large that what it adds for an
+      uneven load is a large part of the loss: `losses.LoadBalance`, or a loss with a
+      `usual_weight`.
 
     Each warning is given once a layer, as a Python `UserWarning`, and kept in `findings`, a list
     of `(step, layer name, health.Finding)`. It repeats when more experts die, and once if
     `rebalance` has changed the layer in vain. In a collapse dead experts are not reported.
 
-    A look reads the counters and the router weights from the device, E and D x E numbers a layer;
-    between looks training runs ahead. Works with and without `ExpertMonitor`, in any order.
+    A check reads the counters and the router weights from the device, E and D x E numbers a layer;
+    between checks training runs ahead. Works with and without `ExpertMonitor`, in any order.
 
     Args:
-        every: Integer. Training batches from look to look. A look waits until 20 assignments an
-            expert have been counted, so small batches take longer.
-        patience: Integer. Looks that a collapse must last before it is reported.
-        stop: Boolean. Whether a problem ends the training, one batch after the look.
+        every: Integer. Training batches between checks. A check runs once experts average 20
+            assignments, so small batches take longer.
+        patience: Integer. Checks that a collapse must last before it is reported.
+        stop: Boolean. Whether a problem ends the training, one batch after the check.
         rebalance: Boolean. Whether a collapse or a dead expert makes the layer's balancing losses
-            ten times as heavy, once, where their weight is below ten times the usual one, 0.1 for
-            `losses.LoadBalance`, or a loss has no `usual_weight`. `layer.loss_weights_in_force` has
-            the present weights.
+            ten times as heavy, once, unless their weight is ten times the usual one already.
+            `layer.loss_weights_in_force` has the present weights.
 
     Raises:
         ValueError: If `every` or `patience` is less than 1, or the model has no MoE layer.
@@ -77,7 +78,7 @@ class ExpertHealth(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self.findings = []
-        self._step = self._next_look = 0
+        self._step = self._next_check = 0
         self._largest_loss = np.nan
         self._reported, self._rebalanced = set(), set()
         self._watches = {}
@@ -86,19 +87,19 @@ class ExpertHealth(keras.callbacks.Callback):
                 self._report(name, "weak loss", health.judge_weak_loss(loss, weight))
 
     def on_epoch_begin(self, epoch, logs=None):
-        # What was counted or loaded between epochs is no part of this one.
+        # Counts or weights from between the epochs are no part of this one.
         for _, watch in self._watched():
             watch.seen = watch.epoch_began = _Counted.by(watch.layer)
 
-    # Not `on_train_batch_end`: a callback that defines it makes Keras wait for every batch.
+    # Not `on_train_batch_end`, for which Keras waits for every batch.
     def on_train_batch_begin(self, batch, logs=None):
-        if self._step >= self._next_look:
+        if self._step >= self._next_check:
             # Keras has this on JAX only.
             getattr(self.model, "jax_state_sync", lambda: None)()
             for name, watch in self._watched():
-                for found in watch.look():
+                for found in watch.check():
                     self._report(name, *found)
-            self._next_look = self._step + self.every
+            self._next_check = self._step + self.every
         # Called once for the batches of one execution.
         self._step += self.model.steps_per_execution
 
@@ -129,7 +130,7 @@ class ExpertHealth(keras.callbacks.Callback):
 
     def _report(self, name, kind, finding, about=(None,)):
         """Warn of a finding, or None, if it is about anything that was not reported before."""
-        # What is wrong with a layer in spite of rebalancing is worth another warning.
+        # A problem in spite of rebalancing is worth another warning.
         facts = {(name, name in self._rebalanced, kind, each) for each in about}
         if finding is None or facts <= self._reported:
             return
@@ -154,19 +155,19 @@ class ExpertHealth(keras.callbacks.Callback):
         for index, weight in enumerate(layer.loss_weights_in_force):
             loss = layer.router_losses[index]
             # In a resumed training it may have been raised before.
-            if loss.balances and 0 < weight < min(loss.large_weight, 9 * loss.weight):
+            if loss.balances and 0 < weight < 9 * loss.weight and not health.is_large(loss, weight):
                 layer.set_router_loss_weight(index, 10 * weight)
                 done.append(f"The weight of its {type(loss).__name__} is now {10 * weight:g}.")
         if not done:
             return finding
         self._rebalanced.add(name)
         watch.restart()
-        fix = " ".join([*done, "What else to try:", layer.balance_advice()])
+        fix = " ".join([*done, "What else to try:", health.balance_advice(layer)])
         return finding._replace(fix=fix)
 
 
 class _Watch:
-    """The state of one layer between two looks."""
+    """The state of one layer between two checks."""
 
     def __init__(self, layer, patience):
         self.layer = layer
@@ -183,7 +184,7 @@ class _Watch:
         self._spreads: collections.deque = collections.deque(maxlen=self.patience)
         self._idle: np.ndarray = np.zeros(len(self._window), "int64")
 
-    def look(self):
+    def check(self):
         """Return tuples of a kind, a finding or None, and perhaps the experts that it is about."""
         found = [("router", self._judge_router())]
         counted = _Counted.by(self.layer)
@@ -208,19 +209,21 @@ class _Watch:
         recovers = latest[-1] - latest[0] > _RECOVERY * (self.patience - 1)
         if len(latest) < self.patience or max(latest) >= health.COLLAPSED or recovers:
             return None
-        return health.collapsed(self._window, self.layer.balance_advice())
+        return health.collapsed(self._window, health.balance_advice(self.layer))
 
     def _judge_idle(self):
         idle = ops.convert_to_numpy(is_dead(self._window))
         self._idle = np.where(idle, self._idle + 1, 0)
-        looks = _DEAD_PATIENCE * self.patience
-        dead = np.flatnonzero(self._idle >= looks)
+        checks = _DEAD_PATIENCE * self.patience
+        dead = np.flatnonzero(self._idle >= checks)
         # In a collapse most are dead, one after the other.
         if not len(dead) or self._spreads[-1] < health.COLLAPSED:
             return None, ()
         experts = len(self._idle)
-        finding = health.dead(dead, experts, self.layer.balance_advice(), f" in {looks} looks")
-        now = f"At the last look {np.sum(self._idle > 0)} of {experts} were dead."
+        finding = health.dead(
+            dead, experts, health.balance_advice(self.layer), f" in {checks} checks"
+        )
+        now = f"At the last check {np.sum(self._idle > 0)} of {experts} were dead."
         return finding._replace(text=f"{finding.text} {now}"), dead.tolist()
 
 

@@ -12,9 +12,8 @@ from keras import ops
 
 from keras_moe import metrics
 from keras_moe._internal.checks import shortened
-from keras_moe._internal.keras_internals import test_function_of_its_own
+from keras_moe._internal.keras_internals import forget_compiled, renew_test_function
 from keras_moe.inspection import moe_layers
-from keras_moe.inspection.recording import counting
 
 
 class ExpertMonitor(keras.callbacks.Callback):
@@ -32,18 +31,17 @@ class ExpertMonitor(keras.callbacks.Callback):
     - `expert_share_0`, ...: each expert's share, with `expert_shares=True`
     - and one for each of `metrics`, by the name of the function
 
-    They appear at the end of the progress bar and in `History`, and other callbacks can monitor
-    them: `EarlyStopping(monitor="val_moe_load_imbalance", mode="min")` for a layer `"moe"`, with
-    `"max"` for `load_entropy`. Put the monitor first in the list of callbacks. `model.evaluate`
-    prints them too, but does not return them: a callback after the monitor can keep them, as below.
-    For a short progress line, put a progress bar before the monitor:
-    `callbacks=[keras.callbacks.ProgbarLogger(), monitor]`.
+    They appear in the progress bar and in `History`, and other callbacks can monitor them:
+    `EarlyStopping(monitor="val_moe_load_imbalance", mode="min")` for a layer `"moe"`. Put the
+    monitor first in the list of callbacks, or, for a short progress line, after a progress bar:
+    `callbacks=[keras.callbacks.ProgbarLogger(), monitor]`. `model.evaluate` prints the numbers, but
+    does not return them: a callback after the monitor can keep them, as below.
 
     The attributes `shares` and `validation_shares` are for `visualization.shares_over_time`: dicts
     with the shares of the experts of each layer, a list of one array (E,) for each epoch, NaN for
-    an epoch that was not watched or had no validation. `fit` starts new ones, but with an
-    `initial_epoch` it continues those of the epochs before, if the monitor has some. Shares that
-    you assign begin with epoch 0.
+    an epoch without the monitor or without validation. `fit` starts new ones; with an
+    `initial_epoch` it continues the shares of the epochs before, if the monitor has some. Shares
+    that you assign begin with epoch 0.
 
     Args:
         expert_shares: Boolean. Whether each expert's share is logged as well, one key an expert.
@@ -52,8 +50,7 @@ class ExpertMonitor(keras.callbacks.Callback):
             `LAYER/load_imbalance` and so on, with the shares as the histogram `LAYER/shares` and
             the heat map `LAYER/shares_over_time`. Needs `pip install tensorboard matplotlib`.
         metrics: List of functions from the counts of a layer, a NumPy array (E,) of the
-            assignments of each expert in the epoch, to a number. NaN is logged where nothing was
-            counted.
+            assignments of each expert in the epoch, to a number. NaN is logged without counts.
 
     Raises:
         ValueError: If `metrics` are not functions of different names, the model has no
@@ -92,7 +89,8 @@ class ExpertMonitor(keras.callbacks.Callback):
                 "`metrics` must be functions of different names, which are theirs in the logs. "
                 f"Received: metrics={shortened(metrics)}"
             )
-        self._counted_step: Any = None
+        # The test function of the model that counts.
+        self._counting: Any = None
         # How often the counters had been reset when the epoch began; None outside of training.
         self._resets = None
         # Numbers and shares of the layers in this epoch.
@@ -115,36 +113,41 @@ class ExpertMonitor(keras.callbacks.Callback):
         self._shares, self._first_epoch = shares, 0
 
     def set_model(self, model):
+        if self._counting is not None:  # An evaluation or a training was interrupted.
+            self._count_evaluation(False)
+            self._forget_counting()
         super().set_model(model)
         self._resets = self._training = self._test = None
 
     def on_train_end(self, logs=None):
+        self._reset_counts()  # Another callback may have evaluated.
         self._resets = None
+        self._forget_counting()
         if self._event_files is not None:
             self._event_files.close()
 
     def on_epoch_begin(self, epoch, logs=None):
         if self._resets is None:
             self._keep_shares_before(epoch)
-        self._read_counts()
+        self._reset_counts()
         self._training = self._test = None
         self._resets = self._count_resets()
 
     def on_test_begin(self, logs=None):
         if self._resets is None:
-            self._read_counts()
+            self._reset_counts()
         else:
             self._training = self._read_training()
-        step = self.model.test_function
-        if isinstance(step, _CountedStep):  # An evaluation was interrupted before the step.
-            self._counted_step = step
-        elif self._counted_step is None or self._counted_step.usual is not step:
-            self._counted_step = _CountedStep(self.model)
-
-    def on_test_batch_begin(self, batch, logs=None):
-        self.model.test_function = self._counted_step
+        self._count_evaluation(True)
+        if self._counting is None or self.model.test_function is not self._counting:
+            # Whether a function counts is fixed when it is traced.
+            renew_test_function(self.model)
+            self._counting = self.model.test_function
 
     def on_test_end(self, logs=None):
+        self._count_evaluation(False)
+        if self._resets is None:
+            self._forget_counting()
         self._test = self._read_counts(keep=self._resets is None)
         logs.update(_logs(self._test[0]))
 
@@ -178,6 +181,20 @@ class ExpertMonitor(keras.callbacks.Callback):
             self.shares, self.validation_shares = {}, {}
             self._first_epoch = epoch
 
+    def _count_evaluation(self, counts):
+        for layer in moe_layers(self.model).values():
+            layer.counts_in_evaluation = counts
+
+    def _forget_counting(self):
+        """Let evaluations without the monitor trace a function that does not count."""
+        if self._counting is not None and self.model.test_function is self._counting:
+            forget_compiled(self.model, ["test_function"])
+        self._counting = None
+
+    def _reset_counts(self):
+        for layer in moe_layers(self.model).values():
+            layer.reset_counts()
+
     def _count_resets(self):
         return sum(layer.resets for layer in moe_layers(self.model).values())
 
@@ -192,7 +209,7 @@ class ExpertMonitor(keras.callbacks.Callback):
         return self._read_counts(keep=True)
 
     def _read_counts(self, keep=False):
-        """Return the numbers and the shares of each layer since the last call, and reset them.
+        """Return the numbers and the shares of each layer since the last reset, and reset them.
 
         `keep` leaves the counts for `summary` and `ExpertHealth`, which find the counters empty.
         """
@@ -223,24 +240,6 @@ class ExpertMonitor(keras.callbacks.Callback):
         if self.expert_shares:
             numbers.update({f"expert_share_{e}": share for e, share in enumerate(shares)})
         return {key: float(value) for key, value in numbers.items()}, shares, counts, losses
-
-
-class _CountedStep:
-    """A test function that counts the assignments of one step, then puts the usual one back.
-
-    Whether a function counts is fixed when it is traced, so there are two. Keras tells callbacks
-    nothing of an evaluation that is interrupted, so the monitor announces each step that counts.
-    """
-
-    def __init__(self, model):
-        self.usual = model.test_function
-        self._model = model
-        self._counting = test_function_of_its_own(model)
-
-    def __call__(self, *arguments):
-        self._model.test_function = self.usual
-        with counting(self._model):
-            return self._counting(*arguments)
 
 
 def _logs(numbers, prefix=""):

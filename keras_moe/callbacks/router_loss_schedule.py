@@ -18,8 +18,8 @@ class RouterLossSchedule(keras.callbacks.Callback):
         schedule: Function of the epoch, from 0, that returns the weight for it, such as a
             `keras.optimizers.schedules.LearningRateSchedule`; or a function of the epoch and of the
             weight in the loss's constructor.
-        loss: String or `losses.RouterLoss`. Name of the loss in `losses.BY_NAME`, or a loss of the
-            same class.
+        loss: String or `losses.RouterLoss`. Name of a loss for `losses.get`, or a loss of the same
+            class.
 
     Raises:
         TypeError: If there is no such loss, or the schedule is no function.

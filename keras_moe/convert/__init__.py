@@ -1,7 +1,8 @@
 """Conversion of models and weights from and to other packages."""
 
+from keras_moe._internal.former_names import former_names
 from keras_moe.convert.hugging_face import from_hugging_face, to_hugging_face
-from keras_moe.convert.keras_hub import layout_map, restore, sparsify
+from keras_moe.convert.keras_hub import layout_map, restore, use_sparse_experts
 from keras_moe.convert.peft import from_peft, to_peft
 from keras_moe.convert.upcycled import save_as_mixtral
 
@@ -11,10 +12,12 @@ __all__ = [
     "layout_map",
     "restore",
     "save_as_mixtral",
-    "sparsify",
     "to_hugging_face",
     "to_peft",
+    "use_sparse_experts",
 ]
+
+__getattr__ = former_names(__name__)
 
 
 def __dir__():

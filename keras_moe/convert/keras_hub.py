@@ -11,7 +11,7 @@ from keras_moe.layers.replacement import forget_converters, record, replace
 
 
 @keras.saving.register_keras_serializable(PACKAGE, "sparsify")
-def sparsify(model: keras.Model) -> keras.Model:
+def use_sparse_experts(model: keras.Model) -> keras.Model:
     """Make the MoE blocks of a KerasHub model compute only the chosen experts.
 
     KerasHub computes every expert for every token. Afterwards each block computes with a
@@ -34,7 +34,7 @@ def sparsify(model: keras.Model) -> keras.Model:
     Example:
 
     >>> model = keras_hub.models.MixtralCausalLM.from_preset(preset)  # doctest: +SKIP
-    >>> keras_moe.convert.sparsify(model).generate("Keras is")  # doctest: +SKIP
+    >>> keras_moe.convert.use_sparse_experts(model).generate("Keras is")  # doctest: +SKIP
     """
     dense = {
         block: owner
@@ -54,15 +54,15 @@ def sparsify(model: keras.Model) -> keras.Model:
         replacements |= sparse_layers(owner, block, family_of(block))
     model, _ = replace(model, replacements)
     for backbone in _backbones(model):
-        record(backbone, converters=[sparsify])
+        record(backbone, converters=[use_sparse_experts])
     return model
 
 
 def restore(model: keras.Model) -> keras.Model:
-    """Undo `sparsify`, in place: the model has the blocks of KerasHub again.
+    """Undo `use_sparse_experts`, in place: the model has the blocks of KerasHub again.
 
     Args:
-        model: Keras model. As for `sparsify`.
+        model: Keras model. As for `use_sparse_experts`.
 
     Returns:
         The model.
@@ -77,14 +77,16 @@ def restore(model: keras.Model) -> keras.Model:
     """
     replacements = dense_layers(model)
     if not replacements:
-        raise ValueError(f"`model` must be one that `sparsify` converted. Received: {model!r}")
+        raise ValueError(
+            f"`model` must be one that `use_sparse_experts` converted. Received: {model!r}"
+        )
     model, _ = replace(model, replacements)
     for backbone in _backbones(model):
         forget_converters(backbone)
     return model
 
 
-# By paths of KerasHub's weights: heads of attention, and experts before `sparsify`.
+# By paths of KerasHub's weights: heads of attention, and experts before `use_sparse_experts`.
 _LAYOUTS = {
     r".*attention/query/kernel": (None, "model", None),
     r".*attention/query/bias": ("model", None),
@@ -98,7 +100,7 @@ def layout_map(mesh: keras.distribution.DeviceMesh) -> keras.distribution.Layout
 
     Heads of attention are split over the axis "model" of the mesh, experts over "expert". Heads of
     keys and values, which are few in these models, and all other weights are whole on every device.
-    Set the distribution before the model is made or loaded, and `sparsify` the model then.
+    Set the distribution before you make or load the model, and convert the model afterwards.
 
     Args:
         mesh: `keras.distribution.DeviceMesh` with the axes "data", "expert" and "model". The size
@@ -139,4 +141,4 @@ class SparseBackbone(Configured):
 
         config = dict(config)
         original = keras.saving.get_registered_object(config.pop("sparsified"))
-        return sparsify(original.from_config(config))
+        return use_sparse_experts(original.from_config(config))

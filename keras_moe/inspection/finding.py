@@ -67,7 +67,7 @@ def _layers(model):
 
 
 def _in_order(layer, seen):
-    """A layer and all layers in it, each once. Keras has those of nested models in reverse."""
+    """A layer and all layers in it, each once. Keras lists nested models in reverse."""
     if id(layer) in seen:
         return
     seen.add(id(layer))

@@ -1,13 +1,15 @@
-"""Verdicts on experts and routers in plain words, each with what to try."""
+"""Verdicts on experts and routers in plain words, each with advice."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from keras import ops
 
+from keras_moe import losses, routers
 from keras_moe._internal.checks import check_integer
 from keras_moe._internal.types import Tensor
+from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.losses.router_losses import RouterLoss
 from keras_moe.metrics.usage import is_dead
 
@@ -23,19 +25,128 @@ INDIFFERENT = 0.995
 CERTAIN = 0.05
 # exp(30) is as far as float32 keeps a second choice apart from nothing.
 EXPLODED_LOGIT = 30.0
-# Weights of a balancing loss, as multiples of its usual one; advice goes up to ten times that.
-WEAK_WEIGHT, HEAVY_WEIGHT = 1e-3, 10.01
-# What it adds to its value at an even load, as a share of the rest of the loss.
+# Weights of a balancing loss as multiples of its usual weight: too weak to matter; too large to be
+# raised further, a little below ten, as layers keep weights in float32; and heavy.
+WEAK_WEIGHT, LARGE_WEIGHT, HEAVY_WEIGHT = 1e-3, 9.99, 10.01
+# What a heavy loss adds to its value at an even load, as a share of the rest of the loss.
 HEAVY_SHARE = 0.1
 # Fewer assignments an expert are not enough to call it dead.
 ENOUGH = 20
+# Scores of a selection bias are from 0 to 1: advice names no larger rate.
+LARGE_RATE = 0.01
+
+
+# Facts about losses, routers and balancers by class, for advice:
+# - the usual weight of a balancing loss, and its value before the weight at an even load;
+# - whether rescaling the kernel of a router leaves its logits unchanged, and whether a number that
+#   is added to all logits of a token changes nothing;
+# - advice for a load that is uneven in spite of a router or a balancer.
+_DEFAULTS = {
+    "usual_weight": None,
+    "value_at_balance": 0.0,
+    "normalizes_kernel": False,
+    "shift_invariant": True,
+    "advice": None,
+}
+_FACTS: dict = {
+    losses.LoadBalance: {"usual_weight": 1e-2, "value_at_balance": 1.0},
+    losses.SequenceLoadBalance: {"value_at_balance": 1.0},
+    losses.GlobalLoadBalance: {"value_at_balance": 1.0},
+    routers.CosineRouter: {"normalizes_kernel": True},
+    routers.SoftRouter: {"normalizes_kernel": True},
+    routers.SelectionRouter: {"shift_invariant": lambda router: router.score == "softmax"},
+    routers.SinkhornRouter: {"shift_invariant": lambda router: router.top_k > 1},
+    routers.BalancedAssignmentRouter: {"shift_invariant": False},
+    routers.ReLURouter: {
+        "shift_invariant": False,
+        "advice": lambda router: (
+            f"The loss of the router balances the load: raise its growth of {router.growth:g}."
+        ),
+    },
+    routers.SelectionBalancer: {
+        "advice": lambda balancer: (
+            f"The load is balanced by the selection bias of {type(balancer).__name__}."
+        ),
+    },
+    routers.LossFreeBias: {
+        "advice": lambda bias: (
+            f"The load is balanced by LossFreeBias(rate={bias.rate:g}): "
+            + (
+                f"raise the rate, for example to {min(10 * bias.rate, LARGE_RATE):g}."
+                if bias.rate < LARGE_RATE
+                else "lower the rate if the load jumps from epoch to epoch, else raise it."
+            )
+        ),
+    },
+    routers.QuantileBias: {
+        "advice": lambda bias: (
+            f"The load is balanced by QuantileBias(momentum={bias.momentum:g}): lower the "
+            "momentum, or use larger batches."
+        ),
+    },
+}
+
+
+def fact(part: Any, name: str) -> Any:
+    """A fact about a loss, a router or a balancer; an attribute of a user-defined class wins."""
+    if hasattr(part, name):
+        return getattr(part, name)
+    tables = (_FACTS[cls] for cls in type(part).__mro__ if name in _FACTS.get(cls, ()))
+    value = next(tables, _DEFAULTS)[name]
+    return value(part) if callable(value) else value
+
+
+def is_large(loss: RouterLoss, weight: float) -> bool:
+    """Whether the weight of a loss should not grow: from ten times its usual weight on."""
+    usual = fact(loss, "usual_weight")
+    return usual is not None and weight >= LARGE_WEIGHT * usual
+
+
+def balance_advice(layer: MixtureOfExperts) -> str:
+    """Advice for an uneven load, by what balances it in a layer.
+
+    Args:
+        layer: A `layers.MixtureOfExperts`.
+
+    Returns:
+        String.
+    """
+    weighted = zip(layer.router_losses, layer.loss_weights_in_force)
+    advice = [_advise_loss(loss, weight) for loss, weight in weighted if loss.balances]
+    by_router = fact(getattr(layer.router, "balancer", None) or layer.router, "advice")
+    if by_router is not None:
+        advice.append(by_router)
+    elif advice:
+        advice.append("A selection bias balances without a loss: see `balancer` of `TopKRouter`.")
+    else:
+        advice.append(
+            "Nothing balances the load: add `losses.LoadBalance()` to its `router_losses`."
+        )
+    return (
+        f"{' '.join(advice)} If the features of the layer's inputs have means far from zero, "
+        "centre them, by `keras.layers.Normalization` or `BatchNormalization` before the "
+        "layer. A lower learning rate in the first steps and `logit_noise` in the router help "
+        "as well."
+    )
+
+
+def _advise_loss(loss, weight):
+    balanced = f"The load is balanced by {type(loss).__name__}(weight={weight:g})"
+    if not weight:
+        return f"{balanced}: give it a weight above 0."
+    if not is_large(loss, weight):
+        return f"{balanced}: give it ten times the weight."
+    return (
+        f"{balanced}, a large weight: with a larger one the router may learn balance instead "
+        "of the task."
+    )
 
 
 class Finding(NamedTuple):
     """A verdict.
 
     - `level`: "problem" or "hint".
-    - `text`: what is the case.
+    - `text`: what was found.
     - `fix`: what to try.
     """
 
@@ -45,16 +156,9 @@ class Finding(NamedTuple):
 
 
 def spread(counts: Tensor, top_k: int) -> float:
-    """How far the load is from a collapse onto K experts, 0, to balance, 1.
+    """How far counts (E,) are from a collapse onto K experts, 0, to balance, 1.
 
     Experts are counted by the exponential of the entropy of their shares.
-
-    Args:
-        counts: List or array, (E,). Assignments per expert.
-        top_k: Integer. Experts per token, K.
-
-    Returns:
-        Float.
     """
     counts, top_k = _as_counts(counts), check_integer("top_k", top_k)
     if len(counts) <= top_k:
@@ -65,16 +169,17 @@ def spread(counts: Tensor, top_k: int) -> float:
 
 
 def judge_load(counts: Tensor, top_k: int, advice: str) -> list[Finding]:
-    """Findings about who does the work.
+    """Findings about the load of the experts.
 
-    A problem where experts are dead, as `metrics.dead_experts` counts them, or where the `spread`
-    is below 0.1, a collapse; a hint where the busiest expert does more than twice the mean, or
-    where fewer than 20 assignments an expert are too few to judge.
+    A problem where experts are dead, as `metrics.dead_experts` counts them, or in a collapse, where
+    the entropy of the shares is close to the entropy of K equal shares. A hint where the busiest
+    expert does more than twice the mean, or where fewer than 20 assignments an expert are too few
+    to judge.
 
     Args:
         counts: List or array, (E,). Assignments per expert.
         top_k: Integer. Experts per token, K.
-        advice: String. What to try where the load is uneven: the layer's `balance_advice()`.
+        advice: String. What to try where the load is uneven, such as `balance_advice(layer)`.
 
     Returns:
         List of `Finding`.
@@ -109,10 +214,10 @@ def judge_drops(dropped: float) -> list[Finding]:
 
 @np.errstate(invalid="ignore")  # infinite logits become NaN, which is a finding
 def logit_sizes(logits, router):
-    """How large logits (T, E), or a kernel (D, E) of them, are: by what differs between experts."""
-    if router.normalizes_kernel:
+    """How large logits (T, E), or a kernel (D, E), are: by what differs between experts."""
+    if fact(router, "normalizes_kernel"):
         return 0.0 * logits  # It learns their scale; NaN stays NaN.
-    if not router.shift_invariant:
+    if not fact(router, "shift_invariant"):
         return np.abs(logits)
     return logits - np.mean(logits, axis=-1, keepdims=True)
 
@@ -124,8 +229,8 @@ def judge_router(entropy: float, largest_logit: float) -> list[Finding]:
 
     Args:
         entropy: Float from 0 to 1. Mean entropy of a token's probabilities over `log E`.
-        largest_logit: Float. Size of the largest logit, above the mean of its token where the
-            router is `shift_invariant`.
+        largest_logit: Float. Size of the largest logit; where adding a number to all logits of a
+            token changes nothing, above their mean.
 
     Returns:
         List of `Finding`.
@@ -149,7 +254,7 @@ def judge_router(entropy: float, largest_logit: float) -> list[Finding]:
     return []
 
 
-def not_a_number() -> Finding:
+def not_a_number():
     """The finding that a router computes NaN."""
     return Finding(
         PROBLEM,
@@ -159,7 +264,7 @@ def not_a_number() -> Finding:
     )
 
 
-def exploded(how: str) -> Finding:
+def exploded(how):
     """The finding that logits are too large; `how` says by how much, after "they"."""
     return Finding(
         PROBLEM,
@@ -169,7 +274,7 @@ def exploded(how: str) -> Finding:
     )
 
 
-def collapsed(counts: Tensor, advice: str) -> Finding:
+def collapsed(counts, advice):
     """The finding that few experts do the work, with the counts (E,), not all 0, that show it."""
     share = np.cumsum(np.sort(counts)[::-1]) / np.sum(counts)
     busy = int(np.argmax(share >= 0.9)) + 1
@@ -177,9 +282,8 @@ def collapsed(counts: Tensor, advice: str) -> Finding:
     return Finding(PROBLEM, f"The experts have collapsed: {work}.", advice)
 
 
-def dead(experts: Tensor, num_experts: int, advice: str, when: str = "") -> Finding:
-    """The finding that experts, a list of their numbers, are dead as `metrics.is_dead` says."""
-    experts = np.unique(experts)
+def dead(experts, num_experts, advice, when=""):
+    """The finding that experts, an array of numbers, are dead as `metrics.is_dead` says."""
     listed = ", ".join(str(expert) for expert in experts[:10])
     if len(experts) > 10:
         listed += f" and {len(experts) - 10} more"
@@ -188,14 +292,14 @@ def dead(experts: Tensor, num_experts: int, advice: str, when: str = "") -> Find
     return Finding(PROBLEM, text, advice)
 
 
-def is_enough(counts: Tensor) -> bool:
-    """Whether counts (E,) are large enough to judge the experts: 20 an expert."""
+def is_enough(counts):
+    """Whether counts (E,) are large enough to judge the experts."""
     return np.sum(counts) >= ENOUGH * len(counts)
 
 
 def judge_weak_loss(loss: RouterLoss, weight: float) -> Finding | None:
     """A finding, if a `losses.RouterLoss` is on but its present weight cannot matter, or None."""
-    usual = loss.usual_weight
+    usual = fact(loss, "usual_weight")
     if usual is None or not 0 < weight < WEAK_WEIGHT * usual:
         return None
     text = f"{type(loss).__name__}(weight={weight:g}) is too weak to have any effect."
@@ -213,36 +317,34 @@ def judge_heavy_losses(
     Only what is above the value of a loss at an even load counts: that is constant.
 
     Args:
-        router_losses: List of `losses.RouterLoss`. Those of all MoE layers of a model.
+        router_losses: List of `losses.RouterLoss`, from all MoE layers of a model.
         weights: List of floats. The weight that each has now.
-        total: Float or None. The loss of the model: the largest of all epochs, as any loss is large
-            beside that of a task that is learned.
+        total: Float or None. The loss of the model: the largest of all epochs, as any balancing
+            loss is large beside the small loss of a task that has been learned.
         values: List of floats or None. The mean of each loss before its weight, over about the
             steps of `total`. None or NaN if they were not measured: nothing is found then.
     """
     if total is None or values is None:
         return None
-    judged = list(zip(router_losses, weights, values, strict=True))
-    heavy = [
-        (loss, weight, value)
-        for loss, weight, value in judged
-        if loss.usual_weight is not None and weight >= HEAVY_WEIGHT * loss.usual_weight
-    ]
-    if not heavy:
-        return None
-    constant = sum(weight * loss.value_at_balance for loss, weight, _ in judged)
-    excess = sum(weight * (value - loss.value_at_balance) for loss, weight, value in heavy)
+    constant = excess = 0.0
+    names, advised = [], None
+    for loss, weight, value in zip(router_losses, weights, values, strict=True):
+        usual, at_balance = fact(loss, "usual_weight"), fact(loss, "value_at_balance")
+        constant += weight * at_balance
+        if usual is not None and weight >= HEAVY_WEIGHT * usual:
+            excess += weight * (value - at_balance)
+            names.append(f"{type(loss).__name__}(weight={weight:g})")
+            advised = advised or usual
     rest = total - constant
     # NaN is in no order.
-    if not excess >= HEAVY_SHARE * abs(rest) > 0:
+    if not names or not excess >= HEAVY_SHARE * abs(rest) > 0:
         return None
-    names = dict.fromkeys(f"{type(loss).__name__}(weight={weight:g})" for loss, weight, _ in heavy)
-    text = f"{' and '.join(names)} is {excess:.3g} of a loss of up to {rest:.3g}"
+    text = f"{' and '.join(dict.fromkeys(names))} is {excess:.3g} of a loss of up to {rest:.3g}"
     if constant:
         text += f", not counting the constant {constant:.3g} of balancing losses at an even load"
     fix = (
         "The router may learn balance instead of the task: try a weight of about "
-        f"{heavy[0][0].usual_weight:g}, if the load stays even with it."
+        f"{advised:g}, if the load stays even with it."
     )
     return Finding(HINT, f"{text}.", fix)
 
@@ -263,17 +365,12 @@ def _share(name, value):
 
 __all__ = [
     "Finding",
-    "collapsed",
-    "dead",
-    "exploded",
-    "is_enough",
+    "balance_advice",
     "judge_drops",
     "judge_heavy_losses",
     "judge_load",
     "judge_router",
     "judge_weak_loss",
-    "not_a_number",
-    "spread",
 ]
 
 

@@ -17,11 +17,21 @@ from keras_moe.ops.platforms import named_platform
 _HEADER = ("layer", "experts", "parameters", "active", "FLOPs a token", "busiest", "dead", "engine")
 
 
-class LayerDescription(NamedTuple):
-    """How a MoE layer of a model is computed; all are strings.
+class LayerSummary(NamedTuple):
+    """One MoE layer of a model.
 
     - `name`: its name in the model.
-    - `router`, `experts`: their classes.
+    - `num_experts`, `top_k`: experts, and how many of them serve a token at most.
+    - `parameters`, `active_parameters`: all that are trained, and those that work on one token;
+      experts that differ in size count with their mean. K experts work on a token (with
+      `routers.TopPRouter` at most), with `routers.ReLURouter` its target, with
+      `routers.ExpertChoiceRouter` the capacity factor, with `routers.DenseRouter` all, and with
+      `routers.SoftRouter` 1, as if there were as many slots as tokens. Experts that several layers
+      share count in each of them.
+    - `flops`: of one token, forward, at two for each active parameter.
+    - `counts`: assignments per expert, or sums of their weights where all serve each token, since
+      the counters were last reset, or in the epoch before that, if they are empty.
+    - `router`, `experts`: names of their classes.
     - `dtype`: the compute dtype of the experts.
     - `platform`: "cpu", "gpu" or "tpu".
     - `engine`: "rows" (kernels for all rows at once), "padded" (one batched product over padded
@@ -31,6 +41,12 @@ class LayerDescription(NamedTuple):
     """
 
     name: str
+    num_experts: int
+    top_k: int
+    parameters: int
+    active_parameters: int
+    flops: int
+    counts: list
     router: str
     experts: str
     dtype: str
@@ -38,74 +54,11 @@ class LayerDescription(NamedTuple):
     engine: str
 
 
-def describe(model: keras.Model) -> list[LayerDescription]:
-    """How each MoE layer of a model is computed on this machine.
+def summarize(model: keras.Model) -> list[LayerSummary]:
+    """One `LayerSummary` for each MoE layer of a built model, in the order of the model.
 
     The engine follows from the backend, the platform, the dtype, and whether `model.compile` turned
     XLA on. To read it for a platform that is not here, call this in the context `ops.platform`.
-
-    Args:
-        model: A built Keras model.
-
-    Returns:
-        List of one `LayerDescription` for each MoE layer, in the order of the model.
-
-    Raises:
-        ValueError: If the model has no MoE layer, or one that is not built.
-
-    Example:
-
-    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
-    >>> moe = keras_moe.layers.MixtureOfExperts(experts, name="moe")
-    >>> model = keras.Sequential([keras.Input((16,)), moe])
-    >>> with keras_moe.ops.platform("cpu"):
-    ...     (layer,) = keras_moe.inspection.describe(model)
-    >>> layer.router, layer.experts, layer.dtype
-    ('TopKRouter', 'FeedForwardExperts', 'float32')
-    """
-    platform = named_platform() or backend.current_platform()
-    is_tensorflow = keras.backend.backend() == "tensorflow"
-    by_xla = is_tensorflow and bool(getattr(model, "jit_compile", False))
-    return [
-        LayerDescription(
-            name=name,
-            router=type(layer.router).__name__,
-            experts=type(layer.experts).__name__,
-            dtype=layer.experts.compute_dtype,
-            platform=platform,
-            engine=layer.experts.engine_on(platform, backend.compiles_static_shapes() or by_xla),
-        )
-        for name, layer in built_layers(model).items()
-    ]
-
-
-class LayerSummary(NamedTuple):
-    """One MoE layer.
-
-    - `name`: its name in the model.
-    - `num_experts`, `top_k`: experts, and how many of them serve a token at most.
-    - `parameters`, `active_parameters`: all that are trained, and those of them that work on one
-      token; experts that differ in size count with their mean. K experts work on a token (with
-      `routers.TopPRouter` at most), with `routers.ReLURouter` its target, with
-      `routers.ExpertChoiceRouter` the capacity factor, with `routers.DenseRouter` all, and with
-      `routers.SoftRouter` 1, as if there were as many slots as tokens. Experts that several layers
-      share count in each of them.
-    - `flops`: of one token, forward, at two for each active parameter.
-    - `counts`: assignments per expert, or sums of their weights where all serve each token, since
-      the counters were last reset, or in the epoch before that, if they are empty.
-    """
-
-    name: str
-    num_experts: int
-    top_k: int
-    parameters: int
-    active_parameters: int
-    flops: int
-    counts: list
-
-
-def summarize(model: keras.Model) -> list[LayerSummary]:
-    """One `LayerSummary` for each MoE layer of a built model, in the order of the model.
 
     Args:
         model: A built Keras model.
@@ -117,32 +70,54 @@ def summarize(model: keras.Model) -> list[LayerSummary]:
 
     >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32, use_bias=False)
     >>> moe = keras_moe.layers.MixtureOfExperts(experts, name="moe")
-    >>> layer = keras_moe.inspection.summarize(keras.Sequential([keras.Input((16,)), moe]))[0]
+    >>> model = keras.Sequential([keras.Input((16,)), moe])
+    >>> layer = keras_moe.inspection.summarize(model)[0]
     >>> layer.parameters, layer.active_parameters  # router 16 * 4, experts 2 * 16 * 32 each
     (4160, 2112)
+    >>> layer.router, layer.experts, layer.dtype
+    ('TopKRouter', 'FeedForwardExperts', 'float32')
     """
-    return [_summary(name, layer) for name, layer in built_layers(model).items()]
+    platform = named_platform() or backend.current_platform()
+    is_tensorflow = keras.backend.backend() == "tensorflow"
+    by_xla = is_tensorflow and bool(getattr(model, "jit_compile", False))
+    has_static_shapes = backend.compiles_static_shapes() or by_xla
+    return [
+        _summary(name, layer, platform, layer.experts.engine_on(platform, has_static_shapes))
+        for name, layer in built_layers(model).items()
+    ]
 
 
-def _summary(name, layer):
-    num_experts, router = layer.experts.num_experts, layer.router
-    parameters, experts = map(_count, (layer, layer.experts))
-    active = parameters - experts + round(experts * router.mean_top_k / num_experts)
+def _summary(name, layer, platform, engine):
+    router, bank = layer.router, layer.experts
+    parameters, of_experts = map(_count, (layer, bank))
+    active = parameters - of_experts + round(of_experts * router.mean_top_k / bank.num_experts)
     counts = ops.convert_to_numpy(layer.expert_counts)
     if not counts.any() and layer.last_counts is not None:
         counts = layer.last_counts
-    counts = counts.tolist()
-    return LayerSummary(name, num_experts, router.max_top_k, parameters, active, 2 * active, counts)
+    return LayerSummary(
+        name=name,
+        num_experts=bank.num_experts,
+        top_k=router.max_top_k,
+        parameters=parameters,
+        active_parameters=active,
+        flops=2 * active,
+        counts=counts.tolist(),
+        router=type(router).__name__,
+        experts=type(bank).__name__,
+        dtype=bank.compute_dtype,
+        platform=platform,
+        engine=engine,
+    )
 
 
 def summary(model: keras.Model, print_fn: Callable = print) -> None:
     """Print the size and the use of each MoE layer of a model: `model.summary()` for experts.
 
-    Below the parameters of the model, those of `model.count_params()`, a table has one row for each
-    MoE layer. `parameters`, `active` and `FLOPs a token` are those of `inspection.LayerSummary`.
-    `busiest` is the load of the busiest expert, where 1 is an equal share, and `dead` that of
-    `metrics.dead_experts`: in the last epoch or evaluation that an `ExpertMonitor` watched, in all
-    of a training without. `engine` is that of `inspection.LayerDescription`.
+    Below the parameters of the model, as `model.count_params()` counts them, a table has one row
+    for each MoE layer. `inspection.LayerSummary` explains `parameters`, `active`, `FLOPs a token`
+    and `engine`. `busiest` is the load of the busiest expert, where 1 is an equal share, and `dead`
+    the number of `metrics.dead_experts`: in the last epoch or evaluation that an `ExpertMonitor`
+    watched, in all of a training without.
 
     Args:
         model: A built Keras model.
@@ -164,7 +139,7 @@ def summary(model: keras.Model, print_fn: Callable = print) -> None:
     lines = [
         f"{as_text(model.name)}: {total:,} parameters, {active:,} of them active for a token",
         "",
-        *table([_HEADER, *map(_row, layers, describe(model))]),
+        *table([_HEADER, *map(_row, layers)]),
     ]
     if not any(sum(layer.counts) for layer in layers):
         lines += [
@@ -176,7 +151,7 @@ def summary(model: keras.Model, print_fn: Callable = print) -> None:
         print_fn(line)
 
 
-def _row(layer, description):
+def _row(layer):
     used = sum(layer.counts) > 0
     busiest = float(metrics.load_imbalance(layer.counts)) + 1
     return (
@@ -187,12 +162,12 @@ def _row(layer, description):
         f"{layer.flops:,}",
         f"{busiest:.2f} x fair" if used else "-",
         f"{int(metrics.dead_experts(layer.counts))}" if used else "-",
-        f"{description.engine or '-'} ({description.platform})",
+        f"{layer.engine or '-'} ({layer.platform})",
     )
 
 
 def count_parameters(model: keras.Model) -> tuple[int, int]:
-    """All parameters of a model, and those of them that work on one token.
+    """All parameters of a model, and those that work on one token.
 
     Experts that several layers share count once. As many of them work on a token as these layers
     choose together, and at most all.
@@ -222,7 +197,7 @@ def _count(layer):
 
 
 def _count_own(part):
-    """Parameters of a layer without those of its sublayers, frozen and quantized ones included."""
+    """Parameters of a layer without its sublayers, frozen and quantized ones included."""
     shapes = [weight.shape for weight in part._trainable_variables]
     if part.quantization_mode is not None:
         if isinstance(part, StackedExperts):

@@ -11,7 +11,7 @@ from keras_moe.backend import backend
 from keras_moe.ops.capacity import MOST_ROWS, limit, slots_of_expert
 from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.routing import Routing
-from keras_moe.ops.selection import _take_scores, _top_k_indices
+from keras_moe.ops.selection import take_scores, top_k_indices
 from keras_moe.ops.sorting import at_least, ceil_divide
 
 PRIORITIES = ("position", "probability", "random")
@@ -131,8 +131,8 @@ class Capacity(Configured):
 
     def _priorities(self, routing, seed):
         if self.priority == "probability":
-            best = _top_k_indices(routing.probs, 1)
-            return _take_scores(routing.probs, best)[:, 0]
+            best = top_k_indices(routing.probs, 1)
+            return take_scores(routing.probs, best)[:, 0]
         if self.priority == "random":
             return keras.random.uniform(ops.shape(routing.mask), seed=seed)
         return None

@@ -45,10 +45,10 @@ class MixtureOfExperts(RouterUsage, Recomputable):
     Args:
         experts: Bank of experts: `FeedForwardExperts`, `GatedExperts`, `LayerExperts` or
             `ZeroComputationExperts`.
-        router: Router, or the name of one in `routers.BY_NAME`. A router without a number of
-            experts gets that of the bank.
-        router_losses: List of losses of the routing, objects or names in `losses.BY_NAME`. None:
-            the `default_losses` of the router, for most `("load_balance", "router_z")`; none for a
+        router: Router, or a name for `routers.get`. A router without a number of experts gets the
+            number of the bank.
+        router_losses: List of losses of the routing, objects or names for `losses.get`. None: the
+            `default_losses` of the router, for most `("load_balance", "router_z")`; none for a
             router that balances by other means.
         shared_expert: Keras layer that serves every token, its output added to that of the chosen
             experts, or None. DeepSeekMoE (arXiv:2401.06066), section 3.2.

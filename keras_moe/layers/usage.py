@@ -11,7 +11,12 @@ from keras_moe._internal.checks import check_number
 from keras_moe._internal.keras_internals import drops_losses
 from keras_moe._internal.serialization import load_draws, save_draws
 from keras_moe.backend import backend
-from keras_moe.ops.balance import _router_entropy
+from keras_moe.ops.balance import router_entropy
+
+_COUNTERS = (
+    *("expert_counts", "dropped_count"),
+    *("router_loss_totals", "router_entropy_total", "call_count"),
+)
 
 
 class RouterUsage(keras.layers.Layer):
@@ -37,39 +42,44 @@ class RouterUsage(keras.layers.Layer):
     resets = 0
     # A function of a routing and the tokens, which `inspection` sets to record them.
     routing_listener: Any = None
-    # Losses, and weights that were set for them before the layer was built.
-    _early_loss_weights: tuple = ((), [])
+    # Weights of the losses that were set before the layer was built.
+    _early_loss_weights: Any = None
 
     def _build_usage(self, num_experts):
-        num_losses = len(self.router_losses)
         initial = self.loss_weights_in_force
+        losses_shape = (len(self.router_losses),)
         self.router_loss_weights = self.add_weight(
             name="router_loss_weights",
-            shape=(num_losses,),
+            shape=losses_shape,
             initializer=lambda shape, dtype: ops.array(initial, dtype),
             dtype="float32",
             trainable=False,
             autocast=False,
         )
-        self.expert_counts = counter("expert_counts", (num_experts,))
-        self.dropped_count = counter("dropped_count", ())
-        self.router_loss_totals = counter("router_loss_totals", (num_losses,))
-        self.router_entropy_total = counter("router_entropy_total", ())
-        self.call_count = counter("call_count", ())
+        shapes = {"expert_counts": (num_experts,), "router_loss_totals": losses_shape}
+        for name in _COUNTERS:
+            setattr(self, name, counter(name, shapes.get(name, ())))
         self._build_losses()
 
     def _build_losses(self):
-        # Stateful losses are copied, one per layer, and have their weights in it.
-        built, self.loss_states = [], []
-        for loss in self.router_losses:
-            before = {id(variable) for variable in self.variables}
-            built.append(loss.build(self))
-            added = [variable for variable in self.variables if id(variable) not in before]
-            self.loss_states.append(added)
-        self.router_losses = tuple(built)
+        """Add the variables of each loss, a list for each: the state is the layer's."""
+        self.loss_states = [
+            [
+                self.add_weight(
+                    name=name,
+                    shape=shape,
+                    dtype=dtype,
+                    initializer="zeros",
+                    trainable=False,
+                    autocast=False,
+                )
+                for name, (shape, dtype) in loss.state_shapes(self.experts.num_experts).items()
+            ]
+            for loss in self.router_losses
+        ]
 
     def _account(self, tokens, routing, sequence_length, training):
-        """Add losses and count assignments in training, and tell the listener."""
+        """Add losses and count assignments in training, and call the listener."""
         if training or self.counts_in_evaluation:
             self._add_losses_and_count(routing, sequence_length, training)
         if self.routing_listener is not None:
@@ -77,10 +87,8 @@ class RouterUsage(keras.layers.Layer):
 
     def _add_losses_and_count(self, routing, sequence_length, training):
         values = []
-        for index, loss in enumerate(self.router_losses):
-            extra = {"sequence_length": sequence_length} if loss.per_sequence else {}
-            compute = loss.compute if training else loss.evaluate
-            values.append(_scalar(loss, compute(routing, **extra)))
+        for index in range(len(self.router_losses)):
+            values.append(self._compute_loss(index, routing, sequence_length, training))
             if training:
                 weighted = self.router_loss_weights[index] * values[-1]
                 # Keras adds it to the other losses, which have this dtype.
@@ -92,29 +100,36 @@ class RouterUsage(keras.layers.Layer):
                 stacklevel=2,
             )
         counts = ops.cast(routing.counts, "float32")
-        counted = [
-            (self.expert_counts, counts),
-            (self.dropped_count, routing.dropped * ops.sum(counts)),
-            (self.router_entropy_total, _router_entropy(routing)),
-            (self.call_count, backend.control_dependency(counts, ops.ones((), "float32"))),
+        added = [
+            counts,
+            routing.dropped * ops.sum(counts),
+            ops.stack(values) if values else ops.zeros((0,), "float32"),
+            router_entropy(routing),
+            backend.control_dependency(counts, ops.ones((), "float32")),
         ]
-        if values:
-            counted.append((self.router_loss_totals, ops.stack(values)))
-        counters, added = zip(*counted)
         if training:  # A process may evaluate alone, and would wait for the others.
             added = backend.devices.sum_of_counts(added)
-        for counter, value in zip(counters, added):
-            counter.assign_add(value)
+        for name, value in zip(_COUNTERS, added):
+            getattr(self, name).assign_add(value)
+
+    def _compute_loss(self, index, routing, sequence_length, training):
+        loss, variables = self.router_losses[index], self.loss_states[index]
+        extra = {"sequence_length": sequence_length} if loss.per_sequence else {}
+        if not variables:
+            return _scalar(loss, loss.compute(routing, **extra))
+        # Copies: PyTorch assigns in place, and the gradient may need the old value.
+        state = [variable + 0 for variable in variables] if training else None
+        value, state = loss.compute(routing, state, **extra)
+        for variable, each in zip(variables, state or ()):
+            variable.assign(each)
+        return _scalar(loss, value)
 
     @property
     def loss_weights_in_force(self) -> list[float]:
         """The present weight of each router loss, a list of floats."""
         if self.built:
             return ops.convert_to_numpy(self.router_loss_weights).tolist()
-        early_losses, weights = self._early_loss_weights
-        if early_losses and early_losses == self.router_losses:
-            return list(weights)
-        return [loss.weight for loss in self.router_losses]
+        return list(self._early_loss_weights or [loss.weight for loss in self.router_losses])
 
     def set_router_loss_weight(self, index: int, weight: float) -> None:
         """Set the weight of a router loss. Nothing is compiled again.
@@ -132,43 +147,16 @@ class RouterUsage(keras.layers.Layer):
         if self.built:
             self.router_loss_weights.assign(weights)
         else:
-            self._early_loss_weights = (self.router_losses, weights)
-
-    def balance_advice(self) -> str:
-        """Return advice for an uneven load, by what balances it in this layer: a string."""
-        weighted = zip(self.router_losses, self.loss_weights_in_force)
-        advice = [loss.balance_advice(weight) for loss, weight in weighted if loss.balances]
-        by_router = self.router.balance_advice()
-        if by_router is not None:
-            advice.append(by_router)
-        if not advice:
-            advice.append(
-                "Nothing balances the load: add `losses.LoadBalance()` to its `router_losses`."
-            )
-        elif by_router is None:
-            advice.append(
-                "A selection bias balances without a loss: see `balancer` of `TopKRouter`."
-            )
-        return (
-            f"{' '.join(advice)} If the features of the layer's inputs have means far from zero, "
-            "centre them, by `keras.layers.Normalization` or `BatchNormalization` before the "
-            "layer. A lower learning rate in the first steps and `logit_noise` in the router help "
-            "as well."
-        )
+            self._early_loss_weights = weights
 
     def reset_counts(self) -> None:
         """Set all counters to zero."""
         if not self.built:
             return
         self.resets += 1
-        for counter in (
-            self.expert_counts,
-            self.dropped_count,
-            self.router_loss_totals,
-            self.router_entropy_total,
-            self.call_count,
-        ):
-            counter.assign(ops.zeros(counter.shape))
+        for name in _COUNTERS:
+            variable = getattr(self, name)
+            variable.assign(ops.zeros(variable.shape))
 
     def save_own_variables(self, store):
         # Without the totals that `ExpertMonitor` resets each epoch and that training does not read.

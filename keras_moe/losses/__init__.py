@@ -3,6 +3,7 @@
 from typing import Any
 
 from keras_moe._internal.checks import shortened
+from keras_moe._internal.former_names import former_names
 from keras_moe._internal.serialization import resolve
 from keras_moe.losses.likelihood import MixtureNegativeLogLikelihood, pack_mixture
 from keras_moe.losses.router_losses import (
@@ -16,7 +17,7 @@ from keras_moe.losses.router_losses import (
     SequenceLoadBalance,
 )
 
-BY_NAME = {
+IDENTIFIERS = {
     "global_load_balance": GlobalLoadBalance,
     "importance_variation": ImportanceVariation,
     "load_balance": LoadBalance,
@@ -28,20 +29,21 @@ BY_NAME = {
 
 
 def get(identifier: Any) -> RouterLoss:
-    """Return a router loss from an instance, a config, or a name in `BY_NAME`.
+    """Return a router loss.
+
+    Args:
+        identifier: A `RouterLoss`, its config, or a name: "global_load_balance",
+            "importance_variation", "load_balance", "load_variation", "router_entropy", "router_z"
+            or "sequence_load_balance", each with the defaults of its class.
 
     Raises:
         TypeError: If `identifier` is none of these.
     """
-    return resolve("router_losses", identifier, RouterLoss, BY_NAME)
+    return resolve("router_losses", identifier, RouterLoss, IDENTIFIERS)
 
 
 def get_list(identifiers):
-    """Return a tuple of router losses from a list of what `get` takes.
-
-    Raises:
-        TypeError: If it is no list, or `get` does not take one of them.
-    """
+    """Return a tuple of router losses from a list of identifiers."""
     if not isinstance(identifiers, (list, tuple)):
         raise TypeError(
             "`router_losses` must be a list of losses or names. Received: "
@@ -51,7 +53,6 @@ def get_list(identifiers):
 
 
 __all__ = [
-    "BY_NAME",
     "GlobalLoadBalance",
     "ImportanceVariation",
     "LoadBalance",
@@ -64,6 +65,8 @@ __all__ = [
     "get",
     "pack_mixture",
 ]
+
+__getattr__ = former_names(__name__)
 
 
 def __dir__():

@@ -1,91 +1,62 @@
 """Router losses: for an even load, and for routers that are decided but not extreme."""
 
-import math
 from typing import Any
 
-import keras
 from keras import ops
 
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import Configured, register
-from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
-from keras_moe.ops.balance import (
-    _agreement,
-    _load_balance,
-    _masked_mean,
-    _router_entropy,
-    _router_z,
-    _sequence_load_balance,
-    _squared_importance_variation,
-    _squared_load_variation,
-)
-from keras_moe.ops.routing import Routing
-
-# From this multiple of the usual weight on, a weight should not grow. A little less than ten times,
-# as layers keep weights in float32.
-_LARGE = 9.99
+from keras_moe.ops.balance import load_importance_product, masked_mean, router_entropy
+from keras_moe.ops.selection import chosen_experts
 
 
 class RouterLoss(Configured):
     """Abstract: a weighted scalar of a routing.
 
     A subclass implements `compute(routing)`, which returns the loss before its weight, one float.
-    One that judges sequences sets `per_sequence` and implements
-    `compute(routing, sequence_length)`. One that spreads the load over the experts sets `balances`;
-    advice about the layer then names it.
+    Class attributes describe it:
 
-    With `usual_weight` set as well, advice calls ten times as much a large weight, and
-    `callbacks.ExpertHealth` warns of a weight below a thousandth of it, and of more than ten times
-    as much where that is a large part of the loss, not counting `value_at_balance`, the value
-    before the weight at an even load.
+    - `balances`: whether it evens out the load. Advice about the layer then names it.
+    - `per_sequence`: whether `compute` has an argument `sequence_length` as well.
+    - `usual_weight` and `value_at_balance`, optional: a weight that works, and the loss at an even
+      load. With them `callbacks.ExpertHealth` warns of a weight that is too small or too large.
+
+    A loss with state returns from `state_shapes` the variables that each layer keeps for it. It
+    implements `compute(routing, state)`, which returns the loss and the new state.
 
     Args:
-        weight: Float, at least 0. Factor of the loss. A layer copies it into a variable of its own,
-            which `callbacks.RouterLossSchedule` changes in training.
+        weight: Float, at least 0. Factor of the loss. Each layer copies it into a variable, which
+            `callbacks.RouterLossSchedule` changes in training.
 
     Raises:
         ValueError: If `weight` is not a finite number of at least 0.
     """
 
-    per_sequence = False
     balances = False
-    usual_weight: float | None = None
-    value_at_balance = 0.0
+    per_sequence = False
 
     def __init__(self, weight: float):
         self.weight = check_number("weight", weight)
 
-    def __call__(self, routing, **kwargs):
-        return self.weight * self.compute(routing, **kwargs)
+    def __call__(self, routing, *args, **kwargs):
+        if self.state_shapes(routing.counts.shape[0]):
+            raise ValueError(
+                f"`{type(self).__name__}` keeps its state in a layer. Received: a call outside of "
+                "one. Pass it to `MixtureOfExperts` as one of its `router_losses`."
+            )
+        return self.weight * self.compute(routing, *args, **kwargs)
 
-    def compute(self, routing):
+    def state_shapes(self, num_experts: int) -> dict[str, tuple]:
+        """Return the variables of the loss, zeros at first: a dict of names to (shape, dtype)."""
+        return {}
+
+    def compute(self, routing: Any, *args: Any) -> Any:
+        """Return the loss before its weight; with a state, also the new state, in its order.
+
+        The state is None in evaluation, where none is kept.
+        """
         raise NotImplementedError(f"{type(self).__name__} must implement `compute(routing)`.")
-
-    def evaluate(self, routing: Routing, **kwargs: Any) -> Tensor:
-        """Return the loss outside of training, where no state changes."""
-        return self.compute(routing, **kwargs)
-
-    @property
-    def large_weight(self) -> float:
-        """The weight that should not grow: ten times the usual one, if that is known."""
-        return math.inf if self.usual_weight is None else _LARGE * self.usual_weight
-
-    def balance_advice(self, weight: float) -> str:
-        """Return what to try where the load is uneven in spite of the loss with this weight."""
-        balanced = f"The load is balanced by {type(self).__name__}(weight={weight:g})"
-        if not weight:
-            return f"{balanced}: give it a weight above 0."
-        if weight < self.large_weight:
-            return f"{balanced}: give it ten times the weight."
-        return (
-            f"{balanced}, a large weight: with a larger one the router may learn balance instead "
-            "of the task."
-        )
-
-    def build(self, layer: keras.Layer) -> "RouterLoss":
-        """Return the loss for a layer: itself, or a copy with its state in weights of `layer`."""
-        return self
 
     def get_config(self):
         return {**super().get_config(), "weight": self.weight}
@@ -100,11 +71,7 @@ class LoadBalance(RouterLoss):
 
     It does not grow with K, as in some implementations, and is computed for each layer alone.
 
-    Args:
-        weight: Float, at least 0. Factor of the loss.
-
-    Raises:
-        ValueError: If `weight` is negative.
+    Arguments and errors: as for `RouterLoss`.
 
     Example:
 
@@ -116,14 +83,12 @@ class LoadBalance(RouterLoss):
     """
 
     balances = True
-    usual_weight = 1e-2
-    value_at_balance = 1.0
 
     def __init__(self, weight: float = 1e-2):
         super().__init__(weight)
 
     def compute(self, routing):
-        return _load_balance(routing)
+        return _load_balance(routing.counts, routing)
 
 
 @register
@@ -132,13 +97,9 @@ class SequenceLoadBalance(RouterLoss):
 
     Give it a small weight, and balance the batch as well. In a layer, a sequence is all axes of its
     inputs between the first and the last. Elsewhere all tokens are one, unless `sequence_length` is
-    given.
+    given. A sequence of padding alone is left out.
 
-    Args:
-        weight: Float, at least 0. Factor of the loss.
-
-    Raises:
-        ValueError: If `weight` is negative.
+    Arguments and errors: as for `RouterLoss`.
 
     Example:
 
@@ -150,7 +111,6 @@ class SequenceLoadBalance(RouterLoss):
     """
 
     balances = True
-    value_at_balance = 1.0
     per_sequence = True
 
     def __init__(self, weight: float = 1e-4):
@@ -158,16 +118,26 @@ class SequenceLoadBalance(RouterLoss):
 
     def compute(self, routing, sequence_length=None):
         if sequence_length is None:
-            return _load_balance(routing)
-        return _sequence_load_balance(routing, sequence_length)
+            return _load_balance(routing.counts, routing)
+        num_experts = routing.probs.shape[-1]
+        by_sequence = (-1, sequence_length, num_experts)
+        mask = ops.reshape(routing.mask, (-1, sequence_length, 1))
+        num_real = ops.sum(ops.cast(mask, "float32"), axis=1)
+        probs = ops.where(mask, ops.reshape(routing.probs, by_sequence), 0.0)
+        mean_probs = ops.sum(probs, axis=1) / ops.maximum(num_real, 1.0)
+        chosen = ops.reshape(chosen_experts(routing.indices, num_experts), by_sequence)
+        counts = ops.sum(ops.cast(ops.logical_and(chosen, mask), "float32"), axis=1)
+        losses = load_importance_product(counts, mean_probs)
+        num_sequences = ops.sum(ops.cast(num_real > 0, "float32"))
+        return ops.sum(losses) / ops.maximum(num_sequences, 1.0)
 
 
 @register
 class GlobalLoadBalance(RouterLoss):
     """`LoadBalance` of the batch of an optimizer step, as small batches are hard to balance.
 
-    The shares `f` are those of all micro-batches so far in the step, on all replicas; the
-    probabilities `P` are those of this one, as only they have a gradient.
+    The shares `f` count all micro-batches so far in the step, on all replicas. The probabilities
+    `P` come from this micro-batch alone, as only they have a gradient.
 
     Args:
         weight: Float, at least 0. Factor of the loss.
@@ -175,8 +145,7 @@ class GlobalLoadBalance(RouterLoss):
             calls of the layer in one pass.
 
     Raises:
-        ValueError: If an argument is out of its range, or the loss is used outside of a layer,
-            which keeps the counts.
+        ValueError: If an argument is out of its range, or the loss is called outside of a layer.
 
     Example:
 
@@ -189,38 +158,22 @@ class GlobalLoadBalance(RouterLoss):
     """
 
     balances = True
-    value_at_balance = 1.0
 
     def __init__(self, weight: float = 1e-2, accumulation_steps: int = 1):
         super().__init__(weight)
         self.accumulation_steps = check_integer("accumulation_steps", accumulation_steps)
-        self._counts: Any = None
-        self._steps: Any = None
 
-    def build(self, layer):
-        counter = {"initializer": "zeros", "trainable": False, "autocast": False}
-        loss = type(self).from_config(self.get_config())
-        loss._counts = layer.add_weight(
-            name="global_counts", shape=(layer.experts.num_experts,), dtype="float32", **counter
-        )
-        loss._steps = layer.add_weight(name="global_steps", shape=(), dtype="int32", **counter)
-        return loss
+    def state_shapes(self, num_experts):
+        return {"global_counts": ((num_experts,), "float32"), "global_steps": ((), "int32")}
 
-    def evaluate(self, routing, **kwargs):
-        return _load_balance(routing)
-
-    def compute(self, routing):
-        if self._counts is None:
-            raise ValueError(
-                "`GlobalLoadBalance` keeps its counts in a layer. Received: a call outside of one. "
-                "Pass it to `MixtureOfExperts` as one of its `router_losses`."
-            )
-        is_first = self._steps % self.accumulation_steps == 0
-        before = ops.where(is_first, 0.0, ops.convert_to_tensor(self._counts))
-        counts = backend.devices.sum_over_replicas(ops.cast(routing.counts, "float32"))
-        self._counts.assign(before + counts)
-        self._steps.assign(backend.control_dependency(counts, self._steps + 1))
-        return _agreement(before + counts, _masked_mean(routing.probs, routing.mask))
+    def compute(self, routing, state):
+        if state is None:
+            return _load_balance(routing.counts, routing), None
+        counts, steps = state
+        added = backend.devices.sum_over_replicas(ops.cast(routing.counts, "float32"))
+        counts = ops.where(steps % self.accumulation_steps == 0, 0.0, counts) + added
+        steps = backend.control_dependency(added, steps + 1)
+        return _load_balance(counts, routing), (counts, steps)
 
     def get_config(self):
         return {**super().get_config(), "accumulation_steps": self.accumulation_steps}
@@ -230,11 +183,7 @@ class GlobalLoadBalance(RouterLoss):
 class ImportanceVariation(RouterLoss):
     """Evens out the summed scores of the experts: their squared coefficient of variation.
 
-    Args:
-        weight: Float, at least 0. Factor of the loss.
-
-    Raises:
-        ValueError: If `weight` is negative.
+    Arguments and errors: as for `RouterLoss`.
 
     Example:
 
@@ -252,21 +201,17 @@ class ImportanceVariation(RouterLoss):
         super().__init__(weight)
 
     def compute(self, routing):
-        return _squared_importance_variation(routing)
+        return _squared_variation(masked_mean(routing.probs, routing.mask))
 
 
 @register
 class LoadVariation(RouterLoss):
     """Evens out the load of the experts: its squared coefficient of variation.
 
-    Of a noisy router the load is the expected number of assignments, which has a gradient. Of any
-    other it is a count without one: use `LoadBalance` there.
+    The load of a noisy router is the expected number of assignments, which has a gradient. The load
+    of any other router is a count without a gradient: use `LoadBalance` there.
 
-    Args:
-        weight: Float, at least 0. Factor of the loss.
-
-    Raises:
-        ValueError: If `weight` is negative.
+    Arguments and errors: as for `RouterLoss`.
 
     Example:
 
@@ -283,18 +228,14 @@ class LoadVariation(RouterLoss):
         super().__init__(weight)
 
     def compute(self, routing):
-        return _squared_load_variation(routing)
+        return _squared_variation(ops.convert_to_tensor(routing.load))
 
 
 @register
 class RouterZ(RouterLoss):
     """Keeps router logits small: mean over real tokens of `logsumexp(logits) ** 2`.
 
-    Args:
-        weight: Float, at least 0. Factor of the loss.
-
-    Raises:
-        ValueError: If `weight` is negative.
+    Arguments and errors: as for `RouterLoss`.
 
     Example:
 
@@ -309,7 +250,8 @@ class RouterZ(RouterLoss):
         super().__init__(weight)
 
     def compute(self, routing):
-        return _router_z(routing)
+        squares = ops.square(ops.logsumexp(routing.logits, axis=-1))
+        return masked_mean(squares, routing.mask)
 
 
 @register
@@ -318,11 +260,7 @@ class RouterEntropy(RouterLoss):
 
     For a router that chooses by a threshold, as `routers.TopPRouter` does.
 
-    Args:
-        weight: Float, at least 0. Factor of the loss.
-
-    Raises:
-        ValueError: If `weight` is negative.
+    Arguments and errors: as for `RouterLoss`.
 
     Example:
 
@@ -337,4 +275,18 @@ class RouterEntropy(RouterLoss):
         super().__init__(weight)
 
     def compute(self, routing):
-        return _router_entropy(routing)
+        return router_entropy(routing)
+
+
+@backend.jit_when_eager
+def _load_balance(counts, routing):
+    return load_importance_product(counts, masked_mean(routing.probs, routing.mask))
+
+
+@backend.jit_when_eager
+def _squared_variation(values):
+    """`variance / mean ** 2` of values (E,), 0 where all are 0."""
+    # Not the square of the standard deviation, whose root has no gradient at exact balance.
+    mean = ops.mean(values)
+    variance = ops.mean(ops.square(values - mean))
+    return variance / ops.maximum(ops.square(mean), 1e-10)

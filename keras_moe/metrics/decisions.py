@@ -25,9 +25,10 @@ def router_confidence(routing: Routing) -> Tensor:
     Returns:
         Scalar, float32; 0 where every token is padding.
     """
+    probs = ops.convert_to_tensor(routing.probs)
     # Not `ops.max`, which fails where there are no tokens.
-    best = ops.expand_dims(ops.argmax(routing.probs, axis=-1), 1)
-    return masked_mean(take_scores(routing.probs, best)[:, 0], routing.mask)
+    best = ops.expand_dims(ops.argmax(probs, axis=-1), 1)
+    return masked_mean(take_scores(probs, best)[:, 0], routing.mask)
 
 
 def unserved_fraction(routing: Routing, plan: GroupedPlan | SoftPlan) -> Tensor:

@@ -4,7 +4,8 @@ In `model.fit` use `callbacks.ExpertMonitor`: a layer cannot own a Keras metric 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
 import keras
 from keras import ops
@@ -15,6 +16,7 @@ from keras_moe._internal.types import Tensor
 from keras_moe.ops.routing import Routing
 
 
+@register
 def load_imbalance(counts: Tensor) -> Tensor:
     """Load of the busiest expert above the mean: `max / mean - 1`, also known as MaxVio.
 
@@ -30,6 +32,7 @@ def load_imbalance(counts: Tensor) -> Tensor:
     return ops.maximum(ops.max(counts) / _or_one(ops.mean(counts)) - 1.0, 0.0)
 
 
+@register
 def load_entropy(counts: Tensor) -> Tensor:
     """Entropy of the shares, divided by `log E`.
 
@@ -46,6 +49,7 @@ def load_entropy(counts: Tensor) -> Tensor:
     return -ops.sum(share * ops.log(_or_one(share))) / math.log(num_experts)
 
 
+@register
 def dead_experts(counts: Tensor) -> Tensor:
     """Number of experts with less than a thousandth of the mean, such as no assignment.
 
@@ -63,28 +67,8 @@ def is_dead(counts):
 
     Not zero: where all experts serve all tokens, counts are sums of weights.
     """
-    return _is_dead(as_counts(counts))
-
-
-def _is_dead(counts):
-    return counts <= 1e-3 * ops.mean(counts, axis=-1, keepdims=True)
-
-
-def dead_experts_over_window(counts: Tensor, window: int = 100) -> Tensor:
-    """Number of experts that `dead_experts` counts in each of the last `window` batches.
-
-    Args:
-        counts: Tensor or list, (N, E). Assignments per expert in N batches, in the order of time.
-        window: Integer. Number of batches.
-
-    Returns:
-        Scalar, float32; 0 before there are `window` batches.
-    """
-    counts, window = as_counts(counts, "NE"), check_integer("window", window)
-    if counts.shape[0] < window:
-        return ops.zeros((), "float32")
-    dead = _is_dead(counts[-window:])
-    return ops.sum(ops.cast(ops.all(dead, axis=0), "float32"))
+    counts = as_counts(counts)
+    return counts <= 1e-3 * ops.mean(counts)
 
 
 def dropped_fraction(dropped: float, counts: Tensor) -> Tensor:
@@ -102,6 +86,7 @@ def dropped_fraction(dropped: float, counts: Tensor) -> Tensor:
     return dropped / _or_one(ops.sum(as_counts(counts)))
 
 
+@register
 def expert_share(counts: Tensor) -> Tensor:
     """Each expert's share of the assignments.
 
@@ -113,62 +98,6 @@ def expert_share(counts: Tensor) -> Tensor:
     """
     counts = as_counts(counts)
     return counts / _or_one(ops.sum(counts))
-
-
-def load_variation(counts: Tensor) -> Tensor:
-    """Coefficient of variation of the load: its standard deviation over its mean, 0 at balance.
-
-    Args:
-        counts: Tensor or list, (E,). Assignments per expert.
-
-    Returns:
-        Scalar, float32; 0 without assignments.
-    """
-    counts = as_counts(counts)
-    return ops.std(counts) / _or_one(ops.mean(counts))
-
-
-def max_share(counts: Tensor) -> Tensor:
-    """Share of the assignments that the busiest expert has; 1 / E at balance.
-
-    Args:
-        counts: Tensor or list, (E,). Assignments per expert.
-
-    Returns:
-        Scalar, float32; 0 without assignments.
-    """
-    return ops.max(expert_share(counts))
-
-
-def active_fraction(counts: Tensor) -> Tensor:
-    """Share of the experts that are not dead, as `dead_experts` counts them.
-
-    Args:
-        counts: Tensor or list, (E,). Assignments per expert, or shares of the combine weight.
-
-    Returns:
-        Scalar, float32.
-    """
-    return 1.0 - ops.mean(ops.cast(is_dead(counts), "float32"))
-
-
-def utilization_quantiles(
-    counts: Tensor, quantiles: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
-) -> Tensor:
-    """Quantiles over the experts of the load relative to its mean: all 1 at balance.
-
-    Args:
-        counts: Tensor or list, (E,). Assignments per expert.
-        quantiles: Floats from 0, the idlest expert, to 1, the busiest.
-
-    Returns:
-        (len(quantiles),) float32; 0 without assignments.
-    """
-    wanted = host_values(quantiles)
-    if wanted is not None and not ((wanted >= 0) & (wanted <= 1)).all():
-        raise ValueError(f"`quantiles` must be from 0 to 1. Received: quantiles={quantiles}")
-    share = expert_share(counts)
-    return ops.quantile(share * share.shape[0], ops.convert_to_tensor(quantiles, "float32"))
 
 
 def as_counts(counts, axes="E", name="counts"):
@@ -186,12 +115,36 @@ def _or_one(values):
     return ops.where(values > 0, values, 1.0)
 
 
-class _UsageMetric(keras.metrics.Metric):
-    """Abstract: accumulates a statistic of the counts of each routing."""
+@register
+class UsageMetric(keras.metrics.Metric):
+    """A function of the counts of all routings since the last reset.
 
-    def __init__(self, num_experts: int, name: str | None = None, dtype: str | None = None):
-        super().__init__(name=name, dtype=dtype)
+    Args:
+        function: Function of counts (E,), a float32 tensor, that returns a tensor, such as
+            `metrics.load_imbalance`. Register yours with Keras if the metric is to be saved.
+        num_experts: Integer. Number of experts, E.
+        name: String or None. Name of the metric; None: the name of the function.
+        dtype: String or None. Dtype of the metric.
+
+    Raises:
+        ValueError: If `num_experts` is not positive.
+
+    Example:
+
+    >>> metric = keras_moe.metrics.UsageMetric(keras_moe.metrics.load_imbalance, num_experts=8)
+    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
+    >>> metric.update_state(router(keras.random.normal((32, 64))))
+    >>> imbalance = float(metric.result())
+    """
+
+    def __init__(
+        self, function: Callable, num_experts: int, name: str | None = None, dtype: Any = None
+    ):
+        super().__init__(name=name or function.__name__, dtype=dtype)
+        self.function = function
         self.num_experts = check_integer("num_experts", num_experts)
+        shape = (self.num_experts,)
+        self.counts = self.add_variable(shape, "zeros", dtype="float32", name="counts")
 
     def update_state(self, routing: Routing) -> None:
         """Add the assignments of a routing, in which padding does not count.
@@ -206,67 +159,49 @@ class _UsageMetric(keras.metrics.Metric):
         check_tensors({"E": self.num_experts}, **{"routing.counts": (counts, "E")})
         self._add(ops.cast(counts, "float32"), ops.cast(routing.dropped, "float32"))
 
+    def _add(self, counts, dropped):
+        self.counts.assign_add(counts)
+
+    def result(self):
+        return self.function(self.counts)
+
     def get_config(self):
-        return {**super().get_config(), "num_experts": self.num_experts}
+        function = keras.saving.serialize_keras_object(self.function)
+        config = {**super().get_config(), "num_experts": self.num_experts}
+        return {**config, "function": function} if type(self) is UsageMetric else config
+
+    @classmethod
+    def from_config(cls, config):
+        if "function" in config:
+            function = keras.saving.deserialize_keras_object(config["function"])
+            config = {**config, "function": function}
+        return cls(**config)
 
 
-class _TotalUsageMetric(_UsageMetric):
-    """Abstract: sums the counts of routings."""
+@register
+class DroppedFraction(UsageMetric):
+    """`metrics.dropped_fraction` of all routings since the last reset.
 
-    def __init__(self, num_experts: int, name: str | None = None, dtype: str | None = None):
-        super().__init__(num_experts, name, dtype)
-        self.counts = self.add_variable(
-            (self.num_experts,), "zeros", dtype="float32", name="counts"
-        )
+    Arguments as in `UsageMetric`, without `function`.
+    """
+
+    def __init__(self, num_experts: int, name: str | None = None, dtype: Any = None):
+        super().__init__(self._fraction, num_experts, name or "dropped_fraction", dtype)
         self.dropped = self.add_variable((), "zeros", dtype="float32", name="dropped")
 
     def _add(self, counts, dropped):
         self.counts.assign_add(counts)
         self.dropped.assign_add(dropped * ops.sum(counts))
 
-
-@register
-class LoadImbalance(_TotalUsageMetric):
-    """`metrics.load_imbalance` of all routings since the last reset.
-
-    Args:
-        num_experts: Integer. Number of experts, E.
-        name: String or None. Name of the metric.
-        dtype: String or None. Dtype of the metric.
-
-    Example:
-
-    >>> metric = keras_moe.metrics.LoadImbalance(num_experts=8)
-    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
-    >>> metric.update_state(router(keras.random.normal((32, 64))))
-    >>> imbalance = float(metric.result())
-    """
-
-    def result(self):
-        return load_imbalance(self.counts)
+    def _fraction(self, counts):
+        return dropped_fraction(self.dropped, counts)
 
 
 @register
-class LoadEntropy(_TotalUsageMetric):
-    """`metrics.load_entropy` of all routings since a reset. Arguments as in `LoadImbalance`."""
+class DeadExpertsOverWindow(UsageMetric):
+    """Number of experts that were dead in each of the last `window` batches.
 
-    def result(self):
-        return load_entropy(self.counts)
-
-
-@register
-class DeadExperts(_TotalUsageMetric):
-    """`metrics.dead_experts` of all routings since a reset. Arguments as in `LoadImbalance`."""
-
-    def result(self):
-        return dead_experts(self.counts)
-
-
-@register
-class DeadExpertsOverWindow(_UsageMetric):
-    """`metrics.dead_experts_over_window` of the routings since the last reset.
-
-    Each `update_state` is a batch.
+    `metrics.dead_experts` counts which are dead. Each `update_state` is a batch.
 
     Args:
         num_experts: Integer. Number of experts, E.
@@ -284,34 +219,17 @@ class DeadExpertsOverWindow(_UsageMetric):
     """
 
     def __init__(
-        self, num_experts: int, window: int = 100, name: str | None = None, dtype: str | None = None
+        self, num_experts: int, window: int = 100, name: str | None = None, dtype: Any = None
     ):
-        super().__init__(num_experts, name, dtype)
+        super().__init__(self._count, num_experts, name or "dead_experts_over_window", dtype)
         self.window = check_integer("window", window)
-        # Batches since each expert was last alive.
-        self.idle = self.add_variable((self.num_experts,), "zeros", dtype="float32", name="idle")
 
     def _add(self, counts, dropped):
-        self.idle.assign(ops.where(is_dead(counts), self.idle + 1.0, 0.0))
+        # Batches since each expert was last alive.
+        self.counts.assign(ops.where(is_dead(counts), self.counts + 1.0, 0.0))
 
-    def result(self):
-        return ops.sum(ops.cast(self.idle >= self.window, "float32"))
+    def _count(self, idle):
+        return ops.sum(ops.cast(idle >= self.window, "float32"))
 
     def get_config(self):
         return {**super().get_config(), "window": self.window}
-
-
-@register
-class DroppedFraction(_TotalUsageMetric):
-    """`metrics.dropped_fraction` of all routings since a reset. Arguments as in `LoadImbalance`."""
-
-    def result(self):
-        return dropped_fraction(self.dropped, self.counts)
-
-
-@register
-class ExpertShare(_TotalUsageMetric):
-    """`metrics.expert_share` of all routings since a reset. Arguments as in `LoadImbalance`."""
-
-    def result(self):
-        return expert_share(self.counts)

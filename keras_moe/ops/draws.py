@@ -1,7 +1,7 @@
 """Draws: random numbers cheap enough to have one for each feature of each token.
 
 Compiled by XLA, each is a hash of a key that is drawn and of its place. The generators of Keras are
-better than a router needs and many times slower there: on CPUs that of TensorFlow takes longer to
+better than a router needs and many times slower there: on CPUs TensorFlow's takes longer to
 draw the noise of a router, or the dropout of a block, than the experts to compute. Generators of
 this kind: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """
@@ -16,7 +16,7 @@ from keras_moe.backend import backend
 
 
 def seeded_generator():
-    """A `keras.random.SeedGenerator` with a seed of its own.
+    """A `keras.random.SeedGenerator` with a new seed.
 
     Without it, PyTorch's dropout draws from the generator of the whole process, whose state is not
     saved with the model. `keras.utils.set_random_seed` decides this one as well.

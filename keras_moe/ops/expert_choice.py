@@ -6,33 +6,26 @@ sequence.
 
 from keras import ops
 
-from keras_moe._internal.checks import check_number, check_tensors
-from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.capacity import slots_of_expert
-from keras_moe.ops.plans import GroupedPlan, plan_choices, tokens_at
-from keras_moe.ops.routing import Routing, _make_routing, check_routing, clean_logits
+from keras_moe.ops.plans import plan_choices, tokens_at
+from keras_moe.ops.routing import _make_routing
 from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import top_tokens
-from keras_moe.ops.sorting import at_least, check_sequence_length, put
+from keras_moe.ops.sorting import at_least, put
 
 
-def expert_choice_routing(
-    logits: Tensor,
-    capacity_factor: float,
-    mask: Tensor | None = None,
-    sequence_length: int | None = None,
-) -> Routing:
+@backend.jit_when_eager
+def expert_choice_routing(logits, capacity_factor, mask, sequence_length=None):
     """Each expert takes its `ceil(capacity_factor * S / E)` best tokens of each sequence.
 
     S counts real tokens only. The score is a softmax over the experts, and also the weight. Zhou et
-    al. 2022 (arXiv:2202.09368), section 3.2. A token may be taken by any number of experts, or by
-    none.
+    al. 2022 (arXiv:2202.09368), section 3.2.
 
     Args:
-        logits: Float tensor (T, E), computed on in float32.
+        logits: Float32 tensor (T, E).
         capacity_factor: Positive float. Experts per token on average.
-        mask: Bool tensor (T,), False for padding, or None.
+        mask: Bool tensor (T,), False for padding.
         sequence_length: Integer or None. S; None where all tokens are one sequence.
 
     Returns:
@@ -40,32 +33,25 @@ def expert_choice_routing(
         and for `plan_expert_choice` in `details`, both (B, E, C), the place in its sequence of each
         token that is chosen, and whether the choice counts.
     """
-    logits, mask = clean_logits(logits, mask)
-    capacity_factor = check_number("capacity_factor", capacity_factor, above=0)
-    sequence_length = check_sequence_length(sequence_length, logits.shape[0])
-    return _expert_choice_routing(logits, capacity_factor, mask, sequence_length)
-
-
-@backend.jit_when_eager
-def _expert_choice_routing(logits, capacity_factor, mask, sequence_length=None):
     num_tokens, num_experts = ops.shape(logits)
     sequence_length = at_least(1, num_tokens) if sequence_length is None else sequence_length
     probs = softmax(logits)
     capacity = slots_of_expert(sequence_length, num_experts, 1, capacity_factor)
     # Padding adds no slots: its places in the static shapes stay empty.
     real = ops.reshape(ops.cast(mask, "int32"), (-1, sequence_length))
-    slots = slots_of_expert(ops.sum(real, axis=1), num_experts, 1, capacity_factor)
-    preference = ops.where(ops.expand_dims(mask, 1), ops.stop_gradient(probs), -1.0)
-    preference = ops.reshape(preference, (-1, sequence_length, num_experts))
+    capacities = slots_of_expert(ops.sum(real, axis=1), num_experts, 1, capacity_factor)
+    scores = ops.where(ops.expand_dims(mask, 1), ops.stop_gradient(probs), -1.0)
+    scores = ops.reshape(scores, (-1, sequence_length, num_experts))
     # (B, E, C) places in the sequence.
-    preference = ops.transpose(preference, (0, 2, 1))
+    scores = ops.transpose(scores, (0, 2, 1))
     are_known = isinstance(sequence_length, int) and isinstance(capacity, int)
-    place = top_tokens(preference, (min if are_known else ops.minimum)(sequence_length, capacity))
-    in_slots = ops.arange(ops.shape(place)[2], dtype="int32") < ops.reshape(slots, (-1, 1, 1))
+    place = top_tokens(scores, (min if are_known else ops.minimum)(sequence_length, capacity))
+    slot = ops.arange(ops.shape(place)[2], dtype="int32")
+    has_slot = slot < ops.reshape(capacities, (-1, 1, 1))
     experts = ops.arange(num_experts, dtype="int32")
     token = tokens_at(place, sequence_length)
     is_real = ops.reshape(ops.take(mask, ops.reshape(token, (-1,))), ops.shape(place))
-    is_valid = ops.logical_and(is_real, in_slots)
+    is_valid = ops.logical_and(is_real, has_slot)
     chosen = ops.reshape(token * num_experts + ops.expand_dims(experts, 1), (-1,))
     taken = ops.reshape(ops.cast(is_valid, "int32"), (-1,))
     taken = put(taken, chosen, num_tokens * num_experts)
@@ -81,15 +67,8 @@ def _expert_choice_routing(logits, capacity_factor, mask, sequence_length=None):
     )
 
 
-def plan_expert_choice(routing: Routing) -> GroupedPlan:
+def plan_expert_choice(routing):
     """The plan of a routing of `expert_choice_routing`: as many rows as there are choices."""
-    routing = check_routing(routing, "weights", "mask")
-    place, is_valid = map(ops.convert_to_tensor, routing.details)
-    check_tensors(place=(place, "BEC", "int"), is_valid=(is_valid, "BEC", "mask"))
-    return _plan_expert_choice(routing._replace(details=(place, is_valid)))
-
-
-def _plan_expert_choice(routing):
     places, is_valid = routing.details
     num_experts = places.shape[1]
     expert = ops.expand_dims(ops.arange(num_experts, dtype="int32"), 1)

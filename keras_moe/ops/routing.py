@@ -8,17 +8,11 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_moe._internal.checks import (
-    check_choice,
-    check_indices,
-    check_mask,
-    check_number,
-    check_tensors,
-)
+from keras_moe._internal.checks import check_choice, check_indices, check_number, check_tensors
 from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.scores import SCORES, SMALLEST_SCORE, distribution
-from keras_moe.ops.selection import _take_scores, _top_k_indices, check_top_k
+from keras_moe.ops.selection import check_top_k, take_scores, top_k_indices
 
 
 class Routing(NamedTuple):
@@ -53,10 +47,15 @@ class Routing(NamedTuple):
 def check_routing(routing, *names):
     """The routing, its fields of these names tensors that fit each other; the mask is of bools."""
     fields = {name: ops.convert_to_tensor(getattr(routing, name)) for name in names}
-    check_tensors(**{name: (field, *_FIELDS[name]) for name, field in fields.items()})
-    if "mask" in fields:
-        fields["mask"] = ops.cast(fields["mask"], "bool")
-    return routing._replace(**fields)
+    routing = routing._replace(**fields)
+    check_fields(routing, names=names)
+    return routing._replace(mask=ops.cast(routing.mask, "bool")) if "mask" in names else routing
+
+
+def check_fields(routing, sizes=None, names=None):
+    """Check the shapes and dtypes of the fields of a routing that are not None, or of some."""
+    fields = {name: (getattr(routing, name), *_FIELDS[name]) for name in names or _FIELDS}
+    check_tensors(sizes, **{name: field for name, field in fields.items() if field[0] is not None})
 
 
 _FIELDS = {
@@ -128,29 +127,13 @@ def without_padding(routing, mask):
     )
 
 
-def clean_logits(logits: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Logits in float32 with zeros for padding, and a mask that is never None.
+@backend.jit_when_eager
+def clean_logits(logits, mask=None):
+    """Logits (T, E) in float32 with zeros for padding, and a mask (T,) that is never None.
 
     Padding may hold anything: a NaN there must not reach a gradient, so it is replaced before any
     score is computed, not masked afterwards.
-
-    Args:
-        logits: Float tensor (T, E).
-        mask: Bool tensor (T,), False for padding, or None.
-
-    Returns:
-        The logits (T, E) and the mask (T,), a bool tensor.
     """
-    logits = ops.convert_to_tensor(logits)
-    check_tensors(logits=(logits, "TE", "float"))
-    if mask is not None:
-        mask = ops.convert_to_tensor(mask)
-        check_mask(mask, logits.shape[:1])
-    return _clean_logits(logits, mask)
-
-
-@backend.jit_when_eager
-def _clean_logits(logits, mask):
     logits = ops.cast(logits, "float32")
     if mask is None:
         return logits, ops.ones(ops.shape(logits)[:1], "bool")
@@ -191,6 +174,11 @@ def top_k_routing(
     Raises:
         ValueError: If there is no such score, or `top_k` is not from 1 to E.
     """
+    logits = ops.convert_to_tensor(logits)
+    check_tensors(logits=(logits, "TE", "float"))
+    if mask is not None:
+        mask = ops.convert_to_tensor(mask)
+        check_tensors({"T": logits.shape[0]}, mask=(mask, "T", "mask"))
     logits, mask = clean_logits(logits, mask)
     check_choice("score", score, SCORES)
     top_k = check_top_k(top_k, logits.shape[-1])
@@ -201,13 +189,13 @@ def top_k_routing(
 def _top_k_routing(logits, top_k, mask, score="softmax", renormalize=None, scale=1.0, select=None):
     scores = SCORES[score](logits)
     if select is None:
-        indices = _top_k_indices(scores, top_k)
+        indices = top_k_indices(scores, top_k)
     else:
         indices = ops.convert_to_tensor(select(ops.stop_gradient(scores)))
         sizes = {"T": scores.shape[0], "K": top_k}
         check_tensors(sizes, **{"select(scores)": (indices, "TK", "int")})
         indices = ops.cast(indices, "int32")
-    weights = _take_scores(scores, indices)
+    weights = take_scores(scores, indices)
     if renormalize or (renormalize is None and top_k > 1):
         weights = distribution(weights)
     probs = scores if score == "softmax" else distribution(scores)

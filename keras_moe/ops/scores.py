@@ -41,12 +41,12 @@ def distribution(scores):
     return scores / ops.maximum(ops.sum(scores, axis=-1, keepdims=True), 1e-20)
 
 
-def unit(vectors, axis):
+def l2_normalize(vectors, axis):
     """Vectors along `axis` with a length of 1, those near zero with a shorter one."""
     return vectors * _inverse_length(vectors, axis)
 
 
-def along_units(vectors, directions):
+def cosine_logits(vectors, directions):
     """Products (R, E) of the unit vectors of rows (R, D) with directions (D, E)."""
     # Rows are scaled after the product, which has fewer values.
     return ops.matmul(vectors, directions) * _inverse_length(vectors, axis=1)

@@ -3,7 +3,7 @@
 import numpy as np
 from keras import ops
 
-from keras_moe._internal.checks import check_indices, check_integer, check_tensors
+from keras_moe._internal.checks import check_integer
 from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 
@@ -23,6 +23,7 @@ def check_top_k(top_k, num_experts):
     return top_k
 
 
+@backend.jit_when_eager
 def top_k_indices(scores: Tensor, top_k: int) -> Tensor:
     """The `top_k` experts of each token, best first; a tie goes to the lower index.
 
@@ -35,16 +36,10 @@ def top_k_indices(scores: Tensor, top_k: int) -> Tensor:
     Returns:
         Tensor (T, K) of int32.
     """
-    scores = ops.convert_to_tensor(scores)
-    check_tensors(scores=(scores, "TE", "float"))
-    return _top_k_indices(scores, check_top_k(top_k, scores.shape[-1]))
-
-
-@backend.jit_when_eager
-def _top_k_indices(scores, top_k):
     # K rounds of argmax agree on ties and NaN on every backend, where top_k does not, and for a
     # few experts per token they are as fast.
     num_tokens, num_experts = scores.shape
+    top_k = check_top_k(top_k, num_experts)
     if num_tokens == 0:  # Keras cannot take the maximum of an empty axis.
         return ops.zeros((0, top_k), "int32")
     scores = ops.stop_gradient(scores)
@@ -69,41 +64,19 @@ def top_tokens(scores, number):
     return ops.cast(places, "int32")
 
 
-def group_limited_scores(scores: Tensor, num_groups: int, top_groups: int) -> Tensor:
-    """Minus infinity for the experts outside a token's best groups.
+@backend.jit_when_eager
+def group_limited_scores(scores, num_groups, top_groups):
+    """Scores (T, E), minus infinity for the experts outside a token's best groups.
 
     A group is as good as the sum of its two best experts. DeepSeek-V3 (arXiv:2412.19437),
     section 2.1.2, there called nodes. Not zero, as some implementations have it: a selection bias
     makes scores negative, and an excluded expert would beat an admitted one.
-
-    Args:
-        scores: Float tensor (T, E).
-        num_groups: Integer. Number of groups of neighbouring experts; divides E.
-        top_groups: Integer. Groups a token may choose from.
-
-    Returns:
-        Tensor (T, E) of the dtype of `scores`.
     """
-    scores = ops.convert_to_tensor(scores)
-    check_tensors(scores=(scores, "TE", "float"))
-    num_groups = check_integer("num_groups", num_groups)
-    top_groups = check_integer("top_groups", top_groups)
-    if scores.shape[-1] % num_groups or top_groups > num_groups:
-        raise ValueError(
-            "`num_groups` must divide the number of experts, and `top_groups` be at most as many. "
-            f"Received: {scores.shape[-1]} experts, num_groups={num_groups}, "
-            f"top_groups={top_groups}"
-        )
-    return _group_limited_scores(scores, num_groups, top_groups)
-
-
-@backend.jit_when_eager
-def _group_limited_scores(scores, num_groups, top_groups):
     size = scores.shape[-1] // num_groups
     grouped = ops.reshape(scores, (-1, size))
-    best = _top_k_indices(grouped, min(2, size))
-    of_groups = ops.sum(_take_scores(grouped, best), axis=-1)
-    chosen = _top_k_indices(ops.reshape(of_groups, (-1, num_groups)), top_groups)
+    best = top_k_indices(grouped, min(2, size))
+    of_groups = ops.sum(take_scores(grouped, best), axis=-1)
+    chosen = top_k_indices(ops.reshape(of_groups, (-1, num_groups)), top_groups)
     admitted = ops.repeat(chosen_experts(chosen, num_groups), size, axis=1)
     return ops.where(admitted, scores, float("-inf"))
 
@@ -123,23 +96,7 @@ def mask_invalid(indices, num_experts, mask=None):
     return ops.where(known, indices, -1)
 
 
-def take_scores(scores: Tensor, indices: Tensor) -> Tensor:
-    """The scores of the chosen experts.
-
-    Args:
-        scores: Float tensor (T, E).
-        indices: Integer tensor (T, K), -1 for none.
-
-    Returns:
-        Tensor (T, K); 0 where an index is -1.
-    """
-    scores = ops.convert_to_tensor(scores)
-    check_indices("indices", indices, scores.shape[-1])
-    indices = ops.convert_to_tensor(indices)
-    check_tensors(scores=(scores, "TE", "float"), indices=(indices, "TK", "int"))
-    return _take_scores(scores, indices)
-
-
 @backend.jit_when_eager
-def _take_scores(scores, indices):
+def take_scores(scores, indices):
+    """Scores (T, K) of the chosen experts, from scores (T, E); 0 where an index is -1."""
     return backend.take_columns(scores, indices)

@@ -8,47 +8,31 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_moe._internal.checks import check_integer, check_tensors
 from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.plans import GroupedPlan
-from keras_moe.ops.routing import Routing, _make_routing, clean_logits
+from keras_moe.ops.routing import Routing, _make_routing
 from keras_moe.ops.scores import softmax
-from keras_moe.ops.selection import _take_scores, _top_k_indices
-from keras_moe.ops.sorting import at_least, check_sequence_length
+from keras_moe.ops.selection import take_scores, top_k_indices
+from keras_moe.ops.sorting import at_least
 
 
-def soft_routing(
-    logits: Tensor, num_experts: int, mask: Tensor | None = None, sequence_length: int | None = None
-) -> Routing:
+def soft_routing(logits, num_experts, mask, sequence_length=None):
     """Each slot is a mean of the tokens of a sequence, each token a mean of the slots' outputs.
 
     Puigcerver et al. 2023, Soft MoE (arXiv:2308.00951), eq. 1 to 3.
 
     Args:
-        logits: Float tensor (T, E * P), computed on in float32; the slots of an expert are
-            neighbours.
+        logits: Float32 tensor (T, E * P); the slots of an expert are neighbours.
         num_experts: Integer, E.
-        mask: Bool tensor (T,), False for padding, or None.
+        mask: Bool tensor (T,), False for padding.
         sequence_length: Integer or None. S; None where all tokens are one sequence.
 
     Returns:
         A `Routing` that names for each token the expert it takes most from, with K = 1 and that
-        expert's share as weight; the logit of an expert is the logsumexp of those of its slots.
-        `details` holds the weights for `plan_soft`: to slots and back, both (B, S, M).
+        expert's share as weight; the logit of an expert is the logsumexp of the logits of its
+        slots. `details` holds the weights for `SoftPlan`: to slots and back, both (B, S, M).
     """
-    logits, mask = clean_logits(logits, mask)
-    num_experts = check_integer("num_experts", num_experts)
-    sequence_length = check_sequence_length(sequence_length, logits.shape[0])
-    if logits.shape[1] % num_experts:
-        raise ValueError(
-            "Each expert must have as many slots as the others. "
-            f"Received: {logits.shape[1]} logits for num_experts={num_experts}"
-        )
-    return _soft_routing(logits, num_experts, mask, sequence_length)
-
-
-def _soft_routing(logits, num_experts, mask, sequence_length=None):
     num_tokens, num_slots = ops.shape(logits)[0], logits.shape[1]
     length = at_least(1, num_tokens) if sequence_length is None else sequence_length
     by_sequence = ops.reshape(logits, (-1, length, num_slots))
@@ -60,11 +44,11 @@ def _soft_routing(logits, num_experts, mask, sequence_length=None):
     slots = num_slots // num_experts
     logits = ops.logsumexp(ops.reshape(logits, (num_tokens, num_experts, slots)), axis=-1)
     probs = softmax(logits)
-    indices = _top_k_indices(probs, 1)
+    indices = top_k_indices(probs, 1)
     num_runs = ops.shape(by_sequence)[0] * slots
     return _make_routing(
         indices=indices,
-        weights=_take_scores(probs, indices),
+        weights=take_scores(probs, indices),
         probs=probs,
         logits=logits,
         mask=mask,
@@ -138,17 +122,6 @@ class SoftPlan(NamedTuple):
     def dropped_fraction(self, counts: Tensor) -> Tensor:
         """0, a float32 scalar: every token is a part of every slot."""
         return ops.zeros((), "float32")
-
-
-def plan_soft(routing: Routing) -> SoftPlan:
-    """The plan of a routing of `soft_routing`."""
-    to_slots, back = map(ops.convert_to_tensor, routing.details)
-    check_tensors(to_slots=(to_slots, "BSM", "float"), back=(back, "BSM", "float"))
-    return SoftPlan(to_slots, back)
-
-
-def _plan_soft(routing):
-    return SoftPlan(*routing.details)
 
 
 def _order():

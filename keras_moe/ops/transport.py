@@ -5,14 +5,13 @@ Axes: T tokens, of which N are real, E experts.
 
 from keras import ops
 
-from keras_moe._internal.checks import check_integer, check_tensors
-from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
-from keras_moe.ops.selection import _take_scores, _top_k_indices
+from keras_moe.ops.selection import take_scores, top_k_indices
 from keras_moe.ops.sorting import ceil_divide, position_in_expert, put
 
 
-def sinkhorn_plan(logits: Tensor, mask: Tensor, iterations: int) -> Tensor:
+@backend.jit_when_eager
+def sinkhorn_plan(logits, mask, iterations):
     """The plan closest to the softmax whose experts all have the same load.
 
     Rows and columns of `exp(logits)` are scaled in turn until each real token gives 1 and each
@@ -28,18 +27,6 @@ def sinkhorn_plan(logits: Tensor, mask: Tensor, iterations: int) -> Tensor:
     Returns:
         Float32 tensor (T, E), the logarithm of the plan; minus infinity for padding.
     """
-    logits, mask = _as_tensors(logits, mask)
-    return _sinkhorn_plan(logits, mask, check_integer("iterations", iterations))
-
-
-def _as_tensors(scores, mask):
-    scores, mask = ops.convert_to_tensor(scores), ops.convert_to_tensor(mask)
-    check_tensors(scores=(scores, "TE", "float"), mask=(mask, "T", "mask"))
-    return ops.cast(scores, "float32"), ops.cast(mask, "bool")
-
-
-@backend.jit_when_eager
-def _sinkhorn_plan(logits, mask, iterations):
     num_experts = logits.shape[-1]
     real = ops.expand_dims(mask, 1)
     num_real = ops.sum(ops.cast(mask, "float32"))
@@ -57,7 +44,8 @@ def _sinkhorn_plan(logits, mask, iterations):
     return given(ops.fori_loop(0, iterations, scale, ops.zeros((num_experts,), "float32")))
 
 
-def balanced_assignment(scores: Tensor, mask: Tensor) -> Tensor:
+@backend.jit_when_eager
+def balanced_assignment(scores, mask):
     """One expert for each token, none with more than `ceil(N / E)` tokens.
 
     Tokens propose to their best expert, experts keep their best proposals, and rejected tokens
@@ -73,11 +61,6 @@ def balanced_assignment(scores: Tensor, mask: Tensor) -> Tensor:
     Returns:
         Int32 tensor (T,); padding is given expert 0.
     """
-    return _balanced_assignment(*_as_tensors(scores, mask))
-
-
-@backend.jit_when_eager
-def _balanced_assignment(scores, mask):
     num_tokens, num_experts = ops.shape(scores)[0], scores.shape[-1]
     scores = ops.where(ops.isfinite(scores), scores, -3e38)
     num_real = ops.sum(ops.cast(mask, "int32"))
@@ -86,8 +69,8 @@ def _balanced_assignment(scores, mask):
 
     def propose(open_to):
         open_scores = ops.where(open_to, scores, float("-inf"))
-        choice = _top_k_indices(open_scores, 1)
-        return choice[:, 0], _take_scores(open_scores, choice)[:, 0]
+        choice = top_k_indices(open_scores, 1)
+        return choice[:, 0], take_scores(open_scores, choice)[:, 0]
 
     def turn_away(open_to, rejected):
         choice, offer = propose(open_to)

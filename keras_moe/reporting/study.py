@@ -132,7 +132,7 @@ def _study(layer, summary, routing, labels, texts):
     routing = routing._replace(indices=np.where(routing.mask[:, None], routing.indices, -1))
     entropy = float(metrics.router_entropy(routing)) / math.log(max(summary.num_experts, 2))
     findings = [
-        *health.judge_load(routing.counts, layer.router.min_top_k, layer.balance_advice()),
+        *health.judge_load(routing.counts, layer.router.min_top_k, health.balance_advice(layer)),
         *health.judge_drops(float(routing.dropped)),
         *_judge_router(layer.router, routing, entropy),
     ]
@@ -151,4 +151,8 @@ def _judge_router(router, routing, entropy):
         return []  # A fixed router has no confidence to report.
     found = health.judge_router(entropy, health.logit_sizes(logits, router).max(initial=0))
     # Sigmoids are close to each other, however decided the router is: hints are about entropy.
-    return [each for each in found if router.shift_invariant or each.level == health.PROBLEM]
+    return [
+        each
+        for each in found
+        if health.fact(router, "shift_invariant") or each.level == health.PROBLEM
+    ]

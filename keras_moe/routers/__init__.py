@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+from keras_moe._internal.former_names import former_names
 from keras_moe._internal.serialization import resolve
 from keras_moe.routers.balancers import (
     BalancedAssignmentRouter,
@@ -11,7 +12,7 @@ from keras_moe.routers.balancers import (
     SelectionBalancer,
     SinkhornRouter,
 )
-from keras_moe.routers.fixed import ForcedRouter, HashRouter
+from keras_moe.routers.fixed import HashRouter
 from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.routers.noisy import GShardRouter, NoisyTopKRouter, VMoERouter
 from keras_moe.routers.router import Router
@@ -19,7 +20,7 @@ from keras_moe.routers.top_k import CosineRouter, GroupLimitedRouter, SelectionR
 from keras_moe.routers.unchosen import DenseRouter, ExpertChoiceRouter, SoftRouter
 from keras_moe.routers.varying import ReLURouter, TopPRouter
 
-BY_NAME = {
+IDENTIFIERS = {
     "balanced_assignment": BalancedAssignmentRouter,
     "cosine": CosineRouter,
     "deepseek_v3": partial(GroupLimitedRouter, scaling_factor=2.5, balancer="loss_free"),
@@ -41,26 +42,27 @@ def get(identifier: Any, num_experts: int | None) -> Router:
     """Return a router for a number of experts.
 
     Args:
-        identifier: A `Router`, a serialized one, or a name in `BY_NAME`, which stands for its
-            defaults.
+        identifier: A `Router`, its config, or a name: "balanced_assignment", "cosine", "dense",
+            "expert_choice", "gshard", "noisy_top_k", "relu", "sinkhorn", "soft", "top_k", "top_p"
+            or "v_moe", each with the defaults of its class; "deepseek_v3", a `GroupLimitedRouter`
+            with `scaling_factor=2.5, balancer="loss_free"`; or "switch", a `TopKRouter` with
+            `top_k=1, input_jitter=0.01`.
         num_experts: Integer. Number of experts of a router without one.
 
     Raises:
         TypeError: If `identifier` is none of these.
         ValueError: If the number does not fit the arguments of the router.
     """
-    router = resolve("router", identifier, Router, BY_NAME, num_experts=num_experts)
+    router = resolve("router", identifier, Router, IDENTIFIERS, num_experts=num_experts)
     router.bind(num_experts)
     return router
 
 
 __all__ = [
-    "BY_NAME",
     "BalancedAssignmentRouter",
     "CosineRouter",
     "DenseRouter",
     "ExpertChoiceRouter",
-    "ForcedRouter",
     "GShardRouter",
     "GroupLimitedRouter",
     "HashRouter",
@@ -79,6 +81,8 @@ __all__ = [
     "VMoERouter",
     "get",
 ]
+
+__getattr__ = former_names(__name__)
 
 
 def __dir__():

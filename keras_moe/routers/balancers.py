@@ -10,21 +10,19 @@ from keras import ops
 
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import Configured, register, resolve
+from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.routing import _top_k_routing
-from keras_moe.ops.selection import _take_scores, _top_k_indices
-from keras_moe.ops.transport import _balanced_assignment, _sinkhorn_plan
+from keras_moe.ops.selection import chosen_experts, take_scores, top_k_indices
+from keras_moe.ops.transport import balanced_assignment, sinkhorn_plan
 from keras_moe.routers.logit_router import LogitRouter
-
-# Scores are from 0 to 1: from this rate on, no larger one is named as an example.
-LARGE_RATE = 0.01
 
 
 class SelectionBalancer(Configured):
     """Abstract: from routings to a selection bias that evens out the load.
 
-    In training a router measures each batch, on each replica, and once an optimizer step updates
-    its bias with the mean of the measurements. The bias of a step is fixed before the step, so that
+    In training a router measures each batch on each replica, and updates its bias once an optimizer
+    step by the mean of the measurements. The bias of a step is fixed before the step, so that
     no token's experts depend on later tokens. Padding is not measured.
 
     A subclass implements `measure(routing, scores, bias)` and `update(bias, measured)`; all but the
@@ -45,25 +43,21 @@ class SelectionBalancer(Configured):
     def update(self, bias, measured):
         raise NotImplementedError
 
-    def balance_advice(self) -> str:
-        """Return what to try where the load is uneven in spite of the bias."""
-        return f"The load is balanced by the selection bias of {type(self).__name__}."
-
     def get_config(self):
         return {**super().get_config(), "accumulation_steps": self.accumulation_steps}
 
 
 @register
 class LossFreeBias(SelectionBalancer):
-    """Raises the bias of experts with less than the mean load, lowers that of the others.
+    """Raises the bias of experts below the mean load, and lowers the others.
 
     `b_e <- b_e + rate * sign(mean(c) - c_e)`, then the mean of b is subtracted, which changes no
     selection and keeps b near zero. There is no loss, so no gradient works against the task.
 
     Args:
-        rate: Float. Step of the bias. Raise it, for example to 0.01, where the load evens out too
-            slowly, and lower it where the load of evaluations then varies less from epoch to epoch.
-            A router that still learns varies it at any rate.
+        rate: Float. Step of the bias. Raise it, for example to 0.01, if the load evens out too
+            slowly. Lower it if that steadies the load of evaluations from epoch to epoch; it varies
+            at any rate while the router still learns.
         accumulation_steps: Integer. Micro-batches of an optimizer step.
 
     Raises:
@@ -93,13 +87,6 @@ class LossFreeBias(SelectionBalancer):
         bias = bias + self.rate * ops.sign(missing)
         return bias - ops.mean(bias)
 
-    def balance_advice(self):
-        if self.rate < LARGE_RATE:
-            advice = f"raise the rate, for example to {min(10 * self.rate, LARGE_RATE):g}"
-        else:
-            advice = "lower the rate if the load jumps from epoch to epoch, else raise it"
-        return f"The load is balanced by LossFreeBias(rate={self.rate:g}): {advice}."
-
     def get_config(self):
         return {**super().get_config(), "rate": self.rate}
 
@@ -109,13 +96,13 @@ class QuantileBias(SelectionBalancer):
     """Sets the bias so that each expert would have had its fair share of the last batch.
 
     A token needs more than its threshold, the (K+1)-th best of its biased scores, to choose an
-    expert. The bias of an expert is such that its score is above the threshold for N K / E of the N
-    tokens: minus a quantile over the tokens. It follows the load within a few steps.
+    expert. The bias of an expert, minus a quantile over the tokens, lifts its score above the
+    threshold for N K / E of the N tokens. It follows the load within a few steps.
 
     Args:
         momentum: Float from 0 to below 1. Share of the old bias that is kept.
         accumulation_steps: Integer. Micro-batches of an optimizer step. Their biases are averaged,
-            which is close to that of all their tokens if the micro-batches are alike.
+            which is close to the bias of all their tokens if the micro-batches are alike.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -137,7 +124,7 @@ class QuantileBias(SelectionBalancer):
         if top_k == num_experts:
             return ops.zeros((num_experts,), "float32")
         biased = scores + bias
-        threshold = _take_scores(biased, _top_k_indices(biased, top_k + 1)[:, top_k:])
+        threshold = take_scores(biased, top_k_indices(biased, top_k + 1)[:, top_k:])
         margin = ops.where(ops.expand_dims(routing.mask, 1), scores - threshold, -math.inf)
         # The mean of the replicas' quantiles is not the quantile of all their tokens.
         margin = -ops.sort(-backend.devices.gather_over_replicas(margin), axis=0)
@@ -152,24 +139,46 @@ class QuantileBias(SelectionBalancer):
         bias = self.momentum * bias + (1 - self.momentum) * measured
         return bias - ops.mean(bias)
 
-    def balance_advice(self):
-        momentum = f"QuantileBias(momentum={self.momentum:g})"
-        return f"The load is balanced by {momentum}: lower the momentum, or use larger batches."
-
     def get_config(self):
         return {**super().get_config(), "momentum": self.momentum}
 
 
-BY_NAME = {"loss_free": LossFreeBias, "quantile": QuantileBias}
+IDENTIFIERS = {"loss_free": LossFreeBias, "quantile": QuantileBias}
 
 
 def get(identifier):
     """Return a balancer from an instance, a config, "loss_free" or "quantile"."""
-    return resolve("balancer", identifier, SelectionBalancer, BY_NAME)
+    return resolve("balancer", identifier, SelectionBalancer, IDENTIFIERS)
+
+
+class MatchingRouter(LogitRouter):
+    """Abstract: in training, tokens and experts are matched by `match(logits, mask)`.
+
+    In training a token's experts depend on the whole batch, so later tokens leak a little. In
+    evaluation a token goes to its best experts. The weights are scores of the logits: a sigmoid for
+    K = 1, a softmax over all experts otherwise.
+    """
+
+    causal = False
+    default_losses = ()
+
+    def route(self, tokens, mask, training, **context):
+        logits, mask = self.logits(tokens, mask, training)
+
+        def select(scores):
+            scores = self.match(ops.stop_gradient(logits), mask) if training else scores
+            return top_k_indices(scores, self.top_k)
+
+        score = "softmax" if self.top_k > 1 else "sigmoid"
+        return _top_k_routing(logits, self.top_k, mask, score, renormalize=False, select=select)
+
+    def match(self, logits: Tensor, mask: Tensor) -> Tensor:
+        """Return scores (T, E), whose best are the experts of a token."""
+        raise NotImplementedError
 
 
 @register
-class SinkhornRouter(LogitRouter):
+class SinkhornRouter(MatchingRouter):
     """In training, tokens choose from a plan in which all experts have the same load.
 
     The plan decides which experts are chosen; weights are the scores themselves: a sigmoid of the
@@ -180,10 +189,9 @@ class SinkhornRouter(LogitRouter):
         num_experts: Integer. Number of experts, E.
         top_k: Integer. Experts per token, K, at most E.
         iterations: Integer. Rounds of the algorithm; fixed, so that it compiles.
-        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer`, `seed`,
-            `hidden_dim` and `temperature`, as in `TopKRouter`; `name` and `trainable`.
+        **kwargs: Other arguments, as in `LogitRouter`.
 
-    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
+    Raises, call arguments and returns: as for `Router`, without `indices`.
 
     Example:
 
@@ -194,9 +202,6 @@ class SinkhornRouter(LogitRouter):
     Reference: Clark et al. 2022 (arXiv:2202.01169), section 3.2 and appendix B.
     """
 
-    causal = False
-    default_losses = ()
-
     def __init__(
         self, num_experts: int | None = None, top_k: int = 1, iterations: int = 8, **kwargs: Any
     ):
@@ -205,40 +210,24 @@ class SinkhornRouter(LogitRouter):
         self.iterations = check_integer("iterations", iterations)
         self.check_num_experts()
 
-    @property
-    def shift_invariant(self):
-        return self.top_k > 1
-
-    def route(self, tokens, mask, training):
-        logits, mask = self.logits(tokens, mask, training)
-
-        def select(scores):
-            if training:
-                scores = _sinkhorn_plan(ops.stop_gradient(logits), mask, self.iterations)
-            return _top_k_indices(scores, self.top_k)
-
-        score = "softmax" if self.top_k > 1 else "sigmoid"
-        return _top_k_routing(logits, self.top_k, mask, score, renormalize=False, select=select)
+    def match(self, logits, mask):
+        return sinkhorn_plan(logits, mask, self.iterations)
 
     def get_config(self):
         return {**super().get_config(), "top_k": self.top_k, "iterations": self.iterations}
 
 
 @register
-class BalancedAssignmentRouter(LogitRouter):
+class BalancedAssignmentRouter(MatchingRouter):
     """In training every expert has the same number of tokens, assigned by preference.
 
     One expert per token, its weight the sigmoid of its logit. In evaluation a token goes to its
     best expert, whatever the load. In training a token's expert depends on the whole batch. The
-    assignment is stable rather than optimal: see `ops.balanced_assignment`. BASE layers also add
-    the input times one minus the weight, as the residual connection around the layer does here.
+    assignment is stable rather than optimal: no token and expert both prefer each other to their
+    assignment. BASE layers also add the input times one minus the weight, as the residual
+    connection around the layer does here.
 
-    Args:
-        num_experts: Integer. Number of experts, E.
-        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer`, `seed`,
-            `hidden_dim` and `temperature`, as in `TopKRouter`; `name` and `trainable`.
-
-    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
+    Arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
 
     Example:
 
@@ -251,16 +240,7 @@ class BalancedAssignmentRouter(LogitRouter):
     """
 
     top_k = 1
-    causal = False
-    default_losses = ()
-    shift_invariant = False
 
-    def route(self, tokens, mask, training):
-        logits, mask = self.logits(tokens, mask, training)
-
-        def select(scores):
-            if not training:
-                return _top_k_indices(scores, 1)
-            return ops.expand_dims(_balanced_assignment(ops.stop_gradient(logits), mask), 1)
-
-        return _top_k_routing(logits, 1, mask, "sigmoid", renormalize=False, select=select)
+    def match(self, logits, mask):
+        assigned = ops.expand_dims(balanced_assignment(logits, mask), 1)
+        return ops.cast(chosen_experts(assigned, logits.shape[-1]), "float32")

@@ -11,7 +11,7 @@ from keras_moe._internal.serialization import register
 from keras_moe.ops import draws
 from keras_moe.ops.routing import _make_routing, _top_k_routing
 from keras_moe.ops.scores import SCORES
-from keras_moe.ops.selection import _top_k_indices, chosen_experts, mask_invalid
+from keras_moe.ops.selection import chosen_experts, mask_invalid, top_k_indices
 from keras_moe.routers.router import Router
 
 PATTERNS = ("round_robin", "random", "zipf", "one")
@@ -89,7 +89,7 @@ class HashRouter(Router):
         _check_has_ids(kwargs.get("token_ids"))
         return super().compute_output_spec(tokens, *args, **kwargs)
 
-    def route(self, tokens, mask, training, token_ids=None):
+    def route(self, tokens, mask, training, token_ids=None, **context):
         _check_has_ids(token_ids)
         ids = ops.cast(token_ids, "int32") % self.vocabulary_size
         indices = mask_invalid(ops.take(self.table, ids, axis=0), self.num_experts)
@@ -124,11 +124,11 @@ class ForcedRouter(Router):
         seed: Integer seed of the draws, or None.
         **kwargs: `name` and `trainable`, as in any Keras layer.
 
-    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
+    Raises, call arguments and returns: as for `Router`, without `indices`.
 
     Example:
 
-    >>> router = keras_moe.routers.ForcedRouter(num_experts=4, pattern="round_robin")
+    >>> router = keras_moe.routers.fixed.ForcedRouter(num_experts=4, pattern="round_robin")
     >>> routing = router(keras.random.normal((32, 64)))
     >>> keras.ops.convert_to_numpy(routing.counts).tolist()
     [16, 16, 16, 16]
@@ -151,7 +151,7 @@ class ForcedRouter(Router):
         self._draws = keras.random.SeedGenerator(self.seed)
         self.check_num_experts()
 
-    def route(self, tokens, mask, training):
+    def route(self, tokens, mask, training, **context):
         indices = self._indices(ops.shape(tokens)[0])
         return _fixed_routing(indices, mask, self.num_experts)
 
@@ -167,7 +167,7 @@ class ForcedRouter(Router):
         noise = -ops.log(-ops.log(draws.uniform(shape, self._draws)))
         if self.pattern == "zipf":
             noise = noise - ops.log(ops.arange(1, self.num_experts + 1, dtype="float32"))
-        return _top_k_indices(noise, self.top_k)
+        return top_k_indices(noise, self.top_k)
 
     def get_config(self):
         config = super().get_config()

@@ -19,10 +19,23 @@ class LogitRouter(Adaptable, Router):
     """Abstract: a router whose logits are learned; linear, unless a subclass overrides `project`.
 
     Args:
-        num_experts: Integer. Number of experts, E.
-        input_jitter: Float, as `logit_noise`, `kernel_initializer`, `kernel_regularizer`, `seed`,
-            `hidden_dim` and `temperature` an argument of `TopKRouter`, which describes it.
-        **kwargs: `name` and `trainable`, as in any Keras layer.
+        num_experts: Integer. Number of experts, E. None: the number of the layer around the router.
+        input_jitter: Float from 0 to below 1. In training the router, not the experts, sees its
+            inputs multiplied by noise uniform in `[1 - input_jitter, 1 + input_jitter]` (Switch
+            uses 0.01).
+        logit_noise: Float. In training, standard deviation of normal noise added to the logits.
+        kernel_initializer: Initializer of the kernel (D, E). The default is normal with standard
+            deviation 0.02; zeros would send every token to the same experts.
+        kernel_regularizer: Regularizer of the kernel, or None.
+            `keras.regularizers.OrthogonalRegularizer(mode="columns")` keeps the experts' directions
+            apart (arXiv:2506.14038).
+        seed: Integer seed of the noise, or None.
+        hidden_dim: Integer or None. Width H of a hidden layer with ReLU before the kernel, which
+            then is (H, E).
+        temperature: Float above 0. Logits are divided by it: scores are sharper below 1.
+        **kwargs: `name` and `trainable`, as in any Keras layer. `dtype` is always float32.
+
+    Raises, call arguments and returns: as for `Router`.
     """
 
     # Whether a `project` that is overridden multiplies by `times_kernel`, and so has LoRA.

@@ -6,30 +6,67 @@ from keras import ops
 
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import register
+from keras_moe._internal.types import Tensor
 from keras_moe.ops import draws
-from keras_moe.ops.balance import _noisy_load
+from keras_moe.ops.balance import noisy_load
 from keras_moe.ops.routing import _make_routing
 from keras_moe.ops.scores import distribution, softmax
-from keras_moe.ops.selection import _take_scores, _top_k_indices
+from keras_moe.ops.selection import take_scores, top_k_indices
 from keras_moe.routers.logit_router import LogitRouter
 
 
+class NoisyRouter(LogitRouter):
+    """Abstract: top-k of the softmax of logits that have normal noise in training.
+
+    The noise makes the load a smooth function, which `losses.LoadVariation` evens out. A subclass
+    implements `deviation(tokens)`.
+    """
+
+    default_losses = ("importance_variation", "load_variation")
+    # Whether the weights are divided by their sum, if there are several.
+    renormalizes = False
+
+    def __init__(self, num_experts: int | None = None, top_k: int = 2, **kwargs: Any):
+        super().__init__(num_experts, **kwargs)
+        self.top_k = check_integer("top_k", top_k)
+        self.check_num_experts()
+
+    def deviation(self, tokens: Tensor) -> Tensor | float:
+        """Return the standard deviation of the noise: a tensor (T, E) or a float."""
+        raise NotImplementedError
+
+    def route(self, tokens, mask, training, **context):
+        clean, mask = self.logits(tokens, mask, training)
+        noisy, load = clean, None
+        deviation = self.deviation(tokens) if training else 0.0
+        if not isinstance(deviation, float) or deviation:
+            noisy = clean + deviation * self._noise(draws.normal, clean)
+            load = noisy_load(clean, noisy, deviation, self.top_k, mask)
+        scores = softmax(noisy)
+        indices = top_k_indices(scores, self.top_k)
+        weights = take_scores(scores, indices)
+        if self.renormalizes and self.top_k > 1:
+            weights = distribution(weights)
+        return _make_routing(indices, weights, softmax(clean), clean, mask, load=load)
+
+    def get_config(self):
+        return {**super().get_config(), "top_k": self.top_k}
+
+
 @register
-class NoisyTopKRouter(LogitRouter):
+class NoisyTopKRouter(NoisyRouter):
     """Top-k routing with noise of a learned size for each token and expert.
 
     `H = x W + N(0, 1) * (softplus(x W_noise) + 0.01)` in training, `x W` in evaluation; the weights
-    are a softmax over the K largest of H. The noise makes the load a smooth function, which
-    `losses.LoadVariation` evens out.
+    are a softmax over the K largest of H.
 
     Args:
         num_experts: Integer. Number of experts, E.
         top_k: Integer. Experts per token, K, at most E. With 1 the weight is the probability among
             all experts, as the softmax over one alone would be 1 and have no gradient.
-        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer`, `seed`,
-            `hidden_dim` and `temperature`, as in `TopKRouter`; `name` and `trainable`.
+        **kwargs: Other arguments, as in `LogitRouter`.
 
-    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
+    Raises, call arguments and returns: as for `Router`, without `indices`.
 
     Example:
 
@@ -37,16 +74,11 @@ class NoisyTopKRouter(LogitRouter):
     >>> router(keras.random.normal((32, 64)), training=True).indices.shape
     (32, 2)
 
-    Reference: Shazeer et al. 2017 (arXiv:1701.06538), eq. 3 to 5 and 8 to 10. The smallest noise is
-    that of tensor2tensor.
+    Reference: Shazeer et al. 2017 (arXiv:1701.06538), eq. 3 to 5 and 8 to 10; the smallest noise as
+    in tensor2tensor.
     """
 
-    default_losses = ("importance_variation", "load_variation")
-
-    def __init__(self, num_experts: int | None = None, top_k: int = 2, **kwargs: Any):
-        super().__init__(num_experts, **kwargs)
-        self.top_k = check_integer("top_k", top_k)
-        self.check_num_experts()
+    renormalizes = True
 
     def build(self, tokens_shape):
         super().build(tokens_shape)
@@ -54,21 +86,12 @@ class NoisyTopKRouter(LogitRouter):
             name="noise_kernel", shape=self.kernel.shape, initializer="zeros"
         )
 
-    def route(self, tokens, mask, training):
-        clean, mask = self.logits(tokens, mask, training)
-        deviation = None
-        if training:
-            deviation = (
-                ops.softplus(ops.matmul(self.hidden_features(tokens), self.noise_kernel)) + 0.01
-            )
-        return _route_with_noise(self, clean, deviation, mask, renormalize=self.top_k > 1)
-
-    def get_config(self):
-        return {**super().get_config(), "top_k": self.top_k}
+    def deviation(self, tokens):
+        return ops.softplus(ops.matmul(self.hidden_features(tokens), self.noise_kernel)) + 0.01
 
 
 @register
-class VMoERouter(LogitRouter):
+class VMoERouter(NoisyRouter):
     """Top-k of a softmax whose logits have normal noise of deviation `noise_std / E` in training.
 
     The weights are the noisy probabilities themselves, not divided by their sum. `probs`, and with
@@ -78,10 +101,9 @@ class VMoERouter(LogitRouter):
         num_experts: Integer. Number of experts, E.
         top_k: Integer. Experts per token, K, at most E.
         noise_std: Float. Standard deviation of the noise times E.
-        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer`, `seed`,
-            `hidden_dim` and `temperature`, as in `TopKRouter`; `name` and `trainable`.
+        **kwargs: Other arguments, as in `LogitRouter`.
 
-    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
+    Raises, call arguments and returns: as for `Router`, without `indices`.
 
     Example:
 
@@ -92,37 +114,17 @@ class VMoERouter(LogitRouter):
     Reference: Riquelme et al. 2021 (arXiv:2106.05974), section 2.2 and appendix A.
     """
 
-    default_losses = ("importance_variation", "load_variation")
-
     def __init__(
         self, num_experts: int | None = None, top_k: int = 2, noise_std: float = 1.0, **kwargs: Any
     ):
-        super().__init__(num_experts, **kwargs)
-        self.top_k = check_integer("top_k", top_k)
+        super().__init__(num_experts, top_k, **kwargs)
         self.noise_std = check_number("noise_std", noise_std)
-        self.check_num_experts()
 
-    def route(self, tokens, mask, training):
-        clean, mask = self.logits(tokens, mask, training)
-        deviation = self.noise_std / self.num_experts if training and self.noise_std else None
-        return _route_with_noise(self, clean, deviation, mask, renormalize=False)
+    def deviation(self, tokens):
+        return self.noise_std / self.num_experts
 
     def get_config(self):
-        return {**super().get_config(), "top_k": self.top_k, "noise_std": self.noise_std}
-
-
-def _route_with_noise(router, clean, deviation, mask, renormalize):
-    """Top-k of the softmax of logits with normal noise of a deviation, None for no noise."""
-    noisy, load = clean, None
-    if deviation is not None:
-        noisy = clean + deviation * router._noise(draws.normal, clean)
-        load = _noisy_load(clean, noisy, deviation, router.top_k, mask)
-    scores = softmax(noisy)
-    indices = _top_k_indices(scores, router.top_k)
-    weights = _take_scores(scores, indices)
-    if renormalize:
-        weights = distribution(weights)
-    return _make_routing(indices, weights, softmax(clean), clean, mask, load=load)
+        return {**super().get_config(), "noise_std": self.noise_std}
 
 
 @register
@@ -136,10 +138,9 @@ class GShardRouter(LogitRouter):
     Args:
         num_experts: Integer. Number of experts, E.
         threshold: Float above 0. Weight from which on the second expert always serves.
-        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer`, `seed`,
-            `hidden_dim` and `temperature`, as in `TopKRouter`; `name` and `trainable`.
+        **kwargs: Other arguments, as in `LogitRouter`.
 
-    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
+    Raises, call arguments and returns: as for `Router`, without `indices`.
 
     Example:
 
@@ -147,7 +148,7 @@ class GShardRouter(LogitRouter):
     >>> router(keras.random.normal((32, 64)), training=True).indices.shape
     (32, 2)
 
-    Reference: Lepikhin et al. 2020 (arXiv:2006.16668), section 2.2; the threshold is that of
+    Reference: Lepikhin et al. 2020 (arXiv:2006.16668), section 2.2; the threshold as in
     Mesh TensorFlow.
     """
 
@@ -158,11 +159,11 @@ class GShardRouter(LogitRouter):
         self.threshold = check_number("threshold", threshold, above=0)
         self.check_num_experts()
 
-    def route(self, tokens, mask, training):
+    def route(self, tokens, mask, training, **context):
         logits, mask = self.logits(tokens, mask, training)
         probs = softmax(logits)
-        indices = _top_k_indices(probs, self.top_k)
-        weights = distribution(_take_scores(probs, indices))
+        indices = top_k_indices(probs, self.top_k)
+        weights = distribution(take_scores(probs, indices))
         if training:
             second = ops.stop_gradient(weights[:, 1:])
             kept = self._noise(draws.uniform, second) * self.threshold < second

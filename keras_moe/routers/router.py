@@ -1,6 +1,5 @@
 """The interface of every router."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -8,12 +7,17 @@ import keras
 from keras import ops
 
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors
-from keras_moe._internal.serialization import PACKAGE, load_draws, save_draws
+from keras_moe._internal.serialization import load_draws, save_draws
 from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
-from keras_moe.ops.capacity import plan_groups
 from keras_moe.ops.plans import GroupedPlan, plan_routing
-from keras_moe.ops.routing import _FIELDS, Routing, weighted_counts, without_padding
+from keras_moe.ops.routing import (
+    Routing,
+    check_fields,
+    count_assignments,
+    weighted_counts,
+    without_padding,
+)
 
 
 class Router(keras.layers.Layer):
@@ -22,18 +26,23 @@ class Router(keras.layers.Layer):
     A router always computes in float32, whatever the policy of the model around it: rounded scores
     select other experts. It can be used alone, without experts.
 
-    A subclass implements `route(tokens, mask, training)`, which returns an `ops.Routing`, and sets
-    `top_k`, the number of experts per token. Tokens of padding are zeros in `route`, and `mask` is
-    False there. If `route` also has an argument `sequence_length`, `token_ids` or `indices`, the
-    caller's is passed to it.
+    A subclass implements `route(tokens, mask, training, **context)`, which returns an
+    `ops.Routing`, and sets `top_k`, the number of experts per token. In `route` tokens of padding
+    are zeros, and `mask` is False there. `context` has the `sequence_length`, `token_ids` and
+    `indices` of the call, each None if it was not given.
 
-    It sets `causal` to False if a token's experts depend on other tokens of the batch, which rules
-    it out for language models, and `default_losses` if it needs others than a balance loss and a
-    z-loss. It overrides `plan` if its tokens do not choose experts, and `max_top_k`, `mean_top_k`
+    Class attributes describe it:
+
+    - `causal`: False if a token's experts depend on other tokens of the batch, which rules the
+      router out for language models.
+    - `default_losses`: names of the losses of a layer that is given none.
+    - `replays_indices`: True if `route` chooses `indices` where they are given.
+
+    A subclass overrides `plan` if its tokens do not choose experts, and `max_top_k`, `mean_top_k`
     and `min_top_k` if the number of experts differs between tokens.
 
     Args:
-        num_experts: Integer. Number of experts, E. None: that of the layer around the router.
+        num_experts: Integer. Number of experts, E. None: the number of the layer around the router.
         **kwargs: `name` and `trainable`, as in any Keras layer.
 
     Raises:
@@ -45,10 +54,10 @@ class Router(keras.layers.Layer):
         training: Boolean. Whether noise is added.
         sequence_length: Integer. Length of each sequence in `tokens`, for routers that treat each
             alone. None: all tokens are one sequence.
-        token_ids: Integer tensor with T entries, the ids of the tokens in the vocabulary.
+        token_ids: Integer tensor with T entries. Ids of the tokens in the vocabulary.
         indices: (T, K) integer tensor of experts to replay: the router weighs them by its own
-            scores, with their gradient, instead of choosing. In a tensor, numbers that are no
-            expert's count as -1, for none; in an array they are refused.
+            scores, with their gradient, instead of choosing. In a tensor, numbers of no expert
+            count as -1, for none; in an array they are refused.
 
     Returns:
         An `ops.Routing`.
@@ -59,7 +68,7 @@ class Router(keras.layers.Layer):
     ...     top_k = 2
     ...     def build(self, tokens_shape):
     ...         self.centres = self.add_weight(shape=(self.num_experts, tokens_shape[-1]))
-    ...     def route(self, tokens, mask, training):
+    ...     def route(self, tokens, mask, training, **context):
     ...         differences = keras.ops.expand_dims(tokens, 1) - self.centres
     ...         closeness = -keras.ops.sum(differences**2, axis=-1)
     ...         return keras_moe.ops.top_k_routing(closeness, self.top_k, mask)
@@ -70,16 +79,12 @@ class Router(keras.layers.Layer):
 
     top_k: Any = None
     causal = True
-    # Losses of a `MixtureOfExperts` that is given none: names in `losses.BY_NAME`.
     default_losses: tuple = ("load_balance", "router_z")
+    replays_indices = False
     # Whether tokens choose experts, so that an expert may be chosen by too many.
     takes_capacity = True
     # Whether all experts serve each token, so that experts are counted by their weights.
     serves_all = False
-    # Whether the norm of the kernel changes no logit.
-    normalizes_kernel = False
-    # Whether a number that is added to all logits of a token changes nothing.
-    shift_invariant: Any = True
 
     def __init__(self, num_experts: int | None = None, **kwargs: Any):
         dtype = kwargs.pop("dtype", None)
@@ -92,8 +97,6 @@ class Router(keras.layers.Layer):
         )
         self.supports_masking = True
         self.input_spec = keras.layers.InputSpec(ndim=2)
-        self._known_arguments = set(inspect.signature(self.route).parameters)
-        self._is_of_package = type(self).__module__.startswith(f"{PACKAGE}.")
 
     def bind(self, num_experts: int) -> None:
         """Set the number of experts of a router that has none; one that is set stays."""
@@ -137,9 +140,9 @@ class Router(keras.layers.Layer):
         )
         if token_ids is not None:
             token_ids = ops.reshape(token_ids, (-1,))
-        if indices is not None and "indices" not in self._known_arguments:
+        if indices is not None and not self.replays_indices:
             raise ValueError(
-                "`indices` can be replayed by routers whose `route` takes them. "
+                "`indices` can be replayed by routers with `replays_indices`. "
                 f"Received: indices for a `{type(self).__name__}`"
             )
         tensors = {
@@ -156,24 +159,24 @@ class Router(keras.layers.Layer):
             real = ops.cast(mask, "bool")
             # Padding may hold anything, NaN included, and its gradient must be zero.
             tokens = ops.where(ops.expand_dims(real, 1), tokens, 0.0)
-        known = {"sequence_length": sequence_length, "token_ids": token_ids, "indices": indices}
-        known = {name: value for name, value in known.items() if name in self._known_arguments}
         with backend.without_autocast(tokens):
-            routing = self.route(tokens, real, training, **known)
+            routing = self.route(
+                tokens,
+                real,
+                training,
+                sequence_length=sequence_length,
+                token_ids=token_ids,
+                indices=indices,
+            )
+        check_fields(routing, {"T": tokens.shape[0], "E": self.num_experts, "K": self.max_top_k})
+        if mask is not None and routing.mask is not real:  # A subclass may not pass the mask on.
+            routing = without_padding(routing, real)
         if self.serves_all and indices is None:
             counts = weighted_counts(routing.indices, routing.weights, real)
             routing = routing._replace(counts=counts)
-        if not self._is_of_package:  # written by a user, at least in part
-            sizes = {"T": tokens.shape[0], "E": self.num_experts, "K": self.max_top_k}
-            fields = {name: (getattr(routing, name), *kind) for name, kind in _FIELDS.items()}
-            check_tensors(
-                sizes, **{k: field for k, field in fields.items() if field[0] is not None}
-            )
-            if mask is not None:
-                routing = without_padding(routing, real)
         return routing
 
-    def route(self, tokens: Tensor, mask: Tensor, training: bool | None) -> Routing:
+    def route(self, tokens: Tensor, mask: Tensor, training: bool | None, **context: Any) -> Routing:
         """Return the routing of tokens (T, D), zeros where the mask (T,) is False."""
         raise NotImplementedError
 
@@ -192,14 +195,11 @@ class Router(keras.layers.Layer):
         """Fewest experts that do the work of a token; K, or 1 where the weights of all decide."""
         return 1 if self.serves_all else self.top_k
 
-    def balance_advice(self) -> str | None:
-        """Return what to try where the load is uneven, if the router balances it, or None."""
-        return None
-
     def plan(self, routing: Routing) -> GroupedPlan:
         """Return which expert serves which token; a capacity may drop some of it."""
-        # A user's router may replace the indices of a routing, and not its counts.
-        return plan_routing(routing) if self._is_of_package else plan_groups(routing)
+        # Counted again, which compilers merge: a router may replace the indices of a routing alone.
+        counts = count_assignments(routing.indices, routing.mask, routing.counts.shape[0])
+        return plan_routing(routing._replace(counts=counts))
 
     def save_own_variables(self, store):
         super().save_own_variables(store)
@@ -218,9 +218,7 @@ class Router(keras.layers.Layer):
     def compute_mask(self, tokens, mask=None):
         return None
 
-    def compute_output_spec(
-        self, tokens, mask=None, training=None, sequence_length=None, token_ids=None, indices=None
-    ):
+    def compute_output_spec(self, tokens, *args, indices=None, **kwargs):
         of_choices = (tokens.shape[0], self.max_top_k)
         of_experts = (tokens.shape[0], self.num_experts)
         return Routing(

@@ -1,7 +1,6 @@
 """Routers that give each token its K best experts."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -13,8 +12,8 @@ from keras_moe._internal.serialization import config_of, register
 from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.routing import _top_k_routing
-from keras_moe.ops.scores import SCORES, along_units, unit
-from keras_moe.ops.selection import _group_limited_scores, _top_k_indices, mask_invalid
+from keras_moe.ops.scores import SCORES, cosine_logits, l2_normalize
+from keras_moe.ops.selection import group_limited_scores, mask_invalid, top_k_indices
 from keras_moe.routers import balancers
 from keras_moe.routers.logit_router import LogitRouter
 
@@ -23,13 +22,15 @@ class SelectionRouter(LogitRouter):
     """Abstract: scores, an optional selection bias, and the best experts by their sum.
 
     The bias affects which experts are chosen, never their weights. A subclass may override
-    `project(tokens)`, for other logits, or `select(scores)`, for another choice.
+    `project(tokens)` for other logits, or `select(scores)` for another choice.
 
     Args:
         num_experts: Integer. Number of experts, E.
         top_k: Integer. Experts per token, K, at most E.
         **kwargs: Arguments of `TopKRouter`.
     """
+
+    replays_indices = True
 
     def __init__(
         self,
@@ -40,22 +41,9 @@ class SelectionRouter(LogitRouter):
         scaling_factor: float = 1.0,
         balancer: str | balancers.SelectionBalancer | None = None,
         use_bias: bool = False,
-        input_jitter: float = 0.0,
-        logit_noise: float = 0.0,
-        kernel_initializer: str | Callable | None = None,
-        kernel_regularizer: str | Callable | None = None,
-        seed: int | None = None,
         **kwargs: Any,
     ):
-        super().__init__(
-            num_experts,
-            input_jitter,
-            logit_noise,
-            kernel_initializer,
-            kernel_regularizer,
-            seed,
-            **kwargs,
-        )
+        super().__init__(num_experts, **kwargs)
         self.top_k = check_integer("top_k", top_k)
         self.score = check_choice("score", score, SCORES)
         self.renormalize = renormalize if renormalize is None else bool(renormalize)
@@ -83,18 +71,11 @@ class SelectionRouter(LogitRouter):
                 name="measurements", **{**state, "shape": (), "dtype": "int32"}
             )
 
-    @property
-    def shift_invariant(self):
-        return self.score == "softmax"
-
-    def balance_advice(self):
-        return None if self.balancer is None else self.balancer.balance_advice()
-
     def select(self, scores: Tensor) -> Tensor:
         """Return indices (T, K) of the experts with the best scores (T, E)."""
-        return _top_k_indices(scores, self.top_k)
+        return top_k_indices(scores, self.top_k)
 
-    def route(self, tokens, mask, training, indices=None):
+    def route(self, tokens, mask, training, indices=None, **context):
         logits, mask = self.logits(tokens, mask, training)
         if self.use_bias:
             logits = logits + self.bias
@@ -162,7 +143,7 @@ class TopKRouter(SelectionRouter):
     more, the chosen scores are divided by their sum (Mixtral, Jiang et al. 2024, arXiv:2401.04088).
 
     Args:
-        num_experts: Integer. Number of experts, E. None: that of the layer around the router.
+        num_experts: Integer. Number of experts, E. None: the number of the layer around it.
         top_k: Integer. Experts per token, K, at most E. With a single expert it becomes 1.
         score: "softmax", "sigmoid" or "sqrt_softplus".
         renormalize: Boolean. Whether the weights of a token are divided by their sum. None: if
@@ -172,33 +153,10 @@ class TopKRouter(SelectionRouter):
         balancer: "loss_free", "quantile", or a `LossFreeBias` or `QuantileBias`, which balance the
             load by a selection bias instead of a loss. None: no selection bias.
         use_bias: Boolean. Whether a learned bias (E,) is added to the logits, as in gpt-oss.
-        input_jitter: Float from 0 to below 1. In training the router, not the experts, sees its
-            inputs multiplied by noise uniform in `[1 - input_jitter, 1 + input_jitter]` (Switch
-            uses 0.01).
-        logit_noise: Float. In training, standard deviation of normal noise added to the logits.
-        kernel_initializer: Initializer of the kernel (D, E). The default is normal with standard
-            deviation 0.02; zeros would send every token to the same experts.
-        kernel_regularizer: Regularizer of the kernel, or None.
-            `keras.regularizers.OrthogonalRegularizer(mode="columns")` keeps the experts' directions
-            apart (arXiv:2506.14038).
-        seed: Integer seed of the noise, or None.
-        hidden_dim: Integer or None. Width H of a hidden layer with ReLU before the kernel, which
-            then is (H, E).
-        temperature: Float above 0. Logits are divided by it: scores are sharper below 1.
-        **kwargs: `name` and `trainable`, as in any Keras layer. `dtype` is always float32.
+        **kwargs: Other arguments, as in `LogitRouter`.
 
-    Raises:
-        ValueError: If an argument is out of its range.
-
-    Call arguments:
-        tokens: (T, D) float tensor.
-        mask: (T,) bool tensor, False for padding, or None.
-        training: Boolean. Whether jitter and noise are applied and the balancer works.
-        indices: (T, K) integer tensor of experts to replay: they are weighed by the live scores,
-            so the router keeps its gradient.
-
-    Returns:
-        An `ops.Routing`.
+    Raises, call arguments and returns: as for `Router`. In training, jitter and noise are applied
+    and the balancer works.
 
     Example:
 
@@ -232,7 +190,6 @@ class CosineRouter(SelectionRouter):
     Reference: Chi et al. 2022, X-MoE (arXiv:2204.09179), eq. 5 and 6; scale and cap as in Tutel.
     """
 
-    normalizes_kernel = True
     projects_by_times_kernel = True
 
     def __init__(self, num_experts: int | None = None, projection_dim: int = 256, **kwargs: Any):
@@ -255,8 +212,8 @@ class CosineRouter(SelectionRouter):
 
     def project(self, tokens):
         scale = ops.exp(ops.minimum(self.log_scale, math.log(100.0)))
-        directions = scale * unit(self.directions, axis=0)
-        return along_units(self.times_kernel(tokens), directions)
+        directions = scale * l2_normalize(self.directions, axis=0)
+        return cosine_logits(self.times_kernel(tokens), directions)
 
     def get_config(self):
         return {**super().get_config(), "projection_dim": self.projection_dim}
@@ -266,14 +223,13 @@ class CosineRouter(SelectionRouter):
 class GroupLimitedRouter(SelectionRouter):
     """Each token goes to its best experts out of its best groups of experts.
 
-    Where each group of neighbouring experts lives on a device of its own, a token visits few
-    devices. A group is as good as the sum of its two best scores, bias included.
+    If each group of neighbouring experts lives on one device, a token visits few devices. The score
+    of a group is the sum of its two best scores, bias included.
 
     Args:
         num_experts: Integer. Number of experts, E.
         num_groups: Integer. Number of groups; divides E.
-        top_groups: Integer. Groups a token may choose from; they must hold at least `top_k`
-            experts.
+        top_groups: Integer. Groups a token may choose from, with at least `top_k` experts together.
         top_k: Integer. Experts per token, K.
         score: "sigmoid", "softmax" or "sqrt_softplus".
         **kwargs: The other arguments of `TopKRouter`.
@@ -321,8 +277,8 @@ class GroupLimitedRouter(SelectionRouter):
             )
 
     def select(self, scores):
-        scores = _group_limited_scores(scores, self.num_groups, self.top_groups)
-        return _top_k_indices(scores, self.top_k)
+        scores = group_limited_scores(scores, self.num_groups, self.top_groups)
+        return top_k_indices(scores, self.top_k)
 
     def get_config(self):
         return {

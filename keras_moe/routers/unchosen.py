@@ -6,10 +6,10 @@ from keras import ops
 
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import register
-from keras_moe.ops.expert_choice import _expert_choice_routing, _plan_expert_choice
+from keras_moe.ops.expert_choice import expert_choice_routing, plan_expert_choice
 from keras_moe.ops.routing import _make_routing
-from keras_moe.ops.scores import along_units, softmax, unit
-from keras_moe.ops.soft import _plan_soft, _soft_routing
+from keras_moe.ops.scores import cosine_logits, l2_normalize, softmax
+from keras_moe.ops.soft import SoftPlan, soft_routing
 from keras_moe.routers.logit_router import LogitRouter
 
 
@@ -17,16 +17,11 @@ from keras_moe.routers.logit_router import LogitRouter
 class DenseRouter(LogitRouter):
     """All experts serve each token, weighted by a softmax: `y = sum_e p_e f_e(x)`.
 
-    The cost is that of all experts: the best choice for a handful of small ones. A `TopKRouter`
-    with as many `top_k` as experts computes the same, takes the same weights, and can choose fewer
-    later.
+    Every expert computes every token: the best choice for a handful of small experts. A
+    `TopKRouter` with `top_k=num_experts` computes the same from the same weights, and can choose
+    fewer later.
 
-    Args:
-        num_experts: Integer. Number of experts, E, and experts per token.
-        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer`, `seed`,
-            `hidden_dim` and `temperature`, as in `TopKRouter`; `name` and `trainable`.
-
-    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
+    Arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
 
     Example:
 
@@ -46,7 +41,7 @@ class DenseRouter(LogitRouter):
         """All experts."""
         return self.num_experts
 
-    def route(self, tokens, mask, training):
+    def route(self, tokens, mask, training, **context):
         logits, mask = self.logits(tokens, mask, training)
         probs = softmax(logits)
         experts = ops.arange(self.num_experts, dtype="int32")
@@ -68,8 +63,7 @@ class ExpertChoiceRouter(LogitRouter):
         num_experts: Integer. Number of experts, E.
         capacity_factor: Float above 0. Experts per token on average. An expert takes
             `ceil(capacity_factor * S / E)` of the S real tokens of a sequence.
-        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer`, `seed`,
-            `hidden_dim` and `temperature`, as in `TopKRouter`; `name` and `trainable`.
+        **kwargs: Other arguments, as in `LogitRouter`.
 
     Raises and call arguments: as for `TopKRouter`, with `sequence_length`: Integer. Tokens in each
     sequence; None: all are one. Without `indices`.
@@ -104,12 +98,12 @@ class ExpertChoiceRouter(LogitRouter):
     def mean_top_k(self):
         return min(self.capacity_factor, self.num_experts)
 
-    def route(self, tokens, mask, training, sequence_length=None):
+    def route(self, tokens, mask, training, sequence_length=None, **context):
         logits, mask = self.logits(tokens, mask, training)
-        return _expert_choice_routing(logits, self.capacity_factor, mask, sequence_length)
+        return expert_choice_routing(logits, self.capacity_factor, mask, sequence_length)
 
     def plan(self, routing):
-        return _plan_expert_choice(routing)
+        return plan_expert_choice(routing)
 
     def get_config(self):
         return {**super().get_config(), "capacity_factor": self.capacity_factor}
@@ -119,15 +113,14 @@ class ExpertChoiceRouter(LogitRouter):
 class SoftRouter(LogitRouter):
     """Each expert serves a few slots of each sequence, each a weighted mean of its tokens.
 
-    Everything is differentiable and no token is dropped; the cost is that of `num_experts * slots`
-    tokens a sequence. Each output depends on the whole sequence: not for language models. Inputs
+    Everything is differentiable and no token is dropped; the experts compute `num_experts * slots`
+    rows a sequence. Each output depends on the whole sequence: not for language models. Inputs
     (batch, D) are one sequence: there an output depends on the whole batch, in `predict` too.
 
     Args:
         num_experts: Integer. Number of experts, E.
         slots: Integer. Slots of each expert for each sequence, P.
-        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer`, `seed`,
-            `hidden_dim` and `temperature`, as in `TopKRouter`; `name` and `trainable`.
+        **kwargs: Other arguments, as in `LogitRouter`.
 
     Raises and call arguments: as for `TopKRouter`, with `sequence_length`: Integer. Tokens in each
     sequence; None: all are one. Without `indices`.
@@ -150,7 +143,6 @@ class SoftRouter(LogitRouter):
     causal = False
     default_losses = ()
     takes_capacity = False
-    normalizes_kernel = True
 
     def __init__(self, num_experts: int | None = None, slots: int = 1, **kwargs: Any):
         super().__init__(num_experts, **kwargs)
@@ -164,14 +156,14 @@ class SoftRouter(LogitRouter):
         return features, self.num_experts * self.slots
 
     def project(self, tokens):
-        return along_units(tokens, self.scale * unit(self.kernel, axis=0))
+        return cosine_logits(tokens, self.scale * l2_normalize(self.kernel, axis=0))
 
-    def route(self, tokens, mask, training, sequence_length=None):
+    def route(self, tokens, mask, training, sequence_length=None, **context):
         logits, mask = self.logits(tokens, mask, training)
-        return _soft_routing(logits, self.num_experts, mask, sequence_length)
+        return soft_routing(logits, self.num_experts, mask, sequence_length)
 
     def plan(self, routing):
-        return _plan_soft(routing)
+        return SoftPlan(*routing.details)
 
     def get_config(self):
         return {**super().get_config(), "slots": self.slots}

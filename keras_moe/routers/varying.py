@@ -8,10 +8,10 @@ from keras import ops
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import register
 from keras_moe.backend import backend
-from keras_moe.ops.balance import _masked_mean
+from keras_moe.ops.balance import masked_mean
 from keras_moe.ops.routing import _make_routing
 from keras_moe.ops.scores import distribution, softmax
-from keras_moe.ops.selection import _take_scores, _top_k_indices
+from keras_moe.ops.selection import take_scores, top_k_indices
 from keras_moe.routers.logit_router import LogitRouter
 
 
@@ -20,18 +20,17 @@ class TopPRouter(LogitRouter):
     """A token goes to its best experts until their probabilities add up to `threshold`.
 
     Weights are the probabilities themselves. An undecided router uses many experts;
-    `losses.RouterEntropy` penalizes indecision. Shapes are those of `max_top_k`; a place that is
-    not used costs nothing in the experts.
+    `losses.RouterEntropy` penalizes indecision. Shapes have K = `max_top_k`; unused places cost
+    nothing in the experts.
 
     Args:
         num_experts: Integer. Number of experts, E.
         threshold: Float from 0 to below 1. Sum of probabilities that is enough. At least one expert
             serves each token.
         max_top_k: Integer. Most experts per token, K, at most E. None: 4, or E if that is less.
-        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer`, `seed`,
-            `hidden_dim` and `temperature`, as in `TopKRouter`; `name` and `trainable`.
+        **kwargs: Other arguments, as in `LogitRouter`.
 
-    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
+    Raises, call arguments and returns: as for `Router`, without `indices`.
 
     Example:
 
@@ -61,11 +60,11 @@ class TopPRouter(LogitRouter):
             self.top_k = min(4, self.num_experts)
         super().check_num_experts()
 
-    def route(self, tokens, mask, training):
+    def route(self, tokens, mask, training, **context):
         logits, mask = self.logits(tokens, mask, training)
         probs = softmax(logits)
-        indices = _top_k_indices(probs, self.top_k)
-        weights = _take_scores(probs, indices)
+        indices = top_k_indices(probs, self.top_k)
+        weights = take_scores(probs, indices)
         before = ops.cumsum(ops.stop_gradient(weights), axis=1) - ops.stop_gradient(weights)
         needed = before < self.threshold
         needed = ops.logical_or(needed, ops.arange(self.top_k) == 0)
@@ -92,10 +91,9 @@ class ReLURouter(LogitRouter):
             serve. None: twice `top_k`. The cost of moving rows grows with it, used or not.
         growth: Float above 1. Factor by which the strength of the loss changes in a step.
         initial_strength: Float above 0. Strength of the loss at first.
-        **kwargs: `input_jitter`, `logit_noise`, `kernel_initializer`, `kernel_regularizer`, `seed`,
-            `hidden_dim` and `temperature`, as in `TopKRouter`; `name` and `trainable`.
+        **kwargs: Other arguments, as in `LogitRouter`.
 
-    Raises, call arguments and returns: as for `TopKRouter`, without `indices`.
+    Raises, call arguments and returns: as for `Router`, without `indices`.
 
     Example:
 
@@ -107,7 +105,6 @@ class ReLURouter(LogitRouter):
     """
 
     default_losses = ()
-    shift_invariant = False
     max_top_k: Any = None
     min_top_k = 1
 
@@ -148,14 +145,11 @@ class ReLURouter(LogitRouter):
             trainable=False,
         )
 
-    def balance_advice(self):
-        return f"The loss of the router balances the load: raise its growth of {self.growth:g}."
-
-    def route(self, tokens, mask, training):
+    def route(self, tokens, mask, training, **context):
         logits, mask = self.logits(tokens, mask, training)
         scores = ops.relu(logits)
-        indices = _top_k_indices(scores, self.max_top_k)
-        weights = _take_scores(scores, indices)
+        indices = top_k_indices(scores, self.max_top_k)
+        weights = take_scores(scores, indices)
         # `not <=` instead of `>`: a NaN score stays visible.
         indices = ops.where(ops.logical_not(weights <= 0), indices, -1)
         routing = _make_routing(indices, weights, distribution(scores), logits, mask)
@@ -173,8 +167,8 @@ class ReLURouter(LogitRouter):
         num_serving, num_real = totals[:-1], totals[-1]
         load = num_serving / ops.maximum(num_real, 1.0)
         share = load * self.num_experts / self.top_k
-        mean_scores = _masked_mean(scores, routing.mask)
-        # A tensor of its own: PyTorch needs the old value for the gradient, after the assignment.
+        mean_scores = masked_mean(scores, routing.mask)
+        # A copy: PyTorch needs the old value for the gradient, after the assignment.
         strength = self.strength + 0.0
         self.add_loss(strength * ops.sum(ops.stop_gradient(share) * mean_scores))
         if not self.trainable:

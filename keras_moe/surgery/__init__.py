@@ -159,7 +159,11 @@ def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
     for name, layer in layers.items():
         router, is_ours = layer.router, layer.has_own_config
         if not is_ours or "top_k" not in router.get_config() or isinstance(router, HashRouter):
-            origin = f"a `{type(router).__name__}`" if is_ours else "made by `convert.sparsify`"
+            origin = (
+                f"a `{type(router).__name__}`"
+                if is_ours
+                else "made by `convert.use_sparse_experts`"
+            )
             raise ValueError(
                 "The router of a layer must choose `top_k` experts by their scores, and have the "
                 f"number in its own config. Received: {name!r}, {origin}"

@@ -20,7 +20,7 @@ def obstacles(layer, merging):
     if not layer.built:
         yield "which is not built"
     if not layer.has_own_config:
-        yield "made by `convert.sparsify`: the config of its model has the numbers"
+        yield "made by `convert.use_sparse_experts`: the config of its model has the numbers"
     if isinstance(layer, Task):
         yield "a task of a `MultiGateMixtureOfExperts`, which calls the experts for all its tasks"
     if getattr(bank, "processes", None) is not None:

@@ -32,7 +32,7 @@ class SearchSpace:
             it is.
         routers: Strings. Routers whose tokens all have K experts: "cosine", "deepseek_v3",
             "noisy_top_k", "sinkhorn", "top_k", "balanced_assignment" and "switch".
-        loss_weights: Dict of names in `losses.BY_NAME` to floats, their weights.
+        loss_weights: Dict of names for `losses.get` to floats, their weights.
         capacity_factors: Capacities, as in `layers.MixtureOfExperts`; None is no limit.
         name: String with which the names of the hyperparameters begin. Layers that are tuned
             independently need spaces of different names.
@@ -68,7 +68,7 @@ class SearchSpace:
             "routers", routers, partial(check_choice, choices=TAKE_TOP_K + SET_TOP_K)
         )
         self.loss_weights = {
-            check_choice("loss_weights", loss, losses.BY_NAME): _values(
+            check_choice("loss_weights", loss, losses.IDENTIFIERS): _values(
                 "loss_weights", weights, check_number
             )
             for loss, weights in loss_weights.items()
@@ -114,7 +114,7 @@ class SearchSpace:
             hidden_dim = self._choose(hp, "active_width", self.active_width) // router.top_k
             capacity = self.capacities[self._choose(hp, "capacity_factor", list(self.capacities))]
             searched = [
-                losses.BY_NAME[loss](self._choose(hp, f"{loss}_weight", weights))
+                losses.IDENTIFIERS[loss](self._choose(hp, f"{loss}_weight", weights))
                 for loss, weights in self.loss_weights.items()
             ]
         return layers.MixtureOfExperts(
@@ -197,5 +197,5 @@ def _values(name, values, check=None):
 
 def _router(name, num_experts, top_k=1):
     given = {"top_k": top_k} if name in TAKE_TOP_K else {}
-    classes: dict = routers.BY_NAME
+    classes: dict = routers.IDENTIFIERS
     return classes[name](num_experts=num_experts, **given)
