@@ -15,7 +15,7 @@ from keras_moe.__main__ import main
 
 pytestmark = pytest.mark.backends("torch")
 on_each_backend = pytest.mark.backends("tensorflow", "jax", "torch")
-ENGINE = "tiles" if keras.backend.backend() == "jax" else "slices"
+ENGINE = "tiles" if keras.backend.backend() == "jax" else "parts"
 
 
 @pytest.fixture(scope="module")

@@ -259,7 +259,7 @@ REFUSED = [
     ("moe(shared_expert=dense(1))(t())", "as many features"),
     ("moe(gated_shared_expert=True)", "needs a `shared_expert`"),
     ("moe(router='soft', capacity_factor=1.0)", "do not choose"),
-    ("moe(bank(activation=lambda x: x[:, :1]))(t())", "An activation must keep the shape"),
+    ("moe(bank(activation=lambda x: x[:, :1]))(t())", "must have rows of"),
     ("moe(bank(activation=keras.layers.PReLU()))(t())", "must have no weights"),
     ("layers.LayerExperts([bank()])", "a bank of experts"),
     ("layers.LayerExperts([usual().layers[1]] * 2)", "different objects"),

@@ -92,7 +92,7 @@ def test_a_step_computes_less_than_without(monkeypatch):
 
     # Without a loop, whose trips are not counted.
     layout = backend.layout
-    monkeypatch.setattr(backend, "layout", lambda sizes, rows, _, __: layout(sizes, rows, "gpu"))
+    monkeypatch.setattr(backend, "layout", lambda sizes, rows, *_: layout(sizes, rows, "gpu"))
     monkeypatch.setattr(backend, "product", lambda *arguments: padded.product(*arguments[:4]))
     monkeypatch.setattr(backend, "outer", lambda *arguments: padded.outer(*arguments[:3]))
 

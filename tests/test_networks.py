@@ -419,7 +419,7 @@ def test_users_can_read_the_engine():
 
     def engines_on(platform):
         with ops.platform(platform):
-            described = inspection.describe(model)
+            described = inspection.summarize(model)
         assert [each.name for each in described] == list(banks)
         assert {each.platform for each in described} == {platform}
         return tuple(each.engine for each in described)
@@ -432,7 +432,7 @@ def test_users_can_read_the_engine():
     if BACKEND == "tensorflow":
         model.compile(jit_compile=True)
         assert engines_on("gpu") == ("parts", "vectorized", "scan")
-    assert inspection.describe(model)[0].platform == backend.current_platform()
+    assert inspection.summarize(model)[0].platform == backend.current_platform()
 
 
 def test_a_platform_ends_with_its_context():

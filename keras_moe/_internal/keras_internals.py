@@ -4,6 +4,9 @@ import contextlib
 import functools
 
 import keras
+
+# What a function returns for symbolic tensors, on any backend.
+from keras.src.backend import compute_output_spec as compute_output_spec
 from keras.src.backend.common.global_state import get_global_attribute, set_global_attribute
 
 # On JAX only these find the masks of traced tensors. Here from Keras 3.10 on.

@@ -43,6 +43,7 @@ class Runs:
     def __init__(self, sizes, num_rows, platform):
         self._in_one, self.sizes = platform == "gpu" and not is_traced(), sizes
         self.parts: list = []
+        is_known = not is_traced()
         if self._in_one:
             self.parts = [_Run(None, range(sizes.shape[0]), num_rows, sizes)]
             return
@@ -50,9 +51,9 @@ class Runs:
         start = 0
         for expert, size in enumerate(numbers):
             # An operation on zero rows would cost as much as on a few.
-            if not is_traced() and size == 0:
+            if is_known and size == 0:
                 continue
-            last = self.parts[-1] if self.parts and not is_traced() else None
+            last = self.parts[-1] if self.parts and is_known else None
             if last is not None and last.num_rows + size <= CPU_RUN_ROWS:
                 last.add(size, expert)
             else:
@@ -115,9 +116,12 @@ class _Run:
 
     def split(self, rows):
         """The rows of each group."""
-        if len(self.experts) == 1:
+        sizes = self.sizes
+        if len(sizes) == 1:
             return [rows]
-        return rows.split([*self.sizes, rows.shape[0] - sum(self.sizes)])[: len(self.sizes)]
+        if self.on_device is None:
+            return rows.split(sizes)
+        return rows.split([*sizes, rows.shape[0] - sum(sizes)])[:-1]
 
     def product(self, rows, kernels, bias=None, transposed=False):
         if bias is not None and bias.dtype != rows.dtype:  # an operation, even if equal

@@ -213,8 +213,8 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         return shape
 
     def __call__(self, *args, **kwargs):
-        # Keras turns arrays into tensors, whose numbers are not looked at.
-        check_indices("indices", kwargs.get("indices"), self.router.num_experts)
+        if "indices" in kwargs:  # Keras turns arrays into tensors, whose numbers are not looked at.
+            check_indices("indices", kwargs["indices"], self.router.num_experts)
         for name in ("router_inputs", "mask"):
             if isinstance(kwargs.get(name), (list, tuple)):
                 kwargs[name] = np.asarray(kwargs[name])
@@ -260,8 +260,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
     ) -> Tensor | tuple:
         # Flatten: inputs (batch, ..., D) are T = batch * ... tokens. Padding becomes zero.
         mask = self._check_call(inputs, mask, router_inputs, token_ids)
-        leading = self._leading(inputs)
-        sequence_length = _sequence_length(leading)
+        leading, sequence_length = self._leading(inputs)
         tokens = self._flatten(inputs, mask)
 
         # Route: the router chooses K experts for each token, and weights for their outputs.
@@ -317,9 +316,13 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         return None if mask is None else keras_ops.cast(mask, "bool")
 
     def _leading(self, inputs):
-        """The sizes of the axes that count tokens."""
+        """The sizes of the axes that count tokens, and the length of a sequence.
+
+        A sequence is all axes but the first, at least 1; None where each token is by itself.
+        """
         shape = keras_ops.shape(inputs)
-        return shape[: len(shape) - len(self._token_shape(inputs.shape))]
+        leading = shape[: self.token_axes or len(shape) - 1]
+        return leading, at_least(1, math.prod(leading[1:])) if len(leading) > 1 else None
 
     def _route(self, tokens, mask, sequence_length, training, token_ids=None, indices=None):
         return self.router(
@@ -345,7 +348,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         if mask is not None:
             # Padding may hold anything, NaN included, which no product with a zero weight removes.
             inputs = _zero_padding(inputs, mask)
-        return keras_ops.reshape(inputs, (-1, *self._token_shape(inputs.shape)))
+        return keras_ops.reshape(inputs, (-1, *inputs.shape[self.token_axes or -1 :]))
 
     def _compute_shared(self, inputs, mask):
         arguments = {"mask": mask} if self._shared_takes_mask else {}
@@ -421,8 +424,3 @@ def _weighted_sum(expert_outputs, weights):
     for _ in range(len(outputs.shape) - 2):
         weights = keras_ops.expand_dims(weights, -1)
     return keras_ops.sum(outputs * weights, axis=1)
-
-
-def _sequence_length(leading):
-    """Tokens of a sequence, all axes but the first, at least 1; None where each is a token."""
-    return at_least(1, math.prod(leading[1:])) if len(leading) > 1 else None

@@ -17,7 +17,7 @@ from keras_moe._internal.serialization import config_of, register
 from keras_moe._internal.types import Tensor
 from keras_moe.layers import expert_bank, sublayers
 from keras_moe.layers.expert_bank import ExpertBank
-from keras_moe.layers.mixture_of_experts import MixtureOfExperts, _sequence_length
+from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.recomputation import Recomputable, effects_once
 from keras_moe.ops.plans import plan_experts
 from keras_moe.ops.selection import mask_invalid
@@ -160,7 +160,7 @@ class MultiGateMixtureOfExperts(Recomputable):
         flat = [self._flatten(*each) for each in zip(inputs, masks)]
 
         # Route: the router of each task chooses among the shared experts and its own.
-        lengths = [_sequence_length(ops.shape(each)[:-1]) for each in inputs]
+        lengths = [self.tasks[0]._leading(each)[1] for each in inputs]
         routings = [
             task._route(tokens, mask, length, training)
             for task, (tokens, mask), length in zip(self.tasks, flat, lengths)

@@ -113,18 +113,18 @@ class Projection:
 
     def tensors(self):
         """The projection as a `Linear` of tensors, in the dtypes they are stored in."""
+        processes = self.bank.processes
+        tensors = [
+            None if weight is None else ops.convert_to_tensor(weight)
+            for weight in (self.kernel, self.bias, self.lora_a, self.lora_b)
+        ]
+        if processes is not None:
+            tensors = [each if each is None else processes.mean_gradient(each) for each in tensors]
         if self.is_vector:  # a map from one feature, whose input is 1
-            return Linear(ops.expand_dims(self._tensor(self.kernel), 1))
-        quantized = self.bank.quantization_mode is not None
-        kernel = self._quantized() if quantized else self._tensor(self.kernel)
-        others = (self.bias, self.lora_a, self.lora_b)
-        return Linear(kernel, *map(self._tensor, others))
-
-    def _tensor(self, weight):
-        if weight is None:
-            return None
-        tensor, processes = ops.convert_to_tensor(weight), self.bank.processes
-        return tensor if processes is None else processes.mean_gradient(tensor)
+            tensors[0] = ops.expand_dims(tensors[0], 1)
+        if self.scale is not None:
+            tensors[0] = self._quantized()
+        return Linear(*tensors)
 
     def _quantized(self):
         kernel, scale = map(ops.convert_to_tensor, (self.kernel, self.scale))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
+from keras import ops
 
 from keras_moe._internal.keras_internals import open_to_state, quantization
 from keras_moe._internal.lora import Adaptable
@@ -151,7 +152,7 @@ class StackedExperts(Adaptable, ExpertBank):
 
     def call(self, tokens: Tensor, plan: GroupedPlan, training: bool | None = None) -> Tensor:
         network, maps, key = self._network_in_force(), self._maps(), None
-        tokens, plan = self._compute(tokens), plan.with_rows()
+        tokens, plan = ops.cast(tokens, self.compute_dtype), plan.with_rows()
         if self._dropout_seed is not None and training:
             key = draws.key(self._dropout_seed)
         if self.processes is not None:

@@ -11,7 +11,7 @@ from keras_moe._internal.checks import check_integer, check_number, check_tensor
 from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.plans import GroupedPlan, pad_to_shards, plan_routing
-from keras_moe.ops.routing import Routing, check_routing, count_assignments
+from keras_moe.ops.routing import Routing, check_routing
 from keras_moe.ops.sorting import (
     at_least,
     ceil_divide,
@@ -65,9 +65,7 @@ def plan_groups(
     sequence_length = check_sequence_length(sequence_length, num_tokens)
     if num_capacity_limited is not None:
         num_capacity_limited = check_integer("num_capacity_limited", num_capacity_limited)
-    # Those of a routing whose indices were replaced, or of a soft one, count something else.
-    counts = count_assignments(routing.indices, routing.mask, routing.counts.shape[0])
-    plan = plan_routing(routing._replace(counts=counts))
+    plan = plan_routing(routing)
     if capacity is not None:
         plan = limit(plan, capacity, priority, sequence_length, num_capacity_limited)
     return plan.with_rows()

@@ -26,8 +26,9 @@ import keras
 from keras import ops
 
 from keras_moe.backend import backend
+from keras_moe.ops import linears
 from keras_moe.ops.experts import run_network
-from keras_moe.ops.linears import Int4Kernel, Linear
+from keras_moe.ops.linears import Int4Kernel
 from keras_moe.ops.plans import (
     GroupedPlan,
     collect,
@@ -127,7 +128,7 @@ def _sum_chunks(run_chunk, lengths, num_chunks, tokens, maps, plan, key):
         plan, frozen, key = context
 
         def run(tokens, weights, trained):
-            maps = {name: Linear(**trained[name], **frozen[name]) for name in trained}
+            maps = linears.join(trained, frozen)
             outputs = run_chunk(tokens, maps, plan._replace(weights=weights), key, *span)
             return outputs, outputs
 
@@ -153,8 +154,7 @@ def _sum_chunks(run_chunk, lengths, num_chunks, tokens, maps, plan, key):
         return of_inputs(context, (0, context[0].num_rows()))(*inputs)[0]
 
     forward, backward, reference = map(keeping_platform, (forward, backward, reference))
-    trained = {name: each.trained() for name, each in maps.items()}
-    frozen = {name: each.frozen() for name, each in maps.items()}
+    trained, frozen = linears.split(maps)
     inputs, context = (tokens, plan.weights, trained), (plan.without_weights(), frozen, key)
     return backend.differentiable(forward, backward, inputs, context, reference)
 

@@ -18,8 +18,7 @@ from keras import ops
 
 from keras_moe.backend import backend
 from keras_moe.backend.layouts import AllRows, AllTokens
-from keras_moe.ops import parts, tiles
-from keras_moe.ops.linears import Linear
+from keras_moe.ops import linears, parts, tiles
 from keras_moe.ops.networks import Network, Problem, dtype_of, forward_part
 from keras_moe.ops.platforms import named_platform
 
@@ -36,8 +35,7 @@ def run_network(network: Network, tokens: Any, maps: dict, plan: Any, key: Any =
         plan: a sorted `GroupedPlan`.
         key: (2,) int32 for dropout, or None where there is none.
     """
-    trained = {name: each.trained() for name, each in maps.items()}
-    frozen = {name: each.frozen() for name, each in maps.items()}
+    trained, frozen = linears.split(maps)
     inputs, context = (tokens, plan.weights, trained), (plan.without_weights(), frozen, key)
     return _run((network, named_platform()), inputs, context)
 
@@ -73,7 +71,7 @@ def _run_on(network, platform, inputs, context):
         (tokens, weights, trained), (plan, frozen, key) = inputs, context
         part = AllRows(backend, plan.sizes, plan.num_rows(), platform)
         rows = backend.gather_rows(tokens, plan.token_of_row())
-        outputs, _ = forward_part(network, rows, part, _maps(trained, frozen), key)
+        outputs, _ = forward_part(network, rows, part, linears.join(trained, frozen), key)
         return ops.cast(plan.sum_rows(outputs, weights), tokens.dtype)
 
     return backend.differentiable(forward, backward, inputs, context, reference)
@@ -86,14 +84,10 @@ def engine_on(platform, static_shapes):
 
 def _problem(network, platform, inputs, context):
     (tokens, _, trained), (plan, frozen, key) = inputs, context
-    maps = _maps(trained, frozen)
+    maps = linears.join(trained, frozen)
     converts = any(dtype_of(each.kernel) != dtype_of(tokens) for each in maps.values())
     layout = backend.layout(plan.sizes, plan.num_rows(), platform, converts)
     return Problem(network, platform, tokens, maps, plan, key, layout)
-
-
-def _maps(trained, frozen):
-    return {name: Linear(**trained[name], **frozen[name]) for name in trained}
 
 
 def run_on_all(network, tokens, maps):

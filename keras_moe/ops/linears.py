@@ -22,16 +22,10 @@ class Linear(NamedTuple):
     down: Any = None
     up: Any = None
 
-    def trained(self):
-        """The fields that have a gradient, a dict."""
-        fields = {name: value for name, value in self._asdict().items() if value is not None}
-        if self.down is not None or is_integer(self.kernel):
-            del fields["kernel"]
-        return fields
-
-    def frozen(self):
-        """The other fields, a dict."""
-        return {} if "kernel" in self.trained() else {"kernel": self.kernel}
+    @property
+    def is_frozen(self):
+        """Whether the kernel has no gradient."""
+        return self.down is not None or isinstance(self.kernel, (Int8Kernel, Int4Kernel))
 
     def entry(self, take):
         """What `take` returns of each tensor (E, ...), such as the entry of one expert."""
@@ -190,4 +184,19 @@ def factors(linear, rows, gradient, part, scale):
     if linear.down is not None:
         found["down"] = (rows, part.product(scale * gradient, linear.up, transposed=True))
         found["up"] = (part.product(rows, linear.down), scale * gradient)
-    return {name: found[name] for name in linear.trained()}
+    return {name: found[name] for name in split({"": linear})[0][""]}
+
+
+def split(maps):
+    """Linear maps as what has a gradient and what has none, {name: {field: tensor}} twice."""
+    trained, frozen = {}, {}
+    for name, linear in maps.items():
+        fields = {f: tensor for f, tensor in zip(linear._fields, linear) if tensor is not None}
+        frozen[name] = {"kernel": fields.pop("kernel")} if linear.is_frozen else {}
+        trained[name] = fields
+    return trained, frozen
+
+
+def join(trained, frozen):
+    """Inverse of `split`."""
+    return {name: Linear(**trained[name], **frozen[name]) for name in trained}

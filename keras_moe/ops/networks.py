@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+from keras_moe._internal.keras_internals import compute_output_spec
 from keras_moe.backend import backend
 from keras_moe.ops import linears
 from keras_moe.ops.draws import hashed
@@ -73,7 +74,7 @@ class Problem(NamedTuple):
     layout: Any = None
 
     def trained(self):
-        return {name: each.trained() for name, each in self.maps.items()}
+        return linears.split(self.maps)[0]
 
 
 def dtype_of(tensor):
@@ -134,9 +135,8 @@ def _traced(function, features, widths):
         has_dropout = linear.num_dropouts > 0
         return outputs
 
-    # The public way to trace a function on any backend.
-    layer = keras.layers.Lambda(trace, dtype="float32", name="network")
-    shape = tuple(layer.compute_output_shape((8, features)))
+    outputs = compute_output_spec(trace, keras.KerasTensor((8, features), "float32"))
+    shape = tuple(getattr(outputs, "shape", ()))
     if set(found) != set(widths) or len(shape) != 2 or shape[0] != 8:
         raise ValueError(
             "A network must call `linear` once with each name in `widths`, and return rows. "

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_moe._internal.checks import check_tensors, is_kind
+from keras_moe._internal.checks import check_tensors
 from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.routing import Routing
@@ -46,10 +46,14 @@ class GroupedPlan(NamedTuple):
     rows: Any = None
 
     @classmethod
-    def of(cls, experts: Tensor, weights: Tensor, num_experts: int) -> "GroupedPlan":
-        """The unsorted plan of experts (T, K); a number that is no expert's is none."""
-        experts = mask_invalid(experts, num_experts)
-        sizes = backend.count_integers(ops.reshape(experts, (-1,)), num_experts)
+    def of(
+        cls, experts: Tensor, weights: Tensor, num_experts: int, mask: Tensor | None = None
+    ) -> "GroupedPlan":
+        """The unsorted plan of experts (T, K); a number that is no expert's is none.
+
+        Nothing serves a token where the mask (T,) is False.
+        """
+        experts, sizes = _count(experts, mask, num_experts)
         return cls(experts, weights, sizes)
 
     @property
@@ -290,14 +294,17 @@ def row_sums(left, right):
     return ops.sum(products, axis=1, keepdims=True)
 
 
+@backend.jit_when_eager
+def _count(experts, mask, num_experts):
+    experts = mask_invalid(experts, num_experts, mask)
+    return experts, backend.count_integers(ops.reshape(experts, (-1,)), num_experts)
+
+
 def plan_routing(routing):
     """The unsorted plan of a routing, without a limit."""
+    # Counted here, whatever a user-defined router returns: nothing is read or written out of range.
     num_experts = routing.counts.shape[0]
-    # Whatever a user-defined router returns, nothing is read or written out of range.
-    experts = mask_invalid(routing.indices, num_experts, routing.mask)
-    if is_kind("float", routing.counts):  # sums of weights
-        return GroupedPlan.of(experts, routing.weights, num_experts)
-    return GroupedPlan(experts, routing.weights, routing.counts)
+    return GroupedPlan.of(routing.indices, routing.weights, num_experts, routing.mask)
 
 
 def plan_experts(experts, num_experts):

@@ -2,10 +2,13 @@
 
 import numbers
 
+import numpy as np
 from keras import ops
 
 from keras_moe._internal.checks import check_integer
 from keras_moe.backend import backend
+
+_HOST_NUMBERS = (numbers.Number, np.ndarray)
 
 
 def at_least(least, size):
@@ -20,7 +23,7 @@ def ceil_divide(size, divisor):
 
 def check_size(name, size, minimum=1):
     """Return a size as a Python integer; a tensor or a symbol as it is."""
-    return check_integer(name, size, minimum) if isinstance(size, numbers.Number) else size
+    return check_integer(name, size, minimum) if isinstance(size, _HOST_NUMBERS) else size
 
 
 def check_sequence_length(length, num_tokens):

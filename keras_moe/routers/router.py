@@ -14,7 +14,6 @@ from keras_moe.ops.plans import GroupedPlan, plan_routing
 from keras_moe.ops.routing import (
     Routing,
     check_fields,
-    count_assignments,
     weighted_counts,
     without_padding,
 )
@@ -197,9 +196,7 @@ class Router(keras.layers.Layer):
 
     def plan(self, routing: Routing) -> GroupedPlan:
         """Return which expert serves which token; a capacity may drop some of it."""
-        # Counted again, which compilers merge: a router may replace the indices of a routing alone.
-        counts = count_assignments(routing.indices, routing.mask, routing.counts.shape[0])
-        return plan_routing(routing._replace(counts=counts))
+        return plan_routing(routing)
 
     def save_own_variables(self, store):
         super().save_own_variables(store)
