@@ -22,6 +22,7 @@ POLICIES = ("float32", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
 MODULES = (layers, routers, losses, metrics, callbacks)
 ABSTRACT = (
     layers.ExpertBank,
+    layers.StackedExperts,
     routers.Router,
     routers.LogitRouter,
     routers.SelectionRouter,

@@ -201,7 +201,7 @@ def _count_own(part):
     shapes = [weight.shape for weight in part._trainable_variables]
     if part.quantization_mode is not None:
         if isinstance(part, StackedExperts):
-            shapes += [projection.shape for projection in part.projections]
+            shapes += [each.shape for each in part.projections if not each.is_vector]
         else:
             shapes += [each.shape for each in part._non_trainable_variables if each.dtype == "int8"]
     return sum(map(math.prod, shapes))

@@ -9,6 +9,7 @@ from keras_moe.layers.layer_experts import LayerExperts
 from keras_moe.layers.linear_experts import LinearExperts
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.multi_gate import MultiGateMixtureOfExperts
+from keras_moe.layers.stacked_experts import StackedExperts
 from keras_moe.layers.transformer_decoder_block import TransformerDecoderBlock
 from keras_moe.layers.transformer_encoder_block import TransformerEncoderBlock
 from keras_moe.layers.zero_computation_experts import ZeroComputationExperts
@@ -23,6 +24,7 @@ __all__ = [
     "LinearExperts",
     "MixtureOfExperts",
     "MultiGateMixtureOfExperts",
+    "StackedExperts",
     "TransformerDecoderBlock",
     "TransformerEncoderBlock",
     "ZeroComputationExperts",

@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_moe._internal.keras_internals import open_to_state, quantization
 from keras_moe._internal.lora import Adaptable
+from keras_moe._internal.serialization import load_draws, save_draws
 from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.layers.expert_bank import ExpertBank
@@ -262,12 +263,14 @@ class StackedExperts(Adaptable, ExpertBank):
         values = [value for each in self.projections for value in each.save()]
         for index, value in enumerate(values):
             store[str(index)] = value
+        save_draws(self, store)
 
     def load_own_variables(self, store):
+        store = load_draws(self, store)
         weights = [weight for each in self.projections for weight in each.weights()]
-        if len(store.keys()) != len(weights):
+        if len(store) != len(weights):
             raise ValueError(
-                f"`{self.name}` has {len(weights)} weights to load. Received: {len(store.keys())} "
+                f"`{self.name}` has {len(weights)} weights to load. Received: {len(store)} "
                 "in the file. Build the layer with the arguments and the dtype of the saved one."
             )
         own = slice(None)

@@ -1,0 +1,290 @@
+"""Experts that users write, as small networks: equal to a formula, with all that banks have."""
+
+import keras
+import numpy as np
+import pytest
+from backends import (
+    FAST_MODE,
+    assert_close,
+    compiled,
+    gradients,
+    saved_and_loaded,
+    to_numpy,
+    to_tensors,
+)
+from keras import ops
+from layer_checks import normal
+from test_export import PROGRAMS, S, assert_serves
+from test_networks import PLATFORMS, mode_on
+from test_second_derivatives import along, derivatives, stateless
+
+from keras_moe import inspection, layers, routers, surgery
+from keras_moe.ops import platform
+
+T, D, H, E = 9, 6, 5, 3
+
+
+@keras.saving.register_keras_serializable("tests")
+class DeepExperts(layers.StackedExperts):
+    """Three layers deep, with settings."""
+
+    settings = ("activation",)
+
+    def widths(self, features):
+        return {"first": (features, H), "second": (H, 7), "third": (7, features)}
+
+    def network(self, rows, linear):
+        hidden = self.activation(linear("first", rows))
+        return linear("third", self.activation(linear("second", hidden)))
+
+
+@keras.saving.register_keras_serializable("tests")
+class NormalisedExperts(layers.StackedExperts):
+    """Normalised inside, with a learned scale, and dropped out."""
+
+    def __init__(self, num_experts, rate=0.0, **kwargs):
+        super().__init__(num_experts, **kwargs)
+        self.rate = rate
+
+    def widths(self, features):
+        return {"up": (features, 32), "scale": (32,), "down": (32, features)}
+
+    def network(self, rows, linear):
+        hidden = linear("up", rows)
+        square = ops.mean(ops.square(hidden), axis=-1, keepdims=True)
+        hidden = self.activation(hidden * ops.rsqrt(square + 1e-3) * linear("scale"))
+        return linear("down", linear.dropout(hidden, self.rate))
+
+    def get_config(self):
+        return {**super().get_config(), "rate": self.rate}
+
+
+@keras.saving.register_keras_serializable("tests")
+class BranchedExperts(layers.StackedExperts):
+    """A residual and two branches, of which one is a product; its end is no linear map."""
+
+    def widths(self, features):
+        pair = (features, H)
+        return {"left": pair, "right": pair, "join": (H, features), "short": (features, features)}
+
+    def network(self, rows, linear):
+        hidden = self.activation(linear("left", rows)) * linear("right", rows)
+        return rows + linear("join", hidden) + self.activation(linear("short", rows))
+
+
+BANKS = {
+    "deep": lambda: DeepExperts(E, "tanh"),
+    "normalised": lambda: NormalisedExperts(E, activation="tanh", use_bias=False),
+    "branched": lambda: BranchedExperts(E, "tanh"),
+}
+
+
+def mixture_of(bank):
+    keras.utils.set_random_seed(0)
+    layer = layers.MixtureOfExperts(bank, router_losses=())
+    layer.build((None, D))
+    return layer
+
+
+@pytest.fixture(params=BANKS)
+def layer(request):
+    return mixture_of(BANKS[request.param]())
+
+
+def values_of(layer):
+    """Drawn tokens, and values of trainable weights that are not those of their initializers."""
+    weights = [to_numpy(weight.value) for weight in layer.trainable_variables]
+    moved = [x + 0.3 * normal(*x.shape, seed=number) for number, x in enumerate(weights)]
+    return [normal(T, D, seed=99), *moved]
+
+
+def one_expert(bank, weights, expert):
+    """The `linear` of one expert: plain products of its weights, by their names."""
+
+    def linear(name, rows=None):
+        if rows is None:
+            return weights[name][expert]
+        outputs = ops.matmul(rows, weights[f"{name}_kernel"][expert])
+        if bank.use_bias:
+            outputs = outputs + weights[f"{name}_bias"][expert]
+        if bank.lora_enabled:
+            low = ops.matmul(rows, weights[f"{name}_lora_a"][expert])
+            low = ops.matmul(low, weights[f"{name}_lora_b"][expert])
+            outputs = outputs + bank.lora_scale() * low
+        return outputs
+
+    linear.dropout = lambda rows, rate: rows
+    return linear
+
+
+def formula(layer):
+    """The layer as a function of tokens and trained weights: every expert for every token."""
+    bank, kernels = layer.experts, {}
+    if bank.quantization_mode is not None or bank.lora_enabled:  # before any factor has moved
+        named = [each for each in bank.projections if not each.is_vector]
+        kernels = {f"{each.name}_kernel": each.merged_kernel() for each in named}
+    names = [variable.path.split("/")[-1] for variable in layer.trainable_variables]
+
+    def call(inputs):
+        tokens, weights = inputs[0], {**to_tensors(kernels), **dict(zip(names, inputs[1:]))}
+        probs = ops.softmax(ops.matmul(tokens, weights["kernel"]))
+        chosen = ops.sum(ops.one_hot(ops.top_k(probs, 2)[1], E), axis=1)
+        probs = probs * chosen / ops.sum(probs * chosen, axis=1, keepdims=True)
+        return sum(
+            probs[:, e : e + 1] * bank.network(tokens, one_expert(bank, weights, e))
+            for e in range(E)
+        )
+
+    return call
+
+
+def loss_of(function):
+    return lambda *inputs: ops.sum(ops.sin(function(inputs)) * ops.cos(inputs[0]))
+
+
+KINDS = {
+    "plain": lambda bank: None,
+    "low rank": lambda bank: bank.enable_lora(2, lora_alpha=3),
+    "int8": lambda bank: bank.quantize("int8"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_and_gradients_equal_a_formula(layer, kind, mode, small_tiles):
+    KINDS[kind](layer.experts)
+    inputs, ours, theirs = values_of(layer), stateless(layer), formula(layer)
+    outputs, expected = (compiled(each, mode)(inputs) for each in (ours, theirs))
+    assert_close(outputs, expected)
+    names = ["inputs", *(weight.name for weight in layer.trainable_variables)]
+    assert any("lora" in name for name in names) == (kind == "low rank")
+    actual, expected = (gradients(loss_of(each), inputs, mode) for each in (ours, theirs))
+    for name, one, other in zip(names, actual, expected):
+        assert np.any(other), name
+        assert_close(one, other, tolerance=1e-4 if kind == "int8" else 1e-5)
+
+
+def second_derivatives(call, inputs, mode=FAST_MODE):
+    """The products of all second derivatives of a loss with the cosines of the inputs."""
+
+    def function(inputs, ways):
+        return along(lambda inputs: loss_of(call)(*inputs), ways)(inputs)
+
+    return compiled(function, mode)(inputs, [np.cos(each) for each in inputs])
+
+
+def test_second_derivatives_equal_a_formula(layer, small_tiles):
+    inputs = values_of(layer)
+    actual, expected = (
+        second_derivatives(call, inputs) for call in (stateless(layer), formula(layer))
+    )
+    for one, other in zip(actual, expected):
+        assert np.any(other)
+        assert_close(one, other, tolerance=1e-4)
+
+
+def dropping():
+    return mixture_of(NormalisedExperts(E, rate=0.4, activation="tanh"))
+
+
+@pytest.mark.parametrize("name", PLATFORMS)
+def test_dropout_is_the_same_in_both_passes_and_in_second_derivatives(name, small_tiles):
+    layer = dropping()
+    inputs, trained, step = values_of(layer), stateless(layer), 1e-3
+
+    def call(inputs):
+        return trained(inputs, training=True)  # from one state of the draws
+
+    def moved(sign):
+        return [each + sign * step * np.cos(each) for each in inputs]
+
+    with platform(name):
+        mode = mode_on(name)
+        loss = compiled(lambda inputs: loss_of(call)(*inputs), mode)
+        slopes = compiled(lambda inputs: derivatives(lambda x: loss_of(call)(*x), inputs), mode)
+        here, ahead, behind = (slopes(moved(sign)) for sign in (0, 1, -1))
+        second = second_derivatives(call, inputs, mode)
+        difference = (loss(moved(1)) - loss(moved(-1))) / (2 * step)
+    slope = sum(np.sum(gradient * np.cos(each)) for gradient, each in zip(here, inputs))
+    assert_close(slope, difference, tolerance=1e-3)
+    for actual, high, low in zip(second, ahead, behind):
+        assert_close(actual, (high - low) / (2 * step), tolerance=1e-2)
+
+
+def test_dropout_draws_in_training_only_and_its_draws_are_saved(tmp_path):
+    layer, x = dropping(), normal(T, D)
+    model = keras.Sequential([keras.Input((D,)), layer])
+    still = [to_numpy(model(x)) for _ in range(2)]
+    np.testing.assert_array_equal(*still)
+    first = to_numpy(model(x, training=True))
+    loaded = saved_and_loaded(model, tmp_path)
+    np.testing.assert_allclose(to_numpy(loaded(x)), still[0], atol=1e-6)
+    second, resumed = (to_numpy(each(x, training=True)) for each in (model, loaded))
+    assert np.any(first != second) and np.any(second != still[0])
+    np.testing.assert_allclose(resumed, second, atol=1e-6)
+
+
+class DroppedOnes(layers.StackedExperts):
+    """The features of a token that stay, scaled."""
+
+    def widths(self, features):
+        return {"zero": (features, 512)}
+
+    def network(self, rows, linear):
+        return linear.dropout(0.0 * linear("zero", rows) + 1.0, 0.25)
+
+
+def test_dropout_drops_its_share_of_every_row_and_column():
+    bank = DroppedOnes(E)
+    layer = layers.MixtureOfExperts(bank, routers.TopKRouter(top_k=1, renormalize=True), router_losses=())
+    outputs = to_numpy(layer(normal(512, D), training=True))
+    assert set(np.unique(outputs).round(4)) == {0.0, np.float32(1.3333)}
+    for axis in (0, 1):
+        assert abs((outputs == 0).mean(axis) - 0.25).max() < 0.12  # six deviations
+
+
+def model_of_all():
+    inputs = outputs = keras.Input((S, 8))
+    for make in BANKS.values():
+        outputs = layers.MixtureOfExperts(make())(outputs)
+    return keras.Model(inputs, outputs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_is_saved_and_loaded(kind, tmp_path):
+    model, x = model_of_all(), normal(2, S, 8)
+    for layer in model.layers[1:]:
+        KINDS[kind](layer.experts)
+    for weight in model.trainable_weights:
+        weight.assign_add(0.1 * normal(*weight.shape))
+    loaded = saved_and_loaded(model, tmp_path)
+    assert_close(to_numpy(loaded(x)), to_numpy(model(x)))
+
+
+@pytest.mark.filterwarnings("ignore")  # of exporters
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_model_is_exported(name, tmp_path):
+    assert_serves(model_of_all(), PROGRAMS[name], tmp_path)
+
+
+def test_fit_trains_every_weight(layer):
+    model = keras.Sequential([keras.Input((D,)), layer])
+    model.compile("adam", "mse", jit_compile="auto")
+    before = [to_numpy(weight.value) for weight in model.trainable_weights]
+    model.fit(normal(32, D), normal(32, D, seed=1), verbose=0)
+    for weight, value in zip(model.trainable_weights, before):
+        assert np.all(to_numpy(weight.value) != value), weight.path
+
+
+def test_banks_of_equal_settings_share_a_network():
+    networks = [mixture_of(DeepExperts(E, name)).experts._function() for name in ("relu", "relu")]
+    assert len(set(networks)) == 1
+    assert mixture_of(DeepExperts(E, "tanh")).experts._function() not in networks
+    assert len({mixture_of(BranchedExperts(E)).experts._function() for _ in range(2)}) == 2
+
+
+def test_tools_know_vectors():
+    layer = mixture_of(BANKS["normalised"]())
+    model = keras.Sequential([keras.Input((D,)), layer])
+    counted = inspection.count_parameters(model)
+    layer.experts.quantize("int8")
+    assert inspection.count_parameters(model) == counted
