@@ -86,10 +86,12 @@ class AllTokens:
         if rows is self.rows:  # which need not be copied for each expert
             batch = ops.expand_dims(self.tokens, 0)
         else:
-            batch = ops.reshape(rows, (self.num_experts, -1, rows.shape[1]))
+            num_tokens = ops.shape(self.tokens)[0]
+            batch = ops.reshape(rows, (self.num_experts, num_tokens, rows.shape[1]))
         products = ops.matmul(batch, _floats(kernels, rows.dtype))
         if bias is not None:
             products = products + ops.expand_dims(ops.cast(bias, rows.dtype), 1)
+        self.last_products = products  # `torch.export` knows less of what is shaped there and back
         return ops.reshape(products, (-1, products.shape[2]))
 
 

@@ -31,7 +31,7 @@ class GroupedPlan(NamedTuple):
     - `mask` (T,) bool: False for padding, where experts choose; else None.
     - `order` (N,) int32: the assignment of each row. Rows are sorted by expert, inside one in the
       order of the assignments. Rows past the last group are padding and are not computed.
-    - `rows`: int32 of the shape of `experts`, the row of each assignment, -1 where there is none.
+    - `rows` (T, K) or (N,) int32: the row of each assignment, -1 where there is none.
 
     `order` and `rows` are None where a distribution spreads the tokens over devices, each of which
     sorts its own.
@@ -94,7 +94,9 @@ class GroupedPlan(NamedTuple):
         expert = self._flat(ops.where(self.experts >= 0, self.experts, self.num_experts))
         order, rank = sort_by_expert(expert, self.num_experts + 1)
         rows = ops.where(expert < self.num_experts, rank, -1)
-        return self._replace(order=order, rows=self._unflat(rows))
+        if self.places is None:
+            rows = ops.transpose(ops.reshape(rows, ops.shape(self.experts)[::-1]))
+        return self._replace(order=order, rows=rows)
 
     def with_rows(self) -> "GroupedPlan":
         """The sorted plan; on a mesh the plan as it is, as each device sorts its own part."""
@@ -103,13 +105,6 @@ class GroupedPlan(NamedTuple):
     def _flat(self, values):
         """Values of assignments as a vector (N,), by their numbers."""
         return ops.reshape(ops.transpose(values) if self.places is None else values, (-1,))
-
-    def _unflat(self, values):
-        """Inverse of `_flat`."""
-        shape = ops.shape(self.experts)
-        if self.places is not None:
-            return ops.reshape(values, shape)
-        return ops.transpose(ops.reshape(values, shape[::-1]))
 
     # Rows, tokens and assignments of a sorted plan
 
@@ -134,7 +129,7 @@ class GroupedPlan(NamedTuple):
     def at_assignments(self, values: Tensor) -> Tensor:
         """Values of rows (N,) as values of assignments, zero where there is no row."""
         picked = backend.gather_rows(values, ops.maximum(self.rows, 0))
-        return ops.where(self.rows >= 0, picked, 0.0)
+        return ops.reshape(ops.where(self.rows >= 0, picked, 0.0), ops.shape(self.experts))
 
     def sum_rows(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
         """For each token the float32 sum of its rows (N, D), weighted by `weights` or by 1.
@@ -163,9 +158,9 @@ class GroupedPlan(NamedTuple):
             row_weights = ops.cast(self.weight_of_row(weights), "float32")
             picked = picked * ops.expand_dims(row_weights, 1)
         served = ops.arange(num_rows, dtype="int32") < ops.sum(self.sizes)
-        # Unserved rows may hold anything: they go to a spare token that is sliced off below.
-        token = ops.where(served, self.token_of_row(), num_tokens)
-        return ops.segment_sum(picked, token, num_tokens + 1)[:num_tokens]
+        # Unserved rows may hold anything: they add zero to the first token.
+        picked = ops.where(ops.expand_dims(served, 1), picked, 0.0)
+        return ops.segment_sum(picked, ops.where(served, self.token_of_row(), 0), num_tokens)
 
     # Parts and summaries
 
