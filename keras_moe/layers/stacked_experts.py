@@ -149,7 +149,8 @@ class StackedExperts(Adaptable, ExpertBank):
         names = vars(owner).get("settings")
         if names is None:
             return _WeakNetwork(weakref.ref(self))
-        return _SharedNetwork(owner, names, tuple(getattr(self, name) for name in names))
+        values = (getattr(self, name) for name in names)
+        return _SharedNetwork(owner, names, tuple(map(_in_programs, values)))
 
     def call(self, tokens: Tensor, plan: GroupedPlan, training: bool | None = None) -> Tensor:
         network, maps, key = self._network_in_force(), self._maps(), None
@@ -293,6 +294,19 @@ class StackedExperts(Adaptable, ExpertBank):
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
             "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
         }
+
+
+def _in_programs(value):
+    """A setting as `network` sees it."""
+    is_gelu = value is keras.activations.gelu and keras.backend.backend() != "torch"
+    return _gelu if is_gelu else value
+
+
+def _gelu(x):
+    """The exact GELU by `erf`. By `erfc` it is slower, and `tf2onnx` cannot write it."""
+    values = ops.cast(x, "float32") if x.dtype in ("bfloat16", "float16") else x
+    # In just these operations LiteRT finds its own GELU.
+    return ops.cast(0.5 * values * (1.0 + ops.erf(values * 0.5**0.5)), x.dtype)
 
 
 class _SharedNetwork(NamedTuple):
