@@ -18,7 +18,7 @@ from test_export import PROGRAMS, S, assert_serves
 from test_networks import PLATFORMS, mode_on
 from test_second_derivatives import along, derivatives, stateless
 
-from keras_moe import inspection, layers, routers, surgery
+from keras_moe import inspection, layers, routers
 from keras_moe.ops import platform
 
 T, D, H, E = 9, 6, 5, 3
@@ -235,7 +235,9 @@ class DroppedOnes(layers.StackedExperts):
 
 def test_dropout_drops_its_share_of_every_row_and_column():
     bank = DroppedOnes(E)
-    layer = layers.MixtureOfExperts(bank, routers.TopKRouter(top_k=1, renormalize=True), router_losses=())
+    layer = layers.MixtureOfExperts(
+        bank, routers.TopKRouter(top_k=1, renormalize=True), router_losses=()
+    )
     outputs = to_numpy(layer(normal(512, D), training=True))
     assert set(np.unique(outputs).round(4)) == {0.0, np.float32(1.3333)}
     for axis in (0, 1):

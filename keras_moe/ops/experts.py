@@ -101,5 +101,5 @@ def run_on_all(network, tokens, maps):
     num_experts = next(iter(maps.values())).kernel.shape[0]
     part = AllTokens(tokens, num_experts)
     outputs, _ = forward_part(network, part.rows, part, maps)
-    outputs = ops.reshape(outputs, (num_experts, -1, outputs.shape[1]))
+    outputs = ops.reshape(outputs, (num_experts, ops.shape(tokens)[0], outputs.shape[1]))
     return ops.transpose(outputs, (1, 0, 2))
