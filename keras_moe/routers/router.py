@@ -196,7 +196,7 @@ class Router(keras.layers.Layer):
         return 1 if self.serves_all else self.top_k
 
     def plan(self, routing: Routing) -> GroupedPlan:
-        """Return which expert serves which token; a capacity may drop some of it."""
+        """Return which expert serves which token, without a capacity."""
         # Counted again, which compilers merge: a router may replace the indices of a routing alone.
         counts = count_assignments(routing.indices, routing.mask, routing.counts.shape[0])
         return plan_routing(routing._replace(counts=counts))
