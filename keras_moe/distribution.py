@@ -102,8 +102,7 @@ class ExpertParallel(keras.distribution.ModelParallel):
                 f"Received: axis_names={tuple(mesh.axis_names)}"
             )
         super().__init__(layout_map=layout_map, batch_dim_name="data")
-        # Stacked weights of banks, by the ends of their paths. Constant experts are no such weights:
-        # they are whole on every device.
+        # Stacked weights of banks, by the ends of their paths. Constant experts are not among them.
         self._stacked: set = set()
         # A layout of Keras names one axis for the batch: this mesh has both as one.
         self._data_mesh = keras.distribution.DeviceMesh(
