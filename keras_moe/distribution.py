@@ -9,13 +9,6 @@ from keras_moe.backend import backend
 
 AXES = ("data", "expert")
 
-# Layouts of the stacked weights of banks, by the paths of these. Constant experts are whole on
-# every device.
-_LAYOUTS = {
-    r"(.*/)?(up|gate|down)_(kernel|scale|lora_a|lora_b)": ("expert", None, None),
-    r"(.*/)?(up|gate|down)_bias": ("expert", None),
-}
-
 
 def expert_parallel(
     experts: int | None = None,
@@ -89,9 +82,7 @@ def expert_parallel(
             "With a `layout_map` its device mesh sets the number of devices. "
             f"Received: experts={experts}, data={data}, devices={shortened(devices)}"
         )
-    layouts = keras.distribution.LayoutMap(mesh)
-    layouts.update({**_LAYOUTS, **(layout_map or {})})
-    return ExpertParallel(layouts)
+    return ExpertParallel(keras.distribution.LayoutMap(mesh) if layout_map is None else layout_map)
 
 
 class ExpertParallel(keras.distribution.ModelParallel):
@@ -111,6 +102,8 @@ class ExpertParallel(keras.distribution.ModelParallel):
                 f"Received: axis_names={tuple(mesh.axis_names)}"
             )
         super().__init__(layout_map=layout_map, batch_dim_name="data")
+        # Stacked weights of banks, by the ends of their paths. Constant experts are not among them.
+        self._stacked: set = set()
         # A layout of Keras names one axis for the batch: this mesh has both as one.
         self._data_mesh = keras.distribution.DeviceMesh(
             (mesh.shape[0] * mesh.shape[1], *mesh.shape[2:]),
@@ -127,8 +120,15 @@ class ExpertParallel(keras.distribution.ModelParallel):
         axes = ("batch", *[None] * (len(data_shape) - 1))
         return keras.distribution.TensorLayout(axes, self._data_mesh)
 
+    def split_by_expert(self, bank: str, weight: str) -> None:
+        """Split a weight (E, ...) of a bank, by their names, unless the layout map does."""
+        self._stacked.add((bank, weight))
+
     def get_variable_layout(self, variable):
         layout = super().get_variable_layout(variable)
+        if tuple(variable.path.split("/")[-2:]) in self._stacked and not any(layout.axes):
+            axes = ("expert", *[None] * (len(variable.shape) - 1))
+            layout = keras.distribution.TensorLayout(axes, self.device_mesh)
         num_shards = self.device_mesh.shape[1]
         if layout.axes[:1] == ("expert",) and variable.shape[0] % num_shards:
             raise ValueError(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from backends import assert_close
 from layer_checks import SumOfTasks
+from test_own_experts import BranchedExperts, DeepExperts, NormalisedExperts
 
 from benchmarks import scaling
 from benchmarks.collectives import collectives
@@ -381,6 +382,21 @@ def test_another_layout_is_combined_with_that_of_the_banks():
     model.compile("sgd", "mse")
     x = np.ones((B, D), "float32")
     model.fit(x, x, batch_size=B, verbose=0)
+
+
+@pytest.mark.parametrize("bank", [DeepExperts, NormalisedExperts, BranchedExperts])
+def test_experts_that_users_write_are_split_and_give_what_one_device_gives(bank):
+    def layer():
+        mixture = layers.MixtureOfExperts(bank(E, activation="tanh"))
+        mixture.build((None, S, D))
+        mixture.experts.enable_lora(2, b_initializer="normal")
+        split = 1 if keras.distribution.distribution() is None else 4
+        for weight in mixture.experts.weights:
+            if "seed" not in weight.path:
+                assert weight.value.addressable_shards[0].data.shape[0] == E // split, weight.path
+        return mixture
+
+    assert_same(on("2x4", pass_of(layer)), on(None, pass_of(layer)))
 
 
 def test_a_model_of_keras_hub_learns_on_a_mesh_with_an_axis_for_its_heads():

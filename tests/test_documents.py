@@ -222,18 +222,14 @@ def test_the_recipes_for_parts_of_ones_own_train_and_are_short(tmp_path):
     names = run("docs/extending.md")
     assert names["layer"].expert_counts.shape == (8,)
     assert max(len(recipe.splitlines()) for recipe in blocks("docs/extending.md")) <= 29
-    bank = names["DeepExperts"](num_experts=4, hidden_dim=5)
-    copy = names["DeepExperts"].from_config(bank.get_config())
-    assert (copy.num_experts, copy.hidden_dim) == (4, 5)
-    mixture = keras_moe.layers.MixtureOfExperts
+    mixture, bank = keras_moe.layers.MixtureOfExperts, names["CentredExperts"]
+    assert bank.from_config(bank(num_experts=4).get_config()).num_experts == 4
     model = keras.Sequential(
         [
             keras.Input((16,)),
-            mixture(names["DeepExperts"](4, 5), names["PairedRouter"](top_k=1)),
-            mixture(names["DeepExperts"](4, 5), router_losses=[names["BusiestLoad"]()]),
-            mixture(
-                names["DeepExperts"](4, 5), routers.TopKRouter(balancer=names["router"].balancer)
-            ),
+            mixture(bank(4), names["PairedRouter"](top_k=1)),
+            mixture(bank(4), router_losses=[names["BusiestLoad"]()]),
+            mixture(bank(4), routers.TopKRouter(balancer=names["router"].balancer)),
         ]
     )
     model.compile("sgd", "mse")
@@ -251,6 +247,23 @@ def custom_loops():
         if not is_foreign.match(code):
             exec(compile(code, "custom_loops", "exec"), names)
     return names
+
+
+@of_many_operations
+def test_experts_of_ones_own_train_and_are_saved(tmp_path):
+    names = run("docs/own_experts.md")
+    banks = [names[name].experts for name in ("deep", "normalised", "branched")]
+    mixtures = [
+        keras_moe.layers.MixtureOfExperts(type(bank).from_config(bank.get_config()))
+        for bank in banks
+    ]
+    model = keras.Sequential([keras.Input((16,)), *mixtures])
+    model.compile("sgd", "mse")
+    x = np.random.default_rng(0).normal(size=(8, 16)).astype("float32")
+    model.fit(x, x, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(*(each.predict(x, verbose=0) for each in (loaded, model)), rtol=1e-5)
 
 
 def test_custom_loops_train_on_their_backend(custom_loops):

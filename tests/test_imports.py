@@ -25,6 +25,8 @@ PARTS = [
 ]
 LEVELS = {name: level for level, names in enumerate(PARTS) for name in names}
 TOOLS = PARTS.index(())
+# Modules of `backend/` that every framework uses.
+SHARED = {"base", "devices", "layouts", "padded"}
 
 
 def run(*arguments, backend=BACKEND):
@@ -46,7 +48,7 @@ def test_the_package_imports_nothing_but_itself_and_the_backend_of_keras():
     foreign = {name.partition(".")[0] for name in new} - set(sys.stdlib_module_names) - own
     assert foreign == {"keras_moe"}
     backends = {name.split(".")[2] for name in new if name.startswith("keras_moe.backend.")}
-    assert {name.partition("_")[0] for name in backends} == {"base", BACKEND}
+    assert {name.partition("_")[0] for name in backends} == {*SHARED, BACKEND}
 
 
 @pytest.mark.backends("torch")
@@ -82,7 +84,7 @@ def test_a_part_imports_from_lower_parts_and_no_framework():
     for path in FILES:
         names = path.relative_to(PACKAGE).with_suffix("").parts
         here, imported = part(names), list(imports(path))
-        # The framework of `backend/jax.py` and of `backend/jax_kernels/`.
+        # The framework of `backend/jax.py` and of `backend/jax_gpu.py`.
         allowed = {names[1].partition("_")[0]} if here == "backend" else set()
         assert {name.partition(".")[0] for name in imported} & FRAMEWORKS <= allowed, path
         private = "keras.src" in path.read_text()

@@ -284,6 +284,19 @@ def test_banks_of_equal_settings_share_a_network():
     assert len({mixture_of(BranchedExperts(E)).experts._function() for _ in range(2)}) == 2
 
 
+@pytest.mark.backends("torch")
+def test_surgery_cuts_experts_and_does_not_merge_them(layer):
+    model, x = keras.Sequential([keras.Input((D,)), layer]), normal(T, D)
+    with pytest.raises(ValueError, match="hidden features cannot be matched"):
+        surgery.merge_experts(model, data=[x])
+    kept = [0, 2]
+    before = {weight.name: to_numpy(weight)[kept] for weight in layer.experts.weights[:3]}
+    surgery.prune_experts(model, by=np.array([2.0, 1.0, 3.0]), keep=2)
+    for name, value in before.items():
+        np.testing.assert_array_equal(to_numpy(getattr(layer.experts, name)), value)
+    assert to_numpy(model(x)).shape == (T, D)
+
+
 def test_tools_know_vectors():
     layer = mixture_of(BANKS["normalised"]())
     model = keras.Sequential([keras.Input((D,)), layer])

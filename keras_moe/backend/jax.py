@@ -82,12 +82,12 @@ class JaxBackend(Backend):
         return others, pullback
 
     def product(self, rows, kernels, sizes, transposed=False, platform="cpu"):
-        if jax_products.supports(platform, rows.dtype.name):
+        if jax_products.supports(platform, rows):
             return jax_products.product(rows, kernels, sizes, transposed, platform)
         return padded.product(rows, kernels, sizes, transposed)
 
     def outer(self, left, right, sizes, dtype, platform="cpu"):
-        if jax_products.supports(platform, left.dtype.name):
+        if jax_products.supports(platform, left):
             return jax_products.outer(left, right, sizes, dtype, platform)
         return padded.outer(left, right, sizes)
 
@@ -103,7 +103,9 @@ class JaxBackend(Backend):
         return tensor.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
     def argsort(self, integers, bound):
-        if bound * integers.shape[0] >= 2**31:
+        number = integers.shape[0]
+        # The number may be a symbol, as in an exported program.
+        if not isinstance(number, int) or bound * number >= 2**31:
             return super().argsort(integers, bound)
         # XLA sorts plain integers several times as fast as pairs.
         return packed_order(jax.lax.sort, integers, bound)

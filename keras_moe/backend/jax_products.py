@@ -20,11 +20,13 @@ from jax.interpreters import ad, batching, mlir
 _DTYPES = {"tpu": ("bfloat16", "float32"), "gpu": ("bfloat16", "float16", "float32")}
 
 
-def supports(platform, dtype):
-    """Whether `product` and `outer` run on a platform, for a dtype of rows."""
+def supports(platform, rows):
+    """Whether `product` and `outer` run on a platform, for the dtype and the number of rows."""
     if platform == "cpu":
         return True
-    return dtype in _DTYPES[platform] and (platform != "gpu" or _has_triton())
+    # The number of rows is a symbol in a program that is exported for batches of any size.
+    fits = isinstance(rows.shape[0], int) and rows.dtype.name in _DTYPES[platform]
+    return fits and (platform != "gpu" or _has_triton())
 
 
 @functools.cache

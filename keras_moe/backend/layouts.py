@@ -86,8 +86,8 @@ class AllTokens:
         if rows is self.rows:  # which need not be copied for each expert
             batch = ops.expand_dims(self.tokens, 0)
         else:
-            num_tokens = ops.shape(self.tokens)[0]
-            batch = ops.reshape(rows, (self.num_experts, num_tokens, rows.shape[1]))
+            shape = (self.num_experts, ops.shape(self.tokens)[0], rows.shape[1])
+            batch = ops.reshape(rows, shape)
         products = ops.matmul(batch, _floats(kernels, rows.dtype))
         if bias is not None:
             products = products + ops.expand_dims(ops.cast(bias, rows.dtype), 1)

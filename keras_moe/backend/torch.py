@@ -66,7 +66,7 @@ class TorchBackend(Backend):
         return _platform_of(ops.convert_to_tensor(0).device)
 
     def on_its_platform(self, function, *operands):
-        tensor = keras.tree.flatten(operands)[0]
+        tensor = keras.tree.flatten(operands[0])[0]
         return function(_platform_of(tensor.device), *operands)
 
     def without_autocast(self, tensor):

@@ -66,9 +66,11 @@ class Projection:
             setattr(bank, f"{self.name}_bias", None)
 
     def _add(self, part, shape, initializer="zeros", **kwargs):
+        name = self._weight_name(part)
+        _split_by_expert(self.bank, name)
         # Cast one expert at a time where it is used, not as a whole by Keras.
         weight = self.bank.add_weight(
-            name=self._weight_name(part),
+            name=name,
             shape=shape,
             initializer=initializer,
             autocast=False,
@@ -99,6 +101,8 @@ class Projection:
 
     def add_factors(self, a_initializer, b_initializer):
         """Add low-rank factors A (E, D, r) and B (E, r, H); the kernel is frozen."""
+        for part in ("lora_a", "lora_b"):
+            _split_by_expert(self.bank, self._weight_name(part))
         factors = factors_for(
             self.bank, f"{self.name}_kernel", self.shape, a_initializer, b_initializer, self.stream
         )
@@ -189,6 +193,13 @@ class Projection:
             stored = self.stored(self.merged_kernel())
             values[: len(stored)] = stored
         return values
+
+
+def _split_by_expert(bank, name):
+    # On JAX, an `ExpertParallel`: it places a variable as soon as it is made.
+    split = getattr(keras.distribution.distribution(), "split_by_expert", None)
+    if split is not None:
+        split(bank.name, name)
 
 
 def _group_of_row(num_rows, block_size):

@@ -1,6 +1,5 @@
 """Banks with stacked kernels: LoRA, quantization, processes and serialization."""
 
-import types
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -317,9 +316,16 @@ class _SharedNetwork(NamedTuple):
     values: tuple
 
     def __call__(self, rows, linear):
-        settings: Any = types.SimpleNamespace(**dict(zip(self.names, self.values)))
         network: Any = vars(self.owner)["network"]
-        return network(settings, rows, linear)
+        return network(_Settings(zip(self.names, self.values)), rows, linear)
+
+
+class _Settings:
+    """Attributes; `torch.export` cannot trace a `types.SimpleNamespace`."""
+
+    def __init__(self, pairs):
+        for name, value in pairs:
+            setattr(self, name, value)
 
 
 class _WeakNetwork(NamedTuple):

@@ -195,7 +195,7 @@ class Router(keras.layers.Layer):
         return 1 if self.serves_all else self.top_k
 
     def plan(self, routing: Routing) -> GroupedPlan:
-        """Return which expert serves which token; a capacity may drop some of it."""
+        """Return which expert serves which token, without a capacity."""
         return plan_routing(routing)
 
     def save_own_variables(self, store):

@@ -7,11 +7,14 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal.keras_internals import let_go, names_below, open_to_state, set_state
-from keras_moe.layers import LayerExperts
+from keras_moe.layers import FeedForwardExperts, GatedExperts, LayerExperts, LinearExperts
 from keras_moe.layers.multi_gate import Task
 from keras_moe.layers.stacked_experts import StackedExperts
 from keras_moe.layers.usage import counter
 from keras_moe.routers import LogitRouter, SoftRouter
+
+# Banks with one hidden layer or none, whose features `merge` matches.
+_MATCHED = (FeedForwardExperts, GatedExperts, LinearExperts)
 
 
 def obstacles(layer, merging):
@@ -34,6 +37,8 @@ def obstacles(layer, merging):
         return
     elif isinstance(bank, StackedExperts) and (bank.lora_enabled or bank.quantization_mode):
         yield "whose kernels have LoRA or are quantized"
+    elif isinstance(bank, StackedExperts) and not isinstance(bank, _MATCHED):
+        yield f"with `{type(bank).__name__}`, whose hidden features cannot be matched"
     elif isinstance(bank, LayerExperts):
         if len(set(map(_kind, bank.layers))) > 1:
             yield "whose experts differ in their layers, activations or shapes of weights"
