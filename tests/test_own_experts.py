@@ -18,7 +18,7 @@ from test_export import PROGRAMS, S, assert_serves
 from test_networks import PLATFORMS, mode_on
 from test_second_derivatives import along, derivatives, stateless
 
-from keras_moe import inspection, layers, routers
+from keras_moe import inspection, layers, routers, surgery
 from keras_moe.ops import platform
 
 T, D, H, E = 9, 6, 5, 3
