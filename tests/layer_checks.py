@@ -242,7 +242,7 @@ CASES = {
         lambda: dict(
             router=routers.TopKRouter(E, top_k=3, balancer="loss_free", logit_noise=0.5, seed=7),
             router_losses=[losses.LoadBalance(0.5)],
-            shared_expert=keras.layers.Dropout(0.3, seed=2),
+            shared_expert=keras.layers.Dense(D),
             gated_shared_expert=True,
             capacity_factor=1.5,
             token_axes=2,
