@@ -9,6 +9,13 @@ from keras_moe.backend import backend
 
 AXES = ("data", "expert")
 
+# Layouts of the stacked weights of built-in banks, by their paths, also where a layer is built
+# before. Constant experts are whole on every device.
+_LAYOUTS = {
+    r"(.*/)?(up|gate|down)_(kernel|scale|lora_a|lora_b)": ("expert", None, None),
+    r"(.*/)?(up|gate|down)_bias": ("expert", None),
+}
+
 
 def expert_parallel(
     experts: int | None = None,
@@ -82,7 +89,9 @@ def expert_parallel(
             "With a `layout_map` its device mesh sets the number of devices. "
             f"Received: experts={experts}, data={data}, devices={shortened(devices)}"
         )
-    return ExpertParallel(keras.distribution.LayoutMap(mesh) if layout_map is None else layout_map)
+    layouts = keras.distribution.LayoutMap(mesh)
+    layouts.update({**_LAYOUTS, **(layout_map or {})})
+    return ExpertParallel(layouts)
 
 
 class ExpertParallel(keras.distribution.ModelParallel):
@@ -102,7 +111,7 @@ class ExpertParallel(keras.distribution.ModelParallel):
                 f"Received: axis_names={tuple(mesh.axis_names)}"
             )
         super().__init__(layout_map=layout_map, batch_dim_name="data")
-        # Stacked weights of banks, by the ends of their paths. Constant experts are not among them.
+        # Stacked weights of other banks, by the ends of their paths.
         self._stacked: set = set()
         # A layout of Keras names one axis for the batch: this mesh has both as one.
         self._data_mesh = keras.distribution.DeviceMesh(
