@@ -75,6 +75,13 @@ def megabytes(text):
     }
 
 
+# A product of XLA, or a kernel for grouped products.
+_PRODUCT = (
+    r'(?:fusion\(.*op_name="(?=[^"]*/dot_general")'
+    r'|custom-call\(.*op_name="(?=[^"]*gmm))([^"]*)"'
+)
+
+
 def products_meanwhile(text):
     """Names of the products that the main program computes while an all-to-all is under way.
 
@@ -86,7 +93,7 @@ def products_meanwhile(text):
             under_way.add(start[1])
         elif done := re.search(r" all-to-all-done\((%\S+)\)", line):
             under_way.discard(done[1])
-        elif under_way and (product := re.search(r'fusion\(.*op_name="([^"]*/dot_general)"', line)):
+        elif under_way and (product := re.search(_PRODUCT, line)):
             products.append(product[1])
     return products
 

@@ -161,8 +161,8 @@ def test_a_layer_is_compiled_for_several_tpus(monkeypatch, tmp_path):
     assert (row["name"], row["chips"], row["experts"]) == ("v5e:2x2", 4, 4)
     # Rows go to the chips of their experts; nothing is gathered.
     assert row["to_all_mb"] > 0 and row["gather_mb"] == 0
-    # The shared expert needs none of the rows that are on their way.
-    assert int(row["meanwhile"].split()[0]) > 0
+    # Products run while rows are on their way: of the shared expert, or of rows that have arrived.
+    assert int(row["meanwhile"].split()[-1]) > 0
 
 
 TPUS = [name for name, chip in chips.CHIPS.items() if chip.platform == "tpu"]
