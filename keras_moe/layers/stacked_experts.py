@@ -296,8 +296,8 @@ class StackedExperts(Adaptable, ExpertBank):
 
 
 def _in_programs(value):
-    """A setting as `network` sees it."""
-    is_gelu = value is keras.activations.gelu and keras.backend.backend() != "torch"
+    """A setting as `network` sees it: on TensorFlow with a GELU that is faster and exports."""
+    is_gelu = value is keras.activations.gelu and keras.backend.backend() == "tensorflow"
     return _gelu if is_gelu else value
 
 
