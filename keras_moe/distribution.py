@@ -152,7 +152,4 @@ def _mesh(experts, data, devices):
 
 
 __all__ = ["ExpertParallel", "expert_parallel"]
-
-
-def __dir__():
-    return __all__
+__dir__ = __all__.copy

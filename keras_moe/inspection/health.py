@@ -372,7 +372,4 @@ __all__ = [
     "judge_router",
     "judge_weak_loss",
 ]
-
-
-def __dir__():
-    return __all__
+__dir__ = __all__.copy

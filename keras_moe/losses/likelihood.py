@@ -25,11 +25,8 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
 
     A squared error of the summed output makes experts cooperate, and predicts the mean of all
     answers. This loss makes them compete: the expert that explains a sample best gets most of its
-    gradient, so experts specialize, and each may give another answer.
-
-    Predictions are made by `losses.pack_mixture` from a routing and the outputs of its experts. The
-    weights of a sample should sum to 1, as those of `DenseRouter`, or of a `TopKRouter` with at
-    least two experts, do.
+    gradient, so experts specialize, and each may give another answer. The weights of a sample
+    should sum to 1, as with a `DenseRouter`, or a `TopKRouter` with at least two experts.
 
     Args:
         distribution: String. "gaussian": outputs are means (D), with `scale=None` followed by
@@ -46,9 +43,9 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         ValueError: If an argument is out of its range, or `y_true` does not fit `y_pred`.
 
     Call arguments:
-        y_true: (batch, ..., D) float tensor, or (batch, ...) integer tensor of classes,
-            where -1 counts as any class. What is no class, such as 9 of 4 or 0.5, is refused in an
-            array; in a tensor, such as those of `fit`, the loss of its sample is NaN.
+        y_true: (batch, ..., D) float tensor, or (batch, ...) integer tensor of classes, where -1
+            counts as any class. Numbers of no class are refused in an array; in a tensor, such as
+            in `fit`, the loss of the sample is NaN.
         y_pred: (batch, ..., K, 1 + D') float tensor of `losses.pack_mixture`.
 
     Returns:
@@ -165,12 +162,8 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         return ops.sum(ops.expand_dims(weights, -1) * values, axis=-2)
 
     def get_config(self):
-        return {
-            **super().get_config(),
-            "distribution": self.distribution,
-            "scale": self.scale,
-            "normalized": self.normalized,
-        }
+        names = ("distribution", "scale", "normalized")
+        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
 
 
 def _classes(y_pred):
@@ -206,7 +199,7 @@ def pack_mixture(routing: Routing, expert_outputs: Tensor) -> Tensor:
         (batch, ..., K, 1 + D') float32 tensor.
 
     Raises:
-        ValueError: If the outputs are of another K.
+        ValueError: If K differs between weights and outputs.
     """
     expert_outputs = ops.convert_to_tensor(expert_outputs)
     if expert_outputs.shape[-2] != routing.weights.shape[-1]:

@@ -23,14 +23,21 @@ class RouterLoss(Configured):
       load. With them `callbacks.ExpertHealth` warns of a weight that is too small or too large.
 
     A loss with state returns from `state_shapes` the variables that each layer keeps for it. It
-    implements `compute(routing, state)`, which returns the loss and the new state.
+    implements `compute(routing, state)`, which returns the loss and the new state; the state is
+    None in evaluation.
 
     Args:
         weight: Float, at least 0. Factor of the loss. Each layer copies it into a variable, which
             `callbacks.RouterLossSchedule` changes in training.
 
     Raises:
-        ValueError: If `weight` is not a finite number of at least 0.
+        ValueError: If an argument is out of its range.
+
+    Example:
+
+    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
+    >>> routing = router(keras.random.normal((32, 64)))
+    >>> value = keras_moe.losses.LoadBalance(weight=1e-2)(routing)
     """
 
     balances = False
@@ -52,10 +59,7 @@ class RouterLoss(Configured):
         return {}
 
     def compute(self, routing: Any, *args: Any) -> Any:
-        """Return the loss before its weight; with a state, also the new state, in its order.
-
-        The state is None in evaluation, where none is kept.
-        """
+        """Return the loss before its weight; with a state, also the new state, in its order."""
         raise NotImplementedError(f"{type(self).__name__} must implement `compute(routing)`.")
 
     def get_config(self):
@@ -67,17 +71,14 @@ class LoadBalance(RouterLoss):
     """Spreads tokens over the experts: `E * sum_e f_e * P_e`, 1 at balance, more when skewed.
 
     `f_e` is expert e's share of all assignments over all K choices, before any drop; `P_e` is its
-    mean probability. Padding counts in neither. The gradient flows through `P` only.
-
-    It does not grow with K, as in some implementations, and is computed for each layer alone.
+    mean probability, through which alone the gradient flows. It does not grow with K, as in some
+    implementations.
 
     Arguments and errors: as for `RouterLoss`.
 
     Example:
 
     >>> loss = keras_moe.losses.LoadBalance(weight=1e-2)
-    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
-    >>> value = loss(router(keras.random.normal((32, 64))))
 
     Reference: Fedus et al. 2021 (arXiv:2101.03961), eq. 4 to 6.
     """
@@ -104,8 +105,6 @@ class SequenceLoadBalance(RouterLoss):
     Example:
 
     >>> loss = keras_moe.losses.SequenceLoadBalance(weight=1e-4)
-    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
-    >>> value = loss(router(keras.random.normal((32, 64))), sequence_length=16)
 
     Reference: DeepSeek-V3 (arXiv:2412.19437), eq. 17 to 20.
     """
@@ -137,22 +136,17 @@ class GlobalLoadBalance(RouterLoss):
     """`LoadBalance` of the batch of an optimizer step, as small batches are hard to balance.
 
     The shares `f` count all micro-batches so far in the step, on all replicas. The probabilities
-    `P` come from this micro-batch alone, as only they have a gradient.
+    `P` come from this micro-batch alone, as only they have a gradient. Only layers can call it.
 
     Args:
-        weight: Float, at least 0. Factor of the loss.
         accumulation_steps: Integer. The `gradient_accumulation_steps` of the optimizer, times the
             calls of the layer in one pass.
 
-    Raises:
-        ValueError: If an argument is out of its range, or the loss is called outside of a layer.
+    Other arguments and errors: as for `RouterLoss`.
 
     Example:
 
-    >>> layer = keras_moe.layers.MixtureOfExperts(
-    ...     keras_moe.layers.FeedForwardExperts(num_experts=8, hidden_dim=32),
-    ...     router_losses=[keras_moe.losses.GlobalLoadBalance(accumulation_steps=4)],
-    ... )
+    >>> loss = keras_moe.losses.GlobalLoadBalance(accumulation_steps=4)
 
     Reference: Qiu et al. 2025 (arXiv:2501.11873), section 3.
     """
@@ -188,8 +182,6 @@ class ImportanceVariation(RouterLoss):
     Example:
 
     >>> loss = keras_moe.losses.ImportanceVariation(weight=1e-2)
-    >>> router = keras_moe.routers.NoisyTopKRouter(num_experts=8)
-    >>> value = loss(router(keras.random.normal((32, 64))))
 
     Reference: Shazeer et al. 2017 (arXiv:1701.06538), eq. 6 and 7, of the scores of all experts as
     in V-MoE (arXiv:2106.05974), appendix A.1.
@@ -216,8 +208,6 @@ class LoadVariation(RouterLoss):
     Example:
 
     >>> loss = keras_moe.losses.LoadVariation(weight=1e-2)
-    >>> router = keras_moe.routers.NoisyTopKRouter(num_experts=8)
-    >>> value = loss(router(keras.random.normal((32, 64)), training=True))
 
     Reference: Shazeer et al. 2017 (arXiv:1701.06538), eq. 8 to 11.
     """
@@ -240,8 +230,6 @@ class RouterZ(RouterLoss):
     Example:
 
     >>> loss = keras_moe.losses.RouterZ(weight=1e-3)
-    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
-    >>> value = loss(router(keras.random.normal((32, 64))))
 
     Reference: Zoph et al. 2022, ST-MoE (arXiv:2202.08906), eq. 5.
     """
@@ -265,8 +253,6 @@ class RouterEntropy(RouterLoss):
     Example:
 
     >>> loss = keras_moe.losses.RouterEntropy(weight=1e-4)
-    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
-    >>> value = loss(router(keras.random.normal((32, 64))))
 
     Reference: Huang et al. 2024 (arXiv:2403.07652), eq. 6.
     """

@@ -126,9 +126,6 @@ class UsageMetric(keras.metrics.Metric):
         name: String or None. Name of the metric; None: the name of the function.
         dtype: String or None. Dtype of the metric.
 
-    Raises:
-        ValueError: If `num_experts` is not positive.
-
     Example:
 
     >>> metric = keras_moe.metrics.UsageMetric(keras_moe.metrics.load_imbalance, num_experts=8)
@@ -143,21 +140,12 @@ class UsageMetric(keras.metrics.Metric):
         super().__init__(name=name or function.__name__, dtype=dtype)
         self.function = function
         self.num_experts = check_integer("num_experts", num_experts)
-        shape = (self.num_experts,)
-        self.counts = self.add_variable(shape, "zeros", dtype="float32", name="counts")
+        self.counts = self.add_variable((self.num_experts,), "zeros", "float32", name="counts")
 
     def update_state(self, routing: Routing) -> None:
-        """Add the assignments of a routing, in which padding does not count.
-
-        Args:
-            routing: An `ops.Routing`.
-
-        Raises:
-            ValueError: If the routing has another number of experts.
-        """
-        counts = routing.counts
-        check_tensors({"E": self.num_experts}, **{"routing.counts": (counts, "E")})
-        self._add(ops.cast(counts, "float32"), ops.cast(routing.dropped, "float32"))
+        """Add the assignments of an `ops.Routing`, in which padding does not count."""
+        check_tensors({"E": self.num_experts}, **{"routing.counts": (routing.counts, "E")})
+        self._add(ops.cast(routing.counts, "float32"), ops.cast(routing.dropped, "float32"))
 
     def _add(self, counts, dropped):
         self.counts.assign_add(counts)
@@ -180,14 +168,12 @@ class UsageMetric(keras.metrics.Metric):
 
 @register
 class DroppedFraction(UsageMetric):
-    """`metrics.dropped_fraction` of all routings since the last reset.
-
-    Arguments as in `UsageMetric`, without `function`.
-    """
+    """`metrics.dropped_fraction` of all routings. Arguments: as for `UsageMetric`."""
 
     def __init__(self, num_experts: int, name: str | None = None, dtype: Any = None):
         super().__init__(self._fraction, num_experts, name or "dropped_fraction", dtype)
-        self.dropped = self.add_variable((), "zeros", dtype="float32", name="dropped")
+
+        self.dropped = self.add_variable((), "zeros", "float32", name="dropped")
 
     def _add(self, counts, dropped):
         self.counts.assign_add(counts)
@@ -204,18 +190,9 @@ class DeadExpertsOverWindow(UsageMetric):
     `metrics.dead_experts` counts which are dead. Each `update_state` is a batch.
 
     Args:
-        num_experts: Integer. Number of experts, E.
         window: Integer. Batches in a row in which an expert must be dead.
-        name: String or None. Name of the metric.
-        dtype: String or None. Dtype of the metric.
 
-    Example:
-
-    >>> metric = keras_moe.metrics.DeadExpertsOverWindow(num_experts=8, window=2)
-    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
-    >>> for _ in range(3):
-    ...     metric.update_state(router(keras.random.normal((32, 64))))
-    >>> dead = float(metric.result())
+    Other arguments: as for `UsageMetric`.
     """
 
     def __init__(

@@ -19,10 +19,7 @@ from keras_moe.surgery import measuring
 from keras_moe.surgery.cutting import cut, groups_of, merge, obstacles, router_like
 
 __all__ = ["Surgery", "merge_experts", "prune_experts", "set_top_k"]
-
-
-def __dir__():
-    return __all__
+__dir__ = __all__.copy
 
 
 class Surgery(NamedTuple):

@@ -29,7 +29,4 @@ __all__ = [
     "format_table",
     "pareto_table",
 ]
-
-
-def __dir__():
-    return __all__
+__dir__ = __all__.copy
