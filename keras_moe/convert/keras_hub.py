@@ -28,8 +28,7 @@ def use_sparse_experts(model: keras.Model) -> keras.Model:
         The model.
 
     Raises:
-        ValueError: If the model has no MoE block that is known here, or one that is quantized or
-            has LoRA.
+        ValueError: If the model has no MoE block that is known here, or a quantized or LoRA one.
 
     Example:
 
@@ -43,10 +42,8 @@ def use_sparse_experts(model: keras.Model) -> keras.Model:
         if family_of(block) and not any(map(is_sparse, own_layers(block)))
     }
     if not dense and not any(map(is_sparse, model._flatten_layers())):
-        raise ValueError(
-            f"`model` must have a MoE block of KerasHub: {', '.join(FAMILIES)}. "
-            f"Received: model={model!r}"
-        )
+        rule = f"`model` must have a MoE block of KerasHub: {', '.join(FAMILIES)}"
+        raise ValueError(f"{rule}. Received: model={model!r}")
     for block in dense:
         check_plain(block)
     replacements: dict = {}
@@ -68,8 +65,7 @@ def restore(model: keras.Model) -> keras.Model:
         The model.
 
     Raises:
-        ValueError: If the model has no block that was converted, or a router that is quantized or
-            has LoRA.
+        ValueError: If no block was converted, or a router is quantized or has LoRA.
 
     Example:
 
@@ -86,21 +82,12 @@ def restore(model: keras.Model) -> keras.Model:
     return model
 
 
-# By paths of KerasHub's weights: heads of attention, and experts before `use_sparse_experts`.
-_LAYOUTS = {
-    r".*attention/query/kernel": (None, "model", None),
-    r".*attention/query/bias": ("model", None),
-    r".*attention/attention_output/kernel": ("model", None, None),
-    r".*experts/expert_feedforward_\w+_dense": ("expert", None, None),
-}
-
-
 def layout_map(mesh: keras.distribution.DeviceMesh) -> keras.distribution.LayoutMap:
     """Layouts of KerasHub's MoE models for `distribution.expert_parallel`, on JAX.
 
-    Heads of attention are split over the axis "model" of the mesh, experts over "expert". Heads of
-    keys and values, which are few in these models, and all other weights are whole on every device.
-    Set the distribution before you make or load the model, and convert the model afterwards.
+    Heads of attention are split over the axis "model" of the mesh, experts over "expert". All other
+    weights are whole on every device. Set the distribution before you make or load the model, and
+    convert the model afterwards.
 
     Args:
         mesh: `keras.distribution.DeviceMesh` with the axes "data", "expert" and "model". The size
@@ -111,16 +98,15 @@ def layout_map(mesh: keras.distribution.DeviceMesh) -> keras.distribution.Layout
 
     Example:
 
-    >>> mesh = keras.distribution.DeviceMesh(
-    ...     (2, 2, 2), ("data", "expert", "model")
-    ... )  # doctest: +SKIP
     >>> layouts = keras_moe.convert.layout_map(mesh)  # doctest: +SKIP
-    >>> keras.distribution.set_distribution(
-    ...     keras_moe.distribution.expert_parallel(layout_map=layouts)
-    ... )  # doctest: +SKIP
+    >>> distribution = keras_moe.distribution.expert_parallel(layout_map=layouts)  # doctest: +SKIP
     """
+    # By paths of KerasHub's weights: heads of attention, and experts before `use_sparse_experts`.
     layouts = keras.distribution.LayoutMap(mesh)
-    layouts.update(_LAYOUTS)
+    layouts[r".*attention/query/kernel"] = (None, "model", None)
+    layouts[r".*attention/query/bias"] = ("model", None)
+    layouts[r".*attention/attention_output/kernel"] = ("model", None, None)
+    layouts[r".*experts/expert_feedforward_\w+_dense"] = ("expert", None, None)
     return layouts
 
 

@@ -60,8 +60,11 @@ def from_peft(
         )
     bank, rank, alpha = mixture.experts, settings["r"], settings["lora_alpha"]
     factors = [[read(start + f"lora_{letter}.weight") for letter in "AB"] for start in starts]
-    # Wrappers in each other do not say which kernel they adapt.
-    by_shape = {_shapes(bank, rule, rank): rule for rule in rules}
+    # Wrappers in each other do not say which kernel they adapt; the shapes of A and B do.
+    by_shape, stacked = {}, rank * bank.num_experts
+    for rule in rules:
+        _, fan_in, fan_out = _projections(bank, rule)[0].shape
+        by_shape[(stacked, fan_in), (fan_out * len(rule.ours), stacked)] = rule
     wrong = [(a.shape, b.shape) for a, b in factors if (a.shape, b.shape) not in by_shape]
     if wrong:
         raise ValueError(
@@ -134,13 +137,6 @@ def _experts_of(mixture, layer, family):
 def _projections(bank, rule):
     names = (name.removeprefix("experts.").removesuffix("_kernel") for name in rule.ours)
     return [bank.projection(name) for name in names]
-
-
-def _shapes(bank, rule, rank):
-    """Shapes of `lora_A` and `lora_B`."""
-    _, fan_in, fan_out = _projections(bank, rule)[0].shape
-    stacked = rank * bank.num_experts
-    return (stacked, fan_in), (fan_out * len(rule.ours), stacked)
 
 
 def _joined(projections):

@@ -49,17 +49,15 @@ class SparseBlock:
 
 
 def token_mask(attention_mask, leading):
-    """Which tokens are real, a bool tensor of the shape `leading`, (batch, length), or None.
-
-    An attention mask is (batch, length), or (batch, length, keys) for a causal attention, or None.
-    """
+    """Which tokens (batch, length) are real, or None, by the attention mask of a block."""
     if attention_mask is None:
         return None
-    if len(attention_mask.shape) == 3:
+    if len(attention_mask.shape) == 3:  # of a causal attention
         _, length, keys = attention_mask.shape
         if not _fit(length, keys):
             return None  # keys from a cache: tokens are those that are generated
-        # A causal attention lets each token see itself, unless it is padding.
+        # Each token sees itself, unless it is padding.
+
         attention_mask = ops.diagonal(attention_mask, axis1=1, axis2=2)
     fits = all(map(_fit, attention_mask.shape, leading))
     return ops.cast(attention_mask, "bool") if fits else None

@@ -16,8 +16,8 @@ def save_as_mixtral(model: keras.Model, path: str | os.PathLike) -> None:
     """Save an upcycled Llama of KerasHub in a folder that Transformers loads as a Mixtral.
 
     Writes `config.json` and `model.safetensors`, and needs the package `safetensors`. LoRA is added
-    to the kernels, which are multiplied by the scaling factor of the router (`granularity`).
-    The dense model's tokenizer fits.
+    to the kernels, which are multiplied by the scaling factor of the router (`granularity`). The
+    dense model's tokenizer fits.
 
     Args:
         model: Keras model. A `LlamaCausalLM` or `LlamaBackbone`, or one of Llama 3, with a mixture
@@ -30,7 +30,6 @@ def save_as_mixtral(model: keras.Model, path: str | os.PathLike) -> None:
 
     Example:
 
-    >>> model = keras_moe.upcycle(llama, num_experts=4, top_k=2)  # doctest: +SKIP
     >>> keras_moe.convert.save_as_mixtral(model, "sparse")  # doctest: +SKIP
     >>> transformers.AutoModelForCausalLM.from_pretrained("sparse")  # doctest: +SKIP
     """

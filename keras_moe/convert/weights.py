@@ -14,9 +14,8 @@ class Rule(NamedTuple):
     """One weight of another package, and the one or two of ours that it contains.
 
     - `theirs`: its name. With `{expert}` in it there is one for each expert.
-    - `ours`: names of our weights. Two of them share the axis of the outputs.
+    - `ours`: names of our weights. Two share the axis of the outputs: halves, or `interleaved`.
     - `transposed`: whether its last two axes are (outputs, inputs).
-    - `interleaved`: whether two of ours alternate; else each is one half.
     """
 
     theirs: str
@@ -74,11 +73,8 @@ def read_config(source, name="config.json"):
 
 
 def tensor_reader(source):
-    """Return a function from a name to its array of floats, and all names.
-
-    Args:
-        source: path of a `.safetensors` file or of a folder of them, of which one tensor at a time
-            is read; or a mapping of names to arrays or tensors.
+    """From weights by name, or from `.safetensors` files, which are read one tensor at a time: a
+    function from a name to an array of floats, and all names.
     """
     if hasattr(source, "keys"):
         get, names = source.__getitem__, set(source.keys())
