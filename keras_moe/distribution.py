@@ -55,14 +55,13 @@ def expert_parallel(
         experts. Both go to `keras.distribution.set_distribution`.
 
     Raises:
-        ValueError: If numbers and devices do not fit, the axes of the mesh are others, there are
-            no processes on PyTorch, an argument is for the other backend, or on TensorFlow.
+        ValueError: If numbers and devices do not fit, the axes of the mesh are others, there are no
+            processes on PyTorch, an argument is for the other backend, or on TensorFlow.
 
     Example:
 
     >>> if keras.backend.backend() == "jax":
-    ...     devices = keras.distribution.list_devices()
-    ...     distribution = keras_moe.distribution.expert_parallel(experts=len(devices))
+    ...     distribution = keras_moe.distribution.expert_parallel()
     ...     keras.distribution.set_distribution(distribution)
     ...     keras.distribution.set_distribution(None)  # one device again
 
@@ -82,8 +81,8 @@ def expert_parallel(
     data = data if data is None else check_integer("data", data)
     if name == "torch":
         return backend.devices.split_experts(experts, data, process_group)
-    mesh = _mesh(experts, data, devices) if layout_map is None else layout_map.device_mesh
     given = (experts, data, devices)
+    mesh = _mesh(*given) if layout_map is None else layout_map.device_mesh
     if layout_map is not None and given not in [(None, None, None), (*mesh.shape[1::-1], None)]:
         raise ValueError(
             "With a `layout_map` its device mesh sets the number of devices. "

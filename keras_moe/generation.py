@@ -42,8 +42,8 @@ def generate(
         temperature: Float. 0 takes the likeliest token. Otherwise tokens are drawn from
             `softmax(logits / temperature)`, among those that `top_k` and `top_p` leave.
         top_k: Integer or None. Only the K likeliest tokens are drawn.
-        top_p: Float or None. Only the fewest likeliest tokens are drawn whose probabilities sum to
-            at least P.
+        top_p: Float or None. Only the fewest likeliest tokens whose probabilities sum to at least P
+            are drawn.
         stop_token: Integer or None. A text ends with this token.
         seed: Integer or None. Seed of the draws.
         verbose: "auto", 0 or 1. Whether a progress bar is shown; "auto" shows it for long texts.
@@ -52,20 +52,17 @@ def generate(
         List of B integer arrays: each prompt and what follows, to the stop token.
 
     Raises:
-        ValueError: If an argument is out of its range, the model has no decoder blocks, or
-            another layer depends on positions or on other tokens, or a block has cross-attention.
+        ValueError: If an argument is out of its range, the model has no decoder blocks, or another
+            layer depends on positions or on other tokens, or a block has cross-attention.
 
     Example:
 
-    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
-    >>> model = keras.Sequential([
-    ...     keras.Input((None,), dtype="int32"),
-    ...     keras.layers.Embedding(100, 16),
-    ...     keras_moe.layers.TransformerDecoderBlock(2, keras_moe.layers.MixtureOfExperts(experts)),
-    ...     keras.layers.Dense(100),
-    ... ])
-    >>> texts = keras_moe.generate(model, [[5, 6, 7], [8]], num_tokens=4)
-    >>> [len(text) for text in texts]
+    >>> block = keras_moe.layers.TransformerDecoderBlock(2, keras_moe.layers.MixtureOfExperts(
+    ...     keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
+    ... ))
+    >>> layers = [keras.layers.Embedding(100, 16), block, keras.layers.Dense(100)]
+    >>> model = keras.Sequential([keras.Input((None,), dtype="int32"), *layers])
+    >>> [len(text) for text in keras_moe.generate(model, [[5, 6, 7], [8]], num_tokens=4)]
     [7, 5]
 
     References: Fan et al. 2018 (arXiv:1805.04833), section 5.4, for `top_k`; Holtzman et al. 2020
@@ -96,7 +93,11 @@ def generate(
         text[row, start - len(prompt) : start] = prompt
         real[row, start - len(prompt) :] = True
 
-    writer = _writer_of(model)
+    writer = vars(model).get("_text_writer", lambda: None)()  # It keeps what is compiled.
+    if writer is None or writer.model is not model:  # of a model that was copied
+        writer = _Writer(model)
+        # In a function: Keras would save and load an attribute that is a layer.
+        vars(model)["_text_writer"] = lambda: writer
     state = writer.predict_on_batch({"ids": text[:, :start], "real": real[:, :start], "room": text})
     num_words = state["logits"].shape[-1]
     ids = np.concatenate(prompts)  # Those of `text` are cut to 32 bits.
@@ -128,19 +129,12 @@ def generate(
             writer.was_compared = True
         if shown:
             progress.update(int(state["position"]) - start)
-    texts = [row[start - len(prompt) :] for row, prompt in zip(state["text"], prompts)]
-    written = int(state["position"]) - start
-    return [_ended(row, len(prompt), written, stop_token) for row, prompt in zip(texts, prompts)]
-
-
-def _writer_of(model):
-    """The writer of a model, which keeps what is compiled."""
-    writer = vars(model).get("_text_writer", lambda: None)()
-    if writer is None or writer.model is not model:  # of a model that was copied
-        writer = _Writer(model)
-        # In a function: Keras would save and load an attribute that is a layer.
-        vars(model)["_text_writer"] = lambda: writer
-    return writer
+    texts = []
+    for row, prompt in zip(state["text"], prompts):
+        stops = np.flatnonzero(row[start:] == stop_token)
+        end = start + stops[0] + 1 if len(stops) else state["position"]
+        texts.append(row[start - len(prompt) : end])
+    return texts
 
 
 class _Writer(keras.Model):
@@ -224,10 +218,3 @@ def _compare_with_whole_text(writer, state, prompts):
             "are computed one by one: rotary positions of the blocks do, an embedding of positions "
             f"does not. Received: logits that differ by {difference:.2g} from the whole text's"
         )
-
-
-def _ended(text, num_given, num_written, stop_token):
-    """A prompt and what follows, to the stop token."""
-    written = text[num_given : num_given + num_written]
-    stops = np.flatnonzero(written == stop_token)
-    return text[: num_given + (stops[0] + 1 if len(stops) else num_written)]

@@ -49,8 +49,8 @@ class ExpertMonitor(keras.callbacks.Callback):
             its folders `train` and `validation`, which `keras.callbacks.TensorBoard` uses too, as
             `LAYER/load_imbalance` and so on, with the shares as the histogram `LAYER/shares` and
             the heat map `LAYER/shares_over_time`. Needs `pip install tensorboard matplotlib`.
-        metrics: List of functions from the counts of a layer, a NumPy array (E,) of the
-            assignments of each expert in the epoch, to a number. NaN is logged without counts.
+        metrics: List of functions from the counts of a layer, a NumPy array (E,) of the assignments
+            of each expert in the epoch, to a number. NaN is logged without counts.
 
     Raises:
         ValueError: If `metrics` are not functions of different names, the model has no
@@ -64,10 +64,9 @@ class ExpertMonitor(keras.callbacks.Callback):
     >>> model = keras.Sequential([keras.Input((16,)), moe, keras.layers.Dense(1)])
     >>> model.compile("adam", "mse")
     >>> x, y = keras.random.normal((64, 16)), keras.random.normal((64, 1))
-    >>> monitor = keras_moe.callbacks.ExpertMonitor()
+    >>> monitor, numbers = keras_moe.callbacks.ExpertMonitor(), {}
     >>> history = model.fit(x, y, callbacks=[monitor], verbose=0)
     >>> imbalance = history.history["moe_load_imbalance"]
-    >>> numbers = {}
     >>> keep = keras.callbacks.LambdaCallback(on_test_end=numbers.update)
     >>> loss = model.evaluate(x, y, callbacks=[monitor, keep], verbose=0)
     >>> imbalance_of_evaluation = numbers["moe_load_imbalance"]
@@ -85,10 +84,8 @@ class ExpertMonitor(keras.callbacks.Callback):
         self.validation_shares: dict = {}
         self._metrics = {getattr(function, "__name__", ""): function for function in metrics}
         if len(self._metrics) < len(metrics) or not all(map(str.isidentifier, self._metrics)):
-            raise ValueError(
-                "`metrics` must be functions of different names, which are theirs in the logs. "
-                f"Received: metrics={shortened(metrics)}"
-            )
+            rule = "`metrics` must be functions of different names, which are theirs in the logs"
+            raise ValueError(f"{rule}. Received: metrics={shortened(metrics)}")
         # The test function of the model that counts.
         self._counting: Any = None
         # How often the counters had been reset when the epoch began; None outside of training.
@@ -199,7 +196,8 @@ class ExpertMonitor(keras.callbacks.Callback):
         return sum(layer.resets for layer in moe_layers(self.model).values())
 
     def _read_training(self):
-        """Return what was counted since the epoch began, unless others have reset it."""
+        """The numbers and shares since the epoch began."""
+
         if self._resets != self._count_resets():
             raise ValueError(
                 "A model must have one `ExpertMonitor`, in one call of `fit` or `evaluate` at a "
@@ -209,7 +207,7 @@ class ExpertMonitor(keras.callbacks.Callback):
         return self._read_counts(keep=True)
 
     def _read_counts(self, keep=False):
-        """Return the numbers and the shares of each layer since the last reset, and reset them.
+        """The numbers and the shares of each layer since the last reset, which are reset.
 
         `keep` leaves the counts for `summary` and `ExpertHealth`, which find the counters empty.
         """

@@ -31,9 +31,6 @@ class RouterLossSchedule(keras.callbacks.Callback):
     >>> balance_at_first = keras_moe.callbacks.RouterLossSchedule(
     ...     lambda epoch, weight: weight if epoch < 3 else 0.1 * weight
     ... )
-    >>> slowly_off = keras_moe.callbacks.RouterLossSchedule(
-    ...     keras.optimizers.schedules.CosineDecay(0.01, decay_steps=10)
-    ... )
     """
 
     def __init__(self, schedule: Callable, loss: str | RouterLoss = "load_balance"):

@@ -73,9 +73,7 @@ def read_config(source, name="config.json"):
 
 
 def tensor_reader(source):
-    """From weights by name, or from `.safetensors` files, which are read one tensor at a time: a
-    function from a name to an array of floats, and all names.
-    """
+    """A function from names to arrays of floats, and all names, of weights by name or in files."""
     if hasattr(source, "keys"):
         get, names = source.__getitem__, set(source.keys())
     else:

@@ -63,14 +63,13 @@ def built_layers(model):
 
 def _layers(model):
     check_instance("model", model, keras.Layer)
-    return [layer for layer in _in_order(model, set()) if isinstance(layer, MixtureOfExperts)]
+    found: dict = {}
 
+    def visit(layer):  # Keras lists nested models in reverse.
+        if layer not in found:
+            found[layer] = isinstance(layer, MixtureOfExperts)
+            for part in own_layers(layer):
+                visit(part)
 
-def _in_order(layer, seen):
-    """A layer and all layers in it, each once. Keras lists nested models in reverse."""
-    if id(layer) in seen:
-        return
-    seen.add(id(layer))
-    yield layer
-    for part in own_layers(layer):
-        yield from _in_order(part, seen)
+    visit(model)
+    return [layer for layer, is_mixture in found.items() if is_mixture]

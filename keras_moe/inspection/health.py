@@ -103,16 +103,20 @@ def is_large(loss: RouterLoss, weight: float) -> bool:
 
 
 def balance_advice(layer: MixtureOfExperts) -> str:
-    """Advice for an uneven load, by what balances it in a layer.
-
-    Args:
-        layer: A `layers.MixtureOfExperts`.
-
-    Returns:
-        String.
-    """
-    weighted = zip(layer.router_losses, layer.loss_weights_in_force)
-    advice = [_advise_loss(loss, weight) for loss, weight in weighted if loss.balances]
+    """Advice for an uneven load, by what balances it in a `layers.MixtureOfExperts`."""
+    advice = []
+    for loss, weight in zip(layer.router_losses, layer.loss_weights_in_force):
+        if loss.balances:
+            balanced = f"The load is balanced by {type(loss).__name__}(weight={weight:g})"
+            if not weight:
+                advice.append(f"{balanced}: give it a weight above 0.")
+            elif not is_large(loss, weight):
+                advice.append(f"{balanced}: give it ten times the weight.")
+            else:
+                advice.append(
+                    f"{balanced}, a large weight: with a larger one the router may learn balance "
+                    "instead of the task."
+                )
     by_router = fact(getattr(layer.router, "balancer", None) or layer.router, "advice")
     if by_router is not None:
         advice.append(by_router)
@@ -130,25 +134,8 @@ def balance_advice(layer: MixtureOfExperts) -> str:
     )
 
 
-def _advise_loss(loss, weight):
-    balanced = f"The load is balanced by {type(loss).__name__}(weight={weight:g})"
-    if not weight:
-        return f"{balanced}: give it a weight above 0."
-    if not is_large(loss, weight):
-        return f"{balanced}: give it ten times the weight."
-    return (
-        f"{balanced}, a large weight: with a larger one the router may learn balance instead "
-        "of the task."
-    )
-
-
 class Finding(NamedTuple):
-    """A verdict.
-
-    - `level`: "problem" or "hint".
-    - `text`: what was found.
-    - `fix`: what to try.
-    """
+    """A verdict: its `level`, "problem" or "hint"; a `text`; and a `fix`, what to try."""
 
     level: str
     text: str
@@ -173,8 +160,7 @@ def judge_load(counts: Tensor, top_k: int, advice: str) -> list[Finding]:
 
     A problem where experts are dead, as `metrics.dead_experts` counts them, or in a collapse, where
     the entropy of the shares is close to the entropy of K equal shares. A hint where the busiest
-    expert does more than twice the mean, or where fewer than 20 assignments an expert are too few
-    to judge.
+    expert does more than twice the mean, or with fewer than 20 assignments an expert.
 
     Args:
         counts: List or array, (E,). Assignments per expert.
@@ -246,16 +232,15 @@ def judge_router(entropy: float, largest_logit: float) -> list[Finding]:
             "Train longer, as scores are close at first. If the loss does not fall either, router "
             "losses, if the layer has any, may weigh too much."
         )
-        return [Finding(HINT, text, fix)]
-    if entropy < CERTAIN:
+    elif entropy < CERTAIN:
         text = "The router is all but certain of every choice, so it hardly learns any more."
         fix = "Raise the weight of `losses.RouterZ`, or add `logit_noise` to the router."
-        return [Finding(HINT, text, fix)]
-    return []
+    else:
+        return []
+    return [Finding(HINT, text, fix)]
 
 
 def not_a_number():
-    """The finding that a router computes NaN."""
     return Finding(
         PROBLEM,
         "The router computes what is not a number.",
@@ -265,7 +250,7 @@ def not_a_number():
 
 
 def exploded(how):
-    """The finding that logits are too large; `how` says by how much, after "they"."""
+    """`how` says by how much logits are too large, after "they"."""
     return Finding(
         PROBLEM,
         f"Router logits explode: they {how}, which makes every choice absolute.",
@@ -275,7 +260,7 @@ def exploded(how):
 
 
 def collapsed(counts, advice):
-    """The finding that few experts do the work, with the counts (E,), not all 0, that show it."""
+    """The finding that few experts do the work, with counts (E,), not all 0, that show it."""
     share = np.cumsum(np.sort(counts)[::-1]) / np.sum(counts)
     busy = int(np.argmax(share >= 0.9)) + 1
     work = f"{share[busy - 1]:.0%} of the work goes to {busy} of {len(counts)}"
@@ -283,8 +268,9 @@ def collapsed(counts, advice):
 
 
 def dead(experts, num_experts, advice, when=""):
-    """The finding that experts, an array of numbers, are dead as `metrics.is_dead` says."""
-    listed = ", ".join(str(expert) for expert in experts[:10])
+    """The finding that experts, an array of numbers, are dead."""
+    listed = ", ".join(map(str, experts[:10]))
+
     if len(experts) > 10:
         listed += f" and {len(experts) - 10} more"
     are = "is" if len(experts) == 1 else "are"
@@ -293,7 +279,6 @@ def dead(experts, num_experts, advice, when=""):
 
 
 def is_enough(counts):
-    """Whether counts (E,) are large enough to judge the experts."""
     return np.sum(counts) >= ENOUGH * len(counts)
 
 
@@ -350,7 +335,6 @@ def judge_heavy_losses(
 
 
 def _as_counts(counts):
-    """Counts as an array of floats (E,)."""
     counts = ops.convert_to_numpy(counts).astype("float64")
     if counts.ndim != 1 or not counts.size or not (counts >= 0).all():
         raise ValueError(f"`counts` must be numbers (E,) of at least 0. Received: counts={counts}")

@@ -41,11 +41,10 @@ def upcycle(
     experts of frozen layers are frozen; their router is new, and trains.
 
     These layers are found: `Dense` layers from D to H features with an activation, then back to D
-    without, in a functional or sequential model, with dropout between them or without; a
-    `keras.Sequential` of such two in an attribute of another layer, as of our Transformer blocks;
-    and in KerasHub's Transformer blocks (Bert, GPT-2, Llama, Mistral, Qwen and others).
-    Dropout between the two is removed. A warning says which `Dense` layers look like such two and
-    stay dense, and why.
+    without, in a functional or sequential model, with dropout between them (which is removed) or
+    without; a `keras.Sequential` of such two in an attribute of another layer, as of our
+    Transformer blocks; and in KerasHub's Transformer blocks (Bert, GPT-2, Llama, Mistral, Qwen and
+    others). A warning says which `Dense` layers look like such two and stay dense, and why.
 
     With parts, the columns of the router's kernel that belong to one copy are equal, so that a
     token first goes to all parts of its best copies. With `top_k=granularity` it costs what the
@@ -59,8 +58,8 @@ def upcycle(
             expert is always 1, and the router learns from its losses only.
         granularity: Integer. Number of experts into which each copy is split; divides the hidden
             width.
-        reinitialized: Float. Share of the hidden features of each expert that is drawn again, from
-            0 to below 1, so that experts differ from the start. The outputs of the model then
+        reinitialized: Float from 0 to below 1. Share of the hidden features of each expert that is
+            drawn again, so that experts differ from the start. The outputs of the model then
             change.
         select: List of strings, string, function or None. Which of the layers: their names, a
             regular expression that their names match somewhere, or a function of a name. A layer is
@@ -83,18 +82,11 @@ def upcycle(
 
     Example:
 
-    >>> model = keras.Sequential([
-    ...     keras.Input((16,)),
-    ...     keras.layers.Dense(32, "relu", name="wide"),
-    ...     keras.layers.Dense(16),
-    ... ])
-    >>> x = keras.random.normal((4, 16))
-    >>> before = model(x)
+    >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32, "relu", name="wide")])
+    >>> model.add(keras.layers.Dense(16))
     >>> model = keras_moe.upcycle(model, num_experts=4)
     >>> [layer.name for layer in model.layers]
     ['wide_experts']
-    >>> bool(keras.ops.max(keras.ops.abs(model(x) - before)) < 1e-6)
-    True
 
     References: Komatsuzaki et al. 2022 (arXiv:2212.05055), section 3, for copies; He et al. 2024
     (arXiv:2410.07524), section 3.2, for parts and equal columns, there called virtual groups;
@@ -112,9 +104,7 @@ def upcycle(
         )
     chosen = _select(model, select, every)
     obstacles = [
-        f"{feed_forward.name!r} with {obstacle}"
-        for feed_forward in chosen
-        for obstacle in _obstacles(feed_forward, granularity)
+        f"{each.name!r} with {why}" for each in chosen for why in _obstacles(each, granularity)
     ]
     if obstacles:
         raise ValueError(

@@ -98,12 +98,8 @@ def _chain(up, following):
     while isinstance(after, (keras.layers.Dropout, keras.layers.Activation)):
         layers.append(after)
         after = following.get(id(after))
-    activations = [
-        layer.activation
-        for layer in layers
-        if not isinstance(layer, keras.layers.Dropout) and not _is_linear(layer)
-    ]
-    return layers, activations, after
+    activations = [getattr(layer, "activation", keras.activations.linear) for layer in layers]
+    return layers, [each for each in activations if each is not keras.activations.linear], after
 
 
 def left_dense(model, found):
