@@ -49,7 +49,6 @@ def check_number(name, value, minimum=0.0, above=None, below=None):
 
 
 def check_choice(name, value, choices):
-    """Return one of the strings `choices`."""
     if value not in tuple(choices):
         raise ValueError(
             f"`{name}` must be one of {', '.join(map(repr, choices))}. "
@@ -59,7 +58,6 @@ def check_choice(name, value, choices):
 
 
 def check_instance(name, value, cls):
-    """Return an instance of a class."""
     if not isinstance(value, cls):
         raise TypeError(
             f"`{name}` must be an instance of `{cls.__name__}`. Received: {name}="

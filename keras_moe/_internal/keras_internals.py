@@ -40,7 +40,6 @@ def stored_dtypes():
 
 @contextlib.contextmanager
 def _global_state(**attributes):
-    """A context with other attributes of Keras's global state."""
     outer = {name: get_global_attribute(name) for name in attributes}
     for name, value in attributes.items():
         set_global_attribute(name, value)
@@ -57,7 +56,6 @@ def in_stateless_scope():
 
 
 def own_layers(layer):
-    """The sublayers of a layer itself, in the order in which it was given them."""
     return list(layer._layers)
 
 
@@ -99,13 +97,11 @@ def set_state(layer, name, value):
 
 
 def let_go(layer, variable):
-    """Take a variable from a built layer."""
     layer._untrack_variable(variable)
 
 
 @contextlib.contextmanager
 def open_to_state(layer):
-    """Lets a built layer have more variables and sublayers."""
     layer._tracker.unlock()
     try:
         yield

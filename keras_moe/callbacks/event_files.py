@@ -26,7 +26,6 @@ class EventFiles:
         self._writers = {}
 
     def write(self, split, step, numbers, shares):
-        """Write the numbers of an epoch by layer and name, and the shares so far by layer."""
         summaries = [
             scalar_pb(f"{as_text(layer)}/{key}", value)
             for layer, values in numbers.items()

@@ -120,7 +120,6 @@ class ExpertHealth(keras.callbacks.Callback):
             self._report(max(added, key=lambda name: added[name]), "heavy loss", finding)
 
     def _watched(self):
-        """Return the name and the `_Watch` of each layer that is built."""
         for name, layer in moe_layers(self.model).items():
             if layer.built and name not in self._watches:
                 self._watches[name] = _Watch(layer, self.patience)
@@ -178,13 +177,11 @@ class _Watch:
         self.restart()
 
     def restart(self):
-        """Forget how long the load has been uneven."""
         self._spreads: collections.deque = collections.deque(maxlen=self.patience)
         self._idle: np.ndarray = np.zeros(len(self._window), "int64")
 
     def check(self):
         """Tuples of a kind, a finding or None, and perhaps the experts that it is about."""
-
         found: list = []
         size = _router_size(self.layer.router)
         if not np.isfinite(size):

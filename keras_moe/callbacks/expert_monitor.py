@@ -196,8 +196,6 @@ class ExpertMonitor(keras.callbacks.Callback):
         return sum(layer.resets for layer in moe_layers(self.model).values())
 
     def _read_training(self):
-        """The numbers and shares since the epoch began."""
-
         if self._resets != self._count_resets():
             raise ValueError(
                 "A model must have one `ExpertMonitor`, in one call of `fit` or `evaluate` at a "

@@ -57,7 +57,6 @@ class RouterLossSchedule(keras.callbacks.Callback):
             layer.set_router_loss_weight(index, weight)
 
     def _scheduled(self):
-        """Return the layers with the loss, and its place in each."""
         return [
             (layer, index)
             for layer in moe_layers(self.model).values()

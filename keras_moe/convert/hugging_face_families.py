@@ -167,7 +167,6 @@ _ACTIVATIONS = ("silu", "swish", "gelu", "relu", "relu6", "mish", "sigmoid", "ta
 
 
 def parts_of(config, dtype=None):
-    """Arguments of our layer for the MoE block of a config."""
     family = FAMILIES[config["model_type"]]
     # Families and releases differ in the name.
     names = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -188,7 +187,6 @@ def parts_of(config, dtype=None):
 
 
 def mixture_of(config, dtype=None, **kwargs):
-    """Our layer for the MoE block of a config, built and without weights."""
     mixture = MixtureOfExperts(**{**parts_of(config, dtype), "dtype": dtype, **kwargs})
     mixture.build((None, None, config["hidden_size"]))
     return mixture

@@ -116,7 +116,6 @@ FAMILIES = {
 
 
 def family_of(layer) -> Family | None:
-    """The family whose MoE block a layer is, or None."""
     cls = type(layer)
     own = isinstance(layer, keras.Layer) and cls.__module__.startswith("keras_hub.")
     # Of Gemma 4 there are dense models as well.

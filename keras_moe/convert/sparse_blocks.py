@@ -57,7 +57,6 @@ def token_mask(attention_mask, leading):
         if not _fit(length, keys):
             return None  # keys from a cache: tokens are those that are generated
         # Each token sees itself, unless it is padding.
-
         attention_mask = ops.diagonal(attention_mask, axis1=1, axis2=2)
     fits = all(map(_fit, attention_mask.shape, leading))
     return ops.cast(attention_mask, "bool") if fits else None
@@ -187,7 +186,6 @@ def sparse_layers(owner, block, family):
 
 
 def is_sparse(layer):
-    """Whether a layer has replaced one of KerasHub."""
     return hasattr(layer, "make_dense")
 
 
@@ -217,7 +215,6 @@ def _exchanged(dense, sparse, features, names=()):
 
 
 def _give_weights(source, target, names):
-    """Copy weights and `trainable` of a layer and of sublayers, by their paths."""
     pairs = [(source, target)]
     for get in map(operator.attrgetter, names):
         pairs += zip(get(source)._flatten_layers(), get(target)._flatten_layers())

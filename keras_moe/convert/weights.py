@@ -24,7 +24,6 @@ class Rule(NamedTuple):
     interleaved: bool = False
 
     def split(self, theirs):
-        """Split their weight, an array or tensor, into ours."""
         if self.transposed:
             theirs = np.swapaxes(theirs, -1, -2)
         if len(self.ours) == 1:
@@ -35,7 +34,6 @@ class Rule(NamedTuple):
         return [theirs[..., :half], theirs[..., half:]]
 
     def join(self, ours):
-        """Join arrays of ours to their weight."""
         joined = ours[0]
         if len(ours) > 1 and self.interleaved:
             joined = np.stack(ours, axis=-1).reshape(*joined.shape[:-1], -1)
@@ -64,7 +62,6 @@ def check_plain(layer, but=None):
 
 
 def read_config(source, name="config.json"):
-    """Return the content of a JSON file in a folder or a file's folder."""
     if hasattr(source, "keys"):
         raise ValueError("Weights by name must come with a `config`. Received: config=None")
     path = pathlib.Path(source)
@@ -92,7 +89,6 @@ def tensor_reader(source):
 
 
 def _open_files(path):
-    """Return a dict from the name of each tensor to the file that holds it."""
     from safetensors import safe_open  # here: the package does not require it
 
     paths = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]

@@ -250,7 +250,6 @@ def not_a_number():
 
 
 def exploded(how):
-    """`how` says by how much logits are too large, after "they"."""
     return Finding(
         PROBLEM,
         f"Router logits explode: they {how}, which makes every choice absolute.",
@@ -268,9 +267,7 @@ def collapsed(counts, advice):
 
 
 def dead(experts, num_experts, advice, when=""):
-    """The finding that experts, an array of numbers, are dead."""
     listed = ", ".join(map(str, experts[:10]))
-
     if len(experts) > 10:
         listed += f" and {len(experts) - 10} more"
     are = "is" if len(experts) == 1 else "are"

@@ -45,7 +45,6 @@ def record_routings(
 
 
 def recorded(model, batches, name, training=False):
-    """`record_routings` of batches that have a name in errors."""
     layers = moe_layers(model)
     routings: dict[str, list] = {layer_name: [] for layer_name in layers}
 

@@ -43,7 +43,6 @@ def get(identifier: Any) -> RouterLoss:
 
 
 def get_list(identifiers):
-    """Return a tuple of router losses from a list of identifiers."""
     if not isinstance(identifiers, (list, tuple)):
         raise TypeError(
             "`router_losses` must be a list of losses or names. Received: "

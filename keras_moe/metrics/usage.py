@@ -111,7 +111,6 @@ def as_counts(counts, axes="E", name="counts"):
 
 
 def _or_one(values):
-    """Values to divide by: 1 in the place of 0."""
     return ops.where(values > 0, values, 1.0)
 
 
@@ -172,7 +171,6 @@ class DroppedFraction(UsageMetric):
 
     def __init__(self, num_experts: int, name: str | None = None, dtype: Any = None):
         super().__init__(self._fraction, num_experts, name or "dropped_fraction", dtype)
-
         self.dropped = self.add_variable((), "zeros", "float32", name="dropped")
 
     def _add(self, counts, dropped):

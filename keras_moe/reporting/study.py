@@ -95,12 +95,15 @@ def _for_each_layer(argument, values, layers, num_documents):
 def token_texts(tokens, arrays, positions, num_documents):
     """One string for each token of a layer, documents one after the other.
 
-    `positions` are those that the layer has in each document; 0 if its tokens are not laid out so.
+    `positions` is how many a layer has in each document; 0 if its tokens are not laid out so.
     """
     if not positions:
         return []
     if tokens is None:
-        documents, length = _from_data(arrays, positions, num_documents)
+        documents, length = [[f"#{place}" for place in range(positions)]] * num_documents, positions
+        for array in reversed(keras.tree.flatten(arrays)):
+            if array.ndim == 2 and np.issubdtype(array.dtype, np.integer):
+                documents, length = array.tolist(), array.shape[1]
     else:
         documents = [text.split() if isinstance(text, str) else list(text) for text in tokens]
         lengths = [array.shape[1] for array in keras.tree.flatten(arrays) if array.ndim > 1]
@@ -118,14 +121,6 @@ def _as_text(token):
     parts = keras.tree.flatten(token.tolist() if hasattr(token, "tolist") else token)
     text = " ".join(map(str, parts))
     return text if text.strip(" ") else "␣" * len(text)
-
-
-def _from_data(arrays, positions, num_documents):
-    """Integer data, else numbers of positions; and the length of a document."""
-    for array in keras.tree.flatten(arrays):
-        if array.ndim == 2 and np.issubdtype(array.dtype, np.integer):
-            return array.tolist(), array.shape[1]
-    return [[f"#{place}" for place in range(positions)]] * num_documents, positions
 
 
 def _study(layer, summary, routing, labels, texts):

@@ -166,7 +166,6 @@ def _check_has_ids(token_ids):
 
 def _fixed_routing(indices, mask, num_experts):
     """A routing to given experts (T, K) with equal weights."""
-
     num_tokens, top_k = ops.shape(indices)
     return _make_routing(
         indices=indices,

@@ -114,13 +114,11 @@ class LogitRouter(Adaptable, Router):
 
     def hidden_features(self, tokens: Tensor) -> Tensor:
         """Return the inputs of `project`: a hidden layer (T, H), or the tokens (T, D)."""
-
         if not self.hidden_dim:
             return tokens
         return ops.relu(ops.matmul(tokens, self.hidden_kernel) + self.hidden_bias)
 
     def _noise(self, draw, like):
-
         return draw(ops.shape(like), self._noise_seed)
 
     def check_takes_lora(self):
@@ -138,7 +136,6 @@ class LogitRouter(Adaptable, Router):
 
     def _saved_variables(self):
         """The variables in a file: all but factors, whose product is in the kernel there."""
-
         factors = (self.kernel_lora_a, self.kernel_lora_b) if self.lora_enabled else ()
         return [each for each in own_variables(self) if all(each is not f for f in factors)]
 

@@ -102,7 +102,6 @@ def merge_experts(model: keras.Layer, keep: float | dict = 0.5, data: Sequence =
     >>> model = keras.Sequential([keras.Input((16,)), moe])
     >>> data = [keras.random.normal((64, 16))]
     >>> surgery = keras_moe.surgery.merge_experts(model, keep=4, data=data)
-
     >>> moe.experts.num_experts
     4
 

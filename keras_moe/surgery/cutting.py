@@ -15,7 +15,6 @@ from keras_moe.routers import LogitRouter, SoftRouter
 
 
 def obstacles(layer, merging):
-    """Why experts of a layer cannot be taken out or merged."""
     bank, router = layer.experts, layer.router
     if not layer.built:
         yield "which is not built"
@@ -136,7 +135,6 @@ def merge(bank, groups, usage):
         for name, stack in stacks.items()
         if name != "down_bias"
     ]
-
     for center, experts in groups.items():
         features = {e: np.concatenate([view[e] for view in views], axis=1) for e in experts}
         orders = [_match(features[center], features[expert]) for expert in experts]

@@ -11,13 +11,7 @@ except ImportError as error:
         'Run `pip install "keras-tuner[bayesian]" six`.'
     ) from error
 
-from keras_moe.tuner.cost import (
-    CostMonitor,
-    ParetoRow,
-    WithinBudget,
-    format_table,
-    pareto_table,
-)
+from keras_moe.tuner.cost import CostMonitor, ParetoRow, WithinBudget, format_table, pareto_table
 from keras_moe.tuner.search_space import DefaultsFirst, SearchSpace
 
 __all__ = [

@@ -22,8 +22,7 @@ class CostMonitor(keras.callbacks.Callback):
 
     Example:
 
-    >>> monitor = keras_moe.tuner.CostMonitor()
-    >>> # search.search(x, y, validation_data=validation, callbacks=[monitor])
+    >>> monitor = keras_moe.tuner.CostMonitor()  # for the `callbacks` of a tuner's `search`
     """
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -99,15 +98,12 @@ class ParetoRow(NamedTuple):
 def pareto_table(
     search: Any, cost: str = "active_flops", loss: str = "val_loss"
 ) -> list[ParetoRow]:
-    """Return all finished trials by cost, the cheapest first.
+    """Return all finished trials by cost, the cheapest first, as a list of `ParetoRow`.
 
     Args:
         search: `keras_tuner.Tuner` after `search`, whose callbacks had a `CostMonitor`.
         cost: String. Name in the logs of what is spent.
         loss: String. Name in the logs of what is minimised.
-
-    Returns:
-        List of one `ParetoRow` for each finished trial; `format_table` makes it text.
 
     Raises:
         ValueError: If a trial has no such value in its logs.
@@ -117,24 +113,20 @@ def pareto_table(
         trials = [trial for trial in oracle.trials.values() if trial.status == "COMPLETED"]
     else:  # A worker of a distributed search asks its chief, by a message of 32 bits.
         trials = oracle.get_best_trials(oracle.max_trials or 2**31 - 1)
-    points = []
+    rows, least = [], math.inf
     for trial in trials:
         spent, value = (float(trial.metrics.get_best_value(name)) for name in (cost, loss))
-        points.append((spent, value, trial))
-    rows, least = [], math.inf
-    for spent, value, trial in sorted(points, key=lambda point: point[:2]):
         values = dict(trial.hyperparameters.values)
-        rows.append(ParetoRow(trial.trial_id, spent, value, value < least, values))
-        least = min(least, value)
+        rows.append(ParetoRow(trial.trial_id, spent, value, False, values))
+    rows.sort(key=lambda row: (row.cost, row.loss))
+    for place, row in enumerate(rows):
+        rows[place] = row._replace(efficient=row.loss < least)
+        least = min(least, row.loss)
     return rows
 
 
 def format_table(rows: Sequence[ParetoRow]) -> str:
-    """Return a `pareto_table` as text, one line a trial; `*` marks the efficient ones.
-
-    Args:
-        rows: List of `ParetoRow`.
-    """
+    """Return a `pareto_table` as text, one line a trial; `*` marks the efficient ones."""
     names = list(dict.fromkeys(name for row in rows for name in row.values))
     lines = [["", "trial", "cost", "loss", *names]]
     for row in rows:

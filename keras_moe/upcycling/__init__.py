@@ -226,7 +226,6 @@ def _regularizers(denses, kind):
 
 
 def _factors(regularizer):
-    """Factors of the L1 norm and of the squared L2 norm."""
     return tuple(float(getattr(regularizer, name, 0.0)) for name in ("l1", "l2"))
 
 

@@ -39,7 +39,6 @@ class FeedForward(NamedTuple):
 
 
 def feed_forwards(model):
-    """The dense feed-forward networks of a built model, in its order."""
     found: dict[int, FeedForward] = {}
     for each in _search(model, name=None, is_fixed=False):
         found.setdefault(id(each.up), each)

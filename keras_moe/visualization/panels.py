@@ -38,21 +38,18 @@ def _joined(value):
 
 def routings_by_layer(source, num_experts=None):
     """Dict of names to routings, which have no probabilities if they come from indices."""
-    return {name: _routing(value, num_experts) for name, value in by_layer(source).items()}
-
-
-def _routing(value, num_experts):
-    if isinstance(value, Routing):
-        return value
-    if value.ndim != 2 or not value.size or value.dtype.kind not in "iu":
-        received = f"{value.dtype} of shape {value.shape}"
-        raise ValueError(f"The experts of tokens must be integers (T, K). Received: {received}")
-    if num_experts is None:
-        num_experts = max(int(value.max()) + 1, 1)
-    check_indices("indices", value, check_integer("num_experts", num_experts))
-    counts = np.bincount(value[value >= 0], minlength=num_experts)
-    mask = (value >= 0).any(axis=1)
-    return Routing(value.astype("int32"), None, None, None, mask, counts, None)
+    found = by_layer(source)
+    for name, value in found.items():
+        if isinstance(value, Routing):
+            continue
+        if value.ndim != 2 or not value.size or value.dtype.kind not in "iu":
+            received = f"{value.dtype} of shape {value.shape}"
+            raise ValueError(f"The experts of tokens must be integers (T, K). Received: {received}")
+        number = max(int(value.max()) + 1, 1) if num_experts is None else num_experts
+        check_indices("indices", value, check_integer("num_experts", number))
+        counts, mask = np.bincount(value[value >= 0], minlength=number), (value >= 0).any(axis=1)
+        found[name] = Routing(value.astype("int32"), None, None, None, mask, counts, None)
+    return found
 
 
 def probabilities_by_layer(source):
@@ -84,12 +81,10 @@ def one_panel_a_layer(layers, draw, panel_size=PANEL_SIZE):
 
 
 def heat_map(axes, values, colour_label, **kwargs):
-    """Values (rows, columns) as colours. Rows run downwards."""
     image = axes.imshow(values, aspect="auto", interpolation="nearest", **kwargs)
     return axes.figure.colorbar(image, ax=axes, label=colour_label)
 
 
 def count_on(*sides):
-    """Whole numbers along axes, as many as fit."""
     for axis in sides:
         axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

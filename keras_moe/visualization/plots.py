@@ -31,8 +31,8 @@ def coactivation(routings: dict | Tensor, num_experts: int | None = None) -> Fig
     """Which experts serve the same tokens: share of the row's tokens that the column serves too.
 
     Args:
-        routings: The result of `inspection.record_routings`, or integer indices (T, K) with -1
-            for no expert, or a dict of these by layer.
+        routings: The result of `inspection.record_routings`, or integer indices (T, K) with -1 for
+            no expert, or a dict of these by layer.
         num_experts: Integer or None. E, for arrays; by default the highest index plus one.
 
     Returns:
@@ -43,9 +43,8 @@ def coactivation(routings: dict | Tensor, num_experts: int | None = None) -> Fig
 
     Example:
 
-    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
-    >>> routing = router(keras.random.normal((32, 64)))
-    >>> figure = keras_moe.visualization.coactivation(routing.indices, num_experts=8)
+    >>> indices = [[0, 1], [0, 2], [3, 1], [3, 2]]
+    >>> figure = keras_moe.visualization.coactivation(indices, num_experts=8)
 
     Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.2.
     """
@@ -77,9 +76,7 @@ def confidence(routings: dict | Tensor) -> Figure:
 
     Example:
 
-    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
-    >>> routing = router(keras.random.normal((32, 64)))
-    >>> figure = keras_moe.visualization.confidence(routing.probs)
+    >>> figure = keras_moe.visualization.confidence([[0.1, 0.9], [0.4, 0.6]])
     """
     return one_panel_a_layer(probabilities_by_layer(routings), _draw_confidence)
 
@@ -176,7 +173,6 @@ def label_table(routing, labels, names=None):
 
 
 def bits_in_common(table):
-    """Mutual information of the label and the expert, in bits."""
     return float(metrics.mutual_information(table) / np.log(2))
 
 
@@ -187,20 +183,16 @@ def _draw_specialization(axes, table_and_rows):
     possible = float(metrics.load_entropy(table.sum(axis=0))) * math.log2(table.shape[1])
     bits = bits_in_common(table)
     axes.set(xlabel="expert", title=f"{bits:.2f} of {possible:.2f} bits in common")
-    axes.set_yticks(range(min(len(rows), MAX_ROWS)), [_shortened(row) for row in rows[:MAX_ROWS]])
+    texts = [as_text(row) for row in rows[:MAX_ROWS]]
+    texts = [text if len(text) <= 24 else f"{text[:23]}…" for text in texts]
+    axes.set_yticks(range(len(texts)), texts)
     count_on(axes.xaxis)
-
-
-def _shortened(text, length=24):
-    text = as_text(text)
-    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def shares_over_time(shares: dict | Tensor, first_epoch: int = 0) -> Figure:
     """How much of the work each expert does from epoch to epoch, in multiples of a fair share.
 
-    Red is an expert with more than a fair share, blue one with less; the darkest blue is an eighth
-    or nothing at all.
+    Red is more than a fair share, blue less; the darkest blue is an eighth or nothing at all.
 
     Args:
         shares: Counts or shares (time, E), or a dict of these by layer, such as
@@ -215,8 +207,7 @@ def shares_over_time(shares: dict | Tensor, first_epoch: int = 0) -> Figure:
 
     Example:
 
-    >>> shares = [[0.25, 0.25, 0.25, 0.25], [0.4, 0.3, 0.2, 0.1], [0.7, 0.3, 0.0, 0.0]]
-    >>> figure = keras_moe.visualization.shares_over_time({"moe": shares})
+    >>> figure = keras_moe.visualization.shares_over_time([[0.25, 0.75], [0.4, 0.6], [0.5, 0.5]])
     """
     layers = by_layer(shares)
     for array in layers.values():
@@ -251,14 +242,11 @@ def settling(checkpoints: Sequence, num_experts: int | None = None) -> Figure:
         A `matplotlib.figure.Figure`.
 
     Raises:
-        ValueError: If there are fewer than two checkpoints, or they differ in their layers or
-            tokens.
+        ValueError: If there are fewer than two checkpoints, or they differ in layers or tokens.
 
     Example:
 
-    >>> import numpy as np
-    >>> draws = [np.random.default_rng(seed).integers(0, 8, (100, 2)) for seed in range(3)]
-    >>> figure = keras_moe.visualization.settling(draws)
+    >>> figure = keras_moe.visualization.settling([[[0, 1], [0, 2]], [[0, 1], [2, 1]]])
 
     Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.1.
     """
