@@ -26,14 +26,12 @@ def expert_parallel(
 ) -> Any:
     """A distribution that splits tokens over all devices, and experts over some of them.
 
-    On JAX the devices form a grid of `data` by `experts`. Each holds the kernels of every bank for
-    E / `experts` of its E experts, and its share of each batch, whose size must be a multiple of
-    `data * experts`. Tokens are sent to the devices of their experts, within a row of the grid, and
-    back: see the guide to many devices. `fit`, `evaluate`, `predict`, `save` and loading work as on
-    one device, and give the same numbers.
-
-    On PyTorch the processes of `torch.distributed` take the place of devices, and each runs a
-    training loop of yours: see the guide to replicas.
+    On JAX the devices form a grid of `data` by `experts`. Each holds E / `experts` of the E experts
+    of every bank, and its share of each batch, whose size must be a multiple of `data * experts`.
+    Tokens are sent to the devices of their experts, within a row of the grid, and back. `fit`,
+    `evaluate`, `predict`, `save` and loading work as on one device, and give the same numbers. On
+    PyTorch the processes of `torch.distributed` take the place of devices, and each runs a training
+    loop of yours: see the guide to replicas.
 
     Set it before the model is made: `keras.distribution.set_distribution(...)`.
 
@@ -46,8 +44,8 @@ def expert_parallel(
             the axes "data" and "expert" and sets `experts`, `data` and `devices`. None: all other
             weights are whole on every device.
         process_group: On PyTorch, the `torch.distributed` group of the processes that share the
-            experts with this one. Each process gives one, all of one size. None makes new ones, of
-            neighbours. `devices` and `layout_map` are for JAX alone.
+            experts with this one, all of one size. None makes new ones, of neighbours. `devices`
+            and `layout_map` are for JAX alone.
 
     Returns:
         On JAX an `ExpertParallel`, which is a `keras.distribution.ModelParallel`. On PyTorch an
@@ -62,8 +60,6 @@ def expert_parallel(
 
     >>> if keras.backend.backend() == "jax":
     ...     distribution = keras_moe.distribution.expert_parallel()
-    ...     keras.distribution.set_distribution(distribution)
-    ...     keras.distribution.set_distribution(None)  # one device again
 
     Reference: Lepikhin et al. 2020, GShard (arXiv:2006.16668), section 3.
     """

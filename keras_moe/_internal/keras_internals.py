@@ -28,8 +28,7 @@ def current_model():
 
 def current_call():
     """A function that returns a context with the `training` and dtypes of the present call."""
-    names = ("current_call_ctx", "autocast_scope")
-    present = {name: get_global_attribute(name) for name in names}
+    present = {name: get_global_attribute(name) for name in ("current_call_ctx", "autocast_scope")}
     return lambda: _global_state(**present)
 
 
@@ -127,9 +126,8 @@ def quantization(layer, mode, config):
 def names_below(path):
     """A context in which names of variables begin with a path, such as a layer's, or None."""
     with contextlib.ExitStack() as stack:
-        for name in (path or "").split("/"):
-            if name:
-                stack.enter_context(keras.name_scope(name))
+        for name in filter(None, (path or "").split("/")):
+            stack.enter_context(keras.name_scope(name))
         yield
 
 

@@ -83,9 +83,8 @@ def _check_is_whole(part, config):
     # Code that is run by `exec` has no module.
     if not str(type(part).get_config.__module__).startswith(PACKAGE):
         return
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    parameters = list(inspect.signature(type(part).__init__).parameters.values())[1:]
-    missing = [each.name for each in parameters if each.kind in named and each.name not in config]
+    spec = inspect.getfullargspec(type(part).__init__)
+    missing = [name for name in spec.args[1:] + spec.kwonlyargs if name not in config]
     if missing:
         raise NotImplementedError(
             f"`{type(part).__name__}.get_config` must return all arguments of its constructor. "

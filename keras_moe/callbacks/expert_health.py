@@ -181,7 +181,7 @@ class _Watch:
         self._idle: np.ndarray = np.zeros(len(self._window), "int64")
 
     def check(self):
-        """Tuples of a kind, a finding or None, and perhaps the experts that it is about."""
+        """Tuples of a kind, a finding, and perhaps the experts that it is about."""
         found: list = []
         size = _router_size(self.layer.router)
         if not np.isfinite(size):
@@ -193,30 +193,25 @@ class _Watch:
         self._window += counted.since(self.seen).assignments
         self.seen = counted
         if health.is_enough(self._window):
-            found += [("collapse", self._judge_spread()), ("dead", *self._judge_idle())]
+            found += self._judge_load()
             self._window = np.zeros_like(self._window)
         return found
 
-    def _judge_spread(self):
-        latest = self._spreads
+    def _judge_load(self):
+        latest, advice = self._spreads, health.balance_advice(self.layer)
         latest.append(health.spread(self._window, self.layer.router.min_top_k))
         recovers = latest[-1] - latest[0] > _RECOVERY * (self.patience - 1)
-        if len(latest) < self.patience or max(latest) >= health.COLLAPSED or recovers:
-            return None
-        return health.collapsed(self._window, health.balance_advice(self.layer))
-
-    def _judge_idle(self):
+        if len(latest) == self.patience and max(latest) < health.COLLAPSED and not recovers:
+            yield "collapse", health.collapsed(self._window, advice)
         idle = ops.convert_to_numpy(is_dead(self._window))
         self._idle = np.where(idle, self._idle + 1, 0)
-        checks = _DEAD_PATIENCE * self.patience
+        checks, num_experts = _DEAD_PATIENCE * self.patience, len(self._idle)
         dead = np.flatnonzero(self._idle >= checks)
         # In a collapse most are dead, one after the other.
-        if not len(dead) or self._spreads[-1] < health.COLLAPSED:
-            return None, ()
-        num_experts, advice = len(self._idle), health.balance_advice(self.layer)
-        finding = health.dead(dead, num_experts, advice, f" in {checks} checks")
-        now = f"At the last check {np.sum(self._idle > 0)} of {num_experts} were dead."
-        return finding._replace(text=f"{finding.text} {now}"), dead.tolist()
+        if len(dead) and latest[-1] >= health.COLLAPSED:
+            finding = health.dead(dead, num_experts, advice, f" in {checks} checks")
+            now = f"At the last check {np.sum(self._idle > 0)} of {num_experts} were dead."
+            yield "dead", finding._replace(text=f"{finding.text} {now}"), dead.tolist()
 
 
 class _Counted(NamedTuple):
@@ -233,7 +228,7 @@ class _Counted(NamedTuple):
         return cls(layer.resets, *map(_read, counters))
 
     def since(self, before):
-        """Return what was counted after `before`; counts lost to a reset are not recovered."""
+        """The counts after `before`; those lost to a reset are not recovered."""
         # Weights of an earlier time, loaded in between, bring fewer calls.
         if before is None or self.resets != before.resets or self.calls < before.calls:
             return self

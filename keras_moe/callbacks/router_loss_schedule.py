@@ -40,9 +40,9 @@ class RouterLossSchedule(keras.callbacks.Callback):
         self.schedule = schedule
         self.loss = loss
         self._class = type(losses.get(loss))
+        self._takes_weight = True
         try:
             inspect.signature(schedule).bind(0, 0.0)
-            self._takes_weight = True
         except TypeError:
             self._takes_weight = False
 

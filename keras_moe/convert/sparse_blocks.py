@@ -54,16 +54,12 @@ def token_mask(attention_mask, leading):
         return None
     if len(attention_mask.shape) == 3:  # of a causal attention
         _, length, keys = attention_mask.shape
-        if not _fit(length, keys):
+        if None not in (length, keys) and length != keys:
             return None  # keys from a cache: tokens are those that are generated
         # Each token sees itself, unless it is padding.
         attention_mask = ops.diagonal(attention_mask, axis1=1, axis2=2)
-    fits = all(map(_fit, attention_mask.shape, leading))
+    fits = all(None in pair or len({*pair}) == 1 for pair in zip(attention_mask.shape, leading))
     return ops.cast(attention_mask, "bool") if fits else None
-
-
-def _fit(size, other):
-    return size is None or other is None or size == other
 
 
 class RelaidExperts(GatedExperts):
@@ -235,34 +231,25 @@ _ATTRIBUTES = {
 
 def _unbuilt_like(layer):
     """A KerasHub layer from the same constructor arguments; its config lacks some."""
-    cls, arguments = type(layer), {}
-    for name in inspect.getfullargspec(cls.__init__).args[1:]:
-        attribute = name if hasattr(layer, name) else _ATTRIBUTES[name]
-        arguments[name] = getattr(layer, attribute)
+    cls, names = type(layer), inspect.getfullargspec(type(layer).__init__).args[1:]
+    attributes = {name: name if hasattr(layer, name) else _ATTRIBUTES[name] for name in names}
+    arguments = {name: getattr(layer, attribute) for name, attribute in attributes.items()}
     return cls(**arguments, name=layer.name, dtype=layer.dtype_policy)
 
 
 def _mixture_like(block, family, name):
-    dtype = block.dtype_policy
-    make_experts = CalledExperts if family.is_decoder else RelaidExperts
-    make_mixture = ScaledMixture if family.is_decoder else BareMixture
+    arguments = {"dtype": block.dtype_policy, "rules": family.weights, **family.gated}
     (down,) = (rule.theirs for rule in family.weights if rule.ours == ("down_kernel",))
-    experts = make_experts(
-        block.num_experts,
-        getattr(getattr(block, family.experts), down).shape[1],
-        rules=family.weights,
-        kernel_initializer="zeros",
-        dtype=dtype,
-        name="experts",
-        **family.gated,
+    width = getattr(getattr(block, family.experts), down).shape[1]
+    experts = (CalledExperts if family.is_decoder else RelaidExperts)(
+        block.num_experts, width, kernel_initializer="zeros", name="experts", **arguments
     )
-    balance = [losses.LoadBalance(getattr(block, family.balance))] if family.balance else []
-    return make_mixture(
+    return (ScaledMixture if family.is_decoder else BareMixture)(
         experts,
-        router=family.make_router(block),
-        router_losses=balance,
+        family.make_router(block),
+        [losses.LoadBalance(getattr(block, family.balance))] if family.balance else [],
         shared_expert=getattr(block, family.shared) if family.shared else None,
         gated_shared_expert=family.shared_gate is not None,
-        dtype=dtype,
+        dtype=block.dtype_policy,
         name=name,
     )

@@ -35,18 +35,16 @@ ENOUGH = 20
 # Scores of a selection bias are from 0 to 1: advice names no larger rate.
 LARGE_RATE = 0.01
 
+_BALANCED = "The load is balanced by"
 
-# Facts about losses, routers and balancers by class, for advice:
-# - the usual weight of a balancing loss, and its value before the weight at an even load;
-# - whether rescaling the kernel of a router leaves its logits unchanged, and whether a number that
-#   is added to all logits of a token changes nothing;
-# - advice for a load that is uneven in spite of a router or a balancer.
+
+# Facts about losses, routers and balancers by class, for advice.
 _DEFAULTS = {
-    "usual_weight": None,
-    "value_at_balance": 0.0,
-    "normalizes_kernel": False,
-    "shift_invariant": True,
-    "advice": None,
+    "usual_weight": None,  # of a balancing loss
+    "value_at_balance": 0.0,  # of a balancing loss before its weight
+    "normalizes_kernel": False,  # rescaling the kernel of a router leaves its logits unchanged
+    "shift_invariant": True,  # a number that is added to all logits of a token changes nothing
+    "advice": None,  # for a load that is uneven in spite of a router or a balancer
 }
 _FACTS: dict = {
     losses.LoadBalance: {"usual_weight": 1e-2, "value_at_balance": 1.0},
@@ -64,13 +62,11 @@ _FACTS: dict = {
         ),
     },
     routers.SelectionBalancer: {
-        "advice": lambda balancer: (
-            f"The load is balanced by the selection bias of {type(balancer).__name__}."
-        ),
+        "advice": lambda bias: f"{_BALANCED} the selection bias of {type(bias).__name__}."
     },
     routers.LossFreeBias: {
         "advice": lambda bias: (
-            f"The load is balanced by LossFreeBias(rate={bias.rate:g}): "
+            f"{_BALANCED} LossFreeBias(rate={bias.rate:g}): "
             + (
                 f"raise the rate, for example to {min(10 * bias.rate, LARGE_RATE):g}."
                 if bias.rate < LARGE_RATE
@@ -80,8 +76,8 @@ _FACTS: dict = {
     },
     routers.QuantileBias: {
         "advice": lambda bias: (
-            f"The load is balanced by QuantileBias(momentum={bias.momentum:g}): lower the "
-            "momentum, or use larger batches."
+            f"{_BALANCED} QuantileBias(momentum={bias.momentum:g}): lower the momentum, or use "
+            "larger batches."
         ),
     },
 }
@@ -107,30 +103,20 @@ def balance_advice(layer: MixtureOfExperts) -> str:
     advice = []
     for loss, weight in zip(layer.router_losses, layer.loss_weights_in_force):
         if loss.balances:
-            balanced = f"The load is balanced by {type(loss).__name__}(weight={weight:g})"
-            if not weight:
-                advice.append(f"{balanced}: give it a weight above 0.")
-            elif not is_large(loss, weight):
-                advice.append(f"{balanced}: give it ten times the weight.")
-            else:
-                advice.append(
-                    f"{balanced}, a large weight: with a larger one the router may learn balance "
-                    "instead of the task."
-                )
+            balanced = f"{_BALANCED} {type(loss).__name__}(weight={weight:g})"
+            what = ": give it ten times the weight." if weight else ": give it a weight above 0."
+            if is_large(loss, weight):
+                what = ", a large weight: with a larger one the router may learn balance instead "
+                what += "of the task."
+            advice.append(balanced + what)
     by_router = fact(getattr(layer.router, "balancer", None) or layer.router, "advice")
-    if by_router is not None:
-        advice.append(by_router)
-    elif advice:
-        advice.append("A selection bias balances without a loss: see `balancer` of `TopKRouter`.")
-    else:
-        advice.append(
-            "Nothing balances the load: add `losses.LoadBalance()` to its `router_losses`."
-        )
+    bias = "A selection bias balances without a loss: see `balancer` of `TopKRouter`."
+    loss = "Nothing balances the load: add `losses.LoadBalance()` to its `router_losses`."
+    advice.append(by_router or (bias if advice else loss))
     return (
         f"{' '.join(advice)} If the features of the layer's inputs have means far from zero, "
-        "centre them, by `keras.layers.Normalization` or `BatchNormalization` before the "
-        "layer. A lower learning rate in the first steps and `logit_noise` in the router help "
-        "as well."
+        "centre them, by `keras.layers.Normalization` or `BatchNormalization` before the layer. A "
+        "lower learning rate in the first steps and `logit_noise` in the router help as well."
     )
 
 
@@ -177,10 +163,8 @@ def judge_load(counts: Tensor, top_k: int, advice: str) -> list[Finding]:
         return [Finding(HINT, text, f"Give it at least {ENOUGH * num_experts}.")]
     if spread(counts, top_k) < COLLAPSED:
         return [collapsed(counts, advice)]
-    findings = []
     idle = np.flatnonzero(ops.convert_to_numpy(is_dead(counts)))
-    if len(idle):
-        findings.append(dead(idle, num_experts, advice))
+    findings = [dead(idle, num_experts, advice)] if len(idle) else []
     busiest = counts.max() / counts.mean()
     if busiest - 1 > IMBALANCED:
         text = f"The busiest expert does {busiest:.1f} times its fair share."

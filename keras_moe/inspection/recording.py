@@ -65,10 +65,8 @@ def check_list_of_batches(name, batches):
     """Refuse one batch, whose rows or parts would be taken for batches."""
     parts = batches if isinstance(batches, tuple) else [batches]
     if any(hasattr(part, "shape") for part in parts):
-        raise ValueError(
-            f"`{name}` must be a list of batches, as in `[inputs]` or `[(inputs, targets)]`. "
-            f"Received: one batch, {_described(batches)}"
-        )
+        rule = f"`{name}` must be a list of batches, as in `[inputs]` or `[(inputs, targets)]`"
+        raise ValueError(f"{rule}. Received: one batch, {_described(batches)}")
 
 
 @contextlib.contextmanager

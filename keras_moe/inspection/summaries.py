@@ -25,14 +25,13 @@ class LayerSummary(NamedTuple):
     - `parameters`, `active_parameters`: all that are trained, and those that work on one token;
       experts that differ in size count with their mean. K experts work on a token (with
       `routers.TopPRouter` at most), with `routers.ReLURouter` its target, with
-      `routers.ExpertChoiceRouter` the capacity factor, with `routers.DenseRouter` all, and with
-      `routers.SoftRouter` 1, as if there were as many slots as tokens. Experts that several layers
-      share count in each of them.
+      `routers.ExpertChoiceRouter` the capacity factor, with `routers.DenseRouter` all, with
+      `routers.SoftRouter` 1, as if there were as many slots as tokens. Shared experts count in each
+      layer.
     - `flops`: of one token, forward, at two for each active parameter.
     - `counts`: assignments per expert, or sums of their weights where all serve each token, since
       the counters were last reset, or in the epoch before that, if they are empty.
-    - `router`, `experts`: names of their classes.
-    - `dtype`: the compute dtype of the experts.
+    - `router`, `experts`, `dtype`: names of their classes, and the compute dtype of the experts.
     - `platform`: "cpu", "gpu" or "tpu".
     - `engine`: "rows" (kernels for all rows at once), "padded" (one batched product over padded
       tiles), "tiles" (a loop over tiles of rows), "slices" (groups of their exact sizes) or "loop"

@@ -80,10 +80,8 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         self.scale = None if scale is None else check_number("scale", scale, above=0)
         self.normalized = bool(normalized)
         if distribution == "gaussian" and scale is None and not normalized:
-            raise ValueError(
-                "`normalized` must be True where the scale is learned, or the loss has no lower "
-                f"bound. Received: scale=None, normalized={normalized}"
-            )
+            rule = "`normalized` must be True where the scale is learned, or the loss has no bound"
+            raise ValueError(f"{rule}. Received: scale=None, normalized={normalized}")
 
     def __call__(
         self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None
@@ -91,12 +89,11 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         # Keras turns arrays into tensors, whose numbers are not looked at.
         values = host_values(y_true)
         if self.distribution == "categorical" and values is not None:
-            wrong = values[~np.isin(values, _classes(y_pred))]
+            classes = _classes(y_pred)
+            wrong = values[~np.isin(values, classes)]
             if wrong.size:
-                raise ValueError(
-                    f"`y_true` must have class numbers from 0 to {_classes(y_pred)[-1]}, or -1 for "
-                    f"any. Received: {wrong[0]}"
-                )
+                rule = f"`y_true` must have class numbers from 0 to {classes[-1]}, or -1 for any"
+                raise ValueError(f"{rule}. Received: {wrong[0]}")
         return super().__call__(y_true, y_pred, sample_weight)
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:

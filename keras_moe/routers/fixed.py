@@ -120,7 +120,6 @@ class ForcedRouter(Router):
     Example:
 
     >>> router = keras_moe.routers.fixed.ForcedRouter(num_experts=4, pattern="round_robin")
-    >>> routing = router(keras.random.normal((32, 64)))
     """
 
     default_losses = ()

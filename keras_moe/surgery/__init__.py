@@ -194,10 +194,8 @@ def _layers(model, given, argument):
     if not isinstance(given, dict):
         return layers
     if not given or set(given) - set(layers):
-        raise ValueError(
-            f"`{argument}` must name MoE layers of the model, {', '.join(layers)}. "
-            f"Received: {argument}={shortened(given)}"
-        )
+        rule = f"`{argument}` must name MoE layers of the model, {', '.join(layers)}"
+        raise ValueError(f"{rule}. Received: {argument}={shortened(given)}")
     return {name: layer for name, layer in layers.items() if name in given}
 
 

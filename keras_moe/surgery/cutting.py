@@ -29,13 +29,11 @@ def obstacles(layer, merging):
         yield f"with a `{type(router).__name__}`, which has no column of a kernel for each expert"
     if not isinstance(bank, (StackedExperts, LayerExperts)):
         yield f"with `{type(bank).__name__}`"
-    elif not merging:
-        return
-    elif isinstance(bank, StackedExperts) and (bank.lora_enabled or bank.quantization_mode):
-        yield "whose kernels have LoRA or are quantized"
-    elif isinstance(bank, LayerExperts):
-        if len(set(map(_kind, bank.layers))) > 1:
-            yield "whose experts differ in their layers, activations or shapes of weights"
+    elif merging and isinstance(bank, StackedExperts):
+        if bank.lora_enabled or bank.quantization_mode:
+            yield "whose kernels have LoRA or are quantized"
+    elif merging and len(set(map(_kind, bank.layers))) > 1:
+        yield "whose experts differ in their layers, activations or shapes of weights"
 
 
 def _kind(layer):

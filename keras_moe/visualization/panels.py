@@ -74,7 +74,7 @@ def one_panel_a_layer(layers, draw, panel_size=PANEL_SIZE):
         panels: list = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axes, (name, array) in zip(panels, layers.items()):
             draw(axes, array)
-            axes.set_title(" · ".join(part for part in (as_text(name), axes.get_title()) if part))
+            axes.set_title(" · ".join(filter(None, (as_text(name), axes.get_title()))))
     for axes in panels[len(layers) :]:
         axes.remove()
     return figure
