@@ -80,10 +80,8 @@ def _parse(arguments):
 def _report(options):
     read = (options.model, options.data, options.labels, options.tokens)
     if options.output.resolve() in [path.resolve() for path in read if path is not None]:
-        raise ValueError(
-            "`--output` must not be a file that is read: the page would replace it. "
-            f"Received: {str(options.output)!r}"
-        )
+        rule = "`--output` must not be a file that is read: the page would replace it"
+        raise ValueError(f"{rule}. Received: {str(options.output)!r}")
     data, labels, tokens = map(_read, read[1:])
     model = _load_model(options.model)
     inspection.moe_layers(model)

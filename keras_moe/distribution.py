@@ -101,10 +101,8 @@ class ExpertParallel(keras.distribution.ModelParallel):
     def __init__(self, layout_map: keras.distribution.LayoutMap):
         mesh = layout_map.device_mesh
         if tuple(mesh.axis_names[:2]) != AXES:
-            raise ValueError(
-                "The device mesh of `layout_map` must begin with the axes 'data' and 'expert'. "
-                f"Received: axis_names={tuple(mesh.axis_names)}"
-            )
+            rule = "The device mesh of `layout_map` must begin with the axes 'data' and 'expert'"
+            raise ValueError(f"{rule}. Received: axis_names={tuple(mesh.axis_names)}")
         super().__init__(layout_map=layout_map, batch_dim_name="data")
         # A layout of Keras names one axis for the batch: this mesh has both as one.
         self._data_mesh = keras.distribution.DeviceMesh(

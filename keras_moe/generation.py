@@ -81,10 +81,8 @@ def generate(
     prompts = [np.asarray(ops.convert_to_numpy(prompt)) for prompt in prompts]
     are_ids = [each.ndim == 1 and each.size and each.dtype.kind in "iu" for each in prompts]
     if not prompts or not all(are_ids):
-        raise ValueError(
-            "`prompts` must be a list of lists of integers, each of at least one. "
-            f"Received: {shortened(prompts)}"
-        )
+        rule = "`prompts` must be a list of lists of integers, each of at least one"
+        raise ValueError(f"{rule}. Received: {shortened(prompts)}")
     start = max(map(len, prompts))
     text: np.ndarray = np.zeros((len(prompts), start + num_tokens), "int32")
     real: np.ndarray = np.zeros(text.shape, bool)
@@ -102,10 +100,8 @@ def generate(
     num_words = state["logits"].shape[-1]
     ids = np.concatenate(prompts)  # Those of `text` are cut to 32 bits.
     if ids.min() < 0 or ids.max() >= num_words:
-        raise ValueError(
-            f"`prompts` must have ids from 0 to {num_words - 1}, as the model has scores. "
-            f"Received: ids from {ids.min()} to {ids.max()}"
-        )
+        rule = f"`prompts` must have ids from 0 to {num_words - 1}, as the model has scores"
+        raise ValueError(f"{rule}. Received: ids from {ids.min()} to {ids.max()}")
     sums = np.sum(state["logits"], axis=-1)
     if temperature and np.all(state["logits"] >= 0) and np.allclose(sums, 1, atol=1e-3):
         raise ValueError("`model` must return logits. Received: probabilities, as of a softmax")

@@ -25,10 +25,8 @@ def check_integer(name, value, minimum=1):
     except TypeError:
         number = None
     if number is None or number < minimum:
-        raise ValueError(
-            f"`{name}` must be an integer of at least {minimum}. "
-            f"Received: {name}={shortened(value)}"
-        )
+        rule = f"`{name}` must be an integer of at least {minimum}"
+        raise ValueError(f"{rule}. Received: {name}={shortened(value)}")
     return number
 
 
@@ -50,10 +48,8 @@ def check_number(name, value, minimum=0.0, above=None, below=None):
 
 def check_choice(name, value, choices):
     if value not in tuple(choices):
-        raise ValueError(
-            f"`{name}` must be one of {', '.join(map(repr, choices))}. "
-            f"Received: {name}={shortened(value)}"
-        )
+        rule = f"`{name}` must be one of {', '.join(map(repr, choices))}"
+        raise ValueError(f"{rule}. Received: {name}={shortened(value)}")
     return value
 
 
@@ -87,25 +83,19 @@ def check_tensors(sizes=None, **tensors):
             if isinstance(size, int)
         ):
             here = ", ".join(f"{axis}={sizes[axis]}" for axis in axes if axis in sizes)
-            raise ValueError(
-                f"`{name}` must have the shape ({', '.join(axes)}){' with ' * bool(here)}{here}. "
-                f"Received: shape {shape}"
-            )
+            rule = f"`{name}` must have the shape ({', '.join(axes)}){' with ' * bool(here)}{here}"
+            raise ValueError(f"{rule}. Received: shape {shape}")
         if kind and not is_kind(kind[0], tensor):
-            raise TypeError(
-                f"`{name}` must have a dtype of {' or '.join(_KINDS[kind[0]])}. "
-                f"Received: {name}.dtype={tensor.dtype}"
-            )
+            rule = f"`{name}` must have a dtype of {' or '.join(_KINDS[kind[0]])}"
+            raise TypeError(f"{rule}. Received: {name}.dtype={tensor.dtype}")
 
 
 def check_indices(name, indices, number):
     """Check indices of so many experts or groups, -1 for none, if they are on the host."""
     array = host_values(indices)
     if array is not None and array.size and not (-1 <= array.min() <= array.max() < number):
-        raise ValueError(
-            f"`{name}` must be from 0 to {number - 1}, or -1 for none. "
-            f"Received: numbers from {array.min()} to {array.max()}"
-        )
+        rule = f"`{name}` must be from 0 to {number - 1}, or -1 for none"
+        raise ValueError(f"{rule}. Received: numbers from {array.min()} to {array.max()}")
 
 
 def is_kind(kind, tensor):

@@ -176,15 +176,12 @@ def forget_old_weights(model):
             frozen.update({part: part.trainable for part in layer._flatten_layers()})
         optimizer = getattr(layer, "optimizer", None)
         if optimizer is not None and optimizer.built:
-            layer.optimizer = _fresh(optimizer)
+            # One without state. User-defined classes in it need not be registered.
+            optimizers = [optimizer, getattr(optimizer, "inner_optimizer", optimizer)]
+            parts = [*optimizers, *(each._learning_rate for each in optimizers)]
+            classes = {type(part).__name__: type(part) for part in parts}
+            with keras.saving.custom_object_scope(classes):
+                layer.optimizer = type(optimizer).from_config(optimizer.get_config())
             layer.optimizer.build(layer.trainable_variables)
             if getattr(layer, "compiled", False):  # Else the old one would keep its memory.
                 layer._compile_config.config["optimizer"] = layer.optimizer
-
-
-def _fresh(optimizer):
-    """An optimizer without state. User-defined classes in it need not be registered."""
-    optimizers = [optimizer, getattr(optimizer, "inner_optimizer", optimizer)]
-    parts = [*optimizers, *(each._learning_rate for each in optimizers)]
-    with keras.saving.custom_object_scope({type(part).__name__: type(part) for part in parts}):
-        return type(optimizer).from_config(optimizer.get_config())

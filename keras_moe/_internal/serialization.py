@@ -69,27 +69,23 @@ def config_of(part):
     if part is None:
         return None
     config = keras.saving.serialize_keras_object(part)
-    _check_is_whole(part, config["config"])
+    # A subclass that inherits our `get_config` would be loaded without its arguments. Code that is
+    # run by `exec` has no module.
+    if str(type(part).get_config.__module__).startswith(PACKAGE):
+        parameters = inspect.signature(type(part).__init__).parameters
+        named = [name for name, each in parameters.items() if str(each)[0] != "*"][1:]
+        missing = [name for name in named if name not in config["config"]]
+        if missing:
+            raise NotImplementedError(
+                f"`{type(part).__name__}.get_config` must return all arguments of its constructor. "
+                f"Received: a config without {', '.join(missing)}"
+            )
     # The outer layer builds it: built before, its weights would have paths without the outer name,
     # and `keras.callbacks.OrbaxCheckpoint`, which goes by paths, would not find them.
     config.pop("build_config", None)
     if isinstance(part, keras.Layer) and part in _shared:
         config["shared_object_id"] = id(part)
     return config
-
-
-def _check_is_whole(part, config):
-    """A user's subclass that inherits our `get_config` would be loaded without its arguments."""
-    # Code that is run by `exec` has no module.
-    if not str(type(part).get_config.__module__).startswith(PACKAGE):
-        return
-    spec = inspect.getfullargspec(type(part).__init__)
-    missing = [name for name in spec.args[1:] + spec.kwonlyargs if name not in config]
-    if missing:
-        raise NotImplementedError(
-            f"`{type(part).__name__}.get_config` must return all arguments of its constructor. "
-            f"Received: a config without {', '.join(missing)}"
-        )
 
 
 def save_draws(layer, store):

@@ -194,8 +194,8 @@ class ExpertMonitor(keras.callbacks.Callback):
     def _read_training(self):
         if self._resets != self._count_resets():
             raise ValueError(
-                "A model must have one `ExpertMonitor`, in one `fit` or `evaluate` at a time: put "
-                "it before a callback that evaluates. Received: counters reset within an epoch"
+                "A model must have one `ExpertMonitor`, in one call at a time: put it before what "
+                "evaluates with one. Received: counters that were reset within an epoch"
             )
         return self._read_counts(keep=True)
 

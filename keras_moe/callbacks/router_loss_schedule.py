@@ -18,19 +18,17 @@ class RouterLossSchedule(keras.callbacks.Callback):
         schedule: Function of the epoch, from 0, that returns the weight for it, such as a
             `keras.optimizers.schedules.LearningRateSchedule`; or a function of the epoch and of the
             weight in the loss's constructor.
-        loss: String or `losses.RouterLoss`. Name of a loss for `losses.get`, or a loss of the same
-            class.
+        loss: String or `losses.RouterLoss`. Name of a loss for `losses.get`, or one of its class.
 
     Raises:
         TypeError: If there is no such loss, or the schedule is no function.
-        ValueError: If the model has no MoE layer with the loss, or the schedule returns anything
-            but a finite number of at least 0.
+        ValueError: If the model has no MoE layer with the loss, or a weight is not finite or
+            negative.
 
     Example:
 
-    >>> balance_at_first = keras_moe.callbacks.RouterLossSchedule(
-    ...     lambda epoch, weight: weight if epoch < 3 else 0.1 * weight
-    ... )
+    >>> schedule = keras.optimizers.schedules.CosineDecay(0.01, decay_steps=10)
+    >>> slowly_off = keras_moe.callbacks.RouterLossSchedule(schedule)
     """
 
     def __init__(self, schedule: Callable, loss: str | RouterLoss = "load_balance"):

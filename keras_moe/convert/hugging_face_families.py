@@ -13,10 +13,8 @@ class Config(dict):
     """The entries of a `config.json` that are not null."""
 
     def __missing__(self, name):
-        raise ValueError(
-            f"The config of a model of {self['model_type']!r} must have `{name}`. "
-            f"Received: {', '.join(self)}"
-        )
+        rule = f"The config of a model of {self['model_type']!r} must have `{name}`"
+        raise ValueError(f"{rule}. Received: {', '.join(self)}")
 
 
 class Family(NamedTuple):

@@ -16,16 +16,13 @@ def use_sparse_experts(model: keras.Model) -> keras.Model:
 
     KerasHub computes every expert for every token. Afterwards each block computes with a
     `layers.MixtureOfExperts` of the same weights, and all tools of this package work on it. The
-    model remains the same object, with the same outputs, `generate`, `fit` and files of weights; an
+    result is the same model, with the same outputs, `generate`, `fit` and files of weights; an
     optimizer starts again. Padding is not routed if KerasHub passes its mask to the block. A saved
     model is sparse when it is loaded, in a process that has imported `keras_moe`.
 
     Args:
         model: Keras model. A model of KerasHub, such as a `CausalLM` or a `Backbone`, or one that
             contains it. Of several models in each other, the outermost.
-
-    Returns:
-        The model.
 
     Raises:
         ValueError: If the model has no MoE block that is known here, or a quantized or LoRA one.
@@ -56,13 +53,10 @@ def use_sparse_experts(model: keras.Model) -> keras.Model:
 
 
 def restore(model: keras.Model) -> keras.Model:
-    """Undo `use_sparse_experts`, in place: the model has the blocks of KerasHub again.
+    """Undo `use_sparse_experts`, and return the same model with the blocks of KerasHub.
 
     Args:
         model: Keras model. As for `use_sparse_experts`.
-
-    Returns:
-        The model.
 
     Raises:
         ValueError: If no block was converted, or a router is quantized or has LoRA.

@@ -24,8 +24,8 @@ def from_peft(
 ) -> MixtureOfExperts:
     """Give the experts of a MoE layer the low-rank factors of a PEFT adapter, by `enable_lora`.
 
-    The layer then computes as the adapted block of Hugging Face. Weights outside this block, such
-    as in attention, are not read.
+    The layer is returned, and computes as the adapted block of Hugging Face. Weights outside this
+    block, such as in attention, are not read.
 
     Args:
         source: Path. Folder of an adapter, with `adapter_config.json` and `.safetensors` files.
@@ -33,9 +33,6 @@ def from_peft(
             adapted, such as one of `from_hugging_face`.
         layer: Integer. Number of the decoder layer, from 0.
         family: String. The `model_type` of the model, such as `"mixtral"`.
-
-    Returns:
-        The layer.
 
     Raises:
         ValueError: If the layer is no block of the family, or the adapter has no factors of its

@@ -24,21 +24,16 @@ class Rule(NamedTuple):
     interleaved: bool = False
 
     def split(self, theirs):
-        if self.transposed:
-            theirs = np.swapaxes(theirs, -1, -2)
-        if len(self.ours) == 1:
-            return [theirs]
+        theirs, number = np.swapaxes(theirs, -1, -2) if self.transposed else theirs, len(self.ours)
         if self.interleaved:
-            return [theirs[..., ::2], theirs[..., 1::2]]
-        half = theirs.shape[-1] // 2
-        return [theirs[..., :half], theirs[..., half:]]
+            return [theirs[..., place::number] for place in range(number)]
+        width = theirs.shape[-1] // number
+        return [theirs[..., place * width : (place + 1) * width] for place in range(number)]
 
     def join(self, ours):
-        joined = ours[0]
-        if len(ours) > 1 and self.interleaved:
-            joined = np.stack(ours, axis=-1).reshape(*joined.shape[:-1], -1)
-        elif len(ours) > 1:
-            joined = np.concatenate(ours, axis=-1)
+        joined = np.concatenate(ours, axis=-1)
+        if self.interleaved:
+            joined = np.stack(ours, axis=-1).reshape(joined.shape)
         return np.ascontiguousarray(np.swapaxes(joined, -1, -2) if self.transposed else joined)
 
 
@@ -55,10 +50,8 @@ def check_plain(layer, but=None):
     for part in layer._flatten_layers():
         has_more = part.quantization_mode is not None or getattr(part, "lora_enabled", False)
         if has_more and part is not but:
-            raise ValueError(
-                "A layer must be converted before it is quantized or has LoRA. "
-                f"Received: {part.path!r} with such kernels"
-            )
+            rule = "A layer must be converted before it is quantized or has LoRA"
+            raise ValueError(f"{rule}. Received: {part.path!r} with such kernels")
 
 
 def read_config(source, name="config.json"):
@@ -74,7 +67,12 @@ def tensor_reader(source):
     if hasattr(source, "keys"):
         get, names = source.__getitem__, set(source.keys())
     else:
-        files = _open_files(pathlib.Path(source))
+        from safetensors import safe_open  # here: the package does not require it
+
+        path = pathlib.Path(source)
+        paths = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        opened = [safe_open(each, framework="numpy") for each in paths]
+        files = {name: file for file in opened for name in file.keys()}
         get, names = lambda name: files[name].get_tensor(name), set(files)
 
     def read(name):
@@ -86,14 +84,6 @@ def tensor_reader(source):
             return _floats(get(name))
 
     return read, names
-
-
-def _open_files(path):
-    from safetensors import safe_open  # here: the package does not require it
-
-    paths = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    files = [safe_open(each, framework="numpy") for each in paths]
-    return {name: file for file in files for name in file.keys()}
 
 
 def _floats(tensor):

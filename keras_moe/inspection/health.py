@@ -152,9 +152,6 @@ def judge_load(counts: Tensor, top_k: int, advice: str) -> list[Finding]:
         counts: List or array, (E,). Assignments per expert.
         top_k: Integer. Experts per token, K.
         advice: String. What to try where the load is uneven, such as `balance_advice(layer)`.
-
-    Returns:
-        List of `Finding`.
     """
     counts = _as_counts(counts)
     num_experts = len(counts)
@@ -201,9 +198,6 @@ def judge_router(entropy: float, largest_logit: float) -> list[Finding]:
         entropy: Float from 0 to 1. Mean entropy of a token's probabilities over `log E`.
         largest_logit: Float. Size of the largest logit; where adding a number to all logits of a
             token changes nothing, above their mean.
-
-    Returns:
-        List of `Finding`.
     """
     if not np.isfinite(largest_logit):
         return [not_a_number()]

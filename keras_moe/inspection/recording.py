@@ -116,10 +116,7 @@ def count_in_evaluation(model: keras.Model) -> contextlib.AbstractContextManager
     were compiled in the context, and otherwise never.
 
     Args:
-        model: A Keras model.
-
-    Raises:
-        ValueError: If the model has no MoE layer.
+        model: A Keras model with MoE layers.
 
     Example:
 

@@ -60,10 +60,7 @@ def summarize(model: keras.Model) -> list[LayerSummary]:
     XLA on. To read it for another platform, call this in the context `ops.platform`.
 
     Args:
-        model: A built Keras model.
-
-    Raises:
-        ValueError: If the model has no MoE layer, or one that is not built.
+        model: A built Keras model with MoE layers.
 
     Example:
 
@@ -101,11 +98,8 @@ def summary(model: keras.Model, print_fn: Callable = print) -> None:
     evaluation that an `ExpertMonitor` watched, in all of a training without.
 
     Args:
-        model: A built Keras model.
+        model: A built Keras model with MoE layers.
         print_fn: Function of a string, called once for each line.
-
-    Raises:
-        ValueError: If the model has no MoE layer, or one that is not built.
 
     Example:
 

@@ -44,10 +44,8 @@ def get(identifier: Any) -> RouterLoss:
 
 def get_list(identifiers):
     if not isinstance(identifiers, (list, tuple)):
-        raise TypeError(
-            "`router_losses` must be a list of losses or names. Received: "
-            f"router_losses={shortened(identifiers)}"
-        )
+        rule = "`router_losses` must be a list of losses or names"
+        raise TypeError(f"{rule}. Received: router_losses={shortened(identifiers)}")
     return tuple(map(get, identifiers))
 
 

@@ -80,7 +80,7 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         self.scale = None if scale is None else check_number("scale", scale, above=0)
         self.normalized = bool(normalized)
         if distribution == "gaussian" and scale is None and not normalized:
-            rule = "`normalized` must be True where the scale is learned, or the loss has no bound"
+            rule = "`normalized` must be True with a learned scale, else there is no lower bound"
             raise ValueError(f"{rule}. Received: scale=None, normalized={normalized}")
 
     def __call__(
@@ -194,9 +194,6 @@ def pack_mixture(routing: Routing, expert_outputs: Tensor) -> Tensor:
 
     Returns:
         (batch, ..., K, 1 + D') float32 tensor.
-
-    Raises:
-        ValueError: If K differs between weights and outputs.
     """
     expert_outputs = ops.convert_to_tensor(expert_outputs)
     if expert_outputs.shape[-2] != routing.weights.shape[-1]:

@@ -74,11 +74,7 @@ class LoadBalance(RouterLoss):
     mean probability, through which alone the gradient flows. It does not grow with K, as in some
     implementations.
 
-    Arguments and errors: as for `RouterLoss`.
-
-    Example:
-
-    >>> loss = keras_moe.losses.LoadBalance(weight=1e-2)
+    Arguments, errors and an example: as for `RouterLoss`.
 
     Reference: Fedus et al. 2021 (arXiv:2101.03961), eq. 4 to 6.
     """
@@ -100,11 +96,7 @@ class SequenceLoadBalance(RouterLoss):
     inputs between the first and the last. Elsewhere all tokens are one, unless `sequence_length` is
     given. A sequence of padding alone is left out.
 
-    Arguments and errors: as for `RouterLoss`.
-
-    Example:
-
-    >>> loss = keras_moe.losses.SequenceLoadBalance(weight=1e-4)
+    Arguments, errors and an example: as for `RouterLoss`.
 
     Reference: DeepSeek-V3 (arXiv:2412.19437), eq. 17 to 20.
     """
@@ -142,11 +134,7 @@ class GlobalLoadBalance(RouterLoss):
         accumulation_steps: Integer. The `gradient_accumulation_steps` of the optimizer, times the
             calls of the layer in one pass.
 
-    Other arguments and errors: as for `RouterLoss`.
-
-    Example:
-
-    >>> loss = keras_moe.losses.GlobalLoadBalance(accumulation_steps=4)
+    Other arguments, errors and an example: as for `RouterLoss`.
 
     Reference: Qiu et al. 2025 (arXiv:2501.11873), section 3.
     """
@@ -177,11 +165,7 @@ class GlobalLoadBalance(RouterLoss):
 class ImportanceVariation(RouterLoss):
     """Evens out the summed scores of the experts: their squared coefficient of variation.
 
-    Arguments and errors: as for `RouterLoss`.
-
-    Example:
-
-    >>> loss = keras_moe.losses.ImportanceVariation(weight=1e-2)
+    Arguments, errors and an example: as for `RouterLoss`.
 
     Reference: Shazeer et al. 2017 (arXiv:1701.06538), eq. 6 and 7, of the scores of all experts as
     in V-MoE (arXiv:2106.05974), appendix A.1.
@@ -203,11 +187,7 @@ class LoadVariation(RouterLoss):
     The load of a noisy router is the expected number of assignments, which has a gradient. The load
     of any other router is a count without a gradient: use `LoadBalance` there.
 
-    Arguments and errors: as for `RouterLoss`.
-
-    Example:
-
-    >>> loss = keras_moe.losses.LoadVariation(weight=1e-2)
+    Arguments, errors and an example: as for `RouterLoss`.
 
     Reference: Shazeer et al. 2017 (arXiv:1701.06538), eq. 8 to 11.
     """
@@ -225,11 +205,7 @@ class LoadVariation(RouterLoss):
 class RouterZ(RouterLoss):
     """Keeps router logits small: mean over real tokens of `logsumexp(logits) ** 2`.
 
-    Arguments and errors: as for `RouterLoss`.
-
-    Example:
-
-    >>> loss = keras_moe.losses.RouterZ(weight=1e-3)
+    Arguments, errors and an example: as for `RouterLoss`.
 
     Reference: Zoph et al. 2022, ST-MoE (arXiv:2202.08906), eq. 5.
     """
@@ -248,11 +224,7 @@ class RouterEntropy(RouterLoss):
 
     For a router that chooses by a threshold, as `routers.TopPRouter` does.
 
-    Arguments and errors: as for `RouterLoss`.
-
-    Example:
-
-    >>> loss = keras_moe.losses.RouterEntropy(weight=1e-4)
+    Arguments, errors and an example: as for `RouterLoss`.
 
     Reference: Huang et al. 2024 (arXiv:2403.07652), eq. 6.
     """

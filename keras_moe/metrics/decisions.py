@@ -128,9 +128,7 @@ def expert_saliency(
 
     Args:
         layer: A `layers.MixtureOfExperts` whose tokens choose experts.
-        inputs: Float tensor or list. Inputs of the layer.
-        mask: Tensor or list of bools, or None. Mask of the inputs.
-        token_ids: Integers or None. Those that a `routers.HashRouter` needs.
+        inputs, mask, token_ids: Tensors or lists, or None. As in a call of the layer.
 
     Returns:
         (E,) float32; 0 for an expert without tokens.

@@ -32,10 +32,7 @@ def report(
         tokens: Strings to show, for each document a list or a text that is split at blanks, or
             None, which shows integer data as they are. Where a layer sees fewer positions than
             there are tokens, each position shows the neighbours it stands for.
-        path: String or path. File to write; it is whole or not there.
-
-    Returns:
-        The path, a `pathlib.Path`.
+        path: String or path. File to write, which is whole or not there. It is returned.
 
     Raises:
         ValueError: If `data` is empty or not what the model takes, or `labels` or `tokens` do not

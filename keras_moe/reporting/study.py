@@ -36,10 +36,8 @@ def study(model, data, labels, tokens):
     arrays = _as_arrays(data)
     sizes = {len(array) if array.ndim else 0 for array in keras.tree.flatten(arrays)}
     if len(sizes) != 1 or not min(sizes):
-        raise ValueError(
-            "`data` must be arrays of the same number of documents, at least one. "
-            f"Received: data={shortened(data)}"
-        )
+        rule = "`data` must be arrays of the same number of documents, at least one"
+        raise ValueError(f"{rule}. Received: data={shortened(data)}")
     num_documents = sizes.pop()
     layers = moe_layers(model) if has_moe_layers(model) else {}
     labels = _for_each_layer("labels", labels, layers, num_documents)
@@ -61,9 +59,8 @@ def study(model, data, labels, tokens):
     summaries = {summary.name: summary for summary in summarize(model)}
     studies = []
     for name, routing in by_layer(called).items() if called else ():
-        num_tokens = len(routing.mask)
-        positions = num_tokens // num_documents if num_tokens % num_documents == 0 else 0
-        texts = token_texts(tokens[name], arrays, positions, num_documents)
+        positions, rest = divmod(len(routing.mask), num_documents)
+        texts = token_texts(tokens[name], arrays, 0 if rest else positions, num_documents)
         studies.append(_study(layers[name], summaries[name], routing, labels[name], texts))
     return num_documents, studies
 
@@ -131,9 +128,7 @@ def _study(layer, summary, routing, labels, texts):
         *health.judge_drops(float(routing.dropped)),
         *_judge_router(layer.router, routing, entropy),
     ]
-    information = None
-    if not texts:  # the layer has no place for each document
-        labels = None
+    information, labels = None, labels if texts else None  # Else documents have no places.
     if labels is not None:
         labels = labels_of_tokens(labels, len(routing.mask))
         information = bits_in_common(label_table(routing, labels)[0])

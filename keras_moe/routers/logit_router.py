@@ -123,10 +123,8 @@ class LogitRouter(Adaptable, Router):
 
     def check_takes_lora(self):
         if not (type(self).project is LogitRouter.project or self.projects_by_times_kernel):
-            raise NotImplementedError(
-                "A router with LoRA must compute its logits by products with the kernel. "
-                f"Received: a `{type(self).__name__}`"
-            )
+            rule = "A router with LoRA must compute its logits by products with the kernel"
+            raise NotImplementedError(f"{rule}. Received: a `{type(self).__name__}`")
 
     def add_factors(self, a_initializer="he_uniform", b_initializer="zeros"):
         self.kernel_lora_a, self.kernel_lora_b = factors_for(

@@ -139,10 +139,8 @@ class Router(keras.layers.Layer):
         if token_ids is not None:
             token_ids = ops.reshape(token_ids, (-1,))
         if indices is not None and not self.replays_indices:
-            raise ValueError(
-                "`indices` can be replayed by routers with `replays_indices`. "
-                f"Received: indices for a `{type(self).__name__}`"
-            )
+            rule = "`indices` can be replayed by routers with `replays_indices`"
+            raise ValueError(f"{rule}. Received: indices for a `{type(self).__name__}`")
         tensors = {
             "tokens": (tokens, "TD", "float"),
             "mask": (mask, "T", "mask"),

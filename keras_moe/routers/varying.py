@@ -122,10 +122,8 @@ class ReLURouter(LogitRouter):
         if self.num_experts == 1:
             self.top_k = 1
         if self.max_top_k is not None and self.max_top_k < self.top_k:
-            raise ValueError(
-                "`max_top_k` must be at least `top_k`. "
-                f"Received: max_top_k={self.max_top_k}, top_k={self.top_k}"
-            )
+            rule = "`max_top_k` must be at least `top_k`"
+            raise ValueError(f"{rule}. Received: max_top_k={self.max_top_k}, top_k={self.top_k}")
 
     def build(self, tokens_shape):
         super().build(tokens_shape)

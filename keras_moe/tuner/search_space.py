@@ -79,10 +79,8 @@ class SearchSpace:
         ):
             top_k = _router(*router).top_k
             if width % top_k:
-                raise ValueError(
-                    "Each `active_width` must be divisible by each number of experts per token. "
-                    f"Received: active_width={width}, top_k={top_k}"
-                )
+                rule = "Each `active_width` must be divisible by each number of experts per token"
+                raise ValueError(f"{rule}. Received: active_width={width}, top_k={top_k}")
 
     def sample(
         self,
@@ -160,10 +158,8 @@ class DefaultsFirst(keras_tuner.Oracle):
         super().__init__(*args, **kwargs)
         if super().populate_space.__func__ is keras_tuner.Oracle.populate_space:
             bases = ", ".join(base.__name__ for base in type(self).__bases__)
-            raise TypeError(
-                "`DefaultsFirst` must come before an oracle among the bases of a class. "
-                f"Received: {bases}"
-            )
+            rule = "`DefaultsFirst` must come before an oracle among the bases of a class"
+            raise TypeError(f"{rule}. Received: {bases}")
 
     def populate_space(self, trial_id):
         answer = super().populate_space(trial_id)

@@ -263,15 +263,13 @@ def _expert_weights(feed_forward, num_experts, granularity):
     Expert `c * G + g` gets the g-th of G equal parts of the hidden features of copy c. The bias of
     the output is divided among the parts, so that the sum of G parts is the whole network.
     """
-    parts = {}
-    for name in ("gate", "up"):
-        dense = getattr(feed_forward, name)
+    down = feed_forward.down
+    parts = {"down_kernel": np.split(_array(down.kernel), granularity)}
+    parts["down_bias"] = [_bias(down) / granularity] * granularity
+    for name, dense in (("gate", feed_forward.gate), ("up", feed_forward.up)):
         if dense is not None:
             parts[f"{name}_kernel"] = np.split(_array(dense.kernel), granularity, axis=1)
             parts[f"{name}_bias"] = np.split(_bias(dense), granularity)
-    down = feed_forward.down
-    parts["down_kernel"] = np.split(_array(down.kernel), granularity)
-    parts["down_bias"] = [_bias(down) / granularity] * granularity
     copies = num_experts // granularity
     return {name: np.stack(each * copies) for name, each in parts.items()}
 

@@ -35,9 +35,6 @@ def coactivation(routings: dict | Tensor, num_experts: int | None = None) -> Fig
             no expert, or a dict of these by layer.
         num_experts: Integer or None. E, for arrays; by default the highest index plus one.
 
-    Returns:
-        A `matplotlib.figure.Figure`.
-
     Raises:
         ValueError: If the indices are not integers (T, K).
 
@@ -67,9 +64,6 @@ def confidence(routings: dict | Tensor) -> Figure:
     Args:
         routings: The result of `inspection.record_routings`, or probabilities (T, E), or a dict of
             these by layer.
-
-    Returns:
-        A `matplotlib.figure.Figure`.
 
     Raises:
         ValueError: If there is no layer, or an array does not hold probabilities.
@@ -113,9 +107,6 @@ def specialization(
             padding included, or one for each of equally long documents. Negative ones are left out.
         names: List of strings or None. Names of integer labels.
         num_experts: Integer or None. As in `coactivation`.
-
-    Returns:
-        A `matplotlib.figure.Figure`.
 
     Raises:
         ValueError: If labels, names and tokens do not fit.
@@ -199,9 +190,6 @@ def shares_over_time(shares: dict | Tensor, first_epoch: int = 0) -> Figure:
             `ExpertMonitor.shares`. A row of NaN is grey.
         first_epoch: Integer. Number of the first row, as for a training that was resumed.
 
-    Returns:
-        A `matplotlib.figure.Figure`.
-
     Raises:
         ValueError: If an array does not have two axes, or a negative number.
 
@@ -237,9 +225,6 @@ def settling(checkpoints: Sequence, num_experts: int | None = None) -> Figure:
     Args:
         checkpoints: List of at least two routings on the same data, each as in `coactivation`.
         num_experts: Integer or None. As in `coactivation`.
-
-    Returns:
-        A `matplotlib.figure.Figure`.
 
     Raises:
         ValueError: If there are fewer than two checkpoints, or they differ in layers or tokens.
