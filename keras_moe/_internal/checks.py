@@ -10,12 +10,7 @@ import operator
 import keras
 import numpy as np
 
-_KINDS = {
-    "float": ("float",),
-    "int": ("int",),
-    "mask": ("bool", "int"),
-    "number": ("float", "int"),
-}
+_KINDS = {"float": ["float"], "int": ["int"], "mask": ["bool", "int"], "number": ["float", "int"]}
 
 
 def check_integer(name, value, minimum=1):
@@ -65,12 +60,9 @@ def check_instance(name, value, cls):
 def check_tensors(sizes=None, **tensors):
     """Check tensors that share axes: each has its rank, and an axis has one size in all of them.
 
-    Args:
-        sizes: sizes of axes that are known from elsewhere, by their letters. None fits any other.
-        **tensors: tuples of a tensor, its axes, a letter for each, and perhaps a kind of dtype,
-            as in `is_kind`.
-
-    Example: `check_tensors({"T": 6}, logits=(logits, "TE", "float"), mask=(mask, "T", "mask"))`.
+    `sizes` has known sizes of axes by their letters, None fits any other. Each tensor comes with
+    its axes, a letter for each, and perhaps a kind of dtype, as in `is_kind`: `check_tensors({"T":
+    6}, logits=(logits, "TE", "float"), mask=(mask, "T", "mask"))`.
     """
     sizes = {axis: size for axis, size in (sizes or {}).items() if isinstance(size, int)}
     for name, (tensor, axes, *kind) in tensors.items():
@@ -105,13 +97,11 @@ def is_kind(kind, tensor):
 
 def host_values(values):
     """Return numbers, lists and NumPy arrays as an array; None for tensors."""
-    if isinstance(values, (np.ndarray, np.generic, numbers.Number)):
+    is_list = isinstance(values, (list, tuple))
+    if is_list and not any(map(keras.ops.is_tensor, keras.tree.flatten(values))):
         return np.asarray(values)
-    if isinstance(values, (list, tuple)) and not any(
-        keras.ops.is_tensor(value) for value in keras.tree.flatten(values)
-    ):
-        return np.asarray(values)
-    return None
+    is_host = isinstance(values, (np.ndarray, np.generic, numbers.Number))
+    return np.asarray(values) if is_host else None
 
 
 def shortened(value, length=80):

@@ -109,7 +109,7 @@ def open_to_state(layer):
 
 
 def quantization(layer, mode, config):
-    """The mode and the config to quantize a layer by, resolved and checked as Keras does it.
+    """The mode and the config to quantize a layer by, resolved and checked.
 
     Up to 3.15 Keras does so around the `quantize` of each layer, later in its own layers only.
     """

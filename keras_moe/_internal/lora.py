@@ -11,7 +11,7 @@ from keras_moe._internal.keras_internals import open_to_state
 
 
 class Adaptable:
-    """Abstract: a layer with LoRA. Before a `keras.Layer` in the bases of a class.
+    """Abstract: a layer with LoRA; before a `keras.Layer` in the bases of a class.
 
     A subclass implements `add_factors`, and calls it at the end of `build` if `lora_rank` is set.
     """

@@ -35,10 +35,10 @@ _shared: weakref.WeakSet = weakref.WeakSet()
 
 
 def resolve(argument, identifier, base, by_name=None, **defaults):
-    """Return the object that a pluggable argument stands for: an instance, a config or a name.
+    """The object that a pluggable argument stands for: an instance, a config or a name.
 
-    Keras does not revive nested objects of a config, so every pluggable argument goes through here.
-    `by_name` has the classes by name, and `defaults` their arguments.
+    Keras does not revive nested objects of a config. `by_name` has the classes by name, and
+    `defaults` their arguments.
     """
     if isinstance(identifier, dict):
         identifier = keras.saving.deserialize_keras_object(identifier)
@@ -61,11 +61,7 @@ def note_part(layer):
 
 
 def config_of(part):
-    """Return the config of an object inside a layer, or None for None.
-
-    Keras marks layers that it meets twice, but copies the config of the first before it does, so a
-    shared layer is marked here.
-    """
+    """The config of an object inside a layer, or None for None."""
     if part is None:
         return None
     config = keras.saving.serialize_keras_object(part)
@@ -83,6 +79,7 @@ def config_of(part):
     # The outer layer builds it: built before, its weights would have paths without the outer name,
     # and `keras.callbacks.OrbaxCheckpoint`, which goes by paths, would not find them.
     config.pop("build_config", None)
+    # Keras marks layers that it meets twice, but copies the config of the first before it does.
     if isinstance(part, keras.Layer) and part in _shared:
         config["shared_object_id"] = id(part)
     return config

@@ -86,10 +86,7 @@ class RelaidExperts(GatedExperts):
 
 
 class SparseRouter(keras.Layer):
-    """A router that a decoder calls before its experts; it holds their mixture.
-
-    It returns the inputs of the mixture's router.
-    """
+    """A router that a decoder calls before its experts; it returns the inputs of its mixture's."""
 
     def __init__(self, router, mixture):
         super().__init__(name=router.name, dtype=router.dtype_policy)
@@ -156,10 +153,7 @@ class ScaledMixture(BareMixture):
 
 
 def sparse_layers(owner, block, family):
-    """A dict from KerasHub layers, a block or parts of one, to their replacements.
-
-    Each replacement has a function `make_dense`, which returns a layer like the replaced one.
-    """
+    """From KerasHub layers, a block or its parts, to replacements with a function `make_dense`."""
     layer = block if family.is_decoder else owner
     mixture = _mixture_like(block, family, name=f"{layer.name}_mixture")
     with names_below(block.path):

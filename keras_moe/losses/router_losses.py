@@ -15,16 +15,14 @@ class RouterLoss(Configured):
     """Abstract: a weighted scalar of a routing.
 
     A subclass implements `compute(routing)`, which returns the loss before its weight, one float.
-    Class attributes describe it:
+    With state, it returns the variables that each layer keeps for it from `state_shapes`, and
+    implements `compute(routing, state)`, which returns the loss and the new state; the state is
+    None in evaluation. Class attributes describe it:
 
     - `balances`: whether it evens out the load. Advice about the layer then names it.
     - `per_sequence`: whether `compute` has an argument `sequence_length` as well.
     - `usual_weight` and `value_at_balance`, optional: a weight that works, and the loss at an even
       load. With them `callbacks.ExpertHealth` warns of a weight that is too small or too large.
-
-    A loss with state returns from `state_shapes` the variables that each layer keeps for it. It
-    implements `compute(routing, state)`, which returns the loss and the new state; the state is
-    None in evaluation.
 
     Args:
         weight: Float, at least 0. Factor of the loss. Each layer copies it into a variable, which
@@ -35,8 +33,7 @@ class RouterLoss(Configured):
 
     Example:
 
-    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
-    >>> routing = router(keras.random.normal((32, 64)))
+    >>> routing = keras_moe.routers.TopKRouter(num_experts=8)(keras.random.normal((32, 64)))
     >>> value = keras_moe.losses.LoadBalance(weight=1e-2)(routing)
     """
 

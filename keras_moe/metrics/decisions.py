@@ -22,9 +22,6 @@ def unserved_fraction(routing: Routing, plan: GroupedPlan | SoftPlan) -> Tensor:
     Args:
         routing: An `ops.Routing`.
         plan: The plan of the routing, `router.plan(routing)`.
-
-    Returns:
-        Scalar, float32; 0 where every token is padding.
     """
     unserved = ops.logical_not(plan.served())
     return masked_mean(ops.cast(unserved, "float32"), routing.mask)
@@ -57,14 +54,10 @@ def router_saturation(before: Routing, after: Routing) -> Tensor:
 
 
 def coactivation(routing: Routing) -> Tensor:
-    """Which experts serve the same tokens.
+    """Which experts serve the same tokens of a routing, (E, E) float32.
 
-    Args:
-        routing: An `ops.Routing`.
-
-    Returns:
-        (E, E) float32: the share of the tokens of the row's expert that the column's expert serves
-        too; 0 for an expert without tokens.
+    The share of the tokens of the row's expert that the column's expert serves too; 0 without
+    tokens.
 
     Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.2.
     """
@@ -106,13 +99,10 @@ def count_table(routing: Routing, groups: Tensor, num_groups: int) -> Tensor:
 
 
 def mutual_information(table: Tensor) -> Tensor:
-    """Mutual information of a token's group and its expert, in nats.
+    """Mutual information of a token's group and its expert, in nats, float32.
 
     Args:
         table: Tensor or list, (G, E). Assignments of each group to each expert, see `count_table`.
-
-    Returns:
-        Scalar, float32: 0 if independent or without assignments, at most the logarithm of G or E.
     """
     table = as_counts(table, "GE", "table")
     joint = table / ops.maximum(ops.sum(table), 1.0)

@@ -34,13 +34,9 @@ def load_imbalance(counts: Tensor) -> Tensor:
 
 @register
 def load_entropy(counts: Tensor) -> Tensor:
-    """Entropy of the shares, divided by `log E`.
+    """Entropy of the shares of `counts` (E,), divided by `log E`, float32.
 
-    Args:
-        counts: Tensor or list, (E,). Assignments per expert.
-
-    Returns:
-        Scalar, float32: 1 at balance, 0 if one of several has everything or without assignments.
+    1 at balance, 0 if one of several has everything or without assignments.
     """
     share = expert_share(counts)
     num_experts = share.shape[0]
@@ -51,35 +47,23 @@ def load_entropy(counts: Tensor) -> Tensor:
 
 @register
 def dead_experts(counts: Tensor) -> Tensor:
-    """Number of experts with less than a thousandth of the mean, such as no assignment.
-
-    Args:
-        counts: Tensor or list, (E,). Assignments per expert, or shares of the combine weight.
-
-    Returns:
-        Scalar, float32.
-    """
+    """Number of experts with less than a thousandth of the mean of `counts` (E,), float32."""
     return ops.sum(ops.cast(is_dead(counts), "float32"))
 
 
 def is_dead(counts):
-    """Which experts have less than a thousandth of the mean, (E,) bool; all if there is nothing.
-
-    Not zero: where all experts serve all tokens, counts are sums of weights.
-    """
+    """Which experts `dead_experts` counts, (E,) bool; all if there is nothing."""
     counts = as_counts(counts)
+    # Not zero: where all experts serve all tokens, counts are sums of weights.
     return counts <= 1e-3 * ops.mean(counts)
 
 
 def dropped_fraction(dropped: float, counts: Tensor) -> Tensor:
-    """Share of the assignments that were dropped for lack of a slot.
+    """Share of the assignments that were dropped for lack of a slot, float32.
 
     Args:
         dropped: Scalar. Number of dropped assignments.
         counts: Tensor or list, (E,). Assignments per expert, before any drop.
-
-    Returns:
-        Scalar, float32; 0 without assignments.
     """
     dropped = ops.convert_to_tensor(dropped, "float32")
     check_tensors(dropped=(dropped, ""))
@@ -88,14 +72,7 @@ def dropped_fraction(dropped: float, counts: Tensor) -> Tensor:
 
 @register
 def expert_share(counts: Tensor) -> Tensor:
-    """Each expert's share of the assignments.
-
-    Args:
-        counts: Tensor or list, (E,). Assignments per expert.
-
-    Returns:
-        (E,) float32; 0 without assignments.
-    """
+    """Each expert's share of the assignments `counts` (E,), float32; 0 without assignments."""
     counts = as_counts(counts)
     return counts / _or_one(ops.sum(counts))
 

@@ -181,10 +181,6 @@ class SinkhornRouter(MatchingRouter):
 
     Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
 
-    Example:
-
-    >>> router = keras_moe.routers.SinkhornRouter(num_experts=8, top_k=1)
-
     Reference: Clark et al. 2022 (arXiv:2202.01169), section 3.2 and appendix B.
     """
 

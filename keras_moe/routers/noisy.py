@@ -66,10 +66,6 @@ class NoisyTopKRouter(NoisyRouter):
 
     Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
 
-    Example:
-
-    >>> router = keras_moe.routers.NoisyTopKRouter(num_experts=8)
-
     Reference: Shazeer et al. 2017 (arXiv:1701.06538), eq. 3 to 5 and 8 to 10; the smallest noise as
     in tensor2tensor.
     """
@@ -99,10 +95,6 @@ class VMoERouter(NoisyRouter):
 
     Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
 
-    Example:
-
-    >>> router = keras_moe.routers.VMoERouter(num_experts=8)
-
     Reference: Riquelme et al. 2021 (arXiv:2106.05974), section 2.2 and appendix A.
     """
 
@@ -130,10 +122,6 @@ class GShardRouter(LogitRouter):
         threshold: Float above 0. Weight from which on the second expert always serves.
 
     Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
-
-    Example:
-
-    >>> router = keras_moe.routers.GShardRouter(num_experts=8)
 
     Reference: Lepikhin et al. 2020 (arXiv:2006.16668), section 2.2; the threshold as in Mesh
     TensorFlow, which draws in evaluation too.

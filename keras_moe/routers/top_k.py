@@ -167,10 +167,6 @@ class CosineRouter(SelectionRouter):
 
     Other arguments, errors, call arguments and returns: as for `TopKRouter`.
 
-    Example:
-
-    >>> router = keras_moe.routers.CosineRouter(num_experts=8, projection_dim=16)
-
     Reference: Chi et al. 2022, X-MoE (arXiv:2204.09179), eq. 5 and 6; scale and cap as in Tutel.
     """
 
@@ -215,10 +211,6 @@ class GroupLimitedRouter(SelectionRouter):
         top_groups: Integer. Groups a token may choose from, with at least `top_k` experts together.
 
     Other arguments, errors, call arguments and returns: as for `TopKRouter`.
-
-    Example:
-
-    >>> router = keras_moe.routers.GroupLimitedRouter(num_experts=16, num_groups=4, top_groups=2)
 
     Reference: DeepSeek-V3 (arXiv:2412.19437), section 2.1.2, node-limited routing; DeepSeek-V2
     (arXiv:2405.04434) takes the best expert of a group instead of the sum of two.

@@ -29,10 +29,6 @@ class TopPRouter(LogitRouter):
 
     Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
 
-    Example:
-
-    >>> router = keras_moe.routers.TopPRouter(num_experts=8, threshold=0.4)
-
     Reference: Huang et al. 2024 (arXiv:2403.07652), eq. 4 and 5.
     """
 
@@ -87,10 +83,6 @@ class ReLURouter(LogitRouter):
         initial_strength: Float above 0. Strength of the loss at first, and the least.
 
     Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
-
-    Example:
-
-    >>> router = keras_moe.routers.ReLURouter(num_experts=8, top_k=2)
 
     Reference: Wang et al. 2024, ReMoE (arXiv:2412.14711), eq. 5 to 9.
     """

@@ -89,9 +89,8 @@ class SearchSpace:
         router_losses: Sequence = (),
         **kwargs: Any,
     ) -> layers.MixtureOfExperts:
-        """Return a new `layers.MixtureOfExperts` with the values of this trial.
-
-        Layers of one space have the same values in a trial.
+        """Return a new `layers.MixtureOfExperts` with the values of this trial, the same in each
+        call.
 
         Args:
             hp: `keras_tuner.HyperParameters` that a model-building function is given.

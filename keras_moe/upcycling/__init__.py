@@ -260,8 +260,8 @@ def _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng):
 def _expert_weights(feed_forward, num_experts, granularity):
     """Stacked weights of experts, float32 arrays by the names of a bank's.
 
-    Expert `c * G + g` gets the g-th of G equal parts of the hidden features of copy c. The bias of
-    the output is divided among the parts, so that the sum of G parts is the whole network.
+    Expert `c * G + g` gets the g-th of G equal parts of the hidden features of copy c, and of the
+    bias of the output, so that the sum of G parts is the whole network.
     """
     down = feed_forward.down
     parts = {"down_kernel": np.split(_array(down.kernel), granularity)}
@@ -275,9 +275,8 @@ def _expert_weights(feed_forward, num_experts, granularity):
 
 
 def _draw_again(weights, share, rng):
-    """Reinitialize a share of the hidden features of each expert, others in each.
-
-    With the mean and the standard deviation of the old ones: Drop-Upcycling, section 3.2.
+    """Draw a share of the hidden features of each expert from a normal distribution like the old
+    one.
     """
     num_experts, width, _ = weights["down_kernel"].shape
     for expert in range(num_experts):

@@ -1,8 +1,7 @@
-"""Search for the dense feed-forward networks of a model.
+"""Search for the dense feed-forward networks of a model, in three places.
 
-One is a `Dense` layer from D to H features with an activation, then one back to D without. There
-are three places: layers that follow one another in a functional or sequential model; a `Sequential`
-in an attribute of another layer; and the Transformer blocks of KerasHub, by their attributes.
+Layers that follow one another in a functional or sequential model; a `Sequential` in an attribute
+of another layer; and the Transformer blocks of KerasHub, by their attributes.
 """
 
 import collections
