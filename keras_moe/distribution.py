@@ -9,8 +9,7 @@ from keras_moe.backend import backend
 
 AXES = ("data", "expert")
 
-# Layouts of the stacked weights of banks, by the paths of these. Constant experts are whole on
-# every device.
+# Layouts of the stacked weights of banks. Constant experts are whole on every device.
 _LAYOUTS = {
     r"(.*/)?(up|gate|down)_(kernel|scale|lora_a|lora_b)": ("expert", None, None),
     r"(.*/)?(up|gate|down)_bias": ("expert", None),

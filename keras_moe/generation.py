@@ -167,14 +167,12 @@ class _Writer(keras.Model):
 
         def write(state):
             position, logits = state["position"], state["logits"]
-            if noise is None:
-                token = ops.argmax(logits, axis=-1)
-            else:
+            token = ops.argmax(logits, axis=-1)
+            if noise is not None:
                 size = (num_texts, 1, logits.shape[-1])
                 of_token = ops.slice(noise, (0, position - begin, 0), size)[:, 0]
                 token = _draw(logits, of_token, **sampling)
-            token = ops.cast(token, "int32")
-            token = ops.where(state["stopped"], stop_token, token)[:, None]
+            token = ops.where(state["stopped"], stop_token, ops.cast(token, "int32"))[:, None]
             real = ops.ones_like(token, "bool")
             logits, caches = self._step(token, Decoding(position, real, caches=state["caches"]))
             return {

@@ -122,8 +122,11 @@ def _bars(counts):
 
 def _plots(layers):
     layers = [layer for layer in layers if layer.routing.counts.sum()]
-    by_row = [("label", layer, layer.labels) for layer in layers]
-    by_row += [("token, most frequent first", layer, _repeated(layer)) for layer in layers]
+    by_row: list = [("label", layer, layer.labels) for layer in layers]
+    for layer in layers:
+        real = [text for text, is_real in zip(layer.texts, layer.routing.mask) if is_real]
+        if 0 < 2 * len(set(real)) <= len(real):  # They repeat often enough.
+            by_row.append(("token, most frequent first", layer, np.array(layer.texts)))
     routings = {layer.summary.name: layer.routing for layer in layers}
     # The page says in words that a router computes no numbers.
     sure = {name: r for name, r in routings.items() if np.isfinite(r.probs[r.mask]).all()}
@@ -138,11 +141,6 @@ def _plots(layers):
         if several:
             plot = visualization.coactivation(several)
             yield _figure("Which experts serve the same tokens", plot)
-
-
-def _repeated(layer):
-    real = [text for text, is_real in zip(layer.texts, layer.routing.mask) if is_real]
-    return np.array(layer.texts) if 0 < 2 * len(set(real)) <= len(real) else None
 
 
 def _figure(caption, plot):
@@ -163,10 +161,8 @@ def _layer_data(layer, num_documents):
     routing = layer.routing
     # Best first: routers with a place for each expert do not sort.
     best_first = np.argsort(-routing.weights, axis=1, kind="stable")
-    indices, weights = (
-        np.take_along_axis(values, best_first, axis=1)
-        for values in (routing.indices, routing.weights)
-    )
+    indices = np.take_along_axis(routing.indices, best_first, axis=1)
+    weights = np.take_along_axis(routing.weights, best_first, axis=1)
     chosen = np.take_along_axis(routing.probs, np.maximum(indices, 0), axis=1)
     rows = np.reshape([] if layer.labels is None else layer.labels, (num_documents, -1))
     same = rows.size and (rows == rows[:, :1]).all()

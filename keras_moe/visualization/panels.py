@@ -31,9 +31,8 @@ def _joined(value):
         return ops.convert_to_numpy(value)
     fields = zip(*(map(ops.convert_to_numpy, routing[:7]) for routing in routings))
     *of_tokens, counts, dropped = fields
-    sizes = [max(each.sum(), 1) for each in counts]
-    of_all = [np.sum(counts, axis=0), np.average(dropped, weights=sizes)]
-    return Routing(*[*map(np.concatenate, of_tokens), *of_all])
+    dropped = np.average(dropped, weights=[max(each.sum(), 1) for each in counts])
+    return Routing(*[*map(np.concatenate, of_tokens), np.sum(counts, axis=0), dropped])
 
 
 def routings_by_layer(source, num_experts=None):

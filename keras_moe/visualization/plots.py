@@ -23,8 +23,7 @@ from keras_moe.visualization.panels import (
 )
 
 MAX_ROWS = 30
-# A table of more labels needs more memory than a figure is worth.
-MAX_LABELS = 10_000
+MAX_LABELS = 10_000  # A table of more needs more memory than a figure is worth.
 
 
 def coactivation(routings: dict | Tensor, num_experts: int | None = None) -> Figure:
@@ -78,8 +77,7 @@ def confidence(routings: dict | Tensor) -> Figure:
 def _draw_confidence(axes, probs):
     highest = probs.max(axis=1, initial=0)
     if len(highest):
-        limit = min(1, 2 * highest.max())
-        each = np.full(len(highest), 1 / len(highest))
+        limit, each = min(1, 2 * highest.max()), np.full(len(highest), 1 / len(highest))
         axes.hist(highest, bins=np.linspace(0, limit, 41), weights=each)
         axes.axvline(highest.mean(), color="C1", label=f"mean {highest.mean():.1%}")
         axes.set_xlim(0, limit)
@@ -208,9 +206,8 @@ def shares_over_time(shares: dict | Tensor, first_epoch: int = 0) -> Figure:
 def _draw_shares(axes, shares, first_epoch):
     share = shares / np.maximum(shares.sum(axis=1, keepdims=True), 1e-12)
     fair = np.clip(share * shares.shape[1], 1 / 8, 8)
-    bar = heat_map(
-        axes, np.log2(fair.T), "times a fair share", cmap="RdBu_r", vmin=-3, vmax=3, origin="lower"
-    )
+    style = {"cmap": "RdBu_r", "vmin": -3, "vmax": 3, "origin": "lower"}
+    bar = heat_map(axes, np.log2(fair.T), "times a fair share", **style)
     bar.set_ticks([-3, -1, 0, 1, 3], labels=["⅛ or less", "½", "1", "2", "8 or more"])
     axes.set(xlabel="epoch", ylabel="expert", facecolor="silver")
     count_on(axes.xaxis, axes.yaxis)
@@ -236,9 +233,9 @@ def settling(checkpoints: Sequence, num_experts: int | None = None) -> Figure:
     Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.1.
     """
     recorded = [routings_by_layer(checkpoint, num_experts) for checkpoint in checkpoints]
-    if len(recorded) < 2 or any(moment.keys() != recorded[0].keys() for moment in recorded):
-        received = [list(moment) for moment in recorded]
-        raise ValueError(f"`checkpoints` must be two or more of one model. Received: {received}")
+    names = [list(moment) for moment in recorded]
+    if len(recorded) < 2 or any(each != names[0] for each in names):
+        raise ValueError(f"`checkpoints` must be two or more of one model. Received: {names}")
     layers = {name: [moment[name] for moment in recorded] for name in recorded[0]}
     return one_panel_a_layer(layers, _draw_settling)
 
