@@ -31,8 +31,7 @@ def generate(
     The blocks keep the keys and values of earlier tokens, so that a token costs one token's work.
     The loop is compiled once for each number of prompts, length of the longest and number of
     tokens; on PyTorch it runs eagerly. Every other layer of the model must treat each position
-    alone and alike: one that adds an embedding of positions is refused, as it would see each token
-    at position 0.
+    alone and alike, unlike an embedding of positions, which would see each token at position 0.
 
     Args:
         model: Keras model from token ids (B, length), of any length, to logits (B, length, V), such
@@ -42,8 +41,8 @@ def generate(
         temperature: Float. 0 takes the likeliest token. Otherwise tokens are drawn from
             `softmax(logits / temperature)`, among those that `top_k` and `top_p` leave.
         top_k: Integer or None. Only the K likeliest tokens are drawn.
-        top_p: Float or None. Only the fewest likeliest tokens whose probabilities sum to at least P
-            are drawn.
+        top_p: Float or None. Only the fewest likeliest whose probabilities sum to at least P are
+            drawn.
         stop_token: Integer or None. A text ends with this token.
         seed: Integer or None. Seed of the draws.
         verbose: "auto", 0 or 1. Whether a progress bar is shown; "auto" shows it for long texts.
@@ -57,9 +56,8 @@ def generate(
 
     Example:
 
-    >>> block = keras_moe.layers.TransformerDecoderBlock(2, keras_moe.layers.MixtureOfExperts(
-    ...     keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
-    ... ))
+    >>> moe = keras_moe.layers.MixtureOfExperts(keras_moe.layers.FeedForwardExperts(4, 32))
+    >>> block = keras_moe.layers.TransformerDecoderBlock(2, moe)
     >>> layers = [keras.layers.Embedding(100, 16), block, keras.layers.Dense(100)]
     >>> model = keras.Sequential([keras.Input((None,), dtype="int32"), *layers])
     >>> [len(text) for text in keras_moe.generate(model, [[5, 6, 7], [8]], num_tokens=4)]

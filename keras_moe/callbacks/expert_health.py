@@ -27,18 +27,15 @@ class ExpertHealth(keras.callbacks.Callback):
 
     - a collapse: nearly all work goes to the same few experts, and it does not get better;
     - dead experts, as `metrics.dead_experts` counts them, in three times as many checks;
-    - a router with weights that are not a number, or that have grown so large that each choice is
-      absolute;
+    - a router with weights that are NaN, or so large that each choice is absolute;
     - a balancing loss whose weight is too small to matter, or so large that what it adds for an
       uneven load is a large part of the loss: `losses.LoadBalance`, or a loss with a
       `usual_weight`.
 
     Each warning is given once a layer, as a Python `UserWarning`, and kept in `findings`, a list of
     `(step, layer name, health.Finding)`. It repeats when more experts die, and once if `rebalance`
-    has changed the layer in vain. In a collapse dead experts are not reported.
-
-    A check reads the counters and the router weights from the device; between checks training runs
-    ahead. Works with and without `ExpertMonitor`, in any order.
+    has changed the layer in vain. In a collapse dead experts are not reported. Works with and
+    without `ExpertMonitor`, in any order; between checks training runs ahead of the device.
 
     Args:
         every: Integer. Training batches between checks. A check runs once experts average 20
@@ -60,8 +57,6 @@ class ExpertHealth(keras.callbacks.Callback):
     >>> x, y = keras.random.normal((64, 16)), keras.random.normal((64, 1))
     >>> watchdog = keras_moe.callbacks.ExpertHealth(stop=True)
     >>> history = model.fit(x, y, callbacks=[watchdog], verbose=0)
-    >>> watchdog.findings
-    []
     """
 
     def __init__(

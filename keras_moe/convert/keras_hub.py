@@ -21,8 +21,8 @@ def use_sparse_experts(model: keras.Model) -> keras.Model:
     model is sparse when it is loaded, in a process that has imported `keras_moe`.
 
     Args:
-        model: Keras model. A model of KerasHub, such as a `CausalLM` or a `Backbone`, or one that
-            contains it. Of several models in each other, the outermost.
+        model: Keras model. A `CausalLM` or `Backbone` of KerasHub, or a model that contains one. Of
+            several models in each other, the outermost.
 
     Raises:
         ValueError: If the model has no MoE block that is known here, or a quantized or LoRA one.

@@ -29,10 +29,8 @@ def from_peft(
 
     Args:
         source: Path. Folder of an adapter, with `adapter_config.json` and `.safetensors` files.
-        mixture: `layers.MixtureOfExperts`. A built layer without LoRA, with the weights that were
-            adapted, such as one of `from_hugging_face`.
-        layer: Integer. Number of the decoder layer, from 0.
-        family: String. The `model_type` of the model, such as `"mixtral"`.
+        mixture, layer, family: As in `to_hugging_face`: a layer without LoRA, with the weights that
+            were adapted.
 
     Raises:
         ValueError: If the layer is no block of the family, or the adapter has no factors of its
@@ -86,9 +84,7 @@ def to_peft(
     Where the gate and up kernels have different factors `A`, the adapter has twice the rank.
 
     Args:
-        mixture: `layers.MixtureOfExperts`. A built layer whose experts have LoRA.
-        layer: Integer. Number of the decoder layer, from 0.
-        family: String. The `model_type` of the model, such as `"mixtral"`.
+        mixture, layer, family: As in `to_hugging_face`: a layer whose experts have LoRA.
 
     Returns:
         Dict of names to arrays, for a file `adapter_model.safetensors`; and a dict for

@@ -15,14 +15,13 @@ from keras_moe.inspection.finding import _layers
 def save_as_mixtral(model: keras.Model, path: str | os.PathLike) -> None:
     """Save an upcycled Llama of KerasHub in a folder that Transformers loads as a Mixtral.
 
-    Writes `config.json` and `model.safetensors`, and needs the package `safetensors`. LoRA is added
-    to the kernels, which are multiplied by the scaling factor of the router (`granularity`). The
-    dense model's tokenizer fits.
+    Needs the package `safetensors`. LoRA is added to the kernels, which are multiplied by the
+    scaling factor of the router (`granularity`). The dense model's tokenizer fits.
 
     Args:
         model: Keras model. A `LlamaCausalLM` or `LlamaBackbone`, or one of Llama 3, with a mixture
             in each block, all with the same sizes and the same K.
-        path: Path. Folder to write to.
+        path: Path. Folder for `config.json` and `model.safetensors`.
 
     Raises:
         ValueError: If the model is another one, is quantized or has dense blocks, its mixtures

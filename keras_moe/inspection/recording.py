@@ -162,19 +162,18 @@ def replaying(model: keras.Model, routings: dict) -> contextlib.AbstractContextM
     Args:
         model: A Keras model.
         routings: Dict from the name of an MoE layer to an `ops.Routing`, or to its `indices` (T,
-            K), of the batch that the model is called on. A layer without an entry chooses as usual.
+            K), of the batch that the model is called on. Layers without an entry choose as usual.
 
     Raises:
         ValueError: If a name is not that of an MoE layer, or an expert does not exist.
 
     Example:
 
-    >>> experts = keras_moe.layers.FeedForwardExperts(4, 32)
-    >>> moe = keras_moe.layers.MixtureOfExperts(experts, name="moe")
-    >>> model = keras.Sequential([keras.Input((16,)), moe])
-    >>> inputs = keras.random.normal((8, 16))
-    >>> (routing,) = keras_moe.inspection.record_routings(model, [inputs])["moe"]
-    >>> with keras_moe.inspection.replaying(model, {"moe": routing}):
+    >>> moe = keras_moe.layers.MixtureOfExperts(keras_moe.layers.FeedForwardExperts(4, 32))
+    >>> model, inputs = keras.Sequential([keras.Input((16,)), moe]), keras.random.normal((8, 16))
+    >>> routings = keras_moe.inspection.record_routings(model, [inputs])
+    >>> first = {name: calls[0] for name, calls in routings.items()}
+    >>> with keras_moe.inspection.replaying(model, first):
     ...     outputs = model(inputs, training=True)
     """
     layers = moe_layers(model)

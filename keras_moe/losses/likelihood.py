@@ -25,8 +25,8 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
 
     A squared error of the summed output makes experts cooperate, and predicts the mean of all
     answers. This loss makes them compete: the expert that explains a sample best gets most of its
-    gradient, so experts specialize, and each may give another answer. The weights of a sample
-    should sum to 1, as with a `DenseRouter`, or a `TopKRouter` with at least two experts.
+    gradient, so each may give another answer. The weights of a sample should sum to 1, as with a
+    `DenseRouter`, or a `TopKRouter` with at least two experts.
 
     Args:
         distribution: String. "gaussian": outputs are means (D), with `scale=None` followed by
@@ -34,8 +34,7 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
             and targets are class numbers.
         scale: Positive float, the standard deviation of all Gaussians, or None to learn it.
         normalized: Boolean. Whether a Gaussian has its normalizing constant. False, with a scale of
-            1, is the competitive error of Jacobs et al., eq. 1.3. A learned scale needs it: without
-            it the loss has no lower bound.
+            1, is the competitive error of Jacobs et al., eq. 1.3. A learned scale needs it.
         name: String. Name of the loss.
         **kwargs: `reduction` and `dtype`, as in `keras.losses.Loss`.
 
@@ -58,10 +57,7 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
     >>> inputs = keras.Input((4,))
     >>> _, routing, outputs = layer(inputs, return_routing=True, return_expert_outputs=True)
     >>> model = keras.Model(inputs, keras_moe.losses.pack_mixture(routing, outputs))
-    >>> loss = keras_moe.losses.MixtureNegativeLogLikelihood(scale=0.1)
-    >>> model.compile("adam", loss)
-    >>> loss.mean(model(keras.random.normal((32, 4)))).shape
-    (32, 1)
+    >>> model.compile("adam", keras_moe.losses.MixtureNegativeLogLikelihood(scale=0.1))
 
     References: Jacobs et al. 1991, "Adaptive mixtures of local experts", eq. 1.3; Bishop 1994,
     "Mixture density networks", for learned scales.
