@@ -64,10 +64,8 @@ def expert_parallel(
     """
     name = keras.backend.backend()
     if name == "tensorflow":
-        raise ValueError(
-            "Keras splits no weights on TensorFlow: train all experts on each device, under "
-            "`tf.distribute.MirroredStrategy`. Received: keras.backend.backend()='tensorflow'"
-        )
+        rule = "Keras splits no weights on TensorFlow: use `tf.distribute.MirroredStrategy`"
+        raise ValueError(f"{rule}. Received: keras.backend.backend()='tensorflow'")
     foreign = (devices, layout_map) if name == "torch" else (process_group,)
     if any(each is not None for each in foreign):
         rule = "`devices` and `layout_map` are for JAX, `process_group` is for PyTorch"

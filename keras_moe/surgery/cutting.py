@@ -44,8 +44,7 @@ def _kind(layer):
 
 def router_like(router, **changes):
     """A router that differs from another in some arguments, not built."""
-    config = router.get_config()
-    number = changes.get("num_experts", router.num_experts)
+    config, number = router.get_config(), changes.get("num_experts", router.num_experts)
     if config.get("max_top_k") is not None:
         config["max_top_k"] = min(config["max_top_k"], number)
     config.update((key, value) for key, value in changes.items() if key in config)

@@ -41,9 +41,8 @@ def importance(by, model, layers, data):
     if by == "usage":
         return _summed(model, layers, data, _counts)[0]
     sums, counts = _summed(model, layers, data, contributions, _served)
-    if by == "contribution":
-        return sums
-    return {name: sums[name] / np.maximum(counts[name], 1.0) for name in layers}
+    saliency = {name: sums[name] / np.maximum(counts[name], 1.0) for name in layers}
+    return sums if by == "contribution" else saliency
 
 
 def usage_and_similarity(model, layers, data):

@@ -94,11 +94,8 @@ def upcycle(
     reinitialized = check_number("reinitialized", reinitialized, below=1)
     every = check_integer("every", every)
     if num_experts % granularity or top_k % granularity:
-        raise ValueError(
-            "`granularity` must divide `num_experts` and `top_k`: a copy is complete with all its "
-            f"parts only. Received: granularity={granularity}, num_experts={num_experts}, "
-            f"top_k={top_k}"
-        )
+        given = f"granularity={granularity}, num_experts={num_experts}, top_k={top_k}"
+        raise ValueError(f"`granularity` must divide `num_experts` and `top_k`. Received: {given}")
     chosen = _select(model, select, every)
     obstacles = [
         f"{each.name!r} with {why}" for each in chosen for why in _obstacles(each, granularity)
