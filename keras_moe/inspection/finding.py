@@ -25,10 +25,8 @@ def moe_layers(model: keras.Model) -> dict[str, MixtureOfExperts]:
 
     Example:
 
-    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
-    >>> moe = keras_moe.layers.MixtureOfExperts(experts, name="moe")
-    >>> list(keras_moe.inspection.moe_layers(keras.Sequential([keras.Input((16,)), moe])))
-    ['moe']
+    >>> moe = keras_moe.layers.MixtureOfExperts(keras_moe.layers.FeedForwardExperts(4, 32))
+    >>> layers = keras_moe.inspection.moe_layers(keras.Sequential([keras.Input((16,)), moe]))
     """
     layers = _layers(model)
     if not layers:

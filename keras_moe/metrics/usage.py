@@ -107,7 +107,6 @@ class UsageMetric(keras.metrics.Metric):
     >>> metric = keras_moe.metrics.UsageMetric(keras_moe.metrics.load_imbalance, num_experts=8)
     >>> router = keras_moe.routers.TopKRouter(num_experts=8)
     >>> metric.update_state(router(keras.random.normal((32, 64))))
-    >>> imbalance = float(metric.result())
     """
 
     def __init__(

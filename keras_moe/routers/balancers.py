@@ -22,8 +22,8 @@ class SelectionBalancer(Configured):
     """Abstract: from routings to a selection bias that evens out the load.
 
     In training a router measures each batch on each replica, and updates its bias once an optimizer
-    step by the mean of the measurements. The bias is fixed within a step, so no token's experts
-    depend on later tokens. Padding is not measured.
+    step by the mean of the measurements. So no token's experts depend on later tokens. Padding is
+    not measured.
 
     A subclass implements `measure(routing, scores, bias)` and `update(bias, measured)`; all but the
     scores (T, E) have length E. `measure` gathers what cannot be averaged over replicas.

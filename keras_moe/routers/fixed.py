@@ -39,8 +39,7 @@ class HashRouter(Router):
     Example:
 
     >>> router = keras_moe.routers.HashRouter(num_experts=8, vocabulary_size=1000)
-    >>> ids = keras.ops.arange(32)
-    >>> router(keras.random.normal((32, 64)), token_ids=ids).indices.shape
+    >>> router(keras.random.normal((32, 64)), token_ids=keras.ops.arange(32)).indices.shape
     (32, 1)
 
     Reference: Roller et al. 2021, Hash layers (arXiv:2106.04426), section 3.1, random hash.

@@ -22,12 +22,6 @@ class DenseRouter(LogitRouter):
 
     Arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
 
-    Example:
-
-    >>> router = keras_moe.routers.DenseRouter(num_experts=4)
-    >>> router(keras.random.normal((32, 64))).weights.shape
-    (32, 4)
-
     References: Jacobs et al. 1991, "Adaptive mixtures of local experts"; Jordan and Jacobs 1994,
     "Hierarchical mixtures of experts and the EM algorithm".
     """
