@@ -14,6 +14,7 @@ import pathlib
 import sys
 import warnings
 import zipfile
+from collections.abc import Iterable
 from typing import NoReturn
 
 import keras
@@ -63,44 +64,25 @@ def _parse(arguments):
     inspecting.set_defaults(command=lambda options: summary(_load_model(options.model)))
     reporting = commands.add_parser("report", help="write an HTML page about the experts")
     reporting.set_defaults(command=_report)
+    modules: dict = {"dest": "modules", "action": "append", "default": [], "metavar": "MODULE"}
     for command in (inspecting, reporting):
         command.add_argument("model", type=pathlib.Path, help="a saved model, .keras")
-        command.add_argument(
-            "--import",
-            dest="modules",
-            action="append",
-            default=[],
-            metavar="MODULE",
-            help="Python module that registers custom layers of the model",
-        )
+        command.add_argument("--import", **modules, help="Python module with its custom layers")
         command.add_argument("--debug", action="store_true", help="end errors in a traceback")
-    reporting.add_argument(
-        "--data",
-        type=pathlib.Path,
-        required=True,
-        help="inputs of the model: .npy of one array, or .npz of arrays by the names of inputs",
-    )
-    reporting.add_argument(
-        "--labels", type=pathlib.Path, help="one for each document: .npy, or lines of text"
-    )
-    reporting.add_argument("--tokens", type=pathlib.Path, help="text to show, one document a line")
-    reporting.add_argument(
-        "--output",
-        type=pathlib.Path,
-        default=pathlib.Path("report.html"),
-        help="HTML file to write; default: report.html",
-    )
+    add, path = reporting.add_argument, pathlib.Path
+    add("--data", type=path, required=True, help="inputs: .npy of an array, or .npz by their names")
+    add("--labels", type=path, help="one for each document: .npy, or lines of text")
+    add("--tokens", type=path, help="text to show, one document a line")
+    add("--output", type=path, default=path("report.html"), help="HTML file; default: report.html")
     return parser.parse_args(arguments)
 
 
 def _report(options):
     read = (options.model, options.data, options.labels, options.tokens)
     if options.output.resolve() in [path.resolve() for path in read if path is not None]:
-        raise ValueError(
-            "`--output` must not be a file that is read: the page would replace it. "
-            f"Received: {str(options.output)!r}"
-        )
-    data, labels, tokens = map(_read, (options.data, options.labels, options.tokens))
+        rule = "`--output` must not be a file that is read: the page would replace it"
+        raise ValueError(f"{rule}. Received: {str(options.output)!r}")
+    data, labels, tokens = map(_read, read[1:])
     model = _load_model(options.model)
     inspection.moe_layers(model)
     print(f"The report is in {report(model, data, labels, tokens, options.output)}.")
@@ -125,15 +107,14 @@ def _load_model(path):
 
 def _check_sizes(config, most):
     """Refuse a config with more weights than the file, which would fill the memory."""
-    parts = config
+    parts: Iterable = config if isinstance(config, list) else []
     if isinstance(config, dict):
         parts = config.values()
         sizes = [config[name] for name in _SIZES if isinstance(config.get(name), (int, float))]
         if math.prod(sizes) > most:
             raise ValueError(f"A model cannot have more weights than its file. Received: {sizes}")
     for part in parts:
-        if isinstance(part, (dict, list)):
-            _check_sizes(part, most)
+        _check_sizes(part, most)
 
 
 def _read(path):

@@ -23,7 +23,4 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 __all__ = ["quick_gelu"]
-
-
-def __dir__():
-    return __all__
+__dir__ = __all__.copy

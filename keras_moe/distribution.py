@@ -26,14 +26,12 @@ def expert_parallel(
 ) -> Any:
     """A distribution that splits tokens over all devices, and experts over some of them.
 
-    On JAX the devices form a grid of `data` by `experts`. Each holds the kernels of every bank for
-    E / `experts` of its E experts, and its share of each batch, whose size must be a multiple of
-    `data * experts`. Tokens are sent to the devices of their experts, within a row of the grid, and
-    back: see the guide to many devices. `fit`, `evaluate`, `predict`, `save` and loading work as on
-    one device, and give the same numbers.
-
-    On PyTorch the processes of `torch.distributed` take the place of devices, and each runs a
-    training loop of yours: see the guide to replicas.
+    On JAX the devices form a grid of `data` by `experts`. Each holds E / `experts` of the E experts
+    of every bank, and its share of each batch, whose size must be a multiple of `data * experts`.
+    Tokens are sent to the devices of their experts, within a row of the grid, and back. `fit`,
+    `evaluate`, `predict`, `save` and loading work as on one device, and give the same numbers. On
+    PyTorch the processes of `torch.distributed` take the place of devices, and each runs a training
+    loop of yours: see the guide to replicas.
 
     Set it before the model is made: `keras.distribution.set_distribution(...)`.
 
@@ -46,8 +44,8 @@ def expert_parallel(
             the axes "data" and "expert" and sets `experts`, `data` and `devices`. None: all other
             weights are whole on every device.
         process_group: On PyTorch, the `torch.distributed` group of the processes that share the
-            experts with this one. Each process gives one, all of one size. None makes new ones, of
-            neighbours. `devices` and `layout_map` are for JAX alone.
+            experts with this one, all of one size. None makes new ones, of neighbours. `devices`
+            and `layout_map` are for JAX alone.
 
     Returns:
         On JAX an `ExpertParallel`, which is a `keras.distribution.ModelParallel`. On PyTorch an
@@ -55,25 +53,20 @@ def expert_parallel(
         experts. Both go to `keras.distribution.set_distribution`.
 
     Raises:
-        ValueError: If numbers and devices do not fit, the axes of the mesh are others, there are
-            no processes on PyTorch, an argument is for the other backend, or on TensorFlow.
+        ValueError: If numbers and devices do not fit, the axes of the mesh are others, there are no
+            processes on PyTorch, an argument is for the other backend, or on TensorFlow.
 
     Example:
 
     >>> if keras.backend.backend() == "jax":
-    ...     devices = keras.distribution.list_devices()
-    ...     distribution = keras_moe.distribution.expert_parallel(experts=len(devices))
-    ...     keras.distribution.set_distribution(distribution)
-    ...     keras.distribution.set_distribution(None)  # one device again
+    ...     distribution = keras_moe.distribution.expert_parallel()
 
     Reference: Lepikhin et al. 2020, GShard (arXiv:2006.16668), section 3.
     """
     name = keras.backend.backend()
     if name == "tensorflow":
-        raise ValueError(
-            "Keras splits no weights on TensorFlow: train all experts on each device, under "
-            "`tf.distribute.MirroredStrategy`. Received: keras.backend.backend()='tensorflow'"
-        )
+        rule = "Keras splits no weights on TensorFlow: use `tf.distribute.MirroredStrategy`"
+        raise ValueError(f"{rule}. Received: keras.backend.backend()='tensorflow'")
     foreign = (devices, layout_map) if name == "torch" else (process_group,)
     if any(each is not None for each in foreign):
         rule = "`devices` and `layout_map` are for JAX, `process_group` is for PyTorch"
@@ -82,8 +75,8 @@ def expert_parallel(
     data = data if data is None else check_integer("data", data)
     if name == "torch":
         return backend.devices.split_experts(experts, data, process_group)
-    mesh = _mesh(experts, data, devices) if layout_map is None else layout_map.device_mesh
     given = (experts, data, devices)
+    mesh = _mesh(*given) if layout_map is None else layout_map.device_mesh
     if layout_map is not None and given not in [(None, None, None), (*mesh.shape[1::-1], None)]:
         raise ValueError(
             "With a `layout_map` its device mesh sets the number of devices. "
@@ -106,10 +99,8 @@ class ExpertParallel(keras.distribution.ModelParallel):
     def __init__(self, layout_map: keras.distribution.LayoutMap):
         mesh = layout_map.device_mesh
         if tuple(mesh.axis_names[:2]) != AXES:
-            raise ValueError(
-                "The device mesh of `layout_map` must begin with the axes 'data' and 'expert'. "
-                f"Received: axis_names={tuple(mesh.axis_names)}"
-            )
+            rule = "The device mesh of `layout_map` must begin with the axes 'data' and 'expert'"
+            raise ValueError(f"{rule}. Received: axis_names={tuple(mesh.axis_names)}")
         super().__init__(layout_map=layout_map, batch_dim_name="data")
         # Stacked weights of other banks, by the ends of their paths.
         self._stacked: set = set()
@@ -161,7 +152,4 @@ def _mesh(experts, data, devices):
 
 
 __all__ = ["ExpertParallel", "expert_parallel"]
-
-
-def __dir__():
-    return __all__
+__dir__ = __all__.copy

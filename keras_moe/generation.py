@@ -31,8 +31,7 @@ def generate(
     The blocks keep the keys and values of earlier tokens, so that a token costs one token's work.
     The loop is compiled once for each number of prompts, length of the longest and number of
     tokens; on PyTorch it runs eagerly. Every other layer of the model must treat each position
-    alone and alike: one that adds an embedding of positions is refused, as it would see each token
-    at position 0.
+    alone and alike, unlike an embedding of positions, which would see each token at position 0.
 
     Args:
         model: Keras model from token ids (B, length), of any length, to logits (B, length, V), such
@@ -42,8 +41,8 @@ def generate(
         temperature: Float. 0 takes the likeliest token. Otherwise tokens are drawn from
             `softmax(logits / temperature)`, among those that `top_k` and `top_p` leave.
         top_k: Integer or None. Only the K likeliest tokens are drawn.
-        top_p: Float or None. Only the fewest likeliest tokens are drawn whose probabilities sum to
-            at least P.
+        top_p: Float or None. Only the fewest likeliest whose probabilities sum to at least P are
+            drawn.
         stop_token: Integer or None. A text ends with this token.
         seed: Integer or None. Seed of the draws.
         verbose: "auto", 0 or 1. Whether a progress bar is shown; "auto" shows it for long texts.
@@ -52,20 +51,16 @@ def generate(
         List of B integer arrays: each prompt and what follows, to the stop token.
 
     Raises:
-        ValueError: If an argument is out of its range, the model has no decoder blocks, or
-            another layer depends on positions or on other tokens, or a block has cross-attention.
+        ValueError: If an argument is out of its range, the model has no decoder blocks, or another
+            layer depends on positions or on other tokens, or a block has cross-attention.
 
     Example:
 
-    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
-    >>> model = keras.Sequential([
-    ...     keras.Input((None,), dtype="int32"),
-    ...     keras.layers.Embedding(100, 16),
-    ...     keras_moe.layers.TransformerDecoderBlock(2, keras_moe.layers.MixtureOfExperts(experts)),
-    ...     keras.layers.Dense(100),
-    ... ])
-    >>> texts = keras_moe.generate(model, [[5, 6, 7], [8]], num_tokens=4)
-    >>> [len(text) for text in texts]
+    >>> moe = keras_moe.layers.MixtureOfExperts(keras_moe.layers.FeedForwardExperts(4, 32))
+    >>> block = keras_moe.layers.TransformerDecoderBlock(2, moe)
+    >>> layers = [keras.layers.Embedding(100, 16), block, keras.layers.Dense(100)]
+    >>> model = keras.Sequential([keras.Input((None,), dtype="int32"), *layers])
+    >>> [len(text) for text in keras_moe.generate(model, [[5, 6, 7], [8]], num_tokens=4)]
     [7, 5]
 
     References: Fan et al. 2018 (arXiv:1805.04833), section 5.4, for `top_k`; Holtzman et al. 2020
@@ -84,10 +79,8 @@ def generate(
     prompts = [np.asarray(ops.convert_to_numpy(prompt)) for prompt in prompts]
     are_ids = [each.ndim == 1 and each.size and each.dtype.kind in "iu" for each in prompts]
     if not prompts or not all(are_ids):
-        raise ValueError(
-            "`prompts` must be a list of lists of integers, each of at least one. "
-            f"Received: {shortened(prompts)}"
-        )
+        rule = "`prompts` must be a list of lists of integers, each of at least one"
+        raise ValueError(f"{rule}. Received: {shortened(prompts)}")
     start = max(map(len, prompts))
     text: np.ndarray = np.zeros((len(prompts), start + num_tokens), "int32")
     real: np.ndarray = np.zeros(text.shape, bool)
@@ -96,15 +89,17 @@ def generate(
         text[row, start - len(prompt) : start] = prompt
         real[row, start - len(prompt) :] = True
 
-    writer = _writer_of(model)
+    writer = vars(model).get("_text_writer", lambda: None)()  # It keeps what is compiled.
+    if writer is None or writer.model is not model:  # of a model that was copied
+        writer = _Writer(model)
+        # In a function: Keras would save and load an attribute that is a layer.
+        vars(model)["_text_writer"] = lambda: writer
     state = writer.predict_on_batch({"ids": text[:, :start], "real": real[:, :start], "room": text})
     num_words = state["logits"].shape[-1]
     ids = np.concatenate(prompts)  # Those of `text` are cut to 32 bits.
     if ids.min() < 0 or ids.max() >= num_words:
-        raise ValueError(
-            f"`prompts` must have ids from 0 to {num_words - 1}, as the model has scores. "
-            f"Received: ids from {ids.min()} to {ids.max()}"
-        )
+        rule = f"`prompts` must have ids from 0 to {num_words - 1}, as the model has scores"
+        raise ValueError(f"{rule}. Received: ids from {ids.min()} to {ids.max()}")
     sums = np.sum(state["logits"], axis=-1)
     if temperature and np.all(state["logits"] >= 0) and np.allclose(sums, 1, atol=1e-3):
         raise ValueError("`model` must return logits. Received: probabilities, as of a softmax")
@@ -128,19 +123,12 @@ def generate(
             writer.was_compared = True
         if shown:
             progress.update(int(state["position"]) - start)
-    texts = [row[start - len(prompt) :] for row, prompt in zip(state["text"], prompts)]
-    written = int(state["position"]) - start
-    return [_ended(row, len(prompt), written, stop_token) for row, prompt in zip(texts, prompts)]
-
-
-def _writer_of(model):
-    """The writer of a model, which keeps what is compiled."""
-    writer = vars(model).get("_text_writer", lambda: None)()
-    if writer is None or writer.model is not model:  # of a model that was copied
-        writer = _Writer(model)
-        # In a function: Keras would save and load an attribute that is a layer.
-        vars(model)["_text_writer"] = lambda: writer
-    return writer
+    texts = []
+    for row, prompt in zip(state["text"], prompts):
+        stops = np.flatnonzero(row[start:] == stop_token)
+        end = start + stops[0] + 1 if len(stops) else state["position"]
+        texts.append(row[start - len(prompt) : end])
+    return texts
 
 
 class _Writer(keras.Model):
@@ -177,14 +165,12 @@ class _Writer(keras.Model):
 
         def write(state):
             position, logits = state["position"], state["logits"]
-            if noise is None:
-                token = ops.argmax(logits, axis=-1)
-            else:
+            token = ops.argmax(logits, axis=-1)
+            if noise is not None:
                 size = (num_texts, 1, logits.shape[-1])
                 of_token = ops.slice(noise, (0, position - begin, 0), size)[:, 0]
                 token = _draw(logits, of_token, **sampling)
-            token = ops.cast(token, "int32")
-            token = ops.where(state["stopped"], stop_token, token)[:, None]
+            token = ops.where(state["stopped"], stop_token, ops.cast(token, "int32"))[:, None]
             real = ops.ones_like(token, "bool")
             logits, caches = self._step(token, Decoding(position, real, caches=state["caches"]))
             return {
@@ -224,10 +210,3 @@ def _compare_with_whole_text(writer, state, prompts):
             "are computed one by one: rotary positions of the blocks do, an embedding of positions "
             f"does not. Received: logits that differ by {difference:.2g} from the whole text's"
         )
-
-
-def _ended(text, num_given, num_written, stop_token):
-    """A prompt and what follows, to the stop token."""
-    written = text[num_given : num_given + num_written]
-    stops = np.flatnonzero(written == stop_token)
-    return text[: num_given + (stops[0] + 1 if len(stops) else num_written)]

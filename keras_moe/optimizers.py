@@ -68,7 +68,4 @@ class Muon(keras.optimizers.Muon):
 
 
 __all__ = ["Muon"]
-
-
-def __dir__():
-    return __all__
+__dir__ = __all__.copy

@@ -55,6 +55,10 @@ def test_former_functions_and_classes_compute_what_they_did():
         ("squared_load_variation", losses.LoadVariation(1.0)),
     ):
         assert float(former(f"ops.{name}")(routing)) == float(loss(routing))
+    confidence, mask = former("metrics.router_confidence"), np.arange(6) < 4
+    expected = array(routing.probs)[:4].max(axis=1).mean()
+    assert float(confidence(ops.top_k_routing(logits, 2, mask))) == pytest.approx(expected)
+    assert float(confidence(ops.top_k_routing(normal(0, 4), 2))) == 0
     in_sequences = losses.SequenceLoadBalance(1.0)(routing, sequence_length=3)
     assert float(former("ops.sequence_load_balance")(routing, 3)) == float(in_sequences)
     assert former("losses.BY_NAME")["router_z"] is losses.RouterZ

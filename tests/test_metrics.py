@@ -136,7 +136,6 @@ def test_decisions_and_tables_equal_loops_over_tokens(mode):
         routing, after = top_k_routing(logits, K, mask), top_k_routing(later, K, mask)
         plan, table = plan_groups(routing, capacity=3), metrics.count_table(routing, groups, 3)
         values = (
-            metrics.router_confidence(routing),
             metrics.unserved_fraction(routing, plan),
             metrics.router_saturation(routing, after),
             metrics.coactivation(routing),
@@ -146,9 +145,8 @@ def test_decisions_and_tables_equal_loops_over_tokens(mode):
         return values, routing, after, plan.rows
 
     values, routing, after, rows = compiled(function, mode)(logits, later, mask, groups)
-    confidence, unserved, saturation, together, table, information = values
+    unserved, saturation, together, table, information = values
     real = np.flatnonzero(mask)
-    assert_close(confidence, np.mean([routing.probs[t].max() for t in real]))
     assert_close(unserved, np.mean([(rows[t] < 0).all() for t in real]))
     kept = [len(set(routing.indices[t]) & set(after.indices[t])) for t in real]
     assert_close(saturation, sum(kept) / (K * len(real)))
@@ -167,7 +165,7 @@ def test_decisions_and_tables_equal_loops_over_tokens(mode):
 
 
 OF_ROUTINGS = [
-    *(metrics.router_confidence, metrics.router_entropy, metrics.coactivation),
+    *(metrics.router_entropy, metrics.coactivation),
     lambda routing: metrics.router_saturation(routing, routing),
     lambda routing: metrics.count_table(routing, [0] * T, 1),
     *(cls(1.0) for cls in losses.IDENTIFIERS.values() if cls is not losses.GlobalLoadBalance),
@@ -242,7 +240,3 @@ def test_a_plan_knows_whom_it_serves(router):
     outputs = array(moe(router=router)(tokens, mask=mask))
     np.testing.assert_array_equal(served[mask], (outputs[mask] != 0).any(axis=1))
     assert_close(metrics.unserved_fraction(routing, router.plan(routing)), 1 - served[:4].mean())
-
-
-def test_no_token_has_no_confidence():
-    assert float(metrics.router_confidence(routing_of(np.zeros((0, E), "float32")))) == 0

@@ -10,12 +10,7 @@ import operator
 import keras
 import numpy as np
 
-_KINDS = {
-    "float": ("float",),
-    "int": ("int",),
-    "mask": ("bool", "int"),
-    "number": ("float", "int"),
-}
+_KINDS = {"float": ["float"], "int": ["int"], "mask": ["bool", "int"], "number": ["float", "int"]}
 
 
 def check_integer(name, value, minimum=1):
@@ -25,10 +20,8 @@ def check_integer(name, value, minimum=1):
     except TypeError:
         number = None
     if number is None or number < minimum:
-        raise ValueError(
-            f"`{name}` must be an integer of at least {minimum}. "
-            f"Received: {name}={shortened(value)}"
-        )
+        rule = f"`{name}` must be an integer of at least {minimum}"
+        raise ValueError(f"{rule}. Received: {name}={shortened(value)}")
     return number
 
 
@@ -49,17 +42,13 @@ def check_number(name, value, minimum=0.0, above=None, below=None):
 
 
 def check_choice(name, value, choices):
-    """Return one of the strings `choices`."""
     if value not in tuple(choices):
-        raise ValueError(
-            f"`{name}` must be one of {', '.join(map(repr, choices))}. "
-            f"Received: {name}={shortened(value)}"
-        )
+        rule = f"`{name}` must be one of {', '.join(map(repr, choices))}"
+        raise ValueError(f"{rule}. Received: {name}={shortened(value)}")
     return value
 
 
 def check_instance(name, value, cls):
-    """Return an instance of a class."""
     if not isinstance(value, cls):
         raise TypeError(
             f"`{name}` must be an instance of `{cls.__name__}`. Received: {name}="
@@ -71,12 +60,9 @@ def check_instance(name, value, cls):
 def check_tensors(sizes=None, **tensors):
     """Check tensors that share axes: each has its rank, and an axis has one size in all of them.
 
-    Args:
-        sizes: sizes of axes that are known from elsewhere, by their letters. None fits any other.
-        **tensors: tuples of a tensor, its axes, a letter for each, and perhaps a kind of dtype,
-            as in `is_kind`.
-
-    Example: `check_tensors({"T": 6}, logits=(logits, "TE", "float"), mask=(mask, "T", "mask"))`.
+    `sizes` has known sizes of axes by their letters, None fits any other. Each tensor comes with
+    its axes, a letter for each, and perhaps a kind of dtype, as in `is_kind`: `check_tensors({"T":
+    6}, logits=(logits, "TE", "float"), mask=(mask, "T", "mask"))`.
     """
     sizes = {axis: size for axis, size in (sizes or {}).items() if isinstance(size, int)}
     for name, (tensor, axes, *kind) in tensors.items():
@@ -89,25 +75,19 @@ def check_tensors(sizes=None, **tensors):
             if isinstance(size, int)
         ):
             here = ", ".join(f"{axis}={sizes[axis]}" for axis in axes if axis in sizes)
-            raise ValueError(
-                f"`{name}` must have the shape ({', '.join(axes)}){' with ' * bool(here)}{here}. "
-                f"Received: shape {shape}"
-            )
+            rule = f"`{name}` must have the shape ({', '.join(axes)}){' with ' * bool(here)}{here}"
+            raise ValueError(f"{rule}. Received: shape {shape}")
         if kind and not any(word in str(tensor.dtype) for word in _KINDS[kind[0]]):
-            raise TypeError(
-                f"`{name}` must have a dtype of {' or '.join(_KINDS[kind[0]])}. "
-                f"Received: {name}.dtype={tensor.dtype}"
-            )
+            rule = f"`{name}` must have a dtype of {' or '.join(_KINDS[kind[0]])}"
+            raise TypeError(f"{rule}. Received: {name}.dtype={tensor.dtype}")
 
 
 def check_indices(name, indices, number):
     """Check indices of so many experts or groups, -1 for none, if they are on the host."""
     array = host_values(indices)
     if array is not None and array.size and not (-1 <= array.min() <= array.max() < number):
-        raise ValueError(
-            f"`{name}` must be from 0 to {number - 1}, or -1 for none. "
-            f"Received: numbers from {array.min()} to {array.max()}"
-        )
+        rule = f"`{name}` must be from 0 to {number - 1}, or -1 for none"
+        raise ValueError(f"{rule}. Received: numbers from {array.min()} to {array.max()}")
 
 
 def is_kind(kind, tensor):
@@ -117,13 +97,11 @@ def is_kind(kind, tensor):
 
 def host_values(values):
     """Return numbers, lists and NumPy arrays as an array; None for tensors."""
-    if isinstance(values, (np.ndarray, np.generic, numbers.Number)):
+    is_list = isinstance(values, (list, tuple))
+    if is_list and not any(map(keras.ops.is_tensor, keras.tree.flatten(values))):
         return np.asarray(values)
-    if isinstance(values, (list, tuple)) and not any(
-        keras.ops.is_tensor(value) for value in keras.tree.flatten(values)
-    ):
-        return np.asarray(values)
-    return None
+    is_host = isinstance(values, (np.ndarray, np.generic, numbers.Number))
+    return np.asarray(values) if is_host else None
 
 
 def shortened(value, length=80):

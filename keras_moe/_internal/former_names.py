@@ -26,6 +26,10 @@ FORMER = {
         "lambda counts: keras.ops.std(metrics.expert_share(counts)) * len(counts)"
     ),
     "metrics.max_share": "lambda counts: keras.ops.max(metrics.expert_share(counts))",
+    "metrics.router_confidence": (
+        "lambda routing: ops.balance.masked_mean(keras.ops.sort(routing.probs)[:, -1], "
+        "routing.mask)"
+    ),
     "metrics.utilization_quantiles": (
         "lambda counts, quantiles=(0, 0.25, 0.5, 0.75, 1): keras.ops.quantile("
         "metrics.expert_share(counts) * len(counts), keras.ops.array(quantiles, 'float32'))"

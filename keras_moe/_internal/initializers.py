@@ -22,15 +22,10 @@ def reseeded(initializer, *keys):
 
 
 class EachExpert(keras.initializers.Initializer):
-    """Initializes a stacked kernel (E, D, H) expert by expert.
+    """Initializes a stacked kernel (E, D, H) of numbered experts one by one.
 
     Keras would count E as part of the fan, and start 1 / sqrt(E) too small. As an initializer
-    repeats its values at each call, each expert and each kernel ("stream") has its own seed.
-
-    Args:
-        initializer: Initializer of one expert's kernel.
-        stream: Integer, another one for each kernel.
-        experts: Range. Numbers of the experts in the kernel.
+    repeats its values at each call, each expert and each kernel, or "stream", has its own seed.
     """
 
     def __init__(self, initializer, stream, experts):

@@ -31,8 +31,7 @@ def current_model():
 
 def current_call():
     """A function that returns a context with the `training` and dtypes of the present call."""
-    names = ("current_call_ctx", "autocast_scope")
-    present = {name: get_global_attribute(name) for name in names}
+    present = {name: get_global_attribute(name) for name in ("current_call_ctx", "autocast_scope")}
     return lambda: _global_state(**present)
 
 
@@ -43,7 +42,6 @@ def stored_dtypes():
 
 @contextlib.contextmanager
 def _global_state(**attributes):
-    """A context with other attributes of Keras's global state."""
     outer = {name: get_global_attribute(name) for name in attributes}
     for name, value in attributes.items():
         set_global_attribute(name, value)
@@ -60,7 +58,6 @@ def in_stateless_scope():
 
 
 def own_layers(layer):
-    """The sublayers of a layer itself, in the order in which it was given them."""
     return list(layer._layers)
 
 
@@ -102,13 +99,11 @@ def set_state(layer, name, value):
 
 
 def let_go(layer, variable):
-    """Take a variable from a built layer."""
     layer._untrack_variable(variable)
 
 
 @contextlib.contextmanager
 def open_to_state(layer):
-    """Lets a built layer have more variables and sublayers."""
     layer._tracker.unlock()
     try:
         yield
@@ -117,7 +112,7 @@ def open_to_state(layer):
 
 
 def quantization(layer, mode, config):
-    """The mode and the config to quantize a layer by, resolved and checked as Keras does it.
+    """The mode and the config to quantize a layer by, resolved and checked.
 
     Up to 3.15 Keras does so around the `quantize` of each layer, later in its own layers only.
     """
@@ -134,9 +129,8 @@ def quantization(layer, mode, config):
 def names_below(path):
     """A context in which names of variables begin with a path, such as a layer's, or None."""
     with contextlib.ExitStack() as stack:
-        for name in (path or "").split("/"):
-            if name:
-                stack.enter_context(keras.name_scope(name))
+        for name in filter(None, (path or "").split("/")):
+            stack.enter_context(keras.name_scope(name))
         yield
 
 
@@ -185,15 +179,12 @@ def forget_old_weights(model):
             frozen.update({part: part.trainable for part in layer._flatten_layers()})
         optimizer = getattr(layer, "optimizer", None)
         if optimizer is not None and optimizer.built:
-            layer.optimizer = _fresh(optimizer)
+            # One without state. User-defined classes in it need not be registered.
+            optimizers = [optimizer, getattr(optimizer, "inner_optimizer", optimizer)]
+            parts = [*optimizers, *(each._learning_rate for each in optimizers)]
+            classes = {type(part).__name__: type(part) for part in parts}
+            with keras.saving.custom_object_scope(classes):
+                layer.optimizer = type(optimizer).from_config(optimizer.get_config())
             layer.optimizer.build(layer.trainable_variables)
             if getattr(layer, "compiled", False):  # Else the old one would keep its memory.
                 layer._compile_config.config["optimizer"] = layer.optimizer
-
-
-def _fresh(optimizer):
-    """An optimizer without state. User-defined classes in it need not be registered."""
-    optimizers = [optimizer, getattr(optimizer, "inner_optimizer", optimizer)]
-    parts = [*optimizers, *(each._learning_rate for each in optimizers)]
-    with keras.saving.custom_object_scope({type(part).__name__: type(part) for part in parts}):
-        return type(optimizer).from_config(optimizer.get_config())

@@ -11,7 +11,7 @@ from keras_moe._internal.keras_internals import open_to_state
 
 
 class Adaptable:
-    """Abstract: a layer with LoRA. Before a `keras.Layer` in the bases of a class.
+    """Abstract: a layer with LoRA; before a `keras.Layer` in the bases of a class.
 
     A subclass implements `add_factors`, and calls it at the end of `build` if `lora_rank` is set.
     """
@@ -43,10 +43,9 @@ class Adaptable:
         """Freeze each kernel and train a correction of low rank for it.
 
         `x W` becomes `x W + (lora_alpha / rank) (x A) B` with factors `A` (..., D, rank) and `B`
-        (..., rank, H); no corrected kernel is made. A bank stacks them by expert like its kernels,
-        and computes with the factors of the chosen experts only. Saving adds the corrections to the
-        kernels, as Keras does. Compile the model afterwards, as for Keras's layers: a step compiled
-        before does not train the factors.
+        (..., rank, H). A bank stacks them by expert, and computes with the factors of the chosen
+        experts only. Saving adds the corrections to the kernels, as Keras does. Compile the model
+        afterwards: a step compiled before does not train the factors.
 
         In a frozen layer only the factors train. In a frozen model nothing does: freeze its layers
         instead, `for layer in model.layers: layer.trainable = False`.

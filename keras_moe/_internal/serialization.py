@@ -35,10 +35,10 @@ _shared: weakref.WeakSet = weakref.WeakSet()
 
 
 def resolve(argument, identifier, base, by_name=None, **defaults):
-    """Return the object that a pluggable argument stands for: an instance, a config or a name.
+    """The object that a pluggable argument stands for: an instance, a config or a name.
 
-    Keras does not revive nested objects of a config, so every pluggable argument goes through here.
-    `by_name` has the classes by name, and `defaults` their arguments.
+    Keras does not revive nested objects of a config. `by_name` has the classes by name, and
+    `defaults` their arguments.
     """
     if isinstance(identifier, dict):
         identifier = keras.saving.deserialize_keras_object(identifier)
@@ -61,36 +61,28 @@ def note_part(layer):
 
 
 def config_of(part):
-    """Return the config of an object inside a layer, or None for None.
-
-    Keras marks layers that it meets twice, but copies the config of the first before it does, so a
-    shared layer is marked here.
-    """
+    """The config of an object inside a layer, or None for None."""
     if part is None:
         return None
     config = keras.saving.serialize_keras_object(part)
-    _check_is_whole(part, config["config"])
+    # A subclass that inherits our `get_config` would be loaded without its arguments. Code that is
+    # run by `exec` has no module.
+    if str(type(part).get_config.__module__).startswith(PACKAGE):
+        parameters = inspect.signature(type(part).__init__).parameters
+        named = [name for name, each in parameters.items() if str(each)[0] != "*"][1:]
+        missing = [name for name in named if name not in config["config"]]
+        if missing:
+            raise NotImplementedError(
+                f"`{type(part).__name__}.get_config` must return all arguments of its constructor. "
+                f"Received: a config without {', '.join(missing)}"
+            )
     # The outer layer builds it: built before, its weights would have paths without the outer name,
     # and `keras.callbacks.OrbaxCheckpoint`, which goes by paths, would not find them.
     config.pop("build_config", None)
+    # Keras marks layers that it meets twice, but copies the config of the first before it does.
     if isinstance(part, keras.Layer) and part in _shared:
         config["shared_object_id"] = id(part)
     return config
-
-
-def _check_is_whole(part, config):
-    """A user's subclass that inherits our `get_config` would be loaded without its arguments."""
-    # Code that is run by `exec` has no module.
-    if not str(type(part).get_config.__module__).startswith(PACKAGE):
-        return
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    parameters = list(inspect.signature(type(part).__init__).parameters.values())[1:]
-    missing = [each.name for each in parameters if each.kind in named and each.name not in config]
-    if missing:
-        raise NotImplementedError(
-            f"`{type(part).__name__}.get_config` must return all arguments of its constructor. "
-            f"Received: a config without {', '.join(missing)}"
-        )
 
 
 def save_draws(layer, store):

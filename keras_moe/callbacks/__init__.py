@@ -5,7 +5,4 @@ from keras_moe.callbacks.expert_monitor import ExpertMonitor
 from keras_moe.callbacks.router_loss_schedule import RouterLossSchedule
 
 __all__ = ["ExpertHealth", "ExpertMonitor", "RouterLossSchedule"]
-
-
-def __dir__():
-    return __all__
+__dir__ = __all__.copy

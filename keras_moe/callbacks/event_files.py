@@ -26,12 +26,9 @@ class EventFiles:
         self._writers = {}
 
     def write(self, split, step, numbers, shares):
-        """Write the numbers of an epoch by layer and name, and the shares so far by layer."""
-        summaries = [
-            scalar_pb(f"{as_text(layer)}/{key}", value)
-            for layer, values in numbers.items()
-            for key, value in values.items()
-        ]
+        summaries = []
+        for layer, values in numbers.items():
+            summaries += [scalar_pb(f"{as_text(layer)}/{key}", values[key]) for key in values]
         for layer, epochs in shares.items():
             summaries.append(histogram_pb(f"{as_text(layer)}/shares", epochs[-1]))
             summaries.append(_image(layer, epochs, step + 1 - len(epochs)))

@@ -26,20 +26,16 @@ class ExpertHealth(keras.callbacks.Callback):
     Checks every MoE layer for
 
     - a collapse: nearly all work goes to the same few experts, and it does not get better;
-    - dead experts, as `metrics.dead_experts` counts them, in three times as many checks as a
-      collapse;
-    - a router with weights that are not a number, or that have grown so large that each choice is
-      absolute;
+    - dead experts, as `metrics.dead_experts` counts them, in three times as many checks;
+    - a router with weights that are NaN, or so large that each choice is absolute;
     - a balancing loss whose weight is too small to matter, or so large that what it adds for an
       uneven load is a large part of the loss: `losses.LoadBalance`, or a loss with a
       `usual_weight`.
 
-    Each warning is given once a layer, as a Python `UserWarning`, and kept in `findings`, a list
-    of `(step, layer name, health.Finding)`. It repeats when more experts die, and once if
-    `rebalance` has changed the layer in vain. In a collapse dead experts are not reported.
-
-    A check reads the counters and the router weights from the device, E and D x E numbers a layer;
-    between checks training runs ahead. Works with and without `ExpertMonitor`, in any order.
+    Each warning is given once a layer, as a Python `UserWarning`, and kept in `findings`, a list of
+    `(step, layer name, health.Finding)`. It repeats when more experts die, and once if `rebalance`
+    has changed the layer in vain. In a collapse dead experts are not reported. Works with and
+    without `ExpertMonitor`, in any order; between checks training runs ahead of the device.
 
     Args:
         every: Integer. Training batches between checks. A check runs once experts average 20
@@ -51,19 +47,16 @@ class ExpertHealth(keras.callbacks.Callback):
             `layer.loss_weights_in_force` has the present weights.
 
     Raises:
-        ValueError: If `every` or `patience` is less than 1, or the model has no MoE layer.
+        ValueError: If an argument is out of its range, or the model has no MoE layer.
 
     Example:
 
-    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
-    >>> moe = keras_moe.layers.MixtureOfExperts(experts)
+    >>> moe = keras_moe.layers.MixtureOfExperts(keras_moe.layers.FeedForwardExperts(4, 32))
     >>> model = keras.Sequential([keras.Input((16,)), moe, keras.layers.Dense(1)])
     >>> model.compile("adam", "mse")
     >>> x, y = keras.random.normal((64, 16)), keras.random.normal((64, 1))
     >>> watchdog = keras_moe.callbacks.ExpertHealth(stop=True)
     >>> history = model.fit(x, y, callbacks=[watchdog], verbose=0)
-    >>> watchdog.findings
-    []
     """
 
     def __init__(
@@ -122,7 +115,6 @@ class ExpertHealth(keras.callbacks.Callback):
             self._report(max(added, key=lambda name: added[name]), "heavy loss", finding)
 
     def _watched(self):
-        """Return the name and the `_Watch` of each layer that is built."""
         for name, layer in moe_layers(self.model).items():
             if layer.built and name not in self._watches:
                 self._watches[name] = _Watch(layer, self.patience)
@@ -145,7 +137,7 @@ class ExpertHealth(keras.callbacks.Callback):
         if self.stop and finding.level == health.PROBLEM:
             self.model.stop_training = True
             text += " Training stops here."
-        # Names this module instead of a source line that says nothing to users.
+        # With the name of this module instead of a source line that says nothing to users.
         warnings.warn_explicit(text, UserWarning, __name__, self._step)
 
     def _rebalance(self, name, finding):
@@ -180,51 +172,41 @@ class _Watch:
         self.restart()
 
     def restart(self):
-        """Forget how long the load has been uneven."""
         self._spreads: collections.deque = collections.deque(maxlen=self.patience)
         self._idle: np.ndarray = np.zeros(len(self._window), "int64")
 
     def check(self):
-        """Return tuples of a kind, a finding or None, and perhaps the experts that it is about."""
-        found = [("router", self._judge_router())]
+        """Tuples of a kind, a finding, and perhaps the experts that it is about."""
+        found: list = []
+        size = _router_size(self.layer.router)
+        if not np.isfinite(size):
+            found.append(("router", health.not_a_number()))
+        elif size > max(health.EXPLODED_LOGIT, _GROWTH * self._first_size):
+            how = f"spread by {size:.0f} for inputs of size 1"
+            found.append(("router", health.exploded(how)))
         counted = _Counted.by(self.layer)
         self._window += counted.since(self.seen).assignments
         self.seen = counted
         if health.is_enough(self._window):
-            found += [("collapse", self._judge_spread()), ("dead", *self._judge_idle())]
+            found += self._judge_load()
             self._window = np.zeros_like(self._window)
         return found
 
-    def _judge_router(self):
-        size = _router_size(self.layer.router)
-        if not np.isfinite(size):
-            return health.not_a_number()
-        if size > max(health.EXPLODED_LOGIT, _GROWTH * self._first_size):
-            return health.exploded(f"spread by {size:.0f} for inputs of size 1")
-        return None
-
-    def _judge_spread(self):
-        latest = self._spreads
+    def _judge_load(self):
+        latest, advice = self._spreads, health.balance_advice(self.layer)
         latest.append(health.spread(self._window, self.layer.router.min_top_k))
         recovers = latest[-1] - latest[0] > _RECOVERY * (self.patience - 1)
-        if len(latest) < self.patience or max(latest) >= health.COLLAPSED or recovers:
-            return None
-        return health.collapsed(self._window, health.balance_advice(self.layer))
-
-    def _judge_idle(self):
+        if len(latest) == self.patience and max(latest) < health.COLLAPSED and not recovers:
+            yield "collapse", health.collapsed(self._window, advice)
         idle = ops.convert_to_numpy(is_dead(self._window))
         self._idle = np.where(idle, self._idle + 1, 0)
-        checks = _DEAD_PATIENCE * self.patience
+        checks, num_experts = _DEAD_PATIENCE * self.patience, len(self._idle)
         dead = np.flatnonzero(self._idle >= checks)
         # In a collapse most are dead, one after the other.
-        if not len(dead) or self._spreads[-1] < health.COLLAPSED:
-            return None, ()
-        experts = len(self._idle)
-        finding = health.dead(
-            dead, experts, health.balance_advice(self.layer), f" in {checks} checks"
-        )
-        now = f"At the last check {np.sum(self._idle > 0)} of {experts} were dead."
-        return finding._replace(text=f"{finding.text} {now}"), dead.tolist()
+        if len(dead) and latest[-1] >= health.COLLAPSED:
+            finding = health.dead(dead, num_experts, advice, f" in {checks} checks")
+            now = f"At the last check {np.sum(self._idle > 0)} of {num_experts} were dead."
+            yield "dead", finding._replace(text=f"{finding.text} {now}"), dead.tolist()
 
 
 class _Counted(NamedTuple):
@@ -241,7 +223,7 @@ class _Counted(NamedTuple):
         return cls(layer.resets, *map(_read, counters))
 
     def since(self, before):
-        """Return what was counted after `before`; counts lost to a reset are not recovered."""
+        """The counts after `before`; those lost to a reset are not recovered."""
         # Weights of an earlier time, loaded in between, bring fewer calls.
         if before is None or self.resets != before.resets or self.calls < before.calls:
             return self

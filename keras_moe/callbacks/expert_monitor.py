@@ -33,15 +33,15 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     They appear in the progress bar and in `History`, and other callbacks can monitor them:
     `EarlyStopping(monitor="val_moe_load_imbalance", mode="min")` for a layer `"moe"`. Put the
-    monitor first in the list of callbacks, or, for a short progress line, after a progress bar:
-    `callbacks=[keras.callbacks.ProgbarLogger(), monitor]`. `model.evaluate` prints the numbers, but
-    does not return them: a callback after the monitor can keep them, as below.
+    monitor first in the list of callbacks, or, for a short progress line, after a
+    `keras.callbacks.ProgbarLogger()`. `model.evaluate` prints the numbers, but does not return
+    them: a callback after the monitor can keep them, such as
+    `LambdaCallback(on_test_end=numbers.update)` with a dict.
 
     The attributes `shares` and `validation_shares` are for `visualization.shares_over_time`: dicts
-    with the shares of the experts of each layer, a list of one array (E,) for each epoch, NaN for
-    an epoch without the monitor or without validation. `fit` starts new ones; with an
-    `initial_epoch` it continues the shares of the epochs before, if the monitor has some. Shares
-    that you assign begin with epoch 0.
+    from layers to lists with the shares (E,) of each epoch, NaN for an epoch without the monitor or
+    without validation. `fit` starts new ones, or with an `initial_epoch` continues those it has.
+    Shares that you assign begin with epoch 0.
 
     Args:
         expert_shares: Boolean. Whether each expert's share is logged as well, one key an expert.
@@ -49,8 +49,8 @@ class ExpertMonitor(keras.callbacks.Callback):
             its folders `train` and `validation`, which `keras.callbacks.TensorBoard` uses too, as
             `LAYER/load_imbalance` and so on, with the shares as the histogram `LAYER/shares` and
             the heat map `LAYER/shares_over_time`. Needs `pip install tensorboard matplotlib`.
-        metrics: List of functions from the counts of a layer, a NumPy array (E,) of the
-            assignments of each expert in the epoch, to a number. NaN is logged without counts.
+        metrics: List of functions from the counts of a layer, a NumPy array (E,) of the assignments
+            of each expert in the epoch, to a number. NaN is logged without counts.
 
     Raises:
         ValueError: If `metrics` are not functions of different names, the model has no
@@ -64,13 +64,8 @@ class ExpertMonitor(keras.callbacks.Callback):
     >>> model = keras.Sequential([keras.Input((16,)), moe, keras.layers.Dense(1)])
     >>> model.compile("adam", "mse")
     >>> x, y = keras.random.normal((64, 16)), keras.random.normal((64, 1))
-    >>> monitor = keras_moe.callbacks.ExpertMonitor()
-    >>> history = model.fit(x, y, callbacks=[monitor], verbose=0)
+    >>> history = model.fit(x, y, callbacks=[keras_moe.callbacks.ExpertMonitor()], verbose=0)
     >>> imbalance = history.history["moe_load_imbalance"]
-    >>> numbers = {}
-    >>> keep = keras.callbacks.LambdaCallback(on_test_end=numbers.update)
-    >>> loss = model.evaluate(x, y, callbacks=[monitor, keep], verbose=0)
-    >>> imbalance_of_evaluation = numbers["moe_load_imbalance"]
     """
 
     def __init__(
@@ -85,10 +80,8 @@ class ExpertMonitor(keras.callbacks.Callback):
         self.validation_shares: dict = {}
         self._metrics = {getattr(function, "__name__", ""): function for function in metrics}
         if len(self._metrics) < len(metrics) or not all(map(str.isidentifier, self._metrics)):
-            raise ValueError(
-                "`metrics` must be functions of different names, which are theirs in the logs. "
-                f"Received: metrics={shortened(metrics)}"
-            )
+            rule = "`metrics` must be functions of different names, which are theirs in the logs"
+            raise ValueError(f"{rule}. Received: metrics={shortened(metrics)}")
         # The test function of the model that counts.
         self._counting: Any = None
         # How often the counters had been reset when the epoch began; None outside of training.
@@ -199,47 +192,43 @@ class ExpertMonitor(keras.callbacks.Callback):
         return sum(layer.resets for layer in moe_layers(self.model).values())
 
     def _read_training(self):
-        """Return what was counted since the epoch began, unless others have reset it."""
         if self._resets != self._count_resets():
             raise ValueError(
-                "A model must have one `ExpertMonitor`, in one call of `fit` or `evaluate` at a "
-                "time: put it before a callback that evaluates with one. Received: counters that "
-                "were reset within an epoch"
+                "A model must have one `ExpertMonitor`, in one call at a time: put it before what "
+                "evaluates with one. Received: counters that were reset within an epoch"
             )
         return self._read_counts(keep=True)
 
     def _read_counts(self, keep=False):
-        """Return the numbers and the shares of each layer since the last reset, and reset them.
+        """The numbers and the shares of each layer since the last reset, which are reset.
 
         `keep` leaves the counts for `summary` and `ExpertHealth`, which find the counters empty.
         """
         numbers, shares = {}, {}
         for name, layer in moe_layers(self.model).items():
-            if layer.built:
-                numbers[name], shares[name], counts, losses = self._usage(layer)
-                if keep:
-                    layer.last_counts, layer.last_losses = counts, losses
-                layer.reset_counts()
+            if not layer.built:
+                continue
+            counts = ops.convert_to_numpy(layer.expert_counts)
+            shares[name] = ops.convert_to_numpy(metrics.expert_share(counts))
+            calls = ops.maximum(layer.call_count.value, 1.0)
+            losses = ops.convert_to_numpy(layer.router_loss_totals.value / calls)
+            found = {
+                "load_imbalance": metrics.load_imbalance(counts),
+                "load_entropy": metrics.load_entropy(counts),
+                "dead_experts": metrics.dead_experts(counts),
+                "dropped_fraction": metrics.dropped_fraction(layer.dropped_count.value, counts),
+                "router_entropy": layer.router_entropy_total.value / calls,
+            }
+            for key, function in self._metrics.items():
+                found[key] = function(counts) if counts.any() else math.nan
+            found.update(zip(_loss_names(layer.router_losses), losses))
+            if self.expert_shares:
+                found.update({f"expert_share_{e}": each for e, each in enumerate(shares[name])})
+            numbers[name] = {key: float(value) for key, value in found.items()}
+            if keep:
+                layer.last_counts, layer.last_losses = counts, losses
+            layer.reset_counts()
         return numbers, shares
-
-    def _usage(self, layer):
-        counts = ops.convert_to_numpy(layer.expert_counts)
-        shares = ops.convert_to_numpy(metrics.expert_share(counts))
-        calls = ops.maximum(layer.call_count.value, 1.0)
-        losses = ops.convert_to_numpy(layer.router_loss_totals.value / calls)
-        numbers = {
-            "load_imbalance": metrics.load_imbalance(counts),
-            "load_entropy": metrics.load_entropy(counts),
-            "dead_experts": metrics.dead_experts(counts),
-            "dropped_fraction": metrics.dropped_fraction(layer.dropped_count.value, counts),
-            "router_entropy": layer.router_entropy_total.value / calls,
-        }
-        for name, function in self._metrics.items():
-            numbers[name] = function(counts) if counts.any() else math.nan
-        numbers.update(zip(_loss_names(layer.router_losses), losses))
-        if self.expert_shares:
-            numbers.update({f"expert_share_{e}": share for e, share in enumerate(shares)})
-        return {key: float(value) for key, value in numbers.items()}, shares, counts, losses
 
 
 def _logs(numbers, prefix=""):

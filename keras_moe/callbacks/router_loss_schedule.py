@@ -18,22 +18,17 @@ class RouterLossSchedule(keras.callbacks.Callback):
         schedule: Function of the epoch, from 0, that returns the weight for it, such as a
             `keras.optimizers.schedules.LearningRateSchedule`; or a function of the epoch and of the
             weight in the loss's constructor.
-        loss: String or `losses.RouterLoss`. Name of a loss for `losses.get`, or a loss of the same
-            class.
+        loss: String or `losses.RouterLoss`. Name of a loss for `losses.get`, or one of its class.
 
     Raises:
         TypeError: If there is no such loss, or the schedule is no function.
-        ValueError: If the model has no MoE layer with the loss, or the schedule returns anything
-            but a finite number of at least 0.
+        ValueError: If the model has no MoE layer with the loss, or a weight is not finite or
+            negative.
 
     Example:
 
-    >>> balance_at_first = keras_moe.callbacks.RouterLossSchedule(
-    ...     lambda epoch, weight: weight if epoch < 3 else 0.1 * weight
-    ... )
-    >>> slowly_off = keras_moe.callbacks.RouterLossSchedule(
-    ...     keras.optimizers.schedules.CosineDecay(0.01, decay_steps=10)
-    ... )
+    >>> schedule = keras.optimizers.schedules.CosineDecay(0.01, decay_steps=10)
+    >>> slowly_off = keras_moe.callbacks.RouterLossSchedule(schedule)
     """
 
     def __init__(self, schedule: Callable, loss: str | RouterLoss = "load_balance"):
@@ -43,9 +38,9 @@ class RouterLossSchedule(keras.callbacks.Callback):
         self.schedule = schedule
         self.loss = loss
         self._class = type(losses.get(loss))
+        self._takes_weight = True
         try:
             inspect.signature(schedule).bind(0, 0.0)
-            self._takes_weight = True
         except TypeError:
             self._takes_weight = False
 
@@ -60,7 +55,6 @@ class RouterLossSchedule(keras.callbacks.Callback):
             layer.set_router_loss_weight(index, weight)
 
     def _scheduled(self):
-        """Return the layers with the loss, and its place in each."""
         return [
             (layer, index)
             for layer in moe_layers(self.model).values()

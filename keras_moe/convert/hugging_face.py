@@ -30,10 +30,9 @@ def from_hugging_face(
 ) -> MixtureOfExperts:
     """The MoE block of a decoder layer of a Hugging Face model, as a `layers.MixtureOfExperts`.
 
-    Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V3, GLM-4.5, gpt-oss, MiniMax-M2, LFM2-MoE and
-    others: the guide to conversion lists them. Weights are read one expert at a time; besides the
-    layer's own, one stack of kernels is in memory. PyTorch is not needed, files need the package
-    `safetensors`.
+    The guide to conversion lists the families, such as Mixtral, Qwen3-MoE, DeepSeek-V3 and gpt-oss.
+    Weights are read one expert at a time; besides the layer's own, one stack of kernels is in
+    memory. PyTorch is not needed, files need the package `safetensors`.
 
     Args:
         source: Path, or mapping of strings to tensors. Folder of a model with `config.json` and
@@ -42,8 +41,7 @@ def from_hugging_face(
         config: Dict or None. Content of `config.json`. None: it is in the folder.
         into: `layers.MixtureOfExperts` or None. A built layer that gets the weights. None: a new
             one.
-        **kwargs: Arguments of the new layer besides those in the config, such as `router_losses`,
-            `name` and `dtype`.
+        **kwargs: Arguments of the new layer besides those in the config, such as `router_losses`.
 
     Returns:
         The layer, built.
@@ -55,16 +53,13 @@ def from_hugging_face(
     Example:
 
     >>> path = "Mixtral-8x7B-v0.1"
-    >>> keras_moe.convert.from_hugging_face(path, layer=0)  # doctest: +SKIP
-    <MixtureOfExperts name=mixture_of_experts, built=True>
+    >>> layer = keras_moe.convert.from_hugging_face(path, layer=0)  # doctest: +SKIP
     """
     config = read_config(source) if config is None else config
     config = Config({name: value for name, value in config.items() if value is not None})
     check_choice("model_type", config.get("model_type"), FAMILIES)
     if into is not None and kwargs:
-        raise ValueError(
-            f"`into` must be given without arguments of a new layer. Received: {', '.join(kwargs)}"
-        )
+        raise ValueError(f"`into` must be given without arguments of a layer. Received: {kwargs}")
     mixture = mixture_of(config, **kwargs) if into is None else into
     check_plain(mixture)
     read, names = tensor_reader(source)
@@ -94,16 +89,21 @@ def to_hugging_face(mixture: MixtureOfExperts, layer: int, family: str) -> dict:
 
     Example:
 
-    >>> arrays = keras_moe.convert.to_hugging_face(
-    ...     mixture, layer=0, family="mixtral"
-    ... )  # doctest: +SKIP
+    >>> arrays = keras_moe.convert.to_hugging_face(mixture, 0, "mixtral")  # doctest: +SKIP
     """
     prefix, rules, variables = layout_of(mixture, layer, family, 0, but=("scaling_factor",))
     # Without a place in the family's config, the factor of the router goes into the kernels.
     scale = 1.0 if FAMILIES[family].scales_weights else getattr(mixture.router, "scaling_factor", 1)
+
+    def value(name):
+        if not name.startswith("experts."):
+            return keras.ops.convert_to_numpy(variables[name])
+        floats = floats_of(mixture.experts, name.removeprefix("experts."))
+        return floats * scale if scale != 1 and name.startswith("experts.down_") else floats
+
     arrays = {}
     for rule in rules:
-        ours = [_value(mixture, name, variables[name], scale) for name in rule.ours]
+        ours = list(map(value, rule.ours))
         if "{expert}" not in rule.theirs:
             arrays[prefix + rule.theirs] = rule.join(ours)
             continue
@@ -116,9 +116,8 @@ def to_hugging_face(mixture: MixtureOfExperts, layer: int, family: str) -> dict:
 def layout_of(mixture, layer, family, number, but=()):
     """The prefix and the rules of a layout of a family, and the variables of a layer by name."""
     layer = check_integer("layer", layer, minimum=0)
-    check_choice("family", family, FAMILIES)
+    prefix, rules = FAMILIES[check_choice("family", family, FAMILIES)].layouts[number]
     check_plain(mixture, but=mixture.experts)
-    prefix, rules = FAMILIES[family].layouts[number]
     variables = check_block(mixture, rules, config_like(mixture, family), but)
     return prefix.format(layer=layer), rules, variables
 
@@ -172,10 +171,3 @@ def _read(rule, prefix, num_experts, read):
         for stacked, value in zip(values, own):
             stacked[expert] = value
     return values
-
-
-def _value(mixture, name, variable, scale):
-    if not name.startswith("experts."):
-        return keras.ops.convert_to_numpy(variable)
-    value = floats_of(mixture.experts, name.removeprefix("experts."))
-    return value * scale if scale != 1 and name.startswith("experts.down_") else value

@@ -13,10 +13,8 @@ class Config(dict):
     """The entries of a `config.json` that are not null."""
 
     def __missing__(self, name):
-        raise ValueError(
-            f"The config of a model of {self['model_type']!r} must have `{name}`. "
-            f"Received: {', '.join(self)}"
-        )
+        rule = f"The config of a model of {self['model_type']!r} must have `{name}`"
+        raise ValueError(f"{rule}. Received: {', '.join(self)}")
 
 
 class Family(NamedTuple):
@@ -24,13 +22,12 @@ class Family(NamedTuple):
 
     - `layouts`: pairs of the prefix of all names, with `{layer}` in it, and rules: for files, and
       for models in memory if they differ.
-    - `router`, `experts`: from a `Config` to arguments of our router and bank.
+    - `router`, `experts`: from a `Config` to arguments of our router, a `router_class`, and bank.
     - `width`: name of the experts' hidden width in the config.
-    - `shared`: from a `Config` to the width of the shared expert, if there is one.
-    - `gated_shared`: whether the shared expert has a gate.
-    - `scales_weights`: whether its config has the `scaling_factor` of the router. Without it the
-      last kernels of the experts are multiplied by this factor.
-    - `router_class`: class of our router.
+    - `shared`: from a `Config` to the width of the shared expert; `gated_shared` if that has a
+      gate.
+    - `scales_weights`: whether its config has the `scaling_factor` of the router. Otherwise the
+      last kernels of the experts are multiplied by it.
     """
 
     layouts: tuple[tuple[str, tuple[Rule, ...]], ...]
@@ -53,7 +50,7 @@ def _dense(theirs, ours):
 
 _MLP = "model.layers.{layer}.mlp."
 _BLOCK = "model.layers.{layer}.block_sparse_moe."
-_FEED_FORWARD = "model.layers.{layer}.feed_forward."
+_LFM = "model.layers.{layer}.feed_forward."
 _OURS = ("experts.gate_", "experts.up_", "experts.down_")
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _GATE = _dense(["gate"], ["router."])
@@ -109,9 +106,7 @@ def _loss_free(config):
 # By `model_type` of their config.
 FAMILIES = {
     "mixtral": Family(
-        _layouts(*_GATE, by_expert=_BY_NUMBER, prefix=_BLOCK),
-        _jittered,
-        width="intermediate_size",
+        _layouts(*_GATE, by_expert=_BY_NUMBER, prefix=_BLOCK), _jittered, width="intermediate_size"
     ),
     "qwen2_moe": Family(
         _layouts(*_GATE, *_shared("shared_expert"), *_SHARED_GATE),
@@ -149,13 +144,7 @@ FAMILIES = {
         width="intermediate_size",
     ),
     "lfm2_moe": Family(
-        _layouts(
-            *_GATE,
-            _bias("expert_bias"),
-            by_expert=_BY_NUMBER,
-            prefix=_FEED_FORWARD,
-            in_memory=_FEED_FORWARD,
-        ),
+        _layouts(*_GATE, _bias("expert_bias"), by_expert=_BY_NUMBER, prefix=_LFM, in_memory=_LFM),
         lambda config: {**_loss_free(config), "score": "sigmoid"},
         scales_weights=True,
     ),
@@ -176,7 +165,6 @@ _ACTIVATIONS = ("silu", "swish", "gelu", "relu", "relu6", "mish", "sigmoid", "ta
 
 
 def parts_of(config, dtype=None):
-    """Arguments of our layer for the MoE block of a config."""
     family = FAMILIES[config["model_type"]]
     # Families and releases differ in the name.
     names = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -184,13 +172,12 @@ def parts_of(config, dtype=None):
     activation = check_choice("hidden_act", config.get("hidden_act", "silu"), _ACTIVATIONS)
     # All weights are assigned later; drawing them would take long.
     experts = {"activation": activation, "kernel_initializer": "zeros", **family.experts(config)}
+    router = family.router(config)
     shared = family.shared and GatedFeedForward(family.shared(config), activation, dtype=dtype)
     weight = config.get("router_aux_loss_coef")
     return {
         "experts": GatedExperts(num_experts, config[family.width], dtype=dtype, **experts),
-        "router": family.router_class(
-            num_experts, top_k=config["num_experts_per_tok"], **family.router(config)
-        ),
+        "router": family.router_class(num_experts, top_k=config["num_experts_per_tok"], **router),
         "router_losses": [losses.LoadBalance(weight)] if weight else [],
         "shared_expert": shared,
         "gated_shared_expert": family.gated_shared,
@@ -198,7 +185,6 @@ def parts_of(config, dtype=None):
 
 
 def mixture_of(config, dtype=None, **kwargs):
-    """Our layer for the MoE block of a config, built and without weights."""
     mixture = MixtureOfExperts(**{**parts_of(config, dtype), "dtype": dtype, **kwargs})
     mixture.build((None, None, config["hidden_size"]))
     return mixture
@@ -231,10 +217,7 @@ _SUFFIXES = ("_initializer", "_regularizer", "lora_rank", "lora_alpha")
 
 
 def differences(mixture, config, but=()):
-    """Why a layer computes something else than the block of a config.
-
-    `but` holds names of arguments that may differ.
-    """
+    """Why a layer computes something else than the block of a config, but for some arguments."""
     found = []
     parts = parts_of(config)
     for name in ("router", "experts", "shared_expert"):
@@ -259,11 +242,8 @@ def _arguments_of(part):
     config = part.get_config()
     if "renormalize" in config:
         config["renormalize"] = _renormalizes(part)
-    return {
-        key: value
-        for key, value in config.items()
-        if key not in _TRAINING and not key.endswith(_SUFFIXES)
-    }
+    kept = [key for key in config if key not in _TRAINING and not key.endswith(_SUFFIXES)]
+    return {key: config[key] for key in kept}
 
 
 def _renormalizes(router):

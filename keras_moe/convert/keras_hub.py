@@ -16,20 +16,16 @@ def use_sparse_experts(model: keras.Model) -> keras.Model:
 
     KerasHub computes every expert for every token. Afterwards each block computes with a
     `layers.MixtureOfExperts` of the same weights, and all tools of this package work on it. The
-    model remains the same object, with the same outputs, `generate`, `fit` and files of weights; an
+    result is the same model, with the same outputs, `generate`, `fit` and files of weights; an
     optimizer starts again. Padding is not routed if KerasHub passes its mask to the block. A saved
     model is sparse when it is loaded, in a process that has imported `keras_moe`.
 
     Args:
-        model: Keras model. A model of KerasHub, such as a `CausalLM` or a `Backbone`, or one that
-            contains it. Of several models in each other, the outermost.
-
-    Returns:
-        The model.
+        model: Keras model. A `CausalLM` or `Backbone` of KerasHub, or a model that contains one. Of
+            several models in each other, the outermost.
 
     Raises:
-        ValueError: If the model has no MoE block that is known here, or one that is quantized or
-            has LoRA.
+        ValueError: If the model has no MoE block that is known here, or a quantized or LoRA one.
 
     Example:
 
@@ -43,10 +39,8 @@ def use_sparse_experts(model: keras.Model) -> keras.Model:
         if family_of(block) and not any(map(is_sparse, own_layers(block)))
     }
     if not dense and not any(map(is_sparse, model._flatten_layers())):
-        raise ValueError(
-            f"`model` must have a MoE block of KerasHub: {', '.join(FAMILIES)}. "
-            f"Received: model={model!r}"
-        )
+        rule = f"`model` must have a MoE block of KerasHub: {', '.join(FAMILIES)}"
+        raise ValueError(f"{rule}. Received: model={model!r}")
     for block in dense:
         check_plain(block)
     replacements: dict = {}
@@ -59,17 +53,13 @@ def use_sparse_experts(model: keras.Model) -> keras.Model:
 
 
 def restore(model: keras.Model) -> keras.Model:
-    """Undo `use_sparse_experts`, in place: the model has the blocks of KerasHub again.
+    """Undo `use_sparse_experts`, and return the same model with the blocks of KerasHub.
 
     Args:
         model: Keras model. As for `use_sparse_experts`.
 
-    Returns:
-        The model.
-
     Raises:
-        ValueError: If the model has no block that was converted, or a router that is quantized or
-            has LoRA.
+        ValueError: If no block was converted, or a router is quantized or has LoRA.
 
     Example:
 
@@ -86,21 +76,12 @@ def restore(model: keras.Model) -> keras.Model:
     return model
 
 
-# By paths of KerasHub's weights: heads of attention, and experts before `use_sparse_experts`.
-_LAYOUTS = {
-    r".*attention/query/kernel": (None, "model", None),
-    r".*attention/query/bias": ("model", None),
-    r".*attention/attention_output/kernel": ("model", None, None),
-    r".*experts/expert_feedforward_\w+_dense": ("expert", None, None),
-}
-
-
 def layout_map(mesh: keras.distribution.DeviceMesh) -> keras.distribution.LayoutMap:
     """Layouts of KerasHub's MoE models for `distribution.expert_parallel`, on JAX.
 
-    Heads of attention are split over the axis "model" of the mesh, experts over "expert". Heads of
-    keys and values, which are few in these models, and all other weights are whole on every device.
-    Set the distribution before you make or load the model, and convert the model afterwards.
+    Heads of attention are split over the axis "model" of the mesh, experts over "expert". All other
+    weights are whole on every device. Set the distribution before you make or load the model, and
+    convert the model afterwards.
 
     Args:
         mesh: `keras.distribution.DeviceMesh` with the axes "data", "expert" and "model". The size
@@ -111,16 +92,15 @@ def layout_map(mesh: keras.distribution.DeviceMesh) -> keras.distribution.Layout
 
     Example:
 
-    >>> mesh = keras.distribution.DeviceMesh(
-    ...     (2, 2, 2), ("data", "expert", "model")
-    ... )  # doctest: +SKIP
     >>> layouts = keras_moe.convert.layout_map(mesh)  # doctest: +SKIP
-    >>> keras.distribution.set_distribution(
-    ...     keras_moe.distribution.expert_parallel(layout_map=layouts)
-    ... )  # doctest: +SKIP
+    >>> distribution = keras_moe.distribution.expert_parallel(layout_map=layouts)  # doctest: +SKIP
     """
+    # By paths of KerasHub's weights: heads of attention, and experts before `use_sparse_experts`.
     layouts = keras.distribution.LayoutMap(mesh)
-    layouts.update(_LAYOUTS)
+    layouts[r".*attention/query/kernel"] = (None, "model", None)
+    layouts[r".*attention/query/bias"] = ("model", None)
+    layouts[r".*attention/attention_output/kernel"] = ("model", None, None)
+    layouts[r".*experts/expert_feedforward_\w+_dense"] = ("expert", None, None)
     return layouts
 
 

@@ -17,11 +17,9 @@ class Family(NamedTuple):
     - `weights`: rules for the weights of the bank, in the order in which KerasHub makes them.
     - `make_router`: from a block to our router.
     - `gated`: arguments of our `GatedExperts`.
-    - `shared`: name of the expert that serves all tokens, if it has one.
-    - `shared_gate`: name of the `Dense` layer that weighs it.
+    - `shared`, `shared_gate`: names of the expert that serves all tokens and its gate, if any.
     - `balance`: name of the weight of the load-balancing loss, if it has one.
-    - `returns_weights`: whether it returns the weights of all experts beside the outputs, and not
-      the logits.
+    - `returns_weights`: whether it returns the weights of all experts, and not the logits.
     - `is_decoder`: whether it is a whole decoder layer, which calls its router and its experts one
       after the other, with different inputs. Its bank has a learned scale of each output.
     """
@@ -99,12 +97,7 @@ FAMILIES = {
             Rule("down_proj_bias", ("down_bias",)),
         ),
         make_router=lambda block: _renormalized(block, use_bias=True),
-        gated={
-            "activation": activations.quick_gelu,
-            "use_bias": True,
-            "clip": 7.0,
-            "up_shift": 1.0,
-        },
+        gated=dict(activation=activations.quick_gelu, use_bias=True, clip=7.0, up_shift=1.0),
         returns_weights=True,
     ),
     "Gemma4TextDecoderBlock": Family(
@@ -123,7 +116,6 @@ FAMILIES = {
 
 
 def family_of(layer) -> Family | None:
-    """The family whose MoE block a layer is, or None."""
     cls = type(layer)
     own = isinstance(layer, keras.Layer) and cls.__module__.startswith("keras_hub.")
     # Of Gemma 4 there are dense models as well.

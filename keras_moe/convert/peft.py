@@ -24,18 +24,13 @@ def from_peft(
 ) -> MixtureOfExperts:
     """Give the experts of a MoE layer the low-rank factors of a PEFT adapter, by `enable_lora`.
 
-    The layer then computes as the adapted block of Hugging Face. Weights outside this block, such
-    as in attention, are not read.
+    The layer is returned, and computes as the adapted block of Hugging Face. Weights outside this
+    block, such as in attention, are not read.
 
     Args:
         source: Path. Folder of an adapter, with `adapter_config.json` and `.safetensors` files.
-        mixture: `layers.MixtureOfExperts`. A built layer without LoRA, with the weights that were
-            adapted, such as one of `from_hugging_face`.
-        layer: Integer. Number of the decoder layer, from 0.
-        family: String. The `model_type` of the model, such as `"mixtral"`.
-
-    Returns:
-        The layer.
+        mixture, layer, family: As in `to_hugging_face`: a layer without LoRA, with the weights that
+            were adapted.
 
     Raises:
         ValueError: If the layer is no block of the family, or the adapter has no factors of its
@@ -60,8 +55,11 @@ def from_peft(
         )
     bank, rank, alpha = mixture.experts, settings["r"], settings["lora_alpha"]
     factors = [[read(start + f"lora_{letter}.weight") for letter in "AB"] for start in starts]
-    # Wrappers in each other do not say which kernel they adapt.
-    by_shape = {_shapes(bank, rule, rank): rule for rule in rules}
+    # Wrappers in each other do not say which kernel they adapt; the shapes of A and B do.
+    by_shape, stacked = {}, rank * bank.num_experts
+    for rule in rules:
+        _, fan_in, fan_out = _projections(bank, rule)[0].shape
+        by_shape[(stacked, fan_in), (fan_out * len(rule.ours), stacked)] = rule
     wrong = [(a.shape, b.shape) for a, b in factors if (a.shape, b.shape) not in by_shape]
     if wrong:
         raise ValueError(
@@ -86,9 +84,7 @@ def to_peft(
     Where the gate and up kernels have different factors `A`, the adapter has twice the rank.
 
     Args:
-        mixture: `layers.MixtureOfExperts`. A built layer whose experts have LoRA.
-        layer: Integer. Number of the decoder layer, from 0.
-        family: String. The `model_type` of the model, such as `"mixtral"`.
+        mixture, layer, family: As in `to_hugging_face`: a layer whose experts have LoRA.
 
     Returns:
         Dict of names to arrays, for a file `adapter_model.safetensors`; and a dict for
@@ -134,13 +130,6 @@ def _experts_of(mixture, layer, family):
 def _projections(bank, rule):
     names = (name.removeprefix("experts.").removesuffix("_kernel") for name in rule.ours)
     return [bank.projection(name) for name in names]
-
-
-def _shapes(bank, rule, rank):
-    """Shapes of `lora_A` and `lora_B`."""
-    _, fan_in, fan_out = _projections(bank, rule)[0].shape
-    stacked = rank * bank.num_experts
-    return (stacked, fan_in), (fan_out * len(rule.ours), stacked)
 
 
 def _joined(projections):

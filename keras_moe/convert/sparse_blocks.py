@@ -49,24 +49,17 @@ class SparseBlock:
 
 
 def token_mask(attention_mask, leading):
-    """Which tokens are real, a bool tensor of the shape `leading`, (batch, length), or None.
-
-    An attention mask is (batch, length), or (batch, length, keys) for a causal attention, or None.
-    """
+    """Which tokens (batch, length) are real, or None, by the attention mask of a block."""
     if attention_mask is None:
         return None
-    if len(attention_mask.shape) == 3:
+    if len(attention_mask.shape) == 3:  # of a causal attention
         _, length, keys = attention_mask.shape
-        if not _fit(length, keys):
+        if None not in (length, keys) and length != keys:
             return None  # keys from a cache: tokens are those that are generated
-        # A causal attention lets each token see itself, unless it is padding.
+        # Each token sees itself, unless it is padding.
         attention_mask = ops.diagonal(attention_mask, axis1=1, axis2=2)
-    fits = all(map(_fit, attention_mask.shape, leading))
+    fits = all(None in pair or len({*pair}) == 1 for pair in zip(attention_mask.shape, leading))
     return ops.cast(attention_mask, "bool") if fits else None
-
-
-def _fit(size, other):
-    return size is None or other is None or size == other
 
 
 class RelaidExperts(GatedExperts):
@@ -93,10 +86,7 @@ class RelaidExperts(GatedExperts):
 
 
 class SparseRouter(keras.Layer):
-    """A router that a decoder calls before its experts; it holds their mixture.
-
-    It returns the inputs of the mixture's router.
-    """
+    """A router that a decoder calls before its experts; it returns the inputs of its mixture's."""
 
     def __init__(self, router, mixture):
         super().__init__(name=router.name, dtype=router.dtype_policy)
@@ -163,10 +153,7 @@ class ScaledMixture(BareMixture):
 
 
 def sparse_layers(owner, block, family):
-    """A dict from KerasHub layers, a block or parts of one, to their replacements.
-
-    Each replacement has a function `make_dense`, which returns a layer like the replaced one.
-    """
+    """From KerasHub layers, a block or its parts, to replacements with a function `make_dense`."""
     layer = block if family.is_decoder else owner
     mixture = _mixture_like(block, family, name=f"{layer.name}_mixture")
     with names_below(block.path):
@@ -189,7 +176,6 @@ def sparse_layers(owner, block, family):
 
 
 def is_sparse(layer):
-    """Whether a layer has replaced one of KerasHub."""
     return hasattr(layer, "make_dense")
 
 
@@ -219,7 +205,6 @@ def _exchanged(dense, sparse, features, names=()):
 
 
 def _give_weights(source, target, names):
-    """Copy weights and `trainable` of a layer and of sublayers, by their paths."""
     pairs = [(source, target)]
     for get in map(operator.attrgetter, names):
         pairs += zip(get(source)._flatten_layers(), get(target)._flatten_layers())
@@ -240,34 +225,25 @@ _ATTRIBUTES = {
 
 def _unbuilt_like(layer):
     """A KerasHub layer from the same constructor arguments; its config lacks some."""
-    cls, arguments = type(layer), {}
-    for name in inspect.getfullargspec(cls.__init__).args[1:]:
-        attribute = name if hasattr(layer, name) else _ATTRIBUTES[name]
-        arguments[name] = getattr(layer, attribute)
+    cls, names = type(layer), inspect.getfullargspec(type(layer).__init__).args[1:]
+    attributes = {name: name if hasattr(layer, name) else _ATTRIBUTES[name] for name in names}
+    arguments = {name: getattr(layer, attribute) for name, attribute in attributes.items()}
     return cls(**arguments, name=layer.name, dtype=layer.dtype_policy)
 
 
 def _mixture_like(block, family, name):
-    dtype = block.dtype_policy
-    make_experts = CalledExperts if family.is_decoder else RelaidExperts
-    make_mixture = ScaledMixture if family.is_decoder else BareMixture
+    arguments = {"dtype": block.dtype_policy, "rules": family.weights, **family.gated}
     (down,) = (rule.theirs for rule in family.weights if rule.ours == ("down_kernel",))
-    experts = make_experts(
-        block.num_experts,
-        getattr(getattr(block, family.experts), down).shape[1],
-        rules=family.weights,
-        kernel_initializer="zeros",
-        dtype=dtype,
-        name="experts",
-        **family.gated,
+    width = getattr(getattr(block, family.experts), down).shape[1]
+    experts = (CalledExperts if family.is_decoder else RelaidExperts)(
+        block.num_experts, width, kernel_initializer="zeros", name="experts", **arguments
     )
-    balance = [losses.LoadBalance(getattr(block, family.balance))] if family.balance else []
-    return make_mixture(
+    return (ScaledMixture if family.is_decoder else BareMixture)(
         experts,
-        router=family.make_router(block),
-        router_losses=balance,
+        family.make_router(block),
+        [losses.LoadBalance(getattr(block, family.balance))] if family.balance else [],
         shared_expert=getattr(block, family.shared) if family.shared else None,
         gated_shared_expert=family.shared_gate is not None,
-        dtype=dtype,
+        dtype=block.dtype_policy,
         name=name,
     )

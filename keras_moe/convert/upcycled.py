@@ -15,14 +15,13 @@ from keras_moe.inspection.finding import _layers
 def save_as_mixtral(model: keras.Model, path: str | os.PathLike) -> None:
     """Save an upcycled Llama of KerasHub in a folder that Transformers loads as a Mixtral.
 
-    Writes `config.json` and `model.safetensors`, and needs the package `safetensors`. LoRA is added
-    to the kernels, which are multiplied by the scaling factor of the router (`granularity`).
-    The dense model's tokenizer fits.
+    Needs the package `safetensors`. LoRA is added to the kernels, which are multiplied by the
+    scaling factor of the router (`granularity`). The dense model's tokenizer fits.
 
     Args:
         model: Keras model. A `LlamaCausalLM` or `LlamaBackbone`, or one of Llama 3, with a mixture
             in each block, all with the same sizes and the same K.
-        path: Path. Folder to write to.
+        path: Path. Folder for `config.json` and `model.safetensors`.
 
     Raises:
         ValueError: If the model is another one, is quantized or has dense blocks, its mixtures
@@ -30,7 +29,6 @@ def save_as_mixtral(model: keras.Model, path: str | os.PathLike) -> None:
 
     Example:
 
-    >>> model = keras_moe.upcycle(llama, num_experts=4, top_k=2)  # doctest: +SKIP
     >>> keras_moe.convert.save_as_mixtral(model, "sparse")  # doctest: +SKIP
     >>> transformers.AutoModelForCausalLM.from_pretrained("sparse")  # doctest: +SKIP
     """
@@ -51,10 +49,8 @@ def save_as_mixtral(model: keras.Model, path: str | os.PathLike) -> None:
             kernel = ops.convert_to_numpy(getattr(attention, f"_{name}_dense").kernel)
             rows = (-1, kernel.shape[-1]) if name == "output" else (len(kernel), -1)
             arrays[f"{prefix}self_attn.{name[0]}_proj.weight"] = kernel.reshape(rows).T
-        for theirs, norm in (
-            ("input", block._self_attention_layernorm),
-            ("post_attention", block._feedforward_layernorm),
-        ):
+        for theirs, ours in (("input", "self_attention"), ("post_attention", "feedforward")):
+            norm = getattr(block, f"_{ours}_layernorm")
             arrays[f"{prefix}{theirs}_layernorm.weight"] = ops.convert_to_numpy(norm.scale)
         arrays |= to_hugging_face(_layers(block)[0], number, "mixtral")
     folder = pathlib.Path(path)
@@ -67,11 +63,8 @@ def save_as_mixtral(model: keras.Model, path: str | os.PathLike) -> None:
 def _config(backbone):
     blocks = getattr(backbone, "transformer_layers", ())
     of_blocks = [_layers(block) for block in blocks]
-    sizes = {
-        (mixture.experts.num_experts, mixture.router.max_top_k, mixture.experts.hidden_dim)
-        for mixtures in of_blocks
-        for mixture in mixtures
-    }
+    mixtures: list = sum(of_blocks, [])
+    sizes = {(m.experts.num_experts, m.router.max_top_k, m.experts.hidden_dim) for m in mixtures}
     is_llama = any(cls.__name__ == "LlamaBackbone" for cls in type(backbone).__mro__)
     if not is_llama or not all(of_blocks) or len(sizes) != 1:
         dense = [block.name for block, mixtures in zip(blocks, of_blocks) if not mixtures]
@@ -83,11 +76,11 @@ def _config(backbone):
     quantized = [layer.path for layer in backbone._flatten_layers() if layer.quantization_mode]
     if quantized:
         raise ValueError(f"`model` must not be quantized. Received: int8 or int4 in {quantized}")
-    rope = None
-    if getattr(backbone, "rope_frequency_adjustment_factor", None) is not None:
+    factor, rope = getattr(backbone, "rope_frequency_adjustment_factor", None), None
+    if factor is not None:
         rope = {
             "rope_type": "llama3",
-            "factor": backbone.rope_frequency_adjustment_factor,
+            "factor": factor,
             "low_freq_factor": backbone.rope_low_freq_factor,
             "high_freq_factor": backbone.rope_high_freq_factor,
             "original_max_position_embeddings": backbone.rope_pretraining_sequence_length,

@@ -14,9 +14,8 @@ class Rule(NamedTuple):
     """One weight of another package, and the one or two of ours that it contains.
 
     - `theirs`: its name. With `{expert}` in it there is one for each expert.
-    - `ours`: names of our weights. Two of them share the axis of the outputs.
+    - `ours`: names of our weights. Two share the axis of the outputs: halves, or `interleaved`.
     - `transposed`: whether its last two axes are (outputs, inputs).
-    - `interleaved`: whether two of ours alternate; else each is one half.
     """
 
     theirs: str
@@ -25,23 +24,16 @@ class Rule(NamedTuple):
     interleaved: bool = False
 
     def split(self, theirs):
-        """Split their weight, an array or tensor, into ours."""
-        if self.transposed:
-            theirs = np.swapaxes(theirs, -1, -2)
-        if len(self.ours) == 1:
-            return [theirs]
+        theirs, number = np.swapaxes(theirs, -1, -2) if self.transposed else theirs, len(self.ours)
         if self.interleaved:
-            return [theirs[..., ::2], theirs[..., 1::2]]
-        half = theirs.shape[-1] // 2
-        return [theirs[..., :half], theirs[..., half:]]
+            return [theirs[..., place::number] for place in range(number)]
+        width = theirs.shape[-1] // number
+        return [theirs[..., place * width : (place + 1) * width] for place in range(number)]
 
     def join(self, ours):
-        """Join arrays of ours to their weight."""
-        joined = ours[0]
-        if len(ours) > 1 and self.interleaved:
-            joined = np.stack(ours, axis=-1).reshape(*joined.shape[:-1], -1)
-        elif len(ours) > 1:
-            joined = np.concatenate(ours, axis=-1)
+        joined = np.concatenate(ours, axis=-1)
+        if self.interleaved:
+            joined = np.stack(ours, axis=-1).reshape(joined.shape)
         return np.ascontiguousarray(np.swapaxes(joined, -1, -2) if self.transposed else joined)
 
 
@@ -58,14 +50,11 @@ def check_plain(layer, but=None):
     for part in layer._flatten_layers():
         has_more = part.quantization_mode is not None or getattr(part, "lora_enabled", False)
         if has_more and part is not but:
-            raise ValueError(
-                "A layer must be converted before it is quantized or has LoRA. "
-                f"Received: {part.path!r} with such kernels"
-            )
+            rule = "A layer must be converted before it is quantized or has LoRA"
+            raise ValueError(f"{rule}. Received: {part.path!r} with such kernels")
 
 
 def read_config(source, name="config.json"):
-    """Return the content of a JSON file in a folder or a file's folder."""
     if hasattr(source, "keys"):
         raise ValueError("Weights by name must come with a `config`. Received: config=None")
     path = pathlib.Path(source)
@@ -74,16 +63,16 @@ def read_config(source, name="config.json"):
 
 
 def tensor_reader(source):
-    """Return a function from a name to its array of floats, and all names.
-
-    Args:
-        source: path of a `.safetensors` file or of a folder of them, of which one tensor at a time
-            is read; or a mapping of names to arrays or tensors.
-    """
+    """A function from names to arrays of floats, and all names, of weights by name or in files."""
     if hasattr(source, "keys"):
         get, names = source.__getitem__, set(source.keys())
     else:
-        files = _open_files(pathlib.Path(source))
+        from safetensors import safe_open  # here: the package does not require it
+
+        path = pathlib.Path(source)
+        paths = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        opened = [safe_open(each, framework="numpy") for each in paths]
+        files = {name: file for file in opened for name in file.keys()}
         get, names = lambda name: files[name].get_tensor(name), set(files)
 
     def read(name):
@@ -95,15 +84,6 @@ def tensor_reader(source):
             return _floats(get(name))
 
     return read, names
-
-
-def _open_files(path):
-    """Return a dict from the name of each tensor to the file that holds it."""
-    from safetensors import safe_open  # here: the package does not require it
-
-    paths = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    files = [safe_open(each, framework="numpy") for each in paths]
-    return {name: file for file in files for name in file.keys()}
 
 
 def _floats(tensor):

@@ -25,10 +25,8 @@ def moe_layers(model: keras.Model) -> dict[str, MixtureOfExperts]:
 
     Example:
 
-    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
-    >>> moe = keras_moe.layers.MixtureOfExperts(experts, name="moe")
-    >>> list(keras_moe.inspection.moe_layers(keras.Sequential([keras.Input((16,)), moe])))
-    ['moe']
+    >>> moe = keras_moe.layers.MixtureOfExperts(keras_moe.layers.FeedForwardExperts(4, 32))
+    >>> layers = keras_moe.inspection.moe_layers(keras.Sequential([keras.Input((16,)), moe]))
     """
     layers = _layers(model)
     if not layers:
@@ -63,14 +61,13 @@ def built_layers(model):
 
 def _layers(model):
     check_instance("model", model, keras.Layer)
-    return [layer for layer in _in_order(model, set()) if isinstance(layer, MixtureOfExperts)]
+    found: dict = {}
 
+    def visit(layer):  # Keras lists nested models in reverse.
+        if layer not in found:
+            found[layer] = isinstance(layer, MixtureOfExperts)
+            for part in own_layers(layer):
+                visit(part)
 
-def _in_order(layer, seen):
-    """A layer and all layers in it, each once. Keras lists nested models in reverse."""
-    if id(layer) in seen:
-        return
-    seen.add(id(layer))
-    yield layer
-    for part in own_layers(layer):
-        yield from _in_order(part, seen)
+    visit(model)
+    return [layer for layer, is_mixture in found.items() if is_mixture]

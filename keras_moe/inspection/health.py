@@ -35,18 +35,16 @@ ENOUGH = 20
 # Scores of a selection bias are from 0 to 1: advice names no larger rate.
 LARGE_RATE = 0.01
 
+_BALANCED = "The load is balanced by"
 
-# Facts about losses, routers and balancers by class, for advice:
-# - the usual weight of a balancing loss, and its value before the weight at an even load;
-# - whether rescaling the kernel of a router leaves its logits unchanged, and whether a number that
-#   is added to all logits of a token changes nothing;
-# - advice for a load that is uneven in spite of a router or a balancer.
+
+# Facts about losses, routers and balancers by class, for advice.
 _DEFAULTS = {
-    "usual_weight": None,
-    "value_at_balance": 0.0,
-    "normalizes_kernel": False,
-    "shift_invariant": True,
-    "advice": None,
+    "usual_weight": None,  # of a balancing loss
+    "value_at_balance": 0.0,  # of a balancing loss before its weight
+    "normalizes_kernel": False,  # rescaling the kernel of a router leaves its logits unchanged
+    "shift_invariant": True,  # a number that is added to all logits of a token changes nothing
+    "advice": None,  # for a load that is uneven in spite of a router or a balancer
 }
 _FACTS: dict = {
     losses.LoadBalance: {"usual_weight": 1e-2, "value_at_balance": 1.0},
@@ -64,13 +62,11 @@ _FACTS: dict = {
         ),
     },
     routers.SelectionBalancer: {
-        "advice": lambda balancer: (
-            f"The load is balanced by the selection bias of {type(balancer).__name__}."
-        ),
+        "advice": lambda bias: f"{_BALANCED} the selection bias of {type(bias).__name__}."
     },
     routers.LossFreeBias: {
         "advice": lambda bias: (
-            f"The load is balanced by LossFreeBias(rate={bias.rate:g}): "
+            f"{_BALANCED} LossFreeBias(rate={bias.rate:g}): "
             + (
                 f"raise the rate, for example to {min(10 * bias.rate, LARGE_RATE):g}."
                 if bias.rate < LARGE_RATE
@@ -80,8 +76,8 @@ _FACTS: dict = {
     },
     routers.QuantileBias: {
         "advice": lambda bias: (
-            f"The load is balanced by QuantileBias(momentum={bias.momentum:g}): lower the "
-            "momentum, or use larger batches."
+            f"{_BALANCED} QuantileBias(momentum={bias.momentum:g}): lower the momentum, or use "
+            "larger batches."
         ),
     },
 }
@@ -103,52 +99,29 @@ def is_large(loss: RouterLoss, weight: float) -> bool:
 
 
 def balance_advice(layer: MixtureOfExperts) -> str:
-    """Advice for an uneven load, by what balances it in a layer.
-
-    Args:
-        layer: A `layers.MixtureOfExperts`.
-
-    Returns:
-        String.
-    """
-    weighted = zip(layer.router_losses, layer.loss_weights_in_force)
-    advice = [_advise_loss(loss, weight) for loss, weight in weighted if loss.balances]
+    """Advice for an uneven load, by what balances it in a `layers.MixtureOfExperts`."""
+    advice = []
+    for loss, weight in zip(layer.router_losses, layer.loss_weights_in_force):
+        if loss.balances:
+            balanced = f"{_BALANCED} {type(loss).__name__}(weight={weight:g})"
+            what = ": give it ten times the weight." if weight else ": give it a weight above 0."
+            if is_large(loss, weight):
+                what = ", a large weight: with a larger one the router may learn balance instead "
+                what += "of the task."
+            advice.append(balanced + what)
     by_router = fact(getattr(layer.router, "balancer", None) or layer.router, "advice")
-    if by_router is not None:
-        advice.append(by_router)
-    elif advice:
-        advice.append("A selection bias balances without a loss: see `balancer` of `TopKRouter`.")
-    else:
-        advice.append(
-            "Nothing balances the load: add `losses.LoadBalance()` to its `router_losses`."
-        )
+    bias = "A selection bias balances without a loss: see `balancer` of `TopKRouter`."
+    loss = "Nothing balances the load: add `losses.LoadBalance()` to its `router_losses`."
+    advice.append(by_router or (bias if advice else loss))
     return (
         f"{' '.join(advice)} If the features of the layer's inputs have means far from zero, "
-        "centre them, by `keras.layers.Normalization` or `BatchNormalization` before the "
-        "layer. A lower learning rate in the first steps and `logit_noise` in the router help "
-        "as well."
-    )
-
-
-def _advise_loss(loss, weight):
-    balanced = f"The load is balanced by {type(loss).__name__}(weight={weight:g})"
-    if not weight:
-        return f"{balanced}: give it a weight above 0."
-    if not is_large(loss, weight):
-        return f"{balanced}: give it ten times the weight."
-    return (
-        f"{balanced}, a large weight: with a larger one the router may learn balance instead "
-        "of the task."
+        "centre them, by `keras.layers.Normalization` or `BatchNormalization` before the layer. A "
+        "lower learning rate in the first steps and `logit_noise` in the router help as well."
     )
 
 
 class Finding(NamedTuple):
-    """A verdict.
-
-    - `level`: "problem" or "hint".
-    - `text`: what was found.
-    - `fix`: what to try.
-    """
+    """A verdict: its `level`, "problem" or "hint"; a `text`; and a `fix`, what to try."""
 
     level: str
     text: str
@@ -173,16 +146,12 @@ def judge_load(counts: Tensor, top_k: int, advice: str) -> list[Finding]:
 
     A problem where experts are dead, as `metrics.dead_experts` counts them, or in a collapse, where
     the entropy of the shares is close to the entropy of K equal shares. A hint where the busiest
-    expert does more than twice the mean, or where fewer than 20 assignments an expert are too few
-    to judge.
+    expert does more than twice the mean, or with fewer than 20 assignments an expert.
 
     Args:
         counts: List or array, (E,). Assignments per expert.
         top_k: Integer. Experts per token, K.
         advice: String. What to try where the load is uneven, such as `balance_advice(layer)`.
-
-    Returns:
-        List of `Finding`.
     """
     counts = _as_counts(counts)
     num_experts = len(counts)
@@ -191,10 +160,8 @@ def judge_load(counts: Tensor, top_k: int, advice: str) -> list[Finding]:
         return [Finding(HINT, text, f"Give it at least {ENOUGH * num_experts}.")]
     if spread(counts, top_k) < COLLAPSED:
         return [collapsed(counts, advice)]
-    findings = []
     idle = np.flatnonzero(ops.convert_to_numpy(is_dead(counts)))
-    if len(idle):
-        findings.append(dead(idle, num_experts, advice))
+    findings = [dead(idle, num_experts, advice)] if len(idle) else []
     busiest = counts.max() / counts.mean()
     if busiest - 1 > IMBALANCED:
         text = f"The busiest expert does {busiest:.1f} times its fair share."
@@ -231,9 +198,6 @@ def judge_router(entropy: float, largest_logit: float) -> list[Finding]:
         entropy: Float from 0 to 1. Mean entropy of a token's probabilities over `log E`.
         largest_logit: Float. Size of the largest logit; where adding a number to all logits of a
             token changes nothing, above their mean.
-
-    Returns:
-        List of `Finding`.
     """
     if not np.isfinite(largest_logit):
         return [not_a_number()]
@@ -246,16 +210,15 @@ def judge_router(entropy: float, largest_logit: float) -> list[Finding]:
             "Train longer, as scores are close at first. If the loss does not fall either, router "
             "losses, if the layer has any, may weigh too much."
         )
-        return [Finding(HINT, text, fix)]
-    if entropy < CERTAIN:
+    elif entropy < CERTAIN:
         text = "The router is all but certain of every choice, so it hardly learns any more."
         fix = "Raise the weight of `losses.RouterZ`, or add `logit_noise` to the router."
-        return [Finding(HINT, text, fix)]
-    return []
+    else:
+        return []
+    return [Finding(HINT, text, fix)]
 
 
 def not_a_number():
-    """The finding that a router computes NaN."""
     return Finding(
         PROBLEM,
         "The router computes what is not a number.",
@@ -265,7 +228,6 @@ def not_a_number():
 
 
 def exploded(how):
-    """The finding that logits are too large; `how` says by how much, after "they"."""
     return Finding(
         PROBLEM,
         f"Router logits explode: they {how}, which makes every choice absolute.",
@@ -275,7 +237,7 @@ def exploded(how):
 
 
 def collapsed(counts, advice):
-    """The finding that few experts do the work, with the counts (E,), not all 0, that show it."""
+    """The finding that few experts do the work, with counts (E,), not all 0, that show it."""
     share = np.cumsum(np.sort(counts)[::-1]) / np.sum(counts)
     busy = int(np.argmax(share >= 0.9)) + 1
     work = f"{share[busy - 1]:.0%} of the work goes to {busy} of {len(counts)}"
@@ -283,8 +245,7 @@ def collapsed(counts, advice):
 
 
 def dead(experts, num_experts, advice, when=""):
-    """The finding that experts, an array of numbers, are dead as `metrics.is_dead` says."""
-    listed = ", ".join(str(expert) for expert in experts[:10])
+    listed = ", ".join(map(str, experts[:10]))
     if len(experts) > 10:
         listed += f" and {len(experts) - 10} more"
     are = "is" if len(experts) == 1 else "are"
@@ -293,7 +254,6 @@ def dead(experts, num_experts, advice, when=""):
 
 
 def is_enough(counts):
-    """Whether counts (E,) are large enough to judge the experts."""
     return np.sum(counts) >= ENOUGH * len(counts)
 
 
@@ -350,7 +310,6 @@ def judge_heavy_losses(
 
 
 def _as_counts(counts):
-    """Counts as an array of floats (E,)."""
     counts = ops.convert_to_numpy(counts).astype("float64")
     if counts.ndim != 1 or not counts.size or not (counts >= 0).all():
         raise ValueError(f"`counts` must be numbers (E,) of at least 0. Received: counts={counts}")
@@ -372,7 +331,4 @@ __all__ = [
     "judge_router",
     "judge_weak_loss",
 ]
-
-
-def __dir__():
-    return __all__
+__dir__ = __all__.copy

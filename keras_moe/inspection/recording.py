@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable
+from functools import partial
 
 import keras
 from keras import ops
@@ -28,34 +29,27 @@ def record_routings(
         each of its calls: one a batch, unless the model calls a layer more often.
 
     Raises:
-        ValueError: If the model has no MoE layer or cannot run on the batches, or `batches` is an
-            array or a tuple of them.
+        ValueError: If the model has no MoE layer or cannot run on the batches, or `batches` is one.
 
     Example:
 
-    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
-    >>> moe = keras_moe.layers.MixtureOfExperts(experts, name="moe")
+    >>> moe = keras_moe.layers.MixtureOfExperts(keras_moe.layers.FeedForwardExperts(4, 32))
     >>> model = keras.Sequential([keras.Input((16,)), moe])
     >>> routings = keras_moe.inspection.record_routings(model, [keras.random.normal((8, 16))])
-    >>> routings["moe"][0].indices.shape
-    (8, 2)
     """
     check_list_of_batches("batches", batches)
     return recorded(model, batches, "batches", training)
 
 
 def recorded(model, batches, name, training=False):
-    """`record_routings` of batches that have a name in errors."""
     layers = moe_layers(model)
     routings: dict[str, list] = {layer_name: [] for layer_name in layers}
 
-    def recorder(layer_name):
-        return lambda routing, tokens: routings[layer_name].append(
-            keras.tree.map_structure(ops.convert_to_numpy, routing)
-        )
+    def record(found, routing, tokens):
+        found.append(keras.tree.map_structure(ops.convert_to_numpy, routing))
 
     number = -1
-    with listening({layer: recorder(layer_name) for layer_name, layer in layers.items()}):
+    with listening({layers[name]: partial(record, found) for name, found in routings.items()}):
         for number, batch in enumerate(batches):
             with running(model, name, number, batch):
                 model(batch, training=training)
@@ -68,10 +62,8 @@ def check_list_of_batches(name, batches):
     """Refuse one batch, whose rows or parts would be taken for batches."""
     parts = batches if isinstance(batches, tuple) else [batches]
     if any(hasattr(part, "shape") for part in parts):
-        raise ValueError(
-            f"`{name}` must be a list of batches, as in `[inputs]` or `[(inputs, targets)]`. "
-            f"Received: one batch, {_described(batches)}"
-        )
+        rule = f"`{name}` must be a list of batches, as in `[inputs]` or `[(inputs, targets)]`"
+        raise ValueError(f"{rule}. Received: one batch, {_described(batches)}")
 
 
 @contextlib.contextmanager
@@ -108,8 +100,7 @@ def _described(batch):
 def listening(listeners):
     """A context in which functions hear what MoE layers do in eager calls.
 
-    Args:
-        listeners: Dict from a layer to a function of an `ops.Routing` and of the tokens (T, D).
+    `listeners` maps layers to functions of an `ops.Routing` and of the tokens (T, D).
     """
     return _setting("routing_listener", listeners)
 
@@ -122,28 +113,20 @@ def count_in_evaluation(model: keras.Model) -> contextlib.AbstractContextManager
     were compiled in the context, and otherwise never.
 
     Args:
-        model: A Keras model.
-
-    Raises:
-        ValueError: If the model has no MoE layer.
+        model: A Keras model with MoE layers.
 
     Example:
 
-    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
-    >>> moe = keras_moe.layers.MixtureOfExperts(experts)
+    >>> moe = keras_moe.layers.MixtureOfExperts(keras_moe.layers.FeedForwardExperts(4, 32))
     >>> model = keras.Sequential([keras.Input((16,)), moe])
     >>> with keras_moe.inspection.count_in_evaluation(model):
     ...     outputs = model(keras.random.normal((8, 16)))
     >>> int(keras.ops.sum(moe.expert_counts))
     16
     """
-    return counting(model, traced_again=("test_function", "predict_function"))
-
-
-def counting(model, traced_again=()):
-    """A context in which MoE layers count in inference, where the model is traced in it."""
-    layers = moe_layers(model).values()
-    return _setting("counts_in_evaluation", dict.fromkeys(layers, True), model, traced_again)
+    layers = dict.fromkeys(moe_layers(model).values(), True)
+    functions = ("test_function", "predict_function")
+    return _setting("counts_in_evaluation", layers, model, functions)
 
 
 @contextlib.contextmanager
@@ -175,30 +158,25 @@ def replaying(model: keras.Model, routings: dict) -> contextlib.AbstractContextM
 
     Args:
         model: A Keras model.
-        routings: Dict from the name of an MoE layer to an `ops.Routing`, or to its `indices`
-            (T, K), of the batch that the model is called on. A layer without an entry chooses as
-            usual.
+        routings: Dict from the name of an MoE layer to an `ops.Routing`, or to its `indices` (T,
+            K), of the batch that the model is called on. Layers without an entry choose as usual.
 
     Raises:
         ValueError: If a name is not that of an MoE layer, or an expert does not exist.
 
     Example:
 
-    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
-    >>> moe = keras_moe.layers.MixtureOfExperts(experts, name="moe")
-    >>> model = keras.Sequential([keras.Input((16,)), moe])
-    >>> inputs = keras.random.normal((8, 16))
-    >>> (routing,) = keras_moe.inspection.record_routings(model, [inputs])["moe"]
-    >>> with keras_moe.inspection.replaying(model, {"moe": routing}):
+    >>> moe = keras_moe.layers.MixtureOfExperts(keras_moe.layers.FeedForwardExperts(4, 32))
+    >>> model, inputs = keras.Sequential([keras.Input((16,)), moe]), keras.random.normal((8, 16))
+    >>> routings = keras_moe.inspection.record_routings(model, [inputs])
+    >>> first = {name: calls[0] for name, calls in routings.items()}
+    >>> with keras_moe.inspection.replaying(model, first):
     ...     outputs = model(inputs, training=True)
     """
     layers = moe_layers(model)
-    unknown = set(routings) - set(layers)
-    if unknown:
-        raise ValueError(
-            f"`routings` must have names of MoE layers, {sorted(layers)}. "
-            f"Received: {sorted(unknown)}"
-        )
+    if not routings.keys() <= layers.keys():
+        rule = f"`routings` must have names of MoE layers, {sorted(layers)}"
+        raise ValueError(f"{rule}. Received: {sorted(routings)}")
     replayed = {}
     for name, routing in routings.items():
         indices = routing.indices if isinstance(routing, Routing) else routing

@@ -25,14 +25,13 @@ class LayerSummary(NamedTuple):
     - `parameters`, `active_parameters`: all that are trained, and those that work on one token;
       experts that differ in size count with their mean. K experts work on a token (with
       `routers.TopPRouter` at most), with `routers.ReLURouter` its target, with
-      `routers.ExpertChoiceRouter` the capacity factor, with `routers.DenseRouter` all, and with
-      `routers.SoftRouter` 1, as if there were as many slots as tokens. Experts that several layers
-      share count in each of them.
+      `routers.ExpertChoiceRouter` the capacity factor, with `routers.DenseRouter` all, with
+      `routers.SoftRouter` 1, as if there were as many slots as tokens. Shared experts count in each
+      layer.
     - `flops`: of one token, forward, at two for each active parameter.
     - `counts`: assignments per expert, or sums of their weights where all serve each token, since
       the counters were last reset, or in the epoch before that, if they are empty.
-    - `router`, `experts`: names of their classes.
-    - `dtype`: the compute dtype of the experts.
+    - `router`, `experts`, `dtype`: names of their classes, and the compute dtype of the experts.
     - `platform`: "cpu", "gpu" or "tpu".
     - `engine`: "rows" (kernels for all rows at once), "padded" (one batched product over padded
       tiles), "tiles" (a loop over tiles of rows), "slices" (groups of their exact sizes) or "loop"
@@ -58,97 +57,66 @@ def summarize(model: keras.Model) -> list[LayerSummary]:
     """One `LayerSummary` for each MoE layer of a built model, in the order of the model.
 
     The engine follows from the backend, the platform, the dtype, and whether `model.compile` turned
-    XLA on. To read it for a platform that is not here, call this in the context `ops.platform`.
+    XLA on. To read it for another platform, call this in the context `ops.platform`.
 
     Args:
-        model: A built Keras model.
-
-    Raises:
-        ValueError: If the model has no MoE layer, or one that is not built.
+        model: A built Keras model with MoE layers.
 
     Example:
 
     >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32, use_bias=False)
     >>> moe = keras_moe.layers.MixtureOfExperts(experts, name="moe")
-    >>> model = keras.Sequential([keras.Input((16,)), moe])
-    >>> layer = keras_moe.inspection.summarize(model)[0]
+    >>> layer = keras_moe.inspection.summarize(keras.Sequential([keras.Input((16,)), moe]))[0]
     >>> layer.parameters, layer.active_parameters  # router 16 * 4, experts 2 * 16 * 32 each
     (4160, 2112)
-    >>> layer.router, layer.experts, layer.dtype
-    ('TopKRouter', 'FeedForwardExperts', 'float32')
     """
     platform = named_platform() or backend.current_platform()
     is_tensorflow = keras.backend.backend() == "tensorflow"
     by_xla = is_tensorflow and bool(getattr(model, "jit_compile", False))
     has_static_shapes = backend.compiles_static_shapes() or by_xla
-    return [
-        _summary(name, layer, platform, layer.experts.engine_on(platform, has_static_shapes))
-        for name, layer in built_layers(model).items()
-    ]
-
-
-def _summary(name, layer, platform, engine):
-    router, bank = layer.router, layer.experts
-    parameters, of_experts = map(_count, (layer, bank))
-    active = parameters - of_experts + round(of_experts * router.mean_top_k / bank.num_experts)
-    counts = ops.convert_to_numpy(layer.expert_counts)
-    if not counts.any() and layer.last_counts is not None:
-        counts = layer.last_counts
-    return LayerSummary(
-        name=name,
-        num_experts=bank.num_experts,
-        top_k=router.max_top_k,
-        parameters=parameters,
-        active_parameters=active,
-        flops=2 * active,
-        counts=counts.tolist(),
-        router=type(router).__name__,
-        experts=type(bank).__name__,
-        dtype=bank.compute_dtype,
-        platform=platform,
-        engine=engine,
-    )
+    summaries = []
+    for name, layer in built_layers(model).items():
+        router, bank = layer.router, layer.experts
+        parameters, of_experts = map(_count, (layer, bank))
+        active = parameters - of_experts + round(of_experts * router.mean_top_k / bank.num_experts)
+        counts = ops.convert_to_numpy(layer.expert_counts)
+        if not counts.any() and layer.last_counts is not None:
+            counts = layer.last_counts
+        sizes = (bank.num_experts, router.max_top_k, parameters, active, 2 * active)
+        kinds = (type(router).__name__, type(bank).__name__, bank.compute_dtype, platform)
+        engine = bank.engine_on(platform, has_static_shapes)
+        summaries.append(LayerSummary(name, *sizes, counts.tolist(), *kinds, engine))
+    return summaries
 
 
 def summary(model: keras.Model, print_fn: Callable = print) -> None:
     """Print the size and the use of each MoE layer of a model: `model.summary()` for experts.
 
     Below the parameters of the model, as `model.count_params()` counts them, a table has one row
-    for each MoE layer. `inspection.LayerSummary` explains `parameters`, `active`, `FLOPs a token`
-    and `engine`. `busiest` is the load of the busiest expert, where 1 is an equal share, and `dead`
-    the number of `metrics.dead_experts`: in the last epoch or evaluation that an `ExpertMonitor`
-    watched, in all of a training without.
+    for each MoE layer, see `inspection.LayerSummary`. `busiest` is the load of the busiest expert,
+    where 1 is an equal share, and `dead` the number of `metrics.dead_experts`: in the last epoch or
+    evaluation that an `ExpertMonitor` watched, in all of a training without.
 
     Args:
-        model: A built Keras model.
+        model: A built Keras model with MoE layers.
         print_fn: Function of a string, called once for each line.
-
-    Raises:
-        ValueError: If the model has no MoE layer, or one that is not built.
 
     Example:
 
-    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
-    >>> moe = keras_moe.layers.MixtureOfExperts(experts, name="moe")
-    >>> lines = []
-    >>> keras_moe.summary(keras.Sequential([keras.Input((16,)), moe]), print_fn=lines.append)
-    >>> lines[3].split()[:6]
-    ['moe', '2', 'of', '4', '4,352', '2,208']
+    >>> moe = keras_moe.layers.MixtureOfExperts(keras_moe.layers.FeedForwardExperts(4, 32))
+    >>> keras_moe.summary(keras.Sequential([keras.Input((16,)), moe]), print_fn=[].append)
     """
     layers, (total, active) = summarize(model), count_parameters(model)
-    lines = [
-        f"{as_text(model.name)}: {total:,} parameters, {active:,} of them active for a token",
-        "",
-        *table([_HEADER, *map(_row, layers)]),
-    ]
-    if not any(sum(layer.counts) for layer in layers):
-        lines += [
-            "",
-            "No counts are here: experts are counted in training. To count in evaluation: "
-            "`with keras_moe.inspection.count_in_evaluation(model): model.evaluate(...)`.",
-        ]
-    for line in lines:
+    print_fn(f"{as_text(model.name)}: {total:,} parameters, {active:,} of them active for a token")
+    print_fn("")
+    for line in table([_HEADER, *map(_row, layers)]):
         print_fn(line)
+    if not any(sum(layer.counts) for layer in layers):
+        print_fn("")
+        print_fn(
+            "No counts are here: experts are counted in training. To count in evaluation: "
+            "`with keras_moe.inspection.count_in_evaluation(model): model.evaluate(...)`."
+        )
 
 
 def _row(layer):
@@ -167,19 +135,10 @@ def _row(layer):
 
 
 def count_parameters(model: keras.Model) -> tuple[int, int]:
-    """All parameters of a model, and those that work on one token.
+    """All parameters of a built model, and those that work on one token, two integers.
 
     Experts that several layers share count once. As many of them work on a token as these layers
     choose together, and at most all.
-
-    Args:
-        model: A built Keras model, with MoE layers or without.
-
-    Returns:
-        Two integers.
-
-    Raises:
-        ValueError: If the model is not built.
     """
     # By part, because layers may share a bank, and banks a layer.
     active_shares: dict = {}
@@ -188,7 +147,11 @@ def count_parameters(model: keras.Model) -> tuple[int, int]:
         for part in layer.experts._flatten_layers():
             active_shares[part] = min(1.0, active_shares.get(part, 0.0) + share)
     idle = sum((1 - share) * _count_own(part) for part, share in active_shares.items())
-    total = model.count_params() + sum(map(_count_unstored, active_shares))
+    total = model.count_params()
+    for part in active_shares:
+        if part.quantization_mode is not None:  # Two parameters of four bits are stored as one.
+            stored = [*part._trainable_variables, *part._non_trainable_variables]
+            total += _count_own(part) - sum(math.prod(weight.shape) for weight in stored)
     return total, total - round(idle)
 
 
@@ -205,11 +168,3 @@ def _count_own(part):
         else:
             shapes += [each.shape for each in part._non_trainable_variables if each.dtype == "int8"]
     return sum(map(math.prod, shapes))
-
-
-def _count_unstored(part):
-    """How many more parameters a quantized layer has than numbers: two of four bits are one."""
-    if part.quantization_mode is None:
-        return 0
-    stored = [*part._trainable_variables, *part._non_trainable_variables]
-    return _count_own(part) - sum(math.prod(weight.shape) for weight in stored)

@@ -43,12 +43,9 @@ def get(identifier: Any) -> RouterLoss:
 
 
 def get_list(identifiers):
-    """Return a tuple of router losses from a list of identifiers."""
     if not isinstance(identifiers, (list, tuple)):
-        raise TypeError(
-            "`router_losses` must be a list of losses or names. Received: "
-            f"router_losses={shortened(identifiers)}"
-        )
+        rule = "`router_losses` must be a list of losses or names"
+        raise TypeError(f"{rule}. Received: router_losses={shortened(identifiers)}")
     return tuple(map(get, identifiers))
 
 
@@ -67,7 +64,4 @@ __all__ = [
 ]
 
 __getattr__ = former_names(__name__)
-
-
-def __dir__():
-    return __all__
+__dir__ = __all__.copy

@@ -25,11 +25,8 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
 
     A squared error of the summed output makes experts cooperate, and predicts the mean of all
     answers. This loss makes them compete: the expert that explains a sample best gets most of its
-    gradient, so experts specialize, and each may give another answer.
-
-    Predictions are made by `losses.pack_mixture` from a routing and the outputs of its experts. The
-    weights of a sample should sum to 1, as those of `DenseRouter`, or of a `TopKRouter` with at
-    least two experts, do.
+    gradient, so each may give another answer. The weights of a sample should sum to 1, as with a
+    `DenseRouter`, or a `TopKRouter` with at least two experts.
 
     Args:
         distribution: String. "gaussian": outputs are means (D), with `scale=None` followed by
@@ -37,8 +34,7 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
             and targets are class numbers.
         scale: Positive float, the standard deviation of all Gaussians, or None to learn it.
         normalized: Boolean. Whether a Gaussian has its normalizing constant. False, with a scale of
-            1, is the competitive error of Jacobs et al., eq. 1.3. A learned scale needs it: without
-            it the loss has no lower bound.
+            1, is the competitive error of Jacobs et al., eq. 1.3. A learned scale needs it.
         name: String. Name of the loss.
         **kwargs: `reduction` and `dtype`, as in `keras.losses.Loss`.
 
@@ -46,9 +42,9 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         ValueError: If an argument is out of its range, or `y_true` does not fit `y_pred`.
 
     Call arguments:
-        y_true: (batch, ..., D) float tensor, or (batch, ...) integer tensor of classes,
-            where -1 counts as any class. What is no class, such as 9 of 4 or 0.5, is refused in an
-            array; in a tensor, such as those of `fit`, the loss of its sample is NaN.
+        y_true: (batch, ..., D) float tensor, or (batch, ...) integer tensor of classes, where -1
+            counts as any class. Numbers of no class are refused in an array; in a tensor, such as
+            in `fit`, the loss of the sample is NaN.
         y_pred: (batch, ..., K, 1 + D') float tensor of `losses.pack_mixture`.
 
     Returns:
@@ -61,10 +57,7 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
     >>> inputs = keras.Input((4,))
     >>> _, routing, outputs = layer(inputs, return_routing=True, return_expert_outputs=True)
     >>> model = keras.Model(inputs, keras_moe.losses.pack_mixture(routing, outputs))
-    >>> loss = keras_moe.losses.MixtureNegativeLogLikelihood(scale=0.1)
-    >>> model.compile("adam", loss)
-    >>> loss.mean(model(keras.random.normal((32, 4)))).shape
-    (32, 1)
+    >>> model.compile("adam", keras_moe.losses.MixtureNegativeLogLikelihood(scale=0.1))
 
     References: Jacobs et al. 1991, "Adaptive mixtures of local experts", eq. 1.3; Bishop 1994,
     "Mixture density networks", for learned scales.
@@ -83,10 +76,8 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         self.scale = None if scale is None else check_number("scale", scale, above=0)
         self.normalized = bool(normalized)
         if distribution == "gaussian" and scale is None and not normalized:
-            raise ValueError(
-                "`normalized` must be True where the scale is learned, or the loss has no lower "
-                f"bound. Received: scale=None, normalized={normalized}"
-            )
+            rule = "`normalized` must be True with a learned scale, else there is no lower bound"
+            raise ValueError(f"{rule}. Received: scale=None, normalized={normalized}")
 
     def __call__(
         self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None
@@ -94,12 +85,11 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         # Keras turns arrays into tensors, whose numbers are not looked at.
         values = host_values(y_true)
         if self.distribution == "categorical" and values is not None:
-            wrong = values[~np.isin(values, _classes(y_pred))]
+            classes = _classes(y_pred)
+            wrong = values[~np.isin(values, classes)]
             if wrong.size:
-                raise ValueError(
-                    f"`y_true` must have class numbers from 0 to {_classes(y_pred)[-1]}, or -1 for "
-                    f"any. Received: {wrong[0]}"
-                )
+                rule = f"`y_true` must have class numbers from 0 to {classes[-1]}, or -1 for any"
+                raise ValueError(f"{rule}. Received: {wrong[0]}")
         return super().__call__(y_true, y_pred, sample_weight)
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
@@ -165,12 +155,8 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         return ops.sum(ops.expand_dims(weights, -1) * values, axis=-2)
 
     def get_config(self):
-        return {
-            **super().get_config(),
-            "distribution": self.distribution,
-            "scale": self.scale,
-            "normalized": self.normalized,
-        }
+        names = ("distribution", "scale", "normalized")
+        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
 
 
 def _classes(y_pred):
@@ -204,9 +190,6 @@ def pack_mixture(routing: Routing, expert_outputs: Tensor) -> Tensor:
 
     Returns:
         (batch, ..., K, 1 + D') float32 tensor.
-
-    Raises:
-        ValueError: If the outputs are of another K.
     """
     expert_outputs = ops.convert_to_tensor(expert_outputs)
     if expert_outputs.shape[-2] != routing.weights.shape[-1]:

@@ -15,22 +15,26 @@ class RouterLoss(Configured):
     """Abstract: a weighted scalar of a routing.
 
     A subclass implements `compute(routing)`, which returns the loss before its weight, one float.
-    Class attributes describe it:
+    With state, it returns the variables that each layer keeps for it from `state_shapes`, and
+    implements `compute(routing, state)`, which returns the loss and the new state; the state is
+    None in evaluation. Class attributes describe it:
 
     - `balances`: whether it evens out the load. Advice about the layer then names it.
     - `per_sequence`: whether `compute` has an argument `sequence_length` as well.
     - `usual_weight` and `value_at_balance`, optional: a weight that works, and the loss at an even
       load. With them `callbacks.ExpertHealth` warns of a weight that is too small or too large.
 
-    A loss with state returns from `state_shapes` the variables that each layer keeps for it. It
-    implements `compute(routing, state)`, which returns the loss and the new state.
-
     Args:
         weight: Float, at least 0. Factor of the loss. Each layer copies it into a variable, which
             `callbacks.RouterLossSchedule` changes in training.
 
     Raises:
-        ValueError: If `weight` is not a finite number of at least 0.
+        ValueError: If an argument is out of its range.
+
+    Example:
+
+    >>> routing = keras_moe.routers.TopKRouter(num_experts=8)(keras.random.normal((32, 64)))
+    >>> value = keras_moe.losses.LoadBalance(weight=1e-2)(routing)
     """
 
     balances = False
@@ -52,10 +56,7 @@ class RouterLoss(Configured):
         return {}
 
     def compute(self, routing: Any, *args: Any) -> Any:
-        """Return the loss before its weight; with a state, also the new state, in its order.
-
-        The state is None in evaluation, where none is kept.
-        """
+        """Return the loss before its weight; with a state, also the new state, in its order."""
         raise NotImplementedError(f"{type(self).__name__} must implement `compute(routing)`.")
 
     def get_config(self):
@@ -67,17 +68,10 @@ class LoadBalance(RouterLoss):
     """Spreads tokens over the experts: `E * sum_e f_e * P_e`, 1 at balance, more when skewed.
 
     `f_e` is expert e's share of all assignments over all K choices, before any drop; `P_e` is its
-    mean probability. Padding counts in neither. The gradient flows through `P` only.
+    mean probability, through which alone the gradient flows. It does not grow with K, as in some
+    implementations.
 
-    It does not grow with K, as in some implementations, and is computed for each layer alone.
-
-    Arguments and errors: as for `RouterLoss`.
-
-    Example:
-
-    >>> loss = keras_moe.losses.LoadBalance(weight=1e-2)
-    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
-    >>> value = loss(router(keras.random.normal((32, 64))))
+    Arguments, errors and an example: as for `RouterLoss`.
 
     Reference: Fedus et al. 2021 (arXiv:2101.03961), eq. 4 to 6.
     """
@@ -99,13 +93,7 @@ class SequenceLoadBalance(RouterLoss):
     inputs between the first and the last. Elsewhere all tokens are one, unless `sequence_length` is
     given. A sequence of padding alone is left out.
 
-    Arguments and errors: as for `RouterLoss`.
-
-    Example:
-
-    >>> loss = keras_moe.losses.SequenceLoadBalance(weight=1e-4)
-    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
-    >>> value = loss(router(keras.random.normal((32, 64))), sequence_length=16)
+    Arguments, errors and an example: as for `RouterLoss`.
 
     Reference: DeepSeek-V3 (arXiv:2412.19437), eq. 17 to 20.
     """
@@ -137,22 +125,13 @@ class GlobalLoadBalance(RouterLoss):
     """`LoadBalance` of the batch of an optimizer step, as small batches are hard to balance.
 
     The shares `f` count all micro-batches so far in the step, on all replicas. The probabilities
-    `P` come from this micro-batch alone, as only they have a gradient.
+    `P` come from this micro-batch alone, as only they have a gradient. Only layers can call it.
 
     Args:
-        weight: Float, at least 0. Factor of the loss.
         accumulation_steps: Integer. The `gradient_accumulation_steps` of the optimizer, times the
             calls of the layer in one pass.
 
-    Raises:
-        ValueError: If an argument is out of its range, or the loss is called outside of a layer.
-
-    Example:
-
-    >>> layer = keras_moe.layers.MixtureOfExperts(
-    ...     keras_moe.layers.FeedForwardExperts(num_experts=8, hidden_dim=32),
-    ...     router_losses=[keras_moe.losses.GlobalLoadBalance(accumulation_steps=4)],
-    ... )
+    Other arguments, errors and an example: as for `RouterLoss`.
 
     Reference: Qiu et al. 2025 (arXiv:2501.11873), section 3.
     """
@@ -183,13 +162,7 @@ class GlobalLoadBalance(RouterLoss):
 class ImportanceVariation(RouterLoss):
     """Evens out the summed scores of the experts: their squared coefficient of variation.
 
-    Arguments and errors: as for `RouterLoss`.
-
-    Example:
-
-    >>> loss = keras_moe.losses.ImportanceVariation(weight=1e-2)
-    >>> router = keras_moe.routers.NoisyTopKRouter(num_experts=8)
-    >>> value = loss(router(keras.random.normal((32, 64))))
+    Arguments, errors and an example: as for `RouterLoss`.
 
     Reference: Shazeer et al. 2017 (arXiv:1701.06538), eq. 6 and 7, of the scores of all experts as
     in V-MoE (arXiv:2106.05974), appendix A.1.
@@ -211,13 +184,7 @@ class LoadVariation(RouterLoss):
     The load of a noisy router is the expected number of assignments, which has a gradient. The load
     of any other router is a count without a gradient: use `LoadBalance` there.
 
-    Arguments and errors: as for `RouterLoss`.
-
-    Example:
-
-    >>> loss = keras_moe.losses.LoadVariation(weight=1e-2)
-    >>> router = keras_moe.routers.NoisyTopKRouter(num_experts=8)
-    >>> value = loss(router(keras.random.normal((32, 64)), training=True))
+    Arguments, errors and an example: as for `RouterLoss`.
 
     Reference: Shazeer et al. 2017 (arXiv:1701.06538), eq. 8 to 11.
     """
@@ -235,13 +202,7 @@ class LoadVariation(RouterLoss):
 class RouterZ(RouterLoss):
     """Keeps router logits small: mean over real tokens of `logsumexp(logits) ** 2`.
 
-    Arguments and errors: as for `RouterLoss`.
-
-    Example:
-
-    >>> loss = keras_moe.losses.RouterZ(weight=1e-3)
-    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
-    >>> value = loss(router(keras.random.normal((32, 64))))
+    Arguments, errors and an example: as for `RouterLoss`.
 
     Reference: Zoph et al. 2022, ST-MoE (arXiv:2202.08906), eq. 5.
     """
@@ -260,13 +221,7 @@ class RouterEntropy(RouterLoss):
 
     For a router that chooses by a threshold, as `routers.TopPRouter` does.
 
-    Arguments and errors: as for `RouterLoss`.
-
-    Example:
-
-    >>> loss = keras_moe.losses.RouterEntropy(weight=1e-4)
-    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
-    >>> value = loss(router(keras.random.normal((32, 64))))
+    Arguments, errors and an example: as for `RouterLoss`.
 
     Reference: Huang et al. 2024 (arXiv:2403.07652), eq. 6.
     """

@@ -6,7 +6,6 @@ from keras_moe.metrics.decisions import (
     count_table,
     expert_saliency,
     mutual_information,
-    router_confidence,
     router_saturation,
     unserved_fraction,
 )
@@ -35,14 +34,10 @@ __all__ = [
     "load_entropy",
     "load_imbalance",
     "mutual_information",
-    "router_confidence",
     "router_entropy",
     "router_saturation",
     "unserved_fraction",
 ]
 
 __getattr__ = former_names(__name__)
-
-
-def __dir__():
-    return __all__
+__dir__ = __all__.copy

@@ -12,23 +12,8 @@ from keras_moe.metrics.usage import as_counts
 from keras_moe.ops.balance import masked_mean
 from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.routing import Routing, count_assignments
-from keras_moe.ops.selection import chosen_experts, mask_invalid, take_scores
+from keras_moe.ops.selection import chosen_experts, mask_invalid
 from keras_moe.ops.soft import SoftPlan
-
-
-def router_confidence(routing: Routing) -> Tensor:
-    """Mean over real tokens of the highest probability: 1 / E undecided, 1 decided.
-
-    Args:
-        routing: An `ops.Routing`.
-
-    Returns:
-        Scalar, float32; 0 where every token is padding.
-    """
-    probs = ops.convert_to_tensor(routing.probs)
-    # Not `ops.max`, which fails where there are no tokens.
-    best = ops.expand_dims(ops.argmax(probs, axis=-1), 1)
-    return masked_mean(take_scores(probs, best)[:, 0], routing.mask)
 
 
 def unserved_fraction(routing: Routing, plan: GroupedPlan | SoftPlan) -> Tensor:
@@ -37,9 +22,6 @@ def unserved_fraction(routing: Routing, plan: GroupedPlan | SoftPlan) -> Tensor:
     Args:
         routing: An `ops.Routing`.
         plan: The plan of the routing, `router.plan(routing)`.
-
-    Returns:
-        Scalar, float32; 0 where every token is padding.
     """
     unserved = ops.logical_not(plan.served())
     return masked_mean(ops.cast(unserved, "float32"), routing.mask)
@@ -72,14 +54,10 @@ def router_saturation(before: Routing, after: Routing) -> Tensor:
 
 
 def coactivation(routing: Routing) -> Tensor:
-    """Which experts serve the same tokens.
+    """Which experts serve the same tokens of a routing, (E, E) float32.
 
-    Args:
-        routing: An `ops.Routing`.
-
-    Returns:
-        (E, E) float32: the share of the tokens of the row's expert that the column's expert serves
-        too; 0 for an expert without tokens.
+    The share of the tokens of the row's expert that the column's expert serves too; 0 without
+    tokens.
 
     Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.2.
     """
@@ -102,8 +80,8 @@ def count_table(routing: Routing, groups: Tensor, num_groups: int) -> Tensor:
         (G, E) float32.
 
     Raises:
-        ValueError: If there is not one group for each token, or a list or NumPy array has one out
-            of range; in a tensor such a token counts for no group.
+        ValueError: If `groups` are not T, or a list or NumPy array has one out of range; in a
+            tensor such a token counts for no group.
     """
     num_groups = check_integer("num_groups", num_groups)
     check_indices("groups", groups, num_groups)
@@ -111,25 +89,20 @@ def count_table(routing: Routing, groups: Tensor, num_groups: int) -> Tensor:
     check_tensors({"T": routing.mask.shape[0]}, groups=(groups, "T", "int"))
     num_experts = routing.counts.shape[0]
     indices = mask_invalid(routing.indices, num_experts)
-    groups = ops.expand_dims(ops.cast(groups, "int32"), 1)
-    known = ops.logical_and(groups >= 0, groups < num_groups)
-    used = ops.logical_and(indices >= 0, ops.expand_dims(routing.mask, 1))
+    groups = ops.expand_dims(mask_invalid(ops.cast(groups, "int32"), num_groups), 1)
+    real = ops.logical_and(groups >= 0, ops.expand_dims(routing.mask, 1))
     cells = num_groups * num_experts
-    cell = ops.where(ops.logical_and(used, known), groups * num_experts + indices, cells)
-    cell = ops.reshape(cell, (-1,))
+    used = ops.logical_and(indices >= 0, real)
+    cell = ops.reshape(ops.where(used, groups * num_experts + indices, cells), (-1,))
     table = ops.segment_sum(ops.ones_like(cell, dtype="float32"), cell, cells + 1)
     return ops.reshape(table[:-1], (num_groups, num_experts))
 
 
 def mutual_information(table: Tensor) -> Tensor:
-    """Mutual information of a token's group and its expert, in nats.
+    """Mutual information of a token's group and its expert, in nats, float32.
 
     Args:
-        table: Tensor or list, (G, E). Assignments of each group to each expert, as `count_table`
-            returns them.
-
-    Returns:
-        Scalar, float32: 0 if independent or without assignments, at most the logarithm of G or E.
+        table: Tensor or list, (G, E). Assignments of each group to each expert, see `count_table`.
     """
     table = as_counts(table, "GE", "table")
     joint = table / ops.maximum(ops.sum(table), 1.0)
@@ -145,9 +118,7 @@ def expert_saliency(
 
     Args:
         layer: A `layers.MixtureOfExperts` whose tokens choose experts.
-        inputs: Float tensor or list. Inputs of the layer.
-        mask: Tensor or list of bools, or None. Mask of the inputs.
-        token_ids: Integers or None. Those that a `routers.HashRouter` needs.
+        inputs, mask, token_ids: Tensors or lists, or None. As in a call of the layer.
 
     Returns:
         (E,) float32; 0 for an expert without tokens.

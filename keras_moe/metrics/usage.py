@@ -34,13 +34,9 @@ def load_imbalance(counts: Tensor) -> Tensor:
 
 @register
 def load_entropy(counts: Tensor) -> Tensor:
-    """Entropy of the shares, divided by `log E`.
+    """Entropy of the shares of `counts` (E,), divided by `log E`, float32.
 
-    Args:
-        counts: Tensor or list, (E,). Assignments per expert.
-
-    Returns:
-        Scalar, float32: 1 at balance, 0 if one of several has everything or without assignments.
+    1 at balance, 0 if one of several has everything or without assignments.
     """
     share = expert_share(counts)
     num_experts = share.shape[0]
@@ -51,35 +47,23 @@ def load_entropy(counts: Tensor) -> Tensor:
 
 @register
 def dead_experts(counts: Tensor) -> Tensor:
-    """Number of experts with less than a thousandth of the mean, such as no assignment.
-
-    Args:
-        counts: Tensor or list, (E,). Assignments per expert, or shares of the combine weight.
-
-    Returns:
-        Scalar, float32.
-    """
+    """Number of experts with less than a thousandth of the mean of `counts` (E,), float32."""
     return ops.sum(ops.cast(is_dead(counts), "float32"))
 
 
 def is_dead(counts):
-    """Which experts have less than a thousandth of the mean, (E,) bool; all if there is nothing.
-
-    Not zero: where all experts serve all tokens, counts are sums of weights.
-    """
+    """Which experts `dead_experts` counts, (E,) bool; all if there is nothing."""
     counts = as_counts(counts)
+    # Not zero: where all experts serve all tokens, counts are sums of weights.
     return counts <= 1e-3 * ops.mean(counts)
 
 
 def dropped_fraction(dropped: float, counts: Tensor) -> Tensor:
-    """Share of the assignments that were dropped for lack of a slot.
+    """Share of the assignments that were dropped for lack of a slot, float32.
 
     Args:
         dropped: Scalar. Number of dropped assignments.
         counts: Tensor or list, (E,). Assignments per expert, before any drop.
-
-    Returns:
-        Scalar, float32; 0 without assignments.
     """
     dropped = ops.convert_to_tensor(dropped, "float32")
     check_tensors(dropped=(dropped, ""))
@@ -88,14 +72,7 @@ def dropped_fraction(dropped: float, counts: Tensor) -> Tensor:
 
 @register
 def expert_share(counts: Tensor) -> Tensor:
-    """Each expert's share of the assignments.
-
-    Args:
-        counts: Tensor or list, (E,). Assignments per expert.
-
-    Returns:
-        (E,) float32; 0 without assignments.
-    """
+    """Each expert's share of the assignments `counts` (E,), float32; 0 without assignments."""
     counts = as_counts(counts)
     return counts / _or_one(ops.sum(counts))
 
@@ -111,7 +88,6 @@ def as_counts(counts, axes="E", name="counts"):
 
 
 def _or_one(values):
-    """Values to divide by: 1 in the place of 0."""
     return ops.where(values > 0, values, 1.0)
 
 
@@ -126,15 +102,11 @@ class UsageMetric(keras.metrics.Metric):
         name: String or None. Name of the metric; None: the name of the function.
         dtype: String or None. Dtype of the metric.
 
-    Raises:
-        ValueError: If `num_experts` is not positive.
-
     Example:
 
     >>> metric = keras_moe.metrics.UsageMetric(keras_moe.metrics.load_imbalance, num_experts=8)
     >>> router = keras_moe.routers.TopKRouter(num_experts=8)
     >>> metric.update_state(router(keras.random.normal((32, 64))))
-    >>> imbalance = float(metric.result())
     """
 
     def __init__(
@@ -143,21 +115,12 @@ class UsageMetric(keras.metrics.Metric):
         super().__init__(name=name or function.__name__, dtype=dtype)
         self.function = function
         self.num_experts = check_integer("num_experts", num_experts)
-        shape = (self.num_experts,)
-        self.counts = self.add_variable(shape, "zeros", dtype="float32", name="counts")
+        self.counts = self.add_variable((self.num_experts,), "zeros", "float32", name="counts")
 
     def update_state(self, routing: Routing) -> None:
-        """Add the assignments of a routing, in which padding does not count.
-
-        Args:
-            routing: An `ops.Routing`.
-
-        Raises:
-            ValueError: If the routing has another number of experts.
-        """
-        counts = routing.counts
-        check_tensors({"E": self.num_experts}, **{"routing.counts": (counts, "E")})
-        self._add(ops.cast(counts, "float32"), ops.cast(routing.dropped, "float32"))
+        """Add the assignments of an `ops.Routing`, in which padding does not count."""
+        check_tensors({"E": self.num_experts}, **{"routing.counts": (routing.counts, "E")})
+        self._add(ops.cast(routing.counts, "float32"), ops.cast(routing.dropped, "float32"))
 
     def _add(self, counts, dropped):
         self.counts.assign_add(counts)
@@ -180,14 +143,11 @@ class UsageMetric(keras.metrics.Metric):
 
 @register
 class DroppedFraction(UsageMetric):
-    """`metrics.dropped_fraction` of all routings since the last reset.
-
-    Arguments as in `UsageMetric`, without `function`.
-    """
+    """`metrics.dropped_fraction` of all routings. Arguments: as for `UsageMetric`."""
 
     def __init__(self, num_experts: int, name: str | None = None, dtype: Any = None):
         super().__init__(self._fraction, num_experts, name or "dropped_fraction", dtype)
-        self.dropped = self.add_variable((), "zeros", dtype="float32", name="dropped")
+        self.dropped = self.add_variable((), "zeros", "float32", name="dropped")
 
     def _add(self, counts, dropped):
         self.counts.assign_add(counts)
@@ -204,18 +164,9 @@ class DeadExpertsOverWindow(UsageMetric):
     `metrics.dead_experts` counts which are dead. Each `update_state` is a batch.
 
     Args:
-        num_experts: Integer. Number of experts, E.
         window: Integer. Batches in a row in which an expert must be dead.
-        name: String or None. Name of the metric.
-        dtype: String or None. Dtype of the metric.
 
-    Example:
-
-    >>> metric = keras_moe.metrics.DeadExpertsOverWindow(num_experts=8, window=2)
-    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
-    >>> for _ in range(3):
-    ...     metric.update_state(router(keras.random.normal((32, 64))))
-    >>> dead = float(metric.result())
+    Other arguments: as for `UsageMetric`.
     """
 
     def __init__(

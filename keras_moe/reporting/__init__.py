@@ -18,26 +18,21 @@ def report(
 
     It opens without a network and shows verdicts with what to try, a table of the layers, plots,
     and the text coloured by the expert that served each token, with weights and probabilities under
-    the mouse or the arrow keys. All of the data are shown: pass a few hundred documents.
+    the mouse or the arrow keys. All of the data are shown: pass a few hundred documents. Needs
+    matplotlib: `pip install matplotlib`.
 
     Layers that see different tokens, as the encoder and decoder of a translator do, take their own
     `labels` and `tokens`: a dict of them by the name of the layer.
 
-    Needs matplotlib: `pip install matplotlib`.
-
     Args:
         model: A Keras model.
         data: Array or nested list, or a list or dict of arrays for a model with several inputs. All
-            documents at once, as `model.predict` takes them; `surgery` and `inspection` take lists
-            of batches instead.
+            documents at once, as `model.predict` takes them, not in batches.
         labels: Integers or strings, one for each document or (documents, positions), or None.
         tokens: Strings to show, for each document a list or a text that is split at blanks, or
             None, which shows integer data as they are. Where a layer sees fewer positions than
             there are tokens, each position shows the neighbours it stands for.
-        path: String or path. File to write; it is whole or not there.
-
-    Returns:
-        The path, a `pathlib.Path`.
+        path: String or path. File to write, which is whole or not there. It is returned.
 
     Raises:
         ValueError: If `data` is empty or not what the model takes, or `labels` or `tokens` do not
@@ -47,11 +42,9 @@ def report(
     Example:
 
     >>> import tempfile
-    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
-    >>> model = keras.Sequential([
-    ...     keras.layers.Embedding(100, 16), keras_moe.layers.MixtureOfExperts(experts, name="moe")
-    ... ])
-    >>> data = keras.ops.convert_to_numpy(keras.random.randint((8, 10), 0, 100))
+    >>> moe = keras_moe.layers.MixtureOfExperts(keras_moe.layers.FeedForwardExperts(4, 32))
+    >>> model = keras.Sequential([keras.layers.Embedding(100, 16), moe])
+    >>> data = [[5, 6, 7], [8, 9, 10]]
     >>> path = keras_moe.report(model, data, path=f"{tempfile.mkdtemp()}/report.html")
     """
     path = pathlib.Path(path)

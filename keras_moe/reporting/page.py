@@ -37,28 +37,26 @@ _STYLE = {
 
 
 def render(model_name, num_documents, layers):
-    """The whole page for a list of `LayerStudy`."""
     template = string.Template(
         resources.files("keras_moe.reporting").joinpath("page.html").read_text(encoding="utf-8")
     )
+    tokens = max((int(layer.routing.mask.sum()) for layer in layers), default=0)
+    documents = f"{num_documents:,} document{'s' * (num_documents != 1)}"
+    data = {"layers": [_layer_data(layer, num_documents) for layer in layers if layer.texts]}
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return template.substitute(
         title=_escape(f"Experts of {model_name}"),
-        subtitle=_subtitle(num_documents, layers),
+        subtitle=f"{documents}, {tokens:,} token{'s' * (tokens != 1)} routed",
         verdicts="\n".join(_verdicts(layers)),
         layers=_table(layers) if layers else "",
         plots="\n".join(_plots(layers)),
-        data=_script_data(num_documents, layers),
+        # Inside a script element only its own end tag and comments mean anything.
+        data=text.replace("<", "\\u003c"),
     )
 
 
 def _escape(text):
     return html.escape(as_text(text))
-
-
-def _subtitle(num_documents, layers):
-    tokens = max((int(layer.routing.mask.sum()) for layer in layers), default=0)
-    documents = f"{num_documents:,} document{'s' * (num_documents != 1)}"
-    return f"{documents}, {tokens:,} token{'s' * (tokens != 1)} routed"
 
 
 def _verdicts(layers):
@@ -124,8 +122,11 @@ def _bars(counts):
 
 def _plots(layers):
     layers = [layer for layer in layers if layer.routing.counts.sum()]
-    by_row = [("label", layer, layer.labels) for layer in layers]
-    by_row += [("token, most frequent first", layer, _repeated(layer)) for layer in layers]
+    by_row: list = [("label", layer, layer.labels) for layer in layers]
+    for layer in layers:
+        real = [text for text, is_real in zip(layer.texts, layer.routing.mask) if is_real]
+        if 0 < 2 * len(set(real)) <= len(real):  # They repeat often enough.
+            by_row.append(("token, most frequent first", layer, np.array(layer.texts)))
     routings = {layer.summary.name: layer.routing for layer in layers}
     # The page says in words that a router computes no numbers.
     sure = {name: r for name, r in routings.items() if np.isfinite(r.probs[r.mask]).all()}
@@ -142,14 +143,7 @@ def _plots(layers):
             yield _figure("Which experts serve the same tokens", plot)
 
 
-def _repeated(layer):
-    """The texts of the tokens, if they repeat often enough."""
-    real = [text for text, is_real in zip(layer.texts, layer.routing.mask) if is_real]
-    return np.array(layer.texts) if 0 < 2 * len(set(real)) <= len(real) else None
-
-
 def _figure(caption, plot):
-    """A plot as SVG with a caption."""
     file, caption = io.StringIO(), _escape(caption)
     with warnings.catch_warnings():
         # The browser has the glyphs that the fonts of matplotlib lack.
@@ -163,42 +157,28 @@ def _figure(caption, plot):
     )
 
 
-def _script_data(num_documents, layers):
-    data = {"layers": [_layer_data(layer, num_documents) for layer in layers if layer.texts]}
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    # Inside a script element only its own end tag and comments mean anything.
-    return text.replace("<", "\\u003c")
-
-
 def _layer_data(layer, num_documents):
     routing = layer.routing
     # Best first: routers with a place for each expert do not sort.
     best_first = np.argsort(-routing.weights, axis=1, kind="stable")
-    indices, weights = (
-        np.take_along_axis(values, best_first, axis=1)
-        for values in (routing.indices, routing.weights)
-    )
+    indices = np.take_along_axis(routing.indices, best_first, axis=1)
+    weights = np.take_along_axis(routing.weights, best_first, axis=1)
     chosen = np.take_along_axis(routing.probs, np.maximum(indices, 0), axis=1)
+    rows = np.reshape([] if layer.labels is None else layer.labels, (num_documents, -1))
+    same = rows.size and (rows == rows[:, :1]).all()
     return {
         "name": as_text(layer.summary.name),
         "topK": indices.shape[1],
         "positions": len(routing.mask) // num_documents,
         "counts": routing.counts.tolist(),
         "texts": [as_text(text) for text in layer.texts],
-        "labels": _document_labels(layer, num_documents),
+        # A heading for each document, where all of its tokens have one label.
+        "labels": [as_text(row[0]) for row in rows] if same else None,
         "padding": np.flatnonzero(~routing.mask).tolist(),
         "experts": indices.reshape(-1).tolist(),
         "weights": _percent(weights),
         "probabilities": _percent(chosen),
     }
-
-
-def _document_labels(layer, num_documents):
-    """A heading for each document, where all of its tokens have one label."""
-    if layer.labels is None:
-        return None
-    rows = layer.labels.reshape(num_documents, -1)
-    return [as_text(row[0]) for row in rows] if (rows == rows[:, :1]).all() else None
 
 
 def _percent(values):

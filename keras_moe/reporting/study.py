@@ -36,10 +36,8 @@ def study(model, data, labels, tokens):
     arrays = _as_arrays(data)
     sizes = {len(array) if array.ndim else 0 for array in keras.tree.flatten(arrays)}
     if len(sizes) != 1 or not min(sizes):
-        raise ValueError(
-            "`data` must be arrays of the same number of documents, at least one. "
-            f"Received: data={shortened(data)}"
-        )
+        rule = "`data` must be arrays of the same number of documents, at least one"
+        raise ValueError(f"{rule}. Received: data={shortened(data)}")
     num_documents = sizes.pop()
     layers = moe_layers(model) if has_moe_layers(model) else {}
     labels = _for_each_layer("labels", labels, layers, num_documents)
@@ -61,9 +59,8 @@ def study(model, data, labels, tokens):
     summaries = {summary.name: summary for summary in summarize(model)}
     studies = []
     for name, routing in by_layer(called).items() if called else ():
-        num_tokens = len(routing.mask)
-        positions = num_tokens // num_documents if num_tokens % num_documents == 0 else 0
-        texts = token_texts(tokens[name], arrays, positions, num_documents)
+        positions, rest = divmod(len(routing.mask), num_documents)
+        texts = token_texts(tokens[name], arrays, 0 if rest else positions, num_documents)
         studies.append(_study(layers[name], summaries[name], routing, labels[name], texts))
     return num_documents, studies
 
@@ -95,12 +92,15 @@ def _for_each_layer(argument, values, layers, num_documents):
 def token_texts(tokens, arrays, positions, num_documents):
     """One string for each token of a layer, documents one after the other.
 
-    `positions` are those that the layer has in each document; 0 if its tokens are not laid out so.
+    `positions` is how many a layer has in each document; 0 if its tokens are not laid out so.
     """
     if not positions:
         return []
     if tokens is None:
-        documents, length = _from_data(arrays, positions, num_documents)
+        documents, length = [[f"#{place}" for place in range(positions)]] * num_documents, positions
+        for array in reversed(keras.tree.flatten(arrays)):
+            if array.ndim == 2 and np.issubdtype(array.dtype, np.integer):
+                documents, length = array.tolist(), array.shape[1]
     else:
         documents = [text.split() if isinstance(text, str) else list(text) for text in tokens]
         lengths = [array.shape[1] for array in keras.tree.flatten(arrays) if array.ndim > 1]
@@ -120,14 +120,6 @@ def _as_text(token):
     return text if text.strip(" ") else "␣" * len(text)
 
 
-def _from_data(arrays, positions, num_documents):
-    """Integer data, else numbers of positions; and the length of a document."""
-    for array in keras.tree.flatten(arrays):
-        if array.ndim == 2 and np.issubdtype(array.dtype, np.integer):
-            return array.tolist(), array.shape[1]
-    return [[f"#{place}" for place in range(positions)]] * num_documents, positions
-
-
 def _study(layer, summary, routing, labels, texts):
     routing = routing._replace(indices=np.where(routing.mask[:, None], routing.indices, -1))
     entropy = float(metrics.router_entropy(routing)) / math.log(max(summary.num_experts, 2))
@@ -136,9 +128,7 @@ def _study(layer, summary, routing, labels, texts):
         *health.judge_drops(float(routing.dropped)),
         *_judge_router(layer.router, routing, entropy),
     ]
-    information = None
-    if not texts:  # the layer has no place for each document
-        labels = None
+    information, labels = None, labels if texts else None  # Else documents have no places.
     if labels is not None:
         labels = labels_of_tokens(labels, len(routing.mask))
         information = bits_in_common(label_table(routing, labels)[0])
@@ -151,8 +141,5 @@ def _judge_router(router, routing, entropy):
         return []  # A fixed router has no confidence to report.
     found = health.judge_router(entropy, health.logit_sizes(logits, router).max(initial=0))
     # Sigmoids are close to each other, however decided the router is: hints are about entropy.
-    return [
-        each
-        for each in found
-        if health.fact(router, "shift_invariant") or each.level == health.PROBLEM
-    ]
+    with_hints = health.fact(router, "shift_invariant")
+    return [each for each in found if with_hints or each.level == health.PROBLEM]

@@ -83,7 +83,4 @@ __all__ = [
 ]
 
 __getattr__ = former_names(__name__)
-
-
-def __dir__():
-    return __all__
+__dir__ = __all__.copy

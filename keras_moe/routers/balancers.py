@@ -22,16 +22,19 @@ class SelectionBalancer(Configured):
     """Abstract: from routings to a selection bias that evens out the load.
 
     In training a router measures each batch on each replica, and updates its bias once an optimizer
-    step by the mean of the measurements. The bias of a step is fixed before the step, so that
-    no token's experts depend on later tokens. Padding is not measured.
+    step by the mean of the measurements. So no token's experts depend on later tokens. Padding is
+    not measured.
 
     A subclass implements `measure(routing, scores, bias)` and `update(bias, measured)`; all but the
     scores (T, E) have length E. `measure` gathers what cannot be averaged over replicas.
 
     Args:
-        accumulation_steps: Integer. Micro-batches of an optimizer step, the
+        accumulation_steps: Integer. Micro-batches of an optimizer step: the
             `gradient_accumulation_steps` of the optimizer, times the calls of the layer in one
-            pass, as where its weights are shared over depth.
+            pass.
+
+    Raises:
+        ValueError: If an argument is out of its range.
     """
 
     def __init__(self, accumulation_steps: int = 1):
@@ -52,21 +55,17 @@ class LossFreeBias(SelectionBalancer):
     """Raises the bias of experts below the mean load, and lowers the others.
 
     `b_e <- b_e + rate * sign(mean(c) - c_e)`, then the mean of b is subtracted, which changes no
-    selection and keeps b near zero. There is no loss, so no gradient works against the task.
+    selection. There is no loss, so no gradient works against the task.
 
     Args:
         rate: Float. Step of the bias. Raise it, for example to 0.01, if the load evens out too
-            slowly. Lower it if that steadies the load of evaluations from epoch to epoch; it varies
-            at any rate while the router still learns.
-        accumulation_steps: Integer. Micro-batches of an optimizer step.
+            slowly; lower it if that steadies the load of evaluations from epoch to epoch.
 
-    Raises:
-        ValueError: If an argument is out of its range.
+    Other arguments and errors: as for `SelectionBalancer`.
 
     Example:
 
     >>> balancer = keras_moe.routers.LossFreeBias(rate=0.01)
-    >>> router = keras_moe.routers.TopKRouter(num_experts=8, score="sigmoid", balancer=balancer)
 
     Reference: Wang et al. 2024 (arXiv:2408.15664), algorithm 1; DeepSeek-V3 (arXiv:2412.19437),
     section 2.1.2. Subtracting the mean is not in the papers.
@@ -96,21 +95,17 @@ class QuantileBias(SelectionBalancer):
     """Sets the bias so that each expert would have had its fair share of the last batch.
 
     A token needs more than its threshold, the (K+1)-th best of its biased scores, to choose an
-    expert. The bias of an expert, minus a quantile over the tokens, lifts its score above the
-    threshold for N K / E of the N tokens. It follows the load within a few steps.
+    expert. The bias lifts the score of an expert above the threshold for N K / E of the N tokens.
 
     Args:
         momentum: Float from 0 to below 1. Share of the old bias that is kept.
-        accumulation_steps: Integer. Micro-batches of an optimizer step. Their biases are averaged,
-            which is close to the bias of all their tokens if the micro-batches are alike.
 
-    Raises:
-        ValueError: If an argument is out of its range.
+    Other arguments and errors: as for `SelectionBalancer`. The biases of micro-batches are
+    averaged.
 
     Example:
 
     >>> balancer = keras_moe.routers.QuantileBias(momentum=0.9)
-    >>> router = keras_moe.routers.TopKRouter(num_experts=8, score="sigmoid", balancer=balancer)
 
     Reference: the quantile balancing of Megatron-Core, whose dual variable beta is minus this bias.
     """
@@ -152,12 +147,7 @@ def get(identifier):
 
 
 class MatchingRouter(LogitRouter):
-    """Abstract: in training, tokens and experts are matched by `match(logits, mask)`.
-
-    In training a token's experts depend on the whole batch, so later tokens leak a little. In
-    evaluation a token goes to its best experts. The weights are scores of the logits: a sigmoid for
-    K = 1, a softmax over all experts otherwise.
-    """
+    """Abstract: in training, tokens and experts are matched by `match(logits, mask)`."""
 
     causal = False
     default_losses = ()
@@ -181,23 +171,15 @@ class MatchingRouter(LogitRouter):
 class SinkhornRouter(MatchingRouter):
     """In training, tokens choose from a plan in which all experts have the same load.
 
-    The plan decides which experts are chosen; weights are the scores themselves: a sigmoid of the
-    logit for `top_k=1`, a softmax over all experts otherwise. In evaluation tokens choose by the
-    logits. In training a token's experts depend on the whole batch, so later tokens leak a little.
+    The weights are scores of the logits: a sigmoid for `top_k=1`, a softmax over all experts
+    otherwise. In evaluation tokens choose by the logits. In training a token's experts depend on
+    the whole batch, so later tokens leak a little.
 
     Args:
-        num_experts: Integer. Number of experts, E.
         top_k: Integer. Experts per token, K, at most E.
         iterations: Integer. Rounds of the algorithm; fixed, so that it compiles.
-        **kwargs: Other arguments, as in `LogitRouter`.
 
-    Raises, call arguments and returns: as for `Router`, without `indices`.
-
-    Example:
-
-    >>> router = keras_moe.routers.SinkhornRouter(num_experts=8, top_k=1)
-    >>> router(keras.random.normal((32, 64)), training=True).indices.shape
-    (32, 1)
+    Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
 
     Reference: Clark et al. 2022 (arXiv:2202.01169), section 3.2 and appendix B.
     """
@@ -222,10 +204,10 @@ class BalancedAssignmentRouter(MatchingRouter):
     """In training every expert has the same number of tokens, assigned by preference.
 
     One expert per token, its weight the sigmoid of its logit. In evaluation a token goes to its
-    best expert, whatever the load. In training a token's expert depends on the whole batch. The
-    assignment is stable rather than optimal: no token and expert both prefer each other to their
-    assignment. BASE layers also add the input times one minus the weight, as the residual
-    connection around the layer does here.
+    best expert. In training a token's expert depends on the whole batch. The assignment is stable
+    rather than optimal: no token and expert both prefer each other to their assignment. BASE layers
+    also add the input times one minus the weight, as the residual connection around the layer does
+    here.
 
     Arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
 

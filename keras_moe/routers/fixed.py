@@ -26,23 +26,20 @@ class HashRouter(Router):
     `router.table.assign(table)`.
 
     Args:
-        num_experts: Integer. Number of experts, E.
         vocabulary_size: Integer. Number of token ids, required. Any integer is an id, modulo this:
             larger ones start again from 0, -1 is the last. Beyond int32 the last 32 bits count.
         top_k: Integer. Experts per token, K, at most E.
         seed: Integer seed of the table (vocabulary_size, K).
-        score: String. "softmax", "sigmoid" or "sqrt_softplus": the experts of the table are weighed
-            by scores of a learned kernel (D, E), as in DeepSeek-V4. None: all alike.
-        **kwargs: `name` and `trainable`, as in any Keras layer.
+        score: String. "softmax", "sigmoid" or "sqrt_softplus": the experts of the table are
+            weighted by scores of a learned kernel (D, E), as in DeepSeek-V4. None: all alike.
 
-    Raises, call arguments and returns: as for `TopKRouter`, with `token_ids`: Integer tensor with T
-    entries. Without `indices`.
+    Other arguments, errors, call arguments and returns: as for `Router`, without `indices`;
+    `token_ids` are required.
 
     Example:
 
     >>> router = keras_moe.routers.HashRouter(num_experts=8, vocabulary_size=1000)
-    >>> ids = keras.ops.arange(32)
-    >>> router(keras.random.normal((32, 64)), token_ids=ids).indices.shape
+    >>> router(keras.random.normal((32, 64)), token_ids=keras.ops.arange(32)).indices.shape
     (32, 1)
 
     Reference: Roller et al. 2021, Hash layers (arXiv:2106.04426), section 3.1, random hash.
@@ -99,13 +96,8 @@ class HashRouter(Router):
         return _top_k_routing(logits, self.top_k, mask, self.score, select=lambda scores: indices)
 
     def get_config(self):
-        return {
-            **super().get_config(),
-            "vocabulary_size": self.vocabulary_size,
-            "top_k": self.top_k,
-            "seed": self.seed,
-            "score": self.score,
-        }
+        names = ("vocabulary_size", "top_k", "seed", "score")
+        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
 
 
 @register
@@ -118,20 +110,15 @@ class ForcedRouter(Router):
     - "one": all tokens to the first K experts
 
     Args:
-        num_experts: Integer. Number of experts, E.
         top_k: Integer. Experts per token, K, at most E. They have the weight 1 / K.
         pattern: String, one of the above.
         seed: Integer seed of the draws, or None.
-        **kwargs: `name` and `trainable`, as in any Keras layer.
 
-    Raises, call arguments and returns: as for `Router`, without `indices`.
+    Other arguments, errors, call arguments and returns: as for `Router`, without `indices`.
 
     Example:
 
     >>> router = keras_moe.routers.fixed.ForcedRouter(num_experts=4, pattern="round_robin")
-    >>> routing = router(keras.random.normal((32, 64)))
-    >>> keras.ops.convert_to_numpy(routing.counts).tolist()
-    [16, 16, 16, 16]
     """
 
     default_losses = ()
@@ -152,22 +139,18 @@ class ForcedRouter(Router):
         self.check_num_experts()
 
     def route(self, tokens, mask, training, **context):
-        indices = self._indices(ops.shape(tokens)[0])
-        return _fixed_routing(indices, mask, self.num_experts)
-
-    def _indices(self, num_tokens):
-        choices = ops.arange(self.top_k, dtype="int32")
-        if self.pattern == "one":
-            return ops.zeros((num_tokens, 1), "int32") + choices
-        if self.pattern == "round_robin":
-            first = ops.expand_dims(ops.arange(num_tokens, dtype="int32"), 1) * self.top_k
-            return (first + choices) % self.num_experts
-        # The best of log p + Gumbel noise are draws without replacement.
-        shape = (num_tokens, self.num_experts)
-        noise = -ops.log(-ops.log(draws.uniform(shape, self._draws)))
-        if self.pattern == "zipf":
-            noise = noise - ops.log(ops.arange(1, self.num_experts + 1, dtype="float32"))
-        return top_k_indices(noise, self.top_k)
+        num_tokens, num_experts = ops.shape(tokens)[0], self.num_experts
+        if self.pattern in ("one", "round_robin"):
+            step = self.top_k if self.pattern == "round_robin" else 0
+            first = ops.expand_dims(ops.arange(num_tokens, dtype="int32"), 1) * step
+            indices = (first + ops.arange(self.top_k, dtype="int32")) % num_experts
+        else:
+            # The best of log p + Gumbel noise are draws without replacement.
+            noise = -ops.log(-ops.log(draws.uniform((num_tokens, num_experts), self._draws)))
+            if self.pattern == "zipf":
+                noise = noise - ops.log(ops.arange(1, num_experts + 1, dtype="float32"))
+            indices = top_k_indices(noise, self.top_k)
+        return _fixed_routing(indices, mask, num_experts)
 
     def get_config(self):
         config = super().get_config()
@@ -180,7 +163,7 @@ def _check_has_ids(token_ids):
 
 
 def _fixed_routing(indices, mask, num_experts):
-    """Return a routing to given experts (T, K) with equal weights."""
+    """A routing to given experts (T, K) with equal weights."""
     num_tokens, top_k = ops.shape(indices)
     return _make_routing(
         indices=indices,

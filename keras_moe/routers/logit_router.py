@@ -19,7 +19,6 @@ class LogitRouter(Adaptable, Router):
     """Abstract: a router whose logits are learned; linear, unless a subclass overrides `project`.
 
     Args:
-        num_experts: Integer. Number of experts, E. None: the number of the layer around the router.
         input_jitter: Float from 0 to below 1. In training the router, not the experts, sees its
             inputs multiplied by noise uniform in `[1 - input_jitter, 1 + input_jitter]` (Switch
             uses 0.01).
@@ -30,12 +29,10 @@ class LogitRouter(Adaptable, Router):
             `keras.regularizers.OrthogonalRegularizer(mode="columns")` keeps the experts' directions
             apart (arXiv:2506.14038).
         seed: Integer seed of the noise, or None.
-        hidden_dim: Integer or None. Width H of a hidden layer with ReLU before the kernel, which
-            then is (H, E).
+        hidden_dim: Integer or None. Width H of a hidden layer with ReLU before the kernel (H, E).
         temperature: Float above 0. Logits are divided by it: scores are sharper below 1.
-        **kwargs: `name` and `trainable`, as in any Keras layer. `dtype` is always float32.
 
-    Raises, call arguments and returns: as for `Router`.
+    Other arguments, errors, call arguments and returns: as for `Router`.
     """
 
     # Whether a `project` that is overridden multiplies by `times_kernel`, and so has LoRA.
@@ -116,21 +113,18 @@ class LogitRouter(Adaptable, Router):
         return logits, mask
 
     def hidden_features(self, tokens: Tensor) -> Tensor:
-        """Return what is projected of tokens (T, D): a hidden layer (T, H), or the tokens."""
+        """Return the inputs of `project`: a hidden layer (T, H), or the tokens (T, D)."""
         if not self.hidden_dim:
             return tokens
         return ops.relu(ops.matmul(tokens, self.hidden_kernel) + self.hidden_bias)
 
     def _noise(self, draw, like):
-        """Return numbers of the shape of a tensor (R, C), from one of `ops.draws`."""
         return draw(ops.shape(like), self._noise_seed)
 
     def check_takes_lora(self):
         if not (type(self).project is LogitRouter.project or self.projects_by_times_kernel):
-            raise NotImplementedError(
-                "A router with LoRA must compute its logits by products with the kernel. "
-                f"Received: a `{type(self).__name__}`"
-            )
+            rule = "A router with LoRA must compute its logits by products with the kernel"
+            raise NotImplementedError(f"{rule}. Received: a `{type(self).__name__}`")
 
     def add_factors(self, a_initializer="he_uniform", b_initializer="zeros"):
         self.kernel_lora_a, self.kernel_lora_b = factors_for(
@@ -139,7 +133,7 @@ class LogitRouter(Adaptable, Router):
         self.lora_enabled = True
 
     def _saved_variables(self):
-        """Return the variables in a file: all but factors, whose product is in the kernel there."""
+        """The variables in a file: all but factors, whose product is in the kernel there."""
         factors = (self.kernel_lora_a, self.kernel_lora_b) if self.lora_enabled else ()
         return [each for each in own_variables(self) if all(each is not f for f in factors)]
 
@@ -175,13 +169,10 @@ class LogitRouter(Adaptable, Router):
         return kernel
 
     def get_config(self):
+        names = ("input_jitter", "logit_noise", "seed", "hidden_dim", "temperature")
         return {
             **super().get_config(),
-            "input_jitter": self.input_jitter,
-            "logit_noise": self.logit_noise,
+            **{name: getattr(self, name) for name in names},
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
-            "seed": self.seed,
-            "hidden_dim": self.hidden_dim,
-            "temperature": self.temperature,
         }

@@ -61,18 +61,10 @@ class NoisyTopKRouter(NoisyRouter):
     are a softmax over the K largest of H.
 
     Args:
-        num_experts: Integer. Number of experts, E.
         top_k: Integer. Experts per token, K, at most E. With 1 the weight is the probability among
             all experts, as the softmax over one alone would be 1 and have no gradient.
-        **kwargs: Other arguments, as in `LogitRouter`.
 
-    Raises, call arguments and returns: as for `Router`, without `indices`.
-
-    Example:
-
-    >>> router = keras_moe.routers.NoisyTopKRouter(num_experts=8)
-    >>> router(keras.random.normal((32, 64)), training=True).indices.shape
-    (32, 2)
+    Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
 
     Reference: Shazeer et al. 2017 (arXiv:1701.06538), eq. 3 to 5 and 8 to 10; the smallest noise as
     in tensor2tensor.
@@ -98,18 +90,10 @@ class VMoERouter(NoisyRouter):
     them `losses.ImportanceVariation`, are without noise.
 
     Args:
-        num_experts: Integer. Number of experts, E.
         top_k: Integer. Experts per token, K, at most E.
         noise_std: Float. Standard deviation of the noise times E.
-        **kwargs: Other arguments, as in `LogitRouter`.
 
-    Raises, call arguments and returns: as for `Router`, without `indices`.
-
-    Example:
-
-    >>> router = keras_moe.routers.VMoERouter(num_experts=8)
-    >>> router(keras.random.normal((32, 64)), training=True).indices.shape
-    (32, 2)
+    Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
 
     Reference: Riquelme et al. 2021 (arXiv:2106.05974), section 2.2 and appendix A.
     """
@@ -132,24 +116,15 @@ class GShardRouter(LogitRouter):
     """Two experts per token; in training the second serves only as often as its weight deserves.
 
     The two best probabilities are divided by their sum. In training the second expert is kept with
-    probability `min(1, weight / threshold)`: a second expert that hardly counts is not worth a
-    slot. In evaluation it always serves; Mesh TensorFlow draws there too.
+    probability `min(1, weight / threshold)`; in evaluation it always serves.
 
     Args:
-        num_experts: Integer. Number of experts, E.
         threshold: Float above 0. Weight from which on the second expert always serves.
-        **kwargs: Other arguments, as in `LogitRouter`.
 
-    Raises, call arguments and returns: as for `Router`, without `indices`.
+    Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
 
-    Example:
-
-    >>> router = keras_moe.routers.GShardRouter(num_experts=8)
-    >>> router(keras.random.normal((32, 64)), training=True).indices.shape
-    (32, 2)
-
-    Reference: Lepikhin et al. 2020 (arXiv:2006.16668), section 2.2; the threshold as in
-    Mesh TensorFlow.
+    Reference: Lepikhin et al. 2020 (arXiv:2006.16668), section 2.2; the threshold as in Mesh
+    TensorFlow, which draws in evaluation too.
     """
 
     top_k = 2

@@ -26,37 +26,35 @@ class Router(keras.layers.Layer):
     select other experts. It can be used alone, without experts.
 
     A subclass implements `route(tokens, mask, training, **context)`, which returns an
-    `ops.Routing`, and sets `top_k`, the number of experts per token. In `route` tokens of padding
-    are zeros, and `mask` is False there. `context` has the `sequence_length`, `token_ids` and
-    `indices` of the call, each None if it was not given.
+    `ops.Routing`, and sets `top_k`, the number of experts per token. In `route` padding is zero,
+    and `mask` is False there. `context` has the `sequence_length`, `token_ids` and `indices` of the
+    call, or None.
 
-    Class attributes describe it:
+    A subclass overrides `plan` if its tokens do not choose experts, and `max_top_k`, `mean_top_k`
+    and `min_top_k` if the number of experts differs between tokens. Class attributes describe it:
 
     - `causal`: False if a token's experts depend on other tokens of the batch, which rules the
       router out for language models.
     - `default_losses`: names of the losses of a layer that is given none.
     - `replays_indices`: True if `route` chooses `indices` where they are given.
 
-    A subclass overrides `plan` if its tokens do not choose experts, and `max_top_k`, `mean_top_k`
-    and `min_top_k` if the number of experts differs between tokens.
-
     Args:
         num_experts: Integer. Number of experts, E. None: the number of the layer around the router.
         **kwargs: `name` and `trainable`, as in any Keras layer.
 
     Raises:
-        ValueError: If `num_experts` is not positive, or `dtype` is not float32.
+        ValueError: If an argument is out of its range, or `dtype` is not float32.
 
     Call arguments:
         tokens: (T, D) float tensor.
         mask: (T,) bool tensor, False for padding, or None.
-        training: Boolean. Whether noise is added.
+        training: Boolean. Whether noise is added and state is updated.
         sequence_length: Integer. Length of each sequence in `tokens`, for routers that treat each
             alone. None: all tokens are one sequence.
         token_ids: Integer tensor with T entries. Ids of the tokens in the vocabulary.
         indices: (T, K) integer tensor of experts to replay: the router weighs them by its own
-            scores, with their gradient, instead of choosing. In a tensor, numbers of no expert
-            count as -1, for none; in an array they are refused.
+            scores, with their gradient, instead of choosing. -1 is no expert, and so is any other
+            number of none in a tensor; in an array these are refused.
 
     Returns:
         An `ops.Routing`.
@@ -140,10 +138,8 @@ class Router(keras.layers.Layer):
         if token_ids is not None:
             token_ids = ops.reshape(token_ids, (-1,))
         if indices is not None and not self.replays_indices:
-            raise ValueError(
-                "`indices` can be replayed by routers with `replays_indices`. "
-                f"Received: indices for a `{type(self).__name__}`"
-            )
+            rule = "`indices` can be replayed by routers with `replays_indices`"
+            raise ValueError(f"{rule}. Received: indices for a `{type(self).__name__}`")
         tensors = {
             "tokens": (tokens, "TD", "float"),
             "mask": (mask, "T", "mask"),
@@ -159,14 +155,8 @@ class Router(keras.layers.Layer):
             # Padding may hold anything, NaN included, and its gradient must be zero.
             tokens = ops.where(ops.expand_dims(real, 1), tokens, 0.0)
         with backend.without_autocast(tokens):
-            routing = self.route(
-                tokens,
-                real,
-                training,
-                sequence_length=sequence_length,
-                token_ids=token_ids,
-                indices=indices,
-            )
+            context = {"sequence_length": sequence_length, "token_ids": token_ids}
+            routing = self.route(tokens, real, training, indices=indices, **context)
         check_fields(routing, {"T": tokens.shape[0], "E": self.num_experts, "K": self.max_top_k})
         if mask is not None and routing.mask is not real:  # A subclass may not pass the mask on.
             routing = without_padding(routing, real)

@@ -24,10 +24,7 @@ class SelectionRouter(LogitRouter):
     The bias affects which experts are chosen, never their weights. A subclass may override
     `project(tokens)` for other logits, or `select(scores)` for another choice.
 
-    Args:
-        num_experts: Integer. Number of experts, E.
-        top_k: Integer. Experts per token, K, at most E.
-        **kwargs: Arguments of `TopKRouter`.
+    Arguments: as for `TopKRouter`.
     """
 
     replays_indices = True
@@ -121,17 +118,11 @@ class SelectionRouter(LogitRouter):
         return router
 
     def get_config(self):
-        frozen = {} if self.updates_selection_bias else {"updates_selection_bias": False}
-        return {
-            **super().get_config(),
-            "top_k": self.top_k,
-            "score": self.score,
-            "renormalize": self.renormalize,
-            "scaling_factor": self.scaling_factor,
-            "balancer": config_of(self.balancer),
-            "use_bias": self.use_bias,
-            **frozen,
-        }
+        names = ["top_k", "score", "renormalize", "scaling_factor", "use_bias"]
+        if not self.updates_selection_bias:
+            names.append("updates_selection_bias")
+        own = {name: getattr(self, name) for name in names}
+        return {**super().get_config(), **own, "balancer": config_of(self.balancer)}
 
 
 @register
@@ -143,20 +134,17 @@ class TopKRouter(SelectionRouter):
     more, the chosen scores are divided by their sum (Mixtral, Jiang et al. 2024, arXiv:2401.04088).
 
     Args:
-        num_experts: Integer. Number of experts, E. None: the number of the layer around it.
         top_k: Integer. Experts per token, K, at most E. With a single expert it becomes 1.
         score: "softmax", "sigmoid" or "sqrt_softplus".
-        renormalize: Boolean. Whether the weights of a token are divided by their sum. None: if
-            K > 1. With softmax, K = 1 and True every weight is 1, and the router learns from its
-            losses only.
+        renormalize: Boolean. Whether the weights of a token are divided by their sum. None: if K >
+            1. With softmax, K = 1 and True every weight is 1, and the router learns from its losses
+            only.
         scaling_factor: Float. All weights are multiplied by it.
         balancer: "loss_free", "quantile", or a `LossFreeBias` or `QuantileBias`, which balance the
             load by a selection bias instead of a loss. None: no selection bias.
         use_bias: Boolean. Whether a learned bias (E,) is added to the logits, as in gpt-oss.
-        **kwargs: Other arguments, as in `LogitRouter`.
 
-    Raises, call arguments and returns: as for `Router`. In training, jitter and noise are applied
-    and the balancer works.
+    Other arguments, errors, call arguments and returns: as for `LogitRouter`.
 
     Example:
 
@@ -175,17 +163,9 @@ class CosineRouter(SelectionRouter):
     100: norms do not count, which keeps tokens from gathering around the directions of experts.
 
     Args:
-        num_experts: Integer. Number of experts, E.
         projection_dim: Integer. Width of the projection.
-        **kwargs: The other arguments of `TopKRouter`.
 
-    Raises, call arguments and returns: as for `TopKRouter`.
-
-    Example:
-
-    >>> router = keras_moe.routers.CosineRouter(num_experts=8, projection_dim=16)
-    >>> router(keras.random.normal((32, 64))).indices.shape
-    (32, 2)
+    Other arguments, errors, call arguments and returns: as for `TopKRouter`.
 
     Reference: Chi et al. 2022, X-MoE (arXiv:2204.09179), eq. 5 and 6; scale and cap as in Tutel.
     """
@@ -227,22 +207,10 @@ class GroupLimitedRouter(SelectionRouter):
     of a group is the sum of its two best scores, bias included.
 
     Args:
-        num_experts: Integer. Number of experts, E.
         num_groups: Integer. Number of groups; divides E.
         top_groups: Integer. Groups a token may choose from, with at least `top_k` experts together.
-        top_k: Integer. Experts per token, K.
-        score: "sigmoid", "softmax" or "sqrt_softplus".
-        **kwargs: The other arguments of `TopKRouter`.
 
-    Raises, call arguments and returns: as for `TopKRouter`.
-
-    Example:
-
-    >>> router = keras_moe.routers.GroupLimitedRouter(
-    ...     num_experts=16, num_groups=4, top_groups=2, top_k=4, balancer="loss_free"
-    ... )
-    >>> router(keras.random.normal((32, 64))).indices.shape
-    (32, 4)
+    Other arguments, errors, call arguments and returns: as for `TopKRouter`.
 
     Reference: DeepSeek-V3 (arXiv:2412.19437), section 2.1.2, node-limited routing; DeepSeek-V2
     (arXiv:2405.04434) takes the best expert of a group instead of the sum of two.
@@ -281,8 +249,5 @@ class GroupLimitedRouter(SelectionRouter):
         return top_k_indices(scores, self.top_k)
 
     def get_config(self):
-        return {
-            **super().get_config(),
-            "num_groups": self.num_groups,
-            "top_groups": self.top_groups,
-        }
+        groups = {"num_groups": self.num_groups, "top_groups": self.top_groups}
+        return {**super().get_config(), **groups}

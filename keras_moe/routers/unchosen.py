@@ -17,17 +17,10 @@ from keras_moe.routers.logit_router import LogitRouter
 class DenseRouter(LogitRouter):
     """All experts serve each token, weighted by a softmax: `y = sum_e p_e f_e(x)`.
 
-    Every expert computes every token: the best choice for a handful of small experts. A
-    `TopKRouter` with `top_k=num_experts` computes the same from the same weights, and can choose
-    fewer later.
+    The best choice for a handful of small experts. A `TopKRouter` with `top_k=num_experts` computes
+    the same from the same weights, and can choose fewer later.
 
     Arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
-
-    Example:
-
-    >>> router = keras_moe.routers.DenseRouter(num_experts=4)
-    >>> router(keras.random.normal((32, 64))).weights.shape
-    (32, 4)
 
     References: Jacobs et al. 1991, "Adaptive mixtures of local experts"; Jordan and Jacobs 1994,
     "Hierarchical mixtures of experts and the EM algorithm".
@@ -56,20 +49,14 @@ class ExpertChoiceRouter(LogitRouter):
 
     The load is balanced by construction and needs no loss. A token is served by any number of
     experts, perhaps by none. A token's experts depend on later tokens: a language model would see
-    the future in training. Inputs (batch, D) are one sequence: there an output depends on the whole
-    batch, in `predict` too.
+    the future in training. Inputs (batch, D) are one sequence, in `predict` too.
 
     Args:
-        num_experts: Integer. Number of experts, E.
         capacity_factor: Float above 0. Experts per token on average. An expert takes
             `ceil(capacity_factor * S / E)` of the S real tokens of a sequence.
-        **kwargs: Other arguments, as in `LogitRouter`.
 
-    Raises and call arguments: as for `TopKRouter`, with `sequence_length`: Integer. Tokens in each
-    sequence; None: all are one. Without `indices`.
-
-    Returns:
-        An `ops.Routing` whose K is E: place e is expert e, or -1 if it did not choose the token.
+    Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`. K
+    is E: place e is expert e, or -1 if it did not choose the token.
 
     Example:
 
@@ -115,18 +102,13 @@ class SoftRouter(LogitRouter):
 
     Everything is differentiable and no token is dropped; the experts compute `num_experts * slots`
     rows a sequence. Each output depends on the whole sequence: not for language models. Inputs
-    (batch, D) are one sequence: there an output depends on the whole batch, in `predict` too.
+    (batch, D) are one sequence, in `predict` too.
 
     Args:
-        num_experts: Integer. Number of experts, E.
         slots: Integer. Slots of each expert for each sequence, P.
-        **kwargs: Other arguments, as in `LogitRouter`.
 
-    Raises and call arguments: as for `TopKRouter`, with `sequence_length`: Integer. Tokens in each
-    sequence; None: all are one. Without `indices`.
-
-    Returns:
-        An `ops.Routing` that names for each token the one expert it takes most from; all serve it.
+    Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
+    The routing names for each token the one expert it takes most from; all serve it.
 
     Example:
 

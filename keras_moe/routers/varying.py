@@ -20,23 +20,14 @@ class TopPRouter(LogitRouter):
     """A token goes to its best experts until their probabilities add up to `threshold`.
 
     Weights are the probabilities themselves. An undecided router uses many experts;
-    `losses.RouterEntropy` penalizes indecision. Shapes have K = `max_top_k`; unused places cost
-    nothing in the experts.
+    `losses.RouterEntropy` penalizes indecision. Unused places of the K cost nothing in the experts.
 
     Args:
-        num_experts: Integer. Number of experts, E.
         threshold: Float from 0 to below 1. Sum of probabilities that is enough. At least one expert
             serves each token.
         max_top_k: Integer. Most experts per token, K, at most E. None: 4, or E if that is less.
-        **kwargs: Other arguments, as in `LogitRouter`.
 
-    Raises, call arguments and returns: as for `Router`, without `indices`.
-
-    Example:
-
-    >>> router = keras_moe.routers.TopPRouter(num_experts=8, threshold=0.4)
-    >>> router(keras.random.normal((32, 64))).indices.shape
-    (32, 4)
+    Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
 
     Reference: Huang et al. 2024 (arXiv:2403.07652), eq. 4 and 5.
     """
@@ -85,21 +76,13 @@ class ReLURouter(LogitRouter):
     weights each expert by its load, so no other balance loss is needed.
 
     Args:
-        num_experts: Integer. Number of experts, E.
         top_k: Integer. Experts per token on average that the loss aims at.
-        max_top_k: Integer. Most experts per token, K; if more than K are above zero, the best K
-            serve. None: twice `top_k`. The cost of moving rows grows with it, used or not.
+        max_top_k: Integer. Most experts per token, K, the best of those above zero. None: twice
+            `top_k`. The cost of moving rows grows with it, used or not.
         growth: Float above 1. Factor by which the strength of the loss changes in a step.
-        initial_strength: Float above 0. Strength of the loss at first.
-        **kwargs: Other arguments, as in `LogitRouter`.
+        initial_strength: Float above 0. Strength of the loss at first, and the least.
 
-    Raises, call arguments and returns: as for `Router`, without `indices`.
-
-    Example:
-
-    >>> router = keras_moe.routers.ReLURouter(num_experts=8, top_k=2)
-    >>> router(keras.random.normal((32, 64))).weights.shape
-    (32, 4)
+    Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
 
     Reference: Wang et al. 2024, ReMoE (arXiv:2412.14711), eq. 5 to 9.
     """
@@ -131,10 +114,8 @@ class ReLURouter(LogitRouter):
         if self.num_experts == 1:
             self.top_k = 1
         if self.max_top_k is not None and self.max_top_k < self.top_k:
-            raise ValueError(
-                "`max_top_k` must be at least `top_k`. "
-                f"Received: max_top_k={self.max_top_k}, top_k={self.top_k}"
-            )
+            rule = "`max_top_k` must be at least `top_k`"
+            raise ValueError(f"{rule}. Received: max_top_k={self.max_top_k}, top_k={self.top_k}")
 
     def build(self, tokens_shape):
         super().build(tokens_shape)
@@ -159,11 +140,10 @@ class ReLURouter(LogitRouter):
 
     def _add_sparsity_loss(self, routing, scores):
         # Over all scores above zero: those beyond `max_top_k` must shrink as well.
-        serves = ops.logical_and(scores > 0, ops.expand_dims(routing.mask, 1))
-        serves_or_real = ops.concatenate([serves, ops.expand_dims(routing.mask, 1)], axis=1)
-        totals = backend.devices.sum_over_replicas(
-            ops.sum(ops.cast(serves_or_real, "float32"), axis=0)
-        )
+        real = ops.expand_dims(routing.mask, 1)
+        counted = ops.concatenate([ops.logical_and(scores > 0, real), real], axis=1)
+        totals = ops.sum(ops.cast(counted, "float32"), axis=0)
+        totals = backend.devices.sum_over_replicas(totals)
         num_serving, num_real = totals[:-1], totals[-1]
         load = num_serving / ops.maximum(num_real, 1.0)
         share = load * self.num_experts / self.top_k
@@ -180,10 +160,5 @@ class ReLURouter(LogitRouter):
         self.strength.assign(ops.maximum(changed, self.initial_strength))
 
     def get_config(self):
-        return {
-            **super().get_config(),
-            "top_k": self.top_k,
-            "max_top_k": self.max_top_k,
-            "growth": self.growth,
-            "initial_strength": self.initial_strength,
-        }
+        names = ("top_k", "max_top_k", "growth", "initial_strength")
+        return {**super().get_config(), **{name: getattr(self, name) for name in names}}

@@ -19,10 +19,7 @@ from keras_moe.surgery import measuring
 from keras_moe.surgery.cutting import cut, groups_of, merge, obstacles, router_like
 
 __all__ = ["Surgery", "merge_experts", "prune_experts", "set_top_k"]
-
-
-def __dir__():
-    return __all__
+__dir__ = __all__.copy
 
 
 class Surgery(NamedTuple):
@@ -47,8 +44,8 @@ def prune_experts(
 ) -> Surgery:
     """Take the least important experts out of a model, in place.
 
-    Routers lose the columns of those experts, and choose among the others; nothing else changes.
-    Compiled models can train on at once, with an optimizer that starts again.
+    Routers lose the columns of those experts, and choose among the others. Compiled models can
+    train on at once, with an optimizer that starts again.
 
     Args:
         model: Keras model. A built model with MoE layers, or one such layer.
@@ -58,8 +55,7 @@ def prune_experts(
             (E,), higher for those to keep, or a dict of them by the name of the layer.
         keep: Number or dict. How many experts stay in each layer: a float from above 0 to 1 is a
             share, which is rounded up, any other whole number a number; or a dict of these by the
-            name of the layer, as in `inspection.moe_layers`. Layers that are not in a dict keep
-            all.
+            name of the layer, see `inspection.moe_layers`. Layers that are not in a dict keep all.
         data: List of batches: each inputs, or a tuple of inputs, targets and weights.
 
     Returns:
@@ -71,14 +67,12 @@ def prune_experts(
 
     Example:
 
-    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=8, hidden_dim=32)
-    >>> model = keras.Sequential([
-    ...     keras.Input((16,)), keras_moe.layers.MixtureOfExperts(experts, name="moe")
-    ... ])
+    >>> moe = keras_moe.layers.MixtureOfExperts(keras_moe.layers.FeedForwardExperts(8, 32))
+    >>> model = keras.Sequential([keras.Input((16,)), moe])
     >>> data = [keras.random.normal((64, 16))]
     >>> surgery = keras_moe.surgery.prune_experts(model, by="saliency", keep=4, data=data)
-    >>> model.get_layer("moe").experts.num_experts, len(surgery.experts["moe"])
-    (4, 4)
+    >>> moe.experts.num_experts
+    4
 
     References: Lasby et al. 2025 (arXiv:2510.13999); Muzio et al. 2024 (arXiv:2404.05089) for
     pruning by usage.
@@ -97,30 +91,18 @@ def merge_experts(model: keras.Layer, keep: float | dict = 0.5, data: Sequence =
 
     The most used experts stay; each of the others is merged into the most similar of these, by the
     router's logits over the tokens. Weights are averaged by usage, after the hidden features of the
-    two were matched.
+    two were matched. Experts that are layers may differ in the values of their weights only.
 
-    Args:
-        model: Keras model. A built model with MoE layers, or one such layer.
-        keep: Number or dict. As in `prune_experts`.
-        data: List of batches. As in `prune_experts`.
-
-    Returns:
-        A `Surgery`.
-
-    Raises:
-        ValueError: As in `prune_experts`, or if experts that are layers differ in more than the
-            values of their weights.
+    Arguments, errors and the result are as in `prune_experts`.
 
     Example:
 
-    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=8, hidden_dim=32)
-    >>> model = keras.Sequential([
-    ...     keras.Input((16,)), keras_moe.layers.MixtureOfExperts(experts, name="moe")
-    ... ])
+    >>> moe = keras_moe.layers.MixtureOfExperts(keras_moe.layers.FeedForwardExperts(8, 32))
+    >>> model = keras.Sequential([keras.Input((16,)), moe])
     >>> data = [keras.random.normal((64, 16))]
     >>> surgery = keras_moe.surgery.merge_experts(model, keep=4, data=data)
-    >>> sorted(sum(surgery.experts["moe"], []))
-    [0, 1, 2, 3, 4, 5, 6, 7]
+    >>> moe.experts.num_experts
+    4
 
     Reference: Li et al. 2024, M-SMoE (arXiv:2310.01334), section 3, without its decomposition.
     """
@@ -138,20 +120,17 @@ def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
 
     Args:
         model: Keras model. A model with MoE layers, or one such layer.
-        top_k: Integer or dict. Experts per token, K, or a dict of these by the name of the layer,
-            as in `inspection.moe_layers`. Layers that are not in a dict keep theirs.
+        top_k: Integer or dict. Experts per token, K, or a dict of these by the name of the layer.
+            Layers that are not in a dict keep theirs.
 
     Raises:
         ValueError: If a router does not choose a fixed number, or has fewer experts.
 
     Example:
 
-    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=8, hidden_dim=32)
-    >>> model = keras.Sequential([
-    ...     keras.Input((16,)), keras_moe.layers.MixtureOfExperts(experts, name="moe")
-    ... ])
-    >>> keras_moe.surgery.set_top_k(model, 1)
-    >>> model.get_layer("moe").router.top_k
+    >>> moe = keras_moe.layers.MixtureOfExperts(keras_moe.layers.FeedForwardExperts(8, 32))
+    >>> keras_moe.surgery.set_top_k(keras.Sequential([keras.Input((16,)), moe]), 1)
+    >>> moe.router.top_k
     1
     """
     layers = _layers(model, top_k, "top_k")
@@ -159,11 +138,8 @@ def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
     for name, layer in layers.items():
         router, is_ours = layer.router, layer.has_own_config
         if not is_ours or "top_k" not in router.get_config() or isinstance(router, HashRouter):
-            origin = (
-                f"a `{type(router).__name__}`"
-                if is_ours
-                else "made by `convert.use_sparse_experts`"
-            )
+            ours, theirs = f"a `{type(router).__name__}`", "made by `convert.use_sparse_experts`"
+            origin = ours if is_ours else theirs
             raise ValueError(
                 "The router of a layer must choose `top_k` experts by their scores, and have the "
                 f"number in its own config. Received: {name!r}, {origin}"
@@ -217,10 +193,8 @@ def _layers(model, given, argument):
     if not isinstance(given, dict):
         return layers
     if not given or set(given) - set(layers):
-        raise ValueError(
-            f"`{argument}` must name MoE layers of the model, {', '.join(layers)}. "
-            f"Received: {argument}={shortened(given)}"
-        )
+        rule = f"`{argument}` must name MoE layers of the model, {', '.join(layers)}"
+        raise ValueError(f"{rule}. Received: {argument}={shortened(given)}")
     return {name: layer for name, layer in layers.items() if name in given}
 
 

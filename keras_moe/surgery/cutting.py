@@ -18,7 +18,6 @@ _MATCHED = (FeedForwardExperts, GatedExperts, LinearExperts)
 
 
 def obstacles(layer, merging):
-    """Why experts of a layer cannot be taken out or merged."""
     bank, router = layer.experts, layer.router
     if not layer.built:
         yield "which is not built"
@@ -47,14 +46,12 @@ def obstacles(layer, merging):
 def _kind(layer):
     parts = layer._flatten_layers()
     names = (getattr(getattr(part, "activation", None), "__name__", "") for part in parts)
-    types = map(type, layer._flatten_layers())
-    return *zip(types, names), *(tuple(weight.shape) for weight in layer.weights)
+    return *zip(map(type, parts), names), *(tuple(weight.shape) for weight in layer.weights)
 
 
 def router_like(router, **changes):
     """A router that differs from another in some arguments, not built."""
-    config = router.get_config()
-    number = changes.get("num_experts", router.num_experts)
+    config, number = router.get_config(), changes.get("num_experts", router.num_experts)
     if config.get("max_top_k") is not None:
         config["max_top_k"] = min(config["max_top_k"], number)
     config.update((key, value) for key, value in changes.items() if key in config)
@@ -81,10 +78,10 @@ def cut(layer, experts):
         if isinstance(bank, LayerExperts):
             config = {**bank.get_config(), "layers": [bank.layers[index] for index in experts]}
             bank = LayerExperts(**config)
-            bank.build(tokens_shape)
         else:
             bank = type(bank).from_config({**bank.get_config(), "num_experts": len(experts)})
-            bank.build(tokens_shape)
+        bank.build(tokens_shape)
+        if isinstance(bank, StackedExperts):
             _take_weights(layer.experts, bank, experts)
         set_state(layer, "router", router)
         set_state(layer, "experts", bank)
@@ -137,7 +134,11 @@ def merge(bank, groups, usage):
             for stack in stacks.values():
                 stack[center] = np.tensordot(shares[center], stack[experts], 1)
         groups = {}
-    views = [_by_feature(name, stack) for name, stack in stacks.items() if name != "down_bias"]
+    views = [  # with the hidden features first, (E, H, ...)
+        np.atleast_3d(stack) if stack.ndim == 2 or name == "down_kernel" else stack.swapaxes(1, 2)
+        for name, stack in stacks.items()
+        if name != "down_bias"
+    ]
     for center, experts in groups.items():
         features = {e: np.concatenate([view[e] for view in views], axis=1) for e in experts}
         orders = [_match(features[center], features[expert]) for expert in experts]
@@ -148,13 +149,6 @@ def merge(bank, groups, usage):
             stacks["down_bias"][center] = shares[center] @ stacks["down_bias"][experts]
     for weight in bank.weights:
         weight.assign(stacks[weight.name])
-
-
-def _by_feature(name, stack):
-    """A view of the weights of all experts, (E, H, ...)."""
-    if stack.ndim == 2:
-        return stack[:, :, None]
-    return stack if name == "down_kernel" else np.swapaxes(stack, 1, 2)
 
 
 def _match(to, features):

@@ -13,11 +13,10 @@ from keras_moe.metrics.decisions import contributions, served_tokens
 
 def loss_on(model, data):
     """The loss of a compiled model on batches with targets, else None."""
-    have_targets = [
-        isinstance(batch, (tuple, list)) and len(batch) > 1 and batch[1] is not None
-        for batch in data
-    ]
-    if not data or not all(have_targets) or not getattr(model, "compiled", False):
+    for batch in data:
+        if not isinstance(batch, (tuple, list)) or len(batch) < 2 or batch[1] is None:
+            return None
+    if not data or not getattr(model, "compiled", False):
         return None
     losses, sizes = [], []
     for number, batch in enumerate(data):
@@ -35,24 +34,21 @@ MEASURES = ("usage", "saliency", "contribution")
 def importance(by, model, layers, data):
     """One of `MEASURES` of each expert, (E,) for each layer by name.
 
-    Over the tokens t that go to expert e, "usage" is their number (its share of their weights
-    where all experts serve all tokens), "contribution" the sum of what it adds to them,
-    `w_te ||f_e(x_t)||`, and "saliency" the mean of that, 0 without tokens. Lasby et al. 2025, REAP
-    (arXiv:2510.13999), eq. 9.
+    Over the tokens t that go to expert e, "usage" is their number (its share of their weights where
+    all experts serve all tokens), "contribution" the sum of what it adds to them, `w_te
+    ||f_e(x_t)||`, and "saliency" the mean of that, 0 without tokens: eq. 9 of REAP.
     """
     if by == "usage":
         return _summed(model, layers, data, _counts)[0]
     sums, counts = _summed(model, layers, data, contributions, _served)
-    if by == "contribution":
-        return sums
-    return {name: sums[name] / np.maximum(counts[name], 1.0) for name in layers}
+    saliency = {name: sums[name] / np.maximum(counts[name], 1.0) for name in layers}
+    return sums if by == "contribution" else saliency
 
 
 def usage_and_similarity(model, layers, data):
     """The usage, and the correlation of the logits of two experts over the tokens, (E, E).
 
-    What all logits of a token share changes no softmax, and is taken out. Li et al. 2024
-    (arXiv:2310.01334), section 3.2, compares logits too.
+    What all logits of a token share changes no softmax, and is taken out.
     """
     counts, products = _summed(model, layers, data, _counts, _products)
     norms = {name: np.sqrt(np.maximum(np.diag(each), 1e-12)) for name, each in products.items()}
@@ -60,7 +56,7 @@ def usage_and_similarity(model, layers, data):
 
 
 def _counts(layer, routing, tokens):
-    return ops.cast(routing.counts, "float32")
+    return routing.counts
 
 
 def _served(layer, routing, tokens):

@@ -11,13 +11,7 @@ except ImportError as error:
         'Run `pip install "keras-tuner[bayesian]" six`.'
     ) from error
 
-from keras_moe.tuner.cost import (
-    CostMonitor,
-    ParetoRow,
-    WithinBudget,
-    format_table,
-    pareto_table,
-)
+from keras_moe.tuner.cost import CostMonitor, ParetoRow, WithinBudget, format_table, pareto_table
 from keras_moe.tuner.search_space import DefaultsFirst, SearchSpace
 
 __all__ = [
@@ -29,7 +23,4 @@ __all__ = [
     "format_table",
     "pareto_table",
 ]
-
-
-def __dir__():
-    return __all__
+__dir__ = __all__.copy

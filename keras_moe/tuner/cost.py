@@ -22,8 +22,7 @@ class CostMonitor(keras.callbacks.Callback):
 
     Example:
 
-    >>> monitor = keras_moe.tuner.CostMonitor()
-    >>> # search.search(x, y, validation_data=validation, callbacks=[monitor])
+    >>> monitor = keras_moe.tuner.CostMonitor()  # for the `callbacks` of a tuner's `search`
     """
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -49,8 +48,8 @@ class WithinBudget(keras_tuner.Objective):
 
     Args:
         budget: Float, greater than 0. Highest cost.
-        cost: String. The limited value in the logs: "active_flops" or "step_seconds", which
-            `CostMonitor` measures, or any other.
+        cost: String. The limited value in the logs, such as "active_flops" or "step_seconds" of
+            `CostMonitor`.
         loss: String. Value in the logs to minimise.
 
     Raises:
@@ -59,10 +58,7 @@ class WithinBudget(keras_tuner.Objective):
     Example:
 
     >>> objective = keras_moe.tuner.WithinBudget(1000)
-    >>> frugal = objective.get_value({"val_loss": 3.0, "active_flops": 1000.0})
-    >>> lavish = objective.get_value({"val_loss": 0.1, "active_flops": 1001.0})
-    >>> objective.better_than(frugal, lavish)
-    True
+    >>> score = objective.get_value({"val_loss": 3.0, "active_flops": 1000.0})
     """
 
     def __init__(self, budget: float, cost: str = "active_flops", loss: str = "val_loss"):
@@ -99,15 +95,12 @@ class ParetoRow(NamedTuple):
 def pareto_table(
     search: Any, cost: str = "active_flops", loss: str = "val_loss"
 ) -> list[ParetoRow]:
-    """Return all finished trials by cost, the cheapest first.
+    """Return all finished trials by cost, the cheapest first, as a list of `ParetoRow`.
 
     Args:
         search: `keras_tuner.Tuner` after `search`, whose callbacks had a `CostMonitor`.
         cost: String. Name in the logs of what is spent.
         loss: String. Name in the logs of what is minimised.
-
-    Returns:
-        List of one `ParetoRow` for each finished trial; `format_table` makes it text.
 
     Raises:
         ValueError: If a trial has no such value in its logs.
@@ -117,24 +110,20 @@ def pareto_table(
         trials = [trial for trial in oracle.trials.values() if trial.status == "COMPLETED"]
     else:  # A worker of a distributed search asks its chief, by a message of 32 bits.
         trials = oracle.get_best_trials(oracle.max_trials or 2**31 - 1)
-    points = []
+    rows, least = [], math.inf
     for trial in trials:
         spent, value = (float(trial.metrics.get_best_value(name)) for name in (cost, loss))
-        points.append((spent, value, trial))
-    rows, least = [], math.inf
-    for spent, value, trial in sorted(points, key=lambda point: point[:2]):
         values = dict(trial.hyperparameters.values)
-        rows.append(ParetoRow(trial.trial_id, spent, value, value < least, values))
-        least = min(least, value)
+        rows.append(ParetoRow(trial.trial_id, spent, value, False, values))
+    rows.sort(key=lambda row: (row.cost, row.loss))
+    for place, row in enumerate(rows):
+        rows[place] = row._replace(efficient=row.loss < least)
+        least = min(least, row.loss)
     return rows
 
 
 def format_table(rows: Sequence[ParetoRow]) -> str:
-    """Return a `pareto_table` as text, one line a trial; `*` marks the efficient ones.
-
-    Args:
-        rows: List of `ParetoRow`.
-    """
+    """Return a `pareto_table` as text, one line a trial; `*` marks the efficient ones."""
     names = list(dict.fromkeys(name for row in rows for name in row.values))
     lines = [["", "trial", "cost", "loss", *names]]
     for row in rows:

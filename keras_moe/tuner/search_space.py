@@ -20,16 +20,14 @@ class SearchSpace:
     """The values from which a search chooses each part of a MoE layer.
 
     Values come as a list, tuple, range or array. The first of an argument is the one picked by
-    hand, which `DefaultsFirst` tries first, and a single one is fixed. An expert is
-    `active_width / K` wide, so that neither the number of experts nor `top_k` changes what the
-    experts cost.
+    hand, which `DefaultsFirst` tries first, and a single one is fixed. An expert is `active_width /
+    K` wide, so that neither the number of experts nor `top_k` changes what the experts cost.
 
     Args:
         active_width: Integers. Widths K * H of the experts of a token together, each divisible by
             each K.
         num_experts: Integers. Numbers of experts, E.
-        top_k: Integers. Experts per token, K. "switch" and "balanced_assignment" have one, whatever
-            it is.
+        top_k: Integers. Experts per token, K. "switch" and "balanced_assignment" always have one.
         routers: Strings. Routers whose tokens all have K experts: "cosine", "deepseek_v3",
             "noisy_top_k", "sinkhorn", "top_k", "balanced_assignment" and "switch".
         loss_weights: Dict of names for `losses.get` to floats, their weights.
@@ -64,15 +62,12 @@ class SearchSpace:
         self.active_width = _values("active_width", active_width, check_integer)
         self.num_experts = _values("num_experts", num_experts, check_integer)
         self.top_k = _values("top_k", top_k, check_integer)
-        self.routers = _values(
-            "routers", routers, partial(check_choice, choices=TAKE_TOP_K + SET_TOP_K)
-        )
-        self.loss_weights = {
-            check_choice("loss_weights", loss, losses.IDENTIFIERS): _values(
-                "loss_weights", weights, check_number
-            )
-            for loss, weights in loss_weights.items()
-        }
+        check_router = partial(check_choice, choices=TAKE_TOP_K + SET_TOP_K)
+        self.routers = _values("routers", routers, check_router)
+        self.loss_weights = {}
+        for loss, weights in loss_weights.items():
+            check_choice("loss_weights", loss, losses.IDENTIFIERS)
+            self.loss_weights[loss] = _values("loss_weights", weights, check_number)
         capacity_factors = _values("capacity_factors", capacity_factors)
         for factor in capacity_factors:
             layers.Capacity.get(factor)
@@ -84,10 +79,8 @@ class SearchSpace:
         ):
             top_k = _router(*router).top_k
             if width % top_k:
-                raise ValueError(
-                    "Each `active_width` must be divisible by each number of experts per token. "
-                    f"Received: active_width={width}, top_k={top_k}"
-                )
+                rule = "Each `active_width` must be divisible by each number of experts per token"
+                raise ValueError(f"{rule}. Received: active_width={width}, top_k={top_k}")
 
     def sample(
         self,
@@ -96,7 +89,8 @@ class SearchSpace:
         router_losses: Sequence = (),
         **kwargs: Any,
     ) -> layers.MixtureOfExperts:
-        """Return a layer with the values of this trial.
+        """Return a new `layers.MixtureOfExperts` with the values of this trial, the same in each
+        call.
 
         Args:
             hp: `keras_tuner.HyperParameters` that a model-building function is given.
@@ -104,13 +98,17 @@ class SearchSpace:
             router_losses: Losses besides those in `loss_weights`, such as one of your own whose
                 weight is `hp.Choice("weight", ...)`.
             **kwargs: Further arguments of the layer, such as `name` and `shared_expert`.
-
-        Returns:
-            A new `layers.MixtureOfExperts`. Layers of one space have the same values in a trial.
         """
         with hp.name_scope(self.name):
             num_experts = self._choose(hp, "num_experts", self.num_experts)
-            router = self._sample_router(hp, num_experts)
+            name = self._choose(hp, "router", self.routers)
+            arguments = {"num_experts": num_experts}
+            open_routers = [router for router in self.routers if router in TAKE_TOP_K]
+            if open_routers:
+                with hp.conditional_scope("router", open_routers):
+                    if name in open_routers:
+                        arguments["top_k"] = self._choose(hp, "top_k", self.top_k)
+            router = _router(name, **arguments)
             hidden_dim = self._choose(hp, "active_width", self.active_width) // router.top_k
             capacity = self.capacities[self._choose(hp, "capacity_factor", list(self.capacities))]
             searched = [
@@ -125,17 +123,7 @@ class SearchSpace:
             **kwargs,
         )
 
-    def _sample_router(self, hp, num_experts):
-        name = self._choose(hp, "router", self.routers)
-        open_routers = [router for router in self.routers if router in TAKE_TOP_K]
-        if open_routers:
-            with hp.conditional_scope("router", open_routers):
-                if name in open_routers:
-                    return _router(name, num_experts, self._choose(hp, "top_k", self.top_k))
-        return _router(name, num_experts)
-
     def _choose(self, hp, name, values):
-        """Return the trial's value for a name in the scope of the space."""
         if len(values) == 1:
             choice = hp.Fixed(name, values[0])
         else:
@@ -163,17 +151,14 @@ class DefaultsFirst(keras_tuner.Oracle):
     >>> import keras_tuner
     >>> class Oracle(keras_moe.tuner.DefaultsFirst, keras_tuner.oracles.RandomSearchOracle):
     ...     pass
-    >>> # search = keras_tuner.Tuner(Oracle(objective, max_trials=10), build_model)
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if super().populate_space.__func__ is keras_tuner.Oracle.populate_space:
             bases = ", ".join(base.__name__ for base in type(self).__bases__)
-            raise TypeError(
-                "`DefaultsFirst` must come before an oracle among the bases of a class. "
-                f"Received: {bases}"
-            )
+            rule = "`DefaultsFirst` must come before an oracle among the bases of a class"
+            raise TypeError(f"{rule}. Received: {bases}")
 
     def populate_space(self, trial_id):
         answer = super().populate_space(trial_id)
@@ -187,7 +172,6 @@ class DefaultsFirst(keras_tuner.Oracle):
 
 
 def _values(name, values, check=None):
-    """Return values to choose from as a list of Python numbers."""
     if isinstance(values, str) or not isinstance(values, (Sequence, np.ndarray)) or not len(values):
         received = f"{name}={shortened(values)}"
         raise ValueError(f"`{name}` must be a list of values to choose from. Received: {received}")

@@ -37,15 +37,14 @@ def upcycle(
     Each expert begins as a copy of the dense layer, or as one of `granularity` equal parts of it,
     and the router at random. The outputs of a model do not change at the start, as each token's
     weights sum to 1, whichever copies it goes to; training makes the experts differ. `L1` and `L2`
-    regularizers, which must be the same in the dense layers, add to the loss what they did. The
-    experts of frozen layers are frozen; their router is new, and trains.
+    regularizers add to the loss what they did. The experts of frozen layers are frozen; their
+    router is new, and trains.
 
     These layers are found: `Dense` layers from D to H features with an activation, then back to D
-    without, in a functional or sequential model, with dropout between them or without; a
-    `keras.Sequential` of such two in an attribute of another layer, as of our Transformer blocks;
-    and in KerasHub's Transformer blocks (Bert, GPT-2, Llama, Mistral, Qwen and others).
-    Dropout between the two is removed. A warning says which `Dense` layers look like such two and
-    stay dense, and why.
+    without, in a functional or sequential model, with dropout between them (which is removed) or
+    without; a `keras.Sequential` of such two in an attribute of another layer, as of our
+    Transformer blocks; and in KerasHub's Transformer blocks (Bert, GPT-2, Llama, Mistral, Qwen and
+    others). A warning says which `Dense` layers look like such two and stay dense, and why.
 
     With parts, the columns of the router's kernel that belong to one copy are equal, so that a
     token first goes to all parts of its best copies. With `top_k=granularity` it costs what the
@@ -57,18 +56,16 @@ def upcycle(
         num_experts: Integer. Number of experts, E, divisible by `granularity`.
         top_k: Integer. Experts per token, K, divisible by `granularity`. With 1 the weight of an
             expert is always 1, and the router learns from its losses only.
-        granularity: Integer. Number of experts into which each copy is split; divides the hidden
-            width.
-        reinitialized: Float. Share of the hidden features of each expert that is drawn again, from
-            0 to below 1, so that experts differ from the start. The outputs of the model then
+        granularity: Integer. Parts into which each copy is split; divides the hidden width.
+        reinitialized: Float from 0 to below 1. Share of the hidden features of each expert that is
+            drawn again, so that experts differ from the start. The outputs of the model then
             change.
         select: List of strings, string, function or None. Which of the layers: their names, a
             regular expression that their names match somewhere, or a function of a name. A layer is
             named after the block that holds it, or after its first `Dense`. None: all.
         every: Integer. n for every n-th of them, beginning with the n-th.
         router_losses: List or None. As in `layers.MixtureOfExperts`.
-        seed: Integer or None. None draws one from Keras's, which `keras.utils.set_random_seed`
-            sets.
+        seed: Integer or None. None draws one from Keras's, see `keras.utils.set_random_seed`.
 
     Returns:
         The model, with a `layers.MixtureOfExperts` for each of the layers, called
@@ -77,24 +74,16 @@ def upcycle(
 
     Raises:
         ValueError: If an argument is out of its range, the model has no such layers, `select` names
-            none or others; or if the dense layers of one place have different regularizers, or such
-            as cannot be divided, or constraints, or only some of them are frozen; or if layers are
+            none or others; or if the dense layers of one place have constraints, different
+            regularizers or such as cannot be divided, or only some are frozen; or if layers are
             split whose activation mixes features, such as softmax.
 
     Example:
 
-    >>> model = keras.Sequential([
-    ...     keras.Input((16,)),
-    ...     keras.layers.Dense(32, "relu", name="wide"),
-    ...     keras.layers.Dense(16),
-    ... ])
-    >>> x = keras.random.normal((4, 16))
-    >>> before = model(x)
-    >>> model = keras_moe.upcycle(model, num_experts=4)
-    >>> [layer.name for layer in model.layers]
+    >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32, "relu", name="wide")])
+    >>> model.add(keras.layers.Dense(16))
+    >>> [layer.name for layer in keras_moe.upcycle(model, num_experts=4).layers]
     ['wide_experts']
-    >>> bool(keras.ops.max(keras.ops.abs(model(x) - before)) < 1e-6)
-    True
 
     References: Komatsuzaki et al. 2022 (arXiv:2212.05055), section 3, for copies; He et al. 2024
     (arXiv:2410.07524), section 3.2, for parts and equal columns, there called virtual groups;
@@ -105,16 +94,11 @@ def upcycle(
     reinitialized = check_number("reinitialized", reinitialized, below=1)
     every = check_integer("every", every)
     if num_experts % granularity or top_k % granularity:
-        raise ValueError(
-            "`granularity` must divide `num_experts` and `top_k`: a copy is complete with all its "
-            f"parts only. Received: granularity={granularity}, num_experts={num_experts}, "
-            f"top_k={top_k}"
-        )
+        given = f"granularity={granularity}, num_experts={num_experts}, top_k={top_k}"
+        raise ValueError(f"`granularity` must divide `num_experts` and `top_k`. Received: {given}")
     chosen = _select(model, select, every)
     obstacles = [
-        f"{feed_forward.name!r} with {obstacle}"
-        for feed_forward in chosen
-        for obstacle in _obstacles(feed_forward, granularity)
+        f"{each.name!r} with {why}" for each in chosen for why in _obstacles(each, granularity)
     ]
     if obstacles:
         raise ValueError(
@@ -168,19 +152,16 @@ def _select(model, select, every):
             f"in a `keras.Sequential` inside a layer. Received: model={shortened(model)}"
             f"{' with ' * bool(left)}{'; '.join(left)}"
         )
-    names = [feed_forward.name for feed_forward in found]
-    if select is None:
-        wanted = names
-        if left:
-            warnings.warn(f"These layers stay dense: {'; '.join(left)}.", stacklevel=3)
+    names = wanted = [feed_forward.name for feed_forward in found]
+    if select is None and left:
+        warnings.warn(f"These layers stay dense: {'; '.join(left)}.", stacklevel=3)
     elif callable(select):
         wanted = list(filter(select, names))
     elif isinstance(select, str):
         wanted = [name for name in names if re.search(select, name)]
-    else:
+    elif select is not None:
         wanted = list(select)
-    chosen = [feed_forward for feed_forward in found if feed_forward.name in wanted]
-    chosen = chosen[every - 1 :: every]
+    chosen = [each for each in found if each.name in wanted][every - 1 :: every]
     if not chosen or any(name not in names for name in wanted):
         raise ValueError(
             "`select` and `every` must choose among the dense feed-forward layers of the model. "
@@ -219,10 +200,8 @@ def _obstacles(feed_forward, granularity):
 
 def _treats_features_alone(activation):
     features = np.random.default_rng(0).normal(size=(4, 8)).astype("float32")
-    of_all, of_half = (
-        ops.convert_to_numpy(activation(ops.convert_to_tensor(each)))
-        for each in (features, features[:, :4])
-    )
+    of_all, of_half = map(activation, map(ops.convert_to_tensor, (features, features[:, :4])))
+    of_all, of_half = map(ops.convert_to_numpy, (of_all, of_half))
     return np.allclose(of_all[:, :4], of_half, atol=1e-6)
 
 
@@ -231,12 +210,11 @@ _SUMS = (type(None), keras.regularizers.L1, keras.regularizers.L2, keras.regular
 
 
 def _regularizers(denses, kind):
-    having = [dense for dense in denses if kind == "kernel" or dense.use_bias]
-    return [getattr(dense, f"{kind}_regularizer") for dense in having]
+    denses = [dense for dense in denses if kind == "kernel" or dense.use_bias]
+    return [getattr(dense, f"{kind}_regularizer") for dense in denses]
 
 
 def _factors(regularizer):
-    """Factors of the L1 norm and of the squared L2 norm."""
     return tuple(float(getattr(regularizer, name, 0.0)) for name in ("l1", "l2"))
 
 
@@ -262,16 +240,9 @@ def _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng):
         trainable=up.trainable,
         name="experts",  # as in converted models, for the `enable_lora` of KerasHub
     )
-    router = TopKRouter(
-        num_experts,
-        top_k,
-        renormalize=True,
-        scaling_factor=float(granularity),
-        kernel_initializer=keras.initializers.RandomNormal(
-            stddev=0.02, seed=int(rng.integers(2**31))
-        ),
-        name="router",
-    )
+    normal = keras.initializers.RandomNormal(stddev=0.02, seed=int(rng.integers(2**31)))
+    scales: dict = {"renormalize": True, "scaling_factor": float(granularity)}
+    router = TopKRouter(num_experts, top_k, **scales, kernel_initializer=normal, name="router")
     mixture = MixtureOfExperts(
         experts, router, router_losses, name=f"{feed_forward.name}_experts", dtype=up.dtype_policy
     )
@@ -286,26 +257,23 @@ def _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng):
 def _expert_weights(feed_forward, num_experts, granularity):
     """Stacked weights of experts, float32 arrays by the names of a bank's.
 
-    Expert `c * G + g` gets the g-th of G equal parts of the hidden features of copy c. The bias of
-    the output is divided among the parts, so that the sum of G parts is the whole network.
+    Expert `c * G + g` gets the g-th of G equal parts of the hidden features of copy c, and of the
+    bias of the output, so that the sum of G parts is the whole network.
     """
-    parts = {}
-    for name in ("gate", "up"):
-        dense = getattr(feed_forward, name)
+    down = feed_forward.down
+    parts = {"down_kernel": np.split(_array(down.kernel), granularity)}
+    parts["down_bias"] = [_bias(down) / granularity] * granularity
+    for name, dense in (("gate", feed_forward.gate), ("up", feed_forward.up)):
         if dense is not None:
             parts[f"{name}_kernel"] = np.split(_array(dense.kernel), granularity, axis=1)
             parts[f"{name}_bias"] = np.split(_bias(dense), granularity)
-    down = feed_forward.down
-    parts["down_kernel"] = np.split(_array(down.kernel), granularity)
-    parts["down_bias"] = [_bias(down) / granularity] * granularity
     copies = num_experts // granularity
     return {name: np.stack(each * copies) for name, each in parts.items()}
 
 
 def _draw_again(weights, share, rng):
-    """Reinitialize a share of the hidden features of each expert, others in each.
-
-    With the mean and the standard deviation of the old ones: Drop-Upcycling, section 3.2.
+    """Draw a share of the hidden features of each expert from a normal distribution like the old
+    one.
     """
     num_experts, width, _ = weights["down_kernel"].shape
     for expert in range(num_experts):

@@ -1,8 +1,7 @@
-"""Search for the dense feed-forward networks of a model.
+"""Search for the dense feed-forward networks of a model, in three places.
 
-One is a `Dense` layer from D to H features with an activation, then one back to D without. There
-are three places: layers that follow one another in a functional or sequential model; a `Sequential`
-in an attribute of another layer; and the Transformer blocks of KerasHub, by their attributes.
+Layers that follow one another in a functional or sequential model; a `Sequential` in an attribute
+of another layer; and the Transformer blocks of KerasHub, by their attributes.
 """
 
 import collections
@@ -39,7 +38,6 @@ class FeedForward(NamedTuple):
 
 
 def feed_forwards(model):
-    """The dense feed-forward networks of a built model, in its order."""
     found: dict[int, FeedForward] = {}
     for each in _search(model, name=None, is_fixed=False):
         found.setdefault(id(each.up), each)
@@ -78,9 +76,8 @@ def _in_attributes(layer):
     if gate is None:
         yield FeedForward(layer.name, up, down, None, up.activation, (up, down), layer)
     elif _is_dense(gate) and _is_linear(up) and _is_linear(gate):
-        # Where the mixture comes: the block passes what is there through its activation.
-        layers = (gate, up, down)
-        yield FeedForward(layer.name, up, down, gate, layer.activation, layers, layer)
+        # The mixture comes in the place of the gate, which the block passes to its activation.
+        yield FeedForward(layer.name, up, down, gate, layer.activation, (gate, up, down), layer)
 
 
 def _in_graph(model):
@@ -98,12 +95,8 @@ def _chain(up, following):
     while isinstance(after, (keras.layers.Dropout, keras.layers.Activation)):
         layers.append(after)
         after = following.get(id(after))
-    activations = [
-        layer.activation
-        for layer in layers
-        if not isinstance(layer, keras.layers.Dropout) and not _is_linear(layer)
-    ]
-    return layers, activations, after
+    activations = [getattr(layer, "activation", keras.activations.linear) for layer in layers]
+    return layers, [each for each in activations if each is not keras.activations.linear], after
 
 
 def left_dense(model, found):
@@ -150,17 +143,15 @@ def _following_layers(model):
     if isinstance(model, keras.Sequential):
         return {id(a): b for a, b in zip(model.layers, model.layers[1:])}
     calls = calls_of(model)
+    following: dict = {}
     times = collections.Counter(id(layer) for layer, *_ in calls)
-    users: dict[int, list] = {}
+    users = collections.defaultdict(list, {id(tensor): [None, None] for tensor in model.outputs})
     for layer, inputs, _ in calls:
         for tensor in inputs:
-            users.setdefault(id(tensor), []).append(layer)
-    last = {id(tensor) for tensor in model.outputs}
-    following = {}
+            users[id(tensor)].append(layer)
     for layer, _, outputs in calls:
-        mine = [user for tensor in outputs for user in users.get(id(tensor), [])]
-        is_last = any(id(tensor) in last for tensor in outputs)
-        if len(mine) == 1 and not is_last and times[id(layer)] == times[id(mine[0])] == 1:
+        mine = [user for tensor in outputs for user in users[id(tensor)]]
+        if len(mine) == 1 and times[id(layer)] == times[id(mine[0])] == 1:
             following[id(layer)] = mine[0]
     return following
 

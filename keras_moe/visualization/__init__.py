@@ -14,7 +14,4 @@ from keras_moe.visualization.plots import (
 )
 
 __all__ = ["coactivation", "confidence", "settling", "shares_over_time", "specialization"]
-
-
-def __dir__():
-    return __all__
+__dir__ = __all__.copy

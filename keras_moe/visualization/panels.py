@@ -31,28 +31,24 @@ def _joined(value):
         return ops.convert_to_numpy(value)
     fields = zip(*(map(ops.convert_to_numpy, routing[:7]) for routing in routings))
     *of_tokens, counts, dropped = fields
-    sizes = [max(each.sum(), 1) for each in counts]
-    of_all = [np.sum(counts, axis=0), np.average(dropped, weights=sizes)]
-    return Routing(*[*map(np.concatenate, of_tokens), *of_all])
+    dropped = np.average(dropped, weights=[max(each.sum(), 1) for each in counts])
+    return Routing(*[*map(np.concatenate, of_tokens), np.sum(counts, axis=0), dropped])
 
 
 def routings_by_layer(source, num_experts=None):
     """Dict of names to routings, which have no probabilities if they come from indices."""
-    return {name: _routing(value, num_experts) for name, value in by_layer(source).items()}
-
-
-def _routing(value, num_experts):
-    if isinstance(value, Routing):
-        return value
-    if value.ndim != 2 or not value.size or value.dtype.kind not in "iu":
-        received = f"{value.dtype} of shape {value.shape}"
-        raise ValueError(f"The experts of tokens must be integers (T, K). Received: {received}")
-    if num_experts is None:
-        num_experts = max(int(value.max()) + 1, 1)
-    check_indices("indices", value, check_integer("num_experts", num_experts))
-    counts = np.bincount(value[value >= 0], minlength=num_experts)
-    mask = (value >= 0).any(axis=1)
-    return Routing(value.astype("int32"), None, None, None, mask, counts, None)
+    found = by_layer(source)
+    for name, value in found.items():
+        if isinstance(value, Routing):
+            continue
+        if value.ndim != 2 or not value.size or value.dtype.kind not in "iu":
+            received = f"{value.dtype} of shape {value.shape}"
+            raise ValueError(f"The experts of tokens must be integers (T, K). Received: {received}")
+        number = max(int(value.max()) + 1, 1) if num_experts is None else num_experts
+        check_indices("indices", value, check_integer("num_experts", number))
+        counts, mask = np.bincount(value[value >= 0], minlength=number), (value >= 0).any(axis=1)
+        found[name] = Routing(value.astype("int32"), None, None, None, mask, counts, None)
+    return found
 
 
 def probabilities_by_layer(source):
@@ -77,19 +73,17 @@ def one_panel_a_layer(layers, draw, panel_size=PANEL_SIZE):
         panels: list = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axes, (name, array) in zip(panels, layers.items()):
             draw(axes, array)
-            axes.set_title(" · ".join(part for part in (as_text(name), axes.get_title()) if part))
+            axes.set_title(" · ".join(filter(None, (as_text(name), axes.get_title()))))
     for axes in panels[len(layers) :]:
         axes.remove()
     return figure
 
 
 def heat_map(axes, values, colour_label, **kwargs):
-    """Values (rows, columns) as colours. Rows run downwards."""
     image = axes.imshow(values, aspect="auto", interpolation="nearest", **kwargs)
     return axes.figure.colorbar(image, ax=axes, label=colour_label)
 
 
 def count_on(*sides):
-    """Whole numbers along axes, as many as fit."""
     for axis in sides:
         axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -23,29 +23,24 @@ from keras_moe.visualization.panels import (
 )
 
 MAX_ROWS = 30
-# A table of more labels needs more memory than a figure is worth.
-MAX_LABELS = 10_000
+MAX_LABELS = 10_000  # A table of more needs more memory than a figure is worth.
 
 
 def coactivation(routings: dict | Tensor, num_experts: int | None = None) -> Figure:
     """Which experts serve the same tokens: share of the row's tokens that the column serves too.
 
     Args:
-        routings: The result of `inspection.record_routings`, or integer indices (T, K) with -1
-            for no expert, or a dict of these by layer.
+        routings: The result of `inspection.record_routings`, or integer indices (T, K) with -1 for
+            no expert, or a dict of these by layer.
         num_experts: Integer or None. E, for arrays; by default the highest index plus one.
-
-    Returns:
-        A `matplotlib.figure.Figure`.
 
     Raises:
         ValueError: If the indices are not integers (T, K).
 
     Example:
 
-    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
-    >>> routing = router(keras.random.normal((32, 64)))
-    >>> figure = keras_moe.visualization.coactivation(routing.indices, num_experts=8)
+    >>> indices = [[0, 1], [0, 2], [3, 1], [3, 2]]
+    >>> figure = keras_moe.visualization.coactivation(indices, num_experts=8)
 
     Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.2.
     """
@@ -69,17 +64,12 @@ def confidence(routings: dict | Tensor) -> Figure:
         routings: The result of `inspection.record_routings`, or probabilities (T, E), or a dict of
             these by layer.
 
-    Returns:
-        A `matplotlib.figure.Figure`.
-
     Raises:
         ValueError: If there is no layer, or an array does not hold probabilities.
 
     Example:
 
-    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
-    >>> routing = router(keras.random.normal((32, 64)))
-    >>> figure = keras_moe.visualization.confidence(routing.probs)
+    >>> figure = keras_moe.visualization.confidence([[0.1, 0.9], [0.4, 0.6]])
     """
     return one_panel_a_layer(probabilities_by_layer(routings), _draw_confidence)
 
@@ -87,8 +77,7 @@ def confidence(routings: dict | Tensor) -> Figure:
 def _draw_confidence(axes, probs):
     highest = probs.max(axis=1, initial=0)
     if len(highest):
-        limit = min(1, 2 * highest.max())
-        each = np.full(len(highest), 1 / len(highest))
+        limit, each = min(1, 2 * highest.max()), np.full(len(highest), 1 / len(highest))
         axes.hist(highest, bins=np.linspace(0, limit, 41), weights=each)
         axes.axvline(highest.mean(), color="C1", label=f"mean {highest.mean():.1%}")
         axes.set_xlim(0, limit)
@@ -116,9 +105,6 @@ def specialization(
             padding included, or one for each of equally long documents. Negative ones are left out.
         names: List of strings or None. Names of integer labels.
         num_experts: Integer or None. As in `coactivation`.
-
-    Returns:
-        A `matplotlib.figure.Figure`.
 
     Raises:
         ValueError: If labels, names and tokens do not fit.
@@ -176,7 +162,6 @@ def label_table(routing, labels, names=None):
 
 
 def bits_in_common(table):
-    """Mutual information of the label and the expert, in bits."""
     return float(metrics.mutual_information(table) / np.log(2))
 
 
@@ -187,36 +172,28 @@ def _draw_specialization(axes, table_and_rows):
     possible = float(metrics.load_entropy(table.sum(axis=0))) * math.log2(table.shape[1])
     bits = bits_in_common(table)
     axes.set(xlabel="expert", title=f"{bits:.2f} of {possible:.2f} bits in common")
-    axes.set_yticks(range(min(len(rows), MAX_ROWS)), [_shortened(row) for row in rows[:MAX_ROWS]])
+    texts = [as_text(row) for row in rows[:MAX_ROWS]]
+    texts = [text if len(text) <= 24 else f"{text[:23]}…" for text in texts]
+    axes.set_yticks(range(len(texts)), texts)
     count_on(axes.xaxis)
-
-
-def _shortened(text, length=24):
-    text = as_text(text)
-    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def shares_over_time(shares: dict | Tensor, first_epoch: int = 0) -> Figure:
     """How much of the work each expert does from epoch to epoch, in multiples of a fair share.
 
-    Red is an expert with more than a fair share, blue one with less; the darkest blue is an eighth
-    or nothing at all.
+    Red is more than a fair share, blue less; the darkest blue is an eighth or nothing at all.
 
     Args:
         shares: Counts or shares (time, E), or a dict of these by layer, such as
             `ExpertMonitor.shares`. A row of NaN is grey.
         first_epoch: Integer. Number of the first row, as for a training that was resumed.
 
-    Returns:
-        A `matplotlib.figure.Figure`.
-
     Raises:
         ValueError: If an array does not have two axes, or a negative number.
 
     Example:
 
-    >>> shares = [[0.25, 0.25, 0.25, 0.25], [0.4, 0.3, 0.2, 0.1], [0.7, 0.3, 0.0, 0.0]]
-    >>> figure = keras_moe.visualization.shares_over_time({"moe": shares})
+    >>> figure = keras_moe.visualization.shares_over_time([[0.25, 0.75], [0.4, 0.6], [0.5, 0.5]])
     """
     layers = by_layer(shares)
     for array in layers.values():
@@ -229,9 +206,8 @@ def shares_over_time(shares: dict | Tensor, first_epoch: int = 0) -> Figure:
 def _draw_shares(axes, shares, first_epoch):
     share = shares / np.maximum(shares.sum(axis=1, keepdims=True), 1e-12)
     fair = np.clip(share * shares.shape[1], 1 / 8, 8)
-    bar = heat_map(
-        axes, np.log2(fair.T), "times a fair share", cmap="RdBu_r", vmin=-3, vmax=3, origin="lower"
-    )
+    style = {"cmap": "RdBu_r", "vmin": -3, "vmax": 3, "origin": "lower"}
+    bar = heat_map(axes, np.log2(fair.T), "times a fair share", **style)
     bar.set_ticks([-3, -1, 0, 1, 3], labels=["⅛ or less", "½", "1", "2", "8 or more"])
     axes.set(xlabel="epoch", ylabel="expert", facecolor="silver")
     count_on(axes.xaxis, axes.yaxis)
@@ -247,25 +223,19 @@ def settling(checkpoints: Sequence, num_experts: int | None = None) -> Figure:
         checkpoints: List of at least two routings on the same data, each as in `coactivation`.
         num_experts: Integer or None. As in `coactivation`.
 
-    Returns:
-        A `matplotlib.figure.Figure`.
-
     Raises:
-        ValueError: If there are fewer than two checkpoints, or they differ in their layers or
-            tokens.
+        ValueError: If there are fewer than two checkpoints, or they differ in layers or tokens.
 
     Example:
 
-    >>> import numpy as np
-    >>> draws = [np.random.default_rng(seed).integers(0, 8, (100, 2)) for seed in range(3)]
-    >>> figure = keras_moe.visualization.settling(draws)
+    >>> figure = keras_moe.visualization.settling([[[0, 1], [0, 2]], [[0, 1], [2, 1]]])
 
     Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.1.
     """
     recorded = [routings_by_layer(checkpoint, num_experts) for checkpoint in checkpoints]
-    if len(recorded) < 2 or any(moment.keys() != recorded[0].keys() for moment in recorded):
-        received = [list(moment) for moment in recorded]
-        raise ValueError(f"`checkpoints` must be two or more of one model. Received: {received}")
+    names = [list(moment) for moment in recorded]
+    if len(recorded) < 2 or any(each != names[0] for each in names):
+        raise ValueError(f"`checkpoints` must be two or more of one model. Received: {names}")
     layers = {name: [moment[name] for moment in recorded] for name in recorded[0]}
     return one_panel_a_layer(layers, _draw_settling)
 
