@@ -18,7 +18,7 @@ from keras_moe.backend.layouts import AllRows
 # With more rows for an expert, on average, it is faster to compute experts side by side.
 MOST_ROWS = 0.5
 
-# The same where kernels are converted: those of experts without rows are not in a loop.
+# The same where kernels are converted: a loop skips the kernels of experts without rows.
 MOST_CONVERTED_ROWS = 16
 
 

@@ -103,7 +103,7 @@ def is_large(loss: RouterLoss, weight: float) -> bool:
 
 
 def balance_advice(layer: MixtureOfExperts) -> str:
-    """Advice for an uneven load, by what balances it in a layer.
+    """Advice for an uneven load, which depends on how the layer balances it.
 
     Args:
         layer: A `layers.MixtureOfExperts`.
@@ -214,7 +214,7 @@ def judge_drops(dropped: float) -> list[Finding]:
 
 @np.errstate(invalid="ignore")  # infinite logits become NaN, which is a finding
 def logit_sizes(logits, router):
-    """How large logits (T, E), or a kernel (D, E), are: by what differs between experts."""
+    """The size of the difference between experts, of logits (T, E) or a kernel (D, E)."""
     if fact(router, "normalizes_kernel"):
         return 0.0 * logits  # It learns their scale; NaN stays NaN.
     if not fact(router, "shift_invariant"):

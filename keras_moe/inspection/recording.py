@@ -180,7 +180,7 @@ def replaying(model: keras.Model, routings: dict) -> contextlib.AbstractContextM
             usual.
 
     Raises:
-        ValueError: If a name is not that of an MoE layer, or an expert does not exist.
+        ValueError: If a name is not an MoE layer's, or an expert does not exist.
 
     Example:
 

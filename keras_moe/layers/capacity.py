@@ -108,7 +108,7 @@ class Capacity(Configured):
             plan: The `ops.GroupedPlan` of all assignments.
             routing: The `ops.Routing` that it was made from.
             sequence_length: Integer. Tokens of a sequence, or None.
-            training: Boolean. Whether the factor is that of training.
+            training: Boolean. Whether to use the factor for training.
             seed: `keras.random.SeedGenerator` of the layer, for a random priority.
             num_capacity_limited: Integer. Number of experts, the first ones, that have a limit.
                 None: all.

@@ -34,7 +34,7 @@ class Linear(NamedTuple):
         return {} if "kernel" in self.trained() else {"kernel": self.kernel}
 
     def entry(self, take):
-        """What `take` returns of each tensor (E, ...), such as the entry of one expert."""
+        """Apply `take` to each tensor (E, ...), for instance to get one expert's entry."""
         return Linear(*(None if each is None else part_of(each, take) for each in self))
 
 
@@ -144,7 +144,7 @@ def is_integer(kernel):
 
 
 def part_of(weight, take):
-    """What `take` returns of a tensor (E, ...), or of each tensor of integer kernels."""
+    """Apply `take` to a tensor (E, ...), or to each tensor of integer kernels."""
     return weight.entry(take) if is_integer(weight) else take(weight)
 
 

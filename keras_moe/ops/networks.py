@@ -53,7 +53,7 @@ def network_of(function: Callable, features: int, widths: dict) -> Network:
 
 
 class Problem(NamedTuple):
-    """What an engine computes.
+    """The problem that an engine computes.
 
     - `network`: the `Network`.
     - `platform`: "cpu", "gpu" or "tpu", the one that is compiled for.
@@ -81,7 +81,7 @@ def dtype_of(tensor):
 
 
 class _Linear:
-    """What a network is called with: its linear maps, and dropout, on some rows.
+    """Argument of a network: its linear maps, and dropout, on some rows.
 
     `compute(name, rows)` returns the outputs of a linear map. Random numbers depend on a key and
     the numbers of the rows: they are the same in the forward and in the backward pass.
