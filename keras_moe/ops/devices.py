@@ -93,7 +93,7 @@ def _run_on_mesh(static, tokens, maps, plan, key):
     return outputs[: ops.shape(tokens)[0]]
 
 
-# A chunk is a span of rows, the same for every device. `lengths` are two integers: the length of the
+# A chunk is a span of rows, the same for every device. `lengths` are two integers: the rows of the
 # first chunk and of every further one.
 
 
