@@ -17,7 +17,6 @@ from backends import (
 from layer_checks import normal
 
 from keras_moe import inspection, layers, routers
-from keras_moe.backend import backend
 from keras_moe.ops import tiles
 
 # Keras asks each layer, and warns of those that cannot: 3.15 of its `InputLayer`, 3.16 of layers
@@ -206,26 +205,6 @@ def test_a_bank_with_a_policy_of_its_own_keeps_it():
     bank = layers.GatedExperts(E, H, dtype="float32")
     layers.MixtureOfExperts(bank, dtype="int8_from_float32").build((None, D))
     assert bank.quantization_mode is None
-
-
-@pytest.mark.backends("tensorflow", "jax")
-@pytest.mark.parametrize("entries", [1, 9 * H, 2**19])
-def test_few_rows_are_multiplied_by_blocks_of_a_kernel(entries, monkeypatch):
-    monkeypatch.setattr(tiles, "BLOCK_ENTRIES", entries)
-    rows, scale = normal(6, D), np.abs(normal(E, 1, H))
-    values = np.random.default_rng(0).integers(-127, 128, (E, D, H)).astype("int8")
-
-    def multiply(rows, values, scale, expert):
-        return tiles._multiply_in_blocks(rows, values[expert]) * scale[-1]
-
-    actual = compiled(multiply, MODES[-1])(rows, values, scale, np.int32(E - 1))
-    assert_close(actual, rows @ (values[-1] * scale[-1]))
-
-
-@pytest.mark.backends("tensorflow")
-def test_few_rows_compute_their_experts_alone():
-    sizes = keras.ops.array([0, 2, 0, 1], "int32")
-    assert [part.expert for part in backend.layout(sizes, 3, "cpu").parts] == [1, 3]
 
 
 @pytest.mark.backends("tensorflow")

@@ -68,12 +68,6 @@ def test_values_of_a_trial_reach_the_layer():
     assert weights(layer) == [(losses.RouterEntropy, 0.0), (losses.LoadBalance, 0.05)]
 
 
-def test_the_active_size_depends_on_the_active_width_alone():
-    for num_experts, top_k in ((4, 1), (4, 4), (8, 2)):
-        layer = space().sample(hyperparameters(num_experts=num_experts, top_k=top_k))
-        assert sizes(layer) == (num_experts, top_k, 16 // top_k)
-
-
 def test_a_router_that_sets_its_own_k_is_not_asked_for_one():
     searched = space(routers=("top_k", "switch"), top_k=(2, 4))
     for router, expected in (("switch", (4, 1, 16)), ("top_k", (4, 2, 8))):
@@ -100,11 +94,6 @@ def test_every_token_has_k_experts_whatever_the_router(name):
     router = space(routers=(name,), num_experts=(8,)).sample(hyperparameters()).router
     routing = router(normal(16, D), training=True)
     assert (keras.ops.convert_to_numpy(routing.indices) >= 0).sum() == 16 * router.top_k
-
-
-def test_a_capacity_is_chosen_by_a_name_that_a_later_process_knows():
-    searched = tuner.SearchSpace((8,), capacity_factors=(None, layers.Capacity(1.25)))
-    assert len(searched.capacities) == 2 and not any("0x" in name for name in searched.capacities)
 
 
 LOSSES = [-1e6, -1.0, 0.0, 0.1, 3.0, 1e6]
