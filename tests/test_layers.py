@@ -37,18 +37,6 @@ def test_all_axes_but_the_last_are_tokens(leading):
     np.testing.assert_allclose(array(outputs).reshape(6, D), array(flat), rtol=1e-6)
 
 
-def test_the_router_may_see_something_else_than_the_experts():
-    layer = moe()
-    inputs, seen = keras.Input((3, D)), keras.Input((3, D))
-    model = keras.Model([inputs, seen], layer(inputs, router_inputs=seen))
-    x, other = normal(2, 3, D), normal(2, 3, D)[::-1].copy()
-    by_other = layer.router(other.reshape(6, D))
-    expected = layer.experts(x.reshape(6, D), layer.router.plan(by_other))
-    outputs = model.predict([x, other], verbose=0)
-    np.testing.assert_allclose(outputs.reshape(6, D), array(expected), rtol=1e-5, atol=1e-6)
-    assert not np.allclose(outputs, array(layer(x)), atol=1e-3)
-
-
 # Masks
 
 

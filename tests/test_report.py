@@ -80,14 +80,6 @@ def test_of_a_layer_that_is_called_twice_the_first_call_is_shown(tmp_path):
     assert page[0]["texts"] == page[1]["texts"] and page[0]["experts"] == page[1]["experts"]
 
 
-def test_the_best_expert_of_a_token_comes_first(tmp_path):
-    inputs = keras.Input((3, E))
-    router = routers.DenseRouter(E, kernel_initializer=wide_identity)
-    model = keras.Model(inputs, moe(router=router)(inputs))
-    (layer,) = data_of(written(tmp_path, model, one_hot(2, 0, 3)[None])[1])
-    assert layer["experts"][::E] == [2, 0, 3]
-
-
 def test_layers_have_their_own_labels_and_tokens(tmp_path):
     model = one_hot_model("first", "second")
     words = {"first": ["red green", "blue red"], "second": ["uno dos", "tres uno"]}

@@ -53,14 +53,8 @@ def test_values_of_a_trial_reach_the_layer():
         capacity_factors=(2, None),
         loss_weights={"router_entropy": (0.1, 0)},
     )
-    hp = hyperparameters(
-        num_experts=8,
-        router="sinkhorn",
-        top_k=4,
-        active_width=32,
-        capacity_factor="None",
-        router_entropy_weight=0.0,
-    )
+    values = {"num_experts": 8, "router": "sinkhorn", "top_k": 4, "active_width": 32}
+    hp = hyperparameters(**values, capacity_factor="None", router_entropy_weight=0.0)
     more = [losses.LoadBalance(0.05)]
     layer = searched.sample(hp, experts=layers.GatedExperts, router_losses=more)
     assert type(layer.experts) is layers.GatedExperts and layer.capacity is None
@@ -157,15 +151,9 @@ def run(search, callbacks):
     return tuner.pareto_table(search)
 
 
-DEFAULTS = {
-    "moe/num_experts": 4,
-    "moe/router": "top_k",
-    "moe/top_k": 2,
-    "moe/active_width": 16,
-    "moe/capacity_factor": "None",
-    "moe/load_balance_weight": 0.01,
-    "moe/router_z_weight": 0.001,
-}
+DEFAULTS = {"num_experts": 4, "router": "top_k", "top_k": 2, "active_width": 16}
+DEFAULTS |= {"capacity_factor": "None", "load_balance_weight": 0.01, "router_z_weight": 0.001}
+DEFAULTS = {f"moe/{name}": value for name, value in DEFAULTS.items()}
 
 
 @pytest.mark.parametrize("oracle", [RandomSearch, BayesianOptimization, Hyperband])
