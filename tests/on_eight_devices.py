@@ -163,8 +163,7 @@ def skewed():
         return keras.ops.convert_to_tensor(values, dtype)
 
     return layers.MixtureOfExperts(
-        layers.FeedForwardExperts(E, H),
-        router=routers.TopKRouter(E, kernel_initializer=kernel),
+        layers.FeedForwardExperts(E, H), router=routers.TopKRouter(E, kernel_initializer=kernel)
     )
 
 

@@ -37,10 +37,7 @@ def compiled_model(model, optimizer=None, **kwargs):
 
 @pytest.mark.parametrize(
     "model, jit_compile",
-    [
-        *((functional, jit_compile) for jit_compile in JIT),
-        (Subclassed, JIT[0]),
-    ],
+    [*((functional, jit_compile) for jit_compile in JIT), (Subclassed, JIT[0])],
 )
 def test_a_model_trains_evaluates_and_predicts(model, jit_compile):
     keras.utils.set_random_seed(0)

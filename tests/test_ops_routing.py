@@ -11,10 +11,7 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_moe import losses
-from keras_moe.ops import (
-    top_k_indices,
-    top_k_routing,
-)
+from keras_moe.ops import top_k_indices, top_k_routing
 from keras_moe.ops.selection import take_scores
 
 load_balance, router_z = losses.LoadBalance(1.0), losses.RouterZ(1.0)

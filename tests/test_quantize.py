@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from backends import (
     BACKEND,
-    MODES,
     QUICK_JIT,
     assert_close,
     compiled,
@@ -246,18 +245,6 @@ def test_a_program_for_batches_of_any_size_computes_few_and_many_rows():
         pairs = zip(*map(keras.tree.flatten, (program(tokens), outputs_and_gradients(tokens))))
         for actual, expected in pairs:
             assert_close(actual, expected)
-
-
-@pytest.mark.parametrize("mode", ["int8", "int4"])
-def test_experts_in_integers_compile(mode):
-    bank = layers.GatedExperts(E, H)
-    layer = layers.MixtureOfExperts(bank, routers.TopKRouter(E))
-    layer.build((None, D))
-    config = keras.quantizers.Int4QuantizationConfig(block_size=24) if mode == "int4" else None
-    bank.quantize(mode, config=config)
-    outputs = {mode: compiled(layer, mode)(normal(16, D)) for mode in MODES}
-    for each in outputs.values():
-        assert_close(each, to_numpy(layer(normal(16, D))))
 
 
 def test_parameters_are_counted_by_kernels_and_not_by_bytes():

@@ -130,34 +130,6 @@ def test_they_are_differences_of_gradients(kind):
         assert_close(each, (high - low) / (2 * step), tolerance=1e-2)
 
 
-def test_a_gradient_penalty_trains():
-    """Small slopes of the outputs: the loss of a plain formula falls along."""
-    layer = mixture()
-    values, x, y = drawn_inputs(layer)[1:], normal(T, D), normal(T, D, seed=1)
-    call = stateless(layer)
-
-    def loss(values, x, y, network):
-        def error(inputs):
-            return ops.mean((network([*inputs, *values]) - y) ** 2)
-
-        return error([x]) + 10 * ops.sum(derivatives(error, [x])[0] ** 2)
-
-    def step(values, x, y):
-        slopes = derivatives(lambda values: loss(values, x, y, call), values)
-        return [value - 0.02 * slope for value, slope in zip(values, slopes)]
-
-    def theirs(values, x, y):
-        return loss(values, x, y, lambda inputs: formula(layer, inputs))
-
-    mode = "graph" if BACKEND == "tensorflow" else FAST_MODE
-    step, theirs = compiled(step, mode), compiled(theirs, mode)
-    losses = []
-    for _ in range(20):
-        losses.append(theirs(values, x, y))
-        values = step(values, x, y)
-    assert all(np.diff(losses) < 0) and losses[-1] < 0.5 * losses[0]
-
-
 def test_vectorized_map():
     call, inputs = mixture(), normal(2, T, D)
     output = compiled(lambda inputs: ops.vectorized_map(call, inputs), FAST_MODE)(inputs)
