@@ -1,15 +1,12 @@
-"""Options that studies share."""
+"""Options that studies share.
+
+A study runs on the backend that KERAS_BACKEND names; JAX is the fastest on a CPU. TensorFlow
+Datasets reads the data, and needs TensorFlow on every backend. The same command resumes an
+interrupted run after its last epoch. Where results stay in --output, nothing is trained twice.
+"""
 
 import argparse
 import pathlib
-
-
-def positive(text):
-    """An integer of at least 1, as the type of an option."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
 
 
 def parser_of(doc, output, datasets=(), seeds=1):
@@ -21,7 +18,7 @@ def parser_of(doc, output, datasets=(), seeds=1):
     if isinstance(seeds, list):
         parser.add_argument("--seeds", nargs="+", type=int, default=seeds, metavar="SEED")
     else:
-        parser.add_argument("--seeds", type=positive, default=seeds, help="runs to average")
+        parser.add_argument("--seeds", type=int, default=seeds, help="runs to average")
     if datasets:
         parser.add_argument("--dataset", choices=datasets, default=next(iter(datasets)))
     return parser

@@ -5,8 +5,8 @@
 
 Each measure starts from the same model. Experts are measured on training data and the loss is that
 of validation data, right after the surgery. "top-1" takes no expert out: one instead of two serves
-each token; "top-3" and "top-4" let more serve it than in training. The model and the data are those
-of the study `language_model.py`. Runs on the backend that KERAS_BACKEND names.
+each token; "top-3" and "top-4" let more serve it than in training. Model and data come from the
+study `language_model.py`.
 """
 
 import datasets
@@ -14,7 +14,7 @@ import keras
 import language_model
 import numpy as np
 import resuming
-from command_line import parser_of, positive
+from command_line import parser_of
 from comparisons import print_runs
 from files import claim, whole, write_json
 
@@ -69,9 +69,9 @@ def main(arguments=None):
 
 def parse_options(arguments):
     parser = parser_of(__doc__, "output_pruning", datasets.TEXTS)
-    parser.add_argument("--experts", type=positive, default=16)
+    parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--keep", type=float, default=0.5, help="share of the experts that stay")
-    parser.add_argument("--draws", type=positive, default=3, help="number of prunings by chance")
+    parser.add_argument("--draws", type=int, default=3, help="number of prunings by chance")
     return parser.parse_args(arguments)
 
 

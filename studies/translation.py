@@ -1,12 +1,8 @@
 """Translates with a sparse Mixture-of-Experts Transformer, from Spanish to English.
 
-    KERAS_BACKEND=jax python studies/translation.py
-    KERAS_BACKEND=jax python studies/translation.py --compare --seeds 3
-    KERAS_BACKEND=jax python studies/translation.py --sides decoder --experts 32
-
-Runs on the backend that KERAS_BACKEND names; JAX is the fastest on a CPU. An interrupted run
-resumes from the last finished epoch when the same command is given again. The data are read with
-TensorFlow Datasets, which needs TensorFlow on every backend.
+KERAS_BACKEND=jax python studies/translation.py
+KERAS_BACKEND=jax python studies/translation.py --compare --seeds 3
+KERAS_BACKEND=jax python studies/translation.py --sides decoder --experts 32
 """
 
 import json
@@ -18,7 +14,7 @@ import numpy as np
 import plots
 import resuming
 import sacrebleu
-from command_line import parser_of, positive
+from command_line import parser_of
 from comparisons import PARAMETERS, count_parameters, dense_feedforward, interval, print_runs
 from decoding import write
 from files import claim, write_json
@@ -96,12 +92,12 @@ def main(arguments=None):
 
 def parse_options(arguments):
     parser = parser_of(__doc__, "translator", datasets.PAIRS)
-    parser.add_argument("--experts", type=positive, default=8)
+    parser.add_argument("--experts", type=int, default=8)
     parser.add_argument(
         "--sides", nargs="+", choices=SIDES, default=[*SIDES], help="which sides have experts"
     )
-    parser.add_argument("--epochs", type=positive, default=6)
-    parser.add_argument("--beams", type=positive, default=4)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--beams", type=int, default=4)
     parser.add_argument("--compare", action="store_true", help="train dense models as well")
     return parser.parse_args(arguments)
 
