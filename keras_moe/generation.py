@@ -42,8 +42,8 @@ def generate(
         temperature: Float. 0 takes the likeliest token. Otherwise tokens are drawn from
             `softmax(logits / temperature)`, among those that `top_k` and `top_p` leave.
         top_k: Integer or None. Only the K likeliest tokens are drawn.
-        top_p: Float or None. Only the fewest likeliest tokens are drawn whose probabilities sum to
-            at least P.
+        top_p: Float or None. Tokens are drawn from the smallest set of the likeliest whose
+            probabilities sum to at least P.
         stop_token: Integer or None. A text ends with this token.
         seed: Integer or None. Seed of the draws.
         verbose: "auto", 0 or 1. Whether a progress bar is shown; "auto" shows it for long texts.
@@ -99,7 +99,7 @@ def generate(
     writer = _writer_of(model)
     state = writer.predict_on_batch({"ids": text[:, :start], "real": real[:, :start], "room": text})
     num_words = state["logits"].shape[-1]
-    ids = np.concatenate(prompts)  # Those of `text` are cut to 32 bits.
+    ids = np.concatenate(prompts)  # The ids in `text` are cut to 32 bits.
     if ids.min() < 0 or ids.max() >= num_words:
         raise ValueError(
             f"`prompts` must have ids from 0 to {num_words - 1}, as the model has scores. "

@@ -98,13 +98,13 @@ def set_state(layer, name, value):
             store.insert(place, store.pop())
 
 
-def let_go(layer, variable):
+def untrack(layer, variable):
     """Take a variable from a built layer."""
     layer._untrack_variable(variable)
 
 
 @contextlib.contextmanager
-def open_to_state(layer):
+def unlocked(layer):
     """Lets a built layer have more variables and sublayers."""
     layer._tracker.unlock()
     try:

@@ -98,8 +98,8 @@ class JaxBackend(Backend):
         if tensor.shape[0] == 0:
             # There is no valid index, but a loop that never runs is traced all the same.
             return jnp.zeros((*indices.shape, *tensor.shape[1:]), tensor.dtype)
-        # Otherwise the program would ask of each index whether it is negative, and of each row
-        # whether it exists.
+        # Otherwise the program would check each index for being negative, and each row for
+        # existing.
         return tensor.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
     def argsort(self, integers, bound):
@@ -109,7 +109,7 @@ class JaxBackend(Backend):
         return packed_order(jax.lax.sort, integers, bound)
 
     def slice_at(self, tensor, start, shape):
-        # By default a program would ask of each index whether it is negative.
+        # By default a program would check each index for being negative.
         return jax.lax.dynamic_slice(tensor, start, shape, allow_negative_indices=False)
 
     def update_at(self, tensor, start, part):

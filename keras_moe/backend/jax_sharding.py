@@ -27,7 +27,7 @@ class Shards(NamedTuple):
 
     @property
     def platform(self):
-        """That of the devices: "cpu", "gpu" or "tpu"."""
+        """The platform of the devices: "cpu", "gpu" or "tpu"."""
         return self.mesh.devices.flat[0].platform
 
     def along(self, axis):

@@ -113,7 +113,7 @@ class TensorFlowBackend(Backend):
 
                 return gradients, second
 
-            # That of a gather of rows is sparse.
+            # The gradient of a gather of rows is sparse.
             return output, lambda upstream: gradient(tf.convert_to_tensor(upstream), *tensors)
 
         return function(*map(tf.convert_to_tensor, tf.nest.flatten(inputs)))

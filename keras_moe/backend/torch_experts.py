@@ -35,7 +35,7 @@ class ExpertParallel:
 
     @property
     def device_mesh(self):
-        # `fit` would average no gradients: only Keras's own distributions tell it to.
+        # `fit` would not average gradients: it does so for Keras's distributions only.
         raise ValueError(
             "Split experts are trained and evaluated in a loop over `data_parallel(model)`, as the "
             "guide to replicas shows. Received: a call of `fit` or `evaluate`"

@@ -88,7 +88,7 @@ def running(model, name, number, inputs, others=()):
 
 
 def _check_inputs(wanted, inputs):
-    """Refuse what Keras takes in silence: more than the inputs, and floats where ids belong."""
+    """Refuse what Keras accepts silently: further arrays, and floats in place of ids."""
     arrays = keras.tree.flatten(inputs)
     if isinstance(inputs, dict):
         arrays = [inputs.get(tensor.name) for tensor in wanted]
@@ -106,7 +106,7 @@ def _described(batch):
 
 
 def listening(listeners):
-    """A context in which functions hear what MoE layers do in eager calls.
+    """A context in which functions receive the routings of MoE layers in eager calls.
 
     Args:
         listeners: Dict from a layer to a function of an `ops.Routing` and of the tokens (T, D).

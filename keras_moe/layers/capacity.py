@@ -42,7 +42,8 @@ class Capacity(Configured):
             what a token gets does not depend on what else is evaluated.
         priority: String. Who is served first among equal choices: "position", earlier tokens;
             "probability", tokens with a larger best probability (batch-prioritised routing,
-            arXiv:2106.05974, section 4.2); "random", so that late tokens fare as well as others.
+            arXiv:2106.05974, section 4.2); "random", so that late tokens are served as often as
+            early ones.
         per_sequence: Boolean. Whether T is the length of a sequence and its tokens compete among
             themselves only. False: T is the whole batch.
 

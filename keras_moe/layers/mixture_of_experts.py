@@ -80,7 +80,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         token_ids: (batch, ...) integer tensor of vocabulary ids, for `routers.HashRouter`.
         indices: (T, K) integer tensor of experts to replay instead of choosing, such as the
             `indices` of a recorded routing, -1 for none. Weights come from the live scores. The
-            numbers in an array are checked; in a tensor, those that are no expert's count as -1.
+            numbers in an array are checked; in a tensor, invalid ones count as -1.
         router_inputs: (batch, ..., D'') float tensor that the router sees instead of `inputs`, such
             as wider features (LatentMoE), or a summary of a whole sample.
         return_expert_outputs: Boolean. Whether the outputs of the single experts are returned as

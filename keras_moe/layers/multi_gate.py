@@ -30,7 +30,7 @@ class MultiGateMixtureOfExperts(Recomputable):
 
     Tasks that agree use the same experts; tasks that conflict learn to use different ones. Each
     expert computes a token at most once, whatever the number of tasks: with dense routers all
-    experts compute each token once, with sparse ones those that any task chooses.
+    experts compute each token once, with sparse ones the experts that any task chooses.
 
     With `task_experts` this is a block of PLE (Progressive Layered Extraction): the router of a
     task chooses among the shared experts and its own. Blocks can be stacked: with

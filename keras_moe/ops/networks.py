@@ -3,7 +3,7 @@
 The network of an expert is a function `network(rows, linear)` of rows (n, D) that calls
 `linear(name, rows)` once for each of its linear maps. The forward pass saves what `linear` returns,
 and nothing else. The backward pass is derived: the network runs again with each linear map replaced
-by what was saved, and the framework differentiates what is between.
+by its saved output, and the framework differentiates the rest.
 
 A part of the rows has `product(rows, kernel, bias=None, transposed=False)`, the products of its
 rows with the kernels of their experts, and `row_numbers()`, (n,) int32 among all rows.
