@@ -84,15 +84,6 @@ def test_gshard_visits_the_second_expert_as_often_as_its_weight_deserves():
     assert routing.counts.tolist() == [5000, visits.sum()]
 
 
-@pytest.mark.backends("tensorflow", "torch")  # JAX would compile each operation
-@pytest.mark.parametrize("name", ["noisy_top_k", "v_moe"])
-def test_noisy_routers_choose_anew_in_training_only(name):
-    router, tokens = routers.get(name, num_experts=E), normal(64, D)
-    for training in (True, False):
-        first, second = (array(router(tokens, training=training).indices) for _ in range(2))
-        assert (first != second).any() == training
-
-
 def test_the_sinkhorn_plan_has_even_rows_and_columns_even_for_huge_logits():
     logits = 200 * np.random.default_rng(0).normal(size=(12, 4)).astype("float32")
     mask = np.arange(12) < 10
