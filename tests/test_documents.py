@@ -164,16 +164,16 @@ def test_the_recipes_for_parts_of_ones_own_train_and_are_short(tmp_path):
     names = run("docs/extending.md")
     assert names["layer"].expert_counts.shape == (8,)
     assert max(len(recipe.splitlines()) for recipe in blocks("docs/extending.md")) <= 29
-    bank = names["DeepExperts"](num_experts=4, hidden_dim=5)
-    copy = names["DeepExperts"].from_config(bank.get_config())
-    assert (copy.num_experts, copy.hidden_dim) == (4, 5)
-    balanced = routers.TopKRouter(balancer=names["router"].balancer)
-    parts = [
-        {"router": names["PairedRouter"](top_k=1), "router_losses": [names["BusiestLoad"]()]},
-        {"router": balanced},
-    ]
-    mixtures = [layers.MixtureOfExperts(names["DeepExperts"](4, 5), **each) for each in parts]
-    model = keras.Sequential([keras.Input((16,)), *mixtures])
+    mixture, bank = keras_moe.layers.MixtureOfExperts, names["CentredExperts"]
+    assert bank.from_config(bank(num_experts=4).get_config()).num_experts == 4
+    model = keras.Sequential(
+        [
+            keras.Input((16,)),
+            mixture(bank(4), names["PairedRouter"](top_k=1)),
+            mixture(bank(4), router_losses=[names["BusiestLoad"]()]),
+            mixture(bank(4), routers.TopKRouter(balancer=names["router"].balancer)),
+        ]
+    )
     model.compile("sgd", "mse")
     model.fit(np.ones((4, 16)), np.ones((4, 16)), verbose=0)
     model.save(tmp_path / "model.keras")

@@ -89,7 +89,7 @@ def set_state(layer, name, value):
     ]
     was_locked = tracker.locked
     tracker.unlock()
-    tracker.untrack(old)
+    tracker.let_go(old)
     setattr(layer, name, value)
     if was_locked:
         tracker.lock()
@@ -98,13 +98,13 @@ def set_state(layer, name, value):
             store.insert(place, store.pop())
 
 
-def untrack(layer, variable):
+def let_go(layer, variable):
     """Take a variable from a built layer."""
     layer._untrack_variable(variable)
 
 
 @contextlib.contextmanager
-def unlocked(layer):
+def open_to_state(layer):
     """Lets a built layer have more variables and sublayers."""
     layer._tracker.unlock()
     try:

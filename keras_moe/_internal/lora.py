@@ -7,7 +7,7 @@ import keras
 
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.initializers import EachExpert
-from keras_moe._internal.keras_internals import unlocked
+from keras_moe._internal.keras_internals import open_to_state
 
 
 class Adaptable:
@@ -78,7 +78,7 @@ class Adaptable:
                 weight.trainable = False
         initializers = map(keras.initializers.get, (a_initializer, b_initializer))
         self.lora_rank, self.lora_alpha = rank, alpha
-        with unlocked(layer):
+        with open_to_state(layer):
             self.add_factors(*initializers)
 
     def check_takes_lora(self) -> None:

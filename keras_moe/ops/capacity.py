@@ -65,7 +65,7 @@ def plan_groups(
     sequence_length = check_sequence_length(sequence_length, num_tokens)
     if num_capacity_limited is not None:
         num_capacity_limited = check_integer("num_capacity_limited", num_capacity_limited)
-    # A routing whose indices were replaced, or a soft one, has counts of something else.
+    # Those of a routing whose indices were replaced, or of a soft one, count something else.
     counts = count_assignments(routing.indices, routing.mask, routing.counts.shape[0])
     plan = plan_routing(routing._replace(counts=counts))
     if capacity is not None:

@@ -47,7 +47,7 @@ class GroupedPlan(NamedTuple):
 
     @classmethod
     def of(cls, experts: Tensor, weights: Tensor, num_experts: int) -> "GroupedPlan":
-        """The unsorted plan of experts (T, K); an invalid number means no expert."""
+        """The unsorted plan of experts (T, K); a number that is no expert's is none."""
         experts = mask_invalid(experts, num_experts)
         sizes = backend.count_integers(ops.reshape(experts, (-1,)), num_experts)
         return cls(experts, weights, sizes)

@@ -6,7 +6,7 @@ Axes: E experts, D features, H hidden width.
 import numpy as np
 from keras import ops
 
-from keras_moe._internal.keras_internals import names_below, set_state, unlocked, untrack
+from keras_moe._internal.keras_internals import let_go, names_below, open_to_state, set_state
 from keras_moe.layers import LayerExperts
 from keras_moe.layers.multi_gate import Task
 from keras_moe.layers.stacked_experts import StackedExperts
@@ -86,9 +86,9 @@ def cut(layer, experts):
         counts = ops.convert_to_numpy(layer.expert_counts)[experts]
         set_state(layer, "expert_counts", counter("expert_counts", counts.shape))
         layer.expert_counts.assign(counts)
-        with unlocked(layer):
+        with open_to_state(layer):
             for variable in sum(layer.loss_states, []):
-                untrack(layer, variable)
+                let_go(layer, variable)
             layer._build_losses()
     if layer.last_counts is not None:
         layer.last_counts = layer.last_counts[experts]
