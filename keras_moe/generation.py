@@ -42,8 +42,8 @@ def generate(
         temperature: Float. 0 takes the likeliest token. Otherwise tokens are drawn from
             `softmax(logits / temperature)`, among those that `top_k` and `top_p` leave.
         top_k: Integer or None. Only the K likeliest tokens are drawn.
-        top_p: Float or None. Tokens are drawn from the smallest set of the likeliest whose
-            probabilities sum to at least P.
+        top_p: Float or None. Only the fewest likeliest tokens are drawn whose probabilities sum to
+            at least P.
         stop_token: Integer or None. A text ends with this token.
         seed: Integer or None. Seed of the draws.
         verbose: "auto", 0 or 1. Whether a progress bar is shown; "auto" shows it for long texts.

@@ -29,7 +29,7 @@ class EachExpert(keras.initializers.Initializer):
 
     Args:
         initializer: Initializer of one expert's kernel.
-        stream: Integer, a different one for each kernel.
+        stream: Integer, another one for each kernel.
         experts: Range. Numbers of the experts in the kernel.
     """
 

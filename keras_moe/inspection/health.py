@@ -103,7 +103,7 @@ def is_large(loss: RouterLoss, weight: float) -> bool:
 
 
 def balance_advice(layer: MixtureOfExperts) -> str:
-    """Advice for an uneven load, which depends on how the layer balances it.
+    """Advice for an uneven load, by what balances it in a layer.
 
     Args:
         layer: A `layers.MixtureOfExperts`.

@@ -28,7 +28,7 @@ class LayerSummary(NamedTuple):
       `routers.ExpertChoiceRouter` the capacity factor, with `routers.DenseRouter` all, and with
       `routers.SoftRouter` 1, as if there were as many slots as tokens. Experts that several layers
       share count in each of them.
-    - `flops`: FLOPs of one token in the forward pass, two for each active parameter.
+    - `flops`: of one token, forward, at two for each active parameter.
     - `counts`: assignments per expert, or sums of their weights where all serve each token, since
       the counters were last reset, or in the epoch before that, if they are empty.
     - `router`, `experts`: names of their classes.
@@ -117,7 +117,7 @@ def summary(model: keras.Model, print_fn: Callable = print) -> None:
     for each MoE layer. `inspection.LayerSummary` explains `parameters`, `active`, `FLOPs a token`
     and `engine`. `busiest` is the load of the busiest expert, where 1 is an equal share, and `dead`
     the number of `metrics.dead_experts`: in the last epoch or evaluation that an `ExpertMonitor`
-    watched, or in the whole training without one.
+    watched, in all of a training without.
 
     Args:
         model: A built Keras model.

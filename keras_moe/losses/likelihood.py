@@ -28,8 +28,8 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
     gradient, so experts specialize, and each may give another answer.
 
     Predictions are made by `losses.pack_mixture` from a routing and the outputs of its experts. The
-    weights of a sample should sum to 1, as with `DenseRouter`, or with a `TopKRouter` of at least
-    two experts.
+    weights of a sample should sum to 1, as those of `DenseRouter`, or of a `TopKRouter` with at
+    least two experts, do.
 
     Args:
         distribution: String. "gaussian": outputs are means (D), with `scale=None` followed by
@@ -47,8 +47,8 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
 
     Call arguments:
         y_true: (batch, ..., D) float tensor, or (batch, ...) integer tensor of classes,
-            where -1 counts as any class. In an array, an invalid class (9 of 4, or 0.5)
-            is an error; in a tensor, as in `fit`, the loss of its sample is NaN.
+            where -1 counts as any class. What is no class, such as 9 of 4 or 0.5, is refused in an
+            array; in a tensor, such as those of `fit`, the loss of its sample is NaN.
         y_pred: (batch, ..., K, 1 + D') float tensor of `losses.pack_mixture`.
 
     Returns:

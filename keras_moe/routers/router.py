@@ -56,8 +56,8 @@ class Router(keras.layers.Layer):
             alone. None: all tokens are one sequence.
         token_ids: Integer tensor with T entries. Ids of the tokens in the vocabulary.
         indices: (T, K) integer tensor of experts to replay: the router weighs them by its own
-            scores, with their gradient, instead of choosing. In a tensor, invalid numbers
-            count as -1, for none; in an array they are an error.
+            scores, with their gradient, instead of choosing. In a tensor, numbers of no expert
+            count as -1, for none; in an array they are refused.
 
     Returns:
         An `ops.Routing`.

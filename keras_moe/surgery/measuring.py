@@ -51,7 +51,7 @@ def importance(by, model, layers, data):
 def usage_and_similarity(model, layers, data):
     """The usage, and the correlation of the logits of two experts over the tokens, (E, E).
 
-    A number that all logits of a token share changes no softmax, and is subtracted. Li et al. 2024
+    What all logits of a token share changes no softmax, and is taken out. Li et al. 2024
     (arXiv:2310.01334), section 3.2, compares logits too.
     """
     counts, products = _summed(model, layers, data, _counts, _products)

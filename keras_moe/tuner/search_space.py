@@ -19,8 +19,8 @@ SET_TOP_K = ("balanced_assignment", "switch")
 class SearchSpace:
     """The values from which a search chooses each part of a MoE layer.
 
-    Each argument takes a list, tuple, range or array of values. The first value is the default,
-    which `DefaultsFirst` tries first; a single value is fixed. An expert is
+    Values come as a list, tuple, range or array. The first of an argument is the one picked by
+    hand, which `DefaultsFirst` tries first, and a single one is fixed. An expert is
     `active_width / K` wide, so that neither the number of experts nor `top_k` changes what the
     experts cost.
 

@@ -37,15 +37,15 @@ def upcycle(
     Each expert begins as a copy of the dense layer, or as one of `granularity` equal parts of it,
     and the router at random. The outputs of a model do not change at the start, as each token's
     weights sum to 1, whichever copies it goes to; training makes the experts differ. `L1` and `L2`
-    regularizers, which must be the same in the dense layers, add as much to the loss as before. The
+    regularizers, which must be the same in the dense layers, add to the loss what they did. The
     experts of frozen layers are frozen; their router is new, and trains.
 
     These layers are found: `Dense` layers from D to H features with an activation, then back to D
     without, in a functional or sequential model, with dropout between them or without; a
-    `keras.Sequential` of such a pair in an attribute of another layer, as in our Transformer
-    blocks; and in KerasHub's Transformer blocks (Bert, GPT-2, Llama, Mistral, Qwen and others).
-    Dropout between the two is removed. A warning names the `Dense` layers that look like such a
-    pair but stay dense, and says why.
+    `keras.Sequential` of such two in an attribute of another layer, as of our Transformer blocks;
+    and in KerasHub's Transformer blocks (Bert, GPT-2, Llama, Mistral, Qwen and others).
+    Dropout between the two is removed. A warning says which `Dense` layers look like such two and
+    stay dense, and why.
 
     With parts, the columns of the router's kernel that belong to one copy are equal, so that a
     token first goes to all parts of its best copies. With `top_k=granularity` it costs what the
