@@ -1,4 +1,4 @@
-"""The likelihood of a mixture against NumPy, its gradient, and what a density model learns."""
+"""The likelihood of a mixture against NumPy, and its gradient."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Recorded, replayed, forced and frozen routing, and what routers of other kinds promise."""
+"""Replayed routing, and what routers of other kinds promise."""
 
 import keras
 import numpy as np
