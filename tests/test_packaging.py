@@ -1,4 +1,4 @@
-"""What a release holds, and that it installs on every version of Python it is made for."""
+"""Contents of a release, an installed wheel, and types in a user's program."""
 
 import os
 import pathlib
