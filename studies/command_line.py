@@ -9,6 +9,14 @@ import argparse
 import pathlib
 
 
+def positive(text):
+    """An integer of at least 1, as the type of an option."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def parser_of(doc, output, datasets=(), seeds=1):
     """A parser with the options of all studies; `seeds` is a number of runs or a list of seeds."""
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
@@ -18,7 +26,7 @@ def parser_of(doc, output, datasets=(), seeds=1):
     if isinstance(seeds, list):
         parser.add_argument("--seeds", nargs="+", type=int, default=seeds, metavar="SEED")
     else:
-        parser.add_argument("--seeds", type=int, default=seeds, help="runs to average")
+        parser.add_argument("--seeds", type=positive, default=seeds, help="runs to average")
     if datasets:
         parser.add_argument("--dataset", choices=datasets, default=next(iter(datasets)))
     return parser

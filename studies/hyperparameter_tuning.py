@@ -11,7 +11,7 @@ import pathlib
 
 import keras
 import keras_tuner
-from command_line import parser_of
+from command_line import parser_of, positive
 from comparisons import print_runs
 from files import claim, write_json
 from text_classification import LEARNING_RATE, Size, build_model, load
@@ -89,8 +89,8 @@ def main(arguments=None):
 
 def parse_options(arguments):
     parser = parser_of(__doc__, "tuning", seeds=2)
-    parser.add_argument("--trials", type=int, default=12, help="those of earlier runs included")
-    parser.add_argument("--epochs", type=int, default=4, help="of each trial")
+    parser.add_argument("--trials", type=positive, default=12, help="earlier runs included")
+    parser.add_argument("--epochs", type=positive, default=4, help="of each trial")
     return parser.parse_args(arguments)
 
 

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import plots
 import resuming
-from command_line import parser_of
+from command_line import parser_of, positive
 from comparisons import PARAMETERS, count_parameters, dense_feedforward, print_runs
 from files import claim, write_json
 from id_batches import Batches, rows
@@ -87,7 +87,7 @@ def main(arguments=None):
 
 def parse_options(arguments):
     parser = parser_of(__doc__, "language_model", datasets.TEXTS)
-    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--experts", type=positive, default=16)
     parser.add_argument("--compare", action="store_true", help="train dense models as well")
     parser.add_argument(
         "--expert-parallel", type=int, metavar="N", help="so many devices share the experts, on JAX"

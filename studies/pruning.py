@@ -14,7 +14,7 @@ import keras
 import language_model
 import numpy as np
 import resuming
-from command_line import parser_of
+from command_line import parser_of, positive
 from comparisons import print_runs
 from files import claim, whole, write_json
 
@@ -69,9 +69,9 @@ def main(arguments=None):
 
 def parse_options(arguments):
     parser = parser_of(__doc__, "output_pruning", datasets.TEXTS)
-    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--experts", type=positive, default=16)
     parser.add_argument("--keep", type=float, default=0.5, help="share of the experts that stay")
-    parser.add_argument("--draws", type=int, default=3, help="number of prunings by chance")
+    parser.add_argument("--draws", type=positive, default=3, help="number of prunings by chance")
     return parser.parse_args(arguments)
 
 

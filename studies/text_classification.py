@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import plots
 import tensorflow as tf
-from command_line import parser_of
+from command_line import parser_of, positive
 from comparisons import PARAMETERS, count_parameters, dense_feedforward, print_runs
 from files import claim, save_figure, write_json
 from phrase_embedding import PhraseEmbedding
@@ -80,8 +80,8 @@ def main(arguments=None):
 
 def parse_options(arguments):
     parser = parser_of(__doc__, None, datasets.TEXTS)
-    parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--experts", type=positive, default=8)
+    parser.add_argument("--epochs", type=positive, default=6)
     parser.add_argument("--compare", action="store_true", help="train dense models as well")
     parser.add_argument("--report", action="store_true", help="write a page about the experts")
     options = parser.parse_args(arguments)

@@ -14,7 +14,7 @@ import numpy as np
 import plots
 import resuming
 import sacrebleu
-from command_line import parser_of
+from command_line import parser_of, positive
 from comparisons import PARAMETERS, count_parameters, dense_feedforward, interval, print_runs
 from decoding import write
 from files import claim, write_json
@@ -92,12 +92,12 @@ def main(arguments=None):
 
 def parse_options(arguments):
     parser = parser_of(__doc__, "translator", datasets.PAIRS)
-    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--experts", type=positive, default=8)
     parser.add_argument(
         "--sides", nargs="+", choices=SIDES, default=[*SIDES], help="which sides have experts"
     )
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--beams", type=int, default=4)
+    parser.add_argument("--epochs", type=positive, default=6)
+    parser.add_argument("--beams", type=positive, default=4)
     parser.add_argument("--compare", action="store_true", help="train dense models as well")
     return parser.parse_args(arguments)
 
