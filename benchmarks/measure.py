@@ -23,14 +23,7 @@ _PACKAGES = (
     *("keras", "tensorflow", "tensorflow-cpu", "jax", "torch", "keras-hub", "transformers"),
     *("libtpu", "jax-cuda13-plugin"),
 )
-_SMOKE = {
-    "tokens": [32],
-    "features": 8,
-    "hidden": 16,
-    "experts": [4],
-    "rounds": 2,
-    "tag": "-smoke",
-}
+_SMOKE = {"tokens": [32], "features": 8, "hidden": 16, "experts": [4], "rounds": 2, "tag": "-smoke"}
 
 
 def parser(description, **defaults):

@@ -50,7 +50,7 @@ x, y = 2 * distances - 1, angles / 45 - 1  # both from -1 to 1
 ## The models
 
 The experts have two outputs each: the mean of a Gaussian and the logarithm of its standard
-deviation. The gate, with a hidden layer of its own, says how likely each expert is for a distance.
+deviation. The gate, with one hidden layer, says how likely each expert is for a distance.
 `return_expert_outputs=True` returns what single experts say, before it is summed, and
 `losses.pack_mixture` puts that and the gate's weights in one tensor, as a Keras loss takes one.
 

@@ -72,7 +72,7 @@ def select(rows, tasks=TASKS):
 ## The models
 
 Each has a table of features, something in the middle, and a tower for each task. In MMoE each task
-has a gate over eight experts. PLE has two blocks, in which a task also has experts of its own; the
+has a gate over eight experts. PLE has two blocks, in which a task also has its own experts; the
 gates of the first block make an input for each task and one for the shared experts of the second.
 The hidden widths are such that all have about as many parameters.
 """

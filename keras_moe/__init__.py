@@ -50,7 +50,7 @@ __all__ = [
     "upcycle",
 ]
 
-# They need packages of their own, so they are imported when they are asked for.
+# They need further packages, so they are imported on first use.
 _LAZY = ("tuner", "visualization")
 
 

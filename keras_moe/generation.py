@@ -96,7 +96,7 @@ def generate(
         vars(model)["_text_writer"] = lambda: writer
     state = writer.predict_on_batch({"ids": text[:, :start], "real": real[:, :start], "room": text})
     num_words = state["logits"].shape[-1]
-    ids = np.concatenate(prompts)  # Those of `text` are cut to 32 bits.
+    ids = np.concatenate(prompts)  # The ids in `text` are cut to 32 bits.
     if ids.min() < 0 or ids.max() >= num_words:
         rule = f"`prompts` must have ids from 0 to {num_words - 1}, as the model has scores"
         raise ValueError(f"{rule}. Received: ids from {ids.min()} to {ids.max()}")

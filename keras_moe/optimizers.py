@@ -21,9 +21,9 @@ _STACKED = {
 class Muon(keras.optimizers.Muon):
     """`keras.optimizers.Muon` that updates each expert's kernel as one matrix.
 
-    Keras's updates variables of two axes by Muon, and all others by AdamW, but the stacked kernels
-    (E, D, H) of a bank have three axes, and its biases (E, H) two. With this one a bank trains as E
-    `Dense` layers would. All other variables are treated as Keras treats them.
+    Keras's Muon updates variables of two axes by Muon, and all others by AdamW, but the stacked
+    kernels (E, D, H) of a bank have three axes, and its biases (E, H) two. With this optimizer a
+    bank trains as E `Dense` layers would. All other variables are treated as in Keras.
 
     Args:
         learning_rate: Float, `keras.optimizers.schedules.LearningRateSchedule` or callable.

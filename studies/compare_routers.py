@@ -5,8 +5,6 @@
 
 The same small Transformer is trained with each router. Then a router that sends every token to the
 same two of sixteen experts is trained with each method of balancing: which one gets out, how fast?
-
-Runs on the backend that KERAS_BACKEND names.
 """
 
 import typing

@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import json
 import os
-import tempfile
 
 # A file that is open stays locked until the process ends, however it ends.
 _CLAIMED: dict = {}
@@ -13,7 +12,6 @@ _CLAIMED: dict = {}
 def claim(folder):
     """Make the folder if there is none, and keep other runs out of it."""
     folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()  # refused now, not after hours of training
     if folder.resolve() in _CLAIMED:
         return
     handle = os.open(folder, os.O_RDONLY)

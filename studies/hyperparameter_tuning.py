@@ -3,22 +3,17 @@
     python studies/hyperparameter_tuning.py
     python studies/hyperparameter_tuning.py --trials 24
 
-The first trial is the layer picked by hand, so the best is never worse. The same command resumes
-what an earlier run has begun, also after an interruption; the second one above adds trials.
-
-Runs on the backend that KERAS_BACKEND names. The data are read with TensorFlow Datasets, which
-needs TensorFlow on every backend.
+The first trial is the layer picked by hand, so the best is never worse. The second command above
+adds trials.
 """
 
-import json
 import pathlib
 
 import keras
 import keras_tuner
 from command_line import parser_of, positive
 from comparisons import print_runs
-from files import claim, save_figure, write_json
-from matplotlib.figure import Figure
+from files import claim, write_json
 from text_classification import LEARNING_RATE, Size, build_model, load
 
 from keras_moe import inspection, tuner
@@ -88,16 +83,13 @@ def main(arguments=None):
     print_report(report)
     folder = pathlib.Path(search.project_dir)
     write_json(folder / "results.json", report)
-    draw(report, folder / "trade_off.png")
-    print(f"\nTrials, results and plot are in {folder}.")
+    print(f"\nTrials and results are in {folder}.")
     return report
 
 
 def parse_options(arguments):
     parser = parser_of(__doc__, "tuning", seeds=2)
-    parser.add_argument(
-        "--trials", type=positive, default=12, help="those of earlier runs included"
-    )
+    parser.add_argument("--trials", type=positive, default=12, help="earlier runs included")
     parser.add_argument("--epochs", type=positive, default=4, help="of each trial")
     return parser.parse_args(arguments)
 
@@ -121,19 +113,8 @@ def open_search(build, objective, options):
     oracle = Oracle(objective, max_trials=options.trials, num_initial_points=4, seed=1)
     # Trials of other settings cannot be compared.
     project = f"{options.epochs}_epochs-{options.seeds}_seeds{'-smoke' * options.smoke}"
-    try:
-        search = Search(
-            oracle,
-            build,
-            executions_per_trial=options.seeds,
-            directory=options.output,
-            project_name=project,
-        )
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"What an earlier run has found is damaged. Received: {error} in a file of "
-            f"{options.output / project}. Delete this folder, and the same command starts again."
-        ) from error
+    where = {"directory": options.output, "project_name": project}
+    search = Search(oracle, build, executions_per_trial=options.seeds, **where)
     done = len(oracle.end_order)
     if done:
         print(f"Resuming after {done} of {options.trials} trials.")
@@ -173,25 +154,6 @@ def print_report(report):
     change = {key: best[key] / default[key] - 1 for key in ("loss", "test_loss")}
     print(f"The best against the one picked by hand: validation loss {change['loss']:+.1%}")
     print(f"(by which it was chosen), test loss {change['test_loss']:+.1%}.")
-
-
-def draw(report, path):
-    """Loss against cost: the trials, their Pareto front, the budget, the layer picked by hand."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    trials = report["trials"]
-    front = [trial for trial in trials if trial["efficient"]]
-    (costs, losses), steps = (
-        zip(*((trial["cost"], trial["loss"]) for trial in each)) for each in (trials, front)
-    )
-    axes.plot(costs, losses, "C0o", alpha=0.5)
-    axes.step(*steps, "C0", where="post", label="Pareto front of the trials")
-    for (name, result), marker in zip(report["results"].items(), ("C3s", "C2*")):
-        axes.plot(result["cost"], result["loss"], marker, markersize=10, label=name)
-    axes.axvline(report["budget"], color="gray", linestyle="--", label="budget")
-    axes.set(xscale="log", xlabel="active FLOPs a token, MoE layer", ylabel="validation loss")
-    axes.legend()
-    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,8 @@
 """Trains a decoder-only language model with a sparse mixture of experts.
 
-    python studies/language_model.py
-    python studies/language_model.py --compare --seeds 3
-    KERAS_BACKEND=jax python studies/language_model.py --expert-parallel 4
-
-Runs on the backend that KERAS_BACKEND names. An interrupted run resumes from the last finished
-epoch when the same command is given again. The data are read with TensorFlow Datasets, which needs
-TensorFlow on every backend.
+python studies/language_model.py
+python studies/language_model.py --compare --seeds 3
+KERAS_BACKEND=jax python studies/language_model.py --expert-parallel 4
 """
 
 import itertools

@@ -31,16 +31,10 @@ class PhraseEmbedding(keras.layers.Layer):
         self.seed_generator = keras.random.SeedGenerator()
 
     def build(self, ids_shape):
-        initializer = keras.initializers.RandomNormal(stddev=1 / self.GAIN)
-        self.words = self.add_weight(
-            name="words", shape=(self.num_words + 2, self.features), initializer=initializer
-        )
-        self.bigrams = self.add_weight(
-            name="bigrams", shape=(self.num_bigrams, self.features), initializer=initializer
-        )
-        self.salience = self.add_weight(
-            name="salience", shape=(self.num_words + 2,), initializer="ones"
-        )
+        small, rows = keras.initializers.RandomNormal(stddev=1 / self.GAIN), self.num_words + 2
+        self.words = self.add_weight((rows, self.features), small, name="words")
+        self.bigrams = self.add_weight((self.num_bigrams, self.features), small, name="bigrams")
+        self.salience = self.add_weight((rows,), "ones", name="salience")
 
     def call(self, ids, training=False):
         first, second = ids[:, :-1], ids[:, 1:]

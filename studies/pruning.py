@@ -5,8 +5,8 @@
 
 Each measure starts from the same model. Experts are measured on training data and the loss is that
 of validation data, right after the surgery. "top-1" takes no expert out: one instead of two serves
-each token; "top-3" and "top-4" let more serve it than in training. The model and the data are those
-of the study `language_model.py`. Runs on the backend that KERAS_BACKEND names.
+each token; "top-3" and "top-4" let more serve it than in training. Model and data come from the
+study `language_model.py`.
 """
 
 import datasets

@@ -89,14 +89,8 @@ def fit(model, batches, epochs, folder, callbacks, **arguments):
     Returns the history of a training that was never interrupted, with `ms_per_step`. The model is
     built and compiled.
     """
-    try:
-        journal = Journal(folder)
-        journal.restore(model)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"What an interrupted run left must be whole. Received: {folder} with {error}. "
-            "Delete this folder, and the same command trains again."
-        ) from error
+    journal = Journal(folder)
+    journal.restore(model)
     done = len(journal.epochs)
     if done:
         print(f"Resuming after epoch {done} of {epochs}.")

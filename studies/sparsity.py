@@ -6,13 +6,9 @@
 Trains small language models on manual pages in eight languages (10 million subwords, each seen at
 most once): a dense one; mixtures of 8 to 64 experts that cost the same for each token; one of many
 narrow experts beside a shared one; and a dense one with as many weights as the mixture of 16. The
-learning rate of each is chosen in short runs by the validation split. The losses that are reported
-are those of the test split.
-
-Times are steps times the time of a step, which is measured before training, in turns with the
-other models. Finished runs stay in --output and are not trained again, and an interrupted run
-resumes after its last epoch. Table, picture and `results.json` are those of the models and seeds of
-the last command.
+learning rate of each is chosen in short runs by the validation split. Losses are of the test split.
+Times are steps times the time of a step, measured before training in turns with the other models.
+The report has the models and seeds of the last command.
 """
 
 import functools

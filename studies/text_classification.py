@@ -1,10 +1,7 @@
 """Classifies text with a sparse Mixture-of-Experts Transformer.
 
-    python studies/text_classification.py
-    python studies/text_classification.py --compare --seeds 3
-
-Runs on the backend that KERAS_BACKEND names. The data are read with TensorFlow Datasets, which
-needs TensorFlow on every backend.
+python studies/text_classification.py
+python studies/text_classification.py --compare --seeds 3
 """
 
 import functools

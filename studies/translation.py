@@ -1,12 +1,8 @@
 """Translates with a sparse Mixture-of-Experts Transformer, from Spanish to English.
 
-    KERAS_BACKEND=jax python studies/translation.py
-    KERAS_BACKEND=jax python studies/translation.py --compare --seeds 3
-    KERAS_BACKEND=jax python studies/translation.py --sides decoder --experts 32
-
-Runs on the backend that KERAS_BACKEND names; JAX is the fastest on a CPU. An interrupted run
-resumes from the last finished epoch when the same command is given again. The data are read with
-TensorFlow Datasets, which needs TensorFlow on every backend.
+KERAS_BACKEND=jax python studies/translation.py
+KERAS_BACKEND=jax python studies/translation.py --compare --seeds 3
+KERAS_BACKEND=jax python studies/translation.py --sides decoder --experts 32
 """
 
 import json

@@ -6,8 +6,7 @@
 
 Trains the translators of `translation.py` for one epoch: the mixture of that study, and others
 that differ from it in one thing, such as the number of experts or the weight of the balance loss.
-Each is compared in validation loss with the dense model of the same active size and the same seed.
-Finished runs stay in --output, so that further changes and seeds add to them.
+Each is compared in validation loss with the dense model of the same active size and seed.
 """
 
 import datasets

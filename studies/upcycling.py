@@ -4,14 +4,10 @@
     KERAS_BACKEND=jax python studies/upcycling.py --models dense "32 halves" --seeds 3 4
 
 All train on from the same weights, on the same data in the same order, with the same learning
-rates. The second half of training reads text that the first has not seen. The model, the data and
-the learning rate are those of the study `sparsity.py`; batches are smaller, and the balance loss is
-weaker. The losses that are reported are those of the test split.
-
-Times are steps times the processor time of a step, which is measured before training, in turns
-with the other models. Finished runs stay in --output and are not trained again, and an interrupted
-run resumes from the last finished epoch. Table and `results.json` are those of the models and seeds
-of the last command. Runs on the backend that KERAS_BACKEND names.
+rates. The second half of training reads text that the first has not seen. Model, data and learning
+rate come from the study `sparsity.py`; batches are smaller, and the balance loss is weaker. Losses
+are of the test split. Times are steps times the processor time of a step, measured before training
+in turns with the other models. The report has the models and seeds of the last command.
 """
 
 import pathlib

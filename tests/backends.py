@@ -13,11 +13,9 @@ BACKEND = keras.backend.backend()
 ROOT = pathlib.Path(__file__).parents[1]
 
 # "eager" runs operation by operation, "graph" is tf.function without XLA.
-MODES = {
-    "tensorflow": ("eager", "graph", "xla"),
-    "jax": ("eager", "jit"),
-    "torch": ("eager",),
-}[BACKEND]
+MODES = {"tensorflow": ("eager", "graph", "xla"), "jax": ("eager", "jit"), "torch": ("eager",)}[
+    BACKEND
+]
 
 # Where a test needs one answer and not the agreement of several: JAX compiles each operation of an
 # eager call for each shape, which is slower than compiling it as a whole.
@@ -155,8 +153,4 @@ def _torch_gradients(function):
     return value_and_gradients
 
 
-_GRADIENTS = {
-    "tensorflow": _tensorflow_gradients,
-    "jax": _jax_gradients,
-    "torch": _torch_gradients,
-}
+_GRADIENTS = {"tensorflow": _tensorflow_gradients, "jax": _jax_gradients, "torch": _torch_gradients}

@@ -32,7 +32,7 @@ SCRIPT = """<head><script>(() => {
 })()</script>"""
 
 
-def run_in_page(path, code, dark=False):
+def run_in_page(path, code):
     """What JavaScript returns in a page that has loaded; skips the test without a browser."""
     if EXECUTABLE is None:
         pytest.skip("needs Chromium: apt-get install chromium")
@@ -43,7 +43,6 @@ def run_in_page(path, code, dark=False):
         command = [EXECUTABLE, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
         command += [f"--user-data-dir={profile}", "--window-size=1200,900"]
         command += ["--virtual-time-budget=60000"]
-        command += ["--blink-settings=preferredColorScheme=0"] * dark
         done = subprocess.run(
             [*command, page.as_uri()], capture_output=True, text=True, timeout=120
         )

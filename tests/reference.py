@@ -123,42 +123,6 @@ def _logsumexp(logits):
     return np.max(logits) + math.log(np.sum(np.exp(logits - np.max(logits))))
 
 
-# Metrics
-
-
-def load_imbalance(counts):
-    return max(counts) / (sum(counts) / len(counts)) - 1 if sum(counts) else 0.0
-
-
-def load_entropy(counts):
-    if sum(counts) == 0:
-        return 0.0
-    if len(counts) == 1:
-        return 1.0
-    shares = [count / sum(counts) for count in counts if count]
-    return -sum(share * math.log(share) for share in shares) / math.log(len(counts))
-
-
-def dead_experts(counts):
-    return sum(count <= 1e-3 * sum(counts) / len(counts) for count in counts)
-
-
-def dead_experts_over_window(batches, window):
-    """Experts that had nothing in each of the last `window` batches."""
-    if len(batches) < window:
-        return 0
-    num_experts = len(batches[0])
-    return sum(all(batch[e] == 0 for batch in batches[-window:]) for e in range(num_experts))
-
-
-def dropped_fraction(dropped, counts):
-    return dropped / sum(counts) if sum(counts) else 0.0
-
-
-def expert_share(counts):
-    return [count / sum(counts) if sum(counts) else 0.0 for count in counts]
-
-
 # The layer
 
 
@@ -251,7 +215,7 @@ def moe(x, weights, activation, top_k, mask=None, capacity_factor=None):
         routing=routing,
         logits=logits,
         served=served,
-        dropped=dropped_fraction(num_dropped, routing.counts),
+        dropped=num_dropped / max(np.sum(routing.counts), 1),
     )
 
 

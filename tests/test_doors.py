@@ -63,12 +63,6 @@ def lora(layer):
     return layer
 
 
-def load(source, target):
-    store = {}
-    built(source).save_own_variables(store)
-    built(target).load_own_variables(store)
-
-
 def routing(num_tokens=T, num_experts=E, top_k=2, **changes):
     return ops.top_k_routing(t(num_tokens, num_experts), top_k)._replace(**changes)
 
@@ -181,7 +175,6 @@ ARGUMENTS = [
     ("layers.ZeroComputationExperts(bank(), {})", "num_zero=-1", "num_identity=0.5"),
     ("layers.Capacity(1, {})", "minimum=0", "multiple_of=0", "evaluation_factor=0", "priority='x'"),
     ("layers.TransformerEncoderBlock(feedforward=dense(), {})", "num_heads=0", "num_heads=1.5"),
-    ("layers.TransformerEncoderBlock(2, {})", "feedforward=bank"),
     ("layers.TransformerEncoderBlock(2, dense(), {})", "dropout=1", "dropout=-0.1"),
     ("tasks({})", "num_tasks=0", "num_tasks=2.5"),
     ("routers.TopKRouter({})", "num_experts=0"),
@@ -225,17 +218,13 @@ REFUSED = [
     ("ids_layer()(t(), token_ids=np.zeros(T))", "dtype of int"),
     ("ids_layer()(t())", "token_ids=None"),
     ("moe()(X, router_inputs=t(5, 2, D))", "`router_inputs` must have"),
-    ("moe()(X, router_inputs=t(2, 5, 3, 2))", "`router_inputs` must have"),
-    ("moe()(t(), router_inputs=ints(T, D))", "dtype of float"),
     ("moe(router='soft')(t(), return_expert_outputs=True)", "assigns tokens to experts"),
     ("moe(token_axes=1)(X)", "Use `LayerExperts`"),
     ("bank()(t(), plan(num_experts=2))", "`plan` must be of"),
-    ("bank()(t(), plan(num_tokens=4))", "`plan` must be of"),
     ("routers.TopKRouter(E)(ints(T, D))", "dtype of float"),
     ("routers.TopKRouter()(t())", "needs `num_experts`"),
     ("encode(inputs=ints(2, 5, D))", "dtype of float"),
     ("encode(mask=true(2, 1))", "`mask` must have"),
-    ("decoder()(X, context=t(2, 3, D))", "if and only if"),
     ("decoder(True)(X)", "takes a `context` if and only if"),
     ("decoder(True)(X, context=t(2, 3, D), context_mask=true(2, 5))", "`context_mask` must"),
     ("decode(length=5, position=1)", "must fit into the cache"),
@@ -247,10 +236,8 @@ REFUSED = [
     ("layers.TransformerDecoderBlock(2, dense()).make_cache(2, 5)", "must be built"),
     ("of_task_banks((T, D), (T, D))", "one for each task"),
     ("of_task_banks((T, D), (5, D), (T, D))", "`inputs[1]` must"),
-    ("tasks()([t(), t(), t()])", "with `task_experts`"),
     ("replay(ints(10, 2), name='x')", "names of MoE layers"),
     ("replay(ints(10, 2) + E)", "from 0 to 3"),
-    ("replay(ints(10, 1), router='soft')", "can be replayed"),
     # Constructors, and what shows when a layer is built.
     ("layers.MixtureOfExperts([dense()])", "`experts` must be"),
     ("moe(router=routers.TopKRouter(8))", "same number of experts"),
@@ -277,26 +264,21 @@ REFUSED = [
     ("routers.GroupLimitedRouter(8, 4, 1, top_k=4)", "`top_groups`"),
     ("losses.GlobalLoadBalance()(routing())", "outside of one"),
     ("likelihood(t(6, 1))", "`y_true` must have"),
-    ("likelihood(ints(6, 2), distribution='categorical')", "`y_true`"),
     ("likelihood([0, 2], (2, 3, 3), distribution='categorical')", "from 0 to 1"),
     ("likelihood(np.array([0.5]), (1, 3, 3), distribution='categorical')", "Received: 0.5"),
     ("likelihood(t(6, 1), (6, 3, 3), scale=None, normalized=False)", "no lower bound"),
     ("losses.pack_mixture(routing(), t(2, 6, 2))", "each weight"),
     # Parts of a user, where their results come in.
     ("own(top_k=1)", "`indices` must have"),
-    ("own(num_experts=E + 1)", "must have the shape"),
     ("own(indices=t(T, 2))", "`indices` must have a dtype"),
     ("own(counts=ints(1, E))", "`counts` must have the shape"),
-    ("own(load=t(E + 1))", "`load` must have the shape"),
     ("trained(router_losses=[own_part(losses.RouterZ, compute=lambda _, x: x.load)])", "one float"),
     ("balanced(measure=lambda *_: t(1))", "`balancer.measure(...)` must have"),
     # Functions.
     ("ops.top_k_routing(t(T, E), 2, true(5))", "`mask` must have"),
     ("ops.top_k_routing(t(T, E), 5)", "`top_k` must be at most"),
     ("ops.top_k_routing(t(T, E), 2, score='x')", "`score` must be one of"),
-    ("ops.top_k_indices(t(T, E), 5)", "`top_k` must be at most"),
     ("ops.make_routing(ints(T, 1) + E, t(T, 1), t(T, E), t(T, E), true(T))", "from 0 to 3"),
-    ("plan(counts=ints(1, E))", "`counts` must have"),
     ("ops.plan_groups(routing(), 0)", "`capacity` must be"),
     ("ops.plan_groups(routing(), 1, true(T, 1))", "`priority` must have"),
     ("ops.plan_groups(routing(), 1, sequence_length=4)", "divide the number"),
@@ -338,12 +320,10 @@ REFUSED = [
     ("convert.use_sparse_experts(plain())", "must have a MoE block"),
     ("tuner.SearchSpace((5,), top_k=(2,))", "divisible by"),
     ("tuner.SearchSpace((8,), capacity_factors=(0,))", "`capacity_f"),
-    ("callbacks.RouterLossSchedule(abs, losses.LoadBalance)", "instance of"),
     ("fitted(callbacks.RouterLossSchedule(lambda e: -1))", "must be a finite"),
     ("fitted(callbacks.RouterLossSchedule(abs), router_losses=['router_z'])", "the router loss"),
     ("callbacks.ExpertMonitor(metrics=[lambda c: 1])", "different names"),
     ("built(bank()).quantize('float8')", '`mode` must be "int8"'),
-    ("load(moe(shared_expert=None), moe(bank(8)))", "must match"),
 ]
 REFUSED += [
     (call.format(argument), f"`{argument.partition('=')[0]}` must be")

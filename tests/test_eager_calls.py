@@ -72,9 +72,3 @@ def test_other_arguments_are_seen_as_they_are_at_each_call(value):
     for _ in range(2):
         np.testing.assert_array_equal(to_numpy(function(ops.zeros(2), value)), [0, 0])
     assert len(runs) == 2 and all(run is value for run in runs)
-
-
-def test_inside_of_a_program_it_is_a_part_of_it():
-    function, runs = counting()
-    assert "jit" not in str(jax.make_jaxpr(function)(ops.zeros(2)))
-    assert len(runs) == 1

@@ -6,12 +6,10 @@ import gzip
 import importlib.metadata
 import json
 import os
-import pathlib
 import random
 import re
 import runpy
 import sqlite3
-import subprocess
 import sys
 
 import gguf
@@ -19,11 +17,10 @@ import keras
 import numpy as np
 import pytest
 import tokenizers
+from backends import BACKEND, ROOT, run_python
 
 # Of KerasTuner.
 pytestmark = pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\):DeprecationWarning")
-BACKEND = keras.backend.backend()
-ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NOTEBOOKS = runpy.run_path(str(ROOT / "docs" / "notebooks.py"))
 
@@ -37,26 +34,10 @@ if BACKEND == "tensorflow":
 
 # What the constants of an example become: all that are one integer must be here.
 SMOKE = {
-    "BATCH_SIZE": 16,
-    "BEAMS": 2,
-    "EPOCHS": 1,
-    "FEATURES": 8,
-    "HIDDEN": 8,
-    "LENGTH": 8,
-    "NUM_DOCUMENTS": 64,
-    "NUM_EXPERTS": 4,
-    "NUM_IMAGES": 100,
-    "NUM_OUTPUTS": 4,
-    "NUM_PAIRS": 80,
-    "NUM_ROWS": 256,
-    "NUM_SEEDS": 1,
-    "NUM_TEXTS": 16,
-    "NUM_TOKENS": 512,
-    "NUM_TRIALS": 2,
-    "NUM_WORDS": 30,
-    "NUM_WRITTEN": 8,
-    "PATCH": 2,
-    "UNKNOWN": 0,
+    **{"BATCH_SIZE": 16, "BEAMS": 2, "EPOCHS": 1, "FEATURES": 8, "HIDDEN": 8, "LENGTH": 8},
+    **{"NUM_DOCUMENTS": 64, "NUM_EXPERTS": 4, "NUM_IMAGES": 100, "NUM_OUTPUTS": 4, "NUM_PAIRS": 80},
+    **{"NUM_ROWS": 256, "NUM_SEEDS": 1, "NUM_TEXTS": 16, "NUM_TOKENS": 512, "NUM_TRIALS": 2},
+    **{"NUM_WORDS": 30, "NUM_WRITTEN": 8, "PATCH": 2, "UNKNOWN": 0},
 }
 ALLOWED = {"keras", "keras_moe", "numpy", "sklearn", "keras_tuner", "matplotlib"}
 ALLOWED |= {"gguf", "keras_hub", "tokenizers"}  # of what was trained elsewhere
@@ -167,16 +148,10 @@ def test_an_example_runs_in_a_small_size(name, made_up_data, monkeypatch, tmp_pa
 
 def run_on_four_devices(tree):
     """It sets the distribution of its process, and devices are counted when JAX starts."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-W", OF_KERAS, "-c", ast.unparse(tree)],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
-        },
-        capture_output=True,
-        text=True,
+    done = run_python(
+        *("-W", "error", "-W", OF_KERAS, "-c", ast.unparse(tree)),
+        JAX_PLATFORMS="cpu",
+        XLA_FLAGS=f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
     )
     assert done.returncode == 0, done.stderr
     assert "4 devices" in done.stdout

@@ -121,15 +121,15 @@ class LargeBalance(losses.LoadBalance):
     usual_weight = 1.0
 
 
+REBALANCED = [
+    (losses.LoadBalance(0.5), 0.0, 0.0, "(weight=0): give it a weight above 0."),
+    (losses.LoadBalance(0.5), 0.5, 0.5, "(weight=0.5), a large weight"),
+    (LargeBalance(0.5), 0.5, 5.0, "The weight of its LargeBalance is now 5. "),
+]
+
+
 @of_counts
-@pytest.mark.parametrize(
-    "loss, weight, after, advice",
-    [
-        (losses.LoadBalance(0.5), 0.0, 0.0, "(weight=0): give it a weight above 0."),
-        (losses.LoadBalance(0.5), 0.5, 0.5, "(weight=0.5), a large weight"),
-        (LargeBalance(0.5), 0.5, 5.0, "The weight of its LargeBalance is now 5. "),
-    ],
-)
+@pytest.mark.parametrize("loss, weight, after, advice", REBALANCED)
 def test_a_loss_is_rebalanced_unless_it_is_off_or_large(loss, weight, after, advice):
     layer = collapsed_layer([loss])
     layer.set_router_loss_weight(0, weight)
@@ -147,14 +147,8 @@ def test_dead_experts_are_reported_after_a_while_and_when_others_join_them():
     watchdog = ExpertHealth(every=10, patience=1)
     findings, _ = watched(model_of(layer, keras.optimizers.SGD(0.0)), x, x[:, :1], watchdog)
     assert [(step, finding.text) for step, _, finding in findings] == [
-        (
-            30,
-            "1 of 4 experts is dead in 3 checks: 3. At the last check 1 of 4 were dead.",
-        ),
-        (
-            60,
-            "2 of 4 experts are dead in 3 checks: 2, 3. At the last check 2 of 4 were dead.",
-        ),
+        (30, "1 of 4 experts is dead in 3 checks: 3. At the last check 1 of 4 were dead."),
+        (60, "2 of 4 experts are dead in 3 checks: 2, 3. At the last check 2 of 4 were dead."),
     ]
 
 
@@ -169,35 +163,18 @@ def test_a_router_of_nan_and_exploding_logits_are_found():
     assert findings[-1][0] == 2
 
 
-@of_counts
-@pytest.mark.parametrize(
-    "weight, text",
-    [
-        (1e-7, "LoadBalance(weight=1e-07) is too weak to have any effect."),
-        (100.0, "LoadBalance(weight=100) is 0."),
-        (0, None),
-    ],
-)
-def test_a_useless_weight_is_found(weight, text):
+WEIGHTS = {
+    1e-7: "LoadBalance(weight=1e-07) is too weak to have any effect.",
+    1000.0: "not counting the constant 1e+03 of",
+}
+
+
+@pytest.mark.parametrize("weight, text", WEIGHTS.items())
+def test_a_useless_weight_is_found_beside_a_monitor(weight, text):
     model = model_of(expert_layer(router_losses=[losses.LoadBalance(weight)]))
-    findings, _ = watched(model, *clustered(0, 4 * BATCH), ExpertHealth())
-    assert len(findings) == (text is not None)
-    assert all(finding.text.startswith(text) for _, _, finding in findings)
-
-
-@pytest.mark.parametrize(
-    "kinds, validation_split",
-    [
-        pytest.param([ExpertHealth, ExpertMonitor], 0.0, marks=of_counts),
-        ([ExpertMonitor, ExpertHealth], 0.25),
-    ],
-)
-def test_a_heavy_loss_is_found_beside_a_monitor(kinds, validation_split):
-    model = model_of(expert_layer(router_losses=[losses.LoadBalance(1000.0)]))
-    callbacks = [kind() for kind in kinds]
-    options = {"validation_split": validation_split}
+    callbacks, options = (ExpertMonitor(), ExpertHealth()), {"validation_split": 0.25}
     ((_, _, found),), _ = watched(model, *clustered(0, 4 * BATCH), *callbacks, **options)
-    assert "not counting the constant 1e+03 of" in found.text
+    assert text in found.text
 
 
 @of_counts
@@ -238,14 +215,8 @@ def test_a_loss_is_heavy_by_what_it_adds_to_an_even_load():
     assert "a weight of about 1," in finding.fix
 
 
-SPREADS = {
-    ((5, 5, 5, 5), 1): 1.0,
-    ((9, 0, 0, 0), 1): 0.0,
-    ((5, 5, 0, 0), 2): 0.0,
-    ((5, 5, 0, 0), 1): 1 / 3,
-    ((0, 0, 0, 0), 1): 0.0,
-    ((5,), 1): 1.0,
-}
+SPREADS = {((5, 5, 5, 5), 1): 1.0, ((9, 0, 0, 0), 1): 0.0, ((5, 5, 0, 0), 2): 0.0}
+SPREADS |= {((5, 5, 0, 0), 1): 1 / 3, ((0, 0, 0, 0), 1): 0.0, ((5,), 1): 1.0}
 TEXTS = {
     "The busiest expert does 2.8 times": lambda: health.judge_load([700, 100, 100, 100], 1, ""),
     "1 of 4 experts is dead: 2.": lambda: health.judge_load([90, 110, 0, 90], 1, ""),

@@ -11,14 +11,8 @@ from layer_checks import D, E, array, gradients, moe, normal, one_hot, one_hot_r
 import keras_moe
 from keras_moe import layers, routers
 
-compiled = pytest.mark.parametrize("jit_compile", [False, True], ids=["plain", "jit"])
-
-
-def skip_unless_it_compiles(jit_compile):
-    if jit_compile and BACKEND == "torch":
-        pytest.skip("PyTorch runs eagerly")
-    if not jit_compile and BACKEND == "jax":
-        pytest.skip("JAX computes the same blocks, compiled or not")
+JIT = {"tensorflow": [False, True], "jax": [True], "torch": [False]}[BACKEND]
+compiled = pytest.mark.parametrize("jit_compile", JIT)
 
 
 def fit_once(layer, x, jit_compile):
@@ -43,31 +37,12 @@ def test_all_axes_but_the_last_are_tokens(leading):
     np.testing.assert_allclose(array(outputs).reshape(6, D), array(flat), rtol=1e-6)
 
 
-def test_the_router_may_see_something_else_than_the_experts():
-    layer = moe()
-    inputs, seen = keras.Input((3, D)), keras.Input((3, D))
-    model = keras.Model([inputs, seen], layer(inputs, router_inputs=seen))
-    x, other = normal(2, 3, D), normal(2, 3, D)[::-1].copy()
-    by_other = layer.router(other.reshape(6, D))
-    expected = layer.experts(x.reshape(6, D), layer.router.plan(by_other))
-    outputs = model.predict([x, other], verbose=0)
-    np.testing.assert_allclose(outputs.reshape(6, D), array(expected), rtol=1e-5, atol=1e-6)
-    assert not np.allclose(outputs, array(layer(x)), atol=1e-3)
-
-
-def test_experts_may_change_the_number_of_features():
-    layer = moe(layers.LayerExperts([keras.layers.Dense(3), keras.layers.Dense(3)]))
-    assert tuple(layer(normal(2, 4, D)).shape) == (2, 4, 3)
-    assert layer(keras.Input((4, D))).shape == (None, 4, 3)
-
-
 # Masks
 
 
-@pytest.mark.parametrize("as_dtype", ["bool", "int32"])
-def test_an_explicit_mask_zeroes_padding_and_leaves_it_out_of_the_counts(as_dtype):
+def test_an_explicit_mask_zeroes_padding_and_leaves_it_out_of_the_counts():
     layer = moe(shared_expert=keras.layers.Dense(D, bias_initializer="ones"))
-    mask = np.array([[1, 1, 1], [1, 0, 0]], as_dtype)
+    mask = np.array([[1, 1, 1], [1, 0, 0]])
     outputs, routing = layer(normal(2, 3, D), mask=mask, training=True, return_routing=True)
     real = mask.astype(bool)
     assert (array(outputs)[~real] == 0).all() and (array(outputs)[real] != 0).all()
@@ -144,7 +119,6 @@ def heterogeneous_experts():
 
 @compiled
 def test_experts_may_be_any_layers_and_learn(jit_compile):
-    skip_unless_it_compiles(jit_compile)
     bank = heterogeneous_experts()
     layer = moe(bank, router=one_hot_router(), router_losses=())
     x = normal(7, E) + 5 * one_hot(0, 1, 2, 3, 3, 2, 0)
@@ -168,7 +142,6 @@ def test_experts_may_be_any_layers_and_learn(jit_compile):
 
 @compiled
 def test_mixtures_inside_of_experts_count_and_balance_their_own_tokens(jit_compile):
-    skip_unless_it_compiles(jit_compile)
     inner = layers.MixtureOfExperts(layers.FeedForwardExperts(2, 4), "switch", ["load_balance"])
     bank = layers.LayerExperts([keras.Sequential([inner]), keras.layers.Dense(D)])
     layer = moe(bank, router=routers.TopKRouter(top_k=1), router_losses=())
@@ -214,7 +187,6 @@ def test_a_layer_inside_may_write_its_own_kernel():
 
 @compiled
 def test_experts_that_were_alike_may_become_different(jit_compile):
-    skip_unless_it_compiles(jit_compile)
     dense = [keras.layers.Dense(D) for _ in range(2)]
     layer = moe(layers.LayerExperts(dense), router=routers.TopKRouter(top_k=1))
     model = keras.Sequential([keras.Input((D,)), layer])
@@ -245,7 +217,6 @@ def test_a_frozen_layer_moves_no_bias(is_set):
 
 @compiled
 def test_dropout_inside_an_expert_drops_in_training_only(jit_compile):
-    skip_unless_it_compiles(jit_compile)
     bank = layers.LayerExperts([keras.layers.Dropout(0.5, seed=e) for e in range(E)])
     layer = moe(bank, router_losses=())
     x = np.ones((64, D), "float32")
@@ -259,7 +230,6 @@ def test_dropout_inside_an_expert_drops_in_training_only(jit_compile):
 
 @compiled
 def test_batch_normalization_inside_an_expert_updates_the_state_of_used_experts_only(jit_compile):
-    skip_unless_it_compiles(jit_compile)
     # One name for all: states are told apart by object, not by path.
     norms = [keras.layers.BatchNormalization(momentum=0.5, name="norm") for _ in range(E)]
     layer = moe(layers.LayerExperts(norms), router=one_hot_router(), router_losses=())
@@ -267,11 +237,8 @@ def test_batch_normalization_inside_an_expert_updates_the_state_of_used_experts_
     loss = fit_once(layer, x, jit_compile)
     assert np.isfinite(loss)
     means = np.stack([array(norm.moving_mean) for norm in norms])
-    if jit_compile or BACKEND == "jax":
-        # Expert 2 is called once a block, three times.
-        shares = [0.5, 0.0, 0.875, 0.0]
-    else:
-        shares = [0.5, 0.0, 0.5, 0.0]
+    # Compiled, expert 2 is called once a block, three times.
+    shares = [0.5, 0.0, 0.875 if jit_compile else 0.5, 0.0]
     np.testing.assert_allclose(means, np.diag(shares), rtol=1e-6)
     for expert in (1, 3):
         np.testing.assert_array_equal(array(norms[expert].moving_variance), np.ones(E))
@@ -279,7 +246,6 @@ def test_batch_normalization_inside_an_expert_updates_the_state_of_used_experts_
 
 @compiled
 def test_the_loss_of_a_weight_inside_an_expert_counts_once(jit_compile):
-    skip_unless_it_compiles(jit_compile)
     dense = [keras.layers.Dense(D, kernel_regularizer=keras.regularizers.L2(0.5)) for _ in range(E)]
     layer = moe(layers.LayerExperts(dense), router_losses=())
     x = np.zeros((8, D), "float32")  # so that only the regularisers have a loss
@@ -292,58 +258,20 @@ def test_the_loss_of_a_weight_inside_an_expert_counts_once(jit_compile):
 
 @compiled
 def test_the_loss_of_an_activation_inside_an_expert_counts_once(jit_compile):
-    skip_unless_it_compiles(jit_compile)
     experts = [keras.layers.ActivityRegularization(l1=1.0) for _ in range(E)]
     layer = moe(layers.LayerExperts(experts), router=one_hot_router(), router_losses=())
     x = np.repeat(one_hot(0, 2, 2, 2), 64, axis=0)
     # Keras divides by the rows of a call: mean 1 for each used expert, or for each of its blocks.
-    expected = 4.0 if jit_compile or BACKEND == "jax" else 2.0
+    expected = 4.0 if jit_compile else 2.0
     np.testing.assert_allclose(
         fit_once(layer, x, jit_compile) - np.mean(array(layer(x)) ** 2), expected, rtol=1e-5
     )
 
 
-# Gradients
-
-
-@pytest.mark.parametrize(
-    "bank",
-    [
-        lambda: layers.FeedForwardExperts(E, 16),
-        lambda: layers.GatedExperts(E, 16, use_bias=True, output_dim=3),
-        lambda: layers.LinearExperts(E, 3),
-        lambda: layers.LayerExperts([keras.layers.Dense(D) for _ in range(E)]),
-    ],
-    ids=["feed_forward", "gated", "linear", "layer"],
-)
-def test_every_gradient_exists_and_is_zero_for_unused_experts(bank):
-    layer = moe(bank(), router=one_hot_router())
-    layer.build((None, E))
-    values = gradients(layer, one_hot(0, 2, 2), training=True)
-    assert not [path for path, value in values.items() if value is None]
-    for expert, used in enumerate([True, False, True, False]):
-        of_expert = [
-            _of_expert(layer.experts, path, value, expert) for path, value in values.items()
-        ]
-        of_expert = [value for value in of_expert if value is not None]
-        assert of_expert
-        assert any((value != 0).any() for value in of_expert) == used
-    assert (values["inputs"] != 0).any()
-    assert (values[layer.router.kernel.path] != 0).any()
-
-
-def _of_expert(bank, path, value, expert):
-    if isinstance(bank, layers.LayerExperts):
-        return value if path in [v.path for v in bank.layers[expert].variables] else None
-    return value[expert] if path in [v.path for v in bank.variables] else None
-
-
 # Initial weights
 
 
-@pytest.mark.parametrize(
-    "initializer", ["glorot_uniform", "he_normal", "lecun_normal", "orthogonal"]
-)
+@pytest.mark.parametrize("initializer", ["glorot_uniform", "orthogonal"])
 def test_each_kernel_starts_like_that_of_a_dense_layer_and_unlike_others(initializer):
     bank = layers.GatedExperts(3, 128, kernel_initializer=initializer)
     bank.build((None, 64))
@@ -375,24 +303,12 @@ def test_initial_weights_follow_the_seed():
 def test_weights_have_the_names_and_shapes_that_converters_rely_on():
     layer = moe(layers.GatedExperts(E, 16, use_bias=True), name="moe")
     layer.build((None, D))
-    of_experts = {
-        "gate_kernel": (E, D, 16),
-        "gate_bias": (E, 16),
-        "up_kernel": (E, D, 16),
-        "up_bias": (E, 16),
-        "down_kernel": (E, 16, D),
-        "down_bias": (E, D),
-    }
+    of_experts = {"gate_kernel": (E, D, 16), "gate_bias": (E, 16), "up_kernel": (E, D, 16)}
+    of_experts |= {"up_bias": (E, 16), "down_kernel": (E, 16, D), "down_bias": (E, D)}
     expected = {f"{layer.experts.name}/{name}": shape for name, shape in of_experts.items()}
-    expected |= {
-        f"{layer.router.name}/kernel": (D, E),
-        "expert_counts": (E,),
-        "dropped_count": (),
-        "router_loss_weights": (2,),
-        "router_loss_totals": (2,),
-        "router_entropy_total": (),
-        "call_count": (),
-    }
+    expected |= {f"{layer.router.name}/kernel": (D, E), "expert_counts": (E,)}
+    expected |= dict.fromkeys(("dropped_count", "router_entropy_total", "call_count"), ())
+    expected |= dict.fromkeys(("router_loss_weights", "router_loss_totals"), (2,))
     actual = {re.sub("^moe/", "", weight.path): tuple(weight.shape) for weight in layer.weights}
     assert actual == expected
 
@@ -400,21 +316,10 @@ def test_weights_have_the_names_and_shapes_that_converters_rely_on():
 # Precision
 
 
-@pytest.mark.parametrize(
-    "bank",
-    [
-        lambda: layers.FeedForwardExperts(
-            E, 4, kernel_initializer="zeros", bias_initializer="ones", dtype="mixed_bfloat16"
-        ),
-        lambda: layers.LayerExperts(
-            [keras.layers.Rescaling(0.0, offset=1.0) for _ in range(E)], dtype="mixed_bfloat16"
-        ),
-    ],
-    ids=["feed_forward", "layer"],
-)
-def test_combine_weights_sum_to_one_in_low_precision(bank):
+def test_combine_weights_sum_to_one_in_low_precision():
     router = routers.TopKRouter(E, 3, kernel_initializer="he_normal")
-    layer = moe(bank(), router=router, dtype="mixed_bfloat16")
+    bank = layers.FeedForwardExperts(E, 4, kernel_initializer="zeros", bias_initializer="ones")
+    layer = moe(bank, router=router, dtype="mixed_bfloat16")
     outputs = array(layer(normal(64, D)))  # every expert returns ones
     np.testing.assert_array_equal(outputs, np.ones_like(outputs))
 
@@ -428,26 +333,15 @@ def test_a_bank_without_a_dtype_takes_that_of_the_layer():
     assert keras.backend.standardize_dtype(inner.up_kernel.dtype) == "float32"
 
 
-def test_a_low_precision_parent_leaves_a_float32_bank_as_it_is():
-    layer = moe(layers.FeedForwardExperts(E, 16, dtype="float32"), dtype="mixed_bfloat16")
-    outputs = layer(normal(2, 3, D))
-    assert keras.backend.standardize_dtype(outputs.dtype) == "bfloat16"
-    assert layer.experts.compute_dtype == "float32"
-
-
 # Routing
-
-
-def _tensors(routing):
-    """The fields that every routing has."""
-    return {name: value for name, value in routing._asdict().items() if name != "details"}
 
 
 def test_the_routing_is_an_output_of_functional_models():
     inputs = keras.Input((3, D))
     layer = moe(capacity_factor=1.0)
     outputs, routing = layer(inputs, return_routing=True)
-    model = keras.Model(inputs, {"outputs": outputs, **_tensors(routing)})
+    fields = {name: value for name, value in routing._asdict().items() if name != "details"}
+    model = keras.Model(inputs, {"outputs": outputs, **fields})
     x = normal(2, 3, D)
     got = model(x)
     expected_outputs, expected = layer(x, return_routing=True)
@@ -464,15 +358,7 @@ def test_the_routing_is_an_output_of_functional_models():
 # Transformer encoder block
 
 
-@pytest.mark.parametrize(
-    "feedforward",
-    [
-        lambda: keras.layers.Dense(D),
-        lambda: keras.Sequential([keras.layers.Dense(16, "gelu"), keras.layers.Dense(D)]),
-        moe,
-    ],
-    ids=["dense", "sequential", "moe"],
-)
+@pytest.mark.parametrize("feedforward", [lambda: keras.layers.Dense(D), moe], ids=["dense", "moe"])
 def test_an_encoder_block_takes_any_feed_forward_layer(feedforward):
     block = layers.TransformerEncoderBlock(2, feedforward(), dropout=0.5)
     x = normal(2, 5, D)

@@ -128,29 +128,6 @@ def test_the_last_of_several_accumulated_batches_sees_the_shares_of_all():
             assert_close(value, expected)
 
 
-def test_one_global_loss_in_two_layers_counts_for_each_alone():
-    shared = [losses.GlobalLoadBalance(1.0, accumulation_steps=2)]
-    both = [moe(router_losses=shared) for _ in range(2)]
-    for layer in both:
-        layer(normal(8, D), training=True)
-    for layer in both:
-        (steps,) = (w for w in layer.weights if w.name == "global_steps")
-        (counts,) = (w for w in layer.weights if w.name == "global_counts")
-        assert array(steps) == 1
-        np.testing.assert_array_equal(array(counts), array(layer.expert_counts))
-
-
-def test_evaluation_leaves_no_trace_in_a_global_loss():
-    layer = moe(router_losses=[losses.GlobalLoadBalance(accumulation_steps=4)])
-    layer(normal(8, D), training=True)
-    before = [array(weight) for weight in layer.weights if "global" in weight.name]
-    layer.counts_in_evaluation = True
-    layer(normal(8, D, seed=1))
-    after = [array(weight) for weight in layer.weights if "global" in weight.name]
-    for one, other in zip(before, after, strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
 @pytest.mark.parametrize("name", ["noisy_top_k", "v_moe"])
 def test_the_load_of_a_noisy_router_can_be_evened_out_by_its_gradient(name):
     router = routers.get(name, num_experts=E)
@@ -258,8 +235,3 @@ def test_a_loss_is_proportional_to_its_weight_which_survives_its_config(name):
     values = [float(loss(routing)) for loss in (whole, half, none)]
     assert values[0] > 0
     assert_close(values, [values[0], values[0] / 2, 0])
-
-
-def test_the_default_weights_are_those_of_the_papers():
-    assert losses.get("load_balance").weight == 1e-2
-    assert losses.get("router_z").weight == 1e-3

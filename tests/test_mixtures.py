@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from keras import ops
 from layer_checks import D, E, array, moe, normal
 
-import keras_moe
 from keras_moe import callbacks, inspection, layers, losses, routers
 from keras_moe._internal.keras_internals import get_keras_mask
 
@@ -120,11 +119,6 @@ def test_single_outputs_have_gradients_of_a_plain_formula():
     assert_close(gradient, np.einsum("tko,tkdo->td", factor, kernel[indices]))
 
 
-def test_soft_slots_have_no_single_outputs():
-    with pytest.raises(ValueError, match="assigns tokens to experts"):
-        moe(router="soft")(normal(2, 3, D), return_expert_outputs=True)
-
-
 def test_a_masked_density_counts_no_padding():
     ids = keras.Input((5,), dtype="int32")
     layer = moe(layers.LinearExperts(E, 1), router=ROUTERS["dense"]())
@@ -154,15 +148,6 @@ def test_a_router_of_other_features_is_built_saved_and_loaded(tmp_path):
     assert_close(again.predict([x, z], verbose=0)[0], outputs)
     chosen = array(layer.router(z.reshape(-1, 3)).indices)
     np.testing.assert_array_equal(indices, chosen)
-
-
-def test_a_latent_mixture_computes_in_fewer_features_than_its_router_sees():
-    x = normal(2, 4, D)
-    down, up = keras.layers.Dense(3, use_bias=False), keras.layers.Dense(D, use_bias=False)
-    layer = moe(layers.FeedForwardExperts(E, 6))
-    outputs = up(layer(down(x), router_inputs=x))
-    assert outputs.shape == x.shape and layer.experts.up_kernel.shape == (E, 3, 6)
-    assert layer.router.kernel.shape == (D, E)
 
 
 # Whole samples
@@ -344,23 +329,6 @@ def test_each_task_has_the_mask_of_its_own_input():
 # Dense gates, hidden gates, replay
 
 
-def test_a_collapsed_dense_gate_is_seen_in_the_logs():
-    collapsed = keras.initializers.Constant([[20.0, 0, 0, 0]] + [[0.0] * 4] * (D - 1))
-    router = routers.DenseRouter(kernel_initializer=collapsed)
-    model = keras.Sequential([keras.Input((D,)), moe(router=router, name="moe")])
-    model.compile(keras.optimizers.SGD(0.0), "mse")
-    x = np.abs(normal(16, D)) + 1
-    logs = model.fit(x, x, verbose=0, callbacks=[callbacks.ExpertMonitor()]).history
-    assert logs["moe_load_imbalance"][0] > 2.9 and logs["moe_load_entropy"][0] < 0.05
-    assert logs["moe_dead_experts"] == [3.0] and logs["moe_dropped_fraction"] == [0.0]
-    lines = []
-    keras_moe.summary(model, print_fn=lines.append)
-    assert lines[3].split()[-3] == "3"
-    x = np.repeat(x, 8, axis=0)  # enough to judge
-    with pytest.warns(UserWarning, match="experts have collapsed"):
-        model.fit(x, x, verbose=0, callbacks=[callbacks.ExpertHealth(every=1, patience=2)])
-
-
 def test_a_gate_may_have_a_hidden_layer_and_a_temperature():
     router = routers.TopKRouter(E, top_k=2, hidden_dim=5, temperature=0.5)
     x = normal(6, D)
@@ -369,21 +337,6 @@ def test_a_gate_may_have_a_hidden_layer_and_a_temperature():
     logits = 2 * np.maximum(x @ kernels[0] + kernels[1], 0) @ kernels[2]
     assert_close(routing["logits"], logits)
     np.testing.assert_array_equal(routing["indices"], np.argsort(-logits, axis=1)[:, :2])
-
-
-def test_recorded_choices_are_replayed_in_a_whole_model():
-    model = keras.Sequential([keras.Input((3, D)), moe(name="a"), moe(name="b")])
-    x = normal(2, 3, D)
-    recorded = {k: v[0] for k, v in inspection.record_routings(model, [x]).items()}
-    before = array(model(x))
-    for layer in model.layers:
-        layer.router.kernel.assign(-array(layer.router.kernel))
-    with inspection.replaying(model, recorded):
-        again = inspection.record_routings(model, [x], training=True)
-    for name, routing in recorded.items():
-        np.testing.assert_array_equal(again[name][0].indices, routing.indices)
-        assert (again[name][0].weights != routing.weights).any(), "weights are live"
-    assert (array(model(x)) != before).any()
 
 
 def test_replay_reaches_compiled_functions_and_ends_with_its_context():

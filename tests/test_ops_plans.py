@@ -93,17 +93,6 @@ def test_combine_reads_no_padded_row():
         np.testing.assert_array_equal(outputs, [[served], [0.0], [0.0]])
 
 
-def test_the_capacity_is_rounded_up_and_at_least_one():
-    for *arguments, expected in (
-        (8, 4, 1, 1.25, 3),
-        (100, 64, 1, 1e-5, 1),
-        (10, 2, 2, 1.1, 11),
-        (10, 1, 1, 1.1, 10),
-        (4096, 64, 2, 1.25, 160),
-    ):
-        assert reference.expert_capacity(*arguments) == expert_capacity(*arguments) == expected
-
-
 def test_the_capacity_is_exact_where_the_number_of_tokens_is_a_tensor(mode):
     cases = [(1, 1, 1.1), (3, 1, 0.3), (7, 3, 1.0), (64, 2, 1.25), (6, 4, 4 / 3), (4, 1, 1e-5)]
 

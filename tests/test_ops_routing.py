@@ -4,20 +4,14 @@ import keras
 import numpy as np
 import pytest
 import reference
-from backends import EXAMPLES, FAST_MODE, assert_close, compiled, differentiated, to_numpy
+from backends import EXAMPLES, FAST_MODE, assert_close, compiled, differentiated
 from drawn import MASKS, SKEWS, draw_logits, draw_mask
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from keras import ops
 
 from keras_moe import losses
-from keras_moe.ops import (
-    Routing,
-    masked_mean,
-    plan_groups,
-    top_k_indices,
-    top_k_routing,
-)
+from keras_moe.ops import top_k_indices, top_k_routing
 from keras_moe.ops.selection import take_scores
 
 load_balance, router_z = losses.LoadBalance(1.0), losses.RouterZ(1.0)
@@ -154,15 +148,3 @@ def test_experts_may_be_integers_of_any_dtype(dtype):
     assert_close(routing.weights, ops.convert_to_numpy(expected.weights))
     scores = take_scores(*map(ops.convert_to_tensor, (logits, best)))
     assert_close(ops.convert_to_numpy(scores), np.take_along_axis(logits, best.astype("int64"), 1))
-
-
-def test_nested_lists_are_tensors():
-    logits, mask = [[0.0, 2.0, 1.0], [9.0, 0.0, 3.0]], [True, False]
-    routing = top_k_routing(logits, np.int64(2), mask, scale=np.float32(1.0))
-    np.testing.assert_array_equal(ops.convert_to_numpy(routing.counts), [0, 1, 1])
-    recorded = Routing(*(None if x is None else x.tolist() for x in to_numpy(routing[:8])))
-    assert_close(to_numpy(masked_mean([1.0, 5.0], mask)), 1.0)
-    plan = plan_groups(recorded, capacity=np.array(1))
-    tokens = [[1.0, 2.0], [3.0, 4.0]]
-    outputs = plan.combine(ops.convert_to_numpy(plan.dispatch(tokens)).tolist())
-    assert_close(to_numpy(outputs), [tokens[0], [0.0, 0.0]])

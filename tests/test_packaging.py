@@ -1,4 +1,4 @@
-"""What a release holds, and that it installs on every version of Python it is made for."""
+"""Contents of a release, an installed wheel, and types in a user's program."""
 
 import os
 import pathlib
@@ -87,20 +87,6 @@ def environment_with(wheel, python, folder):
     run(*pip, "--no-deps", "--no-index", "--no-compile", wheel)
     (site,) = folder.glob("lib/python*/site-packages")
     return site
-
-
-def found(version):
-    """A Python of this version; the shims of pyenv may name one that is not there."""
-    python = shutil.which(f"python{version}")
-    works = python and subprocess.run([python, "--version"], capture_output=True).returncode == 0
-    return python if works else pytest.skip(f"Python {version} is not here")
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_a_wheel_installs_and_compiles(version, release, tmp_path):
-    python = found(version)
-    site = environment_with(release[1], python, tmp_path / "environment")
-    run(python, "-W", "error", "-m", "compileall", "-q", site)
 
 
 def test_an_installed_wheel_is_imported_and_writes_a_page(release, tmp_path):

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from backends import (
     BACKEND,
-    MODES,
     QUICK_JIT,
     assert_close,
     compiled,
@@ -17,7 +16,6 @@ from backends import (
 from layer_checks import normal
 
 from keras_moe import inspection, layers, routers
-from keras_moe.backend import backend
 from keras_moe.ops import tiles
 
 # Keras asks each layer, and warns of those that cannot: 3.15 of its `InputLayer`, 3.16 of layers
@@ -208,26 +206,6 @@ def test_a_bank_with_a_policy_of_its_own_keeps_it():
     assert bank.quantization_mode is None
 
 
-@pytest.mark.backends("tensorflow", "jax")
-@pytest.mark.parametrize("entries", [1, 9 * H, 2**19])
-def test_few_rows_are_multiplied_by_blocks_of_a_kernel(entries, monkeypatch):
-    monkeypatch.setattr(tiles, "BLOCK_ENTRIES", entries)
-    rows, scale = normal(6, D), np.abs(normal(E, 1, H))
-    values = np.random.default_rng(0).integers(-127, 128, (E, D, H)).astype("int8")
-
-    def multiply(rows, values, scale, expert):
-        return tiles._multiply_in_blocks(rows, values[expert]) * scale[-1]
-
-    actual = compiled(multiply, MODES[-1])(rows, values, scale, np.int32(E - 1))
-    assert_close(actual, rows @ (values[-1] * scale[-1]))
-
-
-@pytest.mark.backends("tensorflow")
-def test_few_rows_compute_their_experts_alone():
-    sizes = keras.ops.array([0, 2, 0, 1], "int32")
-    assert [part.expert for part in backend.layout(sizes, 3, "cpu").parts] == [1, 3]
-
-
 @pytest.mark.backends("tensorflow")
 @pytest.mark.parametrize("block", [1, 5, D])
 def test_kernels_that_are_converted_in_blocks_give_the_same_product(block, monkeypatch):
@@ -267,18 +245,6 @@ def test_a_program_for_batches_of_any_size_computes_few_and_many_rows():
         pairs = zip(*map(keras.tree.flatten, (program(tokens), outputs_and_gradients(tokens))))
         for actual, expected in pairs:
             assert_close(actual, expected)
-
-
-@pytest.mark.parametrize("mode", ["int8", "int4"])
-def test_experts_in_integers_compile(mode):
-    bank = layers.GatedExperts(E, H)
-    layer = layers.MixtureOfExperts(bank, routers.TopKRouter(E))
-    layer.build((None, D))
-    config = keras.quantizers.Int4QuantizationConfig(block_size=24) if mode == "int4" else None
-    bank.quantize(mode, config=config)
-    outputs = {mode: compiled(layer, mode)(normal(16, D)) for mode in MODES}
-    for each in outputs.values():
-        assert_close(each, to_numpy(layer(normal(16, D))))
 
 
 def test_parameters_are_counted_by_kernels_and_not_by_bytes():

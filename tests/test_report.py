@@ -80,14 +80,6 @@ def test_of_a_layer_that_is_called_twice_the_first_call_is_shown(tmp_path):
     assert page[0]["texts"] == page[1]["texts"] and page[0]["experts"] == page[1]["experts"]
 
 
-def test_the_best_expert_of_a_token_comes_first(tmp_path):
-    inputs = keras.Input((3, E))
-    router = routers.DenseRouter(E, kernel_initializer=wide_identity)
-    model = keras.Model(inputs, moe(router=router)(inputs))
-    (layer,) = data_of(written(tmp_path, model, one_hot(2, 0, 3)[None])[1])
-    assert layer["experts"][::E] == [2, 0, 3]
-
-
 def test_layers_have_their_own_labels_and_tokens(tmp_path):
     model = one_hot_model("first", "second")
     words = {"first": ["red green", "blue red"], "second": ["uno dos", "tres uno"]}
@@ -297,30 +289,3 @@ def test_mouse_and_keyboard_reach_every_token(page_path):
     assert hidden and away and not focused and escaped
     assert shown.startswith("3expert 2weight ") and "probability 100%" in shown
     assert (last, following, expert) == ("399", "400", "3"), "400 is in the next document"
-
-
-# The browser's own tells of what comes into view when it has the time.
-WATCHER = """<script>window.IntersectionObserver = class {
-  constructor(callback) { Object.assign(this, {callback, watched: []}); }
-  observe(block) { this.watched.push(block); }
-  disconnect() { this.watched = []; }
-}</script>"""
-
-
-def test_many_tokens_are_drawn_as_they_come_into_view(tmp_path):
-    data = np.tile(balanced(125), (100, 1))  # 100,000 tokens
-    path, html = written(tmp_path, one_hot_model("only"), data)
-    path.write_text(html.replace("<head>", f"<head>{WATCHER}", 1), encoding="utf-8")
-    total, number, at_first, index, at_last = run_in_page(
-        path,
-        """
-        const blocks = all(".block"), numbers = [...blocks.keys()];
-        const drawn = () => numbers.filter((number) => blocks[number].firstChild);
-        const found = [layer().texts.length, watcher.watched.length, drawn()];
-        const tell = (n, isIntersecting) => ({target: watcher.watched[n], isIntersecting});
-        watcher.callback([tell(1, false), tell(blocks.length - 1, true)]);
-        return [...found, all(".token").at(-1).dataset.index, drawn()];
-        """,
-    )
-    assert (total, index) == (100_000, "99999") and number > 20
-    assert at_first == [0] and at_last == [0, number - 1]

@@ -263,15 +263,6 @@ def test_scores_without_preference_have_finite_gradients(name):
     assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_no_tokens_are_routed(name):
-    router, _ = CASES[name](E, 2, S)
-    tokens = np.zeros((0, router.num_experts * getattr(router, "slots", 1)), "float32")
-    route = compiled(lambda tokens: routing_of(router, tokens, None, S, True)[:6], FAST_MODE)
-    indices, weights, *_, counts = route(tokens)
-    assert indices.shape == weights.shape == (0, router.max_top_k) and not counts.any()
-
-
 @pytest.mark.parametrize(
     "name, capacity",
     [
@@ -383,26 +374,6 @@ def test_input_jitter_is_uniform_for_every_feature_and_logit_noise_is_normal():
     noise = route(router, np.ones((4000, 2), "float32"), training=True).logits
     assert abs(np.mean(noise)) < 0.03
     assert abs(np.std(noise) - 0.5) < 0.03
-
-
-def test_the_default_router_starts_small_and_uses_all_experts():
-    router = routers.TopKRouter(8, seed=0)
-    tokens = np.random.default_rng(0).normal(size=(1000, 64)).astype("float32")
-    routing = route(router, tokens)
-    assert abs(np.std(ops.convert_to_numpy(router.kernel)) - 0.02) < 0.003
-    assert np.all(routing.counts > 0)
-
-
-def test_what_keras_layers_take_is_taken():
-    router = routers.TopKRouter(np.int64(4), top_k=np.array(2), seed=np.int64(1))
-    router.build(np.array([16, 6]))
-    mask = np.arange(16) < 10
-    expected = route(router, mask=mask)
-    for given in (mask.tolist(), mask.astype("int32"), ops.convert_to_tensor(mask)):
-        np.testing.assert_array_equal(route(router, mask=given).counts, expected.counts)
-    replayed = route(router, mask=mask, indices=expected.indices.tolist(), training=1)
-    assert_close(replayed.weights, expected.weights)
-    assert router.get_config()["top_k"] == 2
 
 
 @pytest.mark.parametrize("name", routers.IDENTIFIERS)

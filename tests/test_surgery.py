@@ -7,7 +7,7 @@ import reference
 from backends import QUICK_JIT, saved_and_loaded, unless_compiled
 from layer_checks import array, normal
 
-from keras_moe import layers, losses, metrics, routers, surgery
+from keras_moe import layers, losses, routers, surgery
 from keras_moe.surgery.cutting import merge
 from keras_moe.surgery.measuring import importance
 
@@ -144,16 +144,6 @@ def test_scores_are_counts_and_contributions():
 
 
 @on_one_backend
-def test_the_scores_of_experts_that_serve_every_sample_are_those_of_the_metric():
-    bank = layers.LayerExperts([keras.layers.Conv1D(3, 2, padding="same") for _ in range(E)])
-    layer = layers.MixtureOfExperts(bank, routers.DenseRouter(), token_axes=1)
-    series = normal(6, 5, D)
-    expected = array(metrics.expert_saliency(layer, series))
-    found = importance("saliency", layer, {"moe": layer}, [series[:2], series[2:]])["moe"]
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-
-
-@on_one_backend
 def test_equal_experts_merge_without_loss_though_their_hidden_features_are_shuffled():
     layer, weights = single(router=routers.TopKRouter(E, 1, kernel_initializer="normal"))
     order = np.random.default_rng(0).permutation(H)
@@ -197,16 +187,6 @@ def test_linear_experts_are_averaged_by_usage():
         of_groups = [(weights[name][group], counts[group] + 1e-6) for group in groups]
         expected = [np.average(stack, axis=0, weights=shares) for stack, shares in of_groups]
         np.testing.assert_allclose(array(getattr(layer.experts, name)), expected, atol=1e-6)
-
-
-@on_one_backend
-def test_experts_of_whole_samples_are_cut():
-    bank = layers.LayerExperts([keras.layers.Conv1D(D, 1) for _ in range(E)])
-    layer = layers.MixtureOfExperts(bank, routers.DenseRouter(), token_axes=1)
-    series = normal(4, 3, D)
-    layer.build(series.shape)
-    prune(layer, np.array([1, 4]))
-    assert layer(series).shape == series.shape
 
 
 @on_one_backend

@@ -2,15 +2,12 @@
 
 import io
 
-import keras
 import matplotlib.image
 import numpy as np
 import pytest
 from backends import run_python
-from layer_checks import D, moe, normal
 from test_callbacks import fit, model_of, routed
 
-from keras_moe import layers, visualization
 from keras_moe.callbacks import ExpertMonitor
 
 # What is written are the arrays and floats of the history, which is tested on each backend.
@@ -47,35 +44,6 @@ def test_scalars_are_those_of_the_history_and_shares_a_histogram_and_an_image(tm
     assert count.sum() == 4
     assert left[0] == 0 and right[-1] == pytest.approx(0.75)
     assert count[0] == 2, "two experts without work"
-
-
-def test_the_image_of_a_resumed_training_begins_with_its_first_epoch(monkeypatch, tmp_path):
-    firsts, draw = [], visualization.shares_over_time
-
-    def spied(shares, first_epoch):
-        firsts.append(first_epoch)
-        return draw(shares, first_epoch)
-
-    monkeypatch.setattr(visualization, "shares_over_time", spied)
-    fit(model_of(routed()), ExpertMonitor(log_dir=tmp_path), initial_epoch=3, epochs=5)
-    assert firsts == [3] * 4, "training and validation, two epochs"
-
-
-def test_the_number_of_tags_does_not_grow_with_experts(tmp_path):
-    tags = []
-    for num_experts in (4, 16):
-        bank = layers.FeedForwardExperts(num_experts, 4)
-        model = keras.Sequential([keras.Input((D,)), moe(bank, name="moe")])
-        model.compile("sgd", "mse")
-        x = normal(8, D)
-        folder = tmp_path / str(num_experts)
-        monitor = ExpertMonitor(log_dir=folder)
-        model.evaluate(x, x, verbose=0, callbacks=[monitor])
-        assert not folder.exists(), "an evaluation alone writes nothing"
-        model.fit(x, x, verbose=0, callbacks=[monitor])
-        tags.append(sorted(read(folder / "train")))
-        assert not (folder / "validation").exists()
-    assert tags[0] == tags[1]
 
 
 WITHOUT_OPTIONAL_PARTS = """

@@ -1,8 +1,5 @@
 """Products with int8 kernels on PyTorch: of rows in digits, and of kernels in blocks."""
 
-import os
-import pathlib
-
 import numpy as np
 import pytest
 from backends import BACKEND, assert_close, to_numpy
@@ -19,7 +16,6 @@ from keras_moe.backend import torch_integers
 
 D, H, E = 70, 33, 5
 SIZES = [1, 16, 2]
-PROCESSOR = pathlib.Path("/proc/cpuinfo")
 
 
 @pytest.fixture(autouse=True)
@@ -77,26 +73,6 @@ def test_what_is_not_finite_stays_in_its_row(value):
     actual = products_in_digits(rows, [3], kernels)
     assert not np.isfinite(actual[1]).any()
     np.testing.assert_array_equal(actual[[0, 2]], exact[[0, 2]])
-
-
-def test_large_groups_long_rows_and_doubles_stay_floats():
-    most = torch_integers.MOST_ROWS
-
-    def in_digits(sizes, width=D, dtype=torch.float32):
-        rows = torch.zeros(sum(sizes), width, dtype=dtype)
-        return [each is not None for each in torch_integers.digits_of_groups(rows, sizes)]
-
-    assert in_digits([1, most + 1, most]) == [True, False, True]
-    assert in_digits([most + 1]) == [False]
-    assert in_digits([2], torch_integers.LONGEST_SUM + 1) == [False]
-    assert in_digits([2], dtype=torch.float64) == [False]
-
-
-@pytest.mark.skipif(not PROCESSOR.exists(), reason="Linux tells what a processor has")
-@pytest.mark.skipif("ONEDNN_MAX_CPU_ISA" in os.environ, reason="it may forbid instructions")
-def test_integers_are_multiplied_where_the_processor_can(monkeypatch):
-    monkeypatch.undo()
-    assert torch_integers.multiplies_integers() == ("avx512_vnni" in PROCESSOR.read_text())
 
 
 @pytest.mark.parametrize("entries", [1, 9 * D, 2**19])

@@ -90,13 +90,6 @@ def test_specialization_counts_choices_and_leaves_out_padding():
 
 
 @of_arrays
-def test_labels_of_documents_are_those_of_their_tokens():
-    for documents in (["sport", "space"], [["sport"], ["space"]], [["sport"] * 2, ["space"] * 2]):
-        figure = visualization.specialization([[0], [0], [1], [1]], documents)
-        assert figure.axes[0].get_title() == "1.00 of 1.00 bits in common"
-
-
-@of_arrays
 def test_the_most_frequent_strings_stand_on_top_and_the_rest_is_left_out():
     words = ["rare"] + ["often"] * 3 + [f"once_{n}" for n in range(50)]
     axes = drawn(visualization.specialization(draws(4, tokens=54), words))[0]

@@ -1,6 +1,6 @@
 """Checks of arguments, made once, where a user's value enters the package.
 
-Values of tensors are looked at only if they are on the host.
+Values of tensors are checked only if they are on the host.
 """
 
 import math

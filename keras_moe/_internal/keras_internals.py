@@ -89,7 +89,7 @@ def set_state(layer, name, value):
     ]
     was_locked = tracker.locked
     tracker.unlock()
-    tracker.untrack(old)
+    tracker.let_go(old)
     setattr(layer, name, value)
     if was_locked:
         tracker.lock()

@@ -71,8 +71,8 @@ class Backend:
     def differentiable(self, forward, backward, inputs, context, reference=None):
         """The output of `forward`, whose gradient for `inputs` is computed by `backward`.
 
-        Derivatives of the gradient, and forward mode, are those of `reference`, which is slower; so
-        is the output in `torch.func` and in `tf.vectorized_map`.
+        Second derivatives and forward mode come from `reference`, which is slower; so does the
+        output in `torch.func` and in `tf.vectorized_map`.
 
         Args:
             forward: `forward(inputs, context, save)` returns `(output, saved)`. Unless `save`,
@@ -130,7 +130,7 @@ class Backend:
         return ops.min(ops.where(scores >= best, ops.arange(number, dtype="int32"), number), -1)
 
     # One-hot rows are never stored by a compiler, and the gradient of a choice by one is a product,
-    # where that of a gather is a scatter.
+    # where a gather's is a scatter.
 
     def take_columns(self, matrix, columns):
         """Entries (T, K) of a matrix (T, E) at integer columns (T, K), 0 at columns outside."""

@@ -2,7 +2,7 @@
 
 
 class Devices:
-    """One device. Backends override what they have of more.
+    """One device. Backends that support several override it.
 
     Data-parallel replicas run the same code on parts of a batch. Processes on PyTorch may share
     experts. On JAX arrays may be spread over a mesh, as by `keras.distribution`.
@@ -13,7 +13,7 @@ class Devices:
         return 1
 
     def sum_over_replicas(self, values):
-        """The sum of what all replicas have."""
+        """The sum over all replicas."""
         return values
 
     def gather_over_replicas(self, values):
@@ -21,7 +21,7 @@ class Devices:
         return values
 
     def sum_of_counts(self, values):
-        """A list of what is added to counters, summed over replicas unless reading them sums."""
+        """Amounts to add to counters: summed over replicas, unless reading a counter sums them."""
         return values
 
     def separate_losses(self, layer):

@@ -37,7 +37,7 @@ class JaxBackend(Backend):
 
     def jit_when_eager(self, function):
         # JAX would compile each operation alone, for each shape: some hundred programs at the first
-        # call of a layer. Each plain value has a program of its own.
+        # call of a layer. Each plain value has its own program.
 
         @functools.partial(jax.jit, static_argnums=(0, 1))
         def program(structure, values, arrays):
@@ -52,7 +52,7 @@ class JaxBackend(Backend):
             is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
             arrays = [leaf for leaf, is_one in zip(leaves, is_array) if is_one]
             others = [leaf for leaf, is_one in zip(leaves, is_array) if not is_one]
-            # Tracers are those of a program or a gradient already; scalars may be sizes.
+            # Tracers belong to a program or a gradient already; scalars may be sizes.
             is_traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
             has_scalar = any(
                 isinstance(each, jax.Array) and not each.ndim for each in (*args, *kwargs.values())
@@ -98,8 +98,8 @@ class JaxBackend(Backend):
         if tensor.shape[0] == 0:
             # There is no valid index, but a loop that never runs is traced all the same.
             return jnp.zeros((*indices.shape, *tensor.shape[1:]), tensor.dtype)
-        # Otherwise the program would ask of each index whether it is negative, and of each row
-        # whether it exists.
+        # Otherwise the program would check each index for being negative, and each row for
+        # existing.
         return tensor.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
     def argsort(self, integers, bound):
@@ -111,7 +111,7 @@ class JaxBackend(Backend):
         return packed_order(jax.lax.sort, integers, bound)
 
     def slice_at(self, tensor, start, shape):
-        # By default a program would ask of each index whether it is negative.
+        # By default a program would check each index for being negative.
         return jax.lax.dynamic_slice(tensor, start, shape, allow_negative_indices=False)
 
     def update_at(self, tensor, start, part):

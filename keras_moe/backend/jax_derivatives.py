@@ -1,4 +1,4 @@
-"""Functions with a backward pass of their own that have all other derivatives as well, on JAX.
+"""Functions with a custom backward pass that have all other derivatives as well, on JAX.
 
 `jax.custom_vjp` refuses forward mode. Here the tangent is a primitive: evaluated, it is the
 derivative of a reference; transposed, it is the given backward pass.

@@ -224,7 +224,7 @@ def _store(ref, tile, *spans, at=()):
 
 
 def _dot(left, right, contracted):
-    """The product in float32. That of float32 avoids tensor cores, which would round to TF32."""
+    """The product in float32; float32 operands avoid tensor cores, which would round to TF32."""
     exact = left.dtype == jnp.float32
     return lax.dot_general(
         left,

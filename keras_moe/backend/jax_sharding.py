@@ -27,7 +27,7 @@ class Shards(NamedTuple):
 
     @property
     def platform(self):
-        """That of the devices: "cpu", "gpu" or "tpu"."""
+        """The platform of the devices: "cpu", "gpu" or "tpu"."""
         return self.mesh.devices.flat[0].platform
 
     def along(self, axis):
@@ -50,8 +50,8 @@ class Shards(NamedTuple):
         """`function(*arguments)` of each device's parts of the arguments, as one output.
 
         Args:
-            function: from the parts of one device to tensors whose first axis is split as that of
-                tokens is.
+            function: from the parts of one device to tensors whose first axis is split as the
+                tokens' is.
             arguments: trees of tensors.
             axes: for each argument the mesh axes that its first axis is split over; None where
                 every device has all of it.

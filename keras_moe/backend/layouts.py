@@ -1,7 +1,7 @@
 """Layouts: how the rows of all groups are computed, in one part or in several.
 
 A layout has `parts`, each with `product(rows, kernels, bias=None, transposed=False)` of its rows.
-`gather` and `split` give what each part has of the rows, `join` is the inverse, and `totals`
+`gather` and `split` give the rows of each part, `join` is the inverse, and `totals`
 collects the gradients of all parts.
 """
 

@@ -18,7 +18,7 @@ from keras_moe.backend.layouts import AllRows
 # With more rows for an expert, on average, it is faster to compute experts side by side.
 MOST_ROWS = 0.5
 
-# The same where kernels are converted: those of experts without rows are not in a loop.
+# The same where kernels are converted: a loop skips the kernels of experts without rows.
 MOST_CONVERTED_ROWS = 16
 
 
@@ -113,7 +113,7 @@ class TensorFlowBackend(Backend):
 
                 return gradients, second
 
-            # That of a gather of rows is sparse.
+            # The gradient of a gather of rows is sparse.
             return output, lambda upstream: gradient(tf.convert_to_tensor(upstream), *tensors)
 
         return function(*map(tf.convert_to_tensor, tf.nest.flatten(inputs)))

@@ -134,7 +134,7 @@ class TorchBackend(Backend):
         return packed_order(lambda packed: torch.sort(packed).values, integers, bound)  # for ONNX
 
     def larger_size(self, least, size):
-        # An export takes one of its own sizes for a constant where it becomes a tensor.
+        # An export takes a symbolic size for a constant where it becomes a tensor.
         symbolic = isinstance(size, torch.SymInt)
         return torch.sym_max(least, size) if symbolic else ops.maximum(least, size)
 

@@ -35,7 +35,7 @@ class ExpertParallel:
 
     @property
     def device_mesh(self):
-        # `fit` would average no gradients: only Keras's own distributions tell it to.
+        # `fit` would not average gradients: it does so for Keras's distributions only.
         raise ValueError(
             "Split experts are trained and evaluated in a loop over `data_parallel(model)`, as the "
             "guide to replicas shows. Received: a call of `fit` or `evaluate`"
@@ -70,7 +70,7 @@ class ExpertParallel:
         return _Exchange.apply(function(received, experts), back, there, self.process_group)
 
     def mean_gradient(self, kernel):
-        """The kernel, whose gradient is averaged over all processes, as that of other weights is.
+        """The kernel, whose gradient is averaged over all processes, as for other weights.
 
         It is summed already over the tokens of the processes that share the experts.
         """
@@ -87,8 +87,8 @@ class ExpertParallel:
         """`torch.nn.parallel.DistributedDataParallel` of a built model, for all but its experts.
 
         Args:
-            model: a built Keras model. Where several processes hold the same experts, all begin
-                with those of the first of them.
+            model: a built Keras model. Where several processes hold the same experts, all
+                start from the first one's.
             **kwargs: arguments of `DistributedDataParallel`.
         """
         experts = {
@@ -158,7 +158,7 @@ def split_experts(experts, data, process_group):
         )
     if rows is None:
         rows = [range(first, first + experts) for first in range(0, world, experts)]
-    # Groups of their own: `DistributedDataParallel` communicates at the same time.
+    # Separate groups: `DistributedDataParallel` communicates at the same time.
     new_groups = torch.distributed.new_subgroups_by_enumeration
     replicas, _ = new_groups([list(column) for column in zip(*rows)])
     return ExpertParallel(process_group or new_groups(list(map(list, rows)))[0], replicas)

@@ -18,7 +18,7 @@ def sizes_on_host(sizes, num_rows):
     if not is_traced():
         numbers = sizes.tolist()
         return [*numbers, num_rows - sum(numbers)]
-    # One vector: a program would add sizes of its own one by one.
+    # One vector: a program would add symbolic sizes one by one.
     sizes = torch.cat([sizes, (num_rows - sizes.sum()).reshape(1).to(sizes.dtype)])
     if torch.jit.is_tracing():  # it would take numbers for constants
         return sizes.to(torch.int64).unbind()
@@ -171,7 +171,7 @@ def _multiply(rows, kernels, bias, transposed, expert, output=None, digits=None)
 
 
 class _Totals:
-    """Gradients in place, those of experts without rows zero."""
+    """Gradients in place, zero for experts without rows."""
 
     def __init__(self, trained):
         self._gradients = {

@@ -26,7 +26,7 @@ class ExpertMonitor(keras.callbacks.Callback):
     - `load_entropy`: 1 at balance, 0 if one expert has everything
     - `dead_experts`: number of experts with less than a thousandth of the mean
     - `dropped_fraction`: share of the assignments that found no slot
-    - `router_entropy`: of the scores of a token, in nats: `log E` undecided, 0 decided
+    - `router_entropy`: entropy of a token's scores, in nats: `log E` undecided, 0 decided
     - `load_balance_loss`, ...: mean of each router loss by its name, before its weight
     - `expert_share_0`, ...: each expert's share, with `expert_shares=True`
     - and one for each of `metrics`, by the name of the function

@@ -181,7 +181,7 @@ def judge_drops(dropped: float) -> list[Finding]:
 
 @np.errstate(invalid="ignore")  # infinite logits become NaN, which is a finding
 def logit_sizes(logits, router):
-    """How large logits (T, E), or a kernel (D, E), are: by what differs between experts."""
+    """The size of the difference between experts, of logits (T, E) or a kernel (D, E)."""
     if fact(router, "normalizes_kernel"):
         return 0.0 * logits  # It learns their scale; NaN stays NaN.
     if not fact(router, "shift_invariant"):

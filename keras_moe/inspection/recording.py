@@ -80,7 +80,7 @@ def running(model, name, number, inputs, others=()):
 
 
 def _check_inputs(wanted, inputs):
-    """Refuse what Keras takes in silence: more than the inputs, and floats where ids belong."""
+    """Refuse what Keras accepts silently: further arrays, and floats in place of ids."""
     arrays = keras.tree.flatten(inputs)
     if isinstance(inputs, dict):
         arrays = [inputs.get(tensor.name) for tensor in wanted]
@@ -98,7 +98,7 @@ def _described(batch):
 
 
 def listening(listeners):
-    """A context in which functions hear what MoE layers do in eager calls.
+    """A context in which functions receive the routings of MoE layers in eager calls.
 
     `listeners` maps layers to functions of an `ops.Routing` and of the tokens (T, D).
     """
@@ -162,7 +162,7 @@ def replaying(model: keras.Model, routings: dict) -> contextlib.AbstractContextM
             K), of the batch that the model is called on. Layers without an entry choose as usual.
 
     Raises:
-        ValueError: If a name is not that of an MoE layer, or an expert does not exist.
+        ValueError: If a name is not an MoE layer's, or an expert does not exist.
 
     Example:
 

@@ -42,7 +42,8 @@ class Capacity(Configured):
             what a token gets does not depend on what else is evaluated.
         priority: String. Who is served first among equal choices: "position", earlier tokens;
             "probability", tokens with a larger best probability (batch-prioritised routing,
-            arXiv:2106.05974, section 4.2); "random", so that late tokens fare as well as others.
+            arXiv:2106.05974, section 4.2); "random", so that late tokens are served as often as
+            early ones.
         per_sequence: Boolean. Whether T is the length of a sequence and its tokens compete among
             themselves only. False: T is the whole batch.
 
@@ -108,7 +109,7 @@ class Capacity(Configured):
             plan: The `ops.GroupedPlan` of all assignments.
             routing: The `ops.Routing` that it was made from.
             sequence_length: Integer. Tokens of a sequence, or None.
-            training: Boolean. Whether the factor is that of training.
+            training: Boolean. Whether to use the factor for training.
             seed: `keras.random.SeedGenerator` of the layer, for a random priority.
             num_capacity_limited: Integer. Number of experts, the first ones, that have a limit.
                 None: all.

@@ -235,7 +235,7 @@ _FUNCTIONS = ("activation", "recurrent_activation", "function")
 
 
 def _kind(layer):
-    """A text of all that a layer computes; its identity, if that cannot be known."""
+    """Hashable signature of a layer; its identity, if there is no signature."""
     parts = list(layer._flatten_layers())
     if any(type(part).__module__.partition(".")[0] != "keras" for part in parts):
         return id(layer)  # the configuration of user-defined layers may be incomplete

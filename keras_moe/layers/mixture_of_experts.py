@@ -37,7 +37,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
 
     In training the layer adds its router losses and counts the assignments of each expert in the
     weight `expert_counts` (E,). `callbacks.ExpertMonitor` reports and resets them after each
-    epoch; those of the last epoch are in `last_counts`, which is saved.
+    epoch; the last epoch's counts are in `last_counts`, which is saved.
 
     Padding, where the mask is False, runs no expert, is not counted, changes no loss, and its
     output is zero.
@@ -50,8 +50,8 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         router_losses: List of losses of the routing, objects or names for `losses.get`. None: the
             `default_losses` of the router, for most `("load_balance", "router_z")`; none for a
             router that balances by other means.
-        shared_expert: Keras layer that serves every token, its output added to that of the chosen
-            experts, or None. DeepSeekMoE (arXiv:2401.06066), section 3.2.
+        shared_expert: Keras layer that serves every token, its output added to the chosen experts'
+            output, or None. DeepSeekMoE (arXiv:2401.06066), section 3.2.
         capacity_factor: Positive float, `Capacity`, or None for no limit. A number gives each
             expert, in training, `ceil(capacity_factor * T * K / E)` slots, at least 1; first
             choices are served before second ones, then earlier tokens before later ones. An
@@ -61,8 +61,8 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         token_axes: Integer. Number of leading axes that count tokens; the others are the shape of
             one. 1: each sample of a batch, such as an image (height, width, channels), is routed as
             a whole, to experts in `LayerExperts`. None: all axes but the last.
-        **kwargs: Arguments of a Keras layer, such as `name` and `dtype`. A bank without a `dtype`
-            of its own takes that of its first layer; `LayerExperts` keep theirs.
+        **kwargs: Arguments of a Keras layer, such as `name` and `dtype`. A bank without a
+            `dtype` takes the dtype of its first layer; `LayerExperts` keep theirs.
 
     Raises:
         ValueError: If an argument is out of its range, or router and bank disagree on the number
@@ -80,7 +80,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         token_ids: (batch, ...) integer tensor of vocabulary ids, for `routers.HashRouter`.
         indices: (T, K) integer tensor of experts to replay instead of choosing, such as the
             `indices` of a recorded routing, -1 for none. Weights come from the live scores. The
-            numbers in an array are checked; in a tensor, those that are no expert's count as -1.
+            numbers in an array are checked; in a tensor, invalid ones count as -1.
         router_inputs: (batch, ..., D'') float tensor that the router sees instead of `inputs`, such
             as wider features (LatentMoE), or a summary of a whole sample.
         return_expert_outputs: Boolean. Whether the outputs of the single experts are returned as
@@ -107,7 +107,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
     References: Shazeer et al. 2017 (arXiv:1701.06538); Fedus et al. 2021 (arXiv:2101.03961).
     """
 
-    # Whether its own `get_config` has the experts, and not that of a block around it.
+    # Whether this layer's `get_config` has the experts, rather than a block's around it.
     has_own_config = True
 
     def __init__(

@@ -26,14 +26,14 @@ from keras_moe.routers.router import Router
 
 @register
 class MultiGateMixtureOfExperts(Recomputable):
-    """Experts that tasks share, each task with a router of its own (MMoE).
+    """Experts that tasks share, each task with its own router (MMoE).
 
     Tasks that agree use the same experts; tasks that conflict learn to use different ones. Each
     expert computes a token at most once, whatever the number of tasks: with dense routers all
-    experts compute each token once, with sparse ones those that any task chooses.
+    experts compute each token once, with sparse ones the experts that any task chooses.
 
     With `task_experts` this is a block of PLE (Progressive Layered Extraction): the router of a
-    task chooses among the shared experts and those of its task. Blocks can be stacked: with
+    task chooses among the shared experts and its own. Blocks can be stacked: with
     `shared_output=True` a further router, over all experts, makes an input of the shared experts of
     the next block.
 
@@ -108,7 +108,7 @@ class MultiGateMixtureOfExperts(Recomputable):
         if shared_output and not self.task_experts:
             raise ValueError("`shared_output=True` needs `task_experts`")
 
-        # What each router chooses from: the shared experts, then those of its task.
+        # Each router chooses among the shared experts, then its own task's.
         chosen_from = [
             [self.experts, *self.task_experts[number : number + 1]]
             for number in range(self.num_tasks)
@@ -283,7 +283,7 @@ def _routers(router, number):
 def _choices_by_bank(tasks, routings):
     """For each bank a list of (number of a task, experts of the bank, weights).
 
-    Experts are (T, K), numbered in the bank and out of range for those of other banks, or None if
+    Experts are (T, K), numbered in the bank and out of range for other banks, or None if
     all serve, in order. Weights are (T, K), or then (T, E).
     """
     choices = collections.defaultdict(list)

@@ -24,7 +24,7 @@ class Projection:
 
     The weights are the bank's, by names such as `up_kernel` and `up_bias`. With "int8" the kernel
     holds integers, and `scale` (E, 1, H) multiplies them. With "int4" a byte of the kernel holds
-    two integers, and `scale` and `zero` (E, G, H) are those of G groups of rows.
+    two integers, and `scale` and `zero` (E, G, H) hold for G groups of rows.
     """
 
     def __init__(self, bank, name, stream, is_vector=False):

@@ -70,8 +70,8 @@ def _recomputed(layer, call, *args, **kwargs):
 def effects_once(call):
     """The `call` of a layer, for `torch.utils.checkpoint`, which calls layers again unannounced.
 
-    What is called again is taken for the last call in training: it begins from the same state, and
-    has no effects. The layer keeps that state, unless it was called since without `training`.
+    A repeated call stands for the last call in training: it starts from the same state, and has no
+    effects. The layer keeps that state until it is called without `training`.
     """
 
     @functools.wraps(call)

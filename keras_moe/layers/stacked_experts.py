@@ -208,7 +208,7 @@ class StackedExperts(Adaptable, ExpertBank):
         output, or as in "int8", as the `Dense` layer of Keras does.
 
         Args:
-            mode: String. "int8" or "int4". None: that of `config`.
+            mode: String. "int8" or "int4". None: the mode of `config`.
             type_check: Not used; Keras passes it.
             config: Quantization config of Keras, for its `block_size`. None: the default of `mode`.
 
@@ -249,7 +249,7 @@ class StackedExperts(Adaptable, ExpertBank):
         return self.call(*args, **kwargs)
 
     def _own_policy(self):
-        """The policy in force: of a map of policies, that of the bank's path."""
+        """The policy in force; from a map of policies, the one for the bank's path."""
         policy: Any = self.dtype_policy
         is_map = isinstance(policy, keras.dtype_policies.DTypePolicyMap)
         return policy[self.path] if is_map and self.path else policy

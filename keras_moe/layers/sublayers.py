@@ -76,10 +76,10 @@ def check_output(name, outputs, shape):
 
 
 def accepted_arguments(layer, names):
-    """Return those of the names that the layer's `call` takes.
+    """Return the names among `names` that the layer's `call` takes.
 
-    A layer that takes a mask supports masking from now on: it is given the mask, and Keras would
-    warn, as of a `Sequential` that holds layers which do not support it.
+    A layer that takes a mask is marked as supporting masking: it receives the mask, and Keras would
+    warn otherwise, as it does for a `Sequential` of layers that do not support it.
     """
     accepted = inspect.signature(layer.call).parameters
     if "mask" in accepted:

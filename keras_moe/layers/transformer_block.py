@@ -73,7 +73,7 @@ class TransformerBlock(Recomputable):
     def _without_padding(self, inputs, mask, name="mask"):
         """Return the inputs (B, L, D), zero where the mask is False, and the mask as bool or None.
 
-        Without a mask, that of the inputs is used.
+        Without a mask, the Keras mask of the inputs is used.
         """
         mask = get_keras_mask(inputs) if mask is None else mask
         given = {"inputs": (inputs, "BLD", "float")}

@@ -27,7 +27,7 @@ class RouterUsage(keras.layers.Layer):
         expert_counts: Weight (E,). Assignments of each expert in training since the last
             `reset_counts`. The other counters are `dropped_count`, `router_loss_totals`,
             `router_entropy_total` and `call_count`.
-        resets: Integer. Number of calls of `reset_counts`, by which readers notice them.
+        resets: Integer. Number of calls of `reset_counts`; readers compare it to notice a reset.
         counts_in_evaluation: Boolean. Whether evaluation counts as well, which
             `inspection.count_in_evaluation` turns on. Otherwise inference writes to no weight.
         last_counts, last_losses: Arrays. The counts (E,) and the mean of each router loss of the

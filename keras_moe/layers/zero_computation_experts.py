@@ -24,7 +24,7 @@ class ZeroComputationExperts(ExpertBank):
     capacity, whose E counts all experts, limits those that compute; the others serve any number of
     tokens.
 
-    The weights are those of the router. Use one that does not divide them by their sum, such as
+    The router sets the weights. Use one that does not divide them by their sum, such as
     `TopKRouter(num_experts, renormalize=False)`, as in LongCat-Flash: otherwise the weight of a
     zero expert counts in that sum.
 

@@ -165,7 +165,7 @@ def _classes(y_pred):
 
 
 def _targets(y_true, shape):
-    """Targets of a shape; as in Keras's own losses, a last axis of one may be there or not."""
+    """Targets of a shape; as in Keras's losses, a last axis of size 1 is optional."""
     targets = ops.convert_to_tensor(y_true)
     rank = len(targets.shape)
     if rank == len(shape) + 1 and targets.shape[-1] == 1:

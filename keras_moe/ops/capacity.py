@@ -40,7 +40,7 @@ def plan_groups(
     Args:
         routing: `ops.Routing`. Indices that are not an expert's belong to no group, like -1.
         capacity: Integer, integer tensor or None. Most rows of one expert, None for all. Where a
-            distribution spreads the tokens over devices, it holds for those of each device.
+            distribution spreads the tokens over devices, it holds for each device.
         priority: Tensor (T,) or None. Where a capacity is set, tokens of higher priority are served
             first. None: in the order of the tokens.
         sequence_length: Integer or None. If given, the capacity holds for each run of so many
@@ -117,7 +117,7 @@ def _admit(experts, num_experts, capacity, priority, sequence_length, num_capaci
 
 
 def _turns(priority, num_tokens, top_k):
-    """The order in which assignments take their slots, or None for that of their numbers."""
+    """The order in which assignments take their slots, or None if they are in order."""
     if priority is None:
         return None
     best_first = ops.cast(ops.argsort(-ops.stop_gradient(priority)), "int32")

@@ -10,11 +10,11 @@ their experts are split over one axis, the expert axis. Each device runs its own
 
 Where K is small enough that less is sent, each token goes to the devices of its experts only, and
 its outputs come back (all-to-all). The backward pass is the same in reverse: gradients of outputs
-are gathered, those of tokens summed and scattered, those of kernels summed over the data axes. No
+are gathered, of tokens summed and scattered, of kernels summed over the data axes. No
 kernel is sent anywhere. Processes on PyTorch exchange rows in the same way.
 
 A device that has some of the experts may be sent every token, or none. Shapes are fixed, but memory
-for the worst case would be that of all devices. So rows are computed in chunks: the first has
+for the worst case would be the sum over all devices. So rows are computed in chunks: the first has
 buffers for little more than a mean share of the rows. What exceeds it goes through shorter chunks
 of a loop, often none. Only the first chunk saves anything for the backward pass; the others are
 computed again there.
@@ -94,8 +94,8 @@ def _run_on_mesh(static, tokens, maps, plan, key):
     return outputs[: ops.shape(tokens)[0]]
 
 
-# A chunk is a span of rows, the same for every device. `lengths` are those of the first and of each
-# further chunk, integers.
+# A chunk is a span of rows, the same for every device. `lengths` are two integers: the rows of the
+# first chunk and of every further one.
 
 
 def _chunk_lengths(num_rows, num_buckets=1):

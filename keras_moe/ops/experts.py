@@ -5,8 +5,8 @@ Here the network of an expert runs on the rows of all experts:
 - in tiles of one expert, inside a loop that XLA compiles for a CPU: `tiles`;
 - elsewhere on parts of the rows, made of grouped products: `parts`.
 
-Derivatives of their derived backward pass, and forward mode, are those of the network made of
-`backend.product`, which has derivatives of any order.
+Second derivatives, and forward mode, come from the same network built on `backend.product`, which
+has derivatives of any order.
 
 Axes: T tokens, D features, E experts, R rows (assignments sorted by expert).
 """

@@ -15,7 +15,7 @@ def grouped_matmul(rows: Tensor, kernels: Tensor, group_sizes: Tensor) -> Tensor
     """Multiply each group of rows by its own kernel.
 
     Row r of group e gives `rows[r] @ kernels[e]`. The groups follow one another; rows past the last
-    one give zero. The cost is that of one product with one kernel, whatever E is; all gradients are
+    one give zero. It costs as much as one product with one kernel, whatever E is; all gradients are
     exact, and a kernel whose group is empty has a gradient of zeros.
 
     Args:
@@ -26,8 +26,8 @@ def grouped_matmul(rows: Tensor, kernels: Tensor, group_sizes: Tensor) -> Tensor
             negative one counts as 0, and a group ends with the rows at the latest.
 
     Returns:
-        Tensor (N, H), in the dtype of `rows`. Products and sums are those of float32 at most, as
-        all of Keras's.
+        Tensor (N, H), in the dtype of `rows`. Products and sums are in float32 at most, as
+        elsewhere in Keras.
 
     Raises:
         ValueError: If the ranks or the sizes of the shared axes do not fit, or sizes of groups are

@@ -28,7 +28,7 @@ class Linear(NamedTuple):
         return self.down is not None or isinstance(self.kernel, (Int8Kernel, Int4Kernel))
 
     def entry(self, take):
-        """What `take` returns of each tensor (E, ...), such as the entry of one expert."""
+        """Apply `take` to each tensor (E, ...), for instance to get one expert's entry."""
         return Linear(*(None if each is None else part_of(each, take) for each in self))
 
 
@@ -138,7 +138,7 @@ def is_integer(kernel):
 
 
 def part_of(weight, take):
-    """What `take` returns of a tensor (E, ...), or of each tensor of integer kernels."""
+    """Apply `take` to a tensor (E, ...), or to each tensor of integer kernels."""
     return weight.entry(take) if is_integer(weight) else take(weight)
 
 

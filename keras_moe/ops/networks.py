@@ -3,7 +3,7 @@
 The network of an expert is a function `network(rows, linear)` of rows (n, D) that calls
 `linear(name, rows)` once for each of its linear maps. The forward pass saves what `linear` returns,
 and nothing else. The backward pass is derived: the network runs again with each linear map replaced
-by what was saved, and the framework differentiates what is between.
+by its saved output, and the framework differentiates the rest.
 
 A part of the rows has `product(rows, kernel, bias=None, transposed=False)`, the products of its
 rows with the kernels of their experts, and `row_numbers()`, (n,) int32 among all rows.
@@ -54,7 +54,7 @@ def network_of(function: Callable, features: int, widths: dict) -> Network:
 
 
 class Problem(NamedTuple):
-    """What an engine computes.
+    """The problem that an engine computes.
 
     - `network`: the `Network`.
     - `platform`: "cpu", "gpu" or "tpu", the one that is compiled for.
@@ -82,7 +82,7 @@ def dtype_of(tensor):
 
 
 class _Linear:
-    """What a network is called with: its linear maps, and dropout, on some rows.
+    """Argument of a network: its linear maps, and dropout, on some rows.
 
     `compute(name, rows)` returns the outputs of a linear map. Random numbers depend on a key and
     the numbers of the rows: they are the same in the forward and in the backward pass.

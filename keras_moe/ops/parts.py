@@ -25,7 +25,7 @@ def backward(problem, row_weights, outputs, saved, gradient):
     tokens, dtype = problem.tokens, problem.tokens.dtype
     row_weights = ops.expand_dims(ops.cast(row_weights, dtype), 1)
     of_rows, of_weights, totals = [], [], layout.totals(problem.trained())
-    # The gradients of each part are in place before those of the next one are computed.
+    # Each part's gradients are in place before the next part's are computed.
     for part, of_part, rows, of_outputs, weights, output in zip(
         layout.parts,
         saved,

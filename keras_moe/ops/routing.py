@@ -45,7 +45,7 @@ class Routing(NamedTuple):
 
 
 def check_routing(routing, *names):
-    """The routing, its fields of these names tensors that fit each other; the mask is of bools."""
+    """The routing, with these fields as tensors that fit each other, and the mask as bools."""
     fields = {name: ops.convert_to_tensor(getattr(routing, name)) for name in names}
     routing = routing._replace(**fields)
     check_fields(routing, names=names)

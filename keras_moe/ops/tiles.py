@@ -219,7 +219,7 @@ def _of_tile(field, left, right):
     if field == "bias":
         return ops.sum(ops.cast(right, "float32"), axis=0)
     # On CPUs XLA computes A^T B at half the speed where A is wider than B. Such gradients are
-    # summed transposed. Exchanging the axes of the sums costs less than those of each part.
+    # summed transposed. Transposing the sum costs less than transposing each part.
     narrow, wide = sorted((left, right), key=lambda rows: rows.shape[1])
     return ops.matmul(ops.transpose(narrow), wide)
 

@@ -36,7 +36,7 @@ def report(
 
     Raises:
         ValueError: If `data` is empty or not what the model takes, or `labels` or `tokens` do not
-            fit it, or are of a layer that the model does not have.
+            fit it, or name a layer that the model does not have.
         ImportError: If matplotlib is missing.
 
     Example:

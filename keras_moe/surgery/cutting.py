@@ -27,7 +27,7 @@ def obstacles(layer, merging):
         yield "a task of a `MultiGateMixtureOfExperts`, which calls the experts for all its tasks"
     if getattr(bank, "processes", None) is not None:
         yield "whose experts are split over processes"
-    # The logits of a soft router are those of slots: tokens choose no experts.
+    # A soft router's logits are for slots: tokens choose no experts.
     if not isinstance(router, LogitRouter) or isinstance(router, SoftRouter):
         yield f"with a `{type(router).__name__}`, which has no column of a kernel for each expert"
     if not isinstance(bank, (StackedExperts, LayerExperts)):

@@ -38,7 +38,8 @@ class Pairs(typing.NamedTuple):
 
 def load(name, data_dir=None):
     """The `TextDataset` of a name in `TEXTS`, kept in a folder, by default that of TFDS."""
-    builder = prepared(lambda: TEXTS[name](data_dir=data_dir))
+    builder = TEXTS[name](data_dir=data_dir)
+    builder.download_and_prepare()
     splits = []
     for split in SPLITS:
         texts, labels = _read(builder, split, ("text", "label"))
@@ -48,25 +49,10 @@ def load(name, data_dir=None):
 
 def load_pairs(name, data_dir=None, reverse=False):
     """`Pairs` for training, validation and test, of a name in `PAIRS`; see `load`."""
-    builder = prepared(lambda: PAIRS[name](data_dir=data_dir))
+    builder = PAIRS[name](data_dir=data_dir)
+    builder.download_and_prepare()
     keys = builder.info.supervised_keys[:: -1 if reverse else 1]
     return [Pairs(*map(_decoded, _read(builder, split, keys))) for split in SPLITS]
-
-
-def prepared(make_builder):
-    """The builder of a data set, once its data are there.
-
-    TFDS prepares them in a folder of another name, and renames it at the end.
-    """
-    builder = make_builder()
-    try:
-        builder.download_and_prepare()
-    except OSError:
-        # Another run may have been faster: then its folder stands where this one was to go.
-        builder = make_builder()
-        if not builder.is_prepared():
-            raise
-    return builder
 
 
 def _read(builder, split, keys):
