@@ -33,9 +33,8 @@ class LayerSummary(NamedTuple):
       the counters were last reset, or in the epoch before that, if they are empty.
     - `router`, `experts`, `dtype`: names of their classes, and the compute dtype of the experts.
     - `platform`: "cpu", "gpu" or "tpu".
-    - `engine`: "rows" (kernels for all rows at once), "padded" (one batched product over padded
-      tiles), "tiles" (a loop over tiles of rows), "slices" (groups of their exact sizes) or "loop"
-      (for few rows on TensorFlow); for experts that are Keras layers "vectorized" (all tiles at
+    - `engine`: for many rows "tiles" (a loop over tiles of rows) or "parts" (grouped products of
+      all rows, or of parts of them); for experts that are Keras layers "vectorized" (all tiles at
       once, each with a copy of its weights), "scan" (one tile after another) or "slices".
     """
 

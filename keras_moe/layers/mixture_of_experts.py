@@ -267,7 +267,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         seen = tokens if router_inputs is None else self._flatten(router_inputs, mask)
         routing = self._route(seen, mask, sequence_length, training, token_ids, indices)
 
-        # Plan: sort the assignments of tokens to experts by expert. A capacity may drop some.
+        # Plan: which expert serves which token. A capacity may drop some; the bank sorts them.
         plan = self._plan(routing, sequence_length, training)
         routing = routing._replace(dropped=plan.dropped_fraction(routing.counts))
 

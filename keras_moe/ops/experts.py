@@ -2,7 +2,8 @@
 
 Here the network of an expert runs on the rows of all experts:
 
-- in tiles of one expert, inside a loop that XLA compiles for a CPU: `tiles`;
+- in tiles of one expert, inside a loop, for XLA on CPUs and few rows in a graph of TensorFlow:
+  `tiles`;
 - elsewhere on parts of the rows, made of grouped products: `parts`.
 
 Second derivatives, and forward mode, come from the same network built on `backend.product`, which

@@ -1,11 +1,11 @@
 """Networks of experts, and the derivative of a network on some rows.
 
 The network of an expert is a function `network(rows, linear)` of rows (n, D) that calls
-`linear(name, rows)` once for each of its linear maps. The forward pass saves what `linear` returns,
-and nothing else. The backward pass is derived: the network runs again with each linear map replaced
-by its saved output, and the framework differentiates the rest.
+`linear(name, rows)` once for each of its linear maps. The forward pass saves the outputs and
+what `linear` returns. The backward pass is derived: the network runs again with each linear map
+replaced by its saved output, and the framework differentiates the rest.
 
-A part of the rows has `product(rows, kernel, bias=None, transposed=False)`, the products of its
+A part of the rows, made by `Backend.layout` or a tile, has `product(rows, kernel, bias=None, transposed=False)`, the products of its
 rows with the kernels of their experts, and `row_numbers()`, (n,) int32 among all rows.
 
 Axes: T tokens, D features, n rows of a part.
