@@ -3,11 +3,10 @@
 import keras
 import numpy as np
 import pytest
-from backends import MODES, assert_close, compiled, differentiated, saved_and_loaded, to_numpy
+from backends import FAST_MODE, MODES, assert_close, differentiated, saved_and_loaded, to_numpy
 from layer_checks import D, normal
 
 from keras_moe import layers, routers
-from keras_moe.ops.linears import is_integer
 
 E, H, RANK, T = 4, 6, 2, 12
 BASES = {
@@ -61,13 +60,110 @@ def results(mixture, mode, *inputs, **kwargs):
     return {"outputs": outputs, **dict(zip(["x", *(w.name for w in trained)], gradients))}
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", BASES)
-def test_equal_to_copies_with_lora(case, mode):
-    one_base, copies = pair(case)
-    x = normal(T, D)
-    found, expected = (results(each, mode, x) for each in (one_base, copies))
+def assert_equal_results(one_base, copies, mode, *inputs, **kwargs):
+    found, expected = (results(each, mode, *inputs, **kwargs) for each in (one_base, copies))
     assert found.keys() == expected.keys() and len(found) > 3
     for name in expected:
         assert np.any(expected[name])
         assert_close(found[name], expected[name])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", BASES)
+def test_equal_to_copies_with_lora(case, mode):
+    assert_equal_results(*pair(case), mode, normal(T, D))
+
+
+@pytest.mark.parametrize(
+    ("router", "arguments"),
+    [
+        (routers.TopKRouter(E, 2, seed=1), {"capacity_factor": 0.5}),
+        (routers.ExpertChoiceRouter(E, seed=1), {}),
+        (routers.DenseRouter(E, seed=1), {}),
+    ],
+    ids=["capacity", "expert choice", "all experts"],
+)
+def test_equal_to_copies_with_padding_and_any_plan(router, arguments):
+    one_base, copies = pair("gated, biased, clipped", router, **arguments)
+    mask = np.arange(T) % 5 > 0
+    x = np.where(mask[:, None], normal(T, D), np.nan).astype("float32")
+    more = {"mask": mask, "training": True}
+    assert_equal_results(one_base, copies, FAST_MODE, np.nan_to_num(x), **more)
+    if FAST_MODE == "eager":
+        assert_close(to_numpy(one_base(x, **more)), to_numpy(one_base(np.nan_to_num(x), **more)))
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_quantized_base_is_saved_and_trains_as_its_floats(mode, tmp_path):
+    keras.utils.set_random_seed(0)
+    base = layers.GatedExperts(1, H, use_bias=True, bias_initializer="normal")
+    experts = layers.LowRankExperts(base, E, RANK, b_initializer="normal")
+    model = keras.Sequential([keras.Input((D,)), layers.MixtureOfExperts(experts)])
+    x, exact = normal(T, D), to_numpy(model(normal(T, D)))
+    experts.quantize(mode)
+    assert base.quantization_mode == mode and experts.quantization_mode is None
+    assert len(model.trainable_weights) == 7  # factors and the router
+    near = to_numpy(model(x))
+    assert 0 < np.mean((near - exact) ** 2) < 0.05 * np.mean(exact**2)
+    assert_close(to_numpy(saved_and_loaded(model, tmp_path)(x)), near)
+    floats = layers.MixtureOfExperts(experts.merge(), routers.TopKRouter(E), ())
+    floats.build((None, D))
+    floats.router.set_weights(model.layers[0].router.get_weights())
+    assert_close(to_numpy(floats(x)), near)
+    rows = {"x": model.layers[0], "merged": floats}
+    of_x = [results(each, FAST_MODE, x)["x"] for each in rows.values()]
+    assert_close(*of_x)
+
+
+@pytest.mark.parametrize("case", BASES)
+def test_merged_experts_are_banks_of_the_same_outputs(case):
+    mixture, _ = pair(case)
+    x, experts = normal(T, D), mixture.experts
+    of_all = to_numpy(experts.compute_all(keras.ops.convert_to_tensor(x)))
+    for chosen in (None, [2], [3, 0]):
+        merged = experts.merge(chosen)
+        assert type(merged) is type(experts.base) and merged.num_experts == len(chosen or of_all[0])
+        outputs = merged.compute_all(keras.ops.convert_to_tensor(x))
+        assert_close(to_numpy(outputs), of_all[:, chosen] if chosen else of_all)
+
+
+def test_only_factors_train_and_the_base_stays_frozen():
+    mixture, _ = pair("gated")
+    mixture.experts.trainable = False
+    mixture.trainable = True
+    trained = {weight.name for weight in mixture.experts.trainable_weights}
+    assert trained == {f"{name}_lora_{x}" for name in ("gate", "up", "down") for x in "ab"}
+    base = [to_numpy(weight.value) for weight in mixture.experts.base.weights]
+    model = keras.Sequential([keras.Input((D,)), mixture])
+    model.compile("adam", "mse")
+    model.fit(normal(T, D), normal(T, D), verbose=0)
+    for weight, before in zip(mixture.experts.base.weights, base, strict=True):
+        np.testing.assert_array_equal(to_numpy(weight.value), before)
+    with pytest.raises(NotImplementedError, match="has factors of low rank"):
+        mixture.experts.enable_lora(2)
+
+
+class Residual(layers.GatedExperts):
+    def widths(self, features):
+        return {"up": (features, features), "down": (features, features)}
+
+    def network(self, rows, linear):
+        return rows + linear("down", linear("up", rows))
+
+
+class Deep(Residual):
+    def widths(self, features):
+        return {**super().widths(features), "middle": (features, features)}
+
+    def network(self, rows, linear):
+        return linear("down", linear("middle", linear("up", rows)))
+
+
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [(Residual, "must return what its last linear map returns"), (Deep, "'middle' with other inp")],
+)
+def test_a_base_of_another_form_is_refused(base, words):
+    experts = layers.LowRankExperts(base(1, H), E, RANK)
+    with pytest.raises(ValueError, match=words):
+        experts.build((None, D))

@@ -111,6 +111,7 @@ class LowRankExperts(StackedExperts):
         base.trainable = False
         if self.has_own_policy:
             base.take_policy(self.dtype_policy)
+            self.dtype_policy = expert_bank.in_floats(self.dtype_policy)
 
     @property
     def trainable(self):
@@ -159,7 +160,8 @@ class LowRankExperts(StackedExperts):
         # Rows are tokens and their products with the base, side by side.
         *first_maps, (last, features, _) = self.widths_of_base
         start = first_maps[0][1] if first_maps else features
-        tokens, first, hidden = rows[:, :start], {}, []
+        tokens, first = rows[:, :start], {}
+        hidden: list[Any] = []
         for name, _, width in first_maps:
             first[name], start = rows[:, start : start + width], start + width
 
@@ -182,18 +184,16 @@ class LowRankExperts(StackedExperts):
         return ops.concatenate([*hidden, ops.ones_like(rows[:, :1]), low], axis=1)
 
     def call(self, tokens, plan, training=None):
-        maps = {
-            name: each.entry(lambda stack: stack[0]) for name, each in self.base._maps().items()
-        }
+        base = self.base._maps()
+        maps = {name: each.entry(lambda stack: stack[0]) for name, each in base.items()}
         *first_maps, (last, width, _) = self.widths_of_base
         tokens = self._compute(tokens)
         first = [_frozen(tokens, maps[name]) for name, *_ in first_maps]
         sums = super().call(ops.concatenate([tokens, *first], axis=1), plan, training)
-        outputs = _frozen(sums[:, :width], maps[last]._replace(bias=None)) + sums[:, width + 1 :]
+        hidden, ones, low = sums[:, :width], sums[:, width : width + 1], sums[:, width + 1 :]
         bias = maps[last].bias
-        return (
-            outputs if bias is None else outputs + sums[:, width : width + 1] * self._compute(bias)
-        )
+        outputs = _frozen(hidden, maps[last]._replace(bias=None)) + low
+        return outputs if bias is None else outputs + ones * self._compute(bias)
 
     compute_all = ExpertBank.compute_all
 
@@ -210,7 +210,7 @@ class LowRankExperts(StackedExperts):
         self, mode: str | None = None, type_check: bool = True, config: Any = None
     ) -> None:
         """Store the kernels of the base as integers, see its `quantize`; factors stay floats."""
-        self.base.quantize(mode, type_check, config)
+        self.base.quantize(mode, config=config)
 
     def check_takes_lora(self):
         raise NotImplementedError(f"`{self.name}` has factors of low rank already")

@@ -136,7 +136,10 @@ def _traced(function, features, widths):
 
     # The public way to trace a function on any backend.
     layer = keras.layers.Lambda(trace, dtype="float32", name="network")
-    shape = tuple(layer.compute_output_shape((8, features)))
+    try:
+        shape = tuple(layer.compute_output_shape((8, features)))
+    except NotImplementedError as error:  # Keras hides what the function raised.
+        raise error.__context__ or error from None
     if set(found) != set(widths) or len(shape) != 2 or shape[0] != 8:
         raise ValueError(
             "A network must call `linear` once with each name in `widths`, and return rows. "
