@@ -49,7 +49,7 @@ def upcycle(
     Dropout between the two is removed. A warning says which `Dense` layers look like such two and
     stay dense, and why.
 
-    With a `rank` an expert is no copy, but the dense layer, frozen, with low-rank corrections of its
+    With a `rank` an expert is no copy, but the frozen dense layer with low-rank corrections of its
     kernels: `layers.LowRankExperts`. The dense layer is computed once for each token, and the
     experts train few weights. `freeze_all_but(model)` freezes the rest of the model, and
     `merge_lora(model)` makes the experts copies with corrected kernels.
