@@ -151,6 +151,14 @@ class Residual(layers.GatedExperts):
         return rows + linear("down", linear("up", rows))
 
 
+class Scaled(Residual):
+    def widths(self, features):
+        return {**super().widths(features), "scale": (features,)}
+
+    def network(self, rows, linear):
+        return linear("down", linear("up", rows) * linear("scale"))
+
+
 class Deep(Residual):
     def widths(self, features):
         return {**super().widths(features), "middle": (features, features)}
@@ -161,7 +169,11 @@ class Deep(Residual):
 
 @pytest.mark.parametrize(
     ("base", "words"),
-    [(Residual, "must return what its last linear map returns"), (Deep, "'middle' with other inp")],
+    [
+        (Residual, "must have linear maps"),
+        (Scaled, "no vectors"),
+        (Deep, "'middle' with other inp"),
+    ],
 )
 def test_a_base_of_another_form_is_refused(base, words):
     experts = layers.LowRankExperts(base(1, H), E, RANK)

@@ -79,7 +79,7 @@ class LowRankExperts(StackedExperts):
     (arXiv:2404.15159), section 3.
     """
 
-    settings = ("base_network", "widths_of_base", "scale")
+    settings = ("base_network", "widths_of_base", "use_bias", "scale")
 
     def __init__(
         self,
@@ -102,7 +102,9 @@ class LowRankExperts(StackedExperts):
                 "`base` must have one expert, without LoRA. Received: "
                 f"num_experts={base.num_experts}, lora_rank={base.lora_rank}"
             )
-        super().__init__(num_experts, None, False, a_initializer, "zeros", None, None, **kwargs)
+        super().__init__(
+            num_experts, None, base.use_bias, a_initializer, "zeros", None, None, **kwargs
+        )
         self.base = base
         self.rank = check_integer("rank", rank)
         self.alpha = None if alpha is None else check_number("alpha", alpha, above=0)
@@ -132,8 +134,12 @@ class LowRankExperts(StackedExperts):
         self._fix_shape(tokens_shape)
         if not self.base.built:
             self.base.build(tokens_shape)
-        if not self.base._network.ends_linear:
-            raise ValueError("The network of `base` must return what its last linear map returns")
+        has_vectors = any(each.is_vector for each in self.base.projections)
+        if has_vectors or not self.base._network.ends_linear:
+            raise ValueError(
+                "`base` must have linear maps, no vectors, and return what the last map returns. "
+                f"Received: `{type(self.base).__name__}`"
+            )
         features = tokens_shape[-1]
         self._network = self._trace(features)
         self._dropout_seed = draws.seeded_generator() if self._network.has_dropout else None
@@ -167,34 +173,36 @@ class LowRankExperts(StackedExperts):
             first[name], start = rows[:, start : start + width], start + width
 
         def corrected(name, values=None):
-            if (values is not tokens) if name in first else hidden:
+            if name != last and values is not tokens:
                 raise ValueError(
                     "All linear maps of `base` but the last must take the tokens themselves. "
                     f"Received: {name!r} with other inputs"
                 )
             low = linear(f"{name}_lora_a", values)
             low = linear(f"{name}_lora_b", low * self.scale)
-            if name in first:
+            if name != last:
                 return first[name] + low
             hidden.append(values)
             return low
 
         corrected.dropout = linear.dropout  # type: ignore[attr-defined]
         low = self.base_network(tokens, corrected)
-        # A sum of ones has the weight of the bias.
-        return ops.concatenate([*hidden, ops.ones_like(rows[:, :1]), low], axis=1)
+        # The weighted sum of ones is the weight of the last bias.
+        ones = [ops.ones_like(rows[:, :1])] if self.use_bias else []
+        return ops.concatenate([*hidden, low, *ones], axis=1)
 
     def call(self, tokens, plan, training=None):
         base = self.base._maps()
         maps = {name: each.entry(lambda stack: stack[0]) for name, each in base.items()}
-        *first_maps, (last, width, _) = self.widths_of_base
+        *first_maps, (last, width, fan_out) = self.widths_of_base
         tokens = self._compute(tokens)
         first = [_frozen(tokens, maps[name]) for name, *_ in first_maps]
         sums = super().call(ops.concatenate([tokens, *first], axis=1), plan, training)
-        hidden, ones, low = sums[:, :width], sums[:, width : width + 1], sums[:, width + 1 :]
-        bias = maps[last].bias
-        outputs = _frozen(hidden, maps[last]._replace(bias=None)) + low
-        return outputs if bias is None else outputs + ones * self._compute(bias)
+        outputs = _frozen(sums[:, :width], maps[last]._replace(bias=None))
+        outputs = outputs + sums[:, width : width + fan_out]
+        if self.use_bias:
+            outputs = outputs + sums[:, -1:] * self._compute(maps[last].bias)
+        return outputs
 
     compute_all = ExpertBank.compute_all
 
