@@ -89,8 +89,8 @@ def from_peft(
         rule = by_shape[a.shape, b.shape]
         own_rank = ranks[rule]
         a = a.reshape(bank.num_experts, own_rank, -1).swapaxes(1, 2)
-        b = b.reshape(len(b), own_rank, bank.num_experts).transpose(2, 1, 0) * scales[rule] / scale
-        b = np.pad(b, [(0, 0), (0, rank - own_rank), (0, 0)])
+        b = b.reshape(len(b), own_rank, bank.num_experts).transpose(2, 1, 0)
+        b = np.pad(b * (scales[rule] / scale), [(0, 0), (0, rank - own_rank), (0, 0)])
         for projection, part in zip(_projections(bank, rule), rule.split(b)):
             # Further columns of A begin at random, so that they can train.
             more = ops.convert_to_numpy(projection.lora_a)[..., own_rank:]
