@@ -208,6 +208,8 @@ def layer_of(model):
 @with_transformers
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "lfm2_moe"])
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it.
+# PEFT looks for patterns among modules only, and applies them to parameters as well.
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
 def test_an_adapter_of_peft_goes_both_ways(family, tmp_path):
     import peft
 
