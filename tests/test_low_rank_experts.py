@@ -129,7 +129,8 @@ def test_merged_experts_are_banks_of_the_same_outputs(case):
 
 def test_only_factors_train_and_the_base_stays_frozen():
     mixture, _ = pair("gated")
-    mixture.experts.trainable = False
+    mixture.trainable = False
+    assert not mixture.trainable_weights
     mixture.trainable = True
     trained = {weight.name for weight in mixture.experts.trainable_weights}
     assert trained == {f"{name}_lora_{x}" for name in ("gate", "up", "down") for x in "ab"}

@@ -37,7 +37,8 @@ def freeze_all_but(model: keras.Model, pattern: str = "_lora_|router") -> None:
     if not trained(model):
         raise ValueError(f"`pattern` must be found in a path of a weight. Received: {pattern!r}")
     for layer in model._flatten_layers():  # from the outside in, as each sets its sublayers
-        layer.trainable = bool(trained(layer))
+        # TensorFlow skips setting an attribute to the value it has.
+        type(layer).trainable.fset(layer, bool(trained(layer)))
     for weight in parameters_of(model):
         weight.trainable = weight.trainable and bool(re.search(pattern, weight.path))
     forget_old_weights(model)
