@@ -61,7 +61,7 @@ def from_peft(
 
     def setting(rule, pattern, default):
         """What a pattern of PEFT sets for the kernels of a rule."""
-        parameter = prefix.removeprefix("base_model.model.") + rule.theirs
+        parameter = prefix.removesuffix("experts.") + rule.theirs
         matching = (
             value
             for key, value in (settings.get(pattern) or {}).items()
