@@ -26,7 +26,7 @@ from keras_moe.generation import generate
 from keras_moe.inspection import health
 from keras_moe.inspection.summaries import summary
 from keras_moe.reporting import report
-from keras_moe.upcycling import upcycle
+from keras_moe.upcycling import freeze_all_but, merge_lora, upcycle
 
 __version__ = "0.2.0"
 
@@ -35,11 +35,13 @@ __all__ = [
     "callbacks",
     "convert",
     "distribution",
+    "freeze_all_but",
     "generate",
     "health",
     "inspection",
     "layers",
     "losses",
+    "merge_lora",
     "metrics",
     "ops",
     "optimizers",

@@ -130,6 +130,9 @@ class ExpertParallel(keras.distribution.ModelParallel):
             axes = ("expert", *[None] * (len(variable.shape) - 1))
             layout = keras.distribution.TensorLayout(axes, self.device_mesh)
         num_shards = self.device_mesh.shape[1]
+        if layout.axes[:1] == ("expert",) and variable.shape[0] == 1:  # a base, see LowRankExperts
+            whole = [None] * len(variable.shape)
+            return keras.distribution.TensorLayout(whole, self.device_mesh)
         if layout.axes[:1] == ("expert",) and variable.shape[0] % num_shards:
             raise ValueError(
                 "The devices of `expert_parallel(experts=...)` must divide the experts of a bank. "

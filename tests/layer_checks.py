@@ -226,6 +226,14 @@ CASES = {
         lambda: {**_bank_options(without="activation"), "use_bias": False},
         moe,
     ),
+    layers.LowRankExperts: Case(
+        # With B of zeros the first step leaves A as it is.
+        lambda: dict(
+            base=layers.GatedExperts(1, 16), num_experts=E, rank=2, b_initializer="he_normal"
+        ),
+        lambda: dict(alpha=3.0, a_initializer="he_normal"),
+        moe,
+    ),
     layers.MultiGateMixtureOfExperts: Case(
         lambda: dict(experts=layers.FeedForwardExperts(E, 16), num_tasks=2),
         lambda: dict(
@@ -371,7 +379,18 @@ def constructor_arguments(cls):
         if base.__module__.startswith("keras_moe") and "__init__" in vars(base):
             optional = _parameters(base).items()
             own.update({name: p for name, p in optional if p.default is not p.empty})
-    return own
+    return {name: p for name, p in own.items() if name in _parameters(cls) or _takes(cls, name)}
+
+
+def _takes(cls, name):
+    """Whether a class does not set an argument of its bases itself."""
+    try:
+        plain(cls, **{name: None})
+    except TypeError as error:
+        return "multiple values" not in str(error)
+    except ValueError:
+        pass
+    return True
 
 
 # Of Keras itself, which tests them.

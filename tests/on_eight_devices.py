@@ -184,6 +184,9 @@ LAYERS = {
         layers.ZeroComputationExperts(layers.FeedForwardExperts(E, H), 1, 1, 1)
     ),
     "linear": lambda: layers.MixtureOfExperts(layers.LinearExperts(E, D), "dense"),
+    "low rank": lambda: layers.MixtureOfExperts(
+        layers.LowRankExperts(layers.GatedExperts(1, H), E, 2, b_initializer="he_normal")
+    ),
     "many tasks": lambda: SumOfTasks(
         layers.MultiGateMixtureOfExperts(layers.GatedExperts(E, H), 2, ["top_k", "top_k"])
     ),

@@ -1,6 +1,7 @@
 """Layers from Hugging Face's models compute the same as their blocks, and go back unchanged."""
 
 import json
+import re
 import runpy
 
 import keras
@@ -207,6 +208,8 @@ def layer_of(model):
 @with_transformers
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "lfm2_moe"])
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it.
+# PEFT looks for patterns among modules only, and applies them to parameters as well.
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
 def test_an_adapter_of_peft_goes_both_ways(family, tmp_path):
     import peft
 
@@ -228,13 +231,20 @@ def test_an_adapter_of_peft_goes_both_ways(family, tmp_path):
     model = peft.PeftModel.from_pretrained(model_of(family), tmp_path)
     assert_close(outputs_of(model.base_model.model), expected)
     targets = config["target_parameters"]
-    settings = peft.LoraConfig(
-        r=2, use_rslora=True, target_parameters=targets, init_lora_weights=False
-    )
-    model = peft.get_peft_model(model_of(family), settings)
-    model.save_pretrained(tmp_path / "theirs")
-    adapted = convert.from_peft(tmp_path / "theirs", layer_of(model_of(family)), 0, family)
-    assert_close(array(adapted(TOKENS)), outputs_of(model.base_model.model))
+    first, second = (re.escape(target) for target in targets)
+    by_pattern = {"rank_pattern": {first: 4}, "alpha_pattern": {f"layers.0.*{second}": 7}}
+    for settings in ({"use_rslora": True}, by_pattern):
+        settings = peft.LoraConfig(
+            r=2, target_parameters=targets, init_lora_weights=False, **settings
+        )
+        model = peft.get_peft_model(model_of(family), settings)
+        model.save_pretrained(tmp_path / "theirs")
+        adapted = convert.from_peft(tmp_path / "theirs", layer_of(model_of(family)), 0, family)
+        expected = outputs_of(model.base_model.model)
+        assert_close(array(adapted(TOKENS)), expected)
+        save_adapter(tmp_path, *convert.to_peft(adapted, 0, family))
+        model = peft.PeftModel.from_pretrained(model_of(family), tmp_path)
+        assert_close(array(adapted(TOKENS)), outputs_of(model.base_model.model))
 
 
 def save_adapter(folder, arrays, config):

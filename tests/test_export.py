@@ -36,6 +36,8 @@ def with_every_layer(blocks):
     gated = layers.GatedExperts(E, 16, "gelu", use_bias=True)
     x = layers.MixtureOfExperts(gated, router, shared_expert=layers.GatedFeedForward(4))(inputs)
     x = layers.MixtureOfExperts(layers.FeedForwardExperts(E, 16))(x)
+    corrected = layers.LowRankExperts(layers.GatedExperts(1, 16), E, 2, b_initializer="normal")
+    x = layers.MixtureOfExperts(corrected)(x)
     for block in blocks:
         x = block(2, keras.layers.Dense(D))(x)
     small = keras.Sequential([keras.layers.Dense(4, "relu"), keras.layers.Dense(D)])

@@ -10,6 +10,7 @@ from layer_checks import array, normal
 
 import keras_moe
 from keras_moe import inspection, layers
+from keras_moe._internal.keras_internals import parameters_of
 
 on_one_backend = pytest.mark.backends("torch")
 VOCABULARY, D, H = 12, 4, 8
@@ -125,8 +126,9 @@ BACKBONES = {
 
 
 @on_one_backend
+@pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("name", BACKBONES)
-def test_backbones_of_keras_hub(name, tmp_path):
+def test_backbones_of_keras_hub(name, rank, tmp_path):
     import keras_hub
 
     cls = getattr(keras_hub.models, f"{name}Backbone")
@@ -134,7 +136,7 @@ def test_backbones_of_keras_hub(name, tmp_path):
     inputs = {"token_ids": IDS, "padding_mask": IDS > 2, "segment_ids": 0 * IDS}
     inputs = {each.name: inputs[each.name] for each in model.inputs}
     expected = list(map(array, keras.tree.flatten(model(inputs))))
-    upcycled = keras_moe.upcycle(model, num_experts=4, seed=0)
+    upcycled = keras_moe.upcycle(model, num_experts=4, seed=0, rank=rank)
     assert upcycled is model and isinstance(model, cls)
     assert not dense_kernels(model)
     again = saved_and_loaded(model, tmp_path)
@@ -144,6 +146,37 @@ def test_backbones_of_keras_hub(name, tmp_path):
         for actual, wanted in zip(keras.tree.flatten(each(inputs)), expected, strict=True):
             np.testing.assert_allclose(array(actual), wanted, atol=1e-6 * np.abs(wanted).max())
     assert len(inspection.moe_layers(again)) == 2
+
+
+@pytest.mark.parametrize("make", unless_compiled([block_model, graph_model], [graph_model]))
+def test_low_rank_experts_train_alone_and_merge(make, tmp_path):
+    model = randomized(make())
+    expected = array(model(IDS))
+    upcycled = keras_moe.upcycle(model, num_experts=4, seed=0, rank=2)
+    np.testing.assert_allclose(array(upcycled(IDS)), expected, atol=1e-6 * np.abs(expected).max())
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    upcycled.compile("adam", loss, jit_compile=QUICK_JIT)
+    keras_moe.freeze_all_but(upcycled)
+    mixtures = inspection.moe_layers(upcycled).values()
+    paths = {weight.path for weight in upcycled.trainable_weights}
+    assert len(paths) == 5 * len(mixtures)  # four factors and a router's kernel
+    parameters = parameters_of(upcycled)
+    before = list(map(array, parameters))
+    upcycled.fit(IDS, TARGETS, epochs=2, verbose=0)
+    changed = {w.path for w, value in zip(parameters, before) if (array(w) != value).any()}
+    assert changed == paths
+    expected = array(upcycled(IDS))
+    upcycled.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras", compile=False)
+    keras_moe.freeze_all_but(again)
+    assert {weight.path for weight in again.trainable_weights} == paths
+    keras_moe.merge_lora(again)
+    assert all(layer.experts.num_experts == 4 for layer in inspection.moe_layers(again).values())
+    for each in (again, saved_and_loaded(again, tmp_path)):
+        np.testing.assert_allclose(array(each(IDS)), expected, atol=1e-5 * np.abs(expected).max())
+        assert {type(m.experts) for m in inspection.moe_layers(each).values()} == {
+            layers.FeedForwardExperts
+        }
 
 
 def pair(up=None, down=None, **both):

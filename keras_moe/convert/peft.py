@@ -6,6 +6,7 @@ Hugging Face keeps gate and up kernels in one stack, so there they share a `lora
 
 import math
 import os
+import re
 
 import numpy as np
 from keras import ops
@@ -34,7 +35,7 @@ def from_peft(
 
     Raises:
         ValueError: If the layer is no block of the family, or the adapter has no factors of its
-            experts, adapts more of the block than the experts, or uses DoRA or ranks by pattern.
+            experts, adapts more of the block than the experts, or uses DoRA.
 
     Example:
 
@@ -47,31 +48,48 @@ def from_peft(
     starts = {name.removesuffix("lora_A.weight") for name in own if name.endswith("lora_A.weight")}
     wanted = {start + f"lora_{letter}.weight" for start in starts for letter in "AB"}
     odd = own ^ wanted | {start for start in starts if start.replace("base_layer.", "") != prefix}
-    changed = [name for name in ("use_dora", "rank_pattern", "alpha_pattern") if settings.get(name)]
-    if odd or changed or not starts:
+    if odd or settings.get("use_dora") or not starts:
         raise ValueError(
-            "An adapter must be of stacked experts and nothing else of their block, without DoRA "
-            f"and patterns. Received: {sorted(own)}, {changed}, layer={layer}"
+            "An adapter must be of stacked experts and nothing else of their block, without DoRA. "
+            f"Received: {sorted(own)}, use_dora={settings.get('use_dora')}, layer={layer}"
         )
-    bank, rank, alpha = mixture.experts, settings["r"], settings["lora_alpha"]
-    factors = [[read(start + f"lora_{letter}.weight") for letter in "AB"] for start in starts]
-    # Wrappers in each other do not say which kernel they adapt; the shapes of A and B do.
-    by_shape, stacked = {}, rank * bank.num_experts
+
+    def setting(rule, pattern, default):
+        """What a pattern of PEFT sets for the kernels of a rule."""
+        parameter = prefix.removesuffix("experts.") + rule.theirs
+        matching = (
+            value
+            for key, value in (settings.get(pattern) or {}).items()
+            if re.match(rf"(.*\.)?({key})$", parameter)
+        )
+        return next(matching, settings[default])
+
+    bank, ranks, scales = mixture.experts, {}, {}
     for rule in rules:
-        _, fan_in, fan_out = _projections(bank, rule)[0].shape
-        by_shape[(stacked, fan_in), (fan_out * len(rule.ours), stacked)] = rule
+        ranks[rule] = setting(rule, "rank_pattern", "r")
+        divisor = math.sqrt(ranks[rule]) if settings.get("use_rslora") else ranks[rule]
+        scales[rule] = setting(rule, "alpha_pattern", "lora_alpha") / divisor
+    factors = [[read(start + f"lora_{letter}.weight") for letter in "AB"] for start in starts]
+    # Wrappers in each other do not say which kernel they adapt.
+    by_shape = {_shapes(bank, rule, ranks[rule]): rule for rule in rules}
     wrong = [(a.shape, b.shape) for a, b in factors if (a.shape, b.shape) not in by_shape]
     if wrong:
         raise ValueError(
             f"The factors of an adapter must have the shapes {[*by_shape]}. Received: {wrong}"
         )
-    bank.enable_lora(rank, alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha)
+    # The kernels of a bank have one rank and one scale.
+    rank, scale = max(ranks.values()), scales[rules[0]]
+    bank.enable_lora(rank, rank * scale)
     for a, b in factors:
         rule = by_shape[a.shape, b.shape]
-        a = a.reshape(bank.num_experts, rank, -1).swapaxes(1, 2)
-        b = b.reshape(len(b), rank, bank.num_experts).transpose(2, 1, 0)
+        own_rank = ranks[rule]
+        a = a.reshape(bank.num_experts, own_rank, -1).swapaxes(1, 2)
+        b = b.reshape(len(b), own_rank, bank.num_experts).transpose(2, 1, 0)
+        b = np.pad(b * (scales[rule] / scale), [(0, 0), (0, rank - own_rank), (0, 0)])
         for projection, part in zip(_projections(bank, rule), rule.split(b)):
-            projection.lora_a.assign(a)
+            # Further columns of A begin at random, so that they can train.
+            more = ops.convert_to_numpy(projection.lora_a)[..., own_rank:]
+            projection.lora_a.assign(np.concatenate([a, more], axis=2))
             projection.lora_b.assign(part)
     return mixture
 

@@ -7,6 +7,7 @@ from keras_moe.layers.gated_experts import GatedExperts
 from keras_moe.layers.gated_feed_forward import GatedFeedForward
 from keras_moe.layers.layer_experts import LayerExperts
 from keras_moe.layers.linear_experts import LinearExperts
+from keras_moe.layers.low_rank_experts import LowRankExperts
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.multi_gate import MultiGateMixtureOfExperts
 from keras_moe.layers.stacked_experts import StackedExperts
@@ -22,6 +23,7 @@ __all__ = [
     "GatedFeedForward",
     "LayerExperts",
     "LinearExperts",
+    "LowRankExperts",
     "MixtureOfExperts",
     "MultiGateMixtureOfExperts",
     "StackedExperts",

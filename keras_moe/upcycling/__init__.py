@@ -12,13 +12,14 @@ from keras import ops
 from keras_moe._internal.checks import check_integer, check_number, shortened
 from keras_moe._internal.keras_internals import names_below, set_state
 from keras_moe._internal.serialization import register
-from keras_moe.layers import FeedForwardExperts, GatedExperts, MixtureOfExperts
+from keras_moe.layers import FeedForwardExperts, GatedExperts, LowRankExperts, MixtureOfExperts
 from keras_moe.layers.replacement import record, replace
 from keras_moe.layers.sublayers import freeze_parts
 from keras_moe.routers import TopKRouter
 from keras_moe.upcycling.feed_forwards import feed_forwards, left_dense
+from keras_moe.upcycling.low_rank import freeze_all_but, merge_lora
 
-__all__ = ["upcycle"]
+__all__ = ["freeze_all_but", "merge_lora", "upcycle"]
 
 
 def upcycle(
@@ -31,6 +32,7 @@ def upcycle(
     every: int = 1,
     router_losses: Sequence | None = None,
     seed: int | None = None,
+    rank: int | None = None,
 ) -> keras.Model:
     """Turn dense feed-forward layers of a model into mixtures of experts that start from them.
 
@@ -45,6 +47,11 @@ def upcycle(
     without; a `keras.Sequential` of such two in an attribute of another layer, as of our
     Transformer blocks; and in KerasHub's Transformer blocks (Bert, GPT-2, Llama, Mistral, Qwen and
     others). A warning says which `Dense` layers look like such two and stay dense, and why.
+
+    With a `rank` an expert is no copy, but the frozen dense layer with low-rank corrections of its
+    kernels: `layers.LowRankExperts`. The dense layer is computed once for each token, and the
+    experts train few weights. `freeze_all_but(model)` freezes the rest of the model, and
+    `merge_lora(model)` makes the experts copies with corrected kernels.
 
     With parts, the columns of the router's kernel that belong to one copy are equal, so that a
     token first goes to all parts of its best copies. With `top_k=granularity` it costs what the
@@ -66,6 +73,7 @@ def upcycle(
         every: Integer. n for every n-th of them, beginning with the n-th.
         router_losses: List or None. As in `layers.MixtureOfExperts`.
         seed: Integer or None. None draws one from Keras's, see `keras.utils.set_random_seed`.
+        rank: Integer or None. Rank of the corrections of low-rank experts. None: copies or parts.
 
     Returns:
         The model, with a `layers.MixtureOfExperts` for each of the layers, called
@@ -73,9 +81,10 @@ def upcycle(
         functional or sequential model whose own `Dense` layers were replaced is a new one.
 
     Raises:
-        ValueError: If an argument is out of its range, the model has no such layers, `select` names
-            none or others; or if the dense layers of one place have constraints, different
-            regularizers or such as cannot be divided, or only some are frozen; or if layers are
+        ValueError: If an argument is out of its range, or `rank` is given with parts or features
+            that are drawn again; the model has no such layers, `select` names
+            none or others; or if the dense layers of one place have different regularizers, or such
+            as cannot be divided, or constraints, or only some of them are frozen; or if layers are
             split whose activation mixes features, such as softmax.
 
     Example:
@@ -94,8 +103,16 @@ def upcycle(
     reinitialized = check_number("reinitialized", reinitialized, below=1)
     every = check_integer("every", every)
     if num_experts % granularity or top_k % granularity:
-        given = f"granularity={granularity}, num_experts={num_experts}, top_k={top_k}"
-        raise ValueError(f"`granularity` must divide `num_experts` and `top_k`. Received: {given}")
+        raise ValueError(
+            "`granularity` must divide `num_experts` and `top_k`: a copy is complete with all its "
+            f"parts only. Received: granularity={granularity}, num_experts={num_experts}, "
+            f"top_k={top_k}"
+        )
+    if rank is not None and (granularity > 1 or reinitialized):
+        raise ValueError(
+            "With a `rank` all experts share one whole dense layer. Received: "
+            f"rank={rank}, granularity={granularity}, reinitialized={reinitialized}"
+        )
     chosen = _select(model, select, every)
     obstacles = [
         f"{each.name!r} with {why}" for each in chosen for why in _obstacles(each, granularity)
@@ -109,13 +126,14 @@ def upcycle(
     rng = np.random.default_rng(random.randrange(2**32) if seed is None else seed)
     replacements: dict = {}
     for feed_forward in chosen:
-        mixture = _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng)
-        weights = _expert_weights(feed_forward, num_experts, granularity)
+        mixture = _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng, rank)
+        bank = mixture.experts if rank is None else mixture.experts.base
+        weights = _expert_weights(feed_forward, bank.num_experts, granularity)
         if reinitialized:
             _draw_again(weights, reinitialized, rng)
         for name, value in weights.items():
-            if getattr(mixture.experts, name) is not None:
-                getattr(mixture.experts, name).assign(value)
+            if getattr(bank, name) is not None:
+                getattr(bank, name).assign(value)
         replacements |= dict.fromkeys(feed_forward.layers)
         replacements[feed_forward.layers[0]] = mixture
         if feed_forward.gate is not None:
@@ -224,12 +242,12 @@ def _bank_regularizer(denses, kind, copies):
     return keras.regularizers.L1L2(l1 / copies, l2 / copies) if l1 or l2 else None
 
 
-def _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng):
+def _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng, rank):
     up, denses = feed_forward.up, feed_forward.denses
     copies = num_experts // granularity
     features, width = up.kernel.shape
     experts = (FeedForwardExperts if feed_forward.gate is None else GatedExperts)(
-        num_experts,
+        num_experts if rank is None else 1,
         width // granularity,
         feed_forward.activation,
         use_bias=any(dense.use_bias for dense in denses),
@@ -238,8 +256,11 @@ def _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng):
         bias_regularizer=_bank_regularizer(denses, "bias", copies),
         dtype=up.dtype_policy,
         trainable=up.trainable,
-        name="experts",  # as in converted models, for the `enable_lora` of KerasHub
+        # As in converted models, for the `enable_lora` of KerasHub.
+        name="experts" if rank is None else "base",
     )
+    if rank is not None:
+        experts = LowRankExperts(experts, num_experts, rank, name="experts")
     normal = keras.initializers.RandomNormal(stddev=0.02, seed=int(rng.integers(2**31)))
     scales: dict = {"renormalize": True, "scaling_factor": float(granularity)}
     router = TopKRouter(num_experts, top_k, **scales, kernel_initializer=normal, name="router")

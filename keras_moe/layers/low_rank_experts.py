@@ -1,0 +1,285 @@
+"""A bank of low-rank experts over one frozen network.
+
+All experts share the frozen kernels W, so these multiply each token once, not once for each of its
+experts. With B A for the factors of expert k, and g for combine weights, a gated network is
+
+    h_k = act(W_g x + B_gk A_gk x) * (W_u x + B_uk A_uk x)
+    y   = W_d (sum_k g_k h_k) + sum_k g_k B_dk A_dk h_k
+
+What the experts themselves compute is a network of their factors, like that of any bank. Its tokens
+are x, W_g x and W_u x side by side, its outputs h_k and B_dk A_dk h_k.
+
+Axes: T tokens, D features, E experts, r rank.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_moe._internal.checks import check_indices, check_integer, check_number
+from keras_moe._internal.initializers import EachExpert
+from keras_moe._internal.keras_internals import names_below
+from keras_moe._internal.serialization import config_of, register
+from keras_moe.backend import backend
+from keras_moe.layers import expert_bank
+from keras_moe.layers.expert_bank import ExpertBank
+from keras_moe.layers.projection import Projection
+from keras_moe.layers.stacked_experts import StackedExperts
+from keras_moe.ops import draws
+from keras_moe.ops.linears import multiply
+from keras_moe.ops.networks import network_of
+
+
+@register
+class LowRankExperts(StackedExperts):
+    """Experts that share one frozen network, and differ by corrections of low rank.
+
+    Expert k has `x W + (alpha / rank) (x A_k) B_k` in the place of each linear map `x W` of the
+    base, as copies of the base with LoRA have, but the base is computed once for each token. Only
+    the factors train. They are stacked by expert, `{name}_lora_a` (E, D, r) and `{name}_lora_b`
+    (E, r, H) for the base's `{name}_kernel`. `quantize` stores the base as integers.
+
+    Args:
+        base: Bank with one expert, such as `GatedExperts(1, hidden_dim)`; it is frozen. All its
+            linear maps but the last take the tokens themselves, and the last one makes the output.
+        num_experts: Integer. Number of experts, E.
+        rank: Integer. Rank of the corrections, r.
+        alpha: Float. The corrections are multiplied by `alpha / rank`. None: `rank`.
+        a_initializer: Initializer of each expert's `A`.
+        b_initializer: Initializer of each expert's `B`. With zeros every expert begins as the base.
+        **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
+
+    Raises:
+        ValueError: If a number is out of its range, or `base` has several experts, LoRA, or a
+            network of another form.
+        TypeError: If `base` is no bank of stacked kernels.
+
+    Call arguments:
+        tokens: (T, D) float tensor.
+        plan: An `ops.GroupedPlan`.
+
+    Input shape:
+        (T, D).
+
+    Output shape:
+        (T, D'): the weighted sum of each token's expert outputs.
+
+    Example:
+
+    >>> base = keras_moe.layers.GatedExperts(num_experts=1, hidden_dim=256)
+    >>> experts = keras_moe.layers.LowRankExperts(base, num_experts=8, rank=4)
+    >>> layer = keras_moe.layers.MixtureOfExperts(experts)
+    >>> layer(keras.random.normal((2, 10, 64))).shape
+    (2, 10, 64)
+
+    References: Hu et al. 2021 (arXiv:2106.09685), section 4.1; Li et al. 2024, MixLoRA
+    (arXiv:2404.15159), section 3.
+    """
+
+    settings = ("base_network", "widths_of_base", "use_bias", "scale")
+
+    def __init__(
+        self,
+        base: StackedExperts,
+        num_experts: int,
+        rank: int,
+        alpha: float | None = None,
+        a_initializer: str | Callable = "he_uniform",
+        b_initializer: str | Callable = "zeros",
+        **kwargs: Any,
+    ):
+        base = expert_bank.get(base)
+        if not isinstance(base, StackedExperts):
+            raise TypeError(
+                "`base` must be a bank with stacked kernels, such as `GatedExperts`. "
+                f"Received: base of type {type(base).__name__}"
+            )
+        if base.num_experts != 1 or base.lora_rank:
+            raise ValueError(
+                "`base` must have one expert, without LoRA. Received: "
+                f"num_experts={base.num_experts}, lora_rank={base.lora_rank}"
+            )
+        super().__init__(
+            num_experts, None, base.use_bias, a_initializer, "zeros", None, None, **kwargs
+        )
+        self.base = base
+        self.rank = check_integer("rank", rank)
+        self.alpha = None if alpha is None else check_number("alpha", alpha, above=0)
+        self.a_initializer = keras.initializers.get(a_initializer)
+        self.b_initializer = keras.initializers.get(b_initializer)
+        self.scale = 1.0 if alpha is None else alpha / rank
+        base.trainable = False
+        if self.has_own_policy:
+            base.take_policy(self.dtype_policy)
+            self.dtype_policy = expert_bank.in_floats(self.dtype_policy)
+
+    @property
+    def trainable(self):
+        return keras.Layer.trainable.fget(self)
+
+    @trainable.setter
+    def trainable(self, value):
+        keras.Layer.trainable.fset(self, value)
+        self.base.trainable = False
+
+    def build(self, tokens_shape):
+        if backend.devices.expert_processes() is not None:
+            raise NotImplementedError(
+                "`LowRankExperts` cannot be split over processes. Received: `expert_parallel` on "
+                "PyTorch. Let each process have all experts, as replicas do."
+            )
+        self._fix_shape(tokens_shape)
+        if not self.base.built:
+            self.base.build(tokens_shape)
+        has_vectors = any(each.is_vector for each in self.base.projections)
+        if has_vectors or not self.base._network.ends_linear:
+            raise ValueError(
+                "`base` must have linear maps, no vectors, and return what the last map returns. "
+                f"Received: `{type(self.base).__name__}`"
+            )
+        features = tokens_shape[-1]
+        self._network = self._trace(features)
+        self._dropout_seed = draws.seeded_generator() if self._network.has_dropout else None
+        widths = self.widths(features)
+        self.projections = tuple(_Factor(self, *each) for each in zip(widths, range(len(widths))))
+        for projection in self.projections:
+            projection.build(widths[projection.name], range(self.num_experts))
+
+    def widths(self, features):
+        return {
+            f"{name}_lora_{letter}": shape
+            for name, (fan_in, fan_out) in self.base.widths(features).items()
+            for letter, shape in (("a", (fan_in, self.rank)), ("b", (self.rank, fan_out)))
+        }
+
+    def _trace(self, features):
+        widths = self.base.widths(features)
+        names = self.base._trace(features).names
+        self.base_network = self.base._function()
+        self.widths_of_base = tuple((name, *widths[name]) for name in names)
+        seen = features + sum(fan_out for *_, fan_out in self.widths_of_base[:-1])
+        return network_of(self._function(), seen, self.widths(features))
+
+    def network(self, rows, linear):
+        # Rows are tokens and their products with the base, side by side.
+        *first_maps, (last, features, _) = self.widths_of_base
+        start = first_maps[0][1] if first_maps else features
+        tokens, first = rows[:, :start], {}
+        hidden: list[Any] = []
+        for name, _, width in first_maps:
+            first[name], start = rows[:, start : start + width], start + width
+
+        def corrected(name, values=None):
+            if name != last and values is not tokens:
+                raise ValueError(
+                    "All linear maps of `base` but the last must take the tokens themselves. "
+                    f"Received: {name!r} with other inputs"
+                )
+            low = linear(f"{name}_lora_a", values)
+            low = linear(f"{name}_lora_b", low * self.scale)
+            if name != last:
+                return first[name] + low
+            hidden.append(values)
+            return low
+
+        corrected.dropout = linear.dropout  # type: ignore[attr-defined]
+        low = self.base_network(tokens, corrected)
+        # The weighted sum of ones is the weight of the last bias.
+        ones = [ops.ones_like(rows[:, :1])] if self.use_bias else []
+        return ops.concatenate([*hidden, low, *ones], axis=1)
+
+    def call(self, tokens, plan, training=None):
+        base = self.base._maps()
+        maps = {name: each.entry(lambda stack: stack[0]) for name, each in base.items()}
+        *first_maps, (last, width, fan_out) = self.widths_of_base
+        tokens = self._compute(tokens)
+        first = [_frozen(tokens, maps[name]) for name, *_ in first_maps]
+        sums = super().call(ops.concatenate([tokens, *first], axis=1), plan, training)
+        outputs = _frozen(sums[:, :width], maps[last]._replace(bias=None))
+        outputs = outputs + sums[:, width : width + fan_out]
+        if self.use_bias:
+            outputs = outputs + sums[:, -1:] * self._compute(maps[last].bias)
+        return outputs
+
+    compute_all = ExpertBank.compute_all
+
+    def compute_output_shape(self, tokens_shape):
+        return self.base.compute_output_shape(tokens_shape)
+
+    def take_policy(self, policy):
+        if not self.has_own_policy and not self.built:
+            self.has_own_policy = True
+            self.dtype_policy = expert_bank.in_floats(policy)
+            self.base.take_policy(policy)
+
+    def quantize(
+        self, mode: str | None = None, type_check: bool = True, config: Any = None
+    ) -> None:
+        """Store the kernels of the base as integers, see its `quantize`; factors stay floats."""
+        self.base.quantize(mode, config=config)
+
+    def check_takes_lora(self):
+        raise NotImplementedError(f"`{self.name}` has factors of low rank already")
+
+    def merge(self, experts: Sequence[int] | None = None) -> StackedExperts:
+        """Return a bank of the base's class whose kernels are `W + (alpha / rank) A B`, as floats.
+
+        Args:
+            experts: List of integers. Numbers of the experts in the new bank. None: all.
+        """
+        experts = list(range(self.num_experts) if experts is None else experts)
+        check_indices("experts", experts, self.num_experts)
+        config = {**self.base.get_config(), "num_experts": len(experts), "name": self.name}
+        config["dtype"] = expert_bank.in_floats(self.base._own_policy())
+        bank = type(self.base).from_config(config)
+        with names_below((self.path or "").rpartition("/")[0]):
+            bank.build((None, self.input_spec.axes[1]))
+        for old, new in zip(self.base.projections, bank.projections):
+            kernel = np.repeat(old.merged_kernel(), len(experts), axis=0)
+            a, b = (
+                self.projection(f"{old.name}_lora_{letter}").merged_kernel()[experts]
+                for letter in "ab"
+            )
+            new.kernel.assign(kernel + self.scale * np.matmul(a, b))
+            if old.bias is not None:
+                new.bias.assign(np.repeat(ops.convert_to_numpy(old.bias), len(experts), axis=0))
+        return bank
+
+    def get_config(self):
+        return {
+            **super(StackedExperts, self).get_config(),
+            "base": config_of(self.base),
+            "num_experts": self.num_experts,
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "a_initializer": keras.initializers.serialize(self.a_initializer),
+            "b_initializer": keras.initializers.serialize(self.b_initializer),
+        }
+
+
+class _Factor(Projection):
+    """Factors A or B of one linear map, stacked (E, ...)."""
+
+    def build(self, widths, experts):
+        is_a = self.name.endswith("a")
+        initializer = self.bank.a_initializer if is_a else self.bank.b_initializer
+        self._add("kernel", (len(experts), *widths), EachExpert(initializer, self.stream, experts))
+
+    def _weight_name(self, part):
+        return self.name
+
+
+def _frozen(rows, linear):
+    """A linear map of rows, whose weights have no gradient."""
+
+    def forward(rows, kernel, save):
+        return multiply(rows, kernel), ()
+
+    def backward(rows, kernel, saved, gradient):
+        return multiply(gradient, kernel, transposed=True)
+
+    outputs = backend.differentiable(forward, backward, rows, linear.kernel)
+    return outputs if linear.bias is None else outputs + ops.cast(linear.bias, rows.dtype)
