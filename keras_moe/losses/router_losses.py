@@ -282,7 +282,7 @@ class RouterEntropy(RouterLoss):
 class SelectorEntropy(RouterLoss):
     """Makes the selectors of a `routers.DSelectKRouter` choose: the sum of their mean entropies.
 
-    A mean over real tokens, in nats, at least 0. The scores of another router count as one selector.
+    Means over real tokens, in nats. The scores of another router count as those of one selector.
 
     Arguments and errors: as for `RouterLoss`.
 

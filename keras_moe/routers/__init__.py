@@ -46,9 +46,9 @@ def get(identifier: Any, num_experts: int | None) -> Router:
     Args:
         identifier: A `Router`, its config, or a name: "balanced_assignment", "cosine", "dense",
             "dselect_k", "expert_choice", "gshard", "noisy_top_k", "relu", "sinkhorn", "soft",
-            "top_k", "top_p" or "v_moe", each with the defaults of its class; "deepseek_v3", a `GroupLimitedRouter`
-            with `scaling_factor=2.5, balancer="loss_free"`; or "switch", a `TopKRouter` with
-            `top_k=1, input_jitter=0.01`.
+            "top_k", "top_p" or "v_moe", each with the defaults of its class; "deepseek_v3", a
+            `GroupLimitedRouter` with `scaling_factor=2.5, balancer="loss_free"`; or "switch", a
+            `TopKRouter` with `top_k=1, input_jitter=0.01`.
         num_experts: Integer. Number of experts of a router without one.
 
     Raises:
