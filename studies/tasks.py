@@ -82,7 +82,7 @@ def run(name, relatedness, seed, num_rows, epochs):
     model = keras.Model(inputs, keras.layers.Concatenate()(towers))
     model.compile(keras.optimizers.Adam(1e-3), "mse", metrics=["mse"])
     model.fit(x[NUM_TEST:], y[NUM_TEST:], batch_size=256, epochs=epochs, verbose=0)
-    results = {"error": model.evaluate(x[:NUM_TEST], y[:NUM_TEST], verbose=0)[1]}
+    results = {"error": model.evaluate(x[:NUM_TEST], y[:NUM_TEST], 1000, verbose=0)[1]}
     if "mmoe" in [layer.name for layer in model.layers]:
         gates = [calls[0] for calls in inspection.record_routings(model, [x[:1000]]).values()]
         difference = np.abs(gates[0].probs - gates[1].probs)
