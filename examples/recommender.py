@@ -1,9 +1,9 @@
 """Recommending: two tasks, one bank of experts
 
 Learns from MovieLens-100k whether a user likes a film, with a rating of 4 or 5, and the rating
-itself. Compares a model for each task, layers that both tasks share, MMoE (Ma et al. 2018) and PLE
-(Tang et al. 2020), all of about as many parameters, over several seeds; then shows which task uses
-which expert.
+itself. Compares a model for each task, layers that both tasks share, MMoE (Ma et al. 2018), also
+with the sparse gate DSelect-k (Hazimeh et al. 2021), and PLE (Tang et al. 2020), all of about as
+many parameters, over several seeds; then shows which task uses which expert.
 
     pip install ".[jax,visualization]" && pip install --no-deps recbole==1.2.1
 
@@ -93,9 +93,9 @@ def ple_block(hidden_dim, name, shared_output=False):
     return layers.MultiGateMixtureOfExperts(experts(4, hidden_dim), 2, name=name, **arguments)
 
 
-def mmoe(hidden):
+def mmoe(hidden, router="dense"):
     bank = experts(8, 16)
-    return layers.MultiGateMixtureOfExperts(bank, 2, task_names=TASKS, name="mmoe")(hidden)
+    return layers.MultiGateMixtureOfExperts(bank, 2, router, task_names=TASKS, name="mmoe")(hidden)
 
 
 def ple(hidden):
@@ -107,6 +107,7 @@ models = {  # the tasks, and what makes a list of inputs of their towers
     "single, rating": (["rating"], lambda hidden: [dense(150)(hidden)]),
     "shared bottom": (TASKS, lambda hidden: 2 * [dense(142)(hidden)]),
     "MMoE": (TASKS, mmoe),
+    "MMoE, DSelect-k": (TASKS, lambda hidden: mmoe(hidden, "dselect_k")),
     "PLE": (TASKS, ple),
 }
 

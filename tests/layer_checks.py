@@ -286,6 +286,11 @@ CASES = {
     ),
     routers.BalancedAssignmentRouter: _logit_router(),
     routers.DenseRouter: _logit_router(),
+    routers.DSelectKRouter: Case(
+        lambda: dict(num_experts=E),
+        lambda: dict(top_k=3, per_example=False, gamma=0.5, seed=7),
+        lambda router: moe(router=router),
+    ),
     routers.ExpertChoiceRouter: _logit_router(capacity_factor=1.5),
     routers.GShardRouter: _logit_router(threshold=0.3),
     routers.NoisyTopKRouter: _logit_router(top_k=3),
@@ -313,6 +318,7 @@ CASES = {
     losses.LoadVariation: _router_loss(),
     losses.RouterEntropy: _router_loss(),
     losses.RouterZ: _router_loss(),
+    losses.SelectorEntropy: _router_loss(),
     losses.MixtureNegativeLogLikelihood: Case(
         options=lambda: dict(
             distribution="categorical",

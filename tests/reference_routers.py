@@ -158,6 +158,38 @@ def balanced_assignment(logits, mask):
     return routed(logits, mask, choose)
 
 
+def smooth_step(t, gamma):
+    if abs(t) >= gamma / 2:
+        return float(t > 0)
+    return -2 / gamma**3 * t**3 + 3 / (2 * gamma) * t + 1 / 2
+
+
+def selector(bits, num_experts, gamma):
+    """Shares of the experts by the binary encoding of their numbers, lowest bit first."""
+    steps = [smooth_step(t, gamma) for t in bits]
+    shares = np.zeros(num_experts)
+    for code in range(2 ** len(bits)):
+        digits = [code >> place & 1 for place in range(len(bits))]
+        # A number of no expert counts for the expert without the highest bit.
+        expert = code if code < num_experts else code - 2 ** (len(bits) - 1)
+        shares[expert] += math.prod(s if d else 1 - s for s, d in zip(steps, digits))
+    return shares
+
+
+def dselect_k(kernel, bias, k, gamma, num_experts):
+    """`kernel` (D, K + K M): the logits of the weights of the selectors, then their bits."""
+
+    @token_by_token
+    def route(x):
+        values = x @ kernel + bias
+        bits = values[k:].reshape(k, -1)
+        selectors = [selector(each, num_experts, gamma) for each in bits]
+        weights = sum(w * each for w, each in zip(softmax(values[:k]), selectors))
+        return {e: weight for e, weight in enumerate(weights) if weight > 0}, weights
+
+    return route
+
+
 def soft(x, kernel, scale, experts, slots, mask):
     """Soft MoE of one sequence, token by token; `experts` are functions of rows."""
     real = np.flatnonzero(mask)

@@ -55,6 +55,7 @@ CASES = {
     "importance_variation": importance_oracle,
     "load_variation": load_oracle,
     "router_entropy": entropy_oracle,
+    "selector_entropy": entropy_oracle,
 }
 
 
@@ -96,6 +97,18 @@ def test_of_padding_alone_losses_are_zero():
     logits = np.full((T, E), np.nan, "float32")
     values = compiled(values_of, FAST_MODE)(logits, np.zeros(T, bool))
     assert not any(values.values())
+
+
+def test_the_entropies_of_selectors_are_summed():
+    router = routers.DSelectKRouter(E, 3, seed=0)
+    x, mask = normal(T, D), np.arange(T) % 3 > 0
+    router.build(x.shape)
+    router.bias.assign(80 * router.bias)  # some bits exact
+    routing = router(x, mask=mask)
+    p = array(routing.selectors).astype("float64")[mask]
+    expected = np.mean(-np.sum(p * np.log(np.where(p > 0, p, 1)), axis=(1, 2)))
+    assert p.min() == 0 and expected > 0
+    assert_close(array(losses.SelectorEntropy(0.5)(routing)), 0.5 * expected)
 
 
 def test_the_layer_tells_the_loss_what_a_sequence_is():

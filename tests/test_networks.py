@@ -207,6 +207,41 @@ def test_forward_mode_and_third_derivatives_equal_a_formula(small_tiles):
             assert_close(one, other, tolerance=1e-4)
 
 
+UNEVEN = {
+    "a vector alone": (
+        lambda rows, linear: linear("scale") * keras_ops.ones_like(rows[:, :1]),
+        ["scale"],
+    ),
+    "a frozen branch": (
+        lambda rows, linear: linear("up", rows) * keras_ops.stop_gradient(linear("gate", rows)),
+        ["up", "gate"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNEVEN.values(), ids=list(UNEVEN))
+def test_what_a_network_does_not_use_has_a_gradient_of_zero(case):
+    computed, inputs, formula = problem(*case)
+    actual = gradients(computed, inputs)
+    for gradient, expected in zip(actual, gradients(formula, inputs)):
+        expected = np.zeros_like(gradient) if expected is None else expected
+        assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("bank", [layers.LinearExperts, layers.GatedExperts])
+def test_all_experts_have_their_corrections_of_low_rank(bank):
+    experts = bank(E, H)
+    experts.build((None, D))
+    experts.enable_lora(2, lora_alpha=6)
+    rng = np.random.default_rng(0)
+    for weight in experts.trainable_weights:
+        weight.assign(rng.normal(size=weight.shape))
+    tokens = keras_ops.convert_to_tensor(rng.normal(size=(T, D)).astype("float32"))
+    expected = super(layers.StackedExperts, experts).compute_all(tokens)
+    outputs = experts.compute_all(tokens)
+    assert_close(keras_ops.convert_to_numpy(outputs), keras_ops.convert_to_numpy(expected))
+
+
 def signed_root(values):
     return keras_ops.sign(values) * keras_ops.sqrt(keras_ops.abs(values))
 

@@ -17,6 +17,7 @@ from backends import (
 )
 from drawn import MASKS, SKEWS, draw_logits, draw_mask
 from keras import ops
+from layer_checks import gradients
 
 from keras_moe import layers, losses, routers
 from keras_moe.routers.fixed import ForcedRouter
@@ -62,6 +63,21 @@ def biased_groups(e, k, s):
     return router, oracle.top_k(1, "sigmoid", groups=(e, 1), bias=bias_of(2 * e))
 
 
+def dselect(per_example):
+    def case(e, k, s):
+        router = routers.DSelectKRouter(e, k, per_example, gamma=1.5)
+        router.build((None, e))
+        rng = np.random.default_rng(1)
+        kernel, bias = (rng.normal(0, s, (e, router.bias.shape[0])) for s in (0.4, 0.5))
+        router.bias.assign(bias[0])
+        if per_example:
+            router.kernel.assign(kernel)
+        kernel = kernel if per_example else 0.0 * kernel
+        return router, oracle.dselect_k(kernel, bias[0], router.top_k, 1.5, e)
+
+    return case
+
+
 # From E, K and the length of a sequence to a router and its oracle.
 CASES = {
     "top_k": lambda e, k, s: (make("TopK", e, k), oracle.top_k(k)),
@@ -94,6 +110,8 @@ CASES = {
     "top_p": lambda e, k, s: (make("TopP", e, 0.6, max_top_k=k), oracle.top_p(0.6, k)),
     "relu": lambda e, k, s: (make("ReLU", e, 1, max_top_k=k), oracle.relu(k)),
     "dense": lambda e, k, s: (make("Dense", e), oracle.dense),
+    "dselect_k": dselect(per_example=True),
+    "dselect_k for all": dselect(per_example=False),
     "expert_choice": lambda e, k, s: (
         make("ExpertChoice", e, 0.75 * k),
         oracle.expert_choice(0.75 * k, s),
@@ -192,7 +210,7 @@ def test_no_router_is_left_out():
 
 
 T, E, S = 12, 4, 4
-LEARNED = [name for name in CASES if name not in ("hash", "forced")]
+LEARNED = [name for name in CASES if name not in ("hash", "forced", "dselect_k for all")]
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -291,7 +309,9 @@ def test_no_tokens_give_no_outputs(name, capacity, mode):
         assert all(np.isfinite(value).all() for value in [*state_after, *losses_after])
 
 
-@pytest.mark.parametrize("name", ["top_k", "switch", "top_p", "relu", "dense", "expert_choice"])
+@pytest.mark.parametrize(
+    "name", ["top_k", "switch", "top_p", "relu", "dense", "dselect_k", "expert_choice"]
+)
 def test_a_layer_with_the_router_is_the_weighted_sum_of_its_experts(name):
     router, expected = CASES[name](E, 2, S)
     bank = layers.FeedForwardExperts(E, 4, activation="tanh")
@@ -381,6 +401,7 @@ def test_a_router_by_name_fits_its_layer(name):
     by_losses = {
         ("LoadBalance", "RouterZ"): ("cosine", "gshard", "switch", "top_k", "top_p"),
         ("ImportanceVariation", "LoadVariation"): ("noisy_top_k", "v_moe"),
+        ("SelectorEntropy",): ("dselect_k",),
     }
     expected = [classes for classes, names in by_losses.items() if name in names] or [()]
     layer = layers.MixtureOfExperts(layers.FeedForwardExperts(4, 8), router=name)
@@ -392,3 +413,56 @@ def test_a_router_by_name_fits_its_layer(name):
     else:
         router = routers.get(name, num_experts=1)
         assert (router.top_k, router.max_top_k) == (1, 1)
+
+
+# DSelect-k
+
+
+class WithoutSkipping(routers.DSelectKRouter):
+    def route(self, *args, **context):
+        routing = super().route(*args, **context)
+        return routing._replace(indices=ops.zeros_like(routing.indices) + ops.arange(E))
+
+
+@pytest.mark.parametrize("per_example", [True, False])
+def test_skipping_experts_of_weight_zero_changes_no_output_and_no_gradient(per_example):
+    found, skipped = [], []
+    for cls in (routers.DSelectKRouter, WithoutSkipping):
+        keras.utils.set_random_seed(0)
+        router = cls(top_k=2, per_example=per_example, seed=0)
+        layer = layers.MixtureOfExperts(layers.FeedForwardExperts(E, 8), router)
+        layer.build(TOKENS.shape)
+        # Some bits are exact, others are not.
+        router.bias.assign([0.3, -0.2, 0.2, 0.7, -0.1, 0.6])
+        for weight in layer.experts.trainable_variables:
+            weight.assign(np.random.default_rng(0).normal(size=weight.shape))
+        skipped.append((route(router).indices < 0).mean())
+        found.append({"outputs": layer(TOKENS), **gradients(layer, TOKENS, training=True)})
+    assert skipped[0] > 0.2 and not skipped[1]
+    for ours, theirs in zip(*(each.values() for each in found), strict=True):
+        assert_close(to_numpy(ours), to_numpy(theirs))
+        assert np.any(to_numpy(ours))
+
+
+@pytest.mark.parametrize("num_experts", [4, 5])
+def test_trained_selectors_leave_at_most_top_k_experts_and_the_others_are_not_computed(num_experts):
+    keras.utils.set_random_seed(0)
+    router = routers.DSelectKRouter(top_k=2, per_example=False, seed=1)
+    losses_of_router = [losses.SelectorEntropy(0.5)]
+    bank = layers.FeedForwardExperts(num_experts, 8, output_dim=1)
+    layer = layers.MixtureOfExperts(bank, router, losses_of_router)
+    model = keras.Sequential([keras.Input((6,)), layer])
+    model.compile(keras.optimizers.Adam(0.05), "mse")
+    x = np.tile(TOKENS, (4, 1))
+    assert np.all(route(router, x).weights > 0)
+    model.fit(x, np.sin(x[:, :1]), epochs=25, batch_size=16, verbose=0)
+    routing = route(router, x)
+    used = routing.counts > 0
+    assert 1 <= used.sum() <= 2
+    np.testing.assert_array_equal(routing.indices >= 0, np.broadcast_to(used, (64, num_experts)))
+    np.testing.assert_array_equal(routing.weights[:, ~used], 0)
+    assert_close(routing.weights.sum(axis=1), np.ones(64))
+    outputs = to_numpy(layer(x))
+    kernel = ops.convert_to_numpy(bank.up_kernel)
+    bank.up_kernel.assign(np.where(used[:, None, None], kernel, np.nan))
+    np.testing.assert_array_equal(to_numpy(layer(x)), outputs)

@@ -13,6 +13,7 @@ import pruning
 import pytest
 import resuming
 import sparsity
+import tasks
 import text_classification
 import transformers
 import translation
@@ -174,3 +175,18 @@ def test_an_interrupted_search_resumes_and_is_never_worse_than_the_default(
     assert default["trial"] == "0" and default["values"]["moe/num_experts"] == 4
     within = [trial for trial in report["trials"] if trial["cost"] <= report["budget"]]
     assert best["loss"] == min(trial["loss"] for trial in within) <= default["loss"]
+
+
+def test_tasks_of_known_relatedness_are_compared():
+    name = "MMoE, DSelect-2 for all"
+    (runs,) = tasks.main(["--smoke", "--seeds", "1", "--models", name])[name]
+    assert np.isfinite([result["error"] for result in runs.values()]).all()
+    assert runs[0.0]["experts"] == tasks.NUM_EXPERTS and 0 < runs[0.0]["distance"] < 1
+
+
+@pytest.mark.parametrize("relatedness", [1.0, 0.5, 0.0])
+def test_the_targets_of_two_tasks_are_as_related_as_was_set(relatedness):
+    x, y = tasks.make_data(relatedness, np.random.default_rng(0), 20_000)
+    directions = x.T @ (y - y.mean(axis=0))
+    cosine = np.prod(directions, axis=1).sum() / np.prod(np.linalg.norm(directions, axis=0))
+    assert abs(abs(cosine) - relatedness) < 0.05

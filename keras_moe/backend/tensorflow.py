@@ -132,13 +132,16 @@ class TensorFlowBackend(Backend):
 
         def pullback(cotangent):
             gradients = tape.gradient(output, inputs, output_gradients=cotangent)
-            if any(gradient is None for gradient in gradients):
+            if all(gradient is None for gradient in gradients):
                 raise NotImplementedError(
                     "Networks of experts must have a gradient that a `tf.GradientTape` records. "
                     "Received: none. Under `tf.autodiff.ForwardAccumulator`, where tapes record "
                     "nothing, use two tapes instead."
                 )
-            return gradients
+            return [
+                tf.zeros_like(each) if gradient is None else gradient
+                for each, gradient in zip(inputs, gradients)
+            ]
 
         return others, pullback
 

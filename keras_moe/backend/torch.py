@@ -94,7 +94,13 @@ class TorchBackend(Backend):
             inputs = [tensor.detach().requires_grad_() for tensor in inputs]
             output, others = function(*inputs)
         others = keras.tree.map_structure(torch.Tensor.detach, others)
-        return others, lambda cotangent: torch.autograd.grad(output, inputs, cotangent)
+
+        def pullback(cotangent):
+            if not output.requires_grad:  # a network of vectors and constants
+                return [torch.zeros_like(each) for each in inputs]
+            return torch.autograd.grad(output, inputs, cotangent, materialize_grads=True)
+
+        return others, pullback
 
     def product(self, rows, kernels, sizes, transposed=False, platform=None):
         # In operations that PyTorch differentiates any number of times.

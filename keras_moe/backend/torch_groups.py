@@ -106,7 +106,8 @@ class _Run:
         self.num_rows += size
 
     def row_numbers(self):
-        return torch.arange(self.num_rows, dtype=torch.int32) + self.start
+        device = None if self.on_device is None else self.on_device.device
+        return torch.arange(self.num_rows, dtype=torch.int32, device=device) + self.start
 
     @property
     def sizes(self):

@@ -71,7 +71,13 @@ def from_peft(
         scales[rule] = setting(rule, "alpha_pattern", "lora_alpha") / divisor
     factors = [[read(start + f"lora_{letter}.weight") for letter in "AB"] for start in starts]
     # Wrappers in each other do not say which kernel they adapt.
-    by_shape = {_shapes(bank, rule, ranks[rule]): rule for rule in rules}
+    by_shape = {}
+    for rule in rules:
+        (_, fan_in, fan_out), stacked = (
+            _projections(bank, rule)[0].shape,
+            ranks[rule] * bank.num_experts,
+        )
+        by_shape[(stacked, fan_in), (fan_out * len(rule.ours), stacked)] = rule
     wrong = [(a.shape, b.shape) for a, b in factors if (a.shape, b.shape) not in by_shape]
     if wrong:
         raise ValueError(

@@ -14,6 +14,7 @@ from keras_moe.losses.router_losses import (
     RouterEntropy,
     RouterLoss,
     RouterZ,
+    SelectorEntropy,
     SequenceLoadBalance,
 )
 
@@ -24,6 +25,7 @@ IDENTIFIERS = {
     "load_variation": LoadVariation,
     "router_entropy": RouterEntropy,
     "router_z": RouterZ,
+    "selector_entropy": SelectorEntropy,
     "sequence_load_balance": SequenceLoadBalance,
 }
 
@@ -33,8 +35,8 @@ def get(identifier: Any) -> RouterLoss:
 
     Args:
         identifier: A `RouterLoss`, its config, or a name: "global_load_balance",
-            "importance_variation", "load_balance", "load_variation", "router_entropy", "router_z"
-            or "sequence_load_balance", each with the defaults of its class.
+            "importance_variation", "load_balance", "load_variation", "router_entropy", "router_z",
+            "selector_entropy" or "sequence_load_balance", each with the defaults of its class.
 
     Raises:
         TypeError: If `identifier` is none of these.
@@ -58,6 +60,7 @@ __all__ = [
     "RouterEntropy",
     "RouterLoss",
     "RouterZ",
+    "SelectorEntropy",
     "SequenceLoadBalance",
     "get",
     "pack_mixture",

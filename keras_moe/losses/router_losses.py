@@ -7,7 +7,7 @@ from keras import ops
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import Configured, register
 from keras_moe.backend import backend
-from keras_moe.ops.balance import load_importance_product, masked_mean, router_entropy
+from keras_moe.ops.balance import entropy, load_importance_product, masked_mean, router_entropy
 from keras_moe.ops.selection import chosen_experts
 
 
@@ -231,6 +231,32 @@ class RouterEntropy(RouterLoss):
 
     def compute(self, routing):
         return router_entropy(routing)
+
+
+@register
+class SelectorEntropy(RouterLoss):
+    """Makes the selectors of a `routers.DSelectKRouter` choose: the sum of their mean entropies.
+
+    Means over real tokens, in nats. The scores of another router count as those of one selector.
+
+    Arguments and errors: as for `RouterLoss`.
+
+    Example:
+
+    >>> loss = keras_moe.losses.SelectorEntropy(weight=1e-2)
+    >>> router = keras_moe.routers.DSelectKRouter(num_experts=8)
+    >>> value = loss(router(keras.random.normal((32, 64))))
+
+    Reference: Hazimeh et al. 2021 (arXiv:2106.03760), section 3.3, entropy regularization.
+    """
+
+    def __init__(self, weight: float = 1e-2):
+        super().__init__(weight)
+
+    def compute(self, routing):
+        if isinstance(routing.selectors, tuple):
+            return router_entropy(routing)
+        return masked_mean(ops.sum(entropy(routing.selectors), axis=1), routing.mask)
 
 
 @backend.jit_when_eager

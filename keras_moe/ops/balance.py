@@ -49,10 +49,14 @@ def router_entropy(routing: Routing) -> Tensor:
     Returns:
         Float32 scalar; 0 where every token is padding.
     """
-    probs = ops.convert_to_tensor(routing.probs)
+    return masked_mean(entropy(ops.convert_to_tensor(routing.probs)), routing.mask)
+
+
+def entropy(probs):
+    """Entropy (...) of distributions (..., E), in nats."""
     # The logarithm of what is above zero only: the slope of p log p at 0 is infinite.
     logs = ops.log(ops.where(probs > 0, probs, 1.0))
-    return masked_mean(-ops.sum(probs * logs, axis=-1), routing.mask)
+    return -ops.sum(probs * logs, axis=-1)
 
 
 @backend.jit_when_eager

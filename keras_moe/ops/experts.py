@@ -96,7 +96,7 @@ def run_on_all(network, tokens, maps):
     num_experts = next(iter(maps.values())).kernel.shape[0]
     part = AllTokens(tokens, num_experts)
     outputs, _ = forward_part(network, part.rows, part, maps)
-    if network.ends_linear:
+    if network.ends_linear and network.scale is None:
         outputs = part.last_products
     else:
         outputs = ops.reshape(outputs, (num_experts, ops.shape(tokens)[0], outputs.shape[1]))

@@ -5,8 +5,9 @@ The network of an expert is a function `network(rows, linear)` of rows (n, D) th
 what `linear` returns. The backward pass is derived: the network runs again with each linear map
 replaced by its saved output, and the framework differentiates the rest.
 
-A part of the rows, made by `Backend.layout` or a tile, has `product(rows, kernel, bias=None, transposed=False)`, the products of its
-rows with the kernels of their experts, and `row_numbers()`, (n,) int32 among all rows.
+A part of the rows, from `Backend.layout` or a tile, has `product(rows, kernel, bias=None,
+transposed=False)`, the products of its rows with the kernels of their experts, and `row_numbers()`,
+(n,) int32 among all rows.
 
 Axes: T tokens, D features, n rows of a part.
 """
@@ -100,6 +101,8 @@ class _Linear:
     def dropout(self, rows, rate):
         """Rows (n, H), each number set to 0 with the probability `rate`, or scaled, in training."""
         self.num_dropouts += 1
+        if not 0 <= rate < 1:
+            raise ValueError(f"`rate` must be at least 0 and below 1. Received: rate={rate}")
         if self._key is None or not rate:
             return rows
         key = self._key + self.num_dropouts

@@ -160,7 +160,8 @@ class GroupedPlan(NamedTuple):
         served = ops.arange(num_rows, dtype="int32") < ops.sum(self.sizes)
         # Unserved rows may hold anything: they add zero to the first token.
         picked = ops.where(ops.expand_dims(served, 1), picked, 0.0)
-        return ops.segment_sum(picked, ops.where(served, self.token_of_row(), 0), num_tokens)
+        token = ops.where(served, self.token_of_row(), 0)
+        return ops.segment_sum(picked, token, at_least(1, num_tokens))[:num_tokens]
 
     # Parts and summaries
 

@@ -31,6 +31,8 @@ class Routing(NamedTuple):
     - `load` (E,) float32: `counts`; for noisy routers a smooth, differentiable estimate of the
       load.
     - `details`: tuple of tensors that only the router's own plan understands.
+    - `selectors` (T, K, E) float32: of `routers.DSelectKRouter`, the scores of each of its
+      selectors; else `()`.
     """
 
     indices: Any
@@ -42,6 +44,7 @@ class Routing(NamedTuple):
     dropped: Any
     load: Any = None
     details: Any = ()
+    selectors: Any = ()
 
 
 def check_routing(routing, *names):
@@ -96,7 +99,7 @@ def make_routing(
     """
     routing = Routing(indices, weights, probs, logits, mask, counts, None, load)
     given = [name for name in _FIELDS if getattr(routing, name) is not None]
-    indices, weights, probs, logits, mask, counts, _, load, _ = check_routing(routing, *given)
+    indices, weights, probs, logits, mask, counts, _, load, *_ = check_routing(routing, *given)
     check_indices("indices", routing.indices, probs.shape[-1])
     return _make_routing(indices, weights, probs, logits, mask, counts, load, details)
 

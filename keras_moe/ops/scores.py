@@ -41,6 +41,32 @@ def distribution(scores):
     return scores / ops.maximum(ops.sum(scores, axis=-1, keepdims=True), 1e-20)
 
 
+def smooth_step(values):
+    """From exactly 0 below -1/2 to exactly 1 above 1/2, a cubic between, with slopes of 0 there.
+
+    Hazimeh et al. 2021 (arXiv:2106.03760), eq. 4, with a width of 1.
+    """
+    values = ops.clip(values + 0.5, 0.0, 1.0)
+    # The minimum, as rounding may exceed 1.
+    return ops.minimum(ops.square(values) * (3.0 - 2.0 * values), 1.0)
+
+
+@backend.jit_when_eager
+def selector_scores(bits, num_experts):
+    """Shares (..., E) of the experts from the chance (..., M) that each bit of their number is 1.
+
+    Hazimeh et al. 2021 (arXiv:2106.03760), eq. 3. Where E is no power of 2, an expert without a
+    partner that differs in the highest bit alone does without that bit: shares always sum to 1.
+    """
+    shares = ops.ones((*ops.shape(bits)[:-1], 1), bits.dtype)
+    for place in range(bits.shape[-1]):
+        bit = bits[..., place : place + 1]
+        number = min(2**place, num_experts - 2**place)  # of experts that the bit tells apart
+        pairs, single = shares[..., :number], shares[..., number:]
+        shares = ops.concatenate([pairs * (1.0 - bit), single, pairs * bit], axis=-1)
+    return shares
+
+
 def l2_normalize(vectors, axis):
     """Vectors along `axis` with a length of 1, those near zero with a shorter one."""
     return vectors * _inverse_length(vectors, axis)

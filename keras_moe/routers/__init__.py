@@ -12,6 +12,7 @@ from keras_moe.routers.balancers import (
     SelectionBalancer,
     SinkhornRouter,
 )
+from keras_moe.routers.dselect_k import DSelectKRouter
 from keras_moe.routers.fixed import HashRouter
 from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.routers.noisy import GShardRouter, NoisyTopKRouter, VMoERouter
@@ -25,6 +26,7 @@ IDENTIFIERS = {
     "cosine": CosineRouter,
     "deepseek_v3": partial(GroupLimitedRouter, scaling_factor=2.5, balancer="loss_free"),
     "dense": DenseRouter,
+    "dselect_k": DSelectKRouter,
     "expert_choice": ExpertChoiceRouter,
     "gshard": GShardRouter,
     "noisy_top_k": NoisyTopKRouter,
@@ -43,10 +45,10 @@ def get(identifier: Any, num_experts: int | None) -> Router:
 
     Args:
         identifier: A `Router`, its config, or a name: "balanced_assignment", "cosine", "dense",
-            "expert_choice", "gshard", "noisy_top_k", "relu", "sinkhorn", "soft", "top_k", "top_p"
-            or "v_moe", each with the defaults of its class; "deepseek_v3", a `GroupLimitedRouter`
-            with `scaling_factor=2.5, balancer="loss_free"`; or "switch", a `TopKRouter` with
-            `top_k=1, input_jitter=0.01`.
+            "dselect_k", "expert_choice", "gshard", "noisy_top_k", "relu", "sinkhorn", "soft",
+            "top_k", "top_p" or "v_moe", each with the defaults of its class; "deepseek_v3", a
+            `GroupLimitedRouter` with `scaling_factor=2.5, balancer="loss_free"`; or "switch", a
+            `TopKRouter` with `top_k=1, input_jitter=0.01`.
         num_experts: Integer. Number of experts of a router without one.
 
     Raises:
@@ -61,6 +63,7 @@ def get(identifier: Any, num_experts: int | None) -> Router:
 __all__ = [
     "BalancedAssignmentRouter",
     "CosineRouter",
+    "DSelectKRouter",
     "DenseRouter",
     "ExpertChoiceRouter",
     "GShardRouter",

@@ -106,12 +106,15 @@ class Router(keras.layers.Layer):
 
         Constructors end with it, and a subclass extends it. With one expert `top_k` becomes 1.
         """
-        if self.num_experts == 1 and self.max_top_k > 1:
+        if self.num_experts is None:
+            return
+        if self.num_experts == 1 and max(self.top_k, self.max_top_k) > 1:
             self.top_k = 1
-        if self.num_experts is not None and self.max_top_k > self.num_experts:
+        largest = max(self.top_k, self.max_top_k)
+        if largest > self.num_experts:
             raise ValueError(
                 "`top_k` must be at most `num_experts`. "
-                f"Received: top_k={self.max_top_k}, num_experts={self.num_experts}"
+                f"Received: top_k={largest}, num_experts={self.num_experts}"
             )
 
     def __call__(self, *args, **kwargs):

@@ -111,8 +111,6 @@ class ReLURouter(LogitRouter):
         if self.max_top_k is None and self.num_experts is not None:
             self.max_top_k = min(2 * self.top_k, self.num_experts)
         super().check_num_experts()
-        if self.num_experts == 1:
-            self.top_k = 1
         if self.max_top_k is not None and self.max_top_k < self.top_k:
             rule = "`max_top_k` must be at least `top_k`"
             raise ValueError(f"{rule}. Received: max_top_k={self.max_top_k}, top_k={self.top_k}")
