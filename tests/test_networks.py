@@ -441,6 +441,26 @@ def test_grouped_mm_computes_what_the_loop_computes_and_reads_no_size(monkeypatc
     assert not read
 
 
+@pytest.mark.backends("torch")
+def test_a_backward_pass_may_be_in_another_kind_of_program_than_its_forward_pass(monkeypatch):
+    """As where Dynamo compiles parts of a layer only."""
+    import torch
+
+    from keras_moe.backend import torch as torch_backend
+    from keras_moe.backend import torch_groups
+
+    network, names, options = NETWORKS["feed-forward"]
+    computed, inputs, formula = problem(network, names, **options)
+    tensors = [torch.from_numpy(each).requires_grad_() for each in inputs]
+    with monkeypatch.context() as patch:
+        for module in (torch_backend, torch_groups):
+            patch.setattr(module, "is_traced", lambda: True)
+        loss = computed(*tensors)
+    loss.backward()
+    for tensor, expected in zip(tensors, gradients(formula, inputs)):
+        assert_close(tensor.grad, expected)
+
+
 def test_users_can_read_the_engine():
     dense = keras.layers.Dense
     banks = {
