@@ -172,7 +172,9 @@ class _Differentiable(torch.autograd.Function):
         if create_graph or is_traced() != ctx.was_traced:
             # Views: an input may depend on another, which autograd would follow.
             tensors = [
-                each.view_as(each) if each.requires_grad else each.detach().requires_grad_()
+                each.view_as(each)
+                if create_graph and each.requires_grad
+                else each.detach().requires_grad_()
                 for each in tensors
             ]
             with torch.enable_grad():
