@@ -89,7 +89,7 @@ def set_state(layer, name, value):
     ]
     was_locked = tracker.locked
     tracker.unlock()
-    tracker.let_go(old)
+    tracker.untrack(old)
     setattr(layer, name, value)
     if was_locked:
         tracker.lock()

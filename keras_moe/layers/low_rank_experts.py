@@ -23,6 +23,7 @@ from keras_moe._internal.checks import check_indices, check_integer, check_numbe
 from keras_moe._internal.initializers import EachExpert
 from keras_moe._internal.keras_internals import names_below
 from keras_moe._internal.serialization import config_of, register
+from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.layers import expert_bank
 from keras_moe.layers.expert_bank import ExpertBank
@@ -31,6 +32,7 @@ from keras_moe.layers.stacked_experts import StackedExperts
 from keras_moe.ops import draws
 from keras_moe.ops.linears import multiply
 from keras_moe.ops.networks import network_of
+from keras_moe.ops.plans import GroupedPlan
 
 
 @register
@@ -191,7 +193,7 @@ class LowRankExperts(StackedExperts):
         ones = [ops.ones_like(rows[:, :1])] if self.use_bias else []
         return ops.concatenate([*hidden, low, *ones], axis=1)
 
-    def call(self, tokens, plan, training=None):
+    def call(self, tokens: Tensor, plan: GroupedPlan, training: bool | None = None) -> Tensor:
         base = self.base._maps()
         maps = {name: each.entry(lambda stack: stack[0]) for name, each in base.items()}
         *first_maps, (last, width, fan_out) = self.widths_of_base

@@ -108,9 +108,9 @@ class Router(keras.layers.Layer):
         """
         if self.num_experts is None:
             return
-        if self.num_experts == 1 and max(self.top_k, self.max_top_k) > 1:
+        if self.num_experts == 1 and max(self.top_k or 0, self.max_top_k) > 1:
             self.top_k = 1
-        largest = max(self.top_k, self.max_top_k)
+        largest = max(self.top_k or 0, self.max_top_k)
         if largest > self.num_experts:
             raise ValueError(
                 "`top_k` must be at most `num_experts`. "
