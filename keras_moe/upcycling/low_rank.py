@@ -27,8 +27,8 @@ def freeze_all_but(model: keras.Model, pattern: str = "_lora_|router") -> None:
 
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8, name="up")])
     >>> keras_moe.freeze_all_but(model, "bias")
-    >>> [weight.path for weight in model.trainable_weights]
-    ['up/bias']
+    >>> [weight.name for weight in model.trainable_weights]
+    ['bias']
     """
 
     def trained(layer):
