@@ -220,6 +220,12 @@ def shared_bank():
     return keras.Sequential([keras.Input((D,)), *(layers.MixtureOfExperts(bank) for _ in "ab")])
 
 
+def shared_router():
+    router = routers.TopKRouter(E, top_k=2)
+    moes = [layers.MixtureOfExperts(BANKS["plain"](), router, name=name) for name in "ab"]
+    return keras.Sequential([keras.Input((D,)), *moes])
+
+
 NANS = np.full_like(X, np.nan)
 REFUSED = {
     "empty data": lambda: surgery.merge_experts(single()[0], data=[X[:0]]),
@@ -229,6 +235,7 @@ REFUSED = {
     "one task": lambda: surgery.prune_experts(
         layers.MultiGateMixtureOfExperts(BANKS["plain"](), 1, "top_k"), np.ones(E)
     ),
+    "another number of a shared router": lambda: surgery.set_top_k(shared_router(), {"a": 1}),
     "slots": lambda: surgery.prune_experts(single(router=routers.SoftRouter(E))[0], np.ones(E)),
 }
 

@@ -124,7 +124,8 @@ def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
             Layers that are not in a dict keep theirs.
 
     Raises:
-        ValueError: If a router does not choose a fixed number, or has fewer experts.
+        ValueError: If a router does not choose a fixed number, has fewer experts, or is shared with
+            a layer that is to keep another number.
 
     Example:
 
@@ -146,6 +147,11 @@ def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
             )
         value = top_k[name] if isinstance(top_k, dict) else top_k
         changed[name] = router_like(router, top_k=value).top_k  # The constructor checks it.
+    for name, layer in moe_layers(model).items():
+        routed = (other for other in layers if layers[other].router is layer.router)
+        if any(changed.get(name) != changed[other] for other in routed):
+            rule = "Layers that share a router must keep one number of experts"
+            raise ValueError(f"{rule}. Received: top_k={shortened(top_k)} not for {name!r}")
     for name, layer in layers.items():
         router = layer.router
         if getattr(router, "renormalize", False) is None:
