@@ -19,7 +19,7 @@ class Adaptable:
     lora_rank: Any = None
     lora_alpha: Any = None
     lora_enabled = False
-    # Names of the kernels that factors correct.
+    # Names of the kernels, or of the bank, that factors correct. They never train.
     _corrected: tuple = ()
 
     @property

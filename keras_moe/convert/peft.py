@@ -55,7 +55,7 @@ def from_peft(
         )
 
     def setting(rule, pattern, default):
-        """What a pattern of PEFT sets for the kernels of a rule."""
+        """The value that PEFT's patterns give to the kernels of a rule."""
         parameter = prefix.removesuffix("experts.") + rule.theirs
         matching = (
             value

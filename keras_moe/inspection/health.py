@@ -99,7 +99,7 @@ def is_large(loss: RouterLoss, weight: float) -> bool:
 
 
 def balance_advice(layer: MixtureOfExperts) -> str:
-    """Advice for an uneven load, by what balances it in a `layers.MixtureOfExperts`."""
+    """Advice for an uneven load. It depends on how a `layers.MixtureOfExperts` balances it."""
     advice = []
     for loss, weight in zip(layer.router_losses, layer.loss_weights_in_force):
         if loss.balances:

@@ -6,8 +6,8 @@ experts. With B A for the factors of expert k, and g for combine weights, a gate
     h_k = act(W_g x + B_gk A_gk x) * (W_u x + B_uk A_uk x)
     y   = W_d (sum_k g_k h_k) + sum_k g_k B_dk A_dk h_k
 
-What the experts themselves compute is a network of their factors, like that of any bank. Its tokens
-are x, W_g x and W_u x side by side, its outputs h_k and B_dk A_dk h_k.
+Each expert is a network of its factors, as in any bank. Its inputs are x, W_g x and W_u x side by
+side; its outputs are h_k and B_dk A_dk h_k.
 
 Axes: T tokens, D features, E experts, r rank.
 """
@@ -82,6 +82,7 @@ class LowRankExperts(StackedExperts):
     """
 
     settings = ("base_network", "widths_of_base", "use_bias", "scale")
+    _corrected = ("base",)
 
     def __init__(
         self,
@@ -117,15 +118,6 @@ class LowRankExperts(StackedExperts):
         if self.has_own_policy:
             base.take_policy(self.dtype_policy)
             self.dtype_policy = expert_bank.in_floats(self.dtype_policy)
-
-    @property
-    def trainable(self):
-        return keras.Layer.trainable.fget(self)
-
-    @trainable.setter
-    def trainable(self, value):
-        keras.Layer.trainable.fset(self, value)
-        self.base.trainable = False
 
     def build(self, tokens_shape):
         if backend.devices.expert_processes() is not None:

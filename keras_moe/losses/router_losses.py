@@ -237,7 +237,7 @@ class RouterEntropy(RouterLoss):
 class SelectorEntropy(RouterLoss):
     """Makes the selectors of a `routers.DSelectKRouter` choose: the sum of their mean entropies.
 
-    Means over real tokens, in nats. The scores of another router count as those of one selector.
+    Means over real tokens, in nats. Another router counts as one selector with its scores.
 
     Arguments and errors: as for `RouterLoss`.
 

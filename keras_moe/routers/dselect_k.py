@@ -40,7 +40,7 @@ class DSelectKRouter(Router):
     Raises and call arguments: as for `Router`, without `indices`.
 
     Returns:
-        An `ops.Routing` with a place for each of the E experts, -1 for those of weight 0.
+        An `ops.Routing` with E choices per token. The index of an expert of weight 0 is -1.
 
     Example:
 
