@@ -4,8 +4,8 @@
     outer(left (R, D), right (R, H), sizes (E,)) -> (E, D, H)         for each group left^T right
 
 Each is the transpose of the other, so that derivatives of any order, forward and reverse, are made
-of the two. They become kernels when a program is lowered for a platform. On a CPU, where kernels of
-another platform are interpreted for tests, they are loops over tiles.
+of the two. They become kernels when a program is lowered for a platform; on a CPU, for tests, these
+are interpreted.
 """
 
 import functools
@@ -23,7 +23,7 @@ _DTYPES = {"tpu": ("bfloat16", "float32"), "gpu": ("bfloat16", "float16", "float
 def supports(platform, rows):
     """Whether `product` and `outer` run on a platform, for the dtype and the number of rows."""
     if platform == "cpu":
-        return True
+        return False
     # The number of rows is a symbol in a program that is exported for batches of any size.
     fits = isinstance(rows.shape[0], int) and rows.dtype.name in _DTYPES[platform]
     return fits and (platform != "gpu" or _has_triton())
@@ -53,11 +53,9 @@ def _implementations(platform):
         from keras_moe.backend import jax_gpu
 
         return jax_gpu.product, jax_gpu.outer
-    if platform == "tpu":
-        from keras_moe.backend import jax_tpu
+    from keras_moe.backend import jax_tpu
 
-        return jax_tpu.product, jax_tpu.outer
-    return _product_in_tiles, _outer_in_tiles
+    return jax_tpu.product, jax_tpu.outer
 
 
 def _primitive(name, place, shape, transpose):
@@ -73,8 +71,8 @@ def _primitive(name, place, shape, transpose):
                 aval = shape(*operands, **parameters)
                 return jnp.zeros(aval.shape, aval.dtype)
         elif lowered_for in (platform, "cpu"):
-            interpret = {} if platform == "cpu" else {"interpret": lowered_for == "cpu"}
-            rule = functools.partial(_implementations(platform)[place], **parameters, **interpret)
+            rule = _implementations(platform)[place]
+            rule = functools.partial(rule, **parameters, interpret=lowered_for == "cpu")
         else:
             raise NotImplementedError(
                 f"A program that is traced for {platform!r} must be compiled for it, or for a CPU, "
@@ -134,60 +132,3 @@ def _transpose_of_outer(upstream, left, right, sizes, *, dtype, platform):
 
 _product = _primitive("grouped_product", 0, _shape_of_product, _transpose_of_product)
 _outer = _primitive("grouped_outer", 1, _shape_of_outer, _transpose_of_outer)
-
-
-# On CPUs: loops over tiles of one group, whose kernels are read in place. The last tile of a group
-# may overrun it: reads are masked, writes are overwritten by the next group or land in padding.
-
-
-def _for_each_tile(sizes, num_rows, body, carry):
-    """`carry = body(group, start, length, inside, carry)` for the tiles of every group."""
-    length = min(max(num_rows // sizes.shape[0], 1), 128)
-    ends = jnp.cumsum(sizes)
-
-    def of_group(group, carry):
-        end = ends[group]
-        first = end - sizes[group]
-
-        def of_tile(number, carry):
-            start = first + number * length
-            inside = (start + jnp.arange(length) < end)[:, None]
-            return body(group, start, length, inside, carry)
-
-        return lax.fori_loop(0, (sizes[group] + length - 1) // length, of_tile, carry)
-
-    return lax.fori_loop(0, sizes.shape[0], of_group, carry)
-
-
-def _cut(rows, start, length, inside):
-    part = lax.dynamic_slice(rows, (start, 0), (length, rows.shape[1]))
-    return jnp.where(inside, part, jnp.zeros((), rows.dtype))
-
-
-def _product_in_tiles(rows, kernels, sizes, *, transposed):
-    padded = jnp.pad(rows, ((0, 128), (0, 0)))
-
-    def body(group, start, length, inside, outputs):
-        kernel = lax.dynamic_index_in_dim(kernels, group, keepdims=False).astype(rows.dtype)
-        part = _cut(padded, start, length, inside) @ (kernel.T if transposed else kernel)
-        return lax.dynamic_update_slice(outputs, part, (start, 0))
-
-    width = kernels.shape[1 if transposed else 2]
-    outputs = jnp.zeros((padded.shape[0], width), rows.dtype)
-    outputs = _for_each_tile(sizes, rows.shape[0], body, outputs)[: rows.shape[0]]
-    is_served = jnp.arange(rows.shape[0]) < jnp.sum(sizes)
-    return jnp.where(is_served[:, None], outputs, jnp.zeros((), rows.dtype))
-
-
-def _outer_in_tiles(left, right, sizes, *, dtype):
-    left, right = (jnp.pad(each, ((0, 128), (0, 0))) for each in (left, right))
-
-    def body(group, start, length, inside, totals):
-        one, other = (_cut(each, start, length, inside) for each in (left, right))
-        total = lax.dynamic_index_in_dim(totals, group)
-        total += lax.dot(one.T, other, preferred_element_type=totals.dtype)
-        return lax.dynamic_update_slice(totals, total, (group, 0, 0))
-
-    exact = jnp.promote_types(left.dtype, jnp.float32)
-    totals = jnp.zeros((sizes.shape[0], left.shape[1], right.shape[1]), exact)
-    return _for_each_tile(sizes, left.shape[0] - 128, body, totals).astype(dtype)

@@ -98,9 +98,8 @@ def pad_tiles(sizes, num_rows, length):
     known = ops.minimum(expert, num_experts - 1)
     first_row = ops.take(starts, known) + (tile - ops.take(first_tiles, known)) * length
     row = ops.expand_dims(first_row, 1) + ops.arange(length, dtype="int32")
-    inside = ops.logical_and(
-        row < ops.expand_dims(ops.take(ends, known), 1), ops.expand_dims(expert < num_experts, 1)
-    )
+    is_full = ops.expand_dims(expert < num_experts, 1)
+    inside = (row < ops.expand_dims(ops.take(ends, known), 1)) & is_full
 
     number = ops.arange(num_rows, dtype="int32")
     expert_of_row = _interval(number, ends)

@@ -11,6 +11,9 @@ from keras_moe.backend.base import Backend, packed_order
 from keras_moe.backend.devices import Devices
 from keras_moe.backend.torch_groups import Runs, is_traced, sizes_on_host, split
 
+# With fewer comparisons, counting by them takes fewer operations.
+MOST_COMPARED = 2**16
+
 
 class _TorchDevices(Devices):
     def num_replicas(self):
@@ -125,14 +128,19 @@ class TorchBackend(Backend):
         return torch.argmax(scores, -1).to(torch.int32)
 
     def take_columns(self, matrix, columns):
-        exists = _are_below(matrix.shape[1], columns)
-        taken = torch.gather(matrix, 1, torch.where(exists, columns, 0).to(torch.int64))
-        return torch.where(exists, taken, 0)
+        existing = columns.clamp(0, matrix.shape[1] - 1)
+        taken = torch.gather(matrix, 1, existing.to(torch.int64))
+        return torch.where(existing == columns, taken, 0.0)
 
     def count_integers(self, integers, number):
-        places = torch.where(_are_below(number, integers), integers, number).to(torch.int64)
-        counts = torch.zeros(number + 1, dtype=torch.int32, device=integers.device)
-        return counts.scatter_add(0, places, torch.ones_like(places, dtype=torch.int32))[:number]
+        if is_traced() or len(integers) * number > MOST_COMPARED:
+            # One more count, of all others.
+            places = integers.clamp(-1, number).to(torch.int64) % (number + 1)
+            counts = torch.zeros(number + 1, dtype=torch.int32, device=integers.device)
+            ones = torch.ones_like(places, dtype=torch.int32)
+            return counts.scatter_add(0, places, ones)[:number]
+        numbers = torch.arange(number, device=integers.device)
+        return (integers.unsqueeze(1) == numbers).sum(0, dtype=torch.int32)
 
     def argsort(self, integers, bound):
         if not torch.jit.is_tracing():
@@ -210,7 +218,3 @@ def _is_transformed():
 
 def _platform_of(device):
     return "cpu" if device.type in ("cpu", "meta") else "gpu"
-
-
-def _are_below(number, integers):
-    return (integers >= 0) & (integers < number)

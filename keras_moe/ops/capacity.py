@@ -111,7 +111,7 @@ def _admit(experts, num_experts, capacity, priority, sequence_length, num_capaci
     position = position_in_expert(queue, num_queues, _turns(priority, num_tokens, top_k))
     has_slot = position < capacity
     if num_capacity_limited is not None:
-        has_slot = ops.logical_or(has_slot, expert >= num_capacity_limited)
+        has_slot = has_slot | (expert >= num_capacity_limited)
     admitted = ops.where(has_slot, expert, -1)
     return ops.transpose(ops.reshape(admitted, (top_k, num_tokens)))
 

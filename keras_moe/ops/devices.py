@@ -182,7 +182,7 @@ def _chunk(plan, start, length):
     return plan._replace(
         sizes=sizes,
         order=backend.slice_at(order, (start,), (length,)),
-        rows=ops.where(ops.logical_and(rows >= 0, rows < length), rows, -1),
+        rows=ops.where((rows >= 0) & (rows < length), rows, -1),
     )
 
 
@@ -243,7 +243,7 @@ def _buckets(plan, num_shards, start, length):
     shard = ops.sum(ops.cast(ops.expand_dims(rows, -1) >= ops.cumsum(sizes), "int32"), axis=-1)
     shard = ops.minimum(shard, num_shards - 1)
     place = rows - ops.take(starts, shard) - start
-    inside = ops.logical_and(rows >= 0, ops.logical_and(place >= 0, place < length))
+    inside = (rows >= 0) & (place >= 0) & (place < length)
     buckets = plan._replace(
         order=ops.take(plan.order, ops.reshape(row, (-1,))),
         rows=ops.where(inside, shard * length + place, -1),

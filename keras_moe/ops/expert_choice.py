@@ -51,7 +51,7 @@ def expert_choice_routing(logits, capacity_factor, mask, sequence_length=None):
     experts = ops.arange(num_experts, dtype="int32")
     token = tokens_at(place, sequence_length)
     is_real = ops.reshape(ops.take(mask, ops.reshape(token, (-1,))), ops.shape(place))
-    is_valid = ops.logical_and(is_real, has_slot)
+    is_valid = is_real & has_slot
     chosen = ops.reshape(token * num_experts + ops.expand_dims(experts, 1), (-1,))
     taken = ops.reshape(ops.cast(is_valid, "int32"), (-1,))
     taken = put(taken, chosen, num_tokens * num_experts)

@@ -202,7 +202,7 @@ class GroupedPlan(NamedTuple):
 
     def weight_at(self, first: int, last: int) -> Tensor:
         """The sum of a token's weights for the experts `first` to `last` - 1, (T, 1)."""
-        inside = ops.logical_and(self.experts >= first, self.experts < last)
+        inside = (self.experts >= first) & (self.experts < last)
         return ops.sum(ops.where(inside, self.weights, 0.0), axis=1, keepdims=True)
 
     def served(self) -> Tensor:

@@ -12,7 +12,7 @@ from keras_moe._internal.checks import check_choice, check_indices, check_number
 from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.scores import SCORES, SMALLEST_SCORE, distribution
-from keras_moe.ops.selection import check_top_k, take_scores, top_k_indices
+from keras_moe.ops.selection import check_top_k, mask_invalid, take_scores, top_k_indices
 
 
 class Routing(NamedTuple):
@@ -116,7 +116,7 @@ def _make_routing(indices, weights, probs, logits, mask, counts=None, load=None,
 
 def without_padding(routing, mask):
     """A `Routing` of a user's router, which may not know about some or all of the padding."""
-    unknown = ops.logical_and(routing.mask, ops.logical_not(mask))
+    unknown = routing.mask & ~mask
     extra = count_assignments(routing.indices, unknown, routing.logits.shape[-1])
 
     def without_extra(counts):
@@ -124,7 +124,7 @@ def without_padding(routing, mask):
 
     return routing._replace(
         weights=ops.where(ops.expand_dims(mask, 1), routing.weights, 0.0),
-        mask=ops.logical_and(routing.mask, mask),
+        mask=routing.mask & mask,
         counts=without_extra(routing.counts),
         load=without_extra(routing.load),
     )
@@ -198,10 +198,16 @@ def _top_k_routing(logits, top_k, mask, score="softmax", renormalize=None, scale
         sizes = {"T": scores.shape[0], "K": top_k}
         check_tensors(sizes, **{"select(scores)": (indices, "TK", "int")})
         indices = ops.cast(indices, "int32")
+    renormalize = top_k > 1 if renormalize is None else renormalize
+    return _weigh_choices(logits, scores, indices, mask, score == "softmax", renormalize, scale)
+
+
+@backend.jit_when_eager
+def _weigh_choices(logits, scores, indices, mask, are_probs, renormalize, scale):
     weights = take_scores(scores, indices)
-    if renormalize or (renormalize is None and top_k > 1):
+    if renormalize:
         weights = distribution(weights)
-    probs = scores if score == "softmax" else distribution(scores)
+    probs = scores if are_probs else distribution(scores)
     return _make_routing(indices, weights * scale, probs, logits, mask)
 
 
@@ -222,5 +228,6 @@ def weighted_counts(indices, weights, mask):
 @backend.jit_when_eager
 def count_assignments(indices, mask, num_experts):
     """How many assignments (T, K), -1 for none, each expert has from real tokens, (E,) int32."""
-    served = ops.where(ops.expand_dims(mask, 1), indices, -1)
+    # In the operations of `plan_routing`, which a compiler then runs once.
+    served = mask_invalid(indices, num_experts, mask)
     return backend.count_integers(ops.reshape(served, (-1,)), num_experts)

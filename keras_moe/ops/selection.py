@@ -90,9 +90,9 @@ def chosen_experts(indices, num_experts):
 @backend.jit_when_eager
 def mask_invalid(indices, num_experts, mask=None):
     """Indices (T, K) with -1 in place of invalid ones, or where a mask (T,) is False."""
-    known = ops.logical_and(indices >= 0, indices < num_experts)
+    known = (indices >= 0) & (indices < num_experts)
     if mask is not None:
-        known = ops.logical_and(known, ops.expand_dims(mask, 1))
+        known = known & ops.expand_dims(mask, 1)
     return ops.where(known, indices, -1)
 
 

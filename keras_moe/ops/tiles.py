@@ -107,7 +107,7 @@ def _for_each_tile(problem, compute, carry):
     # Reading the kernels of an expert costs as much as a few rows. For a few tokens, as in
     # decoding, most experts have none.
     has_rows = sizes > 0
-    busy_first = ops.cast(ops.argsort(ops.logical_not(has_rows)), "int32")
+    busy_first = ops.cast(ops.argsort(~has_rows), "int32")
     ends = ops.cumsum(sizes)
     num_tiles = ceil_divide(sizes, length)
 

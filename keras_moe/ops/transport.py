@@ -77,12 +77,11 @@ def balanced_assignment(scores, mask):
         best_first = ops.cast(ops.argsort(-offer), "int32")
         expert = ops.take(ops.where(mask, choice, num_experts), best_first)
         place = position_in_expert(expert, num_experts + 1)
-        refused = ops.logical_and(place >= capacity, expert < num_experts)
+        refused = (place >= capacity) & (expert < num_experts)
         rejected = put(ops.cast(refused, "int32"), best_first, num_tokens)
-        refusing = ops.logical_and(
-            ops.expand_dims(rejected > 0, 1), ops.expand_dims(choice, 1) == experts
-        )
-        return ops.logical_and(open_to, ops.logical_not(refusing)), ops.sum(rejected)
+        is_chosen = ops.expand_dims(choice, 1) == experts
+        refusing = ops.expand_dims(rejected > 0, 1) & is_chosen
+        return open_to & ~refusing, ops.sum(rejected)
 
     open_to, _ = ops.while_loop(
         lambda open_to, rejected: rejected > 0,
