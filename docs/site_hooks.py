@@ -14,7 +14,14 @@ from reference_links import link_names  # noqa: E402
 ALERT = re.compile(r"^> \[!(\w+)\]\n((?:>.*\n)+)", flags=re.MULTILINE)
 
 
+def on_config(config):
+    init = (ROOT / "keras_moe/__init__.py").read_text(encoding="utf-8")
+    config.site_name += " " + re.search(r'__version__ = "(.*)"', init)[1]
+
+
 def on_files(files, config):
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    files.append(File.generated(config, "changelog.md", content=changes))
     for example in (ROOT / "examples").glob("*.py"):
         source = subprocess.run(
             [
