@@ -11,7 +11,7 @@ from keras_tuner.engine.trial import Trial
 from layer_checks import D, normal
 
 from keras_moe import layers, losses, routers, tuner
-from keras_moe.tuner.search_space import SET_TOP_K, TAKE_TOP_K
+from keras_moe.tuner import SET_TOP_K, TAKE_TOP_K
 
 # A search makes layers and reads logs, which are tested on each backend.
 pytestmark = [
@@ -112,7 +112,7 @@ def test_the_monitor_times_steps_without_the_first(monkeypatch):
     monitor, logs = tuner.CostMonitor(), {}
     monitor.set_model(build(hyperparameters()))
     times = iter([0.0, 60.0, 61.0, 63.0, 100.0, 107.0])
-    monkeypatch.setattr("keras_moe.tuner.cost.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("keras_moe.tuner.time.perf_counter", lambda: next(times))
     for batches, seconds in ((3, 1.5), (1, 7.0)):
         monitor.on_epoch_begin(0)
         for batch in range(batches):

@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgba
 from test_inspection import two_block_model
 
 from keras_moe import inspection, visualization
-from keras_moe.visualization.plots import MAX_ROWS
+from keras_moe.visualization import MAX_ROWS
 
 # Arrays are drawn by NumPy; routings of a model are drawn on each backend.
 of_arrays = pytest.mark.backends("torch")

@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe.convert.hugging_face import to_hugging_face
-from keras_moe.inspection.finding import _layers
+from keras_moe.inspection.summaries import find_layers
 
 
 def save_as_mixtral(model: keras.Model, path: str | os.PathLike) -> None:
@@ -52,7 +52,7 @@ def save_as_mixtral(model: keras.Model, path: str | os.PathLike) -> None:
         for theirs, ours in (("input", "self_attention"), ("post_attention", "feedforward")):
             norm = getattr(block, f"_{ours}_layernorm")
             arrays[f"{prefix}{theirs}_layernorm.weight"] = ops.convert_to_numpy(norm.scale)
-        arrays |= to_hugging_face(_layers(block)[0], number, "mixtral")
+        arrays |= to_hugging_face(find_layers(block)[0], number, "mixtral")
     folder = pathlib.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -62,7 +62,7 @@ def save_as_mixtral(model: keras.Model, path: str | os.PathLike) -> None:
 
 def _config(backbone):
     blocks = getattr(backbone, "transformer_layers", ())
-    of_blocks = [_layers(block) for block in blocks]
+    of_blocks = [find_layers(block) for block in blocks]
     mixtures: list = sum(of_blocks, [])
     sizes = {(m.experts.num_experts, m.router.max_top_k, m.experts.hidden_dim) for m in mixtures}
     is_llama = any(cls.__name__ == "LlamaBackbone" for cls in type(backbone).__mro__)

@@ -1,9 +1,14 @@
 """Tools to look into a model: its MoE layers by name, their sizes, engines and routings."""
 
 from keras_moe._internal.former_names import former_names
-from keras_moe.inspection.finding import has_moe_layers, moe_layers
 from keras_moe.inspection.recording import count_in_evaluation, record_routings, replaying
-from keras_moe.inspection.summaries import LayerSummary, count_parameters, summarize
+from keras_moe.inspection.summaries import (
+    LayerSummary,
+    count_parameters,
+    has_moe_layers,
+    moe_layers,
+    summarize,
+)
 
 __all__ = [
     "LayerSummary",

@@ -10,7 +10,7 @@ from keras import ops
 from keras_moe._internal.checks import check_indices, is_kind
 from keras_moe._internal.keras_internals import forget_compiled
 from keras_moe._internal.plain_text import describe
-from keras_moe.inspection.finding import moe_layers
+from keras_moe.inspection.summaries import moe_layers
 from keras_moe.ops.routing import Routing
 
 

@@ -1,6 +1,7 @@
-"""Engines, sizes and costs of the MoE layers of a model."""
+"""The MoE layers of a model: their names, sizes, costs and engines."""
 
 import math
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,13 +9,69 @@ import keras
 from keras import ops
 
 from keras_moe import metrics
+from keras_moe._internal.checks import check_instance
+from keras_moe._internal.keras_internals import own_layers
 from keras_moe._internal.plain_text import as_text, table
 from keras_moe.backend import backend
-from keras_moe.inspection.finding import built_layers, has_moe_layers
+from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.stacked_experts import StackedExperts
 from keras_moe.ops.platforms import named_platform
 
 _HEADER = ("layer", "experts", "parameters", "active", "FLOPs a token", "busiest", "dead", "engine")
+
+
+def moe_layers(model: keras.Model) -> dict[str, MixtureOfExperts]:
+    """The MoE layers of a model by name; by path or number, where two have the same name.
+
+    Paths leave out their common prefix, such as the name of the model.
+
+    Args:
+        model: A Keras model.
+
+    Returns:
+        Dict of names to `layers.MixtureOfExperts`, in the order of the model.
+
+    Raises:
+        ValueError: If the model has none.
+
+    Example:
+
+    >>> moe = keras_moe.layers.MixtureOfExperts(keras_moe.layers.FeedForwardExperts(4, 32))
+    >>> layers = keras_moe.inspection.moe_layers(keras.Sequential([keras.Input((16,)), moe]))
+    """
+    layers = find_layers(model)
+    if not layers:
+        raise ValueError(
+            f"The model must have a `MixtureOfExperts` layer. Received: {model.name!r} without one"
+        )
+    names = [layer.name for layer in layers]
+    if len(set(names)) < len(names):
+        paths = [layer.path.split("/") for layer in layers]
+        shared = len(os.path.commonprefix(paths))
+        names = ["_".join(path[shared:] or path[-1:]) for path in paths]
+    if len(set(names)) < len(names):
+        names = [f"{name}_{number}" for number, name in enumerate(names)]
+    return dict(zip(names, layers))
+
+
+def has_moe_layers(model: keras.Model) -> bool:
+    """Whether a Keras model has a `layers.MixtureOfExperts`."""
+    return bool(find_layers(model))
+
+
+def find_layers(model):
+    """The MoE layers in a model or layer, a list in the order of the model."""
+    check_instance("model", model, keras.Layer)
+    found: dict = {}
+
+    def visit(layer):  # Keras lists nested models in reverse.
+        if layer not in found:
+            found[layer] = isinstance(layer, MixtureOfExperts)
+            for part in own_layers(layer):
+                visit(part)
+
+    visit(model)
+    return [layer for layer, is_mixture in found.items() if is_mixture]
 
 
 class LayerSummary(NamedTuple):
@@ -74,7 +131,7 @@ def summarize(model: keras.Model) -> list[LayerSummary]:
     by_xla = is_tensorflow and bool(getattr(model, "jit_compile", False))
     has_static_shapes = backend.compiles_static_shapes() or by_xla
     summaries = []
-    for name, layer in built_layers(model).items():
+    for name, layer in _built_layers(model).items():
         router, bank = layer.router, layer.experts
         parameters, of_experts = map(_count, (layer, bank))
         active = parameters - of_experts + round(of_experts * router.mean_top_k / bank.num_experts)
@@ -106,16 +163,16 @@ def summary(model: keras.Model, print_fn: Callable = print) -> None:
     >>> keras_moe.summary(keras.Sequential([keras.Input((16,)), moe]), print_fn=[].append)
     """
     layers, (total, active) = summarize(model), count_parameters(model)
-    print_fn(f"{as_text(model.name)}: {total:,} parameters, {active:,} of them active for a token")
-    print_fn("")
-    for line in table([_HEADER, *map(_row, layers)]):
-        print_fn(line)
+    lines = [f"{as_text(model.name)}: {total:,} parameters, {active:,} of them active for a token"]
+    lines += ["", *table([_HEADER, *map(_row, layers)])]
     if not any(sum(layer.counts) for layer in layers):
-        print_fn("")
-        print_fn(
+        lines += [
+            "",
             "No counts are here: experts are counted in training. To count in evaluation: "
-            "`with keras_moe.inspection.count_in_evaluation(model): model.evaluate(...)`."
-        )
+            "`with keras_moe.inspection.count_in_evaluation(model): model.evaluate(...)`.",
+        ]
+    for line in lines:
+        print_fn(line)
 
 
 def _row(layer):
@@ -141,7 +198,7 @@ def count_parameters(model: keras.Model) -> tuple[int, int]:
     """
     # By part, because layers may share a bank, and banks a layer.
     active_shares: dict = {}
-    for layer in built_layers(model).values() if has_moe_layers(model) else ():
+    for layer in _built_layers(model).values() if has_moe_layers(model) else ():
         share = layer.router.mean_top_k / layer.experts.num_experts
         for part in layer.experts._flatten_layers():
             active_shares[part] = min(1.0, active_shares.get(part, 0.0) + share)
@@ -152,6 +209,16 @@ def count_parameters(model: keras.Model) -> tuple[int, int]:
             stored = [*part._trainable_variables, *part._non_trainable_variables]
             total += _count_own(part) - sum(math.prod(weight.shape) for weight in stored)
     return total, total - round(idle)
+
+
+def _built_layers(model):
+    layers = moe_layers(model)
+    unbuilt = [name for name, layer in layers.items() if not layer.built]
+    if unbuilt:
+        raise ValueError(
+            f"The model must be built; call it on some data first. Received: {unbuilt} unbuilt"
+        )
+    return layers
 
 
 def _count(layer):

@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe.inspection.recording import listening, running
-from keras_moe.metrics.decisions import contributions, served_tokens
+from keras_moe.metrics import contributions, served_tokens
 
 
 def loss_on(model, data):

@@ -1,27 +1,32 @@
-"""Plots of routing: what routers decide, what experts serve, and how both change in training."""
+"""Plots of what experts do. Needs matplotlib: `pip install matplotlib`.
+
+Every function returns a `matplotlib.figure.Figure` with a panel for each layer. It takes an array
+or nested list, a dict of arrays by the name of the layer, or the result of
+`inspection.record_routings(model, batches)`.
+"""
 
 import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib
 import numpy as np
 from keras import ops
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from keras_moe import metrics
+from keras_moe._internal.checks import check_indices, check_integer
 from keras_moe._internal.plain_text import as_text
 from keras_moe._internal.types import Tensor
-from keras_moe.visualization.panels import (
-    PANEL_SIZE,
-    by_layer,
-    count_on,
-    heat_map,
-    one_panel_a_layer,
-    probabilities_by_layer,
-    routings_by_layer,
-)
+from keras_moe.ops.routing import Routing
 
+__all__ = ["coactivation", "confidence", "settling", "shares_over_time", "specialization"]
+__dir__ = __all__.copy
+
+PANEL_SIZE = (4.4, 3.4)
+MAX_COLUMNS = 3
 MAX_ROWS = 30
 MAX_LABELS = 10_000  # A table of more needs more memory than a figure is worth.
 
@@ -44,15 +49,15 @@ def coactivation(routings: dict | Tensor, num_experts: int | None = None) -> Fig
 
     Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.2.
     """
-    return one_panel_a_layer(routings_by_layer(routings, num_experts), _draw_coactivation)
+    return _figure(_routings(routings, num_experts), _draw_coactivation)
 
 
 def _draw_coactivation(axes, routing):
     share = ops.convert_to_numpy(metrics.coactivation(routing)).copy()
     np.fill_diagonal(share, np.nan)  # every expert is always together with itself
-    heat_map(axes, share, "share of the row's tokens", vmin=0)
+    _heat_map(axes, share, "share of the row's tokens", vmin=0)
     axes.set(xlabel="also served by expert", ylabel="served by expert")
-    count_on(axes.xaxis, axes.yaxis)
+    _count_on(axes.xaxis, axes.yaxis)
 
 
 def confidence(routings: dict | Tensor) -> Figure:
@@ -71,7 +76,14 @@ def confidence(routings: dict | Tensor) -> Figure:
 
     >>> figure = keras_moe.visualization.confidence([[0.1, 0.9], [0.4, 0.6]])
     """
-    return one_panel_a_layer(probabilities_by_layer(routings), _draw_confidence)
+    found = by_layer(routings)
+    for name, value in found.items():
+        found[name] = value = value.probs[value.mask] if isinstance(value, Routing) else value
+        is_table = value.ndim == 2 and value.shape[1] and value.dtype.kind == "f"
+        if not is_table or not ((value >= 0) & (value <= 1 + 1e-4)).all():
+            received = f"{value.dtype} of shape {value.shape}"
+            raise ValueError(f"Probabilities must be floats (T, E) in [0, 1]. Received: {received}")
+    return _figure(found, _draw_confidence)
 
 
 def _draw_confidence(axes, probs):
@@ -116,12 +128,12 @@ def specialization(
     """
     tables = {
         name: label_table(routing, labels, names)
-        for name, routing in routings_by_layer(routings, num_experts).items()
+        for name, routing in _routings(routings, num_experts).items()
     }
     shown = min(max(len(rows) for _, rows in tables.values()), MAX_ROWS)
     width, height = PANEL_SIZE
     size = (width + 0.6, max(height, 1.2 + 0.22 * shown))
-    return one_panel_a_layer(tables, _draw_specialization, size)
+    return _figure(tables, _draw_specialization, size)
 
 
 def labels_of_tokens(labels, num_tokens):
@@ -168,14 +180,14 @@ def bits_in_common(table):
 def _draw_specialization(axes, table_and_rows):
     table, rows = table_and_rows
     share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
-    heat_map(axes, share[:MAX_ROWS], "share of the label's assignments", vmin=0)
+    _heat_map(axes, share[:MAX_ROWS], "share of the label's assignments", vmin=0)
     possible = float(metrics.load_entropy(table.sum(axis=0))) * math.log2(table.shape[1])
     bits = bits_in_common(table)
     axes.set(xlabel="expert", title=f"{bits:.2f} of {possible:.2f} bits in common")
     texts = [as_text(row) for row in rows[:MAX_ROWS]]
     texts = [text if len(text) <= 24 else f"{text[:23]}…" for text in texts]
     axes.set_yticks(range(len(texts)), texts)
-    count_on(axes.xaxis)
+    _count_on(axes.xaxis)
 
 
 def shares_over_time(shares: dict | Tensor, first_epoch: int = 0) -> Figure:
@@ -186,7 +198,7 @@ def shares_over_time(shares: dict | Tensor, first_epoch: int = 0) -> Figure:
     Args:
         shares: Counts or shares (time, E), or a dict of these by layer, such as
             `ExpertMonitor.shares`. A row of NaN is grey.
-        first_epoch: Integer. Number of the first row, as for a training that was resumed.
+        first_epoch: Integer. Number of the first row.
 
     Raises:
         ValueError: If an array does not have two axes, or a negative number.
@@ -200,17 +212,17 @@ def shares_over_time(shares: dict | Tensor, first_epoch: int = 0) -> Figure:
         if array.ndim != 2 or (array < 0).any():
             received = f"{array.dtype} of shape {array.shape}"
             raise ValueError(f"Shares must be (time, E), at least 0 or NaN. Received: {received}")
-    return one_panel_a_layer(layers, functools.partial(_draw_shares, first_epoch=first_epoch))
+    return _figure(layers, functools.partial(_draw_shares, first_epoch=first_epoch))
 
 
 def _draw_shares(axes, shares, first_epoch):
     share = shares / np.maximum(shares.sum(axis=1, keepdims=True), 1e-12)
     fair = np.clip(share * shares.shape[1], 1 / 8, 8)
     style = {"cmap": "RdBu_r", "vmin": -3, "vmax": 3, "origin": "lower"}
-    bar = heat_map(axes, np.log2(fair.T), "times a fair share", **style)
+    bar = _heat_map(axes, np.log2(fair.T), "times a fair share", **style)
     bar.set_ticks([-3, -1, 0, 1, 3], labels=["⅛ or less", "½", "1", "2", "8 or more"])
     axes.set(xlabel="epoch", ylabel="expert", facecolor="silver")
-    count_on(axes.xaxis, axes.yaxis)
+    _count_on(axes.xaxis, axes.yaxis)
     axes.xaxis.set_major_formatter(lambda row, _: f"{first_epoch + row:.0f}")
 
 
@@ -232,12 +244,12 @@ def settling(checkpoints: Sequence, num_experts: int | None = None) -> Figure:
 
     Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.1.
     """
-    recorded = [routings_by_layer(checkpoint, num_experts) for checkpoint in checkpoints]
+    recorded = [_routings(checkpoint, num_experts) for checkpoint in checkpoints]
     names = [list(moment) for moment in recorded]
     if len(recorded) < 2 or any(each != names[0] for each in names):
         raise ValueError(f"`checkpoints` must be two or more of one model. Received: {names}")
     layers = {name: [moment[name] for moment in recorded] for name in recorded[0]}
-    return one_panel_a_layer(layers, _draw_settling)
+    return _figure(layers, _draw_settling)
 
 
 def _draw_settling(axes, moments):
@@ -249,5 +261,66 @@ def _draw_settling(axes, moments):
     chance = moments[0].indices.shape[1] / len(moments[0].counts)
     axes.axhline(chance, color="grey", ls=":", label="by chance")
     axes.set(xlabel="checkpoint", ylabel="share of the choices", ylim=(0, 1.03))
-    count_on(axes.xaxis)
+    _count_on(axes.xaxis)
     axes.legend(loc="lower right")
+
+
+def by_layer(source):
+    """Dict of names to arrays or routings; the name of a lone array is the empty string."""
+    named = source if isinstance(source, dict) else {"": source}
+    if not named:
+        raise ValueError("There must be a layer to draw. Received: {}")
+    return {name: _joined(value) for name, value in named.items()}
+
+
+def _joined(value):
+    """One routing for a list of them, else an array."""
+    routings = [value] if isinstance(value, Routing) else value
+    if not isinstance(routings, (list, tuple)) or not isinstance(next(iter(routings), 0), Routing):
+        return ops.convert_to_numpy(value)
+    fields = zip(*(map(ops.convert_to_numpy, routing[:7]) for routing in routings))
+    *of_tokens, counts, dropped = fields
+    dropped = np.average(dropped, weights=[max(each.sum(), 1) for each in counts])
+    return Routing(*[*map(np.concatenate, of_tokens), np.sum(counts, axis=0), dropped])
+
+
+def _routings(source, num_experts):
+    """Dict of names to routings, which have no probabilities if they come from indices."""
+    found = by_layer(source)
+    for name, value in found.items():
+        if isinstance(value, Routing):
+            continue
+        if value.ndim != 2 or not value.size or value.dtype.kind not in "iu":
+            received = f"{value.dtype} of shape {value.shape}"
+            raise ValueError(f"The experts of tokens must be integers (T, K). Received: {received}")
+        number = max(int(value.max()) + 1, 1) if num_experts is None else num_experts
+        check_indices("indices", value, check_integer("num_experts", number))
+        counts, mask = np.bincount(value[value >= 0], minlength=number), (value >= 0).any(axis=1)
+        found[name] = Routing(value.astype("int32"), None, None, None, mask, counts, None)
+    return found
+
+
+def _figure(layers, draw, panel_size=PANEL_SIZE):
+    """A figure whose panels are drawn by `draw(axes, array)`; `layers` maps names to arrays."""
+    columns = min(len(layers), MAX_COLUMNS)
+    rows = math.ceil(len(layers) / columns)
+    # Names come from data: a dollar sign in them must not start a formula.
+    with matplotlib.rc_context({"text.parse_math": False}):
+        figure = Figure((columns * panel_size[0], rows * panel_size[1]), layout="constrained")
+        panels: list = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for axes, (name, array) in zip(panels, layers.items()):
+            draw(axes, array)
+            axes.set_title(" · ".join(filter(None, (as_text(name), axes.get_title()))))
+    for axes in panels[len(layers) :]:
+        axes.remove()
+    return figure
+
+
+def _heat_map(axes, values, colour_label, **kwargs):
+    image = axes.imshow(values, aspect="auto", interpolation="nearest", **kwargs)
+    return axes.figure.colorbar(image, ax=axes, label=colour_label)
+
+
+def _count_on(*sides):
+    for axis in sides:
+        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -1,0 +1,345 @@
+"""Metrics of expert usage and of routings: pure functions, and Keras metrics for custom loops.
+
+In `model.fit` use `callbacks.ExpertMonitor`: a layer cannot own a Keras metric on every backend.
+
+Axes: T tokens, E experts, K experts per token, G groups of tokens.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe._internal.checks import check_indices, check_integer, check_tensors, host_values
+from keras_moe._internal.former_names import former_names
+from keras_moe._internal.serialization import register
+from keras_moe._internal.types import Tensor
+from keras_moe.ops import balance
+from keras_moe.ops.balance import masked_mean
+from keras_moe.ops.plans import GroupedPlan
+from keras_moe.ops.routing import Routing, count_assignments
+from keras_moe.ops.selection import chosen_experts, mask_invalid
+from keras_moe.ops.soft import SoftPlan
+
+__all__ = [
+    "DeadExpertsOverWindow",
+    "DroppedFraction",
+    "UsageMetric",
+    "coactivation",
+    "count_table",
+    "dead_experts",
+    "expert_saliency",
+    "expert_share",
+    "load_entropy",
+    "load_imbalance",
+    "mutual_information",
+    "router_entropy",
+    "router_saturation",
+    "unserved_fraction",
+]
+__getattr__ = former_names(__name__)
+__dir__ = __all__.copy
+
+
+@register
+def load_imbalance(counts: Tensor) -> Tensor:
+    """Load of the busiest expert above the mean: `max / mean - 1`, also known as MaxVio.
+
+    Args:
+        counts: Tensor or list, (E,). Assignments per expert.
+
+    Returns:
+        Scalar, float32: 0 at balance or without assignments, E - 1 if one expert has everything.
+
+    Reference: Wang et al. 2024 (arXiv:2408.15664), eq. 4.
+    """
+    counts = as_counts(counts)
+    return ops.maximum(ops.max(counts) / _or_one(ops.mean(counts)) - 1.0, 0.0)
+
+
+@register
+def load_entropy(counts: Tensor) -> Tensor:
+    """Entropy of the shares of `counts` (E,), divided by `log E`, float32.
+
+    1 at balance, 0 if one of several has everything or without assignments.
+    """
+    share = expert_share(counts)
+    return share[0] if share.shape[0] == 1 else balance.entropy(share) / math.log(share.shape[0])
+
+
+@register
+def dead_experts(counts: Tensor) -> Tensor:
+    """Number of experts with less than a thousandth of the mean of `counts` (E,), float32."""
+    return ops.sum(ops.cast(is_dead(counts), "float32"))
+
+
+def is_dead(counts):
+    """Which experts `dead_experts` counts, (E,) bool; all if there is nothing."""
+    counts = as_counts(counts)
+    # Not zero: where all experts serve all tokens, counts are sums of weights.
+    return counts <= 1e-3 * ops.mean(counts)
+
+
+@register
+def expert_share(counts: Tensor) -> Tensor:
+    """Each expert's share of the assignments `counts` (E,), float32; 0 without assignments."""
+    counts = as_counts(counts)
+    return counts / _or_one(ops.sum(counts))
+
+
+def router_entropy(routing: Routing) -> Tensor:
+    """Entropy of a token's scores in an `ops.Routing`, divided by `log E`: mean over real tokens.
+
+    Float32 scalar: 1 for a router without a preference, 0 for a certain one or padding alone.
+    """
+    return balance.router_entropy(routing) / math.log(max(routing.counts.shape[0], 2))
+
+
+def unserved_fraction(routing: Routing, plan: GroupedPlan | SoftPlan) -> Tensor:
+    """Share of the real tokens whose assignments were all dropped, or that no expert chose.
+
+    Args:
+        routing: An `ops.Routing`.
+        plan: The plan of the routing, `router.plan(routing)`.
+    """
+    unserved = ops.logical_not(plan.served())
+    return masked_mean(ops.cast(unserved, "float32"), routing.mask)
+
+
+def router_saturation(before: Routing, after: Routing) -> Tensor:
+    """How far routing has settled: the share of a token's experts that it had before.
+
+    Args:
+        before: An `ops.Routing` of some tokens at a checkpoint.
+        after: The routing of the same tokens at a later one.
+
+    Returns:
+        Scalar, float32; 1 if nothing changed, about K / E if nothing is left, 0 if all is padding.
+
+    Raises:
+        ValueError: If the routings differ in their numbers of tokens or experts.
+
+    Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.1.
+    """
+    check_tensors(
+        {"T": after.indices.shape[0], "E": after.counts.shape[0]},
+        **{"before.indices": (before.indices, "TK"), "before.counts": (before.counts, "E")},
+    )
+    same = ops.expand_dims(after.indices, 2) == ops.expand_dims(before.indices, 1)
+    used = ops.logical_and(after.indices >= 0, ops.expand_dims(after.mask, 1))
+    kept = ops.logical_and(ops.any(same, axis=2), used)
+    total = ops.sum(ops.cast(used, "float32"))
+    return ops.sum(ops.cast(kept, "float32")) / ops.maximum(total, 1.0)
+
+
+def coactivation(routing: Routing) -> Tensor:
+    """Which experts serve the same tokens of a routing, (E, E) float32.
+
+    The share of the tokens of the row's expert that the column's expert serves too; 0 without
+    tokens.
+
+    Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.2.
+    """
+    chosen = chosen_experts(routing.indices, routing.counts.shape[0])
+    chosen = ops.cast(ops.logical_and(chosen, ops.expand_dims(routing.mask, 1)), "float32")
+    together = ops.matmul(ops.transpose(chosen), chosen)
+    return together / ops.maximum(ops.expand_dims(ops.sum(chosen, axis=0), 1), 1.0)
+
+
+def count_table(routing: Routing, groups: Tensor, num_groups: int) -> Tensor:
+    """Assignments of each expert from each group of tokens.
+
+    Args:
+        routing: An `ops.Routing`.
+        groups: Integer tensor or list, (T,). The group of each token, such as a label or a token
+            id, from 0 to `num_groups` - 1, or -1 for none.
+        num_groups: Integer. Number of groups, G.
+
+    Returns:
+        (G, E) float32.
+
+    Raises:
+        ValueError: If `groups` are not T, or a list or NumPy array has one out of range; in a
+            tensor such a token counts for no group.
+    """
+    num_groups = check_integer("num_groups", num_groups)
+    check_indices("groups", groups, num_groups)
+    groups = ops.convert_to_tensor(groups)
+    check_tensors({"T": routing.mask.shape[0]}, groups=(groups, "T", "int"))
+    num_experts = routing.counts.shape[0]
+    indices = mask_invalid(routing.indices, num_experts)
+    groups = ops.expand_dims(mask_invalid(ops.cast(groups, "int32"), num_groups), 1)
+    real = ops.logical_and(groups >= 0, ops.expand_dims(routing.mask, 1))
+    cells = num_groups * num_experts
+    used = ops.logical_and(indices >= 0, real)
+    cell = ops.reshape(ops.where(used, groups * num_experts + indices, cells), (-1,))
+    table = ops.segment_sum(ops.ones_like(cell, dtype="float32"), cell, cells + 1)
+    return ops.reshape(table[:-1], (num_groups, num_experts))
+
+
+def mutual_information(table: Tensor) -> Tensor:
+    """Mutual information of a token's group and its expert, in nats, float32.
+
+    Args:
+        table: Tensor or list, (G, E). Assignments of each group to each expert, see `count_table`.
+    """
+    table = as_counts(table, "GE", "table")
+    joint = table / ops.maximum(ops.sum(table), 1.0)
+    rows, columns = ops.sum(joint, axis=1, keepdims=True), ops.sum(joint, axis=0, keepdims=True)
+    ratio = joint / ops.where(joint > 0, rows * columns, 1.0)
+    return ops.sum(joint * ops.log(ops.where(joint > 0, ratio, 1.0)))
+
+
+def expert_saliency(
+    layer: keras.Layer, inputs: Tensor, mask: Tensor | None = None, token_ids: Tensor | None = None
+) -> Tensor:
+    """Saliency of each expert, for pruning: mean over its tokens of weight times norm of output.
+
+    Args:
+        layer: A `layers.MixtureOfExperts` whose tokens choose experts.
+        inputs, mask, token_ids: Tensors or lists, or None. As in a call of the layer.
+
+    Returns:
+        (E,) float32; 0 for an expert without tokens.
+
+    Raises:
+        ValueError: If the tokens of the layer do not choose their experts.
+
+    Reference: Lasby et al. 2025, REAP (arXiv:2510.13999), eq. 9.
+    """
+    if not layer.router.takes_capacity:
+        router = type(layer.router).__name__
+        raise ValueError(f"The tokens of `layer` must choose their experts. Received: a `{router}`")
+    inputs = ops.convert_to_tensor(inputs)
+    mask = None if mask is None else ops.cast(ops.convert_to_tensor(mask), "bool")
+    _, routing = layer(inputs, mask=mask, token_ids=token_ids, return_routing=True)
+    total = contributions(layer, routing, layer._flatten(inputs, mask))
+    return total / ops.maximum(ops.cast(served_tokens(routing), "float32"), 1.0)
+
+
+def served_tokens(routing):
+    """Number of tokens of each expert, (E,), where the counts of a dense gate sum its weights."""
+    return count_assignments(routing.indices, routing.mask, routing.counts.shape[0])
+
+
+def contributions(layer, routing, tokens):
+    """Sum over the tokens (T, ...) of each expert of weight times norm of its output, (E,)."""
+    outputs = layer.experts.compute_each(tokens, layer.router.plan(routing))
+    squares = ops.square(ops.cast(outputs, "float32"))
+    norms = ops.sqrt(ops.sum(squares, axis=tuple(range(2, len(outputs.shape)))))
+    num_experts = layer.experts.num_experts
+    # Unserved assignments, whose outputs are zero, go to a spare expert that is sliced off.
+    indices = mask_invalid(routing.indices, num_experts) % (num_experts + 1)
+    added = ops.reshape(norms * routing.weights, (-1,))
+    return ops.segment_sum(added, ops.reshape(indices, (-1,)), num_experts + 1)[:-1]
+
+
+@register
+class UsageMetric(keras.metrics.Metric):
+    """A function of the counts of all routings since the last reset.
+
+    Args:
+        function: Function of counts (E,), a float32 tensor, that returns a tensor, such as
+            `metrics.load_imbalance`. Register yours with Keras if the metric is to be saved.
+        num_experts: Integer. Number of experts, E.
+        name: String or None. Name of the metric; None: the name of the function.
+        dtype: String or None. Dtype of the metric.
+
+    Example:
+
+    >>> metric = keras_moe.metrics.UsageMetric(keras_moe.metrics.load_imbalance, num_experts=8)
+    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
+    >>> metric.update_state(router(keras.random.normal((32, 64))))
+    """
+
+    def __init__(
+        self, function: Callable, num_experts: int, name: str | None = None, dtype: Any = None
+    ):
+        super().__init__(name=name or function.__name__, dtype=dtype)
+        self.function = function
+        self.num_experts = check_integer("num_experts", num_experts)
+        self.counts = self.add_variable((self.num_experts,), "zeros", "float32", name="counts")
+
+    def update_state(self, routing: Routing) -> None:
+        """Add the assignments of an `ops.Routing`, in which padding does not count."""
+        check_tensors({"E": self.num_experts}, **{"routing.counts": (routing.counts, "E")})
+        self._add(ops.cast(routing.counts, "float32"), ops.cast(routing.dropped, "float32"))
+
+    def _add(self, counts, dropped):
+        self.counts.assign_add(counts)
+
+    def result(self):
+        return self.function(self.counts)
+
+    def get_config(self):
+        function = keras.saving.serialize_keras_object(self.function)
+        config = {**super().get_config(), "num_experts": self.num_experts}
+        return {**config, "function": function} if type(self) is UsageMetric else config
+
+    @classmethod
+    def from_config(cls, config):
+        if "function" in config:
+            function = keras.saving.deserialize_keras_object(config["function"])
+            config = {**config, "function": function}
+        return cls(**config)
+
+
+@register
+class DroppedFraction(UsageMetric):
+    """Share of the assignments that found no slot. Arguments: as for `UsageMetric`."""
+
+    def __init__(self, num_experts: int, name: str | None = None, dtype: Any = None):
+        super().__init__(self._fraction, num_experts, name or "dropped_fraction", dtype)
+        self.dropped = self.add_variable((), "zeros", "float32", name="dropped")
+
+    def _add(self, counts, dropped):
+        self.counts.assign_add(counts)
+        self.dropped.assign_add(dropped * ops.sum(counts))
+
+    def _fraction(self, counts):
+        return self.dropped / _or_one(ops.sum(counts))
+
+
+@register
+class DeadExpertsOverWindow(UsageMetric):
+    """Number of experts that were dead, as in `dead_experts`, in each of the last `window` batches.
+
+    Each `update_state` is a batch.
+
+    Args:
+        window: Integer. Batches in a row in which an expert must be dead.
+
+    Other arguments: as for `UsageMetric`.
+    """
+
+    def __init__(
+        self, num_experts: int, window: int = 100, name: str | None = None, dtype: Any = None
+    ):
+        super().__init__(self._count, num_experts, name or "dead_experts_over_window", dtype)
+        self.window = check_integer("window", window)
+
+    def _add(self, counts, dropped):
+        # Batches since each expert was last alive.
+        self.counts.assign(ops.where(is_dead(counts), self.counts + 1.0, 0.0))
+
+    def _count(self, idle):
+        return ops.sum(ops.cast(idle >= self.window, "float32"))
+
+    def get_config(self):
+        return {**super().get_config(), "window": self.window}
+
+
+def as_counts(counts, axes="E", name="counts"):
+    """Counts as a float32 tensor, checked: their axes and, on the host, their sign."""
+    array = host_values(counts)
+    if array is not None and not (array >= 0).all():
+        raise ValueError(f"`{name}` must be numbers of at least 0. Received: {array.min()}")
+    counts = ops.convert_to_tensor(counts, "float32")
+    check_tensors(**{name: (counts, axes)})
+    return counts
+
+
+def _or_one(values):
+    return ops.where(values > 0, values, 1.0)
