@@ -192,7 +192,7 @@ def test_counts_from_before_a_reset_and_even_loads_make_no_loss_heavy():
 
 @of_counts
 def test_a_loss_is_heavy_by_what_it_adds_to_an_even_load():
-    heavy = health.judge_heavy_losses
+    heavy = health.heavy_losses
     found = [losses.LoadBalance(1.0), losses.RouterZ()]
     # The task has a loss of 0.1; an even load, one that is not, and one that was not measured.
     assert heavy(found, [1.0, 0.001], 1.1, [1.0, 2.0]) is None
@@ -207,7 +207,7 @@ def test_a_loss_is_heavy_by_what_it_adds_to_an_even_load():
     assert heavy([losses.LoadBalance(0.1)], [weight], 0.2, [2.0]) is None
     assert heavy([losses.LoadBalance(0.1)], [2 * weight], 0.2, [2.0]) is not None
     # A user-defined loss is judged by its own usual weight.
-    weak = health.judge_weak_loss(LargeBalance(1e-4), 1e-4)
+    weak = health.weak_loss(LargeBalance(1e-4), 1e-4)
     assert "LargeBalance(weight=0.0001) is too weak" in weak.text
     assert heavy([LargeBalance(9.0)], [9.0], 9.5, [1.5]) is None
     finding = heavy([LargeBalance(50.0)], [50.0], 52.0, [1.02])

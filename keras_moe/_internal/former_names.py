@@ -11,6 +11,11 @@ FORMER = {
     "convert.sparsify": "convert.use_sparse_experts",
     "inspection.LayerDescription": "inspection.LayerSummary",
     "inspection.describe": "inspection.summarize",
+    "inspection.health.judge_heavy_losses": (
+        "lambda losses, weights, total, values=None: None if total is None or values is None "
+        "else health.heavy_losses(losses, weights, total, values)"
+    ),
+    "inspection.health.judge_weak_loss": "health.weak_loss",
     "inspection.summary": "summary",
     "losses.BY_NAME": "losses.IDENTIFIERS",
     "metrics.DeadExperts": "functools.partial(metrics.UsageMetric, metrics.dead_experts)",
@@ -20,7 +25,11 @@ FORMER = {
     "metrics.active_fraction": "lambda counts: 1 - metrics.dead_experts(counts) / len(counts)",
     "metrics.dead_experts_over_window": (
         "lambda counts, window=100: (len(counts) >= window) * sum(map(all, zip(*("
-        "metrics.usage.is_dead(batch) for batch in counts[-window:]))))"
+        "metrics.is_dead(batch) for batch in counts[-window:]))))"
+    ),
+    "metrics.dropped_fraction": (
+        "lambda dropped, counts: dropped / keras.ops.maximum(keras.ops.sum(keras.ops.array("
+        "counts, 'float32')), 1.0)"
     ),
     "metrics.load_variation": (
         "lambda counts: keras.ops.std(metrics.expert_share(counts)) * len(counts)"
@@ -43,7 +52,7 @@ FORMER = {
     "ops.noisy_load": "ops.balance.noisy_load",
     "ops.plan_expert_choice": "ops.expert_choice.plan_expert_choice",
     "ops.plan_soft": "lambda routing: ops.SoftPlan(*routing.details)",
-    "ops.router_entropy": "metrics.router_entropy",
+    "ops.router_entropy": "ops.balance.router_entropy",
     "ops.router_z": "losses.RouterZ(1.0)",
     "ops.sequence_load_balance": "losses.SequenceLoadBalance(1.0)",
     "ops.sinkhorn_plan": "ops.transport.sinkhorn_plan",

@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_moe._internal.checks import check_integer
 from keras_moe.inspection import health, moe_layers
-from keras_moe.metrics.usage import is_dead
+from keras_moe.metrics import is_dead
 
 # A collapse that recovers at this rate from check to check is not reported.
 _RECOVERY = 0.02
@@ -26,7 +26,9 @@ class ExpertHealth(keras.callbacks.Callback):
     Checks every MoE layer for
 
     - a collapse: nearly all work goes to the same few experts, and it does not get better;
-    - dead experts, as `metrics.dead_experts` counts them, in three times as many checks;
+    - dead experts, as `metrics.dead_experts` counts them, in three times as many checks, or in the
+      last ones before the training ends;
+    - a capacity that drops more than half of the assignments;
     - a router with weights that are NaN, or so large that each choice is absolute;
     - a balancing loss whose weight is too small to matter, or so large that what it adds for an
       uneven load is a large part of the loss: `losses.LoadBalance`, or a loss with a
@@ -77,7 +79,7 @@ class ExpertHealth(keras.callbacks.Callback):
         self._watches = {}
         for name, layer in moe_layers(self.model).items():
             for loss, weight in zip(layer.router_losses, layer.loss_weights_in_force):
-                self._report(name, "weak loss", health.judge_weak_loss(loss, weight))
+                self._report(name, "weak loss", health.weak_loss(loss, weight))
 
     def on_epoch_begin(self, epoch, logs=None):
         # Counts or weights from between the epochs are no part of this one.
@@ -111,8 +113,13 @@ class ExpertHealth(keras.callbacks.Callback):
             added[name] = np.dot(layer.loss_weights_in_force, means)
         if added:
             self._largest_loss = np.fmax(self._largest_loss, (logs or {}).get("loss", np.nan))
-            finding = health.judge_heavy_losses(losses, weights, self._largest_loss, values)
+            finding = health.heavy_losses(losses, weights, self._largest_loss, values)
             self._report(max(added, key=lambda name: added[name]), "heavy loss", finding)
+
+    def on_train_end(self, logs=None):
+        for name, watch in self._watches.items():
+            for found in watch.dead(self.patience):
+                self._report(name, *found)
 
     def _watched(self):
         for name, layer in moe_layers(self.model).items():
@@ -167,12 +174,15 @@ class _Watch:
         self.seen = _Counted.by(layer)
         # A layer that the first batch has built counted all of it in this epoch.
         self.epoch_began: _Counted | None = None
+        # Assignments and dropped ones since the last check with enough of them.
         self._window = np.zeros_like(self.seen.assignments)
+        self._dropped = 0.0
         self._first_size = _router_size(layer.router)
         self.restart()
 
     def restart(self):
         self._spreads: collections.deque = collections.deque(maxlen=self.patience)
+        self._drops: collections.deque = collections.deque(maxlen=self.patience)
         self._idle: np.ndarray = np.zeros(len(self._window), "int64")
 
     def check(self):
@@ -185,25 +195,33 @@ class _Watch:
             how = f"spread by {size:.0f} for inputs of size 1"
             found.append(("router", health.exploded(how)))
         counted = _Counted.by(self.layer)
-        self._window += counted.since(self.seen).assignments
-        self.seen = counted
+        new, self.seen = counted.since(self.seen), counted
+        self._window += new.assignments
+        self._dropped += new.dropped
         if health.is_enough(self._window):
             found += self._judge_load()
-            self._window = np.zeros_like(self._window)
+            self._window, self._dropped = np.zeros_like(self._window), 0.0
         return found
 
     def _judge_load(self):
-        latest, advice = self._spreads, health.balance_advice(self.layer)
+        latest, drops = self._spreads, self._drops
         latest.append(health.spread(self._window, self.layer.router.min_top_k))
         recovers = latest[-1] - latest[0] > _RECOVERY * (self.patience - 1)
         if len(latest) == self.patience and max(latest) < health.COLLAPSED and not recovers:
-            yield "collapse", health.collapsed(self._window, advice)
+            yield "collapse", health.collapsed(self._window, health.balance_advice(self.layer))
+        drops.append(self._dropped / np.sum(self._window))
+        if len(drops) == self.patience and min(drops) > health.MOST_DROPPED:
+            yield "dropped", health.judge_drops(drops[-1])[0]
         idle = ops.convert_to_numpy(is_dead(self._window))
         self._idle = np.where(idle, self._idle + 1, 0)
-        checks, num_experts = _DEAD_PATIENCE * self.patience, len(self._idle)
-        dead = np.flatnonzero(self._idle >= checks)
+        yield from self.dead(_DEAD_PATIENCE * self.patience)
+
+    def dead(self, checks):
+        """The finding about experts that have been dead in so many checks, if there are any."""
+        dead, num_experts = np.flatnonzero(self._idle >= checks), len(self._idle)
         # In a collapse most are dead, one after the other.
-        if len(dead) and latest[-1] >= health.COLLAPSED:
+        if len(dead) and self._spreads[-1] >= health.COLLAPSED:
+            advice = health.balance_advice(self.layer)
             finding = health.dead(dead, num_experts, advice, f" in {checks} checks")
             now = f"At the last check {np.sum(self._idle > 0)} of {num_experts} were dead."
             yield "dead", finding._replace(text=f"{finding.text} {now}"), dead.tolist()
@@ -215,12 +233,13 @@ class _Counted(NamedTuple):
     resets: int
     calls: float
     assignments: np.ndarray
+    dropped: float
     losses: np.ndarray
 
     @classmethod
     def by(cls, layer):
-        counters = (layer.call_count, layer.expert_counts, layer.router_loss_totals)
-        return cls(layer.resets, *map(_read, counters))
+        names = ("call_count", "expert_counts", "dropped_count", "router_loss_totals")
+        return cls(layer.resets, *(_read(getattr(layer, name)) for name in names))
 
     def since(self, before):
         """The counts after `before`; those lost to a reset are not recovered."""

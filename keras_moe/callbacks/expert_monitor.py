@@ -1,4 +1,4 @@
-"""The use of every expert in the logs of each epoch."""
+"""The load of the experts in the logs of each epoch."""
 
 import math
 import os
@@ -17,40 +17,50 @@ from keras_moe.inspection import moe_layers
 
 
 class ExpertMonitor(keras.callbacks.Callback):
-    """Turns the assignment counts of every MoE layer into epoch logs.
+    """Logs the load of the experts after each epoch.
 
-    For each `MixtureOfExperts` layer, with its name in front, and with `val_` before that for
-    validation:
+    The logs get a few numbers over all `MixtureOfExperts` layers, which appear in the progress bar
+    and in the history of `fit`:
 
-    - `load_imbalance`: load of the busiest expert above the mean, 0 at balance
-    - `load_entropy`: 1 at balance, 0 if one expert has everything
-    - `dead_experts`: number of experts with less than a thousandth of the mean
-    - `dropped_fraction`: share of the assignments that found no slot
-    - `router_entropy`: entropy of a token's scores, in nats: `log E` undecided, 0 decided
+    - `load_imbalance`: load of the busiest expert above the mean, 0 at balance; in the least even
+      layer, and in validation as `val_load_imbalance`
+    - `dead_experts`: number of experts with less than a thousandth of the mean of their layer
+    - `dropped_fraction`, with a capacity: share of the assignments that found no slot, in the layer
+      that drops most
+    - `router_loss`, with router losses: their sum, each times its weight
+
+    `history` has all numbers of each layer, a dict of lists as `keras.callbacks.History` has it,
+    `TensorBoard` has them, and with `per_layer=True` so have the logs. For a layer `"moe"` they are
+    `moe_load_imbalance` and so on, in validation `val_moe_load_imbalance`:
+
+    - `load_imbalance`, `dead_experts`, `dropped_fraction`: as above
+    - `load_entropy`: entropy of the shares of the experts over `log E`, 1 at balance, 0 if one
+      expert has everything
+    - `router_entropy`: entropy of a token's scores over `log E`, 1 undecided, 0 decided
     - `load_balance_loss`, ...: mean of each router loss by its name, before its weight
     - `expert_share_0`, ...: each expert's share, with `expert_shares=True`
     - and one for each of `metrics`, by the name of the function
 
-    They appear in the progress bar and in `History`, and other callbacks can monitor them:
-    `EarlyStopping(monitor="val_moe_load_imbalance", mode="min")` for a layer `"moe"`. Put the
-    monitor first in the list of callbacks, or, for a short progress line, after a
-    `keras.callbacks.ProgbarLogger()`. `model.evaluate` prints the numbers, but does not return
-    them: a callback after the monitor can keep them, such as
-    `LambdaCallback(on_test_end=numbers.update)` with a dict.
+    Callbacks that monitor a number, such as `EarlyStopping("val_load_imbalance", mode="min")`, come
+    after the monitor. `model.evaluate` prints `load_imbalance`, `dead_experts` and
+    `dropped_fraction`, but does not return them: a callback after the monitor can keep them, such
+    as `LambdaCallback(on_test_end=numbers.update)` with a dict.
 
     The attributes `shares` and `validation_shares` are for `visualization.shares_over_time`: dicts
     from layers to lists with the shares (E,) of each epoch, NaN for an epoch without the monitor or
-    without validation. `fit` starts new ones, or with an `initial_epoch` continues those it has.
-    Shares that you assign begin with epoch 0.
+    without validation. `fit` starts new ones, or with an `initial_epoch` continues those it has,
+    also if you assigned them.
 
     Args:
-        expert_shares: Boolean. Whether each expert's share is logged as well, one key an expert.
-        log_dir: String or path. Folder for TensorBoard, or None. The numbers above are written to
-            its folders `train` and `validation`, which `keras.callbacks.TensorBoard` uses too, as
-            `LAYER/load_imbalance` and so on, with the shares as the histogram `LAYER/shares` and
-            the heat map `LAYER/shares_over_time`. Needs `pip install tensorboard matplotlib`.
+        expert_shares: Boolean. Whether the numbers of a layer include each expert's share.
+        log_dir: String or path. Folder for TensorBoard, or None. The numbers of each layer are
+            written to its folders `train` and `validation`, which `keras.callbacks.TensorBoard`
+            uses too, as `LAYER/load_imbalance` and so on, with the shares as the histogram
+            `LAYER/shares` and the heat map `LAYER/shares_over_time`. Needs
+            `pip install tensorboard matplotlib`.
         metrics: List of functions from the counts of a layer, a NumPy array (E,) of the assignments
-            of each expert in the epoch, to a number. NaN is logged without counts.
+            of each expert in the epoch, to a number. It is NaN without counts.
+        per_layer: Boolean. Whether the logs also get all numbers of each layer.
 
     Raises:
         ValueError: If `metrics` are not functions of different names, the model has no
@@ -64,8 +74,9 @@ class ExpertMonitor(keras.callbacks.Callback):
     >>> model = keras.Sequential([keras.Input((16,)), moe, keras.layers.Dense(1)])
     >>> model.compile("adam", "mse")
     >>> x, y = keras.random.normal((64, 16)), keras.random.normal((64, 1))
-    >>> history = model.fit(x, y, callbacks=[keras_moe.callbacks.ExpertMonitor()], verbose=0)
-    >>> imbalance = history.history["moe_load_imbalance"]
+    >>> monitor = keras_moe.callbacks.ExpertMonitor()
+    >>> logs = model.fit(x, y, callbacks=[monitor], verbose=0).history
+    >>> imbalance, entropy = logs["load_imbalance"], monitor.history["moe_load_entropy"]
     """
 
     def __init__(
@@ -73,9 +84,12 @@ class ExpertMonitor(keras.callbacks.Callback):
         expert_shares: bool = False,
         log_dir: str | os.PathLike | None = None,
         metrics: Sequence[Callable] = (),
+        per_layer: bool = False,
     ):
         super().__init__()
+        self.per_layer = per_layer
         self.expert_shares = expert_shares
+        self.history: dict = {}
         self.shares: dict = {}
         self.validation_shares: dict = {}
         self._metrics = {getattr(function, "__name__", ""): function for function in metrics}
@@ -96,21 +110,15 @@ class ExpertMonitor(keras.callbacks.Callback):
 
             self._event_files = EventFiles(log_dir)
 
-    @property
-    def shares(self) -> dict[str, list]:
-        """The share of each expert in training, a list of one array (E,) an epoch, by layer."""
-        return self._shares
-
-    @shares.setter
-    def shares(self, shares):
-        self._shares, self._first_epoch = shares, 0
-
     def set_model(self, model):
         if self._counting is not None:  # An evaluation or a training was interrupted.
             self._count_evaluation(False)
             self._forget_counting()
         super().set_model(model)
         self._resets = self._training = self._test = None
+
+    def on_train_begin(self, logs=None):
+        self.history = {}
 
     def on_train_end(self, logs=None):
         self._reset_counts()  # Another callback may have evaluated.
@@ -142,37 +150,61 @@ class ExpertMonitor(keras.callbacks.Callback):
         if self._resets is None:
             self._forget_counting()
         self._test = self._read_counts(keep=self._resets is None)
-        logs.update(_logs(self._test[0]))
+        self._add_logs(logs, self._test[0])
 
     def on_epoch_end(self, epoch, logs=None):
         training = self._training or self._read_training()
         test: tuple = self._test or ({}, {})
-        logs.update({**_logs(training[0]), **_logs(test[0], "val_")})
+        self._add_logs(logs, training[0])
+        weighted = [
+            np.dot(layer.loss_weights_in_force, layer.last_losses)
+            for layer in moe_layers(self.model).values()
+            if layer.router_losses and layer.built
+        ]
+        if weighted:
+            logs["router_loss"] = float(sum(weighted))
+        self._add_logs(logs, test[0], "val_")
+        for key, value in {**_by_key(training[0]), **_by_key(test[0], "val_")}.items():
+            self.history.setdefault(key, []).append(value)
         for split, (numbers, shares), so_far in (
             ("train", training, self.shares),
             ("validation", test, self.validation_shares),
         ):
             for name, row in shares.items():
                 rows = so_far.setdefault(name, [])
-                missing = epoch - self._first_epoch - len(rows)
-                rows += [np.full_like(row, np.nan)] * missing + [row]
+                rows += [np.full_like(row, np.nan)] * (epoch - len(rows)) + [row]
             if numbers and self._event_files is not None:
                 self._event_files.write(split, epoch, numbers, so_far)
 
+    def _add_logs(self, logs, numbers, prefix=""):
+        """Add the numbers over all layers, in validation during a training only one."""
+        if not numbers:
+            return
+        imbalance, dead, dropped = (
+            [of_layer[key] for of_layer in numbers.values()]
+            for key in ("load_imbalance", "dead_experts", "dropped_fraction")
+        )
+        logs[f"{prefix}load_imbalance"] = max(imbalance)
+        if not prefix:
+            logs["dead_experts"] = sum(dead)
+            if any(layer.capacity is not None for layer in moe_layers(self.model).values()):
+                logs["dropped_fraction"] = max(dropped)
+        if self.per_layer:
+            logs.update(_by_key(numbers, prefix))
+
     def _keep_shares_before(self, epoch):
-        """Keep the shares of former trainings, if this one continues them."""
-        kept, layers = epoch - self._first_epoch, moe_layers(self.model)
-        if self.shares.keys() == layers.keys() and all(
-            0 < kept and len(rows) and len(rows[0]) == layers[name].experts.num_experts
-            for name, rows in self.shares.items()
-        ):
-            self._shares, self.validation_shares = (
-                {name: list(rows[:kept]) for name, rows in shares.items()}
-                for shares in (self.shares, self.validation_shares)
-            )
-        else:
-            self.shares, self.validation_shares = {}, {}
-            self._first_epoch = epoch
+        """Keep the shares of earlier trainings, if this one continues them."""
+        sizes = {
+            name: (layer.experts.num_experts,) for name, layer in moe_layers(self.model).items()
+        }
+        self.shares, self.validation_shares = (
+            {
+                name: list(rows[:epoch])
+                for name, rows in shares.items()
+                if epoch and np.shape(rows)[1:] == sizes.get(name)
+            }
+            for shares in (self.shares, self.validation_shares)
+        )
 
     def _count_evaluation(self, counts):
         for layer in moe_layers(self.model).values():
@@ -212,12 +244,13 @@ class ExpertMonitor(keras.callbacks.Callback):
             shares[name] = ops.convert_to_numpy(metrics.expert_share(counts))
             calls = ops.maximum(layer.call_count.value, 1.0)
             losses = ops.convert_to_numpy(layer.router_loss_totals.value / calls)
+            scale = math.log(max(len(counts), 2))
             found = {
                 "load_imbalance": metrics.load_imbalance(counts),
                 "load_entropy": metrics.load_entropy(counts),
                 "dead_experts": metrics.dead_experts(counts),
-                "dropped_fraction": metrics.dropped_fraction(layer.dropped_count.value, counts),
-                "router_entropy": layer.router_entropy_total.value / calls,
+                "dropped_fraction": layer.dropped_count.value / max(counts.sum(), 1.0),
+                "router_entropy": layer.router_entropy_total.value / calls / scale,
             }
             for key, function in self._metrics.items():
                 found[key] = function(counts) if counts.any() else math.nan
@@ -231,7 +264,7 @@ class ExpertMonitor(keras.callbacks.Callback):
         return numbers, shares
 
 
-def _logs(numbers, prefix=""):
+def _by_key(numbers, prefix=""):
     return {
         f"{prefix}{name}_{key}": value
         for name, of_layer in numbers.items()

@@ -1,17 +1,20 @@
 """Verdicts on experts and routers in plain words, each with advice."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from keras import ops
 
 from keras_moe import losses, routers
 from keras_moe._internal.checks import check_integer
+from keras_moe._internal.former_names import former_names
 from keras_moe._internal.types import Tensor
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
-from keras_moe.losses.router_losses import RouterLoss
-from keras_moe.metrics.usage import is_dead
+from keras_moe.metrics import as_counts, is_dead
+
+__all__ = ["Finding", "balance_advice", "judge_drops", "judge_load", "judge_router"]
+__getattr__ = former_names(__name__)
+__dir__ = __all__.copy
 
 PROBLEM, HINT = "problem", "hint"
 
@@ -20,6 +23,8 @@ COLLAPSED = 0.1
 # Load of the busiest expert above the mean.
 IMBALANCED = 1.0
 DROPPED = 0.05
+# A training that drops more is stopped or warned of; less is a matter of speed.
+MOST_DROPPED = 0.5
 # Entropy of the probabilities of a token, 1 for a router without a preference.
 INDIFFERENT = 0.995
 CERTAIN = 0.05
@@ -83,7 +88,7 @@ _FACTS: dict = {
 }
 
 
-def fact(part: Any, name: str) -> Any:
+def fact(part, name):
     """A fact about a loss, a router or a balancer; an attribute of a user-defined class wins."""
     if hasattr(part, name):
         return getattr(part, name)
@@ -92,7 +97,7 @@ def fact(part: Any, name: str) -> Any:
     return value(part) if callable(value) else value
 
 
-def is_large(loss: RouterLoss, weight: float) -> bool:
+def is_large(loss, weight):
     """Whether the weight of a loss should not grow: from ten times its usual weight on."""
     usual = fact(loss, "usual_weight")
     return usual is not None and weight >= LARGE_WEIGHT * usual
@@ -104,11 +109,12 @@ def balance_advice(layer: MixtureOfExperts) -> str:
     for loss, weight in zip(layer.router_losses, layer.loss_weights_in_force):
         if loss.balances:
             balanced = f"{_BALANCED} {type(loss).__name__}(weight={weight:g})"
-            what = ": give it ten times the weight." if weight else ": give it a weight above 0."
             if is_large(loss, weight):
-                what = ", a large weight: with a larger one the router may learn balance instead "
-                what += "of the task."
-            advice.append(balanced + what)
+                balanced += ", a large weight: with a larger one the router may learn balance "
+                balanced += "instead of the task."
+            else:
+                balanced += f": give it {'ten times the weight' if weight else 'a weight above 0'}."
+            advice.append(balanced)
     by_router = fact(getattr(layer.router, "balancer", None) or layer.router, "advice")
     bias = "A selection bias balances without a loss: see `balancer` of `TopKRouter`."
     loss = "Nothing balances the load: add `losses.LoadBalance()` to its `router_losses`."
@@ -128,15 +134,14 @@ class Finding(NamedTuple):
     fix: str
 
 
-def spread(counts: Tensor, top_k: int) -> float:
+def spread(counts, top_k):
     """How far counts (E,) are from a collapse onto K experts, 0, to balance, 1.
 
     Experts are counted by the exponential of the entropy of their shares.
     """
-    counts, top_k = _as_counts(counts), check_integer("top_k", top_k)
     if len(counts) <= top_k:
         return 1.0
-    share = counts / max(counts.sum(), 1)
+    share = np.asarray(counts) / max(np.sum(counts), 1)
     effective = np.exp(-np.sum(share * np.log(np.where(share > 0, share, 1))))
     return float(np.clip((effective - top_k) / (len(share) - top_k), 0, 1))
 
@@ -153,7 +158,7 @@ def judge_load(counts: Tensor, top_k: int, advice: str) -> list[Finding]:
         top_k: Integer. Experts per token, K.
         advice: String. What to try where the load is uneven, such as `balance_advice(layer)`.
     """
-    counts = _as_counts(counts)
+    counts, top_k = ops.convert_to_numpy(as_counts(counts)), check_integer("top_k", top_k)
     num_experts = len(counts)
     if not is_enough(counts):
         text = f"{int(counts.sum())} assignments are too few to judge {num_experts} experts."
@@ -257,8 +262,8 @@ def is_enough(counts):
     return np.sum(counts) >= ENOUGH * len(counts)
 
 
-def judge_weak_loss(loss: RouterLoss, weight: float) -> Finding | None:
-    """A finding, if a `losses.RouterLoss` is on but its present weight cannot matter, or None."""
+def weak_loss(loss, weight):
+    """A finding, if a router loss is on but its present weight cannot matter, or None."""
     usual = fact(loss, "usual_weight")
     if usual is None or not 0 < weight < WEAK_WEIGHT * usual:
         return None
@@ -266,26 +271,14 @@ def judge_weak_loss(loss: RouterLoss, weight: float) -> Finding | None:
     return Finding(HINT, text, f"Give it a weight of about {usual:g}, or leave it out.")
 
 
-def judge_heavy_losses(
-    router_losses: Sequence,
-    weights: Sequence[float],
-    total: float | None,
-    values: Sequence[float] | None = None,
-) -> Finding | None:
+def heavy_losses(router_losses, weights, total, values):
     """A finding, if balancing is a large part of what training can still lower, or None.
 
-    Only what is above the value of a loss at an even load counts: that is constant.
-
-    Args:
-        router_losses: List of `losses.RouterLoss`, from all MoE layers of a model.
-        weights: List of floats. The weight that each has now.
-        total: Float or None. The loss of the model: the largest of all epochs, as any balancing
-            loss is large beside the small loss of a task that has been learned.
-        values: List of floats or None. The mean of each loss before its weight, over about the
-            steps of `total`. None or NaN if they were not measured: nothing is found then.
+    Only what is above the value of a loss at an even load counts: that is constant. `total` is the
+    largest loss of the model in all epochs, as any balancing loss is large beside the small loss of
+    a task that has been learned. `values` are the means of the losses before their weights, over
+    about the steps of `total`.
     """
-    if total is None or values is None:
-        return None
     constant = excess = 0.0
     names, advised = [], None
     for loss, weight, value in zip(router_losses, weights, values, strict=True):
@@ -309,26 +302,7 @@ def judge_heavy_losses(
     return Finding(HINT, f"{text}.", fix)
 
 
-def _as_counts(counts):
-    counts = ops.convert_to_numpy(counts).astype("float64")
-    if counts.ndim != 1 or not counts.size or not (counts >= 0).all():
-        raise ValueError(f"`counts` must be numbers (E,) of at least 0. Received: counts={counts}")
-    return counts
-
-
 def _share(name, value):
     if not 0 <= value <= 1 + 1e-4:  # a little more is a rounding error
         raise ValueError(f"`{name}` must be a share, from 0 to 1. Received: {name}={value}")
     return float(value)
-
-
-__all__ = [
-    "Finding",
-    "balance_advice",
-    "judge_drops",
-    "judge_heavy_losses",
-    "judge_load",
-    "judge_router",
-    "judge_weak_loss",
-]
-__dir__ = __all__.copy
