@@ -23,10 +23,10 @@ _LOG_ZERO = -1e9
 class MixtureNegativeLogLikelihood(keras.losses.Loss):
     """`-log sum_k w_k p_k(y)`, where each expert k predicts a distribution of the target y.
 
-    A squared error of the summed output makes experts cooperate, and predicts the mean of all
-    answers. This loss makes them compete: the expert that explains a sample best gets most of its
-    gradient, so each may give another answer. The weights of a sample should sum to 1, as with a
-    `DenseRouter`, or a `TopKRouter` with at least two experts.
+    It makes experts compete: the expert that explains a sample best gets most of its gradient, so
+    each may give another answer, where a squared error predicts the mean of all answers. The
+    weights of a sample should sum to 1, as with a `DenseRouter`, or a `TopKRouter` with at least
+    two experts.
 
     Args:
         distribution: String. "gaussian": outputs are means (D), with `scale=None` followed by
@@ -36,10 +36,11 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         normalized: Boolean. Whether a Gaussian has its normalizing constant. False, with a scale of
             1, is the competitive error of Jacobs et al., eq. 1.3. A learned scale needs it.
         name: String. Name of the loss.
-        **kwargs: `reduction` and `dtype`, as in `keras.losses.Loss`.
+        **kwargs: `reduction` and `dtype`, float32 or float64, as in `keras.losses.Loss`.
 
     Raises:
-        ValueError: If an argument is out of its range, or `y_true` does not fit `y_pred`.
+        ValueError: If an argument is out of its range, `y_true` does not fit `y_pred`, or with
+            `scale=None` the number of outputs D' is odd.
 
     Call arguments:
         y_true: (batch, ..., D) float tensor, or (batch, ...) integer tensor of classes, where -1
@@ -71,7 +72,10 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         name: str = "mixture_negative_log_likelihood",
         **kwargs: Any,
     ):
-        super().__init__(name=name, **kwargs)
+        super().__init__(name=name, **{"dtype": "float32", **kwargs})
+        if self.dtype not in ("float32", "float64"):
+            rule = "`dtype` must be float32 or float64, as others round class numbers and targets"
+            raise ValueError(f"{rule}. Received: dtype={self.dtype}")
         self.distribution = check_choice("distribution", distribution, ("gaussian", "categorical"))
         self.scale = None if scale is None else check_number("scale", scale, above=0)
         self.normalized = bool(normalized)
@@ -82,22 +86,47 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
     def __call__(
         self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None
     ) -> Tensor:
-        # Keras turns arrays into tensors, whose numbers are not looked at.
-        values = host_values(y_true)
-        if self.distribution == "categorical" and values is not None:
-            classes = _classes(y_pred)
-            wrong = values[~np.isin(values, classes)]
-            if wrong.size:
-                rule = f"`y_true` must have class numbers from 0 to {classes[-1]}, or -1 for any"
-                raise ValueError(f"{rule}. Received: {wrong[0]}")
+        self._check_classes(y_true, y_pred)  # Keras turns arrays into tensors.
         return super().__call__(y_true, y_pred, sample_weight)
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
-        return -ops.logsumexp(self._log_joint(y_true, y_pred), axis=-1)
+        return -ops.logsumexp(self._log_joint(y_true, y_pred, self.normalized), axis=-1)
+
+    def log_prob(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
+        """Return the logarithm of the density or probability of each target, (batch, ...)."""
+        return ops.logsumexp(self._log_joint(y_true, y_pred, True), axis=-1)
 
     def responsibilities(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """Return each expert's posterior probability for a sample, (batch, ..., K)."""
-        return ops.softmax(self._log_joint(y_true, y_pred), axis=-1)
+        return ops.softmax(self._log_joint(y_true, y_pred, True), axis=-1)
+
+    def unpack(self, y_pred: Tensor) -> dict[str, Tensor]:
+        """Return the parts of a prediction by name, a dict of float32 tensors.
+
+        "weights" (batch, ..., K), the weight of each expert; of Gaussians "means" and "scales"
+        (batch, ..., K, D), their standard deviations; of classes "probabilities" (batch, ..., K,
+        D).
+        """
+        weights = {"weights": ops.exp(_log_weights(y_pred))}
+        means, log_scales = self._parameters(y_pred)
+        if log_scales is None:
+            return {**weights, "probabilities": means}
+        return {**weights, "means": means, "scales": ops.exp(log_scales)}
+
+    def sample(self, y_pred: Tensor, seed: Any = None) -> Tensor:
+        """Draw a target for each prediction: (batch, ..., D) float32, or (batch, ...) classes.
+
+        `seed` is an integer, a `keras.random.SeedGenerator` or None, as in `keras.random.normal`.
+        """
+        means, log_scales = self._parameters(y_pred)
+        logs = _log_weights(y_pred) if log_scales is not None else ops.log(self.mean(y_pred))
+        drawn = keras.random.categorical(ops.reshape(logs, (-1, logs.shape[-1])), 1, seed=seed)
+        drawn = ops.reshape(drawn, ops.shape(logs)[:-1])
+        if log_scales is None:
+            return drawn
+        mean, log_scale = _of_expert(drawn, means), _of_expert(drawn, log_scales)
+        seed = seed + 1 if isinstance(seed, int) else seed  # other numbers than those above
+        return mean + ops.exp(log_scale) * keras.random.normal(ops.shape(mean), seed=seed)
 
     def mean(self, y_pred: Tensor) -> Tensor:
         """Return the mean of the mixture, (batch, ..., D); of classes their probabilities."""
@@ -109,9 +138,8 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         mean = self._average(y_pred, means)
         if log_scales is None:
             return mean * (1 - mean)
-        return self._average(y_pred, ops.square(means - ops.expand_dims(mean, -2))) + (
-            self._average(y_pred, ops.exp(2 * log_scales))
-        )
+        squares = ops.square(means - ops.expand_dims(mean, -2)) + ops.exp(2 * log_scales)
+        return self._average(y_pred, squares)
 
     def mode(self, y_pred: Tensor) -> Tensor:
         """Return the mean of the expert with the highest peak (batch, ..., D), or the class."""
@@ -119,14 +147,13 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         if log_scales is None:
             return ops.argmax(self.mean(y_pred), axis=-1)
         peaks = _log_weights(y_pred) - ops.sum(log_scales, axis=-1)
-        best = ops.one_hot(ops.argmax(peaks, axis=-1), means.shape[-2], dtype=means.dtype)
-        return ops.sum(ops.expand_dims(best, -1) * means, axis=-2)
+        return _of_expert(ops.argmax(peaks, axis=-1), means)
 
-    def _log_joint(self, y_true, y_pred):
+    def _log_joint(self, y_true, y_pred, normalized):
         """Logarithms of `w_k p_k(y)`, (batch, ..., K)."""
-        y_pred = ops.convert_to_tensor(y_pred, "float32")
+        self._check_classes(y_true, y_pred)
         if self.distribution == "categorical":
-            logs = ops.log_softmax(y_pred[..., 1:], axis=-1)
+            logs = ops.log_softmax(_outputs(y_pred), axis=-1)
             targets = ops.cast(_targets(y_true, logs.shape[:-2]), "float32")
             is_chosen = ops.equal(ops.expand_dims(targets, -1), _classes(y_pred))
             # Only the chosen class: minus infinity times zero is NaN.
@@ -137,17 +164,31 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         wanted = (*means.shape[:-2], means.shape[-1])
         targets = ops.expand_dims(ops.cast(_targets(y_true, wanted), "float32"), -2)
         distances = ops.square((targets - means) / ops.exp(log_scales))
-        if self.normalized:
+        if normalized:
             distances = distances + 2 * log_scales + math.log(2 * math.pi)
         return _log_weights(y_pred) - 0.5 * ops.sum(distances, axis=-1)
 
+    def _check_classes(self, y_true, y_pred):
+        """Refuse numbers of no class, if they are on the host."""
+        values = host_values(y_true)
+        if self.distribution == "categorical" and values is not None:
+            wrong = values[~np.isin(values, _classes(y_pred))]
+            if wrong.size:
+                rule = f"from 0 to {y_pred.shape[-1] - 2}, or -1 for any"
+                raise ValueError(f"`y_true` must have class numbers {rule}. Received: {wrong[0]}")
+
     def _parameters(self, y_pred):
         """Means (batch, ..., K, D) and logarithms of scales, None of classes."""
-        outputs = ops.convert_to_tensor(y_pred, "float32")[..., 1:]
+        outputs = _outputs(y_pred)
         if self.distribution == "categorical":
             return ops.softmax(outputs, axis=-1), None
         if self.scale is not None:
             return outputs, ops.full_like(outputs, math.log(self.scale))
+        if outputs.shape[-1] % 2:
+            raise ValueError(
+                "With `scale=None` experts must have an even number of outputs, means followed by "
+                f"logarithms of scales. Received: {outputs.shape[-1]} outputs"
+            )
         return tuple(ops.split(outputs, 2, axis=-1))
 
     def _average(self, y_pred, values):
@@ -157,6 +198,20 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
     def get_config(self):
         names = ("distribution", "scale", "normalized")
         return {**super().get_config(), **{name: getattr(self, name) for name in names}}
+
+
+def _log_weights(y_pred):
+    return ops.convert_to_tensor(y_pred, "float32")[..., 0]
+
+
+def _outputs(y_pred):
+    return ops.convert_to_tensor(y_pred, "float32")[..., 1:]
+
+
+def _of_expert(number, values):
+    """The values (batch, ..., K, D) of one expert (batch, ...) for each prediction."""
+    chosen = ops.expand_dims(ops.one_hot(number, values.shape[-2], dtype=values.dtype), -1)
+    return ops.sum(chosen * values, axis=-2)
 
 
 def _classes(y_pred):
@@ -181,7 +236,8 @@ def pack_mixture(routing: Routing, expert_outputs: Tensor) -> Tensor:
     """Combine weights and expert outputs in one tensor, the prediction of a mixture.
 
     A Keras loss receives one tensor for each output. The first entry of each expert is the
-    logarithm of its weight.
+    logarithm of its weight, the others are its outputs; `MixtureNegativeLogLikelihood.unpack`
+    returns them by name.
 
     Args:
         routing: `ops.Routing` of T tokens.
@@ -212,7 +268,3 @@ class _PackMixture(keras.layers.Layer):
 
     def call(self, expert_outputs, logs):
         return ops.concatenate([logs, expert_outputs], axis=-1)
-
-
-def _log_weights(y_pred):
-    return ops.cast(y_pred[..., 0], "float32")

@@ -15,9 +15,7 @@ class RouterLoss(Configured):
     """Abstract: a weighted scalar of a routing.
 
     A subclass implements `compute(routing)`, which returns the loss before its weight, one float.
-    With state, it returns the variables that each layer keeps for it from `state_shapes`, and
-    implements `compute(routing, state)`, which returns the loss and the new state; the state is
-    None in evaluation. Class attributes describe it:
+    A loss with state implements `state_shapes` as well. Class attributes describe it:
 
     - `balances`: whether it evens out the load. Advice about the layer then names it.
     - `per_sequence`: whether `compute` has an argument `sequence_length` as well.
@@ -40,7 +38,7 @@ class RouterLoss(Configured):
     balances = False
     per_sequence = False
 
-    def __init__(self, weight: float):
+    def __init__(self, weight: float = 1e-2):
         self.weight = check_number("weight", weight)
 
     def __call__(self, routing, *args, **kwargs):
@@ -52,11 +50,15 @@ class RouterLoss(Configured):
         return self.weight * self.compute(routing, *args, **kwargs)
 
     def state_shapes(self, num_experts: int) -> dict[str, tuple]:
-        """Return the variables of the loss, zeros at first: a dict of names to (shape, dtype)."""
+        """Return the state that each layer keeps, zeros at first: names to (shape, dtype)."""
         return {}
 
     def compute(self, routing: Any, *args: Any) -> Any:
-        """Return the loss before its weight; with a state, also the new state, in its order."""
+        """Return the loss before its weight.
+
+        A loss with state gets `compute(routing, state)`, and returns the loss and the new state, in
+        the order of `state_shapes`. In evaluation the state is None.
+        """
         raise NotImplementedError(f"{type(self).__name__} must implement `compute(routing)`.")
 
     def get_config(self):
@@ -77,9 +79,6 @@ class LoadBalance(RouterLoss):
     """
 
     balances = True
-
-    def __init__(self, weight: float = 1e-2):
-        super().__init__(weight)
 
     def compute(self, routing):
         return _load_balance(routing.counts, routing)
@@ -170,9 +169,6 @@ class ImportanceVariation(RouterLoss):
 
     balances = True
 
-    def __init__(self, weight: float = 1e-2):
-        super().__init__(weight)
-
     def compute(self, routing):
         return _squared_variation(masked_mean(routing.probs, routing.mask))
 
@@ -190,9 +186,6 @@ class LoadVariation(RouterLoss):
     """
 
     balances = True
-
-    def __init__(self, weight: float = 1e-2):
-        super().__init__(weight)
 
     def compute(self, routing):
         return _squared_variation(ops.convert_to_tensor(routing.load))
@@ -249,9 +242,6 @@ class SelectorEntropy(RouterLoss):
 
     Reference: Hazimeh et al. 2021 (arXiv:2106.03760), section 3.3, entropy regularization.
     """
-
-    def __init__(self, weight: float = 1e-2):
-        super().__init__(weight)
 
     def compute(self, routing):
         if isinstance(routing.selectors, tuple):
