@@ -45,13 +45,9 @@ __dir__ = __all__.copy
 
 @register
 def load_imbalance(counts: Tensor) -> Tensor:
-    """Load of the busiest expert above the mean: `max / mean - 1`, also known as MaxVio.
+    """Load of the busiest expert above the mean of `counts` (E,), float32: `max / mean - 1`.
 
-    Args:
-        counts: Tensor or list, (E,). Assignments per expert.
-
-    Returns:
-        Scalar, float32: 0 at balance or without assignments, E - 1 if one expert has everything.
+    Also known as MaxVio. 0 at balance or without assignments, E - 1 if one expert has everything.
 
     Reference: Wang et al. 2024 (arXiv:2408.15664), eq. 4.
     """
@@ -100,9 +96,7 @@ def router_entropy(routing: Routing) -> Tensor:
 def unserved_fraction(routing: Routing, plan: GroupedPlan | SoftPlan) -> Tensor:
     """Share of the real tokens whose assignments were all dropped, or that no expert chose.
 
-    Args:
-        routing: An `ops.Routing`.
-        plan: The plan of the routing, `router.plan(routing)`.
+    Of an `ops.Routing` and its plan, `router.plan(routing)`; float32 scalar.
     """
     unserved = ops.logical_not(plan.served())
     return masked_mean(ops.cast(unserved, "float32"), routing.mask)
@@ -111,15 +105,9 @@ def unserved_fraction(routing: Routing, plan: GroupedPlan | SoftPlan) -> Tensor:
 def router_saturation(before: Routing, after: Routing) -> Tensor:
     """How far routing has settled: the share of a token's experts that it had before.
 
-    Args:
-        before: An `ops.Routing` of some tokens at a checkpoint.
-        after: The routing of the same tokens at a later one.
-
-    Returns:
-        Scalar, float32; 1 if nothing changed, about K / E if nothing is left, 0 if all is padding.
-
-    Raises:
-        ValueError: If the routings differ in their numbers of tokens or experts.
+    Of the `ops.Routing` of some tokens at two checkpoints. Scalar, float32: 1 if nothing changed,
+    about K / E if nothing is left, 0 if all is padding. Raises a ValueError if the routings differ
+    in their numbers of tokens or experts.
 
     Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.1.
     """
@@ -135,10 +123,9 @@ def router_saturation(before: Routing, after: Routing) -> Tensor:
 
 
 def coactivation(routing: Routing) -> Tensor:
-    """Which experts serve the same tokens of a routing, (E, E) float32.
+    """Share of the tokens of the row's expert that the column's expert serves too, (E, E) float32.
 
-    The share of the tokens of the row's expert that the column's expert serves too; 0 without
-    tokens.
+    Of an `ops.Routing`; 0 without tokens.
 
     Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.2.
     """
@@ -182,8 +169,7 @@ def count_table(routing: Routing, groups: Tensor, num_groups: int) -> Tensor:
 def mutual_information(table: Tensor) -> Tensor:
     """Mutual information of a token's group and its expert, in nats, float32.
 
-    Args:
-        table: Tensor or list, (G, E). Assignments of each group to each expert, see `count_table`.
+    `table` is a tensor or list (G, E), the assignments of `count_table`.
     """
     table = as_counts(table, "GE", "table")
     joint = table / ops.maximum(ops.sum(table), 1.0)
@@ -198,14 +184,11 @@ def expert_saliency(
     """Saliency of each expert, for pruning: mean over its tokens of weight times norm of output.
 
     Args:
-        layer: A `layers.MixtureOfExperts` whose tokens choose experts.
+        layer: A `layers.MixtureOfExperts` whose tokens choose experts, else a ValueError is raised.
         inputs, mask, token_ids: Tensors or lists, or None. As in a call of the layer.
 
     Returns:
         (E,) float32; 0 for an expert without tokens.
-
-    Raises:
-        ValueError: If the tokens of the layer do not choose their experts.
 
     Reference: Lasby et al. 2025, REAP (arXiv:2510.13999), eq. 9.
     """

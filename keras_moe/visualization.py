@@ -70,7 +70,7 @@ def confidence(routings: dict | Tensor) -> Figure:
             these by layer.
 
     Raises:
-        ValueError: If there is no layer, or an array does not hold probabilities.
+        ValueError: If an array does not hold probabilities.
 
     Example:
 
@@ -81,8 +81,7 @@ def confidence(routings: dict | Tensor) -> Figure:
         found[name] = value = value.probs[value.mask] if isinstance(value, Routing) else value
         is_table = value.ndim == 2 and value.shape[1] and value.dtype.kind == "f"
         if not is_table or not ((value >= 0) & (value <= 1 + 1e-4)).all():
-            received = f"{value.dtype} of shape {value.shape}"
-            raise ValueError(f"Probabilities must be floats (T, E) in [0, 1]. Received: {received}")
+            _refuse("Probabilities must be floats (T, E) in [0, 1]", value)
     return _figure(found, _draw_confidence)
 
 
@@ -108,8 +107,8 @@ def specialization(
     """Which expert serves which kind of token: each row is a label, each column an expert.
 
     Colours are the share of the label's assignments. The title gives the mutual information of
-    label and expert in bits, and the entropy of the expert, its upper bound. Integers stand in
-    their order, strings the most frequent first. The first 30 are drawn; the title is over all.
+    label and expert in bits, and its upper bound. Integers stand in their order, strings the most
+    frequent first. The first 30 are drawn; the title is over all.
 
     Args:
         routings: As in `coactivation`.
@@ -142,11 +141,8 @@ def labels_of_tokens(labels, num_tokens):
     fits = labels.size and not num_tokens % labels.size
     fits = fits and labels.size in (math.prod(labels.shape[:1]), num_tokens)
     if not fits or labels.dtype.kind not in "biuUS":
-        raise ValueError(
-            "Labels must be integers or strings, one for each token or for each of equally long "
-            f"documents. Received: labels of {labels.dtype} and shape {labels.shape} for "
-            f"{num_tokens} tokens"
-        )
+        rule = f"one for each of {num_tokens} tokens or of equally long documents"
+        _refuse(f"Labels must be integers or strings, {rule}", labels)
     # Unsigned integers have no -1, which stands for padding.
     labels = labels.astype("int64") if labels.dtype.kind in "iu" else labels
     return np.repeat(labels.reshape(-1), num_tokens // labels.size)
@@ -210,8 +206,7 @@ def shares_over_time(shares: dict | Tensor, first_epoch: int = 0) -> Figure:
     layers = by_layer(shares)
     for array in layers.values():
         if array.ndim != 2 or (array < 0).any():
-            received = f"{array.dtype} of shape {array.shape}"
-            raise ValueError(f"Shares must be (time, E), at least 0 or NaN. Received: {received}")
+            _refuse("Shares must be (time, E), at least 0 or NaN", array)
     return _figure(layers, functools.partial(_draw_shares, first_epoch=first_epoch))
 
 
@@ -291,13 +286,16 @@ def _routings(source, num_experts):
         if isinstance(value, Routing):
             continue
         if value.ndim != 2 or not value.size or value.dtype.kind not in "iu":
-            received = f"{value.dtype} of shape {value.shape}"
-            raise ValueError(f"The experts of tokens must be integers (T, K). Received: {received}")
+            _refuse("The experts of tokens must be integers (T, K)", value)
         number = max(int(value.max()) + 1, 1) if num_experts is None else num_experts
         check_indices("indices", value, check_integer("num_experts", number))
         counts, mask = np.bincount(value[value >= 0], minlength=number), (value >= 0).any(axis=1)
         found[name] = Routing(value.astype("int32"), None, None, None, mask, counts, None)
     return found
+
+
+def _refuse(rule, array):
+    raise ValueError(f"{rule}. Received: {array.dtype} of shape {array.shape}")
 
 
 def _figure(layers, draw, panel_size=PANEL_SIZE):

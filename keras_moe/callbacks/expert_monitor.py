@@ -19,44 +19,37 @@ from keras_moe.inspection import moe_layers
 class ExpertMonitor(keras.callbacks.Callback):
     """Logs the load of the experts after each epoch.
 
-    The logs get a few numbers over all `MixtureOfExperts` layers, which appear in the progress bar
-    and in the history of `fit`:
+    The logs get a few numbers over all `MixtureOfExperts` layers:
 
-    - `load_imbalance`: load of the busiest expert above the mean, 0 at balance; in the least even
-      layer, and in validation as `val_load_imbalance`
+    - `load_imbalance`: load of the busiest expert above the mean, 0 at balance, in the least even
+      layer; in validation `val_load_imbalance`
     - `dead_experts`: number of experts with less than a thousandth of the mean of their layer
     - `dropped_fraction`, with a capacity: share of the assignments that found no slot, in the layer
       that drops most
     - `router_loss`, with router losses: their sum, each times its weight
 
-    `history` has all numbers of each layer, a dict of lists as `keras.callbacks.History` has it,
-    `TensorBoard` has them, and with `per_layer=True` so have the logs. For a layer `"moe"` they are
-    `moe_load_imbalance` and so on, in validation `val_moe_load_imbalance`:
+    `history`, a dict of lists by epoch as in `keras.callbacks.History`, has these numbers and more
+    of each layer: of a layer `"moe"` `moe_load_imbalance`, in validation `val_moe_load_imbalance`.
 
-    - `load_imbalance`, `dead_experts`, `dropped_fraction`: as above
-    - `load_entropy`: entropy of the shares of the experts over `log E`, 1 at balance, 0 if one
-      expert has everything
+    - `load_entropy`: entropy of the experts' shares over `log E`, 1 at balance, 0 in a collapse
     - `router_entropy`: entropy of a token's scores over `log E`, 1 undecided, 0 decided
     - `load_balance_loss`, ...: mean of each router loss by its name, before its weight
     - `expert_share_0`, ...: each expert's share, with `expert_shares=True`
     - and one for each of `metrics`, by the name of the function
 
     Callbacks that monitor a number, such as `EarlyStopping("val_load_imbalance", mode="min")`, come
-    after the monitor. `model.evaluate` prints `load_imbalance`, `dead_experts` and
-    `dropped_fraction`, but does not return them: a callback after the monitor can keep them, such
-    as `LambdaCallback(on_test_end=numbers.update)` with a dict.
+    after this one. `model.evaluate` prints the first three numbers but does not return them: add
+    `LambdaCallback(on_test_end=numbers.update)` with a dict.
 
-    The attributes `shares` and `validation_shares` are for `visualization.shares_over_time`: dicts
-    from layers to lists with the shares (E,) of each epoch, NaN for an epoch without the monitor or
-    without validation. `fit` starts new ones, or with an `initial_epoch` continues those it has,
-    also if you assigned them.
+    `shares` and `validation_shares`, for `visualization.shares_over_time`, are dicts from layers to
+    lists with the shares (E,) of each epoch, NaN for an epoch without the monitor or validation.
+    `fit` starts new ones, or with an `initial_epoch` continues those that are there.
 
     Args:
         expert_shares: Boolean. Whether the numbers of a layer include each expert's share.
-        log_dir: String or path. Folder for TensorBoard, or None. The numbers of each layer are
-            written to its folders `train` and `validation`, which `keras.callbacks.TensorBoard`
-            uses too, as `LAYER/load_imbalance` and so on, with the shares as the histogram
-            `LAYER/shares` and the heat map `LAYER/shares_over_time`. Needs
+        log_dir: String or path. Folder for TensorBoard, or None. The numbers of each layer go to
+            its folders `train` and `validation`, as `LAYER/load_imbalance` and so on, with the
+            shares as the histogram `LAYER/shares` and the heat map `LAYER/shares_over_time`. Needs
             `pip install tensorboard matplotlib`.
         metrics: List of functions from the counts of a layer, a NumPy array (E,) of the assignments
             of each expert in the epoch, to a number. It is NaN without counts.
@@ -156,14 +149,15 @@ class ExpertMonitor(keras.callbacks.Callback):
         training = self._training or self._read_training()
         test: tuple = self._test or ({}, {})
         self._add_logs(logs, training[0])
-        weighted = [
+        losses = [
             np.dot(layer.loss_weights_in_force, layer.last_losses)
             for layer in moe_layers(self.model).values()
-            if layer.router_losses and layer.built
+            if layer.router_losses and layer.last_losses is not None
         ]
-        if weighted:
-            logs["router_loss"] = float(sum(weighted))
-        self._add_logs(logs, test[0], "val_")
+        if losses:
+            logs["router_loss"] = float(sum(losses))
+        if test[0]:
+            self._add_logs(logs, test[0], "val_")
         for key, value in {**_by_key(training[0]), **_by_key(test[0], "val_")}.items():
             self.history.setdefault(key, []).append(value)
         for split, (numbers, shares), so_far in (
@@ -177,34 +171,27 @@ class ExpertMonitor(keras.callbacks.Callback):
                 self._event_files.write(split, epoch, numbers, so_far)
 
     def _add_logs(self, logs, numbers, prefix=""):
-        """Add the numbers over all layers, in validation during a training only one."""
-        if not numbers:
-            return
-        imbalance, dead, dropped = (
-            [of_layer[key] for of_layer in numbers.values()]
-            for key in ("load_imbalance", "dead_experts", "dropped_fraction")
-        )
-        logs[f"{prefix}load_imbalance"] = max(imbalance)
+        """Add the numbers over all layers; of the validation of an epoch only one."""
+        imbalances = [each["load_imbalance"] for each in numbers.values()]
+        logs[f"{prefix}load_imbalance"] = max(imbalances, default=0.0)
         if not prefix:
-            logs["dead_experts"] = sum(dead)
-            if any(layer.capacity is not None for layer in moe_layers(self.model).values()):
-                logs["dropped_fraction"] = max(dropped)
+            logs["dead_experts"] = sum(each["dead_experts"] for each in numbers.values())
+            if any(layer.capacity for layer in moe_layers(self.model).values()):
+                dropped = [each["dropped_fraction"] for each in numbers.values()]
+                logs["dropped_fraction"] = max(dropped, default=0.0)
         if self.per_layer:
             logs.update(_by_key(numbers, prefix))
 
     def _keep_shares_before(self, epoch):
         """Keep the shares of earlier trainings, if this one continues them."""
-        sizes = {
-            name: (layer.experts.num_experts,) for name, layer in moe_layers(self.model).items()
-        }
-        self.shares, self.validation_shares = (
-            {
-                name: list(rows[:epoch])
-                for name, rows in shares.items()
-                if epoch and np.shape(rows)[1:] == sizes.get(name)
-            }
-            for shares in (self.shares, self.validation_shares)
-        )
+        layers = moe_layers(self.model)
+        sizes = {name: (layer.experts.num_experts,) for name, layer in layers.items()}
+
+        def kept(shares):
+            fitting = (name for name in shares if np.shape(shares[name])[1:] == sizes.get(name))
+            return {name: list(shares[name][:epoch]) for name in fitting if epoch}
+
+        self.shares, self.validation_shares = kept(self.shares), kept(self.validation_shares)
 
     def _count_evaluation(self, counts):
         for layer in moe_layers(self.model).values():

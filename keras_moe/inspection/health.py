@@ -149,9 +149,9 @@ def spread(counts, top_k):
 def judge_load(counts: Tensor, top_k: int, advice: str) -> list[Finding]:
     """Findings about the load of the experts.
 
-    A problem where experts are dead, as `metrics.dead_experts` counts them, or in a collapse, where
-    the entropy of the shares is close to the entropy of K equal shares. A hint where the busiest
-    expert does more than twice the mean, or with fewer than 20 assignments an expert.
+    A problem if experts are dead, as `metrics.dead_experts` counts them, or in a collapse, where
+    few more than K experts do the work. A hint if the busiest expert does more than twice the mean,
+    or with fewer than 20 assignments an expert.
 
     Args:
         counts: List or array, (E,). Assignments per expert.

@@ -25,8 +25,8 @@ def record_routings(
         training: Boolean. Whether the model is called as in training, with the noise of routers.
 
     Returns:
-        Dict from the name of each MoE layer to a list with one `ops.Routing` of NumPy arrays for
-        each of its calls: one a batch, unless the model calls a layer more often.
+        Dict from the name of each MoE layer to a list of its `ops.Routing`, of NumPy arrays: one a
+        batch, unless the model calls the layer more often.
 
     Raises:
         ValueError: If the model has no MoE layer or cannot run on the batches, or `batches` is one.
@@ -108,12 +108,8 @@ def listening(listeners):
 def count_in_evaluation(model: keras.Model) -> contextlib.AbstractContextManager:
     """A context in which the MoE layers of a model count in inference as they do in training.
 
-    They stop when the context ends, also by an exception. `evaluate` and `predict` are traced again
-    in it and after it. Functions that you compile yourself count whenever they are called, if they
-    were compiled in the context, and otherwise never.
-
-    Args:
-        model: A Keras model with MoE layers.
+    `evaluate` and `predict` are traced again in it and after it. A function that you compile
+    yourself counts always, if it was compiled in the context, and otherwise never.
 
     Example:
 
@@ -121,8 +117,6 @@ def count_in_evaluation(model: keras.Model) -> contextlib.AbstractContextManager
     >>> model = keras.Sequential([keras.Input((16,)), moe])
     >>> with keras_moe.inspection.count_in_evaluation(model):
     ...     outputs = model(keras.random.normal((8, 16)))
-    >>> int(keras.ops.sum(moe.expert_counts))
-    16
     """
     layers = dict.fromkeys(moe_layers(model).values(), True)
     functions = ("test_function", "predict_function")
@@ -150,11 +144,10 @@ def _setting(name, values, model=None, traced_again=()):
 def replaying(model: keras.Model, routings: dict) -> contextlib.AbstractContextManager:
     """A context in which the MoE layers of a model use recorded choices of experts.
 
-    Weights come from the live scores, with their gradient, as with `indices` in a call of a layer.
-    So a policy is trained on the experts that it used when it acted (router replay). `fit`,
-    `evaluate` and `predict` are traced again in it and after it, so no callback of `fit` can enter
-    it. A function that you compile yourself keeps the choices it was compiled with. In a context
-    within another, layers without an entry keep the choices of the outer one.
+    Weights come from the live scores, with their gradient: router replay trains a policy on the
+    experts that it used when it acted. `fit`, `evaluate` and `predict` are traced again in it and
+    after it, so no callback of `fit` can enter it. A function that you compile yourself keeps the
+    choices it was compiled with. In a nested context, layers without an entry keep their choices.
 
     Args:
         model: A Keras model.

@@ -17,22 +17,12 @@ from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.stacked_experts import StackedExperts
 from keras_moe.ops.platforms import named_platform
 
-_HEADER = ("layer", "experts", "parameters", "active", "FLOPs a token", "busiest", "dead", "engine")
-
 
 def moe_layers(model: keras.Model) -> dict[str, MixtureOfExperts]:
-    """The MoE layers of a model by name; by path or number, where two have the same name.
+    """The MoE layers of a Keras model by name, a dict in the order of the model.
 
-    Paths leave out their common prefix, such as the name of the model.
-
-    Args:
-        model: A Keras model.
-
-    Returns:
-        Dict of names to `layers.MixtureOfExperts`, in the order of the model.
-
-    Raises:
-        ValueError: If the model has none.
+    Where two have the same name, it is their path, without what all paths begin with, or a number.
+    Raises a ValueError if the model has no `layers.MixtureOfExperts`.
 
     Example:
 
@@ -79,12 +69,10 @@ class LayerSummary(NamedTuple):
 
     - `name`: its name in the model.
     - `num_experts`, `top_k`: experts, and how many of them serve a token at most.
-    - `parameters`, `active_parameters`: all that are trained, and those that work on one token;
-      experts that differ in size count with their mean. K experts work on a token (with
-      `routers.TopPRouter` at most), with `routers.ReLURouter` its target, with
-      `routers.ExpertChoiceRouter` the capacity factor, with `routers.DenseRouter` all, with
-      `routers.SoftRouter` 1, as if there were as many slots as tokens. Shared experts count in each
-      layer.
+    - `parameters`, `active_parameters`: all that are trained, and those that work on one token, on
+      which K experts work (`routers.TopPRouter` at most, `ReLURouter` its target,
+      `ExpertChoiceRouter` the capacity factor, `DenseRouter` all, `SoftRouter` 1, as if there were
+      as many slots as tokens). Experts that differ in size count with their mean.
     - `flops`: of one token, forward, at two for each active parameter.
     - `counts`: assignments per expert, or sums of their weights where all serve each token, since
       the counters were last reset, or in the epoch before that, if they are empty.
@@ -148,9 +136,8 @@ def summarize(model: keras.Model) -> list[LayerSummary]:
 def summary(model: keras.Model, print_fn: Callable = print) -> None:
     """Print the size and the use of each MoE layer of a model: `model.summary()` for experts.
 
-    Below the parameters of the model, as `model.count_params()` counts them, a table has one row
-    for each MoE layer, see `inspection.LayerSummary`. `busiest` is the load of the busiest expert,
-    where 1 is an equal share, and `dead` the number of `metrics.dead_experts`: in the last epoch or
+    Each row has an `inspection.LayerSummary`. `busiest` is the load of the busiest expert, where 1
+    is an equal share, and `dead` the number of `metrics.dead_experts`: in the last epoch or
     evaluation that an `ExpertMonitor` watched, in all of a training without.
 
     Args:
@@ -164,7 +151,8 @@ def summary(model: keras.Model, print_fn: Callable = print) -> None:
     """
     layers, (total, active) = summarize(model), count_parameters(model)
     lines = [f"{as_text(model.name)}: {total:,} parameters, {active:,} of them active for a token"]
-    lines += ["", *table([_HEADER, *map(_row, layers)])]
+    rows = list(map(table_row, layers))
+    lines += ["", *table([list(rows[0]), *(list(row.values()) for row in rows)])]
     if not any(sum(layer.counts) for layer in layers):
         lines += [
             "",
@@ -175,19 +163,20 @@ def summary(model: keras.Model, print_fn: Callable = print) -> None:
         print_fn(line)
 
 
-def _row(layer):
+def table_row(layer):
+    """The cells of a table about a `LayerSummary`, a dict of texts by column."""
     used = sum(layer.counts) > 0
     busiest = float(metrics.load_imbalance(layer.counts)) + 1
-    return (
-        as_text(layer.name),
-        f"{layer.top_k} of {layer.num_experts}",
-        f"{layer.parameters:,}",
-        f"{layer.active_parameters:,}",
-        f"{layer.flops:,}",
-        f"{busiest:.2f} x fair" if used else "-",
-        f"{int(metrics.dead_experts(layer.counts))}" if used else "-",
-        f"{layer.engine or '-'} ({layer.platform})",
-    )
+    return {
+        "layer": as_text(layer.name),
+        "experts": f"{layer.top_k} of {layer.num_experts}",
+        "parameters": f"{layer.parameters:,}",
+        "active": f"{layer.active_parameters:,}",
+        "FLOPs a token": f"{layer.flops:,}",
+        "busiest": f"{busiest:.2f} x fair" if used else "-",
+        "dead": f"{int(metrics.dead_experts(layer.counts))}" if used else "-",
+        "engine": f"{layer.engine or '-'} ({layer.platform})",
+    }
 
 
 def count_parameters(model: keras.Model) -> tuple[int, int]:

@@ -31,15 +31,11 @@ IDENTIFIERS = {
 
 
 def get(identifier: Any) -> RouterLoss:
-    """Return a router loss.
+    """Return a `RouterLoss` from one, its config, or the name of a class for its defaults.
 
-    Args:
-        identifier: A `RouterLoss`, its config, or a name: "global_load_balance",
-            "importance_variation", "load_balance", "load_variation", "router_entropy", "router_z",
-            "selector_entropy" or "sequence_load_balance", each with the defaults of its class.
-
-    Raises:
-        TypeError: If `identifier` is none of these.
+    Names: "global_load_balance", "importance_variation", "load_balance", "load_variation",
+    "router_entropy", "router_z", "selector_entropy" and "sequence_load_balance". Raises a TypeError
+    for anything else.
     """
     return resolve("router_losses", identifier, RouterLoss, IDENTIFIERS)
 

@@ -20,7 +20,7 @@ class RouterLoss(Configured):
     - `balances`: whether it evens out the load. Advice about the layer then names it.
     - `per_sequence`: whether `compute` has an argument `sequence_length` as well.
     - `usual_weight` and `value_at_balance`, optional: a weight that works, and the loss at an even
-      load. With them `callbacks.ExpertHealth` warns of a weight that is too small or too large.
+      load, from which `callbacks.ExpertHealth` judges the present weight.
 
     Args:
         weight: Float, at least 0. Factor of the loss. Each layer copies it into a variable, which
@@ -59,7 +59,7 @@ class RouterLoss(Configured):
         A loss with state gets `compute(routing, state)`, and returns the loss and the new state, in
         the order of `state_shapes`. In evaluation the state is None.
         """
-        raise NotImplementedError(f"{type(self).__name__} must implement `compute(routing)`.")
+        raise NotImplementedError
 
     def get_config(self):
         return {**super().get_config(), "weight": self.weight}
@@ -70,11 +70,9 @@ class LoadBalance(RouterLoss):
     """Spreads tokens over the experts: `E * sum_e f_e * P_e`, 1 at balance, more when skewed.
 
     `f_e` is expert e's share of all assignments over all K choices, before any drop; `P_e` is its
-    mean probability, through which alone the gradient flows. It does not grow with K, as in some
-    implementations.
+    mean probability, through which alone the gradient flows. The value does not grow with K.
 
     Arguments, errors and an example: as for `RouterLoss`.
-
     Reference: Fedus et al. 2021 (arXiv:2101.03961), eq. 4 to 6.
     """
 
@@ -93,7 +91,6 @@ class SequenceLoadBalance(RouterLoss):
     given. A sequence of padding alone is left out.
 
     Arguments, errors and an example: as for `RouterLoss`.
-
     Reference: DeepSeek-V3 (arXiv:2412.19437), eq. 17 to 20.
     """
 
@@ -131,7 +128,6 @@ class GlobalLoadBalance(RouterLoss):
             calls of the layer in one pass.
 
     Other arguments, errors and an example: as for `RouterLoss`.
-
     Reference: Qiu et al. 2025 (arXiv:2501.11873), section 3.
     """
 
@@ -162,7 +158,6 @@ class ImportanceVariation(RouterLoss):
     """Evens out the summed scores of the experts: their squared coefficient of variation.
 
     Arguments, errors and an example: as for `RouterLoss`.
-
     Reference: Shazeer et al. 2017 (arXiv:1701.06538), eq. 6 and 7, of the scores of all experts as
     in V-MoE (arXiv:2106.05974), appendix A.1.
     """
@@ -181,7 +176,6 @@ class LoadVariation(RouterLoss):
     of any other router is a count without a gradient: use `LoadBalance` there.
 
     Arguments, errors and an example: as for `RouterLoss`.
-
     Reference: Shazeer et al. 2017 (arXiv:1701.06538), eq. 8 to 11.
     """
 
@@ -196,7 +190,6 @@ class RouterZ(RouterLoss):
     """Keeps router logits small: mean over real tokens of `logsumexp(logits) ** 2`.
 
     Arguments, errors and an example: as for `RouterLoss`.
-
     Reference: Zoph et al. 2022, ST-MoE (arXiv:2202.08906), eq. 5.
     """
 
@@ -215,7 +208,6 @@ class RouterEntropy(RouterLoss):
     For a router that chooses by a threshold, as `routers.TopPRouter` does.
 
     Arguments, errors and an example: as for `RouterLoss`.
-
     Reference: Huang et al. 2024 (arXiv:2403.07652), eq. 6.
     """
 
@@ -232,14 +224,7 @@ class SelectorEntropy(RouterLoss):
 
     Means over real tokens, in nats. Another router counts as one selector with its scores.
 
-    Arguments and errors: as for `RouterLoss`.
-
-    Example:
-
-    >>> loss = keras_moe.losses.SelectorEntropy(weight=1e-2)
-    >>> router = keras_moe.routers.DSelectKRouter(num_experts=8)
-    >>> value = loss(router(keras.random.normal((32, 64))))
-
+    Arguments, errors and an example: as for `RouterLoss`.
     Reference: Hazimeh et al. 2021 (arXiv:2106.03760), section 3.3, entropy regularization.
     """
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import keras
 
+__all__ = ["report"]
+
 
 def report(
     model: keras.Model,
@@ -14,15 +16,12 @@ def report(
     tokens: Any = None,
     path: str | os.PathLike = "report.html",
 ) -> pathlib.Path:
-    """Write one self-contained HTML page about the experts of a model.
+    """Write one self-contained HTML page about the experts of a model, and return its path.
 
     It opens without a network and shows verdicts with what to try, a table of the layers, plots,
     and the text coloured by the expert that served each token, with weights and probabilities under
     the mouse or the arrow keys. All of the data are shown: pass a few hundred documents. Needs
     matplotlib: `pip install matplotlib`.
-
-    Layers that see different tokens, as the encoder and decoder of a translator do, take their own
-    `labels` and `tokens`: a dict of them by the name of the layer.
 
     Args:
         model: A Keras model.
@@ -31,8 +30,9 @@ def report(
         labels: Integers or strings, one for each document or (documents, positions), or None.
         tokens: Strings to show, for each document a list or a text that is split at blanks, or
             None, which shows integer data as they are. Where a layer sees fewer positions than
-            there are tokens, each position shows the neighbours it stands for.
-        path: String or path. File to write, which is whole or not there. It is returned.
+            there are tokens, each position shows the neighbours it stands for. Layers that see
+            different tokens take a dict of `tokens` or `labels` by the name of the layer.
+        path: String or path. File to write, which is whole or not there.
 
     Raises:
         ValueError: If `data` is empty or not what the model takes, or `labels` or `tokens` do not
@@ -44,8 +44,8 @@ def report(
     >>> import tempfile
     >>> moe = keras_moe.layers.MixtureOfExperts(keras_moe.layers.FeedForwardExperts(4, 32))
     >>> model = keras.Sequential([keras.layers.Embedding(100, 16), moe])
-    >>> data = [[5, 6, 7], [8, 9, 10]]
-    >>> path = keras_moe.report(model, data, path=f"{tempfile.mkdtemp()}/report.html")
+    >>> data, path = [[5, 6, 7], [8, 9, 10]], f"{tempfile.mkdtemp()}/report.html"
+    >>> path = keras_moe.report(model, data, path=path)
     """
     path = pathlib.Path(path)
     # Before the model runs. A device or a pipe would be replaced by the file.
@@ -65,6 +65,3 @@ def report(
     finally:
         part.unlink(missing_ok=True)
     return path
-
-
-__all__ = ["report"]

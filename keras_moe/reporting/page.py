@@ -11,8 +11,9 @@ from importlib import resources
 import matplotlib
 import numpy as np
 
-from keras_moe import metrics, visualization
+from keras_moe import visualization
 from keras_moe._internal.plain_text import as_text
+from keras_moe.inspection.summaries import table_row
 
 _NO_LAYER = (
     "This model has no MixtureOfExperts layer, so there is nothing to see. "
@@ -92,18 +93,15 @@ def _table(layers):
 
 
 def _row(layer):
-    summary, counts, shared = layer.summary, layer.routing.counts, layer.information
+    counts, shared = layer.routing.counts, layer.information
+    row = table_row(layer.summary._replace(counts=counts.tolist()))
+    del row["FLOPs a token"], row["engine"]
     return {
-        "Layer": _escape(summary.name),
-        "Experts": f"{summary.top_k} of {summary.num_experts}",
-        "Parameters": f"{summary.parameters:,}",
-        "active": f"{summary.active_parameters:,}",
-        "Shares": _bars(counts),
-        "Busiest, × fair": f"{float(metrics.load_imbalance(counts)) + 1:.2f}",
-        "Dead": f"{int(metrics.dead_experts(counts))}",
-        "Dropped": f"{float(layer.routing.dropped):.1%}",
-        "Router entropy / log E": f"{layer.entropy:.2f}",
-        "Bits shared with labels": "–" if shared is None else f"{shared:.2f}",
+        **{name: _escape(cell) for name, cell in row.items()},
+        "shares": _bars(counts),
+        "dropped": f"{float(layer.routing.dropped):.1%}",
+        "router entropy / log E": f"{layer.entropy:.2f}",
+        "bits shared with labels": "–" if shared is None else f"{shared:.2f}",
     }
 
 
@@ -171,7 +169,7 @@ def _layer_data(layer, num_documents):
         "topK": indices.shape[1],
         "positions": len(routing.mask) // num_documents,
         "counts": routing.counts.tolist(),
-        "texts": [as_text(text) for text in layer.texts],
+        "texts": list(map(as_text, layer.texts)),
         # A heading for each document, where all of its tokens have one label.
         "labels": [as_text(row[0]) for row in rows] if same else None,
         "padding": np.flatnonzero(~routing.mask).tolist(),

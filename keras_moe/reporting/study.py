@@ -1,6 +1,5 @@
 """Measurements of each MoE layer of a model on the data."""
 
-import math
 import operator
 from typing import Any, NamedTuple
 
@@ -13,8 +12,7 @@ from keras_moe._internal.checks import shortened
 from keras_moe.inspection import has_moe_layers, health, moe_layers, summarize
 from keras_moe.inspection.recording import recorded, running
 from keras_moe.routers.logit_router import LogitRouter
-from keras_moe.visualization.panels import by_layer
-from keras_moe.visualization.plots import bits_in_common, label_table, labels_of_tokens
+from keras_moe.visualization import bits_in_common, by_layer, label_table, labels_of_tokens
 
 BATCH_SIZE = 32
 
@@ -122,7 +120,7 @@ def _as_text(token):
 
 def _study(layer, summary, routing, labels, texts):
     routing = routing._replace(indices=np.where(routing.mask[:, None], routing.indices, -1))
-    entropy = float(metrics.router_entropy(routing)) / math.log(max(summary.num_experts, 2))
+    entropy = float(metrics.router_entropy(routing))
     findings = [
         *health.judge_load(routing.counts, layer.router.min_top_k, health.balance_advice(layer)),
         *health.judge_drops(float(routing.dropped)),
