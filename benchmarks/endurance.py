@@ -9,7 +9,7 @@ each of T tokens; give one T and one E. The columns:
 
 - loss_first, loss_last: mean loss of an epoch. One step that is not finite makes it NaN.
 - not_finite: numbers in weights and optimizer that were not finite at the end of any epoch.
-- dead_experts: the most that any layer had in any epoch.
+- dead_experts: the most in any epoch, over all layers.
 - least_share: the least used expert of the last epoch, by its fair share.
 - warm_mb, last_mb: the memory that is resident after the first two epochs, and in the end.
 - kb_per_1000: by how much it grows in 1,000 steps after the first two epochs, a line through all.
@@ -53,7 +53,7 @@ def endure(options, policy, name, dump):
     watch = Watch(dump)
     watched = [watch]
     if name == MIXTURE:
-        monitor = callbacks.ExpertMonitor(expert_shares=True)
+        monitor = callbacks.ExpertMonitor()
         watched = [monitor, callbacks.ExpertHealth(every=100), watch]
     epochs = options.steps // options.epoch
     history = model.fit(ids, classes, batch_size, epochs, callbacks=watched, verbose=0).history
@@ -72,10 +72,10 @@ def endure(options, policy, name, dump):
         "compiled_later": compiled[-1] - compiled[0],
     }
     if name == MIXTURE:
-        dead = [value for key, values in history.items() if "dead" in key for value in values]
-        shares = [values[-1] for key, values in history.items() if "_expert_share_" in key]
-        row["dead_experts"] = int(max(dead))
-        row["least_share"] = options.experts[0] * min(shares)
+        row["dead_experts"] = int(max(history["dead_experts"]))
+        row["least_share"] = options.experts[0] * min(
+            float(min(epochs[-1])) for epochs in monitor.shares.values()
+        )
     return row
 
 

@@ -105,21 +105,22 @@ for name, answer in answers.items():
 ## A picture of both answers
 
 Left, what each expert says: the larger a dot, the more weight the gate gives it. Right, the density
-of the angle for two distances, from the loss of each possible answer.
+of the angle for two distances.
 """
 
+parts = {name: keras.ops.convert_to_numpy(p) for name, p in likelihood.unpack(packed).items()}
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
 left.scatter(distances, angles, s=2, color="lightgrey", label="data")
 for expert in range(NUM_EXPERTS):
-    size = 25 * np.exp(packed[:, expert, 0])
-    left.scatter(targets, 45 * packed[:, expert, 1] + 45, size)
+    size = 25 * parts["weights"][:, expert]
+    left.scatter(targets, 45 * parts["means"][:, expert] + 45, size)
 left.plot(targets, 45 * answers["squared error"] + 45, "k", label="squared error")
 left.set(xlabel="distance", ylabel="angle in degrees", ylim=(0, 90), title="experts")
 left.legend(loc=(0.03, 0.6))
 grid = np.linspace(-1, 1, 361, dtype="float32")[:, None]
 for row in (0, len(targets) // 2):
-    loss = likelihood.call(grid, np.repeat(packed[row : row + 1], len(grid), axis=0))
-    density = np.exp(-keras.ops.convert_to_numpy(loss)) / 45
+    logs = likelihood.log_prob(grid, np.repeat(packed[row : row + 1], len(grid), axis=0))
+    density = np.exp(keras.ops.convert_to_numpy(logs)) / 45
     right.plot(45 * grid + 45, density, label=f"distance {targets[row, 0]:.2f}")
 right.set(xlabel="angle in degrees", title="density of the angle")
 right.legend()

@@ -99,7 +99,7 @@ def train(router):
         verbose=0,
     ).history
     _, accuracy = model.evaluate(x[-num_test:], y[-num_test:], batch_size=num_test, verbose=0)
-    imbalance = history["experts_load_imbalance"][-1]
+    imbalance = history["load_imbalance"][-1]
     print(f"{type(router).__name__:20} test accuracy {accuracy:.1%}, imbalance {imbalance:.2f}")
     return model
 

@@ -98,9 +98,11 @@ model.compile(keras.optimizers.Adam(2e-3), "sparse_categorical_crossentropy", me
 """
 ## Training
 
-`ExpertMonitor` adds to the logs of each epoch how evenly the experts are used: an imbalance of 0 is
-an equal share for each, 1 means that the busiest has twice its share. A last batch of another size
-would be compiled for itself, so it is left out.
+`ExpertMonitor` adds to the logs of each epoch how evenly the experts are used: a `load_imbalance`
+of 0 is an equal share for each, 1 means that the busiest has twice its share; `dead_experts` have
+none; `router_loss` is the part of the loss that balances. `ExpertHealth` warns, with advice, if
+experts collapse or die. A last batch of another size would be compiled for itself, so it is left
+out.
 """
 
 whole_batches = len(x_train) // BATCH_SIZE * BATCH_SIZE
@@ -110,7 +112,7 @@ model.fit(
     y_train[order],
     batch_size=BATCH_SIZE,
     epochs=EPOCHS,
-    callbacks=[callbacks.ExpertMonitor()],
+    callbacks=[callbacks.ExpertMonitor(), callbacks.ExpertHealth()],
     verbose=2,
 )
 _, accuracy = model.evaluate(x_test, y_test, batch_size=BATCH_SIZE, verbose=0)

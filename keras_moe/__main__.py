@@ -59,7 +59,8 @@ def _parse(arguments):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+    parser.set_defaults(modules=(), debug=True, command=lambda options: parser.print_help())
+    commands = parser.add_subparsers(metavar="COMMAND")
     inspecting = commands.add_parser("inspect", help="print layers, sizes and counters")
     inspecting.set_defaults(command=lambda options: summary(_load_model(options.model)))
     reporting = commands.add_parser("report", help="write an HTML page about the experts")

@@ -165,22 +165,22 @@ def train(model, arrays, size):
         metrics=["accuracy"],
         jit_compile=HAS_XLA,
     )
-    timer = StepTimer()
-    history = model.fit(
+    timer, monitor = StepTimer(), callbacks.ExpertMonitor()
+    model.fit(
         batches,
         epochs=size.steps // STEPS_AN_ENTRY,
         steps_per_epoch=STEPS_AN_ENTRY,
         shuffle=False,  # they are shuffled already
-        callbacks=[callbacks.ExpertMonitor(), timer],
+        callbacks=[monitor, timer],
         verbose=0,
-    ).history
+    )
     _, accuracy = model.evaluate(*test, verbose=0)
     return {
         "test_accuracy": float(accuracy),
-        "imbalance": history["experts_load_imbalance"],
+        "imbalance": monitor.history["experts_load_imbalance"],
         "steps": [*range(STEPS_AN_ENTRY, size.steps + 1, STEPS_AN_ENTRY)],
-        "dead_experts": history["experts_dead_experts"][-1],
-        "dropped_fraction": history["experts_dropped_fraction"][-1],
+        "dead_experts": monitor.history["experts_dead_experts"][-1],
+        "dropped_fraction": monitor.history["experts_dropped_fraction"][-1],
         "ms_per_step": float(np.median(timer.ms_per_step[1:])),
     }
 

@@ -337,7 +337,12 @@ CASES = {
         lambda: {"schedule": lambda epoch, weight: weight}, lambda: {"loss": "router_z"}
     ),
     callbacks.ExpertMonitor: Case(
-        options=lambda: {"expert_shares": True, "log_dir": "logs", "metrics": [np.sum]}
+        options=lambda: {
+            "expert_shares": True,
+            "log_dir": "logs",
+            "metrics": [np.sum],
+            "per_layer": True,
+        }
     ),
 }
 

@@ -91,7 +91,7 @@ def trained():
     """Logs of the monitor, selection bias and weights of a model after 20 steps."""
     model, ids, labels = model_and_data()
     options = {"batch_size": B, "epochs": 2, "shuffle": False, "verbose": 0}
-    fitted = model.fit(ids, labels, callbacks=[ExpertMonitor()], **options)
+    fitted = model.fit(ids, labels, callbacks=[ExpertMonitor(per_layer=True)], **options)
     weights = [variable.numpy() for variable in model.variables]
     return fitted.history, model.get_layer("shared").router.selection_bias.numpy(), weights
 

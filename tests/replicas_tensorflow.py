@@ -35,7 +35,7 @@ def fit(make_layers, x, batch_size):
         shuffle=False,
         verbose=0,
         validation_data=(x, x),
-        callbacks=[callbacks.ExpertMonitor(), callbacks.ExpertHealth(every=1)],
+        callbacks=[callbacks.ExpertMonitor(per_layer=True), callbacks.ExpertHealth(every=1)],
     )
     return {"logs": history.history, "weights": weights_of(model)}
 

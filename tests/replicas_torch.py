@@ -96,7 +96,8 @@ def evaluated_alone(model, rank):
     if rank == 0 and not hasattr(model, "ddp_model"):
         model.compile(loss="mse")
         record = keras.callbacks.LambdaCallback(on_test_end=seen.update)
-        model.evaluate(X, X, verbose=0, callbacks=[callbacks.ExpertMonitor(), record])
+        monitor = callbacks.ExpertMonitor(per_layer=True)
+        model.evaluate(X, X, verbose=0, callbacks=[monitor, record])
     return {key: float(value) for key, value in seen.items()}
 
 

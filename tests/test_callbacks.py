@@ -18,7 +18,7 @@ about = functools.partial(pytest.approx, abs=1e-6)
 
 # Of one logit of 10 and three of 0.
 ENTROPY = np.log(np.exp(10) + 3) - 10 * np.exp(10) / (np.exp(10) + 3)
-COMMON = {"dropped_fraction": 0, "router_entropy": ENTROPY}
+COMMON = {"dropped_fraction": 0, "router_entropy": ENTROPY / np.log(4)}
 BALANCED = {"load_imbalance": 0.0, "load_entropy": 1.0, "dead_experts": 0, **COMMON}
 SKEWED_ENTROPY = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(4)
 SKEWED = {"load_imbalance": 2.0, "load_entropy": SKEWED_ENTROPY, "dead_experts": 2, **COMMON}
@@ -28,7 +28,9 @@ def named(logs, prefix):
     return {f"{prefix}_{key}": value for key, value in logs.items()}
 
 
-BOTH = {**named(SKEWED, "moe"), **named(BALANCED, "val_moe")}
+EVEN = {"load_imbalance": 0.0, "dead_experts": 0}
+BOTH = {"load_imbalance": 2.0, "dead_experts": 2, "val_load_imbalance": 0.0}
+OF_LAYER = {**named(SKEWED, "moe"), **named(BALANCED, "val_moe")}
 
 
 def routed(name="moe", **kwargs):
@@ -64,22 +66,26 @@ def evaluated(model, *callbacks, **options):
 
 
 def test_training_and_validation_are_reported_exactly_for_each_epoch(capsys):
-    model, stopping = model_of(routed()), keras.callbacks.EarlyStopping("val_moe_dead_experts")
+    model, stopping = model_of(routed()), keras.callbacks.EarlyStopping("val_load_imbalance")
     stopping.patience, stopping.mode = 1, "min"
-    history = fit(model, ExpertMonitor(), stopping, epochs=9, verbose=1)
-    assert usage(history) == about(BOTH)
-    for key, values in history.items():
+    monitor = ExpertMonitor()
+    history = fit(model, monitor, stopping, epochs=9, verbose=1)
+    assert usage(history) == about(BOTH) and usage(monitor.history) == about(OF_LAYER)
+    for key, values in {**history, **monitor.history}.items():
         assert len(values) == 2, "other callbacks see the logs"
         assert values[0] == about(values[1]), f"{key}: counts of one epoch are in the next"
         assert type(values[0]) is float
     last = capsys.readouterr().out.splitlines()[-1]
-    assert "moe_load_imbalance: 2.0000" in last and "val_moe_load_imbalance: 0.0000" in last
+    assert " load_imbalance: 2.0000" in last and " val_load_imbalance: 0.0000" in last
     history = fit(model, keras.callbacks.ProgbarLogger(), ExpertMonitor(), verbose=1)
     assert usage(history) == about(BOTH)
-    assert "moe_" not in capsys.readouterr().out
-    history = fit(model, ExpertMonitor(expert_shares=True), validation=False)
+    assert "imbalance" not in capsys.readouterr().out
+    history = fit(model, ExpertMonitor(per_layer=True))
+    assert usage(history) == about({**BOTH, **OF_LAYER})
+    monitor = ExpertMonitor(expert_shares=True)
+    fit(model, monitor, validation=False)
     shares = {f"expert_share_{e}": share for e, share in enumerate((0.75, 0.25, 0, 0))}
-    assert usage(history) == about(named({**SKEWED, **shares}, "moe"))
+    assert usage(monitor.history) == about(named({**SKEWED, **shares}, "moe"))
 
 
 def test_each_router_loss_is_reported_by_its_name_before_its_weight():
@@ -97,14 +103,17 @@ def test_each_router_loss_is_reported_by_its_name_before_its_weight():
     model = keras.Model(inputs, keras.layers.Dense(E)(layer(keras.layers.Dense(E)(inputs))))
     layer.router.kernel.assign(keras.ops.zeros((E, E)))
     model.compile(keras.optimizers.SGD(0.0), "mse")
-    history = fit(model)
+    logs = fit(model, ExpertMonitor(per_layer=True))
+    assert "val_router_loss" not in logs, "training alone adds them"
     for split in ("", "val_"):
-        found = {key: values[0] for key, values in history.items() if key.startswith(f"{split}moe")}
+        found = {key: values[0] for key, values in logs.items() if key.startswith(f"{split}moe")}
         assert found[f"{split}moe_load_balance_loss"] == about(1.0)
         assert found[f"{split}moe_load_balance_loss_1"] == about(1.0)
         assert found[f"{split}moe_router_z_loss"] == about(np.log(4) ** 2)
-        assert found[f"{split}moe_router_entropy"] == about(np.log(4))
+        assert found[f"{split}moe_router_entropy"] == about(1.0)
         assert found[f"{split}moe_kl_to_uniform_loss"] == found[f"{split}moe_spread_loss"] > 1
+    expected = 0.5 + 1e-3 * np.log(4) ** 2 + 0.5 + 2 * 0.1 * logs["moe_spread_loss"][0]
+    assert logs["router_loss"] == [pytest.approx(expected, rel=1e-5)]
 
 
 def test_shares_of_all_epochs_are_kept_and_a_resumed_training_continues_them():
@@ -127,21 +136,19 @@ def test_shares_of_all_epochs_are_kept_and_a_resumed_training_continues_them():
     # Shares of other layers are not those before.
     for others in ({"other": [one] * 9}, {"moe": [[0.5, 0.5]] * 9}):
         monitor.shares = others
-        fit(model, monitor, initial_epoch=8, epochs=9)
-        np.testing.assert_allclose(monitor.shares["moe"], [one])
-    # Those of a file begin with epoch 0, whenever this monitor began.
-    monitor.shares = {"moe": [even] * 8}
-    fit(model, monitor, initial_epoch=8, epochs=9)
-    assert len(monitor.shares["moe"]) == 9
+        fit(model, monitor, initial_epoch=2, epochs=3)
+        np.testing.assert_allclose(monitor.shares["moe"], [nothing, nothing, one])
 
 
 def test_dropped_assignments_are_reported_of_a_model_that_its_first_batch_builds():
     model = keras.Sequential([routed(capacity_factor=1.0)])  # a slot for one in each batch of four
     model.compile(keras.optimizers.SGD(0.0), "mse")
-    history = fit(model)
-    assert history["moe_dropped_fraction"] == about([(3 + 2) / 8])
-    assert history["val_moe_dropped_fraction"] == [0.0]
-    assert history["moe_load_imbalance"] == about([2.0]), "counted before any drop"
+    monitor = ExpertMonitor()
+    history = fit(model, monitor)
+    assert history["dropped_fraction"] == about([(3 + 2) / 8])
+    assert monitor.history["val_moe_dropped_fraction"] == [0.0]
+    assert history["load_imbalance"] == about([2.0]), "counted before any drop"
+    assert evaluated(model, ExpertMonitor())["dropped_fraction"] == 0
 
 
 def test_only_evaluations_with_the_monitor_count():
@@ -152,7 +159,7 @@ def test_only_evaluations_with_the_monitor_count():
     assert usage(fit(model)) == about(BOTH), "of what came before the first epoch nothing is left"
     usual, own_step = model.test_function, functools.partial(model.test_step)
     model.test_step = own_step
-    assert evaluated(model, ExpertMonitor()) == about(named(BALANCED, "moe"))
+    assert evaluated(model, ExpertMonitor()) == about(EVEN)
     assert (model.test_function, model.test_step) == (usual, own_step)
     layer(one_hot(3), training=True)
     before = array(layer.expert_counts)
@@ -193,10 +200,11 @@ def test_two_layers_of_one_name_inside_other_models_have_logs_of_their_own():
     first = keras.Sequential([inputs, routed()], name="first")
     second = keras.Model(inputs, routed()(inputs), name="second")
     forget = keras.layers.Rescaling(0.0)  # equal scores: every token goes to the first expert
-    logs = usage(fit(model_of(first, forget, second)))
+    logs = usage(fit(model_of(first, forget, second), ExpertMonitor(per_layer=True)))
     alone = {"load_imbalance": 3, "load_entropy": 0, "dead_experts": 3, "dropped_fraction": 0}
-    alone["router_entropy"] = np.log(4)
+    alone["router_entropy"] = 1
     expected = {**named(SKEWED, "first_moe"), **named(BALANCED, "val_first_moe")}
+    expected |= {"load_imbalance": 3, "dead_experts": 2 + 3, "val_load_imbalance": 3}
     # A functional model calls its layers before it has a name.
     expected |= {**named(alone, "moe"), **named(alone, "val_moe")}
     assert logs == about(expected)
@@ -229,7 +237,7 @@ def test_a_run_with_a_monitor_ends_an_evaluation_that_was_interrupted(place):
     interrupt_evaluation(model, place, ExpertMonitor())
     if place == "step":
         model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=QUICK_JIT)
-    assert evaluated(model, ExpertMonitor()) == about(named(BALANCED, "moe"))
+    assert evaluated(model, ExpertMonitor()) == about(EVEN)
     assert not layer.counts_in_evaluation
     model.predict(VALIDATION, verbose=0)
     assert evaluated(model) == {}

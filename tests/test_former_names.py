@@ -39,6 +39,10 @@ def test_former_functions_and_classes_compute_what_they_did():
     assert float(former("metrics.max_share")(counts)) == 0.75
     assert float(former("metrics.active_fraction")(counts)) == 0.5
     assert float(former("metrics.load_variation")(counts)) == pytest.approx(np.std(counts) / 2)
+    assert float(former("metrics.dropped_fraction")(3.0, counts)) == 0.375
+    loss = losses.LoadBalance(1e-7)
+    assert "too weak" in former("inspection.health.judge_weak_loss")(loss, 1e-7).text
+    assert former("inspection.health.judge_heavy_losses")([loss], [1.0], None) is None
     batches = [[5, 0, 0], [0, 0, 1], [1, 0, 0]]
     in_window = former("metrics.dead_experts_over_window")
     assert [float(in_window(batches, window)) for window in (1, 2, 3, 4)] == [2, 1, 1, 0]

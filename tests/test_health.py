@@ -152,6 +152,26 @@ def test_dead_experts_are_reported_after_a_while_and_when_others_join_them():
     ]
 
 
+@of_counts
+def test_experts_that_die_in_a_short_training_are_reported_at_its_end():
+    experts = layers.LayerExperts([keras.layers.Identity() for _ in range(E)])
+    layer = moe(experts, router=one_hot_router(), router_losses=(), name="moe")
+    x = np.eye(D, dtype="float32")[[0, 1, 2] * 15 * BATCH]
+    watchdog = ExpertHealth()
+    model = model_of(layer, keras.optimizers.SGD(0.0))
+    ((step, _, finding),), _ = watched(model, x, x[:, :1], watchdog)
+    assert step == 45 and finding.text.startswith("1 of 4 experts is dead in 3 checks: 3.")
+
+
+@of_counts
+def test_a_capacity_that_drops_most_is_reported_once():
+    layer = expert_layer()
+    layer = layers.MixtureOfExperts(layer.experts, capacity_factor=0.1, name="moe")
+    findings, _ = watched(model_of(layer), *clustered(0), ExpertHealth())
+    ((step, _, finding),) = [each for each in findings if "no slot" in each[2].text]
+    assert step <= 50 and "Raise `capacity_factor`" in finding.fix
+
+
 def test_a_router_of_nan_and_exploding_logits_are_found():
     x, y = clustered(0, 40 * BATCH)
     model = model_of(expert_layer(router_losses=()), keras.optimizers.Adam(5.0))
@@ -197,7 +217,7 @@ def test_a_loss_is_heavy_by_what_it_adds_to_an_even_load():
     # The task has a loss of 0.1; an even load, one that is not, and one that was not measured.
     assert heavy(found, [1.0, 0.001], 1.1, [1.0, 2.0]) is None
     assert "LoadBalance(weight=1)" in heavy(found, [1.0, 0.001], 1.3, [1.2, 2.0]).text
-    assert heavy(found, [1.0, 0.001], 1.3) is None
+    assert heavy(found, [1.0, 0.001], 1.3, [np.nan, np.nan]) is None
     with pytest.raises(ValueError):  # values of other layers
         heavy(found, [1.0, 0.001], 1.3, [1.2])
     assert heavy(found[:1], [0.0], 1.0, [3.0]) is None

@@ -61,6 +61,59 @@ def test_categorical_likelihoods_moments_and_modes_are_those_of_numpy():
     np.testing.assert_array_equal(to_numpy(loss.mode(pred)), mean.argmax(-1))
 
 
+def test_the_parts_of_a_prediction_have_names_and_log_prob_is_a_density():
+    weights, means, target = some_weights(), normal(B, K, D), normal(B, D, seed=2)
+    log_scales = 0.3 * normal(B, K, D, seed=3)
+    loss = losses.MixtureNegativeLogLikelihood(scale=None, reduction="none")
+    pred = packed(weights, np.concatenate([means, log_scales], axis=-1))
+    parts = to_numpy(loss.unpack(pred))
+    expected = {"weights": weights, "means": means, "scales": np.exp(log_scales)}
+    for name, value in expected.items():
+        np.testing.assert_allclose(parts.pop(name), value, rtol=1e-5, atol=1e-7)
+    assert not parts
+    np.testing.assert_allclose(to_numpy(loss.log_prob(target, pred)), -to_numpy(loss(target, pred)))
+    # Whatever constant the loss leaves out.
+    fixed = packed(weights, means)
+    log_probs = [
+        to_numpy(losses.MixtureNegativeLogLikelihood(normalized=n).log_prob(target, fixed))
+        for n in (True, False)
+    ]
+    np.testing.assert_array_equal(*log_probs)
+    grid = np.linspace(-30, 30, 6001, dtype="float32")[:, None]
+    one = np.repeat(packed(np.array([[0.3, 0.7]]), np.array([[[-2.0], [3.0]]])), len(grid), axis=0)
+    density = np.exp(to_numpy(losses.MixtureNegativeLogLikelihood(scale=0.5).log_prob(grid, one)))
+    assert np.sum(density) * 0.01 == pytest.approx(1, rel=1e-4)
+
+
+def test_samples_have_the_moments_of_the_mixture_and_repeat_with_a_seed():
+    gaussian = losses.MixtureNegativeLogLikelihood(scale=0.5)
+    pred = np.tile(packed(np.array([[0.3, 0.7]]), np.array([[[-2.0], [3.0]]])), (4000, 1, 1))
+    drawn = to_numpy(gaussian.sample(pred, seed=0))
+    assert drawn.shape == (4000, 1)
+    np.testing.assert_allclose(drawn.mean(), to_numpy(gaussian.mean(pred[:1])), atol=0.15)
+    np.testing.assert_allclose(drawn.var(), to_numpy(gaussian.variance(pred[:1])), rtol=0.1)
+    # The noise does not depend on the expert that was drawn.
+    branch = (drawn > 0.5)[:, 0]
+    noise = [np.mean(drawn[branch] - 3.0), np.mean(drawn[~branch] + 2.0)]
+    np.testing.assert_allclose(noise, 0, atol=0.05)
+    np.testing.assert_array_equal(to_numpy(gaussian.sample(pred, seed=0)), drawn)
+    categorical = losses.MixtureNegativeLogLikelihood("categorical")
+    logits = np.log([[[0.1, 0.2, 0.7], [0.5, 0.4, 0.1]]])
+    pred = np.tile(packed(np.array([[0.25, 0.75]]), logits), (4000, 1, 1)).reshape(8, 500, 2, 4)
+    drawn = to_numpy(categorical.sample(pred, seed=keras.random.SeedGenerator(1)))
+    assert drawn.shape == (8, 500)
+    shares = np.bincount(drawn.reshape(-1), minlength=3) / 4000
+    np.testing.assert_allclose(shares, [0.4, 0.35, 0.25], atol=0.03)
+
+
+def test_class_numbers_are_exact_however_many():
+    loss = losses.MixtureNegativeLogLikelihood("categorical", reduction="none")
+    pred = packed(some_weights()[1:2], normal(1, K, 300))
+    for number in (257, 299):
+        expected = -np.log(to_numpy(loss.mean(pred))[0, number])
+        np.testing.assert_allclose(to_numpy(loss([number], pred)), [expected], rtol=1e-5)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_no_class_has_a_loss_of_nan(mode):
     loss = losses.MixtureNegativeLogLikelihood("categorical", reduction="none")

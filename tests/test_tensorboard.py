@@ -28,7 +28,8 @@ def read(folder):
 
 
 def test_scalars_are_those_of_the_history_and_shares_a_histogram_and_an_image(tmp_path):
-    history = fit(model_of(routed()), ExpertMonitor(log_dir=tmp_path), epochs=2)
+    monitor = ExpertMonitor(log_dir=tmp_path)
+    fit(model_of(routed()), monitor, epochs=2)
     train, validation = read(tmp_path / "train"), read(tmp_path / "validation")
     for written, prefix in ((train, ""), (validation, "val_")):
         scalars = {tag: values for tag, values in written.items() if np.ndim(values[0][1]) == 0}
@@ -36,7 +37,7 @@ def test_scalars_are_those_of_the_history_and_shares_a_histogram_and_an_image(tm
         for tag, values in scalars.items():
             key = prefix + tag.replace("/", "_")
             assert [step for step, _ in values] == [0, 1]
-            assert [float(value) for _, value in values] == pytest.approx(history[key])
+            assert [float(value) for _, value in values] == pytest.approx(monitor.history[key])
         width, height, png = written["moe/shares_over_time"][1][1]
         image = matplotlib.image.imread(io.BytesIO(png))
         assert image.shape[:2] == (int(height), int(width))
