@@ -20,7 +20,7 @@ from typing import NoReturn
 import keras
 import numpy as np
 
-from keras_moe import inspection, report, summary
+from keras_moe import report, summary
 from keras_moe._internal.plain_text import as_text, describe, stating
 
 # A layer has at least as many weights as the product of these arguments.
@@ -85,7 +85,6 @@ def _report(options):
         raise ValueError(f"{rule}. Received: {str(options.output)!r}")
     data, labels, tokens = map(_read, read[1:])
     model = _load_model(options.model)
-    inspection.moe_layers(model)
     print(f"The report is in {report(model, data, labels, tokens, options.output)}.")
 
 

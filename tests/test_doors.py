@@ -301,6 +301,7 @@ REFUSED = [
     ("inspection.moe_layers(plain())", "must have a `MixtureOfExperts`"),
     ("inspection.health.judge_drops(5)", "must be a share"),
     ("reported(path='no/r.html')", "a folder that exists"),
+    ("keras_moe.report(plain(), normal(T, D), path='r.html')", "must have a `MixtureOfExperts`"),
     ("reported([normal(6, 5, D)] * 2)", "2 arrays for 1 inputs"),
     ("reported(labels=[1, 2])", "each of 6 documents"),
     ("reported(labels=np.zeros(6))", "must be integers or strings"),

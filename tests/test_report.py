@@ -92,7 +92,7 @@ def test_layers_have_their_own_labels_and_tokens(tmp_path):
 
 
 def test_integer_data_are_shown_as_they_are_and_texts_are_split():
-    from keras_moe.reporting.study import token_texts
+    from keras_moe.reporting.page import token_texts
 
     data = np.array([[5, 6, 7, 8], [9, 1, 0, 0]])
     assert token_texts(None, data, 4, 2) == ["5", "6", "7", "8", "9", "1", "0", "0"]
@@ -156,13 +156,6 @@ def test_router_logits_explode_by_what_differs_between_experts(kind, weights, pr
     _, html = written(tmp_path, model, 10 * np.eye(E, dtype="float32"))
     told = [text for text in ("Router logits explode", "is not a number.") if text in html]
     assert told == [problem] * (problem is not None)
-
-
-def test_a_page_about_a_model_without_experts_has_no_text(tmp_path):
-    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
-    path, html = written(tmp_path, model, np.zeros((2, 3), "float32"))
-    assert "This model has no MixtureOfExperts layer, so there is nothing to see." in html
-    assert run_in_page(path, "return document.getElementById('text-section').hidden")
 
 
 def test_data_of_any_structure_and_of_no_token_layout_are_reported(tmp_path):

@@ -8,7 +8,7 @@ import keras
 from keras_moe import losses
 from keras_moe._internal.checks import check_number
 from keras_moe.inspection import moe_layers
-from keras_moe.losses.router_losses import RouterLoss
+from keras_moe.losses import RouterLoss
 
 
 class RouterLossSchedule(keras.callbacks.Callback):

@@ -2,21 +2,270 @@
 
 from typing import Any
 
-from keras_moe._internal.checks import shortened
+from keras import ops
+
+from keras_moe._internal.checks import check_integer, check_number, shortened
 from keras_moe._internal.former_names import former_names
-from keras_moe._internal.serialization import resolve
+from keras_moe._internal.serialization import Configured, register, resolve
+from keras_moe.backend import backend
 from keras_moe.losses.likelihood import MixtureNegativeLogLikelihood, pack_mixture
-from keras_moe.losses.router_losses import (
-    GlobalLoadBalance,
-    ImportanceVariation,
-    LoadBalance,
-    LoadVariation,
-    RouterEntropy,
-    RouterLoss,
-    RouterZ,
-    SelectorEntropy,
-    SequenceLoadBalance,
-)
+from keras_moe.ops.balance import entropy, load_importance_product, masked_mean, router_entropy
+from keras_moe.ops.selection import chosen_experts
+
+__all__ = [
+    "GlobalLoadBalance",
+    "ImportanceVariation",
+    "LoadBalance",
+    "LoadVariation",
+    "MixtureNegativeLogLikelihood",
+    "RouterEntropy",
+    "RouterLoss",
+    "RouterZ",
+    "SelectorEntropy",
+    "SequenceLoadBalance",
+    "get",
+    "pack_mixture",
+]
+__getattr__ = former_names(__name__)
+__dir__ = __all__.copy
+
+
+class RouterLoss(Configured):
+    """Abstract: a weighted scalar of a routing.
+
+    A subclass implements `compute(routing)`, which returns the loss before its weight, one float.
+    A loss with state implements `state_shapes` as well. Class attributes describe it:
+
+    - `balances`: whether it evens out the load. Advice about the layer then names it.
+    - `per_sequence`: whether `compute` has an argument `sequence_length` as well.
+    - `usual_weight` and `value_at_balance`, optional: a weight that works, and the loss at an even
+      load, from which `callbacks.ExpertHealth` judges the present weight.
+
+    Args:
+        weight: Float, at least 0. Factor of the loss. Each layer copies it into a variable, which
+            `callbacks.RouterLossSchedule` changes in training.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+
+    >>> routing = keras_moe.routers.TopKRouter(num_experts=8)(keras.random.normal((32, 64)))
+    >>> value = keras_moe.losses.LoadBalance(weight=1e-2)(routing)
+    """
+
+    balances = False
+    per_sequence = False
+
+    def __init__(self, weight: float = 1e-2):
+        self.weight = check_number("weight", weight)
+
+    def __call__(self, routing, *args, **kwargs):
+        if self.state_shapes(routing.counts.shape[0]):
+            raise ValueError(
+                f"`{type(self).__name__}` keeps its state in a layer. Received: a call outside of "
+                "one. Pass it to `MixtureOfExperts` as one of its `router_losses`."
+            )
+        return self.weight * self.compute(routing, *args, **kwargs)
+
+    def state_shapes(self, num_experts: int) -> dict[str, tuple]:
+        """Return the state that each layer keeps, zeros at first: names to (shape, dtype)."""
+        return {}
+
+    def compute(self, routing: Any, *args: Any) -> Any:
+        """Return the loss before its weight.
+
+        A loss with state gets `compute(routing, state)`, and returns the loss and the new state, in
+        the order of `state_shapes`. In evaluation the state is None.
+        """
+        raise NotImplementedError
+
+    def get_config(self):
+        return {**super().get_config(), "weight": self.weight}
+
+
+@register
+class LoadBalance(RouterLoss):
+    """Spreads tokens over the experts: `E * sum_e f_e * P_e`, 1 at balance, more when skewed.
+
+    `f_e` is expert e's share of all assignments over all K choices, before any drop; `P_e` is its
+    mean probability, through which alone the gradient flows. The value does not grow with K.
+
+    Arguments, errors and an example: as for `RouterLoss`.
+    Reference: Fedus et al. 2021 (arXiv:2101.03961), eq. 4 to 6.
+    """
+
+    balances = True
+
+    def compute(self, routing):
+        return _load_balance(routing.counts, routing)
+
+
+@register
+class SequenceLoadBalance(RouterLoss):
+    """Spreads the tokens of each sequence over the experts: the mean of their `LoadBalance`.
+
+    Give it a small weight, and balance the batch as well. In a layer, a sequence is all axes of its
+    inputs between the first and the last. Elsewhere all tokens are one, unless `sequence_length` is
+    given. A sequence of padding alone is left out.
+
+    Arguments, errors and an example: as for `RouterLoss`.
+    Reference: DeepSeek-V3 (arXiv:2412.19437), eq. 17 to 20.
+    """
+
+    balances = True
+    per_sequence = True
+
+    def __init__(self, weight: float = 1e-4):
+        super().__init__(weight)
+
+    def compute(self, routing, sequence_length=None):
+        if sequence_length is None:
+            return _load_balance(routing.counts, routing)
+        num_experts = routing.probs.shape[-1]
+        by_sequence = (-1, sequence_length, num_experts)
+        mask = ops.reshape(routing.mask, (-1, sequence_length, 1))
+        num_real = ops.sum(ops.cast(mask, "float32"), axis=1)
+        probs = ops.where(mask, ops.reshape(routing.probs, by_sequence), 0.0)
+        mean_probs = ops.sum(probs, axis=1) / ops.maximum(num_real, 1.0)
+        chosen = ops.reshape(chosen_experts(routing.indices, num_experts), by_sequence)
+        counts = ops.sum(ops.cast(ops.logical_and(chosen, mask), "float32"), axis=1)
+        losses = load_importance_product(counts, mean_probs)
+        num_sequences = ops.sum(ops.cast(num_real > 0, "float32"))
+        return ops.sum(losses) / ops.maximum(num_sequences, 1.0)
+
+
+@register
+class GlobalLoadBalance(RouterLoss):
+    """`LoadBalance` of the batch of an optimizer step, as small batches are hard to balance.
+
+    The shares `f` count all micro-batches so far in the step, on all replicas. The probabilities
+    `P` come from this micro-batch alone, as only they have a gradient. Only layers can call it.
+
+    Args:
+        accumulation_steps: Integer. The `gradient_accumulation_steps` of the optimizer, times the
+            calls of the layer in one pass.
+
+    Other arguments, errors and an example: as for `RouterLoss`.
+    Reference: Qiu et al. 2025 (arXiv:2501.11873), section 3.
+    """
+
+    balances = True
+
+    def __init__(self, weight: float = 1e-2, accumulation_steps: int = 1):
+        super().__init__(weight)
+        self.accumulation_steps = check_integer("accumulation_steps", accumulation_steps)
+
+    def state_shapes(self, num_experts):
+        return {"global_counts": ((num_experts,), "float32"), "global_steps": ((), "int32")}
+
+    def compute(self, routing, state):
+        if state is None:
+            return _load_balance(routing.counts, routing), None
+        counts, steps = state
+        added = backend.devices.sum_over_replicas(ops.cast(routing.counts, "float32"))
+        counts = ops.where(steps % self.accumulation_steps == 0, 0.0, counts) + added
+        steps = backend.control_dependency(added, steps + 1)
+        return _load_balance(counts, routing), (counts, steps)
+
+    def get_config(self):
+        return {**super().get_config(), "accumulation_steps": self.accumulation_steps}
+
+
+@register
+class ImportanceVariation(RouterLoss):
+    """Evens out the summed scores of the experts: their squared coefficient of variation.
+
+    Arguments, errors and an example: as for `RouterLoss`.
+    Reference: Shazeer et al. 2017 (arXiv:1701.06538), eq. 6 and 7, of the scores of all experts as
+    in V-MoE (arXiv:2106.05974), appendix A.1.
+    """
+
+    balances = True
+
+    def compute(self, routing):
+        return _squared_variation(masked_mean(routing.probs, routing.mask))
+
+
+@register
+class LoadVariation(RouterLoss):
+    """Evens out the load of the experts: its squared coefficient of variation.
+
+    The load of a noisy router is the expected number of assignments, which has a gradient. The load
+    of any other router is a count without a gradient: use `LoadBalance` there.
+
+    Arguments, errors and an example: as for `RouterLoss`.
+    Reference: Shazeer et al. 2017 (arXiv:1701.06538), eq. 8 to 11.
+    """
+
+    balances = True
+
+    def compute(self, routing):
+        return _squared_variation(ops.convert_to_tensor(routing.load))
+
+
+@register
+class RouterZ(RouterLoss):
+    """Keeps router logits small: mean over real tokens of `logsumexp(logits) ** 2`.
+
+    Arguments, errors and an example: as for `RouterLoss`.
+    Reference: Zoph et al. 2022, ST-MoE (arXiv:2202.08906), eq. 5.
+    """
+
+    def __init__(self, weight: float = 1e-3):
+        super().__init__(weight)
+
+    def compute(self, routing):
+        squares = ops.square(ops.logsumexp(routing.logits, axis=-1))
+        return masked_mean(squares, routing.mask)
+
+
+@register
+class RouterEntropy(RouterLoss):
+    """Keeps routers decided: mean over real tokens of the entropy of the scores, in nats.
+
+    For a router that chooses by a threshold, as `routers.TopPRouter` does.
+
+    Arguments, errors and an example: as for `RouterLoss`.
+    Reference: Huang et al. 2024 (arXiv:2403.07652), eq. 6.
+    """
+
+    def __init__(self, weight: float = 1e-4):
+        super().__init__(weight)
+
+    def compute(self, routing):
+        return router_entropy(routing)
+
+
+@register
+class SelectorEntropy(RouterLoss):
+    """Makes the selectors of a `routers.DSelectKRouter` choose: the sum of their mean entropies.
+
+    Means over real tokens, in nats. Another router counts as one selector with its scores.
+
+    Arguments, errors and an example: as for `RouterLoss`.
+    Reference: Hazimeh et al. 2021 (arXiv:2106.03760), section 3.3, entropy regularization.
+    """
+
+    def compute(self, routing):
+        if isinstance(routing.selectors, tuple):
+            return router_entropy(routing)
+        return masked_mean(ops.sum(entropy(routing.selectors), axis=1), routing.mask)
+
+
+@backend.jit_when_eager
+def _load_balance(counts, routing):
+    return load_importance_product(counts, masked_mean(routing.probs, routing.mask))
+
+
+@backend.jit_when_eager
+def _squared_variation(values):
+    """`variance / mean ** 2` of values (E,), 0 where all are 0."""
+    # Not the square of the standard deviation, whose root has no gradient at exact balance.
+    mean = ops.mean(values)
+    variance = ops.mean(ops.square(values - mean))
+    return variance / ops.maximum(ops.square(mean), 1e-10)
+
 
 IDENTIFIERS = {
     "global_load_balance": GlobalLoadBalance,
@@ -45,22 +294,3 @@ def get_list(identifiers):
         rule = "`router_losses` must be a list of losses or names"
         raise TypeError(f"{rule}. Received: router_losses={shortened(identifiers)}")
     return tuple(map(get, identifiers))
-
-
-__all__ = [
-    "GlobalLoadBalance",
-    "ImportanceVariation",
-    "LoadBalance",
-    "LoadVariation",
-    "MixtureNegativeLogLikelihood",
-    "RouterEntropy",
-    "RouterLoss",
-    "RouterZ",
-    "SelectorEntropy",
-    "SequenceLoadBalance",
-    "get",
-    "pack_mixture",
-]
-
-__getattr__ = former_names(__name__)
-__dir__ = __all__.copy

@@ -35,8 +35,8 @@ def report(
         path: String or path. File to write, which is whole or not there.
 
     Raises:
-        ValueError: If `data` is empty or not what the model takes, or `labels` or `tokens` do not
-            fit it, or name a layer that the model does not have.
+        ValueError: If the model has no MoE layer, `data` is empty or not what the model takes, or
+            `labels` or `tokens` do not fit it, or name a layer that the model does not have.
         ImportError: If matplotlib is missing.
 
     Example:
@@ -54,9 +54,9 @@ def report(
             f"`path` must name a file in a folder that exists. Received: path={str(path)!r}"
         )
     # Here, so that the package can be imported without matplotlib.
-    from keras_moe.reporting import page, study
+    from keras_moe.reporting import page
 
-    num_documents, found = study.study(model, data, labels, tokens)
+    num_documents, found = page.study(model, data, labels, tokens)
     text = page.render(model.name, num_documents, found)
     part = path.with_name(f".{os.getpid()}.part")
     try:
