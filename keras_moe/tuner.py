@@ -45,9 +45,9 @@ SET_TOP_K = ("balanced_assignment", "switch")
 class SearchSpace:
     """The values from which a search chooses each part of a MoE layer.
 
-    Values come as a list, tuple, range or array. The first of an argument is the one picked by
-    hand, which `DefaultsFirst` tries first, and a single one is fixed. An expert is `active_width /
-    K` wide, so that neither the number of experts nor `top_k` changes what the experts cost.
+    Values come as a list, tuple, range or array. `DefaultsFirst` tries the first of each argument
+    first; a single one is fixed. An expert is `active_width / K` wide, so that neither the number
+    of experts nor `top_k` changes what the experts cost.
 
     Args:
         active_width: Integers. Widths K * H of the experts of a token together, each divisible by
@@ -244,13 +244,10 @@ class WithinBudget(keras_tuner.Objective):
     added. KerasTuner averages the scores of a trial's executions: compare losses by `pareto_table`.
 
     Args:
-        budget: Float, greater than 0. Highest cost.
+        budget: Float, greater than 0, else a ValueError is raised. Highest cost.
         cost: String. The limited value in the logs, such as "active_flops" or "step_seconds" of
             `CostMonitor`.
         loss: String. Value in the logs to minimise.
-
-    Raises:
-        ValueError: If `budget` is not a finite number above 0.
 
     Example:
 
@@ -296,11 +293,7 @@ def pareto_table(
 
     Args:
         search: `keras_tuner.Tuner` after `search`, whose callbacks had a `CostMonitor`.
-        cost: String. Name in the logs of what is spent.
-        loss: String. Name in the logs of what is minimised.
-
-    Raises:
-        ValueError: If a trial has no such value in its logs.
+        cost, loss: Strings. Names in the logs of every trial, else a ValueError is raised.
     """
     oracle = search.oracle
     if hasattr(oracle, "trials"):

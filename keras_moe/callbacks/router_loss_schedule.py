@@ -15,9 +15,8 @@ class RouterLossSchedule(keras.callbacks.Callback):
     """Sets the weight of a router loss at the start of each epoch, without compiling again.
 
     Args:
-        schedule: Function of the epoch, from 0, that returns the weight for it, such as a
-            `keras.optimizers.schedules.LearningRateSchedule`; or a function of the epoch and of the
-            weight in the loss's constructor.
+        schedule: Function of the epoch, from 0, or of the epoch and the weight in the loss's
+            constructor, that returns the weight. A schedule of learning rates is one.
         loss: String or `losses.RouterLoss`. Name of a loss for `losses.get`, or one of its class.
 
     Raises:

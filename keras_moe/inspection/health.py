@@ -23,7 +23,7 @@ COLLAPSED = 0.1
 # Load of the busiest expert above the mean.
 IMBALANCED = 1.0
 DROPPED = 0.05
-# A training that drops more is stopped or warned of; less is a matter of speed.
+# `ExpertHealth` warns above this share only, as early batches are uneven.
 MOST_DROPPED = 0.5
 # Entropy of the probabilities of a token, 1 for a router without a preference.
 INDIFFERENT = 0.995
@@ -41,7 +41,6 @@ ENOUGH = 20
 LARGE_RATE = 0.01
 
 _BALANCED = "The load is balanced by"
-
 
 # Facts about losses, routers and balancers by class, for advice.
 _DEFAULTS = {
