@@ -31,7 +31,7 @@ class EventFiles:
             summaries += [scalar_pb(f"{as_text(layer)}/{key}", values[key]) for key in values]
         for layer, epochs in shares.items():
             summaries.append(histogram_pb(f"{as_text(layer)}/shares", epochs[-1]))
-            summaries.append(_image(layer, epochs, step + 1 - len(epochs)))
+            summaries.append(_image(layer, epochs))
         if split not in self._writers:
             self._writers[split] = EventFileWriter(str(self.log_dir / split))
         for summary in summaries:
@@ -44,9 +44,9 @@ class EventFiles:
             self._writers.popitem()[1].close()
 
 
-def _image(layer, shares, first_epoch):
+def _image(layer, shares):
     file = io.BytesIO()
-    figure = visualization.shares_over_time({layer: shares}, first_epoch)
+    figure = visualization.shares_over_time({layer: shares})
     figure.savefig(file, format="png", dpi=100)
     size = [str(round(100 * inches)).encode() for inches in figure.get_size_inches()]
     tensor = make_tensor_proto([*size, file.getvalue()])
