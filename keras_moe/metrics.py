@@ -287,7 +287,7 @@ class DroppedFraction(UsageMetric):
 
 @register
 class DeadExpertsOverWindow(UsageMetric):
-    """Number of experts that were dead, as in `dead_experts`, in each of the last `window` batches.
+    """Number of experts that `dead_experts` counts in each of the last `window` batches.
 
     Each `update_state` is a batch.
 
