@@ -71,8 +71,8 @@ def _primitive(name, place, shape, transpose):
                 aval = shape(*operands, **parameters)
                 return jnp.zeros(aval.shape, aval.dtype)
         elif lowered_for in (platform, "cpu"):
-            rule = _implementations(platform)[place]
-            rule = functools.partial(rule, **parameters, interpret=lowered_for == "cpu")
+            implementation, on_cpu = _implementations(platform)[place], lowered_for == "cpu"
+            rule = functools.partial(implementation, **parameters, interpret=on_cpu)
         else:
             raise NotImplementedError(
                 f"A program that is traced for {platform!r} must be compiled for it, or for a CPU, "
