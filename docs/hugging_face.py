@@ -11,7 +11,7 @@ import pathlib
 
 import transformers
 
-from keras_moe.convert.hugging_face_families import FAMILIES
+from keras_moe.convert.hugging_face import FAMILIES
 
 FOLDER = pathlib.Path(transformers.__file__).parent / "models"
 

@@ -13,7 +13,7 @@ from keras import ops
 
 import keras_moe
 from keras_moe import convert, layers, routers
-from keras_moe.convert import hugging_face_families
+from keras_moe.convert.hugging_face import FAMILIES as READ
 
 # The models are of PyTorch, and take seconds to import.
 with_transformers = pytest.mark.backends("torch")
@@ -135,7 +135,7 @@ def test_the_guide_names_every_family_of_transformers():
     import transformers
 
     guide = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
-    assert all(f"`{name}`" in guide for name in hugging_face_families.FAMILIES)
+    assert all(f"`{name}`" in guide for name in READ)
     if f"transformers {transformers.__version__}," in guide:
         table = runpy.run_path(str(ROOT / "docs" / "hugging_face.py"))["table"]
         assert "\n".join(table()) in guide

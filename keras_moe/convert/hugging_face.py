@@ -1,24 +1,18 @@
-"""Conversion of MoE layers from and to Hugging Face's layouts."""
+"""Conversion of MoE layers from and to the layouts of Hugging Face's model families."""
 
 import functools
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
-from keras_moe._internal.checks import check_choice, check_integer
+from keras_moe import activations, losses, routers
+from keras_moe._internal.checks import check_choice, check_integer, shortened
 from keras_moe._internal.keras_internals import parameters_of
-from keras_moe.convert.hugging_face_families import (
-    FAMILIES,
-    Config,
-    config_like,
-    differences,
-    mixture_of,
-)
-from keras_moe.convert.weights import check_plain, floats_of, read_config, tensor_reader
-from keras_moe.layers import MixtureOfExperts
+from keras_moe.convert.weights import Rule, check_plain, floats_of, read_config, tensor_reader
+from keras_moe.layers import GatedExperts, GatedFeedForward, MixtureOfExperts
 
 
 def from_hugging_face(
@@ -30,9 +24,8 @@ def from_hugging_face(
 ) -> MixtureOfExperts:
     """The MoE block of a decoder layer of a Hugging Face model, as a `layers.MixtureOfExperts`.
 
-    The guide to conversion lists the families, such as Mixtral, Qwen3-MoE, DeepSeek-V3 and gpt-oss.
-    Weights are read one expert at a time; besides the layer's own, one stack of kernels is in
-    memory. PyTorch is not needed, files need the package `safetensors`.
+    The guide to conversion lists the families. Weights are read one expert at a time, without
+    PyTorch; files need the package `safetensors`.
 
     Args:
         source: Path, or mapping of strings to tensors. Folder of a model with `config.json` and
@@ -63,11 +56,20 @@ def from_hugging_face(
     mixture = mixture_of(config, **kwargs) if into is None else into
     check_plain(mixture)
     read, names = tensor_reader(source)
-    num_experts = mixture.experts.num_experts
-    prefix, rules = _layout_in(names, config["model_type"], layer, num_experts)
-    variables = check_block(mixture, rules, config)
+    experts = range(mixture.experts.num_experts)
+    prefix, rules = _layout_in(names, config["model_type"], layer, experts)
+    variables = _placed(mixture, rules, config)
     for rule in rules:
-        for name, value in zip(rule.ours, _read(rule, prefix, num_experts, read)):
+        if "{expert}" not in rule.theirs:
+            values = rule.split(read(prefix + rule.theirs))
+        else:  # One expert after the other, as all of them may fill the memory.
+            values = []
+            for expert in experts:
+                own = rule.split(read(prefix + rule.theirs.format(expert=expert)))
+                values = values or [np.empty((len(experts), *v.shape), v.dtype) for v in own]
+                for stacked, value in zip(values, own):
+                    stacked[expert] = value
+        for name, value in zip(rule.ours, values):
             variables[name].assign(value)
     return mixture
 
@@ -113,18 +115,233 @@ def to_hugging_face(mixture: MixtureOfExperts, layer: int, family: str) -> dict:
     return arrays
 
 
+class Config(dict):
+    """The entries of a `config.json` that are not null."""
+
+    def __missing__(self, name):
+        rule = f"The config of a model of {self['model_type']!r} must have `{name}`"
+        raise ValueError(f"{rule}. Received: {', '.join(self)}")
+
+
+class Family(NamedTuple):
+    """The MoE block of one family of models.
+
+    - `layouts`: pairs of the prefix of all names, with `{layer}` in it, and rules: for files, and
+      for models in memory if they differ.
+    - `router`, `experts`: from a `Config` to arguments of our router, a `router_class`, and bank.
+    - `width`: name of the experts' hidden width in the config.
+    - `shared`: from a `Config` to the width of the shared expert; `gated_shared` if that has a
+      gate.
+    - `scales_weights`: whether its config has the `scaling_factor` of the router.
+    """
+
+    layouts: tuple[tuple[str, tuple[Rule, ...]], ...]
+    router: Callable
+    experts: Callable = lambda config: {}
+    width: str = "moe_intermediate_size"
+    shared: Callable | None = None
+    gated_shared: bool = False
+    scales_weights: bool = False
+    router_class: type = routers.TopKRouter
+
+
+def _dense(theirs, ours):
+    """Rules for linear layers, whose kernels are (outputs, inputs)."""
+    return tuple(
+        Rule(f"{their}.weight", (f"{our}kernel",), transposed=True)
+        for their, our in zip(theirs, ours)
+    )
+
+
+_MLP = "model.layers.{layer}.mlp."
+_BLOCK = "model.layers.{layer}.block_sparse_moe."
+_LFM = "model.layers.{layer}.feed_forward."
+_OURS = ("experts.gate_", "experts.up_", "experts.down_")
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_GATE = _dense(["gate"], ["router."])
+_SHARED_GATE = _dense(["shared_expert_gate"], ["shared_gate."])
+_BY_EXPERT = _dense([f"experts.{{expert}}.{name}" for name in _PROJECTIONS], _OURS)
+_BY_NUMBER = _dense([f"experts.{{expert}}.w{number}" for number in (1, 3, 2)], _OURS)
+_STACKED = (
+    Rule("experts.gate_up_proj", ("experts.gate_kernel", "experts.up_kernel"), transposed=True),
+    Rule("experts.down_proj", ("experts.down_kernel",), transposed=True),
+)
+
+
+def _shared(name):
+    ours = ("shared_expert.gate.", "shared_expert.up.", "shared_expert.down.")
+    return _dense([f"{name}.{projection}" for projection in _PROJECTIONS], ours)
+
+
+def _layouts(*others, by_expert=_BY_EXPERT, prefix=_MLP, in_memory=_MLP):
+    """The layouts of files and of models in memory, whose experts are stacked."""
+    return (prefix, (*others, *by_expert)), (in_memory, (*others, *_STACKED))
+
+
+def _bias(theirs):
+    return Rule(theirs, ("router.selection_bias",))
+
+
+_GPT_OSS = (
+    Rule("router.weight", ("router.kernel",), transposed=True),
+    Rule("router.bias", ("router.bias",)),
+    Rule("experts.gate_up_proj", ("experts.gate_kernel", "experts.up_kernel"), interleaved=True),
+    Rule("experts.gate_up_proj_bias", ("experts.gate_bias", "experts.up_bias"), interleaved=True),
+    Rule("experts.down_proj", ("experts.down_kernel",)),
+    Rule("experts.down_proj_bias", ("experts.down_bias",)),
+)
+
+
+def _renormalized(config):
+    return {"renormalize": config["norm_topk_prob"]}
+
+
+def _jittered(config):
+    return {"renormalize": True, "input_jitter": config.get("router_jitter_noise", 0.0)}
+
+
+def _loss_free(config):
+    scale = config["routed_scaling_factor"]
+    return {**_renormalized(config), "scaling_factor": scale, "balancer": "loss_free"}
+
+
+# By `model_type` of their config.
+FAMILIES = {
+    "mixtral": Family(
+        _layouts(*_GATE, by_expert=_BY_NUMBER, prefix=_BLOCK), _jittered, width="intermediate_size"
+    ),
+    "qwen2_moe": Family(
+        _layouts(*_GATE, *_shared("shared_expert"), *_SHARED_GATE),
+        _renormalized,
+        shared=lambda config: config["shared_expert_intermediate_size"],
+        gated_shared=True,
+    ),
+    "qwen3_moe": Family(_layouts(*_GATE), _renormalized),
+    "olmoe": Family(_layouts(*_GATE), _renormalized, width="intermediate_size"),
+    "deepseek_v3": Family(
+        _layouts(*_GATE, _bias("gate.e_score_correction_bias"), *_shared("shared_experts")),
+        lambda config: {
+            **_loss_free(config),
+            "num_groups": config["n_group"],
+            "top_groups": config["topk_group"],
+        },
+        shared=lambda config: config["moe_intermediate_size"] * config["n_shared_experts"],
+        scales_weights=True,
+        router_class=routers.GroupLimitedRouter,
+    ),
+    "gpt_oss": Family(
+        ((_MLP, _GPT_OSS),),
+        lambda config: {"renormalize": True, "use_bias": True},
+        lambda config: {
+            "activation": activations.quick_gelu,
+            "use_bias": True,
+            "clip": config.get("swiglu_limit", 7.0),
+            "up_shift": 1.0,
+        },
+        width="intermediate_size",
+    ),
+    "minimax_m2": Family(
+        _layouts(*_GATE, _bias("e_score_correction_bias"), by_expert=_BY_NUMBER, prefix=_BLOCK),
+        lambda config: {**_jittered(config), "score": "sigmoid", "balancer": "loss_free"},
+        width="intermediate_size",
+    ),
+    "lfm2_moe": Family(
+        _layouts(*_GATE, _bias("expert_bias"), by_expert=_BY_NUMBER, prefix=_LFM, in_memory=_LFM),
+        lambda config: {**_loss_free(config), "score": "sigmoid"},
+        scales_weights=True,
+    ),
+}
+
+# Families with the block of another one.
+_ALIKE = {
+    "mixtral": "minimax",
+    "qwen2_moe": "qwen3_next",
+    "qwen3_moe": "mellum",
+    "olmoe": "flex_olmo",
+    "deepseek_v3": "deepseek_v32 dots1 glm4_moe glm4_moe_lite glm_moe_dsa solar_open",
+}
+FAMILIES.update({name: FAMILIES[like] for like in _ALIKE for name in _ALIKE[like].split()})
+
+# Keras and PyTorch compute them alike under one name.
+_ACTIVATIONS = ("silu", "swish", "gelu", "relu", "relu6", "mish", "sigmoid", "tanh", "linear")
+
+
+def _parts_of(config, dtype=None):
+    """Arguments of the `MixtureOfExperts` that computes the block of a config."""
+    family = FAMILIES[config["model_type"]]
+    # Families and releases differ in the name.
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    num_experts = config[next((name for name in names if name in config), names[0])]
+    activation = check_choice("hidden_act", config.get("hidden_act", "silu"), _ACTIVATIONS)
+    # All weights are assigned later; drawing them would take long.
+    experts = {"activation": activation, "kernel_initializer": "zeros", **family.experts(config)}
+    router = {"top_k": config["num_experts_per_tok"], **family.router(config)}
+    weight = config.get("router_aux_loss_coef")
+    return {
+        "experts": GatedExperts(num_experts, config[family.width], dtype=dtype, **experts),
+        "router": family.router_class(num_experts, **router),
+        "router_losses": [losses.LoadBalance(weight)] if weight else [],
+        "shared_expert": family.shared
+        and GatedFeedForward(family.shared(config), activation, dtype=dtype),
+        "gated_shared_expert": family.gated_shared,
+    }
+
+
+def mixture_of(config, dtype=None, **kwargs):
+    mixture = MixtureOfExperts(**{**_parts_of(config, dtype), "dtype": dtype, **kwargs})
+    mixture.build((None, None, config["hidden_size"]))
+    return mixture
+
+
+def _layout_in(names, family, layer, experts):
+    """The prefix and the rules of the family's first layout without a missing weight."""
+    missing = []
+    for prefix, rules in FAMILIES[family].layouts:
+        prefix = prefix.format(layer=layer)
+        wanted = [prefix + rule.theirs.format(expert=e) for e in experts for rule in rules]
+        absent = [name for name in wanted if name not in names]
+        if not absent:
+            return prefix, rules
+        missing.append(absent[0])
+    raise ValueError(
+        f"A MoE block of {family!r} with {len(experts)} experts must have all its weights. "
+        f"Received: layer={layer}, without {' and without '.join(map(repr, missing))}"
+    )
+
+
 def layout_of(mixture, layer, family, number, but=()):
     """The prefix and the rules of a layout of a family, and the variables of a layer by name."""
     layer = check_integer("layer", layer, minimum=0)
     prefix, rules = FAMILIES[check_choice("family", family, FAMILIES)].layouts[number]
     check_plain(mixture, but=mixture.experts)
-    variables = check_block(mixture, rules, config_like(mixture, family), but)
+    variables = _placed(mixture, rules, _config_like(mixture, family), but)
     return prefix.format(layer=layer), rules, variables
 
 
-def check_block(mixture, rules, config, but=()):
+def _config_like(mixture, family):
+    """The config of a family whose MoE block comes closest to a layer."""
+    experts, router = mixture.experts, mixture.router
+    width = experts.hidden_dim
+    shared_width = getattr(mixture.shared_expert, "hidden_dim", width)
+    return Config(
+        model_type=family,
+        num_experts=experts.num_experts,
+        num_experts_per_tok=router.max_top_k,
+        intermediate_size=width,
+        moe_intermediate_size=width,
+        shared_expert_intermediate_size=shared_width,
+        n_shared_experts=max(shared_width // width, 1),
+        norm_topk_prob=_renormalizes(router),
+        routed_scaling_factor=getattr(router, "scaling_factor", 1.0),
+        n_group=getattr(router, "num_groups", 1),
+        topk_group=getattr(router, "top_groups", 1),
+        swiglu_limit=experts.clip or 7.0,
+    )
+
+
+def _placed(mixture, rules, config, but=()):
     """The variables that rules name, of a layer that computes exactly the block of a config."""
-    wrong, placed = differences(mixture, config, but), {}
+    wrong, placed = _differences(mixture, config, but), {}
     if not wrong:
         names = [name for rule in rules for name in rule.ours]
         placed = {name: functools.reduce(getattr, name.split("."), mixture) for name in names}
@@ -144,30 +361,37 @@ def check_block(mixture, rules, config, but=()):
     return placed
 
 
-def _layout_in(names, family, layer, num_experts):
-    """The prefix and the rules of the family's first layout without a missing weight."""
-    missing = []
-    for prefix, rules in FAMILIES[family].layouts:
-        prefix, experts = prefix.format(layer=layer), range(num_experts)
-        wanted = [prefix + rule.theirs.format(expert=e) for e in experts for rule in rules]
-        absent = [name for name in wanted if name not in names]
-        if not absent:
-            return prefix, rules
-        missing.append(absent[0])
-    raise ValueError(
-        f"A MoE block of {family!r} with {num_experts} experts must have all its weights. "
-        f"Received: layer={layer}, without {' and without '.join(map(repr, missing))}"
-    )
+# Arguments of the parts of a layer that change how it begins or trains, not its outputs.
+_TRAINING = ("name", "trainable", "dtype", "seed", "balancer", "input_jitter", "logit_noise")
+_SUFFIXES = ("_initializer", "_regularizer", "lora_rank", "lora_alpha")
 
 
-def _read(rule, prefix, num_experts, read):
-    """The values of our weights in a rule, stacked one expert at a time."""
-    if "{expert}" not in rule.theirs:
-        return rule.split(read(prefix + rule.theirs))
-    values: list = []
-    for expert in range(num_experts):
-        own = rule.split(read(prefix + rule.theirs.format(expert=expert)))
-        values = values or [np.empty((num_experts, *each.shape), each.dtype) for each in own]
-        for stacked, value in zip(values, own):
-            stacked[expert] = value
-    return values
+def _differences(mixture, config, but):
+    """Why a layer computes something else than the block of a config, but for some arguments."""
+    found = []
+    parts = _parts_of(config)
+    for name in ("router", "experts", "shared_expert"):
+        part, wanted = getattr(mixture, name), parts[name]
+        if not isinstance(part, type(wanted)):
+            found.append(f"a `{type(part).__name__}` as {name}, not {type(wanted).__name__}")
+        elif wanted is not None:
+            given = part.get_config()
+            found += [
+                f"{key}={shortened(given.get(key))}, not {shortened(value)}"
+                for key, value in wanted.get_config().items()
+                if key not in (*_TRAINING, *but, "renormalize") and not key.endswith(_SUFFIXES)
+                if given.get(key) != value
+            ]
+    if not found and _renormalizes(mixture.router) != _renormalizes(parts["router"]):
+        found.append(f"renormalize={mixture.router.renormalize}")
+    if mixture.gated_shared_expert != parts["gated_shared_expert"]:
+        found.append(f"gated_shared_expert={mixture.gated_shared_expert}")
+    if mixture.capacity is not None and mixture.capacity.evaluation_factor is not None:
+        found.append(f"evaluation_factor={mixture.capacity.evaluation_factor}, not None")
+    return found
+
+
+def _renormalizes(router):
+    """Whether weights are divided by their sum; None divides several."""
+    renormalize = getattr(router, "renormalize", None)
+    return router.max_top_k > 1 if renormalize is None else renormalize

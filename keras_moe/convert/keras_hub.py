@@ -4,10 +4,15 @@ import keras
 
 from keras_moe._internal.keras_internals import own_layers
 from keras_moe._internal.serialization import PACKAGE, Configured, register
-from keras_moe.convert.keras_hub_families import FAMILIES, family_of
-from keras_moe.convert.sparse_blocks import dense_layers, is_sparse, sparse_layers
+from keras_moe.convert.keras_hub_blocks import (
+    FAMILIES,
+    dense_layers,
+    family_of,
+    is_sparse,
+    sparse_layers,
+)
 from keras_moe.convert.weights import check_plain
-from keras_moe.layers.replacement import forget_converters, record, replace
+from keras_moe.layers.replacement import backbones, forget_converters, record, replace
 
 
 @keras.saving.register_keras_serializable(PACKAGE, "sparsify")
@@ -16,9 +21,9 @@ def use_sparse_experts(model: keras.Model) -> keras.Model:
 
     KerasHub computes every expert for every token. Afterwards each block computes with a
     `layers.MixtureOfExperts` of the same weights, and all tools of this package work on it. The
-    result is the same model, with the same outputs, `generate`, `fit` and files of weights; an
-    optimizer starts again. Padding is not routed if KerasHub passes its mask to the block. A saved
-    model is sparse when it is loaded, in a process that has imported `keras_moe`.
+    result is the same model, with the same outputs and files of weights; an optimizer starts again.
+    Padding is not routed if KerasHub passes its mask to the block. A saved model is sparse when it
+    is loaded, in a process that has imported `keras_moe`.
 
     Args:
         model: Keras model. A `CausalLM` or `Backbone` of KerasHub, or a model that contains one. Of
@@ -47,7 +52,7 @@ def use_sparse_experts(model: keras.Model) -> keras.Model:
     for block, owner in dense.items():
         replacements |= sparse_layers(owner, block, family_of(block))
     model, _ = replace(model, replacements)
-    for backbone in _backbones(model):
+    for backbone in backbones(model):
         record(backbone, converters=[use_sparse_experts])
     return model
 
@@ -71,7 +76,7 @@ def restore(model: keras.Model) -> keras.Model:
             f"`model` must be one that `use_sparse_experts` converted. Received: {model!r}"
         )
     model, _ = replace(model, replacements)
-    for backbone in _backbones(model):
+    for backbone in backbones(model):
         forget_converters(backbone)
     return model
 
@@ -102,13 +107,6 @@ def layout_map(mesh: keras.distribution.DeviceMesh) -> keras.distribution.Layout
     layouts[r".*attention/attention_output/kernel"] = ("model", None, None)
     layouts[r".*experts/expert_feedforward_\w+_dense"] = ("expert", None, None)
     return layouts
-
-
-def _backbones(model):
-    import keras_hub
-
-    cls = keras_hub.models.Backbone
-    return [layer for layer in model._flatten_layers() if isinstance(layer, cls)]
 
 
 @register

@@ -11,8 +11,7 @@ import re
 import numpy as np
 from keras import ops
 
-from keras_moe.convert.hugging_face import layout_of
-from keras_moe.convert.hugging_face_families import FAMILIES
+from keras_moe.convert.hugging_face import FAMILIES, layout_of
 from keras_moe.convert.weights import read_config, tensor_reader
 from keras_moe.layers import MixtureOfExperts
 

@@ -1,5 +1,6 @@
 """Replacement of layers in built models, recorded in the models' configs."""
 
+import sys
 from typing import Any
 
 import keras
@@ -110,8 +111,15 @@ class _Replacement:
         return made
 
 
+def backbones(model):
+    """The KerasHub backbones in a model, itself included."""
+    hub: Any = sys.modules.get("keras_hub")
+    cls = () if hub is None else hub.models.Backbone
+    return [layer for layer in model._flatten_layers() if isinstance(layer, cls)]
+
+
 def record(model, changes=(), converters=()):
-    """Add changes to the config of a model.
+    """Add changes to the config of a model, and of each KerasHub backbone those in it.
 
     Args:
         model: Keras model.
@@ -119,10 +127,19 @@ def record(model, changes=(), converters=()):
         converters: registered functions, called with the model that the old config describes. Files
             of weights are as without them.
     """
-    paths = {id(layer): path for path, layer in _walk(model)}
+    for holder in [*backbones(model), model]:
+        paths = {id(layer): path for path, layer in _walk(holder)}
+        own = [(paths[id(layer)], tuple(names)) for layer, names in changes if id(layer) in paths]
+        changes = [(layer, names) for layer, names in changes if id(layer) not in paths]
+        if own:
+            _add(holder, own)
+    if converters:
+        _add(model, converters=converters)
+
+
+def _add(model, changes=(), converters=()):
     old, before = _recorded(model)
-    changes = [(paths[id(layer)], tuple(names)) for layer, names in changes]
-    _set_record(model, old + changes, list(dict.fromkeys([*before, *converters])))
+    _set_record(model, [*old, *changes], list(dict.fromkeys([*before, *converters])))
 
 
 def forget_converters(model):
@@ -178,21 +195,26 @@ class _WithReplacements:
         model = revive(config["model"])
         for converter in config.get("converters", ()):  # 0.2 had none.
             revive(converter)(model)
-        for replaced in config["replaced"]:
-            layer = _layer_at(model, replaced["path"])
-            for name, value in replaced["attributes"].items():
-                set_state(layer, name, revive(value))
-            record(model, [(layer, replaced["attributes"])])
+        for path, attributes in (each.values() for each in config["replaced"]):
+            for name, value in attributes.items():
+                set_state(_layer_at(model, path), name, revive(value))
+            _add(model, [(tuple(path), tuple(attributes))])
         return model
 
     def save_to_preset(self, *args, **kwargs):
-        """Save a preset of KerasHub. It loads without the converters."""
-        original, (_, converters) = self._original_class, self._record
+        """Save a preset of KerasHub, which has the layers before the converters."""
+        changes, converters = self._record
+        if changes:
+            raise ValueError(
+                "KerasHub loads no preset of a backbone whose layers were replaced: use "
+                "`model.save`, or `save_to_preset` of the task that contains it. "
+                f"Received: {self.name!r} with {len(changes)} replaced layers"
+            )
         forget_converters(self)
         try:
-            original.save_to_preset(self, *args, **kwargs)
+            self._original_class.save_to_preset(self, *args, **kwargs)
         finally:
-            record(self, converters=converters)
+            _add(self, converters=converters)
 
 
 # One name for all models; the config says which one it is.

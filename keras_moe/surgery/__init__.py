@@ -1,7 +1,10 @@
 """Fewer experts, or fewer for each token, in a trained model."""
 
+import json
 import math
 import operator
+import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,16 +12,17 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe._internal.checks import check_choice, check_number, shortened
+from keras_moe._internal.checks import check_choice, check_indices, check_number, shortened
 from keras_moe._internal.keras_internals import forget_compiled, forget_old_weights
 from keras_moe._internal.types import Tensor
 from keras_moe.inspection import moe_layers
 from keras_moe.inspection.recording import check_list_of_batches
+from keras_moe.layers.replacement import backbones
 from keras_moe.routers import HashRouter
 from keras_moe.surgery import measuring
 from keras_moe.surgery.cutting import cut, groups_of, merge, obstacles, router_like
 
-__all__ = ["Surgery", "merge_experts", "prune_experts", "set_top_k"]
+__all__ = ["Surgery", "apply", "merge_experts", "prune_experts", "set_top_k"]
 __dir__ = __all__.copy
 
 
@@ -26,14 +30,21 @@ class Surgery(NamedTuple):
     """The changes to a model.
 
     - `experts`: dict from the name of each layer to a list with, for each expert it has now, the
-      numbers of the experts it comes from; merged ones have several.
+      numbers of the experts it comes from; merged ones have several, first the most used.
     - `loss_before`, `loss_after`: on the data, or None if the model is not compiled or the data
       have no targets.
+    - `usage`: of merged experts, dict from the name of each layer to what each expert served.
     """
 
     experts: dict
     loss_before: Any = None
     loss_after: Any = None
+    usage: dict | None = None
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the choice of experts to a JSON file, for `surgery.apply`."""
+        text = json.dumps({"experts": self.experts, "usage": self.usage})
+        pathlib.Path(path).write_text(text, encoding="utf-8")
 
 
 def prune_experts(
@@ -44,8 +55,9 @@ def prune_experts(
 ) -> Surgery:
     """Take the least important experts out of a model, in place.
 
-    Routers lose the columns of those experts, and choose among the others. Compiled models can
-    train on at once, with an optimizer that starts again.
+    Routers lose the columns of those experts, and choose among the others. A compiled model trains
+    on with an optimizer that starts again. All layers that `convert.use_sparse_experts` made keep
+    one number of experts, as the config of KerasHub's model has one.
 
     Args:
         model: Keras model. A built model with MoE layers, or one such layer.
@@ -125,7 +137,7 @@ def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
 
     Raises:
         ValueError: If a router does not choose a fixed number, has fewer experts, or is shared with
-            a layer that is to keep another number.
+            a layer that is to keep another number, or converted layers of KerasHub would differ.
 
     Example:
 
@@ -137,13 +149,11 @@ def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
     layers = _layers(model, top_k, "top_k")
     changed = {}
     for name, layer in layers.items():
-        router, is_ours = layer.router, layer.has_own_config
-        if not is_ours or "top_k" not in router.get_config() or isinstance(router, HashRouter):
-            ours, theirs = f"a `{type(router).__name__}`", "made by `convert.use_sparse_experts`"
-            origin = ours if is_ours else theirs
+        router = layer.router
+        if "top_k" not in router.get_config() or isinstance(router, HashRouter):
             raise ValueError(
                 "The router of a layer must choose `top_k` experts by their scores, and have the "
-                f"number in its own config. Received: {name!r}, {origin}"
+                f"number in its own config. Received: {name!r}, a `{type(router).__name__}`"
             )
         value = top_k[name] if isinstance(top_k, dict) else top_k
         changed[name] = router_like(router, top_k=value).top_k  # The constructor checks it.
@@ -152,24 +162,72 @@ def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
         if any(changed.get(name) != changed[other] for other in routed):
             rule = "Layers that share a router must keep one number of experts"
             raise ValueError(f"{rule}. Received: top_k={shortened(top_k)} not for {name!r}")
+    converted = _converted(model, changed, lambda layer: layer.router.top_k)
     for name, layer in layers.items():
         router = layer.router
         if getattr(router, "renormalize", False) is None:
             router.renormalize = router.top_k > 1
         router.top_k = changed[name]
+    for name in converted:
+        _set_in_backbones(model, ("top_k", "num_experts_per_token"), changed[name])
     forget_compiled(model)
 
 
-def _operate(model, layers, groups, used, data):
+def apply(model: keras.Layer, source: Surgery | str | os.PathLike) -> Surgery:
+    """Prune or merge the experts of a model as those of another with the same layers, in place.
+
+    Args:
+        model: Keras model. As in `prune_experts`; its layers have the same names and experts.
+        source: `Surgery`, or path of a file that `Surgery.save` wrote.
+
+    Returns:
+        A `Surgery`, without losses.
+
+    Raises:
+        ValueError: If the model lacks one of the layers or experts, or as in `prune_experts`.
+
+    Example:
+
+    >>> def make():
+    ...     experts = keras_moe.layers.FeedForwardExperts(8, 32)
+    ...     layer = keras_moe.layers.MixtureOfExperts(experts, name="moe")
+    ...     return keras.Sequential([keras.Input((16,)), layer])
+    >>> pruned = keras_moe.surgery.prune_experts(make(), by=np.arange(8), keep=2)
+    >>> keras_moe.surgery.apply(make(), pruned).experts
+    {'moe': [[6], [7]]}
+    """
+    if not isinstance(source, Surgery):
+        source = Surgery(**json.loads(pathlib.Path(source).read_text(encoding="utf-8")))
+    numbers = {name: len(groups) for name, groups in source.experts.items()}
+    layers, _, _ = _plan(model, numbers, [], merging=source.usage is not None)
+    for name, groups in source.experts.items():
+        check_indices("source", np.array(sum(groups, [])), layers[name].experts.num_experts)
+    groups = {
+        name: {group[0]: sorted(group) for group in of_layer}
+        for name, of_layer in source.experts.items()
+    }
+    used = source.usage and {name: np.array(each) for name, each in source.usage.items()}
+    return _operate(model, layers, groups, used)
+
+
+def _operate(model, layers, groups, used, data=()):
     """Keep one expert of each group, merged with the others by usage if that is given."""
     before = measuring.loss_on(model, data)
+    chosen = {}
     for name, layer in layers.items():
         if used is not None:
             merge(layer.experts, groups[name], used[name])
-        cut(layer, np.array(list(groups[name])))
+        chosen[layer] = np.array(list(groups[name]))
+    cut(model, chosen)
+    for name in _converted(model, layers):
+        _set_in_backbones(model, ("num_experts",), len(groups[name]))
     forget_old_weights(model)
-    experts = {name: list(each.values()) for name, each in groups.items()}
-    return Surgery(experts, before, measuring.loss_on(model, data))
+    experts = {
+        name: [[first, *(each for each in group if each != first)] for first, group in own.items()]
+        for name, own in groups.items()
+    }
+    usage = used and {name: used[name].tolist() for name in layers}
+    return Surgery(experts, before, measuring.loss_on(model, data), usage)
 
 
 def _plan(model, keep, data, merging):
@@ -190,8 +248,37 @@ def _plan(model, keep, data, merging):
     for name, layer in layers.items():
         numbers[name] = _number(name, layer, keep[name] if isinstance(keep, dict) else keep)
         router_like(layer.router, num_experts=numbers[name])  # It has rules, such as for groups.
+    _converted(model, numbers, lambda layer: layer.experts.num_experts)
     check_list_of_batches("data", data)
     return layers, numbers, list(data)
+
+
+def _converted(model, changed, number_of=None):
+    """Names among those given of layers that `convert.use_sparse_experts` made.
+
+    With a function that returns the number of a layer, refuse different numbers after a change,
+    where the config of KerasHub's model has one.
+    """
+    every = {name: each for name, each in moe_layers(model).items() if not each.has_own_config}
+    found = [name for name in every if name in changed]
+    if found and number_of is not None:
+        numbers = {name: changed.get(name, number_of(layer)) for name, layer in every.items()}
+        if len(set(numbers.values())) > 1 or not backbones(model):
+            raise ValueError(
+                "Layers made by `convert.use_sparse_experts` must keep one number, which the config "
+                f"of the KerasHub model around them has. Received: {numbers}"
+            )
+    return found
+
+
+def _set_in_backbones(model, names, number):
+    """Set a number in KerasHub's own layers, whose configs have it under one of these names."""
+    for backbone in backbones(model):
+        for layer in backbone._flatten_layers():
+            is_theirs = layer is backbone or type(layer).__module__.startswith("keras_hub.")
+            for name in names:
+                if is_theirs and hasattr(layer, name):
+                    setattr(layer, name, number)
 
 
 def _layers(model, given, argument):

@@ -3,12 +3,15 @@
 Axes: E experts, D features, H hidden width.
 """
 
+from typing import Any
+
 import numpy as np
 from keras import ops
 
 from keras_moe._internal.keras_internals import let_go, names_below, open_to_state, set_state
 from keras_moe.layers import FeedForwardExperts, GatedExperts, LayerExperts, LinearExperts
 from keras_moe.layers.multi_gate import Task
+from keras_moe.layers.replacement import replace
 from keras_moe.layers.stacked_experts import StackedExperts
 from keras_moe.layers.usage import counter
 from keras_moe.routers import LogitRouter, SoftRouter
@@ -21,8 +24,6 @@ def obstacles(layer, merging):
     bank, router = layer.experts, layer.router
     if not layer.built:
         yield "which is not built"
-    if not layer.has_own_config:
-        yield "made by `convert.use_sparse_experts`: the config of its model has the numbers"
     if isinstance(layer, Task):
         yield "a task of a `MultiGateMixtureOfExperts`, which calls the experts for all its tasks"
     if getattr(bank, "processes", None) is not None:
@@ -64,34 +65,53 @@ def router_like(router, **changes):
     return changed
 
 
-def cut(layer, experts):
-    """Keep some experts of a built `MixtureOfExperts`, an ascending array of numbers, in place."""
-    bank = layer.experts
-    if len(experts) == bank.num_experts:
-        return
-    router = router_like(layer.router, num_experts=len(experts))
+def cut(model, chosen):
+    """Keep some experts of built layers, in place.
+
+    Args:
+        model: Keras model with the layers in it, or one of them.
+        chosen: dict from each `MixtureOfExperts` to the numbers of its experts, an ascending array.
+    """
+    chosen = {each: kept for each, kept in chosen.items() if len(kept) < each.experts.num_experts}
+    replacements: dict = {}
+    for layer, experts in chosen.items():
+        replacements |= _smaller_parts(layer, experts)
+    replace(model, replacements)
+    for layer, experts in chosen.items():
+        _cut_counters(layer, experts)
+
+
+def _smaller_parts(layer, experts):
+    """A dict from the router and the bank of a layer to such for some of its experts."""
+    bank, kept = layer.experts, {"num_experts": len(experts)}
+    router = router_like(layer.router, **kept)
     axes = layer.input_spec.axes  # of a token, counted from the end
     tokens_shape = (None, *(axes[axis] for axis in sorted(axes)))
     with names_below(layer.path):
         router.build((None, layer.router.input_spec.axes[-1]))
         _take_weights(layer.router, router, experts)
         if isinstance(bank, LayerExperts):
-            config = {**bank.get_config(), "layers": [bank.layers[index] for index in experts]}
-            bank = LayerExperts(**config)
+            own = [bank.layers[index] for index in experts]
+            weights = [(weight, weight.trainable) for each in own for weight in each.weights]
+            smaller: Any = LayerExperts(**{**bank.get_config(), "layers": own})
+            smaller.build(tokens_shape)
+            for weight, trainable in weights:  # The constructor of a frozen bank freezes all.
+                weight.trainable = trainable
         else:
-            bank = type(bank).from_config({**bank.get_config(), "num_experts": len(experts)})
-        bank.build(tokens_shape)
-        if isinstance(bank, StackedExperts):
-            _take_weights(layer.experts, bank, experts)
-        set_state(layer, "router", router)
-        set_state(layer, "experts", bank)
-        counts = ops.convert_to_numpy(layer.expert_counts)[experts]
+            smaller = type(bank).from_config({**bank.get_config(), **kept})
+            smaller.build(tokens_shape)
+            _take_weights(bank, smaller, experts)
+    return {layer.router: router, bank: smaller}
+
+
+def _cut_counters(layer, experts):
+    counts = ops.convert_to_numpy(layer.expert_counts)[experts]
+    with names_below(layer.path), open_to_state(layer):
         set_state(layer, "expert_counts", counter("expert_counts", counts.shape))
-        layer.expert_counts.assign(counts)
-        with open_to_state(layer):
-            for variable in sum(layer.loss_states, []):
-                let_go(layer, variable)
-            layer._build_losses()
+        for variable in sum(layer.loss_states, []):
+            let_go(layer, variable)
+        layer._build_losses()
+    layer.expert_counts.assign(counts)
     if layer.last_counts is not None:
         layer.last_counts = layer.last_counts[experts]
 
@@ -129,6 +149,9 @@ def merge(bank, groups, usage):
                 weights[experts.index(center)].assign(mean)
         return
     stacks = {weight.name: _array(weight) for weight in bank.weights}
+    if "output_scale" in stacks:  # of converted experts
+        stacks["down_kernel"] *= stacks["output_scale"][:, None, None]
+        stacks["output_scale"][:] = 1.0
     if len(bank.projections) == 1:  # without hidden features, which could be matched
         for center, experts in groups.items():
             for stack in stacks.values():
@@ -137,7 +160,7 @@ def merge(bank, groups, usage):
     views = [  # with the hidden features first, (E, H, ...)
         np.atleast_3d(stack) if stack.ndim == 2 or name == "down_kernel" else stack.swapaxes(1, 2)
         for name, stack in stacks.items()
-        if name != "down_bias"
+        if name not in ("down_bias", "output_scale")
     ]
     for center, experts in groups.items():
         features = {e: np.concatenate([view[e] for view in views], axis=1) for e in experts}

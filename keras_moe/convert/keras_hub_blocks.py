@@ -1,18 +1,134 @@
-"""Sparse layers that replace MoE blocks of KerasHub."""
+"""MoE blocks of KerasHub's model families, and the sparse layers that replace them."""
 
 import inspect
 import operator
 from collections.abc import Callable
+from typing import NamedTuple
 
 import keras
 from keras import ops
 
-from keras_moe import losses
+from keras_moe import activations, losses, routers
 from keras_moe._internal.keras_internals import names_below
-from keras_moe._internal.serialization import load_draws, save_draws
-from keras_moe.convert.weights import check_plain, floats_of
+from keras_moe._internal.serialization import load_draws, register, save_draws
+from keras_moe.convert.weights import Rule, check_plain, floats_of
 from keras_moe.layers import GatedExperts, MixtureOfExperts
 from keras_moe.ops import GroupedPlan
+
+
+class Family(NamedTuple):
+    """The MoE block of one family of models.
+
+    - `router`: path of its `Dense` layer of the router.
+    - `experts`: name of its bank of experts.
+    - `weights`: rules for the weights of the bank, in the order in which KerasHub makes them.
+    - `make_router`: from a block to our router.
+    - `gated`: arguments of our `GatedExperts`.
+    - `shared`, `shared_gate`: names of the expert that serves all tokens and its gate, if any.
+    - `balance`: name of the weight of the load-balancing loss, if it has one.
+    - `returns_weights`: whether it returns the weights of all experts, and not the logits.
+    - `is_decoder`: whether it is a whole decoder layer, which calls its router and its experts one
+      after the other, with different inputs. Its bank has a learned scale of each output.
+    """
+
+    router: str
+    experts: str
+    weights: tuple[Rule, ...]
+    make_router: Callable
+    gated: dict = {}
+    shared: str | None = None
+    shared_gate: str | None = None
+    balance: str | None = None
+    returns_weights: bool = False
+    is_decoder: bool = False
+
+
+class BareRouter(routers.TopKRouter):
+    """A router that saves weights and no random state, as the `Dense` layer that it replaces."""
+
+    def save_own_variables(self, store):
+        keras.Layer.save_own_variables(self, store)
+
+
+def _renormalized(block, top_k=None, **kwargs):
+    # All weights are assigned later; drawing them would take long.
+    kwargs = {"renormalize": True, "kernel_initializer": "zeros", **kwargs}
+    return BareRouter(block.num_experts, top_k or block.top_k, name="router", **kwargs)
+
+
+@register
+def tanh_gelu(values):
+    return keras.activations.gelu(values, approximate=True)
+
+
+_QWEN = Family(
+    router="_sparse_feedforward_gate_dense",
+    experts="expert_bank",
+    weights=(
+        Rule("_expert_feedforward_gate_dense", ("gate_kernel", "up_kernel")),
+        Rule("_expert_feedforward_output_dense", ("down_kernel",)),
+    ),
+    make_router=lambda block: _renormalized(block, renormalize=block.norm_top_k_prob),
+    balance="router_aux_loss_coefficient",
+)
+
+# By the class of the block.
+FAMILIES = {
+    "MixtralSparseMoeBlock": Family(
+        router="_sparse_feedforward_gate_dense",
+        experts="expert_bank",
+        weights=(
+            Rule("_expert_feedforward_gate_dense", ("gate_kernel",)),
+            Rule("_expert_feedforward_intermediate_dense", ("up_kernel",)),
+            Rule("_expert_feedforward_output_dense", ("down_kernel",)),
+        ),
+        make_router=lambda block: _renormalized(block, input_jitter=block.router_jitter_noise),
+        balance="router_aux_loss_coef",
+    ),
+    "QwenSparseMoeBlock": _QWEN._replace(
+        shared="shared_expert_dense", shared_gate="shared_expert_gate_dense"
+    ),
+    "Qwen3SparseMoeBlock": _QWEN,
+    "Qwen3_5MoeSparseMoeBlock": _QWEN._replace(
+        router="_router_gate",
+        make_router=_renormalized,
+        shared="shared_expert",
+        shared_gate="_shared_expert_gate",
+    ),
+    "GptOssSparseMoeBlock": Family(
+        router="router.router_dense",
+        experts="experts",
+        weights=(
+            Rule("gate_up_proj", ("gate_kernel", "up_kernel"), interleaved=True),
+            Rule("gate_up_proj_bias", ("gate_bias", "up_bias"), interleaved=True),
+            Rule("down_proj", ("down_kernel",)),
+            Rule("down_proj_bias", ("down_bias",)),
+        ),
+        make_router=lambda block: _renormalized(block, use_bias=True),
+        gated=dict(activation=activations.quick_gelu, use_bias=True, clip=7.0, up_shift=1.0),
+        returns_weights=True,
+    ),
+    "Gemma4TextDecoderBlock": Family(
+        router="moe_router.proj",
+        experts="moe_expert_bank",
+        weights=(
+            Rule("gate_proj", ("gate_kernel",)),
+            Rule("up_proj", ("up_kernel",)),
+            Rule("down_proj", ("down_kernel",)),
+        ),
+        make_router=lambda block: _renormalized(block, top_k=block.num_experts_per_token),
+        gated={"activation": tanh_gelu},
+        is_decoder=True,
+    ),
+}
+
+
+def family_of(layer) -> Family | None:
+    cls = type(layer)
+    own = isinstance(layer, keras.Layer) and cls.__module__.startswith("keras_hub.")
+    # Of Gemma 4 there are dense models as well.
+    has_experts = getattr(layer, "enable_moe_block", True)
+    return FAMILIES.get(cls.__name__) if own and has_experts else None
 
 
 class SparseBlock:
@@ -69,6 +185,9 @@ class RelaidExperts(GatedExperts):
         super().__init__(num_experts, *args, **kwargs)
         self._rules = rules
 
+    def get_config(self):
+        return {**super().get_config(), "rules": self._rules}
+
     def save_own_variables(self, store):
         for index, rule in enumerate(self._rules):
             # Files of KerasHub have no place for scales and factors.
@@ -108,7 +227,12 @@ class CalledExperts(RelaidExperts):
     A learned scale, the last weight, multiplies the outputs of each.
     """
 
-    run_mixture: Callable
+    def __init__(self, *args, run_mixture=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.run_mixture = run_mixture
+
+    def get_config(self):
+        return {**super().get_config(), "run_mixture": self.run_mixture}
 
     def build(self, tokens_shape):
         super().build(tokens_shape)
@@ -153,7 +277,7 @@ class ScaledMixture(BareMixture):
 
 
 def sparse_layers(owner, block, family):
-    """From KerasHub layers, a block or its parts, to replacements with a function `make_dense`."""
+    """A dict from KerasHub layers, a block or its parts, to the layers that replace them."""
     layer = block if family.is_decoder else owner
     mixture = _mixture_like(block, family, name=f"{layer.name}_mixture")
     with names_below(block.path):
@@ -164,15 +288,20 @@ def sparse_layers(owner, block, family):
         sparse_class = type(cls.__name__, (SparseBlock, cls), {"__module__": __name__})
         sparse = sparse_class(block, family, mixture)
         names = (family.router, family.experts, family.shared, family.shared_gate)
-        return {block: _exchanged(block, sparse, block.hidden_dim, filter(None, names))}
+        way_back = _exchange(block, sparse, block.hidden_dim, list(filter(None, names)))
+        sparse.make_dense = lambda: {sparse: way_back(sparse, mixture)}
+        return {block: sparse}
     # A function, where Keras would save an attribute that is a layer.
     mixture.experts.run_mixture = lambda tokens, seen: mixture(tokens, router_inputs=seen)
     router, experts = block.moe_router, block.moe_expert_bank
     sparse = SparseRouter(router, mixture)
-    return {
-        router: _exchanged(router, sparse, block.hidden_dim, ["rms_norm", "proj"]),
-        experts: _exchanged(experts, mixture.experts, block.hidden_dim),
+    of_router = _exchange(router, sparse, block.hidden_dim, ["rms_norm", "proj"])
+    of_experts = _exchange(experts, mixture.experts, block.hidden_dim)
+    sparse.make_dense = lambda: {
+        sparse: of_router(sparse, mixture),
+        mixture.experts: of_experts(mixture.experts, mixture),
     }
+    return {router: sparse, experts: mixture.experts}
 
 
 def is_sparse(layer):
@@ -182,26 +311,25 @@ def is_sparse(layer):
 def dense_layers(model):
     """A dict from sparse layers of a model to KerasHub's own, with the same weights."""
     sparse = list(filter(is_sparse, model._flatten_layers()))
-    for mixture in (each._sparse_mixture for each in sparse if hasattr(each, "_sparse_mixture")):
+    for layer in sparse:
         # KerasHub gets the floats of experts, with their LoRA.
-        check_plain(mixture, but=mixture.experts)
-    return {layer: layer.make_dense() for layer in sparse}
+        check_plain(layer._sparse_mixture, but=layer._sparse_mixture.experts)
+    return {old: new for layer in sparse for old, new in layer.make_dense().items()}
 
 
-def _exchanged(dense, sparse, features, names=()):
-    """The sparse layer, with the weights of a dense one and a function that makes the dense one."""
-    names = list(names)
+def _exchange(dense, sparse, features, names=()):
+    """Give a sparse layer the weights of a dense one, and return a function for the way back."""
     _give_weights(dense, sparse, names)
-    unbuilt, folder = _unbuilt_like(dense), dense.path.rpartition("/")[0]
+    make_unbuilt, folder = _constructor_of(dense), dense.path.rpartition("/")[0]
 
-    def make_dense():
+    def way_back(sparse, mixture):
+        unbuilt = make_unbuilt(mixture)
         with names_below(folder):
             unbuilt.build((None, None, features))
         _give_weights(sparse, unbuilt, names)
         return unbuilt
 
-    sparse.make_dense = make_dense
-    return sparse
+    return way_back
 
 
 def _give_weights(source, target, names):
@@ -223,12 +351,19 @@ _ATTRIBUTES = {
 }
 
 
-def _unbuilt_like(layer):
-    """A KerasHub layer from the same constructor arguments; its config lacks some."""
+def _constructor_of(layer):
+    """A function from a mixture to a KerasHub layer like another, with the mixture's numbers."""
     cls, names = type(layer), inspect.getfullargspec(type(layer).__init__).args[1:]
     attributes = {name: name if hasattr(layer, name) else _ATTRIBUTES[name] for name in names}
     arguments = {name: getattr(layer, attribute) for name, attribute in attributes.items()}
-    return cls(**arguments, name=layer.name, dtype=layer.dtype_policy)
+    arguments.update(name=layer.name, dtype=layer.dtype_policy)
+
+    def make(mixture):
+        num_experts, top_k = mixture.experts.num_experts, mixture.router.top_k
+        numbers = dict(num_experts=num_experts, top_k=top_k, num_experts_per_token=top_k)
+        return cls(**{name: numbers.get(name, arguments[name]) for name in arguments})
+
+    return make
 
 
 def _mixture_like(block, family, name):
