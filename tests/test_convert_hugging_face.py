@@ -8,11 +8,12 @@ import keras
 import numpy as np
 import pytest
 import safetensors.numpy as safetensors_numpy
+import test_convert_keras_hub as keras_hub_models
 from backends import ROOT, assert_close
 from keras import ops
 
 import keras_moe
-from keras_moe import convert, layers, routers
+from keras_moe import convert, inspection, layers, routers, surgery
 from keras_moe.convert.hugging_face import FAMILIES as READ
 
 # The models are of PyTorch, and take seconds to import.
@@ -327,38 +328,82 @@ def test_weights_of_another_model_are_refused(tmp_path):
             convert.from_hugging_face(source, 0, config)
 
 
-@with_transformers
-@pytest.mark.parametrize("granularity", [1, 2])
-def test_an_upcycled_llama_is_a_mixtral_of_transformers(tmp_path, granularity):
-    import keras_hub
+def assert_equal_in_transformers(backbone, folder, name):
     import transformers
 
-    backbone = keras_hub.models.Llama3Backbone(
+    ids = np.random.default_rng(0).integers(0, 16, (3, 7))
+    hidden = backbone({"token_ids": ids, "padding_mask": np.ones_like(ids)})
+    expected = array(backbone.token_embedding(hidden, reverse=True))
+    convert.save_to_transformers(backbone, folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, experts_implementation="eager"
+    )
+    assert type(model).__name__ == f"{name}ForCausalLM"
+    assert_close(model(ops.convert_to_tensor(ids)).logits.detach().numpy(), expected)
+
+
+UPCYCLED = {
+    "copies": ("Llama3", "Mixtral", {"rope_max_wavelength": 500}, 1),
+    "parts": ("Llama3", "Mixtral", {"tie_word_embeddings": True}, 2),
+    "window": ("Mistral", "Mixtral", {"sliding_window": 3, "head_dim": 6}, 1),
+    # KerasHub has this number in the norms of queries and keys.
+    "norms": ("Qwen3", "Qwen3Moe", {"head_dim": 6, "layer_norm_epsilon": 1e-5}, 1),
+}
+
+
+@with_transformers
+@pytest.mark.parametrize("case", UPCYCLED)
+def test_an_upcycled_model_is_a_mixture_of_transformers(case, tmp_path):
+    import keras_hub
+
+    cls, name, more, granularity = UPCYCLED[case]
+    backbone = getattr(keras_hub.models, f"{cls}Backbone")(
         vocabulary_size=16,
         num_layers=2,
         num_query_heads=2,
         num_key_value_heads=1,
         hidden_dim=D,
         intermediate_dim=12,
-        rope_max_wavelength=500,
-        tie_word_embeddings=granularity == 2,
+        **more,
     )
-    ids = np.random.default_rng(0).integers(0, 16, (3, 7))
-    inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
     kwargs = {"num_experts": 4, "top_k": 2, "granularity": granularity, "seed": 0}
     keras_moe.upcycle(backbone, every=2, **kwargs)
-    with pytest.raises(ValueError, match="transformer_layer_0"):
-        convert.save_as_mixtral(backbone, tmp_path)
-    keras_moe.upcycle(backbone, **kwargs)
+    if name == "Mixtral":
+        with pytest.raises(ValueError, match="transformer_layer_0"):
+            convert.save_to_transformers(backbone, tmp_path)
+        keras_moe.upcycle(backbone, **kwargs)
     backbone.enable_lora(2, target_layer_names=["experts", "query"])
     for weight in backbone.trainable_weights:
         weight.assign_add(keras.random.normal(weight.shape, seed=0))
-    hidden = backbone(inputs)
-    expected = array(backbone.token_embedding(hidden, reverse=True))
-    convert.save_as_mixtral(backbone, tmp_path)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, experts_implementation="eager"
-    )
-    assert type(model).__name__ == "MixtralForCausalLM"
-    logits = model(ops.convert_to_tensor(ids)).logits.detach().numpy()
-    assert_close(logits, expected)
+    assert_equal_in_transformers(backbone, tmp_path, name)
+
+
+CONVERTED = {
+    "mixtral": ("Mixtral", {"rope_scaling_factor": 2.0}),
+    "qwen_moe": ("Qwen2Moe", {}),
+    "qwen3_moe": ("Qwen3Moe", {}),
+    "gpt_oss": ("GptOss", {"num_layers": 2, "sliding_window": 3, "rope_scaling_factor": 4.0}),
+}
+
+
+@with_transformers
+@pytest.mark.parametrize("family", CONVERTED)
+def test_a_pruned_model_is_one_of_transformers(family, tmp_path, monkeypatch):
+    name, more = CONVERTED[family]
+    cls, sizes = keras_hub_models.FAMILIES[family]
+    monkeypatch.setitem(keras_hub_models.FAMILIES, family, (cls, {**sizes, **more}))
+    model = convert.use_sparse_experts(keras_hub_models.causal_lm(family))
+    surgery.prune_experts(model, by=np.arange(4), keep=3)
+    assert_equal_in_transformers(model.backbone, tmp_path, name)
+
+
+@with_transformers
+def test_models_without_a_format_are_refused(tmp_path):
+    for family in ("gemma4", "qwen3_5_moe"):
+        model = convert.use_sparse_experts(keras_hub_models.causal_lm(family))
+        with pytest.raises(ValueError, match="must be of KerasHub"):
+            convert.save_to_transformers(model, tmp_path)
+    model = convert.use_sparse_experts(keras_hub_models.causal_lm("mixtral"))
+    next(iter(inspection.moe_layers(model).values())).experts.quantize("int8")
+    with pytest.raises(ValueError, match="must not be quantized"):
+        convert.save_to_transformers(model, tmp_path)

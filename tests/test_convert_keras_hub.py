@@ -217,8 +217,8 @@ def test_a_model_is_converted_once_before_it_is_quantized_and_keeps_its_numbers(
     (layer,) = inspection.moe_layers(model).values()
     assert list(inspection.moe_layers(convert.use_sparse_experts(model)).values()) == [layer]
     for change in (
-        lambda: surgery.set_top_k(model, 1),
-        lambda: surgery.prune_experts(model, np.ones(4), keep=2),
+        lambda: surgery.set_top_k(layer, 1),
+        lambda: surgery.prune_experts(layer, np.ones(4), keep=2),
     ):
         with pytest.raises(ValueError, match="made by `convert.use_sparse_experts`"):
             change()
@@ -227,6 +227,36 @@ def test_a_model_is_converted_once_before_it_is_quantized_and_keeps_its_numbers(
     block._sparse_feedforward_gate_dense.quantize("int8")
     with pytest.raises(ValueError, match="before it is quantized or has LoRA"):
         convert.use_sparse_experts(model)
+
+
+@pytest.mark.parametrize("family", unless_compiled(FAMILIES, ["mixtral"]))
+def test_a_converted_model_is_pruned_saved_loaded_and_restored(family, tmp_path):
+    model, inputs = convert.use_sparse_experts(causal_lm(family)), prompts((6, 4), family)
+    frozen = next(iter(inspection.moe_layers(model).values())).router
+    frozen.trainable = False
+    surgery.merge_experts(model, keep=3, data=[inputs])
+    report = surgery.prune_experts(model, by=np.array([0, 2, 1]), keep=2)
+    assert all(experts == [[1], [2]] for experts in report.experts.values())
+    surgery.set_top_k(model, 1)
+    routers = [each.router for each in inspection.moe_layers(model).values()]
+    assert [each.trainable for each in routers] == [False, *[True] * (len(routers) - 1)]
+    expected = logits_of(model, inputs)
+    loaded = saved_and_loaded(model, tmp_path)
+    for each in inspection.moe_layers(loaded).values():
+        assert (each.experts.num_experts, each.router.top_k) == (2, 1)
+    np.testing.assert_array_equal(logits_of(loaded, inputs), expected)
+    # The order of restored experts may differ in rounding alone.
+    assert_close(logits_of(convert.restore(model), inputs), expected)
+
+
+@on_one_backend
+def test_converted_layers_keep_one_number_of_experts():
+    model = convert.use_sparse_experts(causal_lm("gemma4"))
+    first = next(iter(inspection.moe_layers(model)))
+    before = model.count_params()
+    with pytest.raises(ValueError, match="must keep one number"):
+        surgery.prune_experts(model, np.ones(4), keep={first: 2})
+    assert model.count_params() == before
 
 
 @on_one_backend

@@ -158,7 +158,8 @@ def test_equal_experts_merge_without_loss_though_their_hidden_features_are_shuff
         getattr(layer.experts, name).assign(value)
     merge(layer.experts, {expert: [expert, expert + 1] for expert in range(0, E, 2)}, np.ones(E))
     report = surgery.merge_experts(layer, keep=4, data=[normal(200, D)])
-    assert report == ({"moe": [[0, 1], [2, 3], [4, 5], [6, 7]]}, None, None)
+    assert report.experts == {"moe": [[0, 1], [2, 3], [4, 5], [6, 7]]}
+    assert report.loss_before is report.loss_after is None
     for name, value in weights.items():
         merged = array(getattr(layer.experts, name))
         np.testing.assert_allclose(merged, value[::2], atol=1e-6)
@@ -200,6 +201,34 @@ def test_experts_that_are_layers_merge():
     np.testing.assert_allclose(array(layer(X)), before, atol=1e-6)
 
 
+@on_one_backend
+def test_a_choice_of_experts_is_written_and_applied_again(tmp_path):
+    for operate in (surgery.prune_experts, surgery.merge_experts):
+        layer, other = single(BANKS["gated"]())[0], single(BANKS["gated"]())[0]
+        other.set_weights(layer.get_weights())
+        report = operate(layer, keep=3, data=[X])
+        report.save(tmp_path / "experts.json")
+        again = surgery.apply(other, tmp_path / "experts.json")
+        assert again == report
+        for weight, expected in zip(other.weights, layer.weights, strict=True):
+            np.testing.assert_array_equal(array(weight), array(expected))
+
+
+@on_one_backend
+@pytest.mark.parametrize("bank", BANKS)
+def test_what_is_frozen_stays_frozen(bank):
+    layer, _ = single(BANKS[bank]())
+    layer.trainable = False
+    layer.experts.weights[0].trainable = layer.router.weights[0].trainable = True
+    keep = layer.experts.layers[0].weights if bank == "layers" else layer.experts.weights
+    before = [weight.trainable for weight in keep]
+    surgery.prune_experts(layer, by=-np.arange(E), keep=4)
+    after = [weight.trainable for weight in layer.experts.weights]
+    assert after[: len(before)] == before and any(before) and not all(before)
+    assert [weight.trainable for weight in layer.router.weights] == [True]
+    assert not layer.experts.trainable
+
+
 @pytest.mark.parametrize("top_k", unless_compiled([1, 3], [3]))
 def test_top_k_changes_in_compiled_prediction(top_k):
     model = model_of(single()[0])
@@ -236,6 +265,9 @@ REFUSED = {
         layers.MultiGateMixtureOfExperts(BANKS["plain"](), 1, "top_k"), np.ones(E)
     ),
     "another number of a shared router": lambda: surgery.set_top_k(shared_router(), {"a": 1}),
+    "a choice for more experts": lambda: surgery.apply(
+        single()[0], surgery.Surgery({"moe": [[0], [8]]})
+    ),
     "slots": lambda: surgery.prune_experts(single(router=routers.SoftRouter(E))[0], np.ones(E)),
 }
 

@@ -1,6 +1,8 @@
 """Dense models that become mixtures compute the same at first, and train, save and load."""
 
 import functools
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -140,12 +142,38 @@ def test_backbones_of_keras_hub(name, rank, tmp_path):
     assert upcycled is model and isinstance(model, cls)
     assert not dense_kernels(model)
     again = saved_and_loaded(model, tmp_path)
-    model.save_to_preset(str(tmp_path / "preset"))
-    preset = keras_hub.models.Backbone.from_preset(str(tmp_path / "preset"))
-    for each in (model, again, preset):
+    with pytest.raises(ValueError, match="loads no preset of a backbone"):
+        model.save_to_preset(str(tmp_path / "preset"))
+    for each in (model, again):
         for actual, wanted in zip(keras.tree.flatten(each(inputs)), expected, strict=True):
             np.testing.assert_allclose(array(actual), wanted, atol=1e-6 * np.abs(wanted).max())
     assert len(inspection.moe_layers(again)) == 2
+
+
+LOADED = """
+import sys, keras_hub, numpy, keras_moe
+model = keras_hub.models.CausalLM.from_preset(sys.argv[1])
+inputs = {name: numpy.load(f"{sys.argv[1]}/{name}.npy") for name in ("token_ids", "padding_mask")}
+numpy.save(f"{sys.argv[1]}/outputs.npy", model.predict_on_batch(inputs))
+"""
+
+
+@on_one_backend
+def test_the_preset_of_an_upcycled_task_loads_in_another_process(tmp_path):
+    import keras_hub
+
+    backbone = randomized(keras_hub.models.LlamaBackbone(**SIZES, **BACKBONES["Llama"]))
+    model = keras_hub.models.LlamaCausalLM(backbone=backbone, preprocessor=None)
+    keras_moe.upcycle(model, num_experts=4, seed=0)
+    with pytest.raises(ValueError, match="loads no preset of a backbone"):
+        model.backbone.save_to_preset(str(tmp_path))
+    model.save_to_preset(str(tmp_path))
+    inputs = {"token_ids": IDS, "padding_mask": np.ones_like(IDS)}
+    for name, value in inputs.items():
+        np.save(tmp_path / f"{name}.npy", value)
+    subprocess.run([sys.executable, "-c", LOADED, str(tmp_path)], check=True)
+    outputs = np.load(tmp_path / "outputs.npy")
+    np.testing.assert_allclose(outputs, model.predict_on_batch(inputs), rtol=1e-5)
 
 
 @pytest.mark.parametrize("make", unless_compiled([block_model, graph_model], [graph_model]))

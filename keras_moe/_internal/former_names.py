@@ -8,6 +8,7 @@ import keras
 
 # Former names, and present expressions for them. Modules such as `ops.routing` are private.
 FORMER = {
+    "convert.save_as_mixtral": "convert.save_to_transformers",
     "convert.sparsify": "convert.use_sparse_experts",
     "inspection.LayerDescription": "inspection.LayerSummary",
     "inspection.describe": "inspection.summarize",

@@ -93,7 +93,13 @@ def to_hugging_face(mixture: MixtureOfExperts, layer: int, family: str) -> dict:
 
     >>> arrays = keras_moe.convert.to_hugging_face(mixture, 0, "mixtral")  # doctest: +SKIP
     """
-    prefix, rules, variables = layout_of(mixture, layer, family, 0, but=("scaling_factor",))
+    return arrays_of(mixture, layer, family)
+
+
+def arrays_of(mixture, layer, family, but=()):
+    """As `to_hugging_face`, without a part such as the shared expert."""
+    but = ("scaling_factor", *but)
+    prefix, rules, variables = layout_of(mixture, layer, family, 0, but)
     # Without a place in the family's config, the factor of the router goes into the kernels.
     scale = 1.0 if FAMILIES[family].scales_weights else getattr(mixture.router, "scaling_factor", 1)
 
@@ -314,6 +320,8 @@ def layout_of(mixture, layer, family, number, but=()):
     layer = check_integer("layer", layer, minimum=0)
     prefix, rules = FAMILIES[check_choice("family", family, FAMILIES)].layouts[number]
     check_plain(mixture, but=mixture.experts)
+    if "shared_expert" in but:
+        rules = [rule for rule in rules if not rule.theirs.startswith("shared_expert")]
     variables = _placed(mixture, rules, _config_like(mixture, family), but)
     return prefix.format(layer=layer), rules, variables
 
@@ -347,7 +355,8 @@ def _placed(mixture, rules, config, but=()):
         placed = {name: functools.reduce(getattr, name.split("."), mixture) for name in names}
         wrong += [f"no weight `{name}`" for name in names if placed[name] is None]
         known = {id(variable) for variable in placed.values()}
-        weights = parameters_of(mixture)
+        checked = (mixture.router, mixture.experts) if "shared_expert" in but else (mixture,)
+        weights = [weight for part in checked for weight in parameters_of(part)]
         bias = getattr(mixture.router, "selection_bias", None)
         if bias is not None and np.any(keras.ops.convert_to_numpy(bias)):  # Zeros change no choice.
             weights.append(bias)
@@ -370,7 +379,7 @@ def _differences(mixture, config, but):
     """Why a layer computes something else than the block of a config, but for some arguments."""
     found = []
     parts = _parts_of(config)
-    for name in ("router", "experts", "shared_expert"):
+    for name in sorted({"router", "experts", "shared_expert"}.difference(but)):
         part, wanted = getattr(mixture, name), parts[name]
         if not isinstance(part, type(wanted)):
             found.append(f"a `{type(part).__name__}` as {name}, not {type(wanted).__name__}")
@@ -384,7 +393,8 @@ def _differences(mixture, config, but):
             ]
     if not found and _renormalizes(mixture.router) != _renormalizes(parts["router"]):
         found.append(f"renormalize={mixture.router.renormalize}")
-    if mixture.gated_shared_expert != parts["gated_shared_expert"]:
+    gates = mixture.gated_shared_expert, parts["gated_shared_expert"]
+    if gates[0] != gates[1] and "shared_expert" not in but:
         found.append(f"gated_shared_expert={mixture.gated_shared_expert}")
     if mixture.capacity is not None and mixture.capacity.evaluation_factor is not None:
         found.append(f"evaluation_factor={mixture.capacity.evaluation_factor}, not None")

@@ -265,8 +265,8 @@ def _converted(model, changed, number_of=None):
         numbers = {name: changed.get(name, number_of(layer)) for name, layer in every.items()}
         if len(set(numbers.values())) > 1 or not backbones(model):
             raise ValueError(
-                "Layers made by `convert.use_sparse_experts` must keep one number, which the config "
-                f"of the KerasHub model around them has. Received: {numbers}"
+                "Layers made by `convert.use_sparse_experts` must keep one number, in the whole "
+                f"model of KerasHub, whose config has it. Received: {numbers}"
             )
     return found
 

@@ -10,14 +10,18 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal.checks import check_integer, check_number, shortened
-from keras_moe._internal.keras_internals import names_below, set_state
+from keras_moe._internal.keras_internals import (
+    forget_old_weights,
+    names_below,
+    parameters_of,
+    set_state,
+)
 from keras_moe._internal.serialization import register
 from keras_moe.layers import FeedForwardExperts, GatedExperts, LowRankExperts, MixtureOfExperts
-from keras_moe.layers.replacement import record, replace
+from keras_moe.layers.replacement import record, replace, sublayers
 from keras_moe.layers.sublayers import freeze_parts
 from keras_moe.routers import TopKRouter
 from keras_moe.upcycling.feed_forwards import feed_forwards, left_dense
-from keras_moe.upcycling.low_rank import freeze_all_but, merge_lora
 
 __all__ = ["freeze_all_but", "merge_lora", "upcycle"]
 
@@ -46,16 +50,7 @@ def upcycle(
     without, in a functional or sequential model, with dropout between them (which is removed) or
     without; a `keras.Sequential` of such two in an attribute of another layer, as of our
     Transformer blocks; and in KerasHub's Transformer blocks (Bert, GPT-2, Llama, Mistral, Qwen and
-    others). A warning says which `Dense` layers look like such two and stay dense, and why.
-
-    With a `rank` an expert is no copy, but the frozen dense layer with low-rank corrections of its
-    kernels: `layers.LowRankExperts`. The dense layer is computed once for each token, and the
-    experts train few weights. `freeze_all_but(model)` freezes the rest of the model, and
-    `merge_lora(model)` makes the experts copies with corrected kernels.
-
-    With parts, the columns of the router's kernel that belong to one copy are equal, so that a
-    token first goes to all parts of its best copies. With `top_k=granularity` it costs what the
-    dense layer costs.
+    others). A warning says which similar `Dense` layers stay dense, and why.
 
     Args:
         model: Keras model. It must be built. It changes in place, and the result shares its other
@@ -63,7 +58,10 @@ def upcycle(
         num_experts: Integer. Number of experts, E, divisible by `granularity`.
         top_k: Integer. Experts per token, K, divisible by `granularity`. With 1 the weight of an
             expert is always 1, and the router learns from its losses only.
-        granularity: Integer. Parts into which each copy is split; divides the hidden width.
+        granularity: Integer. Parts into which each copy is split; divides the hidden width. The
+            columns of the router's kernel are equal for the parts of one copy, so a token first
+            goes to all parts of its best copies. `top_k=granularity` costs what the dense layer
+            costs.
         reinitialized: Float from 0 to below 1. Share of the hidden features of each expert that is
             drawn again, so that experts differ from the start. The outputs of the model then
             change.
@@ -73,7 +71,9 @@ def upcycle(
         every: Integer. n for every n-th of them, beginning with the n-th.
         router_losses: List or None. As in `layers.MixtureOfExperts`.
         seed: Integer or None. None draws one from Keras's, see `keras.utils.set_random_seed`.
-        rank: Integer or None. Rank of the corrections of low-rank experts. None: copies or parts.
+        rank: Integer or None. With a rank, an expert is no copy, but the frozen dense layer with
+            corrections of its kernels of this rank: `layers.LowRankExperts`. See `freeze_all_but`
+            and `merge_lora`.
 
     Returns:
         The model, with a `layers.MixtureOfExperts` for each of the layers, called
@@ -82,10 +82,8 @@ def upcycle(
 
     Raises:
         ValueError: If an argument is out of its range, or `rank` is given with parts or features
-            that are drawn again; the model has no such layers, `select` names
-            none or others; or if the dense layers of one place have different regularizers, or such
-            as cannot be divided, or constraints, or only some of them are frozen; or if layers are
-            split whose activation mixes features, such as softmax.
+            that are drawn again; the model has no such layers, or `select` names none or others; or
+            a mixture cannot compute, freeze and regularize as the dense layers of one place do.
 
     Example:
 
@@ -148,6 +146,73 @@ def upcycle(
     return model
 
 
+def freeze_all_but(model: keras.Model, pattern: str = "_lora_|router") -> None:
+    """Freeze all weights of a model but some. The optimizer of a compiled model starts again.
+
+    Keras does not save which parts of a block are frozen: call it again after loading, and load
+    with `compile=False`.
+
+    Args:
+        model: Keras model. It must be built. It changes in place.
+        pattern: Regular expression, found somewhere in the paths of the weights that train. The
+            default is for low-rank factors and routers.
+
+    Raises:
+        ValueError: If no weight has such a path.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8, name="up")])
+    >>> keras_moe.freeze_all_but(model, "bias")
+    >>> [weight.name for weight in model.trainable_weights]
+    ['bias']
+    """
+
+    def trained(layer):
+        return [weight for weight in parameters_of(layer) if re.search(pattern, weight.path)]
+
+    if not trained(model):
+        raise ValueError(f"`pattern` must be found in a path of a weight. Received: {pattern!r}")
+    for layer in model._flatten_layers():  # from the outside in, as each sets its sublayers
+        # TensorFlow skips setting an attribute to the value it has.
+        type(layer).trainable.fset(layer, bool(trained(layer)))
+    for weight in parameters_of(model):
+        weight.trainable = weight.trainable and bool(re.search(pattern, weight.path))
+    forget_old_weights(model)
+
+
+def merge_lora(model: keras.Model) -> None:
+    """Merge low-rank experts into kernels: each expert then has its own, and the outputs stay.
+
+    Args:
+        model: Keras model. It changes in place. If it is compiled, its optimizer starts again.
+
+    Raises:
+        ValueError: If the model has no `layers.LowRankExperts`.
+
+    Example:
+
+    >>> base = keras_moe.layers.GatedExperts(num_experts=1, hidden_dim=16)
+    >>> experts = keras_moe.layers.LowRankExperts(base, num_experts=4, rank=2)
+    >>> layer = keras_moe.layers.MixtureOfExperts(experts, name="moe")
+    >>> model = keras.Sequential([keras.Input((8,)), layer])
+    >>> keras_moe.merge_lora(model)
+    >>> tuple(layer.experts.up_kernel.shape)
+    (4, 8, 16)
+    """
+    found = [
+        (layer, name, bank)
+        for layer in model._flatten_layers()
+        for name, bank in sublayers(layer)
+        if isinstance(bank, LowRankExperts)
+    ]
+    if not found:
+        raise ValueError(f"`model` must have `LowRankExperts`. Received: `{model.name}` without")
+    for layer, name, bank in found:
+        set_state(layer, name, bank.merge())
+    forget_old_weights(model)
+
+
 @register
 class Ones(keras.layers.Layer):
     """The factor of a gate that has become the whole network."""
@@ -206,14 +271,14 @@ def _obstacles(feed_forward, granularity):
     if any(dense.kernel_constraint or dense.bias_constraint for dense in denses):
         yield "a constraint"
     for kind in ("kernel", "bias"):
-        regularizers = _regularizers(denses, kind)
-        if not all(type(each) in _SUMS for each in regularizers):
+        factors = _regularization(denses, kind)
+        if factors is None:
             yield f"a `{kind}_regularizer` other than `L1`, `L2` or `L1L2`"
-        elif len(set(map(_factors, regularizers))) > 1:
+        elif len(factors) > 1:
             yield f"different `{kind}_regularizer`s"
-    if granularity > 1 and _bank_regularizer(denses, "bias", copies=1):
-        # The squares of the parts' shares of the last bias do not add up to its square.
-        yield f"a `bias_regularizer` with granularity={granularity}"
+        elif kind == "bias" and granularity > 1 and any(map(any, factors)):
+            # The squares of the parts' shares of the last bias do not add up to its square.
+            yield f"a `bias_regularizer` with granularity={granularity}"
 
 
 def _treats_features_alone(activation):
@@ -227,18 +292,18 @@ def _treats_features_alone(activation):
 _SUMS = (type(None), keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2)
 
 
-def _regularizers(denses, kind):
+def _regularization(denses, kind):
+    """The set of the (l1, l2) of dense layers, or None if they have other regularizers."""
     denses = [dense for dense in denses if kind == "kernel" or dense.use_bias]
-    return [getattr(dense, f"{kind}_regularizer") for dense in denses]
-
-
-def _factors(regularizer):
-    return tuple(float(getattr(regularizer, name, 0.0)) for name in ("l1", "l2"))
+    regularizers = [getattr(dense, f"{kind}_regularizer") for dense in denses]
+    if not all(type(each) in _SUMS for each in regularizers):
+        return None
+    return {tuple(float(getattr(r, name, 0.0)) for name in ("l1", "l2")) for r in regularizers}
 
 
 def _bank_regularizer(denses, kind, copies):
     """A regularizer of the copies that adds as much to the loss as the dense layers' own."""
-    l1, l2 = next(map(_factors, _regularizers(denses, kind)), (0.0, 0.0))
+    l1, l2 = next(iter(_regularization(denses, kind)), (0.0, 0.0))
     return keras.regularizers.L1L2(l1 / copies, l2 / copies) if l1 or l2 else None
 
 

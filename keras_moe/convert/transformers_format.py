@@ -1,0 +1,214 @@
+"""Export of whole KerasHub models to Transformers."""
+
+import json
+import os
+import pathlib
+import re
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_moe._internal.keras_internals import own_variables
+from keras_moe.convert.hugging_face import arrays_of
+from keras_moe.inspection import has_moe_layers, moe_layers
+
+# By the class of a backbone, the `model_type` of the model that computes the same with mixtures.
+_MODEL_TYPES = {
+    "GptOssBackbone": "gpt_oss",
+    "LlamaBackbone": "mixtral",
+    "MistralBackbone": "mixtral",
+    "MixtralBackbone": "mixtral",
+    "Qwen3Backbone": "qwen3_moe",
+    "Qwen3MoeBackbone": "qwen3_moe",
+    "QwenMoeBackbone": "qwen2_moe",
+}
+_CLASSES = {
+    "gpt_oss": "GptOssForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+
+# Entries of `config.json`, and attributes of backbones that have one of them.
+_ENTRIES = {
+    "vocab_size": "vocabulary_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_query_heads",
+    "num_key_value_heads": "num_key_value_heads",
+    "hidden_size": "hidden_dim",
+    "rms_norm_eps": "layer_norm_epsilon",
+    "rope_theta": "rope_max_wavelength",
+    "shared_expert_intermediate_size": "shared_expert_intermediate_dim",
+    "use_sliding_window": "use_sliding_window_attention",
+}
+
+# Names of layers outside blocks, and in blocks.
+_OUTSIDE = {"token_embedding": "model.embed_tokens.", "sequence_output_layernorm": "model.norm."}
+_IN_BLOCKS = {
+    "self_attention_layernorm": "input_layernorm.",
+    "input_layernorm": "input_layernorm.",
+    "self_attention": "self_attn.",
+    "query": "self_attn.q_proj.",
+    "query_dense_layernorm": "self_attn.q_norm.",
+    "key": "self_attn.k_proj.",
+    "key_dense_layernorm": "self_attn.k_norm.",
+    "value": "self_attn.v_proj.",
+    "attention_output": "self_attn.o_proj.",
+    "feedforward_layernorm": "post_attention_layernorm.",
+    "post_attention_layernorm": "post_attention_layernorm.",
+    "feedforward_gate_dense": "mlp.gate_proj.",
+    "feedforward_intermediate_dense": "mlp.up_proj.",
+    "feedforward_output_dense": "mlp.down_proj.",
+    "shared_gate": "mlp.shared_expert_gate.",
+}
+
+
+def save_to_transformers(model: keras.Model, folder: str | os.PathLike) -> None:
+    """Save a KerasHub model with mixtures in a folder that Transformers loads.
+
+    Models that `use_sparse_experts` converted stay what they are: Mixtral, Qwen-MoE, Qwen3-MoE or
+    gpt-oss, with fewer experts after surgery. Upcycled Llama and Mistral models become a Mixtral,
+    upcycled Qwen3 models a Qwen3-MoE. LoRA is added to the kernels, which are multiplied by the
+    scaling factor of the router (`granularity`). The tokenizer of the original model fits. Needs
+    the package `safetensors`. For Gemma 4 use `restore` and KerasHub's `export_to_transformers`.
+
+    Args:
+        model: Keras model. A `CausalLM` or `Backbone` of KerasHub. Its mixtures have the same sizes
+            and the same K. In a Mixtral or gpt-oss each block has one.
+        folder: Path. For `config.json` and `model.safetensors`.
+
+    Raises:
+        ValueError: If the model is another one, is quantized or has too many dense blocks, its
+            mixtures differ, or one computes something else than the family's.
+
+    Example:
+
+    >>> keras_moe.convert.save_to_transformers(model, "sparse")  # doctest: +SKIP
+    >>> transformers.AutoModelForCausalLM.from_pretrained("sparse")  # doctest: +SKIP
+    """
+    import safetensors.numpy
+
+    backbone = getattr(model, "backbone", model)
+    mixtures = [_mixtures_in(block) for block in getattr(backbone, "transformer_layers", ())]
+    config = _config(backbone, mixtures)
+    arrays, in_mixtures = {}, set()
+    for number, mixture in ((number, each) for number, own in enumerate(mixtures) for each in own):
+        # The shared expert is KerasHub's, and one of the other layers.
+        arrays |= arrays_of(mixture, number, config["model_type"], but=("shared_expert",))
+        parts = [*mixture.router._flatten_layers(), *mixture.experts._flatten_layers()]
+        in_mixtures |= {id(layer) for layer in [mixture, *parts]}
+    for layer in backbone._flatten_layers():
+        if id(layer) not in in_mixtures and own_variables(layer):
+            arrays |= _arrays_of(layer)
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    safetensors.numpy.save_file(arrays, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def _mixtures_in(block):
+    return list(moe_layers(block).values()) if has_moe_layers(block) else []
+
+
+def _arrays_of(layer):
+    """The weights of a layer outside of experts, under the names and in the shapes of files."""
+    folder, _, name = layer.path.rpartition("/")
+    block = re.search(r"transformer_layer_(\d+)", layer.path)
+    name = (_IN_BLOCKS if block else _OUTSIDE).get(name)
+    if name is None:
+        raise ValueError(f"`model` has weights without a place: {layer.path!r}")
+    if folder.endswith("shared_expert_dense"):
+        name = name.replace("mlp.", "mlp.shared_expert.")
+    prefix = f"model.layers.{block[1]}.{name}" if block else name
+    arrays = {}
+    for ours, theirs in (
+        ("embeddings", "weight"),
+        ("reverse_embeddings", None),
+        ("scale", "weight"),
+        ("sinks", "sinks"),
+        ("kernel", "weight"),
+        ("bias", "bias"),
+    ):
+        value = getattr(layer, ours, None)
+        if value is None or (ours == "reverse_embeddings" and layer.tie_weights):
+            continue
+        value = ops.convert_to_numpy(value)
+        if ours == "kernel":  # of heads: (D, heads, size), or (heads, size, D) for outputs
+            is_output = name.endswith("o_proj.")
+            value = value.reshape((-1, value.shape[-1]) if is_output else (len(value), -1)).T
+        elif ours == "bias":
+            value = value.reshape(-1)
+        elif ours == "reverse_embeddings":
+            arrays["lm_head.weight"] = value.T
+            continue
+        arrays[prefix + theirs] = value
+    return arrays
+
+
+def _config(backbone, mixtures):
+    classes = {cls.__name__ for cls in type(backbone).__mro__}
+    family = next((_MODEL_TYPES[name] for name in _MODEL_TYPES if name in classes), None)
+    found = [mixture for own in mixtures for mixture in own]
+    sizes = {(m.experts.num_experts, m.router.max_top_k, m.experts.hidden_dim) for m in found}
+    dense = [number for number, own in enumerate(mixtures) if not own]
+    may_be_dense = family in ("qwen2_moe", "qwen3_moe")
+    if family is None or len(sizes) != 1 or (dense and not may_be_dense):
+        raise ValueError(
+            f"`model` must be of KerasHub, with a backbone of {', '.join(_MODEL_TYPES)}, and have "
+            "mixtures of one size, in all blocks if Transformers needs that; `upcycle` gives them "
+            f"to dense blocks. Received: {type(backbone).__name__} with sizes {sizes} and the "
+            f"dense blocks {[backbone.transformer_layers[number].name for number in dense]}"
+        )
+    quantized = [layer.path for layer in backbone._flatten_layers() if layer.quantization_mode]
+    if quantized:
+        raise ValueError(f"`model` must not be quantized. Received: int8 or int4 in {quantized}")
+    num_experts, top_k, width = sizes.pop()
+    heads = backbone.hidden_dim // backbone.num_query_heads
+    window = getattr(backbone, "sliding_window_size", getattr(backbone, "sliding_window", None))
+    config = {
+        "architectures": [_CLASSES[family]],
+        "model_type": family,
+        **{name: getattr(backbone, ours, None) for name, ours in _ENTRIES.items()},
+        "head_dim": getattr(backbone, "head_dim", None) or heads,
+        "intermediate_size": backbone.intermediate_dim if may_be_dense else width,
+        "moe_intermediate_size": width,
+        "num_experts": num_experts,
+        "num_local_experts": num_experts,
+        "num_experts_per_tok": top_k,
+        "norm_topk_prob": found[0].router.renormalize is not False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": dense,
+        "sliding_window": window,
+        "use_sliding_window": getattr(backbone, "use_sliding_window_attention", bool(window)),
+        "rope_scaling": _rope_scaling(backbone, family),
+        **dict.fromkeys(("bos_token_id", "eos_token_id")),
+        "tie_word_embeddings": backbone.token_embedding.tie_weights,
+    }
+    if family in ("gpt_oss", "qwen2_moe"):
+        name = "sliding_window" if family == "gpt_oss" else "use_sliding_window_attention"
+        kinds = ["full_attention", "sliding_attention"]
+        blocks = backbone.transformer_layers
+        config["layer_types"] = [kinds[bool(getattr(block, name))] for block in blocks]
+    if family == "gpt_oss" and window:
+        config["sliding_window"] = window + 1  # KerasHub does not count the token itself.
+    return config
+
+
+def _rope_scaling(backbone, family):
+    factor = getattr(backbone, "rope_scaling_factor", 1.0)
+    if family == "gpt_oss":
+        betas = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+        length = {"original_max_position_embeddings": 4096}
+        return {"rope_type": "yarn", "factor": factor, **betas, **length}
+    if getattr(backbone, "rope_frequency_adjustment_factor", None) is not None:
+        return {
+            "rope_type": "llama3",
+            "factor": backbone.rope_frequency_adjustment_factor,
+            "low_freq_factor": backbone.rope_low_freq_factor,
+            "high_freq_factor": backbone.rope_high_freq_factor,
+            "original_max_position_embeddings": backbone.rope_pretraining_sequence_length,
+        }
+    # KerasHub computes nothing with the `rope_position_scaling_factor` of a Llama.
+    return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
