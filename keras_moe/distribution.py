@@ -28,10 +28,9 @@ def expert_parallel(
 
     On JAX the devices form a grid of `data` by `experts`. Each holds E / `experts` of the E experts
     of every bank, and its share of each batch, whose size must be a multiple of `data * experts`.
-    Tokens are sent to the devices of their experts, within a row of the grid, and back. `fit`,
-    `evaluate`, `predict`, `save` and loading work as on one device, and give the same numbers. On
-    PyTorch the processes of `torch.distributed` take the place of devices, and each runs a training
-    loop of yours: see the guide to replicas.
+    Tokens are sent to the devices of their experts, within a row of the grid, and back. Models
+    train, predict and save as on one device. On PyTorch the processes of `torch.distributed` take
+    the place of devices, and each runs a training loop of yours: see the guide to replicas.
 
     Set it before the model is made: `keras.distribution.set_distribution(...)`.
 
@@ -41,8 +40,8 @@ def expert_parallel(
         data: Integer. Number of such groups. None: as many as the devices allow.
         devices: List of strings, as `keras.distribution.list_devices()` names them. None: all.
         layout_map: `keras.distribution.LayoutMap` for other weights, whose device mesh begins with
-            the axes "data" and "expert" and sets `experts`, `data` and `devices`. None: all other
-            weights are whole on every device.
+            the axes "data" and "expert" and sets `experts`, `data` and `devices`. None: they are
+            whole on every device.
         process_group: On PyTorch, the `torch.distributed` group of the processes that share the
             experts with this one, all of one size. None makes new ones, of neighbours. `devices`
             and `layout_map` are for JAX alone.
@@ -130,10 +129,11 @@ class ExpertParallel(keras.distribution.ModelParallel):
             axes = ("expert", *[None] * (len(variable.shape) - 1))
             layout = keras.distribution.TensorLayout(axes, self.device_mesh)
         num_shards = self.device_mesh.shape[1]
-        if layout.axes[:1] == ("expert",) and variable.shape[0] == 1:  # a base, see LowRankExperts
+        is_split = layout.axes[:1] == ("expert",)
+        if is_split and variable.shape[0] == 1:  # a base, see LowRankExperts
             whole = [None] * len(variable.shape)
             return keras.distribution.TensorLayout(whole, self.device_mesh)
-        if layout.axes[:1] == ("expert",) and variable.shape[0] % num_shards:
+        if is_split and variable.shape[0] % num_shards:
             raise ValueError(
                 "The devices of `expert_parallel(experts=...)` must divide the experts of a bank. "
                 f"Received: {variable.path!r} of shape {variable.shape} for {num_shards} devices"

@@ -28,10 +28,9 @@ def generate(
 ) -> list:
     """Continue prompts with a model of `layers.TransformerDecoderBlock`s.
 
-    The blocks keep the keys and values of earlier tokens, so that a token costs one token's work.
-    The loop is compiled once for each number of prompts, length of the longest and number of
-    tokens; on PyTorch it runs eagerly. Every other layer of the model must treat each position
-    alone and alike, unlike an embedding of positions, which would see each token at position 0.
+    The blocks keep the keys and values of earlier tokens. The loop is compiled once for each number
+    of prompts, length of the longest and number of tokens; on PyTorch it runs eagerly. Every other
+    layer of the model must treat each position alone and alike, unlike an embedding of positions.
 
     Args:
         model: Keras model from token ids (B, length), of any length, to logits (B, length, V), such
@@ -39,10 +38,9 @@ def generate(
         prompts: List of lists of ids, or an integer array (B, L). Their lengths may differ.
         num_tokens: Integer. Tokens to write after each prompt, at most.
         temperature: Float. 0 takes the likeliest token. Otherwise tokens are drawn from
-            `softmax(logits / temperature)`, among those that `top_k` and `top_p` leave.
-        top_k: Integer or None. Only the K likeliest tokens are drawn.
-        top_p: Float or None. Only the fewest likeliest whose probabilities sum to at least P are
-            drawn.
+            `softmax(logits / temperature)`.
+        top_k: Integer or None. Draw among the K likeliest tokens.
+        top_p: Float or None. Draw among the fewest likeliest whose probabilities sum to at least P.
         stop_token: Integer or None. A text ends with this token.
         seed: Integer or None. Seed of the draws.
         verbose: "auto", 0 or 1. Whether a progress bar is shown; "auto" shows it for long texts.

@@ -13,7 +13,7 @@ from keras.src.backend.common.global_state import get_global_attribute, set_glob
 from keras.src.backend.common.masking import get_keras_mask as get_keras_mask
 from keras.src.backend.common.masking import set_keras_mask as set_keras_mask
 
-# The class of models made of symbolic tensors, which has no public name.
+# The class of models made of symbolic tensors.
 from keras.src.models.functional import Functional as Functional
 
 
@@ -112,15 +112,11 @@ def open_to_state(layer):
 
 
 def quantization(layer, mode, config):
-    """The mode and the config to quantize a layer by, resolved and checked.
-
-    Up to 3.15 Keras does so around the `quantize` of each layer, later in its own layers only.
-    """
-    if hasattr(keras.quantizers, "QuantizationConfig"):  # Keras 3.10 has none.
-        from keras.src.quantizers.quantization_config import validate_and_resolve_config
-
-        config = validate_and_resolve_config(mode, config)
-        mode = config.mode
+    """The mode and the config to quantize a layer by. After 3.15 Keras leaves that to the layer."""
+    mode = getattr(config, "mode", mode)
+    name = f"{str(mode).capitalize()}QuantizationConfig"
+    if config is None and hasattr(keras.quantizers, name):  # Keras 3.10 has none.
+        config = getattr(keras.quantizers, name)()
     layer._check_quantize_args(mode, layer.compute_dtype)
     return mode, config
 

@@ -43,12 +43,9 @@ class Adaptable:
         """Freeze each kernel and train a correction of low rank for it.
 
         `x W` becomes `x W + (lora_alpha / rank) (x A) B` with factors `A` (..., D, rank) and `B`
-        (..., rank, H). A bank stacks them by expert, and computes with the factors of the chosen
-        experts only. Saving adds the corrections to the kernels, as Keras does. Compile the model
-        afterwards: a step compiled before does not train the factors.
-
-        In a frozen layer only the factors train. In a frozen model nothing does: freeze its layers
-        instead, `for layer in model.layers: layer.trainable = False`.
+        (..., rank, H), in a bank one of each expert. Saving adds the corrections to the kernels, as
+        Keras does. Compile the model afterwards. In a frozen layer only the factors train; in a
+        frozen model nothing does: freeze its layers instead.
 
         Args:
             rank: Integer. Rank of the corrections.

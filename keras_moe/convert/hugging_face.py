@@ -339,7 +339,7 @@ def _config_like(mixture, family):
         moe_intermediate_size=width,
         shared_expert_intermediate_size=shared_width,
         n_shared_experts=max(shared_width // width, 1),
-        norm_topk_prob=_renormalizes(router),
+        norm_topk_prob=renormalizes(router),
         routed_scaling_factor=getattr(router, "scaling_factor", 1.0),
         n_group=getattr(router, "num_groups", 1),
         topk_group=getattr(router, "top_groups", 1),
@@ -391,7 +391,7 @@ def _differences(mixture, config, but):
                 if key not in (*_TRAINING, *but, "renormalize") and not key.endswith(_SUFFIXES)
                 if given.get(key) != value
             ]
-    if not found and _renormalizes(mixture.router) != _renormalizes(parts["router"]):
+    if not found and renormalizes(mixture.router) != renormalizes(parts["router"]):
         found.append(f"renormalize={mixture.router.renormalize}")
     gates = mixture.gated_shared_expert, parts["gated_shared_expert"]
     if gates[0] != gates[1] and "shared_expert" not in but:
@@ -401,7 +401,7 @@ def _differences(mixture, config, but):
     return found
 
 
-def _renormalizes(router):
+def renormalizes(router):
     """Whether weights are divided by their sum; None divides several."""
     renormalize = getattr(router, "renormalize", None)
     return router.max_top_k > 1 if renormalize is None else renormalize

@@ -10,24 +10,18 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal.keras_internals import own_variables
-from keras_moe.convert.hugging_face import arrays_of
+from keras_moe.convert.hugging_face import arrays_of, renormalizes
 from keras_moe.inspection import has_moe_layers, moe_layers
 
-# By the class of a backbone, the `model_type` of the model that computes the same with mixtures.
-_MODEL_TYPES = {
-    "GptOssBackbone": "gpt_oss",
-    "LlamaBackbone": "mixtral",
-    "MistralBackbone": "mixtral",
-    "MixtralBackbone": "mixtral",
-    "Qwen3Backbone": "qwen3_moe",
-    "Qwen3MoeBackbone": "qwen3_moe",
-    "QwenMoeBackbone": "qwen2_moe",
-}
-_CLASSES = {
-    "gpt_oss": "GptOssForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
+# By the class of a backbone, the model that computes the same with mixtures.
+_MODELS = {
+    "GptOssBackbone": ("gpt_oss", "GptOss"),
+    "LlamaBackbone": ("mixtral", "Mixtral"),
+    "MistralBackbone": ("mixtral", "Mixtral"),
+    "MixtralBackbone": ("mixtral", "Mixtral"),
+    "Qwen3Backbone": ("qwen3_moe", "Qwen3Moe"),
+    "Qwen3MoeBackbone": ("qwen3_moe", "Qwen3Moe"),
+    "QwenMoeBackbone": ("qwen2_moe", "Qwen2Moe"),
 }
 
 # Entries of `config.json`, and attributes of backbones that have one of them.
@@ -40,7 +34,6 @@ _ENTRIES = {
     "rms_norm_eps": "layer_norm_epsilon",
     "rope_theta": "rope_max_wavelength",
     "shared_expert_intermediate_size": "shared_expert_intermediate_dim",
-    "use_sliding_window": "use_sliding_window_attention",
 }
 
 # Names of layers outside blocks, and in blocks.
@@ -116,47 +109,41 @@ def _arrays_of(layer):
     """The weights of a layer outside of experts, under the names and in the shapes of files."""
     folder, _, name = layer.path.rpartition("/")
     block = re.search(r"transformer_layer_(\d+)", layer.path)
-    name = (_IN_BLOCKS if block else _OUTSIDE).get(name)
-    if name is None:
-        raise ValueError(f"`model` has weights without a place: {layer.path!r}")
+    theirs = (_IN_BLOCKS if block else _OUTSIDE).get(name)
+    if theirs is None:
+        raise ValueError(f"`model` has weights without a place. Received: {layer.path!r}")
     if folder.endswith("shared_expert_dense"):
-        name = name.replace("mlp.", "mlp.shared_expert.")
-    prefix = f"model.layers.{block[1]}.{name}" if block else name
+        theirs = theirs.replace("mlp.", "mlp.shared_expert.")
+    start = f"model.layers.{block[1]}.{theirs}" if block else theirs
+    suffixes = {"kernel": "weight", "embeddings": "weight", "scale": "weight"}
     arrays = {}
-    for ours, theirs in (
-        ("embeddings", "weight"),
-        ("reverse_embeddings", None),
-        ("scale", "weight"),
-        ("sinks", "sinks"),
-        ("kernel", "weight"),
-        ("bias", "bias"),
-    ):
-        value = getattr(layer, ours, None)
-        if value is None or (ours == "reverse_embeddings" and layer.tie_weights):
-            continue
-        value = ops.convert_to_numpy(value)
-        if ours == "kernel":  # of heads: (D, heads, size), or (heads, size, D) for outputs
-            is_output = name.endswith("o_proj.")
-            value = value.reshape((-1, value.shape[-1]) if is_output else (len(value), -1)).T
-        elif ours == "bias":
-            value = value.reshape(-1)
-        elif ours == "reverse_embeddings":
-            arrays["lm_head.weight"] = value.T
-            continue
-        arrays[prefix + theirs] = value
+    for ours in ("kernel", "embeddings", "scale", "bias", "sinks"):
+        if getattr(layer, ours, None) is not None:
+            value = ops.convert_to_numpy(getattr(layer, ours))
+            if ours == "kernel":  # of heads: (D, heads, size), or (heads, size, D) for outputs
+                is_output = name == "attention_output"
+                value = value.reshape((-1, value.shape[-1]) if is_output else (len(value), -1)).T
+            elif ours == "bias":
+                value = value.reshape(-1)
+            arrays[start + suffixes.get(ours, ours)] = value
+    if not getattr(layer, "tie_weights", True):
+        arrays["lm_head.weight"] = ops.convert_to_numpy(layer.reverse_embeddings).T
     return arrays
 
 
 def _config(backbone, mixtures):
-    classes = {cls.__name__ for cls in type(backbone).__mro__}
-    family = next((_MODEL_TYPES[name] for name in _MODEL_TYPES if name in classes), None)
+    bases = [cls.__name__ for cls in type(backbone).__mro__]
+    family, cls = next((_MODELS[name] for name in bases if name in _MODELS), (None, None))
     found = [mixture for own in mixtures for mixture in own]
-    sizes = {(m.experts.num_experts, m.router.max_top_k, m.experts.hidden_dim) for m in found}
+    sizes = {
+        (m.experts.num_experts, m.experts.hidden_dim, m.router.max_top_k, renormalizes(m.router))
+        for m in found
+    }
     dense = [number for number, own in enumerate(mixtures) if not own]
     may_be_dense = family in ("qwen2_moe", "qwen3_moe")
     if family is None or len(sizes) != 1 or (dense and not may_be_dense):
         raise ValueError(
-            f"`model` must be of KerasHub, with a backbone of {', '.join(_MODEL_TYPES)}, and have "
+            f"`model` must be of KerasHub, with a backbone of {', '.join(_MODELS)}, and have "
             "mixtures of one size, in all blocks if Transformers needs that; `upcycle` gives them "
             f"to dense blocks. Received: {type(backbone).__name__} with sizes {sizes} and the "
             f"dense blocks {[backbone.transformer_layers[number].name for number in dense]}"
@@ -164,51 +151,52 @@ def _config(backbone, mixtures):
     quantized = [layer.path for layer in backbone._flatten_layers() if layer.quantization_mode]
     if quantized:
         raise ValueError(f"`model` must not be quantized. Received: int8 or int4 in {quantized}")
-    num_experts, top_k, width = sizes.pop()
-    heads = backbone.hidden_dim // backbone.num_query_heads
-    window = getattr(backbone, "sliding_window_size", getattr(backbone, "sliding_window", None))
+    num_experts, width, top_k, renormalized = sizes.pop()
+
+    def of(name, default=None):
+        return getattr(backbone, name, default)
+
+    window = of("sliding_window_size", of("sliding_window"))
     config = {
-        "architectures": [_CLASSES[family]],
+        "architectures": [f"{cls}ForCausalLM"],
         "model_type": family,
-        **{name: getattr(backbone, ours, None) for name, ours in _ENTRIES.items()},
-        "head_dim": getattr(backbone, "head_dim", None) or heads,
+        **{name: of(ours) for name, ours in _ENTRIES.items()},
+        "head_dim": of("head_dim") or backbone.hidden_dim // backbone.num_query_heads,
         "intermediate_size": backbone.intermediate_dim if may_be_dense else width,
         "moe_intermediate_size": width,
         "num_experts": num_experts,
         "num_local_experts": num_experts,
         "num_experts_per_tok": top_k,
-        "norm_topk_prob": found[0].router.renormalize is not False,
-        "decoder_sparse_step": 1,
+        "norm_topk_prob": renormalized,
         "mlp_only_layers": dense,
         "sliding_window": window,
-        "use_sliding_window": getattr(backbone, "use_sliding_window_attention", bool(window)),
-        "rope_scaling": _rope_scaling(backbone, family),
+        "use_sliding_window": of("use_sliding_window_attention", bool(window)),
+        "rope_scaling": _rope_scaling(of, family),
         **dict.fromkeys(("bos_token_id", "eos_token_id")),
         "tie_word_embeddings": backbone.token_embedding.tie_weights,
     }
     if family in ("gpt_oss", "qwen2_moe"):
         name = "sliding_window" if family == "gpt_oss" else "use_sliding_window_attention"
-        kinds = ["full_attention", "sliding_attention"]
-        blocks = backbone.transformer_layers
-        config["layer_types"] = [kinds[bool(getattr(block, name))] for block in blocks]
+        slides = [bool(getattr(block, name)) for block in backbone.transformer_layers]
+        kinds = ("full_attention", "sliding_attention")
+        config["layer_types"] = [kinds[each] for each in slides]
     if family == "gpt_oss" and window:
         config["sliding_window"] = window + 1  # KerasHub does not count the token itself.
     return config
 
 
-def _rope_scaling(backbone, family):
-    factor = getattr(backbone, "rope_scaling_factor", 1.0)
+def _rope_scaling(of, family):
+    factor = of("rope_scaling_factor", 1.0)
     if family == "gpt_oss":
-        betas = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
-        length = {"original_max_position_embeddings": 4096}
-        return {"rope_type": "yarn", "factor": factor, **betas, **length}
-    if getattr(backbone, "rope_frequency_adjustment_factor", None) is not None:
+        yarn = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False, "factor": factor}
+        return {"rope_type": "yarn", "original_max_position_embeddings": 4096, **yarn}
+    if of("rope_frequency_adjustment_factor") is not None:
         return {
             "rope_type": "llama3",
-            "factor": backbone.rope_frequency_adjustment_factor,
-            "low_freq_factor": backbone.rope_low_freq_factor,
-            "high_freq_factor": backbone.rope_high_freq_factor,
-            "original_max_position_embeddings": backbone.rope_pretraining_sequence_length,
+            "factor": of("rope_frequency_adjustment_factor"),
+            "low_freq_factor": of("rope_low_freq_factor"),
+            "high_freq_factor": of("rope_high_freq_factor"),
+            "original_max_position_embeddings": of("rope_pretraining_sequence_length"),
         }
     # KerasHub computes nothing with the `rope_position_scaling_factor` of a Llama.
     return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}

@@ -55,19 +55,18 @@ def prune_experts(
 ) -> Surgery:
     """Take the least important experts out of a model, in place.
 
-    Routers lose the columns of those experts, and choose among the others. A compiled model trains
-    on with an optimizer that starts again. All layers that `convert.use_sparse_experts` made keep
-    one number of experts, as the config of KerasHub's model has one.
+    Routers lose the columns of those experts. A compiled model trains on with an optimizer that
+    starts again. The layers of a converted KerasHub model keep one number of experts.
 
     Args:
         model: Keras model. A built model with MoE layers, or one such layer.
         by: String, array or dict. `"usage"`: how many tokens of the data an expert serves;
-            `"saliency"`: how much it adds to a token it serves, its weight times the norm of its
-            output, on average (REAP); `"contribution"`: the same, summed over its tokens; or scores
-            (E,), higher for those to keep, or a dict of them by the name of the layer.
-        keep: Number or dict. How many experts stay in each layer: a float from above 0 to 1 is a
-            share, which is rounded up, any other whole number a number; or a dict of these by the
-            name of the layer, see `inspection.moe_layers`. Layers that are not in a dict keep all.
+            `"saliency"`: its weight times the norm of its output, on average over these (REAP);
+            `"contribution"`: the same, summed; or scores (E,), higher for those to keep, or a dict
+            of them by the name of the layer.
+        keep: Number or dict. How many experts stay in each layer: a share from above 0 to 1.0,
+            rounded up, or an integer; or a dict of these by the name of the layer, see
+            `inspection.moe_layers`. Layers that are not in a dict keep all.
         data: List of batches: each inputs, or a tuple of inputs, targets and weights.
 
     Returns:
@@ -104,7 +103,6 @@ def merge_experts(model: keras.Layer, keep: float | dict = 0.5, data: Sequence =
     The most used experts stay; each of the others is merged into the most similar of these, by the
     router's logits over the tokens. Weights are averaged by usage, after the hidden features of the
     two were matched. Experts that are layers may differ in the values of their weights only.
-
     Arguments, errors and the result are as in `prune_experts`.
 
     Example:
@@ -127,8 +125,8 @@ def merge_experts(model: keras.Layer, keep: float | dict = 0.5, data: Sequence =
 def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
     """Let each token go to another number of experts, in place, compiled functions included.
 
-    Weights still sum to 1, if they did before. With one expert for each token they are then the
-    constant 1: to train on, the router has only its own losses to learn from.
+    Weights still sum to 1, if they did before; with one expert the router then learns from its own
+    losses only.
 
     Args:
         model: Keras model. A model with MoE layers, or one such layer.
@@ -162,14 +160,14 @@ def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
         if any(changed.get(name) != changed[other] for other in routed):
             rule = "Layers that share a router must keep one number of experts"
             raise ValueError(f"{rule}. Received: top_k={shortened(top_k)} not for {name!r}")
-    converted = _converted(model, changed, lambda layer: layer.router.top_k)
+    top_k_of = operator.attrgetter("router.top_k")
+    _check_converted(model, changed, top_k_of)
     for name, layer in layers.items():
         router = layer.router
         if getattr(router, "renormalize", False) is None:
             router.renormalize = router.top_k > 1
         router.top_k = changed[name]
-    for name in converted:
-        _set_in_backbones(model, ("top_k", "num_experts_per_token"), changed[name])
+    _write_to_backbones(model, layers, top_k_of, "top_k", "num_experts_per_token")
     forget_compiled(model)
 
 
@@ -188,13 +186,12 @@ def apply(model: keras.Layer, source: Surgery | str | os.PathLike) -> Surgery:
 
     Example:
 
-    >>> def make():
-    ...     experts = keras_moe.layers.FeedForwardExperts(8, 32)
-    ...     layer = keras_moe.layers.MixtureOfExperts(experts, name="moe")
-    ...     return keras.Sequential([keras.Input((16,)), layer])
-    >>> pruned = keras_moe.surgery.prune_experts(make(), by=np.arange(8), keep=2)
-    >>> keras_moe.surgery.apply(make(), pruned).experts
-    {'moe': [[6], [7]]}
+    >>> experts = keras_moe.layers.FeedForwardExperts(8, 32)
+    >>> layer = keras_moe.layers.MixtureOfExperts(experts, name="moe")
+    >>> layer.build((None, 16))
+    >>> _ = keras_moe.surgery.apply(layer, keras_moe.surgery.Surgery({"moe": [[1], [6]]}))
+    >>> layer.experts.num_experts
+    2
     """
     if not isinstance(source, Surgery):
         source = Surgery(**json.loads(pathlib.Path(source).read_text(encoding="utf-8")))
@@ -210,6 +207,9 @@ def apply(model: keras.Layer, source: Surgery | str | os.PathLike) -> Surgery:
     return _operate(model, layers, groups, used)
 
 
+_num_experts = operator.attrgetter("experts.num_experts")
+
+
 def _operate(model, layers, groups, used, data=()):
     """Keep one expert of each group, merged with the others by usage if that is given."""
     before = measuring.loss_on(model, data)
@@ -219,8 +219,7 @@ def _operate(model, layers, groups, used, data=()):
             merge(layer.experts, groups[name], used[name])
         chosen[layer] = np.array(list(groups[name]))
     cut(model, chosen)
-    for name in _converted(model, layers):
-        _set_in_backbones(model, ("num_experts",), len(groups[name]))
+    _write_to_backbones(model, layers, _num_experts, "num_experts")
     forget_old_weights(model)
     experts = {
         name: [[first, *(each for each in group if each != first)] for first, group in own.items()]
@@ -248,37 +247,32 @@ def _plan(model, keep, data, merging):
     for name, layer in layers.items():
         numbers[name] = _number(name, layer, keep[name] if isinstance(keep, dict) else keep)
         router_like(layer.router, num_experts=numbers[name])  # It has rules, such as for groups.
-    _converted(model, numbers, lambda layer: layer.experts.num_experts)
+    _check_converted(model, numbers, _num_experts)
     check_list_of_batches("data", data)
     return layers, numbers, list(data)
 
 
-def _converted(model, changed, number_of=None):
-    """Names among those given of layers that `convert.use_sparse_experts` made.
-
-    With a function that returns the number of a layer, refuse different numbers after a change,
-    where the config of KerasHub's model has one.
-    """
-    every = {name: each for name, each in moe_layers(model).items() if not each.has_own_config}
-    found = [name for name in every if name in changed]
-    if found and number_of is not None:
-        numbers = {name: changed.get(name, number_of(layer)) for name, layer in every.items()}
-        if len(set(numbers.values())) > 1 or not backbones(model):
-            raise ValueError(
-                "Layers made by `convert.use_sparse_experts` must keep one number, in the whole "
-                f"model of KerasHub, whose config has it. Received: {numbers}"
-            )
-    return found
+def _check_converted(model, changed, number_of):
+    """Refuse different numbers of converted layers: the config of KerasHub's model has one."""
+    every = moe_layers(model).items()
+    numbers = {n: changed.get(n, number_of(each)) for n, each in every if not each.has_own_config}
+    differ = len(set(numbers.values())) > 1 or not backbones(model)
+    if differ and numbers.keys() & changed.keys():
+        raise ValueError(
+            "Layers made by `convert.use_sparse_experts` must keep one number, in the whole "
+            f"model of KerasHub, whose config has it. Received: {numbers}"
+        )
 
 
-def _set_in_backbones(model, names, number):
-    """Set a number in KerasHub's own layers, whose configs have it under one of these names."""
-    for backbone in backbones(model):
-        for layer in backbone._flatten_layers():
-            is_theirs = layer is backbone or type(layer).__module__.startswith("keras_hub.")
-            for name in names:
-                if is_theirs and hasattr(layer, name):
-                    setattr(layer, name, number)
+def _write_to_backbones(model, layers, number_of, *names):
+    """Set the number of converted layers in KerasHub's own, whose configs have it by a name."""
+    for number in {number_of(layer) for layer in layers.values() if not layer.has_own_config}:
+        for backbone in backbones(model):
+            for layer in backbone._flatten_layers():
+                is_theirs = layer is backbone or type(layer).__module__.startswith("keras_hub.")
+                for name in names:
+                    if is_theirs and hasattr(layer, name):
+                        setattr(layer, name, number)
 
 
 def _layers(model, given, argument):

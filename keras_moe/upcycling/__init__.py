@@ -18,7 +18,7 @@ from keras_moe._internal.keras_internals import (
 )
 from keras_moe._internal.serialization import register
 from keras_moe.layers import FeedForwardExperts, GatedExperts, LowRankExperts, MixtureOfExperts
-from keras_moe.layers.replacement import record, replace, sublayers
+from keras_moe.layers.replacement import record, replace
 from keras_moe.layers.sublayers import freeze_parts
 from keras_moe.routers import TopKRouter
 from keras_moe.upcycling.feed_forwards import feed_forwards, left_dense
@@ -200,17 +200,10 @@ def merge_lora(model: keras.Model) -> None:
     >>> tuple(layer.experts.up_kernel.shape)
     (4, 8, 16)
     """
-    found = [
-        (layer, name, bank)
-        for layer in model._flatten_layers()
-        for name, bank in sublayers(layer)
-        if isinstance(bank, LowRankExperts)
-    ]
-    if not found:
+    banks = [layer for layer in model._flatten_layers() if isinstance(layer, LowRankExperts)]
+    if not banks:
         raise ValueError(f"`model` must have `LowRankExperts`. Received: `{model.name}` without")
-    for layer, name, bank in found:
-        set_state(layer, name, bank.merge())
-    forget_old_weights(model)
+    replace(model, {bank: bank.merge() for bank in banks})
 
 
 @register
