@@ -13,9 +13,6 @@ from keras.src.backend.common.global_state import get_global_attribute, set_glob
 from keras.src.backend.common.masking import get_keras_mask as get_keras_mask
 from keras.src.backend.common.masking import set_keras_mask as set_keras_mask
 
-# The class of models made of symbolic tensors.
-from keras.src.models.functional import Functional as Functional
-
 
 def drops_losses():
     """Whether Keras drops added losses, as in a `stateless_call` that does not return them."""
@@ -98,12 +95,12 @@ def set_state(layer, name, value):
             store.insert(place, store.pop())
 
 
-def let_go(layer, variable):
+def untrack(layer, variable):
     layer._untrack_variable(variable)
 
 
 @contextlib.contextmanager
-def open_to_state(layer):
+def unlocked(layer):
     layer._tracker.unlock()
     try:
         yield

@@ -7,7 +7,7 @@ import keras
 
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.initializers import EachExpert
-from keras_moe._internal.keras_internals import open_to_state
+from keras_moe._internal.keras_internals import unlocked
 
 
 class Adaptable:
@@ -74,7 +74,7 @@ class Adaptable:
                 weight.trainable = False
         initializers = map(keras.initializers.get, (a_initializer, b_initializer))
         self.lora_rank, self.lora_alpha = rank, alpha
-        with open_to_state(layer):
+        with unlocked(layer):
             self.add_factors(*initializers)
 
     def check_takes_lora(self) -> None:

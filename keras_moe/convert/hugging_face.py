@@ -101,7 +101,8 @@ def arrays_of(mixture, layer, family, but=()):
     but = ("scaling_factor", *but)
     prefix, rules, variables = layout_of(mixture, layer, family, 0, but)
     # Without a place in the family's config, the factor of the router goes into the kernels.
-    scale = 1.0 if FAMILIES[family].scales_weights else getattr(mixture.router, "scaling_factor", 1)
+    has_place = "scaling_factor" in FAMILIES[family].router(_config_like(mixture, family))
+    scale = 1.0 if has_place else getattr(mixture.router, "scaling_factor", 1.0)
 
     def value(name):
         if not name.startswith("experts."):
@@ -135,19 +136,15 @@ class Family(NamedTuple):
     - `layouts`: pairs of the prefix of all names, with `{layer}` in it, and rules: for files, and
       for models in memory if they differ.
     - `router`, `experts`: from a `Config` to arguments of our router, a `router_class`, and bank.
-    - `width`: name of the experts' hidden width in the config.
     - `shared`: from a `Config` to the width of the shared expert; `gated_shared` if that has a
       gate.
-    - `scales_weights`: whether its config has the `scaling_factor` of the router.
     """
 
     layouts: tuple[tuple[str, tuple[Rule, ...]], ...]
     router: Callable
     experts: Callable = lambda config: {}
-    width: str = "moe_intermediate_size"
     shared: Callable | None = None
     gated_shared: bool = False
-    scales_weights: bool = False
     router_class: type = routers.TopKRouter
 
 
@@ -213,9 +210,7 @@ def _loss_free(config):
 
 # By `model_type` of their config.
 FAMILIES = {
-    "mixtral": Family(
-        _layouts(*_GATE, by_expert=_BY_NUMBER, prefix=_BLOCK), _jittered, width="intermediate_size"
-    ),
+    "mixtral": Family(_layouts(*_GATE, by_expert=_BY_NUMBER, prefix=_BLOCK), _jittered),
     "qwen2_moe": Family(
         _layouts(*_GATE, *_shared("shared_expert"), *_SHARED_GATE),
         _renormalized,
@@ -223,7 +218,7 @@ FAMILIES = {
         gated_shared=True,
     ),
     "qwen3_moe": Family(_layouts(*_GATE), _renormalized),
-    "olmoe": Family(_layouts(*_GATE), _renormalized, width="intermediate_size"),
+    "olmoe": Family(_layouts(*_GATE), _renormalized),
     "deepseek_v3": Family(
         _layouts(*_GATE, _bias("gate.e_score_correction_bias"), *_shared("shared_experts")),
         lambda config: {
@@ -232,7 +227,6 @@ FAMILIES = {
             "top_groups": config["topk_group"],
         },
         shared=lambda config: config["moe_intermediate_size"] * config["n_shared_experts"],
-        scales_weights=True,
         router_class=routers.GroupLimitedRouter,
     ),
     "gpt_oss": Family(
@@ -244,17 +238,14 @@ FAMILIES = {
             "clip": config.get("swiglu_limit", 7.0),
             "up_shift": 1.0,
         },
-        width="intermediate_size",
     ),
     "minimax_m2": Family(
         _layouts(*_GATE, _bias("e_score_correction_bias"), by_expert=_BY_NUMBER, prefix=_BLOCK),
         lambda config: {**_jittered(config), "score": "sigmoid", "balancer": "loss_free"},
-        width="intermediate_size",
     ),
     "lfm2_moe": Family(
         _layouts(*_GATE, _bias("expert_bias"), by_expert=_BY_NUMBER, prefix=_LFM, in_memory=_LFM),
         lambda config: {**_loss_free(config), "score": "sigmoid"},
-        scales_weights=True,
     ),
 }
 
@@ -278,13 +269,14 @@ def _parts_of(config, dtype=None):
     # Families and releases differ in the name.
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     num_experts = config[next((name for name in names if name in config), names[0])]
+    width = config.get("moe_intermediate_size") or config["intermediate_size"]
     activation = check_choice("hidden_act", config.get("hidden_act", "silu"), _ACTIVATIONS)
     # All weights are assigned later; drawing them would take long.
     experts = {"activation": activation, "kernel_initializer": "zeros", **family.experts(config)}
     router = {"top_k": config["num_experts_per_tok"], **family.router(config)}
     weight = config.get("router_aux_loss_coef")
     return {
-        "experts": GatedExperts(num_experts, config[family.width], dtype=dtype, **experts),
+        "experts": GatedExperts(num_experts, width, dtype=dtype, **experts),
         "router": family.router_class(num_experts, **router),
         "router_losses": [losses.LoadBalance(weight)] if weight else [],
         "shared_expert": family.shared

@@ -317,17 +317,29 @@ def dense_layers(model):
     return {old: new for layer in sparse for old, new in layer.make_dense().items()}
 
 
+# Arguments of blocks that are attributes of another name.
+_ATTRIBUTES = {
+    "moe_intermediate_dim": "intermediate_dim",
+    "shared_expert_intermediate_dim": "intermediate_dim_shared",
+}
+
+
 def _exchange(dense, sparse, features, names=()):
     """Give a sparse layer the weights of a dense one, and return a function for the way back."""
     _give_weights(dense, sparse, names)
-    make_unbuilt, folder = _constructor_of(dense), dense.path.rpartition("/")[0]
+    cls, folder = type(dense), dense.path.rpartition("/")[0]
+    arguments = {"name": dense.name, "dtype": dense.dtype_policy}
+    for name in inspect.getfullargspec(cls.__init__).args[1:]:  # Configs lack some.
+        arguments[name] = getattr(dense, name if hasattr(dense, name) else _ATTRIBUTES[name])
 
     def way_back(sparse, mixture):
-        unbuilt = make_unbuilt(mixture)
+        num_experts, top_k = mixture.experts.num_experts, mixture.router.top_k
+        numbers = dict(num_experts=num_experts, top_k=top_k, num_experts_per_token=top_k)
+        made = cls(**{name: numbers.get(name, value) for name, value in arguments.items()})
         with names_below(folder):
-            unbuilt.build((None, None, features))
-        _give_weights(sparse, unbuilt, names)
-        return unbuilt
+            made.build((None, None, features))
+        _give_weights(sparse, made, names)
+        return made
 
     return way_back
 
@@ -342,28 +354,6 @@ def _give_weights(source, target, names):
         other.load_own_variables(weights)
         if other.trainable != each.trainable:  # It is handed to all sublayers.
             other.trainable = each.trainable
-
-
-# Arguments of blocks that are attributes of another name.
-_ATTRIBUTES = {
-    "moe_intermediate_dim": "intermediate_dim",
-    "shared_expert_intermediate_dim": "intermediate_dim_shared",
-}
-
-
-def _constructor_of(layer):
-    """A function from a mixture to a KerasHub layer like another, with the mixture's numbers."""
-    cls, names = type(layer), inspect.getfullargspec(type(layer).__init__).args[1:]
-    attributes = {name: name if hasattr(layer, name) else _ATTRIBUTES[name] for name in names}
-    arguments = {name: getattr(layer, attribute) for name, attribute in attributes.items()}
-    arguments.update(name=layer.name, dtype=layer.dtype_policy)
-
-    def make(mixture):
-        num_experts, top_k = mixture.experts.num_experts, mixture.router.top_k
-        numbers = dict(num_experts=num_experts, top_k=top_k, num_experts_per_token=top_k)
-        return cls(**{name: numbers.get(name, arguments[name]) for name in arguments})
-
-    return make
 
 
 def _mixture_like(block, family, name):

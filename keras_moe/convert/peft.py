@@ -24,8 +24,7 @@ def from_peft(
 ) -> MixtureOfExperts:
     """Give the experts of a MoE layer the low-rank factors of a PEFT adapter, by `enable_lora`.
 
-    The layer is returned, and computes as the adapted block of Hugging Face. Weights outside this
-    block, such as in attention, are not read.
+    The layer is returned. Weights outside this block, such as in attention, are not read.
 
     Args:
         source: Path. Folder of an adapter, with `adapter_config.json` and `.safetensors` files.
@@ -56,27 +55,20 @@ def from_peft(
     def setting(rule, pattern, default):
         """The value that PEFT's patterns give to the kernels of a rule."""
         parameter = prefix.removesuffix("experts.") + rule.theirs
-        matching = (
-            value
-            for key, value in (settings.get(pattern) or {}).items()
-            if re.match(rf"(.*\.)?({key})$", parameter)
-        )
+        patterns = (settings.get(pattern) or {}).items()
+        matching = (value for key, value in patterns if re.match(rf"(.*\.)?({key})$", parameter))
         return next(matching, settings[default])
 
-    bank, ranks, scales = mixture.experts, {}, {}
+    # Wrappers in each other do not say which kernel they adapt: its shape does.
+    bank, ranks, scales, by_shape = mixture.experts, {}, {}, {}
     for rule in rules:
-        ranks[rule] = setting(rule, "rank_pattern", "r")
-        divisor = math.sqrt(ranks[rule]) if settings.get("use_rslora") else ranks[rule]
+        ranks[rule] = rank = setting(rule, "rank_pattern", "r")
+        divisor = math.sqrt(rank) if settings.get("use_rslora") else rank
         scales[rule] = setting(rule, "alpha_pattern", "lora_alpha") / divisor
-    factors = [[read(start + f"lora_{letter}.weight") for letter in "AB"] for start in starts]
-    # Wrappers in each other do not say which kernel they adapt.
-    by_shape = {}
-    for rule in rules:
-        (_, fan_in, fan_out), stacked = (
-            _projections(bank, rule)[0].shape,
-            ranks[rule] * bank.num_experts,
-        )
+        _, fan_in, fan_out = _projections(bank, rule)[0].shape
+        stacked = rank * bank.num_experts
         by_shape[(stacked, fan_in), (fan_out * len(rule.ours), stacked)] = rule
+    factors = [[read(start + f"lora_{letter}.weight") for letter in "AB"] for start in starts]
     wrong = [(a.shape, b.shape) for a, b in factors if (a.shape, b.shape) not in by_shape]
     if wrong:
         raise ValueError(

@@ -85,7 +85,8 @@ def save_to_transformers(model: keras.Model, folder: str | os.PathLike) -> None:
     backbone = getattr(model, "backbone", model)
     mixtures = [_mixtures_in(block) for block in getattr(backbone, "transformer_layers", ())]
     config = _config(backbone, mixtures)
-    arrays, in_mixtures = {}, set()
+    arrays: dict = {}
+    in_mixtures: set = set()
     for number, mixture in ((number, each) for number, own in enumerate(mixtures) for each in own):
         # The shared expert is KerasHub's, and one of the other layers.
         arrays |= arrays_of(mixture, number, config["model_type"], but=("shared_expert",))

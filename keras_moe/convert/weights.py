@@ -48,8 +48,7 @@ def floats_of(bank, name):
 def check_plain(layer, but=None):
     """Refuse a layer with kernels that are quantized or have LoRA, except in one sublayer."""
     for part in layer._flatten_layers():
-        has_more = part.quantization_mode is not None or getattr(part, "lora_enabled", False)
-        if has_more and part is not but:
+        if part is not but and (part.quantization_mode or getattr(part, "lora_enabled", False)):
             rule = "A layer must be converted before it is quantized or has LoRA"
             raise ValueError(f"{rule}. Received: {part.path!r} with such kernels")
 

@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal.initializers import EachExpert
-from keras_moe._internal.keras_internals import let_go
+from keras_moe._internal.keras_internals import untrack
 from keras_moe._internal.lora import factors_for
 from keras_moe.ops.linears import Int4Kernel, Int8Kernel, Linear
 from keras_moe.ops.sorting import ceil_divide
@@ -178,7 +178,7 @@ class Projection:
     def take_kernel(self):
         """Remove the float kernel from the bank and return it, `merged_kernel`."""
         kernel = self.merged_kernel()
-        let_go(self.bank, self.kernel)
+        untrack(self.bank, self.kernel)
         return kernel
 
     def weights(self):

@@ -6,7 +6,6 @@ from typing import Any
 import keras
 
 from keras_moe._internal.keras_internals import (
-    Functional,
     compile_like,
     forget_old_weights,
     own_layers,
@@ -17,18 +16,11 @@ from keras_moe.layers.transformer_block import TransformerBlock
 
 
 def replace(model, replacements):
-    """Replace layers of a built model.
+    """Replace layers of a built model by others, or remove those with None in their places.
 
     Functional and sequential models that contain one become new models with the same other layers;
-    everything else changes in place.
-
-    Args:
-        model: Keras model.
-        replacements: dict from layers to the layers in their places, or to None, which removes one.
-
-    Returns:
-        The model, and a list for `record`: pairs of a layer whose config lacks a new sublayer, and
-        names of its attributes.
+    everything else changes in place. Returns the model, and a list for `record`: pairs of a layer
+    whose config lacks a new sublayer, and names of its attributes.
     """
     replacement = _Replacement(replacements)
     model = replacement.of(model)
@@ -39,7 +31,7 @@ def replace(model, replacements):
 def is_graph(layer):
     """Whether a layer is only a list or graph of layers, which can be rebuilt."""
     # A subclass, such as a model of KerasHub, may keep its layers elsewhere too.
-    return type(layer) in (Functional, keras.Sequential)
+    return type(layer) is keras.Sequential or keras.Function in type(layer).__bases__
 
 
 def sublayers(layer):
@@ -119,13 +111,11 @@ def backbones(model):
 
 
 def record(model, changes=(), converters=()):
-    """Add changes to the config of a model, and of each KerasHub backbone those in it.
+    """Add changes to the config of a model; those in a KerasHub backbone, to that of the backbone.
 
-    Args:
-        model: Keras model.
-        changes: pairs of a layer in it and names of attributes, whose values are saved.
-        converters: registered functions, called with the model that the old config describes. Files
-            of weights are as without them.
+    Changes are pairs of a layer and names of attributes, whose values are saved. Converters are
+    registered functions, called with the model that the old config describes; files of weights are
+    as without them.
     """
     for holder in [*backbones(model), model]:
         paths = {id(layer): path for path, layer in _walk(holder)}
@@ -208,7 +198,7 @@ class _WithReplacements:
             raise ValueError(
                 "KerasHub loads no preset of a backbone whose layers were replaced: use "
                 "`model.save`, or `save_to_preset` of the task that contains it. "
-                f"Received: {self.name!r} with {len(changes)} replaced layers"
+                f"Received: {len(changes)} changed layers"
             )
         forget_converters(self)
         try:
@@ -225,8 +215,8 @@ _register(_WithReplacements)
 def _walk(layer, path=()):
     """Pairs of a path and a layer for each layer in a model, itself included.
 
-    A path holds the place of each layer among the sublayers of its parent. It is the same in a
-    model that was made from the same config.
+    A path holds the place of each layer among the sublayers of its parent. It is the same in models
+    with the same config.
     """
     yield path, layer
     for index, sublayer in enumerate(own_layers(layer)):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from keras_moe._internal.keras_internals import open_to_state, quantization
+from keras_moe._internal.keras_internals import quantization, unlocked
 from keras_moe._internal.lora import Adaptable
 from keras_moe._internal.serialization import load_draws, save_draws
 from keras_moe._internal.types import Tensor
@@ -228,7 +228,7 @@ class StackedExperts(Adaptable, ExpertBank):
                 "Save the model and quantize it in one process."
             )
         projections = self._kernels()
-        with open_to_state(self):
+        with unlocked(self):
             kernels = [projection.take_kernel() for projection in projections]
             self._is_quantized = True
             policy = self._own_policy()

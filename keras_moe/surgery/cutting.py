@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_moe._internal.keras_internals import let_go, names_below, open_to_state, set_state
+from keras_moe._internal.keras_internals import names_below, set_state, unlocked, untrack
 from keras_moe.layers import FeedForwardExperts, GatedExperts, LayerExperts, LinearExperts
 from keras_moe.layers.multi_gate import Task
 from keras_moe.layers.replacement import replace
@@ -66,12 +66,7 @@ def router_like(router, **changes):
 
 
 def cut(model, chosen):
-    """Keep some experts of built layers, in place.
-
-    Args:
-        model: Keras model with the layers in it, or one of them.
-        chosen: dict from each `MixtureOfExperts` to the numbers of its experts, an ascending array.
-    """
+    """Keep some experts of built layers of a model, by an ascending array of numbers for each."""
     chosen = {each: kept for each, kept in chosen.items() if len(kept) < each.experts.num_experts}
     replacements: dict = {}
     for layer, experts in chosen.items():
@@ -106,10 +101,10 @@ def _smaller_parts(layer, experts):
 
 def _cut_counters(layer, experts):
     counts = ops.convert_to_numpy(layer.expert_counts)[experts]
-    with names_below(layer.path), open_to_state(layer):
+    with names_below(layer.path), unlocked(layer):
         set_state(layer, "expert_counts", counter("expert_counts", counts.shape))
         for variable in sum(layer.loss_states, []):
-            let_go(layer, variable)
+            untrack(layer, variable)
         layer._build_losses()
     layer.expert_counts.assign(counts)
     if layer.last_counts is not None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import keras
 
-from keras_moe._internal.keras_internals import Functional, calls_of, own_layers
+from keras_moe._internal.keras_internals import calls_of, own_layers
 from keras_moe.layers import MixtureOfExperts
 from keras_moe.layers.replacement import is_graph, sublayers
 
@@ -59,7 +59,7 @@ def _search(layer, name, is_fixed):
             yield from _search(sublayer, sublayer.name, is_fixed)
         return
     in_attributes = {id(sublayer) for _, sublayer in sublayers(layer)}
-    if isinstance(layer, Functional):
+    if isinstance(layer, keras.Function):
         in_attributes = set()  # Its graph would still hold the old ones.
     yield from _in_attributes(layer)
     for sublayer in own_layers(layer):
