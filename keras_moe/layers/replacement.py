@@ -111,7 +111,7 @@ def backbones(model):
 
 
 def record(model, changes=(), converters=()):
-    """Add changes to the config of a model; those in a KerasHub backbone, to that of the backbone.
+    """Add changes to the config of a model, or of the KerasHub backbone in which they are.
 
     Changes are pairs of a layer and names of attributes, whose values are saved. Converters are
     registered functions, called with the model that the old config describes; files of weights are

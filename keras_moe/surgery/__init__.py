@@ -172,7 +172,7 @@ def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
 
 
 def apply(model: keras.Layer, source: Surgery | str | os.PathLike) -> Surgery:
-    """Prune or merge the experts of a model as those of another with the same layers, in place.
+    """Repeat a choice of experts in another model with the same layers, in place.
 
     Args:
         model: Keras model. As in `prune_experts`; its layers have the same names and experts.
