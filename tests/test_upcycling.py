@@ -1,13 +1,11 @@
 """Dense models that become mixtures compute the same at first, and train, save and load."""
 
 import functools
-import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, QUICK_JIT, saved_and_loaded, unless_compiled
+from backends import BACKEND, QUICK_JIT, run_python, saved_and_loaded, unless_compiled
 from layer_checks import array, normal
 
 import keras_moe
@@ -151,18 +149,25 @@ def test_backbones_of_keras_hub(name, rank, tmp_path):
 
 
 LOADED = """
-import sys, keras_hub, numpy, keras_moe
-model = keras_hub.models.CausalLM.from_preset(sys.argv[1])
-inputs = {name: numpy.load(f"{sys.argv[1]}/{name}.npy") for name in ("token_ids", "padding_mask")}
-numpy.save(f"{sys.argv[1]}/outputs.npy", model.predict_on_batch(inputs))
+import sys, keras, numpy, keras_moe
+folder = sys.argv[1]
+converted = keras.saving.load_model(f"{folder}/converted.keras")
+assert keras_moe.inspection.has_moe_layers(converted)
+import keras_hub
+model = keras_hub.models.CausalLM.from_preset(folder)
+inputs = {name: numpy.load(f"{folder}/{name}.npy") for name in ("token_ids", "padding_mask")}
+numpy.save(f"{folder}/outputs.npy", model.predict_on_batch(inputs))
 """
 
 
 @on_one_backend
-def test_the_preset_of_an_upcycled_task_loads_in_another_process(tmp_path):
+def test_models_of_keras_hub_load_in_another_process(tmp_path):
     import keras_hub
 
-    backbone = randomized(keras_hub.models.LlamaBackbone(**SIZES, **BACKBONES["Llama"]))
+    sizes = {**SIZES, **BACKBONES["Llama"]}
+    converted = keras_hub.models.MixtralBackbone(**sizes, num_experts=4)
+    keras_moe.convert.use_sparse_experts(converted).save(tmp_path / "converted.keras")
+    backbone = randomized(keras_hub.models.LlamaBackbone(**sizes))
     model = keras_hub.models.LlamaCausalLM(backbone=backbone, preprocessor=None)
     keras_moe.upcycle(model, num_experts=4, seed=0)
     with pytest.raises(ValueError, match="loads no preset of a backbone"):
@@ -171,7 +176,8 @@ def test_the_preset_of_an_upcycled_task_loads_in_another_process(tmp_path):
     inputs = {"token_ids": IDS, "padding_mask": np.ones_like(IDS)}
     for name, value in inputs.items():
         np.save(tmp_path / f"{name}.npy", value)
-    subprocess.run([sys.executable, "-c", LOADED, str(tmp_path)], check=True)
+    done = run_python("-c", LOADED, tmp_path)
+    assert not done.returncode, done.stderr
     outputs = np.load(tmp_path / "outputs.npy")
     np.testing.assert_allclose(outputs, model.predict_on_batch(inputs), rtol=1e-5)
 

@@ -1,5 +1,6 @@
 """Replacement of layers in built models, recorded in the models' configs."""
 
+import pathlib
 import sys
 from typing import Any
 
@@ -148,6 +149,7 @@ def _set_record(model, changes, converters):
         name = "WithReplacements" if changes else cls.__name__
         members = {"_original_class": cls, "__module__": __name__}
         cls = _register(type(name, (_WithReplacements, cls), members))
+        _register(_WithReplacements)  # KerasHub takes the class of the name for the model's.
     model.__class__ = cls
     object.__setattr__(model, "_record", (changes, converters))  # Keras would track it.
 
@@ -191,10 +193,10 @@ class _WithReplacements:
             _add(model, [(tuple(path), tuple(attributes))])
         return model
 
-    def save_to_preset(self, *args, **kwargs):
+    def save_to_preset(self, preset_dir, *args, **kwargs):
         """Save a preset of KerasHub, which has the layers before the converters."""
-        changes, converters = self._record
-        if changes:
+        original, (changes, converters) = self._original_class, self._record
+        if changes and not (pathlib.Path(preset_dir) / "task.json").exists():
             raise ValueError(
                 "KerasHub loads no preset of a backbone whose layers were replaced: use "
                 "`model.save`, or `save_to_preset` of the task that contains it. "
@@ -202,7 +204,7 @@ class _WithReplacements:
             )
         forget_converters(self)
         try:
-            self._original_class.save_to_preset(self, *args, **kwargs)
+            original.save_to_preset(self, preset_dir, *args, **kwargs)
         finally:
             _add(self, converters=converters)
 
