@@ -4,6 +4,7 @@ import contextlib
 import functools
 
 import keras
+import numpy as np
 
 # What a function returns for symbolic tensors, on any backend.
 from keras.src.backend import compute_output_spec as compute_output_spec
@@ -66,6 +67,10 @@ def own_variables(layer):
 def parameters_of(layer):
     """The variables of a layer and all layers in it that were created trainable, frozen or not."""
     return [variable for part in layer._flatten_layers() for variable in part._trainable_variables]
+
+
+def float_array(variable):
+    return np.array(keras.ops.convert_to_numpy(keras.ops.cast(variable.value, "float32")))
 
 
 def calls_of(model):

@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_moe._internal.keras_internals import names_below, set_state, unlocked, untrack
+from keras_moe._internal.keras_internals import (
+    float_array,
+    names_below,
+    set_state,
+    unlocked,
+    untrack,
+)
 from keras_moe.layers import FeedForwardExperts, GatedExperts, LayerExperts, LinearExperts
 from keras_moe.layers.multi_gate import Task
 from keras_moe.layers.replacement import replace
@@ -114,7 +120,7 @@ def _cut_counters(layer, experts):
 def _take_weights(old, new, experts):
     """Give a layer the weights of another that has more experts; frozen ones stay frozen."""
     for theirs, mine in zip(old.weights, new.weights, strict=True):
-        value = _array(theirs)
+        value = float_array(theirs)
         for axis, (before, after) in enumerate(zip(theirs.shape, mine.shape, strict=True)):
             if before != after:
                 value = np.take(value, experts, axis)
@@ -140,31 +146,28 @@ def merge(bank, groups, usage):
     if isinstance(bank, LayerExperts):
         for center, experts in groups.items():
             for weights in zip(*(bank.layers[expert].weights for expert in experts)):
-                mean = np.tensordot(shares[center], list(map(_array, weights)), 1)
+                mean = np.tensordot(shares[center], list(map(float_array, weights)), 1)
                 weights[experts.index(center)].assign(mean)
         return
-    stacks = {weight.name: _array(weight) for weight in bank.weights}
+    stacks = {weight.name: float_array(weight) for weight in bank.weights}
     if "output_scale" in stacks:  # of converted experts
         stacks["down_kernel"] *= stacks["output_scale"][:, None, None]
         stacks["output_scale"][:] = 1.0
-    if len(bank.projections) == 1:  # without hidden features, which could be matched
-        for center, experts in groups.items():
-            for stack in stacks.values():
-                stack[center] = np.tensordot(shares[center], stack[experts], 1)
-        groups = {}
+    # Weights without hidden features, which could be matched: all of a bank of linear maps.
+    whole = stacks if len(bank.projections) == 1 else stacks.keys() & {"down_bias", "output_scale"}
     views = [  # with the hidden features first, (E, H, ...)
         np.atleast_3d(stack) if stack.ndim == 2 or name == "down_kernel" else stack.swapaxes(1, 2)
         for name, stack in stacks.items()
-        if name not in ("down_bias", "output_scale")
+        if name not in whole
     ]
     for center, experts in groups.items():
-        features = {e: np.concatenate([view[e] for view in views], axis=1) for e in experts}
-        orders = [_match(features[center], features[expert]) for expert in experts]
+        for name in whole:
+            stacks[name][center] = np.tensordot(shares[center], stacks[name][experts], 1)
+        features = {e: np.concatenate([v[e] for v in views], axis=1) for e in experts if views}
+        orders = [_match(features[center], each) for each in features.values()]
         for view in views:
             matched = [view[expert][order] for expert, order in zip(experts, orders)]
             view[center] = np.tensordot(shares[center], matched, 1)
-        if "down_bias" in stacks:
-            stacks["down_bias"][center] = shares[center] @ stacks["down_bias"][experts]
     for weight in bank.weights:
         weight.assign(stacks[weight.name])
 
@@ -183,7 +186,3 @@ def _match(to, features):
             order[row] = column
             taken.add(column)
     return np.array([order[row] for row in range(len(to))])
-
-
-def _array(variable):
-    return np.array(ops.convert_to_numpy(ops.cast(variable.value, "float32")))

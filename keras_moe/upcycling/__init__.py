@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_moe._internal.checks import check_integer, check_number, shortened
 from keras_moe._internal.keras_internals import (
+    float_array,
     forget_old_weights,
     names_below,
     parameters_of,
@@ -340,11 +341,11 @@ def _expert_weights(feed_forward, num_experts, granularity):
     bias of the output, so that the sum of G parts is the whole network.
     """
     down = feed_forward.down
-    parts = {"down_kernel": np.split(_array(down.kernel), granularity)}
+    parts = {"down_kernel": np.split(float_array(down.kernel), granularity)}
     parts["down_bias"] = [_bias(down) / granularity] * granularity
     for name, dense in (("gate", feed_forward.gate), ("up", feed_forward.up)):
         if dense is not None:
-            parts[f"{name}_kernel"] = np.split(_array(dense.kernel), granularity, axis=1)
+            parts[f"{name}_kernel"] = np.split(float_array(dense.kernel), granularity, axis=1)
             parts[f"{name}_bias"] = np.split(_bias(dense), granularity)
     copies = num_experts // granularity
     return {name: np.stack(each * copies) for name, each in parts.items()}
@@ -366,8 +367,4 @@ def _draw_again(weights, share, rng):
 
 
 def _bias(dense):
-    return _array(dense.bias) if dense.use_bias else np.zeros(dense.units, "float32")
-
-
-def _array(variable):
-    return ops.convert_to_numpy(ops.cast(variable.value, "float32"))
+    return float_array(dense.bias) if dense.use_bias else np.zeros(dense.units, "float32")
