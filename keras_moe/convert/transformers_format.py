@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_moe._internal.keras_internals import own_variables
 from keras_moe.convert.hugging_face import arrays_of, renormalizes
-from keras_moe.inspection import has_moe_layers, moe_layers
+from keras_moe.inspection.summaries import find_layers
 
 # By the class of a backbone, the model that computes the same with mixtures.
 _MODELS = {
@@ -83,7 +83,7 @@ def save_to_transformers(model: keras.Model, folder: str | os.PathLike) -> None:
     import safetensors.numpy
 
     backbone = getattr(model, "backbone", model)
-    mixtures = [_mixtures_in(block) for block in getattr(backbone, "transformer_layers", ())]
+    mixtures = [find_layers(block) for block in getattr(backbone, "transformer_layers", ())]
     config = _config(backbone, mixtures)
     arrays: dict = {}
     in_mixtures: set = set()
@@ -100,10 +100,6 @@ def save_to_transformers(model: keras.Model, folder: str | os.PathLike) -> None:
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     safetensors.numpy.save_file(arrays, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-
-
-def _mixtures_in(block):
-    return list(moe_layers(block).values()) if has_moe_layers(block) else []
 
 
 def _arrays_of(layer):
