@@ -16,18 +16,11 @@ from keras_moe.layers.transformer_block import TransformerBlock
 
 
 def replace(model, replacements):
-    """Replace layers of a built model.
+    """Replace layers of a built model, each by another, or by None, which removes it.
 
     Functional and sequential models that contain one become new models with the same other layers;
-    everything else changes in place.
-
-    Args:
-        model: Keras model.
-        replacements: dict from layers to the layers in their places, or to None, which removes one.
-
-    Returns:
-        The model, and a list for `record`: pairs of a layer whose config lacks a new sublayer, and
-        names of its attributes.
+    everything else changes in place. Returns the model, and a list for `record`: pairs of a layer
+    whose config lacks a new sublayer, and names of its attributes.
     """
     replacement = _Replacement(replacements)
     model = replacement.of(model)
@@ -113,11 +106,9 @@ class _Replacement:
 def record(model, changes=(), converters=()):
     """Add changes to the config of a model.
 
-    Args:
-        model: Keras model.
-        changes: pairs of a layer in it and names of attributes, whose values are saved.
-        converters: registered functions, called with the model that the old config describes. Files
-            of weights are as without them.
+    `changes` are pairs of a layer and names of its attributes, whose values are saved. `converters`
+    are registered functions of the model that the old config describes; files of weights are as
+    without them.
     """
     paths = {id(layer): path for path, layer in _walk(model)}
     old, before = _recorded(model)
