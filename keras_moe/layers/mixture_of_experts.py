@@ -186,10 +186,10 @@ class MixtureOfExperts(RouterUsage, Recomputable):
             self.router.build((None, math.prod(seen)))
         if not self.experts.built:
             self.experts.build((None, *token_shape))
-        if self.experts.is_used and not self.shares_experts:
+        if self.experts.is_used and self.experts.weights and not self.shares_experts:
             warnings.warn(
                 f"`{self.experts.name}` is in two layers, of which `{self.name}` is the second: "
-                "they share its weights. Make a bank for each.",
+                "they share its weights. If that is not meant, make a bank for each.",
                 stacklevel=2,
             )
         self.experts.is_used = True

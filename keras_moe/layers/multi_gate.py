@@ -173,7 +173,7 @@ class MultiGateMixtureOfExperts(Recomputable):
                 outputs = bank.compute_all(tokens)
             else:
                 outputs, places = _compute_chosen(bank, tokens, chosen)
-                weights = [take_scores(each, places) for each in weights]
+                weights = tuple(take_scores(each, places) for each in weights)
             outputs = ops.cast(outputs, "float32")
             for number, each in zip(numbers, weights):
                 totals[number] += ops.einsum("ts,tsd->td", each, outputs)

@@ -84,7 +84,8 @@ def accepted_arguments(layer, names):
 
 def warn_of_lost_mask(layer, inputs):
     """Warn if symbolic inputs (batch, ..., D) had a mask that an operation such as `+` dropped."""
-    tensors, seen = [inputs], set()
+    tensors = [inputs]
+    seen: set[int] = set()
     while tensors:
         tensor = tensors.pop()
         mask = get_keras_mask(tensor)

@@ -148,8 +148,10 @@ class RouterUsage(keras.layers.Layer):
         """
         weights = self.loss_weights_in_force
         names = [type(each).__name__ for each in self.router_losses]
-        name = getattr(losses.IDENTIFIERS.get(index), "__name__", index)
-        place = names.index(name) if name in names else index
+        place: Any = index
+        if isinstance(index, str):
+            name = getattr(losses.IDENTIFIERS.get(index), "__name__", index)
+            place = names.index(name) if name in names else None
         if place not in range(-len(names), len(names)):
             rule = f"`index` must be the place or the name of one of the router losses {names}"
             raise ValueError(f"{rule}. Received: index={index!r}")
