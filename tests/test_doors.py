@@ -283,7 +283,6 @@ REFUSED = [
     ("likelihood(t(6, 1), (6, 3, 4), scale=None)", "even number of outputs"),
     ("likelihood(np.array([0.5]), (1, 3, 3), distribution='categorical')", "Received: 0.5"),
     ("likelihood(t(6, 1), (6, 3, 3), scale=None, normalized=False)", "no lower bound"),
-    ("likelihood(t(6, 1), (6, 3, 4), scale=None)", "two each of D"),
     ("losses.pack_mixture(routing(), t(2, 6, 2))", "each weight"),
     # Parts of a user, where their results come in.
     ("own(top_k=1)", "`indices` must have"),
