@@ -34,7 +34,7 @@ BATCH_SIZE = 64
 ## The router
 
 Where each token takes its best K experts, only the logits are new: `project` maps tokens (T, D) to
-logits (T, E). Scores, choice, weights, padding and noise are those of `SelectionRouter`. A centre
+logits (T, E). Scores, choice, weights, padding and noise are those of `TopKRouter`. A centre
 is as near as the negative squared distance is high.
 
 `register_keras_serializable` and `get_config` let a saved model find the class again.
@@ -42,7 +42,7 @@ is as near as the negative squared distance is high.
 
 
 @keras.saving.register_keras_serializable("mine")
-class NearestCentreRouter(routers.SelectionRouter):
+class NearestCentreRouter(routers.TopKRouter):
     def __init__(self, num_experts=None, top_k=2, sharpness=1.0, **kwargs):
         super().__init__(num_experts, top_k, **kwargs)
         self.sharpness = sharpness

@@ -25,7 +25,6 @@ ABSTRACT = (
     layers.StackedExperts,
     routers.Router,
     routers.LogitRouter,
-    routers.SelectionRouter,
     routers.SelectionBalancer,
     losses.RouterLoss,
 )
@@ -254,6 +253,7 @@ CASES = {
             gated_shared_expert=True,
             capacity_factor=1.5,
             token_axes=2,
+            top_k=3,
         ),
         lambda layer: layer,
     ),

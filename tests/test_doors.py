@@ -144,6 +144,11 @@ def of_task_banks(*shapes):
     return tasks(task_experts=[bank(), bank()])([t(*shape) for shape in shapes])
 
 
+def masked(make):
+    """The output of layers after an embedding with a mask."""
+    return make(keras.layers.Embedding(9, D, mask_zero=True)(keras.Input((5,))))
+
+
 def likelihood(y_true, shape=(6, 3, 3), **kwargs):
     return losses.MixtureNegativeLogLikelihood(**kwargs)(y_true, t(*shape))
 
@@ -240,7 +245,15 @@ REFUSED = [
     ("of_task_banks((T, D), (5, D), (T, D))", "`inputs[1]` must"),
     ("replay(ints(10, 2), name='x')", "names of MoE layers"),
     ("replay(ints(10, 2) + E)", "from 0 to 3"),
+    ("bank()(t())", "use `MixtureOfExperts(bank)`"),
+    ("built(moe()).set_router_loss_weight('router_y', 0.1)", "['LoadBalance', 'RouterZ']"),
+    ("moe().set_router_loss_weight(2, 0.1)", "['LoadBalance', 'RouterZ']"),
     # Constructors, and what shows when a layer is built.
+    ("moe(num_experts=8)", "`num_experts` is an argument of the bank"),
+    ("layers.FeedForwardExperts(n_experts=8, hidden_dim=8)", "'num_experts'"),
+    ("moe(router='gshard', top_k=1)", "agree with the `router`"),
+    ("moe(top_k=5)", "at most `num_experts`"),
+    ("moe(layers.LayerExperts([keras.layers.Conv2D(D, 3)]))(t(2, 8, 8, 3))", "`token_axes=1`"),
     ("layers.MixtureOfExperts([dense()])", "`experts` must be"),
     ("moe(router=routers.TopKRouter(8))", "same number of experts"),
     ("moe(router_losses='load_balance')", "must be a list"),
@@ -250,7 +263,7 @@ REFUSED = [
     ("moe(router='soft', capacity_factor=1.0)", "do not choose"),
     ("moe(bank(activation=lambda x: x[:, :1]))(t())", "must have rows of"),
     ("moe(bank(activation=keras.layers.PReLU()))(t())", "must have no weights"),
-    ("layers.LayerExperts([bank()])", "a bank of experts"),
+    ("moe(layers.LayerExperts([bank()]))(t())", "use `MixtureOfExperts(bank)`"),
     ("layers.LayerExperts([usual().layers[1]] * 2)", "different objects"),
     ("moe(dense_experts(D, 1))(t())", "one known shape"),
     ("moe(layers.ZeroComputationExperts(dense_experts(3), 1))(t())", "as they receive"),
@@ -354,6 +367,29 @@ def test_refused(call, words, tmp_path, monkeypatch):
     assert words in str(error.value)
 
 
+WARNED = [
+    ("(lambda each: (moe(each)(t()), moe(each)(t())))(bank())", "share its weights"),
+    ("moe(router='expert_choice')(t())", "rest of the batch"),
+    ("layers.Capacity(0.01)", "drops all but 1%"),
+    ("masked(lambda x: moe()(keras.layers.LayerNormalization()(x + 1)))", "mask .* is lost"),
+    ("masked(lambda x: encode(inputs=2 * x))", "mask .* is lost"),
+]
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("call, words", WARNED, ids=[call for call, _ in WARNED])
+def test_warned(call, words):
+    with pytest.warns(UserWarning, match=words) as warned:
+        evaluate(call)
+    assert len(warned) == 1
+
+
+@pytest.mark.backends("jax", "tensorflow")  # PyTorch has its own message.
+def test_counts_before_build():
+    with pytest.raises(AttributeError, match="must be built"):
+        moe().expert_counts  # noqa: B018
+
+
 class OtherName(routers.TopKRouter):
     """A router whose number of experts has another name."""
 
@@ -375,7 +411,11 @@ TAKEN = [
     "layers.TransformerDecoderBlock(2, dense(), cross_attention=TRUE, rotary=TRUE)",
     "moe(shared_expert=dense(), gated_shared_expert=TRUE, capacity_factor=np.float32(2))",
     "losses.MixtureNegativeLogLikelihood(scale=np.float32(0.5), normalized=TRUE)",
+    "moe(top_k=1)",
     "moe()(X, mask=LIST, training=1)",
+    "masked(lambda x: moe()(x))",
+    "masked(lambda x: moe()(2 * x, mask=keras.Input((5,), dtype='bool')))",
+    "masked(lambda x: moe()(keras.layers.GlobalAveragePooling1D()(2 * x)))",
     "moe()(X, np.asarray(LIST))",
     "moe()(X, indices=[[0, 1]] * 10)",
     "moe()(X, router_inputs=X.tolist())",
@@ -396,6 +436,13 @@ TAKEN = [
     "callbacks.RouterLossSchedule(keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9))",
     "tuner.SearchSpace(np.array([64, 128]), num_experts=range(4, 9, 2))",
 ]
+
+
+@pytest.mark.backends("torch")
+def test_top_k_is_the_default_routers():
+    layer = moe(top_k=1)
+    again = layers.MixtureOfExperts.from_config(layer.get_config())
+    assert layer.router.top_k == again.router.top_k == again.top_k == 1
 
 
 @pytest.mark.backends("torch")

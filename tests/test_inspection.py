@@ -108,6 +108,7 @@ def test_active_parameters_are_those_of_the_experts_that_serve_a_token(router, s
         assert inspection.summarize(model) == [layer]
 
 
+@pytest.mark.filterwarnings("ignore:.*they share its weights")
 @pytest.mark.backends("torch")
 @pytest.mark.parametrize("is_wrapped", [False, True])
 @pytest.mark.parametrize("top_k", [1, 3])

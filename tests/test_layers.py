@@ -57,6 +57,7 @@ def test_an_explicit_mask_zeroes_padding_and_leaves_it_out_of_the_counts():
 # Shared expert
 
 
+@pytest.mark.filterwarnings("ignore:.*they share its weights")
 def test_a_shared_expert_is_added_to_the_routed_ones():
     shared = keras.layers.Dense(D, "tanh")
     layer = moe(shared_expert=shared)
@@ -66,6 +67,7 @@ def test_a_shared_expert_is_added_to_the_routed_ones():
     np.testing.assert_allclose(total, array(routed(x)) + array(shared(x)), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*they share its weights")
 def test_a_shared_expert_is_told_of_the_padding():
     x, mask = normal(2, 3, D), np.array([[True] * 3, [True, False, False]])
     layer = moe(shared_expert=keras.layers.BatchNormalization(), router_losses=())

@@ -184,14 +184,16 @@ def test_whole_samples_go_to_the_expert_that_is_chosen_for_them(mode, tmp_path):
 
 
 def test_whole_samples_keep_their_shape_learn_and_leave_padding_out():
-    bank = layers.LayerExperts([keras.layers.Conv1D(2, 3, padding="same") for _ in range(3)])
-    layer = moe(bank, router=ROUTERS["top-2"](), token_axes=1)
+    def bank():
+        return layers.LayerExperts([keras.layers.Conv1D(2, 3, padding="same") for _ in range(3)])
+
+    layer = moe(bank(), router=ROUTERS["top-2"](), token_axes=1)
     series = normal(4, 7, 2)
     series[1] = np.nan
     outputs, routing = layer(series, mask=np.arange(4) != 1, return_routing=True)
     assert outputs.shape == (4, 7, 2) and (array(outputs)[1] == 0).all()
     assert array(routing.counts).sum() == 6
-    model = keras.Sequential([keras.Input((7, 2)), moe(bank, router="dense", token_axes=1)])
+    model = keras.Sequential([keras.Input((7, 2)), moe(bank(), router="dense", token_axes=1)])
     model.compile(keras.optimizers.Adam(0.01), "mse")
     x = normal(16, 7, 2)
     history = model.fit(x, x[:, :, ::-1], epochs=5, verbose=0).history["loss"]

@@ -186,6 +186,7 @@ SHARED = ("experts", "router", "both", "shared_expert", "feedforward", "layers",
 
 
 @pytest.mark.parametrize("kind", SHARED)
+@pytest.mark.filterwarnings("ignore:.*they share its weights")
 def test_layers_that_share_a_part_are_loaded_sharing_it(kind, tmp_path):
     keras.utils.set_random_seed(0)
     model = compiled(*sharing(kind))
@@ -212,7 +213,7 @@ def test_a_layer_that_is_not_built_is_copied_and_saved(cls, tmp_path):
 
 def test_a_weight_set_before_building_is_copied():
     layer = moe(router_losses=["load_balance"])
-    layer.set_router_loss_weight(0, 0.25)
+    layer.set_router_loss_weight("load_balance", 0.25)
     copied = copy.deepcopy(layer)
     copied.build((None, D))
     assert array(copied.router_loss_weights).tolist() == [0.25]

@@ -63,6 +63,7 @@ FORMER = {
     "ops.take_scores": "ops.selection.take_scores",
     "routers.BY_NAME": "routers.IDENTIFIERS",
     "routers.ForcedRouter": "routers.fixed.ForcedRouter",
+    "routers.SelectionRouter": "routers.TopKRouter",
 }
 
 

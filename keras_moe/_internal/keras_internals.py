@@ -80,6 +80,15 @@ def calls_of(model):
     return [(node.operation, node.input_tensors, node.outputs) for node in nodes]
 
 
+def sources_of(tensor):
+    """The tensors that a symbolic tensor was computed from: of a layer's inputs, the first."""
+    operation, index, _ = getattr(tensor, "_keras_history", (None, 0, 0))
+    if operation is None:
+        return []
+    tensors = operation._inbound_nodes[index].input_tensors
+    return tensors[:1] if isinstance(operation, keras.Layer) else tensors
+
+
 def set_state(layer, name, value):
     """Put another sublayer or variable in the place of a built layer's attribute."""
     old, tracker = getattr(layer, name), layer._tracker

@@ -56,7 +56,7 @@ _FACTS: dict = {
     losses.GlobalLoadBalance: {"value_at_balance": 1.0},
     routers.CosineRouter: {"normalizes_kernel": True},
     routers.SoftRouter: {"normalizes_kernel": True},
-    routers.SelectionRouter: {"shift_invariant": lambda router: router.score == "softmax"},
+    routers.TopKRouter: {"shift_invariant": lambda router: router.score == "softmax"},
     routers.SinkhornRouter: {"shift_invariant": lambda router: router.top_k > 1},
     routers.BalancedAssignmentRouter: {"shift_invariant": False},
     routers.ReLURouter: {

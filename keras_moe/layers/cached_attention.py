@@ -1,6 +1,6 @@
 """Attention in two steps, so that keys and values can be cached, and rotary positions.
 
-Axes: B batch, L length, M cached length, D features, N heads, F features of a head.
+Axes: B batch, L length, M remembered length, D features, N heads, F features of a head.
 """
 
 import keras
@@ -8,15 +8,32 @@ from keras import ops
 
 
 class CachedAttention(keras.layers.MultiHeadAttention):
-    """Keras's attention, whose keys and values may be kept from one call to the next."""
+    """Keras's attention, whose keys and values may be kept from one call to the next.
 
-    def keys_and_values(self, states, positions=None):
-        """(B, L, N, F) each, of states (B, L, D); keys are rotated if there are positions (L,)."""
+    They are entries of a dict, whose names begin with `prefix`.
+    """
+
+    prefix = ""
+
+    def remember(self, states, mask=None, positions=None):
+        """Keys and values (B, M, N, F) of states (B, M, D), and their mask (B, M).
+
+        Keys are rotated if there are positions (M,).
+        """
         keys, values = self.key_dense(states), self.value_dense(states)
-        return (keys if positions is None else rotate(keys, positions)), values
+        if positions is not None:
+            keys = rotate(keys, positions)
+        if mask is None:
+            mask = ops.ones(ops.shape(states)[:2], "bool")
+        entries = {"keys": keys, "values": values, "mask": mask}
+        return {f"{self.prefix}{name}": entry for name, entry in entries.items()}
 
-    def attend(self, states, keys, values, mask, positions=None, training=None):
-        """States (B, L, D) attend to keys and values (B, M, N, F) where mask (B, L, M) is True."""
+    def attend(self, states, entries, visible=None, positions=None, training=None):
+        """States (B, L, D) attend to `entries` where `visible` (L, M) is True, or everywhere."""
+        keys, values, mask = (entries[f"{self.prefix}{n}"] for n in ("keys", "values", "mask"))
+        mask = ops.expand_dims(mask, 1)
+        if visible is not None:
+            mask = ops.logical_and(mask, visible)
         queries = self.query_dense(states)
         if positions is not None:
             queries = rotate(queries, positions)
@@ -27,19 +44,11 @@ class CachedAttention(keras.layers.MultiHeadAttention):
 
 
 def rotate(features, positions):
-    """Turn pairs of features by angles that grow with the position.
+    """Turn pairs of features (B, L, N, F) by angles that grow with the positions (L,).
 
-    Feature i and feature i + F/2 are a pair, turned by `position * 10000 ** (-2 i / F)`. The dot
-    product of two rotated vectors depends on the difference of their positions alone.
-
-    Args:
-        features: (B, L, N, F) float tensor, F even.
-        positions: (L,) int tensor.
-
-    Returns:
-        (B, L, N, F) of the dtype of `features`; the angles are computed in float32.
-
-    Reference: Su et al. 2021 (arXiv:2104.09864), eq. 34, with the pairs in halves.
+    Feature i and feature i + F/2 are a pair, turned by `position * 10000 ** (-2 i / F)`, in
+    float32. The dot product of two rotated vectors depends on the difference of their positions
+    alone: Su et al. 2021 (arXiv:2104.09864), eq. 34, with the pairs in halves.
     """
     half = features.shape[-1] // 2
     speeds = 10000.0 ** (-ops.arange(half, dtype="float32") / half)
@@ -53,11 +62,8 @@ def rotate(features, positions):
 class Decoding:
     """A context in which decoder blocks keep their caches, in the order in which they are called.
 
-    Args:
-        position: Integer tensor. The position of the first token of this pass.
-        mask: (B, L) bool tensor of this pass, False for padding.
-        length: Integer. Tokens that new caches have room for.
-        caches: List of caches of an earlier pass. None: new ones.
+    A pass has the position of its first token and a mask (B, L). `caches` come from an earlier
+    pass; without them, new ones have room for `length` tokens.
     """
 
     current: "Decoding | None" = None

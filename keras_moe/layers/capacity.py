@@ -1,5 +1,6 @@
 """Capacity: how many slots an expert has, and which tokens get them first."""
 
+import warnings
 from typing import Any
 
 import keras
@@ -72,6 +73,12 @@ class Capacity(Configured):
     ):
         # By the name that the number has as an argument of a layer.
         self.factor = check_number("capacity_factor", factor, above=0)
+        if self.factor < 0.2:
+            warnings.warn(
+                f"A capacity factor of {self.factor:g} drops all but {self.factor:.0%} of the "
+                "assignments in training. 1.0 has a slot for each if experts are balanced.",
+                stacklevel=2,
+            )
         self.minimum = check_integer("minimum", minimum)
         self.multiple_of = check_integer("multiple_of", multiple_of)
         if evaluation_factor is not None:
@@ -111,8 +118,7 @@ class Capacity(Configured):
             sequence_length: Integer. Tokens of a sequence, or None.
             training: Boolean. Whether to use the factor for training.
             seed: `keras.random.SeedGenerator` of the layer, for a random priority.
-            num_capacity_limited: Integer. Number of experts, the first ones, that have a limit.
-                None: all.
+            num_capacity_limited: Integer. Only the first so many experts have a limit. None: all.
         """
         factor = self.factor if training else self.evaluation_factor
         if factor is None:
@@ -139,11 +145,5 @@ class Capacity(Configured):
         return None
 
     def get_config(self):
-        return {
-            "factor": self.factor,
-            "minimum": self.minimum,
-            "multiple_of": self.multiple_of,
-            "evaluation_factor": self.evaluation_factor,
-            "priority": self.priority,
-            "per_sequence": self.per_sequence,
-        }
+        names = ("factor", "minimum", "multiple_of", "evaluation_factor", "priority")
+        return {name: getattr(self, name) for name in (*names, "per_sequence")}

@@ -16,17 +16,26 @@ from keras_moe.ops.plans import GroupedPlan, plan_experts
 class ExpertBank(keras.layers.Layer):
     """Abstract: E experts that serve the tokens a plan assigns to them.
 
-    A subclass implements `call(tokens, plan)`: tokens (T, D) in, the weighted sum of each token's
-    expert outputs (T, D') out, zero for a token that no expert serves. It implements
-    `compute_output_shape(tokens_shape)` if D' is not D.
+    A subclass implements `call(tokens, plan)`, and `compute_output_shape(tokens_shape)` if D' is
+    not D.
 
     Args:
         num_experts: Integer. Number of experts, E.
         **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
-        ValueError: If `num_experts` is not a positive integer.
+        ValueError: If a number is out of its range.
+
+    Call arguments:
+        tokens: (T, D) float tensor.
+        plan: `ops.GroupedPlan`. Which experts serve which token.
+
+    Output shape:
+        (T, D'): the weighted sum of each token's expert outputs, zero where no expert serves it.
     """
+
+    # Whether a mixture has it already.
+    is_used = False
 
     def __init__(self, num_experts: int, **kwargs: Any):
         # Keras would cast the float32 weights of the plan to the compute dtype.
@@ -35,7 +44,12 @@ class ExpertBank(keras.layers.Layer):
         self.num_experts = check_integer("num_experts", num_experts)
         self.has_own_policy = kwargs.get("dtype") is not None
 
-    def __call__(self, tokens, plan, **kwargs):
+    def __call__(self, tokens, plan=None, **kwargs):
+        if plan is None:
+            raise TypeError(
+                "A bank is called with the plan of a router: use `MixtureOfExperts(bank)`. "
+                "Received: no plan"
+            )
         # A plan of fewer experts or tokens would leave the others out.
         given = self.num_experts, tokens.shape[0]
         planned = plan.num_experts, plan.num_tokens

@@ -1,10 +1,14 @@
-"""A bank of feed-forward experts."""
+"""Banks of feed-forward, gated and linear experts, and one gated expert as a dense layer."""
 
 from collections.abc import Callable
 from typing import Any
 
-from keras_moe._internal.checks import check_integer
+import keras
+from keras import ops
+
+from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import register
+from keras_moe._internal.types import Tensor
 from keras_moe.layers.stacked_experts import StackedExperts
 
 
@@ -13,7 +17,7 @@ class FeedForwardExperts(StackedExperts):
     """Experts of the form `activation(x W1 + b1) W2 + b2`.
 
     The kernels of all experts are stacked: `up_kernel` (E, D, H) and `down_kernel` (E, H, D'),
-    `up_bias` (E, H) and `down_bias` (E, D'). Each expert's kernel is initialized by itself.
+    `up_bias` (E, H) and `down_bias` (E, D').
 
     Args:
         num_experts: Integer. Number of experts, E.
@@ -21,25 +25,8 @@ class FeedForwardExperts(StackedExperts):
         activation: String, function of one tensor, or Keras layer without weights.
         use_bias: Boolean. Whether both projections have a bias.
         output_dim: Integer. Number of output features, D'. None: as many as the inputs have.
-        kernel_initializer: Initializer of each expert's kernels.
-        bias_initializer: Initializer of the biases.
-        kernel_regularizer: Regularizer of the stacked kernels, or None.
-        bias_regularizer: Regularizer of the stacked biases, or None.
-        **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
-    Raises:
-        ValueError: If `num_experts`, `hidden_dim` or `output_dim` is not a positive integer, or
-            `activation` has weights.
-
-    Call arguments:
-        tokens: (T, D) float tensor.
-        plan: An `ops.GroupedPlan`.
-
-    Input shape:
-        (T, D).
-
-    Output shape:
-        (T, D'): the weighted sum of each token's expert outputs.
+    Other arguments, errors, call arguments and shapes: as for `StackedExperts`.
 
     Example:
 
@@ -60,37 +47,206 @@ class FeedForwardExperts(StackedExperts):
         activation: str | Callable = "gelu",
         use_bias: bool = True,
         output_dim: int | None = None,
-        kernel_initializer: str | Callable = "glorot_uniform",
-        bias_initializer: str | Callable = "zeros",
-        kernel_regularizer: str | Callable | None = None,
-        bias_regularizer: str | Callable | None = None,
         **kwargs: Any,
     ):
-        super().__init__(
-            num_experts,
-            activation,
-            use_bias,
-            kernel_initializer,
-            bias_initializer,
-            kernel_regularizer,
-            bias_regularizer,
-            **kwargs,
-        )
+        super().__init__(num_experts, activation, use_bias, **kwargs)
         self.hidden_dim = check_integer("hidden_dim", hidden_dim)
         self.output_dim = None if output_dim is None else check_integer("output_dim", output_dim)
 
     def widths(self, features):
-        return {
-            "up": (features, self.hidden_dim),
-            "down": (self.hidden_dim, self.output_dim or features),
-        }
+        width = self.hidden_dim
+        return {"up": (features, width), "down": (width, self.output_dim or features)}
 
     def network(self, rows, linear):
         return linear("down", self.activation(linear("up", rows)))
 
     def get_config(self):
+        own = {"hidden_dim": self.hidden_dim, "output_dim": self.output_dim}
+        return {**super().get_config(), **own}
+
+
+@register
+class GatedExperts(StackedExperts):
+    """Experts of the form `(activation(x Wg) * (x Wu)) Wd`; "silu" makes it SwiGLU.
+
+    The kernels of all experts are stacked: `gate_kernel` and `up_kernel` (E, D, H) and
+    `down_kernel` (E, H, D'); with biases `gate_bias` and `up_bias` (E, H) and `down_bias` (E, D').
+
+    Args:
+        num_experts: Integer. Number of experts, E.
+        hidden_dim: Integer. Hidden width of each expert, H.
+        activation: String, function of one tensor, or Keras layer without weights. Applied to the
+            gate.
+        use_bias: Boolean. Whether the three projections have a bias.
+        clip: Positive float or None. The gate's projection is clipped from above, the up projection
+            on both sides.
+        up_shift: Float of at least 0, added to the up projection; gpt-oss has 1.
+        output_dim: Integer. Number of output features, D'. None: as many as the inputs have.
+
+    Other arguments, errors, call arguments and shapes: as for `StackedExperts`.
+
+    Example:
+
+    >>> experts = keras_moe.layers.GatedExperts(num_experts=8, hidden_dim=256)
+    >>> layer = keras_moe.layers.MixtureOfExperts(experts)
+    >>> layer(keras.random.normal((2, 10, 64))).shape
+    (2, 10, 64)
+
+    References: Shazeer 2020 (arXiv:2002.05202), eq. 6; Jiang et al. 2024 (arXiv:2401.04088);
+    OpenAI 2025 (arXiv:2508.10925), section 2, for the limit and the shift.
+    """
+
+    settings = ("activation", "clip", "up_shift")
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_dim: int,
+        activation: str | Callable = "silu",
+        use_bias: bool = False,
+        clip: float | None = None,
+        up_shift: float = 0.0,
+        output_dim: int | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(num_experts, activation, use_bias, **kwargs)
+        self.hidden_dim = check_integer("hidden_dim", hidden_dim)
+        self.clip = None if clip is None else check_number("clip", clip, above=0)
+        self.up_shift = check_number("up_shift", up_shift)
+        self.output_dim = None if output_dim is None else check_integer("output_dim", output_dim)
+
+    def widths(self, features):
+        up = (features, self.hidden_dim)
+        return {"gate": up, "up": up, "down": (self.hidden_dim, self.output_dim or features)}
+
+    def network(self, rows, linear):
+        gate, up = linear("gate", rows), linear("up", rows)
+        if self.clip is not None:
+            gate, up = ops.minimum(gate, self.clip), ops.clip(up, -self.clip, self.clip)
+        if self.up_shift:
+            up = up + self.up_shift
+        return linear("down", self.activation(gate) * up)
+
+    def get_config(self):
+        names = ("hidden_dim", "clip", "up_shift", "output_dim")
+        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
+
+
+@register
+class LinearExperts(StackedExperts):
+    """Experts of the form `x W + b`: one kernel each, stacked in `up_kernel` (E, D, D').
+
+    Args:
+        num_experts: Integer. Number of experts, E.
+        output_dim: Integer. Number of output features, D'.
+        use_bias: Boolean. Whether each expert has a bias, `up_bias` (E, D').
+
+    Other arguments, errors, call arguments and shapes: as for `StackedExperts`, without
+    `activation`.
+
+    Example:
+
+    >>> experts = keras_moe.layers.LinearExperts(num_experts=4, output_dim=8)
+    >>> layer = keras_moe.layers.MixtureOfExperts(experts, router="dense")
+    >>> layer(keras.random.normal((32, 16))).shape
+    (32, 8)
+
+    Reference: Jacobs et al. 1991, "Adaptive mixtures of local experts".
+    """
+
+    settings = ()
+
+    def __init__(self, num_experts: int, output_dim: int, use_bias: bool = True, **kwargs: Any):
+        super().__init__(num_experts, activation=None, use_bias=use_bias, **kwargs)
+        self.output_dim = check_integer("output_dim", output_dim)
+
+    def widths(self, features):
+        return {"up": (features, self.output_dim)}
+
+    def network(self, rows, linear):
+        return linear("up", rows)
+
+    def get_config(self):
+        config = {**super().get_config(), "output_dim": self.output_dim}
+        del config["activation"]
+        return config
+
+
+@register
+class GatedFeedForward(keras.layers.Layer):
+    """`(activation(x Wg) * (x Wu)) Wd` for all tokens: one expert of `GatedExperts` as a layer.
+
+    It consists of three `Dense` layers, `gate`, `up` and `down`, and serves as a shared expert.
+
+    Args:
+        hidden_dim: Integer. Width between the projections, H.
+        activation: String, function of one tensor, or Keras layer. Applied to the gate.
+        use_bias: Boolean. Whether the three projections have a bias.
+        **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
+
+    Raises:
+        ValueError: If `hidden_dim` is not a positive integer.
+
+    Call arguments:
+        inputs: (batch, ..., D) float tensor.
+
+    Output shape:
+        (batch, ..., D), as the inputs.
+
+    Example:
+
+    >>> layer = keras_moe.layers.MixtureOfExperts(
+    ...     keras_moe.layers.GatedExperts(num_experts=8, hidden_dim=32),
+    ...     shared_expert=keras_moe.layers.GatedFeedForward(hidden_dim=64),
+    ... )
+    >>> layer(keras.random.normal((2, 10, 16))).shape
+    (2, 10, 16)
+
+    Reference: Shazeer 2020 (arXiv:2002.05202), eq. 6.
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        activation: str | Callable = "silu",
+        use_bias: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.hidden_dim = check_integer("hidden_dim", hidden_dim)
+        self.activation = keras.activations.get(activation)
+        self.use_bias = bool(use_bias)
+        self.supports_masking = True
+
+    def build(self, inputs_shape):
+        features = int(inputs_shape[-1])
+        self.gate = self._dense("gate", self.hidden_dim, features, self.activation)
+        self.up = self._dense("up", self.hidden_dim, features)
+        self.down = self._dense("down", features, self.hidden_dim)
+
+    def _dense(self, name, units, features, activation=None):
+        layer = keras.layers.Dense(
+            units, activation, use_bias=self.use_bias, dtype=self.dtype_policy, name=name
+        )
+        layer.build((None, features))
+        return layer
+
+    def call(self, inputs: Tensor) -> Tensor:
+        return self.down(self.gate(inputs) * self.up(inputs))
+
+    def quantized_call(self, *args, **kwargs):
+        return self.call(*args, **kwargs)
+
+    def compute_output_shape(self, inputs_shape):
+        return tuple(inputs_shape)
+
+    def get_config(self):
+        # Keras quantizes the three layers, and a loaded layer must be built with their policy.
+        policy = self.down.dtype_policy if self.built else self.dtype_policy
         return {
             **super().get_config(),
+            "dtype": keras.dtype_policies.serialize(policy),
             "hidden_dim": self.hidden_dim,
-            "output_dim": self.output_dim,
+            "activation": keras.activations.serialize(self.activation),
+            "use_bias": self.use_bias,
         }

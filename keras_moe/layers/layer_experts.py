@@ -1,9 +1,9 @@
-"""A bank of Keras layers."""
+"""A bank of Keras layers, of which only the chosen one runs on a row."""
 
 import math
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops
@@ -13,8 +13,8 @@ from keras_moe._internal.keras_internals import parameters_of
 from keras_moe._internal.serialization import config_of, note_part, register
 from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
+from keras_moe.backend.padded import pad_tiles, tile_length
 from keras_moe.layers.expert_bank import ExpertBank
-from keras_moe.layers.layer_groups import Alike, engine_of, map_groups
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.sublayers import (
     accepted_arguments,
@@ -23,6 +23,11 @@ from keras_moe.layers.sublayers import (
     freeze_parts,
 )
 from keras_moe.ops.plans import GroupedPlan, combine, dispatch
+from keras_moe.ops.platforms import named_platform
+
+SCAN_ROWS = 64
+# Longer programs would compile for a minute.
+MOST_UNROLLED = 64
 
 
 @register
@@ -50,15 +55,7 @@ class LayerExperts(ExpertBank):
         ValueError: If `layers` is empty or holds a layer twice, if the layers disagree on D', or
             if one writes its trainable weights in a call, as `keras.layers.SpectralNormalization`.
 
-    Call arguments:
-        tokens: (T, D) float tensor, or (T, ...) of samples.
-        plan: An `ops.GroupedPlan`.
-
-    Input shape:
-        (T, D), or (T, ...) of samples.
-
-    Output shape:
-        (T, D'), or (T, ...) of samples: the weighted sum of each token's expert outputs.
+    Call arguments and output shape: as for `ExpertBank`, or (T, ...) for samples.
 
     Example:
 
@@ -81,12 +78,6 @@ class LayerExperts(ExpertBank):
         )
         for layer in layers:
             check_instance("layers", layer, keras.Layer)
-            if isinstance(layer, ExpertBank):
-                raise TypeError(
-                    "`layers` must be layers that are called with tokens alone. Received: "
-                    f"`{type(layer).__name__}`, a bank of experts. Wrap it: "
-                    "`MixtureOfExperts(experts)`."
-                )
         if len({id(layer) for layer in layers}) < len(layers):
             raise ValueError(
                 "`layers` must be different objects. Received: "
@@ -104,9 +95,16 @@ class LayerExperts(ExpertBank):
         backend.devices.expert_processes()
         rows_shape = (None, *tokens_shape[1:])
         num_kept = None if len(rows_shape) == 2 else 1
-        shapes = [
-            build_and_measure("layers", layer, rows_shape, num_kept)[1:] for layer in self.layers
-        ]
+        try:
+            shapes = [
+                build_and_measure("layers", layer, rows_shape, num_kept)[1:]
+                for layer in self.layers
+            ]
+        except ValueError as error:
+            if num_kept == 1:
+                raise
+            rule = "Experts for whole samples, such as convolutions, need `token_axes=1`"
+            raise ValueError(f"{error}\n{rule} in the mixture") from error
         if len(set(shapes)) > 1 or None in (*rows_shape[1:], *shapes[0]):
             raise ValueError(
                 "All experts must return rows of one known shape. Received: shapes "
@@ -121,14 +119,14 @@ class LayerExperts(ExpertBank):
         parameters = {id(variable) for variable in parameters_of(self)}
         variables = [each for each in self.non_trainable_variables if id(each) not in parameters]
         variables += self.metrics_variables
-        functions = [_as_function(layer, variables, self._serve) for layer in self.layers]
+        functions = [self._as_function(layer, variables) for layer in self.layers]
         # Compiled loops allow neither writes to variables nor stored losses: both are passed
         # through. PyTorch assigns in place, which would change a value the gradient needs.
         state = [ops.copy(variable) for variable in variables]
         state.append(ops.zeros((), "float32"))
         alike = self._as_one_function() if backend.compiles_static_shapes() else None
         width = math.prod(self._output_shape)
-        rows, state = map_groups(functions, rows, plan.sizes, width, state, alike)
+        rows, state = _map_groups(functions, rows, plan.sizes, width, state, alike)
         *values, loss = state
         for variable, value in zip(variables, values):
             variable.assign(value)
@@ -150,6 +148,33 @@ class LayerExperts(ExpertBank):
         check_output("layers", output, (rows.shape[0], *self._output_shape))
         return ops.reshape(self._compute(output), (-1, math.prod(self._output_shape)))
 
+    def _as_function(self, layer, variables):
+        """A layer as a function of rows, state and a mask of the rows, for `_map_groups`.
+
+        The state is a list of values of `variables` and a sum of losses.
+        """
+        known = {id(variable) for variable in variables}
+        constant = [each for each in layer.variables if id(each) not in known]
+        parameters = [(variable, ops.convert_to_tensor(variable)) for variable in constant]
+
+        def function(rows, state, inside):
+            *values, loss = state
+            mapping = [*parameters, *zip(variables, values)]
+            # Not `stateless_call`, which leaves out what `__call__` does: dtypes, the training
+            # flag, activity regularizers. Losses of weights reach the model through the layer.
+            with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
+                before = list(map(scope.get_current_value, constant))
+                output = self._serve(layer, rows, inside)
+            for variable, value in zip(constant, before):
+                if scope.get_current_value(variable) is not value:
+                    raise ValueError(
+                        "An expert must not write its trainable weights in a call. Received: "
+                        f"`{layer.name}`, which writes {variable.path!r}"
+                    )
+            return output, [*map(scope.get_current_value, variables), _sum(scope.losses, loss)]
+
+        return function
+
     def _as_one_function(self):
         """The experts as one function of their weights, or None."""
         if not _are_alike(self.layers):
@@ -164,13 +189,12 @@ class LayerExperts(ExpertBank):
             mapping = zip(first.variables, weights)
             with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
                 output = self._serve(first, rows)
-            losses = [ops.cast(loss, "float32") for loss in scope.losses]
-            return output, sum(losses, ops.zeros((), "float32"))
+            return output, _sum(scope.losses, ops.zeros((), "float32"))
 
-        return Alike(function, weights, has_samples=len(self._row_shape) > 1)
+        return _Alike(function, weights, has_samples=len(self._row_shape) > 1)
 
     def engine_on(self, platform, static_shapes):
-        return engine_of(_are_alike(self.layers), platform, static_shapes)
+        return _engine_of(_are_alike(self.layers), platform, static_shapes)
 
     def compute_output_shape(self, tokens_shape):
         if self.built:
@@ -181,40 +205,8 @@ class LayerExperts(ExpertBank):
         return {**super().get_config(), "layers": [config_of(layer) for layer in self.layers]}
 
 
-def _as_function(layer, variables, serve):
-    """A layer as a function of rows, state and a mask of the rows.
-
-    The state is a list of values of `variables` and a sum of losses.
-    """
-    place = {id(variable): index for index, variable in enumerate(variables)}
-    state_of_layer, parameters = [], []
-    for variable in (*layer.variables, *layer.metrics_variables):
-        if id(variable) in place:
-            state_of_layer.append((variable, place[id(variable)]))
-        else:
-            parameters.append((variable, ops.convert_to_tensor(variable)))
-
-    def function(rows, state, inside):
-        mapping = [*parameters, *((variable, state[index]) for variable, index in state_of_layer)]
-        # Not `stateless_call`, which leaves out what `__call__` does: dtypes, the training flag,
-        # activity regularizers. Losses of weights reach the model through the layer itself.
-        with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
-            before = [scope.get_current_value(variable) for variable, _ in parameters]
-            output = serve(layer, rows, inside)
-        for (variable, _), value in zip(parameters, before):
-            if scope.get_current_value(variable) is not value:
-                raise ValueError(
-                    "An expert must not write its trainable weights in a call. Received: "
-                    f"`{layer.name}`, which writes {variable.path!r}"
-                )
-        state = list(state)
-        for variable, index in state_of_layer:
-            state[index] = scope.get_current_value(variable)
-        for loss in scope.losses:
-            state[-1] = state[-1] + ops.cast(loss, "float32")
-        return output, state
-
-    return function
+def _sum(losses, start):
+    return sum((ops.cast(loss, "float32") for loss in losses), start)
 
 
 def _takes_mask(layer):
@@ -268,3 +260,118 @@ def _without_names(config):
 def _has_state(layer):
     parameters = {id(variable) for variable in parameters_of(layer)}
     return any(id(variable) not in parameters for variable in layer.variables)
+
+
+class _Alike(NamedTuple):
+    """One function for all groups, which differ in their weights only.
+
+    - `function(weights, rows (n, D)) -> (rows (n, D'), loss)`.
+    - `weights()`: list of tensors (E, ...), made where they are needed.
+    - `has_samples`: whether a row is a whole sample, which convolutions may see.
+    """
+
+    function: Callable
+    weights: Callable
+    has_samples: bool
+
+
+def _engine_of(alike, platform, static_shapes):
+    """The way in which `_map_groups` runs.
+
+    - "slices": one call for each function, where shapes may depend on data.
+    - "vectorized": over all tiles, each with a copy of the weights of its function.
+    - "scan": over tiles, with a switch to the function of each. On CPUs, tiles of whole samples
+      are unrolled instead if they are few: in a loop or a condition XLA computes the gradients of
+      convolutions four times as slowly.
+    """
+    if not static_shapes:
+        return "slices"
+    return "vectorized" if alike and platform != "cpu" else "scan"
+
+
+def _map_groups(functions, rows, sizes, output_width, state, alike=None):
+    """Apply function e to group e of the rows (R, D); returns rows (R, D') and the state.
+
+    Where shapes are fixed at compile time the rows are cut into tiles of one group each, and a
+    function sees rows of zeros after its own. Rows past the last group give zeros. The state is
+    handed through the functions that run. `alike` is the same functions as one, where they have no
+    state but a sum of losses.
+    """
+    static_shapes = backend.compiles_static_shapes()
+
+    def run_on(platform, *operands):
+        engine = _engine_of(alike, platform, static_shapes)
+        if engine == "vectorized":
+            length = tile_length(ops.shape(rows)[0], sizes.shape[0])
+            return _map_all_tiles(alike, ops.vectorized_map, length, *operands)
+        unrolled = _rows_unrolled(alike, rows, sizes) if engine == "scan" and alike else 0
+        if unrolled:
+            return _map_all_tiles(alike, _unrolled_map, unrolled, *operands)
+        run = _map_slices if engine == "slices" else _scan_tiles
+        return run(functions, output_width, *operands)
+
+    platform = named_platform()
+    if platform or not static_shapes or alike is None:
+        return run_on(platform, rows, sizes, state)
+    return backend.on_its_platform(run_on, rows, sizes, state)
+
+
+def _map_slices(functions, output_width, rows, sizes, state):
+    outputs = []
+    parts, (*sizes, num_padding) = backend.split_groups(rows, sizes)
+    for function, size, part in zip(functions, sizes, parts):
+        if backend.is_exporting():
+            outputs.append(function(part, state, None)[0])
+            continue
+        # A function without rows runs on one row of zeros and its effects are discarded: all its
+        # gradients exist then, and no NaN statistics of an empty batch enter the state.
+        spare = ops.maximum(1 - size, 0)
+        output, new = function(ops.pad(part, ((0, spare), (0, 0))), state, None)
+        state = [ops.where(size > 0, *values) for values in zip(new, state)]
+        outputs.append(output[:size])
+    padding = ops.zeros((num_padding, output_width), outputs[0].dtype)
+    return ops.concatenate([*outputs, padding]), state
+
+
+def _scan_tiles(functions, output_width, rows, sizes, state):
+    tiles = pad_tiles(sizes, ops.shape(rows)[0], SCAN_ROWS)
+
+    def skip(tile_rows, state, inside):
+        return ops.zeros((SCAN_ROWS, output_width), tile_rows.dtype), state
+
+    def step(state, tile):
+        expert, inside, tile_rows = tile
+        output, state = ops.switch(expert, [*functions, skip], tile_rows, state, inside)
+        return state, output
+
+    state, outputs = backend.scan(step, state, (tiles.expert, tiles.inside, tiles.cut(rows)))
+    return tiles.join(outputs), state
+
+
+def _map_all_tiles(alike, apply, length, rows, sizes, state):
+    """Call the function on tiles of a length by `apply(function, (weights, tiles of rows))`."""
+    num_experts = sizes.shape[0]
+    tiles = pad_tiles(sizes, ops.shape(rows)[0], length)
+    expert = ops.minimum(tiles.expert, num_experts - 1)
+    weights = [backend.gather_rows(weight, expert) for weight in alike.weights()]
+    outputs, losses = apply(lambda tile: alike.function(*tile), (weights, tiles.cut(rows)))
+    loss = ops.sum(ops.where(tiles.expert < num_experts, losses, 0.0))
+    return tiles.join(outputs), [*state[:-1], state[-1] + loss]
+
+
+def _unrolled_map(function, tiles):
+    weights, rows = tiles
+    called = [
+        function(([weight[number] for weight in weights], rows[number]))
+        for number in range(rows.shape[0])
+    ]
+    return map(ops.stack, zip(*called))
+
+
+def _rows_unrolled(alike, rows, sizes):
+    """Rows of a tile, about half of an even group, if so few tiles can be unrolled; else 0."""
+    num_rows, num_experts = rows.shape[0], sizes.shape[0]
+    if not alike.has_samples or not isinstance(num_rows, int):
+        return 0
+    length = max(num_rows // (2 * num_experts), 1)
+    return length if num_rows // length + num_experts <= MOST_UNROLLED else 0

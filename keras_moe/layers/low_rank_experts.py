@@ -29,10 +29,21 @@ from keras_moe.layers import expert_bank
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.projection import Projection
 from keras_moe.layers.stacked_experts import StackedExperts
-from keras_moe.ops import draws
 from keras_moe.ops.linears import multiply
 from keras_moe.ops.networks import network_of
 from keras_moe.ops.plans import GroupedPlan
+
+
+class _Factor(Projection):
+    """Factors A or B of one linear map, stacked (E, ...)."""
+
+    def build(self, widths, experts):
+        is_a = self.name.endswith("a")
+        initializer = self.bank.a_initializer if is_a else self.bank.b_initializer
+        self._add("kernel", (len(experts), *widths), EachExpert(initializer, self.stream, experts))
+
+    def _weight_name(self, part):
+        return self.name
 
 
 @register
@@ -59,15 +70,7 @@ class LowRankExperts(StackedExperts):
             network of another form.
         TypeError: If `base` is no bank of stacked kernels.
 
-    Call arguments:
-        tokens: (T, D) float tensor.
-        plan: An `ops.GroupedPlan`.
-
-    Input shape:
-        (T, D).
-
-    Output shape:
-        (T, D'): the weighted sum of each token's expert outputs.
+    Call arguments and output shape: as for `ExpertBank`.
 
     Example:
 
@@ -82,6 +85,7 @@ class LowRankExperts(StackedExperts):
     """
 
     settings = ("base_network", "widths_of_base", "use_bias", "scale")
+    projection_class = _Factor
     _corrected = ("base",)
 
     def __init__(
@@ -125,7 +129,6 @@ class LowRankExperts(StackedExperts):
                 "`LowRankExperts` cannot be split over processes. Received: `expert_parallel` on "
                 "PyTorch. Let each process have all experts, as replicas do."
             )
-        self._fix_shape(tokens_shape)
         if not self.base.built:
             self.base.build(tokens_shape)
         has_vectors = any(each.is_vector for each in self.base.projections)
@@ -134,13 +137,7 @@ class LowRankExperts(StackedExperts):
                 "`base` must have linear maps, no vectors, and return what the last map returns. "
                 f"Received: `{type(self.base).__name__}`"
             )
-        features = tokens_shape[-1]
-        self._network = self._trace(features)
-        self._dropout_seed = draws.seeded_generator() if self._network.has_dropout else None
-        widths = self.widths(features)
-        self.projections = tuple(_Factor(self, *each) for each in zip(widths, range(len(widths))))
-        for projection in self.projections:
-            projection.build(widths[projection.name], range(self.num_experts))
+        super().build(tokens_shape)
 
     def widths(self, features):
         return {
@@ -252,18 +249,6 @@ class LowRankExperts(StackedExperts):
             "a_initializer": keras.initializers.serialize(self.a_initializer),
             "b_initializer": keras.initializers.serialize(self.b_initializer),
         }
-
-
-class _Factor(Projection):
-    """Factors A or B of one linear map, stacked (E, ...)."""
-
-    def build(self, widths, experts):
-        is_a = self.name.endswith("a")
-        initializer = self.bank.a_initializer if is_a else self.bank.b_initializer
-        self._add("kernel", (len(experts), *widths), EachExpert(initializer, self.stream, experts))
-
-    def _weight_name(self, part):
-        return self.name
 
 
 def _frozen(rows, linear):

@@ -5,6 +5,7 @@ experts of a token.
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,6 +62,8 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         token_axes: Integer. Number of leading axes that count tokens; the others are the shape of
             one. 1: each sample of a batch, such as an image (height, width, channels), is routed as
             a whole, to experts in `LayerExperts`. None: all axes but the last.
+        top_k: Integer. Number of experts per token of the default router; any other `router` has
+            its own, which must agree. None: as the router has it.
         **kwargs: Arguments of a Keras layer, such as `name` and `dtype`. A bank without a
             `dtype` takes the dtype of its first layer; `LayerExperts` keep theirs.
 
@@ -86,9 +89,6 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         return_expert_outputs: Boolean. Whether the outputs of the single experts are returned as
             well, before they are weighted and summed.
 
-    Input shape:
-        (batch, ..., D).
-
     Output shape:
         (batch, ..., D'), with the experts' D'. With `return_routing=True` also an `ops.Routing`.
         With `return_expert_outputs=True` also (batch, ..., K, D'), in the order of the routing's
@@ -109,6 +109,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
 
     # Whether this layer's `get_config` has the experts, rather than a block's around it.
     has_own_config = True
+    shares_experts = False
 
     def __init__(
         self,
@@ -119,14 +120,27 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         capacity_factor: float | Capacity | None = None,
         gated_shared_expert: bool = False,
         token_axes: int | None = None,
+        top_k: int | None = None,
         **kwargs: Any,
     ):
+        for name in {"num_experts", "hidden_dim"} & set(kwargs):
+            raise TypeError(
+                f"`{name}` is an argument of the bank of experts. Received: {name}={kwargs[name]} "
+                "for the mixture around it"
+            )
         super().__init__(**kwargs)
         self.experts = expert_bank.get(experts)
         if kwargs.get("dtype") is not None:
             self.experts.take_policy(self.dtype_policy)
+        if top_k is not None and router == "top_k":
+            router = routers.TopKRouter(top_k=top_k)
         self.router = routers.get(router, num_experts=self.experts.num_experts)
-        self.router.bind(self.experts.num_experts)
+        if top_k is not None and self.router.top_k != min(top_k, self.experts.num_experts):
+            raise ValueError(
+                "`top_k` must be left out or agree with the `router`. Received: "
+                f"top_k={top_k}, router.top_k={self.router.top_k}"
+            )
+        self.top_k = top_k
         if self.router.num_experts != self.experts.num_experts:
             raise ValueError(
                 "`router` and `experts` must have the same number of experts. Received: "
@@ -154,13 +168,8 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         if gated_shared_expert:
             if shared_expert is None:
                 raise ValueError("`gated_shared_expert=True` needs a `shared_expert`")
-            self.shared_gate = _Gate(
-                1,
-                "sigmoid",
-                use_bias=False,
-                dtype=expert_bank.in_floats(self.dtype_policy),
-                name="shared_gate",
-            )
+            policy = expert_bank.in_floats(self.dtype_policy)
+            self.shared_gate = _Gate(1, "sigmoid", use_bias=False, dtype=policy, name="shared_gate")
         self.token_axes = None if token_axes is None else check_integer("token_axes", token_axes)
         sublayers.freeze_parts(self)
         # Experts (T, K) to replay, which `inspection` sets.
@@ -177,6 +186,19 @@ class MixtureOfExperts(RouterUsage, Recomputable):
             self.router.build((None, math.prod(seen)))
         if not self.experts.built:
             self.experts.build((None, *token_shape))
+        if self.experts.is_used and self.experts.weights and not self.shares_experts:
+            warnings.warn(
+                f"`{self.experts.name}` is in two layers, of which `{self.name}` is the second: "
+                "they share its weights. If that is not meant, make a bank for each.",
+                stacklevel=2,
+            )
+        self.experts.is_used = True
+        if not self.router.takes_capacity and self._num_axes(inputs_shape) == 1:
+            warnings.warn(
+                f"The whole batch is one sequence for the `{type(self.router).__name__}` of "
+                f"`{self.name}`: outputs depend on the rest of the batch, in `predict` too.",
+                stacklevel=2,
+            )
         if self.shared_expert is not None:
             self._build_shared_expert(inputs_shape)
         self._build_usage(self.experts.num_experts)
@@ -185,25 +207,28 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         shape = sublayers.build_and_measure(
             "shared_expert", self.shared_expert, inputs_shape, self.token_axes
         )
-        expected = self.compute_output_shape(inputs_shape)
-        num_axes = len(inputs_shape) - len(self._token_shape(inputs_shape))
+        expected, num_axes = self.compute_output_shape(inputs_shape), self._num_axes(inputs_shape)
         if tuple(shape[num_axes:]) != tuple(expected[num_axes:]):
             raise ValueError(
                 "`shared_expert` must return as many features as `experts`. Received: "
                 f"shape {tuple(shape)} from shared_expert, {tuple(expected)} from experts"
             )
         self._shared_takes_mask = bool(sublayers.accepted_arguments(self.shared_expert, ("mask",)))
-        if self.shared_gate is not None and len(expected) > num_axes + 1:
-            raise ValueError(
-                "`gated_shared_expert=True` needs tokens that are vectors. "
-                f"Received: outputs of shape {expected}, token_axes={self.token_axes}"
-            )
-        if self.shared_gate is not None and not self.shared_gate.built:
-            self.shared_gate.build(inputs_shape)
+        if self.shared_gate is not None:
+            if len(expected) > num_axes + 1:
+                raise ValueError(
+                    "`gated_shared_expert=True` needs tokens that are vectors. "
+                    f"Received: outputs of shape {expected}, token_axes={self.token_axes}"
+                )
+            if not self.shared_gate.built:
+                self.shared_gate.build(inputs_shape)
+
+    def _num_axes(self, inputs_shape):
+        """Number of the leading axes, which count tokens."""
+        return self.token_axes or len(inputs_shape) - 1
 
     def _token_shape(self, inputs_shape):
-        """The shape of one token of inputs."""
-        num_axes = len(inputs_shape) - 1 if self.token_axes is None else self.token_axes
+        num_axes = self._num_axes(inputs_shape)
         shape = tuple(inputs_shape[num_axes:])
         if None in shape or not shape or not num_axes:
             raise ValueError(
@@ -234,8 +259,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
 
     def _pass_mask_on(self, outputs, *others):
         """Give the mask of the outputs to a routing and to the outputs of single experts."""
-        mask = get_keras_mask(outputs)
-        num_axes = self.token_axes or len(outputs.shape) - 1
+        mask, num_axes = get_keras_mask(outputs), self._num_axes(outputs.shape)
         if mask is None or len(mask.shape) != num_axes:
             return
         for each in others:
@@ -275,13 +299,10 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         if return_expert_outputs:
             expert_outputs = plan.serve_each(self.experts, tokens, routing)
             outputs = _weighted_sum(expert_outputs, routing.weights)
-            expert_outputs = keras_ops.cast(expert_outputs, self.compute_dtype)
-            shape = (*leading, *expert_outputs.shape[1:])
-            expert_outputs = keras_ops.reshape(expert_outputs, shape)
+            expert_outputs = self._unflatten(expert_outputs, leading)
         else:
             outputs = plan.serve(self.experts, tokens)
-        outputs = keras_ops.reshape(outputs, (*leading, *outputs.shape[1:]))
-        outputs = keras_ops.cast(outputs, self.compute_dtype)
+        outputs = self._unflatten(outputs, leading)
         if self.shared_expert is not None:
             clean = keras_ops.reshape(tokens, keras_ops.shape(inputs))
             outputs = outputs + self._compute_shared(clean, mask)
@@ -294,7 +315,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
 
     def _check_call(self, inputs, mask, router_inputs=None, token_ids=None):
         """Check the shapes of a call, and return the mask as bools, or None."""
-        num_axes = len(inputs.shape) - len(self._token_shape(inputs.shape))
+        num_axes = len(inputs.shape) - len(self._token_shape(inputs.shape))  # at least one
         # Keras passes a mask on by itself only if the inputs are the only tensor of a call.
         of_inputs = get_keras_mask(inputs)
         if of_inputs is not None:
@@ -321,7 +342,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         A sequence is all axes but the first, at least 1; None where each token is by itself.
         """
         shape = keras_ops.shape(inputs)
-        leading = shape[: self.token_axes or len(shape) - 1]
+        leading = shape[: self._num_axes(shape)]
         return leading, at_least(1, math.prod(leading[1:])) if len(leading) > 1 else None
 
     def _route(self, tokens, mask, sequence_length, training, token_ids=None, indices=None):
@@ -350,6 +371,10 @@ class MixtureOfExperts(RouterUsage, Recomputable):
             inputs = _zero_padding(inputs, mask)
         return keras_ops.reshape(inputs, (-1, *inputs.shape[self.token_axes or -1 :]))
 
+    def _unflatten(self, values, leading):
+        values = keras_ops.reshape(values, (*leading, *values.shape[1:]))
+        return keras_ops.cast(values, self.compute_dtype)
+
     def _compute_shared(self, inputs, mask):
         arguments = {"mask": mask} if self._shared_takes_mask else {}
         shared = self.shared_expert(inputs, **arguments)
@@ -363,9 +388,8 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         return self.call(*args, **kwargs)
 
     def compute_output_shape(self, inputs_shape, router_inputs_shape=None):
-        token_shape = self._token_shape(inputs_shape)
-        outputs_shape = self.experts.compute_output_shape((None, *token_shape))
-        return (*inputs_shape[: len(inputs_shape) - len(token_shape)], *outputs_shape[1:])
+        outputs_shape = self.experts.compute_output_shape((None, *self._token_shape(inputs_shape)))
+        return (*inputs_shape[: self._num_axes(inputs_shape)], *outputs_shape[1:])
 
     def compute_output_spec(
         self,
@@ -378,20 +402,18 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         router_inputs=None,
         return_expert_outputs=False,
     ):
-        self._check_call(inputs, mask, router_inputs, token_ids)
-        shape = self.compute_output_shape(inputs.shape)
-        outputs = keras.KerasTensor(shape, self.compute_dtype)
-        num_axes = len(inputs.shape) - len(self._token_shape(inputs.shape))
+        if self._check_call(inputs, mask, router_inputs, token_ids) is None:
+            sublayers.warn_of_lost_mask(self, inputs)
+        shape, num_axes = self.compute_output_shape(inputs.shape), self._num_axes(inputs.shape)
         sizes = inputs.shape[:num_axes]
-        num_tokens = None if None in sizes else math.prod(sizes)
-        seen = self._token_shape((inputs if router_inputs is None else router_inputs).shape)
-        tokens = keras.KerasTensor((num_tokens, math.prod(seen)), inputs.dtype)
+        tokens = keras.KerasTensor((None if None in sizes else math.prod(sizes), None))
         routing = self.router.compute_output_spec(tokens, token_ids=token_ids, indices=indices)
-        returned = [outputs, *([routing] if return_routing else [])]
+        returned = [keras.KerasTensor(shape, self.compute_dtype)]
+        returned += [routing] if return_routing else []
         if return_expert_outputs:
             shape = (*sizes, routing.indices.shape[1], *shape[num_axes:])
             returned.append(keras.KerasTensor(shape, self.compute_dtype))
-        return tuple(returned) if len(returned) > 1 else outputs
+        return tuple(returned) if len(returned) > 1 else returned[0]
 
     def get_config(self):
         return {
@@ -403,6 +425,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
             "gated_shared_expert": self.gated_shared_expert,
             "capacity_factor": config_of(self.capacity),
             "token_axes": self.token_axes,
+            "top_k": self.top_k and self.router.top_k,  # which surgery may change
         }
 
 

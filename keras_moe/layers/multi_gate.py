@@ -20,7 +20,7 @@ from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.recomputation import Recomputable, effects_once
 from keras_moe.ops.plans import plan_experts
-from keras_moe.ops.selection import mask_invalid
+from keras_moe.ops.selection import mask_invalid, take_scores
 from keras_moe.routers.router import Router
 
 
@@ -60,9 +60,6 @@ class MultiGateMixtureOfExperts(Recomputable):
             task, then one for the shared experts.
         mask: (batch, ...) bool or integer tensor, False for padding, or None.
         training: Boolean. Whether router losses are added, noise drawn and assignments counted.
-
-    Input shape:
-        (batch, ..., D), or a list of `num_tasks + 1` such shapes.
 
     Output shape:
         List of `num_tasks` shapes (batch, ..., D'); with `shared_output=True` one more.
@@ -134,7 +131,7 @@ class MultiGateMixtureOfExperts(Recomputable):
         sublayers.freeze_parts(self)
 
     def build(self, inputs_shape):
-        *shapes, shared_shape = self._of_each_task(inputs_shape, is_list=_is_list_of_shapes)
+        *shapes, shared_shape = self._of_each_task(inputs_shape)
         widths = []
         for bank, shape in [*zip(self.task_experts, shapes), (self.experts, shared_shape)]:
             if not bank.built:
@@ -171,10 +168,15 @@ class MultiGateMixtureOfExperts(Recomputable):
         choices = _choices_by_bank(self.tasks, routings)
         totals: list = [0.0] * len(self.tasks)
         for bank, (tokens, _) in [*zip(self.task_experts, flat), (self.experts, flat[-1])]:
-            outputs, places = _compute(bank, tokens, choices[bank])
-            for number, *choice in choices[bank]:
-                weights = _weights_at(places, *choice)
-                totals[number] += ops.einsum("ts,tsd->td", weights, outputs)
+            numbers, chosen, weights = zip(*choices[bank])
+            if any(self.tasks[number].router.serves_all for number in numbers):
+                outputs = bank.compute_all(tokens)
+            else:
+                outputs, places = _compute_chosen(bank, tokens, chosen)
+                weights = tuple(take_scores(each, places) for each in weights)
+            outputs = ops.cast(outputs, "float32")
+            for number, each in zip(numbers, weights):
+                totals[number] += ops.einsum("ts,tsd->td", each, outputs)
 
         # Account: in training, each task adds its router losses and counts its assignments.
         for task, (tokens, _), routing, length in zip(self.tasks, flat, routings, lengths):
@@ -185,9 +187,10 @@ class MultiGateMixtureOfExperts(Recomputable):
             for total, shape in zip(totals, shapes)
         ]
 
-    def _of_each_task(self, values, is_list=lambda values: isinstance(values, (list, tuple))):
+    def _of_each_task(self, values):
         """Inputs or shapes: one for each task and, last, one for the shared experts."""
-        if not is_list(values):
+        is_list = isinstance(values, (list, tuple))
+        if not is_list or isinstance(values[0], (int, type(None))):  # one tensor or shape
             return [values] * (self.num_tasks + 1)
         if len(values) != self.num_tasks + 1 or not self.task_experts:
             raise ValueError(
@@ -202,9 +205,8 @@ class MultiGateMixtureOfExperts(Recomputable):
         if not isinstance(inputs, (list, tuple)) or not isinstance(mask, (list, tuple)):
             return [mask] * number
         if len(mask) != number:
-            raise ValueError(
-                f"`mask` must have one for each of the inputs. Received: {len(mask)} for {number}"
-            )
+            rule = "`mask` must have one for each of the inputs"
+            raise ValueError(f"{rule}. Received: {len(mask)} for {number}")
         return mask
 
     def compute_mask(self, inputs, previous_mask):
@@ -216,7 +218,7 @@ class MultiGateMixtureOfExperts(Recomputable):
         return self.tasks[0]._flatten(inputs, mask), mask
 
     def compute_output_shape(self, inputs_shape):
-        shapes = self._of_each_task(inputs_shape, is_list=_is_list_of_shapes)
+        shapes = self._of_each_task(inputs_shape)
         features = self.experts.compute_output_shape((None, shapes[-1][-1]))[-1]
         return [(*shape[:-1], features) for shape in shapes[: len(self.tasks)]]
 
@@ -235,6 +237,8 @@ class MultiGateMixtureOfExperts(Recomputable):
 
 class Task(MixtureOfExperts):
     """The router of a task, its losses and its counts; the layer around it calls the experts."""
+
+    shares_experts = True
 
 
 class _JoinedExperts(ExpertBank):
@@ -260,10 +264,6 @@ def _one_for_each(name, values, number):
     return values or []
 
 
-def _is_list_of_shapes(shapes):
-    return isinstance(shapes[0], (list, tuple))
-
-
 def _routers(router, number):
     """A router, a name or a config for each task."""
     if isinstance(router, (list, tuple)):
@@ -281,50 +281,33 @@ def _routers(router, number):
 
 
 def _choices_by_bank(tasks, routings):
-    """For each bank a list of (number of a task, experts of the bank, weights).
+    """For each bank a list of (number of a task, experts (T, K), weights (T, E)).
 
-    Experts are (T, K), numbered in the bank and out of range for other banks, or None if
-    all serve, in order. Weights are (T, K), or then (T, E).
+    The experts of a task are numbered in the bank, out of range for other banks.
     """
     choices = collections.defaultdict(list)
     for number, (task, routing) in enumerate(zip(tasks, routings)):
+        weights = routing.weights  # of all experts, in order
+        if not task.router.serves_all:
+            experts = ops.arange(task.experts.num_experts, dtype="int32")
+            matches = ops.expand_dims(routing.indices, 2) == experts  # (T, K, E)
+            weights = ops.sum(ops.where(matches, ops.expand_dims(weights, 2), 0.0), axis=1)
         banks = getattr(task.experts, "banks", [task.experts])
         ends = itertools.accumulate(bank.num_experts for bank in banks)
         for bank, end in zip(banks, ends):
             first = end - bank.num_experts
-            if isinstance(task.router, routers.DenseRouter):
-                choice = None, routing.weights[:, first:end]
-            else:
-                choice = routing.indices - first, routing.weights
-            choices[bank].append((number, *choice))
+            choices[bank].append((number, routing.indices - first, weights[:, first:end]))
     return choices
 
 
-def _compute(bank, tokens, choices):
-    """Outputs (T, S, D') of the experts that any task chose, float32, and their numbers (T, S).
+def _compute_chosen(bank, tokens, chosen):
+    """Outputs (T, S, D') of the experts that any task chose, and their numbers (T, S).
 
     An expert that several tasks chose for a token has one place; the others are -1.
     """
-    if any(experts is None for _, experts, _ in choices):
-        places = ops.expand_dims(ops.arange(bank.num_experts, dtype="int32"), 0)
-        return ops.cast(bank.compute_all(tokens), "float32"), places
-    chosen = [mask_invalid(experts, bank.num_experts) for _, experts, _ in choices]
-    places = _without_repeats(ops.concatenate(chosen, axis=1))
-    outputs = bank.compute_each(tokens, plan_experts(places, bank.num_experts))
-    return ops.cast(outputs, "float32"), places
-
-
-def _without_repeats(experts):
-    """Experts (T, S) with -1 in the place of each that stands in an earlier place, too."""
-    earlier = ops.expand_dims(experts, 1) == ops.expand_dims(experts, 2)  # (T, place, other)
-    earlier = ops.logical_and(earlier, ops.tri(experts.shape[1], k=-1, dtype="bool"))
-    return ops.where(ops.any(earlier, axis=2), -1, experts)
-
-
-def _weights_at(places, experts, weights):
-    """The weights of a task's experts at their places, (T, S), zero elsewhere."""
-    if experts is None:
-        return weights
-    matches = ops.expand_dims(places, 1) == ops.expand_dims(experts, 2)  # (T, K, S)
-    matches = ops.logical_and(matches, ops.expand_dims(places >= 0, 1))
-    return ops.sum(ops.where(matches, ops.expand_dims(weights, 2), 0.0), axis=1)
+    chosen = [mask_invalid(experts, bank.num_experts) for experts in chosen]
+    places = ops.concatenate(chosen, axis=1)
+    earlier = ops.expand_dims(places, 1) == ops.expand_dims(places, 2)  # (T, place, other)
+    earlier = ops.logical_and(earlier, ops.tri(places.shape[1], k=-1, dtype="bool"))
+    places = ops.where(ops.any(earlier, axis=2), -1, places)
+    return bank.compute_each(tokens, plan_experts(places, bank.num_experts)), places

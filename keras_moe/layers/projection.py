@@ -70,11 +70,7 @@ class Projection:
         _split_by_expert(self.bank, name)
         # Cast one expert at a time where it is used, not as a whole by Keras.
         weight = self.bank.add_weight(
-            name=name,
-            shape=shape,
-            initializer=initializer,
-            autocast=False,
-            **kwargs,
+            name=name, shape=shape, initializer=initializer, autocast=False, **kwargs
         )
         self._set(part, weight)
 
@@ -207,15 +203,15 @@ def _group_of_row(num_rows, block_size):
     return np.arange(num_rows, dtype="int32") // (block_size or num_rows)
 
 
-def _to_int8(kernel):
-    scale = np.maximum(np.abs(kernel).max(0, keepdims=True), 1e-7) / 127
+def _to_int8(kernel, largest=127):
+    scale = np.maximum(np.abs(kernel).max(0, keepdims=True), 1e-7) / largest
     return np.rint(kernel / scale).astype("int8"), scale.astype("float32")
 
 
 def _to_int4(kernel, block_size):
     if block_size is None:
-        scale = np.maximum(np.abs(kernel).max(0, keepdims=True), 1e-7) / 7
-        values, zero = np.rint(kernel / scale).astype("int8"), np.zeros(scale.shape, "int8")
+        values, scale = _to_int8(kernel, largest=7)
+        zero = np.zeros(scale.shape, "int8")
     else:
         # As in the `Dense` layer of Keras.
         values, scale, zero = map(

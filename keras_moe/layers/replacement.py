@@ -17,7 +17,7 @@ from keras_moe.layers.transformer_block import TransformerBlock
 
 
 def replace(model, replacements):
-    """Replace layers of a built model by others, or remove those with None in their places.
+    """Replace layers of a built model, each by another, or by None, which removes it.
 
     Functional and sequential models that contain one become new models with the same other layers;
     everything else changes in place. Returns the model, and a list for `record`: pairs of a layer

@@ -43,15 +43,17 @@ class StackedExperts(Adaptable, ExpertBank):
         num_experts: Integer. Number of experts, E.
         activation: String, function of one tensor, Keras layer without weights, or None.
         use_bias: Boolean. Whether each linear map has a bias.
-        kernel_initializer: Initializer of each expert's kernels.
+        kernel_initializer: Initializer of each expert's kernels, drawn for each by itself.
         bias_initializer: Initializer of the biases.
         kernel_regularizer: Regularizer of the stacked kernels, or None.
         bias_regularizer: Regularizer of the stacked biases, or None.
         **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
-        ValueError: If `num_experts` is not a positive integer, or `activation` has weights; when
-            it is built, if `network` does not call `linear` once for each name in `widths`.
+        ValueError: If a number is out of its range, or, when the bank is built, if `activation` has
+            weights or `network` does not call `linear` once for each name in `widths`.
+
+    Call arguments and output shape: as for `ExpertBank`.
 
     Example:
 
@@ -70,6 +72,7 @@ class StackedExperts(Adaptable, ExpertBank):
     # Names of all attributes that `network` reads. Banks whose settings are equal share a compiled
     # program; without them each bank has its own.
     settings: tuple[str, ...] | None = None
+    projection_class = Projection
 
     def __init__(
         self,
@@ -109,8 +112,7 @@ class StackedExperts(Adaptable, ExpertBank):
         if len(tokens_shape) > 2:
             raise ValueError(
                 "Experts with stacked kernels take tokens (T, D). Received: tokens of shape "
-                f"{tuple(tokens_shape[1:])}. Use `LayerExperts` for whole samples, and "
-                "call a bank through a `MixtureOfExperts`"
+                f"{tuple(tokens_shape[1:])}. Use `LayerExperts` for whole samples"
             )
         self._fix_shape(tokens_shape)
         widths = self.widths(tokens_shape[-1])
@@ -123,7 +125,7 @@ class StackedExperts(Adaptable, ExpertBank):
             experts = self.processes.own_experts(self.num_experts)
         self._is_quantized = self.quantization_mode is not None
         self.projections = tuple(
-            Projection(self, name, stream, is_vector=len(each) == 1)
+            self.projection_class(self, name, stream, is_vector=len(each) == 1)
             for stream, (name, each) in enumerate(widths.items())
         )
         for projection, each in zip(self.projections, widths.values()):

@@ -1,10 +1,12 @@
 """Keras layers that users pass as parts of ours: experts, shared experts, feed-forward layers."""
 
 import inspect
+import warnings
 
 import keras
 
 from keras_moe._internal.checks import check_tensors
+from keras_moe._internal.keras_internals import get_keras_mask, sources_of
 
 
 def freeze_parts(layer):
@@ -20,14 +22,7 @@ def freeze_parts(layer):
 def build_and_measure(name, layer, inputs_shape, num_kept=None):
     """Build a layer, if it is not built, and return the shape of its output.
 
-    Args:
-        name: Name of the argument that the layer was passed as, for the message.
-        layer: Any Keras layer.
-        inputs_shape: (batch, ..., D).
-        num_kept: Number of leading axes that it must keep. None: all but the last.
-
-    Raises:
-        ValueError: If the output is not one tensor with the leading axes of the inputs.
+    It must be one tensor that keeps `num_kept` leading axes of the inputs, or all but the last.
     """
     is_spelled_out = all(
         getattr(type(layer), method) is not getattr(keras.Layer, method)
@@ -85,3 +80,23 @@ def accepted_arguments(layer, names):
     if "mask" in accepted:
         layer.supports_masking = True
     return [name for name in names if name in accepted]
+
+
+def warn_of_lost_mask(layer, inputs):
+    """Warn if symbolic inputs (batch, ..., D) had a mask that an operation such as `+` dropped."""
+    tensors = [inputs]
+    seen: set[int] = set()
+    while tensors:
+        tensor = tensors.pop()
+        mask = get_keras_mask(tensor)
+        if mask is None:
+            tensors += [each for each in sources_of(tensor) if id(each) not in seen]
+            seen.update(map(id, tensors))
+        elif tensor is not inputs and tuple(mask.shape) == tuple(inputs.shape[:-1]):
+            warnings.warn(
+                f"The mask of `{tensor.name}` is lost before `{layer.name}`, which counts and "
+                "computes padding: `+` and other operations pass no mask on. Pass `mask=`, or use "
+                "`keras.layers.Add`.",
+                stacklevel=2,
+            )
+            return

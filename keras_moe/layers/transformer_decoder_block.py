@@ -32,36 +32,27 @@ class TransformerDecoderBlock(TransformerBlock):
 
     Args:
         num_heads: Integer. Number of attention heads; divides the number of features, D.
-        feedforward: Keras layer from D to D features, for example a `MixtureOfExperts`, or a
-            `keras.Sequential` of dense layers. If its `call` has a `mask` argument it receives the
-            mask.
-        dropout: Float from 0 to below 1. Rate of dropout on all branches. Attention scores have
-            none: Keras's fused attention does without.
+        feedforward: Keras layer from D to D features.
+        dropout: Float from 0 to below 1. Rate of dropout on all branches.
         cross_attention: Boolean. Whether the block attends to a `context` as well, such as the
             outputs of an encoder.
         rotary: Boolean. Whether self-attention has rotary positions. Otherwise the inputs must
             contain the positions.
-        **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
-        ValueError: If an argument is out of its range, heads do not divide D, D / heads is odd
-            with rotary positions, the feed-forward layer changes the number of features, or
-            `context`, `cache` and `position` do not fit each other.
+        ValueError: If D / heads is odd with rotary positions, or `context`, `cache` and `position`
+            do not fit each other.
 
     Call arguments:
         inputs: (batch, length, D) float tensor.
-        mask: (batch, length) bool tensor, False for padding. Default: the Keras mask of the inputs.
         context: (batch, context length, C) float tensor, with cross-attention and without cache.
         context_mask: (batch, context length) bool tensor, False for padding. Default: the Keras
             mask of the context.
-        training: Boolean. Whether dropout is applied and router losses are added.
         cache: Dict that `make_cache` or an earlier call returned.
         position: Integer or integer tensor, with a cache: the position of the first input. One in a
             tensor is not checked, but moved to the nearest position where the inputs fit.
-        token_ids: (batch, length) integer tensor, for a feed-forward layer that uses them.
 
-    Input shape:
-        (batch, length, D).
+    More on these, other errors and call arguments: as for `TransformerEncoderBlock`.
 
     Output shape:
         (batch, length, D); with a cache also the cache with these tokens in it.
@@ -81,8 +72,7 @@ class TransformerDecoderBlock(TransformerBlock):
     >>> last.shape
     (2, 1, 64)
 
-    References: Vaswani et al. 2017 (arXiv:1706.03762); Xiong et al. 2020 (arXiv:2002.04745) for
-    the place of the normalization; Su et al. 2021 (arXiv:2104.09864) for rotary positions.
+    Reference: Su et al. 2021 (arXiv:2104.09864) for rotary positions.
     """
 
     def __init__(
@@ -118,6 +108,7 @@ class TransformerDecoderBlock(TransformerBlock):
             self._context_attention = self._build_attention(
                 CachedAttention, "context_attention", inputs_shape, context_shape
             )
+            self._context_attention.prefix = "context_"
         self._build_feed_forward(inputs_shape)
 
     def __call__(self, *args, **kwargs):
@@ -148,17 +139,21 @@ class TransformerDecoderBlock(TransformerBlock):
         if cache is not None:
             position = _with_room(cache["keys"], inputs, position)
             positions = positions + ops.cast(position, "int32")
+        rotated = positions if self.rotary else None
         states = self._attention_norm(inputs)
-        seen = self._seen(states, mask, positions)
+        seen = self._attention.remember(states, mask, rotated)
         if cache is None:
-            seen.update(self._seen_context(context, context_mask))
+            seen.update(self._remember_context(context, context_mask))
         else:
             seen = {**cache, **{k: _write(cache[k], v, position) for k, v in seen.items()}}
 
-        attended = self._attend(states, seen, positions, training)
+        places = ops.arange(ops.shape(seen["mask"])[1], dtype="int32")
+        causal = places <= ops.expand_dims(positions, 1)
+        attended = self._attention.attend(states, seen, causal, rotated, training)
         hidden = self._add(inputs, attended, training)
         if self.cross_attention:
-            attended = self._attend_to_context(self._context_norm(hidden), seen, training)
+            states = self._context_norm(hidden)
+            attended = self._context_attention.attend(states, seen, training=training)
             hidden = self._add(hidden, attended, training)
         outputs = self._add_feed_forward(hidden, mask, training, token_ids)
         if decoding is not None:
@@ -200,9 +195,8 @@ class TransformerDecoderBlock(TransformerBlock):
         if given != self.cross_attention or mask_given > given:
             raise ValueError(
                 "A block takes a `context` if and only if it has `cross_attention=True`, and a "
-                "`context_mask` only with a `context`. Received: "
-                f"cross_attention={self.cross_attention}, {'a' if given else 'no'} context, "
-                f"{'a' if mask_given else 'no'} context_mask"
+                "`context_mask` only with a `context`. Received: cross_attention="
+                f"{self.cross_attention}, context: {given}, context_mask: {mask_given}"
             )
 
     def make_cache(
@@ -236,38 +230,13 @@ class TransformerDecoderBlock(TransformerBlock):
         shape = (batch_size, max_length, self.num_heads, self._attention.key_dim)
         cache = {name: ops.zeros(shape, self.compute_dtype) for name in ("keys", "values")}
         cache["mask"] = ops.zeros(shape[:2], "bool")
-        return {**cache, **self._seen_context(context, context_mask)}
+        return {**cache, **self._remember_context(context, context_mask)}
 
-    def _seen(self, states, mask, positions):
-        positions = positions if self.rotary else None
-        keys, values = self._attention.keys_and_values(states, positions)
-        return {"keys": keys, "values": values, "mask": _all_true(mask, states)}
-
-    def _seen_context(self, context, context_mask):
+    def _remember_context(self, context, mask):
         if not self.cross_attention:
             return {}
-        context, mask = self._without_padding(context, context_mask, "context_mask")
-        keys, values = self._context_attention.keys_and_values(context)
-        return {
-            "context_keys": keys,
-            "context_values": values,
-            "context_mask": _all_true(mask, context),
-        }
-
-    def _attend(self, states, seen, positions, training):
-        cached = ops.arange(ops.shape(seen["mask"])[1], dtype="int32")
-        causal = cached <= ops.expand_dims(positions, 1)
-        mask = ops.logical_and(causal, ops.expand_dims(seen["mask"], 1))
-        positions = positions if self.rotary else None
-        return self._attention.attend(
-            states, seen["keys"], seen["values"], mask, positions, training
-        )
-
-    def _attend_to_context(self, states, seen, training):
-        mask = ops.expand_dims(seen["context_mask"], 1)
-        return self._context_attention.attend(
-            states, seen["context_keys"], seen["context_values"], mask, training=training
-        )
+        context, mask = self._without_padding(context, mask, "context_mask")
+        return self._context_attention.remember(context, mask)
 
     def compute_output_spec(
         self,
@@ -281,17 +250,14 @@ class TransformerDecoderBlock(TransformerBlock):
         token_ids=None,
     ):
         self._check_call(inputs, context, context_mask, cache, position)
-        outputs = keras.KerasTensor(inputs.shape, self.compute_dtype)
+        outputs = super().compute_output_spec(inputs, mask)
         if cache is None:
             return outputs
         return outputs, {k: keras.KerasTensor(v.shape, v.dtype) for k, v in cache.items()}
 
     def get_config(self):
-        return {
-            **super().get_config(),
-            "cross_attention": self.cross_attention,
-            "rotary": self.rotary,
-        }
+        own = {"cross_attention": self.cross_attention, "rotary": self.rotary}
+        return {**super().get_config(), **own}
 
 
 def _reasons_not_to_be_causal(layer):
@@ -309,10 +275,6 @@ def _reasons_not_to_be_causal(layer):
             f"token drops tokens for {leak}. Leave `capacity_factor` out, or use the priority "
             "'position' and one expert per token."
         )
-
-
-def _all_true(mask, like):
-    return ops.ones(ops.shape(like)[:2], "bool") if mask is None else mask
 
 
 def _write(cached, new, position):

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe import losses
 from keras_moe._internal.checks import check_number
 from keras_moe._internal.keras_internals import drops_losses
 from keras_moe._internal.serialization import load_draws, save_draws
@@ -17,6 +18,13 @@ _COUNTERS = (
     *("expert_counts", "dropped_count"),
     *("router_loss_totals", "router_entropy_total", "call_count"),
 )
+
+
+class _Unbuilt:
+    """The counts of a layer that is not built. PyTorch has its own message."""
+
+    def __get__(self, layer, owner=None):
+        raise AttributeError("A layer must be built, as by its first call, before it has counts")
 
 
 class RouterUsage(keras.layers.Layer):
@@ -30,10 +38,11 @@ class RouterUsage(keras.layers.Layer):
         resets: Integer. Number of calls of `reset_counts`; readers compare it to notice a reset.
         counts_in_evaluation: Boolean. Whether evaluation counts as well, which
             `inspection.count_in_evaluation` turns on. Otherwise inference writes to no weight.
-        last_counts, last_losses: Arrays. The counts (E,) and the mean of each router loss of the
-            last epoch after which `callbacks.ExpertMonitor` reset the counters. The counts are
-            saved.
+        last_counts, last_losses: Arrays. The counts (E,), which are saved, and the mean of each
+            router loss before the last reset by `callbacks.ExpertMonitor`.
     """
+
+    expert_counts: Any = _Unbuilt()
 
     router_losses: tuple
     counts_in_evaluation = False
@@ -63,18 +72,14 @@ class RouterUsage(keras.layers.Layer):
 
     def _build_losses(self):
         """Add the variables of each loss, a list for each: the state is the layer's."""
+
+        def add(name, shape, dtype):
+            state = {"initializer": "zeros", "trainable": False, "autocast": False}
+            return self.add_weight(name=name, shape=shape, dtype=dtype, **state)
+
+        number = self.experts.num_experts
         self.loss_states = [
-            [
-                self.add_weight(
-                    name=name,
-                    shape=shape,
-                    dtype=dtype,
-                    initializer="zeros",
-                    trainable=False,
-                    autocast=False,
-                )
-                for name, (shape, dtype) in loss.state_shapes(self.experts.num_experts).items()
-            ]
+            [add(name, *each) for name, each in loss.state_shapes(number).items()]
             for loss in self.router_losses
         ]
 
@@ -131,19 +136,26 @@ class RouterUsage(keras.layers.Layer):
             return ops.convert_to_numpy(self.router_loss_weights).tolist()
         return list(self._early_loss_weights or [loss.weight for loss in self.router_losses])
 
-    def set_router_loss_weight(self, index: int, weight: float) -> None:
+    def set_router_loss_weight(self, index: int | str, weight: float) -> None:
         """Set the weight of a router loss. Nothing is compiled again.
 
         Args:
-            index: Integer. Place of the loss in `router_losses`.
+            index: Integer, the place of the loss in `router_losses`, or its name for `losses.get`.
             weight: Float of at least 0.
 
         Raises:
-            IndexError: If there is no such loss.
-            ValueError: If the weight is negative or not finite.
+            ValueError: If there is no such loss, or the weight is negative or not finite.
         """
         weights = self.loss_weights_in_force
-        weights[index] = check_number("weight", weight)
+        names = [type(each).__name__ for each in self.router_losses]
+        place: Any = index
+        if isinstance(index, str):
+            name = getattr(losses.IDENTIFIERS.get(index), "__name__", index)
+            place = names.index(name) if name in names else None
+        if place not in range(-len(names), len(names)):
+            rule = f"`index` must be the place or the name of one of the router losses {names}"
+            raise ValueError(f"{rule}. Received: index={index!r}")
+        weights[place] = check_number("weight", weight)
         if self.built:
             self.router_loss_weights.assign(weights)
         else:

@@ -39,16 +39,8 @@ class ZeroComputationExperts(ExpertBank):
         ValueError: If a number is negative or all are zero, or the bank changes the number of
             features.
 
-    Call arguments:
-        tokens: (T, D) float tensor.
-        plan: An `ops.GroupedPlan` of all experts: first those that compute, then zero, identity
-            and constant ones. Experts must not choose tokens.
-
-    Input shape:
-        (T, D).
-
-    Output shape:
-        (T, D): the weighted sum of each token's expert outputs.
+    Call arguments and output shape: as for `ExpertBank`. The plan numbers first the experts that
+    compute, then zero, identity and constant ones; experts must not choose tokens.
 
     Example:
 
@@ -76,16 +68,12 @@ class ZeroComputationExperts(ExpertBank):
         num_constant = check_integer("num_constant", num_constant, minimum=0)
         number = num_zero + num_identity + num_constant
         if not number:
-            raise ValueError(
-                "There must be an expert without computation. Received: num_zero=0, "
-                "num_identity=0, num_constant=0"
-            )
+            raise ValueError("There must be an expert without computation. Received: none")
         super().__init__(experts.num_experts + number, **kwargs)
         self.experts = experts
         if self.has_own_policy:
-            self.experts.take_policy(self.dtype_policy)
-        self.num_zero = num_zero
-        self.num_identity = num_identity
+            experts.take_policy(self.dtype_policy)
+        self.num_zero, self.num_identity = num_zero, num_identity
         self.num_constant = num_constant
         freeze_parts(self)
 

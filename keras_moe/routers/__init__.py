@@ -12,14 +12,13 @@ from keras_moe.routers.balancers import (
     SelectionBalancer,
     SinkhornRouter,
 )
-from keras_moe.routers.dselect_k import DSelectKRouter
 from keras_moe.routers.fixed import HashRouter
 from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.routers.noisy import GShardRouter, NoisyTopKRouter, VMoERouter
 from keras_moe.routers.router import Router
-from keras_moe.routers.top_k import CosineRouter, GroupLimitedRouter, SelectionRouter, TopKRouter
+from keras_moe.routers.top_k import CosineRouter, GroupLimitedRouter, TopKRouter
 from keras_moe.routers.unchosen import DenseRouter, ExpertChoiceRouter, SoftRouter
-from keras_moe.routers.varying import ReLURouter, TopPRouter
+from keras_moe.routers.varying import DSelectKRouter, ReLURouter, TopPRouter
 
 IDENTIFIERS = {
     "balanced_assignment": BalancedAssignmentRouter,
@@ -76,7 +75,6 @@ __all__ = [
     "ReLURouter",
     "Router",
     "SelectionBalancer",
-    "SelectionRouter",
     "SinkhornRouter",
     "SoftRouter",
     "TopKRouter",

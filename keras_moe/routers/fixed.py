@@ -82,12 +82,9 @@ class HashRouter(Router):
         draws = np.random.default_rng(self.seed).random((shape[0], self.num_experts))
         return ops.convert_to_tensor(np.argsort(draws, axis=1)[:, : shape[1]], dtype)
 
-    def compute_output_spec(self, tokens, *args, **kwargs):
-        _check_has_ids(kwargs.get("token_ids"))
-        return super().compute_output_spec(tokens, *args, **kwargs)
-
     def route(self, tokens, mask, training, token_ids=None, **context):
-        _check_has_ids(token_ids)
+        if token_ids is None:
+            raise ValueError("`HashRouter` goes by the ids of tokens. Received: token_ids=None")
         ids = ops.cast(token_ids, "int32") % self.vocabulary_size
         indices = mask_invalid(ops.take(self.table, ids, axis=0), self.num_experts)
         if self.score is None:
@@ -104,21 +101,14 @@ class HashRouter(Router):
 class ForcedRouter(Router):
     """Routes by a fixed pattern, to measure what the layer costs under that load.
 
-    - "round_robin": token t goes to experts t K, t K + 1, ..., modulo E: exact balance
-    - "random": K experts at random
-    - "zipf": at random, expert e with a probability proportional to 1 / (e + 1)
-    - "one": all tokens to the first K experts
-
     Args:
         top_k: Integer. Experts per token, K, at most E. They have the weight 1 / K.
-        pattern: String, one of the above.
+        pattern: "round_robin": token t goes to experts t K, t K + 1, ..., modulo E; "random";
+            "zipf": at random, expert e with a probability proportional to 1 / (e + 1); or "one":
+            all tokens go to the first K experts.
         seed: Integer seed of the draws, or None.
 
     Other arguments, errors, call arguments and returns: as for `Router`, without `indices`.
-
-    Example:
-
-    >>> router = keras_moe.routers.fixed.ForcedRouter(num_experts=4, pattern="round_robin")
     """
 
     default_losses = ()
@@ -153,13 +143,8 @@ class ForcedRouter(Router):
         return _fixed_routing(indices, mask, num_experts)
 
     def get_config(self):
-        config = super().get_config()
-        return {**config, "top_k": self.top_k, "pattern": self.pattern, "seed": self.seed}
-
-
-def _check_has_ids(token_ids):
-    if token_ids is None:
-        raise ValueError("`HashRouter` goes by the ids of the tokens. Received: token_ids=None")
+        names = ("top_k", "pattern", "seed")
+        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
 
 
 def _fixed_routing(indices, mask, num_experts):

@@ -18,13 +18,37 @@ from keras_moe.routers import balancers
 from keras_moe.routers.logit_router import LogitRouter
 
 
-class SelectionRouter(LogitRouter):
-    """Abstract: scores, an optional selection bias, and the best experts by their sum.
+@register
+class TopKRouter(LogitRouter):
+    """Each token goes to the `top_k` experts with the highest scores.
 
-    The bias affects which experts are chosen, never their weights. A subclass may override
-    `project(tokens)` for other logits, or `select(scores)` for another choice.
+    With softmax scores and `top_k=1` the combine weight is the probability itself, so that the
+    router learns from the task (Switch Transformer, Fedus et al. 2021, arXiv:2101.03961). With
+    more, the chosen scores are divided by their sum (Mixtral, Jiang et al. 2024, arXiv:2401.04088).
 
-    Arguments: as for `TopKRouter`.
+    A subclass may override `project(tokens)` for other logits, or `select(scores)` for another
+    choice.
+
+    Args:
+        top_k: Integer. Experts per token, K, at most E. With a single expert it becomes 1.
+        score: "softmax", "sigmoid" or "sqrt_softplus".
+        renormalize: Boolean. Whether the weights of a token are divided by their sum. None: if K >
+            1. With softmax, K = 1 and True every weight is 1, and the router learns from its losses
+            only.
+        scaling_factor: Float. All weights are multiplied by it.
+        balancer: "loss_free", "quantile", or a `LossFreeBias` or `QuantileBias`, which balance the
+            load by a selection bias instead of a loss: it is added to the scores to choose experts,
+            never to their weights. None: no selection bias.
+        use_bias: Boolean. Whether a learned bias (E,) is added to the logits, as in gpt-oss.
+
+    Other arguments, errors, call arguments and returns: as for `LogitRouter`.
+
+    Example:
+
+    >>> router = keras_moe.routers.TopKRouter(num_experts=8, top_k=2)
+    >>> routing = router(keras.random.normal((32, 64)))
+    >>> routing.indices.shape, routing.probs.shape
+    ((32, 2), (32, 8))
     """
 
     replays_indices = True
@@ -126,37 +150,7 @@ class SelectionRouter(LogitRouter):
 
 
 @register
-class TopKRouter(SelectionRouter):
-    """Each token goes to the `top_k` experts with the highest scores.
-
-    With softmax scores and `top_k=1` the combine weight is the probability itself, so that the
-    router learns from the task (Switch Transformer, Fedus et al. 2021, arXiv:2101.03961). With
-    more, the chosen scores are divided by their sum (Mixtral, Jiang et al. 2024, arXiv:2401.04088).
-
-    Args:
-        top_k: Integer. Experts per token, K, at most E. With a single expert it becomes 1.
-        score: "softmax", "sigmoid" or "sqrt_softplus".
-        renormalize: Boolean. Whether the weights of a token are divided by their sum. None: if K >
-            1. With softmax, K = 1 and True every weight is 1, and the router learns from its losses
-            only.
-        scaling_factor: Float. All weights are multiplied by it.
-        balancer: "loss_free", "quantile", or a `LossFreeBias` or `QuantileBias`, which balance the
-            load by a selection bias instead of a loss. None: no selection bias.
-        use_bias: Boolean. Whether a learned bias (E,) is added to the logits, as in gpt-oss.
-
-    Other arguments, errors, call arguments and returns: as for `LogitRouter`.
-
-    Example:
-
-    >>> router = keras_moe.routers.TopKRouter(num_experts=8, top_k=2)
-    >>> routing = router(keras.random.normal((32, 64)))
-    >>> routing.indices.shape, routing.probs.shape
-    ((32, 2), (32, 8))
-    """
-
-
-@register
-class CosineRouter(SelectionRouter):
+class CosineRouter(TopKRouter):
     """Logits are cosines between a projection of the token and a direction of each expert.
 
     `logits = scale * cos(x W, direction_e)` with a learned scale that starts at 2 and is at most
@@ -200,7 +194,7 @@ class CosineRouter(SelectionRouter):
 
 
 @register
-class GroupLimitedRouter(SelectionRouter):
+class GroupLimitedRouter(TopKRouter):
     """Each token goes to its best experts out of its best groups of experts.
 
     If each group of neighbouring experts lives on one device, a token visits few devices. The score
