@@ -10,6 +10,7 @@ import pytest
 import safetensors.numpy as safetensors_numpy
 from backends import ROOT, assert_close
 from keras import ops
+from layer_checks import array
 
 import keras_moe
 from keras_moe import convert, layers, routers
@@ -71,10 +72,6 @@ FAMILIES = {
     "solar_open": ("SolarOpen", _DEEPSEEK),
 }
 TOKENS = np.random.default_rng(0).normal(size=(2, 5, D)).astype("float32")
-
-
-def array(tensor):
-    return ops.convert_to_numpy(ops.cast(tensor, "float32"))
 
 
 def is_of_block(name):
