@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from backends import (
     FAST_MODE,
-    MODES,
+    KERNEL_MODES,
     assert_close,
     compiled,
     gradients,
@@ -179,7 +179,7 @@ def gated():
 
 SECOND = [
     *((make, "top_k", FAST_MODE) for make in BANKS.values()),
-    *((gated, "top_k", mode) for mode in MODES),
+    *((gated, "top_k", mode) for mode in KERNEL_MODES),
     (lambda: layers.FeedForwardExperts(E, H, "tanh"), "dense", FAST_MODE),
 ]
 

@@ -12,6 +12,7 @@ import pretrained
 import pruning
 import pytest
 import resuming
+import short_runs
 import sparsity
 import tasks
 import text_classification
@@ -149,6 +150,12 @@ def test_a_collapse_stays_until_it_is_balanced(study, monkeypatch):
     collapsed = compare_routers.NUM_EXPERTS / 2 - 1  # two of sixteen experts do everything
     assert results["balancing"]["nothing"][0]["imbalance"] == [collapsed] * 2
     assert results["balancing"]["loss_free bias"][0]["imbalance"][-1] < collapsed / 2
+
+
+def test_short_runs_are_measured(study):
+    (row,) = study(short_runs, *"--seeds 1 --tasks table --settings default --steps 2".split())
+    (run,) = row["runs"]
+    assert np.isfinite(run["loss"]) and 1 / 8 <= run["busiest"] <= 1
 
 
 def test_a_search_is_never_worse_than_the_default(study):
