@@ -128,7 +128,7 @@ def results_of(started):
     results = []
     try:
         for process, output, errors in started:
-            process.wait(timeout=300)
+            process.wait(timeout=600)
             output.seek(0)
             errors.seek(0)
             assert process.returncode == 0, errors.read()[-3000:]
