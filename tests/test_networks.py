@@ -171,7 +171,7 @@ def test_gradients_of_any_network_equal_a_formula(case, platform):
 def test_forward_mode_and_third_derivatives_equal_a_formula(small_tiles):
     import jax
 
-    network, names, options = NETWORKS["feed-forward"]
+    network, names, options = NETWORKS["residual"]
     computed, inputs, formula = problem(network, names, **options)
     directions = [np.cos(each) for each in inputs]
 
