@@ -64,6 +64,7 @@ def test_the_site_has_every_page_and_every_public_part():
     site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     pages |= {f"examples/{path.stem}.md" for path in (ROOT / "examples").glob("*.py")}
+    pages |= {"changelog.md"}  # of CHANGELOG.md
     assert pages == set(re.findall(r"[\w/]+\.md", site))
     missing = set()
     for name in set(dir(keras_moe)) - {"tuner", "__version__"}:
