@@ -20,7 +20,7 @@ import itertools
 import keras
 import numpy as np
 
-from benchmarks.measure import BACKEND, milliseconds, parse, parser, publish
+from benchmarks.measure import BACKEND, milliseconds, parse, parser, publish, say
 from benchmarks.observed import compilations, growth_kb, in_observed_process, resident_mb
 from benchmarks.tagger import MIXTURE, compiled_tagger, feedforwards, texts
 from keras_moe.inspection.recording import listening
@@ -59,6 +59,7 @@ def examine(options, call, padded, dump):
     compiled, resident, times, traces = [compilations(dump)], [resident_mb()], [], []
     with listening({mixture: lambda *_: traces.append(call)}):
         for number in range(options.passes):
+            say(".", end="" if number + 1 < options.passes else "\n")
             batches = batches_of(number, padded, options)
             times += [milliseconds(functools.partial(run, *batch)) for batch in batches]
             compiled.append(compilations(dump))

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import keras
 
+from benchmarks.measure import say
 from benchmarks.steps import jax_pass
 
 TARGETS = pathlib.Path(__file__).parent / "targets"
@@ -89,6 +90,7 @@ def compile_step(build, options, sharding):
     """
     with keras.StatelessScope(initialize_variables=False):
         layer = build()
+    say(f"compiling {layer.name} for {sharding}")
     start = time.perf_counter()
     with _on_device_of(sharding):
         lowered = lowered_step(

@@ -4,12 +4,17 @@ import math
 import re
 from typing import NamedTuple
 
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
-_LINE = re.compile(
-    r"= (?P<type>.+?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all"
-    r"|collective-permute)(?P<start>-start)?\("
-)
-_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+from benchmarks import program
+
+# What a device receives, as a share of the results, if devices pass data on in a ring of a number.
+_FACTORS = {
+    "all-gather": lambda number: (number - 1) / number,
+    "all-reduce": lambda number: 2 * (number - 1) / number,
+    "reduce-scatter": lambda number: number - 1,
+    "all-to-all": lambda number: (number - 1) / number,
+    "ragged-all-to-all": lambda number: 1,
+    "collective-permute": lambda number: 1,
+}
 _COLUMNS = {
     "gather_mb": "all-gather",
     "scatter_mb": "reduce-scatter",
@@ -20,8 +25,8 @@ _COLUMNS = {
 
 
 class Collective(NamedTuple):
-    """One collective operation: its name in XLA, the shapes of its results on one device, the bytes
-    that a device receives if devices pass data on in a ring, and the operation it was made for.
+    """Its name in XLA, the shapes of its results on one device, bytes that a device receives, and
+    the operation it was made for.
     """
 
     kind: str
@@ -32,34 +37,21 @@ class Collective(NamedTuple):
 
 def collectives(text):
     """All `Collective`s of the text of a compiled program; those of one device are left out."""
-    found = []
-    for line in text.splitlines():
-        match = _LINE.search(line)
-        if match is None:
+    found, (computations, _) = [], program.read(text)
+    for each in (each for part in computations.values() for each in part.values()):
+        kind, arrays = each.opcode.removesuffix("-start"), each.results
+        if kind not in _FACTORS:
             continue
-        arrays = [
-            (dtype, tuple(int(size) for size in sizes.split(",") if size))
-            for dtype, sizes in _ARRAY.findall(match["type"])
-        ]
-        kind = match["kind"]
-        if match["start"] and kind == "collective-permute":
+        if kind != each.opcode and kind == "collective-permute":
             arrays = arrays[1:2]  # its operand, its result, two flags
-        elif match["start"] and kind != "all-reduce":
-            arrays = [(dtype, shape) for dtype, shape in arrays if shape]  # without flags
+        elif kind != each.opcode and kind != "all-reduce":
+            arrays = [array for array in arrays if array.shape]  # without flags
             arrays = arrays[len(arrays) // 2 :]  # operands stand before results
-        number = 2 if kind == "collective-permute" else _group_size(line)
-        if number == 1:
-            continue
-        name = re.search(r'op_name="([^"]*)"', line)
-        factor = {
-            "all-gather": (number - 1) / number,
-            "all-reduce": 2 * (number - 1) / number,
-            "reduce-scatter": number - 1,
-            "all-to-all": (number - 1) / number,
-        }.get(kind, 1)
-        size = factor * sum(_BYTES[dtype] * math.prod(shape) for dtype, shape in arrays)
-        shapes = [shape for _, shape in arrays]
-        found.append(Collective(kind, shapes, size, name[1] if name else ""))
+        number = 2 if kind == "collective-permute" else _group_size(each.attributes)
+        if number > 1:
+            size = _FACTORS[kind](number) * sum(array.bytes for array in arrays)
+            shapes = [array.shape for array in arrays]
+            found.append(Collective(kind, shapes, size, _operation(each)))
     return found
 
 
@@ -75,36 +67,39 @@ def megabytes(text):
     }
 
 
-# A product of XLA, or a kernel for grouped products.
-_PRODUCT = (
-    r'(?:fusion\(.*op_name="(?=[^"]*/dot_general")'
-    r'|custom-call\(.*op_name="(?=[^"]*gmm))([^"]*)"'
-)
-
-
 def products_meanwhile(text):
     """Names of the products that the main program computes while an all-to-all is under way.
 
     A compiled program is printed in the order of its schedule.
     """
+    computations, entry = program.read(text)
     under_way, products = set(), []
-    for line in text[text.index("\nENTRY") :].splitlines():
-        if start := re.match(r"\s*(%\S+) = .* all-to-all-start\(", line):
-            under_way.add(start[1])
-        elif done := re.search(r" all-to-all-done\((%\S+)\)", line):
-            under_way.discard(done[1])
-        elif under_way and (product := re.search(_PRODUCT, line)):
-            products.append(product[1])
+    for each in computations[entry].values():
+        name = _operation(each)
+        # Of XLA, or a kernel for grouped products.
+        is_product = {"fusion": name.endswith("/dot_general"), "custom-call": "gmm" in name}
+        if each.opcode == "all-to-all-start":
+            under_way.add(each.name)
+        elif each.opcode == "all-to-all-done":
+            under_way -= {*each.operands}
+        elif under_way and is_product.get(each.opcode):
+            products.append(name)
     return products
 
 
-def _group_size(line):
+def _operation(instruction):
+    """The operation that an instruction was made for."""
+    name = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    return name[1] if name else ""
+
+
+def _group_size(attributes):
     """How many devices take part together."""
-    if lists := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+    if lists := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return lists[1].count(",") + 1
-    if table := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
+    if table := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
         return int(table[1])
-    if mesh := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
+    if mesh := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
         return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", mesh[2]))
-    raise ValueError(f"A collective without groups that are known here: {line.strip()[:300]}")
+    raise ValueError(f"A collective without groups that are known here: {attributes[:300]}")

@@ -20,7 +20,7 @@ import keras
 import numpy as np
 
 from benchmarks import contestants
-from benchmarks.measure import BACKEND, describe, parse, parser, publish
+from benchmarks.measure import BACKEND, describe, parse, parser, publish, say
 from benchmarks.observed import compilations, in_observed_process, resident_mb
 from benchmarks.steps import compiled_step, jax_function, to_tensor
 
@@ -53,6 +53,7 @@ def examine(options, name, dump):
     if BACKEND != "tensorflow":
         row["peak_mb"] = peak_mb(step)
     if options.xla:
+        say(f"{name}: {options.steps} steps")
         loads = [_run(step, layer, number, options) for number in range(1, options.steps)]
         row["compilations"] = compilations(dump) - compiled_before
         if hasattr(layer, "router"):

@@ -19,7 +19,7 @@ each of T tokens; give one T and one E. The columns:
 import keras
 import numpy as np
 
-from benchmarks.measure import BACKEND, parse, parser, publish
+from benchmarks.measure import BACKEND, parse, parser, publish, say
 from benchmarks.observed import compilations, growth_kb, in_observed_process, resident_mb
 from benchmarks.tagger import MIXTURE, TWIN, compiled_tagger, feedforwards, texts
 from keras_moe import callbacks
@@ -88,6 +88,7 @@ class Watch(keras.callbacks.Callback):
         self.epochs = []
 
     def on_epoch_end(self, epoch, logs=None):
+        say(f"epoch {epoch + 1}: loss {logs['loss']:.4f}")
         broken = not_finite(self.model.variables + self.model.optimizer.variables)
         self.epochs.append((resident_mb(), compilations(self.dump), broken))
 

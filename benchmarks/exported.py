@@ -20,7 +20,7 @@ import keras
 
 from benchmarks import runtimes
 from benchmarks.contestants import mixture, tokens
-from benchmarks.measure import BACKEND, describe, interleave, parse, parser, publish, summarise
+from benchmarks.measure import BACKEND, describe, interleave, parse, parser, publish, say, summarise
 
 
 class Program(typing.NamedTuple):
@@ -98,6 +98,7 @@ def race(program, num_tokens, options):
     inputs, runs = tokens(num_tokens, options), {}
     with tempfile.TemporaryDirectory() as folder:
         for num_experts in options.experts:
+            say(f"exporting E={num_experts} for {program.runtime}")
             path = os.path.join(folder, f"{num_experts}{program.ending}")
             x = keras.Input((options.features,))
             model = keras.Model(x, mixture(num_experts, options)(x))

@@ -17,7 +17,7 @@ import numpy as np
 from keras import ops
 
 import keras_moe
-from benchmarks.measure import BACKEND, describe, interleave, parse, parser, publish, summarise
+from benchmarks.measure import BACKEND, describe, interleave, parse, parser, publish, say, summarise
 
 UPCYCLED = {
     "4 halves": {"num_experts": 4, "top_k": 2, "granularity": 2},
@@ -42,6 +42,7 @@ def main(arguments=None):
         inputs = prompts(number, options.vocabulary)
         runs, about, expected = {}, {}, None
         for name in ("dense", *(name for name in options.models if name != "dense")):
+            say(f"building {name}, {mode}")
             model = language_model(name, mode, options)
             logits = ops.convert_to_numpy(model(inputs))
             expected = logits if expected is None else expected

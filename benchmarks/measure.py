@@ -1,4 +1,4 @@
-"""Command lines, timing, and results of the programs.
+"""Command lines, timing, progress, and results of the programs.
 
 Contestants take turns in one process, so that noise hits all alike.
 """
@@ -11,6 +11,7 @@ import os
 import pathlib
 import platform
 import re
+import sys
 import time
 from importlib import metadata
 
@@ -71,18 +72,26 @@ def describe(options):
     )
 
 
+def say(text, end="\n"):
+    """Show what runs now, on standard error."""
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
 def interleave(contestants, rounds, clock=time.perf_counter):
     """Milliseconds of each run of each contestant, after a warm-up run that is timed apart.
 
     Contestants are functions without arguments. Returns arrays (rounds,) by name, and the seconds
     of the first run, which compiles. `clock` is `time.process_time` where others use the machine.
     """
-    first = {name: milliseconds(run, clock) / 1e3 for name, run in contestants.items()}
     times = {name: [] for name in contestants}
-    for _ in range(rounds):
+    say(f"{', '.join(contestants)}: first run", end="")
+    for _ in range(1 + rounds):
         for name, run in contestants.items():
             times[name].append(milliseconds(run, clock))
-    return {name: np.array(values) for name, values in times.items()}, first
+            say(".", end="")
+    say(f" {rounds} rounds")
+    first = {name: values[0] / 1e3 for name, values in times.items()}
+    return {name: np.array(values[1:]) for name, values in times.items()}, first
 
 
 def summarise(times, first, baseline):
@@ -140,6 +149,7 @@ def publish(name, title, options, rows):
 
 def in_fresh_process(function, options, *arguments):
     """`function(options, *arguments)`, all of which must be picklable."""
+    say(" ".join(map(str, ["new process:", function.__name__, *arguments[:1]])))
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, context, settle, [options]) as pool:
         return pool.submit(function, options, *arguments).result()

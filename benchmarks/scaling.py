@@ -21,7 +21,7 @@ import keras
 import numpy as np
 
 from benchmarks import contestants
-from benchmarks.measure import BACKEND, describe, in_fresh_process, parse, parser, publish
+from benchmarks.measure import BACKEND, describe, in_fresh_process, parse, parser, publish, say
 from keras_moe import routers
 
 NUM_DEVICES = (1, 2, 4, 8)
@@ -57,6 +57,7 @@ def examine_all(options):
 
 def examine(kind, number, num_tokens, options):
     """The row of a layer on so many devices."""
+    say(f"{kind}, {number} devices, {num_tokens} tokens")
     from benchmarks.collectives import collectives, megabytes
     from benchmarks.device_flops import device_flops
     from benchmarks.steps import jax_function

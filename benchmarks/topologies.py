@@ -25,7 +25,7 @@ import keras
 
 from benchmarks import chips, contestants
 from benchmarks.collectives import megabytes, products_meanwhile
-from benchmarks.measure import describe, parse, parser, publish
+from benchmarks.measure import describe, parse, parser, publish, say
 
 # Bytes/s that a chip receives along one axis of its network, from both sides: 1,600 Gbit/s over
 # four links (https://cloud.google.com/tpu/docs/v5e), and 4,800 over six
@@ -55,6 +55,7 @@ def examine(topology, options):
     """The row of one topology, such as "v5e:4x4"."""
     from keras_moe.distribution import AXES, expert_parallel
 
+    say(f"compiling for {topology}")
     kind, devices = topology.partition(":")[0], chips.devices(topology)
     shards = min(len(devices), options.shards)
     # `devices` of `expert_parallel` are those that Keras lists: of this process.

@@ -13,11 +13,10 @@ import datasets
 import keras
 import numpy as np
 import plots
-import tensorflow as tf
 from command_line import parser_of
-from comparisons import print_runs
+from comparisons import compile_classifier, print_runs, shuffled_batches
 from files import claim, write_json
-from resuming import HAS_XLA, StepTimer
+from resuming import StepTimer, say
 from vocabulary import Vocabulary
 
 from keras_moe import callbacks, layers, losses, routers
@@ -81,7 +80,7 @@ def main(arguments=None):
         for name in names:
             results[title][name] = []
             for seed in range(options.seeds):
-                print(f"{name}, seed {seed}", flush=True)
+                say(f"{name}, seed {seed}")
                 keras.utils.set_random_seed(seed)
                 model = make(name, num_classes, size)
                 results[title][name].append(train(model, arrays, size))
@@ -154,20 +153,13 @@ def build_model(router, router_losses, num_classes, size):
 
 def train(model, arrays, size):
     """Train, then read the test accuracy once."""
-    (ids, labels), test = arrays
-    batches = tf.data.Dataset.from_tensor_slices((ids, labels)).shuffle(len(ids), seed=0)
-    batches = batches.batch(min(BATCH_SIZE, len(ids)), drop_remainder=True).repeat()
+    train, test = arrays
     # Routers settle as the rate falls.
-    schedule = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, size.steps)
-    model.compile(
-        optimizer=keras.optimizers.Adam(schedule),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-        jit_compile=HAS_XLA,
-    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    compile_classifier(model, loss, LEARNING_RATE, size.steps)
     timer, monitor = StepTimer(), callbacks.ExpertMonitor()
     model.fit(
-        batches,
+        shuffled_batches(*train, BATCH_SIZE).repeat(),
         epochs=size.steps // STEPS_AN_ENTRY,
         steps_per_epoch=STEPS_AN_ENTRY,
         shuffle=False,  # they are shuffled already

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import resuming
 import scipy.stats
+import tensorflow as tf
 from files import write_json
 
 from keras_moe import inspection
@@ -72,26 +73,45 @@ def step_times(make, names, rows, folder, clock=time.perf_counter, rounds=None):
         for name in names
     }
     times: dict = {name: [] for name in names}
-    for step in steps.values():
-        step()  # compiles
-    for _ in range(rounds or TIMED_ROUNDS):
+    resuming.say("timing steps ", end="")
+    for _ in range(1 + (rounds or TIMED_ROUNDS)):
         for name, step in steps.items():
             start = clock()
             step()
             times[name].append(1000 * (clock() - start))
-    medians = {name: float(np.median(each)) for name, each in times.items()}
+        resuming.say(".", end="")
+    resuming.say("")
+    # The first compiles.
+    medians = {name: float(np.median(each[1:])) for name, each in times.items()}
     write_json(path, medians)
     return medians
 
 
-def each_run(options, run):
-    """All runs so far by model and seed, after each `run(name, seed)`; `results.json` has them."""
+def each_run(options, names, run, *given):
+    """The results of each `run(name, seed, *given)` so far, which are kept in `results.json`."""
     results: dict = {}
     for seed in options.seeds:
-        for name in options.models:
-            results.setdefault(name, {})[seed] = run(name, seed)
+        for name in names:
+            results.setdefault(name, {})[seed] = run(name, seed, *given)
             write_json(options.output / "results.json", results)
             yield results
+
+
+def compile_classifier(model, loss, learning_rate, steps, jit_compile=resuming.HAS_XLA):
+    """For Adam, whose learning rate falls to zero along half a cosine."""
+    schedule = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
+    optimizer = keras.optimizers.Adam(schedule)
+    model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=jit_compile)
+
+
+def shuffled_batches(ids, labels, batch_size):
+    """A dataset in batches of one known size.
+
+    A last partial one would be compiled for itself, and XLA uses all cores only where sizes are
+    known when TensorFlow traces the step.
+    """
+    rows = tf.data.Dataset.from_tensor_slices((ids, labels)).shuffle(len(ids), seed=0)
+    return rows.batch(min(batch_size, len(ids)), drop_remainder=True)
 
 
 def print_runs(title, models, columns):

@@ -10,7 +10,7 @@ Axes: B batch, W beams, V vocabulary, M `max_length`.
 
 import keras
 from keras import ops
-from resuming import HAS_XLA
+from resuming import HAS_XLA, say
 from subwords import END, PADDING, START, pad
 
 IMPOSSIBLE = -1e9
@@ -34,8 +34,10 @@ def write(model, subwords, texts, shapes, beams, rows=None):
             # Rows that fill a batch up say nothing, so that they are over at once.
             filling = [[END]] * (rows - len(chosen))
             written = writer.predict_on_batch(pad([sources[n] for n in chosen] + filling, length))
+            say(".", end="")
             for n, text in zip(chosen, subwords.decode(written[: len(chosen)])):
                 translations[n] = text
+    say(f" {len(texts)} texts written")
     return translations
 
 

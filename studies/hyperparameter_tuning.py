@@ -12,8 +12,9 @@ import pathlib
 import keras
 import keras_tuner
 from command_line import parser_of, positive
-from comparisons import print_runs
+from comparisons import compile_classifier, print_runs
 from files import claim, write_json
+from resuming import StepTimer, say
 from text_classification import LEARNING_RATE, Size, build_model, load
 
 from keras_moe import inspection, tuner
@@ -47,6 +48,7 @@ class Search(keras_tuner.Tuner):
     """Each trial has draws of its own, so that an interrupted search resumes with the same ones."""
 
     def run_trial(self, trial, *args, **kwargs):
+        say(f"trial {trial.trial_id}: {trial.hyperparameters.values}")
         keras.utils.set_random_seed(int(trial.trial_id))
         return super().run_trial(trial, *args, **kwargs)
 
@@ -64,7 +66,12 @@ def main(arguments=None):
     def build(hp):
         model = build_model(lambda: space.sample(hp), data.vocabulary, size, len(data.class_names))
         rate = hp.Float("learning_rate", 3e-4, 1e-2, sampling="log", default=LEARNING_RATE)
-        compile_for_training(model, rate, options.epochs * steps)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        # A trial is too short to wait for TensorFlow's XLA.
+        is_jax = keras.backend.backend() == "jax"
+        compile_classifier(model, loss, rate, options.epochs * steps, jit_compile=is_jax)
+        # KerasTuner keeps the state of the optimizer with the weights, and loads it again.
+        model.optimizer.build(model.trainable_variables)
         return model
 
     by_hand = inspection.summarize(build(keras_tuner.HyperParameters()))[0]
@@ -76,8 +83,8 @@ def main(arguments=None):
         batch_size=batch_size,
         epochs=options.epochs,
         validation_data=(validation_ids, validation),
-        callbacks=[tuner.CostMonitor()],
-        verbose=2,
+        callbacks=[tuner.CostMonitor(), StepTimer()],
+        verbose=0,
     )
     report = compare(search, test_ids, test)
     print_report(report)
@@ -92,19 +99,6 @@ def parse_options(arguments):
     parser.add_argument("--trials", type=positive, default=12, help="earlier runs included")
     parser.add_argument("--epochs", type=positive, default=4, help="of each trial")
     return parser.parse_args(arguments)
-
-
-def compile_for_training(model, learning_rate, steps):
-    schedule = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
-    model.compile(
-        optimizer=keras.optimizers.Adam(schedule),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-        # A trial is too short to wait for TensorFlow's XLA.
-        jit_compile=keras.backend.backend() == "jax",
-    )
-    # KerasTuner keeps the state of the optimizer with the weights, and loads it again.
-    model.optimizer.build(model.trainable_variables)
 
 
 def open_search(build, objective, options):

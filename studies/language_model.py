@@ -65,7 +65,7 @@ def main(arguments=None):
     results: dict = {name: [] for name in names}
     histories: dict = {}
     for seed, name in itertools.product(range(options.seeds), names):
-        print(f"\n{name}, seed {seed}")
+        resuming.say(f"{name}, seed {seed}")
         keras.utils.set_random_seed(seed)
         model = make_model(num_tokens, size, options.experts, sparse=name == SPARSE)
         run_size = equal_time(size, results) if name == DENSE_EQUAL_TIME else size
@@ -139,7 +139,7 @@ def equal_time(size, results):
     return size._replace(epochs=max(1, round(size.epochs * sparse / dense)))
 
 
-def fit(model, data, seed, size, folder, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE, **how):
+def fit(model, data, seed, size, folder, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE):
     """Train on rows of ids, or resume training, and return the whole history."""
     train, held_out = data
     compile_for_training(model, size.steps * size.epochs, learning_rate)
@@ -154,7 +154,6 @@ def fit(model, data, seed, size, folder, batch_size=BATCH_SIZE, learning_rate=LE
         steps_per_epoch=size.steps,
         validation_data=(held_out[:, :-1], held_out[:, 1:]),
         validation_batch_size=batch_size,
-        **how,
     )
 
 

@@ -93,7 +93,7 @@ def main(arguments=None):
         time.process_time,
         rounds=10,
     )
-    for results in each_run(options, lambda name, seed: study.run(name, seed, ms_per_step[name])):
+    for results in each_run(options, options.models, study.run, ms_per_step):
         drawn = {name: [*runs.values()] for name, runs in results.items()}
         plots.courses({"manual pages": drawn}, options.output / "courses.png")
         print_comparison(results, rate=("{:g}", "learning_rate"))
@@ -174,13 +174,13 @@ class Study(typing.NamedTuple):
         rate = min(rates, key=rates.get)
         run = self.trained(name, seed, rate, self.size.steps, self.size.epochs)
         losses = run.pop("losses")
-        return {"learning_rate": rate, **run, **course(losses, self.size.steps, ms_per_step)}
+        return {"learning_rate": rate, **run, **course(losses, self.size.steps, ms_per_step[name])}
 
     def trained(self, name, seed, rate, steps, epochs):
         """Test losses by epoch, numbers of parameters, and the load of the experts."""
 
         def train(_):
-            print(f"\n{name}, seed {seed}, learning rate {rate:g}")
+            resuming.say(f"{name}, seed {seed}, learning rate {rate:g}")
             keras.utils.clear_session()  # frees the memory of the last model
             model = self.compiled(name, seed, steps * epochs, rate)
             batches = Batches(self.train, BATCH_SIZE, steps, seed)
@@ -190,9 +190,9 @@ class Study(typing.NamedTuple):
                 steps_per_epoch=steps,
                 validation_data=(self.test[:, :-1], self.test[:, 1:]),
                 validation_batch_size=BATCH_SIZE,
-                callbacks=[batches],
+                callbacks=[batches, resuming.StepTimer()],
                 shuffle=False,  # they are shuffled already
-                verbose=2,
+                verbose=0,
             )
             return {"losses": history.history["val_loss"], **count_parameters(model)}
 

@@ -43,7 +43,7 @@ def main(arguments=None):
     progress = options.output / "progress" / resuming.digest(size, *settings)
     results: dict = {name: [] for name in ("all experts", *MEASURES)}
     for seed in range(options.seeds):
-        print(f"\nseed {seed}")
+        resuming.say(f"seed {seed}")
         keras.utils.set_random_seed(seed)
         model = language_model.make_model(num_tokens, size, options.experts, sparse=True)
         language_model.fit(model, data, seed, size, progress / str(seed), BATCH_SIZE)
@@ -52,6 +52,7 @@ def main(arguments=None):
         rows = np.random.default_rng(seed).permutation(data[0])[: BATCHES * BATCH_SIZE]
         measured = np.array_split(rows[:, :-1], -(-len(rows) // BATCH_SIZE))
         for measure in results:
+            resuming.say(f"by {measure}")
             losses = []
             for draw in range(options.draws if measure == "chance" else 1):
                 other = operate(measure, measured, draw, options)

@@ -1,9 +1,10 @@
-"""Training that resumes after an interruption, and results that are computed once."""
+"""Training that shows its progress and resumes, and results that are computed once."""
 
 import contextlib
 import hashlib
 import json
 import shutil
+import sys
 import time
 
 import keras
@@ -13,8 +14,13 @@ from keras import ops
 HAS_XLA = keras.backend.backend() != "torch"
 
 
+def say(text, end="\n"):
+    """Show what runs now, on standard error."""
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
 class StepTimer(keras.callbacks.Callback):
-    """Keeps the milliseconds of a training step in each epoch, without validation."""
+    """Keeps the milliseconds of a training step, without validation, and shows each epoch."""
 
     def __init__(self):
         super().__init__()
@@ -28,6 +34,10 @@ class StepTimer(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self.ms_per_step.append(1000 * (self._end - self._begin) / self._steps)
+        shown = ", ".join(
+            f"{name} {logs[name]:.4f}" for name in ("loss", "val_loss") if name in logs
+        )
+        say(f"epoch {epoch + 1} of {self.params['epochs']}: {shown}")
 
 
 class Journal(StepTimer):
@@ -100,6 +110,7 @@ def fit(model, batches, epochs, folder, callbacks, **arguments):
         initial_epoch=done,
         shuffle=False,  # they are shuffled already
         callbacks=[*callbacks, journal],
+        verbose=0,
         **arguments,
     )
     return journal.history

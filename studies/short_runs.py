@@ -2,8 +2,7 @@
 
     KERAS_BACKEND=torch python studies/short_runs.py --steps 75 300
 
-Five small tasks, several settings of one mixture each. A row has, for held-out data, the loss,
-the
+Five small tasks, several settings of one mixture each. A row has, for held-out data, the loss, the
 share of the busiest expert, and how many experts serve less than 1% of the tokens.
 """
 
@@ -17,6 +16,7 @@ import numpy as np
 from command_line import parser_of, positive
 from comparisons import spread
 from files import claim, write_json
+from resuming import say
 from sklearn.datasets import load_digits
 from vocabulary import Vocabulary
 
@@ -115,6 +115,7 @@ TASKS = {each.__name__: each for each in (whole_images, patches, text, language,
 
 
 def run(task, setting, steps, seed):
+    say(f"{task}, {setting}, {steps} steps, seed {seed}")
     keras.utils.set_random_seed(seed)
     x, y, model = TASKS[task](SETTINGS[setting])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

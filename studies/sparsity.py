@@ -93,7 +93,7 @@ def main(arguments=None):
     name = resuming.digest(size, options.dataset, BATCH_SIZE, BALANCE_WEIGHT)
     study = Study(size, num_tokens, *parts, options.output / "runs" / name)
     ms_per_step = step_times(study.make, options.models, study.train[:BATCH_SIZE], study.folder)
-    for results in each_run(options, lambda name, seed: study.run(name, seed, ms_per_step[name])):
+    for results in each_run(options, options.models, study.run, ms_per_step):
         drawn = {name: [*runs.values()] for name, runs in results.items()}
         costs = ("steps", "FLOPs", "seconds")
         plots.courses({options.dataset: drawn}, options.output / "sparsity.png", costs)
@@ -136,7 +136,7 @@ class Study(typing.NamedTuple):
         """The course of the losses of a model with the learning rate that suits it best."""
         rate = self.best_rate(name)
         by_epoch, parameters = self.train_once(name, seed, rate, self.size.epochs, self.test)
-        run = course(by_epoch, self.size.steps, ms_per_step)
+        run = course(by_epoch, self.size.steps, ms_per_step[name])
         flops_per_step = 6 * parameters["active_weights"] * BATCH_SIZE * self.size.length
         run["FLOPs"] = [step * flops_per_step for step in run["steps"]]
         return {**run, "learning_rate": rate, "flops_per_step": flops_per_step, **parameters}
@@ -150,12 +150,12 @@ class Study(typing.NamedTuple):
         """Losses by epoch and numbers of parameters, of a run that may be finished already."""
 
         def train(progress):
-            print(f"\n{name}, seed {seed}, {epochs} epochs, learning rate {learning_rate}")
+            resuming.say(f"{name}, seed {seed}, {epochs} epochs, learning rate {learning_rate}")
             keras.utils.set_random_seed(seed)
             model = self.make(name)
             history = language_model.fit(
                 model, (self.train, held_out), seed, self.size._replace(epochs=epochs), progress,
-                BATCH_SIZE, learning_rate, verbose=2,
+                BATCH_SIZE, learning_rate,
             )  # fmt: skip
             parameters = count_parameters(model)
             # Of the embedding a token takes one row, which costs nothing.

@@ -51,9 +51,6 @@ class Subwords:
         """Texts of rows of ids: what comes before the first `END`, specials left out."""
         return [self._processor.decode(_content(row)) for row in rows]
 
-    def piece(self, index):
-        return self._processor.id_to_piece(int(index))
-
 
 def _content(row):
     row = [int(index) for index in row]

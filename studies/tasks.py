@@ -15,6 +15,7 @@ import keras
 import numpy as np
 from command_line import positive
 from comparisons import print_runs
+from resuming import StepTimer, say
 
 from keras_moe import inspection, layers, routers
 
@@ -81,7 +82,9 @@ def run(name, relatedness, seed, num_rows, epochs):
     ]
     model = keras.Model(inputs, keras.layers.Concatenate()(towers))
     model.compile(keras.optimizers.Adam(1e-3), "mse", metrics=["mse"])
-    model.fit(x[NUM_TEST:], y[NUM_TEST:], batch_size=256, epochs=epochs, verbose=0)
+    say(f"{name}, relatedness {relatedness:g}, seed {seed}")
+    shown = [StepTimer()]
+    model.fit(x[NUM_TEST:], y[NUM_TEST:], 256, epochs, callbacks=shown, verbose=0)
     results = {"error": model.evaluate(x[:NUM_TEST], y[:NUM_TEST], 1000, verbose=0)[1]}
     if "mmoe" in [layer.name for layer in model.layers]:
         gates = [calls[0] for calls in inspection.record_routings(model, [x[:1000]]).values()]

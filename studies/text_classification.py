@@ -12,12 +12,18 @@ import datasets
 import keras
 import numpy as np
 import plots
-import tensorflow as tf
 from command_line import parser_of, positive
-from comparisons import PARAMETERS, count_parameters, dense_feedforward, print_runs
+from comparisons import (
+    PARAMETERS,
+    compile_classifier,
+    count_parameters,
+    dense_feedforward,
+    print_runs,
+    shuffled_batches,
+)
 from files import claim, save_figure, write_json
 from phrase_embedding import PhraseEmbedding
-from resuming import HAS_XLA, StepTimer
+from resuming import StepTimer, say
 from vocabulary import Vocabulary, split_words
 
 import keras_moe
@@ -51,7 +57,7 @@ def main(arguments=None):
         feedforward = functools.partial(feedforward_of, experts, size)
         results[name] = []
         for seed in range(options.seeds):
-            print(f"\n{name}, seed {seed}")
+            say(f"{name}, seed {seed}")
             keras.utils.set_random_seed(seed)
             model = build_model(feedforward, data.vocabulary, size, len(data.class_names))
             history, run = fit(model, data.arrays, options.epochs)
@@ -157,23 +163,11 @@ class Detached(keras.layers.Layer):
 
 def fit(model, arrays, epochs):
     """Train, then read the test accuracy once."""
-    (ids, labels), validation, test = arrays
-    batch_size = min(BATCH_SIZE, len(ids))
-    # Batches of one known size: a last partial one would be compiled for itself, and XLA uses all
-    # cores only where sizes are known when TensorFlow traces the step.
-    batches = tf.data.Dataset.from_tensor_slices((ids, labels)).shuffle(len(ids), seed=0)
-    batches = batches.batch(batch_size, drop_remainder=True)
-    schedule = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, epochs * len(batches))
-    model.compile(
-        optimizer=keras.optimizers.Adam(schedule),
-        loss=keras.losses.CategoricalCrossentropy(
-            from_logits=True, label_smoothing=LABEL_SMOOTHING
-        ),
-        metrics=["accuracy"],
-        jit_compile=HAS_XLA,
-    )
-    timer = StepTimer()
-    monitors = []
+    train, validation, test = arrays
+    batches = shuffled_batches(*train, BATCH_SIZE)
+    loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=LABEL_SMOOTHING)
+    compile_classifier(model, loss, LEARNING_RATE, epochs * len(batches))
+    timer, monitors = StepTimer(), []
     if inspection.has_moe_layers(model):
         monitors = [callbacks.ExpertMonitor(), callbacks.ExpertHealth()]
     history = model.fit(
@@ -182,9 +176,10 @@ def fit(model, arrays, epochs):
         epochs=epochs,
         validation_data=validation,
         callbacks=[*monitors, timer],
+        verbose=0,
     ).history
     history["epochs"] = [*range(1, 1 + epochs)]
-    _, accuracy = model.evaluate(*test, batch_size=batch_size, verbose=0)
+    _, accuracy = model.evaluate(*test, batch_size=BATCH_SIZE, verbose=0)
     run = {
         "test_accuracy": float(accuracy),
         "validation_accuracy": history["val_accuracy"][-1],

@@ -66,7 +66,7 @@ def main(arguments=None):
     for name in (MIXTURE, TWIN) if options.compare else (MIXTURE,):
         results[name] = []
         for seed in range(options.seeds):
-            print(f"\n{name}, seed {seed}")
+            resuming.say(f"{name}, seed {seed}")
             keras.utils.set_random_seed(seed)
             model = build_model(setting, train, len(subwords), size, sparse=name == MIXTURE)
             folder = unfinished / f"{name.replace(' ', '-')}-{seed}"

@@ -14,8 +14,8 @@ import keras
 import resuming
 import translation
 from command_line import parser_of
-from comparisons import interval, print_runs
-from files import claim, write_json
+from comparisons import each_run, interval, print_runs
+from files import claim
 from translation import Setting
 
 EPOCHS = 1
@@ -35,16 +35,16 @@ def main(arguments=None):
     options = parse_options(arguments)
     claim(options.output)
     loss_of = trained(options)
-    results: dict = {}
-    for seed in options.seeds:
-        for name in options.changes:
-            losses = {
-                "dense": loss_of(CHANGES[name], seed, sparse=False),
-                "mixture": loss_of(CHANGES[name], seed, sparse=True),
-            }
-            results.setdefault(name, {})[seed] = losses
-            write_json(options.output / "results.json", results)
-            print_losses(results)
+
+    def losses_of(name, seed):
+        setting = CHANGES[name]
+        return {
+            "dense": loss_of(setting, seed, sparse=False),
+            "mixture": loss_of(setting, seed, sparse=True),
+        }
+
+    for results in each_run(options, options.changes, losses_of):
+        print_losses(results)
     return results
 
 
@@ -75,7 +75,7 @@ def trained(options):
             setting = Setting()  # Dense models do not differ.
 
         def train(progress):
-            print(f"\n{'mixture' if sparse else 'dense'}, seed {seed}, {setting}")
+            resuming.say(f"{'mixture' if sparse else 'dense'}, seed {seed}, {setting}")
             keras.utils.set_random_seed(seed)
             model = translation.build_model(setting, batches, len(subwords), size, sparse)
             history = translation.fit(model, batches, validation, EPOCHS, progress)

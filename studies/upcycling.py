@@ -62,7 +62,7 @@ def main(arguments=None):
     ms_per_step = step_times(
         study.compiled, options.models, study.first[:BATCH_SIZE], study.folder, time.process_time
     )
-    for results in each_run(options, lambda name, seed: study.run(name, seed, ms_per_step[name])):
+    for results in each_run(options, options.models, study.run, ms_per_step):
         before = np.mean([run["before"] for run in results["dense"].values()])
         print(f"\nloss of the dense model after the first half: {before:.4f}")
         print_comparison(results)
@@ -103,7 +103,7 @@ class Study(typing.NamedTuple):
 
         run = resuming.once(self.folder / f"{name}-{seed}", train)
         after = run.pop("after")
-        return {**run, **course(after, self.size.steps, ms_per_step)}
+        return {**run, **course(after, self.size.steps, ms_per_step[name])}
 
     def half_trained(self, seed):
         """The dense model after the first half, and its loss."""
@@ -124,7 +124,7 @@ class Study(typing.NamedTuple):
 
     def fit(self, name, model, seed, data, progress):
         """Losses by epoch."""
-        print(f"\n{name}, seed {seed}")
+        resuming.say(f"{name}, seed {seed}")
         return language_model.fit(
             model, (data, self.test), seed, self.size, progress, BATCH_SIZE, LEARNING_RATE
         )["val_loss"]

@@ -26,6 +26,7 @@ EXAMPLES = {"eager": 1 if BACKEND == "jax" else 10, "graph": 5, "xla": 5, "jit":
 
 # `jit_compile` where only the model matters: for TensorFlow, XLA takes seconds for each function.
 QUICK_JIT = "auto" if BACKEND == "jax" else False
+EVERY_JIT = {"tensorflow": (False, True), "jax": (True,), "torch": (False,)}[BACKEND]
 # One mode for each way to compute: "graph" runs the code of "eager".
 KERNEL_MODES = {"tensorflow": ("eager", "xla"), "jax": ("jit",), "torch": ("eager",)}[BACKEND]
 
@@ -84,14 +85,16 @@ def gradients(function, inputs, mode=FAST_MODE):
     return differentiated(lambda inputs: (function(*inputs), ()), mode)(inputs)[2]
 
 
-def run_python(*arguments, **environment):
-    """What a process of this package printed, and how it ended."""
-    return subprocess.run(
+def run_python(*arguments, fails=False, **environment):
+    """What a process of this package printed, or its errors where it `fails`."""
+    done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
     )
+    assert (done.returncode != 0) == fails, done.stdout[-8000:] + done.stderr[-3000:]
+    return done.stderr if fails else done.stdout
 
 
 def saved_and_loaded(model, folder):

@@ -7,6 +7,7 @@ tests run only.
 import gc
 import os
 import random
+import re
 import tempfile
 
 import hypothesis
@@ -50,6 +51,17 @@ def share_programs(config):
     config.add_cleanup(folder.cleanup)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+def pytest_ignore_collect(collection_path):
+    """Leave out files all of whose tests run on other backends: their imports take seconds."""
+    if collection_path.suffix != ".py":
+        return None
+    text = collection_path.read_text(encoding="utf-8")
+    of_file = re.search(r"^pytestmark = \[?\s*pytest\.mark\.backends\((.*?)\)", text, re.MULTILINE)
+    if of_file is None or text.count("pytest.mark.backends(") > 1:
+        return None
+    return True if os.environ.get("KERAS_BACKEND", "") not in of_file[1] else None
 
 
 def pytest_collection_modifyitems(config, items):

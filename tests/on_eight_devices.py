@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 from layer_checks import SumOfTasks
-from test_own_experts import BranchedExperts, DeepExperts, NormalisedExperts
+from test_own_experts import BranchedExperts, NormalisedExperts
 
 from benchmarks import scaling
 from benchmarks.collectives import collectives
@@ -99,7 +99,7 @@ def trained():
 # Experts on two devices are gathered to, on four they are sent to.
 def test_fit_gives_what_one_device_gives():
     one_device = on(None, trained)
-    for mesh in ("data_parallel", "4x2", "2x4"):
+    for mesh in ("4x2", "2x4"):
         result = on(mesh, trained)
         assert_same(result, one_device)
         assert np.abs(result[1]).max() > 0.005
@@ -377,7 +377,7 @@ def test_another_layout_is_combined_with_that_of_the_banks():
     model.fit(x, x, batch_size=B, verbose=0)
 
 
-@pytest.mark.parametrize("bank", [DeepExperts, NormalisedExperts, BranchedExperts])
+@pytest.mark.parametrize("bank", [NormalisedExperts, BranchedExperts])
 def test_experts_that_users_write_are_split_and_give_what_one_device_gives(bank):
     def layer():
         mixture = layers.MixtureOfExperts(bank(E, activation="tanh"))

@@ -1,13 +1,12 @@
 """Training on replicas of `tf.distribute`, in a process that sets up its devices first.
 
-`python replicas_tensorflow.py REPLICAS` prints one JSON object: for each part, the loss, the logs
-of a monitor and all weights of a model that was trained so. As a worker of several, which the
-environment variable TF_CONFIG describes, a process trains by a loop of its own.
+It prints one JSON object: by the number of replicas, for each part, the loss, the logs of a monitor
+and all weights of a model that was trained so. As a worker of several, which the environment
+variable TF_CONFIG describes, a process trains by a loop of its own.
 """
 
 import json
 import os
-import sys
 
 import keras
 import numpy as np
@@ -107,11 +106,15 @@ def worker():
     return results
 
 
-def mirrored(replicas):
-    """All parts, on one device or on several of one process."""
+def two_devices():
+    """The results on one device, and on both of this process."""
     (cpu,) = tf.config.list_physical_devices("CPU")
-    devices = [tf.config.LogicalDeviceConfiguration()] * replicas
-    tf.config.set_logical_device_configuration(cpu, devices)
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+    return {replicas: mirrored(replicas) for replicas in (1, 2)}
+
+
+def mirrored(replicas):
+    """All parts."""
     strategy = tf.distribute.get_strategy()
     if replicas > 1:
         strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
@@ -125,14 +128,9 @@ def mirrored(replicas):
             "xla": step(strategy, plain_layers, same, run_compiled),
         }
         if replicas == 2:
-            results["errors"] = {
-                layer.name: error_of(
-                    step, strategy, lambda layer=layer: [layer], same, run_compiled
-                )
-                for layer in global_layers()
-            }
+            results["error"] = error_of(step, strategy, global_layers, same, run_compiled)
     return results
 
 
 if __name__ == "__main__":
-    print(json.dumps(worker() if "TF_CONFIG" in os.environ else mirrored(int(sys.argv[1]))))
+    print(json.dumps(worker() if "TF_CONFIG" in os.environ else two_devices()))

@@ -2,17 +2,13 @@
 
 import argparse
 import json
-import pathlib
-import sys
 
 import keras
 import numpy as np
 import pytest
+from backends import BACKEND, ROOT
 
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import (  # noqa: E402
+from benchmarks import (
     batch_sizes,
     contestants,
     counts,
@@ -26,13 +22,11 @@ from benchmarks import (  # noqa: E402
     memory,
     model,
     peers,
-    tagger,
     tasks,
 )
-from benchmarks.observed import in_observed_process  # noqa: E402
-from benchmarks.rivals import ANY, RIVALS, Rival  # noqa: E402
+from benchmarks.observed import in_observed_process
+from benchmarks.rivals import ANY, RIVALS, Rival
 
-BACKEND = keras.backend.backend()
 T, D, H, E, K = 64, 8, 16, 4, 2
 
 # `test_layers_are_compared` times a compiled step on every backend. These programs time others in
@@ -72,7 +66,8 @@ def run(program, *arguments):
 def assert_timed(rows):
     for row in rows:
         assert row["ms"] > 0
-        assert 0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+        if "ratio" in row:
+            assert 0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
 
 
 @where_nothing_is_compiled
@@ -112,14 +107,6 @@ def test_layers_are_compared(capsys):
     assert "E=4 zipf" in capsys.readouterr().out
 
 
-def test_of_several_processes_the_middle_ratio_is_shown_between_the_extremes():
-    runs = [
-        [{"name": "E=4", "ms": ms, "ratio": ratio}] for ms, ratio in ((5, 1.5), (9, 1.1), (7, 1.2))
-    ]
-    expected = {"name": "E=4", "ms": 7, "ratio": 1.2, "ratio_low": 1.1, "ratio_high": 1.5}
-    assert layer.middle(runs) == [expected]
-
-
 @where_nothing_is_compiled
 @pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning")
 @pytest.mark.parametrize(
@@ -131,6 +118,7 @@ def test_of_several_processes_the_middle_ratio_is_shown_between_the_extremes():
             ["dense twin", "E=4 all-to-one"] * 2,
         ),
         (model, [], ["dense twin", "E=4"]),
+        (memory, [], ["0 MB"]),
         (
             decode,
             ["--tokens", "4"],
@@ -163,12 +151,6 @@ def test_layers_of_many_tasks_are_timed_against_the_same_by_hand():
     ]
     assert_timed(rows)
     assert max(row.get("max_difference", 0.0) for row in rows) < 1e-5
-
-
-@where_nothing_is_compiled
-def test_memory_is_written():
-    (row,) = run(memory)
-    assert row["ms"] > 0 and row["page_faults"] >= 0 and row["system_ms"] >= 0
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -243,7 +225,6 @@ def test_ragged_dot_agrees():
 def test_counts_of_a_step(monkeypatch, tmp_path):
     monkeypatch.setattr(counts, "in_observed_process", lambda run, *rest: run(*rest, tmp_path))
     twin, mixture = run(counts)
-    assert twin["name"] == "dense twin" and mixture["name"] == "E=4"
     twin_weights = 2 * D * K * H + K * H + D
     assert twin["gradients_mb"] == pytest.approx(4 * (twin_weights + 32 * D) / 1e6)
     assert mixture["matmul_ratio"] > 1
@@ -274,17 +255,6 @@ def test_endurance_watches_numbers_experts_and_memory():
     assert endurance.not_finite(numbers) == 2
 
 
-@pytest.mark.backends("tensorflow")  # where it is used
-def test_the_embedding_of_the_tagger_is_that_of_keras():
-    ids = np.array([[1, 3, 3, 0]], "int32")
-    ours, theirs = (cls(5, 2, mask_zero=True) for cls in (tagger.Embedding, keras.layers.Embedding))
-    outputs = ours(ids)
-    theirs.build(None)
-    theirs.embeddings.assign(ours.embeddings)
-    contestant, keras_own = map(keras.ops.convert_to_numpy, (outputs, theirs(ids)))
-    np.testing.assert_array_equal(contestant, keras_own)
-
-
 @where_nothing_is_compiled
 def test_batches_of_all_sizes_are_counted_with_and_without_buckets():
     rows = run(batch_sizes, "--calls", "train", "layer")
@@ -292,15 +262,6 @@ def test_batches_of_all_sizes_are_counted_with_and_without_buckets():
         (call, lengths) for call in ("train", "layer") for lengths in ("all", "buckets")
     ]
     assert all(row["ms"] > 0 for row in rows)
-
-
-@pytest.mark.backends("jax")
-def test_programs_that_a_process_compiles_are_counted(monkeypatch):
-    monkeypatch.setattr(batch_sizes, "in_observed_process", in_observed_process)
-    monkeypatch.setattr(batch_sizes, "PADDED", [True])
-    (row,) = run(batch_sizes, "--calls", "predict")
-    # One for each bucket; the model's other operations are compiled as they are met.
-    assert row["traces"] == 2 <= row["compiled"] and row["compiled_later"] == 0
 
 
 @where_nothing_is_compiled

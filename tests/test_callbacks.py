@@ -65,6 +65,11 @@ def evaluated(model, *callbacks, **options):
     return {key: value for key, value in logs.items() if key != "loss"}
 
 
+def busiest(counts):
+    """A user-defined metric."""
+    return np.max(counts)
+
+
 def test_training_and_validation_are_reported_exactly_for_each_epoch(capsys):
     model, stopping = model_of(routed()), keras.callbacks.EarlyStopping("val_load_imbalance")
     stopping.patience, stopping.mode = 1, "min"
@@ -82,10 +87,10 @@ def test_training_and_validation_are_reported_exactly_for_each_epoch(capsys):
     assert "imbalance" not in capsys.readouterr().out
     history = fit(model, ExpertMonitor(per_layer=True))
     assert usage(history) == about({**BOTH, **OF_LAYER})
-    monitor = ExpertMonitor(expert_shares=True)
+    monitor = ExpertMonitor(expert_shares=True, metrics=[busiest])
     fit(model, monitor, validation=False)
     shares = {f"expert_share_{e}": share for e, share in enumerate((0.75, 0.25, 0, 0))}
-    assert usage(monitor.history) == about(named({**SKEWED, **shares}, "moe"))
+    assert usage(monitor.history) == about(named({**SKEWED, **shares, "busiest": 6}, "moe"))
 
 
 def test_each_router_loss_is_reported_by_its_name_before_its_weight():
@@ -210,33 +215,19 @@ def test_two_layers_of_one_name_inside_other_models_have_logs_of_their_own():
     assert logs == about(expected)
 
 
-class Interruption(Exception):
-    pass
-
-
-def interrupt_evaluation(model, place, monitor):
-    """Break an evaluation off in the step, or in a hook of the second batch."""
-
-    def interrupt(batch, logs):
-        if place == "step" or batch == 1:
-            raise Interruption
-
-    if place == "step":
-        model.compile("sgd", interrupt)
-    stops = keras.callbacks.LambdaCallback(**{place: interrupt})
-    with pytest.raises(Interruption):
-        evaluated(model, monitor, stops, batch_size=2)
+def interrupted(run, model, place, **options):
+    """Break a run off at the end of a batch or an epoch."""
+    stops = keras.callbacks.LambdaCallback(**{place: lambda *_, **__: 1 / 0})
+    with pytest.raises(ZeroDivisionError):
+        run(model, ExpertMonitor(), stops, **options)
     # On JAX Keras leaves a model without its variables there, whatever its layers.
     getattr(model, "jax_state_sync", lambda: None)()
 
 
-@pytest.mark.parametrize("place", ["on_test_batch_begin", "on_test_batch_end", "step"])
-def test_a_run_with_a_monitor_ends_an_evaluation_that_was_interrupted(place):
+def test_a_run_with_a_monitor_ends_an_evaluation_that_was_interrupted():
     model = model_of(routed())
     layer = model.layers[0]
-    interrupt_evaluation(model, place, ExpertMonitor())
-    if place == "step":
-        model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=QUICK_JIT)
+    interrupted(evaluated, model, "on_test_batch_end", batch_size=2)
     assert evaluated(model, ExpertMonitor()) == about(EVEN)
     assert not layer.counts_in_evaluation
     model.predict(VALIDATION, verbose=0)
@@ -248,10 +239,7 @@ def test_a_run_with_a_monitor_ends_an_evaluation_that_was_interrupted(place):
 @pytest.mark.parametrize("validation", [True, False])
 def test_nothing_counts_after_a_training_that_was_interrupted(validation):
     model = model_of(routed())
-    stops = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        fit(model, ExpertMonitor(), stops, validation=validation)
-    getattr(model, "jax_state_sync", lambda: None)()
+    interrupted(fit, model, "on_epoch_end", validation=validation)
     assert not model.layers[0].counts_in_evaluation
     before = array(model.layers[0].expert_counts)
     model.predict(VALIDATION, verbose=0)

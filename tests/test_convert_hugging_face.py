@@ -11,6 +11,7 @@ import safetensors.numpy as safetensors_numpy
 import test_convert_keras_hub as keras_hub_models
 from backends import ROOT, assert_close
 from keras import ops
+from layer_checks import array
 
 import keras_moe
 from keras_moe import convert, inspection, layers, routers, surgery
@@ -72,10 +73,6 @@ FAMILIES = {
     "solar_open": ("SolarOpen", _DEEPSEEK),
 }
 TOKENS = np.random.default_rng(0).normal(size=(2, 5, D)).astype("float32")
-
-
-def array(tensor):
-    return ops.convert_to_numpy(ops.cast(tensor, "float32"))
 
 
 def is_of_block(name):

@@ -182,14 +182,14 @@ def test_a_converted_model_is_upcycled_and_loads_with_both_changes(tmp_path):
         assert len(inspection.moe_layers(each)) == 2
 
 
+@on_one_backend
 def test_old_weights_are_freed():
     model = causal_lm("mixtral")
     for change in (convert.use_sparse_experts, convert.restore):
         layers = [each for each in model._flatten_layers() if hasattr(each, "expert_bank")]
         weights = [weight for layer in layers for weight in layer.expert_bank.weights]
-        old = [weakref.ref(weight) for weight in weights]
-        if BACKEND == "torch":  # whose tensors are copied
-            old += [weakref.ref(weight.value) for weight in weights]
+        # Tensors of PyTorch are copied.
+        old = [weakref.ref(part) for weight in weights for part in (weight, weight.value)]
         del layers, weights
         change(model)
         gc.collect()

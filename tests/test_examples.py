@@ -24,13 +24,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\):De
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NOTEBOOKS = runpy.run_path(str(ROOT / "docs" / "notebooks.py"))
 
-# JAX, which the examples name themselves, runs all but the two longest, PyTorch all but one that
-# sets JAX.
-# TensorFlow compiles each for ten seconds, and runs these.
-RUN_HERE = {path.stem for path in EXAMPLES}
-RUN_HERE -= {"many_devices"} if BACKEND == "torch" else {"pretrained", "tabular"}
-if BACKEND == "tensorflow":
-    RUN_HERE = {"images", "text_classification"}
+# JAX, which the examples name themselves, runs all but the two longest.
+LONGEST = {"pretrained", "tabular"}
+RUN_HERE = {
+    "jax": {path.stem for path in EXAMPLES} - LONGEST,
+    "tensorflow": {"text_classification"},
+    "torch": LONGEST | {"language_model", "text_classification"},
+}[BACKEND]
+on_one_backend = pytest.mark.backends("torch")
 
 # What the constants of an example become: all that are one integer must be here.
 SMOKE = {
@@ -148,15 +149,15 @@ def test_an_example_runs_in_a_small_size(name, made_up_data, monkeypatch, tmp_pa
 
 def run_on_four_devices(tree):
     """It sets the distribution of its process, and devices are counted when JAX starts."""
-    done = run_python(
+    printed = run_python(
         *("-W", "error", "-W", OF_KERAS, "-c", ast.unparse(tree)),
         JAX_PLATFORMS="cpu",
         XLA_FLAGS=f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
     )
-    assert done.returncode == 0, done.stderr
-    assert "4 devices" in done.stdout
+    assert "4 devices" in printed
 
 
+@on_one_backend
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_is_one_short_file_that_anyone_can_copy(path):
     source = path.read_text(encoding="utf-8")
@@ -170,6 +171,7 @@ def test_an_example_is_one_short_file_that_anyone_can_copy(path):
     assert {name.partition(".")[0] for name in names} <= ALLOWED
 
 
+@on_one_backend
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_a_notebook_and_a_page_hold_the_code_of_an_example(path):
     text = (ROOT / "docs" / "notebooks" / f"{path.stem}.ipynb").read_text(encoding="utf-8")
@@ -185,12 +187,10 @@ def test_a_notebook_and_a_page_hold_the_code_of_an_example(path):
         assert ast.dump(ast.parse("\n".join(found))) == ast.dump(expected)
 
 
-def test_there_is_a_notebook_for_each_example_and_no_other():
+@on_one_backend
+def test_there_is_a_notebook_for_each_example_and_a_page_lists_its_number_of_lines():
     notebooks = (ROOT / "docs" / "notebooks").glob("*.ipynb")
     assert {path.stem for path in notebooks} == {path.stem for path in EXAMPLES}
-
-
-def test_a_page_lists_each_example_with_its_number_of_lines():
     page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| \[`examples/(\w+)\.py`\].*\| (\d+) \|$", page, flags=re.MULTILINE)
     lines = {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES}

@@ -1,22 +1,15 @@
 """Exported programs: each runs without this package, for batches of any size."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import keras
 import numpy as np
 import pytest
-from backends import assert_close, to_numpy
+from backends import BACKEND, ROOT, assert_close, run_python, to_numpy
 from layer_checks import OF_LAYERS
+from test_own_experts import BANKS as OWN_BANKS
 
 from benchmarks.exported import PROGRAMS
 from keras_moe import layers, routers
 
-ROOT = Path(__file__).parents[1]
-
-BACKEND = keras.backend.backend()
 S, D, E = 3, 8, 3
 BATCHES = (1, 5, 32)
 
@@ -29,8 +22,8 @@ NOT_OF_BLOCKS = ("onnx", "torch.export strict") if BACKEND == "torch" else ()
 BLOCKS = {layers.TransformerDecoderBlock, layers.TransformerEncoderBlock}
 
 
-def with_every_layer(blocks):
-    """A model of sequences that has each exported layer once."""
+def with_every_layer(blocks, own_banks):
+    """A model of sequences that has each exported layer once, and user-defined experts."""
     inputs = keras.Input((S, D))
     router = routers.TopKRouter(E, 2, score="sigmoid", balancer="loss_free")
     gated = layers.GatedExperts(E, 16, "gelu", use_bias=True)
@@ -38,6 +31,8 @@ def with_every_layer(blocks):
     x = layers.MixtureOfExperts(layers.FeedForwardExperts(E, 16))(x)
     corrected = layers.LowRankExperts(layers.GatedExperts(1, 16), E, 2, b_initializer="normal")
     x = layers.MixtureOfExperts(corrected)(x)
+    for bank in own_banks:
+        x = layers.MixtureOfExperts(bank())(x)
     for block in blocks:
         x = block(2, keras.layers.Dense(D))(x)
     small = keras.Sequential([keras.layers.Dense(4, "relu"), keras.layers.Dense(D)])
@@ -62,7 +57,8 @@ def batch(size):
 def test_a_program_serves_batches_of_sizes_not_seen_at_export(name, tmp_path):
     keras.utils.set_random_seed(0)
     blocks = () if name in NOT_OF_BLOCKS else sorted(BLOCKS, key=str)
-    assert_serves(with_every_layer(blocks), PROGRAMS[name], tmp_path)
+    own_banks = () if "strict" in name else OWN_BANKS.values()  # Dynamo takes long.
+    assert_serves(with_every_layer(blocks, own_banks), PROGRAMS[name], tmp_path)
 
 
 @pytest.mark.backends("tensorflow")
@@ -93,25 +89,16 @@ def assert_serves(model, program, tmp_path, more=()):
     expected = {size: to_numpy(model(value)) for size, value in inputs.items()}
     path = tmp_path / f"model{program.ending}"
     program.export(model, str(path))
-    outputs = run_in_a_process_of_its_own(program.runtime, path, inputs, tmp_path)
-    for size in inputs:
-        assert_close(outputs[size], expected[size])
-
-
-def run_in_a_process_of_its_own(runtime, path, inputs, folder):
-    np.savez(folder / "inputs.npz", **inputs)
-    script = ROOT / "benchmarks" / "runtimes.py"
-    arguments = [runtime, path, folder / "inputs.npz", folder / "outputs.npz"]
+    np.savez(tmp_path / "inputs.npz", **inputs)
+    script, files = ROOT / "benchmarks" / "runtimes.py", ("inputs.npz", "outputs.npz")
     # Without the folders of this package.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run(
-        [sys.executable, str(script), *map(str, arguments)], check=True, env=environment, cwd=folder
-    )
-    with np.load(folder / "outputs.npz") as outputs:
-        return dict(outputs)
+    run_python(script, program.runtime, path, *(tmp_path / each for each in files), PYTHONPATH="")
+    with np.load(tmp_path / "outputs.npz") as outputs:
+        for size in inputs:
+            assert_close(outputs[size], expected[size])
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="a program of PyTorch")
+@pytest.mark.backends("torch")
 def test_a_program_serves_sequences_of_lengths_not_seen_at_export():
     import torch
 
@@ -139,7 +126,7 @@ def test_a_program_of_jax_serves_sequences_of_any_length():
         assert_close(to_numpy(program.call(inputs)), to_numpy(model(inputs)))
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="a compiler of PyTorch")
+@pytest.mark.backends("torch")
 def test_torch_compile_computes_the_same():
     import torch
 

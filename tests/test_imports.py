@@ -29,21 +29,19 @@ TOOLS = PARTS.index(())
 SHARED = {"base", "devices", "layouts", "padded"}
 
 
-def run(*arguments, backend=BACKEND):
-    options = ("-W", "error::DeprecationWarning:keras_moe")
-    return run_python(*options, *arguments, KERAS_BACKEND=backend)
+IMPORTED = """
+import sys
+sys.modules["tensorflow"] = None
+import keras
+before = set(sys.modules)
+import keras_moe
+print(*set(sys.modules) - before)
+"""
 
 
+@pytest.mark.backends("jax", "torch")  # TensorFlow takes long to import
 def test_the_package_imports_nothing_but_itself_and_the_backend_of_keras():
-    done = run(
-        "-c",
-        "import sys, keras\n"
-        "before = set(sys.modules)\n"
-        "import keras_moe\n"
-        "print(*set(sys.modules) - before)",
-    )
-    assert done.returncode == 0, done.stderr
-    new = done.stdout.split()
+    new = run_python("-W", "error::DeprecationWarning:keras_moe", "-c", IMPORTED).split()
     own = {BACKEND, "numpy"} | ({"jaxlib"} if BACKEND == "jax" else set())
     foreign = {name.partition(".")[0] for name in new} - set(sys.stdlib_module_names) - own
     assert foreign == {"keras_moe"}
@@ -53,14 +51,13 @@ def test_the_package_imports_nothing_but_itself_and_the_backend_of_keras():
 
 @pytest.mark.backends("torch")
 def test_another_backend_is_refused_with_the_way_out():
-    imported = run("-c", "import keras_moe", backend="numpy")
-    called = run("-m", "keras_moe", "inspect", "model.keras", backend="foo")
-    (line,) = called.stderr.splitlines()
-    for ended, error, received in (
-        (imported, imported.stderr.strip().splitlines()[-1], "keras.backend.backend()='numpy'"),
-        (called, line, "KERAS_BACKEND='foo' (Unable to import backend : foo)"),
+    call = ("-m", "keras_moe", "inspect", "model.keras")
+    (called,) = run_python(*call, fails=True, KERAS_BACKEND="foo").splitlines()
+    imported = run_python("-c", "import keras_moe", fails=True, KERAS_BACKEND="numpy")
+    for error, received in (
+        (imported.strip().splitlines()[-1], "keras.backend.backend()='numpy'"),
+        (called, "KERAS_BACKEND='foo' (Unable to import backend : foo)"),
     ):
-        assert ended.returncode != 0
         assert f"on the Keras backends tensorflow, jax, torch. Received: {received}. Set" in error
 
 

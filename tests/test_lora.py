@@ -7,7 +7,6 @@ from backends import assert_close, saved_and_loaded, to_numpy
 from layer_checks import D, normal
 
 from keras_moe import layers, routers
-from keras_moe.backend import backend, padded
 
 E, H, RANK = 4, 6, 2
 MODELS = {
@@ -84,30 +83,3 @@ def test_of_frozen_layers_the_factors_alone_train():
     parts(model)[0].enable_lora(RANK)
     assert all("_lora_" in weight.name for weight in model.trainable_weights)
     assert len(model.trainable_weights) == 6
-
-
-@pytest.mark.backends("jax")  # which counts what it compiles
-def test_a_step_computes_less_than_without(monkeypatch):
-    import jax
-
-    # Without a loop, whose trips are not counted.
-    layout = backend.layout
-    monkeypatch.setattr(backend, "layout", lambda sizes, rows, *_: layout(sizes, rows, "gpu"))
-    monkeypatch.setattr(backend, "product", lambda *arguments: padded.product(*arguments[:4]))
-    monkeypatch.setattr(backend, "outer", lambda *arguments: padded.outer(*arguments[:3]))
-
-    def flops(lora):
-        layer = layers.MixtureOfExperts(layers.GatedExperts(E, 64))
-        layer.build((None, 32))
-        if lora:
-            layer.experts.enable_lora(RANK)
-        frozen = [variable.value for variable in layer.non_trainable_variables]
-
-        def loss(trained, x):
-            return keras.ops.sum(layer.stateless_call(trained, frozen, x)[0] ** 2)
-
-        step = jax.jit(jax.grad(loss, argnums=(0, 1)))
-        trained = [variable.value for variable in layer.trainable_variables]
-        return step.lower(trained, normal(128, 32)).compile().cost_analysis()["flops"]
-
-    assert flops(lora=True) < flops(lora=False)

@@ -144,39 +144,23 @@ def test_only_factors_train_and_the_base_stays_frozen():
         mixture.experts.enable_lora(2)
 
 
-class Residual(layers.GatedExperts):
-    def widths(self, features):
-        return {"up": (features, features), "down": (features, features)}
-
-    def network(self, rows, linear):
-        return rows + linear("down", linear("up", rows))
-
-
-class Scaled(Residual):
-    def widths(self, features):
-        return {**super().widths(features), "scale": (features,)}
-
-    def network(self, rows, linear):
-        return linear("down", linear("up", rows) * linear("scale"))
+def base(network, **more_widths):
+    """A bank of other linear maps."""
+    widths = {"up": (D, D), "down": (D, D), **more_widths}
+    methods = {"widths": lambda self, features: widths, "network": network}
+    return type("Own", (layers.GatedExperts,), methods)(1, H)
 
 
-class Deep(Residual):
-    def widths(self, features):
-        return {**super().widths(features), "middle": (features, features)}
+OTHERS = {
+    "must have linear maps": lambda _, x, linear: x + linear("down", linear("up", x)),
+    "no vectors": lambda _, x, linear: linear("down", linear("up", x) * linear("scale")),
+    "'middle'": lambda _, x, linear: linear("down", linear("middle", linear("up", x))),
+}
 
-    def network(self, rows, linear):
-        return linear("down", linear("middle", linear("up", rows)))
 
-
-@pytest.mark.parametrize(
-    ("base", "words"),
-    [
-        (Residual, "must have linear maps"),
-        (Scaled, "no vectors"),
-        (Deep, "'middle' with other inp"),
-    ],
-)
-def test_a_base_of_another_form_is_refused(base, words):
-    experts = layers.LowRankExperts(base(1, H), E, RANK)
+@pytest.mark.parametrize("words", OTHERS)
+def test_a_base_of_another_form_is_refused(words):
+    more = {"no vectors": {"scale": (D,)}, "'middle'": {"middle": (D, D)}}
+    experts = layers.LowRankExperts(base(OTHERS[words], **more.get(words, {})), E, RANK)
     with pytest.raises(ValueError, match=words):
         experts.build((None, D))

@@ -65,11 +65,6 @@ def test_draws_have_nothing_to_do_with_their_neighbours_nor_with_other_draws(kin
         assert abs(correlation(one, another)) < 4 / np.sqrt(R * C) + 1e-3
 
 
-@by_kind
-def test_draws_follow_their_seed(kind):
-    np.testing.assert_array_equal(draw(kind, 4), draw(kind, 4))
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rate", [0.125, 0.5])
 def test_dropout_zeroes_its_rate_of_the_numbers_and_keeps_the_mean(rate, dtype):

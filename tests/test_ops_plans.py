@@ -118,15 +118,7 @@ def test_the_capacity_of_many_tokens_does_not_pass_32_bits():
     assert actual == expected == 43_729
 
 
-# Two choices, three experts, two places each. Tokens from top to bottom:
-#
-#     token   probabilities     choices   first choice
-#     0       .6  .3  .1        0, 1      .6
-#     1       .7  .2  .1        0, 1      .7
-#     2       .8  .1  .1        0, 1      .8
-#
-# By position:     0 serves 0 and 1; then 1, second choices, serves 0 and 1. Dropped: both of 2.
-# By probability:  0 serves 2 and 1; then 1 serves 2 and 1. Dropped: both of 0.
+# All choose experts 0 and 1, which have two places each.
 PROBS = np.array([[0.6, 0.3, 0.1], [0.7, 0.2, 0.1], [0.8, 0.15, 0.05]])
 
 

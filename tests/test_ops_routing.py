@@ -76,12 +76,6 @@ def test_a_routing_and_its_losses_and_their_gradients_equal_the_oracle(mode):
     check()
 
 
-def test_a_single_choice_keeps_its_raw_probability():
-    logits = np.log(np.array([[0.2, 0.5, 0.3]], "float32"))
-    routing = compiled(lambda z: top_k_routing(z, 1), FAST_MODE)(logits)
-    assert_close(routing.weights, [[0.5]])
-
-
 TIES = [
     # The scores of a token, and the best three.
     ([0, 0, 0, 0], [0, 1, 2]),

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from backends import (
     FAST_MODE,
+    KERNEL_MODES,
     assert_close,
     compiled,
     gradients,
@@ -14,7 +15,6 @@ from backends import (
 )
 from keras import ops
 from layer_checks import normal
-from test_export import PROGRAMS, S, assert_serves
 from test_networks import PLATFORMS, mode_on
 from test_second_derivatives import along, derivatives, stateless
 
@@ -79,9 +79,9 @@ BANKS = {
 }
 
 
-def mixture_of(bank):
+def mixture_of(bank, router="top_k"):
     keras.utils.set_random_seed(0)
-    layer = layers.MixtureOfExperts(bank, router_losses=())
+    layer = layers.MixtureOfExperts(bank, router, ())
     layer.build((None, D))
     return layer
 
@@ -128,18 +128,15 @@ def formula(layer):
     def call(inputs):
         tokens, weights = inputs[0], {**to_tensors(kernels), **dict(zip(names, inputs[1:]))}
         probs = ops.softmax(ops.matmul(tokens, weights["kernel"]))
-        chosen = ops.sum(ops.one_hot(ops.top_k(probs, 2)[1], E), axis=1)
-        probs = probs * chosen / ops.sum(probs * chosen, axis=1, keepdims=True)
+        if layer.router.max_top_k < E:
+            chosen = ops.sum(ops.one_hot(ops.top_k(probs, 2)[1], E), axis=1)
+            probs = probs * chosen / ops.sum(probs * chosen, axis=1, keepdims=True)
         return sum(
             probs[:, e : e + 1] * bank.network(tokens, one_expert(bank, weights, e))
             for e in range(E)
         )
 
     return call
-
-
-def loss_of(function):
-    return lambda *inputs: ops.sum(ops.sin(function(inputs)) * ops.cos(inputs[0]))
 
 
 KINDS = {
@@ -163,6 +160,10 @@ def test_outputs_and_gradients_equal_a_formula(layer, kind, mode, small_tiles):
         assert_close(one, other, tolerance=1e-4 if kind == "int8" else 1e-5)
 
 
+def loss_of(function):
+    return lambda *inputs: ops.sum(ops.sin(function(inputs)) * ops.cos(inputs[0]))
+
+
 def second_derivatives(call, inputs, mode=FAST_MODE):
     """The products of all second derivatives of a loss with the cosines of the inputs."""
 
@@ -172,12 +173,23 @@ def second_derivatives(call, inputs, mode=FAST_MODE):
     return compiled(function, mode)(inputs, [np.cos(each) for each in inputs])
 
 
-def test_second_derivatives_equal_a_formula(layer, small_tiles):
+def gated():
+    return layers.GatedExperts(E, H, "tanh", use_bias=True)
+
+
+SECOND = [
+    *((make, "top_k", FAST_MODE) for make in BANKS.values()),
+    *((gated, "top_k", mode) for mode in KERNEL_MODES),
+    (lambda: layers.FeedForwardExperts(E, H, "tanh"), "dense", FAST_MODE),
+]
+
+
+@pytest.mark.parametrize("make, router, mode", SECOND)
+def test_second_derivatives_equal_a_formula(make, router, mode, small_tiles):
+    layer = mixture_of(make(), router)
     inputs = values_of(layer)
-    actual, expected = (
-        second_derivatives(call, inputs) for call in (stateless(layer), formula(layer))
-    )
-    for one, other in zip(actual, expected):
+    actual = second_derivatives(stateless(layer), inputs, mode)
+    for one, other in zip(actual, second_derivatives(formula(layer), inputs)):
         assert np.any(other)
         assert_close(one, other, tolerance=1e-4)
 
@@ -244,44 +256,18 @@ def test_dropout_drops_its_share_of_every_row_and_column():
         assert abs((outputs == 0).mean(axis) - 0.25).max() < 0.12  # six deviations
 
 
-def model_of_all():
-    inputs = outputs = keras.Input((S, 8))
-    for make in BANKS.values():
-        outputs = layers.MixtureOfExperts(make())(outputs)
-    return keras.Model(inputs, outputs)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_is_saved_and_loaded(kind, tmp_path):
-    model, x = model_of_all(), normal(2, S, 8)
+    inputs = outputs = keras.Input((3, D))
+    for make in BANKS.values():
+        outputs = layers.MixtureOfExperts(make())(outputs)
+    model, x = keras.Model(inputs, outputs), normal(2, 3, D)
     for layer in model.layers[1:]:
         KINDS[kind](layer.experts)
     for weight in model.trainable_weights:
         weight.assign_add(0.1 * normal(*weight.shape))
     loaded = saved_and_loaded(model, tmp_path)
     assert_close(to_numpy(loaded(x)), to_numpy(model(x)))
-
-
-@pytest.mark.filterwarnings("ignore")  # of exporters
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_a_model_is_exported(name, tmp_path):
-    assert_serves(model_of_all(), PROGRAMS[name], tmp_path)
-
-
-def test_fit_trains_every_weight(layer):
-    model = keras.Sequential([keras.Input((D,)), layer])
-    model.compile("adam", "mse", jit_compile="auto")
-    before = [to_numpy(weight.value) for weight in model.trainable_weights]
-    model.fit(normal(32, D), normal(32, D, seed=1), verbose=0)
-    for weight, value in zip(model.trainable_weights, before):
-        assert np.all(to_numpy(weight.value) != value), weight.path
-
-
-def test_banks_of_equal_settings_share_a_network():
-    networks = [mixture_of(DeepExperts(E, name)).experts._function() for name in ("relu", "relu")]
-    assert len(set(networks)) == 1
-    assert mixture_of(DeepExperts(E, "tanh")).experts._function() not in networks
-    assert len({mixture_of(BranchedExperts(E)).experts._function() for _ in range(2)}) == 2
 
 
 @pytest.mark.backends("torch")

@@ -219,23 +219,3 @@ def test_a_sequence_length_is_a_tensor():
         route(normal(6, E), np.array(3, "int32")),
         array(expert_choice_routing(normal(6, E), 1.0, mask, 3).counts),
     )
-
-
-@pytest.mark.backends("tensorflow")
-def test_a_layer_inside_may_lose_its_rank():
-    import tensorflow as tf
-
-    class OfNumPy(keras.layers.Layer):
-        def call(self, inputs):
-            return tf.numpy_function(lambda rows: 2 * rows, [inputs], tf.float32)
-
-        def build(self, inputs_shape):
-            pass
-
-        def compute_output_shape(self, inputs_shape):
-            return inputs_shape
-
-    bank = layers.LayerExperts([OfNumPy() for _ in range(E)])
-    for layer in (moe(shared_expert=OfNumPy()), moe(bank)):
-        model = keras.Sequential([keras.Input((D,)), layer])
-        assert model.predict(X, verbose=0).shape == X.shape

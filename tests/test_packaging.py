@@ -92,6 +92,8 @@ def environment_with(wheel, python, folder):
 def test_an_installed_wheel_is_imported_and_writes_a_page(release, tmp_path):
     site = environment_with(release[1], sys.executable, tmp_path / "environment")
     code = (
+        "import sys\n"
+        "sys.modules['tensorflow'] = None\n"  # Keras would import it.
         "import keras, numpy, keras_moe\n"
         "model = keras.Sequential([keras.Input((3, 4)), keras_moe.layers.MixtureOfExperts(\n"
         "    keras_moe.layers.FeedForwardExperts(2, 4))])\n"

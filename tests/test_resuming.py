@@ -70,7 +70,11 @@ def part(cls):
     return CASES[cls].layer(instance)
 
 
-@pytest.mark.parametrize("module", ["layers", "losses", "routers"])
+# JAX would compile for half a minute; `test_routers_without_a_seed_resume` has some.
+ROUTERS = pytest.param("routers", marks=pytest.mark.backends("tensorflow", "torch"))
+
+
+@pytest.mark.parametrize("module", ["layers", "losses", ROUTERS])
 def test_every_class_resumes(module, tmp_path):
     keras.utils.set_random_seed(0)
     classes = [cls for cls in held_by_models() if cls.__module__.startswith(f"keras_moe.{module}")]
@@ -161,9 +165,6 @@ def test_files_without_these_entries_load(tmp_path):
     np.testing.assert_array_equal(array(new(X)), array(old(X)))
 
 
-# Layers that are a part of two others
-
-
 def sharing(kind):
     experts, router = layers.FeedForwardExperts(E, 4), routers.TopKRouter(E, logit_noise=0.1)
     dense, block = keras.layers.Dense(D), moe()
@@ -185,6 +186,7 @@ def sharing(kind):
 SHARED = ("experts", "router", "both", "shared_expert", "feedforward", "layers", "bank of zeros")
 
 
+@pytest.mark.backends("torch")  # The objects are Keras's.
 @pytest.mark.parametrize("kind", SHARED)
 @pytest.mark.filterwarnings("ignore:.*they share its weights")
 def test_layers_that_share_a_part_are_loaded_sharing_it(kind, tmp_path):
@@ -198,9 +200,7 @@ def test_layers_that_share_a_part_are_loaded_sharing_it(kind, tmp_path):
     assert_same(state(copied), state(model))
 
 
-# What is not built
-
-
+@pytest.mark.backends("torch")  # Nothing is computed.
 @pytest.mark.parametrize("cls", [cls for cls in held_by_models() if issubclass(cls, keras.Layer)])
 def test_a_layer_that_is_not_built_is_copied_and_saved(cls, tmp_path):
     layer = configured(cls)

@@ -309,24 +309,6 @@ def test_no_tokens_give_no_outputs(name, capacity, mode):
         assert all(np.isfinite(value).all() for value in [*state_after, *losses_after])
 
 
-@pytest.mark.parametrize(
-    "name", ["top_k", "switch", "top_p", "relu", "dense", "dselect_k", "expert_choice"]
-)
-def test_a_layer_with_the_router_is_the_weighted_sum_of_its_experts(name):
-    router, expected = CASES[name](E, 2, S)
-    bank = layers.FeedForwardExperts(E, 4, activation="tanh")
-    layer = layers.MixtureOfExperts(bank, router=router, router_losses=())
-    x = np.random.default_rng(0).normal(size=(T // S, S, E)).astype("float32")
-    mask = np.ones((T // S, S), bool)
-    mask[-1, -2:] = False
-    layer.build(x.shape)
-    outputs = compiled(lambda x, mask: layer(x, mask=mask), FAST_MODE)(x, mask)
-    weights, _ = expected(x.reshape(T, E), mask.reshape(T))
-    up, down = to_numpy([bank.up_kernel.value, bank.down_kernel.value])
-    total = np.einsum("te,teh,ehd->td", weights, np.tanh(x.reshape(T, E) @ up).swapaxes(0, 1), down)
-    assert_close(outputs.reshape(T, E), total)
-
-
 TOKENS = np.random.default_rng(0).normal(size=(16, 6)).astype("float32")
 NOISES = [{"input_jitter": 0.1}, {"logit_noise": 0.1}]
 
@@ -413,9 +395,6 @@ def test_a_router_by_name_fits_its_layer(name):
     else:
         router = routers.get(name, num_experts=1)
         assert (router.top_k, router.max_top_k) == (1, 1)
-
-
-# DSelect-k
 
 
 class WithoutSkipping(routers.DSelectKRouter):

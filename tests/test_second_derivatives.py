@@ -1,4 +1,7 @@
-"""Second derivatives equal those of a plain formula, also under a framework's transformations."""
+"""Second derivatives of layers with a mask, and under a framework's transformations.
+
+`test_own_experts.py` holds them against a formula.
+"""
 
 import numpy as np
 import pytest
@@ -40,9 +43,9 @@ def along(function, directions):
     return lambda inputs: derivatives(slope, inputs)
 
 
-def mixture(bank=layers.FeedForwardExperts, router=None, **kwargs):
-    experts = bank(E, H, activation="tanh", use_bias=True)
-    layer = layers.MixtureOfExperts(experts, router or routers.TopKRouter(E, 2), **kwargs)
+def mixture():
+    experts = layers.FeedForwardExperts(E, H, activation="tanh")
+    layer = layers.MixtureOfExperts(experts, routers.TopKRouter(E, 2))
     layer.build((None, D))
     return layer
 
@@ -56,50 +59,6 @@ def stateless(layer):
 def drawn_inputs(layer):
     shapes = [(T, D), *(variable.shape for variable in layer.trainable_variables)]
     return [normal(*shape, seed=number) for number, shape in enumerate(shapes)]
-
-
-def formula(layer, inputs):
-    """The same of every expert for every token, weighted by a dense matrix."""
-    names = [variable.path.split("/")[-1] for variable in layer.trainable_variables]
-    x, weights = inputs[0], dict(zip(names, inputs[1:]))
-    probs = ops.softmax(x @ weights["kernel"])
-    if isinstance(layer.router, routers.TopKRouter):
-        probs = probs * ops.sum(ops.one_hot(ops.top_k(probs, 2)[1], E), axis=1)
-        probs = probs / ops.sum(probs, axis=1, keepdims=True)
-
-    def project(rows, name):
-        kernel, bias = weights[f"{name}_kernel"], weights[f"{name}_bias"]
-        return ops.einsum("tex,exy->tey", rows, kernel) + bias
-
-    rows = ops.repeat(ops.expand_dims(x, 1), E, axis=1)
-    up = project(rows, "up")
-    hidden = ops.tanh(project(rows, "gate")) * up if "gate_kernel" in weights else ops.tanh(up)
-    return ops.einsum("te,ted->td", probs, project(hidden, "down"))
-
-
-# JAX compiles what runs eagerly operation by operation.
-CASES = [
-    *(("top_k", layers.GatedExperts, mode) for mode in MODES),
-    ("dense", layers.FeedForwardExperts, FAST_MODE),
-]
-
-
-@pytest.mark.parametrize("router, bank, mode", CASES)
-def test_they_are_those_of_a_formula(router, bank, mode):
-    layer = mixture(bank, routers.DenseRouter(E) if router == "dense" else None)
-    inputs, call = drawn_inputs(layer), stateless(layer)
-    directions = [normal(*each.shape) for each in inputs]
-
-    def ours(inputs, directions):
-        return along(lambda inputs: ops.sum(call(inputs) ** 3), directions)(inputs)
-
-    def theirs(inputs, directions):
-        return along(lambda inputs: ops.sum(formula(layer, inputs) ** 3), directions)(inputs)
-
-    actual = compiled(ours, mode)(inputs, directions)
-    for each, expected in zip(actual, compiled(theirs, FAST_MODE)(inputs, directions)):
-        assert np.any(expected)
-        assert_close(each, expected, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["int8", "low rank", "layers"])

@@ -33,9 +33,6 @@ def test_a_file_is_whole_or_the_old_one(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-# Training that resumes, and comparisons.
-
-
 class EndsInTheSecondEpoch(resuming.Journal):
     def on_epoch_begin(self, epoch, logs=None):
         super().on_epoch_begin(epoch, logs)
@@ -65,9 +62,6 @@ def test_a_resumed_training_equals_an_uninterrupted_one(monkeypatch, tmp_path):
     for name, values in resumed.items():
         np.testing.assert_allclose(values, whole[name], rtol=1e-6)
     assert [path.name for path in folder.glob("*.h5")] == ["epoch-2.weights.h5"]
-
-
-# Batches.
 
 
 def test_batches_begin_at_the_epoch_and_show_each_row_once_a_pass():
@@ -111,9 +105,6 @@ def test_sentences_are_batched_once_in_few_shapes(tmp_path):
     assert len(batches) == len(list(batches)) == len(batches.dataset())
 
 
-# Translators.
-
-
 def small_translator(batches, vocabulary_size):
     setting = translation.Setting(experts=4)
     return translation.build_model(setting, batches, vocabulary_size, translation.SMOKE, True)
@@ -151,21 +142,6 @@ def test_writing_with_a_cache_equals_writing_without(translator):
         target[:, position + 1] = np.where(over, PADDING, token)
     np.testing.assert_array_equal(written, target[:, 1:])
     assert len(np.unique(written, axis=0)) > 1, "the source matters"
-
-
-def test_a_batch_is_written_as_each_row_alone(translator):
-    _, model = translator
-    source = random_sources(rows=4, length=6)
-    writer = decoding.Writer(model, max_length=6, beams=3)
-    together = to_numpy(writer.predict_on_batch(source))
-    alone = [to_numpy(writer.predict_on_batch(row[None]))[0] for row in source]
-    np.testing.assert_array_equal(together, alone)
-    # More padding changes nothing either.
-    wider = np.pad(source, ((0, 0), (0, 3)))
-    np.testing.assert_array_equal(to_numpy(writer.predict_on_batch(wider)), together)
-
-
-# Data.
 
 
 def test_manual_pages_are_labelled_and_a_page_is_in_one_split(monkeypatch, tmp_path):

@@ -11,8 +11,8 @@ from test_inspection import two_block_model
 from keras_moe import inspection, visualization
 from keras_moe.visualization import MAX_ROWS
 
-# Arrays are drawn by NumPy; routings of a model are drawn on each backend.
-of_arrays = pytest.mark.backends("torch")
+# Arrays are drawn by NumPy. Routings are recorded on each backend in `test_inspection.py`.
+pytestmark = pytest.mark.backends("torch")
 
 
 def draws(num_experts, seed=0, tokens=60, top_k=2):
@@ -52,7 +52,6 @@ def plots(num_experts, names):
     ]
 
 
-@of_arrays
 def test_every_plot_draws_any_number_of_experts_and_layers():
     names = [f"layer_{n}" for n in range(4)]
     for figure in plots(4, names):
@@ -64,7 +63,6 @@ def test_every_plot_draws_any_number_of_experts_and_layers():
     assert axes.get_xlim()[1] < 0.2, "small probabilities fill the plot of confidence"
 
 
-@of_arrays
 def test_shares_are_multiples_of_a_fair_share():
     rows = [[1, 1, 1, 1], [8, 4, 4, 0], [0, 0, 0, 0], [np.nan] * 4]
     axes = drawn(visualization.shares_over_time(rows, first_epoch=5))[0]
@@ -75,7 +73,6 @@ def test_shares_are_multiples_of_a_fair_share():
     assert {"5", "6", "7"} <= ticks and "0" not in ticks
 
 
-@of_arrays
 def test_specialization_counts_choices_and_leaves_out_padding():
     indices = [[0, 1], [0, 2], [3, -1], [3, 3], [1, 1]]
     axes = drawn(visualization.specialization(indices, [0, 0, 1, 1, -1], ["a", "b"]))[0]
@@ -89,7 +86,6 @@ def test_specialization_counts_choices_and_leaves_out_padding():
     assert rows_of(axes) == ["b", "a"]
 
 
-@of_arrays
 def test_the_most_frequent_strings_stand_on_top_and_the_rest_is_left_out():
     words = ["rare"] + ["often"] * 3 + [f"once_{n}" for n in range(50)]
     axes = drawn(visualization.specialization(draws(4, tokens=54), words))[0]
@@ -97,14 +93,12 @@ def test_the_most_frequent_strings_stand_on_top_and_the_rest_is_left_out():
     assert len(image(axes)) == MAX_ROWS
 
 
-@of_arrays
 def test_coactivation_is_the_share_of_the_rows_tokens():
     indices, nan = np.array([[0, 1], [0, 1], [0, 2], [-1, -1]]), np.nan
     expected = [[nan, 2 / 3, 1 / 3], [1, nan, 0], [1, 0, nan]]
     np.testing.assert_allclose(image(drawn(visualization.coactivation(indices))[0]), expected)
 
 
-@of_arrays
 def test_settling_compares_choices_whatever_their_order():
     moments = [[[0, 1], [2, 3]], [[1, 0], [0, 1]], [[0, 1], [0, 1]]]
     axes = drawn(visualization.settling(moments, num_experts=4))[0]

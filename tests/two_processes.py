@@ -12,6 +12,9 @@ alone = port == 0
 if not alone:
     os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"
 
+# Keras would import it, which takes seconds, and do without.
+sys.modules["tensorflow"] = None
+
 import jax  # noqa: E402
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
