@@ -2,7 +2,7 @@
 
     KERAS_BACKEND=torch python studies/short_runs.py --steps 75 300
 
-Five small tasks, several settings of one mixture each. A row has, for held-out data, the loss, the
+Small tasks, several settings of one mixture each. A row has, for held-out data, the loss, the
 share of the busiest expert, and how many experts serve less than 1% of the tokens.
 """
 
@@ -65,6 +65,11 @@ def whole_images(setting):
     )
 
 
+def centred_images(setting):
+    x, y, model = whole_images(setting)
+    return x - x.mean(axis=0), y, model
+
+
 def patches(setting):
     """A Vision Transformer of one block on 16 patches of an image."""
     x, y = digits()
@@ -111,7 +116,9 @@ def table(setting):
     return x.reshape(-1, 64), y, classifier(inputs, moe(hidden), 10)
 
 
-TASKS = {each.__name__: each for each in (whole_images, patches, text, language, table)}
+TASKS = {
+    each.__name__: each for each in (whole_images, centred_images, patches, text, language, table)
+}
 
 
 def run(task, setting, steps, seed):

@@ -166,7 +166,7 @@ def test_experts_that_die_in_a_short_training_are_reported_at_its_end():
 @of_counts
 def test_a_capacity_that_drops_most_is_reported_once():
     layer = expert_layer()
-    layer = layers.MixtureOfExperts(layer.experts, capacity_factor=0.1, name="moe")
+    layer = layers.MixtureOfExperts(layer.experts, capacity_factor=0.25, name="moe")
     findings, _ = watched(model_of(layer), *clustered(0), ExpertHealth())
     ((step, _, finding),) = [each for each in findings if "no slot" in each[2].text]
     assert step <= 50 and "Raise `capacity_factor`" in finding.fix

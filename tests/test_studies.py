@@ -14,6 +14,7 @@ import pytest
 import resuming
 import short_runs
 import sparsity
+import tables
 import tasks
 import text_classification
 import transformers
@@ -179,3 +180,15 @@ def test_the_targets_of_two_tasks_are_as_related_as_was_set(relatedness):
     directions = x.T @ (y - y.mean(axis=0))
     cosine = np.prod(directions, axis=1).sum() / np.prod(np.linalg.norm(directions, axis=0))
     assert abs(abs(cosine) - relatedness) < 0.05
+
+
+def test_models_of_a_table_are_compared_after_as_many_trials(study, monkeypatch):
+    table, draw = tables.TABLES["adult"], np.random.default_rng(0)
+    codes = draw.integers(0, 9, (400, len(table.numbers + table.categories)))
+    rows = [dict(zip(table.numbers + table.categories, map(str, row))) for row in codes]
+    for row in rows:
+        row["income"] = " >50K" if int(row["age"]) > 4 else " <=50K"
+    monkeypatch.setattr(tables, "read", lambda table: rows)
+    results = study(tables, "--tables", "adult", "--seeds", "1")
+    assert [each["model"] for each in results] == [*tables.NETWORKS, "gradient boosting"]
+    assert results[-1]["scores"] == [1.0]

@@ -176,8 +176,7 @@ def test_models_of_keras_hub_load_in_another_process(tmp_path):
     inputs = {"token_ids": IDS, "padding_mask": np.ones_like(IDS)}
     for name, value in inputs.items():
         np.save(tmp_path / f"{name}.npy", value)
-    done = run_python("-c", LOADED, tmp_path)
-    assert not done.returncode, done.stderr
+    run_python("-c", LOADED, tmp_path)
     outputs = np.load(tmp_path / "outputs.npy")
     np.testing.assert_allclose(outputs, model.predict_on_batch(inputs), rtol=1e-5)
 
