@@ -2,8 +2,8 @@
 
 from keras import ops
 
+from keras_moe._internal import Tensor
 from keras_moe._internal.serialization import register
-from keras_moe._internal.types import Tensor
 
 
 @register

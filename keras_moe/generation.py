@@ -7,8 +7,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_number, shortened
-from keras_moe._internal.types import Tensor
 from keras_moe.layers.cached_attention import Decoding
 
 # Tokens that are written between two updates of the progress bar.

@@ -12,10 +12,10 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors, host_values
 from keras_moe._internal.former_names import former_names
 from keras_moe._internal.serialization import register
-from keras_moe._internal.types import Tensor
 from keras_moe.ops import balance
 from keras_moe.ops.balance import masked_mean
 from keras_moe.ops.plans import GroupedPlan

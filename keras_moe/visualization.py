@@ -5,7 +5,6 @@ or nested list, a dict of arrays by the name of the layer, or the result of
 `inspection.record_routings(model, batches)`.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,9 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from keras_moe import metrics
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_indices, check_integer
 from keras_moe._internal.plain_text import as_text
-from keras_moe._internal.types import Tensor
 from keras_moe.ops.routing import Routing
 
 __all__ = ["coactivation", "confidence", "settling", "shares_over_time", "specialization"]
@@ -186,7 +185,7 @@ def _draw_specialization(axes, table_and_rows):
     _count_on(axes.xaxis)
 
 
-def shares_over_time(shares: dict | Tensor, first_epoch: int = 0) -> Figure:
+def shares_over_time(shares: dict | Tensor) -> Figure:
     """How much of the work each expert does from epoch to epoch, in multiples of a fair share.
 
     Red is more than a fair share, blue less; the darkest blue is an eighth or nothing at all.
@@ -194,7 +193,6 @@ def shares_over_time(shares: dict | Tensor, first_epoch: int = 0) -> Figure:
     Args:
         shares: Counts or shares (time, E), or a dict of these by layer, such as
             `ExpertMonitor.shares`. A row of NaN is grey.
-        first_epoch: Integer. Number of the first row.
 
     Raises:
         ValueError: If an array does not have two axes, or a negative number.
@@ -207,10 +205,10 @@ def shares_over_time(shares: dict | Tensor, first_epoch: int = 0) -> Figure:
     for array in layers.values():
         if array.ndim != 2 or (array < 0).any():
             _refuse("Shares must be (time, E), at least 0 or NaN", array)
-    return _figure(layers, functools.partial(_draw_shares, first_epoch=first_epoch))
+    return _figure(layers, _draw_shares)
 
 
-def _draw_shares(axes, shares, first_epoch):
+def _draw_shares(axes, shares):
     share = shares / np.maximum(shares.sum(axis=1, keepdims=True), 1e-12)
     fair = np.clip(share * shares.shape[1], 1 / 8, 8)
     style = {"cmap": "RdBu_r", "vmin": -3, "vmax": 3, "origin": "lower"}
@@ -218,7 +216,6 @@ def _draw_shares(axes, shares, first_epoch):
     bar.set_ticks([-3, -1, 0, 1, 3], labels=["⅛ or less", "½", "1", "2", "8 or more"])
     axes.set(xlabel="epoch", ylabel="expert", facecolor="silver")
     _count_on(axes.xaxis, axes.yaxis)
-    axes.xaxis.set_major_formatter(lambda row, _: f"{first_epoch + row:.0f}")
 
 
 def settling(checkpoints: Sequence, num_experts: int | None = None) -> Figure:

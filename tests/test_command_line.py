@@ -112,7 +112,6 @@ DATA = "report model.keras --data"
 WRONG = {
     "a missing model": (nothing, "inspect m.keras", "'m.keras'"),
     "other experts": (lambda: write_config_with(7), "inspect m.keras", "Save it again"),
-    "many experts": (lambda: write_config_with(10**9), "inspect m.keras", "than its file"),
     "other sizes": (lambda: np.save("d.npy", normal(3, 5, D + 1)), f"{DATA} d.npy", "(3, 5, 9)"),
     "few labels": (write("l.txt", b"a\nb\n"), f"{DATA} x.npy --labels l.txt", "2 entries"),
     "a page over the data": (nothing, f"{DATA} x.npy --output ./x.npy", "would replace it"),

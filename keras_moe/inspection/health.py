@@ -6,9 +6,9 @@ import numpy as np
 from keras import ops
 
 from keras_moe import losses, routers
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer
 from keras_moe._internal.former_names import former_names
-from keras_moe._internal.types import Tensor
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.metrics import as_counts, is_dead
 

@@ -6,9 +6,9 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer
 from keras_moe._internal.serialization import resolve
-from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.plans import GroupedPlan, plan_experts
 

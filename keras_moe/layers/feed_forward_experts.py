@@ -6,9 +6,9 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import register
-from keras_moe._internal.types import Tensor
 from keras_moe.layers.stacked_experts import StackedExperts
 
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_instance
 from keras_moe._internal.keras_internals import parameters_of
 from keras_moe._internal.serialization import config_of, note_part, register
-from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.backend.padded import pad_tiles, tile_length
 from keras_moe.layers.expert_bank import ExpertBank

@@ -19,11 +19,11 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_indices, check_integer, check_number
 from keras_moe._internal.initializers import EachExpert
 from keras_moe._internal.keras_internals import names_below
 from keras_moe._internal.serialization import config_of, register
-from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.layers import expert_bank
 from keras_moe.layers.expert_bank import ExpertBank

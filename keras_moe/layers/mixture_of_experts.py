@@ -14,10 +14,10 @@ import numpy as np
 from keras import ops as keras_ops
 
 from keras_moe import losses, routers
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors, shortened
 from keras_moe._internal.keras_internals import get_keras_mask, set_keras_mask
 from keras_moe._internal.serialization import config_of, register, resolve
-from keras_moe._internal.types import Tensor
 from keras_moe.layers import expert_bank, sublayers
 from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import ExpertBank

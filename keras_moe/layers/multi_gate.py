@@ -12,9 +12,9 @@ from typing import Any
 from keras import ops
 
 from keras_moe import losses, routers
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_tensors, shortened
 from keras_moe._internal.serialization import config_of, register
-from keras_moe._internal.types import Tensor
 from keras_moe.layers import expert_bank, sublayers
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts

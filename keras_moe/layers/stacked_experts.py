@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+from keras_moe._internal import Tensor
 from keras_moe._internal.keras_internals import quantization, unlocked
 from keras_moe._internal.lora import Adaptable
 from keras_moe._internal.serialization import load_draws, save_draws
-from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.projection import Projection

@@ -5,10 +5,10 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_number, check_tensors
 from keras_moe._internal.keras_internals import get_keras_mask
 from keras_moe._internal.serialization import config_of, load_draws, register, resolve, save_draws
-from keras_moe._internal.types import Tensor
 from keras_moe.layers.recomputation import Recomputable, effects_once
 from keras_moe.layers.sublayers import (
     accepted_arguments,

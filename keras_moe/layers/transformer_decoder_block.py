@@ -8,9 +8,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_tensors, is_kind
 from keras_moe._internal.serialization import register
-from keras_moe._internal.types import Tensor
 from keras_moe.layers.cached_attention import CachedAttention, Decoding
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.recomputation import effects_once

@@ -5,9 +5,9 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer
 from keras_moe._internal.serialization import config_of, register
-from keras_moe._internal.types import Tensor
 from keras_moe.layers import expert_bank
 from keras_moe.layers.expert_bank import ExpertBank, in_floats
 from keras_moe.layers.sublayers import freeze_parts

@@ -10,9 +10,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_choice, check_number, check_tensors, host_values
 from keras_moe._internal.serialization import register
-from keras_moe._internal.types import Tensor
 from keras_moe.ops.routing import Routing
 
 # The logarithm of a weight of zero, finite so that no gradient is NaN.

@@ -5,7 +5,7 @@ Axes: T tokens, E experts, K experts per token.
 
 from keras import ops
 
-from keras_moe._internal.types import Tensor
+from keras_moe._internal import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import chosen_experts, take_scores, top_k_indices

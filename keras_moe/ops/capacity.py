@@ -7,8 +7,8 @@ from fractions import Fraction
 
 from keras import ops
 
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_number, check_tensors
-from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.plans import GroupedPlan, pad_to_shards, plan_routing
 from keras_moe.ops.routing import Routing, check_routing

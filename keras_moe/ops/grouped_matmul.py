@@ -2,8 +2,8 @@
 
 from keras import ops
 
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_tensors, host_values
-from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.experts import run_network
 from keras_moe.ops.linears import Linear

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_tensors
-from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import mask_invalid

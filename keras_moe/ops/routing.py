@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_choice, check_indices, check_number, check_tensors
-from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.scores import SCORES, SMALLEST_SCORE, distribution
 from keras_moe.ops.selection import check_top_k, mask_invalid, take_scores, top_k_indices

@@ -3,8 +3,8 @@
 import numpy as np
 from keras import ops
 
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer
-from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 
 # The second lowest float: below all other scores and above minus infinity. TensorFlow's argmax

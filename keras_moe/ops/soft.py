@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_moe._internal.types import Tensor
+from keras_moe._internal import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.routing import Routing, _make_routing

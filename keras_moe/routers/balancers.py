@@ -8,9 +8,9 @@ from typing import Any
 
 from keras import ops
 
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import Configured, register, resolve
-from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.routing import _top_k_routing
 from keras_moe.ops.selection import chosen_experts, take_scores, top_k_indices

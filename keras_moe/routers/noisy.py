@@ -4,9 +4,9 @@ from typing import Any
 
 from keras import ops
 
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import register
-from keras_moe._internal.types import Tensor
 from keras_moe.ops import draws
 from keras_moe.ops.balance import noisy_load
 from keras_moe.ops.routing import _make_routing

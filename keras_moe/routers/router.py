@@ -6,9 +6,9 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors
 from keras_moe._internal.serialization import load_draws, save_draws
-from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.plans import GroupedPlan, plan_routing
 from keras_moe.ops.routing import (

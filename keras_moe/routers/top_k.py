@@ -6,10 +6,10 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_choice, check_integer, check_number, check_tensors
 from keras_moe._internal.initializers import reseeded
 from keras_moe._internal.serialization import config_of, register
-from keras_moe._internal.types import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.routing import _top_k_routing
 from keras_moe.ops.scores import SCORES, cosine_logits, l2_normalize

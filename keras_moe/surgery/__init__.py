@@ -12,9 +12,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_choice, check_indices, check_number, shortened
 from keras_moe._internal.keras_internals import forget_compiled, forget_old_weights
-from keras_moe._internal.types import Tensor
 from keras_moe.inspection import moe_layers
 from keras_moe.inspection.recording import check_list_of_batches
 from keras_moe.layers.replacement import backbones
