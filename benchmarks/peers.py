@@ -25,7 +25,7 @@ from keras_moe import convert
 TOLERANCE = 1e-5
 # Of the whole models.
 VOCABULARY, LENGTH, PROMPT, LAYERS = 1000, 64, 48, 2
-DENSE, SPARSE = "KerasHub Mixtral model", "the same, sparsified"
+DENSE, SPARSE = "KerasHub Mixtral model", "the same, converted"
 
 
 def main(arguments=None):

@@ -51,10 +51,7 @@ def _classes(package):
 
 
 def _spell_out(cls):
-    """Give a constructor that ends in `**kwargs` the optional arguments of its bases as well.
-
-    `keras_moe._internal.serialization` does so where Keras is installed, which it is not here.
-    """
+    """Give a constructor that ends in `**kwargs` the optional arguments of its bases as well."""
     own = cls.members.get("__init__")
     bases = [base.members["__init__"] for base in cls.mro() if "__init__" in base.members]
     if own is None or not bases or "kwargs" not in own.parameters:

@@ -38,7 +38,7 @@ def pytest_configure(config):
         # Keras's own `convert_to_numpy` on PyTorch with NumPy 2.
         "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
         # Small tests of routers whose experts choose among the tokens of a batch.
-        "ignore:The whole batch is one sequence:UserWarning",
+        "ignore:Experts choose among all samples:UserWarning",
     ):
         config.addinivalue_line("filterwarnings", exception)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -295,6 +295,16 @@ def test_layers_that_compute_something_else_are_refused(tmp_path):
             np.testing.assert_array_equal(array(weight), value)
     with pytest.raises(ValueError, match="must be a block of 'gpt_oss'"):
         convert.to_hugging_face(mixtral(), 0, "gpt_oss")
+    same = {"num_groups": 1, "top_groups": 1, "score": "softmax", "renormalize": True}
+    for experts, router in (
+        (layers.GatedExperts(E, 6), routers.GroupLimitedRouter(**same)),
+        (layers.FeedForwardExperts(E, 6), routers.TopKRouter(renormalize=True)),
+        (layers.LinearExperts(E, D), routers.TopKRouter(renormalize=True)),
+    ):
+        layer = layers.MixtureOfExperts(experts, router, ())
+        layer.build((None, D))
+        with pytest.raises(ValueError, match="must be a block of 'mixtral'"):
+            convert.to_hugging_face(layer, 0, "mixtral")
     experts, shared = layers.GatedExperts(E, 6), layers.GatedFeedForward(6)
     unbiased = routers.GroupLimitedRouter()
     grouped = layers.MixtureOfExperts(experts, unbiased, shared_expert=shared)

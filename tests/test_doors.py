@@ -250,6 +250,7 @@ REFUSED = [
     ("layers.FeedForwardExperts(n_experts=8, hidden_dim=8)", "'num_experts'"),
     ("moe(router='gshard', top_k=1)", "agree with the `router`"),
     ("moe(top_k=5)", "at most `num_experts`"),
+    ("moe(top_k='2')", "`top_k` must be an integer"),
     ("moe(layers.LayerExperts([keras.layers.Conv2D(D, 3)]))(t(2, 8, 8, 3))", "`token_axes=1`"),
     ("layers.MixtureOfExperts([dense()])", "`experts` must be"),
     ("moe(router=routers.TopKRouter(8))", "same number of experts"),
@@ -366,7 +367,6 @@ def test_refused(call, words, tmp_path, monkeypatch):
 WARNED = [
     ("(lambda each: (moe(each)(t()), moe(each)(t())))(bank())", "share its weights"),
     ("moe(router='expert_choice')(t())", "rest of the batch"),
-    ("layers.Capacity(0.01)", "drops all but 1%"),
     ("masked(lambda x: moe()(keras.layers.LayerNormalization()(x + 1)))", "mask .* is lost"),
     ("masked(lambda x: encode(inputs=2 * x))", "mask .* is lost"),
 ]

@@ -143,3 +143,15 @@ def test_router_losses_are_added_to_losses_of_float64():
     finally:
         keras.config.set_floatx("float32")
     assert np.isfinite(losses).all()
+
+
+def test_frozen_layers_as_experts_are_no_state():
+    bank = layers.LayerExperts([keras.layers.Dense(D) for _ in range(E)])
+    model = keras.Sequential([keras.Input((3, D)), moe(bank, name="moe")])
+    outputs = array(model(X))
+    bank.trainable = False
+    assigned = []
+    for variable in bank.variables:
+        variable.assign = assigned.append
+    np.testing.assert_allclose(array(model(X)), outputs, atol=1e-6)
+    assert not assigned

@@ -155,12 +155,14 @@ def test_dead_experts_are_reported_after_a_while_and_when_others_join_them():
 @of_counts
 def test_experts_that_die_in_a_short_training_are_reported_at_its_end():
     experts = layers.LayerExperts([keras.layers.Identity() for _ in range(E)])
-    layer = moe(experts, router=one_hot_router(), router_losses=(), name="moe")
+    layer = moe(experts, router=one_hot_router(), name="moe")
     x = np.eye(D, dtype="float32")[[0, 1, 2] * 15 * BATCH]
-    watchdog = ExpertHealth()
+    watchdog = ExpertHealth(rebalance=True)
     model = model_of(layer, keras.optimizers.SGD(0.0))
     ((step, _, finding),), _ = watched(model, x, x[:, :1], watchdog)
     assert step == 45 and finding.text.startswith("1 of 4 experts is dead in 3 checks: 3.")
+    # There is no step left that a heavier loss would change.
+    assert layer.loss_weights_in_force[0] == pytest.approx(layer.router_losses[0].weight)
 
 
 @of_counts

@@ -104,6 +104,8 @@ def test_samples_have_the_moments_of_the_mixture_and_repeat_with_a_seed():
     assert drawn.shape == (8, 500)
     shares = np.bincount(drawn.reshape(-1), minlength=3) / 4000
     np.testing.assert_allclose(shares, [0.4, 0.35, 0.25], atol=0.03)
+    padding = packed(np.zeros((1, 2)), logits)
+    assert to_numpy(categorical.sample(padding, seed=0)) in (0, 1, 2)
 
 
 def test_class_numbers_are_exact_however_many():

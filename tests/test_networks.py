@@ -345,6 +345,25 @@ def test_second_derivatives_of_both_products_equal_a_formula(platform):
 
 
 @pytest.mark.backends("torch")
+def test_grouped_mm_serves_new_gpus_where_it_is_one_kernel(monkeypatch):
+    import torch
+
+    from keras_moe.backend.torch_groups import has_grouped_mm
+
+    class Cuda(torch.Tensor):
+        is_cuda = True
+
+    def served(capability, dtype=torch.bfloat16, width=128):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        rows = torch.ones((4, 64), dtype=dtype).as_subclass(Cuda)
+        return has_grouped_mm(rows, torch.ones((2, 64, width)))
+
+    assert served((9, 0)) and served((10, 0))
+    assert not served((8, 9)) and not served((9, 0), torch.float32)
+    assert not served((9, 0), width=100)
+
+
+@pytest.mark.backends("torch")
 def test_grouped_mm_computes_what_the_loop_computes_and_reads_no_size(monkeypatch):
     import torch
 
@@ -641,3 +660,29 @@ def test_what_is_saved_for_the_gradient_is_freed_with_it():
     loss.backward()
     with pytest.raises(RuntimeError, match="already been freed"):
         print(node.saved_tensors)
+
+
+def test_nothing_is_saved_for_a_gradient_that_is_not_taken():
+    kept = []
+
+    def forward(inputs, context, save):
+        kept.append(save)
+        return inputs[0] * 2.0, ()
+
+    def backward(inputs, context, saved, gradient):
+        return (gradient * 2.0,)
+
+    def double(x):
+        return keras_ops.sum(backend.differentiable(forward, backward, (x,), ()))
+
+    x = keras_ops.ones((3,))
+    double(x)
+    assert kept == [BACKEND == "tensorflow"]  # which does not tell
+    gradients(double, [np.ones(3, "float32")])
+    assert kept[-1]
+    if BACKEND == "torch":
+        import torch
+
+        with torch.no_grad():
+            double(x.requires_grad_())
+        assert not kept[-1]

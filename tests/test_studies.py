@@ -159,8 +159,26 @@ def test_short_runs_are_measured(study):
     assert np.isfinite(run["loss"]) and 1 / 8 <= run["busiest"] <= 1
 
 
-def test_a_search_is_never_worse_than_the_default(study):
-    report = study(hyperparameter_tuning, *"--epochs 1 --seeds 1 --trials 2".split())
+def test_an_interrupted_search_resumes_and_is_never_worse_than_the_default(
+    study, tmp_path, monkeypatch
+):
+    class Interrupted(hyperparameter_tuning.tuner.CostMonitor):
+        def on_epoch_end(self, epoch, logs=None):
+            super().on_epoch_end(epoch, logs)
+            if list(tmp_path.glob("*/trial_1")):
+                raise KeyboardInterrupt
+
+    options = ["--epochs", "1", "--seeds", "1", "--trials", "2"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(hyperparameter_tuning.tuner, "CostMonitor", Interrupted)
+        study(hyperparameter_tuning, *options)
+    finished, interrupted = (next(tmp_path.glob(f"*/trial_{n}/trial.json")) for n in (0, 1))
+    values = json.loads(interrupted.read_text())["hyperparameters"]["values"]
+    before = finished.read_bytes()
+    report = study(hyperparameter_tuning, *options)
+    assert finished.read_bytes() == before
+    trials = {trial["trial"]: trial for trial in report["trials"]}
+    assert trials["1"]["values"] == values, "the interrupted trial runs again"
     default, best = report["results"].values()
     assert default["trial"] == "0" and default["values"]["moe/num_experts"] == 4
     within = [trial for trial in report["trials"] if trial["cost"] <= report["budget"]]

@@ -212,6 +212,9 @@ def test_a_choice_of_experts_is_written_and_applied_again(tmp_path):
         assert again == report
         for weight, expected in zip(other.weights, layer.weights, strict=True):
             np.testing.assert_array_equal(array(weight), array(expected))
+    (tmp_path / "experts.json").write_text("[1]")
+    with pytest.raises(ValueError, match="that `Surgery.save` wrote"):
+        surgery.apply(other, tmp_path / "experts.json")
 
 
 @on_one_backend
@@ -265,8 +268,14 @@ REFUSED = {
         layers.MultiGateMixtureOfExperts(BANKS["plain"](), 1, "top_k"), np.ones(E)
     ),
     "another number of a shared router": lambda: surgery.set_top_k(shared_router(), {"a": 1}),
-    "a choice for more experts": lambda: surgery.apply(
-        single()[0], surgery.Surgery({"moe": [[0], [8]]})
+    **{
+        f"a choice of {name}": lambda choice=choice: surgery.apply(
+            single()[0], surgery.Surgery({"moe": choice})
+        )
+        for name, choice in (("more", [[0], [8]]), ("none", [[-1], [2]]), ("one", [[1], [1]]))
+    },
+    "a choice for other layers": lambda: surgery.apply(
+        single()[0], surgery.Surgery({"other": [[0], [1]]})
     ),
     "slots": lambda: surgery.prune_experts(single(router=routers.SoftRouter(E))[0], np.ones(E)),
 }

@@ -118,8 +118,8 @@ class ExpertHealth(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         for name, watch in self._watches.items():
-            for found in watch.dead(self.patience):
-                self._report(name, *found)
+            for kind, finding, experts in watch.dead(self.patience):
+                self._report(name, kind, finding, experts, acts=False)
 
     def _watched(self):
         for name, layer in moe_layers(self.model).items():
@@ -127,21 +127,26 @@ class ExpertHealth(keras.callbacks.Callback):
                 self._watches[name] = _Watch(layer, self.patience)
         return self._watches.items()
 
-    def _report(self, name, kind, finding, about=(None,)):
+    def _report(self, name, kind, finding, about=(None,), acts=True):
         """Warn of a finding, or None, if it is about anything that was not reported before."""
         # A problem in spite of rebalancing is worth another warning.
         facts = {(name, name in self._rebalanced, kind, each) for each in about}
         if finding is None or facts <= self._reported:
             return
         self._reported |= facts
-        if self.rebalance and kind in ("collapse", "dead") and name not in self._rebalanced:
+        if (
+            acts
+            and self.rebalance
+            and kind in ("collapse", "dead")
+            and name not in self._rebalanced
+        ):
             finding = self._rebalance(name, finding)
         known = [(layer, found.fix) for _, layer, found in self.findings]
         self.findings.append((self._step, name, finding))
         is_known = (name, finding.fix) in known
         advice = "The advice is the same as before." if is_known else finding.fix
         text = f"{name}, step {self._step}: {finding.text} {advice}"
-        if self.stop and finding.level == health.PROBLEM:
+        if acts and self.stop and finding.level == health.PROBLEM:
             self.model.stop_training = True
             text += " Training stops here."
         # With the name of this module instead of a source line that says nothing to users.

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,8 +29,8 @@ class ExpertMonitor(keras.callbacks.Callback):
       that drops most
     - `router_loss`, with router losses: their sum, each times its weight
 
-    `history`, a dict of lists by epoch as in `keras.callbacks.History`, has these numbers and more
-    of each layer: of a layer `"moe"` `moe_load_imbalance`, in validation `val_moe_load_imbalance`.
+    `history`, a dict of lists by epoch as in `keras.callbacks.History`, has the first three, and
+    more, of each layer: of a layer `"moe"` `moe_load_imbalance`, in validation `val_moe_load_imbalance`.
 
     - `load_entropy`: entropy of the experts' shares over `log E`, 1 at balance, 0 in a collapse
     - `router_entropy`: entropy of a token's scores over `log E`, 1 undecided, 0 decided
@@ -149,6 +150,13 @@ class ExpertMonitor(keras.callbacks.Callback):
         training = self._training or self._read_training()
         test: tuple = self._test or ({}, {})
         self._add_logs(logs, training[0])
+        unused = [name for name, share in training[1].items() if not np.any(share)]
+        if unused:
+            warnings.warn(
+                f"{unused} served no token in training. In a model of your own, `call` needs the "
+                "argument `training`: without it Keras does not say that this is training.",
+                stacklevel=2,
+            )
         losses = [
             np.dot(layer.loss_weights_in_force, layer.last_losses)
             for layer in moe_layers(self.model).values()

@@ -321,7 +321,7 @@ def layout_of(mixture, layer, family, number, but=()):
 def _config_like(mixture, family):
     """The config of a family whose MoE block comes closest to a layer."""
     experts, router = mixture.experts, mixture.router
-    width = experts.hidden_dim
+    width = getattr(experts, "hidden_dim", None) or 1  # refused later
     shared_width = getattr(mixture.shared_expert, "hidden_dim", width)
     return Config(
         model_type=family,
@@ -335,7 +335,7 @@ def _config_like(mixture, family):
         routed_scaling_factor=getattr(router, "scaling_factor", 1.0),
         n_group=getattr(router, "num_groups", 1),
         topk_group=getattr(router, "top_groups", 1),
-        swiglu_limit=experts.clip or 7.0,
+        swiglu_limit=getattr(experts, "clip", None) or 7.0,
     )
 
 
@@ -373,7 +373,7 @@ def _differences(mixture, config, but):
     parts = _parts_of(config)
     for name in sorted({"router", "experts", "shared_expert"}.difference(but)):
         part, wanted = getattr(mixture, name), parts[name]
-        if not isinstance(part, type(wanted)):
+        if not _computes_as(part, wanted):
             found.append(f"a `{type(part).__name__}` as {name}, not {type(wanted).__name__}")
         elif wanted is not None:
             given = part.get_config()
@@ -391,6 +391,14 @@ def _differences(mixture, config, but):
     if mixture.capacity is not None and mixture.capacity.evaluation_factor is not None:
         found.append(f"evaluation_factor={mixture.capacity.evaluation_factor}, not None")
     return found
+
+
+def _computes_as(part, wanted):
+    """Whether a part is of the class of another, or of a subclass that computes the same."""
+    methods = ("call", "route", "logits", "project", "select", "network")
+    own, other = type(part), type(wanted)
+    same = (getattr(own, name, None) is getattr(other, name, None) for name in methods)
+    return issubclass(own, other) and all(same)
 
 
 def renormalizes(router):

@@ -133,8 +133,13 @@ def _config(backbone, mixtures):
     family, cls = next((_MODELS[name] for name in bases if name in _MODELS), (None, None))
     found = [mixture for own in mixtures for mixture in own]
     sizes = {
-        (m.experts.num_experts, m.experts.hidden_dim, m.router.max_top_k, renormalizes(m.router))
-        for m in found
+        (
+            each.experts.num_experts,
+            getattr(each.experts, "hidden_dim", None),
+            each.router.max_top_k,
+            renormalizes(each.router),
+        )
+        for each in found
     }
     dense = [number for number, own in enumerate(mixtures) if not own]
     may_be_dense = family in ("qwen2_moe", "qwen3_moe")

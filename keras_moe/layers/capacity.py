@@ -1,6 +1,5 @@
 """Capacity: how many slots an expert has, and which tokens get them first."""
 
-import warnings
 from typing import Any
 
 import keras
@@ -73,12 +72,6 @@ class Capacity(Configured):
     ):
         # By the name that the number has as an argument of a layer.
         self.factor = check_number("capacity_factor", factor, above=0)
-        if self.factor < 0.2:
-            warnings.warn(
-                f"A capacity factor of {self.factor:g} drops all but {self.factor:.0%} of the "
-                "assignments in training. 1.0 has a slot for each if experts are balanced.",
-                stacklevel=2,
-            )
         self.minimum = check_integer("minimum", minimum)
         self.multiple_of = check_integer("multiple_of", multiple_of)
         if evaluation_factor is not None:

@@ -133,14 +133,14 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         if kwargs.get("dtype") is not None:
             self.experts.take_policy(self.dtype_policy)
         if top_k is not None and router == "top_k":
-            router = routers.TopKRouter(top_k=top_k)
+            router = routers.TopKRouter(top_k=check_integer("top_k", top_k))
         self.router = routers.get(router, num_experts=self.experts.num_experts)
         if top_k is not None and self.router.top_k != min(top_k, self.experts.num_experts):
             raise ValueError(
                 "`top_k` must be left out or agree with the `router`. Received: "
                 f"top_k={top_k}, router.top_k={self.router.top_k}"
             )
-        self.top_k = top_k
+        self._names_top_k = top_k is not None
         if self.router.num_experts != self.experts.num_experts:
             raise ValueError(
                 "`router` and `experts` must have the same number of experts. Received: "
@@ -175,6 +175,10 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         # Experts (T, K) to replay, which `inspection` sets.
         self.replayed_indices = None
 
+    @property
+    def top_k(self):
+        return self.router.top_k
+
     def build(self, inputs_shape, router_inputs_shape=None):
         token_shape = self._token_shape(inputs_shape)
         axes = {axis - len(token_shape): size for axis, size in enumerate(token_shape)}
@@ -192,16 +196,17 @@ class MixtureOfExperts(RouterUsage, Recomputable):
                 "they share its weights. If that is not meant, make a bank for each.",
                 stacklevel=2,
             )
-        self.experts.is_used = True
         if not self.router.takes_capacity and self._num_axes(inputs_shape) == 1:
             warnings.warn(
-                f"The whole batch is one sequence for the `{type(self.router).__name__}` of "
-                f"`{self.name}`: outputs depend on the rest of the batch, in `predict` too.",
+                f"Experts choose among all samples of the batch with the "
+                f"`{type(self.router).__name__}` of `{self.name}`: outputs depend on the rest of "
+                "the batch, in `predict` too.",
                 stacklevel=2,
             )
         if self.shared_expert is not None:
             self._build_shared_expert(inputs_shape)
         self._build_usage(self.experts.num_experts)
+        self.experts.is_used = True
 
     def _build_shared_expert(self, inputs_shape):
         shape = sublayers.build_and_measure(
@@ -425,7 +430,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
             "gated_shared_expert": self.gated_shared_expert,
             "capacity_factor": config_of(self.capacity),
             "token_axes": self.token_axes,
-            "top_k": self.top_k and self.router.top_k,  # which surgery may change
+            "top_k": self.router.top_k if self._names_top_k else None,  # surgery may change it
         }
 
 

@@ -35,7 +35,7 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         normalized: Boolean. Whether a Gaussian has its normalizing constant. False, with a scale of
             1, is the competitive error of Jacobs et al., eq. 1.3. A learned scale needs it.
         name: String. Name of the loss.
-        **kwargs: `reduction` and `dtype`, float32 or float64, as in `keras.losses.Loss`.
+        **kwargs: `reduction`, as in `keras.losses.Loss`. It computes in float32.
 
     Raises:
         ValueError: If an argument is out of its range, `y_true` does not fit `y_pred`, or with
@@ -118,7 +118,9 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         `seed` is an integer, a `keras.random.SeedGenerator` or None, as in `keras.random.normal`.
         """
         means, log_scales = self._parameters(y_pred)
-        logs = _log_weights(y_pred) if log_scales is not None else ops.log(self.mean(y_pred))
+        logs = _log_weights(y_pred)  # finite, although padding has no weights
+        if log_scales is None:
+            logs = ops.logsumexp(logs[..., None] + ops.log(means), axis=-2)
         drawn = keras.random.categorical(ops.reshape(logs, (-1, logs.shape[-1])), 1, seed=seed)
         drawn = ops.reshape(drawn, ops.shape(logs)[:-1])
         if log_scales is None:

@@ -13,7 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal import Tensor
-from keras_moe._internal.checks import check_choice, check_indices, check_number, shortened
+from keras_moe._internal.checks import check_choice, check_number, shortened
 from keras_moe._internal.keras_internals import forget_compiled, forget_old_weights
 from keras_moe.inspection import moe_layers
 from keras_moe.inspection.recording import check_list_of_batches
@@ -194,11 +194,23 @@ def apply(model: keras.Layer, source: Surgery | str | os.PathLike) -> Surgery:
     2
     """
     if not isinstance(source, Surgery):
-        source = Surgery(**json.loads(pathlib.Path(source).read_text(encoding="utf-8")))
+        saved = json.loads(pathlib.Path(source).read_text(encoding="utf-8"))
+        if not isinstance(saved, dict) or saved.keys() != {"experts", "usage"}:
+            rule = "`source` must be a file that `Surgery.save` wrote"
+            raise ValueError(f"{rule}. Received: {str(source)!r} with {shortened(saved)}")
+        source = Surgery(**saved)
+    found = moe_layers(model)
+    for name, groups in source.experts.items():
+        number = found[name].experts.num_experts if name in found else 0
+        chosen: list = sum(groups, [])
+        fits = len(set(chosen)) == len(chosen) and set(chosen) <= set(range(number))
+        if not fits or (source.usage is not None and len(source.usage.get(name, ())) != number):
+            raise ValueError(
+                "`source` must be a choice among the experts of the model, each at most once. "
+                f"Received: {shortened(groups)} of {number} experts in {name!r}"
+            )
     numbers = {name: len(groups) for name, groups in source.experts.items()}
     layers, _, _ = _plan(model, numbers, [], merging=source.usage is not None)
-    for name, groups in source.experts.items():
-        check_indices("source", np.array(sum(groups, [])), layers[name].experts.num_experts)
     groups = {
         name: {group[0]: sorted(group) for group in of_layer}
         for name, of_layer in source.experts.items()
