@@ -30,7 +30,8 @@ class ExpertMonitor(keras.callbacks.Callback):
     - `router_loss`, with router losses: their sum, each times its weight
 
     `history`, a dict of lists by epoch as in `keras.callbacks.History`, has the first three, and
-    more, of each layer: of a layer `"moe"` `moe_load_imbalance`, in validation `val_moe_load_imbalance`.
+    more, of each layer: of a layer `"moe"` `moe_load_imbalance`, and `val_moe_load_imbalance` in
+    validation.
 
     - `load_entropy`: entropy of the experts' shares over `log E`, 1 at balance, 0 in a collapse
     - `router_entropy`: entropy of a token's scores over `log E`, 1 undecided, 0 decided

@@ -112,8 +112,8 @@ class StackedExperts(Adaptable, ExpertBank):
         if len(tokens_shape) > 2:
             raise ValueError(
                 "Experts with stacked kernels take tokens (T, D). Received: tokens of shape "
-                f"{tuple(tokens_shape[1:])}. Call a bank through `MixtureOfExperts(bank)`; for whole "
-                "samples use `LayerExperts`"
+                f"{tuple(tokens_shape[1:])}. Call a bank through `MixtureOfExperts(bank)`; for "
+                "whole samples use `LayerExperts`"
             )
         self._fix_shape(tokens_shape)
         widths = self.widths(tokens_shape[-1])
