@@ -247,6 +247,12 @@ REFUSED = [
     ("moe().set_router_loss_weight(2, 0.1)", "['LoadBalance', 'RouterZ']"),
     # Constructors, and what shows when a layer is built.
     ("moe(num_experts=8)", "`num_experts` is an argument of the bank"),
+    ("moe(balancer='quantile')", "`balancer` is an argument of the router"),
+    ("moe(capacity=1.25)", "`capacity_factor`"),
+    (
+        "(lambda r: layers.MultiGateMixtureOfExperts(bank(), 2, [r, r]))(routers.TopKRouter())",
+        "twice",
+    ),
     ("layers.FeedForwardExperts(n_experts=8, hidden_dim=8)", "'num_experts'"),
     ("moe(router='gshard', top_k=1)", "agree with the `router`"),
     ("moe(top_k=5)", "at most `num_experts`"),

@@ -27,6 +27,14 @@ from keras_moe.ops.routing import Routing
 from keras_moe.ops.sorting import at_least
 from keras_moe.routers.router import Router
 
+_MISPLACED = {
+    "num_experts": "the bank of experts",
+    "hidden_dim": "the bank of experts",
+    "balancer": "the router",
+    "score": "the router",
+    "capacity": "`layers.Capacity`, or `capacity_factor` of the mixture",
+}
+
 
 @register
 class MixtureOfExperts(RouterUsage, Recomputable):
@@ -123,9 +131,9 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         top_k: int | None = None,
         **kwargs: Any,
     ):
-        for name in {"num_experts", "hidden_dim"} & set(kwargs):
+        for name in _MISPLACED.keys() & kwargs.keys():
             raise TypeError(
-                f"`{name}` is an argument of the bank of experts. Received: {name}={kwargs[name]} "
+                f"`{name}` is an argument of {_MISPLACED[name]}. Received: {name}={kwargs[name]} "
                 "for the mixture around it"
             )
         super().__init__(**kwargs)

@@ -267,10 +267,12 @@ def _one_for_each(name, values, number):
 def _routers(router, number):
     """A router, a name or a config for each task."""
     if isinstance(router, (list, tuple)):
-        if len(router) != number:
+        instances = [id(each) for each in router if isinstance(each, routers.Router)]
+        if len(router) != number or len(set(instances)) < len(instances):
             raise ValueError(
-                "A list of `router` must have one for each task, and one for a shared output. "
-                f"Received: {len(router)}, not {number}"
+                "A list of `router` must have one for each task, and one for a shared output, no "
+                f"instance twice. Received: {len(router)} for {number}, {len(set(instances))} "
+                "different instances"
             )
         return router
     if not isinstance(router, routers.Router):
