@@ -225,7 +225,7 @@ REFUSED = [
     ("ids_layer()(t())", "token_ids=None"),
     ("moe()(X, router_inputs=t(5, 2, D))", "`router_inputs` must have"),
     ("moe(router='soft')(t(), return_expert_outputs=True)", "assigns tokens to experts"),
-    ("moe(token_axes=1)(X)", "Use `LayerExperts`"),
+    ("moe(token_axes=1)(X)", "use `LayerExperts`"),
     ("bank()(t(), plan(num_experts=2))", "`plan` must be of"),
     ("routers.TopKRouter(E)(ints(T, D))", "dtype of float"),
     ("routers.TopKRouter()(t())", "needs `num_experts`"),
