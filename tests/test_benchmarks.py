@@ -124,7 +124,7 @@ def test_layers_are_compared(capsys):
             ["--tokens", "4"],
             ["dense twin", "all experts", "keras_moe"] + ["keras_moe", "int8", "int4"],
         ),
-        (peers, ["--models"], ["KerasHub Mixtral model", "the same, sparsified"] * 2),
+        (peers, ["--models"], ["KerasHub Mixtral model", "the same, converted"] * 2),
     ],
 )
 def test_contestants_are_timed(program, arguments, names):
