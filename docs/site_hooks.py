@@ -21,6 +21,7 @@ def on_config(config):
 
 def on_files(files, config):
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    changes = changes.replace("](docs/", "](")
     files.append(File.generated(config, "changelog.md", content=changes))
     for example in (ROOT / "examples").glob("*.py"):
         source = subprocess.run(
