@@ -32,7 +32,7 @@ from sklearn.metrics import r2_score, roc_auc_score
 from keras_moe import layers, losses, routers
 
 NUM_EXPERTS, TOP_K, FEATURES, EPOCHS, BATCH_SIZE = 8, 2, 32, 12, 256
-# Rate and width of the trials; a width is that of the experts of one row together.
+# Learning rate and width of each trial. The experts that serve a row are so wide together.
 TRIALS = [*itertools.product((1e-3, 4e-3), (32, 128))]
 
 
@@ -128,7 +128,6 @@ def mixture(router, active, router_losses=None):
 
 NETWORKS = {
     "dense": dense,
-    "dense, 4 times as wide": lambda width: dense(4 * width),
     "soft gates, entropy loss": mixture(routers.DenseRouter, 2, [losses.RouterEntropy(1e-2)]),
     "top-2 of 8": mixture(lambda: routers.TopKRouter(top_k=TOP_K), TOP_K),
     "DSelect-2 of 8": mixture(lambda: routers.DSelectKRouter(top_k=TOP_K), TOP_K),

@@ -1,6 +1,6 @@
 """Attention in two steps, so that keys and values can be cached, and rotary positions.
 
-Axes: B batch, L length, M remembered length, D features, N heads, F features of a head.
+Axes: B batch, L length, M cached length, D features, N heads, F features of a head.
 """
 
 import keras
@@ -15,7 +15,7 @@ class CachedAttention(keras.layers.MultiHeadAttention):
 
     prefix = ""
 
-    def remember(self, states, mask=None, positions=None):
+    def keys_and_values(self, states, mask=None, positions=None):
         """Keys and values (B, M, N, F) of states (B, M, D), and their mask (B, M).
 
         Keys are rotated if there are positions (M,).

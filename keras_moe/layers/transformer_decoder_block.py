@@ -141,9 +141,9 @@ class TransformerDecoderBlock(TransformerBlock):
             positions = positions + ops.cast(position, "int32")
         rotated = positions if self.rotary else None
         states = self._attention_norm(inputs)
-        seen = self._attention.remember(states, mask, rotated)
+        seen = self._attention.keys_and_values(states, mask, rotated)
         if cache is None:
-            seen.update(self._remember_context(context, context_mask))
+            seen.update(self._cache_context(context, context_mask))
         else:
             seen = {**cache, **{k: _write(cache[k], v, position) for k, v in seen.items()}}
 
@@ -230,13 +230,13 @@ class TransformerDecoderBlock(TransformerBlock):
         shape = (batch_size, max_length, self.num_heads, self._attention.key_dim)
         cache = {name: ops.zeros(shape, self.compute_dtype) for name in ("keys", "values")}
         cache["mask"] = ops.zeros(shape[:2], "bool")
-        return {**cache, **self._remember_context(context, context_mask)}
+        return {**cache, **self._cache_context(context, context_mask)}
 
-    def _remember_context(self, context, mask):
+    def _cache_context(self, context, mask):
         if not self.cross_attention:
             return {}
         context, mask = self._without_padding(context, mask, "context_mask")
-        return self._context_attention.remember(context, mask)
+        return self._context_attention.keys_and_values(context, mask)
 
     def compute_output_spec(
         self,

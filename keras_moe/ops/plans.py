@@ -11,8 +11,7 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_tensors
 from keras_moe.backend import backend
-from keras_moe.ops.routing import Routing
-from keras_moe.ops.selection import mask_invalid
+from keras_moe.ops.routing import Routing, served_and_counts
 from keras_moe.ops.sorting import at_least, sort_by_expert
 
 
@@ -53,7 +52,7 @@ class GroupedPlan(NamedTuple):
 
         Nothing serves a token where the mask (T,) is False.
         """
-        experts, sizes = _count(experts, mask, num_experts)
+        experts, sizes = served_and_counts(experts, mask, num_experts)
         return cls(experts, weights, sizes)
 
     @property
@@ -288,12 +287,6 @@ def row_sums(left, right):
     """(N, 1) float32 sums of the products along the last axis."""
     products = ops.cast(left, "float32") * ops.cast(right, "float32")
     return ops.sum(products, axis=1, keepdims=True)
-
-
-@backend.jit_when_eager
-def _count(experts, mask, num_experts):
-    experts = mask_invalid(experts, num_experts, mask)
-    return experts, backend.count_integers(ops.reshape(experts, (-1,)), num_experts)
 
 
 def plan_routing(routing):

@@ -226,8 +226,15 @@ def weighted_counts(indices, weights, mask):
 
 
 @backend.jit_when_eager
+def served_and_counts(indices, mask, num_experts):
+    """Indices (T, K) with -1 for none and for padding, and how often each expert is in them, (E,).
+
+    A routing and its plan both count by it, so that a compiler counts once.
+    """
+    served = mask_invalid(indices, num_experts, mask)
+    return served, backend.count_integers(ops.reshape(served, (-1,)), num_experts)
+
+
 def count_assignments(indices, mask, num_experts):
     """How many assignments (T, K), -1 for none, each expert has from real tokens, (E,) int32."""
-    # In the operations of `plan_routing`, which a compiler then runs once.
-    served = mask_invalid(indices, num_experts, mask)
-    return backend.count_integers(ops.reshape(served, (-1,)), num_experts)
+    return served_and_counts(indices, mask, num_experts)[1]
