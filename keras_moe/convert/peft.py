@@ -1,7 +1,8 @@
 """LoRA adapters of PEFT for the experts of a layer.
 
 PEFT adapts a stack of kernels (E, D, H) by two matrices, `lora_A` (E r, D) and `lora_B` (H, r E).
-Hugging Face keeps gate and up kernels in one stack, so there they share a `lora_A`.
+Hugging Face keeps gate and up kernels in one stack, so there they share a `lora_A`. In files from
+before Transformers 5 each kernel of each expert has factors of its own, (r, D) and (H, r).
 """
 
 import math
@@ -17,6 +18,7 @@ from keras_moe.layers import MixtureOfExperts
 
 # The first weights in rules for kernels of experts.
 _KERNELS = ("experts.gate_kernel", "experts.down_kernel")
+_BASE = "base_model.model."
 
 
 def from_peft(
@@ -24,7 +26,9 @@ def from_peft(
 ) -> MixtureOfExperts:
     """Give the experts of a MoE layer the low-rank factors of a PEFT adapter, by `enable_lora`.
 
-    The layer is returned. Weights outside this block, such as in attention, are not read.
+    The layer is returned. Weights outside this block, such as in attention, are not read. The
+    adapter is of stacks of experts, or of the linear layers of single experts; those without an
+    adapter keep their kernels.
 
     Args:
         source: Path. Folder of an adapter, with `adapter_config.json` and `.safetensors` files.
@@ -39,55 +43,79 @@ def from_peft(
 
     >>> keras_moe.convert.from_peft("adapter", mixture, 0, "mixtral")  # doctest: +SKIP
     """
-    prefix, rules = _experts_of(mixture, layer, family)
     settings = read_config(source, "adapter_config.json")
     read, names = tensor_reader(source)
-    own = {name for name in names if name.startswith(prefix.removesuffix("experts."))}
+    bank = mixture.experts
+    stacked, rules = _experts_of(mixture, layer, family)
+    block, in_files, _ = layout_of(mixture, layer, family, 0)
+    # Kernels of single experts by the start of the names of their factors.
+    single = {
+        f"{_BASE}{block}{rule.theirs.format(expert=expert).removesuffix('weight')}": (rule, expert)
+        for rule in in_files
+        for expert in range(bank.num_experts if "{expert}" in rule.theirs else 0)
+    }
+    blocks = (_BASE + block, stacked.removesuffix("experts."))
+    own = {name for name in names if name.startswith(blocks)}
     starts = {name.removesuffix("lora_A.weight") for name in own if name.endswith("lora_A.weight")}
-    wanted = {start + f"lora_{letter}.weight" for start in starts for letter in "AB"}
-    odd = own ^ wanted | {start for start in starts if start.replace("base_layer.", "") != prefix}
-    if odd or settings.get("use_dora") or not starts:
+    odd = own ^ {start + f"lora_{letter}.weight" for start in starts for letter in "AB"}
+    is_stacked = {start.replace("base_layer.", "") for start in starts} == {stacked}
+    if odd or settings.get("use_dora") or not (is_stacked or starts and starts <= {*single}):
         raise ValueError(
-            "An adapter must be of stacked experts and nothing else of their block, without DoRA. "
+            "An adapter must be of experts and nothing else of their block, without DoRA. "
             f"Received: {sorted(own)}, use_dora={settings.get('use_dora')}, layer={layer}"
         )
 
-    def setting(rule, pattern, default):
-        """The value that PEFT's patterns give to the kernels of a rule."""
-        parameter = prefix.removesuffix("experts.") + rule.theirs
-        patterns = (settings.get(pattern) or {}).items()
-        matching = (value for key, value in patterns if re.match(rf"(.*\.)?({key})$", parameter))
-        return next(matching, settings[default])
+    def expected(rule, parameter, copies=1):
+        """The shapes of factors, and the rule with the rank and the scale that PEFT gives them."""
+
+        def setting(pattern, default):
+            patterns = (settings.get(pattern) or {}).items()
+            matching = (
+                value for key, value in patterns if re.match(rf"(.*\.)?({key})$", parameter)
+            )
+            return next(matching, settings[default])
+
+        rank = setting("rank_pattern", "r")
+        scale = setting("alpha_pattern", "lora_alpha")
+        scale /= math.sqrt(rank) if settings.get("use_rslora") else rank
+        _, fan_in, fan_out = _projections(bank, rule)[0].shape
+        shapes = (copies * rank, fan_in), (fan_out * len(rule.ours), copies * rank)
+        return shapes, (rule, rank, scale)
 
     # Wrappers in each other do not say which kernel they adapt: its shape does.
-    bank, ranks, scales, by_shape = mixture.experts, {}, {}, {}
-    for rule in rules:
-        ranks[rule] = rank = setting(rule, "rank_pattern", "r")
-        divisor = math.sqrt(rank) if settings.get("use_rslora") else rank
-        scales[rule] = setting(rule, "alpha_pattern", "lora_alpha") / divisor
-        _, fan_in, fan_out = _projections(bank, rule)[0].shape
-        stacked = rank * bank.num_experts
-        by_shape[(stacked, fan_in), (fan_out * len(rule.ours), stacked)] = rule
-    factors = [[read(start + f"lora_{letter}.weight") for letter in "AB"] for start in starts]
-    wrong = [(a.shape, b.shape) for a, b in factors if (a.shape, b.shape) not in by_shape]
-    if wrong:
-        raise ValueError(
-            f"The factors of an adapter must have the shapes {[*by_shape]}. Received: {wrong}"
-        )
-    # The kernels of a bank have one rank and one scale.
-    rank, scale = max(ranks.values()), scales[rules[0]]
-    bank.enable_lora(rank, rank * scale)
-    for a, b in factors:
-        rule = by_shape[a.shape, b.shape]
-        own_rank = ranks[rule]
-        a = a.reshape(bank.num_experts, own_rank, -1).swapaxes(1, 2)
-        b = b.reshape(len(b), own_rank, bank.num_experts).transpose(2, 1, 0)
-        b = np.pad(b * (scales[rule] / scale), [(0, 0), (0, rank - own_rank), (0, 0)])
+    by_shape = dict(expected(rule, blocks[1] + rule.theirs, bank.num_experts) for rule in rules)
+    found = []  # projection, experts, A (..., D, r), B (..., r, H), and its scale
+    for start in sorted(starts):
+        a, b = (read(f"{start}lora_{letter}.weight") for letter in "AB")
+        experts = slice(None)
+        if not is_stacked:
+            rule, experts = single[start]
+            by_shape = dict([expected(rule._replace(transposed=False), start.removesuffix("."))])
+        if (a.shape, b.shape) not in by_shape:
+            raise ValueError(
+                f"The factors of an adapter must have the shapes {[*by_shape]}. "
+                f"Received: {a.shape}, {b.shape} of {start}"
+            )
+        rule, rank, scale = by_shape[a.shape, b.shape]
+        if is_stacked:
+            a = a.reshape(-1, rank, a.shape[1]).swapaxes(1, 2)
+            b = b.reshape(len(b), rank, -1).transpose(2, 1, 0)
+        else:
+            a, b = a.T, b.T
         for projection, part in zip(_projections(bank, rule), rule.split(b)):
-            # Further columns of A begin at random, so that they can train.
-            more = ops.convert_to_numpy(projection.lora_a)[..., own_rank:]
-            projection.lora_a.assign(np.concatenate([a, more], axis=2))
-            projection.lora_b.assign(part)
+            found.append((projection, experts, a, part, scale))
+    # The kernels of a bank have one rank and one scale.
+    scale = found[0][-1]
+    rank = max(a.shape[-1] for _, _, a, *_ in found)
+    bank.enable_lora(rank, rank * scale)
+    for projection, experts, a, b, own_scale in found:
+        # Further columns of A begin at random, so that they can train.
+        all_a, all_b = (
+            np.array(ops.convert_to_numpy(each)) for each in (projection.lora_a, projection.lora_b)
+        )
+        all_a[experts, :, : a.shape[-1]], all_b[experts, : a.shape[-1]] = a, b * (own_scale / scale)
+        projection.lora_a.assign(all_a)
+        projection.lora_b.assign(all_b)
     return mixture
 
 
@@ -139,7 +167,7 @@ def _experts_of(mixture, layer, family):
     """The prefix of PEFT's names for the experts of a model in memory, and rules for (D, H)."""
     prefix, rules, _ = layout_of(mixture, layer, family, -1)
     kernels = [rule._replace(transposed=False) for rule in rules if rule.ours[0] in _KERNELS]
-    return f"base_model.model.{prefix}experts.", kernels
+    return f"{_BASE}{prefix}experts.", kernels
 
 
 def _projections(bank, rule):
