@@ -21,7 +21,7 @@ from keras_moe import inspection, layers, routers
 
 FEATURES = 100
 NUM_EXPERTS = 8
-WIDTH = 16
+WIDTH = 4
 NUM_ROWS = 100_000
 NUM_TEST = 10_000
 EPOCHS = 8
@@ -41,7 +41,7 @@ def make_data(relatedness, rng, num_rows):
 
 
 def shared_bottom(inputs):
-    hidden = keras.layers.Dense(113, "relu")(inputs)
+    hidden = keras.layers.Dense(42, "relu")(inputs)
     return [hidden, hidden]
 
 
