@@ -166,6 +166,16 @@ def test_experts_that_die_in_a_short_training_are_reported_at_its_end():
 
 
 @of_counts
+def test_a_collapse_in_a_short_training_is_reported_at_its_end():
+    x, y = clustered(0, 10)
+    options = {"batch_size": 1, "epochs": 3}
+    findings, _ = watched(model_of(collapsed_layer()), x, y, ExpertHealth(), **options)
+    ((step, _, finding),) = findings
+    assert step == 30 and finding.text.startswith("The experts have collapsed: 100%")
+    assert not watched(model_of(expert_layer()), x, y, ExpertHealth(), **options)[0]
+
+
+@of_counts
 def test_a_capacity_that_drops_most_is_reported_once():
     layer = expert_layer()
     layer = layers.MixtureOfExperts(layer.experts, capacity_factor=0.25, name="moe")

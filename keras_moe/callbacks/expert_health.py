@@ -25,7 +25,8 @@ class ExpertHealth(keras.callbacks.Callback):
 
     Checks every MoE layer for
 
-    - a collapse: nearly all work goes to the same few experts, and it does not get better;
+    - a collapse: nearly all work goes to the same few experts, and it does not get better; at the
+      end of the training one check tells, with 5 assignments an expert;
     - dead experts, as `metrics.dead_experts` counts them, in three times as many checks, or in the
       last ones before the training ends;
     - a capacity that drops more than half of the assignments;
@@ -102,7 +103,7 @@ class ExpertHealth(keras.callbacks.Callback):
         losses, weights, values, added = [], [], [], {}
         for name, watch in self._watched():
             layer = watch.layer
-            counted = _Counted.by(layer).since(watch.epoch_began)
+            counted = watch.count().since(watch.epoch_began)
             # Where a monitor has read and reset the counters, it has kept the means.
             means = counted.losses / counted.calls if counted.calls else layer.last_losses
             if means is None or not layer.router_losses:
@@ -118,8 +119,8 @@ class ExpertHealth(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         for name, watch in self._watches.items():
-            for kind, finding, experts in watch.dead(self.patience):
-                self._report(name, kind, finding, experts, acts=False)
+            for found in watch.conclude():
+                self._report(name, *found, acts=False)
 
     def _watched(self):
         for name, layer in moe_layers(self.model).items():
@@ -127,19 +128,15 @@ class ExpertHealth(keras.callbacks.Callback):
                 self._watches[name] = _Watch(layer, self.patience)
         return self._watches.items()
 
-    def _report(self, name, kind, finding, about=(None,), acts=True):
+    def _report(self, name, kind, finding, about=(None,), *, acts=True):
         """Warn of a finding, or None, if it is about anything that was not reported before."""
         # A problem in spite of rebalancing is worth another warning.
         facts = {(name, name in self._rebalanced, kind, each) for each in about}
         if finding is None or facts <= self._reported:
             return
         self._reported |= facts
-        if (
-            acts
-            and self.rebalance
-            and kind in ("collapse", "dead")
-            and name not in self._rebalanced
-        ):
+        is_uneven = kind in ("collapse", "dead")
+        if acts and self.rebalance and is_uneven and name not in self._rebalanced:
             finding = self._rebalance(name, finding)
         known = [(layer, found.fix) for _, layer, found in self.findings]
         self.findings.append((self._step, name, finding))
@@ -199,29 +196,49 @@ class _Watch:
         elif size > max(health.EXPLODED_LOGIT, _GROWTH * self._first_size):
             how = f"spread by {size:.0f} for inputs of size 1"
             found.append(("router", health.exploded(how)))
-        counted = _Counted.by(self.layer)
-        new, self.seen = counted.since(self.seen), counted
-        self._window += new.assignments
-        self._dropped += new.dropped
+        self.count()
         if health.is_enough(self._window):
             found += self._judge_load()
             self._window, self._dropped = np.zeros_like(self._window), 0.0
         return found
 
+    def count(self):
+        """Add what was counted since the last time, and return the counters."""
+        counted = _Counted.by(self.layer)
+        new, self.seen = counted.since(self.seen), counted
+        self._window += new.assignments
+        self._dropped += new.dropped
+        return counted
+
+    def conclude(self):
+        """Findings at the end of the training, where fewer checks are enough."""
+        if health.is_enough(self._window, health.FEW):
+            self._judge_spread()
+        yield from self._collapse(1)
+        yield from self._dead(self.patience)
+
+    def _judge_spread(self):
+        self._judged = self._window
+        self._spreads.append(health.spread(self._judged, self.layer.router.min_top_k))
+
     def _judge_load(self):
-        latest, drops = self._spreads, self._drops
-        latest.append(health.spread(self._window, self.layer.router.min_top_k))
-        recovers = latest[-1] - latest[0] > _RECOVERY * (self.patience - 1)
-        if len(latest) == self.patience and max(latest) < health.COLLAPSED and not recovers:
-            yield "collapse", health.collapsed(self._window, health.balance_advice(self.layer))
-        drops.append(self._dropped / np.sum(self._window))
-        if len(drops) == self.patience and min(drops) > health.MOST_DROPPED:
-            yield "dropped", health.judge_drops(drops[-1])[0]
+        self._judge_spread()
+        yield from self._collapse(self.patience)
+        self._drops.append(self._dropped / np.sum(self._window))
+        if len(self._drops) == self.patience and min(self._drops) > health.MOST_DROPPED:
+            yield "dropped", health.judge_drops(self._drops[-1])[0]
         idle = ops.convert_to_numpy(is_dead(self._window))
         self._idle = np.where(idle, self._idle + 1, 0)
-        yield from self.dead(_DEAD_PATIENCE * self.patience)
+        yield from self._dead(_DEAD_PATIENCE * self.patience)
 
-    def dead(self, checks):
+    def _collapse(self, checks):
+        """The finding of a collapse in so many checks, if there is one."""
+        latest = list(self._spreads)
+        is_low = len(latest) >= checks and max(latest[-checks:]) < health.COLLAPSED
+        if is_low and latest[-1] - latest[0] <= _RECOVERY * (len(latest) - 1):
+            yield "collapse", health.collapsed(self._judged, health.balance_advice(self.layer))
+
+    def _dead(self, checks):
         """The finding about experts that have been dead in so many checks, if there are any."""
         dead, num_experts = np.flatnonzero(self._idle >= checks), len(self._idle)
         # In a collapse most are dead, one after the other.

@@ -37,6 +37,8 @@ WEAK_WEIGHT, LARGE_WEIGHT, HEAVY_WEIGHT = 1e-3, 9.99, 10.01
 HEAVY_SHARE = 0.1
 # Fewer assignments an expert are not enough to call it dead.
 ENOUGH = 20
+# For a collapse, at the end of a training.
+FEW = 5
 # Scores of a selection bias are from 0 to 1: advice names no larger rate.
 LARGE_RATE = 0.01
 
@@ -257,8 +259,8 @@ def dead(experts, num_experts, advice, when=""):
     return Finding(PROBLEM, text, advice)
 
 
-def is_enough(counts):
-    return np.sum(counts) >= ENOUGH * len(counts)
+def is_enough(counts, each=ENOUGH):
+    return np.sum(counts) >= each * len(counts)
 
 
 def weak_loss(loss, weight):

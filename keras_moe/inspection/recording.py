@@ -167,11 +167,15 @@ def replaying(model: keras.Model, routings: dict) -> contextlib.AbstractContextM
     ...     outputs = model(inputs, training=True)
     """
     layers = moe_layers(model)
-    if not routings.keys() <= layers.keys():
-        rule = f"`routings` must have names of MoE layers, {sorted(layers)}"
-        raise ValueError(f"{rule}. Received: {sorted(routings)}")
+    names = sorted(routings) if isinstance(routings, dict) else [type(routings).__name__]
+    if not set(names) <= layers.keys():
+        rule = f"`routings` must be a dict with names of MoE layers, {sorted(layers)}"
+        raise ValueError(f"{rule}. Received: {names}")
     replayed = {}
     for name, routing in routings.items():
+        if isinstance(routing, list) and any(isinstance(each, Routing) for each in routing):
+            rule = f"`routings[{name!r}]` must be one routing, such as the first of a recorded list"
+            raise ValueError(f"{rule}. Received: a list of {len(routing)}")
         indices = routing.indices if isinstance(routing, Routing) else routing
         check_indices(f"routings[{name!r}]", indices, layers[name].router.num_experts)
         replayed[layers[name]] = ops.convert_to_tensor(indices)

@@ -2,14 +2,14 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import keras
 from keras import ops
 
 from keras_moe._internal import Tensor
-from keras_moe._internal.checks import check_instance
+from keras_moe._internal.checks import shortened
 from keras_moe._internal.keras_internals import parameters_of
 from keras_moe._internal.serialization import config_of, note_part, register
 from keras_moe.backend import backend
@@ -72,12 +72,15 @@ class LayerExperts(ExpertBank):
     """
 
     def __init__(self, layers: Sequence[keras.Layer], **kwargs: Any):
-        layers = tuple(
-            keras.saving.deserialize_keras_object(layer) if isinstance(layer, dict) else layer
-            for layer in layers
-        )
-        for layer in layers:
-            check_instance("layers", layer, keras.Layer)
+        revive = keras.saving.deserialize_keras_object
+        parts = layers if isinstance(layers, Iterable) else [None]
+        parts = tuple(revive(each) if isinstance(each, dict) else each for each in parts)
+        if not all(isinstance(each, keras.Layer) for each in parts):
+            raise TypeError(
+                "`layers` must be a list of Keras layers, with functions in `keras.layers.Lambda`. "
+                f"Received: layers={shortened(layers)}"
+            )
+        layers = parts
         if len({id(layer) for layer in layers}) < len(layers):
             raise ValueError(
                 "`layers` must be different objects. Received: "

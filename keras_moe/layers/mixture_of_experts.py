@@ -65,6 +65,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
             expert, in training, `ceil(capacity_factor * T * K / E)` slots, at least 1; first
             choices are served before second ones, then earlier tokens before later ones. An
             assignment without a slot contributes zero. Experts without computation have no limit.
+            From E / K on, nothing is ever dropped.
         gated_shared_expert: Boolean. Whether the shared expert's output is multiplied by a gate of
             each token, `sigmoid(x g)` with a learned g (D, 1), as in Qwen1.5-MoE.
         token_axes: Integer. Number of leading axes that count tokens; the others are the shape of
@@ -84,14 +85,15 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         inputs: (batch, ..., D) float tensor with any number of leading axes. The axes between the
             first and the last are a sequence; of (batch, D) the whole batch is one.
         mask: (batch, ...) bool or integer tensor, False or 0 for padding. Default: the Keras mask
-            of the inputs.
+            of the inputs, which `+` and other operations drop.
         training: Boolean. Whether router losses are added, router noise drawn and assignments
             counted.
         return_routing: Boolean. Whether the routing is returned as well.
         token_ids: (batch, ...) integer tensor of vocabulary ids, for `routers.HashRouter`.
         indices: (T, K) integer tensor of experts to replay instead of choosing, such as the
-            `indices` of a recorded routing, -1 for none. Weights come from the live scores. The
-            numbers in an array are checked; in a tensor, invalid ones count as -1.
+            `indices` of a recorded routing, -1 for none. Weights come from the live scores. An
+            expert that is named twice serves and counts twice. The numbers in an array are checked;
+            in a tensor, invalid ones count as -1.
         router_inputs: (batch, ..., D'') float tensor that the router sees instead of `inputs`, such
             as wider features (LatentMoE), or a summary of a whole sample.
         return_expert_outputs: Boolean. Whether the outputs of the single experts are returned as
@@ -187,6 +189,18 @@ class MixtureOfExperts(RouterUsage, Recomputable):
     def top_k(self):
         return self.router.top_k
 
+    @top_k.setter
+    def top_k(self, value):
+        raise AttributeError("`top_k` is changed by `surgery.set_top_k(layer, top_k)`")
+
+    @property
+    def capacity_factor(self):
+        return None if self.capacity is None else self.capacity.factor
+
+    @capacity_factor.setter
+    def capacity_factor(self, value):
+        raise AttributeError("Set `layer.capacity = Capacity(factor)` and compile the model again")
+
     def build(self, inputs_shape, router_inputs_shape=None):
         token_shape = self._token_shape(inputs_shape)
         axes = {axis - len(token_shape): size for axis, size in enumerate(token_shape)}
@@ -198,12 +212,13 @@ class MixtureOfExperts(RouterUsage, Recomputable):
             self.router.build((None, math.prod(seen)))
         if not self.experts.built:
             self.experts.build((None, *token_shape))
-        if self.experts.is_used and self.experts.weights and not self.shares_experts:
-            warnings.warn(
-                f"`{self.experts.name}` is in two layers, of which `{self.name}` is the second: "
-                "they share its weights. If that is not meant, make a bank for each.",
-                stacklevel=2,
-            )
+        for part in (self.router,) if self.shares_experts else (self.router, self.experts):
+            if part.is_used and part.weights:
+                warnings.warn(
+                    f"`{part.name}` is in two layers, of which `{self.name}` is the second: they "
+                    "share its weights. If that is not meant, make one for each.",
+                    stacklevel=2,
+                )
         if not self.router.takes_capacity and self._num_axes(inputs_shape) == 1:
             warnings.warn(
                 f"Experts choose among all samples of the batch with the "
@@ -214,7 +229,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         if self.shared_expert is not None:
             self._build_shared_expert(inputs_shape)
         self._build_usage(self.experts.num_experts)
-        self.experts.is_used = True
+        self.router.is_used = self.experts.is_used = True
 
     def _build_shared_expert(self, inputs_shape):
         shape = sublayers.build_and_measure(

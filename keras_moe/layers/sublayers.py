@@ -7,6 +7,7 @@ import keras
 
 from keras_moe._internal.checks import check_tensors
 from keras_moe._internal.keras_internals import get_keras_mask, sources_of
+from keras_moe.layers.expert_bank import ExpertBank
 
 
 def freeze_parts(layer):
@@ -24,6 +25,10 @@ def build_and_measure(name, layer, inputs_shape, num_kept=None):
 
     It must be one tensor that keeps `num_kept` leading axes of the inputs, or all but the last.
     """
+    if isinstance(layer, ExpertBank):
+        raise TypeError(
+            f"`{name}` must not be a bank: use `MixtureOfExperts(bank)`. Received: {layer!r}"
+        )
     is_spelled_out = all(
         getattr(type(layer), method) is not getattr(keras.Layer, method)
         for method in ("build", "compute_output_shape")

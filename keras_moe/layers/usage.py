@@ -20,11 +20,12 @@ _COUNTERS = (
 )
 
 
-class _Unbuilt:
-    """The counts of a layer that is not built. PyTorch has its own message."""
+# Messages for attributes that a layer lacks.
+_MISSING = dict.fromkeys(_COUNTERS, "A layer must be built, by a call, before it has counts")
+_MISSING["enable_lora"] = "LoRA is enabled in the bank: `layer.experts.enable_lora(rank)`"
 
-    def __get__(self, layer, owner=None):
-        raise AttributeError("A layer must be built, as by its first call, before it has counts")
+# PyTorch's modules find their sublayers by it.
+_other_attribute = getattr(keras.Layer, "__getattr__", object.__getattribute__)
 
 
 class RouterUsage(keras.layers.Layer):
@@ -42,8 +43,7 @@ class RouterUsage(keras.layers.Layer):
             router loss before the last reset by `callbacks.ExpertMonitor`.
     """
 
-    expert_counts: Any = _Unbuilt()
-
+    expert_counts: Any
     router_losses: tuple
     counts_in_evaluation = False
     last_counts = None
@@ -53,6 +53,11 @@ class RouterUsage(keras.layers.Layer):
     routing_listener: Any = None
     # Weights of the losses that were set before the layer was built.
     _early_loss_weights: Any = None
+
+    def __getattr__(self, name):
+        if name in _MISSING:
+            raise AttributeError(_MISSING[name])
+        return _other_attribute(self, name)
 
     def _build_usage(self, num_experts):
         initial = self.loss_weights_in_force

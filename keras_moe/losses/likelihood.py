@@ -45,7 +45,8 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         y_true: (batch, ..., D) float tensor, or (batch, ...) integer tensor of classes, where -1
             counts as any class. Numbers of no class are refused in an array; in a tensor, such as
             in `fit`, the loss of the sample is NaN.
-        y_pred: (batch, ..., K, 1 + D') float tensor of `losses.pack_mixture`.
+        y_pred: (batch, ..., K, 1 + D') float tensor of `losses.pack_mixture`. Other outputs of such
+            a shape are not recognized.
 
     Returns:
         Scalar, float32, or (batch, ...) without a reduction.
@@ -206,7 +207,11 @@ def _log_weights(y_pred):
 
 
 def _outputs(y_pred):
-    return ops.convert_to_tensor(y_pred, "float32")[..., 1:]
+    y_pred = ops.convert_to_tensor(y_pred, "float32")
+    if len(y_pred.shape) < 3:
+        rule = "`y_pred` must have the shape (batch, ..., K, 1 + D') of `losses.pack_mixture`"
+        raise ValueError(f"{rule}. Received: shape {tuple(y_pred.shape)}")
+    return y_pred[..., 1:]
 
 
 def _of_expert(number, values):
@@ -248,6 +253,8 @@ def pack_mixture(routing: Routing, expert_outputs: Tensor) -> Tensor:
     Returns:
         (batch, ..., K, 1 + D') float32 tensor.
     """
+    if not isinstance(routing, Routing):
+        raise TypeError(f"`routing` must be an `ops.Routing`. Received: {type(routing).__name__}")
     expert_outputs = ops.convert_to_tensor(expert_outputs)
     if expert_outputs.shape[-2] != routing.weights.shape[-1]:
         raise ValueError(

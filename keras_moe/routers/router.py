@@ -82,6 +82,8 @@ class Router(keras.layers.Layer):
     takes_capacity = True
     # Whether all experts serve each token, so that experts are counted by their weights.
     serves_all = False
+    # Whether a mixture has it already.
+    is_used = False
 
     def __init__(self, num_experts: int | None = None, **kwargs: Any):
         dtype = kwargs.pop("dtype", None)

@@ -34,16 +34,19 @@ class Surgery(NamedTuple):
     - `loss_before`, `loss_after`: on the data, or None if the model is not compiled or the data
       have no targets.
     - `usage`: of merged experts, dict from the name of each layer to what each expert served.
+    - `num_experts`: dict from the name of each layer to the number of experts it had.
     """
 
     experts: dict
     loss_before: Any = None
     loss_after: Any = None
     usage: dict | None = None
+    num_experts: dict | None = None
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the choice of experts to a JSON file, for `surgery.apply`."""
-        text = json.dumps({"experts": self.experts, "usage": self.usage})
+        names = ("experts", "usage", "num_experts")
+        text = json.dumps({name: getattr(self, name) for name in names})
         pathlib.Path(path).write_text(text, encoding="utf-8")
 
 
@@ -195,7 +198,8 @@ def apply(model: keras.Layer, source: Surgery | str | os.PathLike) -> Surgery:
     """
     if not isinstance(source, Surgery):
         saved = json.loads(pathlib.Path(source).read_text(encoding="utf-8"))
-        if not isinstance(saved, dict) or saved.keys() != {"experts", "usage"}:
+        # Earlier files have no numbers of experts.
+        if not isinstance(saved, dict) or saved.keys() - {"num_experts"} != {"experts", "usage"}:
             rule = "`source` must be a file that `Surgery.save` wrote"
             raise ValueError(f"{rule}. Received: {str(source)!r} with {shortened(saved)}")
         source = Surgery(**saved)
@@ -204,10 +208,13 @@ def apply(model: keras.Layer, source: Surgery | str | os.PathLike) -> Surgery:
         number = found[name].experts.num_experts if name in found else 0
         chosen: list = sum(groups, [])
         fits = len(set(chosen)) == len(chosen) and set(chosen) <= set(range(number))
-        if not fits or (source.usage is not None and len(source.usage.get(name, ())) != number):
+        meant = (source.num_experts or {}).get(name, number)
+        if source.usage is not None:
+            meant = len(source.usage.get(name, ()))
+        if not fits or meant != number:
             raise ValueError(
                 "`source` must be a choice among the experts of the model, each at most once. "
-                f"Received: {shortened(groups)} of {number} experts in {name!r}"
+                f"Received: {shortened(groups)} of {number} experts in {name!r}, made for {meant}"
             )
     numbers = {name: len(groups) for name, groups in source.experts.items()}
     layers, _, _ = _plan(model, numbers, [], merging=source.usage is not None)
@@ -225,6 +232,7 @@ _num_experts = operator.attrgetter("experts.num_experts")
 def _operate(model, layers, groups, used, data=()):
     """Keep one expert of each group, merged with the others by usage if that is given."""
     before = measuring.loss_on(model, data)
+    had = {name: _num_experts(layer) for name, layer in layers.items()}
     chosen = {}
     for name, layer in layers.items():
         if used is not None:
@@ -238,7 +246,7 @@ def _operate(model, layers, groups, used, data=()):
         for name, own in groups.items()
     }
     usage = used and {name: used[name].tolist() for name in layers}
-    return Surgery(experts, before, measuring.loss_on(model, data), usage)
+    return Surgery(experts, before, measuring.loss_on(model, data), usage, had)
 
 
 def _plan(model, keep, data, merging):

@@ -20,7 +20,7 @@ from keras_moe.layers.multi_gate import Task
 from keras_moe.layers.replacement import replace
 from keras_moe.layers.stacked_experts import StackedExperts
 from keras_moe.layers.usage import counter
-from keras_moe.routers import LogitRouter, SoftRouter
+from keras_moe.routers import LogitRouter
 
 # Banks with one hidden layer or none, whose features `merge` matches.
 _MATCHED = (FeedForwardExperts, GatedExperts, LinearExperts)
@@ -34,9 +34,8 @@ def obstacles(layer, merging):
         yield "a task of a `MultiGateMixtureOfExperts`, which calls the experts for all its tasks"
     if getattr(bank, "processes", None) is not None:
         yield "whose experts are split over processes"
-    # A soft router's logits are for slots: tokens choose no experts.
-    if not isinstance(router, LogitRouter) or isinstance(router, SoftRouter):
-        yield f"with a `{type(router).__name__}`, which has no column of a kernel for each expert"
+    if not isinstance(router, LogitRouter) or not router.takes_capacity:
+        yield f"with a `{type(router).__name__}`, whose logits do not choose the experts of a token"
     if not isinstance(bank, (StackedExperts, LayerExperts)):
         yield f"with `{type(bank).__name__}`"
     elif not merging:
