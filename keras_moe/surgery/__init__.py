@@ -133,7 +133,7 @@ def merge_experts(model: keras.Layer, keep: float | dict = 0.5, data: Sequence =
 def add_experts(
     model: keras.Layer,
     factor: int | dict = 2,
-    noise: float = 0.01,
+    noise: float = 0.1,
     data: Sequence = (),
     seed: int | None = None,
 ) -> Surgery:

@@ -4,6 +4,7 @@ import random
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -61,8 +62,8 @@ def upcycle(
         model: Keras model, or list of M models. It must be built. The first changes in place, and
             the result shares its other layers: use the result only. The others stay as they are.
             Weights that were not created to train, such as integers, are the first's.
-        num_experts: Integer or None. Number of experts, E, divisible by `granularity` and the number
-            of models; copy c is of model c modulo M. None: 8 for one model, else one copy of each.
+        num_experts: Integer or None. Number of experts, E, divisible by `granularity` times M; copy
+            c is of model c modulo M. None: 8 for one model, otherwise one copy of each.
         top_k: Integer. Experts per token, K, divisible by `granularity`. With 1 the weight of an
             expert is always 1, and the router learns from its losses only.
         granularity: Integer. Parts into which each copy is split; divides the hidden width. The
@@ -111,7 +112,7 @@ def upcycle(
     Nakamura et al. 2025 (arXiv:2502.19261), section 3.2, for partly re-initialised copies;
     Sukhbaatar et al. 2024, Branch-Train-MiX (arXiv:2403.07816), section 3.2, for several models.
     """
-    models = list(model) if isinstance(model, (list, tuple)) else [model]
+    models: list[Any] = list(model) if isinstance(model, (list, tuple)) else [model]
     granularity = check_integer("granularity", granularity)
     if num_experts is None:
         num_experts = len(models) * granularity if len(models) > 1 else 8
@@ -126,11 +127,11 @@ def upcycle(
         )
     if rank is not None and (granularity > 1 or reinitialized or len(models) > 1):
         raise ValueError(
-            "With a `rank` all experts share one whole dense layer. Received: rank="
-            f"{rank}, granularity={granularity}, reinitialized={reinitialized}, {len(models)} models"
+            f"With a `rank` all experts share one whole dense layer. Received: rank={rank}, "
+            f"granularity={granularity}, reinitialized={reinitialized}, {len(models)} models"
         )
-    model = models[0]
-    chosen = _select(model, select, every)
+    first = models[0]
+    chosen = _select(first, select, every)
     found, weights_of_models = _alike(models)
     obstacles = [
         f"{each.name!r} with {why}" for each in chosen for why in _obstacles(each, granularity)
@@ -139,7 +140,7 @@ def upcycle(
         raise ValueError(
             f"Experts must be able to do what the dense layers do. Received: {'; '.join(obstacles)}"
         )
-    for layer in model._flatten_layers():
+    for layer in first._flatten_layers():
         freeze_parts(layer)
     rng = np.random.default_rng(random.randrange(2**32) if seed is None else seed)
     replacements: dict = {}
@@ -159,11 +160,11 @@ def upcycle(
             up = feed_forward.up
             replacements[up] = Ones(dtype=up.dtype_policy.name, name=up.name)
     if len(models) > 1:
-        trained = {id(weight) for weight in parameters_of(model)}
+        trained = {id(weight) for weight in parameters_of(first)}
         for weights in zip(*weights_of_models):
             if id(weights[0]) in trained:
                 weights[0].assign(np.mean(list(map(float_array, weights)), axis=0))
-    model, changes = replace(model, replacements)
+    model, changes = replace(first, replacements)
     for block in (feed_forward.owner for feed_forward in chosen if feed_forward.gate is not None):
         # The block still applies the activation to the gate, and multiplies by `up`.
         set_state(block, "activation", keras.activations.linear)
