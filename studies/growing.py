@@ -30,8 +30,8 @@ from keras_moe import surgery
 FULL = sparsity.FULL._replace(steps=160, epochs=4, validation_rows=512)
 SMOKE = sparsity.SMOKE._replace(steps=4)
 BATCH_SIZE = 16
-# The learning rate that the trials of `sparsity.py` choose; the noise was the best of 0.01, 0.1, 0.3
-# and 1 in one run of 300 steps with another seed, by the validation split.
+# The learning rate that the trials of `sparsity.py` choose. Noise: the best of 0.01, 0.1, 0.3 and 1
+# in one run of 300 steps with another seed, by the validation split.
 LEARNING_RATE, NOISE = 1e-2, 1.0
 # Experts in the first and in the second half.
 MODELS = {"32 experts": (32, 32), "8 to 32 experts": (8, 32), "8 experts": (8, 8)}

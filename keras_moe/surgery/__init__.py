@@ -143,7 +143,8 @@ def add_experts(
     column of the router. A token still goes to K experts. Without noise, outputs stay the same if K
     is 1. Otherwise these are copies of fewer experts: with K up to `factor` of the best one alone,
     as after `set_top_k(model, 1)`. After `set_top_k` to `factor * K` instead, outputs are as before
-    at a higher cost; both hold for routers that renormalize weights.
+    at a higher cost; both hold for routers that renormalize weights. With a `GroupLimitedRouter`
+    copies may also change which groups are the best.
 
     A compiled model trains on: its optimizer keeps its state, with that of each weight, such as the
     moments of Adam, copied as the weight is. Only if other weights trained when the optimizer was
