@@ -170,3 +170,26 @@ def print_comparison(results, **further):
         **further,
     }
     print_runs("", models, columns)
+
+
+def print_ends(results, **further):
+    """A table of the losses at the end of runs by model and seed, against the first model's.
+
+    After +-, half of a 95% interval of the differences of runs with one seed.
+    """
+    baseline, models = next(iter(results.values())), {}
+    for name, runs in results.items():
+        models[name] = [
+            {**run, "difference": run["loss"] - baseline[seed]["loss"]}
+            for seed, run in runs.items()
+        ]
+    columns = {
+        "seeds": (lambda losses: str(len(losses)), "loss"),
+        "loss": ("{:.4f}", "loss"),
+        "difference": (interval, "difference"),
+        **further,
+        "steps": ("{:,.0f}", "steps"),
+        "seconds": ("{:.1f}", "seconds"),
+        **PARAMETERS,
+    }
+    print_runs("", models, columns)

@@ -141,8 +141,13 @@ def equal_time(size, results):
 
 def fit(model, data, seed, size, folder, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE):
     """Train on rows of ids, or resume training, and return the whole history."""
-    train, held_out = data
     compile_for_training(model, size.steps * size.epochs, learning_rate)
+    return fit_compiled(model, data, seed, size, folder, batch_size)
+
+
+def fit_compiled(model, data, seed, size, folder, batch_size=BATCH_SIZE):
+    """As `fit`, with the model's own optimizer."""
+    train, held_out = data
     monitors = [callbacks.ExpertMonitor()] if inspection.has_moe_layers(model) else []
     batches = Batches(train, batch_size, size.steps, seed)
     return resuming.fit(
@@ -155,6 +160,12 @@ def fit(model, data, seed, size, folder, batch_size=BATCH_SIZE, learning_rate=LE
         validation_data=(held_out[:, :-1], held_out[:, 1:]),
         validation_batch_size=batch_size,
     )
+
+
+def evaluate(model, held_out, batch_size=BATCH_SIZE):
+    """The loss of a compiled model on rows of ids."""
+    ids, following = held_out[:, :-1], held_out[:, 1:]
+    return float(model.evaluate(ids, following, batch_size=batch_size, verbose=0))
 
 
 def compile_for_training(model, steps, learning_rate=LEARNING_RATE):

@@ -56,7 +56,7 @@ def main(arguments=None):
             losses = []
             for draw in range(options.draws if measure == "chance" else 1):
                 other = operate(measure, measured, draw, options)
-                losses.append(validate(other, data[1]))
+                losses.append(language_model.evaluate(other, data[1], BATCH_SIZE))
             # Of one token in all MoE layers, forward.
             flops = sum(layer.flops for layer in inspection.summarize(other))
             run = {"loss": float(np.mean(losses)), "flops": flops}
@@ -92,11 +92,6 @@ def operate(measure, data, draw, options):
     else:
         surgery.prune_experts(model, measure, options.keep, data)
     return model
-
-
-def validate(model, validation):
-    ids, following = validation[:, :-1], validation[:, 1:]
-    return float(model.evaluate(ids, following, batch_size=BATCH_SIZE, verbose=0))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import compare_routers
 import comparisons
 import datasets
+import growing
 import hyperparameter_tuning
 import language_model
 import numpy as np
@@ -12,6 +13,7 @@ import pretrained
 import pruning
 import pytest
 import resuming
+import several
 import short_runs
 import sparsity
 import tables
@@ -114,6 +116,43 @@ def test_upcycled_models_train_on_from_the_dense_one(study, monkeypatch):
     assert all(run["losses"][-1] < run["before"] for run in (dense, sparse))
     monkeypatch.setattr(language_model, "fit", None)
     assert study(upcycling, "--seeds", "0", "--models", "32 halves") == results
+
+
+def test_experts_are_copied_in_the_middle_of_training(study, monkeypatch, tmp_path):
+    monkeypatch.setattr(growing, "BATCH_SIZE", 8)
+    # Measured times would give other numbers of steps.
+    monkeypatch.setattr(growing, "step_times", lambda *arguments: {"8": 1.0, "32": 1.0})
+    results = study(growing, "--seeds", "0")
+    whole, grown, few = (results[name][0] for name in growing.MODELS)
+    assert few["half"] == few["then"] == grown["half"] != grown["then"]
+    assert grown["parameters"] == whole["parameters"] > few["parameters"]
+    assert all(run["loss"] < run["half"] for run in (whole, grown, few))
+
+    class Interrupted(resuming.Journal):
+        def on_epoch_begin(self, epoch, logs=None):
+            super().on_epoch_begin(epoch, logs)
+            if self.folder.name == "second" and epoch:
+                raise KeyboardInterrupt
+
+    name = "8 to 32 experts"
+    monkeypatch.setattr(growing, "MODELS", {name: growing.MODELS[name]})
+    arguments = ["--smoke", "--seeds", "0", "--output", str(tmp_path / "interrupted")]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(resuming, "Journal", Interrupted)
+        growing.main(arguments)
+    resumed = growing.main(arguments)[name][0]
+    assert resumed["losses"] == pytest.approx(grown["losses"], rel=1e-5), "with its optimizer"
+
+
+def test_models_of_several_languages_become_one(study, monkeypatch):
+    monkeypatch.setattr(several, "BATCH_SIZE", 8)
+    results = study(several, "--seeds", "0")
+    dense, copies, mixed = (results[name][0] for name in several.MODELS)
+    assert copies["before"] == pytest.approx(dense["before"], rel=1e-5)
+    assert mixed["parameters"] == copies["parameters"] > dense["parameters"]
+    assert mixed["loss"] < dense["before"] and mixed["steps"] < copies["steps"] < dense["steps"]
+    monkeypatch.setattr(language_model, "fit", None)
+    assert study(several, "--seeds", "0") == results
 
 
 def test_a_pretrained_model_trains_on(study, monkeypatch, capsys):

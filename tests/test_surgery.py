@@ -252,6 +252,122 @@ def test_top_k_changes_in_compiled_prediction(top_k):
     np.testing.assert_allclose(again.predict(X, verbose=0), after, atol=1e-6)
 
 
+def stateful_parts(model):
+    """Weights of the model and of its optimizer by path."""
+    variables = [*model.weights, *model.optimizer.variables]
+    return {each.path: array(each) for each in variables}
+
+
+@pytest.mark.parametrize("bank", unless_compiled(["plain", "gated", "linear"], ["plain"]))
+def test_copied_experts_train_on_with_the_state_of_the_optimizer(bank, tmp_path):
+    layer, _ = single(BANKS[bank](), ROUTERS["biased"]())
+    model = model_of(layer)
+    model.fit(X, X, epochs=2, verbose=0)
+    before, counted = stateful_parts(model), array(layer.expert_counts).sum()
+    report = surgery.add_experts(model, 3, noise=0.0, data=[(X, X)])
+    assert report.experts["moe"] == [[expert] for expert in range(E) for _ in range(3)]
+    assert np.isfinite([report.loss_before, report.loss_after]).all()
+    assert array(layer.expert_counts).sum() == pytest.approx(counted)
+    after = stateful_parts(model)
+    assert after.keys() == before.keys() and array(model.optimizer.iterations) == 2
+    slots = 0
+    for path, value in before.items():
+        if path.endswith("expert_counts"):
+            continue
+        for axis, (size, wanted) in enumerate(zip(value.shape, after[path].shape)):
+            if size != wanted:
+                slots += path.startswith("adam")
+                value = np.repeat(value, wanted // size, axis)
+        np.testing.assert_array_equal(after[path], value)
+    # Two moments for each weight of the bank and for the router's kernel.
+    assert slots == 2 * (len(layer.experts.weights) + 1)
+    model.fit(X, X, verbose=0)
+    assert array(model.optimizer.iterations) == 3
+    again = saved_and_loaded(model, tmp_path)
+    expected = model.predict(X, verbose=0)
+    np.testing.assert_allclose(again.predict(X, verbose=0), expected, atol=1e-6)
+    assert again.count_params() == model.count_params()
+
+
+@on_one_backend
+@pytest.mark.parametrize("optimizer", ["sgd", "adafactor", "lion", "scaled", "averaging"])
+def test_other_optimizers_keep_their_state(optimizer):
+    optimizers = {
+        "sgd": lambda: keras.optimizers.SGD(momentum=0.9),
+        "scaled": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam()),
+        "averaging": lambda: keras.optimizers.Adam(use_ema=True, gradient_accumulation_steps=2),
+    }
+    layer, _ = single()
+    model = keras.Sequential([keras.Input((D,)), layer])
+    model.compile(optimizers.get(optimizer, lambda: optimizer)(), "mse")
+    model.fit(X, X, epochs=3, verbose=0)
+    before = stateful_parts(model)
+    surgery.add_experts(model, 2, noise=0.0)
+    after = stateful_parts(model)
+    assert before.keys() == after.keys()
+    for path, value in before.items():
+        if not path.endswith("expert_counts"):
+            mean = value.mean()
+            assert after[path].mean() == pytest.approx(mean, rel=1e-4, abs=1e-8), path
+    model.fit(X, X, verbose=0)
+
+
+@on_one_backend
+def test_the_optimizer_starts_again_where_other_weights_train():
+    model = model_of(single()[0])
+    model.fit(X, X, verbose=0)
+    model.layers[0].experts.trainable = False
+    surgery.add_experts(model)
+    assert array(model.optimizer.iterations) == 0
+    model.fit(X, X, verbose=0)
+
+
+@on_one_backend
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("renormalize", [None, True])
+def test_with_one_expert_a_token_copies_leave_the_outputs(score, renormalize):
+    arguments = {"score": score, "renormalize": renormalize, "kernel_initializer": "normal"}
+    layer, _ = single(router=routers.TopKRouter(E, 1, **arguments))
+    expected = array(layer(X))
+    surgery.add_experts(layer, 3, noise=0.0)
+    np.testing.assert_allclose(array(layer(X)), expected, atol=1e-6)
+    again = type(layer).from_config(layer.get_config())
+    again.build((None, D))
+    again.set_weights(layer.get_weights())
+    np.testing.assert_allclose(array(again(X)), expected, atol=1e-6)
+
+
+@on_one_backend
+@pytest.mark.parametrize("router", ["top_k", "biased", "cosine", "groups"])
+def test_copies_serve_as_fewer_experts_and_as_all_with_more_a_token(router):
+    layer, _ = single(router=ROUTERS[router]())
+    both = array(layer(X))
+    surgery.set_top_k(layer, 1)
+    layer.router.renormalize = True
+    best = array(layer(X))
+    surgery.set_top_k(layer, 2)
+    surgery.add_experts(layer, {"moe": 2}, noise=0.0)
+    if router != "groups":  # With one copy of each, the best group may be another.
+        np.testing.assert_allclose(array(layer(X)), best, atol=1e-5)
+    surgery.set_top_k(layer, 4)
+    if router != "groups":
+        np.testing.assert_allclose(array(layer(X)), both, atol=1e-5)
+
+
+@on_one_backend
+def test_noise_makes_copies_differ_and_leaves_what_is_frozen():
+    layer, weights = single()
+    layer.experts.up_kernel.trainable = False
+    surgery.add_experts(layer, 2, noise=0.1, seed=0)
+    frozen = np.repeat(weights["up_kernel"], 2, axis=0)
+    np.testing.assert_array_equal(array(layer.experts.up_kernel), frozen)
+    columns = array(layer.router.kernel), np.repeat(weights["kernel"], 2, axis=1)
+    kernels = array(layer.experts.down_kernel), np.repeat(weights["down_kernel"], 2, axis=0)
+    for new, old in (columns, kernels):
+        assert np.std(new - old) == pytest.approx(0.1 * old.std(), rel=0.3)
+    assert (kernels[0][::2] != kernels[0][1::2]).all()
+
+
 def shared_bank():
     bank = layers.FeedForwardExperts(E, H)
     return keras.Sequential([keras.Input((D,)), *(layers.MixtureOfExperts(bank) for _ in "ab")])

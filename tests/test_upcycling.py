@@ -117,6 +117,74 @@ def test_an_upcycled_model_is_equal_at_first_and_saves_loads_and_trains(case, tm
     assert again.count_params() == upcycled.count_params()
 
 
+def several(make, number=2):
+    """Models of one architecture with other weights."""
+    models = [make() for _ in range(number)]
+    for seed, model in enumerate(models):
+        rng = np.random.default_rng(seed)
+        for weight in model.weights:
+            weight.assign(rng.normal(size=weight.shape) * 0.5)
+    return models
+
+
+def with_statistics():
+    """A model with state that is no gradient's, and another feed-forward after it."""
+    ids = keras.Input((None,), dtype="int32")
+    hidden = keras.layers.Embedding(VOCABULARY, D, name="embedding")(ids)
+    hidden = keras.layers.BatchNormalization(name="norm")(hidden)
+    for number in range(2):
+        hidden = keras.layers.Dense(H, "gelu", name=f"up_{number}")(hidden)
+        hidden = keras.layers.Dense(D, name=f"down_{number}")(hidden)
+    return keras.Model(ids, hidden)
+
+
+def test_experts_come_from_several_models_and_other_weights_are_averaged():
+    models = several(with_statistics, 3)
+    weights = [{weight.path: array(weight) for weight in model.weights} for model in models]
+
+    def mean(path):
+        return np.mean([own[path] for own in weights], axis=0)
+
+    upcycled = keras_moe.upcycle(models, select="up_0", seed=0)
+    bank = inspection.moe_layers(upcycled)["up_0_experts"].experts
+    for name in ("up", "down"):
+        for part in ("kernel", "bias"):
+            stacked = [own[f"{name}_0/{part}"] for own in weights]
+            np.testing.assert_array_equal(array(getattr(bank, f"{name}_{part}")), stacked)
+    for path in ("embedding/embeddings", "norm/gamma", "up_1/kernel", "down_1/bias"):
+        layer, name = path.split("/")
+        found = array(getattr(upcycled.get_layer(layer), name))
+        np.testing.assert_allclose(found, mean(path), rtol=1e-6)
+    statistics = array(upcycled.get_layer("norm").moving_mean)
+    np.testing.assert_array_equal(statistics, weights[0]["norm/moving_mean"])
+    for model, own in zip(models[1:], weights[1:]):
+        for weight in model.weights:
+            np.testing.assert_array_equal(array(weight), own[weight.path])
+
+
+@pytest.mark.parametrize("make", unless_compiled([block_model, graph_model], [block_model]))
+def test_a_mixture_of_several_models_trains_saves_and_loads(make, tmp_path):
+    models = several(make)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    models[0].compile("adam", loss, jit_compile=QUICK_JIT)
+    upcycled = keras_moe.upcycle(models, granularity=2, num_experts=8, seed=0)
+    upcycled.fit(IDS, TARGETS, verbose=0)
+    again = saved_and_loaded(upcycled, tmp_path)
+    expected = upcycled.predict(IDS, verbose=0)
+    np.testing.assert_allclose(again.predict(IDS, verbose=0), expected, rtol=1e-4, atol=1e-5)
+
+
+@on_one_backend
+@pytest.mark.parametrize("make", [block_model, graph_model, nested_model])
+def test_equal_models_become_one_that_computes_the_same(make):
+    model, other = randomized(make()), randomized(make())
+    expected = array(model(IDS))
+    upcycled = keras_moe.upcycle([model, other], granularity=2, top_k=2, seed=0)
+    experts = {each.experts.num_experts for each in inspection.moe_layers(upcycled).values()}
+    assert experts == {4}
+    np.testing.assert_allclose(array(upcycled(IDS)), expected, atol=1e-6 * np.abs(expected).max())
+
+
 SIZES = {"vocabulary_size": VOCABULARY, "num_layers": 2, "hidden_dim": D, "intermediate_dim": H}
 BACKBONES = {
     "Bert": {"num_heads": 2, "max_sequence_length": 8},
@@ -146,6 +214,21 @@ def test_backbones_of_keras_hub(name, rank, tmp_path):
         for actual, wanted in zip(keras.tree.flatten(each(inputs)), expected, strict=True):
             np.testing.assert_allclose(array(actual), wanted, atol=1e-6 * np.abs(wanted).max())
     assert len(inspection.moe_layers(again)) == 2
+
+
+@on_one_backend
+def test_several_backbones_of_keras_hub(tmp_path):
+    import keras_hub
+
+    sizes = {**SIZES, **BACKBONES["Llama"]}
+    models = several(lambda: keras_hub.models.LlamaBackbone(**sizes))
+    gates = [array(each.transformer_layers[0]._feedforward_gate_dense.kernel) for each in models]
+    inputs = {"token_ids": IDS, "padding_mask": IDS > 2}
+    upcycled = keras_moe.upcycle(models, seed=0)
+    first, _ = inspection.moe_layers(upcycled).values()
+    np.testing.assert_array_equal(array(first.experts.gate_kernel), gates)
+    outputs = array(saved_and_loaded(upcycled, tmp_path)(inputs))
+    np.testing.assert_allclose(outputs, array(upcycled(inputs)), rtol=1e-5)
 
 
 LOADED = """

@@ -1,10 +1,11 @@
-"""Fewer experts, or fewer for each token, in a trained model."""
+"""Fewer or more experts, or fewer for each token, in a trained model."""
 
 import json
 import math
 import operator
 import os
 import pathlib
+import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,16 +14,23 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal import Tensor
-from keras_moe._internal.checks import check_choice, check_number, shortened
+from keras_moe._internal.checks import check_choice, check_integer, check_number, shortened
 from keras_moe._internal.keras_internals import forget_compiled, forget_old_weights
 from keras_moe.inspection import moe_layers
 from keras_moe.inspection.recording import check_list_of_batches
 from keras_moe.layers.replacement import backbones
 from keras_moe.routers import HashRouter
 from keras_moe.surgery import measuring
-from keras_moe.surgery.cutting import cut, groups_of, merge, obstacles, router_like
+from keras_moe.surgery.cutting import (
+    copy_slots,
+    groups_of,
+    merge,
+    obstacles,
+    router_like,
+    take,
+)
 
-__all__ = ["Surgery", "apply", "merge_experts", "prune_experts", "set_top_k"]
+__all__ = ["Surgery", "add_experts", "apply", "merge_experts", "prune_experts", "set_top_k"]
 __dir__ = __all__.copy
 
 
@@ -91,7 +99,7 @@ def prune_experts(
     References: Lasby et al. 2025 (arXiv:2510.13999); Muzio et al. 2024 (arXiv:2404.05089) for
     pruning by usage.
     """
-    layers, numbers, data = _plan(model, keep, data, merging=False)
+    layers, numbers, data = _plan(model, keep, data)
     groups = {}
     for name, scores in _scores(model, by, layers, data).items():
         # Of experts with equal scores, the first stays.
@@ -123,6 +131,76 @@ def merge_experts(model: keras.Layer, keep: float | dict = 0.5, data: Sequence =
     used, alike = measuring.usage_and_similarity(model, layers, data)
     groups = {name: groups_of(used[name], alike[name], numbers[name]) for name in layers}
     return _operate(model, layers, groups, used, data)
+
+
+def add_experts(
+    model: keras.Layer,
+    factor: int | dict = 2,
+    noise: float = 0.1,
+    data: Sequence = (),
+    seed: int | None = None,
+) -> Surgery:
+    """Copy all experts of a model, in place, so that it has more of them to train on with.
+
+    Expert e becomes the experts `factor * e` to `factor * e + factor - 1`, with copies of its
+    column of the router. A token still goes to K experts. Without noise, outputs stay the same if K
+    is 1. Otherwise these are copies of fewer experts: with K up to `factor` of the best one alone,
+    as after `set_top_k(model, 1)`. After `set_top_k` to `factor * K` instead, outputs are as before
+    at a higher cost; both hold for routers that renormalize weights. With a `GroupLimitedRouter`
+    copies may also change which groups are the best.
+
+    A compiled model trains on: its optimizer keeps its state, with that of each weight, such as the
+    moments of Adam, copied as the weight is. Only if other weights trained when the optimizer was
+    built does it start again. States of router losses do.
+
+    Args:
+        model: Keras model. A built model with MoE layers with a `routers.TopKRouter` or one derived
+            from it and stacked experts, or one such layer.
+        factor: Integer of at least 2. Copies of each expert; or a dict of these by the name of the
+            layer, see `inspection.moe_layers`. Layers that are not in a dict stay as they are.
+        noise: Float. Standard deviation of normal noise that is added to all copies of weights that
+            train, as a share of the standard deviation of the weight. Without any, copies of which
+            a token chooses none never differ.
+        data: List of batches, for the losses: each inputs, targets and weights.
+        seed: Integer or None. None draws one from Keras's, see `keras.utils.set_random_seed`.
+
+    Returns:
+        A `Surgery`, with the loss before and after. `surgery.apply` does not take it.
+
+    Raises:
+        ValueError: If an argument is out of its range, experts have LoRA or are quantized, or it is
+            not known how to copy a router or bank.
+
+    Example:
+
+    >>> moe = keras_moe.layers.MixtureOfExperts(keras_moe.layers.FeedForwardExperts(8, 32))
+    >>> model = keras.Sequential([keras.Input((16,)), moe])
+    >>> surgery = keras_moe.surgery.add_experts(model, factor=4)
+    >>> moe.experts.num_experts, tuple(moe.experts.up_kernel.shape)
+    (32, (32, 16, 32))
+
+    Reference: Dwivedi et al. 2026, Expert Upcycling (arXiv:2604.19835), for the duplication of
+    experts during training with K fixed.
+    """
+    noise = check_number("noise", noise)
+    rng = np.random.default_rng(random.randrange(2**32) if seed is None else seed)
+    layers, numbers, data = _plan(model, factor, data, copying=True)
+    before, optimizer = measuring.loss_on(model, data), getattr(model, "optimizer", None)
+    chosen = {
+        name: np.arange(number) * _num_experts(layers[name]) // number
+        for name, number in numbers.items()
+    }
+    take(
+        model,
+        {layers[name]: experts for name, experts in chosen.items()},
+        lambda value: noise * value.std() * rng.normal(size=value.shape),
+    )
+    _write_to_backbones(model, layers, _num_experts, "num_experts")
+    forget_old_weights(model)
+    if optimizer is not None and optimizer.built:
+        copy_slots(optimizer, model.optimizer)
+    experts = {name: [[expert] for expert in each.tolist()] for name, each in chosen.items()}
+    return Surgery(experts, before, measuring.loss_on(model, data))
 
 
 def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
@@ -238,7 +316,7 @@ def _operate(model, layers, groups, used, data=()):
         if used is not None:
             merge(layer.experts, groups[name], used[name])
         chosen[layer] = np.array(list(groups[name]))
-    cut(model, chosen)
+    take(model, chosen)
     _write_to_backbones(model, layers, _num_experts, "num_experts")
     forget_old_weights(model)
     experts = {
@@ -249,13 +327,13 @@ def _operate(model, layers, groups, used, data=()):
     return Surgery(experts, before, measuring.loss_on(model, data), usage, had)
 
 
-def _plan(model, keep, data, merging):
-    """Layers, how many experts of each stay, and the data as a list."""
-    layers = _layers(model, keep, "keep")
+def _plan(model, given, data, merging=False, copying=False):
+    """Layers, how many experts each will have, and the data as a list."""
+    layers = _layers(model, given, "factor" if copying else "keep")
     parts = [part for each in moe_layers(model).values() for part in (each.router, each.experts)]
     wrong = []
     for name, layer in layers.items():
-        wrong += [f"{name!r}, {obstacle}" for obstacle in obstacles(layer, merging)]
+        wrong += [f"{name!r}, {obstacle}" for obstacle in obstacles(layer, merging, copying)]
         if any(sum(part is own for part in parts) > 1 for own in (layer.router, layer.experts)):
             wrong.append(f"{name!r}, which shares its router or bank with another layer")
     if wrong:
@@ -265,7 +343,11 @@ def _plan(model, keep, data, merging):
         )
     numbers = {}
     for name, layer in layers.items():
-        numbers[name] = _number(name, layer, keep[name] if isinstance(keep, dict) else keep)
+        own = given[name] if isinstance(given, dict) else given
+        if copying:
+            numbers[name] = check_integer("factor", own, minimum=2) * _num_experts(layer)
+        else:
+            numbers[name] = _number(name, layer, own)
         router_like(layer.router, num_experts=numbers[name])  # It has rules, such as for groups.
     _check_converted(model, numbers, _num_experts)
     check_list_of_batches("data", data)

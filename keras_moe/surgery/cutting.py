@@ -1,4 +1,4 @@
-"""Experts of a MoE layer, merged or taken out, and a router that fits.
+"""Experts of a MoE layer, merged, taken out or copied, and a router that fits.
 
 Axes: E experts, D features, H hidden width.
 """
@@ -20,13 +20,13 @@ from keras_moe.layers.multi_gate import Task
 from keras_moe.layers.replacement import replace
 from keras_moe.layers.stacked_experts import StackedExperts
 from keras_moe.layers.usage import counter
-from keras_moe.routers import LogitRouter
+from keras_moe.routers import LogitRouter, TopKRouter
 
 # Banks with one hidden layer or none, whose features `merge` matches.
 _MATCHED = (FeedForwardExperts, GatedExperts, LinearExperts)
 
 
-def obstacles(layer, merging):
+def obstacles(layer, merging=False, copying=False):
     bank, router = layer.experts, layer.router
     if not layer.built:
         yield "which is not built"
@@ -36,13 +36,15 @@ def obstacles(layer, merging):
         yield "whose experts are split over processes"
     if not isinstance(router, LogitRouter) or not router.takes_capacity:
         yield f"with a `{type(router).__name__}`, whose logits do not choose the experts of a token"
-    if not isinstance(bank, (StackedExperts, LayerExperts)):
+    elif copying and not isinstance(router, TopKRouter):
+        yield f"with a `{type(router).__name__}`, which gives copies other weights together"
+    if not isinstance(bank, StackedExperts if copying else (StackedExperts, LayerExperts)):
         yield f"with `{type(bank).__name__}`"
-    elif not merging:
+    elif not merging and not copying:
         return
     elif isinstance(bank, StackedExperts) and (bank.lora_enabled or bank.quantization_mode):
         yield "whose kernels have LoRA or are quantized"
-    elif isinstance(bank, StackedExperts) and not isinstance(bank, _MATCHED):
+    elif merging and isinstance(bank, StackedExperts) and not isinstance(bank, _MATCHED):
         yield f"with `{type(bank).__name__}`, whose hidden features cannot be matched"
     elif isinstance(bank, LayerExperts):
         if len(set(map(_kind, bank.layers))) > 1:
@@ -70,42 +72,51 @@ def router_like(router, **changes):
     return changed
 
 
-def cut(model, chosen):
-    """Keep some experts of built layers of a model, by an ascending array of numbers for each."""
-    chosen = {each: kept for each, kept in chosen.items() if len(kept) < each.experts.num_experts}
+def take(model, chosen, noise=None):
+    """Keep or copy experts of built layers of a model, by an ascending array of numbers for each.
+
+    `noise(value)` is added to the trained weights of copies.
+    """
+    chosen = {each: own for each, own in chosen.items() if len(own) != each.experts.num_experts}
     replacements: dict = {}
     for layer, experts in chosen.items():
-        replacements |= _smaller_parts(layer, experts)
+        replacements |= _other_parts(layer, experts, noise)
     replace(model, replacements)
     for layer, experts in chosen.items():
-        _cut_counters(layer, experts)
+        _take_counters(layer, experts)
 
 
-def _smaller_parts(layer, experts):
-    """A dict from the router and the bank of a layer to such for some of its experts."""
+def _other_parts(layer, experts, noise):
+    """A dict from the router and the bank of a layer to such for other numbers of its experts."""
     bank, kept = layer.experts, {"num_experts": len(experts)}
-    router = router_like(layer.router, **kept)
+    router, scaling = layer.router, {}
+    copies = len(experts) // bank.num_experts
+    if copies > 1 and router.top_k == 1 and router.score == "softmax" and not router.renormalize:
+        # The weight of a token's expert is its probability, which its copies share.
+        scaling = {"scaling_factor": copies * router.scaling_factor}
+    router = router_like(router, **kept, **scaling)
     axes = layer.input_spec.axes  # of a token, counted from the end
     tokens_shape = (None, *(axes[axis] for axis in sorted(axes)))
     with names_below(layer.path):
         router.build((None, layer.router.input_spec.axes[-1]))
-        _take_weights(layer.router, router, experts)
+        _take_weights(layer.router, router, experts, noise)
         if isinstance(bank, LayerExperts):
             own = [bank.layers[index] for index in experts]
             weights = [(weight, weight.trainable) for each in own for weight in each.weights]
-            smaller: Any = LayerExperts(**{**bank.get_config(), "layers": own})
-            smaller.build(tokens_shape)
+            other: Any = LayerExperts(**{**bank.get_config(), "layers": own})
+            other.build(tokens_shape)
             for weight, trainable in weights:  # The constructor of a frozen bank freezes all.
                 weight.trainable = trainable
         else:
-            smaller = type(bank).from_config({**bank.get_config(), **kept})
-            smaller.build(tokens_shape)
-            _take_weights(bank, smaller, experts)
-    return {layer.router: router, bank: smaller}
+            other = type(bank).from_config({**bank.get_config(), **kept})
+            other.build(tokens_shape)
+            _take_weights(bank, other, experts, noise)
+    return {layer.router: router, bank: other}
 
 
-def _cut_counters(layer, experts):
-    counts = ops.convert_to_numpy(layer.expert_counts)[experts]
+def _take_counters(layer, experts):
+    copies = np.bincount(experts)[experts]
+    counts = ops.convert_to_numpy(layer.expert_counts)[experts] / copies
     with names_below(layer.path), unlocked(layer):
         set_state(layer, "expert_counts", counter("expert_counts", counts.shape))
         for variable in sum(layer.loss_states, []):
@@ -113,18 +124,31 @@ def _cut_counters(layer, experts):
         layer._build_losses()
     layer.expert_counts.assign(counts)
     if layer.last_counts is not None:
-        layer.last_counts = layer.last_counts[experts]
+        layer.last_counts = layer.last_counts[experts] / copies
 
 
-def _take_weights(old, new, experts):
-    """Give a layer the weights of another that has more experts; frozen ones stay frozen."""
+def _take_weights(old, new, experts, noise):
+    """Give a layer the weights of another with other experts; frozen ones stay frozen."""
     for theirs, mine in zip(old.weights, new.weights, strict=True):
         value = float_array(theirs)
         for axis, (before, after) in enumerate(zip(theirs.shape, mine.shape, strict=True)):
             if before != after:
                 value = np.take(value, experts, axis)
+                if noise is not None and theirs.trainable:
+                    value = value + noise(value)
         mine.assign(value)
         mine.trainable = theirs.trainable
+
+
+def copy_slots(old, new):
+    """Give an optimizer the state of one that was built before experts were copied."""
+    if [each.path for each in old.variables] != [each.path for each in new.variables]:
+        return  # The weights that train were others.
+    for theirs, mine in zip(old.variables, new.variables):
+        value = ops.convert_to_numpy(theirs)
+        for axis, (before, after) in enumerate(zip(theirs.shape, mine.shape)):
+            value = np.repeat(value, after // before, axis)
+        mine.assign(value)
 
 
 def groups_of(usage, similarity, number):

@@ -4,6 +4,7 @@ import random
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -28,8 +29,8 @@ __all__ = ["freeze_all_but", "merge_lora", "upcycle"]
 
 
 def upcycle(
-    model: keras.Model,
-    num_experts: int = 8,
+    model: keras.Model | Sequence[keras.Model],
+    num_experts: int | None = None,
     top_k: int = 2,
     granularity: int = 1,
     reinitialized: float = 0.0,
@@ -47,6 +48,10 @@ def upcycle(
     regularizers add to the loss what they did. The experts of frozen layers are frozen; their
     router is new, and trains.
 
+    Several models of one architecture, such as one that was trained on from the same weights on
+    different data, become one: each gives its feed-forward layers to experts, and all other weights
+    are averaged. The outputs are then those of no single model.
+
     These layers are found: `Dense` layers from D to H features with an activation, then back to D
     without, in a functional or sequential model, with dropout between them (which is removed) or
     without; a `keras.Sequential` of such two in an attribute of another layer, as of our
@@ -54,9 +59,11 @@ def upcycle(
     others). A warning says which similar `Dense` layers stay dense, and why.
 
     Args:
-        model: Keras model. It must be built. It changes in place, and the result shares its other
-            layers: use the result only.
-        num_experts: Integer. Number of experts, E, divisible by `granularity`.
+        model: Keras model, or list of M models. It must be built. The first changes in place, and
+            the result shares its other layers: use the result only. The others stay as they are.
+            Weights that were not created to train, such as integers, are the first's.
+        num_experts: Integer or None. Number of experts, E, divisible by `granularity` times M; copy
+            c is of model c modulo M. None: 8 for one model, otherwise one copy of each.
         top_k: Integer. Experts per token, K, divisible by `granularity`. With 1 the weight of an
             expert is always 1, and the router learns from its losses only.
         granularity: Integer. Parts into which each copy is split; divides the hidden width. The
@@ -82,9 +89,10 @@ def upcycle(
         functional or sequential model whose own `Dense` layers were replaced is a new one.
 
     Raises:
-        ValueError: If an argument is out of its range, or `rank` is given with parts or features
-            that are drawn again; the model has no such layers, or `select` names none or others; or
-            a mixture cannot compute, freeze and regularize as the dense layers of one place do.
+        ValueError: If an argument is out of its range, or `rank` is given with several models,
+            parts or features that are drawn again; the models differ in shapes of weights or in
+            such layers, have none, or `select` names none or others; or a mixture cannot compute,
+            freeze and regularize as the dense layers of one place do.
 
     Example:
 
@@ -92,27 +100,39 @@ def upcycle(
     >>> model.add(keras.layers.Dense(16))
     >>> [layer.name for layer in keras_moe.upcycle(model, num_experts=4).layers]
     ['wide_experts']
+    >>> models = [keras.Sequential([keras.Input((16,))]) for _ in range(3)]
+    >>> for each in models:
+    ...     each.add(keras.layers.Dense(32, "relu"))
+    ...     each.add(keras.layers.Dense(16))
+    >>> keras_moe.upcycle(models).layers[0].experts.num_experts
+    3
 
     References: Komatsuzaki et al. 2022 (arXiv:2212.05055), section 3, for copies; He et al. 2024
     (arXiv:2410.07524), section 3.2, for parts and equal columns, there called virtual groups;
-    Nakamura et al. 2025 (arXiv:2502.19261), section 3.2, for partly re-initialised copies.
+    Nakamura et al. 2025 (arXiv:2502.19261), section 3.2, for partly re-initialised copies;
+    Sukhbaatar et al. 2024, Branch-Train-MiX (arXiv:2403.07816), section 3.2, for several models.
     """
-    num_experts = check_integer("num_experts", num_experts)
+    models: list[Any] = list(model) if isinstance(model, (list, tuple)) else [model]
     granularity = check_integer("granularity", granularity)
+    if num_experts is None:
+        num_experts = len(models) * granularity if len(models) > 1 else 8
+    num_experts = check_integer("num_experts", num_experts)
     reinitialized = check_number("reinitialized", reinitialized, below=1)
     every = check_integer("every", every)
-    if num_experts % granularity or top_k % granularity:
+    if not models or num_experts % (len(models) * granularity) or top_k % granularity:
         raise ValueError(
-            "`granularity` must divide `num_experts` and `top_k`: a copy is complete with all its "
-            f"parts only. Received: granularity={granularity}, num_experts={num_experts}, "
-            f"top_k={top_k}"
+            "`granularity` must divide `top_k` and, times the number of models, `num_experts`: a "
+            f"copy is complete with all its parts only. Received: granularity={granularity}, "
+            f"num_experts={num_experts}, top_k={top_k} for {len(models)} models"
         )
-    if rank is not None and (granularity > 1 or reinitialized):
+    if rank is not None and (granularity > 1 or reinitialized or len(models) > 1):
         raise ValueError(
-            "With a `rank` all experts share one whole dense layer. Received: "
-            f"rank={rank}, granularity={granularity}, reinitialized={reinitialized}"
+            f"With a `rank` all experts share one whole dense layer. Received: rank={rank}, "
+            f"granularity={granularity}, reinitialized={reinitialized}, {len(models)} models"
         )
-    chosen = _select(model, select, every)
+    first = models[0]
+    chosen = _select(first, select, every)
+    found, weights_of_models = _alike(models)
     obstacles = [
         f"{each.name!r} with {why}" for each in chosen for why in _obstacles(each, granularity)
     ]
@@ -120,14 +140,15 @@ def upcycle(
         raise ValueError(
             f"Experts must be able to do what the dense layers do. Received: {'; '.join(obstacles)}"
         )
-    for layer in model._flatten_layers():
+    for layer in first._flatten_layers():
         freeze_parts(layer)
     rng = np.random.default_rng(random.randrange(2**32) if seed is None else seed)
     replacements: dict = {}
     for feed_forward in chosen:
         mixture = _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng, rank)
         bank = mixture.experts if rank is None else mixture.experts.base
-        weights = _expert_weights(feed_forward, bank.num_experts, granularity)
+        alike = [each[found[0].index(feed_forward)] for each in found]
+        weights = _expert_weights(alike, bank.num_experts, granularity)
         if reinitialized:
             _draw_again(weights, reinitialized, rng)
         for name, value in weights.items():
@@ -138,7 +159,12 @@ def upcycle(
         if feed_forward.gate is not None:
             up = feed_forward.up
             replacements[up] = Ones(dtype=up.dtype_policy.name, name=up.name)
-    model, changes = replace(model, replacements)
+    if len(models) > 1:
+        trained = {id(weight) for weight in parameters_of(first)}
+        for weights in zip(*weights_of_models):
+            if id(weights[0]) in trained:
+                weights[0].assign(np.mean(list(map(float_array, weights)), axis=0))
+    model, changes = replace(first, replacements)
     for block in (feed_forward.owner for feed_forward in chosen if feed_forward.gate is not None):
         # The block still applies the activation to the gate, and multiplies by `up`.
         set_state(block, "activation", keras.activations.linear)
@@ -247,6 +273,25 @@ def _select(model, select, every):
     return chosen
 
 
+def _alike(models):
+    """The feed-forwards of each model and its weights, which correspond in order."""
+    found, weights = [feed_forwards(each) for each in models], [each.weights for each in models]
+    shapes = [[tuple(weight.shape) for weight in own] for own in weights]
+    activations = [[_name(each.activation) for each in own] for own in found]
+    for number in range(1, len(models)):
+        if shapes[number] != shapes[0] or activations[number] != activations[0]:
+            raise ValueError(
+                "Models must have the same feed-forward layers, and weights of the same shapes in "
+                f"the same order. Received: {shapes[0]} with {activations[0]} in the first, and "
+                f"{shapes[number]} with {activations[number]} in model {number}"
+            )
+    return found, weights
+
+
+def _name(activation):
+    return getattr(activation, "__name__", type(activation).__name__)
+
+
 def _obstacles(feed_forward, granularity):
     """Reasons why a bank of experts would change outputs or the loss."""
     denses, width = feed_forward.denses, feed_forward.up.units
@@ -334,12 +379,19 @@ def _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng, 
     return mixture
 
 
-def _expert_weights(feed_forward, num_experts, granularity):
+def _expert_weights(feed_forwards, num_experts, granularity):
     """Stacked weights of experts, float32 arrays by the names of a bank's.
 
     Expert `c * G + g` gets the g-th of G equal parts of the hidden features of copy c, and of the
-    bias of the output, so that the sum of G parts is the whole network.
+    bias of the output, so that the sum of G parts is the whole network. Copies are of the models in
+    turn.
     """
+    parts = [_parts(each, granularity) for each in feed_forwards]
+    turns = num_experts // (granularity * len(parts))
+    return {name: np.stack(sum((each[name] for each in parts), []) * turns) for name in parts[0]}
+
+
+def _parts(feed_forward, granularity):
     down = feed_forward.down
     parts = {"down_kernel": np.split(float_array(down.kernel), granularity)}
     parts["down_bias"] = [_bias(down) / granularity] * granularity
@@ -347,8 +399,7 @@ def _expert_weights(feed_forward, num_experts, granularity):
         if dense is not None:
             parts[f"{name}_kernel"] = np.split(float_array(dense.kernel), granularity, axis=1)
             parts[f"{name}_bias"] = np.split(_bias(dense), granularity)
-    copies = num_experts // granularity
-    return {name: np.stack(each * copies) for name, each in parts.items()}
+    return parts
 
 
 def _draw_again(weights, share, rng):
