@@ -5,9 +5,14 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
 # Rows and columns of a tile at most. Larger ones run out of fast memory (VMEM) on some chips.
 _MOST_ROWS, _MOST_DEPTH, _MOST_COLUMNS = 512, 1024, 1024
+_LANES = 128
 
 
 def product(rows, kernels, sizes, *, transposed, interpret=False):
+    # XLA keeps such kernels with their axes swapped, which needs less padding, and would copy them
+    # all for a program of Pallas that reads them otherwise.
+    if kernels.shape[1] % _LANES == 0 and kernels.shape[2] % _LANES:
+        kernels, transposed = kernels.mT, not transposed
     (num_rows, depth), width = rows.shape, kernels.shape[1 if transposed else 2]
     tiling = _tiling(num_rows, depth, width, rows.dtype)
     outputs = gmm(
