@@ -18,9 +18,8 @@ over the vocabulary is compiled apart. The columns, of one chip:
 - longest, longest_remat: tokens a chip with which both estimates are 16 GB, between the lengths
   that were compiled, in steps of 64. 0 if the shortest needs more; at most the longest.
 
-Sizes are those of the `config.json` of google/gemma-4-26B-A4B, written down from public copies:
-KerasHub reads them from its presets, and no file where this was written had them.
-They sum to 25.2e9 parameters, the number that Google states. `--remat` compiles the layers under
+The sizes are an assumption: those of google/gemma-4-26B-A4B as publicly known, as the model's
+`config.json` was not at hand. They sum to 25.2e9 parameters. `--remat` compiles the layers under
 `keras.RematScope`, to check the estimate. XLA's own report of what did not fit is printed.
 """
 

@@ -197,6 +197,24 @@ def test_old_weights_are_freed():
 
 
 @on_one_backend
+def test_a_block_is_freed_before_the_next_is_converted(monkeypatch):
+    from keras_moe.convert import keras_hub
+
+    model, alive, convert_block = causal_lm("gemma4"), [], keras_hub.sparse_layers
+    banks = [
+        weakref.ref(block.moe_expert_bank.gate_proj) for block in model.backbone.transformer_layers
+    ]
+
+    def counting(*arguments):
+        alive.append(sum(bank() is not None for bank in banks))
+        return convert_block(*arguments)
+
+    monkeypatch.setattr(keras_hub, "sparse_layers", counting)
+    convert.use_sparse_experts(model)
+    assert alive == [2, 1]
+
+
+@on_one_backend
 def test_layers_that_are_frozen_remain_so():
     model = causal_lm("qwen_moe")
     model.backbone.transformer_layers[0].trainable = False

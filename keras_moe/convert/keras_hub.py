@@ -1,5 +1,7 @@
 """Conversion of KerasHub models to sparse experts, and back."""
 
+import gc
+
 import keras
 
 from keras_moe._internal.keras_internals import own_layers
@@ -37,21 +39,23 @@ def use_sparse_experts(model: keras.Model) -> keras.Model:
     >>> model = keras_hub.models.MixtralCausalLM.from_preset(preset)  # doctest: +SKIP
     >>> keras_moe.convert.use_sparse_experts(model).generate("Keras is")  # doctest: +SKIP
     """
-    dense = {
-        block: owner
+    dense = [
+        (owner, block)
         for owner in model._flatten_layers()
         for block in own_layers(owner)
         if family_of(block) and not any(map(is_sparse, own_layers(block)))
-    }
+    ]
     if not dense and not any(map(is_sparse, model._flatten_layers())):
         rule = f"`model` must have a MoE block of KerasHub: {', '.join(FAMILIES)}"
         raise ValueError(f"{rule}. Received: model={model!r}")
-    for block in dense:
+    for _, block in dense:
         check_plain(block)
-    replacements: dict = {}
-    for block, owner in dense.items():
-        replacements |= sparse_layers(owner, block, family_of(block))
-    model, _ = replace(model, replacements)
+    while dense:
+        owner, block = dense.pop()
+        model, _ = replace(model, sparse_layers(owner, block, family_of(block)))
+        # A device may not hold the experts of all blocks twice.
+        del block
+        gc.collect()
     for backbone in backbones(model):
         record(backbone, converters=[use_sparse_experts])
     return model
