@@ -89,7 +89,7 @@ class Study(typing.NamedTuple):
             half = fit(data=(self.first, self.test), folder=progress / "first")["val_loss"]
             then = half[-1]
             if after > before:
-                surgery.add_experts(model, after // before, NOISE, seed=seed)
+                surgery.add_experts(model, factor=after // before, noise=NOISE, seed=seed)
                 then = language_model.evaluate(model, self.test, BATCH_SIZE)
             rest = fit(data=(self.second, self.test), folder=progress / "second")["val_loss"]
             losses = {"losses": [*half, *rest], "half": half[-1], "then": then, "loss": rest[-1]}

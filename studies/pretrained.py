@@ -30,15 +30,7 @@ import resuming
 import safetensors.torch
 import transformers
 from command_line import parse_with_models, parser_of
-from comparisons import (
-    PARAMETERS,
-    count_parameters,
-    course,
-    each_run,
-    interval,
-    print_runs,
-    step_times,
-)
+from comparisons import count_parameters, course, each_run, print_ends, step_times
 from files import claim
 from id_batches import Batches, rows
 from keras import ops
@@ -119,21 +111,13 @@ def main(arguments=None):
 
 def print_losses(results):
     """The last losses, and by how much they differ from those of the first model."""
-    baseline, models = next(iter(results.values())), {}
-    for name, runs in results.items():
-        models[name] = [
-            {**run, "loss": run["losses"][-1], "steps": run["steps"][-1]} for run in runs.values()
-        ]
-        for seed, run in zip(runs, models[name]):
-            run["minus the first"] = run["loss"] - baseline[seed]["losses"][-1]
-    columns = {
-        "loss": ("{:.4f}", "loss"),
-        "minus the first": (interval, "minus the first"),
-        "steps": ("{:.0f}", "steps"),
-        **PARAMETERS,
-        "rate": ("{:g}", "learning_rate"),
-    }
-    print_runs("", models, columns)
+
+    def end(run):
+        last = {entry: run[entry][-1] for entry in ("losses", "steps", "seconds")}
+        return {**run, **last, "loss": last["losses"]}
+
+    ends = {name: {seed: end(run) for seed, run in runs.items()} for name, runs in results.items()}
+    print_ends(ends, rate=("{:g}", "learning_rate"))
 
 
 def load():
@@ -218,10 +202,11 @@ class Study(typing.NamedTuple):
             rows = self.train[:BATCH_SIZE]
 
             def loss(trainable, fixed):
-                logits, _ = model.stateless_call(trainable, fixed, rows[:, :-1], training=True)
-                return ops.mean(
-                    keras.losses.sparse_categorical_crossentropy(rows[:, 1:], logits, True)
+                logits, _, losses = model.stateless_call(
+                    trainable, fixed, rows[:, :-1], training=True, return_losses=True
                 )
+                entropy = keras.losses.sparse_categorical_crossentropy(rows[:, 1:], logits, True)
+                return ops.mean(entropy) + sum(losses)
 
             trainable, fixed = (
                 [variable.value for variable in variables]

@@ -258,7 +258,7 @@ def test_an_adapter_of_single_experts_is_read(tmp_path):
         for letter, factor in (("A", a), ("B", b)):
             start = f"base_model.model.{layer}.lora_{letter}.weight"
             arrays[start] = np.ascontiguousarray(factor, "float32")
-    patterns = {"rank_pattern": {"2.w3": 3}, "alpha_pattern": {"w2": 5}}
+    patterns = {"rank_pattern": {"2.w3": 3}, "alpha_pattern": {r"^model.*\.w2": 5}}
     save_adapter(tmp_path, arrays, {"r": 2, "lora_alpha": 4, **patterns})
     adapted = convert.from_hugging_face(weights, 0, MIXTRAL)
     convert.from_peft(tmp_path, adapted, 0, "mixtral")

@@ -279,7 +279,7 @@ def test_equal_experts_of_a_converted_model_merge_without_loss(family):
             weight.assign(value)
     whole = logits_of(model, inputs)
     for layer in inspection.moe_layers(model).values():
-        merge(layer.experts, {0: [0, 1], 2: [2, 3]}, np.ones(4))
+        merge(layer.experts, [[0, 1], [2, 3]], np.ones(4))
     assert_close(logits_of(model, inputs), whole)
     surgery.merge_experts(model, keep=3, data=[inputs])
     assert np.isfinite(logits_of(model, inputs)).all()

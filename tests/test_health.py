@@ -166,10 +166,12 @@ def test_experts_that_die_in_a_short_training_are_reported_at_its_end():
 
 
 @of_counts
-def test_a_collapse_in_a_short_training_is_reported_at_its_end():
+@pytest.mark.parametrize("with_monitor", [False, True])
+def test_a_collapse_in_a_short_training_is_reported_at_its_end(with_monitor):
     x, y = clustered(0, 10)
     options = {"batch_size": 1, "epochs": 3}
-    findings, _ = watched(model_of(collapsed_layer()), x, y, ExpertHealth(), **options)
+    monitors = [ExpertMonitor()] * with_monitor
+    findings, _ = watched(model_of(collapsed_layer()), x, y, *monitors, ExpertHealth(), **options)
     ((step, _, finding),) = findings
     assert step == 30 and finding.text.startswith("The experts have collapsed: 100%")
     assert not watched(model_of(expert_layer()), x, y, ExpertHealth(), **options)[0]

@@ -162,6 +162,24 @@ def test_experts_come_from_several_models_and_other_weights_are_averaged():
             np.testing.assert_array_equal(array(weight), own[weight.path])
 
 
+@on_one_backend
+def test_copies_are_of_the_models_in_turn():
+    models = several(with_statistics, 3)
+    kernels = [np.split(array(model.get_layer("up_0").kernel), 2, axis=1) for model in models]
+    upcycled = keras_moe.upcycle(models, 12, granularity=2, select="up_0", seed=0)
+    bank = inspection.moe_layers(upcycled)["up_0_experts"].experts
+    np.testing.assert_array_equal(array(bank.up_kernel), sum(kernels, []) * 2)
+
+
+@on_one_backend
+def test_models_with_lora_are_not_mixed():
+    models = several(with_statistics, 2)
+    for model in models:
+        model.get_layer("up_1").enable_lora(2)
+    with pytest.raises(ValueError, match="must be mixed without LoRA"):
+        keras_moe.upcycle(models, select="up_0")
+
+
 @pytest.mark.parametrize("make", unless_compiled([block_model, graph_model], [block_model]))
 def test_a_mixture_of_several_models_trains_saves_and_loads(make, tmp_path):
     models = several(make)

@@ -141,6 +141,11 @@ def names_below(path):
         yield
 
 
+def names_beside(layer):
+    """A context in which names of variables begin as those of a layer's neighbours."""
+    return names_below((layer.path or "").rpartition("/")[0])
+
+
 # What Keras compiles of a model; the last one is of KerasHub.
 _COMPILED = ("train_function", "test_function", "predict_function", "generate_function")
 

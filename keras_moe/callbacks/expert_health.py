@@ -26,7 +26,7 @@ class ExpertHealth(keras.callbacks.Callback):
     Checks every MoE layer for
 
     - a collapse: nearly all work goes to the same few experts, and it does not get better; at the
-      end of the training one check tells, with 5 assignments an expert;
+      end of the training one check of 5 assignments per expert is enough;
     - dead experts, as `metrics.dead_experts` counts them, in three times as many checks, or in the
       last ones before the training ends;
     - a capacity that drops more than half of the assignments;
@@ -119,7 +119,7 @@ class ExpertHealth(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         for name, watch in self._watches.items():
-            for found in watch.conclude():
+            for found in watch.conclude(self.patience if name in self._rebalanced else 1):
                 self._report(name, *found, acts=False)
 
     def _watched(self):
@@ -205,16 +205,19 @@ class _Watch:
     def count(self):
         """Add what was counted since the last time, and return the counters."""
         counted = _Counted.by(self.layer)
-        new, self.seen = counted.since(self.seen), counted
+        new, seen, self.seen = counted.since(self.seen), self.seen, counted
         self._window += new.assignments
+        if counted.resets == seen.resets + 1 and self.layer.last_counts is not None:
+            # A monitor has read and reset the counters in between.
+            self._window += np.maximum(_read(self.layer.last_counts) - seen.assignments, 0)
         self._dropped += new.dropped
         return counted
 
-    def conclude(self):
-        """Findings at the end of the training, where fewer checks are enough."""
+    def conclude(self, checks):
+        """Findings at the end of the training, of a collapse after so many checks."""
         if health.is_enough(self._window, health.FEW):
             self._judge_spread()
-        yield from self._collapse(1)
+        yield from self._collapse(checks)
         yield from self._dead(self.patience)
 
     def _judge_spread(self):

@@ -5,9 +5,11 @@ Hugging Face keeps gate and up kernels in one stack, so there they share a `lora
 before Transformers 5 each kernel of each expert has factors of its own, (r, D) and (H, r).
 """
 
+import collections
 import math
 import os
 import re
+from typing import Any
 
 import numpy as np
 from keras import ops
@@ -37,7 +39,8 @@ def from_peft(
 
     Raises:
         ValueError: If the layer is no block of the family, or the adapter has no factors of its
-            experts, adapts more of the block than the experts, or uses DoRA.
+            experts, adapts more of the block than the experts, uses DoRA, or has factors of other
+            shapes.
 
     Example:
 
@@ -69,11 +72,10 @@ def from_peft(
         """The shapes of factors, and the rule with the rank and the scale that PEFT gives them."""
 
         def setting(pattern, default):
-            patterns = (settings.get(pattern) or {}).items()
-            matching = (
-                value for key, value in patterns if re.match(rf"(.*\.)?({key})$", parameter)
-            )
-            return next(matching, settings[default])
+            for key, value in (settings.get(pattern) or {}).items():
+                if re.match(rf"(.*\.)?({key})$", parameter.removeprefix(_BASE)):
+                    return value
+            return settings[default]
 
         rank = setting("rank_pattern", "r")
         scale = setting("alpha_pattern", "lora_alpha")
@@ -84,10 +86,11 @@ def from_peft(
 
     # Wrappers in each other do not say which kernel they adapt: its shape does.
     by_shape = dict(expected(rule, blocks[1] + rule.theirs, bank.num_experts) for rule in rules)
-    found = []  # projection, experts, A (..., D, r), B (..., r, H), and its scale
+    # For each projection: numbers of experts, A (..., D, r), B (..., r, H), and its scale.
+    found = collections.defaultdict(list)
     for start in sorted(starts):
         a, b = (read(f"{start}lora_{letter}.weight") for letter in "AB")
-        experts = slice(None)
+        experts: Any = slice(None)
         if not is_stacked:
             rule, experts = single[start]
             by_shape = dict([expected(rule._replace(transposed=False), start.removesuffix("."))])
@@ -103,17 +106,18 @@ def from_peft(
         else:
             a, b = a.T, b.T
         for projection, part in zip(_projections(bank, rule), rule.split(b)):
-            found.append((projection, experts, a, part, scale))
-    # The kernels of a bank have one rank and one scale.
-    scale = found[0][-1]
-    rank = max(a.shape[-1] for _, _, a, *_ in found)
+            found[projection].append((experts, a, part, scale))
+    # The kernels of a bank have one rank and one scale: the last that was read.
+    rank = max(a.shape[-1] for parts in found.values() for _, a, *_ in parts)
     bank.enable_lora(rank, rank * scale)
-    for projection, experts, a, b, own_scale in found:
+    for projection, parts in found.items():
         # Further columns of A begin at random, so that they can train.
         all_a, all_b = (
             np.array(ops.convert_to_numpy(each)) for each in (projection.lora_a, projection.lora_b)
         )
-        all_a[experts, :, : a.shape[-1]], all_b[experts, : a.shape[-1]] = a, b * (own_scale / scale)
+        for experts, a, b, own_scale in parts:
+            own_rank = a.shape[-1]
+            all_a[experts, :, :own_rank], all_b[experts, :own_rank] = a, b * (own_scale / scale)
         projection.lora_a.assign(all_a)
         projection.lora_b.assign(all_b)
     return mixture

@@ -72,15 +72,14 @@ class LayerExperts(ExpertBank):
     """
 
     def __init__(self, layers: Sequence[keras.Layer], **kwargs: Any):
-        revive = keras.saving.deserialize_keras_object
-        parts = layers if isinstance(layers, Iterable) else [None]
-        parts = tuple(revive(each) if isinstance(each, dict) else each for each in parts)
-        if not all(isinstance(each, keras.Layer) for each in parts):
+        given, revive = layers, keras.saving.deserialize_keras_object
+        if isinstance(given, Iterable):
+            layers = tuple(revive(each) if isinstance(each, dict) else each for each in given)
+        if layers is given or not all(isinstance(each, keras.Layer) for each in layers):
             raise TypeError(
                 "`layers` must be a list of Keras layers, with functions in `keras.layers.Lambda`. "
-                f"Received: layers={shortened(layers)}"
+                f"Received: layers={shortened(given)}"
             )
-        layers = parts
         if len({id(layer) for layer in layers}) < len(layers):
             raise ValueError(
                 "`layers` must be different objects. Received: "

@@ -22,7 +22,7 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_indices, check_integer, check_number
 from keras_moe._internal.initializers import EachExpert
-from keras_moe._internal.keras_internals import names_below
+from keras_moe._internal.keras_internals import names_beside
 from keras_moe._internal.serialization import config_of, register
 from keras_moe.backend import backend
 from keras_moe.layers import expert_bank
@@ -226,7 +226,7 @@ class LowRankExperts(StackedExperts):
         config = {**self.base.get_config(), "num_experts": len(experts), "name": self.name}
         config["dtype"] = expert_bank.in_floats(self.base._own_policy())
         bank = type(self.base).from_config(config)
-        with names_below((self.path or "").rpartition("/")[0]):
+        with names_beside(self):
             bank.build((None, self.input_spec.axes[1]))
         for old, new in zip(self.base.projections, bank.projections):
             kernel = np.repeat(old.merged_kernel(), len(experts), axis=0)

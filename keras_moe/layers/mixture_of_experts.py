@@ -65,7 +65,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
             expert, in training, `ceil(capacity_factor * T * K / E)` slots, at least 1; first
             choices are served before second ones, then earlier tokens before later ones. An
             assignment without a slot contributes zero. Experts without computation have no limit.
-            From E / K on, nothing is ever dropped.
+            A factor of at least E / K drops nothing.
         gated_shared_expert: Boolean. Whether the shared expert's output is multiplied by a gate of
             each token, `sigmoid(x g)` with a learned g (D, 1), as in Qwen1.5-MoE.
         token_axes: Integer. Number of leading axes that count tokens; the others are the shape of
@@ -189,17 +189,9 @@ class MixtureOfExperts(RouterUsage, Recomputable):
     def top_k(self):
         return self.router.top_k
 
-    @top_k.setter
-    def top_k(self, value):
-        raise AttributeError("`top_k` is changed by `surgery.set_top_k(layer, top_k)`")
-
     @property
     def capacity_factor(self):
         return None if self.capacity is None else self.capacity.factor
-
-    @capacity_factor.setter
-    def capacity_factor(self, value):
-        raise AttributeError("Set `layer.capacity = Capacity(factor)` and compile the model again")
 
     def build(self, inputs_shape, router_inputs_shape=None):
         token_shape = self._token_shape(inputs_shape)

@@ -20,15 +20,7 @@ from keras_moe.inspection import moe_layers
 from keras_moe.inspection.recording import check_list_of_batches
 from keras_moe.layers.replacement import backbones
 from keras_moe.routers import HashRouter
-from keras_moe.surgery import measuring
-from keras_moe.surgery.cutting import (
-    copy_slots,
-    groups_of,
-    merge,
-    obstacles,
-    router_like,
-    take,
-)
+from keras_moe.surgery import cutting, measuring
 
 __all__ = ["Surgery", "add_experts", "apply", "merge_experts", "prune_experts", "set_top_k"]
 __dir__ = __all__.copy
@@ -104,8 +96,8 @@ def prune_experts(
     for name, scores in _scores(model, by, layers, data).items():
         # Of experts with equal scores, the first stays.
         best = np.sort(np.argsort(-scores, kind="stable")[: numbers[name]])
-        groups[name] = {expert: [expert] for expert in best.tolist()}
-    return _operate(model, layers, groups, None, data)
+        groups[name] = [[expert] for expert in best.tolist()]
+    return _operate(model, layers, groups, data)
 
 
 def merge_experts(model: keras.Layer, keep: float | dict = 0.5, data: Sequence = ()) -> Surgery:
@@ -127,14 +119,15 @@ def merge_experts(model: keras.Layer, keep: float | dict = 0.5, data: Sequence =
 
     Reference: Li et al. 2024, M-SMoE (arXiv:2310.01334), section 3, without its decomposition.
     """
-    layers, numbers, data = _plan(model, keep, data, merging=True)
+    layers, numbers, data = _plan(model, keep, data, "merge")
     used, alike = measuring.usage_and_similarity(model, layers, data)
-    groups = {name: groups_of(used[name], alike[name], numbers[name]) for name in layers}
-    return _operate(model, layers, groups, used, data)
+    groups = {name: cutting.groups_of(used[name], alike[name], numbers[name]) for name in layers}
+    return _operate(model, layers, groups, data, used)
 
 
 def add_experts(
     model: keras.Layer,
+    *,
     factor: int | dict = 2,
     noise: float = 0.1,
     data: Sequence = (),
@@ -143,24 +136,25 @@ def add_experts(
     """Copy all experts of a model, in place, so that it has more of them to train on with.
 
     Expert e becomes the experts `factor * e` to `factor * e + factor - 1`, with copies of its
-    column of the router. A token still goes to K experts. Without noise, outputs stay the same if K
-    is 1. Otherwise these are copies of fewer experts: with K up to `factor` of the best one alone,
-    as after `set_top_k(model, 1)`. After `set_top_k` to `factor * K` instead, outputs are as before
-    at a higher cost; both hold for routers that renormalize weights. With a `GroupLimitedRouter`
-    copies may also change which groups are the best.
+    column of the router. A token still goes to K experts. Without noise, and without groups as in
+    `GroupLimitedRouter`, outputs stay the same if K is 1. With K > 1 the copies of one expert fill
+    several places: if K <= `factor`, a token is served by its best expert alone, as after
+    `set_top_k(model, 1)`. After `set_top_k` to `factor * K` outputs are as before, at a higher
+    cost. Both hold for routers that renormalize weights.
 
-    A compiled model trains on: its optimizer keeps its state, with that of each weight, such as the
-    moments of Adam, copied as the weight is. Only if other weights trained when the optimizer was
-    built does it start again. States of router losses do.
+    A compiled model trains on: its optimizer keeps its state, and slots such as the moments of Adam
+    are copied with their weights. It starts again, with a warning, if other weights trained when it
+    was built. Router losses with state start again. Call it between two calls of `fit`, not within
+    one.
 
     Args:
         model: Keras model. A built model with MoE layers with a `routers.TopKRouter` or one derived
-            from it and stacked experts, or one such layer.
+            from it and stacked experts, or one such layer, whose model must then be compiled again.
         factor: Integer of at least 2. Copies of each expert; or a dict of these by the name of the
             layer, see `inspection.moe_layers`. Layers that are not in a dict stay as they are.
         noise: Float. Standard deviation of normal noise that is added to all copies of weights that
-            train, as a share of the standard deviation of the weight. Without any, copies of which
-            a token chooses none never differ.
+            train, as a share of the standard deviation of the weight. Without noise, copies may
+            stay equal.
         data: List of batches, for the losses: each inputs, targets and weights.
         seed: Integer or None. None draws one from Keras's, see `keras.utils.set_random_seed`.
 
@@ -184,23 +178,22 @@ def add_experts(
     """
     noise = check_number("noise", noise)
     rng = np.random.default_rng(random.randrange(2**32) if seed is None else seed)
-    layers, numbers, data = _plan(model, factor, data, copying=True)
-    before, optimizer = measuring.loss_on(model, data), getattr(model, "optimizer", None)
-    chosen = {
-        name: np.arange(number) * _num_experts(layers[name]) // number
-        for name, number in numbers.items()
-    }
-    take(
+    layers, numbers, data = _plan(model, factor, data, "copy")
+    optimizer = getattr(model, "optimizer", None)
+    groups = {}
+    for name, layer in layers.items():
+        had = _num_experts(layer)
+        groups[name] = [[expert] for expert in range(had) for _ in range(numbers[name] // had)]
+    surgery = _operate(
         model,
-        {layers[name]: experts for name, experts in chosen.items()},
-        lambda value: noise * value.std() * rng.normal(size=value.shape),
+        layers,
+        groups,
+        data,
+        noise=lambda value: noise * value.std() * rng.normal(size=value.shape),
     )
-    _write_to_backbones(model, layers, _num_experts, "num_experts")
-    forget_old_weights(model)
     if optimizer is not None and optimizer.built:
-        copy_slots(optimizer, model.optimizer)
-    experts = {name: [[expert] for expert in each.tolist()] for name, each in chosen.items()}
-    return Surgery(experts, before, measuring.loss_on(model, data))
+        cutting.copy_slots(optimizer, model.optimizer)
+    return surgery
 
 
 def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
@@ -235,7 +228,7 @@ def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
                 f"number in its own config. Received: {name!r}, a `{type(router).__name__}`"
             )
         value = top_k[name] if isinstance(top_k, dict) else top_k
-        changed[name] = router_like(router, top_k=value).top_k  # The constructor checks it.
+        changed[name] = cutting.router_like(router, top_k=value).top_k  # The constructor checks it.
     for name, layer in moe_layers(model).items():
         routed = (other for other in layers if layers[other].router is layer.router)
         if any(changed.get(name) != changed[other] for other in routed):
@@ -287,7 +280,7 @@ def apply(model: keras.Layer, source: Surgery | str | os.PathLike) -> Surgery:
         chosen: list = sum(groups, [])
         fits = len(set(chosen)) == len(chosen) and set(chosen) <= set(range(number))
         meant = (source.num_experts or {}).get(name, number)
-        if source.usage is not None:
+        if source.usage:
             meant = len(source.usage.get(name, ()))
         if not fits or meant != number:
             raise ValueError(
@@ -295,45 +288,35 @@ def apply(model: keras.Layer, source: Surgery | str | os.PathLike) -> Surgery:
                 f"Received: {shortened(groups)} of {number} experts in {name!r}, made for {meant}"
             )
     numbers = {name: len(groups) for name, groups in source.experts.items()}
-    layers, _, _ = _plan(model, numbers, [], merging=source.usage is not None)
-    groups = {
-        name: {group[0]: sorted(group) for group in of_layer}
-        for name, of_layer in source.experts.items()
-    }
+    layers, _, _ = _plan(model, numbers, [], "merge" if source.usage else "cut")
     used = source.usage and {name: np.array(each) for name, each in source.usage.items()}
-    return _operate(model, layers, groups, used)
+    return _operate(model, layers, source.experts, used=used)
 
 
 _num_experts = operator.attrgetter("experts.num_experts")
 
 
-def _operate(model, layers, groups, used, data=()):
-    """Keep one expert of each group, merged with the others by usage if that is given."""
+def _operate(model, layers, groups, data=(), used=None, noise=None):
+    """Keep the first expert of each group, merged with the others by usage if that is given."""
     before = measuring.loss_on(model, data)
     had = {name: _num_experts(layer) for name, layer in layers.items()}
-    chosen = {}
-    for name, layer in layers.items():
-        if used is not None:
-            merge(layer.experts, groups[name], used[name])
-        chosen[layer] = np.array(list(groups[name]))
-    take(model, chosen)
+    for name in used or ():
+        cutting.merge(layers[name].experts, groups[name], used[name])
+    chosen = {name: np.array([group[0] for group in groups[name]]) for name in layers}
+    cutting.take(model, {layers[name]: experts for name, experts in chosen.items()}, noise)
     _write_to_backbones(model, layers, _num_experts, "num_experts")
     forget_old_weights(model)
-    experts = {
-        name: [[first, *(each for each in group if each != first)] for first, group in own.items()]
-        for name, own in groups.items()
-    }
     usage = used and {name: used[name].tolist() for name in layers}
-    return Surgery(experts, before, measuring.loss_on(model, data), usage, had)
+    return Surgery(groups, before, measuring.loss_on(model, data), usage, had)
 
 
-def _plan(model, given, data, merging=False, copying=False):
+def _plan(model, given, data, operation="cut"):
     """Layers, how many experts each will have, and the data as a list."""
-    layers = _layers(model, given, "factor" if copying else "keep")
+    layers = _layers(model, given, "factor" if operation == "copy" else "keep")
     parts = [part for each in moe_layers(model).values() for part in (each.router, each.experts)]
     wrong = []
     for name, layer in layers.items():
-        wrong += [f"{name!r}, {obstacle}" for obstacle in obstacles(layer, merging, copying)]
+        wrong += [f"{name!r}, {obstacle}" for obstacle in cutting.obstacles(layer, operation)]
         if any(sum(part is own for part in parts) > 1 for own in (layer.router, layer.experts)):
             wrong.append(f"{name!r}, which shares its router or bank with another layer")
     if wrong:
@@ -344,11 +327,13 @@ def _plan(model, given, data, merging=False, copying=False):
     numbers = {}
     for name, layer in layers.items():
         own = given[name] if isinstance(given, dict) else given
-        if copying:
+        if operation == "copy":
             numbers[name] = check_integer("factor", own, minimum=2) * _num_experts(layer)
         else:
             numbers[name] = _number(name, layer, own)
-        router_like(layer.router, num_experts=numbers[name])  # It has rules, such as for groups.
+        cutting.router_like(
+            layer.router, num_experts=numbers[name]
+        )  # It has rules, such as for groups.
     _check_converted(model, numbers, _num_experts)
     check_list_of_batches("data", data)
     return layers, numbers, list(data)

@@ -3,6 +3,7 @@
 Axes: E experts, D features, H hidden width.
 """
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from keras import ops
 from keras_moe._internal.keras_internals import (
     float_array,
     names_below,
+    names_beside,
     set_state,
     unlocked,
     untrack,
@@ -26,8 +28,10 @@ from keras_moe.routers import LogitRouter, TopKRouter
 _MATCHED = (FeedForwardExperts, GatedExperts, LinearExperts)
 
 
-def obstacles(layer, merging=False, copying=False):
+def obstacles(layer, operation):
+    """Reasons why the experts of a layer cannot be cut, merged or copied ("cut" and so on)."""
     bank, router = layer.experts, layer.router
+    is_stacked, is_list = isinstance(bank, StackedExperts), isinstance(bank, LayerExperts)
     if not layer.built:
         yield "which is not built"
     if isinstance(layer, Task):
@@ -36,19 +40,16 @@ def obstacles(layer, merging=False, copying=False):
         yield "whose experts are split over processes"
     if not isinstance(router, LogitRouter) or not router.takes_capacity:
         yield f"with a `{type(router).__name__}`, whose logits do not choose the experts of a token"
-    elif copying and not isinstance(router, TopKRouter):
+    elif operation == "copy" and not isinstance(router, TopKRouter):
         yield f"with a `{type(router).__name__}`, which gives copies other weights together"
-    if not isinstance(bank, StackedExperts if copying else (StackedExperts, LayerExperts)):
+    if not is_stacked and (operation == "copy" or not is_list):
         yield f"with `{type(bank).__name__}`"
-    elif not merging and not copying:
-        return
-    elif isinstance(bank, StackedExperts) and (bank.lora_enabled or bank.quantization_mode):
+    if operation != "cut" and is_stacked and (bank.lora_enabled or bank.quantization_mode):
         yield "whose kernels have LoRA or are quantized"
-    elif merging and isinstance(bank, StackedExperts) and not isinstance(bank, _MATCHED):
+    if operation == "merge" and is_stacked and not isinstance(bank, _MATCHED):
         yield f"with `{type(bank).__name__}`, whose hidden features cannot be matched"
-    elif isinstance(bank, LayerExperts):
-        if len(set(map(_kind, bank.layers))) > 1:
-            yield "whose experts differ in their layers, activations or shapes of weights"
+    if operation == "merge" and is_list and len(set(map(_kind, bank.layers))) > 1:
+        yield "whose experts differ in their layers, activations or shapes of weights"
 
 
 def _kind(layer):
@@ -88,30 +89,34 @@ def take(model, chosen, noise=None):
 
 def _other_parts(layer, experts, noise):
     """A dict from the router and the bank of a layer to such for other numbers of its experts."""
-    bank, kept = layer.experts, {"num_experts": len(experts)}
-    router, scaling = layer.router, {}
-    copies = len(experts) // bank.num_experts
-    if copies > 1 and router.top_k == 1 and router.score == "softmax" and not router.renormalize:
-        # The weight of a token's expert is its probability, which its copies share.
-        scaling = {"scaling_factor": copies * router.scaling_factor}
-    router = router_like(router, **kept, **scaling)
+    bank, old_router = layer.experts, layer.router
+    copies, kept = len(experts) // bank.num_experts, {"num_experts": len(experts)}
+    router = router_like(old_router, **kept)
+    with names_beside(old_router):
+        router.build((None, old_router.input_spec.axes[-1]))
+    _take_weights(old_router, router, experts, noise)
+    if copies > 1 and router.score == "softmax":
+        # Copies share the probability of an expert, which may be its weight.
+        if router.top_k == 1 and not router.renormalize:
+            router.scaling_factor *= copies
+        if router.selection_bias is not None:
+            router.selection_bias.assign(router.selection_bias / copies)
     axes = layer.input_spec.axes  # of a token, counted from the end
     tokens_shape = (None, *(axes[axis] for axis in sorted(axes)))
-    with names_below(layer.path):
-        router.build((None, layer.router.input_spec.axes[-1]))
-        _take_weights(layer.router, router, experts, noise)
-        if isinstance(bank, LayerExperts):
-            own = [bank.layers[index] for index in experts]
-            weights = [(weight, weight.trainable) for each in own for weight in each.weights]
-            other: Any = LayerExperts(**{**bank.get_config(), "layers": own})
-            other.build(tokens_shape)
-            for weight, trainable in weights:  # The constructor of a frozen bank freezes all.
-                weight.trainable = trainable
-        else:
-            other = type(bank).from_config({**bank.get_config(), **kept})
-            other.build(tokens_shape)
-            _take_weights(bank, other, experts, noise)
-    return {layer.router: router, bank: other}
+    if isinstance(bank, LayerExperts):
+        own = [bank.layers[index] for index in experts]
+        weights = [(weight, weight.trainable) for each in own for weight in each.weights]
+        other: Any = LayerExperts(**{**bank.get_config(), "layers": own})
+    else:
+        other = type(bank).from_config({**bank.get_config(), **kept})
+    with names_beside(bank):
+        other.build(tokens_shape)
+    if isinstance(bank, LayerExperts):
+        for weight, trainable in weights:  # The constructor of a frozen bank freezes all.
+            weight.trainable = trainable
+    else:
+        _take_weights(bank, other, experts, noise)
+    return {old_router: router, bank: other}
 
 
 def _take_counters(layer, experts):
@@ -143,7 +148,10 @@ def _take_weights(old, new, experts, noise):
 def copy_slots(old, new):
     """Give an optimizer the state of one that was built before experts were copied."""
     if [each.path for each in old.variables] != [each.path for each in new.variables]:
-        return  # The weights that train were others.
+        warnings.warn(
+            "The optimizer starts again: other weights trained when it was built.", stacklevel=4
+        )
+        return
     for theirs, mine in zip(old.variables, new.variables):
         value = ops.convert_to_numpy(theirs)
         for axis, (before, after) in enumerate(zip(theirs.shape, mine.shape)):
@@ -152,18 +160,18 @@ def copy_slots(old, new):
 
 
 def groups_of(usage, similarity, number):
-    """Groups around the most used experts: a dict from each of these to its group, ascending."""
+    """Lists of experts, each around one of the most used, which comes first."""
     centers = np.sort(np.argsort(-usage, kind="stable")[:number])
     groups = {int(center): [int(center)] for center in centers}
     for expert in range(len(usage)):
         if expert not in groups:
             groups[int(centers[np.argmax(similarity[expert, centers])])].append(expert)
-    return {center: sorted(experts) for center, experts in groups.items()}
+    return list(groups.values())
 
 
 def merge(bank, groups, usage):
-    """Put the average of each group, weighted by usage, in the place of its center."""
-    groups = {center: experts for center, experts in groups.items() if len(experts) > 1}
+    """Put the average of each group, weighted by usage, in the place of its first expert."""
+    groups = {group[0]: sorted(group) for group in groups if len(group) > 1}
     shares = {center: usage[experts] + 1e-6 for center, experts in groups.items()}  # All may be 0.
     shares = {center: each / each.sum() for center, each in shares.items()}
     if isinstance(bank, LayerExperts):

@@ -1,5 +1,6 @@
 """Upcycling of dense models to mixtures of experts."""
 
+import itertools
 import random
 import re
 import warnings
@@ -14,7 +15,7 @@ from keras_moe._internal.checks import check_integer, check_number, shortened
 from keras_moe._internal.keras_internals import (
     float_array,
     forget_old_weights,
-    names_below,
+    names_beside,
     parameters_of,
     set_state,
 )
@@ -59,7 +60,7 @@ def upcycle(
     others). A warning says which similar `Dense` layers stay dense, and why.
 
     Args:
-        model: Keras model, or list of M models. It must be built. The first changes in place, and
+        model: Keras model, or list of M models. Each must be built. The first changes in place, and
             the result shares its other layers: use the result only. The others stay as they are.
             Weights that were not created to train, such as integers, are the first's.
         num_experts: Integer or None. Number of experts, E, divisible by `granularity` times M; copy
@@ -121,18 +122,20 @@ def upcycle(
     every = check_integer("every", every)
     if not models or num_experts % (len(models) * granularity) or top_k % granularity:
         raise ValueError(
-            "`granularity` must divide `top_k` and, times the number of models, `num_experts`: a "
-            f"copy is complete with all its parts only. Received: granularity={granularity}, "
-            f"num_experts={num_experts}, top_k={top_k} for {len(models)} models"
+            "`num_experts` must be a multiple of the number of models times `granularity`, and "
+            "`top_k` of `granularity`: a copy is complete with all its parts only. Received: "
+            f"{len(models)} models, num_experts={num_experts}, top_k={top_k}, "
+            f"granularity={granularity}"
         )
     if rank is not None and (granularity > 1 or reinitialized or len(models) > 1):
         raise ValueError(
-            f"With a `rank` all experts share one whole dense layer. Received: rank={rank}, "
+            f"With a `rank` all experts share the dense layer of one model. Received: rank={rank}, "
             f"granularity={granularity}, reinitialized={reinitialized}, {len(models)} models"
         )
-    first = models[0]
-    chosen = _select(first, select, every)
-    found, weights_of_models = _alike(models)
+    first, found = models[0], [feed_forwards(each) for each in models]
+    _check_alike(models)
+    places = [[own[place] for own in found] for place in _select(first, found[0], select, every)]
+    chosen = [place[0] for place in places]
     obstacles = [
         f"{each.name!r} with {why}" for each in chosen for why in _obstacles(each, granularity)
     ]
@@ -144,11 +147,11 @@ def upcycle(
         freeze_parts(layer)
     rng = np.random.default_rng(random.randrange(2**32) if seed is None else seed)
     replacements: dict = {}
-    for feed_forward in chosen:
+    for place in places:
+        feed_forward = place[0]
         mixture = _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng, rank)
         bank = mixture.experts if rank is None else mixture.experts.base
-        alike = [each[found[0].index(feed_forward)] for each in found]
-        weights = _expert_weights(alike, bank.num_experts, granularity)
+        weights = _expert_weights(place, bank.num_experts, granularity)
         if reinitialized:
             _draw_again(weights, reinitialized, rng)
         for name, value in weights.items():
@@ -161,7 +164,7 @@ def upcycle(
             replacements[up] = Ones(dtype=up.dtype_policy.name, name=up.name)
     if len(models) > 1:
         trained = {id(weight) for weight in parameters_of(first)}
-        for weights in zip(*weights_of_models):
+        for weights in zip(*(each.weights for each in models)):
             if id(weights[0]) in trained:
                 weights[0].assign(np.mean(list(map(float_array, weights)), axis=0))
     model, changes = replace(first, replacements)
@@ -212,7 +215,8 @@ def merge_lora(model: keras.Model) -> None:
     """Merge low-rank experts into kernels: each expert then has its own, and the outputs stay.
 
     Args:
-        model: Keras model. It changes in place. If it is compiled, its optimizer starts again.
+        model: Keras model. It changes in place. If it is compiled, its optimizer starts again. The
+            merged experts are frozen, as the base was.
 
     Raises:
         ValueError: If the model has no `layers.LowRankExperts`.
@@ -229,7 +233,8 @@ def merge_lora(model: keras.Model) -> None:
     """
     banks = [layer for layer in model._flatten_layers() if isinstance(layer, LowRankExperts)]
     if not banks:
-        raise ValueError(f"`model` must have `LowRankExperts`. Received: `{model.name}` without")
+        rule = "`model` must have `LowRankExperts`, as `upcycle(model, rank=...)` makes them"
+        raise ValueError(f"{rule}. Received: `{model.name}` without")
     replace(model, {bank: bank.merge() for bank in banks})
 
 
@@ -245,8 +250,8 @@ class Ones(keras.layers.Layer):
         return ops.ones_like(inputs)
 
 
-def _select(model, select, every):
-    found = feed_forwards(model)
+def _select(model, found, select, every):
+    """The numbers of the chosen ones among the feed-forwards that were found in a model."""
     left = left_dense(model, found)
     if not found:
         raise ValueError(
@@ -264,7 +269,7 @@ def _select(model, select, every):
         wanted = [name for name in names if re.search(select, name)]
     elif select is not None:
         wanted = list(select)
-    chosen = [each for each in found if each.name in wanted][every - 1 :: every]
+    chosen = [number for number, name in enumerate(names) if name in wanted][every - 1 :: every]
     if not chosen or any(name not in names for name in wanted):
         raise ValueError(
             "`select` and `every` must choose among the dense feed-forward layers of the model. "
@@ -273,23 +278,28 @@ def _select(model, select, every):
     return chosen
 
 
-def _alike(models):
-    """The feed-forwards of each model and its weights, which correspond in order."""
-    found, weights = [feed_forwards(each) for each in models], [each.weights for each in models]
-    shapes = [[tuple(weight.shape) for weight in own] for own in weights]
-    activations = [[_name(each.activation) for each in own] for own in found]
+def _check_alike(models):
+    def facts(model):
+        """What two models must have in common, in an order."""
+        for layer in model._flatten_layers():
+            activation = getattr(layer, "activation", None)
+            yield type(layer).__name__, getattr(activation, "__name__", type(activation).__name__)
+        yield from ((weight.name, tuple(weight.shape)) for weight in model.weights)
+
     for number in range(1, len(models)):
-        if shapes[number] != shapes[0] or activations[number] != activations[0]:
+        pairs = itertools.zip_longest(facts(models[0]), facts(models[number]))
+        different = next((pair for pair in pairs if pair[0] != pair[1]), None)
+        if different:
             raise ValueError(
-                "Models must have the same feed-forward layers, and weights of the same shapes in "
-                f"the same order. Received: {shapes[0]} with {activations[0]} in the first, and "
-                f"{shapes[number]} with {activations[number]} in model {number}"
+                "Models must have the same layers, activations and shapes of weights in the same "
+                f"order. Received: {different[0]} in the first, and {different[1]} in its place in "
+                f"model {number}"
             )
-    return found, weights
-
-
-def _name(activation):
-    return getattr(activation, "__name__", type(activation).__name__)
+        # The average of factors is not that of what they correct.
+        for layer in (*models[0]._flatten_layers(), *models[number]._flatten_layers()):
+            if getattr(layer, "lora_enabled", False):
+                rule = "Models must be mixed without LoRA"
+                raise ValueError(f"{rule}. Received: `{layer.name}` with LoRA")
 
 
 def _obstacles(feed_forward, granularity):
@@ -371,7 +381,7 @@ def _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng, 
     mixture = MixtureOfExperts(
         experts, router, router_losses, name=f"{feed_forward.name}_experts", dtype=up.dtype_policy
     )
-    with names_below((feed_forward.layers[0].path or "").rpartition("/")[0]):
+    with names_beside(feed_forward.layers[0]):
         mixture.build((None, features))
     # Parts of one copy have equal columns.
     kernel = ops.convert_to_numpy(router.kernel)[:, ::granularity]
