@@ -74,6 +74,7 @@ def test_equal_to_copies_with_lora(case, mode):
     assert_equal_results(*pair(case), mode, normal(T, D))
 
 
+@pytest.mark.filterwarnings("ignore:.* is in two layers:UserWarning")
 @pytest.mark.parametrize(
     ("router", "arguments"),
     [
