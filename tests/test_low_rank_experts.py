@@ -6,7 +6,7 @@ import pytest
 from backends import FAST_MODE, MODES, assert_close, differentiated, saved_and_loaded, to_numpy
 from layer_checks import D, normal
 
-from keras_moe import layers, routers
+from keras_moe import inspection, layers, routers
 
 E, H, RANK, T = 4, 6, 2, 12
 BASES = {
@@ -165,3 +165,19 @@ def test_a_base_of_another_form_is_refused(words):
     experts = layers.LowRankExperts(base(OTHERS[words], **more.get(words, {})), E, RANK)
     with pytest.raises(ValueError, match=words):
         experts.build((None, D))
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("mode", [None, "int4"])
+def test_the_base_works_on_every_token(mode):
+    base = layers.GatedExperts(1, 2 * D)
+    layer = layers.MixtureOfExperts(layers.LowRankExperts(base, 4, rank=2), name="moe")
+    model = keras.Sequential([keras.Input((D,)), layer])
+    if mode:
+        base.quantize(mode)
+    of_base, of_expert = 3 * D * 2 * D, 3 * 2 * (D + 2 * D)
+    active = of_base + 2 * of_expert + D * 4
+    (row,) = inspection.summarize(model)
+    assert (row.parameters, row.active_parameters) == (active + 2 * of_expert, active)
+    total, working = inspection.count_parameters(model)
+    assert total - working == 2 * of_expert

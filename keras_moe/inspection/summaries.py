@@ -13,6 +13,7 @@ from keras_moe._internal.checks import check_instance
 from keras_moe._internal.keras_internals import own_layers
 from keras_moe._internal.plain_text import as_text, table
 from keras_moe.backend import backend
+from keras_moe.layers.low_rank_experts import LowRankExperts
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.stacked_experts import StackedExperts
 from keras_moe.ops.platforms import named_platform
@@ -121,7 +122,7 @@ def summarize(model: keras.Model) -> list[LayerSummary]:
     summaries = []
     for name, layer in _built_layers(model).items():
         router, bank = layer.router, layer.experts
-        parameters, of_experts = map(_count, (layer, bank))
+        parameters, of_experts = _count(layer), _count(bank) - sum(map(_count_own, _shared(bank)))
         active = parameters - of_experts + round(of_experts * router.mean_top_k / bank.num_experts)
         counts = ops.convert_to_numpy(layer.expert_counts)
         if not counts.any() and layer.last_counts is not None:
@@ -188,9 +189,10 @@ def count_parameters(model: keras.Model) -> tuple[int, int]:
     # By part, because layers may share a bank, and banks a layer.
     active_shares: dict = {}
     for layer in _built_layers(model).values() if has_moe_layers(model) else ():
-        share = layer.router.mean_top_k / layer.experts.num_experts
+        share, shared = layer.router.mean_top_k / layer.experts.num_experts, _shared(layer.experts)
         for part in layer.experts._flatten_layers():
-            active_shares[part] = min(1.0, active_shares.get(part, 0.0) + share)
+            more = 1.0 if part in shared else share
+            active_shares[part] = min(1.0, active_shares.get(part, 0.0) + more)
     idle = sum((1 - share) * _count_own(part) for part, share in active_shares.items())
     total = model.count_params()
     for part in active_shares:
@@ -208,6 +210,12 @@ def _built_layers(model):
             f"The model must be built; call it on some data first. Received: {unbuilt} unbuilt"
         )
     return layers
+
+
+def _shared(bank):
+    """The parts of a bank that all of its experts share."""
+    banks = [part for part in bank._flatten_layers() if isinstance(part, LowRankExperts)]
+    return {part for each in banks for part in each.base._flatten_layers()}
 
 
 def _count(layer):
