@@ -174,11 +174,11 @@ def bank_of(bank=None, **kwargs):
 
 LAYERS = {
     "two experts get all tokens": skewed,
-    "quantile": bank_of(router=routers.TopKRouter(E, balancer="quantile")),
+    "quantile": lambda: bank_of(router=routers.TopKRouter(E, balancer="quantile"))(),
     "balanced assignment": bank_of(router="balanced_assignment"),
     "expert choice": bank_of(router="expert_choice"),
     "soft": bank_of(router="soft"),
-    "noisy": bank_of(router=routers.NoisyTopKRouter(E, seed=3)),
+    "noisy": lambda: bank_of(router=routers.NoisyTopKRouter(E, seed=3))(),
     "per sequence": bank_of(capacity_factor=layers.Capacity(0.5, per_sequence=True)),
     "zero computation": lambda: layers.MixtureOfExperts(
         layers.ZeroComputationExperts(layers.FeedForwardExperts(E, H), 1, 1, 1)
