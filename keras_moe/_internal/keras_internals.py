@@ -142,7 +142,7 @@ def names_below(path):
 
 
 def names_beside(layer):
-    """A context in which names of variables begin as those of a layer's neighbours."""
+    """A context in which names of variables begin with the path of the layer that holds a layer."""
     return names_below((layer.path or "").rpartition("/")[0])
 
 

@@ -51,7 +51,7 @@ def upcycle(
 
     Several models of one architecture, such as one that was trained on from the same weights on
     different data, become one: each gives its feed-forward layers to experts, and all other weights
-    are averaged. The outputs are then those of no single model.
+    are averaged. No single model has such outputs.
 
     These layers are found: `Dense` layers from D to H features with an activation, then back to D
     without, in a functional or sequential model, with dropout between them (which is removed) or
