@@ -265,6 +265,16 @@ def test_a_converted_model_is_pruned_saved_loaded_and_restored(family, tmp_path)
 
 
 @on_one_backend
+def test_a_converted_model_grows(tmp_path):
+    model, inputs = convert.use_sparse_experts(causal_lm("mixtral")), prompts((6, 4), "mixtral")
+    expected = logits_of(model, inputs)
+    surgery.add_experts(model, factor=2, noise=0.0)
+    surgery.set_top_k(model, 4)
+    for each in (saved_and_loaded(model, tmp_path), convert.restore(model)):
+        assert_close(logits_of(each, inputs), expected)
+
+
+@on_one_backend
 @pytest.mark.parametrize("family", ["mixtral", "gemma4"])
 def test_equal_experts_of_a_converted_model_merge_without_loss(family):
     model, inputs = convert.use_sparse_experts(causal_lm(family)), prompts((6, 4), family)

@@ -413,3 +413,16 @@ REFUSED = {
 def test_wrong_results_are_refused(operate):
     with pytest.raises(ValueError, match=r"(?s)must .*Received: "):
         operate()
+
+
+@on_one_backend
+def test_noise_of_copies_follows_the_seed():
+    kernels = []
+    for seed in (1, 1, 2):
+        layer, _ = single()
+        layer.set_weights([np.full(weight.shape, 0.5) for weight in layer.weights])
+        layer.experts.up_kernel.assign(np.linspace(0, 1, E * D * H).reshape(E, D, H))
+        surgery.add_experts(layer, seed=seed)
+        kernels.append(array(layer.experts.up_kernel))
+    np.testing.assert_array_equal(kernels[0], kernels[1])
+    assert (kernels[0] != kernels[2]).any()
