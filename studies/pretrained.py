@@ -110,7 +110,7 @@ def main(arguments=None):
 
 
 def print_losses(results):
-    """The last losses, and by how much they differ from those of the first model."""
+    """A table of the losses at the end of training."""
 
     def end(run):
         last = {entry: run[entry][-1] for entry in ("losses", "steps", "seconds")}

@@ -24,7 +24,7 @@ import resuming
 import sparsity
 import upcycling
 from command_line import parse_with_models, parser_of
-from comparisons import count_parameters, dense_feedforward, each_run, print_ends, step_times
+from comparisons import count_parameters, each_run, print_ends, step_times
 from files import claim, whole
 from id_batches import rows
 from subwords import Subwords
@@ -99,18 +99,10 @@ class Study(typing.NamedTuple):
         return np.concatenate([part[third::3] for part in self.languages])
 
     def timed(self, name):
-        model = self.make()
+        model = upcycling.dense_model(self.num_tokens, self.size)
         model = self.mixture(model, 0) if name == COPIES else model
         language_model.compile_for_training(model, 1)
         return model
-
-    def make(self):
-        size = self.size
-        feedforwards = [
-            dense_feedforward(sparsity.TOP_K, size.hidden_dim, size.features)
-            for _ in range(size.blocks)
-        ]
-        return language_model.build_model(self.num_tokens, size, feedforwards)
 
     def mixture(self, model, seed):
         """A mixture of a model, or of several."""
@@ -145,7 +137,8 @@ class Study(typing.NamedTuple):
 
     def first_model(self, seed):
         keras.utils.set_random_seed(seed)
-        return self.trained("first model", self.make(), seed, self.rows(0), START)
+        model = upcycling.dense_model(self.num_tokens, self.size)
+        return self.trained("first model", model, seed, self.rows(0), START)
 
     def language_model(self, number, seed):
         data = self.languages[number][1::3]

@@ -80,17 +80,9 @@ class Study(typing.NamedTuple):
     folder: pathlib.Path
 
     def compiled(self, name):
-        model = upcycled(self.make(), name, seed=0)
+        model = upcycled(dense_model(self.num_tokens, self.size), name, seed=0)
         language_model.compile_for_training(model, 1)
         return model
-
-    def make(self):
-        size = self.size
-        feedforwards = [
-            dense_feedforward(sparsity.TOP_K, size.hidden_dim, size.features)
-            for _ in range(size.blocks)
-        ]
-        return language_model.build_model(self.num_tokens, size, feedforwards)
 
     def run(self, name, seed, ms_per_step):
         """The course of the losses in the second half, with the loss before it."""
@@ -108,7 +100,7 @@ class Study(typing.NamedTuple):
     def half_trained(self, seed):
         """The dense model after the first half, and its loss."""
         keras.utils.set_random_seed(seed)
-        model = self.make()
+        model = dense_model(self.num_tokens, self.size)
         folder = self.folder / f"half-{seed}"
         weights = folder / "model.weights.h5"
 
@@ -128,6 +120,14 @@ class Study(typing.NamedTuple):
         return language_model.fit(
             model, (data, self.test), seed, self.size, progress, BATCH_SIZE, LEARNING_RATE
         )["val_loss"]
+
+
+def dense_model(num_tokens, size):
+    feedforwards = [
+        dense_feedforward(sparsity.TOP_K, size.hidden_dim, size.features)
+        for _ in range(size.blocks)
+    ]
+    return language_model.build_model(num_tokens, size, feedforwards)
 
 
 def upcycled(model, name, seed):

@@ -280,7 +280,7 @@ def _select(model, found, select, every):
 
 def _check_alike(models):
     def facts(model):
-        """What two models must have in common, in an order."""
+        """Classes, activations and shapes, which are equal in models of one architecture."""
         for layer in model._flatten_layers():
             activation = getattr(layer, "activation", None)
             yield type(layer).__name__, getattr(activation, "__name__", type(activation).__name__)
@@ -295,11 +295,11 @@ def _check_alike(models):
                 f"order. Received: {different[0]} in the first, and {different[1]} in its place in "
                 f"model {number}"
             )
-        # The average of factors is not that of what they correct.
-        for layer in (*models[0]._flatten_layers(), *models[number]._flatten_layers()):
-            if getattr(layer, "lora_enabled", False):
-                rule = "Models must be mixed without LoRA"
-                raise ValueError(f"{rule}. Received: `{layer.name}` with LoRA")
+    layers = [layer for model in models for layer in model._flatten_layers()]
+    with_lora = [layer.name for layer in layers if getattr(layer, "lora_enabled", False)]
+    if len(models) > 1 and with_lora:
+        # The averages of A and of B do not multiply to the average of A B.
+        raise ValueError(f"Models must be mixed without LoRA. Received: LoRA in {with_lora}")
 
 
 def _obstacles(feed_forward, granularity):
