@@ -40,7 +40,9 @@ def _recomputed(layer, call, *args, **kwargs):
     leaves = keras.tree.flatten((args, kwargs))
     places = [place for place, leaf in enumerate(leaves) if _is_float(leaf)]
     with stored_dtypes():
-        weights, values = (list(map(ops.convert_to_tensor, each)) for each in (trained, state))
+        weights = list(map(ops.convert_to_tensor, trained))
+        # Read once: TensorFlow's optimizer of graphs may let a second read follow the assignment.
+        values = list(map(ops.stop_gradient, state))
     again, found = current_call(), {}
 
     def function(*tensors):
