@@ -43,9 +43,8 @@ def interval(values):
     return f"{text} +- {half:.4f}"
 
 
-def course(losses, steps_an_epoch, ms_per_step):
-    """Validation losses by epoch, with the steps and the seconds of training they took."""
-    steps = [steps_an_epoch * (1 + epoch) for epoch in range(len(losses))]
+def course(losses, steps, ms_per_step):
+    """Validation losses, with the `steps` after which they were measured and the seconds of these."""
     seconds = [step * ms_per_step / 1000 for step in steps]
     return {"losses": losses, "steps": steps, "seconds": seconds, "ms_per_step": ms_per_step}
 

