@@ -211,6 +211,22 @@ def test_batch_normalization_inside_an_expert_updates_the_state_of_used_experts_
 
 
 @compiled
+def test_experts_without_a_derivative_at_zero_are_trained(jit_compile):
+    def unit(x):
+        return x / keras.ops.norm(x, axis=-1, keepdims=True)
+
+    experts = [
+        keras.Sequential([keras.layers.Dense(D, "tanh"), keras.layers.Lambda(unit)])
+        for _ in range(E)
+    ]
+    layer = moe(layers.LayerExperts(experts), router=one_hot_router())  # two of them are idle
+    model = keras.Sequential([keras.Input((E,)), layer])
+    model.compile("sgd", "mse", jit_compile=jit_compile)
+    model.fit(one_hot(0, 2, 2), normal(3, D), verbose=0)
+    assert all(np.isfinite(array(weight)).all() for weight in layer.weights)
+
+
+@compiled
 def test_the_loss_of_a_weight_inside_an_expert_counts_once(jit_compile):
     dense = [keras.layers.Dense(D, kernel_regularizer=keras.regularizers.L2(0.5)) for _ in range(E)]
     layer = moe(layers.LayerExperts(dense), router_losses=())

@@ -70,9 +70,9 @@ class PaddedTiles(NamedTuple):
     place_of_row: Any
     is_served: Any
 
-    def cut(self, rows):
-        """Tiles (N, B, ...) of rows (R, ...), zeros at padding."""
-        return _where(self.inside, ops.take(rows, self.row, axis=0))
+    def cut(self, rows, padding=0):
+        """Tiles (N, B, ...) of rows (R, ...), with a number at padding."""
+        return _where(self.inside, ops.take(rows, self.row, axis=0), padding)
 
     def join(self, tiles):
         """Rows (R, ...) of tiles (N, B, ...), zeros past the last group."""
@@ -117,6 +117,7 @@ def _interval(values, ends):
     return ops.sum(ops.cast(below, "int32"), axis=1)
 
 
-def _where(condition, values):
+def _where(condition, values, other=0):
     axes = range(len(condition.shape), len(values.shape))
-    return ops.where(ops.expand_dims(condition, list(axes)), values, ops.zeros((), values.dtype))
+    other = ops.cast(other, values.dtype)
+    return ops.where(ops.expand_dims(condition, list(axes)), values, other)

@@ -26,6 +26,8 @@ from keras_moe.ops.plans import GroupedPlan, combine, dispatch
 from keras_moe.ops.platforms import named_platform
 
 SCAN_ROWS = 64
+# Not 0, where a layer may have no derivative: NaN times 0 is NaN.
+PADDING = 1
 # Longer programs would compile for a minute.
 MOST_UNROLLED = 64
 
@@ -36,8 +38,8 @@ class LayerExperts(ExpertBank):
 
     Only the layers that serve a token run on it. Each layer sees rows (n, D) and must return rows
     (n, D') with the same D' for all experts; in a mixture with `token_axes`, rows are whole samples
-    (n, ...). Under XLA the rows come in tiles that are padded with zeros, so a layer that looks
-    across rows, such as `BatchNormalization` in training, sees those zeros, and an activity
+    (n, ...). Under XLA the rows come in tiles that are padded with ones, so a layer that looks
+    across rows, such as `BatchNormalization` in training, sees those ones, and an activity
     regularizer counts once a tile. A mixture of experts as an expert, or in an expert whose `call`
     has a `mask`, receives a mask of the padding.
 
@@ -295,7 +297,7 @@ def _map_groups(functions, rows, sizes, output_width, state, alike=None):
     """Apply function e to group e of the rows (R, D); returns rows (R, D') and the state.
 
     Where shapes are fixed at compile time the rows are cut into tiles of one group each, and a
-    function sees rows of zeros after its own. Rows past the last group give zeros. The state is
+    function sees rows of `PADDING` after its own. Rows past the last group give zeros. The state is
     handed through the functions that run. `alike` is the same functions as one, where they have no
     state but a sum of losses.
     """
@@ -325,10 +327,11 @@ def _map_slices(functions, output_width, rows, sizes, state):
         if backend.is_exporting():
             outputs.append(function(part, state, None)[0])
             continue
-        # A function without rows runs on one row of zeros and its effects are discarded: all its
+        # A function without rows runs on a row of padding and its effects are discarded: all its
         # gradients exist then, and no NaN statistics of an empty batch enter the state.
         spare = ops.maximum(1 - size, 0)
-        output, new = function(ops.pad(part, ((0, spare), (0, 0))), state, None)
+        part = ops.pad(part, ((0, spare), (0, 0)), constant_values=PADDING)
+        output, new = function(part, state, None)
         state = [ops.where(size > 0, *values) for values in zip(new, state)]
         outputs.append(output[:size])
     padding = ops.zeros((num_padding, output_width), outputs[0].dtype)
@@ -346,7 +349,9 @@ def _scan_tiles(functions, output_width, rows, sizes, state):
         output, state = ops.switch(expert, [*functions, skip], tile_rows, state, inside)
         return state, output
 
-    state, outputs = backend.scan(step, state, (tiles.expert, tiles.inside, tiles.cut(rows)))
+    state, outputs = backend.scan(
+        step, state, (tiles.expert, tiles.inside, tiles.cut(rows, PADDING))
+    )
     return tiles.join(outputs), state
 
 
@@ -356,7 +361,7 @@ def _map_all_tiles(alike, apply, length, rows, sizes, state):
     tiles = pad_tiles(sizes, ops.shape(rows)[0], length)
     expert = ops.minimum(tiles.expert, num_experts - 1)
     weights = [backend.gather_rows(weight, expert) for weight in alike.weights()]
-    outputs, losses = apply(lambda tile: alike.function(*tile), (weights, tiles.cut(rows)))
+    outputs, losses = apply(lambda tile: alike.function(*tile), (weights, tiles.cut(rows, PADDING)))
     loss = ops.sum(ops.where(tiles.expert < num_experts, losses, 0.0))
     return tiles.join(outputs), [*state[:-1], state[-1] + loss]
 
