@@ -1,5 +1,7 @@
 """Texts written token by token are those of passes over the whole text."""
 
+import concurrent.futures
+
 import keras
 import numpy as np
 import pytest
@@ -95,6 +97,14 @@ def test_of_equal_words_no_more_are_drawn_than_wanted(model):
 def test_an_id_of_padding_in_a_prompt_is_a_token(model):
     texts = keras_moe.generate(model_of(mask_zero=True), [[3, 4, 0]], 2)
     assert np.array_equal(texts, keras_moe.generate(model, [[3, 4, 0]], 2))
+
+
+@pytest.mark.backends("torch")
+def test_several_threads_write_at_once(model):
+    texts = [text.tolist() for text in keras_moe.generate(model, PROMPTS, 8)]
+    with concurrent.futures.ThreadPoolExecutor(len(PROMPTS)) as pool:
+        written = pool.map(lambda prompt: keras_moe.generate(model, [prompt], 8)[0], PROMPTS)
+        assert [text.tolist() for text in written] == texts
 
 
 def test_a_model_that_counts_positions_elsewhere_is_refused(model):

@@ -3,8 +3,12 @@
 Axes: B batch, L length, M cached length, D features, N heads, F features of a head.
 """
 
+import threading
+
 import keras
 from keras import ops
+
+_of_thread = threading.local()
 
 
 class CachedAttention(keras.layers.MultiHeadAttention):
@@ -66,19 +70,22 @@ class Decoding:
     pass; without them, new ones have room for `length` tokens.
     """
 
-    current: "Decoding | None" = None
-
     def __init__(self, position, mask, length=None, caches=None):
         self.position, self.mask, self.length = position, mask, length
         self._earlier = None if caches is None else list(caches)
         self.caches: list = []
 
     def __enter__(self):
-        Decoding.current = self
+        _of_thread.decoding = self
         return self
 
     def __exit__(self, *error):
-        Decoding.current = None
+        _of_thread.decoding = None
+
+    @staticmethod
+    def current() -> "Decoding | None":
+        """The context that this thread is in, or None."""
+        return getattr(_of_thread, "decoding", None)
 
     def cache_of(self, block, inputs):
         """The cache of a block that is called: of the earlier pass, or an empty one."""
