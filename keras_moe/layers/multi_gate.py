@@ -14,6 +14,7 @@ from keras import ops
 from keras_moe import losses, routers
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_tensors, shortened
+from keras_moe._internal.initializers import reseeded
 from keras_moe._internal.serialization import config_of, register
 from keras_moe.layers import expert_bank, sublayers
 from keras_moe.layers.expert_bank import ExpertBank
@@ -126,8 +127,10 @@ class MultiGateMixtureOfExperts(Recomputable):
             )
             for banks, router, name in zip(chosen_from, _routers(router, len(names)), names)
         ]
-        if any(isinstance(task.router, routers.SoftRouter) for task in self.tasks):
-            raise ValueError("`router` must choose experts. Received: a `SoftRouter`")
+        for task in self.tasks:
+            if isinstance(task.router, (routers.SoftRouter, routers.HashRouter)):
+                rule = "`router` must choose experts by the tokens alone"
+                raise ValueError(f"{rule}. Received: a `{type(task.router).__name__}`")
         sublayers.freeze_parts(self)
 
     def build(self, inputs_shape):
@@ -167,9 +170,11 @@ class MultiGateMixtureOfExperts(Recomputable):
         # Combine: each task sums the outputs of its banks by its own weights.
         choices = _choices_by_bank(self.tasks, routings)
         totals: list = [0.0] * len(self.tasks)
-        for bank, (tokens, _) in [*zip(self.task_experts, flat), (self.experts, flat[-1])]:
+        for bank, (tokens, mask) in [*zip(self.task_experts, flat), (self.experts, flat[-1])]:
             numbers, chosen, weights = zip(*choices[bank])
             if any(self.tasks[number].router.serves_all for number in numbers):
+                if mask is not None:  # A network may have no derivative at 0: NaN times 0 is NaN.
+                    tokens = ops.where(ops.reshape(mask, (-1, 1)), tokens, ops.ones_like(tokens))
                 outputs = bank.compute_all(tokens)
             else:
                 outputs, places = _compute_chosen(bank, tokens, chosen)
@@ -277,9 +282,19 @@ def _routers(router, number):
         return router
     if not isinstance(router, routers.Router):
         return [router] * number
+    return [router, *(_like(router, copy) for copy in range(1, number))]
+
+
+def _like(router, number):
+    """A router with the arguments of another, that draws other weights and other noise."""
     config = router.get_config()
     del config["name"]
-    return [router, *(type(router).from_config(dict(config)) for _ in range(number - 1))]
+    if config.get("seed") is not None:
+        config["seed"] += number
+    copy = type(router).from_config(config)
+    if isinstance(copy, routers.LogitRouter):
+        copy.kernel_initializer = reseeded(copy.kernel_initializer, number)
+    return copy
 
 
 def _choices_by_bank(tasks, routings):
@@ -294,11 +309,12 @@ def _choices_by_bank(tasks, routings):
             experts = ops.arange(task.experts.num_experts, dtype="int32")
             matches = ops.expand_dims(routing.indices, 2) == experts  # (T, K, E)
             weights = ops.sum(ops.where(matches, ops.expand_dims(weights, 2), 0.0), axis=1)
+        indices = mask_invalid(routing.indices, task.experts.num_experts, routing.mask)
         banks = getattr(task.experts, "banks", [task.experts])
         ends = itertools.accumulate(bank.num_experts for bank in banks)
         for bank, end in zip(banks, ends):
             first = end - bank.num_experts
-            choices[bank].append((number, routing.indices - first, weights[:, first:end]))
+            choices[bank].append((number, indices - first, weights[:, first:end]))
     return choices
 
 
