@@ -129,6 +129,57 @@ def test_a_masked_density_counts_no_padding():
     assert model.evaluate(x, y, verbose=0) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("name", sorted({*routers.IDENTIFIERS} - {"soft"}))
+def test_a_functional_model_returns_what_the_layer_returns(name):
+    layer, x = moe(layers.LinearExperts(E, E), router=name), normal(6, D)
+    returned = {"return_routing": True, "return_expert_outputs": True}
+    inputs = keras.Input((D,))
+    outputs, routing, single = layer(inputs, **returned)
+    outputs = {"outputs": outputs, "weights": routing.weights, "single": single}
+    if name == "dselect_k":
+        outputs["selectors"] = routing.selectors
+    of_model, (outputs, routing, single) = keras.Model(inputs, outputs)(x), layer(x, **returned)
+    of_layer = {**routing._asdict(), "outputs": outputs, "single": single}
+    for name, value in of_model.items():
+        np.testing.assert_allclose(array(value), array(of_layer[name]), rtol=1e-5, err_msg=name)
+
+
+class UnitExperts(layers.StackedExperts):
+    """Experts that have no derivative at zero."""
+
+    def widths(self, features):
+        return {"up": (features, 8), "down": (8, features)}
+
+    def network(self, rows, linear):
+        hidden = linear("up", rows)
+        return linear("down", hidden / ops.norm(hidden, axis=-1, keepdims=True))
+
+
+@by_router
+def test_padding_reaches_no_gradient_of_any_task(router):
+    bank = UnitExperts(E, use_bias=False)
+    layer = layers.MultiGateMixtureOfExperts(bank, 2, ROUTERS[router]())
+    x, mask = normal(2, 5, D), np.arange(5) < [[5], [2]]
+
+    def objective(kernel, x):
+        with keras.StatelessScope([(bank.up_kernel, kernel)]):
+            return sum(ops.sum(each**2) for each in layer(x, mask=mask))
+
+    layer(x, mask=mask)
+    kernel = ops.convert_to_tensor(array(bank.up_kernel))
+    dense, of_inputs = gradients(objective, [kernel, x])
+    assert np.isfinite(dense).all() and (of_inputs[~mask] == 0).all()
+
+
+def test_gates_of_a_seeded_router_differ():
+    router = routers.TopKRouter(seed=0, logit_noise=1.0)
+    layer = layers.MultiGateMixtureOfExperts(layers.LinearExperts(E, 2), 2, router)
+    layer(normal(4, D))
+    first, second = (array(task.router.kernel) for task in layer.tasks)
+    assert (first != second).any() and router.seed == 0
+
+
 def convolutional():
     return keras.Sequential(
         [

@@ -71,8 +71,8 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         token_axes: Integer. Number of leading axes that count tokens; the others are the shape of
             one. 1: each sample of a batch, such as an image (height, width, channels), is routed as
             a whole, to experts in `LayerExperts`. None: all axes but the last.
-        top_k: Integer. Number of experts per token of the default router; any other `router` has
-            its own, which must agree. None: as the router has it.
+        top_k: Integer. Number of experts per token of a router that is given by name; any other
+            has its own, which must agree. None: as the router has it.
         **kwargs: Arguments of a Keras layer, such as `name` and `dtype`. A bank without a
             `dtype` takes the dtype of its first layer; `LayerExperts` keep theirs.
 
@@ -142,9 +142,9 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         self.experts = expert_bank.get(experts)
         if kwargs.get("dtype") is not None:
             self.experts.take_policy(self.dtype_policy)
-        if top_k is not None and router == "top_k":
-            router = routers.TopKRouter(top_k=check_integer("top_k", top_k))
-        self.router = routers.get(router, num_experts=self.experts.num_experts)
+        by_name = top_k is not None and isinstance(router, str)
+        arguments = {"top_k": check_integer("top_k", top_k)} if by_name else {}
+        self.router = routers.get(router, self.experts.num_experts, **arguments)
         if top_k is not None and self.router.top_k != min(top_k, self.experts.num_experts):
             raise ValueError(
                 "`top_k` must be left out or agree with the `router`. Received: "
@@ -329,8 +329,11 @@ class MixtureOfExperts(RouterUsage, Recomputable):
 
         # Account: in training, add the router losses and count the assignments.
         self._account(tokens, routing, sequence_length, training)
-        returned = [outputs, *([routing] if return_routing else [])]
-        returned += [expert_outputs] if return_expert_outputs else []
+        returned = [outputs]
+        if return_routing:
+            returned.append(routing._replace(details=()))  # They served the plan.
+        if return_expert_outputs:
+            returned.append(expert_outputs)
         return tuple(returned) if len(returned) > 1 else outputs
 
     def _check_call(self, inputs, mask, router_inputs=None, token_ids=None):

@@ -30,7 +30,7 @@ class Routing(NamedTuple):
     - `dropped` () float32: share of the assignments that found no slot in their expert.
     - `load` (E,) float32: `counts`; for noisy routers a smooth, differentiable estimate of the
       load.
-    - `details`: tuple of tensors that only the router's own plan understands.
+    - `details`: tuple of tensors that only the router's own plan understands; a layer returns none.
     - `selectors` (T, K, E) float32: of `routers.DSelectKRouter`, the scores of each of its
       selectors; else `()`.
     """

@@ -39,7 +39,7 @@ IDENTIFIERS = {
 }
 
 
-def get(identifier: Any, num_experts: int | None) -> Router:
+def get(identifier: Any, num_experts: int | None, **kwargs: Any) -> Router:
     """Return a router for a number of experts.
 
     Args:
@@ -49,12 +49,13 @@ def get(identifier: Any, num_experts: int | None) -> Router:
             `GroupLimitedRouter` with `scaling_factor=2.5, balancer="loss_free"`; or "switch", a
             `TopKRouter` with `top_k=1, input_jitter=0.01`.
         num_experts: Integer. Number of experts of a router without one.
+        **kwargs: Other arguments of a router that is given by name, such as `top_k`.
 
     Raises:
         TypeError: If `identifier` is none of these.
         ValueError: If the number does not fit the arguments of the router.
     """
-    router = resolve("router", identifier, Router, IDENTIFIERS, num_experts=num_experts)
+    router = resolve("router", identifier, Router, IDENTIFIERS, num_experts=num_experts, **kwargs)
     router.bind(num_experts)
     return router
 

@@ -110,7 +110,7 @@ class ReLURouter(LogitRouter):
         self.check_num_experts()
 
     def check_num_experts(self):
-        if self.max_top_k is None and self.num_experts is not None:
+        if self.num_experts == 1 or (self.num_experts and self.max_top_k is None):
             self.max_top_k = min(2 * self.top_k, self.num_experts)
         super().check_num_experts()
         if self.max_top_k is not None and self.max_top_k < self.top_k:
@@ -253,6 +253,10 @@ class DSelectKRouter(Router):
         indices = ops.where(serves, ops.arange(self.num_experts, dtype="int32"), -1)
         routing = _make_routing(indices, weights, weights, weights, mask)
         return routing._replace(selectors=selectors)
+
+    def compute_output_spec(self, tokens, *args, **kwargs):
+        selectors = keras.KerasTensor((tokens.shape[0], self.top_k, self.num_experts), "float32")
+        return super().compute_output_spec(tokens, *args, **kwargs)._replace(selectors=selectors)
 
     def get_config(self):
         names = ("top_k", "per_example", "gamma", "seed")
