@@ -56,6 +56,7 @@ def test_a_batch_of_padding_moves_nothing(balancer):
     router(SKEWED, training=True)
     before = array(router.selection_bias)
     router(np.full_like(SKEWED, np.nan), mask=np.zeros(T, bool), training=True)
+    router(SKEWED[:0], training=True)
     assert_close(array(router.selection_bias), before, scale=1.0)
 
 

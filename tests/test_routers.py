@@ -378,6 +378,13 @@ def test_input_jitter_is_uniform_for_every_feature_and_logit_noise_is_normal():
     assert abs(np.std(noise) - 0.5) < 0.03
 
 
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("name", sorted({*routers.IDENTIFIERS} - {"deepseek_v3"}))
+def test_one_expert_serves_all_tokens_in_training(name):
+    routing = route(routers.get(name, num_experts=1), training=True)
+    assert 0 < np.sum(routing.counts) <= len(TOKENS) and np.isfinite(routing.weights).all()
+
+
 @pytest.mark.parametrize("name", routers.IDENTIFIERS)
 def test_a_router_by_name_fits_its_layer(name):
     by_losses = {

@@ -58,8 +58,8 @@ class LossFreeBias(SelectionBalancer):
     selection. There is no loss, so no gradient works against the task.
 
     Args:
-        rate: Float. Step of the bias. Raise it, for example to 0.01, if the load evens out too
-            slowly; lower it if that steadies the load of evaluations from epoch to epoch.
+        rate: Float. Step of the bias. Raise it, to 0.01 for example, if the load evens out too
+            slowly. Lower it if the load in evaluation swings from epoch to epoch.
 
     Other arguments and errors: as for `SelectionBalancer`.
 
@@ -121,6 +121,7 @@ class QuantileBias(SelectionBalancer):
         biased = scores + bias
         threshold = take_scores(biased, top_k_indices(biased, top_k + 1)[:, top_k:])
         margin = ops.where(ops.expand_dims(routing.mask, 1), scores - threshold, -math.inf)
+        margin = ops.pad(margin, ((0, 1), (0, 0)), constant_values=-math.inf)  # of an empty batch
         # The mean of the replicas' quantiles is not the quantile of all their tokens.
         margin = -ops.sort(-backend.devices.gather_over_replicas(margin), axis=0)
         num_real = backend.devices.sum_over_replicas(ops.sum(ops.cast(routing.mask, "int32")))

@@ -142,7 +142,7 @@ class GShardRouter(LogitRouter):
         if training:
             second = ops.stop_gradient(weights[:, 1:])
             kept = self._noise(draws.uniform, second) * self.threshold < second
-            kept = ops.concatenate([ops.ones_like(kept), kept], axis=1)
+            kept = ops.concatenate([ops.ones_like(weights[:, :1], "bool"), kept], axis=1)
             indices = ops.where(kept, indices, -1)
             weights = ops.where(kept, weights, 0.0)
         return _make_routing(indices, weights, probs, logits, mask)
