@@ -129,7 +129,7 @@ class TransformerDecoderBlock(TransformerBlock):
         position: int | Tensor | None = None,
         token_ids: Tensor | None = None,
     ) -> Tensor | tuple:
-        decoding = Decoding.current if cache is None else None
+        decoding = Decoding.current() if cache is None else None
         if decoding is not None:
             cache, position = decoding.cache_of(self, inputs), decoding.position
             mask = decoding.mask
@@ -268,6 +268,11 @@ def _reasons_not_to_be_causal(layer):
         yield (
             f"{type(router).__name__} chooses the experts of a token by {leak}. "
             "Use a causal router, such as TopKRouter."
+        )
+    if capacity is not None and capacity.evaluation_factor is not None:
+        yield (
+            "An `evaluation_factor` of a capacity depends on how many tokens are in a call: a text "
+            "that is decoded token by token has other outputs. Leave it out."
         )
     if capacity is not None and not capacity.is_causal(router.max_top_k):
         yield (
