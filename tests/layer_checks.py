@@ -165,12 +165,14 @@ def _balancer(**options):
 CASES = {
     layers.FeedForwardExperts: Case(
         lambda: dict(num_experts=E, hidden_dim=16),
-        lambda: dict(_bank_options(), use_bias=False, output_dim=D),
+        lambda: dict(_bank_options(), use_bias=False, output_dim=D, dropout=0.25),
         moe,
     ),
     layers.GatedExperts: Case(
         lambda: dict(num_experts=E, hidden_dim=16),
-        lambda: dict(_bank_options(), use_bias=True, clip=0.5, up_shift=1.0, output_dim=D),
+        lambda: dict(
+            _bank_options(), use_bias=True, clip=0.5, up_shift=1.0, output_dim=D, dropout=0.25
+        ),
         moe,
     ),
     layers.GatedFeedForward: Case(

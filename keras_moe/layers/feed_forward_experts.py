@@ -25,6 +25,7 @@ class FeedForwardExperts(StackedExperts):
         activation: String, function of one tensor, or Keras layer without weights.
         use_bias: Boolean. Whether both projections have a bias.
         output_dim: Integer. Number of output features, D'. None: as many as the inputs have.
+        dropout: Float from 0 to below 1. Rate of dropout between the projections, in training.
 
     Other arguments, errors, call arguments and shapes: as for `StackedExperts`.
 
@@ -38,7 +39,7 @@ class FeedForwardExperts(StackedExperts):
     Reference: Shazeer et al. 2017 (arXiv:1701.06538), section 2.
     """
 
-    settings = ("activation",)
+    settings = ("activation", "dropout")
 
     def __init__(
         self,
@@ -47,22 +48,25 @@ class FeedForwardExperts(StackedExperts):
         activation: str | Callable = "gelu",
         use_bias: bool = True,
         output_dim: int | None = None,
+        dropout: float = 0.0,
         **kwargs: Any,
     ):
         super().__init__(num_experts, activation, use_bias, **kwargs)
         self.hidden_dim = check_integer("hidden_dim", hidden_dim)
         self.output_dim = None if output_dim is None else check_integer("output_dim", output_dim)
+        self.dropout = check_number("dropout", dropout, below=1)
 
     def widths(self, features):
         width = self.hidden_dim
         return {"up": (features, width), "down": (width, self.output_dim or features)}
 
     def network(self, rows, linear):
-        return linear("down", self.activation(linear("up", rows)))
+        hidden = self.activation(linear("up", rows))
+        return linear("down", linear.dropout(hidden, self.dropout))
 
     def get_config(self):
-        own = {"hidden_dim": self.hidden_dim, "output_dim": self.output_dim}
-        return {**super().get_config(), **own}
+        names = ("hidden_dim", "output_dim", "dropout")
+        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
 
 
 @register
@@ -82,6 +86,7 @@ class GatedExperts(StackedExperts):
             on both sides.
         up_shift: Float of at least 0, added to the up projection; gpt-oss has 1.
         output_dim: Integer. Number of output features, D'. None: as many as the inputs have.
+        dropout: Float from 0 to below 1. Rate of dropout before the last projection, in training.
 
     Other arguments, errors, call arguments and shapes: as for `StackedExperts`.
 
@@ -96,7 +101,7 @@ class GatedExperts(StackedExperts):
     OpenAI 2025 (arXiv:2508.10925), section 2, for the limit and the shift.
     """
 
-    settings = ("activation", "clip", "up_shift")
+    settings = ("activation", "clip", "up_shift", "dropout")
 
     def __init__(
         self,
@@ -107,6 +112,7 @@ class GatedExperts(StackedExperts):
         clip: float | None = None,
         up_shift: float = 0.0,
         output_dim: int | None = None,
+        dropout: float = 0.0,
         **kwargs: Any,
     ):
         super().__init__(num_experts, activation, use_bias, **kwargs)
@@ -114,6 +120,7 @@ class GatedExperts(StackedExperts):
         self.clip = None if clip is None else check_number("clip", clip, above=0)
         self.up_shift = check_number("up_shift", up_shift)
         self.output_dim = None if output_dim is None else check_integer("output_dim", output_dim)
+        self.dropout = check_number("dropout", dropout, below=1)
 
     def widths(self, features):
         up = (features, self.hidden_dim)
@@ -125,10 +132,10 @@ class GatedExperts(StackedExperts):
             gate, up = ops.minimum(gate, self.clip), ops.clip(up, -self.clip, self.clip)
         if self.up_shift:
             up = up + self.up_shift
-        return linear("down", self.activation(gate) * up)
+        return linear("down", linear.dropout(self.activation(gate) * up, self.dropout))
 
     def get_config(self):
-        names = ("hidden_dim", "clip", "up_shift", "output_dim")
+        names = ("hidden_dim", "clip", "up_shift", "output_dim", "dropout")
         return {**super().get_config(), **{name: getattr(self, name) for name in names}}
 
 

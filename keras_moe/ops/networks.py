@@ -100,7 +100,7 @@ class _Linear:
 
     def dropout(self, rows, rate):
         """Rows (n, H), each number set to 0 with the probability `rate`, or scaled, in training."""
-        self.num_dropouts += 1
+        self.num_dropouts += bool(rate)
         if not 0 <= rate < 1:
             raise ValueError(f"`rate` must be at least 0 and below 1. Received: rate={rate}")
         if self._key is None or not rate:
