@@ -44,7 +44,7 @@ def interval(values):
 
 
 def course(losses, steps, ms_per_step):
-    """Validation losses, with the `steps` after which they were measured and the seconds of these."""
+    """Validation losses, with the `steps` after which they were measured, and the seconds."""
     seconds = [step * ms_per_step / 1000 for step in steps]
     return {"losses": losses, "steps": steps, "seconds": seconds, "ms_per_step": ms_per_step}
 

@@ -236,7 +236,7 @@ class Study(typing.NamedTuple):
         return {"learning_rate": rate, **run, **course(run["losses"], evaluated, ms_per_step[name])}
 
     def trained(self, name, seed, rate, evaluated):
-        """Test losses after the steps in `evaluated`, the last of all, and numbers of parameters."""
+        """Test losses after each of the steps `evaluated`, and numbers of parameters."""
         steps = evaluated[-1]
 
         def train(_):
