@@ -208,3 +208,11 @@ def test_a_capacity_is_warned_of_where_later_tokens_take_the_room_of_earlier_one
         for seed, scale in enumerate([0.1, 1.0, 10.0] * 2)
     ]
     assert leaks == any(np.abs(one - early[0]).max() > 1e-4 for one in early)
+
+
+@pytest.mark.backends("torch")
+def test_a_capacity_in_evaluation_is_warned_of():
+    limit = layers.Capacity(1.0, evaluation_factor=1.0)
+    layer = moe(router=routers.TopKRouter(E, top_k=1), capacity_factor=limit)
+    with pytest.warns(UserWarning, match="decoded token by token"):
+        layers.TransformerDecoderBlock(2, layer)

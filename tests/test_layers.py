@@ -194,6 +194,17 @@ def test_dropout_inside_an_expert_drops_in_training_only(jit_compile):
     assert any(moved), "a seed that stands still repeats its noise"
 
 
+@pytest.mark.parametrize("bank", [layers.FeedForwardExperts, layers.GatedExperts])
+def test_dropout_of_a_bank_scales_what_stays(bank):
+    ones = {"activation": None, "kernel_initializer": "ones", "use_bias": False}
+    x, layer = np.ones((8, D), "float32"), moe(bank(E, 512, dropout=0.25, **ones))
+    whole = array(layer(x))
+    kept = array(layer(x, training=True)) / whole * 0.75
+    assert len(set(kept[:, 0])) > 1 and np.abs(kept - 0.75).max() < 0.12  # six deviations
+    without = moe(bank(E, 512, **ones))
+    np.testing.assert_allclose(array(without(x, training=True)), whole, rtol=1e-6)
+
+
 @compiled
 def test_batch_normalization_inside_an_expert_updates_the_state_of_used_experts_only(jit_compile):
     # One name for all: states are told apart by object, not by path.
