@@ -1,6 +1,5 @@
 """Optimizers that update each expert's kernel in a stack as a matrix."""
 
-import re
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -8,13 +7,6 @@ from typing import Any
 import keras
 
 from keras_moe._internal.serialization import register
-
-# Paths of the stacked weights of a bank that are trained, by the number of their axes. Other
-# weights of three axes, such as attention's, are no stacks of matrices.
-_STACKED = {
-    3: re.compile(r"(.*/)?(up|gate|down)_(kernel|lora_a|lora_b)"),
-    2: re.compile(r"(.*/)?((up|gate|down)_bias|constant)"),
-}
 
 
 @register
@@ -56,8 +48,8 @@ class Muon(keras.optimizers.Muon):
         super().__init__(learning_rate=learning_rate, exclude_layers=exclude_layers, **kwargs)
 
     def _should_use_adamw(self, variable):
-        path = _STACKED.get(len(variable.shape))
-        if path is not None and path.fullmatch(variable.path):
+        # Other weights of three axes, such as attention's, are no stacks of matrices.
+        if getattr(variable, "is_stack_of_experts", False):
             variable = SimpleNamespace(shape=variable.shape[1:], path=variable.path)
         return super()._should_use_adamw(variable)
 

@@ -34,6 +34,23 @@ def test_a_stack_is_trained_as_single_kernels(options):
     )
 
 
+class NamedExperts(layers.StackedExperts):
+    def widths(self, features):
+        return {"first": (features, H), "gain": (H,), "second": (H, features)}
+
+    def network(self, rows, linear):
+        return linear("second", linear("first", rows) * linear("gain"))
+
+
+def test_maps_may_have_any_names():
+    bank = NamedExperts(E)
+    bank.build((None, D))
+    optimizer = optimizers.Muon()
+    optimizer.build(bank.trainable_variables)
+    by_muon = [velocity is None for velocity in optimizer.adam_velocities]
+    assert by_muon == [each.name.endswith("_kernel") for each in bank.trainable_variables]
+
+
 def test_what_is_no_stack_is_trained_as_by_keras():
     """Attention's kernels of three axes, embeddings, norms, and what is excluded."""
     ids = keras.Input((4,), dtype="int32")

@@ -21,6 +21,12 @@ def reseeded(initializer, *keys):
     return initializer
 
 
+def mark_stack(variable):
+    """Mark a variable whose first axis is experts, for `optimizers.Muon`, and return it."""
+    variable.is_stack_of_experts = True
+    return variable
+
+
 class EachExpert(keras.initializers.Initializer):
     """Initializes a stacked kernel (E, D, H) of numbered experts one by one.
 

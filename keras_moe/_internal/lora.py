@@ -6,7 +6,7 @@ from typing import Any
 import keras
 
 from keras_moe._internal.checks import check_integer, check_number
-from keras_moe._internal.initializers import EachExpert
+from keras_moe._internal.initializers import EachExpert, mark_stack
 from keras_moe._internal.keras_internals import unlocked
 
 
@@ -111,13 +111,14 @@ def factors_for(layer, name, shape, a_initializer, b_initializer, stream=0):
         initializer = keras.initializers.get(initializer)
         if experts:
             initializer = EachExpert(initializer, stream, range(experts[0]))
-        return layer.add_weight(
+        added = layer.add_weight(
             name=f"{name.removesuffix('_kernel')}_lora_{letter}",
             shape=(*experts, *shape),
             initializer=initializer,
             dtype="float32",
             autocast=False,
         )
+        return mark_stack(added) if experts else added
 
     rank = layer.lora_rank
     return factor("a", (fan_in, rank), a_initializer), factor("b", (rank, fan_out), b_initializer)

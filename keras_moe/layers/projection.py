@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe._internal.initializers import EachExpert
+from keras_moe._internal.initializers import EachExpert, mark_stack
 from keras_moe._internal.keras_internals import untrack
 from keras_moe._internal.lora import factors_for
 from keras_moe.ops.linears import Int4Kernel, Int8Kernel, Linear
@@ -72,7 +72,7 @@ class Projection:
         weight = self.bank.add_weight(
             name=name, shape=shape, initializer=initializer, autocast=False, **kwargs
         )
-        self._set(part, weight)
+        self._set(part, mark_stack(weight))
 
     def _set(self, part, weight):
         setattr(self, part, weight)

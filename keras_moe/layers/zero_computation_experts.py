@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer
+from keras_moe._internal.initializers import mark_stack
 from keras_moe._internal.serialization import config_of, register
 from keras_moe.layers import expert_bank
 from keras_moe.layers.expert_bank import ExpertBank, in_floats
@@ -89,9 +90,8 @@ class ZeroComputationExperts(ExpertBank):
                 f"Received: {features} features in, {width} out"
             )
         if self.num_constant:
-            self.constant = self.add_weight(
-                name="constant", shape=(self.num_constant, features), initializer="zeros"
-            )
+            shape = (self.num_constant, features)
+            self.constant = mark_stack(self.add_weight(shape, "zeros", name="constant"))
             self.mixing_kernel = self.add_weight(
                 name="mixing_kernel",
                 shape=(features, self.num_constant, 2),
