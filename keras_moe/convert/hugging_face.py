@@ -25,19 +25,15 @@ def from_hugging_face(
     """The MoE block of a decoder layer of a Hugging Face model, as a `layers.MixtureOfExperts`.
 
     The guide to conversion lists the families. Weights are read one expert at a time, without
-    PyTorch; files need the package `safetensors`.
+    PyTorch; files need the package `safetensors`. Returns the layer, built.
 
     Args:
-        source: Path, or mapping of strings to tensors. Folder of a model with `config.json` and
-            `.safetensors` files, or one such file; or the weights by name, such as a `state_dict`.
+        source: Path of a model's folder with `config.json` and `.safetensors` files, or of one such
+            file; or a mapping of names to weights, such as a `state_dict`.
         layer: Integer. Number of the decoder layer, from 0.
         config: Dict or None. Content of `config.json`. None: it is in the folder.
-        into: `layers.MixtureOfExperts` or None. A built layer that gets the weights. None: a new
-            one.
+        into: Built `layers.MixtureOfExperts` that gets the weights. None: a new one.
         **kwargs: Arguments of the new layer besides those in the config, such as `router_losses`.
-
-    Returns:
-        The layer, built.
 
     Raises:
         ValueError: If the model is of another family or quantized, a weight is missing, a shape
@@ -101,7 +97,7 @@ def arrays_of(mixture, layer, family, but=()):
     but = ("scaling_factor", *but)
     prefix, rules, variables = layout_of(mixture, layer, family, 0, but)
     # Without a place in the family's config, the factor of the router goes into the kernels.
-    has_place = "scaling_factor" in FAMILIES[family].router(_config_like(mixture, family))
+    has_place = "scaling_factor" in FAMILIES[family].router(config_like(mixture, family))
     scale = 1.0 if has_place else getattr(mixture.router, "scaling_factor", 1.0)
 
     def value(name):
@@ -186,7 +182,7 @@ def _bias(theirs):
 
 
 _GPT_OSS = (
-    Rule("router.weight", ("router.kernel",), transposed=True),
+    *_dense(["router"], ["router."]),
     Rule("router.bias", ("router.bias",)),
     Rule("experts.gate_up_proj", ("experts.gate_kernel", "experts.up_kernel"), interleaved=True),
     Rule("experts.gate_up_proj_bias", ("experts.gate_bias", "experts.up_bias"), interleaved=True),
@@ -314,11 +310,11 @@ def layout_of(mixture, layer, family, number, but=()):
     check_plain(mixture, but=mixture.experts)
     if "shared_expert" in but:
         rules = [rule for rule in rules if not rule.theirs.startswith("shared_expert")]
-    variables = _placed(mixture, rules, _config_like(mixture, family), but)
+    variables = _placed(mixture, rules, config_like(mixture, family), but)
     return prefix.format(layer=layer), rules, variables
 
 
-def _config_like(mixture, family):
+def config_like(mixture, family):
     """The config of a family whose MoE block comes closest to a layer."""
     experts, router = mixture.experts, mixture.router
     width = getattr(experts, "hidden_dim", None) or 1  # refused later
@@ -385,9 +381,9 @@ def _differences(mixture, config, but):
             ]
     if not found and renormalizes(mixture.router) != renormalizes(parts["router"]):
         found.append(f"renormalize={mixture.router.renormalize}")
-    gates = mixture.gated_shared_expert, parts["gated_shared_expert"]
-    if gates[0] != gates[1] and "shared_expert" not in but:
-        found.append(f"gated_shared_expert={mixture.gated_shared_expert}")
+    is_gated = mixture.gated_shared_expert
+    if is_gated != parts["gated_shared_expert"] and "shared_expert" not in but:
+        found.append(f"gated_shared_expert={is_gated}")
     if mixture.capacity is not None and mixture.capacity.evaluation_factor is not None:
         found.append(f"evaluation_factor={mixture.capacity.evaluation_factor}, not None")
     return found

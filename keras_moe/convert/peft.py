@@ -50,7 +50,8 @@ def from_peft(
     read, names = tensor_reader(source)
     bank = mixture.experts
     stacked, rules = _experts_of(mixture, layer, family)
-    block, in_files, _ = layout_of(mixture, layer, family, 0)
+    block, in_files = FAMILIES[family].layouts[0]
+    block = block.format(layer=layer)
     # Kernels of single experts by the start of the names of their factors.
     single = {
         f"{_BASE}{block}{rule.theirs.format(expert=expert).removesuffix('weight')}": (rule, expert)

@@ -38,8 +38,8 @@ class RouterLoss(Configured):
 
     - `balances`: whether it evens out the load. Advice about the layer then names it.
     - `per_sequence`: whether `compute` has an argument `sequence_length` as well.
-    - `usual_weight` and `value_at_balance`, optional: a weight that works, and the loss at an even
-      load, from which `callbacks.ExpertHealth` judges the present weight.
+    - `usual_weight`, `value_at_balance`: a weight that works or None, and the loss at an even load,
+      from which `callbacks.ExpertHealth` judges the present weight.
 
     Args:
         weight: Float, at least 0. Factor of the loss. Each layer copies it into a variable, which
@@ -56,6 +56,8 @@ class RouterLoss(Configured):
 
     balances = False
     per_sequence = False
+    usual_weight: float | None = None
+    value_at_balance = 0.0
 
     def __init__(self, weight: float = 1e-2):
         self.weight = check_number("weight", weight)
@@ -96,6 +98,8 @@ class LoadBalance(RouterLoss):
     """
 
     balances = True
+    usual_weight = 1e-2
+    value_at_balance = 1.0
 
     def compute(self, routing):
         return _load_balance(routing.counts, routing)
@@ -115,6 +119,7 @@ class SequenceLoadBalance(RouterLoss):
 
     balances = True
     per_sequence = True
+    value_at_balance = 1.0
 
     def __init__(self, weight: float = 1e-4):
         super().__init__(weight)
@@ -151,6 +156,7 @@ class GlobalLoadBalance(RouterLoss):
     """
 
     balances = True
+    value_at_balance = 1.0
 
     def __init__(self, weight: float = 1e-2, accumulation_steps: int = 1):
         super().__init__(weight)

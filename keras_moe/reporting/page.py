@@ -157,7 +157,7 @@ def _judge_router(router, routing, entropy):
         return []  # A fixed router has no confidence to report.
     found = health.judge_router(entropy, health.logit_sizes(logits, router).max(initial=0))
     # Sigmoids are close to each other, however decided the router is: hints are about entropy.
-    with_hints = health.fact(router, "shift_invariant")
+    with_hints = health.is_shift_invariant(router)
     return [each for each in found if with_hints or each.level == health.PROBLEM]
 
 
