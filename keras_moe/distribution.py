@@ -30,21 +30,19 @@ def expert_parallel(
     of every bank, and its share of each batch, whose size must be a multiple of `data * experts`.
     Tokens are sent to the devices of their experts, within a row of the grid, and back. Models
     train, predict and save as on one device. On PyTorch the processes of `torch.distributed` take
-    the place of devices, and each runs a training loop of yours: see the guide to replicas.
-
-    Set it before the model is made: `keras.distribution.set_distribution(...)`.
+    the place of devices, and each runs a training loop of yours: see the guide to replicas. Set it
+    before the model is made: `keras.distribution.set_distribution(...)`.
 
     Args:
         experts: Integer. Devices that share the experts of a bank, a divisor of the number of
             experts of each. None: all devices, divided by `data`.
         data: Integer. Number of such groups. None: as many as the devices allow.
-        devices: List of strings, as `keras.distribution.list_devices()` names them. None: all.
-        layout_map: `keras.distribution.LayoutMap` for other weights, whose device mesh begins with
-            the axes "data" and "expert" and sets `experts`, `data` and `devices`. None: they are
+        devices: On JAX, list of names of `keras.distribution.list_devices()`. None: all.
+        layout_map: `keras.distribution.LayoutMap` for other weights, on JAX, whose device mesh
+            begins with the axes "data" and "expert" and sets the other arguments. None: they are
             whole on every device.
         process_group: On PyTorch, the `torch.distributed` group of the processes that share the
-            experts with this one, all of one size. None makes new ones, of neighbours. `devices`
-            and `layout_map` are for JAX alone.
+            experts with this one, all of one size. None makes new ones, of neighbours.
 
     Returns:
         On JAX an `ExpertParallel`, which is a `keras.distribution.ModelParallel`. On PyTorch an
@@ -52,8 +50,8 @@ def expert_parallel(
         experts. Both go to `keras.distribution.set_distribution`.
 
     Raises:
-        ValueError: If numbers and devices do not fit, the axes of the mesh are others, there are no
-            processes on PyTorch, an argument is for the other backend, or on TensorFlow.
+        ValueError: If numbers, devices and axes of the mesh do not fit, there are no processes on
+            PyTorch, an argument is for the other backend, or on TensorFlow.
 
     Example:
 

@@ -50,8 +50,7 @@ class SearchSpace:
     of experts nor `top_k` changes what the experts cost.
 
     Args:
-        active_width: Integers. Widths K * H of the experts of a token together, each divisible by
-            each K.
+        active_width: Integers. Widths K * H of the experts of a token, each divisible by each K.
         num_experts: Integers. Numbers of experts, E.
         top_k: Integers. Experts per token, K. "switch" and "balanced_assignment" always have one.
         routers: Strings. Routers whose tokens all have K experts: "cosine", "deepseek_v3",
@@ -245,8 +244,7 @@ class WithinBudget(keras_tuner.Objective):
 
     Args:
         budget: Float, greater than 0, else a ValueError is raised. Highest cost.
-        cost: String. The limited value in the logs, such as "active_flops" or "step_seconds" of
-            `CostMonitor`.
+        cost: String. The limited value in the logs, such as "active_flops" of `CostMonitor`.
         loss: String. Value in the logs to minimise.
 
     Example:

@@ -25,7 +25,7 @@ def from_hugging_face(
     """The MoE block of a decoder layer of a Hugging Face model, as a `layers.MixtureOfExperts`.
 
     The guide to conversion lists the families. Weights are read one expert at a time, without
-    PyTorch; files need the package `safetensors`. Returns the layer, built.
+    PyTorch; files need the package `safetensors`.
 
     Args:
         source: Path of a model's folder with `config.json` and `.safetensors` files, or of one such
@@ -34,6 +34,9 @@ def from_hugging_face(
         config: Dict or None. Content of `config.json`. None: it is in the folder.
         into: Built `layers.MixtureOfExperts` that gets the weights. None: a new one.
         **kwargs: Arguments of the new layer besides those in the config, such as `router_losses`.
+
+    Returns:
+        The layer, built.
 
     Raises:
         ValueError: If the model is of another family or quantized, a weight is missing, a shape
@@ -129,11 +132,10 @@ class Config(dict):
 class Family(NamedTuple):
     """The MoE block of one family of models.
 
-    - `layouts`: pairs of the prefix of all names, with `{layer}` in it, and rules: for files, and
-      for models in memory if they differ.
+    - `layouts`: pairs of the prefix of all names, with `{layer}` in it, and rules: of files, and of
+      models in memory if they differ.
     - `router`, `experts`: from a `Config` to arguments of our router, a `router_class`, and bank.
-    - `shared`: from a `Config` to the width of the shared expert; `gated_shared` if that has a
-      gate.
+    - `shared`: from a `Config` to the width of the shared expert; `gated_shared`: it has a gate.
     """
 
     layouts: tuple[tuple[str, tuple[Rule, ...]], ...]

@@ -28,8 +28,7 @@ def use_sparse_experts(model: keras.Model) -> keras.Model:
     is loaded, in a process that has imported `keras_moe`.
 
     Args:
-        model: Keras model. A `CausalLM` or `Backbone` of KerasHub, or a model that contains one. Of
-            several models in each other, the outermost.
+        model: Keras model. The outermost that contains a `CausalLM` or `Backbone` of KerasHub.
 
     Raises:
         ValueError: If the model has no MoE block that is known here, or a quantized or LoRA one.
@@ -88,9 +87,8 @@ def restore(model: keras.Model) -> keras.Model:
 def layout_map(mesh: keras.distribution.DeviceMesh) -> keras.distribution.LayoutMap:
     """Layouts of KerasHub's MoE models for `distribution.expert_parallel`, on JAX.
 
-    Heads of attention are split over the axis "model" of the mesh, experts over "expert". All other
-    weights are whole on every device. Set the distribution before you make or load the model, and
-    convert the model afterwards.
+    Heads of attention are split over the axis "model" of the mesh, experts over "expert"; all other
+    weights are whole on every device. Set the distribution, make or load the model, then convert.
 
     Args:
         mesh: `keras.distribution.DeviceMesh` with the axes "data", "expert" and "model". The size

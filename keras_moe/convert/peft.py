@@ -9,7 +9,6 @@ import collections
 import math
 import os
 import re
-from typing import Any
 
 import numpy as np
 from keras import ops
@@ -29,18 +28,15 @@ def from_peft(
     """Give the experts of a MoE layer the low-rank factors of a PEFT adapter, by `enable_lora`.
 
     The layer is returned. Weights outside this block, such as in attention, are not read. The
-    adapter is of stacks of experts, or of the linear layers of single experts; those without an
-    adapter keep their kernels.
+    adapter is of stacks of experts, or of single experts, of which others keep their kernels.
 
     Args:
         source: Path. Folder of an adapter, with `adapter_config.json` and `.safetensors` files.
-        mixture, layer, family: As in `to_hugging_face`: a layer without LoRA, with the weights that
-            were adapted.
+        mixture, layer, family: As in `to_hugging_face`: a layer without LoRA, as it was adapted.
 
     Raises:
         ValueError: If the layer is no block of the family, or the adapter has no factors of its
-            experts, adapts more of the block than the experts, uses DoRA, or has factors of other
-            shapes.
+            experts, or others of the block, or of other shapes, or uses DoRA.
 
     Example:
 
@@ -87,13 +83,14 @@ def from_peft(
 
     # Wrappers in each other do not say which kernel they adapt: its shape does.
     by_shape = dict(expected(rule, blocks[1] + rule.theirs, bank.num_experts) for rule in rules)
-    # For each projection: numbers of experts, A (..., D, r), B (..., r, H), and its scale.
+    # For each projection: experts, their A (e, D, r) and B (e, r, H), and the scale.
     found = collections.defaultdict(list)
     for start in sorted(starts):
         a, b = (read(f"{start}lora_{letter}.weight") for letter in "AB")
-        experts: Any = slice(None)
+        experts = slice(None)
         if not is_stacked:
-            rule, experts = single[start]
+            rule, expert = single[start]
+            experts = slice(expert, expert + 1)
             by_shape = dict([expected(rule._replace(transposed=False), start.removesuffix("."))])
         if (a.shape, b.shape) not in by_shape:
             raise ValueError(
@@ -101,11 +98,8 @@ def from_peft(
                 f"Received: {a.shape}, {b.shape} of {start}"
             )
         rule, rank, scale = by_shape[a.shape, b.shape]
-        if is_stacked:
-            a = a.reshape(-1, rank, a.shape[1]).swapaxes(1, 2)
-            b = b.reshape(len(b), rank, -1).transpose(2, 1, 0)
-        else:
-            a, b = a.T, b.T
+        a = a.reshape(-1, rank, a.shape[1]).swapaxes(1, 2)
+        b = b.reshape(len(b), rank, -1).transpose(2, 1, 0)
         for projection, part in zip(_projections(bank, rule), rule.split(b)):
             found[projection].append((experts, a, part, scale))
     # The kernels of a bank have one rank and one scale: the last that was read.

@@ -122,8 +122,8 @@ def summarize(model: keras.Model) -> list[LayerSummary]:
     summaries = []
     for name, layer in _built_layers(model).items():
         router, bank = layer.router, layer.experts
-        parameters, of_experts = _count(layer), _count(bank) - sum(map(_count_own, _shared(bank)))
-        active = parameters - of_experts + round(of_experts * router.mean_top_k / bank.num_experts)
+        parameters = sum(map(_count_own, layer._flatten_layers()))
+        active = parameters - _idle_parameters(_active_shares([layer]))
         counts = ops.convert_to_numpy(layer.expert_counts)
         if not counts.any() and layer.last_counts is not None:
             counts = layer.last_counts
@@ -186,20 +186,13 @@ def count_parameters(model: keras.Model) -> tuple[int, int]:
     Experts that several layers share count once. As many of them work on a token as these layers
     choose together, and at most all.
     """
-    # By part, because layers may share a bank, and banks a layer.
-    active_shares: dict = {}
-    for layer in _built_layers(model).values() if has_moe_layers(model) else ():
-        share, shared = layer.router.mean_top_k / layer.experts.num_experts, _shared(layer.experts)
-        for part in layer.experts._flatten_layers():
-            more = 1.0 if part in shared else share
-            active_shares[part] = min(1.0, active_shares.get(part, 0.0) + more)
-    idle = sum((1 - share) * _count_own(part) for part, share in active_shares.items())
+    shares = _active_shares(_built_layers(model).values() if has_moe_layers(model) else ())
     total = model.count_params()
-    for part in active_shares:
+    for part in shares:
         if part.quantization_mode is not None:  # Two parameters of four bits are stored as one.
             stored = [*part._trainable_variables, *part._non_trainable_variables]
             total += _count_own(part) - sum(math.prod(weight.shape) for weight in stored)
-    return total, total - round(idle)
+    return total, total - _idle_parameters(shares)
 
 
 def _built_layers(model):
@@ -212,14 +205,22 @@ def _built_layers(model):
     return layers
 
 
-def _shared(bank):
-    """The parts of a bank that all of its experts share."""
-    banks = [part for part in bank._flatten_layers() if isinstance(part, LowRankExperts)]
-    return {part for each in banks for part in each.base._flatten_layers()}
+def _active_shares(layers):
+    """By part of the banks of layers, which may share them: how much of it works on a token."""
+    shares: dict = {}
+    for layer in layers:
+        parts = layer.experts._flatten_layers()
+        bases = [part.base for part in parts if isinstance(part, LowRankExperts)]
+        always = {part for base in bases for part in base._flatten_layers()}
+        share = layer.router.mean_top_k / layer.experts.num_experts
+        for part in parts:
+            more = 1.0 if part in always else share
+            shares[part] = min(1.0, shares.get(part, 0.0) + more)
+    return shares
 
 
-def _count(layer):
-    return sum(map(_count_own, layer._flatten_layers()))
+def _idle_parameters(active_shares):
+    return round(sum((1 - share) * _count_own(part) for part, share in active_shares.items()))
 
 
 def _count_own(part):

@@ -148,8 +148,8 @@ class GlobalLoadBalance(RouterLoss):
     `P` come from this micro-batch alone, as only they have a gradient. Only layers can call it.
 
     Args:
-        accumulation_steps: Integer. The `gradient_accumulation_steps` of the optimizer, times the
-            calls of the layer in one pass.
+        accumulation_steps: Integer. The optimizer's `gradient_accumulation_steps`, times the calls
+            of the layer in one pass.
 
     Other arguments, errors and an example: as for `RouterLoss`.
     Reference: Qiu et al. 2025 (arXiv:2501.11873), section 3.
@@ -289,8 +289,7 @@ def get(identifier: Any) -> RouterLoss:
     """Return a `RouterLoss` from one, its config, or the name of a class for its defaults.
 
     Names: "global_load_balance", "importance_variation", "load_balance", "load_variation",
-    "router_entropy", "router_z", "selector_entropy" and "sequence_load_balance". Raises a TypeError
-    for anything else.
+    "router_entropy", "router_z", "selector_entropy", "sequence_load_balance", else a TypeError.
     """
     return resolve("router_losses", identifier, RouterLoss, IDENTIFIERS)
 

@@ -29,8 +29,7 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
 
     Args:
         distribution: String. "gaussian": outputs are means (D), with `scale=None` followed by
-            logarithms of standard deviations (D). "categorical": outputs are logits of D classes,
-            and targets are class numbers.
+            logarithms of standard deviations (D). "categorical": logits of D classes.
         scale: Positive float, the standard deviation of all Gaussians, or None to learn it.
         normalized: Boolean. Whether a Gaussian has its normalizing constant. False, with a scale of
             1, is the competitive error of Jacobs et al., eq. 1.3. A learned scale needs it.
@@ -43,10 +42,9 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
 
     Call arguments:
         y_true: (batch, ..., D) float tensor, or (batch, ...) integer tensor of classes, where -1
-            counts as any class. Numbers of no class are refused in an array; in a tensor, such as
-            in `fit`, the loss of the sample is NaN.
-        y_pred: (batch, ..., K, 1 + D') float tensor of `losses.pack_mixture`. Other outputs of such
-            a shape are not recognized.
+            counts as any class. Numbers of no class are refused in an array, and give NaN in a
+            tensor, such as in `fit`.
+        y_pred: (batch, ..., K, 1 + D') float tensor of `losses.pack_mixture`, and of nothing else.
 
     Returns:
         Scalar, float32, or (batch, ...) without a reduction.
@@ -103,9 +101,8 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
     def unpack(self, y_pred: Tensor) -> dict[str, Tensor]:
         """Return the parts of a prediction by name, a dict of float32 tensors.
 
-        "weights" (batch, ..., K), the weight of each expert; of Gaussians "means" and "scales"
-        (batch, ..., K, D), their standard deviations; of classes "probabilities" (batch, ..., K,
-        D).
+        "weights" (batch, ..., K), the weight of each expert; (batch, ..., K, D) "means" and
+        "scales", standard deviations, of Gaussians, or "probabilities" of classes.
         """
         weights = {"weights": ops.exp(_log_weights(y_pred))}
         means, log_scales = self._parameters(y_pred)
@@ -242,13 +239,11 @@ def pack_mixture(routing: Routing, expert_outputs: Tensor) -> Tensor:
     """Combine weights and expert outputs in one tensor, the prediction of a mixture.
 
     A Keras loss receives one tensor for each output. The first entry of each expert is the
-    logarithm of its weight, the others are its outputs; `MixtureNegativeLogLikelihood.unpack`
-    returns them by name.
+    logarithm of its weight. `MixtureNegativeLogLikelihood.unpack` returns the parts by name.
 
     Args:
         routing: `ops.Routing` of T tokens.
-        expert_outputs: (batch, ..., K, D') float tensor, with T tokens. Only the size of the batch
-            may be unknown.
+        expert_outputs: (batch, ..., K, D') float tensor of T tokens. Only the batch may be unknown.
 
     Returns:
         (batch, ..., K, 1 + D') float32 tensor.

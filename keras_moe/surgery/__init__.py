@@ -27,14 +27,13 @@ __dir__ = __all__.copy
 
 
 class Surgery(NamedTuple):
-    """The changes to a model.
+    """The changes to a model; dicts are by the names of layers.
 
-    - `experts`: dict from the name of each layer to a list with, for each expert it has now, the
-      numbers of the experts it comes from; merged ones have several, first the most used.
-    - `loss_before`, `loss_after`: on the data, or None if the model is not compiled or the data
-      have no targets.
-    - `usage`: of merged experts, dict from the name of each layer to what each expert served.
-    - `num_experts`: dict from the name of each layer to the number of experts it had.
+    - `experts`: dict of lists with, for each expert now, the numbers of the experts it comes from;
+      merged ones have several, first the most used.
+    - `loss_before`, `loss_after`: on the data, None without targets or if it is not compiled.
+    - `usage`: of merged experts, dict of what each expert served.
+    - `num_experts`: dict of the number of experts before.
     """
 
     experts: dict
@@ -65,11 +64,10 @@ def prune_experts(
         model: Keras model. A built model with MoE layers, or one such layer.
         by: String, array or dict. `"usage"`: how many tokens of the data an expert serves;
             `"saliency"`: its weight times the norm of its output, on average over these (REAP);
-            `"contribution"`: the same, summed; or scores (E,), higher for those to keep, or a dict
-            of them by the name of the layer.
+            `"contribution"`: the same, summed; or scores (E,), the best stay; or a dict of these.
         keep: Number or dict. How many experts stay in each layer: a share from above 0 to 1.0,
-            rounded up, or an integer; or a dict of these by the name of the layer, see
-            `inspection.moe_layers`. Layers that are not in a dict keep all.
+            rounded up, or an integer; or a dict of these by the names in `inspection.moe_layers`.
+            Layers that are not in a dict keep all.
         data: List of batches: each inputs, or a tuple of inputs, targets and weights.
 
     Returns:
@@ -88,8 +86,7 @@ def prune_experts(
     >>> moe.experts.num_experts
     4
 
-    References: Lasby et al. 2025 (arXiv:2510.13999); Muzio et al. 2024 (arXiv:2404.05089) for
-    pruning by usage.
+    References: Lasby et al. 2025 (arXiv:2510.13999); by usage Muzio et al. 2024 (arXiv:2404.05089).
     """
     layers, numbers, data = _plan(model, keep, data)
     groups = {}
@@ -142,19 +139,17 @@ def add_experts(
     `set_top_k(model, 1)`. After `set_top_k` to `factor * K` outputs are as before, at a higher
     cost. Both hold for routers that renormalize weights.
 
-    A compiled model trains on: its optimizer keeps its state, and slots such as the moments of Adam
-    are copied with their weights. It starts again, with a warning, if other weights trained when it
-    was built. Router losses with state start again. Call it between two calls of `fit`, not within
-    one.
+    A compiled model trains on, with copies of optimizer slots such as the moments of Adam; its
+    optimizer starts again, with a warning, if other weights trained when it was built. Router
+    losses with state start again. Call it between two calls of `fit`, not within one.
 
     Args:
         model: Keras model. A built model with MoE layers with a `routers.TopKRouter` or one derived
             from it and stacked experts, or one such layer, whose model must then be compiled again.
-        factor: Integer of at least 2. Copies of each expert; or a dict of these by the name of the
-            layer, see `inspection.moe_layers`. Layers that are not in a dict stay as they are.
-        noise: Float. Standard deviation of normal noise that is added to all copies of weights that
-            train, as a share of the standard deviation of the weight. Without noise, copies may
-            stay equal.
+        factor: Integer of at least 2, copies of each expert, or a dict of these by layer. Layers
+            that are not in a dict stay as they are.
+        noise: Float. Standard deviation of the noise that is added to all copies of weights that
+            train, as a share of that of the weight. Without noise, copies may stay equal.
         data: List of batches, for the losses: each inputs, targets and weights.
         seed: Integer or None. None draws one from Keras's, see `keras.utils.set_random_seed`.
 
@@ -173,8 +168,7 @@ def add_experts(
     >>> moe.experts.num_experts, tuple(moe.experts.up_kernel.shape)
     (32, (32, 16, 32))
 
-    Reference: Dwivedi et al. 2026, Expert Upcycling (arXiv:2604.19835), for the duplication of
-    experts during training with K fixed.
+    Reference: Dwivedi et al. 2026, Expert Upcycling (arXiv:2604.19835), with K fixed.
     """
     noise = check_number("noise", noise)
     rng = np.random.default_rng(random.randrange(2**32) if seed is None else seed)
@@ -184,13 +178,11 @@ def add_experts(
     for name, layer in layers.items():
         had = _num_experts(layer)
         groups[name] = [[expert] for expert in range(had) for _ in range(numbers[name] // had)]
-    surgery = _operate(
-        model,
-        layers,
-        groups,
-        data,
-        noise=lambda value: noise * value.std() * rng.normal(size=value.shape),
-    )
+
+    def noise_like(value):
+        return noise * value.std() * rng.normal(size=value.shape)
+
+    surgery = _operate(model, layers, groups, data, noise=noise_like)
     if optimizer is not None and optimizer.built:
         cutting.copy_slots(optimizer, model.optimizer)
     return surgery
@@ -199,8 +191,7 @@ def add_experts(
 def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
     """Let each token go to another number of experts, in place, compiled functions included.
 
-    Weights still sum to 1, if they did before; with one expert the router then learns from its own
-    losses only.
+    Weights still sum to 1, if they did; with one expert the router learns from its losses only.
 
     Args:
         model: Keras model. A model with MoE layers, or one such layer.
@@ -218,8 +209,7 @@ def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
     >>> moe.router.top_k
     1
     """
-    layers = _layers(model, top_k, "top_k")
-    changed = {}
+    layers, changed = _layers(model, top_k, "top_k"), {}
     for name, layer in layers.items():
         router = layer.router
         if "top_k" not in router.get_config() or isinstance(router, HashRouter):
@@ -228,7 +218,8 @@ def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
                 f"number in its own config. Received: {name!r}, a `{type(router).__name__}`"
             )
         value = top_k[name] if isinstance(top_k, dict) else top_k
-        changed[name] = cutting.router_like(router, top_k=value).top_k  # The constructor checks it.
+        # The constructor checks it.
+        changed[name] = cutting.router_like(router, top_k=value).top_k
     for name, layer in moe_layers(model).items():
         routed = (other for other in layers if layers[other].router is layer.router)
         if any(changed.get(name) != changed[other] for other in routed):
@@ -276,7 +267,7 @@ def apply(model: keras.Layer, source: Surgery | str | os.PathLike) -> Surgery:
         source = Surgery(**saved)
     found = moe_layers(model)
     for name, groups in source.experts.items():
-        number = found[name].experts.num_experts if name in found else 0
+        number = _num_experts(found[name]) if name in found else 0
         chosen: list = sum(groups, [])
         fits = len(set(chosen)) == len(chosen) and set(chosen) <= set(range(number))
         meant = (source.num_experts or {}).get(name, number)
@@ -331,9 +322,8 @@ def _plan(model, given, data, operation="cut"):
             numbers[name] = check_integer("factor", own, minimum=2) * _num_experts(layer)
         else:
             numbers[name] = _number(name, layer, own)
-        cutting.router_like(
-            layer.router, num_experts=numbers[name]
-        )  # It has rules, such as for groups.
+        # Its constructor has rules, such as for groups.
+        cutting.router_like(layer.router, num_experts=numbers[name])
     _check_converted(model, numbers, _num_experts)
     check_list_of_batches("data", data)
     return layers, numbers, list(data)
@@ -384,9 +374,8 @@ def _number(name, layer, keep):
     least = max(router.min_top_k, router.get_config().get("top_k") or 1)
     if not least <= number <= num_experts or number != int(number):
         raise ValueError(
-            "`keep` must be a share up to 1 or a number of experts, and leave at least the `top_k` "
-            f"of the router. Received: keep={shortened(keep)} for {name!r} with "
-            f"num_experts={num_experts}, top_k={least}"
+            f"`keep` must be a share up to 1 or a number of experts from `top_k`, {least}, to "
+            f"{num_experts}. Received: keep={shortened(keep)} for {name!r}"
         )
     return int(number)
 
@@ -401,10 +390,8 @@ def _scores(model, by, layers, data):
     for name, layer in layers.items():
         given = by.get(name) if isinstance(by, dict) else by
         scores[name] = np.asarray(ops.convert_to_numpy(given), "float64")
-        num_experts = layer.experts.num_experts
-        if scores[name].shape != (num_experts,) or np.isnan(scores[name]).any():
-            raise ValueError(
-                f"`by` must be one of {', '.join(measuring.MEASURES)}, or numbers for the "
-                f"{num_experts} experts of {name!r}. Received: by={shortened(given)}"
-            )
+        number = _num_experts(layer)
+        if scores[name].shape != (number,) or np.isnan(scores[name]).any():
+            rule = f"`by` must name a measure or have numbers for the {number} experts of {name!r}"
+            raise ValueError(f"{rule}. Received: by={shortened(given)}")
     return scores
