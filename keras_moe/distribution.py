@@ -75,10 +75,8 @@ def expert_parallel(
     given = (experts, data, devices)
     mesh = _mesh(*given) if layout_map is None else layout_map.device_mesh
     if layout_map is not None and given not in [(None, None, None), (*mesh.shape[1::-1], None)]:
-        raise ValueError(
-            "With a `layout_map` its device mesh sets the number of devices. "
-            f"Received: experts={experts}, data={data}, devices={shortened(devices)}"
-        )
+        rule = "With a `layout_map` its device mesh sets the number of devices"
+        raise ValueError(f"{rule}. Received: {experts=}, {data=}, devices={shortened(devices)}")
     layouts = keras.distribution.LayoutMap(mesh)
     layouts.update({**_LAYOUTS, **(layout_map or {})})
     return ExpertParallel(layouts)
@@ -132,10 +130,9 @@ class ExpertParallel(keras.distribution.ModelParallel):
             whole = [None] * len(variable.shape)
             return keras.distribution.TensorLayout(whole, self.device_mesh)
         if is_split and variable.shape[0] % num_shards:
-            raise ValueError(
-                "The devices of `expert_parallel(experts=...)` must divide the experts of a bank. "
-                f"Received: {variable.path!r} of shape {variable.shape} for {num_shards} devices"
-            )
+            rule = "The devices of `expert_parallel(experts=...)` must divide the experts of a bank"
+            received = f"{variable.path!r} of shape {variable.shape} for {num_shards} devices"
+            raise ValueError(f"{rule}. Received: {received}")
         return layout
 
 
@@ -145,10 +142,8 @@ def _mesh(experts, data, devices):
     experts = experts or max(1, len(devices) // (data or 1))
     data = data or max(1, len(devices) // experts)
     if data * experts > len(devices) or (takes_all and data * experts < len(devices)):
-        raise ValueError(
-            "`data * experts` must be the number of devices; if both are given, at most that. "
-            f"Received: data={data}, experts={experts}, {len(devices)} devices"
-        )
+        rule = "`data * experts` must be the number of devices; if both are given, at most that"
+        raise ValueError(f"{rule}. Received: {data=}, {experts=}, {len(devices)} devices")
     return keras.distribution.DeviceMesh((data, experts), AXES, devices[: data * experts])
 
 

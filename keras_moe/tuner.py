@@ -155,10 +155,9 @@ class SearchSpace:
         # A hyperparameter that is there already keeps its values. Other scopes end alike.
         alike = [each for each in hp.space if each.name.endswith(f"{self.name}/{name}")]
         if not any(set(each.values) <= set(values) for each in alike):
-            raise ValueError(
-                "Spaces of one search with other values must have different names. "
-                f"Received: two spaces {self.name!r} with other values of `{name}`"
-            )
+            rule = "Spaces of one search with other values must have different names"
+            received = f"two spaces {self.name!r} with other values of `{name}`"
+            raise ValueError(f"{rule}. Received: {received}")
         return choice
 
 

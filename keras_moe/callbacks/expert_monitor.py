@@ -218,10 +218,8 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     def _read_training(self):
         if self._resets != self._count_resets():
-            raise ValueError(
-                "A model must have one `ExpertMonitor`, in one call at a time: put it before what "
-                "evaluates with one. Received: counters that were reset within an epoch"
-            )
+            rule = "A model must have one `ExpertMonitor`, in one call at a time, put first"
+            raise ValueError(f"{rule}. Received: counters that were reset within an epoch")
         return self._read_counts(keep=True)
 
     def _read_counts(self, keep=False):

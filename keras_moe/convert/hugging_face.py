@@ -52,7 +52,10 @@ def from_hugging_face(
     check_choice("model_type", config.get("model_type"), FAMILIES)
     if into is not None and kwargs:
         raise ValueError(f"`into` must be given without arguments of a layer. Received: {kwargs}")
-    mixture = mixture_of(config, **kwargs) if into is None else into
+    mixture = into
+    if into is None:
+        mixture = MixtureOfExperts(**{**_parts_of(config, kwargs.get("dtype")), **kwargs})
+        mixture.build((None, None, config["hidden_size"]))
     check_plain(mixture)
     read, names = tensor_reader(source)
     experts = range(mixture.experts.num_experts)
@@ -283,12 +286,6 @@ def _parts_of(config, dtype=None):
     }
 
 
-def mixture_of(config, dtype=None, **kwargs):
-    mixture = MixtureOfExperts(**{**_parts_of(config, dtype), "dtype": dtype, **kwargs})
-    mixture.build((None, None, config["hidden_size"]))
-    return mixture
-
-
 def _layout_in(names, family, layer, experts):
     """The prefix and the rules of the family's first layout without a missing weight."""
     missing = []
@@ -299,10 +296,8 @@ def _layout_in(names, family, layer, experts):
         if not absent:
             return prefix, rules
         missing.append(absent[0])
-    raise ValueError(
-        f"A MoE block of {family!r} with {len(experts)} experts must have all its weights. "
-        f"Received: layer={layer}, without {' and without '.join(map(repr, missing))}"
-    )
+    rule = f"A MoE block of {family!r} with {len(experts)} experts must have all its weights"
+    raise ValueError(f"{rule}. Received: layer={layer} without {' or '.join(map(repr, missing))}")
 
 
 def layout_of(mixture, layer, family, number, but=()):
@@ -354,9 +349,8 @@ def _placed(mixture, rules, config, but=()):
         more = [each for each in weights if id(each) not in known and "_lora_" not in each.name]
         wrong += [f"a weight {each.path!r} without a place" for each in more]
     if wrong:
-        raise ValueError(
-            f"The layer must be a block of {config['model_type']!r}. Received: {'; '.join(wrong)}"
-        )
+        rule = f"The layer must be a block of {config['model_type']!r}"
+        raise ValueError(f"{rule}. Received: {'; '.join(wrong)}")
     return placed
 
 
@@ -367,8 +361,7 @@ _SUFFIXES = ("_initializer", "_regularizer", "lora_rank", "lora_alpha")
 
 def _differences(mixture, config, but):
     """Why a layer computes something else than the block of a config, but for some arguments."""
-    found = []
-    parts = _parts_of(config)
+    found, parts = [], _parts_of(config)
     for name in sorted({"router", "experts", "shared_expert"}.difference(but)):
         part, wanted = getattr(mixture, name), parts[name]
         if not _computes_as(part, wanted):

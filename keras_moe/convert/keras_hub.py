@@ -6,13 +6,7 @@ import keras
 
 from keras_moe._internal.keras_internals import own_layers
 from keras_moe._internal.serialization import PACKAGE, Configured, register
-from keras_moe.convert.keras_hub_blocks import (
-    FAMILIES,
-    dense_layers,
-    family_of,
-    is_sparse,
-    sparse_layers,
-)
+from keras_moe.convert.keras_hub_blocks import FAMILIES, family_of, is_sparse, sparse_layers
 from keras_moe.convert.weights import check_plain
 from keras_moe.layers.replacement import backbones, forget_converters, record, replace
 
@@ -73,11 +67,14 @@ def restore(model: keras.Model) -> keras.Model:
 
     >>> keras_moe.convert.restore(model).save_to_preset("preset")  # doctest: +SKIP
     """
-    replacements = dense_layers(model)
-    if not replacements:
-        raise ValueError(
-            f"`model` must be one that `use_sparse_experts` converted. Received: {model!r}"
-        )
+    sparse = list(filter(is_sparse, model._flatten_layers()))
+    if not sparse:
+        rule = "`model` must be one that `use_sparse_experts` converted"
+        raise ValueError(f"{rule}. Received: {model!r}")
+    for layer in sparse:
+        # KerasHub gets the floats of experts, with their LoRA.
+        check_plain(layer._sparse_mixture, but=layer._sparse_mixture.experts)
+    replacements = {old: new for layer in sparse for old, new in layer.make_dense().items()}
     model, _ = replace(model, replacements)
     for backbone in backbones(model):
         forget_converters(backbone)

@@ -11,7 +11,7 @@ from keras import ops
 from keras_moe import activations, losses, routers
 from keras_moe._internal.keras_internals import names_below
 from keras_moe._internal.serialization import load_draws, register, save_draws
-from keras_moe.convert.weights import Rule, check_plain, floats_of
+from keras_moe.convert.weights import Rule, floats_of
 from keras_moe.layers import GatedExperts, MixtureOfExperts
 from keras_moe.ops import GroupedPlan
 
@@ -300,15 +300,6 @@ def sparse_layers(owner, block, family):
 
 def is_sparse(layer):
     return hasattr(layer, "make_dense")
-
-
-def dense_layers(model):
-    """A dict from sparse layers of a model to KerasHub's own, with the same weights."""
-    sparse = list(filter(is_sparse, model._flatten_layers()))
-    for layer in sparse:
-        # KerasHub gets the floats of experts, with their LoRA.
-        check_plain(layer._sparse_mixture, but=layer._sparse_mixture.experts)
-    return {old: new for layer in sparse for old, new in layer.make_dense().items()}
 
 
 # Arguments of blocks that are attributes of another name.

@@ -139,11 +139,11 @@ def _config(backbone, mixtures):
     dense = [number for number, own in enumerate(mixtures) if not own]
     may_be_dense = family in ("qwen2_moe", "qwen3_moe")
     if family is None or len(sizes) != 1 or (dense and not may_be_dense):
+        names = [backbone.transformer_layers[number].name for number in dense]
         raise ValueError(
             f"`model` must be of KerasHub, with a backbone of {', '.join(_MODELS)}, and have "
-            "mixtures of one size, in all blocks if Transformers needs that; `upcycle` gives them "
-            f"to dense blocks. Received: {type(backbone).__name__} with sizes {sizes} and the "
-            f"dense blocks {[backbone.transformer_layers[number].name for number in dense]}"
+            "mixtures of one size, in all blocks if Transformers needs that: see `upcycle`. "
+            f"Received: {type(backbone).__name__} with sizes {sizes} and dense blocks {names}"
         )
     quantized = [layer.path for layer in backbone._flatten_layers() if layer.quantization_mode]
     if quantized:

@@ -44,6 +44,7 @@ LARGE_RATE = 0.01
 
 _BALANCED = "The load is balanced by"
 
+
 def normalizes_kernel(router):
     """Whether rescaling the kernel of a router leaves its logits unchanged."""
     known = isinstance(router, (routers.CosineRouter, routers.SoftRouter))

@@ -32,9 +32,8 @@ def moe_layers(model: keras.Model) -> dict[str, MixtureOfExperts]:
     """
     layers = find_layers(model)
     if not layers:
-        raise ValueError(
-            f"The model must have a `MixtureOfExperts` layer. Received: {model.name!r} without one"
-        )
+        rule = "The model must have a `MixtureOfExperts` layer"
+        raise ValueError(f"{rule}. Received: {model.name!r} without one")
     names = [layer.name for layer in layers]
     if len(set(names)) < len(names):
         paths = [layer.path.split("/") for layer in layers]
@@ -199,9 +198,8 @@ def _built_layers(model):
     layers = moe_layers(model)
     unbuilt = [name for name, layer in layers.items() if not layer.built]
     if unbuilt:
-        raise ValueError(
-            f"The model must be built; call it on some data first. Received: {unbuilt} unbuilt"
-        )
+        rule = "The model must be built; call it on some data first"
+        raise ValueError(f"{rule}. Received: {unbuilt} unbuilt")
     return layers
 
 

@@ -64,10 +64,8 @@ class RouterLoss(Configured):
 
     def __call__(self, routing, *args, **kwargs):
         if self.state_shapes(routing.counts.shape[0]):
-            raise ValueError(
-                f"`{type(self).__name__}` keeps its state in a layer. Received: a call outside of "
-                "one. Pass it to `MixtureOfExperts` as one of its `router_losses`."
-            )
+            rule = f"`{type(self).__name__}` is called by a layer, which keeps its state"
+            raise ValueError(f"{rule}. Received: a call outside of one")
         return self.weight * self.compute(routing, *args, **kwargs)
 
     def state_shapes(self, num_experts: int) -> dict[str, tuple]:

@@ -184,10 +184,8 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         if self.scale is not None:
             return outputs, ops.full_like(outputs, math.log(self.scale))
         if outputs.shape[-1] % 2:
-            raise ValueError(
-                "With `scale=None` experts must have an even number of outputs, means followed by "
-                f"logarithms of scales. Received: {outputs.shape[-1]} outputs"
-            )
+            rule = "With `scale=None` experts must have an even number of outputs, means and scales"
+            raise ValueError(f"{rule}. Received: {outputs.shape[-1]} outputs")
         return tuple(ops.split(outputs, 2, axis=-1))
 
     def _average(self, y_pred, values):
@@ -252,10 +250,9 @@ def pack_mixture(routing: Routing, expert_outputs: Tensor) -> Tensor:
         raise TypeError(f"`routing` must be an `ops.Routing`. Received: {type(routing).__name__}")
     expert_outputs = ops.convert_to_tensor(expert_outputs)
     if expert_outputs.shape[-2] != routing.weights.shape[-1]:
-        raise ValueError(
-            "`expert_outputs` must have an output for each weight of the routing. Received: shape "
-            f"{tuple(expert_outputs.shape)} for weights {tuple(routing.weights.shape)}"
-        )
+        rule = "`expert_outputs` must have an output for each weight of the routing"
+        shapes = tuple(expert_outputs.shape), tuple(routing.weights.shape)
+        raise ValueError(f"{rule}. Received: shapes {shapes}")
     weights = ops.reshape(routing.weights, (-1, *expert_outputs.shape[1:-1]))
     logs = ops.log(ops.where(weights > 0, weights, 1.0))
     logs = ops.expand_dims(ops.where(weights > 0, logs, _LOG_ZERO), -1)

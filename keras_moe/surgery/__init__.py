@@ -213,10 +213,8 @@ def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
     for name, layer in layers.items():
         router = layer.router
         if "top_k" not in router.get_config() or isinstance(router, HashRouter):
-            raise ValueError(
-                "The router of a layer must choose `top_k` experts by their scores, and have the "
-                f"number in its own config. Received: {name!r}, a `{type(router).__name__}`"
-            )
+            rule = "A router must choose experts by their scores, with `top_k` in its config"
+            raise ValueError(f"{rule}. Received: {name!r} with `{type(router).__name__}`")
         value = top_k[name] if isinstance(top_k, dict) else top_k
         # The constructor checks it.
         changed[name] = cutting.router_like(router, top_k=value).top_k
@@ -274,10 +272,9 @@ def apply(model: keras.Layer, source: Surgery | str | os.PathLike) -> Surgery:
         if source.usage:
             meant = len(source.usage.get(name, ()))
         if not fits or meant != number:
-            raise ValueError(
-                "`source` must be a choice among the experts of the model, each at most once. "
-                f"Received: {shortened(groups)} of {number} experts in {name!r}, made for {meant}"
-            )
+            rule = "`source` must be a choice among the experts of the model, each at most once"
+            received = f"{shortened(groups)} of {number} experts in {name!r}, made for {meant}"
+            raise ValueError(f"{rule}. Received: {received}")
     numbers = {name: len(groups) for name, groups in source.experts.items()}
     layers, _, _ = _plan(model, numbers, [], "merge" if source.usage else "cut")
     used = source.usage and {name: np.array(each) for name, each in source.usage.items()}
@@ -311,10 +308,8 @@ def _plan(model, given, data, operation="cut"):
         if any(sum(part is own for part in parts) > 1 for own in (layer.router, layer.experts)):
             wrong.append(f"{name!r}, which shares its router or bank with another layer")
     if wrong:
-        raise ValueError(
-            "Layers must be built, in one process, with experts and a router of their own that "
-            f"can be cut. Received: {'; '.join(wrong)}"
-        )
+        rule = "Layers must be built, in one process, with their own experts and router to cut"
+        raise ValueError(f"{rule}. Received: {'; '.join(wrong)}")
     numbers = {}
     for name, layer in layers.items():
         own = given[name] if isinstance(given, dict) else given
@@ -335,10 +330,8 @@ def _check_converted(model, changed, number_of):
     numbers = {n: changed.get(n, number_of(each)) for n, each in every if not each.has_own_config}
     differ = len(set(numbers.values())) > 1 or not backbones(model)
     if differ and numbers.keys() & changed.keys():
-        raise ValueError(
-            "Layers made by `convert.use_sparse_experts` must keep one number, in the whole "
-            f"model of KerasHub, whose config has it. Received: {numbers}"
-        )
+        rule = "Layers made by `convert.use_sparse_experts` must keep one number in a whole model"
+        raise ValueError(f"{rule}. Received: {numbers}")
 
 
 def _write_to_backbones(model, layers, number_of, *names):

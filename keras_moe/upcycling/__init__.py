@@ -122,10 +122,9 @@ def upcycle(
             f"top_k={top_k}, granularity={granularity}"
         )
     if rank is not None and (granularity > 1 or reinitialized or len(models) > 1):
-        raise ValueError(
-            f"With a `rank` all experts share the dense layer of one model. Received: rank={rank}, "
-            f"granularity={granularity}, reinitialized={reinitialized}, {len(models)} models"
-        )
+        rule = "With a `rank` all experts share the dense layer of one model"
+        received = f"{granularity=}, {reinitialized=}, {len(models)} models"
+        raise ValueError(f"{rule}. Received: {received}")
     first, found = models[0], [feed_forwards(each) for each in models]
     _check_alike(models)
     places = [[own[place] for own in found] for place in _select(first, found[0], select, every)]
@@ -244,11 +243,11 @@ def _select(model, found, select, every):
     """The numbers of the chosen ones among the feed-forwards that were found in a model."""
     left = left_dense(model, found)
     if not found:
+        others = f" with {'; '.join(left)}" if left else ""
         raise ValueError(
-            "`model` must be built and have dense feed-forward layers: a `Dense` layer from D to H "
-            "features with an activation, then one back to D without, side by side in a model or "
-            f"in a `keras.Sequential` inside a layer. Received: model={shortened(model)}"
-            f"{' with ' * bool(left)}{'; '.join(left)}"
+            "`model` must be built and have dense feed-forward layers: a `Dense` layer with an "
+            "activation, then one back to as many features without, side by side in a model or in "
+            f"a `keras.Sequential` inside a layer. Received: model={shortened(model)}{others}"
         )
     names = wanted = [feed_forward.name for feed_forward in found]
     if select is None and left:
@@ -261,10 +260,8 @@ def _select(model, found, select, every):
         wanted = list(select)
     chosen = [number for number, name in enumerate(names) if name in wanted][every - 1 :: every]
     if not chosen or any(name not in names for name in wanted):
-        raise ValueError(
-            "`select` and `every` must choose among the dense feed-forward layers of the model. "
-            f"Received: select={shortened(select)}, every={every} for a model with {names}"
-        )
+        rule = f"`select` and `every` must choose among the dense feed-forward layers, {names}"
+        raise ValueError(f"{rule}. Received: select={shortened(select)}, every={every}")
     return chosen
 
 
@@ -279,7 +276,7 @@ def _check_alike(models):
     for number, model in enumerate(models):
         for ours, theirs in itertools.zip_longest(facts(models[0]), facts(model)):
             if ours != theirs:
-                rule = "Models must have equal layers, activations and shapes of weights, in order"
+                rule = "Models must have the same layers, activations and shapes of weights"
                 raise ValueError(f"{rule}. Received: {ours} in the first, {theirs} in {number}")
     layers = sum((model._flatten_layers() for model in models), [])
     with_lora = [layer.name for layer in layers if getattr(layer, "lora_enabled", False)]
