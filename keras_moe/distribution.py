@@ -34,13 +34,12 @@ def expert_parallel(
     before the model is made: `keras.distribution.set_distribution(...)`.
 
     Args:
-        experts: Integer. Devices that share the experts of a bank, a divisor of the number of
-            experts of each. None: all devices, divided by `data`.
+        experts: Integer. Devices that share a bank, a divisor of its number of experts. None: all
+            devices, divided by `data`.
         data: Integer. Number of such groups. None: as many as the devices allow.
         devices: On JAX, list of names of `keras.distribution.list_devices()`. None: all.
-        layout_map: `keras.distribution.LayoutMap` for other weights, on JAX, whose device mesh
-            begins with the axes "data" and "expert" and sets the other arguments. None: they are
-            whole on every device.
+        layout_map: On JAX, `keras.distribution.LayoutMap` for other weights, else whole on every
+            device. Its mesh begins with the axes "data" and "expert", and sets all else.
         process_group: On PyTorch, the `torch.distributed` group of the processes that share the
             experts with this one, all of one size. None makes new ones, of neighbours.
 

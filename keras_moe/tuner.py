@@ -57,8 +57,7 @@ class SearchSpace:
             "noisy_top_k", "sinkhorn", "top_k", "balanced_assignment" and "switch".
         loss_weights: Dict of names for `losses.get` to floats, their weights.
         capacity_factors: Capacities, as in `layers.MixtureOfExperts`; None is no limit.
-        name: String with which the names of the hyperparameters begin. Layers that are tuned
-            independently need spaces of different names.
+        name: String before the names of the hyperparameters, another one for each tuned layer.
 
     Raises:
         ValueError: If a value is out of its range, or some do not go together.

@@ -27,12 +27,11 @@ class ExpertHealth(keras.callbacks.Callback):
 
     - a collapse: nearly all work goes to the same few experts, and it does not get better; at the
       end of the training one check of 5 assignments per expert is enough;
-    - dead experts, see `metrics.dead_experts`, in three times as many checks, or in the last ones;
+    - dead experts (`metrics.dead_experts`), in three times as many checks or the training's last;
     - a capacity that drops more than half of the assignments;
     - a router with weights that are NaN, or so large that each choice is absolute;
-    - a balancing loss whose weight is too small to matter, or so large that what it adds for an
-      uneven load is a large part of the loss: `losses.LoadBalance`, or a loss with a
-      `usual_weight`.
+    - a balancing loss with a `usual_weight`, such as `losses.LoadBalance`, whose weight is too
+      small to matter, or so large that what it adds for an uneven load is much of the loss.
 
     Each warning is given once a layer, as a Python `UserWarning`, and kept in `findings`, a list of
     `(step, layer name, health.Finding)`. It repeats when more experts die, and once if `rebalance`
@@ -40,13 +39,12 @@ class ExpertHealth(keras.callbacks.Callback):
     without `ExpertMonitor`, in any order; between checks training runs ahead of the device.
 
     Args:
-        every: Integer. Training batches between checks. A check runs once experts average 20
-            assignments, so small batches take longer.
+        every: Integer. Training batches between checks, more until experts average 20 assignments.
         patience: Integer. Checks that a collapse must last before it is reported.
         stop: Boolean. Whether a problem ends the training, one batch after the check.
         rebalance: Boolean. Whether a collapse or a dead expert makes the layer's balancing losses
-            ten times as heavy, once, unless their weight is ten times the usual one already.
-            `layer.loss_weights_in_force` has the present weights.
+            ten times as heavy, once, unless their weight is ten times the usual one already: see
+            `layer.loss_weights_in_force`.
 
     Raises:
         ValueError: If an argument is out of its range, or the model has no MoE layer.

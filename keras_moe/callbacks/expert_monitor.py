@@ -22,8 +22,8 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     The logs get a few numbers over all `MixtureOfExperts` layers:
 
-    - `load_imbalance`: load of the busiest expert above the mean, 0 at balance, in the least even
-      layer; in validation `val_load_imbalance`
+    - `load_imbalance`, `val_load_imbalance`: load of the busiest expert above the mean, 0 at
+      balance, in the least even layer
     - `dead_experts`: number of experts with less than a thousandth of the mean of their layer
     - `dropped_fraction`, with a capacity: largest share of assignments that found no slot
     - `router_loss`, with router losses: their sum, each times its weight

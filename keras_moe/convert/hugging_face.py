@@ -135,8 +135,7 @@ class Config(dict):
 class Family(NamedTuple):
     """The MoE block of one family of models.
 
-    - `layouts`: pairs of the prefix of all names, with `{layer}` in it, and rules: of files, and of
-      models in memory if they differ.
+    - `layouts`: pairs of a prefix with `{layer}` and rules, of files and, if other, in memory.
     - `router`, `experts`: from a `Config` to arguments of our router, a `router_class`, and bank.
     - `shared`: from a `Config` to the width of the shared expert; `gated_shared`: it has a gate.
     """

@@ -88,8 +88,8 @@ def layout_map(mesh: keras.distribution.DeviceMesh) -> keras.distribution.Layout
     weights are whole on every device. Set the distribution, make or load the model, then convert.
 
     Args:
-        mesh: `keras.distribution.DeviceMesh` with the axes "data", "expert" and "model". The size
-            of the last one divides the number of query heads.
+        mesh: `keras.distribution.DeviceMesh` with axes "data", "expert" and "model", whose size
+            divides the number of query heads.
 
     Returns:
         A `keras.distribution.LayoutMap`.

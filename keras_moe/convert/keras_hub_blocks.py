@@ -26,8 +26,7 @@ class Family(NamedTuple):
     - `shared`, `shared_gate`: names of the expert that serves all tokens and its gate, if any.
     - `balance`: name of the weight of the load-balancing loss, if it has one.
     - `returns_weights`: whether it returns the weights of all experts, and not the logits.
-    - `is_decoder`: whether it is a whole decoder layer, which calls its router and its experts one
-      after the other, with different inputs.
+    - `is_decoder`: whether it is a whole decoder layer, which calls its router and its experts.
     """
 
     router: str

@@ -129,9 +129,8 @@ def spread(counts, top_k):
 def judge_load(counts: Tensor, top_k: int, advice: str) -> list[Finding]:
     """Findings about the load of the experts.
 
-    A problem if experts are dead, as `metrics.dead_experts` counts them, or in a collapse, where
-    few more than K experts do the work. A hint if the busiest expert does more than twice the mean,
-    or with fewer than 20 assignments an expert.
+    A problem if experts are dead, see `metrics.dead_experts`, or in a collapse, where few more than
+    K do the work. A hint if one does twice the mean, or with fewer than 20 assignments an expert.
 
     Args:
         counts: List or array, (E,). Assignments per expert.
@@ -181,8 +180,7 @@ def judge_router(entropy: float, largest_logit: float) -> list[Finding]:
 
     Args:
         entropy: Float from 0 to 1. Mean entropy of a token's probabilities over `log E`.
-        largest_logit: Float. Size of the largest logit; where adding a number to all logits of a
-            token changes nothing, above their mean.
+        largest_logit: Float. Size of the largest logit, above the mean if that changes nothing.
     """
     if not np.isfinite(largest_logit):
         return [not_a_number()]

@@ -182,8 +182,7 @@ def table_row(layer):
 def count_parameters(model: keras.Model) -> tuple[int, int]:
     """All parameters of a built model, and those that work on one token, two integers.
 
-    Experts that several layers share count once. As many of them work on a token as these layers
-    choose together, and at most all.
+    Experts that layers share count once; as many work as these layers choose, at most all.
     """
     shares = _active_shares(_built_layers(model).values() if has_moe_layers(model) else ())
     total = model.count_params()

@@ -108,8 +108,8 @@ class SequenceLoadBalance(RouterLoss):
     """Spreads the tokens of each sequence over the experts: the mean of their `LoadBalance`.
 
     Give it a small weight, and balance the batch as well. In a layer, a sequence is all axes of its
-    inputs between the first and the last. Elsewhere all tokens are one, unless `sequence_length` is
-    given. A sequence of padding alone is left out.
+    inputs between the first and the last; elsewhere all tokens, or `sequence_length` of them. A
+    sequence of padding alone is left out.
 
     Arguments, errors and an example: as for `RouterLoss`.
     Reference: DeepSeek-V3 (arXiv:2412.19437), eq. 17 to 20.
@@ -146,7 +146,7 @@ class GlobalLoadBalance(RouterLoss):
     `P` come from this micro-batch alone, as only they have a gradient. Only layers can call it.
 
     Args:
-        accumulation_steps: Integer. The optimizer's `gradient_accumulation_steps`, times the calls
+        accumulation_steps: Integer. The optimizer's `gradient_accumulation_steps` times the calls
             of the layer in one pass.
 
     Other arguments, errors and an example: as for `RouterLoss`.

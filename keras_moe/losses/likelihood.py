@@ -37,13 +37,12 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         **kwargs: `reduction`, as in `keras.losses.Loss`. It computes in float32.
 
     Raises:
-        ValueError: If an argument is out of its range, `y_true` does not fit `y_pred`, or with
-            `scale=None` the number of outputs D' is odd.
+        ValueError: If an argument is out of its range, `y_true` does not fit, or D' is odd with
+            `scale=None`.
 
     Call arguments:
         y_true: (batch, ..., D) float tensor, or (batch, ...) integer tensor of classes, where -1
-            counts as any class. Numbers of no class are refused in an array, and give NaN in a
-            tensor, such as in `fit`.
+            counts as any class. Others are refused in an array; in a tensor the loss is NaN.
         y_pred: (batch, ..., K, 1 + D') float tensor of `losses.pack_mixture`, and of nothing else.
 
     Returns:

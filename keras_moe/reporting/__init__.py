@@ -34,8 +34,7 @@ def report(
         path: String or path. File to write, which is whole or not there.
 
     Raises:
-        ValueError: If the model has no MoE layer, `data` is empty or not what the model takes, or
-            `labels` or `tokens` do not fit it or the layers.
+        ValueError: If the model has no MoE layer, or `data`, `labels` or `tokens` do not fit.
         ImportError: If matplotlib is missing.
 
     Example:

@@ -65,9 +65,8 @@ def prune_experts(
         by: String, array or dict. `"usage"`: how many tokens of the data an expert serves;
             `"saliency"`: its weight times the norm of its output, on average over these (REAP);
             `"contribution"`: the same, summed; or scores (E,), the best stay; or a dict of these.
-        keep: Number or dict. How many experts stay in each layer: a share from above 0 to 1.0,
-            rounded up, or an integer; or a dict of these by the names in `inspection.moe_layers`.
-            Layers that are not in a dict keep all.
+        keep: Number or dict. Experts that stay in each layer: a share from above 0 to 1.0, rounded
+            up, or an integer; or a dict by names of `inspection.moe_layers`, others keep all.
         data: List of batches: each inputs, or a tuple of inputs, targets and weights.
 
     Returns:
@@ -146,8 +145,7 @@ def add_experts(
     Args:
         model: Keras model. A built model with MoE layers with a `routers.TopKRouter` or one derived
             from it and stacked experts, or one such layer, whose model must then be compiled again.
-        factor: Integer of at least 2, copies of each expert, or a dict of these by layer. Layers
-            that are not in a dict stay as they are.
+        factor: Integer of at least 2. Copies of each expert, or a dict for some layers, by name.
         noise: Float. Standard deviation of the noise that is added to all copies of weights that
             train, as a share of that of the weight. Without noise, copies may stay equal.
         data: List of batches, for the losses: each inputs, targets and weights.
@@ -157,8 +155,7 @@ def add_experts(
         A `Surgery`, with the loss before and after. `surgery.apply` does not take it.
 
     Raises:
-        ValueError: If an argument is out of its range, experts have LoRA or are quantized, or it is
-            not known how to copy a router or bank.
+        ValueError: If an argument is out of its range, or a router or bank cannot be copied.
 
     Example:
 
@@ -195,8 +192,7 @@ def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
 
     Args:
         model: Keras model. A model with MoE layers, or one such layer.
-        top_k: Integer or dict. Experts per token, K, or a dict of these by the name of the layer.
-            Layers that are not in a dict keep theirs.
+        top_k: Integer or dict. Experts per token, K, or a dict for some layers, by name.
 
     Raises:
         ValueError: If a router does not choose a fixed number, has fewer experts, or is shared with

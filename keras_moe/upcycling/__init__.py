@@ -49,8 +49,7 @@ def upcycle(
     what they did. The experts of frozen layers are frozen; their router is new, and trains.
 
     Several models of one architecture, such as one that was trained on from the same weights on
-    different data, become one: each gives its feed-forward layers to experts, and all other weights
-    are averaged. No single model has such outputs.
+    different data, become one: experts come from each, and all other weights are averaged.
 
     These layers are found: `Dense` layers from D to H features with an activation, then back to D
     without, in a functional or sequential model (dropout between them is removed); a
@@ -173,8 +172,8 @@ def freeze_all_but(model: keras.Model, pattern: str = "_lora_|router") -> None:
 
     Args:
         model: Keras model. It must be built. It changes in place.
-        pattern: Regular expression, found somewhere in the paths of the weights that train. The
-            default is for low-rank factors and routers.
+        pattern: Regular expression, found in the paths of the weights that train. The default is
+            for low-rank factors and routers.
 
     Raises:
         ValueError: If no weight has such a path.
@@ -204,8 +203,7 @@ def merge_lora(model: keras.Model) -> None:
     """Merge low-rank experts into kernels: each expert then has its own, and the outputs stay.
 
     Args:
-        model: Keras model. It changes in place, and its optimizer starts again. The merged experts
-            are frozen, as the base was.
+        model: Keras model. It changes in place, with a new optimizer and frozen merged experts.
 
     Raises:
         ValueError: If the model has no `layers.LowRankExperts`.
