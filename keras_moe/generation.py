@@ -147,9 +147,8 @@ class _Writer(keras.Model):
         with decoding:
             logits = self.model(ids, training=False)
         if not decoding.caches:
-            raise ValueError(
-                "`model` must have `layers.TransformerDecoderBlock`s, whose caches are its memory"
-            )
+            rule = "`model` must have `layers.TransformerDecoderBlock`s"
+            raise ValueError(f"{rule}. Received: {self.model.name!r} without")
         return ops.cast(logits[:, -1], "float32"), decoding.caches
 
     def _write(self, state, end, stop_token, noise=None, **sampling):

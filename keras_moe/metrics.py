@@ -110,10 +110,9 @@ def router_saturation(before: Routing, after: Routing) -> Tensor:
 
     Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.1.
     """
-    check_tensors(
-        {"T": after.indices.shape[0], "E": after.counts.shape[0]},
-        **{"before.indices": (before.indices, "TK"), "before.counts": (before.counts, "E")},
-    )
+    sizes = {"T": after.indices.shape[0], "E": after.counts.shape[0]}
+    given = {"before.indices": (before.indices, "TK"), "before.counts": (before.counts, "E")}
+    check_tensors(sizes, **given)
     same = ops.expand_dims(after.indices, 2) == ops.expand_dims(before.indices, 1)
     used = ops.logical_and(after.indices >= 0, ops.expand_dims(after.mask, 1))
     kept = ops.logical_and(ops.any(same, axis=2), used)

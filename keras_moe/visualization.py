@@ -122,10 +122,8 @@ def specialization(
     >>> indices = [[0, 1], [0, 2], [3, 1], [3, 2]]
     >>> figure = keras_moe.visualization.specialization(indices, ["red", "red", "blue", "blue"])
     """
-    tables = {
-        name: label_table(routing, labels, names)
-        for name, routing in _routings(routings, num_experts).items()
-    }
+    found = _routings(routings, num_experts)
+    tables = {name: label_table(each, labels, names) for name, each in found.items()}
     shown = min(max(len(rows) for _, rows in tables.values()), MAX_ROWS)
     width, height = PANEL_SIZE
     size = (width + 0.6, max(height, 1.2 + 0.22 * shown))

@@ -237,9 +237,7 @@ class CalledExperts(RelaidExperts):
 
     def build(self, tokens_shape):
         super().build(tokens_shape)
-        self.output_scale = self.add_weight(
-            name="output_scale", shape=(self.num_experts,), initializer="ones"
-        )
+        self.output_scale = self.add_weight((self.num_experts,), "ones", name="output_scale")
 
     def __call__(self, tokens, plan=None, **kwargs):
         if plan is None or isinstance(plan, GroupedPlan):

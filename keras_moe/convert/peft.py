@@ -11,8 +11,8 @@ import os
 import re
 
 import numpy as np
-from keras import ops
 
+from keras_moe._internal.keras_internals import float_array
 from keras_moe.convert.hugging_face import FAMILIES, layout_of
 from keras_moe.convert.weights import read_config, tensor_reader
 from keras_moe.layers import MixtureOfExperts
@@ -28,7 +28,7 @@ def from_peft(
     """Give the experts of a MoE layer the low-rank factors of a PEFT adapter, by `enable_lora`.
 
     The layer is returned. Weights outside this block, such as in attention, are not read. The
-    adapter is of stacks of experts, or of single experts, of which others keep their kernels.
+    adapter is of stacks of experts, or of single experts, and others keep their kernels.
 
     Args:
         source: Path. Folder of an adapter, with `adapter_config.json` and `.safetensors` files.
@@ -104,9 +104,7 @@ def from_peft(
     bank.enable_lora(rank, rank * scale)
     for projection, parts in found.items():
         # Further columns of A begin at random, so that they can train.
-        all_a, all_b = (
-            np.array(ops.convert_to_numpy(each)) for each in (projection.lora_a, projection.lora_b)
-        )
+        all_a, all_b = float_array(projection.lora_a), float_array(projection.lora_b)
         for experts, a, b, own_scale in parts:
             own_rank = a.shape[-1]
             all_a[experts, :, :own_rank], all_b[experts, :own_rank] = a, b * (own_scale / scale)
@@ -173,10 +171,8 @@ def _projections(bank, rule):
 
 def _joined(projections):
     """One A (E, D, r') for all projections, and a B (E, r', H) for each."""
-    a, b = (
-        [ops.convert_to_numpy(getattr(each, part)) for each in projections]
-        for part in ("lora_a", "lora_b")
-    )
+    a = [float_array(each.lora_a) for each in projections]
+    b = [float_array(each.lora_b) for each in projections]
     if all(np.array_equal(each, a[0]) for each in a):
         return a[0], b
     empty = np.zeros_like(b[0])

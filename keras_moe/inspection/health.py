@@ -88,13 +88,10 @@ def balance_advice(layer: MixtureOfExperts) -> str:
     advice = []
     for loss, weight in zip(layer.router_losses, layer.loss_weights_in_force):
         if loss.balances:
-            balanced = f"{_BALANCED} {type(loss).__name__}(weight={weight:g})"
+            fix = f": give it {'ten times the weight' if weight else 'a weight above 0'}."
             if is_large(loss, weight):
-                balanced += ", a large weight: with a larger one the router may learn balance "
-                balanced += "instead of the task."
-            else:
-                balanced += f": give it {'ten times the weight' if weight else 'a weight above 0'}."
-            advice.append(balanced)
+                fix = ", a large weight: with more the router may learn balance, not the task."
+            advice.append(f"{_BALANCED} {type(loss).__name__}(weight={weight:g}){fix}")
     by_router = _advice_about(getattr(layer.router, "balancer", None) or layer.router)
     bias = "A selection bias balances without a loss: see `balancer` of `TopKRouter`."
     loss = "Nothing balances the load: add `losses.LoadBalance()` to its `router_losses`."
@@ -180,7 +177,8 @@ def judge_router(entropy: float, largest_logit: float) -> list[Finding]:
 
     Args:
         entropy: Float from 0 to 1. Mean entropy of a token's probabilities over `log E`.
-        largest_logit: Float. Size of the largest logit, above the mean if that changes nothing.
+        largest_logit: Float. Size of the largest logit; where adding a number to all logits of a
+            token changes nothing, above their mean.
     """
     if not np.isfinite(largest_logit):
         return [not_a_number()]
@@ -189,10 +187,7 @@ def judge_router(entropy: float, largest_logit: float) -> list[Finding]:
         return [exploded(f"reach {largest_logit:.0f}")]
     if entropy > INDIFFERENT:
         text = "The router hardly prefers an expert: the scores of a token are close to each other."
-        fix = (
-            "Train longer, as scores are close at first. If the loss does not fall either, router "
-            "losses, if the layer has any, may weigh too much."
-        )
+        fix = "Train longer. If the loss does not fall either, router losses may weigh too much."
     elif entropy < CERTAIN:
         text = "The router is all but certain of every choice, so it hardly learns any more."
         fix = "Raise the weight of `losses.RouterZ`, or add `logit_noise` to the router."
@@ -271,10 +266,7 @@ def heavy_losses(router_losses, weights, total, values):
     text = f"{' and '.join(dict.fromkeys(names))} is {excess:.3g} of a loss of up to {rest:.3g}"
     if constant:
         text += f", not counting the constant {constant:.3g} of balancing losses at an even load"
-    fix = (
-        "The router may learn balance instead of the task: try a weight of about "
-        f"{advised:g}, if the load stays even with it."
-    )
+    fix = f"It may outweigh the task: try a weight of about {advised:g}, if the load stays even."
     return Finding(HINT, f"{text}.", fix)
 
 

@@ -62,10 +62,8 @@ def study(model, data, labels, tokens):
     layers = moe_layers(model)
     labels = _for_each_layer("labels", labels, layers, num_documents)
     tokens = _for_each_layer("tokens", tokens, layers, num_documents)
-    batches = [
-        keras.tree.map_structure(operator.itemgetter(slice(start, start + BATCH_SIZE)), arrays)
-        for start in range(0, num_documents, BATCH_SIZE)
-    ]
+    parts = (slice(start, start + BATCH_SIZE) for start in range(0, num_documents, BATCH_SIZE))
+    batches = [keras.tree.map_structure(operator.itemgetter(part), arrays) for part in parts]
     # The first call of a layer that is called several times: it sees the tokens of the data.
     called = {
         name: routings[:: len(routings) // len(batches)]
@@ -162,9 +160,8 @@ def _judge_router(router, routing, entropy):
 
 
 def render(model_name, num_documents, layers):
-    template = string.Template(
-        resources.files("keras_moe.reporting").joinpath("page.html").read_text(encoding="utf-8")
-    )
+    page = resources.files("keras_moe.reporting").joinpath("page.html")
+    template = string.Template(page.read_text(encoding="utf-8"))
     tokens = max(int(layer.routing.mask.sum()) for layer in layers)
     documents = f"{num_documents:,} document{'s' * (num_documents != 1)}"
     data = {"layers": [_layer_data(layer, num_documents) for layer in layers if layer.texts]}

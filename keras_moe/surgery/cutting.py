@@ -148,9 +148,7 @@ def _take_weights(old, new, experts, noise):
 def copy_slots(old, new):
     """Give an optimizer the state of one that was built before experts were copied."""
     if [each.path for each in old.variables] != [each.path for each in new.variables]:
-        warnings.warn(
-            "The optimizer starts again: other weights trained when it was built.", stacklevel=4
-        )
+        warnings.warn("The optimizer starts again: other weights trained before.", stacklevel=4)
         return
     for theirs, mine in zip(old.variables, new.variables):
         value = ops.convert_to_numpy(theirs)

@@ -93,12 +93,9 @@ def upcycle(
 
     >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32, "relu", name="wide")])
     >>> model.add(keras.layers.Dense(16))
+    >>> models = [keras.models.clone_model(model) for _ in range(3)]
     >>> [layer.name for layer in keras_moe.upcycle(model, num_experts=4).layers]
     ['wide_experts']
-    >>> models = [keras.Sequential([keras.Input((16,))]) for _ in range(3)]
-    >>> for each in models:
-    ...     each.add(keras.layers.Dense(32, "relu"))
-    ...     each.add(keras.layers.Dense(16))
     >>> keras_moe.upcycle(models).layers[0].experts.num_experts
     3
 
@@ -317,15 +314,12 @@ def _treats_features_alone(activation):
     return bool(ops.all(ops.abs(difference) < 1e-5))
 
 
-# Sums over the elements, or none.
-_SUMS = (type(None), keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2)
-
-
 def _regularization(denses, kind):
     """The set of the (l1, l2) of dense layers, or None if they have other regularizers."""
     denses = [dense for dense in denses if kind == "kernel" or dense.use_bias]
     regularizers = [getattr(dense, f"{kind}_regularizer") for dense in denses]
-    if not all(type(each) in _SUMS for each in regularizers):
+    l1_l2 = (type(None), keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2)
+    if not all(type(each) in l1_l2 for each in regularizers):
         return None
     return {tuple(float(getattr(r, name, 0.0)) for name in ("l1", "l2")) for r in regularizers}
 
@@ -358,9 +352,8 @@ def _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng, 
     normal = keras.initializers.RandomNormal(stddev=0.02, seed=int(rng.integers(2**31)))
     scales: dict = {"renormalize": True, "scaling_factor": float(granularity)}
     router = TopKRouter(num_experts, top_k, **scales, kernel_initializer=normal, name="router")
-    mixture = MixtureOfExperts(
-        experts, router, router_losses, name=f"{feed_forward.name}_experts", dtype=up.dtype_policy
-    )
+    name = f"{feed_forward.name}_experts"
+    mixture = MixtureOfExperts(experts, router, router_losses, name=name, dtype=up.dtype_policy)
     with names_beside(feed_forward.layers[0]):
         mixture.build((None, features))
     # Parts of one copy have equal columns.
