@@ -99,11 +99,9 @@ class ExpertParallel(keras.distribution.ModelParallel):
         # Stacked weights of other banks, by the ends of their paths.
         self._stacked: set = set()
         # A layout of Keras names one axis for the batch: this mesh has both as one.
-        self._data_mesh = keras.distribution.DeviceMesh(
-            (mesh.shape[0] * mesh.shape[1], *mesh.shape[2:]),
-            ("batch", *mesh.axis_names[2:]),
-            mesh.devices,
-        )
+        sizes = (mesh.shape[0] * mesh.shape[1], *mesh.shape[2:])
+        names = ("batch", *mesh.axis_names[2:])
+        self._data_mesh = keras.distribution.DeviceMesh(sizes, names, mesh.devices)
 
     @property
     def num_model_replicas(self) -> int:

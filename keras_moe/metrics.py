@@ -127,9 +127,8 @@ def coactivation(routing: Routing) -> Tensor:
 
     Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.2.
     """
-    num_experts = routing.counts.shape[0]
-    indices = mask_invalid(routing.indices, num_experts, routing.mask)
-    chosen = ops.cast(chosen_experts(indices, num_experts), "float32")
+    chosen = chosen_experts(routing.indices, routing.counts.shape[0])
+    chosen = ops.cast(ops.logical_and(chosen, ops.expand_dims(routing.mask, 1)), "float32")
     together = ops.matmul(ops.transpose(chosen), chosen)
     return together / ops.maximum(ops.expand_dims(ops.sum(chosen, axis=0), 1), 1.0)
 
@@ -155,10 +154,11 @@ def count_table(routing: Routing, groups: Tensor, num_groups: int) -> Tensor:
     groups = ops.convert_to_tensor(groups)
     check_tensors({"T": routing.mask.shape[0]}, groups=(groups, "T", "int"))
     num_experts = routing.counts.shape[0]
-    indices = mask_invalid(routing.indices, num_experts, routing.mask)
+    indices = mask_invalid(routing.indices, num_experts)
     groups = ops.expand_dims(mask_invalid(ops.cast(groups, "int32"), num_groups), 1)
+    real = ops.logical_and(groups >= 0, ops.expand_dims(routing.mask, 1))
     cells = num_groups * num_experts
-    used = ops.logical_and(indices >= 0, groups >= 0)
+    used = ops.logical_and(indices >= 0, real)
     cell = ops.reshape(ops.where(used, groups * num_experts + indices, cells), (-1,))
     table = ops.segment_sum(ops.ones_like(cell, dtype="float32"), cell, cells + 1)
     return ops.reshape(table[:-1], (num_groups, num_experts))
