@@ -64,6 +64,14 @@ def find_layers(model):
     return [layer for layer, is_mixture in found.items() if is_mixture]
 
 
+def architecture(layer):
+    """Yield classes, activations and shapes, which are equal in layers of one architecture."""
+    for part in layer._flatten_layers():
+        activation = getattr(part, "activation", None)
+        yield type(part).__name__, getattr(activation, "__name__", type(activation).__name__)
+    yield from ((weight.name, tuple(weight.shape)) for weight in layer.weights)
+
+
 class LayerSummary(NamedTuple):
     """One MoE layer of a model.
 

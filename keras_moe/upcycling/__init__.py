@@ -20,6 +20,7 @@ from keras_moe._internal.keras_internals import (
     set_state,
 )
 from keras_moe._internal.serialization import register
+from keras_moe.inspection.summaries import architecture
 from keras_moe.layers import FeedForwardExperts, GatedExperts, LowRankExperts, MixtureOfExperts
 from keras_moe.layers.replacement import record, replace
 from keras_moe.layers.sublayers import freeze_parts
@@ -261,15 +262,9 @@ def _select(model, found, select, every):
 
 
 def _check_alike(models):
-    def facts(model):
-        """Classes, activations and shapes, which are equal in models of one architecture."""
-        for layer in model._flatten_layers():
-            activation = getattr(layer, "activation", None)
-            yield type(layer).__name__, getattr(activation, "__name__", type(activation).__name__)
-        yield from ((weight.name, tuple(weight.shape)) for weight in model.weights)
-
     for number, model in enumerate(models):
-        for ours, theirs in itertools.zip_longest(facts(models[0]), facts(model)):
+        pairs = itertools.zip_longest(architecture(models[0]), architecture(model))
+        for ours, theirs in pairs:
             if ours != theirs:
                 rule = "Models must have the same layers, activations and shapes of weights"
                 raise ValueError(f"{rule}. Received: {ours} in the first, {theirs} in {number}")
