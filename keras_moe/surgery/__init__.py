@@ -205,15 +205,15 @@ def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
     >>> moe.router.top_k
     1
     """
-    layers, changed = _layers(model, top_k, "top_k"), {}
+    layers, numbers = _layers(model, top_k, "top_k")
+    changed = {}
     for name, layer in layers.items():
         router = layer.router
         if "top_k" not in router.get_config() or isinstance(router, HashRouter):
             rule = "A router must choose experts by their scores, with `top_k` in its config"
             raise ValueError(f"{rule}. Received: {name!r} with `{type(router).__name__}`")
-        value = top_k[name] if isinstance(top_k, dict) else top_k
         # The constructor checks it.
-        changed[name] = cutting.router_like(router, top_k=value).top_k
+        changed[name] = cutting.router_like(router, top_k=numbers[name]).top_k
     for name, layer in moe_layers(model).items():
         routed = (other for other in layers if layers[other].router is layer.router)
         if any(changed.get(name) != changed[other] for other in routed):
@@ -296,7 +296,7 @@ def _operate(model, layers, groups, data=(), used=None, noise=None):
 
 def _plan(model, given, data, operation="cut"):
     """Layers, how many experts each will have, and the data as a list."""
-    layers = _layers(model, given, "factor" if operation == "copy" else "keep")
+    layers, given = _layers(model, given, "factor" if operation == "copy" else "keep")
     parts = [part for each in moe_layers(model).values() for part in (each.router, each.experts)]
     wrong = []
     for name, layer in layers.items():
@@ -308,11 +308,10 @@ def _plan(model, given, data, operation="cut"):
         raise ValueError(f"{rule}. Received: {'; '.join(wrong)}")
     numbers = {}
     for name, layer in layers.items():
-        own = given[name] if isinstance(given, dict) else given
         if operation == "copy":
-            numbers[name] = check_integer("factor", own, minimum=2) * _num_experts(layer)
+            numbers[name] = check_integer("factor", given[name], minimum=2) * _num_experts(layer)
         else:
-            numbers[name] = _number(name, layer, own)
+            numbers[name] = _number(name, layer, given[name])
         # Its constructor has rules, such as for groups.
         cutting.router_like(layer.router, num_experts=numbers[name])
     _check_converted(model, numbers, _num_experts)
@@ -342,13 +341,14 @@ def _write_to_backbones(model, layers, number_of, *names):
 
 
 def _layers(model, given, argument):
+    """MoE layers by name, and what is given for each: one value for all, or a dict for some."""
     layers = moe_layers(model)
     if not isinstance(given, dict):
-        return layers
+        return layers, dict.fromkeys(layers, given)
     if not given or set(given) - set(layers):
         rule = f"`{argument}` must name MoE layers of the model, {', '.join(layers)}"
         raise ValueError(f"{rule}. Received: {argument}={shortened(given)}")
-    return {name: layer for name, layer in layers.items() if name in given}
+    return {name: layer for name, layer in layers.items() if name in given}, given
 
 
 def _number(name, layer, keep):
@@ -373,11 +373,10 @@ def _scores(model, by, layers, data):
     if isinstance(by, str):
         check_choice("by", by, measuring.MEASURES)
         return measuring.importance(by, model, layers, data)
-    if isinstance(by, dict):
-        _layers(model, by, "by")
+    _, by = _layers(model, by, "by")
     scores = {}
     for name, layer in layers.items():
-        given = by.get(name) if isinstance(by, dict) else by
+        given = by.get(name)
         scores[name] = np.asarray(ops.convert_to_numpy(given), "float64")
         number = _num_experts(layer)
         if scores[name].shape != (number,) or np.isnan(scores[name]).any():
