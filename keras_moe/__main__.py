@@ -82,25 +82,20 @@ def _report(options):
 
 
 def _load_model(path):
-    with stating(
-        "A model must be a whole file of `model.save` that this version of Keras can load.",
-        repr(str(path)),
-        "Save it again with this version, or name the module of its custom classes by `--import`.",
-    ):
-        with warnings.catch_warnings():
-            # Weights that Keras does not find it leaves as they were initialized.
-            warnings.filterwarnings("error", "Skipping nested container|A total of")
-            return keras.saving.load_model(path, compile=False)
+    rule = "A model must be a whole file of `model.save` that this version of Keras can load."
+    fix = "Save it again with this version, or name the module of its custom classes by `--import`."
+    with stating(rule, repr(str(path)), fix), warnings.catch_warnings():
+        # Weights that Keras does not find it leaves as they were initialized.
+        warnings.filterwarnings("error", "Skipping nested container|A total of")
+        return keras.saving.load_model(path, compile=False)
 
 
 def _read(path):
     """An array, a dict of arrays or a list of lines, by the file's suffix."""
     if path is None:
         return None
-    with stating(
-        "A file must be a whole .npy or .npz without pickled objects, or lines of UTF-8 text.",
-        repr(str(path)),
-    ):
+    rule = "A file must be a whole .npy or .npz without pickled objects, or lines of UTF-8 text."
+    with stating(rule, repr(str(path))):
         if path.suffix not in (".npy", ".npz"):
             return path.read_text(encoding="utf-8").splitlines()
         with path.open("rb") as file:  # NumPy leaves a file open that it cannot read.

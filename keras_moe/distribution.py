@@ -30,21 +30,18 @@ def expert_parallel(
     of every bank, and its share of each batch, whose size must be a multiple of `data * experts`.
     Tokens are sent to the devices of their experts, within a row of the grid, and back. Models
     train, predict and save as on one device. On PyTorch the processes of `torch.distributed` take
-    the place of devices, and each runs a training loop of yours: see the guide to replicas.
-
-    Set it before the model is made: `keras.distribution.set_distribution(...)`.
+    the place of devices, and each runs a training loop of yours: see the guide to replicas. Set it
+    before the model is made: `keras.distribution.set_distribution(...)`.
 
     Args:
-        experts: Integer. Devices that share the experts of a bank, a divisor of the number of
-            experts of each. None: all devices, divided by `data`.
+        experts: Integer. Devices that share a bank, a divisor of its number of experts. None: all
+            devices, divided by `data`.
         data: Integer. Number of such groups. None: as many as the devices allow.
-        devices: List of strings, as `keras.distribution.list_devices()` names them. None: all.
-        layout_map: `keras.distribution.LayoutMap` for other weights, whose device mesh begins with
-            the axes "data" and "expert" and sets `experts`, `data` and `devices`. None: they are
-            whole on every device.
+        devices: On JAX, list of names of `keras.distribution.list_devices()`. None: all.
+        layout_map: On JAX, `keras.distribution.LayoutMap` for other weights, else whole on every
+            device. Its mesh begins with the axes "data" and "expert", and sets all else.
         process_group: On PyTorch, the `torch.distributed` group of the processes that share the
-            experts with this one, all of one size. None makes new ones, of neighbours. `devices`
-            and `layout_map` are for JAX alone.
+            experts with this one, all of one size. None makes new ones, of neighbours.
 
     Returns:
         On JAX an `ExpertParallel`, which is a `keras.distribution.ModelParallel`. On PyTorch an
@@ -52,8 +49,8 @@ def expert_parallel(
         experts. Both go to `keras.distribution.set_distribution`.
 
     Raises:
-        ValueError: If numbers and devices do not fit, the axes of the mesh are others, there are no
-            processes on PyTorch, an argument is for the other backend, or on TensorFlow.
+        ValueError: If numbers, devices and axes of the mesh do not fit, there are no processes on
+            PyTorch, an argument is for the other backend, or on TensorFlow.
 
     Example:
 
@@ -77,10 +74,8 @@ def expert_parallel(
     given = (experts, data, devices)
     mesh = _mesh(*given) if layout_map is None else layout_map.device_mesh
     if layout_map is not None and given not in [(None, None, None), (*mesh.shape[1::-1], None)]:
-        raise ValueError(
-            "With a `layout_map` its device mesh sets the number of devices. "
-            f"Received: experts={experts}, data={data}, devices={shortened(devices)}"
-        )
+        rule = "With a `layout_map` its device mesh sets the number of devices"
+        raise ValueError(f"{rule}. Received: {experts=}, {data=}, devices={shortened(devices)}")
     layouts = keras.distribution.LayoutMap(mesh)
     layouts.update({**_LAYOUTS, **(layout_map or {})})
     return ExpertParallel(layouts)
@@ -104,11 +99,9 @@ class ExpertParallel(keras.distribution.ModelParallel):
         # Stacked weights of other banks, by the ends of their paths.
         self._stacked: set = set()
         # A layout of Keras names one axis for the batch: this mesh has both as one.
-        self._data_mesh = keras.distribution.DeviceMesh(
-            (mesh.shape[0] * mesh.shape[1], *mesh.shape[2:]),
-            ("batch", *mesh.axis_names[2:]),
-            mesh.devices,
-        )
+        sizes = (mesh.shape[0] * mesh.shape[1], *mesh.shape[2:])
+        names = ("batch", *mesh.axis_names[2:])
+        self._data_mesh = keras.distribution.DeviceMesh(sizes, names, mesh.devices)
 
     @property
     def num_model_replicas(self) -> int:
@@ -134,10 +127,9 @@ class ExpertParallel(keras.distribution.ModelParallel):
             whole = [None] * len(variable.shape)
             return keras.distribution.TensorLayout(whole, self.device_mesh)
         if is_split and variable.shape[0] % num_shards:
-            raise ValueError(
-                "The devices of `expert_parallel(experts=...)` must divide the experts of a bank. "
-                f"Received: {variable.path!r} of shape {variable.shape} for {num_shards} devices"
-            )
+            rule = "The devices of `expert_parallel(experts=...)` must divide the experts of a bank"
+            received = f"{variable.path!r} of shape {variable.shape} for {num_shards} devices"
+            raise ValueError(f"{rule}. Received: {received}")
         return layout
 
 
@@ -147,10 +139,8 @@ def _mesh(experts, data, devices):
     experts = experts or max(1, len(devices) // (data or 1))
     data = data or max(1, len(devices) // experts)
     if data * experts > len(devices) or (takes_all and data * experts < len(devices)):
-        raise ValueError(
-            "`data * experts` must be the number of devices; if both are given, at most that. "
-            f"Received: data={data}, experts={experts}, {len(devices)} devices"
-        )
+        rule = "`data * experts` must be the number of devices; if both are given, at most that"
+        raise ValueError(f"{rule}. Received: {data=}, {experts=}, {len(devices)} devices")
     return keras.distribution.DeviceMesh((data, experts), AXES, devices[: data * experts])
 
 

@@ -33,12 +33,10 @@ def generate(
     layer of the model must treat each position alone and alike, unlike an embedding of positions.
 
     Args:
-        model: Keras model from token ids (B, length), of any length, to logits (B, length, V), such
-            as a functional model with `keras.Input((None,))`.
+        model: Keras model from token ids (B, length), of any length, to logits (B, length, V).
         prompts: List of lists of ids, or an integer array (B, L). Their lengths may differ.
         num_tokens: Integer. Tokens to write after each prompt, at most.
-        temperature: Float. 0 takes the likeliest token. Otherwise tokens are drawn from
-            `softmax(logits / temperature)`.
+        temperature: Float. 0 takes the likeliest token, others draw by `logits / temperature`.
         top_k: Integer or None. Draw among the K likeliest tokens.
         top_p: Float or None. Draw among the fewest likeliest whose probabilities sum to at least P.
         stop_token: Integer or None. A text ends with this token.
@@ -49,8 +47,8 @@ def generate(
         List of B integer arrays: each prompt and what follows, to the stop token.
 
     Raises:
-        ValueError: If an argument is out of its range, the model has no decoder blocks, or another
-            layer depends on positions or on other tokens, or a block has cross-attention.
+        ValueError: If an argument is out of its range, the model has no decoder blocks or one with
+            cross-attention, or another layer depends on positions or on other tokens.
 
     Example:
 
@@ -149,9 +147,8 @@ class _Writer(keras.Model):
         with decoding:
             logits = self.model(ids, training=False)
         if not decoding.caches:
-            raise ValueError(
-                "`model` must have `layers.TransformerDecoderBlock`s, whose caches are its memory"
-            )
+            rule = "`model` must have `layers.TransformerDecoderBlock`s"
+            raise ValueError(f"{rule}. Received: {self.model.name!r} without")
         return ops.cast(logits[:, -1], "float32"), decoding.caches
 
     def _write(self, state, end, stop_token, noise=None, **sampling):

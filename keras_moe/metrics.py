@@ -106,15 +106,13 @@ def router_saturation(before: Routing, after: Routing) -> Tensor:
     """How far routing has settled: the share of a token's experts that it had before.
 
     Of the `ops.Routing` of some tokens at two checkpoints. Scalar, float32: 1 if nothing changed,
-    about K / E if nothing is left, 0 if all is padding. Raises a ValueError if the routings differ
-    in their numbers of tokens or experts.
+    about K / E if nothing is left, 0 if all is padding. Other T or E raise a ValueError.
 
     Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.1.
     """
-    check_tensors(
-        {"T": after.indices.shape[0], "E": after.counts.shape[0]},
-        **{"before.indices": (before.indices, "TK"), "before.counts": (before.counts, "E")},
-    )
+    sizes = {"T": after.indices.shape[0], "E": after.counts.shape[0]}
+    given = {"before.indices": (before.indices, "TK"), "before.counts": (before.counts, "E")}
+    check_tensors(sizes, **given)
     same = ops.expand_dims(after.indices, 2) == ops.expand_dims(before.indices, 1)
     used = ops.logical_and(after.indices >= 0, ops.expand_dims(after.mask, 1))
     kept = ops.logical_and(ops.any(same, axis=2), used)
@@ -140,8 +138,8 @@ def count_table(routing: Routing, groups: Tensor, num_groups: int) -> Tensor:
 
     Args:
         routing: An `ops.Routing`.
-        groups: Integer tensor or list, (T,). The group of each token, such as a label or a token
-            id, from 0 to `num_groups` - 1, or -1 for none.
+        groups: Integer tensor or list, (T,). The label, token id or other group of each token, from
+            0 to `num_groups` - 1, or -1 for none.
         num_groups: Integer. Number of groups, G.
 
     Returns:

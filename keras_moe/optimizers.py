@@ -19,8 +19,7 @@ class Muon(keras.optimizers.Muon):
 
     Args:
         learning_rate: Float, `keras.optimizers.schedules.LearningRateSchedule` or callable.
-        exclude_layers: List of strings, regular expressions. AdamW updates the variables in whose
-            paths one of them is found.
+        exclude_layers: List of regular expressions. AdamW updates variables with one in their path.
         **kwargs: The other arguments of `keras.optimizers.Muon`.
 
     Raises:

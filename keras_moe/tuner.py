@@ -50,16 +50,14 @@ class SearchSpace:
     of experts nor `top_k` changes what the experts cost.
 
     Args:
-        active_width: Integers. Widths K * H of the experts of a token together, each divisible by
-            each K.
+        active_width: Integers. Widths K * H of the experts of a token, each divisible by each K.
         num_experts: Integers. Numbers of experts, E.
         top_k: Integers. Experts per token, K. "switch" and "balanced_assignment" always have one.
         routers: Strings. Routers whose tokens all have K experts: "cosine", "deepseek_v3",
             "noisy_top_k", "sinkhorn", "top_k", "balanced_assignment" and "switch".
         loss_weights: Dict of names for `losses.get` to floats, their weights.
         capacity_factors: Capacities, as in `layers.MixtureOfExperts`; None is no limit.
-        name: String with which the names of the hyperparameters begin. Layers that are tuned
-            independently need spaces of different names.
+        name: String before the names of the hyperparameters, another one for each tuned layer.
 
     Raises:
         ValueError: If a value is out of its range, or some do not go together.
@@ -100,9 +98,8 @@ class SearchSpace:
         # By names, as KerasTuner knows neither None nor objects.
         self.capacities = {str(factor): factor for factor in capacity_factors}
         self.name = name
-        for *router, width in itertools.product(
-            self.routers, self.num_experts, self.top_k, self.active_width
-        ):
+        choices = (self.routers, self.num_experts, self.top_k, self.active_width)
+        for *router, width in itertools.product(*choices):
             top_k = _router(*router).top_k
             if width % top_k:
                 rule = "Each `active_width` must be divisible by each number of experts per token"
@@ -127,26 +124,21 @@ class SearchSpace:
         with hp.name_scope(self.name):
             num_experts = self._choose(hp, "num_experts", self.num_experts)
             name = self._choose(hp, "router", self.routers)
-            arguments = {"num_experts": num_experts}
-            open_routers = [router for router in self.routers if router in TAKE_TOP_K]
-            if open_routers:
-                with hp.conditional_scope("router", open_routers):
-                    if name in open_routers:
-                        arguments["top_k"] = self._choose(hp, "top_k", self.top_k)
-            router = _router(name, **arguments)
+            top_k, takers = 1, [router for router in self.routers if router in TAKE_TOP_K]
+            if takers:
+                with hp.conditional_scope("router", takers):
+                    if name in takers:
+                        top_k = self._choose(hp, "top_k", self.top_k)
+            router = _router(name, num_experts, top_k)
             hidden_dim = self._choose(hp, "active_width", self.active_width) // router.top_k
             capacity = self.capacities[self._choose(hp, "capacity_factor", list(self.capacities))]
             searched = [
                 losses.IDENTIFIERS[loss](self._choose(hp, f"{loss}_weight", weights))
                 for loss, weights in self.loss_weights.items()
             ]
-        return layers.MixtureOfExperts(
-            experts(num_experts, hidden_dim),
-            router,
-            [*searched, *router_losses],
-            capacity_factor=capacity,
-            **kwargs,
-        )
+        bank = experts(num_experts, hidden_dim)
+        added = [*searched, *router_losses]
+        return layers.MixtureOfExperts(bank, router, added, capacity_factor=capacity, **kwargs)
 
     def _choose(self, hp, name, values):
         if len(values) == 1:
@@ -156,10 +148,9 @@ class SearchSpace:
         # A hyperparameter that is there already keeps its values. Other scopes end alike.
         alike = [each for each in hp.space if each.name.endswith(f"{self.name}/{name}")]
         if not any(set(each.values) <= set(values) for each in alike):
-            raise ValueError(
-                "Spaces of one search with other values must have different names. "
-                f"Received: two spaces {self.name!r} with other values of `{name}`"
-            )
+            rule = "Spaces of one search with other values must have different names"
+            received = f"two spaces {self.name!r} with other values of `{name}`"
+            raise ValueError(f"{rule}. Received: {received}")
         return choice
 
 
@@ -171,9 +162,9 @@ def _values(name, values, check=None):
     return values if check is None else [check(name, value) for value in values]
 
 
-def _router(name, num_experts, top_k=1):
-    given = {"top_k": top_k} if name in TAKE_TOP_K else {}
+def _router(name, num_experts, top_k):
     classes: dict = routers.IDENTIFIERS
+    given = {"top_k": top_k} if name in TAKE_TOP_K else {}
     return classes[name](num_experts=num_experts, **given)
 
 
@@ -245,8 +236,7 @@ class WithinBudget(keras_tuner.Objective):
 
     Args:
         budget: Float, greater than 0, else a ValueError is raised. Highest cost.
-        cost: String. The limited value in the logs, such as "active_flops" or "step_seconds" of
-            `CostMonitor`.
+        cost: String. The limited value in the logs, such as "active_flops" of `CostMonitor`.
         loss: String. Value in the logs to minimise.
 
     Example:

@@ -1,8 +1,7 @@
 """Plots of what experts do. Needs matplotlib: `pip install matplotlib`.
 
-Every function returns a `matplotlib.figure.Figure` with a panel for each layer. It takes an array
-or nested list, a dict of arrays by the name of the layer, or the result of
-`inspection.record_routings(model, batches)`.
+Every function returns a `matplotlib.figure.Figure` with a panel for each layer, of an array or
+nested list, a dict of arrays by layer, or the result of `inspection.record_routings`.
 """
 
 import math
@@ -65,8 +64,7 @@ def confidence(routings: dict | Tensor) -> Figure:
     The dotted line is chance, 1 / E: a peak there means a router without a preference.
 
     Args:
-        routings: The result of `inspection.record_routings`, or probabilities (T, E), or a dict of
-            these by layer.
+        routings: The result of `inspection.record_routings`; or probabilities (T, E), or a dict.
 
     Raises:
         ValueError: If an array does not hold probabilities.
@@ -106,8 +104,8 @@ def specialization(
     """Which expert serves which kind of token: each row is a label, each column an expert.
 
     Colours are the share of the label's assignments. The title gives the mutual information of
-    label and expert in bits, and its upper bound. Integers stand in their order, strings the most
-    frequent first. The first 30 are drawn; the title is over all.
+    label and expert in bits, and its upper bound, over all labels. The first 30 are drawn: integers
+    in their order, strings the most frequent first.
 
     Args:
         routings: As in `coactivation`.
@@ -124,10 +122,8 @@ def specialization(
     >>> indices = [[0, 1], [0, 2], [3, 1], [3, 2]]
     >>> figure = keras_moe.visualization.specialization(indices, ["red", "red", "blue", "blue"])
     """
-    tables = {
-        name: label_table(routing, labels, names)
-        for name, routing in _routings(routings, num_experts).items()
-    }
+    found = _routings(routings, num_experts)
+    tables = {name: label_table(each, labels, names) for name, each in found.items()}
     shown = min(max(len(rows) for _, rows in tables.values()), MAX_ROWS)
     width, height = PANEL_SIZE
     size = (width + 0.6, max(height, 1.2 + 0.22 * shown))
@@ -191,8 +187,7 @@ def shares_over_time(shares: dict | Tensor) -> Figure:
     Red is more than a fair share, blue less; the darkest blue is an eighth or nothing at all.
 
     Args:
-        shares: Counts or shares (time, E), or a dict of these by layer, such as
-            `ExpertMonitor.shares`. A row of NaN is grey.
+        shares: Counts or shares (time, E), or a dict of these by layer, as `ExpertMonitor.shares`.
 
     Raises:
         ValueError: If an array does not have two axes, or a negative number.

@@ -27,13 +27,11 @@ class ExpertHealth(keras.callbacks.Callback):
 
     - a collapse: nearly all work goes to the same few experts, and it does not get better; at the
       end of the training one check of 5 assignments per expert is enough;
-    - dead experts, as `metrics.dead_experts` counts them, in three times as many checks, or in the
-      last ones before the training ends;
+    - dead experts (`metrics.dead_experts`), in three times as many checks or the training's last;
     - a capacity that drops more than half of the assignments;
     - a router with weights that are NaN, or so large that each choice is absolute;
-    - a balancing loss whose weight is too small to matter, or so large that what it adds for an
-      uneven load is a large part of the loss: `losses.LoadBalance`, or a loss with a
-      `usual_weight`.
+    - a balancing loss with a `usual_weight`, such as `losses.LoadBalance`, whose weight is too
+      small to matter, or so large that what it adds for an uneven load is much of the loss.
 
     Each warning is given once a layer, as a Python `UserWarning`, and kept in `findings`, a list of
     `(step, layer name, health.Finding)`. It repeats when more experts die, and once if `rebalance`
@@ -41,13 +39,12 @@ class ExpertHealth(keras.callbacks.Callback):
     without `ExpertMonitor`, in any order; between checks training runs ahead of the device.
 
     Args:
-        every: Integer. Training batches between checks. A check runs once experts average 20
-            assignments, so small batches take longer.
+        every: Integer. Training batches between checks, more until experts average 20 assignments.
         patience: Integer. Checks that a collapse must last before it is reported.
         stop: Boolean. Whether a problem ends the training, one batch after the check.
         rebalance: Boolean. Whether a collapse or a dead expert makes the layer's balancing losses
-            ten times as heavy, once, unless their weight is ten times the usual one already.
-            `layer.loss_weights_in_force` has the present weights.
+            ten times as heavy, once, unless their weight is ten times the usual one already: see
+            `layer.loss_weights_in_force`.
 
     Raises:
         ValueError: If an argument is out of its range, or the model has no MoE layer.
@@ -93,7 +90,7 @@ class ExpertHealth(keras.callbacks.Callback):
             # Keras has this on JAX only.
             getattr(self.model, "jax_state_sync", lambda: None)()
             for name, watch in self._watched():
-                for found in watch.check():
+                for found in list(watch.check()):  # A report may restart the watch.
                     self._report(name, *found)
             self._next_check = self._step + self.every
         # Called once for the batches of one execution.
@@ -138,9 +135,8 @@ class ExpertHealth(keras.callbacks.Callback):
         is_uneven = kind in ("collapse", "dead")
         if acts and self.rebalance and is_uneven and name not in self._rebalanced:
             finding = self._rebalance(name, finding)
-        known = [(layer, found.fix) for _, layer, found in self.findings]
+        is_known = (name, finding.fix) in [(layer, each.fix) for _, layer, each in self.findings]
         self.findings.append((self._step, name, finding))
-        is_known = (name, finding.fix) in known
         advice = "The advice is the same as before." if is_known else finding.fix
         text = f"{name}, step {self._step}: {finding.text} {advice}"
         if acts and self.stop and finding.level == health.PROBLEM:
@@ -188,19 +184,24 @@ class _Watch:
         self._idle: np.ndarray = np.zeros(len(self._window), "int64")
 
     def check(self):
-        """Tuples of a kind, a finding, and perhaps the experts that it is about."""
-        found: list = []
+        """Yield tuples of a kind, a finding, and perhaps the experts that it is about."""
         size = _router_size(self.layer.router)
         if not np.isfinite(size):
-            found.append(("router", health.not_a_number()))
+            yield "router", health.not_a_number()
         elif size > max(health.EXPLODED_LOGIT, _GROWTH * self._first_size):
-            how = f"spread by {size:.0f} for inputs of size 1"
-            found.append(("router", health.exploded(how)))
+            yield "router", health.exploded(f"spread by {size:.0f} for inputs of size 1")
         self.count()
-        if health.is_enough(self._window):
-            found += self._judge_load()
-            self._window, self._dropped = np.zeros_like(self._window), 0.0
-        return found
+        if not health.is_enough(self._window):
+            return
+        self._judge_spread()
+        yield from self._collapse(self.patience)
+        self._drops.append(self._dropped / np.sum(self._window))
+        if len(self._drops) == self.patience and min(self._drops) > health.MOST_DROPPED:
+            yield "dropped", health.judge_drops(self._drops[-1])[0]
+        idle = ops.convert_to_numpy(is_dead(self._window))
+        self._idle = np.where(idle, self._idle + 1, 0)
+        yield from self._dead(_DEAD_PATIENCE * self.patience)
+        self._window, self._dropped = np.zeros_like(self._window), 0.0
 
     def count(self):
         """Add what was counted since the last time, and return the counters."""
@@ -223,16 +224,6 @@ class _Watch:
     def _judge_spread(self):
         self._judged = self._window
         self._spreads.append(health.spread(self._judged, self.layer.router.min_top_k))
-
-    def _judge_load(self):
-        self._judge_spread()
-        yield from self._collapse(self.patience)
-        self._drops.append(self._dropped / np.sum(self._window))
-        if len(self._drops) == self.patience and min(self._drops) > health.MOST_DROPPED:
-            yield "dropped", health.judge_drops(self._drops[-1])[0]
-        idle = ops.convert_to_numpy(is_dead(self._window))
-        self._idle = np.where(idle, self._idle + 1, 0)
-        yield from self._dead(_DEAD_PATIENCE * self.patience)
 
     def _collapse(self, checks):
         """The finding of a collapse in so many checks, if there is one."""

@@ -22,16 +22,14 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     The logs get a few numbers over all `MixtureOfExperts` layers:
 
-    - `load_imbalance`: load of the busiest expert above the mean, 0 at balance, in the least even
-      layer; in validation `val_load_imbalance`
+    - `load_imbalance`, `val_load_imbalance`: load of the busiest expert above the mean, 0 at
+      balance, in the least even layer
     - `dead_experts`: number of experts with less than a thousandth of the mean of their layer
-    - `dropped_fraction`, with a capacity: share of the assignments that found no slot, in the layer
-      that drops most
+    - `dropped_fraction`, with a capacity: largest share of assignments that found no slot
     - `router_loss`, with router losses: their sum, each times its weight
 
     `history`, a dict of lists by epoch as in `keras.callbacks.History`, has the first three, and
-    more, of each layer: of a layer `"moe"` `moe_load_imbalance`, and `val_moe_load_imbalance` in
-    validation.
+    more, of each layer, such as `moe_load_imbalance` and in validation `val_moe_load_imbalance`.
 
     - `load_entropy`: entropy of the experts' shares over `log E`, 1 at balance, 0 in a collapse
     - `router_entropy`: entropy of a token's scores over `log E`, 1 undecided, 0 decided
@@ -49,12 +47,11 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     Args:
         expert_shares: Boolean. Whether the numbers of a layer include each expert's share.
-        log_dir: String or path. Folder for TensorBoard, or None. The numbers of each layer go to
-            its folders `train` and `validation`, as `LAYER/load_imbalance` and so on, with the
-            shares as the histogram `LAYER/shares` and the heat map `LAYER/shares_over_time`. Needs
-            `pip install tensorboard matplotlib`.
-        metrics: List of functions from the counts of a layer, a NumPy array (E,) of the assignments
-            of each expert in the epoch, to a number. It is NaN without counts.
+        log_dir: String, path or None. Folder for TensorBoard. Its folders `train` and `validation`
+            get the numbers of each layer, as `LAYER/load_imbalance`, a histogram `LAYER/shares` and
+            a heat map `LAYER/shares_over_time`. Needs `pip install tensorboard matplotlib`.
+        metrics: List of functions from the counts of a layer in the epoch, a NumPy array (E,), to a
+            number. It is NaN without counts.
         per_layer: Boolean. Whether the logs also get all numbers of each layer.
 
     Raises:
@@ -221,10 +218,8 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     def _read_training(self):
         if self._resets != self._count_resets():
-            raise ValueError(
-                "A model must have one `ExpertMonitor`, in one call at a time: put it before what "
-                "evaluates with one. Received: counters that were reset within an epoch"
-            )
+            rule = "A model must have one `ExpertMonitor`, in one call at a time, put first"
+            raise ValueError(f"{rule}. Received: counters that were reset within an epoch")
         return self._read_counts(keep=True)
 
     def _read_counts(self, keep=False):

@@ -21,8 +21,7 @@ class RouterLossSchedule(keras.callbacks.Callback):
 
     Raises:
         TypeError: If there is no such loss, or the schedule is no function.
-        ValueError: If the model has no MoE layer with the loss, or a weight is not finite or
-            negative.
+        ValueError: If the model has no MoE layer with the loss, or a weight is out of its range.
 
     Example:
 

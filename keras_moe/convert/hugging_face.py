@@ -28,12 +28,11 @@ def from_hugging_face(
     PyTorch; files need the package `safetensors`.
 
     Args:
-        source: Path, or mapping of strings to tensors. Folder of a model with `config.json` and
-            `.safetensors` files, or one such file; or the weights by name, such as a `state_dict`.
+        source: Path of a model's folder with `config.json` and `.safetensors` files, or of one such
+            file; or a mapping of names to weights, such as a `state_dict`.
         layer: Integer. Number of the decoder layer, from 0.
         config: Dict or None. Content of `config.json`. None: it is in the folder.
-        into: `layers.MixtureOfExperts` or None. A built layer that gets the weights. None: a new
-            one.
+        into: Built `layers.MixtureOfExperts` that gets the weights. None: a new one.
         **kwargs: Arguments of the new layer besides those in the config, such as `router_losses`.
 
     Returns:
@@ -53,7 +52,10 @@ def from_hugging_face(
     check_choice("model_type", config.get("model_type"), FAMILIES)
     if into is not None and kwargs:
         raise ValueError(f"`into` must be given without arguments of a layer. Received: {kwargs}")
-    mixture = mixture_of(config, **kwargs) if into is None else into
+    mixture = into
+    if into is None:
+        mixture = MixtureOfExperts(**{**_parts_of(config, kwargs.get("dtype")), **kwargs})
+        mixture.build((None, None, config["hidden_size"]))
     check_plain(mixture)
     read, names = tensor_reader(source)
     experts = range(mixture.experts.num_experts)
@@ -101,7 +103,7 @@ def arrays_of(mixture, layer, family, but=()):
     but = ("scaling_factor", *but)
     prefix, rules, variables = layout_of(mixture, layer, family, 0, but)
     # Without a place in the family's config, the factor of the router goes into the kernels.
-    has_place = "scaling_factor" in FAMILIES[family].router(_config_like(mixture, family))
+    has_place = "scaling_factor" in FAMILIES[family].router(config_like(mixture, family))
     scale = 1.0 if has_place else getattr(mixture.router, "scaling_factor", 1.0)
 
     def value(name):
@@ -133,11 +135,9 @@ class Config(dict):
 class Family(NamedTuple):
     """The MoE block of one family of models.
 
-    - `layouts`: pairs of the prefix of all names, with `{layer}` in it, and rules: for files, and
-      for models in memory if they differ.
+    - `layouts`: pairs of a prefix with `{layer}` and rules, of files and, if other, in memory.
     - `router`, `experts`: from a `Config` to arguments of our router, a `router_class`, and bank.
-    - `shared`: from a `Config` to the width of the shared expert; `gated_shared` if that has a
-      gate.
+    - `shared`: from a `Config` to the width of the shared expert; `gated_shared`: it has a gate.
     """
 
     layouts: tuple[tuple[str, tuple[Rule, ...]], ...]
@@ -186,7 +186,7 @@ def _bias(theirs):
 
 
 _GPT_OSS = (
-    Rule("router.weight", ("router.kernel",), transposed=True),
+    *_dense(["router"], ["router."]),
     Rule("router.bias", ("router.bias",)),
     Rule("experts.gate_up_proj", ("experts.gate_kernel", "experts.up_kernel"), interleaved=True),
     Rule("experts.gate_up_proj_bias", ("experts.gate_bias", "experts.up_bias"), interleaved=True),
@@ -285,12 +285,6 @@ def _parts_of(config, dtype=None):
     }
 
 
-def mixture_of(config, dtype=None, **kwargs):
-    mixture = MixtureOfExperts(**{**_parts_of(config, dtype), "dtype": dtype, **kwargs})
-    mixture.build((None, None, config["hidden_size"]))
-    return mixture
-
-
 def _layout_in(names, family, layer, experts):
     """The prefix and the rules of the family's first layout without a missing weight."""
     missing = []
@@ -301,10 +295,8 @@ def _layout_in(names, family, layer, experts):
         if not absent:
             return prefix, rules
         missing.append(absent[0])
-    raise ValueError(
-        f"A MoE block of {family!r} with {len(experts)} experts must have all its weights. "
-        f"Received: layer={layer}, without {' and without '.join(map(repr, missing))}"
-    )
+    rule = f"A MoE block of {family!r} with {len(experts)} experts must have all its weights"
+    raise ValueError(f"{rule}. Received: layer={layer} without {' or '.join(map(repr, missing))}")
 
 
 def layout_of(mixture, layer, family, number, but=()):
@@ -314,11 +306,11 @@ def layout_of(mixture, layer, family, number, but=()):
     check_plain(mixture, but=mixture.experts)
     if "shared_expert" in but:
         rules = [rule for rule in rules if not rule.theirs.startswith("shared_expert")]
-    variables = _placed(mixture, rules, _config_like(mixture, family), but)
+    variables = _placed(mixture, rules, config_like(mixture, family), but)
     return prefix.format(layer=layer), rules, variables
 
 
-def _config_like(mixture, family):
+def config_like(mixture, family):
     """The config of a family whose MoE block comes closest to a layer."""
     experts, router = mixture.experts, mixture.router
     width = getattr(experts, "hidden_dim", None) or 1  # refused later
@@ -356,9 +348,8 @@ def _placed(mixture, rules, config, but=()):
         more = [each for each in weights if id(each) not in known and "_lora_" not in each.name]
         wrong += [f"a weight {each.path!r} without a place" for each in more]
     if wrong:
-        raise ValueError(
-            f"The layer must be a block of {config['model_type']!r}. Received: {'; '.join(wrong)}"
-        )
+        rule = f"The layer must be a block of {config['model_type']!r}"
+        raise ValueError(f"{rule}. Received: {'; '.join(wrong)}")
     return placed
 
 
@@ -369,8 +360,7 @@ _SUFFIXES = ("_initializer", "_regularizer", "lora_rank", "lora_alpha")
 
 def _differences(mixture, config, but):
     """Why a layer computes something else than the block of a config, but for some arguments."""
-    found = []
-    parts = _parts_of(config)
+    found, parts = [], _parts_of(config)
     for name in sorted({"router", "experts", "shared_expert"}.difference(but)):
         part, wanted = getattr(mixture, name), parts[name]
         if not _computes_as(part, wanted):
@@ -385,9 +375,9 @@ def _differences(mixture, config, but):
             ]
     if not found and renormalizes(mixture.router) != renormalizes(parts["router"]):
         found.append(f"renormalize={mixture.router.renormalize}")
-    gates = mixture.gated_shared_expert, parts["gated_shared_expert"]
-    if gates[0] != gates[1] and "shared_expert" not in but:
-        found.append(f"gated_shared_expert={mixture.gated_shared_expert}")
+    is_gated = mixture.gated_shared_expert
+    if is_gated != parts["gated_shared_expert"] and "shared_expert" not in but:
+        found.append(f"gated_shared_expert={is_gated}")
     if mixture.capacity is not None and mixture.capacity.evaluation_factor is not None:
         found.append(f"evaluation_factor={mixture.capacity.evaluation_factor}, not None")
     return found

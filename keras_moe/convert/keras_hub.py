@@ -6,13 +6,7 @@ import keras
 
 from keras_moe._internal.keras_internals import own_layers
 from keras_moe._internal.serialization import PACKAGE, Configured, register
-from keras_moe.convert.keras_hub_blocks import (
-    FAMILIES,
-    dense_layers,
-    family_of,
-    is_sparse,
-    sparse_layers,
-)
+from keras_moe.convert.keras_hub_blocks import FAMILIES, family_of, is_sparse, sparse_layers
 from keras_moe.convert.weights import check_plain
 from keras_moe.layers.replacement import backbones, forget_converters, record, replace
 
@@ -28,8 +22,7 @@ def use_sparse_experts(model: keras.Model) -> keras.Model:
     is loaded, in a process that has imported `keras_moe`.
 
     Args:
-        model: Keras model. A `CausalLM` or `Backbone` of KerasHub, or a model that contains one. Of
-            several models in each other, the outermost.
+        model: Keras model. The outermost that contains a `CausalLM` or `Backbone` of KerasHub.
 
     Raises:
         ValueError: If the model has no MoE block that is known here, or a quantized or LoRA one.
@@ -74,11 +67,14 @@ def restore(model: keras.Model) -> keras.Model:
 
     >>> keras_moe.convert.restore(model).save_to_preset("preset")  # doctest: +SKIP
     """
-    replacements = dense_layers(model)
-    if not replacements:
-        raise ValueError(
-            f"`model` must be one that `use_sparse_experts` converted. Received: {model!r}"
-        )
+    sparse = list(filter(is_sparse, model._flatten_layers()))
+    if not sparse:
+        rule = "`model` must be one that `use_sparse_experts` converted"
+        raise ValueError(f"{rule}. Received: {model!r}")
+    for layer in sparse:
+        # KerasHub gets the floats of experts, with their LoRA.
+        check_plain(layer._sparse_mixture, but=layer._sparse_mixture.experts)
+    replacements = {old: new for layer in sparse for old, new in layer.make_dense().items()}
     model, _ = replace(model, replacements)
     for backbone in backbones(model):
         forget_converters(backbone)
@@ -88,13 +84,12 @@ def restore(model: keras.Model) -> keras.Model:
 def layout_map(mesh: keras.distribution.DeviceMesh) -> keras.distribution.LayoutMap:
     """Layouts of KerasHub's MoE models for `distribution.expert_parallel`, on JAX.
 
-    Heads of attention are split over the axis "model" of the mesh, experts over "expert". All other
-    weights are whole on every device. Set the distribution before you make or load the model, and
-    convert the model afterwards.
+    Heads of attention are split over the axis "model" of the mesh, experts over "expert"; all other
+    weights are whole on every device. Set the distribution, make or load the model, then convert.
 
     Args:
-        mesh: `keras.distribution.DeviceMesh` with the axes "data", "expert" and "model". The size
-            of the last one divides the number of query heads.
+        mesh: `keras.distribution.DeviceMesh` with axes "data", "expert" and "model", whose size
+            divides the number of query heads.
 
     Returns:
         A `keras.distribution.LayoutMap`.

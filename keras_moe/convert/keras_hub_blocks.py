@@ -11,7 +11,7 @@ from keras import ops
 from keras_moe import activations, losses, routers
 from keras_moe._internal.keras_internals import names_below
 from keras_moe._internal.serialization import load_draws, register, save_draws
-from keras_moe.convert.weights import Rule, check_plain, floats_of
+from keras_moe.convert.weights import Rule, floats_of
 from keras_moe.layers import GatedExperts, MixtureOfExperts
 from keras_moe.ops import GroupedPlan
 
@@ -19,16 +19,14 @@ from keras_moe.ops import GroupedPlan
 class Family(NamedTuple):
     """The MoE block of one family of models.
 
-    - `router`: path of its `Dense` layer of the router.
-    - `experts`: name of its bank of experts.
+    - `router`, `experts`: paths of the `Dense` layer of its router and of its bank of experts.
     - `weights`: rules for the weights of the bank, in the order in which KerasHub makes them.
     - `make_router`: from a block to our router.
     - `gated`: arguments of our `GatedExperts`.
     - `shared`, `shared_gate`: names of the expert that serves all tokens and its gate, if any.
     - `balance`: name of the weight of the load-balancing loss, if it has one.
     - `returns_weights`: whether it returns the weights of all experts, and not the logits.
-    - `is_decoder`: whether it is a whole decoder layer, which calls its router and its experts one
-      after the other, with different inputs. Its bank has a learned scale of each output.
+    - `is_decoder`: whether it is a whole decoder layer, which calls its router and its experts.
     """
 
     router: str
@@ -115,6 +113,7 @@ FAMILIES = {
             Rule("gate_proj", ("gate_kernel",)),
             Rule("up_proj", ("up_kernel",)),
             Rule("down_proj", ("down_kernel",)),
+            Rule("per_expert_scale", ("output_scale",)),
         ),
         make_router=lambda block: _renormalized(block, top_k=block.num_experts_per_token),
         gated={"activation": tanh_gelu},
@@ -202,6 +201,8 @@ class RelaidExperts(GatedExperts):
             values += projection.stored(own[f"{projection.name}_kernel"])
             values += [own[f"{projection.name}_bias"]] if self.use_bias else []
         super().load_own_variables({str(i): value for i, value in enumerate(values)})
+        if "output_scale" in own:
+            self.output_scale.assign(own["output_scale"])
 
 
 class SparseRouter(keras.Layer):
@@ -222,9 +223,9 @@ class SparseRouter(keras.Layer):
 
 
 class CalledExperts(RelaidExperts):
-    """Experts that a decoder calls with inputs of the router, and the mixture with a plan.
+    """Experts with a learned scale of the outputs of each.
 
-    A learned scale, the last weight, multiplies the outputs of each.
+    A decoder calls them with inputs of the router, and the mixture with a plan.
     """
 
     def __init__(self, *args, run_mixture=None, **kwargs):
@@ -236,22 +237,12 @@ class CalledExperts(RelaidExperts):
 
     def build(self, tokens_shape):
         super().build(tokens_shape)
-        self.output_scale = self.add_weight(
-            name="output_scale", shape=(self.num_experts,), initializer="ones"
-        )
+        self.output_scale = self.add_weight((self.num_experts,), "ones", name="output_scale")
 
     def __call__(self, tokens, plan=None, **kwargs):
         if plan is None or isinstance(plan, GroupedPlan):
             return super().__call__(tokens, plan, **kwargs)
         return self.run_mixture(tokens, plan)
-
-    def save_own_variables(self, store):
-        super().save_own_variables(store)
-        store[str(len(self._rules))] = ops.convert_to_numpy(self.output_scale)
-
-    def load_own_variables(self, store):
-        super().load_own_variables(store)
-        self.output_scale.assign(store[str(len(self._rules))])
 
 
 class BareMixture(MixtureOfExperts):
@@ -306,15 +297,6 @@ def sparse_layers(owner, block, family):
 
 def is_sparse(layer):
     return hasattr(layer, "make_dense")
-
-
-def dense_layers(model):
-    """A dict from sparse layers of a model to KerasHub's own, with the same weights."""
-    sparse = list(filter(is_sparse, model._flatten_layers()))
-    for layer in sparse:
-        # KerasHub gets the floats of experts, with their LoRA.
-        check_plain(layer._sparse_mixture, but=layer._sparse_mixture.experts)
-    return {old: new for layer in sparse for old, new in layer.make_dense().items()}
 
 
 # Arguments of blocks that are attributes of another name.

@@ -9,11 +9,10 @@ import collections
 import math
 import os
 import re
-from typing import Any
 
 import numpy as np
-from keras import ops
 
+from keras_moe._internal.keras_internals import float_array
 from keras_moe.convert.hugging_face import FAMILIES, layout_of
 from keras_moe.convert.weights import read_config, tensor_reader
 from keras_moe.layers import MixtureOfExperts
@@ -29,18 +28,15 @@ def from_peft(
     """Give the experts of a MoE layer the low-rank factors of a PEFT adapter, by `enable_lora`.
 
     The layer is returned. Weights outside this block, such as in attention, are not read. The
-    adapter is of stacks of experts, or of the linear layers of single experts; those without an
-    adapter keep their kernels.
+    adapter is of stacks of experts, or of single experts, and others keep their kernels.
 
     Args:
         source: Path. Folder of an adapter, with `adapter_config.json` and `.safetensors` files.
-        mixture, layer, family: As in `to_hugging_face`: a layer without LoRA, with the weights that
-            were adapted.
+        mixture, layer, family: As in `to_hugging_face`: a layer without LoRA, as it was adapted.
 
     Raises:
         ValueError: If the layer is no block of the family, or the adapter has no factors of its
-            experts, adapts more of the block than the experts, uses DoRA, or has factors of other
-            shapes.
+            experts, or others of the block, or of other shapes, or uses DoRA.
 
     Example:
 
@@ -50,7 +46,8 @@ def from_peft(
     read, names = tensor_reader(source)
     bank = mixture.experts
     stacked, rules = _experts_of(mixture, layer, family)
-    block, in_files, _ = layout_of(mixture, layer, family, 0)
+    block, in_files = FAMILIES[family].layouts[0]
+    block = block.format(layer=layer)
     # Kernels of single experts by the start of the names of their factors.
     single = {
         f"{_BASE}{block}{rule.theirs.format(expert=expert).removesuffix('weight')}": (rule, expert)
@@ -63,10 +60,9 @@ def from_peft(
     odd = own ^ {start + f"lora_{letter}.weight" for start in starts for letter in "AB"}
     is_stacked = {start.replace("base_layer.", "") for start in starts} == {stacked}
     if odd or settings.get("use_dora") or not (is_stacked or starts and starts <= {*single}):
-        raise ValueError(
-            "An adapter must be of experts and nothing else of their block, without DoRA. "
-            f"Received: {sorted(own)}, use_dora={settings.get('use_dora')}, layer={layer}"
-        )
+        rule = "An adapter must be of experts and nothing else of their block, without DoRA"
+        received = f"{sorted(own)}, use_dora={settings.get('use_dora')}, layer={layer}"
+        raise ValueError(f"{rule}. Received: {received}")
 
     def expected(rule, parameter, copies=1):
         """The shapes of factors, and the rule with the rank and the scale that PEFT gives them."""
@@ -86,25 +82,21 @@ def from_peft(
 
     # Wrappers in each other do not say which kernel they adapt: its shape does.
     by_shape = dict(expected(rule, blocks[1] + rule.theirs, bank.num_experts) for rule in rules)
-    # For each projection: numbers of experts, A (..., D, r), B (..., r, H), and its scale.
+    # For each projection: experts, their A (e, D, r) and B (e, r, H), and the scale.
     found = collections.defaultdict(list)
     for start in sorted(starts):
         a, b = (read(f"{start}lora_{letter}.weight") for letter in "AB")
-        experts: Any = slice(None)
+        experts = slice(None)
         if not is_stacked:
-            rule, experts = single[start]
+            rule, expert = single[start]
+            experts = slice(expert, expert + 1)
             by_shape = dict([expected(rule._replace(transposed=False), start.removesuffix("."))])
         if (a.shape, b.shape) not in by_shape:
-            raise ValueError(
-                f"The factors of an adapter must have the shapes {[*by_shape]}. "
-                f"Received: {a.shape}, {b.shape} of {start}"
-            )
+            rule = f"The factors of an adapter must have the shapes {[*by_shape]}"
+            raise ValueError(f"{rule}. Received: {a.shape}, {b.shape} of {start}")
         rule, rank, scale = by_shape[a.shape, b.shape]
-        if is_stacked:
-            a = a.reshape(-1, rank, a.shape[1]).swapaxes(1, 2)
-            b = b.reshape(len(b), rank, -1).transpose(2, 1, 0)
-        else:
-            a, b = a.T, b.T
+        a = a.reshape(-1, rank, a.shape[1]).swapaxes(1, 2)
+        b = b.reshape(len(b), rank, -1).transpose(2, 1, 0)
         for projection, part in zip(_projections(bank, rule), rule.split(b)):
             found[projection].append((experts, a, part, scale))
     # The kernels of a bank have one rank and one scale: the last that was read.
@@ -112,9 +104,7 @@ def from_peft(
     bank.enable_lora(rank, rank * scale)
     for projection, parts in found.items():
         # Further columns of A begin at random, so that they can train.
-        all_a, all_b = (
-            np.array(ops.convert_to_numpy(each)) for each in (projection.lora_a, projection.lora_b)
-        )
+        all_a, all_b = float_array(projection.lora_a), float_array(projection.lora_b)
         for experts, a, b, own_scale in parts:
             own_rank = a.shape[-1]
             all_a[experts, :, :own_rank], all_b[experts, :own_rank] = a, b * (own_scale / scale)
@@ -181,10 +171,8 @@ def _projections(bank, rule):
 
 def _joined(projections):
     """One A (E, D, r') for all projections, and a B (E, r', H) for each."""
-    a, b = (
-        [ops.convert_to_numpy(getattr(each, part)) for each in projections]
-        for part in ("lora_a", "lora_b")
-    )
+    a = [float_array(each.lora_a) for each in projections]
+    b = [float_array(each.lora_b) for each in projections]
     if all(np.array_equal(each, a[0]) for each in a):
         return a[0], b
     empty = np.zeros_like(b[0])

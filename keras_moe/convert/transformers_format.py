@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal.keras_internals import own_variables
-from keras_moe.convert.hugging_face import arrays_of, renormalizes
+from keras_moe.convert.hugging_face import arrays_of, config_like
 from keras_moe.inspection.summaries import find_layers
 
 # By the class of a backbone, the model that computes the same with mixtures.
@@ -36,6 +36,9 @@ _ENTRIES = {
     "shared_expert_intermediate_size": "shared_expert_intermediate_dim",
 }
 
+# Entries that all mixtures of a model share.
+_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+
 # Names of layers outside blocks, and in blocks.
 _OUTSIDE = {"token_embedding": "model.embed_tokens.", "sequence_output_layernorm": "model.norm."}
 _IN_BLOCKS = {
@@ -60,11 +63,10 @@ _IN_BLOCKS = {
 def save_to_transformers(model: keras.Model, folder: str | os.PathLike) -> None:
     """Save a KerasHub model with mixtures in a folder that Transformers loads.
 
-    Models that `use_sparse_experts` converted stay what they are: Mixtral, Qwen-MoE, Qwen3-MoE or
-    gpt-oss, with fewer experts after surgery. Upcycled Llama and Mistral models become a Mixtral,
-    upcycled Qwen3 models a Qwen3-MoE. LoRA is added to the kernels, which are multiplied by the
-    scaling factor of the router (`granularity`). The tokenizer of the original model fits. Needs
-    the package `safetensors`. For Gemma 4 use `restore` and KerasHub's `export_to_transformers`.
+    Converted Mixtral, Qwen-MoE, Qwen3-MoE and gpt-oss models stay what they are, also after
+    surgery. Upcycled Llama and Mistral models become a Mixtral, upcycled Qwen3 models a Qwen3-MoE.
+    LoRA and the scaling factor of the router go into the kernels. The tokenizer stays the same.
+    Needs `safetensors`. For Gemma 4 use `restore` and KerasHub's `export_to_transformers`.
 
     Args:
         model: Keras model. A `CausalLM` or `Backbone` of KerasHub. Its mixtures have the same sizes
@@ -131,29 +133,22 @@ def _arrays_of(layer):
 def _config(backbone, mixtures):
     bases = [cls.__name__ for cls in type(backbone).__mro__]
     family, cls = next((_MODELS[name] for name in bases if name in _MODELS), (None, None))
-    found = [mixture for own in mixtures for mixture in own]
-    sizes = {
-        (
-            each.experts.num_experts,
-            getattr(each.experts, "hidden_dim", None),
-            each.router.max_top_k,
-            renormalizes(each.router),
-        )
-        for each in found
-    }
+    blocks = [config_like(mixture, family) for own in mixtures for mixture in own]
+    sizes = {tuple(block[name] for name in _SIZES) for block in blocks}
     dense = [number for number, own in enumerate(mixtures) if not own]
     may_be_dense = family in ("qwen2_moe", "qwen3_moe")
     if family is None or len(sizes) != 1 or (dense and not may_be_dense):
+        names = [backbone.transformer_layers[number].name for number in dense]
         raise ValueError(
             f"`model` must be of KerasHub, with a backbone of {', '.join(_MODELS)}, and have "
-            "mixtures of one size, in all blocks if Transformers needs that; `upcycle` gives them "
-            f"to dense blocks. Received: {type(backbone).__name__} with sizes {sizes} and the "
-            f"dense blocks {[backbone.transformer_layers[number].name for number in dense]}"
+            "mixtures of one size, in all blocks if Transformers needs that: see `upcycle`. "
+            f"Received: {type(backbone).__name__} with sizes {sizes} and dense blocks {names}"
         )
     quantized = [layer.path for layer in backbone._flatten_layers() if layer.quantization_mode]
     if quantized:
         raise ValueError(f"`model` must not be quantized. Received: int8 or int4 in {quantized}")
-    num_experts, width, top_k, renormalized = sizes.pop()
+    of_mixtures = dict(zip(_SIZES, sizes.pop()))
+    width = of_mixtures["moe_intermediate_size"]
 
     def of(name, default=None):
         return getattr(backbone, name, default)
@@ -164,12 +159,9 @@ def _config(backbone, mixtures):
         "model_type": family,
         **{name: of(ours) for name, ours in _ENTRIES.items()},
         "head_dim": of("head_dim") or backbone.hidden_dim // backbone.num_query_heads,
+        **of_mixtures,
         "intermediate_size": backbone.intermediate_dim if may_be_dense else width,
-        "moe_intermediate_size": width,
-        "num_experts": num_experts,
-        "num_local_experts": num_experts,
-        "num_experts_per_tok": top_k,
-        "norm_topk_prob": renormalized,
+        "num_local_experts": of_mixtures["num_experts"],
         "mlp_only_layers": dense,
         "sliding_window": window,
         "use_sliding_window": of("use_sliding_window_attention", bool(window)),

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
-from keras_moe import losses, routers
+from keras_moe import routers
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer
 from keras_moe._internal.former_names import former_names
@@ -44,64 +44,43 @@ LARGE_RATE = 0.01
 
 _BALANCED = "The load is balanced by"
 
-# Facts about losses, routers and balancers by class, for advice.
-_DEFAULTS = {
-    "usual_weight": None,  # of a balancing loss
-    "value_at_balance": 0.0,  # of a balancing loss before its weight
-    "normalizes_kernel": False,  # rescaling the kernel of a router leaves its logits unchanged
-    "shift_invariant": True,  # a number that is added to all logits of a token changes nothing
-    "advice": None,  # for a load that is uneven in spite of a router or a balancer
-}
-_FACTS: dict = {
-    losses.LoadBalance: {"usual_weight": 1e-2, "value_at_balance": 1.0},
-    losses.SequenceLoadBalance: {"value_at_balance": 1.0},
-    losses.GlobalLoadBalance: {"value_at_balance": 1.0},
-    routers.CosineRouter: {"normalizes_kernel": True},
-    routers.SoftRouter: {"normalizes_kernel": True},
-    routers.TopKRouter: {"shift_invariant": lambda router: router.score == "softmax"},
-    routers.SinkhornRouter: {"shift_invariant": lambda router: router.top_k > 1},
-    routers.BalancedAssignmentRouter: {"shift_invariant": False},
-    routers.ReLURouter: {
-        "shift_invariant": False,
-        "advice": lambda router: (
-            f"The loss of the router balances the load: raise its growth of {router.growth:g}."
-        ),
-    },
-    routers.SelectionBalancer: {
-        "advice": lambda bias: f"{_BALANCED} the selection bias of {type(bias).__name__}."
-    },
-    routers.LossFreeBias: {
-        "advice": lambda bias: (
-            f"{_BALANCED} LossFreeBias(rate={bias.rate:g}): "
-            + (
-                f"raise the rate, for example to {min(10 * bias.rate, LARGE_RATE):g}."
-                if bias.rate < LARGE_RATE
-                else "lower the rate if the load jumps from epoch to epoch, else raise it."
-            )
-        ),
-    },
-    routers.QuantileBias: {
-        "advice": lambda bias: (
-            f"{_BALANCED} QuantileBias(momentum={bias.momentum:g}): lower the momentum, or use "
-            "larger batches."
-        ),
-    },
-}
+
+def normalizes_kernel(router):
+    """Whether rescaling the kernel of a router leaves its logits unchanged."""
+    known = isinstance(router, (routers.CosineRouter, routers.SoftRouter))
+    return getattr(router, "normalizes_kernel", known)
 
 
-def fact(part, name):
-    """A fact about a loss, a router or a balancer; an attribute of a user-defined class wins."""
-    if hasattr(part, name):
-        return getattr(part, name)
-    tables = (_FACTS[cls] for cls in type(part).__mro__ if name in _FACTS.get(cls, ()))
-    value = next(tables, _DEFAULTS)[name]
-    return value(part) if callable(value) else value
+def is_shift_invariant(router):
+    """Whether a number that is added to all logits of a token changes nothing."""
+    known = not isinstance(router, (routers.BalancedAssignmentRouter, routers.ReLURouter))
+    if isinstance(router, routers.TopKRouter):
+        known = router.score == "softmax"
+    elif isinstance(router, routers.SinkhornRouter):
+        known = router.top_k > 1
+    return getattr(router, "shift_invariant", known)
 
 
 def is_large(loss, weight):
     """Whether the weight of a loss should not grow: from ten times its usual weight on."""
-    usual = fact(loss, "usual_weight")
-    return usual is not None and weight >= LARGE_WEIGHT * usual
+    return loss.usual_weight is not None and weight >= LARGE_WEIGHT * loss.usual_weight
+
+
+def _advice_about(part):
+    """Advice for an uneven load in spite of a router or balancer, None if it balances nothing."""
+    if isinstance(part, routers.ReLURouter):
+        return f"The loss of the router balances the load: raise its growth of {part.growth:g}."
+    if isinstance(part, routers.QuantileBias):
+        fix = "lower the momentum, or use larger batches."
+        return f"{_BALANCED} QuantileBias(momentum={part.momentum:g}): {fix}"
+    if isinstance(part, routers.LossFreeBias):
+        fix = "lower the rate if the load jumps from epoch to epoch, else raise it."
+        if part.rate < LARGE_RATE:
+            fix = f"raise the rate, for example to {min(10 * part.rate, LARGE_RATE):g}."
+        return f"{_BALANCED} LossFreeBias(rate={part.rate:g}): {fix}"
+    if isinstance(part, routers.SelectionBalancer):
+        return f"{_BALANCED} the selection bias of {type(part).__name__}."
+    return None
 
 
 def balance_advice(layer: MixtureOfExperts) -> str:
@@ -109,14 +88,11 @@ def balance_advice(layer: MixtureOfExperts) -> str:
     advice = []
     for loss, weight in zip(layer.router_losses, layer.loss_weights_in_force):
         if loss.balances:
-            balanced = f"{_BALANCED} {type(loss).__name__}(weight={weight:g})"
+            fix = f": give it {'ten times the weight' if weight else 'a weight above 0'}."
             if is_large(loss, weight):
-                balanced += ", a large weight: with a larger one the router may learn balance "
-                balanced += "instead of the task."
-            else:
-                balanced += f": give it {'ten times the weight' if weight else 'a weight above 0'}."
-            advice.append(balanced)
-    by_router = fact(getattr(layer.router, "balancer", None) or layer.router, "advice")
+                fix = ", a large weight: with more the router may learn balance, not the task."
+            advice.append(f"{_BALANCED} {type(loss).__name__}(weight={weight:g}){fix}")
+    by_router = _advice_about(getattr(layer.router, "balancer", None) or layer.router)
     bias = "A selection bias balances without a loss: see `balancer` of `TopKRouter`."
     loss = "Nothing balances the load: add `losses.LoadBalance()` to its `router_losses`."
     advice.append(by_router or (bias if advice else loss))
@@ -150,9 +126,8 @@ def spread(counts, top_k):
 def judge_load(counts: Tensor, top_k: int, advice: str) -> list[Finding]:
     """Findings about the load of the experts.
 
-    A problem if experts are dead, as `metrics.dead_experts` counts them, or in a collapse, where
-    few more than K experts do the work. A hint if the busiest expert does more than twice the mean,
-    or with fewer than 20 assignments an expert.
+    A problem if experts are dead, see `metrics.dead_experts`, or in a collapse, where few more than
+    K do the work. A hint if one does twice the mean, or with fewer than 20 assignments an expert.
 
     Args:
         counts: List or array, (E,). Assignments per expert.
@@ -188,9 +163,9 @@ def judge_drops(dropped: float) -> list[Finding]:
 @np.errstate(invalid="ignore")  # infinite logits become NaN, which is a finding
 def logit_sizes(logits, router):
     """The size of the difference between experts, of logits (T, E) or a kernel (D, E)."""
-    if fact(router, "normalizes_kernel"):
+    if normalizes_kernel(router):
         return 0.0 * logits  # It learns their scale; NaN stays NaN.
-    if not fact(router, "shift_invariant"):
+    if not is_shift_invariant(router):
         return np.abs(logits)
     return logits - np.mean(logits, axis=-1, keepdims=True)
 
@@ -212,10 +187,7 @@ def judge_router(entropy: float, largest_logit: float) -> list[Finding]:
         return [exploded(f"reach {largest_logit:.0f}")]
     if entropy > INDIFFERENT:
         text = "The router hardly prefers an expert: the scores of a token are close to each other."
-        fix = (
-            "Train longer, as scores are close at first. If the loss does not fall either, router "
-            "losses, if the layer has any, may weigh too much."
-        )
+        fix = "Train longer. If the loss does not fall either, router losses may weigh too much."
     elif entropy < CERTAIN:
         text = "The router is all but certain of every choice, so it hardly learns any more."
         fix = "Raise the weight of `losses.RouterZ`, or add `logit_noise` to the router."
@@ -265,7 +237,7 @@ def is_enough(counts, each=ENOUGH):
 
 def weak_loss(loss, weight):
     """A finding, if a router loss is on but its present weight cannot matter, or None."""
-    usual = fact(loss, "usual_weight")
+    usual = loss.usual_weight
     if usual is None or not 0 < weight < WEAK_WEIGHT * usual:
         return None
     text = f"{type(loss).__name__}(weight={weight:g}) is too weak to have any effect."
@@ -275,20 +247,18 @@ def weak_loss(loss, weight):
 def heavy_losses(router_losses, weights, total, values):
     """A finding, if balancing is a large part of what training can still lower, or None.
 
-    Only what is above the value of a loss at an even load counts: that is constant. `total` is the
-    largest loss of the model in all epochs, as any balancing loss is large beside the small loss of
-    a task that has been learned. `values` are the means of the losses before their weights, over
-    about the steps of `total`.
+    Only what is above the value of a loss at an even load counts: that is constant. `values` are
+    the means of the losses before their weights, and `total` is the largest loss of the model, as
+    any balancing loss is large beside the small loss of a task that has been learned.
     """
     constant = excess = 0.0
     names, advised = [], None
     for loss, weight, value in zip(router_losses, weights, values, strict=True):
-        usual, at_balance = fact(loss, "usual_weight"), fact(loss, "value_at_balance")
-        constant += weight * at_balance
-        if usual is not None and weight >= HEAVY_WEIGHT * usual:
-            excess += weight * (value - at_balance)
+        constant += weight * loss.value_at_balance
+        if loss.usual_weight is not None and weight >= HEAVY_WEIGHT * loss.usual_weight:
+            excess += weight * (value - loss.value_at_balance)
             names.append(f"{type(loss).__name__}(weight={weight:g})")
-            advised = advised or usual
+            advised = advised or loss.usual_weight
     rest = total - constant
     # NaN is in no order.
     if not names or not excess >= HEAVY_SHARE * abs(rest) > 0:
@@ -296,10 +266,7 @@ def heavy_losses(router_losses, weights, total, values):
     text = f"{' and '.join(dict.fromkeys(names))} is {excess:.3g} of a loss of up to {rest:.3g}"
     if constant:
         text += f", not counting the constant {constant:.3g} of balancing losses at an even load"
-    fix = (
-        "The router may learn balance instead of the task: try a weight of about "
-        f"{advised:g}, if the load stays even with it."
-    )
+    fix = f"It may outweigh the task: try a weight of about {advised:g}, if the load stays even."
     return Finding(HINT, f"{text}.", fix)
 
 

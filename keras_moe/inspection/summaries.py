@@ -32,9 +32,8 @@ def moe_layers(model: keras.Model) -> dict[str, MixtureOfExperts]:
     """
     layers = find_layers(model)
     if not layers:
-        raise ValueError(
-            f"The model must have a `MixtureOfExperts` layer. Received: {model.name!r} without one"
-        )
+        rule = "The model must have a `MixtureOfExperts` layer"
+        raise ValueError(f"{rule}. Received: {model.name!r} without one")
     names = [layer.name for layer in layers]
     if len(set(names)) < len(names):
         paths = [layer.path.split("/") for layer in layers]
@@ -63,6 +62,14 @@ def find_layers(model):
 
     visit(model)
     return [layer for layer, is_mixture in found.items() if is_mixture]
+
+
+def architecture(layer):
+    """Yield classes, activations and shapes, which are equal in layers of one architecture."""
+    for part in layer._flatten_layers():
+        activation = getattr(part, "activation", None)
+        yield type(part).__name__, getattr(activation, "__name__", type(activation).__name__)
+    yield from ((weight.name, tuple(weight.shape)) for weight in layer.weights)
 
 
 class LayerSummary(NamedTuple):
@@ -122,8 +129,8 @@ def summarize(model: keras.Model) -> list[LayerSummary]:
     summaries = []
     for name, layer in _built_layers(model).items():
         router, bank = layer.router, layer.experts
-        parameters, of_experts = _count(layer), _count(bank) - sum(map(_count_own, _shared(bank)))
-        active = parameters - of_experts + round(of_experts * router.mean_top_k / bank.num_experts)
+        parameters = sum(map(_count_own, layer._flatten_layers()))
+        active = parameters - _idle_parameters(_active_shares([layer]))
         counts = ops.convert_to_numpy(layer.expert_counts)
         if not counts.any() and layer.last_counts is not None:
             counts = layer.last_counts
@@ -183,43 +190,42 @@ def table_row(layer):
 def count_parameters(model: keras.Model) -> tuple[int, int]:
     """All parameters of a built model, and those that work on one token, two integers.
 
-    Experts that several layers share count once. As many of them work on a token as these layers
-    choose together, and at most all.
+    Experts that layers share count once; as many work as these layers choose, at most all.
     """
-    # By part, because layers may share a bank, and banks a layer.
-    active_shares: dict = {}
-    for layer in _built_layers(model).values() if has_moe_layers(model) else ():
-        share, shared = layer.router.mean_top_k / layer.experts.num_experts, _shared(layer.experts)
-        for part in layer.experts._flatten_layers():
-            more = 1.0 if part in shared else share
-            active_shares[part] = min(1.0, active_shares.get(part, 0.0) + more)
-    idle = sum((1 - share) * _count_own(part) for part, share in active_shares.items())
+    shares = _active_shares(_built_layers(model).values() if has_moe_layers(model) else ())
     total = model.count_params()
-    for part in active_shares:
+    for part in shares:
         if part.quantization_mode is not None:  # Two parameters of four bits are stored as one.
             stored = [*part._trainable_variables, *part._non_trainable_variables]
             total += _count_own(part) - sum(math.prod(weight.shape) for weight in stored)
-    return total, total - round(idle)
+    return total, total - _idle_parameters(shares)
 
 
 def _built_layers(model):
     layers = moe_layers(model)
     unbuilt = [name for name, layer in layers.items() if not layer.built]
     if unbuilt:
-        raise ValueError(
-            f"The model must be built; call it on some data first. Received: {unbuilt} unbuilt"
-        )
+        rule = "The model must be built; call it on some data first"
+        raise ValueError(f"{rule}. Received: {unbuilt} unbuilt")
     return layers
 
 
-def _shared(bank):
-    """The parts of a bank that all of its experts share."""
-    banks = [part for part in bank._flatten_layers() if isinstance(part, LowRankExperts)]
-    return {part for each in banks for part in each.base._flatten_layers()}
+def _active_shares(layers):
+    """By part of the banks of layers, which may share them: how much of it works on a token."""
+    shares: dict = {}
+    for layer in layers:
+        parts = layer.experts._flatten_layers()
+        bases = [part.base for part in parts if isinstance(part, LowRankExperts)]
+        always = {part for base in bases for part in base._flatten_layers()}
+        share = layer.router.mean_top_k / layer.experts.num_experts
+        for part in parts:
+            more = 1.0 if part in always else share
+            shares[part] = min(1.0, shares.get(part, 0.0) + more)
+    return shares
 
 
-def _count(layer):
-    return sum(map(_count_own, layer._flatten_layers()))
+def _idle_parameters(active_shares):
+    return round(sum((1 - share) * _count_own(part) for part, share in active_shares.items()))
 
 
 def _count_own(part):

@@ -38,8 +38,8 @@ class RouterLoss(Configured):
 
     - `balances`: whether it evens out the load. Advice about the layer then names it.
     - `per_sequence`: whether `compute` has an argument `sequence_length` as well.
-    - `usual_weight` and `value_at_balance`, optional: a weight that works, and the loss at an even
-      load, from which `callbacks.ExpertHealth` judges the present weight.
+    - `usual_weight`, `value_at_balance`: a weight that works or None, and the loss at an even load,
+      from which `callbacks.ExpertHealth` judges the present weight.
 
     Args:
         weight: Float, at least 0. Factor of the loss. Each layer copies it into a variable, which
@@ -56,16 +56,16 @@ class RouterLoss(Configured):
 
     balances = False
     per_sequence = False
+    usual_weight: float | None = None
+    value_at_balance = 0.0
 
     def __init__(self, weight: float = 1e-2):
         self.weight = check_number("weight", weight)
 
     def __call__(self, routing, *args, **kwargs):
         if self.state_shapes(routing.counts.shape[0]):
-            raise ValueError(
-                f"`{type(self).__name__}` keeps its state in a layer. Received: a call outside of "
-                "one. Pass it to `MixtureOfExperts` as one of its `router_losses`."
-            )
+            rule = f"`{type(self).__name__}` is called by a layer, which keeps its state"
+            raise ValueError(f"{rule}. Received: a call outside of one")
         return self.weight * self.compute(routing, *args, **kwargs)
 
     def state_shapes(self, num_experts: int) -> dict[str, tuple]:
@@ -96,6 +96,8 @@ class LoadBalance(RouterLoss):
     """
 
     balances = True
+    usual_weight = 1e-2
+    value_at_balance = 1.0
 
     def compute(self, routing):
         return _load_balance(routing.counts, routing)
@@ -106,8 +108,8 @@ class SequenceLoadBalance(RouterLoss):
     """Spreads the tokens of each sequence over the experts: the mean of their `LoadBalance`.
 
     Give it a small weight, and balance the batch as well. In a layer, a sequence is all axes of its
-    inputs between the first and the last. Elsewhere all tokens are one, unless `sequence_length` is
-    given. A sequence of padding alone is left out.
+    inputs between the first and the last; elsewhere all tokens, or `sequence_length` of them. A
+    sequence of padding alone is left out.
 
     Arguments, errors and an example: as for `RouterLoss`.
     Reference: DeepSeek-V3 (arXiv:2412.19437), eq. 17 to 20.
@@ -115,6 +117,7 @@ class SequenceLoadBalance(RouterLoss):
 
     balances = True
     per_sequence = True
+    value_at_balance = 1.0
 
     def __init__(self, weight: float = 1e-4):
         super().__init__(weight)
@@ -143,14 +146,15 @@ class GlobalLoadBalance(RouterLoss):
     `P` come from this micro-batch alone, as only they have a gradient. Only layers can call it.
 
     Args:
-        accumulation_steps: Integer. The `gradient_accumulation_steps` of the optimizer, times the
-            calls of the layer in one pass.
+        accumulation_steps: Integer. The optimizer's `gradient_accumulation_steps` times the calls
+            of the layer in one pass.
 
     Other arguments, errors and an example: as for `RouterLoss`.
     Reference: Qiu et al. 2025 (arXiv:2501.11873), section 3.
     """
 
     balances = True
+    value_at_balance = 1.0
 
     def __init__(self, weight: float = 1e-2, accumulation_steps: int = 1):
         super().__init__(weight)
@@ -283,8 +287,7 @@ def get(identifier: Any) -> RouterLoss:
     """Return a `RouterLoss` from one, its config, or the name of a class for its defaults.
 
     Names: "global_load_balance", "importance_variation", "load_balance", "load_variation",
-    "router_entropy", "router_z", "selector_entropy" and "sequence_load_balance". Raises a TypeError
-    for anything else.
+    "router_entropy", "router_z", "selector_entropy", "sequence_load_balance", else a TypeError.
     """
     return resolve("router_losses", identifier, RouterLoss, IDENTIFIERS)
 

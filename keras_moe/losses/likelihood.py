@@ -29,8 +29,7 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
 
     Args:
         distribution: String. "gaussian": outputs are means (D), with `scale=None` followed by
-            logarithms of standard deviations (D). "categorical": outputs are logits of D classes,
-            and targets are class numbers.
+            logarithms of standard deviations (D). "categorical": logits of D classes.
         scale: Positive float, the standard deviation of all Gaussians, or None to learn it.
         normalized: Boolean. Whether a Gaussian has its normalizing constant. False, with a scale of
             1, is the competitive error of Jacobs et al., eq. 1.3. A learned scale needs it.
@@ -38,15 +37,13 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         **kwargs: `reduction`, as in `keras.losses.Loss`. It computes in float32.
 
     Raises:
-        ValueError: If an argument is out of its range, `y_true` does not fit `y_pred`, or with
-            `scale=None` the number of outputs D' is odd.
+        ValueError: If an argument is out of its range, `y_true` does not fit, or D' is odd with
+            `scale=None`.
 
     Call arguments:
         y_true: (batch, ..., D) float tensor, or (batch, ...) integer tensor of classes, where -1
-            counts as any class. Numbers of no class are refused in an array; in a tensor, such as
-            in `fit`, the loss of the sample is NaN.
-        y_pred: (batch, ..., K, 1 + D') float tensor of `losses.pack_mixture`. Other outputs of such
-            a shape are not recognized.
+            counts as any class. Others are refused in an array; in a tensor the loss is NaN.
+        y_pred: (batch, ..., K, 1 + D') float tensor of `losses.pack_mixture`, and of nothing else.
 
     Returns:
         Scalar, float32, or (batch, ...) without a reduction.
@@ -103,9 +100,8 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
     def unpack(self, y_pred: Tensor) -> dict[str, Tensor]:
         """Return the parts of a prediction by name, a dict of float32 tensors.
 
-        "weights" (batch, ..., K), the weight of each expert; of Gaussians "means" and "scales"
-        (batch, ..., K, D), their standard deviations; of classes "probabilities" (batch, ..., K,
-        D).
+        "weights" (batch, ..., K), the weight of each expert; (batch, ..., K, D) "means" and
+        "scales", standard deviations, of Gaussians, or "probabilities" of classes.
         """
         weights = {"weights": ops.exp(_log_weights(y_pred))}
         means, log_scales = self._parameters(y_pred)
@@ -187,10 +183,8 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         if self.scale is not None:
             return outputs, ops.full_like(outputs, math.log(self.scale))
         if outputs.shape[-1] % 2:
-            raise ValueError(
-                "With `scale=None` experts must have an even number of outputs, means followed by "
-                f"logarithms of scales. Received: {outputs.shape[-1]} outputs"
-            )
+            rule = "With `scale=None` experts must have an even number of outputs, means and scales"
+            raise ValueError(f"{rule}. Received: {outputs.shape[-1]} outputs")
         return tuple(ops.split(outputs, 2, axis=-1))
 
     def _average(self, y_pred, values):
@@ -242,13 +236,11 @@ def pack_mixture(routing: Routing, expert_outputs: Tensor) -> Tensor:
     """Combine weights and expert outputs in one tensor, the prediction of a mixture.
 
     A Keras loss receives one tensor for each output. The first entry of each expert is the
-    logarithm of its weight, the others are its outputs; `MixtureNegativeLogLikelihood.unpack`
-    returns them by name.
+    logarithm of its weight. `MixtureNegativeLogLikelihood.unpack` returns the parts by name.
 
     Args:
         routing: `ops.Routing` of T tokens.
-        expert_outputs: (batch, ..., K, D') float tensor, with T tokens. Only the size of the batch
-            may be unknown.
+        expert_outputs: (batch, ..., K, D') float tensor of T tokens. Only the batch may be unknown.
 
     Returns:
         (batch, ..., K, 1 + D') float32 tensor.
@@ -257,10 +249,9 @@ def pack_mixture(routing: Routing, expert_outputs: Tensor) -> Tensor:
         raise TypeError(f"`routing` must be an `ops.Routing`. Received: {type(routing).__name__}")
     expert_outputs = ops.convert_to_tensor(expert_outputs)
     if expert_outputs.shape[-2] != routing.weights.shape[-1]:
-        raise ValueError(
-            "`expert_outputs` must have an output for each weight of the routing. Received: shape "
-            f"{tuple(expert_outputs.shape)} for weights {tuple(routing.weights.shape)}"
-        )
+        rule = "`expert_outputs` must have an output for each weight of the routing"
+        shapes = tuple(expert_outputs.shape), tuple(routing.weights.shape)
+        raise ValueError(f"{rule}. Received: shapes {shapes}")
     weights = ops.reshape(routing.weights, (-1, *expert_outputs.shape[1:-1]))
     logs = ops.log(ops.where(weights > 0, weights, 1.0))
     logs = ops.expand_dims(ops.where(weights > 0, logs, _LOG_ZERO), -1)

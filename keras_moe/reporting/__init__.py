@@ -20,8 +20,7 @@ def report(
 
     It opens without a network and shows verdicts with what to try, a table of the layers, plots,
     and the text coloured by the expert that served each token, with weights and probabilities under
-    the mouse or the arrow keys. All of the data are shown: pass a few hundred documents. Needs
-    matplotlib: `pip install matplotlib`.
+    the mouse or the arrow keys. All data are shown: pass a few hundred documents. Needs matplotlib.
 
     Args:
         model: A Keras model.
@@ -35,8 +34,7 @@ def report(
         path: String or path. File to write, which is whole or not there.
 
     Raises:
-        ValueError: If the model has no MoE layer, `data` is empty or not what the model takes, or
-            `labels` or `tokens` do not fit it, or name a layer that the model does not have.
+        ValueError: If the model has no MoE layer, or `data`, `labels` or `tokens` do not fit.
         ImportError: If matplotlib is missing.
 
     Example:
@@ -50,9 +48,8 @@ def report(
     path = pathlib.Path(path)
     # Before the model runs. A device or a pipe would be replaced by the file.
     if not path.parent.is_dir() or (path.exists() and not path.is_file()):
-        raise ValueError(
-            f"`path` must name a file in a folder that exists. Received: path={str(path)!r}"
-        )
+        rule = "`path` must name a file in a folder that exists"
+        raise ValueError(f"{rule}. Received: path={str(path)!r}")
     # Here, so that the package can be imported without matplotlib.
     from keras_moe.reporting import page
 

@@ -62,10 +62,8 @@ def study(model, data, labels, tokens):
     layers = moe_layers(model)
     labels = _for_each_layer("labels", labels, layers, num_documents)
     tokens = _for_each_layer("tokens", tokens, layers, num_documents)
-    batches = [
-        keras.tree.map_structure(operator.itemgetter(slice(start, start + BATCH_SIZE)), arrays)
-        for start in range(0, num_documents, BATCH_SIZE)
-    ]
+    parts = (slice(start, start + BATCH_SIZE) for start in range(0, num_documents, BATCH_SIZE))
+    batches = [keras.tree.map_structure(operator.itemgetter(part), arrays) for part in parts]
     # The first call of a layer that is called several times: it sees the tokens of the data.
     called = {
         name: routings[:: len(routings) // len(batches)]
@@ -157,14 +155,13 @@ def _judge_router(router, routing, entropy):
         return []  # A fixed router has no confidence to report.
     found = health.judge_router(entropy, health.logit_sizes(logits, router).max(initial=0))
     # Sigmoids are close to each other, however decided the router is: hints are about entropy.
-    with_hints = health.fact(router, "shift_invariant")
+    with_hints = health.is_shift_invariant(router)
     return [each for each in found if with_hints or each.level == health.PROBLEM]
 
 
 def render(model_name, num_documents, layers):
-    template = string.Template(
-        resources.files("keras_moe.reporting").joinpath("page.html").read_text(encoding="utf-8")
-    )
+    page = resources.files("keras_moe.reporting").joinpath("page.html")
+    template = string.Template(page.read_text(encoding="utf-8"))
     tokens = max(int(layer.routing.mask.sum()) for layer in layers)
     documents = f"{num_documents:,} document{'s' * (num_documents != 1)}"
     data = {"layers": [_layer_data(layer, num_documents) for layer in layers if layer.texts]}

@@ -27,14 +27,13 @@ __dir__ = __all__.copy
 
 
 class Surgery(NamedTuple):
-    """The changes to a model.
+    """The changes to a model; dicts are by the names of layers.
 
-    - `experts`: dict from the name of each layer to a list with, for each expert it has now, the
-      numbers of the experts it comes from; merged ones have several, first the most used.
-    - `loss_before`, `loss_after`: on the data, or None if the model is not compiled or the data
-      have no targets.
-    - `usage`: of merged experts, dict from the name of each layer to what each expert served.
-    - `num_experts`: dict from the name of each layer to the number of experts it had.
+    - `experts`: dict of lists with, for each expert now, the numbers of the experts it comes from;
+      merged ones have several, first the most used.
+    - `loss_before`, `loss_after`: on the data, None without targets or if it is not compiled.
+    - `usage`: of merged experts, dict of what each expert served.
+    - `num_experts`: dict of the number of experts before.
     """
 
     experts: dict
@@ -65,11 +64,9 @@ def prune_experts(
         model: Keras model. A built model with MoE layers, or one such layer.
         by: String, array or dict. `"usage"`: how many tokens of the data an expert serves;
             `"saliency"`: its weight times the norm of its output, on average over these (REAP);
-            `"contribution"`: the same, summed; or scores (E,), higher for those to keep, or a dict
-            of them by the name of the layer.
-        keep: Number or dict. How many experts stay in each layer: a share from above 0 to 1.0,
-            rounded up, or an integer; or a dict of these by the name of the layer, see
-            `inspection.moe_layers`. Layers that are not in a dict keep all.
+            `"contribution"`: the same, summed; or scores (E,), the best stay; or a dict of these.
+        keep: Number or dict. Experts that stay in each layer: a share from above 0 to 1.0, rounded
+            up, or an integer; or a dict by names of `inspection.moe_layers`, others keep all.
         data: List of batches: each inputs, or a tuple of inputs, targets and weights.
 
     Returns:
@@ -88,8 +85,7 @@ def prune_experts(
     >>> moe.experts.num_experts
     4
 
-    References: Lasby et al. 2025 (arXiv:2510.13999); Muzio et al. 2024 (arXiv:2404.05089) for
-    pruning by usage.
+    References: Lasby et al. 2025 (arXiv:2510.13999); by usage Muzio et al. 2024 (arXiv:2404.05089).
     """
     layers, numbers, data = _plan(model, keep, data)
     groups = {}
@@ -142,19 +138,16 @@ def add_experts(
     `set_top_k(model, 1)`. After `set_top_k` to `factor * K` outputs are as before, at a higher
     cost. Both hold for routers that renormalize weights.
 
-    A compiled model trains on: its optimizer keeps its state, and slots such as the moments of Adam
-    are copied with their weights. It starts again, with a warning, if other weights trained when it
-    was built. Router losses with state start again. Call it between two calls of `fit`, not within
-    one.
+    A compiled model trains on, with copies of optimizer slots such as the moments of Adam; its
+    optimizer starts again, with a warning, if other weights trained when it was built. Router
+    losses with state start again. Call it between two calls of `fit`, not within one.
 
     Args:
         model: Keras model. A built model with MoE layers with a `routers.TopKRouter` or one derived
             from it and stacked experts, or one such layer, whose model must then be compiled again.
-        factor: Integer of at least 2. Copies of each expert; or a dict of these by the name of the
-            layer, see `inspection.moe_layers`. Layers that are not in a dict stay as they are.
-        noise: Float. Standard deviation of normal noise that is added to all copies of weights that
-            train, as a share of the standard deviation of the weight. Without noise, copies may
-            stay equal.
+        factor: Integer of at least 2. Copies of each expert, or a dict for some layers, by name.
+        noise: Float. Standard deviation of the noise that is added to all copies of weights that
+            train, as a share of that of the weight. Without noise, copies may stay equal.
         data: List of batches, for the losses: each inputs, targets and weights.
         seed: Integer or None. None draws one from Keras's, see `keras.utils.set_random_seed`.
 
@@ -162,8 +155,7 @@ def add_experts(
         A `Surgery`, with the loss before and after. `surgery.apply` does not take it.
 
     Raises:
-        ValueError: If an argument is out of its range, experts have LoRA or are quantized, or it is
-            not known how to copy a router or bank.
+        ValueError: If an argument is out of its range, or a router or bank cannot be copied.
 
     Example:
 
@@ -173,8 +165,7 @@ def add_experts(
     >>> moe.experts.num_experts, tuple(moe.experts.up_kernel.shape)
     (32, (32, 16, 32))
 
-    Reference: Dwivedi et al. 2026, Expert Upcycling (arXiv:2604.19835), for the duplication of
-    experts during training with K fixed.
+    Reference: Dwivedi et al. 2026, Expert Upcycling (arXiv:2604.19835), with K fixed.
     """
     noise = check_number("noise", noise)
     rng = np.random.default_rng(random.randrange(2**32) if seed is None else seed)
@@ -184,13 +175,11 @@ def add_experts(
     for name, layer in layers.items():
         had = _num_experts(layer)
         groups[name] = [[expert] for expert in range(had) for _ in range(numbers[name] // had)]
-    surgery = _operate(
-        model,
-        layers,
-        groups,
-        data,
-        noise=lambda value: noise * value.std() * rng.normal(size=value.shape),
-    )
+
+    def noise_like(value):
+        return noise * value.std() * rng.normal(size=value.shape)
+
+    surgery = _operate(model, layers, groups, data, noise=noise_like)
     if optimizer is not None and optimizer.built:
         cutting.copy_slots(optimizer, model.optimizer)
     return surgery
@@ -199,13 +188,11 @@ def add_experts(
 def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
     """Let each token go to another number of experts, in place, compiled functions included.
 
-    Weights still sum to 1, if they did before; with one expert the router then learns from its own
-    losses only.
+    Weights still sum to 1, if they did; with one expert the router learns from its losses only.
 
     Args:
         model: Keras model. A model with MoE layers, or one such layer.
-        top_k: Integer or dict. Experts per token, K, or a dict of these by the name of the layer.
-            Layers that are not in a dict keep theirs.
+        top_k: Integer or dict. Experts per token, K, or a dict for some layers, by name.
 
     Raises:
         ValueError: If a router does not choose a fixed number, has fewer experts, or is shared with
@@ -218,17 +205,15 @@ def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
     >>> moe.router.top_k
     1
     """
-    layers = _layers(model, top_k, "top_k")
+    layers, numbers = _layers(model, top_k, "top_k")
     changed = {}
     for name, layer in layers.items():
         router = layer.router
         if "top_k" not in router.get_config() or isinstance(router, HashRouter):
-            raise ValueError(
-                "The router of a layer must choose `top_k` experts by their scores, and have the "
-                f"number in its own config. Received: {name!r}, a `{type(router).__name__}`"
-            )
-        value = top_k[name] if isinstance(top_k, dict) else top_k
-        changed[name] = cutting.router_like(router, top_k=value).top_k  # The constructor checks it.
+            rule = "A router must choose experts by their scores, with `top_k` in its config"
+            raise ValueError(f"{rule}. Received: {name!r} with `{type(router).__name__}`")
+        # The constructor checks it.
+        changed[name] = cutting.router_like(router, top_k=numbers[name]).top_k
     for name, layer in moe_layers(model).items():
         routed = (other for other in layers if layers[other].router is layer.router)
         if any(changed.get(name) != changed[other] for other in routed):
@@ -276,17 +261,16 @@ def apply(model: keras.Layer, source: Surgery | str | os.PathLike) -> Surgery:
         source = Surgery(**saved)
     found = moe_layers(model)
     for name, groups in source.experts.items():
-        number = found[name].experts.num_experts if name in found else 0
+        number = _num_experts(found[name]) if name in found else 0
         chosen: list = sum(groups, [])
         fits = len(set(chosen)) == len(chosen) and set(chosen) <= set(range(number))
         meant = (source.num_experts or {}).get(name, number)
         if source.usage:
             meant = len(source.usage.get(name, ()))
         if not fits or meant != number:
-            raise ValueError(
-                "`source` must be a choice among the experts of the model, each at most once. "
-                f"Received: {shortened(groups)} of {number} experts in {name!r}, made for {meant}"
-            )
+            rule = "`source` must be a choice among the experts of the model, each at most once"
+            received = f"{shortened(groups)} of {number} experts in {name!r}, made for {meant}"
+            raise ValueError(f"{rule}. Received: {received}")
     numbers = {name: len(groups) for name, groups in source.experts.items()}
     layers, _, _ = _plan(model, numbers, [], "merge" if source.usage else "cut")
     used = source.usage and {name: np.array(each) for name, each in source.usage.items()}
@@ -312,7 +296,7 @@ def _operate(model, layers, groups, data=(), used=None, noise=None):
 
 def _plan(model, given, data, operation="cut"):
     """Layers, how many experts each will have, and the data as a list."""
-    layers = _layers(model, given, "factor" if operation == "copy" else "keep")
+    layers, given = _layers(model, given, "factor" if operation == "copy" else "keep")
     parts = [part for each in moe_layers(model).values() for part in (each.router, each.experts)]
     wrong = []
     for name, layer in layers.items():
@@ -320,20 +304,16 @@ def _plan(model, given, data, operation="cut"):
         if any(sum(part is own for part in parts) > 1 for own in (layer.router, layer.experts)):
             wrong.append(f"{name!r}, which shares its router or bank with another layer")
     if wrong:
-        raise ValueError(
-            "Layers must be built, in one process, with experts and a router of their own that "
-            f"can be cut. Received: {'; '.join(wrong)}"
-        )
+        rule = "Layers must be built, in one process, with their own experts and router to cut"
+        raise ValueError(f"{rule}. Received: {'; '.join(wrong)}")
     numbers = {}
     for name, layer in layers.items():
-        own = given[name] if isinstance(given, dict) else given
         if operation == "copy":
-            numbers[name] = check_integer("factor", own, minimum=2) * _num_experts(layer)
+            numbers[name] = check_integer("factor", given[name], minimum=2) * _num_experts(layer)
         else:
-            numbers[name] = _number(name, layer, own)
-        cutting.router_like(
-            layer.router, num_experts=numbers[name]
-        )  # It has rules, such as for groups.
+            numbers[name] = _number(name, layer, given[name])
+        # Its constructor has rules, such as for groups.
+        cutting.router_like(layer.router, num_experts=numbers[name])
     _check_converted(model, numbers, _num_experts)
     check_list_of_batches("data", data)
     return layers, numbers, list(data)
@@ -345,10 +325,8 @@ def _check_converted(model, changed, number_of):
     numbers = {n: changed.get(n, number_of(each)) for n, each in every if not each.has_own_config}
     differ = len(set(numbers.values())) > 1 or not backbones(model)
     if differ and numbers.keys() & changed.keys():
-        raise ValueError(
-            "Layers made by `convert.use_sparse_experts` must keep one number, in the whole "
-            f"model of KerasHub, whose config has it. Received: {numbers}"
-        )
+        rule = "Layers made by `convert.use_sparse_experts` must keep one number in a whole model"
+        raise ValueError(f"{rule}. Received: {numbers}")
 
 
 def _write_to_backbones(model, layers, number_of, *names):
@@ -363,13 +341,14 @@ def _write_to_backbones(model, layers, number_of, *names):
 
 
 def _layers(model, given, argument):
+    """MoE layers by name, and what is given for each: one value for all, or a dict for some."""
     layers = moe_layers(model)
     if not isinstance(given, dict):
-        return layers
+        return layers, dict.fromkeys(layers, given)
     if not given or set(given) - set(layers):
         rule = f"`{argument}` must name MoE layers of the model, {', '.join(layers)}"
         raise ValueError(f"{rule}. Received: {argument}={shortened(given)}")
-    return {name: layer for name, layer in layers.items() if name in given}
+    return {name: layer for name, layer in layers.items() if name in given}, given
 
 
 def _number(name, layer, keep):
@@ -384,9 +363,8 @@ def _number(name, layer, keep):
     least = max(router.min_top_k, router.get_config().get("top_k") or 1)
     if not least <= number <= num_experts or number != int(number):
         raise ValueError(
-            "`keep` must be a share up to 1 or a number of experts, and leave at least the `top_k` "
-            f"of the router. Received: keep={shortened(keep)} for {name!r} with "
-            f"num_experts={num_experts}, top_k={least}"
+            f"`keep` must be a share up to 1 or a number of experts from `top_k`, {least}, to "
+            f"{num_experts}. Received: keep={shortened(keep)} for {name!r}"
         )
     return int(number)
 
@@ -395,16 +373,13 @@ def _scores(model, by, layers, data):
     if isinstance(by, str):
         check_choice("by", by, measuring.MEASURES)
         return measuring.importance(by, model, layers, data)
-    if isinstance(by, dict):
-        _layers(model, by, "by")
+    _, by = _layers(model, by, "by")
     scores = {}
     for name, layer in layers.items():
-        given = by.get(name) if isinstance(by, dict) else by
+        given = by.get(name)
         scores[name] = np.asarray(ops.convert_to_numpy(given), "float64")
-        num_experts = layer.experts.num_experts
-        if scores[name].shape != (num_experts,) or np.isnan(scores[name]).any():
-            raise ValueError(
-                f"`by` must be one of {', '.join(measuring.MEASURES)}, or numbers for the "
-                f"{num_experts} experts of {name!r}. Received: by={shortened(given)}"
-            )
+        number = _num_experts(layer)
+        if scores[name].shape != (number,) or np.isnan(scores[name]).any():
+            rule = f"`by` must name a measure or have numbers for the {number} experts of {name!r}"
+            raise ValueError(f"{rule}. Received: by={shortened(given)}")
     return scores

@@ -17,6 +17,7 @@ from keras_moe._internal.keras_internals import (
     unlocked,
     untrack,
 )
+from keras_moe.inspection.summaries import architecture
 from keras_moe.layers import FeedForwardExperts, GatedExperts, LayerExperts, LinearExperts
 from keras_moe.layers.multi_gate import Task
 from keras_moe.layers.replacement import replace
@@ -48,14 +49,8 @@ def obstacles(layer, operation):
         yield "whose kernels have LoRA or are quantized"
     if operation == "merge" and is_stacked and not isinstance(bank, _MATCHED):
         yield f"with `{type(bank).__name__}`, whose hidden features cannot be matched"
-    if operation == "merge" and is_list and len(set(map(_kind, bank.layers))) > 1:
+    if operation == "merge" and is_list and len({(*architecture(own),) for own in bank.layers}) > 1:
         yield "whose experts differ in their layers, activations or shapes of weights"
-
-
-def _kind(layer):
-    parts = layer._flatten_layers()
-    names = (getattr(getattr(part, "activation", None), "__name__", "") for part in parts)
-    return *zip(map(type, parts), names), *(tuple(weight.shape) for weight in layer.weights)
 
 
 def router_like(router, **changes):
@@ -148,9 +143,7 @@ def _take_weights(old, new, experts, noise):
 def copy_slots(old, new):
     """Give an optimizer the state of one that was built before experts were copied."""
     if [each.path for each in old.variables] != [each.path for each in new.variables]:
-        warnings.warn(
-            "The optimizer starts again: other weights trained when it was built.", stacklevel=4
-        )
+        warnings.warn("The optimizer starts again: other weights trained before.", stacklevel=4)
         return
     for theirs, mine in zip(old.variables, new.variables):
         value = ops.convert_to_numpy(theirs)

@@ -3,6 +3,8 @@
 Axes: T tokens, E experts, K experts per token.
 """
 
+import functools
+
 import keras
 import numpy as np
 from keras import ops
@@ -40,7 +42,9 @@ def importance(by, model, layers, data):
     """
     if by == "usage":
         return _summed(model, layers, data, _counts)[0]
-    sums, counts = _summed(model, layers, data, contributions, _served)
+    sums, counts = _summed(
+        model, layers, data, contributions, lambda layer, routing, tokens: served_tokens(routing)
+    )
     saliency = {name: sums[name] / np.maximum(counts[name], 1.0) for name in layers}
     return sums if by == "contribution" else saliency
 
@@ -59,10 +63,6 @@ def _counts(layer, routing, tokens):
     return routing.counts
 
 
-def _served(layer, routing, tokens):
-    return served_tokens(routing)
-
-
 def _products(layer, routing, tokens):
     logits = routing.logits - ops.mean(routing.logits, axis=-1, keepdims=True)
     logits = ops.where(ops.expand_dims(routing.mask, 1), logits, 0.0)
@@ -74,26 +74,21 @@ def _summed(model, layers, data, *measures):
     totals = [dict.fromkeys(layers, 0.0) for _ in measures]
     not_finite = set()
 
-    def listener(name, layer):
-        def add(routing, tokens):
-            logits = ops.where(ops.expand_dims(routing.mask, 1), routing.logits, 0.0)
-            if not ops.all(ops.isfinite(logits)):
-                not_finite.add(name)
-            for total, measure in zip(totals, measures):
-                value = ops.convert_to_numpy(measure(layer, routing, tokens))
-                total[name] = total[name] + value.astype("float64")
+    def add(name, routing, tokens):
+        logits = ops.where(ops.expand_dims(routing.mask, 1), routing.logits, 0.0)
+        if not ops.all(ops.isfinite(logits)):
+            not_finite.add(name)
+        for total, measure in zip(totals, measures):
+            value = ops.convert_to_numpy(measure(layers[name], routing, tokens))
+            total[name] = total[name] + value.astype("float64")
 
-        return add
-
-    with listening({layer: listener(name, layer) for name, layer in layers.items()}):
+    with listening({layer: functools.partial(add, name) for name, layer in layers.items()}):
         for number, batch in enumerate(data):
             inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
             with running(model, "data", number, inputs):
                 model(inputs, training=False)
     if not_finite or not any(np.any(total) for total in totals[0].values()):
+        rule = "Experts must be measured on `data`: batches in which they serve tokens"
         wrong = f", NaN or infinite logits in {sorted(not_finite)}" if not_finite else ""
-        raise ValueError(
-            "Experts must be measured on `data`, batches in which they serve tokens and the logits "
-            f"of their routers are finite. Received: {len(data)} batches{wrong}"
-        )
+        raise ValueError(f"{rule}. Received: {len(data)} batches{wrong}")
     return totals

@@ -20,6 +20,7 @@ from keras_moe._internal.keras_internals import (
     set_state,
 )
 from keras_moe._internal.serialization import register
+from keras_moe.inspection.summaries import architecture
 from keras_moe.layers import FeedForwardExperts, GatedExperts, LowRankExperts, MixtureOfExperts
 from keras_moe.layers.replacement import record, replace
 from keras_moe.layers.sublayers import freeze_parts
@@ -44,45 +45,40 @@ def upcycle(
     """Turn dense feed-forward layers of a model into mixtures of experts that start from them.
 
     Each expert begins as a copy of the dense layer, or as one of `granularity` equal parts of it,
-    and the router at random. The outputs of a model do not change at the start, as each token's
-    weights sum to 1, whichever copies it goes to; training makes the experts differ. `L1` and `L2`
-    regularizers add to the loss what they did. The experts of frozen layers are frozen; their
-    router is new, and trains.
+    and the router at random. The outputs of a model do not change at the start, as the weights of a
+    token sum to 1; training makes the experts differ. `L1` and `L2` regularizers add to the loss
+    what they did. The experts of frozen layers are frozen; their router is new, and trains.
 
     Several models of one architecture, such as one that was trained on from the same weights on
-    different data, become one: each gives its feed-forward layers to experts, and all other weights
-    are averaged. No single model has such outputs.
+    different data, become one: experts come from each, and all other weights are averaged.
 
     These layers are found: `Dense` layers from D to H features with an activation, then back to D
-    without, in a functional or sequential model, with dropout between them (which is removed) or
-    without; a `keras.Sequential` of such two in an attribute of another layer, as of our
-    Transformer blocks; and in KerasHub's Transformer blocks (Bert, GPT-2, Llama, Mistral, Qwen and
-    others). A warning says which similar `Dense` layers stay dense, and why.
+    without, in a functional or sequential model (dropout between them is removed); a
+    `keras.Sequential` of such two in an attribute of another layer, as of our Transformer blocks;
+    and in KerasHub's Transformer blocks (Bert, GPT-2, Llama, Mistral, Qwen and others). A warning
+    says which similar `Dense` layers stay dense, and why.
 
     Args:
-        model: Keras model, or list of M models. Each must be built. The first changes in place, and
-            the result shares its other layers: use the result only. The others stay as they are.
-            Weights that were not created to train, such as integers, are the first's.
+        model: Built Keras model, or list of M models. The first changes in place, and the result
+            shares its other layers: use the result only. The others stay as they are. Weights that
+            were not created to train, such as integers, are the first's.
         num_experts: Integer or None. Number of experts, E, divisible by `granularity` times M; copy
             c is of model c modulo M. None: 8 for one model, otherwise one copy of each.
         top_k: Integer. Experts per token, K, divisible by `granularity`. With 1 the weight of an
             expert is always 1, and the router learns from its losses only.
-        granularity: Integer. Parts into which each copy is split; divides the hidden width. The
-            columns of the router's kernel are equal for the parts of one copy, so a token first
-            goes to all parts of its best copies. `top_k=granularity` costs what the dense layer
-            costs.
+        granularity: Integer. Parts into which each copy is split; divides the hidden width. Parts
+            of one copy have equal columns in the router's kernel, so a token first goes to all
+            parts of its best copies. `top_k=granularity` costs what the dense layer costs.
         reinitialized: Float from 0 to below 1. Share of the hidden features of each expert that is
-            drawn again, so that experts differ from the start. The outputs of the model then
-            change.
+            drawn again, so that experts, and with them outputs, differ from the start.
         select: List of strings, string, function or None. Which of the layers: their names, a
             regular expression that their names match somewhere, or a function of a name. A layer is
             named after the block that holds it, or after its first `Dense`. None: all.
         every: Integer. n for every n-th of them, beginning with the n-th.
         router_losses: List or None. As in `layers.MixtureOfExperts`.
         seed: Integer or None. None draws one from Keras's, see `keras.utils.set_random_seed`.
-        rank: Integer or None. With a rank, an expert is no copy, but the frozen dense layer with
-            corrections of its kernels of this rank: `layers.LowRankExperts`. See `freeze_all_but`
-            and `merge_lora`.
+        rank: Integer or None. With a rank, an expert is the frozen dense layer with corrections of
+            this rank: `layers.LowRankExperts`. See `freeze_all_but` and `merge_lora`.
 
     Returns:
         The model, with a `layers.MixtureOfExperts` for each of the layers, called
@@ -90,21 +86,17 @@ def upcycle(
         functional or sequential model whose own `Dense` layers were replaced is a new one.
 
     Raises:
-        ValueError: If an argument is out of its range, or `rank` is given with several models,
-            parts or features that are drawn again; the models differ in shapes of weights or in
-            such layers, have none, or `select` names none or others; or a mixture cannot compute,
-            freeze and regularize as the dense layers of one place do.
+        ValueError: If arguments are out of their range or do not go together, models differ or have
+            no such layers, `select` names none or others, or a mixture cannot compute, freeze and
+            regularize as the dense layers of one place do.
 
     Example:
 
     >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32, "relu", name="wide")])
     >>> model.add(keras.layers.Dense(16))
+    >>> models = [keras.models.clone_model(model) for _ in range(3)]
     >>> [layer.name for layer in keras_moe.upcycle(model, num_experts=4).layers]
     ['wide_experts']
-    >>> models = [keras.Sequential([keras.Input((16,))]) for _ in range(3)]
-    >>> for each in models:
-    ...     each.add(keras.layers.Dense(32, "relu"))
-    ...     each.add(keras.layers.Dense(16))
     >>> keras_moe.upcycle(models).layers[0].experts.num_experts
     3
 
@@ -123,26 +115,21 @@ def upcycle(
     if not models or num_experts % (len(models) * granularity) or top_k % granularity:
         raise ValueError(
             "`num_experts` must be a multiple of the number of models times `granularity`, and "
-            "`top_k` of `granularity`: a copy is complete with all its parts only. Received: "
-            f"{len(models)} models, num_experts={num_experts}, top_k={top_k}, "
-            f"granularity={granularity}"
+            f"`top_k` of `granularity`. Received: {len(models)} models, num_experts={num_experts}, "
+            f"top_k={top_k}, granularity={granularity}"
         )
     if rank is not None and (granularity > 1 or reinitialized or len(models) > 1):
-        raise ValueError(
-            f"With a `rank` all experts share the dense layer of one model. Received: rank={rank}, "
-            f"granularity={granularity}, reinitialized={reinitialized}, {len(models)} models"
-        )
+        rule = "With a `rank` all experts share the dense layer of one model"
+        received = f"{granularity=}, {reinitialized=}, {len(models)} models"
+        raise ValueError(f"{rule}. Received: {received}")
     first, found = models[0], [feed_forwards(each) for each in models]
     _check_alike(models)
     places = [[own[place] for own in found] for place in _select(first, found[0], select, every)]
     chosen = [place[0] for place in places]
-    obstacles = [
-        f"{each.name!r} with {why}" for each in chosen for why in _obstacles(each, granularity)
-    ]
-    if obstacles:
-        raise ValueError(
-            f"Experts must be able to do what the dense layers do. Received: {'; '.join(obstacles)}"
-        )
+    wrong = [f"{own.name!r} with {why}" for own in chosen for why in _obstacles(own, granularity)]
+    if wrong:
+        rule = "Experts must be able to do what the dense layers do"
+        raise ValueError(f"{rule}. Received: {'; '.join(wrong)}")
     for layer in first._flatten_layers():
         freeze_parts(layer)
     rng = np.random.default_rng(random.randrange(2**32) if seed is None else seed)
@@ -179,13 +166,12 @@ def upcycle(
 def freeze_all_but(model: keras.Model, pattern: str = "_lora_|router") -> None:
     """Freeze all weights of a model but some. The optimizer of a compiled model starts again.
 
-    Keras does not save which parts of a block are frozen: call it again after loading, and load
-    with `compile=False`.
+    Keras does not save which parts are frozen: load with `compile=False`, and call it again.
 
     Args:
         model: Keras model. It must be built. It changes in place.
-        pattern: Regular expression, found somewhere in the paths of the weights that train. The
-            default is for low-rank factors and routers.
+        pattern: Regular expression, found in the paths of the weights that train. The default is
+            for low-rank factors and routers.
 
     Raises:
         ValueError: If no weight has such a path.
@@ -215,8 +201,7 @@ def merge_lora(model: keras.Model) -> None:
     """Merge low-rank experts into kernels: each expert then has its own, and the outputs stay.
 
     Args:
-        model: Keras model. It changes in place. If it is compiled, its optimizer starts again. The
-            merged experts are frozen, as the base was.
+        model: Keras model. It changes in place, with a new optimizer and frozen merged experts.
 
     Raises:
         ValueError: If the model has no `layers.LowRankExperts`.
@@ -254,11 +239,11 @@ def _select(model, found, select, every):
     """The numbers of the chosen ones among the feed-forwards that were found in a model."""
     left = left_dense(model, found)
     if not found:
+        others = f" with {'; '.join(left)}" if left else ""
         raise ValueError(
-            "`model` must be built and have dense feed-forward layers: a `Dense` layer from D to H "
-            "features with an activation, then one back to D without, side by side in a model or "
-            f"in a `keras.Sequential` inside a layer. Received: model={shortened(model)}"
-            f"{' with ' * bool(left)}{'; '.join(left)}"
+            "`model` must be built and have dense feed-forward layers: a `Dense` layer with an "
+            "activation, then one back to as many features without, side by side in a model or in "
+            f"a `keras.Sequential` inside a layer. Received: model={shortened(model)}{others}"
         )
     names = wanted = [feed_forward.name for feed_forward in found]
     if select is None and left:
@@ -271,31 +256,19 @@ def _select(model, found, select, every):
         wanted = list(select)
     chosen = [number for number, name in enumerate(names) if name in wanted][every - 1 :: every]
     if not chosen or any(name not in names for name in wanted):
-        raise ValueError(
-            "`select` and `every` must choose among the dense feed-forward layers of the model. "
-            f"Received: select={shortened(select)}, every={every} for a model with {names}"
-        )
+        rule = f"`select` and `every` must choose among the dense feed-forward layers, {names}"
+        raise ValueError(f"{rule}. Received: select={shortened(select)}, every={every}")
     return chosen
 
 
 def _check_alike(models):
-    def facts(model):
-        """Classes, activations and shapes, which are equal in models of one architecture."""
-        for layer in model._flatten_layers():
-            activation = getattr(layer, "activation", None)
-            yield type(layer).__name__, getattr(activation, "__name__", type(activation).__name__)
-        yield from ((weight.name, tuple(weight.shape)) for weight in model.weights)
-
-    for number in range(1, len(models)):
-        pairs = itertools.zip_longest(facts(models[0]), facts(models[number]))
-        different = next((pair for pair in pairs if pair[0] != pair[1]), None)
-        if different:
-            raise ValueError(
-                "Models must have the same layers, activations and shapes of weights in the same "
-                f"order. Received: {different[0]} in the first, and {different[1]} in its place in "
-                f"model {number}"
-            )
-    layers = [layer for model in models for layer in model._flatten_layers()]
+    for number, model in enumerate(models):
+        pairs = itertools.zip_longest(architecture(models[0]), architecture(model))
+        for ours, theirs in pairs:
+            if ours != theirs:
+                rule = "Models must have the same layers, activations and shapes of weights"
+                raise ValueError(f"{rule}. Received: {ours} in the first, {theirs} in {number}")
+    layers = sum((model._flatten_layers() for model in models), [])
     with_lora = [layer.name for layer in layers if getattr(layer, "lora_enabled", False)]
     if len(models) > 1 and with_lora:
         # The averages of A and of B do not multiply to the average of A B.
@@ -331,21 +304,17 @@ def _obstacles(feed_forward, granularity):
 
 
 def _treats_features_alone(activation):
-    features = np.random.default_rng(0).normal(size=(4, 8)).astype("float32")
-    of_all, of_half = map(activation, map(ops.convert_to_tensor, (features, features[:, :4])))
-    of_all, of_half = map(ops.convert_to_numpy, (of_all, of_half))
-    return np.allclose(of_all[:, :4], of_half, atol=1e-6)
-
-
-# Sums over the elements, or none.
-_SUMS = (type(None), keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2)
+    features = keras.random.normal((4, 8), seed=0)
+    difference = activation(features)[:, :4] - activation(features[:, :4])
+    return bool(ops.all(ops.abs(difference) < 1e-5))
 
 
 def _regularization(denses, kind):
     """The set of the (l1, l2) of dense layers, or None if they have other regularizers."""
     denses = [dense for dense in denses if kind == "kernel" or dense.use_bias]
     regularizers = [getattr(dense, f"{kind}_regularizer") for dense in denses]
-    if not all(type(each) in _SUMS for each in regularizers):
+    l1_l2 = (type(None), keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2)
+    if not all(type(each) in l1_l2 for each in regularizers):
         return None
     return {tuple(float(getattr(r, name, 0.0)) for name in ("l1", "l2")) for r in regularizers}
 
@@ -378,9 +347,8 @@ def _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng, 
     normal = keras.initializers.RandomNormal(stddev=0.02, seed=int(rng.integers(2**31)))
     scales: dict = {"renormalize": True, "scaling_factor": float(granularity)}
     router = TopKRouter(num_experts, top_k, **scales, kernel_initializer=normal, name="router")
-    mixture = MixtureOfExperts(
-        experts, router, router_losses, name=f"{feed_forward.name}_experts", dtype=up.dtype_policy
-    )
+    name = f"{feed_forward.name}_experts"
+    mixture = MixtureOfExperts(experts, router, router_losses, name=name, dtype=up.dtype_policy)
     with names_beside(feed_forward.layers[0]):
         mixture.build((None, features))
     # Parts of one copy have equal columns.
@@ -393,8 +361,7 @@ def _expert_weights(feed_forwards, num_experts, granularity):
     """Stacked weights of experts, float32 arrays by the names of a bank's.
 
     Expert `c * G + g` gets the g-th of G equal parts of the hidden features of copy c, and of the
-    bias of the output, so that the sum of G parts is the whole network. Copies are of the models in
-    turn.
+    bias of the output: G parts sum to the whole network. Copies are of the models in turn.
     """
     parts = [_parts(each, granularity) for each in feed_forwards]
     turns = num_experts // (granularity * len(parts))
@@ -413,9 +380,7 @@ def _parts(feed_forward, granularity):
 
 
 def _draw_again(weights, share, rng):
-    """Draw a share of the hidden features of each expert from a normal distribution like the old
-    one.
-    """
+    """Draw a share of each expert's hidden features again, with their old mean and deviation."""
     num_experts, width, _ = weights["down_kernel"].shape
     for expert in range(num_experts):
         chosen = rng.permutation(width)[: round(share * width)]
