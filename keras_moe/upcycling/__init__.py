@@ -46,14 +46,15 @@ def upcycle(
 
     Each expert begins as a copy of the dense layer, or as one of `granularity` equal parts of it,
     and the router at random. The outputs of a model do not change at the start, as the weights of a
-    token sum to 1; training makes the experts differ. `L1` and `L2` regularizers add to the loss
+    token sum to 1, except at padding, where a mixture returns zeros; training makes the experts
+    differ. `L1` and `L2` regularizers add to the loss
     what they did. The experts of frozen layers are frozen; their router is new, and trains.
 
     Several models of one architecture, such as one that was trained on from the same weights on
     different data, become one: experts come from each, and all other weights are averaged.
 
     These layers are found: `Dense` layers from D to H features with an activation, then back to D
-    without, in a functional or sequential model (dropout between them is removed); a
+    without, in a functional or sequential model (dropout between them becomes the experts'); a
     `keras.Sequential` of such two in an attribute of another layer, as of our Transformer blocks;
     and in KerasHub's Transformer blocks (Bert, GPT-2, Llama, Mistral, Qwen and others). A warning
     says which similar `Dense` layers stay dense, and why.
@@ -329,6 +330,7 @@ def _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng, 
     up, denses = feed_forward.up, feed_forward.denses
     copies = num_experts // granularity
     features, width = up.kernel.shape
+    dropouts = [each for each in feed_forward.layers if isinstance(each, keras.layers.Dropout)]
     experts = (FeedForwardExperts if feed_forward.gate is None else GatedExperts)(
         num_experts if rank is None else 1,
         width // granularity,
@@ -337,6 +339,7 @@ def _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng, 
         kernel_initializer=up.kernel_initializer,
         kernel_regularizer=_bank_regularizer(denses, "kernel", copies),
         bias_regularizer=_bank_regularizer(denses, "bias", copies),
+        dropout=max((each.rate for each in dropouts), default=0.0),
         dtype=up.dtype_policy,
         trainable=up.trainable,
         # As in converted models, for the `enable_lora` of KerasHub.
