@@ -110,6 +110,8 @@ def test_an_upcycled_model_is_equal_at_first_and_saves_loads_and_trains(case, tm
     moes = inspection.moe_layers(upcycled)
     assert moes and all(name.endswith("_experts") for name in moes)
     assert not dense_kernels(upcycled)
+    rates = {moe.experts.dropout for moe in moes.values()}
+    assert rates == ({0.0} if make is nested_model else {0.1})
     upcycled.fit(IDS, TARGETS, verbose=0)
     again = saved_and_loaded(upcycled, tmp_path)
     expected = upcycled.predict(IDS, verbose=0)
