@@ -42,8 +42,8 @@ class Backend:
         """A context in which no operation on a tensor computes in a smaller dtype than its own."""
         return contextlib.nullcontext()
 
-    # Devices: data-parallel replicas, which run the same code on parts of a batch; processes that
-    # share experts, on PyTorch; meshes that arrays are spread over, on JAX
+    # Devices: replicas that run the same code on parts of a batch; on PyTorch processes that share
+    # experts; on JAX meshes that arrays are spread over
 
     def num_replicas(self):
         return 1
@@ -116,7 +116,7 @@ class Backend:
         raise NotImplementedError
 
     def vjp(self, function, inputs):
-        """The other tensors that `function(*inputs)` returns, and the pullback of its output."""
+        """For `function(*inputs) -> output, others`: the others, and the pullback of the output."""
         raise NotImplementedError
 
     # Grouped products: two bilinear functions, each the transpose of the other

@@ -5,8 +5,8 @@ The network of an expert is a function `network(rows, linear)` of rows (n, D) th
 what `linear` returns. The backward pass is derived: the network runs again with each linear map
 replaced by its saved output, and the framework differentiates the rest.
 
-A part of the rows, from `Backend.layout` or a tile, has `product(rows, kernel, bias=None,
-transposed=False)`, with the kernels of their experts, and `row_numbers()`, (n,) int32.
+A part of the rows, from `Backend.layout` or a tile, has `product(rows, kernels, bias=None,
+transposed=False)`, with the kernels of the rows' experts, and `row_numbers()`, (n,) int32.
 
 Axes: T tokens, D features, n rows of a part.
 """

@@ -246,7 +246,7 @@ def dispatch(tokens, plan):
 
 @backend.jit_when_eager
 def combine(rows, weights, plan):
-    """`sum_rows` with its gradient. Without weights, `None`, it is that of `dispatch` reversed."""
+    """`sum_rows`, whose gradient for the rows is a gather; weights of None are 1."""
 
     def forward(inputs, plan, save):
         return plan.sum_rows(*inputs), ()
