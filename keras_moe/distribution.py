@@ -70,7 +70,7 @@ def expert_parallel(
     experts = experts if experts is None else check_integer("experts", experts)
     data = data if data is None else check_integer("data", data)
     if name == "torch":
-        return backend.devices.split_experts(experts, data, process_group)
+        return backend.split_experts(experts, data, process_group)
     given = (experts, data, devices)
     mesh = _mesh(*given) if layout_map is None else layout_map.device_mesh
     if layout_map is not None and given not in [(None, None, None), (*mesh.shape[1::-1], None)]:

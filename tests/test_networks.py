@@ -28,7 +28,7 @@ from keras_moe.backend import backend
 from keras_moe.ops import plan_groups, tiles, top_k_routing
 from keras_moe.ops.experts import run_network
 from keras_moe.ops.linears import Linear
-from keras_moe.ops.networks import network_of
+from keras_moe.ops.networks import dtype_of, network_of
 from keras_moe.ops.platforms import named_platform
 
 T, D, H, E, K = 13, 8, 16, 3, 2
@@ -634,7 +634,7 @@ def test_products_on_cpus_are_those_of_float32(monkeypatch):
     loss, weights = loss_of_half_precision()
     narrow_product = re.compile(r":bf16\[[0-9,]+\] = dot_general")
     assert not narrow_product.search(traced(jax.grad(loss), weights))
-    monkeypatch.setattr(tiles, "tile_dtype", lambda dtype, platform: dtype)
+    monkeypatch.setattr(tiles, "_dtype", lambda problem: dtype_of(problem.tokens))
     assert narrow_product.search(traced(jax.grad(loss), weights))
 
 

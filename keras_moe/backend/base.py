@@ -6,17 +6,11 @@ import itertools
 from keras import ops
 
 from keras_moe.backend import padded
-from keras_moe.backend.devices import Devices
 from keras_moe.backend.layouts import AllRows
 
 
 class Backend:
-    """Abstract: the primitives that need a framework's own calls. All else is `keras.ops`.
-
-    `devices` is a `Devices`: replicas, processes and meshes.
-    """
-
-    devices = Devices()
+    """Abstract: the primitives that need a framework's own calls. All else is `keras.ops`."""
 
     # What is computed, or traced to be compiled
 
@@ -24,13 +18,16 @@ class Backend:
         """Whether the code being traced needs every shape fixed."""
         raise NotImplementedError
 
+    def is_transformed(self):
+        """Whether `torch.func`, a forward mode or a vectorized map needs plain operations."""
+        return False
+
     def is_exporting(self):
         """Whether the code is traced into a program that has no gradients and changes no state."""
         return False
 
     def recomputation(self):
-        """ "possible" if this call may be made again, unannounced, in a backward pass, "running" in
-        that second call, and otherwise None."""
+        """None, "possible" if a backward pass may make this call again, or "running" if it does."""
         return None
 
     def current_platform(self):
@@ -38,15 +35,44 @@ class Backend:
         raise NotImplementedError
 
     def on_its_platform(self, function, *operands):
-        """`function(platform, *operands)` for the platform that is compiled for.
-
-        It may be traced for all platforms; one is compiled.
-        """
+        """`function(platform, *operands)`, perhaps traced for all platforms, compiled for one."""
         return function(self.current_platform(), *operands)
 
     def without_autocast(self, tensor):
         """A context in which no operation on a tensor computes in a smaller dtype than its own."""
         return contextlib.nullcontext()
+
+    # Devices: replicas that run the same code on parts of a batch; on PyTorch processes that share
+    # experts; on JAX meshes that arrays are spread over
+
+    def num_replicas(self):
+        return 1
+
+    def sum_over_replicas(self, values):
+        return values
+
+    def gather_over_replicas(self, values):
+        """The rows (R, ...) of all replicas, one after the other."""
+        return values
+
+    def sum_of_counts(self, values):
+        """Amounts to add to counters: summed over replicas, unless reading a counter sums them."""
+        return values
+
+    def separate_losses(self, layer):
+        """Give each replica its own list of the losses that a layer adds."""
+
+    def expert_processes(self):
+        """The `torch_experts.ExpertParallel` that is set; None if each process has all experts."""
+        return None
+
+    def split_experts(self, experts, data, process_group):
+        """An `ExpertParallel` for `keras.distribution.set_distribution`."""
+        raise NotImplementedError
+
+    def token_shards(self):
+        """How the tokens of a batch are spread, a `jax_sharding.Shards`; None on one device."""
+        return None
 
     # Programs
 
@@ -76,13 +102,12 @@ class Backend:
 
         Args:
             forward: `forward(inputs, context, save)` returns `(output, saved)`. Unless `save`,
-                there is no backward pass, and nothing need be saved.
-            backward: `backward(inputs, context, saved, gradient)` returns gradients in the
-                structure of `inputs`.
+                there is no backward pass.
+            backward: `backward(inputs, context, saved, gradient)` returns the gradients.
             inputs: structure of tensors.
             context: structure of tensors that have no gradient, and of None.
-            reference: `reference(inputs, context)` computes the output of operations that the
-                framework differentiates any number of times. None: `forward` does.
+            reference: `reference(inputs, context)` computes the output in operations that have
+                derivatives of any order. None: `forward` does.
         """
         raise NotImplementedError
 
@@ -91,8 +116,7 @@ class Backend:
         raise NotImplementedError
 
     def vjp(self, function, inputs):
-        """For `function(*inputs)`, which returns an output and other tensors: these, and the
-        pullback of the output. Also in loops. It depends on `inputs` only."""
+        """For `function(*inputs) -> output, others`: the others, and the pullback of the output."""
         raise NotImplementedError
 
     # Grouped products: two bilinear functions, each the transpose of the other
@@ -100,10 +124,18 @@ class Backend:
     def product(self, rows, kernels, sizes, transposed=False, platform=None):
         """Each group of rows (R, D) by its kernel (E, D, H), or by its transpose: (R, H).
 
-        It has derivatives of any order. Rows past the last group may be anything. `sizes` are (E,)
-        int32; `platform` is the one that is compiled for.
+        It has derivatives of any order. Rows past the last group may be anything. Kernels may be
+        integers. `sizes` are (E,) int32; `platform` is the one that is compiled for.
         """
-        return padded.product(rows, kernels, sizes, transposed)
+        # In operations that a framework differentiates any number of times.
+        if self.compiles_static_shapes() or self.is_transformed() or hasattr(kernels, "floats"):
+            return padded.product(rows, kernels, sizes, transposed)
+        *parts, rest = self.split_groups(rows, sizes)[0]
+        kernels = ops.cast(kernels, rows.dtype)
+        kernels = ops.unstack(ops.transpose(kernels, (0, 2, 1)) if transposed else kernels)
+        products = [ops.matmul(*each) for each in zip(parts, kernels)]
+        padding = (ops.shape(rest)[0], products[0].shape[1])
+        return ops.concatenate([*products, ops.broadcast_to(ops.zeros_like(rest[:, :1]), padding)])
 
     def outer(self, left, right, sizes, dtype, platform=None):
         """For each group `left^T right`, (E, D, H), of (R, D) and (R, H); zero without rows."""

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from keras_moe.backend import jax_derivatives, jax_products, jax_sharding, padded
+from keras_moe.backend import jax_derivatives, jax_products, jax_sharding
 from keras_moe.backend.base import Backend, packed_order
 from keras_moe.backend.layouts import AllRows
 
@@ -13,8 +13,6 @@ PLAIN_VALUES = (bool, int, float, str)
 
 
 class JaxBackend(Backend):
-    devices = jax_sharding.JaxDevices()
-
     def compiles_static_shapes(self):
         return True
 
@@ -22,14 +20,10 @@ class JaxBackend(Backend):
         return jax.default_backend()
 
     def on_its_platform(self, function, *operands):
-        run_on = {name: functools.partial(function, name) for name in ("cpu", "gpu", "tpu")}
-        return jax.lax.platform_dependent(
-            *operands,
-            tpu=run_on["tpu"],
-            cuda=run_on["gpu"],
-            rocm=run_on["gpu"],
-            default=run_on["cpu"],
-        )
+        cpu, gpu, tpu = (functools.partial(function, name) for name in ("cpu", "gpu", "tpu"))
+        return jax.lax.platform_dependent(*operands, tpu=tpu, cuda=gpu, rocm=gpu, default=cpu)
+
+    token_shards = staticmethod(jax_sharding.token_shards)
 
     def compile_once(self, function):
         # Outside `jit` JAX would compile each loop in it again at every call.
@@ -49,18 +43,16 @@ class JaxBackend(Backend):
         @functools.wraps(function)
         def called(*args, **kwargs):
             leaves, structure = jax.tree.flatten((args, kwargs))
-            is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
-            arrays = [leaf for leaf, is_one in zip(leaves, is_array) if is_one]
-            others = [leaf for leaf, is_one in zip(leaves, is_array) if not is_one]
+            arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+            # With its type: True equals 1.
+            values = [None if isinstance(x, jax.Array) else (type(x), x) for x in leaves]
             # Tracers belong to a program or a gradient already; scalars may be sizes.
             is_traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
             has_scalar = any(
                 isinstance(each, jax.Array) and not each.ndim for each in (*args, *kwargs.values())
             )
-            if is_traced or has_scalar or any(type(each) not in PLAIN_VALUES for each in others):
+            if is_traced or has_scalar or any(v and v[0] not in PLAIN_VALUES for v in values):
                 return function(*args, **kwargs)
-            # With its type: True equals 1.
-            values = (None if is_one else (type(x), x) for is_one, x in zip(is_array, leaves))
             return program(structure, tuple(values), arrays)
 
         return called
@@ -81,15 +73,8 @@ class JaxBackend(Backend):
         _, pullback, others = jax.vjp(function, *inputs, has_aux=True)
         return others, pullback
 
-    def product(self, rows, kernels, sizes, transposed=False, platform="cpu"):
-        if jax_products.supports(platform, rows):
-            return jax_products.product(rows, kernels, sizes, transposed, platform)
-        return padded.product(rows, kernels, sizes, transposed)
-
-    def outer(self, left, right, sizes, dtype, platform="cpu"):
-        if jax_products.supports(platform, left):
-            return jax_products.outer(left, right, sizes, dtype, platform)
-        return padded.outer(left, right, sizes)
+    product = staticmethod(jax_products.product)
+    outer = staticmethod(jax_products.outer)
 
     def layout(self, sizes, num_rows, platform, converts=False):
         return None if platform == "cpu" else AllRows(self, sizes, num_rows, platform)
@@ -98,8 +83,7 @@ class JaxBackend(Backend):
         if tensor.shape[0] == 0:
             # There is no valid index, but a loop that never runs is traced all the same.
             return jnp.zeros((*indices.shape, *tensor.shape[1:]), tensor.dtype)
-        # Otherwise the program would check each index for being negative, and each row for
-        # existing.
+        # By default a program would check each index, and each row for existing.
         return tensor.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
     def argsort(self, integers, bound):

@@ -86,7 +86,7 @@ def _jvp(function, operands, tangents):
 
 
 def _batched_tangent(operands, axes, compute, **parameters):
-    return jax.vmap(compute, [None if axis is None else axis for axis in axes])(*operands), 0
+    return jax.vmap(compute, axes)(*operands), 0
 
 
 _tangent_p = Primitive("tangent")

@@ -76,12 +76,11 @@ def _call(kernel, programs, shape, tile, interpret, name):
 def _product_tile(shape, dtype, kernel_dtype):
     """The tile of `product` for `shape` (R, D, H, E).
 
-    - Half precision: 128 rows and columns, three stages of loads. That is 96 KB of shared memory,
-      of the 99 KB that a program may have on the smallest GPUs; with eight warps the sums take 64
-      registers a thread. Two programs share a multiprocessor of an H100: one computes while the
-      other finishes its tile.
-    - float32 runs without tensor cores: what counts is 64 sums a thread in four warps, at a depth
-      whose operands fit into the registers beside them; half of it beside converted operands.
+    - Half precision: 128 rows and columns, three stages of loads, are 96 KB of shared memory, of
+      the 99 KB that the smallest GPUs have; with eight warps the sums take 64 registers a thread.
+      Two programs share a multiprocessor of an H100: one computes while the other finishes.
+    - float32 runs without tensor cores: 64 sums a thread in four warps, at a depth whose operands
+      fit into the registers beside them; half of it beside converted operands.
     - Tiles of rows are no longer than half a mean group, as the last tile of a group is half empty.
     """
     count, depth, width, experts = shape
@@ -112,8 +111,7 @@ def _fit(size, most):
 def _visits(sizes, rows, tile):
     """The group of each tile of rows, its first row and the end of the group: three (V,) int32.
 
-    V is the most tiles that any sizes need. Tiles after the last one begin where their group ends,
-    or later.
+    V is the most tiles that any sizes need. Tiles after the last one begin past their group.
     """
     experts = sizes.shape[0]
     groups = min(experts, rows)
@@ -130,8 +128,8 @@ def _visits(sizes, rows, tile):
 def _place(program, rows, columns):
     """The tile (row, column) of a program, among `rows` by `columns` tiles.
 
-    Programs start in order, some hundreds at a time. Column by column in bands of rows, those at
-    work form a square: they read the fewest different tiles, and most reads hit the L2 cache.
+    Column by column in bands of rows, the programs at work form a square: they read the fewest
+    different tiles, and most reads hit the L2 cache.
     """
     band = _BAND * columns
     first = lax.div(program, band) * _BAND
@@ -140,19 +138,8 @@ def _place(program, rows, columns):
     return first + lax.rem(inside, height), lax.div(inside, height)
 
 
-def _product_kernel(
-    group_ref,
-    first_ref,
-    end_ref,
-    rows_ref,
-    kernel_ref,
-    output_ref,
-    *,
-    tile,
-    depth,
-    width,
-    transposed,
-):
+def _product_kernel(*refs, tile, depth, width, transposed):
+    group_ref, first_ref, end_ref, rows_ref, kernel_ref, output_ref = refs
     columns = pl.cdiv(width, tile.columns)
     visit, column = _place(pl.program_id(0), pl.num_programs(0) // columns, columns)
     group, first, end = group_ref[visit], first_ref[visit], end_ref[visit]

@@ -17,11 +17,25 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from keras_moe.backend import padded
+
 _DTYPES = {"tpu": ("bfloat16", "float32"), "gpu": ("bfloat16", "float16", "float32")}
 
 
-def supports(platform, rows):
-    """Whether `product` and `outer` run on a platform, for the dtype and the number of rows."""
+def product(rows, kernels, sizes, transposed=False, platform="cpu"):
+    if _is_supported(platform, rows) and not hasattr(kernels, "floats"):
+        return _product.bind(rows, kernels, sizes, transposed=transposed, platform=platform)
+    return padded.product(rows, kernels, sizes, transposed)
+
+
+def outer(left, right, sizes, dtype, platform="cpu"):
+    if _is_supported(platform, left):
+        return _outer.bind(left, right, sizes, dtype=jnp.dtype(dtype), platform=platform)
+    return padded.outer(left, right, sizes)
+
+
+def _is_supported(platform, rows):
+    """Whether there are kernels for a platform, and the dtype and the number of the rows."""
     if platform == "cpu":
         return False
     # The number of rows is a symbol in a program that is exported for batches of any size.
@@ -40,27 +54,9 @@ def _has_triton():
     return all(float(each) >= 8.0 for each in capabilities if each.replace(".", "").isdigit())
 
 
-def product(rows, kernels, sizes, transposed, platform):
-    return _product.bind(rows, kernels, sizes, transposed=transposed, platform=platform)
-
-
-def outer(left, right, sizes, dtype, platform):
-    return _outer.bind(left, right, sizes, dtype=jnp.dtype(dtype), platform=platform)
-
-
-def _implementations(platform):
-    if platform == "gpu":
-        from keras_moe.backend import jax_gpu
-
-        return jax_gpu.product, jax_gpu.outer
-    from keras_moe.backend import jax_tpu
-
-    return jax_tpu.product, jax_tpu.outer
-
-
-def _primitive(name, place, shape, transpose):
-    """A bilinear primitive, lowered to the implementation of the platform it is lowered for."""
-    primitive = Primitive(name)
+def _primitive(name, shape, transpose):
+    """A bilinear primitive, lowered to the function `name` of the platform's module."""
+    primitive = Primitive(f"grouped_{name}")
 
     def lower(lowered_for, context, *operands, platform, **parameters):
         several = len(context.module_context.platforms) > 1
@@ -71,8 +67,9 @@ def _primitive(name, place, shape, transpose):
                 aval = shape(*operands, **parameters)
                 return jnp.zeros(aval.shape, aval.dtype)
         elif lowered_for in (platform, "cpu"):
-            implementation, on_cpu = _implementations(platform)[place], lowered_for == "cpu"
-            rule = functools.partial(implementation, **parameters, interpret=on_cpu)
+            kernels = importlib.import_module(f"keras_moe.backend.jax_{platform}")
+            interpret = lowered_for == "cpu"
+            rule = functools.partial(getattr(kernels, name), **parameters, interpret=interpret)
         else:
             raise NotImplementedError(
                 f"A program that is traced for {platform!r} must be compiled for it, or for a CPU, "
@@ -130,5 +127,5 @@ def _transpose_of_outer(upstream, left, right, sizes, *, dtype, platform):
     return None, upstream.astype(right.aval.dtype), None
 
 
-_product = _primitive("grouped_product", 0, _shape_of_product, _transpose_of_product)
-_outer = _primitive("grouped_outer", 1, _shape_of_outer, _transpose_of_outer)
+_product = _primitive("product", _shape_of_product, _transpose_of_product)
+_outer = _primitive("outer", _shape_of_outer, _transpose_of_outer)

@@ -1,21 +1,18 @@
 """Arrays that are spread over a mesh of devices, on JAX."""
 
+import dataclasses
+import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import keras
 from jax.sharding import PartitionSpec
 
-from keras_moe.backend.devices import Devices
 
-
-class Shards(NamedTuple):
-    """The axes of a mesh that tokens are spread over, in this order.
-
-    Hashable, so that what is compiled for one mesh serves again. The methods from `gather` on are
-    for functions that run `on_each_device`, along one axis of the mesh.
-    """
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """The axes of a mesh that tokens are spread over; hashable, for `compile_once`."""
 
     mesh: Any
     axes: tuple
@@ -23,16 +20,12 @@ class Shards(NamedTuple):
     @property
     def number(self):
         """How many parts the batch is split into."""
-        return math.prod(map(self.along, self.axes))
+        return math.prod(self.mesh.shape[axis] for axis in self.axes)
 
     @property
     def platform(self):
         """The platform of the devices: "cpu", "gpu" or "tpu"."""
         return self.mesh.devices.flat[0].platform
-
-    def along(self, axis):
-        """How many devices there are along an axis."""
-        return self.mesh.shape[axis]
 
     def axis_of(self, variable):
         """The axis that the first axis of a variable is split over, or None."""
@@ -47,14 +40,10 @@ class Shards(NamedTuple):
         return layout.axes[0]
 
     def on_each_device(self, function, arguments, axes):
-        """`function(*arguments)` of each device's parts of the arguments, as one output.
+        """`function(*arguments)` of each device's parts, joined on the first axis as tokens are.
 
-        Args:
-            function: from the parts of one device to tensors whose first axis is split as the
-                tokens' is.
-            arguments: trees of tensors.
-            axes: for each argument the mesh axes that its first axis is split over; None where
-                every device has all of it.
+        `axes` are for each argument, a tree of tensors, the mesh axes that its first axis is split
+        over; None where every device has all of it.
         """
         mapped = jax.shard_map(
             function,
@@ -66,35 +55,25 @@ class Shards(NamedTuple):
         )
         return mapped(*arguments)
 
-    def gather(self, tensor, axis):
-        """The parts of all devices, one after another on the first axis."""
-        return jax.lax.all_gather(tensor, axis, tiled=True)
+    # In functions that run `on_each_device`: the position of this device along an axis of the mesh,
+    # `place_on(axis)`, and collective operations on the first axis of tensors, `f(tensors, axis)`.
 
-    def sum_and_scatter(self, tensor, axis):
-        """The sum over devices, of which each keeps its own part of the first axis."""
-        return jax.lax.psum_scatter(tensor, axis, tiled=True)
-
-    def sum_over(self, tensor, axis):
-        """The sum over devices."""
-        return jax.lax.psum(tensor, axis)
-
-    def max_over(self, tensor, axis):
-        """The largest over devices."""
-        return jax.lax.pmax(tensor, axis)
-
-    def place_on(self, axis):
-        """The position of this device, from 0."""
-        return jax.lax.axis_index(axis)
-
-    def exchange(self, tensor, axis):
-        """Part i of the first axis goes to device i; the result has a part from each device."""
-        return jax.lax.all_to_all(tensor, axis, split_axis=0, concat_axis=0, tiled=True)
+    place_on = staticmethod(jax.lax.axis_index)
+    sum_over = staticmethod(jax.lax.psum)
+    max_over = staticmethod(jax.lax.pmax)
+    gather = staticmethod(functools.partial(jax.lax.all_gather, tiled=True))
+    # Each device keeps its own part of the sum.
+    sum_and_scatter = staticmethod(functools.partial(jax.lax.psum_scatter, tiled=True))
+    # Part i goes to device i; the result has a part from each device.
+    exchange = staticmethod(
+        functools.partial(jax.lax.all_to_all, split_axis=0, concat_axis=0, tiled=True)
+    )
 
 
-class JaxDevices(Devices):
-    def token_shards(self):
-        distribution = keras.distribution.distribution()
-        if distribution is None or distribution.device_mesh.devices.size == 1:
-            return None
-        axes = getattr(distribution, "token_axes", (distribution.batch_dim_name,))
-        return Shards(distribution.device_mesh.backend_mesh, tuple(axes))
+def token_shards():
+    """See `Backend.token_shards`."""
+    distribution = keras.distribution.distribution()
+    if distribution is None or distribution.device_mesh.devices.size == 1:
+        return None
+    axes = getattr(distribution, "token_axes", (distribution.batch_dim_name,))
+    return Shards(distribution.device_mesh.backend_mesh, tuple(axes))

@@ -42,11 +42,8 @@ def outer(left, right, sizes, *, dtype, interpret=False):
 
 def _tiling(num_rows, depth, columns, written):
     most_columns = _MOST_COLUMNS if written.itemsize < 4 else _MOST_COLUMNS // 2
-    return (
-        min(_MOST_ROWS, -(-num_rows // 16) * 16),
-        min(_MOST_DEPTH, depth),
-        min(most_columns, columns),
-    )
+    length = min(_MOST_ROWS, -(-num_rows // 16) * 16)
+    return length, min(_MOST_DEPTH, depth), min(most_columns, columns)
 
 
 def _pad(rows, length):

@@ -1,8 +1,9 @@
 """Layouts: how the rows of all groups are computed, in one part or in several.
 
 A layout has `parts`, each with `product(rows, kernels, bias=None, transposed=False)` of its rows.
-`gather` and `split` give the rows of each part, `join` is the inverse, and `totals`
-collects the gradients of all parts.
+`gather` and `split` give the rows of each part, `join` is the inverse. The gradient of a trained
+tensor (E, ...) is collected from all parts: it begins as `empty(tensor)`, which may be a list of E,
+and each part returns it after its own `gradient(field, left, right, total)`, see `linears.factors`.
 """
 
 from keras import ops
@@ -27,10 +28,7 @@ class AllRows:
         return parts[0]
 
     def product(self, rows, kernels, bias=None, transposed=False):
-        if hasattr(kernels, "floats"):  # integers, which kernels of accelerators do not take
-            products = padded.product(rows, kernels, self.sizes, transposed)
-        else:
-            products = self.backend.product(rows, kernels, self.sizes, transposed, self.platform)
+        products = self.backend.product(rows, kernels, self.sizes, transposed, self.platform)
         if bias is None:
             return products
         # A spare bias for rows past the last group, which may hold anything.
@@ -41,59 +39,17 @@ class AllRows:
         return ops.arange(self.num_rows, dtype="int32")
 
     def _experts(self):
-        return padded.expert_of_row(self.sizes, self.num_rows)
+        """The expert of each row, (R,) int32; E past the last group."""
+        return padded.interval(self.row_numbers(), ops.cumsum(self.sizes))
 
-    def totals(self, trained):
-        return _Totals(trained)
+    def empty(self, trained):
+        return trained
 
-    def gradient(self, field, left, right, like):
+    def gradient(self, field, left, right, trained):
         if field != "bias":
-            total = self.backend.outer(left, right, self.sizes, like.dtype, self.platform)
+            total = self.backend.outer(left, right, self.sizes, trained.dtype, self.platform)
         else:
             number = self.sizes.shape[0]
             right = ops.cast(right, "float32")
             total = ops.segment_sum(right, self._experts(), number + 1)[:number]
-        return ops.cast(total, like.dtype)
-
-
-class _Totals:
-    """The gradients of one part with all rows."""
-
-    def __init__(self, trained):
-        self._trained = trained
-
-    def add(self, part, factors):
-        self._gradients = {
-            name: {
-                field: part.gradient(field, *pair, self._trained[name][field])
-                for field, pair in of_linear.items()
-            }
-            for name, of_linear in factors.items()
-        }
-
-    def result(self):
-        return self._gradients
-
-
-class AllTokens:
-    """Every token once for each expert: equal groups, which are one batched product."""
-
-    def __init__(self, tokens, num_experts):
-        self.tokens, self.num_experts = tokens, num_experts
-        self.rows = ops.tile(tokens, (num_experts, 1))
-
-    def product(self, rows, kernels, bias=None, transposed=False):
-        if rows is self.rows:  # which need not be copied for each expert
-            batch = ops.expand_dims(self.tokens, 0)
-        else:
-            shape = (self.num_experts, ops.shape(self.tokens)[0], rows.shape[1])
-            batch = ops.reshape(rows, shape)
-        products = ops.matmul(batch, _floats(kernels, rows.dtype))
-        if bias is not None:
-            products = products + ops.expand_dims(ops.cast(bias, rows.dtype), 1)
-        self.last_products = products  # `torch.export` knows less of what is shaped there and back
-        return ops.reshape(products, (-1, products.shape[2]))
-
-
-def _floats(kernels, dtype):
-    return kernels.floats(dtype) if hasattr(kernels, "floats") else ops.cast(kernels, dtype)
+        return ops.cast(total, trained.dtype)

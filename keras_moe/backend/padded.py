@@ -11,7 +11,7 @@ from keras import ops
 
 def product(rows, kernels, sizes, transposed=False):
     """Each group of rows (R, D) by its kernel (E, D, H), or by its transpose: (R, H)."""
-    tiles = pad_tiles(sizes, ops.shape(rows)[0], tile_length(ops.shape(rows)[0], sizes.shape[0]))
+    tiles = pad_tiles(sizes, ops.shape(rows)[0])
     expert = ops.minimum(tiles.expert, sizes.shape[0] - 1)
 
     def of_tiles(stack):
@@ -28,8 +28,7 @@ def product(rows, kernels, sizes, transposed=False):
 
 def outer(left, right, sizes):
     """For each group `left^T right`, (E, D, H), of (R, D) and (R, H); float32."""
-    num_rows, num_experts = ops.shape(left)[0], sizes.shape[0]
-    tiles = pad_tiles(sizes, num_rows, tile_length(num_rows, num_experts))
+    num_experts, tiles = sizes.shape[0], pad_tiles(sizes, ops.shape(left)[0])
     parts = ops.matmul(ops.transpose(tiles.cut(left), (0, 2, 1)), tiles.cut(right))
     parts = ops.cast(parts, "float32")
     # Empty tiles are summed into a spare expert.
@@ -37,38 +36,24 @@ def outer(left, right, sizes):
 
 
 def tile_length(num_rows, num_experts):
-    """Rows of a tile, a power of two.
+    """Rows of a tile, a power of two. `num_rows` is a tensor where it is not known in advance.
 
     With B rows a tile, up to E * B rows are computed in vain, and R / B kernels are copied, two
     bytes for each weight. Where a byte of memory costs as much as 240 multiplications and
     additions, as on today's accelerators, both cost the least together at B = sqrt(480 * R / E).
-    The number of rows is a tensor where it is not known at compile time.
     """
     mean = num_rows / num_experts if isinstance(num_rows, int) else 256
     return 2 ** min(max(round((480 * mean) ** 0.5).bit_length() - 1, 3), 9)
 
 
-def expert_of_row(sizes, num_rows):
-    """The expert of each row, (R,) int32; E past the last group."""
-    return _interval(ops.arange(num_rows, dtype="int32"), ops.cumsum(sizes))
-
-
 class PaddedTiles(NamedTuple):
-    """Which rows are where. All shapes are fixed, whatever the loads.
+    """Which rows are where. All shapes are fixed, whatever the loads."""
 
-    - `expert` (N,) int32: the expert of each tile, E where a tile is empty.
-    - `row` (N, B) int32: the row at each place, 0 at padding.
-    - `inside` (N, B) bool: False at padding.
-    - `place_of_row` (R,) int32: the place of each row, counted over all tiles, 0 for rows past the
-      last group.
-    - `is_served` (R,) bool: False for rows past the last group.
-    """
-
-    expert: Any
-    row: Any
-    inside: Any
-    place_of_row: Any
-    is_served: Any
+    expert: Any  # (N,) int32, of each tile, E where a tile is empty
+    row: Any  # (N, B) int32, at each place, 0 at padding
+    inside: Any  # (N, B) bool, False at padding
+    place_of_row: Any  # (R,) int32, counted over all tiles, 0 past the last group
+    is_served: Any  # (R,) bool, False past the last group
 
     def cut(self, rows, padding=0):
         """Tiles (N, B, ...) of rows (R, ...), with a number at padding."""
@@ -80,12 +65,13 @@ class PaddedTiles(NamedTuple):
         return _where(self.is_served, ops.take(flat, self.place_of_row, axis=0))
 
 
-def pad_tiles(sizes, num_rows, length):
-    """The `PaddedTiles` of B rows of consecutive groups, whose sizes are (E,) int32.
+def pad_tiles(sizes, num_rows, length=None):
+    """The `PaddedTiles` of B rows, by default `tile_length`, of groups of sizes (E,) int32.
 
     There are `R // B + E` tiles at most, and never more than rows, where their number is known.
     """
     num_experts = sizes.shape[0]
+    length = length or tile_length(num_rows, num_experts)
     num_tiles = num_rows // length + num_experts
     if isinstance(num_rows, int):
         num_tiles = min(num_rows, num_tiles)
@@ -94,7 +80,7 @@ def pad_tiles(sizes, num_rows, length):
     first_tiles, starts = last_tiles - tiles_of_expert, ends - sizes
 
     tile = ops.arange(num_tiles, dtype="int32")
-    expert = _interval(tile, last_tiles)
+    expert = interval(tile, last_tiles)
     known = ops.minimum(expert, num_experts - 1)
     first_row = ops.take(starts, known) + (tile - ops.take(first_tiles, known)) * length
     row = ops.expand_dims(first_row, 1) + ops.arange(length, dtype="int32")
@@ -102,19 +88,17 @@ def pad_tiles(sizes, num_rows, length):
     inside = (row < ops.expand_dims(ops.take(ends, known), 1)) & is_full
 
     number = ops.arange(num_rows, dtype="int32")
-    expert_of_row = _interval(number, ends)
+    expert_of_row = interval(number, ends)
     known = ops.minimum(expert_of_row, num_experts - 1)
     place = ops.take(first_tiles, known) * length + number - ops.take(starts, known)
     is_served = expert_of_row < num_experts
-    return PaddedTiles(
-        expert, ops.where(inside, row, 0), inside, ops.where(is_served, place, 0), is_served
-    )
+    row, place = ops.where(inside, row, 0), ops.where(is_served, place, 0)
+    return PaddedTiles(expert, row, inside, place, is_served)
 
 
-def _interval(values, ends):
+def interval(values, ends):
     """For each value the number of `ends` at or below it: the interval it lies in."""
-    below = ops.expand_dims(ends, 0) <= ops.expand_dims(values, 1)
-    return ops.sum(ops.cast(below, "int32"), axis=1)
+    return ops.sum(ops.cast(ends <= ops.expand_dims(values, -1), "int32"), axis=-1)
 
 
 def _where(condition, values, other=0):

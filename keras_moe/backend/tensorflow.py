@@ -10,9 +10,7 @@ import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla
 
 from keras_moe._internal.keras_internals import current_model
-from keras_moe.backend import padded
 from keras_moe.backend.base import Backend, packed_order, split_rows
-from keras_moe.backend.devices import Devices
 from keras_moe.backend.layouts import AllRows
 
 # With more rows for an expert, on average, it is faster to compute experts side by side.
@@ -22,7 +20,19 @@ MOST_ROWS = 0.5
 MOST_CONVERTED_ROWS = 16
 
 
-class _TensorFlowDevices(Devices):
+class TensorFlowBackend(Backend):
+    def compiles_static_shapes(self):
+        return tf.__internal__.get_enclosing_xla_context() is not None
+
+    def is_transformed(self):
+        # `tf.vectorized_map` has no rows of different sizes; no function tells that it traces.
+        return "loop_body" in tf.get_current_name_scope().split("/")
+
+    def current_platform(self):
+        # TensorFlow does not tell for which device a function is traced.
+        types = {device.device_type for device in tf.config.list_logical_devices()}
+        return next((name for name in ("tpu", "gpu") if name.upper() in types), "cpu")
+
     def num_replicas(self):
         replica = tf.distribute.get_replica_context()
         return 1 if replica is None else replica.num_replicas_in_sync
@@ -51,22 +61,9 @@ class _TensorFlowDevices(Devices):
             ) from error
 
     def separate_losses(self, layer):
-        # Keras keeps one list in each layer and empties it when a model is called. Replicas are
-        # traced in threads, and where one waits for the others in a collective operation, theirs
-        # would replace or join its losses.
+        # Keras keeps one list in each layer, and traces replicas in threads: while one waits for
+        # others in a collective operation, theirs would replace or join its losses.
         layer._losses = _LossesOfThread()
-
-
-class TensorFlowBackend(Backend):
-    devices = _TensorFlowDevices()
-
-    def compiles_static_shapes(self):
-        return tf.__internal__.get_enclosing_xla_context() is not None
-
-    def current_platform(self):
-        # TensorFlow does not tell for which device a function is traced.
-        types = {device.device_type for device in tf.config.list_logical_devices()}
-        return next((name for name in ("tpu", "gpu") if name.upper() in types), "cpu")
 
     def control_dependency(self, tensor, value):
         # At the end of data of unknown length, TensorFlow without XLA runs what a step computes
@@ -81,7 +78,7 @@ class TensorFlowBackend(Backend):
         context = tf.nest.map_structure(
             lambda each: None if each is None else tf.stop_gradient(each), context
         )
-        if _is_vectorized():
+        if self.is_transformed():
             return reference(inputs, context)
 
         def gradient_of_reference(upstream, *tensors):
@@ -145,16 +142,6 @@ class TensorFlowBackend(Backend):
 
         return others, pullback
 
-    def product(self, rows, kernels, sizes, transposed=False, platform=None):
-        # In operations that TensorFlow differentiates any number of times.
-        if self.compiles_static_shapes() or _is_vectorized():
-            return padded.product(rows, kernels, sizes, transposed)
-        *parts, rest = self.split_groups(rows, sizes)[0]
-        kernels = tf.unstack(tf.cast(kernels, rows.dtype))
-        products = [tf.matmul(*each, transpose_b=transposed) for each in zip(parts, kernels)]
-        padding = tf.zeros((tf.shape(rest)[0], products[0].shape[1]), rows.dtype)
-        return tf.concat([*products, padding], 0)
-
     def layout(self, sizes, num_rows, platform, converts=False):
         if self.compiles_static_shapes():
             return None if platform == "cpu" else AllRows(self, sizes, num_rows, platform)
@@ -162,7 +149,7 @@ class TensorFlowBackend(Backend):
             # As in decoding, where most experts have no rows: in a graph even they cost operations.
             if num_rows <= sizes.shape[0] * (MOST_CONVERTED_ROWS if converts else MOST_ROWS):
                 return None
-        return _Groups(self, sizes, num_rows)
+        return _Groups(sizes, num_rows)
 
     def split_groups(self, rows, sizes):
         numbers = [*tf.unstack(sizes), tf.shape(rows)[0] - tf.reduce_sum(sizes)]
@@ -207,13 +194,10 @@ class TensorFlowBackend(Backend):
 
 
 class _Groups:
-    """Each group by itself, in its exact size; see `layouts`.
+    """Each group by itself, see `layouts`; none without rows where operations run eagerly."""
 
-    The sizes are known where operations run eagerly: groups without rows are left out then.
-    """
-
-    def __init__(self, backend, sizes, num_rows):
-        self.backend, self.num_experts = backend, sizes.shape[0]
+    def __init__(self, sizes, num_rows):
+        self.num_experts = sizes.shape[0]
         if tf.executing_eagerly():
             numbers = sizes.numpy().tolist()
             starts = itertools.accumulate(numbers, initial=0)
@@ -236,8 +220,8 @@ class _Groups:
     def join(self, parts, width, dtype):
         return tf.concat([*parts, tf.zeros((self.num_padding, width), dtype)], 0)
 
-    def totals(self, trained):
-        return _Totals(trained, self.num_experts)
+    def empty(self, trained):
+        return [tf.zeros(trained.shape[1:], trained.dtype)] * self.num_experts
 
 
 class _Group:
@@ -263,6 +247,14 @@ class _Group:
             product = kernel.multiply(rows, transposed)
         return product if bias is None else product + tf.cast(bias[self.expert], rows.dtype)
 
+    def gradient(self, field, left, right, total):
+        if field == "bias":
+            gradient = tf.reduce_sum(tf.cast(right, "float32"), axis=0)
+        else:
+            gradient = tf.matmul(left, right, transpose_a=True)
+        total[self.expert] = tf.cast(gradient, total[self.expert].dtype)
+        return total
+
     def _convert_and_multiply(self, rows, kernels):
         kernel = kernels[self.expert]
         if isinstance(self.size, int):
@@ -272,40 +264,6 @@ class _Group:
         length = tf.where(self.size > 0, rows.shape[1], 1)
         some = tf.pad(rows[:, :length], ((0, tf.maximum(1 - self.size, 0)), (0, 0)))
         return tf.matmul(some, tf.cast(kernel[:length], rows.dtype))[: self.size]
-
-
-class _Totals:
-    """Gradients expert by expert, zero for experts without rows."""
-
-    def __init__(self, trained, num_experts):
-        self._trained, self._num_experts = trained, num_experts
-        self._parts: dict = {}
-
-    def add(self, part, factors):
-        for name, fields in factors.items():
-            for field, (left, right) in fields.items():
-                if field == "bias":
-                    total = tf.reduce_sum(tf.cast(right, "float32"), axis=0)
-                else:
-                    total = tf.matmul(left, right, transpose_a=True)
-                self._parts[name, field, part.expert] = total
-
-    def result(self):
-        return {
-            name: {field: self._stack(name, field, each) for field, each in fields.items()}
-            for name, fields in self._trained.items()
-        }
-
-    def _stack(self, name, field, like):
-        zeros = tf.zeros(like.shape[1:], like.dtype)
-        parts = (self._parts.get((name, field, e), zeros) for e in range(self._num_experts))
-        return tf.stack([tf.cast(each, like.dtype) for each in parts])
-
-
-def _is_vectorized():
-    """Whether `tf.vectorized_map` traces, which has no rows of different sizes."""
-    # No function tells.
-    return "loop_body" in tf.get_current_name_scope().split("/")
 
 
 class _LossesOfThread(threading.local):
@@ -329,10 +287,7 @@ class _LossesOfThread(threading.local):
 
 @contextlib.contextmanager
 def _other_losses_kept():
-    """Keep the losses that other layers of the model have added on this replica so far.
-
-    Other replicas are traced inside the context, with the same lists.
-    """
+    """Keep the losses that layers of the model have added on this replica, while others trace."""
     model = current_model()
     layers = () if model is None else model._flatten_layers()
     lists = [(layer._losses, layer._losses[:]) for layer in layers]

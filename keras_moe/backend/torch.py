@@ -6,55 +6,24 @@ import keras
 import torch
 from keras import ops
 
-from keras_moe.backend import padded, torch_experts
+from keras_moe.backend import torch_experts
 from keras_moe.backend.base import Backend, packed_order
-from keras_moe.backend.devices import Devices
 from keras_moe.backend.torch_groups import Runs, is_traced, sizes_on_host, split
 
 # With fewer comparisons, counting by them takes fewer operations.
 MOST_COMPARED = 2**16
 
 
-class _TorchDevices(Devices):
-    def num_replicas(self):
-        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return torch.distributed.get_world_size() if is_distributed else 1
-
-    def sum_over_replicas(self, values):
-        if self.num_replicas() > 1:
-            values = values.clone()
-            torch.distributed.all_reduce(values)
-        return values
-
-    def gather_over_replicas(self, values):
-        if self.num_replicas() == 1:
-            return values
-        sizes = values.new_zeros(self.num_replicas(), dtype=torch.int64)
-        sizes[torch.distributed.get_rank()] = len(values)
-        sizes = self.sum_over_replicas(sizes).tolist()
-        # Collective operations want equal sizes.
-        padded = values.new_zeros((max(sizes), *values.shape[1:]))
-        padded[: len(values)] = values
-        parts = [torch.empty_like(padded) for _ in sizes]
-        torch.distributed.all_gather(parts, padded)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
-
-    def sum_of_counts(self, values):
-        # In one operation.
-        flat = self.sum_over_replicas(torch.cat([value.detach().reshape(-1) for value in values]))
-        parts = flat.split([value.numel() for value in values])
-        return [part.reshape(value.shape) for part, value in zip(parts, values)]
-
-    expert_processes = staticmethod(torch_experts.expert_processes)
-    split_experts = staticmethod(torch_experts.split_experts)
-
-
 class TorchBackend(Backend):
-    devices = _TorchDevices()
-
     def compiles_static_shapes(self):
         # PyTorch runs eagerly here, or records slices as they are.
         return False
+
+    def is_transformed(self):
+        return not is_traced() and (  # no public function tells
+            torch._C._are_functorch_transforms_active()
+            or torch.autograd.forward_ad._current_level >= 0
+        )
 
     def is_exporting(self):
         return torch.jit.is_tracing() or torch.compiler.is_exporting()
@@ -78,9 +47,41 @@ class TorchBackend(Backend):
             return contextlib.nullcontext()
         return torch.autocast(kind, enabled=False)
 
+    def num_replicas(self):
+        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return torch.distributed.get_world_size() if is_distributed else 1
+
+    def sum_over_replicas(self, values):
+        if self.num_replicas() > 1:
+            values = values.clone()
+            torch.distributed.all_reduce(values)
+        return values
+
+    def gather_over_replicas(self, values):
+        if self.num_replicas() == 1:
+            return values
+        sizes = values.new_zeros(self.num_replicas(), dtype=torch.int64)
+        sizes[torch.distributed.get_rank()] = len(values)
+        sizes = self.sum_over_replicas(sizes).tolist()
+        # Collective operations want equal sizes.
+        own = values.new_zeros((max(sizes), *values.shape[1:]))
+        own[: len(values)] = values
+        parts = [torch.empty_like(own) for _ in sizes]
+        torch.distributed.all_gather(parts, own)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+    def sum_of_counts(self, values):
+        # In one operation.
+        flat = self.sum_over_replicas(torch.cat([value.detach().reshape(-1) for value in values]))
+        parts = flat.split([value.numel() for value in values])
+        return [part.reshape(value.shape) for part, value in zip(parts, values)]
+
+    expert_processes = staticmethod(torch_experts.expert_processes)
+    split_experts = staticmethod(torch_experts.split_experts)
+
     def differentiable(self, forward, backward, inputs, context, reference=None):
         reference = reference or (lambda inputs, context: forward(inputs, context, save=False)[0])
-        if _is_transformed():
+        if self.is_transformed():
             return reference(inputs, context)
         tensors = keras.tree.flatten(inputs)
         # In the function gradients are always off, and `needs_input_grad` does not ask whether.
@@ -104,16 +105,6 @@ class TorchBackend(Backend):
             return torch.autograd.grad(output, inputs, cotangent, materialize_grads=True)
 
         return others, pullback
-
-    def product(self, rows, kernels, sizes, transposed=False, platform=None):
-        # In operations that PyTorch differentiates any number of times.
-        if _is_transformed():
-            return padded.product(rows, kernels, sizes, transposed)
-        *parts, rest = self.split_groups(rows, sizes)[0]
-        kernels = kernels.to(rows.dtype).unbind()
-        kernels = [kernel.mT for kernel in kernels] if transposed else kernels
-        products = [torch.mm(*each) for each in zip(parts, kernels)]
-        return torch.cat([*products, rows.new_zeros((rest.shape[0], products[0].shape[1]))])
 
     def layout(self, sizes, num_rows, platform, converts=False):
         return Runs(sizes, num_rows, platform)
@@ -207,13 +198,6 @@ class _Attached(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return None, gradient, ctx.transpose(gradient)
-
-
-def _is_transformed():
-    """Whether `torch.func` or forward-mode derivatives are in force; no public function tells."""
-    return not is_traced() and (
-        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    )
 
 
 def _platform_of(device):

@@ -9,11 +9,7 @@ import torch
 class ExpertParallel:
     """Each process holds an equal share of the experts of every bank, and its share of a batch.
 
-    Made by `split_experts`.
-
-    Args:
-        process_group: group of the processes that together hold all experts once.
-        replicas: group of the processes that hold the same experts as this one.
+    `process_group` holds all experts once, `replicas` the same experts as this process.
     """
 
     def __init__(self, process_group, replicas):
@@ -22,15 +18,13 @@ class ExpertParallel:
         self._replicas = replicas
         self._rank = torch.distributed.get_rank(process_group)
 
-    # What Keras 3.16 asks of a distribution.
+    # Keras 3.16 asks a distribution about every layer and variable: each process makes its own.
     batch_dim_name = None
 
     def get_tensor_layout(self, path):
-        """None: outputs stay as they are. Keras asks every layer."""
         return None
 
     def get_variable_layout(self, variable):
-        """None: each process makes its own weights."""
         return None
 
     @property
@@ -52,13 +46,10 @@ class ExpertParallel:
         return range(self._rank * share, (self._rank + 1) * share)
 
     def serve(self, rows, sizes, function):
-        """Outputs (R, D') of the experts of all processes, for rows (R, D) grouped by expert.
+        """Outputs (R, D') of the experts of all processes, for rows (R, D) of groups of `sizes`.
 
-        Args:
-            rows: (R, D).
-            sizes: (E,) integers, the sizes of the groups, R together.
-            function: `function(rows, experts)` computes rows (R', D) that are sent here; `experts`
-                (R',) are their numbers among the experts of this process.
+        `function(rows, experts)` computes rows that are sent here; `experts` are the numbers of
+        their experts among those of this process.
         """
         to_each = sizes.to(torch.int64).reshape(self.num_processes, -1)
         from_each = torch.empty_like(to_each)
@@ -70,10 +61,7 @@ class ExpertParallel:
         return _Exchange.apply(function(received, experts), back, there, self.process_group)
 
     def mean_gradient(self, kernel):
-        """The kernel, whose gradient is averaged over all processes, as for other weights.
-
-        It is summed already over the tokens of the processes that share the experts.
-        """
+        """The kernel; its gradient, a sum over those who share the experts, becomes the mean."""
         return _MeanGradient.apply(kernel, self._replicas)
 
     def whole(self, kernel):
@@ -86,10 +74,7 @@ class ExpertParallel:
     def data_parallel(self, model, **kwargs):
         """`torch.nn.parallel.DistributedDataParallel` of a built model, for all but its experts.
 
-        Args:
-            model: a built Keras model. Where several processes hold the same experts, all
-                start from the first one's.
-            **kwargs: arguments of `DistributedDataParallel`.
+        Where several processes hold the same experts, all start from the first one's.
         """
         experts = {
             id(weight.value): weight.value

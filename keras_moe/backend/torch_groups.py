@@ -36,14 +36,13 @@ def split(rows, sizes):
 class Runs:
     """Neighbouring groups form a run; see `layouts`. They share all operations but their products.
 
-    On a CPU a run has up to `CPU_RUN_ROWS` rows, or one group. On a GPU all groups are one run: the
-    fewer kernels are launched, the better. In a program of unknown sizes a run is one group.
+    On a CPU a run has up to `CPU_RUN_ROWS` rows, or one group. On a GPU all groups are one run, for
+    the fewest kernels. In a program of unknown sizes a run is one group.
     """
 
     def __init__(self, sizes, num_rows, platform):
-        self._in_one, self.sizes = platform == "gpu" and not is_traced(), sizes
-        self.parts: list = []
         is_known = not is_traced()
+        self._in_one, self.sizes, self.parts = platform == "gpu" and is_known, sizes, []
         if self._in_one:
             self.parts = [_Run(None, range(sizes.shape[0]), num_rows, sizes)]
             return
@@ -61,11 +60,8 @@ class Runs:
             start = start + size
 
     def gather(self, values, token_of_row):
-        """The rows of each run, from values of all tokens; an iterable.
-
-        Gathered run by run they stay in the cache. In a program of unknown sizes a run is one
-        expert, and one operation for all is faster.
-        """
+        # Gathered run by run they stay in the cache. In a program of unknown sizes a run is one
+        # expert, and one operation for all is faster.
         if self._in_one or is_traced():
             return self.split(values.index_select(0, token_of_row))
         return (values.index_select(0, part) for part in self.split(token_of_row))
@@ -79,22 +75,21 @@ class Runs:
         if self._in_one:
             return parts[0]
         # Keras would convert each part, an operation of a program.
-        padding = self.sizes.new_zeros((self._num_padding, width), dtype=_dtype(dtype))
+        padding = self.sizes.new_zeros((self._num_padding, width), dtype=getattr(torch, dtype))
         return torch.cat([*parts, padding])
 
-    def totals(self, trained):
-        return _Totals(trained)
-
-
-def _dtype(dtype):
-    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+    def empty(self, trained):
+        """Zeros for experts without rows; None for what needs no gradient."""
+        if not trained.requires_grad:
+            return None
+        total = torch.empty_like(trained)
+        for expert in set(range(len(total))).difference(*(run.experts for run in self.parts)):
+            total[expert] = 0
+        return total
 
 
 class _Run:
-    """Neighbouring groups: the sizes and experts of all, and how many rows they have together.
-
-    With `on_device`, the sizes of all groups, their numbers are read where they are needed only.
-    """
+    """Neighbouring groups. Sizes that are given `on_device` are read only where they are needed."""
 
     def __init__(self, sizes, experts, num_rows, on_device=None, start=0):
         self._sizes, self.experts, self.num_rows = sizes, experts, num_rows
@@ -123,6 +118,18 @@ class _Run:
         if self.on_device is None:
             return rows.split(sizes)
         return rows.split([*sizes, rows.shape[0] - sum(sizes)])[:-1]
+
+    def gradient(self, field, left, right, total):
+        if total is None:
+            return None
+        if self.on_device is not None and has_grouped_mm(left, right):
+            return _total(field, left, right, self.on_device).to(total.dtype)
+        for expert, rows, of_rows in zip(self.experts, self.split(left), self.split(right)):
+            if is_traced() or rows.shape[0]:
+                _set_gradient(field, rows, of_rows, total[expert])
+            else:
+                total[expert] = 0
+        return total
 
     def product(self, rows, kernels, bias=None, transposed=False):
         if bias is not None and bias.dtype != rows.dtype:  # an operation, even if equal
@@ -171,44 +178,7 @@ def _multiply(rows, kernels, bias, transposed, expert, output=None, digits=None)
     return torch.addmm(bias[expert], rows, kernel, out=output)
 
 
-class _Totals:
-    """Gradients in place, zero for experts without rows."""
-
-    def __init__(self, trained):
-        self._gradients = {
-            name: {
-                field: torch.empty_like(x) if x.requires_grad else None for field, x in of.items()
-            }
-            for name, of in trained.items()
-        }
-        self._busy = set()
-
-    def add(self, run, factors):
-        for name, fields in factors.items():
-            for field, (left, right) in fields.items():
-                total = self._gradients[name][field]
-                if total is None:
-                    continue
-                if run.on_device is not None and has_grouped_mm(left, right):
-                    total = _total(field, left, right, run.on_device).to(total.dtype)
-                    self._gradients[name][field] = total
-                    self._busy.update(run.experts)
-                    continue
-                for expert, rows, gradient in zip(run.experts, run.split(left), run.split(right)):
-                    if is_traced() or rows.shape[0]:
-                        self._busy.add(expert)
-                        _add_group(field, rows, gradient, total[expert])
-
-    def result(self):
-        for fields in self._gradients.values():
-            for gradient in fields.values():
-                if gradient is not None:
-                    for expert in set(range(len(gradient))) - self._busy:
-                        gradient[expert] = 0
-        return self._gradients
-
-
-def _add_group(field, left, right, total):
+def _set_gradient(field, left, right, total):
     if field == "bias":
         torch.sum(right, 0, dtype=total.dtype, out=total)
     elif total.dtype == left.dtype:
@@ -226,10 +196,7 @@ def _total(field, left, right, sizes):
 
 
 def has_grouped_mm(*tensors):
-    """Whether `grouped_mm` is one fast kernel here, which needs no sizes on the host.
-
-    Elsewhere it is a loop over the groups. Rows must begin at multiples of 16 bytes.
-    """
+    """Whether `grouped_mm` is one kernel here, not a loop. Rows begin at multiples of 16 bytes."""
     return (
         tensors[0].is_cuda
         and tensors[0].dtype == torch.bfloat16

@@ -49,24 +49,17 @@ def multiply(rows, kernel, transposed, output):
 
 
 def _float_blocks(kernel, length, dtype):
-    """Blocks of rows of an integer kernel, each valid until the next one.
-
-    They share one buffer, because new memory is not in the cache.
-    """
+    """Blocks of rows of an integer kernel, in one buffer that stays in the cache."""
     floats = kernel.new_empty((min(length, kernel.shape[0]), kernel.shape[1]), dtype=dtype)
     for block in kernel.split(length):
         yield floats[: block.shape[0]].copy_(block)
 
 
 class Digits(NamedTuple):
-    """Rows as integers times a unit, and the integers as digits in base 256.
+    """Rows as integers times a unit, and the integers as digits in base 256."""
 
-    - `digits`: (4 n, D) int8, four of each row, from the lowest.
-    - `unit`: (n, 1) float32.
-    """
-
-    digits: Any
-    unit: Any
+    digits: Any  # (4 n, D) int8, four of each row, from the lowest
+    unit: Any  # (n, 1) float32
 
     def multiply(self, kernel):
         """`rows @ kernel`, float32 (n, H); the kernel is int8 (D, H)."""
@@ -75,13 +68,9 @@ class Digits(NamedTuple):
 
 
 def digits_of_groups(rows, sizes):
-    """The `Digits` of groups of rows; None for a group that is multiplied faster as floats.
+    """The `Digits` of groups of rows (R, D); None for a group that is faster as floats.
 
     The error of a number is below 2**-22 of the largest number of its row plus 3e-38.
-
-    Args:
-        rows: (R, D) float.
-        sizes: list of the sizes of consecutive groups.
     """
     suit = (
         rows.device.type == "cpu"
@@ -92,14 +81,7 @@ def digits_of_groups(rows, sizes):
     )
     if not suit:
         return [None] * len(sizes)
-    digits, unit = to_digits(rows.float())
-    parts = zip(sizes, digits.split([len(PLACES) * size for size in sizes]), unit.split(sizes))
-    return [Digits(*of_group) if size <= MOST_ROWS else None for size, *of_group in parts]
-
-
-def to_digits(rows):
-    """The `Digits` of all rows, float32 (R, D)."""
-    tiny, offset = _tensors()
+    rows, (tiny, offset) = rows.float(), _tensors()
     largest = torch.linalg.vector_norm(rows, torch.inf, 1, keepdim=True)
     unit = torch.add(tiny, largest, alpha=1 / LARGEST)  # not 0, nor a subnormal number
     # With the offset, bytes are digits from 0 to 255; flipping their highest bit takes 128 away.
@@ -107,15 +89,16 @@ def to_digits(rows):
     integers = torch.addcdiv(offset, rows, unit).mT.to(
         torch.int32, memory_format=torch.contiguous_format
     )
-    return Digits(integers.bitwise_xor_(OFFSET).view(torch.int8).mT, unit)
+    digits = integers.bitwise_xor_(OFFSET).view(torch.int8).mT
+    parts = zip(sizes, digits.split([len(PLACES) * size for size in sizes]), unit.split(sizes))
+    return [Digits(*of_group) if size <= MOST_ROWS else None for size, *of_group in parts]
 
 
 @functools.cache
 def multiplies_integers():
     """Whether this processor multiplies int8 matrices, fast and without error.
 
-    Without VNNI instructions PyTorch's kernels saturate sums of two products. `ONEDNN_MAX_CPU_ISA`
-    can turn them off, so one product is computed.
+    Without VNNI, which `ONEDNN_MAX_CPU_ISA` can turn off, sums of two products saturate.
     """
     has_vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: False)
     if not (has_vnni() and torch.backends.mkldnn.is_available() and hasattr(torch, "_int_mm")):

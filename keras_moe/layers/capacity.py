@@ -117,7 +117,7 @@ class Capacity(Configured):
         if factor is None:
             return plan
         num_tokens, top_k = ops.shape(routing.indices)
-        shards = backend.devices.token_shards()
+        shards = backend.token_shards()
         if shards is not None:
             num_tokens = ceil_divide(num_tokens, shards.number)
         sequence_length = sequence_length if self.per_sequence else None

@@ -40,7 +40,7 @@ class ExpertBank(keras.layers.Layer):
     def __init__(self, num_experts: int, **kwargs: Any):
         # Keras would cast the float32 weights of the plan to the compute dtype.
         super().__init__(autocast=False, **kwargs)
-        backend.devices.separate_losses(self)
+        backend.separate_losses(self)
         self.num_experts = check_integer("num_experts", num_experts)
         self.has_own_policy = kwargs.get("dtype") is not None
 

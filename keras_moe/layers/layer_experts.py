@@ -13,7 +13,7 @@ from keras_moe._internal.checks import shortened
 from keras_moe._internal.keras_internals import parameters_of
 from keras_moe._internal.serialization import config_of, note_part, register
 from keras_moe.backend import backend
-from keras_moe.backend.padded import pad_tiles, tile_length
+from keras_moe.backend.padded import pad_tiles
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.sublayers import (
@@ -96,7 +96,7 @@ class LayerExperts(ExpertBank):
     def build(self, tokens_shape):
         self._fix_shape(tokens_shape)
         # Refuses distributions that would split weights of a layer.
-        backend.devices.expert_processes()
+        backend.expert_processes()
         rows_shape = (None, *tokens_shape[1:])
         num_kept = None if len(rows_shape) == 2 else 1
         try:
@@ -306,8 +306,7 @@ def _map_groups(functions, rows, sizes, output_width, state, alike=None):
     def run_on(platform, *operands):
         engine = _engine_of(alike, platform, static_shapes)
         if engine == "vectorized":
-            length = tile_length(ops.shape(rows)[0], sizes.shape[0])
-            return _map_all_tiles(alike, ops.vectorized_map, length, *operands)
+            return _map_all_tiles(alike, ops.vectorized_map, None, *operands)
         unrolled = _rows_unrolled(alike, rows, sizes) if engine == "scan" and alike else 0
         if unrolled:
             return _map_all_tiles(alike, _unrolled_map, unrolled, *operands)

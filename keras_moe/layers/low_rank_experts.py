@@ -124,7 +124,7 @@ class LowRankExperts(StackedExperts):
             self.dtype_policy = expert_bank.in_floats(self.dtype_policy)
 
     def build(self, tokens_shape):
-        if backend.devices.expert_processes() is not None:
+        if backend.expert_processes() is not None:
             raise NotImplementedError(
                 "`LowRankExperts` cannot be split over processes. Received: `expert_parallel` on "
                 "PyTorch. Let each process have all experts, as replicas do."

@@ -25,7 +25,7 @@ class Recomputable(keras.layers.Layer):
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
-        backend.devices.separate_losses(self)
+        backend.separate_losses(self)
 
     def rematerialized_call(self, call, *args, **kwargs):
         # Keras's own wrapper fails with effects on JAX, and with `training` on TensorFlow.

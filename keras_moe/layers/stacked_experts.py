@@ -120,7 +120,7 @@ class StackedExperts(Adaptable, ExpertBank):
         self._check_activation(next(iter(widths.values()))[-1])
         self._network = self._trace(tokens_shape[-1])
         self._dropout_seed = draws.seeded_generator() if self._network.has_dropout else None
-        self.processes = backend.devices.expert_processes()
+        self.processes = backend.expert_processes()
         experts = range(self.num_experts)
         if self.processes is not None:
             experts = self.processes.own_experts(self.num_experts)
@@ -163,11 +163,11 @@ class StackedExperts(Adaptable, ExpertBank):
             return run_in_processes(network, tokens, maps, plan, self.processes, key)
         if plan.order is not None:
             return run_network(network, tokens, maps, plan, key)
-        axis = backend.devices.token_shards().axis_of(self.projections[0].kernel)
+        axis = backend.token_shards().axis_of(self.projections[0].kernel)
         return run_on_mesh(network, tokens, maps, plan, axis, key)
 
     def compute_all(self, tokens):
-        is_spread = backend.devices.token_shards() or self.processes is not None
+        is_spread = backend.token_shards() or self.processes is not None
         if is_spread or self._dropout_seed is not None:
             return super().compute_all(tokens)
         return run_on_all(self._network_in_force(), self._compute(tokens), self._maps())

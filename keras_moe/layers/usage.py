@@ -118,7 +118,7 @@ class RouterUsage(keras.layers.Layer):
             backend.control_dependency(counts, ops.ones((), "float32")),
         ]
         if training:  # A process may evaluate alone, and would wait for the others.
-            added = backend.devices.sum_of_counts(added)
+            added = backend.sum_of_counts(added)
         for name, value in zip(_COUNTERS, added):
             getattr(self, name).assign_add(value)
 

@@ -31,8 +31,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 def load_importance_product(counts, mean_probs):
     """`E * sum_e f_e * P_e` of counts and mean scores (..., E): f, their shares, has no gradient.
 
-    Fedus et al. 2021 (arXiv:2101.03961), eq. 4, divided by K so that the value does not depend on
-    it: 1 at balance.
+    Fedus et al. 2021 (arXiv:2101.03961), eq. 4, divided by K: the value is 1 at balance.
     """
     counts = ops.stop_gradient(ops.cast(counts, "float32"))
     share = counts / ops.maximum(ops.sum(counts, axis=-1, keepdims=True), 1.0)
@@ -41,14 +40,7 @@ def load_importance_product(counts, mean_probs):
 
 @backend.jit_when_eager
 def router_entropy(routing: Routing) -> Tensor:
-    """Mean over real tokens of the entropy of the scores, in nats; from 0 to `log E`.
-
-    Args:
-        routing: `ops.Routing`.
-
-    Returns:
-        Float32 scalar; 0 where every token is padding.
-    """
+    """Mean over real tokens of the entropy of the scores, from 0 to `log E`; 0 without any."""
     return masked_mean(entropy(ops.convert_to_tensor(routing.probs)), routing.mask)
 
 
@@ -64,13 +56,8 @@ def noisy_load(clean, noisy, deviation, top_k, mask):
     """Expected assignments (E,) of each expert if its own noise were drawn again.
 
     The probability that the logit of an expert, with new noise, is above the best K others: a load
-    with a gradient. Shazeer et al. 2017 (arXiv:1701.06538), eq. 8 to 10.
-
-    Args:
-        clean, noisy: Float tensors (T, E). Logits without and with noise.
-        deviation: Float tensor (T, E), or a positive float. Standard deviation of the noise.
-        top_k: Integer, K.
-        mask: Bool tensor (T,), False for padding.
+    with a gradient. Shazeer et al. 2017 (arXiv:1701.06538), eq. 8 to 10. `clean` and `noisy` are
+    logits (T, E), `deviation` (T, E), or a number, is the standard deviation of the noise.
     """
     num_experts = noisy.shape[-1]
     if top_k == num_experts:

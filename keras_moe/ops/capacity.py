@@ -3,8 +3,10 @@
 Axes: T tokens, E experts, K experts per token.
 """
 
+import numbers
 from fractions import Fraction
 
+import numpy as np
 from keras import ops
 
 from keras_moe._internal import Tensor
@@ -12,13 +14,7 @@ from keras_moe._internal.checks import check_integer, check_number, check_tensor
 from keras_moe.backend import backend
 from keras_moe.ops.plans import GroupedPlan, pad_to_shards, plan_routing
 from keras_moe.ops.routing import Routing, check_routing
-from keras_moe.ops.sorting import (
-    at_least,
-    ceil_divide,
-    check_sequence_length,
-    check_size,
-    position_in_expert,
-)
+from keras_moe.ops.sorting import at_least, ceil_divide, position_in_expert
 
 # More than there can be, and small enough that twice as many fit into int32.
 MOST_ROWS = 2**30
@@ -39,14 +35,12 @@ def plan_groups(
 
     Args:
         routing: `ops.Routing`. Indices that are not an expert's belong to no group, like -1.
-        capacity: Integer, integer tensor or None. Most rows of one expert, None for all. Where a
-            distribution spreads the tokens over devices, it holds for each device.
-        priority: Tensor (T,) or None. Where a capacity is set, tokens of higher priority are served
-            first. None: in the order of the tokens.
-        sequence_length: Integer or None. If given, the capacity holds for each run of so many
-            tokens alone.
-        num_capacity_limited: Integer or None. If given, the capacity holds for the first so many
-            experts only.
+        capacity: Integer, integer tensor or None. Most rows of one expert, on each device where a
+            distribution spreads the tokens; None for all.
+        priority: Tensor (T,) or None. Tokens of higher priority find a slot first. None: in the
+            order of the tokens.
+        sequence_length: Integer or None. The capacity is for each run of so many tokens.
+        num_capacity_limited: Integer or None. Only the first so many experts have a capacity.
 
     Returns:
         A `GroupedPlan`.
@@ -57,12 +51,17 @@ def plan_groups(
     """
     routing = check_routing(routing, "indices", "weights", "mask", "counts")
     num_tokens = routing.mask.shape[0]
-    if capacity is not None:
-        capacity = check_size("capacity", capacity)
+    capacity = _check_size("capacity", capacity)
     if priority is not None:
         priority = ops.convert_to_tensor(priority)
         check_tensors({"T": num_tokens}, priority=(priority, "T", "number"))
-    sequence_length = check_sequence_length(sequence_length, num_tokens)
+    sequence_length = _check_size("sequence_length", sequence_length)
+    are_known = isinstance(sequence_length, int) and isinstance(num_tokens, int)
+    if are_known and num_tokens % sequence_length:
+        raise ValueError(
+            "`sequence_length` must divide the number of tokens. "
+            f"Received: sequence_length={sequence_length}, {num_tokens} tokens"
+        )
     if num_capacity_limited is not None:
         num_capacity_limited = check_integer("num_capacity_limited", num_capacity_limited)
     plan = plan_routing(routing)
@@ -75,31 +74,27 @@ def limit(plan, capacity, priority=None, sequence_length=None, num_capacity_limi
     """The unsorted plan of the assignments that find a slot; see `plan_groups`."""
     if isinstance(capacity, int):
         capacity = min(capacity, MOST_ROWS)
+    limits = (plan.num_experts, capacity, sequence_length, num_capacity_limited)
 
     def admit(experts, priority):
-        return _admit(
-            experts, plan.num_experts, capacity, priority, sequence_length, num_capacity_limited
-        )
+        return _admit(experts, priority, *limits)
 
-    experts, shards = plan.experts, backend.devices.token_shards()
-    if shards is not None and _splits_evenly(shards, ops.shape(experts)[0], sequence_length):
+    experts, num_tokens, shards = plan.experts, ops.shape(plan.experts)[0], backend.token_shards()
+    # Devices admit alone where no sequence has tokens on two of them.
+    if shards is not None and (
+        sequence_length is None or num_tokens % (shards.number * sequence_length) == 0
+    ):
         padded = pad_to_shards(experts, shards, -1)
-        if priority is not None:
-            priority = pad_to_shards(priority, shards, 0)
+        priority = pad_to_shards(priority, shards, 0)
         admitted = shards.on_each_device(admit, (padded, priority), (shards.axes, shards.axes))
-        experts = admitted[: ops.shape(experts)[0]]
+        experts = admitted[:num_tokens]
     else:
         experts = admit(experts, priority)
     return GroupedPlan.of(experts, plan.weights, plan.num_experts)
 
 
-def _splits_evenly(shards, num_tokens, sequence_length):
-    """Whether no sequence, if there are any, has tokens on two devices."""
-    return sequence_length is None or num_tokens % (shards.number * sequence_length) == 0
-
-
 @backend.jit_when_eager
-def _admit(experts, num_experts, capacity, priority, sequence_length, num_capacity_limited):
+def _admit(experts, priority, num_experts, capacity, sequence_length, num_capacity_limited):
     """Experts (T, K) of the assignments that find a slot, -1 for the others."""
     num_tokens, top_k = ops.shape(experts)
     expert = ops.reshape(ops.transpose(experts), (-1,))
@@ -108,21 +103,16 @@ def _admit(experts, num_experts, capacity, priority, sequence_length, num_capaci
         token = ops.arange(num_tokens, dtype="int32")
         queue = queue + num_queues * ops.tile(token // sequence_length, (top_k,))
         num_queues = num_queues * at_least(1, ceil_divide(num_tokens, sequence_length))
-    position = position_in_expert(queue, num_queues, _turns(priority, num_tokens, top_k))
-    has_slot = position < capacity
+    order = None
+    if priority is not None:
+        best_first = ops.cast(ops.argsort(-ops.stop_gradient(priority)), "int32")
+        choices = ops.expand_dims(ops.arange(top_k, dtype="int32"), 1)
+        order = ops.reshape(choices * num_tokens + best_first, (-1,))
+    has_slot = position_in_expert(queue, num_queues, order) < capacity
     if num_capacity_limited is not None:
         has_slot = has_slot | (expert >= num_capacity_limited)
     admitted = ops.where(has_slot, expert, -1)
     return ops.transpose(ops.reshape(admitted, (top_k, num_tokens)))
-
-
-def _turns(priority, num_tokens, top_k):
-    """The order in which assignments take their slots, or None if they are in order."""
-    if priority is None:
-        return None
-    best_first = ops.cast(ops.argsort(-ops.stop_gradient(priority)), "int32")
-    choices = ops.expand_dims(ops.arange(top_k, dtype="int32"), 1)
-    return ops.reshape(choices * num_tokens + best_first, (-1,))
 
 
 def expert_capacity(
@@ -131,8 +121,7 @@ def expert_capacity(
     """Slots of an expert: `ceil(factor * T * K / E)`, at least 1 and at most T * K.
 
     Args:
-        num_tokens: Integer or integer tensor, T. Padding counts, so that the capacity does not
-            depend on the data.
+        num_tokens: Integer or integer tensor, T, with padding.
         num_experts: Integer, E.
         top_k: Integer, K.
         capacity_factor: Positive float, read to three decimals or the nearest simple fraction;
@@ -145,17 +134,22 @@ def expert_capacity(
         ValueError: If an argument is out of its range.
     """
     return slots_of_expert(
-        check_size("num_tokens", num_tokens, minimum=0),
+        _check_size("num_tokens", num_tokens, minimum=0),
         check_integer("num_experts", num_experts),
         check_integer("top_k", top_k),
         check_number("capacity_factor", capacity_factor, above=0),
     )
 
 
+def _check_size(name, size, minimum=1):
+    """Return a size as a Python integer; a tensor, a symbol or None as it is."""
+    is_known = isinstance(size, (numbers.Number, np.ndarray))
+    return check_integer(name, size, minimum) if is_known else size
+
+
 def slots_of_expert(num_tokens, num_experts, top_k, capacity_factor):
     """`expert_capacity` of arguments that were checked."""
-    # In integers, which round the same way everywhere: in float32 a compiled quotient may end just
-    # above a whole number, which gives one slot too many.
+    # In integers: a compiled quotient in float32 may end just above a whole number.
     factor = min(Fraction(float(capacity_factor)).limit_denominator(1000), num_experts)
     share = Fraction(factor) * top_k / num_experts
     # The whole parts separately: the product of all tokens with the numerator may exceed 32 bits.

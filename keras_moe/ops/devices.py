@@ -4,40 +4,32 @@ On a mesh, tokens are split over some axes, the data axes. Kernels are whole on 
 their experts are split over one axis, the expert axis. Each device runs its own experts:
 
 1. Where the expert axis splits tokens as well, the devices along it gather each other's tokens.
-2. Each device sorts the assignments of its own experts, and runs them: its loops and kernels skip
-   rows that it does not have.
+2. Each device sorts and runs the assignments of its own experts.
 3. The devices along the expert axis sum their outputs, and each keeps the outputs of its tokens.
 
 Where K is small enough that less is sent, each token goes to the devices of its experts only, and
-its outputs come back (all-to-all). The backward pass is the same in reverse: gradients of outputs
-are gathered, of tokens summed and scattered, of kernels summed over the data axes. No
-kernel is sent anywhere. Processes on PyTorch exchange rows in the same way.
+its outputs come back (all-to-all), as between processes on PyTorch. Kernels are sent nowhere.
 
-A device that has some of the experts may be sent every token, or none. Shapes are fixed, but memory
-for the worst case would be the sum over all devices. So rows are computed in chunks: the first has
-buffers for little more than a mean share of the rows. What exceeds it goes through shorter chunks
-of a loop, often none. Only the first chunk saves anything for the backward pass; the others are
-computed again there.
+A device may be sent every token, or none, and shapes are fixed. Memory for the worst case would be
+that of all devices, so rows are computed in chunks: the first has buffers for little more than a
+mean share of the rows. What exceeds it goes through shorter chunks of a loop, often none. Only the
+first chunk saves anything for the backward pass; the others are computed again there.
 
 Axes: T tokens, E experts, K experts per token, R rows, n devices along the expert axis.
 """
+
+import functools
 
 import keras
 from keras import ops
 
 from keras_moe.backend import backend
+from keras_moe.backend.padded import interval
 from keras_moe.ops import linears
 from keras_moe.ops.experts import run_network
 from keras_moe.ops.linears import Int4Kernel
-from keras_moe.ops.plans import (
-    GroupedPlan,
-    collect,
-    combine,
-    dispatch,
-    pad_to_shards,
-    plan_experts,
-)
-from keras_moe.ops.platforms import keeping_platform, named_platform, platform
+from keras_moe.ops.plans import GroupedPlan, combine, dispatch, pad_to_shards, plan_experts
+from keras_moe.ops.platforms import named_platform
 from keras_moe.ops.sorting import ceil_divide
 
 
@@ -51,46 +43,41 @@ def run_on_mesh(network, tokens, maps, plan, expert_axis, key=None):
             "Experts in four bits must compute on one device. Received: their kernels under a "
             '`keras.distribution`. Quantize to "int8", or without a distribution.'
         )
-    shards = backend.devices.token_shards()
-    target = named_platform() or shards.platform
-    return _run_on_mesh((network, shards, expert_axis, target), tokens, maps, plan, key)
+    shards = backend.token_shards()
+    platform = named_platform() or shards.platform
+    return _run_on_mesh((network, shards, expert_axis, platform), tokens, maps, plan, key)
 
 
 @backend.compile_once
 def _run_on_mesh(static, tokens, maps, plan, key):
-    network, shards, expert_axis, target = static
+    network, shards, expert_axis, platform = static
+    run = functools.partial(run_network, network, platform=platform)
     tokens_cross = expert_axis in shards.axes
 
-    def on_device(tokens, experts, weights, places, mask, maps, key):
-        plan = GroupedPlan(experts, weights, None, places, mask)
-        lengths = _chunk_lengths(ops.size(experts))
+    def on_device(tokens, plan, maps, key):
+        lengths = _chunk_lengths(ops.size(plan.experts))
         num_experts = next(iter(maps.values())).kernel.shape[0]
         if expert_axis is None:
-            return run_network(network, tokens, maps, plan.of_experts(0, num_experts).sort(), key)
+            return run(tokens, maps, plan.of_experts(0, num_experts).sort(), key)
         if tokens_cross:
             # Whether K rows of each token are fewer values than the tokens of all devices.
-            if places is None and lengths[0] < shards.along(expert_axis) * ops.shape(tokens)[0]:
-                return _by_all_to_all(network, tokens, maps, plan, key, shards, expert_axis)
-            gathered = (tokens, experts, weights, places, mask)
-            tokens, experts, weights, places, mask = (
-                None if each is None else shards.gather(each, expert_axis) for each in gathered
-            )
-            plan = GroupedPlan(experts, weights, None, places, mask)
+            num_tokens = shards.mesh.shape[expert_axis] * ops.shape(tokens)[0]
+            if plan.places is None and lengths[0] < num_tokens:
+                return _by_all_to_all(run, tokens, maps, plan, key, shards, expert_axis)
+            tokens, plan = shards.gather((tokens, plan), expert_axis)
         first = shards.place_on(expert_axis) * num_experts
         plan = plan.of_experts(first, num_experts).sort()
-        outputs = _run_in_chunks(network, tokens, maps, plan, key, lengths)
+        outputs = _run_in_chunks(run, tokens, maps, plan, key, lengths)
         add = shards.sum_and_scatter if tokens_cross else shards.sum_over
         return add(outputs, expert_axis)
 
-    fields = (plan.experts, plan.weights, plan.places, plan.mask)
-    padded = [
-        None if each is None else pad_to_shards(each, shards, value)
-        for each, value in zip((tokens, *fields), (0, -1, 0, 0, 0))
-    ]
-    with platform(target):
-        outputs = shards.on_each_device(
-            on_device, (*padded, maps, key), (*[shards.axes] * 5, expert_axis, None)
-        )
+    def pad(tensor, value=0):
+        return pad_to_shards(tensor, shards, value)
+
+    experts, weights = pad(plan.experts, -1), pad(plan.weights)
+    padded = GroupedPlan(experts, weights, None, pad(plan.places), pad(plan.mask))
+    axes = (shards.axes, shards.axes, expert_axis, None)
+    outputs = shards.on_each_device(on_device, (pad(tokens), padded, maps, key), axes)
     return outputs[: ops.shape(tokens)[0]]
 
 
@@ -104,72 +91,63 @@ def _chunk_lengths(num_rows, num_buckets=1):
     return tuple(ceil_divide(length, num_buckets) for length in lengths)
 
 
-def _span(lengths, number):
-    """The first row of a chunk, and its length; only the integer 0 is the first chunk."""
-    first, further = lengths
-    if isinstance(number, int) and number == 0:
-        return 0, first
-    return first + (number - 1) * further, further
-
-
-def _number_of_chunks(lengths, num_rows):
-    """How many chunks so many rows take, at least one. An integer tensor."""
-    first, further = lengths
-    return 1 + ceil_divide(ops.maximum(num_rows - first, 0), further)
-
-
-def _sum_chunks(run_chunk, lengths, num_chunks, tokens, maps, plan, key):
+def _sum_chunks(run_chunk, lengths, count_rows, tokens, maps, plan, key):
     """The sum of `run_chunk(tokens, maps, plan, key, start, length)`, with derivatives.
 
-    `num_chunks(plan)` is an integer tensor. `length` is the number of rows for all rows at once.
+    `count_rows(plan)`, an integer tensor, says how many rows the chunks must hold.
     """
+    first, further = lengths
 
-    def of_inputs(context, span):
+    def num_chunks(plan):
+        return 1 + ceil_divide(ops.maximum(count_rows(plan) - first, 0), further)
+
+    def span(number):
+        return first + (number - 1) * further, further
+
+    def of_inputs(context, start, length):
         plan, frozen, key = context
 
         def run(tokens, weights, trained):
             maps = linears.join(trained, frozen)
-            outputs = run_chunk(tokens, maps, plan._replace(weights=weights), key, *span)
+            outputs = run_chunk(tokens, maps, plan._replace(weights=weights), key, start, length)
             return outputs, outputs
 
         return run
 
     def forward(inputs, context, save):
-        first = of_inputs(context, _span(lengths, 0))
-        output, pullback = backend.vjp(first, inputs) if save else (first(*inputs)[0], ())
+        run = of_inputs(context, 0, first)
+        output, pullback = backend.vjp(run, inputs) if save else (run(*inputs)[0], ())
 
         def add(number, total):
-            return total + of_inputs(context, _span(lengths, number))(*inputs)[0]
+            return total + of_inputs(context, *span(number))(*inputs)[0]
 
         return ops.fori_loop(1, num_chunks(context[0]), add, output), pullback
 
     def backward(inputs, context, pullback, gradient):
         def add(number, totals):
-            _, pullback = backend.vjp(of_inputs(context, _span(lengths, number)), inputs)
+            _, pullback = backend.vjp(of_inputs(context, *span(number)), inputs)
             return keras.tree.map_structure(ops.add, totals, pullback(gradient))
 
         return ops.fori_loop(1, num_chunks(context[0]), add, pullback(gradient))
 
     def reference(inputs, context):
-        return of_inputs(context, (0, context[0].num_rows()))(*inputs)[0]
+        return of_inputs(context, 0, context[0].num_rows())(*inputs)[0]
 
-    forward, backward, reference = map(keeping_platform, (forward, backward, reference))
     trained, frozen = linears.split(maps)
     inputs, context = (tokens, plan.weights, trained), (plan.without_weights(), frozen, key)
     return backend.differentiable(forward, backward, inputs, context, reference)
 
 
-def _run_in_chunks(network, tokens, maps, plan, key, lengths):
+def _run_in_chunks(run, tokens, maps, plan, key, lengths):
     if lengths[0] >= plan.num_rows():
-        return run_network(network, tokens, maps, plan, key)
+        return run(tokens, maps, plan, key)
 
     def run_chunk(tokens, maps, plan, key, start, length):
-        return run_network(network, tokens, maps, _chunk(plan, start, length), key)
+        return run(tokens, maps, _chunk(plan, start, length), key)
 
-    def num_chunks(plan):
-        return _number_of_chunks(lengths, ops.sum(plan.sizes))
-
-    return _sum_chunks(run_chunk, lengths, num_chunks, tokens, maps, plan, key)
+    return _sum_chunks(
+        run_chunk, lengths, lambda plan: ops.sum(plan.sizes), tokens, maps, plan, key
+    )
 
 
 def _chunk(plan, start, length):
@@ -186,14 +164,13 @@ def _chunk(plan, start, length):
     )
 
 
-def _by_all_to_all(network, tokens, maps, plan, key, shards, axis):
+def _by_all_to_all(run, tokens, maps, plan, key, shards, axis):
     """Send each token to the devices of its experts, and to no other.
 
-    Rows sorted by expert are sorted by device as well. Each device has a bucket for each other one,
-    of little more than a mean share of its rows: shapes are fixed.
+    Rows sorted by expert are sorted by device as well: each device has a bucket for each other one.
     """
     num_local = next(iter(maps.values())).kernel.shape[0]
-    num_shards = shards.along(axis)
+    num_shards = shards.mesh.shape[axis]
     lengths = _chunk_lengths(ops.size(plan.experts), num_shards)
     plan = GroupedPlan.of(plan.experts, plan.weights, num_local * num_shards).sort()
 
@@ -205,15 +182,14 @@ def _by_all_to_all(network, tokens, maps, plan, key, shards, axis):
         # them, so that the receiving device need not save them.
         weight = shards.exchange(buckets.weight_of_row(plan.weights), axis)
         rows = GroupedPlan.of(ops.expand_dims(expert, 1), ops.expand_dims(weight, 1), num_local)
-        outputs = run_network(network, received, maps, rows.sort(), key)
-        return collect(shards.exchange(outputs, axis), buckets.without_weights())
+        outputs = run(received, maps, rows.sort(), key)
+        return combine(shards.exchange(outputs, axis), None, buckets.without_weights())
 
-    def num_chunks(plan):
-        number = _number_of_chunks(lengths, ops.max(_rows_by_shard(plan, num_shards)))
+    def count_rows(plan):
         # If one device needs a chunk, all take part in it.
-        return shards.max_over(number, shards.axes)
+        return shards.max_over(ops.max(_rows_by_shard(plan, num_shards)), shards.axes)
 
-    return _sum_chunks(run_chunk, lengths, num_chunks, tokens, maps, plan, key)
+    return _sum_chunks(run_chunk, lengths, count_rows, tokens, maps, plan, key)
 
 
 def _rows_by_shard(plan, num_shards):
@@ -234,14 +210,12 @@ def _buckets(plan, num_shards, start, length):
     filled = place < ops.expand_dims(sizes, 1)
     row = ops.minimum(row, plan.num_rows() - 1)
 
-    ends = ops.cumsum(plan.sizes)
-    expert = ops.sum(ops.cast(ops.expand_dims(row, -1) >= ends, "int32"), axis=-1)
+    expert = interval(row, ops.cumsum(plan.sizes))
     local = ops.where(filled, expert % (plan.num_experts // num_shards), -1)
 
     # The place of each token's rows among all buckets.
     rows = plan.rows
-    shard = ops.sum(ops.cast(ops.expand_dims(rows, -1) >= ops.cumsum(sizes), "int32"), axis=-1)
-    shard = ops.minimum(shard, num_shards - 1)
+    shard = ops.minimum(interval(rows, ops.cumsum(sizes)), num_shards - 1)
     place = rows - ops.take(starts, shard) - start
     inside = (rows >= 0) & (place >= 0) & (place < length)
     buckets = plan._replace(

@@ -1,9 +1,9 @@
 """Draws: random numbers cheap enough to have one for each feature of each token.
 
 Compiled by XLA, each is a hash of a key that is drawn and of its place. The generators of Keras are
-better than a router needs and many times slower there: on CPUs TensorFlow's takes longer to
-draw the noise of a router, or the dropout of a block, than the experts to compute. Generators of
-this kind: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+better than a router needs and many times slower there: on CPUs TensorFlow's takes longer for the
+noise of a router than the experts for everything. Generators of this kind: Salmon et al. 2011,
+"Parallel random numbers: as easy as 1, 2, 3".
 """
 
 import math
@@ -16,10 +16,9 @@ from keras_moe.backend import backend
 
 
 def seeded_generator():
-    """A `keras.random.SeedGenerator` with a new seed.
+    """A `keras.random.SeedGenerator` with a new seed, set by `keras.utils.set_random_seed`.
 
-    Without it, PyTorch's dropout draws from the generator of the whole process, whose state is not
-    saved with the model. `keras.utils.set_random_seed` decides this one as well.
+    Without it, PyTorch's dropout draws from the process's generator, which no model saves.
     """
     return keras.random.SeedGenerator(random.randrange(1, 10**9))
 
@@ -43,10 +42,8 @@ def dropout(inputs, rate, seed):
     if not backend.compiles_static_shapes():
         return keras.random.dropout(inputs, rate, seed=seed)
     shape = ops.shape(inputs)
-    kept = _hashed((math.prod(shape[:-1]), shape[-1]), seed) > rate
-    return ops.where(
-        ops.reshape(kept, shape), inputs / (1 - rate), ops.zeros((), dtype=inputs.dtype)
-    )
+    kept = ops.reshape(_hashed((math.prod(shape[:-1]), shape[-1]), seed) > rate, shape)
+    return ops.where(kept, inputs / (1 - rate), ops.zeros((), inputs.dtype))
 
 
 def key(seed):

@@ -19,19 +19,11 @@ from keras_moe.ops.sorting import at_least, put
 def expert_choice_routing(logits, capacity_factor, mask, sequence_length=None):
     """Each expert takes its `ceil(capacity_factor * S / E)` best tokens of each sequence.
 
-    S counts real tokens only. The score is a softmax over the experts, and also the weight. Zhou et
-    al. 2022 (arXiv:2202.09368), section 3.2.
-
-    Args:
-        logits: Float32 tensor (T, E).
-        capacity_factor: Positive float. Experts per token on average.
-        mask: Bool tensor (T,), False for padding.
-        sequence_length: Integer or None. S; None where all tokens are one sequence.
-
-    Returns:
-        A `Routing` whose K is E, with unused places wherever an expert did not choose the token,
-        and for `plan_expert_choice` in `details`, both (B, E, C), the place in its sequence of each
-        token that is chosen, and whether the choice counts.
+    S counts real tokens only; all tokens are one sequence without a `sequence_length`. The score is
+    a softmax over the experts, and also the weight. Zhou et al. 2022 (arXiv:2202.09368), section
+    3.2. Returns a `Routing` whose K is E, with unused places wherever an expert did not choose the
+    token, and for `plan_expert_choice` in `details`, both (B, E, C), the place in its sequence of
+    each token that is chosen, and whether the choice counts.
     """
     num_tokens, num_experts = ops.shape(logits)
     sequence_length = at_least(1, num_tokens) if sequence_length is None else sequence_length
@@ -42,16 +34,14 @@ def expert_choice_routing(logits, capacity_factor, mask, sequence_length=None):
     capacities = slots_of_expert(ops.sum(real, axis=1), num_experts, 1, capacity_factor)
     scores = ops.where(ops.expand_dims(mask, 1), ops.stop_gradient(probs), -1.0)
     scores = ops.reshape(scores, (-1, sequence_length, num_experts))
-    # (B, E, C) places in the sequence.
-    scores = ops.transpose(scores, (0, 2, 1))
     are_known = isinstance(sequence_length, int) and isinstance(capacity, int)
-    place = top_tokens(scores, (min if are_known else ops.minimum)(sequence_length, capacity))
+    num_choices = (min if are_known else ops.minimum)(sequence_length, capacity)
+    place = top_tokens(ops.transpose(scores, (0, 2, 1)), num_choices)  # in the sequence, (B, E, C)
+    token = tokens_at(place, sequence_length)
     slot = ops.arange(ops.shape(place)[2], dtype="int32")
     has_slot = slot < ops.reshape(capacities, (-1, 1, 1))
+    is_valid = has_slot & backend.gather_rows(mask, token)
     experts = ops.arange(num_experts, dtype="int32")
-    token = tokens_at(place, sequence_length)
-    is_real = ops.reshape(ops.take(mask, ops.reshape(token, (-1,))), ops.shape(place))
-    is_valid = is_real & has_slot
     chosen = ops.reshape(token * num_experts + ops.expand_dims(experts, 1), (-1,))
     taken = ops.reshape(ops.cast(is_valid, "int32"), (-1,))
     taken = put(taken, chosen, num_tokens * num_experts)
@@ -75,7 +65,7 @@ def plan_expert_choice(routing):
     plan = plan_choices(ops.where(is_valid, expert, -1), None, places, routing.mask)
     chosen = plan.token_of_choice() * num_experts + expert
     plan = plan._replace(weights=ops.take(ops.reshape(routing.weights, (-1,)), chosen))
-    shards = backend.devices.token_shards()
+    shards = backend.token_shards()
     # Sequences that lie on two devices are chosen from by both: every device has the rows of all.
     splits = shards is not None and ops.shape(places)[0] % shards.number == 0
     return plan if splits else plan.sort()

@@ -1,44 +1,34 @@
 """All experts on a batch: from tokens and a plan to the weighted sums of the experts' outputs.
 
-Here the network of an expert runs on the rows of all experts:
-
-- in tiles of one expert, inside a loop, for XLA on CPUs and few rows in a graph of TensorFlow:
-  `tiles`;
-- elsewhere on parts of the rows, made of grouped products: `parts`.
-
-Second derivatives, and forward mode, come from the same network built on `backend.product`, which
-has derivatives of any order.
+The network of an expert runs on the rows of all experts: in tiles of one expert, inside a loop, for
+XLA on CPUs and few rows in a graph of TensorFlow (`tiles`); elsewhere on parts of the rows, made of
+grouped products (`parts`). Second derivatives, and forward mode, come from the same network built
+on `backend.product`, which has derivatives of any order.
 
 Axes: T tokens, D features, E experts, R rows (assignments sorted by expert).
 """
 
 import functools
-from typing import Any
 
 from keras import ops
 
 from keras_moe.backend import backend
-from keras_moe.backend.layouts import AllRows, AllTokens
+from keras_moe.backend.layouts import AllRows
 from keras_moe.ops import linears, parts, tiles
-from keras_moe.ops.networks import Network, Problem, dtype_of, forward_part
+from keras_moe.ops.networks import Problem, dtype_of, forward_part
 from keras_moe.ops.platforms import named_platform
 
 
-def run_network(network: Network, tokens: Any, maps: dict, plan: Any, key: Any = None) -> Any:
+def run_network(network, tokens, maps, plan, key=None, platform=None):
     """The weighted sums (T, D') of the outputs of each token's experts.
 
-    Rows outside all groups are not computed: padded and dropped assignments cost nothing.
-
-    Args:
-        network: a `Network`.
-        tokens: (T, D).
-        maps: the `Linear` maps of all experts, by name.
-        plan: a sorted `GroupedPlan`.
-        key: (2,) int32 for dropout, or None where there is none.
+    Rows outside all groups are not computed: padded and dropped assignments cost nothing. `maps`
+    are the `Linear` maps of all experts by name, `plan` is sorted, `key` (2,) int32 is for dropout,
+    None where there is none, and `platform` None for the one that is found: `on_its_platform`.
     """
     trained, frozen = linears.split(maps)
     inputs, context = (tokens, plan.weights, trained), (plan.without_weights(), frozen, key)
-    return _run((network, named_platform()), inputs, context)
+    return _run((network, platform or named_platform()), inputs, context)
 
 
 @backend.compile_once
@@ -94,10 +84,30 @@ def _problem(network, platform, inputs, context):
 def run_on_all(network, tokens, maps):
     """The outputs (T, E, D') of all experts for each token (T, D): products of whole stacks."""
     num_experts = next(iter(maps.values())).kernel.shape[0]
-    part = AllTokens(tokens, num_experts)
+    part = _AllTokens(tokens, num_experts)
     outputs, _ = forward_part(network, part.rows, part, maps)
     if network.ends_linear and network.scale is None:
         outputs = part.last_products
     else:
         outputs = ops.reshape(outputs, (num_experts, ops.shape(tokens)[0], outputs.shape[1]))
     return ops.transpose(outputs, (1, 0, 2))
+
+
+class _AllTokens:
+    """A part of rows, see `networks`: every token for each expert, in one batched product."""
+
+    def __init__(self, tokens, num_experts):
+        self.tokens, self.num_experts = tokens, num_experts
+        self.rows = ops.tile(tokens, (num_experts, 1))
+
+    def product(self, rows, kernels, bias=None, transposed=False):
+        if rows is self.rows:  # which need not be copied for each expert
+            batch = ops.expand_dims(self.tokens, 0)
+        else:
+            shape = (self.num_experts, ops.shape(self.tokens)[0], rows.shape[1])
+            batch = ops.reshape(rows, shape)
+        products = ops.matmul(batch, linears.as_floats(kernels, rows.dtype))
+        if bias is not None:
+            products = products + ops.expand_dims(ops.cast(bias, rows.dtype), 1)
+        self.last_products = products  # `torch.export` knows less of what is shaped there and back
+        return ops.reshape(products, (-1, products.shape[2]))

@@ -21,13 +21,12 @@ def grouped_matmul(rows: Tensor, kernels: Tensor, group_sizes: Tensor) -> Tensor
     Args:
         rows: Float tensor (N, D).
         kernels: Float tensor (E, D, H), converted to the dtype of the rows.
-        group_sizes: Integer tensor or list (E,). Sizes of at least 0, sum at most N. Need not be
-            known at compile time. Those in a list or a NumPy array are checked; in a tensor a
-            negative one counts as 0, and a group ends with the rows at the latest.
+        group_sizes: Integer tensor or list (E,). Sizes of at least 0, sum at most N. Those in a
+            list or a NumPy array are checked; in a tensor, which need not be known at compile time,
+            a negative one counts as 0, and a group ends with the rows at the latest.
 
     Returns:
-        Tensor (N, H), in the dtype of `rows`. Products and sums are in float32 at most, as
-        elsewhere in Keras.
+        Tensor (N, H), in the dtype of `rows`, of sums in float32 at most.
 
     Raises:
         ValueError: If the ranks or the sizes of the shared axes do not fit, or sizes of groups are
@@ -105,12 +104,9 @@ def _check_sizes(group_sizes, rows, num_experts=None):
                 "`group_sizes` must be 0 or more, and their sum at most the number of rows. "
                 f"Received: group_sizes={on_host.tolist()}, {num_rows} rows"
             )
-    return _within(ops.cast(sizes, "int32"), ops.cast(num_rows, "int32"))
-
-
-def _within(sizes, num_rows):
-    """Sizes whose groups end with the rows: kernels of accelerators would read and write past."""
-    # Each of them alone first, so that their sum stays within 32 bits.
-    possible = ops.minimum(ops.maximum(sizes, 0), num_rows)
+    # Kernels of accelerators would read and write past the rows. Each size alone first, so that
+    # their sum stays within 32 bits.
+    num_rows = ops.cast(num_rows, "int32")
+    possible = ops.minimum(ops.maximum(ops.cast(sizes, "int32"), 0), num_rows)
     ends = ops.minimum(ops.cumsum(possible), num_rows)
     return ends - ops.pad(ends[:-1], ((1, 0),))

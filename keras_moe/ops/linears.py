@@ -9,18 +9,15 @@ from keras import ops
 
 
 class Linear(NamedTuple):
-    """A linear map of each expert: `x W + b`, or `x W + b + scale (x A) B`.
+    """A linear map of each expert: `x W + b`, or `x W + b + scale (x A) B`, of which W is frozen.
 
-    - `kernel`: W, a tensor (E, D, H), an `Int8Kernel` or an `Int4Kernel`.
-    - `bias`: a tensor (E, H), or None.
-    - `down`, `up`: A (E, D, r) and B (E, r, H), beside which the kernel has no gradient, or None.
-      Hu et al. 2021 (arXiv:2106.09685), section 4.1.
+    Hu et al. 2021 (arXiv:2106.09685), section 4.1.
     """
 
-    kernel: Any
-    bias: Any = None
-    down: Any = None
-    up: Any = None
+    kernel: Any  # W (E, D, H), a tensor, an `Int8Kernel` or an `Int4Kernel`
+    bias: Any = None  # b (E, H)
+    down: Any = None  # A (E, D, r)
+    up: Any = None  # B (E, r, H)
 
     @property
     def is_frozen(self):
@@ -33,14 +30,10 @@ class Linear(NamedTuple):
 
 
 class Int8Kernel(NamedTuple):
-    """Kernels of all experts, or the kernel of one, as integers times a scale of each column.
+    """Kernels of all experts, or the kernel of one, as integers times a scale of each column."""
 
-    - `values`: (E, D, H) int8.
-    - `scale`: (E, 1, H) float.
-    """
-
-    values: Any
-    scale: Any
+    values: Any  # (E, D, H) int8
+    scale: Any  # (E, 1, H) float
 
     @property
     def shape(self):
@@ -57,7 +50,6 @@ class Int8Kernel(NamedTuple):
         return ops.cast(self.values, dtype) * ops.cast(self.scale, dtype)
 
     def multiply(self, rows, transposed=False):
-        """`rows` times the kernel (D, H) of one expert, or times its transpose."""
         values, scale = ops.cast(self.values, rows.dtype), ops.cast(self.scale, rows.dtype)
         if transposed:
             return ops.matmul(rows * scale, ops.transpose(values))
@@ -65,18 +57,12 @@ class Int8Kernel(NamedTuple):
 
 
 class Int4Kernel(NamedTuple):
-    """Kernels as integers of 4 bits: `(integer - zero) * scale` of their group of rows.
+    """Kernels as integers of 4 bits: `(integer - zero) * scale` of their group of rows."""
 
-    - `values`: (E, D, ceil(H / 2)) int8; column 2 j is the lower half of column j.
-    - `scale`: (E, G, H) float, one for each group of rows.
-    - `zero`: (E, G, H) int8.
-    - `group`: (D,) int32, the group of each row.
-    """
-
-    values: Any
-    scale: Any
-    zero: Any
-    group: Any
+    values: Any  # (E, D, ceil(H / 2)) int8; column 2 j is the lower half of column j
+    scale: Any  # (E, G, H) float, one for each group of rows
+    zero: Any  # (E, G, H) int8
+    group: Any  # (D,) int32, the group of each row
 
     @property
     def shape(self):
@@ -93,11 +79,8 @@ class Int4Kernel(NamedTuple):
         return self._join(*self._even_and_odd(dtype))
 
     def multiply(self, rows, transposed=False):
-        """`rows` times the kernel (D, H) of one expert, or times its transpose.
-
-        In two products, of even and of odd columns: XLA takes several times as long to join the
-        columns first.
-        """
+        # Two products, of even and of odd columns: XLA takes several times as long to join the
+        # columns first.
         even, odd = self._even_and_odd(rows.dtype)
         if not transposed:
             return self._join(ops.matmul(rows, even), ops.matmul(rows, odd))
@@ -154,11 +137,8 @@ def multiply(rows, kernel, transposed=False):
     return ops.matmul(rows, ops.transpose(kernel) if transposed else kernel)
 
 
-# A linear map of some rows and its transpose. `part` has the products of these rows with the
-# kernels of their experts: see `networks`.
-
-
 def apply(linear, rows, part, scale):
+    """A linear map of the rows of a `part`, which has their products: see `networks`."""
     output = part.product(rows, linear.kernel, linear.bias)
     if linear.down is not None:
         output = output + scale * part.product(part.product(rows, linear.down), linear.up)
@@ -177,8 +157,7 @@ def pull(linear, gradient, part, scale):
 def factors(linear, rows, gradient, part, scale):
     """The left and right factor of the gradient of each trained field, a dict.
 
-    For each expert, the gradient of a kernel is the transposed left factor times the right one, and
-    the gradient of a bias is the sum of the right one.
+    The gradient of an expert's kernel is `left^T right`, that of its bias the sum of `right`.
     """
     found = {"kernel": (rows, gradient), "bias": (rows, gradient)}
     if linear.down is not None:

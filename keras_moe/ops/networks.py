@@ -5,9 +5,8 @@ The network of an expert is a function `network(rows, linear)` of rows (n, D) th
 what `linear` returns. The backward pass is derived: the network runs again with each linear map
 replaced by its saved output, and the framework differentiates the rest.
 
-A part of the rows, from `Backend.layout` or a tile, has `product(rows, kernel, bias=None,
-transposed=False)`, the products of its rows with the kernels of their experts, and `row_numbers()`,
-(n,) int32 among all rows.
+A part of the rows, from `Backend.layout` or a tile, has `product(rows, kernels, bias=None,
+transposed=False)`, with the kernels of the rows' experts, and `row_numbers()`, (n,) int32.
 
 Axes: T tokens, D features, n rows of a part.
 """
@@ -26,22 +25,14 @@ from keras_moe.ops.draws import hashed
 
 
 class Network(NamedTuple):
-    """The network of every expert, but for its weights. Hashable: equal networks compile once.
+    """The network of every expert, but for its weights. Hashable: equal networks compile once."""
 
-    - `function`: `function(rows, linear)` returns the outputs of rows (n, D).
-    - `names`: of its linear maps in the order of their calls, a tuple.
-    - `saved_widths`: the widths of what is saved besides the output, a tuple.
-    - `output_width`: D'.
-    - `has_dropout`: whether it calls `linear.dropout`.
-    - `scale`: factor of all corrections of low rank, or None where there are none.
-    """
-
-    function: Callable
-    names: tuple
-    saved_widths: tuple
-    output_width: int
-    has_dropout: bool = False
-    scale: float | None = None
+    function: Callable  # `function(rows, linear)` returns the outputs of rows (n, D)
+    names: tuple  # of its linear maps in the order of their calls
+    saved_widths: tuple  # of what is saved besides the output
+    output_width: int  # D'
+    has_dropout: bool = False  # whether it calls `linear.dropout`
+    scale: float | None = None  # of all corrections of low rank
 
     @property
     def ends_linear(self):
@@ -55,24 +46,15 @@ def network_of(function: Callable, features: int, widths: dict) -> Network:
 
 
 class Problem(NamedTuple):
-    """The problem that an engine computes.
-
-    - `network`: the `Network`.
-    - `platform`: "cpu", "gpu" or "tpu", the one that is compiled for.
-    - `tokens`: (T, D).
-    - `maps`: the `Linear` maps by name.
-    - `plan`: the `GroupedPlan`, without weights.
-    - `key`: (2,) int32 for dropout, or None where there is none.
-    - `layout`: the parts of the rows, see `backend.layouts`, or None for a loop over tiles.
-    """
+    """The problem that an engine computes: the arguments of `run_network`, and a layout."""
 
     network: Network
     platform: str
     tokens: Any
     maps: dict
-    plan: Any
+    plan: Any  # without weights
     key: Any = None
-    layout: Any = None
+    layout: Any = None  # see `backend.layouts`; None for a loop over tiles
 
     def trained(self):
         return linears.split(self.maps)[0]
@@ -83,10 +65,9 @@ def dtype_of(tensor):
 
 
 class _Linear:
-    """Argument of a network: its linear maps, and dropout, on some rows.
+    """Argument of a network: its linear maps, `compute(name, rows)`, and dropout, on some rows.
 
-    `compute(name, rows)` returns the outputs of a linear map. Random numbers depend on a key and
-    the numbers of the rows: they are the same in the forward and in the backward pass.
+    Random numbers depend on a key and the numbers of the rows: they are the same in both passes.
     """
 
     def __init__(self, rows, compute, part=None, key=None):
@@ -162,8 +143,9 @@ def forward_part(network, rows, part, maps, key=None):
     return outputs, saved[:-1] if network.ends_linear else saved
 
 
-def backward_part(network, rows, part, maps, saved, outputs, gradient, key=None):
+def backward_part(problem, rows, part, maps, saved, outputs, gradient):
     """From the gradient of outputs: the gradient of rows, and the `factors` of each linear map."""
+    network = problem.network
     names, scale = network.names, network.scale
     saved = [*saved, outputs] if network.ends_linear else saved
 
@@ -175,8 +157,8 @@ def backward_part(network, rows, part, maps, saved, outputs, gradient, key=None)
             transpose = functools.partial(linears.pull, maps[name], part=part, scale=scale)
             return backend.attach_gradient(given[name], values, transpose)
 
-        outputs = _like(network.function(rows, _Linear(rows, compute, part, key)), rows)
-        return outputs, [inputs[name] for name in names]
+        linear = _Linear(rows, compute, part, problem.key)
+        return _like(network.function(rows, linear), rows), [inputs[name] for name in names]
 
     inputs, pullback = backend.vjp(run, (rows, *saved))
     of_rows, *of_outputs = pullback(gradient)

@@ -25,15 +25,13 @@ class GroupedPlan(NamedTuple):
     - `experts` (T, K) or (B, E, C) int32: the expert of each assignment, -1 where none serves it.
     - `weights`: float32 combine weights of the same shape.
     - `sizes` (E,) int32: the number of rows of each expert.
-    - `places`: int32, the place of each assignment's token in its sequence, where experts choose;
-      else None.
-    - `mask` (T,) bool: False for padding, where experts choose; else None.
+    - `places` (B, E, C) int32: the place of each token in its sequence; None where tokens choose.
+    - `mask` (T,) bool: False for padding; None where tokens choose.
     - `order` (N,) int32: the assignment of each row. Rows are sorted by expert, inside one in the
       order of the assignments. Rows past the last group are padding and are not computed.
     - `rows` (T, K) or (N,) int32: the row of each assignment, -1 where there is none.
 
-    `order` and `rows` are None where a distribution spreads the tokens over devices, each of which
-    sorts its own.
+    `order` and `rows` are None before each device of a distribution has sorted its own.
     """
 
     experts: Any
@@ -48,10 +46,7 @@ class GroupedPlan(NamedTuple):
     def of(
         cls, experts: Tensor, weights: Tensor, num_experts: int, mask: Tensor | None = None
     ) -> "GroupedPlan":
-        """The unsorted plan of experts (T, K); a number that is no expert's is none.
-
-        Nothing serves a token where the mask (T,) is False.
-        """
+        """The unsorted plan of experts (T, K), none for other numbers and outside a mask (T,)."""
         experts, sizes = served_and_counts(experts, mask, num_experts)
         return cls(experts, weights, sizes)
 
@@ -99,7 +94,7 @@ class GroupedPlan(NamedTuple):
 
     def with_rows(self) -> "GroupedPlan":
         """The sorted plan; on a mesh the plan as it is, as each device sorts its own part."""
-        return self if backend.devices.token_shards() is not None else self.sort()
+        return self if backend.token_shards() is not None else self.sort()
 
     def _flat(self, values):
         """Values of assignments as a vector (N,), by their numbers."""
@@ -131,10 +126,7 @@ class GroupedPlan(NamedTuple):
         return ops.reshape(ops.where(self.rows >= 0, picked, 0.0), ops.shape(self.experts))
 
     def sum_rows(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
-        """For each token the float32 sum of its rows (N, D), weighted by `weights` or by 1.
-
-        The result (T, D) has the dtype of `rows`.
-        """
+        """For each token the float32 sum (T, D) of its rows, weighted by `weights` or by 1."""
         by_token = self._gather_and_sum if self.places is None else self._scatter_sum
         return ops.cast(by_token(rows, weights), rows.dtype)
 
@@ -253,26 +245,17 @@ def dispatch(tokens, plan):
 
 
 @backend.jit_when_eager
-def collect(rows, plan):
-    """`sum_rows` without weights, (T, D), whose gradient is `dispatch`."""
-
-    def forward(rows, plan, save):
-        return plan.sum_rows(rows), ()
-
-    def backward(rows, plan, saved, gradient):
-        return backend.gather_rows(gradient, plan.token_of_row())
-
-    return backend.differentiable(forward, backward, rows, plan)
-
-
-@backend.jit_when_eager
 def combine(rows, weights, plan):
+    """`sum_rows`, whose gradient for the rows is a gather; weights of None are 1."""
+
     def forward(inputs, plan, save):
         return plan.sum_rows(*inputs), ()
 
     def backward(inputs, plan, saved, gradient):
-        rows, weights = inputs
         row_gradient = backend.gather_rows(gradient, plan.token_of_row())
+        if len(inputs) == 1:
+            return (row_gradient,)
+        rows, weights = inputs
         weight_gradient = row_sums(row_gradient, rows)
         row_weights = ops.cast(plan.weight_of_row(weights), rows.dtype)
         return (
@@ -280,7 +263,8 @@ def combine(rows, weights, plan):
             ops.cast(plan.at_assignments(weight_gradient[:, 0]), weights.dtype),
         )
 
-    return backend.differentiable(forward, backward, (rows, weights), plan)
+    inputs = (rows,) if weights is None else (rows, weights)
+    return backend.differentiable(forward, backward, inputs, plan)
 
 
 def row_sums(left, right):
@@ -302,8 +286,8 @@ def plan_experts(experts, num_experts):
 
 
 def pad_to_shards(tensor, shards, value):
-    """The tensor (T, ...), padded so that all devices have as many tokens."""
-    missing = -ops.shape(tensor)[0] % shards.number
+    """The tensor (T, ...) or None, padded so that all devices have as many tokens."""
+    missing = 0 if tensor is None else -ops.shape(tensor)[0] % shards.number
     if not missing:
         return tensor
     widths = ((0, missing), *[(0, 0)] * (len(tensor.shape) - 1))

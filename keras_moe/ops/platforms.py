@@ -1,13 +1,10 @@
 """The platform that a program is compiled for: "cpu", "gpu" or "tpu"."""
 
 import contextlib
-import functools
 import threading
 from collections.abc import Iterator
 
 from keras_moe._internal.checks import check_choice
-
-PLATFORMS = ("cpu", "gpu", "tpu")
 
 # Not a context variable, which `torch.compile` and `torch.export` cannot read.
 _of_thread = threading.local()
@@ -18,13 +15,12 @@ def platform(name: str) -> Iterator[None]:
     """Trace for a platform that this process does not run on.
 
     Which grouped computation is fastest depends on the device, so what is traced differs. JAX
-    learns the device when it compiles, also for `jax.export` and ahead-of-time compilation, and
-    PyTorch from the tensors: neither needs this. TensorFlow traces for the devices of the process,
-    so a SavedModel with XLA functions that is exported on a CPU for a GPU is exported inside
-    this context.
+    learns the device when it compiles, also ahead of time, and PyTorch from the tensors: neither
+    needs this. TensorFlow traces for the devices of the process, so a SavedModel with XLA functions
+    that is exported on a CPU for a GPU is exported inside this context.
 
-    It holds for what is traced inside. A function that was traced before is not traced again. What
-    is traced must be compiled for that platform, or for a CPU, which interprets it slowly.
+    A function that was traced before is not traced again. What is traced must be compiled for that
+    platform, or for a CPU, which interprets it slowly.
 
     Args:
         name: String. `"cpu"`, `"gpu"` or `"tpu"`.
@@ -41,7 +37,7 @@ def platform(name: str) -> Iterator[None]:
     >>> outputs.shape
     (8, 16)
     """
-    check_choice("name", name, PLATFORMS)
+    check_choice("name", name, ("cpu", "gpu", "tpu"))
     outer, _of_thread.name = named_platform(), name
     try:
         yield
@@ -52,18 +48,3 @@ def platform(name: str) -> Iterator[None]:
 def named_platform():
     """The platform that an enclosing `platform` names, or None."""
     return getattr(_of_thread, "name", None)
-
-
-def keeping_platform(function):
-    """The function, traced for the platform that is named now, whenever that happens.
-
-    JAX traces the parts of a custom gradient after the context has ended.
-    """
-    name = named_platform()
-
-    @functools.wraps(function)
-    def traced_as_now(*arguments, **keywords):
-        with platform(name) if name else contextlib.nullcontext():
-            return function(*arguments, **keywords)
-
-    return traced_as_now

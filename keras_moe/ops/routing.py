@@ -18,9 +18,8 @@ from keras_moe.ops.selection import check_top_k, mask_invalid, take_scores, top_
 class Routing(NamedTuple):
     """The decision of a router, before any token moves.
 
-    - `indices` (T, K) int32: the experts of each token, -1 in a place that is not used. Best first,
-      where tokens choose K of them; in the order of the experts, where K is E. Padding has any, of
-      weight zero.
+    - `indices` (T, K) int32: the experts of each token, best first, or in their order where K is E;
+      -1 in a place that is not used. Padding has any, of weight zero.
     - `weights` (T, K) float32: their combine weights, zero for padding and unused places.
     - `probs` (T, E) float32: scores of all experts, a distribution over E.
     - `logits` (T, E) float32: what the scores were computed from.
@@ -28,11 +27,9 @@ class Routing(NamedTuple):
     - `counts` (E,) int32: assignments per expert, padding excluded, before any drop. float32 where
       all experts serve all tokens: then the combine weight of each, scaled to the same sum.
     - `dropped` () float32: share of the assignments that found no slot in their expert.
-    - `load` (E,) float32: `counts`; for noisy routers a smooth, differentiable estimate of the
-      load.
-    - `details`: tuple of tensors that only the router's own plan understands; a layer returns none.
-    - `selectors` (T, K, E) float32: of `routers.DSelectKRouter`, the scores of each of its
-      selectors; else `()`.
+    - `load` (E,) float32: `counts`; for noisy routers a smooth, differentiable estimate of them.
+    - `details`: tuple of tensors that only the router's own plan understands; layers return none.
+    - `selectors` (T, K, E) float32: scores of each selector of `routers.DSelectKRouter`, else `()`.
     """
 
     indices: Any
@@ -134,8 +131,7 @@ def without_padding(routing, mask):
 def clean_logits(logits, mask=None):
     """Logits (T, E) in float32 with zeros for padding, and a mask (T,) that is never None.
 
-    Padding may hold anything: a NaN there must not reach a gradient, so it is replaced before any
-    score is computed, not masked afterwards.
+    Before any score is computed: a NaN in padding must not reach a gradient.
     """
     logits = ops.cast(logits, "float32")
     if mask is None:
@@ -155,10 +151,10 @@ def top_k_routing(
 ) -> Routing:
     """The `top_k` experts with the best scores.
 
-    With softmax scores and `top_k=1` the weight is the probability itself (Switch, Fedus et al.
-    2021, arXiv:2101.03961, eq. 2): renormalised it would be the constant 1 and the router would
-    learn nothing from the task. With more, the chosen scores are divided by their sum, which for
-    softmax equals a softmax over the chosen logits (Mixtral, arXiv:2401.04088, section 2.1).
+    With `top_k=1` the weight is the score itself (Switch, Fedus et al. 2021, arXiv:2101.03961, eq.
+    2): renormalised it would be the constant 1, and the router would learn nothing from the task.
+    With more, the chosen scores are divided by their sum, which for softmax equals a softmax over
+    the chosen logits (Mixtral, arXiv:2401.04088, section 2.1).
 
     Args:
         logits: Float tensor (T, E), computed on in float32.
@@ -227,10 +223,7 @@ def weighted_counts(indices, weights, mask):
 
 @backend.jit_when_eager
 def served_and_counts(indices, mask, num_experts):
-    """Indices (T, K) with -1 for none and for padding, and how often each expert is in them, (E,).
-
-    A routing and its plan both count by it, so that a compiler counts once.
-    """
+    """Indices (T, K), -1 for none and for padding, and how often each expert is in them, (E,)."""
     served = mask_invalid(indices, num_experts, mask)
     return served, backend.count_integers(ops.reshape(served, (-1,)), num_experts)
 

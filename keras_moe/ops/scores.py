@@ -11,11 +11,9 @@ SMALLEST_SCORE = 1e-7
 
 @backend.jit_when_eager
 def softmax(logits, axis=-1):
-    """Softmax along an axis, where one NaN makes all scores NaN.
-
-    TensorFlow's own softmax on CPUs gives the other experts a score of 0 there, which would hide
-    a broken router; and `ops.softmax` warns of a single expert.
-    """
+    """Softmax along an axis, where one NaN makes all scores NaN."""
+    # TensorFlow's own softmax on CPUs gives the other experts a score of 0 there, which would hide
+    # a broken router; and `ops.softmax` warns of a single expert.
     return ops.exp(ops.log_softmax(logits, axis=axis))
 
 

@@ -36,8 +36,7 @@ def top_k_indices(scores: Tensor, top_k: int) -> Tensor:
     Returns:
         Tensor (T, K) of int32.
     """
-    # K rounds of argmax agree on ties and NaN on every backend, where top_k does not, and for a
-    # few experts per token they are as fast.
+    # K rounds of argmax agree on ties and NaN on every backend, where top_k does not, as fast.
     num_tokens, num_experts = scores.shape
     top_k = check_top_k(top_k, num_experts)
     if num_tokens == 0:  # Keras cannot take the maximum of an empty axis.
@@ -69,8 +68,8 @@ def group_limited_scores(scores, num_groups, top_groups):
     """Scores (T, E), minus infinity for the experts outside a token's best groups.
 
     A group is as good as the sum of its two best experts. DeepSeek-V3 (arXiv:2412.19437),
-    section 2.1.2, there called nodes. Not zero, as some implementations have it: a selection bias
-    makes scores negative, and an excluded expert would beat an admitted one.
+    section 2.1.2, there called nodes. Not zero: a selection bias makes scores negative, and an
+    excluded expert would beat an admitted one.
     """
     size = scores.shape[-1] // num_groups
     grouped = ops.reshape(scores, (-1, size))

@@ -20,18 +20,12 @@ from keras_moe.ops.sorting import at_least
 def soft_routing(logits, num_experts, mask, sequence_length=None):
     """Each slot is a mean of the tokens of a sequence, each token a mean of the slots' outputs.
 
-    Puigcerver et al. 2023, Soft MoE (arXiv:2308.00951), eq. 1 to 3.
+    Puigcerver et al. 2023, Soft MoE (arXiv:2308.00951), eq. 1 to 3. In the logits (T, E * P) the
+    slots of an expert are neighbours; all tokens are one sequence without a `sequence_length`.
 
-    Args:
-        logits: Float32 tensor (T, E * P); the slots of an expert are neighbours.
-        num_experts: Integer, E.
-        mask: Bool tensor (T,), False for padding.
-        sequence_length: Integer or None. S; None where all tokens are one sequence.
-
-    Returns:
-        A `Routing` that names for each token the expert it takes most from, with K = 1 and that
-        expert's share as weight; the logit of an expert is the logsumexp of the logits of its
-        slots. `details` holds the weights for `SoftPlan`: to slots and back, both (B, S, M).
+    Returns a `Routing` that names for each token the expert it takes most from, with K = 1 and that
+    expert's share as weight; the logit of an expert is the logsumexp of the logits of its slots.
+    `details` holds the weights for `SoftPlan`: to slots and back, both (B, S, M).
     """
     num_tokens, num_slots = ops.shape(logits)[0], logits.shape[1]
     length = at_least(1, num_tokens) if sequence_length is None else sequence_length
@@ -45,14 +39,13 @@ def soft_routing(logits, num_experts, mask, sequence_length=None):
     logits = ops.logsumexp(ops.reshape(logits, (num_tokens, num_experts, slots)), axis=-1)
     probs = softmax(logits)
     indices = top_k_indices(probs, 1)
-    num_runs = ops.shape(by_sequence)[0] * slots
     return _make_routing(
         indices=indices,
         weights=take_scores(probs, indices),
         probs=probs,
         logits=logits,
         mask=mask,
-        counts=ops.zeros((num_experts,), "int32") + num_runs,
+        counts=ops.zeros((num_experts,), "int32") + ops.shape(by_sequence)[0] * slots,
         details=(to_slots, back),
     )
 
@@ -126,4 +119,4 @@ class SoftPlan(NamedTuple):
 
 def _order():
     """The axes of slots, by expert; on a mesh of devices by sequence, which lie on one device."""
-    return "mb" if backend.devices.token_shards() is None else "bm"
+    return "mb" if backend.token_shards() is None else "bm"

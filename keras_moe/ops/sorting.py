@@ -1,14 +1,8 @@
 """Sorting of assignments by expert, and sizes that may not be known while tracing."""
 
-import numbers
-
-import numpy as np
 from keras import ops
 
-from keras_moe._internal.checks import check_integer
 from keras_moe.backend import backend
-
-_HOST_NUMBERS = (numbers.Number, np.ndarray)
 
 
 def at_least(least, size):
@@ -21,24 +15,6 @@ def ceil_divide(size, divisor):
     return (size + divisor - 1) // divisor
 
 
-def check_size(name, size, minimum=1):
-    """Return a size as a Python integer; a tensor or a symbol as it is."""
-    return check_integer(name, size, minimum) if isinstance(size, _HOST_NUMBERS) else size
-
-
-def check_sequence_length(length, num_tokens):
-    """Return a length that divides the number of tokens, where both are known, or None."""
-    if length is None:
-        return None
-    length = check_size("sequence_length", length)
-    if isinstance(length, int) and isinstance(num_tokens, int) and num_tokens % length:
-        raise ValueError(
-            "`sequence_length` must divide the number of tokens. "
-            f"Received: sequence_length={length}, {num_tokens} tokens"
-        )
-    return length
-
-
 def position_in_expert(expert, num_experts, order=None):
     """How many entries of the same expert precede each entry (N,) int32.
 
@@ -47,14 +23,8 @@ def position_in_expert(expert, num_experts, order=None):
     if order is not None:
         return put(position_in_expert(ops.take(expert, order), num_experts), order)
     _, rank = sort_by_expert(expert, num_experts)
-    sizes = count_by_expert(expert, num_experts)
+    sizes = ops.segment_sum(ops.ones_like(expert), expert, num_experts)
     return rank - ops.take(ops.cumsum(sizes) - sizes, expert)
-
-
-@backend.jit_when_eager
-def count_by_expert(expert, num_experts):
-    """The number of entries of each expert, (num_experts,) int32."""
-    return ops.segment_sum(ops.ones_like(expert), expert, num_experts)
 
 
 def sort_by_expert(expert, num_experts):

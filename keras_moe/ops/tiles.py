@@ -45,18 +45,11 @@ def backward(problem, row_weights, outputs, saved, gradient):
 
     def compute(tile, maps, carry):
         of_rows, of_weights, of_maps = carry
-        output_gradient, output = tile.gather(gradient), tile.read(outputs, past_end=1.0)
-        row_gradient, factors = backward_part(
-            problem.network,
-            tile.gather(problem.tokens),
-            tile,
-            maps,
-            # Not zeros, where an activation may have no derivative: NaN times 0 is NaN.
-            [tile.read(buffer, past_end=1.0) for buffer in saved],
-            output,
-            output_gradient * tile.read(padded_weights),
-            problem.key,
-        )
+        rows, output_gradient = tile.gather(problem.tokens), tile.gather(gradient)
+        # Not zeros, where an activation may have no derivative: NaN times 0 is NaN.
+        output, *of_tile = (tile.read(buffer, past_end=1.0) for buffer in (outputs, *saved))
+        weighted = output_gradient * tile.read(padded_weights)
+        row_gradient, factors = backward_part(problem, rows, tile, maps, of_tile, output, weighted)
         return (
             tile.write(of_rows, row_gradient),
             tile.write(of_weights, row_sums(output_gradient, output)),
@@ -82,22 +75,17 @@ def _length(problem):
     return tile_length(problem.plan.num_rows(), problem.plan.num_experts)
 
 
-def _dtype(problem):
-    return tile_dtype(dtype_of(problem.tokens), problem.platform)
-
-
 def _buffer(problem, width):
     """Zeros for all rows, and for a tile that overruns the last group."""
     return ops.zeros((problem.plan.num_rows() + _length(problem), width), _dtype(problem))
 
 
-def tile_dtype(dtype, platform):
-    """The dtype that tiles are computed in.
-
-    For products of narrow floats XLA on CPUs converts each operand to float32, and rounds each
-    result. So a whole tile is computed in float32 there, at least.
-    """
-    return "float32" if dtype in ("bfloat16", "float16") and platform == "cpu" else dtype
+def _dtype(problem):
+    """The dtype that tiles are computed in."""
+    # For products of narrow floats XLA on CPUs would convert each operand, and round each result.
+    dtype = dtype_of(problem.tokens)
+    is_narrow = dtype in ("bfloat16", "float16")
+    return "float32" if is_narrow and problem.platform == "cpu" else dtype
 
 
 def _for_each_tile(problem, compute, carry):
@@ -180,17 +168,15 @@ class _Tile(NamedTuple):
         return backend.update_at(stacked, _start(stacked, self.expert), ops.expand_dims(total, 0))
 
     def _mask(self, rows, past_end):
-        return ops.where(
-            self.inside, ops.cast(rows, self.dtype), ops.full((), past_end, self.dtype)
-        )
+        past_end = ops.full((), past_end, self.dtype)
+        return ops.where(self.inside, ops.cast(rows, self.dtype), past_end)
 
 
 def _multiply_in_blocks(rows, kernel):
     """`rows @ kernel` of few rows (n, D), n static, with an int8 kernel (D, H).
 
-    XLA converts a whole kernel to floats before it multiplies. For few rows that takes longer than
-    the product. Converted in blocks of some rows of the kernel, one after another, the floats stay
-    in the cache.
+    XLA would convert the whole kernel to floats first, which for few rows takes longer than the
+    product. Converted in blocks of some rows of the kernel, the floats stay in the cache.
     """
     (num_rows, depth), width = rows.shape, kernel.shape[1]
     # The sum of the products is read and written for each block, so a block is not shorter.
@@ -240,14 +226,12 @@ def tile_length(num_rows, num_experts):
 
     Besides its rows a tile costs about as much as 8 more, as its kernels are read, and the sums of
     their gradients read and written. The last tile of a group is half padding. In tiles of L rows
-    a mean group costs `(mean / L + 1 / 2) * (L + 8)`, the least at `4 * sqrt(mean)`. On a CPU no
-    power of two made a training step more than 5% faster (groups of 16 to 2,048 rows, kernels of
-    256 x 1024 and 512 x 2048). Tiles have one length only, because each length is compiled, forward
-    and backward.
+    a mean group costs `(mean / L + 1 / 2) * (L + 8)`, the least at `4 * sqrt(mean)`; measured, no
+    other power of two was more than 5% faster. There is one length only, as each is compiled.
 
-    From 128 rows on no tile holds more than an eighth of them: in the backward pass some
-    seven intermediate values of a tile exist at once, which would be most of the memory where
-    experts are few. The number of rows is a tensor where it is not known at compile time.
+    From 128 rows on no tile holds more than an eighth of them: some seven intermediate values of a
+    tile exist at once in the backward pass, most of the memory where experts are few. The number of
+    rows is a tensor where it is not known at compile time.
     """
     mean = num_rows // max(num_experts, 8) if isinstance(num_rows, int) else 256
     # The power of two that is nearest in ratio.

@@ -19,13 +19,7 @@ def sinkhorn_plan(logits, mask, iterations):
     fixed number of rounds, because a compiled loop is faster for it. Cuturi 2013
     (arXiv:1306.0895), algorithm 1; for routing Clark et al. 2022 (arXiv:2202.01169).
 
-    Args:
-        logits: Float tensor (T, E).
-        mask: Bool tensor (T,), False for padding.
-        iterations: Integer. Number of rounds.
-
-    Returns:
-        Float32 tensor (T, E), the logarithm of the plan; minus infinity for padding.
+    Returns the logarithm of the plan, float32 (T, E); minus infinity for padding.
     """
     num_experts = logits.shape[-1]
     real = ops.expand_dims(mask, 1)
@@ -52,14 +46,7 @@ def balanced_assignment(scores, mask):
     propose to their next expert (deferred acceptance, Gale and Shapley 1962). The result is stable:
     no token and expert both prefer each other to their assignment. BASE layers (arXiv:2103.16716)
     maximise the sum of the scores by an auction instead, whose number of rounds depends on the
-    scores.
-
-    Args:
-        scores: Float tensor (T, E); what is not finite counts as the lowest.
-        mask: Bool tensor (T,), False for padding.
-
-    Returns:
-        Int32 tensor (T,); padding is given expert 0.
+    scores. Scores (T, E) that are not finite count as the lowest; padding is given expert 0.
     """
     num_tokens, num_experts = ops.shape(scores)[0], scores.shape[-1]
     scores = ops.where(ops.isfinite(scores), scores, -3e38)

@@ -90,7 +90,7 @@ class Router(keras.layers.Layer):
         if getattr(dtype, "name", dtype) not in (None, "float32"):
             raise ValueError(f"A router always computes in float32. Received: dtype={dtype}")
         super().__init__(dtype="float32", **kwargs)
-        backend.devices.separate_losses(self)
+        backend.separate_losses(self)
         self.num_experts: Any = (
             None if num_experts is None else check_integer("num_experts", num_experts)
         )

@@ -330,7 +330,6 @@ def _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng, 
     up, denses = feed_forward.up, feed_forward.denses
     copies = num_experts // granularity
     features, width = up.kernel.shape
-    dropouts = [each for each in feed_forward.layers if isinstance(each, keras.layers.Dropout)]
     experts = (FeedForwardExperts if feed_forward.gate is None else GatedExperts)(
         num_experts if rank is None else 1,
         width // granularity,
@@ -339,7 +338,7 @@ def _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng, 
         kernel_initializer=up.kernel_initializer,
         kernel_regularizer=_bank_regularizer(denses, "kernel", copies),
         bias_regularizer=_bank_regularizer(denses, "bias", copies),
-        dropout=max((each.rate for each in dropouts), default=0.0),
+        dropout=feed_forward.dropout,
         dtype=up.dtype_policy,
         trainable=up.trainable,
         # As in converted models, for the `enable_lora` of KerasHub.

@@ -22,6 +22,7 @@ class FeedForward(NamedTuple):
     - `activation`: function of the hidden features, or of the gate if there is one.
     - `layers`: the layers that the mixture replaces; it comes in the place of the first.
     - `owner`: the KerasHub block that holds it, or None.
+    - `dropout`: rate of dropout of the hidden features.
     """
 
     name: str
@@ -31,6 +32,7 @@ class FeedForward(NamedTuple):
     activation: Any
     layers: tuple
     owner: Any = None
+    dropout: float = 0.0
 
     @property
     def denses(self):
@@ -85,7 +87,9 @@ def _in_graph(model):
     for up in filter(_is_dense, model.layers):
         layers, activations, down = _chain(up, following)
         if _obstacle(up, activations, down) is None:
-            yield FeedForward(up.name, up, down, None, activations[0], (*layers, down))
+            rates = [each.rate for each in layers if isinstance(each, keras.layers.Dropout)]
+            parts = (up, down, None, activations[0], (*layers, down))
+            yield FeedForward(up.name, *parts, dropout=max(rates, default=0.0))
 
 
 def _chain(up, following):
