@@ -6,10 +6,11 @@ import itertools
 from keras import ops
 
 from keras_moe.backend import padded
+from keras_moe.backend.devices import Devices
 from keras_moe.backend.layouts import AllRows
 
 
-class Backend:
+class Backend(Devices):
     """Abstract: the primitives that need a framework's own calls. All else is `keras.ops`."""
 
     # What is computed, or traced to be compiled
@@ -17,10 +18,6 @@ class Backend:
     def compiles_static_shapes(self):
         """Whether the code being traced needs every shape fixed."""
         raise NotImplementedError
-
-    def is_transformed(self):
-        """Whether `torch.func`, a forward mode or a vectorized map needs plain operations."""
-        return False
 
     def is_exporting(self):
         """Whether the code is traced into a program that has no gradients and changes no state."""
@@ -41,38 +38,6 @@ class Backend:
     def without_autocast(self, tensor):
         """A context in which no operation on a tensor computes in a smaller dtype than its own."""
         return contextlib.nullcontext()
-
-    # Devices: replicas that run the same code on parts of a batch; on PyTorch processes that share
-    # experts; on JAX meshes that arrays are spread over
-
-    def num_replicas(self):
-        return 1
-
-    def sum_over_replicas(self, values):
-        return values
-
-    def gather_over_replicas(self, values):
-        """The rows (R, ...) of all replicas, one after the other."""
-        return values
-
-    def sum_of_counts(self, values):
-        """Amounts to add to counters: summed over replicas, unless reading a counter sums them."""
-        return values
-
-    def separate_losses(self, layer):
-        """Give each replica its own list of the losses that a layer adds."""
-
-    def expert_processes(self):
-        """The `torch_experts.ExpertParallel` that is set; None if each process has all experts."""
-        return None
-
-    def split_experts(self, experts, data, process_group):
-        """An `ExpertParallel` for `keras.distribution.set_distribution`."""
-        raise NotImplementedError
-
-    def token_shards(self):
-        """How the tokens of a batch are spread, a `jax_sharding.Shards`; None on one device."""
-        return None
 
     # Programs
 
@@ -128,7 +93,7 @@ class Backend:
         integers. `sizes` are (E,) int32; `platform` is the one that is compiled for.
         """
         # In operations that a framework differentiates any number of times.
-        if self.compiles_static_shapes() or self.is_transformed() or hasattr(kernels, "floats"):
+        if self.compiles_static_shapes() or hasattr(kernels, "floats"):
             return padded.product(rows, kernels, sizes, transposed)
         *parts, rest = self.split_groups(rows, sizes)[0]
         kernels = ops.cast(kernels, rows.dtype)

@@ -53,3 +53,25 @@ class AllRows:
             right = ops.cast(right, "float32")
             total = ops.segment_sum(right, self._experts(), number + 1)[:number]
         return ops.cast(total, trained.dtype)
+
+
+class AllTokens:
+    """A part: every token for each expert, in one batched product."""
+
+    def __init__(self, tokens, num_experts):
+        self.tokens, self.num_experts = tokens, num_experts
+        self.rows = ops.tile(tokens, (num_experts, 1))
+
+    def product(self, rows, kernels, bias=None, transposed=False):
+        if rows is self.rows:  # which need not be copied for each expert
+            batch = ops.expand_dims(self.tokens, 0)
+        else:
+            shape = (self.num_experts, ops.shape(self.tokens)[0], rows.shape[1])
+            batch = ops.reshape(rows, shape)
+        is_quantized = hasattr(kernels, "floats")
+        kernels = kernels.floats(rows.dtype) if is_quantized else ops.cast(kernels, rows.dtype)
+        products = ops.matmul(batch, kernels)
+        if bias is not None:
+            products = products + ops.expand_dims(ops.cast(bias, rows.dtype), 1)
+        self.last_products = products  # `torch.export` knows less of what is shaped there and back
+        return ops.reshape(products, (-1, products.shape[2]))

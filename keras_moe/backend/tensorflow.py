@@ -10,6 +10,7 @@ import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla
 
 from keras_moe._internal.keras_internals import current_model
+from keras_moe.backend import padded
 from keras_moe.backend.base import Backend, packed_order, split_rows
 from keras_moe.backend.layouts import AllRows
 
@@ -23,10 +24,6 @@ MOST_CONVERTED_ROWS = 16
 class TensorFlowBackend(Backend):
     def compiles_static_shapes(self):
         return tf.__internal__.get_enclosing_xla_context() is not None
-
-    def is_transformed(self):
-        # `tf.vectorized_map` has no rows of different sizes; no function tells that it traces.
-        return "loop_body" in tf.get_current_name_scope().split("/")
 
     def current_platform(self):
         # TensorFlow does not tell for which device a function is traced.
@@ -78,7 +75,7 @@ class TensorFlowBackend(Backend):
         context = tf.nest.map_structure(
             lambda each: None if each is None else tf.stop_gradient(each), context
         )
-        if self.is_transformed():
+        if _is_transformed():
             return reference(inputs, context)
 
         def gradient_of_reference(upstream, *tensors):
@@ -142,6 +139,11 @@ class TensorFlowBackend(Backend):
 
         return others, pullback
 
+    def product(self, rows, kernels, sizes, transposed=False, platform=None):
+        if _is_transformed():
+            return padded.product(rows, kernels, sizes, transposed)
+        return super().product(rows, kernels, sizes, transposed)
+
     def layout(self, sizes, num_rows, platform, converts=False):
         if self.compiles_static_shapes():
             return None if platform == "cpu" else AllRows(self, sizes, num_rows, platform)
@@ -191,6 +193,11 @@ class TensorFlowBackend(Backend):
         best = tf.reduce_max(scores, axis=-1, keepdims=True)
         number = scores.shape[-1]
         return tf.reduce_min(tf.where(scores >= best, tf.range(number), number), axis=-1)
+
+
+def _is_transformed():
+    # `tf.vectorized_map` has no rows of different sizes; no function tells that it traces.
+    return "loop_body" in tf.get_current_name_scope().split("/")
 
 
 class _Groups:

@@ -6,7 +6,7 @@ import keras
 import torch
 from keras import ops
 
-from keras_moe.backend import torch_experts
+from keras_moe.backend import padded, torch_experts
 from keras_moe.backend.base import Backend, packed_order
 from keras_moe.backend.torch_groups import Runs, is_traced, sizes_on_host, split
 
@@ -18,12 +18,6 @@ class TorchBackend(Backend):
     def compiles_static_shapes(self):
         # PyTorch runs eagerly here, or records slices as they are.
         return False
-
-    def is_transformed(self):
-        return not is_traced() and (  # no public function tells
-            torch._C._are_functorch_transforms_active()
-            or torch.autograd.forward_ad._current_level >= 0
-        )
 
     def is_exporting(self):
         return torch.jit.is_tracing() or torch.compiler.is_exporting()
@@ -81,7 +75,7 @@ class TorchBackend(Backend):
 
     def differentiable(self, forward, backward, inputs, context, reference=None):
         reference = reference or (lambda inputs, context: forward(inputs, context, save=False)[0])
-        if self.is_transformed():
+        if _is_transformed():
             return reference(inputs, context)
         tensors = keras.tree.flatten(inputs)
         # In the function gradients are always off, and `needs_input_grad` does not ask whether.
@@ -105,6 +99,11 @@ class TorchBackend(Backend):
             return torch.autograd.grad(output, inputs, cotangent, materialize_grads=True)
 
         return others, pullback
+
+    def product(self, rows, kernels, sizes, transposed=False, platform=None):
+        if _is_transformed():
+            return padded.product(rows, kernels, sizes, transposed)
+        return super().product(rows, kernels, sizes, transposed)
 
     def layout(self, sizes, num_rows, platform, converts=False):
         return Runs(sizes, num_rows, platform)
@@ -146,6 +145,12 @@ class TorchBackend(Backend):
     def split_groups(self, rows, sizes):
         numbers = sizes_on_host(sizes, rows.shape[0])
         return split(rows, numbers), numbers
+
+
+def _is_transformed():
+    return not is_traced() and (  # no public function tells
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 class _Differentiable(torch.autograd.Function):

@@ -52,10 +52,10 @@ def from_hugging_face(
     check_choice("model_type", config.get("model_type"), FAMILIES)
     if into is not None and kwargs:
         raise ValueError(f"`into` must be given without arguments of a layer. Received: {kwargs}")
-    mixture = into
     if into is None:
-        mixture = MixtureOfExperts(**{**_parts_of(config, kwargs.get("dtype")), **kwargs})
-        mixture.build((None, None, config["hidden_size"]))
+        into = MixtureOfExperts(**{**_parts_of(config, kwargs.get("dtype")), **kwargs})
+        into.build((None, None, config["hidden_size"]))
+    mixture = into
     check_plain(mixture)
     read, names = tensor_reader(source)
     experts = range(mixture.experts.num_experts)

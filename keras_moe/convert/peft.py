@@ -60,9 +60,9 @@ def from_peft(
     odd = own ^ {start + f"lora_{letter}.weight" for start in starts for letter in "AB"}
     is_stacked = {start.replace("base_layer.", "") for start in starts} == {stacked}
     if odd or settings.get("use_dora") or not (is_stacked or starts and starts <= {*single}):
-        rule = "An adapter must be of experts and nothing else of their block, without DoRA"
+        wanted = "An adapter must be of experts and nothing else of their block, without DoRA"
         received = f"{sorted(own)}, use_dora={settings.get('use_dora')}, layer={layer}"
-        raise ValueError(f"{rule}. Received: {received}")
+        raise ValueError(f"{wanted}. Received: {received}")
 
     def expected(rule, parameter, copies=1):
         """The shapes of factors, and the rule with the rank and the scale that PEFT gives them."""
@@ -92,8 +92,8 @@ def from_peft(
             experts = slice(expert, expert + 1)
             by_shape = dict([expected(rule._replace(transposed=False), start.removesuffix("."))])
         if (a.shape, b.shape) not in by_shape:
-            rule = f"The factors of an adapter must have the shapes {[*by_shape]}"
-            raise ValueError(f"{rule}. Received: {a.shape}, {b.shape} of {start}")
+            fits = f"The factors of an adapter must have the shapes {[*by_shape]}"
+            raise ValueError(f"{fits}. Received: {a.shape}, {b.shape} of {start}")
         rule, rank, scale = by_shape[a.shape, b.shape]
         a = a.reshape(-1, rank, a.shape[1]).swapaxes(1, 2)
         b = b.reshape(len(b), rank, -1).transpose(2, 1, 0)

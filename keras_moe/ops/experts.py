@@ -13,7 +13,7 @@ import functools
 from keras import ops
 
 from keras_moe.backend import backend
-from keras_moe.backend.layouts import AllRows
+from keras_moe.backend.layouts import AllRows, AllTokens
 from keras_moe.ops import linears, parts, tiles
 from keras_moe.ops.networks import Problem, dtype_of, forward_part
 from keras_moe.ops.platforms import named_platform
@@ -84,30 +84,10 @@ def _problem(network, platform, inputs, context):
 def run_on_all(network, tokens, maps):
     """The outputs (T, E, D') of all experts for each token (T, D): products of whole stacks."""
     num_experts = next(iter(maps.values())).kernel.shape[0]
-    part = _AllTokens(tokens, num_experts)
+    part = AllTokens(tokens, num_experts)
     outputs, _ = forward_part(network, part.rows, part, maps)
     if network.ends_linear and network.scale is None:
         outputs = part.last_products
     else:
         outputs = ops.reshape(outputs, (num_experts, ops.shape(tokens)[0], outputs.shape[1]))
     return ops.transpose(outputs, (1, 0, 2))
-
-
-class _AllTokens:
-    """A part of rows, see `networks`: every token for each expert, in one batched product."""
-
-    def __init__(self, tokens, num_experts):
-        self.tokens, self.num_experts = tokens, num_experts
-        self.rows = ops.tile(tokens, (num_experts, 1))
-
-    def product(self, rows, kernels, bias=None, transposed=False):
-        if rows is self.rows:  # which need not be copied for each expert
-            batch = ops.expand_dims(self.tokens, 0)
-        else:
-            shape = (self.num_experts, ops.shape(self.tokens)[0], rows.shape[1])
-            batch = ops.reshape(rows, shape)
-        products = ops.matmul(batch, linears.as_floats(kernels, rows.dtype))
-        if bias is not None:
-            products = products + ops.expand_dims(ops.cast(bias, rows.dtype), 1)
-        self.last_products = products  # `torch.export` knows less of what is shaped there and back
-        return ops.reshape(products, (-1, products.shape[2]))

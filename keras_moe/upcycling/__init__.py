@@ -269,7 +269,7 @@ def _check_alike(models):
             if ours != theirs:
                 rule = "Models must have the same layers, activations and shapes of weights"
                 raise ValueError(f"{rule}. Received: {ours} in the first, {theirs} in {number}")
-    layers = sum((model._flatten_layers() for model in models), [])
+    layers: list = sum((model._flatten_layers() for model in models), [])
     with_lora = [layer.name for layer in layers if getattr(layer, "lora_enabled", False)]
     if len(models) > 1 and with_lora:
         # The averages of A and of B do not multiply to the average of A B.

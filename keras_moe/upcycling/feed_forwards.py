@@ -71,7 +71,8 @@ def _search(layer, name, is_fixed):
 def _in_attributes(layer):
     """The feed-forward of a Transformer block of KerasHub."""
     names = ("intermediate", "output", "gate")
-    up, down, gate = (getattr(layer, f"_feedforward_{name}_dense", None) for name in names)
+    denses: list[Any] = [getattr(layer, f"_feedforward_{name}_dense", None) for name in names]
+    up, down, gate = denses
     if not _is_dense(up) or not _is_dense(down) or _obstacle(up, [up.activation], down):
         return
     if gate is None:
