@@ -33,7 +33,8 @@ class Capacity(Configured):
     otherwise later tokens take slots from earlier ones, and so leak to them in training.
 
     Args:
-        factor: Positive float. 1.0 is enough for exactly balanced experts. With
+        factor: Positive float, rounded to a fraction with a denominator of at most 1,000. 1.0 is
+            enough for exactly balanced experts. With
             `routers.ReLURouter` and `routers.TopPRouter` K is `max_top_k`, more than serve most
             tokens: multiply the factor by the mean number of experts of a token over K.
         minimum: Integer. Least number of slots of an expert.

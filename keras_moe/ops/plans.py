@@ -16,7 +16,7 @@ from keras_moe.ops.sorting import at_least, sort_by_expert
 
 
 class GroupedPlan(NamedTuple):
-    """Assignments of tokens to experts, and the rows of each expert: a record with two verbs.
+    """Assignments of tokens to experts, and the rows of each expert.
 
     Where tokens choose experts, assignments are (T, K); their numbers are choice-major, `k * T + t`
     for the k-th choice of token t. Where experts choose tokens, they are (B, E, C), and a token may

@@ -51,7 +51,7 @@ def soft_routing(logits, num_experts, mask, sequence_length=None):
 
 
 class SoftPlan(NamedTuple):
-    """Slots instead of rows: an immutable record with two verbs.
+    """Slots instead of rows, to `dispatch` tokens to and `combine` outputs from.
 
     - `to_slots` (B, S, M): each token's share of a slot.
     - `back` (B, S, M): each slot's share of a token.
