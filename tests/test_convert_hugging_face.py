@@ -129,6 +129,14 @@ def test_a_layer_computes_as_the_block_and_goes_back(family, tmp_path):
 
 
 @with_transformers
+def test_the_weight_of_the_balance_loss_is_a_share_of_the_models():
+    model = model_of("mixtral")
+    config = {**model.config.to_dict(), "num_hidden_layers": 4, "router_aux_loss_coef": 0.1}
+    layer = convert.from_hugging_face(model.state_dict(), 0, config)
+    assert [loss.weight for loss in layer.router_losses] == [0.1 * 2 / 4]
+
+
+@with_transformers
 def test_the_guide_names_every_family_of_transformers():
     import transformers
 

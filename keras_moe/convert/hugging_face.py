@@ -274,7 +274,9 @@ def _parts_of(config, dtype=None):
     # All weights are assigned later; drawing them would take long.
     experts = {"activation": activation, "kernel_initializer": "zeros", **family.experts(config)}
     router = {"top_k": config["num_experts_per_tok"], **family.router(config)}
-    weight = config.get("router_aux_loss_coef")
+    # Theirs is K at balance for all layers together, ours is 1 for each.
+    weight = config.get("router_aux_loss_coef", 0) * config["num_experts_per_tok"]
+    weight /= config.get("num_hidden_layers", 1)
     return {
         "experts": GatedExperts(num_experts, width, dtype=dtype, **experts),
         "router": family.router_class(num_experts, **router),
