@@ -52,8 +52,8 @@ class MixtureOfExperts(RouterUsage, Recomputable):
     output is zero.
 
     Args:
-        experts: Bank of experts: `FeedForwardExperts`, `GatedExperts`, `LayerExperts` or
-            `ZeroComputationExperts`.
+        experts: Bank of experts, such as `FeedForwardExperts`, `GatedExperts`, `LayerExperts` or a
+            subclass of `StackedExperts`.
         router: Router, or a name for `routers.get`. A router without a number of experts gets the
             number of the bank.
         router_losses: List of losses of the routing, objects or names for `losses.get`. None: the
@@ -71,8 +71,8 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         token_axes: Integer. Number of leading axes that count tokens; the others are the shape of
             one. 1: each sample of a batch, such as an image (height, width, channels), is routed as
             a whole, to experts in `LayerExperts`. None: all axes but the last.
-        top_k: Integer. Number of experts per token of a router that is given by name; any other
-            has its own, which must agree. None: as the router has it.
+        top_k: Integer. Experts per token, if `router` is a name whose router has a `top_k`. With a
+            router object, leave it out.
         **kwargs: Arguments of a Keras layer, such as `name` and `dtype`. A bank without a
             `dtype` takes the dtype of its first layer; `LayerExperts` keep theirs.
 
