@@ -287,6 +287,7 @@ REFUSED = [
     ("tasks(task_names=['a'])", "one for each task"),
     ("tasks(task_names=['a', 'a'])", "must differ"),
     ("tasks(router='soft')", "must choose experts"),
+    ("tasks(router=routers.HashRouter(E, 9))", "must choose experts"),
     ("tasks(task_experts=[bank(output_dim=3), bank()])([t()] * 3)", "same number of features"),
     ("routers.TopKRouter(E, dtype='bfloat16')", "always computes in float32"),
     ("routers.TopKRouter(E, balancer=losses.LoadBalance())", "`balancer` must"),
