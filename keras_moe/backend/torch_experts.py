@@ -48,8 +48,8 @@ class ExpertParallel:
     def serve(self, rows, sizes, function):
         """Outputs (R, D') of the experts of all processes, for rows (R, D) of groups of `sizes`.
 
-        `function(rows, experts)` computes rows that are sent here; `experts` are the numbers of
-        their experts among those of this process.
+        `function(rows, experts)` computes the rows that are sent here; `experts` (R',) counts from
+        the first expert of this process.
         """
         to_each = sizes.to(torch.int64).reshape(self.num_processes, -1)
         from_each = torch.empty_like(to_each)

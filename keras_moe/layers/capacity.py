@@ -34,9 +34,9 @@ class Capacity(Configured):
 
     Args:
         factor: Positive float, rounded to a fraction with a denominator of at most 1,000. 1.0 is
-            enough for exactly balanced experts. With
-            `routers.ReLURouter` and `routers.TopPRouter` K is `max_top_k`, more than serve most
-            tokens: multiply the factor by the mean number of experts of a token over K.
+            enough for exactly balanced experts. With `routers.ReLURouter` and `routers.TopPRouter`
+            K is `max_top_k`, more than serve most tokens: multiply the factor by the mean number of
+            experts of a token over K.
         minimum: Integer. Least number of slots of an expert.
         multiple_of: Integer. The number of slots is rounded up to a multiple of this.
         evaluation_factor: Positive float, the factor outside of training. None: no limit, so that

@@ -10,10 +10,10 @@ their experts are split over one axis, the expert axis. Each device runs its own
 Where K is small enough that less is sent, each token goes to the devices of its experts only, and
 its outputs come back (all-to-all), as between processes on PyTorch. Kernels are sent nowhere.
 
-A device may be sent every token, or none, and shapes are fixed. Memory for the worst case would be
-that of all devices, so rows are computed in chunks: the first has buffers for little more than a
-mean share of the rows. What exceeds it goes through shorter chunks of a loop, often none. Only the
-first chunk saves anything for the backward pass; the others are computed again there.
+A device may be sent every token, or none, and shapes are fixed. Each device would need buffers for
+the rows of all devices, so rows are computed in chunks: the first has buffers for little more than
+a mean share of the rows. What exceeds it goes through shorter chunks of a loop, often none. Only
+the first chunk saves anything for the backward pass; the others are computed again there.
 
 Axes: T tokens, E experts, K experts per token, R rows, n devices along the expert axis.
 """

@@ -9,7 +9,7 @@ from keras import ops
 
 
 class Linear(NamedTuple):
-    """A linear map of each expert: `x W + b`, or `x W + b + scale (x A) B`, of which W is frozen.
+    """A linear map of each expert: `x W + b`, or `x W + b + scale (x A) B` with a frozen W.
 
     Hu et al. 2021 (arXiv:2106.09685), section 4.1.
     """
@@ -157,7 +157,7 @@ def pull(linear, gradient, part, scale):
 def factors(linear, rows, gradient, part, scale):
     """The left and right factor of the gradient of each trained field, a dict.
 
-    The gradient of an expert's kernel is `left^T right`, that of its bias the sum of `right`.
+    For each expert, the gradient of a kernel is `left^T right`; of a bias, the sum of `right`.
     """
     found = {"kernel": (rows, gradient), "bias": (rows, gradient)}
     if linear.down is not None:

@@ -146,8 +146,8 @@ def add_experts(
         model: Keras model. A built model with MoE layers with a `routers.TopKRouter` or one derived
             from it and stacked experts, or one such layer, whose model must then be compiled again.
         factor: Integer of at least 2. Copies of each expert, or a dict for some layers, by name.
-        noise: Float. Standard deviation of the noise that is added to all copies of weights that
-            train, as a share of that of the weight. Without noise, copies may stay equal.
+        noise: Float. Standard deviation of the noise that is added to each copy of a weight that
+            trains, in standard deviations of the weight. Without noise, copies may stay equal.
         data: List of batches, for the losses: each inputs, targets and weights.
         seed: Integer or None. None draws one from Keras's, see `keras.utils.set_random_seed`.
 
