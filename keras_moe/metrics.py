@@ -18,7 +18,7 @@ from keras_moe._internal.former_names import former_names
 from keras_moe._internal.serialization import register
 from keras_moe.ops import balance
 from keras_moe.ops.balance import masked_mean
-from keras_moe.ops.plans import GroupedPlan
+from keras_moe.ops.plans import GroupedPlan, plan_routing
 from keras_moe.ops.routing import Routing, count_assignments
 from keras_moe.ops.selection import chosen_experts, mask_invalid
 from keras_moe.ops.soft import SoftPlan
@@ -96,7 +96,7 @@ def router_entropy(routing: Routing) -> Tensor:
 def unserved_fraction(routing: Routing, plan: GroupedPlan | SoftPlan) -> Tensor:
     """Share of the real tokens whose assignments were all dropped, or that no expert chose.
 
-    Of an `ops.Routing` and its plan, `router.plan(routing)`; float32 scalar.
+    Of an `ops.Routing` and its plan, such as `ops.plan_groups(routing)`; float32 scalar.
     """
     unserved = ops.logical_not(plan.served())
     return masked_mean(ops.cast(unserved, "float32"), routing.mask)
@@ -196,7 +196,7 @@ def expert_saliency(
     inputs = ops.convert_to_tensor(inputs)
     mask = None if mask is None else ops.cast(ops.convert_to_tensor(mask), "bool")
     _, routing = layer(inputs, mask=mask, token_ids=token_ids, return_routing=True)
-    total = contributions(layer, routing, layer._flatten(inputs, mask))
+    total = contributions(layer, routing, layer.tokens_of(inputs, mask).values)
     return total / ops.maximum(ops.cast(served_tokens(routing), "float32"), 1.0)
 
 
@@ -207,7 +207,7 @@ def served_tokens(routing):
 
 def contributions(layer, routing, tokens):
     """Sum over the tokens (T, ...) of each expert of weight times norm of its output, (E,)."""
-    outputs = layer.experts.compute_each(tokens, layer.router.plan(routing))
+    outputs = layer.experts.compute_each(tokens, plan_routing(routing))
     squares = ops.square(ops.cast(outputs, "float32"))
     norms = ops.sqrt(ops.sum(squares, axis=tuple(range(2, len(outputs.shape)))))
     num_experts = layer.experts.num_experts

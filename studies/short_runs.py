@@ -132,10 +132,9 @@ def run(task, setting, steps, seed):
     for _ in range(steps):
         rows = rng.integers(held_out, len(x), BATCH_SIZE)
         model.train_on_batch(x[rows], y[rows])
-    moe.reset_counts()
-    moe.counts_in_evaluation = True
-    value = model.evaluate(x[:held_out], y[:held_out], batch_size=BATCH_SIZE, verbose=0)
-    counts = keras.ops.convert_to_numpy(moe.expert_counts)
+    with inspection.count_in_evaluation(model):
+        value = model.evaluate(x[:held_out], y[:held_out], batch_size=BATCH_SIZE, verbose=0)
+    counts = moe.read_counts(evaluation=True).assignments
     share = counts / counts.sum()
     return {"loss": value, "busiest": float(share.max()), "dead": int((share < 0.01).sum())}
 

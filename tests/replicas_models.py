@@ -97,9 +97,8 @@ PACKAGE = pathlib.Path(keras_moe.__file__).parent
 COUNTERS = {
     "expert_counts",
     "dropped_count",
-    "router_loss_totals",
-    "router_entropy_total",
-    "call_count",
+    "value_totals",
+    "value_numbers",
     "global_counts",
 }
 

@@ -293,9 +293,10 @@ def test_weights_have_the_names_and_shapes_that_converters_rely_on():
     of_experts = {"gate_kernel": (E, D, 16), "gate_bias": (E, 16), "up_kernel": (E, D, 16)}
     of_experts |= {"up_bias": (E, 16), "down_kernel": (E, 16, D), "down_bias": (E, D)}
     expected = {f"{layer.experts.name}/{name}": shape for name, shape in of_experts.items()}
-    expected |= {f"{layer.router.name}/kernel": (D, E), "expert_counts": (E,)}
-    expected |= dict.fromkeys(("dropped_count", "router_entropy_total", "call_count"), ())
-    expected |= dict.fromkeys(("router_loss_weights", "router_loss_totals"), (2,))
+    expected |= {f"{layer.router.name}/kernel": (D, E), "router_loss_weights": (2,)}
+    counters = {"expert_counts": (E,), "dropped_count": ()}
+    counters |= {"value_totals": (2, 3), "value_numbers": (3,)}
+    expected |= counters | {f"evaluation_{name}": shape for name, shape in counters.items()}
     actual = {re.sub("^moe/", "", weight.path): tuple(weight.shape) for weight in layer.weights}
     assert actual == expected
 
@@ -340,6 +341,7 @@ def test_an_encoder_block_takes_any_feed_forward_layer(feedforward):
     mask = np.arange(5) < np.array([[5], [3]])
     np.testing.assert_allclose(array(block(x, mask=mask))[0], outputs[0], rtol=1e-5, atol=1e-5)
     if hasattr(block.feedforward, "expert_counts"):
-        block.feedforward.reset_counts()
+        before = block.feedforward.read_counts()
         block(x, mask=mask, training=True)
-        assert array(block.feedforward.expert_counts).sum() == mask.sum() * 2
+        counted = block.feedforward.read_counts().since(before)
+        assert counted.assignments.sum() == mask.sum() * 2

@@ -71,7 +71,6 @@ def build(config, mode):
     function = differentiated(objective, mode)
 
     def run(x, weights, upstream, mask=None):
-        layer.reset_counts()
         old = [ops.convert_to_numpy(variable) for variable in layer.non_trainable_variables]
         _, aux, (d_x, *d_trainable) = function(
             [x, *(weights[name] for name in names)], upstream, mask, old

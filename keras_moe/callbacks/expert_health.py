@@ -2,7 +2,6 @@
 
 import collections
 import warnings
-from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -10,6 +9,7 @@ from keras import ops
 
 from keras_moe._internal.checks import check_integer
 from keras_moe.inspection import health, moe_layers
+from keras_moe.layers.gate import Counts
 from keras_moe.metrics import is_dead
 
 # A collapse that recovers at this rate from check to check is not reported.
@@ -82,7 +82,7 @@ class ExpertHealth(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         # Counts or weights from between the epochs are no part of this one.
         for _, watch in self._watched():
-            watch.seen = watch.epoch_began = _Counted.by(watch.layer)
+            watch.seen = watch.epoch_began = watch.layer.read_counts()
 
     # Not `on_train_batch_end`, for which Keras waits for every batch.
     def on_train_batch_begin(self, batch, logs=None):
@@ -100,10 +100,11 @@ class ExpertHealth(keras.callbacks.Callback):
         losses, weights, values, added = [], [], [], {}
         for name, watch in self._watched():
             layer = watch.layer
-            counted = watch.count().since(watch.epoch_began)
-            # Where a monitor has read and reset the counters, it has kept the means.
-            means = counted.losses / counted.calls if counted.calls else layer.last_losses
-            if means is None or not layer.router_losses:
+            counted = watch.count()
+            if watch.epoch_began is not None:
+                counted = counted.since(watch.epoch_began)
+            means = counted.means[:-1]
+            if not counted.assignments.any() or not layer.router_losses:
                 continue
             losses += layer.router_losses
             weights += layer.loss_weights_in_force
@@ -169,11 +170,11 @@ class _Watch:
     def __init__(self, layer, patience):
         self.layer = layer
         self.patience = patience
-        self.seen = _Counted.by(layer)
+        self.seen = layer.read_counts()
         # A layer that the first batch has built counted all of it in this epoch.
-        self.epoch_began: _Counted | None = None
+        self.epoch_began: Counts | None = None
         # Assignments and dropped ones since the last check with enough of them.
-        self._window = np.zeros_like(self.seen.assignments)
+        self._window = np.zeros(len(self.seen.assignments))
         self._dropped = 0.0
         self._first_size = _router_size(layer.router)
         self.restart()
@@ -205,12 +206,9 @@ class _Watch:
 
     def count(self):
         """Add what was counted since the last time, and return the counters."""
-        counted = _Counted.by(self.layer)
-        new, seen, self.seen = counted.since(self.seen), self.seen, counted
+        counted = self.layer.read_counts()
+        new, self.seen = counted.since(self.seen), counted
         self._window += new.assignments
-        if counted.resets == seen.resets + 1 and self.layer.last_counts is not None:
-            # A monitor has read and reset the counters in between.
-            self._window += np.maximum(_read(self.layer.last_counts) - seen.assignments, 0)
         self._dropped += new.dropped
         return counted
 
@@ -241,28 +239,6 @@ class _Watch:
             finding = health.dead(dead, num_experts, advice, f" in {checks} checks")
             now = f"At the last check {np.sum(self._idle > 0)} of {num_experts} were dead."
             yield "dead", finding._replace(text=f"{finding.text} {now}"), dead.tolist()
-
-
-class _Counted(NamedTuple):
-    """The counters of a layer, since they were reset."""
-
-    resets: int
-    calls: float
-    assignments: np.ndarray
-    dropped: float
-    losses: np.ndarray
-
-    @classmethod
-    def by(cls, layer):
-        names = ("call_count", "expert_counts", "dropped_count", "router_loss_totals")
-        return cls(layer.resets, *(_read(getattr(layer, name)) for name in names))
-
-    def since(self, before):
-        """The counts after `before`; those lost to a reset are not recovered."""
-        # Weights of an earlier time, loaded in between, bring fewer calls.
-        if before is None or self.resets != before.resets or self.calls < before.calls:
-            return self
-        return _Counted(self.resets, *(now - then for now, then in zip(self[1:], before[1:])))
 
 
 def _read(weight):

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,10 @@ from keras_moe import metrics
 from keras_moe._internal.checks import shortened
 from keras_moe._internal.keras_internals import forget_compiled, renew_test_function
 from keras_moe.inspection import moe_layers
+from keras_moe.layers.gate import Observer
+
+# Test functions that were traced while layers counted.
+_counting: weakref.WeakSet = weakref.WeakSet()
 
 
 class ExpertMonitor(keras.callbacks.Callback):
@@ -55,8 +60,8 @@ class ExpertMonitor(keras.callbacks.Callback):
         per_layer: Boolean. Whether the logs also get all numbers of each layer.
 
     Raises:
-        ValueError: If `metrics` are not functions of different names, the model has no
-            `MixtureOfExperts` layer, or another monitor resets the counters within an epoch.
+        ValueError: If `metrics` are not functions of different names, or the model has no
+            `MixtureOfExperts` layer.
         ImportError: If there is a `log_dir`, but no TensorBoard or no matplotlib.
 
     Example:
@@ -88,10 +93,10 @@ class ExpertMonitor(keras.callbacks.Callback):
         if len(self._metrics) < len(metrics) or not all(map(str.isidentifier, self._metrics)):
             rule = "`metrics` must be functions of different names, which are theirs in the logs"
             raise ValueError(f"{rule}. Received: metrics={shortened(metrics)}")
-        # The test function of the model that counts.
-        self._counting: Any = None
-        # How often the counters had been reset when the epoch began; None outside of training.
-        self._resets = None
+        self._observer = Observer(counts=True)
+        # Readings of the counters: when the epoch, None outside of training, and a test began.
+        self._epoch_began: Any = None
+        self._test_began: Any = None
         # Numbers and shares of the layers in this epoch.
         self._training: Any = None
         self._test: Any = None
@@ -103,49 +108,47 @@ class ExpertMonitor(keras.callbacks.Callback):
             self._event_files = EventFiles(log_dir)
 
     def set_model(self, model):
-        if self._counting is not None:  # An evaluation or a training was interrupted.
-            self._count_evaluation(False)
+        if self.model is not None:  # An evaluation or a training was interrupted.
+            self._stop_counting()
             self._forget_counting()
         super().set_model(model)
-        self._resets = self._training = self._test = None
+        self._epoch_began = self._training = self._test = None
 
     def on_train_begin(self, logs=None):
         self.history = {}
 
     def on_train_end(self, logs=None):
-        self._reset_counts()  # Another callback may have evaluated.
-        self._resets = None
+        self._epoch_began = None
         self._forget_counting()
         if self._event_files is not None:
             self._event_files.close()
 
     def on_epoch_begin(self, epoch, logs=None):
-        if self._resets is None:
+        if self._epoch_began is None:
             self._keep_shares_before(epoch)
-        self._reset_counts()
         self._training = self._test = None
-        self._resets = self._count_resets()
+        self._epoch_began = self._read()
 
     def on_test_begin(self, logs=None):
-        if self._resets is None:
-            self._reset_counts()
-        else:
-            self._training = self._read_training()
-        self._count_evaluation(True)
-        if self._counting is None or self.model.test_function is not self._counting:
+        if self._epoch_began is not None:
+            self._training = self._numbers_since(self._epoch_began)
+        self._test_began = self._read(evaluation=True)
+        for layer in moe_layers(self.model).values():
+            layer.add_observer(self._observer)
+        if self.model.test_function not in _counting:
             # Whether a function counts is fixed when it is traced.
             renew_test_function(self.model)
-            self._counting = self.model.test_function
+            _counting.add(self.model.test_function)
 
     def on_test_end(self, logs=None):
-        self._count_evaluation(False)
-        if self._resets is None:
+        self._stop_counting()
+        if self._epoch_began is None:
             self._forget_counting()
-        self._test = self._read_counts(keep=self._resets is None)
+        self._test = self._numbers_since(self._test_began, evaluation=True)
         self._add_logs(logs, self._test[0])
 
     def on_epoch_end(self, epoch, logs=None):
-        training = self._training or self._read_training()
+        training = self._training or self._numbers_since(self._epoch_began)
         test: tuple = self._test or ({}, {})
         self._add_logs(logs, training[0])
         unused = [name for name, share in training[1].items() if not np.any(share)]
@@ -156,9 +159,10 @@ class ExpertMonitor(keras.callbacks.Callback):
                 stacklevel=2,
             )
         losses = [
-            np.dot(layer.loss_weights_in_force, layer.last_losses)
-            for layer in moe_layers(self.model).values()
-            if layer.router_losses and layer.last_losses is not None
+            weight * training[0][name][key]
+            for name, layer in moe_layers(self.model).items()
+            if name in training[0]
+            for key, weight in zip(_loss_names(layer.router_losses), layer.loss_weights_in_force)
         ]
         if losses:
             logs["router_loss"] = float(sum(losses))
@@ -191,7 +195,7 @@ class ExpertMonitor(keras.callbacks.Callback):
     def _keep_shares_before(self, epoch):
         """Keep the shares of earlier trainings, if this one continues them."""
         layers = moe_layers(self.model)
-        sizes = {name: (layer.experts.num_experts,) for name, layer in layers.items()}
+        sizes = {name: (layer.router.num_experts,) for name, layer in layers.items()}
 
         def kept(shares):
             fitting = (name for name in shares if np.shape(shares[name])[1:] == sizes.get(name))
@@ -199,49 +203,35 @@ class ExpertMonitor(keras.callbacks.Callback):
 
         self.shares, self.validation_shares = kept(self.shares), kept(self.validation_shares)
 
-    def _count_evaluation(self, counts):
+    def _stop_counting(self):
         for layer in moe_layers(self.model).values():
-            layer.counts_in_evaluation = counts
+            layer.remove_observer(self._observer)
 
     def _forget_counting(self):
-        """Let evaluations without the monitor trace a function that does not count."""
-        if self._counting is not None and self.model.test_function is self._counting:
+        """Let evaluations without a monitor trace a function that does not count."""
+        if self.model.test_function in _counting:
             forget_compiled(self.model, ["test_function"])
-        self._counting = None
 
-    def _reset_counts(self):
-        for layer in moe_layers(self.model).values():
-            layer.reset_counts()
+    def _read(self, evaluation=False):
+        layers = moe_layers(self.model).items()
+        return {name: layer.read_counts(evaluation) for name, layer in layers if layer.built}
 
-    def _count_resets(self):
-        return sum(layer.resets for layer in moe_layers(self.model).values())
-
-    def _read_training(self):
-        if self._resets != self._count_resets():
-            rule = "A model must have one `ExpertMonitor`, in one call at a time, put first"
-            raise ValueError(f"{rule}. Received: counters that were reset within an epoch")
-        return self._read_counts(keep=True)
-
-    def _read_counts(self, keep=False):
-        """The numbers and the shares of each layer since the last reset, which are reset.
-
-        `keep` leaves the counts for `summary` and `ExpertHealth`, which find the counters empty.
-        """
+    def _numbers_since(self, earlier, evaluation=False):
+        """The numbers and the shares of each layer since readings of its counters."""
         numbers, shares = {}, {}
-        for name, layer in moe_layers(self.model).items():
-            if not layer.built:
-                continue
-            counts = ops.convert_to_numpy(layer.expert_counts)
+        for name, counted in self._read(evaluation).items():
+            layer = moe_layers(self.model)[name]
+            if name in earlier:
+                counted = counted.since(earlier[name])
+            counts = counted.assignments.astype("float32")
             shares[name] = ops.convert_to_numpy(metrics.expert_share(counts))
-            calls = ops.maximum(layer.call_count.value, 1.0)
-            losses = ops.convert_to_numpy(layer.router_loss_totals.value / calls)
-            scale = math.log(max(len(counts), 2))
+            *losses, entropy = counted.means
             found = {
                 "load_imbalance": metrics.load_imbalance(counts),
                 "load_entropy": metrics.load_entropy(counts),
                 "dead_experts": metrics.dead_experts(counts),
-                "dropped_fraction": layer.dropped_count.value / max(counts.sum(), 1.0),
-                "router_entropy": layer.router_entropy_total.value / calls / scale,
+                "dropped_fraction": counted.dropped / max(counts.sum(), 1.0),
+                "router_entropy": entropy / math.log(max(len(counts), 2)),
             }
             for key, function in self._metrics.items():
                 found[key] = function(counts) if counts.any() else math.nan
@@ -249,9 +239,6 @@ class ExpertMonitor(keras.callbacks.Callback):
             if self.expert_shares:
                 found.update({f"expert_share_{e}": each for e, each in enumerate(shares[name])})
             numbers[name] = {key: float(value) for key, value in found.items()}
-            if keep:
-                layer.last_counts, layer.last_losses = counts, losses
-            layer.reset_counts()
         return numbers, shares
 
 

@@ -248,8 +248,6 @@ class CalledExperts(RelaidExperts):
 class BareMixture(MixtureOfExperts):
     """A mixture that saves its layers and the random state of its router, but no counters."""
 
-    has_own_config = False
-
     def save_own_variables(self, store):
         save_draws(self.router, store)
 
@@ -260,11 +258,12 @@ class BareMixture(MixtureOfExperts):
 class ScaledMixture(BareMixture):
     """A mixture whose routing weights include the scales of `CalledExperts`."""
 
-    def _plan(self, routing, sequence_length, training):
+    def choose(self, tokens, *args, **kwargs):
+        routing = super().choose(tokens, *args, **kwargs)
         experts = ops.maximum(routing.indices, 0)
         scale = ops.cast(ops.take(self.experts.output_scale, experts), "float32")
-        scaled = routing._replace(weights=routing.weights * scale)
-        return super()._plan(scaled, sequence_length, training)
+        weights = routing.weights * scale
+        return routing._replace(weights=weights, plan=routing.plan._replace(weights=weights))
 
 
 def sparse_layers(owner, block, family):

@@ -11,6 +11,7 @@ from keras_moe._internal.checks import check_indices, is_kind
 from keras_moe._internal.keras_internals import forget_compiled
 from keras_moe._internal.plain_text import describe
 from keras_moe.inspection.summaries import moe_layers
+from keras_moe.layers.gate import Observer
 from keras_moe.ops.routing import Routing
 
 
@@ -102,7 +103,7 @@ def listening(listeners):
 
     `listeners` maps layers to functions of an `ops.Routing` and of the tokens (T, D).
     """
-    return _setting("routing_listener", listeners)
+    return _observing({layer: Observer(saw=listener) for layer, listener in listeners.items()})
 
 
 def count_in_evaluation(model: keras.Model) -> contextlib.AbstractContextManager:
@@ -118,27 +119,23 @@ def count_in_evaluation(model: keras.Model) -> contextlib.AbstractContextManager
     >>> with keras_moe.inspection.count_in_evaluation(model):
     ...     outputs = model(keras.random.normal((8, 16)))
     """
-    layers = dict.fromkeys(moe_layers(model).values(), True)
-    functions = ("test_function", "predict_function")
-    return _setting("counts_in_evaluation", layers, model, functions)
+    observers = dict.fromkeys(moe_layers(model).values(), Observer(counts=True))
+    return _observing(observers, model, ("test_function", "predict_function"))
 
 
 @contextlib.contextmanager
-def _setting(name, values, model=None, traced_again=()):
-    """A context in which an attribute of some layers has other values, by the layer."""
-    before = {layer: getattr(layer, name) for layer in values}
-
-    def put(values):
-        for layer, value in values.items():
-            setattr(layer, name, value)
+def _observing(observers, model=None, traced_again=()):
+    """A context in which layers have observers, by the layer."""
+    try:
+        with contextlib.ExitStack() as stack:
+            for layer, observer in observers.items():
+                stack.enter_context(layer.observed_by(observer))
+            if model is not None:
+                forget_compiled(model, traced_again)
+            yield
+    finally:
         if model is not None:
             forget_compiled(model, traced_again)
-
-    try:
-        put(values)
-        yield
-    finally:
-        put(before)
 
 
 def replaying(model: keras.Model, routings: dict) -> contextlib.AbstractContextManager:
@@ -171,13 +168,12 @@ def replaying(model: keras.Model, routings: dict) -> contextlib.AbstractContextM
     if not set(names) <= layers.keys():
         rule = f"`routings` must be a dict with names of MoE layers, {sorted(layers)}"
         raise ValueError(f"{rule}. Received: {names}")
-    replayed = {}
+    observers = {}
     for name, routing in routings.items():
         if isinstance(routing, list) and any(isinstance(each, Routing) for each in routing):
             rule = f"`routings[{name!r}]` must be one routing, such as the first of a recorded list"
             raise ValueError(f"{rule}. Received: a list of {len(routing)}")
         indices = routing.indices if isinstance(routing, Routing) else routing
         check_indices(f"routings[{name!r}]", indices, layers[name].router.num_experts)
-        replayed[layers[name]] = ops.convert_to_tensor(indices)
-    functions = ("train_function", "test_function", "predict_function")
-    return _setting("replayed_indices", replayed, model, functions)
+        observers[layers[name]] = Observer(indices=ops.convert_to_tensor(indices))
+    return _observing(observers, model, ("train_function", "test_function", "predict_function"))

@@ -6,24 +6,24 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import keras
-from keras import ops
 
 from keras_moe import metrics
 from keras_moe._internal.checks import check_instance
 from keras_moe._internal.keras_internals import own_layers
 from keras_moe._internal.plain_text import as_text, table
 from keras_moe.backend import backend
+from keras_moe.layers.gate import Gate
 from keras_moe.layers.low_rank_experts import LowRankExperts
-from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.stacked_experts import StackedExperts
 from keras_moe.ops.platforms import named_platform
 
 
-def moe_layers(model: keras.Model) -> dict[str, MixtureOfExperts]:
+def moe_layers(model: keras.Model) -> dict[str, Gate]:
     """The MoE layers of a Keras model by name, a dict in the order of the model.
 
-    Where two have the same name, it is their path, without what all paths begin with, or a number.
-    Raises a ValueError if the model has no `layers.MixtureOfExperts`.
+    These are each `layers.MixtureOfExperts`, and the gate of each task of a
+    `layers.MultiGateMixtureOfExperts`. Where two have the same name, it is their path, without what
+    all paths begin with, or a number. Raises a ValueError if the model has none.
 
     Example:
 
@@ -56,7 +56,7 @@ def find_layers(model):
 
     def visit(layer):  # Keras lists nested models in reverse.
         if layer not in found:
-            found[layer] = isinstance(layer, MixtureOfExperts)
+            found[layer] = isinstance(layer, Gate)
             for part in own_layers(layer):
                 visit(part)
 
@@ -82,8 +82,8 @@ class LayerSummary(NamedTuple):
       `ExpertChoiceRouter` the capacity factor, `DenseRouter` all, `SoftRouter` 1, as if there were
       as many slots as tokens). Experts that differ in size count with their mean.
     - `flops`: of one token, forward, at two for each active parameter.
-    - `counts`: assignments per expert, or sums of their weights where all serve each token, since
-      the counters were last reset, or in the epoch before that, if they are empty.
+    - `counts`: assignments per expert, or sums of their weights where all serve each token, in all
+      of the training; of a layer without training, in evaluations that were counted.
     - `router`, `experts`, `dtype`: names of their classes, and the compute dtype of the experts.
     - `platform`: "cpu", "gpu" or "tpu".
     - `engine`: for many rows "tiles" (a loop over tiles of rows) or "parts" (grouped products of
@@ -128,13 +128,13 @@ def summarize(model: keras.Model) -> list[LayerSummary]:
     has_static_shapes = backend.compiles_static_shapes() or by_xla
     summaries = []
     for name, layer in _built_layers(model).items():
-        router, bank = layer.router, layer.experts
+        router, bank = layer.router, layer.banks[0]
         parameters = sum(map(_count_own, layer._flatten_layers()))
         active = parameters - _idle_parameters(_active_shares([layer]))
-        counts = ops.convert_to_numpy(layer.expert_counts)
-        if not counts.any() and layer.last_counts is not None:
-            counts = layer.last_counts
-        sizes = (bank.num_experts, router.max_top_k, parameters, active, 2 * active)
+        counts = layer.read_counts().assignments
+        if not counts.any():
+            counts = layer.read_counts(evaluation=True).assignments
+        sizes = (router.num_experts, router.max_top_k, parameters, active, 2 * active)
         kinds = (type(router).__name__, type(bank).__name__, bank.compute_dtype, platform)
         engine = bank.engine_on(platform, has_static_shapes)
         summaries.append(LayerSummary(name, *sizes, counts.tolist(), *kinds, engine))
@@ -145,8 +145,8 @@ def summary(model: keras.Model, print_fn: Callable = print) -> None:
     """Print the size and the use of each MoE layer of a model: `model.summary()` for experts.
 
     Each row has an `inspection.LayerSummary`. `busiest` is the load of the busiest expert, where 1
-    is an equal share, and `dead` the number of `metrics.dead_experts`: in the last epoch or
-    evaluation that an `ExpertMonitor` watched, in all of a training without.
+    is an equal share, and `dead` the number of `metrics.dead_experts`, in all of the training. An
+    `ExpertMonitor` has the load of each epoch.
 
     Args:
         model: A built Keras model with MoE layers.
@@ -214,10 +214,10 @@ def _active_shares(layers):
     """By part of the banks of layers, which may share them: how much of it works on a token."""
     shares: dict = {}
     for layer in layers:
-        parts = layer.experts._flatten_layers()
+        parts = [part for bank in layer.banks for part in bank._flatten_layers()]
         bases = [part.base for part in parts if isinstance(part, LowRankExperts)]
         always = {part for base in bases for part in base._flatten_layers()}
-        share = layer.router.mean_top_k / layer.experts.num_experts
+        share = layer.router.mean_top_k / layer.router.num_experts
         for part in parts:
             more = 1.0 if part in always else share
             shares[part] = min(1.0, shares.get(part, 0.0) + more)

@@ -9,7 +9,6 @@ from keras_moe._internal.checks import check_choice, check_integer, check_number
 from keras_moe._internal.serialization import Configured, register
 from keras_moe.backend import backend
 from keras_moe.ops.capacity import MOST_ROWS, limit, slots_of_expert
-from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import take_scores, top_k_indices
 from keras_moe.ops.sorting import at_least, ceil_divide
@@ -97,18 +96,16 @@ class Capacity(Configured):
 
     def admit(
         self,
-        plan: GroupedPlan,
         routing: Routing,
         sequence_length: int | None,
         training: bool | None,
         seed: keras.random.SeedGenerator,
         num_capacity_limited: int | None = None,
-    ) -> GroupedPlan:
-        """Return the plan of the assignments that find a slot.
+    ) -> Routing:
+        """Return a routing with the plan of the assignments that find a slot.
 
         Args:
-            plan: The `ops.GroupedPlan` of all assignments.
-            routing: The `ops.Routing` that it was made from.
+            routing: The `ops.Routing`, with the plan of all assignments.
             sequence_length: Integer. Tokens of a sequence, or None.
             training: Boolean. Whether to use the factor for training.
             seed: `keras.random.SeedGenerator` of the layer, for a random priority.
@@ -116,7 +113,7 @@ class Capacity(Configured):
         """
         factor = self.factor if training else self.evaluation_factor
         if factor is None:
-            return plan
+            return routing
         num_tokens, top_k = ops.shape(routing.indices)
         shards = backend.token_shards()
         if shards is not None:
@@ -128,7 +125,8 @@ class Capacity(Configured):
         multiple_of = min(self.multiple_of, MOST_ROWS)
         slots = ceil_divide(slots, multiple_of) * multiple_of
         priority = self._priorities(routing, seed)
-        return limit(plan, slots, priority, sequence_length, num_capacity_limited)
+        plan = limit(routing.plan, slots, priority, sequence_length, num_capacity_limited)
+        return routing._replace(plan=plan, dropped=plan.dropped_fraction(routing.counts))
 
     def _priorities(self, routing, seed):
         if self.priority == "probability":

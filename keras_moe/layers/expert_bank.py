@@ -34,9 +34,6 @@ class ExpertBank(keras.layers.Layer):
         (T, D'): the weighted sum of each token's expert outputs, zero where no expert serves it.
     """
 
-    # Whether a mixture has it already.
-    is_used = False
-
     def __init__(self, num_experts: int, **kwargs: Any):
         # Keras would cast the float32 weights of the plan to the compute dtype.
         super().__init__(autocast=False, **kwargs)

@@ -18,8 +18,9 @@ from keras_moe._internal.initializers import reseeded
 from keras_moe._internal.serialization import config_of, register
 from keras_moe.layers import expert_bank, sublayers
 from keras_moe.layers.expert_bank import ExpertBank
-from keras_moe.layers.mixture_of_experts import MixtureOfExperts
-from keras_moe.layers.recomputation import Recomputable, effects_once
+from keras_moe.layers.gate import Gate
+from keras_moe.layers.recomputation import Recomputable
+from keras_moe.layers.tokens import Tokens, check_call
 from keras_moe.ops.plans import plan_experts
 from keras_moe.ops.selection import mask_invalid, take_scores
 from keras_moe.routers.router import Router
@@ -38,8 +39,8 @@ class MultiGateMixtureOfExperts(Recomputable):
     `shared_output=True` a further router, over all experts, makes an input of the shared experts of
     the next block.
 
-    Each task is a `MixtureOfExperts` in `tasks`, so `callbacks.ExpertMonitor`, `inspection` and the
-    report treat tasks as layers of these names: `{layer name}_{task name}`.
+    Each task has a gate in `tasks`: its router, losses and counters. `callbacks.ExpertMonitor`,
+    `inspection` and the report treat these as layers of the names `{layer name}_{task name}`.
 
     Args:
         experts: Bank of experts that all tasks share.
@@ -118,15 +119,12 @@ class MultiGateMixtureOfExperts(Recomputable):
         if len(set(names)) < len(names):
             raise ValueError(f"`task_names` must differ. Received: {names}")
         self.tasks = [
-            Task(
-                banks[0] if len(banks) == 1 else _JoinedExperts(banks),
-                router,
-                self.router_losses,
-                name=f"{self.name}_{name}",
-                dtype=self.dtype_policy if kwargs.get("dtype") is not None else None,
-            )
+            TaskGate(banks, router, self.router_losses, name=f"{self.name}_{name}")
             for banks, router, name in zip(chosen_from, _routers(router, len(names)), names)
         ]
+        if kwargs.get("dtype") is not None:
+            for bank in all_banks:
+                bank.take_policy(self.dtype_policy)
         for task in self.tasks:
             if isinstance(task.router, (routers.SoftRouter, routers.HashRouter)):
                 rule = "`router` must choose experts by the tokens alone"
@@ -145,10 +143,8 @@ class MultiGateMixtureOfExperts(Recomputable):
                 f"All banks must return the same number of features. Received: {widths}"
             )
         for task, shape in zip(self.tasks, [*shapes, shared_shape]):
-            task.experts.built = True  # its banks were built above
             task.build(shape)
 
-    @effects_once
     def call(
         self, inputs: Tensor | list, mask: Tensor | list | None = None, training: bool | None = None
     ) -> list:
@@ -157,40 +153,32 @@ class MultiGateMixtureOfExperts(Recomputable):
         inputs = self._of_each_task(inputs)
         axes = "abcdefghij"[: len(inputs[0].shape)]
         check_tensors(**{f"inputs[{n}]": (each, axes, "float") for n, each in enumerate(inputs)})
-        flat = [self._flatten(*each) for each in zip(inputs, masks)]
+        masks = [check_call(*each) for each in zip(inputs, masks)]
+        flat = [Tokens.of(each, mask, len(axes) - 1) for each, mask in zip(inputs, masks)]
 
-        # Route: the router of each task chooses among the shared experts and its own.
-        lengths = [self.tasks[0]._leading(each)[1] for each in inputs]
-        routings = [
-            task._route(tokens, mask, length, training)
-            for task, (tokens, mask), length in zip(self.tasks, flat, lengths)
-        ]
+        # Choose: the gate of each task picks experts among the shared ones and its own.
+        routings = [task.choose(tokens, training) for task, tokens in zip(self.tasks, flat)]
 
         # Compute: each bank computes for a token the experts that any task chose, once.
         # Combine: each task sums the outputs of its banks by its own weights.
         choices = _choices_by_bank(self.tasks, routings)
         totals: list = [0.0] * len(self.tasks)
-        for bank, (tokens, mask) in [*zip(self.task_experts, flat), (self.experts, flat[-1])]:
+        for bank, tokens in [*zip(self.task_experts, flat), (self.experts, flat[-1])]:
             numbers, chosen, weights = zip(*choices[bank])
             if any(self.tasks[number].router.serves_all for number in numbers):
-                if mask is not None:  # A network may have no derivative at 0: NaN times 0 is NaN.
-                    tokens = ops.where(ops.reshape(mask, (-1, 1)), tokens, ops.ones_like(tokens))
-                outputs = bank.compute_all(tokens)
+                values = tokens.values
+                if tokens.mask is not None:
+                    # A network may have no derivative at 0: NaN times 0 is NaN.
+                    real = ops.expand_dims(tokens.mask, 1)
+                    values = ops.where(real, values, ops.ones_like(values))
+                outputs = bank.compute_all(values)
             else:
-                outputs, places = _compute_chosen(bank, tokens, chosen)
+                outputs, places = _compute_chosen(bank, tokens.values, chosen)
                 weights = tuple(take_scores(each, places) for each in weights)
             outputs = ops.cast(outputs, "float32")
             for number, each in zip(numbers, weights):
                 totals[number] += ops.einsum("ts,tsd->td", each, outputs)
-
-        # Account: in training, each task adds its router losses and counts its assignments.
-        for task, (tokens, _), routing, length in zip(self.tasks, flat, routings, lengths):
-            task._account(tokens, routing, length, training)
-        shapes = [(*ops.shape(each)[:-1], totals[0].shape[-1]) for each in inputs]
-        return [
-            ops.cast(ops.reshape(total, shape), self.compute_dtype)
-            for total, shape in zip(totals, shapes)
-        ]
+        return [tokens.unflatten(total, self.compute_dtype) for tokens, total in zip(flat, totals)]
 
     def _of_each_task(self, values):
         """Inputs or shapes: one for each task and, last, one for the shared experts."""
@@ -217,11 +205,6 @@ class MultiGateMixtureOfExperts(Recomputable):
     def compute_mask(self, inputs, previous_mask):
         return self._masks(inputs, previous_mask)[: len(self.tasks)]
 
-    def _flatten(self, inputs, mask):
-        """Tokens (T, D), zero where they are padding, and their mask."""
-        mask = self.tasks[0]._check_call(inputs, mask)
-        return self.tasks[0]._flatten(inputs, mask), mask
-
     def compute_output_shape(self, inputs_shape):
         shapes = self._of_each_task(inputs_shape)
         features = self.experts.compute_output_shape((None, shapes[-1][-1]))[-1]
@@ -240,25 +223,21 @@ class MultiGateMixtureOfExperts(Recomputable):
         }
 
 
-class Task(MixtureOfExperts):
-    """The router of a task, its losses and its counts; the layer around it calls the experts."""
+class TaskGate(Gate):
+    """The gate of a task, which chooses among the experts of banks that tasks may share."""
 
-    shares_experts = True
+    def __init__(self, banks, router, router_losses, **kwargs):
+        super().__init__(**kwargs)
+        self._banks = list(banks)
+        self.set_gate(router, sum(bank.num_experts for bank in banks), router_losses)
 
+    @property
+    def banks(self):
+        return self._banks
 
-class _JoinedExperts(ExpertBank):
-    """Several banks under one numbering, for routers and counters; it is never called."""
-
-    def __init__(self, banks, **kwargs):
-        super().__init__(sum(bank.num_experts for bank in banks), **kwargs)
-        self.banks = list(banks)
-
-    def take_policy(self, policy):
-        for bank in self.banks:
-            bank.take_policy(policy)
-
-    def compute_output_shape(self, tokens_shape):
-        return self.banks[0].compute_output_shape(tokens_shape)
+    def build(self, inputs_shape):
+        sublayers.warn_of_second_use(self, self.router)
+        self.build_gate(inputs_shape[-1])
 
 
 def _one_for_each(name, values, number):
@@ -306,13 +285,12 @@ def _choices_by_bank(tasks, routings):
     for number, (task, routing) in enumerate(zip(tasks, routings)):
         weights = routing.weights  # of all experts, in order
         if not task.router.serves_all:
-            experts = ops.arange(task.experts.num_experts, dtype="int32")
+            experts = ops.arange(task.router.num_experts, dtype="int32")
             matches = ops.expand_dims(routing.indices, 2) == experts  # (T, K, E)
             weights = ops.sum(ops.where(matches, ops.expand_dims(weights, 2), 0.0), axis=1)
-        indices = mask_invalid(routing.indices, task.experts.num_experts, routing.mask)
-        banks = getattr(task.experts, "banks", [task.experts])
-        ends = itertools.accumulate(bank.num_experts for bank in banks)
-        for bank, end in zip(banks, ends):
+        indices = mask_invalid(routing.indices, task.router.num_experts, routing.mask)
+        ends = itertools.accumulate(bank.num_experts for bank in task.banks)
+        for bank, end in zip(task.banks, ends):
             first = end - bank.num_experts
             choices[bank].append((number, indices - first, weights[:, first:end]))
     return choices

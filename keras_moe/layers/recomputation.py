@@ -5,6 +5,7 @@ computed again in the backward pass, it would do all of that again, from another
 """
 
 import functools
+import inspect
 from typing import Any
 
 import keras
@@ -23,9 +24,17 @@ from keras_moe.backend import backend
 class Recomputable(keras.layers.Layer):
     """Abstract: a layer that `keras.RematScope` may compute again, with its effects once."""
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "call" in vars(cls):
+            cls.call = _effects_once(cls.call)
+
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         backend.separate_losses(self)
+
+    def quantized_call(self, *args, **kwargs):
+        return self.call(*args, **kwargs)
 
     def rematerialized_call(self, call, *args, **kwargs):
         # Keras's own wrapper fails with effects on JAX, and with `training` on TensorFlow.
@@ -69,12 +78,15 @@ def _recomputed(layer, call, *args, **kwargs):
     return outputs
 
 
-def effects_once(call):
+def _effects_once(call):
     """The `call` of a layer, for `torch.utils.checkpoint`, which calls layers again unannounced.
 
     A repeated call stands for the last call in training: it starts from the same state, and has no
     effects. The layer keeps that state until it is called without `training`.
     """
+
+    if "training" not in inspect.signature(call).parameters:
+        return call  # It has no effects, or calls another that has the argument.
 
     @functools.wraps(call)
     def called(layer, *args, training=None, **kwargs):

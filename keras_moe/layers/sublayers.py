@@ -2,12 +2,28 @@
 
 import inspect
 import warnings
+import weakref
 
 import keras
 
 from keras_moe._internal.checks import check_tensors
 from keras_moe._internal.keras_internals import get_keras_mask, sources_of
 from keras_moe.layers.expert_bank import ExpertBank
+
+# Routers and banks of the mixtures that were built.
+_in_use: weakref.WeakSet = weakref.WeakSet()
+
+
+def warn_of_second_use(layer, *parts):
+    """Warn if a mixture that is being built has parts of another, whose weights it shares."""
+    for part in parts:
+        if part in _in_use and part.weights:
+            warnings.warn(
+                f"`{part.name}` is in two layers, of which `{layer.name}` is the second: they "
+                "share its weights. If that is not meant, make one for each.",
+                stacklevel=3,
+            )
+        _in_use.add(part)
 
 
 def freeze_parts(layer):

@@ -9,7 +9,7 @@ from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_number, check_tensors
 from keras_moe._internal.keras_internals import get_keras_mask
 from keras_moe._internal.serialization import config_of, load_draws, register, resolve, save_draws
-from keras_moe.layers.recomputation import Recomputable, effects_once
+from keras_moe.layers.recomputation import Recomputable
 from keras_moe.layers.sublayers import (
     accepted_arguments,
     build_and_measure,
@@ -172,7 +172,6 @@ class TransformerEncoderBlock(TransformerBlock):
         )
         self._build_feed_forward(inputs_shape)
 
-    @effects_once
     def call(
         self,
         inputs: Tensor,

@@ -13,7 +13,6 @@ from keras_moe._internal.checks import check_tensors, is_kind
 from keras_moe._internal.serialization import register
 from keras_moe.layers.cached_attention import CachedAttention, Decoding
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
-from keras_moe.layers.recomputation import effects_once
 from keras_moe.layers.transformer_block import TransformerBlock
 
 
@@ -117,7 +116,6 @@ class TransformerDecoderBlock(TransformerBlock):
             kwargs["position"] = operator.index(kwargs["position"])
         return super().__call__(*args, **kwargs)
 
-    @effects_once
     def call(
         self,
         inputs: Tensor,

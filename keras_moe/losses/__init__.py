@@ -9,7 +9,7 @@ from keras_moe._internal.former_names import former_names
 from keras_moe._internal.serialization import Configured, register, resolve
 from keras_moe.backend import backend
 from keras_moe.losses.likelihood import MixtureNegativeLogLikelihood, pack_mixture
-from keras_moe.ops.balance import entropy, load_importance_product, masked_mean, router_entropy
+from keras_moe.ops.balance import entropy, load_importance_product, router_entropy
 from keras_moe.ops.selection import chosen_experts
 
 __all__ = [
@@ -188,7 +188,7 @@ class ImportanceVariation(RouterLoss):
     balances = True
 
     def compute(self, routing):
-        return _squared_variation(masked_mean(routing.probs, routing.mask))
+        return _squared_variation(routing.mean(routing.probs))
 
 
 @register
@@ -220,8 +220,8 @@ class RouterZ(RouterLoss):
         super().__init__(weight)
 
     def compute(self, routing):
-        squares = ops.square(ops.logsumexp(routing.logits, axis=-1))
-        return masked_mean(squares, routing.mask)
+        logits = ops.convert_to_tensor(routing.logits)
+        return routing.mean(ops.square(ops.logsumexp(logits, axis=-1, keepdims=True)))[0]
 
 
 @register
@@ -254,12 +254,12 @@ class SelectorEntropy(RouterLoss):
     def compute(self, routing):
         if isinstance(routing.selectors, tuple):
             return router_entropy(routing)
-        return masked_mean(ops.sum(entropy(routing.selectors), axis=1), routing.mask)
+        return routing.mean(ops.sum(entropy(routing.selectors), axis=1, keepdims=True))[0]
 
 
 @backend.jit_when_eager
 def _load_balance(counts, routing):
-    return load_importance_product(counts, masked_mean(routing.probs, routing.mask))
+    return load_importance_product(counts, routing.mean(routing.probs))
 
 
 @backend.jit_when_eager

@@ -41,14 +41,14 @@ def load_importance_product(counts, mean_probs):
 @backend.jit_when_eager
 def router_entropy(routing: Routing) -> Tensor:
     """Mean over real tokens of the entropy of the scores, from 0 to `log E`; 0 without any."""
-    return masked_mean(entropy(ops.convert_to_tensor(routing.probs)), routing.mask)
+    return routing.mean(entropy(ops.convert_to_tensor(routing.probs), keepdims=True))[0]
 
 
-def entropy(probs):
+def entropy(probs, keepdims=False):
     """Entropy (...) of distributions (..., E), in nats."""
     # The logarithm of what is above zero only: the slope of p log p at 0 is infinite.
     logs = ops.log(ops.where(probs > 0, probs, 1.0))
-    return -ops.sum(probs * logs, axis=-1)
+    return -ops.sum(probs * logs, axis=-1, keepdims=keepdims)
 
 
 @backend.jit_when_eager

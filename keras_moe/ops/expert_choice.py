@@ -15,16 +15,24 @@ from keras_moe.ops.selection import top_tokens
 from keras_moe.ops.sorting import at_least, put
 
 
-@backend.jit_when_eager
 def expert_choice_routing(logits, capacity_factor, mask, sequence_length=None):
     """Each expert takes its `ceil(capacity_factor * S / E)` best tokens of each sequence.
 
     S counts real tokens only; all tokens are one sequence without a `sequence_length`. The score is
     a softmax over the experts, and also the weight. Zhou et al. 2022 (arXiv:2202.09368), section
     3.2. Returns a `Routing` whose K is E, with unused places wherever an expert did not choose the
-    token, and for `plan_expert_choice` in `details`, both (B, E, C), the place in its sequence of
-    each token that is chosen, and whether the choice counts.
+    token, and whose plan has as many rows as there are choices.
     """
+    routing = _choose(logits, capacity_factor, mask, sequence_length)
+    shards, sequences = backend.token_shards(), ops.shape(routing.plan.places)[0]
+    # Sequences that lie on two devices are chosen from by both: every device has the rows of all.
+    if shards is not None and sequences % shards.number == 0:
+        return routing
+    return routing._replace(plan=routing.plan.sort())
+
+
+@backend.jit_when_eager
+def _choose(logits, capacity_factor, mask, sequence_length):
     num_tokens, num_experts = ops.shape(logits)
     sequence_length = at_least(1, num_tokens) if sequence_length is None else sequence_length
     probs = softmax(logits)
@@ -42,30 +50,13 @@ def expert_choice_routing(logits, capacity_factor, mask, sequence_length=None):
     has_slot = slot < ops.reshape(capacities, (-1, 1, 1))
     is_valid = has_slot & backend.gather_rows(mask, token)
     experts = ops.arange(num_experts, dtype="int32")
-    chosen = ops.reshape(token * num_experts + ops.expand_dims(experts, 1), (-1,))
+    of_expert = ops.expand_dims(experts, 1)
+    chosen = token * num_experts + of_expert
     taken = ops.reshape(ops.cast(is_valid, "int32"), (-1,))
-    taken = put(taken, chosen, num_tokens * num_experts)
+    taken = put(taken, ops.reshape(chosen, (-1,)), num_tokens * num_experts)
     taken = ops.reshape(taken, (num_tokens, num_experts)) > 0
-    return _make_routing(
-        indices=ops.where(taken, experts, -1),
-        weights=ops.where(taken, probs, 0.0),
-        probs=probs,
-        logits=logits,
-        mask=mask,
-        counts=ops.sum(ops.cast(taken, "int32"), axis=0),
-        details=(place, is_valid),
-    )
-
-
-def plan_expert_choice(routing):
-    """The plan of a routing of `expert_choice_routing`: as many rows as there are choices."""
-    places, is_valid = routing.details
-    num_experts = places.shape[1]
-    expert = ops.expand_dims(ops.arange(num_experts, dtype="int32"), 1)
-    plan = plan_choices(ops.where(is_valid, expert, -1), None, places, routing.mask)
-    chosen = plan.token_of_choice() * num_experts + expert
-    plan = plan._replace(weights=ops.take(ops.reshape(routing.weights, (-1,)), chosen))
-    shards = backend.token_shards()
-    # Sequences that lie on two devices are chosen from by both: every device has the rows of all.
-    splits = shards is not None and ops.shape(places)[0] % shards.number == 0
-    return plan if splits else plan.sort()
+    weights = ops.where(taken, probs, 0.0)
+    of_choices = ops.take(ops.reshape(weights, (-1,)), chosen)
+    plan = plan_choices(ops.where(is_valid, of_expert, -1), of_choices, place, mask)
+    indices = ops.where(taken, experts, -1)
+    return _make_routing(indices, weights, probs, logits, mask, plan.sizes, plan=plan)

@@ -275,9 +275,23 @@ def row_sums(left, right):
 
 def plan_routing(routing):
     """The unsorted plan of a routing, without a limit."""
-    # Counted here, whatever a user-defined router returns: nothing is read or written out of range.
-    num_experts = routing.counts.shape[0]
+    num_experts = (routing.logits if routing.counts is None else routing.counts).shape[-1]
     return GroupedPlan.of(routing.indices, routing.weights, num_experts, routing.mask)
+
+
+def complete(routing, mask):
+    """The routing of a router with its plan and its counts, in which padding has no weight."""
+    if routing.mask is not mask:  # A user-defined router may not know about all of the padding.
+        mask = routing.mask & mask
+        weights = ops.where(ops.expand_dims(mask, 1), routing.weights, 0.0)
+        routing = routing._replace(mask=mask, weights=weights)
+        if not routing.plan:
+            routing = routing._replace(counts=None, load=None)
+    # Planned here, whatever the router returns: nothing is read or written out of range.
+    plan = routing.plan or plan_routing(routing)
+    counts = plan.sizes if routing.counts is None else routing.counts
+    load = ops.cast(counts, "float32") if routing.load is None else routing.load
+    return routing._replace(plan=plan, counts=counts, load=load)
 
 
 def plan_experts(experts, num_experts):

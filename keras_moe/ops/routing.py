@@ -28,8 +28,9 @@ class Routing(NamedTuple):
       all experts serve all tokens: then the combine weight of each, scaled to the same sum.
     - `dropped` () float32: share of the assignments that found no slot in their expert.
     - `load` (E,) float32: `counts`; for noisy routers a smooth, differentiable estimate of them.
-    - `details`: tuple of tensors that only the router's own plan understands; layers return none.
     - `selectors` (T, K, E) float32: scores of each selector of `routers.DSelectKRouter`, else `()`.
+    - `plan`: which expert serves which token, `ops.GroupedPlan`; `()` in what layers return.
+    - `shares` (T, 1) float32: each real token's share of them all, 0 for padding; `()` likewise.
     """
 
     indices: Any
@@ -40,8 +41,20 @@ class Routing(NamedTuple):
     counts: Any
     dropped: Any
     load: Any = None
-    details: Any = ()
     selectors: Any = ()
+    plan: Any = ()
+    shares: Any = ()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean (N,) of values (T, N) over the real tokens, 0 where there is none."""
+        shares = token_shares(self.mask) if isinstance(self.shares, tuple) else self.shares
+        return ops.sum(ops.where(shares > 0, values, 0.0) * shares, axis=0)
+
+
+def token_shares(mask):
+    """Each real token's share of the real tokens, (T, 1) float32, from a mask (T,)."""
+    real = ops.expand_dims(ops.cast(mask, "float32"), 1)
+    return real / ops.maximum(ops.sum(real), 1.0)
 
 
 def check_routing(routing, *names):
@@ -77,7 +90,6 @@ def make_routing(
     mask: Tensor,
     counts: Tensor | None = None,
     load: Tensor | None = None,
-    details: tuple = (),
 ) -> Routing:
     """A `Routing` in which padding has no weight and no count.
 
@@ -89,7 +101,6 @@ def make_routing(
         mask: Bool tensor (T,), False for padding.
         counts: Integer tensor (E,) or None. Assignments per expert; None counts the indices.
         load: Float tensor (E,) or None. None takes the counts.
-        details: Tuple of tensors for a plan of your own.
 
     Returns:
         A `Routing`.
@@ -98,33 +109,22 @@ def make_routing(
     given = [name for name in _FIELDS if getattr(routing, name) is not None]
     indices, weights, probs, logits, mask, counts, _, load, *_ = check_routing(routing, *given)
     check_indices("indices", routing.indices, probs.shape[-1])
-    return _make_routing(indices, weights, probs, logits, mask, counts, load, details)
+    return _counted(_make_routing(indices, weights, probs, logits, mask, counts, load))
 
 
-def _make_routing(indices, weights, probs, logits, mask, counts=None, load=None, details=()):
+def _make_routing(indices, weights, probs, logits, mask, counts=None, load=None, plan=()):
+    """A `Routing` whose assignments `Router.call` counts, unless `counts` are given."""
     weights = ops.where(ops.expand_dims(mask, 1), weights, 0.0)
-    if counts is None:
-        counts = count_assignments(indices, mask, logits.shape[-1])
-    if load is None:
-        load = ops.cast(counts, "float32")
     nothing = ops.zeros((), "float32")
-    return Routing(indices, weights, probs, logits, mask, counts, nothing, load, details)
+    return Routing(indices, weights, probs, logits, mask, counts, nothing, load, plan=plan)
 
 
-def without_padding(routing, mask):
-    """A `Routing` of a user's router, which may not know about some or all of the padding."""
-    unknown = routing.mask & ~mask
-    extra = count_assignments(routing.indices, unknown, routing.logits.shape[-1])
-
-    def without_extra(counts):
-        return counts if counts is None else counts - ops.cast(extra, counts.dtype)
-
-    return routing._replace(
-        weights=ops.where(ops.expand_dims(mask, 1), routing.weights, 0.0),
-        mask=routing.mask & mask,
-        counts=without_extra(routing.counts),
-        load=without_extra(routing.load),
-    )
+def _counted(routing):
+    counts, load = routing.counts, routing.load
+    if counts is None:
+        counts = count_assignments(routing.indices, routing.mask, routing.logits.shape[-1])
+    load = ops.cast(counts, "float32") if load is None else load
+    return routing._replace(counts=counts, load=load)
 
 
 @backend.jit_when_eager
@@ -182,7 +182,7 @@ def top_k_routing(
     check_choice("score", score, SCORES)
     top_k = check_top_k(top_k, logits.shape[-1])
     scale = check_number("scale", scale, above=0)
-    return _top_k_routing(logits, top_k, mask, score, renormalize, scale, select)
+    return _counted(_top_k_routing(logits, top_k, mask, score, renormalize, scale, select))
 
 
 def _top_k_routing(logits, top_k, mask, score="softmax", renormalize=None, scale=1.0, select=None):

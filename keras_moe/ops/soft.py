@@ -25,7 +25,7 @@ def soft_routing(logits, num_experts, mask, sequence_length=None):
 
     Returns a `Routing` that names for each token the expert it takes most from, with K = 1 and that
     expert's share as weight; the logit of an expert is the logsumexp of the logits of its slots.
-    `details` holds the weights for `SoftPlan`: to slots and back, both (B, S, M).
+    Its plan is a `SoftPlan`.
     """
     num_tokens, num_slots = ops.shape(logits)[0], logits.shape[1]
     length = at_least(1, num_tokens) if sequence_length is None else sequence_length
@@ -46,7 +46,7 @@ def soft_routing(logits, num_experts, mask, sequence_length=None):
         logits=logits,
         mask=mask,
         counts=ops.zeros((num_experts,), "int32") + ops.shape(by_sequence)[0] * slots,
-        details=(to_slots, back),
+        plan=SoftPlan(to_slots, back),
     )
 
 

@@ -10,12 +10,11 @@ from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors
 from keras_moe._internal.serialization import load_draws, save_draws
 from keras_moe.backend import backend
-from keras_moe.ops.plans import GroupedPlan, plan_routing
+from keras_moe.ops.plans import complete
 from keras_moe.ops.routing import (
     Routing,
     check_fields,
     weighted_counts,
-    without_padding,
 )
 
 
@@ -30,8 +29,8 @@ class Router(keras.layers.Layer):
     and `mask` is False there. `context` has the `sequence_length`, `token_ids` and `indices` of the
     call, or None.
 
-    A subclass overrides `plan` if its tokens do not choose experts, and `max_top_k`, `mean_top_k`
-    and `min_top_k` if the number of experts differs between tokens. Class attributes describe it:
+    A subclass overrides `max_top_k`, `mean_top_k` and `min_top_k` if the number of experts differs
+    between tokens, and `update` if it has state. Class attributes describe it:
 
     - `causal`: False if a token's experts depend on other tokens of the batch, which rules the
       router out for language models.
@@ -55,6 +54,7 @@ class Router(keras.layers.Layer):
         indices: (T, K) integer tensor of experts to replay: the router weighs them by its own
             scores, with their gradient, instead of choosing. -1 is no expert, and so is any other
             number of none in a tensor; in an array these are refused.
+        with_plan: Boolean. Whether the routing holds its `plan`, as a layer with experts needs it.
 
     Returns:
         An `ops.Routing`.
@@ -82,8 +82,6 @@ class Router(keras.layers.Layer):
     takes_capacity = True
     # Whether all experts serve each token, so that experts are counted by their weights.
     serves_all = False
-    # Whether a mixture has it already.
-    is_used = False
 
     def __init__(self, num_experts: int | None = None, **kwargs: Any):
         dtype = kwargs.pop("dtype", None)
@@ -134,6 +132,7 @@ class Router(keras.layers.Layer):
         sequence_length: int | None = None,
         token_ids: Tensor | None = None,
         indices: Tensor | None = None,
+        with_plan: bool = False,
     ) -> Routing:
         # Arrays are tensors by now, and lists are not.
         mask, token_ids, indices = (
@@ -163,16 +162,20 @@ class Router(keras.layers.Layer):
             context = {"sequence_length": sequence_length, "token_ids": token_ids}
             routing = self.route(tokens, real, training, indices=indices, **context)
         check_fields(routing, {"T": tokens.shape[0], "E": self.num_experts, "K": self.max_top_k})
-        if mask is not None and routing.mask is not real:  # A subclass may not pass the mask on.
-            routing = without_padding(routing, real)
         if self.serves_all and indices is None:
             counts = weighted_counts(routing.indices, routing.weights, real)
             routing = routing._replace(counts=counts)
-        return routing
+        routing = complete(routing, real)
+        if training and self.trainable and indices is None:
+            self.update(routing)
+        return routing if with_plan else routing._replace(plan=())
 
     def route(self, tokens: Tensor, mask: Tensor, training: bool | None, **context: Any) -> Routing:
         """Return the routing of tokens (T, D), zeros where the mask (T,) is False."""
         raise NotImplementedError
+
+    def update(self, routing: Routing) -> None:
+        """Update the state of the router, in training, by a routing that was not replayed."""
 
     @property
     def max_top_k(self) -> int:
@@ -188,10 +191,6 @@ class Router(keras.layers.Layer):
     def min_top_k(self) -> int:
         """Fewest experts that do the work of a token; K, or 1 where the weights of all decide."""
         return 1 if self.serves_all else self.top_k
-
-    def plan(self, routing: Routing) -> GroupedPlan:
-        """Return which expert serves which token, without a capacity."""
-        return plan_routing(routing)
 
     def save_own_variables(self, store):
         super().save_own_variables(store)

@@ -106,15 +106,13 @@ class TopKRouter(LogitRouter):
                 return mask_invalid(ops.cast(indices, "int32"), self.num_experts)
             return self.select(scores if self.balancer is None else scores + self.selection_bias)
 
-        routing = _top_k_routing(
+        return _top_k_routing(
             logits, self.top_k, mask, self.score, self.renormalize, self.scaling_factor, select
         )
-        is_measured = self.balancer is not None and indices is None and training
-        if is_measured and self.trainable and self.updates_selection_bias:
-            self._balance(routing)
-        return routing
 
-    def _balance(self, routing):
+    def update(self, routing):
+        if self.balancer is None or not self.updates_selection_bias:
+            return
         scores = ops.stop_gradient(SCORES[self.score](routing.logits))
         old_bias = ops.convert_to_tensor(self.selection_bias)
         measured = self.balancer.measure(routing, scores, old_bias)

@@ -6,10 +6,10 @@ from keras import ops
 
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import register
-from keras_moe.ops.expert_choice import expert_choice_routing, plan_expert_choice
+from keras_moe.ops.expert_choice import expert_choice_routing
 from keras_moe.ops.routing import _make_routing
 from keras_moe.ops.scores import cosine_logits, l2_normalize, softmax
-from keras_moe.ops.soft import SoftPlan, soft_routing
+from keras_moe.ops.soft import soft_routing
 from keras_moe.routers.logit_router import LogitRouter
 
 
@@ -39,8 +39,7 @@ class DenseRouter(LogitRouter):
         probs = softmax(logits)
         experts = ops.arange(self.num_experts, dtype="int32")
         indices = ops.broadcast_to(experts, ops.shape(probs))
-        counts = ops.zeros_like(experts) + ops.sum(ops.cast(mask, "int32"))
-        return _make_routing(indices, probs, probs, logits, mask, counts=counts)
+        return _make_routing(indices, probs, probs, logits, mask)
 
 
 @register
@@ -88,9 +87,6 @@ class ExpertChoiceRouter(LogitRouter):
     def route(self, tokens, mask, training, sequence_length=None, **context):
         logits, mask = self.logits(tokens, mask, training)
         return expert_choice_routing(logits, self.capacity_factor, mask, sequence_length)
-
-    def plan(self, routing):
-        return plan_expert_choice(routing)
 
     def get_config(self):
         return {**super().get_config(), "capacity_factor": self.capacity_factor}
@@ -143,9 +139,6 @@ class SoftRouter(LogitRouter):
     def route(self, tokens, mask, training, sequence_length=None, **context):
         logits, mask = self.logits(tokens, mask, training)
         return soft_routing(logits, self.num_experts, mask, sequence_length)
-
-    def plan(self, routing):
-        return SoftPlan(*routing.details)
 
     def get_config(self):
         return {**super().get_config(), "slots": self.slots}

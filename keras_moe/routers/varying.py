@@ -9,7 +9,6 @@ from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.initializers import reseeded
 from keras_moe._internal.serialization import register
 from keras_moe.backend import backend
-from keras_moe.ops.balance import masked_mean
 from keras_moe.ops.routing import _make_routing
 from keras_moe.ops.scores import distribution, selector_scores, smooth_step, softmax
 from keras_moe.ops.selection import take_scores, top_k_indices
@@ -147,7 +146,7 @@ class ReLURouter(LogitRouter):
         num_serving, num_real = totals[:-1], totals[-1]
         load = num_serving / ops.maximum(num_real, 1.0)
         share = load * self.num_experts / self.top_k
-        mean_scores = masked_mean(scores, routing.mask)
+        mean_scores = routing.mean(scores)
         # A copy: PyTorch needs the old value for the gradient, after the assignment.
         strength = self.strength + 0.0
         self.add_loss(strength * ops.sum(ops.stop_gradient(share) * mean_scores))

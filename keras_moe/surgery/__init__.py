@@ -16,6 +16,7 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_choice, check_integer, check_number, shortened
 from keras_moe._internal.keras_internals import forget_compiled, forget_old_weights
+from keras_moe.convert.keras_hub_blocks import BareMixture
 from keras_moe.inspection import moe_layers
 from keras_moe.inspection.recording import check_list_of_batches
 from keras_moe.layers.replacement import backbones
@@ -297,11 +298,11 @@ def _operate(model, layers, groups, data=(), used=None, noise=None):
 def _plan(model, given, data, operation="cut"):
     """Layers, how many experts each will have, and the data as a list."""
     layers, given = _layers(model, given, "factor" if operation == "copy" else "keep")
-    parts = [part for each in moe_layers(model).values() for part in (each.router, each.experts)]
+    parts = [part for each in moe_layers(model).values() for part in (each.router, *each.banks)]
     wrong = []
     for name, layer in layers.items():
         wrong += [f"{name!r}, {obstacle}" for obstacle in cutting.obstacles(layer, operation)]
-        if any(sum(part is own for part in parts) > 1 for own in (layer.router, layer.experts)):
+        if any(sum(part is own for part in parts) > 1 for own in (layer.router, *layer.banks)):
             wrong.append(f"{name!r}, which shares its router or bank with another layer")
     if wrong:
         rule = "Layers must be built, in one process, with their own experts and router to cut"
@@ -322,7 +323,9 @@ def _plan(model, given, data, operation="cut"):
 def _check_converted(model, changed, number_of):
     """Refuse different numbers of converted layers: the config of KerasHub's model has one."""
     every = moe_layers(model).items()
-    numbers = {n: changed.get(n, number_of(each)) for n, each in every if not each.has_own_config}
+    numbers = {
+        n: changed.get(n, number_of(each)) for n, each in every if isinstance(each, BareMixture)
+    }
     differ = len(set(numbers.values())) > 1 or not backbones(model)
     if differ and numbers.keys() & changed.keys():
         rule = "Layers made by `convert.use_sparse_experts` must keep one number in a whole model"
@@ -331,7 +334,7 @@ def _check_converted(model, changed, number_of):
 
 def _write_to_backbones(model, layers, number_of, *names):
     """Set the number of converted layers in KerasHub's own, whose configs have it by a name."""
-    for number in {number_of(layer) for layer in layers.values() if not layer.has_own_config}:
+    for number in {number_of(layer) for layer in layers.values() if isinstance(layer, BareMixture)}:
         for backbone in backbones(model):
             for layer in backbone._flatten_layers():
                 is_theirs = layer is backbone or type(layer).__module__.startswith("keras_hub.")
@@ -352,7 +355,7 @@ def _layers(model, given, argument):
 
 
 def _number(name, layer, keep):
-    num_experts, router = layer.experts.num_experts, layer.router
+    num_experts, router = layer.router.num_experts, layer.router
     try:
         number = operator.index(keep)
     except TypeError:

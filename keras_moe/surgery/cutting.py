@@ -9,20 +9,12 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_moe._internal.keras_internals import (
-    float_array,
-    names_below,
-    names_beside,
-    set_state,
-    unlocked,
-    untrack,
-)
+from keras_moe._internal.keras_internals import float_array, names_beside
 from keras_moe.inspection.summaries import architecture
 from keras_moe.layers import FeedForwardExperts, GatedExperts, LayerExperts, LinearExperts
-from keras_moe.layers.multi_gate import Task
+from keras_moe.layers.multi_gate import TaskGate
 from keras_moe.layers.replacement import replace
 from keras_moe.layers.stacked_experts import StackedExperts
-from keras_moe.layers.usage import counter
 from keras_moe.routers import LogitRouter, TopKRouter
 
 # Banks with one hidden layer or none, whose features `merge` matches.
@@ -31,11 +23,11 @@ _MATCHED = (FeedForwardExperts, GatedExperts, LinearExperts)
 
 def obstacles(layer, operation):
     """Reasons why the experts of a layer cannot be cut, merged or copied ("cut" and so on)."""
-    bank, router = layer.experts, layer.router
+    bank, router = layer.banks[0], layer.router
     is_stacked, is_list = isinstance(bank, StackedExperts), isinstance(bank, LayerExperts)
     if not layer.built:
         yield "which is not built"
-    if isinstance(layer, Task):
+    if isinstance(layer, TaskGate):
         yield "a task of a `MultiGateMixtureOfExperts`, which calls the experts for all its tasks"
     if getattr(bank, "processes", None) is not None:
         yield "whose experts are split over processes"
@@ -73,13 +65,13 @@ def take(model, chosen, noise=None):
 
     `noise(value)` is added to the trained weights of copies.
     """
-    chosen = {each: own for each, own in chosen.items() if len(own) != each.experts.num_experts}
+    chosen = {each: own for each, own in chosen.items() if len(own) != each.router.num_experts}
     replacements: dict = {}
     for layer, experts in chosen.items():
         replacements |= _other_parts(layer, experts, noise)
     replace(model, replacements)
     for layer, experts in chosen.items():
-        _take_counters(layer, experts)
+        layer.keep_counters_of(experts)
 
 
 def _other_parts(layer, experts, noise):
@@ -112,19 +104,6 @@ def _other_parts(layer, experts, noise):
     else:
         _take_weights(bank, other, experts, noise)
     return {old_router: router, bank: other}
-
-
-def _take_counters(layer, experts):
-    copies = np.bincount(experts)[experts]
-    counts = ops.convert_to_numpy(layer.expert_counts)[experts] / copies
-    with names_below(layer.path), unlocked(layer):
-        set_state(layer, "expert_counts", counter("expert_counts", counts.shape))
-        for variable in sum(layer.loss_states, []):
-            untrack(layer, variable)
-        layer._build_losses()
-    layer.expert_counts.assign(counts)
-    if layer.last_counts is not None:
-        layer.last_counts = layer.last_counts[experts] / copies
 
 
 def _take_weights(old, new, experts, noise):

@@ -1,0 +1,397 @@
+"""The gate of a mixture: a router with its losses, its capacity and its counters.
+
+Axes: T tokens, E experts, K experts per token, V values: the router losses, then the entropy.
+"""
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_moe import losses, routers
+from keras_moe._internal.checks import check_number, shortened
+from keras_moe._internal.keras_internals import (
+    drops_losses,
+    names_below,
+    set_state,
+    unlocked,
+    untrack,
+)
+from keras_moe._internal.serialization import load_draws, save_draws
+from keras_moe.backend import backend
+from keras_moe.layers.capacity import Capacity
+from keras_moe.layers.expert_bank import ExpertBank
+from keras_moe.layers.recomputation import Recomputable
+from keras_moe.ops.balance import router_entropy
+from keras_moe.ops.routing import Routing, token_shares
+
+
+# Begins the names of the counters of evaluations.
+_EVALUATION = "evaluation_"
+
+
+class Observer:
+    """A view of the routings of gates, which may also change what they do.
+
+    - `saw`: function of a routing and its tokens (T, D), called after each choice, or None.
+    - `indices` (T, K): experts to replay instead of choosing, or None.
+    - `counts`: whether inference is counted as training is.
+    """
+
+    def __init__(
+        self, saw: Callable | None = None, indices: Any = None, counts: bool = False
+    ) -> None:
+        self.saw = saw
+        self.indices = indices
+        self.counts = counts
+
+
+class Counts(NamedTuple):
+    """A reading of the counters of a gate, or the difference of two: NumPy arrays.
+
+    - `assignments` (E,): assignments of each expert.
+    - `dropped`: number of assignments that found no slot.
+    - `totals` (V,) and `numbers` (V,): sums of the finite values, and how many they were.
+    """
+
+    assignments: Any
+    dropped: Any
+    totals: Any
+    numbers: Any
+
+    @property
+    def means(self):
+        """Mean of each value (V,); NaN if none was finite, 0 if nothing was counted."""
+        without = np.nan if np.any(self.assignments) else 0.0
+        return np.where(self.numbers > 0, self.totals / np.maximum(self.numbers, 1), without)
+
+    def since(self, earlier: "Counts") -> "Counts":
+        """What was counted after an earlier reading; all, if earlier weights were loaded since."""
+        # Counters are 32 bits wide, and so are their differences, even where a counter wrapped.
+        with np.errstate(over="ignore"):
+            difference = Counts(*(now - before for now, before in zip(self, earlier)))
+        is_older = min(np.min(difference.assignments), np.min(difference.numbers)) < 0
+        return self if is_older else difference
+
+
+class Gate(Recomputable):
+    """Abstract: a layer with a router that chooses experts, its losses and its counters.
+
+    The counters only grow: whoever reports them keeps a reading and takes the difference to the
+    next. Evaluation is counted where an observer asks for it, by counters of its own.
+
+    Attributes:
+        router: The `routers.Router`.
+        router_losses: Tuple of `losses.RouterLoss`.
+        expert_counts: Weight (E,). Assignments of each expert in training, in int32; sums of their
+            weights, in float32, where all experts serve all tokens.
+    """
+
+    router: Any
+    router_losses: tuple
+    capacity: Capacity | None
+    expert_counts: Any
+    # Weights of the losses that were set before the layer was built.
+    _early_loss_weights: Any = None
+
+    def set_gate(self, router, num_experts, router_losses=None, capacity_factor=None, **arguments):
+        """Set the router for a number of experts, with its losses and capacity."""
+        self.router = routers.get(router, num_experts, **arguments)
+        if router_losses is None:
+            router_losses = self.router.default_losses
+        self.router_losses = losses.get_list(router_losses)
+        self.capacity = Capacity.get(capacity_factor)
+        if self.capacity is not None and not self.router.takes_capacity:
+            raise ValueError(
+                "`capacity_factor` limits how many tokens choose an expert. Received: "
+                f"capacity_factor={shortened(capacity_factor)} with a "
+                f"`{type(self.router).__name__}`, whose tokens do not choose"
+            )
+        # Owned by the layer, so that Keras carries its state through compiled steps.
+        self._capacity_seed = keras.random.SeedGenerator() if self.capacity else None
+        self._observers: tuple = ()
+
+    @property
+    def banks(self) -> list[ExpertBank]:
+        """The banks that the router chooses experts from, in the order of their numbers."""
+        raise NotImplementedError
+
+    @property
+    def top_k(self):
+        return self.router.top_k
+
+    def build_gate(self, features):
+        """Build the router, for tokens of so many features, and the counters."""
+        if not self.router.built:
+            self.router.build((None, features))
+        initial = self.loss_weights_in_force
+        number = len(self.router_losses)
+        self.router_loss_weights = self.add_weight(
+            name="router_loss_weights",
+            shape=(number,),
+            initializer=lambda shape, dtype: ops.array(initial, dtype),
+            dtype="float32",
+            trainable=False,
+            autocast=False,
+        )
+        for prefix in ("", _EVALUATION):
+            self._add_expert_counter(prefix)
+            setattr(self, f"{prefix}dropped_count", _counter(f"{prefix}dropped_count", ()))
+            # The sum of each value, and its error by rounding, by which the next is corrected.
+            totals = _counter(f"{prefix}value_totals", (2, number + 1), "float32")
+            setattr(self, f"{prefix}value_totals", totals)
+            numbers = _counter(f"{prefix}value_numbers", (number + 1,))
+            setattr(self, f"{prefix}value_numbers", numbers)
+        self._build_losses()
+
+    def _add_expert_counter(self, prefix, add=setattr):
+        dtype = "float32" if self.router.serves_all else "int32"
+        name = f"{prefix}expert_counts"
+        add(self, name, _counter(name, (self.router.num_experts,), dtype))
+
+    def _build_losses(self):
+        """Add the variables of each loss, a list for each: the state is the layer's."""
+
+        def add(name, shape, dtype):
+            state = {"initializer": "zeros", "trainable": False, "autocast": False}
+            return self.add_weight(name=name, shape=shape, dtype=dtype, **state)
+
+        number = self.router.num_experts
+        self.loss_states = [
+            [add(name, *each) for name, each in loss.state_shapes(number).items()]
+            for loss in self.router_losses
+        ]
+
+    # A call
+
+    def choose(self, tokens, training, router_inputs=None, token_ids=None, indices=None) -> Routing:
+        """The routing of `Tokens` and its plan, after capacity, losses and counters."""
+        observers = self._present_observers()
+        for observer in observers:
+            indices = observer.indices if indices is None else indices
+        routing = self.router(
+            tokens.vectors(router_inputs),
+            mask=tokens.mask,
+            training=training,
+            sequence_length=tokens.sequence_length,
+            token_ids=token_ids,
+            indices=indices,
+            with_plan=True,
+        )
+        if self.capacity is not None:
+            limited = sum(bank.num_capacity_limited for bank in self.banks)
+            routing = self.capacity.admit(
+                routing, tokens.sequence_length, training, self._capacity_seed, limited
+            )
+        if training or any(observer.counts for observer in observers):
+            self._add_losses_and_count(routing, tokens.sequence_length, training)
+        for observer in observers:
+            if observer.saw is not None:
+                observer.saw(routing, tokens.values)
+        return routing
+
+    def _add_losses_and_count(self, routing, sequence_length, training):
+        routing = routing._replace(shares=token_shares(routing.mask))
+        values = []
+        for index in range(len(self.router_losses)):
+            values.append(self._compute_loss(index, routing, sequence_length, training))
+            if training:
+                weighted = self.router_loss_weights[index] * values[-1]
+                # Keras adds it to the other losses, which have this dtype.
+                self.add_loss(ops.cast(weighted, keras.config.floatx()))
+        if training and values and drops_losses():
+            warnings.warn(
+                f"The router losses of `{self.name}` are dropped: in training call "
+                "`stateless_call` with `return_losses=True`, and add what it returns to the loss.",
+                stacklevel=2,
+            )
+        self._count(routing, ops.stack([*values, router_entropy(routing)]), training)
+
+    def _count(self, routing, values, training):
+        is_finite = ops.isfinite(values)
+        added = [routing.counts, ops.where(is_finite, values, 0.0), ops.cast(is_finite, "int32")]
+        if self.capacity is not None:
+            dropped = routing.dropped * ops.cast(ops.sum(routing.counts), "float32")
+            added.append(ops.cast(ops.round(dropped), "int32"))
+        if training:  # A process may evaluate alone, and would wait for the others.
+            added = backend.sum_of_counts(added)
+        counts, values, numbers, *dropped = added
+        expert_counts, dropped_count, totals, value_numbers = self._counters(not training)
+        expert_counts.assign_add(counts)
+        for each in dropped:
+            dropped_count.assign_add(each)
+        value_numbers.assign_add(numbers)
+        # Kahan's summation: the total may become too large for what a step adds.
+        total, error = totals[0], totals[1]
+        corrected = values - error
+        larger = total + corrected
+        totals.assign(ops.stack([larger, larger - total - corrected]))
+
+    def _counters(self, evaluation):
+        names = ("expert_counts", "dropped_count", "value_totals", "value_numbers")
+        return [getattr(self, (_EVALUATION if evaluation else "") + name) for name in names]
+
+    def _compute_loss(self, index, routing, sequence_length, training):
+        loss, variables = self.router_losses[index], self.loss_states[index]
+        extra = {"sequence_length": sequence_length} if loss.per_sequence else {}
+        if not variables:
+            return _scalar(loss, loss.compute(routing, **extra))
+        # Copies: PyTorch assigns in place, and the gradient may need the old value.
+        state = [variable + 0 for variable in variables] if training else None
+        value, state = loss.compute(routing, state, **extra)
+        for variable, each in zip(variables, state or ()):
+            variable.assign(each)
+        return _scalar(loss, value)
+
+    # Observers and readers
+
+    @contextlib.contextmanager
+    def observed_by(self, observer: Observer) -> Iterator[None]:
+        """A context in which an observer sees the routings of eager calls."""
+        self.add_observer(observer)
+        try:
+            yield
+        finally:
+            self.remove_observer(observer)
+
+    def add_observer(self, observer: Observer) -> None:
+        """Add an observer, until it is removed or nothing else refers to it."""
+        # The latest comes first: of nested contexts the inner one replays.
+        self._observers = (weakref.ref(observer), *self._observers)
+
+    def remove_observer(self, observer: Observer) -> None:
+        """Remove an observer, if it is there."""
+        others = (each for each in self._observers if each() not in (observer, None))
+        self._observers = tuple(others)
+
+    def _present_observers(self):
+        return [each() for each in self._observers if each() is not None]
+
+    def read_counts(self, evaluation: bool = False) -> Counts:
+        """Return what a built layer has counted so far, in training or in evaluations."""
+        counters = map(ops.convert_to_numpy, self._counters(evaluation))
+        assignments, dropped, (total, error), numbers = counters
+        return Counts(assignments, dropped, total.astype("float64") - error, numbers)
+
+    # Weights of the losses
+
+    @property
+    def loss_weights_in_force(self) -> list[float]:
+        """The present weight of each router loss, a list of floats."""
+        if self.built:
+            return ops.convert_to_numpy(self.router_loss_weights).tolist()
+        return list(self._early_loss_weights or [loss.weight for loss in self.router_losses])
+
+    def set_router_loss_weight(self, index: int | str, weight: float) -> None:
+        """Set the weight of a router loss. Nothing is compiled again.
+
+        Args:
+            index: Integer, the place of the loss in `router_losses`, or its name for `losses.get`.
+            weight: Float of at least 0.
+
+        Raises:
+            ValueError: If there is no such loss, or the weight is negative or not finite.
+        """
+        weights = self.loss_weights_in_force
+        names = [type(each).__name__ for each in self.router_losses]
+        place: Any = index
+        if isinstance(index, str):
+            name = getattr(losses.IDENTIFIERS.get(index), "__name__", index)
+            place = names.index(name) if name in names else None
+        if place not in range(-len(names), len(names)):
+            rule = f"`index` must be the place or the name of one of the router losses {names}"
+            raise ValueError(f"{rule}. Received: index={index!r}")
+        weights[place] = check_number("weight", weight)
+        if self.built:
+            self.router_loss_weights.assign(weights)
+        else:
+            self._early_loss_weights = weights
+
+    # Weights that stay with the experts
+
+    def keep_counters_of(self, experts: np.ndarray) -> None:
+        """Keep the counters of these experts, which may be copies, and begin the losses' state."""
+        counts = ops.convert_to_numpy(self.expert_counts)[experts] / np.bincount(experts)[experts]
+        with names_below(self.path), unlocked(self):
+            for prefix in ("", _EVALUATION):
+                self._add_expert_counter(prefix, set_state)
+            for variable in sum(self.loss_states, []):
+                untrack(self, variable)
+            self._build_losses()
+        # Copies share what their expert has counted, in whole numbers.
+        self.expert_counts.assign(np.diff(np.round(np.cumsum(counts)), prepend=0))
+
+    def save_own_variables(self, store):
+        # Without the values, which are reported each epoch and which training does not read.
+        for key, variable in self._saved_variables().items():
+            store[key] = ops.convert_to_numpy(variable)
+        for index, weight in enumerate(self.loss_weights_in_force):
+            initial = self.router_losses[index].weight
+            store[f"{self._loss_key(index)}_weight"] = np.array([initial, weight], "float32")
+        save_draws(self, store)
+
+    def load_own_variables(self, store):
+        entries = load_draws(self, store)
+        if self.built != ("expert_counts" in entries):
+            raise ValueError(
+                f"The weights of a mixture must be loaded into a mixture that is built. Received: "
+                f"{sorted(entries) or 'no weights'} for `{self.name}`, which is "
+                f"{'' if self.built else 'not '}built. `upcycle` converts dense layers."
+            )
+        for key, variable in self._saved_variables().items():
+            # A checkpoint fits a layer with other losses: those keep their own state.
+            if key in ("expert_counts", "dropped_count") or _fits(variable, entries.get(key)):
+                variable.assign(entries[key])
+        for index, loss in enumerate(self.router_losses):
+            initial, weight = entries.get(f"{self._loss_key(index)}_weight", (None, None))
+            # A weight set in the constructor wins over one that a schedule left in the file.
+            if initial == np.float32(loss.weight):
+                self.set_router_loss_weight(index, float(weight))
+
+    def _saved_variables(self):
+        if not self.built:
+            return {}
+        saved = {each.name: each for each in (self.expert_counts, self.dropped_count)}
+        for index, states in enumerate(self.loss_states):
+            for number, variable in enumerate(states):
+                saved[f"{self._loss_key(index)}_state_{number}"] = variable
+        return saved
+
+    def _loss_key(self, index):
+        return f"router_loss_{index}_{type(self.router_losses[index]).__name__}"
+
+
+def _counter(name, shape, dtype="int32"):
+    """A variable that is added to."""
+    # Under `tf.distribute` each replica counts alone, and reading gives the sum, which
+    # `add_weight` cannot express.
+    return keras.Variable(
+        "zeros",
+        shape=shape,
+        dtype=dtype,
+        trainable=False,
+        autocast=False,
+        aggregation="sum",
+        synchronization="on_read",
+        name=name,
+    )
+
+
+def _scalar(loss, value):
+    """The value of a loss, which may be user-defined: a vector would be added up silently."""
+    value = value if ops.is_tensor(value) else ops.convert_to_tensor(value)
+    if len(value.shape) or not keras.backend.is_float_dtype(value.dtype):
+        raise ValueError(
+            "A router loss must compute one float. Received: a tensor of shape "
+            f"{tuple(value.shape)} and dtype {value.dtype} from `{type(loss).__name__}`"
+        )
+    return value
+
+
+def _fits(variable, entry):
+    return entry is not None and tuple(entry.shape) == tuple(variable.shape)

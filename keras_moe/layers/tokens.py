@@ -1,0 +1,115 @@
+"""Inputs of a layer as tokens, and the way back.
+
+Axes: T tokens, all leading axes of the inputs flattened; D features of a token.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+from keras import ops
+
+from keras_moe._internal.checks import check_tensors
+from keras_moe._internal.keras_internals import get_keras_mask, set_keras_mask
+from keras_moe.ops.routing import Routing
+from keras_moe.ops.sorting import at_least
+
+
+class Tokens(NamedTuple):
+    """Tokens of inputs (batch, ..., D), zero where they are padding.
+
+    - `values` (T, D): the tokens; a token that is no vector keeps its axes.
+    - `mask` (T,) bool: False for padding. None without a mask.
+    - `sizes`: sizes of the axes that count tokens, (batch, ...).
+    """
+
+    values: Any
+    mask: Any
+    sizes: tuple
+
+    @classmethod
+    def of(cls, inputs, mask, num_axes):
+        """The tokens of inputs, whose first `num_axes` axes count them, with a mask or None."""
+        flat = None if mask is None else ops.reshape(mask, (-1,))
+        sizes = ops.shape(inputs)[:num_axes]
+        return cls(_flatten(inputs, mask, num_axes), flat, sizes)
+
+    @property
+    def sequence_length(self):
+        """Tokens of a sequence, all axes but the first; None where each token is by itself."""
+        return at_least(1, math.prod(self.sizes[1:])) if len(self.sizes) > 1 else None
+
+    def vectors(self, inputs=None):
+        """Vectors (T, D) of the tokens, or of other inputs with the same leading axes."""
+        values = self.values
+        if inputs is not None:
+            mask = None if self.mask is None else ops.reshape(self.mask, self.sizes)
+            values = _flatten(inputs, mask, len(self.sizes))
+        width = math.prod(values.shape[1:])
+        return values if len(values.shape) == 2 else ops.reshape(values, (-1, width))
+
+    def unflatten(self, values, dtype):
+        """Values (T, ...) with the leading axes of the inputs, in a dtype."""
+        return ops.cast(ops.reshape(values, (*self.sizes, *values.shape[1:])), dtype)
+
+
+def _flatten(inputs, mask, num_axes):
+    # Padding may hold anything, NaN included, which no product with a zero weight removes.
+    inputs = inputs if mask is None else zero_padding(inputs, mask)
+    return ops.reshape(inputs, (-1, *inputs.shape[num_axes:]))
+
+
+def zero_padding(values, mask):
+    """Values (batch, ..., ...), zero where a mask (batch, ...) is False."""
+    for _ in range(len(values.shape) - len(mask.shape)):
+        mask = ops.expand_dims(mask, -1)
+    return ops.where(mask, values, ops.zeros((), values.dtype))
+
+
+def token_shape(shape, token_axes=None):
+    """The shape of a token in inputs, whose first `token_axes` axes, or all but the last, count."""
+    num_axes = token_axes or len(shape) - 1
+    of_token = tuple(shape[num_axes:])
+    if None in of_token or not of_token or not num_axes:
+        raise ValueError(
+            "`inputs` must have at least one axis of tokens and a known shape of each token. "
+            f"Received: inputs.shape={tuple(shape)}, token_axes={token_axes}"
+        )
+    return of_token
+
+
+def check_call(inputs, mask, token_axes=None, router_inputs=None, token_ids=None):
+    """Check the shapes of a call, and return the mask as bools, or None."""
+    num_axes = len(inputs.shape) - len(token_shape(inputs.shape, token_axes))  # at least one
+    # Keras passes a mask on by itself only if the inputs are the only tensor of a call.
+    of_inputs = get_keras_mask(inputs)
+    if of_inputs is not None:
+        mask = of_inputs if mask is None else mask
+        if len(mask.shape) == len(of_inputs.shape) != num_axes:
+            mask = None  # of parts of a sample, which only its experts could use
+    letters = "abcdefghij"
+    axes, sample = letters[:num_axes], letters[num_axes : len(inputs.shape)].upper()
+    given = {"inputs": (inputs, axes + sample, "float")}
+    if router_inputs is not None:
+        own = "RSTUVW"[: len(router_inputs.shape) - num_axes if token_axes else 1]
+        given["router_inputs"] = (router_inputs, axes + own, "float")
+    if mask is not None:
+        mask = ops.convert_to_tensor(mask)
+        given["mask"] = (mask, axes, "mask")
+    if token_ids is not None:
+        given["token_ids"] = (ops.convert_to_tensor(token_ids), axes, "int")
+    check_tensors(None, **given)
+    return None if mask is None else ops.cast(mask, "bool")
+
+
+def pass_mask_on(num_axes, outputs, *others):
+    """Give the Keras mask of the outputs to a routing and to the outputs of single experts."""
+    mask = get_keras_mask(outputs)
+    if mask is None or len(mask.shape) != num_axes:
+        return
+    for each in others:
+        if isinstance(each, Routing):
+            for field in (each.indices, each.weights, each.probs, each.logits):
+                set_keras_mask(field, ops.reshape(mask, (-1,)))
+        else:  # An expert is one more axis, and losses take masks of all axes but the last.
+            mask_of_each = ops.repeat(ops.expand_dims(mask, -1), each.shape[num_axes], axis=-1)
+            set_keras_mask(each, mask_of_each)
