@@ -55,7 +55,7 @@ def trained(make, mode, eager):
     "make, eager", [(mixture, True), (mixture, False), (layer_mixture, True), (block, True)]
 )
 def test_each_weight_has_one_gradient(make, eager):
-    """TensorFlow finds variables in a recomputed function by itself, and nothing through tensors."""
+    """TensorFlow finds the variables that a recomputed function reads, besides its arguments."""
     plain = trained(make, None, eager)
     for mode in ("full", "list_of_layers") if make is layer_mixture else ("full",):
         for again, each in zip(trained(make, mode, eager), plain, strict=True):
