@@ -80,8 +80,10 @@ class Router(keras.layers.Layer):
     replays_indices = False
     # Whether tokens choose experts, so that an expert may be chosen by too many.
     takes_capacity = True
-    # Whether all experts serve each token, so that experts are counted by their weights.
+    # Whether all experts serve each token.
     serves_all = False
+    # Whether experts are counted by their weights: K is E, and few weights are zero.
+    counted_by_weight = False
     # Whether a mixture has it already.
     is_used = False
 
@@ -165,7 +167,7 @@ class Router(keras.layers.Layer):
         check_fields(routing, {"T": tokens.shape[0], "E": self.num_experts, "K": self.max_top_k})
         if mask is not None and routing.mask is not real:  # A subclass may not pass the mask on.
             routing = without_padding(routing, real)
-        if self.serves_all and indices is None:
+        if self.counted_by_weight and indices is None:
             counts = weighted_counts(routing.indices, routing.weights, real)
             routing = routing._replace(counts=counts)
         return routing
@@ -220,7 +222,7 @@ class Router(keras.layers.Layer):
             logits=keras.KerasTensor(of_experts, "float32"),
             mask=keras.KerasTensor(of_choices[:1], "bool"),
             counts=keras.KerasTensor(
-                of_experts[1:], "float32" if self.serves_all and indices is None else "int32"
+                of_experts[1:], "float32" if self.counted_by_weight and indices is None else "int32"
             ),
             dropped=keras.KerasTensor((), "float32"),
             load=keras.KerasTensor(of_experts[1:], "float32"),

@@ -28,6 +28,7 @@ class DenseRouter(LogitRouter):
 
     default_losses = ()
     serves_all = True
+    counted_by_weight = True
 
     @property
     def top_k(self) -> int:
