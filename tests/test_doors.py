@@ -408,6 +408,7 @@ WARNED = [
     ("moe(router='expert_choice')(t())", "rest of the batch"),
     ("masked(lambda x: moe()(keras.layers.LayerNormalization()(x + 1)))", "mask .* is lost"),
     ("masked(lambda x: encode(inputs=2 * x))", "mask .* is lost"),
+    ("masked(lambda x: tasks()(2 * x))", "mask .* is lost"),
 ]
 
 
