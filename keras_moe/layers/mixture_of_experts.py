@@ -189,6 +189,11 @@ class MixtureOfExperts(RouterUsage, Recomputable):
     def top_k(self):
         return self.router.top_k
 
+    @top_k.setter
+    def top_k(self, top_k):
+        rule = "`top_k` of a mixture is changed by `surgery.set_top_k(model, top_k)`"
+        raise AttributeError(f"{rule}. Received: layer.top_k = {top_k}")
+
     @property
     def capacity_factor(self):
         return None if self.capacity is None else self.capacity.factor

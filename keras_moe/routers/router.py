@@ -74,7 +74,7 @@ class Router(keras.layers.Layer):
     (6, 2)
     """
 
-    top_k: Any = None
+    _top_k: Any = None
     causal = True
     default_losses: tuple = ("load_balance", "router_z")
     replays_indices = False
@@ -175,6 +175,18 @@ class Router(keras.layers.Layer):
     def route(self, tokens: Tensor, mask: Tensor, training: bool | None, **context: Any) -> Routing:
         """Return the routing of tokens (T, D), zeros where the mask (T,) is False."""
         raise NotImplementedError
+
+    @property
+    def top_k(self) -> Any:
+        """Experts per token, K. `surgery.set_top_k` changes it in a built router."""
+        return self._top_k
+
+    @top_k.setter
+    def top_k(self, top_k):
+        if self.built:  # A compiled function has read it, and would keep the old one.
+            rule = "`top_k` of a built router is changed by `surgery.set_top_k(model, top_k)`"
+            raise AttributeError(f"{rule}. Received: router.top_k = {top_k}")
+        self._top_k = top_k
 
     @property
     def max_top_k(self) -> int:
