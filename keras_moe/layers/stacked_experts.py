@@ -50,8 +50,9 @@ class StackedExperts(Adaptable, ExpertBank):
         **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
-        ValueError: If a number is out of its range, or, when the bank is built, if a layer in it, such
-            as `activation`, has weights or random draws, or `network` does not call `linear` once for each name in `widths`.
+        ValueError: If a number is out of its range, or, when the bank is built, if a layer in it,
+            such as `activation`, has weights or random draws, or `network` does not call `linear` once
+            for each name in `widths`.
 
     Call arguments and output shape: as for `ExpertBank`.
 
