@@ -51,8 +51,8 @@ class StackedExperts(Adaptable, ExpertBank):
 
     Raises:
         ValueError: If a number is out of its range, or, when the bank is built, if a layer in it,
-            such as `activation`, has weights or random draws, or `network` does not call `linear` once
-            for each name in `widths`.
+            such as `activation`, has weights or random draws, or `network` does not call `linear`
+            once for each name in `widths`.
 
     Call arguments and output shape: as for `ExpertBank`.
 
