@@ -8,7 +8,7 @@ import pytest
 from backends import QUICK_JIT
 from layer_checks import E, array, moe, one_hot, one_hot_router
 
-from keras_moe import layers, losses
+from keras_moe import layers, losses, routers
 from keras_moe.callbacks import ExpertMonitor, RouterLossSchedule
 
 # The router sends a one-hot token to the expert of its one, and a learning rate of 0 keeps it so.
@@ -63,6 +63,24 @@ def evaluated(model, *callbacks, **options):
     last = keras.callbacks.LambdaCallback(on_test_end=logs.update)
     model.evaluate(VALIDATION, VALIDATION, callbacks=[*callbacks, last], verbose=0, **options)
     return {key: value for key, value in logs.items() if key != "loss"}
+
+
+def test_shares_of_a_gate_of_selectors_are_shares_of_its_weights():
+    selectors = [routers.DSelectKRouter(8, per_example=False, gamma=9.0, seed=n) for n in range(2)]
+    layer = layers.MultiGateMixtureOfExperts(
+        layers.LinearExperts(8, E), 2, selectors, task_names=["a", "b"], name="gates"
+    )
+    inputs = keras.Input((E,))
+    model = keras.Model(inputs, keras.layers.Add()(layer(inputs)))
+    for router in selectors:  # All experts serve, unevenly.
+        router.bias.assign(np.linspace(-3, 3, 8))
+    model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=QUICK_JIT)
+    monitor = ExpertMonitor()
+    fit(model, monitor, validation=False)
+    weights = array(selectors[0](TRAINING).weights)[0]
+    np.testing.assert_allclose(monitor.shares["gates_a"][-1], weights, rtol=1e-4)
+    imbalance = monitor.history["gates_a_load_imbalance"][-1]
+    assert imbalance == pytest.approx(8 * weights.max() - 1, rel=1e-3)
 
 
 def busiest(counts):

@@ -51,13 +51,13 @@ def test_inspect_prints_layers_sizes_and_costs(folder, capsys):
     )
     assert printed[3].split() == [
         *("moe", "2", "of", str(E), f"{layer:,}", f"{active:,}", f"{2 * active:,}", "-", "-"),
-        *(ENGINE, "(cpu)"),
+        *(ENGINE, "(cpu,", "float32)"),
     ]
     assert printed[-1].startswith("No counts are here: experts are counted in training")
     model.get_layer("moe").expert_counts.assign([6, 2, 0, 0])
     model.save("model.keras")
     main(["inspect", "model.keras"])
-    assert capsys.readouterr().out.splitlines()[-1].split()[-6:-2] == ["3.00", "x", "fair", "2"]
+    assert capsys.readouterr().out.splitlines()[-1].split()[-7:-3] == ["3.00", "x", "fair", "2"]
 
 
 def test_without_a_command_it_prints_its_help(capsys):

@@ -127,6 +127,21 @@ def own_part(base, *args, **methods):
     return type("Own", (base,), methods)(*args)
 
 
+def with_layer(layer):
+    """A bank whose network calls a Keras layer."""
+
+    class Bank(layers.StackedExperts):
+        def widths(self, features):
+            return {"up": (features, features)}
+
+        def network(self, rows, linear):
+            return self.layer(linear("up", rows))
+
+    experts = Bank(E)
+    experts.layer = layer
+    return experts
+
+
 def trained(**kwargs):
     return moe(**kwargs)(t(), training=True)
 
@@ -269,11 +284,15 @@ REFUSED = [
     ("moe(router='soft', capacity_factor=1.0)", "do not choose"),
     ("moe(bank(activation=lambda x: x[:, :1]))(t())", "must have rows of"),
     ("moe(bank(activation=keras.layers.PReLU()))(t())", "must have no weights"),
+    ("moe(with_layer(keras.layers.Dropout(0.9)))(t())", "`linear.dropout(rows, rate)` draws"),
+    ("moe(with_layer(keras.layers.BatchNormalization()))(t())", "must have no weights"),
+    ("moe(with_layer(dense()))(t())", "must have no weights"),
     ("moe(layers.LayerExperts([bank()]))(t())", "use `MixtureOfExperts(bank)`"),
     ("layers.LayerExperts([usual().layers[1]] * 2)", "different objects"),
     ("layers.LayerExperts(dense())", "`layers` must be a list"),
     ("layers.LayerExperts([abs])", "`keras.layers.Lambda`"),
-    ("setattr(moe(), 'top_k', 1)", "'top_k'"),
+    ("setattr(moe(), 'top_k', 1)", "surgery.set_top_k(model, top_k)"),
+    ("setattr(built(moe()).router, 'top_k', 1)", "surgery.set_top_k(model, top_k)"),
     ("setattr(moe(), 'capacity_factor', 2.0)", "'capacity_factor'"),
     ("moe(dense_experts(D, 1))(t())", "one known shape"),
     ("moe(layers.ZeroComputationExperts(dense_experts(3), 1))(t())", "as they receive"),
@@ -405,6 +424,7 @@ WARNED = [
     ("moe(router='expert_choice')(t())", "rest of the batch"),
     ("masked(lambda x: moe()(keras.layers.LayerNormalization()(x + 1)))", "mask .* is lost"),
     ("masked(lambda x: encode(inputs=2 * x))", "mask .* is lost"),
+    ("masked(lambda x: tasks()(2 * x))", "mask .* is lost"),
 ]
 
 

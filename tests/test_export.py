@@ -69,7 +69,7 @@ def test_experts_in_int8_are_exported(name, tmp_path):
     inputs = keras.Input((S, D))
     outputs = layers.MixtureOfExperts(layers.FeedForwardExperts(E, 16))(inputs)
     model = keras.Model(inputs, keras.layers.Dense(2)(outputs))
-    model.quantize("int8", filters="experts")
+    model.layers[1].experts.quantize("int8")
     equal = np.broadcast_to(batch(1)[:, :1], (64, S, D))  # one expert has no rows
     assert_serves(model, PROGRAMS[name], tmp_path, more=[equal])
 

@@ -255,6 +255,7 @@ def test_parameters_are_counted_by_kernels_and_not_by_bytes():
     model.quantize("int4")
     (after,) = inspection.summarize(model)
     assert after.parameters == before.parameters
+    assert (before.dtype, after.dtype) == ("float32", "int4")
     assert inspection.count_parameters(model) == counted
 
 

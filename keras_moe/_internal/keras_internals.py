@@ -55,6 +55,16 @@ def in_stateless_scope():
     return get_global_attribute("stateless_scope") is not None
 
 
+def recompute_as_one(layer):
+    """Let Keras recompute no layer in a layer by itself: on TensorFlow its gradient would be lost.
+
+    There a recomputed function has gradients for its arguments and for variables it reads. A layer
+    in a recomputed one reads tensors instead.
+    """
+    for part in layer._flatten_layers(include_self=False):
+        part._remat_mode = None
+
+
 def own_layers(layer):
     return list(layer._layers)
 

@@ -84,7 +84,8 @@ class LayerSummary(NamedTuple):
     - `flops`: of one token, forward, at two for each active parameter.
     - `counts`: assignments per expert, or sums of their weights where all serve each token, in all
       of the training; of a layer without training, in evaluations that were counted.
-    - `router`, `experts`, `dtype`: names of their classes, and the compute dtype of the experts.
+    - `router`, `experts`: names of their classes.
+    - `dtype`: of the experts, "int8" or "int4" if any is quantized, else the compute dtype.
     - `platform`: "cpu", "gpu" or "tpu".
     - `engine`: for many rows "tiles" (a loop over tiles of rows) or "parts" (grouped products of
       all rows, or of parts of them); for experts that are Keras layers "vectorized" (all tiles at
@@ -135,7 +136,9 @@ def summarize(model: keras.Model) -> list[LayerSummary]:
         if not counts.any():
             counts = layer.read_counts(evaluation=True).assignments
         sizes = (router.num_experts, router.max_top_k, parameters, active, 2 * active)
-        kinds = (type(router).__name__, type(bank).__name__, bank.compute_dtype, platform)
+        modes = [part.quantization_mode for part in bank._flatten_layers()]
+        dtype = next(filter(None, modes), bank.compute_dtype)
+        kinds = (type(router).__name__, type(bank).__name__, dtype, platform)
         engine = bank.engine_on(platform, has_static_shapes)
         summaries.append(LayerSummary(name, *sizes, counts.tolist(), *kinds, engine))
     return summaries
@@ -183,7 +186,7 @@ def table_row(layer):
         "FLOPs a token": f"{layer.flops:,}",
         "busiest": f"{busiest:.2f} x fair" if used else "-",
         "dead": f"{int(metrics.dead_experts(layer.counts))}" if used else "-",
-        "engine": f"{layer.engine or '-'} ({layer.platform})",
+        "engine": f"{layer.engine or '-'} ({layer.platform}, {layer.dtype})",
     }
 
 

@@ -89,7 +89,7 @@ class Gate(Recomputable):
         router: The `routers.Router`.
         router_losses: Tuple of `losses.RouterLoss`.
         expert_counts: Weight (E,). Assignments of each expert in training, in int32; sums of their
-            weights, in float32, where all experts serve all tokens.
+            weights, in float32, for a router that is `counted_by_weight`.
     """
 
     router: Any
@@ -125,6 +125,11 @@ class Gate(Recomputable):
     def top_k(self):
         return self.router.top_k
 
+    @top_k.setter
+    def top_k(self, top_k):
+        rule = "`top_k` of a mixture is changed by `surgery.set_top_k(model, top_k)`"
+        raise AttributeError(f"{rule}. Received: layer.top_k = {top_k}")
+
     def build_gate(self, features):
         """Build the router, for tokens of so many features, and the counters."""
         if not self.router.built:
@@ -150,7 +155,7 @@ class Gate(Recomputable):
         self._build_losses()
 
     def _add_expert_counter(self, prefix, add=setattr):
-        dtype = "float32" if self.router.serves_all else "int32"
+        dtype = "float32" if self.router.counted_by_weight else "int32"
         name = f"{prefix}expert_counts"
         add(self, name, _counter(name, (self.router.num_experts,), dtype))
 

@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import shortened
-from keras_moe._internal.keras_internals import parameters_of
+from keras_moe._internal.keras_internals import parameters_of, recompute_as_one
 from keras_moe._internal.serialization import config_of, note_part, register
 from keras_moe.backend import backend
 from keras_moe.backend.padded import pad_tiles
@@ -115,6 +115,7 @@ class LayerExperts(ExpertBank):
                 f"{shapes} from {[layer.name for layer in self.layers]}, inputs {rows_shape}"
             )
         self._row_shape, self._output_shape = rows_shape[1:], shapes[0]
+        recompute_as_one(self)
 
     def call(self, tokens: Tensor, plan: GroupedPlan) -> Tensor:
         plan = plan.sort()

@@ -210,6 +210,12 @@ class MultiGateMixtureOfExperts(Recomputable):
         features = self.experts.compute_output_shape((None, shapes[-1][-1]))[-1]
         return [(*shape[:-1], features) for shape in shapes[: len(self.tasks)]]
 
+    def compute_output_spec(self, inputs, mask=None, *args, **kwargs):
+        given = zip(self._of_each_task(inputs), self._masks(inputs, mask))
+        for each in {id(each): each for each, mask in given if mask is None}.values():
+            sublayers.warn_of_lost_mask(self, each)
+        return super().compute_output_spec(inputs, mask, *args, **kwargs)
+
     def get_config(self):
         return {
             **super().get_config(),

@@ -15,6 +15,7 @@ from keras_moe._internal.keras_internals import (
     current_call,
     get_keras_mask,
     in_stateless_scope,
+    recompute_as_one,
     set_keras_mask,
     stored_dtypes,
 )
@@ -38,8 +39,10 @@ class Recomputable(keras.layers.Layer):
 
     def rematerialized_call(self, call, *args, **kwargs):
         # Keras's own wrapper fails with effects on JAX, and with `training` on TensorFlow.
-        is_in_scope = super().rematerialized_call(call, *args, **kwargs) is not call
-        return functools.partial(_recomputed, self, call) if is_in_scope else call
+        if super().rematerialized_call(call, *args, **kwargs) is call:
+            return call
+        recompute_as_one(self)
+        return functools.partial(_recomputed, self, call)
 
 
 def _recomputed(layer, call, *args, **kwargs):
@@ -49,7 +52,9 @@ def _recomputed(layer, call, *args, **kwargs):
     leaves = keras.tree.flatten((args, kwargs))
     places = [place for place, leaf in enumerate(leaves) if _is_float(leaf)]
     with stored_dtypes():
-        weights = list(map(ops.convert_to_tensor, trained))
+        # Reshaped, to read them here: TensorFlow adds a gradient for each variable read in the
+        # function, to which `convert_to_tensor` would hand the variable itself.
+        weights = [ops.reshape(variable, variable.shape) for variable in trained]
         # Read once: TensorFlow's optimizer of graphs may let a second read follow the assignment.
         values = list(map(ops.stop_gradient, state))
     again, found = current_call(), {}

@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from keras_moe._internal import Tensor
-from keras_moe._internal.keras_internals import quantization, unlocked
+from keras_moe._internal.keras_internals import own_layers, quantization, unlocked
 from keras_moe._internal.lora import Adaptable
 from keras_moe._internal.serialization import load_draws, save_draws
 from keras_moe.backend import backend
@@ -50,8 +50,9 @@ class StackedExperts(Adaptable, ExpertBank):
         **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
-        ValueError: If a number is out of its range, or, when the bank is built, if `activation` has
-            weights or `network` does not call `linear` once for each name in `widths`.
+        ValueError: If a number is out of its range, or, when the bank is built, if a layer in it,
+            such as `activation`, has weights or random draws, or `network` does not call `linear`
+            once for each name in `widths`.
 
     Call arguments and output shape: as for `ExpertBank`.
 
@@ -117,8 +118,10 @@ class StackedExperts(Adaptable, ExpertBank):
             )
         self._fix_shape(tokens_shape)
         widths = self.widths(tokens_shape[-1])
-        self._check_activation(next(iter(widths.values()))[-1])
+        if isinstance(self.activation, keras.Layer) and not self.activation.built:
+            self.activation(keras.KerasTensor((None, next(iter(widths.values()))[-1])))
         self._network = self._trace(tokens_shape[-1])
+        self._check_layers()
         self._dropout_seed = draws.seeded_generator() if self._network.has_dropout else None
         self.processes = backend.expert_processes()
         experts = range(self.num_experts)
@@ -134,15 +137,15 @@ class StackedExperts(Adaptable, ExpertBank):
         if self.lora_rank:
             self.add_factors()
 
-    def _check_activation(self, width):
-        # A layer with weights would run outside of what is differentiated, and never be trained.
-        if isinstance(self.activation, keras.Layer):
-            if not self.activation.built:
-                self.activation(keras.KerasTensor((None, width)))
-            if self.activation.weights:
+    def _check_layers(self):
+        # They would run outside of what is differentiated and of the call in training: weights
+        # would never be trained, and nothing would be dropped.
+        for layer in own_layers(self):
+            if not isinstance(layer, ExpertBank) and layer.variables:
                 raise ValueError(
-                    "`activation` must have no weights. Received: "
-                    f"activation={self.activation}. Use `LayerExperts` for such experts"
+                    "Layers in a network, such as `activation`, must have no weights and no random "
+                    "draws: `linear(name, rows)` has weights, `linear.dropout(rows, rate)` draws. "
+                    f"Received: `{layer.name}` in `{self.name}`. `LayerExperts` take any layers"
                 )
 
     def _function(self):

@@ -24,8 +24,8 @@ class Routing(NamedTuple):
     - `probs` (T, E) float32: scores of all experts, a distribution over E.
     - `logits` (T, E) float32: what the scores were computed from.
     - `mask` (T,) bool: False for padding.
-    - `counts` (E,) int32: assignments per expert, padding excluded, before any drop. float32 where
-      all experts serve all tokens: then the combine weight of each, scaled to the same sum.
+    - `counts` (E,) int32: assignments per expert, padding excluded, before any drop. float32 of
+      routers that are `counted_by_weight`: the combine weight of each, scaled to the same sum.
     - `dropped` () float32: share of the assignments that found no slot in their expert.
     - `load` (E,) float32: `counts`; for noisy routers a smooth, differentiable estimate of them.
     - `selectors` (T, K, E) float32: scores of each selector of `routers.DSelectKRouter`, else `()`.
@@ -208,16 +208,17 @@ def _weigh_choices(logits, scores, indices, mask, are_probs, renormalize, scale)
 
 
 def weighted_counts(indices, weights, mask):
-    """Counts (E,), float32, where all experts serve all tokens: shares of the combine weight.
+    """Counts (E,), float32: shares of the combine weight, without a gradient.
 
-    They sum to T * E, like assignments, and have no gradient.
+    Indices (T, E) have all experts, -1 where one does not serve. The sum is that of assignments.
     """
     num_experts = indices.shape[1]
     weights = ops.stop_gradient(ops.where(ops.expand_dims(mask, 1), weights, 0.0))
     # Not `ops.segment_sum`, with which PyTorch exports a program for one size of batches.
     is_expert = ops.expand_dims(indices, 2) == ops.arange(num_experts, dtype=indices.dtype)
     totals = ops.sum(ops.where(is_expert, ops.expand_dims(weights, 2), 0.0), axis=(0, 1))
-    assigned = num_experts * ops.sum(ops.cast(mask, "float32"))
+    served = ops.logical_and(ops.expand_dims(mask, 1), indices >= 0)
+    assigned = ops.sum(ops.cast(served, "float32"))
     return totals * (assigned / ops.maximum(ops.sum(totals), SMALLEST_SCORE))
 
 

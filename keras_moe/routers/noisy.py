@@ -127,7 +127,7 @@ class GShardRouter(LogitRouter):
     TensorFlow, which draws in evaluation too.
     """
 
-    top_k = 2
+    _top_k = 2
 
     def __init__(self, num_experts: int | None = None, threshold: float = 0.2, **kwargs: Any):
         super().__init__(num_experts, **kwargs)

@@ -74,14 +74,16 @@ class Router(keras.layers.Layer):
     (6, 2)
     """
 
-    top_k: Any = None
+    _top_k: Any = None
     causal = True
     default_losses: tuple = ("load_balance", "router_z")
     replays_indices = False
     # Whether tokens choose experts, so that an expert may be chosen by too many.
     takes_capacity = True
-    # Whether all experts serve each token, so that experts are counted by their weights.
+    # Whether all experts serve each token.
     serves_all = False
+    # Whether experts are counted by their weights: K is E, and few weights are zero.
+    counted_by_weight = False
 
     def __init__(self, num_experts: int | None = None, **kwargs: Any):
         dtype = kwargs.pop("dtype", None)
@@ -162,7 +164,7 @@ class Router(keras.layers.Layer):
             context = {"sequence_length": sequence_length, "token_ids": token_ids}
             routing = self.route(tokens, real, training, indices=indices, **context)
         check_fields(routing, {"T": tokens.shape[0], "E": self.num_experts, "K": self.max_top_k})
-        if self.serves_all and indices is None:
+        if self.counted_by_weight and indices is None:
             counts = weighted_counts(routing.indices, routing.weights, real)
             routing = routing._replace(counts=counts)
         routing = complete(routing, real)
@@ -176,6 +178,18 @@ class Router(keras.layers.Layer):
 
     def update(self, routing: Routing) -> None:
         """Update the state of the router, in training, by a routing that was not replayed."""
+
+    @property
+    def top_k(self) -> Any:
+        """Experts per token, K. `surgery.set_top_k` changes it in a built router."""
+        return self._top_k
+
+    @top_k.setter
+    def top_k(self, top_k):
+        if self.built:  # A compiled function has read it, and would keep the old one.
+            rule = "`top_k` of a built router is changed by `surgery.set_top_k(model, top_k)`"
+            raise AttributeError(f"{rule}. Received: router.top_k = {top_k}")
+        self._top_k = top_k
 
     @property
     def max_top_k(self) -> int:
@@ -219,7 +233,7 @@ class Router(keras.layers.Layer):
             logits=keras.KerasTensor(of_experts, "float32"),
             mask=keras.KerasTensor(of_choices[:1], "bool"),
             counts=keras.KerasTensor(
-                of_experts[1:], "float32" if self.serves_all and indices is None else "int32"
+                of_experts[1:], "float32" if self.counted_by_weight and indices is None else "int32"
             ),
             dropped=keras.KerasTensor((), "float32"),
             load=keras.KerasTensor(of_experts[1:], "float32"),

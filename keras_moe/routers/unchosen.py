@@ -28,8 +28,9 @@ class DenseRouter(LogitRouter):
 
     default_losses = ()
     serves_all = True
+    counted_by_weight = True
 
-    @property
+    @property  # type: ignore[misc]
     def top_k(self) -> int:
         """All experts."""
         return self.num_experts
@@ -75,7 +76,7 @@ class ExpertChoiceRouter(LogitRouter):
         super().__init__(num_experts, **kwargs)
         self.capacity_factor = check_number("capacity_factor", capacity_factor, above=0)
 
-    @property
+    @property  # type: ignore[misc]
     def top_k(self) -> int:
         """All experts, each of which may choose the token."""
         return self.num_experts

@@ -203,6 +203,7 @@ class DSelectKRouter(Router):
 
     default_losses = ("selector_entropy",)
     min_top_k = 1
+    counted_by_weight = True
 
     def __init__(
         self,
