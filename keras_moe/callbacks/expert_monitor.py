@@ -251,6 +251,7 @@ class ExpertMonitor(keras.callbacks.Callback):
             numbers[name] = {key: float(value) for key, value in found.items()}
             if keep:
                 layer.last_counts, layer.last_losses = counts, losses
+                layer.last_dropped = float(layer.dropped_count.value)
             layer.reset_counts()
         return numbers, shares
 

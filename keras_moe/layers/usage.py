@@ -39,8 +39,9 @@ class RouterUsage(keras.layers.Layer):
         resets: Integer. Number of calls of `reset_counts`; readers compare it to notice a reset.
         counts_in_evaluation: Boolean. Whether evaluation counts as well, which
             `inspection.count_in_evaluation` turns on. Otherwise inference writes to no weight.
-        last_counts, last_losses: Arrays. The counts (E,), which are saved, and the mean of each
-            router loss before the last reset by `callbacks.ExpertMonitor`.
+        last_counts, last_losses, last_dropped: Arrays and a float. The counts (E,), which are
+            saved, the mean of each router loss, and the number of dropped assignments before the
+            last reset by `callbacks.ExpertMonitor`.
     """
 
     expert_counts: Any
@@ -48,6 +49,7 @@ class RouterUsage(keras.layers.Layer):
     counts_in_evaluation = False
     last_counts = None
     last_losses = None
+    last_dropped = 0.0
     resets = 0
     # A function of a routing and the tokens, which `inspection` sets to record them.
     routing_listener: Any = None
