@@ -92,6 +92,9 @@ def generate(
         vars(model)["_text_writer"] = lambda: writer
     state = writer.predict_on_batch({"ids": text[:, :start], "real": real[:, :start], "room": text})
     num_words = state["logits"].shape[-1]
+    if stop_token >= num_words:
+        rule = f"`stop_token` must be an id from 0 to {num_words - 1}, as the model has scores"
+        raise ValueError(f"{rule}. Received: stop_token={stop_token}")
     ids = np.concatenate(prompts)  # The ids in `text` are cut to 32 bits.
     if ids.min() < 0 or ids.max() >= num_words:
         rule = f"`prompts` must have ids from 0 to {num_words - 1}, as the model has scores"

@@ -6,6 +6,7 @@ Needs KerasTuner: `pip install "keras-tuner[bayesian]" six`.
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -281,6 +282,8 @@ def pareto_table(
 ) -> list[ParetoRow]:
     """Return all finished trials by cost, the cheapest first, as a list of `ParetoRow`.
 
+    A warning says if none is within the budget of the search.
+
     Args:
         search: `keras_tuner.Tuner` after `search`, whose callbacks had a `CostMonitor`.
         cost, loss: Strings. Names in the logs of every trial, else a ValueError is raised.
@@ -296,6 +299,14 @@ def pareto_table(
         values = dict(trial.hyperparameters.values)
         rows.append(ParetoRow(trial.trial_id, spent, value, False, values))
     rows.sort(key=lambda row: (row.cost, row.loss))
+    objective: Any = getattr(oracle, "objective", None)
+    has_budget = isinstance(objective, WithinBudget) and objective.cost == cost
+    if has_budget and rows and rows[0].cost > objective.budget:
+        warnings.warn(
+            f"No trial is within the budget of {objective.budget:,.6g} {cost}: the cheapest has "
+            f"{rows[0].cost:,.6g}. Raise the budget, or search smaller layers.",
+            stacklevel=2,
+        )
     for place, row in enumerate(rows):
         rows[place] = row._replace(efficient=row.loss < least)
         least = min(least, row.loss)

@@ -104,8 +104,8 @@ def specialization(
     """Which expert serves which kind of token: each row is a label, each column an expert.
 
     Colours are the share of the label's assignments. The title gives the mutual information of
-    label and expert in bits, and its upper bound, over all labels. The first 30 are drawn: integers
-    in their order, strings the most frequent first.
+    label and expert in bits, 0 if all labels have the same experts, and its upper bound, over all
+    labels. The first 30 are drawn: integers in their order, strings the most frequent first.
 
     Args:
         routings: As in `coactivation`.
@@ -164,7 +164,7 @@ def label_table(routing, labels, names=None):
     return ops.convert_to_numpy(table), rows
 
 
-def bits_in_common(table):
+def mutual_bits(table):
     return float(metrics.mutual_information(table) / np.log(2))
 
 
@@ -172,9 +172,10 @@ def _draw_specialization(axes, table_and_rows):
     table, rows = table_and_rows
     share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
     _heat_map(axes, share[:MAX_ROWS], "share of the label's assignments", vmin=0)
-    possible = float(metrics.load_entropy(table.sum(axis=0))) * math.log2(table.shape[1])
-    bits = bits_in_common(table)
-    axes.set(xlabel="expert", title=f"{bits:.2f} of {possible:.2f} bits in common")
+    sums = [table.sum(axis=axis) for axis in (0, 1)]
+    possible = min(float(metrics.load_entropy(each)) * math.log2(len(each)) for each in sums)
+    title = f"mutual information: {mutual_bits(table):.2f} of {possible:.2f} bits"
+    axes.set(xlabel="expert", title=title)
     texts = [as_text(row) for row in rows[:MAX_ROWS]]
     texts = [text if len(text) <= 24 else f"{text[:23]}…" for text in texts]
     axes.set_yticks(range(len(texts)), texts)

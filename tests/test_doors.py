@@ -142,6 +142,31 @@ def with_layer(layer):
     return experts
 
 
+def own_bank(widths, **parts):
+    """A bank whose network adds its vectors to the result of its one linear map."""
+
+    def network(bank, rows, linear):
+        outputs = linear("up", rows)
+        for name in bank.vectors:
+            outputs = outputs + linear(name)
+        return outputs
+
+    vectors = [name for name, each in widths.items() if len(each) == 1]
+    parts |= {"widths": lambda *_: widths, "network": network, "vectors": vectors}
+    return own_part(layers.StackedExperts, E, **parts)
+
+
+class WithoutBias(layers.FeedForwardExperts):
+    """A bank that fixes an argument."""
+
+    def __init__(self, num_experts, hidden_dim, **kwargs):
+        super().__init__(num_experts, hidden_dim, use_bias=False, **kwargs)
+
+
+def logits(router, tokens, mask, training, **context):
+    return kops.zeros((T, E))
+
+
 def trained(**kwargs):
     return moe(**kwargs)(t(), training=True)
 
@@ -195,7 +220,7 @@ ARGUMENTS = [
     ("layers.Capacity(1, {})", "minimum=0", "multiple_of=0", "evaluation_factor=0", "priority='x'"),
     ("layers.TransformerEncoderBlock(feedforward=dense(), {})", "num_heads=0", "num_heads=1.5"),
     ("layers.TransformerEncoderBlock(2, dense(), {})", "dropout=1", "dropout=-0.1"),
-    ("tasks({})", "num_tasks=0", "num_tasks=2.5"),
+    ("tasks({})", "num_tasks=0", "num_tasks=2.5", "num_tasks=True"),
     ("routers.TopKRouter({})", "num_experts=0"),
     ("routers.TopKRouter(E, {})", "top_k=0", "score='x'", "scaling_factor=0", "input_jitter=1"),
     ("routers.TopKRouter(E, {})", "logit_noise=-1", "seed=1.5", "seed=-1", "temperature=0"),
@@ -263,6 +288,9 @@ REFUSED = [
     ("moe().set_router_loss_weight(2, 0.1)", "['LoadBalance', 'RouterZ']"),
     # Constructors, and what shows when a layer is built.
     ("moe(num_experts=8)", "`num_experts` is an argument of the bank"),
+    ("layers.MixtureOfExperts(num_experts=8, hidden_dim=16)", "(FeedForwardExperts(num_experts=8,"),
+    ("layers.MixtureOfExperts(8, hidden_dim=16)", "(FeedForwardExperts(num_experts=8,"),
+    ("layers.MixtureOfExperts(router='top_k')", "`experts` must be"),
     ("moe(balancer='quantile')", "`balancer` is an argument of the router"),
     ("moe(capacity=1.25)", "`capacity_factor`"),
     (
@@ -279,6 +307,7 @@ REFUSED = [
     ("moe(router=routers.TopKRouter(8))", "same number of experts"),
     ("moe(router_losses='load_balance')", "must be a list"),
     ("moe(shared_expert=keras.layers.GlobalAveragePooling1D())(X)", "must keep"),
+    ("moe(activity_regularizer='l2')(X, return_routing=True)", "`activity_regularizer` must"),
     ("moe(shared_expert=dense(1))(t())", "as many features"),
     ("moe(gated_shared_expert=True)", "needs a `shared_expert`"),
     ("moe(router='soft', capacity_factor=1.0)", "do not choose"),
@@ -302,6 +331,8 @@ REFUSED = [
     ("moe(shared_expert=bank())(t())", "`shared_expert` must not be a bank"),
     ("tasks(task_names=['a'])", "one for each task"),
     ("tasks(task_names=['a', 'a'])", "must differ"),
+    ("tasks(task_names=['a', ''])", "must have names that are not empty"),
+    ("tasks(task_names=[0, 1])", "must have names that are not empty"),
     ("tasks(router='soft')", "must choose experts"),
     ("tasks(router=routers.HashRouter(E, 9))", "must choose experts"),
     ("tasks(task_experts=[bank(output_dim=3), bank()])([t()] * 3)", "same number of features"),
@@ -320,6 +351,15 @@ REFUSED = [
     ("losses.pack_mixture(routing(), t(2, 6, 2))", "each weight"),
     ("losses.pack_mixture(t(6, 2, 2), routing())", "`routing` must be"),
     # Parts of a user, where their results come in.
+    (
+        "moe(router=own_part(routers.Router, E, top_k=2, route=logits))(t())",
+        "return an `ops.Routing`",
+    ),
+    ("moe(own_bank({'up': (D, D)}, settings=()))(t())", "`settings` must name all attributes"),
+    ("moe(own_bank({'up': (D, D), 'activation': (D,)}))(t())", "Received: ['activation']"),
+    ("moe(own_bank({'up': (D, D), 'network': (D,)}))(t())", "Received: ['network']"),
+    ("moe(own_bank({'up': (D, D), 'up_bias': (D,)}))(t())", "Received: ['up_bias']"),
+    ("moe(WithoutBias(E, 16)).get_config()", "`WithoutBias.get_config` must leave out"),
     ("own(top_k=1)", "`indices` must have"),
     ("own(indices=t(T, 2))", "`indices` must have a dtype"),
     ("own(counts=ints(1, E))", "`counts` must have the shape"),
@@ -359,6 +399,7 @@ REFUSED = [
     ("surgery.prune_experts(usual(), keep=1, by=[1, 2, 3, 4])", "`top_k`"),
     ("surgery.prune_experts(usual(), by=np.ones(5))", "for the 4 experts"),
     ("surgery.prune_experts(usual())", "must be measured on `data`"),
+    ("surgery.prune_experts(usual(), data=None)", "`data` must be a list of batches"),
     ("surgery.prune_experts(built(moe(router='expert_choice')))", "logits do not choose"),
     ("surgery.apply(usual(), surgery.Surgery({'moe': [[0]]}, num_experts={'moe': 5}))", "for 5"),
     ("surgery.merge_experts(lora(moe()), data=[normal()])", "LoRA"),

@@ -6,6 +6,7 @@ import pytest
 from backends import QUICK_JIT
 from layer_checks import D, E, array, moe, normal, one_hot_router
 
+import keras_moe
 from keras_moe import inspection, layers, routers
 from keras_moe.callbacks import ExpertMonitor
 from keras_moe.routers.fixed import ForcedRouter
@@ -127,6 +128,19 @@ def test_experts_and_routers_that_layers_share_count_once(top_k, is_wrapped):
     of_router = rows[0].parameters - E * EXPERT
     expected = of_router + round(E * EXPERT * top_k / num_experts)
     assert [row.active_parameters for row in rows] == [expected] * 3
+    assert [row.shared_parameters for row in rows] == [rows[0].parameters] * 3
+
+
+@pytest.mark.backends("torch")
+def test_the_summary_of_tasks_marks_the_bank_that_they_share():
+    experts = layers.FeedForwardExperts(E, 16)
+    inputs = keras.Input((D,))
+    model = keras.Model(inputs, layers.MultiGateMixtureOfExperts(experts, 2)(inputs))
+    lines = []
+    keras_moe.summary(model, print_fn=lines.append)
+    text = f"{E * EXPERT + D * E:,} ({E * EXPERT:,} shared)"
+    assert sum(text in line for line in lines) == 2
+    assert lines[0].split(": ")[1].startswith(f"{model.count_params():,} parameters")
 
 
 def test_summary_counts_all_of_a_training_and_without_one_the_evaluations(tmp_path):

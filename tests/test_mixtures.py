@@ -222,7 +222,6 @@ def mixture_of(task):
     return layers.MixtureOfExperts(*task.banks, task.router)
 
 
-
 @by_bank
 @pytest.mark.parametrize("router", [*ROUTERS, "both"])
 @pytest.mark.filterwarnings("ignore:.*is in two layers")

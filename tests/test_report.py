@@ -239,6 +239,23 @@ def test_documents_are_whole_and_colours_have_a_key(page_path):
     assert colours[0] == colours[1], "of expert 0"
 
 
+def test_many_documents_scroll_in_a_box_and_bars_have_the_numbers_of_experts(tmp_path):
+    documents = np.tile([[1, 2, 3, 4]], (400, 5))
+    path = keras_moe.report(one_hot_model("moe"), documents, path=tmp_path / "report.html")
+    height, all_of_it, title, numbers, filled = run_in_page(
+        path,
+        """
+        const numbers = all(".bars i").map((bar) => bar.dataset.number);
+        text.scrollTop = text.scrollHeight;
+        await new Promise((done) => setTimeout(done, 500));
+        return [text.offsetHeight, text.scrollHeight, texts("h1")[0], numbers,
+          all(".block").at(-1).children.length];
+        """,
+    )
+    assert height < 900 < all_of_it and filled
+    assert title == "Experts of the model “demo”" and numbers == ["0", "1", "2", "3"]
+
+
 def test_the_filter_filters(page_path):
     before, served, others, matches, count, name, after = run_in_page(
         page_path,

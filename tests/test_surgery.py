@@ -191,6 +191,23 @@ def test_linear_experts_are_averaged_by_usage():
 
 
 @on_one_backend
+def test_the_optimizer_starts_again_once():
+    class Counting(keras.optimizers.SGD):
+        starts = 0
+
+        def build(self, variables):
+            Counting.starts += 1
+            super().build(variables)
+
+    model = model_of(single()[0])
+    model.compile(Counting(momentum=0.9), "mse")
+    model.fit(X, X, verbose=0)
+    surgery.prune_experts(model, by=np.arange(E), keep=4)
+    assert Counting.starts == 2
+    model.fit(X, X, verbose=0)
+
+
+@on_one_backend
 def test_experts_that_are_layers_merge():
     layer = layers.MixtureOfExperts(BANKS["layers"]())
     layer.build((None, D))

@@ -209,6 +209,13 @@ def test_efficient_trials_are_those_that_no_other_beats():
     ]
 
 
+def test_a_budget_below_all_trials_is_reported():
+    search = finished((8896, 1.0), (9000, 0.5))
+    search.oracle.objective = tuner.WithinBudget(1_000)
+    with pytest.warns(UserWarning, match="within the budget of 1,000 .* cheapest has 8,896"):
+        tuner.pareto_table(search)
+
+
 def test_the_table_as_text_is_the_same_in_a_worker_that_asks_its_chief():
     search = finished((1000, 1.0), (65536, 3.0))
     rows = tuner.pareto_table(search)

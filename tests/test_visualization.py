@@ -78,7 +78,7 @@ def test_specialization_counts_choices_and_leaves_out_padding():
     axes = drawn(visualization.specialization(indices, [0, 0, 1, 1, -1], ["a", "b"]))[0]
     np.testing.assert_allclose(image(axes), [[0.5, 0.25, 0.25, 0], [0, 0, 0, 1]])
     assert rows_of(axes) == ["a", "b"]
-    assert axes.get_title() == "0.99 of 1.84 bits in common"
+    assert axes.get_title() == "mutual information: 0.99 of 0.99 bits"
     visualization.specialization(indices, np.array([0, 0, 1, 1, 2], "uint8"), ["a", "b", "c"])
     # Padding is no frequent string.
     indices = np.array([[0], [1], [1], [-1], [-1], [-1]])

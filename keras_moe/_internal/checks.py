@@ -19,7 +19,8 @@ def check_integer(name, value, minimum=1):
         number = operator.index(value)
     except TypeError:
         number = None
-    if number is None or number < minimum:
+    # Python takes True for 1.
+    if isinstance(value, bool) or number is None or number < minimum:
         rule = f"`{name}` must be an integer of at least {minimum}"
         raise ValueError(f"{rule}. Received: {name}={shortened(value)}")
     return number

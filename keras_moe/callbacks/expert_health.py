@@ -25,22 +25,23 @@ class ExpertHealth(keras.callbacks.Callback):
 
     Checks every MoE layer for
 
-    - a collapse: nearly all work goes to the same few experts, and it does not get better; at the
-      end of the training one check of 5 assignments per expert is enough;
+    - a collapse: nearly all work goes to the same few experts, and it does not get better;
     - dead experts (`metrics.dead_experts`), in three times as many checks or the training's last;
     - a capacity that drops more than half of the assignments;
     - a router with weights that are NaN, or so large that each choice is absolute;
     - a balancing loss with a `usual_weight`, such as `losses.LoadBalance`, whose weight is too
       small to matter, or so large that what it adds for an uneven load is much of the loss.
 
-    Each warning is given once a layer, as a Python `UserWarning`, and kept in `findings`, a list of
-    `(step, layer name, health.Finding)`. It repeats when more experts die, and once if `rebalance`
-    has changed the layer in vain. In a collapse dead experts are not reported. Works with and
-    without `ExpertMonitor`, in any order; between checks training runs ahead of the device.
+    A collapse or such a capacity must last for `patience` checks; at the end of the training one
+    check of 5 assignments per expert is enough. Each warning is given once a layer, as a Python
+    `UserWarning`, and kept in `findings`, a list of `(step, layer name, health.Finding)`. It
+    repeats when more experts die, and once if `rebalance` has changed the layer in vain. In a
+    collapse dead experts are not reported. Works with and without `ExpertMonitor`, in any order;
+    between checks training runs ahead of the device.
 
     Args:
         every: Integer. Training batches between checks, more until experts average 20 assignments.
-        patience: Integer. Checks that a collapse must last before it is reported.
+        patience: Integer. Checks that a problem must last before it is reported.
         stop: Boolean. Whether a problem ends the training, one batch after the check.
         rebalance: Boolean. Whether a collapse or a dead expert makes the layer's balancing losses
             ten times as heavy, once, unless their weight is ten times the usual one already: see
@@ -194,11 +195,9 @@ class _Watch:
         self.count()
         if not health.is_enough(self._window):
             return
-        self._judge_spread()
+        self._judge_window()
         yield from self._collapse(self.patience)
-        self._drops.append(self._dropped / np.sum(self._window))
-        if len(self._drops) == self.patience and min(self._drops) > health.MOST_DROPPED:
-            yield "dropped", health.judge_drops(self._drops[-1])[0]
+        yield from self._overflow(self.patience)
         idle = ops.convert_to_numpy(is_dead(self._window))
         self._idle = np.where(idle, self._idle + 1, 0)
         yield from self._dead(_DEAD_PATIENCE * self.patience)
@@ -215,13 +214,15 @@ class _Watch:
     def conclude(self, checks):
         """Findings at the end of the training, of a collapse after so many checks."""
         if health.is_enough(self._window, health.FEW):
-            self._judge_spread()
+            self._judge_window()
         yield from self._collapse(checks)
+        yield from self._overflow(1)
         yield from self._dead(self.patience)
 
-    def _judge_spread(self):
+    def _judge_window(self):
         self._judged = self._window
         self._spreads.append(health.spread(self._judged, self.layer.router.min_top_k))
+        self._drops.append(self._dropped / np.sum(self._window))
 
     def _collapse(self, checks):
         """The finding of a collapse in so many checks, if there is one."""
@@ -229,6 +230,12 @@ class _Watch:
         is_low = len(latest) >= checks and max(latest[-checks:]) < health.COLLAPSED
         if is_low and latest[-1] - latest[0] <= _RECOVERY * (len(latest) - 1):
             yield "collapse", health.collapsed(self._judged, health.balance_advice(self.layer))
+
+    def _overflow(self, checks):
+        """The finding of a capacity that drops most in so many checks, if there is one."""
+        latest = list(self._drops)[-checks:]
+        if len(latest) == checks and min(latest) > health.MOST_DROPPED:
+            yield "dropped", health.judge_drops(latest[-1])[0]
 
     def _dead(self, checks):
         """The finding about experts that have been dead in so many checks, if there are any."""

@@ -1,5 +1,6 @@
 """The MoE layers of a model: their names, sizes, costs and engines."""
 
+import collections
 import math
 import os
 from collections.abc import Callable
@@ -81,6 +82,8 @@ class LayerSummary(NamedTuple):
       which K experts work (`routers.TopPRouter` at most, `ReLURouter` its target,
       `ExpertChoiceRouter` the capacity factor, `DenseRouter` all, `SoftRouter` 1, as if there were
       as many slots as tokens). Experts that differ in size count with their mean.
+    - `shared_parameters`: those among `parameters` that other MoE layers of the model have as well,
+      such as a bank of all tasks. The model has them once.
     - `flops`: of one token, forward, at two for each active parameter.
     - `counts`: assignments per expert, or sums of their weights where all serve each token, in all
       of the training; of a layer without training, in evaluations that were counted.
@@ -104,6 +107,7 @@ class LayerSummary(NamedTuple):
     dtype: str
     platform: str
     engine: str
+    shared_parameters: int = 0
 
 
 def summarize(model: keras.Model) -> list[LayerSummary]:
@@ -127,10 +131,12 @@ def summarize(model: keras.Model) -> list[LayerSummary]:
     is_tensorflow = keras.backend.backend() == "tensorflow"
     by_xla = is_tensorflow and bool(getattr(model, "jit_compile", False))
     has_static_shapes = backend.compiles_static_shapes() or by_xla
-    summaries = []
-    for name, layer in _built_layers(model).items():
+    summaries, layers = [], _built_layers(model)
+    number_of = collections.Counter(part for each in layers.values() for part in _parts(each))
+    for name, layer in layers.items():
         router, bank = layer.router, layer.banks[0]
-        parameters = sum(map(_count_own, layer._flatten_layers()))
+        parameters = sum(map(_count_own, _parts(layer)))
+        shared = sum(_count_own(part) for part in _parts(layer) if number_of[part] > 1)
         active = parameters - _idle_parameters(_active_shares([layer]))
         counts = layer.read_counts().assignments
         if not counts.any():
@@ -140,7 +146,7 @@ def summarize(model: keras.Model) -> list[LayerSummary]:
         dtype = next(filter(None, modes), bank.compute_dtype)
         kinds = (type(router).__name__, type(bank).__name__, dtype, platform)
         engine = bank.engine_on(platform, has_static_shapes)
-        summaries.append(LayerSummary(name, *sizes, counts.tolist(), *kinds, engine))
+        summaries.append(LayerSummary(name, *sizes, counts.tolist(), *kinds, engine, shared))
     return summaries
 
 
@@ -176,12 +182,12 @@ def summary(model: keras.Model, print_fn: Callable = print) -> None:
 
 def table_row(layer):
     """The cells of a table about a `LayerSummary`, a dict of texts by column."""
-    used = sum(layer.counts) > 0
+    used, shared = sum(layer.counts) > 0, layer.shared_parameters
     busiest = float(metrics.load_imbalance(layer.counts)) + 1
     return {
         "layer": as_text(layer.name),
         "experts": f"{layer.top_k} of {layer.num_experts}",
-        "parameters": f"{layer.parameters:,}",
+        "parameters": f"{layer.parameters:,}" + f" ({shared:,} shared)" * bool(shared),
         "active": f"{layer.active_parameters:,}",
         "FLOPs a token": f"{layer.flops:,}",
         "busiest": f"{busiest:.2f} x fair" if used else "-",
@@ -211,6 +217,10 @@ def _built_layers(model):
         rule = "The model must be built; call it on some data first"
         raise ValueError(f"{rule}. Received: {unbuilt} unbuilt")
     return layers
+
+
+def _parts(layer):
+    return set(layer._flatten_layers())
 
 
 def _active_shares(layers):

@@ -30,7 +30,6 @@ from keras_moe.layers.recomputation import Recomputable
 from keras_moe.ops.balance import router_entropy
 from keras_moe.ops.routing import Routing, token_shares
 
-
 # Begins the names of the counters of evaluations.
 _EVALUATION = "evaluation_"
 

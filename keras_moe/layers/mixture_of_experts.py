@@ -23,9 +23,12 @@ from keras_moe.layers.gate import Gate
 from keras_moe.layers.tokens import Tokens, check_call, pass_mask_on, token_shape, zero_padding
 from keras_moe.routers.router import Router
 
+_OF_BANK = (
+    "the bank, as in `MixtureOfExperts(FeedForwardExperts(num_experts=8, hidden_dim=256), top_k=2)`"
+)
 _MISPLACED = {
-    "num_experts": "the bank of experts",
-    "hidden_dim": "the bank of experts",
+    "num_experts": _OF_BANK,
+    "hidden_dim": _OF_BANK,
     "balancer": "the router",
     "score": "the router",
     "capacity": "`layers.Capacity`, or `capacity_factor` of the mixture",
@@ -48,7 +51,7 @@ class MixtureOfExperts(Gate):
 
     Args:
         experts: Bank of experts, such as `FeedForwardExperts`, `GatedExperts`, `LayerExperts` or a
-            subclass of `StackedExperts`.
+            subclass of `StackedExperts`. Required.
         router: Router, or a name for `routers.get`. A router without a number of experts gets the
             number of the bank.
         router_losses: List of losses of the routing, objects or names for `losses.get`. None: the
@@ -114,7 +117,7 @@ class MixtureOfExperts(Gate):
 
     def __init__(
         self,
-        experts: ExpertBank,
+        experts: ExpertBank | None = None,
         router: str | Router = "top_k",
         router_losses: Sequence | None = None,
         shared_expert: keras.Layer | None = None,
@@ -124,7 +127,8 @@ class MixtureOfExperts(Gate):
         top_k: int | None = None,
         **kwargs: Any,
     ):
-        for name in _MISPLACED.keys() & kwargs.keys():
+        # `experts` has a default so that a call without it ends here.
+        for name in [name for name in _MISPLACED if name in kwargs]:
             raise TypeError(
                 f"`{name}` is an argument of {_MISPLACED[name]}. Received: {name}={kwargs[name]} "
                 "for the mixture around it"
@@ -225,6 +229,13 @@ class MixtureOfExperts(Gate):
                 kwargs[name] = np.asarray(kwargs[name])
         returned = super().__call__(*args, **kwargs)
         if isinstance(returned, tuple):
+            if self.activity_regularizer is not None:
+                raise ValueError(
+                    "`activity_regularizer` must be left out of a layer that returns more than its "
+                    "outputs: Keras regularizes all of it. Use "
+                    "`keras.layers.ActivityRegularization` after the layer. Received: "
+                    f"{len(returned)} results of `{self.name}`"
+                )
             pass_mask_on(self._num_axes(returned[0].shape), *returned)
         return returned
 

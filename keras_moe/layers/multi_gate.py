@@ -97,6 +97,9 @@ class MultiGateMixtureOfExperts(Recomputable):
         self.task_experts = [expert_bank.get(bank) for bank in banks]
         names = [f"task_{number}" for number in range(self.num_tasks)]
         self.task_names = _one_for_each("task_names", task_names, self.num_tasks) or names
+        if not all(isinstance(name, str) and name for name in self.task_names):
+            rule = "`task_names` must have names that are not empty"
+            raise ValueError(f"{rule}. Received: {self.task_names}")
         all_banks = [self.experts, *self.task_experts]
         if len(set(map(id, all_banks))) < len(all_banks):
             raise ValueError("`experts` and `task_experts` must be different objects")

@@ -19,6 +19,12 @@ from keras_moe.ops.sorting import ceil_divide
 _STORED = ("kernel", "scale", "zero", "bias")
 
 
+def weight_names(name, widths):
+    """Names that the weights of a projection may have: a vector is its kernel alone."""
+    parts = (*_STORED, "lora_a", "lora_b")
+    return [name] if len(widths) == 1 else [f"{name}_{part}" for part in parts]
+
+
 class Projection:
     """One linear map of each expert, whose kernels are stacked (E, D, H), or a vector (E, H).
 

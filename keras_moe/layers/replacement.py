@@ -23,10 +23,15 @@ def replace(model, replacements):
     everything else changes in place. Returns the model, and a list for `record`: pairs of a layer
     whose config lacks a new sublayer, and names of its attributes.
     """
-    replacement = _Replacement(replacements)
-    model = replacement.of(model)
+    model, changes = put_in(model, replacements)
     forget_old_weights(model)
-    return model, replacement.changes
+    return model, changes
+
+
+def put_in(model, replacements):
+    """`replace`, before the model and its optimizer forget the old weights."""
+    replacement = _Replacement(replacements)
+    return replacement.of(model), replacement.changes
 
 
 def is_graph(layer):

@@ -13,7 +13,7 @@ from keras_moe._internal.lora import Adaptable
 from keras_moe._internal.serialization import load_draws, save_draws
 from keras_moe.backend import backend
 from keras_moe.layers.expert_bank import ExpertBank
-from keras_moe.layers.projection import Projection
+from keras_moe.layers.projection import Projection, weight_names
 from keras_moe.ops import draws
 from keras_moe.ops.devices import run_in_processes, run_on_mesh
 from keras_moe.ops.experts import engine_on, run_network, run_on_all
@@ -120,6 +120,13 @@ class StackedExperts(Adaptable, ExpertBank):
         widths = self.widths(tokens_shape[-1])
         if isinstance(self.activation, keras.Layer) and not self.activation.built:
             self.activation(keras.KerasTensor((None, next(iter(widths.values()))[-1])))
+        names = [part for name, each in widths.items() for part in weight_names(name, each)]
+        taken = [name for name in names if hasattr(self, name) or names.count(name) > 1]
+        if taken:
+            raise ValueError(
+                "Each name in `widths` must give weights that are named unlike each other and "
+                f"unlike the attributes of the bank. Received: {list(dict.fromkeys(taken))}"
+            )
         self._network = self._trace(tokens_shape[-1])
         self._check_layers()
         self._dropout_seed = draws.seeded_generator() if self._network.has_dropout else None
@@ -332,6 +339,12 @@ class _Settings:
     def __init__(self, pairs):
         for name, value in pairs:
             setattr(self, name, value)
+
+    def __getattr__(self, name):
+        raise AttributeError(
+            "`settings` must name all attributes that `network` reads. Received: settings="
+            f"{tuple(vars(self))} and a network that reads {name!r}"
+        )
 
 
 class _WeakNetwork(NamedTuple):

@@ -6,6 +6,7 @@ All text from the model or the data is escaped here.
 import html
 import io
 import json
+import math
 import operator
 import re
 import string
@@ -25,7 +26,7 @@ from keras_moe.inspection import health, moe_layers, summarize
 from keras_moe.inspection.recording import recorded
 from keras_moe.inspection.summaries import table_row
 from keras_moe.routers.logit_router import LogitRouter
-from keras_moe.visualization import bits_in_common, by_layer, label_table, labels_of_tokens
+from keras_moe.visualization import by_layer, label_table, labels_of_tokens, mutual_bits
 
 BATCH_SIZE = 32
 _SYMBOLS = {"problem": "✖", "hint": "▲", "good": "✔"}
@@ -145,7 +146,7 @@ def _study(layer, summary, routing, labels, texts):
     information, labels = None, labels if texts else None  # Else documents have no places.
     if labels is not None:
         labels = labels_of_tokens(labels, len(routing.mask))
-        information = bits_in_common(label_table(routing, labels)[0])
+        information = mutual_bits(label_table(routing, labels)[0])
     return LayerStudy(summary, routing, texts, labels, entropy, information, findings)
 
 
@@ -167,7 +168,7 @@ def render(model_name, num_documents, layers):
     data = {"layers": [_layer_data(layer, num_documents) for layer in layers if layer.texts]}
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return template.substitute(
-        title=_escape(f"Experts of {model_name}"),
+        title=_escape(f"Experts of the model “{model_name}”"),
         subtitle=f"{documents}, {tokens:,} token{'s' * (tokens != 1)} routed",
         verdicts="\n".join(_verdicts(layers)),
         layers=_table(layers),
@@ -220,7 +221,7 @@ def _row(layer):
         "shares": _bars(counts),
         "dropped": f"{float(layer.routing.dropped):.1%}",
         "router entropy / log E": f"{layer.entropy:.2f}",
-        "bits shared with labels": "–" if shared is None else f"{shared:.2f}",
+        "mutual information with labels, bits": "–" if shared is None else f"{shared:.2f}",
     }
 
 
@@ -228,10 +229,15 @@ def _bars(counts):
     """A bar for each expert, as high as its share of the work."""
     highest = max(counts.max(initial=0), 1)
     share = counts / max(counts.sum(), 1)
-    bars = "".join(
-        f'<i style="height:{100 * count / highest:.0f}%" title="expert {expert}: {part:.1%}"></i>'
-        for expert, (count, part) in enumerate(zip(counts, share))
-    )
+    # All of up to ten bars have the number of their expert below them.
+    step = 1 if len(counts) <= 10 else 2 ** math.ceil(math.log2(len(counts) / 8))
+    bars = ""
+    for expert, (count, part) in enumerate(zip(counts, share)):
+        number = "" if expert % step else expert
+        bars += (
+            f'<i style="height:{100 * count / highest:.0f}%" title="expert {expert}: {part:.1%}" '
+            f'data-number="{number}"></i>'
+        )
     label = f"shares from {share.min():.1%} to {share.max():.1%}"
     many = " many" if len(counts) > 32 else ""
     return f'<span class="bars{many}" role="img" aria-label="{label}">{bars}</span>'
@@ -252,7 +258,12 @@ def _plots(layers):
         for kind, layer, rows in by_row:
             if rows is not None:
                 plot = visualization.specialization({layer.summary.name: layer.routing}, rows)
-                yield _figure(f"Which expert serves which {kind}: {layer.summary.name}", plot)
+                yield _figure(
+                    f"Which expert serves which {kind}: {layer.summary.name}. The mutual "
+                    "information is how much the row tells about the expert: 0 if all rows are "
+                    "alike, at most the second number.",
+                    plot,
+                )
         if sure:
             yield _figure("How sure the router is", visualization.confidence(sure))
         if several:

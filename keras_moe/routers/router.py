@@ -163,6 +163,12 @@ class Router(keras.layers.Layer):
         with backend.without_autocast(tokens):
             context = {"sequence_length": sequence_length, "token_ids": token_ids}
             routing = self.route(tokens, real, training, indices=indices, **context)
+        if not isinstance(routing, Routing):
+            raise TypeError(
+                f"`{type(self).__name__}.route` must return an `ops.Routing`, as "
+                "`ops.top_k_routing(logits, top_k, mask)` does. Received: an object of type "
+                f"{type(routing).__name__}"
+            )
         check_fields(routing, {"T": tokens.shape[0], "E": self.num_experts, "K": self.max_top_k})
         if self.counted_by_weight and indices is None:
             counts = weighted_counts(routing.indices, routing.weights, real)

@@ -47,8 +47,9 @@ def upcycle(
     Each expert begins as a copy of the dense layer, or as one of `granularity` equal parts of it,
     and the router at random. The outputs of a model do not change at the start, as the weights of a
     token sum to 1, except at padding, where a mixture returns zeros; training makes the experts
-    differ. `L1` and `L2` regularizers add to the loss what they did. The experts of frozen layers
-    are frozen; their router is new, and trains.
+    differ. `L1` and `L2` regularizers add to the loss what they did, except for the kernels that a
+    `rank` freezes: Keras regularizes weights that train. The experts of frozen layers are frozen;
+    their router is new, and trains.
 
     Several models of one architecture, such as one that was trained on from the same weights on
     different data, become one: experts come from each, and all other weights are averaged.
