@@ -18,6 +18,8 @@ from keras_moe._internal.keras_internals import forget_compiled, renew_test_func
 from keras_moe.inspection import moe_layers
 from keras_moe.layers.gate import Observer
 
+# Lets layers count an evaluation. One for all monitors: each ends what another left behind.
+_EVALUATION = Observer(counts=True)
 # Test functions that were traced while layers counted.
 _counting: weakref.WeakSet = weakref.WeakSet()
 
@@ -93,7 +95,6 @@ class ExpertMonitor(keras.callbacks.Callback):
         if len(self._metrics) < len(metrics) or not all(map(str.isidentifier, self._metrics)):
             rule = "`metrics` must be functions of different names, which are theirs in the logs"
             raise ValueError(f"{rule}. Received: metrics={shortened(metrics)}")
-        self._observer = Observer(counts=True)
         # Readings of the counters: when the epoch, None outside of training, and a test began.
         self._epoch_began: Any = None
         self._test_began: Any = None
@@ -134,7 +135,7 @@ class ExpertMonitor(keras.callbacks.Callback):
             self._training = self._numbers_since(self._epoch_began)
         self._test_began = self._read(evaluation=True)
         for layer in moe_layers(self.model).values():
-            layer.add_observer(self._observer)
+            layer.add_observer(_EVALUATION)
         if self.model.test_function not in _counting:
             # Whether a function counts is fixed when it is traced.
             renew_test_function(self.model)
@@ -205,7 +206,7 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     def _stop_counting(self):
         for layer in moe_layers(self.model).values():
-            layer.remove_observer(self._observer)
+            layer.remove_observer(_EVALUATION)
 
     def _forget_counting(self):
         """Let evaluations without a monitor trace a function that does not count."""

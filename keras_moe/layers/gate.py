@@ -28,7 +28,7 @@ from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.recomputation import Recomputable
 from keras_moe.ops.balance import router_entropy
-from keras_moe.ops.routing import Routing, token_shares
+from keras_moe.ops.routing import token_shares
 
 # Begins the names of the counters of evaluations.
 _EVALUATION = "evaluation_"
@@ -98,7 +98,7 @@ class Gate(Recomputable):
     # Weights of the losses that were set before the layer was built.
     _early_loss_weights: Any = None
 
-    def set_gate(self, router, num_experts, router_losses=None, capacity_factor=None, **arguments):
+    def _set_gate(self, router, num_experts, router_losses=None, capacity_factor=None, **arguments):
         """Set the router for a number of experts, with its losses and capacity."""
         self.router = routers.get(router, num_experts, **arguments)
         if router_losses is None:
@@ -129,7 +129,7 @@ class Gate(Recomputable):
         rule = "`top_k` of a mixture is changed by `surgery.set_top_k(model, top_k)`"
         raise AttributeError(f"{rule}. Received: layer.top_k = {top_k}")
 
-    def build_gate(self, features):
+    def _build_gate(self, features):
         """Build the router, for tokens of so many features, and the counters."""
         if not self.router.built:
             self.router.build((None, features))
@@ -173,8 +173,8 @@ class Gate(Recomputable):
 
     # A call
 
-    def choose(self, tokens, training, router_inputs=None, token_ids=None, indices=None) -> Routing:
-        """The routing of `Tokens` and its plan, after capacity, losses and counters."""
+    def choose(self, tokens, training, router_inputs=None, token_ids=None, indices=None):
+        """The `Routing` of `Tokens` and its plan, after capacity, losses and counters."""
         observers = self._present_observers()
         for observer in observers:
             indices = observer.indices if indices is None else indices
@@ -265,6 +265,7 @@ class Gate(Recomputable):
 
     def add_observer(self, observer: Observer) -> None:
         """Add an observer, until it is removed or nothing else refers to it."""
+        self.remove_observer(observer)
         # The latest comes first: of nested contexts the inner one replays.
         self._observers = (weakref.ref(observer), *self._observers)
 

@@ -140,7 +140,7 @@ class MixtureOfExperts(Gate):
         number = self.experts.num_experts
         by_name = top_k is not None and isinstance(router, str)
         arguments = {"top_k": check_integer("top_k", top_k)} if by_name else {}
-        self.set_gate(router, number, router_losses, capacity_factor, **arguments)
+        self._set_gate(router, number, router_losses, capacity_factor, **arguments)
         if top_k is not None and self.router.top_k != min(top_k, number):
             raise ValueError(
                 "`top_k` must be left out or agree with the `router`. Received: "
@@ -187,7 +187,7 @@ class MixtureOfExperts(Gate):
                 stacklevel=2,
             )
         seen = router_inputs_shape or inputs_shape
-        self.build_gate(math.prod(token_shape(seen, self.token_axes)))
+        self._build_gate(math.prod(token_shape(seen, self.token_axes)))
         if not self.experts.built:
             self.experts.build((None, *of_token))
         if self.shared_expert is not None:
@@ -217,7 +217,7 @@ class MixtureOfExperts(Gate):
         """Number of the leading axes, which count tokens."""
         return self.token_axes or len(inputs_shape) - 1
 
-    def tokens_of(self, inputs, mask=None):
+    def tokens_of(self, inputs: Tensor, mask: Tensor | None = None) -> Tokens:
         """The `Tokens` of inputs (batch, ..., D) with a bool mask (batch, ...)."""
         return Tokens.of(inputs, mask, self._num_axes(inputs.shape))
 

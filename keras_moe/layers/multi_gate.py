@@ -238,7 +238,7 @@ class TaskGate(Gate):
     def __init__(self, banks, router, router_losses, **kwargs):
         super().__init__(**kwargs)
         self._banks = list(banks)
-        self.set_gate(router, sum(bank.num_experts for bank in banks), router_losses)
+        self._set_gate(router, sum(bank.num_experts for bank in banks), router_losses)
 
     @property
     def banks(self):
@@ -246,7 +246,7 @@ class TaskGate(Gate):
 
     def build(self, inputs_shape):
         sublayers.warn_of_second_use(self, self.router)
-        self.build_gate(inputs_shape[-1])
+        self._build_gate(inputs_shape[-1])
 
 
 def _one_for_each(name, values, number):
