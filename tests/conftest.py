@@ -17,7 +17,7 @@ import pytest
 # XLA's older emitter takes half the time of the one by MLIR.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+    "--xla_llvm_disable_expensive_passes=true"
 )
 if os.environ.get("KERAS_BACKEND") == "jax":
     # Both cores are busy anyway, and code in one part is compiled with a tenth less work.
