@@ -159,6 +159,9 @@ def test_a_step_is_compiled_for_a_tpu(monkeypatch, tmp_path):
     assert twin["dynamic_loops"] == 0 and twin["ratio"] == 1
     assert 0 < twin["bound_ms"] < mixture["bound_ms"]
     assert twin["float32_products"] == mixture["float32_products"] == 0
+    assert mixture["dynamic_loops"] == 0
+    twin, network = ahead.main(["--smoke", "--network"])["v5e"]
+    assert network["product_tflops"] == twin["product_tflops"] and network["ratio"] > 1
 
 
 @needs_libtpu
@@ -194,9 +197,8 @@ def test_the_longest_sequence_lies_between_compiled_lengths():
     assert gemma.longest([{"tokens": 128, "gb": 17.0}], "gb") == 0
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("sizes", [[200, 0, 41], [0, 0, 0], [130, 128, 42]])
-@pytest.mark.parametrize("depth, width", [(5000, 260), (3, 1100)])
+@pytest.mark.parametrize("sizes", [[200, 0, 41], [0, 0, 0]])
+@pytest.mark.parametrize("dtype, depth, width", [("float32", 4200, 20), ("bfloat16", 3, 1100)])
 def test_products_on_a_tpu_do_not_read_what_is_no_row_of_the_group(dtype, sizes, depth, width):
     """Tiles that groups share, tiles past the end of each axis, and rows after the last group."""
     import jax.numpy as jnp

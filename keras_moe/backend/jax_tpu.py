@@ -27,18 +27,6 @@ class _Visits(NamedTuple):
     tile: Any  # (V,) int32, of each visit
 
 
-class _Tile(NamedTuple):
-    """The tiles of an array: their shape, and which of them each program has."""
-
-    array: Any
-    shape: tuple
-    index: Any
-
-    @property
-    def spec(self):
-        return pl.BlockSpec(self.shape, self.index)
-
-
 def product(rows, kernels, sizes, *, transposed, interpret=False):
     """See `jax_products`. Each tile of a kernel is converted to the dtype of the rows.
 
@@ -57,18 +45,16 @@ def product(rows, kernels, sizes, *, transposed, interpret=False):
     return _call(
         functools.partial(_product_kernel, depth=depth, axis=int(transposed)),
         (pl.cdiv(width, columns), number, pl.cdiv(depth, step)),
-        visits,
-        _Tile(rows, (length, step), lambda c, v, s, visits: (visits.tile[v], s)),
-        _Tile(
-            kernels,
-            (None, *(step, columns)[::turn]),
-            lambda c, v, s, visits: (visits.group[v], *(s, c)[::turn]),
-        ),
-        _Tile(
-            jax.ShapeDtypeStruct((count, width), rows.dtype),
-            (length, columns),
-            lambda c, v, s, visits: (visits.tile[v], c),
-        ),
+        (visits, rows, kernels),
+        [
+            ((length, step), lambda c, v, s, visits: (visits.tile[v], s)),
+            (
+                (None, *(step, columns)[::turn]),
+                lambda c, v, s, visits: (visits.group[v], *(s, c)[::turn]),
+            ),
+            ((length, columns), lambda c, v, s, visits: (visits.tile[v], c)),
+        ],
+        jax.ShapeDtypeStruct((count, width), rows.dtype),
         interpret,
         "grouped_product",
     )
@@ -83,40 +69,44 @@ def outer(left, right, sizes, *, dtype, interpret=False):
     return _call(
         _outer_kernel,
         (pl.cdiv(width, columns), pl.cdiv(depth, lines), number),
-        visits,
-        _Tile(left, (length, lines), lambda c, r, v, visits: (visits.tile[v], r)),
-        _Tile(right, (length, columns), lambda c, r, v, visits: (visits.tile[v], c)),
-        _Tile(
-            jax.ShapeDtypeStruct((experts, depth, width), dtype),
-            (None, lines, columns),
-            lambda c, r, v, visits: (visits.group[v], r, c),
-        ),
+        (visits, left, right),
+        [
+            ((length, lines), lambda c, r, v, visits: (visits.tile[v], r)),
+            ((length, columns), lambda c, r, v, visits: (visits.tile[v], c)),
+            ((None, lines, columns), lambda c, r, v, visits: (visits.group[v], r, c)),
+        ],
+        jax.ShapeDtypeStruct((experts, depth, width), dtype),
         interpret,
         "grouped_outer",
     )
 
 
-def _call(kernel, grid, visits, left, right, result, interpret, name):
-    moved = sum(each.array.size * each.array.dtype.itemsize for each in (left, right, result))
-    flops = 2 * left.array.size * result.array.shape[-1]
+def _call(kernel, grid, operands, tiles, result, interpret, name):
+    """`tiles` are those of both operands and of the result: a shape, and the index of a program."""
+    *read, written = (pl.BlockSpec(*tile) for tile in tiles)
+    arrays = (*operands[1:], result)
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=grid,
-            in_specs=[left.spec, right.spec],
-            out_specs=result.spec,
-            scratch_shapes=[pltpu.VMEM(result.shape[-2:], jnp.float32)],
+            in_specs=read,
+            out_specs=written,
+            scratch_shapes=[pltpu.VMEM(tiles[-1][0][-2:], jnp.float32)],
         ),
-        out_shape=result.array,
+        out_shape=result,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary")
         ),
         # XLA plans what it holds in VMEM, and what runs beside a kernel, by its cost.
-        cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * arrays[0].size * result.shape[-1],
+            bytes_accessed=sum(array.size * array.dtype.itemsize for array in arrays),
+            transcendentals=0,
+        ),
         interpret=interpret,
         name=name,
-    )(visits, left.array, right.array)
+    )(*operands)
 
 
 def _length(count, experts):
