@@ -38,8 +38,11 @@ def product(rows, kernels, sizes, *, transposed, interpret=False):
         kernels, transposed = kernels.mT, not transposed
     (count, depth), width = rows.shape, kernels.shape[1 if transposed else 2]
     length = _length(count, sizes.shape[0])
-    step = _fit(depth, min(4096, _TILE_BYTES // (length * rows.dtype.itemsize)))
-    columns = _fit(width, min(1024, 2 * _TILE_BYTES // (step * kernels.dtype.itemsize)))
+    is_whole = depth <= min(4096, _TILE_BYTES // (length * rows.dtype.itemsize))
+    step = depth if is_whole else _fit(depth, 1024)
+    # Sums of several steps take more memory.
+    most = (_TILE_BYTES << is_whole) // (step * kernels.dtype.itemsize)
+    columns = _fit(width, min(1024, most))
     visits, number = _visits(sizes, count, length, of_empty=0)
     turn = -1 if transposed else 1
     return _call(
