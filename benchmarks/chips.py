@@ -5,7 +5,6 @@ so half of what its data sheet says. Sources: Google's pages on each TPU; NVIDIA
 H100 SXM, whose 989 TFLOP/s no card holds at its power limit, and of which 800 are taken here.
 """
 
-import contextlib
 import importlib.util
 import os
 import pathlib
@@ -116,13 +115,13 @@ def lowered_step(layer, num_tokens, options, sharding_of, data_sharding):
 
 
 def _on_device_of(sharding):
-    """A context that tells kernels which TPU they are compiled for, as its own process would."""
+    """A context that tells kernels which chip they are compiled for, as its own process would."""
     import jax
 
     (device,) = sharding.device_set
-    if device.platform != "tpu":
-        return contextlib.nullcontext()
-    abstract = jax.sharding.AbstractDevice(device.device_kind, device.num_cores, "tpu")
+    platform = "tpu" if device.platform == "tpu" else "cuda"
+    cores = device.num_cores if platform == "tpu" else None
+    abstract = jax.sharding.AbstractDevice(device.device_kind, cores, platform)
     return jax.sharding.use_abstract_mesh(
         jax.sharding.AbstractMesh((), (), (), abstract_device=abstract)
     )

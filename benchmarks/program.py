@@ -99,7 +99,8 @@ class Computation(dict):
 def read(text):
     """The computations of a program by name, and the name of the entry."""
     computations, entry, current = {}, None, None
-    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
+    # The metadata of a kernel, which is JSON, goes over several lines.
+    for line in re.sub(r"/\*.*?\*/|\n(?=\"|\}\})", "", text).splitlines():
         if head := _HEAD.match(line):
             current = computations[head[2]] = Computation()
             entry = head[2] if head[1] else entry

@@ -38,6 +38,15 @@ def product(line, *operands):
     return found[0] if found else None
 
 
+def test_metadata_of_a_kernel_goes_over_several_lines():
+    metadata = 'kernel_metadata={\n"a":"(b) {}",\n"c":"d"\n}}, metadata={}'
+    kernel = f"%k = f32[2] custom-call(%a), frontend_attributes={{{metadata}"
+    text = whole("%a = f32[2] parameter(0)", kernel, "ROOT %r = f32[2] negate(%k)")
+    computations, entry = program.read(text)
+    assert list(computations[entry]) == ["a", "k", "r"]
+    assert computations[entry]["k"].attributes.endswith("metadata={}")
+
+
 def test_products_of_all_compilers():
     dot = "ROOT %p = f32[3,7,4] dot(%a, %b), lhs_batch_dims={0}, lhs_contracting_dims={2}"
     expected = Product(2 * 3 * 7 * 4 * 5, "bf16", (3, 7, 4, 5), exact=False)
@@ -150,6 +159,9 @@ def test_a_step_is_compiled_for_a_tpu(monkeypatch, tmp_path):
     assert twin["dynamic_loops"] == 0 and twin["ratio"] == 1
     assert 0 < twin["bound_ms"] < mixture["bound_ms"]
     assert twin["float32_products"] == mixture["float32_products"] == 0
+    assert mixture["dynamic_loops"] == 0
+    twin, network = ahead.main(["--smoke", "--network"])["v5e"]
+    assert network["product_tflops"] == twin["product_tflops"] and network["ratio"] > 1
 
 
 @needs_libtpu
@@ -183,6 +195,34 @@ def test_the_longest_sequence_lies_between_compiled_lengths():
     rows = [{"tokens": 128, "gb": 8.0}, {"tokens": 1024, "gb": 24.0}, {"tokens": 4096}]
     assert gemma.longest(rows, "gb") == 576
     assert gemma.longest([{"tokens": 128, "gb": 17.0}], "gb") == 0
+
+
+@pytest.mark.parametrize("sizes", [[200, 0, 41], [0, 0, 0]])
+@pytest.mark.parametrize("dtype, depth, width", [("float32", 4200, 20), ("bfloat16", 3, 1100)])
+def test_products_on_a_tpu_do_not_read_what_is_no_row_of_the_group(dtype, sizes, depth, width):
+    """Tiles that groups share, tiles past the end of each axis, and rows after the last group."""
+    import jax.numpy as jnp
+
+    from keras_moe.backend import jax_tpu
+
+    rng = np.random.default_rng(0)
+    num_rows, served = 300, sum(sizes)
+    left, right = rng.standard_normal((300, depth)), rng.standard_normal((300, width))
+    kernels = rng.standard_normal((3, depth, width)).astype("float32")
+    left[served:] = right[served:] = np.nan
+    left, right = jnp.asarray(left, dtype), jnp.asarray(right, dtype)
+    outputs = jax_tpu.product(left, kernels, np.int32(sizes), transposed=False, interpret=True)
+    sums = jax_tpu.outer(left, right, np.int32(sizes), dtype="float32", interpret=True)
+    assert outputs.shape == (num_rows, width) and outputs.dtype == left.dtype
+    ends = np.cumsum([0, *sizes])
+    left, right = np.array(left, "float64"), np.array(right, "float64")
+    tolerance = {"float32": 1e-5, "bfloat16": 1e-2}[dtype] * depth**0.5
+    for expert, group in enumerate(map(slice, ends[:-1], ends[1:])):
+        used = np.array(jnp.asarray(kernels[expert], dtype), "float64")
+        np.testing.assert_allclose(
+            np.array(outputs[group], "float64"), left[group] @ used, atol=tolerance, rtol=tolerance
+        )
+        np.testing.assert_allclose(sums[expert], left[group].T @ right[group], atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -104,7 +104,7 @@ class Backend(Devices):
 
     def outer(self, left, right, sizes, dtype, platform=None):
         """For each group `left^T right`, (E, D, H), of (R, D) and (R, H); zero without rows."""
-        return padded.outer(left, right, sizes)
+        return padded.outer(left, right, sizes, dtype)
 
     def layout(self, sizes, num_rows, platform, converts=False):
         """How rows are computed in parts, see `layouts`; None if in a loop over tiles.

@@ -9,7 +9,8 @@ are interpreted.
 """
 
 import functools
-import importlib.util
+import importlib
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -31,27 +32,13 @@ def product(rows, kernels, sizes, transposed=False, platform="cpu"):
 def outer(left, right, sizes, dtype, platform="cpu"):
     if _is_supported(platform, left):
         return _outer.bind(left, right, sizes, dtype=jnp.dtype(dtype), platform=platform)
-    return padded.outer(left, right, sizes)
+    return padded.outer(left, right, sizes, dtype)
 
 
 def _is_supported(platform, rows):
     """Whether there are kernels for a platform, and the dtype and the number of the rows."""
-    if platform == "cpu":
-        return False
     # The number of rows is a symbol in a program that is exported for batches of any size.
-    fits = isinstance(rows.shape[0], int) and rows.dtype.name in _DTYPES[platform]
-    return fits and (platform != "gpu" or _has_triton())
-
-
-@functools.cache
-def _has_triton():
-    """Whether JAX has Triton, and no GPU of this process is older than Triton takes (sm80)."""
-    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
-        return False
-    gpus = [device for device in jax.devices() if device.platform == "gpu"]
-    capabilities = [getattr(device, "compute_capability", "") for device in gpus]
-    # AMD's are names, not numbers.
-    return all(float(each) >= 8.0 for each in capabilities if each.replace(".", "").isdigit())
+    return isinstance(rows.shape[0], int) and rows.dtype.name in _DTYPES.get(platform, ())
 
 
 def _primitive(name, shape, transpose):
@@ -67,16 +54,27 @@ def _primitive(name, shape, transpose):
                 aval = shape(*operands, **parameters)
                 return jnp.zeros(aval.shape, aval.dtype)
         elif lowered_for in (platform, "cpu"):
-            kernels = importlib.import_module(f"keras_moe.backend.jax_{platform}")
-            interpret = lowered_for == "cpu"
-            rule = functools.partial(getattr(kernels, name), **parameters, interpret=interpret)
+
+            def rule(*operands):
+                kernels = importlib.import_module(f"keras_moe.backend.jax_{platform}")
+                interpret = lowered_for == "cpu"
+                return getattr(kernels, name)(*operands, **parameters, interpret=interpret)
         else:
             raise NotImplementedError(
                 f"A program that is traced for {platform!r} must be compiled for it, or for a CPU, "
                 f"which interprets it. Received: a program that is compiled for {lowered_for!r}. "
                 "Leave out `keras_moe.ops.platform`, or name the platform that it runs on."
             )
-        return mlir.lower_fun(rule, multiple_results=False)(context, *operands)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
+                return mlir.lower_fun(rule, multiple_results=False)(context, *operands)
+        except (ImportError, RuntimeError, ValueError):
+            # JAX has no Triton any more, or does not know or serve the GPU.
+            if platform != "gpu" or lowered_for not in ("gpu", "cpu"):
+                raise
+            rule = functools.partial(getattr(padded, name), **parameters)
+            return mlir.lower_fun(rule, multiple_results=False)(context, *operands)
 
     def compile_and_run(*operands, **parameters):
         with jax.disable_jit(False):

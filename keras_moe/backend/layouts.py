@@ -31,6 +31,9 @@ class AllRows:
         products = self.backend.product(rows, kernels, self.sizes, transposed, self.platform)
         if bias is None:
             return products
+        if self.platform == "tpu":  # a product, which XLA fuses with what follows, unlike a gather
+            chosen = ops.one_hot(self._experts(), self.sizes.shape[0], dtype=rows.dtype)
+            return products + ops.matmul(chosen, ops.cast(bias, rows.dtype))
         # A spare bias for rows past the last group, which may hold anything.
         bias = ops.pad(bias, ((0, 1), (0, 0)))
         return products + ops.cast(self.backend.gather_rows(bias, self._experts()), rows.dtype)

@@ -26,13 +26,13 @@ def product(rows, kernels, sizes, transposed=False):
     return tiles.join(ops.matmul(tiles.cut(rows), kernels))
 
 
-def outer(left, right, sizes):
-    """For each group `left^T right`, (E, D, H), of (R, D) and (R, H); float32."""
+def outer(left, right, sizes, dtype):
+    """For each group `left^T right`, (E, D, H), of (R, D) and (R, H); sums are in float32."""
     num_experts, tiles = sizes.shape[0], pad_tiles(sizes, ops.shape(left)[0])
     parts = ops.matmul(ops.transpose(tiles.cut(left), (0, 2, 1)), tiles.cut(right))
     parts = ops.cast(parts, "float32")
     # Empty tiles are summed into a spare expert.
-    return ops.segment_sum(parts, tiles.expert, num_experts + 1)[:num_experts]
+    return ops.cast(ops.segment_sum(parts, tiles.expert, num_experts + 1)[:num_experts], dtype)
 
 
 def tile_length(num_rows, num_experts):
