@@ -1,4 +1,4 @@
-"""Pages of the examples, links to the reference, the address of the repository: hooks of mkdocs."""
+"""Pages of the examples, and links to the reference: hooks of mkdocs."""
 
 import pathlib
 import re
@@ -53,14 +53,13 @@ def _colab_link(name, repository):
     return f"\n\n[Run it in Colab]({address}/blob/main/docs/notebooks/{name}.ipynb)\n"
 
 
-def on_page_markdown(markdown, config, **_):
-    """Lead links to the files of examples to their pages, and fill in the address to clone.
+def on_page_markdown(markdown, **_):
+    """Lead links to the files of examples to their pages; write alerts as the theme shows them.
 
-    Alerts are written as GitHub shows them, `> [!WARNING]`.
+    In the repository they are written as GitHub shows them, `> [!WARNING]`.
     """
     markdown = ALERT.sub(_admonition, markdown)
-    markdown = re.sub(r"\(\.\./examples/(\w+)\.py\)", r"(examples/\1.md)", markdown)
-    return markdown.replace("REPOSITORY_URL", config.repo_url or "REPOSITORY_URL")
+    return re.sub(r"\(\.\./examples/(\w+)\.py\)", r"(examples/\1.md)", markdown)
 
 
 def _admonition(match):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import runpy
 
 import keras
 import numpy as np
@@ -137,14 +136,9 @@ def test_the_weight_of_the_balance_loss_is_a_share_of_the_models():
 
 
 @with_transformers
-def test_the_guide_names_every_family_of_transformers():
-    import transformers
-
+def test_the_guide_names_every_family_that_is_read():
     guide = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in guide for name in READ)
-    if f"transformers {transformers.__version__}," in guide:
-        table = runpy.run_path(str(ROOT / "docs" / "hugging_face.py"))["table"]
-        assert "\n".join(table()) in guide
 
 
 MIXTRAL = dict(

@@ -118,8 +118,8 @@ def test_the_page_on_reliability_repeats_the_order_of_an_epoch(shuffled_by, tmp_
     np.testing.assert_array_equal(whole.layers[-1].kernel, model.layers[-1].kernel)
 
 
-GUIDES = ["capacity", "concepts", "density", "fine_tuning", "generating", "many_tasks", "metrics"]
-GUIDES += ["own_experts", "routers", "start", "surgery", "tabular", "upcycling"]
+GUIDES = ["concepts", "density", "fine_tuning", "generating", "many_tasks", "routers", "start"]
+GUIDES += ["surgery", "tabular", "upcycling"]
 GUIDES += [pytest.param("deploy", marks=on_each_backend)]
 
 
@@ -150,12 +150,12 @@ def test_the_guide_to_seeing_experts_trains_and_draws(tmp_path, monkeypatch):
 @pytest.mark.backends("jax")
 def test_the_guide_to_many_devices_sets_a_distribution():
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-    run_python("-c", "".join(blocks("docs/scaling.md")), XLA_FLAGS=flags)
+    run_python("-c", blocks("docs/hardware.md")[0], XLA_FLAGS=flags)
 
 
 @pytest.mark.backends("tensorflow", "torch")
 def test_the_guide_to_replicas_trains_on_its_backends():
-    first, *others = blocks("docs/replicas.md")
+    first, *others = blocks("docs/hardware.md")[1:]
     of_backend = others[:1] if BACKEND == "tensorflow" else others[1:]
     assert f"import {BACKEND}" in of_backend[0]
     of_torchrun = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}

@@ -1,4 +1,4 @@
-"""The only folder with framework code: the object `backend`, of the framework that Keras uses."""
+"""Framework code. `backend` is the object for the framework that Keras uses."""
 
 import os
 

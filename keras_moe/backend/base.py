@@ -11,86 +11,86 @@ from keras_moe.backend.layouts import AllRows
 
 
 class Backend(Devices):
-    """Abstract: the primitives that need a framework's own calls. All else is `keras.ops`."""
+    """Operations that need a framework's own calls. Everything else is written in `keras.ops`."""
 
     # What is computed, or traced to be compiled
 
     def compiles_static_shapes(self):
-        """Whether the code being traced needs every shape fixed."""
+        """Return True if the code being traced needs static shapes."""
         raise NotImplementedError
 
     def is_exporting(self):
-        """Whether the code is traced into a program that has no gradients and changes no state."""
+        """Return True while tracing a program that has no gradients and changes no state."""
         return False
 
     def recomputation(self):
-        """None, "possible" if a backward pass may make this call again, or "running" if it does."""
+        """Return "running" in a recomputation, "possible" if one may follow, or None."""
         return None
 
     def current_platform(self):
-        """The platform that this process computes on: "cpu", "gpu" or "tpu"."""
+        """Return the platform of this process: "cpu", "gpu" or "tpu"."""
         raise NotImplementedError
 
     def on_its_platform(self, function, *operands):
-        """`function(platform, *operands)`, perhaps traced for all platforms, compiled for one."""
+        """Call `function(platform, *operands)`, perhaps traced for all platforms."""
         return function(self.current_platform(), *operands)
 
     def without_autocast(self, tensor):
-        """A context in which no operation on a tensor computes in a smaller dtype than its own."""
+        """Return a context without automatic casts of the tensor to a smaller dtype."""
         return contextlib.nullcontext()
 
     # Programs
 
     def compile_once(self, function):
-        """The function, compiled for each first argument, which is hashable, and for all shapes."""
+        """Compile the function for each first argument, which is hashable. Shapes may vary."""
         return function
 
     def jit_when_eager(self, function):
-        """The function, compiled as a whole where it would be compiled operation by operation.
+        """Compile the function as a whole if an eager call would compile each operation.
 
-        It must depend on its arguments only, not on a scope or `floatx`: tensors, and bools,
-        numbers or strings that do not change from step to step.
+        The function must depend on its arguments only, not on a scope or `floatx`. These are
+        tensors, and bools, numbers or strings that do not change from step to step.
         """
         return function
 
     def control_dependency(self, tensor, value):
-        """A value that is computed only where the tensor is."""
+        """Return the value, which is then computed only if the tensor is."""
         return value
 
     # Gradients
 
     def differentiable(self, forward, backward, inputs, context, reference=None):
-        """The output of `forward`, whose gradient for `inputs` is computed by `backward`.
+        """Return the output of `forward`; `backward` computes the gradients of `inputs`.
 
-        Second derivatives and forward mode come from `reference`, which is slower; so does the
-        output in `torch.func` and in `tf.vectorized_map`.
+        Second derivatives and forward mode differentiate `reference`, which is slower. It also
+        computes the output in `torch.func` and `tf.vectorized_map`.
 
         Args:
-            forward: `forward(inputs, context, save)` returns `(output, saved)`. Unless `save`,
-                there is no backward pass.
+            forward: `forward(inputs, context, save)` returns `(output, saved)`. If `save` is
+                False, no backward pass follows.
             backward: `backward(inputs, context, saved, gradient)` returns the gradients.
-            inputs: structure of tensors.
-            context: structure of tensors that have no gradient, and of None.
+            inputs: Structure of tensors.
+            context: Structure of tensors without a gradient, or None.
             reference: `reference(inputs, context)` computes the output in operations that have
-                derivatives of any order. None: `forward` does.
+                derivatives of any order. None if `forward` does.
         """
         raise NotImplementedError
 
     def attach_gradient(self, value, inputs, transpose):
-        """The value, as a function of `inputs`: their gradient is `transpose` of the value's."""
+        """Return `value`; the gradient of `inputs` is `transpose(gradient)`."""
         raise NotImplementedError
 
     def vjp(self, function, inputs):
-        """For `function(*inputs) -> output, others`: the others, and the pullback of the output."""
+        """For `function(*inputs) -> output, others`, return others and the vjp of output."""
         raise NotImplementedError
 
     # Grouped products: two bilinear functions, each the transpose of the other
 
     def product(self, rows, kernels, sizes, transposed=False, platform=None):
-        """Each group of rows (R, D) by its kernel (E, D, H), or by its transpose: (R, H).
+        """Multiply each group of rows (R, D) by its kernel (E, D, H), or its transpose: (R, H).
 
-        It has derivatives of any order. Rows past the last group may be anything. Kernels may be
-        integers. `sizes` are (E,) int32; `platform` is the one that is compiled for.
+        The product has derivatives of any order. Results past the last group are arbitrary.
+        Kernels may be integers. `sizes` are (E,) int32. The program is compiled for `platform`.
         """
         # In operations that a framework differentiates any number of times.
         if self.compiles_static_shapes() or hasattr(kernels, "floats"):
@@ -103,24 +103,24 @@ class Backend(Devices):
         return ops.concatenate([*products, ops.broadcast_to(ops.zeros_like(rest[:, :1]), padding)])
 
     def outer(self, left, right, sizes, dtype, platform=None):
-        """For each group `left^T right`, (E, D, H), of (R, D) and (R, H); zero without rows."""
+        """Return `left^T right` of each group, (E, D, H), for (R, D) and (R, H); 0 without rows."""
         return padded.outer(left, right, sizes, dtype)
 
     def layout(self, sizes, num_rows, platform, converts=False):
-        """How rows are computed in parts, see `layouts`; None if in a loop over tiles.
+        """Return the layout of the parts of rows (see `layouts`), or None for a loop over tiles.
 
-        `converts` tells whether kernels have another dtype than the rows.
+        `converts` is True if kernels have another dtype than the rows.
         """
         return AllRows(self, sizes, num_rows, platform)
 
     # Rows, choices and counts
 
     def gather_rows(self, tensor, indices):
-        """Rows of a tensor (R, ...) at integer indices of any shape, all of which exist."""
+        """Return rows of a tensor (R, ...) at indices of any shape, all of which are valid."""
         raise NotImplementedError
 
     def argmax(self, scores):
-        """Index of the largest entry of the last axis, int32; the first of equals."""
+        """Return the index of the largest entry of the last axis, int32; of ties the first."""
         # Under XLA two plain reductions are several times as fast as one of pairs.
         best = ops.max(scores, axis=-1, keepdims=True)
         number = scores.shape[-1]
@@ -130,38 +130,38 @@ class Backend(Devices):
     # where a gather's is a scatter.
 
     def take_columns(self, matrix, columns):
-        """Entries (T, K) of a matrix (T, E) at integer columns (T, K), 0 at columns outside."""
+        """Return entries (T, K) of a matrix (T, E) at columns (T, K); 0 for invalid columns."""
         chosen = _one_hot(columns, matrix.shape[1])
         return ops.sum(ops.where(chosen, ops.expand_dims(matrix, 1), 0.0), axis=-1)
 
     def count_integers(self, integers, number):
-        """How often each of 0, ..., `number` - 1 is in a vector of integers, (number,) int32."""
+        """Count each of 0, ..., `number` - 1 in a vector of integers: (number,) int32."""
         return ops.sum(ops.cast(_one_hot(integers, number), "int32"), axis=0)
 
     def argsort(self, integers, bound):
-        """A stable order of integers (N,) from 0 to `bound` - 1, int32."""
+        """Return a stable order of integers (N,) from 0 to `bound` - 1, int32."""
         return ops.cast(ops.argsort(integers), "int32")
 
     def larger_size(self, least, size):
-        """The larger of two sizes that may not be known while tracing."""
+        """Return the larger of two sizes, which may be unknown while tracing."""
         return ops.maximum(least, size)
 
     def split_groups(self, rows, sizes):
-        """The rows of each group, and last those past all groups; a list of their numbers."""
+        """Return the rows of each group, then the rest, as a list; and the list of their sizes."""
         raise NotImplementedError
 
     # Loops over static shapes
 
     def slice_at(self, tensor, start, shape):
-        """The part of a tensor that begins at indices `start`, of a static shape."""
+        """Return the slice of a tensor at indices `start`, of a static shape."""
         raise NotImplementedError
 
     def update_at(self, tensor, start, part):
-        """The tensor, with a part of it, which begins at indices `start`, replaced."""
+        """Return the tensor with `part` written at indices `start`."""
         return ops.slice_update(tensor, start, part)
 
     def scan(self, step, carry, xs):
-        """`carry, y = step(carry, x)` along the first axis of `xs`: the last carry and all `y`.
+        """Scan `carry, y = step(carry, x)` over the first axis of `xs`; return carry and stacked y.
 
         Every `y` has the dtype of the last of `xs`. The loop has a gradient.
         """
@@ -169,14 +169,14 @@ class Backend(Devices):
 
 
 def split_rows(rows, sizes):
-    """Consecutive parts of rows (R, ...)."""
+    """Split rows (R, ...) into consecutive parts of the given sizes."""
     # ONNX and LiteRT split by constants only.
     bounds = [0, *itertools.accumulate(sizes)]
     return [rows[start:end] for start, end in itertools.pairwise(bounds)]
 
 
 def packed_order(sort, integers, bound):
-    """A stable order by a sort of plain integers, none of which are equal."""
+    """Return a stable order, by a sort of distinct integers."""
     number = ops.shape(integers)[0]
     return sort(integers * number + ops.arange(number, dtype="int32")) % number
 

@@ -2,10 +2,10 @@
 
 
 class Devices:
-    """One device. Backends that support several override it.
+    """Operations across devices, here for a single device.
 
     Replicas run the same code on parts of a batch. On PyTorch, processes may share experts. On JAX,
-    arrays may be spread over a mesh, as by `keras.distribution`.
+    `keras.distribution` may shard arrays over a mesh.
     """
 
     def num_replicas(self):
@@ -15,24 +15,24 @@ class Devices:
         return values
 
     def gather_over_replicas(self, values):
-        """The rows (R, ...) of all replicas, one after the other."""
+        """Concatenate the rows (R, ...) of all replicas."""
         return values
 
     def sum_of_counts(self, values):
-        """Amounts to add to counters: summed over replicas, unless reading a counter sums them."""
+        """Sum increments of counters over replicas, unless reading a counter does so."""
         return values
 
     def separate_losses(self, layer):
         """Give each replica its own list of the losses that a layer adds."""
 
     def expert_processes(self):
-        """The `torch_experts.ExpertParallel` that is set; None if each process has all experts."""
+        """Return the current `torch_experts.ExpertParallel`; None if experts are not split."""
         return None
 
     def split_experts(self, experts, data, process_group):
-        """An `ExpertParallel` for `keras.distribution.set_distribution`."""
+        """Return an `ExpertParallel` for `keras.distribution.set_distribution`."""
         raise NotImplementedError
 
     def token_shards(self):
-        """How the tokens of a batch are spread, a `jax_sharding.Shards`; None on one device."""
+        """Return the `jax_sharding.Shards` of a batch of tokens; None on one device."""
         return None

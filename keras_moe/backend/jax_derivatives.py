@@ -1,7 +1,7 @@
-"""Functions with a custom backward pass that have all other derivatives as well, on JAX.
+"""Functions with a custom backward pass and derivatives of any order, on JAX.
 
-`jax.custom_vjp` refuses forward mode. Here the tangent is a primitive: evaluated, it is the
-derivative of a reference; transposed, it is the given backward pass.
+`jax.custom_vjp` refuses forward mode. Here the tangent is a primitive: its evaluation
+differentiates a reference, and its transpose is the given backward pass.
 """
 
 import jax
@@ -74,7 +74,7 @@ def _second(operands, tangents, compute, **parameters):
 
 
 def _jvp(function, operands, tangents):
-    """The derivative of a function of arrays, some of whose tangents are symbolic zeros."""
+    """Return the jvp of a function of arrays; some tangents may be symbolic zeros."""
     moving = [place for place, each in enumerate(tangents) if not isinstance(each, ad.Zero)]
 
     def of_moving(*some):
@@ -99,9 +99,9 @@ batching.primitive_batchers[_tangent_p] = _batched_tangent
 
 
 def _derived_from(reference, values, *operands):
-    """`values`, which are `reference(*operands)` and have the derivatives of that.
+    """Return `values`, equal to `reference(*operands)`, with the derivatives of the reference.
 
-    A primitive: the rule of a `custom_jvp` gets lost where JAX splits the body of a loop.
+    This is a primitive, because JAX loses the rule of a `custom_jvp` when it splits a loop body.
     """
     values, structure = jax.tree.flatten(values)
     operands, structure_of_operands = jax.tree.flatten(operands)

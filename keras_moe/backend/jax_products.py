@@ -3,9 +3,8 @@
     product(rows (R, D), kernels (E, D, H), sizes (E,)) -> (R, H)     each group by its kernel
     outer(left (R, D), right (R, H), sizes (E,)) -> (E, D, H)         for each group left^T right
 
-Each is the transpose of the other, so that derivatives of any order, forward and reverse, are made
-of the two. They become kernels when a program is lowered for a platform; on a CPU, for tests, these
-are interpreted.
+Each is the transpose of the other, so derivatives of any order consist of the two. Lowering for a
+platform inserts its kernels; tests on a CPU interpret them.
 """
 
 import functools
@@ -36,13 +35,13 @@ def outer(left, right, sizes, dtype, platform="cpu"):
 
 
 def _is_supported(platform, rows):
-    """Whether there are kernels for a platform, and the dtype and the number of the rows."""
+    """Return True if the platform has kernels for this dtype and number of rows."""
     # The number of rows is a symbol in a program that is exported for batches of any size.
     return isinstance(rows.shape[0], int) and rows.dtype.name in _DTYPES.get(platform, ())
 
 
 def _primitive(name, shape, transpose):
-    """A bilinear primitive, lowered to the function `name` of the platform's module."""
+    """Create a bilinear primitive, lowered to the function `name` of the platform's module."""
     primitive = Primitive(f"grouped_{name}")
 
     def lower(lowered_for, context, *operands, platform, **parameters):

@@ -1,4 +1,4 @@
-"""Arrays that are spread over a mesh of devices, on JAX."""
+"""Arrays that are sharded over a mesh of devices, on JAX."""
 
 import dataclasses
 import functools
@@ -12,23 +12,23 @@ from jax.sharding import PartitionSpec
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """The axes of a mesh that tokens are spread over; hashable, for `compile_once`."""
+    """Mesh axes over which tokens are sharded; hashable, for `compile_once`."""
 
     mesh: Any
     axes: tuple
 
     @property
     def number(self):
-        """How many parts the batch is split into."""
+        """Number of shards of the batch."""
         return math.prod(self.mesh.shape[axis] for axis in self.axes)
 
     @property
     def platform(self):
-        """The platform of the devices: "cpu", "gpu" or "tpu"."""
+        """Platform of the devices: "cpu", "gpu" or "tpu"."""
         return self.mesh.devices.flat[0].platform
 
     def axis_of(self, variable):
-        """The axis that the first axis of a variable is split over, or None."""
+        """Return the mesh axis that shards the first axis of a variable, or None."""
         layout = getattr(variable, "_layout", None)
         if layout is None or layout.device_mesh.backend_mesh != self.mesh:
             raise ValueError(
@@ -40,10 +40,10 @@ class Shards:
         return layout.axes[0]
 
     def on_each_device(self, function, arguments, axes):
-        """`function(*arguments)` of each device's parts, joined on the first axis as tokens are.
+        """Call `function(*arguments)` on each device's shards; concatenate the results as tokens.
 
-        `axes` are for each argument, a tree of tensors, the mesh axes that its first axis is split
-        over; None where every device has all of it.
+        `axes` has for each argument, a tree of tensors, the mesh axes that shard its first axis, or
+        None if every device has all of it.
         """
         mapped = jax.shard_map(
             function,

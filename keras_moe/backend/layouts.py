@@ -1,9 +1,9 @@
-"""Layouts: how the rows of all groups are computed, in one part or in several.
+"""Layouts: the rows of all groups in one part or in several.
 
-A layout has `parts`, each with `product(rows, kernels, bias=None, transposed=False)` of its rows.
-`gather` and `split` give the rows of each part, `join` is the inverse. The gradient of a trained
-tensor (E, ...) is collected from all parts: it begins as `empty(tensor)`, which may be a list of E,
-and each part returns it after its own `gradient(field, left, right, total)`, see `linears.factors`.
+A layout has `parts`. Each has a `product(rows, kernels, bias=None, transposed=False)` for its rows.
+`gather` and `split` return the rows of each part, and `join` is their inverse. The gradient of a
+trained tensor (E, ...) starts as `empty(tensor)`, which may be a list of E tensors. Each part adds
+its share and returns the total: `gradient(field, left, right, total)`, see `linears.factors`.
 """
 
 from keras import ops
@@ -12,7 +12,7 @@ from keras_moe.backend import padded
 
 
 class AllRows:
-    """One part with all rows, for products whose sizes stay on the device."""
+    """A layout of one part with all rows, for products whose sizes stay on the device."""
 
     def __init__(self, backend, sizes, num_rows, platform):
         self.backend, self.sizes, self.num_rows, self.platform = backend, sizes, num_rows, platform
@@ -42,7 +42,7 @@ class AllRows:
         return ops.arange(self.num_rows, dtype="int32")
 
     def _experts(self):
-        """The expert of each row, (R,) int32; E past the last group."""
+        """Return the expert of each row, (R,) int32; E past the last group."""
         return padded.interval(self.row_numbers(), ops.cumsum(self.sizes))
 
     def empty(self, trained):
@@ -59,7 +59,7 @@ class AllRows:
 
 
 class AllTokens:
-    """A part: every token for each expert, in one batched product."""
+    """A part in which each expert computes every token, in one batched product."""
 
     def __init__(self, tokens, num_experts):
         self.tokens, self.num_experts = tokens, num_experts

@@ -1,7 +1,7 @@
-"""Grouped products without a loop: batched products of padded tiles, each with its kernel.
+"""Grouped products as batched products of padded tiles.
 
-All operations are `keras.ops` that the framework differentiates any number of times, and all shapes
-are fixed. A tile that is not full has padding. Axes: R rows, E experts, N tiles of B rows.
+Each tile has a copy of its expert's kernel. All operations are `keras.ops` with derivatives of any
+order, and all shapes are static. Axes: R rows, E experts, N tiles of B rows.
 """
 
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from keras import ops
 
 
 def product(rows, kernels, sizes, transposed=False):
-    """Each group of rows (R, D) by its kernel (E, D, H), or by its transpose: (R, H)."""
+    """Multiply each group of rows (R, D) by its kernel (E, D, H), or its transpose: (R, H)."""
     tiles = pad_tiles(sizes, ops.shape(rows)[0])
     expert = ops.minimum(tiles.expert, sizes.shape[0] - 1)
 
@@ -27,7 +27,7 @@ def product(rows, kernels, sizes, transposed=False):
 
 
 def outer(left, right, sizes, dtype):
-    """For each group `left^T right`, (E, D, H), of (R, D) and (R, H); sums are in float32."""
+    """Return `left^T right` of each group, (E, D, H), for (R, D) and (R, H), summed in float32."""
     num_experts, tiles = sizes.shape[0], pad_tiles(sizes, ops.shape(left)[0])
     parts = ops.matmul(ops.transpose(tiles.cut(left), (0, 2, 1)), tiles.cut(right))
     parts = ops.cast(parts, "float32")
@@ -36,18 +36,18 @@ def outer(left, right, sizes, dtype):
 
 
 def tile_length(num_rows, num_experts):
-    """Rows of a tile, a power of two. `num_rows` is a tensor where it is not known in advance.
+    """Return the number of rows of a tile, a power of two.
 
-    With B rows a tile, up to E * B rows are computed in vain, and R / B kernels are copied, two
-    bytes for each weight. Where a byte of memory costs as much as 240 multiplications and
-    additions, as on today's accelerators, both cost the least together at B = sqrt(480 * R / E).
+    `num_rows` is a tensor if it is not known in advance. With B rows a tile, up to E * B rows are
+    padding, and R / B kernels are copied, two bytes for each weight. If a byte of memory costs as
+    much as 240 multiply-adds, as on today's accelerators, B = sqrt(480 * R / E) is the cheapest.
     """
     mean = num_rows / num_experts if isinstance(num_rows, int) else 256
     return 2 ** min(max(round((480 * mean) ** 0.5).bit_length() - 1, 3), 9)
 
 
 class PaddedTiles(NamedTuple):
-    """Which rows are where. All shapes are fixed, whatever the loads."""
+    """The place of each row in the tiles. All shapes are static."""
 
     expert: Any  # (N,) int32, of each tile, E where a tile is empty
     row: Any  # (N, B) int32, at each place, 0 at padding
@@ -56,19 +56,19 @@ class PaddedTiles(NamedTuple):
     is_served: Any  # (R,) bool, False past the last group
 
     def cut(self, rows, padding=0):
-        """Tiles (N, B, ...) of rows (R, ...), with a number at padding."""
+        """Cut rows (R, ...) into tiles (N, B, ...), with a given number as padding."""
         return _where(self.inside, ops.take(rows, self.row, axis=0), padding)
 
     def join(self, tiles):
-        """Rows (R, ...) of tiles (N, B, ...), zeros past the last group."""
+        """Join tiles (N, B, ...) to rows (R, ...), with zeros past the last group."""
         flat = ops.reshape(tiles, (-1, *tiles.shape[2:]))
         return _where(self.is_served, ops.take(flat, self.place_of_row, axis=0))
 
 
 def pad_tiles(sizes, num_rows, length=None):
-    """The `PaddedTiles` of B rows, by default `tile_length`, of groups of sizes (E,) int32.
+    """Return the `PaddedTiles` of B rows, by default `tile_length`, for groups of sizes (E,) int32.
 
-    There are `R // B + E` tiles at most, and never more than rows, where their number is known.
+    There are at most `R // B + E` tiles, and no more than rows if their number is known.
     """
     num_experts = sizes.shape[0]
     length = length or tile_length(num_rows, num_experts)
@@ -97,7 +97,7 @@ def pad_tiles(sizes, num_rows, length=None):
 
 
 def interval(values, ends):
-    """For each value the number of `ends` at or below it: the interval it lies in."""
+    """Return the interval of each value: the number of `ends` at or below it."""
     return ops.sum(ops.cast(ends <= ops.expand_dims(values, -1), "int32"), axis=-1)
 
 

@@ -201,7 +201,7 @@ def _is_transformed():
 
 
 class _Groups:
-    """Each group by itself, see `layouts`; none without rows where operations run eagerly."""
+    """A layout with a part for each group. Eagerly, groups without rows have none."""
 
     def __init__(self, sizes, num_rows):
         self.num_experts = sizes.shape[0]
@@ -232,7 +232,7 @@ class _Groups:
 
 
 class _Group:
-    """The rows of one group."""
+    """A part with the rows of one group."""
 
     def __init__(self, expert, size, start):
         self.expert, self.size, self.start = expert, size, start
@@ -274,7 +274,7 @@ class _Group:
 
 
 class _LossesOfThread(threading.local):
-    """The methods that Keras needs of a list of losses."""
+    """A list of losses for each thread, with the methods that Keras calls."""
 
     def __init__(self):
         self._losses = []
@@ -294,7 +294,7 @@ class _LossesOfThread(threading.local):
 
 @contextlib.contextmanager
 def _other_losses_kept():
-    """Keep the losses that layers of the model have added on this replica, while others trace."""
+    """Keep this replica's losses of other layers while other replicas trace."""
     model = current_model()
     layers = () if model is None else model._flatten_layers()
     lists = [(layer._losses, layer._losses[:]) for layer in layers]

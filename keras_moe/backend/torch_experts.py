@@ -1,4 +1,4 @@
-"""Experts spread over the processes of `torch.distributed`: tokens travel, kernels stay."""
+"""Expert parallelism over the processes of `torch.distributed`; tokens are sent, not kernels."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ import torch
 
 
 class ExpertParallel:
-    """Each process holds an equal share of the experts of every bank, and its share of a batch.
+    """A distribution in which each process holds an equal share of the experts and of a batch.
 
-    `process_group` holds all experts once, `replicas` the same experts as this process.
+    `process_group` holds all experts once. `replicas` hold the same experts as this process.
     """
 
     def __init__(self, process_group, replicas):
@@ -36,7 +36,7 @@ class ExpertParallel:
         )
 
     def own_experts(self, num_experts):
-        """The numbers of the experts that this process holds, a range."""
+        """Range of the experts that this process holds."""
         if num_experts % self.num_processes:
             raise ValueError(
                 "The number of processes must divide the number of experts. Received: "
@@ -46,10 +46,10 @@ class ExpertParallel:
         return range(self._rank * share, (self._rank + 1) * share)
 
     def serve(self, rows, sizes, function):
-        """Outputs (R, D') of the experts of all processes, for rows (R, D) of groups of `sizes`.
+        """Return outputs (R, D') of all processes' experts for rows (R, D) in groups of `sizes`.
 
-        `function(rows, experts)` computes the rows that are sent here; `experts` (R',) counts from
-        the first expert of this process.
+        `function(rows, experts)` computes the received rows; `experts` (R',) counts from the first
+        expert of this process.
         """
         to_each = sizes.to(torch.int64).reshape(self.num_processes, -1)
         from_each = torch.empty_like(to_each)
@@ -61,20 +61,20 @@ class ExpertParallel:
         return _Exchange.apply(function(received, experts), back, there, self.process_group)
 
     def mean_gradient(self, kernel):
-        """The kernel; its gradient, a sum over those who share the experts, becomes the mean."""
+        """Return the kernel. Its gradient is the mean over the processes that share the experts."""
         return _MeanGradient.apply(kernel, self._replicas)
 
     def whole(self, kernel):
-        """The kernels of all experts, (E, ...). All processes must ask."""
+        """Return the kernels of all experts, (E, ...). All processes must call this."""
         kernel = keras.ops.convert_to_tensor(kernel).detach().contiguous()
         parts = [torch.empty_like(kernel) for _ in range(self.num_processes)]
         torch.distributed.all_gather(parts, kernel, group=self.process_group)
         return torch.cat(parts)
 
     def data_parallel(self, model, **kwargs):
-        """`torch.nn.parallel.DistributedDataParallel` of a built model, for all but its experts.
+        """Wrap a built model in `DistributedDataParallel`, except for its experts.
 
-        Where several processes hold the same experts, all start from the first one's.
+        Processes that hold the same experts start from the weights of the first of them.
         """
         experts = {
             id(weight.value): weight.value
@@ -91,7 +91,7 @@ class ExpertParallel:
 
 
 class _Exchange(torch.autograd.Function):
-    """Send `there[p]` rows to each process p, and receive `back[p]` from it."""
+    """Exchange rows: send `there[p]` to each process p and receive `back[p]` from it."""
 
     @staticmethod
     def forward(ctx, rows, there, back, group):
@@ -120,7 +120,7 @@ class _MeanGradient(torch.autograd.Function):
 
 
 def split_experts(experts, data, process_group):
-    """The `ExpertParallel` of `experts` neighbours by rank, or of the given process groups."""
+    """Return the `ExpertParallel` of `experts` neighbours by rank, or of given process groups."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise ValueError(
             "`expert_parallel` needs processes that know each other. Received: no process group. "
@@ -150,7 +150,7 @@ def split_experts(experts, data, process_group):
 
 
 def _rows_of(process_group):
-    """The ranks of the process groups that the processes gave."""
+    """Return the ranks of the process groups of all processes."""
     given: list[Any] = [None] * torch.distributed.get_world_size()
     own = tuple(torch.distributed.get_process_group_ranks(process_group))
     torch.distributed.all_gather_object(given, own)
@@ -164,7 +164,7 @@ def _rows_of(process_group):
 
 
 def expert_processes():
-    """The `ExpertParallel` that was set, or None if each process has all experts."""
+    """Return the current `ExpertParallel`, or None if each process has all experts."""
     distribution = keras.distribution.distribution()
     if isinstance(distribution, ExpertParallel):
         return distribution

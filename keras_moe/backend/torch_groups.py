@@ -1,4 +1,4 @@
-"""Groups of rows on PyTorch: their sizes, and the products of neighbouring groups."""
+"""Sizes of groups on PyTorch, and products of neighbouring groups."""
 
 import torch
 
@@ -14,7 +14,7 @@ def is_traced():
 
 
 def sizes_on_host(sizes, num_rows):
-    """The sizes (E,) of groups, then how many of the rows are past the last; symbols in traces."""
+    """Return the sizes (E,) of groups, then the number of other rows; symbols in traces."""
     if not is_traced():
         numbers = sizes.tolist()
         return [*numbers, num_rows - sum(numbers)]
@@ -29,15 +29,15 @@ def sizes_on_host(sizes, num_rows):
 
 
 def split(rows, sizes):
-    """Consecutive parts of rows (R, ...)."""
+    """Split rows (R, ...) into consecutive parts of the given sizes."""
     return split_rows(rows, sizes) if torch.jit.is_tracing() else rows.split(sizes)
 
 
 class Runs:
-    """Neighbouring groups form a run; see `layouts`. They share all operations but their products.
+    """A layout of runs. A run is neighbouring groups that share all operations except products.
 
-    On a CPU a run has up to `CPU_RUN_ROWS` rows, or one group. On a GPU all groups are one run, for
-    the fewest kernels. In a program of unknown sizes a run is one group.
+    On a CPU a run has up to `CPU_RUN_ROWS` rows, or one group. On a GPU one run has all groups, for
+    the fewest kernels. In a program of unknown sizes each run has one group.
     """
 
     def __init__(self, sizes, num_rows, platform):
@@ -79,7 +79,7 @@ class Runs:
         return torch.cat([*parts, padding])
 
     def empty(self, trained):
-        """Zeros for experts without rows; None for what needs no gradient."""
+        """Return zeros for experts without rows, or None if no gradient is needed."""
         if not trained.requires_grad:
             return None
         total = torch.empty_like(trained)
@@ -89,7 +89,7 @@ class Runs:
 
 
 class _Run:
-    """Neighbouring groups. Sizes that are given `on_device` are read only where they are needed."""
+    """A part with neighbouring groups. Sizes `on_device` are read only if needed."""
 
     def __init__(self, sizes, experts, num_rows, on_device=None, start=0):
         self._sizes, self.experts, self.num_rows = sizes, experts, num_rows
@@ -111,7 +111,7 @@ class _Run:
         return self._sizes
 
     def split(self, rows):
-        """The rows of each group."""
+        """Return the rows of each group."""
         sizes = self.sizes
         if len(sizes) == 1:
             return [rows]
@@ -151,7 +151,7 @@ class _Run:
 
 
 def _multiply(rows, kernels, bias, transposed, expert, output=None, digits=None):
-    """Rows of one expert through its kernel, into `output` or a new tensor."""
+    """Multiply rows of one expert by its kernel, into `output` or a new tensor."""
     if hasattr(kernels, "group"):  # int4
         kernel = kernels.entry(lambda stack: stack[expert])
         product = kernel.multiply(rows, transposed)
@@ -196,7 +196,7 @@ def _total(field, left, right, sizes):
 
 
 def has_grouped_mm(*tensors):
-    """Whether `grouped_mm` is one kernel here, not a loop. Rows begin at multiples of 16 bytes."""
+    """Return True if `grouped_mm` is one kernel here, not a loop. Needs 16-byte alignment."""
     return (
         tensors[0].is_cuda
         and tensors[0].dtype == torch.bfloat16
@@ -213,7 +213,7 @@ def grouped_mm(left, right, sizes):
 
 
 def _experts(rows, sizes, last):
-    """The expert of each row, (R,); past the last group E + `last`."""
+    """Return the expert of each row, (R,); past the last group E + `last`."""
     ends = torch.cumsum(sizes, 0, dtype=torch.int32)
     numbers = torch.arange(rows.shape[0], device=rows.device, dtype=ends.dtype)
     return torch.searchsorted(ends, numbers, right=True).clamp_(max=sizes.shape[0] + last)

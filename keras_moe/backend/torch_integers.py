@@ -1,7 +1,7 @@
 """Products of rows with the int8 kernel of one expert, for PyTorch.
 
-On a CPU PyTorch converts a kernel to floats before it multiplies. For few rows that takes longer
-than the product itself, so the rows become integers instead.
+On a CPU PyTorch converts a kernel to floats before it multiplies. For a few rows this takes longer
+than the product, so the rows are converted to integers instead.
 """
 
 import functools
@@ -29,7 +29,7 @@ LONGEST_SUM = 2**16
 
 
 def multiply(rows, kernel, transposed, output):
-    """`rows @ kernel` into `output`, or with the transposed kernel; the kernel is int8 (D, H)."""
+    """Write `rows @ kernel`, or `rows @ kernel^T`, to `output`; the kernel is int8 (D, H)."""
     # Sums over blocks are rounded after each, which bfloat16 and float16 would show.
     in_blocks = output is not None and rows.device.type == "cpu" and rows.dtype == torch.float32
     if not in_blocks:
@@ -49,28 +49,28 @@ def multiply(rows, kernel, transposed, output):
 
 
 def _float_blocks(kernel, length, dtype):
-    """Blocks of rows of an integer kernel, in one buffer that stays in the cache."""
+    """Yield blocks of rows of an integer kernel as floats, in one buffer that fits the cache."""
     floats = kernel.new_empty((min(length, kernel.shape[0]), kernel.shape[1]), dtype=dtype)
     for block in kernel.split(length):
         yield floats[: block.shape[0]].copy_(block)
 
 
 class Digits(NamedTuple):
-    """Rows as integers times a unit, and the integers as digits in base 256."""
+    """Rows as integers times a unit. The integers are stored as digits in base 256."""
 
     digits: Any  # (4 n, D) int8, four of each row, from the lowest
     unit: Any  # (n, 1) float32
 
     def multiply(self, kernel):
-        """`rows @ kernel`, float32 (n, H); the kernel is int8 (D, H)."""
+        """Return `rows @ kernel`, float32 (n, H); the kernel is int8 (D, H)."""
         places = _places(self.unit.shape[0]) * self.unit
         return torch.mm(places, torch._int_mm(self.digits, kernel).float())
 
 
 def digits_of_groups(rows, sizes):
-    """The `Digits` of groups of rows (R, D); None for a group that is faster as floats.
+    """Return the `Digits` of groups of rows (R, D); None for a group that is faster as floats.
 
-    The error of a number is below 2**-22 of the largest number of its row plus 3e-38.
+    Errors are below 2**-22 of the largest number of a row, plus 3e-38.
     """
     suit = (
         rows.device.type == "cpu"
@@ -96,9 +96,9 @@ def digits_of_groups(rows, sizes):
 
 @functools.cache
 def multiplies_integers():
-    """Whether this processor multiplies int8 matrices, fast and without error.
+    """Return True if this processor multiplies int8 matrices fast and exactly.
 
-    Without VNNI, which `ONEDNN_MAX_CPU_ISA` can turn off, sums of two products saturate.
+    Without VNNI, which `ONEDNN_MAX_CPU_ISA` can disable, sums of two products saturate.
     """
     has_vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: False)
     if not (has_vnni() and torch.backends.mkldnn.is_available() and hasattr(torch, "_int_mm")):
@@ -109,13 +109,13 @@ def multiplies_integers():
 
 @functools.cache
 def _tensors():
-    """The smallest unit, and the offset of the digits."""
+    """Return the smallest unit and the offset of the digits."""
     numbers = (torch.finfo(torch.float32).tiny, float(OFFSET))
     return [torch.tensor(number, device="cpu") for number in numbers]
 
 
 @functools.cache
 def _places(num_rows):
-    """The values of the digits of n rows, (n, 4 n)."""
+    """Return the place values of the digits of n rows, (n, 4 n)."""
     places = torch.tensor([PLACES], dtype=torch.float32, device="cpu")
     return torch.kron(torch.eye(num_rows, device="cpu"), places)
