@@ -194,7 +194,7 @@ def likelihood(y_true, shape=(6, 3, 3), **kwargs):
 
 
 def replay(indices):
-    with inspection.replaying(usual(), {"moe": indices}):
+    with inspection.replay_routings(usual(), {"moe": indices}):
         return usual()(X)
 
 
@@ -310,7 +310,7 @@ REFUSED = [
     ("moe(activity_regularizer='l2')(X, return_routing=True)", "`activity_regularizer` must"),
     ("moe(shared_expert=dense(1))(t())", "as many features"),
     ("moe(gated_shared_expert=True)", "needs a `shared_expert`"),
-    ("moe(router='soft', capacity_factor=1.0)", "do not choose"),
+    ("moe(router='soft', capacity_factor=1.0)", "not a token-choice"),
     ("moe(bank(activation=lambda x: x[:, :1]))(t())", "must have rows of"),
     ("moe(bank(activation=keras.layers.PReLU()))(t())", "must have no weights"),
     ("moe(with_layer(keras.layers.Dropout(0.9)))(t())", "`linear.dropout(rows, rate)` draws"),
@@ -385,8 +385,8 @@ REFUSED = [
     ("metrics.count_table(routing(), [0] * 5, 2)", "`groups` must have"),
     # Tools.
     ("inspection.record_routings(usual(), normal(2, 5, D))", "list of batches"),
-    ("inspection.replaying(usual(), routing())", "must be a dict"),
-    ("inspection.replaying(usual(), {'moe': [routing()]})", "must be one routing"),
+    ("inspection.replay_routings(usual(), routing())", "must be a dict"),
+    ("inspection.replay_routings(usual(), {'moe': [routing()]})", "must be one routing"),
     ("inspection.moe_layers(plain())", "must have a `MixtureOfExperts`"),
     ("inspection.health.judge_drops(5)", "must be a share"),
     ("reported(path='no/r.html')", "a folder that exists"),
@@ -401,7 +401,10 @@ REFUSED = [
     ("surgery.prune_experts(usual())", "must be measured on `data`"),
     ("surgery.prune_experts(usual(), data=None)", "`data` must be a list of batches"),
     ("surgery.prune_experts(built(moe(router='expert_choice')))", "logits do not choose"),
-    ("surgery.apply(usual(), surgery.Surgery({'moe': [[0]]}, num_experts={'moe': 5}))", "for 5"),
+    (
+        "surgery.apply_selection(usual(), surgery.Surgery({'moe': [[0]]}, num_experts={'moe': 5}))",
+        "for 5",
+    ),
     ("surgery.merge_experts(lora(moe()), data=[normal()])", "LoRA"),
     ("surgery.merge_experts(built(moe(two_activations())))", "layers, activations"),
     ("surgery.set_top_k(built(ids_layer()), 1)", "by their scores"),

@@ -15,7 +15,7 @@ class Backend(Devices):
 
     # What is computed, or traced to be compiled
 
-    def compiles_static_shapes(self):
+    def needs_static_shapes(self):
         """Return True if the code being traced needs static shapes."""
         raise NotImplementedError
 
@@ -93,7 +93,7 @@ class Backend(Devices):
         Kernels may be integers. `sizes` are (E,) int32. The program is compiled for `platform`.
         """
         # In operations that a framework differentiates any number of times.
-        if self.compiles_static_shapes() or hasattr(kernels, "floats"):
+        if self.needs_static_shapes() or hasattr(kernels, "floats"):
             return padded.product(rows, kernels, sizes, transposed)
         *parts, rest = self.split_groups(rows, sizes)[0]
         kernels = ops.cast(kernels, rows.dtype)

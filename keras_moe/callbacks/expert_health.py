@@ -234,7 +234,7 @@ class _Watch:
     def _overflow(self, checks):
         """The finding of a capacity that drops most in so many checks, if there is one."""
         latest = list(self._drops)[-checks:]
-        if len(latest) == checks and min(latest) > health.MOST_DROPPED:
+        if len(latest) == checks and min(latest) > health.MAX_DROPPED:
             yield "dropped", health.judge_drops(latest[-1])[0]
 
     def _dead(self, checks):

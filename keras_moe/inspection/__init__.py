@@ -1,7 +1,7 @@
 """Tools to look into a model: its MoE layers by name, their sizes, engines and routings."""
 
 from keras_moe._internal.former_names import former_names
-from keras_moe.inspection.recording import count_in_evaluation, record_routings, replaying
+from keras_moe.inspection.recording import count_in_evaluation, record_routings, replay_routings
 from keras_moe.inspection.summaries import (
     LayerSummary,
     count_parameters,
@@ -17,7 +17,7 @@ __all__ = [
     "has_moe_layers",
     "moe_layers",
     "record_routings",
-    "replaying",
+    "replay_routings",
     "summarize",
 ]
 

@@ -94,7 +94,7 @@ class ExpertBank(keras.layers.Layer):
         """
         return ""
 
-    def take_policy(self, policy: keras.DTypePolicy) -> None:
+    def inherit_policy(self, policy: keras.DTypePolicy) -> None:
         """Take the dtype policy of the layer around the bank, unless the bank has its own."""
 
     @property

@@ -105,7 +105,7 @@ class Gate(Recomputable):
             router_losses = self.router.default_losses
         self.router_losses = losses.get_list(router_losses)
         self.capacity = Capacity.get(capacity_factor)
-        if self.capacity is not None and not self.router.takes_capacity:
+        if self.capacity is not None and not self.router.tokens_choose:
             raise ValueError(
                 "`capacity_factor` limits how many tokens choose an expert. Received: "
                 f"capacity_factor={shortened(capacity_factor)} with a "

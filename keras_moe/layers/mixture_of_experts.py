@@ -136,7 +136,7 @@ class MixtureOfExperts(Gate):
         super().__init__(**kwargs)
         self.experts = expert_bank.get(experts)
         if kwargs.get("dtype") is not None:
-            self.experts.take_policy(self.dtype_policy)
+            self.experts.inherit_policy(self.dtype_policy)
         number = self.experts.num_experts
         by_name = top_k is not None and isinstance(router, str)
         arguments = {"top_k": check_integer("top_k", top_k)} if by_name else {}
@@ -179,7 +179,7 @@ class MixtureOfExperts(Gate):
         axes = {axis - len(of_token): size for axis, size in enumerate(of_token)}
         self.input_spec = keras.layers.InputSpec(min_ndim=len(of_token) + 1, axes=axes)
         sublayers.warn_of_second_use(self, self.router, self.experts)
-        if not self.router.takes_capacity and self._num_axes(inputs_shape) == 1:
+        if not self.router.tokens_choose and self._num_axes(inputs_shape) == 1:
             warnings.warn(
                 f"Experts choose among all samples of the batch with the "
                 f"`{type(self.router).__name__}` of `{self.name}`: outputs depend on the rest of "

@@ -127,7 +127,7 @@ class MultiGateMixtureOfExperts(Recomputable):
         ]
         if kwargs.get("dtype") is not None:
             for bank in all_banks:
-                bank.take_policy(self.dtype_policy)
+                bank.inherit_policy(self.dtype_policy)
         for task in self.tasks:
             if isinstance(task.router, (routers.SoftRouter, routers.HashRouter)):
                 rule = "`router` must choose experts by the tokens alone"

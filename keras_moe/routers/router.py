@@ -79,7 +79,7 @@ class Router(keras.layers.Layer):
     default_losses: tuple = ("load_balance", "router_z")
     replays_indices = False
     # Whether tokens choose experts, so that an expert may be chosen by too many.
-    takes_capacity = True
+    tokens_choose = True
     # Whether all experts serve each token.
     serves_all = False
     # Whether experts are counted by their weights: K is E, and few weights are zero.
@@ -209,7 +209,7 @@ class Router(keras.layers.Layer):
 
     @property
     def min_top_k(self) -> int:
-        """Fewest experts that do the work of a token; K, or 1 where the weights of all decide."""
+        """Minimum number of experts that serve a token; K, or 1 where the weights of all decide."""
         return 1 if self.serves_all else self.top_k
 
     def save_own_variables(self, store):

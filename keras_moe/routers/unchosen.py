@@ -70,7 +70,7 @@ class ExpertChoiceRouter(LogitRouter):
 
     causal = False
     default_losses = ()
-    takes_capacity = False
+    tokens_choose = False
 
     def __init__(self, num_experts: int | None = None, capacity_factor: float = 2.0, **kwargs: Any):
         super().__init__(num_experts, **kwargs)
@@ -121,7 +121,7 @@ class SoftRouter(LogitRouter):
     top_k = 1
     causal = False
     default_losses = ()
-    takes_capacity = False
+    tokens_choose = False
 
     def __init__(self, num_experts: int | None = None, slots: int = 1, **kwargs: Any):
         super().__init__(num_experts, **kwargs)

@@ -31,7 +31,7 @@ def obstacles(layer, operation):
         yield "a task of a `MultiGateMixtureOfExperts`, which calls the experts for all its tasks"
     if getattr(bank, "processes", None) is not None:
         yield "whose experts are split over processes"
-    if not isinstance(router, LogitRouter) or not router.takes_capacity:
+    if not isinstance(router, LogitRouter) or not router.tokens_choose:
         yield f"with a `{type(router).__name__}`, whose logits do not choose the experts of a token"
     elif operation == "copy" and not isinstance(router, TopKRouter):
         yield f"with a `{type(router).__name__}`, which gives copies other weights together"
