@@ -8,12 +8,10 @@ from keras import ops
 from keras_moe import routers
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer
-from keras_moe._internal.former_names import former_names
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.metrics import as_counts, is_dead
 
 __all__ = ["Finding", "balance_advice", "judge_drops", "judge_load", "judge_router"]
-__getattr__ = former_names(__name__)
 __dir__ = __all__.copy
 
 PROBLEM, HINT = "problem", "hint"

@@ -5,7 +5,6 @@ from typing import Any
 from keras import ops
 
 from keras_moe._internal.checks import check_integer, check_number, shortened
-from keras_moe._internal.former_names import former_names
 from keras_moe._internal.serialization import Configured, register, resolve
 from keras_moe.backend import backend
 from keras_moe.losses.likelihood import MixtureNegativeLogLikelihood, pack_mixture
@@ -26,7 +25,6 @@ __all__ = [
     "get",
     "pack_mixture",
 ]
-__getattr__ = former_names(__name__)
 __dir__ = __all__.copy
 
 

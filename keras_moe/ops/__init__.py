@@ -1,6 +1,5 @@
 """Pure functions on tensors: routing, plans and grouped products."""
 
-from keras_moe._internal.former_names import former_names
 from keras_moe.ops.balance import masked_mean
 from keras_moe.ops.capacity import expert_capacity, plan_groups
 from keras_moe.ops.grouped_matmul import grouped_matmul, grouped_outer
@@ -24,8 +23,6 @@ __all__ = [
     "top_k_indices",
     "top_k_routing",
 ]
-
-__getattr__ = former_names(__name__)
 
 
 def __dir__():

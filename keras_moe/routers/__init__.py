@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any
 
-from keras_moe._internal.former_names import former_names
 from keras_moe._internal.serialization import resolve
 from keras_moe.routers.balancers import (
     BalancedAssignmentRouter,
@@ -84,5 +83,4 @@ __all__ = [
     "get",
 ]
 
-__getattr__ = former_names(__name__)
 __dir__ = __all__.copy
