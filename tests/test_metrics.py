@@ -160,7 +160,7 @@ OF_ROUTINGS = [
     *(metrics.router_entropy, metrics.coactivation),
     lambda routing: metrics.router_saturation(routing, routing),
     lambda routing: metrics.count_table(routing, [0] * T, 1),
-    *(cls(1.0) for cls in losses.IDENTIFIERS.values() if cls is not losses.GlobalLoadBalance),
+    *(cls(1.0) for name, cls in losses.IDENTIFIERS.items() if name != "global_load_balance"),
 ]
 
 

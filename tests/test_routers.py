@@ -271,7 +271,7 @@ def test_scores_without_preference_have_finite_gradients(name):
         routing = routing_of(router, inputs[0], None, S, training=False)
         total = ops.sum(routing.weights)
         for loss in balance:
-            extra = {"sequence_length": S} if loss.per_sequence else {}
+            extra = {"sequence_length": S} if loss.scope == "sequence" else {}
             total = total + loss(routing, **extra)
         return total, ()
 

@@ -96,7 +96,7 @@ OPERATIONS = {
 @pytest.mark.parametrize("operation", unless_compiled(OPERATIONS, ["merge, gated"]))
 def test_models_with_fewer_experts_train_save_and_load(operation, tmp_path):
     bank, operate = OPERATIONS[operation]
-    router_losses = [losses.GlobalLoadBalance(), losses.RouterZ()]
+    router_losses = [losses.LoadBalance(scope="global"), losses.RouterZ()]
     layer, _ = single(BANKS[bank](), ROUTERS["biased"](), router_losses)
     model = model_of(layer)
     model.fit(X, X, verbose=0)
