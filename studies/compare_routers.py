@@ -116,7 +116,7 @@ def load(size, data_dir):
 def routed(name, num_classes, size):
     """A model with a router and its default losses."""
     if name == "hash":
-        router = routers.HashRouter(NUM_EXPERTS, size.words + 2, top_k=2)
+        router = routers.HashRouter(NUM_EXPERTS, vocabulary_size=size.words + 2, top_k=2)
     else:
         router = routers.get(name, num_experts=NUM_EXPERTS)
     return build_model(router, None, num_classes, size)

@@ -96,7 +96,7 @@ def fitted(callback, **kwargs):
 
 
 def ids_layer():
-    return moe(router=routers.HashRouter(E, 10))
+    return moe(router=routers.HashRouter(E, vocabulary_size=10))
 
 
 def encode(feedforward=None, inputs=X, num_heads=2, **kwargs):
@@ -190,7 +190,7 @@ ARGUMENTS = [
     ("routers.TopPRouter(E, {})", "threshold=1.0"),
     ("routers.ReLURouter(8, {})", "growth=1.0", "initial_strength=0"),
     ("routers.HashRouter(E, {})", "vocabulary_size=0", "vocabulary_size=None"),
-    ("routers.HashRouter(E, 9, {})", "score='x'", "top_k=0", "seed=0.5"),
+    ("routers.HashRouter(E, vocabulary_size=9, {})", "score='x'", "top_k=0", "seed=0.5"),
     ("routers.ExpertChoiceRouter(E, {})", "capacity_factor=-1"),
     ("routers.SinkhornRouter(E, {})", "iterations=0", "top_k=0"),
     ("layers.LowRankExperts(bank(1), {})", "num_experts=0, rank=1", "rank=0, num_experts=1"),
@@ -287,7 +287,7 @@ REFUSED = [
     ("tasks(task_names=['a'])", "one for each task"),
     ("tasks(task_names=['a', 'a'])", "must differ"),
     ("tasks(router='soft')", "must choose experts"),
-    ("tasks(router=routers.HashRouter(E, 9))", "must choose experts"),
+    ("tasks(router=routers.HashRouter(E, vocabulary_size=9))", "must choose experts"),
     ("tasks(task_experts=[bank(output_dim=3), bank()])([t()] * 3)", "same number of features"),
     ("routers.TopKRouter(E, dtype='bfloat16')", "always computes in float32"),
     ("routers.TopKRouter(E, balancer=losses.LoadBalance())", "`balancer` must"),
@@ -333,7 +333,7 @@ REFUSED = [
     ("inspection.replaying(usual(), routing())", "must be a dict"),
     ("inspection.replaying(usual(), {'moe': [routing()]})", "must be one routing"),
     ("inspection.moe_layers(plain())", "must have a `MixtureOfExperts`"),
-    ("inspection.health.judge_drops(5)", "must be a share"),
+    ("health.judge_drops(5)", "must be a share"),
     ("reported(path='no/r.html')", "a folder that exists"),
     ("keras_moe.report(plain(), normal(T, D), path='r.html')", "must have a `MixtureOfExperts`"),
     ("reported([normal(6, 5, D)] * 2)", "2 arrays for 1 inputs"),

@@ -18,7 +18,7 @@ PARTS = [
     ("lora", "ops"),
     ("activations", "losses", "metrics", "optimizers", "routers"),
     ("layers",),
-    ("inspection",),
+    ("health", "inspection"),
     ("visualization",),
     (),
     ("__main__",),

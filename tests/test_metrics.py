@@ -204,7 +204,7 @@ def test_saliency_is_the_mean_weight_times_norm_of_each_expert(router):
 
 
 def test_saliency_of_experts_that_a_hash_chooses():
-    layer = moe(router=routers.HashRouter(E, 20, top_k=1))
+    layer = moe(router=routers.HashRouter(E, vocabulary_size=20, top_k=1))
     ids = np.arange(15).reshape(3, 5)
     saliency = array(metrics.expert_saliency(layer, normal(3, 5, D), token_ids=ids))
     assert (saliency > 0).sum() > 1

@@ -84,7 +84,7 @@ def test_every_class_resumes(module, tmp_path):
 
 def test_routers_without_a_seed_resume(tmp_path):
     keras.utils.set_random_seed(0)
-    noisy = ("noisy_top_k", "v_moe", "switch", "deepseek_v3")
+    noisy = ("noisy_top_k", "v_moe", "switch", "group_limited")
     assert_resumes(compiled(*(moe(router=name) for name in noisy)), tmp_path)
 
 

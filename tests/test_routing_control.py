@@ -59,7 +59,7 @@ def test_a_hash_router_takes_another_table_and_saves_it(tmp_path):
 def test_masks_are_found_in_compiled_calls_with_several_tensors():
     ids = keras.Input((5,), dtype="int32")
     embedded = keras.layers.Embedding(10, D, mask_zero=True)(ids)
-    hashed = moe(router=routers.HashRouter(E, 10, top_k=2), router_losses=())
+    hashed = moe(router=routers.HashRouter(E, vocabulary_size=10, top_k=2), router_losses=())
     decoder = layers.TransformerDecoderBlock(2, moe(router_losses=()), cross_attention=True)
     outputs = decoder(hashed(embedded, token_ids=ids), context=embedded)
     model = keras.Model(ids, outputs)

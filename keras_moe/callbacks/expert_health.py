@@ -8,8 +8,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe import health
 from keras_moe._internal.checks import check_integer
-from keras_moe.inspection import health, moe_layers
+from keras_moe.inspection import moe_layers
 from keras_moe.metrics import is_dead
 
 # A collapse that recovers at this rate from check to check is not reported.

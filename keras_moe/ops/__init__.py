@@ -7,12 +7,10 @@ from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.platforms import platform
 from keras_moe.ops.routing import Routing, make_routing, top_k_routing
 from keras_moe.ops.selection import top_k_indices
-from keras_moe.ops.soft import SoftPlan
 
 __all__ = [
     "GroupedPlan",
     "Routing",
-    "SoftPlan",
     "expert_capacity",
     "grouped_matmul",
     "grouped_outer",

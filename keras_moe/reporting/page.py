@@ -18,10 +18,10 @@ import matplotlib
 import numpy as np
 from keras import ops
 
-from keras_moe import metrics, visualization
+from keras_moe import health, metrics, visualization
 from keras_moe._internal.checks import shortened
 from keras_moe._internal.plain_text import as_text
-from keras_moe.inspection import health, moe_layers, summarize
+from keras_moe.inspection import moe_layers, summarize
 from keras_moe.inspection.recording import recorded
 from keras_moe.inspection.summaries import table_row
 from keras_moe.routers.logit_router import LogitRouter

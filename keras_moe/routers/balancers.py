@@ -1,21 +1,16 @@
-"""Balance without a loss: selection biases, and routers that match tokens and experts evenly.
+"""Balance without a loss: biases of the scores by which tokens choose experts.
 
 Axes: T tokens, E experts, K experts per token.
 """
 
 import math
-from typing import Any
 
 from keras import ops
 
-from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import Configured, register, resolve
 from keras_moe.backend import backend
-from keras_moe.ops.routing import _top_k_routing
-from keras_moe.ops.selection import chosen_experts, take_scores, top_k_indices
-from keras_moe.ops.transport import balanced_assignment, sinkhorn_plan
-from keras_moe.routers.logit_router import LogitRouter
+from keras_moe.ops.selection import take_scores, top_k_indices
 
 
 class SelectionBalancer(Configured):
@@ -145,85 +140,3 @@ IDENTIFIERS = {"loss_free": LossFreeBias, "quantile": QuantileBias}
 def get(identifier):
     """Return a balancer from an instance, a config, "loss_free" or "quantile"."""
     return resolve("balancer", identifier, SelectionBalancer, IDENTIFIERS)
-
-
-class MatchingRouter(LogitRouter):
-    """Abstract: in training, tokens and experts are matched by `match(logits, mask)`."""
-
-    causal = False
-    default_losses = ()
-
-    def route(self, tokens, mask, training, **context):
-        logits, mask = self.logits(tokens, mask, training)
-
-        def select(scores):
-            scores = self.match(ops.stop_gradient(logits), mask) if training else scores
-            return top_k_indices(scores, self.top_k)
-
-        score = "softmax" if self.top_k > 1 else "sigmoid"
-        return _top_k_routing(logits, self.top_k, mask, score, renormalize=False, select=select)
-
-    def match(self, logits: Tensor, mask: Tensor) -> Tensor:
-        """Return scores (T, E), whose best are the experts of a token."""
-        raise NotImplementedError
-
-
-@register
-class SinkhornRouter(MatchingRouter):
-    """In training, tokens choose from a plan in which all experts have the same load.
-
-    The weights are scores of the logits: a sigmoid for `top_k=1`, a softmax over all experts
-    otherwise. In evaluation tokens choose by the logits. In training a token's experts depend on
-    the whole batch, so later tokens leak a little.
-
-    Args:
-        top_k: Integer. Experts per token, K, at most E.
-        iterations: Integer. Rounds of the algorithm; fixed, so that it compiles.
-
-    Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
-
-    Reference: Clark et al. 2022 (arXiv:2202.01169), section 3.2 and appendix B.
-    """
-
-    def __init__(
-        self, num_experts: int | None = None, top_k: int = 1, iterations: int = 8, **kwargs: Any
-    ):
-        super().__init__(num_experts, **kwargs)
-        self.top_k = check_integer("top_k", top_k)
-        self.iterations = check_integer("iterations", iterations)
-        self.check_num_experts()
-
-    def match(self, logits, mask):
-        return sinkhorn_plan(logits, mask, self.iterations)
-
-    def get_config(self):
-        return {**super().get_config(), "top_k": self.top_k, "iterations": self.iterations}
-
-
-@register
-class BalancedAssignmentRouter(MatchingRouter):
-    """In training every expert has the same number of tokens, assigned by preference.
-
-    One expert per token, its weight the sigmoid of its logit. In evaluation a token goes to its
-    best expert. In training a token's expert depends on the whole batch. The assignment is stable
-    rather than optimal: no token and expert both prefer each other to their assignment. BASE layers
-    also add the input times one minus the weight, as the residual connection around the layer does
-    here.
-
-    Arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
-
-    Example:
-
-    >>> router = keras_moe.routers.BalancedAssignmentRouter(num_experts=4)
-    >>> routing = router(keras.random.normal((32, 64)), training=True)
-    >>> keras.ops.convert_to_numpy(routing.counts).tolist()
-    [8, 8, 8, 8]
-
-    Reference: Lewis et al. 2021, BASE layers (arXiv:2103.16716), section 3.
-    """
-
-    top_k = 1
-
-    def match(self, logits, mask):
-        assigned = ops.expand_dims(balanced_assignment(logits, mask), 1)
-        return ops.cast(chosen_experts(assigned, logits.shape[-1]), "float32")

@@ -26,7 +26,7 @@ class HashRouter(Router):
     `router.table.assign(table)`.
 
     Args:
-        vocabulary_size: Integer. Number of token ids, required. Any integer is an id, modulo this:
+        vocabulary_size: Integer. Number of token ids. Any integer is an id, modulo this:
             larger ones start again from 0, -1 is the last. Beyond int32 the last 32 bits count.
         top_k: Integer. Experts per token, K, at most E.
         seed: Integer seed of the table (vocabulary_size, K).
@@ -50,7 +50,8 @@ class HashRouter(Router):
     def __init__(
         self,
         num_experts: int | None = None,
-        vocabulary_size: int | None = None,
+        *,
+        vocabulary_size: int,
         top_k: int = 1,
         seed: int = 0,
         score: str | None = None,
