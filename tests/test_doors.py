@@ -349,6 +349,7 @@ REFUSED = [
     ("surgery.merge_experts(lora(moe()), data=[normal()])", "LoRA"),
     ("surgery.merge_experts(built(moe(two_activations())))", "layers, activations"),
     ("surgery.set_top_k(built(ids_layer()), 1)", "by their scores"),
+    ("surgery.set_top_k(built(moe(router='dselect_k')), 1)", "by their scores"),
     ("surgery.add_experts(lora(moe()))", "LoRA"),
     ("surgery.add_experts(built(moe(two_activations())))", "`LayerExperts`"),
     ("surgery.add_experts(built(moe(router=routers.ReLURouter())))", "`ReLURouter`"),

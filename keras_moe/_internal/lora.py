@@ -83,7 +83,7 @@ class Adaptable:
     def add_factors(self, a_initializer="he_uniform", b_initializer="zeros"):
         raise NotImplementedError
 
-    def merge_factors(self):
+    def merge_factors(self) -> None:
         """Remove the factors; the kernels, which stay frozen, get the corrections."""
         layer: Any = self
         store: dict = {}

@@ -128,7 +128,7 @@ class MultiGateMixtureOfExperts(Recomputable):
             for banks, router, name in zip(chosen_from, _routers(router, len(names)), names)
         ]
         for task in self.tasks:
-            if isinstance(task.router, (routers.SoftRouter, routers.HashRouter)):
+            if not task.router.serves_tasks:
                 rule = "`router` must choose experts by the tokens alone"
                 raise ValueError(f"{rule}. Received: a `{type(task.router).__name__}`")
         sublayers.freeze_parts(self)

@@ -7,9 +7,11 @@ import math
 
 from keras import ops
 
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import Configured, register, resolve
 from keras_moe.backend import backend
+from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import take_scores, top_k_indices
 
 
@@ -20,8 +22,8 @@ class SelectionBalancer(Configured):
     step by the mean of the measurements. So no token's experts depend on later tokens. Padding is
     not measured.
 
-    A subclass implements `measure(routing, scores, bias)` and `update(bias, measured)`; all but the
-    scores (T, E) have length E. `measure` gathers what cannot be averaged over replicas.
+    A subclass implements `measure` and `update`. `measure` gathers what cannot be averaged over
+    replicas.
 
     Args:
         accumulation_steps: Integer. Micro-batches of an optimizer step: the
@@ -35,11 +37,17 @@ class SelectionBalancer(Configured):
     def __init__(self, accumulation_steps: int = 1):
         self.accumulation_steps = check_integer("accumulation_steps", accumulation_steps)
 
-    def measure(self, routing, scores, bias):
+    def measure(self, routing: Routing, scores: Tensor, bias: Tensor) -> Tensor:
+        """Return a measurement (E,) of a batch, by the scores (T, E) and the bias (E,) in force."""
         raise NotImplementedError
 
-    def update(self, bias, measured):
+    def update(self, bias: Tensor, measured: Tensor) -> Tensor:
+        """Return the next bias (E,) from this one and the mean measurement of a step."""
         raise NotImplementedError
+
+    def advice(self) -> str:
+        """Return what to try where the load is uneven in spite of the balancer."""
+        return f"The load is balanced by the selection bias of {type(self).__name__}."
 
     def get_config(self):
         return {**super().get_config(), "accumulation_steps": self.accumulation_steps}
@@ -80,6 +88,13 @@ class LossFreeBias(SelectionBalancer):
         missing = ops.where(ops.abs(missing) > 1e-6 * mean, missing, 0.0)
         bias = bias + self.rate * ops.sign(missing)
         return bias - ops.mean(bias)
+
+    def advice(self):
+        fix = "lower the rate if the load jumps from epoch to epoch, else raise it."
+        # Scores are from 0 to 1: no larger rate than 0.01 is advised.
+        if self.rate < 0.01:
+            fix = f"raise the rate, for example to {min(10 * self.rate, 0.01):g}."
+        return f"The load is balanced by LossFreeBias(rate={self.rate:g}): {fix}"
 
     def get_config(self):
         return {**super().get_config(), "rate": self.rate}
@@ -129,6 +144,10 @@ class QuantileBias(SelectionBalancer):
     def update(self, bias, measured):
         bias = self.momentum * bias + (1 - self.momentum) * measured
         return bias - ops.mean(bias)
+
+    def advice(self):
+        fix = "lower the momentum, or use larger batches."
+        return f"The load is balanced by QuantileBias(momentum={self.momentum:g}): {fix}"
 
     def get_config(self):
         return {**super().get_config(), "momentum": self.momentum}

@@ -46,6 +46,8 @@ class HashRouter(Router):
     """
 
     default_losses = ()
+    serves_tasks = False
+    has_fixed_top_k = True
 
     def __init__(
         self,

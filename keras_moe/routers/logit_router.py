@@ -35,6 +35,8 @@ class LogitRouter(Adaptable, Router):
     Other arguments, errors, call arguments and returns: as for `Router`.
     """
 
+    has_logits = True
+    surgeries: tuple = ("cut", "merge")
     # Whether a `project` that is overridden multiplies by `times_kernel`, and so has LoRA.
     projects_by_times_kernel = False
 

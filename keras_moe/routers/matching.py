@@ -63,6 +63,10 @@ class SinkhornRouter(MatchingRouter):
         self.iterations = check_integer("iterations", iterations)
         self.check_num_experts()
 
+    @property
+    def shift_invariant(self):
+        return self.top_k > 1
+
     def match(self, logits, mask):
         return sinkhorn_plan(logits, mask, self.iterations)
 
@@ -93,6 +97,7 @@ class BalancedAssignmentRouter(MatchingRouter):
     """
 
     top_k = 1
+    shift_invariant = False
 
     def match(self, logits, mask):
         assigned = ops.expand_dims(balanced_assignment(logits, mask), 1)

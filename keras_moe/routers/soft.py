@@ -74,6 +74,8 @@ class SoftRouter(LogitRouter):
     causal = False
     default_losses = ()
     takes_capacity = False
+    serves_tasks = False
+    normalizes_kernel = True
 
     def __init__(self, num_experts: int | None = None, slots: int = 1, **kwargs: Any):
         super().__init__(num_experts, **kwargs)
@@ -139,6 +141,7 @@ class DSelectKRouter(Router):
     """
 
     default_losses = ("selector_entropy",)
+    has_fixed_top_k = True
     min_top_k = 1
 
     def __init__(

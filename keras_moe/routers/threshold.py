@@ -90,6 +90,7 @@ class ReLURouter(LogitRouter):
     default_losses = ()
     max_top_k: Any = None
     min_top_k = 1
+    shift_invariant = False
 
     def __init__(
         self,
@@ -135,6 +136,9 @@ class ReLURouter(LogitRouter):
         if training:
             self._add_sparsity_loss(routing, scores)
         return routing
+
+    def balance_advice(self):
+        return f"The loss of the router balances the load: raise its growth of {self.growth:g}."
 
     def _add_sparsity_loss(self, routing, scores):
         # Over all scores above zero: those beyond `max_top_k` must shrink as well.

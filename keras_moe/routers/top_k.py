@@ -52,6 +52,7 @@ class TopKRouter(LogitRouter):
     """
 
     replays_indices = True
+    surgeries: tuple = ("cut", "merge", "copy")
 
     def __init__(
         self,
@@ -91,6 +92,13 @@ class TopKRouter(LogitRouter):
             self._measurements = self.add_weight(
                 name="measurements", **{**state, "shape": (), "dtype": "int32"}
             )
+
+    @property
+    def shift_invariant(self):
+        return self.score == "softmax"
+
+    def balance_advice(self):
+        return None if self.balancer is None else self.balancer.advice()
 
     def select(self, scores: Tensor) -> Tensor:
         """Return indices (T, K) of the experts with the best scores (T, E)."""
@@ -165,6 +173,7 @@ class CosineRouter(TopKRouter):
     """
 
     projects_by_times_kernel = True
+    normalizes_kernel = True
 
     def __init__(self, num_experts: int | None = None, projection_dim: int = 256, **kwargs: Any):
         super().__init__(num_experts, **kwargs)

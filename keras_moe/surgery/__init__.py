@@ -19,7 +19,6 @@ from keras_moe._internal.keras_internals import forget_compiled, forget_old_weig
 from keras_moe.inspection import moe_layers
 from keras_moe.inspection.recording import check_list_of_batches
 from keras_moe.layers.replacement import backbones
-from keras_moe.routers import HashRouter
 from keras_moe.surgery import cutting, measuring
 
 __all__ = ["Surgery", "add_experts", "apply", "merge_experts", "prune_experts", "set_top_k"]
@@ -209,7 +208,7 @@ def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
     changed = {}
     for name, layer in layers.items():
         router = layer.router
-        if "top_k" not in router.get_config() or isinstance(router, HashRouter):
+        if "top_k" not in router.get_config() or router.has_fixed_top_k:
             rule = "A router must choose experts by their scores, with `top_k` in its config"
             raise ValueError(f"{rule}. Received: {name!r} with `{type(router).__name__}`")
         # The constructor checks it.
