@@ -11,7 +11,7 @@ import pathlib
 
 import transformers
 
-from keras_moe.convert.hugging_face import FAMILIES
+from keras_moe.convert.families import IN_FILES
 
 FOLDER = pathlib.Path(transformers.__file__).parent / "models"
 
@@ -19,10 +19,10 @@ FOLDER = pathlib.Path(transformers.__file__).parent / "models"
 def table():
     """Rows of Markdown: what blocks share with a converted family, and their families."""
     blocks = {path.parent.name: parts_of(path) for path in sorted(FOLDER.glob("*/modeling_*.py"))}
-    known = [blocks[name] for name in FAMILIES]
+    known = [blocks[name] for name in IN_FILES]
     rows = collections.defaultdict(list)
     for name, parts in blocks.items():
-        if parts is not None and name not in FAMILIES:
+        if parts is not None and name not in IN_FILES:
             shared = (kind for kind in parts if any(parts[kind] == each[kind] for each in known))
             rows[", ".join(shared) or "nothing"].append(f"`{name}`")
     return [f"| {shared} | {', '.join(names)} |" for shared, names in sorted(rows.items())]
