@@ -82,9 +82,6 @@ class RouterLoss(Configured):
         """
         raise NotImplementedError
 
-    def get_config(self):
-        return {**super().get_config(), "weight": self.weight}
-
 
 @register
 class LoadBalance(RouterLoss):
@@ -149,10 +146,6 @@ class LoadBalance(RouterLoss):
         counts = ops.where(steps % self.accumulation_steps == 0, 0.0, counts) + added
         steps = backend.control_dependency(added, steps + 1)
         return _load_balance(counts, routing), (counts, steps)
-
-    def get_config(self):
-        own = {"scope": self.scope, "accumulation_steps": self.accumulation_steps}
-        return {**super().get_config(), **own}
 
 
 @register

@@ -49,9 +49,6 @@ class SelectionBalancer(Configured):
         """Return what to try where the load is uneven in spite of the balancer."""
         return f"The load is balanced by the selection bias of {type(self).__name__}."
 
-    def get_config(self):
-        return {**super().get_config(), "accumulation_steps": self.accumulation_steps}
-
 
 @register
 class LossFreeBias(SelectionBalancer):
@@ -95,9 +92,6 @@ class LossFreeBias(SelectionBalancer):
         if self.rate < 0.01:
             fix = f"raise the rate, for example to {min(10 * self.rate, 0.01):g}."
         return f"The load is balanced by LossFreeBias(rate={self.rate:g}): {fix}"
-
-    def get_config(self):
-        return {**super().get_config(), "rate": self.rate}
 
 
 @register
@@ -148,9 +142,6 @@ class QuantileBias(SelectionBalancer):
     def advice(self):
         fix = "lower the momentum, or use larger batches."
         return f"The load is balanced by QuantileBias(momentum={self.momentum:g}): {fix}"
-
-    def get_config(self):
-        return {**super().get_config(), "momentum": self.momentum}
 
 
 IDENTIFIERS = {"loss_free": LossFreeBias, "quantile": QuantileBias}

@@ -95,10 +95,6 @@ class HashRouter(Router):
         logits = ops.matmul(tokens, self.kernel)
         return _top_k_routing(logits, self.top_k, mask, self.score, select=lambda scores: indices)
 
-    def get_config(self):
-        names = ("vocabulary_size", "top_k", "seed", "score")
-        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
-
 
 @register
 class ForcedRouter(Router):
@@ -144,10 +140,6 @@ class ForcedRouter(Router):
                 noise = noise - ops.log(ops.arange(1, num_experts + 1, dtype="float32"))
             indices = top_k_indices(noise, self.top_k)
         return _fixed_routing(indices, mask, num_experts)
-
-    def get_config(self):
-        names = ("top_k", "pattern", "seed")
-        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
 
 
 def _fixed_routing(indices, mask, num_experts):

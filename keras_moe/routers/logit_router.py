@@ -171,10 +171,8 @@ class LogitRouter(Adaptable, Router):
         return kernel
 
     def get_config(self):
-        names = ("input_jitter", "logit_noise", "seed", "hidden_dim", "temperature")
         return {
             **super().get_config(),
-            **{name: getattr(self, name) for name in names},
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
         }

@@ -70,9 +70,6 @@ class SinkhornRouter(MatchingRouter):
     def match(self, logits, mask):
         return sinkhorn_plan(logits, mask, self.iterations)
 
-    def get_config(self):
-        return {**super().get_config(), "top_k": self.top_k, "iterations": self.iterations}
-
 
 @register
 class BalancedAssignmentRouter(MatchingRouter):
@@ -152,6 +149,3 @@ class ExpertChoiceRouter(LogitRouter):
 
     def plan(self, routing):
         return plan_expert_choice(routing)
-
-    def get_config(self):
-        return {**super().get_config(), "capacity_factor": self.capacity_factor}

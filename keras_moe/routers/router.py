@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors
-from keras_moe._internal.serialization import load_draws, save_draws
+from keras_moe._internal.serialization import arguments_of, load_draws, save_draws
 from keras_moe.backend import backend
 from keras_moe.ops.plans import GroupedPlan, plan_routing
 from keras_moe.ops.routing import (
@@ -251,4 +251,4 @@ class Router(keras.layers.Layer):
     def get_config(self):
         config = super().get_config()
         del config["dtype"]
-        return {**config, "num_experts": self.num_experts}
+        return {**config, **arguments_of(self)}

@@ -98,9 +98,6 @@ class SoftRouter(LogitRouter):
     def plan(self, routing):
         return SoftPlan(*routing.details)
 
-    def get_config(self):
-        return {**super().get_config(), "slots": self.slots}
-
 
 @register
 class DSelectKRouter(Router):
@@ -196,7 +193,3 @@ class DSelectKRouter(Router):
     def compute_output_spec(self, tokens, *args, **kwargs):
         selectors = keras.KerasTensor((tokens.shape[0], self.top_k, self.num_experts), "float32")
         return super().compute_output_spec(tokens, *args, **kwargs)._replace(selectors=selectors)
-
-    def get_config(self):
-        names = ("top_k", "per_example", "gamma", "seed")
-        return {**super().get_config(), **{name: getattr(self, name) for name in names}}

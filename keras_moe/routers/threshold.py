@@ -62,10 +62,6 @@ class TopPRouter(LogitRouter):
         indices = ops.where(needed, indices, -1)
         return _make_routing(indices, ops.where(needed, weights, 0.0), probs, logits, mask)
 
-    def get_config(self):
-        config = super().get_config()
-        return {**config, "threshold": self.threshold, "max_top_k": self.max_top_k}
-
 
 @register
 class ReLURouter(LogitRouter):
@@ -160,7 +156,3 @@ class ReLURouter(LogitRouter):
         changed = strength * ops.power(self.growth, error)
         # Below its initial value it has no effect and takes long to recover.
         self.strength.assign(ops.maximum(changed, self.initial_strength))
-
-    def get_config(self):
-        names = ("top_k", "max_top_k", "growth", "initial_strength")
-        return {**super().get_config(), **{name: getattr(self, name) for name in names}}

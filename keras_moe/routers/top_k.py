@@ -150,11 +150,8 @@ class TopKRouter(LogitRouter):
         return router
 
     def get_config(self):
-        names = ["top_k", "score", "renormalize", "scaling_factor", "use_bias"]
-        if not self.updates_selection_bias:
-            names.append("updates_selection_bias")
-        own = {name: getattr(self, name) for name in names}
-        return {**super().get_config(), **own, "balancer": config_of(self.balancer)}
+        frozen = {} if self.updates_selection_bias else {"updates_selection_bias": False}
+        return {**super().get_config(), **frozen, "balancer": config_of(self.balancer)}
 
 
 @register
@@ -197,9 +194,6 @@ class CosineRouter(TopKRouter):
         scale = ops.exp(ops.minimum(self.log_scale, math.log(100.0)))
         directions = scale * l2_normalize(self.directions, axis=0)
         return cosine_logits(self.times_kernel(tokens), directions)
-
-    def get_config(self):
-        return {**super().get_config(), "projection_dim": self.projection_dim}
 
 
 @register
@@ -250,7 +244,3 @@ class GroupLimitedRouter(TopKRouter):
     def select(self, scores):
         scores = group_limited_scores(scores, self.num_groups, self.top_groups)
         return top_k_indices(scores, self.top_k)
-
-    def get_config(self):
-        groups = {"num_groups": self.num_groups, "top_groups": self.top_groups}
-        return {**super().get_config(), **groups}
